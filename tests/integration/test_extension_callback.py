@@ -63,10 +63,10 @@ def test_a_run_calls_them(pairs, tmp_path, capsys):
     }  # fmt: skip
     (headline,) = status.keys() - {"step", "steps", "loss", "done"}
     assert status[headline] == results[headline]
-    # One that fails gets nothing more, and the run goes on.
+    # A tracker that fails is disabled, and the run goes on.
     assert List.runs[str(run)] == [("start", 0), *losses[:3]]
     printed = capsys.readouterr().out
-    assert f"WARNING: {LIST} failed and gets nothing more (ConnectionError" in printed
+    assert f"WARNING: {LIST} failed and is disabled (ConnectionError" in printed
     assert "parameters, 40 pairs, 4 steps of 16 (1.6 epochs) on" in printed
     assert job.extras(schema.resolve(config)) == []
 

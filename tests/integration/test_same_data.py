@@ -70,7 +70,7 @@ def test_a_record_that_cannot_be_read_at_a_restart_is_said(run):
         run.bad = bad
         with pytest.raises(
             UserError,
-            match=rf"source 0, 'folder:.*': what data\.{what} differs from that of .*data\.json.* 1 of the records "
+            match=rf"source 0, 'folder:.*': what data\.{what} differs from .*data\.json.* 1 of the records "
             r"cannot be read now, 0 could not be read then; see that all files can be read, and start again",
         ):
             run.prepare()

@@ -109,7 +109,7 @@ def test_an_error_in_the_report_of_one_process_ends_both(tmp_path):
 def test_a_signal_in_the_report_leaves_it_in_both(tmp_path):
     statuses, outputs = both(tmp_path, "sigint in report", 0, 1, *REPORT)
     assert statuses == [EXIT_RESUMABLE] * 2, outputs
-    assert f"the report was left; xclip-jax report {tmp_path / 'run'} makes it" in outputs[0]
+    assert f"the report was interrupted; xclip-jax report {tmp_path / 'run'} makes it" in outputs[0]
     assert not RunFolder(tmp_path / "run").report_file.exists()
 
 

@@ -93,7 +93,7 @@ def test_the_newest_whole_checkpoint_is_used_and_the_others_move_aside(run, caps
     names = {step: damage(folder / str(step)) for step in (4, 6)}
     check_is(resume(run), 2)
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith("WARNING: damaged: ") and line.endswith("that of step 2, the newest whole one")
+    assert line.startswith("WARNING: damaged: ") and line.endswith("to step 2, the newest whole one")
     assert all(f"checkpoints/{step} ({name} has other bytes than were written)" in line for step, name in names.items())
     assert sorted(path.name for path in folder.iterdir()) == ["2", "damaged-4", "damaged-6"]
     assert RunFolder(run).steps() == [2]
@@ -130,7 +130,7 @@ def test_readers_move_nothing(run):
     ("make", "fault"),
     [
         (lambda folder: (folder / "70").mkdir(), "digest.json is missing"),
-        (lambda folder: shutil.copytree(folder / "4", folder / "70"), "digest.json is that of step 4"),
+        (lambda folder: shutil.copytree(folder / "4", folder / "70"), "digest.json belongs to step 4"),
         (lambda folder: shutil.copytree(folder / "4" / "state", folder / "70"), "digest.json is missing"),
         (lambda folder: (folder / "70").write_text(""), None),
         (lambda folder: (folder / "copy_of_70").mkdir(), None),

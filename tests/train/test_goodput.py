@@ -34,12 +34,12 @@ def test_goodput_of_one_process():
     clock = Clock(1000.0)
     count = Goodput(1000.0, clock=clock)
     clock.now = 1100.0
-    count.lose(50.0)  # of the start-up, which is lost anyway
+    count.add_lost_time(50.0)  # of the start-up, which is lost anyway
     count.tick()
     clock.now = 1150.0
     count.tick()
-    count.lose(12.0)
-    count.lose(8.0)
+    count.add_lost_time(12.0)
+    count.add_lost_time(8.0)
     clock.now = 1200.0
     assert count.values(10, wasted=0, waited=10.0) == values(0.35, 200.0, 70.0)
     # One of the ten steps was skipped: a tenth of the 70 s.

@@ -231,9 +231,7 @@ def test_a_run_goes_on_without_the_bad_steps(pairs, tmp_path, monkeypatch, capsy
 
 def test_too_many_in_a_row_stop_the_run(pairs, tmp_path, monkeypatch):
     c = run_config(pairs, tmp_path / "run", optim__max_skipped_steps=2, checkpoint__keep=1)
-    message = (
-        "loss of step 8 is nan, after 2 skipped steps in a row, and is not saved; the last checkpoint is of step 4"
-    )
+    message = "loss of step 8 is nan, after 2 skipped steps in a row, and is not saved; the last checkpoint has step 4"
     with pytest.raises(Diverged, match=message):
         train(c, monkeypatch, poisoned={2, 3, 6, 7, 8, 9})
     assert [line["step"] for line in tiny.lines(c.run, "skipped_steps.jsonl")] == [2, 3, 6, 7, 8]

@@ -120,9 +120,7 @@ def test_one_that_fails_is_one_warning_and_the_others_go_on(call, calls, tmp_pat
         opened.log(step, {"loss": 1.0})
     opened.show_report(2)
     opened.close()
-    warning = (
-        f"WARNING: wandb failed and gets nothing more (ConnectionError: no route to host); {tmp_path}/metrics.jsonl"
-    )
+    warning = f"WARNING: wandb failed and is disabled (ConnectionError: no route to host); {tmp_path}/metrics.jsonl"
     assert capsys.readouterr().out.count(warning) == 1
     assert logged(calls, "trackio", "log") == [
         {"step": 1, "loss": 1.0},
@@ -187,7 +185,7 @@ def test_a_signal_in_the_report_leaves_it_and_ends_the_trackers(calls, pairs, tm
     with pytest.raises(SystemExit) as stopped:
         trainer.run(tiny.short(pairs, run, log__to=("wandb",)), stops)
     assert stopped.value.code == EXIT_RESUMABLE and not reported and calls[-1] == ("wandb", "finish", None)
-    assert f"the report was left; xclip-jax report {run} makes it" in capsys.readouterr().out
+    assert f"the report was interrupted; xclip-jax report {run} makes it" in capsys.readouterr().out
     assert RunFolder(run).results_file.exists()
 
 

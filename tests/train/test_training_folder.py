@@ -83,7 +83,7 @@ def test_a_run_that_fails_keeps_its_last_good_checkpoint_and_resumes_from_it(pai
         return batch | {"image": batch["image"].astype(jnp.float32) * jnp.nan} if len(calls) == 4 else batch
 
     monkeypatch.setattr(loader, "to_global", poisoned)
-    with pytest.raises(UserError, match=r"of step 4 is nan and is not saved; the last checkpoint is of step 2"):
+    with pytest.raises(UserError, match=r"of step 4 is nan and is not saved; the last checkpoint has step 2"):
         trainer.run(c)
     assert RunFolder(c.run).latest_step() == 2
     monkeypatch.undo()

@@ -326,7 +326,7 @@ def check_settings(experiment: Experiment, step_seconds: float | None) -> Iterat
 
 
 def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The command's own arguments, and those of the config."""
+    """Return the arguments of the command, and the arguments of the config."""
     parser = Parser(
         prog="xclip-jax doctor", description=__doc__, hints={"checkpoint": "write RUN without --checkpoint"}
     )

@@ -21,7 +21,7 @@ from xclip_jax.core.errors import public
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "grain", "numpy", "xclip_jax")
 _CGROUP = pathlib.Path("/sys/fs/cgroup")
-# For cgroups 2 and 1: limit, use, statistics, and the key of these for pages of files that were not read lately.
+# Paths below the cgroup (v2, v1): limit, usage, statistics, and its key for inactive page cache.
 _CGROUP_FILES = (
     ("memory.max", "memory.current", "memory.stat", "inactive_file"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
@@ -32,8 +32,8 @@ _CGROUP_FILES = (
 def git_commit(folder: epath.Path) -> str:
     """Return the commit of the checkout that `folder` is at the top of, or of the `git archive` that it is from.
 
-    It ends in "-dirty" where files were changed, and is "unknown" outside both. It is that of the first call: a
-    checkout may move on while a process runs.
+    It ends in "-dirty" where files were changed, and is "unknown" outside both. The first answer is kept: a checkout
+    may change while a process runs.
     """
     try:
         # The package may lie in a folder that another project's checkout ignores, such as .venv.
@@ -53,7 +53,7 @@ def _git(folder: epath.Path, *arguments: str) -> str:
 
 
 def _version(package: str) -> str:
-    """Version of a package; this one's own also where it is on the path and not installed."""
+    """Version of a package, or "unknown"; xclip_jax has one even if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -61,7 +61,7 @@ def _version(package: str) -> str:
 
 
 def uptime() -> float:
-    """Seconds since this process was started, as Linux counts them; 0 elsewhere."""
+    """Seconds since this process was started; 0 on other systems than Linux."""
     try:
         # The name of the program, in brackets, may contain anything; the start is field 22.
         ticks = int(pathlib.Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
@@ -120,7 +120,7 @@ def _container_memory(*, free: bool) -> float:
             if free:
                 with contextlib.suppress(OSError, ValueError, StopIteration):
                     left -= float((_CGROUP / usage).read_text())
-                    # Pages of files that were not read lately count as used, and are given up when memory is short.
+                    # Inactive page cache counts as used, and is given up when memory is short.
                     lines = map(str.split, (_CGROUP / stat).read_text().splitlines())
                     left += next(float(value) for key, value in lines if key == cache)
             return max(left, 0.0)

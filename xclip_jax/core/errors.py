@@ -36,8 +36,8 @@ _COLUMNS = re.compile(r"\?(?:(?:image|text|label)=[^?#&]*(?:&|$))+$")
 def public(content: Any) -> Any:
     """Return `content`, a text or JSON, without user information, query and fragment of every URL in it.
 
-    The user of another file system than http stays where it has no password: abfs://container@account names a place. So
-    do columns, ?image=COLUMN&text=COLUMN, at the end of a source or set.
+    A user without password stays in other URLs than http: abfs://container@account names a place. Columns at the end of
+    a source or set, ?image=COLUMN&text=COLUMN, stay too.
     """
     if isinstance(content, str):
         return _QUERY.sub(_without_query, _USER.sub(_without_user, content)) if "://" in content else content
@@ -56,7 +56,7 @@ def _without_query(match: re.Match[str]) -> str:
     return match[1] + (columns[0] if columns else "")
 
 
-# What a shell reports of a program that SIGINT ends.
+# Exit status after SIGINT (128 + 2), as shells report it.
 EXIT_INTERRUPTED = 130
 
 
@@ -82,13 +82,13 @@ def interrupted(advice: str = "") -> NoReturn:
 def at_once(*_: Any) -> NoReturn:
     """Handle SIGINT: end this process.
 
-    An exception could be lost: in a callback, as JAX has one in each garbage collection, or in an import that is tried.
+    An exception could be lost in a callback, such as JAX's in each garbage collection, or in an import inside `try`.
     """
     interrupted()
 
 
 def end_at_once() -> None:
-    """From here on, Ctrl-C ends this process at once, unless it is ignored by inheritance, as under nohup."""
+    """Let Ctrl-C end this process at once from here on, unless the parent process ignores it, as nohup does."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, at_once)
         sys.unraisablehook = _unraisable
@@ -96,7 +96,7 @@ def end_at_once() -> None:
 
 @contextlib.contextmanager
 def unwinding() -> Iterator[None]:
-    """Context in which Ctrl-C ends a command, see `end_at_once`, by `KeyboardInterrupt`: open files are closed."""
+    """Let Ctrl-C end a command by `KeyboardInterrupt`, so that open files are closed; see `end_at_once`."""
     if signal.getsignal(signal.SIGINT) is not at_once:
         yield
         return
@@ -115,11 +115,11 @@ def _unraisable(event: Any) -> None:
     sys.__unraisablehook__(event)
 
 
-# Exit statuses after which the same command goes on with the run: of one that was asked to stop (EX_TEMPFAIL of
-# sysexits.h), and of one that hung or lost a process (the first number that sysexits.h leaves free).
+# Exit statuses after which the same command resumes the run: it was asked to stop (EX_TEMPFAIL of sysexits.h), or it
+# hung or lost a process (the first number that sysexits.h leaves free).
 EXIT_RESUMABLE = 75
 EXIT_RESTART = 79
-# Of one whose output has no reader any more: what a shell reports of a program that SIGPIPE ends.
+# Exit status after SIGPIPE (128 + 13), as shells report it.
 EXIT_UNREAD = 141
 # What to do about errors of the operating system that name a file.
 _REMEDIES = {
@@ -131,7 +131,7 @@ _REMEDIES = {
 class UserError(ValueError):
     """Bad input. The message names the file, key or value that is wrong and what to do about it.
 
-    Addresses in it are without passwords and signatures, whoever prints it.
+    Addresses in it have no passwords and signatures.
     """
 
     def __init__(self, *parts: Any) -> None:
@@ -151,7 +151,7 @@ class BadSample(UserError):
         self.reason, self.detail = reason, public(detail)
 
     def __reduce__(self) -> tuple[type, tuple[str, str]]:
-        """Exceptions pickle by their message alone; this one has two parts."""
+        """Exceptions pickle only their message; this one has two parts."""
         return type(self), (self.reason, self.detail)
 
 
@@ -173,8 +173,8 @@ def exit_with_message() -> Iterator[None]:
     """Context of a command: `UserError`, and an `OSError` that names a file, end it with one sentence and status 1.
 
     Ctrl-C ends it with one sentence, which has the notes of the `KeyboardInterrupt`, and `errors.EXIT_INTERRUPTED`.
-    Where the reader of its output closes it, as `head` does, it ends silently, with status `EXIT_UNREAD`. Other
-    exceptions, whose traceback Python prints, show addresses without passwords and signatures too.
+    If the reader of its output closes it, as `head` does, it ends silently, with status `EXIT_UNREAD`. Tracebacks of
+    other exceptions show addresses without passwords and signatures too.
     """
     sys.excepthook = _print_exception
     try:
@@ -193,10 +193,10 @@ def exit_with_message() -> Iterator[None]:
 
 
 def _drop_unread_output() -> bool:
-    """Send standard output and standard error to the null device where nobody reads them; return whether one is so.
+    """Send standard output and standard error to the null device if nobody reads them; return whether one was unread.
 
-    What is still in a buffer would else raise at Python's exit. A pipe to another process, which may break as well, is
-    not one of the two.
+    Otherwise Python's exit would raise for the rest of their buffers. Pipes to other processes may break too: only
+    these two are looked at.
     """
     unread = []
     for descriptor in (1, 2):
@@ -217,7 +217,7 @@ class Parser(argparse.ArgumentParser):
     Arguments are not abbreviated, and the description is shown as it is written.
 
     Attributes:
-      program: name of the running program in its help, where it was not started by `python -m`; set by `cli`.
+      program: name of the program in its help, if it was not started by `python -m`; set by `xclip_jax.__main__`.
     """
 
     program: ClassVar[str | None] = None
@@ -228,7 +228,7 @@ class Parser(argparse.ArgumentParser):
         Args:
           prog: name of the program in its help, which `program` replaces, in the description too.
           hints: for options of other commands, without their dashes, what to write instead of them.
-          **options: those of `ArgumentParser`.
+          **options: passed to `ArgumentParser`.
         """
         self._hints, self._given = dict(hints or {}), list[str]()
         if prog and Parser.program and options.get("description"):

@@ -1,4 +1,4 @@
-"""What a config key is: a field of a frozen dataclass with a default, a doc string and the values that it allows.
+"""Config keys: a key is a field of a frozen dataclass with a default, a doc string and the values that it allows.
 
     @dataclasses.dataclass(frozen=True)
     class LogConfig:

@@ -30,7 +30,7 @@ _trusted = ContextVar("whether names out of files are imported", default=False)
 
 @contextlib.contextmanager
 def named_by(file: object) -> Iterator[None]:
-    """Context in which names of classes are out of `file`."""
+    """Treat the names of classes that are imported in this context as the content of `file`."""
     token = _file.set(str(file))
     try:
         yield
@@ -40,7 +40,7 @@ def named_by(file: object) -> Iterator[None]:
 
 @contextlib.contextmanager
 def trusting(trust: bool) -> Iterator[None]:
-    """Context in which classes that files name are imported, if `trust` or a context around it says so."""
+    """Import classes that files name in this context, if `trust` is true here or in an outer context."""
     token = _trusted.set(trust or _trusted.get())
     try:
         yield
@@ -55,7 +55,7 @@ def add_trust(parser: argparse.ArgumentParser) -> None:
 
 
 def is_imported(name: str) -> bool:
-    """Whether the class `name`, "package.module:Class", is of this package, or its module has been imported."""
+    """Whether the module of the class "package.module:Class" belongs to this package or has been imported."""
     module = name.partition(":")[0]
     return module.split(".")[0] == __name__.split(".")[0] or module in sys.modules
 
@@ -70,7 +70,7 @@ def import_class(name: str, base: type[T], what: str = "class", *, dataclass: bo
     """Import the class `name`, "package.module:Class", which must be a subclass of `base`.
 
     Args:
-      name: where it is.
+      name: module and class.
       base: class that it must derive from.
       what: what it is, for messages, such as "image tower".
       dataclass: whether it must be a dataclass.

@@ -1,4 +1,4 @@
-"""Files elsewhere: errors of their stores, reads of http servers up to a number of bytes and seconds, and trust."""
+"""URLs and remote files: errors of their stores, reads limited in bytes and seconds, and which tables to trust."""
 
 import contextlib
 import errno
@@ -18,20 +18,20 @@ _PACKAGES = {
     "http": "aiohttp>=3.12", "https": "aiohttp>=3.12", "gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "az": "adlfs",
     "abfs": "adlfs", "hf": "huggingface_hub",
 }  # fmt: skip
-# Numbers for errors without one, by class or by the status that an HTTP server answered; after EIO one may try again.
+# errno for errors that carry none, by class or HTTP status; EIO is retryable.
 _NUMBERS = {
     FileNotFoundError: errno.ENOENT, PermissionError: errno.EACCES, IsADirectoryError: errno.EISDIR,
     401: errno.EACCES, 403: errno.EACCES, 404: errno.ENOENT, 410: errno.ENOENT,
     408: errno.EIO, 425: errno.EIO, 429: errno.EIO,
 }  # fmt: skip
 _NO_SECRETS = (
-    "; this address has no password and no signature, and a run's files keep none: where it needs them, start the "
+    "; this address has no password and no signature, and a run's files keep none: if it needs them, start the "
     "run's own command, which has the whole address, to evaluate with the set in --config.eval.final_sets"
 )
 _DOWNLOAD = "a table that is not on this machine may not name it; if you trust the table, download it"
 
 
-# `is_global` counts these: ways to addresses of IPv4, site-local ones, and a cloud's metadata.
+# `is_global` is true for these: mapped IPv4 addresses, site-local ones, and a cloud's metadata.
 _INNER = tuple(
     ipaddress.ip_network(network)
     for network in ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "::/96", "fec0::/10", "192.0.0.0/24")
@@ -95,7 +95,7 @@ def read(path: str, offset: int, size: int, *, table: str = "", whole: bool = Fa
       path: the URL.
       offset, size: in bytes.
       whole: whether no part of the file but its beginning will be read, which any server can send.
-      table: the address of a table that names the file, where that is not on this machine, see `check_named`.
+      table: address of a remote table that names the file, see `check_named`; "" for none.
 
     Raises:
       OSError: the store's error; an http server that does not read at an offset (EINVAL), or that has not answered
@@ -149,8 +149,8 @@ async def _get(system: Any, url: str, offset: int, size: int, whole: bool) -> by
 def check_named(path: str, table: str) -> None:
     """Check that a table which is not on this machine may name the file `path`.
 
-    It may name files of its own server or bucket, of the usual stores, and of http servers. Those are asked only at
-    public addresses, whatever name or redirection leads to them.
+    It may name files of its own server or bucket, of the usual stores, and of http servers. Http servers are asked
+    only at public addresses, whatever name or redirection leads to them.
 
     Raises:
       PermissionError: a path of this machine, or another sort of URL, such as file://.
@@ -172,7 +172,7 @@ def is_public(host: str) -> bool:
 
 
 async def _guarded_client(**options: Any) -> Any:
-    """An http client that connects to public addresses alone: the check is made where a socket is opened."""
+    """An http client that connects only to public addresses, which it checks when it opens a socket."""
     import aiohttp
 
     def open_socket(address: tuple[Any, ...]) -> socket.socket:

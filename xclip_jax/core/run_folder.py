@@ -1,15 +1,15 @@
-"""A run's folder: what its files are called, and what is in them. No other module knows their names.
+"""Reads a run's folder. Names and content of its files, which no other module knows:
 
 config.json     {"config", "environment", "started", "length_groups", "text_rows": that these are for,
                  "starts": later starts, where something differed}
 data.json       fingerprint of each training source, and digests of what was read of its records for their order
 tokenizer.json  the tokenizer, where data.tokenizer is a file
-metrics.jsonl   {"step", metric: value} a line; lines of training steps have a "loss", those of evaluations do not
+metrics.jsonl   {"step", metric: value} a line; lines of training steps have a "loss", evaluations have none
 results.jsonl   {"step", "records"} a line: the results of each evaluation, as `evaluators.results.to_json` writes them
 results.json    {"results", "records", "config", "environment", "seconds"} of the last evaluation
 evaluation.json of `xclip_jax.commands.evaluate`, see `evaluators.results`
 trackers.json   {"id": of the run in wandb and Trackio}
-stacks-N.txt    stacks of all threads of process N, where it hung and was ended
+stacks-N.txt    stacks of all threads of process N, if it hung and was ended
 compiled/       compilation cache of a run of several processes, see `compilation_cache`
 profile/        traces of the steps of log.profile, see `train.loop`
 checkpoints/, bad_samples.jsonl, skipped_steps.jsonl, tensorboard/, wandb/, report.html, picture.png
@@ -36,7 +36,7 @@ CLOCKS = (
 
 
 class RunFolder:
-    """Paths and contents of a run's files, complete or in progress. It only reads; `train.run_folder` writes."""
+    """Paths and contents of a run's files, complete or in progress. `train.training_folder` writes them."""
 
     def __init__(self, path: str | epath.Path) -> None:
         self.path = epath.Path(expand_home(str(path)))
@@ -73,7 +73,7 @@ class RunFolder:
             return True  # damaged: `read_config` raises an error that says so
 
     def steps(self) -> list[int]:
-        """Steps of all checkpoints, ascending; touches nothing, and takes no folder for whole or damaged."""
+        """Steps of all checkpoints, ascending; nothing is opened, so some may be damaged."""
         import orbax.checkpoint as ocp  # takes seconds
 
         if not self.checkpoints.exists():
@@ -89,7 +89,7 @@ class RunFolder:
         return locks.holder(self.lock_file)
 
     def read_config(self) -> dict[str, Any] | None:
-        """Return the content of config.json, or None where there is no run. Keys newer than the run are absent.
+        """Return the content of config.json, or None without a run.
 
         Raises:
           UserError: the file is damaged, or another program's.
@@ -100,7 +100,7 @@ class RunFolder:
         raise UserError(f"{self.config_file} is not the config of a run; use a different --config.run.")
 
     def read_sources(self) -> list[dict[str, Any]] | None:
-        """Return the fingerprints in data.json, one for each of data.sources, or None where there is no such file.
+        """Return the fingerprints in data.json, one for each of data.sources, or None without the file.
 
         Raises:
           UserError: the file is damaged.
@@ -115,7 +115,7 @@ class RunFolder:
         raise UserError(f"{self.data_file} is damaged; restore it, or use a different --config.run.")
 
     def read_classes(self) -> tuple[str, ...] | None:
-        """Return the classes that a fine-tuning run was trained on, or None where data.json names none.
+        """Return the classes that a fine-tuning run was trained on, or None if data.json names none.
 
         Raises:
           UserError: the file is damaged.
@@ -124,7 +124,7 @@ class RunFolder:
         return next((tuple(source["classes"]) for source in sources if source.get("classes")), None)
 
     def read_results(self) -> dict[str, Any] | None:
-        """Return the content of results.json, or None where there was no last evaluation yet.
+        """Return the content of results.json, or None before the last evaluation.
 
         Raises:
           UserError: the file is damaged.
@@ -181,18 +181,18 @@ def is_run(path: str) -> bool:
 
 
 def evaluation_file(path: str | epath.Path) -> epath.Path:
-    """Return the file of evaluations of a run or of weights: in a folder, or beside a file and named after it."""
+    """Return the file of evaluations of a run or of weights: in a folder, or next to a file and named after it."""
     run = RunFolder(path)
     weights, file = run.path, run.evaluation_file
     return file if weights.is_dir() else weights.with_name(f"{weights.name}.{file.name}")
 
 
 def not_found(path: str | epath.Path, otherwise: str) -> str:
-    """Return the sentence that `path` does not exist; it asks for the folder beside it of a similar name.
+    """Return the sentence that `path` does not exist; it suggests a folder of a similar name, if there is one.
 
     Args:
       path: of a run.
-      otherwise: what to do where there is no such folder, or in a bucket, which is not searched.
+      otherwise: what to do if there is none, or in a bucket, which is not searched.
     """
     place = epath.Path(path)
     near: list[str] = []

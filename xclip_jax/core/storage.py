@@ -193,7 +193,7 @@ def _glob(pattern: str) -> list[str]:
     matches = sorted(glob.glob(pattern, recursive=True))
     folders = set(filter(os.path.isdir, matches))
     if folders and "**" not in pattern:
-        raise UserError(f"{pattern!r} matches the folder {min(folders)!r}; write a glob that matches files alone.")
+        raise UserError(f"{pattern!r} matches the folder {min(folders)!r}; write a glob that matches only files.")
     return [match for match in matches if match not in folders]
 
 
@@ -201,8 +201,8 @@ def expand(pattern: str) -> list[str]:
     """Return the files that `pattern` names: a list with commas of paths, brace ranges and globs, local or remote.
 
     "a/{00000..00331}.tar,b/*.tar" is 332 files and those that match. Each file is named once, globs are sorted. The
-    path of an existing file is taken literally, whatever commas, brackets and braces it holds, as the whole pattern or
-    as one of its parts; in a glob "?" matches such a letter ("a?b/*.tar" for the folder "a,b"). "**" passes over
+    path of an existing file is taken literally with its commas, brackets and braces, as the whole pattern or as
+    one of its parts; in a glob "?" matches such a letter ("a?b/*.tar" for the folder "a,b"). "**" passes over
     folders.
 
     Raises:
@@ -234,8 +234,8 @@ def expand(pattern: str) -> list[str]:
 def _about_missing(pattern: str, missing: list[str], n: int) -> str:
     if os.path.isdir(missing[0]):
         return (
-            f"{missing[0]!r} is a folder, not a file; write folder:{missing[0]} for images with .txt files beside "
-            f"them, or a glob such as {os.path.join(missing[0], '*.tar')!r} for the files in it."
+            f"{missing[0]!r} is a folder, not a file; write folder:{missing[0]} for images with .txt files next "
+            f"to them, or a glob such as {os.path.join(missing[0], '*.tar')!r} for the files in it."
         )
     if n == 1:
         return f"no file or folder {missing[0]!r}; check the path."
@@ -278,7 +278,7 @@ class File:
     """
 
     def __init__(self, path: str, table: str = "", *, whole: bool = False) -> None:
-        """Open it; `table` and `whole` are those of `remote.read`."""
+        """Open `path`; `table` and `whole` as for `remote.read`."""
         self.path, self._fd, self.size = path, None, None
         self._read_remote = functools.partial(remote.read, path, table=table, whole=whole)
         if table:
@@ -318,7 +318,7 @@ def read(path: str, max_bytes: int, table: str = "") -> bytes:
     Args:
       path: of the file.
       max_bytes: most that it may have; no more is received.
-      table: the address of a table that names the file, where that is not on this machine: it is not trusted.
+      table: address of a remote table that names the file and is not trusted; "" for none.
 
     Raises:
       OSError: the file does not exist, is refused, is larger than `max_bytes` (EFBIG), is not a regular file, or may

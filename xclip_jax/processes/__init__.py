@@ -1,1 +1,1 @@
-"""What keeps a run alive on many hosts: start, agreement, watchdog, signals."""
+"""Runs on many hosts: start, agreement, watchdog, signals."""

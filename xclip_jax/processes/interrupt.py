@@ -23,10 +23,10 @@ class Interrupted(BaseException):
 class PreemptionHandler:
     """Makes the first SIGTERM or SIGINT a request to save and stop; the second one acts at once.
 
-    While `saves` is false nothing could be saved: the first signal leaves an evaluation, and elsewhere ends the process
-    with `EXIT_RESUMABLE`, at once, as an exception could be lost in a callback and would leave XLA compiling. Several
-    processes agree on the moment through JAX's preemption service, and each of them has to ask (`requested`) equally
-    often; a signal to one of them stops all.
+    While `saves` is false nothing can be saved: the first signal leaves an evaluation, and elsewhere ends the process
+    at once with `EXIT_RESUMABLE`, since an exception could be lost in a callback and would leave XLA compiling. Several
+    processes agree on the moment through JAX's preemption service: each calls `requested` equally often, and a signal
+    to one of them stops all.
 
     Attributes:
       saves: whether a request leads to a checkpoint; set by the training loop.
@@ -53,8 +53,8 @@ class PreemptionHandler:
 
     def _handle(self, number: int, _: Any) -> None:
         name, previous = signal.Signals(number).name, self._previous[number]
-        # Under nohup the inherited handler ignores SIGINT; the second one must end the process nevertheless. That of a
-        # command would wait while the main thread is in C code.
+        # Under nohup the inherited handler ignores SIGINT; the second one must end the process nevertheless. A
+        # command's handler would wait while the main thread is in C code.
         signal.signal(number, signal.SIG_DFL if previous in (signal.SIG_IGN, errors.at_once) else previous)
         self.noticed = True
         alone = jax.process_count() == 1
@@ -90,7 +90,7 @@ class PreemptionHandler:
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Context that a signal leaves at once, with `Interrupted`, where there is one process."""
+        """In a run of one process, let a signal leave this context at once, with `Interrupted`."""
         self.check_alone()
         self._leaves = True
         try:

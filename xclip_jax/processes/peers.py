@@ -1,4 +1,4 @@
-"""What the processes of a run report to each other beside collectives: that they run, where they wait, why they end.
+"""Messages between the processes of a run: that they run, where they wait, why they end.
 
 Each writes to the key-value store of JAX's coordination service, which process 0 holds. A process that is killed writes
 nothing: the others notice its silence, and JAX ends them after `HEARTBEAT_SECONDS`.
@@ -39,7 +39,7 @@ class Peers:
     Attributes:
       index, count: of this process, and how many there are.
       status: what this process is doing, reported to the others; set by the watchdog.
-      silent: {process: sentence} of those that have given no sign of life for a while; known to process 0 alone.
+      silent: on process 0, {process: sentence} for processes that have given no sign of life for a while.
     """
 
     def __init__(self, client: Any, index: int, count: int) -> None:
@@ -57,14 +57,14 @@ class Peers:
     def stop(self) -> None:
         """Stop monitoring and mark this process as finished, so that missing heartbeats are not taken for a failure."""
         self._done.set()
-        # After a sign of life that is on its way, which would else be the last word.
+        # After a sign of life that is being sent, which would otherwise overwrite this one.
         with self._signing, contextlib.suppress(Exception):
             self._client.key_value_set(f"{_ALIVE}{self.index}", _DONE, allow_overwrite=True)
 
     def await_first(self) -> None:
         """Wait, as long as it takes, until process 0, which writes the report, has marked itself as finished.
 
-        JAX's own barrier at the end ends all processes where one needs longer. The thread notices if process 0 dies.
+        JAX's own barrier at the end would end all processes after a while. The thread notices if process 0 dies.
         """
         signs: dict[str, str] = {}
         while self.index and signs.get(f"{_ALIVE}0") != _DONE:
@@ -73,7 +73,7 @@ class Peers:
                 signs = dict(self._client.key_value_dir_get(_ALIVE))
 
     def check_same(self, facts: Mapping[str, Any], remedy: str) -> None:
-        """Compare `facts`, of JSON's types, with those of process 0, which waits for all others to have compared.
+        """Compare `facts`, of JSON's types, with the facts of process 0, which waits until all others have done so.
 
         All processes call it equally often.
 
@@ -103,7 +103,7 @@ class Peers:
                     raise
 
     def waiting(self) -> str:
-        """What the other processes were doing a moment ago, a sentence for each that does something else."""
+        """Return what other processes were doing a moment ago, if it differs from this one's work."""
         own = self.status().partition(" (")[0]
         others = sorted((int(k.rpartition("/")[2]), v) for k, v in self._client.key_value_dir_get(_ALIVE))
         states = [(k, json.loads(v)["status"]) for k, v in others if k != self.index]

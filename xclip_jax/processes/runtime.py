@@ -77,7 +77,7 @@ def _watch_others() -> None:
 
 
 def peers() -> Peers | None:
-    """The other processes, or None where this one is alone or was not joined to them by `join`."""
+    """Return the other processes, or None in a run of one process, or before `join`."""
     return _peers
 
 
@@ -89,7 +89,7 @@ def check_same(facts: Mapping[str, Any], remedy: str) -> None:
 
 @contextlib.contextmanager
 def ends_all() -> Iterator[None]:
-    """Context that, where it fails in one of several processes, ends all of them, and says why."""
+    """End all processes, with the reason, if this context fails in one of them."""
     try:
         yield
     except SystemExit as stop:
@@ -104,7 +104,7 @@ def ends_all() -> Iterator[None]:
 
 @contextlib.contextmanager
 def exits() -> Iterator[None]:
-    """Context of a whole command: as `ends_all`, and after it the process exits in time, whatever thread hangs.
+    """Run a whole command in `ends_all`; afterwards the process exits in time, even if a thread hangs.
 
     A single process that was stopped exits at once: XLA may still compile for an evaluation that it has left.
     """

@@ -24,14 +24,14 @@ from xclip_jax.processes.interrupt import SIGNALS, PreemptionHandler
 
 DATA, COMPILATION, STEP = "waiting for data", "the first step, which compiles", "a step"
 CHECKPOINT, RESTORE, EVALUATION = "a checkpoint", "restoring a checkpoint", "an evaluation"
-# After a signal the main thread stops at its next mark; where that does not come in this time, nor in `_SLOWER` times
-# the longest wait of its phase so far, it never may. A save may take as long as it takes without a signal.
+# After a signal the main thread stops when it next reports progress. If it does not within this time, nor within
+# `_SLOWER` times the longest wait of its phase so far, the process ends. A save may take as long as usual.
 STOP_SECONDS = 60.0
 _SLOWER = 3
-# How much has to end before a wait can be called long: the first step compiles, and so does the first evaluation.
+# Steps and evaluations that have to end before a wait is long: the first ones compile.
 _EVIDENCE = {STEP: 2, EVALUATION: 1}
 _POLL_SECONDS = 0.5
-_MOMENT = 2.0  # in which Python's handler runs, where the main thread is not in C code
+_MOMENT = 2.0  # within which Python's handler runs, unless the main thread is in C code
 
 
 class Watchdog:
@@ -42,7 +42,7 @@ class Watchdog:
 
     Attributes:
       phase: the one that was entered last.
-      step, saved: the last step that was begun, and that of the last checkpoint, 0 where there is none.
+      step, saved: the last step that was begun, and the step of the last checkpoint, 0 for none.
     """
 
     def __init__(
@@ -114,11 +114,11 @@ class Watchdog:
             self.beat()
 
     def status(self) -> str:
-        """What this process is doing, and for how long: "a step (3 s)"."""
+        """Return the phase of this process and its duration: "a step (3 s)"."""
         return f"{self.phase}{self._detail} ({self._clock() - self._since:.0f} s)" if self.phase else ""
 
     def check(self) -> None:
-        """Name the phase, or end the process, where it is time; called by the watchdog's thread every moment."""
+        """Warn of a long phase, or end the process; called by the watchdog's thread every moment."""
         now = self._clock()
         if now - self._last > 10 * _POLL_SECONDS:  # the whole process was suspended
             self._since += now - self._last

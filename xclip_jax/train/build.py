@@ -34,7 +34,7 @@ from xclip_jax.train.step import Augment, SpikeFilter, TrainStep, compile_step
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """Everything of a run that follows from its config and its devices."""
+    """Model, objective, optimizer and step of a run, as its config and devices decide."""
 
     config: Config
     layout: sharding.MeshLayout
@@ -57,7 +57,7 @@ class Experiment:
 
     @property
     def choices(self) -> str:
-        """What the program chose for its devices, complete once the step has been traced; "" if nothing."""
+        """Choices that depend on the devices, complete once the step has been traced; "" for none."""
         return ", ".join(f"{subject}: {choice}" for subject, choice in self.layout.choices.items())
 
     @functools.cached_property
@@ -72,7 +72,7 @@ class Experiment:
 
     @property
     def text_rows(self) -> tuple[int, int]:
-        """Texts that are ordered by length together, those of a device and microbatch, and how often a step does so."""
+        """(texts per device and microbatch, number of such groups in a step)."""
         draws = math.prod(self.mesh.shape[axis] for axis in BATCH_AXES) * self.config.optim.microbatches
         return self.data.batch // draws, draws
 
@@ -207,7 +207,7 @@ def make_encoder(experiment: Experiment, classes: Sequence[str] | None = None) -
 
     Args:
       experiment: of the run; `eval.batch` of its config is the number of items that are encoded at once.
-      classes: those of a fine-tuned model.
+      classes: names of the classes of a fine-tuned model.
     """
     return Encoder(
         experiment.model,
@@ -232,7 +232,7 @@ def profile_of_run(config: Config, name: str = "openai", changes: Mapping[str, A
     Args:
       config: of the run.
       name: of the profile.
-      changes: fields of `Profile` to change; where these are the class names the run's file is not read.
+      changes: fields of `Profile` to change; with class names among them, the run's file is not read.
     """
     changes, file = changes or {}, config.eval.class_names
     missing = bool(file) and not epath.Path(file).expanduser().exists()

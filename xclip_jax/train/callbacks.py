@@ -1,4 +1,4 @@
-"""What a run calls while it trains, such as a logger, an experiment tracker or the report."""
+"""Callbacks of a run, and trackers: TensorBoard, Weights & Biases, Trackio and others, as `log.to` names them."""
 
 import contextlib
 import functools
@@ -28,7 +28,7 @@ from xclip_jax.train.job import Job
 
 
 class Callback:
-    """Base class of what `trainer.run` is handed; every method does nothing unless it is overridden.
+    """Base class of callbacks; every method does nothing unless it is overridden.
 
     With several processes each calls every method at the same steps, so that a method may compute on all devices.
     """
@@ -40,7 +40,7 @@ class Callback:
         """
 
     def on_log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Receive the metrics of a training step, those of a line of metrics.jsonl."""
+        """Receive the metrics of a training step, as in a line of metrics.jsonl."""
 
     def on_evaluation(self, step: int, results: Sequence[Result]) -> None:
         """Receive the results of an evaluation, during training or at the end."""
@@ -92,14 +92,14 @@ class Tracker(Protocol):
     """One run in a tracker. Any method may raise: `Trackers` prints it and leaves the tracker out from then on.
 
     A class of another package is made with the run's folder, its config, the step that it starts or resumes from, and
-    its id in the trackers, on the first process alone.
+    its id in the trackers, only on process 0.
     """
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         """Add one set of scalars. Steps do not decrease but where a run resumes from an earlier checkpoint."""
 
     def show(self, step: int, picture: Image.Image | None, page: str | None) -> None:
-        """Show picture.png and report.html, those of them that exist and that the tracker can show."""
+        """Show picture.png and report.html, if they exist and the tracker can show them."""
 
     def close(self) -> None:
         """Write what is buffered, and mark the run as ended."""
@@ -115,7 +115,7 @@ class TensorBoard:
 
     @functools.cached_property
     def _writer(self) -> Any:
-        """Opened with the first scalars, behind the first step: it imports torch where there is one, for seconds."""
+        """Opened with the first scalars, after the first step: it may import torch, which takes seconds."""
         from tensorboardX import SummaryWriter
 
         # A bounded queue blocks for ever, at exit too, when an error of the disk has ended the thread that empties it.
@@ -138,7 +138,7 @@ class TensorBoard:
             self._writer.close()
 
     def _check(self) -> None:
-        """Raise where its thread has ended: what it is given then goes nowhere."""
+        """Raise if its thread has ended, after which nothing is written."""
         writer: Any = self._writer.file_writer
         if writer is None or not writer.event_writer._worker.is_alive():
             raise OSError("its event file cannot be written")
@@ -228,10 +228,10 @@ def check_trackers(config: Config) -> None:
 
 
 class Trackers:
-    """All trackers of a run. One that fails is a warning and gets nothing more; the run goes on."""
+    """All trackers of a run. A tracker that fails is a warning, and is disabled; the run goes on."""
 
     def __init__(self, folder: RunFolder, config: Config, step: int) -> None:
-        """Open those of `log.to`.
+        """Open the trackers of `log.to`.
 
         Args:
           folder: the run's; trackers.json in it has the run's id in the trackers, so that a resumed run goes on there.
@@ -251,7 +251,7 @@ class Trackers:
         self._each(lambda tracker: tracker.log(step, scalars))
 
     def show_report(self, step: int) -> None:
-        """Show the run's picture and its report, where it has them."""
+        """Show the run's picture and its report, if they exist."""
         picture = page = None
         with self._guarded("the report's upload"):
             if self._folder.picture_file.exists():
@@ -262,7 +262,7 @@ class Trackers:
         self._each(lambda tracker: tracker.show(step, picture, page))
 
     def close(self) -> None:
-        """Mark the run as ended; trackers get nothing more."""
+        """Mark the run as ended."""
         self._each(lambda tracker: tracker.close())
         self._open.clear()
 
@@ -278,11 +278,11 @@ class Trackers:
         except Exception as error:
             self._open.pop(name, None)
             where = self._folder.metrics_file
-            log0(f"WARNING: {name} failed and gets nothing more ({first_line(error)}); {where} has all metrics")
+            log0(f"WARNING: {name} failed and is disabled ({first_line(error)}); {where} has all metrics")
 
 
 def _run_id(folder: RunFolder, step: int) -> str:
-    """Return the run's id in its trackers: that of trackers.json, or a new one, which is kept there."""
+    """Return the run's id in its trackers, from trackers.json or new; it is kept there."""
     run_id = None
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # absent or damaged
         run_id = json.loads(folder.trackers_file.read_text())["id"] if step else None

@@ -32,7 +32,7 @@ _SYSTEM_ERROR = re.compile(r"os_error_code='(\d+)'|OS error (\d+)")  # in messag
 
 
 class _Damaged(Exception):
-    """What is wrong with a checkpoint."""
+    """A fault of a checkpoint."""
 
 
 def _names(tree: Any) -> dict[str, Any]:
@@ -58,9 +58,9 @@ def _reason(error: BaseException) -> str:
 
 
 def _is_new(record: logging.LogRecord) -> bool:
-    """Whether a message says more than the exceptions that Orbax raises, and than that a reader only reads."""
+    """Whether a log record says more than the exceptions that Orbax raises."""
     text = record.getMessage()
-    if record.name == "asyncio":  # at any time later, of each task beside the one that failed first
+    if record.name == "asyncio":  # at any time later, for each task besides the first that failed
         text += "".join(traceback.format_exception(record.exc_info[1])) if record.exc_info else ""
         return "exception was never retrieved" not in text or not ("orbax" in text or "OCDBT" in text)
     return not (record.exc_info and "orbax" in record.pathname) and not text.startswith("Given directory is read only")
@@ -68,7 +68,7 @@ def _is_new(record: logging.LogRecord) -> bool:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Leave what is printed about a failure of Orbax to the one exception that is raised."""
+    """Silence what Orbax prints about a failure besides the exception that it raises."""
 
     def hook(unraisable: Any) -> None:
         if str(unraisable.exc_value) != "Event loop is closed":  # TensorStore's tasks, after the first one failed
@@ -84,8 +84,8 @@ def _quiet() -> Iterator[None]:
         sys.unraisablehook = previous
 
 
-def _of_process_0(flag: bool) -> bool:
-    """What process 0 gives, in all processes."""
+def _broadcast_from_process_0(flag: bool) -> bool:
+    """Broadcast a flag from process 0."""
     return flag if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(np.asarray(flag)))
 
 
@@ -118,12 +118,12 @@ class Checkpointer:
           read_only: touch nothing, so that a run in progress can be read.
         """
         checkpoints = RunFolder(run).checkpoints
-        # Orbax wants absolute paths; that of a bucket is one, and would be taken for a local folder's name.
+        # Orbax wants absolute paths; `absolute` would take a URL for a local folder's name.
         self.path = checkpoints if is_remote(str(checkpoints)) else checkpoints.absolute()
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None if read_only else keep,
             keep_period=None if read_only else keep_every or None,
-            save_interval_steps=0 if read_only else 1,  # Orbax warns of any other where it only reads
+            save_interval_steps=0 if read_only else 1,  # Orbax warns of others when it only reads
             step_prefix=None,
             # An interrupted save leaves a temporary folder; it is not a checkpoint. A reader leaves it, since
             # another process may be writing it.
@@ -262,7 +262,7 @@ class Checkpointer:
         except UserError as error:
             if kind is None:
                 raise
-            log0(f"WARNING: {error}")  # and not in place of what ended the run
+            log0(f"WARNING: {error}")  # the exception that ended the run is raised
 
     def _wait(self) -> None:
         if self._watcher is not None:
@@ -293,9 +293,9 @@ class Checkpointer:
         checkpoint_files.write_digest(folder, self._saving)
 
     def _find_fault(self, step: int) -> str | None:
-        """What process 0 finds wrong with the files of `step`; all processes get the same verdict."""
+        """Return the fault that process 0 finds in the files of `step`, or None, the same on all processes."""
         fault = checkpoint_files.find_fault(self.path / str(step), step) if jax.process_index() == 0 else None
-        if _of_process_0(fault is not None):
+        if _broadcast_from_process_0(fault is not None):
             return fault or "process 0 names the file"
         return None
 
@@ -321,14 +321,14 @@ class Checkpointer:
         return state, position
 
     def _unreadable(self, step: int, reason: str) -> UserError:
-        """The error of whole files that the storage does not show for a moment: Orbax takes them for never saved."""
+        """Return the error for files that the storage does not list for a moment: to Orbax they were never saved."""
         return UserError(
             f"checkpoint {self.path / str(step)} cannot be read ({reason}), though its files are those that were "
             "written; run the same command to try again."
         )
 
     def _move_aside(self, faults: dict[int, str], good: int) -> None:
-        """Give damaged checkpoints names that Orbax and `RunFolder` take for no checkpoint's, and print a warning."""
+        """Rename damaged checkpoints so that Orbax and `RunFolder` ignore them, and print a warning."""
         moved = []
         for step, fault in faults.items():
             target, number = self.path / f"damaged-{step}", 1
@@ -340,7 +340,7 @@ class Checkpointer:
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("damaged checkpoints are moved")
         self._manager.reload()
-        log0(f"WARNING: damaged: {'; '.join(moved)}; going back to that of step {good}, the newest whole one")
+        log0(f"WARNING: damaged: {'; '.join(moved)}; going back to step {good}, the newest whole one")
 
     def _check(self, abstract: TrainState, saved: dict[str, Any], step: int) -> None:
         """Compare names and shapes before any array is read: Orbax's own error is a page long."""

@@ -1,4 +1,6 @@
-"""Digest of a checkpoint: names, sizes and hashes of its files, by which damage is noticed before anything is restored.
+"""Files of checkpoints: their digest, the space that they need, and which process reads which part.
+
+The digest has names, sizes and hashes of the files of a checkpoint, and shows damage before anything is restored.
 
 digest.json is in the checkpoint's own folder: {"algorithm", "files": {name: [bytes, hash]}, "step", "digest"}, where
 "digest" is the hash of all the rest. It is written before the folder gets its final name, so every checkpoint has one.
@@ -29,7 +31,7 @@ from xclip_jax.core.storage import is_remote, strict_json, write_json
 from xclip_jax.train.state import TrainState
 
 DIGEST_FILE = "digest.json"
-# The fastest of hashlib where processors have instructions for it, as nearly all have.
+# The fastest of hashlib on processors with instructions for it, which nearly all have.
 _HASH = "sha256"
 _THREADS = 4
 # Orbax writes these two after the digest. They hold times and names, and nothing is restored from them.
@@ -41,7 +43,7 @@ def write_digest(folder: epath.Path, step: int) -> None:
 
     Args:
       folder: the checkpoint's, under its final or its temporary name.
-      step: of the checkpoint.
+      step: step of the checkpoint.
 
     Raises:
       OSError: a file cannot be read, or the digest cannot be written.
@@ -59,10 +61,10 @@ def find_fault(folder: epath.Path, step: int) -> str | None:
 
     Args:
       folder: the checkpoint's.
-      step: of which it should be.
+      step: expected step.
 
     Returns:
-      What is wrong, beginning with the name of a file, or None where all is as it was written.
+      The fault, beginning with the name of a file, or None if all files are as they were written.
 
     Raises:
       OSError: a file cannot be read for a reason that is not damage, such as missing permission.
@@ -73,7 +75,7 @@ def find_fault(folder: epath.Path, step: int) -> str | None:
     if content is None:
         return f"{DIGEST_FILE} is damaged"
     if content["step"] != step:
-        return f"{DIGEST_FILE} is that of step {content['step']}"
+        return f"{DIGEST_FILE} belongs to step {content['step']}"
     # All sizes first, since they cost nothing.
     sizes = _file_sizes(folder)
     for name, (size, _) in content["files"].items():
@@ -129,7 +131,7 @@ def _hash_of(content: Any) -> str:
 
 
 def _parse_digest(text: bytes) -> dict[str, Any] | None:
-    """The content of a digest, or None where it is damaged."""
+    """The content of a digest, or None if it is damaged."""
     try:
         content = json.loads(text)
         own = content.pop("digest")
@@ -139,12 +141,12 @@ def _parse_digest(text: bytes) -> dict[str, Any] | None:
 
 
 def num_bytes(state: TrainState) -> int:
-    """Bytes of a state, or of its shapes, on all devices together: what a checkpoint takes at most."""
+    """Return the bytes of a state on all devices together, which a checkpoint takes at most."""
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
 
 
 def free_bytes(path: epath.Path) -> int | None:
-    """Bytes that can be written to the disk of `path`, which need not exist; None of a bucket, or of a broken disk."""
+    """Return the free bytes on the disk of `path`, which need not exist; None for a bucket or a broken disk."""
     if is_remote(str(path)):
         return None
     folder = os.path.abspath(path)
@@ -157,13 +159,13 @@ def free_bytes(path: epath.Path) -> int | None:
 
 
 def checkpoints_to_write(config: Config, saved: list[int]) -> int:
-    """How many checkpoints the run has yet to write, if it has those of the steps `saved`."""
+    """Return how many checkpoints a run has yet to write after the steps `saved`."""
     left, every = max(config.steps - max(saved, default=0), 0), config.checkpoint.every
     return -(-left // every) if every else min(left, 1)
 
 
 def most_added(config: Config, saved: list[int]) -> int:
-    """How many checkpoints a run adds at most to those of the steps `saved`.
+    """Return how many checkpoints a run keeps at most at a time, besides the steps `saved`.
 
     A new checkpoint is complete before the oldest is deleted, so that a run needs space for one more than it keeps.
     """
@@ -180,11 +182,15 @@ def bytes_of_interrupted_saves(checkpoints: epath.Path) -> int:
     return sum(entry.stat().st_size for name in names for entry in os.scandir(name) if entry.is_file())
 
 
-_ELEMENTS = 1 << 14  # smaller arrays are read whole by all: their bytes are nothing, and each takes a collective
+_ELEMENTS = 1 << 14  # all processes read smaller arrays whole: a collective would cost more
 
 
 def split_for_reading(abstract: Any) -> Any:
-    """`abstract` arrays in the shardings that they are read in: large ones split over all devices of all processes."""
+    """Return `abstract` arrays in the shardings in which they are read: large ones are split over all devices.
+
+    Otherwise every host would read arrays that it has whole, and a bucket would serve the state once per host. The
+    devices exchange their parts over their own network, which is faster.
+    """
     layout = jax.tree.leaves(abstract)[0].sharding
     if not isinstance(layout, NamedSharding) or not _spans_processes(layout):
         return abstract
@@ -192,14 +198,14 @@ def split_for_reading(abstract: Any) -> Any:
 
 
 def gather_parts(arrays: Any, abstract: Any) -> Any:
-    """`arrays` that were read as `parts(abstract)`, in the shardings of `abstract`."""
+    """Return `arrays` that were read as `split_for_reading(abstract)` in the shardings of `abstract`."""
     read, structure = jax.tree.flatten(arrays)
     layouts = [x.sharding for x in jax.tree.leaves(abstract)]
     split = [i for i, (x, layout) in enumerate(zip(read, layouts, strict=True)) if x.sharding != layout]
     if not split:
         return arrays
     with warnings.catch_warnings():
-        # The parts are given up, as they might not fit beside the result; they are smaller than what they become.
+        # The parts are donated, as they might not fit next to the result; they are smaller than it.
         warnings.filterwarnings("ignore", "Some donated buffers were not usable")
         gather_parts = jax.jit(lambda x: x, out_shardings=[layouts[i] for i in split], donate_argnums=0)
         whole = gather_parts([read[i] for i in split])

@@ -233,7 +233,7 @@ def check_weights(start: Start) -> Iterator[Finding]:
 
 
 def check_disk(start: Start) -> Iterator[Finding]:
-    """Yield whether the disk has room for the checkpoints of the run, of which one may be one too many for a while."""
+    """Yield whether the disk has room for the checkpoints of the run, and for one more while it is written."""
     config, folder = start.config, start.folder
     free, size = free_bytes(folder.checkpoints), num_bytes(start.experiment.abstract)
     saved = folder.steps() if free is not None else []

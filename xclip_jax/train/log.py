@@ -25,7 +25,7 @@ WALL, USEFUL = "wall_seconds", "useful_seconds"
 class Goodput:
     """Wall time and useful time of a run, of this process and of those before it.
 
-    Wall time is that of the run's processes, each from its start to its last line of metrics; the time between two
+    Wall time adds up the run's processes, each from its start to its last line of metrics; the time between two
     processes is not known. Useful is the time since the first step was dispatched, without what is reported as `lost`
     (evaluations, checkpoints, rewinds, traces), the devices' waits for data, and the shares of steps that were skipped
     or undone. Of processes before, what they did after the checkpoint that the run resumed from is not useful.
@@ -43,7 +43,7 @@ class Goodput:
         Args:
           began: when this process began, by `clock`.
           start: the step that it starts or resumes from.
-          lines: metrics that the processes before it logged, in order, those of steps after `start` as well.
+          lines: metrics that earlier processes logged, in order, including steps after `start`.
           clock: seconds.
         """
         self._began, self._start, self._clock = began, start, clock
@@ -59,7 +59,7 @@ class Goodput:
         if self._first is None:
             self._first, self._lost = self._clock(), 0.0
 
-    def lose(self, seconds: float) -> None:
+    def add_lost_time(self, seconds: float) -> None:
         """Count the last `seconds`, in which no step was computed, as lost."""
         self._lost += seconds
 
@@ -107,7 +107,7 @@ class Progress:
         self._ended += 1
 
     def pause(self, seconds: float) -> None:
-        """Leave the last `seconds`, as of an evaluation, out of the speed."""
+        """Exclude the last `seconds`, for example an evaluation, from the speed."""
         self._first_end += seconds
         self._last_end += seconds
 
@@ -132,7 +132,7 @@ class Progress:
 
 
 def is_due(every: int, step: int) -> bool:
-    """Whether what is done every `every` steps, never where that is 0, is due at `step`."""
+    """Whether something that happens every `every` steps (0: never) is due at `step`."""
     return every > 0 and step % every == 0
 
 
@@ -243,7 +243,7 @@ class MetricLogger:
         self._goodput = Goodput(began, start, before)
 
     def log_step(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Take the metrics of a step that was dispatched, and log those of the step before if they are due."""
+        """Take the metrics of a dispatched step, and log the metrics of the previous step if they are due."""
         if self._pending:
             self.skipped.check(*self._pending)
             if is_due(self._job.config.log.every, self._pending[0]) or self._pending[0] == 1:
@@ -283,7 +283,7 @@ class MetricLogger:
             callback.on_log(step, scalars)
 
     def _accounts(self, step: int) -> dict[str, float]:
-        """What is logged beside the metrics that the step computes."""
+        """Return metrics that the step does not compute."""
         samples = step * self._job.experiment.data.batch
         speed = self._progress.samples_per_second()
         goodput = self._goodput.values(step, wasted=self.skipped.wasted, waited=self.stalls.total)
@@ -327,7 +327,7 @@ class MetricLogger:
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Context of what does not train, as an evaluation: left out of the speed, of stalls, and of the goodput."""
+        """Exclude work that is no training, such as an evaluation, from speed, stalls and goodput."""
         began = time.perf_counter()
         with self.stall():
             try:
@@ -338,15 +338,15 @@ class MetricLogger:
 
     @contextlib.contextmanager
     def stall(self) -> Iterator[None]:
-        """Context of what training waits for, as a checkpoint: left out of the goodput."""
+        """Exclude work that training waits for, such as a checkpoint, from the goodput."""
         began = time.perf_counter()
         try:
             yield
         finally:
-            self._goodput.lose(time.perf_counter() - began)
+            self._goodput.add_lost_time(time.perf_counter() - began)
 
     def write(self) -> None:
-        """Log what is left, and write what waits in memory, as lines of files in a bucket do."""
+        """Log the last step, and write buffered lines, as files in a bucket have."""
         self.flush()
         self.ledger.close()
         self.skipped.close()
@@ -362,20 +362,20 @@ class MetricLogger:
             log0(f"bad samples so far: {counts}; see {self.ledger.path}")
 
     def show_report(self, step: int) -> None:
-        """Show the run's report, where it has one, in the trackers."""
+        """Show the run's report in the trackers, if there is one."""
         if self._trackers:
             self._trackers.show_report(step)
 
     def end(self) -> None:
-        """End the trackers, which get nothing more; after an error too, as their own end may be cut off."""
+        """Close the trackers, after an error too, as the process may end without their own exit."""
         if self._trackers:
             self._trackers.close()
 
 
 def utilization(flops_per_second: float, peak: float | None) -> dict[str, float]:
-    """Return "model_flops_per_second", all devices together, and "mfu", its share of their `peak` where that is known.
+    """Return "model_flops_per_second", all devices together, and "mfu", its share of `peak` if that is known.
 
-    They are empty for a model whose FLOPs are not known, 0.
+    Empty for a model of unknown FLOPs, 0.
     """
     if not flops_per_second:
         return {}
@@ -383,7 +383,7 @@ def utilization(flops_per_second: float, peak: float | None) -> dict[str, float]
 
 
 def _flops_and_peak(job: Job) -> tuple[float, float | None]:
-    """Model FLOPs of a training sample, 0 where they are not known, and FLOP/s of all devices."""
+    """Model FLOPs of a training sample, 0 if unknown, and peak FLOP/s of all devices."""
     devices = job.experiment.mesh.devices
     peak = flops.PEAK.get(devices.flat[0].device_kind)
     experiment = job.experiment

@@ -36,8 +36,8 @@ def train(
 
     def save(*, regular: bool = False) -> None:
         watch.enter(CHECKPOINT)
-        log.write()  # what a checkpoint has counted is not made again by a run that resumes from it
-        # Steps that are skipped one after another have the same parameters, and push the checkpoints before out.
+        log.write()  # a run that resumes does not log steps before the checkpoint again
+        # Skipped steps change no parameters, and their checkpoints would push out earlier ones.
         if not (regular and log.skipped.in_a_row):
             with log.stall():
                 checkpointer.save(state, _position(job, step, log.ledger))
@@ -73,24 +73,24 @@ def train(
     except Exception as error:
         if step > start and _can_save_after(error, watch.phase):
             save()
-            checkpointer.steps()  # waits for it: of several processes each ends as soon as it has raised
+            checkpointer.steps()  # waits for the save: each of several processes ends as soon as it raises
             error.add_note(f"the state of step {step} is saved")
         raise
     finally:
-        watch.enter(CHECKPOINT)  # what is being saved is awaited when the checkpointer is closed
+        watch.enter(CHECKPOINT)  # closing the checkpointer waits for a save
         tracer.close()
 
 
 def _position(job: Job, step: int, ledger: Ledger) -> dict[str, Any]:
-    """Where the run is in its data after `step`, as a checkpoint has it."""
+    """Return the position in the data after `step`, for a checkpoint."""
     b = job.experiment.data.batch
     return {"samples": step * b, "batch": b, "seed": job.config.seed, "counters": ledger.counters}
 
 
 def _can_save_after(error: Exception, phase: str) -> bool:
     """Whether the state of the last step is whole after an error, and all processes are there to save it."""
-    # Of several processes one cannot save without the others, and these have begun the next step, which overwrites the
-    # state, unless all meet the error at the same step. What fails in a step may leave no state.
+    # With several processes the others have already dispatched the next step, which donates the state, so only errors
+    # that all raise at the same step can be saved. An error in a step may leave no state.
     alone = jax.process_count() == 1
     return isinstance(error, TooManyBadSamples) or (alone and phase in (DATA, EVALUATION))
 
@@ -106,7 +106,7 @@ def run_evaluators(evaluators: Sequence[Evaluator], variables: Variables) -> lis
 
 @contextlib.contextmanager
 def evaluating(watch: Watchdog, stop: PreemptionHandler, phase: str = EVALUATION) -> Iterator[None]:
-    """Context of what evaluates: an interrupt leaves it between two batches, a signal to a single process at once."""
+    """Evaluate in this context: an interrupt leaves it between two batches, a signal to a single process at once."""
 
     def observe(all_processes: bool) -> None:
         watch.beat()
@@ -125,7 +125,7 @@ def _evaluates(job: Job, step: int) -> bool:
 def _evaluate(
     job: Job, step: int, state: TrainState, log: MetricLogger, watch: Watchdog, stop: PreemptionHandler
 ) -> None:
-    """Evaluate the model on the way, and leave the time that it takes out of the speed."""
+    """Evaluate during training; the speed excludes the time that it takes."""
     log.flush()
     with log.pause():
         with evaluating(watch, stop):
@@ -136,7 +136,7 @@ def _evaluate(
 
 
 class StepTracer:
-    """Runs the steps, and traces those of `log.profile` with JAX's profiler; a trace that fails is a warning.
+    """Runs the steps, and traces the steps of `log.profile` with JAX's profiler; a trace that fails is a warning.
 
     The trace starts when the steps before it have ended, and ends when the traced ones have.
     """

@@ -36,14 +36,14 @@ def bytes_on_device(tree: Any) -> float:
 
 
 def compile_for(experiment: Experiment) -> Any:
-    """Return the compiled step of `experiment`; `jax.errors.JaxRuntimeError` where it exceeds the chips' memory."""
+    """Return the compiled step of `experiment`; `jax.errors.JaxRuntimeError` if it exceeds the chips' memory."""
     return trace(experiment).lower().compile()
 
 
 def trace(experiment: Experiment) -> Any:
     """Return the step of `experiment`, traced for abstract arrays, which JAX keeps for the first step."""
     b, size = experiment.data.batch, experiment.image_size
-    # With the layout of `loader.to_global`: without it these would be other types to JAX.
+    # The layout of `loader.to_global`: with another one the step would be traced again.
     array = functools.partial(jax.ShapeDtypeStruct, sharding=batch_sharding(experiment.mesh))
     batch = {
         "image": array((b, size, size, 3), "uint8"),
@@ -83,7 +83,7 @@ def compile_if_fits(experiment: Experiment) -> tuple[Any, str]:
             raise
         if re.search("memory space vmem|scoped vmem limit", str(error)):
             raise UserError(
-                "an operation exceeds a chip's vector memory, of which the state and the batch take nothing; with "
+                "an operation exceeds a chip's vector memory, which does not depend on the state and the batch; with "
                 "LIBTPU_INIT_ARGS=--xla_tpu_enable_async_collective_fusion_fuse_all_reduce=false sums over chips are "
                 "computed apart, and need less."
             ) from error

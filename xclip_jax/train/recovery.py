@@ -1,4 +1,4 @@
-"""Steps that the compiled step skipped: counted, written down, and after too many in a row the run rewinds or stops."""
+"""Skipped steps: they are counted and recorded, and after too many in a row the run rewinds or stops."""
 
 import math
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from xclip_jax.train.job import Job
 from xclip_jax.train.state import TrainState
 from xclip_jax.train.step import at_step
 
-# What is written down of a skipped step, and looked at in this order for the reason.
+# Values of a skipped step that are recorded, and searched in this order for the reason.
 _VALUES = ("loss", "grad_norm", "param_norm", "grad_norm_mean")
 
 
@@ -24,7 +24,7 @@ def _fault(step: int, values: Mapping[str, float]) -> str:
         if not math.isfinite(value):
             return f"{name.replace('_', ' ')} of step {step} is {value}"
     if (mean := values.get("grad_norm_mean")) is not None and values["grad_norm"] > mean:
-        return f"grad norm of step {step} is {values['grad_norm']:.3g}, where its running mean is {mean:.3g},"
+        return f"grad norm of step {step} is {values['grad_norm']:.3g}, with a running mean of {mean:.3g},"
     return f"a running value of step {step} is not finite"
 
 
@@ -33,7 +33,7 @@ class SkippedSteps:
 
     A line is {"step", "position": of its first sample in the run's order, "samples": their number, "loss", "grad_norm",
     "param_norm", "grad_norm_mean" where there is one}, with null for what is not finite, or {"step", "rewound_to": a
-    checkpoint's step}. The counters are those of "skipped" in `Ledger.counters`, which every checkpoint has.
+    checkpoint's step}. The counters are "skipped" in `Ledger.counters`, which every checkpoint has.
     """
 
     def __init__(self, job: Job, start: int, ledger: Ledger, checkpointer: Checkpointer) -> None:
@@ -139,7 +139,7 @@ class SkippedSteps:
 
     def _stop(self, reason: str) -> None:
         saved = self._checkpointer.steps()
-        last = f"the last checkpoint is of step {saved[-1]}" if saved else "there is no checkpoint yet"
+        last = f"the last checkpoint has step {saved[-1]}" if saved else "there is no checkpoint yet"
         self.close()
         ratio = ", raise optim.max_grad_norm_ratio" if self._job.config.optim.max_grad_norm_ratio else ""
         raise Diverged(

@@ -32,8 +32,8 @@ class Augment:
     Attributes:
       data: strengths of the augmentations.
       preprocessing: how pixels are normalised, and the size of an image.
-      objective: adds inputs of its own, such as those of mixup.
-      towers: {"img", "txt"}, which have random inputs of their own, such as those of patch dropout.
+      objective: adds inputs of its own, such as the partners of mixup.
+      towers: {"img", "txt"}, which have random inputs of their own, such as the patches to drop.
     """
 
     data: DataConfig
@@ -72,11 +72,16 @@ class Augment:
 def gradcache(
     encode: Callable[[Any, Any], Any], loss: Callable[[Any, Any], tuple[jax.Array, Any]], microbatches: int
 ) -> Callable[[Any, Any], tuple[tuple[jax.Array, Any], Any]]:
-    """`jax.value_and_grad` of loss(params, encode(params, inputs)) with regard to params; `loss` returns (value, aux).
+    """`jax.value_and_grad` of loss(params, encode(params, inputs)) in little memory: GradCache (arXiv 2101.06983).
+
+    The encoders run on parts of the batch, and only their features are kept; heads, with BatchNorm over the global
+    batch, and losses see all features at once. The backward pass runs the encoders of each part again. The result is
+    the gradient of the whole batch up to rounding. An average of the gradients of each part's own loss would be another
+    objective: contrastive losses compare pairs across parts, and nCLIP's smoothness is the entropy of a mean.
 
     Args:
       encode: (params, inputs) -> features, row by row: all randomness must be in `inputs`.
-      loss: sees the features of the global batch.
+      loss: (params, features of the global batch) -> (value, aux).
       microbatches: parts of the batch to encode one after the other; 1 keeps all activations.
 
     Returns:
@@ -90,13 +95,13 @@ def gradcache(
 
 
 def encode_microbatches(encode: Callable[[Any, Any], Any], params: Any, inputs: Any, microbatches: int) -> Any:
-    """encode(params, inputs), one part of the rows after the other; its derivative computes each part once more."""
+    """Return encode(params, inputs), computed in parts of the rows; the derivative computes each part once more."""
     if microbatches == 1:
         return encode(params, inputs)
     return sharding.map_microbatches(encode, params, inputs, microbatches, stack=False)
 
 
-# Of the running mean of the gradient norm: its decay in a step, and the accepted steps before it is relied on.
+# Running mean of the gradient norm: decay per step, and number of warm-up steps.
 DECAY = 0.99
 WARMUP = 100
 
@@ -112,7 +117,7 @@ class SpikeFilter:
     """Refuses steps whose gradient norm is far above its running geometric mean over the steps that were accepted.
 
     Attributes:
-      ratio: of the norm and its mean above which a step is refused, once the mean is of `WARMUP` steps.
+      ratio: a step is refused if its norm exceeds the mean by this factor, after `WARMUP` steps.
     """
 
     ratio: float
@@ -143,7 +148,7 @@ def _is_schedule(node: Any) -> bool:
 
 
 def at_step(state: TrainState, step: int | jax.Array) -> TrainState:
-    """Return `state` as of another step of the run: its own counter and that of the learning-rate schedule."""
+    """Return `state` with another step in its own counter and in the learning-rate schedule."""
 
     def move(node: Any) -> Any:
         return node._replace(count=jnp.full_like(node.count, step)) if _is_schedule(node) else node
@@ -163,7 +168,7 @@ Features = tuple[Any, Any]  # h_img and h_txt; None of a tower that the model do
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TrainStep:
-    """What a step needs beside state and batch, and the step itself, `step`, as a pure function; not yet compiled.
+    """The train step as a pure function, `step`, and everything that it needs besides state and batch.
 
     Attributes:
       model: the towers and heads.
@@ -175,8 +180,8 @@ class TrainStep:
       constrain_grads: holds gradients to the layout that the optimizer works in.
       frozen: towers whose gradient is zero and is not computed.
       spikes: refuses steps of a gradient that is too large, if there is such a bound.
-      text_groups: ((rows, tokens), ...) in which a device encodes the texts of a microbatch, see `length_groups`; none
-        where texts are not cut.
+      text_groups: ((rows, tokens), ...) in which a device encodes the texts of a microbatch, see `length_groups`; empty
+        if texts are not cut.
     """
 
     model: TwoTowers
@@ -193,9 +198,9 @@ class TrainStep:
     def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """(state, {"image": uint8 (b, h, w, 3), "text": int32 (b, n)}) -> (state, metrics).
 
-        The metrics are those of the parameters before the update, but for "update_norm". Where the loss, the gradients
-        or running values are not finite, only the step is counted, and metric "skipped" is true; an update is finite
-        where these are, by the bounds of group `optim`. A batch has what `objective.fields` says.
+        All metrics but "update_norm" belong to the parameters before the update. If the loss, the gradients or running
+        values are not finite, only the step is counted, and metric "skipped" is true; otherwise the update is finite,
+        by the bounds of group `optim`. A batch has the fields `objective.fields`.
         """
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
         inputs = self.augment.sample(key, batch)
@@ -222,7 +227,7 @@ class TrainStep:
             )
             return new, optax.tree.norm(updates)
 
-        # A branch costs nothing, where a choice between the old and the new values is a pass over both.
+        # A branch costs nothing; a choice between old and new values would be a pass over both.
         new, update_norm = jax.lax.cond(accept, update, lambda: (state, jnp.zeros(())))
         new = at_step(new, state.step + 1)
         return new, metrics | norms | {"update_norm": update_norm, "skipped": ~accept}
@@ -243,7 +248,7 @@ class TrainStep:
     def _differentiate(
         self, state: TrainState, inputs: Inputs, order: LengthOrder | None
     ) -> tuple[tuple[jax.Array, Any], Any]:
-        """The same as `_gradients`, with texts in the groups of `order`, or whole."""
+        """As `_gradients`, with texts in the groups of `order`, or whole."""
         teacher, ema_batch_stats = self._teach(state, inputs, order) if self.objective.teacher else (None, None)
 
         # Encoders and heads are applied apart: the heads, with BatchNorm, and the losses are defined on the whole
@@ -261,7 +266,7 @@ class TrainStep:
         return value_and_grad(state.params, _grouped(inputs, order))
 
     def _encode(self, params: Any, inputs: Inputs) -> Features:
-        """Features; those of texts as a tuple where the texts are groups."""
+        """Return the features (h_img, h_txt); h_txt is a tuple if the texts are in groups."""
         variables = {"params": params | {tower: jax.lax.stop_gradient(params[tower]) for tower in self.frozen}}
         noise = {"img": {}, "txt": {}} | inputs.get(NOISE, {})
         h_img = h_txt = None
@@ -287,21 +292,21 @@ class TrainStep:
         return h_img, h_txt
 
     def _project(self, params: Any, batch_stats: Any, h: Features) -> tuple[dict[str, Any], Any]:
-        """What the heads write, and the new statistics of BatchNorm."""
+        """Return the outputs of the heads, and the new statistics of BatchNorm."""
         variables = {"params": params, "batch_stats": batch_stats}
         logits = not self.objective.loss.chunk_size
         out, new = self.model.apply(variables, *h, train=True, logits=logits, mutable=["batch_stats"], method="project")
         return out, new.get("batch_stats", {})
 
     def _teach(self, state: TrainState, inputs: Inputs, order: LengthOrder | None) -> tuple[dict[str, Any], Any]:
-        """What the moving average makes of the batch: without random inputs of towers, with statistics of its own."""
+        """Teacher outputs: EMA parameters and EMA batch statistics, without dropout noise."""
         params = jax.lax.stop_gradient(state.ema_params)
         inputs = {key: value for key, value in inputs.items() if key != NOISE}
         h = encode_microbatches(self._encode, params, _grouped(inputs, order), self.microbatches)
         return self._project(params, state.ema_batch_stats, _joined(h, order))
 
     def _average(self, state: TrainState, params: Any, batch_stats: Any, ema_batch_stats: Any) -> tuple[Any, Any]:
-        """The moving average after the step: parameters and statistics, of which a teacher has made its own already."""
+        """Update the EMA parameters, and the EMA batch statistics unless the teacher pass has already updated them."""
         if state.ema_params is None:
             return None, ema_batch_stats
         rate = 1 - self.momentum(state.step)
@@ -312,7 +317,7 @@ class TrainStep:
 
 
 def _grouped(inputs: Inputs, order: LengthOrder | None) -> Inputs:
-    """`inputs` with a tuple of groups in place of texts, and of their tower's random inputs."""
+    """Split the texts of `inputs`, and the random inputs of their tower, into groups."""
     if order is None:
         return inputs
     noise = inputs.get(NOISE, {})
@@ -321,7 +326,7 @@ def _grouped(inputs: Inputs, order: LengthOrder | None) -> Inputs:
 
 
 def _joined(h: Features, order: LengthOrder | None) -> Features:
-    """Features with those of texts in the order of the batch."""
+    """Join the groups of h_txt in the order of the batch."""
     return h if order is None else (h[0], order.join(h[1]))
 
 

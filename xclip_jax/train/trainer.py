@@ -29,7 +29,7 @@ from xclip_jax.train.state import TrainState, create
 from xclip_jax.train.training_folder import TrainingFolder
 from xclip_jax.train.weights import init_from_weights
 
-# A ratio of epochs from which on a recipe's schedule is not the one that was meant.
+# Ratio of epochs above which a recipe's schedule is not the intended one.
 _FAR = 1.5
 
 
@@ -44,13 +44,13 @@ def run(
 
     Args:
       config: of the run.
-      callbacks: receive metrics, results and the trained model, such as `xclip_jax.report.callback()`; those of
-        `log.callbacks` come after them.
+      callbacks: receive metrics, results and the trained model, such as `xclip_jax.report.callback()`; `log.callbacks`
+        come after them.
       uptime: seconds that the process has run for, which the goodput counts as start-up.
 
     Raises:
       UserError: bad input, or values that are not finite.
-      SystemExit: a signal asked to stop; the status is `EXIT_RESUMABLE`. Where there is nothing to save, such a signal
+      SystemExit: a signal asked to stop; the status is `EXIT_RESUMABLE`. Without anything to save, the signal
         ends the process itself.
     """
     began = time.perf_counter() - uptime
@@ -98,7 +98,7 @@ def _train(
     callbacks: Sequence[Callback],
     began: float,
 ) -> tuple[TrainState, bool, MetricLogger]:
-    """Make or restore the state and train it. Returns it, whether the run was interrupted, and the log."""
+    """Train a new or restored state; return it, whether the run was interrupted, and the log."""
     config, experiment = job.config, job.experiment
     count = sum(x.size for x in jax.tree.leaves(experiment.abstract.params))
     items = "items" if experiment.objective.labelled else "pairs"
@@ -142,7 +142,7 @@ def _train(
 
 
 def warn_of_epochs(job: Job, items: str) -> None:
-    """Warn where a recipe expects data of another size, so that its steps are not the intended epochs."""
+    """Warn if a recipe expects data of another size, so that its steps are not the intended epochs."""
     expected, n = job.config.log.expected_epochs, job.num_samples
     if expected and not 1 / _FAR < job.epochs / expected < _FAR:
         steps = max(round(expected * n / job.experiment.data.batch), 1)
@@ -164,12 +164,12 @@ def _finish(
     """Make the last evaluation: results.json, the table, and the callbacks.
 
     Raises:
-      Interrupted: a signal came; says what was left.
+      Interrupted: a signal came; a line says what is missing.
       UserError: sets that failed.
     """
     config, began = job.config, time.perf_counter()
     variables, step = state.variables(ema=config.eval.ema), int(state.step)
-    with _left("the last evaluation was left"):
+    with _reporting_interrupt("the last evaluation was interrupted"):
         results, failed = _evaluate(job, variables, step, log, watch, stop)
     watch.enter("")
     log.close()
@@ -185,7 +185,7 @@ def _finish(
         )
     if results:
         log.end_evaluation(step, results)
-    with _left(f"the report was left; {command('report')} {config.run} makes it"):
+    with _reporting_interrupt(f"the report was interrupted; {command('report')} {config.run} makes it"):
         for callback in callbacks:
             with evaluating(watch, stop, ""):
                 callback.on_end(job, variables, results)
@@ -195,7 +195,7 @@ def _finish(
 
 
 @contextlib.contextmanager
-def _left(message: str) -> Iterator[None]:
+def _reporting_interrupt(message: str) -> Iterator[None]:
     try:
         yield
     except Interrupted:

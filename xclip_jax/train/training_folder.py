@@ -1,4 +1,4 @@
-"""The run's folder of a training run: whether it may be started or resumed there, and what it writes."""
+"""Checks and writes the folder of a training run."""
 
 import contextlib
 import datetime
@@ -33,7 +33,7 @@ _EVALUATION_KEYS = (
     "eval.sets", "eval.final_sets", "eval.ema", "eval.resize", "eval.resize_size", "eval.interpolation",
     "eval.templates", "eval.class_names",
 )  # fmt: skip
-# Keys of a fingerprint with `data.records.outcome`, and what it is of.
+# Keys of a fingerprint whose values are digests of `data.records.outcome`, and their names in messages.
 OUTCOMES = {
     "data.holdout": "what data.holdout holds out",
     "data.spread_duplicate_captions": "what data.spread_duplicate_captions spreads",
@@ -89,7 +89,7 @@ class TrainingFolder(RunFolder):
         return record["results"]
 
     def tokenizer(self, config: Config) -> str:
-        """Value of data.tokenizer to build with: the run's own copy of a tokenizer file, where it has one.
+        """Value of data.tokenizer to build with: the run's own copy of a tokenizer file, if there is one.
 
         Raises:
           UserError: it is another one than the run, which has a checkpoint, was started with.
@@ -114,7 +114,7 @@ class TrainingFolder(RunFolder):
         return str(self.tokenizer_file)
 
     def length_groups(self, text_rows: tuple[int, int]) -> LengthGroups | None:
-        """Return the run's groups of texts, or None where it has no checkpoint yet, or they suit other `text_rows`.
+        """Return the run's groups of texts, or None without a checkpoint, or if they suit other `text_rows`.
 
         Args:
           text_rows: see `train.build.Experiment`.
@@ -169,7 +169,7 @@ class TrainingFolder(RunFolder):
             if count < then:
                 remedy = f"use a different --config.run, or delete {self.data_file} to go on in another order"
             raise UserError(
-                f"{source}: {what} differs from that of {self.data_file}, and with it the order of all samples: "
+                f"{source}: {what} differs from {self.data_file}, and with it the order of all samples: "
                 f"{count:,} of the records cannot be read now, {then:,} could not be read then{changed}; {remedy}."
             )
 
@@ -200,12 +200,12 @@ class TrainingFolder(RunFolder):
         lock = locks.lease(self.lock_file) if remote else locks.hold(self.lock_file, self.path, blocking=False)
         with lock:
             self.check(config)  # another run may have come and gone
-            self.results_file.unlink(missing_ok=True)  # of another evaluation, or a failed one; a launcher looks for it
+            self.results_file.unlink(missing_ok=True)  # of an earlier evaluation; a launcher waits for it
             self._write_config(config, groups, text_rows)
             write_json(self.data_file, list(fingerprints))
             starts, named = self.latest_step() is None, config.data.tokenizer in tokenizer.NAMES
             if starts and named:
-                self.tokenizer_file.unlink(missing_ok=True)  # that of a start which came to nothing
+                self.tokenizer_file.unlink(missing_ok=True)  # left by a start that failed
             elif not named and (starts or not self.tokenizer_file.exists()):
                 write_whole(self.tokenizer_file, epath.Path(config.data.tokenizer).read_bytes())
             yield
@@ -223,7 +223,7 @@ class TrainingFolder(RunFolder):
             check_writable(f"--config.run={str(self.path)!r}", path)
 
     def _check_not_lost(self, saved: Mapping[str, Any]) -> None:
-        """Metrics without checkpoints are a run that was killed early, or one whose checkpoints are lost."""
+        """Raise if the metrics go far beyond a first checkpoint, and there is none."""
         step, every = self.last_logged_step(), saved["config"]["checkpoint"]["every"]
         # The second checkpoint is started when the first is on disk.
         if self.results_file.exists() or 0 < 2 * every < step:
@@ -233,7 +233,7 @@ class TrainingFolder(RunFolder):
             )
 
     def last_logged_step(self) -> int:
-        """Last step of metrics.jsonl, 0 where there is none."""
+        """Last step of metrics.jsonl, 0 for none."""
         step = 0
         for line in self.read_metrics():
             with contextlib.suppress(ValueError, TypeError, KeyError):

@@ -43,7 +43,7 @@ def load(path: str, step: int | None = None) -> tuple[Config, Experiment, Variab
     A run's variables are those that it evaluates: the moving average where `eval.ema` says so.
 
     Args:
-      path: a run's folder, or anything that `interop.read` knows; such weights are of step 0.
+      path: a run's folder, or anything that `interop.read` knows, which has step 0.
       step: which checkpoint of a run; the newest by default.
 
     Raises:
@@ -226,7 +226,7 @@ def read_initial(config: Config, abstract: TrainState, classes: Sequence[str] | 
         known = read_classes(pinned)
         if known is None or known != tuple(classes or ()):
             variables = variables | {"params": {k: x for k, x in variables["params"].items() if k != "classifier"}}
-            notes.append(f"the classifier of {where} is left out: its classes are not known to be those of this run")
+            notes.append(f"the classifier of {where} is left out: it is not known to have the classes of this run")
     tensors, more = convert_params(variables, target, towers, where)
     notes += more
     log0(f"starting from {where}, step {step}: {len(tensors)} of {len(flatten_dict(target))} tensors")
@@ -342,7 +342,7 @@ def convert_params(
 
 
 def _group_by_prefix(names: set[str], variables: Mapping[str, Any]) -> list[str]:
-    """`names` without collections; a head or tower of which all `variables` are named is one name."""
+    """Shorten `names`: collections are left out, and a head or tower with all of its `variables` is one name."""
 
     def prefix(name: str) -> str:
         return name.split("/")[1]
