@@ -29,9 +29,9 @@ def make_step(recipe: str) -> Callable[[], float]:
     config.run = "unused"
     experiment = build.build(config)
     rng, size, length = np.random.default_rng(0), experiment.image_size, experiment.context_length
-    text = rng.integers(1, experiment.tokenizer.eot_id, (experiment.data.batch, length), np.int32)
+    text = rng.integers(1, experiment.tokenizer.eot_id, (experiment.config.data.batch, length), np.int32)
     text[:, -1] = experiment.tokenizer.eot_id
-    image = rng.integers(0, 256, (experiment.data.batch, size, size, 3), np.uint8)
+    image = rng.integers(0, 256, (experiment.config.data.batch, size, size, 3), np.uint8)
     batch = {k: jax.device_put(x, batch_sharding(experiment.mesh)) for k, x in (("image", image), ("text", text))}
     current = [state.create(experiment.init, experiment.abstract)]
 

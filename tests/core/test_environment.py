@@ -40,3 +40,13 @@ def test_changed_files_are_named(checkout):
 
 def test_a_package_in_another_projects_folder_is_not_of_its_commit(checkout):
     assert environment.git_commit(epath.Path(checkout / ".venv" / "lib" / "package")) == "unknown"
+
+
+def test_versions_are_known_without_an_installation(monkeypatch):
+    def missing(name):
+        raise environment.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(environment.metadata, "version", missing)
+    versions = environment.capture()["versions"]
+    assert versions["xclip_jax"] == environment.xclip_jax.__version__
+    assert versions["jax"] == "unknown"

@@ -120,9 +120,9 @@ def test_a_transparent_file_has_the_same_features_everywhere(background, cache, 
     c = tiny.config("clip", data__background=background, data__cache=cache, data__sources=(f"folder:{pairs}",),
                     data__crop_scale=(1.0, 1.0), data__resample="bicubic", data__batch=8)  # fmt: skip
     made = build.build(c)
-    opened = job.opening.open_sources(made.data)
-    order = loader.sample_order(opened, made.data, 0)
-    transform = loader.Transform(made.data, tiny.SIZE, tokenizer.load("bytes"), tiny.LENGTH)
+    opened = job.opening.open_sources(made.config.data)
+    order = loader.sample_order(opened, made.config.data, 0)
+    transform = loader.Transform(made.config.data, tiny.SIZE, tokenizer.load("bytes"), tiny.LENGTH)
     rows = next(iter(loader.batches(order, transform, batch=8, start=0, stop=1, seed=0)))["image"]
     numbers = [order.place(position)[1] for position in range(8)]
     expected = np.stack([model.prepare(paths[number]) for number in numbers]).astype(int)

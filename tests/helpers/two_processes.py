@@ -42,8 +42,8 @@ def main(folder, out, *others):
     changes = {"model__img__patch_dropout": 0.5, "model__cluster_head": head}
     config = tiny.config("xclip", data__batch=BATCH, data__sources=(f"folder:{folder}",), **changes)
     p = build.build(config)
-    order = loader.sample_order(opening.open_sources(p.data), p.data, config.seed)
-    transform = loader.Transform(p.data, p.image_size, p.tokenizer, p.context_length)
+    order = loader.sample_order(opening.open_sources(p.config.data), p.config.data, config.seed)
+    transform = loader.Transform(p.config.data, p.image_size, p.tokenizer, p.context_length)
     hosts = {"host": jax.process_index(), "hosts": jax.process_count()}
     batches = loader.batches(order, transform, batch=BATCH, start=0, stop=STEPS, seed=0, **hosts)
     s, losses, rows = state.create(p.init, p.abstract), [], []

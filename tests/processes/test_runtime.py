@@ -2,8 +2,6 @@ import os
 import pathlib
 import subprocess
 import sys
-import threading
-import time
 
 import jax
 import numpy as np
@@ -13,7 +11,7 @@ from tests.helpers import tiny
 from tests.helpers.two_processes import BROKEN
 from tests.helpers.util import free_address
 from xclip_jax.core.errors import UserError
-from xclip_jax.processes import peers, runtime
+from xclip_jax.processes import runtime
 from xclip_jax.train import weights
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -150,47 +148,6 @@ def test_weights_are_read_whole_in_every_process(runs, name):
     _, experiment, variables, _ = weights.load(str(runs / f"{name}.run"))
     expected = weights.fingerprint(experiment, variables)
     assert [str(np.load(runs / f"{name}.{process}.npz")["weights"]) for process in range(2)] == [expected] * 2
-
-
-def test_a_sign_of_life_on_its_way_does_not_undo_that_a_process_is_finished(monkeypatch):
-    monkeypatch.setattr(peers, "_POLL_SECONDS", 0.01)
-    values, writing = {}, threading.Event()
-
-    class Client:
-        def key_value_set(self, name, value, allow_overwrite):
-            if value != peers._DONE:
-                writing.set()
-                time.sleep(0.2)
-            values[name] = value
-
-        def key_value_dir_get(self, name):
-            return []
-
-    watched = peers.Peers(Client(), 1, 2)
-    (thread,) = (thread for thread in threading.enumerate() if thread.name == "peers")
-    assert writing.wait(10)
-    watched.stop()
-    thread.join(10)
-    assert not thread.is_alive() and list(values.values()) == [peers._DONE]
-
-
-def test_the_others_wait_until_process_0_is_finished(monkeypatch):
-    monkeypatch.setattr(peers, "_POLL_SECONDS", 0.01)
-    signs = iter([{}, "fails", "alive", "alive", peers._DONE])
-
-    class Client:
-        def key_value_dir_get(self, name):
-            if (sign := next(signs)) == "fails":
-                raise jax.errors.JaxRuntimeError("UNAVAILABLE: for a moment")
-            return [(f"{name}0", sign), (f"{name}1", peers._DONE)] if sign else []
-
-    for index, left in ((0, 5), (1, 0)):
-        waits = object.__new__(peers.Peers)  # without its thread
-        waits.index, waits._client = index, Client()
-        waits.await_first()
-        remaining = list(signs)
-        assert len(remaining) == left
-        signs = iter(remaining)
 
 
 @pytest.mark.parametrize("given", [("h:1", 0, -1), ("", 2, 0), ("h:1", 2, 2), ("h:1", 2, -1)])

@@ -62,7 +62,7 @@ PROMISES = (
         "signals",
         "a signal while the run waits for data",
         "the last step is saved at once",
-        ("processes/interrupt::a_signal_saves_the_last_step_while_data_do_not_come",),
+        ("train/batches::a_signal_saves_the_last_step_while_data_do_not_come",),
     ),
     Promise(
         "signals",
@@ -71,7 +71,7 @@ PROMISES = (
         (
             "processes/interrupt::a_signal_ends_a_compilation",
             "core/errors::a_signal_while_xla_compiles_ends_a_run_with_its_status",
-            "train/training_folder::signals_outside_the_loop_end_the_process_at_once",
+            "processes/interrupt::signals_outside_the_loop_end_the_process_at_once",
         ),
     ),
     Promise(
@@ -99,7 +99,7 @@ PROMISES = (
         "a signal in the report",
         "the report is abandoned, status 75; xclip-jax report makes it",
         (
-            "train/trackers::a_signal_in_the_report_leaves_it_and_ends_the_trackers",
+            "train/callbacks::a_signal_in_the_report_leaves_it_and_ends_the_trackers",
             "torture/faulty_processes::a_signal_in_the_report_leaves_it_in_both",
         ),
     ),
@@ -107,7 +107,7 @@ PROMISES = (
         "signals",
         "a second signal",
         "the process ends at once",
-        ("train/training_folder::the_second_signal_acts_also_where_the_first_is_ignored_by_inheritance",),
+        ("processes/interrupt::the_second_signal_acts_also_where_the_first_is_ignored_by_inheritance",),
     ),
     Promise(
         "signals",
@@ -123,9 +123,9 @@ PROMISES = (
         "a step, an evaluation, a save or the data hang",
         "the phase is reported, the stacks of all threads are written, status 79",
         (
-            "processes/interrupt::the_watchdog_names_the_phase_and_ends_the_process",
-            "processes/interrupt::progress_keeps_the_watchdog_quiet",
-            "processes/interrupt::what_hangs_after_a_signal_is_ended",
+            "processes/watchdog::the_watchdog_names_the_phase_and_ends_the_process",
+            "processes/watchdog::progress_keeps_the_watchdog_quiet",
+            "processes/watchdog::what_hangs_after_a_signal_is_ended",
         ),
     ),
     Promise(
@@ -162,7 +162,7 @@ PROMISES = (
         "process 0 takes long for its report or for the end of its trackers",
         "the others wait for it",
         (
-            "processes/runtime::the_others_wait_until_process_0_is_finished",
+            "processes/peers::the_others_wait_until_process_0_is_finished",
             "torture/faulty_processes::a_report_that_takes_longer_than_the_barrier_at_the_end_is_awaited",
         ),
     ),
@@ -230,10 +230,10 @@ PROMISES = (
         "the disk is full, read-only, too small from the start, or its folder vanishes",
         "one sentence with the folder and the bytes that are needed; earlier checkpoints stay intact",
         (
-            "train/checkpoint_saves::a_full_disk",
-            "train/checkpoint_saves::a_read_only_disk",
-            "train/checkpoint_saves::a_folder_that_vanished_is_not_made_again",
-            "train/checkpoint_saves::a_save_that_fails_is_reported_at_once_and_costs_no_other",
+            "train/checkpoint::a_full_disk",
+            "train/checkpoint::a_read_only_disk",
+            "train/checkpoint::a_folder_that_vanished_is_not_made_again",
+            "train/checkpoint::a_save_that_fails_is_reported_at_once_and_costs_no_other",
             "train/training_folder::a_disk_that_is_too_small_is_an_error_before_anything_is_written",
             "train/training_folder::folders_that_cannot_be_written",
         ),
@@ -287,9 +287,9 @@ PROMISES = (
         "a loss or gradient is not finite",
         "the step changes only the step count; later steps are those of a run without it; it is counted and listed",
         (
-            "train/guard::a_bad_batch_changes_nothing_but_the_step",
-            "train/guard::a_run_goes_on_without_the_bad_steps",
-            "train/guard::updates_are_finite_within_the_bounds_of_the_optimizer",
+            "train/recovery::a_bad_batch_changes_nothing_but_the_step",
+            "train/recovery::a_run_goes_on_without_the_bad_steps",
+            "train/recovery::updates_are_finite_within_the_bounds_of_the_optimizer",
         ),
     ),
     Promise(
@@ -297,17 +297,17 @@ PROMISES = (
         "too many such steps in a row",
         "the run stops and names the last checkpoint, or returns to it and skips the bad samples, as configured",
         (
-            "train/guard::too_many_in_a_row_stop_the_run",
-            "train/guard::a_rewind_undoes_the_last_steps_and_goes_on_behind_the_bad_ones",
-            "train/guard::a_run_killed_near_a_rewind_resumes_bit_exactly",
-            "train/guard::a_rewind_that_did_not_help_is_the_last",
+            "train/recovery::too_many_in_a_row_stop_the_run",
+            "train/recovery::a_rewind_undoes_the_last_steps_and_goes_on_behind_the_bad_ones",
+            "train/recovery::a_run_killed_near_a_rewind_resumes_bit_exactly",
+            "train/recovery::a_rewind_that_did_not_help_is_the_last",
         ),
     ),
     Promise(
         "values",
         "the gradient's norm is far above its running mean, with optim.max_grad_norm_ratio",
         "the step is skipped in the same way",
-        ("train/guard::a_spike_of_the_gradient_is_skipped_once_its_mean_is_known",),
+        ("train/recovery::a_spike_of_the_gradient_is_skipped_once_its_mean_is_known",),
     ),
     Promise(
         "data",
@@ -324,8 +324,8 @@ PROMISES = (
         "too many samples are bad, data cannot be read at all, or an evaluation during training fails",
         "the last step is saved: by all processes if all count too many, otherwise only in a run of one process",
         (
-            "processes/interrupt::too_many_bad_samples_do_not_cost_the_steps_before",
-            "processes/interrupt::data_that_fail_do_not_cost_the_steps_before",
+            "train/batches::too_many_bad_samples_do_not_cost_the_steps_before",
+            "train/batches::data_that_fail_do_not_cost_the_steps_before",
             "processes/interrupt::an_evaluation_that_fails_does_not_cost_the_steps_before",
             "torture/faulty_processes::too_many_bad_samples_save_in_both",
         ),
@@ -369,10 +369,10 @@ PROMISES = (
         "an image of an evaluation set cannot be read, or a set fails",
         "it counts as wrong; the other sets are evaluated; all sets are opened before the first step",
         (
-            "train/callbacks::all_sets_are_opened_before_the_first_step",
+            "train/loop::all_sets_are_opened_before_the_first_step",
             "evaluators/registry::an_unreadable_image_counts_as_wrong_and_changes_no_other",
             "processes/runtime::every_process_knows_what_one_could_not_read",
-            "train/callbacks::a_set_that_fails_at_the_end_does_not_cost_the_others",
+            "train/loop::a_set_that_fails_at_the_end_does_not_cost_the_others",
         ),
     ),
     Promise(

@@ -1,158 +1,217 @@
-"""The evaluations of a run over several starts: opened first, made once, and none at the cost of another."""
+"""Trackers of a run, against fake modules `wandb` and `trackio` that note what they are called with."""
 
-import itertools
+import importlib.machinery
 import json
-import pathlib
-import shutil
+import signal
+import sys
+import threading
 import types
 
-import chex
 import jax
 import numpy as np
 import pytest
+from PIL import Image
+from tensorboardX import event_file_writer
 
 from tests.helpers import tiny
-from xclip_jax.core.errors import UserError
-from xclip_jax.evaluators import registry
-from xclip_jax.evaluators.results import Result, flat
-from xclip_jax.processes import interrupt
-from xclip_jax.train import build, loop, trainer, weights
-from xclip_jax.train.callbacks import Callback
-from xclip_jax.train.checkpoint import Checkpointer
+from xclip_jax.config import schema
+from xclip_jax.config.schema import resolve
+from xclip_jax.core.errors import EXIT_RESUMABLE, UserError
+from xclip_jax.core.run_folder import RunFolder
+from xclip_jax.data.ledger import Ledger
+from xclip_jax.train import callbacks, job, log, trainer
+from xclip_jax.train.callbacks import Callback, Trackers
+from xclip_jax.train.training_folder import TrainingFolder
+
+
+class FakeRun:
+    def __init__(self, calls, name):
+        self.calls, self.name = calls, name
+
+    def log(self, values, step=None):
+        self.calls.append((self.name, "log", values if step is None else {"step": step} | values))
+
+    def define_metric(self, name, step_metric):
+        self.calls.append((self.name, "define_metric", (name, step_metric)))
+
+    def finish(self):
+        self.calls.append((self.name, "finish", None))
 
 
 @pytest.fixture
-def run(trained, tmp_path):
-    return pathlib.Path(shutil.copytree(trained, tmp_path / "run"))
+def calls(monkeypatch):
+    """What the fake modules were called with, as (tracker, call, arguments)."""
+    calls = []
+    for name in ("wandb", "trackio"):
+        module = types.ModuleType(name)
+        module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+
+        def init(project, name=None, _name=name, **options):
+            calls.append((_name, "init", options | {"project": project, "name": name}))
+            return FakeRun(calls, _name)
+
+        module.init = init
+        module.Image, module.Html = lambda image: image.size, lambda page, inject: page
+        monkeypatch.setitem(sys.modules, name, module)
+    return calls
 
 
-class Evaluator:
-    """Counts what it is asked, and fails where it is told to."""
-
-    def __init__(self, name, fails=False):
-        self.name, self.fails, self.calls = name, fails, []
-        self.encoder = types.SimpleNamespace(unreadable={})
-
-    def measure(self, variables):
-        self.calls.append(jax.device_get(variables))  # the next step overwrites them
-        if self.fails:
-            raise OSError(f"disk of {self.name} is gone")
-        return [Result("", self.name, "top1", 12.5)]
+def settings(run, **changes):
+    return resolve(tiny.config(run=run, log__to=("tensorboard", "wandb", "trackio"), **changes))
 
 
-@pytest.fixture
-def evaluators(monkeypatch):
-    """Sets named "a" and "b" in place of the real ones."""
-    made = {name: Evaluator(name) for name in ("a", "b")}
-    monkeypatch.setattr(registry, "open_all", lambda specs, *_: [made[spec] for spec in specs])
-    return made
+def logged(calls, tracker, call):
+    return [values for name, kind, values in calls if (name, kind) == (tracker, call)]
 
 
-def test_all_sets_are_opened_before_the_first_step(pairs, tmp_path, monkeypatch):
-    opened = []
-    monkeypatch.setattr(registry, "open_all", lambda specs, *_: opened.extend(specs) or list(map(Evaluator, specs)))
-    monkeypatch.setattr(trainer, "_train", lambda *_: (_ for _ in ()).throw(InterruptedError))
-    with pytest.raises(InterruptedError):
-        trainer.run(tiny.short(pairs, tmp_path / "run", eval__sets=("a",), eval__final_sets=("b",), eval__every=2))
-    assert opened == ["a", "b"]
+class Report(Callback):
+    def on_end(self, job, variables, results):
+        Image.fromarray(np.zeros((3, 5, 4), np.uint8)).save(job.folder.picture_file)
+        job.folder.report_file.write_text("<p>page")
 
 
-def stop_after(questions):
-    """`requested` that is true when it was asked as often as that, besides once before the first step."""
-    count = itertools.count()
-    return lambda _: next(count) == questions
+def test_a_run_with_all_trackers(calls, pairs, tmp_path):
+    run = tmp_path / "mine"
+    trainer.run(tiny.short(pairs, run, log__to=("tensorboard", "wandb", "trackio"), log__project="birds"), [Report()])
+    run_id = json.loads((run / "trackers.json").read_text())["id"]
+    names = {"wandb": "mine", "trackio": f"mine-{run_id}"}
+    for name, shown in names.items():
+        (init,) = logged(calls, name, "init")
+        assert (init["project"], init["name"], init["resume"]) == ("birds", shown, "allow")
+        assert init["config"]["optim"]["lr"] == 1e-3
+        media = {"step": 4, "picture": (5, 3), "report": "<p>page"}
+        assert logged(calls, name, "log") == [*tiny.lines(run), media]
+        assert calls.index((name, "finish", None)) > calls.index((name, "log", media))
+    assert logged(calls, "wandb", "init")[0]["id"] == run_id
+    assert logged(calls, "wandb", "init")[0]["dir"] == str(run)
+    assert logged(calls, "wandb", "define_metric") == [("*", "step")]
+    assert any((run / "tensorboard").iterdir())
 
 
-@pytest.mark.parametrize("stop", ["kill", "signal"])
-def test_the_evaluation_of_a_step_that_was_cut_off_is_made_after_all(pairs, tmp_path, evaluators, monkeypatch, stop):
-    """Checkpoint and evaluation are due at step 2, and the run ends between them."""
-    c = tiny.short(pairs, tmp_path / "run", eval__sets=("a",), eval__every=2)
-    with monkeypatch.context() as patch:
-        if stop == "kill":
-            patch.setattr(loop, "_evaluate", lambda *_: (_ for _ in ()).throw(InterruptedError))
-        else:
-            patch.setattr(interrupt.PreemptionHandler, "requested", stop_after(2))
-        with pytest.raises(InterruptedError if stop == "kill" else SystemExit):
-            trainer.run(c)
-    assert evaluators["a"].calls == []
-    trainer.run(c)
-    assert [line["step"] for line in tiny.lines(tmp_path / "run") if "a/top1" in line] == [2, 4]
+def test_a_resumed_run_goes_on_in_the_same_run(calls, tmp_path):
+    def start(step):
+        Trackers(RunFolder(tmp_path), settings(tmp_path), step).close()
+        return logged(calls, "wandb", "init")[-1]["id"], logged(calls, "trackio", "init")[-1]["name"]
+
+    first = start(0)
+    assert start(5) == first
+    restarted = start(0)  # without a checkpoint: another run
+    assert restarted[0] != first[0] and restarted[1] != first[1]
+    (tmp_path / "trackers.json").write_text("{")
+    assert start(5)[0] not in (first[0], restarted[0])
 
 
-def test_an_evaluation_that_was_made_is_not_made_again(pairs, tmp_path, evaluators, monkeypatch):
-    c = tiny.short(pairs, tmp_path / "run", eval__sets=("a",), eval__every=2)
-    with monkeypatch.context() as patch:
-        # Asked before the first step, and once in the evaluation of step 2.
-        patch.setattr(interrupt.PreemptionHandler, "requested", stop_after(4))
-        with pytest.raises(SystemExit) as stopped:
-            trainer.run(c)
-    assert stopped.value.code == interrupt.EXIT_RESUMABLE
-    evaluations = []
-    recorder = Callback()
-    recorder.on_evaluation = lambda step, results: evaluations.append((step, results))
-    trainer.run(c, [recorder])
-    assert [line["step"] for line in tiny.lines(tmp_path / "run") if "a/top1" in line] == [2, 4]
-    assert [(step, flat(results)) for step, results in evaluations] == [(4, {"a/top1": 12.5})]
+@pytest.mark.parametrize("call", ["init", "log", "Html", "finish"])
+def test_one_that_fails_is_one_warning_and_the_others_go_on(call, calls, tmp_path, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise ConnectionError("no route to host\nmore of it")
 
-
-def test_the_average_is_what_is_evaluated_and_loaded(pairs, tmp_path, evaluators):
-    average = {"ema__on": True, "ema__momentum": 0.5, "eval__ema": True}
-    sets = {"eval__sets": ("a",), "eval__every": 2, "eval__final_sets": ("b",)}
-    c = tiny.short(pairs, tmp_path / "run", **average, **sets, objective="nclip")
-    trainer.run(c)
-    with Checkpointer(c.run, read_only=True) as checkpointer:
-        abstract = build.build(c).abstract
-        states = {step: jax.device_get(checkpointer.restore(abstract, step)[0]) for step in (2, 4)}
-    (at_2, at_4), (final,) = evaluators["a"].calls, evaluators["b"].calls
-    loaded = jax.device_get(weights.load(c.run)[2])
-    for step, found in ((2, at_2), (4, at_4), (4, final), (4, loaded)):
-        state = states[step]
-        chex.assert_trees_all_equal(found, {"params": state.ema_params, "batch_stats": state.ema_batch_stats})
-        for name in found:
-            same = map(np.array_equal, *map(jax.tree.leaves, (found[name], state.variables()[name])))
-            assert not all(same), name
-
-
-def test_a_set_that_fails_at_the_end_does_not_cost_the_others(pairs, tmp_path, evaluators):
-    c = tiny.short(pairs, tmp_path / "run", eval__final_sets=("a", "b"))
-    evaluators["a"].fails = True
-    with pytest.raises(UserError, match=r"1 of 2 evaluation sets failed \(a\).*results\.json has the others"):
-        trainer.run(c)
-    record = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert record["results"] == {"b/top1": 12.5}
-    assert record["failed"] == {"a": "disk of a is gone; in evaluator a"}
-    evaluators["a"].fails = False
-    assert trainer.run(c) == {"a/top1": 12.5, "b/top1": 12.5}
-    assert [line for line in tiny.lines(tmp_path / "run") if line["step"] == 4 and "loss" not in line] == [
-        {"step": 4, "a/top1": 12.5},
-        {"step": 4, "b/top1": 12.5},
+    wandb = sys.modules["wandb"]
+    if call in ("init", "Html"):
+        monkeypatch.setattr(wandb, call, fail)
+    (tmp_path / "report.html").write_text("<p>")
+    opened = Trackers(RunFolder(tmp_path), settings(tmp_path), 0)
+    if call in ("log", "finish"):
+        real = getattr(FakeRun, call)
+        monkeypatch.setattr(
+            FakeRun, call, lambda self, *a, **k: (fail if self.name == "wandb" else real)(self, *a, **k)
+        )
+    for step in (1, 2):
+        opened.log(step, {"loss": 1.0})
+    opened.show_report(2)
+    opened.close()
+    warning = f"WARNING: wandb failed and is disabled (ConnectionError: no route to host); {tmp_path}/metrics.jsonl"
+    assert capsys.readouterr().out.count(warning) == 1
+    assert logged(calls, "trackio", "log") == [
+        {"step": 1, "loss": 1.0},
+        {"step": 2, "loss": 1.0},
+        {"step": 2, "report": "<p>"},
     ]
+    assert logged(calls, "trackio", "finish") == [None]
+    assert len(logged(calls, "wandb", "log")) == {"init": 0, "log": 0, "Html": 2, "finish": 3}[call]
 
 
-def test_other_sets_on_a_complete_run_are_evaluated(pairs, run, evaluators):
-    assert trainer.run(tiny.short(pairs, run, eval__final_sets=("b",))) == {"b/top1": 12.5}
-    assert trainer.run(tiny.short(pairs, run, eval__final_sets=("b",))) == {"b/top1": 12.5}
-    assert len(evaluators["b"].calls) == 1
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_one_that_is_not_installed_is_one_sentence_before_the_folder(name, pairs, tmp_path, monkeypatch):
+    monkeypatch.setattr(callbacks.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(UserError, match=rf"^log\.to names '{name}'.* pip install 'xclip_jax\[{name}\]'"):
+        trainer.run(tiny.short(pairs, tmp_path / "run", log__to=(name,)))
+    assert not (tmp_path / "run").exists()
 
 
-def test_results_of_another_evaluation_do_not_outlive_the_start_of_a_new_one(pairs, run, evaluators):
-    """The launch scripts take results.json for that of a run that is complete."""
-    file, changed = run / "results.json", tiny.short(pairs, run, eval__final_sets=("b",))
-
-    def cut_off(_):
-        assert not file.exists()
-        raise KeyboardInterrupt
-
-    evaluators["b"].measure, measure = cut_off, evaluators["b"].measure
-    with pytest.raises(KeyboardInterrupt):
-        trainer.run(changed)
-    assert not file.exists()
-    evaluators["b"].measure = measure
-    assert trainer.run(changed) == json.loads(file.read_text())["results"] == {"b/top1": 12.5}
+def test_unknown_trackers_are_named():
+    with pytest.raises(UserError, match=r"log\.to is \('mlflow',\); expected names among 'tensorboard', 'wandb'"):
+        resolve(tiny.config(log__to=("mlflow",)))
+    assert tuple(callbacks.TRACKERS) == schema.TRACKERS
 
 
-def test_a_start_that_is_refused_leaves_the_results(pairs, run):
-    before = (run / "results.json").read_text()
-    with pytest.raises(UserError, match="unknown evaluation set 'c'"):
-        trainer.run(tiny.short(pairs, run, eval__final_sets=("c",)))
-    assert (run / "results.json").read_text() == before
+@pytest.mark.parametrize("process", [0, 1])
+def test_process_0_alone_writes(process, calls, pairs, tmp_path, monkeypatch):
+    config = resolve(tiny.short(pairs, tmp_path / "run", log__to=("tensorboard", "wandb", "trackio")))
+    prepared = job.prepare(config, TrainingFolder(config.run))
+    (tmp_path / "run").mkdir()
+    monkeypatch.setattr(jax, "process_index", lambda: process)
+    ledger = Ledger(tmp_path / "run", max_bad_fraction=1.0, start=0, counters=None)
+    logger = log.MetricLogger(prepared, 0, ledger, None, began=0.0)
+    logger.show_report(0)
+    logger.end()
+    assert [(name, call) for name, call, _ in calls if call == "init"] == [
+        (name, "init") for name in ("wandb", "trackio") if process == 0
+    ]
+    assert (tmp_path / "run" / "tensorboard").exists() == (process == 0)
+
+
+class Fails(Callback):
+    """Raises, or asks for a stop, in one of its methods."""
+
+    def __init__(self, method, act):
+        setattr(self, method, lambda *_: act())
+
+
+def fail():
+    raise RuntimeError("no")
+
+
+@pytest.mark.parametrize("method", ["on_start", "on_log", "on_end"])
+def test_an_error_ends_the_trackers_too(method, calls, pairs, tmp_path):
+    with pytest.raises(RuntimeError):
+        trainer.run(tiny.short(pairs, tmp_path / "run", log__to=("wandb",)), [Fails(method, fail)])
+    assert calls[-1] == ("wandb", "finish", None)
+
+
+def test_a_signal_in_the_report_leaves_it_and_ends_the_trackers(calls, pairs, tmp_path, capsys):
+    run, reported = tmp_path / "run", []
+    stops = [Fails("on_end", lambda: signal.raise_signal(signal.SIGTERM)), Fails("on_end", lambda: reported.append(1))]
+    with pytest.raises(SystemExit) as stopped:
+        trainer.run(tiny.short(pairs, run, log__to=("wandb",)), stops)
+    assert stopped.value.code == EXIT_RESUMABLE and not reported and calls[-1] == ("wandb", "finish", None)
+    assert f"the report was interrupted; xclip-jax report {run} makes it" in capsys.readouterr().out
+    assert RunFolder(run).results_file.exists()
+
+
+def test_no_trackers(tmp_path):
+    opened = Trackers(RunFolder(tmp_path), resolve(tiny.config(run=tmp_path, log__to=())), 0)
+    opened.log(1, {"loss": 1.0})
+    opened.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_fails_under_tensorboard_does_not_block_the_run(tmp_path, monkeypatch, capsys):
+    """Its thread ends at the first error, and nobody empties its queue then."""
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    opened = Trackers(RunFolder(tmp_path), resolve(tiny.config(run=tmp_path)), 0)
+    opened.log(0, {"a": 0.0})
+    monkeypatch.setattr(event_file_writer.EventsWriter, "write_event", full)
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    opened.log(0, {"a": 1.0})
+    opened._open["tensorboard"]._writer.file_writer.event_writer._worker.join(30)
+    thread = threading.Thread(
+        target=lambda: [*(opened.log(i, {"a": 1.0, "b": 2.0}) for i in range(200)), opened.close()], daemon=True
+    )
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive()
+    assert capsys.readouterr().out.count("WARNING: tensorboard failed") == 1

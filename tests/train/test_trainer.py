@@ -2,7 +2,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,19 +12,15 @@ import jax
 import pytest
 
 from tests.helpers import tiny
-from tests.helpers.made_results import zero_shot
 from xclip_jax.config import schema
-from xclip_jax.core import console, storage
+from xclip_jax.core import storage
 from xclip_jax.core.errors import UserError
 from xclip_jax.core.run_folder import CLOCKS, RunFolder
 from xclip_jax.data import loader
-from xclip_jax.evaluators.results import flat, from_json
 from xclip_jax.processes.interrupt import EXIT_RESUMABLE
 from xclip_jax.train import build, job, trainer
-from xclip_jax.train.batches import InputStallTimer
 from xclip_jax.train.callbacks import Callback
 from xclip_jax.train.checkpoint import Checkpointer
-from xclip_jax.train.log import MetricWriter, Progress
 from xclip_jax.train.training_folder import TrainingFolder
 
 
@@ -170,16 +165,6 @@ def test_other_settings_in_the_same_folder_are_refused(pairs, straight):
         trainer.run(c)
 
 
-def test_a_complete_run_is_not_one_of_other_data(pairs, straight, tmp_path, capsys):
-    """Two recipes may give one folder to different pairs; the same pairs elsewhere are the same run."""
-    run = shutil.copytree(straight[0].run, tmp_path / "run")
-    other = shutil.copytree(pairs, tmp_path / "other")
-    assert trainer.run(config(other, run)) == trainer.run(config(pairs, run)) == {}
-    next(other.glob("*.txt")).write_text("another caption, longer than any")
-    with pytest.raises(UserError, match=r"source 0, 'folder:.*other', has changed since"):
-        trainer.run(config(other, run))
-
-
 def test_checkpoint_of_another_architecture_is_refused(pairs, straight):
     c = config(pairs, straight[0].run, model__embed=32)
     message = r"another architecture: params/proj_img/linear/kernel has shape \(32, 16\), expected \(32, 32\)"
@@ -213,58 +198,6 @@ def test_bad_values_are_one_sentence_with_the_key(pairs, tmp_path, changes, mess
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    ("failure", "changes"),
-    [
-        # Nothing asks for a decision, so nobody makes one.
-        ("flat", {"objective__nclip__sharpness": 0.0, "objective__nclip__smoothness": 1.0, "optim__lr": 1e-3}),
-        # Nothing asks for variety, so all pairs go to one cluster.
-        pytest.param(
-            "few clusters",
-            {"objective__nclip__sharpness": 2.0, "objective__nclip__smoothness": 0.0, "optim__lr": 1e-2},
-            marks=pytest.mark.slow,
-        ),
-        # A head that starts sharp and has no time to agree.
-        pytest.param("disagreement", {"objective__nclip__tau": 0.01, "optim__lr": 1e-12}, marks=pytest.mark.slow),
-    ],
-)
-def test_each_collapse_is_provoked_and_said_once(pairs, tmp_path, capsys, failure, changes):
-    trainer.run(config(pairs, tmp_path / "run", objective="nclip", steps=60, log__collapse_warmup_steps=50, **changes))
-    out = capsys.readouterr().out
-    print(out[out.index("WARNING") :].splitlines()[0])
-    assert out.count(f": {failure}: ") == 1
-
-
-@pytest.mark.parametrize("remote", [False, True])  # in a bucket files cannot grow
-def test_writer_drops_what_a_resumed_run_writes_again(tmp_path, monkeypatch, remote):
-    monkeypatch.setattr(storage, "is_remote", lambda _: remote)
-    writer = MetricWriter(RunFolder(tmp_path))
-    for step in (1, 2, 3):
-        writer.write(step, {"loss": float(step)})
-    writer.close()
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 2, "lo')  # killed while it wrote
-    writer = MetricWriter(RunFolder(tmp_path), step=2)
-    assert [line["step"] for line in tiny.lines(tmp_path)] == [1, 2]
-    monkeypatch.setattr(storage, "REWRITE_SECONDS", -1)
-    writer.write(3, {"loss": 0.5})
-    assert tiny.lines(tmp_path)[-1] == {"step": 3, "loss": 0.5}
-    writer.close()
-
-
-def test_results_are_written_as_numbers_and_as_records(tmp_path):
-    folder = RunFolder(tmp_path)
-    writer = MetricWriter(folder)
-    for step in (2, 4):
-        writer.write_results(step, zero_shot("x", 10.0 * step))
-    assert [line["step"] for line in folder.read_evaluations()] == [2, 4]
-    writer = MetricWriter(folder, step=4, evaluations=3)  # the evaluation of step 4 will be made again
-    (line,) = folder.read_evaluations()
-    results = from_json(line["records"])
-    assert tiny.lines(tmp_path) == [{"step": 2} | flat(results)] and flat(results)["zeroshot/x/top1"] == 20
-    assert [(r.chance, r.n, r.headline) for r in results if r.unit] == [(25, 8, True), (100, 8, False)]
-
-
 def test_a_checkpoint_finds_the_lines_before_it_written(pairs, tmp_path, monkeypatch):
     """Also in a bucket: a run that resumes from it after a kill does not make them again."""
     monkeypatch.setattr(storage, "is_remote", lambda _: True)
@@ -278,41 +211,3 @@ def test_a_checkpoint_finds_the_lines_before_it_written(pairs, tmp_path, monkeyp
     monkeypatch.setattr(trainer.Checkpointer, "save", observed)
     trainer.run(config(pairs, tmp_path / "run", steps=4, checkpoint__every=2, log__every=1))
     assert there == {2: [1, 2], 4: [1, 2, 3, 4]}
-
-
-class Step:
-    """The result of a step that takes a while and begins when the one before has ended."""
-
-    def __init__(self, seconds, before):
-        self.end = max(time.monotonic(), before.end if before else 0) + seconds
-
-    def block_until_ready(self):
-        time.sleep(max(self.end - time.monotonic(), 0))
-
-
-@pytest.mark.parametrize(("step", "data", "share"), [(0.2, 0.05, 0.0), (0.05, 0.2, 0.75)])
-def test_waiting_counts_when_the_devices_are_idle(step, data, share):
-    """A step that is longer than its data hides it; else the devices wait for the difference."""
-
-    def batches():
-        for i in range(5):
-            time.sleep(data if i else 0.5)  # the first one waits for workers to start
-            yield i
-
-    stalls, before = InputStallTimer(), None
-    for i, batch in enumerate(stalls(batches())):
-        assert i == batch
-        value = Step(step, before)
-        stalls.step_started(value)
-        if before:
-            before.block_until_ready()  # as for its metrics
-        before = value
-    measured = stalls.share()
-    stalls.close()
-    assert measured == pytest.approx(share, abs=0.2)
-    assert "input-bound: 75%" in Progress(10, 8).line(1, {"loss": 1.0, "data/wait_share": 0.75})
-    assert "input-bound" not in Progress(10, 8).line(1, {"loss": 1.0, "data/wait_share": 0.01})
-
-
-def test_durations():
-    assert [console.format_duration(s) for s in (5, 65, 3723)] == ["0:05", "1:05", "1:02:03"]

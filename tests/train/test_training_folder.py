@@ -6,7 +6,6 @@ import json
 import os
 import pathlib
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -14,20 +13,16 @@ import time
 import types
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from etils import epath
 
 from tests.data.test_tokenizer import save_words
 from tests.helpers import tiny
 from xclip_jax.config import schema
-from xclip_jax.core import environment, errors, storage
 from xclip_jax.core.errors import UserError
 from xclip_jax.core.run_folder import RunFolder
 from xclip_jax.data import loader
-from xclip_jax.processes import interrupt
-from xclip_jax.train import build, checkpoint_files, job, trainer, weights
+from xclip_jax.train import build, checkpoint_files, trainer, weights
 from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.training_folder import TrainingFolder
 
@@ -37,59 +32,7 @@ def run(trained, tmp_path):
     return pathlib.Path(shutil.copytree(trained, tmp_path / "run"))
 
 
-def test_check_needs_neither_data_nor_a_folder(tmp_path):
-    config = tiny.config(run=tmp_path / "run", data__sources=("folder:/on/the/pod",), eval__sets=("imagenet",))
-    job.check(config)
-    for key, value, message in (
-        ("eval__final_sets", ("imagenett",), "unknown evaluation set 'imagenett'; did you mean 'imagenet'"),
-        ("data__sources", ("foldr:/data",), "unknown source 'foldr:/data'.*did you mean 'folder:/data'"),
-        ("data__sources", (), r"data\.sources is empty"),
-        ("optim__lr", -1.0, r"optim\.lr is -1\.0"),
-    ):
-        with pytest.raises(UserError, match=message):
-            job.check(tiny.config(run=tmp_path / "run", **({"data__sources": ("folder:x",)} | {key: value})))
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("changes", "extras"),
-    [
-        ({"data__sources": ("tfds:x/train", "folder:/x"), "log__to": ("tensorboard",)}, []),
-        ({"data__sources": ("hf:org/name/train",), "log__to": ("tensorboard", "trackio")}, ["datasets", "trackio"]),
-        ({"data__sources": ("parquet:/x", "demo:train")}, ["demo", "parquet"]),
-        ({"init__weights": "hf:org/name"}, ["hub"]),
-        ({"eval__sets": ("wds:/x", "imagenet", "probe/wds:/x")}, []),
-        ({"eval__sets": ("probe/wds:/x",), "eval__final_sets": ("wds:hf:org/name",)}, ["hub"]),
-        ({"eval__sets": ("emoji/test_concepts", "retrieval/hf:org/name/test")}, ["datasets", "demo"]),
-        ({"eval__sets": ("tests.extension.greys:Greys",)}, []),
-    ],
-)
-def test_extras_that_a_config_needs(changes, extras):
-    assert job.extras(job.check(tiny.config(**({"data__sources": ("folder:x",)} | changes)))) == extras
-
-
 # What a run must not become
-
-
-@pytest.mark.slow
-def test_a_run_that_fails_keeps_its_last_good_checkpoint_and_resumes_from_it(pairs, tmp_path, monkeypatch, capsys):
-    """checkpoint.keep=1: what is not finite must not take the place of the good one."""
-    c = tiny.short(pairs, tmp_path / "run", steps=6, checkpoint__keep=1, optim__max_skipped_steps=0)
-    original, calls = loader.to_global, []
-
-    def poisoned(batch, mesh):
-        calls.append(batch)
-        batch = original(batch, mesh)
-        return batch | {"image": batch["image"].astype(jnp.float32) * jnp.nan} if len(calls) == 4 else batch
-
-    monkeypatch.setattr(loader, "to_global", poisoned)
-    with pytest.raises(UserError, match=r"of step 4 is nan and is not saved; the last checkpoint has step 2"):
-        trainer.run(c)
-    assert RunFolder(c.run).latest_step() == 2
-    monkeypatch.undo()
-    trainer.run(c)
-    assert "resuming at step 2" in capsys.readouterr().out
-    assert RunFolder(c.run).latest_step() == 6
 
 
 def test_a_checkpoint_that_is_not_finite_is_not_resumed_from(pairs, run, capsys):
@@ -332,56 +275,4 @@ def test_folders_that_cannot_be_written(pairs, tmp_path):
 # Evaluations
 
 
-@pytest.mark.slow  # two runs
-def test_the_average_has_batch_statistics_of_its_own(pairs, tmp_path):
-    """With momentum 0 the average is the model; else its statistics lie between the first ones and the model's."""
-    states = {}
-    for momentum in (0.0, 0.5):
-        c = tiny.short(pairs, tmp_path / str(momentum), ema__on=True, ema__momentum=momentum, ema__schedule="constant")
-        trainer.run(c)
-        with Checkpointer(c.run) as checkpointer:
-            states[momentum] = jax.device_get(checkpointer.restore(build.build(c).abstract)[0])
-    for state, equal in ((states[0.0], True), (states[0.5], False)):
-        average, model = state.variables(ema=True), state.variables()
-        for name in ("params", "batch_stats"):
-            same = all(map(np.array_equal, *map(jax.tree.leaves, (average[name], model[name]))))
-            assert same == equal, name
-
-
 # Signals
-
-
-def test_signals_outside_the_loop_end_the_process_at_once(monkeypatch):
-    ended = []
-    monkeypatch.setattr(errors.os, "_exit", ended.append)
-    with interrupt.PreemptionHandler():
-        signal.raise_signal(signal.SIGTERM)
-    assert ended == [interrupt.EXIT_RESUMABLE]
-
-
-def test_the_second_signal_acts_also_where_the_first_is_ignored_by_inheritance():
-    """As under nohup."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        with interrupt.PreemptionHandler() as handler:
-            handler.saves = True
-            signal.raise_signal(signal.SIGINT)
-            assert handler.requested()
-            assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def test_versions_are_known_without_an_installation(monkeypatch):
-    def missing(name):
-        raise environment.metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(environment.metadata, "version", missing)
-    versions = environment.capture()["versions"]
-    assert versions["xclip_jax"] == environment.xclip_jax.__version__
-    assert versions["jax"] == "unknown"
-
-
-def test_results_are_json_for_every_reader(tmp_path):
-    storage.write_json(epath.Path(tmp_path / "x.json"), {"a": float("nan"), "b": [float("inf"), 1.5]})
-    assert json.loads((tmp_path / "x.json").read_text(), parse_constant=pytest.fail) == {"a": None, "b": [None, 1.5]}

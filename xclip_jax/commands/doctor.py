@@ -216,7 +216,7 @@ def check_samples(start: Start, step_seconds: float | None, options: Options) ->
     """Read the first samples as the run would: yield the share of bad ones, equal texts, and the speed of reading."""
     experiment = start.experiment
     transform = loader.Transform(
-        experiment.data,
+        experiment.config.data,
         experiment.image_size,
         experiment.tokenizer,
         experiment.context_length,
@@ -273,7 +273,7 @@ def _texts(text: np.ndarray, experiment: Experiment) -> Finding:
     described = f"{full:.0%} of the texts fill all {length} tokens"
     equal = f"{twins:.0%} of {len(rows)} pairs have the text of another one"
     terms = [term for name, term in objective.terms.items() if objective.weights[name]]
-    apart = experiment.data.spread_duplicate_captions
+    apart = experiment.config.data.spread_duplicate_captions
     if any(isinstance(term, Contrastive) for term in terms) and twins > _MANY_TWINS and not apart:
         text_ = f"{described}; {equal}, which makes them false negatives"
         return warning("texts", text_, "set data.spread_duplicate_captions=True", **values)
@@ -281,7 +281,7 @@ def _texts(text: np.ndarray, experiment: Experiment) -> Finding:
 
 
 def _speed(sample: LoaderSample, experiment: Experiment, step_seconds: float | None) -> Finding:
-    data = experiment.data
+    data = experiment.config.data
     readers = f"data.workers={data.workers}" if data.workers else f"data.threads={data.threads}"
     text = f"{sample.speed:,.0f} samples/s with {readers} on {os.cpu_count()} cores"
     values = {"reading_samples_per_second": sample.speed}

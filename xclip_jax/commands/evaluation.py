@@ -60,7 +60,9 @@ def evaluate(
     if path.exists():
         results.read(path)  # an error for a damaged file, before the work
     encoder = make_encoder(experiment, read_classes(pinned))
-    evaluators = registry.open_all(names, encoder, data_dir, profile_of_run(config, profile, changes), experiment.data)
+    evaluators = registry.open_all(
+        names, encoder, data_dir, profile_of_run(config, profile, changes), experiment.config.data
+    )
     suites = suite if isinstance(suite, str) else list(suite)
     command = {"suite": suites, "config": schema.to_dict(config), "environment": environment.capture()}
     shared = {"checkpoint": str(run), "step": loaded_step, "profile": profile, "changes": changes}

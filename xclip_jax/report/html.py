@@ -47,7 +47,7 @@ def make(
         encoder,
         variables,
         specs,
-        data=experiment.data,
+        data=experiment.config.data,
         data_dir=data_dir,
         data_seed=experiment.config.seed,
         pairs=not experiment.objective.labelled,

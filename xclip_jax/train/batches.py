@@ -36,7 +36,7 @@ def batches(
       stop: an interrupt does not wait for the next batch.
     """
     experiment, part = job.experiment, job.part
-    config, data = experiment.config, experiment.data
+    config, data = experiment.config, experiment.config.data
     rows = loader.batches(
         job.order,
         loader.Transform(

@@ -18,7 +18,6 @@ from xclip_jax.config.schema import Config, resolve
 from xclip_jax.core.console import log0
 from xclip_jax.core.errors import UserError
 from xclip_jax.data import tokenizer
-from xclip_jax.data.config import DataConfig
 from xclip_jax.data.length_groups import WHOLE, LengthGroups
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.evaluators import prompts
@@ -38,7 +37,6 @@ class Experiment:
 
     config: Config
     layout: sharding.MeshLayout
-    data: DataConfig
     preprocessing: Preprocessing
     tokenizer: tokenizer.Tokenizer
     objective: Objective
@@ -74,7 +72,7 @@ class Experiment:
     def text_rows(self) -> tuple[int, int]:
         """(texts per device and microbatch, number of such groups in a step)."""
         draws = math.prod(self.mesh.shape[axis] for axis in BATCH_AXES) * self.config.optim.microbatches
-        return self.data.batch // draws, draws
+        return self.config.data.batch // draws, draws
 
     @property
     def image_size(self) -> int:
@@ -188,7 +186,6 @@ def build(config: ml_collections.ConfigDict | Config, devices: list[jax.Device] 
     return Experiment(
         config=config,
         layout=layout,
-        data=config.data,
         preprocessing=preprocessing,
         tokenizer=tokens,
         objective=objective,

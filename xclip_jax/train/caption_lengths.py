@@ -51,7 +51,7 @@ def choose(experiment: Experiment, sources: Sequence[Source]) -> LengthGroups:
 
 def count_lengths(experiment: Experiment, sources: Sequence[Source]) -> np.ndarray:
     """(context + 1,) how many of the run's first captions have a length, in tokens. Bad samples are left out."""
-    data, length, seed = experiment.data, experiment.context_length, experiment.config.seed
+    data, length, seed = experiment.config.data, experiment.context_length, experiment.config.seed
     tokens = experiment.tokenizer
     # An order that is as good, without a look at all captions.
     order = loader.sample_order(sources, dataclasses.replace(data, spread_duplicate_captions=False, cache=False), seed)

@@ -184,7 +184,7 @@ def check_model(start: Start) -> Iterator[Finding]:
 
 def check_data(start: Start) -> Iterator[Finding]:
     """Yield whether the sources open, are those the run was started with, and how often they are read."""
-    data, objective = start.experiment.data, start.experiment.objective
+    data, objective = start.experiment.config.data, start.experiment.objective
     _, problem = attempt("data", lambda: start.sources)
     if problem is not None:
         one = [dataclasses.replace(data, sources=(spec,), weights=(), batch=1) for spec in data.sources]
@@ -361,7 +361,7 @@ def check_same_data(job: Job) -> None:
         return
     facts: dict[str, Any] = {}
     if (name := job.config.data.tokenizer) not in tokenizer.NAMES:
-        name = job.experiment.data.tokenizer
+        name = job.experiment.config.data.tokenizer
         facts["tokenizer file"] = hashlib.sha256(epath.Path(name).read_bytes()).hexdigest()[:12]
     for number, fingerprint in enumerate(job.fingerprints):
         whole = {key: value for key, value in fingerprint.items() if key not in (*OUTCOMES, TRANSPARENT)}

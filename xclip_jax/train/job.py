@@ -68,7 +68,7 @@ class Job:
     @property
     def epochs(self) -> float:
         """Epochs of the whole run."""
-        return self.config.steps * self.experiment.data.batch / self.num_samples
+        return self.config.steps * self.experiment.config.data.batch / self.num_samples
 
 
 def check(config: ml_collections.ConfigDict | Config) -> Config:
@@ -133,7 +133,7 @@ class Start:
     @functools.cached_property
     def sources(self) -> list[Source]:
         """The training data, whole."""
-        return open_sources(self.experiment.data, self.experiment.objective)
+        return open_sources(self.experiment.config.data, self.experiment.objective)
 
     @functools.cached_property
     def fingerprints(self) -> list[dict[str, Any]]:
@@ -151,7 +151,7 @@ class Start:
     def samples(self) -> list[Source]:
         """The training data as `data.subset` and `data.caption_noise` change it."""
         labelled = self.experiment.objective.labelled
-        return controls.apply(self.sources, self.experiment.data, self.config.seed, labelled=labelled)
+        return controls.apply(self.sources, self.experiment.config.data, self.config.seed, labelled=labelled)
 
     @functools.cached_property
     def grouped(self) -> Experiment:
@@ -181,7 +181,7 @@ class Start:
 
     def open_sets(self, specs: Sequence[str]) -> list[Evaluator]:
         """Open evaluation sets."""
-        return registry.open_all(specs, self.encoder, None, own_profile(self.config), self.experiment.data)
+        return registry.open_all(specs, self.encoder, None, own_profile(self.config), self.experiment.config.data)
 
     @functools.cached_property
     def evaluators(self) -> dict[str, Evaluator]:
@@ -194,7 +194,7 @@ class Start:
         """On process 0, the share of transparent images among some records of each source; empty without images."""
         if jax.process_index() != 0 or "image" not in self.experiment.objective.fields:
             return []
-        data = self.experiment.data
+        data = self.experiment.config.data
         return [sources.transparent_share([source], data.read_timeout, data.threads) for source in self.sources]
 
 
@@ -207,7 +207,9 @@ def make_job(start: Start) -> Job:
     """Return the run with its groups of texts, its order of samples, and all evaluators open."""
     config, folder, fingerprints, experiment = start.config, start.folder, start.fingerprints, start.grouped
     initial, evaluators = start.initial, start.evaluators
-    order = loader.sample_order(start.samples, experiment.data, config.seed)  # the last, as it may read all captions
+    order = loader.sample_order(
+        start.samples, experiment.config.data, config.seed
+    )  # the last, as it may read all captions
     if order.captions:
         captions = ({"data.spread_duplicate_captions": outcome} for outcome in order.captions)
         fingerprints = [a | b for a, b in zip(fingerprints, captions, strict=True)]
@@ -215,7 +217,7 @@ def make_job(start: Start) -> Job:
     if any(start.transparency):
         shares = start.transparency
         fingerprints = [a | {TRANSPARENT: share} for a, share in zip(fingerprints, shares, strict=True)]
-        log0(f"transparent images: {rgb.describe(max(shares), experiment.data.background)} (data.background)")
+        log0(f"transparent images: {rgb.describe(max(shares), experiment.config.data.background)} (data.background)")
     if reason := flops.without_peak(experiment.mesh.devices.flat[0]):
         log0(reason)
     during = [evaluators[spec] for spec in config.eval.sets] if config.eval.every else []

@@ -229,7 +229,7 @@ class MetricLogger:
         """
         self.ledger, self.stalls, self.skipped = ledger, InputStallTimer(self._end_step), skipped
         self._job, self._callbacks, self._on_step_end = job, callbacks, on_step_end
-        self._progress = Progress(job.config.steps, job.experiment.data.batch, job.experiment.objective.progress)
+        self._progress = Progress(job.config.steps, job.config.data.batch, job.experiment.objective.progress)
         self._collapse = CollapseMonitor(job.experiment.objective.alarms, job.config.log.collapse_warmup_steps)
         self._flops, self._peak = _flops_and_peak(job)
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
@@ -268,7 +268,7 @@ class MetricLogger:
             return
         step, metrics = self._pending
         self._pending = None
-        self.ledger.sync(step * self._job.experiment.data.batch)
+        self.ledger.sync(step * self._job.config.data.batch)
         if self.skipped.check(step, metrics):
             return  # its values are in skipped_steps.jsonl
         scalars = {key: float(value) for key, value in jax.device_get(metrics).items() if key != "skipped"}
@@ -284,7 +284,7 @@ class MetricLogger:
 
     def _accounts(self, step: int) -> dict[str, float]:
         """Return metrics that the step does not compute."""
-        samples = step * self._job.experiment.data.batch
+        samples = step * self._job.config.data.batch
         speed = self._progress.samples_per_second()
         goodput = self._goodput.values(step, wasted=self.skipped.wasted, waited=self.stalls.total)
         return {
@@ -391,4 +391,4 @@ def _flops_and_peak(job: Job) -> tuple[float, float | None]:
     if step is None:
         log0(f"metrics have no mfu: {flops.uncounted(experiment.config)}")
         step = 0.0
-    return step / experiment.data.batch, peak and peak * devices.size
+    return step / experiment.config.data.batch, peak and peak * devices.size

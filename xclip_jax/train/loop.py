@@ -83,7 +83,7 @@ def train(
 
 def _position(job: Job, step: int, ledger: Ledger) -> dict[str, Any]:
     """Return the position in the data after `step`, for a checkpoint."""
-    b = job.experiment.data.batch
+    b = job.config.data.batch
     return {"samples": step * b, "batch": b, "seed": job.config.seed, "counters": ledger.counters}
 
 

@@ -42,7 +42,7 @@ def compile_for(experiment: Experiment) -> Any:
 
 def trace(experiment: Experiment) -> Any:
     """Return the step of `experiment`, traced for abstract arrays, which JAX keeps for the first step."""
-    b, size = experiment.data.batch, experiment.image_size
+    b, size = experiment.config.data.batch, experiment.image_size
     # The layout of `loader.to_global`: with another one the step would be traced again.
     array = functools.partial(jax.ShapeDtypeStruct, sharding=batch_sharding(experiment.mesh))
     batch = {

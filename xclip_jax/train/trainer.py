@@ -104,7 +104,7 @@ def _train(
     items = "items" if experiment.objective.labelled else "pairs"
     log0(
         f"{config.objective.name}: {count:,} parameters, {job.num_samples:,} {items}, {config.steps:,} steps of "
-        f"{experiment.data.batch} ({job.epochs:.3g} epochs) on {jax.device_count()} {jax.devices()[0].device_kind}, "
+        f"{config.data.batch} ({job.epochs:.3g} epochs) on {jax.device_count()} {jax.devices()[0].device_kind}, "
         f"in {job.folder.path}"
     )
     if jax.default_backend() != "cpu" and experiment.choices:
@@ -125,7 +125,7 @@ def _train(
         log0(f"resuming at step {int(state.step)}, sample {position['samples']:,}")
     ledger = Ledger(
         job.folder.path,
-        max_bad_fraction=experiment.data.max_bad_fraction,
+        max_bad_fraction=experiment.config.data.max_bad_fraction,
         start=position["samples"],
         counters=position.get("counters"),
     )
@@ -145,7 +145,7 @@ def warn_of_epochs(job: Job, items: str) -> None:
     """Warn if a recipe expects data of another size, so that its steps are not the intended epochs."""
     expected, n = job.config.log.expected_epochs, job.num_samples
     if expected and not 1 / _FAR < job.epochs / expected < _FAR:
-        steps = max(round(expected * n / job.experiment.data.batch), 1)
+        steps = max(round(expected * n / job.config.data.batch), 1)
         log0(
             f"WARNING: {job.config.steps:,} steps are {job.epochs:.3g} epochs of these {n:,} {items}, and the recipe "
             f"is meant for {expected:g}. Give it their number, --config RECIPE:pairs={n}, or set "

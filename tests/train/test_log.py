@@ -6,15 +6,17 @@ import jax.numpy as jnp
 import pytest
 
 from tests.helpers import tiny
+from tests.helpers.made_results import zero_shot
 from tests.helpers.pages import Page, written
 from xclip_jax.config import schema
-from xclip_jax.core import environment
-from xclip_jax.core.run_folder import CLOCKS
+from xclip_jax.core import environment, storage
+from xclip_jax.core.run_folder import CLOCKS, RunFolder
 from xclip_jax.data import loader
+from xclip_jax.evaluators.results import flat, from_json
 from xclip_jax.report import run_sections
 from xclip_jax.train import flops, log, recovery, trainer
 from xclip_jax.train.checkpoint import Checkpointer
-from xclip_jax.train.log import Goodput, utilization
+from xclip_jax.train.log import Goodput, MetricWriter, utilization
 
 
 class Clock:
@@ -224,3 +226,59 @@ def test_uptime_is_that_of_this_process():
 
 def test_clocks_are_what_is_logged():
     assert {"goodput", log.WALL, log.USEFUL, "mfu", "model_flops_per_second"} < set(CLOCKS)
+
+
+def config(pairs, run, **changes):
+    return tiny.config(run=run, **{"data__sources": (f"folder:{pairs}",)} | changes)
+
+
+@pytest.mark.parametrize(
+    ("failure", "changes"),
+    [
+        # Nothing asks for a decision, so nobody makes one.
+        ("flat", {"objective__nclip__sharpness": 0.0, "objective__nclip__smoothness": 1.0, "optim__lr": 1e-3}),
+        # Nothing asks for variety, so all pairs go to one cluster.
+        pytest.param(
+            "few clusters",
+            {"objective__nclip__sharpness": 2.0, "objective__nclip__smoothness": 0.0, "optim__lr": 1e-2},
+            marks=pytest.mark.slow,
+        ),
+        # A head that starts sharp and has no time to agree.
+        pytest.param("disagreement", {"objective__nclip__tau": 0.01, "optim__lr": 1e-12}, marks=pytest.mark.slow),
+    ],
+)
+def test_each_collapse_is_provoked_and_said_once(pairs, tmp_path, capsys, failure, changes):
+    trainer.run(config(pairs, tmp_path / "run", objective="nclip", steps=60, log__collapse_warmup_steps=50, **changes))
+    out = capsys.readouterr().out
+    print(out[out.index("WARNING") :].splitlines()[0])
+    assert out.count(f": {failure}: ") == 1
+
+
+@pytest.mark.parametrize("remote", [False, True])  # in a bucket files cannot grow
+def test_writer_drops_what_a_resumed_run_writes_again(tmp_path, monkeypatch, remote):
+    monkeypatch.setattr(storage, "is_remote", lambda _: remote)
+    writer = MetricWriter(RunFolder(tmp_path))
+    for step in (1, 2, 3):
+        writer.write(step, {"loss": float(step)})
+    writer.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "lo')  # killed while it wrote
+    writer = MetricWriter(RunFolder(tmp_path), step=2)
+    assert [line["step"] for line in tiny.lines(tmp_path)] == [1, 2]
+    monkeypatch.setattr(storage, "REWRITE_SECONDS", -1)
+    writer.write(3, {"loss": 0.5})
+    assert tiny.lines(tmp_path)[-1] == {"step": 3, "loss": 0.5}
+    writer.close()
+
+
+def test_results_are_written_as_numbers_and_as_records(tmp_path):
+    folder = RunFolder(tmp_path)
+    writer = MetricWriter(folder)
+    for step in (2, 4):
+        writer.write_results(step, zero_shot("x", 10.0 * step))
+    assert [line["step"] for line in folder.read_evaluations()] == [2, 4]
+    writer = MetricWriter(folder, step=4, evaluations=3)  # the evaluation of step 4 will be made again
+    (line,) = folder.read_evaluations()
+    results = from_json(line["records"])
+    assert tiny.lines(tmp_path) == [{"step": 2} | flat(results)] and flat(results)["zeroshot/x/top1"] == 20
+    assert [(r.chance, r.n, r.headline) for r in results if r.unit] == [(25, 8, True), (100, 8, False)]

@@ -1,0 +1,164 @@
+"""The watchdog: it names the phase of a hang, and ends a process that hangs."""
+
+import contextlib
+import os
+import resource
+import shutil
+import signal
+import time
+
+import pytest
+
+from tests.helpers import tiny
+from xclip_jax.core.errors import EXIT_RESTART, EXIT_RESUMABLE
+from xclip_jax.core.run_folder import RunFolder
+from xclip_jax.processes import interrupt, watchdog
+from xclip_jax.train import trainer
+from xclip_jax.train.checkpoint import Checkpointer
+
+
+@pytest.fixture
+def statuses(monkeypatch):
+    """The statuses with which a watchdog ends the process, in place of its end."""
+    ended = []
+
+    def end(status):
+        ended.append(status)
+        raise SystemExit  # of the thread
+
+    monkeypatch.setattr(watchdog, "exit_now", end)
+    return ended
+
+
+@pytest.fixture
+def watch(tmp_path, statuses, monkeypatch):
+    """Starts a watchdog, and returns it."""
+    running = []
+    monkeypatch.setattr(watchdog, "_POLL_SECONDS", 0.05)
+
+    def start(limit=0.0):
+        handler = interrupt.PreemptionHandler().__enter__()
+        handler.saves = True
+        dog = watchdog.Watchdog(RunFolder(tmp_path), handler, warning=0.0, limit=limit).__enter__()
+        running.extend([handler, dog])
+        return dog
+
+    yield start
+    for context in reversed(running):
+        context.__exit__()
+
+
+class Timed(watchdog.Watchdog):
+    """A watchdog without its thread, on a clock that the test moves."""
+
+    def __init__(self, folder, **limits):
+        self.now = 1000.0
+        super().__init__(RunFolder(folder), interrupt.PreemptionHandler(), lambda: self.now, **limits)
+
+    def ask(self):
+        self._asked, self._asked_at = 1, self.now
+
+    def wait(self, seconds):
+        for _ in range(seconds):
+            self.now += 1
+            self.check()
+
+
+def wait(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert condition()
+
+
+def test_the_watchdog_names_the_phase_and_ends_the_process(statuses, tmp_path, capfd):
+    dog = Timed(tmp_path, warning=60, limit=180)
+    dog.wait(1000)  # no phase: as long as it likes
+    dog.enter(watchdog.DATA, " from folder:/a")
+    dog.wait(60)
+    assert capfd.readouterr().out == ""
+    dog.wait(120)
+    warning = "WARNING: no progress: waiting for data from folder:/a (61 s); the run ends after 180 s (log.stall_limit)"
+    assert capfd.readouterr().out == f"{warning}\n" and not statuses
+    with pytest.raises(SystemExit):
+        dog.wait(1)
+    assert statuses == [EXIT_RESTART]
+    out, err = capfd.readouterr()
+    assert out == "" and "error: no progress: waiting for data from folder:/a (181 s) (stacks of all threads: " in err
+    assert "test_the_watchdog_names_the_phase" in (tmp_path / "stacks-0.txt").read_text()
+
+
+def test_the_watchdog_warns_of_a_stall_that_is_long_for_its_phase_but_not_of_a_compilation(tmp_path, capfd):
+    dog = Timed(tmp_path, warning=60, limit=0)
+    dog.enter(watchdog.COMPILATION)
+    dog.wait(1000)
+    for seconds in (100, 130, 130, 391, 100):
+        dog.enter(watchdog.STEP)
+        dog.wait(seconds)
+        dog.end_step()
+        dog.enter(watchdog.DATA)
+    assert capfd.readouterr().out == "".join(f"WARNING: no progress: a step ({s} s)\n" for s in (61, 391))
+    for _ in range(2):
+        dog.wait(100)
+        dog.beat()
+    assert capfd.readouterr().out == 2 * "WARNING: no progress: waiting for data (61 s)\n"
+
+
+def test_time_in_which_the_whole_process_was_suspended_does_not_count(statuses, tmp_path, capfd):
+    dog = Timed(tmp_path, warning=60, limit=180)
+    dog.enter(watchdog.STEP)
+    dog.wait(50)
+    dog.now += 3600
+    dog.wait(11)  # the first second is of the gap
+    assert capfd.readouterr().out == "" and not statuses
+    dog.wait(1)
+    assert "WARNING: no progress: a step (61 s)" in capfd.readouterr().out
+
+
+def test_the_watchdog_of_a_process_with_many_open_files(watch, statuses, capfd):
+    """In real time, and in a thread: its descriptor may be above 1,023, which select() does not take."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(max(soft, 2048), hard), hard))
+    with open(os.devnull) as file, contextlib.ExitStack() as held:
+        for _ in range(1100):
+            held.callback(os.close, os.dup(file.fileno()))
+        dog = watch(limit=0.4)
+        assert dog._read_end.fileno() > 1023
+        dog.enter(watchdog.STEP)
+        wait(lambda: statuses)
+    assert statuses == [EXIT_RESTART]
+    assert "test_the_watchdog_of_a_process_with_many_open_files" in capfd.readouterr().err  # this thread's stack too
+
+
+def test_a_checkpoint_is_restored_in_a_phase_of_its_own(pairs, trained, tmp_path, monkeypatch):
+    run, phases, restore = tmp_path / "run", [], Checkpointer.restore_good
+    shutil.copytree(trained, run)
+    (run / "results.json").unlink()
+    monkeypatch.setattr(watchdog.Watchdog, "enter", lambda _, phase, detail="": phases.append(phase))
+    monkeypatch.setattr(Checkpointer, "restore_good", lambda *args: phases.append("restores") or restore(*args))
+    trainer.run(tiny.short(pairs, run))
+    compiles = "the first step, which compiles"
+    assert phases[:4] == [compiles, "restoring a checkpoint", "restores", compiles]
+
+
+def test_progress_keeps_the_watchdog_quiet(statuses, tmp_path, capfd):
+    dog = Timed(tmp_path, warning=60, limit=180)
+    dog.enter(watchdog.EVALUATION)
+    for _ in range(20):
+        dog.wait(59)
+        dog.beat()
+    assert not statuses and capfd.readouterr().out == ""
+
+
+def test_what_hangs_after_a_signal_is_ended(watch, statuses, monkeypatch, capfd):
+    monkeypatch.setattr(watchdog, "STOP_SECONDS", 0.3)
+    dog = watch()
+    dog.enter(watchdog.STEP)
+    dog.end_step()
+    dog.end_step()
+    time.sleep(0.5)
+    assert not statuses
+    signal.raise_signal(signal.SIGTERM)
+    wait(lambda: statuses)
+    assert statuses == [EXIT_RESUMABLE]
+    assert "error: asked to stop, and in a step (" in capfd.readouterr().err

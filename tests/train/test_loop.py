@@ -1,0 +1,256 @@
+"""The training loop: evaluations over several starts of a run, and traces of its steps."""
+
+import gzip
+import itertools
+import json
+import pathlib
+import shutil
+import types
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+from tests.helpers import tiny
+from xclip_jax.core.errors import UserError
+from xclip_jax.core.run_folder import RunFolder
+from xclip_jax.data import loader
+from xclip_jax.evaluators import registry
+from xclip_jax.evaluators.results import Result, flat
+from xclip_jax.processes import interrupt
+from xclip_jax.train import build, loop, trainer, weights
+from xclip_jax.train.callbacks import Callback
+from xclip_jax.train.checkpoint import Checkpointer
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    return pathlib.Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+class Evaluator:
+    """Counts what it is asked, and fails where it is told to."""
+
+    def __init__(self, name, fails=False):
+        self.name, self.fails, self.calls = name, fails, []
+        self.encoder = types.SimpleNamespace(unreadable={})
+
+    def measure(self, variables):
+        self.calls.append(jax.device_get(variables))  # the next step overwrites them
+        if self.fails:
+            raise OSError(f"disk of {self.name} is gone")
+        return [Result("", self.name, "top1", 12.5)]
+
+
+@pytest.fixture
+def evaluators(monkeypatch):
+    """Sets named "a" and "b" in place of the real ones."""
+    made = {name: Evaluator(name) for name in ("a", "b")}
+    monkeypatch.setattr(registry, "open_all", lambda specs, *_: [made[spec] for spec in specs])
+    return made
+
+
+def test_all_sets_are_opened_before_the_first_step(pairs, tmp_path, monkeypatch):
+    opened = []
+    monkeypatch.setattr(registry, "open_all", lambda specs, *_: opened.extend(specs) or list(map(Evaluator, specs)))
+    monkeypatch.setattr(trainer, "_train", lambda *_: (_ for _ in ()).throw(InterruptedError))
+    with pytest.raises(InterruptedError):
+        trainer.run(tiny.short(pairs, tmp_path / "run", eval__sets=("a",), eval__final_sets=("b",), eval__every=2))
+    assert opened == ["a", "b"]
+
+
+def stop_after(questions):
+    """`requested` that is true when it was asked as often as that, besides once before the first step."""
+    count = itertools.count()
+    return lambda _: next(count) == questions
+
+
+@pytest.mark.parametrize("stop", ["kill", "signal"])
+def test_the_evaluation_of_a_step_that_was_cut_off_is_made_after_all(pairs, tmp_path, evaluators, monkeypatch, stop):
+    """Checkpoint and evaluation are due at step 2, and the run ends between them."""
+    c = tiny.short(pairs, tmp_path / "run", eval__sets=("a",), eval__every=2)
+    with monkeypatch.context() as patch:
+        if stop == "kill":
+            patch.setattr(loop, "_evaluate", lambda *_: (_ for _ in ()).throw(InterruptedError))
+        else:
+            patch.setattr(interrupt.PreemptionHandler, "requested", stop_after(2))
+        with pytest.raises(InterruptedError if stop == "kill" else SystemExit):
+            trainer.run(c)
+    assert evaluators["a"].calls == []
+    trainer.run(c)
+    assert [line["step"] for line in tiny.lines(tmp_path / "run") if "a/top1" in line] == [2, 4]
+
+
+def test_an_evaluation_that_was_made_is_not_made_again(pairs, tmp_path, evaluators, monkeypatch):
+    c = tiny.short(pairs, tmp_path / "run", eval__sets=("a",), eval__every=2)
+    with monkeypatch.context() as patch:
+        # Asked before the first step, and once in the evaluation of step 2.
+        patch.setattr(interrupt.PreemptionHandler, "requested", stop_after(4))
+        with pytest.raises(SystemExit) as stopped:
+            trainer.run(c)
+    assert stopped.value.code == interrupt.EXIT_RESUMABLE
+    evaluations = []
+    recorder = Callback()
+    recorder.on_evaluation = lambda step, results: evaluations.append((step, results))
+    trainer.run(c, [recorder])
+    assert [line["step"] for line in tiny.lines(tmp_path / "run") if "a/top1" in line] == [2, 4]
+    assert [(step, flat(results)) for step, results in evaluations] == [(4, {"a/top1": 12.5})]
+
+
+def test_the_average_is_what_is_evaluated_and_loaded(pairs, tmp_path, evaluators):
+    average = {"ema__on": True, "ema__momentum": 0.5, "eval__ema": True}
+    sets = {"eval__sets": ("a",), "eval__every": 2, "eval__final_sets": ("b",)}
+    c = tiny.short(pairs, tmp_path / "run", **average, **sets, objective="nclip")
+    trainer.run(c)
+    with Checkpointer(c.run, read_only=True) as checkpointer:
+        abstract = build.build(c).abstract
+        states = {step: jax.device_get(checkpointer.restore(abstract, step)[0]) for step in (2, 4)}
+    (at_2, at_4), (final,) = evaluators["a"].calls, evaluators["b"].calls
+    loaded = jax.device_get(weights.load(c.run)[2])
+    for step, found in ((2, at_2), (4, at_4), (4, final), (4, loaded)):
+        state = states[step]
+        chex.assert_trees_all_equal(found, {"params": state.ema_params, "batch_stats": state.ema_batch_stats})
+        for name in found:
+            same = map(np.array_equal, *map(jax.tree.leaves, (found[name], state.variables()[name])))
+            assert not all(same), name
+
+
+def test_a_set_that_fails_at_the_end_does_not_cost_the_others(pairs, tmp_path, evaluators):
+    c = tiny.short(pairs, tmp_path / "run", eval__final_sets=("a", "b"))
+    evaluators["a"].fails = True
+    with pytest.raises(UserError, match=r"1 of 2 evaluation sets failed \(a\).*results\.json has the others"):
+        trainer.run(c)
+    record = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert record["results"] == {"b/top1": 12.5}
+    assert record["failed"] == {"a": "disk of a is gone; in evaluator a"}
+    evaluators["a"].fails = False
+    assert trainer.run(c) == {"a/top1": 12.5, "b/top1": 12.5}
+    assert [line for line in tiny.lines(tmp_path / "run") if line["step"] == 4 and "loss" not in line] == [
+        {"step": 4, "a/top1": 12.5},
+        {"step": 4, "b/top1": 12.5},
+    ]
+
+
+def test_other_sets_on_a_complete_run_are_evaluated(pairs, run, evaluators):
+    assert trainer.run(tiny.short(pairs, run, eval__final_sets=("b",))) == {"b/top1": 12.5}
+    assert trainer.run(tiny.short(pairs, run, eval__final_sets=("b",))) == {"b/top1": 12.5}
+    assert len(evaluators["b"].calls) == 1
+
+
+def test_results_of_another_evaluation_do_not_outlive_the_start_of_a_new_one(pairs, run, evaluators):
+    """The launch scripts take results.json for that of a run that is complete."""
+    file, changed = run / "results.json", tiny.short(pairs, run, eval__final_sets=("b",))
+
+    def cut_off(_):
+        assert not file.exists()
+        raise KeyboardInterrupt
+
+    evaluators["b"].measure, measure = cut_off, evaluators["b"].measure
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run(changed)
+    assert not file.exists()
+    evaluators["b"].measure = measure
+    assert trainer.run(changed) == json.loads(file.read_text())["results"] == {"b/top1": 12.5}
+
+
+def test_a_start_that_is_refused_leaves_the_results(pairs, run):
+    before = (run / "results.json").read_text()
+    with pytest.raises(UserError, match="unknown evaluation set 'c'"):
+        trainer.run(tiny.short(pairs, run, eval__final_sets=("c",)))
+    assert (run / "results.json").read_text() == before
+
+
+def config(pairs, run, **changes):
+    return tiny.config("clip", run=run, **{"data__sources": (f"folder:{pairs}",), "log__profile": (2, 3)} | changes)
+
+
+def traced_file(run, end):
+    """The only file of the run's traces whose name ends in `end`."""
+    (path,) = (run / "profile" / "plugins" / "profile").glob(f"*/*{end}")
+    return path
+
+
+def events(run):
+    """(step, start, end) of the step annotations, and (name, start, end) of all else, in nanoseconds."""
+    data = jax.profiler.ProfileData.from_file(str(traced_file(run, ".xplane.pb")))
+    lines = [event for plane in data.planes for line in plane.lines for event in line.events]
+    steps = [(dict(event.stats).get("step_num"), event) for event in lines if event.name == "train"]
+    return (
+        sorted((step, event.start_ns, event.end_ns) for step, event in steps),
+        [(event.name, event.start_ns, event.end_ns) for event in lines if event.name != "train"],
+    )
+
+
+def test_a_run_leaves_a_trace_of_its_steps(pairs, tmp_path, capsys):
+    trainer.run(config(pairs, tmp_path / "run", steps=4))
+    steps, others = events(tmp_path / "run")
+    assert [step for step, *_ in steps] == [2, 3]
+    assert len(others) > 100
+    files = [traced_file(tmp_path / "run", end) for end in ("perfetto_trace.json.gz", ".trace.json.gz")]
+    traces = [json.loads(gzip.decompress(file.read_bytes())) for file in files]
+    for trace in traces:
+        annotated = [event for event in trace["traceEvents"] if event.get("name") == "train"]
+        assert sorted(int(event["args"]["step_num"]) for event in annotated) == [2, 3]
+    assert "metadata" not in traces[0]  # which Perfetto does not read
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("profile of steps 2 to 3")]
+    assert len(said) == 1 and f"xprof --logdir {tmp_path / 'run' / 'profile'}" in said[0]
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.slow
+def test_a_run_that_stops_leaves_what_it_traced_and_one_past_the_steps_traces_nothing(pairs, tmp_path, monkeypatch):
+    c, seen = config(pairs, tmp_path / "run", steps=6, log__profile=(2, 5), checkpoint__every=1), []
+    original = loader.to_global
+
+    def counted(batch, mesh):
+        seen.append(batch)
+        if len(seen) == 4:
+            raise Stopped
+        return original(batch, mesh)
+
+    monkeypatch.setattr(loader, "to_global", counted)
+    with pytest.raises(Stopped):
+        trainer.run(c)
+    monkeypatch.undo()
+    assert [step for step, *_ in events(tmp_path / "run")[0]] == [2, 3]
+    c.log.profile = (1, 2)
+    trainer.run(c)
+    assert len(tiny.lines(tmp_path / "run")) == 6
+    assert [step for step, *_ in events(tmp_path / "run")[0]] == [2, 3]
+
+
+def test_the_trace_waits_for_the_steps_before_it_and_in_it(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(jax, "block_until_ready", lambda x: calls.append(("wait", x)) or x)
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda *_, **__: calls.append("start"))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
+    tracer = loop.StepTracer((4, 5), RunFolder(tmp_path))
+    for step in range(3, 8):
+        assert tracer(step, lambda x: calls.append(x) or x + 1, 10 * step) == 10 * step + 1
+    tracer.close()
+    assert calls == [30, ("wait", (40,)), "start", 40, 50, ("wait", 51), "stop", 60, 70]
+    calls.clear()
+    tracer = loop.StepTracer((4, 6), RunFolder(tmp_path))  # of a run that resumed at step 4
+    for step in (5, 6, 7):
+        tracer(step, calls.append, step)
+    assert calls == [("wait", (5,)), "start", 5, 6, ("wait", None), "stop", 7]
+
+
+def test_a_trace_that_fails_is_a_warning(tmp_path, capsys):
+    """Another trace is in progress; the run's folder cannot be written to."""
+    tracer = loop.StepTracer((1, 2), RunFolder(tmp_path / "run"))
+    with jax.profiler.trace(tmp_path / "other"):
+        assert [tracer(step, lambda x: x, step) for step in (1, 2, 3)] == [1, 2, 3]
+    tracer.close()
+    assert "WARNING: the steps of log.profile cannot be traced: Profile has already" in capsys.readouterr().out
+    (tmp_path / "file").write_text("")
+    tracer = loop.StepTracer((1, 2), RunFolder(tmp_path / "file"))
+    assert [tracer(step, lambda x: x, step) for step in (1, 2, 3)] == [1, 2, 3]
+    out = capsys.readouterr().out
+    assert "WARNING: the steps of log.profile cannot be traced" in out and out.count("\n") == 1
+    with jax.profiler.trace(tmp_path / "other"):  # the profiler is free again
+        pass
