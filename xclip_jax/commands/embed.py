@@ -41,7 +41,7 @@ from xclip_jax.core.errors import BadSample, Parser, UserError, check_count, che
 from xclip_jax.core.imports import add_trust
 from xclip_jax.core.storage import write_json
 from xclip_jax.data import embeddings
-from xclip_jax.data.prefetch import ThreadPrefetcher
+from xclip_jax.data.records import ThreadPrefetcher
 
 PART = 1024  # rows that an interruption may lose
 _PROGRESS_SECONDS = 5

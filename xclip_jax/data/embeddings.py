@@ -24,8 +24,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from xclip_jax.core.errors import UserError, check_choice
-from xclip_jax.data.text import first_line
+from xclip_jax.core.errors import UserError, check_choice, first_line
 
 COLUMNS = ("kind", "id", "text", "embedding")
 _STRINGS = ("id", "text")  # of any length

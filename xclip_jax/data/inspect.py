@@ -15,7 +15,7 @@ from etils import epath
 from PIL import Image, ImageDraw, ImageFont
 
 from xclip_jax.core.errors import BadSample
-from xclip_jax.data import loader, records, transforms
+from xclip_jax.data import images, loader, records, transforms
 from xclip_jax.data.base import Record, Source
 from xclip_jax.data.ledger import Ledger
 
@@ -81,7 +81,7 @@ def _examine(record: Record, size: int) -> Sample:
     data = image if isinstance(image, bytes) else image.tobytes()
     digest = hashlib.blake2b(data, digest_size=16).digest()
     # Decoded at full size, which is measured; training decodes large JPEGs at a half or less and is a little faster.
-    with transforms.decoding(image) as pixels:
+    with images.decoding(image) as pixels:
         height, width = pixels.shape[:2]
         transforms.random_resized_crop(pixels, size, np.random.default_rng(list(digest)), resample="area")
     return Sample(-1, "", "", (width, height), len(data), digest, captions[0], len(captions))
@@ -146,7 +146,7 @@ def write_sheet(samples: Sequence[Sample], source: Source, path: str) -> int:
     pen, font = ImageDraw.Draw(page), _font()[0]
     for i, sample in enumerate(chosen):
         x, y = i % _COLUMNS * _TILE, i // _COLUMNS * height
-        picture = transforms.resize_center_crop(transforms.decode(source[sample.index]["image"]), _TILE - 4)
+        picture = transforms.resize_center_crop(images.decode(source[sample.index]["image"]), _TILE - 4)
         page.paste(Image.fromarray(picture), (x + 2, y + 2))
         for j, text in enumerate(textwrap.wrap(sample.caption, 30)[:_LINES]):
             pen.text((x + 4, y + _TILE + j * line), _drawable(text), fill="black", font=font)

@@ -17,7 +17,7 @@ from absl import flags
 from jax.sharding import Mesh
 
 from xclip_jax.core.errors import BadSample, UserError
-from xclip_jax.data import prefetch, records, sources, transforms
+from xclip_jax.data import images, records, sources, transforms
 from xclip_jax.data.base import Record, Source
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.ledger import Entry, Ledger
@@ -61,7 +61,7 @@ class Transform:
         # Large enough that not even the smallest square crop is enlarged.
         exact = config.resample != "area"
         scaled_to = 0 if exact else math.ceil(self.size / scale[0] ** 0.5)
-        with transforms.decoding(record["image"], scaled_to=scaled_to, background=config.background) as image:
+        with images.decoding(record["image"], scaled_to=scaled_to, background=config.background) as image:
             transforms.random_resized_crop(image, self.size, rng, scale, resample=config.resample, out=out)
 
     def caption(self, record: Record, rng: np.random.Generator) -> str:
@@ -307,7 +307,7 @@ def batches(
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # Grain asks absl, which only a command line sets up
         processes = grain.MultiprocessingOptions(config.workers, per_worker_buffer_size=WORKER_BUFFER)
-        dataset = dataset.mp_prefetch(processes, worker_init_fn=prefetch.init_worker)
+        dataset = dataset.mp_prefetch(processes, worker_init_fn=records.init_worker)
     return _report_bad_samples(iter(dataset), reader, start, ledger)
 
 
@@ -317,7 +317,7 @@ def _report_bad_samples(
     """Yield the batches, and pass their bad samples and numbers of tokens to the ledger."""
     workers = reader.transform.config.workers
     try:
-        for g, batch in enumerate(prefetch.start_workers_with_signals_blocked(read) if workers else read, start):
+        for g, batch in enumerate(records.start_workers_with_signals_blocked(read) if workers else read, start):
             bad = json.loads(batch.pop("bad"))
             if ledger is not None:
                 tokens = int(reader.transform.tokenizer.lengths(batch["text"]).sum()) if "text" in batch else 0

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from xclip_jax.core.errors import UserError, check_choice
-from xclip_jax.data import rgb
+from xclip_jax.data import images
 from xclip_jax.data.transforms import (
     INTERPOLATIONS,
     RESIZE_MODES,
@@ -85,12 +85,12 @@ class Preprocessing:
     resize_mode: str = "shortest"
     resize_size: int = 0
     interpolation: str = "bicubic"
-    background: str = rgb.DROPPED
+    background: str = images.DROPPED
 
     def __post_init__(self) -> None:
         check_choice("eval.resize", self.resize_mode, RESIZE_MODES)
         check_choice("eval.interpolation", self.interpolation, INTERPOLATIONS)
-        check_choice("data.background", self.background, rgb.BACKGROUNDS)
+        check_choice("data.background", self.background, images.BACKGROUNDS)
         if self.resize_size and self.resize_mode == "longest":
             raise UserError(f"eval.resize_size is {self.resize_size}; with eval.resize='longest' it must be 0.")
         if self.resize_size and self.resize_size < self.size:
@@ -149,7 +149,7 @@ class Preprocessing:
     def normalization(self) -> str:
         """Mean, deviation and the background of transparent images, if any, in words."""
         normalization = self.to_config()["data"]["normalization"]
-        white = ", transparent images on white" if self.background == rgb.WHITE else ""
+        white = ", transparent images on white" if self.background == images.WHITE else ""
         if isinstance(normalization, str):
             return f"mean and deviation of {normalization!r}{white}"
         return f"mean {self.mean}, deviation {self.std}{white}"

@@ -4,37 +4,22 @@ uint8 travels to the device: a quarter of the bytes of floats, and the arithmeti
 """
 
 import contextlib
-import functools
-import io
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
-import simplejpeg
-from PIL import Image, ImageOps
+from PIL import Image
 
-from xclip_jax.core.errors import BadSample
-from xclip_jax.data import jpeg, rgb
-from xclip_jax.data.prefetch import WeightedSemaphore
+from xclip_jax.data.images import DROPPED, WHITE, decode_held, is_jpeg, open_held, to_rgb
 
 cv2.setNumThreads(0)  # the loader has threads and processes of its own
 
-MAX_PIXELS = 1 << 26  # 64 million, 200 MB decoded: more is a decompression bomb, or useless at 224 pixels
-# Pixels of the images that all threads of a process decode at once. Decoders take 6 to 16 bytes for each, that of JPEG
-# 2000 takes 20: 1.3 GB of PNGs, 2.7 GB at most.
-_IN_FLIGHT = WeightedSemaphore(2 * MAX_PIXELS)
-# Of Pillow's formats, which include EPS, read by a program of its own, and others that the web has no images in.
-_FORMATS = (
-    "AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP",
-)  # fmt: skip
 RESAMPLE = ("area", "bicubic")  # of training crops
 RESIZE_MODES = ("shortest", "squash", "longest")  # of evaluation
 INTERPOLATIONS = ("bicubic", "bilinear")
-_ORIENTATION = 0x0112
 _LONGEST = 16  # times the shorter side
 
 STATISTICS = {
@@ -42,121 +27,6 @@ STATISTICS = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
 }
-
-
-def _check_pixels(w: int, h: int) -> None:
-    if w * h > MAX_PIXELS:
-        raise BadSample("image too large", f"{w} x {h} pixels, more than {MAX_PIXELS:,}")
-
-
-@functools.cache
-def formats() -> list[str]:
-    """Return the file formats that are read, as Pillow names them."""
-    Image.init()
-    return [name for name in _FORMATS if name in Image.OPEN]
-
-
-def _is_rotated(data: bytes) -> bool:
-    try:
-        with Image.open(io.BytesIO(data), formats=formats()) as image:
-            return image.getexif().get(_ORIENTATION, 1) != 1
-    except Exception:
-        return True  # Pillow raises the error
-
-
-def _decode_jpeg(data: bytes, scaled_to: int, held: contextlib.ExitStack) -> np.ndarray | None:
-    """Decode a JPEG by libjpeg-turbo, or return None for those that Pillow is to decode. See `_decode` for `held`."""
-    header = jpeg.header(data)
-    if header is None or header[2] not in (1, 3) or (header[3] and _is_rotated(data)):
-        return None
-    w, h, *_, progressive = header
-    _check_pixels(w, h)
-    factor = max(1, min(w, h) // scaled_to) if scaled_to and not progressive else 1
-    held.enter_context(_IN_FLIGHT.hold(w * h // (1 << min(3, factor.bit_length() - 1)) ** 2))
-    options: dict[str, Any] = {
-        "fastdct": True,
-        "fastupsample": True,
-        "min_height": scaled_to,
-        "min_width": scaled_to,
-        "min_factor": 2,
-    }
-    try:
-        return simplejpeg.decode_jpeg(data, "RGB", **(options if scaled_to else {}))
-    except ValueError:
-        held.close()
-        return None  # Pillow distinguishes truncated files from those that are only unusual
-
-
-def _open(data: bytes | Image.Image, held: contextlib.ExitStack) -> Image.Image:
-    """Open an image in its own mode, rotated by its EXIF tag. Raises `BadSample`, see `decode`; `held`: `_decode`."""
-    about = f"{len(data)} bytes that begin with {data[:8]!r}" if isinstance(data, bytes) else "a Pillow image"
-    try:
-        if isinstance(data, Image.Image):  # the caller closes it
-            _check_pixels(*data.size)
-            return ImageOps.exif_transpose(data)
-        with Image.open(io.BytesIO(data), formats=formats()) as image:
-            _check_pixels(*image.size)
-            held.enter_context(_IN_FLIGHT.hold(image.width * image.height))
-            return ImageOps.exif_transpose(image)
-    except (BadSample, MemoryError):
-        raise
-    except Image.DecompressionBombError as error:  # Pillow's own bound, raised before the size is known
-        raise BadSample("image too large", str(error)) from error
-    except Image.UnidentifiedImageError as error:
-        raise BadSample("not an image", about) from error
-    except Exception as error:  # Pillow's readers raise errors of any class for damaged files
-        reason = "image cut off" if "truncated" in str(error) else "image damaged"
-        raise BadSample(reason, f"{about} ({error})") from error
-
-
-def _decode(
-    data: bytes | np.ndarray | Image.Image, held: contextlib.ExitStack, background: str, scaled_to: int = 0
-) -> np.ndarray:
-    """Decode an image, see `decode`. Until `held` is closed the image's pixels count as being decoded."""
-    if isinstance(data, np.ndarray):
-        if data.dtype != np.uint8 or data.shape[2:] not in ((1,), (3,)) or not data.size:
-            raise BadSample("image is not uint8 (h, w, 3)", f"an array of {data.dtype}, {data.shape}")
-        return data if data.shape[2] == 3 else data.repeat(3, axis=2)
-    if jpeg.is_jpeg(data) and (image := _decode_jpeg(data, scaled_to, held)) is not None:
-        return image
-    return np.array(rgb.to_rgb(_open(data, held), background))
-
-
-@contextlib.contextmanager
-def decoding(data: bytes | np.ndarray, *, scaled_to: int = 0, background: str = rgb.WHITE) -> Iterator[np.ndarray]:
-    """Context of a decoded image that is not kept, see `decode`.
-
-    It waits while the images in such contexts of other threads of this process have too many pixels for one more.
-    """
-    with contextlib.ExitStack() as held:
-        yield _decode(data, held, background, scaled_to)
-
-
-def decode(data: bytes | np.ndarray, *, scaled_to: int = 0, background: str = rgb.WHITE) -> np.ndarray:
-    """Decode an image to uint8 RGB (h, w, 3), rotated by its EXIF tag; an array (h, w, 3), or grey (h, w, 1), as RGB.
-
-    JPEGs are decoded by libjpeg-turbo; CMYK, those that EXIF rotates, and all other formats by Pillow. Of several
-    frames the first is decoded.
-
-    Args:
-      data: content of the file.
-      scaled_to: for training; a JPEG may be decoded to a half, a quarter or an eighth of its size, no side below this
-        number of pixels, and slightly less exact. 0 for the full size.
-      background: one of `rgb.BACKGROUNDS`.
-
-    Raises:
-      BadSample: not an image, a damaged one, another array, or more than `MAX_PIXELS`, checked before decoding.
-    """
-    with decoding(data, scaled_to=scaled_to, background=background) as image:
-        return image
-
-
-def is_transparent(data: bytes | np.ndarray) -> bool:
-    """Whether a pixel of an image is transparent, at least in part. Raises `BadSample` as `decode`."""
-    if isinstance(data, np.ndarray) or jpeg.is_jpeg(data):
-        return False
-    with contextlib.ExitStack() as held:
-        return rgb.is_transparent(_open(data, held))
 
 
 def _resize(
@@ -207,7 +77,7 @@ def evaluation_image(
     resample: str = "bicubic",
     mode: str = "shortest",
     resize_size: int = 0,
-    background: str = rgb.DROPPED,
+    background: str = DROPPED,
 ) -> np.ndarray:
     """Resize and crop an image to uint8 (size, size, 3).
 
@@ -229,11 +99,11 @@ def evaluation_image(
       BadSample: as `decode`.
     """
     with contextlib.ExitStack() as held:
-        if isinstance(data, np.ndarray) or jpeg.is_jpeg(data) or background == rgb.WHITE:
-            image = Image.fromarray(_decode(data, held, background))
-        elif (image := _open(data, held)).mode.startswith(("I", "F")):
-            image = rgb.to_rgb(image, background)
-        return np.asarray(rgb.to_rgb(_fit(image, size, resample, mode, resize_size), background))
+        if isinstance(data, np.ndarray) or is_jpeg(data) or background == WHITE:
+            image = Image.fromarray(decode_held(data, held, background))
+        elif (image := open_held(data, held)).mode.startswith(("I", "F")):
+            image = to_rgb(image, background)
+        return np.asarray(to_rgb(_fit(image, size, resample, mode, resize_size), background))
 
 
 def evaluation_mask(mask: np.ndarray, size: int, mode: str = "shortest", resize_size: int = 0) -> np.ndarray:

@@ -3,9 +3,8 @@
 from collections.abc import Mapping, Sequence
 
 from xclip_jax.config.schema import Config
-from xclip_jax.core.errors import UserError
+from xclip_jax.core.errors import UserError, first_line
 from xclip_jax.core.imports import import_class
-from xclip_jax.data.text import first_line
 from xclip_jax.evaluators.results import Result
 from xclip_jax.models.two_towers import Variables
 from xclip_jax.train.job import Job

@@ -13,7 +13,7 @@ from xclip_jax.core.addresses import public
 from xclip_jax.core.console import log0
 from xclip_jax.core.errors import UserError
 from xclip_jax.core.paths import expand_home
-from xclip_jax.data import controls, labelled, loader, opening, rgb, sources
+from xclip_jax.data import holdout, images, labelled, loader, sources
 from xclip_jax.data.base import Source
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.length_groups import AUTO
@@ -120,7 +120,7 @@ def prepare(config: Config, folder: TrainingFolder) -> Job:
     opened = _open_sources(experiment.data, experiment.objective)
     fingerprints = [source.fingerprint() for source in opened]
     folder.check_sources(config, fingerprints)
-    samples = controls.apply(opened, experiment.data, config.seed, labelled=experiment.objective.labelled)
+    samples = holdout.apply_controls(opened, experiment.data, config.seed, labelled=experiment.objective.labelled)
     if config.data.length_groups == AUTO:
         groups = folder.length_groups(experiment.text_rows) or caption_lengths.choose(experiment, samples)
         experiment = dataclasses.replace(experiment, length_groups=groups)
@@ -144,7 +144,7 @@ def prepare(config: Config, folder: TrainingFolder) -> Job:
         shares = [sources.transparent_share([source], data.read_timeout, data.threads) for source in opened]
         if any(shares):
             fingerprints = [a | {TRANSPARENT: share} for a, share in zip(fingerprints, shares, strict=True)]
-            log0(f"transparent images: {rgb.describe(max(shares), data.background)} (data.background)")
+            log0(f"transparent images: {images.describe(max(shares), data.background)} (data.background)")
     part = batch_part(experiment.mesh)
     if reason := flops.without_peak(experiment.mesh.devices.flat[0]):
         log0(reason)
@@ -166,7 +166,7 @@ def check_moved_sources(config: Config, folder: TrainingFolder) -> None:
 
 def _open_sources(data: DataConfig, objective: Objective) -> list[Source]:
     try:
-        return opening.open_sources(data, objective.classes, objective.fields)
+        return sources.open_sources(data, objective.classes, objective.fields)
     except labelled.MismatchError as error:
         remedy = objective.source_remedies.get(error.fault, "use another source")
         raise UserError(f"{error}; {remedy}.") from error

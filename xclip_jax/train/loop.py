@@ -12,7 +12,7 @@ from xclip_jax.core.addresses import public
 from xclip_jax.core.console import log0
 from xclip_jax.data import loader
 from xclip_jax.data.ledger import Ledger, TooManyBadSamples
-from xclip_jax.data.prefetch import interruptible_iterator
+from xclip_jax.data.records import interruptible_iterator
 from xclip_jax.evaluators import registry, tables
 from xclip_jax.evaluators.base import Evaluator
 from xclip_jax.evaluators.results import Result

@@ -18,11 +18,10 @@ from xclip_jax.config import schema
 from xclip_jax.config.schema import Config
 from xclip_jax.core.addresses import public
 from xclip_jax.core.console import log0
-from xclip_jax.core.errors import UserError
+from xclip_jax.core.errors import UserError, first_line
 from xclip_jax.core.imports import import_class
 from xclip_jax.core.run_folder import RunFolder
 from xclip_jax.core.storage import is_remote, write_json
-from xclip_jax.data.text import first_line
 
 # Seconds that wandb waits for a login that it asks for on a terminal, and at the end of a run for what is left to be
 # uploaded. Without a limit it waits for ever for a user who has left, or for a network that is gone.

@@ -10,7 +10,7 @@ import numpy as np
 from xclip_jax.commands.doctor.finding import Finding, attempt, fail, warning
 from xclip_jax.core.command_names import command
 from xclip_jax.core.errors import UserError
-from xclip_jax.data import controls, inspect, labelled, loader, opening, rgb, sources
+from xclip_jax.data import holdout, images, inspect, labelled, loader, sources
 from xclip_jax.data.base import Source
 from xclip_jax.data.inspect import LoaderSample
 from xclip_jax.evaluators import registry
@@ -47,7 +47,7 @@ def check_data(
     config, objective = experiment.config, experiment.objective
     _, problem = attempt("data", lambda: folder.check_sources(config, [source.fingerprint() for source in opened]))
     controlled, wrong = attempt(
-        "data", lambda: controls.apply(opened, experiment.data, config.seed, labelled=objective.labelled)
+        "data", lambda: holdout.apply_controls(opened, experiment.data, config.seed, labelled=objective.labelled)
     )
     yield from filter(None, (problem, wrong))
     if controlled is None:
@@ -95,7 +95,7 @@ def _one(data: loader.DataConfig, spec: str) -> loader.DataConfig:
 
 def _open_sources(data: loader.DataConfig, objective: Objective) -> list[Source]:
     try:
-        return opening.open_sources(data, objective.classes, objective.fields)
+        return sources.open_sources(data, objective.classes, objective.fields)
     except labelled.MismatchError as error:
         raise UserError(f"{error}; {objective.source_remedies.get(error.fault, 'use another source')}.") from error
 
@@ -128,7 +128,7 @@ def _place(line: str) -> str:
 def _transparency(opened: Sequence[Source], data: loader.DataConfig) -> Iterator[Finding]:
     """Yield how transparent images are read, if there are any."""
     if share := sources.transparent_share(opened, data.read_timeout, data.threads):
-        text = f"transparent images: {rgb.describe(share, data.background)} (data.background={data.background!r})"
+        text = f"transparent images: {images.describe(share, data.background)} (data.background={data.background!r})"
         yield Finding("transparency", text, values={"transparent_share": share})
 
 

@@ -1,35 +1,51 @@
-"""Pairs in tables: CSV, TSV or parquet files of image paths, or images, and captions."""
+"""Pairs in tables: CSV, TSV or parquet files of image paths or images, and captions; and ArrayRecord files."""
 
 import abc
 import array
-import csv
-import itertools
-import multiprocessing
 import os
 import pathlib
-import sys
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 
 from xclip_jax.core import remote, storage
 from xclip_jax.core.addresses import public
-from xclip_jax.core.errors import BadSample, UserError
+from xclip_jax.core.errors import BadSample, UserError, first_line
 from xclip_jax.data import labelled
-from xclip_jax.data.base import MAX_BYTES, MissingColumnError, Record, Source, SourceKind, SourceOptions
-from xclip_jax.data.text import check_encoding, decode_utf8, first_line, separator
+from xclip_jax.data.base import MAX_BYTES, Form, MissingColumnError, Record, Source, SourceKind, SourceOptions
+from xclip_jax.data.text import csv_rows, decode_utf8, strip_texts
 
-# Most lines of a field in quotes; above, two quotes without partners are likelier.
-_MAX_LINES = 20
-_END = "end of the table"  # read after its last line: a field that is still open includes it
-# Bytes up to which the whole of a CSV table is hashed for its fingerprint.
+# CSV tables of at most this number of bytes are hashed as a whole for their fingerprint.
 _HASHED_WHOLE = 1 << 30
 
 
+def pair(image: Any, name: str, options: SourceOptions, read: Callable[[str], Any]) -> Record:
+    """Return a record of pairs.
+
+    Args:
+      image: encoded or decoded.
+      name: the record's "id".
+      options: names of the columns.
+      read: function from a column's name to its strings, or one string; one string of keywords is split at commas.
+
+    Raises:
+      BadSample: no caption.
+    """
+    text = [caption for key in options.text_keys for caption in strip_texts(read(key))]
+    if not text:
+        raise BadSample("caption is empty")
+    tags = read(options.tags_key) if options.tags_key else []
+    return {
+        "image": image,
+        "text": text,
+        "tags": strip_texts(tags.split(",") if isinstance(tags, str) else tags),
+        "id": name,
+    }
+
+
 class _Strings:
-    """Many strings in two buffers; a list of them would take several times the memory."""
+    """Many strings in two buffers; a list would take several times the memory."""
 
     def __init__(self, texts: Sequence[str]) -> None:
         parts = [text.encode("utf-8", "surrogatepass") for text in texts]
@@ -48,90 +64,23 @@ def _check_columns(path: str, names: Sequence[str], keys: Sequence[str]) -> None
         raise MissingColumnError(fault, "data.image_key, data.text_keys and data.tags_key")
 
 
-def read_rows(path: str) -> Iterator[tuple[int, list[str]]]:
-    """Yield line number and fields of each row of a CSV or TSV file, the one with the names of the columns first.
-
-    Fields are separated by what `text.separator` says of the first line. Between tabs quotes are ordinary letters,
-    since captions and titles contain single ones. Else a field in quotes may have several lines; the row's number is
-    that of the last one. Empty lines are left out.
-
-    Args:
-      path: the file, in UTF-8, with or without a byte order mark; other bytes are escaped by surrogates.
-
-    Raises:
-      UserError: a quote that is never closed, or that only one of a later row seems to close, so that rows would be
-        lost in a field; UTF-16 or UTF-32 by its byte order mark.
-    """
-    csv.field_size_limit(sys.maxsize)
-    lines: list[str] = []  # of the row that is being read
-
-    def read_lines(file: Iterable[str]) -> Iterator[str]:
-        for line in itertools.chain(file, [_END]):
-            lines.append(line)
-            if len(lines) > _MAX_LINES:
-                raise UserError(_about_quote(path, rows.line_num - len(lines) + 2, f"more than {_MAX_LINES} lines"))
-            yield line
-
-    long_rows = []  # first lines of rows of several lines
-    with open(path, "rb") as binary:
-        check_encoding(f"table {path!r}", path, binary.read(4))
-    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        mark = separator(file.readline())
-        file.seek(0)
-        quoting = csv.QUOTE_NONE if mark == "\t" else csv.QUOTE_MINIMAL
-        rows = csv.reader(read_lines(file), delimiter=mark, quoting=quoting)
-        for row in rows:
-            if len(lines) > 1:
-                first = rows.line_num - len(lines) + 1
-                if not _is_closed(lines, mark):
-                    what = "all rows after it" if lines[-1] == _END else "rows after it"
-                    raise UserError(_about_quote(path, first, what))
-                long_rows.append(first)
-            if row and lines != [_END]:
-                yield rows.line_num, row
-            lines.clear()
-    if long_rows and multiprocessing.parent_process() is None:
-        warnings.warn(
-            f"table {path!r} has {len(long_rows):,} rows of several lines, the first at line {long_rows[0]}; if that "
-            "is not intended, a quote there has no partner and rows are lost.",
-            stacklevel=2,
-        )
-
-
-def _is_closed(lines: Sequence[str], mark: str) -> bool:
-    """Whether the quotes of a row of several lines are in pairs, each around a whole field."""
-    try:
-        return lines[-1] != _END and len(list(csv.reader(lines, delimiter=mark, strict=True))) == 1
-    except csv.Error:
-        return False
-
-
-def _about_quote(path: str, line: int, what: str) -> str:
-    return (
-        f"table {path!r}, line {line}: a quote opens a field that swallows {what}; double a quote that is part of the "
-        'text ("" in a quoted field), or write the table with tabs, between which quotes are ordinary letters.'
-    )
-
-
 class TableSource(Source):
     """Rows of tables: a path or URL of an image, or its bytes, and captions."""
 
-    def __init__(self, pattern: str, image_key: str, text_keys: Sequence[str], tags_key: str = "") -> None:
-        """Reads the columns of these keys into memory.
+    def __init__(self, pattern: str, options: SourceOptions) -> None:
+        """Reads the columns into memory.
 
         Args:
           pattern: the tables, see `storage.expand`.
-          image_key: column of paths, relative to the table's folder where they are not absolute.
-          text_keys: columns of captions, one of which is drawn each time.
-          tags_key: column of keywords, with commas between them; or "".
+          options: names of the columns: image paths, relative to the table's folder unless absolute; captions, one of
+            which is drawn each time; and keywords with commas between them.
 
         Raises:
           UserError: no such file or column, no row.
         """
-        self._arguments = (pattern, image_key, text_keys, tags_key)
-        self.text_keys, self.image_key, self.tags_key = tuple(text_keys), image_key, tags_key
+        self.pattern, self.options = pattern, options
         self.tables = storage.expand(pattern)
-        keys = list(dict.fromkeys([image_key, *text_keys, *filter(None, [tags_key])]))
+        keys = list(dict.fromkeys([options.image_key, *options.text_keys, *filter(None, [options.tags_key])]))
         self._columns, counts = self._read(keys)
         self._ends = np.cumsum(counts)
         if not len(self):
@@ -142,8 +91,8 @@ class TableSource(Source):
         """Return the columns over all tables, each indexable by row, and the number of rows of each table."""
 
     def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
-        """A worker process reads the tables itself."""
-        return type(self), self._arguments
+        """Pickle the arguments; a worker process reads the tables itself."""
+        return type(self), (self.pattern, self.options)
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -160,47 +109,39 @@ class TableSource(Source):
             return value if storage.is_remote(value) else str(pathlib.Path(table).parent / value)
         if storage.is_remote(value) or value.startswith("/"):
             return value
-        return f"{table.rpartition('/')[0]}/{value}"  # a Path would take the // of its address for one /
+        return f"{table.rpartition('/')[0]}/{value}"  # a Path would turn the address's // into /
 
     def describe(self, index: int) -> dict[str, str]:
-        """Path of the image, or the row's number."""
+        """Return the path of the image, or the row's number."""
         try:
-            value = self._value(self.image_key, index)
+            value = self._value(self.options.image_key, index)
         except BadSample:
             value = None
         return {"file": self._path(index, value)} if isinstance(value, str) else {"row": str(index)}
 
     def fingerprint(self) -> dict[str, Any]:
-        """Number of rows, a hash of the tables (see `storage.fingerprint`), and their names and sizes."""
+        """Return the number of rows, a hash of the tables (see `storage.fingerprint`), and their names and sizes."""
         return fingerprint(len(self), self.tables)
 
     def __getitem__(self, index: int) -> Record:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        value = self._value(self.image_key, index)
+        value = self._value(self.options.image_key, index)
         table = self._table(index)
         untrusted = table if remote.scheme(table) not in ("", "file") else ""
         image, name = image_of(value, str(index), lambda path: self._path(index, path), untrusted)
-        text = [caption for key in self.text_keys for caption in strip_texts(self._value(key, index))]
-        if not text:
-            raise BadSample("caption is empty")
-        tags = self._value(self.tags_key, index) if self.tags_key else []
-        return {
-            "image": image,
-            "text": text,
-            "tags": strip_texts(tags.split(",") if isinstance(tags, str) else tags),
-            "id": name,
-        }
+        return pair(image, name, self.options, lambda key: self._value(key, index))
 
 
 def image_of(value: Any, row: str, locate: Callable[[str], str] = str, table: str = "") -> tuple[bytes, str]:
-    """Return the encoded image in a cell of a table, and its path or URL, or `row` where it has none.
+    """Return the encoded image in a cell of a table, and its path or URL, or `row` if it has none.
 
     Args:
       value: bytes, a path or URL, or {"bytes", "path"} as Hugging Face writes them.
       row: name of the row.
-      locate: function from a path in the table to where the file is.
-      table: its address where it is not on this machine: it may not name files and addresses of the inner network.
+      locate: function from a path in the table to the place of the file.
+      table: address of a table that is not on this machine, which may name neither files of this machine nor addresses
+        of the inner network.
 
     Raises:
       BadSample: a file that cannot be read or is empty, or no image.
@@ -221,16 +162,16 @@ def image_of(value: Any, row: str, locate: Callable[[str], str] = str, table: st
 
 
 class CsvSource(TableSource):
-    """Rows of CSV or TSV files, whose first line has the names of the columns."""
+    """Rows of CSV or TSV files; the first line has the names of the columns."""
 
     def _read(self, keys: list[str]) -> tuple[dict[str, Any], list[int]]:
         columns, counts = [[] for _ in keys], []
-        self._too_long = array.array("q")  # index, line and number of fields of rows with too many of them
+        self._too_long = array.array("q")  # index, line and number of fields of each row with too many fields
         for path in self.tables:
             if storage.is_remote(path):
                 raise UserError(f"table {path!r} is not on this machine; copy it here, or write it as parquet.")
             before = len(columns[0])
-            rows = read_rows(path)
+            rows = csv_rows(path)
             _, names = next(rows, (0, []))
             if not names:
                 raise UserError(f"table {path!r} is empty; pass one whose first line has the names of its columns.")
@@ -246,7 +187,7 @@ class CsvSource(TableSource):
 
     def _value(self, key: str, index: int) -> str:
         value = super()._value(key, index)
-        return value if key == self.image_key else decode_utf8(value.encode("utf-8", "surrogateescape"))
+        return value if key == self.options.image_key else decode_utf8(value.encode("utf-8", "surrogateescape"))
 
     def __getitem__(self, index: int) -> Record:
         if fault := self._too_many_fields(index):
@@ -254,7 +195,7 @@ class CsvSource(TableSource):
         return super().__getitem__(index)
 
     def _too_many_fields(self, index: int) -> str:
-        """Where a row has more fields than columns: a caption may have been cut at its comma. Else ""."""
+        """Describe a row with more fields than columns, whose caption may have been cut at its comma, or return ""."""
         indices = np.frombuffer(self._too_long, np.int64)[::3]
         i = int(np.searchsorted(indices, index))
         if i == len(indices) or indices[i] != index:
@@ -263,7 +204,7 @@ class CsvSource(TableSource):
         return f"{self._table(index)!r}, line {line}: {fields} fields; put captions that contain a comma in quotes"
 
     def fingerprint(self) -> dict[str, Any]:
-        """Number of rows, a hash of the tables (see `storage.fingerprint`), and their names and sizes."""
+        """Return the number of rows, a hash of the tables (see `storage.fingerprint`), and their names and sizes."""
         return fingerprint(len(self), self.tables, whole=_HASHED_WHOLE)
 
 
@@ -283,10 +224,10 @@ class ParquetSource(TableSource):
                 tables.append(pyarrow.parquet.read_table(path, columns=keys))
             except UserError:
                 raise
-            except Exception as error:  # of many classes, by what is damaged
+            except Exception as error:  # the class depends on the damage
                 raise UserError(f"{path!r} cannot be read as parquet ({first_line(error)}).") from error
             try:
-                # A column without any value has a type of its own and fits the others.
+                # A column without values has a type of its own, which fits every other.
                 schema = pyarrow.unify_schemas([schema, tables[-1].schema], promote_options="default")
             except pyarrow.ArrowException as error:
                 raise UserError(
@@ -304,47 +245,97 @@ class ParquetSource(TableSource):
 
 
 def fingerprint(samples: int, paths: Sequence[str], whole: int = 0) -> dict[str, Any]:
-    """The fingerprint of files: `samples`, a hash (`whole` is that of `storage.fingerprint`), names and sizes."""
+    """Return the fingerprint of files: `samples`, a hash (`whole` as for `storage.fingerprint`), names and sizes."""
     sizes = [{"name": os.path.basename(public(path)), "bytes": storage.stat(path)[0]} for path in paths]
     return {"samples": samples, "hash": storage.fingerprint(paths, whole=whole), "files": sizes}
 
 
-def strip_texts(value: Any) -> list[str]:
-    """The strings in a string or a list, without white space around them and without empty ones."""
-    values = value if isinstance(value, list) else [value]
-    return [text for item in values if isinstance(item, str) and (text := item.strip())]
+class ArrayRecordSource(Source):
+    """Pairs in ArrayRecord files of tf.train.Example, the format that TensorFlow's users write; read without it."""
+
+    def __init__(self, pattern: str, options: SourceOptions) -> None:
+        """Opens the files.
+
+        Args:
+          pattern: see `storage.expand`.
+          options: features with the encoded image, captions and keywords.
+
+        Raises:
+          UserError: no such file, or not an ArrayRecord file.
+        """
+        from array_record.python import array_record_data_source
+
+        self.files, self.options = storage.expand(pattern), options
+        try:
+            self._data = array_record_data_source.ArrayRecordDataSource(self.files)
+        except Exception as error:  # the library raises bare errors of C++
+            raise UserError(f"{pattern!r} cannot be read as ArrayRecord files ({error}).") from error
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def describe(self, index: int) -> dict[str, str]:
+        """Return the number of the record over all files."""
+        return {"row": str(index)}
+
+    def __getitem__(self, index: int) -> Record:
+        from tensorflow_datasets.proto import tf_example_pb2
+
+        try:
+            example = tf_example_pb2.Example.FromString(self._data[index])  # ty: ignore[missing-attribute]
+        except Exception as error:
+            raise BadSample("record cannot be read", str(error)) from error
+        features = {key: list(value.bytes_list.value) for key, value in example.features.feature.items()}
+        if not (image := features.get(self.options.image_key)):
+            raise BadSample("no image in the record", f"it has {', '.join(sorted(features))}")
+        return pair(
+            image[0], str(index), self.options, lambda key: [decode_utf8(value) for value in features.get(key, ())]
+        )
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return the number of records, a hash of the files (see `storage.fingerprint`), and their names and sizes."""
+        return fingerprint(len(self), self.files)
 
 
 class CsvTables(SourceKind):
     """`csv:PATTERN` of pairs, `csv:PATH` of labelled images."""
 
-    pair_specs: ClassVar = {"csv:PATTERN": "tables with columns of image paths and captions, between commas, ; or tabs"}
-    labelled_specs: ClassVar = {"csv:PATH": "a table with the columns path and label"}
+    forms: ClassVar = {
+        "csv:PATTERN": Form(pairs="tables with columns of image paths and captions, between commas, ; or tabs"),
+        "csv:PATH": Form(labels="a table with the columns path and label"),
+    }
     suffixes = (".csv", ".tsv")
 
     @classmethod
-    def open_pairs(cls, rest: str, options: SourceOptions) -> CsvSource:
-        """Open a `TableSource`."""
-        return CsvSource(rest, options.image_key, options.text_keys, options.tags_key)
-
-    @classmethod
-    def open_labelled(cls, rest: str, options: SourceOptions) -> labelled.Labelled:
-        """Open the images of `labelled.read_files`."""
-        return labelled.open_files(f"csv:{rest}", rest)
+    def open(cls, rest: str, options: SourceOptions, labels: bool = False) -> Source:
+        """Open a `CsvSource`, or the images of `labelled.read_files`."""
+        return labelled.open_files(f"csv:{rest}", rest) if labels else CsvSource(rest, options)
 
 
 class ParquetTables(SourceKind):
     """`parquet:PATTERN`."""
 
-    pair_specs: ClassVar = {"parquet:PATTERN": "tables with columns of images, or of their paths, and captions"}
+    forms: ClassVar = {"parquet:PATTERN": Form(pairs="tables with columns of images, or of their paths, and captions")}
     suffixes = (".parquet",)
 
     @classmethod
     def extras(cls, rest: str) -> tuple[str, ...]:
-        """PyArrow."""
+        """Return the extra with PyArrow."""
         return ("parquet",)
 
     @classmethod
-    def open_pairs(cls, rest: str, options: SourceOptions) -> ParquetSource:
-        """Open a `TableSource`."""
-        return ParquetSource(rest, options.image_key, options.text_keys, options.tags_key)
+    def open(cls, rest: str, options: SourceOptions, labels: bool = False) -> ParquetSource:
+        """Open a `ParquetSource`."""
+        return ParquetSource(rest, options)
+
+
+class ArrayRecords(SourceKind):
+    """`array_record:PATTERN`."""
+
+    forms: ClassVar = {"array_record:PATTERN": Form(pairs="serialized tf.train.Example in ArrayRecord files")}
+    suffixes = (".array_record", ".arrayrecord")
+
+    @classmethod
+    def open(cls, rest: str, options: SourceOptions, labels: bool = False) -> ArrayRecordSource:
+        """Open an `ArrayRecordSource`."""
+        return ArrayRecordSource(rest, options)

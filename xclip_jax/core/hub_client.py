@@ -5,8 +5,7 @@ import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from xclip_jax.core.errors import UserError
-from xclip_jax.data.text import first_line
+from xclip_jax.core.errors import UserError, first_line
 
 PREFIX = "hf:"
 ID = r"[\w.-]+/[\w.-]+"
