@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from xclip_jax.data.length_groups import LengthOrder, Sizes
 from xclip_jax.losses.rank import effective_rank
 from xclip_jax.models.two_towers import TOWERS, TwoTowers
 from xclip_jax.objectives import Objective
@@ -16,7 +17,6 @@ from xclip_jax.parallel import compiler, sharding
 from xclip_jax.parallel.mesh import batch_sharding, replicated
 from xclip_jax.train import gradcache, guard
 from xclip_jax.train.augment import NOISE, Augment
-from xclip_jax.train.length_groups import LengthOrder, Sizes
 from xclip_jax.train.state import TrainState
 
 Batch = dict[str, jax.Array]
