@@ -174,7 +174,7 @@ class Form:
     Attributes:
       pairs: image-text pairs.
       labels: labelled items.
-      splits: labelled items in several splits, each of which is named SPEC/SPLIT.
+      splits: labelled items in several splits, named SPEC/SPLIT.
     """
 
     pairs: str = ""

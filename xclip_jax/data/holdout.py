@@ -82,8 +82,8 @@ def kept_indices(n: int, share: float, rng: np.random.Generator) -> np.ndarray:
 def caption_donors(n: int, share: float, rng: np.random.Generator) -> np.ndarray:
     """Return the record whose captions each of `n` records gets, int (n,); `share` of them get another record's.
 
-    For one seed, the records of a smaller share are among those of a larger one. They pass their captions on in one
-    cycle, so that every caption is used once and no chosen record keeps its own.
+    For one seed, a larger share includes the records of a smaller one. They pass their captions on in one cycle, so
+    that every caption is used once and no chosen record keeps its own.
     """
     donors = np.arange(n)
     noisy = rng.permutation(n)[: round(share * n)]

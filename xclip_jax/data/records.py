@@ -20,7 +20,7 @@ import numpy as np
 from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.data.base import Record, Source
 
-MAX_THREADS = 16  # of data.threads, for reading all records of a source at the start
+MAX_THREADS = 16  # threads (at most data.threads) for reading all records of a source at the start
 _CHUNK = 32  # records that a thread reads one after another
 # Ctrl-C in a terminal, or a batch system that ends a job, sends these to the whole process group.
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)

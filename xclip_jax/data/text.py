@@ -29,7 +29,7 @@ def decode_text(data: bytes) -> str:
     """Decode a text: UTF-8 or, by its byte order mark, UTF-16.
 
     Raises:
-      BadSample: the bytes are of another encoding, or not text.
+      BadSample: the bytes have another encoding, or are not text.
     """
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
         try:

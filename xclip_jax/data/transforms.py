@@ -1,6 +1,6 @@
-"""Images: decoding and cropping on the host in NumPy, normalisation and augmentation on the device.
+"""Images as arrays: cropping on the host in NumPy, normalisation and augmentation on the device.
 
-uint8 travels to the device: a quarter of the bytes of floats, and the arithmetic costs nothing there.
+uint8 is sent to the device: a quarter of the bytes of floats, and arithmetic costs nothing there.
 """
 
 import contextlib
@@ -17,10 +17,10 @@ from xclip_jax.data.images import DROPPED, WHITE, decode_held, is_jpeg, open_hel
 
 cv2.setNumThreads(0)  # the loader has threads and processes of its own
 
-RESAMPLE = ("area", "bicubic")  # of training crops
-RESIZE_MODES = ("shortest", "squash", "longest")  # of evaluation
+RESAMPLE = ("area", "bicubic")  # for training crops
+RESIZE_MODES = ("shortest", "squash", "longest")  # for evaluation
 INTERPOLATIONS = ("bicubic", "bilinear")
-_LONGEST = 16  # times the shorter side
+_LONGEST = 16  # the longest part that is resized, in multiples of the shorter side
 
 STATISTICS = {
     "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
@@ -44,7 +44,7 @@ def _fit(image: Image.Image, size: int, resample: str, mode: str = "shortest", r
     w, h = image.size
     if mode == "squash":
         new = (side, side)
-    elif mode == "longest":  # at least one pixel of a thin line
+    elif mode == "longest":  # a thin line keeps a pixel
         ratio = max(w, h) / side
         new = (max(1, round(w / ratio)), max(1, round(h / ratio)))
     else:
@@ -57,7 +57,7 @@ def _fit(image: Image.Image, size: int, resample: str, mode: str = "shortest", r
 
 
 def _crop_middle(image: Image.Image) -> Image.Image:
-    # Only the middle of a very long image is used; resizing the rest would take any amount of memory.
+    # Only the middle of a very long image is used; resizing all of it could take any amount of memory.
     w, h = image.size
     left, top = (max(x - _LONGEST * min(w, h), 0) // 2 for x in (w, h))
     return image.crop((left, top, w - left, h - top)) if left or top else image
@@ -66,7 +66,7 @@ def _crop_middle(image: Image.Image) -> Image.Image:
 def resize_center_crop(image: np.ndarray, size: int, resample: str = "bicubic") -> np.ndarray:
     """Resize the shorter side to `size` (antialiased) and crop the central square: OpenAI CLIP's evaluation transform.
 
-    uint8 (h, w, 3) -> uint8 (size, size, 3). SLIP's is the same with `resample` "bilinear".
+    uint8 (h, w, 3) -> uint8 (size, size, 3). SLIP's has `resample` "bilinear".
     """
     return np.asarray(_fit(Image.fromarray(image), size, resample))
 
@@ -81,10 +81,9 @@ def evaluation_image(
 ) -> np.ndarray:
     """Resize and crop an image to uint8 (size, size, 3).
 
-    On white it is what `decode` makes of the image, resized. Where transparency is dropped, the pixels are those of
-    open_clip's evaluation transform, which resizes before it converts to RGB: palettes are resized without
-    interpolation, and transparent pixels have a lower weight. Unlike it, this rotates images by EXIF and scales 16
-    bits.
+    With a white background, the result of `decode` is resized. With transparency dropped, the pixels equal open_clip's
+    evaluation transform, which resizes before it converts to RGB: palettes are resized without interpolation, and
+    transparent pixels have a lower weight. Unlike it, this rotates images by EXIF and scales 16 bits.
 
     Args:
       data: content of a file, an RGB array (h, w, 3), or a Pillow image.
@@ -107,16 +106,16 @@ def evaluation_image(
 
 
 def evaluation_mask(mask: np.ndarray, size: int, mode: str = "shortest", resize_size: int = 0) -> np.ndarray:
-    """Resize and crop class numbers as `evaluation_image` does the image that they belong to, to the nearest pixel.
+    """Resize and crop class numbers of pixels as `evaluation_image` does the image, to the nearest pixel.
 
     Args:
       mask: uint8 (h, w), a class for each pixel; 255 for none.
-      size, mode, resize_size: as of `evaluation_image`.
+      size, mode, resize_size: as for `evaluation_image`.
 
     Returns:
       uint8 (size, size); 255 where "longest" has padded the image.
     """
-    # Pillow pads with 0: classes begin at 1 meanwhile, and 255 is 0.
+    # Pillow pads with 0, so classes are shifted by one; 255 becomes 0.
     return np.asarray(_fit(Image.fromarray(mask + np.uint8(1)), size, "nearest", mode, resize_size)) - np.uint8(1)
 
 
@@ -137,8 +136,8 @@ def random_resized_crop(
       rng: generator that chooses the part.
       scale: range of the part's area, as a fraction of the image's.
       ratio: range of its width / height, log-uniform.
-      resample: "bicubic", antialiased; or "area", OpenCV's mean over the pixels and their bicubic where it enlarges,
-        with whole pixels as the part's borders, in a quarter of the time.
+      resample: "bicubic", antialiased; or in a quarter of the time "area", OpenCV's mean over pixels (bicubic to
+        enlarge), with the part's borders at whole pixels.
       out: uint8 (size, size, 3) to write to, such as a row of a batch; None for a new array.
 
     Returns:
@@ -162,7 +161,7 @@ def random_resized_crop(
 
 
 def _resize_area(image: np.ndarray, out: np.ndarray, left: int, top: int, w: int, h: int) -> None:
-    # A part of less than half a pixel may be rounded to one past the edge.
+    # Rounding may move a part of less than half a pixel past the edge.
     top, left = min(top, image.shape[0] - 1), min(left, image.shape[1] - 1)
     part = image[top : top + max(h, 1), left : left + max(w, 1)]
     shrinks = min(part.shape[:2]) >= len(out)
@@ -178,7 +177,7 @@ def sample_augmentations(key: jax.Array, b: int, *, flip: float = 0.0, color: fl
     """Sample the augmentations of `b` images for `augment`, so that a batch can be augmented in microbatches.
 
     Args:
-      key: of the random generator.
+      key: random key.
       b: number of images in the global batch.
       flip: probability of a left-right flip.
       color: strength s; brightness, contrast and saturation each change by a factor from [1 - s, 1 + s].
@@ -205,7 +204,7 @@ def augment(images: jax.Array, sampled: Mapping[str, jax.Array]) -> jax.Array:
         images = jnp.where(sampled["flip"][:, None, None, None], images[:, :, ::-1], images)
     if "color" in sampled:
         brightness, contrast, saturation = jnp.moveaxis(sampled["color"][:, :, None, None], 1, 0)
-        # All three are linear but for the mean, so one 3 x 3 matrix an image does them in one pass over the pixels.
+        # All three are linear except for the mean: one 3 x 3 matrix an image applies them in one pass over the pixels.
         luma = jnp.tile(jnp.asarray((0.299, 0.587, 0.114))[:, None], (1, 3))
         matrix = brightness * contrast * (saturation * jnp.eye(3) + (1 - saturation) * luma)  # (b, 3, 3)
         x = images.reshape(images.shape[0], -1, 3).astype(jnp.float32)
@@ -218,20 +217,20 @@ def sample_mix(key: jax.Array, b: int, size: int, mixup: float, cutmix: float) -
     """Sample the arguments of `mix`: mixup (arXiv 1710.09412) or cutmix (arXiv 1905.04899), half of the batches each.
 
     Args:
-      key: of the random generator.
+      key: random key.
       b: number of images in the global batch, all mixed alike, as in timm.
       size: side of an image, pixels.
-      mixup, cutmix: parameter a of the distribution Beta(a, a) of the share; 0 for never.
+      mixup, cutmix: parameter a of the share's distribution Beta(a, a); 0 for never.
 
     Returns:
       Rows for each image: "share" fp32 (b,) of an image's own label; "weight" fp32 (b,) of its own pixels outside the
-      box; "box" int32 (b, 4), top, bottom, left, right of the pixels of the other image, empty for mixup.
+      box; "box" int32 (b, 4), top, bottom, left, right of the other image's pixels, empty for mixup.
     """
     key_method, key_share, key_y, key_x = jax.random.split(key, 4)
     cut = jax.random.bernoulli(key_method, 0.5 if mixup and cutmix else float(cutmix > 0))
     a = jnp.where(cut, cutmix, mixup)
     mixed = jax.random.beta(key_share, a, a)
-    # A box at a random centre, as large as the share requires, cut at the image's borders.
+    # A box at a random centre, of the size given by the share, cut at the image's borders.
     half = (size * jnp.sqrt(1 - mixed)).astype(jnp.int32) // 2
     centre = jnp.stack([jax.random.randint(k, (), 0, size) for k in (key_y, key_x)])
     low, high = jnp.clip(centre - half, 0, size), jnp.clip(centre + half, 0, size)

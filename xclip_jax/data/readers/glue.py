@@ -38,7 +38,7 @@ class Task:
     metrics: tuple[str, ...] = ("top1",)
 
 
-_MAX_INCOMPLETE = 0.01  # of the rows of a file
+_MAX_INCOMPLETE = 0.01  # share of a file's rows
 _ENTAILS = ("entailment", "not_entailment")
 _MNLI = Task(
     ("sentence1", "sentence2"), "gold_label", ("premise", "hypothesis"), ("entailment", "neutral", "contradiction")
