@@ -279,7 +279,7 @@ def prepare(data_dir: str | os.PathLike | None = None, source: Source | None = N
     An interrupted build leaves no partial data set: it gets its name when it is complete.
 
     Args:
-      data_dir: root of TFDS data sets; by default $TFDS_DATA_DIR, else `tfds` in the cache of `paths.cache_dir`.
+      data_dir: root of TFDS data sets; by default $TFDS_DATA_DIR, else `tfds` in the cache of `storage.cache_dir`.
       source: what to build from, by default the pinned package.
 
     Raises:

@@ -20,7 +20,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from studies.icons import families, names
-from xclip_jax.core import paths
+from xclip_jax.core import storage
 from xclip_jax.core.errors import UserError
 
 NPM = "https://registry.npmjs.org"
@@ -107,7 +107,7 @@ def fetch(package: Package = ICONIFY) -> pathlib.Path:
     Raises:
       UserError: it cannot be downloaded, or is another file than expected.
     """
-    folder = paths.cache_dir() / "npm"
+    folder = storage.cache_dir() / "npm"
     path = folder / f"{package.name.strip('@').replace('/', '-')}-{package.version}.tgz"
     if path.is_file():
         return path

@@ -1,8 +1,6 @@
-"""Paths and URLs as people write them in a command or a config, the cache, and files of other projects."""
+"""Paths and URLs as people write them, on a command line or in a config."""
 
-import importlib.resources
 import os
-import pathlib
 import re
 
 from xclip_jax.core.errors import UserError
@@ -22,13 +20,3 @@ def expand_home(path: str) -> str:
         written = f"'{scheme}//{rest}' is written with one slash after {scheme!r}"
         raise UserError(f"{written}; write two, or begin a local path with './'.")
     return os.path.expanduser(path)
-
-
-def cache_dir() -> pathlib.Path:
-    """Return the folder of downloads and prepared data: $XCLIP_CACHE, else ~/.cache/xclip_jax. It may not exist yet."""
-    return pathlib.Path(os.environ.get("XCLIP_CACHE") or "~/.cache/xclip_jax").expanduser()
-
-
-def third_party(name: str) -> bytes:
-    """Return a file of another project that is distributed with this package; see `data/third_party/README.md`."""
-    return (importlib.resources.files("xclip_jax.data") / "third_party" / name).read_bytes()

@@ -15,7 +15,7 @@ import json
 import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -27,26 +27,11 @@ _ABOUT = "xclip_jax"
 Columns = Mapping[str, Any]
 
 
-class Format(Protocol):
-    """A file format: how parts are written, joined and read."""
-
-    def write(self, path: pathlib.Path, columns: Columns) -> None:
-        """Write a part: lists of strings, and an array (n, e)."""
-
-    def join(self, parts: Sequence[pathlib.Path], path: pathlib.Path, about: Mapping[str, Any]) -> None:
-        """Write one file of all parts, in their order, with metadata."""
-
-    def about(self, path: pathlib.Path) -> dict[str, Any]:
-        """Return the metadata that `join` wrote; {} for a file of another program."""
-
-    def read(self, path: pathlib.Path) -> dict[str, Any]:
-        """Return the columns of a part or of a joined file: lists of strings, and an array (n, e)."""
-
-
 class Npz:
     """NumPy's .npz, not compressed; the metadata is JSON in an array "xclip_jax"."""
 
     def write(self, path: pathlib.Path, columns: Columns, about: Mapping[str, Any] | None = None) -> None:
+        """Write a part: lists of strings, and an array (n, e)."""
         arrays: dict[str, Any] = {
             "kind": np.asarray(columns["kind"], "<U5"),
             "embedding": np.asarray(columns["embedding"]),
@@ -59,22 +44,25 @@ class Npz:
             np.savez(file, **arrays)
 
     def join(self, parts: Sequence[pathlib.Path], path: pathlib.Path, about: Mapping[str, Any]) -> None:
+        """Write one file of all parts, in their order, with metadata."""
         read = [self.read(part) for part in parts]
         columns = {key: list(itertools.chain.from_iterable(part[key] for part in read)) for key in COLUMNS[:-1]}
         self.write(path, columns | {"embedding": np.concatenate([part["embedding"] for part in read])}, about)
 
     def about(self, path: pathlib.Path) -> dict[str, Any]:
+        """Return the metadata that `join` wrote; {} for a file of another program."""
         with np.load(path) as arrays:
             return json.loads(str(arrays[_ABOUT])) if _ABOUT in arrays.files else {}
 
     def read(self, path: pathlib.Path) -> dict[str, Any]:
+        """Return the columns of a part or of a joined file: lists of strings, and an array (n, e)."""
         with np.load(path) as arrays:
             strings = {column: json.loads(arrays[column].tobytes()) for column in ("id", "text")}
             return {"kind": arrays["kind"].tolist(), **strings, "embedding": arrays["embedding"]}
 
 
 class Parquet:
-    """Parquet with a row group for each part, and embeddings as lists of fixed size; the schema has the metadata."""
+    """Parquet with a row group for each part, and embeddings as lists of fixed size; methods are as of `Npz`."""
 
     def __init__(self) -> None:
         try:
@@ -112,7 +100,7 @@ class Parquet:
 FORMATS = {".parquet": Parquet, ".npz": Npz}
 
 
-def format_of(path: pathlib.Path) -> Format:
+def format_of(path: pathlib.Path) -> Npz | Parquet:
     """Return the format of a file by its name.
 
     Raises:

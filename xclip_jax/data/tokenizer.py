@@ -16,7 +16,7 @@ import numpy as np
 import tokenizers
 from etils import epath
 
-from xclip_jax.core import paths
+from xclip_jax.core import storage
 from xclip_jax.core.errors import UserError
 from xclip_jax.data.text import join_surrogates
 
@@ -171,7 +171,7 @@ def _byte_letters() -> list[str]:
 
 def clip_vocabulary() -> tuple[list[str], list[tuple[str, str]]]:
     """Return the words of CLIP's vocabulary in the order of their ids, without the start and end tokens; and merges."""
-    lines = gzip.decompress(paths.third_party("bpe_simple_vocab_16e6.txt.gz")).decode("utf-8").split("\n")
+    lines = gzip.decompress(storage.third_party("bpe_simple_vocab_16e6.txt.gz")).decode("utf-8").split("\n")
     merges = [(first, second) for first, second in map(str.split, lines[1 : 1 + _CLIP_MERGES])]
     letters = _byte_letters()
     return [*letters, *(f"{letter}</w>" for letter in letters), *(a + b for a, b in merges)], merges

@@ -342,7 +342,7 @@ def prepare(data_dir: str | os.PathLike | None = None) -> EmojiPairs:
     """Return the builder of a prepared data set; prepares it on first use (half a minute).
 
     Args:
-      data_dir: root of TFDS data sets; by default $TFDS_DATA_DIR, else `tfds` in the cache of `paths.cache_dir`.
+      data_dir: root of TFDS data sets; by default $TFDS_DATA_DIR, else `tfds` in the cache of `storage.cache_dir`.
 
     Raises:
       UserError: a package of the demo is missing.

@@ -1,7 +1,6 @@
 """Pairs in tables: CSV, TSV or parquet files of image paths or images, and captions; and ArrayRecord files."""
 
 import abc
-import array
 import os
 import pathlib
 from collections.abc import Callable, Sequence
@@ -166,7 +165,7 @@ class CsvSource(TableSource):
 
     def _read(self, keys: list[str]) -> tuple[dict[str, Any], list[int]]:
         columns, counts = [[] for _ in keys], []
-        self._too_long = array.array("q")  # index, line and number of fields of each row with too many fields
+        self._faults: dict[int, str] = {}  # rows with more fields than columns: a caption was cut at its comma
         for path in self.tables:
             if storage.is_remote(path):
                 raise UserError(f"table {path!r} is not on this machine; copy it here, or write it as parquet.")
@@ -179,7 +178,7 @@ class CsvSource(TableSource):
             positions = [names.index(key) for key in keys]
             for line, row in rows:
                 if any(field.strip() for field in row[len(names) :]):
-                    self._too_long.extend((len(columns[0]), line, len(row)))
+                    self._faults[len(columns[0])] = f"{path!r}, line {line}: {len(row)} fields"
                 for column, position in zip(columns, positions, strict=True):
                     column.append(row[position] if position < len(row) else "")
             counts.append(len(columns[0]) - before)
@@ -190,18 +189,11 @@ class CsvSource(TableSource):
         return value if key == self.options.image_key else decode_utf8(value.encode("utf-8", "surrogateescape"))
 
     def __getitem__(self, index: int) -> Record:
-        if fault := self._too_many_fields(index):
-            raise BadSample("row has too many fields", fault)
+        if index in self._faults:
+            raise BadSample(
+                "row has too many fields", f"{self._faults[index]}; put captions that contain a comma in quotes"
+            )
         return super().__getitem__(index)
-
-    def _too_many_fields(self, index: int) -> str:
-        """Describe a row with more fields than columns, whose caption may have been cut at its comma, or return ""."""
-        indices = np.frombuffer(self._too_long, np.int64)[::3]
-        i = int(np.searchsorted(indices, index))
-        if i == len(indices) or indices[i] != index:
-            return ""
-        line, fields = self._too_long[3 * i + 1 : 3 * i + 3]
-        return f"{self._table(index)!r}, line {line}: {fields} fields; put captions that contain a comma in quotes"
 
     def fingerprint(self) -> dict[str, Any]:
         """Return the number of rows, a hash of the tables (see `storage.fingerprint`), and their names and sizes."""

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from xclip_jax.core import paths, storage
+from xclip_jax.core import storage
 from xclip_jax.core.addresses import public
 from xclip_jax.core.errors import Parser, UserError, exit_with_message
 from xclip_jax.data.base import IMAGE_SUFFIXES, MAX_BYTES
@@ -239,7 +239,7 @@ def index_files(path: str) -> list[pathlib.Path]:
     name = address.rpartition("/")[2] if storage.is_remote(path) else os.path.basename(path)
     file = f"{name}-{size:x}-{changed:x}-v{_VERSION}.npy"
     folder = address.rpartition("/")[0] if storage.is_remote(path) else os.path.dirname(os.path.abspath(path))
-    cached = paths.cache_dir() / "tar_index" / hashlib.sha256(folder.encode()).hexdigest()[:16] / file
+    cached = storage.cache_dir() / "tar_index" / hashlib.sha256(folder.encode()).hexdigest()[:16] / file
     return [cached] if storage.is_remote(path) else [pathlib.Path(folder) / _FOLDER / file, cached]
 
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 import tensorflow_datasets as tfds
 
-from xclip_jax.core import paths
+from xclip_jax.core import storage
 from xclip_jax.core.errors import UserError, first_line
 from xclip_jax.data import labelled
 from xclip_jax.data.base import Form, LabelledSource, MissingColumnError, Record, Source, SourceKind, SourceOptions
@@ -65,13 +65,11 @@ def open_tfds(
         decoders = {image_key: tfds.decode.SkipDecoding()} if encoded else None
         return builder.as_data_source(split, decoders=decoders), builder.info
     except Exception as error:
+        message = f"TFDS data set {spec!r} is not prepared in {folder}; "
         if not builder.is_prepared():
-            by_hand = (
-                "its archives have to be downloaded by hand into downloads/manual there; then "
-                if builder.MANUAL_DOWNLOAD_INSTRUCTIONS
-                else ""
-            )
-            message = f"TFDS data set {spec!r} is not prepared in {folder}; {by_hand}prepare it once with {prepare}."
+            if builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
+                message += "its archives have to be downloaded by hand into downloads/manual there; then "
+            message += f"prepare it once with {prepare}."
         elif isinstance(error, NotImplementedError):
             message = (
                 f"TFDS data set {spec!r} in {folder} is prepared as {builder.info.file_format.value}, which does not "
@@ -205,10 +203,10 @@ def prepare_dataset(make: Callable[[str], B], data_dir: str | os.PathLike | None
 
     Args:
       make: function from the root of TFDS data sets to the builder.
-      data_dir: the root; by default $TFDS_DATA_DIR, else `tfds` in `paths.cache_dir`.
+      data_dir: the root; by default $TFDS_DATA_DIR, else `tfds` in `storage.cache_dir`.
       check: raises what would prevent the preparation, before TFDS announces it.
     """
-    root = os.fspath(data_dir or os.environ.get("TFDS_DATA_DIR") or paths.cache_dir() / "tfds")
+    root = os.fspath(data_dir or os.environ.get("TFDS_DATA_DIR") or storage.cache_dir() / "tfds")
     builder = make(root)
     # Its dozen nested bars, for a few seconds, would hide the lines that report progress.
     tfds.disable_progress_bar()
