@@ -43,7 +43,8 @@ from PIL import Image
 
 from xclip_jax.core import storage
 from xclip_jax.data import loader, tokenizer, transforms
-from xclip_jax.data.readers import tar_index, tar_source
+from xclip_jax.data.readers import tar_index
+from xclip_jax.data.readers.tar import TarSource
 
 SIZE = 224
 SCALE = (0.5, 1.0)
@@ -101,7 +102,7 @@ def write(folder: pathlib.Path, images: list[bytes], n: int, shard: int) -> str:
 
 def bare(pattern: str, n: int) -> float:
     """Images/s of what no loader can do without, on one core: read, decode, resize a random part."""
-    source = tar_source.TarSource(pattern)
+    source = TarSource(pattern)
     places = [
         (os.open(tar, os.O_RDONLY), int(row["image_size"]), int(row["image"]))
         for tar, rows in zip(source.tars, source.rows, strict=True)
@@ -145,7 +146,7 @@ def ours(pattern: str, workers: int, threads: int, batch: int, n: int) -> float:
     config = loader.DataConfig(
         (f"tar:{pattern}",), batch=batch, crop_scale=SCALE, resample="area", threads=threads, workers=workers
     )
-    order = loader.sample_order([tar_source.TarSource(pattern)], config, seed=0)
+    order = loader.sample_order([TarSource(pattern)], config, seed=0)
     transform = loader.Transform(config, SIZE, tokens, 77)
     return rate(loader.batches(order, transform, batch=batch, start=0, stop=n // batch + 24, seed=0), batch, n)
 

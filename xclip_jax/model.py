@@ -21,7 +21,7 @@ from PIL import Image
 from xclip_jax.core import imports, storage
 from xclip_jax.core.errors import BadSample, UserError, check_count
 from xclip_jax.data.base import MAX_BYTES
-from xclip_jax.data.prefetch import ThreadPrefetcher
+from xclip_jax.data.records import ThreadPrefetcher
 from xclip_jax.evaluators.encoder import Encoder, Features, Rows
 from xclip_jax.evaluators.zeroshot import class_scores
 from xclip_jax.models.two_towers import TwoTowers, Variables

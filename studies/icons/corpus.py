@@ -21,7 +21,7 @@ from studies.icons.drawing import MAX_INK, MIN_INK, Picture
 from studies.icons.families import family
 from studies.icons.package import Icon
 from xclip_jax.core.errors import UserError
-from xclip_jax.data import assets
+from xclip_jax.data.readers.tfds import prepare_dataset
 
 LICENCES_FILE, REPORT_FILE = "LICENCES.md", "report.json"
 
@@ -279,7 +279,7 @@ def prepare(data_dir: str | os.PathLike | None = None, source: Source | None = N
     An interrupted build leaves no partial data set: it gets its name when it is complete.
 
     Args:
-      data_dir: root of TFDS data sets; by default $TFDS_DATA_DIR, else `tfds` in the cache of `assets.cache_dir`.
+      data_dir: root of TFDS data sets; by default $TFDS_DATA_DIR, else `tfds` in the cache of `storage.cache_dir`.
       source: what to build from, by default the pinned package.
 
     Raises:
@@ -291,7 +291,7 @@ def prepare(data_dir: str | os.PathLike | None = None, source: Source | None = N
         builder.source = source
         return builder
 
-    return assets.prepare_dataset(make, data_dir, _resvg_version)
+    return prepare_dataset(make, data_dir, _resvg_version)
 
 
 def concepts(builder: tfds.core.DatasetBuilder) -> list[dict[str, Any]]:

@@ -20,8 +20,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from studies.icons import families, names
+from xclip_jax.core import storage
 from xclip_jax.core.errors import UserError
-from xclip_jax.data import assets
 
 NPM = "https://registry.npmjs.org"
 _TIMEOUT, _TRIES, _CHUNK = 60, 5, 1 << 20  # seconds without an answer; downloads that go on where the last one ended
@@ -107,7 +107,7 @@ def fetch(package: Package = ICONIFY) -> pathlib.Path:
     Raises:
       UserError: it cannot be downloaded, or is another file than expected.
     """
-    folder = assets.cache_dir() / "npm"
+    folder = storage.cache_dir() / "npm"
     path = folder / f"{package.name.strip('@').replace('/', '-')}-{package.version}.tgz"
     if path.is_file():
         return path

@@ -38,8 +38,9 @@ from studies.icons.clustered import (
 )
 from studies.icons.drawing import INK
 from studies.icons.splits import hash_rank
-from xclip_jax.data import assets, transforms
+from xclip_jax.data.images import decode
 from xclip_jax.data.preprocessing import Preprocessing
+from xclip_jax.data.readers.tfds import encoded_records
 from xclip_jax.evaluators import dense
 from xclip_jax.evaluators.base import SetKind
 from xclip_jax.evaluators.dense import DenseSet, MaskedImages
@@ -60,7 +61,7 @@ _CS = tuple(10.0**e for e in np.arange(-4, 3.5, 0.5))
 @functools.lru_cache(maxsize=8)
 def _records(split: str, data_dir: str | None) -> tuple[list[bytes], list[Record]]:
     """PNG images and the rest of the records of a split, in order of id; kept, because several sets share them."""
-    items = sorted(assets.encoded_records(corpus.prepare(data_dir), split), key=lambda item: item[1]["id"])
+    items = sorted(encoded_records(corpus.prepare(data_dir), split), key=lambda item: item[1]["id"])
     return [image for image, _ in items], [record for _, record in items]
 
 
@@ -228,7 +229,7 @@ class Regions(Sequence):
         return len(self._drawings)
 
     def __getitem__(self, index: int) -> np.ndarray:  # ty: ignore[incompatible-method-override] no slices
-        return regions(transforms.decode(self._drawings[index]))
+        return regions(decode(self._drawings[index]))
 
 
 def regions(picture: np.ndarray) -> np.ndarray:

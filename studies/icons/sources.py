@@ -3,8 +3,8 @@
 from typing import ClassVar
 
 from studies.icons import corpus
-from xclip_jax.data.base import SourceKind, SourceOptions
-from xclip_jax.data.readers.tfds_source import TfdsSource, open_prepared
+from xclip_jax.data.base import Form, SourceKind, SourceOptions
+from xclip_jax.data.readers.tfds import TfdsSource, open_prepared
 
 KIND = "studies.icons.sources:IconSplits"
 
@@ -12,7 +12,7 @@ KIND = "studies.icons.sources:IconSplits"
 class IconSplits(SourceKind):
     """A split of the icons; the data set is prepared on first use."""
 
-    pair_specs: ClassVar = {f"{KIND}:SPLIT": "a split of the icons, prepared on first use"}
+    forms: ClassVar = {f"{KIND}:SPLIT": Form(pairs="a split of the icons, prepared on first use")}
 
     @classmethod
     def extras(cls, rest: str) -> tuple[str, ...]:
@@ -20,6 +20,6 @@ class IconSplits(SourceKind):
         return ("demo",)
 
     @classmethod
-    def open_pairs(cls, rest: str, options: SourceOptions) -> TfdsSource:
+    def open(cls, rest: str, options: SourceOptions, labels: bool = False) -> TfdsSource:
         """Open the split `rest`."""
         return open_prepared(KIND, corpus.prepare(options.dir or None), rest, options)

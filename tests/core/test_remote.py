@@ -10,7 +10,7 @@ import pytest
 from tests.helpers import web
 from xclip_jax.core import remote, storage
 from xclip_jax.core.errors import BadSample, UserError
-from xclip_jax.data.readers.tables import image_of
+from xclip_jax.data.readers.table import image_of
 
 
 @pytest.fixture

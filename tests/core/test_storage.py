@@ -1,6 +1,8 @@
 """Files that a run keeps, names of files, and errors of disks and stores."""
 
 import errno
+import hashlib
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -14,6 +16,7 @@ import safetensors.numpy
 from etils import epath
 
 from tests.helpers import tiny
+from xclip_jax import data
 from xclip_jax.core import storage
 from xclip_jax.core.errors import UserError
 from xclip_jax.core.remote import expand_home
@@ -177,6 +180,7 @@ def test_json_lines_drop_what_is_damaged(tmp_path):
 KILLED = """
 import os, resource, signal, sys
 from etils import epath
+from xclip_jax import data
 from xclip_jax.core import storage
 moment = sys.argv[2]
 if moment.isdigit():  # a kill in the middle of a write: after so many bytes
@@ -310,3 +314,29 @@ def test_index_of_weights(content, message, tmp_path):
     safetensors.numpy.save_file({"x": np.ones(3, np.float32)}, tmp_path / "a.safetensors")
     path.write_text('{"weight_map": {"x": "a.safetensors"}}')
     assert weights.tensors(path)[0]["x"].tolist() == [1, 1, 1]
+
+
+def test_third_party_files_are_those_of_their_wheels():
+    """Against the installed packages, whatever their version: these files do not change."""
+    names = {path.name for path in (pathlib.Path(data.__file__).parent / "third_party").iterdir()}
+    sources = {
+        "bpe_simple_vocab_16e6.txt.gz": ("open_clip_torch", "open_clip"),
+        "en_classnames.json": ("clip-benchmark", "clip_benchmark/datasets"),
+        "en_zeroshot_classification_templates.json": ("clip-benchmark", "clip_benchmark/datasets"),
+    }
+    assert names == {*sources, "LICENSE.clip", "LICENSE.clip_benchmark", "README.md"}
+    for name, (package, folder) in sources.items():
+        installed = importlib.metadata.distribution(package).locate_file(f"{folder}/{name}")
+        assert storage.third_party(name) == installed.read_bytes(), name
+
+
+def test_third_party_files_have_not_changed():
+    known = {
+        "bpe_simple_vocab_16e6.txt.gz": "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a",
+        "en_classnames.json": "73d279021a4bc88059884d01fae66c35ec33793ede8bc9ae54c46632625c4993",
+        "en_zeroshot_classification_templates.json": "b78cc883ce1d6aefd304f180046ee25e778d627e099222fbcc57f01657c53c31",
+    }
+    assert {name: hashlib.sha256(storage.third_party(name)).hexdigest() for name in known} == known
+    assert b"Copyright (c) 2021 OpenAI" in storage.third_party("LICENSE.clip")
+    readme = storage.third_party("README.md").decode()
+    assert all(f"`{name}`" in readme for name in [*known, "LICENSE.clip", "LICENSE.clip_benchmark"])

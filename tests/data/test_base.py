@@ -8,7 +8,7 @@ from etils import epath
 
 from tests.data.test_loader import Numbers, config, read, texts
 from xclip_jax.core.errors import UserError, describe
-from xclip_jax.data import ledger, tokenizer, transforms
+from xclip_jax.data import images, ledger, tokenizer
 
 
 class Hostile(Numbers):
@@ -107,6 +107,6 @@ def test_what_concerns_the_whole_run_ends_it(tmp_path, monkeypatch, error, where
     if where == "record":
         monkeypatch.setattr(Numbers, "__getitem__", fail)
     else:
-        monkeypatch.setattr(transforms, "decoding", fail)
+        monkeypatch.setattr(images, "decoding", fail)
     with pytest.raises(type(error), match=str(error)):
         read([Numbers("a", 16)], config(threads=0), stop=2, ledger=book)

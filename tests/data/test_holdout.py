@@ -5,14 +5,16 @@ import json
 import re
 import shutil
 
+import chex
 import numpy as np
 import pytest
 
+from tests.data.test_loader import Numbers
 from tests.helpers import tiny
 from tests.helpers.encoding import SIZE, make_encoder, small_model
 from xclip_jax.commands import evaluate
-from xclip_jax.core.errors import UserError
-from xclip_jax.data import holdout, opening, sources, transforms
+from xclip_jax.core.errors import BadSample, UserError
+from xclip_jax.data import holdout, loader, sources, tokenizer, transforms
 from xclip_jax.data.config import DataConfig
 from xclip_jax.evaluators import registry, retrieval
 from xclip_jax.evaluators.prompts import PROFILES, with_own
@@ -29,13 +31,13 @@ def config(*specs, **changes):
 def held_out(*specs, **changes):
     """Image hashes of the pairs that are held out of `specs`."""
     c = config(*specs, **changes)
-    opened = [sources.open_pairs(spec, opening.source_options(c)) for spec in specs]
+    opened = [sources.open_pairs(spec, sources.source_options(c)) for spec in specs]
     return [x for spec, source in zip(specs, opened, strict=True) for x in holdout.find(spec, source, SHARE, c).hashes]
 
 
 def trained(*specs, **changes):
     """Image hashes of the pairs that a run of `specs` learns from."""
-    opened = opening.open_sources(config(*specs, **changes))
+    opened = sources.open_sources(config(*specs, **changes))
     return [holdout.image_hash(source[i]["image"]) for source in opened for i in range(len(source))]
 
 
@@ -66,8 +68,8 @@ def test_training_has_the_rest(pairs):
     rest = trained(spec)
     assert not set(rest) & set(expected) and len(rest) + len(expected) == 40
     assert trained(spec, cache=True) == rest
-    whole = opening.open_sources(config(spec, holdout=0.0))
-    (part,) = opening.open_sources(config(spec))
+    whole = sources.open_sources(config(spec, holdout=0.0))
+    (part,) = sources.open_sources(config(spec))
     own = part.fingerprint()
     assert own.pop("data.holdout")["unreadable"] == 0 and own == whole[0].fingerprint() | {"samples": len(part)}
 
@@ -102,7 +104,7 @@ def test_pairs_that_cannot_be_read_stay_in_training(tmp_path):
     (folder / "003.txt").unlink()
     (folder / "004.txt").write_text("\n")
     spec = f"folder:{folder}"
-    (part,) = opening.open_sources(config(spec))
+    (part,) = sources.open_sources(config(spec))
     assert {3, 4} <= set(part.indices.tolist())
     assert holdout.find(spec, part.source, SHARE, config(spec)).bad == 2
 
@@ -118,12 +120,12 @@ def test_pairs_that_cannot_be_read_stay_in_training(tmp_path):
 def test_too_few_and_too_many(changes, message, tmp_path):
     spec = f"folder:{tiny.folder(tmp_path / 'pairs', 12)}"
     with pytest.raises(UserError, match=message):
-        opening.open_sources(dataclasses.replace(config(spec), **changes), 0, ("image", "text"))
+        sources.open_sources(dataclasses.replace(config(spec), **changes), 0, ("image", "text"))
 
 
 def test_labelled_items_have_splits_of_their_own():
     with pytest.raises(UserError, match=r"data\.holdout holds out pairs"):
-        opening.open_sources(config("folder:/x"), classes=2)
+        sources.open_sources(config("folder:/x"), classes=2)
 
 
 # --- retrieval
@@ -369,3 +371,101 @@ def test_templates_of_a_run_and_of_the_command(classes, run, tmp_path):
     assert sorted(templates) == ["one {c}", "two {c} | {c}"]
     with pytest.raises(SystemExit, match=r"template 'a fox' has no \{c\}"):
         evaluate.main([*command, "--template", "a fox"])
+
+
+def data_config(**changes):
+    return dataclasses.replace(DataConfig(sources=("folder:a",), batch=4), **changes)
+
+
+def captions(source):
+    return [source[i]["text"][0] for i in range(len(source))]
+
+
+def test_subsets_are_nested_and_follow_the_seed():
+    kept = {}
+    for seed in (0, 1):
+        for share in (0.125, 0.5):
+            (source,) = holdout.apply_controls([Numbers("a", 80)], data_config(subset=share), seed)
+            kept[seed, share] = captions(source)
+            assert len(source) == 80 * share and kept[seed, share] == sorted(
+                kept[seed, share], key=lambda x: int(x[2:])
+            )
+    assert set(kept[0, 0.125]) < set(kept[0, 0.5]) and set(kept[0, 0.5]) != set(kept[1, 0.5])
+    opened = [Numbers("a", 80)]
+    assert holdout.apply_controls(opened, data_config(), 0) == opened
+
+
+def test_caption_noise_is_a_derangement_of_its_share():
+    clean, noisy = captions(Numbers("a", 80)), {}
+    for share in (0.25, 0.5, 1.0):
+        (source,) = holdout.apply_controls([Numbers("a", 80)], data_config(caption_noise=share), 0)
+        noisy[share] = {i for i, caption in enumerate(captions(source)) if caption != clean[i]}
+        assert len(noisy[share]) == 80 * share
+        assert sorted(captions(source)) == sorted(clean)
+        assert all((source[i]["image"] == Numbers("a", 80)[i]["image"]).all() for i in range(80))
+    assert noisy[0.25] < noisy[0.5]
+
+
+def test_a_donor_gives_its_keywords_too():
+    class Tagged(Numbers):
+        def __getitem__(self, i):
+            return super().__getitem__(i) | {"tags": [f"tag {i}"]}
+
+    (source,) = holdout.apply_controls([Tagged("a", 10)], data_config(caption_noise=1.0), 0)
+    assert all(source[i]["text"][0][2:] == source[i]["tags"][0][4:] != str(i) for i in range(10))
+
+
+def test_a_bad_donor_is_named():
+    class Damaged(Numbers):
+        def __getitem__(self, i):
+            if i == 3:
+                raise BadSample("caption is empty")
+            return super().__getitem__(i)
+
+        def describe(self, i):
+            return {"file": f"{i}.png"}
+
+    (source,) = holdout.apply_controls([Damaged("a", 10)], data_config(caption_noise=1.0), 0)
+    (recipient,) = np.flatnonzero(source.donors == 3)
+    with pytest.raises(BadSample, match=r"the pair whose captions it has is bad") as caught:
+        source[int(recipient)]
+    assert caught.value.detail == "file 3.png: caption is empty"
+
+
+def test_noise_stays_within_the_subset():
+    (source,) = holdout.apply_controls([Numbers("a", 80)], data_config(subset=0.5, caption_noise=0.5), 0)
+    (subset,) = holdout.apply_controls([Numbers("a", 80)], data_config(subset=0.5), 0)
+    assert sorted(captions(source)) == sorted(captions(subset))
+
+
+@pytest.mark.parametrize(
+    ("changes", "labelled", "message"),
+    [
+        ({"subset": 0.03}, False, "data.subset=0.03 leaves 2 pairs, fewer than data.batch=4"),
+        ({"caption_noise": 0.01}, False, "data.caption_noise=0.01 is less than two of the 80 pairs of 'folder:a'"),
+        ({"caption_noise": 0.5}, True, "data.caption_noise exchanges captions, and labelled items have none"),
+    ],
+)
+def test_impossible_controls_are_one_sentence(changes, labelled, message):
+    with pytest.raises(UserError, match=message):
+        holdout.apply_controls([Numbers("a", 80)], data_config(**changes), 0, labelled=labelled)
+
+
+def test_batches_of_a_noisy_subset_are_the_same_from_any_start():
+    config = data_config(subset=0.5, caption_noise=0.5, threads=1)
+    transform = loader.Transform(config, 8, tokenizer.load("bytes"), 16)
+
+    def read(start):
+        order = loader.sample_order(holdout.apply_controls([Numbers("a", 80)], config, 3), config, 3)
+        return list(loader.batches(order, transform, batch=4, start=start, stop=6, seed=3))
+
+    for straight, resumed in zip(read(0)[3:], read(3), strict=True):
+        chex.assert_trees_all_equal(straight, resumed)
+
+
+def test_a_run_trains_on_the_subset(pairs, tmp_path):
+    changes = {"data__sources": (f"folder:{pairs}",), "data__subset": 0.5}
+    trainer.run(tiny.config("clip", run=tmp_path / "run", steps=2, **changes))
+    last = tiny.lines(tmp_path / "run")[-1]
+    assert last["epoch"] == pytest.approx(2 * tiny.BATCH / 20)
+    assert json.loads((tmp_path / "run" / "data.json").read_text())[0]["samples"] == 40

@@ -10,9 +10,9 @@ from absl import flags
 from tests.helpers import tiny
 from tests.parallel.test_mesh import mesh as mesh_of
 from xclip_jax.core.errors import BadSample, UserError
-from xclip_jax.data import base, loader, opening, sources, tokenizer, transforms
-from xclip_jax.data.readers.folder_source import FolderSource
-from xclip_jax.data.readers.tfds_source import lookup
+from xclip_jax.data import base, images, loader, sources, tokenizer, transforms
+from xclip_jax.data.readers.folder import FolderSource
+from xclip_jax.data.readers.tfds import lookup
 from xclip_jax.parallel.mesh import batch_parts, make_mesh
 from xclip_jax.train import trainer
 
@@ -61,9 +61,9 @@ def test_a_batch_is_not_larger_than_the_pairs(tmp_path):
     pairs = f"folder:{tiny.folder(tmp_path / 'pairs', 12)}"
     c = config(sources=(pairs, pairs), batch=25, weights=(0.5, 0.5))
     with pytest.raises(UserError, match=r"data\.batch=25 exceeds the 24 pairs of data\.sources.*at most 24"):
-        opening.open_sources(c, 0, ("image", "text"))
-    assert opening.open_sources(dataclasses.replace(c, batch=24), 0, ("image", "text"))
-    assert opening.open_sources(c)  # nothing is trained
+        sources.open_sources(c, 0, ("image", "text"))
+    assert sources.open_sources(dataclasses.replace(c, batch=24), 0, ("image", "text"))
+    assert sources.open_sources(c)  # nothing is trained
     with pytest.raises(UserError, match=r"data\.batch=16 exceeds the 12 pairs"):
         trainer.run(tiny.config(run=tmp_path / "run", data__sources=(pairs,), data__batch=16))
 
@@ -71,31 +71,31 @@ def test_a_batch_is_not_larger_than_the_pairs(tmp_path):
 def test_a_share_of_a_batch_is_not_larger_than_its_source(tmp_path):
     few, many = (f"folder:{tiny.folder(tmp_path / name, n)}" for name, n in (("few", 4), ("many", 12)))
     c = config(sources=(few, many), batch=8, weights=(1.0, 1.0))
-    assert opening.open_sources(c, 0, ("image", "text"))
+    assert sources.open_sources(c, 0, ("image", "text"))
     for changes, numbers in (
         ({"weights": (5.0, 3.0)}, "4 pairs, 5 of a batch of 8"),
         ({"subset": 0.5}, "2 pairs, 4 of a"),
     ):
         with pytest.raises(UserError, match=rf"data\.weights gives 'folder:.*few', of {numbers}.*Lower its weight or"):
-            opening.open_sources(dataclasses.replace(c, **changes), 0, ("image", "text"))
-        assert opening.open_sources(dataclasses.replace(c, **changes))  # nothing is trained
+            sources.open_sources(dataclasses.replace(c, **changes), 0, ("image", "text"))
+        assert sources.open_sources(dataclasses.replace(c, **changes))  # nothing is trained
 
 
 def test_a_source_without_anything_is_named(monkeypatch):
-    monkeypatch.setattr(opening.sources, "open_pairs", lambda spec, _: Numbers("a", 0 if spec == "folder:b" else 9))
+    monkeypatch.setattr(sources, "open_pairs", lambda spec, _: Numbers("a", 0 if spec == "folder:b" else 9))
     with pytest.raises(UserError, match=r"source 'folder:b' has nothing in it; leave it out of data\.sources"):
-        opening.open_sources(config(sources=("folder:a", "folder:b"), weights=(0.5, 0.5)))
+        sources.open_sources(config(sources=("folder:a", "folder:b"), weights=(0.5, 0.5)))
 
 
 def test_labelled_items_may_be_fewer_than_a_batch(tmp_path):
     for name in ("a", "b"):
         tiny.folder(tmp_path / name, 2)
-    assert opening.open_sources(config(sources=(f"folder:{tmp_path}",), batch=64), 2, ("image", "label"))
+    assert sources.open_sources(config(sources=(f"folder:{tmp_path}",), batch=64), 2, ("image", "label"))
 
 
 def test_labels_cannot_be_kept_apart():
     with pytest.raises(UserError, match=r"data\.spread_duplicate_captions compares captions"):
-        opening.open_sources(config(sources=("folder:x",), spread_duplicate_captions=True), classes=3)
+        sources.open_sources(config(sources=("folder:x",), spread_duplicate_captions=True), classes=3)
 
 
 def test_epochs_need_not_be_whole_batches():
@@ -232,7 +232,7 @@ def test_folder(tmp_path):
     source = FolderSource(tiny.folder(tmp_path / "pairs", n=6))
     assert len(source) == 6
     assert source[3]["text"] == ["picture 3", "number 3"]
-    assert transforms.decode(source[3]["image"]).shape == (23, 24, 3)
+    assert images.decode(source[3]["image"]).shape == (23, 24, 3)
     (tmp_path / "pairs" / "002.txt").write_text("\n")
     with pytest.raises(UserError, match=r"caption is empty: .*002\.txt'"):
         source[2]
@@ -311,7 +311,7 @@ def test_device_transforms():
 
 def test_broken_image_is_named():
     with pytest.raises(UserError, match=r"not an image: 6 bytes that begin with b'<html>'"):
-        transforms.decode(b"<html>")
+        images.decode(b"<html>")
 
 
 def test_order_is_random_access():

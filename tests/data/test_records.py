@@ -87,3 +87,29 @@ list(read(Slow(100, hangs=40), threads=2, timeout={timeout}))
 """
     process = subprocess.run([sys.executable, "-c", program], timeout=40, capture_output=True, text=True)
     assert process.returncode == 75, process.stderr
+
+
+def test_threads_below_zero():
+    with pytest.raises(UserError, match="threads is -1; it must be 0, for one a core, or more"):
+        records.ThreadPrefetcher(str, 3, threads=-1)
+
+
+def test_the_end_of_a_process_does_not_wait_for_a_read_that_hangs():
+    script = (
+        "import time; from xclip_jax.data.records import ThreadPrefetcher\n"
+        "with ThreadPrefetcher(lambda i: time.sleep(300 * i), 4, threads=2) as ahead: ahead[0]"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
+def test_an_error_of_a_prefetched_item_is_raised_where_it_is_read():
+    def make(i):
+        if i == 2:
+            raise ValueError(f"item {i}")
+        return 10 * i
+
+    with records.ThreadPrefetcher(make, 5, threads=2, window=3) as ahead:
+        assert [ahead[1], ahead[0], ahead[3]] == [10, 0, 30]
+        with pytest.raises(ValueError, match="item 2"):
+            ahead[2]
+        assert ahead[4] == 40

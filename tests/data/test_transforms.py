@@ -15,8 +15,8 @@ from PIL import Image, ImageOps
 
 from tests.helpers import bad_tars
 from xclip_jax.core.errors import BadSample
-from xclip_jax.data import transforms
-from xclip_jax.data.prefetch import WeightedSemaphore
+from xclip_jax.data import images, transforms
+from xclip_jax.data.images import WeightedSemaphore
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -46,15 +46,15 @@ def odd_images():
 @pytest.mark.parametrize("resample", ["bicubic", "bilinear"])
 def test_evaluation_pixels_are_open_clips(resample):
     theirs = open_clip.image_transform(224, is_train=False, mean=(0, 0, 0), std=(1, 1, 1), interpolation=resample)
-    images = odd_images()
-    assert len(images) == 12
-    for name, data in images.items():
+    files = odd_images()
+    assert len(files) == 12
+    for name, data in files.items():
         there = theirs(ImageOps.exif_transpose(Image.open(io.BytesIO(data)))).numpy().transpose(1, 2, 0)
         here = transforms.evaluation_image(data, 224, resample) / 255
         assert here.shape == (224, 224, 3)
         assert np.abs(here - there).max() < 2 / 255, name
         if data[:2] == b"\xff\xd8" or name == "webp":
-            pixels = transforms.decode(data)
+            pixels = images.decode(data)
             np.testing.assert_array_equal(transforms.resize_center_crop(pixels, 224, resample), here * 255)
 
 
@@ -63,7 +63,7 @@ def test_very_long_pictures_take_little_memory():
     data = bad_tars.encode(bad_tars.picture(14, w=2000, h=4), "PNG")
     theirs = open_clip.image_transform(32, is_train=False, mean=(0, 0, 0), std=(1, 1, 1))
     there = theirs(Image.open(io.BytesIO(data))).numpy().transpose(1, 2, 0)
-    here = transforms.resize_center_crop(transforms.decode(data), 32) / 255
+    here = transforms.resize_center_crop(images.decode(data), 32) / 255
     assert np.abs(here - there).max() < 2 / 255
     line = np.zeros((1, 1_000_000, 3), np.uint8)
     assert transforms.resize_center_crop(line, 224).shape == (224, 224, 3)
@@ -75,31 +75,31 @@ def test_very_long_pictures_take_little_memory():
 def test_jpegs_are_those_of_pillow():
     for data in (v for v in odd_images().values() if v[:2] == b"\xff\xd8"):
         there = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")).astype(int)
-        assert np.abs(transforms.decode(data) - there).max() <= 3
+        assert np.abs(images.decode(data) - there).max() <= 3
 
 
 def test_scaled_jpegs():
     data = bad_tars.encode(bad_tars.picture(0, w=1000, h=750), quality=90)
-    assert transforms.decode(data, scaled_to=300).shape == (375, 500, 3)
-    assert transforms.decode(data, scaled_to=180).shape == (188, 250, 3)
+    assert images.decode(data, scaled_to=300).shape == (375, 500, 3)
+    assert images.decode(data, scaled_to=180).shape == (188, 250, 3)
     small = bad_tars.jpeg(0)
-    assert transforms.decode(small, scaled_to=300).shape == (30, 40, 3)
+    assert images.decode(small, scaled_to=300).shape == (30, 40, 3)
     half = np.asarray(bad_tars.picture(0, w=1000, h=750).resize((500, 375), Image.Resampling.BOX)).astype(int)
-    assert np.abs(transforms.decode(data, scaled_to=300) - half).mean() < 3
+    assert np.abs(images.decode(data, scaled_to=300) - half).mean() < 3
 
 
 def test_sixteen_bits_become_eight():
-    gray = transforms.decode(bad_tars.sixteen_bit())
+    gray = images.decode(bad_tars.sixteen_bit())
     np.testing.assert_array_equal(gray[..., 0].ravel(), np.linspace(0, 65535, 1200).astype(np.uint16) >> 8)
 
 
 def test_exif_turns_and_others_take_the_fast_way(monkeypatch):
     upright = bad_tars.picture(13)
     turned = bad_tars.encode(upright.transpose(Image.Transpose.ROTATE_90), quality=95, exif=bad_tars.exif(6))
-    assert np.abs(transforms.decode(turned).astype(int) - np.asarray(upright)).mean() < 8
-    monkeypatch.setattr(transforms.ImageOps, "exif_transpose", lambda _: pytest.fail("Pillow decoded it"))
-    transforms.decode(bad_tars.encode(upright, quality=95, exif=bad_tars.exif(1)))
-    transforms.decode(bad_tars.jpeg(0))
+    assert np.abs(images.decode(turned).astype(int) - np.asarray(upright)).mean() < 8
+    monkeypatch.setattr(images.ImageOps, "exif_transpose", lambda _: pytest.fail("Pillow decoded it"))
+    images.decode(bad_tars.encode(upright, quality=95, exif=bad_tars.exif(1)))
+    images.decode(bad_tars.jpeg(0))
 
 
 def test_bounds_hold_before_anything_is_decoded():
@@ -107,7 +107,7 @@ def test_bounds_hold_before_anything_is_decoded():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with pytest.raises(BadSample, match="image too large"):
-                transforms.decode(bad_tars.bomb(side))
+                images.decode(bad_tars.bomb(side))
 
 
 # Decodes an image in each of many threads, and prints by how many MiB that raised the process's peak: first with a
@@ -115,13 +115,13 @@ def test_bounds_hold_before_anything_is_decoded():
 PEAK = r"""
 import concurrent.futures, pathlib, re, sys
 import numpy as np
-from xclip_jax.data import transforms
+from xclip_jax.data import images, transforms
 
 def peak():  # not getrusage's, which is at least that of the process that started this one
     return int(re.search("VmHWM:\s*([0-9]+)", pathlib.Path("/proc/self/status").read_text())[1]) / 1024
 
 def crop(file):
-    with transforms.decoding(pathlib.Path(file).read_bytes()) as image:
+    with images.decoding(pathlib.Path(file).read_bytes()) as image:
         transforms.random_resized_crop(image, 32, np.random.default_rng(0), resample="area")
 
 def read(file):
@@ -131,7 +131,7 @@ def read(file):
 read(sys.argv[2])
 before = peak()
 for limit in (int(sys.argv[1]), 1 << 40):
-    transforms._IN_FLIGHT.limit = limit
+    images._IN_FLIGHT.limit = limit
     with concurrent.futures.ThreadPoolExecutor(len(sys.argv[3:])) as pool:
         list(pool.map(read, sys.argv[3:]))
     print(peak() - before)
@@ -141,16 +141,16 @@ for limit in (int(sys.argv[1]), 1 << 40):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_large_images_of_many_threads_take_the_memory_of_a_few(tmp_path):
     side = 1800
-    images = {
+    pictures = {
         "rgb.png": Image.new("RGB", (side, side), "red"),
         "deep.png": Image.fromarray(np.full((side, side), 40_000, np.uint16)),
         "alpha.png": Image.new("RGBA", (side, side), "#12345678"),
         "progressive.jpg": Image.new("RGB", (side, side), "blue"),
     }
-    for name, image in images.items():
+    for name, image in pictures.items():
         image.save(tmp_path / name, **({"progressive": True} if name.endswith("jpg") else {}))
     (tmp_path / "small.png").write_bytes(bad_tars.encode(bad_tars.picture(0), "PNG"))
-    files = [str(tmp_path / name) for name in ("small.png", *4 * list(images))]
+    files = [str(tmp_path / name) for name in ("small.png", *4 * list(pictures))]
 
     limit = 2 * side * side
     command = [sys.executable, "-c", PEAK, str(limit), *files]
@@ -159,7 +159,7 @@ def test_large_images_of_many_threads_take_the_memory_of_a_few(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=env)
     limited, without = map(float, done.stdout.split())
     assert limited < 12 * limit / (1 << 20) + 32 < without
-    assert transforms._IN_FLIGHT.limit == 2 * transforms.MAX_PIXELS
+    assert images._IN_FLIGHT.limit == 2 * images.MAX_PIXELS
 
 
 def test_images_that_wait_come_in_turn_and_one_above_the_limit_comes_alone():
@@ -188,14 +188,14 @@ def test_images_that_wait_come_in_turn_and_one_above_the_limit_comes_alone():
 
 def test_a_jpeg_that_only_pillow_decodes_does_not_wait_for_itself(monkeypatch):
     """The attempt to decode it fast has given back its pixels: with a limit of one image it could not go on."""
-    monkeypatch.setattr(transforms, "_IN_FLIGHT", WeightedSemaphore(40 * 30))
+    monkeypatch.setattr(images, "_IN_FLIGHT", WeightedSemaphore(40 * 30))
 
     def fail(*_, **__):
         raise ValueError("not by this decoder")
 
-    monkeypatch.setattr(transforms.simplejpeg, "decode_jpeg", fail)
+    monkeypatch.setattr(images.simplejpeg, "decode_jpeg", fail)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        assert pool.submit(transforms.decode, bad_tars.jpeg(0)).result(10).shape == (30, 40, 3)
+        assert pool.submit(images.decode, bad_tars.jpeg(0)).result(10).shape == (30, 40, 3)
         assert pool.submit(transforms.evaluation_image, bad_tars.jpeg(0), 8).result(10).shape == (8, 8, 3)
 
 
@@ -204,18 +204,18 @@ def test_formats_that_start_a_program_are_no_images(monkeypatch):
     monkeypatch.setattr(subprocess, "check_call", lambda *_, **__: pytest.fail("started a program"))
     data = bad_tars.encode(bad_tars.picture(0), "EPS")
     assert data.startswith(b"%!PS")
-    for decode in (transforms.decode, lambda data: transforms.evaluation_image(data, 8)):
+    for decode in (images.decode, lambda data: transforms.evaluation_image(data, 8)):
         with pytest.raises(BadSample, match="not an image"):
             decode(data)
     for kind in ("BMP", "GIF", "PNG", "PPM", "TIFF", "WEBP"):
-        assert transforms.decode(bad_tars.encode(bad_tars.picture(0), kind)).shape == (30, 40, 3)
+        assert images.decode(bad_tars.encode(bad_tars.picture(0), kind)).shape == (30, 40, 3)
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 3, 4, 11, 20, 100, 400, 623])
 def test_any_cut_is_a_bad_sample(n):
     for data in (bad_tars.jpeg(0), *(bad_tars.encode(bad_tars.picture(0), kind) for kind in ("WEBP", "GIF"))):
         with pytest.raises(BadSample):
-            transforms.decode(data[: n if n < len(data) - 300 else len(data) // 2])
+            images.decode(data[: n if n < len(data) - 300 else len(data) // 2])
 
 
 @pytest.mark.parametrize("resample", transforms.RESAMPLE)
@@ -234,7 +234,7 @@ def test_arrays_are_rgb_or_grey(resample):
     """Any other is a bad sample, and leaves no pixels of an earlier one in its row."""
     rng, grey = np.random.default_rng(0), np.full((28, 20, 1), 200, np.uint8)
     row = np.zeros((8, 8, 3), np.uint8)
-    transforms.random_resized_crop(transforms.decode(grey), 8, rng, (0.5, 1.0), resample=resample, out=row)
+    transforms.random_resized_crop(images.decode(grey), 8, rng, (0.5, 1.0), resample=resample, out=row)
     assert (row == 200).all()
     for shape, dtype in (
         ((28, 20), np.uint8),
@@ -243,7 +243,7 @@ def test_arrays_are_rgb_or_grey(resample):
         ((0, 2, 3), np.uint8),
     ):
         with pytest.raises(BadSample, match=r"image is not uint8 \(h, w, 3\)"):
-            transforms.decode(np.zeros(shape, dtype))
+            images.decode(np.zeros(shape, dtype))
 
 
 def test_area_is_the_mean_over_pixels():

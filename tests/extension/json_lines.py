@@ -52,6 +52,6 @@ class JsonLines(SourceKind):
     """The source `my_lab.json_lines:JsonLines:PATH`."""
 
     @classmethod
-    def open_pairs(cls, rest, options):
+    def open(cls, rest, options, labels=False):
         """Open the pairs of the file `rest`."""
         return JsonLinesSource(rest, options)

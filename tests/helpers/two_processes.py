@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 from tests.helpers import tiny
 from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.core.run_folder import RunFolder
-from xclip_jax.data import loader, opening
+from xclip_jax.data import loader, sources
 from xclip_jax.parallel.mesh import replicated
 from xclip_jax.processes import runtime
 from xclip_jax.report.attention import attention
@@ -42,7 +42,7 @@ def main(folder, out, *others):
     changes = {"model__img__patch_dropout": 0.5, "model__cluster_head": head}
     config = tiny.config("xclip", data__batch=BATCH, data__sources=(f"folder:{folder}",), **changes)
     p = build.build(config)
-    order = loader.sample_order(opening.open_sources(p.config.data), p.config.data, config.seed)
+    order = loader.sample_order(sources.open_sources(p.config.data), p.config.data, config.seed)
     transform = loader.Transform(p.config.data, p.image_size, p.tokenizer, p.context_length)
     hosts = {"host": jax.process_index(), "hosts": jax.process_count()}
     batches = loader.batches(order, transform, batch=BATCH, start=0, stop=STEPS, seed=0, **hosts)

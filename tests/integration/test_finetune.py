@@ -18,7 +18,7 @@ from xclip_jax.config import schema
 from xclip_jax.config.load import load_config
 from xclip_jax.core.errors import UserError
 from xclip_jax.core.storage import write_json
-from xclip_jax.data import loader, opening, sources
+from xclip_jax.data import loader, sources
 from xclip_jax.data.readers import glue
 from xclip_jax.evaluators import registry, tables
 from xclip_jax.evaluators.classifier import ClassifierEvaluator
@@ -55,7 +55,7 @@ def test_a_folder_and_a_table_give_labelled_records(tmp_path):
         sources.open_labelled("tar:x")
     c = tiny.config("classify", data__sources=(f"folder:{path}",)).data
     with pytest.raises(UserError, match=r"has 3 classes, expected 4"):
-        opening.open_sources(loader.DataConfig(**c.to_dict()), 4)
+        sources.open_sources(loader.DataConfig(**c.to_dict()), 4)
 
 
 COLA = "gj04\t1\t\tOur friends {i} won't buy this.\ngj04\t0\t*\tThey {i} drank the pub\n"

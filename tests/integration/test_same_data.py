@@ -8,8 +8,8 @@ from tests.helpers import tiny
 from tests.helpers.encoding import SIZE
 from xclip_jax.config.schema import resolve
 from xclip_jax.core.errors import BadSample, UserError
-from xclip_jax.data import holdout, loader, opening, sources, tokenizer, transforms
-from xclip_jax.data.readers.folder_source import FolderSource
+from xclip_jax.data import holdout, images, loader, sources, tokenizer
+from xclip_jax.data.readers.folder import FolderSource
 from xclip_jax.processes import runtime
 from xclip_jax.train import checks, job
 from xclip_jax.train.training_folder import TrainingFolder
@@ -42,7 +42,7 @@ class Run:
 
     def open(self):
         self.monkeypatch.setattr(holdout, "_known", {})  # of this process
-        return opening.open_sources(self.config.data)
+        return sources.open_sources(self.config.data)
 
     def prepare(self):
         self.monkeypatch.setattr(holdout, "_known", {})
@@ -151,9 +151,9 @@ def test_captions_are_compared_by_source(weights, tmp_path):
     c = loader.DataConfig(
         tuple(f"folder:{x}" for x in folders), weights=weights, batch=4, spread_duplicate_captions=True
     )
-    before = loader.sample_order(opening.open_sources(c), c, 0).captions
+    before = loader.sample_order(sources.open_sources(c), c, 0).captions
     (folders[1] / "007.txt").unlink()
-    after = loader.sample_order(opening.open_sources(c), c, 0).captions
+    after = loader.sample_order(sources.open_sources(c), c, 0).captions
     assert [x["unreadable"] for x in (*before, *after)] == [0, 0, 0, 1]
     assert after[0] == before[0] and after[1]["digest"] != before[1]["digest"]
 
@@ -165,7 +165,7 @@ def test_captions_of_images_that_cannot_be_decoded_are_the_same_with_a_cache(tmp
     plain = sources.open_pairs(c.sources[0])
     cached = sources.Decoded(plain)
     assert cached[3]["text"] == plain[3]["text"] and cached[2]["image"].ndim == 3
-    with pytest.raises(BadSample), transforms.decoding(cached[3]["image"]):
+    with pytest.raises(BadSample), images.decoding(cached[3]["image"]):
         pass
     assert loader.sample_order([cached], c, 0).captions == loader.sample_order([plain], c, 0).captions
     transform = loader.Transform(c, SIZE, tokenizer.load("bytes"), 8)

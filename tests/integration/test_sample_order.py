@@ -9,7 +9,7 @@ import pytest
 
 from tests.data.test_loader import Numbers, config, read, texts
 from xclip_jax.core.errors import BadSample
-from xclip_jax.data import controls, loader, sources, tokenizer
+from xclip_jax.data import holdout, loader, sources, tokenizer
 
 
 class Drawings(Numbers):
@@ -80,8 +80,8 @@ def test_the_order_of_an_epoch_is_made_once(monkeypatch):
 
 def test_an_order_of_all_captions_decodes_no_image(monkeypatch):
     decoded = []
-    decode = sources.transforms.decode
-    monkeypatch.setattr(sources.transforms, "decode", lambda image, **how: decoded.append(1) or decode(image, **how))
+    decode = sources.images.decode
+    monkeypatch.setattr(sources.images, "decode", lambda image, **how: decoded.append(1) or decode(image, **how))
     order = loader.sample_order([Numbers("a", 6)], config(spread_duplicate_captions=True, cache=True), seed=0)
     assert not decoded
     images = {order.place(i): order[i]["image"] for i in range(6)}
@@ -129,6 +129,6 @@ def test_the_crop_and_the_caption_of_a_position_stay():
 
 def test_the_subset_and_the_exchanged_captions_of_a_seed_stay():
     changes = ({"subset": 0.5}, {"caption_noise": 0.5})
-    part, noisy = (controls.apply([Numbers("a", 12)], config(batch=1, **c), seed=1)[0] for c in changes)
+    part, noisy = (holdout.apply_controls([Numbers("a", 12)], config(batch=1, **c), seed=1)[0] for c in changes)
     assert part.indices.tolist() == [1, 2, 5, 6, 8, 10]
     assert noisy.donors.tolist() == [0, 7, 2, 3, 4, 5, 8, 6, 9, 11, 10, 1]

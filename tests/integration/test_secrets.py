@@ -7,7 +7,7 @@ import tarfile
 import pytest
 
 from tests.helpers import hub_server, tiny, web
-from tests.train.test_trackers import calls  # noqa: F401 a fixture
+from tests.train.test_callbacks import calls  # noqa: F401 a fixture
 from xclip_jax import report
 from xclip_jax.commands import check, doctor, embed, evaluate, export
 from xclip_jax.report import __main__ as page

@@ -13,7 +13,7 @@ import time
 import pytest
 
 from tests.helpers import tiny
-from tests.processes.test_interrupt import Timed
+from tests.processes.test_watchdog import Timed
 from xclip_jax.core.errors import EXIT_RESUMABLE
 from xclip_jax.core.run_folder import RunFolder
 from xclip_jax.processes import watchdog

@@ -10,7 +10,7 @@ from tests.helpers import tiny
 from xclip_jax.core import console, errors
 from xclip_jax.core.errors import EXIT_RESUMABLE, UserError, describe
 from xclip_jax.core.run_folder import RunFolder
-from xclip_jax.data import prefetch
+from xclip_jax.data import records
 from xclip_jax.evaluators import registry
 from xclip_jax.processes import interrupt, watchdog
 from xclip_jax.train import loop, trainer
@@ -91,8 +91,8 @@ def test_an_interruptible_iterator_yields_all_and_closes_what_it_reads():
         finally:
             closed.append(True)
 
-    assert list(prefetch.interruptible_iterator(elements(), lambda: None)) == list(range(5))
-    for element in prefetch.interruptible_iterator(elements(), lambda: None):
+    assert list(records.interruptible_iterator(elements(), lambda: None)) == list(range(5))
+    for element in records.interruptible_iterator(elements(), lambda: None):
         if element == 2:
             break
     assert closed == [True, True]
@@ -111,7 +111,7 @@ def test_a_killed_worker_is_one_sentence(code, reason):
         yield 1
         raise RuntimeError(f"Worker process was terminated unexpectedly with exit code {code}. Search the logs")
 
-    elements = prefetch.start_workers_with_signals_blocked(read())
+    elements = records.start_workers_with_signals_blocked(read())
     assert next(elements) == 1
     with pytest.raises(UserError, match=rf"by {reason}; lower data\.workers"):
         next(elements)

@@ -13,7 +13,7 @@ from tests.helpers import tiny
 from tests.helpers.encoding import make_encoder, small_model
 from tests.helpers.pages import HOSTILE, Page, check, written
 from xclip_jax.core.errors import UserError
-from xclip_jax.data import controls, opening
+from xclip_jax.data import holdout, sources
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.evaluators.zeroshot import ZeroShotSet
@@ -121,7 +121,7 @@ def test_training_pairs_are_those_that_the_run_learned_from(tmp_path, monkeypatc
     monkeypatch.setattr(examples, "select", lambda *args: selected.append(selection.select(*args)) or selected[0])
     command.main([str(run), "--seed", "5"])
     data = DataConfig(sources=(spec,), subset=0.5, caption_noise=0.5, batch=8)
-    (trained,) = controls.apply(opening.open_sources(data), data, 3)
+    (trained,) = holdout.apply_controls(sources.open_sources(data), data, 3)
     view = Preprocessing(selection.SHOWN)
     expected = {view(record["image"]).tobytes(): record["text"] for record in map(trained.__getitem__, range(20))}
     _, shown = selected[0].retrieval

@@ -17,11 +17,12 @@ from PIL import Image
 from tests.torture import fuzz_inputs
 from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.data import labelled, loader, records, tokenizer, transforms
-from xclip_jax.data.base import Source
+from xclip_jax.data.base import Source, SourceOptions
 from xclip_jax.data.config import DataConfig
-from xclip_jax.data.readers import tables, tar_index, wds
-from xclip_jax.data.readers.folder_source import FolderSource
-from xclip_jax.data.readers.tar_source import TarSource
+from xclip_jax.data.readers import table as table_reader
+from xclip_jax.data.readers import tar_index, wds
+from xclip_jax.data.readers.folder import FolderSource
+from xclip_jax.data.readers.tar import TarSource
 
 Path = pathlib.Path
 _CAPTIONS = ("text", "caption", "a/b")
@@ -241,7 +242,7 @@ def _with_picture(data: bytes, folder: Path, name: str) -> str:
 
 def read_csv(data: bytes, folder: Path) -> None:
     path = _with_picture(data, folder, "x.csv")
-    _read_all(tables.CsvSource(path, "image", ("text",), "tags" if b"tags" in data.split(b"\n")[0] else ""))
+    _read_all(table_reader.CsvSource(path, SourceOptions(tags_key="tags" if b"tags" in data.split(b"\n")[0] else "")))
 
 
 def read_labels(data: bytes, folder: Path) -> None:
@@ -270,4 +271,4 @@ def parquets() -> list[bytes]:
 
 
 def read_parquet(data: bytes, folder: Path) -> None:
-    _read_all(tables.ParquetSource(_with_picture(data, folder, "x.parquet"), "image", ("text",), "tags"))
+    _read_all(table_reader.ParquetSource(_with_picture(data, folder, "x.parquet"), SourceOptions(tags_key="tags")))

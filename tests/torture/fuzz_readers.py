@@ -23,7 +23,7 @@ from tests.torture import fuzz_data, fuzz_inputs
 from xclip_jax.config import load, schema
 from xclip_jax.core import fields, storage
 from xclip_jax.core.run_folder import RunFolder
-from xclip_jax.data import tokenizer, transforms
+from xclip_jax.data import images, tokenizer
 from xclip_jax.evaluators import results
 from xclip_jax.evaluators.results import Result
 from xclip_jax.interop import tensor_files
@@ -236,7 +236,7 @@ READERS = {
 def prepare() -> None:
     """What costs time in the first call of each process, once for all of them."""
     warnings.simplefilter("ignore")
-    transforms.formats()
+    images.formats()
     for reader in READERS.values():
         reader.seeds()
 

@@ -142,8 +142,8 @@ PROMISES = (
         "a named pipe, a device, a link to one or a giant file among images or captions",
         "a bad sample with its reason",
         (
-            "data/sources::what_a_folder_cannot_read_is_a_bad_sample",
-            "data/readers/tables::rows_whose_image_cannot_be_read_are_bad_samples",
+            "data/readers/folder::what_a_folder_cannot_read_is_a_bad_sample",
+            "data/readers/table::rows_whose_image_cannot_be_read_are_bad_samples",
             "data/labelled::a_pipe_and_a_giant_file_are_bad_samples",
             "commands/embed::a_pipe_in_place_of_a_caption_is_none",
         ),
@@ -221,7 +221,7 @@ PROMISES = (
         (
             "train/checkpoint::a_checkpoint_comes_back_on_other_meshes",
             "processes/runtime::a_checkpoint_comes_back_in_each_process",
-            "data/readers/tar_source::resumed_on_other_hosts_as_if_never_stopped",
+            "data/readers/tar::resumed_on_other_hosts_as_if_never_stopped",
             "data/loader::workers_read_the_same",
         ),
     ),
@@ -315,8 +315,8 @@ PROMISES = (
         "another one takes its place; it is counted by reason and listed, and too many stop the run",
         (
             "data/base::any_exception_of_a_sample_makes_it_a_bad_one",
-            "data/readers/tar_source::every_case_is_read_or_has_its_reason",
-            "data/readers/tar_source::too_many_bad_samples_stop_the_run",
+            "data/readers/tar::every_case_is_read_or_has_its_reason",
+            "data/readers/tar::too_many_bad_samples_stop_the_run",
         ),
     ),
     Promise(
@@ -335,8 +335,8 @@ PROMISES = (
         "an unpaired quote in a table",
         "with tabs it is a letter; with commas no row is lost silently",
         (
-            "data/readers/tables::quotes_mean_nothing_between_tabs",
-            "data/readers/tables::a_quote_without_a_partner_between_commas",
+            "data/readers/table::quotes_mean_nothing_between_tabs",
+            "data/readers/table::a_quote_without_a_partner_between_commas",
         ),
     ),
     Promise(
@@ -344,10 +344,10 @@ PROMISES = (
         "deeply nested JSON, half a surrogate pair, a path with a zero byte or of an unknown store, a cut parquet",
         "a bad sample if it is in one row, one sentence for a file",
         (
-            "data/readers/tar_source::json_that_is_nested_or_holds_half_a_letter",
+            "data/readers/tar::json_that_is_nested_or_holds_half_a_letter",
             "data/tokenizer::file_and_half_a_surrogate_pair",
-            "data/readers/tables::rows_whose_image_cannot_be_read_are_bad_samples",
-            "data/readers/tables::damaged_parquet_is_a_sentence",
+            "data/readers/table::rows_whose_image_cannot_be_read_are_bad_samples",
+            "data/readers/table::damaged_parquet_is_a_sentence",
             "core/storage::index_of_weights",
         ),
     ),
@@ -357,11 +357,11 @@ PROMISES = (
         "the run does not resume and names the source; an open tar is still read, damaged samples have reasons",
         (
             "train/training_folder::changed_data_is_refused",
-            "data/sources::card_of_a_folder",
-            "data/readers/tables::card_of_tables_changes_with_their_content_alone",
-            "data/readers/tar_source::a_tar_that_is_replaced_while_it_is_read_is_read_on",
-            "data/readers/tar_source::a_tar_that_shrinks_while_it_is_read",
-            "data/readers/tar_source::a_tar_that_is_overwritten_while_it_is_read_gives_reasons",
+            "data/readers/folder::card_of_a_folder",
+            "data/readers/table::card_of_tables_changes_with_their_content_alone",
+            "data/readers/tar::a_tar_that_is_replaced_while_it_is_read_is_read_on",
+            "data/readers/tar::a_tar_that_shrinks_while_it_is_read",
+            "data/readers/tar::a_tar_that_is_overwritten_while_it_is_read_gives_reasons",
         ),
     ),
     Promise(
@@ -409,7 +409,7 @@ PROMISES = (
         "names with .. or /, links, devices; code in pickles; images that start a program; HTML in captions and names",
         "nothing is executed or written outside its folder; everything is escaped",
         (
-            "data/readers/tar_source::names_that_lead_elsewhere_are_names_alone",
+            "data/readers/tar::names_that_lead_elsewhere_are_names_alone",
             "interop/torch_file::a_pickle_that_asks_for_anything_else_is_refused",
             "data/transforms::formats_that_start_a_program_are_no_images",
             "report/html::the_page_of_a_run_needs_nothing_else_and_escapes_everything",

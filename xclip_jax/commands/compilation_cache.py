@@ -13,8 +13,7 @@ import jax
 
 from xclip_jax.core.console import log0
 from xclip_jax.core.run_folder import RunFolder
-from xclip_jax.core.storage import is_remote
-from xclip_jax.data.assets import cache_dir
+from xclip_jax.core.storage import cache_dir, is_remote
 from xclip_jax.processes import runtime
 
 MAX_BYTES = 2 * 2**30
@@ -62,7 +61,7 @@ def enable(run: str = "") -> None:
 
 
 def default_folder() -> pathlib.Path:
-    """Return `compiled/CPU` in the cache of `data.assets.cache_dir`; CPU names this kind of processor.
+    """Return `compiled/CPU` in the cache of `core.storage.cache_dir`; CPU names this kind of processor.
 
     Machines that share a home need not have the same processors, and code for one may not run on another.
     """

@@ -7,7 +7,7 @@
 A row is an image or a text: "kind" (image or text), "id" (path, TAR#KEY or FILE#LINE), "text" (an image's first
 caption, if it has one in its tar or in a .txt file of its name; or the text) and "embedding", float32, of unit length.
 The file's metadata, "xclip_jax" (an array of that name in .npz), is JSON: checkpoint, preprocessing, commit, versions.
-In .npz ids and texts are UTF-8 with offsets (see `xclip_jax.data.embeddings`, whose `read` reads both file formats).
+In .npz ids and texts are lists in JSON (see `xclip_jax.data.embeddings`, whose `read` reads both file formats).
 
 Images that cannot be used are left out. Of --texts every line has its row, so that row i is line i: one that cannot be
 used, such as an empty one, has an embedding of zeros. Both are counted, and listed in OUT.bad.jsonl.
@@ -39,7 +39,7 @@ from xclip_jax.core.errors import BadSample, Parser, UserError, check_count, che
 from xclip_jax.core.imports import add_trust
 from xclip_jax.core.storage import write_json
 from xclip_jax.data import embeddings
-from xclip_jax.data.prefetch import ThreadPrefetcher
+from xclip_jax.data.records import ThreadPrefetcher
 from xclip_jax.train import checks
 
 PART = 1024  # rows that an interruption may lose

@@ -16,8 +16,8 @@ from xclip_jax import model
 from xclip_jax.core import storage
 from xclip_jax.core.errors import BadSample, UserError, public
 from xclip_jax.data.base import IMAGE_SUFFIXES, MAX_BYTES
-from xclip_jax.data.readers.folder_source import file_size
-from xclip_jax.data.readers.tar_source import TarSource
+from xclip_jax.data.readers.folder import file_size
+from xclip_jax.data.readers.tar import TarSource
 from xclip_jax.data.text import check_encoding, decode_text
 
 

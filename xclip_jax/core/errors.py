@@ -164,6 +164,11 @@ def describe(error: BaseException) -> str:
     return public("; ".join([str(error), *getattr(error, "__notes__", ())]))
 
 
+def first_line(error: BaseException) -> str:
+    """Return the class and the first line of a library's error, for a sentence."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
 def _print_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     print(public("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
 

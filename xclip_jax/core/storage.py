@@ -5,6 +5,7 @@ import errno
 import functools
 import glob
 import hashlib
+import importlib.resources
 import json
 import math
 import os
@@ -371,3 +372,13 @@ def writable(folder: pathlib.Path) -> bool:
         folder.mkdir(parents=True, exist_ok=True)
         return os.access(folder, os.W_OK)
     return False
+
+
+def cache_dir() -> pathlib.Path:
+    """Return the folder of downloads and prepared data: $XCLIP_CACHE, else ~/.cache/xclip_jax. It may not exist yet."""
+    return pathlib.Path(os.environ.get("XCLIP_CACHE") or "~/.cache/xclip_jax").expanduser()
+
+
+def third_party(name: str) -> bytes:
+    """Return a file of another project that is distributed with this package; see `data/third_party/README.md`."""
+    return (importlib.resources.files("xclip_jax.data") / "third_party" / name).read_bytes()

@@ -1,4 +1,4 @@
-"""Base classes of data sources and of kinds of sources; a kind of your own derives from both."""
+"""Contracts of the data room: a source of records, a source of labelled items, and a kind of sources."""
 
 import abc
 import dataclasses
@@ -12,17 +12,17 @@ from xclip_jax.core.errors import UserError
 
 Record = dict[str, Any]
 
-# torchvision's ImageFolder reads those without GIF and JFIF.
+# torchvision's ImageFolder reads these, except for GIF and JFIF.
 IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff",
 )  # fmt: skip
-# Largest files that are read, in bytes. The largest photographs are a tenth of it; a longer text is not a caption, and
+# Largest files that are read, in bytes. The largest photographs have a tenth of this; a longer text is no caption, and
 # takes seconds.
 MAX_BYTES = {"image": 1 << 28, "text": 1 << 20, "json": 1 << 24}
 
 
 class Source(abc.ABC):
-    """Random access to image-text pairs. It is read by several threads, and pickled for `data.workers`.
+    """Random access to image-text pairs. Several threads read it, and it is pickled for `data.workers`.
 
     A record has "image", encoded (bytes) or decoded (uint8 (h, w, 3)), "text", captions to draw from (list of strings,
     at least one), "tags", keywords (list of strings, may be empty), and "id", a name.
@@ -30,22 +30,22 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def __len__(self) -> int:
-        """Number of records, those included that cannot be used."""
+        """Number of records, including those that cannot be used."""
 
     @abc.abstractmethod
     def __getitem__(self, index: int) -> Record:
         """Return a record.
 
         Raises:
-          BadSample: it cannot be used. The ledger records it, and a random record of the source takes its place.
+          BadSample: it cannot be used. The ledger records it, and a random record of the source replaces it.
         """
 
     @abc.abstractmethod
     def fingerprint(self) -> dict[str, Any]:
-        """Return JSON that identifies the data: "samples", their number, "hash", and whatever else describes them.
+        """Return JSON that identifies the data: "samples", the number of records, "hash", and any description.
 
-        A copy elsewhere has the same hash, and other data have another one. A run stores fingerprints in
-        data.json, and does not resume on data with another one.
+        A copy elsewhere has the same hash, and other data another one. A run stores fingerprints in data.json, and does
+        not resume on data with other fingerprints.
         """
 
     def describe(self, index: int) -> dict[str, str]:
@@ -53,25 +53,25 @@ class Source(abc.ABC):
         return {}
 
     def known_fault(self, index: int) -> str:
-        """Return why a record cannot be used, as far as that is known without reading it, or ""."""
+        """Return why a record cannot be used, if this is known without reading it, or ""."""
         return ""
 
     def known_faults(self) -> Mapping[str, int]:
-        """Return the number of records by `known_fault`, without those that have none."""
+        """Return the number of records for each `known_fault` except ""."""
         return {}
 
     def remarks(self) -> Iterable[str]:
-        """Lines about the whole source that `xclip_jax.commands.check` prints."""
+        """Return lines about the whole source, which `xclip_jax.commands.check` prints."""
         return ()
 
 
 def name_of(source: Source, index: int) -> str:
-    """Return what names a record to a person, in one line: its file, or its number where the source says no more."""
+    """Return what names a record to a person, in one line: its description, or else its number."""
     return ", ".join(map(str, source.describe(index).values())) or f"record {index}"
 
 
 class WrappedSource(Source):
-    """A source that is another one in all but what a subclass changes."""
+    """A source that behaves as another one, except for what a subclass changes."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
@@ -83,23 +83,23 @@ class WrappedSource(Source):
         return self.source[index]
 
     def fingerprint(self) -> dict[str, Any]:
-        """Fingerprint of the source."""
+        """Return the fingerprint of the source."""
         return self.source.fingerprint()
 
     def describe(self, index: int) -> dict[str, str]:
-        """The source's description of a record."""
+        """Return the source's description of a record."""
         return self.source.describe(index)
 
     def known_fault(self, index: int) -> str:
-        """The source's known fault of a record, or ""."""
+        """Return the source's known fault of a record, or ""."""
         return self.source.known_fault(index)
 
     def known_faults(self) -> Mapping[str, int]:
-        """Known faults of the source."""
+        """Return the known faults of the source."""
         return self.source.known_faults()
 
     def remarks(self) -> Iterable[str]:
-        """Remarks of the source."""
+        """Return the remarks of the source."""
         return self.source.remarks()
 
 
@@ -109,11 +109,11 @@ class LabelledSource(Source):
     Attributes:
       key: what the items are, "image" or "text".
       items: encoded or uint8 (h, w, 3) images, or strings, in the order of the records.
-      names: of the classes, in the order of their numbers; none where labels are numbers to be fitted.
+      names: names of the classes, in the order of their numbers; empty if labels are numbers to be fitted.
       multilabel: whether an item may have several classes, or none.
-      version: of the data set, "" where unknown.
-      metrics: to report of a fine-tuned model, the most important first.
-      templates: the data set's own prompts of a class, {c} for its name; empty for the evaluator's.
+      version: version of the data set, "" if unknown.
+      metrics: to report for a fine-tuned model, the most important first.
+      templates: the data set's own prompts for a class, {c} for its name; empty for the evaluator's.
     """
 
     key: str
@@ -130,15 +130,15 @@ class LabelledSource(Source):
 
     @property
     def identity(self) -> Any:
-        """JSON for hashes of evaluation sets that identifies items which are not files."""
+        """JSON that identifies items which are not files, for hashes of evaluation sets."""
         return self.fingerprint()["hash"]
 
 
 class MissingColumnError(UserError):
-    """A source has no column of a name that a key of the config gives.
+    """A source lacks a column that a key of the config names.
 
     Attributes:
-      fault: says so, with the columns that there are, but not what to set.
+      fault: the sentence that says so and lists the columns, without what to set.
     """
 
     def __init__(self, fault: str, keys: str) -> None:
@@ -146,12 +146,8 @@ class MissingColumnError(UserError):
         self.fault, self.keys = fault, keys
 
     def __reduce__(self) -> tuple[type, tuple[str, str]]:
-        """Exceptions pickle by their message alone; this one has two parts."""
+        """Pickle both parts; exceptions pickle only their message."""
         return type(self), (self.fault, self.keys)
-
-
-class NotOfferedError(UserError):
-    """A kind of sources does not open pairs, or labelled items."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,8 +157,8 @@ class SourceOptions:
     Attributes:
       dir: root of TFDS data sets, "" for the default.
       image_key: feature of a record, or column of a table, with the image.
-      text_keys: those with captions.
-      tags_key: that with keywords, or "".
+      text_keys: features or columns with captions.
+      tags_key: feature or column with keywords, or "".
     """
 
     dir: str = ""
@@ -171,45 +167,56 @@ class SourceOptions:
     tags_key: str = ""
 
 
-class SourceKind:
-    """A kind of sources: those whose specs begin with its key in `sources.SOURCES`, or with "package.module:Class".
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """What specs of one form read, in words for error messages and --help; "" for nothing.
 
     Attributes:
-      pair_specs: {spec: what it reads} of image-text pairs, for error messages and --help; empty if it opens none.
-      labelled_specs: likewise of labelled items.
-      split_specs: likewise of labelled items in several splits, each of which is named SPEC/SPLIT.
+      pairs: image-text pairs.
+      labels: labelled items.
+      splits: labelled items in several splits, named SPEC/SPLIT.
+    """
+
+    pairs: str = ""
+    labels: str = ""
+    splits: str = ""
+
+
+class SourceKind:
+    """A kind of sources, whose specs begin with its key in `sources.SOURCES` or with "package.module:Class".
+
+    Attributes:
+      forms: what specs of this kind look like, and what each form reads; a kind without forms reads pairs.
       labelled_items: what labelled items are, "image" or "text".
       suffixes: endings of the files that it reads, to suggest a spec for a path.
     """
 
-    pair_specs: ClassVar[Mapping[str, str]] = {}
-    labelled_specs: ClassVar[Mapping[str, str]] = {}
-    split_specs: ClassVar[Mapping[str, str]] = {}
+    forms: ClassVar[Mapping[str, Form]] = {}
     labelled_items: ClassVar[str] = "image"
     suffixes: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
-    def open_pairs(cls, rest: str, options: SourceOptions) -> Source:
-        """Open image-text pairs; `rest` is the spec without what names the kind.
+    def open(cls, rest: str, options: SourceOptions, labels: bool = False) -> Source:
+        """Open image-text pairs, or with `labels` a `LabelledSource`; `rest` is the spec after the kind's name.
 
         Raises:
           UserError: names what is wrong with `rest`, an option or a file.
         """
-        raise NotOfferedError("image-text pairs")
+        raise NotImplementedError
 
     @classmethod
-    def open_labelled(cls, rest: str, options: SourceOptions) -> LabelledSource:
-        """Open labelled items; arguments and errors are those of `open_pairs`."""
-        raise NotOfferedError("labelled items")
+    def opens(cls, what: str) -> bool:
+        """Whether any form reads `what`: "pairs", "labels" or "splits"."""
+        return any(getattr(form, what) for form in cls.forms.values()) if cls.forms else what == "pairs"
 
     @classmethod
     def extras(cls, rest: str) -> tuple[str, ...]:
-        """Extras of this package (setup.py) that the source `rest` is read with; nothing is opened."""
+        """Return the extras of this package (setup.py) that the source `rest` needs; nothing is opened."""
         return ()
 
     @classmethod
     def has_split(cls, rest: str, split: str, options: SourceOptions) -> bool:
-        """Whether the source `rest` has a split of this name; called for kinds with `split_specs` only."""
+        """Whether the source `rest` has a split of this name; called only for kinds that read splits."""
         return False
 
     @classmethod

@@ -6,7 +6,7 @@ from typing import Any
 
 from xclip_jax.core.errors import UserError
 from xclip_jax.core.fields import Check, at_least, between, choice, fraction_below_one, key, not_empty
-from xclip_jax.data import rgb, transforms
+from xclip_jax.data import images, transforms
 from xclip_jax.data.length_groups import AUTO, LengthGroups
 from xclip_jax.data.preprocessing import Triple, mean_std
 
@@ -83,10 +83,10 @@ class DataConfig:
         "imagenet", "name of mean and deviation of pixels, or both by channel, ((r, g, b), (r, g, b))", _STATISTICS
     )
     background: str = key(
-        rgb.WHITE,
+        images.WHITE,
         "white lays transparent images on white before they are resized; drop_alpha reads the colours hidden under the "
         "transparency, as open_clip does, and resizes evaluated images first",
-        choice(rgb.BACKGROUNDS),
+        choice(images.BACKGROUNDS),
     )
     cache: bool = key(False, "keep decoded images in memory")
     threads: int = key(16, "batches that this process reads at once, where workers is 0", at_least(1))

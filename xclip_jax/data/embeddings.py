@@ -1,16 +1,12 @@
-"""Files of embeddings: small parts that are written completely or not at all, and one file of all of them.
+"""Files of embeddings, .parquet or .npz: small parts that are written completely or not at all, and their join.
 
-Columns are "kind", "id", "text" (strings) and "embedding" (fp32, e numbers each), with a dict of metadata. Joining
-takes no more memory than a part does.
+Columns are "kind", "id", "text" (strings) and "embedding" (fp32, e numbers each), with a dict of metadata. Parquet
+files are joined part by part; .npz files are joined in memory.
 
-In .npz "id" and "text" are each two arrays, since NumPy's own strings are all as wide as the longest: "text_utf8", the
-bytes of all strings without gaps, and "text_offsets", int64 (n + 1,), where each begins and the last one ends:
+In .npz "id" and "text" are JSON, since NumPy pads all strings to the longest. `read` reads both formats; with NumPy:
 
     arrays = np.load("captions.npz")
-    utf8, ends = arrays["text_utf8"].tobytes(), arrays["text_offsets"]
-    texts = [utf8[start:end].decode() for start, end in zip(ends, ends[1:])]
-
-`read` gives the same.
+    texts = json.loads(arrays["text"].tobytes())
 """
 
 import contextlib
@@ -18,116 +14,55 @@ import itertools
 import json
 import os
 import pathlib
-import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from xclip_jax.core.errors import UserError, check_choice
-from xclip_jax.data.text import first_line
+from xclip_jax.core.errors import UserError, check_choice, first_line
 
 COLUMNS = ("kind", "id", "text", "embedding")
-_STRINGS = ("id", "text")  # of any length
-_KIND = "<U5"  # "image" or "text"
 _ABOUT = "xclip_jax"
 
 Columns = Mapping[str, Any]
 
 
-class Format(Protocol):
-    """A file format: how parts are written, joined and read."""
-
-    def write(self, path: pathlib.Path, columns: Columns) -> None:
-        """Write a part: lists of strings, and an array (n, e)."""
-
-    def join(self, parts: Sequence[pathlib.Path], path: pathlib.Path, about: Mapping[str, Any]) -> None:
-        """Write one file of all parts, in their order, with metadata."""
-
-    def about(self, path: pathlib.Path) -> dict[str, Any]:
-        """Return the metadata that `join` wrote; {} for a file of another program."""
-
-    def read(self, path: pathlib.Path) -> dict[str, Any]:
-        """Return the columns of a part or of a joined file: lists of strings, and an array (n, e)."""
-
-
 class Npz:
-    """NumPy's .npz, not compressed; the dict is JSON in an array "xclip_jax"."""
+    """NumPy's .npz, not compressed; the metadata is JSON in an array "xclip_jax"."""
 
-    def write(self, path: pathlib.Path, columns: Columns) -> None:
+    def write(self, path: pathlib.Path, columns: Columns, about: Mapping[str, Any] | None = None) -> None:
+        """Write a part: lists of strings, and an array (n, e)."""
         arrays: dict[str, Any] = {
-            "kind": np.asarray(columns["kind"], _KIND),
+            "kind": np.asarray(columns["kind"], "<U5"),
             "embedding": np.asarray(columns["embedding"]),
         }
-        for column in _STRINGS:
-            arrays |= dict(zip(_names(column), _pack(columns[column]), strict=True))
+        for column in ("id", "text"):
+            arrays[column] = np.frombuffer(json.dumps(list(columns[column])).encode(), np.uint8)
+        if about is not None:
+            arrays[_ABOUT] = np.array(json.dumps(about))
         with path.open("wb") as file:
             np.savez(file, **arrays)
 
     def join(self, parts: Sequence[pathlib.Path], path: pathlib.Path, about: Mapping[str, Any]) -> None:
-        with zipfile.ZipFile(path, "w") as archive:
-            _append(archive, "kind", lambda: _each(parts, lambda arrays: arrays["kind"].astype(_KIND)))
-            for column in _STRINGS:
-                utf8, offsets = _names(column)
-                _append(archive, utf8, lambda utf8=utf8: _each(parts, lambda arrays: arrays[utf8]))
-                _append(archive, offsets, lambda offsets=offsets: _offsets(parts, offsets))
-            _append(archive, "embedding", lambda: _each(parts, lambda arrays: arrays["embedding"]))
-            with archive.open(f"{_ABOUT}.npy", "w") as file:
-                np.lib.format.write_array(file, np.array(json.dumps(about)))
+        """Write one file of all parts, in their order, with metadata."""
+        read = [self.read(part) for part in parts]
+        columns = {key: list(itertools.chain.from_iterable(part[key] for part in read)) for key in COLUMNS[:-1]}
+        self.write(path, columns | {"embedding": np.concatenate([part["embedding"] for part in read])}, about)
 
     def about(self, path: pathlib.Path) -> dict[str, Any]:
+        """Return the metadata that `join` wrote; {} for a file of another program."""
         with np.load(path) as arrays:
             return json.loads(str(arrays[_ABOUT])) if _ABOUT in arrays.files else {}
 
     def read(self, path: pathlib.Path) -> dict[str, Any]:
+        """Return the columns of a part or of a joined file: lists of strings, and an array (n, e)."""
         with np.load(path) as arrays:
-            columns = {"kind": arrays["kind"].tolist(), "embedding": arrays["embedding"]}
-            for column in _STRINGS:
-                utf8, offsets = (arrays[name] for name in _names(column))
-                data = utf8.tobytes()
-                columns[column] = [data[start:end].decode() for start, end in itertools.pairwise(offsets.tolist())]
-            return {column: columns[column] for column in COLUMNS}
-
-
-def _names(column: str) -> tuple[str, str]:
-    return f"{column}_utf8", f"{column}_offsets"
-
-
-def _pack(strings: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """UTF-8 of all strings, uint8 (bytes,), and where each begins and the last one ends, int64 (n + 1,)."""
-    encoded = [string.encode() for string in strings]
-    return np.frombuffer(b"".join(encoded), np.uint8), np.cumsum([0, *map(len, encoded)], dtype=np.int64)
-
-
-def _each(parts: Sequence[pathlib.Path], select: Callable[[Any], np.ndarray]) -> Iterator[np.ndarray]:
-    for part in parts:
-        with np.load(part) as arrays:
-            yield select(arrays)
-
-
-def _offsets(parts: Sequence[pathlib.Path], name: str) -> Iterator[np.ndarray]:
-    yield np.zeros(1, np.int64)
-    start = 0
-    for offsets in _each(parts, lambda arrays: arrays[name]):
-        yield start + offsets[1:]
-        start += int(offsets[-1])
-
-
-def _append(archive: zipfile.ZipFile, name: str, blocks: Callable[[], Iterator[np.ndarray]]) -> None:
-    """Write the blocks as one array. They are iterated twice, since an array's length comes before its content."""
-    rows, block = 0, np.empty(0)
-    for block in blocks():
-        rows += len(block)
-    descr = np.lib.format.dtype_to_descr(block.dtype)
-    header = {"descr": descr, "fortran_order": False, "shape": (rows, *block.shape[1:])}
-    with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
-        np.lib.format.write_array_header_2_0(file, header)
-        for block in blocks():
-            file.write(block.tobytes())
+            strings = {column: json.loads(arrays[column].tobytes()) for column in ("id", "text")}
+            return {"kind": arrays["kind"].tolist(), **strings, "embedding": arrays["embedding"]}
 
 
 class Parquet:
-    """Parquet, a row group a part, embeddings as lists of fixed size; the dict is in the schema's metadata."""
+    """Parquet with a row group for each part, and embeddings as lists of fixed size; methods are as of `Npz`."""
 
     def __init__(self) -> None:
         try:
@@ -165,11 +100,11 @@ class Parquet:
 FORMATS = {".parquet": Parquet, ".npz": Npz}
 
 
-def format_of(path: pathlib.Path) -> Format:
+def format_of(path: pathlib.Path) -> Npz | Parquet:
     """Return the format of a file by its name.
 
     Raises:
-      UserError: neither .parquet nor .npz; parquet without pyarrow.
+      UserError: neither .parquet nor .npz, or parquet without pyarrow.
     """
     check_choice(f"the ending of {str(path)!r}", path.suffix, FORMATS)
     return FORMATS[path.suffix]()
@@ -187,7 +122,7 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def about(path: str | os.PathLike) -> dict[str, Any]:
-    """Return the metadata of a file of `xclip_jax.commands.embed`; {} for one of another program.
+    """Return the metadata of a file of `xclip_jax.commands.embed`; {} for another program's file.
 
     Raises:
       UserError: another ending, or a damaged file.
@@ -200,7 +135,7 @@ def about(path: str | os.PathLike) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _damage(path: pathlib.Path) -> Iterator[None]:
-    """Raise what reading a damaged file leads to, which depends on the format and on the damage, as a `UserError`."""
+    """Raise errors of reading a damaged file, whose class depends on format and damage, as `UserError`."""
     try:
         yield
     except (UserError, FileNotFoundError, PermissionError):

@@ -1,15 +1,16 @@
-"""Pairs that are held out of training by their content: `data.holdout`.
+"""Parts of a run's sources: held-out pairs (`data.holdout`), a share of the pairs, and exchanged captions.
 
-A pair is held out by a hash of its image's bytes. So it is on the same side in whatever order, file or source it is
-read, on any number of hosts and beside any other pairs, and all pairs of one image are on one side. Captions have no
-part in it: those that many images share stay in training, with other images.
+A pair is held out by a hash of its image's bytes. So it stays on its side in any order, file, source or company and on
+any number of hosts, and all pairs with one image are on one side. Captions do not matter: a caption that many images
+share stays in training with the other images.
 """
 
+import collections
 import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,16 +18,118 @@ import numpy as np
 from xclip_jax.core.console import log0
 from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.data import records
-from xclip_jax.data.base import Record, Source
+from xclip_jax.data.base import Record, Source, WrappedSource
 from xclip_jax.data.config import DataConfig
-from xclip_jax.data.controls import Subset
 
-_MANY = 100_000  # pairs from which on a line says that they are read
+_MANY = 100_000  # for more pairs, a line announces that they are read
+# Streams of random numbers: for the choice of pairs, and for the exchange of captions.
+_SUBSET, _NOISE = 1, 2
+
+
+class Subset(WrappedSource):
+    """The records `indices` of a source, in this order. It has the fingerprint of the whole source."""
+
+    def __init__(self, source: Source, indices: np.ndarray) -> None:
+        super().__init__(source)
+        self.indices = indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Record:
+        return self.source[int(self.indices[index])]
+
+    def describe(self, index: int) -> dict[str, str]:
+        """Return the source's description of the record."""
+        return self.source.describe(int(self.indices[index]))
+
+    def known_fault(self, index: int) -> str:
+        """Return the source's known fault of the record, or ""."""
+        return self.source.known_fault(int(self.indices[index]))
+
+    def known_faults(self) -> Mapping[str, int]:
+        """Return the number of chosen records by fault."""
+        return collections.Counter(filter(None, map(self.known_fault, range(len(self)))))
+
+
+class NoisyCaptions(WrappedSource):
+    """A source of pairs in which record i has the captions and keywords of record `donors[i]`.
+
+    A bad record makes the record that receives its captions bad too.
+    """
+
+    def __init__(self, source: Source, donors: np.ndarray) -> None:
+        super().__init__(source)
+        self.donors = donors
+
+    def __getitem__(self, index: int) -> Record:
+        record, donor = self.source[index], int(self.donors[index])
+        if donor == index:
+            return record
+        try:
+            other = self.source[donor]
+        except BadSample as error:
+            place = ", ".join(f"{key} {value}" for key, value in self.source.describe(donor).items())
+            raise BadSample("the pair whose captions it has is bad", f"{place}: {error}") from error
+        return record | {"text": other["text"], "tags": other["tags"]}
+
+
+def kept_indices(n: int, share: float, rng: np.random.Generator) -> np.ndarray:
+    """Return the indices of `share` of `n` records, sorted; for one seed, smaller shares are parts of larger ones."""
+    return np.sort(rng.permutation(n)[: max(round(share * n), 1)])
+
+
+def caption_donors(n: int, share: float, rng: np.random.Generator) -> np.ndarray:
+    """Return the record whose captions each of `n` records gets, int (n,); `share` of them get another record's.
+
+    For one seed, a larger share includes the records of a smaller one. They pass their captions on in one cycle, so
+    that every caption is used once and no chosen record keeps its own.
+    """
+    donors = np.arange(n)
+    noisy = rng.permutation(n)[: round(share * n)]
+    donors[noisy] = np.roll(noisy, 1)
+    return donors
+
+
+def apply_controls(opened: Sequence[Source], config: DataConfig, seed: int, *, labelled: bool = False) -> list[Source]:
+    """Apply `data.subset` and `data.caption_noise` to each source of a run.
+
+    Args:
+      opened: the whole sources.
+      config: of the run.
+      seed: of the run; it decides which pairs are kept and which exchange their captions.
+      labelled: whether the sources have labelled items instead of pairs.
+
+    Raises:
+      UserError: fewer pairs than a batch, fewer than two that exchange captions, or noise in labelled items.
+    """
+    result = list(opened)
+    if config.subset < 1:
+        for number, source in enumerate(result):
+            rng = np.random.default_rng((seed, number, _SUBSET))
+            result[number] = Subset(source, kept_indices(len(source), config.subset, rng))
+        if (pairs := sum(map(len, result))) < config.batch and not labelled:
+            raise UserError(
+                f"data.subset={config.subset} leaves {pairs} pairs, fewer than data.batch={config.batch}; enlarge the "
+                "subset, or lower data.batch."
+            )
+    if config.caption_noise:
+        if labelled:
+            raise UserError("data.caption_noise exchanges captions, and labelled items have none; set it to 0.")
+        for number, source in enumerate(result):
+            if round(config.caption_noise * len(source)) < 2:
+                raise UserError(
+                    f"data.caption_noise={config.caption_noise} is less than two of the {len(source)} pairs of "
+                    f"{config.sources[number]!r}; raise it, or set it to 0."
+                )
+            rng = np.random.default_rng((seed, number, _NOISE))
+            result[number] = NoisyCaptions(source, caption_donors(len(source), config.caption_noise, rng))
+    return result
 
 
 @dataclasses.dataclass(frozen=True)
 class Pairs:
-    """Some pairs of a source, without those that cannot be read.
+    """Some readable pairs of a source.
 
     Attributes:
       indices: of the records, int (n,).
@@ -42,7 +145,7 @@ class Pairs:
 
 
 def image_hash(image: bytes | np.ndarray) -> str:
-    """Return 16 hexadecimal digits of a hash of an image as its source has it, encoded or uint8 (h, w, 3)."""
+    """Return 16 hexadecimal digits of a hash of a source's image, encoded or uint8 (h, w, 3)."""
     return hashlib.blake2b(image if isinstance(image, bytes) else image.tobytes(), digest_size=8).hexdigest()
 
 
@@ -51,11 +154,11 @@ def is_held_out(digits: str, share: float) -> bool:
     return int(digits, 16) < share * 2**64
 
 
-_known: dict[str, Pairs] = {}  # training, evaluation and report of one process ask for the same pairs
+_known: dict[str, Pairs] = {}  # training, evaluation and report of one process need the same pairs
 
 
 def find(spec: str, source: Source, share: float, config: DataConfig) -> Pairs:
-    """Return the pairs of a source that are held out; all of them where the share is 1. Reads each record once.
+    """Return the held-out pairs of a source, all of them if the share is 1. Each record is read once.
 
     Args:
       spec: of the source.
@@ -87,14 +190,14 @@ def find(spec: str, source: Source, share: float, config: DataConfig) -> Pairs:
 
 
 class TrainingPart(Subset):
-    """The pairs of a source that are not held out. Its fingerprint also has a digest of those that are."""
+    """The pairs of a source that are not held out. Its fingerprint has a digest of the held-out ones too."""
 
     def __init__(self, source: Source, held_out: Pairs) -> None:
         super().__init__(source, np.setdiff1d(np.arange(len(source)), held_out.indices))
         self._outcome = records.outcome(held_out.indices, held_out.bad)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Fingerprint of the source, with the number of its training pairs, and `records.outcome` of the others."""
+        """Return the source's fingerprint with the number of training pairs, and `records.outcome` of the others."""
         return super().fingerprint() | {"samples": len(self), "data.holdout": self._outcome}
 
 
@@ -102,7 +205,7 @@ def training_part(specs: Iterable[str], opened: Iterable[Source], config: DataCo
     """Return the sources without the pairs that `config.holdout` holds out.
 
     Raises:
-      UserError: none is held out, or no pair is left.
+      UserError: no pair is held out, or none is left.
     """
     parts, held_out, total = [], 0, 0
     for spec, source in zip(specs, opened, strict=True):
@@ -119,7 +222,7 @@ def training_part(specs: Iterable[str], opened: Iterable[Source], config: DataCo
 
 
 def selected(images: Sequence[Any], share: float) -> list[int]:
-    """Return the positions of those of `images` that are held out; one that cannot be read is not."""
+    """Return the positions of the `images` that are held out; unreadable images are not."""
     positions = []
     for position in range(len(images)):
         with contextlib.suppress(BadSample):

@@ -15,23 +15,23 @@ from etils import epath
 from PIL import Image, ImageDraw, ImageFont
 
 from xclip_jax.core.errors import BadSample
-from xclip_jax.data import loader, records, transforms
+from xclip_jax.data import images, loader, records, transforms
 from xclip_jax.data.base import Record, Source
 from xclip_jax.data.ledger import Ledger
 
 FEWEST = 8  # pairs that the recipe small requires
-# Rows of the batches that `read_batches` reads: few, so that all threads have soon read one.
+# Rows of the batches that `read_batches` reads: few, so that every thread soon finishes one.
 _BATCH = 32
-# `read_batches` gives up its number of samples after this many times the seconds for which it was to read.
+# `read_batches` ends after this multiple of its seconds, even with fewer samples.
 _PATIENCE = 10
 _TILE, _COLUMNS, _ROWS, _LINES = 200, 6, 4, 4
-# Fonts with accents, of Linux and macOS.
+# Fonts with accents on Linux and macOS.
 _FONTS = ("DejaVuSans.ttf", "Arial Unicode.ttf")
 
 
 @dataclasses.dataclass
 class Sample:
-    """Statistics of one image-text pair; `reason` says why it is bad, or is ""."""
+    """Statistics of one image-text pair; `reason` is "" unless it is bad."""
 
     index: int
     reason: str = ""
@@ -45,7 +45,7 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class LoaderSample:
-    """The first samples of a run, as its loader reads them.
+    """Statistics of a run's first samples, as its loader reads them.
 
     Attributes:
       read: number of samples.
@@ -63,7 +63,7 @@ class LoaderSample:
 
 
 def read(source: Source, indices: Sequence[int], threads: int, size: int) -> tuple[list[Sample], float]:
-    """Read pairs, and crop their images to `size`. Returns the samples, and the seconds that reading took."""
+    """Read pairs and crop their images to `size`; return the samples and the seconds that it took."""
     began = time.perf_counter()
     places, timeout = [(source, index) for index in indices], loader.DataConfig.read_timeout
     results = records.read_each(places, lambda record: _examine(record, size), timeout=timeout, threads=threads)
@@ -80,8 +80,8 @@ def _examine(record: Record, size: int) -> Sample:
     image, captions = record["image"], record["text"]
     data = image if isinstance(image, bytes) else image.tobytes()
     digest = hashlib.blake2b(data, digest_size=16).digest()
-    # Decoded at full size, which is measured; training decodes large JPEGs at a half or less and is a little faster.
-    with transforms.decoding(image) as pixels:
+    # The full size is measured, so the image is decoded at it; training decodes large JPEGs at a half or less.
+    with images.decoding(image) as pixels:
         height, width = pixels.shape[:2]
         transforms.random_resized_crop(pixels, size, np.random.default_rng(list(digest)), resample="area")
     return Sample(-1, "", "", (width, height), len(data), digest, captions[0], len(captions))
@@ -90,14 +90,14 @@ def _examine(record: Record, size: int) -> Sample:
 def read_batches(
     sources: Sequence[Source], transform: loader.Transform, seed: int, *, samples: int, seconds: float
 ) -> LoaderSample:
-    """Read as a run does, with its threads or workers, but in smaller batches and without spreading captions.
+    """Read samples as a run does, with its threads or workers, but in smaller batches and without spreading captions.
 
     Args:
       sources: the run's sources.
       transform: the run's transform, with its data config.
       seed: the run's seed.
-      samples: number to read at least.
-      seconds: how long to read at least, once all threads or workers are busy.
+      samples: smallest number to read.
+      seconds: shortest time to read, once all threads or workers are busy.
 
     Raises:
       UserError: no usable sample for a position, or an error that concerns more than a sample.
@@ -116,7 +116,7 @@ def read_batches(
                 now = time.perf_counter()
                 if "text" in batch and len(texts) * rows < samples:
                     texts.append(np.array(batch["text"]))
-                # The first batches wait for threads and processes to start; slow ones are not waited for.
+                # The time of the first batches, in which threads and processes start, does not count unless it is long.
                 if count == busy and now - began < seconds:
                     start, first = now, count
                 enough = count * rows >= samples and count > first and now - start >= seconds
@@ -132,13 +132,13 @@ def read_batches(
 
 
 def repeated_share(values: np.ndarray) -> float:
-    """Return the share of strings (n,) or rows of tokens (n, m) that are equal to another one."""
+    """Return the share of strings (n,) or rows of tokens (n, m) that occur more than once."""
     _, counts = np.unique(values, axis=0, return_counts=True)
     return float(counts[counts > 1].sum() / counts.sum())
 
 
 def write_sheet(samples: Sequence[Sample], source: Source, path: str) -> int:
-    """Write a PNG of the first good pairs. Returns their number."""
+    """Write a PNG of the first good pairs, and return their number."""
     chosen = [sample for sample in samples if not sample.reason][: _COLUMNS * _ROWS]
     line = 13
     height = _TILE + _LINES * line + 8
@@ -146,7 +146,7 @@ def write_sheet(samples: Sequence[Sample], source: Source, path: str) -> int:
     pen, font = ImageDraw.Draw(page), _font()[0]
     for i, sample in enumerate(chosen):
         x, y = i % _COLUMNS * _TILE, i // _COLUMNS * height
-        picture = transforms.resize_center_crop(transforms.decode(source[sample.index]["image"]), _TILE - 4)
+        picture = transforms.resize_center_crop(images.decode(source[sample.index]["image"]), _TILE - 4)
         page.paste(Image.fromarray(picture), (x + 2, y + 2))
         for j, text in enumerate(textwrap.wrap(sample.caption, 30)[:_LINES]):
             pen.text((x + 4, y + _TILE + j * line), _drawable(text), fill="black", font=font)
@@ -164,7 +164,7 @@ def _font() -> tuple[ImageFont.FreeTypeFont | ImageFont.ImageFont, bool]:
 
 
 def _drawable(text: str) -> str:
-    """Return the text without accents if the font has none; other letters that it lacks become boxes."""
+    """Return the text, without accents if the font has none; other missing letters become boxes."""
     if _font()[1]:
         return unicodedata.normalize("NFC", text)
     return "".join(x for x in unicodedata.normalize("NFKD", text) if not unicodedata.combining(x))

@@ -1,7 +1,6 @@
-"""Labelled items in memory: images in folders of classes or in a CSV file, and texts."""
+"""Labelled items in memory: images in folders of classes or listed in a CSV file, and texts."""
 
 import abc
-import csv
 import hashlib
 import itertools
 import os
@@ -15,11 +14,11 @@ import numpy as np
 from xclip_jax.core import storage
 from xclip_jax.core.errors import UserError
 from xclip_jax.data.base import IMAGE_SUFFIXES, MAX_BYTES, LabelledSource, Record, name_of
-from xclip_jax.data.text import TO_UTF8, check_encoding, separator
+from xclip_jax.data.text import TO_UTF8, csv_rows
 
 
 def item_name(items: Sequence[Any], index: int) -> str:
-    """Return what names one of `items` to a person: its file where they know it, else its number."""
+    """Return what names one of `items` to a person: its file if they know it, else its number."""
     name = getattr(items, "name", None)
     return name(index) if callable(name) else f"record {index}"
 
@@ -67,11 +66,11 @@ class Files(Sequence):
 
     @abc.abstractmethod
     def sizes(self) -> Iterator[tuple[str, int]]:
-        """Name, without the data set's folder, and size in bytes of each file; -1 where it cannot be read."""
+        """Yield the name of each file, without the data set's folder, and its size in bytes, -1 if it is unreadable."""
 
 
 class Paths(Files):
-    """Contents of files that have a path each."""
+    """Images in files of this machine."""
 
     def __init__(self, paths: Sequence[pathlib.Path], root: pathlib.Path | None = None) -> None:
         """`root` is the folder that the files belong to."""
@@ -82,7 +81,7 @@ class Paths(Files):
         return str(self.paths[index])
 
     def sizes(self) -> Iterator[tuple[str, int]]:
-        """Name, below `root`, and size in bytes of each file; -1 where it cannot be read."""
+        """Yield the path of each file below `root`, and its size in bytes, -1 if it is unreadable."""
         for path in self.paths:
             try:
                 size = path.stat().st_size
@@ -101,16 +100,16 @@ class Paths(Files):
 
 
 def read_files(name: str, path: pathlib.Path) -> tuple[Paths, np.ndarray, list[str]]:
-    """Images, labels and class names of a folder with one sub-folder a class, or of a CSV file with path and label.
+    """Return images, labels and class names of a folder with one sub-folder a class, or a CSV file of path and label.
 
     A folder is read as torchvision's ImageFolder reads it: the sub-folders, sorted as strings, are the classes, and
-    images in folders below count as theirs; hidden files and folders are left out. In a CSV file each distinct label is
-    a class, in alphabetical or, where all are integers, numerical order. Several labels of one image, with | between
-    them, give bool (n, classes), in which an image may have none.
+    include the images in folders below them; hidden files and folders are left out. In a CSV file each distinct label
+    is a class, in alphabetical or, if all are integers, numerical order. Labels with | between them are several labels
+    of one image; they give bool (n, classes), in which an image may have no class.
 
     Raises:
-      UserError: no images or classes, a class without images, a row without a path or label, or images that do not
-        exist; the message begins with `name`.
+      UserError: no images or classes, a class without images, a row without a path or label, or missing images; the
+        message begins with `name`.
     """
     path = path.expanduser()
     if path.is_dir():
@@ -131,13 +130,13 @@ def _read_folder(name: str, path: pathlib.Path) -> tuple[Paths, np.ndarray, list
             f"{str(path)!r} contain no images ({', '.join(IMAGE_SUFFIXES)}); add images, or delete the folders."
         )
     labels = np.repeat(np.arange(len(names)), [len(inside) for inside in images])
-    # A folder's name need not be UTF-8, and texts of classes have to be.
+    # Names of folders may have any bytes, and texts of classes have to be UTF-8.
     names = [name.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for name in names]
     return Paths([image for inside in images for image in inside], path), labels, names
 
 
 def _images(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Images in `folder` and the folders below it, in ImageFolder's order."""
+    """Return the images in `folder` and the folders below it, in ImageFolder's order."""
     inside = []
     for root, folders, files in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -150,7 +149,7 @@ def _read_table(name: str, path: pathlib.Path) -> tuple[Paths, np.ndarray, list[
     for line, image, label in _rows(name, path):
         images.append(path.parent / os.path.expanduser(image))
         cells.append((line, [word for part in label.split("|") if (word := part.strip())], "|" in label))
-    if missing := [image for image in images if not os.path.isfile(image)]:  # nor a name that no disk takes
+    if missing := [image for image in images if not os.path.isfile(image)]:  # also a name that no disk takes
         first = f"{str(missing[0])!r} first{elsewhere(os.path.relpath(missing[0], path.parent))}"
         raise UserError(f"{name}: {len(missing)} images of {str(path)!r} do not exist, {first}.")
     several = any(separated for *_, separated in cells)
@@ -170,7 +169,7 @@ def _read_table(name: str, path: pathlib.Path) -> tuple[Paths, np.ndarray, list[
 
 
 def elsewhere(path: str, error: Exception | None = None) -> str:
-    """Return a hint where a path in a table is one from the working folder instead of the table's; else ""."""
+    """Return a hint if a path in a table is relative to the working folder instead of the table's; else ""."""
     if isinstance(error, FileNotFoundError | None) and not os.path.isabs(path) and os.path.isfile(path):
         return (
             "; paths are relative to the table's folder, and this one exists from the working folder: move the table "
@@ -179,42 +178,34 @@ def elsewhere(path: str, error: Exception | None = None) -> str:
     return ""
 
 
-def _rows(name: str, path: pathlib.Path) -> list[tuple[int, str, str]]:
-    """(line, path, label) of each row of a CSV file in UTF-8, with or without a byte order mark."""
-    line, rows = 0, []
-    with path.open("rb") as binary:
-        check_encoding(f"{name}: CSV file {str(path)!r}", str(path), binary.read(4))
+def _rows(name: str, path: pathlib.Path) -> Iterator[tuple[int, str, str]]:
+    """Yield line, path and label of each row of a CSV file."""
+    header: list[str] | None = None
+    n = 0
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            mark = separator(file.readline())
-            file.seek(0)
-            reader = csv.reader(file, delimiter=mark, strict=True)
-            header = [cell.strip() for cell in next(reader, [])]
-            for row in filter(None, reader):
-                line = reader.line_num
-                if fault := _fault(header, row):
-                    raise UserError(f"{name}: line {line} of {str(path)!r} {fault}.")
-                cells = dict(zip(header, row, strict=False))
-                rows.append((line, cells.get("path", ""), cells.get("label", "")))
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{name}: CSV file {str(path)!r} is not UTF-8 (byte {error.object[error.start]:#x}: {error.reason}); save "
-            f"it in UTF-8, or convert it, as with {TO_UTF8}."
-        ) from error
-    except csv.Error as error:
-        raise UserError(
-            f"{name}: CSV file {str(path)!r} cannot be read after line {line}: {error}; quotes must be paired."
-        ) from error
-    if not rows or not {"path", "label"} <= set(header):
-        columns = f"has the columns {', '.join(map(repr, header))}" if header else "is empty"
-        raise UserError(
-            f"{name}: CSV file {str(path)!r} {columns}; it must have the columns path and label, and a row."
-        )
-    return rows
+        for line, row in csv_rows(str(path)):
+            if header is None:
+                header = [cell.strip() for cell in row]
+                continue
+            if not {"path", "label"} <= set(header):
+                break
+            if fault := _fault(header, row):
+                raise UserError(f"line {line} of {str(path)!r} {fault}.")
+            cells, n = dict(zip(header, row, strict=False)), n + 1
+            yield line, cells.get("path", ""), cells.get("label", "")
+        if not n:
+            columns = f"has the columns {', '.join(map(repr, header))}" if header else "is empty"
+            raise UserError(f"CSV file {str(path)!r} {columns}; it must have the columns path and label, and a row.")
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
 
 
 def _fault(header: Sequence[str], row: Sequence[str]) -> str:
-    """What is wrong with a row of a CSV file, and the remedy; "" for nothing."""
+    """Return what is wrong with a row of a CSV file, and the remedy, or ""."""
+    try:
+        ",".join(row).encode()
+    except UnicodeEncodeError:
+        return f"is not UTF-8; save the table in UTF-8, or convert it, as with {TO_UTF8}"
     if any("\n" in cell for cell in row):
         return "ends a quoted cell of several lines; quotes must be paired"
     if any(cell.strip() for cell in row[len(header) :]):
@@ -225,7 +216,7 @@ def _fault(header: Sequence[str], row: Sequence[str]) -> str:
 
 
 def fingerprint(samples: int, names: Sequence[str], content: Iterable[Any]) -> dict[str, Any]:
-    """The fingerprint of labelled items: their number, the classes if there are any, and a hash of `content`."""
+    """Return the fingerprint of labelled items: their number, the classes, if any, and a hash of `content`."""
     digest = hashlib.blake2b(repr(samples).encode(), digest_size=16)
     for part in content:
         digest.update(repr(part).encode("utf-8", "surrogatepass"))
@@ -251,15 +242,15 @@ class Labelled(LabelledSource):
         return len(self.items)
 
     def labels(self) -> np.ndarray:
-        """All labels, (n,) or bool (n, classes)."""
+        """Return all labels, (n,) or bool (n, classes)."""
         return self._labels
 
     def describe(self, index: int) -> dict[str, str]:
-        """Path of the image, or the item's number."""
+        """Return the path of the image, or the item's number."""
         return {"file": self.items.name(index)} if isinstance(self.items, Files) else {"row": str(index)}
 
     def fingerprint(self) -> dict[str, Any]:
-        """A hash of the names and sizes of files, or of texts, and of labels, in their order."""
+        """Return a hash of the labels and of the texts, or the names and sizes of files, in their order."""
         items = self.items.sizes() if isinstance(self.items, Files) else self.items
         return fingerprint(len(self), self.names, zip(items, self._labels.tolist(), strict=True))
 
@@ -275,22 +266,22 @@ class Labelled(LabelledSource):
 
 
 def open_files(name: str, path: str) -> Labelled:
-    """Open the images in classes that `read_files` reads; arguments and errors are the same."""
+    """Open the images in classes of `read_files`, with the same arguments and errors."""
     paths, labels, names = read_files(name, pathlib.Path(path))
     return Labelled("image", paths, labels, names)
 
 
 def check_one_class(spec: str, source: LabelledSource) -> None:
-    """Raise `UserError` where items have several classes."""
+    """Raise `UserError` if items have several classes."""
     if source.multilabel:
         raise UserError(f"{spec}: images have several labels; give each one class.")
 
 
 class MismatchError(UserError):
-    """Labelled items that a model cannot learn from.
+    """Labelled items from which a model cannot learn.
 
     Attributes:
-      fault: "classes" where their number differs; "image" or "text" for items that the model does not learn from.
+      fault: "classes" for another number of classes; "image" or "text" for items that the model does not read.
     """
 
     def __init__(self, message: str, fault: str) -> None:
@@ -304,10 +295,10 @@ def check_sources(
     """Check that a classifier can learn from all of `sources`.
 
     Args:
-      specs: those of the sources.
+      specs: specs of the sources.
       sources: labelled items.
       classes: number of classes of the classifier; 1 for labels that are numbers.
-      fields: of the batches that they are for, with "image" or "text"; None for any.
+      fields: fields of the batches, with "image" or "text"; None for any.
 
     Raises:
       MismatchError: another number of classes, or the other modality.

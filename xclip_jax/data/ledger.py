@@ -15,7 +15,7 @@ from xclip_jax.core.console import command
 from xclip_jax.core.errors import UserError
 from xclip_jax.core.run_folder import RunFolder
 
-# Smallest number of samples that the share of bad ones is taken of, so that the first batch cannot stop a run.
+# The share of bad samples is computed of at least this number, so that the first batch cannot stop a run.
 _MIN_SAMPLES = 1000
 _MIN_GATHERED = 1024  # bytes
 
@@ -27,19 +27,19 @@ class TooManyBadSamples(UserError):
 
 
 def _gather(content: Any) -> list[Any]:
-    """Return the JSON content of each process, on all of them; every process must call this at the same step."""
+    """Return the JSON content of every process on each; all processes must call this at the same step."""
     if jax.process_count() == 1:
         return [content]
     data = np.frombuffer(json.dumps(content).encode(), np.uint8)
     sizes = multihost_utils.process_allgather(np.asarray(len(data)))
-    # One of few lengths, each of which is compiled once.
+    # Rounded up to few lengths, since each is compiled.
     length = max(_MIN_GATHERED, 1 << (int(sizes.max()) - 1).bit_length())
     rows = multihost_utils.process_allgather(np.pad(data, (0, length - len(data))))
     return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
 def _distinct(gathered: Sequence[tuple[int, int, list[Entry]]]) -> list[tuple[int, list[Entry]]]:
-    """Return (tokens, bad samples) of each part of the batch once, from (part, tokens, bad samples) of each process."""
+    """Return (tokens, bad samples) of each part of the batch, given (part, tokens, bad samples) of each process."""
     records: dict[int, tuple[int, list[Entry]]] = {}
     for process, (part, tokens, bad) in enumerate(gathered):
         first, others = records.setdefault(part, (tokens, bad))
@@ -56,14 +56,14 @@ def _key(entry: Entry) -> tuple[int, int, int]:
 
 
 class Ledger:
-    """Counts what a run reads and writes bad_samples.jsonl: each bad sample once, with its reason.
+    """Counts the samples that a run reads, and writes bad_samples.jsonl: each bad sample once, with its reason.
 
-    A line is {"position": in the run's order, "reason", "detail", "source": its number, "index"} and what the source
-    describes the sample by, such as "tar" and "key".
+    A line is {"position": in the run's order, "reason", "detail", "source": its number, "index"} and the source's
+    description of the sample, such as "tar" and "key".
 
     Attributes:
-      counters: {"samples": delivered, "tokens": of their texts, "bad": {reason: samples that were replaced}}, over all
-        processes, as of the last `sync`. Other counters of a run that a checkpoint keeps may be added.
+      counters: {"samples": delivered, "tokens": of their texts, "bad": {reason: replaced samples}}, over all processes,
+        as of the last `sync`; other counters that a checkpoint keeps may be added.
     """
 
     def __init__(
@@ -74,8 +74,8 @@ class Ledger:
         Args:
           folder: the run's folder.
           max_bad_fraction: a larger share of bad samples stops the run.
-          start: samples that the run has read; lines of later ones, which an interrupted run left, are removed.
-          counters: as they were at `start`.
+          start: samples that the run has read; an interrupted run's lines for later samples are removed.
+          counters: their values at `start`.
         """
         self.path, self.max_bad_fraction = RunFolder(folder).bad_samples_file, max_bad_fraction
         self.counters: dict[str, Any] = {"samples": 0, "tokens": 0, "bad": {}} | dict(counters or {})
@@ -93,10 +93,10 @@ class Ledger:
 
         Args:
           end: position of the first sample after the global batch.
-          tokens: of this process's rows.
-          bad: samples of it that were replaced by others.
-          part: number of the part of the global batch that this process loads, see `mesh.batch_part`. What several
-            processes load counts once. By default each process has a part of its own.
+          tokens: number of tokens in this process's rows.
+          bad: samples of these rows that were replaced.
+          part: number of the part of the global batch that this process loads, see `mesh.batch_part`; a part that
+            several processes load counts once. By default each process has its own part.
 
         Raises:
           UserError: no usable sample for a position.
@@ -111,7 +111,7 @@ class Ledger:
         self._pending.append((end, tokens, list(bad)))
 
     def sync(self, samples: int) -> None:
-        """Write and count what was recorded of the run's first `samples`. All processes call it at the same steps.
+        """Count and write the records of the run's first `samples`; all processes call this at the same steps.
 
         Raises:
           UserError: processes that load the same rows read different samples.
@@ -130,16 +130,16 @@ class Ledger:
 
     @property
     def bad(self) -> int:
-        """Samples that were replaced."""
+        """Number of replaced samples."""
         return sum(self.counters["bad"].values())
 
     @property
     def share(self) -> float:
-        """Fraction of bad samples among all that were read."""
+        """Share of bad samples among all samples read."""
         return self.bad / max(self.counters["samples"] + self.bad, 1)
 
     def check(self) -> None:
-        """Raises `TooManyBadSamples` where more than `max_bad_fraction` of what was counted by `sync` are bad."""
+        """Raise `TooManyBadSamples` if more than `max_bad_fraction` of the samples counted by `sync` are bad."""
         read = self.counters["samples"] + self.bad
         if self.bad > self.max_bad_fraction * max(read, _MIN_SAMPLES):
             reasons = sorted(self.counters["bad"].items(), key=lambda item: -item[1])
@@ -158,5 +158,5 @@ class Ledger:
         self._file.append(*new)
 
     def close(self) -> None:
-        """Write what is left; more may be recorded."""
+        """Write the remaining lines; more samples may be recorded."""
         self._file.close()

@@ -1,24 +1,29 @@
-"""Groups of texts by length: which share of a batch's texts is computed at how many tokens.
+"""Groups of texts by length: their choice, and the order in which a step encodes the texts of a batch.
 
-Captions fill a fraction of the context, and the longest of a large batch nearly always fills all of it. So the rows of
-each device are ordered by length and encoded in a few groups, each cut to a length of its own. All shapes are fixed: a
-batch whose texts do not fit the groups is computed whole.
+Captions fill a fraction of the context, and the longest caption of a large batch nearly always fills all of it. So the
+rows of each device are ordered by length and encoded in a few groups, each cut to its own length. All shapes are fixed:
+a batch whose texts do not fit the groups is computed whole.
 """
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Self
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import scipy
 
 from xclip_jax.core.errors import UserError
+from xclip_jax.parallel import sharding
+
+Sizes = tuple[tuple[int, int], ...]
 
 AUTO, FULL = "auto", "full"
-# The last group has the whole context; each more is a pass of its own over the tower's weights.
+# The last group has the whole context; each further group is another pass over the tower's weights.
 MAX_GROUPS = 4
-# Accelerators compute lengths in between no faster.
+# Accelerators are no faster for lengths between multiples.
 _MULTIPLE = 8
 # Share of steps that may be computed whole.
 _MISFITS = 0.005
@@ -30,7 +35,7 @@ _LEAST_SAVING, _LEAST_STEPS = 0.05, 1000
 class LengthGroups:
     """Cuts ((tokens, share), ...), both rising: up to `share` of the texts, the shortest ones, have `tokens` positions.
 
-    What is left has the whole context. Without cuts all texts do.
+    The remaining texts have the whole context, all texts if there are no cuts.
     """
 
     cuts: tuple[tuple[int, float], ...] = ()
@@ -56,8 +61,8 @@ class LengthGroups:
     def __str__(self) -> str:
         return ",".join(f"{tokens}:{share:g}" for tokens, share in self.cuts) or FULL
 
-    def sizes(self, rows: int, context: int) -> tuple[tuple[int, int], ...]:
-        """((rows, tokens), ...) of the groups of `rows` texts, without empty ones; () where nothing is cut."""
+    def sizes(self, rows: int, context: int) -> Sizes:
+        """Return ((rows, tokens), ...) of the non-empty groups of `rows` texts; () if nothing is cut."""
         ends = [(int(share * rows + 1e-6), min(tokens, context)) for tokens, share in self.cuts]
         sizes, start = [], 0
         for end, tokens in [*ends, (rows, context)]:
@@ -67,7 +72,7 @@ class LengthGroups:
         return tuple(sizes) if sizes[0][1] < context else ()
 
     def mean(self, of_length: Callable[[int], float], context: int) -> float:
-        """The mean of `of_length` over texts, each as long as its group is."""
+        """Return the mean of `of_length` over texts, each as long as its group."""
         total, start = 0.0, 0.0
         for tokens, share in self.cuts:
             total, start = total + (share - start) * of_length(min(tokens, context)), share
@@ -80,19 +85,19 @@ WHOLE = LengthGroups()
 def choose(
     counts: np.ndarray, *, rows: int, draws: int, flops_of: Callable[[int], float], groups: int = MAX_GROUPS
 ) -> LengthGroups:
-    """The groups with the fewest FLOPs that all but a few batches fit.
+    """Return the groups with the fewest FLOPs that all but a few batches fit.
 
     Args:
-      counts: (context + 1,) how many of some texts have a length, in tokens.
-      rows: texts that are ordered together, those of a device.
-      draws: how often a step does so, on all devices.
+      counts: (context + 1,) number of sampled texts by length in tokens.
+      rows: number of texts that a device orders together.
+      draws: number of times that a step does so, on all devices.
       flops_of: tokens -> FLOPs of a text of that length.
-      groups: at most this number, the one of the whole context included.
+      groups: largest number of groups, including the group of the whole context.
     """
     context = len(counts) - 1
     ends: dict[int, int] = {}
     for tokens in range(_MULTIPLE, context, _MULTIPLE):
-        # Longer ones among those counted, and as many more as chance may have kept out of them.
+        # Longer texts in the sample, and as many more as chance may have kept out of it.
         longer = counts[tokens + 1 :].sum()
         p = min((longer + 2 * longer**0.5 + 1) / counts.sum(), 1)
         most = scipy.stats.binom.isf(_MISFITS / draws / groups, rows, p)
@@ -101,7 +106,7 @@ def choose(
     best = WHOLE
     for n in range(1, groups):
         for lengths in itertools.combinations(ends, n):
-            # Shares in millionths, which a config can hold, rounded up: rounded down, `sizes` would lose a row.
+            # Shares in millionths, as in a config, are rounded up: rounded down, `sizes` would lose a row.
             cuts = tuple((tokens, -(-ends[tokens] * 10**6 // rows) / 10**6) for tokens in lengths)
             if all(a[1] < b[1] for a, b in itertools.pairwise(cuts)):
                 best = min(best, LengthGroups(cuts), key=lambda groups: groups.mean(flops_of, context))
@@ -109,5 +114,86 @@ def choose(
 
 
 def worthwhile(saved: float, steps: int) -> bool:
-    """Whether "auto" has groups that would save this share of a step's FLOPs, in a run of `steps`."""
+    """Whether "auto" uses groups that save this share of a step's FLOPs in a run of `steps`."""
     return saved >= _LEAST_SAVING and steps >= _LEAST_STEPS
+
+
+@dataclasses.dataclass(frozen=True)
+class LengthOrder:
+    """Orders the rows of each device and microbatch by the lengths of their texts, and cuts them into groups.
+
+    No row changes its device or its microbatch. Rows of a microbatch are `microbatches` apart, as in
+    `sharding.map_microbatches`.
+
+    Attributes:
+      lengths: int (parts, rows, microbatches) tokens of each text; each device has a part.
+      order, inverse: row at each place, and place of each row, of the same shape.
+      sizes: ((rows, tokens), ...) of the groups.
+    """
+
+    lengths: jax.Array
+    order: jax.Array
+    inverse: jax.Array
+    sizes: Sizes
+
+    @classmethod
+    def from_tokens(cls, text: jax.Array, eot_id: int, sizes: Sizes, microbatches: int = 1) -> Self:
+        """Return the order of tokens (b, n); the tower reads no token after a text's first `eot_id`."""
+        rows = sum(n for n, _ in sizes)
+        lengths = _split(jnp.argmax(text == eot_id, axis=-1) + 1, rows, microbatches)
+        order = jnp.argsort(lengths, axis=1)
+        return cls(lengths, order, jnp.argsort(order, axis=1), sizes)
+
+    @property
+    def fits(self) -> jax.Array:
+        """Whether no text is longer than its group, on all devices, bool."""
+        last = np.cumsum([n for n, _ in self.sizes]) - 1
+        longest = jnp.sort(self.lengths, axis=1)[:, last]
+        return jnp.all(longest <= jnp.array([tokens for _, tokens in self.sizes])[:, None])
+
+    def split(self, x: jax.Array, *, cut: bool = False) -> tuple[jax.Array, ...]:
+        """Split rows (b, ...) into (rows, ...) for each group; with `cut` the second axis ends with the group."""
+        _, rows, microbatches = self.lengths.shape
+        ordered = _reorder(_split(x, rows, microbatches), self.order, self.inverse)
+        groups, start = [], 0
+        for n, tokens in self.sizes:
+            group = _join(ordered[:, start : start + n])
+            groups.append(group[:, :tokens] if cut else group)
+            start += n
+        return tuple(groups)
+
+    def join(self, groups: Sequence[jax.Array]) -> jax.Array:
+        """Join results of each group, (rows, ...), to (b, ...) in the order of the batch."""
+        microbatches = self.lengths.shape[2]
+        parts = [_split(x, n, microbatches) for x, (n, _) in zip(groups, self.sizes, strict=True)]
+        return _join(_reorder(jnp.concatenate(parts, axis=1), self.inverse, self.order))
+
+
+def _split(x: jax.Array, rows: int, microbatches: int) -> jax.Array:
+    """(b, ...) -> (parts, rows, microbatches, ...)."""
+    x = x.reshape(-1, rows, microbatches, *x.shape[1:])
+    return sharding.constrain(x, "batch", *[None] * (x.ndim - 1))
+
+
+def _join(x: jax.Array) -> jax.Array:
+    """(parts, rows, microbatches, ...) -> (b, ...)."""
+    x = x.reshape(-1, *x.shape[3:])
+    return sharding.constrain(x, "batch", *[None] * (x.ndim - 1))
+
+
+@jax.custom_vjp
+def _reorder(x: jax.Array, order: jax.Array, inverse: jax.Array) -> jax.Array:
+    """Reorder rows of (parts, rows, microbatches, ...). The derivative gathers by `inverse` instead of scattering."""
+    return jnp.take_along_axis(x, order.reshape(*order.shape, *[1] * (x.ndim - 3)), axis=1)
+
+
+def _reorder_forward(x: jax.Array, order: jax.Array, inverse: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    return _reorder(x, order, inverse), (order, inverse)
+
+
+def _reorder_backward(orders: tuple[jax.Array, ...], g: jax.Array) -> tuple[jax.Array, None, None]:
+    order, inverse = orders
+    return _reorder(g, inverse, order), None, None
+
+
+_reorder.defvjp(_reorder_forward, _reorder_backward)

@@ -17,7 +17,7 @@ from absl import flags
 from jax.sharding import Mesh
 
 from xclip_jax.core.errors import BadSample, UserError
-from xclip_jax.data import prefetch, records, sources, transforms
+from xclip_jax.data import images, records, sources, transforms
 from xclip_jax.data.base import Record, Source
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.ledger import Entry, Ledger
@@ -26,7 +26,7 @@ from xclip_jax.parallel.mesh import batch_sharding
 
 Batch = dict[str, Any]
 
-# The run stops after this many bad samples in a row for one position.
+# The run stops after this number of bad samples in a row for one position.
 MAX_RESAMPLES = 100
 # Rows whose records are read together, before their images are decoded: alternating would empty the processor's caches.
 READ_GROUP = 32
@@ -36,9 +36,9 @@ WORKER_BUFFER = 2
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-    """Writes a record to a row of a batch; random through `rng` alone.
+    """Writes a record to a row of a batch; only `rng` is random.
 
-    `fields` are those of a batch: "image", uint8 (size, size, 3), "text", int32 (length,), and "label", a number.
+    A batch has some of the `fields` "image", uint8 (size, size, 3), "text", int32 (length,), and "label", a number.
     """
 
     config: DataConfig
@@ -48,7 +48,7 @@ class Transform:
     fields: tuple[str, ...] = ("image", "text")
 
     def __call__(self, record: Record, rng: np.random.Generator, row: Mapping[str, np.ndarray]) -> None:
-        """Write the fields of `record` to the arrays of `row`, each of which has a first axis of length 1."""
+        """Write the fields of `record` to the arrays of `row`, whose first axis has length 1."""
         if "image" in row:
             self._crop(record, rng, row["image"][0])
         if "text" in row:
@@ -61,7 +61,7 @@ class Transform:
         # Large enough that not even the smallest square crop is enlarged.
         exact = config.resample != "area"
         scaled_to = 0 if exact else math.ceil(self.size / scale[0] ** 0.5)
-        with transforms.decoding(record["image"], scaled_to=scaled_to, background=config.background) as image:
+        with images.decoding(record["image"], scaled_to=scaled_to, background=config.background) as image:
             transforms.random_resized_crop(image, self.size, rng, scale, resample=config.resample, out=out)
 
     def caption(self, record: Record, rng: np.random.Generator) -> str:
@@ -71,7 +71,7 @@ class Transform:
         draw = rng.random()
         if not (tags and self.config.tags) or draw >= self.config.tags_append_prob + self.config.tags_only_prob:
             return text
-        # Numbers, since an array of strings takes as much for each of them as for the longest.
+        # Permuted by number, since NumPy pads all strings to the longest.
         order = rng.permutation(len(tags))
         chosen = [tags[i] for i in order[: rng.integers(1, self.config.tags + 1)]]
         return ", ".join(chosen if draw < self.config.tags_only_prob else [text, *chosen])
@@ -79,12 +79,12 @@ class Transform:
 
 @dataclasses.dataclass(frozen=True)
 class SampleOrder:
-    """All samples of a run, an endless sequence. Item i is the record at position i of the run.
+    """The endless sequence of a run's samples; item i is the record at position i of the run.
 
     Attributes:
-      sources: those that are read.
-      places: element i is (number of the source, index in it); it depends on the seed and i only.
-      captions: of each source `records.outcome` of its groups of equal captions, where these are spread.
+      sources: sources of the records.
+      places: element i is (number of the source, index in it); it depends only on the seed and i.
+      captions: `records.outcome` of each source's groups of equal captions, if these are spread.
     """
 
     sources: Sequence[Source]
@@ -94,7 +94,7 @@ class SampleOrder:
     def place(self, position: int) -> tuple[int, int]:
         """Return the number of the source, and the index in it, at a position of the run."""
         place = self.places[position]
-        assert place is not None  # None is for elements that were filtered out
+        assert place is not None  # Grain's None means that an element was filtered out
         return place
 
     def __getitem__(self, position: int) -> Record:
@@ -103,10 +103,10 @@ class SampleOrder:
 
 
 class _SpreadDuplicates:
-    """Index of the record at each position, (position, _) -> int: another shuffle of the records in every epoch.
+    """Maps a position to the index of a record; every epoch is another shuffle of the records.
 
-    The m records of a group are spaced an m-th of an epoch apart, from a random start and in random order; a record
-    without duplicates is anywhere. The last of an epoch and the first of the next may be near each other.
+    The m records of a group are an m-th of an epoch apart, from a random start and in random order; a record without
+    duplicates may be anywhere. The last record of a group and its first in the next epoch may be near each other.
     """
 
     def __init__(self, groups: np.ndarray, seed: int) -> None:
@@ -121,7 +121,7 @@ class _SpreadDuplicates:
         epoch, offset = divmod(position, len(self.groups))
         order = self._epochs.get(epoch)
         if order is None:
-            with self._lock:  # the threads that read come to a new epoch together
+            with self._lock:  # the reading threads reach a new epoch together
                 order = self._epochs.get(epoch)
                 if order is None:
                     order = self._order(epoch)
@@ -139,9 +139,9 @@ class _SpreadDuplicates:
 
 
 def _caption_groups(opened: Sequence[Source], config: DataConfig) -> tuple[np.ndarray, list[dict[str, Any]]]:
-    """Return the group of each record, int (n,), over all records of `opened`; those of a group have equal captions.
+    """Return the group of each record of all sources, int (n,), and `records.outcome` of each source.
 
-    Second comes `records.outcome` of each source.
+    Records of one group have equal captions.
     """
     numbers: dict[tuple[str, ...], int] = {}
     groups, bad = [], []
@@ -160,13 +160,13 @@ def _caption_groups(opened: Sequence[Source], config: DataConfig) -> tuple[np.nd
 
 
 def sample_order(opened: Sequence[Source], config: DataConfig, seed: int) -> SampleOrder:
-    """Return the order of all samples, shuffled in each epoch; with weights each source by itself, and then mixed.
+    """Return the order of all samples, shuffled in each epoch; with weights, the sources are shuffled and then mixed.
 
-    Shares are exact to a hundredth of the smallest weight, and each source has epochs of its own. See
-    `DataConfig.spread_duplicate_captions`, for which all captions are read here, and `DataConfig.cache`.
+    Shares are exact to a hundredth of the smallest weight, and each source has its own epochs. For
+    `DataConfig.spread_duplicate_captions` all captions are read here.
     """
     outcomes: list[dict[str, Any]] = []
-    # Images are decoded when they are used; captions are read from the sources themselves.
+    # Images are decoded on use; captions are read from the sources themselves.
     read = [sources.Decoded(source, config.background) for source in opened] if config.cache else opened
 
     def shuffled(parts: Sequence[Source], seed: int) -> grain.MapDataset:
@@ -194,12 +194,12 @@ def sample_order(opened: Sequence[Source], config: DataConfig, seed: int) -> Sam
 
 @dataclasses.dataclass(frozen=True)
 class _Reader:
-    """Maps the number of a global batch to this host's rows of it, a pure function of the number.
+    """Maps the number of a global batch to this host's rows of the batch, as a pure function.
 
     Attributes:
-      order, transform: the samples, and how they become rows.
-      batch: rows of the global batch.
-      host, rows: which part of them is read, and their numbers in the batch.
+      order, transform: the samples, and their conversion to rows.
+      batch: number of rows of the global batch.
+      host, rows: number of the part that is read, and numbers of its rows in the batch.
       rngs: a generator for each position of the run.
     """
 
@@ -224,7 +224,7 @@ class _Reader:
                 row = {key: values[i : i + 1] for key, values in batch.items()}
                 self._fill(position, *place, record, rng, row, bad)
                 self.rngs.release_rng(rng)
-        return batch | {"bad": json.dumps(bad).encode()}  # bytes, which Grain passes on as they are
+        return batch | {"bad": json.dumps(bad).encode()}  # Grain passes bytes on unchanged
 
     def _empty(self) -> Batch:
         """Return uninitialised arrays of a batch, by field."""
@@ -246,7 +246,7 @@ class _Reader:
         row: dict[str, np.ndarray],
         bad: list[Entry],
     ) -> None:
-        """Write a record to `row`. A bad one is added to `bad`, and replaced by a random one of its source."""
+        """Write a record to `row`; a bad one is added to `bad` and replaced by a random record of its source."""
         source = self.order.sources[number]
         for _ in range(MAX_RESAMPLES):
             try:
@@ -264,7 +264,7 @@ class _Reader:
                 bad.append({"position": position, "reason": reason.reason, "detail": reason.detail} | description)
             index = int(rng.integers(len(source)))
             (record,) = records.read_all([(source, index)], self.transform.config.read_timeout)
-        bad[-1]["last"] = MAX_RESAMPLES  # `Ledger.add` stops the run, where its error is not lost in a worker process
+        bad[-1]["last"] = MAX_RESAMPLES  # `Ledger.add` stops the run; a worker's error would be lost
         for values in row.values():
             values[:] = 0
 
@@ -285,39 +285,37 @@ def batches(
     """Yield this host's rows of the global batches number `start` to `stop` - 1, with the transform's `fields`.
 
     Row r of global batch g is sample g * batch + r of the run: the global batches are the same on any number of hosts
-    and from any start. Host h reads the h-th of `hosts` contiguous parts, or, with `shards`, those of
-    hosts * len(shards) contiguous parts, one after another. Processes that read the same rows count as one host, see
-    `mesh.BatchPart`. A bad sample is replaced by another of its source, which depends on the seed and the position
-    only.
+    and from any start. Host h reads the h-th of `hosts` contiguous parts or, with `shards`, these parts of
+    hosts * len(shards), one after another. Processes that read the same rows count as one host, see `mesh.BatchPart`.
+    A bad sample is replaced by another one of its source, which depends only on the seed and the position.
 
     Raises:
-      UserError: a bad sample without a `ledger` to record it; no usable sample for a position; a worker was killed.
+      UserError: a bad sample without a `ledger` to record it, no usable sample for a position, or a worker was killed.
     """
     config = transform.config
     shards = shards or (host,)
     n = batch // (hosts * len(shards))
     rows = [row for shard in shards for row in range(shard * n, (shard + 1) * n)]
     reader = _Reader(order, transform, batch, host, rows, grain.experimental.RngPool(seed))
-    # Grain's elements are batches here; its options are the number that are read at once, and that are buffered, which
-    # count those that are being read.
+    # Grain's elements are batches here; its buffer includes the batches that are being read.
     buffer = max(config.threads, config.buffer)
     options = grain.ReadOptions(0, 0) if config.workers else grain.ReadOptions(config.threads, buffer)
     dataset = grain.MapDataset.range(start, stop).map(reader).to_iter_dataset(options)
     if config.workers:
         if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()  # Grain asks absl, which only a command line sets up
+            flags.FLAGS.mark_as_parsed()  # Grain reads absl's flags, which only a command line sets up
         processes = grain.MultiprocessingOptions(config.workers, per_worker_buffer_size=WORKER_BUFFER)
-        dataset = dataset.mp_prefetch(processes, worker_init_fn=prefetch.init_worker)
+        dataset = dataset.mp_prefetch(processes, worker_init_fn=records.init_worker)
     return _report_bad_samples(iter(dataset), reader, start, ledger)
 
 
 def _report_bad_samples(
     read: grain.DatasetIterator[Batch], reader: _Reader, start: int, ledger: Ledger | None
 ) -> Generator[Batch]:
-    """Yield the batches, and pass their bad samples and numbers of tokens to the ledger."""
+    """Yield the batches, and report their bad samples and numbers of tokens to the ledger."""
     workers = reader.transform.config.workers
     try:
-        for g, batch in enumerate(prefetch.start_workers_with_signals_blocked(read) if workers else read, start):
+        for g, batch in enumerate(records.start_workers_with_signals_blocked(read) if workers else read, start):
             bad = json.loads(batch.pop("bad"))
             if ledger is not None:
                 tokens = int(reader.transform.tokenizer.lengths(batch["text"]).sum()) if "text" in batch else 0
@@ -326,14 +324,14 @@ def _report_bad_samples(
                 raise UserError(f"sample {bad[0]} cannot be used.")
             yield batch
     except UserError as error:
-        raise UserError(str(error)) from error  # without the notes on tracebacks that Grain adds
+        raise UserError(str(error)) from error  # without Grain's notes on tracebacks
     finally:
-        read.close()  # else worker processes live as long as this one
+        read.close()  # otherwise worker processes live as long as this one
         if workers:
-            gc.collect()  # else Python's exit reports the shared memory of batches in reference cycles as leaked
+            gc.collect()  # otherwise Python's exit reports shared memory in reference cycles as leaked
 
 
 def to_global(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Return arrays of the global batch, sharded over the mesh, made from this host's rows in rising order."""
+    """Return the global batch as arrays sharded over the mesh, made from this host's rows in rising order."""
     sharding = batch_sharding(mesh)
     return {key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()}

@@ -1,4 +1,4 @@
-"""How images are preprocessed for a model in use: a part of the model, as its tokenizer is."""
+"""Preprocessing of images for a model in use: a part of the model, like its tokenizer."""
 
 import ast
 import dataclasses
@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from xclip_jax.core.errors import UserError, check_choice
-from xclip_jax.data import rgb
+from xclip_jax.data import images
 from xclip_jax.data.transforms import (
     INTERPOLATIONS,
     RESIZE_MODES,
@@ -23,13 +23,13 @@ Triple = tuple[float, float, float]
 
 
 def mean_std(statistics: Any) -> tuple[Triple, Triple]:
-    """Channel means and standard deviations of config key `data.normalization`, of pixels between 0 and 1.
+    """Return channel means and standard deviations for config key `data.normalization`, for pixels between 0 and 1.
 
     Args:
-      statistics: a name of `STATISTICS`, or ((r, g, b), (r, g, b)), as text too, since command lines give text.
+      statistics: a name of `STATISTICS`, or ((r, g, b), (r, g, b)), also as text from a command line.
 
     Raises:
-      UserError: it is neither.
+      UserError: any other value.
     """
     if isinstance(statistics, str) and statistics in STATISTICS:
         return STATISTICS[statistics]
@@ -39,7 +39,7 @@ def mean_std(statistics: Any) -> tuple[Triple, Triple]:
         if values.shape == (2, 3) and np.isfinite(values).all() and (values[1] > 0).all():
             mean, std = (tuple(row) for row in values.tolist())
             return mean, std
-    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # the last two of a text nested deeply
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # the last two for deeply nested text
         pass
     names = ", ".join(map(repr, STATISTICS))
     raise UserError(
@@ -49,7 +49,7 @@ def mean_std(statistics: Any) -> tuple[Triple, Triple]:
 
 
 class _Config(Protocol):
-    """What `Preprocessing` reads of a `Config`, which is defined above this module."""
+    """The part of a `Config` that `Preprocessing` reads; rooms above this one define the class."""
 
     @property
     def model(self) -> Any: ...
@@ -61,17 +61,17 @@ class _Config(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
-    """Resizing to a square on the host, by a call, and what `transforms.normalize` takes on the device.
+    """Resizes an image to a square on the host, and has the arguments of `transforms.normalize` for the device.
 
-    With the defaults it is OpenAI CLIP's, as open_clip has it too.
+    The defaults are OpenAI CLIP's, also in open_clip.
 
     Attributes:
       size: side of the result, pixels.
-      mean, std: of each channel, for pixels between 0 and 1.
+      mean, std: for each channel, for pixels between 0 and 1.
       resize_mode: config key `eval.resize`: "shortest" resizes the shorter side and keeps the central square, "squash"
         resizes both sides alike, "longest" resizes the longer side and fills up with black.
-      resize_size: `eval.resize_size`, what "shortest" and "squash" resize to before the central `size` pixels are kept;
-        0 for `size`.
+      resize_size: `eval.resize_size`, the size after resizing by "shortest" and "squash", before the central `size`
+        pixels are kept; 0 for `size`.
       interpolation: `eval.interpolation`, "bicubic" or "bilinear", both antialiased.
       background: `data.background`, the color behind transparent images.
 
@@ -85,12 +85,12 @@ class Preprocessing:
     resize_mode: str = "shortest"
     resize_size: int = 0
     interpolation: str = "bicubic"
-    background: str = rgb.DROPPED
+    background: str = images.DROPPED
 
     def __post_init__(self) -> None:
         check_choice("eval.resize", self.resize_mode, RESIZE_MODES)
         check_choice("eval.interpolation", self.interpolation, INTERPOLATIONS)
-        check_choice("data.background", self.background, rgb.BACKGROUNDS)
+        check_choice("data.background", self.background, images.BACKGROUNDS)
         if self.resize_size and self.resize_mode == "longest":
             raise UserError(f"eval.resize_size is {self.resize_size}; with eval.resize='longest' it must be 0.")
         if self.resize_size and self.resize_size < self.size:
@@ -101,7 +101,7 @@ class Preprocessing:
 
     @classmethod
     def from_config(cls, config: _Config) -> "Preprocessing":
-        """Make the preprocessing of the model of a run's `Config`."""
+        """Return the preprocessing of a run's model."""
         mean, std = mean_std(config.data.normalization)
         group = config.eval
         size = config.model.tower("img").image_size
@@ -109,9 +109,9 @@ class Preprocessing:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], size: int) -> "Preprocessing":
-        """Make it from groups "data" and "eval" of a config as nested dicts, and the size of the tower's images.
+        """Return the preprocessing for groups "data" and "eval" of a nested dict, and the tower's image size.
 
-        Where they lack keys, as those of other projects do, defaults hold.
+        Missing keys, as in configs of other projects, have defaults.
         """
         mean, std = mean_std(config["data"]["normalization"])
         group = {**config.get("eval", {}), "background": config["data"].get("background", cls.background)}
@@ -119,7 +119,7 @@ class Preprocessing:
         return cls(size, mean, std, **{field: group[key] for key, field in fields.items() if key in group})
 
     def to_config(self) -> dict[str, dict[str, Any]]:
-        """The keys of groups `data` and `eval` that `from_dict` reads; known statistics by their name."""
+        """Return the keys of groups `data` and `eval` that `from_dict` reads; known statistics have their names."""
         pair = (self.mean, self.std)
         return {
             "data": {
@@ -132,12 +132,12 @@ class Preprocessing:
         }  # fmt: skip
 
     def with_size(self, size: int) -> "Preprocessing":
-        """The same view of an image at another size."""
+        """Return the preprocessing that shows the same view of an image at another size."""
         return dataclasses.replace(self, size=size, resize_size=math.ceil(self.resize_size * size / self.size))
 
     @property
     def resizing(self) -> str:
-        """What a call does, in words, without sizes that are the result's."""
+        """Resizing in words, without sizes that equal the result's."""
         side = {"shortest": "shorter side", "squash": "each side", "longest": "longer side"}[self.resize_mode]
         crop = ", black borders" if self.resize_mode == "longest" else ", central crop"
         if self.resize_mode == "squash" and self.resize_size in (0, self.size):
@@ -147,19 +147,19 @@ class Preprocessing:
 
     @property
     def normalization(self) -> str:
-        """Mean, deviation and the background of transparent images, if any, in words."""
+        """Mean, deviation and any background of transparent images, in words."""
         normalization = self.to_config()["data"]["normalization"]
-        white = ", transparent images on white" if self.background == rgb.WHITE else ""
+        white = ", transparent images on white" if self.background == images.WHITE else ""
         if isinstance(normalization, str):
             return f"mean and deviation of {normalization!r}{white}"
         return f"mean {self.mean}, deviation {self.std}{white}"
 
     def describe(self) -> str:
-        """All of it, in words."""
+        """Return resizing, size and normalization in words."""
         return f"{self.resizing}, {self.size} px, {self.normalization}"
 
     def __call__(self, data: bytes | np.ndarray | Image.Image) -> np.ndarray:
-        """Encoded image, RGB array (h, w, 3) or image of Pillow's -> uint8 (size, size, 3).
+        """Convert an encoded image, an RGB array (h, w, 3) or a Pillow image to uint8 (size, size, 3).
 
         Raises:
           BadSample: it cannot be decoded.
@@ -169,5 +169,5 @@ class Preprocessing:
         )
 
     def mask(self, mask: np.ndarray) -> np.ndarray:
-        """Class numbers uint8 (h, w) of an image's pixels -> uint8 (size, size) of its view; 255 for no class."""
+        """Convert class numbers uint8 (h, w) of an image's pixels to uint8 (size, size); 255 for no class."""
         return evaluation_mask(mask, self.size, self.resize_mode, self.resize_size)

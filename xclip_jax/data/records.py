@@ -1,8 +1,16 @@
-"""Reading of records, in which any fault of a record becomes a `BadSample`."""
+"""Reading of records ahead, in threads and worker processes; any fault of a record becomes a `BadSample`."""
 
 import collections
+import concurrent.futures
+import contextlib
 import hashlib
 import itertools
+import multiprocessing.pool
+import multiprocessing.resource_tracker
+import os
+import queue
+import re
+import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -10,11 +18,16 @@ from typing import Any, TypeVar
 import numpy as np
 
 from xclip_jax.core.errors import BadSample, UserError
-from xclip_jax.data import prefetch
 from xclip_jax.data.base import Record, Source
 
-MAX_THREADS = 16  # that read all records of a source at the start, of data.threads
+MAX_THREADS = 16  # threads (at most data.threads) for reading all records of a source at the start
 _CHUNK = 32  # records that a thread reads one after another
+# Ctrl-C in a terminal, or a batch system that ends a job, sends these to the whole process group.
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_WORKER_ENDINGS = {
+    signal.SIGKILL: "most often too little memory",
+    signal.SIGBUS: "most often too little shared memory (docker run --shm-size)",
+}
 
 T = TypeVar("T")
 
@@ -36,8 +49,8 @@ def read_all(places: Sequence[tuple[Source, int]], timeout: float) -> list[Recor
 
     Args:
       places: (source, index) of the records.
-      timeout: seconds after which a record that is not read is a `BadSample`, as on a disk that does not answer; 0 to
-        wait for ever. What hangs keeps a thread, which ends when the disk answers or the process does.
+      timeout: seconds after which a record still being read becomes a `BadSample`, as on a disk that does not answer;
+        0 to wait for ever. A read that hangs keeps its thread until the disk answers or the process ends.
 
     Raises:
       UserError, MemoryError: errors that concern more than one record.
@@ -51,7 +64,7 @@ def read_all(places: Sequence[tuple[Source, int]], timeout: float) -> list[Recor
 
 
 def _read_until(places: Sequence[tuple[Source, int]], timeout: float) -> list[Record | BadSample]:
-    """The records up to one that hangs, which is a `BadSample`, or all of them."""
+    """Read all records, or those up to one that hangs, which becomes a `BadSample`."""
     records: list[Record | BadSample] = []
     errors: list[BaseException] = []
     ended = threading.Event()
@@ -60,7 +73,7 @@ def _read_until(places: Sequence[tuple[Source, int]], timeout: float) -> list[Re
         try:
             for source, index in places:
                 records.append(read(source, index))
-        except BaseException as error:  # to be raised where it is waited for
+        except BaseException as error:  # raised in the thread that waits
             errors.append(error)
         finally:
             ended.set()
@@ -79,16 +92,15 @@ def _read_until(places: Sequence[tuple[Source, int]], timeout: float) -> list[Re
 def read_each(
     places: Iterable[tuple[Source, int]], take: Callable[[Record], T], *, timeout: float, threads: int
 ) -> Iterator[T | BadSample]:
-    """Yield `take(record)` of each of `places`, in their order, and the `BadSample` of one that cannot be used.
+    """Yield `take(record)` for each of `places`, in order, or the `BadSample` of a record that cannot be used.
 
-    A caller that stops iterating, as at a signal, does not wait for records that are still being read; nor does the
-    end of the process.
+    Neither a caller that stops iterating, as at a signal, nor the end of the process waits for unfinished reads.
 
     Args:
-      places: (source, index) of the records; some are taken ahead.
-      take: called in the threads; it keeps little of a record, as its results wait in memory. What it raises makes the
-        record a bad one.
-      timeout: as of `read_all`.
+      places: (source, index) of the records; some are read ahead.
+      take: called in the threads; its result should be small, since results wait in memory. A record for which it
+        raises is a bad one.
+      timeout: as for `read_all`.
       threads: number of chunks that are read at once.
 
     Raises:
@@ -105,7 +117,7 @@ def read_each(
         return [taken(record) for record in read_all(chunk, timeout)]
 
     remaining, waiting = iter(places), collections.deque()
-    with prefetch.thread_pool(threads) as pool:
+    with thread_pool(threads) as pool:
         while chunk := list(itertools.islice(remaining, _CHUNK)):
             waiting.append(pool.apply_async(work, (chunk,)))
             if len(waiting) > 2 * threads:
@@ -115,10 +127,10 @@ def read_each(
 
 
 def outcome(numbers: np.ndarray, unreadable: int) -> dict[str, Any]:
-    """Return JSON by which two readings of all records of a source are compared.
+    """Return JSON that is equal for two readings of a source that give a run the same order.
 
     Args:
-      numbers: int (n,), what the order of a run takes from the records.
+      numbers: int (n,), the values of the records that the order depends on.
       unreadable: number of records that could not be read.
     """
     digest = hashlib.blake2b(np.ascontiguousarray(numbers, "<i8").tobytes(), digest_size=8).hexdigest()
@@ -126,12 +138,12 @@ def outcome(numbers: np.ndarray, unreadable: int) -> dict[str, Any]:
 
 
 def as_bad_sample(error: Exception) -> BadSample:
-    """Return what reading or decoding one record raised as a `BadSample` with the exception's type as its reason.
+    """Return an error of reading or decoding one record as a `BadSample`, with the error's class as its reason.
 
-    Parsers, decoders and tokenizers raise exceptions of any class on input that they were not made for.
+    Parsers, decoders and tokenizers raise exceptions of any class for unexpected input.
 
     Raises:
-      UserError, MemoryError: `error` itself, where it concerns more than the record.
+      UserError, MemoryError: `error` itself, if it concerns more than the record.
     """
     if isinstance(error, BadSample):
         return error
@@ -140,3 +152,151 @@ def as_bad_sample(error: Exception) -> BadSample:
     if isinstance(error, UnicodeDecodeError):
         return BadSample("caption is not UTF-8", str(error))
     return BadSample(type(error).__name__, str(error))
+
+
+def thread_pool(threads: int = 0) -> multiprocessing.pool.ThreadPool:
+    """Return a pool of `threads`, 0 for one a core, for which Python's exit does not wait.
+
+    It does wait for the threads of concurrent.futures, forever if a disk does not answer.
+    """
+    return multiprocessing.pool.ThreadPool(threads or os.cpu_count())
+
+
+class ThreadPrefetcher(Sequence):
+    """Sequence of make(0), make(1), ..., computed ahead in threads; each item may be read once.
+
+    An error of `make` is raised when its item is read. The end of a `with` block ends the threads.
+    """
+
+    def __init__(self, make: Callable[[int], Any], n: int, *, threads: int = 0, window: int = 256) -> None:
+        """Work starts with the first access.
+
+        Args:
+          make: function of an index below `n`; called in threads.
+          n: number of items.
+          threads: 0 for one a core.
+          window: number of items that are computed ahead; accesses within it may be in any order.
+
+        Raises:
+          UserError: a negative number of threads.
+        """
+        if threads < 0:
+            raise UserError(f"threads is {threads}; it must be 0, for one a core, or more.")
+        self._make, self._n, self._window = make, n, window
+        self._pool = thread_pool(threads)
+        self._results: dict[int, multiprocessing.pool.AsyncResult[Any]] = {}
+        self._next = 0
+
+    def __len__(self) -> int:
+        return self._n
+
+    def __getitem__(self, index: int) -> Any:  # ty: ignore[incompatible-method-override] no slices
+        if not 0 <= index < self._n:
+            raise IndexError(index)
+        while self._next < min(self._n, index + 1 + self._window):
+            self._results[self._next] = self._pool.apply_async(self._make, (self._next,))
+            self._next += 1
+        try:
+            return self._results.pop(index).get()
+        except UserError as error:
+            raise error.with_traceback(None) from error.__cause__  # without the thread's calls
+
+    def __enter__(self) -> "ThreadPrefetcher":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.terminate()  # without waiting: a read may never end
+
+
+def interruptible_iterator(elements: Iterator[T], check: Callable[[], None], seconds: float = 0.2) -> Iterator[T]:
+    """Yield `elements`, and call `check` every `seconds` while waiting for the next one.
+
+    A thread requests the elements. If `check` raises, the thread is abandoned; otherwise `elements` is closed at the
+    end.
+    """
+    requests: queue.SimpleQueue[bool] = queue.SimpleQueue()
+    results: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+
+    def read() -> None:
+        while requests.get():
+            try:
+                results.put((next(elements), None))
+            except BaseException as error:
+                results.put((None, error))
+                break
+        with contextlib.suppress(Exception):
+            getattr(elements, "close", lambda: None)()
+
+    reader = threading.Thread(target=read, daemon=True, name="batches")
+    reader.start()
+    waiting = False
+    try:
+        while True:
+            requests.put(True)
+            waiting = True
+            while waiting:
+                try:
+                    element, error = results.get(timeout=seconds)
+                    waiting = False
+                except queue.Empty:
+                    check()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield element
+    finally:
+        requests.put(False)
+        if not waiting:
+            reader.join()
+
+
+def init_worker(*_: int) -> None:
+    """Initialise a worker process: ignore signals to the process group, and exit when the parent does."""
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        raise RuntimeError("init_worker must be called in a worker process")
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    # PR_SET_PDEATHSIG would act too soon: Linux sends it when the thread that started the worker ends.
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def start_workers_with_signals_blocked(elements: Iterator[T]) -> Iterator[T]:
+    """Yield `elements`, whose first `next` starts worker processes; these block signals until `init_worker`.
+
+    A thread with blocked signals requests the first element, since the threads and processes that it starts inherit
+    the mask. The calling thread continues to handle signals.
+
+    Raises:
+      UserError: a worker was killed.
+    """
+
+    def first() -> list[T]:
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        return list(itertools.islice(elements, 1))
+
+    # Started with the first worker instead, it would unblock the signals.
+    multiprocessing.resource_tracker.ensure_running()
+    pool = concurrent.futures.ThreadPoolExecutor(1)
+    try:
+        try:
+            yield from pool.submit(first).result()
+        finally:
+            pool.shutdown(wait=False)
+        yield from elements
+    except RuntimeError as error:
+        if match := re.search(r"terminated unexpectedly with exit code (-?\d+)", str(error)):
+            raise UserError(_describe_worker_exit(int(match[1]))) from error
+        raise
+
+
+def _describe_worker_exit(code: int) -> str:
+    by = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+    reason = _WORKER_ENDINGS.get(-code, "its own error is above")
+    return f"a reading process was ended by {by}, {reason}; lower data.workers, or run the same command again."

@@ -16,8 +16,8 @@ import numpy as np
 import tokenizers
 from etils import epath
 
+from xclip_jax.core import storage
 from xclip_jax.core.errors import UserError
-from xclip_jax.data import assets
 from xclip_jax.data.text import join_surrogates
 
 NAMES = ("clip", "bytes")
@@ -27,27 +27,27 @@ PAD_TOKENS = ("<pad>", "[PAD]", "<|pad|>")
 # Key with which a file of `with_conventions` begins.
 _CONVENTIONS = "xclip_jax"
 
-# Longer texts are encoded each time; the cache then takes 100 MB at most, of Latin letters and 77 tokens.
+# Longer texts are not cached; the cache takes 100 MB at most, for Latin letters and 77 tokens.
 _CACHED_LETTERS = 512
-# Letters of a text that are encoded, at least; a hundredth of them fill all tokens, and megabytes would take seconds.
+# Letters of a text that are read, at least; a hundredth of them fills all tokens, and megabytes would take seconds.
 _MOST_LETTERS = 1 << 16
 _CLIP_MERGES = 48894
 _CLIP_START, _CLIP_END = "<start_of_text>", "<end_of_text>"
-# \p{L} stays without brackets: in a class, and without regard to case, U+0345 would count as a letter because it equals
-# iota; open_clip drops that mark.
+# \p{L} has no brackets: in a class that ignores case, U+0345 would count as a letter, since it equals iota; open_clip
+# drops that mark.
 _CLIP_WORDS = rf"(?i){_CLIP_START}|{_CLIP_END}|'s|'t|'re|'ve|'m|'ll|'d|\p{{L}}+|\p{{N}}|[^\s\p{{L}}\p{{N}}]+"
 
 
 class Tokenizer:
-    """Callable (texts, length) -> int32 (b, length); made by `load`, immutable, safe in threads, pickled by its name.
+    """Callable (texts, length) -> int32 (b, length); made by `load`, immutable, safe in threads, pickled by name.
 
     Attributes:
       name: the argument of `load`.
       vocab_size: all ids are below it.
-      sot_id: start token of each row; None where the vocabulary has none, then rows begin with the text.
-      eot_id: end token of each row, of truncated ones too.
+      sot_id: start token of each row; None if the vocabulary has none and rows begin with the text.
+      eot_id: end token of each row, including truncated ones.
       pad_id: padding after the end token.
-      cleaning: of texts before they are encoded, a name of `CLEANINGS`.
+      cleaning: name in `CLEANINGS`, applied to texts before they are encoded.
     """
 
     def __init__(
@@ -65,13 +65,13 @@ class Tokenizer:
         self.name, self.vocab_size = name, vocab_size
         self.sot_id, self.eot_id, self.pad_id = sot_id, eot_id, pad_id
         self._encode = encode
-        # Data sets repeat their captions from epoch to epoch, small ones often; cleaning costs more than the merges.
+        # Epochs of small data sets repeat captions often; cleaning costs more than the merges.
         self._cached_ids = functools.lru_cache(maxsize=1 << 16)(self._ids)
 
     def __call__(self, texts: Sequence[str], length: int) -> np.ndarray:
         """Return int32 (len(texts), length): start, text, end, padding. Longer texts are cut before their end token.
 
-        Of a text the first 65,536 letters are read, or 256 for each token where those are more.
+        The first 65,536 letters of a text are read, or 256 for each token if this is more.
 
         Raises:
           UserError: `texts` is one string, or `length` leaves no room for a start and an end.
@@ -93,19 +93,19 @@ class Tokenizer:
         return (tokens == self.eot_id).argmax(axis=1) + 1
 
     def _ids(self, text: str, length: int) -> np.ndarray:
-        """Return the ids of one text, without padding; an array, since a list takes several times the memory."""
+        """Return the ids of one text, without padding, as an array, since a list takes several times the memory."""
         start = [] if self.sot_id is None else [self.sot_id]
         return np.array([*(start + self._encode(text))[: length - 1], self.eot_id], np.int32)
 
     def __reduce__(self) -> tuple[Callable[[str], "Tokenizer"], tuple[str]]:
-        """Pickle by name: data workers load it once each instead of receiving the vocabulary with each message."""
+        """Pickle by name: each data worker loads it once instead of receiving the vocabulary with each message."""
         return load, (self.name,)
 
 
 def load(name: str) -> Tokenizer:
     """Return a tokenizer: "clip" (49,408 ids), "bytes" (259), or the path of a Hugging Face `tokenizers` JSON file.
 
-    The file may be in a bucket, as the copy of a run's folder there is.
+    The file may be in a bucket, as in a copy of a run's folder.
 
     Raises:
       UserError: unknown name, unreadable file, a vocabulary without an end token.
@@ -125,7 +125,7 @@ def clean(text: str) -> str:
 
 
 def _repaired(text: str) -> str:
-    # Printable ASCII without entities needs no repair, and the check takes most of the time.
+    # Printable ASCII without entities needs no repair, which takes most of the time.
     if not (text.isascii() and text.isprintable() and "&" not in text):
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return text
@@ -135,8 +135,8 @@ def _lower_without_punctuation(text: str) -> str:
     return " ".join(text.lower().translate(_NO_PUNCTUATION).split())
 
 
-# Cleanings of SigLIP's texts: in lower case without ASCII punctuation, as in transformers; open_clip repairs them as
-# CLIP's before, and takes "_" for a space; SigLIP 2's are in lower case.
+# SigLIP's texts are in lower case without ASCII punctuation, as in transformers; open_clip also repairs them first, as
+# CLIP's, and reads "_" as a space. SigLIP 2's are in lower case.
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 CLEANINGS: dict[str, Callable[[str], str]] = {
     "": lambda text: text,
@@ -147,17 +147,17 @@ CLEANINGS: dict[str, Callable[[str], str]] = {
 
 
 def with_conventions(content: str, *, end: str, pad: str, size: int, cleaning: str) -> str:
-    """Wrap a tokenizer file with what weights of another project take for granted and the file does not say.
+    """Wrap a tokenizer file with conventions that another project's weights assume and the file lacks.
 
     Args:
       content: JSON of the library `tokenizers`.
-      end: token after each text; none is put before it.
+      end: token after each text; no token precedes the text.
       pad: token after the end.
-      size: ids that the model has.
-      cleaning: a name of `CLEANINGS`.
+      size: number of the model's ids.
+      cleaning: a name in `CLEANINGS`.
 
     Returns:
-      JSON of {"xclip_jax": these, "tokenizer": the file's}, which `load` reads.
+      JSON of {"xclip_jax": conventions, "tokenizer": content}, which `load` reads.
     """
     conventions = {"end": end, "pad": pad, "size": size, "cleaning": cleaning}
     return json.dumps({_CONVENTIONS: conventions, "tokenizer": json.loads(content)}, ensure_ascii=False)
@@ -171,7 +171,7 @@ def _byte_letters() -> list[str]:
 
 def clip_vocabulary() -> tuple[list[str], list[tuple[str, str]]]:
     """Return the words of CLIP's vocabulary in the order of their ids, without the start and end tokens; and merges."""
-    lines = gzip.decompress(assets.third_party("bpe_simple_vocab_16e6.txt.gz")).decode("utf-8").split("\n")
+    lines = gzip.decompress(storage.third_party("bpe_simple_vocab_16e6.txt.gz")).decode("utf-8").split("\n")
     merges = [(first, second) for first, second in map(str.split, lines[1 : 1 + _CLIP_MERGES])]
     letters = _byte_letters()
     return [*letters, *(f"{letter}</w>" for letter in letters), *(a + b for a, b in merges)], merges
@@ -194,7 +194,7 @@ def _clip() -> Tokenizer:
         text = clean(text)
         if not any(token in text for token in special):
             return bpe.encode(text, add_special_tokens=False).ids
-        # Merges do not lead to these two, so BPE alone would spell out what open_clip reads as one id.
+        # No merge makes these two tokens, so BPE would split what open_clip reads as one id.
         ids = []
         for piece, _ in bpe.pre_tokenizer.pre_tokenize_str(text):
             ids += [special[piece]] if piece in special else [token.id for token in bpe.model.tokenize(piece)]
@@ -214,14 +214,14 @@ def _bytes() -> Tokenizer:
 
 
 def _check_raised_by_library(error: BaseException) -> None:
-    """Raise `error` again unless it is of tokenizers, which raises bare `Exception`, and where Rust panics no such."""
+    """Raise `error` again unless tokenizers raised it: a bare `Exception`, or Rust's PanicException."""
     if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
         raise error
 
 
 @functools.lru_cache
 def _from_same_file(path: str, _absolute: str, _modified: float) -> Tokenizer:
-    """Read a file once, and again where another is in its place."""
+    """Read a file once, and again if it is replaced."""
     return _from_file(path)
 
 
@@ -241,7 +241,7 @@ def _from_file(path: str) -> Tokenizer:
         raise UserError(f"tokenizer file {path!r} is not a Hugging Face tokenizers JSON: {error}") from error
     model.no_padding()
     model.no_truncation()
-    # A caption that spells out "</s>" must not end its row.
+    # A caption that contains "</s>" must not end its row.
     model.encode_special_tokens = True
 
     def find(tokens: Sequence[str]) -> int | None:

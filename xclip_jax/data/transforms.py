@@ -1,162 +1,32 @@
-"""Images: decoding and cropping on the host in NumPy, normalisation and augmentation on the device.
+"""Images as arrays: cropping on the host in NumPy, normalisation and augmentation on the device.
 
-uint8 travels to the device: a quarter of the bytes of floats, and the arithmetic costs nothing there.
+uint8 is sent to the device: a quarter of the bytes of floats, and arithmetic costs nothing there.
 """
 
 import contextlib
-import functools
-import io
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
-import simplejpeg
-from PIL import Image, ImageOps
+from PIL import Image
 
-from xclip_jax.core.errors import BadSample
-from xclip_jax.data import jpeg, rgb
-from xclip_jax.data.prefetch import WeightedSemaphore
+from xclip_jax.data.images import DROPPED, WHITE, decode_held, is_jpeg, open_held, to_rgb
 
 cv2.setNumThreads(0)  # the loader has threads and processes of its own
 
-MAX_PIXELS = 1 << 26  # 64 million, 200 MB decoded: more is a decompression bomb, or useless at 224 pixels
-# Pixels of the images that all threads of a process decode at once. Decoders take 6 to 16 bytes for each, that of JPEG
-# 2000 takes 20: 1.3 GB of PNGs, 2.7 GB at most.
-_IN_FLIGHT = WeightedSemaphore(2 * MAX_PIXELS)
-# Of Pillow's formats, which include EPS, read by a program of its own, and others that the web has no images in.
-_FORMATS = (
-    "AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP",
-)  # fmt: skip
-RESAMPLE = ("area", "bicubic")  # of training crops
-RESIZE_MODES = ("shortest", "squash", "longest")  # of evaluation
+RESAMPLE = ("area", "bicubic")  # for training crops
+RESIZE_MODES = ("shortest", "squash", "longest")  # for evaluation
 INTERPOLATIONS = ("bicubic", "bilinear")
-_ORIENTATION = 0x0112
-_LONGEST = 16  # times the shorter side
+_LONGEST = 16  # the longest part that is resized, in multiples of the shorter side
 
 STATISTICS = {
     "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
 }
-
-
-def _check_pixels(w: int, h: int) -> None:
-    if w * h > MAX_PIXELS:
-        raise BadSample("image too large", f"{w} x {h} pixels, more than {MAX_PIXELS:,}")
-
-
-@functools.cache
-def formats() -> list[str]:
-    """Return the file formats that are read, as Pillow names them."""
-    Image.init()
-    return [name for name in _FORMATS if name in Image.OPEN]
-
-
-def _is_rotated(data: bytes) -> bool:
-    try:
-        with Image.open(io.BytesIO(data), formats=formats()) as image:
-            return image.getexif().get(_ORIENTATION, 1) != 1
-    except Exception:
-        return True  # Pillow raises the error
-
-
-def _decode_jpeg(data: bytes, scaled_to: int, held: contextlib.ExitStack) -> np.ndarray | None:
-    """Decode a JPEG by libjpeg-turbo, or return None for those that Pillow is to decode. See `_decode` for `held`."""
-    header = jpeg.header(data)
-    if header is None or header[2] not in (1, 3) or (header[3] and _is_rotated(data)):
-        return None
-    w, h, *_, progressive = header
-    _check_pixels(w, h)
-    factor = max(1, min(w, h) // scaled_to) if scaled_to and not progressive else 1
-    held.enter_context(_IN_FLIGHT.hold(w * h // (1 << min(3, factor.bit_length() - 1)) ** 2))
-    options: dict[str, Any] = {
-        "fastdct": True,
-        "fastupsample": True,
-        "min_height": scaled_to,
-        "min_width": scaled_to,
-        "min_factor": 2,
-    }
-    try:
-        return simplejpeg.decode_jpeg(data, "RGB", **(options if scaled_to else {}))
-    except ValueError:
-        held.close()
-        return None  # Pillow distinguishes truncated files from those that are only unusual
-
-
-def _open(data: bytes | Image.Image, held: contextlib.ExitStack) -> Image.Image:
-    """Open an image in its own mode, rotated by its EXIF tag. Raises `BadSample`, see `decode`; `held`: `_decode`."""
-    about = f"{len(data)} bytes that begin with {data[:8]!r}" if isinstance(data, bytes) else "a Pillow image"
-    try:
-        if isinstance(data, Image.Image):  # the caller closes it
-            _check_pixels(*data.size)
-            return ImageOps.exif_transpose(data)
-        with Image.open(io.BytesIO(data), formats=formats()) as image:
-            _check_pixels(*image.size)
-            held.enter_context(_IN_FLIGHT.hold(image.width * image.height))
-            return ImageOps.exif_transpose(image)
-    except (BadSample, MemoryError):
-        raise
-    except Image.DecompressionBombError as error:  # Pillow's own bound, raised before the size is known
-        raise BadSample("image too large", str(error)) from error
-    except Image.UnidentifiedImageError as error:
-        raise BadSample("not an image", about) from error
-    except Exception as error:  # Pillow's readers raise errors of any class for damaged files
-        reason = "image cut off" if "truncated" in str(error) else "image damaged"
-        raise BadSample(reason, f"{about} ({error})") from error
-
-
-def _decode(
-    data: bytes | np.ndarray | Image.Image, held: contextlib.ExitStack, background: str, scaled_to: int = 0
-) -> np.ndarray:
-    """Decode an image, see `decode`. Until `held` is closed the image's pixels count as being decoded."""
-    if isinstance(data, np.ndarray):
-        if data.dtype != np.uint8 or data.shape[2:] not in ((1,), (3,)) or not data.size:
-            raise BadSample("image is not uint8 (h, w, 3)", f"an array of {data.dtype}, {data.shape}")
-        return data if data.shape[2] == 3 else data.repeat(3, axis=2)
-    if jpeg.is_jpeg(data) and (image := _decode_jpeg(data, scaled_to, held)) is not None:
-        return image
-    return np.array(rgb.to_rgb(_open(data, held), background))
-
-
-@contextlib.contextmanager
-def decoding(data: bytes | np.ndarray, *, scaled_to: int = 0, background: str = rgb.WHITE) -> Iterator[np.ndarray]:
-    """Context of a decoded image that is not kept, see `decode`.
-
-    It waits while the images in such contexts of other threads of this process have too many pixels for one more.
-    """
-    with contextlib.ExitStack() as held:
-        yield _decode(data, held, background, scaled_to)
-
-
-def decode(data: bytes | np.ndarray, *, scaled_to: int = 0, background: str = rgb.WHITE) -> np.ndarray:
-    """Decode an image to uint8 RGB (h, w, 3), rotated by its EXIF tag; an array (h, w, 3), or grey (h, w, 1), as RGB.
-
-    JPEGs are decoded by libjpeg-turbo; CMYK, those that EXIF rotates, and all other formats by Pillow. Of several
-    frames the first is decoded.
-
-    Args:
-      data: content of the file.
-      scaled_to: for training; a JPEG may be decoded to a half, a quarter or an eighth of its size, no side below this
-        number of pixels, and slightly less exact. 0 for the full size.
-      background: one of `rgb.BACKGROUNDS`.
-
-    Raises:
-      BadSample: not an image, a damaged one, another array, or more than `MAX_PIXELS`, checked before decoding.
-    """
-    with decoding(data, scaled_to=scaled_to, background=background) as image:
-        return image
-
-
-def is_transparent(data: bytes | np.ndarray) -> bool:
-    """Whether a pixel of an image is transparent, at least in part. Raises `BadSample` as `decode`."""
-    if isinstance(data, np.ndarray) or jpeg.is_jpeg(data):
-        return False
-    with contextlib.ExitStack() as held:
-        return rgb.is_transparent(_open(data, held))
 
 
 def _resize(
@@ -174,7 +44,7 @@ def _fit(image: Image.Image, size: int, resample: str, mode: str = "shortest", r
     w, h = image.size
     if mode == "squash":
         new = (side, side)
-    elif mode == "longest":  # at least one pixel of a thin line
+    elif mode == "longest":  # a thin line keeps a pixel
         ratio = max(w, h) / side
         new = (max(1, round(w / ratio)), max(1, round(h / ratio)))
     else:
@@ -187,7 +57,7 @@ def _fit(image: Image.Image, size: int, resample: str, mode: str = "shortest", r
 
 
 def _crop_middle(image: Image.Image) -> Image.Image:
-    # Only the middle of a very long image is used; resizing the rest would take any amount of memory.
+    # Only the middle of a very long image is used; resizing all of it could take any amount of memory.
     w, h = image.size
     left, top = (max(x - _LONGEST * min(w, h), 0) // 2 for x in (w, h))
     return image.crop((left, top, w - left, h - top)) if left or top else image
@@ -196,7 +66,7 @@ def _crop_middle(image: Image.Image) -> Image.Image:
 def resize_center_crop(image: np.ndarray, size: int, resample: str = "bicubic") -> np.ndarray:
     """Resize the shorter side to `size` (antialiased) and crop the central square: OpenAI CLIP's evaluation transform.
 
-    uint8 (h, w, 3) -> uint8 (size, size, 3). SLIP's is the same with `resample` "bilinear".
+    uint8 (h, w, 3) -> uint8 (size, size, 3). SLIP's has `resample` "bilinear".
     """
     return np.asarray(_fit(Image.fromarray(image), size, resample))
 
@@ -207,14 +77,13 @@ def evaluation_image(
     resample: str = "bicubic",
     mode: str = "shortest",
     resize_size: int = 0,
-    background: str = rgb.DROPPED,
+    background: str = DROPPED,
 ) -> np.ndarray:
     """Resize and crop an image to uint8 (size, size, 3).
 
-    On white it is what `decode` makes of the image, resized. Where transparency is dropped, the pixels are those of
-    open_clip's evaluation transform, which resizes before it converts to RGB: palettes are resized without
-    interpolation, and transparent pixels have a lower weight. Unlike it, this rotates images by EXIF and scales 16
-    bits.
+    With a white background, the result of `decode` is resized. With transparency dropped, the pixels equal open_clip's
+    evaluation transform, which resizes before it converts to RGB: palettes are resized without interpolation, and
+    transparent pixels have a lower weight. Unlike it, this rotates images by EXIF and scales 16 bits.
 
     Args:
       data: content of a file, an RGB array (h, w, 3), or a Pillow image.
@@ -229,24 +98,24 @@ def evaluation_image(
       BadSample: as `decode`.
     """
     with contextlib.ExitStack() as held:
-        if isinstance(data, np.ndarray) or jpeg.is_jpeg(data) or background == rgb.WHITE:
-            image = Image.fromarray(_decode(data, held, background))
-        elif (image := _open(data, held)).mode.startswith(("I", "F")):
-            image = rgb.to_rgb(image, background)
-        return np.asarray(rgb.to_rgb(_fit(image, size, resample, mode, resize_size), background))
+        if isinstance(data, np.ndarray) or is_jpeg(data) or background == WHITE:
+            image = Image.fromarray(decode_held(data, held, background))
+        elif (image := open_held(data, held)).mode.startswith(("I", "F")):
+            image = to_rgb(image, background)
+        return np.asarray(to_rgb(_fit(image, size, resample, mode, resize_size), background))
 
 
 def evaluation_mask(mask: np.ndarray, size: int, mode: str = "shortest", resize_size: int = 0) -> np.ndarray:
-    """Resize and crop class numbers as `evaluation_image` does the image that they belong to, to the nearest pixel.
+    """Resize and crop class numbers of pixels as `evaluation_image` does the image, to the nearest pixel.
 
     Args:
       mask: uint8 (h, w), a class for each pixel; 255 for none.
-      size, mode, resize_size: as of `evaluation_image`.
+      size, mode, resize_size: as for `evaluation_image`.
 
     Returns:
       uint8 (size, size); 255 where "longest" has padded the image.
     """
-    # Pillow pads with 0: classes begin at 1 meanwhile, and 255 is 0.
+    # Pillow pads with 0, so classes are shifted by one; 255 becomes 0.
     return np.asarray(_fit(Image.fromarray(mask + np.uint8(1)), size, "nearest", mode, resize_size)) - np.uint8(1)
 
 
@@ -267,8 +136,8 @@ def random_resized_crop(
       rng: generator that chooses the part.
       scale: range of the part's area, as a fraction of the image's.
       ratio: range of its width / height, log-uniform.
-      resample: "bicubic", antialiased; or "area", OpenCV's mean over the pixels and their bicubic where it enlarges,
-        with whole pixels as the part's borders, in a quarter of the time.
+      resample: "bicubic", antialiased; or in a quarter of the time "area", OpenCV's mean over pixels (bicubic to
+        enlarge), with the part's borders at whole pixels.
       out: uint8 (size, size, 3) to write to, such as a row of a batch; None for a new array.
 
     Returns:
@@ -292,7 +161,7 @@ def random_resized_crop(
 
 
 def _resize_area(image: np.ndarray, out: np.ndarray, left: int, top: int, w: int, h: int) -> None:
-    # A part of less than half a pixel may be rounded to one past the edge.
+    # Rounding may move a part of less than half a pixel past the edge.
     top, left = min(top, image.shape[0] - 1), min(left, image.shape[1] - 1)
     part = image[top : top + max(h, 1), left : left + max(w, 1)]
     shrinks = min(part.shape[:2]) >= len(out)
@@ -308,7 +177,7 @@ def sample_augmentations(key: jax.Array, b: int, *, flip: float = 0.0, color: fl
     """Sample the augmentations of `b` images for `augment`, so that a batch can be augmented in microbatches.
 
     Args:
-      key: of the random generator.
+      key: random key.
       b: number of images in the global batch.
       flip: probability of a left-right flip.
       color: strength s; brightness, contrast and saturation each change by a factor from [1 - s, 1 + s].
@@ -335,7 +204,7 @@ def augment(images: jax.Array, sampled: Mapping[str, jax.Array]) -> jax.Array:
         images = jnp.where(sampled["flip"][:, None, None, None], images[:, :, ::-1], images)
     if "color" in sampled:
         brightness, contrast, saturation = jnp.moveaxis(sampled["color"][:, :, None, None], 1, 0)
-        # All three are linear but for the mean, so one 3 x 3 matrix an image does them in one pass over the pixels.
+        # All three are linear except for the mean: one 3 x 3 matrix an image applies them in one pass over the pixels.
         luma = jnp.tile(jnp.asarray((0.299, 0.587, 0.114))[:, None], (1, 3))
         matrix = brightness * contrast * (saturation * jnp.eye(3) + (1 - saturation) * luma)  # (b, 3, 3)
         x = images.reshape(images.shape[0], -1, 3).astype(jnp.float32)
@@ -348,20 +217,20 @@ def sample_mix(key: jax.Array, b: int, size: int, mixup: float, cutmix: float) -
     """Sample the arguments of `mix`: mixup (arXiv 1710.09412) or cutmix (arXiv 1905.04899), half of the batches each.
 
     Args:
-      key: of the random generator.
+      key: random key.
       b: number of images in the global batch, all mixed alike, as in timm.
       size: side of an image, pixels.
-      mixup, cutmix: parameter a of the distribution Beta(a, a) of the share; 0 for never.
+      mixup, cutmix: parameter a of the share's distribution Beta(a, a); 0 for never.
 
     Returns:
       Rows for each image: "share" fp32 (b,) of an image's own label; "weight" fp32 (b,) of its own pixels outside the
-      box; "box" int32 (b, 4), top, bottom, left, right of the pixels of the other image, empty for mixup.
+      box; "box" int32 (b, 4), top, bottom, left, right of the other image's pixels, empty for mixup.
     """
     key_method, key_share, key_y, key_x = jax.random.split(key, 4)
     cut = jax.random.bernoulli(key_method, 0.5 if mixup and cutmix else float(cutmix > 0))
     a = jnp.where(cut, cutmix, mixup)
     mixed = jax.random.beta(key_share, a, a)
-    # A box at a random centre, as large as the share requires, cut at the image's borders.
+    # A box at a random centre, of the size given by the share, cut at the image's borders.
     half = (size * jnp.sqrt(1 - mixed)).astype(jnp.int32) // 2
     centre = jnp.stack([jax.random.randint(k, (), 0, size) for k in (key_y, key_x)])
     low, high = jnp.clip(centre - half, 0, size), jnp.clip(centre + half, 0, size)

@@ -24,9 +24,8 @@ import PIL.Image
 import tensorflow_datasets as tfds
 
 from xclip_jax.core.errors import UserError
-from xclip_jax.data import assets
-from xclip_jax.data.base import SourceKind, SourceOptions
-from xclip_jax.data.readers.tfds_source import TfdsSource, open_prepared
+from xclip_jax.data.base import Form, SourceKind, SourceOptions
+from xclip_jax.data.readers.tfds import TfdsSource, open_prepared, prepare_dataset
 
 VENDORS = ("twemoji", "openmoji", "noto")
 LINE = "openmoji-line"
@@ -343,7 +342,7 @@ def prepare(data_dir: str | os.PathLike | None = None) -> EmojiPairs:
     """Return the builder of a prepared data set; prepares it on first use (half a minute).
 
     Args:
-      data_dir: root of TFDS data sets; by default $TFDS_DATA_DIR, else `tfds` in the cache of `assets.cache_dir`.
+      data_dir: root of TFDS data sets; by default $TFDS_DATA_DIR, else `tfds` in the cache of `storage.cache_dir`.
 
     Raises:
       UserError: a package of the demo is missing.
@@ -352,7 +351,7 @@ def prepare(data_dir: str | os.PathLike | None = None) -> EmojiPairs:
     def make(root: str) -> EmojiPairs:
         return EmojiPairs(data_dir=root, file_format="array_record")
 
-    return assets.prepare_dataset(make, data_dir, _require_packages)
+    return prepare_dataset(make, data_dir, _require_packages)
 
 
 def concepts(builder: tfds.core.DatasetBuilder) -> list[dict[str, Any]]:
@@ -367,7 +366,7 @@ def concepts(builder: tfds.core.DatasetBuilder) -> list[dict[str, Any]]:
 class DemoSplits(SourceKind):
     """`demo:SPLIT`, a split of the emoji, prepared on first use."""
 
-    pair_specs: ClassVar = {"demo:SPLIT": "a split of the demo's emoji, prepared on first use"}
+    forms: ClassVar = {"demo:SPLIT": Form(pairs="a split of the demo's emoji, prepared on first use")}
 
     @classmethod
     def extras(cls, rest: str) -> tuple[str, ...]:
@@ -375,6 +374,6 @@ class DemoSplits(SourceKind):
         return ("demo",)
 
     @classmethod
-    def open_pairs(cls, rest: str, options: SourceOptions) -> TfdsSource:
+    def open(cls, rest: str, options: SourceOptions, labels: bool = False) -> TfdsSource:
         """Open a split of the data set of `prepare`."""
         return open_prepared("demo", prepare(options.dir or None), rest, options)

@@ -27,8 +27,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from xclip_jax.data import assets
 from xclip_jax.data.preprocessing import Preprocessing
+from xclip_jax.data.readers.tfds import encoded_records
 from xclip_jax.demo import emoji
 from xclip_jax.evaluators.base import SetKind
 from xclip_jax.evaluators.probe import ProbeSet, Sweep
@@ -50,7 +50,7 @@ _SWEEP = Sweep(halvings=0, tolerance=1e-4)  # coarse, from 1e-6 to 1e6: the demo
 def _emoji(split: str, prepare: Preprocessing, data_dir: str | None) -> tuple[list[np.ndarray], list[Record]]:
     """Return images and records of a split; cached, because several sets share them."""
     images, records = [], []
-    for image, record in assets.encoded_records(emoji.prepare(data_dir), split):
+    for image, record in encoded_records(emoji.prepare(data_dir), split):
         images.append(prepare(image))
         records.append(record)
     return images, records

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from xclip_jax.core.errors import BadSample
-from xclip_jax.data import transforms
+from xclip_jax.data import images
 from xclip_jax.data.labelled import item_name
 from xclip_jax.data.preprocessing import Preprocessing
 
@@ -24,7 +24,7 @@ class Pictures(Sequence):
         try:
             image = self._images[index]
             if self._border or not isinstance(image, bytes):
-                image = transforms.decode(image, background=self._prepare.background)
+                image = images.decode(image, background=self._prepare.background)
             if self._border:
                 image = image[self._border : -self._border, self._border : -self._border]
             return self._prepare(image)

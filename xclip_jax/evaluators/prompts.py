@@ -10,8 +10,8 @@ import pathlib
 import re
 from collections.abc import Mapping, Sequence
 
+from xclip_jax.core import storage
 from xclip_jax.core.errors import UserError, check_choice
-from xclip_jax.data import assets
 from xclip_jax.data.preprocessing import Preprocessing
 
 
@@ -138,7 +138,7 @@ SYNONYMS = {
 @functools.cache
 def _read(name: str) -> dict[str, list[str]]:
     """Return the content of clip-benchmark's file en_NAME.json."""
-    return json.loads(assets.third_party(f"en_{name}.json"))
+    return json.loads(storage.third_party(f"en_{name}.json"))
 
 
 def templates(name: str) -> list[str]:

@@ -14,12 +14,12 @@ from typing import Any
 
 from etils import epath
 
+from xclip_jax.core import hub_client
 from xclip_jax.core.console import log0
 from xclip_jax.core.errors import UserError
+from xclip_jax.core.hub_client import ID, PREFIX
 from xclip_jax.core.remote import expand_home
 from xclip_jax.core.storage import write_whole
-from xclip_jax.data import hub_client
-from xclip_jax.data.hub_client import ID, PREFIX
 from xclip_jax.interop import hf, open_clip, tensor_files, vocabulary
 
 # Beside the weights, those of these that a repository has are fetched.

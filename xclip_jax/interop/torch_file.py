@@ -15,8 +15,7 @@ from typing import Any, ClassVar
 import ml_dtypes
 import numpy as np
 
-from xclip_jax.core.errors import UserError
-from xclip_jax.data.text import first_line
+from xclip_jax.core.errors import UserError, first_line
 
 _DTYPES = {
     "FloatStorage": np.float32, "HalfStorage": np.float16, "BFloat16Storage": ml_dtypes.bfloat16,

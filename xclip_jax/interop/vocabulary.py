@@ -8,9 +8,10 @@ import tokenizers
 from etils import epath
 from tokenizers import processors
 
+from xclip_jax.core import storage
 from xclip_jax.core.errors import UserError
 from xclip_jax.core.storage import write_whole
-from xclip_jax.data import assets, tokenizer
+from xclip_jax.data import tokenizer
 from xclip_jax.interop import sentencepiece
 from xclip_jax.interop.tensor_files import read_json
 
@@ -100,7 +101,7 @@ def siglip(folder: epath.Path, size: int, cleaning: str, where: str) -> str:
         cleaning = "lower"
     model.post_processor = processors.Sequence([])
     content = tokenizer.with_conventions(model.to_str(), end=end, pad=pad, size=size, cleaning=cleaning)
-    made = assets.cache_dir() / "tokenizers" / f"{hashlib.sha256(content.encode()).hexdigest()[:16]}.json"
+    made = storage.cache_dir() / "tokenizers" / f"{hashlib.sha256(content.encode()).hexdigest()[:16]}.json"
     if not made.exists():
         made.parent.mkdir(parents=True, exist_ok=True)
         write_whole(epath.Path(made), content)

@@ -9,10 +9,10 @@ from etils import epath
 
 from xclip_jax.config import schema
 from xclip_jax.config.schema import Config
-from xclip_jax.core import environment
+from xclip_jax.core import environment, hub_client
 from xclip_jax.core.errors import public
 from xclip_jax.core.run_folder import RunFolder
-from xclip_jax.data import hub_client, rgb
+from xclip_jax.data import images
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.evaluators import results, tables
 from xclip_jax.evaluators.results import Result
@@ -244,7 +244,7 @@ def _input(config: Config, experiment: Experiment, to: str) -> str:
 
 
 def _transparency(prepare: Preprocessing, to: str) -> str:
-    if prepare.background == rgb.DROPPED:
+    if prepare.background == images.DROPPED:
         return "The alpha channel of transparent images is dropped."
     before = "" if to == "safetensors" else f", which {_LIBRARIES[to]} does not do: do so before"
     return f"Transparent images are laid on white before they are resized{before}."

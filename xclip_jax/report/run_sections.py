@@ -6,7 +6,7 @@ from typing import Any
 
 from xclip_jax.config import schema
 from xclip_jax.core.console import command
-from xclip_jax.data import rgb
+from xclip_jax.data import images
 from xclip_jax.evaluators import tables
 from xclip_jax.evaluators.results import UNITS
 from xclip_jax.report.chance import ABOVE, LEVEL, judge, judgements
@@ -81,7 +81,7 @@ def _facts(record: Record, parameters: int | None) -> str:
         "Image tower": config.model.tower("img").describe(),
         "Parameters": f"{parameters:,}" if parameters else "",
         f"Training {unit}": f"{samples:,}" if samples else "",
-        "Transparent images": rgb.describe(transparent, config.data.background) if transparent else "",
+        "Transparent images": images.describe(transparent, config.data.background) if transparent else "",
         f"{unit.capitalize()} seen": f"{last['samples']:,} ({last['epoch']:.1f} epochs)" if "epoch" in last else "",
         "Speed": f"{number(last['samples_per_second'])} {unit}/s" if last.get("samples_per_second") else "",
         "MFU": f"{last['mfu']:.1%}" if last.get("mfu") else "",

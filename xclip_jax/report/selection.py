@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from xclip_jax.core.errors import BadSample, UserError, describe
-from xclip_jax.data import controls, loader, opening
+from xclip_jax.data import holdout, loader, sources
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.evaluators import registry, tables
 from xclip_jax.evaluators.base import SetKind
@@ -161,16 +161,16 @@ def _training_pairs(
 ) -> None:
     """Add training pairs, drawn by the seed, for a run without evaluation sets."""
     try:
-        sources = controls.apply(opening.open_sources(data), data, data_seed)
+        opened = holdout.apply_controls(sources.open_sources(data), data, data_seed)
     except (UserError, OSError) as error:
         selection.missing.append(str(error))
         return
-    source_of = np.repeat(np.arange(len(sources)), [len(source) for source in sources])
-    starts = np.cumsum([0, *map(len, sources)])
+    source_of = np.repeat(np.arange(len(opened)), [len(source) for source in opened])
+    starts = np.cumsum([0, *map(len, opened)])
     images, captions = [], []
     for i in np.random.default_rng(seed).permutation(len(source_of))[:PAIRS]:
         try:
-            record = sources[source_of[i]][int(i - starts[source_of[i]])]
+            record = opened[source_of[i]][int(i - starts[source_of[i]])]
             images.append([view(record["image"]) for view in (prepare, prepare.with_size(SHOWN))])
         except BadSample:
             continue

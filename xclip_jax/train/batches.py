@@ -12,7 +12,7 @@ import jax
 from xclip_jax.core.errors import public
 from xclip_jax.data import loader
 from xclip_jax.data.ledger import Ledger
-from xclip_jax.data.prefetch import interruptible_iterator
+from xclip_jax.data.records import interruptible_iterator
 from xclip_jax.processes.interrupt import PreemptionHandler
 from xclip_jax.processes.watchdog import COMPILATION, DATA, STEP, Watchdog
 from xclip_jax.train.job import Job

@@ -17,11 +17,10 @@ from PIL import Image
 from xclip_jax.config import schema
 from xclip_jax.config.schema import Config
 from xclip_jax.core.console import log0
-from xclip_jax.core.errors import UserError, public
+from xclip_jax.core.errors import UserError, first_line, public
 from xclip_jax.core.imports import import_class
 from xclip_jax.core.run_folder import RunFolder
 from xclip_jax.core.storage import is_remote, write_json
-from xclip_jax.data.text import first_line
 from xclip_jax.evaluators.results import Result
 from xclip_jax.models.two_towers import Variables
 from xclip_jax.train.job import Job

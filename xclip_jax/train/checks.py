@@ -16,7 +16,7 @@ from xclip_jax.config.schema import Config
 from xclip_jax.core import environment
 from xclip_jax.core.console import command, format_bytes, log0
 from xclip_jax.core.errors import UserError, describe
-from xclip_jax.data import rgb, tokenizer
+from xclip_jax.data import images, tokenizer
 from xclip_jax.processes import runtime
 from xclip_jax.train import callbacks, flops, memory
 from xclip_jax.train.checkpoint_files import (
@@ -198,7 +198,7 @@ def check_data(start: Start) -> Iterator[Finding]:
     yield Finding("data", text, values={"samples": total, "epochs": epochs})
     if any(start.transparency):
         share = max(start.transparency)
-        text = f"transparent images: {rgb.describe(share, data.background)} (data.background={data.background!r})"
+        text = f"transparent images: {images.describe(share, data.background)} (data.background={data.background!r})"
         yield Finding("transparency", text, values={"transparent_share": share})
 
 

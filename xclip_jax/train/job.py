@@ -13,7 +13,7 @@ from xclip_jax.config.schema import Config, resolve
 from xclip_jax.core.console import log0
 from xclip_jax.core.errors import UserError, public
 from xclip_jax.core.remote import expand_home
-from xclip_jax.data import controls, labelled, loader, opening, rgb, sources
+from xclip_jax.data import holdout, images, labelled, loader, sources
 from xclip_jax.data.base import Source
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.length_groups import AUTO
@@ -151,7 +151,7 @@ class Start:
     def samples(self) -> list[Source]:
         """The training data as `data.subset` and `data.caption_noise` change it."""
         labelled = self.experiment.objective.labelled
-        return controls.apply(self.sources, self.experiment.config.data, self.config.seed, labelled=labelled)
+        return holdout.apply_controls(self.sources, self.experiment.config.data, self.config.seed, labelled=labelled)
 
     @functools.cached_property
     def grouped(self) -> Experiment:
@@ -217,7 +217,7 @@ def make_job(start: Start) -> Job:
     if any(start.transparency):
         shares = start.transparency
         fingerprints = [a | {TRANSPARENT: share} for a, share in zip(fingerprints, shares, strict=True)]
-        log0(f"transparent images: {rgb.describe(max(shares), experiment.config.data.background)} (data.background)")
+        log0(f"transparent images: {images.describe(max(shares), experiment.config.data.background)} (data.background)")
     if reason := flops.without_peak(experiment.mesh.devices.flat[0]):
         log0(reason)
     during = [evaluators[spec] for spec in config.eval.sets] if config.eval.every else []
@@ -252,7 +252,7 @@ def check_moved_sources(config: Config, folder: TrainingFolder) -> None:
 def open_sources(data: DataConfig, objective: Objective) -> list[Source]:
     """Open training data; an error has the remedy of the objective."""
     try:
-        return opening.open_sources(data, objective.classes, objective.fields)
+        return sources.open_sources(data, objective.classes, objective.fields)
     except labelled.MismatchError as error:
         remedy = objective.source_remedies.get(error.fault, "use another source")
         raise UserError(f"{error}; {remedy}.") from error

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from xclip_jax.data import transforms
 from xclip_jax.data.config import DataConfig
+from xclip_jax.data.length_groups import LengthOrder, Sizes
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.losses.rank import effective_rank
 from xclip_jax.models.tower import Tower
@@ -19,7 +20,6 @@ from xclip_jax.models.two_towers import TOWERS, TwoTowers
 from xclip_jax.objectives import Objective
 from xclip_jax.parallel import compiler, sharding
 from xclip_jax.parallel.mesh import batch_sharding, replicated
-from xclip_jax.train.length_groups import LengthOrder, Sizes
 from xclip_jax.train.state import TrainState
 
 NOISE = "noise"  # key of {tower: its random inputs} among the inputs of a step

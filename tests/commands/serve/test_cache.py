@@ -12,7 +12,7 @@ from xclip_jax.commands.embed_sources import open_images
 from xclip_jax.commands.serve import cache
 from xclip_jax.core import locks
 from xclip_jax.core.errors import UserError
-from xclip_jax.data.transforms import decode
+from xclip_jax.data.images import decode
 
 
 class Model:

@@ -14,26 +14,27 @@ import pytest
 from tests.helpers import bad_tars
 from xclip_jax.core import storage
 from xclip_jax.core.errors import UserError
-from xclip_jax.data.readers import tar_headers, tar_index, tar_source
+from xclip_jax.data.readers import tar_index
+from xclip_jax.data.readers.tar import TarSource
 
 tortured = bad_tars.tortured
 
 
 def test_index_is_stored_once_and_follows_the_tar(tmp_path, monkeypatch):
     path = bad_tars.pairs(tmp_path / "0.tar", 0, 3)
-    assert len(tar_source.TarSource(str(path))) == 3
+    assert len(TarSource(str(path))) == 3
     [stored] = (tmp_path / ".xclip_index").iterdir()
     monkeypatch.setattr(tar_index, "index", lambda _: pytest.fail("indexed again"))
-    assert len(tar_source.TarSource(str(path))) == 3
+    assert len(TarSource(str(path))) == 3
     monkeypatch.undo()
     bad_tars.pairs(path, 0, 5)
-    assert len(tar_source.TarSource(str(path))) == 5
+    assert len(TarSource(str(path))) == 5
     assert stored.exists()
 
 
 def test_a_stored_index_that_is_damaged_is_made_again(tmp_path, monkeypatch):
     path = bad_tars.pairs(tmp_path / "0.tar", 0, 3)
-    expected = tar_source.TarSource(str(path))
+    expected = TarSource(str(path))
     [stored] = (tmp_path / ".xclip_index").iterdir()
     whole, rng, indexed = stored.read_bytes(), np.random.default_rng(0), []
     index = tar_index.index
@@ -44,14 +45,14 @@ def test_a_stored_index_that_is_damaged_is_made_again(tmp_path, monkeypatch):
     for number, content in enumerate(damaged, 1):
         stored.unlink()  # else it would change under the maps of the source before
         stored.write_bytes(content)
-        source = tar_source.TarSource(str(path))
+        source = TarSource(str(path))
         assert [source[i] for i in range(3)] == [expected[i] for i in range(3)]
         assert len(indexed) == number
         assert stored.read_bytes() == whole
     stored.unlink()
     stored.mkdir()
     monkeypatch.setenv("XCLIP_CACHE", str(tmp_path / "cache"))
-    assert len(tar_source.TarSource(str(path))) == 3
+    assert len(TarSource(str(path))) == 3
     assert len(list((tmp_path / "cache").rglob("*.npy"))) == 1
 
 
@@ -61,7 +62,7 @@ def test_a_stored_index_that_is_damaged_is_made_again(tmp_path, monkeypatch):
 )
 def test_an_index_that_came_with_its_tar_is_not_believed(field, value, tmp_path):
     path = bad_tars.pairs(tmp_path / "0.tar", 0, 3)
-    expected = tar_source.TarSource(str(path))
+    expected = TarSource(str(path))
     [stored] = (tmp_path / ".xclip_index").iterdir()
     rows = np.load(stored).copy()
     rows[field][1] = value
@@ -70,7 +71,7 @@ def test_an_index_that_came_with_its_tar_is_not_believed(field, value, tmp_path)
     stored.unlink()
     stored.write_bytes(content.getvalue() + hashlib.blake2b(content.getvalue(), digest_size=16).digest())
     assert tar_index.read(stored) is None
-    source = tar_source.TarSource(str(path))
+    source = TarSource(str(path))
     assert [source[i] for i in range(3)] == [expected[i] for i in range(3)]
 
 
@@ -93,7 +94,7 @@ def test_index_beside_read_only_data_goes_to_the_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XCLIP_CACHE", str(tmp_path / "cache"))
     writable = storage.writable
     monkeypatch.setattr(storage, "writable", lambda folder: folder.name != ".xclip_index" and writable(folder))
-    assert len(tar_source.TarSource(str(path))) == 3
+    assert len(TarSource(str(path))) == 3
     assert [p.name for p in (tmp_path / "data").iterdir()] == ["0.tar"]
     assert len(list((tmp_path / "cache").rglob("*.npy"))) == 1
 
@@ -106,7 +107,7 @@ def test_index_in_processes_is_that_of_one(tmp_path, capfd):
     assert "indexed 5 tars in" in capfd.readouterr().out
     os.unlink(paths[0])
     with pytest.raises(UserError, match=r"names do not exist, the first is .*0\.tar"):
-        tar_source.TarSource(f"{tmp_path}/{{0..4}}.tar")
+        TarSource(f"{tmp_path}/{{0..4}}.tar")
 
 
 def test_names_with_line_breaks(tmp_path):
@@ -138,7 +139,7 @@ def test_a_header_with_an_odd_size_neither_hangs_the_index_nor_ends_it(size, tmp
     data[at + 124 : at + 136] = size
     data[at + 148 : at + 156] = b"%06o\0 " % (sum(data[at : at + 512]) - sum(data[at + 148 : at + 156]) + 8 * 32)
     path.write_bytes(data)
-    names = [name for name, *_ in itertools.islice(tar_headers.members(str(path), len(data)), 20)]
+    names = [name for name, *_ in itertools.islice(tar_index.members(str(path), len(data)), 20)]
     assert names[:2] == [b"a.jpg", b"a.txt"] and len(names) < 20
     rows = tar_index.index(str(path))
     assert rows["key"][0] == b"a" and rows["fault"][0] == tar_index.OK
@@ -155,7 +156,7 @@ def test_index_agrees_with_tarfile(tortured):
     for path in storage.expand(tortured[0])[:8]:
         with tarfile.open(path) as tar:
             there = [(m.name, m.offset_data, m.size) for m in tar if m.isreg()]
-        here = [(n.decode(), offset, size) for n, offset, size in tar_headers.members(path, os.path.getsize(path))]
+        here = [(n.decode(), offset, size) for n, offset, size in tar_index.members(path, os.path.getsize(path))]
         assert here == there
 
 

@@ -10,8 +10,8 @@ import pytest
 import tensorflow_datasets as tfds
 
 from tests.helpers.encoding import SIZE, make_encoder, small_model
+from xclip_jax.core import storage
 from xclip_jax.core.errors import UserError
-from xclip_jax.data import assets
 from xclip_jax.evaluators import prompts, registry
 from xclip_jax.evaluators.prompts import PROFILES, Profile
 from xclip_jax.evaluators.sets import zeroshot_datasets
@@ -366,4 +366,4 @@ def test_top1_top5_is_their_mean(tmp_path):
 
 
 def test_class_names_are_those_of_clip_benchmark():
-    assert len(json.loads(assets.third_party("en_classnames.json"))["imagenet1k"]) == 1000
+    assert len(json.loads(storage.third_party("en_classnames.json"))["imagenet1k"]) == 1000

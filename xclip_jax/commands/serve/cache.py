@@ -24,7 +24,7 @@ from xclip_jax.core import locks, storage
 from xclip_jax.core.console import log0
 from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.data import embeddings
-from xclip_jax.data.prefetch import ThreadPrefetcher
+from xclip_jax.data.records import ThreadPrefetcher
 from xclip_jax.model import Model
 
 _FILE = "embeddings.npz"

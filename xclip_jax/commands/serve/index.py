@@ -11,7 +11,7 @@ import numpy as np
 from xclip_jax.commands.embed_sources import Source, open_images
 from xclip_jax.commands.serve.cache import Embedded, embed, folder_of
 from xclip_jax.core.errors import UserError
-from xclip_jax.data.assets import cache_dir
+from xclip_jax.core.storage import cache_dir
 from xclip_jax.model import TEMPLATES, Model
 
 MAX_NAMES = 500  # that an image is compared with

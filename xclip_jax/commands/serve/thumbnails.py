@@ -10,9 +10,8 @@ from anyio import CapacityLimiter, to_thread
 from PIL import Image, ImageOps
 
 from xclip_jax.core.errors import UserError
-from xclip_jax.data import rgb
-from xclip_jax.data.prefetch import WeightedSemaphore
-from xclip_jax.data.transforms import MAX_PIXELS, formats
+from xclip_jax.data import images
+from xclip_jax.data.images import MAX_PIXELS, WeightedSemaphore, formats
 
 SIDE = 280  # of the longer side, pixels
 _KEPT = 1024  # in memory, 10 kB each
@@ -69,6 +68,6 @@ def _shrink(image: Image.Image) -> Image.Image:
     if image.mode in ("1", "P"):  # Pillow resizes these without interpolation
         image = image.convert("RGBA")
     elif image.mode.startswith(("I", "F")):  # 16 bits, floats
-        image = rgb.to_rgb(image, rgb.WHITE)
+        image = images.to_rgb(image, images.WHITE)
     image.thumbnail((SIDE, SIDE))  # decodes a JPEG at a fraction of its size
     return ImageOps.exif_transpose(image)

@@ -1,7 +1,7 @@
 """GLUE (arXiv 1804.07461): sentences and labels of its tasks, from the published files or from TFDS.
 
-Two sentences are one text with a space between them, as a causal tower reads them; one that is too long is cut. Test
-labels are not public: the split "validation" is what others call dev.
+Two sentences are joined to one text with a space, as a causal tower reads them. Test labels are not public; the split
+"validation" is often called dev.
 """
 
 import csv
@@ -14,9 +14,9 @@ from typing import ClassVar
 import numpy as np
 
 from xclip_jax.core.errors import UserError, check_choice
-from xclip_jax.data.base import SourceKind, SourceOptions
+from xclip_jax.data.base import Form, Source, SourceKind, SourceOptions
 from xclip_jax.data.labelled import Labelled
-from xclip_jax.data.readers.tfds_source import open_tfds
+from xclip_jax.data.readers.tfds import open_tfds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,11 +24,11 @@ class Task:
     """One task.
 
     Attributes:
-      columns: of the TSV files, one or two texts; CoLA's have no header, "3" is the fourth.
+      columns: columns of the TSV files with one or two texts; CoLA's have no header, "3" is the fourth.
       label: column of the label.
-      features: the columns' names in TFDS, where they differ.
-      labels: as the files write them, in the order of their numbers; none where the label is itself a number.
-      metrics: of dev, as published; the first is the one to report.
+      features: names of the columns in TFDS, if they differ.
+      labels: labels in the files, in the order of their numbers; empty if the label is itself a number.
+      metrics: metrics of the dev split, as published; the first is the one to report.
     """
 
     columns: tuple[str, ...]
@@ -38,7 +38,7 @@ class Task:
     metrics: tuple[str, ...] = ("top1",)
 
 
-_MAX_INCOMPLETE = 0.01  # of the rows of a file
+_MAX_INCOMPLETE = 0.01  # share of a file's rows
 _ENTAILS = ("entailment", "not_entailment")
 _MNLI = Task(
     ("sentence1", "sentence2"), "gold_label", ("premise", "hypothesis"), ("entailment", "neutral", "contradiction")
@@ -61,7 +61,7 @@ TASKS: Mapping[str, Task] = {
 def _rows(path: pathlib.Path, task: Task) -> list[dict[str, str]]:
     if not path.is_file():
         raise UserError(f"{str(path)!r} does not exist; it is a file of GLUE's published layout.")
-    # splitlines() would also break at separators that occur within sentences, and quotes occur in them unpaired.
+    # Sentences contain separators at which splitlines() would break, and unpaired quotes.
     lines = [line.rstrip("\r") for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     if task.label.isdigit():
         rows = [{str(i): value for i, value in enumerate(line.split("\t"))} for line in lines]
@@ -73,9 +73,9 @@ def _rows(path: pathlib.Path, task: Task) -> list[dict[str, str]]:
 
 
 def _complete(rows: list[dict[str, str]], path: pathlib.Path, task: Task) -> list[dict[str, str]]:
-    """Return the rows that have their texts and a label, and print how many have not.
+    """Return the rows that have their texts and a label, and print the number of the other rows.
 
-    A few rows of QQP lack a question or end too early; others leave them out, too. Many mean a damaged file.
+    A few rows of QQP lack a question or end too early, and are usually left out. Many such rows mean a damaged file.
     """
     columns = (*task.columns, task.label)
     complete = [row for row in rows if all(row.get(column) for column in columns)]
@@ -91,7 +91,7 @@ def _complete(rows: list[dict[str, str]], path: pathlib.Path, task: Task) -> lis
 def read_pairs(
     name: str, split: str, folder: str = "", data_dir: str | None = None
 ) -> tuple[list[list[str]], np.ndarray]:
-    """Return texts and labels as `read` does, with the texts of each item as a list."""
+    """Return texts and labels as `read` does, but each item's texts as a list."""
     check_choice("the GLUE task", name, TASKS)
     check_choice("the GLUE split", split, ("train", "validation"))
     task = TASKS[name]
@@ -125,7 +125,7 @@ def read(name: str, split: str, folder: str = "", data_dir: str | None = None) -
     Args:
       name: one of `TASKS`; MNLI's is the matched dev split.
       split: "train" or "validation".
-      folder: of the task's train.tsv and dev.tsv; "" for TFDS's glue/NAME, read without TensorFlow.
+      folder: folder with the task's train.tsv and dev.tsv; "" for TFDS's glue/NAME, read without TensorFlow.
       data_dir: root of TFDS data sets, None for the default.
 
     Raises:
@@ -142,18 +142,18 @@ def _text(value: str | bytes) -> str:
 class GlueTasks(SourceKind):
     """`glue:TASK/SPLIT` and `glue:TASK@FOLDER/SPLIT`."""
 
-    labelled_specs: ClassVar = {
-        "glue:TASK/SPLIT": "a task of GLUE, from TFDS",
-        "glue:TASK@FOLDER/SPLIT": "a task of GLUE, from its published files",
+    forms: ClassVar = {
+        "glue:TASK/SPLIT": Form(labels="a task of GLUE, from TFDS"),
+        "glue:TASK@FOLDER/SPLIT": Form(labels="a task of GLUE, from its published files"),
     }
     labelled_items = "text"
 
     @classmethod
-    def open_labelled(cls, rest: str, options: SourceOptions) -> Labelled:
+    def open(cls, rest: str, options: SourceOptions, labels: bool = False) -> Source:
         """Open the labelled texts of `read`."""
         head, _, split = rest.rpartition("/")
         task, _, folder = head.partition("@")
         if not task:
-            raise UserError(f"source 'glue:{rest}' does not name a split; write {' or '.join(cls.labelled_specs)}.")
-        texts, labels = read(task, split, os.path.expanduser(folder), options.dir or None)
-        return Labelled("text", texts, labels, TASKS[task].labels, TASKS[task].metrics)
+            raise UserError(f"source 'glue:{rest}' does not name a split; write {' or '.join(cls.forms)}.")
+        texts, values = read(task, split, os.path.expanduser(folder), options.dir or None)
+        return Labelled("text", texts, values, TASKS[task].labels, TASKS[task].metrics)

@@ -2,33 +2,32 @@
 
     xclip-jax index PATTERN
 
-indexes ahead of a run; a run does it by itself. A row is one sample, or one fault of the tar, so that nothing is lost
-silently: a row with a fault cannot be read, and names the reason.
+indexes ahead of a run; otherwise a run does it. A row is one sample or one fault of the tar, so that nothing is lost
+silently: a row with a fault cannot be read, and names the reason. Damaged tars and tars that are cut off are indexed,
+too.
 """
 
 import concurrent.futures
+import concurrent.futures.process
 import glob
 import hashlib
 import io
-import json
+import multiprocessing
 import os
 import pathlib
-import queue
 import random
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
-from typing import IO, Any, cast
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
 from xclip_jax.core import storage
 from xclip_jax.core.errors import Parser, UserError, exit_with_message, public
-from xclip_jax.data import assets
 from xclip_jax.data.base import IMAGE_SUFFIXES, MAX_BYTES
-from xclip_jax.data.readers.tar_headers import members
+from xclip_jax.data.records import init_worker
 
 # Faults of a row, by number.
 FAULTS = (
@@ -46,11 +45,121 @@ _DIGEST = 16  # bytes
 _FOLDER = ".xclip_index"
 _CHUNK = 1 << 20
 _PROGRESS_SECONDS = 10
+_BLOCK = 512
+_REGULAR = b"0\0007"  # types with data of their own: "0", NUL and "7"
 _FIELDS = ("image", "image_size", "text", "text_size", "json", "json_size", "fault")
 
 
+def _number(field: bytes) -> int | None:
+    """Return a number in a tar header: octal digits, or base 256 above 8 GiB; None for others and negative ones."""
+    if field[0] & 0x80:
+        return None if field[0] & 0x40 else int.from_bytes(field, "big") & ((1 << (8 * len(field) - 1)) - 1)
+    digits = field.strip(b" \0")
+    # int() would accept signs and underscores too, and a walk by a negative size never ends.
+    return None if digits.strip(b"01234567") else int(digits or b"0", 8)
+
+
+def _header_size(block: bytes) -> int | None:
+    """Return the number of bytes of data after a header, or None if `block` is not a header."""
+    if len(block) < _BLOCK:
+        return None
+    size = _number(block[124:136])
+    if size is None:
+        return None
+    # The sum over 512 bytes would take half of the time; the magic word and a valid number are as good.
+    return size if block[257:262] == b"ustar" or (any(block) and _sum_is_right(block)) else None
+
+
+def _sum_is_right(block: bytes) -> bool:
+    return sum(block) - sum(block[148:156]) + 8 * 32 == _number(block[148:156])
+
+
+class _Blocks:
+    """Reads a file at growing offsets: single blocks from a disk, large pieces from a bucket."""
+
+    def __init__(self, path: str) -> None:
+        self._file, self._remote = storage.File(path), storage.is_remote(path)
+        self._start, self._data = 0, b""
+
+    def read(self, offset: int, size: int) -> bytes:
+        if not self._remote:
+            return self._file.read(offset, size)
+        if not self._start <= offset <= offset + size <= self._start + len(self._data):
+            self._start, self._data = offset, self._file.read(offset, max(size, 8 * _CHUNK))
+        return self._data[offset - self._start : offset - self._start + size]
+
+
+def _next_header(reader: _Blocks, offset: int, end: int) -> tuple[int, bool]:
+    """Return the offset of the next header from `offset` on, or `end`, and whether bytes before it are not zero."""
+    damaged = False
+    while offset < end:
+        chunk = reader.read(offset, _CHUNK)
+        if not chunk:
+            break
+        if chunk.count(0) != len(chunk):
+            for i in range(0, len(chunk), _BLOCK):
+                block = chunk[i : i + _BLOCK]
+                if _header_size(block) is not None:
+                    return offset + i, damaged
+                damaged = damaged or any(block)
+        offset += len(chunk)
+    return end, damaged
+
+
+def _pax(data: bytes) -> dict[bytes, bytes]:
+    """Return the records "<length> <key>=<value>\\n" of an extended header, up to a malformed one."""
+    records, offset = {}, 0
+    while offset < len(data):
+        length, space, _ = data[offset : offset + 20].partition(b" ")
+        if not space or not length.isdigit() or int(length) <= len(length):
+            break
+        key, _, value = data[offset + len(length) + 1 : offset + int(length) - 1].partition(b"=")
+        records[key] = value
+        offset += int(length)
+    return records
+
+
+def members(path: str, size: int) -> Iterator[tuple[bytes, int, int]]:
+    """Yield name, offset of the data and size of each file in the tar `path` of `size` bytes, in order.
+
+    Bytes that are no part of a tar are yielded as (b"", their offset, their number). Long names (GNU and pax), sizes
+    above 8 GiB and concatenated tars are understood; links and folders are skipped.
+    """
+    reader = _Blocks(path)
+    offset, name, real_size = 0, b"", None
+    while offset < size:
+        block = reader.read(offset, _BLOCK)
+        length = _header_size(block)
+        if length is None or (offset + _BLOCK + length > size and not _sum_is_right(block)):
+            after, damaged = _next_header(reader, offset + _BLOCK * (length is not None), size)
+            if damaged or length is not None:
+                yield b"", offset, after - offset
+            offset, name, real_size = after, b"", None
+            continue
+        member_type, data = block[156:157], offset + _BLOCK
+        if member_type in (b"L", b"x", b"X", b"g", b"K"):
+            content = reader.read(data, min(length, _CHUNK))
+            if member_type == b"L":
+                name = content.rstrip(b"\0")
+            elif member_type in (b"x", b"X"):
+                records = _pax(content)
+                name = records.get(b"path", name)
+                digits = records.get(b"size", b"")
+                real_size = int(digits) if digits.isdigit() and len(digits) < 20 else None
+        else:
+            length = length if real_size is None else real_size
+            if member_type in b"123456":
+                length = 0
+            elif member_type in _REGULAR:
+                short = block[:100].split(b"\0", 1)[0]
+                prefix = block[345:500].split(b"\0", 1)[0] if block[257:263] == b"ustar\0" else b""
+                yield name or (prefix + b"/" + short if prefix else short), data, length
+            name, real_size = b"", None
+        offset = data + -(-length // _BLOCK) * _BLOCK
+
+
 def dtype(key_size: int) -> np.dtype:
-    """Type of a row: offsets of image, .txt and .json, their sizes (0 for none), the fault, the key in UTF-8."""
+    """Return the type of a row: offsets and sizes (0 for none) of image, .txt and .json, the fault, the UTF-8 key."""
     return np.dtype(
         [
             ("image", "<u8"),
@@ -66,7 +175,7 @@ def dtype(key_size: int) -> np.dtype:
 
 
 def split_name(name: bytes) -> tuple[bytes, str]:
-    """b"./a/b.c.JPG" -> (b"a/b.c", ".jpg"): dots and folders belong to the key. Hidden files have no suffix."""
+    """Split b"./a/b.c.JPG" into b"a/b.c" and ".jpg": the key has dots and folders. Hidden files have no suffix."""
     while name.startswith((b"./", b"/")):
         name = name[name.index(b"/") + 1 :]
     stem, dot, suffix = name.rpartition(b".")
@@ -77,9 +186,9 @@ def split_name(name: bytes) -> tuple[bytes, str]:
 
 
 def index(path: str) -> np.ndarray:
-    """Return the rows (see `dtype`) of the tar at `path`, in the order in which their keys first appear.
+    """Return the rows (see `dtype`) of the tar at `path`, in the order of the first files of their keys.
 
-    Files of one key are one sample, wherever in the tar they are; a name that is repeated begins another sample.
+    Files of one key are one sample, wherever they are in the tar; a repeated name begins another sample.
     """
     size, _ = storage.stat(path)
     rows: list[dict[str, Any]] = []
@@ -98,7 +207,7 @@ def index(path: str) -> np.ndarray:
             row = latest[key] = {"key": key, "fault": OK}
             rows.append(row)
         elif part in row:
-            continue  # another image of the same sample, as a.png beside a.jpg: the first one counts
+            continue  # another image of the same sample, as a.png after a.jpg: the first one counts
         too_large = length > MAX_BYTES[part]
         if part == "json" and (cut_off or too_large):
             continue  # most runs do not use it
@@ -120,34 +229,37 @@ def index(path: str) -> np.ndarray:
 
 
 def index_files(path: str) -> list[pathlib.Path]:
-    """Paths at which the index of `path` may be stored, the preferred one first; they change with its size and time."""
+    """Return the paths where the index of `path` may be stored, the preferred one first.
+
+    They change with the tar's size and time of modification.
+    """
     size, changed = storage.stat(path)
-    shown = public(path)  # a new signature is no new tar
-    name = shown.rpartition("/")[2] if storage.is_remote(path) else os.path.basename(path)
+    address = public(path)  # a new signature is no new tar
+    name = address.rpartition("/")[2] if storage.is_remote(path) else os.path.basename(path)
     file = f"{name}-{size:x}-{changed:x}-v{_VERSION}.npy"
-    folder = shown.rpartition("/")[0] if storage.is_remote(path) else os.path.dirname(os.path.abspath(path))
-    cached = assets.cache_dir() / "tar_index" / hashlib.sha256(folder.encode()).hexdigest()[:16] / file
+    folder = address.rpartition("/")[0] if storage.is_remote(path) else os.path.dirname(os.path.abspath(path))
+    cached = storage.cache_dir() / "tar_index" / hashlib.sha256(folder.encode()).hexdigest()[:16] / file
     return [cached] if storage.is_remote(path) else [pathlib.Path(folder) / _FOLDER / file, cached]
 
 
 def read(index_path: pathlib.Path) -> np.ndarray | None:
-    """Return the rows of a stored index, mapped into memory; None where it does not exist or has changed.
+    """Return the rows of a stored index, mapped into memory; None if it does not exist or has changed.
 
-    The rows are followed by their digest: if the file was cut, emptied or changed, the tar is indexed again. So it is
-    where an index that came with its tar has values that `index` does not write.
+    A digest follows the rows: if the file was cut, emptied or changed, or has values that `index` does not write, the
+    tar is indexed again.
     """
     try:
         with index_path.open("rb") as file:
-            left = os.fstat(file.fileno()).st_size - _DIGEST
+            remaining = os.fstat(file.fileno()).st_size - _DIGEST
             digest = hashlib.blake2b(digest_size=_DIGEST)
-            while left > 0 and (chunk := file.read(min(left, _CHUNK))):
+            while remaining > 0 and (chunk := file.read(min(remaining, _CHUNK))):
                 digest.update(chunk)
-                left -= len(chunk)
+                remaining -= len(chunk)
             if file.read() != digest.digest():
                 return None
         rows = np.load(index_path, mmap_mode="r").view(np.ndarray)
         return rows if _is_sound(rows) else None
-    except Exception:  # of any class, from a header that is damaged
+    except Exception:  # a damaged header raises errors of any class
         return None
 
 
@@ -164,7 +276,7 @@ def _cached(path: str) -> pathlib.Path | None:
 
 
 def build(path: str) -> pathlib.Path:
-    """Index the tar and store the rows; safe in concurrent processes. Returns the path of the index.
+    """Index the tar, store the rows, and return the path of the index; safe in concurrent processes.
 
     Raises:
       UserError: neither the tar's folder nor the cache can be written.
@@ -183,56 +295,38 @@ def build(path: str) -> pathlib.Path:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, index_path)
-        except OSError:  # a full or a read-only disk that did not look like one
+        except OSError:  # a disk that is full, or read-only after all
             temporary.unlink(missing_ok=True)
             continue
         return index_path
     raise UserError(f"the index of {path!r} cannot be stored: set XCLIP_CACHE to a folder that can be written.")
 
 
-class _Indexer:
-    """A process that indexes one tar at a time: walking headers holds the interpreter's lock.
+def _build_missing(path: str) -> None:
+    """Index a tar unless another process has indexed it meanwhile.
 
-    Not `multiprocessing`: its processes import the main program, and with it JAX, only to count bytes.
+    Raises:
+      UserError: it cannot be read, or its index cannot be stored.
     """
-
-    def __init__(self) -> None:
-        path = [str(pathlib.Path(__file__).parents[3]), *filter(None, [os.environ.get("PYTHONPATH")])]
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "xclip_jax.data.readers.tar_index", "--serve"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(path)},
-            start_new_session=True,  # Ctrl-C reaches the command alone, and its end this process
-        )
-        self._input, self._output = cast(IO[str], self._process.stdin), cast(IO[str], self._process.stdout)
-
-    def __call__(self, path: str) -> None:
-        self._input.write(json.dumps(path) + "\n")  # a name may contain a line break
-        self._input.flush()
-        answer = self._output.readline()
-        if answer != "ok\n":
-            raise UserError(f"{path!r} cannot be indexed ({answer.strip() or 'the indexing process died'}).")
-
-    def close(self) -> None:
-        self._input.close()
-        self._process.wait()
-        self._output.close()
+    try:
+        if _cached(path) is None:
+            build(path)
+    except OSError as error:
+        raise UserError(f"{path!r} cannot be read ({error}).") from error
 
 
-def load(paths: Sequence[str], *, processes: int | None = None) -> list[pathlib.Path]:
-    """Return the path of each tar's stored index; tars without one, and changed ones, are indexed first, in parallel.
+def load(tars: Sequence[str], *, processes: int | None = None) -> list[pathlib.Path]:
+    """Return the path of each tar's stored index; tars that are new or have changed are indexed first, in parallel.
 
     Args:
-      paths: tars.
-      processes: number of indexing processes; None for one a core. Few tars are not worth a process.
+      tars: paths of tars.
+      processes: number of indexing processes; None for one a core, or none for a few tars.
 
     Raises:
       UserError: a tar that cannot be read, or an index that cannot be stored.
     """
     with concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
-        index_paths = dict(zip(paths, pool.map(_cached, paths), strict=True))
+        index_paths = dict(zip(tars, pool.map(_cached, tars), strict=True))
     todo = [path for path, index_path in index_paths.items() if index_path is None]
     if todo:
         if processes is None:
@@ -242,63 +336,45 @@ def load(paths: Sequence[str], *, processes: int | None = None) -> list[pathlib.
     for path, index_path in index_paths.items():
         if index_path is None:
             raise UserError(f"{path!r} changed while it was indexed; start again when it is complete.")
-    return [index_path for path in paths if (index_path := index_paths[path])]
+    return [index_path for path in tars if (index_path := index_paths[path])]
 
 
 def _build_all(todo: list[str], processes: int) -> None:
     began = reported = time.monotonic()
     print(f"indexing {len(todo):,} tars, once ...", flush=True)
-    # Several hosts that begin together share the work if each takes the tars in an order of its own.
-    pending: queue.SimpleQueue[str] = queue.SimpleQueue()
-    for path in random.sample(todo, len(todo)):
-        pending.put(path)
-    done = 0
-
-    def work_off(indexer: _Indexer | None) -> None:
-        nonlocal done, reported
-        while True:
-            try:
-                path = pending.get_nowait()
-            except queue.Empty:
-                return
-            if _cached(path) is None:
-                try:
-                    indexer(path) if indexer else build(path)
-                except OSError as error:
-                    raise UserError(f"{path!r} cannot be read ({error}).") from error
-            done += 1
-            if (now := time.monotonic()) - reported > _PROGRESS_SECONDS:
-                reported = now
-                left = (now - began) / done * (len(todo) - done)
-                print(f"indexed {done:,} of {len(todo):,} tars, {left:.0f} s left", flush=True)
-
-    if processes < 2:
-        work_off(None)
-    else:
-        indexers = [_Indexer() for _ in range(processes)]
-        try:
-            with concurrent.futures.ThreadPoolExecutor(processes) as pool:
-                list(pool.map(work_off, indexers))
-        finally:
-            for indexer in indexers:
-                indexer.close()
+    todo = random.sample(todo, len(todo))  # hosts that begin together share the work if their orders differ
+    for done, _ in enumerate(_indexed(todo, processes), 1):
+        if (now := time.monotonic()) - reported > _PROGRESS_SECONDS:
+            reported = now
+            seconds = (now - began) / done * (len(todo) - done)
+            print(f"indexed {done:,} of {len(todo):,} tars, {seconds:.0f} s left", flush=True)
     print(f"indexed {len(todo):,} tars in {time.monotonic() - began:.1f} s", flush=True)
 
 
-def _serve() -> None:
-    for line in sys.stdin:
-        try:
-            build(json.loads(line))
-            print("ok", flush=True)
-        except (OSError, UserError) as error:
-            print(" ".join(str(error).split()), flush=True)
+def _indexed(todo: Sequence[str], processes: int) -> Iterator[None]:
+    """Index tars, in processes since walking headers holds the interpreter's lock, and yield after each."""
+    if processes < 2:
+        yield from map(_build_missing, todo)
+        return
+    pool = concurrent.futures.ProcessPoolExecutor(
+        processes, multiprocessing.get_context("spawn"), initializer=init_worker
+    )
+    try:
+        yield from pool.map(_build_missing, todo)
+    except concurrent.futures.process.BrokenProcessPool as error:
+        raise UserError(
+            "a process that indexes tars has ended; index them ahead, with xclip-jax index PATTERN, or start a "
+            'script\'s work under `if __name__ == "__main__":`.'
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def find(pattern: str) -> list[str]:
-    """Return the tars of a local folder, whose name may have any letters, or the files that `storage.expand` names.
+    """Return the tars of a local folder, whose name may have any letters, or the files from `storage.expand`.
 
     Raises:
-      UserError: as `storage.expand`; a folder without tars.
+      UserError: as for `storage.expand`; a folder without tars.
     """
     folder, tars = os.path.expanduser(pattern), []
     if not storage.is_remote(pattern) and os.path.isdir(folder):
@@ -307,10 +383,7 @@ def find(pattern: str) -> list[str]:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """The command; see the module's docstring."""
-    if list(arguments) == ["--serve"]:  # by `_Indexer`
-        _serve()
-        return
+    """Run the command; see the module's docstring."""
     parser = Parser(prog="xclip-jax index", description="Index tars of pairs ahead of a run.")
     parser.add_argument("pattern", help="a folder of tars; or paths, ranges as {00000..01242}.tar and globs")
     options = parser.parse_args(arguments)

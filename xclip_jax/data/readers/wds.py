@@ -7,8 +7,8 @@
     PATH/test/0.tar, PATH/test/1.tar, ...          KEY.webp, .png or .jpg, with KEY.cls, or KEY.txt or KEY.npy
 
 KEY.cls is the number of a class, KEY.txt has the captions of a retrieval set, one a line, and KEY.npy an array of zeros
-and ones for several classes an image. `clip_benchmark_export_wds` writes such folders, and the Hub has many, as
-clip-benchmark/wds_cifar10. Tars are read in place, by the walk of their headers that `tar_index` makes.
+and ones for several classes an image. `clip_benchmark_export_wds` writes such folders, and the Hub has many, such as
+clip-benchmark/wds_cifar10. Tars are read in place, by `tar_index.members`.
 """
 
 import dataclasses
@@ -21,18 +21,18 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from xclip_jax.core import storage
+from xclip_jax.core import hub_client, storage
 from xclip_jax.core.errors import BadSample, UserError
-from xclip_jax.data import hub_client, labelled
-from xclip_jax.data.base import MAX_BYTES, SourceKind, SourceOptions
+from xclip_jax.data import labelled
+from xclip_jax.data.base import MAX_BYTES, Form, SourceKind, SourceOptions
 from xclip_jax.data.readers import tar_index
-from xclip_jax.data.readers.tar_headers import members
+from xclip_jax.data.readers.tar_index import members
 from xclip_jax.data.text import TO_UTF8, decode_utf8
 
 CLASSES, SEVERAL, CAPTIONS = "classification", "multilabel", "retrieval"
-# Of a type of data set, the files with labels or captions.
+# Files with labels or captions, by the type of data set.
 _ANSWERS = {CLASSES: ".cls", SEVERAL: ".npy", CAPTIONS: ".txt"}
-_IMAGES = (".webp", ".png", ".jpg", ".jpeg")  # of several, the first one counts
+_IMAGES = (".webp", ".png", ".jpg", ".jpeg")  # the first of several counts
 _SHARDS = "nshards.txt"
 _MAX_SHARDS = 1_000_000
 _HUB = re.compile(rf"({hub_client.ID})(?:@([^/]+))?(?:/([\w.-]+))?")
@@ -43,10 +43,10 @@ class Split:
     """A split of a data set, not yet read.
 
     Attributes:
-      spec: as the user wrote it.
+      spec: the spec as the user wrote it.
       root: folder of the data set.
-      name: of the split.
-      version: commit of the Hub, or "".
+      name: name of the split.
+      version: commit on the Hub, or "".
     """
 
     spec: str
@@ -99,7 +99,7 @@ class Members(labelled.Files):
     """Images that are files in tars."""
 
     def __init__(self, tars: Sequence[str], rows: Sequence[tuple[int, bytes, int, int]]) -> None:
-        """Of each image `rows` has the number of its tar, its key, the offset and the size in bytes."""
+        """`rows` has the number of the tar, the key, the offset and the size in bytes for each image."""
         self.tars, self.rows = list(tars), list(rows)
 
     def __len__(self) -> int:
@@ -152,10 +152,10 @@ def locate(rest: str, *, fetch: bool = True) -> Split:
 
 
 def read(split: Split) -> tuple[Members, list[bytes]]:
-    """Return the images of a split, and the content of the file with the label or the captions of each.
+    """Return the images of a split, and the content of each image's file with label or captions.
 
     Raises:
-      UserError: files that are missing, tars that are damaged, or images without labels or labels without images.
+      UserError: missing files, damaged tars, images without labels or labels without images.
     """
     tars = split.tars()
     rows, answers = [], []
@@ -167,7 +167,7 @@ def read(split: Split) -> tuple[Members, list[bytes]]:
 
 
 def _samples(split: Split, tar: str) -> Iterator[tuple[bytes, tuple[int, int], bytes]]:
-    """Yield key, offset and size of the image, and content of the answer of each sample of a tar."""
+    """Yield key, offset and size of the image, and content of the label or caption file, for each sample of a tar."""
     suffix, size, file = _ANSWERS[split.type], storage.stat(tar)[0], storage.open_file(tar)
     samples: dict[bytes, dict[str, tuple[int, int]]] = {}
     for name, offset, length in members(tar, size):
@@ -187,10 +187,10 @@ def _samples(split: Split, tar: str) -> Iterator[tuple[bytes, tuple[int, int], b
 
 
 def open_labelled(split: Split) -> labelled.Labelled:
-    """Open images in classes: one class an image, or with type `SEVERAL` any number.
+    """Open images in classes: one class an image, or any number for the type `SEVERAL`.
 
     Raises:
-      UserError: a retrieval set, or as `read`; labels that are not among the classes.
+      UserError: a retrieval set, labels that are not among the classes, or as for `read`.
     """
     if split.type == CAPTIONS:
         raise UserError(f"{split.spec} has captions and no classes; name it as a set of its own: {split.spec}.")
@@ -215,13 +215,13 @@ def open_labelled(split: Split) -> labelled.Labelled:
 
 
 def _label(answer: bytes, shape: tuple[int, ...]) -> Any:
-    """Return the label in a .cls file or, with a shape, in a .npy file; None where it is none."""
+    """Return the label in a .cls file or, with a shape, in a .npy file; None for invalid content."""
     try:
         if not shape:
             return int(answer)
         file = io.BytesIO(answer)
         version = np.lib.format.read_magic(file)
-        # The header first: np.load makes room for as many values as a header claims.
+        # Check the header first: np.load allocates as many values as a header claims.
         size, _, dtype = np.lib.format.read_array_header_1_0(file) if version == (1, 0) else ((), False, None)
         if size != shape or dtype is None or dtype.kind not in "biuf":
             return None
@@ -232,10 +232,10 @@ def _label(answer: bytes, shape: tuple[int, ...]) -> Any:
 
 
 def open_captions(split: Split) -> tuple[Members, list[list[str]]]:
-    """Open images and the captions of each, one a line.
+    """Open images and the captions of each.
 
     Raises:
-      UserError: as `read`, or text that is not UTF-8.
+      UserError: text that is not UTF-8, or as for `read`.
     """
     images, answers = read(split)
     captions = []
@@ -248,27 +248,26 @@ def open_captions(split: Split) -> tuple[Members, list[list[str]]]:
 
 
 class Wds(SourceKind):
-    """`wds:PATH` and `wds:hf:ORG/NAME[@REVISION]`, each of them perhaps with /SPLIT."""
+    """`wds:PATH` and `wds:hf:ORG/NAME[@REVISION]`, with or without /SPLIT."""
 
-    labelled_specs: ClassVar = {
-        "wds:PATH": "tars in clip_benchmark's layout",
-        "wds:hf:ORG/NAME": "the same on the Hugging Face Hub",
+    forms: ClassVar = {
+        "wds:PATH": Form(labels="tars in clip_benchmark's layout", splits="tars in clip_benchmark's layout"),
+        "wds:hf:ORG/NAME": Form(labels="the same on the Hugging Face Hub"),
     }
-    split_specs: ClassVar = {"wds:PATH": labelled_specs["wds:PATH"]}
 
     @classmethod
     def extras(cls, rest: str) -> tuple[str, ...]:
-        """The client of the Hub, where a data set is there."""
+        """Return the extra with the Hub's client, for a data set on the Hub."""
         return ("hub",) if rest.startswith(hub_client.PREFIX) else ()
 
     @classmethod
-    def open_labelled(cls, rest: str, options: SourceOptions) -> labelled.Labelled:
-        """Open labelled images, see `open_labelled` of the module."""
+    def open(cls, rest: str, options: SourceOptions, labels: bool = False) -> labelled.Labelled:
+        """Open labelled images by `open_labelled`."""
         return open_labelled(locate(rest))
 
     @classmethod
     def has_split(cls, rest: str, split: str, options: SourceOptions) -> bool:
-        """Whether the data set has it."""
+        """Whether the data set has the split."""
         try:
             return (locate(rest, fetch=False).root / split / _SHARDS).is_file()
         except UserError:  # opening the first split says what is wrong

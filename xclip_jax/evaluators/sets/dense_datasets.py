@@ -18,7 +18,7 @@ from xclip_jax.core.errors import UserError
 from xclip_jax.data.base import IMAGE_SUFFIXES
 from xclip_jax.data.labelled import Field, Paths
 from xclip_jax.data.preprocessing import Preprocessing
-from xclip_jax.data.readers.tfds_source import open_tfds
+from xclip_jax.data.readers.tfds import open_tfds
 from xclip_jax.evaluators.base import SetKind, closest
 from xclip_jax.evaluators.dense import NO_CLASS, PROTOCOL, DenseSet, MaskedImages, check_mask
 from xclip_jax.evaluators.pictures import Pictures

@@ -21,7 +21,7 @@ from xclip_jax.core.errors import UserError
 from xclip_jax.data.labelled import Field, Paths
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.data.readers import glue as tasks
-from xclip_jax.data.readers.tfds_source import lookup, open_tfds
+from xclip_jax.data.readers.tfds import lookup, open_tfds
 from xclip_jax.data.text import join_surrogates
 from xclip_jax.evaluators.base import SetKind
 from xclip_jax.evaluators.pictures import Pictures

@@ -60,7 +60,7 @@ def _is_for_choices(spec: str, options: SourceOptions) -> bool:
         return False
     source = sources.parse(place)
     reported = {(entry.tfds.partition(":")[0], entry.split) for entry in ENTRIES.values()}
-    if (source.rest.partition(":")[0], split) in reported or not source.kind.split_specs:
+    if (source.rest.partition(":")[0], split) in reported or not source.kind.opens("splits"):
         return False
     return source.kind.has_split(source.rest, "test", options)
 

@@ -23,10 +23,10 @@ from xclip_jax.core import fields, imports
 from xclip_jax.core.console import log0
 from xclip_jax.core.errors import UserError
 from xclip_jax.core.run_folder import RunFolder
-from xclip_jax.data import holdout, opening, sources
+from xclip_jax.data import holdout, sources
 from xclip_jax.data.base import MissingColumnError, Source
 from xclip_jax.data.config import DataConfig
-from xclip_jax.data.controls import Subset
+from xclip_jax.data.holdout import Subset
 from xclip_jax.data.labelled import Field
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.evaluators.base import HELD_OUT, SetKind
@@ -89,7 +89,7 @@ def named_columns(name: str, data: DataConfig) -> tuple[str, DataConfig]:
 
 
 def _pairs(specs: Sequence[str], share: float, data: DataConfig) -> tuple[list[Source], list[holdout.Pairs]]:
-    options = opening.source_options(data)
+    options = sources.source_options(data)
     opened = [sources.open_pairs(spec, options) for spec in specs]
     return opened, [holdout.find(spec, source, share, data) for spec, source in zip(specs, opened, strict=True)]
 

@@ -112,7 +112,7 @@ class ProbeSets(SetKind):
     """`probe/NAME`, `fewshot/NAME` and `probe/SOURCE`."""
 
     prefixes = ("probe", "fewshot")
-    usage = f"probes: probe/NAME, fewshot/NAME, {', '.join(f'probe/{spec}' for spec in sources.usage('split_specs'))}"
+    usage = f"probes: probe/NAME, fewshot/NAME, {', '.join(f'probe/{spec}' for spec in sources.usage('splits'))}"
     load = staticmethod(load)
 
     @classmethod
@@ -120,7 +120,7 @@ class ProbeSets(SetKind):
         """Whether the set is known, and a source has splits."""
         name = spec.partition("/")[2]
         if sources.has_labels(name, "image"):
-            return bool(sources.parse(name).kind.split_specs)
+            return sources.parse(name).kind.opens("splits")
         return bool(name) and check_set(name)
 
     @classmethod

@@ -29,7 +29,7 @@ from xclip_jax.data.base import SourceOptions
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.labelled import Chosen, Field, read_files
 from xclip_jax.data.preprocessing import Preprocessing
-from xclip_jax.data.readers.tfds_source import open_tfds
+from xclip_jax.data.readers.tfds import open_tfds
 from xclip_jax.evaluators import prompts
 from xclip_jax.evaluators.base import HELD_OUT, SetKind
 from xclip_jax.evaluators.pictures import Pictures
@@ -315,7 +315,7 @@ def _masked(name: str, entry: Entry, labels: np.ndarray, names: list[str]) -> tu
     return position[labels], [names[i] for i in entry.classes]
 
 
-_OWN = [name for name, kind in sources.SOURCES.items() if kind.labelled_specs and kind.labelled_items == "image"]
+_OWN = [name for name, kind in sources.SOURCES.items() if kind.opens("labels") and kind.labelled_items == "image"]
 
 
 class PublishedSets(SetKind):
@@ -327,7 +327,11 @@ class PublishedSets(SetKind):
     suites: ClassVar = {"paper": (*PAPER, "coco_retrieval")}
     usage = "own data: " + "; ".join(
         [
-            *(f"{spec}, {meaning}" for name in _OWN for spec, meaning in sources.SOURCES[name].labelled_specs.items()),
+            *(
+                f"{spec}, {meaning}"
+                for spec, meaning in sources.usage("labels").items()
+                if spec.partition(":")[0] in _OWN
+            ),
             f"{PREFIX}{sources.OF_ANOTHER_PACKAGE}",
             f"{PREFIX}{HELD_OUT}[@RUN], the held-out pairs of a run whose sources have labels",
         ]

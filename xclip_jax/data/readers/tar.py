@@ -8,7 +8,9 @@ import collections
 import hashlib
 import itertools
 import json
+import os
 import pathlib
+import resource
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -16,24 +18,54 @@ import numpy as np
 
 from xclip_jax.core import storage
 from xclip_jax.core.errors import BadSample, UserError, public
-from xclip_jax.data.base import Record, Source, SourceKind, SourceOptions
-from xclip_jax.data.readers import open_files, tar_index
+from xclip_jax.data.base import Form, Record, Source, SourceKind, SourceOptions
+from xclip_jax.data.readers import tar_index
 from xclip_jax.data.text import decode_text, decode_utf8, json_strings
 
-_GAP = 1 << 16  # files of a sample that are closer than this are read in one request
+_GAP = 1 << 16  # one request reads the files of a sample and gaps of up to this size
 _MAX_KEYS = 20_000_000  # more keys would take gigabytes to compare
 _EXAMPLES = 3
+# Open files for `storage.open_file`, JAX and trackers, besides the tars.
+_SPARE = 768
+
+
+def raise_open_file_limit(n: int, what: str) -> None:
+    """Raise this process's limit of open files, often 1,024, so that it can keep `n` more open.
+
+    Args:
+      n: number of files.
+      what: their name in the message.
+
+    Raises:
+      UserError: the hard limit is lower.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = _open_files() + n + _SPARE
+    if soft == resource.RLIM_INFINITY or needed <= soft:
+        return
+    if hard != resource.RLIM_INFINITY and needed > hard:
+        raise UserError(
+            f"{n:,} {what} need about {needed:,} open files, and a process may have {hard:,} here; raise that limit "
+            f"(ulimit -Hn {needed}), or join them into fewer."
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+def _open_files() -> int:
+    try:
+        return len(os.listdir("/dev/fd"))
+    except OSError:
+        return 0
 
 
 class TarSource(Source):
     """Samples of tars: `{key}.jpg` (or another image), `{key}.txt`, `{key}.json`.
 
-    A sample that is incomplete, and a part of a tar that cannot be read, have an index of their own, and raise
-    `BadSample`.
+    Each incomplete sample and each unreadable part of a tar has an index of its own, and raises `BadSample`.
     """
 
     def __init__(self, pattern: str, text_keys: Sequence[str] = ("text",), tags_key: str = "") -> None:
-        """Indexes what has no index yet.
+        """Indexes tars that have no index yet.
 
         Args:
           pattern: a folder of tars, or see `storage.expand`.
@@ -56,14 +88,14 @@ class TarSource(Source):
             )
 
     def _open(self, index_paths: Sequence[pathlib.Path]) -> None:
-        open_files.allow(len(index_paths), "tars")
+        raise_open_file_limit(len(index_paths), "tars")
         self._index_paths = list(index_paths)
-        # Mapped, so that all worker processes share one copy of what may be gigabytes.
+        # Mapped, so that all worker processes share one copy, which may have gigabytes.
         self.rows = [np.load(path, mmap_mode="r").view(np.ndarray) for path in index_paths]
         self._ends = list(itertools.accumulate(map(len, self.rows)))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the arrays: a worker process maps them again."""
+        """Pickle without the arrays; a worker process maps them again."""
         return {key: value for key, value in self.__dict__.items() if key not in ("rows", "_ends")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -81,16 +113,16 @@ class TarSource(Source):
         return self.tars[shard], rows[index - self._ends[shard] + len(rows)]
 
     def describe(self, index: int) -> dict[str, str]:
-        """Tar and key of a sample."""
+        """Return tar and key of a sample."""
         tar, row = self._row(index)
         return {"tar": tar, "key": row["key"].decode("utf-8", "replace")}
 
     def known_fault(self, index: int) -> str:
-        """The fault of a sample in the index of its tar, or ""."""
+        """Return the fault of a sample in the index of its tar, or ""."""
         return tar_index.FAULTS[self._row(index)[1]["fault"]]
 
     def known_faults(self) -> Mapping[str, int]:
-        """Number of rows of the indexes with each fault."""
+        """Return the number of samples with each fault."""
         counts: collections.Counter = collections.Counter()
         for rows in self.rows:
             for fault, count in zip(*np.unique(rows["fault"], return_counts=True), strict=True):
@@ -99,7 +131,7 @@ class TarSource(Source):
         return counts
 
     def remarks(self) -> Iterator[str]:
-        """Keys that several samples have, of up to `_MAX_KEYS` samples."""
+        """Yield the number of keys that several samples share, if there are at most `_MAX_KEYS` samples."""
         if len(self) > _MAX_KEYS:
             return
         counts = collections.Counter(key for rows in self.rows for key in rows["key"].tolist())
@@ -119,7 +151,7 @@ class TarSource(Source):
         return {"image": parts["image"], "text": text, "tags": tags, "id": name}
 
     def image(self, index: int) -> bytes:
-        """Return the image of a sample that need not have a caption. Raises `BadSample` where the image is missing."""
+        """Return the image of a sample, with or without a caption. Raises `BadSample` if the image is missing."""
         tar, row = self._row(index)
         if row["fault"] not in (tar_index.OK, tar_index.NO_TEXT):
             raise BadSample(tar_index.FAULTS[row["fault"]])
@@ -146,7 +178,7 @@ class TarSource(Source):
         return text, json_strings(fields, self.tags_key) if self.tags_key else []
 
     def _read(self, tar: str, row: np.void, parts: Sequence[str]) -> dict[str, bytes | None]:
-        """Return the content of these files of a sample, None for those that it lacks."""
+        """Return the content of these files of a sample, None for missing ones."""
         contents: dict[str, bytes | None] = dict.fromkeys(parts)
         spans = {part: (start, int(row[f"{part}_size"])) for part in parts if (start := int(row[part]))}
         first, end = min(start for start, _ in spans.values()), max(start + size for start, size in spans.values())
@@ -164,7 +196,7 @@ class TarSource(Source):
         return contents
 
     def fingerprint(self) -> dict[str, Any]:
-        """Number of samples, a hash of the indexes, and names and sizes of the tars."""
+        """Return the number of samples, a hash of the indexes, and names and sizes of the tars."""
         digest = hashlib.blake2b(digest_size=16)
         for rows in self.rows:
             digest.update(rows.tobytes())
@@ -178,12 +210,14 @@ class TarSource(Source):
 class Tars(SourceKind):
     """`tar:PATTERN`."""
 
-    pair_specs: ClassVar = {
-        "tar:PATTERN": "KEY.jpg (or another image) with KEY.txt or KEY.json in tars, as img2dataset writes them"
+    forms: ClassVar = {
+        "tar:PATTERN": Form(
+            pairs="KEY.jpg (or another image) with KEY.txt or KEY.json in tars, as img2dataset writes them"
+        )
     }
     suffixes = (".tar",)
 
     @classmethod
-    def open_pairs(cls, rest: str, options: SourceOptions) -> TarSource:
+    def open(cls, rest: str, options: SourceOptions, labels: bool = False) -> TarSource:
         """Open a `TarSource`."""
         return TarSource(rest, options.text_keys, options.tags_key)

@@ -16,7 +16,7 @@ from xclip_jax.commands.doctor import Options, check_config
 from xclip_jax.commands.export import export
 from xclip_jax.config import recipes, schema
 from xclip_jax.core.errors import BadSample
-from xclip_jax.data import loader, rgb, tokenizer, transforms
+from xclip_jax.data import images, loader, tokenizer, transforms
 from xclip_jax.data.embeddings import read as read_embeddings
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.report import record, run_sections
@@ -79,18 +79,18 @@ def on_white(data):
 def test_every_kind_of_transparency_is_laid_on_white(name):
     data = files()[name]
     expected = on_white(data)
-    assert (expected == 255).all(axis=2).any() and transforms.is_transparent(data)
-    assert np.abs(transforms.decode(data) - expected).max() <= 1
-    there = transforms.resize_center_crop(transforms.decode(data), tiny.SIZE)
-    assert np.array_equal(Preprocessing(tiny.SIZE, background=rgb.WHITE)(data), there)
+    assert (expected == 255).all(axis=2).any() and images.is_transparent(data)
+    assert np.abs(images.decode(data) - expected).max() <= 1
+    there = transforms.resize_center_crop(images.decode(data), tiny.SIZE)
+    assert np.array_equal(Preprocessing(tiny.SIZE, background=images.WHITE)(data), there)
     # What lies under it is read only where that is asked for.
-    assert not np.array_equal(transforms.decode(data, background=rgb.DROPPED), transforms.decode(data))
+    assert not np.array_equal(images.decode(data, background=images.DROPPED), images.decode(data))
 
 
 def test_an_opaque_image_is_not_transparent():
     for image in (bad_tars.picture(0).convert("RGBA"), bad_tars.picture(0).quantize(8), bad_tars.picture(0)):
-        assert not transforms.is_transparent(bad_tars.encode(image, "PNG"))
-    assert not transforms.is_transparent(bad_tars.jpeg(0))
+        assert not images.is_transparent(bad_tars.encode(image, "PNG"))
+    assert not images.is_transparent(bad_tars.jpeg(0))
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def pairs(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("background", rgb.BACKGROUNDS)
+@pytest.mark.parametrize("background", images.BACKGROUNDS)
 @pytest.mark.parametrize("cache", [False, True])
 def test_a_transparent_file_has_the_same_features_everywhere(background, cache, pairs, tmp_path, capsys):
     """In training, from a path, bytes and Pillow, and in the file that embed writes."""
@@ -120,13 +120,13 @@ def test_a_transparent_file_has_the_same_features_everywhere(background, cache, 
     c = tiny.config("clip", data__background=background, data__cache=cache, data__sources=(f"folder:{pairs}",),
                     data__crop_scale=(1.0, 1.0), data__resample="bicubic", data__batch=8)  # fmt: skip
     made = build.build(c)
-    opened = job.opening.open_sources(made.config.data)
+    opened = job.sources.open_sources(made.config.data)
     order = loader.sample_order(opened, made.config.data, 0)
     transform = loader.Transform(made.config.data, tiny.SIZE, tokenizer.load("bytes"), tiny.LENGTH)
     rows = next(iter(loader.batches(order, transform, batch=8, start=0, stop=1, seed=0)))["image"]
     numbers = [order.place(position)[1] for position in range(8)]
     expected = np.stack([model.prepare(paths[number]) for number in numbers]).astype(int)
-    if background == rgb.WHITE:
+    if background == images.WHITE:
         assert np.array_equal(rows, expected)
         np.testing.assert_allclose(model.encode_prepared(rows), features[numbers], atol=1e-6)
     else:  # evaluation resizes before it drops alpha, as open_clip does
@@ -136,16 +136,16 @@ def test_a_transparent_file_has_the_same_features_everywhere(background, cache, 
 
 def test_weights_of_others_keep_their_own_way(tmp_path):
     make_hf("gelu", 1e-5, 49407, 4).save_pretrained(tmp_path / "hf")
-    assert xclip_jax.load(tmp_path / "hf").preprocessing.background == rgb.DROPPED
+    assert xclip_jax.load(tmp_path / "hf").preprocessing.background == images.DROPPED
     config = recipes.base("clip", "Ti/12")
-    assert config.data.background == rgb.WHITE
+    assert config.data.background == images.WHITE
     weights.adopt(config, str(tmp_path / "hf"))
-    assert config.data.background == rgb.DROPPED
+    assert config.data.background == images.DROPPED
 
 
 def test_exports_keep_it_or_say_that_they_cannot(tmp_path):
     config, variables = our_model("clip")
-    assert config["data"]["background"] == rgb.WHITE
+    assert config["data"]["background"] == images.WHITE
     for to in ("safetensors", "hf", "open_clip"):
         interop.write(variables, config, str(tmp_path / "from"))
         export(str(tmp_path / "from"), str(tmp_path / to), to=to)
@@ -153,7 +153,7 @@ def test_exports_keep_it_or_say_that_they_cannot(tmp_path):
         assert "Transparent images are laid on white before they are resized" in card
         assert ("does not do: do so before." in card) == (to != "safetensors")
         again = interop.read(str(tmp_path / to))[0]["data"]["background"]
-        assert again == (rgb.WHITE if to == "safetensors" else rgb.DROPPED)
+        assert again == (images.WHITE if to == "safetensors" else images.DROPPED)
 
 
 def test_check_doctor_and_report_name_it(pairs, tmp_path, capsys):
@@ -176,11 +176,11 @@ def test_check_doctor_and_report_name_it(pairs, tmp_path, capsys):
 def test_float_images_are_scaled_or_refused():
     values = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
     expected = np.rint(values * 255)
-    for background in rgb.BACKGROUNDS:
+    for background in images.BACKGROUNDS:
         for scale in (1, 255):
             data = bad_tars.encode(Image.fromarray(values * scale), "TIFF")
-            assert np.abs(transforms.decode(data, background=background)[..., 0] - expected).max() <= 1
+            assert np.abs(images.decode(data, background=background)[..., 0] - expected).max() <= 1
             assert Preprocessing(8, background=background)(data).max() == 255
         for wrong in (values * 300, values - 0.5, np.where(values > 0.5, np.nan, values)):
             with pytest.raises(BadSample, match=r"float image out of range: values from .*; scale them to 0 to 1"):
-                transforms.decode(bad_tars.encode(Image.fromarray(wrong.astype(np.float32)), "TIFF"))
+                images.decode(bad_tars.encode(Image.fromarray(wrong.astype(np.float32)), "TIFF"))

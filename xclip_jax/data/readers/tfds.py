@@ -4,16 +4,21 @@ import contextlib
 import hashlib
 import io
 import json
-from typing import Any, ClassVar
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import tensorflow_datasets as tfds
 
-from xclip_jax.core.errors import BadSample, UserError
+from xclip_jax.core import storage
+from xclip_jax.core.errors import UserError, first_line
 from xclip_jax.data import labelled
-from xclip_jax.data.base import LabelledSource, MissingColumnError, Record, Source, SourceKind, SourceOptions
-from xclip_jax.data.readers.tables import strip_texts
-from xclip_jax.data.text import decode_utf8, first_line
+from xclip_jax.data.base import Form, LabelledSource, MissingColumnError, Record, Source, SourceKind, SourceOptions
+from xclip_jax.data.readers.table import pair
+from xclip_jax.data.text import decode_utf8
+
+B = TypeVar("B", bound=tfds.core.DatasetBuilder)
 
 
 def lookup(record: Record, key: str) -> list[str]:
@@ -32,10 +37,10 @@ def lookup(record: Record, key: str) -> list[str]:
 def open_tfds(
     spec: str, split: str, data_dir: str | None, image_key: str = "image"
 ) -> tuple[Any, tfds.core.DatasetInfo]:
-    """Open a split as a data source whose images, at `image_key`, are not decoded, and return its information too.
+    """Open a split as a data source of undecoded images, at `image_key`; return it with the set's information.
 
     Raises:
-      UserError: an unknown data set or split; one that is not prepared, or in files without random access.
+      UserError: an unknown data set or split, or a data set that is not prepared, or not for random access.
     """
     folder = data_dir or "the default data_dir"
     prepare = (
@@ -60,13 +65,11 @@ def open_tfds(
         decoders = {image_key: tfds.decode.SkipDecoding()} if encoded else None
         return builder.as_data_source(split, decoders=decoders), builder.info
     except Exception as error:
+        message = f"TFDS data set {spec!r} is not prepared in {folder}; "
         if not builder.is_prepared():
-            by_hand = (
-                "its archives have to be downloaded by hand into downloads/manual there; then "
-                if builder.MANUAL_DOWNLOAD_INSTRUCTIONS
-                else ""
-            )
-            message = f"TFDS data set {spec!r} is not prepared in {folder}; {by_hand}prepare it once with {prepare}."
+            if builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
+                message += "its archives have to be downloaded by hand into downloads/manual there; then "
+            message += f"prepare it once with {prepare}."
         elif isinstance(error, NotImplementedError):
             message = (
                 f"TFDS data set {spec!r} in {folder} is prepared as {builder.info.file_format.value}, which does not "
@@ -84,7 +87,7 @@ class TfdsSource(Source):
     """A split of a TFDS data set, read with `tfds.data_source`: array_record or parquet files."""
 
     def __init__(self, data: Any, info: tfds.core.DatasetInfo, split: str, options: SourceOptions) -> None:
-        """`data` and `info` are those of `open_tfds`, keys of features those of `lookup`.
+        """`data` and `info` are from `open_tfds`; keys of features as for `lookup`.
 
         Raises:
           MissingColumnError: the data set has no feature of such a key.
@@ -110,20 +113,12 @@ class TfdsSource(Source):
         return len(self.data)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Name, version and split of the data set, and a hash of these and of the sizes of its shards."""
+        """Return name, version and split of the data set, and a hash of these and the sizes of its shards."""
         return self._fingerprint
 
     def __getitem__(self, index: int) -> Record:
         record = self.data[index]
-        text = strip_texts([caption for key in self.options.text_keys for caption in lookup(record, key)])
-        if not text:
-            raise BadSample("caption is empty")
-        return {
-            "image": record[self.options.image_key],
-            "text": text,
-            "tags": strip_texts(lookup(record, self.options.tags_key)) if self.options.tags_key else [],
-            "id": str(index),
-        }
+        return pair(record[self.options.image_key], str(index), self.options, lambda key: lookup(record, key))
 
 
 class TfdsLabelled(LabelledSource):
@@ -143,20 +138,20 @@ class TfdsLabelled(LabelledSource):
         self._labels: np.ndarray | None = None
 
     def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
-        """A worker process opens the data set itself."""
+        """Pickle the arguments; a worker process opens the data set itself."""
         return TfdsLabelled, self._arguments
 
     def __len__(self) -> int:
         return len(self._data)
 
     def labels(self) -> np.ndarray:
-        """All labels (n,)."""
+        """Return all labels (n,)."""
         if self._labels is None:
             self._labels = np.array([self._data[i]["label"] for i in range(len(self))])
         return self._labels
 
     def fingerprint(self) -> dict[str, Any]:
-        """A hash of name, version and split, since a version of a TFDS data set does not change."""
+        """Return a hash of name, version and split; a version of a TFDS data set does not change."""
         return labelled.fingerprint(len(self), self.names, [self._name, self.version, self._split])
 
     @property
@@ -172,43 +167,75 @@ class TfdsLabelled(LabelledSource):
 class TfdsSplits(SourceKind):
     """`tfds:NAME/SPLIT`, prepared once as array_record files."""
 
-    pair_specs: ClassVar = {"tfds:NAME/SPLIT": "a prepared data set of TensorFlow Datasets"}
-    labelled_specs: ClassVar = {
-        "tfds:NAME/SPLIT": "a prepared data set of TensorFlow Datasets with features image and label"
+    forms: ClassVar = {
+        "tfds:NAME/SPLIT": Form(
+            pairs="a prepared data set of TensorFlow Datasets",
+            labels="a prepared data set of TensorFlow Datasets with features image and label",
+        ),
+        "tfds:NAME": Form(splits="a prepared data set of TensorFlow Datasets with features image and label"),
     }
-    split_specs: ClassVar = {"tfds:NAME": labelled_specs["tfds:NAME/SPLIT"]}
 
     @classmethod
-    def open_pairs(cls, rest: str, options: SourceOptions) -> TfdsSource:
-        """Open a `TfdsSource`."""
-        name, split = _name_and_split(rest)
+    def open(cls, rest: str, options: SourceOptions, labels: bool = False) -> Source:
+        """Open a `TfdsSource` or a `TfdsLabelled`."""
+        name, _, split = rest.rpartition("/")
+        if not name:
+            raise UserError(
+                f"source 'tfds:{rest}' does not name a split; write tfds:NAME/SPLIT, as in tfds:coco_captions/train."
+            )
+        if labels:
+            return TfdsLabelled(name, split, options.dir or None)
         return TfdsSource(*open_tfds(name, split, options.dir or None, options.image_key), split, options)
 
     @classmethod
-    def open_labelled(cls, rest: str, options: SourceOptions) -> TfdsLabelled:
-        """Open a `TfdsLabelled`."""
-        return TfdsLabelled(*_name_and_split(rest), options.dir or None)
-
-    @classmethod
     def has_split(cls, rest: str, split: str, options: SourceOptions) -> bool:
-        """Whether the data set, prepared or not, has it."""
+        """Whether the data set, prepared or not, has the split."""
         try:
             return split in tfds.builder(rest, data_dir=options.dir or None).info.splits
         except Exception:  # opening the first split says what is wrong
             return False
 
 
-def _name_and_split(rest: str) -> tuple[str, str]:
-    name, _, split = rest.rpartition("/")
-    if not name:
-        raise UserError(
-            f"source 'tfds:{rest}' does not name a split; write tfds:NAME/SPLIT, as in tfds:coco_captions/train."
-        )
-    return name, split
+def prepare_dataset(make: Callable[[str], B], data_dir: str | os.PathLike | None, check: Callable[[], Any]) -> B:
+    """Prepare a data set as array_record files, unless it is prepared already, and return its builder.
+
+    An interrupted preparation leaves nothing under the data set's name.
+
+    Args:
+      make: function from the root of TFDS data sets to the builder.
+      data_dir: the root; by default $TFDS_DATA_DIR, else `tfds` in `storage.cache_dir`.
+      check: raises what would prevent the preparation, before TFDS announces it.
+    """
+    root = os.fspath(data_dir or os.environ.get("TFDS_DATA_DIR") or storage.cache_dir() / "tfds")
+    builder = make(root)
+    # Its dozen nested bars, for a few seconds, would hide the lines that report progress.
+    tfds.disable_progress_bar()
+    if not builder.is_prepared():
+        check()
+    try:
+        builder.download_and_prepare()
+    except OSError:
+        # The final rename fails if another process was faster; it wrote the same files.
+        if not builder.data_path.exists():
+            raise
+        builder = make(root)
+    return builder
+
+
+def encoded_records(builder: tfds.core.DatasetBuilder, split: str) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Yield the encoded image of each record of a split, and its other features, which are texts and lists of texts."""
+    source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+    for record in (source[i] for i in range(len(source))):
+        image = record.pop("image")
+        yield image, {key: _decoded(value) for key, value in record.items()}
+
+
+def _decoded(value: Any) -> Any:
+    return value.decode() if isinstance(value, bytes) else [item.decode() for item in value]
 
 
 def open_prepared(kind: str, builder: Any, split: str, options: SourceOptions) -> TfdsSource:
-    """Open a split of a builder whose data set is prepared; `kind` is what its specs begin with.
+    """Open a split of a builder whose data set is prepared; `kind` is the first part of its specs.
 
     Raises:
       UserError: an unknown split.

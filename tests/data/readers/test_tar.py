@@ -4,6 +4,8 @@ import collections
 import os
 import pathlib
 import pickle
+import subprocess
+import sys
 import tarfile
 
 import fsspec
@@ -14,8 +16,8 @@ from etils import epath
 from tests.helpers import bad_tars, tiny
 from xclip_jax.core import storage
 from xclip_jax.core.errors import BadSample, UserError
-from xclip_jax.data import base, ledger, loader, sources, tokenizer, transforms
-from xclip_jax.data.readers import tar_source
+from xclip_jax.data import base, images, ledger, loader, sources, tokenizer
+from xclip_jax.data.readers.tar import TarSource
 
 tortured, plain = bad_tars.tortured, bad_tars.plain
 
@@ -41,12 +43,12 @@ def name(entry):
 
 def test_every_case_is_read_or_has_its_reason(tortured):
     pattern, good, bad = tortured
-    source = tar_source.TarSource(pattern)
+    source = TarSource(pattern)
     found, faults = collections.Counter(), {}
     for i in range(len(source)):
         try:
             record = source[i]
-            pixels = transforms.decode(record["image"])
+            pixels = images.decode(record["image"])
             assert pixels.dtype == np.uint8
             assert pixels.shape[2] == 3
             found[name(source.describe(i)), record["text"][0]] += 1
@@ -60,7 +62,7 @@ def test_every_case_is_read_or_has_its_reason(tortured):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_epoch_delivers_each_good_one_once_and_writes_down_each_bad_one(tortured, tmp_path, workers):
     pattern, good, bad = tortured
-    source = tar_source.TarSource(pattern)
+    source = TarSource(pattern)
     n = len(source)
     c = config(batch=n, workers=workers)
     book = ledger.Ledger(epath.Path(tmp_path), max_bad_fraction=1.0)
@@ -87,7 +89,7 @@ def test_an_epoch_delivers_each_good_one_once_and_writes_down_each_bad_one(tortu
 def test_hosts_see_the_same_batches_and_replacements(tortured, plain, hosts):
     """Also with eight hosts on one tar, and across the end of an epoch."""
     for pattern in (tortured[0], plain.replace("{0..1}", "0")):
-        source = tar_source.TarSource(pattern)
+        source = TarSource(pattern)
         stop = len(source) // 8 + 3
         book = ledger.Ledger(epath.Path("/nonexistent"), max_bad_fraction=1.0)
         whole = read([source], config(), book, stop=stop)
@@ -100,7 +102,7 @@ def test_hosts_see_the_same_batches_and_replacements(tortured, plain, hosts):
 @pytest.mark.parametrize("hosts", [1, 2, 8])
 def test_resumed_on_other_hosts_as_if_never_stopped(tortured, tmp_path, hosts):
     """Stopped after a random step with a ledger that ran ahead; the rest, and the ledger, are those of one run."""
-    source = tar_source.TarSource(tortured[0])
+    source = TarSource(tortured[0])
     at = int(np.random.default_rng(hosts).integers(1, 9))
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     whole.mkdir()
@@ -128,7 +130,7 @@ def test_resumed_on_other_hosts_as_if_never_stopped(tortured, tmp_path, hosts):
 
 
 def test_too_many_bad_samples_stop_the_run(tortured, tmp_path):
-    source = tar_source.TarSource(tortured[0])
+    source = TarSource(tortured[0])
     book = ledger.Ledger(epath.Path(tmp_path), max_bad_fraction=0.01)
     read([source], config(), book)
     message = (
@@ -142,7 +144,7 @@ def test_too_many_bad_samples_stop_the_run(tortured, tmp_path):
 
 def test_nothing_but_bad_samples_stop_the_run_at_once(tmp_path):
     bad_tars.shard(tmp_path / "0.tar", [(str(i), {"jpg": b"<html>", "txt": b"x"}) for i in range(5)])
-    source = tar_source.TarSource(f"{tmp_path}/0.tar")
+    source = TarSource(f"{tmp_path}/0.tar")
     book = ledger.Ledger(epath.Path(tmp_path), max_bad_fraction=1.0)
     with pytest.raises(UserError, match=r"source 0 gave 100 bad samples in a row.*'not an image'"):
         read([source], config(), book)
@@ -150,7 +152,7 @@ def test_nothing_but_bad_samples_stop_the_run_at_once(tmp_path):
 
 def test_without_a_ledger_a_bad_sample_is_an_error(tortured):
     with pytest.raises(UserError, match="cannot be used"):
-        read([tar_source.TarSource(tortured[0])], config(batch=64))
+        read([TarSource(tortured[0])], config(batch=64))
 
 
 def test_captions_from_json(plain):
@@ -172,7 +174,7 @@ def test_json_that_is_nested_or_holds_half_a_letter(tmp_path):
         tmp_path / "0.tar",
         [(str(i), {"jpg": image, "json": b'{"caption": %s}' % text.encode()}) for i, text in enumerate(texts)],
     )
-    source = tar_source.TarSource(str(tmp_path / "0.tar"), ("caption",))
+    source = TarSource(str(tmp_path / "0.tar"), ("caption",))
     assert [source[i]["text"] for i in range(3)] == [["cut \ufffd"], ["😀"], ["\ufffd \ufffd"]]
     for i in (3, 4):
         with pytest.raises(BadSample, match="JSON file is damaged"):
@@ -196,7 +198,7 @@ def test_names_that_lead_elsewhere_are_names_alone(tmp_path, monkeypatch):
         bad_tars.add(tar, "device.txt", b"a device")
         bad_tars.add(tar, "pipe.jpg", b"", type=tarfile.FIFOTYPE)
         bad_tars.add(tar, "pipe.txt", b"a pipe")
-    source = tar_source.TarSource(str(path))
+    source = TarSource(str(path))
     opened, opens = [], os.open
     monkeypatch.setattr(os, "open", lambda path, *args, **options: opened.append(path) or opens(path, *args, **options))
     reasons = {}
@@ -215,7 +217,7 @@ def test_names_that_lead_elsewhere_are_names_alone(tmp_path, monkeypatch):
 
 
 def test_a_source_travels_to_workers_without_its_arrays(plain):
-    source = tar_source.TarSource(plain)
+    source = TarSource(plain)
     data = pickle.dumps(source)
     assert len(data) < 2000
     assert pickle.loads(data)[20] == source[20]
@@ -225,7 +227,7 @@ def test_a_source_travels_to_workers_without_its_arrays(plain):
 
 def test_a_tar_that_shrinks_while_it_is_read(tmp_path):
     path = bad_tars.pairs(tmp_path / "0.tar", 0, 3)
-    source = tar_source.TarSource(str(path))
+    source = TarSource(str(path))
     os.truncate(path, 1000)
     with pytest.raises(BadSample, match="tar cut off"):
         source[2]
@@ -233,18 +235,18 @@ def test_a_tar_that_shrinks_while_it_is_read(tmp_path):
 
 def test_a_tar_that_is_replaced_while_it_is_read_is_read_on(tmp_path):
     path = bad_tars.pairs(tmp_path / "0.tar", 0, 3)
-    source = tar_source.TarSource(str(path))
+    source = TarSource(str(path))
     expected, before = [source[i] for i in range(3)], source.fingerprint()
     os.replace(bad_tars.pairs(tmp_path / "other.tar", 7, 3), path)
     assert [source[i] for i in range(3)] == expected
-    assert tar_source.TarSource(str(path)).fingerprint() != before  # which a run that resumes compares
+    assert TarSource(str(path)).fingerprint() != before  # which a run that resumes compares
     path.unlink()
     assert [source[i] for i in range(3)] == expected
 
 
 def test_a_tar_that_is_overwritten_while_it_is_read_gives_reasons(tmp_path):
     path = bad_tars.pairs(tmp_path / "0.tar", 0, 3)
-    source = tar_source.TarSource(str(path))
+    source = TarSource(str(path))
     with path.open("r+b") as file:
         file.write(bytes(path.stat().st_size))
     for i in range(3):
@@ -275,7 +277,7 @@ def test_globs_and_lists(plain):
 def test_no_sample_at_all(tmp_path):
     (tmp_path / "0.tar").write_bytes(b"")
     with pytest.raises(UserError, match=r"names 1 tars and none contains a whole sample \(tar without samples\)"):
-        tar_source.TarSource(str(tmp_path / "0.tar"))
+        TarSource(str(tmp_path / "0.tar"))
 
 
 def test_remote_tars_are_read_alike(plain, tmp_path, monkeypatch):
@@ -283,8 +285,54 @@ def test_remote_tars_are_read_alike(plain, tmp_path, monkeypatch):
     memory = fsspec.filesystem("memory")
     for path in storage.expand(plain):
         memory.pipe_file("/tars/" + path.rpartition("/")[2], pathlib.Path(path).read_bytes())
-    here, there = tar_source.TarSource(plain), tar_source.TarSource("memory://tars/*.tar")
+    here, there = TarSource(plain), TarSource("memory://tars/*.tar")
     assert len(there) == len(here) == 21
     for i in (0, 12, 13, 20):
         assert {**here[i], "id": ""} == {**there[i], "id": ""}
     assert here.fingerprint()["hash"] == there.fingerprint()["hash"]
+
+
+# The limit of open files, in processes of their own, since it stays raised.
+
+LIMITED = """
+import os, resource, sys
+from xclip_jax.data.readers.tar import TarSource
+from xclip_jax.core.errors import UserError
+free, hard = map(int, sys.argv[2:])
+soft = len(os.listdir("/dev/fd")) + free
+resource.setrlimit(resource.RLIMIT_NOFILE, (soft, soft + hard))
+"""
+READ_ALL = """
+source = TarSource(sys.argv[1])
+assert [source[i]["text"] for i in range(len(source))] and len(source) == 60
+assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > soft
+"""
+REFUSED = """
+try:
+    TarSource(sys.argv[1])
+except UserError as error:
+    print(error)
+"""
+
+
+@pytest.fixture(scope="module")
+def sixty_tars(tmp_path_factory):
+    root = tmp_path_factory.mktemp("tars")
+    for i in range(60):
+        bad_tars.pairs(root / f"{i:02d}.tar", i, 1)
+    return root
+
+
+def run_limited(script, tars, monkeypatch, free, hard):
+    monkeypatch.setenv("XCLIP_CACHE", str(tars / "cache"))
+    command = [sys.executable, "-c", LIMITED + script, str(tars), str(free), str(hard)]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
+
+
+def test_more_tars_than_the_limit_of_open_files_are_read(sixty_tars, monkeypatch):
+    run_limited(READ_ALL, sixty_tars, monkeypatch, free=40, hard=4000)
+
+
+def test_where_the_limit_cannot_be_raised_the_remedy_is_named(sixty_tars, monkeypatch):
+    out = run_limited(REFUSED, sixty_tars, monkeypatch, free=40, hard=100)
+    assert "60 tars need about" in out and "raise that limit (ulimit -Hn" in out

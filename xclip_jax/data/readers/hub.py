@@ -1,10 +1,11 @@
 """Data sets of the Hugging Face Hub, and of the package `datasets`, at random access: `hf:ORG/NAME/SPLIT`.
 
 A set is fetched and converted to Arrow files once, in the cache of `datasets`, and mapped into memory from there. The
-package, the extra `datasets`, is imported with the first use. It reads its own environment variables and those of the
-Hub: HF_HOME, HF_DATASETS_CACHE, HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE and others.
+package, the extra `datasets`, is imported on first use. The environment configures it and the Hub's client: HF_HOME,
+HF_DATASETS_CACHE, HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE and others.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -16,23 +17,24 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from xclip_jax.core.errors import BadSample, UserError
-from xclip_jax.data import hub_client, labelled
-from xclip_jax.data.base import MissingColumnError, Record, Source, SourceKind, SourceOptions
-from xclip_jax.data.readers.tables import image_of
+from xclip_jax.core import hub_client
+from xclip_jax.core.errors import UserError
+from xclip_jax.data import labelled
+from xclip_jax.data.base import Form, MissingColumnError, Record, Source, SourceKind, SourceOptions
+from xclip_jax.data.readers.table import image_of, pair
 from xclip_jax.data.text import json_strings
 
 PREFIX = hub_client.PREFIX
-# Columns that are read where data.text_keys is its default and not a column: the first of these.
+# If data.text_keys is its default and not a column, the first of these columns is read.
 _CAPTIONS = ("text", "txt", "caption", "captions", "sentences", "sentence", "alt_text")
 _HUB = re.compile(rf"({hub_client.ID})(?:@([^/]+))?(?:/([^/]+))?/([^/]+)")
 _LOCAL = ("/", "./", "../", "~")
-_LIST = "dataset_dict.json"  # of the splits that `DatasetDict.save_to_disk` wrote
+_LIST = "dataset_dict.json"  # lists the splits that `DatasetDict.save_to_disk` wrote
 # Columns that a spec names at its end, or before the split that a probe adds.
 _COLUMNS = re.compile(r"\?([^/?]*=[^/?]*)(?=/[^/]*$|$)")
 _EXPECTED = "expected ?image=COLUMN&label=COLUMN, or one"
 _BATCH = 10_000  # rows that are hashed at once
-_MAX_MESSAGE = 300  # letters of an error of `datasets`
+_MAX_MESSAGE = 300  # letters of an error message of `datasets`
 
 
 def _package(purpose: str) -> Any:
@@ -51,7 +53,7 @@ def open_split(rest: str) -> Any:
         `save_to_disk` wrote, or FOLDER/SPLIT of a folder that `load_dataset` reads.
 
     Raises:
-      UserError: `datasets` is not installed, a spec of another form, or a set that it cannot open.
+      UserError: `datasets` is not installed, the spec has another form, or the set cannot be opened.
     """
     spec = f"{PREFIX}{rest}"
     if rest.startswith(_LOCAL):
@@ -65,7 +67,7 @@ def open_split(rest: str) -> Any:
 
 
 def split_names(rest: str) -> list[str]:
-    """Return the splits of "hf:" + `rest`, which names none; none of them is read. Errors are those of `open_split`."""
+    """Return the splits of "hf:" + `rest`, a spec without a split, unread. Raises `UserError` as `open_split` does."""
     spec = f"{PREFIX}{rest}"
     if not rest.startswith(_LOCAL):
         match = _HUB.fullmatch(f"{rest}/train")
@@ -88,7 +90,7 @@ def _open_folder(spec: str, path: pathlib.Path) -> Any:
         package = _package(spec)
         try:
             return package.load_from_disk(str(path))
-        except Exception as error:  # of many classes, by what is damaged
+        except Exception as error:  # the class depends on the damage
             raise UserError(f"{spec}: {str(path)!r} cannot be read: {_message(error)}.") from error
     if (path / _LIST).is_file():
         splits = sorted(entry.parent.name for entry in path.glob("*/state.json"))
@@ -99,7 +101,7 @@ def _open_folder(spec: str, path: pathlib.Path) -> Any:
 
 
 def _ask(spec: str, function: str, name: str, configuration: str | None, **options: Any) -> Any:
-    """Call a function of the package, its errors as sentences."""
+    """Call a function of `datasets`; its errors become sentences."""
     package = _package(spec)
     try:
         return getattr(package, function)(name, configuration, **options)
@@ -110,9 +112,7 @@ def _ask(spec: str, function: str, name: str, configuration: str | None, **optio
             f"{spec} is not in the cache, {package.config.HF_DATASETS_CACHE}, and the Hub cannot be reached; connect "
             "this machine, or fetch it on another one and copy the cache."
         ) from error
-    except (
-        Exception
-    ) as error:  # of many classes: an unknown split or configuration, files of an unknown type, a full disk
+    except Exception as error:  # an unknown split or configuration, files of an unknown type, a full disk, ...
         raise UserError(f"{spec}: datasets cannot open it: {_message(error)}.") from error
 
 
@@ -121,12 +121,12 @@ def _message(error: Exception) -> str:
 
 
 def _listed(features: Mapping[str, Any]) -> str:
-    """Return the columns of a set with their types, for error messages."""
+    """Return the columns of a set with their types, for messages."""
     return ", ".join(f"{name} ({getattr(x, 'dtype', None) or type(x).__name__})" for name, x in features.items())
 
 
 def split_columns(rest: str) -> tuple[str, dict[str, str]]:
-    """Return `rest` without its end "?image=COLUMN&label=COLUMN", and the columns; in names %26 is a &, %2F a /.
+    """Split "?image=COLUMN&label=COLUMN" off the end of `rest`; in the columns' names %26 is a & and %2F a /.
 
     Raises:
       UserError: another key than "image" and "label", no column, or another place than the end.
@@ -144,13 +144,13 @@ def split_columns(rest: str) -> tuple[str, dict[str, str]]:
 
 
 def image_column(spec: str, features: Mapping[str, Any], key: str = SourceOptions.image_key, remedy: str = "") -> str:
-    """Return the column with the images: `key` or, where that is the default and not a column, the only one of images.
+    """Return the column of images: `key`, or if that is the default and no column, the only one of type Image.
 
     Args:
-      spec: of the set, for the message.
-      features: columns.
-      key: the config's or the spec's.
-      remedy: what the message says to do, "" to set the config's key.
+      spec: spec of the set, for the message.
+      features: columns of the set.
+      key: column that the config or the spec names.
+      remedy: the message's advice, "" for setting the config's key.
 
     Raises:
       UserError: no such column, or several; the message lists all columns.
@@ -168,7 +168,7 @@ def image_column(spec: str, features: Mapping[str, Any], key: str = SourceOption
 
 
 def caption_columns(spec: str, features: Mapping[str, Any], keys: Sequence[str]) -> tuple[str, ...]:
-    """Return the keys of captions: `keys` or, where those are the default and not columns, the first of the usual ones.
+    """Return the keys of captions: `keys`, or if these are the default and no columns, the first of `_CAPTIONS`.
 
     A key is a column, or COLUMN/FIELD of a nested one.
 
@@ -189,8 +189,8 @@ def caption_columns(spec: str, features: Mapping[str, Any], keys: Sequence[str])
 class Images(labelled.Files):
     """Encoded images in a column of a `datasets.Dataset`: bytes, {"bytes", "path"}, or paths or URLs.
 
-    Files of a set of the Hub are those in the caches of its packages; other files of this machine, and addresses of the
-    inner network, are bad samples.
+    A set of the Hub may name files in the caches of its packages; it may name neither other files of this machine nor
+    addresses of the inner network, which are bad samples.
     """
 
     def __init__(self, rows: Any, column: str, rest: str) -> None:
@@ -203,13 +203,13 @@ class Images(labelled.Files):
         return len(self._rows)
 
     def name(self, index: int) -> str:
-        """Return path or URL of the image where it has one, else "row N"."""
+        """Return the path or URL of the image, or "row N" if it has none."""
         value = self._rows[index][self._column]
         value = value.get("path") if isinstance(value, dict) else value
         return value if isinstance(value, str) and value else f"row {index}"
 
     def sizes(self) -> Iterator[tuple[str, int]]:
-        """Number and size in bytes of each image, or its path without folders and 0."""
+        """Yield the number and size in bytes of each image, or its file name and 0."""
         import pyarrow.compute
 
         index = 0
@@ -233,7 +233,7 @@ class Images(labelled.Files):
 
 
 def _is_cached(path: str) -> bool:
-    """Whether a file is in a cache of `datasets` or huggingface_hub, where these put the files of a set."""
+    """Whether a file is in a cache of `datasets` or huggingface_hub, where they store the files of sets."""
     from huggingface_hub import constants  # `datasets` needs it
 
     config = _package("a file of a set").config
@@ -247,7 +247,7 @@ class HubPairs(Source):
     def __init__(self, rest: str, options: SourceOptions) -> None:
         """Opens the split, see `open_split` and the config keys of `options`.
 
-        "?label=COLUMN" at the end of `rest` is for evaluations of the pairs by their labels.
+        "?label=COLUMN" at the end of `rest` is for evaluating the pairs by their labels.
 
         Raises:
           UserError: a set that cannot be opened or has no rows, or no columns of images and captions.
@@ -257,16 +257,18 @@ class HubPairs(Source):
         if "image" in columns:
             raise UserError(f"source {spec!r} names a column of images; of pairs it is data.image_key.")
         rows = open_split(place)
-        self.image_key = image_column(spec, rows.features, options.image_key)
-        self.text_keys = caption_columns(spec, rows.features, options.text_keys)
-        self.tags_key = options.tags_key
-        if self.tags_key and self.tags_key.partition("/")[0] not in rows.features:
-            fault = f"{spec} has no column {self.tags_key!r}; its columns are {_listed(rows.features)}"
+        if (key := options.tags_key) and key.partition("/")[0] not in rows.features:
+            fault = f"{spec} has no column {key!r}; its columns are {_listed(rows.features)}"
             raise MissingColumnError(fault, "data.tags_key")
+        self.options = dataclasses.replace(
+            options,
+            image_key=image_column(spec, rows.features, options.image_key),
+            text_keys=caption_columns(spec, rows.features, options.text_keys),
+        )
         if not len(rows):
             raise UserError(f"{spec} has no rows; name another split.")
-        keys = [*self.text_keys, *filter(None, [self.tags_key])]
-        self.images = Images(rows, self.image_key, rest)
+        keys = [*self.options.text_keys, *filter(None, [self.options.tags_key])]
+        self.images = Images(rows, self.options.image_key, rest)
         self._texts = rows.select_columns(list(dict.fromkeys(key.partition("/")[0] for key in keys)))
         self._fingerprint: dict[str, Any] = {}
 
@@ -275,40 +277,40 @@ class HubPairs(Source):
 
     def __getitem__(self, index: int) -> Record:
         image, texts = self.images[index], self._texts[index]
-        captions = [caption for key in self.text_keys for caption in json_strings(texts, key)]
-        if not captions:
-            raise BadSample("caption is empty")
-        tags = json_strings(texts, self.tags_key) if self.tags_key else []
-        tags = [tag.strip() for tag in tags[0].split(",")] if len(tags) == 1 else tags
-        return {"image": image, "text": captions, "tags": list(filter(None, tags)), "id": str(index)}
+
+        def read(key: str) -> str | list[str]:
+            values = json_strings(texts, key)
+            return values[0] if len(values) == 1 else values
+
+        return pair(image, str(index), self.options, read)
 
     def describe(self, index: int) -> dict[str, str]:
-        """Number of the row."""
+        """Return the number of the row."""
         return {"row": str(index)}
 
     def remarks(self) -> Iterator[str]:
-        """The columns that are read."""
-        yield f"columns: images {self.image_key!r}, captions {', '.join(map(repr, self.text_keys))}"
+        """Yield the names of the columns that are read."""
+        yield f"columns: images {self.options.image_key!r}, captions {', '.join(map(repr, self.options.text_keys))}"
 
     def fingerprint(self) -> dict[str, Any]:
-        """Number of rows, the columns, and a hash of captions and of the sizes of images."""
+        """Return the number of rows, the columns, and a hash of the captions and of the sizes of images."""
         if not self._fingerprint:
             digest = hashlib.blake2b(digest_size=16)
             for batch in self._texts.iter(_BATCH):
                 digest.update(repr(sorted(batch.items())).encode("utf-8", "surrogatepass"))
             for size in self.images.sizes():
                 digest.update(repr(size).encode("utf-8", "surrogatepass"))
-            columns = {"image": self.image_key, "text": list(self.text_keys)}
+            columns = {"image": self.options.image_key, "text": list(self.options.text_keys)}
             self._fingerprint = {"samples": len(self), "hash": digest.hexdigest(), "columns": columns}
         return self._fingerprint
 
 
 def open_labelled(rest: str, image_key: str = SourceOptions.image_key) -> labelled.Labelled:
-    """Open the images in classes of a split: the column "label", or the only one of type ClassLabel.
+    """Open the images of a split, in the classes of column "label" or of the only column of type ClassLabel.
 
     Args:
-      rest: as of `open_split`; "?image=COLUMN&label=COLUMN" at its end names the columns.
-      image_key: the column of images where `rest` names none.
+      rest: as for `open_split`; "?image=COLUMN&label=COLUMN" at its end names the columns.
+      image_key: the column of images if `rest` names none.
 
     Raises:
       UserError: a set that cannot be opened, no such columns, or rows without a label.
@@ -332,30 +334,27 @@ def open_labelled(rest: str, image_key: str = SourceOptions.image_key) -> labell
 
 
 class HubSets(SourceKind):
-    """`hf:ORG/NAME[@REVISION][/CONFIGURATION]/SPLIT` and `hf:/PATH`, of classes with ?image=COLUMN&label=COLUMN."""
+    """`hf:ORG/NAME[@REVISION][/CONFIGURATION]/SPLIT` and `hf:/PATH`, for labels with ?image=COLUMN&label=COLUMN."""
 
-    pair_specs: ClassVar = {"hf:ORG/NAME/SPLIT": "a data set of the Hugging Face Hub, columns of images and captions"}
-    labelled_specs: ClassVar = {
-        "hf:ORG/NAME/SPLIT": "a data set of the Hugging Face Hub, columns of images and labels of classes"
+    forms: ClassVar = {
+        "hf:ORG/NAME/SPLIT": Form(
+            pairs="a data set of the Hugging Face Hub, columns of images and captions",
+            labels="a data set of the Hugging Face Hub, columns of images and labels of classes",
+        ),
+        "hf:ORG/NAME": Form(splits="a data set of the Hugging Face Hub, columns of images and labels of classes"),
     }
-    split_specs: ClassVar = {"hf:ORG/NAME": labelled_specs["hf:ORG/NAME/SPLIT"]}
 
     @classmethod
     def extras(cls, rest: str) -> tuple[str, ...]:
-        """The package `datasets`."""
+        """Return the extra with the package `datasets`."""
         return ("datasets",)
 
     @classmethod
-    def open_pairs(cls, rest: str, options: SourceOptions) -> HubPairs:
-        """Open a `HubPairs`."""
-        return HubPairs(rest, options)
-
-    @classmethod
-    def open_labelled(cls, rest: str, options: SourceOptions) -> labelled.Labelled:
-        """Open labelled images, see `open_labelled` of the module."""
-        return open_labelled(rest, options.image_key)
+    def open(cls, rest: str, options: SourceOptions, labels: bool = False) -> Source:
+        """Open `HubPairs`, or labelled images by `open_labelled`."""
+        return open_labelled(rest, options.image_key) if labels else HubPairs(rest, options)
 
     @classmethod
     def has_split(cls, rest: str, split: str, options: SourceOptions) -> bool:
-        """Whether the data set lists it; one that is listed and damaged is an error where it is opened."""
+        """Whether the data set lists the split; a damaged split is an error when it is opened."""
         return split in split_names(split_columns(f"{rest}/{split}")[0].removesuffix(f"/{split}"))

@@ -1,4 +1,4 @@
-"""Folders of images: pairs, each image with a .txt file beside it, or classes, each a sub-folder."""
+"""Folders of images: pairs, each image with a .txt file of its name, or classes, one sub-folder each."""
 
 import hashlib
 import os
@@ -9,14 +9,14 @@ from typing import Any, ClassVar
 from xclip_jax.core import storage
 from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.data import labelled
-from xclip_jax.data.base import IMAGE_SUFFIXES, MAX_BYTES, Record, Source, SourceKind, SourceOptions
+from xclip_jax.data.base import IMAGE_SUFFIXES, MAX_BYTES, Form, Record, Source, SourceKind, SourceOptions
 from xclip_jax.data.text import decode_text
 
 
 class FolderSource(Source):
-    """A folder of images, sub-folders too, each beside a .txt file of the same name: one caption a line.
+    """A folder of images, including sub-folders, each with a .txt file of the same name: one caption a line.
 
-    Files and folders whose names begin with a dot are left out: editors and systems write those.
+    Files and folders whose names begin with a dot are left out, since editors and systems write them.
     """
 
     def __init__(self, path: str | pathlib.Path) -> None:
@@ -32,7 +32,7 @@ class FolderSource(Source):
         if not any(p.with_suffix(".txt").is_file() for p in self.images):
             raise UserError(
                 f"data folder {str(path)!r} contains {len(self.images)} images, and none has a .txt file of the same "
-                "name beside it; captions belong in such files."
+                "name in its folder; captions belong in such files."
             )
 
     def __len__(self) -> int:
@@ -53,14 +53,14 @@ class FolderSource(Source):
         return {"image": image, "text": text, "tags": [], "id": str(path)}
 
     def describe(self, index: int) -> dict[str, str]:
-        """Path of the image."""
+        """Return the path of the image."""
         return {"file": str(self.images[index])}
 
     def fingerprint(self) -> dict[str, Any]:
-        """Number of images, and a hash of names below the folder and sizes of images and caption files."""
+        """Return the number of images, and a hash of their relative paths and the sizes of images and captions."""
         digest = hashlib.blake2b(digest_size=16)
         root = len(str(self.path / "x")) - 1
-        for image in map(str, self.images):  # pathlib would take most of the time, of millions of files minutes
+        for image in map(str, self.images):  # pathlib would take minutes for millions of files
             sizes = file_size(image), file_size(f"{os.path.splitext(image)[0]}.txt")
             digest.update(f"{image[root:]}\0{sizes}\n".encode("utf-8", "surrogateescape"))
         return {"samples": len(self), "hash": digest.hexdigest()}
@@ -75,7 +75,7 @@ def _visible_images(root: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def file_size(path: str | os.PathLike) -> int:
-    """Bytes of a file; -1 where there is none."""
+    """Return the size of a file in bytes, -1 if it does not exist."""
     try:
         return os.stat(path).st_size
     except OSError:
@@ -85,21 +85,18 @@ def file_size(path: str | os.PathLike) -> int:
 class Folders(SourceKind):
     """`folder:PATH`."""
 
-    pair_specs: ClassVar = {
-        "folder:PATH": "images, sub-folders too, each with a .txt file of the same name: one caption a line"
+    forms: ClassVar = {
+        "folder:PATH": Form(
+            pairs="images, sub-folders too, each with a .txt file of the same name: one caption a line",
+            labels="images, one sub-folder a class",
+            splits="images, one sub-folder a split, in it one a class",
+        )
     }
-    labelled_specs: ClassVar = {"folder:PATH": "images, one sub-folder a class"}
-    split_specs: ClassVar = {"folder:PATH": "images, one sub-folder a split, in it one a class"}
 
     @classmethod
-    def open_pairs(cls, rest: str, options: SourceOptions) -> FolderSource:
-        """Open a `FolderSource`."""
-        return FolderSource(rest)
-
-    @classmethod
-    def open_labelled(cls, rest: str, options: SourceOptions) -> labelled.Labelled:
-        """Open the images of `labelled.read_files`."""
-        return labelled.open_files(f"folder:{rest}", rest)
+    def open(cls, rest: str, options: SourceOptions, labels: bool = False) -> Source:
+        """Open a `FolderSource`, or the images of `labelled.read_files`."""
+        return labelled.open_files(f"folder:{rest}", rest) if labels else FolderSource(rest)
 
     @classmethod
     def has_split(cls, rest: str, split: str, options: SourceOptions) -> bool:

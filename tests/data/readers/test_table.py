@@ -12,8 +12,8 @@ from tensorflow_datasets.proto import tf_example_pb2
 from tests.helpers import bad_tars
 from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.data import base, sources
-from xclip_jax.data.readers import tables
-from xclip_jax.data.readers.array_record import ArrayRecordSource
+from xclip_jax.data.readers.table import ArrayRecordSource
+from xclip_jax.data.text import csv_rows
 
 
 def open_source(spec, image="image", text=("text",), tags=""):
@@ -91,7 +91,7 @@ def test_quotes_mean_nothing_between_tabs(tmp_path):
     captions[500] = '"a quote that nobody closes'
     captions[700] = '"quoted" and not'
     write(tmp_path / "x.tsv", [("image", "text"), *((f"{i}.jpg", text) for i, text in enumerate(captions))], "\t")
-    rows = list(tables.read_rows(f"{tmp_path}/x.tsv"))
+    rows = list(csv_rows(f"{tmp_path}/x.tsv"))
     assert [row[1] for _, row in rows] == ["text", *captions]
     assert len(open_source(f"csv:{tmp_path}/x.tsv")) == 1001
 
@@ -111,7 +111,7 @@ def test_a_quote_without_a_partner_between_commas(tmp_path, caption, later, line
     write(tmp_path / "x.csv", [("image", "text"), *((f"{i}.jpg", text) for i, text in enumerate(captions))])
     if apart == 3 and later == '19"':  # as a legitimate field of several lines would look
         with pytest.warns(UserWarning, match=r"x\.csv' has 1 rows of several lines, the first at line 11"):
-            assert len(list(tables.read_rows(f"{tmp_path}/x.csv"))) == 98
+            assert len(list(csv_rows(f"{tmp_path}/x.csv"))) == 98
         return
     swallowed = "more than 20 lines" if apart == 60 or caption == '"never closed' else swallowed
     with pytest.raises(UserError, match=rf"x\.csv', line {line}: a quote opens a field that swallows {swallowed}"):
@@ -128,7 +128,7 @@ def test_rows_agree_with_the_csv_module_where_quotes_are_in_pairs(tmp_path):
     with (tmp_path / "x.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(rows)
     with pytest.warns(UserWarning, match="rows of several lines"):
-        assert [row for _, row in tables.read_rows(f"{tmp_path}/x.csv")] == rows
+        assert [row for _, row in csv_rows(f"{tmp_path}/x.csv")] == rows
 
 
 def test_semicolons_as_spreadsheets_write_them(tmp_path, images):
@@ -304,4 +304,4 @@ def test_array_record(tmp_path, images):
     assert card["samples"] == 4 and len(card["hash"]) == 32
     (tmp_path / "b.array_record").write_bytes(b"rubbish" * 100)
     with pytest.raises(UserError, match="cannot be read as ArrayRecord"):
-        ArrayRecordSource(f"{tmp_path}/b.array_record", "image", ("text",))
+        ArrayRecordSource(f"{tmp_path}/b.array_record", base.SourceOptions())

@@ -1,12 +1,11 @@
-"""The client of the Hugging Face Hub: its import, and its errors as sentences."""
+"""The client of the Hugging Face Hub: its import, its errors as sentences, and folders of data sets."""
 
 import contextlib
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from xclip_jax.core.errors import UserError
-from xclip_jax.data.text import first_line
+from xclip_jax.core.errors import UserError, first_line
 
 PREFIX = "hf:"
 ID = r"[\w.-]+/[\w.-]+"
@@ -16,7 +15,7 @@ _NETWORK = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")
 
 
 def load(purpose: str) -> Any:
-    """Return huggingface_hub; `UserError` that begins with `purpose` where it is not installed."""
+    """Return huggingface_hub, or raise a `UserError` that begins with `purpose` if it is not installed."""
     try:
         import huggingface_hub
     except ImportError as error:
@@ -71,7 +70,7 @@ def sentences(what: str, repository: str, revision: str | None = None) -> Iterat
     except UserError:
         raise
     except Exception as error:
-        # ValueError is of a model card, RuntimeError of a file, that is refused.
+        # A refused model card raises ValueError, a refused file RuntimeError.
         if not isinstance(error, OSError | ValueError | RuntimeError) and not _of_network(error):
             raise
         raise UserError(f"{what}: the exchange with the Hub failed: {reason(error)}.") from None
@@ -80,17 +79,17 @@ def sentences(what: str, repository: str, revision: str | None = None) -> Iterat
 def dataset_folder(spec: str, repository: str, revision: str | None, patterns: Sequence[str]) -> pathlib.Path:
     """Return the folder, in the Hub's cache, of a repository of data with the files that match `patterns`.
 
-    What the cache lacks is fetched; the cache alone is used where the Hub cannot be reached, or HF_HUB_OFFLINE is set.
+    Missing files are fetched; only the cache is used if the Hub cannot be reached or HF_HUB_OFFLINE is set.
 
     Args:
-      spec: what the user wrote, for error messages.
+      spec: the user's spec, for messages.
       repository: "ORG/NAME".
       revision: branch, tag or commit, None for the newest.
-      patterns: of names of files, as `huggingface_hub.snapshot_download` takes them.
+      patterns: patterns of file names for `huggingface_hub.snapshot_download`.
 
     Raises:
-      UserError: huggingface_hub is not installed, no such repository or revision, access is refused, or neither the Hub
-        nor the cache has it.
+      UserError: huggingface_hub is not installed, the repository or revision does not exist, access is refused, or
+        neither the Hub nor the cache can be read.
     """
     hub = load(spec)
     from huggingface_hub.errors import LocalEntryNotFoundError

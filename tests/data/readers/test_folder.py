@@ -1,0 +1,88 @@
+"""Folders of image-text pairs: which files are read, what cannot be read, and fingerprints."""
+
+import os
+import shutil
+
+from tests.helpers import bad_tars, tiny
+from xclip_jax.core.errors import BadSample
+from xclip_jax.data import base, sources
+from xclip_jax.data.readers.folder import FolderSource
+
+
+def names(source):
+    return [str(path.relative_to(source.path)) for path in source.images]
+
+
+def test_hidden_folders_and_files_are_no_pairs(tmp_path):
+    tiny.folder(tmp_path / ".data" / "pairs", n=3)  # above the root a dot means nothing
+    root = tmp_path / ".data" / "pairs"
+    before = names(FolderSource(root))
+    for place in (".ipynb_checkpoints/a-checkpoint.jpg", "sub/.thumbs/b.jpg", "._c.jpg", "sub/d/e.JPG", "sub-1/f.png"):
+        (root / place).parent.mkdir(parents=True, exist_ok=True)
+        (root / place).write_bytes(bad_tars.jpeg(0))
+    (root / "folder.jpg").mkdir()
+    after = names(FolderSource(root))
+    assert sorted(after) == sorted([*before, "sub/d/e.JPG", "sub-1/f.png"])
+    assert after.index("sub/d/e.JPG") < after.index("sub-1/f.png")  # by folders, not by letters
+
+
+def test_what_a_folder_cannot_read_is_a_bad_sample(tmp_path, monkeypatch):
+    tiny.folder(tmp_path, n=1)
+    for name in ("pipe", "pipe_text", "large", "large_text", "no_text", "link"):
+        (tmp_path / f"{name}.jpg").write_bytes(bad_tars.jpeg(0))
+        (tmp_path / f"{name}.txt").write_text("caption")
+    for name in ("pipe.jpg", "pipe_text.txt"):
+        (tmp_path / name).unlink()
+        os.mkfifo(tmp_path / name)
+    (tmp_path / "no_text.txt").unlink()
+    (tmp_path / "link.jpg").unlink()
+    (tmp_path / "link.jpg").symlink_to(tmp_path / "nowhere")
+    monkeypatch.setitem(base.MAX_BYTES, "image", 10_000)
+    monkeypatch.setitem(base.MAX_BYTES, "text", 1000)
+    (tmp_path / "large.jpg").write_bytes(bytes(10_001))
+    (tmp_path / "large_text.txt").write_bytes(b"x" * 1001)
+    source, reasons = FolderSource(tmp_path), {}
+    for i, path in enumerate(source.images):
+        try:
+            source[i]
+        except BadSample as error:
+            reasons[path.stem] = error.reason
+    assert reasons == {
+        "pipe": "file cannot be read",
+        "pipe_text": "file cannot be read",
+        "large": "file too large",
+        "large_text": "file too large",
+        "no_text": "no caption file",
+        "link": "no image file",
+    }
+
+
+def test_card_of_a_folder(tmp_path):
+    """It is that of a copy in another place; another name, size or number of files changes it."""
+    root = tiny.folder(tmp_path / "a", n=4)
+    card = sources.Decoded(FolderSource(root)).fingerprint()
+    assert card["samples"] == 4 and len(card["hash"]) == 32
+    shutil.copytree(root, tmp_path / "b")
+    [image, *_] = sorted((tmp_path / "b").glob("*.*g"))
+    os.utime(image, (1, 1))
+    copy = FolderSource(tmp_path / "b")
+    assert copy.fingerprint() == card
+    text = image.with_suffix(".txt")
+    hashes = {card["hash"]}
+    for change in (
+        lambda: text.write_text(f"{text.read_text()}!"),
+        lambda: image.write_bytes(image.read_bytes() + b"x"),
+        lambda: image.rename(image.with_stem("new")),
+        lambda: text.rename(text.with_stem("new")),
+    ):
+        change()
+        hashes.add(FolderSource(tmp_path / "b").fingerprint()["hash"])
+    assert len(hashes) == 5
+
+
+def test_card_of_a_folder_takes_names_that_are_not_utf8(tmp_path):
+    path = os.fsencode(tmp_path) + b"/\xff.jpg"
+    with open(path, "wb") as file:
+        file.write(bad_tars.jpeg(0))
+    (tmp_path / "\udcff.txt").write_text("x")
+    assert FolderSource(tmp_path).fingerprint()["samples"] == 1

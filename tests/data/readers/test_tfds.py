@@ -1,0 +1,146 @@
+"""Data sets of TensorFlow Datasets as pairs, read without TensorFlow."""
+
+import io
+import shutil
+
+import pytest
+import tensorflow_datasets as tfds
+
+from tests.helpers import bad_tars
+from xclip_jax.core.errors import BadSample, UserError
+from xclip_jax.data import base, sources
+from xclip_jax.data.readers.tfds import TfdsSource, open_tfds
+
+
+def test_card_of_the_demo():
+    splits = ("train", "train", "train[:10]", "test_line")
+    cards = [open_source(f"demo:{split}", text_keys=("name",)).fingerprint() for split in splits]
+    assert cards[0] == cards[1] and cards[0]["name"].startswith("emoji_pairs/")
+    assert [card["samples"] for card in cards[1:]] == [4309, 10, 1474]
+    assert len({card["hash"] for card in cards}) == 3
+    with pytest.raises(UserError, match=r"^source 'demo:tests': unknown split; expected one of .*test_line, .*train"):
+        open_source("demo:tests")
+
+
+def open_source(spec, data_dir="", **keys):
+    return sources.open_pairs(spec, base.SourceOptions(data_dir, **keys))
+
+
+class Numbers(tfds.core.GeneratorBasedBuilder):
+    """A TFDS data set; one with the images in bytes needs no TensorFlow."""
+
+    VERSION = tfds.core.Version("1.2.0")
+    n = 3
+
+    def _info(self):
+        features = tfds.features.FeaturesDict({"image": tfds.features.Image(), "text": tfds.features.Text()})
+        return self.dataset_info_from_configs(features=features)
+
+    def _split_generators(self, _):
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+        for i in range(self.n):
+            yield i, {"image": io.BytesIO(bad_tars.encode(bad_tars.picture(i), "PNG")), "text": f"number {i}"}
+
+
+def prepare(folder, n, file_format="array_record"):
+    Numbers.n = n
+    builder = Numbers(data_dir=str(folder), file_format=file_format)
+    builder.download_and_prepare(download_config=tfds.download.DownloadConfig(num_shards=1))
+    return str(folder)
+
+
+def test_tfds(tmp_path):
+    folder = prepare(tmp_path / "a", 3)
+    source = open_source("tfds:numbers/train", folder)
+    assert source[1]["text"] == ["number 1"]
+    card = source.fingerprint()
+    assert (card["samples"], card["name"], card["split"]) == (3, "numbers/1.2.0", "train")
+    shutil.copytree(folder, tmp_path / "b")
+    assert open_source("tfds:numbers/train", str(tmp_path / "b")).fingerprint() == card
+    for changes in ({"text_keys": ("title/text",)}, {"image_key": "title"}, {"tags_key": "title"}):
+        with pytest.raises(
+            base.MissingColumnError, match=r"numbers/1\.2\.0 has no feature 'title.*'; it has image, text; set"
+        ):
+            open_source("tfds:numbers/train", folder, **changes)
+    part = open_source("tfds:numbers/train[:2]", folder)
+    assert len(part) == 2 and part.fingerprint()["hash"] != card["hash"]
+    other = open_source("tfds:numbers/train[:3]", prepare(tmp_path / "c", 4))
+    fewer = open_source("tfds:numbers/train[:3]", folder)
+    assert len(other) == 3 and other.fingerprint()["hash"] != fewer.fingerprint()["hash"]
+    with pytest.raises(UserError, match=r"^TFDS data set 'numbers', split 'tests', cannot be read from .*/a \(.*tests"):
+        open_source("tfds:numbers/tests", folder)
+
+
+def test_tfds_that_needs_tensorflow_to_be_prepared(monkeypatch, capsys):
+    def builder(*_, **__):
+        print("*****")
+        raise ModuleNotFoundError("Failed to construct dataset: No module named 'tensorflow'")
+
+    monkeypatch.setattr(tfds, "builder", builder)
+    message = r"'coco_captions' is not prepared in .*, which needs TensorFlow; .*tfds-prepare.*tfds build coco_captions"
+    with pytest.raises(UserError, match=message):
+        open_tfds("coco_captions", "train", None)
+    assert not capsys.readouterr().out
+
+
+def test_captions_of_tfds_that_are_empty_are_bad_samples():
+    captions = ([b" two dogs\n", b"", b"\t"], [b"", b"  "], [])
+    records = [{"image": b"x", "captions": {"text": texts}, "title": b" "} for texts in captions]
+    info = type("Info", (), {"full_name": "x/1.0.0", "splits": {}, "features": ("image", "captions", "title")})
+    source = TfdsSource(records, info, "train", base.SourceOptions(text_keys=("captions/text", "title")))
+    assert source[0]["text"] == ["two dogs"]
+    for i in (1, 2):
+        with pytest.raises(BadSample, match="caption is empty"):
+            source[i]
+
+
+class Photos(Numbers):
+    """Grey images that are not called so, and keywords some of which are empty."""
+
+    def _info(self):
+        photo = tfds.features.Image(shape=(None, None, 1))
+        features = {"photo": photo, "title": tfds.features.Text(), "tag": tfds.features.Text()}
+        return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features))
+
+    def _generate_examples(self):
+        for i in range(3):
+            photo = io.BytesIO(bad_tars.encode(bad_tars.picture(i).convert("L"), "PNG"))
+            yield i, {"photo": photo, "title": f"number {i}", "tag": "x" * (i % 2)}
+
+
+def test_images_of_tfds_that_have_another_name(tmp_path):
+    """They too are read as files, which training decodes, and not decoded to one channel."""
+    Photos(data_dir=str(tmp_path), file_format="array_record").download_and_prepare()
+    source = open_source("tfds:photos/train", str(tmp_path), image_key="photo", text_keys=("title",), tags_key="tag")
+    records = {record["text"][0]: record for record in (source[i] for i in range(3))}
+    for i in range(3):
+        assert records[f"number {i}"]["image"] == bad_tars.encode(bad_tars.picture(i).convert("L"), "PNG")
+        assert records[f"number {i}"]["tags"] == ["x"] * (i % 2)
+
+
+def test_tfds_that_is_not_there_or_in_another_format(tmp_path):
+    command = r"`tfds build numbers --file_format=array_record --data_dir=.*`\.$"
+    with pytest.raises(UserError, match=r"^TFDS data set 'numbers' is not prepared in .*/x; prepare .*" + command):
+        open_source("tfds:numbers/train", str(tmp_path / "x"))
+    with pytest.raises(UserError, match=r"^unknown TFDS data set 'no_numbers'; see https://"):
+        open_source("tfds:no_numbers/train", str(tmp_path / "x"))
+
+
+def test_tfds_without_random_access(monkeypatch):
+    class Builder:
+        info = type("Info", (), {"features": {}, "file_format": tfds.core.FileFormat.TFRECORD})
+
+        def is_prepared(self):
+            return True
+
+        def as_data_source(self, *_, **__):
+            raise NotImplementedError("Random access data source for file format FileFormat.TFRECORD is not supported.")
+
+    monkeypatch.setattr(tfds, "builder", lambda *_, **__: Builder())
+    message = (
+        r"^TFDS data set 'x' in the default data_dir is prepared as tfrecord, which does not allow random access; .*"
+    )
+    with pytest.raises(UserError, match=message + r"--file_format=array_record`\.$"):
+        open_tfds("x", "train", None)

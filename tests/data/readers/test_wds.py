@@ -1,0 +1,71 @@
+"""Splits in clip_benchmark's layout: where they are, their labels and captions, and faults."""
+
+import io
+import tarfile
+
+import numpy as np
+import pytest
+
+from tests.helpers import bad_tars
+from xclip_jax.core.errors import UserError
+from xclip_jax.data.readers import wds
+
+
+def write(root, samples, split="test", **texts):
+    """A data set of one tar; each sample is {suffix: content}."""
+    (root / split).mkdir(parents=True)
+    for name, lines in ({"classnames": ["fox", "hen"]} | texts).items():
+        (root / f"{name}.txt").write_text("\n".join(lines))
+    (root / split / "nshards.txt").write_text("1\n")
+    with tarfile.open(root / split / "0.tar", "w") as tar:
+        for i, sample in enumerate(samples):
+            for suffix, content in sample.items():
+                bad_tars.add(tar, f"s{i}.{suffix}", content)
+    return root
+
+
+def array(values):
+    file = io.BytesIO()
+    np.save(file, np.array(values))
+    return file.getvalue()
+
+
+IMAGE = bad_tars.jpeg(0)
+
+
+def test_a_path_names_a_data_set_or_a_split(tmp_path):
+    root = write(tmp_path / "set", [{"jpg": IMAGE, "cls": b"1"}], split="train")
+    assert wds.locate(f"{root}/train") == wds.Split(f"wds:{root}/train", root, "train")
+    assert wds.locate(str(root)).name == "test"
+    with pytest.raises(UserError, match=r"expected clip_benchmark's layout .*; its splits are train\.$"):
+        wds.locate(str(root)).tars()
+    with pytest.raises(UserError, match="names no data set of the Hub"):
+        wds.locate("hf:nothing")
+
+
+def test_one_class_several_classes_and_captions(tmp_path):
+    one = wds.open_labelled(wds.locate(str(write(tmp_path / "one", [{"jpg": IMAGE, "cls": b"1"}]))))
+    assert one.labels().tolist() == [1] and one.names == ["fox", "hen"] and one.items[0] == IMAGE
+    samples = [{"jpg": IMAGE, "npy": array([1, 0])}, {"jpg": IMAGE, "npy": array([0, 0])}]
+    several = wds.open_labelled(wds.locate(str(write(tmp_path / "several", samples, dataset_type=["multilabel"]))))
+    assert several.labels().tolist() == [[True, False], [False, False]]
+    samples = [{"webp": IMAGE, "jpg": b"", "txt": b"a fox\na hen"}]
+    split = wds.locate(str(write(tmp_path / "captions", samples, dataset_type=["retrieval"])))
+    images, captions = wds.open_captions(split)
+    assert captions == [["a fox", "a hen"]] and images[0] == IMAGE
+    with pytest.raises(UserError, match="has captions and no classes"):
+        wds.open_labelled(split)
+
+
+@pytest.mark.parametrize(
+    ("sample", "message"),
+    [
+        ({"jpg": IMAGE, "cls": b"2"}, "has the label b'2'; expected a number from 0 to 1"),
+        ({"jpg": IMAGE, "cls": b"x"}, "has the label b'x'"),
+        ({"jpg": IMAGE}, "a data set of type classification needs .cls and one of .webp"),
+        ({"cls": b"1"}, "has the files .cls; a data set of type classification needs"),
+    ],
+)
+def test_faulty_samples_are_named(tmp_path, sample, message):
+    with pytest.raises(UserError, match=message):
+        wds.open_labelled(wds.locate(str(write(tmp_path, [sample]))))
