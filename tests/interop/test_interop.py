@@ -30,7 +30,7 @@ from tests.helpers.foreign import (
     theirs_hf,
     theirs_open_clip,
 )
-from tests.objectives.test_base import superclip
+from tests.objectives.test_term import superclip
 from xclip_jax import interop
 from xclip_jax.config import recipes
 from xclip_jax.config.load import load_config

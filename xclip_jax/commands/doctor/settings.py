@@ -8,7 +8,7 @@ import jax
 from xclip_jax.commands.doctor.finding import Finding, warning
 from xclip_jax.config.schema import Config
 from xclip_jax.core.command_names import command
-from xclip_jax.objectives import Objective, Term
+from xclip_jax.objectives import Objective, Report
 from xclip_jax.objectives.clip import Contrastive
 from xclip_jax.train.build import Experiment
 
@@ -83,7 +83,7 @@ def _evaluation(config: Config, objective: Objective) -> Iterator[Finding]:
         yield warning("settings", text, f"set eval.sets and eval.every, such as {max(steps // 10, 1):,}")
     if group.ema and not (config.ema.on or objective.teacher):
         yield warning("settings", "eval.ema evaluates a moving average, and the run keeps none", "set ema.on=True")
-    judged = [name for name, term in objective.terms.items() if type(term).alarms is not Term.alarms]
+    judged = [name for name, term in objective.terms.items() if type(term.report).health is not Report.health]
     if judged and config.log.collapse_warmup_steps >= steps:
         first = config.log.collapse_warmup_steps
         text = f"log.collapse_warmup_steps={first} is not below the {steps:,} steps, so no step warns of a failure"
