@@ -45,7 +45,7 @@ class OptimConfig:
     b2: float = key(0.98, "decay of the second moment", fraction_below_one())
     eps: float = key(1e-8, "added to the root of the second moment", at_least(1e-15))
     layer_decay: float = key(
-        1.0, "updates of a layer over those of the layer above; 1 for none", Check("above 0 and at most 1", _is_share)
+        1.0, "updates of a layer over updates of the layer above; 1 for none", Check("above 0 and at most 1", _is_share)
     )
     grad_clip_norm: float = key(0.0, "bound on the global norm of the gradient; 0 for none", at_least(0))
     mu_dtype: str = key("float32", "of the first moment; the second is float32", choice(("float32", "bfloat16")))

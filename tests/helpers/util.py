@@ -12,7 +12,7 @@ import numpy as np
 from flax import linen as nn
 
 from xclip_jax.models.heads import ClusterHeadConfig, cluster_heads, contrastive_heads
-from xclip_jax.models.text import TextTowerConfig
+from xclip_jax.models.transformer import TextTowerConfig
 from xclip_jax.models.two_towers import TwoTowers
 from xclip_jax.models.vit import ImageTowerConfig
 

@@ -18,7 +18,6 @@ from xclip_jax.objectives import (
     Curve,
     find_term,
     make_objective,
-    objective_of_heads,
     read_objective,
 )
 from xclip_jax.objectives.similarity import ClusterSimilarity, CosineSimilarity
@@ -197,15 +196,6 @@ def test_progress_and_alarms_are_the_terms():
 def test_titles(objective, title, formula):
     made = read_objective(objective)
     assert (made.title, made.formula) == (title, formula)
-
-
-def test_the_heads_of_weights_decide_their_objective():
-    heads = {"proj_img", "proj_txt", "log_scale"}
-    assert objective_of_heads(heads) == {"name": "clip"}
-    assert objective_of_heads(heads | {"bias"}) == {"name": "siglip"}
-    assert objective_of_heads({"clusters_img", "clusters_txt"}) == {"name": "nclip"}
-    with pytest.raises(UserError, match="no objective has just the heads log_scale, proj_img"):
-        objective_of_heads({"proj_img", "log_scale"})
 
 
 def test_a_card_lists_the_options_of_a_term_of_another_package():

@@ -3,7 +3,7 @@
 Each device keeps its images, and the texts travel round the ring: in each of as many hops as there are batch shards a
 device compares its images with one block of texts. The forward pass keeps sums of the rows and columns of logits; the
 backward pass sends the texts round again and computes each block a second time (Inf-CL, arXiv 2410.17243). Values and
-gradients are those of `losses.contrastive`, which defines the losses.
+gradients equal `losses.contrastive`, which defines the losses.
 
 A device holds one block of (b / devices)^2 logits and a few arrays of (b / devices, e); the plain form holds several of
 (b / devices, b) and of (b, e), a gigabyte or more from 130,000 pairs on. With fewer than about 1,000 pairs a device the
@@ -167,7 +167,7 @@ def _send_round(
       block: (shard of the texts, texts, home, away) -> (home, away), the sums with the block added.
       texts: a text a column, since rows of e and a few more numbers would be padded to whole registers.
       home: sums of this device's images.
-      away: sums of the texts, a text a column, before any block: those of all devices are alike.
+      away: sums of the texts, a text a column, before any block, equal on all devices.
     """
     shards, height = len(order), len(texts)
     following = [(shard, order[(i + 1) % shards]) for i, shard in enumerate(order)]

@@ -18,7 +18,6 @@ from xclip_jax.objectives.objective import (
     ObjectiveConfig,
     find_term,
     make_objective,
-    objective_of_heads,
     read_objective,
     with_terms,
 )
@@ -41,7 +40,6 @@ __all__ = [
     "Term",
     "find_term",
     "make_objective",
-    "objective_of_heads",
     "read_objective",
     "with_terms",
 ]

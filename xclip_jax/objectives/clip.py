@@ -192,6 +192,6 @@ class Siglip(Contrastive):
     outputs: ClassVar[tuple[str, ...]] = ("z_img", "z_txt", "scale", "bias")
 
     def blind_loss(self, metrics: Mapping[str, float]) -> float:
-        """Loss of the logit ln(1 / (b - 1)) for each of the b * b pairs, of which b match."""
+        """Loss of the logit ln(1 / (b - 1)) for each of b * b pairs, if b of them match."""
         b = math.exp(metrics["ln_b"])
         return metrics["ln_b"] + (b - 1) * math.log(b / (b - 1)) if b > 1 else 0.0

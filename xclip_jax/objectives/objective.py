@@ -261,7 +261,7 @@ class ObjectiveConfig:
         return read_plugin(self.plugins[name], path, TERMS, Term, "objective term", type_name=name)
 
     def _misspelling(self) -> Iterator[str]:
-        """Yield a fault for a name that resembles an objective of this package, if its terms are of this package too.
+        """Yield a fault for a name that resembles an objective of this package, if its terms are in this package too.
 
         A digit or a sign, as in "xclip_2", makes it a new name.
         """
@@ -313,18 +313,6 @@ def read_objective(values: Mapping[str, Any]) -> Objective:
     if faults:
         raise UserError(f"{'; '.join(faults)}.")
     return make_objective(config)
-
-
-def objective_of_heads(heads: Collection[str]) -> dict[str, str]:
-    """Return the config group `objective` of the term of this package whose model has exactly these heads.
-
-    Raises:
-      UserError: no term has them.
-    """
-    for name, terms in RECIPES.items():
-        if len(terms) == 1 and find_term(name)().heads(ModelConfig(), vocab=1).keys() == set(heads):
-            return {"name": name}
-    raise UserError(f"no objective has just the heads {', '.join(sorted(heads))}.")
 
 
 def with_terms(values: Mapping[str, Any]) -> dict[str, Any]:

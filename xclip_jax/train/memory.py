@@ -12,7 +12,7 @@ from xclip_jax.config import schema
 from xclip_jax.core.console import format_bytes, log0
 from xclip_jax.core.environment import host_memory
 from xclip_jax.core.errors import UserError
-from xclip_jax.models.layers import REMAT_POLICIES
+from xclip_jax.models.transformer import REMAT_POLICIES
 from xclip_jax.models.two_towers import TOWERS
 from xclip_jax.parallel.mesh import BATCH_AXES, batch_sharding
 from xclip_jax.train.build import Experiment, build

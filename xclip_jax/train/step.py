@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from xclip_jax.losses.rank import effective_rank
+from xclip_jax.losses.noncontrastive import effective_rank
 from xclip_jax.models.two_towers import TOWERS, TwoTowers
 from xclip_jax.objectives import Objective
 from xclip_jax.parallel import compiler, sharding
