@@ -331,19 +331,23 @@ def write(
     content = {"embed_dim": model["embed"], "quick_gelu": "quick_gelu" in acts, "vision_cfg": vision, "text_cfg": text}
     if "bias" in params:
         content["init_logit_bias"] = float(params["bias"])
+    return (
+        {"model_cfg": content, "preprocess_cfg": _preprocess_cfg(config)},
+        names.write(params, model, vocab, _clip()),
+        texts,
+        notes,
+    )
+
+
+def _preprocess_cfg(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Group "preprocess_cfg" of open_clip_config.json."""
     prepare = Preprocessing.from_dict(config, config["model"]["img"]["image_size"])
     if prepare.resize_size not in (0, prepare.size):
         raise UserError(
             f"open_clip has no size but {prepare.size} to resize images to, and eval.resize_size is "
             f"{prepare.resize_size}; write to 'hf' or 'safetensors'."
         )
-    preprocess = {
+    return {
         "size": prepare.size, "mean": prepare.mean, "std": prepare.std, "interpolation": prepare.interpolation,
         "resize_mode": prepare.resize_mode, "fill_color": 0,
     }  # fmt: skip
-    return (
-        {"model_cfg": content, "preprocess_cfg": preprocess},
-        names.write(params, model, vocab, _clip()),
-        texts,
-        notes,
-    )
