@@ -4,8 +4,8 @@
     z_img, z_txt = model.encode_image(["a.jpg", "b.png"]), model.encode_text(["a fox", "a hen"])
     result = model.zero_shot(["a.jpg"], ["fox", "hen"])
 
-Results are NumPy arrays. Items are encoded on all devices in batches of a few fixed sizes, each of which is compiled
-once. Images are resized, cropped and normalised as in the model's config.
+Results are NumPy arrays. Items are encoded on all devices in batches of a few fixed sizes, which are compiled once
+each. Images are resized, cropped and normalised as in the model's config.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ class ZeroShotResult:
     Attributes:
       labels: the likeliest class of each image.
       probabilities: fp32 (b, n), rows sum to 1.
-      scores: fp32 (b, n), from which the probabilities follow: cosines, or negative cross-entropies in nats, or the sum
+      scores: fp32 (b, n), that give the probabilities: cosines, or negative cross-entropies in nats, or the sum
         of both, each over its standard deviation.
     """
 

@@ -125,12 +125,10 @@ def test_notes_on_heads_that_a_format_cannot_hold(tmp_path):
     config, variables = our_model("xclip", model__img__scan=True)
     assert interop.write(variables, config, str(tmp_path / "hf"), "hf") == [
         "left out, since 'hf' has no place for them: clusters_img, clusters_txt",
-        "without cluster heads the model assigns no clusters",
     ]
     config, variables = our_model("siglip")
     assert interop.write(variables, config, str(tmp_path / "hf"), "hf") == [
         "left out, since 'hf' has no place for them: bias",
-        "without bias similarities keep their order and are not logits of a match",
     ]
     assert interop.write(variables, config, str(tmp_path / "oc"), "open_clip") == []
     assert interop.read(str(tmp_path / "oc"))[0]["objective"]["name"] == "siglip"

@@ -240,6 +240,5 @@ def _expressible(
     notes, held = [], {"img", "txt", *heads}
     if missing := sorted(params.keys() - held):
         notes.append(f"left out, since {to!r} has no place for them: {', '.join(missing)}")
-        notes += objective.export_notes(missing)
     flat = flatten_dict({name: tree for name, tree in params.items() if name in held}, sep="/")
     return {name: np.asarray(x) for name, x in flat.items()}, notes

@@ -13,7 +13,7 @@ from xclip_jax.core.errors import UserError
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.data.tokenizer import Tokenizer
 from xclip_jax.interop import names, vocabulary
-from xclip_jax.interop.names import Flat, Names
+from xclip_jax.interop.names import Export, Flat, Names
 from xclip_jax.interop.tensor_files import read_json
 
 CONFIG = "config.json"
@@ -198,9 +198,7 @@ def _edges(value: Any, *names: str) -> dict[str, Any]:
     return dict(value) if isinstance(value, dict) else dict.fromkeys(names, value)
 
 
-def write(
-    config: Mapping[str, Any], params: Flat, tokens: Tokenizer, repository: str = ""
-) -> tuple[dict[str, Any], Flat, dict[str, str], list[str]]:
+def write(config: Mapping[str, Any], params: Flat, tokens: Tokenizer, repository: str = "") -> Export:
     """Return a model as a CLIPModel.
 
     Args:
@@ -208,9 +206,6 @@ def write(
       params: flat parameters of towers and `HEADS`.
       tokens: tokenizer of the model.
       repository: the model's id on the Hub, or ""; its files do not depend on it.
-
-    Returns:
-      Content of config.json; tensors by their names; {file: text} of processor and tokenizer; and notes, here none.
 
     Raises:
       UserError: a model that CLIPModel cannot represent, or preprocessing that CLIPImageProcessor does not have.
@@ -246,7 +241,7 @@ def write(
            "bos_token_id": tokens.sot_id, "pad_token_id": vocabulary.padding(tokens)},
         "dtype": "float32",
     }  # fmt: skip
-    return content, names.write(params, model, vocab, _CLIP), _files(config), []
+    return Export(content, names.write(params, model, vocab, _CLIP), _files(config), [])
 
 
 def _files(config: Mapping[str, Any]) -> dict[str, str]:

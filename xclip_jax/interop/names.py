@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,6 +14,24 @@ from xclip_jax.data.transforms import STATISTICS
 from xclip_jax.models.two_towers import ModelConfig
 
 Flat = dict[str, np.ndarray]
+
+
+class Export(NamedTuple):
+    """A model in the format of another project.
+
+    Attributes:
+      content: content of its config file.
+      tensors: tensors by their names.
+      texts: {file: text} of tokenizer and preprocessing.
+      notes: sentences on what the format cannot hold.
+    """
+
+    content: dict[str, Any]
+    tensors: Flat
+    texts: dict[str, str]
+    notes: list[str]
+
+
 _UNROLLED = {"scan": False}  # as in the weights of other projects
 _SHOWN = 8  # names that an error lists
 

@@ -13,7 +13,7 @@ from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.data.tokenizer import Tokenizer
 from xclip_jax.data.transforms import RESIZE_MODES
 from xclip_jax.interop import names, vocabulary
-from xclip_jax.interop.names import Flat, Names
+from xclip_jax.interop.names import Export, Flat, Names
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = "open_clip_model.safetensors"
@@ -280,9 +280,7 @@ def _timm_tower(tensors: Mapping[str, np.ndarray], vision: Mapping[str, Any], wh
     }  # fmt: skip
 
 
-def write(
-    config: Mapping[str, Any], params: Flat, tokens: Tokenizer, repository: str = ""
-) -> tuple[dict[str, Any], Flat, dict[str, str], list[str]]:
+def write(config: Mapping[str, Any], params: Flat, tokens: Tokenizer, repository: str = "") -> Export:
     """Return a model as open_clip's.
 
     Args:
@@ -290,9 +288,6 @@ def write(
       params: flat parameters of towers and of the `HEADS` that the model has.
       tokens: tokenizer of the model.
       repository: the model's id on the Hub, or "".
-
-    Returns:
-      Content of open_clip_config.json; tensors by their names; {file: text} of the tokenizer; and notes.
 
     Raises:
       UserError: a model that open_clip does not have.
@@ -331,12 +326,8 @@ def write(
     content = {"embed_dim": model["embed"], "quick_gelu": "quick_gelu" in acts, "vision_cfg": vision, "text_cfg": text}
     if "bias" in params:
         content["init_logit_bias"] = float(params["bias"])
-    return (
-        {"model_cfg": content, "preprocess_cfg": _preprocess_cfg(config)},
-        names.write(params, model, vocab, _clip()),
-        texts,
-        notes,
-    )
+    whole = {"model_cfg": content, "preprocess_cfg": _preprocess_cfg(config)}
+    return Export(whole, names.write(params, model, vocab, _clip()), texts, notes)
 
 
 def _preprocess_cfg(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -204,17 +204,17 @@ def _backward_kernel(
         weighted = g_out * out[i].astype(jnp.float32)
         of_query, of_key, of_value = (jnp.zeros(query.shape, jnp.float32) for _ in range(3))
         for head in range(LANES // kv):
-            own = _only(query, head, kv)
-            e, reciprocal = _exponentials(own, key, tokens, causal)
+            head_query = _only(query, head, kv)
+            e, reciprocal = _exponentials(head_query, key, tokens, causal)
             # The softmax's sums divide the gradient's rows, n x 128 numbers, not the n x n weights.
             scaled = _only(g_out, head, kv) * reciprocal
             mean = jnp.sum(_only(weighted, head, kv), axis=1, keepdims=True) * reciprocal
             scaled = scaled.astype(query.dtype)
             of_value += _dot(e.astype(query.dtype), scaled, (0, 0))
             of_scores = (e * (_dot(scaled, value, (1, 1)) - mean)).astype(query.dtype)
-            of_key += _dot(of_scores, own, (0, 0))
-            of_own = _dot(of_scores, key, (1, 0))
-            of_query = of_own if kv == LANES else jnp.where(_lanes(head, kv), of_own, of_query)
+            of_key += _dot(of_scores, head_query, (0, 0))
+            of_head = _dot(of_scores, key, (1, 0))
+            of_query = of_head if kv == LANES else jnp.where(_lanes(head, kv), of_head, of_query)
         for part, x in enumerate((of_query * kv**-0.5, of_key, of_value)):
             of_qkv[i, :, _part(part)] = x.astype(of_qkv.dtype)
             of_bias[:, _part(part)] += jnp.sum(x, axis=0, keepdims=True)

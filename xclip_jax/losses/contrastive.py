@@ -39,9 +39,9 @@ def softmax(
     logits = jnp.asarray(scale, jnp.float32) * dot(z_img, z_txt)
     # A masked sum, since jnp.diagonal gathers, which costs communication if the batch is sharded. It is subtracted
     # before the log-sum-exp, since a small loss would drown in the rounding of two numbers as large as the scale.
-    own = jnp.sum(jnp.eye(logits.shape[0]) * logits, axis=1)
-    img_to_txt = jax.nn.logsumexp(logits - own[:, None], axis=1)
-    txt_to_img = jax.nn.logsumexp(logits - own[None, :], axis=0)
+    matching = jnp.sum(jnp.eye(logits.shape[0]) * logits, axis=1)
+    img_to_txt = jax.nn.logsumexp(logits - matching[:, None], axis=1)
+    txt_to_img = jax.nn.logsumexp(logits - matching[None, :], axis=0)
     loss = 0.5 * jnp.mean(img_to_txt + txt_to_img)
     if label_smoothing:
         loss = loss + label_smoothing * mean_margin(z_img, z_txt, scale)
@@ -106,10 +106,10 @@ def dot(z_img: jax.Array, z_txt: jax.Array) -> jax.Array:
 
 
 def _metrics(loss: jax.Array, logits: jax.Array) -> Metrics:
-    own = jnp.arange(logits.shape[0])
+    index = jnp.arange(logits.shape[0])
     return {
         "loss": loss,
         "ln_b": jnp.log(jnp.float32(logits.shape[0])),
-        "acc_img": jnp.mean(argmax(logits, 1) == own, dtype=jnp.float32),
-        "acc_txt": jnp.mean(argmax(logits, 0) == own, dtype=jnp.float32),
+        "acc_img": jnp.mean(argmax(logits, 1) == index, dtype=jnp.float32),
+        "acc_txt": jnp.mean(argmax(logits, 0) == index, dtype=jnp.float32),
     }

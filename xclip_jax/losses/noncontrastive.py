@@ -66,8 +66,8 @@ def nclip(
             "sinkhorn" (see `sinkhorn`).
         teacher_img, teacher_txt: teacher logits, shape (b, k); exactly with target "ema".
         center_img, center_txt: centers, shape (k,), from `update_center`; exactly with balance "center".
-        chunk: pairs of the global batch to take at a time, 0 for all. Logits and distributions of more pairs are then
-            never in memory, in the backward pass neither; they are given as `FactoredLogits`. The value is the same.
+        chunk: pairs of the global batch to process at a time, 0 for all. Logits and distributions of more pairs are
+            then never in memory, also in the backward pass. It needs `FactoredLogits`; the value is the same.
 
     Returns:
         The loss (fp32 scalar, nats) and fp32 scalar metrics: "loss", "align", "sharpness", "smoothness" (unweighted),
@@ -107,7 +107,7 @@ def sinkhorn(logits: jax.Array, tau: ArrayLike = 1.0, iterations: int = SINKHORN
     """
     log_a = logits.astype(jnp.float32) / tau
     for _ in range(iterations):
-        # Columns are brought to 1, not b / k: the constant cancels in the rows' turn.
+        # Columns sum to 1, not b / k: the constant cancels when rows are normalised.
         log_a = jax.nn.log_softmax(jax.nn.log_softmax(log_a, axis=0), axis=1)
     return log_a
 
@@ -128,7 +128,7 @@ def update_center(center: jax.Array, target_logits: Logits, momentum: float = 0.
     """
     chex.assert_shape(center, target_logits.shape[1:])
     if isinstance(target_logits, FactoredLogits):
-        # The mean of linear logits is the logits of the mean, of a kernel that is rounded as in the logits themselves.
+        # The mean of linear logits is the logits of the mean, with the kernel rounded as in the logits.
         x, kernel = target_logits.x, target_logits.kernel
         kernel = kernel.astype(x.dtype).astype(jnp.float32)
         mean = jnp.matmul(jnp.mean(x.astype(jnp.float32), axis=0), kernel, precision="highest") + target_logits.bias
@@ -202,7 +202,7 @@ def _sums_of_batch(
         }
         return jax.tree.map(lambda x: x[None], _sums(whole, centers, options))
     factors = {name: value for name, value in logits.items() if isinstance(value, FactoredLogits)}
-    # Each chunk has rows of x of its own, and the kernels of all.
+    # Each chunk has its rows of x, and all kernels.
     kernels = {name: (value.kernel, value.bias) for name, value in factors.items()}
 
     def sums_of_chunk(shared: Any, x: dict[str, jax.Array]) -> Sums:
@@ -215,7 +215,7 @@ def _sums_of_batch(
 
 
 def _sums(s: Mapping[str, jax.Array], centers: Mapping[str, jax.Array | None], options: _Options) -> Sums:
-    """Sums over rows of the batch that the loss is made of, and for each cluster the log of its summed probability."""
+    """Sums over rows of the batch for the loss, and for each cluster the log of its summed probability."""
     log_p, p_hat, top, sums = {}, {}, {}, {}
     for m in MODALITIES:
         logits = s[f"s_{m}"]
@@ -233,7 +233,7 @@ def _sums(s: Mapping[str, jax.Array], centers: Mapping[str, jax.Array | None], o
 
 
 def _metrics(sums: Sums, b: int, k: int) -> Metrics:
-    """The metrics of `nclip` but for the loss, from the sums of all chunks."""
+    """Metrics of `nclip` except the loss, from the sums of all chunks."""
     align = jnp.sum(sums["align"]) / b
     clusters = _cluster_metrics("img", sums, b) | _cluster_metrics("txt", sums, b)
     return {

@@ -1,11 +1,9 @@
 """Heads on the towers: CLIP's linear projection, nCLIP's cluster head, the classifier of fine-tuning.
 
-`TwoTowers` takes its heads as a mapping {name: Head or Scalar}; the functions at the end make the heads of one loss.
+`TwoTowers` takes its heads as a mapping {name: Head or Scalar}, which the terms of an objective make.
 """
 
 import dataclasses
-import itertools
-import math
 from collections.abc import Callable, Mapping
 
 import flax.linen as nn
@@ -175,55 +173,3 @@ class _Clusters(nn.Module):
         init = named(nn.initializers.normal(d**-0.5), "hidden", "cluster")
         kernel = self.param("kernel", init, (d, self.clusters))
         return kernel, self.param("bias", named(nn.initializers.zeros, "cluster"), (self.clusters,))
-
-
-def contrastive_heads(
-    embed: int,
-    widths: Mapping[str, int],
-    *,
-    scale_init: float = 1 / 0.07,
-    bias_init: float | None = None,
-    project_img: bool = True,
-    project_bias: bool = False,
-    dtype: DTypeLike = jnp.float32,
-) -> dict[str, Head | Scalar]:
-    """Projections of both towers to (b, embed), the logit scale and, for the sigmoid loss, the logit bias.
-
-    Args:
-      embed: e, size of the shared space.
-      widths: {"img", "txt"} features of the towers.
-      scale_init: logit scale at the start.
-      bias_init: logit bias at the start; None for no bias.
-      project_img: whether images have a projection; without one their features are normalised.
-      project_bias: whether projections have a bias.
-      dtype: computation dtype.
-    """
-    heads: dict[str, Head | Scalar] = {
-        f"proj_{tower}": Head(Projection(embed, dtype, project_bias), tower, f"z_{tower}", flops=2 * embed * width)
-        for tower, width in widths.items()
-    }
-    if not project_img:
-        heads["proj_img"] = Head(Normalization(), "img", "z_img")
-    heads["log_scale"] = Scalar("scale", math.log(scale_init), jnp.exp)
-    if bias_init is not None:
-        heads["bias"] = Scalar("bias", bias_init)
-    return heads
-
-
-def cluster_heads(
-    options: ClusterHeadConfig, widths: Mapping[str, int], *, dtype: DTypeLike = jnp.float32
-) -> dict[str, Head | Scalar]:
-    """A `ClusterHead` on each tower of `widths`, {"img", "txt"} features of the towers."""
-    fields = dataclasses.asdict(options)
-    heads: dict[str, Head | Scalar] = {}
-    for tower, width in widths.items():
-        layers = [width] + [options.hidden] * options.layers + [options.clusters]
-        flops = 2 * sum(a * b for a, b in itertools.pairwise(layers))
-        module = ClusterHead(**fields, dtype=dtype)
-        heads[f"clusters_{tower}"] = Head(module, tower, f"s_{tower}", ("train", "logits"), flops)
-    return heads
-
-
-def classifier_head(classes: int, tower: str, width: int, *, std: float) -> dict[str, Head]:
-    """Make a `Classifier` of `classes` on the `width` features of `tower`."""
-    return {"classifier": Head(Classifier(classes, std), tower, "logits", flops=2 * classes * width)}

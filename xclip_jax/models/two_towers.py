@@ -63,7 +63,9 @@ class ModelConfig:
     scale_init: float = key(1 / 0.07, "logit scale at the start; at most 100 for the term clip", above(0))
     bias_init: float = key(-10.0, "logit bias at the start, only for the sigmoid loss")
     cluster_head: ClusterHeadConfig = dataclasses.field(default_factory=ClusterHeadConfig)
-    dtype: str = key("bfloat16", "of towers and heads; parameters stay float32", choice(("float32", "bfloat16")))
+    dtype: str = key(
+        "bfloat16", "computation dtype of towers and heads; parameters stay float32", choice(("float32", "bfloat16"))
+    )
     plugins: Mapping[str, Mapping[str, Any]] = key(
         {},
         "towers of other types, which replace group img or txt: its 'type', 'package.module:Class', and its options",

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from xclip_jax.core.fields import at_least, choice, fraction_below_one, key
 from xclip_jax.data import transforms
 from xclip_jax.losses import classification
-from xclip_jax.models.heads import Heads, classifier_head
+from xclip_jax.models.heads import Classifier, Head, Heads
 from xclip_jax.models.two_towers import ModelConfig
 from xclip_jax.objectives.checks import Curve
 from xclip_jax.objectives.term import LossConfig, Report, Result, Term
@@ -44,7 +44,8 @@ class Classify(Term):
 
     def heads(self, model: ModelConfig, vocab: int) -> Heads:
         """A linear classifier."""
-        return classifier_head(self.classes, self.tower, model.widths[self.tower], std=self.head_std)
+        flops = 2 * self.classes * model.widths[self.tower]
+        return {"classifier": Head(Classifier(self.classes, self.head_std), self.tower, "logits", flops=flops)}
 
     def draw(self, random_key: Array, inputs: dict[str, Any], size: int) -> dict[str, Any]:
         """Add the inputs of mixup and cutmix: the reversed batch as "other", and the "share" that an image keeps."""
@@ -76,7 +77,7 @@ class Classify(Term):
         return loss, {"loss": loss, "top1": (logits.argmax(axis=-1) == labels).mean()}, {}
 
     def problems(self, model: ModelConfig, loss: LossConfig) -> Iterator[str]:
-        """A missing number of classes, mixing of texts or numbers, and smoothing of numbers."""
+        """Yield a missing number of classes, mixing of texts or numbers, and smoothing of numbers."""
         if self.classes < 1:
             yield f"objective.classify.classes is {self.classes}; give the number of classes of the data"
         if (self.mixup or self.cutmix) and (self.tower == "txt" or self.classes == 1):

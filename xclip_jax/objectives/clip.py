@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from xclip_jax.core.fields import fraction_below_one, key
 from xclip_jax.losses import contrastive, ring
-from xclip_jax.models.heads import Heads, contrastive_heads
+from xclip_jax.models.heads import Head, Heads, Normalization, Projection, Scalar
 from xclip_jax.models.two_towers import ModelConfig
 from xclip_jax.objectives.checks import Check, Curve, Health, Level
 from xclip_jax.objectives.similarity import CosineSimilarity
@@ -38,15 +38,17 @@ class Contrastive(Term):
 
     def heads(self, model: ModelConfig, vocab: int) -> Heads:
         """Projections of the towers, the logit scale and, if the loss takes it, the logit bias."""
-        return contrastive_heads(
-            model.embed,
-            model.widths,
-            scale_init=model.scale_init,
-            bias_init=model.bias_init if "bias" in self.outputs else None,
-            project_img=model.project_img,
-            project_bias=model.project_bias,
-            dtype=jax.numpy.dtype(model.dtype),
-        )
+        dtype, e = jax.numpy.dtype(model.dtype), model.embed
+        heads: dict[str, Head | Scalar] = {
+            f"proj_{tower}": Head(Projection(e, dtype, model.project_bias), tower, f"z_{tower}", flops=2 * e * width)
+            for tower, width in model.widths.items()
+        }
+        if not model.project_img:  # the features themselves are the embeddings
+            heads["proj_img"] = Head(Normalization(), "img", "z_img")
+        heads["log_scale"] = Scalar("scale", math.log(model.scale_init), jax.numpy.exp)
+        if "bias" in self.outputs:
+            heads["bias"] = Scalar("bias", model.bias_init)
+        return heads
 
     def specialise(self, loss: LossConfig, mesh: Mesh | None) -> Callable[..., Result]:
         """Return `__call__`, around a ring of devices with `loss.impl` "ring"."""
@@ -79,7 +81,7 @@ class Contrastive(Term):
         return params | {"log_scale": jax.numpy.minimum(params["log_scale"], math.log(self.max_scale))}
 
     def problems(self, model: ModelConfig, loss: LossConfig) -> Iterator[str]:
-        """A logit scale that starts above its bound, with a margin for the fp16 rounding of OpenAI's weights."""
+        """Yield a logit scale that starts above its bound, with a margin for the fp16 rounding of OpenAI's weights."""
         if model.scale_init > self.max_scale * (1 + 1e-3):
             bound = f"{self.max_scale:g}, the bound of {self.title}"
             yield f"model.scale_init={model.scale_init:g} is above {bound}; lower it"
@@ -141,11 +143,6 @@ class ContrastiveReport(Report[Contrastive]):
     def describe(self, model: ModelConfig) -> str:
         """Describe the shared embedding space."""
         return f"embeddings of images and texts in one space of {model.embed} dimensions"
-
-    def export_note(self, missing: Collection[str]) -> str:
-        """Say what a model loses without its logit bias."""
-        lost = "bias" in self.term.outputs and "bias" in missing
-        return "without bias similarities keep their order and are not logits of a match" if lost else ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 import dataclasses
 import functools
+import itertools
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -13,7 +14,7 @@ from jax.sharding import Mesh
 from xclip_jax.core.fields import above, at_least, choice, fraction_below_one, key
 from xclip_jax.losses import noncontrastive
 from xclip_jax.losses.logits import FactoredLogits, Logits
-from xclip_jax.models.heads import Heads, cluster_heads
+from xclip_jax.models.heads import ClusterHead, Head, Heads
 from xclip_jax.models.two_towers import ModelConfig
 from xclip_jax.objectives.checks import Check, Curve, Health, Level
 from xclip_jax.objectives.similarity import ClusterSimilarity
@@ -45,8 +46,10 @@ class Nclip(Term):
     sharpness: float = key(1.0, "weight of the entropy of each pair's distribution", at_least(0))
     smoothness: float = key(2.0, "weight of the entropy of the batch's mean distribution", at_least(0))
     balance: str = key("none", "how targets are spread over clusters", choice(noncontrastive.BALANCES))
-    center_momentum: float = key(0.9, "of the running mean of logits, of balance 'center'", fraction_below_one())
-    shuffle_targets: bool = key(False, "a control: each pair has the pseudo-labels of another one of its batch")
+    center_momentum: float = key(
+        0.9, "momentum of the running mean of logits with balance 'center'", fraction_below_one()
+    )
+    shuffle_targets: bool = key(False, "a control: each pair gets the pseudo-labels of another pair of its batch")
 
     @property
     def similarity(self) -> ClusterSimilarity:
@@ -60,7 +63,13 @@ class Nclip(Term):
 
     def heads(self, model: ModelConfig, vocab: int) -> Heads:
         """A cluster head on each tower."""
-        return cluster_heads(model.cluster_head, model.widths, dtype=jnp.dtype(model.dtype))
+        options, heads = model.cluster_head, {}
+        module = ClusterHead(**dataclasses.asdict(options), dtype=jnp.dtype(model.dtype))
+        for tower, width in model.widths.items():
+            layers = [width] + [options.hidden] * options.layers + [options.clusters]
+            flops = 2 * sum(a * b for a, b in itertools.pairwise(layers))
+            heads[f"clusters_{tower}"] = Head(module, tower, f"s_{tower}", ("train", "logits"), flops)
+        return heads
 
     def initial_state(self, model: ModelConfig, vocab: int) -> dict[str, Array]:
         """Running centers of the logits, with balance "center"."""
@@ -103,14 +112,14 @@ class Nclip(Term):
         centers = {name: state[name] for name in ("center_img", "center_txt") if name in state}
         loss, metrics = noncontrastive.nclip(out["s_img"], out["s_txt"], chunk=chunk, **options, **centers)
         target = teacher if self.teacher else out
-        moved = {
+        new_centers = {
             name: noncontrastive.update_center(center, target[name.replace("center", "s")], momentum)
             for name, center in centers.items()
         }
-        return loss, metrics, moved
+        return loss, metrics, new_centers
 
     def problems(self, model: ModelConfig, loss: LossConfig) -> Iterator[str]:
-        """Options that need the whole batch at once, with a loss in chunks, and shuffled targets with a gradient."""
+        """Yield options that need the whole batch with a loss in chunks, and shuffled targets with a gradient."""
         if self.shuffle_targets and self.target == "joint":
             yield (
                 "objective.nclip.shuffle_targets takes targets without a gradient; set objective.nclip.target to "
@@ -131,7 +140,7 @@ class Nclip(Term):
 
 
 def _rows(logits: Logits, order: Array) -> Logits:
-    """The rows `order` of logits."""
+    """Return the rows `order` of logits."""
     return dataclasses.replace(logits, x=logits.x[order]) if isinstance(logits, FactoredLogits) else logits[order]
 
 
@@ -209,11 +218,6 @@ class NclipReport(Report[Nclip]):
     def describe(self, model: ModelConfig) -> str:
         """Describe the distributions over clusters."""
         return f"distributions of images and texts over {model.cluster_head.clusters:,} clusters"
-
-    def export_note(self, missing: Collection[str]) -> str:
-        """Say what a model loses without its cluster heads."""
-        lost = {"clusters_img", "clusters_txt"} & set(missing)
-        return "without cluster heads the model assigns no clusters" if lost else ""
 
 
 def _least(metrics: Mapping[str, float], name: str) -> tuple[float, str]:

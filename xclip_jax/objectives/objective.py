@@ -214,10 +214,6 @@ class Objective:
         """Return the terms' phrases on the outputs of a model, for its card."""
         return [phrase for term in self.terms.values() if (phrase := term.report.describe(model))]
 
-    def export_notes(self, missing: Collection[str]) -> list[str]:
-        """Return sentences on what a model loses if an export leaves out the heads `missing`."""
-        return [note for term in self.terms.values() if missing and (note := term.report.export_note(missing))]
-
 
 def find_term(name: str) -> type[Term]:
     """Return the class of a term: an entry of `TERMS`, or "package.module:Class", which is imported.

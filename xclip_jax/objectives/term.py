@@ -17,7 +17,7 @@ A term is a frozen dataclass whose fields are config keys, its group of the conf
 
 import abc
 import dataclasses
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, Generic, TypeVar
 
 import jax
@@ -148,7 +148,7 @@ T = TypeVar("T", bound=Term)
 
 @dataclasses.dataclass(frozen=True)
 class Report(Generic[T]):
-    """How logs, reports, model cards and exports present a term; the default shows its loss.
+    """How logs, reports and model cards present a term; the default shows its loss.
 
     `metrics` are the metrics of one step as Python floats, without the term's prefix.
     """
@@ -177,8 +177,4 @@ class Report(Generic[T]):
 
     def describe(self, model: ModelConfig) -> str:
         """Return a phrase for a model card on the outputs of the term's heads, or ""."""
-        return ""
-
-    def export_note(self, missing: Collection[str]) -> str:
-        """Return a sentence on what a model loses if an export leaves out the heads `missing`, or ""."""
         return ""

@@ -15,7 +15,7 @@ BATCH_AXES = ("data", "fsdp")
 
 
 def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None) -> Mesh:
-    """Make the mesh with `sizes` of `AXES`, of which at most one is -1, the rest.
+    """Make the mesh with `sizes` of `AXES`; at most one size is -1, the rest.
 
     If the devices belong to several TPU slices, the data axis runs over the slices.
 
@@ -96,7 +96,7 @@ class BatchPart(NamedTuple):
     """The part of the global batch that a process loads: the rows that its devices hold.
 
     Attributes:
-      number, count: of this part, from 0, and of all parts; they are equally large.
+      number, count: number of this part, from 0, and of all parts, which are equally large.
       shards: ascending numbers of the process's shards; the batch has count * len(shards) shards, one for each device
         along the batch axes. On TPU pods they need not be neighbours.
     """

@@ -117,8 +117,8 @@ def _make(chip: str, kernels: list[Kernel]) -> list[Schedule | None]:
             check=False,
         )
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith(("{", "null"))]
-    made = [line and Schedule(**line) for line in lines]
-    return [*made, *[None] * (len(kernels) - len(made))]
+    results = [line and Schedule(**line) for line in lines]
+    return [*results, *[None] * (len(kernels) - len(results))]
 
 
 def _compile(kernel: Kernel, device: Any) -> None:
