@@ -3,7 +3,7 @@
     pip install '.[bench]' && JAX_PLATFORMS=cpu python -m benchmarks.products
 
 A line for each size (rows, inputs, outputs) of a linear map: forward x W, gradient of the input g W^T, and gradient of
-the kernel x^T g, as `xclip_jax.models.linear.matmul` computes it. Medians of 30.
+the kernel x^T g, as `xclip_jax.models.layers.matmul` computes it. Medians of 30.
 """
 
 import statistics
@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import torch
 
-from xclip_jax.models.linear import matmul
+from xclip_jax.models.layers import matmul
 
 SIZES = [(8192, 192, 768), (8192, 192, 576), (8192, 192, 192), (4352, 192, 768)]
 TIMES = 30

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from xclip_jax.core.errors import exit_with_message
 from xclip_jax.losses import contrastive, ring
 from xclip_jax.parallel import compiler, hlo
-from xclip_jax.parallel.collectives import inside
+from xclip_jax.parallel.hlo import inside
 from xclip_jax.parallel.mesh import batch_sharding, make_mesh, replicated
 from xclip_jax.parallel.topology import CHIPS, devices_of
 

@@ -49,7 +49,7 @@ def batch(kind: str) -> tuple[np.ndarray, np.ndarray]:
 def config_of(objective: str, kind: str, groups: str) -> Any:
     """Return our config of the model and batch."""
     from xclip_jax.config import recipes
-    from xclip_jax.models.text import TextTowerConfig
+    from xclip_jax.models.transformer import TextTowerConfig
 
     config = recipes.base(objective, "Ti/12")
     config.steps, config.optim.warmup, config.data.batch = 1000, 0, BATCH

@@ -4,8 +4,8 @@
     z_img, z_txt = model.encode_image(["a.jpg", "b.png"]), model.encode_text(["a fox", "a hen"])
     result = model.zero_shot(["a.jpg"], ["fox", "hen"])
 
-Results are NumPy arrays. Any number of items is encoded on all devices in batches of a few fixed sizes, so that each is
-compiled once. Images are resized, cropped and normalised as the model's config says.
+Results are NumPy arrays. Items are encoded on all devices in batches of a few fixed sizes, which are compiled once
+each. Images are resized, cropped and normalised as in the model's config.
 """
 
 import dataclasses
@@ -44,8 +44,8 @@ class ZeroShotResult:
     Attributes:
       labels: the likeliest class of each image.
       probabilities: fp32 (b, n), rows sum to 1.
-      scores: fp32 (b, n), of which the probabilities are computed: cosines, or negative cross-entropies in nats, or the
-        sum of both, each over its standard deviation.
+      scores: fp32 (b, n), that give the probabilities: cosines, or negative cross-entropies in nats, or the sum
+        of both, each over its standard deviation.
     """
 
     labels: list[str]
@@ -69,34 +69,23 @@ class Clusters:
 class Model:
     """Both towers with their weights, tokenizer and preprocessing; `load` returns one.
 
-    Embeddings are those of the model's own similarity, see `Objective.similarities`: of a projection (b, e), or without
-    one distributions over clusters (b, k), scaled to unit length, so that products of embeddings are the cosines that
-    its evaluations print.
+    Embeddings come from the model's own similarity, see `Objective.similarities`: projections (b, e), or distributions
+    over clusters (b, k), scaled to unit length, so that their products are the cosines that its evaluations print.
 
     Attributes:
-      config: of the run, or of other weights.
-      card: origin of the model, for the records of what is computed with it.
+      config: config of the run, or of other weights.
+      card: origin of the model, for records of its results.
       preprocessing: resizing, cropping and normalisation of images.
       size: side of an image, pixels.
-      length: tokens of a text, start and end included.
+      length: tokens of a text, with start and end.
       batch: items that are encoded at once.
     """
 
     def __init__(
-        self,
-        experiment: Experiment,
-        variables: Variables,
-        card: Mapping[str, Any],
-        *,
-        batch: int,
-        threads: int = 0,
+        self, experiment: Experiment, variables: Variables, card: Mapping[str, Any], *, batch: int, threads: int = 0
     ) -> None:
-        self.config, self.preprocessing, self.tokenizer = (
-            experiment.config,
-            experiment.preprocessing,
-            experiment.tokenizer,
-        )
-        self.size, self.length = experiment.image_size, experiment.context_length
+        self.config, self.preprocessing = experiment.config, experiment.preprocessing
+        self.tokenizer, self.size, self.length = experiment.tokenizer, experiment.image_size, experiment.context_length
         self.card = dict(card) | {
             "objective": self.config.objective.name, "size": self.size,
             "preprocessing": self.preprocessing.describe(), "tokenizer": self.config.data.tokenizer,
@@ -120,11 +109,11 @@ class Model:
         self.batch = self._encoder.batch
 
     def encode_image(self, images: Sequence[ImageLike] | np.ndarray) -> np.ndarray:
-        """Embeddings of images.
+        """Return embeddings of images.
 
         Args:
-          images: paths (of buckets too), Pillow's images, contents of image files (bytes) or uint8 RGB arrays
-            (h, w, 3), of any size; or all as one uint8 array (b, h, w, 3).
+          images: paths (also in buckets), Pillow's images, contents of image files (bytes) or uint8 RGB arrays
+            (h, w, 3), of any size; or one uint8 array (b, h, w, 3).
 
         Returns:
           fp32 (b, e), rows of unit length.
@@ -135,11 +124,11 @@ class Model:
         return self._embed(self._images, images)
 
     def encode_prepared(self, images: Sequence[np.ndarray]) -> np.ndarray:
-        """`encode_image` of results of `prepare`; anything with `len` and `[]`, read once and roughly in that order."""
+        """Return embeddings of results of `prepare`, in a sequence that is read once and roughly in order."""
         return self._embed(self._prepared, images)
 
     def encode_pixels(self, pixels: np.ndarray) -> np.ndarray:
-        """Embeddings (b, e) of fp32 pixels (b, size, size, 3) that are normalised by the model's mean and deviation."""
+        """Return embeddings (b, e) of fp32 pixels (b, size, size, 3), normalised by the model's mean and deviation."""
         pixels = np.asarray(pixels)
         if pixels.dtype != np.float32 or pixels.shape[1:] != (self.size, self.size, 3):
             raise UserError(
@@ -149,21 +138,15 @@ class Model:
         return self._embed(self._prepared, pixels)
 
     def encode_text(self, texts: Sequence[str]) -> np.ndarray:
-        """Embeddings (b, e) of texts, cut to the model's length."""
+        """Return embeddings (b, e) of texts, cut to the model's length."""
         return self._embed(self._texts, texts)
 
     def encode_tokens(self, tokens: np.ndarray) -> np.ndarray:
-        """Embeddings of token ids, as `model.tokenizer(texts, model.length)` makes them.
-
-        Args:
-          tokens: ids (b, length) of any integer dtype.
-
-        Returns:
-          fp32 (b, e), rows of unit length.
+        """Return embeddings (b, e) of token ids (b, length) from `model.tokenizer(texts, model.length)`.
 
         Raises:
-          UserError: another dtype or shape, an id outside of the tokenizer's vocabulary, or a row without its end
-            token where the tower reads the text from there.
+          UserError: not integers of this shape, an id outside of the tokenizer's vocabulary, or a row without the end
+            token from which the tower reads the text.
         """
         tokens, vocab = np.asarray(tokens), self.tokenizer.vocab_size
         if tokens.dtype.kind not in "iu" or tokens.ndim != 2 or tokens.shape[1] != self.length:
@@ -193,21 +176,19 @@ class Model:
         *,
         by: str = "",
     ) -> ZeroShotResult:
-        """Classify images by the texts of their classes.
+        """Classify images by the texts of their classes, with the model's own similarity by default.
 
-        By the model's own similarity, unless another is named. With a projection a class is the mean over its prompts,
-        each normalised, normalised again, the score is the cosine, and the probabilities are its softmax at the learned
-        scale, also for models of the sigmoid loss. Without one the score is the negative cross-entropy of distributions
-        over clusters.
+        With a projection a class is the normalised mean of its normalised prompts, the score is the cosine, and the
+        probabilities are its softmax at the learned scale, also after training with the sigmoid loss. Without a
+        projection the score is the negative cross-entropy of distributions over clusters.
 
         Args:
           images: as in `encode_image`.
           class_names: at least one.
           templates: prompts, with {} for the class.
-          by: another score of the model, by the name that evaluations print, whose softmax the probabilities then are.
-            Of xCLIP the "cosine" and the (negative) "cross_entropy" of clusters, and "both", the sum of the cosine of
-            embeddings and the cross-entropy, each over its standard deviation among these images and classes; of nCLIP
-            the "cosine".
+          by: another score of the model, by the name that evaluations print; the probabilities are its softmax. xCLIP
+            has "cosine" and (negative) "cross_entropy" of clusters, and "both", the sum of the cosine of embeddings and
+            the cross-entropy, each over its standard deviation among these images and classes; nCLIP has "cosine".
 
         Raises:
           UserError: as in `encode_image`; no class, a template without {}, a score that the model lacks.
@@ -233,7 +214,7 @@ class Model:
 
     @property
     def has_clusters(self) -> bool:
-        """Whether the model has a similarity of distributions over clusters, which `clusters` shows."""
+        """Whether the model has distributions over clusters, for `clusters`."""
         return cluster_similarity(self._similarities) is not None
 
     def clusters(
@@ -243,7 +224,7 @@ class Model:
         texts: Sequence[str] | None = None,
         top: int = 5,
     ) -> Clusters:
-        """The likeliest clusters of images or of texts, for models that have them, see `has_clusters`.
+        """Return the likeliest clusters of images or of texts, for models that have clusters.
 
         Raises:
           UserError: a model without cluster heads; both images and texts, or neither; as in `encode_image`.
@@ -265,10 +246,10 @@ class Model:
         return Clusters(ids, np.take_along_axis(p, ids, axis=1))
 
     def prepare(self, image: ImageLike) -> np.ndarray:
-        """An image of `encode_image` -> uint8 (size, size, 3).
+        """Resize and crop an image of `encode_image` to uint8 (size, size, 3).
 
         Raises:
-          BadSample: it cannot be read or decoded.
+          BadSample: an image that cannot be read or decoded.
         """
         if isinstance(image, str | os.PathLike):
             image = read(image)
@@ -276,7 +257,7 @@ class Model:
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
                 raise BadSample("not an image array", f"expected uint8 (h, w, 3), got {image.dtype} {image.shape}")
         elif not isinstance(image, bytes | Image.Image):
-            raise BadSample("not an image", _a(image))
+            raise BadSample("not an image", f"type {type(image).__name__}")
         return self.preprocessing(image)
 
     def _images(self, images: Sequence[ImageLike] | np.ndarray, keys: Sequence[str]) -> Features:
@@ -302,14 +283,14 @@ class Model:
         if isinstance(texts, str):
             raise UserError(f"texts is the string {texts[:40]!r}; pass a list of strings.")
         if wrong := [text for text in texts if not isinstance(text, str)]:
-            raise UserError(f"texts holds {wrong[0]!r:.40}, {_a(wrong[0])}; pass strings.")
+            raise UserError(f"texts holds {wrong[0]!r:.40}, type {type(wrong[0]).__name__}; pass strings.")
         return self._encoder.texts(self._variables, texts, keys)
 
     def _tokens(self, tokens: Rows, keys: Sequence[str]) -> Features:
         return self._encoder.tokens(self._variables, tokens, keys)
 
     def _embed(self, encode: Callable[[Any, Sequence[str]], Features], items: Any) -> np.ndarray:
-        """Embeddings of `items`, whose features `encode` computes."""
+        """Return embeddings of `items`, whose features `encode` computes."""
         keys = features(self._similarities[:1])
         return self._similarities[0].embedding(encode(items, keys)[keys[0]])
 
@@ -319,18 +300,12 @@ class Model:
         return sum(leaf.size for leaf in jax.tree.leaves(self._variables["params"]))
 
     def fingerprint(self) -> str:
-        """A checksum of weights, tokenizer and preprocessing, see `train.weights.fingerprint`."""
+        """Return a checksum of weights, tokenizer and preprocessing, see `train.weights.fingerprint`."""
         return weights.fingerprint(self._experiment, self._variables)
 
 
-def _a(value: object) -> str:
-    """The type of a value, after its article."""
-    name = type(value).__name__
-    return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
-
-
 def read(path: str | os.PathLike) -> bytes:
-    """Content of a file, of a bucket too. Raises `BadSample`."""
+    """Return the content of a file, also in a bucket; raise `BadSample` if it cannot be read."""
     name = os.fspath(path)
     try:
         data = storage.read(name, MAX_BYTES["image"])
@@ -346,16 +321,14 @@ def read(path: str | os.PathLike) -> bytes:
 def load(
     path: str | os.PathLike, *, step: int | None = None, batch: int = 32, threads: int = 0, trust: bool = False
 ) -> Model:
-    """The model at `path`, on all devices of this machine.
-
-    On a CPU, which has no fast bfloat16, it computes in float32.
+    """Load a model on all devices of this machine; on a CPU it computes in float32.
 
     Args:
       path: a run's folder, or weights that `xclip_jax.interop.read` reads, such as "hf:ORG/NAME".
-      step: of one of a run's checkpoints; the newest by default.
-      batch: items that are encoded at once, rounded up to a multiple of the devices; 32 suits the caches of a CPU,
+      step: step of one of a run's checkpoints; the newest by default.
+      batch: items that are encoded at once, rounded up to a multiple of the devices; 32 suits the caches of a CPU, and
         accelerators take more.
-      threads: that read and decode images; 0 for one a core.
+      threads: number of threads that read and decode images; 0 for one a core.
       trust: whether to import the modules of other packages that the config in `path` names, which runs their code.
 
     Raises:
@@ -373,7 +346,7 @@ def load(
 
 
 def _unrolled(model: TwoTowers, variables: Variables) -> tuple[TwoTowers, Variables]:
-    """On a CPU: in float32, without scans over blocks, which cost a quarter of the time."""
+    """Return the model for this platform: on a CPU in float32, without scans over blocks, which cost a quarter more."""
     if jax.default_backend() != "cpu":
         return model, variables
     towers = {name: getattr(model, name).unrolled() for name in model.towers}

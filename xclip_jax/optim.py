@@ -29,94 +29,97 @@ _RATIO = Check("0 or a value above 1", lambda value: value == 0 or value > 1)
 class OptimConfig:
     """Config group `optim`: AdamW.
 
-    Within these bounds an update is finite where the norms of parameters and gradients have been so at each step:
-    these are below 2e19 then, the first moment too, and 1000 * 2e19 / 1e-15 is below what float32 can hold.
+    Within these bounds an update is finite if the norms of parameters and gradients were finite at each step: they, and
+    the first moment, are then below 2e19, and 1000 * 2e19 / 1e-15 is below the largest float32.
     """
 
     lr: float = key(5e-4, "peak learning rate", above(0), at_most(1000))
     schedule: str = key("cosine", "learning rate after the warm-up", choice(SCHEDULES))
     warmup: int = key(0, "steps of linear warm-up from lr_start", at_least(0))
-    lr_start: float = key(1e-6, "learning rate of the first step, where there is a warm-up", between(0, 1000))
+    lr_start: float = key(1e-6, "learning rate of the first step, if there is a warm-up", between(0, 1000))
     lr_end: float = key(1e-5, "learning rate that the schedule reaches after its last step", between(0, 1000))
     weight_decay: float = key(
-        0.5, "decoupled, of kernels and embeddings; not of biases, norms and scale", between(0, 1000)
+        0.5, "decoupled weight decay of kernels and embeddings; none for biases, norms and scale", between(0, 1000)
     )
     b1: float = key(0.9, "decay of the first moment", fraction_below_one())
     b2: float = key(0.98, "decay of the second moment", fraction_below_one())
     eps: float = key(1e-8, "added to the root of the second moment", at_least(1e-15))
     layer_decay: float = key(
-        1.0, "updates of a layer over those of the layer above; 1 for none", Check("above 0 and at most 1", _is_share)
+        1.0, "updates of a layer over updates of the layer above; 1 for none", Check("above 0 and at most 1", _is_share)
     )
     grad_clip_norm: float = key(0.0, "bound on the global norm of the gradient; 0 for none", at_least(0))
-    mu_dtype: str = key("float32", "of the first moment; the second is float32", choice(("float32", "bfloat16")))
+    mu_dtype: str = key("float32", "dtype of the first moment; the second is float32", choice(("float32", "bfloat16")))
     microbatches: int = key(1, "parts of the batch that are encoded one after another; exact", at_least(1))
     max_skipped_steps: int = key(
         10,
-        "steps in a row that may leave the parameters as they are, being not finite, before the run stops",
+        "consecutive steps with non-finite values that may be skipped before the run stops",
         at_least(0),
     )
     max_grad_norm_ratio: float = key(
-        0.0, "of the gradient's norm and its running mean; a step above is skipped; 0 for none", _RATIO
+        0.0, "skip steps whose gradient norm is above this multiple of its running mean; 0 for none", _RATIO
     )
     rewind: bool = key(
-        False, "where it would stop, go back to the parameters of the checkpoint before, and on with the next samples"
+        False,
+        "instead of stopping, restore the parameters of the previous checkpoint and continue with the next samples",
     )
 
     def conflicts(self) -> Iterator[str]:
-        """Values that do not go together."""
+        """Yield values that contradict each other."""
         if self.rewind and not self.max_skipped_steps:
             yield "rewind is True and max_skipped_steps is 0; set it to 1 or more"
 
 
 @dataclasses.dataclass(frozen=True)
 class EmaConfig:
-    """Config group `ema`: a moving average of the parameters, kept where `on` or where targets need it."""
+    """Config group `ema`: a moving average of the parameters, kept if `on` is set or targets need it."""
 
     on: bool = key(False, "keep the average although the objective does not need it")
-    momentum: float = key(0.996, "of the average, at the start", fraction_below_one())
-    schedule: str = key("cosine", "momentum over the run: as it starts, or rising to 1", choice(EMA_SCHEDULES))
+    momentum: float = key(0.996, "momentum of the average at the start", fraction_below_one())
+    schedule: str = key("cosine", "momentum over the run: constant, or rising to 1", choice(EMA_SCHEDULES))
 
 
 def schedule(config: OptimConfig, steps: int) -> Schedule:
-    """Learning rate as a function of the step, from 0, for a run of `steps` steps.
+    """Return the learning rate as a function of the step, from 0, for a run of `steps` steps.
 
-    As in SLIP and open_clip the decay spans the steps after the warm-up, so that `lr_end` is the value at `steps`, one
-    after the last step: with `lr_end` 0 the last step still learns.
+    As in SLIP and open_clip the decay spans the steps after the warm-up, and reaches `lr_end` at `steps`, one after the
+    last step: with `lr_end` 0 the last step still learns.
     """
     check_choice("optim.schedule", config.schedule, SCHEDULES)
     if not 0 <= config.warmup < max(steps, 1):
         raise ValueError(f"a warm-up of {config.warmup} steps must be shorter than the run of {steps}")
     warmup = optax.linear_schedule(config.lr_start, config.lr, max(config.warmup, 1))
-    rest = max(steps - config.warmup, 1)
+    remaining = max(steps - config.warmup, 1)
     if config.schedule == "cosine":
-        decay = optax.cosine_decay_schedule(config.lr, rest, alpha=config.lr_end / config.lr)
+        decay = optax.cosine_decay_schedule(config.lr, remaining, alpha=config.lr_end / config.lr)
     elif config.schedule == "linear":
-        decay = optax.linear_schedule(config.lr, config.lr_end, rest)
+        decay = optax.linear_schedule(config.lr, config.lr_end, remaining)
     else:
         decay = optax.constant_schedule(config.lr)
     return optax.join_schedules([warmup, decay], [config.warmup]) if config.warmup else decay
 
 
 def decay_mask(params: Any) -> Any:
-    """True where weight decay applies: kernels and embeddings, not biases, norms, scale or class token.
+    """Return True for parameters with weight decay: kernels and embeddings, not biases, norms, scale or class token.
 
-    A stack of scanned blocks has one dimension more, so the test is by name, not by the number of dimensions.
+    The test is by name, since a stack of scanned blocks has one more dimension.
     """
 
     def decays(path: tuple[Any, ...], _: Any) -> bool:
-        name = [key.key for key in path if hasattr(key, "key")][-1]  # a boxed parameter has an attribute behind it
+        name = [key.key for key in path if hasattr(key, "key")][
+            -1
+        ]  # the path of a boxed parameter ends with an attribute
         return name in ("kernel", "embedding", "tokens", "positions", "probe")
 
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
 def layer_scales(params: dict[str, Any], decay: float, towers: Mapping[str, Tower]) -> dict[str, Any]:
-    """Factors of each parameter's updates: BEiT's layer decay (arXiv 2106.08254).
+    """Return factors of each parameter's updates: BEiT's layer decay (arXiv 2106.08254).
 
-    Of the n layers of a tower (`Tower.num_layers`) layer i has decay^(n - 1 - i); what is not in a tower has 1.
+    Layer i of the n layers of a tower (`Tower.num_layers`) has decay^(n - 1 - i); parameters outside of towers have 1.
 
     Returns:
-      A tree of scalars; of stacked layers an array with their leading axis.
+      A tree of scalars; for stacked layers an array with their leading axis.
     """
 
     def scale(path: tuple[Any, ...], x: Any) -> Any:
@@ -142,13 +145,13 @@ def _decay_layers(decay: float, towers: Mapping[str, Tower]) -> optax.GradientTr
 def make_optimizer(
     config: OptimConfig, steps: int, towers: Mapping[str, Tower], frozen: Collection[str] = ()
 ) -> optax.GradientTransformation:
-    """AdamW under `schedule`, after clipping and with layer decay where `config` asks for them.
+    """Make AdamW with `schedule`, and with gradient clipping and layer decay if `config` sets them.
 
     Args:
-      config: group `optim`.
-      steps: of the whole run.
-      towers: {"img", "txt"}, whose layers `layer_decay` distinguishes.
-      frozen: top-level names of parameters that get no update, no weight decay, and have no moments.
+      config: config group `optim`.
+      steps: steps of the whole run.
+      towers: {"img", "txt"}, with the layers for `layer_decay`.
+      frozen: top-level names of parameters without updates, weight decay and moments.
     """
     adamw = optax.adamw(
         schedule(config, steps),
@@ -160,7 +163,7 @@ def make_optimizer(
         mu_dtype=jnp.dtype(config.mu_dtype),
     )
     if config.layer_decay != 1:
-        # AdamW's weight decay is part of the update, and falls with the layer's learning rate, as in PyTorch.
+        # AdamW's weight decay is a part of the update and scales with the layer's learning rate, as in PyTorch.
         adamw = optax.chain(adamw, _decay_layers(config.layer_decay, towers))
     tx = optax.chain(optax.clip_by_global_norm(config.grad_clip_norm), adamw) if config.grad_clip_norm else adamw
     if not frozen:
@@ -172,7 +175,7 @@ def make_optimizer(
 
 
 def ema_momentum(step: Any, steps: int, start: float, kind: str) -> Any:
-    """Momentum of the exponential moving average at `step`: constant, or from `start` to 1 on a cosine."""
+    """Return the momentum of the moving average at `step`: constant, or from `start` to 1 on a cosine."""
     check_choice("ema.schedule", kind, EMA_SCHEDULES)
     if kind == "constant":
         return start

@@ -21,8 +21,8 @@ from xclip_jax.config import schema
 from xclip_jax.core.errors import UserError
 from xclip_jax.core.run_folder import RunFolder
 from xclip_jax.evaluators.results import Result
-from xclip_jax.models.layers import stack_blocks
-from xclip_jax.objectives.config import RECIPES
+from xclip_jax.models.transformer import stack_blocks
+from xclip_jax.objectives import RECIPES
 from xclip_jax.report import card as model_card
 from xclip_jax.train import build, state, trainer, weights
 from xclip_jax.train.build import make_encoder, profile_of_run

@@ -11,7 +11,7 @@ from tests.helpers import tiny
 from xclip_jax.commands import plan
 from xclip_jax.config import load as config_file
 from xclip_jax.core.errors import UserError
-from xclip_jax.parallel import collectives
+from xclip_jax.parallel import hlo
 from xclip_jax.parallel.mesh import make_mesh
 from xclip_jax.train import build, flops, memory
 
@@ -85,7 +85,7 @@ def test_the_text_has_it_all(found):
 def test_the_program_is_written(found):
     text = found["path"].read_text()
     assert text.startswith("HloModule jit_step") and "is_scheduled=true" in text
-    assert collectives.summary(collectives.collectives(text, 8)) == found["sent"]
+    assert hlo.summary(hlo.collectives(text, 8)) == found["sent"]
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from xclip_jax.core.fields import fraction_below_one, key
 from xclip_jax.models.heads import Head
-from xclip_jax.objectives import Curve, Health, Level, Light, Term
+from xclip_jax.objectives import Check, Curve, Health, Report, Term
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,16 +40,23 @@ class TokenClassification(Term):
         best = jnp.take_along_axis(present, logits.argmax(axis=1)[:, None], axis=1)
         return loss, {"loss": loss, "top1": best.mean()}, {"token_frequency": frequency}
 
-    def alarms(self, metrics):
-        """A head that learns nothing stays at the loss of a blind guess."""
-        return ["tokens: the loss is above 20 nats; lower optim.lr."] if metrics["loss"] > 20 else []
+    @property
+    def report(self):
+        """Its charts, and a check."""
+        return TokenReport(self)
+
+
+class TokenReport(Report):
+    """What reports show."""
 
     def curves(self):
         """The loss, and the share of images whose most probable token is in their caption."""
         return (*super().curves(), Curve("Tokens in the caption", (("top1", "images"),), "%"))
 
     def health(self, metrics):
-        """The light of its alarm."""
-        light = Light("tokens", "Fails when the head learns nothing.", f"The loss is {metrics['loss']:.2f} nats.")
-        curve = Curve("Token loss", (("loss", "loss"),), "nats", (Level("alarm", 20.0),))
-        return Health("It starts at ln v, v being the size of the vocabulary.", (light,), (curve,))
+        """A head that learns nothing stays at the loss of a blind guess."""
+        meaning, measured = "Fails when the head learns nothing.", f"The loss is {metrics['loss']:.2f} nats."
+        remedy = "the loss is above 20 nats; lower optim.lr."
+        check = Check("tokens", metrics["loss"], 20.0, meaning, remedy, measured, above=True)
+        curve = Curve("Token loss", (("loss", "loss"),), "nats", (check.level,))
+        return Health("It starts at ln v, v being the size of the vocabulary.", (check,), (curve,))

@@ -11,10 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from xclip_jax.models.heads import ClusterHeadConfig, cluster_heads, contrastive_heads
-from xclip_jax.models.text import TextTowerConfig
-from xclip_jax.models.two_towers import TwoTowers
+from xclip_jax.models.heads import ClusterHeadConfig
+from xclip_jax.models.transformer import TextTowerConfig
+from xclip_jax.models.two_towers import ModelConfig, TwoTowers
 from xclip_jax.models.vit import ImageTowerConfig
+from xclip_jax.objectives.clip import Clip, Siglip
+from xclip_jax.objectives.nclip import Nclip
 
 # These tests compile far more than they compute: without LLVM's optimisation they take half the time.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -33,16 +35,17 @@ def two_towers(
     **projections,
 ):
     """`cls` with projections to `embed` above 0, a logit bias of `bias_init`, cluster heads; blocks are unrolled."""
-    heads, widths = {}, {"img": img["width"], "txt": txt["width"]}
     txt = dict(txt)
     tokens = {key: txt.pop(key, default) for key, default in (("vocab", 49408), ("eot_id", 49407))}
-    if embed:
-        heads |= contrastive_heads(
-            embed, widths, scale_init=scale_init, bias_init=bias_init, dtype=dtype, **projections
-        )
-    if cluster_head:
-        heads |= cluster_heads(ClusterHeadConfig(**cluster_head), widths, dtype=dtype)
     towers = ImageTowerConfig(**{"scan": False} | img), TextTowerConfig(**{"scan": False} | txt)
+    options = {"embed": embed, "scale_init": scale_init, "dtype": jnp.dtype(dtype).name, **projections}
+    options["cluster_head"] = ClusterHeadConfig(**cluster_head or {})
+    model = ModelConfig(*towers, **options | ({} if bias_init is None else {"bias_init": bias_init}))
+    heads = {}
+    if embed:
+        heads |= (Clip() if bias_init is None else Siglip()).heads(model, tokens["vocab"])
+    if cluster_head:
+        heads |= Nclip().heads(model, tokens["vocab"])
     return cls(*towers, **tokens, heads=heads, dtype=dtype)
 
 

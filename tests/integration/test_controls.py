@@ -12,7 +12,7 @@ from xclip_jax.config import schema
 from xclip_jax.core.errors import UserError
 from xclip_jax.data import loader
 from xclip_jax.losses import contrastive, ring
-from xclip_jax.objectives.base import LossConfig
+from xclip_jax.objectives import LossConfig
 from xclip_jax.objectives.clip import Clip
 from xclip_jax.objectives.nclip import Nclip
 from xclip_jax.parallel.mesh import make_mesh
@@ -37,7 +37,7 @@ def smoothed(z_img, z_txt, scale, smoothing):
 @pytest.mark.parametrize("impl", ["plain", "ring"])
 def test_label_smoothing_equals_oracle(scale, impl):
     z_img, z_txt = embeddings(8, 4)
-    term = Clip(label_smoothing=0.1).in_form(LossConfig(impl=impl), make_mesh({"data": 8, "fsdp": 1, "model": 1}))
+    term = Clip(label_smoothing=0.1).specialise(LossConfig(impl=impl), make_mesh({"data": 8, "fsdp": 1, "model": 1}))
 
     def loss(z_img, z_txt, scale):
         value, metrics, _ = term({"z_img": z_img, "z_txt": z_txt, "scale": scale}, None, {}, {})

@@ -14,8 +14,8 @@ from flax.traverse_util import unflatten_dict
 
 from tests.helpers.util import jit, two_towers
 from xclip_jax.core.errors import UserError
-from xclip_jax.interop import param_mapping
-from xclip_jax.interop.hf import HEADS
+from xclip_jax.interop import names
+from xclip_jax.interop import open_clip as ours_of_open_clip
 from xclip_jax.losses import contrastive
 from xclip_jax.models.two_towers import PRESETS, preset
 
@@ -71,9 +71,8 @@ def torch_text_features(model, text):
 def carry(weights, model):
     """open_clip's arrays as our parameters; the map is linear and loses nothing, so it carries gradients as well."""
     weights = {"visual.class_embedding": np.zeros(64, np.float32)} | weights
-    flat = param_mapping.read(
-        weights, param_mapping.param_mappings(model, 100, param_mapping.open_clip(), HEADS), "open_clip"
-    )
+    group = {**model, "img": model["img"] | {"pool": "cls", "patch_bias": False}, "project_img": True}
+    flat = names.read(weights, group, 100, ours_of_open_clip._clip(), "open_clip")
     if model["img"]["pool"] == "mean":
         del flat["img/cls"]
         flat["img/positions"] = flat["img/positions"][1:]

@@ -25,7 +25,6 @@ from xclip_jax.config import schema
 from xclip_jax.core.errors import UserError
 from xclip_jax.data import tokenizer
 from xclip_jax.interop import vocabulary
-from xclip_jax.interop.sentencepiece import convert
 from xclip_jax.train import build
 
 CORPUS = ["a photo of a cat", "two dogs on the moon", "naïve über straße", "it never ends", "the cat sat on the mat",
@@ -170,7 +169,7 @@ def open_clip_folder(tmp_path, monkeypatch):
     assert real(pretrained=False, img_size=32, depth=1).blocks[0].attn.num_heads == 12
     path = tmp_path / "there"
     path.mkdir()
-    library = convert(trained(), "x")
+    library = vocabulary.read_sentencepiece(trained(), "x")
     library.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     library.save(str(path / "tokenizer.json"))
     named = {"eos_token": "</s>", "pad_token": "</s>", "unk_token": "<unk>"}
@@ -205,7 +204,7 @@ def test_open_clip_model_and_tokenizer(open_clip_folder):
 
 
 def test_timm_towers_have_these_heads_and_activations():
-    from xclip_jax.interop import siglip
+    from xclip_jax.interop import open_clip as ours
 
     names = [name for name in timm.list_models("vit_*_siglip_*") if "gap" not in name]
     assert len(names) >= 16
@@ -213,9 +212,9 @@ def test_timm_towers_have_these_heads_and_activations():
         with torch.device("meta"):
             tower = timm.create_model(name, depth=1)
         width = name.split("_")[1]
-        assert siglip.is_open_clip({"vision_cfg": {"timm_model_name": name}})
-        assert siglip._TIMM_HEADS[width] == tower.blocks[0].attn.num_heads == tower.attn_pool.num_heads
-        tanh = bool(siglip.re.fullmatch(siglip._TIMM_TANH, name))
+        assert ours._is_siglip({"vision_cfg": {"timm_model_name": name}})
+        assert ours._TIMM_HEADS[width] == tower.blocks[0].attn.num_heads == tower.attn_pool.num_heads
+        tanh = bool(ours.re.fullmatch(ours._TIMM_TANH, name))
         assert isinstance(tower.blocks[0].mlp.act, torch.nn.GELU) != tanh, name
 
 
@@ -273,7 +272,7 @@ def test_a_recipe_may_have_its_parts():
     assert params["proj_txt"]["linear"]["bias"].shape == (32,)
     with pytest.raises(UserError, match=r"embed 16 must be img\.width 32 where project_img is false"):
         build.build(tiny.config("siglip", **parts))
-    with pytest.raises(UserError, match="patch_bias is of stem 'linear'"):
+    with pytest.raises(UserError, match="patch_bias is an option of stem 'linear'"):
         build.build(tiny.config("siglip", model__img__patch_bias=True, model__img__stem="hmlp"))
 
 
@@ -287,9 +286,9 @@ def test_files_that_are_not_of_sentencepiece():
         b"\x0a\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01",
     ):
         with pytest.raises(UserError, match="x is not a file of SentencePiece, or damaged"):
-            convert(content, "x")
+            vocabulary.read_sentencepiece(content, "x")
     with pytest.raises(UserError, match=r"x is not a unigram model; put the tokenizer\.json"):
-        convert(trained(model_type="bpe", vocab_size=60), "x")
+        vocabulary.read_sentencepiece(trained(model_type="bpe", vocab_size=60), "x")
 
 
 def test_the_scale_of_published_weights_is_no_error(tmp_path):

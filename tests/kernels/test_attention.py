@@ -9,8 +9,9 @@ import pytest
 
 from tests.helpers import tiny
 from xclip_jax.kernels import attention as kernel
-from xclip_jax.models import layers, linear
-from xclip_jax.models.layers import Transformer, TransformerConfig, attend
+from xclip_jax.models import layers
+from xclip_jax.models.layers import attend
+from xclip_jax.models.transformer import Transformer, TransformerConfig
 from xclip_jax.parallel import sharding
 from xclip_jax.parallel.mesh import make_mesh
 from xclip_jax.train import build
@@ -88,7 +89,7 @@ def everywhere(monkeypatch):
     """The program for TPUs with its kernel interpreted, wherever sizes fit; a switch to turn it on and off."""
     on, attention = {"kernel": True}, kernel.attention
     platform = sharding.platform
-    for module in (sharding, layers, linear):
+    for module in (sharding, layers):
         monkeypatch.setattr(module, "platform", lambda: "tpu" if on["kernel"] and platform() else platform())
     monkeypatch.setattr(kernel, "attention", lambda *args: attention(*args[:5], interpret=True))
 

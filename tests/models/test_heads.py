@@ -7,11 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 from scipy.special import erf
 
-from tests.helpers.util import jit, random_variables, two_towers
-from xclip_jax.losses.logits import FactoredLogits
+from tests.helpers.util import jit, random_variables
 from xclip_jax.models.heads import Classifier, ClusterHead, Projection, l2_normalize
 from xclip_jax.parallel.mesh import batch_sharding, make_mesh
 from xclip_jax.parallel.sharding import MeshLayout, layout_scope, shardings
@@ -83,45 +81,6 @@ def test_cluster_head_momentum():
     _, state = head.apply(variables, h, train=True, mutable=["batch_stats"])
     _, stats = oracle(variables, h, layers=1, last_norm=False, train=True, momentum=0.5)
     chex.assert_trees_all_close(state["batch_stats"], stats, atol=1e-5)
-
-
-def factors(dtype):
-    """x in `dtype`, kernel, bias, and weights of the logits in a loss; around 3, so that sums are large."""
-    rng = np.random.default_rng(0)
-    x, kernel, bias, weights = (rng.normal(size=size, loc=3) for size in ((32, 48), (48, 20), (20,), (32, 20)))
-    return jnp.asarray(x, dtype), *(jnp.asarray(y, jnp.float32) for y in (kernel / 7, bias, weights))
-
-
-def test_cluster_logits_of_bfloat16_are_fp32():
-    """Sums and bias are not rounded to the 8 bits of their factors, nor is the gradient of the bias."""
-    x, kernel, bias, weights = factors(jnp.bfloat16)
-
-    def loss(x, kernel, bias):
-        s = FactoredLogits(x, kernel, bias).logits()
-        return jnp.sum(weights * s), s
-
-    grads, s = jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(x, kernel, bias)
-    x, bias, weights = (np.asarray(y, np.float64) for y in (x, bias, weights))
-    kernel = np.asarray(kernel.astype(jnp.bfloat16), np.float64)
-    assert s.dtype == jnp.float32
-    np.testing.assert_allclose(s, x @ kernel + bias, rtol=1e-5)
-    assert [y.dtype for y in grads] == [jnp.bfloat16, jnp.float32, jnp.float32]
-    # The two products of gradients are in bf16, as those of all other layers.
-    expected = weights @ kernel.T, x.T @ weights
-    for found, exact in zip(grads[:2], expected, strict=True):
-        np.testing.assert_allclose(np.asarray(found, np.float64), exact, rtol=2**-7)
-    np.testing.assert_allclose(grads[2], weights.sum(axis=0), rtol=1e-5)
-
-
-def test_cluster_logits_of_fp32_are_plain_products():
-    """Equal bit by bit."""
-    *operands, weights = factors(jnp.float32)
-
-    def with_gradients(fn):
-        return jit(jax.value_and_grad(lambda *args: jnp.sum(weights * fn(*args)), argnums=(0, 1, 2)))(*operands)
-
-    plain = with_gradients(lambda x, kernel, bias: jnp.matmul(x, kernel) + bias)
-    chex.assert_trees_all_equal(with_gradients(lambda *args: FactoredLogits(*args).logits()), plain)
 
 
 @pytest.mark.parametrize("clusters_split", [False, True], ids=["", "clusters split"])
@@ -212,87 +171,3 @@ def test_l2_normalize_works_in_fp32():
     assert z.dtype == jnp.float32
     x = np.asarray(x, np.float64)
     np.testing.assert_allclose(z, x / np.linalg.norm(x, axis=-1, keepdims=True), atol=1e-6)
-
-
-# --- two towers
-
-SIZES = {
-    "img": {"image_size": 8, "patch": 4, "width": 8, "depth": 1, "heads": 2},
-    "txt": {"vocab": 9, "eot_id": 8, "context_length": 4, "width": 12, "depth": 1, "heads": 2},
-    "embed": 6,
-}
-IMAGE = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32)
-TEXT = np.array([[1, 2, 8, 0], [3, 4, 5, 8]])
-HEAD = {"clusters": 5, "hidden": 7}
-CLIP = {"z_img", "z_txt", "scale"}
-CLUSTERS = {"s_img", "s_txt"}
-
-
-@pytest.mark.parametrize(
-    ("fields", "outputs", "params", "statistics"),
-    [
-        ({}, CLIP, {"proj_img", "proj_txt", "log_scale"}, False),
-        ({"bias_init": -10.0}, CLIP | {"bias"}, {"proj_img", "proj_txt", "log_scale", "bias"}, False),
-        ({"embed": 0, "cluster_head": HEAD}, CLUSTERS, {"clusters_img", "clusters_txt"}, True),
-        ({"embed": 0, "bias_init": -10.0}, set(), set(), False),
-        (
-            {"cluster_head": HEAD},
-            CLIP | CLUSTERS,
-            {"proj_img", "proj_txt", "log_scale", "clusters_img", "clusters_txt"},
-            True,
-        ),
-    ],
-    ids=["clip", "siglip", "nclip", "towers", "xclip"],
-)
-def test_two_towers_have_what_is_asked_for(fields, outputs, params, statistics):
-    model = two_towers(**SIZES | fields)
-    variables = jax.eval_shape(model.init, jax.random.key(0), IMAGE, TEXT)
-    assert set(variables["params"]) == {"img", "txt"} | params
-    assert ("batch_stats" in variables) == statistics
-    out = jax.eval_shape(model.apply, nn.unbox(variables), IMAGE, TEXT)
-    assert set(out) == {"h_img", "h_txt"} | outputs
-    sizes = {"h_img": (2, 8), "h_txt": (2, 12), "scale": (), "bias": ()}
-    for name, x in out.items():
-        assert x.shape == sizes.get(name, (2, 6) if name.startswith("z") else (2, 5)), name
-        assert x.dtype == jnp.float32, name
-
-
-def test_two_towers_scale_and_bias_start_where_told():
-    model = two_towers(**SIZES, scale_init=10.0, bias_init=-10.0)
-
-    @jit  # compiles what it returns and no more
-    def run():
-        variables = nn.unbox(model.init(jax.random.key(0), IMAGE, TEXT))
-        return model.apply(variables, None, None, method="project")
-
-    out = run()
-    assert set(out) == {"scale", "bias"}
-    np.testing.assert_allclose([out["scale"], out["bias"]], [10, -10], rtol=1e-6)
-
-
-@pytest.mark.parametrize(("kind", "batch"), [("img", IMAGE), ("txt", TEXT)])
-def test_one_modality_alone_gives_the_same(kind, batch):
-    model = two_towers(**SIZES, cluster_head=HEAD)
-    variables = random_variables(model, IMAGE, TEXT)
-    everything = jit(model.apply)(variables, IMAGE, TEXT)
-
-    @jit
-    def alone(variables):
-        h = model.apply(variables, batch, method={"img": "encode_image", "txt": "encode_text"}[kind])
-        pair = (h, None) if kind == "img" else (None, h)
-        return {f"h_{kind}": h} | model.apply(variables, *pair, method="project")
-
-    out = alone(variables)
-    assert set(out) == {f"h_{kind}", f"z_{kind}", f"s_{kind}", "scale"}
-    chex.assert_trees_all_close(out, {name: everything[name] for name in out}, atol=1e-6)
-
-
-def test_clusters_train_with_the_statistics_of_the_batch():
-    model = two_towers(**SIZES, cluster_head=HEAD)
-    variables = random_variables(model, IMAGE, TEXT)
-    out, state = jit(functools.partial(model.apply, train=True, mutable=["batch_stats"]))(variables, IMAGE, TEXT)
-    for kind in ("img", "txt"):
-        head = {c: variables[c][f"clusters_{kind}"] for c in ("params", "batch_stats")}
-        s, stats = oracle(head, np.asarray(out[f"h_{kind}"]), layers=1, last_norm=False, train=True)
-        np.testing.assert_allclose(out[f"s_{kind}"], s, atol=1e-3)
-        chex.assert_trees_all_close(state["batch_stats"][f"clusters_{kind}"], stats, atol=1e-5)

@@ -8,19 +8,14 @@ import pytest
 import scipy.special
 import torch
 
-from tests.helpers.util import jit, random_variables
-from tests.models.test_two_towers import IMG, TXT, numpy
+from tests.helpers.util import random_variables
+from tests.models.test_transformer import IMG, TXT, numpy
 from xclip_jax.models.layers import (
     ACTIVATIONS,
-    Block,
     LayerNorm,
-    Transformer,
-    TransformerConfig,
     attend,
     gelu,
-    stack_blocks,
 )
-from xclip_jax.models.vit import ImageTowerConfig
 
 
 @pytest.mark.parametrize(
@@ -65,34 +60,3 @@ def test_gelu_of_narrow_numbers_does_not_cancel():
     exact = np.asarray(x, np.float64)
     exact = exact * scipy.special.ndtr(exact)
     assert np.abs(np.asarray(jax.jit(gelu)(x), np.float64) - exact).max() < 1e-3
-
-
-@pytest.mark.parametrize("scan", [False, True])
-def test_drop_path_leaves_out_branches_and_counts_the_rest_for_more(scan):
-    config = TransformerConfig(width=8, depth=3, heads=2, scan=scan)
-    unrolled = Transformer(config.unrolled(), drop_path=0.4)
-    rng = np.random.default_rng(0)
-    x, noise = jnp.asarray(rng.normal(size=(4, 5, 8)), jnp.float32), rng.random((4, 3, 2))
-    noise[0], noise[1] = 0.0, 1.0  # all that may go, goes; nothing does
-    variables = random_variables(unrolled, x)
-    params = variables["params"]
-    module = Transformer(config, drop_path=0.4)
-    if scan:
-        variables = {"params": stack_blocks(params, 3)}
-    out = jit(module.apply)(variables, x, jnp.asarray(noise))
-    expected = x
-    for i, rate in enumerate((0.0, 0.2, 0.4)):
-        keep = jnp.asarray((noise[:, i] >= rate) / (1 - rate), jnp.float32)
-        block = Block(config, False, jnp.float32)
-        expected, _ = jit(block.apply)({"params": params[f"block_{i}"]}, expected, keep)
-    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
-    first, _ = jit(block.apply)({"params": params["block_0"]}, x)
-    np.testing.assert_allclose(out[0], first[0], rtol=1e-4, atol=1e-5)
-    plain = jit(module.apply)(variables, x)
-    np.testing.assert_array_equal(plain, jit(Transformer(config).apply)(variables, x, jnp.asarray(noise)))
-
-
-def test_drop_path_of_a_single_block_is_refused():
-    (conflict,) = ImageTowerConfig(depth=1, drop_path=0.1).conflicts()
-    assert conflict.startswith("drop_path 0.1 ") and "depth to 2 or more" in conflict
-    assert not list(ImageTowerConfig(depth=2, drop_path=0.1).conflicts())

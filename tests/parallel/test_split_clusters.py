@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 from tests.helpers import tiny
 from tests.parallel.test_sharding import BATCH, MESHES, assert_same, gradients, make
 from xclip_jax.commands import plan
-from xclip_jax.parallel.collectives import collectives
+from xclip_jax.parallel.hlo import collectives
 from xclip_jax.parallel.mesh import AXES
 from xclip_jax.train import build, memory, state
 from xclip_jax.train.build import make_encoder

@@ -14,8 +14,11 @@ import pytest
 
 from tests.helpers import tiny
 from xclip_jax.commands import plan
-from xclip_jax.parallel import collectives
+from xclip_jax.core.errors import UserError
+from xclip_jax.parallel import hlo
 from xclip_jax.parallel.mesh import num_slices
+from xclip_jax.parallel.topology import CHIPS as KINDS
+from xclip_jax.parallel.topology import grid_of
 from xclip_jax.train import memory
 
 CHIPS = 4  # of a slice
@@ -74,9 +77,31 @@ def test_moments_that_are_split_over_all_slices_send_the_parameters_between_them
 @pytest.mark.slow
 def test_the_account_of_a_step_has_all_that_is_sent_between_slices():
     _, program = compile_step("zero1", 1)
-    sent = collectives.summary(collectives.collectives(program, 2 * CHIPS))
+    sent = hlo.summary(hlo.collectives(program, 2 * CHIPS))
     given = between_slices(program)
     # What is gathered arrives from the other slice beside a chip's own half.
     arrives = given | {"ALL_GATHER": 2 * given["ALL_GATHER"]}
     expected = {f"{kind.lower().replace('_', '-')} between slices": size for kind, size in arrives.items()}
     assert {kind: size for kind, size in sent.items() if kind.endswith("slices")} == expected
+
+
+@pytest.mark.parametrize(
+    ("topology", "links"),
+    [
+        ("v5e:4x8", 2),
+        ("v5e:16x16", 4),
+        ("v5e:8x16", 3),
+        ("v6e:1x4", 1),
+        ("v5p:4x4x8", 6),
+        ("v4:2x4x4", 3),
+        ("v4:2x2x1", 2),
+    ],
+)
+def test_links_of_a_chip_in_a_corner(topology, links):
+    name, grid = grid_of(topology)
+    assert KINDS[name].ici(grid) == links * KINDS[name].link
+
+
+def test_a_topology_is_a_chip_and_a_grid():
+    with pytest.raises(UserError, match="write CHIP:GRID"):
+        grid_of("v5e")

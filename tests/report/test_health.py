@@ -8,12 +8,10 @@ import re
 
 import pytest
 
-from tests.extension.superclip import TokenClassification
 from tests.helpers import tiny
 from tests.helpers.pages import Page, check, written
-from tests.objectives.test_base import superclip
-from xclip_jax.objectives import Term
-from xclip_jax.objectives.nclip import diagnose
+from tests.objectives.test_term import superclip
+from xclip_jax.objectives.nclip import Nclip
 from xclip_jax.report import examples, html
 
 
@@ -50,7 +48,7 @@ def test_each_failure_has_its_light_and_its_remedy(kind, tmp_path):
     }
     assert {name.lower(): (state, label) for state, name, label in lights} == expected
     measures = {key.removeprefix("nclip/"): value for key, value in rows[-1].items()}
-    warnings = diagnose(measures)
+    warnings = Nclip().report.alarms(measures)
     assert [warning.split(":")[0] for warning in warnings] == ([kind] if kind else [])
     assert all(warning.partition(": ")[2] in " ".join(Page(text).text) for warning in warnings)
     late = dataclasses.replace(run.config, log=dataclasses.replace(run.config.log, collapse_warmup_steps=9))
@@ -101,14 +99,6 @@ def test_a_term_of_another_package_has_curves_and_lights(tmp_path):
     assert "the loss is above 20 nats; lower optim.lr." in alarm
 
 
-def test_a_warning_without_a_light_is_shown(tmp_path, monkeypatch):
-    monkeypatch.setattr(TokenClassification, "health", Term.health)
-    run = written(tmp_path / "run", superclip(log__collapse_warmup_steps=2), plugin_rows())
-    text = html.render(run, examples.Examples())
-    check(text)
-    assert '<article class="card light "><h3>Tokens<span>healthy' in text and "Warning at 1 of 2 logged" in text
-
-
 @pytest.mark.parametrize("name", ["clip", "siglip", "nclip", "xclip", "xclip-ema-center", "classify-img"])
 def test_every_chart_of_a_term_is_on_the_page(name, tmp_path):
     """With the metrics of real steps, recorded in the golden file of the objectives."""
@@ -119,12 +109,11 @@ def test_every_chart_of_a_term_is_on_the_page(name, tmp_path):
     text = html.render(run, examples.Examples())
     page = check(text)
     titles = set(re.findall(r"<figcaption><b>([^<]+)</b>", text))
-    for term, own in run.objective.terms.items():
-        metrics = run.objective.metrics_of(term, rows[-1])
-        assert {curve.title for curve in own.curves()} <= titles
-        health = own.health(metrics)
-        if health:
+    for name_of_term, term in run.objective.terms.items():
+        assert {curve.title for curve in term.report.curves()} <= titles
+        health = term.report.health(run.objective.metrics_of(name_of_term, rows[-1]))
+        if health.checks:
             assert health.summary in " ".join(page.text)
             assert {curve.title for curve in health.curves} <= titles
-            assert text.count('class="card light') == len(health.lights) or len(run.objective.terms) > 1
+            assert text.count('class="card light') == len(health.checks) or len(run.objective.terms) > 1
     assert ("Loss" in titles) == (len(run.objective.terms) > 1 or name == "classify-img")

@@ -13,7 +13,7 @@ from tests.helpers import tiny
 from tests.helpers.util import random_variables, two_towers
 from xclip_jax.core.errors import UserError
 from xclip_jax.data import loader
-from xclip_jax.models.layers import stack_blocks
+from xclip_jax.models.transformer import stack_blocks
 from xclip_jax.train import build, state, trainer, weights
 from xclip_jax.train.checkpoint import Checkpointer
 
@@ -138,7 +138,7 @@ def test_what_is_fresh_and_what_is_left_out_is_named():
         "not in x, so initialised at random: log_scale, proj_img, proj_txt",
         "in x and not in this run: params/img/norm_pre/norm/bias, params/img/norm_pre/norm/scale",
     ]
-    with pytest.raises(UserError, match=r"txt/positions are those of 8 tokens and context_length is 9; set it to 8 or"):
+    with pytest.raises(UserError, match=r"txt/positions are for 8 tokens and context_length is 9; set it to 8 or"):
         convert(towers(), towers(length=9))
     with pytest.raises(UserError, match=r"img/positions has shape \(16, 16\), expected \(17, 16\)"):
         convert(towers(pool="mean"), towers())

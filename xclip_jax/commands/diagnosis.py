@@ -157,25 +157,21 @@ def _health(run: Record, name: str) -> Iterator[Finding]:
         return
     rows = complete_rows(run.objective, name, run.training)
     warnings = Warnings.collect(run, name, rows)
-    shown = term.health(rows[-1]) if rows else None
-    lights = {light.name: light for light in (shown.lights if shown else ())}
-    # A complete run is judged however short it was.
-    final = {text.partition(":")[0]: text for text in term.alarms(rows[-1])} if rows and run.complete else {}
-    for failure in dict.fromkeys([*lights, *warnings.names, *final]):
-        light, last = lights.get(failure), warnings.last(failure) or final.get(failure, "")
-        text, history = last.partition(": ")[2], warnings.history(failure)
-        label = f"{name}, {failure}"
-        if light and light.impossible:
+    for check in term.report.health(rows[-1]).checks if rows else ():
+        # A complete run is judged however short it was.
+        last = warnings.last(check.name) or (check.warning if check.failed and run.complete else "")
+        text, history = last.partition(": ")[2], warnings.history(check.name)
+        label = f"{name}, {check.name}"
+        if check.impossible:
             continue
         if last:
             yield fail("objective", f"{label}: {text}{f' {history}' if warnings.steps else ''}".rstrip("."))
-        elif failure in warnings.names:
+        elif check.name in warnings.names:
             now = f"not at the last step; {history}"
             yield warning("objective", f"{label}: {now.rstrip('.')}", f"look at its chart, {command('report')} RUN")
         else:
-            measured = light.measured if light else ""
             judged = "no" if warnings.steps else "not judged yet"
-            sentences = " ".join(filter(None, (f"{judged}.", measured, history)))
+            sentences = " ".join(filter(None, (f"{judged}.", check.measured, history)))
             yield Finding("objective", f"{label}: {sentences}".rstrip("."))
 
 

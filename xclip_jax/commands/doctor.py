@@ -39,7 +39,7 @@ from xclip_jax.core.imports import add_trust, trusting
 from xclip_jax.core.storage import strict_json
 from xclip_jax.data import inspect, loader
 from xclip_jax.data.inspect import LoaderSample
-from xclip_jax.objectives import Term
+from xclip_jax.objectives import Report
 from xclip_jax.objectives.clip import Contrastive
 from xclip_jax.parallel.mesh import batch_part
 from xclip_jax.train import memory
@@ -310,7 +310,7 @@ def check_settings(experiment: Experiment, step_seconds: float | None) -> Iterat
     if group.ema and not (config.ema.on or objective.teacher):
         wrong.append(("eval.ema evaluates a moving average, and the run keeps none", "set ema.on=True"))
     warmup = config.log.collapse_warmup_steps
-    if warmup >= steps and any(type(term).alarms is not Term.alarms for term in objective.terms.values()):
+    if warmup >= steps and any(type(term.report).health is not Report.health for term in objective.terms.values()):
         text = f"log.collapse_warmup_steps={warmup} is not below the {steps:,} steps, so no step warns of a failure"
         wrong.append((text, f"set it to {steps // 3:,}"))
     interval = every if 0 < every < steps else steps

@@ -21,7 +21,7 @@ from absl import app, flags, logging
 from xclip_jax.config import load as config_file
 from xclip_jax.core.console import format_bytes
 from xclip_jax.core.errors import UserError, check_writable, exit_with_message
-from xclip_jax.parallel.collectives import Collective, collectives, summary
+from xclip_jax.parallel.hlo import Collective, collectives, summary
 from xclip_jax.parallel.roofline import COLUMNS, roofline
 from xclip_jax.parallel.topology import devices_of
 from xclip_jax.train import flops, memory

@@ -45,8 +45,10 @@ def parse_arg(arg: str | None, **defaults: Any) -> ml_collections.ConfigDict:
                 raise UserError(
                     f"config argument {key!r} is a path; to train on it, write {shlex.quote(f'small:pairs={key}')}."
                 )
-            near = nearest(key, defaults)
-            raise UserError(f"config argument {key!r} is unknown; did you mean {near!r}? Known: {', '.join(defaults)}.")
+            suggestion = nearest(key, defaults)
+            raise UserError(
+                f"config argument {key!r} is unknown; did you mean {suggestion!r}? Known: {', '.join(defaults)}."
+            )
         values[key] = _convert(key, text, defaults[key])
     # A default of "" means that the recipe chooses the objective.
     if values.get("objective", "clip") not in (*OBJECTIVES, defaults.get("objective")):

@@ -145,7 +145,7 @@ class Config:
             types = " and ".join(type(tower).__name__ for tower in towers)
             yield f"optim.layer_decay is {self.optim.layer_decay}, and {types} has no layers to tell apart; set it to 1"
         if set(self.init.frozen) - set(objective.towers):
-            yield f"init.frozen is {self.init.frozen}; the model has the {objective.towers[0]} tower alone"
+            yield f"init.frozen is {self.init.frozen}; the model only has the {objective.towers[0]} tower"
 
 
 def default() -> ml_collections.ConfigDict:

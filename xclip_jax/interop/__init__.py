@@ -1,15 +1,14 @@
-"""Weights from and to other projects, in NumPy alone: OpenAI's CLIP, open_clip, Hugging Face, and our own format.
+"""Weights from and to other projects, in NumPy: OpenAI's CLIP, open_clip, Hugging Face, and our own format.
 
-A model is a pair. `config` has the groups of a run's config that a model needs, as plain dicts: "model" and
-"objective"; of "data" the keys tokenizer and resample ("bicubic", for new training), of "data" and "eval" those of the
-preprocessing, see `Preprocessing`. "source" has the format of the weights, and "notes", sentences on what was
-assumed or is ignored. `variables` are those of `TwoTowers.apply`, fp32: {"params": ..., "batch_stats": ...}, the second
-only for heads with BatchNorm.
+A model is a pair (config, variables). `config` has the groups of a run's config that a model needs, as plain dicts:
+"model", "objective", and from "data" and "eval" the tokenizer, resample ("bicubic", for new training) and the keys of
+`Preprocessing`. Its group "source" has the format of the weights, and "notes" on what was assumed or is ignored.
+`variables` are fp32 and go to `TwoTowers.apply`: "params", and "batch_stats" for heads with BatchNorm.
 """
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,9 +22,10 @@ from xclip_jax.core.fields import read_group
 from xclip_jax.core.run_folder import is_run
 from xclip_jax.data import tokenizer
 from xclip_jax.data.preprocessing import Preprocessing
-from xclip_jax.interop import hf, hub, open_clip, param_mapping, tensor_files, vocabulary
-from xclip_jax.models.layers import unstack_blocks
+from xclip_jax.interop import hf, hub, open_clip, tensor_files, vocabulary
+from xclip_jax.interop.names import Flat
 from xclip_jax.models.tower import ImageTower
+from xclip_jax.models.transformer import unstack_blocks
 from xclip_jax.models.two_towers import ModelConfig, Variables
 from xclip_jax.objectives import read_objective
 
@@ -39,7 +39,7 @@ WRITTEN = (
     vocabulary.FILE, *vocabulary.CLIP_FILES, vocabulary.OPTIONS, vocabulary.SPECIAL,
 )  # fmt: skip
 
-# Values of the keys of `model` that the formats of other projects are written with.
+# Keys of `model` with the values that formats of other projects require.
 _CLIPS = {
     "img.pool": "cls", "img.stem": "linear", "img.patch_bias": False, "txt.causal": True, "txt.pool": "eot",
     "project_img": True, "project_bias": False,
@@ -50,9 +50,9 @@ def read(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return (config, variables) of weights; see the module's docstring.
 
     Args:
-      path: a folder or a file of weights: .safetensors, or .bin, .pt and .pth as torch.save has written them since 1.6.
-        Their config is read from the same folder; weights with OpenAI's names may lack it, their sizes are inferred.
-        "hf:ORG/NAME[@REVISION]" is a repository of the Hugging Face Hub, see `hub.resolve`.
+      path: a folder or a file of weights: .safetensors, or .bin, .pt and .pth as torch.save writes them since 1.6.
+        Their config is read from the same folder; for weights with OpenAI's names it may be missing, and sizes are
+        inferred. "hf:ORG/NAME[@REVISION]" is a repository of the Hugging Face Hub, see `hub.resolve`.
 
     Raises:
       UserError: nothing to read, files that contain more than tensors, an architecture that is not supported, or
@@ -65,9 +65,9 @@ def read(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
         with _unusable_values(folder / CONFIG), imports.named_by(folder / CONFIG):
             return _read_own(tensors, folder)
     if any(name.startswith("visual.") for name in tensors):
-        beside = folder / open_clip.CONFIG
-        content = tensor_files.read_json(beside) if beside.exists() else None
-        with _unusable_values(beside if content else file):
+        stored_config = folder / open_clip.CONFIG
+        content = tensor_files.read_json(stored_config) if stored_config.exists() else None
+        with _unusable_values(stored_config if content else file):
             config, flat = open_clip.read(tensors, stored, folder, content, where)
     elif any(name.startswith(("vision_model.", "text_model.")) for name in tensors):
         with _unusable_values(folder / hf.CONFIG):
@@ -83,7 +83,7 @@ def read(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 @contextlib.contextmanager
 def _unusable_values(file: epath.Path) -> Iterator[None]:
-    """Raise a `UserError` that names `file` for whatever a value of another type, or out of its range, leads to."""
+    """Raise a `UserError` that names `file` for errors caused by values of another type or out of range."""
     try:
         yield
     except UserError:
@@ -96,7 +96,7 @@ def _unusable_values(file: epath.Path) -> Iterator[None]:
 
 
 def read_classes(path: str) -> tuple[str, ...] | None:
-    """Return the classes that an exported model was fine-tuned on, or None where its files name none.
+    """Return the classes that an exported model was fine-tuned on, or None if its files do not name them.
 
     Args:
       path: a folder or a file, as in `read`.
@@ -120,8 +120,10 @@ def _read_own(tensors: tensor_files.Tensors, folder: epath.Path) -> tuple[dict[s
     if config["data"]["tokenizer"] == vocabulary.FILE:
         config["data"]["tokenizer"] = str(folder / vocabulary.FILE)
     keys = Preprocessing.from_dict(config, _image_tower(config).image_size).to_config()
-    config["data"], own = config["data"] | keys["data"], config.get("eval", {})
-    prompts = {"templates": own.get("templates"), "class_names": own.get("class_names") and str(folder / CLASS_NAMES)}
+    config["data"], stored = config["data"] | keys["data"], config.get("eval", {})
+    prompts = {
+        "templates": stored.get("templates"), "class_names": stored.get("class_names") and str(folder / CLASS_NAMES),
+    }  # fmt: skip
     config["eval"] = {name: value for name, value in prompts.items() if value} | keys["eval"]
     config.pop("classes", None)  # see `read_classes`
     return config | {"source": {"format": "safetensors", "notes": ()}}, unflatten_dict(tensors, sep="/")
@@ -139,11 +141,11 @@ def write(
     """Write a model into the folder `path`.
 
     Args:
-      variables, config: as `read` returns them; other keys of `config`, such as those of a run, are ignored.
+      variables, config: as `read` returns them; other keys of `config`, such as a run's, are ignored.
       path: the folder, which is created. Files of an earlier export, in any format, are deleted first.
       to: "hf" (a CLIPModel with its processor), "open_clip", or "safetensors": ours, which loses nothing.
-      repository: the id on the Hub that the files will have, "ORG/NAME", or "".
-      classes: of a fine-tuned model, see `read_classes`.
+      repository: the future id of the files on the Hub, "ORG/NAME", or "".
+      classes: classes of a fine-tuned model, see `read_classes`.
 
     Returns:
       Sentences on what the format cannot hold.
@@ -160,30 +162,24 @@ def write(
     if plugins and to != "safetensors":
         types = ", ".join(f"{tower} {options['type']!r}" for tower, options in plugins.items())
         raise UserError(f"{to!r} cannot hold a tower of another type ({types}); write to 'safetensors'.")
-    tokens, length = tokenizer.load(name), config["model"]["txt"]["context_length"]
-    own = name not in tokenizer.NAMES
+    tokens = tokenizer.load(name)
     content: dict[str, Any]
     if to == "safetensors":
-        tensors = flatten_dict(variables, sep="/")
+        file, weights, tensors = CONFIG, WEIGHTS, flatten_dict(variables, sep="/")
         content, texts, notes = _own_config(config, classes)
     else:
         if name == "bytes":
             raise UserError(f"tokenizer 'bytes' has no files that {to!r} could read; write to 'safetensors'.")
-        flat, notes = _expressible(variables, config, to)
-        if to == "hf":
-            content, tensors = hf.write(config, flat, tokens)
-        else:
-            content, tensors = open_clip.write(config, flat, tokens, repository)
-        texts = hf.beside(config) if to == "hf" else vocabulary.own_files(name, length) if own else {}
-        if own and to == "open_clip":
-            notes += open_clip.OWN_TOKENIZER[: 1 if repository else None]
+        project = hf if to == "hf" else open_clip
+        flat, notes = _expressible(variables, config, project.HEADS, to)
+        file, weights = project.CONFIG, project.WEIGHTS
+        content, tensors, texts, more = project.write(config, flat, tokens, repository)
+        notes += more
     folder.mkdir(parents=True, exist_ok=True)
     for old in WRITTEN:
         (folder / old).unlink(missing_ok=True)
-    file, weights = {"hf": (hf.CONFIG, hf.WEIGHTS), "open_clip": (open_clip.CONFIG, open_clip.WEIGHTS),
-                     "safetensors": (CONFIG, WEIGHTS)}[to]  # fmt: skip
-    for beside, text in texts.items():
-        (folder / beside).write_bytes(text.encode())
+    for text_file, text in texts.items():
+        (folder / text_file).write_bytes(text.encode())
     tensor_files.write(folder / weights, tensors)
     (folder / file).write_text(json.dumps(content, indent=2) + "\n")
     return notes
@@ -192,15 +188,15 @@ def write(
 def _own_config(
     config: Mapping[str, Any], classes: Sequence[str] | None
 ) -> tuple[dict[str, Any], dict[str, str], list[str]]:
-    """Content of our own config file, texts of files beside it by name, and notes, see `write`."""
+    """Content of our own config file, {file: text} to write with it, and notes, see `write`."""
     keys = Preprocessing.from_dict(config, _image_tower(config).image_size).to_config()
     name, texts, notes = config["data"]["tokenizer"], {}, []
     if name not in tokenizer.NAMES:
         texts[vocabulary.FILE], name = epath.Path(name).read_bytes().decode(), vocabulary.FILE
-    own = config.get("eval", {})
-    prompts: dict[str, Any] = {"templates": list(own["templates"])} if own.get("templates") else {}
-    if own.get("class_names"):
-        names = epath.Path(own["class_names"]).expanduser()
+    group = config.get("eval", {})
+    prompts: dict[str, Any] = {"templates": list(group["templates"])} if group.get("templates") else {}
+    if group.get("class_names"):
+        names = epath.Path(group["class_names"]).expanduser()
         if names.exists():
             texts[CLASS_NAMES], prompts["class_names"] = names.read_bytes().decode(), CLASS_NAMES
         else:
@@ -216,19 +212,20 @@ def _image_tower(config: Mapping[str, Any]) -> ImageTower:
     return read_group(ModelConfig, config["model"], "model", []).tower("img")
 
 
-def _expressible(variables: Variables, config: Mapping[str, Any], to: str) -> tuple[param_mapping.Flat, list[str]]:
-    """The parameters of a model that a format of another project can hold, flat and unrolled; and notes on the others.
+def _expressible(
+    variables: Variables, config: Mapping[str, Any], heads: Collection[str], to: str
+) -> tuple[Flat, list[str]]:
+    """Return the parameters, flat and unrolled, that a format with these heads can hold, and notes on the others.
 
     Raises:
       UserError: the format does not have the model's embedding space or image tower.
     """
     params, model = dict(variables["params"]), config["model"]
-    expressible = (hf if to == "hf" else open_clip).HEADS
-    for key, theirs in _CLIPS.items():
+    for key, required in _CLIPS.items():
         node: Any = model
         for part in key.split("."):
-            node = node.get(part, theirs)  # towers of other packages lack some
-        if node != theirs:
+            node = node.get(part, required)  # towers of other packages lack some
+        if node != required:
             raise UserError(f"model.{key} is {node!r}, which {to!r} does not have; write to 'safetensors'.")
     objective = read_objective(config["objective"])
     if lacking := sorted(hf.HEADS - params.keys()):
@@ -240,9 +237,8 @@ def _expressible(variables: Variables, config: Mapping[str, Any], to: str) -> tu
         blocks = params[tower]["transformer"]
         if "blocks" in blocks:
             params[tower] = params[tower] | {"transformer": unstack_blocks(blocks, model[tower]["depth"])}
-    notes, held = [], {"img", "txt"} | expressible
+    notes, held = [], {"img", "txt", *heads}
     if missing := sorted(params.keys() - held):
         notes.append(f"left out, since {to!r} has no place for them: {', '.join(missing)}")
-        notes += objective.export_notes(missing)
     flat = flatten_dict({name: tree for name, tree in params.items() if name in held}, sep="/")
     return {name: np.asarray(x) for name, x in flat.items()}, notes

@@ -12,17 +12,47 @@ from etils import epath
 from xclip_jax.core.errors import UserError
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.data.tokenizer import Tokenizer
-from xclip_jax.interop import config_mapping, param_mapping, siglip, vocabulary
+from xclip_jax.interop import names, vocabulary
+from xclip_jax.interop.names import Export, Flat, Names
 from xclip_jax.interop.tensor_files import read_json
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
-HEADS = frozenset(param_mapping.HF.heads)  # that a CLIPModel has
 PREPROCESSOR = "preprocessor_config.json"
 _ACTS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 _INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
-_LEGACY_EOT = 2  # of configs before 2023; CLIPModel then pools at the largest id
-# Defaults of CLIPConfig, which it does not write to the file.
+_LEGACY_EOT = 2  # in configs before 2023; CLIPModel then pools at the largest id
+_CLIP = Names(
+    img={
+        "patches": "vision_model.embeddings.patch_embedding",
+        "positions": "vision_model.embeddings.position_embedding.weight",
+        "cls": "vision_model.embeddings.class_embedding", "norm_pre": "vision_model.pre_layrnorm",
+        "norm_post": "vision_model.post_layernorm", "blocks": "vision_model.encoder.layers",
+    },
+    txt={
+        "tokens": "text_model.embeddings.token_embedding.weight",
+        "positions": "text_model.embeddings.position_embedding.weight",
+        "norm_post": "text_model.final_layer_norm", "blocks": "text_model.encoder.layers",
+    },
+    block={
+        "norm_1": "layer_norm1", "qkv": ("self_attn.q_proj.", "self_attn.k_proj.", "self_attn.v_proj."),
+        "out": "self_attn.out_proj", "norm_2": "layer_norm2", "up": "mlp.fc1", "down": "mlp.fc2",
+    },
+    heads={"proj_img": "visual_projection.weight", "proj_txt": "text_projection.weight", "log_scale": "logit_scale"},
+)  # fmt: skip
+_SIGLIP = dataclasses.replace(
+    _CLIP,
+    img=dict(_CLIP.img) | {
+        "probe": "vision_model.head.probe", "query": "vision_model.head.attention.q",
+        "kv": "vision_model.head.attention.kv", "out": "vision_model.head.attention.out_proj",
+        "norm": "vision_model.head.layernorm", "up": "vision_model.head.mlp.fc1",
+        "down": "vision_model.head.mlp.fc2",
+    },
+    heads={"proj_txt": "text_model.head.weight", "log_scale": "logit_scale", "bias": "logit_bias"},
+)  # fmt: skip
+_QKV = "vision_model.head.attention.in_proj_"  # queries, keys and values in one tensor; here q and kv are separate
+HEADS = frozenset(_CLIP.heads)  # heads of a CLIPModel
+# Defaults that the classes of configs and processors do not write to the file.
 _IMAGE: dict[str, Any] = {
     "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
     "image_size": 224, "patch_size": 32, "num_channels": 3,
@@ -32,19 +62,32 @@ _TEXT: dict[str, Any] = {
     "max_position_embeddings": 77, "vocab_size": vocabulary.CLIP_SIZE, "eos_token_id": vocabulary.CLIP_SIZE - 1,
 }  # fmt: skip
 _TOWER: dict[str, Any] = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
+_SIGLIP_TOWER: dict[str, Any] = {
+    "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+    "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6,
+}  # fmt: skip
+_DEFAULTS = {
+    "clip": (_IMAGE | _TOWER, _TEXT | _TOWER),
+    "siglip": (
+        _SIGLIP_TOWER | {"num_channels": 3, "image_size": 224, "patch_size": 16, "vision_use_head": True},
+        _SIGLIP_TOWER | {"max_position_embeddings": 64, "vocab_size": 32000},
+    ),
+}
+_SIGLIP_PROCESSOR: dict[str, Any] = {
+    "do_center_crop": False, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3,
+}  # fmt: skip
 
 
 def read(
     tensors: Mapping[str, np.ndarray], folder: epath.Path, content: Mapping[str, Any], where: str
-) -> tuple[dict[str, Any], param_mapping.Flat]:
+) -> tuple[dict[str, Any], Flat]:
     """Return config and flat parameters of the tensors and config.json of a CLIPModel or a SiglipModel."""
     kind = content.get("model_type")
-    if kind not in ("clip", "siglip"):
+    if kind not in _DEFAULTS:
         raise UserError(f"{where} is a model of type {kind!r}, which is not supported; 'clip' and 'siglip' are.")
-    defaults = (_IMAGE | _TOWER, _TEXT | _TOWER) if kind == "clip" else (siglip.HF_IMAGE, siglip.HF_TEXT)
     cfg_img, cfg_txt = (
         known | {key: value for key, value in _given(content, modality).items() if value is not None}
-        for known, modality in zip(defaults, ("vision", "text"), strict=True)
+        for known, modality in zip(_DEFAULTS[kind], ("vision", "text"), strict=True)
     )
     if cfg_img["num_channels"] != 3:
         raise UserError(f"{where} takes images of {cfg_img['num_channels']} channels; expected 3.")
@@ -55,32 +98,43 @@ def read(
         width = cfg["hidden_size"]
         return {
             "width": width, "depth": cfg["num_hidden_layers"], "heads": cfg["num_attention_heads"],
-            "mlp_ratio": config_mapping.mlp_ratio(cfg["intermediate_size"], width), "act": _ACTS[cfg["hidden_act"]],
+            "mlp_ratio": names.mlp_ratio(cfg["intermediate_size"], width), "act": _ACTS[cfg["hidden_act"]],
             "eps": cfg["layer_norm_eps"],
         }  # fmt: skip
 
-    size, patch = (
-        config_mapping.square(cfg_img[key], f"vision_config.{key}", where) for key in ("image_size", "patch_size")
-    )
+    size, patch = (names.square(cfg_img[key], f"vision_config.{key}", where) for key in ("image_size", "patch_size"))
     img = tower(cfg_img) | {"image_size": size, "patch": patch}
     txt = tower(cfg_txt) | {"context_length": cfg_txt["max_position_embeddings"]}
+    vocab: int = cfg_txt["vocab_size"]
+    tensors = {name: x for name, x in tensors.items() if not name.endswith("position_ids")}
     if kind == "siglip":
         if not cfg_img["vision_use_head"]:
             raise UserError(f"{where}: vision_use_head is false; SigLIPs with a pooling head are supported.")
-        sizes = {"vocab_size": cfg_txt["vocab_size"], "projection_size": cfg_txt.get("projection_size")}
-        model, tokens, flat = siglip.read_hf(tensors, folder, (img, txt), sizes, where)
-        prepare = _preprocessing(folder, size, "Siglip")
-        return config_mapping.config(model, tokens, prepare, (), "hf", siglip.HEADS), flat
-    eot: int = cfg_txt["eos_token_id"]
-    vocab: int = cfg_txt["vocab_size"]
-    tokens = vocabulary.identify(folder, vocab, None if eot == _LEGACY_EOT else eot, where)
-    tensors = {name: x for name, x in tensors.items() if not name.endswith("position_ids")}
-    log_scale = float(tensors["logit_scale"].reshape(())) if "logit_scale" in tensors else 0.0
-    img["pre_norm"] = True
-    model = config_mapping.model(img, txt, content.get("projection_dim", 512), log_scale=log_scale, bias=None)
-    mappings = param_mapping.param_mappings(model, vocab, param_mapping.HF, HEADS)
-    flat = param_mapping.read(tensors, mappings, where)
-    return config_mapping.config(model, tokens, _preprocessing(folder, size), (), "hf", HEADS), flat
+        tensors, embed = _split_qkv(tensors), cfg_txt.get("projection_size") or txt["width"]
+        group = names.siglip(img, txt, embed, tensors, where)
+        tokens = vocabulary.siglip(folder, vocab, "canonical", where)
+        prepare, table = _preprocessing(folder, size, "Siglip"), _SIGLIP
+    else:
+        eot: int = cfg_txt["eos_token_id"]
+        tokens = vocabulary.identify(folder, vocab, None if eot == _LEGACY_EOT else eot, where)
+        log_scale = float(tensors["logit_scale"].reshape(())) if "logit_scale" in tensors else 0.0
+        embed = content.get("projection_dim", 512)
+        group = names.model(img | {"pre_norm": True}, txt, embed, log_scale=log_scale, bias=None)
+        prepare, table = _preprocessing(folder, size, "CLIP"), _CLIP
+    config = names.config(group, tokens, prepare, "hf", sigmoid=kind == "siglip")
+    return config, names.read(tensors, group, vocab, table, where)
+
+
+def _split_qkv(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Split the pooling head's joint tensors into queries, and keys with values."""
+    split: dict[str, np.ndarray] = {}
+    for name, x in tensors.items():
+        if name.startswith(_QKV) and x.ndim and len(x) % 3 == 0:
+            end, d = name.removeprefix(_QKV), len(x) // 3
+            split |= {f"{_SIGLIP.img['query']}.{end}": x[:d], f"{_SIGLIP.img['kv']}.{end}": x[d:]}
+        else:
+            split[name] = x
+    return split
 
 
 def _given(content: Mapping[str, Any], modality: str) -> Mapping[str, Any]:
@@ -89,8 +143,8 @@ def _given(content: Mapping[str, Any], modality: str) -> Mapping[str, Any]:
     return (content.get(f"{modality}_config") or {}) if second is None else second
 
 
-def _preprocessing(folder: epath.Path, size: int, family: str = "CLIP") -> Preprocessing:
-    """Preprocessing of the folder's image processor, for images of `size` pixels; the family's without such a file."""
+def _preprocessing(folder: epath.Path, size: int, family: str) -> Preprocessing:
+    """Return the preprocessing of the folder's image processor, or the default of "CLIP" or "Siglip" without a file."""
     for name, key in ((PREPROCESSOR, None), ("processor_config.json", "image_processor")):
         if (folder / name).exists():
             content = read_json(folder / name)
@@ -101,7 +155,7 @@ def _preprocessing(folder: epath.Path, size: int, family: str = "CLIP") -> Prepr
 def _processor(content: Mapping[str, Any], size: int, where: str, family: str) -> Preprocessing:
     defaults: dict[str, Any] = {}
     if family == "Siglip":
-        defaults = siglip.HF_PROCESSOR | {"size": {"height": size, "width": size}}
+        defaults = _SIGLIP_PROCESSOR | {"size": {"height": size, "width": size}}
     content = defaults | {key: value for key, value in content.items() if value is not None}
 
     def refuse(key: str, right: str) -> UserError:
@@ -129,7 +183,7 @@ def _processor(content: Mapping[str, Any], size: int, where: str, family: str) -
     mean, std = content.get("image_mean"), content.get("image_std")
     if not content.get("do_normalize", True):
         mean, std = 0.0, 1.0
-    prepare = config_mapping.preprocessing(
+    prepare = names.preprocessing(
         size, mean, std, where, resize_mode="squash" if square else "shortest",
         resize_size=0 if side == size else side, interpolation=_INTERPOLATIONS[content.get("resample", 3)],
     )  # fmt: skip
@@ -140,22 +194,21 @@ def _processor(content: Mapping[str, Any], size: int, where: str, family: str) -
 
 
 def _edges(value: Any, *names: str) -> dict[str, Any]:
-    """A size as a dict of edges; older files have a number."""
+    """Return a size as a dict of edges; some files have a number."""
     return dict(value) if isinstance(value, dict) else dict.fromkeys(names, value)
 
 
-def write(
-    config: Mapping[str, Any], params: param_mapping.Flat, tokens: Tokenizer
-) -> tuple[dict[str, Any], param_mapping.Flat]:
-    """Return content of config.json, and tensors by their names.
+def write(config: Mapping[str, Any], params: Flat, tokens: Tokenizer, repository: str = "") -> Export:
+    """Return a model as a CLIPModel.
 
     Args:
-      config: of the model.
+      config: config of the model.
       params: flat parameters of towers and `HEADS`.
       tokens: tokenizer of the model.
+      repository: the model's id on the Hub, or ""; its files do not depend on it.
 
     Raises:
-      UserError: a model that CLIPModel cannot represent.
+      UserError: a model that CLIPModel cannot represent, or preprocessing that CLIPImageProcessor does not have.
     """
     model = config["model"]
     if not model["img"]["pre_norm"]:
@@ -163,8 +216,8 @@ def write(
     vocab, eot = tokens.vocab_size, tokens.eot_id
     if eot == _LEGACY_EOT:
         raise UserError(
-            f"CLIPModel takes the end token's id {eot}, that of tokenizer {config['data']['tokenizer']!r}, for the "
-            "largest id; write to 'open_clip'."
+            f"CLIPModel reads the id {eot}, the end token of tokenizer {config['data']['tokenizer']!r}, as the largest "
+            "id; write to 'open_clip'."
         )
     acts = {ours: theirs for theirs, ours in reversed(_ACTS.items())}
 
@@ -188,16 +241,11 @@ def write(
            "bos_token_id": tokens.sot_id, "pad_token_id": vocabulary.padding(tokens)},
         "dtype": "float32",
     }  # fmt: skip
-    mappings = param_mapping.param_mappings(model, vocab, param_mapping.HF, HEADS)
-    return content, param_mapping.write(params, mappings, "the model")
+    return Export(content, names.write(params, model, vocab, _CLIP), _files(config), [])
 
 
-def beside(config: Mapping[str, Any]) -> dict[str, str]:
-    """Return {file: content} of the image processor and the tokenizer.
-
-    Raises:
-      UserError: preprocessing that CLIPImageProcessor does not have.
-    """
+def _files(config: Mapping[str, Any]) -> dict[str, str]:
+    """{file: text} of the image processor and the tokenizer."""
     prepare, tokens = Preprocessing.from_dict(config, config["model"]["img"]["image_size"]), config["data"]["tokenizer"]
     if prepare.resize_mode == "longest":
         raise UserError("CLIPImageProcessor has no eval.resize='longest'; write to 'open_clip' or 'safetensors'.")

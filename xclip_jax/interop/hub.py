@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: "hf:ORG/NAME" and "hf:ORG/NAME@REVISION" where a path to weights is taken, and uploads.
+"""The Hugging Face Hub: "hf:ORG/NAME" and "hf:ORG/NAME@REVISION" as paths to weights, and uploads.
 
 `huggingface_hub`, the extra `hub`, is imported with the first use. It keeps the files in its own cache and reads its
 own environment variables: HF_HOME, HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE and others.
@@ -22,18 +22,18 @@ from xclip_jax.core.remote import expand_home
 from xclip_jax.core.storage import write_whole
 from xclip_jax.interop import hf, open_clip, tensor_files, vocabulary
 
-# Beside the weights, those of these that a repository has are fetched.
-_BESIDE = (
+# Companion files to download if the repository has them.
+_COMPANIONS = (
     "xclip_config.json", open_clip.CONFIG, hf.CONFIG, hf.PREPROCESSOR, "processor_config.json", vocabulary.FILE,
     vocabulary.CLIP_FILES[0], vocabulary.OPTIONS, vocabulary.SENTENCEPIECE,
 )  # fmt: skip
-_ALIAS = "hf-hub:"  # open_clip's word for `PREFIX`
-# Names of models that open_clip and OpenAI's CLIP know, as ViT-B-32 and ViT-B/32, with the name of weights or without.
+_ALIAS = "hf-hub:"  # open_clip's name of `PREFIX`
+# Names of models in open_clip and OpenAI's CLIP, such as ViT-B-32 and ViT-B/32, optionally with a name of weights.
 _MODEL = re.compile(
     r"((coca_)?ViT-(\w|bigG|gopt|SO400M)[-/]\d\d|RN\d+(x\d+)?|EVA0\d-\w-\d\d|convnext_(tiny|small|base|x*large)(_[wd])?(_320)?"
     r"|MobileCLIP2?-\w\d?)(-plus|-alt|-quickgelu|-SigLIP2?|-i18n|-CLIPA|-worldwide|-\d{2,3}|@\d{3}px)*(/\w+)?"
 )
-# Of several files of weights the first is fetched: safetensors before pickles, else in the order of a folder's.
+# The first of these files in a repository is fetched: safetensors before pickles, else in the order of `NAMES`.
 _WEIGHTS = tuple(sorted(tensor_files.NAMES, key=lambda name: ".safetensors" not in name))
 
 
@@ -52,13 +52,13 @@ def _repository(path: str) -> str:
 
 
 def resolve(path: str) -> str:
-    """Return the local path of weights; of "hf:ORG/NAME[@REVISION]", or "hf-hub:", that of its file in the Hub's cache.
+    """Return a local path of weights, after downloading "hf:ORG/NAME[@REVISION]" (or "hf-hub:...") to the Hub's cache.
 
-    What the cache lacks is fetched: one file of weights (or the shards of one index), configs, tokenizer and
-    preprocessing. Where the Hub cannot be reached, or HF_HUB_OFFLINE is set, the cache is used.
+    Downloads are one file of weights (or the shards of one index), configs, tokenizer and preprocessing. Without a
+    connection to the Hub, or with HF_HUB_OFFLINE, the cache is used.
 
     Args:
-      path: any other path is returned with "~" expanded.
+      path: other paths are returned with "~" expanded.
 
     Raises:
       UserError: huggingface_hub is not installed, the repository or revision does not exist, access is refused, the
@@ -86,14 +86,14 @@ def resolve(path: str) -> str:
             return _cached(hub, path, repository, revision, error)
         names = {file.rfilename for file in info.siblings or ()}
         weights = _choose(names, path)
-        beside = [name for name in (*_BESIDE, *([weights] if weights.endswith(".json") else [])) if name in names]
-        # The weights come last: a cache that has them has what belongs to them.
-        folder = _fetch(hub, repository, info.sha, beside)
-        shards = tensor_files.files_of(epath.Path(folder) / weights) if weights in beside else [weights]
+        extra = [name for name in (*_COMPANIONS, *([weights] if weights.endswith(".json") else [])) if name in names]
+        # The weights come last, so that a cache with weights has their companions.
+        folder = _fetch(hub, repository, info.sha, extra)
+        shards = tensor_files.files_of(epath.Path(folder) / weights) if weights in extra else [weights]
         if missing := sorted(set(shards) - names):
             raise UserError(f"{path}: {weights} names {missing[0]}, which the repository lacks.")
         _fetch(hub, repository, info.sha, shards)
-        if revision != info.sha:  # without a connection the cache is asked for the branch
+        if revision != info.sha:  # the cache finds the branch by this file if there is no connection
             ref = pathlib.Path(folder).parent.parent / "refs" / (revision or hub.constants.DEFAULT_REVISION)
             ref.parent.mkdir(parents=True, exist_ok=True)
             write_whole(epath.Path(ref), info.sha.encode())
@@ -101,9 +101,9 @@ def resolve(path: str) -> str:
 
 
 def pin(path: str) -> str:
-    """Return "hf:ORG/NAME@COMMIT", with the commit that a branch or tag has now, which is printed; other paths as is.
+    """Return "hf:ORG/NAME@COMMIT" with the present commit of a branch or tag, and print it; other paths unchanged.
 
-    What is then read of the result belongs together, whatever is committed meanwhile. Errors are those of `resolve`.
+    Later reads of the result belong together, whatever is committed meanwhile. Raises as `resolve` does.
     """
     if not is_hub(path):
         return path
@@ -120,7 +120,7 @@ def commit(pinned: str) -> str:
 
 
 def _fetch(hub: Any, repository: str, commit: str, names: Sequence[str]) -> str:
-    """Folder of a commit in the cache, with the files `names`."""
+    """Download the files `names` of a commit, and return their folder in the cache."""
     return hub.snapshot_download(repository, revision=commit, allow_patterns=[glob.escape(name) for name in names])
 
 
@@ -128,20 +128,20 @@ def _choose(names: set[str], path: str) -> str:
     """Return the file of weights of a repository with the files `names`."""
     if known := [name for name in _WEIGHTS if name in names]:
         return known[0]
-    own = _own(names)
-    if len(own) == 1:
-        return own[0]
-    others = f"it has {', '.join(own[:4])}" if own else f"its files are {', '.join(sorted(names)[:6]) or 'none'}"
+    files = _files_of_weights(names)
+    if len(files) == 1:
+        return files[0]
+    others = f"it has {', '.join(files[:4])}" if files else f"its files are {', '.join(sorted(names)[:6]) or 'none'}"
     raise UserError(f"{path} has no file of weights that can be read ({', '.join(_WEIGHTS[:4])}, ...); {others}.")
 
 
-def _own(names: Iterable[str]) -> list[str]:
-    """Return the files of weights of any name, but in no folder."""
+def _files_of_weights(names: Iterable[str]) -> list[str]:
+    """Return the files of weights that are not in a sub-folder."""
     return sorted(name for name in names if name.endswith(tensor_files.SUFFIXES) and "/" not in name)
 
 
 def _cached(hub: Any, path: str, repository: str, revision: str | None, error: Exception) -> str:
-    """Return the file of weights in the cache, as it was when the Hub was last reached."""
+    """Return the file of weights in the cache, as of the last connection to the Hub."""
 
     def find(name: str) -> str | None:
         file = hub.try_to_load_from_cache(repository, name, revision=revision)
@@ -151,13 +151,13 @@ def _cached(hub: Any, path: str, repository: str, revision: str | None, error: E
         if (file := find(name)) and all(map(find, tensor_files.files_of(epath.Path(file)))):
             return file
     with contextlib.suppress(hub.errors.LocalEntryNotFoundError):
-        patterns = [f"*{suffix}" for suffix in tensor_files.SUFFIXES]  # of which the cache must have all
+        patterns = [f"*{suffix}" for suffix in tensor_files.SUFFIXES]  # the cache must have all
         folder = pathlib.Path(
             hub.snapshot_download(repository, revision=revision, allow_patterns=patterns, local_files_only=True)
         )
         names = {file.name for file in folder.iterdir()}
-        if len(own := _own(names)) == 1 and not names & set(_WEIGHTS):
-            return str(folder / own[0])
+        if len(files := _files_of_weights(names)) == 1 and not names & set(_WEIGHTS):
+            return str(folder / files[0])
     reason = f"the Hub cannot be reached ({hub_client.reason(error)})"
     raise UserError(
         f"{path} is not in the cache, {hub.constants.HF_HUB_CACHE}, and {reason}; connect this machine, or fetch it on "
@@ -169,8 +169,8 @@ def check_push(repository: str) -> None:
     """Check, without writing anything, that this account can upload to `repository`.
 
     Raises:
-      UserError: huggingface_hub is not installed, a name that is not ORG/NAME, no account or one that is not ORG's, or
-        the Hub cannot be reached.
+      UserError: huggingface_hub is not installed, a name that is not ORG/NAME, no account or one without access to ORG,
+        or the Hub cannot be reached.
     """
     what = f"--push {repository}"
     if not re.fullmatch(ID, repository):
@@ -185,14 +185,14 @@ def check_push(repository: str) -> None:
 
 
 def push(folder: str, names: Sequence[str], repository: str, *, obsolete: Sequence[str], private: bool = False) -> str:
-    """Upload files as one commit; the repository is made where it does not exist.
+    """Upload files as one commit; create the repository if it does not exist.
 
     Args:
-      folder: of the files.
-      names: of the files.
+      folder: folder of the files.
+      names: names of the files.
       repository: "ORG/NAME".
       obsolete: names of files that are removed from the repository unless they are among `names`.
-      private: of a repository that is made.
+      private: whether a new repository is private.
 
     Returns:
       The URL of the repository.

@@ -1,18 +1,19 @@
-"""Tokenizers of weights: identifies that of a folder, and makes the files of transformers and open_clip."""
+"""Tokenizers of weights: identify the tokenizer of a folder, and write files for transformers and open_clip."""
 
 import hashlib
 import json
+import struct
+from collections.abc import Iterator
 from typing import Any
 
 import tokenizers
 from etils import epath
-from tokenizers import processors
+from tokenizers import models, normalizers, pre_tokenizers, processors
 
 from xclip_jax.core import storage
 from xclip_jax.core.errors import UserError
 from xclip_jax.core.storage import write_whole
 from xclip_jax.data import tokenizer
-from xclip_jax.interop import sentencepiece
 from xclip_jax.interop.tensor_files import read_json
 
 CLIP_SIZE = 49408
@@ -21,14 +22,22 @@ SENTENCEPIECE = "spiece.model"
 CLIP_FILES = ("vocab.json", "merges.txt")
 OPTIONS = "tokenizer_config.json"
 SPECIAL = "special_tokens_map.json"
+# Field numbers and values of SentencePiece's messages.
+_PIECES, _TRAINER, _NORMALIZER = 1, 2, 3  # of ModelProto
+_TEXT, _SCORE, _TYPE = 1, 2, 3  # of a piece
+_UNKNOWN = 2  # type of the piece of what the vocabulary lacks
+_MODEL_TYPE, _UNIGRAM = 3, 1  # of the trainer's options
+_BYTE_FALLBACK = 35
+_CHARACTER_MAP = 2  # of the normalizer's options
+_SPACE = "▁"
 
 
 def identify(folder: epath.Path, size: int, eot: int | None, where: str) -> str:
     """Return the tokenizer of a text tower of `size` ids that pools at id `eot` (None: the largest id).
 
     Returns:
-      The path of the folder's tokenizer.json, or "clip" where that has CLIP's vocabulary, or where it is missing and
-      the sizes are CLIP's.
+      "clip" if the folder's tokenizer.json has CLIP's vocabulary, or is missing and the sizes are CLIP's; else the path
+      of this file.
 
     Raises:
       UserError: neither has this number of ids and this end, or the folder has another vocabulary.
@@ -39,12 +48,12 @@ def identify(folder: epath.Path, size: int, eot: int | None, where: str) -> str:
     if file.exists():
         if like_clip and _is_clips(read_json(file).get("model", {}).get("vocab")):
             return "clip"
-        own = tokenizer.load(str(file))
-        if (own.vocab_size, own.eot_id) != (size, end):
+        stored = tokenizer.load(str(file))
+        if (stored.vocab_size, stored.eot_id) != (size, end):
             remedy = f", or remove {FILE} if the tokenizer is CLIP's" if like_clip else ""
             raise UserError(
-                f"{where} has {size} token ids and pools texts at id {end}; {file} has {own.vocab_size} and ends texts "
-                f"with {own.eot_id}. Replace it by the {FILE} of these weights{remedy}."
+                f"{where} has {size} token ids and pools texts at id {end}; {file} has {stored.vocab_size} and ends "
+                f"texts with {stored.eot_id}. Replace it by the {FILE} of these weights{remedy}."
             )
         return str(file)
     if not like_clip:
@@ -54,21 +63,21 @@ def identify(folder: epath.Path, size: int, eot: int | None, where: str) -> str:
         )
     if words.exists() and not _is_clips(read_json(words)):
         raise UserError(
-            f"{words} is not CLIP's vocabulary; save the tokenizer as {FILE} beside it, as transformers' "
+            f"{words} is not CLIP's vocabulary; save the tokenizer as {FILE} in its folder, as transformers' "
             "save_pretrained does."
         )
     return "clip"
 
 
 def siglip(folder: epath.Path, size: int, cleaning: str, where: str) -> str:
-    """Return the path of SigLIP's tokenizer of a folder, with `size` ids: no start, an end, and padding that counts.
+    """Return the path of a SigLIP tokenizer with `size` ids: no start token, an end token, and padding that counts.
 
-    The folder's file says neither what pads nor how texts are cleaned; one that says so too is made in the cache.
+    The folder's file defines neither padding nor cleaning of texts, so a complete file is written to the cache.
 
     Args:
-      folder: with tokenizer.json or spiece.model; tokenizer_config.json names the padding, else the end pads.
-      size: ids of the text tower.
-      cleaning: of the first SigLIP, a name of `tokenizer.CLEANINGS`. The second only has texts in lower case.
+      folder: has tokenizer.json or spiece.model; tokenizer_config.json names the padding, which is else the end token.
+      size: number of ids of the text tower.
+      cleaning: cleaning of the first SigLIP, a name of `tokenizer.CLEANINGS`; SigLIP 2 only has texts in lower case.
       where: path of the weights, for errors.
 
     Raises:
@@ -76,7 +85,7 @@ def siglip(folder: epath.Path, size: int, cleaning: str, where: str) -> str:
     """
     file, pieces = folder / FILE, folder / SENTENCEPIECE
     if pieces.exists():
-        file, model = pieces, sentencepiece.convert(pieces.read_bytes(), str(pieces))
+        file, model = pieces, read_sentencepiece(pieces.read_bytes(), str(pieces))
     elif file.exists():
         model = _library_tokenizer(file)
     else:
@@ -86,7 +95,7 @@ def siglip(folder: epath.Path, size: int, cleaning: str, where: str) -> str:
     options = read_json(folder / OPTIONS) if (folder / OPTIONS).exists() else {}
     model.no_padding()
     model.no_truncation()
-    added = model.encode("").ids  # by the file's own template
+    added = model.encode("").ids  # tokens of the file's template
     end = str(model.id_to_token(added[-1])) if added else _token(options.get("eos_token")) or "</s>"
     pad = _token(options.get("pad_token")) or end
     ids = [model.token_to_id(token) for token in (end, pad)]
@@ -101,11 +110,11 @@ def siglip(folder: epath.Path, size: int, cleaning: str, where: str) -> str:
         cleaning = "lower"
     model.post_processor = processors.Sequence([])
     content = tokenizer.with_conventions(model.to_str(), end=end, pad=pad, size=size, cleaning=cleaning)
-    made = storage.cache_dir() / "tokenizers" / f"{hashlib.sha256(content.encode()).hexdigest()[:16]}.json"
-    if not made.exists():
-        made.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(epath.Path(made), content)
-    return str(made)
+    path = storage.cache_dir() / "tokenizers" / f"{hashlib.sha256(content.encode()).hexdigest()[:16]}.json"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(epath.Path(path), content)
+    return str(path)
 
 
 def _library_tokenizer(file: epath.Path) -> tokenizers.Tokenizer:
@@ -116,13 +125,13 @@ def _library_tokenizer(file: epath.Path) -> tokenizers.Tokenizer:
 
 
 def _token(value: Any) -> str | None:
-    """A token of tokenizer_config.json, which may be a dict of its content and options."""
+    """Return a token of tokenizer_config.json, which may be a dict of content and options."""
     value = value.get("content") if isinstance(value, dict) else value
     return value if isinstance(value, str) else None
 
 
 def _is_clips(vocabulary: Any) -> bool:
-    """Whether a dict of ids by words has CLIP's words; start and end, which have several spellings, are ignored."""
+    """Whether {word: id} has CLIP's words; start and end, which have several spellings, are ignored."""
     if not isinstance(vocabulary, dict):
         return False
     return all(vocabulary.get(word) == i for i, word in enumerate(tokenizer.clip_vocabulary()[0]))
@@ -143,13 +152,13 @@ def clip_files(length: int) -> dict[str, str]:
 
 
 def own_files(path: str, length: int) -> dict[str, str]:
-    """Return {file: content} of a tokenizer for transformers, and open_clip through it, with the same ids as here.
+    """Return {file: content} of a tokenizer for transformers, which open_clip uses too, with the same ids as here.
 
-    The tokenizer here adds start, end and padding itself and reads special tokens in a text as text; for the other
-    projects the files set that.
+    Our tokenizer adds start, end and padding itself and reads special tokens in a text as text; the files configure the
+    same for other projects.
 
     Args:
-      path: of a tokenizer file that `tokenizer.load` reads.
+      path: a tokenizer file that `tokenizer.load` reads.
       length: tokens of a text.
     """
     ours = tokenizer.load(path)
@@ -177,16 +186,83 @@ def own_files(path: str, length: int) -> dict[str, str]:
 
 
 def _read(path: str) -> tokenizers.Tokenizer:
-    # Not by the library's `from_file`, which knows local disks alone.
+    # The library's `from_file` only reads local disks.
     return tokenizers.Tokenizer.from_str(epath.Path(path).read_text())
 
 
 def padding(tokens: tokenizer.Tokenizer) -> int:
-    """Return the id to pad with in other projects: the padding token's if there is one, else the end's, as for CLIP.
+    """Return the id to pad with in other projects: the padding token's id if there is one, else the end's, as for CLIP.
 
-    Towers read no token after the first end, so both give the same embeddings.
+    Towers do not read tokens after the first end, so both give the same embeddings.
     """
     if tokens.name in tokenizer.NAMES:
         return tokens.eot_id
     token = _read(tokens.name).id_to_token(tokens.pad_id)
     return tokens.pad_id if token in tokenizer.PAD_TOKENS else tokens.eot_id
+
+
+def read_sentencepiece(data: bytes, where: str) -> tokenizers.Tokenizer:
+    """Return the tokenizer of a SentencePiece file (spiece.model), without the library SentencePiece.
+
+    The file is a Protocol Buffers message, `ModelProto` of sentencepiece_model.proto, read here as far as it
+    decides the ids of a unigram model.
+
+    Args:
+      data: content of the file.
+      where: path of the file, for errors.
+
+    Raises:
+      UserError: another file, a damaged one, or a model that is not of the unigram kind.
+    """
+    try:
+        fields = list(_fields(data))
+        pieces = [dict(_fields(value)) for number, value in fields if number == _PIECES]
+        trainer, normalizer = (
+            dict(_fields(b"".join(value for number, value in fields if number == group)))
+            for group in (_TRAINER, _NORMALIZER)
+        )
+        vocabulary = [(piece[_TEXT].decode(), *struct.unpack("<f", piece.get(_SCORE, bytes(4)))) for piece in pieces]
+        unknown = next(i for i, piece in enumerate(pieces) if piece.get(_TYPE) == _UNKNOWN)
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, StopIteration, struct.error) as error:
+        raise UserError(f"{where} is not a file of SentencePiece, or damaged; download it again.") from error
+    if trainer.get(_MODEL_TYPE, _UNIGRAM) != _UNIGRAM:
+        raise UserError(f"{where} is not a unigram model; put the tokenizer.json of these weights into its folder.")
+    try:
+        model = tokenizers.Tokenizer(models.Unigram(vocabulary, unknown, bool(trainer.get(_BYTE_FALLBACK))))
+        steps = [normalizers.Precompiled(normalizer[_CHARACTER_MAP])] if normalizer.get(_CHARACTER_MAP) else []
+    except Exception as error:  # The library raises bare `Exception`.
+        raise UserError(f"{where} cannot be read: {error}.") from error
+    model.normalizer = normalizers.Sequence([*steps, normalizers.Replace(tokenizers.Regex(" {2,}"), " ")])
+    model.pre_tokenizer = pre_tokenizers.Metaspace(replacement=_SPACE, prepend_scheme="always")
+    return model
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
+    """Yield (number, value) of a message's fields; a value is an integer for a varint, else bytes."""
+    at = 0
+
+    def varint() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = data[at]
+            at += 1
+            value |= (byte & 127) << shift
+            if byte < 128:
+                return value
+            shift += 7
+            if shift > 63:
+                raise ValueError("a varint without end")
+
+    while at < len(data):
+        key = varint()
+        kind = key & 7
+        if kind == 0:
+            yield key >> 3, varint()
+            continue
+        length = {1: 8, 2: None, 5: 4}[kind]
+        length = varint() if length is None else length
+        if at + length > len(data):
+            raise ValueError("a field beyond the end")
+        yield key >> 3, data[at : at + length]
+        at += length

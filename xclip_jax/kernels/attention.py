@@ -42,7 +42,7 @@ def fits(tokens: int, heads: int, width: int) -> bool:
 
 
 def together(b: int, n: int, block_tokens: int) -> int:
-    """How many of `b` sequences of `n` tokens make a block of about `block_tokens`."""
+    """Number of sequences of `n` tokens in a block of about `block_tokens`; a divisor of `b`."""
     return math.gcd(b, max(1, block_tokens // n // 2 * 2))
 
 
@@ -61,8 +61,8 @@ def attention(qkv: Array, bias: Array, kv: int, tokens: int, causal: bool, inter
       bias: of queries, keys and values in the same order, fp32 (1, 3 * d). Its gradient is summed in fp32 inside the
         kernel, where the gradient of `qkv` is at hand.
       kv: channels of a head, one of `HEADS`.
-      tokens: that count; those behind them are padding, which no token attends to.
-      causal: whether a token attends to itself and to tokens before it alone.
+      tokens: number of tokens that count; later ones are padding, to which no token attends.
+      causal: whether a token only attends to itself and earlier tokens.
       interpret: run as plain JAX operations, on any platform.
 
     Returns:
@@ -109,7 +109,7 @@ def _call(
     interpret: bool,
     name: str,
 ) -> list[Array]:
-    """Call `kernel` on blocks of one group of a few sequences; what has two dimensions is one row for all of them."""
+    """Call `kernel` on blocks of one group of a few sequences, which share the row of a two-dimensional input."""
     b, n, channels = inputs[0].shape
     sequences = together(b, n, block_tokens)
 
@@ -185,7 +185,7 @@ def _forward_kernel(qkv: Any, bias: Any, out: Any, *, kv: int, tokens: int, caus
         result = jnp.zeros(query.shape, jnp.float32)
         for head in range(LANES // kv):
             e, reciprocal = _exponentials(_only(query, head, kv), key, tokens, causal)
-            # Dividing n x 128 numbers by the sums in place of n x n.
+            # The sums divide n x 128 numbers, not n x n.
             attended = _dot(e.astype(value.dtype), value, (1, 0)) * reciprocal
             result = attended if kv == LANES else jnp.where(_lanes(head, kv), attended, result)
         out[i] = result.astype(out.dtype)
@@ -204,17 +204,17 @@ def _backward_kernel(
         weighted = g_out * out[i].astype(jnp.float32)
         of_query, of_key, of_value = (jnp.zeros(query.shape, jnp.float32) for _ in range(3))
         for head in range(LANES // kv):
-            own = _only(query, head, kv)
-            e, reciprocal = _exponentials(own, key, tokens, causal)
-            # The softmax's sums divide the gradient's rows, n x 128 numbers, in place of the weights, n x n.
+            head_query = _only(query, head, kv)
+            e, reciprocal = _exponentials(head_query, key, tokens, causal)
+            # The softmax's sums divide the gradient's rows, n x 128 numbers, not the n x n weights.
             scaled = _only(g_out, head, kv) * reciprocal
             mean = jnp.sum(_only(weighted, head, kv), axis=1, keepdims=True) * reciprocal
             scaled = scaled.astype(query.dtype)
             of_value += _dot(e.astype(query.dtype), scaled, (0, 0))
             of_scores = (e * (_dot(scaled, value, (1, 1)) - mean)).astype(query.dtype)
-            of_key += _dot(of_scores, own, (0, 0))
-            of_own = _dot(of_scores, key, (1, 0))
-            of_query = of_own if kv == LANES else jnp.where(_lanes(head, kv), of_own, of_query)
+            of_key += _dot(of_scores, head_query, (0, 0))
+            of_head = _dot(of_scores, key, (1, 0))
+            of_query = of_head if kv == LANES else jnp.where(_lanes(head, kv), of_head, of_query)
         for part, x in enumerate((of_query * kv**-0.5, of_key, of_value)):
             of_qkv[i, :, _part(part)] = x.astype(of_qkv.dtype)
             of_bias[:, _part(part)] += jnp.sum(x, axis=0, keepdims=True)

@@ -1,6 +1,6 @@
 """Self-attention by cuDNN's fused kernels on NVIDIA GPUs: scores stay on the chip.
 
-`xclip_jax.models.layers.attend` is the definition, and what computes it wherever cuDNN refuses.
+`xclip_jax.models.layers.attend` is the definition, and the fallback if cuDNN refuses.
 """
 
 import functools
@@ -24,13 +24,13 @@ def attention(
       query: bf16 or fp16.
       key: of the same shape and type.
       value: of the same shape and type.
-      causal: whether a token attends to itself and to tokens before it alone.
+      causal: whether a token only attends to itself and earlier tokens.
       implementation: "xla" computes the same on any platform.
     """
     b, _, n, _ = query.shape
 
-    # JAX differentiates cuDNN's attention over an even number of tokens alone. The padding begins and ends here, so
-    # that no gradient of a padded token, which cuDNN leaves undefined, reaches a parameter.
+    # JAX differentiates cuDNN's attention only over an even number of tokens. The padding begins and ends here, so that
+    # gradients of padded tokens, which cuDNN leaves undefined, do not reach parameters.
     def padded(x: Array) -> Array:
         return jnp.pad(einops.rearrange(x, "b heads n kv -> b n heads kv"), ((0, 0), (0, n % 2), (0, 0), (0, 0)))
 
@@ -51,15 +51,15 @@ def attention(
 
 @functools.cache
 def accepts(device: jax.Device, shape: tuple[int, int, int, int], dtype: jnp.dtype, causal: bool) -> bool:
-    """Whether cuDNN computes `attention` and its gradient on `device`, found by compiling them.
+    """Whether cuDNN computes `attention` and its gradient on `device`, tested by compiling them.
 
-    What is refused depends on the versions of JAX and cuDNN and on the GPU. It is printed once, and XLA computes
+    The answer depends on the versions of JAX and cuDNN and on the GPU. A refusal is printed once, and XLA computes
     `xclip_jax.models.layers.attend` instead: an optional kernel does not end a run.
 
     Args:
-      device: of this process.
-      shape: of the queries on one device, (b, heads, n, kv).
-      dtype: of queries, keys and values.
+      device: a device of this process.
+      shape: shape of the queries on one device, (b, heads, n, kv).
+      dtype: dtype of queries, keys and values.
       causal: as in `attention`.
     """
     if device.platform != "gpu" or dtype not in (jnp.bfloat16, jnp.float16):

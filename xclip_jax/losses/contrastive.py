@@ -4,7 +4,7 @@ Both are defined on the global batch: under plain `jax.jit` with a sharded batch
 and gradient do not depend on the number of devices. An average of per-device losses is a different, wrong loss.
 
 Sources: Radford et al., arXiv 2103.00020 (softmax, called CLIP in the paper behind nCLIP [paper]); Zhai et al.,
-arXiv 2303.15343 (sigmoid, offered beside it [ours]).
+arXiv 2303.15343 (sigmoid [ours]).
 """
 
 import chex
@@ -37,11 +37,11 @@ def softmax(
     """
     check(z_img, z_txt, scale)
     logits = jnp.asarray(scale, jnp.float32) * dot(z_img, z_txt)
-    # A masked sum, not jnp.diagonal: that gathers, which costs communication when the batch is sharded. It is taken
-    # off before the log-sum-exp since a small loss would drown in the rounding of two numbers as large as the scale.
-    own = jnp.sum(jnp.eye(logits.shape[0]) * logits, axis=1)
-    img_to_txt = jax.nn.logsumexp(logits - own[:, None], axis=1)
-    txt_to_img = jax.nn.logsumexp(logits - own[None, :], axis=0)
+    # A masked sum, since jnp.diagonal gathers, which costs communication if the batch is sharded. It is subtracted
+    # before the log-sum-exp, since a small loss would drown in the rounding of two numbers as large as the scale.
+    matching = jnp.sum(jnp.eye(logits.shape[0]) * logits, axis=1)
+    img_to_txt = jax.nn.logsumexp(logits - matching[:, None], axis=1)
+    txt_to_img = jax.nn.logsumexp(logits - matching[None, :], axis=0)
     loss = 0.5 * jnp.mean(img_to_txt + txt_to_img)
     if label_smoothing:
         loss = loss + label_smoothing * mean_margin(z_img, z_txt, scale)
@@ -49,12 +49,12 @@ def softmax(
 
 
 def mean_margin(z_img: jax.Array, z_txt: jax.Array, scale: ArrayLike) -> jax.Array:
-    """Mean logit of matching pairs less that of all pairs, fp32 scalar; arguments as of `softmax`.
+    """Return the mean logit of matching pairs less the mean of all pairs, fp32 scalar; arguments as in `softmax`.
 
     A target with the share s spread over the batch adds s times this to the cross-entropy, in both directions.
     """
     z_img, z_txt = (z.astype(jnp.float32) for z in (z_img, z_txt))
-    # Of the means, in place of (b, b) logits: the mean of all products is the product of the means.
+    # The mean of all products is the product of the means, without (b, b) logits.
     return jnp.asarray(scale, jnp.float32) * (
         jnp.mean(jnp.sum(z_img * z_txt, axis=1)) - jnp.sum(jnp.mean(z_img, axis=0) * jnp.mean(z_txt, axis=0))
     )
@@ -106,10 +106,10 @@ def dot(z_img: jax.Array, z_txt: jax.Array) -> jax.Array:
 
 
 def _metrics(loss: jax.Array, logits: jax.Array) -> Metrics:
-    own = jnp.arange(logits.shape[0])
+    index = jnp.arange(logits.shape[0])
     return {
         "loss": loss,
         "ln_b": jnp.log(jnp.float32(logits.shape[0])),
-        "acc_img": jnp.mean(argmax(logits, 1) == own, dtype=jnp.float32),
-        "acc_txt": jnp.mean(argmax(logits, 0) == own, dtype=jnp.float32),
+        "acc_img": jnp.mean(argmax(logits, 1) == index, dtype=jnp.float32),
+        "acc_txt": jnp.mean(argmax(logits, 0) == index, dtype=jnp.float32),
     }

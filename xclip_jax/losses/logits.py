@@ -1,4 +1,4 @@
-"""Logits that are split over devices, or not multiplied out for a loss that never holds them whole."""
+"""Logits that are split over devices, or kept as factors for a loss that computes them in chunks."""
 
 import flax.struct
 import jax
@@ -10,9 +10,9 @@ Array = jax.Array
 
 
 def argmax(logits: Array, axis: int) -> Array:
-    """Index of the first largest value along `axis`, as `jnp.argmax`, by two reductions; where one is NaN, the size.
+    """Index of the first largest value along `axis`, as `jnp.argmax`, by two reductions; its size if a value is NaN.
 
-    Over an axis that is split over devices, `jnp.argmax` sends the pairs of value and index of each to all others.
+    Over an axis that is split over devices, `jnp.argmax` sends pairs of value and index from each device to all others.
     """
     logits = jax.lax.stop_gradient(logits)
     index = jax.lax.broadcasted_iota(jnp.int32, logits.shape, axis)
@@ -24,8 +24,8 @@ def argmax(logits: Array, axis: int) -> Array:
 def _product(x: Array, kernel: Array) -> Array:
     """x @ kernel of factors in lower precision, summed and left in fp32; gradients are computed in their precision.
 
-    Without a rule of its own the gradient would multiply fp32 by bf16, and devices would sum that of the kernel in
-    fp32, at twice the traffic.
+    By default the gradient would multiply fp32 by bf16, and devices would sum the kernel's gradient in fp32, at twice
+    the traffic.
     """
     return jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
 
@@ -43,9 +43,9 @@ _product.defvjp(_product_forward, _product_backward)
 
 @flax.struct.dataclass
 class FactoredLogits:
-    """Cluster logits (b, k) not multiplied out, x @ kernel + bias, for a loss that never holds them whole.
+    """Factors of cluster logits (b, k) = x @ kernel + bias, for a loss that computes them in chunks.
 
-    x (b, d) decides in which dtype the factors are multiplied; kernel (d, k) and bias (k,) are fp32.
+    The product has the dtype of x (b, d); kernel (d, k) and bias (k,) are fp32.
     """
 
     x: Array
@@ -58,9 +58,9 @@ class FactoredLogits:
         return self.x.shape[0], self.kernel.shape[1]
 
     def logits(self) -> Array:
-        """The logits in fp32; of bf16 factors too, products are summed and the bias is added in fp32.
+        """Compute the logits in fp32; products of bf16 factors are summed in fp32 too, and so is the bias.
 
-        Where clusters are split over all devices, these gather the rows of x first.
+        If clusters are split over all devices, devices gather the rows of x first.
         """
         x = constrain(self.x, "row", None)
         product = jnp.matmul if x.dtype == jnp.float32 else _product

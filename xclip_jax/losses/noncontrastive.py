@@ -66,8 +66,8 @@ def nclip(
             "sinkhorn" (see `sinkhorn`).
         teacher_img, teacher_txt: teacher logits, shape (b, k); exactly with target "ema".
         center_img, center_txt: centers, shape (k,), from `update_center`; exactly with balance "center".
-        chunk: pairs of the global batch to take at a time, 0 for all. Logits and distributions of more pairs are then
-            never in memory, in the backward pass neither; they are given as `FactoredLogits`. The value is the same.
+        chunk: pairs of the global batch to process at a time, 0 for all. Logits and distributions of more pairs are
+            then never in memory, also in the backward pass. It needs `FactoredLogits`; the value is the same.
 
     Returns:
         The loss (fp32 scalar, nats) and fp32 scalar metrics: "loss", "align", "sharpness", "smoothness" (unweighted),
@@ -107,7 +107,7 @@ def sinkhorn(logits: jax.Array, tau: ArrayLike = 1.0, iterations: int = SINKHORN
     """
     log_a = logits.astype(jnp.float32) / tau
     for _ in range(iterations):
-        # Columns are brought to 1, not b / k: the constant cancels in the rows' turn.
+        # Columns sum to 1, not b / k: the constant cancels when rows are normalised.
         log_a = jax.nn.log_softmax(jax.nn.log_softmax(log_a, axis=0), axis=1)
     return log_a
 
@@ -128,7 +128,7 @@ def update_center(center: jax.Array, target_logits: Logits, momentum: float = 0.
     """
     chex.assert_shape(center, target_logits.shape[1:])
     if isinstance(target_logits, FactoredLogits):
-        # The mean of linear logits is the logits of the mean, of a kernel that is rounded as in the logits themselves.
+        # The mean of linear logits is the logits of the mean, with the kernel rounded as in the logits.
         x, kernel = target_logits.x, target_logits.kernel
         kernel = kernel.astype(x.dtype).astype(jnp.float32)
         mean = jnp.matmul(jnp.mean(x.astype(jnp.float32), axis=0), kernel, precision="highest") + target_logits.bias
@@ -202,7 +202,7 @@ def _sums_of_batch(
         }
         return jax.tree.map(lambda x: x[None], _sums(whole, centers, options))
     factors = {name: value for name, value in logits.items() if isinstance(value, FactoredLogits)}
-    # Each chunk has rows of x of its own, and the kernels of all.
+    # Each chunk has its rows of x, and all kernels.
     kernels = {name: (value.kernel, value.bias) for name, value in factors.items()}
 
     def sums_of_chunk(shared: Any, x: dict[str, jax.Array]) -> Sums:
@@ -215,7 +215,7 @@ def _sums_of_batch(
 
 
 def _sums(s: Mapping[str, jax.Array], centers: Mapping[str, jax.Array | None], options: _Options) -> Sums:
-    """Sums over rows of the batch that the loss is made of, and for each cluster the log of its summed probability."""
+    """Sums over rows of the batch for the loss, and for each cluster the log of its summed probability."""
     log_p, p_hat, top, sums = {}, {}, {}, {}
     for m in MODALITIES:
         logits = s[f"s_{m}"]
@@ -233,7 +233,7 @@ def _sums(s: Mapping[str, jax.Array], centers: Mapping[str, jax.Array | None], o
 
 
 def _metrics(sums: Sums, b: int, k: int) -> Metrics:
-    """The metrics of `nclip` but for the loss, from the sums of all chunks."""
+    """Metrics of `nclip` except the loss, from the sums of all chunks."""
     align = jnp.sum(sums["align"]) / b
     clusters = _cluster_metrics("img", sums, b) | _cluster_metrics("txt", sums, b)
     return {
@@ -258,3 +258,31 @@ def _cluster_metrics(m: str, sums: Sums, b: int) -> Metrics:
         f"mutual_information_{m}": marginal - entropy,
         f"clusters_{m}": jnp.sum(jnp.any(sums[f"used_{m}"], axis=0), dtype=jnp.float32),
     }
+
+
+def effective_rank(h: jax.Array) -> jax.Array:
+    """Return the effective number of directions in which features vary: (tr C)^2 / tr(C^2), C their covariance.
+
+    This is the participation ratio, the exponential of the Renyi-2 entropy of C's normalised spectrum, and a lower
+    bound of Roy and Vetterli's effective rank (EUSIPCO 2007), which takes Shannon's entropy and so needs the spectrum
+    itself. Here one matrix product suffices, of the smaller of the two Gram matrices.
+
+    Args:
+        h: features, shape (b, d), of the global batch; any float type.
+
+    Returns:
+        fp32 scalar between 1 and min(b - 1, d), without gradient; 0 if all features are equal up to rounding.
+
+    Raises:
+        AssertionError: if h is not of rank 2.
+    """
+    chex.assert_rank(h, 2)
+    h = jax.lax.stop_gradient(h).astype(jnp.float32)
+    centred = h - jnp.mean(h, axis=0)
+    trace = jnp.sum(centred**2)
+    # Equal features leave the mean's rounding error, a spurious rank of 1: relative 1e-6 at worst, squared.
+    varies = trace > 1e-11 * jnp.sum(h**2)
+    unit = centred / jnp.sqrt(jnp.where(varies, trace, 1.0))
+    small = unit.T if h.shape[1] <= h.shape[0] else unit
+    gram = jnp.matmul(small, small.T, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+    return jnp.where(varies, 1.0 / jnp.sum(jnp.where(varies, gram, 1.0) ** 2), 0.0)

@@ -3,7 +3,7 @@
 Each device keeps its images, and the texts travel round the ring: in each of as many hops as there are batch shards a
 device compares its images with one block of texts. The forward pass keeps sums of the rows and columns of logits; the
 backward pass sends the texts round again and computes each block a second time (Inf-CL, arXiv 2410.17243). Values and
-gradients are those of `losses.contrastive`, which defines the losses.
+gradients equal `losses.contrastive`, which defines the losses.
 
 A device holds one block of (b / devices)^2 logits and a few arrays of (b / devices, e); the plain form holds several of
 (b / devices, b) and of (b, e), a gigabyte or more from 130,000 pairs on. With fewer than about 1,000 pairs a device the
@@ -49,11 +49,11 @@ def sigmoid(z_img: Array, z_txt: Array, scale: ArrayLike, bias: ArrayLike, *, me
 
 
 class Sums(NamedTuple):
-    """What the rows of logits, or their columns, are reduced to: a number each, fp32."""
+    """Reductions of the rows of logits, or of their columns: one fp32 number each."""
 
     best: Array  # highest logit
-    shard: Array  # of the batch in which that is; the first of several
-    total: Array  # what the loss adds up
+    shard: Array  # the first shard of the batch with this logit
+    total: Array  # sum of the loss's terms
 
 
 class Form(NamedTuple):
@@ -62,7 +62,7 @@ class Form(NamedTuple):
     Attributes:
       totals: for rows and for columns, (sums before a block, highest logit after it, logits, matching) -> total.
       end: (sums of rows, sums of columns, logits of matching pairs) -> loss, its derivative by the matching pair's
-        logit, log-sum-exp of the row and of the column relative to that logit; a number a pair each.
+        logit, and log-sum-exp of row and column relative to that logit, each a number a pair.
       derivative: (logits, matching pair's logit and relative log-sum-exp of rows, of columns) -> derivative by the
         logits of pairs that do not match.
     """
@@ -76,7 +76,7 @@ def _compare(
     form: Form, mesh: Mesh, z_img: Array, z_txt: Array, scale: ArrayLike, bias: ArrayLike
 ) -> tuple[Array, Metrics]:
     z_img, z_txt, scale, bias = (jnp.asarray(x, jnp.float32) for x in (z_img, z_txt, scale, bias))
-    # Images have the scale, not logits: a scaled logit may be rounded in one pass and fused with a sum in the other.
+    # The scale multiplies images: a scaled logit might be rounded in one pass and fused with a sum in the other.
     loss, acc_img, acc_txt = _loss(form, mesh, scale * z_img, z_txt, bias)
     return loss, {"loss": loss, "ln_b": jnp.log(jnp.float32(len(z_img))), "acc_img": acc_img, "acc_txt": acc_txt}
 
@@ -89,8 +89,8 @@ def _loss(form: Form, mesh: Mesh, z_img: Array, z_txt: Array, bias: Array) -> Ar
 
 def _forward(form: Form, mesh: Mesh, *args: Array) -> tuple[Array, tuple[Array, ...]]:
     local, specs = partial(_sums, form, ring_order(mesh)), (_ROWS, _ROWS, _WHOLE)
-    sums, kept = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(_WHOLE, _COLUMNS))(*args)
-    return sums / len(args[0]), (*args, kept)
+    sums, saved = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(_WHOLE, _COLUMNS))(*args)
+    return sums / len(args[0]), (*args, saved)
 
 
 def _backward(form: Form, mesh: Mesh, residuals: tuple[Array, ...], cotangent: Array) -> tuple[Array, ...]:
@@ -156,27 +156,27 @@ def _send_round(
     home: Home,
     away: Array,
 ) -> tuple[Home, Array]:
-    """Send texts once round the ring, with sums that belong to them, and return `home` and `away` after all blocks.
+    """Send texts with their sums once round the ring, and return `home` and `away` after all blocks.
 
-    Each hop sends one array before the block's product, so that it travels meanwhile: the texts of this hop and, below
-    them, the sums of the texts of the hop before. The receiver has had these texts for a hop, and adds its block to the
-    sums when they arrive.
+    Each hop sends one array before the block's product, to overlap with it: the texts of this hop and, below them, the
+    sums of the previous hop's texts. The receiver already has these texts, and adds its block to the sums when they
+    arrive.
 
     Args:
       order: the shards of the batch in the order of the ring.
       block: (shard of the texts, texts, home, away) -> (home, away), the sums with the block added.
-      texts: a text a column, since rows of e and a few more numbers would be padded to whole registers.
+      texts: one text a column, since rows of e and a few more numbers would be padded to whole registers.
       home: sums of this device's images.
-      away: sums of the texts, a text a column, before any block: those of all devices are alike.
+      away: sums of the texts, one text a column, before any block, equal on all devices.
     """
     shards, height = len(order), len(texts)
     following = [(shard, order[(i + 1) % shards]) for i, shard in enumerate(order)]
-    place = jnp.asarray(sorted(range(shards), key=order.__getitem__))[jax.lax.axis_index(BATCH_AXES)]
+    position = jnp.asarray(sorted(range(shards), key=order.__getitem__))[jax.lax.axis_index(BATCH_AXES)]
 
     def hop(shift: Array, carry: tuple[Home, Array]) -> tuple[Home, Array]:
         home, held = carry
         arriving = jax.lax.ppermute(held, BATCH_AXES, following)
-        source = jnp.asarray(order)[(place - shift) % shards]
+        source = jnp.asarray(order)[(position - shift) % shards]
         home, away = block(source, held[:height], home, arriving[height:])
         return home, arriving.at[height:].set(away)
 

@@ -1,11 +1,9 @@
 """Heads on the towers: CLIP's linear projection, nCLIP's cluster head, the classifier of fine-tuning.
 
-`TwoTowers` takes its heads as a mapping {name: Head or Scalar}; the functions at the end make those of one loss.
+`TwoTowers` takes its heads as a mapping {name: Head or Scalar}, which the terms of an objective make.
 """
 
 import dataclasses
-import itertools
-import math
 from collections.abc import Callable, Mapping
 
 import flax.linen as nn
@@ -15,8 +13,7 @@ from jax.typing import DTypeLike
 
 from xclip_jax.core.fields import at_least, key
 from xclip_jax.losses.logits import FactoredLogits
-from xclip_jax.models.layers import ACTIVATIONS
-from xclip_jax.models.linear import dense, named
+from xclip_jax.models.layers import ACTIVATIONS, dense, named
 from xclip_jax.parallel.sharding import constrain
 
 Array = jax.Array
@@ -30,14 +27,14 @@ def l2_normalize(x: Array) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """A module on the features of one tower, of which it gets (b, d). Its name in the model names its parameters.
+    """A module on the features (b, d) of one tower. Its name in the model is the name of its parameters.
 
     Attributes:
-      module: not bound to a parent.
-      reads: the tower whose features it takes, "img" or "txt".
-      writes: key of its output among those of `TwoTowers.project`.
-      takes: keyword arguments of `TwoTowers.project` that the module takes, of "train" and "logits".
-      flops: of one sample's forward pass, for MFU; a multiplication and an addition count as two.
+      module: the module, not bound to a parent.
+      reads: the tower that it reads, "img" or "txt".
+      writes: key of its output in the result of `TwoTowers.project`.
+      takes: keyword arguments of `TwoTowers.project` that the module takes, "train" and "logits".
+      flops: FLOPs of one sample's forward pass; a multiplication and an addition count as two.
     """
 
     module: nn.Module
@@ -52,7 +49,7 @@ class Scalar:
     """A learned number, such as the logit scale. Its name in the model is the name of the parameter.
 
     Attributes:
-      writes: key of the value among the outputs of `TwoTowers.project`.
+      writes: key of the value in the result of `TwoTowers.project`.
       initial: value of the parameter at the start.
       transform: parameter -> value.
     """
@@ -80,14 +77,14 @@ class Projection(nn.Module):
 
 
 class Normalization(nn.Module):
-    """L2 normalisation alone, of features that need no projection (SigLIP's images). h (b, d) -> z (b, d) in fp32."""
+    """L2 normalisation of features that have no projection (SigLIP's images). h (b, d) -> z (b, d) in fp32."""
 
     def __call__(self, h: Array) -> Array:
         return l2_normalize(h)
 
 
 class Classifier(nn.Module):
-    """Features (b, d) -> fp32 logits of `classes`, linear. It starts near zero: fine-tuning first fits it alone.
+    """Features (b, d) -> fp32 logits of `classes`, linear. It starts near zero, so that fine-tuning fits it first.
 
     It computes in fp32 whatever the towers' dtype: bf16 would round a label that is a number to 8 bits.
     """
@@ -114,7 +111,7 @@ class ClusterHead(nn.Module):
     """nCLIP's head [ours, after TWIST, arXiv 2110.07402]: h (b, d) -> cluster logits s (b, k) in fp32.
 
     Linear, BatchNorm and GELU, `layers` times, then a linear map to `clusters` logits. Under `jax.jit` the batch of
-    BatchNorm is the global batch, whatever the mesh. With `logits` false the last map is left to the loss, see
+    BatchNorm is the global batch, whatever the mesh. With `logits` false the loss applies the last map, see
     `FactoredLogits`.
 
     Attributes:
@@ -155,7 +152,7 @@ class ClusterHead(nn.Module):
             x = ACTIVATIONS["gelu"](batch_norm(f"norm_{i}")(x)).astype(self.dtype)
         kernel, bias = _Clusters(self.clusters, name="clusters")(x.shape[-1])
         if logits:
-            # Gathered, where it is split, in the dtype of the product.
+            # A split kernel is gathered in the dtype of the product.
             kernel = constrain(kernel.astype(self.dtype), None, "cluster")
         factors = FactoredLogits(x, kernel, bias)
         if logits:
@@ -167,7 +164,7 @@ class ClusterHead(nn.Module):
 
 
 class _Clusters(nn.Module):
-    """Kernel (d, clusters) and bias of a linear map, not applied."""
+    """Kernel (d, clusters) and bias of a linear map, which is not applied."""
 
     clusters: int
 
@@ -176,55 +173,3 @@ class _Clusters(nn.Module):
         init = named(nn.initializers.normal(d**-0.5), "hidden", "cluster")
         kernel = self.param("kernel", init, (d, self.clusters))
         return kernel, self.param("bias", named(nn.initializers.zeros, "cluster"), (self.clusters,))
-
-
-def contrastive_heads(
-    embed: int,
-    widths: Mapping[str, int],
-    *,
-    scale_init: float = 1 / 0.07,
-    bias_init: float | None = None,
-    project_img: bool = True,
-    project_bias: bool = False,
-    dtype: DTypeLike = jnp.float32,
-) -> dict[str, Head | Scalar]:
-    """Projections of both towers to (b, embed), the logit scale and, for the sigmoid loss, the logit bias.
-
-    Args:
-      embed: e, size of the shared space.
-      widths: {"img", "txt"} features of the towers.
-      scale_init: logit scale at the start.
-      bias_init: logit bias at the start; None for no bias.
-      project_img: whether images have a projection; without one their features are normalised.
-      project_bias: whether projections have a bias.
-      dtype: computation dtype.
-    """
-    heads: dict[str, Head | Scalar] = {
-        f"proj_{tower}": Head(Projection(embed, dtype, project_bias), tower, f"z_{tower}", flops=2 * embed * width)
-        for tower, width in widths.items()
-    }
-    if not project_img:
-        heads["proj_img"] = Head(Normalization(), "img", "z_img")
-    heads["log_scale"] = Scalar("scale", math.log(scale_init), jnp.exp)
-    if bias_init is not None:
-        heads["bias"] = Scalar("bias", bias_init)
-    return heads
-
-
-def cluster_heads(
-    options: ClusterHeadConfig, widths: Mapping[str, int], *, dtype: DTypeLike = jnp.float32
-) -> dict[str, Head | Scalar]:
-    """A `ClusterHead` on each tower of `widths`, {"img", "txt"} features of the towers."""
-    fields = dataclasses.asdict(options)
-    heads: dict[str, Head | Scalar] = {}
-    for tower, width in widths.items():
-        layers = [width] + [options.hidden] * options.layers + [options.clusters]
-        flops = 2 * sum(a * b for a, b in itertools.pairwise(layers))
-        module = ClusterHead(**fields, dtype=dtype)
-        heads[f"clusters_{tower}"] = Head(module, tower, f"s_{tower}", ("train", "logits"), flops)
-    return heads
-
-
-def classifier_head(classes: int, tower: str, width: int, *, std: float) -> dict[str, Head]:
-    """A `Classifier` of `classes` on the features of `tower`, of which there are `width`."""
-    return {"classifier": Head(Classifier(classes, std), tower, "logits", flops=2 * classes * width)}

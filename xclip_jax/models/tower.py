@@ -1,4 +1,4 @@
-"""What a tower is: one frozen dataclass of config keys that makes the module and knows everything about its type.
+"""Base classes of towers: a frozen dataclass of config keys that makes the module and describes it.
 
 To add one from another package:
 
@@ -31,12 +31,12 @@ Params = Mapping[str, Any]
 class Tower(abc.ABC):
     """Base of image and text towers; subclasses are frozen dataclasses of config keys.
 
-    The module has no state but its parameters: all randomness of a training pass comes in by `sample_noise`, and
-    statistics over the batch, as BatchNorm's, are not defined for a part of the batch.
+    The module has no state but its parameters: all randomness of a training pass is an input from `sample_noise`, and
+    statistics over the batch, such as BatchNorm's, are not defined for a part of the batch.
 
     Attributes:
-      meaning_keys: keys that change what weights mean and not their shapes; a run that starts from weights is warned
-        where they differ.
+      meaning_keys: keys that change the meaning of weights and not their shapes; a run that starts from weights warns
+        if they differ.
     """
 
     meaning_keys: ClassVar[tuple[str, ...]] = ()
@@ -49,7 +49,7 @@ class Tower(abc.ABC):
     def flops(self, train: bool) -> float | None:
         """FLOPs of one item's forward pass, in training or not; a multiplication and an addition count as two.
 
-        None where they are not counted: runs then have no MFU, and `xclip_jax.commands.plan` estimates no time.
+        None if they are not counted: runs then have no MFU, and `xclip-jax plan` estimates no time.
         """
         return None
 
@@ -57,7 +57,7 @@ class Tower(abc.ABC):
         """Random inputs of a training pass on `b` items, keyword arguments of the module: arrays with a row per item.
 
         Args:
-          random_key: of the step; fold a number from 8 to 15 into it.
+          random_key: key of the step; fold in a number from 8 to 15.
           b: items of the batch.
         """
         return {}
@@ -72,22 +72,22 @@ class Tower(abc.ABC):
         return self.num_layers - 1
 
     def unrolled(self) -> Self:
-        """The same function computed layer by layer: faster on a CPU, and each layer can be looked at."""
+        """Return the same tower computed layer by layer: faster on a CPU, and each layer can be inspected."""
         return self
 
     def convert(self, params: Params) -> tuple[Params, list[str]]:
-        """Bring parameters of a tower of this type to the layout of this one.
+        """Convert parameters of another tower of this type to the layout of this tower.
 
         Returns:
-          The parameters, and sentences on what was changed, without what is only another layout.
+          The parameters, and sentences on changes of values.
 
         Raises:
-          UserError: what cannot be converted, beginning with the path of a parameter inside the tower.
+          UserError: parameters that cannot be converted; begins with the path of a parameter inside the tower.
         """
         return params, []
 
     def describe(self) -> str:
-        """The tower in one phrase."""
+        """Describe the tower in one phrase."""
         return f"{type(self).__name__} of width {self.width}"
 
     def facts(self) -> dict[str, str]:
@@ -105,39 +105,39 @@ class ImageTower(Tower):
 
     @abc.abstractmethod
     def module(self, dtype: DTypeLike) -> nn.Module:
-        """A module of normalised pixels (b, h, w, 3), and `sample_noise`, to features (b, width)."""
+        """Make a module of normalised pixels (b, h, w, 3), and `sample_noise`, to features (b, width)."""
 
     @property
     def grid(self) -> int:
-        """Patches along each side of `patch_features`; 0 where the tower has none."""
+        """Patches along each side of `patch_features`; 0 if the tower has none."""
         return 0
 
     def patch_features(self, params: Params, image: Array, dtype: DTypeLike) -> Array:
-        """Features of each patch, before they are pooled.
+        """Return features of each patch, before pooling.
 
         Args:
-          params: of the tower.
+          params: parameters of the tower.
           image: normalised pixels (b, h, w, 3).
           dtype: computation dtype.
 
         Returns:
-          (b, grid, grid, d), rows from the top; d need not be the tower's width.
+          (b, grid, grid, d), rows from the top; d may differ from the tower's width.
 
         Raises:
-          UserError: the tower has none.
+          UserError: the tower has no such features.
         """
         raise UserError(f"{type(self).__name__} has no patch features; give it `grid` and `patch_features`.")
 
     @property
     def attention(self) -> str:
-        """What `attention_maps` shows, in words; "" where the tower has none."""
+        """Description of the maps of `attention_maps`; "" if the tower has none."""
         return ""
 
     def attention_maps(self, params: Params, image: Array, dtype: DTypeLike) -> tuple[Array, Array]:
-        """Attention over patches: of the last layer, and through all layers.
+        """Return attention over patches: of the last layer, and through all layers.
 
         Args:
-          params: of the tower.
+          params: parameters of the tower.
           image: normalised pixels (b, h, w, 3).
           dtype: computation dtype.
 
@@ -145,12 +145,12 @@ class ImageTower(Tower):
           Twice fp32 (b, rows, columns); each map sums to 1.
 
         Raises:
-          UserError: the tower has none.
+          UserError: the tower has no such maps.
         """
         raise UserError(f"{type(self).__name__} has no attention maps; give it `attention` and `attention_maps`.")
 
     def describe(self) -> str:
-        """The tower in one phrase."""
+        """Describe the tower in one phrase."""
         return f"{super().describe()}, {self.image_size} px"
 
     def facts(self) -> dict[str, str]:
@@ -168,25 +168,25 @@ class TextTower(Tower):
 
     @abc.abstractmethod
     def module(self, vocab: int, eot_id: int, dtype: DTypeLike) -> nn.Module:
-        """A module of int32 tokens (b, n), and `sample_noise`, to features (b, width).
+        """Make a module of int32 tokens (b, n), and `sample_noise`, to features (b, width).
 
         Args:
-          vocab: tokens of the tokenizer.
-          eot_id: its end-of-text token, with which each text ends.
+          vocab: number of tokens of the tokenizer.
+          eot_id: its end-of-text token, which ends each text.
           dtype: computation dtype.
         """
 
     @property
     def cuttable(self) -> bool:
-        """Whether what follows the end of a text does not reach its feature, so that it may be cut off."""
+        """Whether padding after the end of a text does not reach its feature and may be cut off."""
         return False
 
     def cut_flops(self, tokens: int) -> float | None:
-        """FLOPs of the forward pass of a text cut to `tokens`, of a tower that is `cuttable`; None as in `flops`."""
+        """FLOPs of the forward pass of a text cut to `tokens`, if `cuttable`; None as in `flops`."""
         return None
 
     def describe(self) -> str:
-        """The tower in one phrase."""
+        """Describe the tower in one phrase."""
         return f"{super().describe()}, {self.context_length} tokens"
 
     def facts(self) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Both towers and the heads on them in one module, and the named sizes."""
+"""Both towers with their heads in one module, config group `model`, and the presets of sizes."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -12,22 +12,22 @@ from jax.typing import DTypeLike
 from xclip_jax.core.errors import UserError, check_choice
 from xclip_jax.core.fields import Check, above, at_least, choice, key, read_plugin
 from xclip_jax.models.heads import ClusterHeadConfig, Head, Heads, Scalar
-from xclip_jax.models.linear import named
-from xclip_jax.models.text import TextTowerConfig
+from xclip_jax.models.layers import named
 from xclip_jax.models.tower import ImageTower, TextTower, Tower
+from xclip_jax.models.transformer import TextTowerConfig
 from xclip_jax.models.vit import ImageTowerConfig
 from xclip_jax.parallel.sharding import constrain
 
 Array = jax.Array
 Variables = Mapping[str, Any]  # arrays by collection ("params", "batch_stats"), as `TwoTowers.apply` takes them
 
-# Built-in types of towers, by the name that "type" in `model.plugins` has.
+# Built-in types of towers, by their "type" in `model.plugins`.
 IMAGE_TOWERS: dict[str, type[ImageTower]] = {"vit": ImageTowerConfig}
 TEXT_TOWERS: dict[str, type[TextTower]] = {"transformer": TextTowerConfig}
 TOWERS = ("img", "txt")
 
-# Sizes of open_clip's models of the same name: (width, depth, heads) of both towers, and the embedding. "Ti" is the
-# demo's, for two CPU cores.
+# Sizes of open_clip's models of the same name: (width, depth, heads) of both towers, and the embedding. "Ti" is for the
+# demo on two CPU cores.
 _SIZES = {
     "Ti": ((192, 4, 3), (128, 1, 2), 128),
     "S": ((384, 12, 6), (384, 12, 6), 384),
@@ -50,7 +50,7 @@ def preset(name: str) -> dict[str, Any]:
 class ModelConfig:
     """Config group `model`: both towers, their heads and the computation's dtype.
 
-    A tower of another type than `img` and `txt` has its options in `plugins`, which then replaces the group:
+    A tower of another type than `img` and `txt` has its options in `plugins`, which then replace the group:
 
         config.model.plugins = {"img": {"type": "my_lab.towers:ConvNet", "width": 512}}
     """
@@ -61,12 +61,14 @@ class ModelConfig:
     project_img: bool = key(True, "learned projection of images; without one embed is the image tower's width")
     project_bias: bool = key(False, "bias in projections")
     scale_init: float = key(1 / 0.07, "logit scale at the start; at most 100 for the term clip", above(0))
-    bias_init: float = key(-10.0, "logit bias at the start, of the sigmoid loss alone")
+    bias_init: float = key(-10.0, "logit bias at the start, only for the sigmoid loss")
     cluster_head: ClusterHeadConfig = dataclasses.field(default_factory=ClusterHeadConfig)
-    dtype: str = key("bfloat16", "of towers and heads; parameters stay float32", choice(("float32", "bfloat16")))
+    dtype: str = key(
+        "bfloat16", "computation dtype of towers and heads; parameters stay float32", choice(("float32", "bfloat16"))
+    )
     plugins: Mapping[str, Mapping[str, Any]] = key(
         {},
-        "towers of other types, in place of group img or txt: its 'type', 'package.module:Class', and its options",
+        "towers of other types, which replace group img or txt: its 'type', 'package.module:Class', and its options",
         Check("groups 'img' and 'txt'", lambda plugins: set(plugins) <= set(TOWERS)),
     )
 
@@ -80,10 +82,10 @@ class ModelConfig:
     def tower(self, name: str) -> Tower: ...
 
     def tower(self, name: str) -> Tower:
-        """The tower "img" or "txt".
+        """Return the options of the tower "img" or "txt".
 
         Raises:
-          UserError: names what is wrong with the type or an option of a plug-in.
+          UserError: a wrong type or option of a plug-in.
         """
         if name not in self.plugins:
             return self.img if name == "img" else self.txt
@@ -93,7 +95,7 @@ class ModelConfig:
         return read_plugin(values, path, TEXT_TOWERS, TextTower, "text tower")
 
     def conflicts(self) -> Iterator[str]:
-        """What is wrong with a plug-in, or with sizes that do not go together."""
+        """Yield faults of plug-ins, and sizes that contradict each other."""
         wrong = set()
         for name in self.plugins:
             try:
@@ -113,14 +115,14 @@ class ModelConfig:
 
 
 class TwoTowers(nn.Module):
-    """Image and text towers, and the heads on them; or one of the towers.
+    """Image and text towers with their heads, or one of the towers.
 
     Attributes:
       img, txt: the towers.
       vocab: tokens of the tokenizer.
       eot_id: its end-of-text token.
       heads: {name: `Head` or `Scalar`}; a head's parameters have its name. The objective chooses them.
-      towers: those that the model has.
+      towers: names of the towers that the model has.
       dtype: computation dtype of the towers; parameters, norms, softmax and logits stay fp32.
     """
 
@@ -134,7 +136,7 @@ class TwoTowers(nn.Module):
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """Keys of what `project` returns for features of both modalities."""
+        """Keys of the result of `project` for features of both modalities."""
         return tuple(head.writes for head in self.heads.values())
 
     def setup(self) -> None:
@@ -158,14 +160,13 @@ class TwoTowers(nn.Module):
     def project(
         self, h_img: Array | None, h_txt: Array | None, *, train: bool = False, logits: bool = True
     ) -> dict[str, Any]:
-        """Features of one or both modalities -> what the losses and the evaluators read.
+        """Apply the heads to features of one or both modalities, for losses and evaluators.
 
         Returns:
-          {key: output} of each head whose features are given, and of each scalar, by the key that it writes: z_img,
-          z_txt (b, e) L2-normalised, `scale` and `bias` of contrastive heads; s_img, s_txt (b, k) of cluster heads, or
-          their `FactoredLogits` where `logits` is false; logits (b, classes) of a classifier. All fp32. With `train`
-          BatchNorm uses the batch's statistics and moves the running ones (collection "batch_stats", to be made
-          mutable).
+          {key: output} of each scalar, and of each head whose features are given: from contrastive heads z_img, z_txt
+          (b, e), L2-normalised, `scale` and `bias`; from cluster heads s_img, s_txt (b, k), or their `FactoredLogits`
+          if `logits` is false; from a classifier logits (b, classes). All fp32. With `train` BatchNorm uses the batch's
+          statistics and updates the running ones (collection "batch_stats", to be made mutable).
         """
         features, options = {"img": h_img, "txt": h_txt}, {"train": train, "logits": logits}
         out = {}

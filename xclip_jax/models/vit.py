@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import einops
@@ -13,49 +13,47 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from xclip_jax.core.fields import at_least, choice, fraction_below_one, key
-from xclip_jax.models import attention_maps
-from xclip_jax.models.layers import (
-    ACTIVATIONS,
-    HeadProjections,
-    LayerNorm,
-    Mlp,
-    Transformer,
-    TransformerConfig,
-    attend,
-)
-from xclip_jax.models.linear import dense, named
+from xclip_jax.models.layers import ACTIVATIONS, HeadProjections, LayerNorm, Mlp, attend, dense, named
 from xclip_jax.models.tower import ImageTower, Params
+from xclip_jax.models.transformer import Transformer, TransformerConfig
 
 Array = jax.Array
 POOLS = ("cls", "mean", "map")
 STEMS = ("linear", "hmlp")
+_ATTENTION_MEANINGS = {
+    "cls": "how much the class token, from which the image's features are read, attends to each patch in the last "
+    "block, mean over heads",
+    "mean": "how much all patches, whose mean is the image's features, attend to each patch in the last block, mean "
+    "over heads",
+    "map": "how much the query of the pooling head attends to each patch, mean over heads",
+}
 
 
 def stem_stages(stem: str, patch: int, width: int) -> list[tuple[int, int]]:
-    """Stages that make a token of `patch` x `patch` pixels: (side, features) of each linear map, in order.
+    """Return (side, features) of each linear map that turns `patch` x `patch` pixels into a token, in order.
 
-    A map takes side x side neighbours, pixels at first, and makes one vector of them. "linear" is one map; "hmlp"
-    begins with 4 x 4 pixels and joins by the prime factors of what is left.
+    A map joins side x side neighbours, pixels at first, to one vector. "linear" is one map; "hmlp" begins with 4 x 4
+    pixels and continues with the prime factors of the remaining side.
     """
     sides = [patch]
     if stem == "hmlp":
-        sides, left = [4], patch // 4
-        while left > 1:
-            sides.append(next(f for f in range(2, left + 1) if left % f == 0))
-            left //= sides[-1]
+        sides, remaining = [4], patch // 4
+        while remaining > 1:
+            sides.append(next(f for f in range(2, remaining + 1) if remaining % f == 0))
+            remaining //= sides[-1]
     return [(side, width if i == len(sides) else width // 4) for i, side in enumerate(sides, 1)]
 
 
 def _join(x: Array, side: int) -> Array:
-    """Puts the vectors of side x side neighbours into one. (b, h, w, c) -> (b, h / side, w / side, side * side * c)."""
+    """Join the vectors of side x side neighbours. (b, h, w, c) -> (b, h / side, w / side, side * side * c)."""
     return einops.rearrange(x, "b (h p) (w q) c -> b h w (p q c)", p=side, q=side)
 
 
 class HierarchicalStem(nn.Module):
-    """The hierarchical MLP of arXiv 2203.09795 ("hMLP"): a patch's vector in the stages of `stem_stages`.
+    """The hierarchical MLP of arXiv 2203.09795 ("hMLP"), with the stages of `stem_stages`.
 
-    LayerNorm and the activation are between stages; the paper's last norm is the tower's `pre_norm`. Patches never see
-    each other. (b, h, w, 3) -> (b, h / patch, w / patch, width).
+    LayerNorm and the activation are between stages; the paper's last norm is the tower's `pre_norm`. Each patch is
+    computed separately. (b, h, w, 3) -> (b, h / patch, w / patch, width).
     """
 
     patch: int
@@ -115,8 +113,8 @@ class ImageTowerConfig(TransformerConfig, ImageTower):
     drop_path: float = key(0.0, "probability that training leaves out a branch of the last block", fraction_below_one())
 
     def conflicts(self) -> Iterator[str]:
-        """Values that do not go together."""
-        # Published SigLIPs have 384 pixels in patches of 14, and leave the rest out; elsewhere it is likely a mistake.
+        """Yield values that contradict each other."""
+        # Published SigLIPs have 384 pixels in patches of 14 and ignore the border; elsewhere it is likely a mistake.
         if self.image_size % self.patch and (self.pool != "map" or not self.grid):
             yield f"image_size {self.image_size} must be a multiple of patch {self.patch}"
         if self.stem == "hmlp" and (self.patch % 4 or self.width % 4):
@@ -125,7 +123,7 @@ class ImageTowerConfig(TransformerConfig, ImageTower):
                 "stem to 'linear'"
             )
         if self.stem == "hmlp" and self.patch_bias:
-            yield "patch_bias is of stem 'linear'; stem 'hmlp' has none"
+            yield "patch_bias is an option of stem 'linear'; stem 'hmlp' has none"
         if self.drop_path and self.depth == 1:
             yield (
                 f"drop_path {self.drop_path} leaves nothing out at depth 1, as it rises from 0 in the first block; set "
@@ -143,7 +141,7 @@ class ImageTowerConfig(TransformerConfig, ImageTower):
         return VisionTransformer(self, dtype)
 
     def kept(self, patches: int) -> int:
-        """How many of `patches` a training pass keeps."""
+        """Number of `patches` that a training pass keeps."""
         return max(1, round(patches * (1 - self.patch_dropout)))
 
     def flops(self, train: bool) -> float:
@@ -170,7 +168,7 @@ class ImageTowerConfig(TransformerConfig, ImageTower):
         return noise
 
     def convert(self, params: Params) -> tuple[Params, list[str]]:
-        """Stack blocks or take them apart, and interpolate positions to the size of the image."""
+        """Stack or unstack blocks, and interpolate positions to the image size."""
         params, notes = super().convert(params)
         extra = int(self.pool == "cls")  # the class token's row comes first
         table = params["positions"]
@@ -186,29 +184,29 @@ class ImageTowerConfig(TransformerConfig, ImageTower):
         return {**params, "positions": table}, [*notes, note]
 
     def patch_features(self, params: Params, image: Array, dtype: DTypeLike) -> Array:
-        """Features of the patches that `VisionTransformer` pools, see its `pooled`."""
+        """Return features of patches before pooling, see `VisionTransformer.pooled`."""
         features: Any = VisionTransformer(self, dtype, pooled=False).apply({"params": params}, image)
         return features
 
     @property
     def attention(self) -> str:
-        """What the last attention before the features shows, in words."""
-        return attention_maps.MEANINGS[self.pool]
+        """Description of the maps of `attention_maps`."""
+        return _ATTENTION_MEANINGS[self.pool]
 
     def attention_maps(self, params: Params, image: Array, dtype: DTypeLike) -> tuple[Array, Array]:
-        """Attention of the last block, and rollout through all blocks, see `attention_maps.maps`."""
+        """Attention of the last block, and rollout through all blocks, see `_attention_maps`."""
         tower = self.unrolled()
         _, captured = tower.module(dtype).apply(
             {"params": tower.convert(params)[0]},
             image,
-            capture_intermediates=attention_maps.is_captured,
+            capture_intermediates=_is_captured,
             mutable=["intermediates"],
         )
-        last, rollout = attention_maps.maps(captured["intermediates"], self.depth, self.pool)
+        last, rollout = _attention_maps(captured["intermediates"], self.depth, self.pool)
         return last.reshape(-1, self.grid, self.grid), rollout.reshape(-1, self.grid, self.grid)
 
     def describe(self) -> str:
-        """Sizes of the tower in one phrase."""
+        """Return the sizes of the tower in one phrase."""
         return f"ViT of width {self.width}, depth {self.depth}, patch {self.patch}, {self.image_size} px"
 
     def facts(self) -> dict[str, str]:
@@ -219,17 +217,17 @@ class ImageTowerConfig(TransformerConfig, ImageTower):
 class VisionTransformer(nn.Module):
     """(b, h, w, 3) normalised pixels -> h_img (b, d), the feature that CLIP projects.
 
-    `patches` (b, patches) says which patches a training pass keeps where there is patch dropout (FLIP, arXiv
-    2212.00794): those with the smallest values; the class token stays. It comes from outside, one row a sample, so that
-    an image loses the same patches in whatever part of the batch it is encoded; without it all patches are kept.
-    `paths` (b, depth, 2) is the same of `drop_path`, see `Transformer`.
+    With patch dropout (FLIP, arXiv 2212.00794) a training pass keeps the class token and the patches with the smallest
+    values in `patches` (b, patches). This noise is an input with one row a sample, so that an image loses the same
+    patches in any part of the batch; without it all patches are kept. `paths` (b, depth, 2) is the noise of
+    `drop_path`, see `Transformer`.
 
     Attributes:
-      config: stem "linear" is CLIP's one map of a patch's pixels, "hmlp" see `HierarchicalStem`; of the pools only
-        "cls" adds a token; CLIP has `pre_norm`.
+      config: stem "linear" is CLIP's one map of a patch's pixels, "hmlp" a `HierarchicalStem`; only pool "cls" adds a
+        token; CLIP has `pre_norm`.
       dtype: computation dtype.
-      pooled: without it the features of all patches are returned, (b, grid, grid, d): the tokens of patches after the
-        last block and `norm_post`, as timm's `forward_features` has them. CLIP trains `norm_post` on the class token.
+      pooled: if False, return the features of all patches (b, grid, grid, d), after the last block and `norm_post`, as
+        timm's `forward_features` does. CLIP trains `norm_post` on the class token.
     """
 
     config: ImageTowerConfig
@@ -240,7 +238,7 @@ class VisionTransformer(nn.Module):
     def __call__(self, image: Array, patches: Array | None = None, paths: Array | None = None) -> Array:
         self._check(image)
         config, side = self.config, self.config.grid * self.config.patch
-        x = image[:, :side, :side].astype(self.dtype)  # a rest at the right and at the bottom is in no patch
+        x = image[:, :side, :side].astype(self.dtype)  # a remainder at the right and at the bottom is in no patch
         std = config.width**-0.5
         if config.stem == "hmlp":
             x = HierarchicalStem(config.patch, config.width, config.act, config.eps, self.dtype, name="patches")(x)
@@ -290,3 +288,47 @@ class VisionTransformer(nn.Module):
             return x
         order = jnp.argsort(noise, axis=1)[:, : self.config.kept(x.shape[1])]
         return jnp.take_along_axis(x, order[..., None], axis=1)
+
+
+def _is_captured(module: nn.Module, _: str) -> bool:
+    """Whether `_attention_maps` needs the output of a module: a filter for flax's `capture_intermediates`."""
+    return module.name in ("qkv", "query", "kv")
+
+
+def _attention_weights(query: Array, key: Array) -> Array:
+    """Softmax of scaled products, mean over heads: (b, heads, n, kv), (b, heads, m, kv) -> fp32 (b, n, m)."""
+    query, key = query.astype(jnp.float32) * query.shape[-1] ** -0.5, key.astype(jnp.float32)
+    return jax.nn.softmax(jnp.einsum("bhnd,bhmd->bhnm", query, key)).mean(axis=1)
+
+
+def _attention_maps(captured: Mapping[str, Any], depth: int, pool: str) -> tuple[Array, Array]:
+    """Return attention of the last block, and rollout through all blocks (arXiv 2005.00928).
+
+    Rollout multiplies the blocks' maps, with half of the weight on the residual path.
+
+    Args:
+      captured: intermediates of a tower with unrolled blocks.
+      depth: number of blocks.
+      pool: how features are pooled, "cls", "mean" or "map".
+
+    Returns:
+      Twice fp32 (b, patches) with rows that sum to 1.
+    """
+    blocks = []
+    for i in range(depth):
+        query, key, _ = captured["transformer"][f"block_{i}"]["attention"]["qkv"]["__call__"][0]
+        blocks.append(_attention_weights(query, key))
+    through = jnp.eye(blocks[0].shape[2])[None]
+    for block in blocks:  # the last may only have the class token's row
+        through = (block + jnp.eye(block.shape[1], block.shape[2])) / 2 @ through
+    if pool == "map":
+        head = captured["pool_map"]
+        key, _ = head["kv"]["__call__"][0]
+        query = einops.rearrange(head["query"]["__call__"][0], "b n heads kv -> b heads n kv")
+        last = _attention_weights(query, key)[:, 0]
+        return last, jnp.einsum("bn,bnm->bm", last, through)
+    if pool == "mean":
+        return blocks[-1].mean(axis=1), through.mean(axis=1)
+    # Without the attention of the class token to itself.
+    last, rollout = (x[:, 0, 1:] for x in (blocks[-1], through))
+    return last / last.sum(axis=1, keepdims=True), rollout / rollout.sum(axis=1, keepdims=True)

@@ -1,45 +1,45 @@
-"""Objectives: what a run minimises, a weighted sum of terms.
+"""Objectives: the loss that a run minimises, a weighted sum of terms.
 
     clip      softmax contrastive
     siglip    sigmoid contrastive
     nclip     non-contrastive; xCLIP is the sum of clip and nclip
     classify  fine-tuning of one tower on labelled items
 
-A term is one class in one file, see `base.Term`. `TERMS` is the table of this package's; one of another package is
+A term is one class in one file, see `term.Term`. `TERMS` lists the terms of this package; a term of another package is
 named "package.module:Class" in the config, see `ObjectiveConfig`.
 """
 
-from xclip_jax.objectives.base import LossConfig, Objective, Term
-from xclip_jax.objectives.config import (
+from xclip_jax.objectives.checks import Check, Curve, Health, Level
+from xclip_jax.objectives.objective import (
     OBJECTIVES,
     RECIPES,
     TERMS,
+    Objective,
     ObjectiveConfig,
     find_term,
     make_objective,
-    objective_of_heads,
     read_objective,
     with_terms,
 )
-from xclip_jax.objectives.display import Curve, Health, Level, Light
 from xclip_jax.objectives.similarity import Similarity
+from xclip_jax.objectives.term import LossConfig, Report, Term
 
 __all__ = [
     "OBJECTIVES",
     "RECIPES",
     "TERMS",
+    "Check",
     "Curve",
     "Health",
     "Level",
-    "Light",
     "LossConfig",
     "Objective",
     "ObjectiveConfig",
+    "Report",
     "Similarity",
     "Term",
     "find_term",
     "make_objective",
-    "objective_of_heads",
     "read_objective",
     "with_terms",
 ]

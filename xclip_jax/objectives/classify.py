@@ -1,4 +1,4 @@
-"""The term of fine-tuning: cross-entropy with soft targets, or squared error where the label is a number."""
+"""The term of fine-tuning: cross-entropy with soft targets, or squared error for labels that are numbers."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from xclip_jax.core.fields import at_least, choice, fraction_below_one, key
 from xclip_jax.data import transforms
 from xclip_jax.losses import classification
-from xclip_jax.models.heads import Heads, classifier_head
+from xclip_jax.models.heads import Classifier, Head, Heads
 from xclip_jax.models.two_towers import ModelConfig
-from xclip_jax.objectives.base import LossConfig, Result, Term
-from xclip_jax.objectives.display import Curve
+from xclip_jax.objectives.checks import Curve
+from xclip_jax.objectives.term import LossConfig, Report, Result, Term
 
 Array = jax.Array
 
@@ -44,10 +44,11 @@ class Classify(Term):
 
     def heads(self, model: ModelConfig, vocab: int) -> Heads:
         """A linear classifier."""
-        return classifier_head(self.classes, self.tower, model.widths[self.tower], std=self.head_std)
+        flops = 2 * self.classes * model.widths[self.tower]
+        return {"classifier": Head(Classifier(self.classes, self.head_std), self.tower, "logits", flops=flops)}
 
     def draw(self, random_key: Array, inputs: dict[str, Any], size: int) -> dict[str, Any]:
-        """Add what mixup and cutmix need: the reversed batch as "other", and the "share" that an image keeps."""
+        """Add the inputs of mixup and cutmix: the reversed batch as "other", and the "share" that an image keeps."""
         if not (self.mixup or self.cutmix):
             return inputs
         b = len(inputs["image"])
@@ -61,7 +62,7 @@ class Classify(Term):
         state: Mapping[str, Array],
         batch: Mapping[str, Any],
     ) -> Result:
-        """Compute the loss, see `Term.__call__`; `batch` has "label" (b,) and, of mixed images, "share" and "other"."""
+        """Compute the loss, see `Term.__call__`; `batch` has "label" (b,); mixed images add "share" and "other"."""
         logits, labels = out["logits"], batch["label"]
         if self.classes == 1:
             loss = classification.squared_error(logits[:, 0], labels)
@@ -76,7 +77,7 @@ class Classify(Term):
         return loss, {"loss": loss, "top1": (logits.argmax(axis=-1) == labels).mean()}, {}
 
     def problems(self, model: ModelConfig, loss: LossConfig) -> Iterator[str]:
-        """A missing number of classes, mixing of texts or numbers, and smoothing of numbers."""
+        """Yield a missing number of classes, mixing of texts or numbers, and smoothing of numbers."""
         if self.classes < 1:
             yield f"objective.classify.classes is {self.classes}; give the number of classes of the data"
         if (self.mixup or self.cutmix) and (self.tower == "txt" or self.classes == 1):
@@ -84,16 +85,26 @@ class Classify(Term):
         if self.smoothing and self.classes == 1:
             yield "objective.classify.smoothing is for classes, and one class is a number; set it to 0"
 
+    @property
+    def report(self) -> Report:
+        """Loss and accuracy on the batches."""
+        return ClassifyReport(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassifyReport(Report[Classify]):
+    """Report of fine-tuning."""
+
     def progress(self, metrics: Mapping[str, float]) -> str:
-        """Accuracy on the batch; the loss is the run's."""
+        """Return the accuracy on the batch; the loss is the run's."""
         return f"top-1 {metrics['top1']:.1%}" if "top1" in metrics else ""
 
     def curves(self) -> tuple[Curve, ...]:
         """Loss and accuracy on the batches."""
-        unit = "squared error" if self.classes == 1 else "nats"
+        unit = "squared error" if self.term.classes == 1 else "nats"
         return (Curve("Loss", (("loss", "training"),), unit), Curve("Accuracy", (("top1", "training"),), "%"))
 
     def describe(self, model: ModelConfig) -> str:
-        """The classifier."""
-        items = {"img": "images", "txt": "texts"}[self.tower]
-        return f"a number for {items}" if self.classes == 1 else f"{items} in {self.classes:,} classes"
+        """Describe the classifier."""
+        items, classes = {"img": "images", "txt": "texts"}[self.term.tower], self.term.classes
+        return f"a number for {items}" if classes == 1 else f"{items} in {classes:,} classes"

@@ -1,4 +1,4 @@
-"""CLIP's term: the softmax contrastive loss of all pairs of the batch."""
+"""Contrastive terms: CLIP's softmax and SigLIP's sigmoid loss of all pairs of the batch."""
 
 import dataclasses
 import functools
@@ -11,23 +11,23 @@ from jax.sharding import Mesh
 
 from xclip_jax.core.fields import fraction_below_one, key
 from xclip_jax.losses import contrastive, ring
-from xclip_jax.models.heads import Heads, contrastive_heads
+from xclip_jax.models.heads import Head, Heads, Normalization, Projection, Scalar
 from xclip_jax.models.two_towers import ModelConfig
-from xclip_jax.objectives.base import LossConfig, Result, Term
-from xclip_jax.objectives.display import Curve, Health, Level, Light
+from xclip_jax.objectives.checks import Check, Curve, Health, Level
 from xclip_jax.objectives.similarity import CosineSimilarity
+from xclip_jax.objectives.term import LossConfig, Report, Result, Term
 
 Array = jax.Array
 
-# [ours] Runs that learn are a tenth below the loss of a blind guess when their warm-up ends, others at it.
+# [ours] At the end of the warm-up, runs that learn are a tenth below the loss of a blind guess, and others at it.
 PLATEAU_SHARE = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
 class Contrastive(Term):
-    """A loss of all pairs of the batch: what the softmax and the sigmoid have in common."""
+    """A loss of all pairs of the batch: the common part of softmax and sigmoid."""
 
-    form: ClassVar[str] = "softmax"  # function of `losses.contrastive` and of `losses.ring`
+    form: ClassVar[str] = "softmax"  # a function of `losses.contrastive` and `losses.ring`
     outputs: ClassVar[tuple[str, ...]] = ("z_img", "z_txt", "scale")  # its arguments
     max_scale: ClassVar[float] = math.inf  # bound of the logit scale
 
@@ -37,18 +37,20 @@ class Contrastive(Term):
         return CosineSimilarity()
 
     def heads(self, model: ModelConfig, vocab: int) -> Heads:
-        """Projections of the towers, the logit scale and, where the loss takes one, the logit bias."""
-        return contrastive_heads(
-            model.embed,
-            model.widths,
-            scale_init=model.scale_init,
-            bias_init=model.bias_init if "bias" in self.outputs else None,
-            project_img=model.project_img,
-            project_bias=model.project_bias,
-            dtype=jax.numpy.dtype(model.dtype),
-        )
+        """Projections of the towers, the logit scale and, if the loss takes it, the logit bias."""
+        dtype, e = jax.numpy.dtype(model.dtype), model.embed
+        heads: dict[str, Head | Scalar] = {
+            f"proj_{tower}": Head(Projection(e, dtype, model.project_bias), tower, f"z_{tower}", flops=2 * e * width)
+            for tower, width in model.widths.items()
+        }
+        if not model.project_img:  # the features themselves are the embeddings
+            heads["proj_img"] = Head(Normalization(), "img", "z_img")
+        heads["log_scale"] = Scalar("scale", math.log(model.scale_init), jax.numpy.exp)
+        if "bias" in self.outputs:
+            heads["bias"] = Scalar("bias", model.bias_init)
+        return heads
 
-    def in_form(self, loss: LossConfig, mesh: Mesh | None) -> Callable[..., Result]:
+    def specialise(self, loss: LossConfig, mesh: Mesh | None) -> Callable[..., Result]:
         """Return `__call__`, around a ring of devices with `loss.impl` "ring"."""
         return functools.partial(self.__call__, mesh=mesh) if loss.impl == "ring" else self
 
@@ -79,66 +81,67 @@ class Contrastive(Term):
         return params | {"log_scale": jax.numpy.minimum(params["log_scale"], math.log(self.max_scale))}
 
     def problems(self, model: ModelConfig, loss: LossConfig) -> Iterator[str]:
-        """A logit scale that starts above its bound, but for what fp16 adds to the one of OpenAI's weights."""
+        """Yield a logit scale that starts above its bound, with a margin for the fp16 rounding of OpenAI's weights."""
         if model.scale_init > self.max_scale * (1 + 1e-3):
             bound = f"{self.max_scale:g}, the bound of {self.title}"
             yield f"model.scale_init={model.scale_init:g} is above {bound}; lower it"
 
     def flops(self, model: ModelConfig, batch: int) -> float:
-        """The comparison of a sample with the batch."""
+        """Cost of the comparison of a sample with the batch."""
         return 2 * batch * model.embed
+
+    def blind_loss(self, metrics: Mapping[str, float]) -> float:
+        """Return the loss, in nats, of the best guess that does not depend on the inputs."""
+        return metrics["ln_b"]
+
+    @property
+    def plateau_share(self) -> float:
+        """On the plateau the loss is less than this share below the loss of a blind guess."""
+        return PLATEAU_SHARE
+
+    @property
+    def report(self) -> Report:
+        """The loss compared with a blind guess, accuracy, and logit scale."""
+        return ContrastiveReport(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class ContrastiveReport(Report[Contrastive]):
+    """Report of a contrastive term."""
 
     def curves(self) -> tuple[Curve, ...]:
         """Loss, accuracy within the batch, logit scale."""
         accuracy = (("acc_img", "image to text"), ("acc_txt", "text to image"))
         return (
-            Curve(f"{self.title} loss", (("loss", "contrastive"),), "nats"),
+            Curve(f"{self.term.title} loss", (("loss", "contrastive"),), "nats"),
             Curve("Accuracy within the batch", accuracy, "%", note="Share whose best match is their own partner."),
             Curve("Logit scale", (("scale", "scale"),)),
         )
 
-    def blind_loss(self, metrics: Mapping[str, float]) -> float:
-        """The loss, in nats, of the best guess that does not depend on the inputs."""
-        return metrics["ln_b"]
-
-    @property
-    def plateau_share(self) -> float:
-        """A loss that is less than this share below that of a blind guess is on the plateau."""
-        return PLATEAU_SHARE
-
-    def alarms(self, metrics: Mapping[str, float]) -> list[str]:
-        """A warning where the loss rests at that of a blind guess."""
-        if not metrics.keys() >= {"loss", "ln_b"} or not (blind := self.blind_loss(metrics)):
-            return []
-        loss = metrics["loss"]
-        if loss < (1 - self.plateau_share) * blind:
-            return []
-        return [
-            f"plateau: the loss is {loss:.3f}, no better than {blind:.3f} of a guess that does not depend on the "
-            "inputs. Lengthen optim.warmup or lower optim.lr."
-        ]
-
-    def health(self, metrics: Mapping[str, float]) -> Health | None:
+    def health(self, metrics: Mapping[str, float]) -> Health:
         """Whether the loss has left the plateau on which all inputs have one embedding."""
         if not metrics.keys() >= {"loss", "ln_b"}:
-            return None
-        loss, blind = metrics["loss"], self.blind_loss(metrics)
-        below = 100 * (1 - loss / blind) if blind else 0.0
+            return Health()
+        loss, blind, share = metrics["loss"], self.term.blind_loss(metrics), self.term.plateau_share
+        below = 1 - loss / blind if blind else 0.0
         side = "below" if below >= 0 else "above"
-        light = Light(
+        check = Check(
             "plateau",
+            max(0.0, below),  # 0 for a NaN loss, which fails
+            share,
             "Fails when all inputs have much the same embedding, where the gradient vanishes: the loss stays at that "
             "of a blind guess.",
-            f"The loss is {loss:.3f} nats, {abs(below):.1f} % {side} the {blind:.3f} of a blind "
-            f"guess; a model that learns is more than {100 * self.plateau_share:g} % below.",
-            max(0.0, below / 100),
-            self.plateau_share,
-            "" if blind else "A batch of one pair leaves nothing to guess.",
+            f"the loss is {loss:.3f}, no better than {blind:.3f} of a guess that does not depend on the inputs. "
+            "Lengthen optim.warmup or lower optim.lr.",
+            f"The loss is {loss:.3f} nats, {abs(100 * below):.1f} % {side} the {blind:.3f} of a blind guess; a model "
+            f"that learns is more than {100 * share:g} % below.",
+            maximum=1.0,
+            impossible="" if blind else "A batch of one pair leaves nothing to guess.",
         )
-        return Health("A contrastive loss can rest at that of a blind guess before it learns, or for ever.", (light,))
+        return Health("A contrastive loss can rest at that of a blind guess before it learns, or for ever.", (check,))
 
     def describe(self, model: ModelConfig) -> str:
-        """The shared embedding space."""
+        """Describe the shared embedding space."""
         return f"embeddings of images and texts in one space of {model.embed} dimensions"
 
 
@@ -156,12 +159,36 @@ class Clip(Contrastive):
         """The share, smaller for smoothed targets, which leave less to learn."""
         return PLATEAU_SHARE * (1 - self.label_smoothing)
 
+    @property
+    def report(self) -> Report:
+        """The report of a contrastive loss, with the loss ln b of a uniform guess."""
+        return ClipReport(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipReport(ContrastiveReport):
+    """Report of CLIP: ln b is the loss of a guess that does not depend on the inputs."""
+
     def progress(self, metrics: Mapping[str, float]) -> str:
-        """The loss beside ln b, that of a uniform guess."""
+        """Return the loss and ln b."""
         return f"{metrics['loss']:.3f} (ln b {metrics['ln_b']:.2f})" if "loss" in metrics else ""
 
     def curves(self) -> tuple[Curve, ...]:
-        """The curves of a contrastive loss, with ln b beside the loss."""
+        """The curves of a contrastive loss, with ln b as a level of the loss."""
         loss, *others = super().curves()
         note = "ln b, with b the batch size, is the loss of a guess that does not depend on the inputs."
         return (dataclasses.replace(loss, levels=(Level("ln b", "ln_b"),), note=note), *others)
+
+
+@dataclasses.dataclass(frozen=True)
+class Siglip(Contrastive):
+    """Sigmoid contrastive loss, see `losses.contrastive.sigmoid`: CLIP's heads and a logit bias."""
+
+    title: ClassVar[str] = "SigLIP"
+    form: ClassVar[str] = "sigmoid"
+    outputs: ClassVar[tuple[str, ...]] = ("z_img", "z_txt", "scale", "bias")
+
+    def blind_loss(self, metrics: Mapping[str, float]) -> float:
+        """Loss of the logit ln(1 / (b - 1)) for each of b * b pairs, if b of them match."""
+        b = math.exp(metrics["ln_b"])
+        return metrics["ln_b"] + (b - 1) * math.log(b / (b - 1)) if b > 1 else 0.0

@@ -2,8 +2,9 @@
 
 import dataclasses
 import functools
+import itertools
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -13,23 +14,23 @@ from jax.sharding import Mesh
 from xclip_jax.core.fields import above, at_least, choice, fraction_below_one, key
 from xclip_jax.losses import noncontrastive
 from xclip_jax.losses.logits import FactoredLogits, Logits
-from xclip_jax.models.heads import Heads, cluster_heads
+from xclip_jax.models.heads import ClusterHead, Head, Heads
 from xclip_jax.models.two_towers import ModelConfig
-from xclip_jax.objectives.base import LossConfig, Result, Term
-from xclip_jax.objectives.display import Curve, Health, Level, Light
+from xclip_jax.objectives.checks import Check, Curve, Health, Level
 from xclip_jax.objectives.similarity import ClusterSimilarity
+from xclip_jax.objectives.term import LossConfig, Report, Result, Term
 
 Array = jax.Array
 _SHUFFLE = 17  # folded into the step's key
 
-# Thresholds of `diagnose` [ours], read off the trials that chose the defaults (batch 256, k 1024, so ln b = 5.5).
+# Thresholds of the checks [ours], read off the trials that chose the defaults (batch 256, k 1024, so ln b = 5.5).
 # Stuck runs had 0.12-0.2 nats of mutual information, 2-4 % of ln b; the slowest run that trained had 0.6, 11 %.
 FLAT_SHARE = 0.06
 # The run with few clusters (14 of 1024) had H(mean) = 3.1, 56 % of ln b; smooth runs are near or above ln b.
 FEW_CLUSTERS_SHARE = 0.7
-# Sharp: the entropy of single predictions is at most this share of their mean's; a fresh model has nearly 1.
+# Sharp: the entropy of single predictions is below this share of their mean's entropy; a fresh model has nearly 1.
 SHARP_SHARE = 0.6
-# The run that disagreed had 1 % equal argmax, chance being 0.5 %; counted above chance, as a share of what is left.
+# The run that disagreed had 1 % equal argmax, with 0.5 % by chance. A share of the range from chance to 1.
 AGREEMENT_ABOVE_CHANCE = 0.05
 
 
@@ -45,12 +46,14 @@ class Nclip(Term):
     sharpness: float = key(1.0, "weight of the entropy of each pair's distribution", at_least(0))
     smoothness: float = key(2.0, "weight of the entropy of the batch's mean distribution", at_least(0))
     balance: str = key("none", "how targets are spread over clusters", choice(noncontrastive.BALANCES))
-    center_momentum: float = key(0.9, "of the running mean of logits, of balance 'center'", fraction_below_one())
-    shuffle_targets: bool = key(False, "a control: each pair has the pseudo-labels of another one of its batch")
+    center_momentum: float = key(
+        0.9, "momentum of the running mean of logits with balance 'center'", fraction_below_one()
+    )
+    shuffle_targets: bool = key(False, "a control: each pair gets the pseudo-labels of another pair of its batch")
 
     @property
     def similarity(self) -> ClusterSimilarity:
-        """The likeness of the cluster distributions."""
+        """Likeness of the cluster distributions."""
         return ClusterSimilarity(self.tau)
 
     @property
@@ -60,7 +63,13 @@ class Nclip(Term):
 
     def heads(self, model: ModelConfig, vocab: int) -> Heads:
         """A cluster head on each tower."""
-        return cluster_heads(model.cluster_head, model.widths, dtype=jnp.dtype(model.dtype))
+        options, heads = model.cluster_head, {}
+        module = ClusterHead(**dataclasses.asdict(options), dtype=jnp.dtype(model.dtype))
+        for tower, width in model.widths.items():
+            layers = [width] + [options.hidden] * options.layers + [options.clusters]
+            flops = 2 * sum(a * b for a, b in itertools.pairwise(layers))
+            heads[f"clusters_{tower}"] = Head(module, tower, f"s_{tower}", ("train", "logits"), flops)
+        return heads
 
     def initial_state(self, model: ModelConfig, vocab: int) -> dict[str, Array]:
         """Running centers of the logits, with balance "center"."""
@@ -69,14 +78,14 @@ class Nclip(Term):
         return {f"center_{tower}": jnp.zeros(model.cluster_head.clusters) for tower in self.towers}
 
     def draw(self, random_key: Array, inputs: dict[str, Any], size: int) -> dict[str, Any]:
-        """With shuffled targets "target_order" (b,): whose pseudo-labels each pair has, never its own."""
+        """Add "target_order" (b,), for shuffled targets: the pair whose pseudo-labels each pair gets, never its own."""
         if not self.shuffle_targets:
             return inputs
         # One cycle through the whole batch, in random order.
         order = jax.random.permutation(jax.random.fold_in(random_key, _SHUFFLE), len(inputs["text"]))
         return inputs | {"target_order": jnp.zeros_like(order).at[order].set(jnp.roll(order, 1))}
 
-    def in_form(self, loss: LossConfig, mesh: Mesh | None) -> Callable[..., Result]:
+    def specialise(self, loss: LossConfig, mesh: Mesh | None) -> Callable[..., Result]:
         """Return `__call__` with `loss.chunk_size` pairs at a time."""
         return functools.partial(self.__call__, chunk=loss.chunk_size)
 
@@ -95,7 +104,7 @@ class Nclip(Term):
         momentum = options.pop("center_momentum")
         options["target_tau"] = options["target_tau"] or None
         if options.pop("shuffle_targets"):
-            # Targets from elsewhere are a teacher's, whichever model made them: neither gets a gradient.
+            # Targets of other pairs are like a teacher's, whichever model made them: they get no gradient.
             logits, options["target"] = teacher if self.teacher else out, "ema"
             options |= {f"teacher_{m}": _rows(logits[f"s_{m}"], batch["target_order"]) for m in self.towers}
         elif self.teacher:
@@ -103,14 +112,14 @@ class Nclip(Term):
         centers = {name: state[name] for name in ("center_img", "center_txt") if name in state}
         loss, metrics = noncontrastive.nclip(out["s_img"], out["s_txt"], chunk=chunk, **options, **centers)
         target = teacher if self.teacher else out
-        moved = {
+        new_centers = {
             name: noncontrastive.update_center(center, target[name.replace("center", "s")], momentum)
             for name, center in centers.items()
         }
-        return loss, metrics, moved
+        return loss, metrics, new_centers
 
     def problems(self, model: ModelConfig, loss: LossConfig) -> Iterator[str]:
-        """Options that need the whole batch at once, with a loss in chunks, and shuffled targets with a gradient."""
+        """Yield options that need the whole batch with a loss in chunks, and shuffled targets with a gradient."""
         if self.shuffle_targets and self.target == "joint":
             yield (
                 "objective.nclip.shuffle_targets takes targets without a gradient; set objective.nclip.target to "
@@ -124,12 +133,30 @@ class Nclip(Term):
         if loss.chunk_size and model.cluster_head.last_norm:
             yield "model.cluster_head.last_norm needs all logits at once; set loss.chunk_size=0, or it to False"
 
-    def alarms(self, metrics: Mapping[str, float]) -> list[str]:
-        """Warnings of `diagnose`; none without its metrics."""
-        return diagnose(metrics) if metrics.keys() >= _MEASURES else []
+    @property
+    def report(self) -> Report:
+        """Loss, entropies, and checks of the three ways to collapse."""
+        return NclipReport(self)
+
+
+def _rows(logits: Logits, order: Array) -> Logits:
+    """Return the rows `order` of logits."""
+    return dataclasses.replace(logits, x=logits.x[order]) if isinstance(logits, FactoredLogits) else logits[order]
+
+
+_MEASURES = frozenset(
+    f"{name}_{tower}"
+    for name in ("entropy", "marginal_entropy", "mutual_information", "clusters")
+    for tower in noncontrastive.MODALITIES
+) | {"agreement", "ln_b", "ln_k"}
+
+
+@dataclasses.dataclass(frozen=True)
+class NclipReport(Report[Nclip]):
+    """Report of nCLIP."""
 
     def progress(self, metrics: Mapping[str, float]) -> str:
-        """The loss, mutual information and clusters in use, of the worse modality."""
+        """Return the loss, mutual information and clusters in use, of the worse modality."""
         if "loss" not in metrics:
             return ""
         information = min(metrics["mutual_information_img"], metrics["mutual_information_txt"])
@@ -151,160 +178,99 @@ class Nclip(Term):
             Curve("Cluster entropies", entropies, "nats", levels, note),
         )
 
-    def health(self, metrics: Mapping[str, float]) -> Health | None:
-        """Indicators of the three failures of `diagnose`."""
+    def health(self, metrics: Mapping[str, float]) -> Health:
+        """Judge the three known failures [ours] by the metrics of `losses.noncontrastive.nclip`.
+
+        Flat: predictions do not distinguish pairs. Few clusters. Disagreement: image and text are sharp, on different
+        clusters. A model's first hundred steps are always flat: judge later.
+        """
         if not metrics.keys() >= _MEASURES:
-            return None
+            return Health()
+        k, b = (round(math.exp(metrics[f"ln_{name}"])) for name in ("k", "b"))
+        most, ceiling = min(k, b), min(math.log(k), math.log(b))  # ceiling: information that a batch can have, nats
+        impossible = "" if ceiling else "One cluster, or a batch of one pair, cannot collapse."
+        few = dataclasses.replace(_few_clusters(metrics, k, ceiling), impossible=impossible)
+        # One collapsed cluster also has no mutual information, but flat's remedy (sharpen) would be the wrong one.
+        flat = dataclasses.replace(_flat(metrics, ceiling), applies=not few.failed, impossible=impossible)
+        agreement = dataclasses.replace(_disagreement(metrics), impossible=impossible)
+
+        def both(name: str) -> tuple[tuple[str, str], ...]:
+            return (f"{name}_img", "images"), (f"{name}_txt", "texts")
+
+        information = (flat.level, Level("most", ceiling))
+        note = f"Of {k:,} clusters; a batch of {b:,} can use at most {most:,}."
+        curves = (
+            Curve("Mutual information", both("mutual_information"), "nats", information),
+            Curve("Entropy of the mean prediction", both("marginal_entropy"), "nats", (few.level,)),
+            Curve("Agreement of image and text", (("agreement", "pairs"),), "%", (agreement.level,)),
+            Curve("Clusters in use in a batch", both("clusters"), levels=(Level("most", most),), note=note),
+        )
         summary = (
             "Cluster heads can collapse in three ways; each has a measure, a threshold and a remedy. Red zones are the "
             "alarms, drawn for the last step."
         )
-        return Health(summary, _lights(metrics), _health_curves(metrics))
+        return Health(summary, (flat, few, agreement), curves)
 
     def recipe(self, model: ModelConfig) -> dict[str, Any]:
         """Options of the cluster heads."""
         return {f"model.cluster_head.{key}": x for key, x in dataclasses.asdict(model.cluster_head).items()}
 
     def describe(self, model: ModelConfig) -> str:
-        """The distributions over clusters."""
+        """Describe the distributions over clusters."""
         return f"distributions of images and texts over {model.cluster_head.clusters:,} clusters"
 
-    def export_note(self, missing: Collection[str]) -> str:
-        """What a model loses without its cluster heads."""
-        lost = {"clusters_img", "clusters_txt"} & set(missing)
-        return "without cluster heads the model assigns no clusters" if lost else ""
+
+def _least(metrics: Mapping[str, float], name: str) -> tuple[float, str]:
+    """Return the smaller of a metric's values for the two modalities, and that modality."""
+    return min((metrics[f"{name}_{m}"], m) for m in noncontrastive.MODALITIES)
 
 
-_MEASURES = frozenset(
-    f"{name}_{tower}"
-    for name in ("entropy", "marginal_entropy", "mutual_information", "clusters")
-    for tower in ("img", "txt")
-) | {"agreement", "ln_b", "ln_k"}
+def _flat(metrics: Mapping[str, float], ceiling: float) -> Check:
+    information, modality = _least(metrics, "mutual_information")
+    return Check(
+        "flat",
+        information,
+        threshold := FLAT_SHARE * ceiling,
+        "Fails when the predictions of different pairs are alike.",
+        f"mutual information of {modality} is {information:.3f} nats of {ceiling:.2f} possible. Past the first hundred "
+        "steps, raise objective.nclip.sharpness to 1 and keep objective.nclip.smoothness above it (2), set "
+        "objective.nclip.tau between 0.5 and 1, and set model.cluster_head.last_norm to false.",
+        f"{information:.2f} nats of mutual information, of {ceiling:.2f} possible; the alarm is below {threshold:.2f}.",
+        maximum=ceiling,
+    )
 
 
-def _sizes(metrics: Mapping[str, float]) -> dict[str, int]:
-    """Number of clusters k and batch size b."""
-    return {name: round(math.exp(metrics[f"ln_{name}"])) for name in ("k", "b")}
+def _few_clusters(metrics: Mapping[str, float], k: int, ceiling: float) -> Check:
+    marginal, modality = _least(metrics, "marginal_entropy")
+    return Check(
+        "few clusters",
+        marginal,
+        threshold := FEW_CLUSTERS_SHARE * ceiling,
+        "Fails when nearly everything goes to a few clusters.",
+        f"H(mean) of {modality} is {marginal:.2f} nats of {ceiling:.2f} possible, with "
+        f"{metrics[f'clusters_{modality}']:.0f} of {k} clusters in use. Raise objective.nclip.smoothness (2 where "
+        "objective.nclip.sharpness is 1).",
+        f"{marginal:.2f} nats of entropy of the mean prediction, the alarm is below {threshold:.2f}; at least "
+        f"{_least(metrics, 'clusters')[0]:.0f} of {k:,} clusters in use in a batch.",
+        maximum=math.log(k),
+    )
 
 
-def _ceiling(metrics: Mapping[str, float]) -> float:
-    """Nats of information that a batch can have about the clusters."""
-    return min(math.log(size) for size in _sizes(metrics).values())
-
-
-def _agreement_levels(metrics: Mapping[str, float]) -> tuple[float, float]:
-    """Share of pairs that agree by chance, and below which there is an alarm."""
+def _disagreement(metrics: Mapping[str, float]) -> Check:
     chance = 1 / max(metrics["clusters_img"], metrics["clusters_txt"], 1)
-    return chance, chance + AGREEMENT_ABOVE_CHANCE * (1 - chance)
-
-
-def _share(part: float, whole: float) -> float:
-    """part / whole; 0 where the whole is, as ln 1 of one cluster or of a batch of one pair."""
-    return part / whole if whole else 0.0
-
-
-def diagnose(metrics: Mapping[str, float]) -> list[str]:
-    """Return warnings, each with its remedy, where the metrics of `losses.noncontrastive.nclip` show a known failure.
-
-    The failures [ours]: flat (predictions do not distinguish pairs), few clusters, and disagreement (image and text
-    are sharp, on different clusters). A model's first hundred steps are always flat: diagnose later.
-
-    Args:
-      metrics: as Python floats, all of `_MEASURES`. NaN gives no warning.
-    """
-    if not (ceiling := _ceiling(metrics)):  # no information to lose
-        return []
-    information, name = min((metrics[f"mutual_information_{m}"], m) for m in noncontrastive.MODALITIES)
-    marginal, narrow = min((metrics[f"marginal_entropy_{m}"], m) for m in noncontrastive.MODALITIES)
-    sharp = any(
-        metrics[f"entropy_{m}"] < SHARP_SHARE * metrics[f"marginal_entropy_{m}"] for m in noncontrastive.MODALITIES
-    )
-    chance, agreed = _agreement_levels(metrics)
-    warnings = []
-    # One collapsed cluster also has no mutual information, but flat's remedy (sharpen) would be the wrong one.
-    if marginal < FEW_CLUSTERS_SHARE * ceiling:
-        warnings.append(
-            f"few clusters: H(mean) of {narrow} is {marginal:.2f} nats of {ceiling:.2f} possible, with "
-            f"{metrics[f'clusters_{narrow}']:.0f} of {_sizes(metrics)['k']} clusters in use. Raise "
-            "objective.nclip.smoothness (2 where objective.nclip.sharpness is 1)."
-        )
-    elif information < FLAT_SHARE * ceiling:
-        warnings.append(
-            f"flat: mutual information of {name} is {information:.3f} nats of {ceiling:.2f} possible. Past the first "
-            "hundred steps, raise objective.nclip.sharpness to 1 and keep objective.nclip.smoothness above it (2), "
-            "set objective.nclip.tau between 0.5 and 1, and set model.cluster_head.last_norm to false."
-        )
-    if sharp and metrics["agreement"] < agreed:
-        warnings.append(
-            f"disagreement: predictions are sharp, yet image and text agree on {100 * metrics['agreement']:.1f} % of "
-            f"pairs (chance is about {100 * chance:.1f} %). Lower optim.lr or objective.nclip.sharpness, and set "
-            "model.cluster_head.last_norm to false."
-        )
-    return warnings
-
-
-def _lights(metrics: Mapping[str, float]) -> tuple[Light, ...]:
-    k, ceiling = _sizes(metrics)["k"], _ceiling(metrics)
-    information, marginal, used = (
-        min(metrics[f"{name}_img"], metrics[f"{name}_txt"])
-        for name in ("mutual_information", "marginal_entropy", "clusters")
-    )
-    flat, few = FLAT_SHARE * ceiling, FEW_CLUSTERS_SHARE * ceiling
-    most, agreement = max(math.log(k), ceiling), metrics["agreement"]
-    chance, agreed = _agreement_levels(metrics)
-    impossible = "" if ceiling else "One cluster, or a batch of one pair, cannot collapse."
-    return (
-        Light(
-            "flat",
-            "Fails when the predictions of different pairs are alike.",
-            f"{information:.2f} nats of mutual information, of {ceiling:.2f} possible; the alarm is below {flat:.2f}.",
-            _share(information, ceiling),
-            FLAT_SHARE,
-            impossible,
-        ),
-        Light(
-            "few clusters",
-            "Fails when nearly everything goes to a few clusters.",
-            f"{marginal:.2f} nats of entropy of the mean prediction, the alarm is below {few:.2f}; at least {used:.0f} "
-            f"of {k:,} clusters in use in a batch.",
-            _share(marginal, most),
-            _share(few, most),
-            impossible,
-        ),
-        Light(
-            "disagreement",
-            "Fails when an image and its text are sharp on different clusters.",
-            f"{100 * agreement:.1f} % of pairs agree; chance is about {100 * chance:.1f} %, and the alarm below "
-            f"{100 * agreed:.1f} %.",
-            agreement,
-            agreed,
-            impossible,
+    agreement, threshold = metrics["agreement"], chance + AGREEMENT_ABOVE_CHANCE * (1 - chance)
+    return Check(
+        "disagreement",
+        agreement,
+        threshold,
+        "Fails when an image and its text are sharp on different clusters.",
+        f"predictions are sharp, yet image and text agree on {100 * agreement:.1f} % of pairs (chance is about "
+        f"{100 * chance:.1f} %). Lower optim.lr or objective.nclip.sharpness, and set model.cluster_head.last_norm to "
+        "false.",
+        f"{100 * agreement:.1f} % of pairs agree; chance is about {100 * chance:.1f} %, and the alarm below "
+        f"{100 * threshold:.1f} %.",
+        maximum=1.0,
+        applies=any(
+            metrics[f"entropy_{m}"] < SHARP_SHARE * metrics[f"marginal_entropy_{m}"] for m in noncontrastive.MODALITIES
         ),
     )
-
-
-def _health_curves(metrics: Mapping[str, float]) -> tuple[Curve, ...]:
-    def both(name: str) -> tuple[tuple[str, str], ...]:
-        return (f"{name}_img", "images"), (f"{name}_txt", "texts")
-
-    sizes, ceiling = _sizes(metrics), _ceiling(metrics)
-    most = min(sizes.values())
-    flat, few = (share * ceiling for share in (FLAT_SHARE, FEW_CLUSTERS_SHARE))
-    _, agreed = _agreement_levels(metrics)
-    note = f"Of {sizes['k']:,} clusters; a batch of {sizes['b']:,} can use at most {most:,}."
-    return (
-        Curve(
-            "Mutual information",
-            both("mutual_information"),
-            "nats",
-            (Level("alarm", flat, alarm=True), Level("most", ceiling)),
-        ),
-        Curve("Entropy of the mean prediction", both("marginal_entropy"), "nats", (Level("alarm", few, alarm=True),)),
-        Curve("Agreement of image and text", (("agreement", "pairs"),), "%", (Level("alarm", agreed, alarm=True),)),
-        Curve("Clusters in use in a batch", both("clusters"), levels=(Level("most", most),), note=note),
-    )
-
-
-def _rows(logits: Logits, order: Array) -> Logits:
-    """The rows `order` of logits."""
-    return dataclasses.replace(logits, x=logits.x[order]) if isinstance(logits, FactoredLogits) else logits[order]

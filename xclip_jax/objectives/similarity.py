@@ -1,7 +1,7 @@
-"""How a model compares images with texts, by the outputs of one pair of its heads. NumPy only.
+"""How a model compares images with texts, by the outputs of one pair of its heads, in NumPy.
 
-A term of an objective has a `Similarity` or none; zero-shot classification, retrieval, reports and `inference.Model`
-use the objective's and know no other. One of another package derives from `Similarity`:
+A term of an objective may have a `Similarity`, which zero-shot classification, retrieval, reports and `xclip_jax.Model`
+use. To add one from another package:
 
     class Euclidean(Similarity):
         name = "euclidean"
@@ -10,7 +10,7 @@ use the objective's and know no other. One of another package derives from `Simi
         def scores(self, img, txt):
             return {"": -np.linalg.norm(img[:, None] - txt, axis=2)}
 
-and is returned by the property `similarity` of its term.
+and return it from the property `similarity` of its term.
 """
 
 import abc
@@ -23,8 +23,8 @@ import numpy as np
 from xclip_jax.core.errors import UserError
 
 _TINY = float(np.finfo(np.float32).tiny)
-# Distributions at once, fp32, of images and of texts: a set of 50,000 images with 32,768 clusters is 6.6 GB. Those of
-# images are computed again for each block of texts, which therefore are the larger blocks.
+# Elements in a block of distributions, for images and texts: 50,000 images with 32,768 clusters would be 6.6 GB. The
+# distributions of images are computed again for each block of texts, so blocks of texts are larger.
 _IMAGES, _TEXTS = 1 << 22, 1 << 25
 _FEATURES = {"z": "embedding", "s": "cluster_logits"}
 
@@ -33,14 +33,13 @@ class Similarity(abc.ABC):
     """Scores of images against texts by one output of the heads of both towers.
 
     Attributes:
-      name: of the similarity; an objective has one of each name.
+      name: name of the similarity, unique in an objective.
       reads: output of the heads, without the tower: "z" for z_img (n, e) and z_txt (m, e).
-      logits: which of its scores, multiplied by `scale`, are logits of an image's classes.
+      logits: the score that, multiplied by `scale`, gives the logits of an image's classes.
       scale: output of the model with the learned factor of these logits, such as "scale"; None for 1.
       is_distribution: whether `rows` are distributions over clusters.
-      bar_label: what a report calls its first score, where that is from 0 to 1 and drawn as it is; "" where a report
-        draws the probabilities of the logits.
-      priority: of a model's similarities the one with the smallest value is the model's own.
+      bar_label: label in a report of its first score, which is from 0 to 1; "" to draw the probabilities of the logits.
+      priority: the similarity with the smallest value is the model's own.
     """
 
     name: ClassVar[str]
@@ -53,31 +52,31 @@ class Similarity(abc.ABC):
 
     @property
     def feature(self) -> str:
-        """Key of the output that it reads among the features of `Encoder`."""
+        """Key of the output in the features of `Encoder`."""
         return _FEATURES.get(self.reads, self.reads)
 
     def rows(self, output: np.ndarray) -> np.ndarray:
-        """What each text is compared by: outputs of the heads (m, d) -> rows (m, d)."""
+        """Convert outputs of the heads (m, d) to the rows (m, d) that texts are compared by."""
         return output
 
     def class_row(self, rows: np.ndarray) -> np.ndarray:
-        """One row (d,) for a class, of the `rows` (prompts, d) of its prompts."""
+        """Return the row (d,) of a class from the `rows` (prompts, d) of its prompts."""
         return rows.mean(axis=0)
 
     @abc.abstractmethod
     def scores(self, img: np.ndarray, txt: np.ndarray) -> dict[str, np.ndarray]:
-        """Scores of every image against every text or class; higher is nearer.
+        """Score every image against every text or class; higher is nearer.
 
         Args:
-          img: outputs of the heads (n, d) for images, without `rows`: those of a whole set may be too large.
+          img: outputs of the heads (n, d) for images, without `rows`, which may be too large for a whole set.
           txt: rows (m, d) of texts or classes.
 
         Returns:
-          {score: (n, m)}; the first is the one that tables show. A single score is called "".
+          {score: (n, m)}; tables show the first. A single score is called "".
         """
 
     def embedding(self, output: np.ndarray) -> np.ndarray:
-        """Vectors of unit length for other uses, of images and of texts: outputs of the heads (n, d) -> (n, d)."""
+        """Convert outputs of the heads (n, d), for images or texts, to vectors (n, d) of unit length for other uses."""
         return unit(self.rows(output))
 
 
@@ -100,7 +99,7 @@ class CosineSimilarity(Similarity):
 
 @dataclasses.dataclass(frozen=True)
 class ClusterSimilarity(Similarity):
-    """Likeness of distributions over clusters p = softmax(s / tau) [ours]; a class is the mean of its prompts'.
+    """Likeness of distributions over clusters p = softmax(s / tau) [ours]; a class is the mean over its prompts.
 
     Attributes:
       tau: temperature.
@@ -111,7 +110,7 @@ class ClusterSimilarity(Similarity):
     logits: ClassVar[str] = "cross_entropy"
     is_distribution: ClassVar[bool] = True
     bar_label: ClassVar[str] = "likeness of cluster distributions, 0 to 1"
-    priority: ClassVar[int] = 1  # behind an embedding that is trained to be compared
+    priority: ClassVar[int] = 1  # after embeddings that are trained to be compared
 
     tau: float = 1.0
 
@@ -141,7 +140,7 @@ class ClusterSimilarity(Similarity):
 
 
 def features(similarities: Sequence[Similarity]) -> tuple[str, ...]:
-    """Features of `Encoder` that the similarities read.
+    """Return the features of `Encoder` that the similarities read.
 
     Raises:
       UserError: there are no similarities.
@@ -155,7 +154,7 @@ def features(similarities: Sequence[Similarity]) -> tuple[str, ...]:
 
 
 def cluster_similarity(similarities: Sequence[Similarity]) -> Similarity | None:
-    """The first similarity of distributions over clusters, or None."""
+    """Return the first similarity of distributions over clusters, or None."""
     return next((similarity for similarity in similarities if similarity.is_distribution), None)
 
 

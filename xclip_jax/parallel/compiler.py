@@ -1,4 +1,4 @@
-"""What a train step tells the XLA compiler: options, by platform, and an order of the backward pass."""
+"""Options of the XLA compiler for a train step, by platform, and the order of its backward pass."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -42,15 +42,14 @@ def _all_options(devices: Sequence[jax.Device]) -> Options:
         return _GPUS
     if platform != "tpu":
         return {}
-    # Up to v4 a core has 16 MiB of vector memory, its successors four times as much or more: products that sum beside
-    # exceed it.
+    # A core has 16 MiB of vector memory up to v4, which products fused with sums exceed, and 64 MiB or more since v5.
     return _TPU if kind.startswith(("TPU v2", "TPU v3", "TPU v4")) else {**_TPU, **_TPU_OVERLAP}
 
 
 def options(devices: Sequence[jax.Device]) -> Options:
-    """Options for a program that runs on `devices`, without those that this version of the compiler does not know.
+    """Return options for a program on `devices` that this version of the compiler knows.
 
-    What the environment variable LIBTPU_INIT_ARGS sets for TPUs, or XLA_FLAGS for GPUs, is left as it is.
+    Options that the environment variable LIBTPU_INIT_ARGS (TPU) or XLA_FLAGS (GPU) sets are left out.
     """
     flags = os.environ.get(_FLAGS.get(devices[0].platform, ""), "")
     given = {flag.lstrip("-").partition("=")[0] for flag in flags.split()}
@@ -66,7 +65,7 @@ def options(devices: Sequence[jax.Device]) -> Options:
 
 
 def _accepts(options: Options, device: jax.Device) -> bool:
-    """Whether the compiler knows `options`, found by compiling a sum."""
+    """Whether the compiler knows `options`, tested by compiling a sum."""
     number = jax.ShapeDtypeStruct((), jnp.float32, sharding=jax.sharding.SingleDeviceSharding(device))
     program: Any = jax.jit(lambda x: x + 1, compiler_options=dict(options))
     try:
@@ -80,10 +79,10 @@ def _accepts(options: Options, device: jax.Device) -> bool:
 
 @jax.custom_vjp
 def ordered(x: Tree, after: Tree) -> tuple[Tree, Tree]:
-    """(x, after) unchanged; in the backward pass the gradient of `x` goes on once the gradient of `after` is complete.
+    """Return (x, after); in the backward pass the gradient of `x` waits until the gradient of `after` is complete.
 
-    The compiler would otherwise put off the gradients of all kernels to the end of the backward pass, where one hides
-    the sum of another over the devices, and keep the activations of all blocks until then.
+    The compiler would otherwise postpone the gradients of all kernels to the end of the backward pass, where one hides
+    the sum of another over devices, and keep the activations of all blocks until then.
     """
     return x, after
 
@@ -100,10 +99,10 @@ ordered.defvjp(_ordered_forward, _ordered_backward)
 
 
 def ordered_after_small(x: Tree, params: Tree) -> tuple[Tree, Tree]:
-    """(x, params) unchanged; the gradient of `x` goes on once the gradients of the small `params` are complete.
+    """Return (x, params); the gradient of `x` waits until the gradients of the small `params` are complete.
 
-    Biases and norms are complete when the backward pass of their tower is; to wait for kernels would be to wait for
-    their sums over devices.
+    Biases and norms are complete when the backward pass of their tower is; kernels would have to wait for their sums
+    over devices.
     """
     leaves, structure = jax.tree.flatten(params)
     small = {i: leaf for i, leaf in enumerate(leaves) if leaf.size < _SMALL}

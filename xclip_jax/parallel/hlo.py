@@ -1,5 +1,6 @@
-"""The text of a compiled program, `compiled.as_text()`: its computations, and how often each instruction runs."""
+"""Read the text of a compiled program: its computations, how often each instruction runs, and its collectives."""
 
+import collections
 import dataclasses
 import functools
 import itertools
@@ -31,7 +32,7 @@ class Array(NamedTuple):
 
     @property
     def bytes(self) -> float:
-        """Bytes of the numbers alone."""
+        """Bytes of the numbers, without padding."""
         return math.prod(self.shape) * BITS.get(self.dtype, 32) / 8
 
     @property
@@ -128,7 +129,7 @@ class Program:
     def executions(
         self, weigh: Callable[[list[Execution]], float], computation: str = "", count: int = 1
     ) -> Iterator[Execution]:
-        """Yield what runs, in order: loops as often as they turn, of a conditional the branch that weighs most.
+        """Yield executions in order, with the trip counts of loops, and the branch with most weight of a conditional.
 
         A fusion is one instruction; `inside` yields what is in it.
         """
@@ -149,7 +150,7 @@ class Program:
     def inside(self, execution: Execution) -> Iterator[Execution]:
         """Yield the instructions of the computations that a fusion or an asynchronous call executes, at any depth."""
         if execution.instruction.opcode.endswith(("-update", "-done")):
-            return  # the call is that of its start
+            return  # its start has the same call
         for name in execution.instruction.called("calls", "called_computations"):
             for each in self.computations[name].values():
                 inner = Execution(each, execution.count, name)
@@ -157,7 +158,7 @@ class Program:
                 yield from self.inside(inner)
 
     def _turns(self, loop: Instruction, computation: str) -> int:
-        """How often a loop turns: the compiler's note, else from its counter's start, step and limit; 1 if neither."""
+        """Trip count of a loop: by the compiler's note, else by its counter's start, step and limit; 1 if neither."""
         if match := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes):
             return int(match[1])
         body, condition = (self.computations[loop.called(name)[0]] for name in ("body", "condition"))
@@ -220,3 +221,133 @@ def _instruction(match: re.Match[str], rest: str) -> Instruction:
     operands = tuple(re.findall(r"%([\w.\-]+)", inner))
     literal = inner if opcode in ("constant", "parameter") else ""
     return Instruction(name, opcode, shape, operands, literal, attributes, bool(root))
+
+
+# --- collectives
+
+KINDS = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all", "ragged-all-to-all")
+BETWEEN_SLICES = " between slices"
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective operation of a program.
+
+    Attributes:
+      kind: one of `KINDS`, with the suffix `BETWEEN_SLICES` between slices.
+      shapes: arrays that one device's group holds afterwards or reduces, such as "f32[16,8]".
+      bytes: payload of one execution: the array that a group gathers, reduces or passes on, counted once.
+      group: number of devices, or slices, in a group.
+      count: executions in a run of the program, loops included.
+    """
+
+    kind: str
+    shapes: tuple[str, ...]
+    bytes: float
+    group: int
+    count: int
+
+    @property
+    def total(self) -> float:
+        """Payload of all executions, bytes."""
+        return self.bytes * self.count
+
+    @property
+    def sent(self) -> float:
+        """Bytes that a device sends in all executions, by the best algorithm on a ring."""
+        rounds = {"all-reduce": 2 * (self.group - 1), "collective-permute": self.group}
+        return self.total * rounds.get(self.kind.removesuffix(BETWEEN_SLICES), self.group - 1) / self.group
+
+
+def collectives(text: str, devices: int) -> list[Collective]:
+    """Return all collectives of a compiled program, `compiled.as_text()`, with the trip counts of loops around them.
+
+    A conditional counts the branch with the largest payload.
+
+    Args:
+      text: text of the optimised module.
+      devices: number of devices that it runs on.
+    """
+    program = parse(text)
+
+    def payload(executions: list[Execution]) -> float:
+        return sum(each.total for each in _distinct(program, executions, devices))
+
+    return _distinct(program, list(program.executions(payload)), devices)
+
+
+def summary(sent: list[Collective]) -> dict[str, float]:
+    """Payload in bytes by kind."""
+    totals: dict[str, float] = collections.defaultdict(float)
+    for each in sent:
+        totals[each.kind] += each.total
+    return dict(totals)
+
+
+def inside(program: Program, execution: Execution, devices: int) -> list[tuple[str, Collective]]:
+    """Return the collectives that an instruction is or executes, each with the id of its chain, or "".
+
+    The TPU compiler spreads a collective over the fusions that hide it: each has the whole collective in its text, and
+    the same chain. Some may be in a loop that continues one execution.
+    """
+    result = []
+    for each in (execution, *program.inside(execution)):
+        if collective := _collective(each, devices):
+            chain = re.search(r'chain_id="(\d+)"', each.instruction.attributes)
+            result.append((chain[1] if chain else "", collective))
+    return result
+
+
+def _distinct(program: Program, executions: list[Execution], devices: int) -> list[Collective]:
+    """Collectives of `executions`, with the pieces of a chain as one."""
+    chains: dict[object, Collective] = {}
+    for execution in executions:
+        for chain, collective in inside(program, execution, devices):
+            key = chain or len(chains)
+            if key not in chains or collective.total < chains[key].total:
+                chains[key] = collective
+    return list(chains.values())
+
+
+def _collective(execution: Execution, devices: int) -> Collective | None:
+    instruction, count, computation = execution
+    if instruction.opcode == "recv":
+        return _between_slices(instruction, count)
+    kind = instruction.opcode.removesuffix("-start")
+    group = _group(instruction.attributes, devices)
+    if kind not in KINDS or group == 1:
+        return None
+    arrays = instruction.arrays
+    if instruction.opcode != kind and kind != "all-reduce":
+        # The start of an asynchronous collective returns operands and results, and on TPUs some flags.
+        arrays = [x for x in arrays if x.shape]
+        arrays = arrays[len(arrays) // 2 :] if kind != "collective-permute" else arrays[1:2]
+    size = (group if kind == "reduce-scatter" else 1) * sum(x.bytes for x in arrays)
+    if computation.startswith("all-reduce-scatter"):
+        kind = "reduce-scatter"  # the TPU compiler writes it as a sum and a slice in one fusion
+    return Collective(kind, tuple(map(str, arrays)), size, group, count)
+
+
+def _between_slices(instruction: Instruction, count: int) -> Collective | None:
+    """A collective over the network of the data center, written as a transfer to and from the host."""
+    kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes)
+    # Numbers of slices from 1, or of devices, whose first digits are the slice's.
+    target = re.search(r'_xla_megascale_target=(?:"\{([\d,]+)\}|\{\{([\d,]+)\})', instruction.attributes)
+    if not (kind and target):
+        return None
+    slices = {int(n) if target[1] else int(n) // 100_000 for n in (target[1] or target[2]).split(",")}
+    array, name = instruction.arrays[0], kind[1].lower().replace("_", "-")
+    size = array.bytes * (len(slices) if name == "reduce-scatter" else 1)
+    return Collective(name + BETWEEN_SLICES, (str(array),), size, len(slices), count)
+
+
+def _group(attributes: str, devices: int) -> int:
+    if match := re.search(r"replica_groups=\[(\d+),(\d+)\]", attributes):
+        return int(match[2])
+    # Axes of a mesh, whose devices may be in another order, or parts of axes, as 'data':(1)4.
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
+        return math.prod(int(part or sizes[axis]) for axis, part in re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", match[2]))
+    if match := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
+        return match[1].count(",") + 1
+    return 1 if "source_target_pairs={}" in attributes else devices

@@ -15,9 +15,9 @@ BATCH_AXES = ("data", "fsdp")
 
 
 def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None) -> Mesh:
-    """The mesh of `sizes`, one for each of `AXES`; -1 means "the rest", at most once.
+    """Make the mesh with `sizes` of `AXES`; at most one size is -1, the rest.
 
-    Where the devices are of several TPU slices, the data axis runs over them.
+    If the devices belong to several TPU slices, the data axis runs over the slices.
 
     Raises:
       UserError: the sizes do not multiply to the number of devices.
@@ -51,8 +51,8 @@ def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None)
 
 
 def num_slices(devices: list[jax.Device]) -> int:
-    """Number of TPU slices that `devices` are of; 1 on other platforms."""
-    # Devices of other platforms may have a slice_index too, such as a GPU that of its host.
+    """Number of TPU slices of `devices`; 1 on other platforms."""
+    # Devices of other platforms may have a slice_index too: a GPU has the index of its host.
     return len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}) or 1
 
 
@@ -62,10 +62,10 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def ring_order(mesh: Mesh) -> list[int]:
-    """Order the shards of the batch in a ring, in which each is a neighbour of the next on the grid of TPUs.
+    """Order the shards of the batch in a ring of neighbours on the grid of TPUs.
 
-    A hop between neighbours takes one link; a v5e computes during a hop only if all of them are such.
-    Shards that fill no grid, as on other platforms, keep their order.
+    A hop between neighbours takes one link; a v5e computes during a hop only if all hops are between neighbours.
+    Shards that do not fill a grid, as on other platforms, keep their order.
     """
     shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     devices = mesh.devices.reshape(shards, -1)[:, 0]
@@ -75,8 +75,8 @@ def ring_order(mesh: Mesh) -> list[int]:
     axes = [sorted(set(values)) for values in zip(*places, strict=True)]
     if math.prod(map(len, axes)) != shards:
         return list(range(shards))
-    # Out along all axes but one, in the first place of that one, and back through its other places. This ends beside
-    # the start if the way out has an even number of places; a grid without such an axis leaves one long hop.
+    # Out along all axes but one, at the first position of that axis, and back through its other positions. This ends
+    # next to the start if the way out has an even number of positions; a grid without such an axis leaves one long hop.
     across = next((i for i, axis in enumerate(axes) if len(axis) > 1 and shards // len(axis) % 2 == 0), 0)
     line = _snake(*axes[:across], *axes[across + 1 :])
     loop = _snake(line, axes[across][:1]) + _snake(line[::-1], axes[across][1:])
@@ -85,7 +85,7 @@ def ring_order(mesh: Mesh) -> list[int]:
 
 
 def _snake(*axes: list[Any]) -> list[tuple[Any, ...]]:
-    """The places of a grid, each one step along one axis from the place before."""
+    """Return the positions of a grid, each one step along one axis from the previous one."""
     path: list[tuple[Any, ...]] = [()]
     for axis in axes:
         path = [(*place, x) for i, place in enumerate(path) for x in (axis if i % 2 == 0 else axis[::-1])]
@@ -93,12 +93,12 @@ def _snake(*axes: list[Any]) -> list[tuple[Any, ...]]:
 
 
 class BatchPart(NamedTuple):
-    """What a process loads of the global batch: the rows that its devices hold.
+    """The part of the global batch that a process loads: the rows that its devices hold.
 
     Attributes:
-      number, count: of this part, from 0, and of all parts; they are equally large.
-      shards: rising numbers of the parts of the batch that single devices hold, of which there are
-        count * len(shards). On TPU pods they need not be neighbours.
+      number, count: number of this part, from 0, and of all parts, which are equally large.
+      shards: ascending numbers of the process's shards; the batch has count * len(shards) shards, one for each device
+        along the batch axes. On TPU pods they need not be neighbours.
     """
 
     number: int
@@ -107,9 +107,9 @@ class BatchPart(NamedTuple):
 
 
 def batch_parts(mesh: Mesh) -> dict[int, BatchPart]:
-    """Return which part of the global batch each process loads, {process: part}.
+    """Return the part of the global batch that each process loads, {process: part}.
 
-    Processes whose devices hold the same rows, as those that differ along the model axis alone, load the same part.
+    Processes whose devices hold the same rows, such as processes along the model axis, load the same part.
 
     Raises:
       UserError: two processes hold some rows in common and others not, or different numbers of rows.

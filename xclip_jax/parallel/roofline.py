@@ -1,12 +1,11 @@
-"""How long a compiled program takes on a TPU by its compiler's estimates, part by part: a model, not a measurement.
+"""Time of a compiled program on a TPU by its compiler's estimates, part by part: a model, not a measurement.
 
-Two figures stand side by side. "ms" is the cycles that the compiler estimates of each operation over the chip's clock;
-of kernels, of which it estimates nothing, the length of their schedules. "hbm_ms" is a floor: the bytes that operations
-read from and write to the chip's memory, in the padded layouts that the compiler chose, over its bandwidth.
+"ms" is the compiler's estimate of cycles over the chip's clock; kernels, which it does not estimate, take the length of
+their schedules. "hbm_ms" is a lower bound: bytes that operations read from and write to the chip's memory, in padded
+layouts, over its bandwidth.
 
 A collective takes the bytes that a chip sends, by the best algorithm on a ring, over the bandwidth of its links, or of
-the network between slices. It is hidden as far as operations run between its start and its end, and exposed for the
-rest.
+the network between slices. The time of operations between its start and its end is hidden, and the rest is exposed.
 """
 
 import collections
@@ -16,12 +15,11 @@ import re
 from typing import Any
 
 from xclip_jax.parallel import hlo
-from xclip_jax.parallel.collectives import BETWEEN_SLICES, KINDS, Collective, inside
+from xclip_jax.parallel.hlo import BETWEEN_SLICES, KINDS, Collective, inside
 from xclip_jax.parallel.schedule import Kernel, Schedule, kernel_of, schedules
 from xclip_jax.parallel.topology import CHIPS, Chip, grid_of
-from xclip_jax.parallel.traffic import traffic
 
-# The first pattern that is in an operation's name and source decides its part, in a tower and elsewhere.
+# The first pattern that matches an operation's name and source decides its part, in a tower and elsewhere.
 _TOWER_PARTS = (
     ("MLP", r"/mlp/"),
     ("q, k, v and output products", r"/attention/(qkv|out)/"),
@@ -48,6 +46,8 @@ _FREE = (
     "after-all",
     "send",
 )
+_SLICES = ("dynamic-slice", "slice", "gather")
+_VIEWS = ("bitcast", "reshape", "transpose", "copy", "convert")  # in a fusion: nothing is written for them
 _Kernels = dict[str, tuple[Kernel, Schedule | None]]
 
 
@@ -58,9 +58,9 @@ class Roofline:
     Attributes:
       parts: {"part", "image", "text", "neither", "ms", "hbm_ms"} of each, the longest first.
       ms, hbm_ms: sums over the parts.
-      exposed_ms, hidden_ms: what collectives take while nothing else runs, and beside other operations.
+      exposed_ms, hidden_ms: time of collectives while nothing else runs, and while other operations run.
       step_ms: all operations, one after the other, and the exposed collectives.
-      kernels: {"name", "count", "ms", "by"} of each; "by" is "schedule", or "FLOPs and bytes" where none was written.
+      kernels: {"name", "count", "ms", "by"} of each; "by" is "schedule", or "FLOPs and bytes" without a schedule.
     """
 
     parts: list[dict[str, Any]]
@@ -109,7 +109,7 @@ def part_of(instruction: hlo.Instruction) -> tuple[str, str]:
 
 
 def _named(program: hlo.Program, execution: hlo.Execution) -> hlo.Instruction:
-    """The instruction; without a source, as a fusion with a piece of a collective, the last one inside that has one."""
+    """Return the instruction, or the last one inside with a source if it has none, like fusions with collectives."""
     inner = () if execution.instruction.source else program.inside(execution)
     named = [x.instruction for x in inner if x.instruction.source and x.instruction.opcode not in KINDS]
     return named[-1] if named else execution.instruction
@@ -123,7 +123,7 @@ def _kernels(program: hlo.Program, executions: list[hlo.Execution], chip: str) -
     """Kernels of a program with their schedules, by the names of the instructions that call them."""
     kernels = {}
     for execution in executions:
-        for each in (execution, *program.inside(execution)):  # a fusion runs a kernel beside a piece of a collective
+        for each in (execution, *program.inside(execution)):  # a fusion may run a kernel and a piece of a collective
             if kernel := kernel_of(each.instruction, program.computations[each.computation]):
                 kernels[execution.instruction.name] = kernel
     known = schedules(chip, kernels.values())
@@ -144,7 +144,7 @@ def _kernel_rows(kernels: _Kernels, times: dict[str, tuple[int, float]]) -> list
 def _cost(
     program: hlo.Program, execution: hlo.Execution, kernels: _Kernels, communicates: bool, chip: Chip
 ) -> tuple[float, float]:
-    """Seconds of all executions of an instruction, and the bytes of memory that they read and write."""
+    """Return seconds of all executions of an instruction, and the bytes of memory that they read and write."""
     instruction, count = execution.instruction, execution.count
     opcode, cycles = instruction.opcode, float(instruction.cycles)
     kernel, schedule = kernels.get(instruction.name, (None, None))
@@ -153,11 +153,11 @@ def _cost(
         return 0.0, 0.0
     size = traffic(program, execution)
     if opcode.endswith("-start"):
-        return 0.0, count * size  # beside other operations
+        return 0.0, count * size  # while other operations run
     if kernel is not None:
         cycles = schedule.cycles if schedule else chip.clock * kernel.flops / chip.peak
     seconds = cycles / chip.clock
-    # Without an estimate, as of a gather, or of a kernel by its FLOPs: no shorter than its traffic.
+    # Without an estimate, as for gathers, or for kernels by their FLOPs: no shorter than the memory traffic.
     if not (instruction.cycles or schedule):
         seconds = max(seconds, size / chip.bandwidth)
     return count * seconds, count * size
@@ -170,12 +170,12 @@ def _collectives(
     chip: Chip,
     grid: tuple[int, ...],
 ) -> tuple[float, float]:
-    """Seconds in which the program waits for collectives, and in which they travel.
+    """Return the seconds in which the program waits for collectives, and in which collectives travel.
 
     Links between chips and the network between slices each carry one collective at a time.
     """
     last = {chain: i for i, pieces in enumerate(sent) for chain, _ in pieces if chain}
-    ends: dict[str, float] = {}  # of collectives that are under way, by chain or name of their start
+    ends: dict[str, float] = {}  # end times of started collectives, by chain or name of their start
     clock = exposed = busy = 0.0
     free = {True: 0.0, False: 0.0}  # when the network between slices and the links between chips are free
     for i, (execution, pieces) in enumerate(zip(executions, sent, strict=True)):
@@ -201,6 +201,75 @@ def _bandwidth(collective: Collective, chip: Chip, grid: tuple[int, ...]) -> flo
     """Bytes/s at which a device sends a collective."""
     if collective.kind.endswith(BETWEEN_SLICES):
         return chip.network
-    # A group of some chips lies along one axis, or on a part of the grid whose links are not known here.
+    # A group of some chips is along one axis, or on a part of the grid with unknown links.
     whole = collective.group >= chip.devices * math.prod(grid)
     return chip.ici(grid) if whole and collective.kind != "collective-permute" else chip.link
+
+
+# --- bytes of the chip's memory (HBM)
+
+
+def traffic(program: hlo.Program, execution: hlo.Execution) -> float:
+    """Return the bytes of one execution, in padded layouts, without vector memory and without collectives."""
+    instruction, computation = execution.instruction, program.computations[execution.computation]
+    if instruction.opcode.endswith("-start"):
+        ends = instruction.arrays[:2]  # of a copy or a slice between memories, in either order
+        return sum(x.in_hbm for x in ends) * min((x.padded_bytes for x in ends), default=0.0)
+    total = _written(program, instruction, computation)
+    for position, name in enumerate(instruction.operands):
+        arrays = computation[name].arrays if name in computation else []
+        if len(arrays) == 1 and arrays[0].in_hbm:
+            total += _read(program, instruction, position, arrays[0].padded_bytes)
+    return total
+
+
+def _read(program: hlo.Program, user: hlo.Instruction, position: int, whole: float) -> float:
+    """Bytes of its operand at `position`, of `whole` bytes, that an instruction reads."""
+    if user.opcode in _SLICES and position == 0:
+        return min(whole, sum(x.padded_bytes for x in user.arrays))
+    if user.opcode == "tuple" or user.opcode in KINDS or (_updates(user) and position == 0):
+        return 0.0  # passed on, sent, or changed in place
+    if user.opcode != "fusion":
+        return whole
+    body = program.computations[user.called("calls")[0]]
+    name = next(x.name for x in body.values() if _parameter(x) and x.literal == str(position))
+    return _read_by_all(program, body, name, whole)
+
+
+def _read_by_all(program: hlo.Program, body: hlo.Computation, name: str, whole: float) -> float:
+    """Bytes of a value that the instructions of a fusion read."""
+    total = 0.0
+    for user in body.values():
+        if name in user.operands:
+            if user.opcode in _VIEWS and not user.root:
+                total += _read_by_all(program, body, user.name, whole)
+            else:
+                total += sum(_read(program, user, i, whole) for i, x in enumerate(user.operands) if x == name)
+    return min(whole, total)
+
+
+def _written(program: hlo.Program, instruction: hlo.Instruction, computation: hlo.Computation) -> float:
+    """Bytes of an instruction's result that it writes."""
+    body, parts = computation, [instruction]
+    if instruction.opcode == "fusion":
+        body = program.computations[instruction.called("calls")[0]]
+        result = hlo.root(body)
+        parts = [body[name] for name in result.operands] if result.opcode == "tuple" else [result]
+    total = 0.0
+    for i, array in enumerate(instruction.arrays):
+        part = parts[i] if len(parts) == len(instruction.arrays) else instruction
+        if not array.in_hbm or _parameter(part) or part.opcode in KINDS:
+            continue
+        while part.opcode in _VIEWS and part.operands[0] in body and part is not instruction:
+            part = body[part.operands[0]]
+        whole = array.padded_bytes
+        total += min(whole, sum(x.padded_bytes for x in body[part.operands[1]].arrays)) if _updates(part) else whole
+    return total
+
+
+def _updates(instruction: hlo.Instruction) -> bool:
+    return instruction.opcode == "dynamic-update-slice"
+
+
+def _parameter(instruction: hlo.Instruction) -> bool:
+    return instruction.opcode == "parameter"

@@ -1,8 +1,8 @@
-"""How long Pallas kernels take on a TPU by their schedules: the TPU compiler estimates no cycles for them.
+"""Time of Pallas kernels on a TPU by their schedules, since the TPU compiler does not estimate their cycles.
 
-Each kernel of a compiled program is compiled once more, alone, by a process that has the compiler write its final
-schedule to a folder, and the length of one block's schedule is multiplied by the blocks. That is a model, in which
-blocks follow each other without a pause and memory is never waited for.
+A process compiles each kernel of a compiled program once more and has the compiler write its final schedule to a
+folder. The length of one block's schedule is multiplied by the number of blocks: a model without pauses between blocks
+and without waits for memory.
 """
 
 import base64
@@ -36,11 +36,11 @@ class Kernel:
     """A Pallas kernel in a compiled program.
 
     Attributes:
-      name: of the kernel.
+      name: name of the kernel.
       operands, results: types and shapes, without layouts.
-      code: in MLIR.
-      config: of the call as JSON: the code with the lines that it comes from, which differ from call to call, and what
-        its author says of its cost.
+      code: code in MLIR.
+      config: the call's config as JSON: the code with its source lines, which differ from call to call, and the
+        author's estimate of its cost.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Kernel:
 
     @property
     def flops(self) -> float:
-        """FLOPs as its author counts them, 0 where the author does not."""
+        """FLOPs by its author's estimate, 0 without one."""
         estimate = json.loads(self.config)["custom_call_config"].get("cost_estimate", {})
         return float(estimate.get("flops", 0))
 
@@ -66,10 +66,10 @@ class Schedule:
     """The schedule of a kernel.
 
     Attributes:
-      blocks: of the kernel's grid.
+      blocks: number of blocks of the kernel's grid.
       bundles: instructions of a block; one is issued in a cycle.
-      matrix: share of the matrix units' slots in them that are used.
-      cores: that share the blocks.
+      matrix: share of the matrix units' slots that the bundles use.
+      cores: number of cores that share the blocks.
     """
 
     blocks: int
@@ -95,7 +95,7 @@ def kernel_of(instruction: hlo.Instruction, computation: hlo.Computation) -> Ker
 
 
 def schedules(chip: str, kernels: Iterable[Kernel]) -> dict[Kernel, Schedule | None]:
-    """Return the schedule of each kernel on a chip, None where the compiler writes none."""
+    """Return the schedule of each kernel on a chip, None if the compiler writes none."""
     kernels = set(kernels)
     missing = [kernel for kernel in kernels if (chip, kernel) not in _schedules]
     if missing:
@@ -104,7 +104,7 @@ def schedules(chip: str, kernels: Iterable[Kernel]) -> dict[Kernel, Schedule | N
 
 
 def _make(chip: str, kernels: list[Kernel]) -> list[Schedule | None]:
-    """Compile kernels in a process of its own: the compiler reads where to write when it is loaded."""
+    """Compile kernels in a separate process, since the compiler reads its output folder when it is loaded."""
     with tempfile.TemporaryDirectory() as folder:
         given = os.environ.get("LIBTPU_INIT_ARGS", "")
         dump = f"{given} --xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
@@ -117,8 +117,8 @@ def _make(chip: str, kernels: list[Kernel]) -> list[Schedule | None]:
             check=False,
         )
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith(("{", "null"))]
-    made = [line and Schedule(**line) for line in lines]
-    return [*made, *[None] * (len(kernels) - len(made))]
+    results = [line and Schedule(**line) for line in lines]
+    return [*results, *[None] * (len(kernels) - len(results))]
 
 
 def _compile(kernel: Kernel, device: Any) -> None:
@@ -140,7 +140,7 @@ def _dtype(name: str) -> Any:
 
 def _code(config: str) -> str:
     """The code in a call's configuration, without lines of source."""
-    from jaxlib.mlir import ir  # both are JAX's own affair, and needed here alone
+    from jaxlib.mlir import ir  # internal to JAX, and only needed here
     from jaxlib.mosaic.python import tpu
 
     body = base64.b64decode(json.loads(config)["custom_call_config"]["body"])

@@ -44,7 +44,7 @@ RULES: Mapping[str, Rules] = {
 }
 _CLUSTERS_SPLIT: Rules = {"row": None, "hidden": None, "cluster": AXES}
 STRATEGIES = tuple(RULES)
-# What models may call an axis; those without a rule are whole with every strategy.
+# Logical names of axes; axes without a rule are never split.
 NAMES = (
     "batch",
     "cluster",
@@ -60,7 +60,7 @@ NAMES = (
     "table",
     "vocab",
 )
-# Smaller moments stay whole with zero1: their bytes are nothing, and each split array is a collective of its own.
+# zero1 does not split smaller moments: their bytes are negligible, and each split array needs a collective.
 ZERO1_ELEMENTS = 1 << 14
 
 
@@ -75,19 +75,19 @@ class MeshConfig:
     data: int = key(-1, "copies of the model, each with a share of the batch", _SIZE)
     fsdp: int = key(1, "devices that share a batch and parameters (fsdp), or what all do not divide (zero1)", _SIZE)
     model: int = key(1, "devices that share clusters and, with fsdp_tp, heads and MLPs", _SIZE)
-    strategy: str = key("dp", "what is split beside the batch", choice(STRATEGIES))
+    strategy: str = key("dp", "what is split in addition to the batch", choice(STRATEGIES))
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshLayout:
-    """A mesh and what is split over it.
+    """A mesh and how arrays are split over it.
 
     Attributes:
       mesh: the devices.
       strategy: one of `STRATEGIES`.
-      clusters_split: whether clusters are split over all devices, and rows of their logits over none.
+      clusters_split: whether clusters are split over all devices, and rows of their logits are not split.
       manual: mesh axes over which `map_microbatches` has already split its rows.
-      choices: what the program chose for this mesh, filled while a step is traced, see `note`.
+      choices: choices of the program for this mesh, recorded while a step is traced, see `note`.
     """
 
     mesh: Mesh
@@ -103,11 +103,11 @@ class MeshLayout:
 
 
 def make_layout(boxed: Any, mesh: Mesh, strategy: str, batch: int) -> MeshLayout:
-    """Return the layout of a model, with its clusters split over all devices where that sends no more.
+    """Return the layout of a model, with its clusters split over all devices if that sends no more.
 
-    Split, the hidden rows of a head are gathered and their gradient is scattered: batch x hidden numbers each. Whole,
+    If split, the hidden rows of a head are gathered and their gradient is scattered: batch x hidden numbers each. Else
     the gradient of the last kernel is summed, or the kernel is gathered and its gradient scattered: twice hidden x
-    clusters numbers, of which a device has one part of "model".
+    clusters numbers, divided by the axis "model".
 
     Args:
       boxed: a tree of logically named abstract arrays.
@@ -147,15 +147,15 @@ def layout_scope(layout: MeshLayout) -> Iterator[None]:
 
 
 def note(subject: str, choice: str) -> None:
-    """Record in the layout what a model chose for its mesh; a run prints it once."""
+    """Record in the layout a choice of the model for its mesh; a run prints it once."""
     if layout := _active.get():
         layout.choices[subject] = choice
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """`x` held to the layout of its logical `axes`; outside of `layout_scope`, `x` itself.
+    """Constrain `x` to the layout of its logical `axes`; outside of `layout_scope`, return `x`.
 
-    Blocks call it on what goes in and comes out: XLA would otherwise follow a split kernel and split activations by
+    Blocks constrain their inputs and outputs: XLA would otherwise follow a split kernel and split activations by
     feature, which costs more than gathering the kernel.
     """
     layout = _active.get()
@@ -175,20 +175,20 @@ def _without(part: str | tuple[str, ...] | None, axes: tuple[str, ...]) -> tuple
 
 
 def platform() -> str:
-    """Platform of the mesh that is computed for, such as "tpu"; "" outside of `layout_scope`."""
+    """Platform of the current mesh, such as "tpu"; "" outside of `layout_scope`."""
     layout = _active.get()
     return layout.mesh.devices.flat[0].platform if layout else ""
 
 
 def device() -> jax.Device | None:
-    """A device of this process, of the mesh that is computed for; None outside of `layout_scope`."""
+    """A device of the current mesh in this process; None outside of `layout_scope`."""
     layout = _active.get()
     devices = list(layout.mesh.devices.flat) if layout else []
     return next((d for d in devices if d.process_index == jax.process_index()), None)
 
 
 def shards_of(axis: str) -> int:
-    """In how many parts a dimension of logical `axis` is split."""
+    """Number of parts into which a dimension of logical `axis` is split."""
     layout = _active.get()
     part = layout.rules.get(axis) if layout else None
     mesh_axes = (part,) if isinstance(part, str) else part or ()
@@ -198,7 +198,7 @@ def shards_of(axis: str) -> int:
 def map_devices(
     fn: Callable[..., jax.Array], arrays: tuple[jax.Array, ...], axes: tuple[Axes, ...], result: Axes
 ) -> jax.Array:
-    """Compute `fn` on each device's part of `arrays`, where XLA cannot split it, as a kernel.
+    """Compute `fn` on each device's part of `arrays`, for functions that XLA cannot split, such as kernels.
 
     Args:
       fn: takes parts of the arrays and returns its part of the result, without communication.
@@ -222,20 +222,20 @@ def map_devices(
 def map_microbatches(
     fn: Callable[[Any, Any], Any], shared: Any, rows: Any, microbatches: int, *, stack: bool, clusters: bool = False
 ) -> Any:
-    """fn(shared, microbatch of rows) for each of `microbatches` equal microbatches, one after the other.
+    """Compute fn(shared, microbatch of rows) for each of `microbatches` equal microbatches, one after the other.
 
-    Only one microbatch's intermediate values are in memory at a time, in the backward pass too, where each is computed
-    once more. Gradients of `shared` are summed over microbatches on each device before they are summed over devices.
+    Only one microbatch's intermediate values are in memory at a time, also in the backward pass, which recomputes
+    them. Gradients of `shared` are summed over microbatches on each device before they are summed over devices.
 
     Args:
-      fn: sees `shared`, and arrays whose first dimension is a microbatch.
+      fn: takes `shared`, and arrays whose first dimension is a microbatch.
       shared: a tree of arrays that do not depend on the batch.
       rows: a tree of arrays whose first dimension is the global batch.
-      microbatches: how many; each takes rows of every device, so that none is idle.
+      microbatches: number of microbatches; each has rows of every device, so that none is idle.
       stack: whether a result describes its microbatch as a whole: then results are stacked on a new first dimension,
-        one for each microbatch of each device. Otherwise they have the microbatch's rows first, and come back in the
-        batch's order.
-      clusters: whether `fn` computes cluster logits. Where clusters are split over all devices, each device has its
+        one for each microbatch of each device. Otherwise their first dimension has the microbatch's rows, and they are
+        returned in the batch's order.
+      clusters: whether `fn` computes cluster logits. If clusters are split over all devices, each device has its
         clusters of all rows of a microbatch, and there is one result for each microbatch.
     """
     layout = _active.get()
@@ -249,7 +249,7 @@ def map_microbatches(
 
     if layout is None or (clusters and layout.clusters_split):
         return local(shared, rows)
-    # Axes that parameters are split over stay with XLA, which gathers them part by part, block by block.
+    # XLA handles the axes over which parameters are split: it gathers them block by block.
     split = RULES[layout.strategy].values()
     manual = tuple(axis for axis in BATCH_AXES if axis not in split and layout.mesh.shape[axis] > 1)
     if not manual:
@@ -259,8 +259,8 @@ def map_microbatches(
         with layout_scope(dataclasses.replace(layout, manual=manual)):
             return local(shared, rows)
 
-    # Unchecked, JAX sums the gradient of `shared` over devices where it comes in: once, after the loop. Checked, JAX
-    # 0.12 refuses the derivative of erf.
+    # Unchecked, JAX sums the gradient of `shared` over devices once, after the loop. Checked, JAX 0.12 refuses the
+    # derivative of erf.
     return jax.shard_map(
         on_device,
         mesh=layout.mesh,
@@ -272,7 +272,7 @@ def map_microbatches(
 
 
 def _split(x: jax.Array, microbatches: int) -> jax.Array:
-    # Row i goes to microbatch i % microbatches: where rows are still split over devices, each has rows of every device.
+    # Row i goes to microbatch i % microbatches, so that each has rows of every device if rows are split over devices.
     return x.reshape(x.shape[0] // microbatches, microbatches, *x.shape[1:]).swapaxes(0, 1)
 
 
@@ -281,7 +281,7 @@ def _join(x: jax.Array) -> jax.Array:
 
 
 def shardings(boxed: Any, layout: MeshLayout) -> Any:
-    """NamedShardings of a tree of logically named (boxed) abstract arrays, in the tree's unboxed structure.
+    """Return NamedShardings of a tree of logically named (boxed) abstract arrays, in the tree's unboxed structure.
 
     Raises:
       UserError: a mesh axis that cannot divide its dimension.
@@ -305,7 +305,7 @@ def shardings(boxed: Any, layout: MeshLayout) -> Any:
 
 
 def _without_batch(x: Any, sharding: NamedSharding) -> NamedSharding:
-    """`sharding` without a split over all batch shards that is not possible, or not worth it."""
+    """Return `sharding` without splits over all batch shards that are impossible, or not worth their collectives."""
     shards = math.prod(sharding.mesh.shape[axis] for axis in BATCH_AXES)
     spec = [
         None if part == BATCH_AXES and (size % shards or x.size < ZERO1_ELEMENTS) else part
@@ -319,18 +319,18 @@ def _is_spec(x: Any) -> bool:
 
 
 def zero1_shardings(abstract: Any, specs: Any, mesh: Mesh) -> Any:
-    """`specs` with every large array split over all batch shards, along its largest dimension that they divide.
+    """Split every large array of `specs` over all batch shards, along its largest dimension that they divide.
 
-    Where they divide none, it is split over one of the batch axes, the longer one that does: with many devices that is
-    a reason to have an axis "fsdp", over which nothing else is split. Elementwise work alone is done on what is split
-    so, which is why any dimension will do: moments, averages, and the gradients on their way to them.
+    If they divide none, split it over one batch axis, the longer one that does: with many devices that is
+    a reason to have an axis "fsdp" over which nothing else is split. Any dimension will do, since only elementwise work
+    is done on these arrays: moments, averages, and the gradients that update them.
 
     On several TPU slices the axis "fsdp" comes first if it spans a slice: parameters are gathered in each step, and
     along it they are gathered within a slice.
 
     Args:
       abstract: shapes.
-      specs: NamedShardings of the same structure.
+      specs: NamedShardings with the same structure.
       mesh: the mesh.
     """
     longest_first = sorted(((axis,) for axis in BATCH_AXES), key=lambda axes: -mesh.shape[axes[0]])

@@ -1,4 +1,4 @@
-"""Kinds of TPUs by their published figures, and topologies of them that need not exist."""
+"""Kinds of TPUs with their published figures, and topologies of TPUs that need not exist."""
 
 import dataclasses
 import importlib.util
@@ -16,23 +16,23 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """A kind of TPU; memory, peak, bandwidth, clock and network are of one device.
+    """A kind of TPU; memory, peak, bandwidth, clock and network describe one device.
 
-    Source: docs.cloud.google.com/tpu/docs, the page of each version; but for the clock, which follows from the peak and
-    the multiplications that the matrix units start in a cycle.
+    Source: docs.cloud.google.com/tpu/docs, the page of each version. The clock follows from the peak and the
+    multiplications that the matrix units start in a cycle.
 
     Attributes:
       memory: bytes.
       peak: bf16 FLOP/s.
-      bandwidth: of memory, bytes/s.
+      bandwidth: memory bandwidth, bytes/s.
       clock: cycles/s.
       link: bytes/s of a link between chips, in one direction.
-      network: bytes/s between slices, over the network of the data center; v4 has no published figure, and v5p's here.
-      wraps: length from which an axis of the grid is a ring, or 0 if all axes are where all are multiples of 4.
-      smallest: topology.
-      cores: that make a device and share its work.
-      devices: that JAX sees in a chip.
-      options: of its topology.
+      network: bytes/s between slices, over the network of the data center; v4 has no published figure and takes v5p's.
+      wraps: length from which an axis of the grid is a ring, or 0 if all axes are rings when all are multiples of 4.
+      smallest: smallest topology.
+      cores: number of cores of a device, which share its work.
+      devices: number of JAX devices of a chip.
+      options: options of its topology.
     """
 
     memory: float
@@ -48,7 +48,7 @@ class Chip:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def ici(self, grid: tuple[int, ...]) -> float:
-        """Bytes/s that each chip of a slice can send to others: those of a chip in a corner, with the fewest links."""
+        """Bytes/s that each chip of a slice can send to others; a chip in a corner has the fewest links."""
         cubes = not self.wraps and not any(n % 4 for n in grid)
         return self.link * sum(2 if cubes or n == self.wraps else 1 for n in grid if n > 1)
 
@@ -78,7 +78,7 @@ def grid_of(topology: str) -> tuple[str, tuple[int, ...]]:
 
 
 def devices_of(topology: str, slices: int = 1) -> tuple[list[Any], Chip]:
-    """Devices of a topology such as "v5e:4x8", none of which need exist, and their kind.
+    """Return devices of a topology such as "v5e:4x8", which need not exist, and their kind.
 
     Raises:
       UserError: an unknown chip, a grid that the chip does not come in, slices below 1, or no libtpu.

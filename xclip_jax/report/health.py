@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
-from xclip_jax.objectives import Health, Light, Objective
+from xclip_jax.objectives import Check, Health, Objective
 from xclip_jax.report.charts import chart
 from xclip_jax.report.markup import Section, esc, missing
 from xclip_jax.report.metric_charts import metric_lines, term_chart
@@ -19,16 +19,12 @@ def health(record: Record) -> Section:
     text, charts = [], []
     for name, term in record.objective.terms.items():
         rows = complete_rows(record.objective, name, record.training)
-        shown = term.health(rows[-1]) if rows else None
+        shown = term.report.health(rows[-1]) if rows else Health()
         warnings = Warnings.collect(record, name, rows)
-        lights = shown.lights if shown else ()
-        named = {light.name for light in lights}
-        lights += tuple(Light(warning, "") for warning in warnings.names if warning not in named)
-        text += [f"<p>{esc(shown.summary)}</p>"] if shown else []
-        if lights:
-            cards = "".join(_card(light, warnings) for light in lights)
-            text.append(f'<div class="grid3" style="margin-bottom:16px">{cards}</div>')
-        charts += [term_chart(curve, record.training, name) for curve in (shown or Health("")).curves]
+        if shown.checks:
+            cards = "".join(_card(check, warnings) for check in shown.checks)
+            text.append(f'<p>{esc(shown.summary)}</p><div class="grid3" style="margin-bottom:16px">{cards}</div>')
+        charts += [term_chart(curve, record.training, name) for curve in shown.curves]
     rank = chart(
         "Effective rank of features",
         metric_lines(record.training, _RANK),
@@ -59,7 +55,7 @@ class Warnings:
         """Collect the warnings of the term `name` in `complete_rows`."""
         term, first_step = record.objective.terms[name], record.config.log.collapse_warmup_steps
         judged = [row for row in rows if row["step"] >= first_step]
-        by_name = [{text.partition(":")[0]: text for text in term.alarms(row)} for row in judged]
+        by_name = [{text.partition(":")[0]: text for text in term.report.alarms(row)} for row in judged]
         return cls(first_step, [int(row["step"]) for row in judged], by_name)
 
     @property
@@ -80,22 +76,23 @@ class Warnings:
         return f"Warning at {len(steps):,} {where}, last at {steps[-1]:,}." if steps else f"No warning at any {where}."
 
 
-def _card(light: Light, warnings: Warnings) -> str:
-    warning, history = warnings.last(light.name), warnings.history(light.name)
-    if light.impossible:
-        state, label, warning, history = "early", "not judged", "", light.impossible
+def _card(check: Check, warnings: Warnings) -> str:
+    warning, history = warnings.last(check.name), warnings.history(check.name)
+    if check.impossible:
+        state, label, warning, history = "early", "not judged", "", check.impossible
     elif warning:
         state, label = "alarm", "alarm"
     else:
         state, label = ("", "healthy") if warnings.steps else ("early", "too early")
-    text = warning.partition(": ")[2] if warning else f"{light.meaning} {light.measured}"
+    text = warning.partition(": ")[2] if warning else f"{check.meaning} {check.measured}"
     gauge = ""
-    if light.value is not None:
+    if check.gauge:
+        value, threshold = check.gauge
         gauge = (
-            f'<div class="gauge" aria-hidden="true"><b style="width:{100 * min(light.threshold, 1):.1f}%"></b>'
-            f'<i style="left:{100 * min(max(light.value, 0), 1):.1f}%"></i></div>'
+            f'<div class="gauge" aria-hidden="true"><b style="width:{100 * threshold:.1f}%"></b>'
+            f'<i style="left:{100 * value:.1f}%"></i></div>'
         )
     return (
-        f'<article class="card light {state}"><h3>{esc(light.name.capitalize())}<span>{label}</span></h3>{gauge}'
+        f'<article class="card light {state}"><h3>{esc(check.name.capitalize())}<span>{label}</span></h3>{gauge}'
         f"<p>{esc(text)}</p><p><small>{esc(history)}</small></p></article>"
     )

@@ -22,8 +22,7 @@ from xclip_jax.evaluators import registry
 from xclip_jax.evaluators.base import Evaluator
 from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.interop import hub
-from xclip_jax.objectives import make_objective
-from xclip_jax.objectives.base import Objective
+from xclip_jax.objectives import Objective, make_objective
 from xclip_jax.parallel.mesh import BatchPart, batch_part
 from xclip_jax.train import caption_lengths, flops, memory
 from xclip_jax.train.build import Experiment, build, make_encoder, own_profile

@@ -14,7 +14,7 @@ from xclip_jax.data import transforms
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.length_groups import LengthOrder, Sizes
 from xclip_jax.data.preprocessing import Preprocessing
-from xclip_jax.losses.rank import effective_rank
+from xclip_jax.losses.noncontrastive import effective_rank
 from xclip_jax.models.tower import Tower
 from xclip_jax.models.two_towers import TOWERS, TwoTowers
 from xclip_jax.objectives import Objective

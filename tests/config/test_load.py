@@ -1,0 +1,119 @@
+"""The command line of a run: wrong flags, recipes and values are one sentence."""
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from absl import flags
+
+from xclip_jax.config import load
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture
+def own_flags():
+    """Flags that a command line defines are gone after the test."""
+    before, parsed = set(flags.FLAGS), flags.FLAGS.is_parsed()
+    yield
+    for name in set(flags.FLAGS) - before:
+        delattr(flags.FLAGS, name)
+    (flags.FLAGS.mark_as_parsed if parsed else flags.FLAGS.unparse_flags)()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (["--config", "configs/demo.py", "--config.optim.lrr=1"], "'optim.lrr' is unknown; did you mean 'optim.lr'?"),
+        (["--config", "configs/demo.py", "--config.optimm.lr=1"], "'optimm' is unknown; did you mean 'optim'?"),
+        (["--config", "configs/demo.py", "--config.optim.lr=fast"], "expected a number; --help lists the keys"),
+        (["--config", "configs/demo.py:objectiv=nclip"], "did you mean 'objective'? Known: objective, steps,"),
+        (["--config", "configs/demo.py:preset=X/1"], "it must be one of 'Ti/12', 'S/16',"),
+        (["--config", "configs/demo.py", "--confg.optim.lr=1"], "'--confg.optim.lr'; config keys are --config.KEY"),
+        (["--config", "configs/demo.py", "--verbosty=1"], "unknown flag '--verbosty'; did you mean '--verbosity'?"),
+        (["--config", "configs/nothing.py"], "does not exist; give a path, or a recipe by name: demo, finetune,"),
+        (["--config", "elsewhere/demo.py"], "give --config demo"),
+        (["--config", "dmo"], "did you mean 'demo'? Recipes: demo, finetune,"),
+        (["--config", "demo:steps=0"], "config argument steps='0'; expected at least 1"),
+        (["--config", "small"], "needs your pairs: --config small:pairs=PATH, a folder of images"),
+        (["--config", "small:pairs=/nowhere"], "no file or folder '/nowhere'; check the path"),
+        (["--config", "small:pairs=docs/study,steps=-1"], "config argument steps='-1'; expected above 0"),
+        (
+            ["--config", "docs/study"],
+            "not a recipe; to train on it, write --config small:pairs=docs/study, and xclip-jax",
+        ),
+        (["--config", "small:pairs=My", "own", "pictures"], "quote a path with spaces: 'small:pairs=My own pictures'"),
+        (["--config", "demo", "--config.run=my", "run"], "quote a path with spaces: '--config.run=my run'"),
+        (["--config", "demo", "--config.optim.learning_rate=1"], "is unknown; did you mean 'optim.lr'?"),
+        (["--config", "demo", "--config.batch_size=1"], "'batch_size' is unknown; did you mean 'data.batch'?"),
+        (["--config", "demo", "--config.epochs=1"], "'epochs' is unknown; did you mean 'steps'?"),
+        (["--config", "demo", "--lr=1"], "unknown flag '--lr'; did you mean '--config.optim.lr'?"),
+        (["--config", "demo", "--batch-size=1"], "'--batch-size'; did you mean '--config.data.batch'?"),
+        (
+            ["--config", "demo", "--config.data.batch-size=1"],
+            "'data.batch-size' is unknown; did you mean 'data.batch'?",
+        ),
+        (["--config", "demo", "--config.eval.report=maybe"], "report=maybe: expected True or False; --help lists"),
+        (
+            ["--config", "demo", '--config.data.sources=("folder:flat'],
+            "data.sources is '(\"folder:flat'; quotes or brackets are not closed",
+        ),
+        (["--config", "demo", "--config.data.sources='a','b"], "quotes or brackets are not closed"),
+        ([], "--config is missing; start with --config demo"),
+        (["small:pairs=flat"], "--config is missing; write --config small:pairs=flat"),
+        (["--config.run=x", "demo"], "--config is missing; write --config demo"),
+        (["--config", "small:docs"], "config argument 'docs' is a path; to train on it, write small:pairs=docs."),
+        (["--config", "configs/demo.py", "optim.lr=1"], "'optim.lr=1'; set config keys with --config.KEY=VALUE"),
+        (["--config", "configs/pretrain.py:data=cc4m"], "data is 'cc4m'; it must be one of 'cc3m', 'cc12m',"),
+    ],
+)
+def test_bad_command_lines_are_one_sentence(line, message, own_flags, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as stopped:
+        load.parse(["xclip-jax", *line])
+    assert message in stopped.value.code and stopped.value.code.startswith("error: ")
+    assert len(stopped.value.code.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("configs/pretrain.py", "data.sources is empty; add a source"),
+        ("configs/pretrain.py:data=cc12m,root=/nowhere", "no file matches '/nowhere/cc12m/*.tar'; check the path"),
+    ],
+)
+def test_what_a_run_refuses_is_one_sentence(config, message, tmp_path):
+    command = [sys.executable, "-m", "xclip_jax.main", "--config", config, f"--config.run={tmp_path / 'run'}"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode != 0
+    assert message in done.stderr and done.stderr.startswith("error: ")
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        (
+            "def get_config(arg=None):\n    return int('many')\n",
+            "{}, line 2: ValueError: invalid literal for int() with",
+        ),
+        ("import math\nmath.sqrt('a')\n", "{}, line 2: TypeError: must be real number, not str"),
+        ("\nimport no_such_package\n", "{}, line 2: ModuleNotFoundError: No module named 'no_such_package'"),
+        ("x = 1\ny = (\n", "{}, line 2: SyntaxError: '(' was never closed"),
+        ("x = 1\n", "{} has no function get_config(arg)"),
+        ("def get_config():\n    pass\n", "{}: get_config takes one argument: def get_config(arg=None)"),
+        (
+            "from xclip_jax.config import recipes\n\ndef get_config(arg):\n"
+            "    config = recipes.base('clip', 'Ti/12')\n    config.optim.lrr = 1\n",
+            "config key 'lrr' is unknown; {}, line 5, sets it.",
+        ),
+    ],
+)
+def test_an_error_of_an_own_recipe_has_its_file_and_line(recipe, message, own_flags, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(recipe)
+    with pytest.raises(SystemExit) as stopped:
+        load.parse(["xclip-jax", "--config", str(file)])
+    assert stopped.value.code.startswith(f"error: {message.format(file)}")
+    assert len(stopped.value.code.splitlines()) == 1

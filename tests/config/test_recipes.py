@@ -1,0 +1,56 @@
+"""Recipes: their arguments, presets, and that they open no data."""
+
+import importlib
+
+import jax
+import pytest
+from flax.traverse_util import flatten_dict
+
+from xclip_jax.config import load, recipes
+from xclip_jax.core.errors import UserError
+from xclip_jax.data import sources
+from xclip_jax.models.two_towers import PRESETS
+from xclip_jax.train import build, weights
+
+
+@pytest.mark.parametrize(
+    "spec", ["demo", "pretrain:data=cc12m", "small:pairs=none,weights=none", "finetune:data=folder:none,weights=none"]
+)
+def test_a_recipe_opens_no_data_and_no_weights(spec, monkeypatch):
+    def refuse(*_, **__):
+        pytest.fail("get_config opens something")
+
+    for module, name in ((weights, "adopt"), (sources, "open_pairs"), (sources, "open_labelled"), (jax, "devices")):
+        monkeypatch.setattr(module, name, refuse)
+    recipe, _, arg = spec.partition(":")
+    config = importlib.import_module(f"configs.{recipe}").get_config(arg)
+    assert config.data.sources and config.is_locked
+
+
+def test_parse_arg():
+    parsed = recipes.parse_arg("steps=5,flag,rate=0.5", steps=1, flag=False, rate=1.0, name="x")
+    assert parsed.to_dict() == {"steps": 5, "flag": True, "rate": 0.5, "name": "x"}
+    assert recipes.parse_arg("name=a,b,flag,steps=5", steps=1, flag=False, name="x").name == "a,b"
+    with pytest.raises(UserError, match="'b' is unknown"):
+        recipes.parse_arg("steps=5,b", steps=1, name="x")
+    with pytest.raises(UserError, match="'stpes' is unknown; did you mean 'steps'"):
+        recipes.parse_arg("stpes=5", steps=1, name="x")
+    with pytest.raises(UserError, match="steps='many'; expected an integer"):
+        recipes.parse_arg("steps=many", steps=1)
+    with pytest.raises(UserError, match="objective='clap' must be one of clip, siglip, nclip, xclip"):
+        recipes.parse_arg("objective=clap", objective="clip")
+
+
+@pytest.mark.parametrize("size", PRESETS)
+def test_every_preset_of_the_full_size_recipe_builds(size):
+    config = load.load_config(f"pretrain:preset={size},batch=64,pairs=640")
+    params = flatten_dict(build.build(config).abstract.params, sep="/")
+    heads = sum(x.size for name, x in params.items() if name.startswith("clusters"))
+    assert 0 < heads < 5 * (sum(x.size for x in params.values()) - heads)
+    assert config.model.img.image_size == {"Ti/12": 216}.get(size, 224)
+    assert (config.steps, config.checkpoint.every, config.log.expected_epochs) == (250, 200, 25)
+
+
+def test_unknown_preset():
+    with pytest.raises(UserError, match=r"preset is 'B/17'.*'B/16'"):
+        recipes.base("clip", "B/17")

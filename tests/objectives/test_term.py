@@ -1,0 +1,156 @@
+"""Terms of other packages."""
+
+import dataclasses
+import json
+import pathlib
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from tests.helpers import tiny
+from xclip_jax.config import schema
+from xclip_jax.core.errors import UserError
+from xclip_jax.data import loader
+from xclip_jax.objectives import (
+    Term,
+    make_objective,
+)
+from xclip_jax.objectives.similarity import CosineSimilarity
+from xclip_jax.train import build, flops, state
+from xclip_jax.train.checkpoint import Checkpointer
+
+SUPERCLIP = "tests.extension.superclip:TokenClassification"
+
+
+def superclip(run="runs/tiny", **changes):
+    """CLIP and the token classification of another package, as a recipe would write it."""
+    config = tiny.config("clip", run=run, **changes)
+    config.objective.name = "superclip"
+    config.objective.terms = {"clip": 1.0, "tokens": 0.5}
+    config.objective.plugins = {"tokens": {"type": SUPERCLIP, "momentum": 0.5}}
+    return config
+
+
+def train(p, steps, s=None):
+    s, logged = state.create(p.init, p.abstract) if s is None else s, []
+    for i in range(steps):
+        s, metrics = p.compiled(s, loader.to_global(tiny.batch(i, eot=p.tokenizer.eot_id), p.mesh))
+        logged.append({key: float(value) for key, value in jax.device_get(metrics).items()})
+    return s, logged
+
+
+# --- a term of another package
+
+
+@pytest.mark.slow
+def test_a_term_of_another_package_trains_and_resumes(tmp_path):
+    p = build.build(superclip(tmp_path))
+    assert p.objective.fields == ("image", "text") and p.objective.similarities == (CosineSimilarity(),)
+    before = jax.device_get(state.create(p.init, p.abstract).params["token_classifier"])
+    assert before["kernel"].shape == (32, p.tokenizer.vocab_size)
+    s, logged = train(p, 2)
+    for metrics in logged:
+        assert metrics["loss"] == pytest.approx(metrics["clip/loss"] + 0.5 * metrics["tokens/loss"], rel=1e-6)
+    after = jax.device_get(s.params["token_classifier"])
+    assert np.abs(after["kernel"] - before["kernel"]).max() > 1e-4
+    assert p.objective.progress(logged[1])[1] == f"tokens {logged[1]['tokens/loss']:.3f}"
+    warnings = p.objective.alarms(logged[1] | {"clip/loss": 1.0, "tokens/loss": 30.0})
+    assert warnings == ["tokens: the loss is above 20 nats; lower optim.lr."]
+
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(s, {"samples": 0})
+    # The config alone, as the run's folder has it, finds the term again.
+    again = build.build(schema.complete(json.loads(json.dumps(schema.to_dict(p.config)))))
+    with Checkpointer(tmp_path, read_only=True) as checkpointer:
+        restored, _ = checkpointer.restore(again.abstract)
+    np.testing.assert_array_equal(restored.params["token_classifier"]["kernel"], after["kernel"])
+    np.testing.assert_array_equal(restored.loss_state["token_frequency"], s.loss_state["token_frequency"])
+    assert np.asarray(restored.loss_state["token_frequency"]).any()
+    _, (resumed,) = train(again, 1, restored)
+    assert np.isfinite(resumed["loss"]) and resumed["tokens/loss"] < logged[0]["tokens/loss"]
+
+
+def test_a_term_without_heads_uses_the_embeddings_of_clip():
+    config = tiny.config("clip")
+    config.objective.name, config.objective.terms = "cyclip", {"clip": 1.0, "cyclic": 0.25}
+    config.objective.plugins = {"cyclic": {"type": "tests.extension.cyclip:Consistency"}}
+    resolved, alone = schema.resolve(config), schema.resolve(tiny.config("clip"))
+    objective, clip = make_objective(resolved.objective), make_objective(alone.objective)
+    assert objective.heads(resolved.model, 9) == clip.heads(alone.model, 9)
+    rng = np.random.default_rng(0)
+    img, txt = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in rng.normal(size=(2, 5, 4)).astype(np.float32))
+    loss, metrics, _ = objective({"z_img": img, "z_txt": txt, "scale": np.float32(10)}, None, {}, {})
+    metrics = {key: float(value) for key, value in metrics.items()}
+    pairs = [(i, j) for i in range(5) for j in range(5)]
+    cyclic = sum((img[i] @ txt[j] - img[j] @ txt[i]) ** 2 + (img[i] @ img[j] - txt[i] @ txt[j]) ** 2 for i, j in pairs)
+    assert metrics["cyclic/loss"] == pytest.approx(cyclic / 5, rel=1e-5)
+    assert float(loss) == pytest.approx(metrics["clip/loss"] + 0.25 * metrics["cyclic/loss"], rel=1e-6)
+
+
+def test_the_documented_outputs_are_those_of_the_model():
+    page = (pathlib.Path(__file__).parents[2] / "docs" / "extend.md").read_text()
+    table = page.partition("| `out[...]` |")[2].partition("| what a head")[0]
+    names = "".join(row.partition("|")[2].partition("|")[0] for row in table.splitlines())
+    written = {"h_img", "h_txt"}
+    for name, changes in (("xclip", {}), ("siglip", {}), ("classify", {"objective__classify": {"classes": 3}})):
+        config = schema.resolve(tiny.config(name, **changes))
+        written |= make_objective(config.objective).outputs(config.model)
+    assert set(re.findall(r"`(\w+)`", names)) == written
+
+
+@pytest.fixture(scope="module")
+def on_one_device():
+    return train(build.build(superclip(), jax.devices()[:1]), 1)[1][0]
+
+
+@pytest.mark.parametrize("strategy", ["dp", "fsdp"])
+def test_a_term_of_another_package_on_eight_devices(strategy, on_one_device):
+    many, expected = build.build(superclip(mesh__strategy=strategy, mesh__data=4, mesh__fsdp=2)), on_one_device
+    _, (metrics,) = train(many, 1)
+    for key in ("loss", "tokens/loss", "grad_norm"):
+        assert metrics[key] == pytest.approx(expected[key], rel=1e-4), key
+
+
+def test_a_heads_flops_count():
+    vocab = build.build(superclip()).tokenizer.vocab_size
+    configs = map(schema.resolve, (superclip(), tiny.config("clip")))
+    with_term, without = (flops.forward(config)["heads"] for config in configs)
+    assert with_term - without == 2 * 32 * vocab
+
+
+@dataclasses.dataclass(frozen=True)
+class NoLoss(Term):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("plugin", "message"),
+    [
+        (
+            {"type": SUPERCLIP, "momentun": 0.5},
+            "'objective.plugins.tokens.momentun' is unknown; did you mean .*momentum",
+        ),
+        ({"type": SUPERCLIP, "momentum": 2.0}, r"objective\.plugins\.tokens\.momentum is 2\.0; expected at least 0"),
+        ({"type": "tests.extension.superclip:Tokens"}, r"cannot be imported.* did you mean .*:TokenClassification'\?$"),
+        ({"type": "tests.helpers.tiny:config"}, "is not a dataclass derived from xclip_jax.objectives.term.Term"),
+        ({"type": f"{__name__}:NoLoss"}, r"NoLoss' does not define __call__, which Term requires; add it\.$"),
+        ({}, "unknown objective term 'tokens'"),
+    ],
+)
+def test_wrong_plugins_are_named(plugin, message):
+    config = superclip()
+    config.objective.plugins = {"tokens": plugin}
+    with pytest.raises(UserError, match=message):
+        schema.resolve(config)
+
+
+def test_a_term_under_two_names_shares_its_heads():
+    config = tiny.config("clip")
+    config.objective.name = "both"
+    config.objective.terms = {"clip": 0.5, "siglip": 0.25}
+    p = build.build(config)
+    assert set(p.model.heads) == {"proj_img", "proj_txt", "log_scale", "bias"}
+    _, (metrics,) = train(p, 1)
+    assert metrics["loss"] == pytest.approx(0.5 * metrics["clip/loss"] + 0.25 * metrics["siglip/loss"], rel=1e-6)

@@ -1,0 +1,302 @@
+"""The pre-norm transformer that both towers share, its config keys, and the text tower."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, ClassVar, Self
+
+import flax.linen as nn
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from xclip_jax.core.errors import UserError
+from xclip_jax.core.fields import above, at_least, choice, key
+from xclip_jax.kernels import attention as attention_kernel
+from xclip_jax.models.layers import ACTIVATIONS, Attention, LayerNorm, Mlp, named, token_at
+from xclip_jax.models.tower import Params, TextTower, Tower
+from xclip_jax.parallel import compiler
+from xclip_jax.parallel.sharding import constrain, note, platform, shards_of
+
+Array = jax.Array
+TEXT_POOLS = ("eot", "last")
+# "dots" keeps matrix products and recomputes the rest; "full" keeps only the input of each block.
+REMAT_POLICIES: dict[str, Any] = {
+    "none": None,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(attention_kernel.OUTPUT),
+    ),
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig(Tower):
+    """Config keys of a tower that is a `Transformer` between its embeddings and its features."""
+
+    before: ClassVar[tuple[str, ...]] = ()  # parameters before the blocks
+
+    width: int = key(512, "channels of a token", at_least(1))
+    depth: int = key(12, "blocks", at_least(1))
+    heads: int = key(8, "attention heads; they divide width", at_least(1))
+    mlp_ratio: float = key(4.0, "hidden width of the MLP over width", above(0))
+    act: str = key("gelu", "activation of the MLP", choice(ACTIVATIONS))
+    eps: float = key(1e-5, "added to the variance in LayerNorm", above(0))
+    scan: bool = key(True, "one compiled block for all of them, with stacked parameters")
+    remat: str = key(
+        "none", "what the backward pass recomputes instead of keeping it in memory", choice(REMAT_POLICIES)
+    )
+
+    def conflicts(self) -> Iterator[str]:
+        """Yield values that contradict each other."""
+        if self.width % self.heads:
+            yield f"width {self.width} must be a multiple of heads {self.heads}"
+        if self.hidden < 1:
+            yield f"mlp_ratio {self.mlp_ratio} of width {self.width} leaves the MLP without a hidden unit"
+
+    @property
+    def hidden(self) -> int:
+        """Hidden width of the MLP."""
+        return int(self.mlp_ratio * self.width)
+
+    def fuses(self, tokens: int, dtype: DTypeLike) -> bool:
+        """Whether `kernels.attention` computes attention over `tokens` tokens."""
+        on_chip = platform() == "tpu" and jnp.dtype(dtype) == jnp.bfloat16
+        return on_chip and attention_kernel.fits(
+            tokens, self.heads // shards_of("heads"), self.width // shards_of("heads")
+        )
+
+    def block_flops(self, tokens: float, *, one: bool = False) -> float:
+        """FLOPs of a sequence in all blocks: four projections, two products of attention, and the MLP.
+
+        With `one` the last of unrolled blocks computes keys and values of all tokens, and the rest of one token.
+        """
+        keys_values = 4 * self.width**2
+        rest = 2 * self.width * (2 * self.width + 2 * self.hidden) + 4 * tokens * self.width
+        other_tokens = (self.depth - 1) * tokens + 1 if one and not self.scan else self.depth * tokens
+        return self.depth * tokens * keys_values + other_tokens * rest
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers: the blocks, one before them and one after them (BEiT, arXiv 2106.08254)."""
+        return self.depth + 2
+
+    def layer_of(self, path: tuple[str, ...]) -> int | np.ndarray:
+        """Layer of a parameter: 0 before the blocks, i + 1 in block i, depth + 1 after them."""
+        if path[0] != "transformer":
+            return 0 if path[0] in self.before else self.depth + 1
+        return np.arange(1, self.depth + 1) if path[1] == "blocks" else 1 + int(path[1].removeprefix("block_"))
+
+    def unrolled(self) -> Self:
+        """Return the same tower computed block by block."""
+        return dataclasses.replace(self, scan=False, remat="none")
+
+    def convert(self, params: Params) -> tuple[Params, list[str]]:
+        """Stack or unstack blocks, as `scan` requires."""
+        blocks = params["transformer"]
+        depth = len(jax.tree.leaves(blocks["blocks"])[0]) if "blocks" in blocks else len(blocks)
+        if depth != self.depth:
+            raise UserError(f"transformer has {depth} blocks, expected {self.depth}")
+        if ("blocks" in blocks) != self.scan:
+            blocks = stack_blocks(blocks, depth) if self.scan else unstack_blocks(blocks, depth)
+        return {**params, "transformer": blocks}, []
+
+    def facts(self) -> dict[str, str]:
+        """{column: value} of the tower's row in a model card."""
+        sizes = {"width": str(self.width), "depth": str(self.depth), "heads": str(self.heads)}
+        return sizes | {"activation": self.act, "LayerNorm eps": f"{self.eps:g}"} | super().facts()
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)). Returns a pair, as `nn.scan` asks. (b, n, d) -> (b, n, d).
+
+    `keep` (b, 2) multiplies the two branches of each sample. With `at` (b,) only these tokens are computed, (b, 1, d).
+    """
+
+    config: TransformerConfig
+    causal: bool
+    dtype: DTypeLike
+    fused: int = 0
+
+    @nn.compact
+    def __call__(self, x: Array, keep: Array | None = None, at: Array | None = None) -> tuple[Array, None]:
+        def kept(branch: Array, i: int) -> Array:
+            return branch if keep is None else branch * keep[:, i, None, None].astype(branch.dtype)
+
+        config = self.config
+        # CLIP's initialisation: the residual branches' last maps shrink with depth.
+        out_std = config.width**-0.5 * (2 * config.depth) ** -0.5
+        attention = Attention(config.heads, out_std, self.causal, self.dtype, self.fused, name="attention")
+        mlp = Mlp(config.hidden, out_std, config.act, self.dtype, name="mlp")
+        x = constrain(x, "batch", None, None)
+        y = attention(LayerNorm(config.eps, self.dtype, name="norm_1")(x), at)
+        x = (x if at is None else token_at(x, at)) + kept(y, 0)
+        x = x + kept(mlp(LayerNorm(config.eps, self.dtype, name="norm_2")(x)), 1)
+        return constrain(x, "batch", None, None), None
+
+
+class Transformer(nn.Module):
+    """The blocks of `config`. (b, n, d) -> (b, n, d).
+
+    `config.scan` stacks the blocks' parameters and compiles one block (on a CPU it costs about 25 %); `config.remat`
+    is what the backward pass recomputes. The two are independent. On TPUs all blocks are compiled, since a loop would
+    copy activations into stacks and out of them, which takes a quarter of a step. With `at` (b,) only
+    the tokens at these positions are read, and the last of unrolled blocks computes no other: (b, 1, d).
+
+    With `noise` (b, depth, 2), uniform, blocks are left out of a training pass (stochastic depth, arXiv 1603.09382):
+    each branch of a sample with a probability that rises from 0 in the first block to `drop_path` in the last; the
+    others are scaled up. The noise is an input with one row a sample, like the noise of patch dropout.
+    """
+
+    config: TransformerConfig
+    causal: bool = False
+    drop_path: float = 0.0
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, noise: Array | None = None, at: Array | None = None) -> Array:
+        depth, scan, remat = self.config.depth, self.config.scan, self.config.remat
+        block = Block
+        if remat != "none":
+            block = nn.remat(Block, policy=REMAT_POLICIES[remat], prevent_cse=not scan)
+        keep = None
+        if noise is not None and self.drop_path:
+            rates = self.drop_path * jnp.arange(depth)[:, None, None] / max(depth - 1, 1)
+            keep = (noise.swapaxes(0, 1) >= rates) / (1 - rates)  # (depth, b, 2)
+        tokens = x.shape[1]
+        fused_tokens = tokens if self.config.fuses(tokens, self.dtype) else 0
+        if fused_tokens:
+            x = jnp.pad(x, ((0, 0), (0, -tokens % attention_kernel.SUBLANES), (0, 0)))
+        args = (self.config, self.causal, self.dtype)
+        if scan and platform() == "tpu":
+            note("blocks", "unrolled")
+            return self._unrolled(x, keep, fused_tokens)[:, :tokens]
+        if scan:
+            stacked = nn.scan(
+                block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=0,
+                length=depth,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )
+            return stacked(*args, fused_tokens, name="blocks")(x, keep)[0][:, :tokens]
+        for i in range(depth):
+            last = at if i == depth - 1 else None
+            if last is not None:  # one query: no kernel, and no padding among the keys
+                x, fused_tokens = x[:, :tokens], 0
+            x, _ = block(*args, fused_tokens, name=f"block_{i}")(x, None if keep is None else keep[i], last)
+        return x[:, :tokens]
+
+    def _unrolled(self, x: Array, keep: Array | None, fused_tokens: int) -> Array:
+        """Apply the blocks of stacked parameters one by one."""
+        depth, remat = self.config.depth, self.config.remat
+
+        def apply(params: Params, x: Array, keep: Array | None) -> Any:
+            block = Block(self.config, self.causal, self.dtype, fused_tokens, parent=None)
+            return block.apply({"params": flax.traverse_util.unflatten_dict(params)}, x, keep)[0]
+
+        block = apply if remat == "none" else jax.checkpoint(apply, policy=REMAT_POLICIES[remat])
+        stacks = flax.traverse_util.flatten_dict(self.variables["params"]["blocks"])
+        # Kernels are cast before they are split: their gradients are summed over devices, and joined, in `dtype`.
+        kernels = [path for path in stacks if path[-1] == "kernel"]
+        stacks |= {path: stacks[path].astype(self.dtype) for path in kernels}
+        # The gradient of one split is one concatenation; the gradient of slices would be a sum of padded arrays.
+        splits = {path: jax.lax.split(stack, (1,) * depth) for path, stack in stacks.items()}
+        blocks = [{path: split[i][0] for path, split in splits.items()} for i in range(depth)]
+        for i in range(depth):
+            with jax.named_scope(f"block_{i}"):
+                if i + 1 < depth:
+                    # The gradients of the next block are summed over devices while this block computes its own.
+                    x, later = compiler.ordered(x, {path: blocks[i + 1][path] for path in kernels})
+                    blocks[i + 1] |= later
+                x = block(blocks[i], x, None if keep is None else keep[i])
+        return x
+
+
+def stack_blocks(params: dict[str, Any], depth: int) -> dict[str, Any]:
+    """Convert parameters of an unrolled `Transformer` to the scanned layout, with a leading axis of `depth`."""
+    blocks = [params[f"block_{i}"] for i in range(depth)]
+    return {"blocks": jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)}
+
+
+def unstack_blocks(params: dict[str, Any], depth: int) -> dict[str, Any]:
+    """Invert `stack_blocks`."""
+    return {f"block_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], params["blocks"]) for i in range(depth)}
+
+
+@dataclasses.dataclass(frozen=True)
+class TextTowerConfig(TransformerConfig, TextTower):
+    """Config group `model.txt`; see `TextTransformer`. The vocabulary is the tokenizer's."""
+
+    meaning_keys: ClassVar[tuple[str, ...]] = ("act", "eps", "causal", "pool")
+    before: ClassVar[tuple[str, ...]] = ("tokens", "positions")
+
+    context_length: int = key(77, "tokens of a text, with its start and end", at_least(2))
+    causal: bool = key(True, "a token only attends to itself and earlier tokens; padding counts as tokens")
+    pool: str = key("eot", "first end-of-text token, or the last token, padding included", choice(TEXT_POOLS))
+
+    def module(self, vocab: int, eot_id: int, dtype: DTypeLike) -> nn.Module:
+        """Make the `TextTransformer`."""
+        return TextTransformer(self, vocab, eot_id, dtype)
+
+    def flops(self, train: bool) -> float:
+        """FLOPs of the blocks on a whole context."""
+        return self.block_flops(self.context_length, one=True)
+
+    @property
+    def cuttable(self) -> bool:
+        """Whether attention is causal and the feature is the state at the end of the text."""
+        return self.causal and self.pool == "eot"
+
+    def cut_flops(self, tokens: int) -> float:
+        """FLOPs of the blocks on `tokens` tokens."""
+        return self.block_flops(tokens, one=True)
+
+    def convert(self, params: Params) -> tuple[Params, list[str]]:
+        """Stack or unstack blocks, and cut positions to the context length."""
+        params, notes = super().convert(params)
+        n = len(params["positions"])
+        if n < self.context_length:
+            raise UserError(
+                f"positions are for {n} tokens and context_length is {self.context_length}; set it to {n} or less"
+            )
+        if n > self.context_length:
+            notes = [*notes, f"text positions cut from {n} to {self.context_length}"]
+        return {**params, "positions": params["positions"][: self.context_length]}, notes
+
+    def describe(self) -> str:
+        """Return the sizes of the tower in one phrase."""
+        return f"transformer of width {self.width}, depth {self.depth}, {self.context_length} tokens"
+
+
+class TextTransformer(nn.Module):
+    """int32 tokens (b, n) -> h_txt (b, d), the final state at the first `eot_id` of each row.
+
+    CLIP's attention is causal, so padding after the end-of-text token cannot reach the feature. OpenAI's first release
+    took the argmax of the ids as the end, which is right only for its own vocabulary. SigLIP's attention is not causal
+    and its feature is the state of the last token: texts are padded to one length, and padding is a part of them.
+    """
+
+    config: TextTowerConfig
+    vocab: int
+    eot_id: int
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, text: Array) -> Array:
+        width, length = self.config.width, self.config.context_length
+        if text.shape[1] > length:
+            raise ValueError(f"expected at most {length} tokens, got {text.shape[1]}")
+        tokens = self.param("tokens", named(nn.initializers.normal(0.02), "vocab", "table"), (self.vocab, width))
+        positions = self.param("positions", named(nn.initializers.normal(0.01), None, "table"), (length, width))
+        x = (tokens[text] + positions[: text.shape[1]]).astype(self.dtype)  # (b, n, d)
+        if self.config.pool == "last":
+            at = jnp.full(len(text), text.shape[1] - 1)
+        else:
+            at = jnp.argmax(text == self.eot_id, axis=1)  # (b,)
+        x = Transformer(self.config, causal=self.config.causal, dtype=self.dtype, name="transformer")(x, at=at)
+        x = token_at(x, at) if self.config.scan else x  # (b, 1, d)
+        return LayerNorm(self.config.eps, self.dtype, name="norm_post")(x[:, 0])

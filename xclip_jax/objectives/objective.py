@@ -1,0 +1,317 @@
+"""An objective: a weighted sum of terms, and the config group that names them."""
+
+import dataclasses
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from xclip_jax.core import fields
+from xclip_jax.core.errors import UserError
+from xclip_jax.core.fields import Check, find_class, key, not_empty, read_plugin
+from xclip_jax.models.heads import Head, Heads, Scalar
+from xclip_jax.models.two_towers import ModelConfig
+from xclip_jax.objectives.checks import Curve
+from xclip_jax.objectives.classify import Classify
+from xclip_jax.objectives.clip import Clip, Siglip
+from xclip_jax.objectives.nclip import Nclip
+from xclip_jax.objectives.similarity import Similarity
+from xclip_jax.objectives.term import LossConfig, Result, Term
+
+Array = jax.Array
+TERMS: dict[str, type[Term]] = {"clip": Clip, "siglip": Siglip, "nclip": Nclip, "classify": Classify}
+
+# Named objectives, as terms and weights.
+RECIPES: dict[str, dict[str, float]] = {
+    "clip": {"clip": 1.0},
+    "siglip": {"siglip": 1.0},
+    "nclip": {"nclip": 1.0},
+    "xclip": {"clip": 0.5, "nclip": 0.5},  # of three weights the best on validation, docs/study.md
+    "classify": {"classify": 1.0},
+}
+_TITLES = {"xclip": "xCLIP"}  # a single term has its own title
+OBJECTIVES = ("clip", "siglip", "nclip", "xclip")  # for pre-training
+
+_WEIGHTS = Check("weights of at least 0", lambda weights: all(weight >= 0 for weight in weights.values()))
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """A weighted sum of terms: maps outputs of `TwoTowers.project` to a scalar loss and metrics; pure.
+
+    Attributes:
+      name: config key `objective.name`.
+      terms: {name: term}; a term's name is the prefix of its metrics.
+      weights: {name: weight} with the same names. A weight of 0 keeps the term's heads and does not train them, as a
+        control with equal parameter count.
+      loss: how to compute the losses.
+      mesh: devices that compute them.
+      title: name in sentences, tables and charts.
+      plugins: names of the terms whose options are in config group `objective.plugins`.
+    """
+
+    name: str
+    terms: Mapping[str, Term]
+    weights: Mapping[str, float]
+    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+    mesh: Mesh | None = None
+    title: str = ""
+    plugins: Collection[str] = ()
+
+    @property
+    def formula(self) -> str:
+        """Weights and terms, such as "0.3 CLIP + 0.7 nCLIP"."""
+        return " + ".join(f"{self.weights[name]:g} {term.title or name}" for name, term in self.terms.items())
+
+    @property
+    def towers(self) -> tuple[str, ...]:
+        """Towers that are trained, "img" and "txt"."""
+        return self._union(("img", "txt"), "towers")
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Inputs of a batch: "image", "text", "label"."""
+        return self._union(("image", "text", "label"), "fields")
+
+    def _union(self, order: tuple[str, ...], attribute: str) -> tuple[str, ...]:
+        return tuple(x for x in order if any(x in getattr(term, attribute) for term in self.terms.values()))
+
+    @property
+    def teacher(self) -> bool:
+        """Whether a term needs an exponential moving average of the parameters."""
+        return any(term.teacher for term in self.terms.values())
+
+    @property
+    def labelled(self) -> bool:
+        """Whether a batch has labelled items instead of image-text pairs."""
+        return any(term.labelled for term in self.terms.values())
+
+    @property
+    def source_remedies(self) -> dict[str, str]:
+        """See `Term.source_remedies`."""
+        return {fault: remedy for term in self.terms.values() for fault, remedy in term.source_remedies.items()}
+
+    @property
+    def classes(self) -> int:
+        """See `Term.classes`."""
+        return max(term.classes for term in self.terms.values())
+
+    @property
+    def similarities(self) -> tuple[Similarity, ...]:
+        """How to compare images with texts: the first term's similarity of each name, by priority.
+
+        The first is the model's own, whose embeddings it returns. Similarities of terms with weight 0, whose heads
+        learn nothing, come last.
+        """
+        by_name: dict[str, tuple[bool, int, Similarity]] = {}
+        for name, term in self.terms.items():
+            if (similarity := term.similarity) is not None:
+                entry = (not self.weights[name], similarity.priority, similarity)
+                if similarity.name not in by_name or entry[0] < by_name[similarity.name][0]:
+                    by_name[similarity.name] = entry
+        return tuple(similarity for *_, similarity in sorted(by_name.values(), key=lambda entry: entry[:2]))
+
+    def heads(self, model: ModelConfig, vocab: int) -> Heads:
+        """{name: `Head` or `Scalar`} of all terms.
+
+        Raises:
+          UserError: two terms need different heads under one name.
+        """
+        heads: dict[str, Head | Scalar] = {}
+        for name, term in self.terms.items():
+            for head_name, head in term.heads(model, vocab).items():
+                if heads.setdefault(head_name, head) != head:
+                    raise UserError(
+                        f"objective term {name!r} needs another head {head_name!r} than a term before it; rename it."
+                    )
+        return heads
+
+    def outputs(self, model: ModelConfig) -> frozenset[str]:
+        """Keys that its heads write, such as "z_img"."""
+        return frozenset(head.writes for head in self.heads(model, vocab=1).values())  # a vocabulary changes no name
+
+    def initial_state(self, model: ModelConfig, vocab: int) -> dict[str, Array]:
+        """Arrays of all terms that are carried from step to step."""
+        state: dict[str, Array] = {}
+        for name, term in self.terms.items():
+            term_state = term.initial_state(model, vocab)
+            if both := state.keys() & term_state.keys():
+                raise UserError(
+                    f"objective term {name!r} has the same state {min(both)!r} as one before it; rename it."
+                )
+            state |= term_state
+        return state
+
+    def draw(self, random_key: Array, inputs: dict[str, Any], size: int) -> dict[str, Any]:
+        """Add the random inputs of all terms, see `Term.draw`."""
+        for term in self.terms.values():
+            inputs = term.draw(random_key, inputs, size)
+        return inputs
+
+    def __call__(
+        self,
+        out: Mapping[str, Array],
+        teacher: Mapping[str, Array] | None,
+        state: Mapping[str, Array],
+        batch: Mapping[str, Any],
+    ) -> Result:
+        """Compute the loss of one global batch; arguments as `Term.__call__`.
+
+        Returns:
+          fp32 scalar loss; metrics named "<term>/<metric>" and "loss"; the next state.
+        """
+        losses, metrics, new_state = [], {}, dict(state)
+        for name, term in self.terms.items():
+            loss, term_metrics, term_state = term.specialise(self.loss, self.mesh)(out, teacher, state, batch)
+            losses.append(self.weights[name] * loss)
+            metrics |= {f"{name}/{key}": value for key, value in term_metrics.items()}
+            new_state |= term_state
+        total = sum(losses)
+        return total, metrics | {"loss": total}, new_state
+
+    def constrain(self, params: Any) -> Any:
+        """Return the model's parameters after an update, held in the bounds of all terms with a weight."""
+        for name, term in self.terms.items():
+            params = term.constrain(params) if self.weights[name] else params
+        return params
+
+    def flops(self, model: ModelConfig, vocab: int, batch: int) -> dict[str, float]:
+        """FLOPs of one sample's forward pass: {"heads", "loss"}."""
+        heads = sum(head.flops for head in self.heads(model, vocab).values() if isinstance(head, Head))
+        return {"heads": float(heads), "loss": sum((t.flops(model, batch) for t in self.terms.values()), 0.0)}
+
+    def metrics_of(self, name: str, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Return the metrics of the term `name` from a step's metrics, without their prefix."""
+        prefix = f"{name}/"
+        return {key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)}
+
+    def alarms(self, metrics: Mapping[str, float]) -> list[str]:
+        """Return warnings "NAME: what is wrong and what to change" of terms with a weight, from a step's metrics."""
+        terms = {name: term for name, term in self.terms.items() if self.weights[name]}
+        return [text for name, term in terms.items() for text in term.report.alarms(self.metrics_of(name, metrics))]
+
+    def progress(self, metrics: Mapping[str, float]) -> list[str]:
+        """Return the terms' parts of the progress line."""
+        parts = {name: term.report.progress(self.metrics_of(name, metrics)) for name, term in self.terms.items()}
+        return [f"{name} {part}" for name, part in parts.items() if part]
+
+    def curves(self) -> dict[str, tuple[Curve, ...]]:
+        """{term: charts of its metrics}."""
+        return {name: term.report.curves() for name, term in self.terms.items()}
+
+    def recipe(self, model: ModelConfig) -> dict[str, Any]:
+        """{full config key: value} that a model card lists: weights, options of the terms, and what they add."""
+        rows: dict[str, Any] = {f"objective.terms.{name}": weight for name, weight in self.weights.items()}
+        for name, term in self.terms.items():
+            group = f"objective.{'plugins.' if name in self.plugins else ''}{name}"
+            options = dataclasses.fields(term) if dataclasses.is_dataclass(term) else ()
+            rows |= {f"{group}.{field.name}": getattr(term, field.name) for field in options}
+            rows |= term.report.recipe(model)
+        return rows
+
+    def describe(self, model: ModelConfig) -> list[str]:
+        """Return the terms' phrases on the outputs of a model, for its card."""
+        return [phrase for term in self.terms.values() if (phrase := term.report.describe(model))]
+
+
+def find_term(name: str) -> type[Term]:
+    """Return the class of a term: an entry of `TERMS`, or "package.module:Class", which is imported.
+
+    Raises:
+      UserError: no such entry, module or class, or a class that is not a term.
+    """
+    return find_class(name, TERMS, Term, "objective term")
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveConfig:
+    """Config group `objective`: the loss to minimise.
+
+    The options of a term are in the group of its name, or in `plugins`:
+
+        config.objective.name = "superclip"
+        config.objective.terms = {"clip": 1.0, "tokens": 0.4}
+        config.objective.plugins = {"tokens": {"type": "my_lab.losses:TokenClassification", "smoothing": 0.1}}
+    """
+
+    name: str = key("clip", "name of the objective", not_empty())
+    terms: Mapping[str, float] = key(RECIPES["clip"], "weight of each term of the loss", _WEIGHTS)
+    clip: Clip = dataclasses.field(default_factory=Clip)
+    nclip: Nclip = dataclasses.field(default_factory=Nclip)
+    classify: Classify = dataclasses.field(default_factory=Classify)
+    plugins: Mapping[str, Mapping[str, Any]] = key(
+        {}, "terms of other packages: for each name its 'type', 'package.module:Class', and its options"
+    )
+
+    def term(self, name: str) -> Term:
+        """Return the term `name` with its options.
+
+        Raises:
+          UserError: an unknown term, or a wrong option of a plug-in.
+        """
+        if name not in self.plugins:
+            term = find_term(name)
+            return getattr(self, name, None) or term()
+        path = f"objective.plugins.{name}"
+        return read_plugin(self.plugins[name], path, TERMS, Term, "objective term", type_name=name)
+
+    def _misspelling(self) -> Iterator[str]:
+        """Yield a fault for a name that resembles an objective of this package, if its terms are in this package too.
+
+        A digit or a sign, as in "xclip_2", makes it a new name.
+        """
+        suggestion = fields.nearest(self.name, RECIPES, cutoff=0.8)
+        new = not self.name.isalpha() or self.plugins or not self.terms.keys() <= TERMS.keys()
+        if suggestion and self.name != suggestion and not new:
+            yield f"name is {self.name!r}; did you mean {suggestion!r}?"
+
+    def conflicts(self) -> Iterator[str]:
+        """Yield values that contradict each other."""
+        yield from self._misspelling()
+        if not any(self.terms.values()):
+            yield f"terms is {dict(self.terms)}; give one of them a weight above 0"
+            return
+        recipe = RECIPES.get(self.name, self.terms)
+        if recipe.keys() != self.terms.keys():
+            yield (
+                f"name is {self.name!r}, whose terms are {', '.join(recipe)}, and terms has {', '.join(self.terms)}; "
+                "set both, or use a recipe's argument objective="
+            )
+        if idle := self.plugins.keys() - self.terms.keys():
+            yield f"plugins.{min(idle)} has no weight; set objective.terms.{min(idle)}"
+        terms = []
+        for name in self.terms:
+            try:
+                terms.append(self.term(name))
+            except UserError as error:
+                yield f"terms.{name}: {str(error).removesuffix('.')}"
+        if len({term.labelled for term in terms}) > 1:
+            yield f"terms has {', '.join(self.terms)}, some of labelled items and some of pairs; use one sort"
+
+
+def make_objective(config: ObjectiveConfig, loss: LossConfig | None = None, mesh: Mesh | None = None) -> Objective:
+    """Make the objective of config groups `objective` and `loss`, on `mesh`; terms are in alphabetical order."""
+    terms = {name: config.term(name) for name in sorted(config.terms)}
+    single = terms[config.name].title if terms.keys() == {config.name} else ""
+    title = single or _TITLES.get(config.name, config.name)
+    return Objective(config.name, terms, dict(config.terms), loss or LossConfig(), mesh, title, tuple(config.plugins))
+
+
+def read_objective(values: Mapping[str, Any]) -> Objective:
+    """Make the objective of a config's group `objective` as a dict; missing keys take their defaults.
+
+    Raises:
+      UserError: wrong keys or values.
+    """
+    faults: list[str] = []
+    config = fields.read_group(ObjectiveConfig, with_terms(values), "objective", faults)
+    if faults:
+        raise UserError(f"{'; '.join(faults)}.")
+    return make_objective(config)
+
+
+def with_terms(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config group `objective`, with the terms of the objective that it names unless it has terms."""
+    recipe = RECIPES.get(values.get("name", "clip"))
+    return ({"terms": dict(recipe)} if recipe else {}) | dict(values)

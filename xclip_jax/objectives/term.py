@@ -1,0 +1,180 @@
+"""A term of an objective: one loss with its options, heads, state, costs and report in one class.
+
+A term is a frozen dataclass whose fields are config keys, its group of the config. To add one from another package:
+
+    @dataclasses.dataclass(frozen=True)
+    class SuperClip(Term):
+        title: ClassVar[str] = "SuperCLIP"
+        smoothing: float = key(0.0, "label smoothing", fraction_below_one())
+
+        def heads(self, model, vocab):
+            return {"tokens": Head(nn.Dense(vocab), reads="img", writes="tokens")}
+
+        def __call__(self, out, teacher, state, batch):
+            loss = ...  # of out["tokens"] (b, vocab) and batch["text"] (b, n)
+            return loss, {"loss": loss}, {}
+"""
+
+import abc
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar, Generic, TypeVar
+
+import jax
+from jax.sharding import Mesh
+
+from xclip_jax.core.fields import at_least, choice, key
+from xclip_jax.models.heads import Heads
+from xclip_jax.models.two_towers import ModelConfig
+from xclip_jax.objectives.checks import Curve, Health
+from xclip_jax.objectives.similarity import Similarity
+
+Array = jax.Array
+Result = tuple[Array, dict[str, Array], dict[str, Array]]
+_FIELDS = {"img": "image", "txt": "text"}
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """Config group `loss`: how a loss is computed, which does not change its value."""
+
+    impl: str = key("plain", "contrastive loss by gathered embeddings, or around a ring", choice(("plain", "ring")))
+    chunk_size: int = key(0, "pairs that the non-contrastive loss takes at a time; 0 for all", at_least(0))
+
+
+class Term(abc.ABC):
+    """One loss with everything that belongs to it; subclasses are frozen dataclasses of config keys.
+
+    Attributes:
+      title: the term's name in sentences, tables and charts.
+      labelled: whether the loss takes labelled items instead of image-text pairs.
+      source_remedies: {fault of `labelled.MismatchError`: what to change if a source has it}.
+    """
+
+    title: ClassVar[str] = ""
+    labelled: ClassVar[bool] = False
+    source_remedies: ClassVar[Mapping[str, str]] = {}
+
+    @property
+    def classes(self) -> int:
+        """Number of classes of labelled items; 1 if the label is a number, 0 without labels."""
+        return 0
+
+    @property
+    def similarity(self) -> Similarity | None:
+        """How to compare images with texts by the outputs that the term trains, or None."""
+        return None
+
+    @property
+    def towers(self) -> tuple[str, ...]:
+        """Towers that the term trains, "img" and "txt"."""
+        return ("img", "txt")
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Inputs that the term reads from a batch: "image", "text", "label"."""
+        return (*(_FIELDS[tower] for tower in self.towers), *["label"] * self.labelled)
+
+    @property
+    def teacher(self) -> bool:
+        """Whether the term needs the outputs of an exponential moving average of the parameters."""
+        return False
+
+    @property
+    def report(self) -> "Report":
+        """Progress line, charts, checks and model card of the term."""
+        return Report(self)
+
+    def heads(self, model: ModelConfig, vocab: int) -> Heads:
+        """{name: `Head` or `Scalar`} that the term needs on towers of `model`, with `vocab` tokens in the tokenizer.
+
+        Terms of one objective share heads of the same name, which must then be equal.
+        """
+        return {}
+
+    def initial_state(self, model: ModelConfig, vocab: int) -> dict[str, Array]:
+        """Arrays that the term carries from step to step, by the names that they have in a checkpoint."""
+        return {}
+
+    def draw(self, random_key: Array, inputs: dict[str, Any], size: int) -> dict[str, Any]:
+        """Add the term's random inputs to the inputs of a step; called for batches with images.
+
+        Args:
+          random_key: key of the step; fold in a number above 15 that no other term uses.
+          inputs: the batch, and the random numbers of its augmentation: arrays with one row a sample.
+          size: side of an image, pixels.
+        """
+        return inputs
+
+    def specialise(self, loss: LossConfig, mesh: Mesh | None) -> Callable[..., Result]:
+        """Return `__call__` in the form that the config group `loss` asks for, on `mesh`; the value is the same."""
+        return self
+
+    @abc.abstractmethod
+    def __call__(
+        self,
+        out: Mapping[str, Array],
+        teacher: Mapping[str, Array] | None,
+        state: Mapping[str, Array],
+        batch: Mapping[str, Any],
+    ) -> Result:
+        """Compute the loss of one global batch; pure.
+
+        Args:
+          out: outputs of the heads, see `TwoTowers.project`, and h_img, h_txt (b, d); rows of the global batch.
+          teacher: the teacher's outputs, if the objective has a teacher.
+          state: from `initial_state` of all terms, or from the last step.
+          batch: inputs of the step named by `fields`, "image", "text" (b, n) and "label" (b,), and results of `draw`.
+
+        Returns:
+          fp32 scalar loss; metrics, which the objective prefixes with the term's name; the term's next state.
+        """
+
+    def constrain(self, params: Any) -> Any:
+        """Return the model's parameters after an update, with the term's heads held in their bounds; pure."""
+        return params
+
+    def problems(self, model: ModelConfig, loss: LossConfig) -> Iterator[str]:
+        """Yield faults of the term's options; each sentence begins with the full name of a key."""
+        return iter(())
+
+    def flops(self, model: ModelConfig, batch: int) -> float:
+        """FLOPs of the loss without its heads, for one sample of a global batch of `batch`."""
+        return 0.0
+
+
+T = TypeVar("T", bound=Term)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report(Generic[T]):
+    """How logs, reports and model cards present a term; the default shows its loss.
+
+    `metrics` are the metrics of one step as Python floats, without the term's prefix.
+    """
+
+    term: T
+
+    def progress(self, metrics: Mapping[str, float]) -> str:
+        """Return the term's part of the progress line, or ""."""
+        return f"{metrics['loss']:.3f}" if "loss" in metrics else ""
+
+    def curves(self) -> tuple[Curve, ...]:
+        """Return charts of the term's metrics."""
+        return (Curve(f"{self.term.title} loss".lstrip(), (("loss", "loss"),)),)
+
+    def health(self, metrics: Mapping[str, float]) -> Health:
+        """Judge whether the term trains well; no checks if `metrics` lack what they measure."""
+        return Health()
+
+    def alarms(self, metrics: Mapping[str, float]) -> list[str]:
+        """Return the warnings of the checks that fail, "NAME: what is wrong and what to change"."""
+        return [check.warning for check in self.health(metrics).checks if check.failed]
+
+    def recipe(self, model: ModelConfig) -> dict[str, Any]:
+        """{full config key: value} that a model card lists, in addition to the term's weight and options."""
+        return {}
+
+    def describe(self, model: ModelConfig) -> str:
+        """Return a phrase for a model card on the outputs of the term's heads, or ""."""
+        return ""
