@@ -41,9 +41,8 @@ from studies.icons.splits import hash_rank
 from xclip_jax.data import assets, transforms
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.evaluators import dense
-from xclip_jax.evaluators.base import SetKind
+from xclip_jax.evaluators.base import Pictures, SetKind
 from xclip_jax.evaluators.dense import DenseSet, MaskedImages
-from xclip_jax.evaluators.pictures import Pictures
 from xclip_jax.evaluators.probe import ProbeSet, Sweep
 from xclip_jax.evaluators.prompts import Profile
 from xclip_jax.evaluators.results import SHIFTED, VALIDATION, Provenance, digest

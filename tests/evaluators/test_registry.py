@@ -12,8 +12,7 @@ from tests.helpers import tiny
 from tests.helpers.encoding import SIZE, by_name, make_encoder, small_model
 from xclip_jax.core.errors import UserError
 from xclip_jax.evaluators import registry, statistics
-from xclip_jax.evaluators.classifier import ClassifierEvaluator
-from xclip_jax.evaluators.probe import Sweep
+from xclip_jax.evaluators.probe import ClassifierEvaluator, Sweep
 
 BROKEN = (3, 30)  # of 50 images a class
 

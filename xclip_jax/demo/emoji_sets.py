@@ -34,8 +34,7 @@ from xclip_jax.evaluators.base import SetKind
 from xclip_jax.evaluators.probe import ProbeSet, Sweep
 from xclip_jax.evaluators.prompts import Profile
 from xclip_jax.evaluators.results import SHIFTED, VALIDATION, Provenance, digest
-from xclip_jax.evaluators.retrieval import RetrievalSet
-from xclip_jax.evaluators.text import TextRetrievalSet
+from xclip_jax.evaluators.retrieval import RetrievalSet, TextRetrievalSet
 from xclip_jax.evaluators.zeroshot import ZeroShotSet
 
 Record = dict[str, Any]

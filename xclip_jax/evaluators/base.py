@@ -6,9 +6,13 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
+import numpy as np
+
 from xclip_jax.core.addresses import public
 from xclip_jax.core.errors import BadSample
+from xclip_jax.data import transforms
 from xclip_jax.data.config import DataConfig
+from xclip_jax.data.labelled import item_name
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.evaluators.prompts import Profile
@@ -197,3 +201,47 @@ def closest(spec: str, names: Iterable[str], at_path: Iterable[str]) -> list[str
     """Return up to three names that are spelled like `spec`, in the form in which a user writes them."""
     written = {name: f"{name}@PATH" for name in at_path} | {name: name for name in names}
     return [written[name] for name in difflib.get_close_matches(spec.partition("@")[0], written, n=3)]
+
+
+class Pictures(Sequence):
+    """Encoded images, preprocessed for a model; a `BadSample` error has the image's name as a note."""
+
+    def __init__(self, images: Sequence[Any], prepare: Preprocessing, border: int = 0) -> None:
+        self._images, self._prepare, self._border = images, prepare, border
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> np.ndarray:  # ty: ignore[incompatible-method-override] no slices
+        try:
+            image = self._images[index]
+            if self._border or not isinstance(image, bytes):
+                image = transforms.decode(image, background=self._prepare.background)
+            if self._border:
+                image = image[self._border : -self._border, self._border : -self._border]
+            return self._prepare(image)
+        except BadSample as error:
+            error.add_note(f"image {item_name(self._images, index)!r}")
+            raise
+
+
+class Joined(Sequence):
+    """Concatenation of sequences, without loading their items."""
+
+    def __init__(self, parts: Sequence[Sequence[Any]]) -> None:
+        self._parts, self._ends = parts, np.cumsum([len(part) for part in parts])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: Any) -> Any:
+        part, place = self._place(index)
+        return part[place]
+
+    def name(self, index: int) -> str:
+        """Return what names an item to a person."""
+        return item_name(*self._place(index))
+
+    def _place(self, index: int) -> tuple[Sequence[Any], int]:
+        part = int(np.searchsorted(self._ends, index, side="right"))
+        return self._parts[part], index - (int(self._ends[part - 1]) if part else 0)

@@ -22,10 +22,9 @@ import scipy.special
 from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.evaluators import logistic
-from xclip_jax.evaluators.base import Column, Evaluator, Layout, Metric
+from xclip_jax.evaluators.base import Column, Evaluator, Joined, Layout, Metric
 from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.evaluators.feature_classifiers import Sweep, search
-from xclip_jax.evaluators.probe import Joined
 from xclip_jax.evaluators.results import Provenance, Result
 from xclip_jax.evaluators.statistics import PerExample, mean_iou
 from xclip_jax.models.two_towers import Variables

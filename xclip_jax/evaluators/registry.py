@@ -22,14 +22,12 @@ from xclip_jax.core.imports import Classes, class_name, import_class, is_importe
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.evaluators.base import Evaluator, Layout, SetKind, closest
-from xclip_jax.evaluators.classifier import ClassifierEvaluator
 from xclip_jax.evaluators.dense import DenseProbe
 from xclip_jax.evaluators.encoder import Encoder
-from xclip_jax.evaluators.probe import Probe
+from xclip_jax.evaluators.probe import ClassifierEvaluator, Probe
 from xclip_jax.evaluators.prompts import PROFILES, Profile
 from xclip_jax.evaluators.results import Result
-from xclip_jax.evaluators.retrieval import Retrieval
-from xclip_jax.evaluators.text import SentenceSimilarity, TextRetrieval
+from xclip_jax.evaluators.retrieval import Retrieval, SentenceSimilarity, TextRetrieval
 from xclip_jax.evaluators.zeroshot import ZeroShot
 from xclip_jax.models.two_towers import Variables
 

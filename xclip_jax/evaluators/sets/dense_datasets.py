@@ -19,9 +19,8 @@ from xclip_jax.data.base import IMAGE_SUFFIXES
 from xclip_jax.data.labelled import Field, Paths
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.data.readers.tfds_source import open_tfds
-from xclip_jax.evaluators.base import SetKind, closest
+from xclip_jax.evaluators.base import Pictures, SetKind, closest
 from xclip_jax.evaluators.dense import NO_CLASS, PROTOCOL, DenseSet, MaskedImages, check_mask
-from xclip_jax.evaluators.pictures import Pictures
 from xclip_jax.evaluators.prompts import Profile
 from xclip_jax.evaluators.results import Provenance, contents, digest
 

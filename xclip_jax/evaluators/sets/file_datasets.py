@@ -23,13 +23,11 @@ from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.data.readers import glue as tasks
 from xclip_jax.data.readers.tfds_source import lookup, open_tfds
 from xclip_jax.data.text import join_surrogates
-from xclip_jax.evaluators.base import SetKind
-from xclip_jax.evaluators.pictures import Pictures
+from xclip_jax.evaluators.base import Pictures, SetKind
 from xclip_jax.evaluators.probe import ProbeSet, Sweep
 from xclip_jax.evaluators.prompts import Profile
 from xclip_jax.evaluators.results import Provenance, contents, digest
-from xclip_jax.evaluators.retrieval import RetrievalSet
-from xclip_jax.evaluators.text import Pair, SimilaritySet
+from xclip_jax.evaluators.retrieval import Pair, RetrievalSet, SimilaritySet
 
 # SentEval's single-sentence tasks: files of class 0 and class 1, one sentence a line.
 _SENTEVAL = {

@@ -8,9 +8,8 @@ from xclip_jax.data import sources
 from xclip_jax.data.base import SourceOptions
 from xclip_jax.data.labelled import check_one_class
 from xclip_jax.data.preprocessing import Preprocessing
-from xclip_jax.evaluators.base import SetKind
-from xclip_jax.evaluators.classifier import ClassificationSet
-from xclip_jax.evaluators.pictures import Pictures
+from xclip_jax.evaluators.base import Pictures, SetKind
+from xclip_jax.evaluators.probe import ClassificationSet
 from xclip_jax.evaluators.prompts import Profile
 from xclip_jax.evaluators.results import VALIDATION, Provenance, contents, digest
 from xclip_jax.evaluators.sets.published_sets import ENTRIES

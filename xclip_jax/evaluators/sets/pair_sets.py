@@ -29,9 +29,7 @@ from xclip_jax.data.config import DataConfig
 from xclip_jax.data.controls import Subset
 from xclip_jax.data.labelled import Field
 from xclip_jax.data.preprocessing import Preprocessing
-from xclip_jax.evaluators.base import HELD_OUT, SetKind
-from xclip_jax.evaluators.pictures import Pictures
-from xclip_jax.evaluators.probe import Joined
+from xclip_jax.evaluators.base import HELD_OUT, Joined, Pictures, SetKind
 from xclip_jax.evaluators.prompts import Profile
 from xclip_jax.evaluators.results import Provenance, digest
 from xclip_jax.evaluators.retrieval import RetrievalSet

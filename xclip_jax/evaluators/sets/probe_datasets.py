@@ -16,8 +16,7 @@ from xclip_jax.data import sources
 from xclip_jax.data.base import SourceOptions
 from xclip_jax.data.labelled import read_files
 from xclip_jax.data.preprocessing import Preprocessing
-from xclip_jax.evaluators.base import SetKind, closest
-from xclip_jax.evaluators.pictures import Pictures
+from xclip_jax.evaluators.base import Pictures, SetKind, closest
 from xclip_jax.evaluators.probe import ProbeSet
 from xclip_jax.evaluators.prompts import Profile
 from xclip_jax.evaluators.results import Provenance, contents, digest

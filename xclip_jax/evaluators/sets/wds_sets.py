@@ -9,8 +9,7 @@ from typing import Any
 from xclip_jax.core.errors import UserError
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.data.readers import wds
-from xclip_jax.evaluators.base import SetKind
-from xclip_jax.evaluators.pictures import Pictures
+from xclip_jax.evaluators.base import Pictures, SetKind
 from xclip_jax.evaluators.prompts import Profile
 from xclip_jax.evaluators.retrieval import RetrievalSet
 from xclip_jax.evaluators.sets import zeroshot_datasets

@@ -31,9 +31,7 @@ from xclip_jax.data.labelled import Chosen, Field, read_files
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.data.readers.tfds_source import open_tfds
 from xclip_jax.evaluators import prompts
-from xclip_jax.evaluators.base import HELD_OUT, SetKind
-from xclip_jax.evaluators.pictures import Pictures
-from xclip_jax.evaluators.probe import Joined
+from xclip_jax.evaluators.base import HELD_OUT, Joined, Pictures, SetKind
 from xclip_jax.evaluators.prompts import Profile
 from xclip_jax.evaluators.results import SHIFTED, VALIDATION, Provenance, contents, digest
 from xclip_jax.evaluators.sets.pair_sets import held_out_data, names_held_out
