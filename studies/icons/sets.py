@@ -39,6 +39,7 @@ from studies.icons.clustered import (
 from studies.icons.drawing import INK
 from studies.icons.splits import hash_rank
 from xclip_jax.data import assets, transforms
+from xclip_jax.data.config import DataConfig
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.evaluators import dense
 from xclip_jax.evaluators.base import Pictures, SetKind
@@ -324,9 +325,9 @@ class IconSets(SetKind):
         return spec in _MAKERS
 
     @classmethod
-    def load(cls, spec: str, prepare: Preprocessing | int, data_dir: str | None, profile: Profile) -> Any:
-        """Return the set `spec`; the profile, which only published sets have, is not used."""
-        return _MAKERS[spec](spec, Profile().preprocessing(prepare), data_dir)
+    def load(cls, spec: str, prepare: Preprocessing | int, data: DataConfig, profile: Profile) -> Any:
+        """Open the set `spec`; the profile, which changes published sets only, is ignored."""
+        return _MAKERS[spec](spec, Profile().preprocessing(prepare), data.dir or None)
 
     @classmethod
     def shows(cls, spec: str) -> str:

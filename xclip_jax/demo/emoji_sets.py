@@ -28,6 +28,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from xclip_jax.data import assets
+from xclip_jax.data.config import DataConfig
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.demo import emoji
 from xclip_jax.evaluators.base import SetKind
@@ -286,9 +287,9 @@ class EmojiSets(SetKind):
         return spec in _MAKERS
 
     @classmethod
-    def load(cls, spec: str, prepare: Preprocessing | int, data_dir: str | None, profile: Profile) -> EmojiSet:
-        """Return the set `spec`; the profile is of published sets and not used."""
-        return _MAKERS[spec](spec, Profile().preprocessing(prepare), data_dir)
+    def load(cls, spec: str, prepare: Preprocessing | int, data: DataConfig, profile: Profile) -> EmojiSet:
+        """Open the set `spec`; the profile, which changes published sets only, is ignored."""
+        return _MAKERS[spec](spec, Profile().preprocessing(prepare), data.dir or None)
 
     @classmethod
     def shows(cls, spec: str) -> str:

@@ -1,12 +1,13 @@
-"""Retrieval on image-text pairs of your own: a source, or the pairs that a run holds out of its training.
+"""Retrieval on your own image-text pairs: a source, or the pairs that a run holds out of its training.
 
-Pairs of one image, by its bytes, are one item with all of their captions.
+Pairs whose images have the same bytes are one item with all of their captions.
 
-`retrieval/SOURCE` has all pairs of a source of `data.sources`: retrieval/folder:PATH, retrieval/csv:PATTERN,
-retrieval/tar:PATTERN, retrieval/tfds:NAME/SPLIT. The kind of a plain path, retrieval/PATH, is inferred, as by the
-recipe small. Columns other than those of `data.image_key` and `data.text_keys` end its name:
-retrieval/csv:PATTERN?image=COLUMN&text=COLUMN. `retrieval/holdout` has the pairs that `data.holdout` of the model's run
-keeps out of training, `retrieval/holdout@RUN` those of another run, for models that have none of their own.
+    retrieval/SOURCE                all pairs of a source of `data.sources`, such as retrieval/tar:PATTERN,
+                                    retrieval/csv:PATTERN or retrieval/tfds:NAME/SPLIT; a plain path, retrieval/PATH,
+                                    has the kind that its files suggest
+    retrieval/SOURCE?image=COLUMN&text=COLUMN   the same from columns other than `data.image_key` and `data.text_keys`
+    retrieval/holdout               the pairs that `data.holdout` of the model's run keeps out of training
+    retrieval/holdout@RUN           the held-out pairs of another run
 """
 
 import contextlib
@@ -38,17 +39,17 @@ PREFIX = "retrieval/"
 _COLUMNS = "?image=COLUMN&text=COLUMN"
 
 
-def names_held_out(spec: str, prefix: str) -> bool:
-    """Whether `spec` names held-out pairs: "holdout" or "holdout@RUN" after `prefix`."""
+def is_holdout(spec: str, prefix: str) -> bool:
+    """Whether `spec` is "holdout" or "holdout@RUN" after `prefix`."""
     return spec.startswith(prefix) and spec.removeprefix(prefix).partition("@")[0] == HELD_OUT
 
 
 def held_out_data(spec: str, data: DataConfig) -> DataConfig:
-    """Return the data keys of the run whose pairs `spec`, FAMILY/holdout or FAMILY/holdout@RUN, names.
+    """Return the `data` group of the run that holds out the pairs of `spec`: FAMILY/holdout or FAMILY/holdout@RUN.
 
     Args:
       spec: name of the set.
-      data: of the model's own run.
+      data: the group of the model's own run.
 
     Raises:
       UserError: a folder that is not a run, or a run without held-out pairs.
@@ -66,13 +67,13 @@ def held_out_data(spec: str, data: DataConfig) -> DataConfig:
 
 
 def named_columns(name: str, data: DataConfig) -> tuple[str, DataConfig]:
-    """Return a source's spec without the end "?image=COLUMN&text=COLUMN", and `data` with these columns.
+    """Split "?image=COLUMN&text=COLUMN" from a source's spec; return the spec, and `data` with these columns.
 
-    Either may be left out, and `text` given several times; in names %26 is a &, %2C a comma. A ? of another meaning, as
-    in a pattern of files, stays.
+    Both keys are optional, and `text` may be repeated; in names %26 is & and %2C a comma. A question mark with another
+    meaning, as in a pattern of files, stays.
 
     Raises:
-      UserError: another key beside these, several images, or no column.
+      UserError: an unknown key, several images, or an empty column.
     """
     place, _, end = name.rpartition("?")
     columns: dict[str, list[str]] = {}
@@ -92,8 +93,8 @@ def _pairs(specs: Sequence[str], share: float, data: DataConfig) -> tuple[list[S
     return opened, [holdout.find(spec, source, share, data) for spec, source in zip(specs, opened, strict=True)]
 
 
-def firsts(parts: Sequence[holdout.Pairs]) -> list[np.ndarray]:
-    """Return of each part the positions of the pairs whose image no earlier pair of all parts has."""
+def first_occurrences(parts: Sequence[holdout.Pairs]) -> list[np.ndarray]:
+    """Return for each part the positions of the pairs whose image is new among all pairs so far."""
     known: set[str] = set()
     positions = []
     for part in parts:
@@ -104,9 +105,9 @@ def firsts(parts: Sequence[holdout.Pairs]) -> list[np.ndarray]:
 
 
 def captions_by_image(parts: Sequence[holdout.Pairs]) -> dict[str, list[str]]:
-    """Return the captions of each image by its hash, each once, in the order of the pairs.
+    """Return {hash of an image: its distinct captions}, in the order of the pairs.
 
-    Captions of one image are often one pair each, as the rows of a CSV file: every one of them is right for it.
+    Captions of one image are often separate pairs, such as rows of a CSV file; all of them are right answers.
     """
     texts: dict[str, dict[str, None]] = {}
     for part in parts:
@@ -116,16 +117,13 @@ def captions_by_image(parts: Sequence[holdout.Pairs]) -> dict[str, list[str]]:
 
 
 def load_pairs(spec: str, prepare: Preprocessing | int, data: DataConfig, profile: Profile) -> RetrievalSet:
-    """Return the set `spec`, see the module's docstring.
-
-    Captions are as they are, or have the command's prefix: what the CLIP paper puts before those of its own two sets is
-    left out.
+    """Open the set `spec`. Captions have the command's prefix, but not the CLIP paper's prefix for COCO and Flickr30k.
 
     Raises:
-      UserError: a source that cannot be opened or has no pairs that can be read, or no held-out pairs.
+      UserError: a source that cannot be opened or has no readable pairs, or a run without held-out pairs.
     """
     name = spec.removeprefix(PREFIX)
-    if names_held_out(spec, PREFIX):
+    if is_holdout(spec, PREFIX):
         specs, share = tuple(data.sources), data.holdout
     else:
         place, data = named_columns(name, data)
@@ -143,24 +141,47 @@ def load_pairs(spec: str, prepare: Preprocessing | int, data: DataConfig, profil
     if bad := sum(part.bad for part in parts):
         log0(f"WARNING: {spec}: {bad:,} of the {sum(map(len, opened)):,} pairs cannot be read and are left out")
     profile = dataclasses.replace(profile, prefix=profile.prefix or "")
-    prepare = profile.preprocessing(prepare)
     by_image = captions_by_image(parts)
     images: list[Any] = [
         Field(Subset(source, part.indices[new]), "image")
-        for source, part, new in zip(opened, parts, firsts(parts), strict=True)
+        for source, part, new in zip(opened, parts, first_occurrences(parts), strict=True)
     ]
-    captions = [profile.texts(texts) for texts in by_image.values()]
+    captions, split = list(by_image.values()), f"held out, {share:g}" if share < 1 else ""
+    data_name = ", ".join(specs)
+    return captioned(name, Joined(images), captions, list(by_image), prepare, profile, data=data_name, split=split)
+
+
+def captioned(
+    name: str,
+    images: Sequence[Any],
+    captions: Sequence[Sequence[str]],
+    ids: Sequence[Any],
+    prepare: Preprocessing | int,
+    profile: Profile,
+    **origin: str,
+) -> RetrievalSet:
+    """Return a retrieval set of images and their captions as the profile changes them.
+
+    Args:
+      name: name of the set.
+      images: encoded images.
+      captions: captions of each image.
+      ids: JSON that identifies each image, for the split's hash.
+      prepare: preprocessing of the model's images.
+      profile: protocol.
+      origin: fields of `Provenance`: data, split, version.
+    """
+    prepare, texts = profile.preprocessing(prepare), [profile.texts(of_image) for of_image in captions]
+    kept = f"first {profile.captions}" if profile.captions else "all"
     card = Provenance(
-        data=", ".join(specs),
-        split=f"held out, {share:g}" if share < 1 else "",
-        split_hash=digest([*by_image, *captions]),
-        protocol=f"recall, any match; {f'first {profile.captions}' if profile.captions else 'all'} captions of each "
-        f"image{', in lower case' if profile.lower else ''}",
-        templates=f"{profile.prefix}CAPTION",
+        **origin,
+        split_hash=digest([*ids, *texts]),
+        protocol=f"recall, any match; {kept} captions of each image{', in lower case' if profile.lower else ''}",
+        templates=f"{profile.caption_prefix}CAPTION",
         preprocessing=prepare.resizing,
         metric="image_to_text/r1",
     )
-    return RetrievalSet(name, Pictures(Joined(images), prepare), captions, card)
+    return RetrievalSet(name, Pictures(images, prepare), texts, card)
 
 
 class PairSets(SetKind):
@@ -169,19 +190,19 @@ class PairSets(SetKind):
     prefixes = (PREFIX.rstrip("/"),)
     names = (PREFIX + HELD_OUT,)
     usage = (
-        f"own pairs: {', '.join(f'{PREFIX}{spec}' for spec in sources.usage())}, of other columns "
+        f"own pairs: {', '.join(f'{PREFIX}{spec}' for spec in sources.usage())}, with other columns "
         f"{PREFIX}SOURCE{_COLUMNS}; {PREFIX}{HELD_OUT}[@RUN]"
     )
 
     @classmethod
     def knows(cls, spec: str) -> bool:
-        """Whether it names held-out pairs, a source or a path that one reads; nothing is opened.
+        """Whether `spec` names held-out pairs, a source, or a path that a source reads; nothing is opened.
 
         Raises:
-          UserError: a path of which no kind of source is known, one that does not exist and is not spelled like
-            the held-out pairs, or columns that are named wrongly.
+          UserError: a path that no source reads or that does not exist, unless it is a misspelt "holdout"; or wrong
+            columns.
         """
-        if names_held_out(spec, PREFIX):
+        if is_holdout(spec, PREFIX):
             return True
         place, _ = named_columns(spec.removeprefix(PREFIX), DataConfig())
         try:
@@ -195,17 +216,12 @@ class PairSets(SetKind):
 
     @classmethod
     def data_of(cls, spec: str, data: DataConfig) -> DataConfig:
-        """Return `data`, or those of the run that holds the pairs out."""
-        return held_out_data(spec, data) if names_held_out(spec, PREFIX) else data
+        """Return `data`, or the group of the run that holds out the pairs."""
+        return held_out_data(spec, data) if is_holdout(spec, PREFIX) else data
 
-    @classmethod
-    def load(cls, spec: str, prepare: Preprocessing | int, data_dir: str | None, profile: Profile) -> RetrievalSet:
-        """Return the set of `load_pairs`; the keys of `data` have their defaults."""
-        return load_pairs(spec, prepare, DataConfig(dir=data_dir or ""), profile)
-
-    open = staticmethod(load_pairs)
+    load = staticmethod(load_pairs)
 
     @classmethod
     def shows(cls, spec: str) -> str:
-        """All of them have captions."""
+        """Return "captions"."""
         return "captions"
