@@ -124,7 +124,7 @@ class Encoder:
         Raises:
           UserError: an image of another shape or dtype, or more than `MAX_UNREADABLE` that raised `BadSample`.
         """
-        features_of = self._run(self._encode_images, variables, images, *self._form(images), features)
+        features_of = self._run(self._encode_images, variables, images, self._form(images), features)
         self._count_unreadable(features_of.pop("valid"))
         return features_of
 
@@ -145,15 +145,15 @@ class Encoder:
         """
         valid = []
         keys = ("patches", "valid")
-        for start, out in self._batches(self._encode_patches, variables, images, *self._form(images), keys):
+        for start, out in self._batches(self._encode_patches, variables, images, self._form(images), keys):
             valid.append(out["valid"])
             yield start, out["patches"]
         self._count_unreadable(np.concatenate(valid), first)
 
-    def _form(self, images: Rows) -> tuple[tuple[int, ...], Any]:
+    def _form(self, images: Rows) -> jax.ShapeDtypeStruct:
         """Return shape and dtype of one image."""
         dtype = np.float32 if getattr(images, "dtype", None) == np.float32 else np.uint8
-        return (self.image_size, self.image_size, 3), dtype
+        return jax.ShapeDtypeStruct((self.image_size, self.image_size, 3), dtype)
 
     def _count_unreadable(self, valid: np.ndarray, offset: int = 0) -> None:
         """Record the unreadable images of the last pass; raise `UserError` if there are too many."""
@@ -177,13 +177,17 @@ class Encoder:
 
     def tokens(self, variables: Variables, tokens: Rows, features: Sequence[str] | None = None) -> Features:
         """Encode rows of tokens, int32 (n, text_length), as in `images`."""
+
+        def encode(rows: Rows, length: int) -> Features:
+            form = jax.ShapeDtypeStruct((length,), np.int32)
+            return self._run(self._encode_texts, variables, rows, form, features)
+
         groups = self._by_length(tokens)
         if not groups:
-            return self._run(self._encode_texts, variables, tokens, (self._text_length,), np.int32, features)
+            return encode(tokens, self._text_length)
         results: Features = {}
         for length, rows in groups:
-            cut = np.asarray(tokens)[rows, :length]
-            for key, value in self._run(self._encode_texts, variables, cut, (length,), np.int32, features).items():
+            for key, value in encode(np.asarray(tokens)[rows, :length], length).items():
                 results.setdefault(key, np.empty((len(tokens), *value.shape[1:]), value.dtype))[rows] = value
         return results
 
@@ -216,18 +220,12 @@ class Encoder:
         return scale * scores[own.logits]
 
     def _run(
-        self,
-        encode: Encode,
-        variables: Variables,
-        items: Rows,
-        shape: tuple[int, ...],
-        dtype: np.typing.DTypeLike,
-        features: Sequence[str] | None,
+        self, encode: Encode, variables: Variables, items: Rows, form: jax.ShapeDtypeStruct, names: Sequence[str] | None
     ) -> Features:
         """Return the features of all items."""
         results: Features = {}
-        keys = {"valid", *(self._default if features is None else features)}
-        for start, out in self._batches(encode, variables, items, shape, dtype, keys):
+        keys = {"valid", *(self._default if names is None else names)}
+        for start, out in self._batches(encode, variables, items, form, keys):
             for key, value in out.items():
                 if key not in results:  # whole from the beginning: joined batches would need the memory twice
                     results[key] = np.empty((len(items), *value.shape[1:]), value.dtype)
@@ -235,13 +233,7 @@ class Encoder:
         return results
 
     def _batches(
-        self,
-        encode: Encode,
-        variables: Variables,
-        items: Rows,
-        shape: tuple[int, ...],
-        dtype: np.typing.DTypeLike,
-        keys: Collection[str],
+        self, encode: Encode, variables: Variables, items: Rows, form: jax.ShapeDtypeStruct, keys: Collection[str]
     ) -> Iterator[tuple[int, Features]]:
         """Yield the first index and the features `keys` of each batch, without padding; one empty batch of no items."""
 
@@ -254,7 +246,7 @@ class Encoder:
         while start < max(len(items), 1):
             heartbeat.beat()
             size = self._size(len(items) - start)
-            out = encode(variables, *self._place(items, start, size, shape, dtype))
+            out = encode(variables, *self._place(items, start, size, form))
             # One batch behind: the device works while the host fetches and loads.
             if pending[0]:
                 yield fetch(*pending)
@@ -266,9 +258,7 @@ class Encoder:
         """Return the largest batch that `left` items fill at least half, or the smallest batch."""
         return next((size for size in reversed(self.sizes) if left > size // 2), self.sizes[0])
 
-    def _place(
-        self, items: Rows, start: int, size: int, shape: tuple[int, ...], dtype: np.typing.DTypeLike
-    ) -> tuple[jax.Array, jax.Array]:
+    def _place(self, items: Rows, start: int, size: int, form: jax.ShapeDtypeStruct) -> tuple[jax.Array, jax.Array]:
         """Return the global batch of `size` items from `start`, padded with zeros, and bool (size,) of readable items.
 
         Each process loads its own rows.
@@ -279,10 +269,10 @@ class Encoder:
             first, stop, _ = index[0].indices(size)
             # Devices along the mesh's model axis share rows: load them once.
             if first not in blocks:
-                block = blocks[first] = np.zeros((stop - first, *shape), dtype)
+                block = blocks[first] = np.zeros((stop - first, *form.shape), form.dtype)
                 for i in range(start + first, min(start + stop, len(items))):
                     try:
-                        block[i - start - first] = _checked(items[i], i, shape, dtype)
+                        block[i - start - first] = _checked(items[i], i, form)
                     except BadSample as error:
                         self._reasons[i] = describe(error)
             return blocks[first]
@@ -290,7 +280,7 @@ class Encoder:
         def valid(index: Any) -> np.ndarray:
             return np.array([start + i not in self._reasons for i in range(*index[0].indices(size))])
 
-        batch = jax.make_array_from_callback((size, *shape), self._sharding, rows)
+        batch = jax.make_array_from_callback((size, *form.shape), self._sharding, rows)
         return batch, jax.make_array_from_callback((size,), self._sharding, valid)
 
 
@@ -304,11 +294,11 @@ def _checked_similarities(similarities: Sequence[Similarity], model: TwoTowers) 
     return tuple(similarities)
 
 
-def _checked(item: np.ndarray, i: int, shape: tuple[int, ...], dtype: np.typing.DTypeLike) -> np.ndarray:
+def _checked(item: np.ndarray, i: int, form: jax.ShapeDtypeStruct) -> np.ndarray:
     """Return `item` if its shape and dtype are right: NumPy would cast and broadcast a wrong one silently."""
-    if item.shape != shape or item.dtype != dtype:
+    if item.shape != form.shape or item.dtype != form.dtype:
         raise UserError(
             f"item {i} of an evaluation set is {item.dtype} of shape {item.shape}; the encoder was built for "
-            f"{np.dtype(dtype)} of shape {shape}: prepare the set for this model's image size or text length."
+            f"{form.dtype} of shape {form.shape}: prepare the set for this model's image size or text length."
         )
     return item

@@ -1,5 +1,6 @@
 """Statistics of evaluations: ranks, average precision, ROC AUC, correlations, F1; bootstrap of per-example values."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 
@@ -233,37 +234,31 @@ def bootstrap(
             f"results over {len(a.values)} and {len(b.values)} items cannot be paired; evaluate both again."
         )
 
-    def difference(chosen: np.ndarray | slice = slice(None)) -> float | None:
-        try:
-            of_a, of_b = a.value(chosen), b.value(chosen)
-            return of_b / of_a if ratio else of_b - of_a
-        except UserError:  # these items do not define the statistic
-            return None
+    def difference(chosen: np.ndarray | slice = slice(None)) -> float:
+        of_a, of_b = a.value(chosen), b.value(chosen)
+        return of_b / of_a if ratio else of_b - of_a
 
-    low, high = _percentiles(a, difference, samples, level, seed)
-    whole = difference()
-    return np.nan if whole is None else whole, low, high
+    try:
+        whole = difference()
+    except UserError:  # the items do not define the statistic
+        whole = np.nan
+    return whole, *_percentiles(a, difference, samples, level, seed)
 
 
 def interval(items: PerExample, *, samples: int = 2000, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
     """Return the percentile interval of `items.value()`, resampled as in `bootstrap`; NaN if it is undefined."""
-
-    def value(chosen: np.ndarray) -> float | None:
-        try:
-            return items.value(chosen)
-        except UserError:  # these items do not define the statistic
-            return None
-
-    return _percentiles(items, value, samples, level, seed)
+    return _percentiles(items, items.value, samples, level, seed)
 
 
 def _percentiles(
-    items: PerExample, value: Callable[[np.ndarray], float | None], samples: int, level: float, seed: int
+    items: PerExample, value: Callable[[np.ndarray], float], samples: int, level: float, seed: int
 ) -> tuple[float, float]:
-    """Return the ends of the middle `level` of `value(indices)` over resamples of the items."""
+    """Return the ends of the middle `level` of `value(indices)` over resamples that define it."""
     rng, sample = np.random.default_rng(seed), _resampler(items)
-    draws = (value(sample(rng)) for _ in range(samples))
-    defined = [drawn for drawn in draws if drawn is not None]
+    defined = []
+    for _ in range(samples):
+        with contextlib.suppress(UserError):
+            defined.append(value(sample(rng)))
     low, high = np.percentile(defined, [50 * (1 - level), 50 * (1 + level)]) if defined else (np.nan, np.nan)
     return float(low), float(high)
 

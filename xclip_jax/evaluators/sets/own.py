@@ -93,27 +93,21 @@ def _pairs(specs: Sequence[str], share: float, data: DataConfig) -> tuple[list[S
     return opened, [holdout.find(spec, source, share, data) for spec, source in zip(specs, opened, strict=True)]
 
 
-def first_occurrences(parts: Sequence[holdout.Pairs]) -> list[np.ndarray]:
-    """Return for each part the positions of the pairs whose image is new among all pairs so far."""
-    known: set[str] = set()
-    positions = []
-    for part in parts:
-        first = {digits: i for i, digits in reversed(list(enumerate(part.hashes))) if digits not in known}
-        positions.append(np.array(sorted(first.values()), int))
-        known |= first.keys()
-    return positions
-
-
-def captions_by_image(parts: Sequence[holdout.Pairs]) -> dict[str, list[str]]:
-    """Return {hash of an image: its distinct captions}, in the order of the pairs.
+def captions_by_image(parts: Sequence[holdout.Pairs]) -> tuple[dict[str, list[str]], list[np.ndarray]]:
+    """Return {hash of an image: its distinct captions}, and for each part the positions of images that are new.
 
     Captions of one image are often separate pairs, such as rows of a CSV file; all of them are right answers.
     """
-    texts: dict[str, dict[str, None]] = {}
+    captions: dict[str, dict[str, None]] = {}
+    positions = []
     for part in parts:
-        for digits, captions in zip(part.hashes, part.captions, strict=True):
-            texts.setdefault(digits, {}).update(dict.fromkeys(captions))
-    return {digits: list(captions) for digits, captions in texts.items()}
+        new = []
+        for i, (digits, texts) in enumerate(zip(part.hashes, part.captions, strict=True)):
+            if digits not in captions:
+                new.append(i)
+            captions.setdefault(digits, {}).update(dict.fromkeys(texts))
+        positions.append(np.array(new, int))
+    return {digits: list(texts) for digits, texts in captions.items()}, positions
 
 
 def load_pairs(spec: str, prepare: Preprocessing | int, data: DataConfig, profile: Profile) -> RetrievalSet:
@@ -141,10 +135,10 @@ def load_pairs(spec: str, prepare: Preprocessing | int, data: DataConfig, profil
     if bad := sum(part.bad for part in parts):
         log0(f"WARNING: {spec}: {bad:,} of the {sum(map(len, opened)):,} pairs cannot be read and are left out")
     profile = dataclasses.replace(profile, prefix=profile.prefix or "")
-    by_image = captions_by_image(parts)
+    by_image, positions = captions_by_image(parts)
     images: list[Any] = [
         Field(Subset(source, part.indices[new]), "image")
-        for source, part, new in zip(opened, parts, first_occurrences(parts), strict=True)
+        for source, part, new in zip(opened, parts, positions, strict=True)
     ]
     captions, split = list(by_image.values()), f"held out, {share:g}" if share < 1 else ""
     data_name = ", ".join(specs)
