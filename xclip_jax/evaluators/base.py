@@ -233,8 +233,8 @@ class Joined(Sequence):
         return int(self._ends[-1])
 
     def __getitem__(self, index: Any) -> Any:
-        part, place = self._place(index)
-        return part[place]
+        part, position = self._place(index)
+        return part[position]
 
     def name(self, index: int) -> str:
         """Return the name of an item for people."""

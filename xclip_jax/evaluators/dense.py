@@ -140,8 +140,8 @@ def areas(mask: np.ndarray, classes: int, grid: int, prepare: Preprocessing) -> 
       prepare: preprocessing of the image.
     """
     view = prepare.with_size(grid * _SAMPLES).mask(check_mask(mask, classes, "a mask"))
-    place = np.arange(grid * _SAMPLES) // _SAMPLES
-    patch = place[:, None] * grid + place
+    position = np.arange(grid * _SAMPLES) // _SAMPLES
+    patch = position[:, None] * grid + position
     counts = np.bincount((patch * 256 + view).ravel(), minlength=grid**2 * 256).reshape(grid, grid, 256)[..., :classes]
     labelled = counts.sum(axis=-1, keepdims=True)
     return np.where(2 * labelled >= _SAMPLES**2, counts / np.maximum(labelled, 1), 0).astype(np.float32)
@@ -297,7 +297,7 @@ class DenseProbe(Evaluator):
         """Yield pixels of each patch, between 0 and 1, and its one-hot position, as `Encoder.patches` does."""
         grid, size = self.encoder.grid, self.encoder.image_size
         side = size // grid
-        place = np.eye(grid**2, dtype=np.float32).reshape(grid, grid, -1)
+        position = np.eye(grid**2, dtype=np.float32).reshape(grid, grid, -1)
         for start in range(0, len(images), _BATCH):
             block = np.full((min(_BATCH, len(images) - start), grid, grid, 3 * side**2), np.nan, np.float32)
             for i in range(len(block)):
@@ -306,7 +306,7 @@ class DenseProbe(Evaluator):
                 except BadSample:  # the encoder counts it
                     continue
                 block[i] = image.reshape(grid, side, grid, side, 3).swapaxes(1, 2).reshape(grid, grid, -1) / 255
-            yield start, np.concatenate([block, np.broadcast_to(place, (len(block), *place.shape))], axis=-1)
+            yield start, np.concatenate([block, np.broadcast_to(position, (len(block), *position.shape))], axis=-1)
 
 
 def _score(logits: np.ndarray, shares: np.ndarray) -> float:

@@ -128,9 +128,9 @@ def to_choose_c(train: Labelled, part: np.ndarray, validation: Labelled, seed: i
     x, y = train
     if len(validation[1]) or np.unique(y[part], return_counts=True)[1].min() > 1:
         return validation
-    rest = np.setdiff1d(np.arange(len(y)), part)
-    rest = np.random.default_rng(seed).permutation(rest)[:_MOST_FOR_C]
-    return x[rest], y[rest]
+    outside = np.setdiff1d(np.arange(len(y)), part)
+    outside = np.random.default_rng(seed).permutation(outside)[:_MOST_FOR_C]
+    return x[outside], y[outside]
 
 
 @dataclasses.dataclass(frozen=True)

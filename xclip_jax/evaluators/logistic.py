@@ -198,7 +198,7 @@ def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
     return (a * b).sum(axis=(0, 2))
 
 
-def _own(z: jax.Array, y: jax.Array) -> jax.Array:
+def _label_logits(z: jax.Array, y: jax.Array) -> jax.Array:
     """Return the labels' logits (n, cs) from z (n, cs, classes); the mean over the shares of a shared label."""
     if y.ndim == 1:
         return jnp.take_along_axis(z, y[:, None, None], axis=2)[..., 0]
@@ -213,7 +213,7 @@ def _target(y: jax.Array, classes: int) -> jax.Array:
 def _gradient(x: jax.Array, y: jax.Array, z: jax.Array, w: jax.Array, ridge: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return objective (cs,) and gradient (d, cs, classes) at the logits z (n, cs, classes) of w."""
     n, _, k = z.shape
-    value = (jax.nn.logsumexp(z, axis=2) - _own(z, y)).mean(axis=0) + _dot(ridge * w, w) / 2
+    value = (jax.nn.logsumexp(z, axis=2) - _label_logits(z, y)).mean(axis=0) + _dot(ridge * w, w) / 2
     wrong = jax.nn.softmax(z, axis=2) - _target(y, k)[:, None]
     return value, _matmul("nd,nck->dck", x, wrong) / n + ridge * w
 
@@ -246,14 +246,14 @@ def _search(
 
     Only slopes are compared, as values are too coarse in fp32 near the solution.
     """
-    own = _own(zp, y).mean(axis=0)
+    toward_labels = _label_logits(zp, y).mean(axis=0)
     wp, pp = _dot(ridge * state["w"], p), _dot(ridge * p, p)
 
     def derivatives(t: jax.Array) -> tuple[jax.Array, jax.Array]:
         prob = jax.nn.softmax(state["z"] + t[:, None] * zp, axis=2)
         first = (prob * zp).sum(axis=2)
         second = (prob * zp * zp).sum(axis=2) - first**2
-        return first.mean(axis=0) - own + wp + t * pp, second.mean(axis=0) + pp
+        return first.mean(axis=0) - toward_labels + wp + t * pp, second.mean(axis=0) + pp
 
     def cond(carry: Any) -> jax.Array:
         return (~carry["ok"]).any() & (carry["i"] < 12)

@@ -93,7 +93,7 @@ IMAGENET_A, IMAGENET_R = (tuple(_SUBSETS[name]) for name in ("imagenet_a", "imag
 _VERBS = ("", "using ", "doing ", "during ", "performing ", "practicing ")
 _NOUNS = ("photo", "video", "example", "demonstration")
 _VIEWS = tuple(f"{how} {what}" for what in ("imagery", "photo", "view") for how in ("satellite", "aerial"))
-_OWN = {
+_EXTRA = {
     "birds": ["a photo of a {c}, a type of bird."],
     "hatefulmemes": ["a {c}."],
     "ucf101": [f"a {noun} of {one} person {verb}{{c}}." for verb in _VERBS for one in ("a", "the") for noun in _NOUNS],
@@ -102,7 +102,7 @@ _OWN = {
     "clip_clevr_count_all": ["a photo of {c} objects."],
     "clip_pcam": ["this is a photo of {c}"],
 }
-_OWN_NAMES = {"hatefulmemes": ["meme", "hatespeech meme"]}
+_EXTRA_NAMES = {"hatefulmemes": ["meme", "hatespeech meme"]}
 # Synonyms of FER2013's classes in CLIP and SLIP; the mean is over templates and synonyms.
 SYNONYMS = {
     "happy": ["happy", "smiling"],
@@ -128,15 +128,15 @@ def templates(name: str) -> list[str]:
     if name in ("openai80", "slip7"):
         texts = known["imagenet1k"]
         return [texts[i] for i in _SEVEN] if name == "slip7" else texts
-    check_choice("the name of templates", name, ["openai80", "slip7", *_OWN, *known])
-    return _OWN.get(name) or known[name]
+    check_choice("the name of templates", name, ["openai80", "slip7", *_EXTRA, *known])
+    return _EXTRA.get(name) or known[name]
 
 
 def chosen(name: str, profile: Profile) -> str:
     """Return the name of a set's templates under a profile, from the name in the table."""
     if name == "imagenet":
         return profile.imagenet
-    return f"clip_{name}" if profile.clips and f"clip_{name}" in _OWN else name
+    return f"clip_{name}" if profile.clips and f"clip_{name}" in _EXTRA else name
 
 
 def prompts(names: Sequence[str | Sequence[str]], templates_of: str | Sequence[str]) -> list[list[str]]:
@@ -190,7 +190,7 @@ def spaced(label: str) -> str:
 
 def published(key: str) -> list[str]:
     """Return the class names that clip-benchmark calls `key`."""
-    return list(_OWN_NAMES.get(key) or _read("classnames")[key])
+    return list(_EXTRA_NAMES.get(key) or _read("classnames")[key])
 
 
 def _comparable(label: str) -> str:
@@ -236,7 +236,7 @@ def class_names(key: str, labels: Sequence[str]) -> list[str]:
     if set(theirs) == set(ours) and len(set(ours)) == len(ours):
         return [names[theirs.index(name)] for name in ours]
     # Labels are numbers, wnids or paraphrases: the order is the same if labels with equal spelling agree.
-    moved = [name for i, name in enumerate(ours) if name in theirs and theirs[i] != name and theirs.count(name) == 1]
+    moved = next((x for i, x in enumerate(ours) if x in theirs and theirs[i] != x and theirs.count(x) == 1), "")
     if moved:
-        raise UserError(f"the labels of {key} are in another order than its class names ({moved[0]!r} is one of them).")
+        raise UserError(f"the labels of {key} are in another order than its class names ({moved!r} is one of them).")
     return list(names)

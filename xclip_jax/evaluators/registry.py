@@ -94,8 +94,8 @@ def check(spec: str, others: Sequence[str] = ()) -> type[SetKind]:
         kind = import_class(name, SetKind, "evaluation set")
     if kind and kind.knows(spec):
         return kind
-    near = kind.closest(spec) if kind else closest(spec, [*others, *_all("names")], _all("at_path"))
-    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
+    similar = kind.closest(spec) if kind else closest(spec, [*others, *_all("names")], _all("at_path"))
+    hint = f"; did you mean {' or '.join(map(repr, similar))}?" if similar else "."
     raise UserError(
         f"unknown evaluation set {spec!r}{hint} {command('evaluate')} --help lists the names; your own images "
         "are folder:PATH, csv:PATH or probe/folder:PATH, your own pairs retrieval/PATH, if the path exists."
@@ -148,9 +148,9 @@ def expand_suites(suites: str | Sequence[str]) -> tuple[str, ...]:
 def _check_columns(names: Sequence[str]) -> None:
     """Raise `UserError`, with the right spelling, if columns follow a source after a comma."""
     columns = [name for name in names if re.match("(image|text)=", name)]
-    place = names[names.index(columns[0]) - 1] if columns else ""
-    if place.startswith("retrieval/"):
-        right = shlex.quote(f"{place}?{'&'.join(columns)}")
+    source = names[names.index(columns[0]) - 1] if columns else ""
+    if source.startswith("retrieval/"):
+        right = shlex.quote(f"{source}?{'&'.join(columns)}")
         raise UserError(f"{columns[0]!r} is not a set; columns follow a question mark: write {right}.")
 
 

@@ -21,18 +21,18 @@ def valid_rows(scores: np.ndarray) -> np.ndarray:
     return scores.max(axis=1) < np.inf  # the maximum of a row with NaN is NaN
 
 
-def count_before(scores: np.ndarray, own: np.ndarray, index: np.ndarray) -> np.ndarray:
-    """Return how many items of each row precede its own item, int (n,); equal scores rank by index, lowest first.
+def count_before(scores: np.ndarray, target: np.ndarray, index: np.ndarray) -> np.ndarray:
+    """Return how many items of each row precede its target item, int (n,); equal scores rank by index, lowest first.
 
     Args:
       scores: (n, items).
-      own: (n, 1) score of each row's own item.
-      index: int (n,), position of that item.
+      target: (n, 1) score of each row's target.
+      index: int (n,), position of the target.
     """
-    before, equal = np.count_nonzero(scores > own, axis=1), np.count_nonzero(scores == own, axis=1)
+    before, equal = np.count_nonzero(scores > target, axis=1), np.count_nonzero(scores == target, axis=1)
     tied = np.flatnonzero(equal > 1)
     lower = np.arange(scores.shape[1]) < index[tied, None]
-    before[tied] += np.count_nonzero((scores[tied] == own[tied]) & lower, axis=1)
+    before[tied] += np.count_nonzero((scores[tied] == target[tied]) & lower, axis=1)
     return before
 
 
@@ -51,9 +51,9 @@ def ranks(scores: np.ndarray, index: np.ndarray) -> np.ndarray:
     rank = np.empty(len(scores), np.int64)
     for block in row_blocks(scores):
         part, right = scores[block], index[block]
-        own = np.take_along_axis(part, right[:, None], axis=1)
-        valid = valid_rows(part) & (own[:, 0] > -np.inf)
-        rank[block] = np.where(valid, count_before(part, own, right), np.iinfo(np.int64).max)
+        target = np.take_along_axis(part, right[:, None], axis=1)
+        valid = valid_rows(part) & (target[:, 0] > -np.inf)
+        rank[block] = np.where(valid, count_before(part, target, right), np.iinfo(np.int64).max)
     return rank
 
 

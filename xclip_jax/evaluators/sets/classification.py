@@ -40,7 +40,7 @@ from xclip_jax.evaluators.sets.published import ENTRIES, PAPER, Content, Entry, 
 from xclip_jax.evaluators.zeroshot import ZeroShotSet
 
 PREFIX, FINETUNED, WDS = "zeroshot/", "finetuned/", "wds:"
-_OWN = [name for name, kind in sources.SOURCES.items() if kind.labelled_specs and kind.labelled_items == "image"]
+_IMAGES = [name for name, kind in sources.SOURCES.items() if kind.labelled_specs and kind.labelled_items == "image"]
 
 
 def _is_known(spec: str) -> bool:
@@ -153,8 +153,8 @@ def own_set(name: str, content: Content, prepare: Preprocessing | int, profile: 
             f"{name}: {len(foreign)} of {len(profile.names)} class names, such as {foreign[0]!r}, are not of {classes}"
         )
     # Names of a data set with templates go into them unchanged.
-    own = [label if content.templates else prompts.spaced(label) for label in content.classes]
-    words = [profile.names.get(label, word) for label, word in zip(content.classes, own, strict=True)]
+    spaced = [label if content.templates else prompts.spaced(label) for label in content.classes]
+    words = [profile.names.get(label, word) for label, word in zip(content.classes, spaced, strict=True)]
     templates = profile.templates or content.templates or "dummy"
     description = "dummy (1)" if templates == "dummy" else f"the data set's ({len(templates)})"
     if profile.templates:
@@ -300,10 +300,10 @@ def _is_for_choices(spec: str, options: SourceOptions) -> bool:
 
     ImageNet and the GLUE tasks publish no test labels: results are reported on their validation splits.
     """
-    place, _, split = spec.rpartition("/")
-    if split != "validation" or place.endswith(":") or not sources.is_spec(place):
+    data_set, _, split = spec.rpartition("/")
+    if split != "validation" or data_set.endswith(":") or not sources.is_spec(data_set):
         return False
-    source = sources.parse(place)
+    source = sources.parse(data_set)
     reported = {(entry.tfds.partition(":")[0], entry.split) for entry in ENTRIES.values()}
     if (source.rest.partition(":")[0], split) in reported or not source.kind.split_specs:
         return False
@@ -313,13 +313,13 @@ def _is_for_choices(spec: str, options: SourceOptions) -> bool:
 class ClassSets(SetKind):
     """`NAME` and `NAME@PATH` of the table, `SOURCE` or `zeroshot/SOURCE`, and held-out images."""
 
-    prefixes = (*ENTRIES, *_OWN, PREFIX.rstrip("/"))
+    prefixes = (*ENTRIES, *_IMAGES, PREFIX.rstrip("/"))
     names = (*PAPER, PREFIX + HELD_OUT)
     at_path = tuple(ENTRIES)
     suites: ClassVar = {"paper": (*PAPER, "coco_retrieval")}
     usage = "own data: " + "; ".join(
         [
-            *(f"{spec}, {meaning}" for name in _OWN for spec, meaning in sources.SOURCES[name].labelled_specs.items()),
+            *(f"{spec}, {meaning}" for key in _IMAGES for spec, meaning in sources.SOURCES[key].labelled_specs.items()),
             f"{PREFIX}{sources.OF_ANOTHER_PACKAGE}",
             f"{PREFIX}{HELD_OUT}[@RUN], the held-out pairs of a run whose sources have labels",
         ]

@@ -75,16 +75,16 @@ def named_columns(name: str, data: DataConfig) -> tuple[str, DataConfig]:
     Raises:
       UserError: an unknown key, several images, or an empty column.
     """
-    place, _, end = name.rpartition("?")
+    source_name, _, end = name.rpartition("?")
     columns: dict[str, list[str]] = {}
     for key, _, column in (part.partition("=") for part in end.split("&")):
         columns.setdefault(key, []).append(urllib.parse.unquote(column))
-    if not place or not columns.keys() & {"image", "text"}:
+    if not source_name or not columns.keys() & {"image", "text"}:
         return name, data
     images, texts = columns.get("image", [data.image_key]), columns.get("text", data.text_keys)
     if columns.keys() - {"image", "text"} or len(images) > 1 or not all((*images, *texts)):
         raise UserError(f"{PREFIX}{name} ends in '?{end}'; expected {_COLUMNS}, or one of the two.")
-    return place, dataclasses.replace(data, image_key=images[0], text_keys=tuple(texts))
+    return source_name, dataclasses.replace(data, image_key=images[0], text_keys=tuple(texts))
 
 
 def _pairs(specs: Sequence[str], share: float, data: DataConfig) -> tuple[list[Source], list[holdout.Pairs]]:
@@ -120,9 +120,9 @@ def load_pairs(spec: str, prepare: Preprocessing | int, data: DataConfig, profil
     if is_holdout(spec, PREFIX):
         specs, share = tuple(data.sources), data.holdout
     else:
-        place, data = named_columns(name, data)
-        specs, share = (sources.spec_from_path(place),), 1.0
-        name = specs[0] + name.removeprefix(place)
+        source_name, data = named_columns(name, data)
+        specs, share = (sources.spec_from_path(source_name),), 1.0
+        name = specs[0] + name.removeprefix(source_name)
     try:
         with imports.named_by("the config of the run that holds them out") if share < 1 else contextlib.nullcontext():
             opened, parts = _pairs(specs, share, data)
@@ -198,14 +198,14 @@ class PairSets(SetKind):
         """
         if is_holdout(spec, PREFIX):
             return True
-        place, _ = named_columns(spec.removeprefix(PREFIX), DataConfig())
+        source_name, _ = named_columns(spec.removeprefix(PREFIX), DataConfig())
         try:
-            return bool(sources.spec_from_path(place))
+            return bool(sources.spec_from_path(source_name))
         except UserError:
-            if os.path.isabs(place) or os.path.exists(place):
+            if os.path.isabs(source_name) or os.path.exists(source_name):
                 raise
-            if place and ":" not in place and not difflib.get_close_matches(place, [HELD_OUT]):
-                raise UserError(f"{spec}: no file or folder {place!r}; check the path.") from None
+            if source_name and ":" not in source_name and not difflib.get_close_matches(source_name, [HELD_OUT]):
+                raise UserError(f"{spec}: no file or folder {source_name!r}; check the path.") from None
             return False
 
     @classmethod

@@ -261,8 +261,8 @@ def _published(name: str, entry: Entry, labels: np.ndarray, classes: Sequence[st
     published = [whole[i] for i in kept]
     spellings = {"as published": published, "as the archive has them": entry.spelled}
     if entry.tfds and not entry.derive:
-        own = _tfds_labels(entry.tfds, entry.label)
-        spellings["as TFDS has them"] = [own[i] for i in kept] if own else []
+        tfds_labels = _tfds_labels(entry.tfds, entry.label)
+        spellings["as TFDS has them"] = [tfds_labels[i] for i in kept] if tfds_labels else []
     if entry.in_order and len(classes) == len(published) and all(re.fullmatch(entry.in_order, x) for x in classes):
         spellings["in their order"] = sorted(classes)
     if entry.classes:
