@@ -55,6 +55,7 @@ setup(
     package_data={
         "xclip_jax": ["py.typed"],
         "xclip_jax.data": ["third_party/*"],
+        "xclip_jax.evaluators": ["imagenet_subsets.json"],
         "xclip_jax.report": ["page.*"],
         "xclip_jax.commands.serve": ["search.*"],
     },

@@ -16,9 +16,8 @@ from xclip_jax.evaluators.base import Column, Evaluator, Metric
 from xclip_jax.evaluators.feature_classifiers import is_right, knn, subset
 from xclip_jax.evaluators.probe import Joined, Probe
 from xclip_jax.evaluators.results import Provenance, Result
-from xclip_jax.evaluators.retrieval import Retrieval, RetrievalSet
+from xclip_jax.evaluators.retrieval import Retrieval, RetrievalSet, TextRetrieval, TextRetrievalSet
 from xclip_jax.evaluators.statistics import PerExample
-from xclip_jax.evaluators.text import TextRetrieval, TextRetrievalSet
 from xclip_jax.evaluators.zeroshot import LAYOUTS, ZeroShot, ZeroShotSet
 from xclip_jax.models.two_towers import Variables
 

@@ -38,13 +38,13 @@ from studies.icons.clustered import (
 )
 from studies.icons.drawing import INK
 from studies.icons.splits import hash_rank
+from xclip_jax.data.config import DataConfig
 from xclip_jax.data.images import decode
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.data.readers.tfds import encoded_records
 from xclip_jax.evaluators import dense
-from xclip_jax.evaluators.base import SetKind
+from xclip_jax.evaluators.base import Pictures, SetKind
 from xclip_jax.evaluators.dense import DenseSet, MaskedImages
-from xclip_jax.evaluators.pictures import Pictures
 from xclip_jax.evaluators.probe import ProbeSet, Sweep
 from xclip_jax.evaluators.prompts import Profile
 from xclip_jax.evaluators.results import SHIFTED, VALIDATION, Provenance, digest
@@ -326,9 +326,9 @@ class IconSets(SetKind):
         return spec in _MAKERS
 
     @classmethod
-    def load(cls, spec: str, prepare: Preprocessing | int, data_dir: str | None, profile: Profile) -> Any:
-        """Return the set `spec`; the profile, which only published sets have, is not used."""
-        return _MAKERS[spec](spec, Profile().preprocessing(prepare), data_dir)
+    def load(cls, spec: str, prepare: Preprocessing | int, data: DataConfig, profile: Profile) -> Any:
+        """Open the set `spec`; the profile, which changes published sets only, is ignored."""
+        return _MAKERS[spec](spec, Profile().preprocessing(prepare), data.dir or None)
 
     @classmethod
     def shows(cls, spec: str) -> str:

@@ -171,7 +171,9 @@ def test_features_are_held_once():
         return {"features": np.repeat(np.asarray(x, np.float32), 5000, axis=1)}
 
     tracemalloc.start()
-    h = encoder._run(encode, None, rows[:, None].astype(np.int32), (1,), np.int32, ("features",))["features"]
+    h = encoder._run(encode, None, rows[:, None].astype(np.int32), jax.ShapeDtypeStruct((1,), np.int32), ("features",))[
+        "features"
+    ]
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     np.testing.assert_array_equal(h[:, 0], rows)

@@ -1,9 +1,23 @@
-"""Intervals of retrieval: captions of one image are right or wrong together."""
+"""Recall in both directions and its intervals, retrieval of texts by texts, similarity of sentences."""
+
+import tracemalloc
 
 import numpy as np
+import pytest
+import scipy.special
+import scipy.stats
 
-from tests.helpers.encoding import make_encoder
+from tests.helpers.encoding import build_encoder, by_name, make_encoder, small_model
+from xclip_jax.core.errors import UserError
 from xclip_jax.evaluators import retrieval, statistics
+from xclip_jax.evaluators.retrieval import (
+    SentenceSimilarity,
+    SimilaritySet,
+    TextRetrieval,
+    TextRetrievalSet,
+    embeddings,
+    nearest_ranks,
+)
 
 IMAGES, CAPTIONS = 100, 5
 
@@ -36,3 +50,101 @@ def test_captions_are_grouped_by_image(monkeypatch):
     assert results["image_to_text/r5"].items.groups is None
     single = measured(monkeypatch, np.zeros(2, int), [["a"], ["b"]])
     assert single["text_to_image/r1"].items.groups is None
+
+
+def pairs(n, seed):
+    rng = np.random.default_rng(seed)
+    words = ["".join(chr(c) for c in rng.integers(97, 105, 4)) for _ in range(2 * n)]
+    return list(zip(words[:n], words[n:], (rng.integers(0, 11, n) / 2).tolist(), strict=True))
+
+
+def test_similarity_equals_scipy_and_names_what_it_averages():
+    data = SimilaritySet("sts", {"first": pairs(40, 0), "second": pairs(10, 1)})
+    encoder, variables = make_encoder(), small_model()[1]
+    metrics, items = by_name(SentenceSimilarity(encoder, data).measure(variables))
+    cosine, gold = [], []
+    for part in data.subsets.values():
+        a, b = (encoder.texts(variables, [pair[side] for pair in part])["embedding"] for side in (0, 1))
+        cosine.append((a * b).sum(axis=1))
+        gold.append([pair[2] for pair in part])
+    by_rank = [100 * scipy.stats.spearmanr(*part).statistic for part in zip(cosine, gold, strict=True)]
+    linear = [100 * scipy.stats.pearsonr(*part).statistic for part in zip(cosine, gold, strict=True)]
+    whole = 100 * scipy.stats.spearmanr(np.concatenate(cosine), np.concatenate(gold)).statistic
+    expected = {
+        "spearman_all": whole,
+        "spearman_mean": np.mean(by_rank),
+        "spearman_weighted": 0.8 * by_rank[0] + 0.2 * by_rank[1],
+        "first/spearman": by_rank[0],
+        "second/spearman": by_rank[1],
+        "pearson_mean": np.mean(linear),
+        "pairs": 50,
+    }
+    for key, value in expected.items():
+        assert metrics[f"textual/sts/{key}"] == pytest.approx(value, abs=1e-3), key
+    assert items["textual/sts/spearman_all"].value() == metrics["textual/sts/spearman_all"]
+    assert SentenceSimilarity(encoder, data).run(variables) == metrics
+
+
+def test_all_and_mean_differ():
+    # Each subset alone is ordered perfectly, the two together are not.
+    data = SimilaritySet("x", {"a": [("", "", g) for g in (1, 2, 3)], "b": [("", "", g) for g in (4, 5)]})
+    metrics, _ = by_name(SentenceSimilarity(make_encoder(), data).correlations(np.array([0.7, 0.8, 0.9, 0.1, 0.2])))
+    assert metrics["textual/x/spearman_mean"] == pytest.approx(100) and metrics["textual/x/spearman_all"] < 0
+
+
+def test_wrong_sets():
+    with pytest.raises(UserError, match="subset 'a' has 1 pairs"):
+        SimilaritySet("x", {"a": [("p", "q", 1.0)]})
+    with pytest.raises(UserError, match="no pairs"):
+        SimilaritySet("x", {})
+    for queries in ([], [("a", 2)], [("a", -1)]):
+        with pytest.raises(UserError, match="one of 2 texts"):
+            TextRetrievalSet("x", ["a", "b"], queries)
+    with pytest.raises(UserError, match="group 'empty'"):
+        TextRetrievalSet("x", ["a", "b"], [("a", 0)], {"empty": np.array([False])})
+
+
+def test_retrieval_of_texts_by_hand():
+    texts = ["aaaa", "mmmm", "zzzz"]
+    queries = [("aaaa", 0), ("zzzz", 2), ("zzzz", 1), ("mmmm", 1)]
+    groups = {"first": np.array([True, False, False, False]), "second": np.array([False, True, True, True])}
+    encoder, variables = make_encoder(), small_model()[1]
+    metrics, items = by_name(TextRetrieval(encoder, TextRetrievalSet("x", texts, queries)).measure(variables))
+    assert metrics["textual/x/r1"] == 75 and metrics["textual/x/r5"] == 100
+    assert metrics["textual/x/queries"] == 4 and metrics["textual/x/texts"] == 3
+    assert items["textual/x/r1"].values.tolist() == [1, 1, 0, 1]
+    grouped = TextRetrieval(encoder, TextRetrievalSet("x", texts, queries, groups)).run(variables)
+    assert grouped["textual/x/first/r1"] == 100 and grouped["textual/x/second/r1"] == pytest.approx(200 / 3)
+    assert grouped["textual/x/r1"] == pytest.approx(250 / 3)
+
+
+def test_a_model_without_projection_compares_distributions():
+    encoder, variables, texts = make_encoder(embed=0), small_model(0)[1], ["abc", "xyz"]
+    e = embeddings(encoder, variables, texts)
+    p = scipy.special.softmax(encoder.texts(variables, texts)["cluster_logits"], axis=1)
+    np.testing.assert_allclose(e, p / np.linalg.norm(p, axis=1, keepdims=True), rtol=1e-5)
+
+
+def test_a_model_without_a_similarity_is_one_sentence():
+    encoder = build_encoder(small_model()[0], similarities=())
+    for evaluator in (
+        SentenceSimilarity(encoder, SimilaritySet("x", {"a": pairs(3, 0)})),
+        TextRetrieval(encoder, TextRetrievalSet("x", ["a"], [("a", 0)])),
+    ):
+        with pytest.raises(UserError, match=r"does not compare images with texts.*evaluate probe/SET or finetuned/SET"):
+            evaluator.measure(small_model()[1])
+
+
+def test_texts_are_ranked_in_blocks(monkeypatch):
+    """Equal to the whole matrix, with ties and vectors of a model that diverged, and in the memory of a block."""
+    rng = np.random.default_rng(0)
+    queries, items = (rng.integers(-1, 2, (n, 6)).astype(np.float32) for n in (3000, 2000))
+    queries[5], items[7] = np.nan, items[8]
+    targets = rng.integers(0, len(items), len(queries))
+    expected = retrieval.ranks(queries @ items.T, np.arange(len(items)) == targets[:, None])
+    monkeypatch.setattr(retrieval, "BLOCK", 1 << 18)
+    tracemalloc.start()
+    np.testing.assert_array_equal(nearest_ranks(queries, items, targets), expected)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 * len(queries) * len(items) / 3

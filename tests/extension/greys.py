@@ -21,7 +21,7 @@ class Greys(SetKind):
     """Sets named tests.extension.greys:Greys/NUMBER, of NUMBER images."""
 
     @classmethod
-    def load(cls, spec, prepare, data_dir, profile):
+    def load(cls, spec, prepare, data, profile):
         """Return the set `spec`."""
         levels = np.linspace(0, 255, int(spec.partition("/")[2])).astype(np.uint8)
         return GreyImages(spec, [np.full((prepare.size, prepare.size, 3), level) for level in levels])

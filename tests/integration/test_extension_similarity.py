@@ -13,8 +13,7 @@ from tests.helpers.util import random_variables
 from xclip_jax.core.errors import UserError
 from xclip_jax.evaluators import tables
 from xclip_jax.evaluators.results import flat
-from xclip_jax.evaluators.retrieval import Retrieval, RetrievalSet, recall_at_k
-from xclip_jax.evaluators.text import embeddings
+from xclip_jax.evaluators.retrieval import Retrieval, RetrievalSet, embeddings, recall_at_k
 from xclip_jax.evaluators.zeroshot import ZeroShot, ZeroShotSet, accuracy
 from xclip_jax.model import Model
 from xclip_jax.report.examples import collect_examples

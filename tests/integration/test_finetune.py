@@ -21,7 +21,7 @@ from xclip_jax.core.storage import write_json
 from xclip_jax.data import loader, sources
 from xclip_jax.data.readers import glue
 from xclip_jax.evaluators import registry, tables
-from xclip_jax.evaluators.classifier import ClassifierEvaluator
+from xclip_jax.evaluators.probe import ClassifierEvaluator
 from xclip_jax.evaluators.results import VALIDATION
 from xclip_jax.train import build, state, trainer, weights
 from xclip_jax.train.checkpoint import Checkpointer

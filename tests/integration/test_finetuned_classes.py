@@ -16,7 +16,7 @@ from xclip_jax.core.errors import UserError
 from xclip_jax.core.run_folder import RunFolder
 from xclip_jax.core.storage import write_json
 from xclip_jax.evaluators import registry
-from xclip_jax.evaluators.classifier import ClassificationSet, ClassifierEvaluator
+from xclip_jax.evaluators.probe import ClassificationSet, ClassifierEvaluator
 from xclip_jax.train import build, weights
 from xclip_jax.train.build import make_encoder
 from xclip_jax.train.checkpoint import Checkpointer

@@ -13,7 +13,7 @@ class Greys(SetKind):
     """Four shades of grey by name; "/misnamed" calls itself validation and is not."""
 
     @classmethod
-    def load(cls, spec, prepare, data_dir, profile):
+    def load(cls, spec, prepare, data, profile):
         levels = np.linspace(10, 240, 24).astype(np.uint8) + (5 if spec.endswith("/test") else 0)
         images = [np.full((prepare.size, prepare.size, 3), level) for level in levels]
         card = Provenance("greys", split_hash=spec, role=VALIDATION if spec.endswith("/validation") else "")

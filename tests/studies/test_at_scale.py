@@ -14,7 +14,7 @@ from xclip_jax.config import schema
 from xclip_jax.config.load import load_config
 from xclip_jax.core.errors import UserError
 from xclip_jax.evaluators import registry
-from xclip_jax.evaluators.sets.published_sets import PAPER
+from xclip_jax.evaluators.sets.published import PAPER
 
 
 @pytest.fixture(scope="module")

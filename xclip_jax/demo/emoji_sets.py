@@ -1,24 +1,21 @@
-"""Evaluation sets of the demo, `xclip_jax.demo.emoji` (`emoji/...`).
+"""Evaluation sets of the demo, `emoji/...`; results are means over three artists.
 
-The images are of three artists; results are means over them.
-
-    validation_concepts, test_concepts      images of 100 and 200 concepts that are not in the training data, among the
-                                            names of these; a class's embedding is the mean over its prompts,
-                                            "name, tag, tag, tag" with each of its tags first once, and each tag alone
-    ..._concepts_one_prompt                 the same with the one prompt "name, tag, tag, tag"
-    validation_rendering, test_rendering    concepts of the training data by an artist whose image of them is not in it,
-                                            among the names of all concepts
-    test_rendering_flags, _animals_food, _rest    the same for one group, among the names of the group
-    test_rendering_flags_all_names          flags among all names
-    test_line, test_line_concepts           line drawings, a style that is not in the training data: all names; the
-                                            200 test concepts
-    validation_retrieval, test_retrieval    the images of ..._rendering with name and aliases as captions
-    test_probe                              visual: category and subcategory by a linear probe and nearest neighbours,
-                                            trained on the training images, tested on test_concepts; C is chosen on
-                                            validation_concepts
-    test_aliases, test_translations         textual: retrieval of the 200 test concepts' names by their aliases; by
-                                            their names in five other languages, which are not in the training data
-    test_text_probe                         textual: the category by a linear probe on names, split as test_probe
+validation_concepts, test_concepts      images of 100 and 200 concepts that are not trained on, among their names; a
+                                        class is the mean over its prompts: "name, tag, tag, tag" with each tag
+                                        first once, and each tag
+..._concepts_one_prompt                 the same with the single prompt "name, tag, tag, tag"
+validation_rendering, test_rendering    trained concepts in a picture by another artist, among all names
+test_rendering_flags, _animals_food, _rest    the same for one group, among the names of the group
+test_rendering_flags_all_names          flags among all names
+test_line, test_line_concepts           line drawings, a style that is not trained on: all names; the 200 test
+                                        concepts
+validation_retrieval, test_retrieval    the images of ..._rendering with name and aliases as captions
+test_probe                              visual: category and subcategory by a linear probe and nearest neighbours,
+                                        trained on training images, tested on test_concepts; validation_concepts
+                                        choose C
+test_aliases, test_translations         textual: retrieval of the 200 test concepts' names by their aliases; by
+                                        their names in five other languages, which are not trained on
+test_text_probe                         textual: the category by a linear probe on names, split as in test_probe
 """
 
 import functools
@@ -27,6 +24,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from xclip_jax.data.config import DataConfig
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.data.readers.tfds import encoded_records
 from xclip_jax.demo import emoji
@@ -34,8 +32,7 @@ from xclip_jax.evaluators.base import SetKind
 from xclip_jax.evaluators.probe import ProbeSet, Sweep
 from xclip_jax.evaluators.prompts import Profile
 from xclip_jax.evaluators.results import SHIFTED, VALIDATION, Provenance, digest
-from xclip_jax.evaluators.retrieval import RetrievalSet
-from xclip_jax.evaluators.text import TextRetrievalSet
+from xclip_jax.evaluators.retrieval import RetrievalSet, TextRetrievalSet
 from xclip_jax.evaluators.zeroshot import ZeroShotSet
 
 Record = dict[str, Any]
@@ -43,12 +40,12 @@ EmojiSet = ZeroShotSet | RetrievalSet | ProbeSet | TextRetrievalSet
 Maker = Callable[[str, Preprocessing, str | None], EmojiSet]
 
 _UNCATEGORISED = {"flags": "Flags"}  # the newest flags have no category in Unicode's table
-_SWEEP = Sweep(halvings=0, tolerance=1e-4)  # coarse, from 1e-6 to 1e6: the demo is short
+_SWEEP = Sweep(halvings=0, tolerance=1e-4)  # only 7 values of C: the demo is short
 
 
 @functools.lru_cache(maxsize=16)
 def _emoji(split: str, prepare: Preprocessing, data_dir: str | None) -> tuple[list[np.ndarray], list[Record]]:
-    """Return images and records of a split; cached, because several sets share them."""
+    """Return images and records of a split, cached because several sets share them."""
     images, records = [], []
     for image, record in encoded_records(emoji.prepare(data_dir), split):
         images.append(prepare(image))
@@ -67,14 +64,14 @@ def _classify(
     group: str = "",
     all_names: bool = False,
 ) -> ZeroShotSet:
-    """Return a set of zero-shot classification: the images of `split`, among the names of concepts.
+    """Return a zero-shot set: the images of `split` among the names of concepts.
 
     Args:
-      name, prepare, data_dir: as in `load`.
-      split: of the demo's data set.
-      prompts: texts of a concept; by default its name.
-      role: only concepts of this role, as images and as names.
-      group: only concepts of this group, as images and, unless `all_names`, as names.
+      name, prepare, data_dir: see `EmojiSets.load`.
+      split: split of the demo's data set.
+      prompts: function from a concept to its texts; by default its name.
+      role: role of the concepts, both images and names; "" for all.
+      group: group of the images and, unless `all_names`, of the names; "" for all.
       all_names: see `group`.
     """
     concepts = {c["id"]: c for c in emoji.concepts(emoji.prepare(data_dir)) if role in ("", c["role"])}
@@ -114,7 +111,7 @@ def _card(split: str, *items: list[Any], **fields: str) -> Provenance:
 
 
 def _retrieve(name: str, prepare: Preprocessing, data_dir: str | None, *, split: str) -> RetrievalSet:
-    """Return a retrieval set: the images of `split`, with names and aliases as captions."""
+    """Return a retrieval set: the images of `split` with names and aliases as captions."""
     images, records = _emoji(split, prepare, data_dir)
     captions = [[r["name"], *r["aliases"]] for r in records]
     card = _card(
@@ -123,13 +120,13 @@ def _retrieve(name: str, prepare: Preprocessing, data_dir: str | None, *, split:
     return RetrievalSet(name, images, captions, card)
 
 
-_ROLES = ("train", "validation_concepts", "test_concepts")  # of concepts, and the splits with their pictures
+_ROLES = ("train", "validation_concepts", "test_concepts")  # roles of concepts, and the splits with their pictures
 
 
 def _probe(name: str, prepare: Preprocessing, data_dir: str | None) -> ProbeSet:
-    """Return a probe of categories: trained on concepts of the training data, C and accuracy on other ones.
+    """Return a probe of categories: trained on the training concepts, with C and accuracy from other concepts.
 
-    To save time it is trained on one image of each concept, of the artists in turn.
+    To save time it is trained on one image of each concept, by the artists in turn.
     """
     parts = [_emoji(split, prepare, data_dir) for split in _ROLES]
     # The newest flags have no category.
@@ -152,7 +149,7 @@ def _probe(name: str, prepare: Preprocessing, data_dir: str | None) -> ProbeSet:
 
 
 def _index(words: list[list[str]]) -> tuple[np.ndarray, ...]:
-    """Return the labels of each part's words, numbered in alphabetical order of the first part's."""
+    """Return each part's labels: positions of its words among the sorted words of the first part."""
     number = {word: i for i, word in enumerate(sorted(set(words[0])))}
     return tuple(np.array([number[word] for word in part], int) for part in words)
 
@@ -176,7 +173,7 @@ def _text_probe(name: str, prepare: Preprocessing, data_dir: str | None) -> Prob
 def _same_meaning(
     name: str, prepare: Preprocessing, data_dir: str | None, *, keys: tuple[str, ...]
 ) -> TextRetrievalSet:
-    """Return a set of the test concepts' names, with their other names at `keys` as queries but for equal ones."""
+    """Return a set of the test concepts' names, with their different names at `keys` as queries."""
     del prepare
     concepts = [c for c in emoji.concepts(emoji.prepare(data_dir)) if c["role"] == "test_concepts"]
     rows = []
@@ -206,7 +203,7 @@ def _one_prompt(concept: Record) -> list[str]:
 
 
 def _prompts(concept: Record) -> list[str]:
-    """Return captions of the training data's form: keywords after the name, and alone."""
+    """Return captions as in training: the name with keywords, and each keyword."""
     name, tags = concept["name"], concept["tags"]
     rotations = [tags[i:] + tags[:i] for i in range(len(tags))]
     return [", ".join([name, *rotation[:3]]) for rotation in rotations or [[]]] + tags
@@ -287,12 +284,12 @@ class EmojiSets(SetKind):
         return spec in _MAKERS
 
     @classmethod
-    def load(cls, spec: str, prepare: Preprocessing | int, data_dir: str | None, profile: Profile) -> EmojiSet:
-        """Return the set `spec`; the profile is of published sets and not used."""
-        return _MAKERS[spec](spec, Profile().preprocessing(prepare), data_dir)
+    def load(cls, spec: str, prepare: Preprocessing | int, data: DataConfig, profile: Profile) -> EmojiSet:
+        """Open the set `spec`; the profile, which changes published sets only, is ignored."""
+        return _MAKERS[spec](spec, Profile().preprocessing(prepare), data.dir or None)
 
     @classmethod
     def shows(cls, spec: str) -> str:
-        """Return "classes" or "captions" for sets of images, but for those of the probe."""
+        """Return "classes" or "captions" for zero-shot and retrieval sets."""
         maker = getattr(_MAKERS[spec], "func", None)
         return {_classify: "classes", _retrieve: "captions"}.get(maker, "")

@@ -1,14 +1,13 @@
-"""Dense representation: a linear probe of patch features predicts what each patch of an image shows.
+"""Dense representation: a linear probe of patch features predicts the content of each patch of an image.
 
-The label of a patch is the share of its area that each class of a mask takes, and so is the prediction: multinomial
-regression with these shares as targets, which is the cross-entropy of all pixels when each is classified by the
-features of its patch. Intersection and union are of areas: in a patch of which classes take y and the probe says p they
-are min(p, y) and max(p, y), summed over all patches and then divided. Where every patch is of one class and the probe
-is certain it is the IoU of segmentation, at the resolution of patches. Giving a patch its largest class, or a
-foreground that covers half of it, would leave out what is thinner than patches, such as strokes.
+The label of a patch is the share of its area that each class of a mask takes. Multinomial regression on these shares is
+the cross-entropy of all pixels when each is classified by the features of its patch. Intersection and union are areas:
+for shares y and predicted shares p they are min(p, y) and max(p, y), summed over all patches and then divided. If every
+patch has one class and the probe is certain, this is the IoU of segmentation at the resolution of patches. Labelling a
+patch by its largest class would lose everything thinner than a patch, such as strokes.
 
-What a patch shows can often be told from its own pixels. The same probe on these, with the place of the patch, is
-measured too ("pixels/miou"): what features add to the patch itself is how far they score above it.
+The content of a patch can often be guessed from its own pixels, so the same probe on pixels and the patch's position is
+measured too ("pixels/miou"): features add what they score above it.
 """
 
 import dataclasses
@@ -22,10 +21,9 @@ import scipy.special
 from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.evaluators import logistic
-from xclip_jax.evaluators.base import Column, Evaluator, Layout, Metric
+from xclip_jax.evaluators.base import Column, Evaluator, Joined, Layout, Metric
 from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.evaluators.feature_classifiers import Sweep, search
-from xclip_jax.evaluators.probe import Joined
 from xclip_jax.evaluators.results import Provenance, Result
 from xclip_jax.evaluators.statistics import PerExample, mean_iou
 from xclip_jax.models.two_towers import Variables
@@ -34,13 +32,13 @@ PROTOCOL = (
     "linear probe of patch features (last block, normalised); targets and IoU are shares of a patch's area; "
     "standardised, L-BFGS, C of 7 on validation, fit on both"
 )
-NO_CLASS = 255  # in masks
-MAX_PATCHES = (50_000, 10_000)  # that a probe learns from, and that choose C
+NO_CLASS = 255  # value of pixels without a class
+MAX_PATCHES = (50_000, 10_000)  # patches to fit on, and to choose C on
 _SWEEP = Sweep(tuple(10.0**e for e in range(-4, 3)), halvings=0, tolerance=1e-4)
-_SAMPLES = 16  # along a side of a patch, at which its mask is read
-_BATCH = 256  # images whose pixels are patches at once
+_SAMPLES = 16  # samples of the mask along a side of a patch
+_BATCH = 256  # images cut into patches at once
 
-# Images and the index of the first one -> batches of features, as `Encoder.patches` gives them.
+# (images, index of the first image) -> batches of features, as from `Encoder.patches`.
 _Encode = Callable[[Sequence[np.ndarray], int], Iterator[tuple[int, np.ndarray]]]
 
 
@@ -50,8 +48,8 @@ class MaskedImages:
 
     Attributes:
       images: as `Encoder.images` takes them.
-      masks: uint8 (h, w), class of each pixel of the image before preprocessing; 255 for none.
-      groups: int (n,), equal for images that depend on each other; None where all are independent.
+      masks: uint8 (h, w), class of each pixel of the image before preprocessing, or `NO_CLASS`.
+      groups: int (n,), equal for dependent images; None if all are independent.
     """
 
     images: Sequence[np.ndarray]
@@ -64,11 +62,11 @@ class DenseSet:
     """A dense probe.
 
     Attributes:
-      name: in the metrics' names.
-      classes: names of the classes, by their numbers in masks.
-      train, validation, test: images and masks; without validation C is chosen on one training image in ten, at random
-        with seed 0.
-      prepare: preprocessing that `images` have had and `masks` have not.
+      name: name of the set, in the names of its metrics.
+      classes: names of the classes, in the order of their numbers.
+      train, validation, test: images and masks; without validation images C is chosen on one training image in ten, at
+        random with seed 0.
+      prepare: preprocessing already applied to images, but not to masks.
     """
 
     evaluator: ClassVar[str] = "dense"
@@ -102,20 +100,20 @@ class DenseSet:
 
     @property
     def images(self) -> Sequence[np.ndarray]:
-        """All images, for a first look."""
+        """All images."""
         return Joined([part.images for part in self.parts])
 
     @property
     def masks(self) -> Sequence[np.ndarray]:
-        """All masks, for a first look."""
+        """All masks."""
         return Joined([part.masks for part in self.parts])
 
 
 def check_mask(mask: np.ndarray, classes: int, name: str) -> np.ndarray:
-    """Return `mask`, checked: uint8 (h, w) of numbers below `classes`, and 255.
+    """Return `mask` if it is uint8 (h, w) with values below `classes` or `NO_CLASS`.
 
     Raises:
-      UserError: another form, or another number; it begins with `name`.
+      UserError: another form or value; the message begins with `name`.
     """
     if mask.dtype != np.uint8 or mask.ndim != 2:
         raise UserError(
@@ -133,29 +131,29 @@ def check_mask(mask: np.ndarray, classes: int, name: str) -> np.ndarray:
 def areas(mask: np.ndarray, classes: int, grid: int, prepare: Preprocessing) -> np.ndarray:
     """Return the share of each class in the labelled area of each patch, fp32 (grid, grid, classes).
 
-    A patch less than half of which is labelled has zeros.
+    A patch has zeros if less than half of it is labelled.
 
     Args:
-      mask: uint8 (h, w), as `check_mask` has it.
-      classes: number of them.
+      mask: uint8 (h, w), see `check_mask`.
+      classes: number of classes.
       grid: patches along a side.
       prepare: preprocessing of the image.
     """
     view = prepare.with_size(grid * _SAMPLES).mask(check_mask(mask, classes, "a mask"))
-    place = np.arange(grid * _SAMPLES) // _SAMPLES
-    patch = place[:, None] * grid + place
+    position = np.arange(grid * _SAMPLES) // _SAMPLES
+    patch = position[:, None] * grid + position
     counts = np.bincount((patch * 256 + view).ravel(), minlength=grid**2 * 256).reshape(grid, grid, 256)[..., :classes]
     labelled = counts.sum(axis=-1, keepdims=True)
     return np.where(2 * labelled >= _SAMPLES**2, counts / np.maximum(labelled, 1), 0).astype(np.float32)
 
 
 class DenseProbe(Evaluator):
-    """ "dense/<set>/miou", "accuracy", and "iou/<class>" of a linear probe of patch features; see the module.
+    """Dense probe: "dense/<set>/miou", "accuracy", and "iou/<class>"; see the module's docstring.
 
-    "accuracy" is the share of patches whose largest class is predicted as such. The chance level is that of predicting
-    the mean shares of the training patches everywhere. The same metrics of the probe of pixels and places begin with
-    "pixels/". Beside them n, train, ways (number of classes), patches (of an image) and log10_c. Patches without a
-    label count nowhere; those of a test image that cannot be read count as predicted wrong.
+    "accuracy" is the share of patches whose largest class is predicted. The chance level is reached by predicting the
+    mean shares of the training patches everywhere. Metrics of the probe of pixels and positions begin with "pixels/".
+    Further results are n, train, ways (number of classes), patches (per image) and log10_c. Patches without a label are
+    ignored; patches of an unreadable test image count as wrong.
     """
 
     family = "dense"
@@ -185,7 +183,7 @@ class DenseProbe(Evaluator):
         super().__init__(encoder, data)
 
     def measure(self, variables: Variables) -> list[Result]:
-        """Return the results that the class names."""
+        """Return the results listed in the class docstring."""
 
         def encode(images: Sequence[np.ndarray], first: int) -> Iterator[tuple[int, np.ndarray]]:
             return self.encoder.patches(variables, images, first)
@@ -203,7 +201,7 @@ class DenseProbe(Evaluator):
 
     @functools.cached_property
     def _labels(self) -> tuple[np.ndarray, np.ndarray]:
-        """Shares of classes in the patches that are learned from, of training and validation, and in those of the test.
+        """Shares of classes in the patches of training and validation images, and of test images.
 
         fp32 (n, grid, grid, classes).
         """
@@ -216,7 +214,7 @@ class DenseProbe(Evaluator):
 
     @functools.cached_property
     def _chosen(self) -> tuple[np.ndarray, np.ndarray]:
-        """Indices, ascending, of the patches that are fitted and that choose C, among all that are learned from."""
+        """Ascending indices of the patches to fit on, and to choose C on, among training and validation patches."""
         labels, rng = self._labels[0], np.random.default_rng(0)
         held = np.arange(len(labels)) >= len(self.data.train.images)
         if not held.any():
@@ -240,7 +238,7 @@ class DenseProbe(Evaluator):
         return chosen[0], chosen[1]
 
     def _predict(self, encode: _Encode) -> tuple[np.ndarray, float]:
-        """Predicted shares of the test's patches, fp32 (n, grid, grid, classes), zero where unreadable; and the C."""
+        """Return predicted shares of test patches, fp32 (n, grid, grid, classes), 0 where unreadable; and the C."""
         classes, chosen = len(self.data.classes), np.concatenate(self._chosen)
         order = np.sort(chosen)
         rows = []
@@ -252,7 +250,9 @@ class DenseProbe(Evaluator):
         y = self._labels[0].reshape(-1, classes)[chosen]
         fitted = np.arange(len(x)) < len(self._chosen[0])
         readable = ~np.isnan(x).any(axis=1)
-        if (readable & fitted).any() and (readable & ~fitted).any():  # else the regression says that the model diverged
+        if (readable & fitted).any() and (
+            readable & ~fitted
+        ).any():  # else the regression reports that the model diverged
             x, y, fitted = x[readable], y[readable], fitted[readable]
         mean, deviation = x.mean(axis=0), np.maximum(x.std(axis=0), 1e-6)
         x = (x - mean) / deviation
@@ -265,7 +265,7 @@ class DenseProbe(Evaluator):
         return predicted, c
 
     def _items(self, predicted: np.ndarray) -> dict[str, PerExample]:
-        """{metric: items} of shares that are predicted for the test's patches; classes that it lacks have none."""
+        """Return {metric: per-image values} of predicted shares; classes missing from the test have none."""
         labels, groups = self._labels[1], self.data.test.groups
         labelled = labels.any(axis=-1)
         predicted = np.where(labels.any(axis=-1, keepdims=True), predicted, 0)
@@ -283,21 +283,21 @@ class DenseProbe(Evaluator):
 
     @functools.cached_property
     def _levels(self) -> dict[str, float]:
-        """{metric: value} where the mean shares of what is learned from are predicted everywhere."""
+        """{metric: value} of predicting the mean shares of training patches everywhere."""
         learned = self._labels[0][self._labels[0].any(axis=-1)]
         constant = np.broadcast_to(learned.mean(axis=0), self._labels[1].shape)
         return {key: item.value() for key, item in self._items(constant).items()}
 
     @functools.cached_property
     def _of_pixels(self) -> dict[str, float]:
-        """{metric: value} of the probe of pixels and places; no model has a part in it."""
+        """{metric: value} of the probe of pixels and positions, which is independent of the model."""
         return {key: item.value() for key, item in self._items(self._predict(self._pixels)[0]).items()}
 
     def _pixels(self, images: Sequence[np.ndarray], _: int) -> Iterator[tuple[int, np.ndarray]]:
-        """Pixels of each patch, between 0 and 1, and its place, one-hot among all; in the form of `Encoder.patches`."""
+        """Yield pixels of each patch, between 0 and 1, and its one-hot position, as `Encoder.patches` does."""
         grid, size = self.encoder.grid, self.encoder.image_size
         side = size // grid
-        place = np.eye(grid**2, dtype=np.float32).reshape(grid, grid, -1)
+        position = np.eye(grid**2, dtype=np.float32).reshape(grid, grid, -1)
         for start in range(0, len(images), _BATCH):
             block = np.full((min(_BATCH, len(images) - start), grid, grid, 3 * side**2), np.nan, np.float32)
             for i in range(len(block)):
@@ -306,10 +306,10 @@ class DenseProbe(Evaluator):
                 except BadSample:  # the encoder counts it
                     continue
                 block[i] = image.reshape(grid, side, grid, side, 3).swapaxes(1, 2).reshape(grid, grid, -1) / 255
-            yield start, np.concatenate([block, np.broadcast_to(place, (len(block), *place.shape))], axis=-1)
+            yield start, np.concatenate([block, np.broadcast_to(position, (len(block), *position.shape))], axis=-1)
 
 
 def _score(logits: np.ndarray, shares: np.ndarray) -> float:
-    """Mean IoU of validation patches over the classes that these have, by which C is chosen."""
+    """Return the mean IoU of validation patches over their classes, by which C is chosen."""
     predicted, some = scipy.special.softmax(logits, axis=1), shares.any(axis=0)
     return mean_iou(np.minimum(predicted, shares)[:, some], np.maximum(predicted, shares)[:, some])

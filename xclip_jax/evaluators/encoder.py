@@ -1,4 +1,4 @@
-"""The encoder that all evaluators share: images and texts to features, in batches of a few fixed shapes."""
+"""The encoder shared by all evaluators: images and texts to features, in batches of a few fixed shapes."""
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -22,29 +22,29 @@ Features = dict[str, np.ndarray]
 Rows = Sequence[np.ndarray] | np.ndarray
 Encode = Callable[..., dict[str, jax.Array]]
 
-# Texts are cut to a multiple of the first, in tokens, where the second number of batches or more have that length.
+# Texts are cut to multiples of _LENGTHS tokens if _BATCHES batches or more have that length.
 _LENGTHS, _BATCHES = 16, 4
-MAX_UNREADABLE = 0.05  # of a set's images; with more the number would say little about the model
+MAX_UNREADABLE = 0.05  # share of a set's images; above it the result would describe the set, not the model
 
 
 class Encoder:
-    """Images and texts -> features, in batches of one fixed shape, or of a few: each is compiled once a modality.
+    """Encode images and texts in batches of one or a few fixed shapes, each compiled once per modality.
 
-    The last batch is padded with zeros and cut after encoding, so that no item is lost and none counts twice. Each
-    process loads only the rows of the batch that its devices hold; features come back whole to every process.
+    The last batch is padded with zeros and cut after encoding, so every item counts exactly once. Each process loads
+    only the rows of the batch that its devices hold; every process gets the features of all items.
 
     Attributes:
-      batch: the global batch, rounded up to a multiple of the mesh's batch shards.
-      sizes: of all batches, `batch` the largest: it and those of `smaller`, rounded up alike.
-      similarities: how the model compares images with texts, its own first; none of a fine-tuned model.
-      classes: of a fine-tuned model's classifier, in its order; None where they are unknown.
-      widths: {"img", "txt"}: pooled features of the towers that the model has.
-      grid: patches along a side of an image, 0 where the model has no patch features.
-      unreadable: {index: reason} of images that could not be read; the reason is "" where another process read them.
-        `images` and `patches` add to it.
+      batch: global batch, rounded up to a multiple of the mesh's batch shards.
+      sizes: `batch` and the `smaller` batches, rounded up alike, ascending.
+      similarities: comparisons of images with texts, the model's own first; empty for a fine-tuned model.
+      classes: classes of a fine-tuned model's classifier, in its order; None if unknown.
+      widths: {"img", "txt"}: widths of the pooled features of the model's towers.
+      grid: patches along a side of an image, 0 if the model has no patch features.
+      unreadable: {index: reason} of unreadable images, "" if another process read them; `images` and `patches` add to
+        it.
 
     Raises:
-      UserError: a batch below 1, or a similarity that reads what no head writes.
+      UserError: a batch below 1, or a similarity that reads an output that no head writes.
     """
 
     def __init__(
@@ -65,8 +65,8 @@ class Encoder:
         shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
         self.sizes = sorted({math.ceil(size / shards) * shards for size in (batch, *smaller)})
         self.batch = self.sizes[-1]
-        _check_similarities(similarities, model)
-        self.similarities, self.widths = tuple(similarities), _widths(model)
+        self.similarities = _checked_similarities(similarities, model)
+        self.widths = {name: getattr(model, name).width for name in model.towers}
         self._default = ("features", *(similarity.feature for similarity in similarities))
         self.preprocessing, self.image_size = preprocessing, preprocessing.size
         self.classes = None if classes is None else tuple(classes)
@@ -90,7 +90,7 @@ class Encoder:
 
         def encode_images(variables: Variables, images: jax.Array, valid: jax.Array) -> dict[str, jax.Array]:
             features = encode(variables, to_pixels(images), "img")
-            # Every process learns in this way which rows the others could not read.
+            # Tells every process which rows the others could not read.
             return {key: jnp.where(valid[:, None], x, jnp.nan) for key, x in features.items()} | {"valid": valid}
 
         def encode_patches(variables: Variables, images: jax.Array, valid: jax.Array) -> dict[str, jax.Array]:
@@ -109,55 +109,54 @@ class Encoder:
         self._encode_texts: Encode = jax.jit(encode_texts, out_shardings=replicated(mesh))
 
     def images(self, variables: Variables, images: Rows, features: Sequence[str] | None = None) -> Features:
-        """Features of `images`, anything with `len` and `[]` that gives uint8 (size, size, 3).
+        """Encode `images`, a sequence of uint8 (size, size, 3).
 
         Args:
-          variables: what `TwoTowers.apply` takes.
-          images: n of them; they may be decoded when asked for. Or one fp32 array (n, size, size, 3) of pixels that are
-            normalised already.
-          features: which to fetch; by default the pooled features and what the similarities read.
+          variables: arguments of `TwoTowers.apply`.
+          images: n images, decoded on access if need be; or one fp32 array (n, size, size, 3) of normalised pixels.
+          features: names of the features to fetch; by default "features" and the inputs of the similarities.
 
         Returns:
-          fp32 arrays, those of `features` that the model has: "features" (n, d) pooled features; of each similarity the
-          output that it reads, such as "embedding" (n, e) and "cluster_logits" (n, k); "class_logits" (n, classes) of a
-          classifier. The rows of an image that raised `BadSample` are NaN.
+          fp32 arrays of the features that the model has: "features" (n, d), pooled; inputs of similarities, such as
+          "embedding" (n, e) and "cluster_logits" (n, k); "class_logits" (n, classes) of a classifier. The rows of an
+          image that raised `BadSample` are NaN.
 
         Raises:
           UserError: an image of another shape or dtype, or more than `MAX_UNREADABLE` that raised `BadSample`.
         """
-        features_of = self._run(self._encode_images, variables, images, *self._form(images), features)
+        features_of = self._run(self._encode_images, variables, images, self._form(images), features)
         self._count_unreadable(features_of.pop("valid"))
         return features_of
 
     def patches(self, variables: Variables, images: Rows, first: int = 0) -> Iterator[tuple[int, np.ndarray]]:
-        """Features of the patches of images, batch by batch: those of a whole set can be too large to keep.
+        """Encode the patches of images batch by batch: the features of a whole set may be too large to keep.
 
         Args:
-          variables: what `TwoTowers.apply` takes.
-          images: n of them, as `images` takes them.
-          first: what is added to their indices in `unreadable`.
+          variables: arguments of `TwoTowers.apply`.
+          images: n images, see `images`.
+          first: offset of their indices in `unreadable`.
 
         Yields:
           Index of a batch's first image, and fp32 (m, grid, grid, d) of its m images. The rows of an image that raised
           `BadSample` are NaN.
 
         Raises:
-          UserError: as `images`; or the model has no patch features.
+          UserError: see `images`; or the model has no patch features.
         """
         valid = []
         keys = ("patches", "valid")
-        for start, out in self._batches(self._encode_patches, variables, images, *self._form(images), keys):
+        for start, out in self._batches(self._encode_patches, variables, images, self._form(images), keys):
             valid.append(out["valid"])
             yield start, out["patches"]
         self._count_unreadable(np.concatenate(valid), first)
 
-    def _form(self, images: Rows) -> tuple[tuple[int, ...], Any]:
-        """Shape and dtype of each of `images`."""
+    def _form(self, images: Rows) -> jax.ShapeDtypeStruct:
+        """Return shape and dtype of one image."""
         dtype = np.float32 if getattr(images, "dtype", None) == np.float32 else np.uint8
-        return (self.image_size, self.image_size, 3), dtype
+        return jax.ShapeDtypeStruct((self.image_size, self.image_size, 3), dtype)
 
     def _count_unreadable(self, valid: np.ndarray, offset: int = 0) -> None:
-        """Note the images of the last pass that could not be read; `UserError` where they are too many."""
+        """Record the unreadable images of the last pass; raise `UserError` if there are too many."""
         unreadable = np.flatnonzero(~valid).tolist()
         self.unreadable |= {i + offset: self._reasons.get(i, "") for i in unreadable}
         if len(unreadable) > MAX_UNREADABLE * len(valid):
@@ -168,7 +167,7 @@ class Encoder:
             )
 
     def texts(self, variables: Variables, texts: Sequence[str], features: Sequence[str] | None = None) -> Features:
-        """Features of `texts`, as `images` gives them. Equal texts are encoded once and so have equal features."""
+        """Encode `texts` as in `images`. Equal texts are encoded once, so their features are equal."""
         rows = {text: i for i, text in enumerate(dict.fromkeys(texts))}
         tokens: Rows = self._tokenizer(list(rows), self._text_length) if rows else []
         features_of = self.tokens(variables, tokens, features)
@@ -177,21 +176,25 @@ class Encoder:
         return {key: value[[rows[text] for text in texts]] for key, value in features_of.items()}
 
     def tokens(self, variables: Variables, tokens: Rows, features: Sequence[str] | None = None) -> Features:
-        """Features of int32 rows (n, text_length) as the tokenizer makes them, as `images` gives them."""
+        """Encode rows of tokens, int32 (n, text_length), as in `images`."""
+
+        def encode(rows: Rows, length: int) -> Features:
+            form = jax.ShapeDtypeStruct((length,), np.int32)
+            return self._run(self._encode_texts, variables, rows, form, features)
+
         groups = self._by_length(tokens)
         if not groups:
-            return self._run(self._encode_texts, variables, tokens, (self._text_length,), np.int32, features)
+            return encode(tokens, self._text_length)
         results: Features = {}
         for length, rows in groups:
-            cut = np.asarray(tokens)[rows, :length]
-            for key, value in self._run(self._encode_texts, variables, cut, (length,), np.int32, features).items():
+            for key, value in encode(np.asarray(tokens)[rows, :length], length).items():
                 results.setdefault(key, np.empty((len(tokens), *value.shape[1:]), value.dtype))[rows] = value
         return results
 
     def _by_length(self, tokens: Rows) -> list[tuple[int, np.ndarray]]:
-        """(length, rows) of texts that are encoded at one length, where that saves more than compiling it takes.
+        """Group texts by encoded length, (length, rows), if that saves more time than the compilation takes.
 
-        Lengths are multiples of `_LENGTHS`, each with `_BATCHES` or more. Empty where no text is cut.
+        Lengths are multiples of `_LENGTHS` with `_BATCHES` batches or more each. Empty if no text is cut.
         """
         context = self._text_length
         if self._eot_id is None or len(tokens) < _BATCHES * self.batch:
@@ -200,7 +203,7 @@ class Encoder:
         lengths = np.minimum(-(-ends // _LENGTHS) * _LENGTHS, context)
         groups, rows = [], np.argsort(lengths, kind="stable")
         while len(rows):
-            # Too few of the next length join those of the one after it.
+            # A length with too few texts joins the next longer one.
             counts = np.cumsum(np.bincount(lengths[rows], minlength=context + 1))
             length = int(min(np.searchsorted(counts, _BATCHES * self.batch), context))
             if len(rows) - counts[length] < _BATCHES * self.batch:
@@ -211,24 +214,18 @@ class Encoder:
         return groups
 
     def logits_of(self, scores: Mapping[str, np.ndarray], variables: Variables) -> np.ndarray:
-        """Logits (n, classes) of the model's own similarity among the `scores` of `zeroshot.compare`."""
+        """Return the logits (n, classes) of the model's own similarity among the `scores` of `zeroshot.compare`."""
         own = self.similarities[0]
         scale = 1.0 if own.scale is None else float(self._scalars(variables)[own.scale])
         return scale * scores[own.logits]
 
     def _run(
-        self,
-        encode: Encode,
-        variables: Variables,
-        items: Rows,
-        shape: tuple[int, ...],
-        dtype: np.typing.DTypeLike,
-        features: Sequence[str] | None,
+        self, encode: Encode, variables: Variables, items: Rows, form: jax.ShapeDtypeStruct, names: Sequence[str] | None
     ) -> Features:
-        """The features of all items, whole."""
+        """Return the features of all items."""
         results: Features = {}
-        keys = {"valid", *(self._default if features is None else features)}
-        for start, out in self._batches(encode, variables, items, shape, dtype, keys):
+        keys = {"valid", *(self._default if names is None else names)}
+        for start, out in self._batches(encode, variables, items, form, keys):
             for key, value in out.items():
                 if key not in results:  # whole from the beginning: joined batches would need the memory twice
                     results[key] = np.empty((len(items), *value.shape[1:]), value.dtype)
@@ -236,13 +233,7 @@ class Encoder:
         return results
 
     def _batches(
-        self,
-        encode: Encode,
-        variables: Variables,
-        items: Rows,
-        shape: tuple[int, ...],
-        dtype: np.typing.DTypeLike,
-        keys: Collection[str],
+        self, encode: Encode, variables: Variables, items: Rows, form: jax.ShapeDtypeStruct, keys: Collection[str]
     ) -> Iterator[tuple[int, Features]]:
         """Yield the first index and the features `keys` of each batch, without padding; one empty batch of no items."""
 
@@ -255,7 +246,7 @@ class Encoder:
         while start < max(len(items), 1):
             console.report_progress()
             size = self._size(len(items) - start)
-            out = encode(variables, *self._place(items, start, size, shape, dtype))
+            out = encode(variables, *self._place(items, start, size, form))
             # One batch behind: the device works while the host fetches and loads.
             if pending[0]:
                 yield fetch(*pending)
@@ -264,13 +255,11 @@ class Encoder:
         yield fetch(*pending)
 
     def _size(self, left: int) -> int:
-        """The largest batch that `left` items fill at least half, or the smallest: less than half is padding."""
+        """Return the largest batch that `left` items fill at least half, or the smallest batch."""
         return next((size for size in reversed(self.sizes) if left > size // 2), self.sizes[0])
 
-    def _place(
-        self, items: Rows, start: int, size: int, shape: tuple[int, ...], dtype: np.typing.DTypeLike
-    ) -> tuple[jax.Array, jax.Array]:
-        """The global batch of `size` items from `start` on, padded with zeros, and which are readable, bool (size,).
+    def _place(self, items: Rows, start: int, size: int, form: jax.ShapeDtypeStruct) -> tuple[jax.Array, jax.Array]:
+        """Return the global batch of `size` items from `start`, padded with zeros, and bool (size,) of readable items.
 
         Each process loads its own rows.
         """
@@ -278,12 +267,12 @@ class Encoder:
 
         def rows(index: Any) -> np.ndarray:
             first, stop, _ = index[0].indices(size)
-            # Devices along the mesh's model axis ask for the same rows: load them once.
+            # Devices along the mesh's model axis share rows: load them once.
             if first not in blocks:
-                block = blocks[first] = np.zeros((stop - first, *shape), dtype)
+                block = blocks[first] = np.zeros((stop - first, *form.shape), form.dtype)
                 for i in range(start + first, min(start + stop, len(items))):
                     try:
-                        block[i - start - first] = _checked(items[i], i, shape, dtype)
+                        block[i - start - first] = _checked(items[i], i, form)
                     except BadSample as error:
                         self._reasons[i] = describe(error)
             return blocks[first]
@@ -291,28 +280,25 @@ class Encoder:
         def valid(index: Any) -> np.ndarray:
             return np.array([start + i not in self._reasons for i in range(*index[0].indices(size))])
 
-        batch = jax.make_array_from_callback((size, *shape), self._sharding, rows)
+        batch = jax.make_array_from_callback((size, *form.shape), self._sharding, rows)
         return batch, jax.make_array_from_callback((size,), self._sharding, valid)
 
 
-def _widths(model: TwoTowers) -> dict[str, int]:
-    return {name: getattr(model, name).width for name in model.towers}
-
-
-def _check_similarities(similarities: Sequence[Similarity], model: TwoTowers) -> None:
-    """Raise `UserError` where one reads what no head writes."""
+def _checked_similarities(similarities: Sequence[Similarity], model: TwoTowers) -> tuple[Similarity, ...]:
+    """Return the similarities; raise `UserError` if one reads an output that no head writes."""
     for similarity in similarities:
         if missing := {f"{similarity.reads}_{modality}" for modality in ("img", "txt")} - {*model.outputs}:
             raise UserError(
                 f"similarity {similarity.name!r} reads {min(missing)!r}, which no head of the model writes."
             )
+    return tuple(similarities)
 
 
-def _checked(item: np.ndarray, i: int, shape: tuple[int, ...], dtype: np.typing.DTypeLike) -> np.ndarray:
-    """Return `item`, checked: NumPy would cast and broadcast a wrong one in silence."""
-    if item.shape != shape or item.dtype != dtype:
+def _checked(item: np.ndarray, i: int, form: jax.ShapeDtypeStruct) -> np.ndarray:
+    """Return `item` if its shape and dtype are right: NumPy would cast and broadcast a wrong one silently."""
+    if item.shape != form.shape or item.dtype != form.dtype:
         raise UserError(
             f"item {i} of an evaluation set is {item.dtype} of shape {item.shape}; the encoder was built for "
-            f"{np.dtype(dtype)} of shape {shape}: prepare the set for this model's image size or text length."
+            f"{form.dtype} of shape {form.shape}: prepare the set for this model's image size or text length."
         )
     return item

@@ -15,10 +15,10 @@ from xclip_jax.evaluators.statistics import valid_rows
 NEIGHBOURS, TEMPERATURE = 20, 0.07
 COARSE = tuple(10.0**e for e in range(-6, 7, 2))
 _CHUNK = 1 << 25  # similarities at once, fp32
-_MOST_FOR_C = 10_000  # items beside a part of a training set on which C is chosen: scores of all may not fit memory
+_MOST_FOR_C = 10_000  # training items outside a part on which C is chosen: scores of all may not fit into memory
 
 Labelled = tuple[np.ndarray, np.ndarray]  # features (n, d) and labels int (n,)
-# Of each test item whether it is right, 0.0 or 1.0 (n,), or how often in several fits; and {metric: value} of the fit.
+# Per-item accuracy (n,), averaged over fits, and {metric: value} of the fit.
 Fit = tuple[np.ndarray, dict[str, float]]
 
 
@@ -35,9 +35,9 @@ def knn(
     Args:
       train, queries: features (n, d) and (m, d), of any norm.
       labels: classes int (n,).
-      classes: number of them.
-      k: neighbours; all, where the training set has fewer. Of equally near ones the lower index counts.
-      temperature: of the weights.
+      classes: number of classes.
+      k: number of neighbours, at most all training items; equally near items rank by index, lowest first.
+      temperature: temperature of the weights.
 
     Returns:
       fp32 (m, classes).
@@ -54,11 +54,11 @@ def knn(
     return np.concatenate(votes)[: len(queries)]
 
 
-# The training set is an argument: what a jitted function closes over is a constant of the program.
+# The training set is an argument: arrays that a jitted function closes over become constants of the program.
 @functools.partial(jax.jit, static_argnames=("k", "classes"))
 def _vote(q: jax.Array, base: jax.Array, labels: jax.Array, temperature: float, *, k: int, classes: int) -> jax.Array:
     cosine, index = jax.lax.top_k(jnp.matmul(q, base.T, precision=jax.lax.Precision.HIGHEST), k)
-    # Without the common factor exp(1 / temperature), which would overflow at small temperatures.
+    # The common factor exp(1 / temperature) is left out: it would overflow at small temperatures.
     weights = jnp.exp((cosine - 1) / temperature)
     return jnp.einsum("mk,mkc->mc", weights, jax.nn.one_hot(labels[index], classes, dtype=jnp.float32))
 
@@ -77,10 +77,10 @@ def subset(labels: np.ndarray, amount: str, seed: int = 0) -> np.ndarray:
     Args:
       labels: classes int (n,).
       amount: "5-shot" for 5 items of each class, "10%" for that share of each class, at least one.
-      seed: of the subset.
+      seed: seed of the subset.
 
     Raises:
-      UserError: as `part_sizes`.
+      UserError: see `part_sizes`.
     """
     rng, chosen = np.random.default_rng(seed), []
     for c, count in part_sizes(labels, amount).items():
@@ -89,7 +89,7 @@ def subset(labels: np.ndarray, amount: str, seed: int = 0) -> np.ndarray:
 
 
 def part_sizes(labels: np.ndarray, amount: str) -> dict[int, int]:
-    """Return {class: its items} of a part of a training set; the arguments are those of `subset`.
+    """Return {class: number of items} for a part of a training set; see `subset`.
 
     Raises:
       UserError: an unknown amount, or a class with fewer items than shots.
@@ -115,22 +115,22 @@ def part_sizes(labels: np.ndarray, amount: str) -> dict[int, int]:
 
 
 def to_choose_c(train: Labelled, part: np.ndarray, validation: Labelled, seed: int) -> Labelled:
-    """Return the items on which C is chosen for a part of a training set; none where `linear` holds a tenth of it out.
+    """Return the items on which C is chosen for a part of a training set; empty if `linear` shall hold a tenth out.
 
-    They are the validation items, or without any, where a class has a single item in the part, at most `_MOST_FOR_C`
-    of the training items outside of it: a class whose only item is held out is not learned, and every C is as bad.
+    These are the validation items. Without any, if a class has a single item in the part, they are up to `_MOST_FOR_C`
+    training items outside the part: holding out the only item of a class would make every C equally bad.
 
     Args:
-      train, validation: of the set.
+      train, validation: items of the set.
       part: indices of the part.
-      seed: of the draw of those that are at most `_MOST_FOR_C`.
+      seed: seed of the draw of `_MOST_FOR_C` items.
     """
     x, y = train
     if len(validation[1]) or np.unique(y[part], return_counts=True)[1].min() > 1:
         return validation
-    rest = np.setdiff1d(np.arange(len(y)), part)
-    rest = np.random.default_rng(seed).permutation(rest)[:_MOST_FOR_C]
-    return x[rest], y[rest]
+    outside = np.setdiff1d(np.arange(len(y)), part)
+    outside = np.random.default_rng(seed).permutation(outside)[:_MOST_FOR_C]
+    return x[outside], y[outside]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,10 +138,10 @@ class Sweep:
     """Values of C to try.
 
     Attributes:
-      coarse: the first ones, ascending.
-      halvings: how often the two halfway to the neighbours of the best (in log C) are tried too, within the range of
-        `coarse`. Seven from 1e-6 to 1e6 and 4 is the CLIP paper's search, which ends at eight steps a decade.
-      tolerance: of `logistic.fit`.
+      coarse: initial values, ascending.
+      halvings: how often to try the values halfway (in log C) between the best and its neighbours, within the range of
+        `coarse`. The CLIP paper has 7 values from 1e-6 to 1e6 and 4 halvings, which end at eight steps a decade.
+      tolerance: tolerance of `logistic.fit`.
     """
 
     coarse: Sequence[float] = COARSE
@@ -156,7 +156,7 @@ def search(
     sweep: Sweep,
     score: Callable[[np.ndarray, np.ndarray], float],
 ) -> tuple[float, dict[float, float]]:
-    """Return the best C on the validation items, the smaller of equal ones, and {C: score} of all that were tried."""
+    """Return the C with the best score on validation items, the smallest of equals, and {C: score} of all trials."""
     scores: dict[float, float] = {}
     low, high = min(sweep.coarse), max(sweep.coarse)
 
@@ -180,7 +180,7 @@ def _best(scores: Mapping[float, float]) -> float:
 
 
 def folds(labels: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
-    """Return each item's fold, 0 to `count` - 1, int (n,): stratified by class, at random by `seed`.
+    """Return each item's fold, 0 to `count` - 1, int (n,): random, stratified by class.
 
     Raises:
       UserError: fewer items than folds.
@@ -195,7 +195,7 @@ def folds(labels: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
 
 
 def choose(x: np.ndarray, y: np.ndarray, classes: int, cs: Sequence[float], count: int, tolerance: float) -> float:
-    """Return the C of `cs` with the best mean accuracy over `count` folds, the smaller of equal ones."""
+    """Return the C of `cs` with the best mean accuracy over `count` folds, the smallest of equals."""
     fold_of, accuracy = folds(y, count), np.zeros(len(cs))
     for fold in range(count):
         train, test = fold_of != fold, fold_of == fold
@@ -205,7 +205,7 @@ def choose(x: np.ndarray, y: np.ndarray, classes: int, cs: Sequence[float], coun
 
 
 def nested(x: np.ndarray, y: np.ndarray, classes: int, cs: Sequence[float], count: int, tolerance: float) -> Fit:
-    """Run SentEval's nested cross-validation: each fold is tested once, with C chosen by folds of the others."""
+    """Run SentEval's nested cross-validation: test each fold once, with C chosen by folds of the other items."""
     fold_of, right, chosen = folds(y, count), np.zeros(len(y)), []
     for fold in range(count):
         train, test = fold_of != fold, fold_of == fold
@@ -228,12 +228,12 @@ def linear(
     """Run CLIP's linear probe: C by `search` on validation items, then one fit that is tested once.
 
     Args:
-      train, validation, test: features and labels. Without validation items a tenth of `train`, one item or more, is
+      train, validation, test: features and labels. Without validation items a tenth of `train`, at least one item, is
         held out.
-      classes: number of them.
+      classes: number of classes.
       sweep: values of C.
       score: (logits, labels) -> the score by which C is chosen.
-      join: whether the last fit is on training and validation items, or on training items only.
+      join: whether the last fit uses training and validation items, or training items only.
 
     Returns:
       Whether each test item is right, 0.0 or 1.0 (n,), and {"log10_c": the choice}.
@@ -257,18 +257,18 @@ def linear(
         best, _ = search(train, validation, classes, sweep, score)
     if given and join:
         whole = together(train, validation)
-    del train, validation  # a copy of most features, where a tenth was held out
+    del train, validation  # if a tenth was held out, a copy of most features
     logits = logistic.fit(*whole, [best], classes, tolerance=sweep.tolerance).logits(test[0])[0]
     return is_right(logits, test[1]), {"log10_c": float(np.log10(best))}
 
 
 def together(a: Labelled, b: Labelled) -> Labelled:
-    """Return the items of both; without a copy where one has none."""
+    """Return the items of both, without a copy if one is empty."""
     if not len(a[1]) or not len(b[1]):
         return a if len(a[1]) else b
     return np.concatenate([a[0], b[0]]), np.concatenate([a[1], b[1]])
 
 
 def is_right(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Return 1.0 where the highest logit, of equal ones the first, is the label's; rows with NaN or +inf are wrong."""
+    """Return 1.0 where the highest logit, the first of equals, is the label's; rows with NaN or +inf are wrong."""
     return ((logits.argmax(axis=1) == labels) & valid_rows(logits)).astype(float)

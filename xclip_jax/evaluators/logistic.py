@@ -1,14 +1,14 @@
-"""Logistic regression for many penalties at once: L-BFGS in JAX, the objective of scikit-learn.
+"""Logistic regression for many penalties at once: L-BFGS in JAX, with scikit-learn's objective.
 
-For each C the objective, in nats, is  mean_i [-log softmax(x_i W + b)_(y_i)] + |W|^2 / (2 C n),  which is that of
-`sklearn.linear_model.LogisticRegression` over C n; the bias is not penalised. Where two classes occur scikit-learn has
-one vector w, the difference of the two logits' weights, and the penalty |w|^2 / (2 C n). The two columns of W that give
-w at the least penalty are -w / 2 and w / 2, with |W|^2 = |w|^2 / 2: twice the penalty on W is the same objective. All C
-share each pass over the features. A label may be shared among classes: its term is the mean over its shares.
+For each C the objective, in nats, is  mean_i [-log softmax(x_i W + b)_(y_i)] + |W|^2 / (2 C n).  This is the objective
+of `sklearn.linear_model.LogisticRegression` divided by C n; the bias is not penalised. For two classes scikit-learn
+has one vector w, the difference of the two logits' weights, and the penalty |w|^2 / (2 C n). The columns of W with the
+least penalty are -w / 2 and w / 2, with |W|^2 = |w|^2 / 2, so the penalty on W is doubled to get the same objective.
+All C share each pass over the features. A label may be shared among classes: its loss is the mean over its shares.
 
-Three things make it fast and change no solution. Logits are linear in W, so that a line search needs no product with
-the features. The features are centred (the bias compensates) and rotated to their principal axes, where the Hessian's
-diagonal is known in advance up to a factor and preconditions each C. And problems that have converged are dropped.
+Three things make it fast without changing the solution. Logits are linear in W, so a line search needs no product with
+the features. Features are centred (the bias compensates) and rotated to their principal axes, where the Hessian's
+diagonal is known up to a factor and preconditions each C. Converged problems are dropped.
 """
 
 import dataclasses
@@ -24,12 +24,12 @@ from xclip_jax.core import console
 from xclip_jax.core.errors import UserError
 
 HISTORY = 10
-_SCORES = 1 << 27  # logits in memory at once (fp32, about four arrays of them): more C than fit are solved in turns
-_SMALL = 1 << 24  # logits, up to which keeping problems that are done is cheaper than compiling without them
-_ROUND = 4  # iterations between two checks of which problems are done
-_BLOCK = 1 << 22  # numbers of a block of features
-_ALIGNMENT = 64  # bytes, of arrays that JAX's CPU client shares
-_STALLED = 1e-10  # share of the objective: a step that promises less is not made
+_SCORES = 1 << 27  # logits in memory at once (about four fp32 arrays): more values of C are solved in turns
+_SMALL = 1 << 24  # up to so large an array of logits, keeping converged problems is cheaper than recompiling
+_ROUND = 4  # iterations between checks for convergence
+_BLOCK = 1 << 22  # numbers in a block of features
+_ALIGNMENT = 64  # bytes; JAX's CPU client shares aligned arrays
+_STALLED = 1e-10  # share of the objective; a step that promises less is not made
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +39,8 @@ class Fit:
     Attributes:
       weights: fp32 (cs, d, classes).
       bias: fp32 (cs, classes); its mean over classes is zero.
-      objective: (cs,) as the module's docstring defines it.
-      iterations: (cs,) of L-BFGS.
+      objective: (cs,), see the module's docstring.
+      iterations: (cs,), iterations of L-BFGS.
     """
 
     weights: np.ndarray
@@ -66,13 +66,12 @@ def fit(
 
     Args:
       x: features fp32 (n, d).
-      y: classes int (n,), below `classes`; a class may have no item. Or shares of the classes (n, classes), rows that
-        sum to 1.
-      cs: inverse strengths of the penalty, above 0, as scikit-learn defines them for the classes that occur.
-      classes: number of them.
-      iterations: maximum for each C.
-      tolerance: a problem is solved when no component of its gradient is larger, as with scikit-learn's `tol` (1e-4 by
-        default).
+      y: classes int (n,) below `classes`, or shares of the classes (n, classes) that sum to 1 in each row. A class may
+        have no item.
+      cs: inverse strengths of the penalty, above 0, as in scikit-learn with the classes that occur.
+      classes: number of classes.
+      iterations: maximum number of iterations for each C.
+      tolerance: maximum absolute component of the gradient at a solution, as scikit-learn's `tol` (default 1e-4).
 
     Raises:
       UserError: features that are not finite, labels or C out of range.
@@ -89,7 +88,7 @@ def fit(
     penalty = 2.0 if occurring == 2 else 1.0
     rotated, mean, spectrum, axes = _rotate(x)
     labels = jnp.asarray(y, jnp.int32 if y.ndim == 1 else jnp.float32)
-    # From the gradient along the axes to that of the given features.
+    # Maps the gradient along the axes to the gradient with respect to the given features.
     back = jnp.asarray(np.block([[axes, mean[:, None]], [np.zeros((1, d)), np.ones((1, 1))]]), jnp.float32)
     # The diagonal of softmax's Hessian is p (1 - p), about 1 / classes at the start.
     curvature = np.append(np.maximum(spectrum, 0), 1.0) / classes
@@ -109,7 +108,7 @@ def fit(
 
 
 def aligned(shape: tuple[int, int]) -> np.ndarray:
-    """Return an empty fp32 array that JAX takes without a copy on a CPU."""
+    """Return an uninitialised fp32 array that JAX on a CPU uses without a copy."""
     size, bytes_each = shape[0] * shape[1], 4
     buffer = np.empty(size * bytes_each + _ALIGNMENT, np.uint8)
     start = -buffer.ctypes.data % _ALIGNMENT
@@ -119,7 +118,7 @@ def aligned(shape: tuple[int, int]) -> np.ndarray:
 def _rotate(x: np.ndarray) -> tuple[jax.Array, np.ndarray, np.ndarray, np.ndarray]:
     """Return x (n, d), centred and along its principal axes, with a column of ones; and mean, spectrum and axes.
 
-    Block by block: the result is all that is held beside `x`, which may take a good part of the memory.
+    Works in blocks, to hold no further copy of `x`.
     """
     n, d = x.shape
     mean, step = x.mean(axis=0, dtype=np.float64), max(1, _BLOCK // d)
@@ -170,12 +169,12 @@ def _solve(
     }
     alive, out = np.arange(count), (np.zeros((d, count, classes), np.float32), np.zeros(count), np.zeros(count, int))
     for _ in range(0, iterations, _ROUND):
-        console.report_progress(all_processes=False)  # rounding decides how many there are
+        console.report_progress(all_processes=False)  # the number of rounds depends on rounding
         state = _iterate(x, y, back, problem, state, iterations, tolerance)
         done = np.asarray(state["done"])
         keep = np.flatnonzero(~done)
         last = not len(keep) or int(state["iteration"]) >= iterations
-        # Each new shape is compiled: drop problems only where that is a quarter or more, and worth it.
+        # Each new shape is compiled: drop problems only if at least a quarter has converged, and it is worth it.
         if last or (4 * len(keep) <= 3 * len(alive) and state["z"].size > _SMALL):
             out[0][:, alive] = np.asarray(state["w"])
             out[1][alive], out[2][alive] = np.asarray(state["value"]), np.asarray(state["steps"])
@@ -199,8 +198,8 @@ def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
     return (a * b).sum(axis=(0, 2))
 
 
-def _own(z: jax.Array, y: jax.Array) -> jax.Array:
-    """Return the labels' logits (n, cs) out of z (n, cs, classes), their mean where a label is shared."""
+def _label_logits(z: jax.Array, y: jax.Array) -> jax.Array:
+    """Return the labels' logits (n, cs) from z (n, cs, classes); the mean over the shares of a shared label."""
     if y.ndim == 1:
         return jnp.take_along_axis(z, y[:, None, None], axis=2)[..., 0]
     return (z * y[:, None]).sum(axis=2)
@@ -214,7 +213,7 @@ def _target(y: jax.Array, classes: int) -> jax.Array:
 def _gradient(x: jax.Array, y: jax.Array, z: jax.Array, w: jax.Array, ridge: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return objective (cs,) and gradient (d, cs, classes) at the logits z (n, cs, classes) of w."""
     n, _, k = z.shape
-    value = (jax.nn.logsumexp(z, axis=2) - _own(z, y)).mean(axis=0) + _dot(ridge * w, w) / 2
+    value = (jax.nn.logsumexp(z, axis=2) - _label_logits(z, y)).mean(axis=0) + _dot(ridge * w, w) / 2
     wrong = jax.nn.softmax(z, axis=2) - _target(y, k)[:, None]
     return value, _matmul("nd,nck->dck", x, wrong) / n + ridge * w
 
@@ -247,14 +246,14 @@ def _search(
 
     Only slopes are compared, as values are too coarse in fp32 near the solution.
     """
-    own = _own(zp, y).mean(axis=0)
+    toward_labels = _label_logits(zp, y).mean(axis=0)
     wp, pp = _dot(ridge * state["w"], p), _dot(ridge * p, p)
 
     def derivatives(t: jax.Array) -> tuple[jax.Array, jax.Array]:
         prob = jax.nn.softmax(state["z"] + t[:, None] * zp, axis=2)
         first = (prob * zp).sum(axis=2)
         second = (prob * zp * zp).sum(axis=2) - first**2
-        return first.mean(axis=0) - own + wp + t * pp, second.mean(axis=0) + pp
+        return first.mean(axis=0) - toward_labels + wp + t * pp, second.mean(axis=0) + pp
 
     def cond(carry: Any) -> jax.Array:
         return (~carry["ok"]).any() & (carry["i"] < 12)

@@ -1,8 +1,7 @@
-"""Registry of evaluation sets and evaluators; opens sets by their names and runs evaluators.
+"""Registry of evaluation sets and evaluators: opens sets by their names and runs evaluators.
 
-A set's name begins with one of the prefixes of a kind in `KINDS`, which interprets the rest. A name that begins with
-"package.module:Class" is of that `SetKind` of another package. A set names its evaluator: one of `EVALUATORS`, or
-"package.module:Class".
+The prefix of a set's name selects a kind in `KINDS`; a name that begins with "package.module:Class" selects a `SetKind`
+of another package. A set names its evaluator: a key of `EVALUATORS`, or "package.module:Class".
 """
 
 import dataclasses
@@ -21,15 +20,9 @@ from xclip_jax.core.imports import Classes, class_name, import_class, is_importe
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.evaluators.base import Evaluator, Layout, SetKind, closest
-from xclip_jax.evaluators.classifier import ClassifierEvaluator
-from xclip_jax.evaluators.dense import DenseProbe
 from xclip_jax.evaluators.encoder import Encoder
-from xclip_jax.evaluators.probe import Probe
 from xclip_jax.evaluators.prompts import PROFILES, Profile
 from xclip_jax.evaluators.results import Result
-from xclip_jax.evaluators.retrieval import Retrieval
-from xclip_jax.evaluators.text import SentenceSimilarity, TextRetrieval
-from xclip_jax.evaluators.zeroshot import ZeroShot
 from xclip_jax.models.two_towers import Variables
 
 _SETS = "xclip_jax.evaluators.sets"
@@ -37,24 +30,27 @@ KINDS: Mapping[str, type[SetKind]] = Classes(
     SetKind,
     {
         "emoji": "xclip_jax.demo.emoji_sets:EmojiSets",
-        "published": f"{_SETS}.zeroshot_datasets:PublishedSets",
-        "wds": f"{_SETS}.wds_sets:WdsSets",
-        "files": f"{_SETS}.file_datasets:FileSets",
-        "pairs": f"{_SETS}.pair_sets:PairSets",
-        "probes": f"{_SETS}.probe_datasets:ProbeSets",
-        "dense": f"{_SETS}.dense_datasets:DenseSets",
-        "finetuned": f"{_SETS}.finetuned:FinetunedSets",
+        "classes": f"{_SETS}.classification:ClassSets",
+        "files": f"{_SETS}.files:FileSets",
+        "pairs": f"{_SETS}.own:PairSets",
+        "probes": f"{_SETS}.classification:ProbeSets",
+        "dense": f"{_SETS}.masks:DenseSets",
+        "finetuned": f"{_SETS}.classification:FinetunedSets",
     },
 )
-EVALUATORS: Mapping[str, type[Evaluator]] = {
-    "zeroshot": ZeroShot,
-    "retrieval": Retrieval,
-    "probe": Probe,
-    "classifier": ClassifierEvaluator,
-    "text_retrieval": TextRetrieval,
-    "similarity": SentenceSimilarity,
-    "dense": DenseProbe,
-}
+_EVALUATORS = "xclip_jax.evaluators"
+EVALUATORS: Mapping[str, type[Evaluator]] = Classes(
+    Evaluator,
+    {
+        "zeroshot": f"{_EVALUATORS}.zeroshot:ZeroShot",
+        "retrieval": f"{_EVALUATORS}.retrieval:Retrieval",
+        "probe": f"{_EVALUATORS}.probe:Probe",
+        "classifier": f"{_EVALUATORS}.probe:ClassifierEvaluator",
+        "text_retrieval": f"{_EVALUATORS}.retrieval:TextRetrieval",
+        "similarity": f"{_EVALUATORS}.retrieval:SentenceSimilarity",
+        "dense": f"{_EVALUATORS}.dense:DenseProbe",
+    },
+)
 
 _SET_ATTRIBUTES = ("name", "card", "evaluator")
 _NUM_CHECKED = 8  # images of a set that `open_all` decodes
@@ -72,24 +68,24 @@ def load(
 
     Args:
       spec: name of the set.
-      prepare: preprocessing of the model's images; a number for CLIP's, at that size.
-      data_dir: root of TFDS data sets, None (or "") for that of `data`; the demo's is prepared there on first use.
+      prepare: preprocessing of the model's images; a number for CLIP's at that size.
+      data_dir: root of TFDS data sets, None or "" for `data.dir`; the demo is prepared there on first use.
       profile: protocol of the published sets.
-      data: of the model's run, which says how pairs of its own are read.
+      data: group `data` of the model's run, which defines how pairs are read.
 
     Raises:
-      UserError: an unknown `spec`, with the names that are spelled like it, or a set that cannot be opened.
+      UserError: an unknown `spec`, with similar names, or a set that cannot be opened.
     """
     kind = check(spec)
     data = kind.data_of(spec, data or DataConfig())
-    return kind.open(spec, prepare, dataclasses.replace(data, dir=data_dir or data.dir), profile)
+    return kind.load(spec, prepare, dataclasses.replace(data, dir=data_dir or data.dir), profile)
 
 
 def check(spec: str, others: Sequence[str] = ()) -> type[SetKind]:
     """Return the kind of the set `spec`.
 
     Raises:
-      UserError: an unknown name; the message suggests the nearest ones, of `others` too.
+      UserError: an unknown name; the message suggests similar ones, also among `others`.
     """
     prefix = re.split("[/:@]", spec, maxsplit=1)[0]
     kind = next((kind for kind in KINDS.values() if prefix in kind.prefixes), None)
@@ -97,8 +93,8 @@ def check(spec: str, others: Sequence[str] = ()) -> type[SetKind]:
         kind = import_class(name, SetKind, "evaluation set")
     if kind and kind.knows(spec):
         return kind
-    near = kind.closest(spec) if kind else closest(spec, [*others, *_all("names")], _all("at_path"))
-    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
+    similar = kind.closest(spec) if kind else closest(spec, [*others, *_all("names")], _all("at_path"))
+    hint = f"; did you mean {' or '.join(map(repr, similar))}?" if similar else "."
     raise UserError(
         f"unknown evaluation set {spec!r}{hint} {command('evaluate')} --help lists the names; your own images "
         "are folder:PATH, csv:PATH or probe/folder:PATH, your own pairs retrieval/PATH, if the path exists."
@@ -111,12 +107,12 @@ def _all(attribute: str) -> list[str]:
 
 
 def all_suites() -> dict[str, Sequence[str]]:
-    """Return {name: sets} of the suites of all kinds."""
+    """Return {name: sets} for the suites of all kinds."""
     return {name: sets for kind in KINDS.values() for name, sets in kind.suites.items()}
 
 
 def listing() -> str:
-    """Return a text with all names of sets and suites."""
+    """Return a text that lists all sets and suites."""
     lines = (
         f"suites: {', '.join(all_suites())}",
         f"sets: {', '.join(_all('names'))}",
@@ -128,9 +124,9 @@ def listing() -> str:
 
 
 def expand_suites(suites: str | Sequence[str]) -> tuple[str, ...]:
-    """Return the names of sets, each once, of names and `all_suites` joined by commas, or of several of these.
+    """Return the distinct sets of names and `all_suites`, joined by commas or in several strings.
 
-    A name whose path has commas is not split where the path exists.
+    A name whose path has commas is not split if the path exists.
 
     Raises:
       UserError: no names, or unknown ones.
@@ -149,25 +145,25 @@ def expand_suites(suites: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def _check_columns(names: Sequence[str]) -> None:
-    """Raise `UserError` where columns follow a source among `names` of sets after commas, with the right spelling."""
+    """Raise `UserError`, with the right spelling, if columns follow a source after a comma."""
     columns = [name for name in names if re.match("(image|text)=", name)]
-    place = names[names.index(columns[0]) - 1] if columns else ""
-    if place.startswith("retrieval/"):
-        right = shlex.quote(f"{place}?{'&'.join(columns)}")
+    source = names[names.index(columns[0]) - 1] if columns else ""
+    if source.startswith("retrieval/"):
+        right = shlex.quote(f"{source}?{'&'.join(columns)}")
         raise UserError(f"{columns[0]!r} is not a set; columns follow a question mark: write {right}.")
 
 
 def split(suite: str) -> list[str]:
     """Split names of sets at commas, unless they are part of a path that exists."""
     paths = [pathlib.Path(suite.partition(mark)[2]) for mark in "@:/"]
-    # In finetuned/glue:TASK@PATH/SPLIT the split is behind the path.
+    # In finetuned/glue:TASK@PATH/SPLIT the split follows the path.
     if any("," in str(path) and path.exists() for whole in paths for path in (whole, whole.parent)):
         return [suite]
     return [name for name in map(str.strip, suite.split(",")) if name]
 
 
 def profile(name: str) -> Profile:
-    """Return the profile `name`; an unknown one raises `UserError`."""
+    """Return the profile `name`; raise `UserError` if it is unknown."""
     check_choice("--profile", name, PROFILES)
     return PROFILES[name]
 
@@ -179,7 +175,7 @@ def make(
     profile: Profile = PROFILES["openai"],
     data: DataConfig | None = None,
 ) -> Evaluator:
-    """Open the set named `spec` and return its evaluator; arguments and errors are those of `load`."""
+    """Open the set named `spec` and return its evaluator; see `load`."""
     return evaluator(encoder, load(spec, encoder.preprocessing, data_dir, profile, data))
 
 
@@ -190,15 +186,14 @@ def open_all(
     profile: Profile = PROFILES["openai"],
     data: DataConfig | None = None,
 ) -> list[Evaluator]:
-    """Open sets and return their evaluators, without running the model: errors are raised before the first one runs.
+    """Open sets and return their evaluators without running the model, so that faults are raised before the first run.
 
     Args:
       specs: names of sets.
-      encoder, data_dir, profile, data: as in `make`.
+      encoder, data_dir, profile, data: see `make`.
 
     Raises:
-      UserError: sets that are unknown, missing or damaged, or of which none of some images can be decoded; one line for
-        each set.
+      UserError: sets that are unknown, missing or damaged, or whose images cannot be decoded; one line for each set.
     """
     evaluators, faults = [], []
     for spec in specs:
@@ -219,7 +214,7 @@ def open_all(
 
 
 def _check_images(evaluator: Evaluator) -> None:
-    """Decode a few images of each part of a set; `UserError` where none of them can be."""
+    """Decode a few images of each part of a set; raise `UserError` if none of them can be decoded."""
     for part in evaluator.inputs:
         images = getattr(evaluator.data, part, ())
         indices = np.unique(np.linspace(0, len(images) - 1, _NUM_CHECKED).astype(int)) if len(images) else []
@@ -237,9 +232,9 @@ def _check_images(evaluator: Evaluator) -> None:
 
 
 def measure(evaluator: Evaluator, variables: Variables) -> list[Result]:
-    """Run an evaluator. One of the results is the headline; "unreadable" counts images that could not be read, if any.
+    """Run an evaluator. Exactly one result is the headline; "unreadable" counts unreadable images, if any.
 
-    Such images count as wrong, and a probe is not trained on them. The first few are named in the log. An exception has
+    Unreadable images count as wrong, and probes are not trained on them; the log names the first few. An exception has
     a note with the evaluator's name.
     """
     encoder = evaluator.encoder
@@ -250,7 +245,7 @@ def measure(evaluator: Evaluator, variables: Variables) -> list[Result]:
         error.add_note(f"in evaluator {evaluator.name}")
         raise
     if results and not any(result.headline for result in results):
-        # Not a count, which has no unit: of one that was expected, such as mAP where labels turn out to be one each.
+        # The card names a metric that the evaluator lacks, such as mAP for single labels: use the first with a unit.
         main = next((i for i, result in enumerate(results) if result.unit), 0)
         results[main] = dataclasses.replace(results[main], headline=True)
     if encoder.unreadable:
@@ -262,7 +257,7 @@ def measure(evaluator: Evaluator, variables: Variables) -> list[Result]:
 
 
 def evaluator_class(name: str) -> type[Evaluator]:
-    """Return the evaluator that sets call `name`: one of `EVALUATORS`, or "package.module:Class".
+    """Return the evaluator `name`: a key of `EVALUATORS`, or "package.module:Class".
 
     Raises:
       UserError: an unknown name, or a class that cannot be imported.
@@ -275,7 +270,7 @@ def evaluator_class(name: str) -> type[Evaluator]:
 
 
 def evaluator(encoder: Encoder, data: Any) -> Evaluator:
-    """Return the evaluator of the set `data`; `UserError` as `evaluator_class`, or where the set lacks attributes."""
+    """Return the evaluator of the set `data`; raise `UserError` if it is unknown, or the set lacks attributes."""
     if missing := [name for name in _SET_ATTRIBUTES if not hasattr(data, name)]:
         raise UserError(
             f"{type(data).__name__} is not an evaluation set: it has no {' and no '.join(missing)}; see "
@@ -289,9 +284,9 @@ def evaluator(encoder: Encoder, data: Any) -> Evaluator:
 
 
 def layouts(name: str = "") -> Sequence[Layout]:
-    """Return the tables of an evaluator's results; without a name those of all `EVALUATORS`, in the order of display.
+    """Return the layouts of an evaluator's results; without a name the layouts of all `EVALUATORS`, in display order.
 
-    An evaluator of another package has none where nothing has imported it: results are files, which import nothing.
+    An evaluator of another package has none unless it was imported already: files of results import nothing.
     """
     if not name:
         return [layout for protocol in EVALUATORS.values() for layout in protocol.layouts]

@@ -1,8 +1,11 @@
-"""Retrieval in both directions: recall at k, the share of queries with any of their matches among the k best items."""
+"""Retrieval of images and texts by texts, texts by images, and texts by texts; similarity of sentences.
+
+Recall at k is the share of queries with any of their matches among the k best items.
+"""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 import scipy
@@ -11,27 +14,28 @@ from xclip_jax.core import console
 from xclip_jax.core.errors import UserError
 from xclip_jax.evaluators import statistics
 from xclip_jax.evaluators.base import Column, Evaluator, Layout, Metric
-from xclip_jax.evaluators.encoder import Features
+from xclip_jax.evaluators.encoder import Encoder, Features
 from xclip_jax.evaluators.results import Provenance, Result
-from xclip_jax.evaluators.statistics import PerExample, row_blocks
+from xclip_jax.evaluators.statistics import PerExample, pearson, row_blocks, spearman
 from xclip_jax.evaluators.zeroshot import compare, encode_pairs, spreads_of
 from xclip_jax.models.two_towers import Variables
-from xclip_jax.objectives.similarity import Similarity
+from xclip_jax.objectives.similarity import Similarity, features
+
+Pair = tuple[str, str, float]  # two sentences and their similarity, rated by people
 
 KS = (1, 5, 10)
-# Scores of a kind that are held at once, fp32: COCO's 5,000 images and 25,000 captions are one block, and all 85,000
-# pairs of a hundredth of 8.5 million would be 29 GB of each kind.
+# Numbers held at once for each score: COCO's 5,000 images and 25,000 captions are one block; 85,000 pairs at once would
+# take 29 GB.
 BLOCK = 1 << 27
 
 
 def recall_at_k(scores: np.ndarray, positives: np.ndarray, k: int) -> float:
-    """Share of queries with any positive among the k best items; equal scores rank by item index, lowest first.
+    """Return the share of queries with a positive among the k best items; equal scores rank by index, lowest first.
 
     Args:
       scores: (queries, items), higher is nearer.
       positives: bool of the same shape.
-      k: from the number of items on every query counts, except those without a valid ranking: with a score that is NaN
-        or plus infinity, or minus infinity for all positives.
+      k: items that count; a query without a valid ranking, see `statistics.ranks`, is wrong for every k.
 
     Raises:
       UserError: a query without positives, or shapes that differ.
@@ -40,7 +44,7 @@ def recall_at_k(scores: np.ndarray, positives: np.ndarray, k: int) -> float:
 
 
 def ranks(scores: np.ndarray, positives: np.ndarray) -> np.ndarray:
-    """How many items come before each query's best positive, int (queries,), see `statistics.ranks`."""
+    """Return how many items precede each query's best positive, int (queries,); see `statistics.ranks`."""
     if scores.shape != positives.shape or not positives.any(axis=1).all():
         raise UserError(
             f"scores {scores.shape} and positives {positives.shape} must have one shape, and each query a positive."
@@ -56,13 +60,13 @@ def ranks(scores: np.ndarray, positives: np.ndarray) -> np.ndarray:
 def ranks_by_score(
     similarities: Sequence[Similarity], img: Features, rows: Sequence[np.ndarray], captions: list[list[str]]
 ) -> dict[str, dict[str, np.ndarray]]:
-    """`ranks` of both directions by each score of `compare`: {score: {direction: int (queries,)}}.
+    """Return `ranks` of both directions by each score of `compare`: {score: {direction: int (queries,)}}.
 
-    The scores of a large set are computed for a block of queries at a time, in each direction, and never held whole.
+    Large sets are compared in blocks of queries, in each direction; their scores are never held whole.
 
     Args:
-      similarities, img, rows: as `compare` takes them.
-      captions: of the images; those of all, one after another, are the texts of `rows`.
+      similarities, img, rows: as in `compare`.
+      captions: captions of each image, whose concatenation are the texts of `rows`.
     """
     matches, images, texts = Matches(captions), len(captions), len(rows[0])
     whole = compare(similarities, img, rows) if images * texts <= BLOCK else {}
@@ -90,12 +94,12 @@ def ranks_by_score(
 
 
 def chance(matches: np.ndarray, items: int, k: int) -> float:
-    """Expected recall at k of a random ranking: the mean over queries of 1 - C(n - m, k) / C(n, k).
+    """Return the expected recall at k of a random ranking: the mean over queries of 1 - C(n - m, k) / C(n, k).
 
     Args:
-      matches: how many items are right for each query, m, int (queries,).
-      items: how many there are, n.
-      k: items of the ranking that count.
+      matches: number m of right items for each query, int (queries,).
+      items: number n of items.
+      k: number of items that count.
     """
     missed = np.ones(len(matches))
     for i in range(min(k, items)):  # item i + 1 of the ranking is drawn from the n - i that are left
@@ -108,9 +112,9 @@ class RetrievalSet:
     """Images and their captions.
 
     Attributes:
-      name: in the metrics' names.
+      name: name of the set, in the names of its metrics.
       images: `len` and `[]`, uint8 (size, size, 3).
-      captions: one or more for each image; a caption that several images share matches all of them.
+      captions: one or more for each image; a caption shared by several images matches all of them.
     """
 
     evaluator: ClassVar[str] = "retrieval"
@@ -151,8 +155,8 @@ LAYOUT = Layout(
 class Retrieval(Evaluator):
     """r1, r5 and r10 in percent, named "retrieval/<set>[/<score>]/image_to_text/r1" and ".../text_to_image/r1".
 
-    Every caption is an item and a query, repeated ones too, as Flickr30k and COCO count. Scores are those of
-    `zeroshot.compare`; "retrieval/<set>/chance/image_to_text/r1" and so on are what a random ranking gives.
+    Every caption is an item and a query, repeated ones too, as in Flickr30k and COCO. `zeroshot.compare` names the
+    scores; "retrieval/<set>/chance/image_to_text/r1" and so on are the recalls of a random ranking.
     """
 
     family = "retrieval"
@@ -185,10 +189,10 @@ class Retrieval(Evaluator):
 
 
 class Matches:
-    """Which of all captions, in order, each image has: one that several images share is right for all of them."""
+    """Which captions, in order, match which images; a caption shared by several images matches all of them."""
 
     def __init__(self, captions: list[list[str]]) -> None:
-        """Takes the captions of each image."""
+        """`captions` has the captions of each image."""
         numbers = {text: i for i, text in enumerate(dict.fromkeys(text for texts in captions for text in texts))}
         self._text = np.array([numbers[text] for texts in captions for text in texts])
         image = np.repeat(np.arange(len(captions)), [len(texts) for texts in captions])
@@ -196,19 +200,180 @@ class Matches:
         self._has = scipy.sparse.csr_array((np.ones(len(image), bool), (image, self._text)), shape)
 
     def of_images(self, part: slice = slice(None)) -> np.ndarray:
-        """bool (images of the part, captions)."""
+        """Return bool (images of the part, captions)."""
         return self._has[part].toarray()[:, self._text]
 
     def of_captions(self, part: slice) -> np.ndarray:
-        """bool (captions of the part, images)."""
+        """Return bool (captions of the part, images)."""
         return self._has.T.tocsr()[self._text[part]].toarray()
 
     def counts(self) -> dict[str, np.ndarray]:
-        """How many captions are right for each image, and how many images for each caption, by direction."""
+        """Return the number of right captions of each image, and of right images of each caption, by direction."""
         images = np.bincount(self._has.indices, minlength=self._has.shape[1])
         return {"image_to_text": self._has @ np.bincount(self._text), "text_to_image": images[self._text]}
 
 
 def positives(captions: list[list[str]]) -> np.ndarray:
-    """Which of all captions, in order, each image has: bool (images, captions)."""
+    """Return which captions, in order, match each image: bool (images, captions)."""
     return Matches(captions).of_images()
+
+
+def embeddings(encoder: Encoder, variables: Variables, texts: Sequence[str]) -> np.ndarray:
+    """Return unit vectors (n, e) by which the model's own similarity compares texts."""
+    (feature,) = features(encoder.similarities[:1])
+    return encoder.similarities[0].embedding(encoder.texts(variables, texts, (feature,))[feature])
+
+
+def nearest_ranks(queries: np.ndarray, items: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Return how many items are nearer to each query than its target, int (queries,), in blocks of queries.
+
+    Args:
+      queries, items: embeddings (queries, e) and (items, e).
+      targets: index of an item for each query, int (queries,).
+    """
+    step = max(1, BLOCK // len(items))
+    starts = range(0, len(queries), step)
+    return np.concatenate([statistics.ranks(queries[i : i + step] @ items.T, targets[i : i + step]) for i in starts])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SimilaritySet:
+    """Pairs of sentences whose similarity people rated.
+
+    Attributes:
+      name: name of the set, in the names of its metrics.
+      subsets: {name: pairs}, at least two pairs each; a set without parts has one subset.
+    """
+
+    evaluator: ClassVar[str] = "similarity"
+
+    name: str
+    subsets: Mapping[str, Sequence[Pair]]
+    card: Provenance = dataclasses.field(default_factory=Provenance)
+
+    def __post_init__(self) -> None:
+        for subset, pairs in self.subsets.items():
+            if len(pairs) < 2:
+                raise UserError(f"{self.name}: subset {subset!r} has {len(pairs)} pairs; a correlation needs two.")
+        if not self.subsets:
+            raise UserError(f"{self.name}: the set has no pairs.")
+
+
+class SentenceSimilarity(Evaluator):
+    """Correlation of cosine and gold times 100, without training; named "textual/<set>/<metric>".
+
+    Published conventions differ by several points: "spearman_all" correlates all pairs in one list (SimCSE),
+    "spearman_mean" is the unweighted mean over subsets, "spearman_weighted" weights subsets by their pairs (SentEval).
+    Further results are pearson_all, pearson_mean and pairs.
+    """
+
+    family = "textual"
+    layouts = (
+        Layout(
+            "similarity of texts, Spearman x 100",
+            ("textual",),
+            (
+                Metric("spearman_all", "spearman_all", "Spearman"),
+                Metric("spearman_mean", "spearman_mean", "Spearman, mean of the subsets"),
+            ),
+            (
+                Column("pairs", "pairs", ">14"),
+                Column("all", "spearman_all", ">8"),
+                Column("mean", "spearman_mean", ">15"),
+            ),
+        ),
+    )
+
+    def measure(self, variables: Variables) -> list[Result]:
+        """Return the results listed in the class docstring."""
+        pairs = [pair for part in self.data.subsets.values() for pair in part]
+        texts = [pair[side] for side in (0, 1) for pair in pairs]
+        e = embeddings(self.encoder, variables, texts)
+        return self.correlations((e[: len(pairs)] * e[len(pairs) :]).sum(axis=1))
+
+    def correlations(self, cosine: np.ndarray) -> list[Result]:
+        """Return the results from the cosines (pairs,), subset after subset."""
+        subsets = self.data.subsets
+        gold = np.array([pair[2] for part in subsets.values() for pair in part], np.float64)
+        ends = np.cumsum([len(part) for part in subsets.values()])
+        parts = list(zip(np.split(cosine, ends[:-1]), np.split(gold, ends[:-1]), strict=True))
+        by_rank, linear = ([100 * f(*part) for part in parts] for f in (spearman, pearson))
+        items, shared = PerExample(cosine, other=gold, statistic="spearman"), {"unit": "x 100", "n": len(gold)}
+        results = [self.result("spearman_all", items.value(), items=items, **shared)]
+        values: dict[str, Any] = {
+            "spearman_mean": np.mean(by_rank),
+            "spearman_weighted": np.average(by_rank, weights=[len(part) for part in subsets.values()]),
+            "pearson_all": 100 * pearson(cosine, gold),
+            "pearson_mean": np.mean(linear),
+        }
+        results += [self.result(key, value, **shared) for key, value in values.items()]
+        results.append(self.count("pairs", len(gold)))
+        if len(parts) > 1:
+            for (subset, pairs), value in zip(subsets.items(), by_rank, strict=True):
+                results.append(self.result("spearman", value, group=subset, unit="x 100", n=len(pairs)))
+        return results
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TextRetrievalSet:
+    """Queries that mean the same as one of `texts`.
+
+    Attributes:
+      name: name of the set, in the names of its metrics.
+      texts: items of the retrieval, all distinct.
+      queries: (query, index of its text).
+      groups: bool (queries,) of named parts, such as languages; the value is then their unweighted mean.
+    """
+
+    evaluator: ClassVar[str] = "text_retrieval"
+
+    name: str
+    texts: Sequence[str]
+    queries: Sequence[tuple[str, int]]
+    groups: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    card: Provenance = dataclasses.field(default_factory=Provenance)
+
+    def __post_init__(self) -> None:
+        if not self.queries or not all(0 <= i < len(self.texts) for _, i in self.queries):
+            raise UserError(f"{self.name}: {len(self.queries)} queries; each must name one of {len(self.texts)} texts.")
+        for group, mask in self.groups.items():
+            if np.shape(mask) != (len(self.queries),) or not np.any(mask):
+                raise UserError(f"{self.name}: group {group!r} must be a bool for each query, not all False.")
+
+
+class TextRetrieval(Evaluator):
+    """Recall of the query's text by cosine, in percent: "textual/<set>[/<group>]/r1", r5 and r10."""
+
+    family = "textual"
+    layouts = (
+        Layout(
+            "texts by texts, recall %",
+            ("textual",),
+            (Metric("r1", "R@1", "R@1"), Metric("r5", "R@5", "R@5")),
+            (
+                Column("texts", "texts", ">6"),
+                Column("queries", "queries", ">8"),
+                Column("R@1", "r1", ">8", chance=">7"),
+                Column("R@5", "r5", ">8", chance=">7"),
+            ),
+        ),
+    )
+
+    def measure(self, variables: Variables) -> list[Result]:
+        """Return the results listed in the class docstring."""
+        n, queries, groups = len(self.data.texts), self.data.queries, self.data.groups
+        texts = [*self.data.texts, *(text for text, _ in queries)]
+        e = embeddings(self.encoder, variables, texts)
+        rank = nearest_ranks(e[n:], e[:n], np.array([target for _, target in queries]))
+        weights = np.ones(len(queries))
+        if groups:
+            weights = sum(mask / mask.sum() for mask in groups.values())
+        chance, results = {k: 100 * min(k / n, 1) for k in KS}, []
+        for k in KS:
+            items = PerExample((rank < k).astype(float), weights)
+            results.append(self.result(f"r{k}", items.value(), n=len(queries), chance=chance[k], items=items))
+        for group, mask in groups.items():
+            for k in KS:
+                value = 100 * float((rank[mask] < k).mean())
+                results.append(self.result(f"r{k}", value, n=int(mask.sum()), chance=chance[k], group=group))
+        return [*results, self.count("queries", len(queries)), self.count("texts", n)]

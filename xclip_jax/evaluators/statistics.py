@@ -1,5 +1,6 @@
-"""Statistics of evaluations: average precision, ROC AUC, correlations, F1; per-example values and their bootstrap."""
+"""Statistics of evaluations: ranks, average precision, ROC AUC, correlations, F1; bootstrap of per-example values."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 
@@ -12,61 +13,54 @@ _CHUNK = 1 << 22  # scores that are ranked at once: some ten megabytes of tempor
 
 
 def valid_rows(scores: np.ndarray) -> np.ndarray:
-    """Return which rows can be ranked, bool (n,): those without NaN and plus infinity, which a diverged model gives.
+    """Return which rows of scores (n, items) can be ranked, bool (n,): rows without NaN and plus infinity.
 
-    No score compares as higher than NaN, so that counting higher scores would call such rows right. Minus infinity is
-    allowed: it excludes a class or an item.
-
-    Args:
-      scores: (n, items), at least one item.
+    A diverged model gives such scores; no score is higher than NaN, so counting higher scores would call the row right.
+    Minus infinity is allowed: it excludes a class or an item.
     """
     return scores.max(axis=1) < np.inf  # the maximum of a row with NaN is NaN
 
 
-def count_before(scores: np.ndarray, own: np.ndarray, index: np.ndarray) -> np.ndarray:
-    """Return how many items of each row come before its own one, int (n,); of equal scores the lower index is first.
+def count_before(scores: np.ndarray, target: np.ndarray, index: np.ndarray) -> np.ndarray:
+    """Return how many items of each row precede its target item, int (n,); equal scores rank by index, lowest first.
 
     Args:
       scores: (n, items).
-      own: (n, 1) score of each row's own item.
-      index: int (n,) where it is.
+      target: (n, 1) score of each row's target.
+      index: int (n,), position of the target.
     """
-    before, equal = np.count_nonzero(scores > own, axis=1), np.count_nonzero(scores == own, axis=1)
+    before, equal = np.count_nonzero(scores > target, axis=1), np.count_nonzero(scores == target, axis=1)
     tied = np.flatnonzero(equal > 1)
     lower = np.arange(scores.shape[1]) < index[tied, None]
-    before[tied] += np.count_nonzero((scores[tied] == own[tied]) & lower, axis=1)
+    before[tied] += np.count_nonzero((scores[tied] == target[tied]) & lower, axis=1)
     return before
 
 
 def row_blocks(scores: np.ndarray) -> Iterator[slice]:
-    """Yield slices of the rows of (n, items) scores, of a size whose temporaries take little memory."""
+    """Yield slices of the rows of scores (n, items), small enough for temporaries to take little memory."""
     step = max(1, _CHUNK // max(1, scores.shape[1]))
     return (slice(start, start + step) for start in range(0, len(scores), step))
 
 
 def ranks(scores: np.ndarray, index: np.ndarray) -> np.ndarray:
-    """Return how many items of each row come before the one at `index`, int (n,); see `count_before`.
+    """Return how many items of each row precede the item at `index`, int (n,); see `count_before`.
 
-    Counting needs no sorting, and gives all k of "among the k best" at once. A row without a valid ranking has the
-    largest integer: one that is not among `valid_rows`, or with minus infinity at `index`.
-
-    Args:
-      scores: (n, items).
-      index: int (n,).
+    Counting needs no sorting and serves every k of "among the k best". A row without a valid ranking (not among
+    `valid_rows`, or with minus infinity at `index`) has the largest integer.
     """
     rank = np.empty(len(scores), np.int64)
     for block in row_blocks(scores):
         part, right = scores[block], index[block]
-        own = np.take_along_axis(part, right[:, None], axis=1)
-        valid = valid_rows(part) & (own[:, 0] > -np.inf)
-        rank[block] = np.where(valid, count_before(part, own, right), np.iinfo(np.int64).max)
+        target = np.take_along_axis(part, right[:, None], axis=1)
+        valid = valid_rows(part) & (target[:, 0] > -np.inf)
+        rank[block] = np.where(valid, count_before(part, target, right), np.iinfo(np.int64).max)
     return rank
 
 
 def average_precision(scores: np.ndarray, positives: np.ndarray) -> np.ndarray:
     """Return the average precision of each class, not interpolated: the mean of precision at each positive.
 
-    The definition of clip_benchmark's `average_precision_per_class`; equal scores rank by index, lowest first.
+    As clip_benchmark's `average_precision_per_class`; equal scores rank by index, lowest first.
 
     Args:
       scores: (n, classes), higher is more likely.
@@ -80,7 +74,7 @@ def average_precision(scores: np.ndarray, positives: np.ndarray) -> np.ndarray:
 
 
 def eleven_point(scores: np.ndarray, positives: np.ndarray) -> np.ndarray:
-    """Return PASCAL VOC 2007's average precision of each class, (classes,); arguments as of `average_precision`.
+    """Return PASCAL VOC 2007's average precision of each class, (classes,); see `average_precision`.
 
     It is the mean, over the recalls 0, 0.1, ... 1, of the best precision at that recall or above.
     """
@@ -108,7 +102,7 @@ def roc_auc(scores: np.ndarray, positives: np.ndarray) -> float:
     """Return the probability that a positive item has a higher score than a negative one; a tie counts one half.
 
     Args:
-      scores: (n,); NaN counts as wrong: below all others for a positive item, above them for a negative one.
+      scores: (n,); NaN counts as wrong: lowest for a positive item, highest for a negative one.
       positives: bool (n,), with positive and negative items.
 
     Raises:
@@ -126,12 +120,12 @@ def roc_auc(scores: np.ndarray, positives: np.ndarray) -> float:
 
 
 def spearman(x: np.ndarray, y: np.ndarray) -> float:
-    """Return Spearman's rank correlation of (n,) and (n,), ties at their mean rank; 0 where one of them is constant."""
+    """Return Spearman's rank correlation of (n,) and (n,), ties at their mean rank; 0 if one is constant."""
     return pearson(scipy.stats.rankdata(x), scipy.stats.rankdata(y)) if np.isfinite(x).all() else 0.0
 
 
 def pearson(x: np.ndarray, y: np.ndarray) -> float:
-    """Return Pearson's correlation of (n,) and (n,); 0 where one of them is constant, or scores are not finite."""
+    """Return Pearson's correlation of (n,) and (n,); 0 if one is constant or not finite."""
     x, y = (np.asarray(v, np.float64) - np.mean(v, dtype=np.float64) for v in (x, y))
     norm = np.sqrt((x @ x) * (y @ y))
     return float(x @ y / norm) if norm > 0 and np.isfinite(norm) else 0.0
@@ -144,22 +138,20 @@ def f1(predicted: np.ndarray, labels: np.ndarray) -> float:
 
 
 def matthews(predicted: np.ndarray, labels: np.ndarray) -> float:
-    """Return Matthews' correlation of two binary (n,), which is Pearson's of the two; 0 where one is constant."""
+    """Return Matthews' correlation of two binary (n,), which equals Pearson's; 0 if one is constant."""
     return pearson(predicted, labels)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PerExample:
-    """Per-example values of a number that can be resampled: `value()` is the number.
+    """Per-example values of a metric, for resampling; `value()` is the metric.
 
     Attributes:
-      values: (n,) for statistic "mean"; otherwise scores or predicted classes, as the function in `STATISTICS` takes
-        them.
-      weights: of a mean, (n,); images of three artists are weighted so that each artist counts the same.
+      values: (n,) for the statistic "mean"; otherwise scores or predicted classes, as `STATISTICS` takes them.
+      weights: weights of the mean, (n,).
       other: targets: gold values, classes, or bool.
-      statistic: one of `STATISTICS`.
-      groups: int (n,), equal for items that depend on each other, such as pictures of one concept; `bootstrap` draws
-        groups and not single items.
+      statistic: a key of `STATISTICS`.
+      groups: int (n,), equal for dependent items, such as pictures of one concept; `bootstrap` resamples whole groups.
     """
 
     values: np.ndarray
@@ -169,16 +161,14 @@ class PerExample:
     groups: np.ndarray | None = None
 
     def value(self, chosen: np.ndarray | slice = slice(None)) -> float:
-        """Return the statistic of the items `chosen`, by default of all; in percent, but for "gmean"."""
+        """Return the statistic over the items `chosen`, by default all; in percent, except for "gmean"."""
         second = self.weights if self.statistic in _WEIGHTED else self.other
         scale = 1 if self.statistic == "gmean" else 100
         return scale * STATISTICS[self.statistic](self.values[chosen], None if second is None else second[chosen])
 
 
 def mean_iou(intersection: np.ndarray, union: np.ndarray) -> float:
-    """Return the mean over classes of intersection over union, between 0 and 1.
-
-    Both are summed over all items before they are divided, as is usual in segmentation.
+    """Return the mean over classes of intersection over union, between 0 and 1; both are summed over items first.
 
     Args:
       intersection, union: areas of each class in each item, (n, classes).
@@ -209,7 +199,7 @@ STATISTICS: Mapping[str, Callable[..., float]] = {
     "roc_auc": roc_auc,
     "f1": f1,
     "matthews": matthews,
-    # A class that a resample lacks counts 0, on both sides of a comparison.
+    # A class missing from a resample counts 0 on both sides of a comparison.
     "map": lambda *items: float(average_precision(*items).mean()),
     "iou": mean_iou,
     "map11": lambda *items: float(eleven_point(*items).mean()),
@@ -224,65 +214,57 @@ def class_weights(labels: np.ndarray) -> np.ndarray:
 def bootstrap(
     a: PerExample, b: PerExample, *, samples: int = 2000, level: float = 0.95, seed: int = 0, ratio: bool = False
 ) -> tuple[float, float, float]:
-    """Return the difference b - a of the values, and its percentile interval by resampling pairs of items.
+    """Return the difference b - a of two models' values, and its percentile interval by resampling pairs of items.
 
-    Items with `groups` are resampled by whole groups, as many as there are: those of `a` count for both sides.
-
-    Resamples in which the statistic is undefined are left out, such as ROC AUC of positive items only. The interval is
-    NaN where no resample is left, and the difference where it is undefined itself.
+    Items with `groups` are resampled by whole groups, the groups of `a`. Resamples with an undefined statistic, such as
+    ROC AUC of positive items only, are left out. The difference or the interval is NaN if it is undefined.
 
     Args:
       a, b: values of two models on the same items, in the same order.
       samples: number of resamples.
-      level: of the interval.
-      seed: of the resamples, which are the same on both sides.
-      ratio: whether to return b / a and its interval instead, as of geometric means.
+      level: confidence level.
+      seed: seed of the resamples, which both sides share.
+      ratio: whether to return b / a and its interval instead, for geometric means.
 
     Raises:
-      UserError: the two are of different items.
+      UserError: the two have different items.
     """
     if a.statistic != b.statistic or len(a.values) != len(b.values):
         raise UserError(
             f"results over {len(a.values)} and {len(b.values)} items cannot be paired; evaluate both again."
         )
 
-    def difference(chosen: np.ndarray | slice = slice(None)) -> float | None:
-        try:
-            of_a, of_b = a.value(chosen), b.value(chosen)
-            return of_b / of_a if ratio else of_b - of_a
-        except UserError:  # these items do not define the statistic
-            return None
+    def difference(chosen: np.ndarray | slice = slice(None)) -> float:
+        of_a, of_b = a.value(chosen), b.value(chosen)
+        return of_b / of_a if ratio else of_b - of_a
 
-    low, high = _percentiles(a, difference, samples, level, seed)
-    whole = difference()
-    return np.nan if whole is None else whole, low, high
+    try:
+        whole = difference()
+    except UserError:  # the items do not define the statistic
+        whole = np.nan
+    return whole, *_percentiles(a, difference, samples, level, seed)
 
 
 def interval(items: PerExample, *, samples: int = 2000, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
-    """Return the percentile interval of `items.value()`, resampled as `bootstrap` does; NaN where it is undefined."""
-
-    def value(chosen: np.ndarray) -> float | None:
-        try:
-            return items.value(chosen)
-        except UserError:  # these items do not define the statistic
-            return None
-
-    return _percentiles(items, value, samples, level, seed)
+    """Return the percentile interval of `items.value()`, resampled as in `bootstrap`; NaN if it is undefined."""
+    return _percentiles(items, items.value, samples, level, seed)
 
 
 def _percentiles(
-    items: PerExample, value: Callable[[np.ndarray], float | None], samples: int, level: float, seed: int
+    items: PerExample, value: Callable[[np.ndarray], float], samples: int, level: float, seed: int
 ) -> tuple[float, float]:
-    """Return the ends of the middle `level` of `value(indices)` over resamples of the items."""
+    """Return the ends of the middle `level` of `value(indices)` over resamples that define it."""
     rng, sample = np.random.default_rng(seed), _resampler(items)
-    draws = (value(sample(rng)) for _ in range(samples))
-    defined = [drawn for drawn in draws if drawn is not None]
+    defined = []
+    for _ in range(samples):
+        with contextlib.suppress(UserError):
+            defined.append(value(sample(rng)))
     low, high = np.percentile(defined, [50 * (1 - level), 50 * (1 + level)]) if defined else (np.nan, np.nan)
     return float(low), float(high)
 
 
 def _resampler(items: PerExample) -> Callable[[np.random.Generator], np.ndarray]:
-    """A function that draws indices of items with replacement, whole groups where the items have them."""
+    """Return a function that draws indices of items, or of whole groups of items, with replacement."""
     n = len(items.values)
     if items.groups is None:
         return lambda rng: rng.integers(0, n, n)

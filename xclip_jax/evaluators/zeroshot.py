@@ -1,6 +1,6 @@
-"""Zero-shot classification: an image gets the class whose texts are nearest, by each similarity of the model.
+"""Zero-shot classification: an image gets the class with the nearest texts, by each similarity of the model.
 
-See `objectives.similarity` for how images are compared with texts, and `compare` for the names of the scores.
+See `objectives.similarity` for the similarities, and `compare` for the names of their scores.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from xclip_jax.objectives.similarity import CosineSimilarity, Similarity, featur
 
 
 def classifier(text_embeddings: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
-    """Class vectors of prompts' embeddings: each normalised, averaged over prompts, normalised again.
+    """Return class vectors: prompt embeddings, normalised, averaged over prompts, and normalised again.
 
     Args:
       text_embeddings: for each class an array (prompts, e), or one array (classes, prompts, e).
@@ -33,19 +33,18 @@ def classifier(text_embeddings: Sequence[np.ndarray] | np.ndarray) -> np.ndarray
 
 
 def accuracy(logits: np.ndarray, labels: np.ndarray, k: int) -> float:
-    """Share of images whose class is among the k highest; equal logits count for the lowest class index.
+    """Return the share of images whose class is among the k highest; equal logits rank by class index, lowest first.
 
     Args:
       logits: scores (n, classes), any scale.
       labels: class indices (n,).
-      k: from the number of classes on every image is right, except those without a valid ranking: with a score that is
-        NaN or plus infinity, or minus infinity for the right class.
+      k: classes that count; an image without a valid ranking, see `statistics.ranks`, is wrong for every k.
     """
     return float((ranks(np.asarray(logits), np.asarray(labels)) < k).mean())
 
 
 def mean_per_class(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Mean over the classes that occur of the share of their images that are right (balanced accuracy)."""
+    """Return balanced accuracy: the mean accuracy over the classes that occur."""
     labels = np.asarray(labels)
     return _mean_per_class(ranks(np.asarray(logits), labels), labels)
 
@@ -58,22 +57,22 @@ def _mean_per_class(rank: np.ndarray, labels: np.ndarray) -> float:
 def compare(
     similarities: Sequence[Similarity], img: Features, rows: Sequence[np.ndarray], spreads: Sequence[float] = ()
 ) -> dict[str, np.ndarray]:
-    """Scores of images against texts or classes by all similarities of a model: {score: (n, m)}.
+    """Compare images with texts or classes by all similarities of a model: {score: (n, m)}.
 
     Args:
-      similarities: the model's own first.
-      img: features of n images, those that the similarities read.
-      rows: of the m texts or classes, for each similarity.
-      spreads: `spreads_of` a set of which images or texts are a part; empty where they are the whole set.
+      similarities: the model's similarities, its own first.
+      img: features of n images that the similarities read.
+      rows: m texts or classes for each similarity.
+      spreads: `spreads_of` the whole set if images or texts are only a part of it, else empty.
 
     Returns:
-      Score "" is the first one of the model's own similarity, which tables show. The others have the names that their
-      similarity gives them; one without has that of its similarity. Of two similarities or more also "both", the sum of
-      the logits of the first two, each over its standard deviation [ours]. Images whose features are NaN, as those of
-      unreadable ones are, have minus infinity.
+      Score "" is the first score of the model's own similarity, which tables show. The others are named by their
+      similarity; an unnamed score has the similarity's name. Two or more similarities add "both", the sum of the first
+      two logits, each over its standard deviation [ours]. Unreadable images, whose features are NaN, have minus
+      infinity.
 
     Raises:
-      UserError: two similarities whose scores have the same name.
+      UserError: two similarities have scores of the same name.
     """
     unreadable = np.isnan(img[similarities[0].feature]).any(axis=1)
     partly = unreadable.any() and not unreadable.all()  # a model that diverged keeps its NaN
@@ -104,11 +103,11 @@ def compare(
 def spreads_of(
     similarities: Sequence[Similarity], img: Features, rows: Sequence[np.ndarray], step: int
 ) -> tuple[float, ...]:
-    """Standard deviations of the logits of the first two similarities, over images that can be read and all texts.
+    """Return the standard deviations of the first two similarities' logits, over readable images and all texts.
 
     Args:
-      similarities, img, rows: as `compare` takes them.
-      step: images that are compared at once, so that not all logits are held.
+      similarities, img, rows: as in `compare`.
+      step: images to compare at once, to bound memory.
 
     Returns:
       Empty for a single similarity, which needs none.
@@ -132,13 +131,13 @@ def spreads_of(
 def class_scores(
     similarities: Sequence[Similarity], img: Features, txt: Features, counts: Sequence[int]
 ) -> dict[str, np.ndarray]:
-    """`compare` images and classes, each class one row made of its prompts.
+    """`compare` images with classes, each one row made from its prompts.
 
     Args:
-      similarities: the model's own first.
-      img: features of images, those that the similarities read.
-      txt: the same of all prompts, class after class.
-      counts: prompts of each class.
+      similarities: the model's similarities, its own first.
+      img: features of images that the similarities read.
+      txt: features of all prompts, class after class.
+      counts: number of prompts of each class.
     """
     ends = np.cumsum(counts)[:-1]
     rows = [
@@ -151,18 +150,18 @@ def class_scores(
 def encode_pairs(
     encoder: Encoder, variables: Variables, images: Sequence[np.ndarray], texts: Sequence[str]
 ) -> tuple[Features, list[np.ndarray]]:
-    """Features of the images, and rows of the texts, each text alone, as `compare` takes them."""
+    """Return the features of the images and one row for each text, as `compare` takes them."""
     similarities = encoder.similarities
     img = encoder.images(variables, images, features(similarities))
     txt = encoder.texts(variables, texts, features(similarities))
-    # Not both the outputs and the rows of a set's texts are kept: each may be gigabytes.
+    # Do not keep both outputs and rows of the texts: each may be gigabytes.
     return img, [similarity.rows(txt[similarity.feature]) for similarity in similarities]
 
 
 def text_scores(
     encoder: Encoder, variables: Variables, images: Sequence[np.ndarray], texts: Sequence[str]
 ) -> dict[str, np.ndarray]:
-    """`compare` images and texts, each text alone: {score: (n, m)}."""
+    """`compare` images with single texts: {score: (n, m)}."""
     return compare(encoder.similarities, *encode_pairs(encoder, variables, images, texts))
 
 
@@ -171,14 +170,14 @@ class ZeroShotSet:
     """Labelled images and the texts of their classes.
 
     Attributes:
-      name: in the metrics' names.
+      name: name of the set, in the names of its metrics.
       images: `len` and `[]`, uint8 (size, size, 3).
-      labels: class of each image, int (n,); or, where several classes may hold for one image, bool (n, classes).
-      prompts: for each class its texts, templates filled in; classes may share texts.
-      groups: bool (n,) of named parts, such as one for each vendor; the set's value is then their unweighted mean.
-      names: of the classes, for people to read; by default their first prompts.
-      coarse: of each class a coarser one that includes it, for people to read; may be empty.
-      card: origin of the set; its `metric` "roc_auc" (two classes) and "top1_top5" add that one to the others.
+      labels: int (n,), or bool (n, classes) if an image may have several classes.
+      prompts: texts of each class, templates filled in; classes may share texts.
+      groups: bool (n,) of named parts, such as vendors; the set's value is then their unweighted mean.
+      names: readable names of the classes; by default their first prompts.
+      card: provenance; `card.metric` "roc_auc" (two classes) or "top1_top5" adds that metric.
+      coarse: readable coarser class of each class; may be empty.
     """
 
     evaluator: ClassVar[str] = "zeroshot"
@@ -204,9 +203,7 @@ class ZeroShotSet:
             )
         if not several and self.card.metric == "roc_auc" and num_classes != 2:
             raise UserError(f"{self.name}: metric 'roc_auc' needs two classes; the set has {num_classes}.")
-        if several:
-            pass
-        elif np.min(self.labels) < 0 or np.max(self.labels) >= num_classes or not all(self.prompts):
+        if not several and (np.min(self.labels) < 0 or np.max(self.labels) >= num_classes or not all(self.prompts)):
             raise UserError(
                 f"{self.name}: labels must be below {num_classes}, the number of classes, each with a prompt."
             )
@@ -256,8 +253,8 @@ LAYOUTS = (
 class ZeroShot(Evaluator):
     """top1, top5 and mean_per_class in percent, n and ways, named "zeroshot/<set>[/<score>][/<group>]/<metric>".
 
-    Scores are those of `compare`. Where several classes hold for an image it is map (mean over the classes of
-    `average_precision`) and map11 (of `eleven_point`) instead.
+    `compare` names the scores. Images with several classes have map (mean `average_precision` over classes) and map11
+    (`eleven_point`) instead.
     """
 
     family = "zeroshot"
@@ -265,8 +262,7 @@ class ZeroShot(Evaluator):
 
     def scores(self, variables: Variables) -> dict[str, np.ndarray]:
         """{score: (n, num_classes)} of the set's images."""
-        # Classes of equal prompts are scored once: a matrix product may round equal columns differently, and then they
-        # are not tied.
+        # Score classes with equal prompts once: a matrix product may round equal columns differently, breaking ties.
         rows = {prompts: i for i, prompts in enumerate(dict.fromkeys(map(tuple, self.data.prompts)))}
         similarities = self.encoder.similarities
         img = self.encoder.images(variables, self.data.images, features(similarities))
@@ -291,7 +287,7 @@ class ZeroShot(Evaluator):
             rank = ranks(scores, labels)
             items = _items(rank, labels, groups)
             if self.data.card.metric == "roc_auc":
-                with np.errstate(invalid="ignore"):  # of unreadable images NaN
+                with np.errstate(invalid="ignore"):  # unreadable images are NaN
                     items["roc_auc"] = PerExample(scores[:, 1] - scores[:, 0], other=labels == 1, statistic="roc_auc")
             if self.data.card.metric == "top1_top5":
                 items["top1_top5"] = PerExample((items["top1"].values + items["top5"].values) / 2)
@@ -310,12 +306,12 @@ class ZeroShot(Evaluator):
         return results
 
     def results_of_ranks(self, score: str, rank: np.ndarray) -> list[Result]:
-        """Return further results of a subclass for one score, from the ranks int (n,) of the right classes, from 0."""
+        """Return more results of a subclass for one score, from the ranks of the right classes, int (n,), from 0."""
         return []
 
 
 def _items(rank: np.ndarray, labels: np.ndarray, groups: Mapping[str, np.ndarray]) -> dict[str, PerExample]:
-    """Each image's part in the set's metrics, with equal weight for each group."""
+    """Return the per-image values of the set's metrics, with equal weight for each group."""
     masks = list(groups.values()) or [np.ones(len(labels), bool)]
     even, classes = np.zeros(len(labels)), np.zeros(len(labels))
     for mask in masks:

@@ -15,7 +15,7 @@ from xclip_jax.evaluators import registry, tables
 from xclip_jax.evaluators.base import SetKind
 from xclip_jax.evaluators.prompts import PROFILES, Profile
 from xclip_jax.evaluators.retrieval import RetrievalSet
-from xclip_jax.evaluators.sets.pair_sets import names_held_out
+from xclip_jax.evaluators.sets.own import is_holdout
 from xclip_jax.evaluators.zeroshot import ZeroShotSet
 
 SHOWN = 96  # side of an image on the page, pixels
@@ -116,7 +116,7 @@ def select(
 def _title(spec: str) -> str:
     """Return what a set for classification without a panel is called."""
     name = spec.removeprefix("zeroshot/")
-    return f"{tables.shorten([name])[name]}: which class" if names_held_out(spec, "zeroshot/") else spec
+    return f"{tables.shorten([name])[name]}: which class" if is_holdout(spec, "zeroshot/") else spec
 
 
 def _few_prompts(data: ZeroShotSet) -> ZeroShotSet:

@@ -17,7 +17,7 @@ from xclip_jax.core.errors import UserError
 from xclip_jax.data import holdout, inspect, labelled, sources, tokenizer
 from xclip_jax.data.base import MissingColumnError, Source, SourceOptions, name_of
 from xclip_jax.data.config import DataConfig
-from xclip_jax.evaluators.sets import zeroshot_datasets
+from xclip_jax.evaluators.sets import classification
 from xclip_jax.models.heads import ClusterHead, Head
 from xclip_jax.objectives import OBJECTIVES, RECIPES, make_objective
 from xclip_jax.objectives.clip import Clip
@@ -237,7 +237,7 @@ def without_classes(spec: str, data_dir: str, image_key: str, share: float) -> s
     it reads few of many images.
     """
     try:
-        content = zeroshot_datasets.read_source(spec, data_dir or None, image_key)
+        content = classification.read_source(spec, data_dir or None, image_key)
     except UserError as error:
         if spec.startswith("folder:"):
             return "no classes: one sub-folder a class would add zero-shot classification"

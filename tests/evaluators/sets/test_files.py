@@ -12,7 +12,7 @@ from xclip_jax.data.readers import glue
 from xclip_jax.evaluators import registry
 from xclip_jax.evaluators.probe import Sweep
 from xclip_jax.evaluators.prompts import Profile
-from xclip_jax.evaluators.sets import file_datasets
+from xclip_jax.evaluators.sets import files
 
 PLAIN = Profile()
 
@@ -134,7 +134,7 @@ def test_trec_and_glue_of_tfds(monkeypatch):
         asked.append((name, split))
         return records["glue/mnli" if name == "glue/mnli_mismatched" else name], None
 
-    monkeypatch.setattr(file_datasets, "open_tfds", open_tfds)
+    monkeypatch.setattr(files, "open_tfds", open_tfds)
     monkeypatch.setattr(glue, "open_tfds", open_tfds)
     trec = load("trec")
     assert trec.train == ["How ?", "Who ?"] and trec.tasks[""][2].tolist() == [0, 3] and trec.folds == 10
@@ -218,7 +218,7 @@ def test_karpathys_split(karpathy):
 def test_coco_of_tfds(monkeypatch):
     picture = np.zeros((9, 9, 3), np.uint8)
     source = [{"image": picture, "image/id": i, "captions": {"text": [b"one", b"two"]}} for i in range(3)]
-    monkeypatch.setattr(file_datasets, "open_tfds", lambda *_: (source, type("Info", (), {"version": "1.1.0"})))
+    monkeypatch.setattr(files, "open_tfds", lambda *_: (source, type("Info", (), {"version": "1.1.0"})))
     data = load("coco_retrieval")
     assert data.captions == [["one", "two"]] * 3 and data.card.version == "1.1.0"
     assert "coco_retrieval" in registry.all_suites()["paper"]

@@ -1,9 +1,9 @@
-"""Dense probes of published sets and of your own: `dense/pets`, and `dense/folder:PATH` with masks in files.
+"""Sets of images with masks: `dense/pets` (Oxford-IIIT Pet), and your own, `dense/folder:PATH`.
 
-PATH has classes.txt, the names of the classes in the order of their numbers, one a line, and the folders train, test
-and perhaps validation. Each of these has the folders images and masks, in which the same name, but for its ending, is
-of an image and its mask: a PNG of one channel, or of a palette, as large as the image, whose pixels are class numbers
-from 0 on; 255 is for pixels without a class.
+PATH has classes.txt, one class name a line in the order of the class numbers, and the folders train, test and
+optionally validation. Each has the folders images and masks; an image and its mask have the same name except for the
+suffix. A mask is a PNG with one channel or a palette, as large as the image; its pixels are class numbers from 0, or
+255 for no class.
 """
 
 import dataclasses
@@ -16,17 +16,17 @@ import PIL.Image
 
 from xclip_jax.core.errors import UserError
 from xclip_jax.data.base import IMAGE_SUFFIXES
+from xclip_jax.data.config import DataConfig
 from xclip_jax.data.labelled import Field, Paths
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.data.readers.tfds import open_tfds
-from xclip_jax.evaluators.base import SetKind, closest
+from xclip_jax.evaluators.base import Pictures, SetKind, closest
 from xclip_jax.evaluators.dense import NO_CLASS, PROTOCOL, DenseSet, MaskedImages, check_mask
-from xclip_jax.evaluators.pictures import Pictures
 from xclip_jax.evaluators.prompts import Profile
 from xclip_jax.evaluators.results import Provenance, contents, digest
 
 _FOLDER, _PETS = "dense/folder:", "dense/pets"
-_MODES = ("1", "L", "P")  # Pillow's, of masks
+_MODES = ("1", "L", "P")  # Pillow's modes of masks
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 
 
@@ -34,7 +34,7 @@ class MaskFiles(Sequence):
     """Masks in PNG files, checked and decoded on access."""
 
     def __init__(self, paths: Sequence[pathlib.Path], classes: int) -> None:
-        """`classes` is their number."""
+        """`classes` is the number of classes."""
         self.paths, self._classes = paths, classes
 
     def __len__(self) -> int:
@@ -51,10 +51,10 @@ class MaskFiles(Sequence):
 
 
 class TrimapMasks(Sequence):
-    """Masks of Oxford-IIIT Pet: 1 is the pet, 2 the background, 3 its outline, which belongs to neither."""
+    """Masks of Oxford-IIIT Pet: 1 is the pet, 2 the background, 3 the outline, which has no class."""
 
     def __init__(self, source: Any) -> None:
-        """`source` has records with a feature segmentation_mask (h, w, 1)."""
+        """Records of `source` have the feature segmentation_mask (h, w, 1)."""
         self._source = source
 
     def __len__(self) -> int:
@@ -67,7 +67,7 @@ class TrimapMasks(Sequence):
 
 
 def _by_stem(name: str, folder: pathlib.Path, suffixes: tuple[str, ...]) -> dict[str, pathlib.Path]:
-    """{name without ending: path} of the files in `folder`."""
+    """Return {name without suffix: path} for the files in `folder`."""
     if not folder.is_dir():
         raise UserError(f"{name}: folder {str(folder)!r} does not exist; a part has the folders images and masks.")
     files: dict[str, pathlib.Path] = {}
@@ -83,7 +83,7 @@ def _by_stem(name: str, folder: pathlib.Path, suffixes: tuple[str, ...]) -> dict
 
 
 def _check_header(name: str, image: pathlib.Path, mask: pathlib.Path) -> None:
-    """Raise `UserError` where a mask is not one channel, or not as large as its image; an image may be damaged."""
+    """Raise `UserError` if a mask has several channels or another size than its image, which may be damaged."""
     try:
         with PIL.Image.open(mask) as opened:
             size, mode = opened.size, opened.mode
@@ -179,20 +179,20 @@ class DenseSets(SetKind):
 
     @classmethod
     def knows(cls, spec: str) -> bool:
-        """Whether the name is one of these."""
+        """Whether the name is known."""
         return spec == _PETS or (spec.startswith(_FOLDER) and spec != _FOLDER)
 
     @classmethod
     def closest(cls, spec: str) -> list[str]:
-        """Names that are spelled like `spec`."""
+        """Return similar names."""
         return closest(spec, (_PETS, f"{_FOLDER}PATH"), ())
 
     @classmethod
-    def load(cls, spec: str, prepare: Preprocessing | int, data_dir: str | None, profile: Profile) -> DenseSet:
-        """Return the set `spec`.
+    def load(cls, spec: str, prepare: Preprocessing | int, data: DataConfig, profile: Profile) -> DenseSet:
+        """Open the set `spec`.
 
         Raises:
-          UserError: a file or folder that is missing, or does not have the form that the module describes.
+          UserError: a file or folder that is missing or has another layout.
         """
         prepare = profile.preprocessing(prepare)
-        return _pets(prepare, data_dir) if spec == _PETS else _folder(spec, prepare)
+        return _pets(prepare, data.dir or None) if spec == _PETS else _folder(spec, prepare)

@@ -1,4 +1,4 @@
-"""Evaluation sets in clip_benchmark's layout: its numbers on the same tars and weights, its writer, and faults."""
+"""Sets in clip_benchmark's layout: its numbers on the same tars and weights, its writer, faults; published probes."""
 
 import dataclasses
 import io
@@ -9,15 +9,21 @@ import numpy as np
 import open_clip
 import pytest
 import safetensors.torch
+import tensorflow_datasets as tfds
 from PIL import Image
 
-from tests.helpers.encoding import PREPARE
+from tests.evaluators.sets.test_published import evaluate as evaluated
+from tests.evaluators.sets.test_published import records
+from tests.evaluators.sets.test_published import write as write_image
+from tests.helpers.encoding import PREPARE, SIZE
 from tests.helpers.foreign import MODELS, make_open_clip
 from xclip_jax.commands import evaluate
 from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.data import sources
 from xclip_jax.evaluators import registry
-from xclip_jax.evaluators.prompts import Profile
+from xclip_jax.evaluators.probe import Sweep
+from xclip_jax.evaluators.prompts import PROFILES, Profile
+from xclip_jax.evaluators.sets import published
 
 NAMES = ["tree frog", "espresso machine", "hand-held_computer", "go-kart", "moving van", "wok", "viaduct"]
 TEMPLATES = ["a photo of a {c}.", "itap of the {c}.", "{c}"]
@@ -279,3 +285,57 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path):
     with pytest.raises(BadSample) as error:
         loaded.images[4]
     assert error.value.__notes__ == [f"image '{tmp_path}/set/test/0.tar#s0000004'"]
+
+
+# --- probes of published sets
+
+
+@pytest.mark.parametrize("name", ["cifar10", "dtd", "kitti"])
+def test_a_probe_of_a_tfds_set(name):
+    with tfds.testing.mock_data(as_data_source_fn=records):
+        data = registry.load(f"probe/{name}", SIZE)
+    assert (len(data.train), len(data.validation), len(data.test)) == (
+        3,
+        3 if published.ENTRIES[name].held else 0,
+        3,
+    )
+    data = dataclasses.replace(data, sweep=Sweep((1.0,), 0))
+    metrics = evaluated(data)
+    assert metrics[f"visual/probe/{name}/n"] == 3 and f"visual/probe/{name}/{data.card.metric}" in metrics
+
+
+def test_a_probe_of_folders_by_slips_profile(tmp_path):
+    for part in ("train", "test"):
+        for label, value in (("cat", 20), ("dog", 220)):
+            for i in range(6):
+                write_image(tmp_path / part / label / f"{i}.png", value + i)
+    data = registry.load(f"probe/pets@{tmp_path}", SIZE, profile=PROFILES["slip"])
+    assert "bilinear" in data.card.preprocessing and data.card.protocol.startswith("CLIP's linear probe")
+    assert (data.test[0] == data.train[0]).all() and data.test[0].shape == (SIZE, SIZE, 3)
+    assert evaluated(data)[f"visual/probe/pets@{tmp_path}/linear/mean_per_class"] > 50
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_a_few_shot_probe_of_folders(held, tmp_path):
+    for part in ("train", "test", *["validation"] * held):
+        for label, value in (("cat", 20), ("dog", 220)):
+            for i in range(12):
+                write_image(tmp_path / part / label / f"{i}.png", value + i)
+    data = registry.load(f"fewshot/pets@{tmp_path}", SIZE)
+    assert data.card.metric == "linear/mean_per_class" and data.parts == ("1%", "10%", "5-shot")
+    metrics = evaluated(dataclasses.replace(data, sweep=Sweep((1.0, 100.0), 0)))
+    name = f"visual/fewshot/pets@{tmp_path}"
+    for way in ("linear", "knn", "linear/1%", "linear/5-shot"):
+        assert metrics[f"{name}/{way}/mean_per_class"] == 100
+
+
+def test_a_probe_without_a_training_split(tmp_path):
+    for name in ("imagenet_a", "eurosat", "gtsrb"):
+        with pytest.raises(UserError, match=f"{name} has no training split in TFDS"):
+            registry.load(f"probe/{name}", SIZE)
+    write_image(tmp_path / "train" / "cat" / "0.png", 0)
+    write_image(tmp_path / "test" / "dog" / "0.png", 0)
+    with pytest.raises(UserError, match="same classes"):
+        registry.load(f"probe/pets@{tmp_path}", SIZE)
+    with pytest.raises(UserError, match="unknown evaluation set 'probe/nothing'"):
+        registry.check("probe/nothing")

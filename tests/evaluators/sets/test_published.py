@@ -1,0 +1,437 @@
+import csv
+import dataclasses
+import io
+import os
+import shutil
+
+import numpy as np
+import PIL.Image
+import pytest
+import tensorflow_datasets as tfds
+
+from tests.helpers.encoding import SIZE, make_encoder, small_model
+from xclip_jax.core.errors import UserError
+from xclip_jax.evaluators import prompts, registry
+from xclip_jax.evaluators.prompts import PROFILES, Profile
+from xclip_jax.evaluators.results import Provenance
+from xclip_jax.evaluators.sets import published
+from xclip_jax.evaluators.zeroshot import ZeroShotSet
+
+OPENAI = PROFILES["openai"]
+
+
+# TFDS.
+
+
+def evaluate(data):
+    return registry.evaluator(make_encoder(), data).run(small_model()[1])
+
+
+def records(builder, split, decoders):
+    """What TFDS would give of any set: an encoded image, labels at both ends.
+
+    TFDS's own random records need TensorFlow for encoded images.
+    """
+    png = io.BytesIO()
+    PIL.Image.fromarray(np.full((9, 12, 3), 7, np.uint8)).save(png, "png")
+    found = []
+    for i in range(3):
+        record = {"image": png.getvalue()}
+        for key, feature in builder.info.features.items():
+            if isinstance(feature, tfds.features.ClassLabel):
+                ids = {"imagenet_a": prompts.IMAGENET_A, "imagenet_r": prompts.IMAGENET_R}.get(builder.name)
+                record[key] = ids[i] if ids else (0, 1, feature.num_classes - 1)[i]
+            elif key == "labels":
+                record[key] = np.array([0, i, 19])
+            elif key == "objects":
+                record[key] = {"color": np.zeros(3 + i), "type": np.array([0]), "location": np.array([[0, 0, 9.0 * i]])}
+        found.append(record)
+    return found
+
+
+@pytest.mark.parametrize("name", [name for name, entry in published.ENTRIES.items() if entry.tfds])
+def test_every_tfds_set_runs_on_mock_data(name):
+    with tfds.testing.mock_data(as_data_source_fn=records):
+        data = registry.load(name, SIZE, None, OPENAI)
+    entry = published.ENTRIES[name]
+    # The small model need not read thousands of prompts.
+    metrics = evaluate(dataclasses.replace(data, prompts=[texts[:1] for texts in data.prompts]))
+    assert metrics[f"zeroshot/{name}/n"] == 3
+    assert f"zeroshot/{name}/{entry.metric}" in metrics
+    assert data.card.version and data.card.metric == entry.metric and data.card.data == entry.tfds.partition(":")[0]
+    ways = {
+        "imagenet": 1000,
+        "imagenet_a": 200,
+        "imagenet_r": 200,
+        "food101": 101,
+        "cifar100": 100,
+        "cub200": 200,
+        "sun397": 397,
+        "cars": 196,
+        "voc2007": 20,
+        "dtd": 47,
+        "pets": 37,
+        "caltech101": 102,
+        "flowers": 102,
+        "eurosat": 10,
+        "resisc45": 45,
+        "kitti": 4,
+        "clevr": 8,
+    }
+    assert len(data.prompts) == ways.get(name, len(data.prompts))
+
+
+class Info:
+    version = "1.2.3"
+
+    def __init__(self, **features):
+        self.features = features
+
+
+def fake(monkeypatch, labels, feature, key="label"):
+    picture = np.zeros((9, 12, 3), np.uint8)
+    source = [{"image": picture, key: label} for label in labels]
+    monkeypatch.setattr(published, "open_tfds", lambda *_: (source, Info(**{key: feature})))
+
+
+@pytest.mark.parametrize(("name", "ids"), [("imagenet_a", prompts.IMAGENET_A), ("imagenet_r", prompts.IMAGENET_R)])
+def test_labels_of_the_thousand_are_renumbered(name, ids, monkeypatch):
+    fake(monkeypatch, [ids[0], ids[57], ids[199]], tfds.features.ClassLabel(num_classes=1000))
+    data = registry.load(name, SIZE, None, OPENAI)
+    whole = prompts.class_names("imagenet1k", [str(i) for i in range(1000)])
+    assert data.labels.tolist() == [0, 57, 199] and data.names == [whole[i] for i in ids]
+    assert len(data.prompts) == 200 and len(data.prompts[0]) == 80
+    assert data.prompts[57][0] == f"a bad photo of a {whole[ids[57]]}."
+    fake(monkeypatch, [ids[0], 0], tfds.features.ClassLabel(num_classes=1000))  # 0 is in neither
+    with pytest.raises(UserError, match=f"{name}: class 0 occurs"):
+        registry.load(name, SIZE, None, OPENAI)
+
+
+def test_several_labels_an_image(monkeypatch):
+    feature = tfds.features.Sequence(tfds.features.ClassLabel(names=["cat", "dog", "fox"]))
+    fake(monkeypatch, [[0, 2], [1], [0, 1]], feature, "labels")
+    data = registry.load("voc2007", SIZE, None, OPENAI)
+    assert data.labels.tolist() == [[True, False, True], [False, True, False], [True, True, False]]
+    metrics = evaluate(data)
+    assert 0 < metrics["zeroshot/voc2007/map11"] <= 100 and 0 < metrics["zeroshot/voc2007/map"] <= 100
+
+
+def test_labels_that_are_derived(monkeypatch):
+    fake(monkeypatch, [{"color": np.zeros(n)} for n in (3, 10)], None, "objects")
+    assert registry.load("clevr", SIZE, None, OPENAI).labels.tolist() == [0, 7]
+    fake(monkeypatch, [{"color": np.zeros(11)}], None, "objects")
+    with pytest.raises(UserError, match="label 8"):
+        registry.load("clevr", SIZE, None, OPENAI)
+
+    def scene(*objects):
+        return {"type": [t for t, _ in objects], "location": [(0, 0, z) for _, z in objects]}
+
+    as_list = [{"type": 1, "location": (0, 0, 21.0)}]
+    scenes = [scene((0, 8)), scene((3, 2), (1, 12)), scene((2, 60)), scene((3, 4)), scene(), as_list]
+    fake(monkeypatch, scenes, None, "objects")
+    assert registry.load("kitti", SIZE, None, OPENAI).labels.tolist() == [0, 1, 2, 3, 3, 2]
+
+
+def test_a_set_that_is_not_prepared_is_one_sentence(tmp_path):
+    with pytest.raises(UserError, match=r"'dtd:3.0.1' is not prepared in .*tfds build dtd") as error:
+        registry.load("dtd", SIZE, str(tmp_path), OPENAI)
+    assert "\n" not in str(error.value)
+
+
+def test_a_set_whose_archives_are_downloaded_by_hand_says_so(tmp_path):
+    with pytest.raises(UserError, match="downloaded by hand into downloads/manual there; then prepare it once with"):
+        registry.load("imagenet", SIZE, str(tmp_path), OPENAI)
+
+
+def test_profiles_set_templates_and_resizing(monkeypatch):
+    picture = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
+    source = [{"image": picture, "label": 3}]
+    info = Info(label=tfds.features.ClassLabel(num_classes=1000))
+    monkeypatch.setattr(published, "open_tfds", lambda *_: (source, info))
+    found = {name: registry.load("imagenet", SIZE, None, profile) for name, profile in PROFILES.items()}
+    assert {name: len(data.prompts[0]) for name, data in found.items()} == {"openai": 80, "slip": 7, "open_clip": 80}
+    assert (found["openai"].images[0] != found["slip"].images[0]).any()
+    expected = PIL.Image.fromarray(picture).resize((SIZE * 50 // 40, SIZE), PIL.Image.Resampling.BILINEAR)
+    np.testing.assert_array_equal(found["slip"].images[0], np.asarray(expected)[:, 1 : SIZE + 1])
+    assert found["slip"].card.templates == "slip7 (7)" and "bilinear" in found["slip"].card.preprocessing
+
+
+# Folders and CSV files.
+
+
+def write(path, value=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    PIL.Image.fromarray(np.full((20, 20, 3), value, np.uint8)).save(path)
+
+
+def test_a_folder(tmp_path):
+    for i, name in enumerate(["red_fox", "cat", "dog"]):
+        for j in range(2):
+            write(tmp_path / name / f"{j}.png", 10 * i)
+    (tmp_path / "cat" / "notes.txt").write_text("no image")
+    data = registry.load(f"folder:{tmp_path}", SIZE)
+    assert data.names == ["cat", "dog", "red_fox"] and data.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert [image[0, 0, 0] for image in data.images] == [10, 10, 20, 20, 0, 0]
+    assert data.prompts[0] == ["a photo of a cat"] and data.prompts[2] == ["a photo of a red fox"]
+    assert registry.load(f"fgvc_aircraft@{tmp_path}", SIZE, None, OPENAI).card.metric == "mean_per_class"
+    assert f"zeroshot/folder:{tmp_path}/top1" in evaluate(data)
+
+
+def test_the_border_of_objectnet_is_cut(tmp_path):
+    picture = np.full((30, 30, 3), 9, np.uint8)
+    picture[:2], picture[-2:], picture[:, :2], picture[:, -2:] = (255,) * 4
+    (tmp_path / "air freshener").mkdir()
+    PIL.Image.fromarray(picture).save(tmp_path / "air freshener" / "a.png")
+    assert (registry.load(f"objectnet@{tmp_path}", SIZE, None, OPENAI).images[0] == 9).all()
+
+
+def table(path, rows):
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    return path
+
+
+def test_a_csv_file(tmp_path):
+    for i in range(3):
+        write(tmp_path / "images" / f"{i}.png", i)
+    rows = [["path", "label"], ["images/0.png", "10"], ["images/1.png", "9"]]
+    data = registry.load(f"csv:{table(tmp_path / 'a.csv', rows)}", SIZE, None, OPENAI)
+    assert data.labels.tolist() == [1, 0] and data.names == ["9", "10"]
+    rows = [["path", "label"], ["images/0.png", "cat|dog"], ["images/1.png", "fox"]]
+    several = registry.load(f"csv:{table(tmp_path / 'b.csv', rows)}", SIZE, None, OPENAI)
+    assert several.labels.tolist() == [[True, True, False], [False, False, True]]
+    rows = [["path", "label"], *([f"images/{i}.png", str(i % 2)] for i in range(3))]
+    memes = registry.load(f"hatefulmemes@{table(tmp_path / 'c.csv', rows)}", SIZE, None, OPENAI)
+    metrics = evaluate(memes)
+    assert 0 <= metrics[f"zeroshot/{memes.name}/roc_auc"] <= 100
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("folder:{}/none", "does not exist"),
+        ("folder:{}/empty", "contains no images"),
+        ("csv:{}/wrong.csv", "columns path and label"),
+        ("csv:{}/missing.csv", "1 images .* do not exist"),
+        ("birdsnap", "not in TFDS; write birdsnap@PATH"),
+    ],
+)
+def test_wrong_files(spec, message, tmp_path):
+    (tmp_path / "empty").mkdir()
+    table(tmp_path / "wrong.csv", [["file", "label"], ["a", "b"]])
+    table(tmp_path / "missing.csv", [["path", "label"], ["a.png", "b"]])
+    with pytest.raises(UserError, match=message):
+        registry.load(spec.format(tmp_path), SIZE, None, OPENAI)
+
+
+def test_unknown_profiles_list_the_known():
+    with pytest.raises(UserError, match="'openai', 'slip', 'open_clip'"):
+        registry.profile("google")
+
+
+def test_auc_wants_two_classes():
+    card = Provenance(metric="roc_auc")
+    with pytest.raises(UserError, match="two classes; the set has 3"):
+        ZeroShotSet("x", [0], np.array([0]), [["a"], ["b"], ["c"]], card=card)
+
+
+def test_top1_top5_is_their_mean(tmp_path):
+    for i in range(12):
+        write(tmp_path / f"{i:02d}" / "x.png", 20 * i)
+    metrics = evaluate(registry.load(f"kinetics700@{tmp_path}", SIZE, None, OPENAI))
+    of = f"zeroshot/kinetics700@{tmp_path}"
+    assert metrics[f"{of}/top1_top5"] == pytest.approx((metrics[f"{of}/top1"] + metrics[f"{of}/top5"]) / 2)
+
+
+# --- class names of labels in files
+
+
+def folder(path, classes):
+    """A picture for each class, whose value is the class's place in `classes`."""
+    for i, name in enumerate(classes):
+        write(path / name / "x.png", i)
+    return path
+
+
+def labelled_table(path, rows):
+    return table(path, [["path", "label"], *rows])
+
+
+def load(spec, profile=OPENAI):
+    return registry.load(spec, SIZE, None, profile)
+
+
+def named(data):
+    """{value of the picture: name of its class}."""
+    return {int(image[0, 0, 0]): data.names[label] for image, label in zip(data.images, data.labels, strict=True)}
+
+
+@pytest.mark.parametrize("digits", [1, 5])
+def test_folders_named_by_numbers_get_the_name_of_their_number(digits, tmp_path):
+    path = folder(tmp_path, [f"{i:0{digits}}" for i in range(43)])
+    assert named(load(f"gtsrb@{path}")) == dict(enumerate(prompts.published("gtsrb")))
+
+
+def test_numbers_in_a_csv_file_get_the_name_of_their_number(tmp_path):
+    for i in (0, 2, 10):
+        write(tmp_path / f"{i}.png", i)
+    data = load(f"gtsrb@{labelled_table(tmp_path / 'a.csv', [[f'{i}.png', str(i)] for i in (10, 0, 2)])}")
+    whole = prompts.published("gtsrb")
+    assert named(data) == {i: whole[i] for i in (0, 2, 10)} and len(data.prompts) == 43
+
+
+def test_folders_with_published_names_are_these_classes_and_all_are_answers(tmp_path):
+    path = folder(tmp_path, ["american_bulldog", "Abyssinian"])
+    data = load(f"pets@{path}")
+    assert named(data) == {0: "American Bulldog", 1: "Abyssinian"} and len(data.prompts) == 37
+
+
+def test_word_net_ids_are_those_of_imagenet(tmp_path):
+    wnids = tfds.builder("imagenet2012:5.1.0").info.features["label"].names
+    whole = prompts.published("imagenet1k")
+    data = load(f"imagenet@{folder(tmp_path / 'all', [wnids[i] for i in (999, 1, 20)])}")
+    assert named(data) == {0: whole[999], 1: whole[1], 2: whole[20]} and len(data.prompts) == 1000
+    data = load(f"imagenet_r@{folder(tmp_path / 'r', [wnids[i] for i in prompts.IMAGENET_R[:3]])}")
+    assert named(data) == {i: whole[prompts.IMAGENET_R[i]] for i in range(3)} and len(data.prompts) == 200
+
+
+def test_a_folder_of_the_200_has_their_names(tmp_path):
+    wnids = tfds.builder("imagenet_a").info.features["label"].names
+    for i, number in enumerate(prompts.IMAGENET_A):
+        write(tmp_path / wnids[number] / "x.png", i)
+    data = registry.load(f"imagenet_a@{tmp_path}", SIZE, None, OPENAI)
+    whole = prompts.class_names("imagenet1k", [str(i) for i in range(1000)])
+    assert data.names == [whole[i] for i in prompts.IMAGENET_A] and data.labels.tolist() == list(range(200))
+
+
+def test_classes_of_imagenet_a_by_number_among_the_1000_or_the_200(tmp_path):
+    whole = prompts.published("imagenet1k")
+    data = load(f"imagenet_a@{folder(tmp_path / 'thousand', ['988', '6', '11'])}")
+    assert named(data) == {0: whole[988], 1: whole[6], 2: whole[11]}
+    data = load(f"imagenet_a@{folder(tmp_path / 'own', ['0', '10', '9'])}")
+    assert named(data) == {i: whole[prompts.IMAGENET_A[n]] for i, n in enumerate((0, 10, 9))}
+
+
+def test_labels_of_an_archive_and_codes_of_countries(tmp_path):
+    data = load(f"fer2013@{folder(tmp_path / 'faces', ['fear', 'disgust', 'angry'])}", Profile(clips=False))
+    assert named(data) == {0: "fearful", 1: "disgusted", 2: "angry"}
+    data = load(f"eurosat@{folder(tmp_path / 'land', ['SeaLake', 'AnnualCrop'])}")
+    assert named(data) == {0: "lake or sea", 1: "annual crop land"}
+    codes = [a + b for a in "ABCDEFGHI" for b in "ABCDEFGHIJKLMNOPQRSTUVWXYZ"][:211]
+    data = load(f"country211@{folder(tmp_path / 'codes', codes)}")
+    assert named(data) == dict(enumerate(prompts.published("country211")))
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "strange"),
+    [
+        ("gtsrb", [str(i + 1) for i in range(43)], "'1'"),  # from 1, not from 0
+        ("gtsrb", ["3", "7"], "'3'"),  # from 0 or from 1
+        ("gtsrb", ["0", "00"], "'00'"),
+        ("fer2013", ["angry", "disgusted", "joy"], "'joy'"),
+        ("pets", [f"class {i}" for i in range(37)], "'class 0'"),
+        ("imagenet", ["missile", "tench"], "'missile'"),  # two classes have this name
+        ("country211", ["AD", "AE"], "'AD'"),
+    ],
+)
+def test_classes_that_would_have_to_be_guessed_are_refused(name, classes, strange, tmp_path):
+    with pytest.raises(UserError, match=f"{name}: {strange} is not a class of {name}.*or by number.*folder:PATH") as e:
+        load(f"{name}@{folder(tmp_path, classes)}")
+    assert "\n" not in str(e.value) and len(str(e.value)) < 400
+
+
+def test_own_labels_are_names_as_they_are(tmp_path):
+    own = ["2.0", "3.5 inch", "1.jpg", "iPhone", "YouTube", "red_fox"]
+    data = load(f"folder:{folder(tmp_path / 'folder', own)}")
+    assert named(data) == dict(enumerate(own)) and "a photo of a iPhone" in data.prompts[data.names.index("iPhone")]
+    assert data.prompts[data.names.index("red_fox")] == ["a photo of a red fox"]
+    rows = [[f"folder/{name}/x.png", name] for name in own]
+    assert named(load(f"csv:{labelled_table(tmp_path / 'a.csv', rows)}")) == dict(enumerate(own))
+    cars = load(f"cars@{folder(tmp_path / 'cars', ['McLaren MP4-12C Coupe 2012'])}")
+    assert cars.names == ["McLaren MP4-12C Coupe 2012"]
+
+
+def test_labels_of_three_sets_are_made_readable(tmp_path):
+    data = load(f"cub200@{folder(tmp_path / 'birds', ['001.Black_footed_Albatross'])}")
+    assert data.names == ["Black footed Albatross"] and published.ENTRIES["sun397"].readable
+    assert load(f"ucf101@{folder(tmp_path / 'acts', ['ApplyEyeMakeup'])}").names == ["Apply Eye Makeup"]
+
+
+def test_a_probe_of_own_folders(tmp_path):
+    for part, classes in (("train", ["a", "b", "c"]), ("test", ["c", "b"]), ("validation", ["b"])):
+        folder(tmp_path / part, classes)
+    data = load(f"probe/folder:{tmp_path}")
+    train, held, test = data.tasks[""]
+    assert (train.tolist(), held.tolist(), test.tolist()) == ([0, 1, 2], [1], [1, 2])
+    assert data.name == f"probe/folder:{tmp_path}" and data.card.data == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("spec", "meant"),
+    [
+        ("imagenett", "did you mean 'imagenet' or 'imagenet_"),
+        ("imagenet@", "did you mean 'imagenet'"),
+        ("gtsr@/x", "did you mean 'gtsrb@PATH'"),
+        ("folder:", ""),
+        ("nothing@/tmp", ""),
+        ("probe/csv:labels/a.csv", "probe/folder:PATH"),
+        ("probe/cifar1", "did you mean 'probe/cifar10'"),
+    ],
+)
+def test_an_unknown_set_has_the_nearest_names(spec, meant):
+    with pytest.raises(UserError, match=r"unknown evaluation set .* --help lists the names") as error:
+        registry.check(spec)
+    assert repr(spec) in str(error.value) and meant in str(error.value) and len(str(error.value)) < 300
+
+
+# What the hash of a set covers.
+
+
+def test_other_images_with_the_same_labels_have_another_hash(tmp_path):
+    rng = np.random.default_rng(0)
+    for name in "abcd":
+        PIL.Image.fromarray(rng.integers(0, 256, (9, 9, 3), dtype=np.uint8)).save(tmp_path / f"{name}.png")
+    PIL.Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(tmp_path / "small.png")
+    one, other = (
+        load(f"csv:{labelled_table(tmp_path / f'{i}.csv', [[f'{x}.png', x in 'ac'] for x in part])}").card
+        for i, part in enumerate(("ab", "cd"))
+    )
+    assert one.split_hash != other.split_hash
+    shutil.copy(tmp_path / "small.png", tmp_path / "b.png")  # of another size
+    assert load(f"csv:{tmp_path / '0.csv'}").card.split_hash != one.split_hash
+
+
+@pytest.mark.parametrize("spec", ["folder:{}", "cub200@{}", "finetuned/folder:{}"])
+def test_the_place_of_a_set_and_its_times_are_not_in_the_hash(spec, tmp_path):
+    path = folder(tmp_path / "one", ["cat", "dog"])
+    copy = tmp_path / "far" / "away" / "two"
+    shutil.copytree(path, copy)
+    os.utime(copy / "cat" / "x.png", (0, 0))
+    first, second = (load(spec.format(p)).card.split_hash for p in (path, copy))
+    assert first == second
+    (copy / "cat" / "x.png").rename(copy / "cat" / "y.png")
+    assert load(spec.format(copy)).card.split_hash != first
+    (copy / "cat" / "y.png").rename(copy / "cat" / "x.png")
+    (copy / "cat").rename(copy / "cow")
+    assert load(spec.format(copy)).card.split_hash != first
+
+
+def test_the_hash_of_a_probe_covers_each_split(tmp_path):
+    for part in ("train", "test"):
+        folder(tmp_path / part, ["a", "b"])
+    first = load(f"probe/folder:{tmp_path}").card.split_hash
+    (tmp_path / "train" / "a" / "x.png").rename(tmp_path / "train" / "a" / "y.png")
+    assert load(f"probe/folder:{tmp_path}").card.split_hash != first
+
+
+def test_the_hash_of_a_tfds_set_covers_version_and_split(monkeypatch):
+    class Info:
+        def __init__(self, version):
+            self.version, self.features = version, {"label": tfds.features.ClassLabel(num_classes=10)}
+
+    source, hashes = [{"image": np.zeros((9, 9, 3), np.uint8), "label": 3}] * 2, set()
+    for version, data in (("1", source), ("2", source), ("2", source[:1])):
+        opened = data, Info(version)
+        monkeypatch.setattr(published, "open_tfds", lambda *_, opened=opened: opened)
+        hashes |= {load(f"{probe}mnist").card.split_hash for probe in ("", "probe/")}
+    assert len(hashes) == 6

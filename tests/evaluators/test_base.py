@@ -1,0 +1,37 @@
+"""Sequences of items: joined ones name their items, and an undecodable first item is an image."""
+
+import pytest
+
+from tests.evaluators.test_registry import folder, measure
+from tests.helpers import tiny
+from tests.helpers.encoding import make_encoder
+from xclip_jax.core.errors import UserError
+from xclip_jax.evaluators import registry
+from xclip_jax.evaluators.base import closest
+from xclip_jax.evaluators.probe import Sweep
+
+
+def test_similar_names_are_as_a_user_writes_them():
+    assert closest("flickr30k_retrieva", ("trec",), ("flickr30k_retrieval",)) == ["flickr30k_retrieval@PATH"]
+    assert closest("tred@/x", ("trec",), ()) == ["trec"]
+
+
+def test_an_unreadable_image_of_pairs_is_named_by_its_file(tmp_path):
+    pairs = tiny.folder(tmp_path / "pairs", 40)
+    for number in (3, 4, 5):
+        (pairs / f"{number:03d}.png").write_bytes(b"no image %d" % number)
+    spec = f"retrieval/folder:{pairs}"
+    with pytest.raises(UserError, match=rf"3 of 40 images cannot be read, .*image '{pairs}/003\.png'; see xclip-jax"):
+        measure(spec)
+
+
+@pytest.mark.parametrize("kind", ["probe", "finetuned"])
+def test_a_set_whose_first_image_is_unreadable_is_opened(kind, tmp_path):
+    for part in ("train", "test") if kind == "probe" else ("",):
+        (folder(tmp_path / part / "") / "cat" / "00.png").write_bytes(b"<html>")
+    spec = f"{kind}/folder:{tmp_path}"
+    (evaluator,) = registry.open_all([spec], make_encoder())
+    assert evaluator.name == f"visual/{spec}"
+    if kind == "probe":
+        found, items = measure(spec, sweep=Sweep((1.0,), 0))
+        assert found[f"visual/{spec}/unreadable"] == 2 and items[f"visual/{spec}/linear/top1"].values[0] == 0

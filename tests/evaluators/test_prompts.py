@@ -1,0 +1,137 @@
+"""Class names, prompt templates, class subsets and profiles."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+
+from tests.evaluators.sets.test_published import write
+from tests.helpers.encoding import SIZE
+from xclip_jax.core import storage
+from xclip_jax.core.errors import UserError
+from xclip_jax.evaluators import prompts, registry
+from xclip_jax.evaluators.prompts import PROFILES, Profile
+
+OPENAI = PROFILES["openai"]
+
+
+def test_templates_are_the_published_ones():
+    eighty, seven = prompts.templates("openai80"), prompts.templates("slip7")
+    assert len(eighty) == len(set(eighty)) == 80 and eighty[0] == "a bad photo of a {c}."
+    assert seven == [
+        "itap of a {c}.",
+        "a bad photo of the {c}.",
+        "a origami {c}.",
+        "a photo of the large {c}.",
+        "a {c} in a video game.",
+        "art of the {c}.",
+        "a photo of the small {c}.",
+    ]
+    assert prompts.templates("birds") == ["a photo of a {c}, a type of bird."]
+    with pytest.raises(UserError, match=r"'openai8'; it must be one of 'openai80', 'slip7'"):
+        prompts.templates("openai8")
+
+
+def test_clips_own_templates_follow_from_their_rules():
+    counts = {"ucf101": 48, "kinetics700": 28, "clip_resisc45": 18, "clip_pcam": 1, "clip_clevr_count_all": 1}
+    for name, count in counts.items():
+        assert len(prompts.templates(name)) == len(set(prompts.templates(name))) == count, name
+    assert prompts.templates("ucf101")[:5:4] == ["a photo of a person {c}.", "a photo of the person {c}."]
+    assert prompts.templates("ucf101")[-1] == "a demonstration of the person practicing {c}."
+    assert prompts.templates("kinetics700")[:3] == [
+        "a photo of {c}.",
+        "a photo of a person {c}.",
+        "a photo of a person using {c}.",
+    ]
+    assert prompts.templates("kinetics700")[-1] == "a demonstration of a person practicing {c}."
+    assert prompts.templates("clip_resisc45")[:2] == ["satellite imagery of {c}.", "aerial imagery of {c}."]
+    assert prompts.templates("clip_resisc45")[-1] == "aerial view of the {c}."
+    chosen = {key: prompts.chosen("resisc45", profile) for key, profile in PROFILES.items()}
+    assert chosen == {"openai": "clip_resisc45", "slip": "clip_resisc45", "open_clip": "resisc45"}
+
+
+def test_synonyms_of_fer2013(tmp_path):
+    for i, name in enumerate(["angry", "disgusted", "fearful", "happy", "neutral", "sad", "surprised"]):
+        write(tmp_path / name / "x.png", i)
+    found = {key: registry.load(f"fer2013@{tmp_path}", SIZE, None, profile) for key, profile in PROFILES.items()}
+    assert [len(texts) for texts in found["slip"].prompts] == [6, 6, 6, 12, 12, 12, 18]
+    assert "they look spooked." in found["openai"].prompts[6] and found["slip"].names[6] == "surprised"
+    assert {len(texts) for texts in found["open_clip"].prompts} == {6}
+    assert found["slip"].card.templates == "fer2013 (6, synonyms)" != found["open_clip"].card.templates
+
+
+def test_templates_equal_open_clips():
+    theirs = pytest.importorskip("open_clip").OPENAI_IMAGENET_TEMPLATES
+    assert [f("cat") for f in theirs] == [t.replace("{c}", "cat") for t in prompts.templates("openai80")]
+    seven = [f("cat") for f in pytest.importorskip("open_clip").SIMPLE_IMAGENET_TEMPLATES]
+    assert seven == [t.replace("{c}", "cat") for t in prompts.templates("slip7")]
+
+
+def test_class_names_equal_open_clips_and_two_are_twice_there():
+    found = prompts.class_names("imagenet1k", [str(i) for i in range(1000)])
+    assert found == list(pytest.importorskip("open_clip").IMAGENET_CLASSNAMES)
+    assert {name for name in found if found.count(name) == 2} == {"missile", "sunglasses"}
+
+
+def test_masks():
+    a, r = prompts.IMAGENET_A, prompts.IMAGENET_R
+    assert len(a) == len(set(a)) == len(r) == len(set(r)) == 200 and len(set(a) & set(r)) == 86
+    assert a[:5] == (6, 11, 13, 15, 17) and r[:5] == (1, 2, 4, 6, 8)
+    assert list(a) == sorted(a) and list(r) == sorted(r) and max(a + r) < 1000
+
+
+def test_masks_equal_clip_benchmarks(monkeypatch):
+    builder = pytest.importorskip("clip_benchmark.datasets.builder", exc_type=ImportError)
+    order = builder.all_imagenet_wordnet_ids
+    with open(builder.__file__) as file:
+        source = file.read()
+    for letter, mine in (("a", prompts.IMAGENET_A), ("r", prompts.IMAGENET_R)):
+        wnids = set(re.findall(r"n\d{8}", re.search(rf"imagenet_{letter}_wnids = (.*?)[\]}}]\n", source, re.S)[1]))
+        assert [i for i, wnid in enumerate(order) if wnid in wnids] == list(mine)
+
+
+@pytest.mark.parametrize(
+    ("label", "name"),
+    [
+        ("/a/airplane_cabin", "airplane cabin"),
+        ("/c/church/outdoor", "church outdoor"),
+        ("001.Black_footed_Albatross", "Black footed Albatross"),
+        ("ApplyEyeMakeup", "Apply Eye Makeup"),
+        ("AM General Hummer SUV 2000", "AM General Hummer SUV 2000"),
+    ],
+)
+def test_readable(label, name):
+    assert prompts.readable(label) == name
+
+
+def test_class_names_follow_the_labels_order(monkeypatch):
+    monkeypatch.setattr(prompts, "_read", lambda kind: {"x": ["Big Cat", "dog", "red fox"]})
+    assert prompts.class_names("x", ["dog", "red_fox", "big_cat"]) == ["dog", "red fox", "Big Cat"]
+    assert prompts.class_names("x", ["0", "1", "2"]) == ["Big Cat", "dog", "red fox"]
+    assert prompts.class_names("x", ["cat", "dog", "fox"]) == ["Big Cat", "dog", "red fox"]
+    with pytest.raises(UserError, match="another order"):
+        prompts.class_names("x", ["dog", "cat", "fox"])
+    with pytest.raises(UserError, match="3 class names and the data set 2"):
+        prompts.class_names("x", ["dog", "cat"])
+
+
+def test_synonyms_and_braces_in_prompts(monkeypatch):
+    monkeypatch.setattr(prompts, "templates", lambda name: ["a {c}.", "the {c}."])
+    assert prompts.prompts([["cat", "kitty"], "{x}"], "any") == [
+        ["a cat.", "the cat.", "a kitty.", "the kitty."],
+        ["a {x}.", "the {x}."],
+    ]
+
+
+def test_a_profiles_captions():
+    captions = ["A Dog", "B", "C", "D", "E", "F"]
+    assert Profile(prefix="a photo of ", lower=True, captions=5).texts(captions)[0] == "a photo of a dog"
+    assert len(Profile(captions=5).texts(captions)) == 5 and Profile().texts(captions) == captions
+    published = dataclasses.replace(PROFILES["openai"], captions=1)
+    for prefix, expected in ((None, "a photo of A Dog"), ("", "A Dog"), ("this: ", "this: A Dog")):
+        assert dataclasses.replace(published, prefix=prefix).texts(captions) == [expected]
+
+
+def test_class_names_are_those_of_clip_benchmark():
+    assert len(json.loads(storage.third_party("en_classnames.json"))["imagenet1k"]) == 1000

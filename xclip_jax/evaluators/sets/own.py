@@ -1,0 +1,221 @@
+"""Retrieval on your own image-text pairs: a source, or the pairs that a run holds out of its training.
+
+Pairs whose images have the same bytes are one item with all of their captions.
+
+    retrieval/SOURCE                all pairs of a source of `data.sources`, such as retrieval/tar:PATTERN,
+                                    retrieval/csv:PATTERN or retrieval/tfds:NAME/SPLIT; a plain path, retrieval/PATH,
+                                    has the kind that its files suggest
+    retrieval/SOURCE?image=COLUMN&text=COLUMN   the same from columns other than `data.image_key` and `data.text_keys`
+    retrieval/holdout               the pairs that `data.holdout` of the model's run keeps out of training
+    retrieval/holdout@RUN           the held-out pairs of another run
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import os
+import urllib.parse
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from xclip_jax.core import fields, imports
+from xclip_jax.core.console import log0
+from xclip_jax.core.errors import UserError
+from xclip_jax.core.run_folder import RunFolder
+from xclip_jax.data import holdout, sources
+from xclip_jax.data.base import MissingColumnError, Source
+from xclip_jax.data.config import DataConfig
+from xclip_jax.data.holdout import Subset
+from xclip_jax.data.labelled import Field
+from xclip_jax.data.preprocessing import Preprocessing
+from xclip_jax.evaluators.base import HELD_OUT, Joined, Pictures, SetKind
+from xclip_jax.evaluators.prompts import Profile
+from xclip_jax.evaluators.results import Provenance, digest
+from xclip_jax.evaluators.retrieval import RetrievalSet
+
+PREFIX = "retrieval/"
+_COLUMNS = "?image=COLUMN&text=COLUMN"
+
+
+def is_holdout(spec: str, prefix: str) -> bool:
+    """Whether `spec` is "holdout" or "holdout@RUN" after `prefix`."""
+    return spec.startswith(prefix) and spec.removeprefix(prefix).partition("@")[0] == HELD_OUT
+
+
+def held_out_data(spec: str, data: DataConfig) -> DataConfig:
+    """Return the `data` group of the run that holds out the pairs of `spec`: FAMILY/holdout or FAMILY/holdout@RUN.
+
+    Args:
+      spec: name of the set.
+      data: the group of the model's own run.
+
+    Raises:
+      UserError: a folder that is not a run, or a run without held-out pairs.
+    """
+    name, at, run = spec.partition("@")
+    if at:
+        content = RunFolder(run).read_config() if run else None
+        if content is None:
+            raise UserError(f"{spec}: {run!r} is not the folder of a run; write {name}@RUN.")
+        data = fields.read_group(DataConfig, content["config"]["data"], "data", [])
+    if not data.holdout or not data.sources:
+        whose = f"the run {run!r}" if at else "this model"
+        raise UserError(f"{spec}: {whose} holds out no pairs (data.holdout); write {name}@RUN for those of a run.")
+    return data
+
+
+def named_columns(name: str, data: DataConfig) -> tuple[str, DataConfig]:
+    """Split "?image=COLUMN&text=COLUMN" from a source's spec; return the spec, and `data` with these columns.
+
+    Both keys are optional, and `text` may be repeated; in names %26 is & and %2C a comma. A question mark with another
+    meaning, as in a pattern of files, stays.
+
+    Raises:
+      UserError: an unknown key, several images, or an empty column.
+    """
+    source_name, _, end = name.rpartition("?")
+    columns: dict[str, list[str]] = {}
+    for key, _, column in (part.partition("=") for part in end.split("&")):
+        columns.setdefault(key, []).append(urllib.parse.unquote(column))
+    if not source_name or not columns.keys() & {"image", "text"}:
+        return name, data
+    images, texts = columns.get("image", [data.image_key]), columns.get("text", data.text_keys)
+    if columns.keys() - {"image", "text"} or len(images) > 1 or not all((*images, *texts)):
+        raise UserError(f"{PREFIX}{name} ends in '?{end}'; expected {_COLUMNS}, or one of the two.")
+    return source_name, dataclasses.replace(data, image_key=images[0], text_keys=tuple(texts))
+
+
+def _pairs(specs: Sequence[str], share: float, data: DataConfig) -> tuple[list[Source], list[holdout.Pairs]]:
+    options = sources.source_options(data)
+    opened = [sources.open_pairs(spec, options) for spec in specs]
+    return opened, [holdout.find(spec, source, share, data) for spec, source in zip(specs, opened, strict=True)]
+
+
+def captions_by_image(parts: Sequence[holdout.Pairs]) -> tuple[dict[str, list[str]], list[np.ndarray]]:
+    """Return {hash of an image: its distinct captions}, and for each part the positions of images that are new.
+
+    Captions of one image are often separate pairs, such as rows of a CSV file; all of them are right answers.
+    """
+    captions: dict[str, dict[str, None]] = {}
+    positions = []
+    for part in parts:
+        new = []
+        for i, (digits, texts) in enumerate(zip(part.hashes, part.captions, strict=True)):
+            if digits not in captions:
+                new.append(i)
+            captions.setdefault(digits, {}).update(dict.fromkeys(texts))
+        positions.append(np.array(new, int))
+    return {digits: list(texts) for digits, texts in captions.items()}, positions
+
+
+def load_pairs(spec: str, prepare: Preprocessing | int, data: DataConfig, profile: Profile) -> RetrievalSet:
+    """Open the set `spec`. Captions have the command's prefix, but not the CLIP paper's prefix for COCO and Flickr30k.
+
+    Raises:
+      UserError: a source that cannot be opened or has no readable pairs, or a run without held-out pairs.
+    """
+    name = spec.removeprefix(PREFIX)
+    if is_holdout(spec, PREFIX):
+        specs, share = tuple(data.sources), data.holdout
+    else:
+        source_name, data = named_columns(name, data)
+        specs, share = (sources.spec_from_path(source_name),), 1.0
+        name = specs[0] + name.removeprefix(source_name)
+    try:
+        with imports.named_by("the config of the run that holds them out") if share < 1 else contextlib.nullcontext():
+            opened, parts = _pairs(specs, share, data)
+    except MissingColumnError as error:
+        if share < 1:
+            raise
+        raise UserError(f"{spec}: {error.fault}; name its columns, {PREFIX}SOURCE{_COLUMNS}.") from error
+    if not any(part.captions for part in parts):
+        raise UserError(f"{spec}: none of the {sum(map(len, opened))} pairs of {', '.join(specs)} can be used.")
+    if bad := sum(part.bad for part in parts):
+        log0(f"WARNING: {spec}: {bad:,} of the {sum(map(len, opened)):,} pairs cannot be read and are left out")
+    profile = dataclasses.replace(profile, prefix=profile.prefix or "")
+    by_image, positions = captions_by_image(parts)
+    images: list[Any] = [
+        Field(Subset(source, part.indices[new]), "image")
+        for source, part, new in zip(opened, parts, positions, strict=True)
+    ]
+    captions, split = list(by_image.values()), f"held out, {share:g}" if share < 1 else ""
+    data_name = ", ".join(specs)
+    return captioned(name, Joined(images), captions, list(by_image), prepare, profile, data=data_name, split=split)
+
+
+def captioned(
+    name: str,
+    images: Sequence[Any],
+    captions: Sequence[Sequence[str]],
+    ids: Sequence[Any],
+    prepare: Preprocessing | int,
+    profile: Profile,
+    **origin: str,
+) -> RetrievalSet:
+    """Return a retrieval set of images and their captions as the profile changes them.
+
+    Args:
+      name: name of the set.
+      images: encoded images.
+      captions: captions of each image.
+      ids: JSON that identifies each image, for the split's hash.
+      prepare: preprocessing of the model's images.
+      profile: protocol.
+      origin: fields of `Provenance`: data, split, version.
+    """
+    prepare, texts = profile.preprocessing(prepare), [profile.texts(of_image) for of_image in captions]
+    kept = f"first {profile.captions}" if profile.captions else "all"
+    card = Provenance(
+        **origin,
+        split_hash=digest([*ids, *texts]),
+        protocol=f"recall, any match; {kept} captions of each image{', in lower case' if profile.lower else ''}",
+        templates=f"{profile.caption_prefix}CAPTION",
+        preprocessing=prepare.resizing,
+        metric="image_to_text/r1",
+    )
+    return RetrievalSet(name, Pictures(images, prepare), texts, card)
+
+
+class PairSets(SetKind):
+    """`retrieval/SOURCE` and `retrieval/holdout`."""
+
+    prefixes = (PREFIX.rstrip("/"),)
+    names = (PREFIX + HELD_OUT,)
+    usage = (
+        f"own pairs: {', '.join(f'{PREFIX}{spec}' for spec in sources.usage())}, with other columns "
+        f"{PREFIX}SOURCE{_COLUMNS}; {PREFIX}{HELD_OUT}[@RUN]"
+    )
+
+    @classmethod
+    def knows(cls, spec: str) -> bool:
+        """Whether `spec` names held-out pairs, a source, or a path that a source reads; nothing is opened.
+
+        Raises:
+          UserError: a path that no source reads or that does not exist, unless it is a misspelt "holdout"; or wrong
+            columns.
+        """
+        if is_holdout(spec, PREFIX):
+            return True
+        source_name, _ = named_columns(spec.removeprefix(PREFIX), DataConfig())
+        try:
+            return bool(sources.spec_from_path(source_name))
+        except UserError:
+            if os.path.isabs(source_name) or os.path.exists(source_name):
+                raise
+            if source_name and ":" not in source_name and not difflib.get_close_matches(source_name, [HELD_OUT]):
+                raise UserError(f"{spec}: no file or folder {source_name!r}; check the path.") from None
+            return False
+
+    @classmethod
+    def data_of(cls, spec: str, data: DataConfig) -> DataConfig:
+        """Return `data`, or the group of the run that holds out the pairs."""
+        return held_out_data(spec, data) if is_holdout(spec, PREFIX) else data
+
+    load = staticmethod(load_pairs)
+
+    @classmethod
+    def shows(cls, spec: str) -> str:
+        """Return "captions"."""
+        return "captions"

@@ -1,0 +1,309 @@
+"""Table of the published sets of labelled images, and their readers: TFDS, a folder, a CSV file.
+
+The table has the origin, templates, class names and metric of each set. If clip-benchmark names a set's classes, the
+folders and CSV labels of `NAME@PATH` must match those names: by a published name, a label of the TFDS data set (a
+WordNet id for ImageNet), or the class number from 0. Other labels are refused because their order would be a guess. All
+published classes are possible answers, including classes without images.
+"""
+
+import dataclasses
+import functools
+import pathlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from xclip_jax.core.errors import UserError
+from xclip_jax.data.labelled import Field, read_files
+from xclip_jax.data.readers.tfds import open_tfds
+from xclip_jax.evaluators import prompts
+from xclip_jax.evaluators.results import SHIFTED, VALIDATION
+
+_APPROXIMATE = "the published split is not public or not one: compare only numbers with the same split_hash"
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A set of the table.
+
+    Attributes:
+      tfds: TFDS name, configuration and version; "" if TFDS lacks the set.
+      split: split of the TFDS data set.
+      templates: key of `prompts.templates`; the profile chooses the templates of "imagenet".
+      names: clip-benchmark's key of the class names; "" for the data set's own labels.
+      readable: whether the data set's labels need `prompts.readable`.
+      spelled: class names in the published archive, in the order of `names`.
+      in_order: pattern of class folders whose sorted order is the order of `names`.
+      metric: the published metric.
+      label: feature with the label.
+      classes: the set's classes among ImageNet's 1000; empty for all.
+      derive: function from the feature's value to the label.
+      ways: number of classes, if the feature does not define it.
+      border: pixels to cut off on each side.
+      train, held: splits on which probes are trained and choose C. Without `train` the set has no probe; without `held`
+        C is chosen on a tenth of `train`.
+      note: see `Provenance`.
+      role: `SHIFTED` for images of another source or style than the training images of its classes; `VALIDATION` for
+        model selection, which the paper's suite leaves out.
+    """
+
+    tfds: str = ""
+    split: str = "test"
+    templates: str = ""
+    names: str = ""
+    readable: bool = False
+    spelled: tuple[str, ...] = ()
+    in_order: str = ""
+    metric: str = "top1"
+    label: str = "label"
+    classes: tuple[int, ...] = ()
+    derive: Callable[[Any], int] | None = None
+    ways: int = 0
+    border: int = 0
+    train: str = "train"
+    held: str = ""
+    note: str = ""
+    role: str = ""
+
+
+def _column(objects: Any, key: str) -> Sequence[Any]:
+    """Return a column of nested features, which TFDS represents as a dict of columns or a list of dicts."""
+    return [item[key] for item in objects] if isinstance(objects, list) else objects[key]
+
+
+def _count(objects: Any) -> int:
+    """CLEVR: three to ten objects -> 0 to 7."""
+    return len(_column(objects, "color")) - 3
+
+
+def _distance(objects: Any) -> int:
+    """KITTI, VTAB's task: the nearest vehicle (car, van, truck) within 8 m, 20 m, any distance, or none -> 0 to 3."""
+    types = np.asarray(_column(objects, "type"))
+    locations = np.asarray(_column(objects, "location")).reshape(-1, 3)
+    distances = locations[np.isin(types, (0, 1, 2)), 2]
+    return 3 if not len(distances) else int(np.searchsorted((8.0, 20.0), distances.min()))
+
+
+def _imagenet(tfds_name: str, split: str = "test", **fields: Any) -> Entry:
+    return Entry(tfds_name, split, "imagenet", "imagenet1k", **fields)
+
+
+ENTRIES: Mapping[str, Entry] = {
+    "imagenet": _imagenet("imagenet2012:5.1.0", "validation"),
+    "imagenet_minival": _imagenet("imagenet2012:5.1.0", "train[99%:]", train="", role=VALIDATION),  # as in big_vision
+    "imagenet_v2": _imagenet("imagenet_v2/matched-frequency", train="", role=SHIFTED),
+    "imagenet_a": _imagenet("imagenet_a", classes=prompts.IMAGENET_A, train="", role=SHIFTED),
+    "imagenet_r": _imagenet("imagenet_r", classes=prompts.IMAGENET_R, train="", role=SHIFTED),
+    "imagenet_sketch": _imagenet("imagenet_sketch", train="", role=SHIFTED),
+    "food101": Entry("food101", "validation", "food101"),  # its test split is called so
+    "cifar10": Entry("cifar10:3.0.2", templates="cifar10"),
+    "cifar100": Entry("cifar100:3.0.2", templates="cifar100"),
+    "cub200": Entry("caltech_birds2011:0.2.0", templates="birds", readable=True),
+    "sun397": Entry(
+        "sun397/standard-part1-120k",
+        templates="sun397",
+        readable=True,
+        note="the official partition; clip_benchmark evaluates all 108,754 images",
+    ),
+    "cars": Entry("cars196:2.1.0", templates="cars", note="labels of versions before 2.1.0 are wrong"),
+    "voc2007": Entry("voc/2007", templates="voc2007_multilabel", metric="map11", label="labels"),
+    "dtd": Entry("dtd:3.0.1", templates="dtd", held="validation"),
+    "pets": Entry("oxford_iiit_pet", templates="pets", names="pets", metric="mean_per_class"),
+    "caltech101": Entry("caltech101:3.0.2", templates="caltech101", names="caltech101_vtab", metric="mean_per_class"),
+    "flowers": Entry(
+        "oxford_flowers102", templates="flowers", names="flowers", metric="mean_per_class", held="validation"
+    ),
+    "mnist": Entry("mnist", templates="mnist", names="mnist"),
+    "stl10": Entry("stl10", templates="stl10"),
+    "svhn": Entry("svhn_cropped", templates="svhn", names="svhn"),
+    "eurosat": Entry("eurosat/rgb", "train", "eurosat", "eurosat", train="", note=_APPROXIMATE),
+    "resisc45": Entry("resisc45:3.0.0", "train", "resisc45", train="", note=_APPROXIMATE),
+    "kitti": Entry(
+        "kitti",
+        "test",
+        "kitti_closest_vehicle_distance",
+        "kitti_closest_vehicle_distance",
+        label="objects",
+        derive=_distance,
+        ways=4,
+        held="validation",
+        note=_APPROXIMATE,
+    ),
+    "pcam": Entry(
+        "patch_camelyon:2.0.0",
+        templates="pcam",
+        names="pcam",
+        held="validation",
+        note="SLIP tests on the validation split",
+    ),
+    "clevr": Entry(
+        "clevr:3.1.0",
+        "validation",
+        "clevr_count_all",
+        "clevr_count_all",
+        label="objects",
+        derive=_count,
+        ways=8,
+        note=_APPROXIMATE,
+    ),
+    # TFDS lacks these, or its reader does: NAME@PATH.
+    "objectnet": Entry(
+        templates="imagenet", border=2, role=SHIFTED, note="113 classes overlap with ImageNet's; give those alone"
+    ),
+    "birdsnap": Entry(templates="birds"),
+    "fgvc_aircraft": Entry(templates="fgvc_aircraft", metric="mean_per_class", note="by variant"),
+    "fer2013": Entry(
+        templates="fer2013",
+        names="fer2013",
+        spelled=("angry", "disgust", "fear", "happy", "neutral", "sad", "surprise"),
+    ),
+    "gtsrb": Entry(templates="gtsrb", names="gtsrb"),
+    "country211": Entry(templates="country211", names="country211", in_order="[A-Z]{2}"),  # codes of countries
+    "hatefulmemes": Entry(templates="hatefulmemes", names="hatefulmemes", metric="roc_auc"),
+    "renderedsst2": Entry(templates="renderedsst2"),
+    "ucf101": Entry(templates="ucf101", readable=True, note=_APPROXIMATE + "; middle frames"),
+    "kinetics700": Entry(templates="kinetics700", metric="top1_top5", note=_APPROXIMATE + "; middle frames"),
+}
+
+PAPER = tuple(name for name, entry in ENTRIES.items() if entry.tfds and entry.role != VALIDATION)
+
+
+@dataclasses.dataclass(frozen=True)
+class Content:
+    """Labelled images of a set or of one split.
+
+    Attributes:
+      images: encoded images, or uint8 (h, w, 3).
+      labels: int (n,), or bool (n, classes) if an image may have several classes.
+      classes: names of the classes.
+      data, version, split: see `Provenance`.
+      identity: JSON that identifies images that are not files, for the split's hash.
+      templates: the data set's own templates, which override the profile's; may be empty.
+    """
+
+    images: Sequence[Any]
+    labels: np.ndarray
+    classes: list[str]
+    data: str
+    version: str = ""
+    split: str = ""
+    identity: Any = ""
+    templates: Sequence[str] = ()
+
+
+def entry_of(spec: str) -> tuple[str, Entry, str]:
+    """Return name, entry and path of a set of the table; the path is "" for TFDS.
+
+    Raises:
+      UserError: neither a path nor a TFDS data set.
+    """
+    name, _, path = spec.partition("@")
+    entry = ENTRIES[name]
+    if not path and not entry.tfds:
+        raise UserError(f"{name} is not in TFDS; write {name}@PATH, a folder of one sub-folder a class or a CSV file.")
+    return name, entry, path
+
+
+def read(spec: str, data_dir: str | None) -> tuple[str, Entry, Content]:
+    """Open a set of the table: its name, entry, and the images with their published class names.
+
+    Raises:
+      UserError: a set that is not prepared, or a path or label that is wrong.
+    """
+    name, entry, path = entry_of(spec)
+    if path:
+        images, labels, classes = read_files(name, pathlib.Path(path))
+        if entry.names:
+            labels, classes = _published(name, entry, labels, classes)
+        return name, entry, Content(images, labels, classes, path)
+    content = read_tfds(name, entry, entry.split, data_dir)
+    labels = content.labels
+    classes = prompts.class_names(entry.names, content.classes) if entry.names else content.classes
+    if entry.classes:
+        labels, classes = _masked(name, entry, labels, classes)
+    if np.ndim(labels) == 1 and np.size(labels) and np.max(labels) >= len(classes):
+        raise UserError(f"{name}: label {np.max(labels)} is not among {len(classes)} classes.")
+    return name, entry, dataclasses.replace(content, labels=labels, classes=classes)
+
+
+def read_tfds(name: str, entry: Entry, split: str, data_dir: str | None) -> Content:
+    """Open a split of an entry's TFDS data set, with the data set's own labels."""
+    source, info = open_tfds(entry.tfds, split, data_dir)
+    # Images are skipped here, not decoded.
+    values = [source[i][entry.label] for i in range(len(source))]
+    feature = info.features[entry.label]
+    if entry.derive:
+        labels = np.array([entry.derive(value) for value in values])
+        if labels.min() < 0 or labels.max() >= entry.ways:
+            raise UserError(f"{name}: a record of {entry.tfds} gives label {labels.min()} to {labels.max()}.")
+        classes = [str(i) for i in range(entry.ways)]
+    else:
+        classes = list(getattr(feature, "feature", feature).names)
+        labels = np.array(values, int) if not np.ndim(values[0]) else np.zeros((len(values), len(classes)), bool)
+        for row, value in zip(labels, values, strict=True) if labels.ndim == 2 else ():
+            row[np.asarray(value, int)] = True
+    version = str(info.version)
+    data = entry.tfds.partition(":")[0]
+    return Content(Field(source, "image"), labels, classes, data, version, entry.split, [data, version, split])
+
+
+def _published(name: str, entry: Entry, labels: np.ndarray, classes: Sequence[str]) -> tuple[np.ndarray, list[str]]:
+    """Return labels and names of the published classes, from labels whose classes are called `classes`.
+
+    Raises:
+      UserError: a class that no published name or number matches.
+    """
+    whole = prompts.published(entry.names)
+    kept = entry.classes or range(len(whole))
+    published = [whole[i] for i in kept]
+    spellings = {"as published": published, "as the archive has them": entry.spelled}
+    if entry.tfds and not entry.derive:
+        tfds_labels = _tfds_labels(entry.tfds, entry.label)
+        spellings["as TFDS has them"] = [tfds_labels[i] for i in kept] if tfds_labels else []
+    if entry.in_order and len(classes) == len(published) and all(re.fullmatch(entry.in_order, x) for x in classes):
+        spellings["in their order"] = sorted(classes)
+    if entry.classes:
+        spellings["by number among the 1000"] = [str(i) for i in kept]
+    # Without 0 among them, numbers may well begin at 1.
+    numbers = [str(i) for i in range(len(published))]
+    first = any(label.isascii() and label.isdigit() and int(label) == 0 for label in classes)
+    spellings["by number"] = numbers if first else []
+    try:
+        position = np.array(prompts.match(classes, *spellings.values()))
+    except KeyError as error:
+        ways = [
+            f"{how} ({spelling[0]!r}, ...)"
+            for how, spelling in (spellings | {"by number": numbers}).items()
+            if spelling
+        ]
+        raise UserError(
+            f"{name}: {error.args[0]!r} is not a class of {name}, or is there twice. Name the classes "
+            f"{' or '.join(ways)}, or evaluate folder:PATH or csv:PATH, where their own names are used."
+        ) from error
+    if np.ndim(labels) == 1:
+        return position[labels], published
+    several = np.zeros((len(labels), len(published)), bool)
+    several[:, position] = labels
+    return several, published
+
+
+@functools.cache
+def _tfds_labels(name: str, feature: str) -> list[str]:
+    """Return the labels of a TFDS data set, prepared or not; [] if this version of TFDS lacks it."""
+    try:
+        return list(tfds.builder(name).info.features[feature].names)
+    except Exception:  # files can be read without TFDS
+        return []
+
+
+def _masked(name: str, entry: Entry, labels: np.ndarray, names: list[str]) -> tuple[np.ndarray, list[str]]:
+    """Return labels and names with the labels among the 1000 renumbered to the set's classes."""
+    position = np.full(len(names), -1)
+    position[list(entry.classes)] = np.arange(len(entry.classes))
+    foreign = np.unique(labels[position[labels] < 0])
+    if len(foreign):
+        raise UserError(f"{name}: class {foreign[0]} occurs and is not among its {len(entry.classes)} classes.")
+    return position[labels], [names[i] for i in entry.classes]
