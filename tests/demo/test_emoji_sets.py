@@ -185,6 +185,14 @@ def test_picture_and_page_are_drawn_for_every_kind_of_model(objective, embed, cl
     picture.draw(path, found, title="Test", note="note")
     with PIL.Image.open(path) as image:
         assert image.width == 1600 and image.height > 1000
+    strip = tmp_path / "strip.png"
+    if clusters:
+        picture.strip(strip, found)
+        with PIL.Image.open(strip) as image:
+            assert image.size == (1280, 360)
+    else:
+        with pytest.raises(UserError, match="a strip shows names, a search and a cluster"):
+            picture.strip(strip, found)
     config = {"config": demo_config.get_config(f"objective={objective}").to_dict(), "environment": {}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     text = html.render(record.read(tmp_path), found)
@@ -198,6 +206,15 @@ def test_picture_and_page_are_drawn_for_every_kind_of_model(objective, embed, cl
             assert guess.rank > 5 or guess.best[guess.rank - 1].right
     for asked in found.retrieved.by_text:
         assert any(asked.right) == (asked.rank <= len(asked.right)) and (asked.rank > 6 or asked.right[asked.rank - 1])
+
+
+def test_the_set_with_the_best_ranks_comes_first():
+    def named(title, num_classes, *ranks):
+        guesses = [examples.Prediction(np.zeros((4, 4, 3), np.uint8), "a", rank, []) for rank in ranks]
+        return examples.ZeroShotExamples(title, "", num_classes, guesses)
+
+    sets = [named("unseen", 10, 1, 5), named("line", 1000, 900), named("known", 1000, 20, 30, 10)]
+    assert [shown.title for shown in picture._best_first(sets)] == ["known", "unseen", "line"]
 
 
 def test_names_are_printable_and_fit():

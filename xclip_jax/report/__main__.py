@@ -2,6 +2,7 @@
 
     xclip-jax report RUN
     xclip-jax report RUN --sets imagenet_v2,coco_retrieval --data-dir /data/tfds
+    xclip-jax report RUN --strip strip.png
     xclip-jax report RUN_A RUN_B RUN_C --output comparison.html
 
 A run in progress has curves, and examples as soon as it has a checkpoint. Where training occupies the accelerators, set
@@ -26,7 +27,7 @@ from xclip_jax.core.run_folder import RunFolder
 from xclip_jax.core.storage import is_remote
 from xclip_jax.evaluators import registry
 from xclip_jax.evaluators.prompts import Profile
-from xclip_jax.report import html, record, several
+from xclip_jax.report import html, picture, record, several
 from xclip_jax.report.examples import Examples, collect_examples
 from xclip_jax.train.encoder import make_encoder, profile_of_run
 from xclip_jax.train.weights import load
@@ -44,8 +45,12 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data-dir", default="", help="root of the data sets")
     parser.add_argument("--seed", type=int, default=0, help="of the examples that are shown")
     parser.add_argument("--output", default="", help="file of the page, by default RUN/report.html")
+    parser.add_argument("--strip", default="", help="PNG file for a strip: four names, a search and a cluster of RUN")
     add_trust(parser)
-    return parser.parse_args(argv)
+    flags = parser.parse_args(argv)
+    if flags.strip and len(flags.runs) > 1:
+        parser.error("--strip shows one run; name one RUN")
+    return flags
 
 
 def make(flags: argparse.Namespace) -> epath.Path:
@@ -59,12 +64,12 @@ def make(flags: argparse.Namespace) -> epath.Path:
     try:
         _, experiment, variables, _ = load(flags.runs[0], flags.step)
     except UserError as error:
-        if flags.step is not None:
+        if flags.step is not None or flags.strip:
             raise
         path.write_text(html.render(run, Examples(flags.seed, missing=[str(error)])))
         return path
     with named_by(run.folder / "config.json"):  # sets and sources; what --sets names has been imported
-        html.make(
+        examples = html.make(
             flags.runs[0],
             experiment,
             make_encoder(experiment),
@@ -74,6 +79,9 @@ def make(flags: argparse.Namespace) -> epath.Path:
             output=path,
             seed=flags.seed,
         )
+    if flags.strip:
+        picture.strip(flags.strip, examples)
+        log0(f"strip: {flags.strip}")
     return path
 
 

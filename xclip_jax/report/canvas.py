@@ -77,8 +77,8 @@ class Row:
         self.image.paste(square, (round(x * _SCALE), round(y * _SCALE)))
 
 
-def save(path: str | os.PathLike, rows: list[Row]) -> None:
-    """Write the rows, one below the other, as a PNG to `path`, on a disk or in a bucket."""
+def save(path: str | os.PathLike, rows: list[Row], *, width: int = WIDTH) -> None:
+    """Stack the rows and write them as a PNG, scaled to `width` pixels, to `path`, on a disk or in a bucket."""
     height = sum(row.image.height for row in rows)
     page = Image.new("RGB", (WIDTH * _SCALE, height), PAPER)
     top = 0
@@ -86,5 +86,8 @@ def save(path: str | os.PathLike, rows: list[Row]) -> None:
         page.paste(row.image, (0, top))
         top += row.image.height
     png = io.BytesIO()
-    page.reduce(_SCALE).save(png, "PNG", optimize=True)
+    page = page.reduce(_SCALE)
+    if width != WIDTH:
+        page = page.resize((width, round(page.height * width / WIDTH)), Image.Resampling.LANCZOS)
+    page.save(png, "PNG", optimize=True)
     epath.Path(path).write_bytes(png.getvalue())
