@@ -10,8 +10,8 @@ from tests.helpers import hub_server, tiny, web
 from tests.train.test_trackers import calls  # noqa: F401 a fixture
 from xclip_jax import report
 from xclip_jax.commands import check, embed, evaluate, export
+from xclip_jax.commands import report as page
 from xclip_jax.commands.doctor import __main__ as doctor
-from xclip_jax.report import __main__ as page
 from xclip_jax.train import trainer
 
 SECRETS = (web.PASSWORD, web.SIGNATURE, hub_server.TOKEN, "aws-secret-of-the-tests")

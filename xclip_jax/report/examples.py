@@ -5,19 +5,23 @@ Examples are drawn by a seed, never selected by hand.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+import jax
 import numpy as np
 
 from xclip_jax.data import loader
+from xclip_jax.data.transforms import normalize
 from xclip_jax.evaluators import tables
 from xclip_jax.evaluators.encoder import Encoder, Features
 from xclip_jax.evaluators.prompts import PROFILES, Profile
 from xclip_jax.evaluators.retrieval import RetrievalSet, positives
 from xclip_jax.evaluators.retrieval import ranks as ranks_of
 from xclip_jax.evaluators.zeroshot import ZeroShot, ZeroShotSet, compare, text_scores
-from xclip_jax.models.two_towers import Variables
+from xclip_jax.models.two_towers import TwoTowers, Variables
 from xclip_jax.objectives.similarity import Similarity, cluster_similarity, features, softmax
-from xclip_jax.report.selection import POOL, ZeroShotPanel, readable, select, subset
+from xclip_jax.parallel.mesh import replicated
+from xclip_jax.report.selection import POOL, ZeroShotPanel, of_different_classes, readable, select, subset
 
 NUM_IMAGES = 9  # images that get names, of each set
 NUM_QUERIES = 8  # texts that are searched for
@@ -37,6 +41,10 @@ class Gallery:
     images: list[np.ndarray]
     shown: list[np.ndarray]
     names: list[str]
+
+    def names_of(self, indices: Sequence[int]) -> str:
+        """Return the names of some images in one text."""
+        return " ".join(self.names[i] for i in indices)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +141,20 @@ class Clusters:
     most: list[Cluster]
 
 
+@dataclasses.dataclass(frozen=True)
+class Maps:
+    """Attention over the patches of images with `indices` in a gallery: maps (n, rows, columns), each with sum 1.
+
+    `last` is the last attention before the features, `meaning` says of what. `rollout` is through all blocks (arXiv
+    2005.00928): the blocks' maps, half of each kept for the residual path, multiplied.
+    """
+
+    indices: list[int]
+    last: np.ndarray
+    rollout: np.ndarray
+    meaning: str
+
+
 @dataclasses.dataclass
 class Examples:
     """Everything that is shown of a model; `missing` gives the reasons for what is empty."""
@@ -144,6 +166,7 @@ class Examples:
     retrieved: RetrievalExamples | None = None
     confusion: Confusion | None = None
     clusters: Clusters | None = None
+    maps: Maps | None = None
     credits: list[str] = dataclasses.field(default_factory=list)  # who made the images
     missing: list[str] = dataclasses.field(default_factory=list)
 
@@ -161,7 +184,7 @@ def collect_examples(
     seed: int = 0,
     profile: Profile = PROFILES["openai"],
 ) -> Examples:
-    """Compute all `Examples`. With several processes all of them call this, and all get the same.
+    """Compute all `Examples` but the attention maps. With several processes all call this, and all get the same.
 
     Args:
       encoder: of the model.
@@ -182,7 +205,7 @@ def collect_examples(
     words: Sequence[str] = [name for _, zeroshot, _ in selection.zeroshot for name in zeroshot.names]
     for n, (panel, zeroshot, shown) in enumerate(selection.zeroshot):
         rng = np.random.default_rng(seed)
-        first = _different(zeroshot.labels, rng)
+        first = of_different_classes(zeroshot.labels, NUM_IMAGES, rng)
         # The first two sets are searched, clustered and counted; of the others only what is shown is encoded.
         pool = rng.permutation(len(zeroshot.labels))[:POOL] if n < 2 else []
         keep = readable(shown, np.unique([*first, *pool]).astype(int), examples.missing)
@@ -221,13 +244,6 @@ def _search_and_cluster(
         examples.clusters = _clusters(similarity, examples.gallery, img, txt, words)
 
 
-def _different(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Indices of `NUM_IMAGES` images of different classes."""
-    order = rng.permutation(len(labels))
-    _, first = np.unique(labels[order], return_index=True)
-    return order[np.sort(first)][:NUM_IMAGES]
-
-
 @dataclasses.dataclass(frozen=True)
 class _Bars:
     """What bars show for scores (n, m): values from 0 to 1, how one is written, and what they mean."""
@@ -246,11 +262,8 @@ def _bars(encoder: Encoder, variables: Variables, scores: Mapping[str, np.ndarra
     """Probabilities of the logits, or the scores themselves where the model's similarity has a label for these."""
     if label := encoder.similarities[0].bar_label:
         return _Bars(scores[""], lambda value: f"{value:.2f}", label)
-    return _Bars(softmax(encoder.logits_of(scores, variables)), _percent, "probability")
-
-
-def _percent(value: float) -> str:
-    return "<1 %" if value < 0.01 else f"{100 * value:.0f} %"
+    probabilities = softmax(encoder.logits_of(scores, variables))
+    return _Bars(probabilities, lambda value: "<1 %" if value < 0.01 else f"{100 * value:.0f} %", "probability")
 
 
 def _named(
@@ -336,7 +349,7 @@ def _confusion(
 
 
 def _clusters(similarity: Similarity, gallery: Gallery, img: Features, txt: Features, words: Sequence[str]) -> Clusters:
-    """The clusters of the gallery's images and of `words`, by what `similarity` reads of their features."""
+    """Return the clusters of the gallery's images and of `words`."""
     p, q = (similarity.rows(x[similarity.feature]) for x in (img, txt))
     pictures, texts = (np.bincount(x.argmax(axis=1), minlength=p.shape[1]) for x in (p, q))
     used = int(np.count_nonzero(pictures))
@@ -351,3 +364,34 @@ def _clusters(similarity: Similarity, gallery: Gallery, img: Features, txt: Feat
         for k in np.argsort(-pictures, kind="stable")[: min(CLUSTERS, used)]
     ]
     return Clusters(p.shape[1], used, gallery, most)
+
+
+def attention(
+    model: TwoTowers,
+    variables: Variables,
+    gallery: Sequence[np.ndarray],
+    statistics: tuple[tuple[float, ...], ...],
+    mesh: jax.sharding.Mesh,
+    *,
+    n: int = NUM_IMAGES,
+    seed: int = 0,
+) -> Maps | None:
+    """Return maps of `n` images of `gallery`, uint8 (size, size, 3), drawn by the seed; None where the tower has none.
+
+    Args:
+      model, variables: the towers and the variables of their `apply`.
+      gallery: images to draw from, one or more.
+      statistics: mean and deviation of pixels.
+      mesh: where the parameters are.
+      n, seed: how many images, and which.
+    """
+    if not model.img.attention:
+        return None
+    indices = np.random.default_rng(seed).permutation(len(gallery))[:n]
+    images = np.stack([gallery[i] for i in indices])
+
+    def maps(params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return model.img.attention_maps(params, normalize(images, *statistics), model.dtype)
+
+    last, rollout = jax.jit(maps, out_shardings=replicated(mesh))(variables["params"]["img"], images)
+    return Maps(indices.tolist(), np.asarray(last), np.asarray(rollout), model.img.attention)

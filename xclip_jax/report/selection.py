@@ -127,6 +127,13 @@ def _few_prompts(data: ZeroShotSet) -> ZeroShotSet:
     return dataclasses.replace(data, prompts=[prompts[:each] for prompts in data.prompts])
 
 
+def of_different_classes(labels: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
+    """Return the indices of at most `n` images of different classes, in random order."""
+    order = rng.permutation(len(labels))
+    _, first = np.unique(labels[order], return_index=True)
+    return order[np.sort(first)][:n]
+
+
 def subset(data: ZeroShotSet, keep: np.ndarray) -> ZeroShotSet:
     """The part of a set with the indices `keep`, its images decoded."""
     images = [data.images[i] for i in keep]

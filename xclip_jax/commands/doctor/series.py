@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 
 from xclip_jax.commands.doctor.finding import Finding, warning
-from xclip_jax.report.record import Record
+from xclip_jax.report.collect import Record
 
 # [ours] A spike is this many times the usual deviation of the logged steps before it above their median, and at least
 # a share of the range that the loss has gone through.

@@ -25,7 +25,7 @@ from absl import logging
 from xclip_jax import model as inference
 from xclip_jax.commands import compilation_cache
 from xclip_jax.commands.doctor import machine
-from xclip_jax.commands.serve.index import MAX_NAMES, MAX_TEXT, make_index
+from xclip_jax.commands.search_index import MAX_NAMES, MAX_TEXT, make_index
 from xclip_jax.core.addresses import public
 from xclip_jax.core.console import log0
 from xclip_jax.core.errors import BadSample, Parser, UserError, check_count, exit_with_message
@@ -92,9 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             import uvicorn
 
-            from xclip_jax.commands.serve.app import make_app
-            from xclip_jax.commands.serve.connections import Connection
-            from xclip_jax.commands.serve.origin import machine_names
+            from xclip_jax.commands.search_app import Connection, machine_names, make_app
         except ImportError as error:
             raise UserError("serve needs a web server: pip install 'xclip_jax[serve]'.") from error
         check_count("--batch", flags.batch, 1)
