@@ -52,7 +52,7 @@ setup(
     package_data={
         "xclip_jax": ["py.typed"],
         "xclip_jax.data": ["third_party/*"],
-        "xclip_jax.report": ["*.html", "*.css", "*.js"],
+        "xclip_jax.report": ["*.html", "*.css", "*.js", "card.md"],
     },
     entry_points={"console_scripts": ["xclip-jax = xclip_jax.__main__:main"]},
     install_requires=[

@@ -356,27 +356,25 @@ def peak(folder):
     return int((folder / "status").read_text().split("VmHWM:")[1].split()[0]) << 10
 
 
-def test_requests_for_one_thumbnail_share_one_computation_and_failures_are_tried_again():
+def test_a_thumbnail_is_made_once_in_few_threads_and_failures_are_tried_again(client, monkeypatch):
     made, running, most = [], [], []
 
-    def make(image):
-        made.append(image)
-        running.append(image)
+    def make(content):
+        made.append(content)
+        running.append(content)
         most.append(len(running))
         time.sleep(0.05)
         running.pop()
-        if made == [7]:
+        if len(made) == 1:
             raise UserError("not yet")
-        return b"%d" % image
+        return b"%d" % len(content)
 
-    async def ask():
-        small = application.Thumbnails(make)
-        with pytest.raises(UserError, match="not yet"):
-            await small.get(7)
-        return await asyncio.gather(*(small.get(image) for image in [7, 1, 2, 3] * 8))
-
-    assert asyncio.run(ask()) == [b"7", b"1", b"2", b"3"] * 8
-    assert sorted(made) == [1, 2, 3, 7, 7] and max(most) == 2
+    monkeypatch.setattr(application, "thumbnail", make)
+    assert client.get("/thumbnail/7").json()["error"] == "not yet"
+    with concurrent.futures.ThreadPoolExecutor(4) as clients:
+        answers = list(clients.map(lambda i: client.get(f"/thumbnail/{i}").content, [7, 1, 2, 3]))
+    assert [client.get(f"/thumbnail/{i}").content for i in (7, 1, 2, 3)] == answers and b"" not in answers
+    assert len(made) == 5 and max(most) <= 2
 
 
 @needs_proc

@@ -92,8 +92,8 @@ def test_later_commands_add_to_the_file(root):
     for each in entries_:
         name = f"{each['name']}/{each['metric']}"
         assert items[each["items"]][name].value() == pytest.approx(each["value"])
-    card = model_card._results(RunFolder(run), STEPS, 2)
-    assert "| `folder:one` |" in card and "folder:two" not in card and "profile openai" in card
+    card = model_card.evaluations(RunFolder(run), STEPS, 2)
+    assert [row[0] for row in card["evaluated"]] == ["`folder:one`"] and card["profile"] == "openai"
 
 
 def test_results_of_two_runs_in_one_file(root, tmp_path):

@@ -9,8 +9,8 @@ caption, if it has one in its tar or in a .txt file of its name; or the text) an
 The file's metadata, "xclip_jax" (an array of that name in .npz), is JSON: checkpoint, preprocessing, commit, versions.
 In .npz ids and texts are UTF-8 with offsets (see `xclip_jax.data.embeddings`, whose `read` reads both file formats).
 
-Images that cannot be used are left out. Of --texts every line has its row, so that row i is line i: one that cannot be
-used, such as an empty one, has an embedding of zeros. Both are counted, and listed in OUT.bad.jsonl.
+Images that cannot be used are left out. Every line of --texts has its row, so that row i is line i: a line that cannot
+be used, such as an empty one, has an embedding of zeros. Both are counted, and listed in OUT.bad.jsonl.
 
 The work is done in parts, stored in OUT.parts until all are complete: after an interruption the same command resumes
 and repeats no part. It stops with an error when the weights, the text file, or the names or sizes of images have
@@ -118,7 +118,7 @@ class EmbeddingJob:
           threads: number of threads that read and decode; 0 for one a core.
 
         Raises:
-          UserError: the file or its parts are of another job; `part` below 1, `threads` below 0.
+          UserError: the file or its parts belong to another job; `part` below 1, `threads` below 0.
         """
         check_count("part", part, 1)
         check_count("threads", threads, 0)
@@ -142,7 +142,7 @@ class EmbeddingJob:
     def _check_plan(self) -> None:
         """Raise `UserError` where the file or its parts belong to another job."""
         file, saved = self.folder / "plan.json", self.plan
-        fault = f"{self.folder} is of another job"
+        fault = f"{self.folder} belongs to another job"
         if file.exists():
             try:
                 saved = dict(json.loads(file.read_text()))
@@ -248,7 +248,7 @@ class EmbeddingJob:
         # A part of this name is complete.
         temporary = self.folder / f".{self._file(i).name}.tmp"
         self._format.write(temporary, columns | {"embedding": rows[kept]})
-        _put_in_place(temporary, self._file(i))
+        put_in_place(temporary, self._file(i))
 
     def _join(self) -> dict[str, Any]:
         bad = [line for i in range(len(self._parts)) for line in self._listed(i)]
@@ -265,13 +265,13 @@ class EmbeddingJob:
         about["environment"] = environment.capture()
         temporary = self.out.with_name(f".{self.out.name}.tmp")
         self._format.join([self._file(i) for i in range(len(self._parts))], temporary, about)
-        _put_in_place(temporary, self.out)
+        put_in_place(temporary, self.out)
         shutil.rmtree(self.folder)
         log0(f"{about['rows']:,} embeddings: {self.out}")
         return about
 
 
-def _put_in_place(temporary: pathlib.Path, path: pathlib.Path) -> None:
+def put_in_place(temporary: pathlib.Path, path: pathlib.Path) -> None:
     """Give a file that was written its name, once its bytes are on the disk."""
     with temporary.open("rb") as file:
         os.fsync(file.fileno())

@@ -5,12 +5,12 @@
     xclip-jax evaluate --compare RUN_A RUN_B
 
 RUN is a run's folder, or weights that `xclip_jax.interop` reads: a folder or file of open_clip, of transformers, of
-OpenAI's CLIP or of xclip_jax.commands.export, or hf:ORG/NAME[@REVISION] of the Hugging Face Hub. Results are added to
-RUN/evaluation.json (beside a file RUN.evaluation.json, of a repository ORG--NAME.evaluation.json), or to --output, set
+OpenAI's CLIP or of `xclip-jax export`, or hf:ORG/NAME[@REVISION] of the Hugging Face Hub. Results are added to
+RUN/evaluation.json (for a file FILE.evaluation.json, for a repository ORG--NAME.evaluation.json), or to --output, set
 by set: each has its value, metric, protocol, templates, preprocessing, data set version, hash of the split, n and
 seconds, and its step and profile. A result of the same set, step and profile is replaced, all others stay;
-`evaluators.results` documents the file. FILE.items.npz beside it has per-example values, which --compare resamples for
-its intervals.
+`evaluators.results` documents the file. FILE.items.npz in the same folder has per-example values, which --compare
+resamples for its intervals.
 
 Images that cannot be decoded count as wrong, and the result says how many there were ("unreadable"); more than 5 % of a
 set are an error.
@@ -67,8 +67,8 @@ def evaluate(
       run, step: as in `load`.
       suite: as in `registry.expand_suites`.
       profile: one of `registry.PROFILES`: templates, resizing and retrieval protocol together.
-      changes: fields of `Profile` to change; templates and names of own classes are else those of the run's config.
-      data_dir: root of the data sets; by default that of the run's config.
+      changes: fields of `Profile` to change; by default the run's config has the templates and names of own classes.
+      data_dir: root of the data sets; by default the run's.
       output: file of the results, `evaluation_file(run)` by default; of "hf:ORG/NAME" ORG--NAME.evaluation.json.
 
     Returns:
@@ -138,7 +138,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--profile", help=f"{', '.join(registry.PROFILES)}; openai by default")
     parser.add_argument(
         "--prefix",
-        help="text before captions of retrieval; by default that of the profile before those of published sets",
+        help="text before captions of retrieval; by default the profile's, for published sets only",
     )
     parser.add_argument("--lower", action="store_true", default=None, help="captions in lower case")
     parser.add_argument("--captions", type=int, help="number of captions of each image; 0 for all")

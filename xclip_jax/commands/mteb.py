@@ -38,7 +38,7 @@ class Model:
 
         Args:
           model: a run's folder, weights or hf:ORG/NAME, as `xclip_jax.load` takes it; or what that returned.
-          name: "ORG/NAME" for the results; by default that of the Hub, or xclip_jax/FOLDER.
+          name: "ORG/NAME" for the results; by default the repository of the Hub, or xclip_jax/FOLDER.
           step, batch: as in `xclip_jax.load`.
 
         Raises:
@@ -72,7 +72,7 @@ class Model:
 
         Args:
           inputs: batches {"text": strings, "image": Pillow's images}, of either or of both.
-          options: those of the protocol, such as `task_metadata` and `prompt_type`; not used.
+          options: further ones of the protocol, such as `task_metadata` and `prompt_type`; not used.
 
         Returns:
           fp32 (items, e).

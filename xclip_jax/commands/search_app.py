@@ -4,7 +4,6 @@ Requests are limited in size, time and number, and refused where a page of anoth
 """
 
 import asyncio
-import collections
 import contextlib
 import functools
 import io
@@ -12,7 +11,7 @@ import ipaddress
 import re
 import socket
 import urllib.parse
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import h11
@@ -39,7 +38,7 @@ MAX_UPLOAD = 20 << 20  # bytes of an image
 _MAX_NAMES = 4 * MAX_NAMES * (MAX_TEXT + 1)  # bytes of the names, UTF-8
 _HELD = 8 * MAX_UPLOAD
 _TOO_LARGE = f"The image is too large; send at most {MAX_UPLOAD >> 20} MiB."
-_THREADS = 2  # that decode and compare what is sent
+_THREADS = 2  # decode uploads and compare them
 COUNT = 24  # images of an answer
 NAMES = 10  # names of an answer
 REQUEST_SECONDS = 10.0  # for a request to arrive, body included
@@ -68,12 +67,10 @@ def make_app(index: Index, title: str, hosts: set[str]) -> Starlette:
     Args:
       index: that is asked.
       title: of the page.
-      hosts: names by which it may be called, beside addresses; see `fault_of`.
+      hosts: names by which it may be called, and not only by address; see `fault_of`.
     """
-
     uploads, questions = _Uploads(), CapacityLimiter(_THREADS)
     searches = CapacityLimiter(1)  # each uses all cores
-
     page = environment().get_template("search.html")
 
     def show(request: Request) -> Response:
@@ -100,10 +97,15 @@ def make_app(index: Index, title: str, hosts: set[str]) -> Starlette:
         scored = [{"name": name, "score": score} for name, score in best[:NAMES]]
         return _json({"names": scored, "matches": [match._asdict() for match in near[:NAMES]]})
 
-    thumbnails = Thumbnails(lambda image: thumbnail(index.content(image)))
+    shrinking = CapacityLimiter(_SHRINKING)
+
+    @functools.lru_cache(_KEPT)
+    def small_image(image: int) -> bytes:
+        return thumbnail(index.content(image))
 
     async def small(request: Request) -> Response:
-        content = await thumbnails.get(_number(request.path_params["image"]))
+        number = _number(request.path_params["image"])
+        content = await to_thread.run_sync(small_image, number, limiter=shrinking)
         return Response(content, media_type="image/webp", headers=_HEADERS)
 
     return Starlette(
@@ -228,33 +230,6 @@ def _is_address_of(host: str, names: set[str]) -> bool:
         return False
 
 
-# Small images for the page, made by few threads and in little memory.
-
-
-class Thumbnails:
-    """Thumbnails by the number of their image: the newest are kept, and one that is being made is not made again."""
-
-    def __init__(self, make: Callable[[int], bytes]) -> None:
-        """Make thumbnails by `make`, which runs in threads."""
-        self._make, self._limiter = make, CapacityLimiter(_SHRINKING)
-        self._tasks: collections.OrderedDict[int, asyncio.Task[bytes]] = collections.OrderedDict()
-
-    async def get(self, image: int) -> bytes:
-        """Return a thumbnail. Raises what `make` raises."""
-        if image not in self._tasks:
-            work = to_thread.run_sync(self._make, image, limiter=self._limiter)
-            task = self._tasks[image] = asyncio.ensure_future(work)
-            task.add_done_callback(functools.partial(self._forget_failed, image))
-            if len(self._tasks) > _KEPT:
-                self._tasks.popitem(last=False)
-        self._tasks.move_to_end(image)
-        return await asyncio.shield(self._tasks[image])  # others may wait for it
-
-    def _forget_failed(self, image: int, task: asyncio.Task[bytes]) -> None:
-        if (task.cancelled() or task.exception()) and self._tasks.get(image) is task:
-            del self._tasks[image]
-
-
 def thumbnail(content: bytes) -> bytes:
     """Return an image as WebP of at most `SIDE` x `SIDE` pixels, rotated by its EXIF tag.
 
@@ -313,7 +288,7 @@ class Connection(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Take a part of a request, the first of which starts the time of the request."""
+        """Take a part of a request; its first part starts the time limit."""
         if self.timeout_keep_alive_task is not None:  # idle until now
             self._stop_waiting()
         super().data_received(data)

@@ -1,13 +1,13 @@
-"""Images with their embeddings, which texts and other images are compared with; embeddings are kept by file.
+"""Images with their embeddings, to compare with texts and other images; embeddings are kept by file.
 
 New files are embedded, vanished ones forgotten. A cache is a folder with one file, `_FILE`, and while images are being
-embedded one more for each `_PART` of them. A row is an image with its id: name, size and time of the image's file; and
-size and time of its caption's.
+embedded one more for each `_PART` of them. A row is an image; its id is name, size and time of the image's file.
 """
 
 import collections
 import contextlib
 import ctypes
+import functools
 import hashlib
 import json
 import os
@@ -15,16 +15,16 @@ import pathlib
 import re
 import shutil
 import threading
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from xclip_jax.commands.embed import Progress, embed_images
+from xclip_jax.commands.embed import Progress, embed_images, put_in_place
 from xclip_jax.commands.embed_sources import Images, Source, Tars, open_images
 from xclip_jax.core import file_lock, storage
 from xclip_jax.core.console import log0
-from xclip_jax.core.errors import BadSample, UserError
+from xclip_jax.core.errors import UserError
 from xclip_jax.data import embeddings
 from xclip_jax.data.assets import cache_dir
 from xclip_jax.model import TEMPLATES, Model
@@ -40,7 +40,7 @@ _NAME = re.compile(r"[0-9a-f]{16}")  # of a cache, see `folder_of`
 
 
 class Match(NamedTuple):
-    """An image of the folder: its number, path in the folder and caption, and its cosine with what was asked for."""
+    """An image of the folder: its number, path in the folder and caption, and its cosine with a question."""
 
     image: int
     name: str
@@ -117,7 +117,7 @@ class Index:
         return best, near[:count]
 
     def _name_rows(self, names: Sequence[str]) -> np.ndarray:
-        """Embeddings (n, e) of names; those of the last question are kept."""
+        """Return embeddings (n, e) of names, which are kept until a question has other names."""
         with self._lock:
             if self._of_names[0] != tuple(names):
                 prompts = [TEMPLATES[0].replace("{}", name) for name in names]
@@ -187,7 +187,6 @@ def make_index(model: Model, images: str, *, cache: str = "", names: Sequence[st
 
 
 class _Row(NamedTuple):
-    caption: str  # size and time of its file
     kind: str  # "image", or "bad" with the reason as text
     text: str
     embedding: np.ndarray
@@ -201,7 +200,7 @@ def folder_of(model: Model, pattern: str, parent: pathlib.Path) -> pathlib.Path:
 
 
 def embed(model: Model, source: Images | Tars, folder: pathlib.Path) -> Embedded:
-    """Return the embeddings of images, of which those that `folder` lacks are computed and stored there.
+    """Return the embeddings of images; compute and store the ones that `folder` lacks.
 
     Raises:
       UserError: another process writes there; damaged files; no image can be read.
@@ -222,32 +221,35 @@ def embed(model: Model, source: Images | Tars, folder: pathlib.Path) -> Embedded
 
 
 def _embed(model: Model, source: Images | Tars, folder: pathlib.Path) -> Embedded:
-    files, known = sorted(folder.glob("*.npz")), {}
+    files, known, ids = sorted(folder.glob("*.npz")), {}, list(_ids(source))
     for file in files:
-        known.update(_rows(embeddings.read(file)))
-    ids = list(_ids(source))
-    if missing := [i for i, (image, _) in enumerate(ids) if image not in known]:
+        columns = embeddings.read(file)
+        rows = map(_Row, columns["kind"], columns["text"], columns["embedding"])
+        known |= dict(zip(columns["id"], rows, strict=True))
+    vanished = len(known.keys() - set(ids))
+    missing = [i for i, image in enumerate(ids) if image not in known]
+    if missing:
         log0(f"embedding {len(missing):,} of {len(ids):,} images")
-        for n, columns in enumerate(_computed(model, source, missing, ids), len(files)):
-            _write(folder / f"new-{n:06d}.npz", columns)
-            known.update(_rows(columns))
-    for i, (image, caption) in enumerate(ids):
-        if known[image].caption != caption and known[image].kind == "image":
-            with contextlib.suppress(BadSample):  # the image vanished since
-                known[image] = known[image]._replace(caption=caption, text=source.read(i)[1])
-                missing.append(i)
-    if missing or len(files) != 1 or len(known) != len(ids):
-        _write(folder / _FILE, _columns(ids, [known[image] for image, _ in ids]))
+        for n, rows in enumerate(_computed(model, source, missing), len(files)):
+            part = {ids[i]: row for i, row in rows.items()}
+            _write(folder / f"new-{n:06d}.npz", part)
+            known |= part
+    ordered = [known[image] for image in ids]
+    if missing or vanished or len(files) != 1:
+        _write(folder / _FILE, dict(zip(ids, ordered, strict=True)))
         for file in folder.glob("new-*.npz"):
             file.unlink()
     os.utime(folder / _FILE)
-    good = [i for i, (image, _) in enumerate(ids) if known[image].kind == "image"]
-    bad = [(source.name(i), known[image].text) for i, (image, _) in enumerate(ids) if known[image].kind == "bad"]
-    _list_bad(bad, folder)
+    bad = [(source.name(i), row.text) for i, row in enumerate(ordered) if row.kind == "bad"]
+    (folder / _BAD).write_text("".join(json.dumps({"id": name, "reason": reason}) + "\n" for name, reason in bad))
+    if bad:
+        log0(f"{len(bad):,} images cannot be read; they are listed in {folder / _BAD}")
+    good = {i: row for i, row in enumerate(ordered) if row.kind == "image"}
     if not good:
         raise UserError(f"no image can be read; the reasons are in {folder / _BAD}.")
-    rows = [known[ids[i][0]] for i in good]
-    return Embedded(good, [row.text for row in rows], np.stack([row.embedding for row in rows]))
+    # Captions of files are read at each start; in a tar they change with the tar.
+    texts = [source.caption(i) if isinstance(source, Images) else row.text for i, row in good.items()]
+    return Embedded(list(good), texts, np.stack([row.embedding for row in good.values()]))
 
 
 def _return_memory() -> None:
@@ -256,18 +258,15 @@ def _return_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _ids(source: Images | Tars) -> Iterator[tuple[str, str]]:
-    """(name, size and time of an image; size and time of its caption) of each image, all different."""
+def _ids(source: Images | Tars) -> Iterator[str]:
+    """Yield name, size and time of the file of each image, all different."""
     counts: collections.Counter = collections.Counter()
-    stamp = {}
+    stamp = functools.cache(_stamp)
     for i in range(len(source)):
         name = source.name(i)
-        path = source.paths[i] if isinstance(source, Images) else source.source.describe(i)["tar"]
-        if isinstance(source, Tars) and path not in stamp:
-            stamp[path] = _stamp(path)
-        caption = _stamp(os.path.splitext(path)[0] + ".txt") if isinstance(source, Images) else ""
         counts[name] += 1  # a tar may have a key several times
-        yield f"{name}\t{counts[name]} {stamp.get(path) or _stamp(path)}", caption
+        path = source.paths[i] if isinstance(source, Images) else source.source.describe(i)["tar"]
+        yield f"{name}\t{counts[name]} {stamp(path)}"
 
 
 def _stamp(path: str) -> str:
@@ -278,52 +277,26 @@ def _stamp(path: str) -> str:
         return ""
 
 
-def _computed(
-    model: Model, source: Images | Tars, missing: Sequence[int], ids: Sequence[tuple[str, str]]
-) -> Iterator[dict[str, Any]]:
-    """Yield the columns of a part of the missing images at a time."""
+def _computed(model: Model, source: Images | Tars, missing: Sequence[int]) -> Iterator[dict[int, _Row]]:
+    """Yield the rows of the missing images by their numbers, a part at a time."""
     progress, bad = Progress("images", 0, len(missing)), 0
     for part in embed_images(model, lambda n: source.read(missing[n]), len(missing), _PART):
-        own, rows = [ids[i] for i in missing[part.start : part.start + _PART]], []
-        for n, ((_, caption), text, row) in enumerate(zip(own, part.texts, part.rows, strict=True)):
+        rows = {}
+        for n, (text, embedding) in enumerate(zip(part.texts, part.rows, strict=True)):
             error = part.bad.get(n)
-            rows.append(_Row(caption, "bad", str(error), row) if error else _Row(caption, "image", text, row))
-        yield _columns(own, rows)
+            row = _Row("bad", str(error), embedding) if error else _Row("image", text, embedding)
+            rows[missing[part.start + n]] = row
+        yield rows
         bad += len(part.bad)
-        progress.after(part.start + len(own), bad)
+        progress.after(part.start + len(rows), bad)
 
 
-def _columns(ids: Sequence[tuple[str, str]], rows: Sequence[_Row]) -> dict[str, Any]:
-    """Columns of a file; a caption that could not be read again keeps its stamp."""
-    return {
-        "kind": [row.kind for row in rows],
-        "id": [f"{image}\t{row.caption}" for (image, _), row in zip(ids, rows, strict=True)],
-        "text": [row.text for row in rows],
-        "embedding": np.stack([row.embedding for row in rows]),
-    }
-
-
-def _rows(columns: dict[str, Any]) -> Iterator[tuple[str, _Row]]:
-    """Rows of a file by the ids of their images."""
-    for id_, kind, text, row in zip(*(columns[key] for key in ("id", "kind", "text", "embedding")), strict=True):
-        image, _, caption = id_.rpartition("\t")
-        yield image, _Row(caption, kind, text, row)
-
-
-def _write(path: pathlib.Path, columns: dict[str, Any]) -> None:
-    """Write a file that is complete, or not there."""
-    temporary = path.with_suffix(".tmp")
-    embeddings.Npz().write(temporary, columns)
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def _list_bad(bad: Iterable[tuple[str, str]], folder: pathlib.Path) -> None:
-    lines = [json.dumps({"id": name, "reason": reason}) + "\n" for name, reason in bad]
-    (folder / _BAD).write_text("".join(lines))
-    if lines:
-        log0(f"{len(lines):,} images cannot be read; they are listed in {folder / _BAD}")
+def _write(path: pathlib.Path, rows: Mapping[str, _Row]) -> None:
+    """Write a file of rows by the ids of their images, completely or not at all."""
+    kinds, texts, embedded = zip(*rows.values(), strict=True)
+    columns = {"kind": kinds, "id": list(rows), "text": texts, "embedding": np.stack(embedded)}
+    embeddings.Npz().write(path.with_suffix(".tmp"), columns)
+    put_in_place(path.with_suffix(".tmp"), path)
 
 
 def _delete_oldest(parent: pathlib.Path) -> None:

@@ -9,7 +9,7 @@ are the lines of --names, or the images' captions, or else the names of their fo
 
 Images are embedded once, and again if their file changes. Their embeddings are kept in --cache, by default
 ~/.cache/xclip_jax/search, for the eight models and folders that were used last. Nothing that is asked or uploaded is
-stored or sent elsewhere. The page answers this machine alone; with --host 0.0.0.0 it answers everyone who reaches the
+stored or sent elsewhere. The page answers only this machine; with --host 0.0.0.0 it answers everyone who reaches the
 machine, and shows them the images.
 """
 

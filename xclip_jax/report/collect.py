@@ -169,7 +169,7 @@ def _results(run: RunFolder, final: Mapping[str, Any], config: Config) -> tuple[
     steps = config.steps
     known, entries = results.from_json(final["records"]) if final else [], []
     if run.evaluation_file.exists():
-        # A damaged file costs a run that has results of its own no more than what it would add.
+        # Where a run has results of its own, a damaged file adds none and is no error.
         with contextlib.suppress(UserError) if known else contextlib.nullcontext():
             entries = results.of_config(results.read(run.evaluation_file)[0], config)
     if not entries:
@@ -216,7 +216,7 @@ def newest(evaluations: Iterable[Evaluation]) -> tuple[list[Result], dict[Key, i
         sets: dict[Key, list[Result]] = {}
         for result in of_step:
             sets.setdefault((result.family, result.set), []).append(result)
-        # Metrics that are not numbers are absent: what is left of such a set replaces nothing.
+        # Metrics that are not numbers are absent: a set without its main metric replaces nothing.
         of_sets |= {key: (step, own) for key, own in sets.items() if tables.rows(own)}
     return [result for _, own in of_sets.values() for result in own], {key: step for key, (step, _) in of_sets.items()}
 

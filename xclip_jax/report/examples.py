@@ -49,7 +49,7 @@ class Gallery:
 
 @dataclasses.dataclass(frozen=True)
 class ScoredLabel:
-    """A name for an image: the length of its bar (0 to 1), the number beside it, and whether it is right."""
+    """A name for an image: the length of its bar (0 to 1), the number at its end, and whether it is right."""
 
     name: str
     value: float
@@ -157,7 +157,7 @@ class Maps:
 
 @dataclasses.dataclass
 class Examples:
-    """Everything that is shown of a model; `missing` gives the reasons for what is empty."""
+    """Everything that a report shows of a model; `missing` says why other fields are empty."""
 
     seed: int = 0
     named: list[ZeroShotExamples] = dataclasses.field(default_factory=list)
@@ -188,13 +188,13 @@ def collect_examples(
 
     Args:
       encoder: of the model.
-      variables: what `TwoTowers.apply` takes.
-      specs: evaluation sets of the run, of which `select` chooses some.
+      variables: arguments of `TwoTowers.apply`.
+      specs: evaluation sets of the run; `select` chooses some.
       data: of the training pairs, which serve where none of the sets can be read.
-      data_dir: root of TFDS data sets, None (or "") for that of `data`.
-      data_seed: of the run, which decides what `data.subset` and `data.caption_noise` make of the training pairs.
+      data_dir: root of TFDS data sets, None (or "") for the root in `data`.
+      data_seed: of the run, which seeds `data.subset` and `data.caption_noise` of the training pairs.
       pairs: whether `data` are pairs and not labelled items.
-      queries: texts to search the images of a set that has queries with, in place of its own.
+      queries: replace the queries of a set that has some.
       seed: decides which images and texts are shown.
       profile: templates and class names of the sets.
     """
@@ -206,7 +206,7 @@ def collect_examples(
     for n, (panel, zeroshot, shown) in enumerate(selection.zeroshot):
         rng = np.random.default_rng(seed)
         first = of_different_classes(zeroshot.labels, NUM_IMAGES, rng)
-        # The first two sets are searched, clustered and counted; of the others only what is shown is encoded.
+        # The first two sets are searched, clustered and counted; others encode only the images that they show.
         pool = rng.permutation(len(zeroshot.labels))[:POOL] if n < 2 else []
         keep = readable(shown, np.unique([*first, *pool]).astype(int), examples.missing)
         first = first[np.isin(first, keep)]
@@ -269,7 +269,7 @@ def _bars(encoder: Encoder, variables: Variables, scores: Mapping[str, np.ndarra
 def _named(
     panel: ZeroShotPanel, data: ZeroShotSet, shown: ZeroShotSet, indices: np.ndarray, scores: np.ndarray, bars: _Bars
 ) -> ZeroShotExamples:
-    """The images at `indices`, of which `scores` (n, classes) and `bars` have a row each."""
+    """Return the images at `indices` with their best names; `scores` (n, classes) and `bars` have a row for each."""
     ranking = np.argsort(-scores, axis=1, kind="stable")
     guesses = []
     for row, i in enumerate(indices):

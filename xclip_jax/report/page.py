@@ -41,7 +41,7 @@ def render(runs: Sequence[Run], *, step: int | None = None) -> str:
     """Return the page of runs.
 
     Args:
-      runs: one, or several, of which the first is the one that the others are compared with.
+      runs: one, or several; the others are compared with the first.
       step: of the evaluations that are compared; by default the newest that each run has.
     """
     first, several = runs[0], len(runs) > 1
@@ -102,7 +102,7 @@ def _tiles(record: Record) -> Iterator[dict[str, Any]]:
 
 
 def facts(record: Record, parameters: int | None = None) -> dict[str, Any]:
-    """Return the facts of a run at the head of its page; "" for what is not known."""
+    """Return the facts of a run at the head of its page; "" for unknown ones."""
     config, objective = record.config, record.objective
     machine: Mapping[str, Any] = record.environment
     last = record.training[-1] if record.training else {}

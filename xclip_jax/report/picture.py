@@ -22,7 +22,7 @@ from xclip_jax.report.selection import SHOWN
 WIDTH, MARGIN = 1600, 56  # pixels
 INK, MUTED, PAPER, CARD, EDGE = "#111827", "#6b7280", "#f3f4f6", "#ffffff", "#e5e7eb"
 
-# Drawn at twice the size and halved: Pillow smooths the edges of letters, but not those of boxes.
+# Drawn at twice the size and halved: Pillow smooths letters, but not the edges of boxes.
 _SCALE = 2
 _GLYPHS = frozenset(map(chr, (*range(32, 127), *map(ord, "©«°±·»‘’“”…"))))
 

@@ -46,7 +46,7 @@ class Section(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """Cards below a heading and a text. A card has a block for each run: the run, what it answers, and from what.
+    """Cards below a heading and a text. A card has a block for each run.
 
     Its blocks are (run, `Prediction`, number of names), or for `searches` (run, `SearchResult`, `Gallery`).
     """
@@ -261,7 +261,7 @@ def compare_results(runs: Sequence[Run]) -> Section:
 
 
 def _of_same_data(a: Result, b: Result) -> bool:
-    """Whether two results of a set are of equal data, as far as their number and hash say."""
+    """Whether two results of a set have equal data, as far as their number and hash say."""
     hashes = {a.protocol.split_hash, b.protocol.split_hash} - {""}
     return a.n == b.n and len(hashes) < 2
 
@@ -313,7 +313,7 @@ def _placed(row: dict[str, Any]) -> tuple[float, float, float]:
 
 
 def training(runs: Sequence[Run]) -> Section:
-    """Charts of the logged metrics over steps: all of one run, or those of several over one another."""
+    """Charts of the logged metrics over steps: all of one run, or of several over one another."""
     if len(runs) == 1:
         text, drawn = "Training metrics of the logged steps.", charts.of_run(runs[0].record)
     else:

@@ -1,4 +1,4 @@
-"""Selects the images and texts of a report: of the run's evaluation sets, else of its training pairs.
+"""Selects the images and texts of a report from the run's evaluation sets, or else from its training pairs.
 
 Large sets are cut down, so that a report takes no longer than the evaluation did.
 """
@@ -73,11 +73,11 @@ def select(
     Args:
       specs: names of evaluation sets.
       prepare: preprocessing of the model.
-      data_dir: root of TFDS data sets, None (or "") for that of `data`.
+      data_dir: root of TFDS data sets, None (or "") for the root in `data`.
       data: of the training pairs, which are shown where none of the sets can be read; held-out ones are a set.
       seed: of the training pairs that are drawn.
       profile: templates and class names.
-      data_seed: of the run, which decides what `data.subset` and `data.caption_noise` make of the training pairs.
+      data_seed: of the run, which seeds `data.subset` and `data.caption_noise` of the training pairs.
       pairs: whether `data` are pairs; labelled items are not shown.
     """
     selection = Selection()
