@@ -272,14 +272,14 @@ class EmbeddingJob:
 
 
 def put_in_place(temporary: pathlib.Path, path: pathlib.Path) -> None:
-    """Give a file that was written its name, once its bytes are on the disk."""
+    """Rename a complete file to `path` once its bytes are on the disk."""
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
     temporary.replace(path)
 
 
 class Progress:
-    """Prints the number of items that are done, speed and remaining time, every few seconds."""
+    """Prints how many items are done, the speed and the remaining time, every few seconds."""
 
     def __init__(self, unit: str, first: int, n: int) -> None:
         self._unit, self._first, self._n = unit, first, n

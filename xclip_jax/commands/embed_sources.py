@@ -60,7 +60,7 @@ class Images:
             return ""
 
     def digest(self) -> str:
-        """Hash of names and sizes, also of captions; not of times, which change when files are copied."""
+        """Return a hash of names and sizes, also of captions; without times, which change when files are copied."""
         digest = hashlib.blake2b(digest_size=16)
         for path in self.paths:
             files = path, pathlib.Path(path).with_suffix(".txt")
@@ -70,7 +70,7 @@ class Images:
 
 
 class Tars:
-    """Images in tars as img2dataset writes them, with their captions if they have some."""
+    """Images in tars as img2dataset writes them, with their captions, if any."""
 
     def __init__(self, pattern: str) -> None:
         self.source = TarSource(pattern)
@@ -130,7 +130,7 @@ class Lines:
 
 
 def open_images(pattern: str) -> Images | Tars:
-    """Open the images of a folder, or of files as `storage.expand` names them: all of them tars, or none.
+    """Open the images of a folder, or files that `storage.expand` lists: only tars, or no tars.
 
     Raises:
       UserError: no images.

@@ -112,7 +112,7 @@ def evaluate(
 
 
 def _facts(config: Config, experiment: Experiment, variables: Variables) -> dict[str, Any]:
-    """Return what an entry says of the model."""
+    """Return the fields of an entry that describe the model."""
     return {
         "tokenizer": config.data.tokenizer,
         "text_length": experiment.context_length,

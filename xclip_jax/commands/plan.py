@@ -147,7 +147,7 @@ def _time(
 
 
 def _largest(sent: list[Collective], n: int = 12) -> list[dict[str, Any]]:
-    """The collectives that move most, with their shapes."""
+    """Return the collectives that send the most bytes, with their shapes."""
     ordered = sorted(sent, key=lambda each: -each.total)[:n]
     return [
         {
@@ -163,7 +163,7 @@ def _largest(sent: list[Collective], n: int = 12) -> list[dict[str, Any]]:
 
 
 def render(facts: dict[str, Any]) -> str:
-    """The plan as text."""
+    """Return the plan as text."""
     mesh = " x ".join(f"{axis} {n}" for axis, n in facts["mesh"].items())
     slices = f", {facts['slices']} slices" if facts["slices"] > 1 else ""
     device, devices = "chip", ""
@@ -213,7 +213,7 @@ def _render_time(facts: dict[str, Any]) -> list[str]:
 
 
 def _render_roofline(facts: dict[str, Any]) -> list[str]:
-    """Where a step's time goes."""
+    """Return a table of the parts of a step's time."""
     account = facts["roofline"]
 
     def row(name: str, *cells: float | str) -> str:
@@ -253,7 +253,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
 
 
 def main(_: list[str]) -> None:
-    """Prints a plan or an explanation."""
+    """Run the command."""
     logging.set_verbosity(logging.ERROR)
     config = flags.FLAGS.config
     with exit_with_message():

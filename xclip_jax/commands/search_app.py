@@ -1,4 +1,4 @@
-"""The web application of `xclip-jax serve`: a page, and the questions that it asks of an index, as JSON.
+"""The web application of `xclip-jax serve`: a page, and JSON answers to its questions.
 
 Requests are limited in size, time and number, and refused where a page of another site makes them.
 """
@@ -65,7 +65,7 @@ def make_app(index: Index, title: str, hosts: set[str]) -> Starlette:
     """Return the application.
 
     Args:
-      index: that is asked.
+      index: answers the questions.
       title: of the page.
       hosts: names by which it may be called, and not only by address; see `fault_of`.
     """
@@ -157,14 +157,14 @@ def _number(text: str) -> int:
 
 
 class _Uploads:
-    """Bodies of requests, which have `_HELD` bytes at most together."""
+    """Reads bodies of requests, at most `_HELD` bytes of all together."""
 
     def __init__(self) -> None:
         self._held = 0
 
     @contextlib.asynccontextmanager
     async def body(self, request: Request) -> AsyncIterator[bytearray]:
-        """Context of a request's body. Of one that is too large no more is read than is allowed."""
+        """Context of a request's body; reading stops at the limit."""
         body = bytearray()
         try:
             async for chunk in request.stream():
@@ -180,7 +180,7 @@ class _Uploads:
 
 
 def _parts(body: bytearray, has_image: bool) -> tuple[list[str], bytes]:
-    """Names and image of a body: names, one a line, and after an empty line the image's file, if there is one."""
+    """Split a body into names, one a line, and after an empty line the image's file, if it has one."""
     lines, gap, image = body.partition(b"\n\n") if has_image else (body, b"", b"")
     if has_image and not gap:
         raise UserError("The request has no image; send names, one a line, an empty line, and the image's file.")
@@ -208,8 +208,8 @@ def machine_names() -> set[str]:
 def fault_of(headers: Headers, path: str, names: set[str]) -> str:
     """Return why a request is refused, or "".
 
-    A page of another site may send requests, but for browsers they have its origin; and a name of its own may lead to
-    this machine, so a host must be an address or one of `names`.
+    Browsers add its origin to the requests of a page of another site. The site may also give this machine a name of its
+    own, so the host must be an address or one of `names`.
     """
     host = headers.get("host", "")
     if not _is_address_of(host, names):
@@ -295,7 +295,7 @@ class Connection(H11Protocol):
         self._watch()
 
     def on_response_complete(self) -> None:
-        """Wait for the next request, or for the rest of this one where it was answered early."""
+        """Wait for the next request, or for the rest of this one if it was answered early."""
         super().on_response_complete()
         self._watch()
 
@@ -313,6 +313,6 @@ class Connection(H11Protocol):
 
 
 def _close_oldest(connections: list[Connection]) -> None:
-    """Close the connection that has waited longest. One that was just made waits, so there is one."""
+    """Close the connection that has waited longest. The newest one waits, so at least one does."""
     waiting = {c: c._deadline.when() for c in connections if c._deadline is not None}
     min(waiting, key=waiting.__getitem__).transport.close()

@@ -29,7 +29,7 @@ from xclip_jax.data import embeddings
 from xclip_jax.data.assets import cache_dir
 from xclip_jax.model import TEMPLATES, Model
 
-MAX_NAMES = 500  # that an image is compared with
+MAX_NAMES = 500  # of one question
 MAX_TEXT = 1000  # letters of a text, or of a name
 _DEFAULT_NAMES = 100
 _FILE = "embeddings.npz"
@@ -60,7 +60,7 @@ class Index:
     """A model, images, and their embeddings. Several threads may use it; they wait for one another.
 
     Attributes:
-      names: that an image is compared with where a question has none.
+      names: labels for questions that have none.
     """
 
     def __init__(self, model: Model, source: Source, embedded: Embedded, names: Sequence[str] = ()) -> None:
@@ -70,7 +70,7 @@ class Index:
           model: of the embeddings.
           source: of the images.
           embedded: images of `source`, and their embeddings.
-          names: that images are compared with; by default their captions, or else the names of their folders.
+          names: labels; by default the images' captions, or else the names of their folders.
         """
         self._model, self._source, self._lock = model, source, threading.Lock()
         self._numbers, self._texts, self._rows = embedded
@@ -91,7 +91,7 @@ class Index:
     def by_image(
         self, image: int | bytes, names: Sequence[str], count: int
     ) -> tuple[list[tuple[str, float]], list[Match]]:
-        """Return the best names of an image with their cosines, and the images that are most like it, best first.
+        """Return the best names of an image with their cosines, and the most similar images, best first.
 
         Args:
           image: number of an image of the folder, or the content of a file.
@@ -135,7 +135,7 @@ class Index:
         number = self._numbers[self._checked(image)]
         try:
             return self._source.read(number)[0]
-        except (OSError, UserError) as error:  # which name its path
+        except (OSError, UserError) as error:  # their messages name its path
             raise UserError(f"The file of image {image}, {self._names[image]!r}, can no longer be read.") from error
 
     def _checked(self, image: int) -> int:
@@ -145,13 +145,13 @@ class Index:
 
 
 def _below_common_folder(paths: Sequence[str]) -> list[str]:
-    """Paths relative to the folder that all of them are in."""
+    """Return paths relative to their common folder."""
     start = os.path.commonprefix(list(paths)).rfind("/") + 1  # noqa: RUF071 commonpath changes gs://
     return [path[start:] for path in paths]
 
 
 def _default_names(ids: Sequence[str], texts: Sequence[str]) -> list[str]:
-    """First lines of the captions, or else the names of the folders where there are several.
+    """Return the first lines of the captions, or else the names of the folders if they are several.
 
     At most `_DEFAULT_NAMES`, none longer than `MAX_TEXT`.
     """
@@ -161,7 +161,7 @@ def _default_names(ids: Sequence[str], texts: Sequence[str]) -> list[str]:
 
 
 def _lines(texts: Iterable[str]) -> list[str]:
-    """The first line of each text, each once, without empty ones and those longer than `MAX_TEXT`."""
+    """Return the first lines of texts, each once, without empty ones and ones longer than `MAX_TEXT`."""
     lines = dict.fromkeys("".join(text.strip().splitlines()[:1]).strip() for text in texts)
     return [line for line in lines if 0 < len(line) <= MAX_TEXT]
 
@@ -170,10 +170,10 @@ def make_index(model: Model, images: str, *, cache: str = "", names: Sequence[st
     """Embed the images that are not in the cache, and return the index of all.
 
     Args:
-      model: that embeds.
+      model: embeds the images.
       images: a folder, or files as `xclip_jax.commands.embed` names them.
       cache: folder of caches; by default one in the cache folder.
-      names: see `Index`.
+      names: labels, see `Index`.
 
     Raises:
       UserError: no images, or the cache cannot be used.
@@ -270,7 +270,7 @@ def _ids(source: Images | Tars) -> Iterator[str]:
 
 
 def _stamp(path: str) -> str:
-    """Size and time of a local file; "" for one that is missing, or in a bucket, where each costs a request."""
+    """Return size and time of a local file; "" for a missing one, and in buckets, where each costs a request."""
     try:
         return "" if storage.is_remote(path) else "{} {}".format(*storage.stat(path))
     except OSError:
@@ -300,7 +300,7 @@ def _write(path: pathlib.Path, rows: Mapping[str, _Row]) -> None:
 
 
 def _delete_oldest(parent: pathlib.Path) -> None:
-    """Delete caches but the `_KEPT` that were used last, and those in use."""
+    """Delete all caches but the `_KEPT` that were used last and the ones in use."""
     caches = (file for file in parent.glob(f"*/{_FILE}") if _NAME.fullmatch(file.parent.name))
     used = {file.parent: file.stat().st_mtime for file in caches}
     for folder in sorted(used, key=used.__getitem__, reverse=True)[_KEPT:]:

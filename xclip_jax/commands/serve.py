@@ -3,13 +3,13 @@
     xclip-jax serve RUN --images FOLDER
     xclip-jax serve ViT-B-32.pt --images '/data/photos/**/*.jpg' --names names.txt --port 8080
 
-Text is answered with the images that fit it best. An image, one of the folder or another that is chosen on the page, is
-answered with the best of the labels, and with the most similar images. Labels can be typed on the page; by default they
-are the lines of --names, or the images' captions, or else the names of their folders.
+A text finds the images that fit it best. An image of the folder, or one uploaded on the page, gets the best of the
+labels and the most similar images. Labels can be typed on the page; by default they are the lines of --names, or the
+images' captions, or else the names of their folders.
 
 Images are embedded once, and again if their file changes. Their embeddings are kept in --cache, by default
-~/.cache/xclip_jax/search, for the eight models and folders that were used last. Nothing that is asked or uploaded is
-stored or sent elsewhere. The page answers only this machine; with --host 0.0.0.0 it answers everyone who reaches the
+~/.cache/xclip_jax/search, for the eight models and folders that were used last. Questions and uploads are neither
+stored nor sent elsewhere. The page answers only this machine; with --host 0.0.0.0 it answers everyone who reaches the
 machine, and shows them the images.
 """
 
@@ -36,7 +36,7 @@ _HERE = "127.0.0.1"
 
 
 def _in_url(host: str) -> str:
-    """A host as URLs and browsers name it: IPv6 addresses in brackets."""
+    """Return a host as URLs write it, with IPv6 addresses in brackets."""
     return f"[{host}]" if ":" in host else host
 
 

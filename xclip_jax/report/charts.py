@@ -125,7 +125,7 @@ def term_chart(curve: Curve, rows: Rows, term: str) -> Chart | None:
 
 
 def scale_of(curve: Curve) -> float:
-    """Return what the logged values of a curve are multiplied by."""
+    """Return the factor of the logged values of a curve: 100 for percent."""
     return 100.0 if curve.unit == "%" else 1.0
 
 
@@ -262,7 +262,7 @@ def _lines(run: Run, key: str, scale: float = 1.0, first_step: int = 0) -> list[
 
 
 def _compare_losses(runs: Sequence[Run]) -> Iterator[Chart | None]:
-    """Yield charts of the terms' curves, one for each metric, and of the sum of losses where it is the same one."""
+    """Yield charts of the terms' curves, one for each metric, and of the sum of losses if all runs have the same."""
     if len({run.record.objective.formula for run in runs}) == 1 and len(runs[0].record.objective.terms) > 1:
         yield chart("Loss", [line for run in runs for line in _lines(run, "loss")], unit="nats")
     of_metrics: dict[tuple[str, str], tuple[Curve, str]] = {}

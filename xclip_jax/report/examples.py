@@ -79,7 +79,7 @@ class ZeroShotExamples:
 
 @dataclasses.dataclass(frozen=True)
 class SearchResult:
-    """Results of a text query: indices of a gallery's images, best first, and which of them are right, if known."""
+    """Results of a text query: indices of a gallery's images, best first, and whether each is right, if known."""
 
     text: str
     images: list[int]
@@ -246,20 +246,20 @@ def _search_and_cluster(
 
 @dataclasses.dataclass(frozen=True)
 class _Bars:
-    """What bars show for scores (n, m): values from 0 to 1, how one is written, and what they mean."""
+    """Bars for scores (n, m): values from 0 to 1, a function that formats one, and the meaning of the values."""
 
     values: np.ndarray
     write: Callable[[float], str]
     meaning: str
 
     def label(self, row: int, column: int, name: str, right: bool) -> ScoredLabel:
-        """The bar of one score."""
+        """Return the bar of one score."""
         value = self.values[row, column]
         return ScoredLabel(name, float(np.clip(value, 0, 1)), self.write(value), right)
 
 
 def _bars(encoder: Encoder, variables: Variables, scores: Mapping[str, np.ndarray]) -> _Bars:
-    """Probabilities of the logits, or the scores themselves where the model's similarity has a label for these."""
+    """Return probabilities of the logits, or the scores themselves if the model's similarity has a label for bars."""
     if label := encoder.similarities[0].bar_label:
         return _Bars(scores[""], lambda value: f"{value:.2f}", label)
     probabilities = softmax(encoder.logits_of(scores, variables))
@@ -298,7 +298,7 @@ def _retrieved(
     rng: np.random.Generator,
     missing: list[str],
 ) -> tuple[RetrievalExamples, list[str]]:
-    """Results for `NUM_QUERIES` texts and `NUM_IMAGES` images; and all texts."""
+    """Return results for `NUM_QUERIES` texts and `NUM_IMAGES` images, and all texts."""
     keep = readable(shown, np.sort(rng.permutation(len(data.images))[:POOL]), missing)
     captions = [data.captions[i] for i in keep]
     texts = [text for of_image in captions for text in of_image]

@@ -214,7 +214,7 @@ def predict(
     data_dir: str = "",
     seed: int = 0,
 ) -> Examples:
-    """Return what a page shows of a model. With several processes all of them call this.
+    """Return the examples of a model on a page. With several processes all of them call this.
 
     Args:
       experiment, encoder, variables: the model.

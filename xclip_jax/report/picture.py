@@ -75,7 +75,7 @@ class Row:
         anchor: str = "ls",
         width: float = WIDTH,
     ) -> None:
-        """One line with its baseline at y, from x on ("ls"), to x ("rs") or around x ("ms")."""
+        """Draw one line with its baseline at y, from x on ("ls"), to x ("rs") or around x ("ms")."""
         # The font has one weight; half a pixel of outline makes the other.
         stroke = size / 36 if bold else 0
         self._pen.text(
@@ -85,12 +85,12 @@ class Row:
     def box(
         self, x: float, y: float, width: float, height: float, fill: str, *, radius: float = 0, edge: str = ""
     ) -> None:
-        """A filled box with round corners, and a line around it where `edge` is a colour."""
+        """Draw a filled box with round corners, and a line around it if `edge` is a colour."""
         corners = [v * _SCALE for v in (x, y, x + width, y + height)]
         self._pen.rounded_rectangle(corners, radius * _SCALE, fill, edge or None, _SCALE)
 
     def picture(self, x: float, y: float, side: int, image: np.ndarray) -> None:
-        """uint8 (h, w, 3) as a square of `side` pixels."""
+        """Draw an image, uint8 (h, w, 3), as a square of `side` pixels."""
         square = Image.fromarray(image).resize((side * _SCALE, side * _SCALE), Image.Resampling.LANCZOS)
         self.image.paste(square, (round(x * _SCALE), round(y * _SCALE)))
 
@@ -161,7 +161,7 @@ def strip(path: str | os.PathLike, examples: Examples) -> None:
 
 
 def _best_first(named: Sequence[ZeroShotExamples]) -> list[ZeroShotExamples]:
-    """Sets by the mean rank of the right name, as a share of all names."""
+    """Sort sets by the mean rank of the right name, as a share of all names."""
     return sorted(
         named, key=lambda shown: sum(guess.rank for guess in shown.guesses) / len(shown.guesses) / shown.num_classes
     )
@@ -230,7 +230,7 @@ def _search_card(gallery: Gallery, row: Row, x: float, width: float, result: Sea
 
 
 def _images(row: Row, x: float, width: float, y: float, gallery: Gallery, indices: Sequence[int]) -> None:
-    """Images side by side with their names below."""
+    """Draw images side by side with their names below."""
     step = (width - 40 + 16) / 6
     for column, i in enumerate(indices):
         left = x + 20 + column * step + (step - 16 - SHOWN) / 2

@@ -43,7 +43,7 @@ class Selection:
       retrieval: one for retrieval, or None.
       credits: of the images' authors.
       queries: texts to search the images with.
-      missing: sentences on what could not be read, with the remedy.
+      missing: sentences on sets that could not be read, with the remedy.
     """
 
     zeroshot: list[tuple[ZeroShotPanel, ZeroShotSet, ZeroShotSet]] = dataclasses.field(default_factory=list)
@@ -114,13 +114,13 @@ def select(
 
 
 def _title(spec: str) -> str:
-    """Return what a set for classification without a panel is called."""
+    """Return the title of a set for classification without a panel."""
     name = spec.removeprefix("zeroshot/")
     return f"{tables.shorten([name])[name]}: which class" if names_held_out(spec, "zeroshot/") else spec
 
 
 def _few_prompts(data: ZeroShotSet) -> ZeroShotSet:
-    """The set with at most `PROMPTS` prompts, equally many of each class."""
+    """Return the set with at most `PROMPTS` prompts, equally many of each class."""
     if sum(map(len, data.prompts)) <= PROMPTS:
         return data
     each = max(1, PROMPTS // len(data.prompts))
@@ -135,7 +135,7 @@ def of_different_classes(labels: np.ndarray, n: int, rng: np.random.Generator) -
 
 
 def subset(data: ZeroShotSet, keep: np.ndarray) -> ZeroShotSet:
-    """The part of a set with the indices `keep`, its images decoded."""
+    """Return the part of a set with the indices `keep`, its images decoded."""
     images = [data.images[i] for i in keep]
     return dataclasses.replace(data, images=images, labels=np.asarray(data.labels)[keep], groups={})
 
