@@ -371,7 +371,7 @@ def test_a_thumbnail_is_made_once_in_few_threads_and_failures_are_tried_again(cl
 
     monkeypatch.setattr(application, "thumbnail", make)
     assert client.get("/thumbnail/7").json()["error"] == "not yet"
-    with concurrent.futures.ThreadPoolExecutor(4) as clients:
+    with client, concurrent.futures.ThreadPoolExecutor(4) as clients:  # one event loop, as in a server
         answers = list(clients.map(lambda i: client.get(f"/thumbnail/{i}").content, [7, 1, 2, 3]))
     assert [client.get(f"/thumbnail/{i}").content for i in (7, 1, 2, 3)] == answers and b"" not in answers
     assert len(made) == 5 and max(most) <= 2
