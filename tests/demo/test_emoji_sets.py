@@ -182,7 +182,7 @@ def test_every_set_can_be_evaluated_and_an_unknown_one_lists_them(small_demo):
 def test_picture_and_page_are_drawn_for_every_kind_of_model(objective, embed, clusters, small_demo, tmp_path):
     _, variables = small_model(embed, clusters)
     path = tmp_path / "picture.png"
-    found = examples.collect_examples(make_encoder(embed, clusters), variables, demo_config.TESTS, queries=("a", "b"))
+    found = examples.collect_examples(make_encoder(embed, clusters), variables, demo_config.TESTS)
     picture.draw(path, found, title="Test", note="note")
     with PIL.Image.open(path) as image:
         assert image.width == 1600 and image.height > 1000

@@ -30,10 +30,8 @@ def test_selected_sets(monkeypatch):
     assert set(loaded) == {"imagenet", "folder:x", "coco_retrieval"} and selected.missing == [
         "imagenet is not prepared."
     ]
-    assert [panel.title for panel, *_ in selected.zeroshot] == ["folder:x"] and selected.retrieval[
-        0
-    ].name == "coco_retrieval"
-    assert sum(map(len, selected.zeroshot[0][1].prompts)) == selection.PROMPTS and not selected.credits
+    assert [title for title, *_ in selected.zeroshot] == ["folder:x"] and selected.retrieval[0].name == "coco_retrieval"
+    assert sum(map(len, selected.zeroshot[0][2].prompts)) == selection.PROMPTS and not selected.credits
     loaded.clear()
     selected = selection.select(
         ["emoji/test_line", "emoji/test_probe", "emoji/test_concepts", "emoji/test_rendering_rest"],
@@ -42,7 +40,7 @@ def test_selected_sets(monkeypatch):
         None,
         0,
     )
-    assert [panel.spec for panel, *_ in selected.zeroshot] == [
+    assert [zeroshot.name for _, _, zeroshot, _ in selected.zeroshot] == [
         "emoji/test_concepts",
         "emoji/test_line",
     ] and selected.credits

@@ -21,7 +21,7 @@ from xclip_jax.evaluators.zeroshot import ZeroShot, ZeroShotSet, compare, text_s
 from xclip_jax.models.two_towers import TwoTowers, Variables
 from xclip_jax.objectives.similarity import Similarity, cluster_similarity, features, softmax
 from xclip_jax.parallel.mesh import replicated
-from xclip_jax.report.selection import POOL, ZeroShotPanel, of_different_classes, readable, select, subset
+from xclip_jax.report.selection import POOL, of_different_classes, readable, select, subset
 
 NUM_IMAGES = 9  # images that get names, of each set
 NUM_QUERIES = 8  # texts that are searched for
@@ -180,7 +180,6 @@ def collect_examples(
     data_dir: str | None = None,
     data_seed: int = 0,
     pairs: bool = True,
-    queries: Sequence[str] = (),
     seed: int = 0,
     profile: Profile = PROFILES["openai"],
 ) -> Examples:
@@ -194,7 +193,6 @@ def collect_examples(
       data_dir: root of TFDS data sets, None (or "") for the root in `data`.
       data_seed: of the run, which seeds `data.subset` and `data.caption_noise` of the training pairs.
       pairs: whether `data` are pairs and not labelled items.
-      queries: replace the queries of a set that has some.
       seed: decides which images and texts are shown.
       profile: templates and class names of the sets.
     """
@@ -202,8 +200,8 @@ def collect_examples(
         return Examples(seed, missing=[_NO_SIMILARITY])
     selection = select(specs, encoder.preprocessing, data_dir, data, seed, profile, data_seed, pairs)
     examples = Examples(seed, credits=selection.credits, missing=selection.missing)
-    words: Sequence[str] = [name for _, zeroshot, _ in selection.zeroshot for name in zeroshot.names]
-    for n, (panel, zeroshot, shown) in enumerate(selection.zeroshot):
+    words: Sequence[str] = [name for _, _, zeroshot, _ in selection.zeroshot for name in zeroshot.names]
+    for n, (title, sentence, zeroshot, shown) in enumerate(selection.zeroshot):
         rng = np.random.default_rng(seed)
         first = of_different_classes(zeroshot.labels, NUM_IMAGES, rng)
         # The first two sets are searched, clustered and counted; others encode only the images that they show.
@@ -214,9 +212,12 @@ def collect_examples(
         scores = ZeroShot(encoder, zeroshot).scores(variables)
         indices = np.searchsorted(keep, first)
         bars = _bars(encoder, variables, {score: x[indices] for score, x in scores.items()})
-        examples.named.append(_named(panel, zeroshot, shown, indices, scores[""][indices], bars))
+        guesses = _named(zeroshot, shown, indices, scores[""][indices], bars)
+        num_classes = len(zeroshot.prompts)
+        sentence = f"{sentence.replace('{num_classes}', f'{num_classes:,}')} Bars: {bars.meaning}."
+        examples.named.append(ZeroShotExamples(title, sentence, num_classes, guesses))
         if n == 0:
-            examples.confusion = _confusion(panel.title, zeroshot, shown, scores[""], rng)
+            examples.confusion = _confusion(title, zeroshot, shown, scores[""], rng)
         if n < 2:
             examples.gallery.images.extend(zeroshot.images)
             examples.gallery.shown.extend(shown.images)
@@ -227,8 +228,7 @@ def collect_examples(
         if not selection.zeroshot:
             examples.gallery, words = examples.retrieved.gallery, captions
     if examples.gallery.images:
-        asked = (queries or selection.queries) if selection.queries else ()
-        _search_and_cluster(examples, encoder, variables, asked, list(dict.fromkeys(words)))
+        _search_and_cluster(examples, encoder, variables, selection.queries, list(dict.fromkeys(words)))
     return examples
 
 
@@ -267,8 +267,8 @@ def _bars(encoder: Encoder, variables: Variables, scores: Mapping[str, np.ndarra
 
 
 def _named(
-    panel: ZeroShotPanel, data: ZeroShotSet, shown: ZeroShotSet, indices: np.ndarray, scores: np.ndarray, bars: _Bars
-) -> ZeroShotExamples:
+    data: ZeroShotSet, shown: ZeroShotSet, indices: np.ndarray, scores: np.ndarray, bars: _Bars
+) -> list[Prediction]:
     """Return the images at `indices` with their best names; `scores` (n, classes) and `bars` have a row for each."""
     ranking = np.argsort(-scores, axis=1, kind="stable")
     guesses = []
@@ -277,9 +277,7 @@ def _named(
         best = [bars.label(row, k, data.names[k], k == label) for k in ranking[row, :5]]
         rank = int(np.flatnonzero(ranking[row] == label)[0]) + 1
         guesses.append(Prediction(shown.images[i], data.names[label], rank, best))
-    num_classes = len(data.prompts)
-    sentence = f"{panel.sentence.replace('{num_classes}', f'{num_classes:,}')} Bars: {bars.meaning}."
-    return ZeroShotExamples(panel.title, sentence, num_classes, guesses)
+    return guesses
 
 
 def _searches(encoder: Encoder, variables: Variables, img: Features, queries: Sequence[str]) -> list[SearchResult]:

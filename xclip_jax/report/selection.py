@@ -25,28 +25,19 @@ PAIRS = 400  # training pairs, without a set
 ZEROSHOT_SETS = 3  # without a panel
 
 
-@dataclasses.dataclass(frozen=True)
-class ZeroShotPanel:
-    """A zero-shot set to show: its name in `evaluators.registry`, a title, a sentence that may have {num_classes}."""
-
-    spec: str
-    title: str
-    sentence: str
-
-
 @dataclasses.dataclass
 class Selection:
     """Sets, each at the model's size and at `SHOWN`.
 
     Attributes:
-      zeroshot: sets for classification, with their titles.
+      zeroshot: title, sentence, which may have {num_classes}, and both sizes of sets for classification.
       retrieval: one for retrieval, or None.
       credits: of the images' authors.
       queries: texts to search the images with.
       missing: sentences on sets that could not be read, with the remedy.
     """
 
-    zeroshot: list[tuple[ZeroShotPanel, ZeroShotSet, ZeroShotSet]] = dataclasses.field(default_factory=list)
+    zeroshot: list[tuple[str, str, ZeroShotSet, ZeroShotSet]] = dataclasses.field(default_factory=list)
     retrieval: tuple[RetrievalSet, RetrievalSet] | None = None
     credits: list[str] = dataclasses.field(default_factory=list)
     queries: list[str] = dataclasses.field(default_factory=list)
@@ -100,7 +91,7 @@ def select(
             selection.retrieval = sets[0], sets[1]
         elif np.ndim(sets[0].labels) == 1:
             title, sentence = panels.get(spec) or (_title(spec), "The model chooses among {num_classes} names.")
-            selection.zeroshot.append((ZeroShotPanel(spec, title, sentence), _few_prompts(sets[0]), sets[1]))
+            selection.zeroshot.append((title, sentence, _few_prompts(sets[0]), sets[1]))
         selection.add_kind(kinds[spec])
     if data is None or selection.zeroshot or selection.retrieval:
         return selection
