@@ -116,12 +116,7 @@ def make_app(index: Index, title: str, hosts: set[str]) -> Starlette:
             Route("/thumbnail/{image}", small),
         ],
         middleware=[Middleware(_Guard, hosts=hosts)],
-        exception_handlers={
-            UserError: lambda _, error: _json({"error": f"{error}"}, 400),
-            ClientDisconnect: lambda *_: Response(status_code=400),  # nobody reads it
-            IndexError: lambda _, error: _json({"error": f"{error}"}, 404),
-            HTTPException: lambda _, error: _json({"error": f"{getattr(error, 'detail', error)}"}, error.status_code),
-        },
+        exception_handlers=_ERRORS,
     )
 
 
@@ -140,6 +135,14 @@ class _Guard:
 
 def _json(content: Any, status: int = 200) -> Response:
     return JSONResponse(content, status, headers=_HEADERS)
+
+
+_ERRORS = {
+    UserError: lambda _, error: _json({"error": f"{error}"}, 400),
+    ClientDisconnect: lambda *_: Response(status_code=400),  # nobody reads it
+    IndexError: lambda _, error: _json({"error": f"{error}"}, 404),
+    HTTPException: lambda _, error: _json({"error": f"{getattr(error, 'detail', error)}"}, error.status_code),
+}
 
 
 def _checked_text(text: str) -> str:
