@@ -56,8 +56,7 @@ setup(
         "xclip_jax": ["py.typed"],
         "xclip_jax.data": ["third_party/*"],
         "xclip_jax.evaluators": ["imagenet_subsets.json"],
-        "xclip_jax.report": ["page.*"],
-        "xclip_jax.commands.serve": ["search.*"],
+        "xclip_jax.report": ["*.html", "*.css", "*.js", "card.md"],
     },
     entry_points={"console_scripts": ["xclip-jax = xclip_jax.__main__:main"]},
     install_requires=[
@@ -72,6 +71,7 @@ setup(
         "grain>=0.2.15,<0.3",
         "importlib_resources>=6",  # tensorflow-datasets imports it without requiring it
         "jax>=0.10,<0.13",
+        "jinja2>=3.1",
         "ml_collections>=1.0",
         "ml_dtypes>=0.5",
         "numpy>=2.0",

@@ -17,7 +17,7 @@ import optax
 from flax import linen as nn
 
 from xclip_jax.losses.noncontrastive import Metrics, nclip
-from xclip_jax.report.canvas import EDGE, MUTED, Row, save
+from xclip_jax.report.picture import EDGE, MUTED, Row, save
 
 FIRST = ("cat", "car", "sea", "stone", "child", "ship", "road", "shop", "gift", "forest", "sofa", "film")
 SECOND = ("kitten", "auto", "ocean", "rock", "kid", "boat", "street", "store", "present", "wood", "couch", "movie")

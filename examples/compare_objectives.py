@@ -10,7 +10,7 @@ or three points are noise. The first run prepares the data. After an interruptio
 import argparse
 from collections.abc import Sequence
 
-from xclip_jax.commands import evaluation
+from xclip_jax.commands.evaluate import evaluate
 from xclip_jax.config.load import load_config
 from xclip_jax.core.errors import exit_with_message
 from xclip_jax.evaluators import tables
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         config.run, config.seed, config.data.batch = run, options.seed, options.batch
         config.eval.sets, config.eval.final_sets, config.eval.report = (), (), False  # `evaluate` follows below
         trainer.run(config)
-        evaluation.evaluate(run, options.suite)
+        evaluate(run, options.suite)
     first, *others = runs.values()
     for other in others:
         print(tables.render_comparison(tables.compare(first, other), first, other))

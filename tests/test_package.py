@@ -129,7 +129,7 @@ def test_a_wheel_has_the_same_files_from_the_checkout_and_from_an_sdist(tmp_path
         files.append({path.relative_to(built).as_posix() for path in built.rglob("*") if path.is_file()})
     recipes = {f"xclip_jax/configs/{path.name}" for path in (ROOT / "configs").glob("*.py")}
     assert files[0] == files[1] and recipes <= files[0]
-    assert {"xclip_jax/py.typed", "xclip_jax/commands/serve/search.css"} <= files[0]
+    assert {"xclip_jax/py.typed", "xclip_jax/report/search.css"} <= files[0]
 
 
 def test_package_is_typed():

@@ -147,7 +147,7 @@ def test_one_caption_for_all_images_is_nothing_to_learn_from(tmp_path, capsys):
         text.write_text("an image")
     code, out, _ = run(capsys, tmp_path)
     assert code == 1
-    assert "repeated captions: 5; all images have the same one, from which there is nothing to learn\n" in out
+    assert "repeated captions: 5; all images have the same one, so that training would learn nothing\n" in out
     assert out.endswith(": training would learn nothing; give each image a caption of its own\n")
 
 

@@ -1,9 +1,6 @@
-import dataclasses
 import json
-import re
 import shutil
 import sys
-import types
 
 import chex
 import jax
@@ -19,11 +16,8 @@ from xclip_jax import interop
 from xclip_jax.commands import evaluate, export
 from xclip_jax.config import schema
 from xclip_jax.core.errors import UserError
-from xclip_jax.core.run_folder import RunFolder
-from xclip_jax.evaluators.results import Result
 from xclip_jax.models.transformer import stack_blocks
 from xclip_jax.objectives import RECIPES
-from xclip_jax.report import card as model_card
 from xclip_jax.train import build, state, trainer, weights
 from xclip_jax.train.build import make_encoder, profile_of_run
 
@@ -123,29 +117,6 @@ def test_prompts_and_names_of_own_classes_are_kept(run, tmp_path):
     assert profile_of_run(weights.load(str(tmp_path / "out"))[0]).names == {}
 
 
-def test_names_of_others_are_no_markdown_in_a_card(run):
-    markdown = pytest.importorskip("markdown")
-    hostile = [
-        "cat\n\n# Safe weights",
-        "<img src=x onerror=y>",
-        "[here](https://x.org)",
-        "`<b>` www.x.org",
-        "a | b",
-    ]
-    folder = RunFolder(run)
-    folder.read_classes = lambda: hostile
-    experiment = build.build(schema.resolve(schema.complete(folder.read_config()["config"])))
-    experiment = dataclasses.replace(experiment, objective=types.SimpleNamespace(labelled=True))
-    card = model_card._data(folder, experiment)
-    assert card.splitlines()[-1] == (
-        "Classes: `cat # Safe weights`, `<img src=x onerror=y>`, `[here](https://x.org)`, `'<b>' www.x.org`, `a | b`."
-    )
-    words = model_card._words("one <img src=x>\n# two [here](https://x.org)")
-    for text in (card, model_card._rows(("protocol",), [[words]])):
-        page = markdown.markdown(text, extensions=["tables"])
-        assert not re.search("<(img|a|b|h1)[ >]", page), page
-
-
 def test_the_card_of_a_run(run, tmp_path, monkeypatch):
     export.export(str(run), str(tmp_path / "hf"))
     card = (tmp_path / "hf" / export.CARD).read_text()
@@ -188,31 +159,6 @@ def test_the_card_of_a_run(run, tmp_path, monkeypatch):
     export.export(str(tmp_path / "hf"), str(tmp_path / "oc"), to="open_clip")
     card = (tmp_path / "oc" / export.CARD).read_text()
     assert "## Recipe" not in card and "Converted from `hf`" in card and str(tmp_path) not in card
-
-
-def test_a_card_has_no_path_of_the_machine():
-    for text, public in {
-        "tar:/data/cc12m/{00000..01242}.tar": "tar:cc12m/{00000..01242}.tar",
-        "folder:/home/me/My Pictures/pairs/": "folder:pairs",
-        "my_lab.sources:JsonLines:/data/x.jsonl": "my_lab.sources:JsonLines:x.jsonl",
-        '--key=("folder:~/a","csv:gs://bucket/b/c.csv")': '--key=("folder:a","csv:c.csv")',
-        "imagenet@/data/val": "imagenet@val", "hf:/data/own/test": "hf:test", "/lib/xclip_jax/main.py": "main.py",
-        **dict.fromkeys(["hf:lab/x@v1/test", "wds:hf:lab/x", "runs/mine", "https://host/a/b", "/", "a / b"]),
-    }.items():  # fmt: skip
-        assert model_card._public(text) == (public or text)
-    names = ["zeroshot/folder:/a/x", "zeroshot/folder:/b/x", "my_lab.sets:Own:/c/y", "retrieval/hf:lab/z/test"]
-    assert list(model_card._sets(names).values()) == [
-        "zeroshot/folder:a/x", "zeroshot/folder:b/x", "my_lab.sets:Own:y", "retrieval/hf:lab/z/test"
-    ]  # fmt: skip
-    config = schema.resolve(tiny.config("clip"))
-    names = ["wds:hf:lab/set", "hf:lab/other@v1/test", "hf:lab/other@v1/test?label=fine"]
-    measured = [Result(name, "zeroshot", key, 50.0, headline=True) for name in names for key in ("top1", "top5")]
-    head = model_card._metadata(config, build.build(config), "hf", measured)
-    (index,) = yaml.safe_load(head.split("---\n")[1])["model-index"]
-    assert [(row["dataset"]["type"], row["dataset"]["name"]) for row in index["results"]] == [
-        ("lab/set", names[0]), ("lab/other", names[1]), ("lab/other", names[2])
-    ]  # fmt: skip
-    assert [[metric["type"] for metric in row["metrics"]] for row in index["results"]] == [["top1", "top5"]] * 3
 
 
 def test_a_folder_with_files_is_kept(run, tmp_path):

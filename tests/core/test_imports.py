@@ -10,13 +10,12 @@ import pytest
 
 import xclip_jax
 from tests.helpers import tiny
-from xclip_jax.commands import embed, evaluate, export
+from xclip_jax.commands import embed, evaluate, export, report
 from xclip_jax.commands.doctor import main as doctor
-from xclip_jax.commands.serve.__main__ import main as serve
+from xclip_jax.commands.serve import main as serve
 from xclip_jax.config import load as config_file
 from xclip_jax.core import imports
 from xclip_jax.core.errors import UserError
-from xclip_jax.report import __main__ as report
 from xclip_jax.train import trainer
 
 EXTENSION = pathlib.Path(__file__).parents[1] / "extension"

@@ -19,7 +19,7 @@ from xclip_jax.core.errors import BadSample
 from xclip_jax.data import images, loader, tokenizer, transforms
 from xclip_jax.data.embeddings import read as read_embeddings
 from xclip_jax.data.preprocessing import Preprocessing
-from xclip_jax.report import record, run_sections
+from xclip_jax.report import collect, page
 from xclip_jax.train import build, job, weights
 from xclip_jax.train.training_folder import TrainingFolder
 
@@ -170,7 +170,7 @@ def test_check_doctor_and_report_name_it(pairs, tmp_path, capsys):
     assert "transparent images: 50 %, laid on white (data.background)" in capsys.readouterr().out
     with folder.claimed(prepared.config, prepared.fingerprints):
         pass
-    assert "<dt>Transparent images</dt><dd>50 %, laid on white</dd>" in run_sections.head(record.read(c.run), None)
+    assert page.facts(collect.read(c.run))["Transparent images"] == "50 %, laid on white"
 
 
 def test_float_images_are_scaled_or_refused():

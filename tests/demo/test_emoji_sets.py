@@ -8,11 +8,12 @@ import pytest
 from configs import demo as demo_config
 from tests.helpers.encoding import SIZE, K, make_encoder, small_model
 from tests.helpers.made_results import zero_shot
+from tests.helpers.pages import page_of
 from xclip_jax.core.errors import UserError
 from xclip_jax.demo import emoji, emoji_sets
 from xclip_jax.evaluators import registry, tables
 from xclip_jax.evaluators.results import SHIFTED, flat
-from xclip_jax.report import canvas, examples, html, picture, record
+from xclip_jax.report import collect, examples, picture
 
 # The demo's sets, on a small copy of its data.
 
@@ -181,13 +182,22 @@ def test_every_set_can_be_evaluated_and_an_unknown_one_lists_them(small_demo):
 def test_picture_and_page_are_drawn_for_every_kind_of_model(objective, embed, clusters, small_demo, tmp_path):
     _, variables = small_model(embed, clusters)
     path = tmp_path / "picture.png"
-    found = examples.collect_examples(make_encoder(embed, clusters), variables, demo_config.TESTS, queries=("a", "b"))
+    found = examples.collect_examples(make_encoder(embed, clusters), variables, demo_config.TESTS)
     picture.draw(path, found, title="Test", note="note")
     with PIL.Image.open(path) as image:
         assert image.width == 1600 and image.height > 1000
+    strip = tmp_path / "strip.png"
+    if clusters:
+        picture.strip(strip, found)
+        with PIL.Image.open(strip) as image:
+            assert image.size == (1280, 360)
+    else:
+        with pytest.raises(UserError, match="a strip shows names, a search and a cluster"):
+            picture.strip(strip, found)
     config = {"config": demo_config.get_config(f"objective={objective}").to_dict(), "environment": {}}
+    config["started"] = "2026-01-02T03:04:05+00:00"
     (tmp_path / "config.json").write_text(json.dumps(config))
-    text = html.render(record.read(tmp_path), found)
+    text = page_of(collect.read(tmp_path), found)
     shown = [title for title in ("Line drawings", "Search by words", "Image to text", 'id="find"') if title in text]
     assert len(shown) == 3 + bool(clusters)
     # Each picture is right or wrong as its set says, and the right name's place is that among all of them.
@@ -198,13 +208,6 @@ def test_picture_and_page_are_drawn_for_every_kind_of_model(objective, embed, cl
             assert guess.rank > 5 or guess.best[guess.rank - 1].right
     for asked in found.retrieved.by_text:
         assert any(asked.right) == (asked.rank <= len(asked.right)) and (asked.rank > 6 or asked.right[asked.rank - 1])
-
-
-def test_names_are_printable_and_fit():
-    assert canvas.printable("Côte d’Ivoire – 中") == "Cote d’Ivoire - ?"
-    assert canvas.fit("short", 14, 200) == "short"
-    assert canvas.fit("a very long name", 14, 60).endswith("…")
-    assert canvas.fit("long", 14, 0) == "…"
 
 
 def test_prompts_of_unseen_concepts(small_demo):

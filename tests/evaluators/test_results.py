@@ -28,7 +28,7 @@ from xclip_jax.evaluators.results import SHIFTED, Provenance, Result, flat, from
 from xclip_jax.evaluators.statistics import PerExample
 from xclip_jax.evaluators.zeroshot import ZeroShot, ZeroShotSet
 from xclip_jax.report import card as model_card
-from xclip_jax.report import chance
+from xclip_jax.report import collect
 
 STEPS = 4
 
@@ -92,8 +92,8 @@ def test_later_commands_add_to_the_file(root):
     for each in entries_:
         name = f"{each['name']}/{each['metric']}"
         assert items[each["items"]][name].value() == pytest.approx(each["value"])
-    card = model_card._results(RunFolder(run), STEPS, 2)
-    assert "| `folder:one` |" in card and "folder:two" not in card and "profile openai" in card
+    card = model_card.evaluations(RunFolder(run), STEPS, 2)
+    assert [row[0] for row in card["evaluated"]] == ["`folder:one`"] and card["profile"] == "openai"
 
 
 def test_results_of_two_runs_in_one_file(root, tmp_path):
@@ -349,10 +349,10 @@ def test_precision_and_correlations_are_no_shares_of_the_items():
     units = {result.metric: result.unit for result in results}
     assert units == {"n": "", "ways": "", "map": "x 100", "map11": "x 100"}
     first = next(result for result in results if result.metric == "map11")
-    assert chance.judge(first).resampled and str(chance.judge(first))
+    assert collect.judge(first).resampled and str(collect.judge(first))
     # results.json has no values of items.
     (without,) = from_json(to_json([first]))
-    assert without.unit == "x 100" and str(chance.judge(without)) == ""
+    assert without.unit == "x 100" and str(collect.judge(without)) == ""
     assert [unit_of(metric) for metric in ("linear/matthews", "roc_auc", "top1_top5", "f1", "spearman_all")] == [
         "x 100", "x 100", "%", "%", "x 100"
     ]  # fmt: skip

@@ -11,7 +11,7 @@ from tests.evaluators.test_probe import images
 from tests.helpers import tiny
 from tests.helpers.encoding import make_encoder, small_model
 from tests.helpers.made_results import entry, retrieval, zero_shot
-from tests.helpers.pages import Page, written
+from tests.helpers.pages import Page, page_of, written
 from xclip_jax.commands import evaluate
 from xclip_jax.core.errors import UserError
 from xclip_jax.evaluators import registry, results, tables
@@ -19,7 +19,7 @@ from xclip_jax.evaluators.probe import Probe, ProbeSet, Sweep
 from xclip_jax.evaluators.results import SHIFTED, Provenance, Result
 from xclip_jax.evaluators.statistics import PerExample
 from xclip_jax.evaluators.zeroshot import ZeroShot, ZeroShotSet
-from xclip_jax.report import chance, examples, html
+from xclip_jax.report import collect, examples
 
 
 def test_without_results_nothing_is_rendered():
@@ -161,14 +161,14 @@ def test_a_page_is_about_the_sets_own_metric(tmp_path):
         for r in pets()
     ]
     run = written(tmp_path / "run", tiny.config("clip"), [{"step": 1, "loss": 1.0, "clip/loss": 1.0}])
-    text = Page(html.render(dataclasses.replace(run, results=results), examples.Examples())).text
+    text = Page(page_of(dataclasses.replace(run, results=results), examples.Examples())).text
     words = " ".join("|".join(text).split())
-    (judged,) = chance.judgements(results).values()
+    (judged,) = collect.judgements(results).values()
     assert judged.resampled and judged.verdict == "above chance"
     assert f"|mean_|per_|class|71.2|{judged}|above chance|" in words and "|own metric|value|95% interval|" in words
     assert "Intervals are of the first metric of a row, or of the own metric that it names, at 95%" in words
     # Without values of items there is none: a mean per class is no share of the images.
-    assert [str(j) for j in chance.judgements(pets()).values()] == [""]
+    assert [str(j) for j in collect.judgements(pets()).values()] == [""]
 
 
 def test_an_own_metric_that_is_no_percentage_has_its_unit():

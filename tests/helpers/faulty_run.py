@@ -20,7 +20,7 @@ from xclip_jax.data import loader
 from xclip_jax.evaluators import registry
 from xclip_jax.evaluators.results import Provenance
 from xclip_jax.processes import runtime, watchdog
-from xclip_jax.report import html
+from xclip_jax.report import page
 from xclip_jax.train import trainer
 
 
@@ -50,7 +50,7 @@ FAULTS = {
 
 def spoil_report(fault, process):
     """What goes wrong while the report is made, in one process; all make it from the same batches."""
-    render, collect = html.render, html.collect_examples
+    render, collect = page.render, page.collect_examples
 
     def slow(*args, **options):
         time.sleep(12)  # in process 0 alone
@@ -66,9 +66,9 @@ def spoil_report(fault, process):
 
     if fault == "slow report":
         runtime._SHUTDOWN_SECONDS = 4
-        html.render = slow
+        page.render = slow
     elif fault.endswith("in report"):
-        html.collect_examples = examples
+        page.collect_examples = examples
 
 
 class LongSet:

@@ -6,7 +6,8 @@ import re
 from html.parser import HTMLParser
 
 from tests.helpers import made_results
-from xclip_jax.report import record
+from xclip_jax.report import collect, page
+from xclip_jax.report.collect import Run
 
 HOSTILE = "<script>alert(1)</script>\" onload='alert(2)' &amp; <b>"
 
@@ -89,4 +90,9 @@ def written(folder, config, rows, evaluations=()):
     (folder / "config.json").write_text(json.dumps({"config": config} | facts))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "results.jsonl").write_text(made_results.lines(evaluations))
-    return record.read(folder)
+    return collect.read(folder)
+
+
+def page_of(record, examples, parameters=None):
+    """The page of one run."""
+    return page.render([Run(record.folder.name, 0, record, examples, parameters)])

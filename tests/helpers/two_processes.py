@@ -17,7 +17,7 @@ from xclip_jax.core.run_folder import RunFolder
 from xclip_jax.data import loader, sources
 from xclip_jax.parallel.mesh import replicated
 from xclip_jax.processes import runtime
-from xclip_jax.report.attention import attention
+from xclip_jax.report.examples import attention
 from xclip_jax.train import build, checkpoint_files, state, trainer, weights
 from xclip_jax.train.build import make_encoder
 from xclip_jax.train.checkpoint import Checkpointer

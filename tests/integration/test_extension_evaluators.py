@@ -9,12 +9,11 @@ import pytest
 from tests.extension import greys
 from tests.helpers import tiny
 from tests.helpers.encoding import make_encoder, small_model
-from xclip_jax.commands import evaluate
+from xclip_jax.commands import evaluate, report
 from xclip_jax.core.errors import UserError
 from xclip_jax.core.imports import class_name, import_class
 from xclip_jax.evaluators import registry, results, tables
 from xclip_jax.evaluators.results import from_json, to_json
-from xclip_jax.report import __main__ as report
 from xclip_jax.train import trainer
 
 SPEC = "tests.extension.greys:Greys/20"

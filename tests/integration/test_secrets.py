@@ -10,7 +10,7 @@ from tests.helpers import hub_server, tiny, web
 from tests.train.test_callbacks import calls  # noqa: F401 a fixture
 from xclip_jax import report
 from xclip_jax.commands import check, doctor, embed, evaluate, export
-from xclip_jax.report import __main__ as page
+from xclip_jax.commands import report as page
 from xclip_jax.train import trainer
 
 SECRETS = (web.PASSWORD, web.SIGNATURE, hub_server.TOKEN, "aws-secret-of-the-tests")

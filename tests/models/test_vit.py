@@ -18,7 +18,7 @@ from xclip_jax.models.layers import LayerNorm
 from xclip_jax.models.transformer import TransformerConfig, stack_blocks
 from xclip_jax.models.vit import POOLS, AttentionPool, HierarchicalStem, VisionTransformer
 from xclip_jax.parallel.mesh import AXES, make_mesh
-from xclip_jax.report import attention
+from xclip_jax.report import examples
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,7 @@ def test_attention_is_that_of_the_tower(pool):
         blocks = stack_blocks(variables["params"]["img"]["transformer"], 2)
         img = {**variables["params"]["img"], "transformer": blocks}
         variables = {"params": {**variables["params"], "img": img}}
-    maps = attention.attention(model, variables, list(images), statistics, mesh, n=2, seed=5)
+    maps = examples.attention(model, variables, list(images), statistics, mesh, n=2, seed=5)
     assert len(set(maps.indices)) == 2
     for mine, theirs in zip((maps.last, maps.rollout), expected, strict=True):
         theirs = theirs[maps.indices] / theirs[maps.indices].sum(axis=1, keepdims=True)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import re
 
 import numpy as np
@@ -11,51 +10,11 @@ import pytest
 
 from tests.helpers import tiny
 from tests.helpers.encoding import make_encoder, small_model
-from tests.helpers.pages import HOSTILE, Page, check, written
+from tests.helpers.pages import HOSTILE, check, page_of, written
+from xclip_jax.commands import report as command
 from xclip_jax.core.errors import UserError
-from xclip_jax.data import holdout, sources
-from xclip_jax.data.config import DataConfig
-from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.evaluators.zeroshot import ZeroShotSet
-from xclip_jax.report import __main__ as command
-from xclip_jax.report import charts, examples, html, model_sections, selection
-from xclip_jax.report.markup import Images
-
-
-def test_numbers_and_ticks():
-    values = (0, 12, 0.5, 7.5, 103.25, 1234.5, 1e-5, 0.00075, 0.001, -0.0312, math.nan)
-    assert list(map(charts.number, values)) == [
-        "0",
-        "12",
-        "0.5",
-        "7.5",
-        "103.2",
-        "1,234",
-        "1e-5",
-        "7.5e-4",
-        "0.001",
-        "-0.0312",
-        "not a number",
-    ]
-    assert charts.ticks(0, 10, 5) == [0, 2, 4, 6, 8, 10]
-    assert charts.ticks(-0.3, 0.35, 5) == pytest.approx([-0.2, 0, 0.2])
-    for low, high in ((1, 2), (0.001, 0.0013), (-7, 1e6)):
-        ticks = charts.ticks(low, high, 5)
-        assert 2 <= len(ticks) <= 6 and low <= min(ticks) and max(ticks) <= high * (1 + 1e-9)
-
-
-def test_a_chart_keeps_to_what_is_finite_and_short():
-    steps = range(5000)
-    line = charts.Line("a<b", steps, [math.nan if s % 7 == 0 else s for s in steps], 0)
-    text = charts.chart("T", [line], [charts.Level("alarm", -100.0, below=True)], unit="nats")
-    Page(text)
-    data = json.loads(re.search(r'data-chart="([^"]+)"', text)[1].replace("&quot;", '"').replace("&lt;", "<"))
-    (drawn,) = data["lines"]
-    assert drawn["name"] == "a<b" and len(drawn["x"]) == charts.POINTS
-    assert drawn["y"] == pytest.approx(drawn["x"], abs=1) and "a&lt;b" in text
-    points = np.array([p.split(",") for p in re.search(r'points="([^"]+)"', text)[1].split()], float)
-    assert points[0, 0] == 0 and points[-1, 0] == 1000 and (np.diff(points[:, 1]) < 0).all()
-    assert charts.chart("T", [charts.Line("none", [1], [math.nan], 0)]) == ""
+from xclip_jax.report import examples
 
 
 def test_the_confusion_matrix_counts_and_the_seed_decides_among_equals():
@@ -75,73 +34,25 @@ def test_the_confusion_matrix_counts_and_the_seed_decides_among_equals():
     assert fine.classes == ["a", "b", "c"] and fine.counts[2].tolist() == [2, 0, 1]
 
 
-def test_selected_sets(monkeypatch):
-    loaded = []
-
-    def load(spec, size, data_dir, profile=None, data=None):
-        loaded.append(spec)
-        if spec == "imagenet":
-            raise UserError("imagenet is not prepared.")
-        images = [np.zeros((4, 4, 3), np.uint8)] * 3
-        if "retrieval" in spec:
-            return selection.RetrievalSet(spec, images, [["a"]] * 3)
-        return ZeroShotSet(spec, images, np.arange(3), [[f"{c} {i}" for i in range(4000)] for c in "abc"])
-
-    monkeypatch.setattr(selection.registry, "load", load)
-    specs = ["imagenet", "probe/cifar10", "folder:x", "sts12@y", "coco_retrieval"]
-    selected = selection.select(specs, Preprocessing(4), None, None, 0)
-    assert set(loaded) == {"imagenet", "folder:x", "coco_retrieval"} and selected.missing == [
-        "imagenet is not prepared."
-    ]
-    assert [panel.title for panel, *_ in selected.zeroshot] == ["folder:x"] and selected.retrieval[
-        0
-    ].name == "coco_retrieval"
-    assert sum(map(len, selected.zeroshot[0][1].prompts)) == selection.PROMPTS and not selected.credits
-    loaded.clear()
-    selected = selection.select(
-        ["emoji/test_line", "emoji/test_probe", "emoji/test_concepts", "emoji/test_rendering_rest"],
-        Preprocessing(4),
-        None,
-        None,
-        0,
-    )
-    assert [panel.spec for panel, *_ in selected.zeroshot] == [
-        "emoji/test_concepts",
-        "emoji/test_line",
-    ] and selected.credits
-    assert "emoji/test_rendering_rest" not in loaded
-
-
-def test_training_pairs_are_those_that_the_run_learned_from(tmp_path, monkeypatch):
-    """With a share of the pairs, and captions exchanged by the run's seed; the report's seed only draws."""
-    spec = f"folder:{tiny.folder(tmp_path / 'pairs')}"
-    changes = {"data__subset": 0.5, "data__caption_noise": 0.5, "seed": 3}
-    run = tiny.untrained(tmp_path / "run", "clip", data__sources=(spec,), **changes)
-    selected = []
-    monkeypatch.setattr(examples, "select", lambda *args: selected.append(selection.select(*args)) or selected[0])
-    command.main([str(run), "--seed", "5"])
-    data = DataConfig(sources=(spec,), subset=0.5, caption_noise=0.5, batch=8)
-    (trained,) = holdout.apply_controls(sources.open_sources(data), data, 3)
-    view = Preprocessing(selection.SHOWN)
-    expected = {view(record["image"]).tobytes(): record["text"] for record in map(trained.__getitem__, range(20))}
-    _, shown = selected[0].retrieval
-    assert {image.tobytes(): texts for image, texts in zip(shown.images, shown.captions, strict=True)} == expected
-
-
-def test_what_bars_mean_is_escaped():
+def test_what_bars_mean_is_escaped(tmp_path):
     """A similarity of another package says it."""
     image = np.zeros((4, 4, 3), np.uint8)
     guess = examples.Prediction(image, "a", 1, [examples.ScoredLabel("a", 0.5, "0.50", True)])
     gallery = examples.Gallery([image], [image], ["a"])
     retrieved = examples.RetrievalExamples("x", 1, HOSTILE, gallery, [], [guess])
-    text = model_sections.search(examples.Examples(retrieved=retrieved), Images(), "").body
-    assert HOSTILE in " ".join(Page(text).text) and "<script>" not in text
+    run = written(tmp_path / "run", tiny.config("clip"), [])
+    text = page_of(run, examples.Examples(retrieved=retrieved))
+    assert HOSTILE in " ".join(check(text).text) and "<script>alert" not in text
 
 
-def test_green_is_for_right_names_alone():
+def test_green_is_for_right_names_alone(tmp_path):
     image = np.zeros((4, 4, 3), np.uint8)
-    ranks = [model_sections.place(examples.Prediction(image, "a", rank, []), 9) for rank in (1, 2, 5)]
-    assert ranks == ['<small class="ok">right</small>', "<small>rank 2 of 9</small>", "<small>rank 5 of 9</small>"]
+    guesses = [examples.Prediction(image, "a", rank, []) for rank in (1, 2, 5)]
+    shown = examples.Examples(named=[examples.ZeroShotExamples("x", "", 9, guesses)])
+    text = page_of(written(tmp_path / "run", tiny.config("clip"), []), shown)
+    assert re.findall(r"</b>(<small.*?</small>)", text.partition('id="names"')[2].partition("</section>")[0]) == [
+        '<small class="ok">right</small>', "<small>rank 2 of 9</small>", "<small>rank 5 of 9</small>",
+    ]  # fmt: skip
 
 
 # --- runs of labelled items
@@ -209,7 +120,7 @@ def test_unreadable_images_are_left_out_and_counted(tmp_path):
     assert note.startswith(f"2 of 16 images drawn from {spec} cannot be read and are left out; the first: ")
     assert str(tmp_path / "set" / "cat" / "2.png") in note
     run = written(tmp_path / "run", tiny.config("xclip"), [])
-    assert "2 of 16 images drawn from" in " ".join(check(html.render(run, shown)).text)
+    assert "2 of 16 images drawn from" in " ".join(check(page_of(run, shown)).text)
 
 
 def test_unreadable_images_of_a_retrieval_set(tmp_path):

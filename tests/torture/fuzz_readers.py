@@ -27,7 +27,7 @@ from xclip_jax.data import images, tokenizer
 from xclip_jax.evaluators import results
 from xclip_jax.evaluators.results import Result
 from xclip_jax.interop import tensor_files
-from xclip_jax.report import record
+from xclip_jax.report import collect
 
 Path = pathlib.Path
 
@@ -189,7 +189,7 @@ def _read_run(data: bytes, folder: Path) -> None:
         (folder / other).write_bytes(content if other.encode() == name else sound)
     run = RunFolder(folder)
     run.is_run()
-    read = record.read(folder)
+    read = collect.read(folder)
     _ = read.steps, run.read_classes()
     results.read(run.evaluation_file)
     for file in (run.metrics_file, run.results_log_file, run.bad_samples_file):

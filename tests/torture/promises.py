@@ -412,7 +412,7 @@ PROMISES = (
             "data/readers/tar::names_that_lead_elsewhere_are_names_alone",
             "interop/tensor_files::a_pickle_that_asks_for_anything_else_is_refused",
             "data/transforms::formats_that_start_a_program_are_no_images",
-            "report/html::the_page_of_a_run_needs_nothing_else_and_escapes_everything",
+            "commands/report::the_page_of_a_run_needs_nothing_else_and_escapes_everything",
         ),
     ),
 )

@@ -93,7 +93,7 @@ def report(source: Source, options: argparse.Namespace) -> Iterator[str]:
 def _repeated_captions(good: Sequence[Sample]) -> str:
     same = _duplicates([sample.caption for sample in good])
     if 0 < same == len(good) - 1:
-        return f"{same:,}; all images have the same one, from which there is nothing to learn"
+        return f"{same:,}; all images have the same one, so that training would learn nothing"
     remedy = "data.spread_duplicate_captions=True keeps them apart"
     return f"{same:,}" + (f"; in one batch they would count as false negatives, {remedy}" if same else "")
 
@@ -115,7 +115,7 @@ def _about_bad(source: Source, bad: Sequence[Sample], faults: Mapping[str, int],
 
 
 def _number(convert: Callable[[str], float], low: float, high: float = float("inf")) -> Callable[[str], float]:
-    """Type of an argument: a number from `low` to `high`."""
+    """Return the type of an argument that is a number from `low` to `high`."""
 
     def read_number(text: str) -> float:
         try:
@@ -182,7 +182,7 @@ def _open(options: argparse.Namespace) -> Source:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The command; see the module's docstring. Returns the exit code."""
+    """Run the command and return its exit code."""
     options = _options(arguments)
     with exit_with_message():
         if options.sheet:

@@ -17,21 +17,21 @@ from xclip_jax.core.storage import cache_dir, is_remote
 from xclip_jax.processes import runtime
 
 MAX_BYTES = 2 * 2**30
-# What compiles faster is not kept: thousands of small files would make each look-up slow.
+# Programs that compile faster are not kept: thousands of small files would make each look-up slow.
 MIN_SECONDS = 0.1
 _HALF_WRITTEN_SECONDS = 60.0
 
 
 def enable(run: str = "") -> None:
-    """Turn the cache on; to be called before anything is compiled, and after `runtime.join`.
+    """Turn the cache on, before anything is compiled and after `runtime.join`.
 
-    The folder is JAX_COMPILATION_CACHE_DIR where that is set, with JAX's other variables, else `default_folder()` with
-    at most `MAX_BYTES`; a run of several processes uses `compiled` in its own folder, since process 0 alone writes (on
-    CPUs it alone reads, too). JAX_ENABLE_COMPILATION_CACHE=false turns the cache off. A
-    folder that cannot be used is a warning.
+    The folder is JAX_COMPILATION_CACHE_DIR if it is set, with JAX's other variables, else `default_folder()` with at
+    most `MAX_BYTES`. A run of several processes uses `compiled` in its own folder, since only process 0 writes (on
+    CPUs only process 0 reads, too). JAX_ENABLE_COMPILATION_CACHE=false turns the cache off. A folder that cannot be
+    used is a warning.
 
     Args:
-      run: the run's folder, of a command that trains.
+      run: the run's folder, for a command that trains.
     """
     if not _option("jax_enable_compilation_cache"):
         return
@@ -88,7 +88,7 @@ def _set(name: str, value: Any) -> None:
 
 
 def _check(folder: str) -> None:
-    """Raises `OSError` unless files can be written to `folder`, which is made."""
+    """Raise `OSError` unless files can be written to `folder`, which is made."""
     os.makedirs(folder, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder):
         pass

@@ -13,9 +13,8 @@ from xclip_jax.core.console import command, format_bytes, format_duration
 from xclip_jax.core.run_folder import RunFolder
 from xclip_jax.core.storage import REWRITE_SECONDS
 from xclip_jax.objectives.clip import Contrastive
-from xclip_jax.report import chance, record
-from xclip_jax.report.health import Warnings, complete_rows
-from xclip_jax.report.record import Record
+from xclip_jax.report import collect
+from xclip_jax.report.collect import Record, Warnings, complete_rows
 from xclip_jax.train import checkpoint_files
 from xclip_jax.train.batches import INPUT_BOUND
 from xclip_jax.train.checks import Finding, fail, warning
@@ -44,7 +43,7 @@ def check_run(path: str, now: float | None = None) -> Iterator[Finding]:
     Raises:
       UserError: not a run's folder, or a damaged file in it.
     """
-    run, folder = record.read(path), RunFolder(path)
+    run, folder = collect.read(path), RunFolder(path)
     yield from _progress(run, folder, time.time() if now is None else now)
     yield from _checkpoints(run, folder)
     if run.training:
@@ -251,7 +250,7 @@ def _results(run: Record, folder: RunFolder) -> Iterator[Finding]:
     failed = (folder.read_results() or {}).get("failed") or {}
     for name, reason in failed.items():
         yield fail("results", f"{name} could not be evaluated: {reason}", "run the same command to evaluate again")
-    judged = chance.verdicts(run.results)
+    judged = collect.verdicts(run.results)
     if not judged:
         return
     above = [name for (name, _), verdict in judged.items() if verdict == "above chance"]

@@ -9,8 +9,8 @@ caption, if it has one in its tar or in a .txt file of its name; or the text) an
 The file's metadata, "xclip_jax" (an array of that name in .npz), is JSON: checkpoint, preprocessing, commit, versions.
 In .npz ids and texts are lists in JSON (see `xclip_jax.data.embeddings`, whose `read` reads both file formats).
 
-Images that cannot be used are left out. Of --texts every line has its row, so that row i is line i: one that cannot be
-used, such as an empty one, has an embedding of zeros. Both are counted, and listed in OUT.bad.jsonl.
+Images that cannot be used are left out. Every line of --texts has its row, so that row i is line i: a line that cannot
+be used, such as an empty one, has an embedding of zeros. Both are counted, and listed in OUT.bad.jsonl.
 
 The work is done in parts, stored in OUT.parts until all are complete: after an interruption the same command resumes
 and repeats no part. It stops with an error when the weights, the text file, or the names or sizes of images have
@@ -22,9 +22,8 @@ import os
 import pathlib
 import shutil
 import time
-import typing
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from absl import logging
@@ -46,37 +45,54 @@ PART = 1024  # rows that an interruption may lose
 _PROGRESS_SECONDS = 5
 
 
-class _Part(Sequence[np.ndarray]):
-    """Images `start` to `stop` for an encoder; a bad one is black, and listed in `bad`."""
+class Part(NamedTuple):
+    """Embedded images: number of the first, embeddings (n, e), captions, and {row: error} of the bad ones."""
 
-    def __init__(self, ahead: ThreadPrefetcher, start: int, stop: int) -> None:
-        self._ahead, self._start, self._n = ahead, start, stop - start
-        self.texts, self.bad = [""] * self._n, {}
-
-    def __len__(self) -> int:
-        return self._n
-
-    @typing.overload
-    def __getitem__(self, i: int) -> np.ndarray: ...
-
-    @typing.overload
-    def __getitem__(self, i: slice) -> Sequence[np.ndarray]: ...
-
-    def __getitem__(self, i: int | slice) -> np.ndarray | Sequence[np.ndarray]:
-        if isinstance(i, slice):
-            return [self[row] for row in range(*i.indices(self._n))]
-        image, self.texts[i], error = self._ahead[self._start + i]
-        if error is not None:
-            self.bad[i] = error
-        return image
+    start: int
+    rows: np.ndarray
+    texts: list[str]
+    bad: dict[int, BadSample]
 
 
-def check_out(out: str, option: str = "--out") -> None:
-    """Raises `UserError` where the file `out`, given as `option`, cannot be written: its place, or its format."""
+def embed_images(
+    model: inference.Model, read: Callable[[int], tuple[Any, str]], n: int, size: int, *, threads: int = 0
+) -> Iterator[Part]:
+    """Yield `n` embedded images in parts; a bad one is embedded as black.
+
+    Args:
+      model: embeds them.
+      read: returns content and caption of an image by its number, or raises `BadSample`; called in threads.
+      n: number of images.
+      size: images of a part.
+      threads: number of threads that read and decode; 0 for one a core.
+    """
+    black = np.zeros((model.size, model.size, 3), np.uint8)
+
+    def make(i: int) -> tuple[np.ndarray, str, BadSample | None]:
+        try:
+            data, text = read(i)
+            return model.prepare(data), text, None
+        except BadSample as error:
+            return black, "", error
+
+    # The threads read ahead while the device computes.
+    with ThreadPrefetcher(make, n, threads=threads, window=2 * model.batch) as ahead:
+        for start in range(0, n, size):
+            stop, rows, made = min(start + size, n), [], []
+            for first in range(start, stop, model.batch):
+                batch = [ahead[i] for i in range(first, min(first + model.batch, stop))]
+                rows.append(model.encode_prepared([image for image, _, _ in batch]))
+                made += [(text, error) for _, text, error in batch]
+            bad = {row: error for row, (_, error) in enumerate(made) if error is not None}
+            yield Part(start, np.concatenate(rows), [text for text, _ in made], bad)
+
+
+def check_out(out: str) -> None:
+    """Raise `UserError` where the file `out` cannot be written: its place, or its format."""
     if storage.is_remote(out):
-        raise UserError(f"{option} {out!r} is in a bucket; name a local file, and copy it there when it is complete.")
+        raise UserError(f"--out {out!r} is in a bucket; name a local file, and copy it there when it is complete.")
     embeddings.format_of(pathlib.Path(out))
-    check_writable(f"{option} {out!r}", pathlib.Path(out).parent)
+    check_writable(f"--out {out!r}", pathlib.Path(out).parent)
 
 
 class EmbeddingJob:
@@ -90,7 +106,6 @@ class EmbeddingJob:
         *,
         part: int = PART,
         threads: int = 0,
-        option: str = "--out",
     ) -> None:
         """Check the job against the files of an earlier one.
 
@@ -100,18 +115,17 @@ class EmbeddingJob:
           out: file to write, .parquet or .npz.
           part: rows of a part, rounded up to a multiple of the model's batch.
           threads: number of threads that read and decode; 0 for one a core.
-          option: argument of the command that names `out`, for messages.
 
         Raises:
-          UserError: the file or its parts are of another job; `part` below 1, `threads` below 0.
+          UserError: the file or its parts belong to another job; `part` below 1, `threads` below 0.
         """
         check_count("part", part, 1)
         check_count("threads", threads, 0)
-        check_out(out, option)
+        check_out(out)
         self.model, self.sources, self.out, self._threads = model, sources, pathlib.Path(out), threads
-        self._format, self._option = embeddings.format_of(self.out), option
+        self._format = embeddings.format_of(self.out)
         self.folder = pathlib.Path(f"{out}.parts")
-        size = -(-part // model.batch) * model.batch
+        self._size = size = -(-part // model.batch) * model.batch
         self._parts = [
             (modality, start, min(start + size, len(source)))
             for modality, source in sources.items()
@@ -125,9 +139,9 @@ class EmbeddingJob:
         self._check_plan()
 
     def _check_plan(self) -> None:
-        """Raises `UserError` where there are a file or parts of another job."""
+        """Raise `UserError` where the file or its parts belong to another job."""
         file, saved = self.folder / "plan.json", self.plan
-        fault = f"{self.folder} is of another job"
+        fault = f"{self.folder} belongs to another job"
         if file.exists():
             try:
                 saved = dict(json.loads(file.read_text()))
@@ -135,10 +149,10 @@ class EmbeddingJob:
                 raise UserError(f"{file} is damaged; delete {self.folder} to embed again.") from error
         elif self.out.exists():
             saved, fault = embeddings.about(self.out).get("plan", {}), f"{self.out} contains other embeddings"
-        # A complete file is the same of parts of any size, which follow from the batch.
+        # A complete file does not depend on the size of its parts, which follows from the batch.
         keys = (self.plan.keys() | saved.keys()) - ({"part"} if self.complete else set())
         if differing := sorted(key for key in keys if self.plan.get(key) != saved.get(key)):
-            raise UserError(f"{fault}: {', '.join(differing)} differ; delete it, or set another {self._option}.")
+            raise UserError(f"{fault}: {', '.join(differing)} differ; delete it, or set another --out.")
 
     @property
     def complete(self) -> bool:
@@ -187,26 +201,15 @@ class EmbeddingJob:
         return file.read_text().splitlines() if file.exists() else []
 
     def _images(self, source: Source, todo: Sequence[int]) -> None:
-        black = np.zeros((self.model.size, self.model.size, 3), np.uint8)
-        _, first, _ = self._parts[todo[0]]
+        first = self._parts[todo[0]][1]
         progress = Progress("images", first, len(source))
-
-        def make(i: int) -> tuple[np.ndarray, str, BadSample | None]:
-            try:
-                data, text = source.read(first + i)
-                return self.model.prepare(data), text, None
-            except BadSample as error:
-                return black, "", error
-
-        # The threads read the next part while the device computes the last one.
-        n = len(source) - first
-        with ThreadPrefetcher(make, n, threads=self._threads, window=2 * self.model.batch) as ahead:
-            for i in todo:
-                _, start, stop = self._parts[i]
-                part = _Part(ahead, start - first, stop - first)
-                rows = self.model.encode_prepared(part)
-                self._write(i, part.texts, rows, part.bad, [row for row in range(stop - start) if row not in part.bad])
-                progress.after(stop, self._bad)
+        parts = embed_images(
+            self.model, lambda i: source.read(first + i), len(source) - first, self._size, threads=self._threads
+        )
+        for i, part in zip(todo, parts, strict=True):
+            kept = [row for row in range(len(part.rows)) if row not in part.bad]
+            self._write(i, part.texts, part.rows, part.bad, kept)
+            progress.after(self._parts[i][2], self._bad)
 
     def _texts(self, source: Source, todo: Sequence[int]) -> None:
         progress = Progress("texts", self._parts[todo[0]][1], len(source))
@@ -244,7 +247,7 @@ class EmbeddingJob:
         # A part of this name is complete.
         temporary = self.folder / f".{self._file(i).name}.tmp"
         self._format.write(temporary, columns | {"embedding": rows[kept]})
-        _put_in_place(temporary, self._file(i))
+        put_in_place(temporary, self._file(i))
 
     def _join(self) -> dict[str, Any]:
         bad = [line for i in range(len(self._parts)) for line in self._listed(i)]
@@ -261,21 +264,21 @@ class EmbeddingJob:
         about["environment"] = environment.capture()
         temporary = self.out.with_name(f".{self.out.name}.tmp")
         self._format.join([self._file(i) for i in range(len(self._parts))], temporary, about)
-        _put_in_place(temporary, self.out)
+        put_in_place(temporary, self.out)
         shutil.rmtree(self.folder)
         log0(f"{about['rows']:,} embeddings: {self.out}")
         return about
 
 
-def _put_in_place(temporary: pathlib.Path, path: pathlib.Path) -> None:
-    """Give a file that was written its name, once its bytes are on the disk."""
+def put_in_place(temporary: pathlib.Path, path: pathlib.Path) -> None:
+    """Rename a complete file to `path` once its bytes are on the disk."""
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
     temporary.replace(path)
 
 
 class Progress:
-    """Prints the number of items that are done, speed and remaining time, every few seconds."""
+    """Prints how many items are done, the speed and the remaining time, every few seconds."""
 
     def __init__(self, unit: str, first: int, n: int) -> None:
         self._unit, self._first, self._n = unit, first, n

@@ -1,6 +1,6 @@
 """Sources of `xclip_jax.commands.embed`: image files, tars and lines of a text file, by index.
 
-A job that resumes compares their digests with those of its start.
+A job that resumes compares their digests with the first start's.
 """
 
 import glob
@@ -47,11 +47,19 @@ class Images:
         return public(os.fsencode(self.paths[index]).decode("utf-8", "replace"))
 
     def read(self, index: int) -> tuple[bytes, str]:
-        path = self.paths[index]
-        return model.read(path), "" if storage.is_remote(path) else _caption(pathlib.Path(path).with_suffix(".txt"))
+        return model.read(self.paths[index]), self.caption(index)
+
+    def caption(self, index: int) -> str:
+        """Return the first line of a caption; "" for a missing or unreadable one, and for images in buckets."""
+        path = pathlib.Path(self.paths[index]).with_suffix(".txt")
+        try:
+            content = b"" if storage.is_remote(self.paths[index]) else storage.read(str(path), MAX_BYTES["text"])
+            return decode_text(content).strip().partition("\n")[0].strip()
+        except (OSError, BadSample):
+            return ""
 
     def digest(self) -> str:
-        """Hash of names and sizes, also of captions; not of times, which change when files are copied."""
+        """Return a hash of names and sizes, also of captions; without times, which change when files are copied."""
         digest = hashlib.blake2b(digest_size=16)
         for path in self.paths:
             files = path, pathlib.Path(path).with_suffix(".txt")
@@ -60,16 +68,8 @@ class Images:
         return digest.hexdigest()
 
 
-def _caption(path: pathlib.Path) -> str:
-    """The first line of a file; "" for a missing or unreadable one, since a caption is optional here."""
-    try:
-        return decode_text(storage.read(str(path), MAX_BYTES["text"])).strip().partition("\n")[0].strip()
-    except (OSError, BadSample):
-        return ""
-
-
 class Tars:
-    """Images in tars as img2dataset writes them, with their captions if they have some."""
+    """Images in tars as img2dataset writes them, with their captions, if any."""
 
     def __init__(self, pattern: str) -> None:
         self.source = TarSource(pattern)
@@ -129,7 +129,7 @@ class Lines:
 
 
 def open_images(pattern: str) -> Images | Tars:
-    """Open the images of a folder, or of files as `storage.expand` names them: all of them tars, or none.
+    """Open the images of a folder, or files that `storage.expand` lists: only tars, or no tars.
 
     Raises:
       UserError: no images.
@@ -152,7 +152,7 @@ def open_images(pattern: str) -> Images | Tars:
         return Images(images)
     if folders := [part for part in pattern.split(",") if os.path.isdir(part.removeprefix("folder:"))]:
         raise UserError(
-            f"--images {pattern!r} names the folder {folders[0]!r} in a list; name one folder alone, or files, as in "
+            f"--images {pattern!r} names the folder {folders[0]!r} in a list; name one folder, or files, as in "
             "'A/*.jpg,B/*.jpg'."
         )
     paths = storage.expand(pattern)

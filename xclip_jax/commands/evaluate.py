@@ -5,35 +5,120 @@
     xclip-jax evaluate --compare RUN_A RUN_B
 
 RUN is a run's folder, or weights that `xclip_jax.interop` reads: a folder or file of open_clip, of transformers, of
-OpenAI's CLIP or of xclip_jax.commands.export, or hf:ORG/NAME[@REVISION] of the Hugging Face Hub. Results are added to
-RUN/evaluation.json (beside a file RUN.evaluation.json, of a repository ORG--NAME.evaluation.json), or to --output, set
+OpenAI's CLIP or of `xclip-jax export`, or hf:ORG/NAME[@REVISION] of the Hugging Face Hub. Results are added to
+RUN/evaluation.json (for a file FILE.evaluation.json, for a repository ORG--NAME.evaluation.json), or to --output, set
 by set: each has its value, metric, protocol, templates, preprocessing, data set version, hash of the split, n and
 seconds, and its step and profile. A result of the same set, step and profile is replaced, all others stay;
-`evaluators.results` documents the file. FILE.items.npz beside it has per-example values, which --compare resamples for
-its intervals.
+`evaluators.results` documents the file. FILE.items.npz in the same folder has per-example values, which --compare
+resamples for its intervals.
 
 Images that cannot be decoded count as wrong, and the result says how many there were ("unreadable"); more than 5 % of a
 set are an error.
 """
 
 import argparse
-from collections.abc import Sequence
+import dataclasses
+import json
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import jax
 from absl import logging
 from etils import epath
 
 from xclip_jax.commands import compilation_cache
-from xclip_jax.commands.evaluation import evaluate
+from xclip_jax.config import schema
+from xclip_jax.config.schema import Config
+from xclip_jax.core import environment
 from xclip_jax.core.console import log0
-from xclip_jax.core.errors import Parser, exit_with_message
+from xclip_jax.core.errors import Parser, exit_with_message, public
 from xclip_jax.core.imports import add_trust, trusting
+from xclip_jax.core.run_folder import evaluation_file
 from xclip_jax.core.storage import write_json
-from xclip_jax.evaluators import registry, results
+from xclip_jax.evaluators import registry, results, tables
 from xclip_jax.evaluators.prompts import read_class_names
+from xclip_jax.evaluators.results import Result
 from xclip_jax.evaluators.tables import compare, render_comparison
+from xclip_jax.interop import hub
+from xclip_jax.models.two_towers import Variables
 from xclip_jax.train import checks
+from xclip_jax.train.build import Experiment, make_encoder, profile_of_run
+from xclip_jax.train.weights import fingerprint, load, pin, read_classes
 
 PROFILE_FIELDS = ("prefix", "lower", "captions", "templates", "names")
+
+
+def evaluate(
+    run: str,
+    suite: str | Sequence[str],
+    *,
+    step: int | None = None,
+    profile: str = "openai",
+    changes: Mapping[str, Any] | None = None,
+    data_dir: str = "",
+    output: str = "",
+) -> dict[str, Any]:
+    """Evaluate a checkpoint, add the results to the file set by set, and print their table.
+
+    Args:
+      run, step: as in `load`.
+      suite: as in `registry.expand_suites`.
+      profile: one of `registry.PROFILES`: templates, resizing and retrieval protocol together.
+      changes: fields of `Profile` to change; by default the run's config has the templates and names of own classes.
+      data_dir: root of the data sets; by default the run's.
+      output: file of the results, `evaluation_file(run)` by default; of "hf:ORG/NAME" ORG--NAME.evaluation.json.
+
+    Returns:
+      What this call added: its entries are "results".
+
+    Raises:
+      UserError: bad input. All sets are opened before the first one is evaluated.
+    """
+    began = time.perf_counter()
+    names, changes = registry.expand_suites(suite), json.loads(json.dumps(changes or {}))  # as the file has them
+    dataclasses.replace(registry.profile(profile), **changes)  # for its errors, before the work
+    path = epath.Path(output) if output else evaluation_file(hub.local_name(run))
+    if output:
+        results.make_folder(path)
+    pinned, origin = pin(run)
+    config, experiment, variables, loaded_step = load(pinned, step)
+    if path.exists():
+        results.read(path)  # an error for a damaged file, before the work
+    encoder = make_encoder(experiment, read_classes(pinned))
+    evaluators = registry.open_all(
+        names, encoder, data_dir, profile_of_run(config, profile, changes), experiment.config.data
+    )
+    suites = suite if isinstance(suite, str) else list(suite)
+    command = {"suite": suites, "config": schema.to_dict(config), "environment": environment.capture()}
+    shared = {"checkpoint": str(run), "step": loaded_step, "profile": profile, "changes": changes}
+    model = _facts(config, experiment, variables) | origin
+    entries, all_results = [], list[Result]()
+    for name, evaluator in zip(names, evaluators, strict=True):
+        started = time.perf_counter()
+        of_set = registry.measure(evaluator, variables)
+        seconds = {"seconds": time.perf_counter() - started}
+        entry = results.make_entry(name, evaluator.name, of_set, experiment.preprocessing) | model | shared | seconds
+        command["seconds"] = time.perf_counter() - began
+        if jax.process_index() == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            results.add(path, public(entry), results.items(of_set), command, own=not output)
+        entries.append(entry)
+        all_results += of_set
+    log0(f"{run}, step {loaded_step}, profile {profile}")
+    log0(tables.render(all_results))
+    log0(f"results: {path}")
+    return {**shared, **command, "results": entries}
+
+
+def _facts(config: Config, experiment: Experiment, variables: Variables) -> dict[str, Any]:
+    """Return the fields of an entry that describe the model."""
+    return {
+        "tokenizer": config.data.tokenizer,
+        "text_length": experiment.context_length,
+        "fingerprint": fingerprint(experiment, variables),
+        "eval": results.settings(config),
+    }
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -53,7 +138,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--profile", help=f"{', '.join(registry.PROFILES)}; openai by default")
     parser.add_argument(
         "--prefix",
-        help="text before captions of retrieval; by default that of the profile before those of published sets",
+        help="text before captions of retrieval; by default the profile's, for published sets only",
     )
     parser.add_argument("--lower", action="store_true", default=None, help="captions in lower case")
     parser.add_argument("--captions", type=int, help="number of captions of each image; 0 for all")

@@ -6,8 +6,8 @@ writes the folder OUT: `hf` for transformers (CLIPModel, with its processor), `o
 for xclip_jax itself, which loses nothing. The model's preprocessing and tokenizer are written too; where the format has
 no place for them, the export is an error. README.md is a model card with data, recipe and results of the run. RUN may
 also be weights that `xclip_jax.interop` reads, such as hf:ORG/NAME. Where the run evaluates the moving average of its
-parameters (eval.ema), the average is exported. --push uploads what was written to a repository of the Hugging Face Hub,
-after everything else.
+parameters (eval.ema), the average is exported. --push uploads the files to a repository of the Hugging Face Hub, after
+everything else.
 """
 
 from collections.abc import Sequence

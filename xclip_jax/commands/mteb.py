@@ -20,7 +20,7 @@ from xclip_jax.interop import hub
 
 
 class Model:
-    """A model as `mteb.EncoderProtocol` wants it: dense embeddings of texts and images that are compared by cosine.
+    """A model in the form of `mteb.EncoderProtocol`: dense embeddings of texts and images, compared by cosine.
 
     Prompts and instructions of tasks are not used. An item of a text and an image has the sum of both embeddings, each
     of unit length.
@@ -37,8 +37,8 @@ class Model:
         """Load a model, on all devices of this machine.
 
         Args:
-          model: a run's folder, weights or hf:ORG/NAME, as `xclip_jax.load` takes it; or what that returned.
-          name: "ORG/NAME" for the results; by default that of the Hub, or xclip_jax/FOLDER.
+          model: a run's folder, weights or hf:ORG/NAME, as `xclip_jax.load` takes it; or its result.
+          name: "ORG/NAME" for the results; by default the repository of the Hub, or xclip_jax/FOLDER.
           step, batch: as in `xclip_jax.load`.
 
         Raises:
@@ -72,7 +72,7 @@ class Model:
 
         Args:
           inputs: batches {"text": strings, "image": Pillow's images}, of either or of both.
-          options: those of the protocol, such as `task_metadata` and `prompt_type`; not used.
+          options: further ones of the protocol, such as `task_metadata` and `prompt_type`; not used.
 
         Returns:
           fp32 (items, e).

@@ -1,8 +1,8 @@
-"""What a config needs of TPUs, ahead of time: xclip-jax plan --config FILE.py --topology v5e:4x8.
+"""Plan the memory, time and traffic of a run on TPUs ahead of time: xclip-jax plan --config FILE.py --topology v5e:4x8.
 
-Compiles the train step that a run would use for a topology that need not exist, and prints whether it fits, how long
-the run takes and what it costs, where the time of a step goes, and what is sent. Times are a model made of the TPU
-compiler's estimates, not a measurement; `--mfu` replaces them. Needs the package libtpu
+Compiles the train step of a run for a topology that need not exist, and prints whether it fits, the time and cost of
+the run, the parts of a step's time, and the bytes that chips send. Times are a model made of the TPU compiler's
+estimates, not a measurement; `--mfu` replaces them. Needs the package libtpu
 (pip install 'xclip_jax[tpu]') and no TPU. `--explain` prints the sharding of each parameter, and stops.
 """
 
@@ -31,14 +31,14 @@ from xclip_jax.train.memory import bytes_on_device
 _TOPOLOGY = flags.DEFINE_string("topology", "", "CHIP:GRID, as v5e:4x8 or v4:2x4x4; without it, the devices here.")
 _SLICES = flags.DEFINE_integer("slices", 1, "Slices of that topology.")
 _MFU = flags.DEFINE_float("mfu", None, "Share of the chips' peak that the model's FLOPs reach, if you know it.")
-_PRICE = flags.DEFINE_float("price", 0.0, "Of a chip-hour, for the cost of the run.", lower_bound=0.0)
+_PRICE = flags.DEFINE_float("price", 0.0, "Price of a chip-hour, for the cost of the run.", lower_bound=0.0)
 _HLO = flags.DEFINE_string("hlo", "", "File to write the optimised program to.")
 _EXPLAIN = flags.DEFINE_bool("explain", False, "Print the sharding of each parameter, and stop.")
 _JSON = flags.DEFINE_bool("json", False, "Print JSON.")
 
 
 def explain(experiment: Experiment) -> list[dict[str, Any]]:
-    """One row a parameter: name, shape, sharding, bytes on each chip."""
+    """Return a row for each parameter: name, shape, sharding, bytes on each chip."""
     rows = []
     for path, x in jax.tree_util.tree_leaves_with_path(experiment.abstract.params):
         rows.append(
@@ -61,7 +61,7 @@ def plan(
     price: float = 0.0,
     hlo: str = "",
 ) -> dict[str, Any]:
-    """Everything that the command prints, as plain numbers and strings; bytes are of one device.
+    """Return everything that the command prints, as plain numbers and strings; bytes on one device.
 
     Args:
       config: of a run.
@@ -114,7 +114,7 @@ def plan(
 def _time(
     experiment: Experiment, facts: dict[str, Any], mfu: float | None, peak: float, price: float
 ) -> dict[str, Any]:
-    """How long the run takes and what it costs, by `mfu` or by the roofline; or why that is not known."""
+    """Return time and cost of the run, by `mfu` or by the roofline; or why they are not known."""
     config = experiment.config
     work = flops.train_step(config, rows=experiment.text_rows[0])
     peak_ms = 1e3 * work / peak if work else None
@@ -144,7 +144,7 @@ def _time(
 
 
 def _largest(sent: list[Collective], n: int = 12) -> list[dict[str, Any]]:
-    """The collectives that move most, with their shapes."""
+    """Return the collectives that send the most bytes, with their shapes."""
     ordered = sorted(sent, key=lambda each: -each.total)[:n]
     return [
         {
@@ -160,7 +160,7 @@ def _largest(sent: list[Collective], n: int = 12) -> list[dict[str, Any]]:
 
 
 def render(facts: dict[str, Any]) -> str:
-    """The plan as text."""
+    """Return the plan as text."""
     mesh = " x ".join(f"{axis} {n}" for axis, n in facts["mesh"].items())
     slices = f", {facts['slices']} slices" if facts["slices"] > 1 else ""
     device, devices = "chip", ""
@@ -210,7 +210,7 @@ def _render_time(facts: dict[str, Any]) -> list[str]:
 
 
 def _render_roofline(facts: dict[str, Any]) -> list[str]:
-    """Where a step's time goes."""
+    """Return a table of the parts of a step's time."""
     account = facts["roofline"]
 
     def row(name: str, *cells: float | str) -> str:
@@ -250,7 +250,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
 
 
 def main(_: list[str]) -> None:
-    """Prints a plan or an explanation."""
+    """Run the command."""
     logging.set_verbosity(logging.ERROR)
     config = flags.FLAGS.config
     with exit_with_message():

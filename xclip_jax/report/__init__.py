@@ -8,6 +8,6 @@ if typing.TYPE_CHECKING:
 
 def callback() -> "Callback":
     """Return the callback that writes the report of a run: `trainer.run(config, [xclip_jax.report.callback()])`."""
-    from xclip_jax.report.writer import ReportWriter  # imports the trainer's modules, which take a while
+    from xclip_jax.report.page import ReportWriter  # imports the trainer's modules, which take a while
 
     return ReportWriter()

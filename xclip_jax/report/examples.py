@@ -5,19 +5,23 @@ Examples are drawn by a seed, never selected by hand.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+import jax
 import numpy as np
 
 from xclip_jax.data import loader
+from xclip_jax.data.transforms import normalize
 from xclip_jax.evaluators import tables
 from xclip_jax.evaluators.encoder import Encoder, Features
 from xclip_jax.evaluators.prompts import PROFILES, Profile
 from xclip_jax.evaluators.retrieval import RetrievalSet, positives
 from xclip_jax.evaluators.retrieval import ranks as ranks_of
 from xclip_jax.evaluators.zeroshot import ZeroShot, ZeroShotSet, compare, text_scores
-from xclip_jax.models.two_towers import Variables
+from xclip_jax.models.two_towers import TwoTowers, Variables
 from xclip_jax.objectives.similarity import Similarity, cluster_similarity, features, softmax
-from xclip_jax.report.selection import POOL, ZeroShotPanel, readable, select, subset
+from xclip_jax.parallel.mesh import replicated
+from xclip_jax.report.selection import POOL, of_different_classes, readable, select, subset
 
 NUM_IMAGES = 9  # images that get names, of each set
 NUM_QUERIES = 8  # texts that are searched for
@@ -38,10 +42,14 @@ class Gallery:
     shown: list[np.ndarray]
     names: list[str]
 
+    def names_of(self, indices: Sequence[int]) -> str:
+        """Return the names of some images in one text."""
+        return " ".join(self.names[i] for i in indices)
+
 
 @dataclasses.dataclass(frozen=True)
 class ScoredLabel:
-    """A name for an image: the length of its bar (0 to 1), the number beside it, and whether it is right."""
+    """A name for an image: the length of its bar (0 to 1), the number at its end, and whether it is right."""
 
     name: str
     value: float
@@ -71,7 +79,7 @@ class ZeroShotExamples:
 
 @dataclasses.dataclass(frozen=True)
 class SearchResult:
-    """Results of a text query: indices of a gallery's images, best first, and which of them are right, if known."""
+    """Results of a text query: indices of a gallery's images, best first, and whether each is right, if known."""
 
     text: str
     images: list[int]
@@ -133,9 +141,23 @@ class Clusters:
     most: list[Cluster]
 
 
+@dataclasses.dataclass(frozen=True)
+class Maps:
+    """Attention over the patches of images with `indices` in a gallery: maps (n, rows, columns), each with sum 1.
+
+    `last` is the last attention before the features, `meaning` says of what. `rollout` is through all blocks (arXiv
+    2005.00928): the blocks' maps, half of each kept for the residual path, multiplied.
+    """
+
+    indices: list[int]
+    last: np.ndarray
+    rollout: np.ndarray
+    meaning: str
+
+
 @dataclasses.dataclass
 class Examples:
-    """Everything that is shown of a model; `missing` gives the reasons for what is empty."""
+    """Everything that a report shows of a model; `missing` says why other fields are empty."""
 
     seed: int = 0
     named: list[ZeroShotExamples] = dataclasses.field(default_factory=list)
@@ -144,6 +166,7 @@ class Examples:
     retrieved: RetrievalExamples | None = None
     confusion: Confusion | None = None
     clusters: Clusters | None = None
+    maps: Maps | None = None
     credits: list[str] = dataclasses.field(default_factory=list)  # who made the images
     missing: list[str] = dataclasses.field(default_factory=list)
 
@@ -157,21 +180,19 @@ def collect_examples(
     data_dir: str | None = None,
     data_seed: int = 0,
     pairs: bool = True,
-    queries: Sequence[str] = (),
     seed: int = 0,
     profile: Profile = PROFILES["openai"],
 ) -> Examples:
-    """Compute all `Examples`. With several processes all of them call this, and all get the same.
+    """Compute all `Examples` but the attention maps. With several processes all call this, and all get the same.
 
     Args:
       encoder: of the model.
-      variables: what `TwoTowers.apply` takes.
-      specs: evaluation sets of the run, of which `select` chooses some.
+      variables: arguments of `TwoTowers.apply`.
+      specs: evaluation sets of the run; `select` chooses some.
       data: of the training pairs, which serve where none of the sets can be read.
-      data_dir: root of TFDS data sets, None (or "") for that of `data`.
-      data_seed: of the run, which decides what `data.subset` and `data.caption_noise` make of the training pairs.
+      data_dir: root of TFDS data sets, None (or "") for the root in `data`.
+      data_seed: of the run, which seeds `data.subset` and `data.caption_noise` of the training pairs.
       pairs: whether `data` are pairs and not labelled items.
-      queries: texts to search the images of a set that has queries with, in place of its own.
       seed: decides which images and texts are shown.
       profile: templates and class names of the sets.
     """
@@ -179,11 +200,11 @@ def collect_examples(
         return Examples(seed, missing=[_NO_SIMILARITY])
     selection = select(specs, encoder.preprocessing, data_dir, data, seed, profile, data_seed, pairs)
     examples = Examples(seed, credits=selection.credits, missing=selection.missing)
-    words: Sequence[str] = [name for _, zeroshot, _ in selection.zeroshot for name in zeroshot.names]
-    for n, (panel, zeroshot, shown) in enumerate(selection.zeroshot):
+    words: Sequence[str] = [name for _, _, zeroshot, _ in selection.zeroshot for name in zeroshot.names]
+    for n, (title, sentence, zeroshot, shown) in enumerate(selection.zeroshot):
         rng = np.random.default_rng(seed)
-        first = _different(zeroshot.labels, rng)
-        # The first two sets are searched, clustered and counted; of the others only what is shown is encoded.
+        first = of_different_classes(zeroshot.labels, NUM_IMAGES, rng)
+        # The first two sets are searched, clustered and counted; others encode only the images that they show.
         pool = rng.permutation(len(zeroshot.labels))[:POOL] if n < 2 else []
         keep = readable(shown, np.unique([*first, *pool]).astype(int), examples.missing)
         first = first[np.isin(first, keep)]
@@ -191,9 +212,12 @@ def collect_examples(
         scores = ZeroShot(encoder, zeroshot).scores(variables)
         indices = np.searchsorted(keep, first)
         bars = _bars(encoder, variables, {score: x[indices] for score, x in scores.items()})
-        examples.named.append(_named(panel, zeroshot, shown, indices, scores[""][indices], bars))
+        guesses = _named(zeroshot, shown, indices, scores[""][indices], bars)
+        num_classes = len(zeroshot.prompts)
+        sentence = f"{sentence.replace('{num_classes}', f'{num_classes:,}')} Bars: {bars.meaning}."
+        examples.named.append(ZeroShotExamples(title, sentence, num_classes, guesses))
         if n == 0:
-            examples.confusion = _confusion(panel.title, zeroshot, shown, scores[""], rng)
+            examples.confusion = _confusion(title, zeroshot, shown, scores[""], rng)
         if n < 2:
             examples.gallery.images.extend(zeroshot.images)
             examples.gallery.shown.extend(shown.images)
@@ -204,8 +228,7 @@ def collect_examples(
         if not selection.zeroshot:
             examples.gallery, words = examples.retrieved.gallery, captions
     if examples.gallery.images:
-        asked = (queries or selection.queries) if selection.queries else ()
-        _search_and_cluster(examples, encoder, variables, asked, list(dict.fromkeys(words)))
+        _search_and_cluster(examples, encoder, variables, selection.queries, list(dict.fromkeys(words)))
     return examples
 
 
@@ -221,42 +244,32 @@ def _search_and_cluster(
         examples.clusters = _clusters(similarity, examples.gallery, img, txt, words)
 
 
-def _different(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Indices of `NUM_IMAGES` images of different classes."""
-    order = rng.permutation(len(labels))
-    _, first = np.unique(labels[order], return_index=True)
-    return order[np.sort(first)][:NUM_IMAGES]
-
-
 @dataclasses.dataclass(frozen=True)
 class _Bars:
-    """What bars show for scores (n, m): values from 0 to 1, how one is written, and what they mean."""
+    """Bars for scores (n, m): values from 0 to 1, a function that formats one, and the meaning of the values."""
 
     values: np.ndarray
     write: Callable[[float], str]
     meaning: str
 
     def label(self, row: int, column: int, name: str, right: bool) -> ScoredLabel:
-        """The bar of one score."""
+        """Return the bar of one score."""
         value = self.values[row, column]
         return ScoredLabel(name, float(np.clip(value, 0, 1)), self.write(value), right)
 
 
 def _bars(encoder: Encoder, variables: Variables, scores: Mapping[str, np.ndarray]) -> _Bars:
-    """Probabilities of the logits, or the scores themselves where the model's similarity has a label for these."""
+    """Return probabilities of the logits, or the scores themselves if the model's similarity has a label for bars."""
     if label := encoder.similarities[0].bar_label:
         return _Bars(scores[""], lambda value: f"{value:.2f}", label)
-    return _Bars(softmax(encoder.logits_of(scores, variables)), _percent, "probability")
-
-
-def _percent(value: float) -> str:
-    return "<1 %" if value < 0.01 else f"{100 * value:.0f} %"
+    probabilities = softmax(encoder.logits_of(scores, variables))
+    return _Bars(probabilities, lambda value: "<1 %" if value < 0.01 else f"{100 * value:.0f} %", "probability")
 
 
 def _named(
-    panel: ZeroShotPanel, data: ZeroShotSet, shown: ZeroShotSet, indices: np.ndarray, scores: np.ndarray, bars: _Bars
-) -> ZeroShotExamples:
-    """The images at `indices`, of which `scores` (n, classes) and `bars` have a row each."""
+    data: ZeroShotSet, shown: ZeroShotSet, indices: np.ndarray, scores: np.ndarray, bars: _Bars
+) -> list[Prediction]:
+    """Return the images at `indices` with their best names; `scores` (n, classes) and `bars` have a row for each."""
     ranking = np.argsort(-scores, axis=1, kind="stable")
     guesses = []
     for row, i in enumerate(indices):
@@ -264,9 +277,7 @@ def _named(
         best = [bars.label(row, k, data.names[k], k == label) for k in ranking[row, :5]]
         rank = int(np.flatnonzero(ranking[row] == label)[0]) + 1
         guesses.append(Prediction(shown.images[i], data.names[label], rank, best))
-    num_classes = len(data.prompts)
-    sentence = f"{panel.sentence.replace('{num_classes}', f'{num_classes:,}')} Bars: {bars.meaning}."
-    return ZeroShotExamples(panel.title, sentence, num_classes, guesses)
+    return guesses
 
 
 def _searches(encoder: Encoder, variables: Variables, img: Features, queries: Sequence[str]) -> list[SearchResult]:
@@ -285,7 +296,7 @@ def _retrieved(
     rng: np.random.Generator,
     missing: list[str],
 ) -> tuple[RetrievalExamples, list[str]]:
-    """Results for `NUM_QUERIES` texts and `NUM_IMAGES` images; and all texts."""
+    """Return results for `NUM_QUERIES` texts and `NUM_IMAGES` images, and all texts."""
     keep = readable(shown, np.sort(rng.permutation(len(data.images))[:POOL]), missing)
     captions = [data.captions[i] for i in keep]
     texts = [text for of_image in captions for text in of_image]
@@ -336,7 +347,7 @@ def _confusion(
 
 
 def _clusters(similarity: Similarity, gallery: Gallery, img: Features, txt: Features, words: Sequence[str]) -> Clusters:
-    """The clusters of the gallery's images and of `words`, by what `similarity` reads of their features."""
+    """Return the clusters of the gallery's images and of `words`."""
     p, q = (similarity.rows(x[similarity.feature]) for x in (img, txt))
     pictures, texts = (np.bincount(x.argmax(axis=1), minlength=p.shape[1]) for x in (p, q))
     used = int(np.count_nonzero(pictures))
@@ -351,3 +362,34 @@ def _clusters(similarity: Similarity, gallery: Gallery, img: Features, txt: Feat
         for k in np.argsort(-pictures, kind="stable")[: min(CLUSTERS, used)]
     ]
     return Clusters(p.shape[1], used, gallery, most)
+
+
+def attention(
+    model: TwoTowers,
+    variables: Variables,
+    gallery: Sequence[np.ndarray],
+    statistics: tuple[tuple[float, ...], ...],
+    mesh: jax.sharding.Mesh,
+    *,
+    n: int = NUM_IMAGES,
+    seed: int = 0,
+) -> Maps | None:
+    """Return maps of `n` images of `gallery`, uint8 (size, size, 3), drawn by the seed; None where the tower has none.
+
+    Args:
+      model, variables: the towers and the variables of their `apply`.
+      gallery: images to draw from, one or more.
+      statistics: mean and deviation of pixels.
+      mesh: where the parameters are.
+      n, seed: how many images, and which.
+    """
+    if not model.img.attention:
+        return None
+    indices = np.random.default_rng(seed).permutation(len(gallery))[:n]
+    images = np.stack([gallery[i] for i in indices])
+
+    def maps(params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return model.img.attention_maps(params, normalize(images, *statistics), model.dtype)
+
+    last, rollout = jax.jit(maps, out_shardings=replicated(mesh))(variables["params"]["img"], images)
+    return Maps(indices.tolist(), np.asarray(last), np.asarray(rollout), model.img.attention)

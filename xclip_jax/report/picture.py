@@ -1,26 +1,120 @@
-"""A picture of a model's predictions: names for images, images for words, and clusters where it has any."""
+"""A picture of a model's predictions: images for words, names for images, and clusters; and a strip of it.
 
+Both are drawn on a canvas on Pillow: rows with text, boxes and images, stacked to one image.
+"""
+
+import functools
+import io
+import itertools
 import os
+import unicodedata
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from xclip_jax.report.canvas import CARD, EDGE, INK, MARGIN, MUTED, WIDTH, Row, save
+import numpy as np
+from etils import epath
+from PIL import Image, ImageDraw, ImageFont
+
+from xclip_jax.core.errors import UserError
 from xclip_jax.report.examples import Cluster, Clusters, Examples, Gallery, Prediction, SearchResult, ZeroShotExamples
 from xclip_jax.report.selection import SHOWN
 
-Cell = Callable[[Row, float, float, Any], None]
+WIDTH, MARGIN = 1600, 56  # pixels
+INK, MUTED, PAPER, CARD, EDGE = "#111827", "#6b7280", "#f3f4f6", "#ffffff", "#e5e7eb"
+
+# Drawn at twice the size and halved: Pillow smooths letters, but not the edges of boxes.
+_SCALE = 2
+_GLYPHS = frozenset(map(chr, (*range(32, 127), *map(ord, "©«°±·»‘’“”…"))))
+
 
 RIGHT, RIGHT_INK, OTHER = "#a7f3d0", "#047857", "#e0e7ff"
 GAP = 20
 CARDS = 4  # in a row
-VALUE = 46  # width of the number beside a bar
+NAME_HEIGHT, SEARCH_HEIGHT, CLUSTER_HEIGHT = 182, 186, 210  # of a card
+VALUE = 46  # width of the number at the end of a bar
 CLUSTERS = 8
+
+
+@functools.cache
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size * _SCALE)
+
+
+def printable(text: str) -> str:
+    """Return `text` in the glyphs of Pillow's own font: accents are dropped, other characters become "?"."""
+    plain = (c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+    return "".join(c if c in _GLYPHS else "-" if c in "‐‑–—−" else "?" for c in plain)
+
+
+def fit(text: str, size: int, width: float) -> str:
+    """Return `text`, printable and cut with an ellipsis so that it is at most `width` pixels wide at font `size`."""
+    text = printable(text)
+    if _font(size).getlength(text) <= width * _SCALE:
+        return text
+    while text and _font(size).getlength(text + "…") > width * _SCALE:
+        text = text[:-1]
+    return text.rstrip(" ,:(") + "…"
+
+
+class Row:
+    """A part of the image, `height` pixels high and of its full width. All measures are pixels of the image."""
+
+    def __init__(self, height: int) -> None:
+        self.image = Image.new("RGB", (WIDTH * _SCALE, height * _SCALE), PAPER)
+        self._pen = ImageDraw.Draw(self.image)
+
+    def text(
+        self,
+        x: float,
+        y: float,
+        text: str,
+        size: int,
+        color: str = INK,
+        *,
+        bold: bool = False,
+        anchor: str = "ls",
+        width: float = WIDTH,
+    ) -> None:
+        """Draw one line with its baseline at y, from x on ("ls"), to x ("rs") or around x ("ms")."""
+        # The font has one weight; half a pixel of outline makes the other.
+        stroke = size / 36 if bold else 0
+        self._pen.text(
+            (x * _SCALE, y * _SCALE), fit(text, size, width), color, _font(size), anchor, stroke_width=stroke
+        )
+
+    def box(
+        self, x: float, y: float, width: float, height: float, fill: str, *, radius: float = 0, edge: str = ""
+    ) -> None:
+        """Draw a filled box with round corners, and a line around it if `edge` is a colour."""
+        corners = [v * _SCALE for v in (x, y, x + width, y + height)]
+        self._pen.rounded_rectangle(corners, radius * _SCALE, fill, edge or None, _SCALE)
+
+    def picture(self, x: float, y: float, side: int, image: np.ndarray) -> None:
+        """Draw an image, uint8 (h, w, 3), as a square of `side` pixels."""
+        square = Image.fromarray(image).resize((side * _SCALE, side * _SCALE), Image.Resampling.LANCZOS)
+        self.image.paste(square, (round(x * _SCALE), round(y * _SCALE)))
+
+
+def save(path: str | os.PathLike, rows: list[Row], *, width: int = WIDTH) -> None:
+    """Stack the rows and write them as a PNG, scaled to `width` pixels, to `path`, on a disk or in a bucket."""
+    height = sum(row.image.height for row in rows)
+    page = Image.new("RGB", (WIDTH * _SCALE, height), PAPER)
+    top = 0
+    for row in rows:
+        page.paste(row.image, (0, top))
+        top += row.image.height
+    png = io.BytesIO()
+    page = page.reduce(_SCALE)
+    if width != WIDTH:
+        page = page.resize((width, round(page.height * width / WIDTH)), Image.Resampling.LANCZOS)
+    page.save(png, "PNG", optimize=True)
+    epath.Path(path).write_bytes(png.getvalue())
 
 
 def draw(
     path: str | os.PathLike, examples: Examples, *, title: str = "Predictions of the model", note: str = ""
 ) -> None:
-    """Write a PNG, 1600 pixels wide.
+    """Write a PNG, 1600 pixels wide: searches, the set with the best ranks, clusters, and the other sets.
 
     Args:
       path: of the PNG.
@@ -29,13 +123,48 @@ def draw(
       note: a line below it.
     """
     rows = [_head(title, note)]
-    for named in examples.named:
-        rows += _names_for_images(named)
     if examples.searches:
         rows += _images_for_words(examples.gallery, examples.searches)
+    best, *others = [_names_for_images(named) for named in _best_first(examples.named)] or [[]]
+    rows += best
     if examples.clusters:
         rows += _clusters(examples.clusters)
-    save(path, [*rows, Row(MARGIN)])
+    save(path, [*rows, *itertools.chain(*others), Row(MARGIN)])
+
+
+def strip(path: str | os.PathLike, examples: Examples) -> None:
+    """Write a PNG of 1280 x 360 pixels: four images with names, then the first search and the largest cluster.
+
+    The images are the first four of the set with the best ranks.
+
+    Args:
+      path: of the PNG.
+      examples: predictions to show.
+
+    Raises:
+      UserError: `examples` lack names, searches or clusters.
+    """
+    if not (examples.named and examples.searches and examples.clusters):
+        raise UserError(
+            "a strip shows names, a search and a cluster, and this model or its sets lack some of them; use a run of "
+            "the demo with the objective xclip or nclip."
+        )
+    clusters, named = examples.clusters, _best_first(examples.named)[0]
+    cards = [
+        functools.partial(_search_card, examples.gallery, result=examples.searches[0]),
+        functools.partial(_cluster_card, clusters.gallery, cluster=clusters.most[0]),
+    ]
+    (names,) = _grid(named.guesses[:CARDS], CARDS, NAME_HEIGHT, functools.partial(_name_card, named.num_classes))
+    (below,) = _grid(cards, 2, CLUSTER_HEIGHT, lambda row, x, width, card: card(row, x, width))
+    # A margin of 18 makes 450 pixels of 1600, which are 360 of 1280; each grid has a gap below its cards.
+    save(path, [Row(18), names, below], width=1280)
+
+
+def _best_first(named: Sequence[ZeroShotExamples]) -> list[ZeroShotExamples]:
+    """Sort sets by the mean rank of the right name, as a share of all names."""
+    return sorted(
+        named, key=lambda shown: sum(guess.rank for guess in shown.guesses) / len(shown.guesses) / shown.num_classes
+    )
 
 
 def _head(title: str, note: str) -> Row:
@@ -52,8 +181,8 @@ def _section(title: str, sentence: str) -> Row:
     return row
 
 
-def _grid(items: Sequence[Any], columns: int, height: int, cell: Cell) -> list[Row]:
-    """Cards of `height`, `columns` of them side by side; cell(row, x, width, item) fills one."""
+def _grid(items: Sequence[Any], columns: int, height: int, cell: Callable[[Row, float, float, Any], None]) -> list[Row]:
+    """Rows of `columns` cards, `height` pixels high; cell(row, x, width, item) fills one."""
     width = (WIDTH - 2 * MARGIN - GAP * (columns - 1)) / columns
     rows = []
     for start in range(0, len(items), columns):
@@ -67,35 +196,41 @@ def _grid(items: Sequence[Any], columns: int, height: int, cell: Cell) -> list[R
 
 
 def _names_for_images(named: ZeroShotExamples) -> list[Row]:
-    def card(row: Row, x: float, width: float, prediction: Prediction) -> None:
-        place = "right" if prediction.rank == 1 else f"rank {prediction.rank:,} of {named.num_classes:,}"
-        row.text(x + 16, 31, prediction.name, 17, bold=True, width=width - 152)
-        ink = RIGHT_INK if prediction.rank <= 5 else MUTED
-        row.text(x + width - 16, 31, place, 14, ink, anchor="rs", bold=prediction.rank == 1)
-        row.picture(x + 16, 60, SHOWN, prediction.image)
-        left, room = x + 16 + SHOWN + 16, width - SHOWN - 48
-        for i, label in enumerate(prediction.best):
-            y = 46 + i * 25
-            length = (room - VALUE) * label.value
-            row.box(left, y, max(length, 4), 22, RIGHT if label.right else OTHER, radius=4)
-            ink = RIGHT_INK if label.right else INK
-            row.text(left + 8, y + 16, label.name, 14, ink, width=room - VALUE - 10, bold=label.right)
-            row.text(left + room, y + 16, label.text, 13, MUTED, anchor="rs")
+    card = functools.partial(_name_card, named.num_classes)
+    return [_section(named.title, named.sentence), *_grid(named.guesses[: 2 * CARDS], CARDS, NAME_HEIGHT, card)]
 
-    return [_section(named.title, named.sentence), *_grid(named.guesses[: 2 * CARDS], CARDS, 182, card)]
+
+def _name_card(num_classes: int, row: Row, x: float, width: float, prediction: Prediction) -> None:
+    place = "right" if prediction.rank == 1 else f"rank {prediction.rank:,} of {num_classes:,}"
+    row.text(x + 16, 31, prediction.name, 17, bold=True, width=width - 152)
+    ink = RIGHT_INK if prediction.rank <= 5 else MUTED
+    row.text(x + width - 16, 31, place, 14, ink, anchor="rs", bold=prediction.rank == 1)
+    row.picture(x + 16, 60, SHOWN, prediction.image)
+    left, room = x + 16 + SHOWN + 16, width - SHOWN - 48
+    for i, label in enumerate(prediction.best):
+        y = 46 + i * 25
+        length = (room - VALUE) * label.value
+        row.box(left, y, max(length, 4), 22, RIGHT if label.right else OTHER, radius=4)
+        ink = RIGHT_INK if label.right else INK
+        row.text(left + 8, y + 16, label.name, 14, ink, width=room - VALUE - 10, bold=label.right)
+        row.text(left + room, y + 16, label.text, 13, MUTED, anchor="rs")
 
 
 def _images_for_words(gallery: Gallery, searches: Sequence[SearchResult]) -> list[Row]:
-    def card(row: Row, x: float, width: float, result: SearchResult) -> None:
-        row.text(x + 20, 38, f"“{result.text}”", 20, bold=True, width=width - 40)
-        _images(row, x, width, 56, gallery, result.images)
-
     sentence = f"For each text, the top of {len(gallery.images):,} test images, best first."
-    return [_section("Search by words", sentence), *_grid(searches, 2, 186, card)]
+    return [
+        _section("Search by words", sentence),
+        *_grid(searches, 2, SEARCH_HEIGHT, functools.partial(_search_card, gallery)),
+    ]
+
+
+def _search_card(gallery: Gallery, row: Row, x: float, width: float, result: SearchResult) -> None:
+    row.text(x + 20, 38, f"“{result.text}”", 20, bold=True, width=width - 40)
+    _images(row, x, width, 56, gallery, result.images)
 
 
 def _images(row: Row, x: float, width: float, y: float, gallery: Gallery, indices: Sequence[int]) -> None:
-    """Images side by side with their names below."""
+    """Draw images side by side with their names below."""
     step = (width - 40 + 16) / 6
     for column, i in enumerate(indices):
         left = x + 20 + column * step + (step - 16 - SHOWN) / 2
@@ -104,14 +239,16 @@ def _images(row: Row, x: float, width: float, y: float, gallery: Gallery, indice
 
 
 def _clusters(clusters: Clusters) -> list[Row]:
-    def card(row: Row, x: float, width: float, cluster: Cluster) -> None:
-        row.text(x + 20, 36, f"cluster {cluster.number}", 17, bold=True)
-        row.text(x + width - 20, 36, f"{cluster.pictures} images", 14, MUTED, anchor="rs")
-        row.text(x + 20, 62, " · ".join(cluster.words[:4]), 16, RIGHT_INK, width=width - 40)
-        _images(row, x, width, 80, clusters.gallery, cluster.images)
-
     sentence = (
         f"The non-contrastive loss assigns images and texts to {clusters.k:,} clusters without labels, "
         f"{clusters.used:,} of them in use here. Shown are those with the most images; in green, the nearest names."
     )
-    return [_section("Clusters", sentence), *_grid(clusters.most[:CLUSTERS], 2, 210, card)]
+    card = functools.partial(_cluster_card, clusters.gallery)
+    return [_section("Clusters", sentence), *_grid(clusters.most[:CLUSTERS], 2, CLUSTER_HEIGHT, card)]
+
+
+def _cluster_card(gallery: Gallery, row: Row, x: float, width: float, cluster: Cluster) -> None:
+    row.text(x + 20, 36, f"cluster {cluster.number}", 17, bold=True)
+    row.text(x + width - 20, 36, f"{cluster.pictures} images", 14, MUTED, anchor="rs")
+    row.text(x + 20, 62, " · ".join(cluster.words[:4]), 16, RIGHT_INK, width=width - 40)
+    _images(row, x, width, 80, gallery, cluster.images)

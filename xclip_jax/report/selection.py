@@ -1,4 +1,4 @@
-"""Selects the images and texts of a report: of the run's evaluation sets, else of its training pairs.
+"""Selects the images and texts of a report from the run's evaluation sets, or else from its training pairs.
 
 Large sets are cut down, so that a report takes no longer than the evaluation did.
 """
@@ -25,28 +25,19 @@ PAIRS = 400  # training pairs, without a set
 ZEROSHOT_SETS = 3  # without a panel
 
 
-@dataclasses.dataclass(frozen=True)
-class ZeroShotPanel:
-    """A zero-shot set to show: its name in `evaluators.registry`, a title, a sentence that may have {num_classes}."""
-
-    spec: str
-    title: str
-    sentence: str
-
-
 @dataclasses.dataclass
 class Selection:
     """Sets, each at the model's size and at `SHOWN`.
 
     Attributes:
-      zeroshot: sets for classification, with their titles.
+      zeroshot: title, sentence, which may have {num_classes}, and both sizes of sets for classification.
       retrieval: one for retrieval, or None.
       credits: of the images' authors.
       queries: texts to search the images with.
-      missing: sentences on what could not be read, with the remedy.
+      missing: sentences on sets that could not be read, with the remedy.
     """
 
-    zeroshot: list[tuple[ZeroShotPanel, ZeroShotSet, ZeroShotSet]] = dataclasses.field(default_factory=list)
+    zeroshot: list[tuple[str, str, ZeroShotSet, ZeroShotSet]] = dataclasses.field(default_factory=list)
     retrieval: tuple[RetrievalSet, RetrievalSet] | None = None
     credits: list[str] = dataclasses.field(default_factory=list)
     queries: list[str] = dataclasses.field(default_factory=list)
@@ -73,11 +64,11 @@ def select(
     Args:
       specs: names of evaluation sets.
       prepare: preprocessing of the model.
-      data_dir: root of TFDS data sets, None (or "") for that of `data`.
+      data_dir: root of TFDS data sets, None (or "") for the root in `data`.
       data: of the training pairs, which are shown where none of the sets can be read; held-out ones are a set.
       seed: of the training pairs that are drawn.
       profile: templates and class names.
-      data_seed: of the run, which decides what `data.subset` and `data.caption_noise` make of the training pairs.
+      data_seed: of the run, which seeds `data.subset` and `data.caption_noise` of the training pairs.
       pairs: whether `data` are pairs; labelled items are not shown.
     """
     selection = Selection()
@@ -100,7 +91,7 @@ def select(
             selection.retrieval = sets[0], sets[1]
         elif np.ndim(sets[0].labels) == 1:
             title, sentence = panels.get(spec) or (_title(spec), "The model chooses among {num_classes} names.")
-            selection.zeroshot.append((ZeroShotPanel(spec, title, sentence), _few_prompts(sets[0]), sets[1]))
+            selection.zeroshot.append((title, sentence, _few_prompts(sets[0]), sets[1]))
         selection.add_kind(kinds[spec])
     if data is None or selection.zeroshot or selection.retrieval:
         return selection
@@ -114,21 +105,28 @@ def select(
 
 
 def _title(spec: str) -> str:
-    """Return what a set for classification without a panel is called."""
+    """Return the title of a set for classification without a panel."""
     name = spec.removeprefix("zeroshot/")
     return f"{tables.shorten([name])[name]}: which class" if is_holdout(spec, "zeroshot/") else spec
 
 
 def _few_prompts(data: ZeroShotSet) -> ZeroShotSet:
-    """The set with at most `PROMPTS` prompts, equally many of each class."""
+    """Return the set with at most `PROMPTS` prompts, equally many of each class."""
     if sum(map(len, data.prompts)) <= PROMPTS:
         return data
     each = max(1, PROMPTS // len(data.prompts))
     return dataclasses.replace(data, prompts=[prompts[:each] for prompts in data.prompts])
 
 
+def of_different_classes(labels: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
+    """Return the indices of at most `n` images of different classes, in random order."""
+    order = rng.permutation(len(labels))
+    _, first = np.unique(labels[order], return_index=True)
+    return order[np.sort(first)][:n]
+
+
 def subset(data: ZeroShotSet, keep: np.ndarray) -> ZeroShotSet:
-    """The part of a set with the indices `keep`, its images decoded."""
+    """Return the part of a set with the indices `keep`, its images decoded."""
     images = [data.images[i] for i in keep]
     return dataclasses.replace(data, images=images, labels=np.asarray(data.labels)[keep], groups={})
 

@@ -1,9 +1,9 @@
-"""The page of several runs, and the command that writes it."""
+"""The page of several runs, and the training curves and health of one."""
 
 import dataclasses
 import json
+import math
 import re
-import types
 from html import unescape
 
 import numpy as np
@@ -12,16 +12,18 @@ from PIL import Image
 
 from tests.helpers import made_results, tiny
 from tests.helpers.made_results import zero_shot
-from tests.helpers.pages import HOSTILE, check, written
+from tests.helpers.pages import HOSTILE, Page, check, page_of, written
+from tests.objectives.test_term import superclip
+from xclip_jax.commands import report as command
 from xclip_jax.core.errors import UserError
 from xclip_jax.core.run_folder import RunFolder
 from xclip_jax.evaluators import registry
 from xclip_jax.evaluators import results as results_files
 from xclip_jax.evaluators.results import Provenance, Result, from_json, to_json
 from xclip_jax.evaluators.statistics import PerExample
-from xclip_jax.report import __main__ as command
-from xclip_jax.report import examples, record, several, side_by_side
-from xclip_jax.report.markup import Images
+from xclip_jax.objectives.nclip import Nclip
+from xclip_jax.report import collect, examples, page, sections
+from xclip_jax.report.collect import Run
 
 SECTIONS = ("results", "differences", "names", "search", "curves", "settings")
 
@@ -40,7 +42,7 @@ def run(folder, color, right, *, objective="clip", split="1", **changes):
     entry |= {"profile": "", "changes": {}, "split_hash": split, "fingerprint": folder.name}
     file = RunFolder(folder).evaluation_file
     results_files.add(file, entry, {result.name: PerExample(values)}, {}, own=True)
-    return several.Run(folder.name, color, record.read(folder), examples.Examples())
+    return Run(folder.name, color, collect.read(folder), examples.Examples())
 
 
 def predicted(answers):
@@ -69,7 +71,7 @@ def test_a_page_of_three_runs(tmp_path):
     shown = [
         dataclasses.replace(x, examples=predicted(p)) for x, p in zip(compared(tmp_path), (*best, best[0]), strict=True)
     ]
-    text = several.render(shown)
+    text = page.render(shown)
     words = " ".join(check(text, SECTIONS).text)
     assert "3 runs side by side" in words
     # results: bold is the best, each with its verdict
@@ -86,7 +88,7 @@ def test_a_page_of_three_runs(tmp_path):
     card = re.search(r'<article class="card guess">.*?</article>', text)[0]
     assert card.count('class="run c') == 3 and card.count('class="bars"') == 3 and card.count('class="im ') == 1
     assert re.findall(r"<small[^>]*>(right|rank 2 of 3)</small>", card) == ["right", "rank 2 of 3", "right"]
-    assert text.count("<q>red</q>") == 1
+    assert text.count('<q title="red">red</q>') == 1
     # curves over one another
     (loss,) = [json.loads(unescape(x)) for x in
                re.findall(r'<figure[^>]*data-chart="([^"]+)"[^>]*><figcaption><b>CLIP loss', text)]  # fmt: skip
@@ -98,7 +100,7 @@ def test_a_page_of_three_runs(tmp_path):
 def test_what_differs_is_listed_and_what_cannot_be_compared_is_said(tmp_path):
     a = run(tmp_path / "a", 0, 40)
     b = run(tmp_path / "b", 1, 50, split="2", objective="siglip", data__batch=8, optim__lr=3e-3)
-    text = several.render([a, b])
+    text = page.render([a, b])
     words = " ".join(check(text, SECTIONS).text)
     assert "x is not the same in" in words and "split_hash" in words and "forest" not in text.partition("<main")[2]
     rows = dict(re.findall(r'<tr><th scope="row">([^/]+?)</th>(.*?)</tr>', text))
@@ -108,7 +110,7 @@ def test_what_differs_is_listed_and_what_cannot_be_compared_is_said(tmp_path):
     RunFolder(tmp_path / "b").evaluation_file.unlink()
     assert (
         f"evaluation.json does not exist; make it with xclip-jax evaluate --checkpoint {tmp_path / 'b'} --suite NAME"
-        in several.render([a, b])
+        in page.render([a, b])
     )
 
 
@@ -119,13 +121,13 @@ def test_levels_that_differ_between_runs_are_left_out(tmp_path):
         for one, level in zip(runs, levels, strict=True):
             for row in one.record.training:
                 row["clip/ln_b"] = level
-        assert several.render(runs).count(">ln b</span>") == shown
+        assert page.render(runs).count(">ln b</span>") == shown
 
 
 def test_differences_without_values_of_items_have_no_interval(tmp_path):
     runs = [run(tmp_path / name, i, right) for i, (name, right) in enumerate((("a", 40), ("b", 70)))]
     RunFolder(tmp_path / "b").evaluation_file.with_name("evaluation.json.items.npz").unlink()
-    text = several.render(runs)
+    text = page.render(runs)
     check(text, SECTIONS)
     row = text.partition('id="differences"')[2].partition("</section>")[0]
     assert "<td>+30.0</td>" in row and "<small>no per-item values</small>" in row and "pill" not in row
@@ -146,7 +148,7 @@ def test_sets_whose_paths_end_alike_are_told_apart(tmp_path):
         evaluated = [(step, results) for step in (2, 3)]
         record_ = dataclasses.replace(one.record, results=results, evaluations=evaluated)
         runs.append(dataclasses.replace(one, record=record_))
-    text = several.render(runs)
+    text = page.render(runs)
     check(text, SECTIONS)
     rows = re.findall(r'<tr><th scope="row">(folder:.*?)<br>', text.replace("<wbr>", ""))
     assert rows == ["folder:pets/test", "folder:birds/test", "folder:birds/test"]
@@ -172,7 +174,7 @@ def test_sets_of_two_families_that_share_a_name_have_a_row_and_a_chart_each(tmp_
         ]  # fmt: skip
         changed = dataclasses.replace(one.record, results=results, evaluations=[(step, results) for step in (2, 3)])
         runs.append(dataclasses.replace(one, record=changed))
-    text = several.render(runs)
+    text = page.render(runs)
     check(text, SECTIONS)
     table = text.replace("<wbr>", "").partition('<table class="several">')[2].partition("</table>")[0]
     rows = re.findall(r'<tr><th scope="row">(.*?)<br>.*?<b>([0-9.]+)</b>', table)
@@ -189,7 +191,7 @@ def test_runs_that_are_not_complete_have_the_newest_result_of_each_set_and_its_s
     a, b = (run(tmp_path / name, i, 40) for i, name in enumerate("ab"))
     with RunFolder(tmp_path / "b").results_log_file.open("a") as file:
         file.write(made_results.lines([(5, zero_shot("x", 90.0, None, n=100))]))
-    text = several.render([a, dataclasses.replace(b, record=record.read(b.record.folder))])
+    text = page.render([a, dataclasses.replace(b, record=collect.read(b.record.folder))])
     words = " ".join(check(text, SECTIONS).text)
     table = text.partition('<table class="several">')[2].partition("</table>")[0]
     assert re.findall(r"<td>(?:<b>)?([0-9.]+)(?:</b>)? <small>step ([0-9]+)</small>", table) == [
@@ -202,8 +204,8 @@ def test_a_result_that_is_not_a_number_is_not_the_best(tmp_path, monkeypatch):
     a, b = (run(tmp_path / name, i, 40) for i, name in enumerate("ab"))
     undefined = [dataclasses.replace(b.record.results[0], value=float("nan"), items=None)]
     row = {"set": "x", "metric": "top1", "unit": "%", "a": 40.0, "b": float("nan"), "difference": float("nan")}
-    monkeypatch.setattr(several.tables, "compare", lambda *_, **__: [row])
-    text = several.render([a, dataclasses.replace(b, record=dataclasses.replace(b.record, results=undefined))])
+    monkeypatch.setattr(sections.tables, "compare", lambda *_, **__: [row])
+    text = page.render([a, dataclasses.replace(b, record=dataclasses.replace(b.record, results=undefined))])
     table = text.partition('<table class="several">')[2].partition("</table>")[0]
     assert "<td>not a number" in table and "nan<" not in table and "<td>40.0" in table
     differences = text.partition('id="differences"')[2].partition("</section>")[0]
@@ -220,17 +222,17 @@ def test_held_out_pairs_templates_and_names_are_those_of_the_first_run(tmp_path,
     tiny.untrained(tmp_path / "a", "clip", **changes, **own)
     tiny.untrained(tmp_path / "b", "clip", **changes | {"data__holdout": 0.5})
     prompts = []
-    monkeypatch.setattr(command, "collect_examples", lambda *args, **options: prompts.append(
+    monkeypatch.setattr(page, "collect_examples", lambda *args, **options: prompts.append(
         registry.load("zeroshot/holdout", 16, profile=options["profile"], data=options["data"]).prompts
     ) or examples.collect_examples(*args, **options))  # fmt: skip
     command.main([str(tmp_path / "a"), str(tmp_path / "b"), "--output", str(tmp_path / "x.html")])
     text = (tmp_path / "x.html").read_text()
     words = " ".join(check(text, SECTIONS).text)
     assert prompts == [[["art of a red fox"], ["art of hen"]]] * 2
-    assert "holds out no pairs" not in words and "Image to text, held-out pairs" in words
+    assert "holds out no pairs" not in words and "Captions of held-out pairs" in words
     cards = re.findall(r'<article class="card guess">.*?</article>', text)
     assert len(cards) > 4 and all(card.count('<div class="by">') == 2 for card in cards)
-    assert "those of a; b learned from other data" in words
+    assert "come from a; b learned from other data" in words
     (tmp_path / "names.json").unlink()  # left behind where a run was moved
     prompts.clear()
     command.main([str(tmp_path / "a"), str(tmp_path / "b"), "--output", str(tmp_path / "x.html")])
@@ -241,19 +243,21 @@ def test_held_out_pairs_templates_and_names_are_those_of_the_first_run(tmp_path,
     assert "fox" in RunFolder(tmp_path / "a").report_file.read_text()
 
 
-def test_images_that_differ_are_not_put_side_by_side():
-    one, other = predicted([("fox", ["fox"])]), predicted([("hen", ["hen"])])
-    text = side_by_side.predictions([("A", one), ("B", other)], Images()).body
-    assert ">A<" in text.replace("A<small", ">A<") and "hen" not in text
+def test_images_that_differ_are_not_put_side_by_side(tmp_path):
+    one, other = run(tmp_path / "a", 0, 40), run(tmp_path / "b", 1, 40)
+    one = dataclasses.replace(one, examples=predicted([("fox", ["fox"])]))
+    other = dataclasses.replace(other, examples=predicted([("hen", ["hen"])]))
+    ((_, _, ((block,),), _),) = sections.names([one, other]).content
+    assert block[0] is one and block[1].name == "fox"
 
 
 def test_names_of_runs():
-    assert several.short_names(["runs/a/", "runs/b"]) == ["a", "b"]
-    assert several.short_names(["x/1/run", "y/1/run", "z"]) == ["x/1/run", "y/1/run", "z"]
+    assert command.short_names(["runs/a/", "runs/b"]) == ["a", "b"]
+    assert command.short_names(["x/1/run", "y/1/run", "z"]) == ["x/1/run", "y/1/run", "z"]
     with pytest.raises(UserError, match="run 'a/' is named twice"):
-        several.short_names(["a", "a/"])
-    with pytest.raises(UserError, match="9 runs are named; a page of several shows 2 to 8"):
-        several.short_names(list("abcdefghi"))
+        command.short_names(["a", "a/"])
+    with pytest.raises(UserError, match="9 runs are named; a page shows at most 8"):
+        command.short_names(list("abcdefghi"))
 
 
 def test_the_command_writes_a_page_of_trained_runs(tmp_path, monkeypatch, capsys):
@@ -284,16 +288,17 @@ def test_the_command_writes_a_page_of_trained_runs(tmp_path, monkeypatch, capsys
             command.main(flags)
 
 
-def test_results_of_other_data_are_neither_ranked_nor_under_the_chance_of_the_first(monkeypatch):
+def test_results_of_other_data_are_neither_ranked_nor_under_the_chance_of_the_first(tmp_path):
     def result(value, n, chance, split_hash):
         card = Provenance(split_hash=split_hash)
         return Result("holdout", "retrieval", "image_to_text/r1", value, n=n, chance=chance, protocol=card)
 
+    runs = [run(tmp_path / name, i, 40) for i, name in enumerate("ab")]
+
     def cells(*results):
-        fields = {"steps_of": {}, "evaluations": [], "step_of": lambda _: None}
-        records = [types.SimpleNamespace(results=[result], **fields) for result in results]
-        runs = [types.SimpleNamespace(label="run", record=record) for record in records]
-        return several._results(runs).body.split("<td>")[2:]
+        records = [dataclasses.replace(one.record, results=[own]) for one, own in zip(runs, results, strict=True)]
+        text = page.render([dataclasses.replace(one, record=own) for one, own in zip(runs, records, strict=True)])
+        return text.partition('<table class="several">')[2].partition("</table>")[0].split("<td>")[2:]
 
     a, b = cells(result(2.4, 166, 0.6, "x"), result(5.6, 18, 5.6, "y"))
     assert "<b>" not in a + b and "other data, chance 5.6" in b and "other data" not in a
@@ -303,3 +308,90 @@ def test_results_of_other_data_are_neither_ranked_nor_under_the_chance_of_the_fi
     assert "<b>" not in a + b and "other data" in b
     (back,) = from_json(to_json([result(2.4, 166, 0.6, "x")]))
     assert back.protocol.split_hash == "x"
+
+
+# --- health of a run
+
+
+def test_a_run_without_clusters(tmp_path):
+    rows = [{"step": s, "loss": 2 / s, "clip/loss": 2 / s, "clip/ln_b": 2.77, "rank/img": 3.0} for s in (1, 2)]
+    text = page_of(written(tmp_path / "run", tiny.config("clip"), rows), examples.Examples(missing=["nothing"]))
+    words = " ".join(check(text).text)
+    assert (
+        "this objective trains no cluster heads" in words
+        and "The loss is 1.000 nats, 63.9 % below the 2.770 of a blind guess" in words
+    )
+    assert "ln b" in words and "Mutual information" not in words
+
+
+def collapsed(kind):
+    """Metrics of `nclip` with one of its failures, or none."""
+    row = {"nclip/ln_b": math.log(16), "nclip/ln_k": math.log(24), "nclip/agreement": 0.9, "nclip/loss": 0.0}
+    for m in ("img", "txt"):
+        entropy, marginal = {"flat": (2.7, 2.75), "few clusters": (0.1, 0.5)}.get(kind, (0.1, 2.7))
+        row |= {f"nclip/entropy_{m}": entropy, f"nclip/marginal_entropy_{m}": marginal, f"nclip/clusters_{m}": 14.0}
+        row[f"nclip/mutual_information_{m}"] = marginal - entropy
+    return row | ({"nclip/agreement": 0.05} if kind == "disagreement" else {})
+
+
+@pytest.mark.parametrize("kind", ["", "flat", "few clusters", "disagreement"])
+def test_each_failure_has_its_light_and_its_remedy(kind, tmp_path):
+    rows = [{"step": s, "loss": 0.0} | collapsed(kind if s == 2 else "") for s in (1, 2)]
+    run = written(tmp_path / "run", tiny.config("nclip", log__collapse_warmup_steps=1), rows)
+    text = page_of(run, examples.Examples())
+    lights = re.findall(r'<article class="card light (\w*)"><h3>([^<]+)<span>([^<]+)', text)
+    expected = {
+        name: ("alarm", "alarm") if name == kind else ("", "healthy")
+        for name in ("flat", "few clusters", "disagreement")
+    }
+    assert {name.lower(): (state, label) for state, name, label in lights} == expected
+    measures = {key.removeprefix("nclip/"): value for key, value in rows[-1].items()}
+    warnings = Nclip().report.alarms(measures)
+    assert [warning.split(":")[0] for warning in warnings] == ([kind] if kind else [])
+    assert all(warning.partition(": ")[2] in " ".join(Page(text).text) for warning in warnings)
+    late = dataclasses.replace(run.config, log=dataclasses.replace(run.config.log, collapse_warmup_steps=9))
+    early = page_of(dataclasses.replace(run, config=late), examples.Examples())
+    assert early.count("too early") == 3 and "healthy" not in early.partition("<main")[2].partition("<script")[0]
+
+
+@pytest.mark.parametrize(("k", "b"), [(1, 16), (24, 1), (1, 1)])
+def test_one_cluster_or_a_batch_of_one_pair_cannot_be_judged(k, b, tmp_path):
+    """ln 1 = 0 is all the information that there could be."""
+    row = dict.fromkeys(collapsed(""), 0.0) | {"nclip/agreement": 1.0, "nclip/ln_b": math.log(b)}
+    row |= {"step": 1, "loss": 0.0, "nclip/ln_k": math.log(k), "nclip/clusters_img": 1.0, "nclip/clusters_txt": 1.0}
+    changes = {"log__collapse_warmup_steps": 1, "data__batch": b, "model__cluster_head__clusters": k}
+    text = page_of(written(tmp_path / "run", tiny.config("nclip", **changes), [row]), examples.Examples())
+    check(text)
+    assert text.count("not judged") == 3 and text.count("cannot collapse") == 3 and "0.00 possible" in text
+    assert "nan" not in text.partition("<main")[2].partition("<script")[0]
+
+
+# --- terms of another package
+
+
+def plugin_rows():
+    rows = []
+    for step, loss in ((1, 8.0), (2, 25.0), (3, 6.0)):
+        row = {"step": step, "loss": loss, "clip/loss": 2.0, "clip/ln_b": 2.77, "tokens/loss": loss}
+        rows.append(row | {"tokens/top1": 0.25, "rank/img": 3.0})
+    return rows
+
+
+def test_a_term_of_another_package_has_curves_and_lights(tmp_path):
+    run = written(tmp_path / "run", superclip(log__collapse_warmup_steps=2), plugin_rows())
+    text = page_of(run, examples.Examples())
+    words = " ".join(check(text).text)
+    for sentence in (
+        "What superclip has learned so far", "superclip, 1 CLIP + 0.5 token classification",  # head
+        "token classification loss", "Tokens in the caption", "CLIP loss",  # curves
+        "It starts at ln v", "Fails when the head learns nothing.",  # health
+        "Warning at 1 of 2 logged steps from step 2 on, last at 2.",
+    ):  # fmt: skip
+        assert sentence in words, sentence
+    assert re.findall(r'light (\w*)"><h3>(\w+)<span>(\w+)', text) == [
+        ("", "Plateau", "healthy"),
+        ("", "Tokens", "healthy"),
+    ]
+    alarm = page_of(dataclasses.replace(run, training=run.training[:2]), examples.Examples())
+    assert '<article class="card light alarm"><h3>Tokens<span>alarm' in alarm
+    assert "the loss is above 20 nats; lower optim.lr." in alarm

@@ -12,9 +12,9 @@ import pytest
 from tests.helpers import tiny
 from tests.helpers.pages import HOSTILE, check
 from xclip_jax import report
+from xclip_jax.commands import report as command
 from xclip_jax.core.run_folder import RunFolder
-from xclip_jax.report import __main__ as command
-from xclip_jax.report import html
+from xclip_jax.report import page as pages
 from xclip_jax.train import trainer
 from xclip_jax.train.checkpoint import Checkpointer
 
@@ -110,7 +110,7 @@ def test_a_report_that_fails_loses_nothing(run, tmp_path, monkeypatch, capsys):
     def broken(*_, **__):
         raise RuntimeError("broken")
 
-    monkeypatch.setattr(html, "make", broken)
+    monkeypatch.setattr(pages, "predict", broken)
     assert trainer.run(config, [report.callback()]) == pytest.approx(expected, abs=1e-4)
     assert json.loads((tmp_path / "run" / "results.json").read_text())["results"] == pytest.approx(expected, abs=1e-4)
     assert "no report: RuntimeError: broken; xclip-jax report" in capsys.readouterr().out
@@ -139,7 +139,7 @@ def _tuples(value):
     ],
 )
 def test_bad_input_is_one_sentence(flags, message, run, monkeypatch):
-    monkeypatch.setattr(html, "make", lambda *_, **__: pytest.fail("made predictions first"))
+    monkeypatch.setattr(pages, "predict", lambda *_, **__: pytest.fail("made predictions first"))
     with pytest.raises(SystemExit) as stopped:
         command.main([flag.format(run) for flag in flags])
     assert message.format(run) in str(stopped.value)

@@ -13,7 +13,7 @@ import scipy.stats
 
 from tests.helpers import made_results, tiny
 from tests.helpers.made_results import retrieval, zero_shot
-from tests.helpers.pages import Page, check, written
+from tests.helpers.pages import Page, check, page_of, written
 from xclip_jax.core.errors import UserError
 from xclip_jax.core.run_folder import RunFolder
 from xclip_jax.core.storage import write_json
@@ -21,7 +21,7 @@ from xclip_jax.evaluators import results as results_files
 from xclip_jax.evaluators import tables
 from xclip_jax.evaluators.results import Result, flat, from_json, to_json
 from xclip_jax.evaluators.statistics import PerExample
-from xclip_jax.report import chance, examples, html, record
+from xclip_jax.report import collect, examples
 
 
 def test_an_evaluation_is_shown_before_there_are_results(tmp_path):
@@ -31,7 +31,7 @@ def test_an_evaluation_is_shown_before_there_are_results(tmp_path):
     entry |= {"records": to_json(zero_shot("x", 12.5, 50.0, ways=10))}
     keys = dict.fromkeys(results_files.KEY, "") | entry
     results_files.add(RunFolder(tmp_path / "run").evaluation_file, keys, {}, {}, own=True)
-    words = " ".join(Page(html.render(record.read(tmp_path / "run"), examples.Examples())).text)
+    words = " ".join(Page(page_of(collect.read(tmp_path / "run"), examples.Examples())).text)
     assert "From evaluation.json" in words and "12.5" in words and "(10.0)" in words
 
 
@@ -49,14 +49,14 @@ def judged_results():
 
 def test_results_are_tested_against_chance(tmp_path):
     results = judged_results()
-    judged = chance.verdicts(results)
+    judged = collect.verdicts(results)
     assert judged == {
         ("a<b", "top1"): "above chance", ("b", "top1"): "not distinguishable from chance",
         ("c", "top1"): "below chance", ("r", "image_to_text/r1"): "above chance",
         ("p", "linear/top1"): "not distinguishable from chance",
     }  # fmt: skip
     run = written(tmp_path / "run", tiny.config("clip"), [{"step": 1, "loss": 1.0, "clip/loss": 1.0}])
-    text = html.render(dataclasses.replace(run, results=results), examples.Examples())
+    text = page_of(dataclasses.replace(run, results=results), examples.Examples())
     words = " ".join(check(text).text)
     assert "above chance chance 10.0\u00a0%, a" in words  # the tile of zero-shot classification
     assert "2 of 5 sets are above chance. Intervals are of the first metric of a row, at 95%: binomial, which" in words
@@ -78,7 +78,7 @@ def test_the_first_screen_says_what_to_do_now(tmp_path):
         (dataclasses.replace(complete, results=bad), f"xclip-jax doctor {run.folder}"),
         (dataclasses.replace(finetuned, ended=run.began), "To use it, load the model in Python by"),
     ):
-        page = html.render(shown, examples.Examples())
+        page = page_of(shown, examples.Examples())
         assert sentence in unescape(page.partition("What now")[2].partition("</div>")[0])
 
 
@@ -94,7 +94,7 @@ def test_verdicts_change_where_the_exact_interval_ends(n, right, low, high):
                            (high + 1e-3, "below chance")):  # fmt: skip
         if share > 0:
             result = Result("x", "visual", "linear/top1", 100 * right / n, n=n, chance=100 * share)
-            assert chance.verdicts([result]) == {("x", "linear/top1"): verdict}
+            assert collect.verdicts([result]) == {("x", "linear/top1"): verdict}
 
 
 def test_weighted_and_grouped_values_are_resampled(tmp_path):
@@ -102,14 +102,15 @@ def test_weighted_and_grouped_values_are_resampled(tmp_path):
     values, concepts = np.repeat([1.0, 1.0, 0.0, 0.0], 25), np.repeat(np.arange(4), 25)
     plain = Result("x", "zeroshot", "top1", 50.0, n=100, chance=25.0, items=PerExample(values))
     of_items, of_concepts = (
-        chance.judge(dataclasses.replace(plain, items=PerExample(values, groups=groups))) for groups in (None, concepts)
+        collect.judge(dataclasses.replace(plain, items=PerExample(values, groups=groups)))
+        for groups in (None, concepts)
     )
     assert (of_items.verdict, of_items.resampled, str(of_items)) == ("above chance", False, "39.8 to 60.2")
     assert (of_concepts.verdict, of_concepts.resampled) == ("not distinguishable from chance", True)
     assert of_concepts.low == 0 and of_concepts.high == 100
     weighted = PerExample(np.array([1.0, 0.0]), weights=np.array([3.0, 1.0]))
-    assert chance.judge(dataclasses.replace(plain, items=weighted)).resampled
-    correlation = chance.judge(Result("s", "textual", "spearman_all", 50.0, "x 100", n=9))
+    assert collect.judge(dataclasses.replace(plain, items=weighted)).resampled
+    correlation = collect.judge(Result("s", "textual", "spearman_all", 50.0, "x 100", n=9))
     assert str(correlation) == correlation.verdict == ""
 
 
@@ -120,7 +121,7 @@ def test_values_that_are_all_equal_have_the_interval_of_their_effective_number(r
     def judged(n, **fields):
         items = PerExample(np.full(n, float(right)), **fields)
         chance_level = 100 * (1 - 1 / 291 if right else 1 / 291)
-        return chance.judge(Result("x", "zeroshot", "top1", 100.0 * right, n=n, chance=chance_level, items=items))
+        return collect.judge(Result("x", "zeroshot", "top1", 100.0 * right, n=n, chance=chance_level, items=items))
 
     def exact(trials):
         # Of 0 right of n the upper end is 1 - (alpha / 2)^(1 / n).
@@ -144,7 +145,7 @@ def test_values_that_are_all_equal_have_the_interval_of_their_effective_number(r
 def test_equal_weights_are_none():
     values = np.repeat([1.0, 0.0], [11, 89])
     plain, weighted = (
-        chance.judge(Result("x", "zeroshot", "top1", 11.0, n=100, chance=10.0, items=PerExample(values, weights)))
+        collect.judge(Result("x", "zeroshot", "top1", 11.0, n=100, chance=10.0, items=PerExample(values, weights)))
         for weights in (None, np.full(100, 0.01))
     )
     assert plain == weighted and str(plain) == "5.6 to 18.8"
@@ -159,13 +160,13 @@ def test_per_example_values_of_an_evaluation_serve_the_results_of_the_run(tmp_pa
     files = RunFolder(run)
     keys = dict.fromkeys(results_files.KEY, "") | entry
     results_files.add(files.evaluation_file, keys, {result.name: items}, {}, own=True)
-    (read,) = record.read(run).results
+    (read,) = collect.read(run).results
     assert read.items.groups.tolist() == [0, 0, 1, 1]
     other = dataclasses.replace(result, value=75.0)
     files.results_file.write_text(json.dumps({"results": {}, "records": to_json([other]), "config": {}}))
-    assert record.read(run).results[0].items is None  # of another step
+    assert collect.read(run).results[0].items is None  # of another step
     files.results_file.write_text(json.dumps({"results": {}, "records": to_json([result]), "config": {}}))
-    assert record.read(run).results[0].items is not None
+    assert collect.read(run).results[0].items is not None
 
 
 def test_sets_that_are_evaluated_after_a_run_are_beside_its_own(tmp_path):
@@ -182,16 +183,16 @@ def test_sets_that_are_evaluated_after_a_run_are_beside_its_own(tmp_path):
         entry |= {"metric": "top1", "value": evaluated.value, "records": to_json([evaluated]), "checkpoint": "run"}
         keys = dict.fromkeys(results_files.KEY, "") | entry | {"step": step, "profile": "openai", "changes": {}}
         results_files.add(files.evaluation_file, keys, {}, {}, own=True)
-    read = record.read(run)
+    read = collect.read(run)
     assert [(r.set, r.value) for r in read.results] == [("x", 50.0), ("y", 75.0)]
-    assert ">y</th>" in html.render(read, examples.Examples())
+    assert ">y</th>" in page_of(read, examples.Examples())
     # Of another step than the run's last.
     content = json.loads(files.config_file.read_text())
     content["config"]["steps"] = 8
     files.config_file.write_text(json.dumps(content))
-    assert [r.set for r in record.read(run).results] == ["x"]
+    assert [r.set for r in collect.read(run).results] == ["x"]
     files.evaluation_file.write_text("{")
-    assert [r.set for r in record.read(run).results] == ["x"]
+    assert [r.set for r in collect.read(run).results] == ["x"]
 
 
 def test_tables_have_a_cell_for_each_column_and_the_content_of_their_text():
@@ -236,8 +237,8 @@ def test_a_run_that_is_not_complete_shows_the_newest_result_of_each_set_and_its_
     run = written(tmp_path / "run", tiny.config("clip", steps=80), rows, evaluations).folder
     for name, top1 in (("x", 1.0), ("y", 55.0)):
         evaluate(run, name, top1, 10, PerExample(np.repeat([1.0, 0.0], [round(top1), 100 - round(top1)])))
-    read = record.read(run)
-    text = html.render(read, examples.Examples())
+    read = collect.read(run)
+    text = page_of(read, examples.Examples())
     words = " ".join(check(text).text)
     ((number, details),) = tiles(text).values()
     assert number.startswith("3.7") and details.endswith("x, at step 40 ")
@@ -251,9 +252,9 @@ def test_a_run_that_is_not_complete_shows_the_newest_result_of_each_set_and_its_
     ]  # fmt: skip
     assert [r.items is None for r in read.results if r.unit] == [True, False]  # those of x are of step 10
     evaluate(run, "x", 9.0, 40)  # of equal steps the run's own
-    assert [(r.value, record.read(run).step_of(r)) for r in record.read(run).results if r.unit] == [(3.7, 40)]
+    assert [(r.value, collect.read(run).step_of(r)) for r in collect.read(run).results if r.unit] == [(3.7, 40)]
     evaluate(run, "x", 9.0, 60)
-    assert [(r.value, record.read(run).step_of(r)) for r in record.read(run).results if r.unit] == [(9.0, 60)]
+    assert [(r.value, collect.read(run).step_of(r)) for r in collect.read(run).results if r.unit] == [(9.0, 60)]
 
 
 @pytest.mark.parametrize(("step", "shown"), [(2, "at step 2 "), (4, "x ")])
@@ -261,7 +262,7 @@ def test_a_run_without_sets_that_was_evaluated_at_an_earlier_step_says_so(step, 
     run = written(tmp_path / "run", tiny.config("clip", steps=4), []).folder
     write_json(RunFolder(run).results_file, {"results": {}, "records": [], "config": {}})
     evaluate(run, "x", 40.0, step)
-    text = html.render(record.read(run), examples.Examples())
+    text = page_of(collect.read(run), examples.Examples())
     ((_, details),) = tiles(text).values()
     assert details.endswith(shown) and ("the newest of each set. " in text.replace("</p>", " ")) == (step == 2)
     assert "the run is not complete" not in text
@@ -273,7 +274,7 @@ def test_a_run_that_is_killed_in_its_last_evaluation_shows_all_of_its_sets(tmp_p
     evaluations.append((4, [Result("s", "textual", "r1", 30.0, n=9, chance=2.0, headline=True)]))
     read = written(tmp_path / "run", tiny.config("clip", steps=4), [], evaluations)
     assert [step for step, _ in read.evaluations] == [2, 4]
-    text = html.render(read, examples.Examples())
+    text = page_of(read, examples.Examples())
     shown = tiles(text)
     assert [number[:4] for number, _ in shown.values()] == ["40.0", "30.0"]
     assert all(details.endswith("at step 4 ") for _, details in shown.values())
@@ -297,10 +298,10 @@ def test_each_step_of_an_evaluation_is_one_point(tmp_path):
     results = [result for _, of_set in last for result in of_set]
     content = {"results": flat(results), "records": to_json(results), "config": {}}
     write_json(RunFolder(run).results_file, content)
-    drawn = lines_of(html.render(record.read(run), examples.Examples()))
+    drawn = lines_of(page_of(collect.read(run), examples.Examples()))
     assert drawn == {"folder:a/val, top-1": ([2, 4], [1, 4]), "folder:b/val, top-1": ([2, 4], [50, 53])}
     RunFolder(run).results_log_file.write_text(made_results.lines(evaluations))  # results.json has the last
-    assert lines_of(html.render(record.read(run), examples.Examples())) == drawn
+    assert lines_of(page_of(collect.read(run), examples.Examples())) == drawn
 
 
 def test_sets_of_one_name_have_a_line_each(tmp_path):
@@ -308,7 +309,7 @@ def test_sets_of_one_name_have_a_line_each(tmp_path):
     rows = [{"step": 1, "loss": 1.0, "clip/loss": 1.0}]
     evaluations = [(step, numbers("holdout", 20.0) + retrieval("holdout")) for step in (1, 2)]
     run = written(tmp_path / "run", tiny.config("clip"), rows, evaluations)
-    drawn = lines_of(html.render(run, examples.Examples()))
+    drawn = lines_of(page_of(run, examples.Examples()))
     assert [name.partition(",")[0] for name in drawn] == [
         "held-out pairs (zero-shot classification)",
         "held-out pairs (retrieval)",
@@ -325,7 +326,7 @@ def test_a_metric_that_is_not_a_number_is_shown_as_such(tmp_path):
     write_json(RunFolder(run).results_file, content)
     assert '"value": null' in RunFolder(run).results_file.read_text()
     evaluate(run, "x", math.nan, 4)
-    text = html.render(record.read(run), examples.Examples())
+    text = page_of(collect.read(run), examples.Examples())
     check(text)
     shown = text.partition("<main")[2].partition("<script")[0]
     assert not re.search(r"\bnan\b", shown)
@@ -353,4 +354,4 @@ def test_facts_of_another_type_are_one_sentence(name, change, message, trained, 
     content = json.loads((tmp_path / "run" / name).read_text())
     (tmp_path / "run" / name).write_text(json.dumps(change(content)))
     with pytest.raises(UserError, match=message):
-        record.read(tmp_path / "run")
+        collect.read(tmp_path / "run")

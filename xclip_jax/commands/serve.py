@@ -3,13 +3,13 @@
     xclip-jax serve RUN --images FOLDER
     xclip-jax serve ViT-B-32.pt --images '/data/photos/**/*.jpg' --names names.txt --port 8080
 
-Text is answered with the images that fit it best. An image, one of the folder or another that is chosen on the page, is
-answered with the best of the labels, and with the most similar images. Labels can be typed on the page; by default they
-are the lines of --names, or the images' captions, or else the names of their folders.
+A text finds the images that fit it best. An image of the folder, or one uploaded on the page, gets the best of the
+labels and the most similar images. Labels can be typed on the page; by default they are the lines of --names, or the
+images' captions, or else the names of their folders.
 
 Images are embedded once, and again if their file changes. Their embeddings are kept in --cache, by default
-~/.cache/xclip_jax/search, for the eight models and folders that were used last. Nothing that is asked or uploaded is
-stored or sent elsewhere. The page answers this machine alone; with --host 0.0.0.0 it answers everyone who reaches the
+~/.cache/xclip_jax/search, for the eight models and folders that were used last. Questions and uploads are neither
+stored nor sent elsewhere. The page answers only this machine; with --host 0.0.0.0 it answers everyone who reaches the
 machine, and shows them the images.
 """
 
@@ -24,7 +24,7 @@ from absl import logging
 
 from xclip_jax import model as inference
 from xclip_jax.commands import compilation_cache
-from xclip_jax.commands.serve.index import MAX_NAMES, MAX_TEXT, make_index
+from xclip_jax.commands.search_index import MAX_NAMES, MAX_TEXT, make_index
 from xclip_jax.core.console import log0
 from xclip_jax.core.errors import BadSample, Parser, UserError, check_count, exit_with_message, public
 from xclip_jax.core.imports import add_trust
@@ -35,7 +35,7 @@ _HERE = "127.0.0.1"
 
 
 def _in_url(host: str) -> str:
-    """A host as URLs and browsers name it: IPv6 addresses in brackets."""
+    """Return a host as URLs write it, with IPv6 addresses in brackets."""
     return f"[{host}]" if ":" in host else host
 
 
@@ -91,9 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             import uvicorn
 
-            from xclip_jax.commands.serve.app import make_app
-            from xclip_jax.commands.serve.connections import Connection
-            from xclip_jax.commands.serve.origin import machine_names
+            from xclip_jax.commands.search_app import Connection, machine_names, make_app
         except ImportError as error:
             raise UserError("serve needs a web server: pip install 'xclip_jax[serve]'.") from error
         check_count("--batch", flags.batch, 1)

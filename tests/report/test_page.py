@@ -8,12 +8,10 @@ import pytest
 
 from tests.helpers import tiny
 from tests.helpers.browser import SCHEMES, WIDTHS, browser, check_accessible, check_layout, opened  # noqa: F401
-from tests.helpers.pages import written
-from tests.report.test_health import collapsed
-from tests.report.test_run_sections import judged_results
-from tests.report.test_several import compared, predicted
-from xclip_jax.report import examples, html, several, style
-from xclip_jax.report.attention import Maps
+from tests.helpers.pages import page_of, written
+from tests.report.test_collect import judged_results
+from tests.report.test_sections import collapsed, compared, predicted
+from xclip_jax.report import examples, page
 
 SCREENS = [(width, scheme) for width in WIDTHS for scheme in SCHEMES]
 LONG = "a very long name of one class, which no card and no column of a table can show in one line without a cut"
@@ -34,7 +32,7 @@ def contrast(a, b):
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_colours_of_text_and_lines_have_contrast(scheme):
-    roots = re.findall(r":root\{(.*?)\}", style.CSS, re.DOTALL)
+    roots = re.findall(r":root\{(.*?)\}", page.file("page.css"), re.DOTALL)
     colors = {k: v for root in roots[: 1 + (scheme == "dark")] for k, v in re.findall(r"--([\w-]+):#(\w+)", root)}
     assert contrast("000", "fff") == pytest.approx(21)
     pairs = (
@@ -72,11 +70,12 @@ def pages(tmp_path_factory):
     root = tmp_path_factory.mktemp("pages")
     rows = [{"step": s, "loss": 1 / s, "lr": 1e-3} | collapsed("flat" if s == 3 else "") for s in (1, 2, 3)]
     run = written(root / "run", tiny.config("nclip", log__collapse_warmup_steps=1), rows)
-    maps = Maps([0, 1], *np.full((2, 2, 2, 2), 0.25), "attention of a token")
-    full = html.render(dataclasses.replace(run, results=judged_results()), shown_examples(), maps, 1234)
-    begun = html.render(written(root / "begun", tiny.config("clip"), []), examples.Examples(missing=["no checkpoint"]))
+    maps = examples.Maps([0, 1], *np.full((2, 2, 2, 2), 0.25), "attention of a token")
+    shown = dataclasses.replace(shown_examples(), maps=maps)
+    full = page_of(dataclasses.replace(run, results=judged_results()), shown, 1234)
+    begun = page_of(written(root / "begun", tiny.config("clip"), []), examples.Examples(missing=["no checkpoint"]))
     runs = [dataclasses.replace(run, examples=shown_examples()) for run in compared(root)]
-    for name, text in (("full", full), ("begun", begun), ("several", several.render(runs))):
+    for name, text in (("full", full), ("begun", begun), ("several", page.render(runs))):
         (root / f"{name}.html").write_text(text)
     return {name: f"file://{root}/{name}.html" for name in ("full", "begun", "several")}
 

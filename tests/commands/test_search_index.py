@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from tests.helpers import bad_tars
+from xclip_jax.commands import search_index as cache
 from xclip_jax.commands.embed_sources import open_images
-from xclip_jax.commands.serve import cache
 from xclip_jax.core import locks
 from xclip_jax.core.errors import UserError
 from xclip_jax.data.images import decode

@@ -1,25 +1,27 @@
-"""The search page: the index, the application and the command."""
+"""The application of the search page: its index, answers and limits, and slow, unfinished and too many connections."""
 
-import functools
+import asyncio
+import concurrent.futures
+import contextlib
 import io
+import os
+import pathlib
+import select
 import socket
-import sys
+import threading
+import time
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests.helpers import bad_tars, tiny
-from tests.helpers.browser import SCHEMES, WIDTHS, browser, check_accessible, check_layout, opened  # noqa: F401
+from tests.helpers import bad_tars, serving, tiny
 from tests.helpers.pages import Page, check_basics
-from tests.helpers.serving import served
 from xclip_jax import model as inference
+from xclip_jax.commands import search_app as application
+from xclip_jax.commands import serve as command
 from xclip_jax.commands.embed_sources import open_images
-from xclip_jax.commands.serve import __main__ as command
-from xclip_jax.commands.serve import app as application
-from xclip_jax.commands.serve import thumbnails
-from xclip_jax.commands.serve.cache import Embedded
-from xclip_jax.commands.serve.index import Index, make_index
+from xclip_jax.commands.search_index import Embedded, Index, make_index
 from xclip_jax.core.errors import UserError
 
 testclient = pytest.importorskip("starlette.testclient")
@@ -212,7 +214,7 @@ def test_each_image_of_a_tar_has_its_own_thumbnail(model, tmp_path, monkeypatch)
     for pattern in ("a/*.tar", f"{tmp_path}/a/*.tar"):
         index = make_index(model, pattern)
         shown = [
-            np.asarray(Image.open(io.BytesIO(thumbnails.thumbnail(index.content(i))))).mean((0, 1)).argmax()
+            np.asarray(Image.open(io.BytesIO(application.thumbnail(index.content(i))))).mean((0, 1)).argmax()
             for i in range(3)
         ]
         assert len(index) == 3 and shown == [0, 1, 2]
@@ -220,145 +222,169 @@ def test_each_image_of_a_tar_has_its_own_thumbnail(model, tmp_path, monkeypatch)
         assert names == ["0.tar#k1", "0.tar#k", "0.tar#k"]
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1"])
-def test_the_address_that_is_printed_is_answered(host, model, pictures, tmp_path, monkeypatch, capsys):
-    try:
-        command.listen(host, 0).close()
-    except UserError:
-        pytest.skip(f"this machine has no address {host}")
-    answers = []
+# --- connections
 
-    def ask(server, sockets):
-        printed = capsys.readouterr().out
-        assert str(sockets[0].getsockname()[1]) in printed
-        address = f"http://{printed.partition('http://')[2].split()[0]}"
-        answers.append(testclient.TestClient(server.config.app, base_url=address).get("/").status_code)
+needs_proc = pytest.mark.skipif(not pathlib.Path("/proc/self/clear_refs").exists(), reason="peak memory is in /proc")
 
-    # Its configuration of logging closes streams of pytest.
-    monkeypatch.setattr("uvicorn.Config", functools.partial(uvicorn.Config, log_config=None))
-    monkeypatch.setattr("uvicorn.Server.run", ask)
-    monkeypatch.setattr(command.inference, "load", lambda *_, **__: model)
-    flags = ["--images", str(pictures), "--cache", str(tmp_path / "cache"), "--host", host, "--port", "0"]
-    monkeypatch.setattr(command.checks, "warn_of_idle_accelerator", lambda: answers.append("looked at devices"))
-    command.main(["a run", *flags])
-    assert answers == ["looked at devices", 200]
+LIMIT = 0.4  # seconds
+HALF = b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+
+
+def test_half_sent_requests_keep_nobody_else_waiting(run, tmp_path):
+    with (
+        serving.served(run, tiny.folder(tmp_path / "pictures", n=2), tmp_path / "cache") as (address, _),
+        contextlib.ExitStack() as opened,
+    ):
+        for _ in range(64):
+            opened.enter_context(serving.connect(address)).sendall(HALF)
+        status, _, seconds = serving.get(address)
+    assert status == 200 and seconds < 2
+
+
+began = threading.Event()
+
+
+async def slow_echo(scope, receive, send):
+    """An application that reads the body, if there is one, and answers later than the limit of a request."""
+    if scope["type"] == "http":
+        while scope["method"] == "POST" and (await receive()).get("more_body"):
+            pass
+        began.set()
+        await asyncio.sleep(2 * LIMIT)
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+
+@pytest.fixture
+def address(monkeypatch):
+    """A server in this process with a limit of `LIMIT` seconds a request, and four connections an address."""
+    monkeypatch.setattr(application, "REQUEST_SECONDS", LIMIT)
+    monkeypatch.setattr(application, "PER_ADDRESS", 4)
+    listening = socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config(slow_echo, http=application.Connection, ws="none", log_config=None, lifespan="off")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread.start()
+    yield f"http://127.0.0.1:{listening.getsockname()[1]}/"
+    server.should_exit = True
+    thread.join()
+    listening.close()
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("first", "more"),
     [
-        (["{}", "--images", "none"], "'none' does not exist"),
-        (["{}", "--images", "{}", "--names", "none"], "'none' cannot be read"),
-        (["{}", "--images", "{}", "--port", "99999"], "--port is 99999; expected 0 to 65535"),
-        (["{}", "--images", "{}", "--port", "{port}"], "set another --port, or 0"),
-        (["{}", "--images", "{}", "--host", ""], "--host is empty; give an address, such as 127.0.0.1"),
-        (["{}", "--images", "{}", "--host", "no.such.invalid"], "set another --host"),
-        (["{}", "--images", "{}", "--names", sys.executable], "cannot be read"),
-        (["{}", "--images", "{}", "--batch", "0"], "--batch is 0"),
-        (["{}"], "required: --images"),
-        (["none", "--images", "{}", "--port", "0"], "none"),
+        (b"", b""),
+        (HALF, b""),
+        (HALF, b"X"),  # a letter now and then
+        (b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\n", b"X"),
     ],
 )
-def test_bad_arguments_are_one_sentence(flags, message, run):
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = str(taken.getsockname()[1])
-        line = [flag.replace("{port}", port).replace("{}", str(run)) for flag in flags]
-        line += [] if "--port" in line else ["--port", "0"]
-        with pytest.raises(SystemExit) as stopped:
-            command.main(line)
-    assert message in str(stopped.value) and str(stopped.value).startswith("error: ")
+def test_a_request_that_does_not_end_is_closed(first, more, address):
+    with serving.connect(address) as connection:
+        connection.sendall(first)
+        start = time.monotonic()
+        connection.settimeout(LIMIT / 4)
+        while time.monotonic() - start < 20 * LIMIT:
+            with contextlib.suppress(TimeoutError):
+                assert connection.recv(100) == b""
+                break
+            with contextlib.suppress(ConnectionError):
+                connection.sendall(more)
+        assert LIMIT * 0.9 < time.monotonic() - start < 20 * LIMIT
 
 
-# --- the command, in a browser
+def test_a_slow_answer_and_a_second_request_on_its_connection_are_not_cut_off(address):
+    with serving.connect(address) as connection:
+        for _ in range(2):
+            connection.sendall(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\n\r\n")
+            time.sleep(LIMIT / 2)
+            connection.sendall(b"x")
+            assert read(connection).endswith(b"ok")
+            time.sleep(LIMIT * 0.8)
 
 
-@pytest.fixture(scope="module")
-def address(run, pictures, tmp_path_factory):
-    with served(run, pictures, tmp_path_factory.mktemp("served") / "cache") as (found, _):
-        yield found
+def read(connection):
+    data = b""
+    while not data.endswith(b"ok") and (part := connection.recv(1000)):
+        data += part
+    return data
 
 
-@pytest.mark.parametrize(("width", "scheme"), list(zip(WIDTHS, SCHEMES, strict=True)))
-def test_a_person_searches_and_names(width, scheme, browser, address, pictures):  # noqa: F811
-    with opened(browser, address, width=width, scheme=scheme, allowed=["blob:"]) as page:
-        check_accessible(page)
-        page.get_by_label("What the images should show").fill("picture 3")
-        page.get_by_role("button", name="Search").click()
-        page.get_by_text("8 images, best first").wait_for()
-        matches = page.locator("#matches button")
-        assert matches.count() == 8 and page.locator("#matches img").first.evaluate("i => i.decode().then(() => true)")
-        matches.first.click()
-        page.locator("#best li").nth(7).wait_for()
-        assert page.locator("#like li").count() == 7
-        page.get_by_label("Labels to choose from").fill("fox\nhen")
-        page.get_by_label("Image", exact=True).set_input_files(pictures / "001.png")
-        page.locator("#best li").nth(2).wait_for(state="detached")
-        page.get_by_text("001.png: ").wait_for()
-        assert sorted(page.locator("#best li span").all_inner_texts()) == ["fox", "hen"]
-        check_layout(page)
-        check_accessible(page)
+def test_more_connections_of_an_address_close_those_that_wait(address, monkeypatch):
+    monkeypatch.setattr(application, "REQUEST_SECONDS", 60)
+    with contextlib.ExitStack() as opened:
+        busy, *idle = [opened.enter_context(serving.connect(address)) for _ in range(4)]
+        began.clear()
+        busy.sendall(HALF + b"\r\n")
+        assert began.wait(20)
+        new = opened.enter_context(serving.connect(address))
+        (closed,) = select.select(idle, [], [], 20)[0]
+        assert closed.recv(10) == b""
+        new.sendall(HALF + b"\r\n")
+        assert read(busy).endswith(b"ok") and read(new).endswith(b"ok")
 
 
-def test_a_bad_picture_is_said_on_the_page(browser, address, pictures):  # noqa: F811
-    with opened(browser, address, logged="400", allowed=["blob:"]) as page:
-        page.get_by_label("Image", exact=True).set_input_files(pictures / "bad.png")
-        page.get_by_text("not an image").wait_for()
+def test_names_without_end_are_refused_while_others_are_answered(run, tmp_path):
+    with serving.served(run, tiny.folder(tmp_path / "pictures", n=2), tmp_path / "cache") as (address, _):
+        serving.get(f"{address}thumbnail/0")
+        with concurrent.futures.ThreadPoolExecutor(2) as clients:
+            bodies = [b"x,\n" * (8 << 20), b"x,\n" * (7 << 20)]  # more than is read, and just below
+            asked = [clients.submit(serving.get, f"{address}names?image=0", body) for body in bodies]
+            seconds = [serving.get(f"{address}thumbnail/0")[2] for _ in range(20)]
+            assert [answer.result()[0] for answer in asked] == [413, 400]
+        assert max(seconds) < 0.7 and max(answer.result()[2] for answer in asked) < 5
 
 
-def test_bars_show_differences_within_the_list(browser, address):  # noqa: F811
-    """Cosines of 0.19 to 0.17 differ to the eye, and those that are equal but for rounding do not."""
-    with opened(browser, address) as page:
-        page.get_by_label("What the images should show").fill("picture 3")
-        page.get_by_role("button", name="Search").click()
-        for scores, expected in [([0.19, 0.18, 0.17], [1, 0.525, 0.05]), ([0.1, 0.1 - 1e-7], [1, 1])]:
-            names = [{"name": f"{score}", "score": score} for score in scores]
-            page.route("**/names*", lambda route, _, names=names: route.fulfill(json={"names": names, "matches": []}))
-            page.locator("#matches button").first.click()
-            page.locator("#named", has_text=f": {scores[0]}").wait_for()
-            bars = page.locator("#best li").evaluate_all("bars => bars.map(x => +x.style.getPropertyValue('--v'))")
-            assert bars == pytest.approx(expected, abs=1e-3)
+def ask_for_thumbnails(run, tmp_path, n, side):
+    """Peak memory, bytes, of a server of which n clients request the thumbnails of n PNGs, one each, and its growth."""
+    (tmp_path / "large").mkdir()
+    Image.new("RGB", (side, side), "red").save(tmp_path / "large" / "0.png", compress_level=1)
+    for i in range(1, n):
+        os.link(tmp_path / "large" / "0.png", tmp_path / "large" / f"{i}.png")
+    with serving.served(run, tmp_path / "large", tmp_path / "cache") as (address, process):
+        folder = pathlib.Path(f"/proc/{process.pid}")
+        (folder / "clear_refs").write_text("5")  # forgets the peak of the embedding
+        before = peak(folder)
+        with concurrent.futures.ThreadPoolExecutor(n) as clients:
+            answers = list(clients.map(lambda i: serving.get(f"{address}thumbnail/{i}"), range(n)))
+        assert [(status, data[:4]) for status, data, _ in answers] == [(200, b"RIFF")] * n
+        return peak(folder), peak(folder) - before
 
 
-def test_a_late_answer_replaces_no_later_one(browser, address):  # noqa: F811
-    """Questions are held back, and answered in another order."""
-    with opened(browser, address, logged="400", allowed=["blob:"]) as page:
-        page.get_by_label("What the images should show").fill("picture 3")
-        search, matches = page.get_by_role("button", name="Search"), page.locator("#matches button")
-        search.click()
-        page.get_by_text("8 images, best first").wait_for()
-        held = []
-        for pattern in ("**/search?*", "**/names*"):
-            page.route(pattern, lambda route: held.append(route))
+def peak(folder):
+    return int((folder / "status").read_text().split("VmHWM:")[1].split()[0]) << 10
 
-        def ask(button):
-            n = len(held)
-            button.click()
-            for _ in range(500):
-                if len(held) == n:
-                    page.wait_for_timeout(10)
-            return held[n]
 
-        def answer(best, n):
-            return {"names": [{"name": best, "score": 0.5}], "matches": [
-                {"image": i, "name": f"/{i}.png", "text": best, "score": 0.5} for i in range(n)
-            ]}  # fmt: skip
+def test_a_thumbnail_is_made_once_in_few_threads_and_failures_are_tried_again(client, monkeypatch):
+    made, running, most = [], [], []
 
-        # A search and a picture wait for their own answers.
-        searched, named = ask(search), ask(matches.first)
-        named.fulfill(json=answer("fox", 3))
-        page.locator("#named", has_text=": fox").wait_for()
-        searched.fulfill(json=answer("hen", 5))
-        page.get_by_text("5 images, best first").wait_for()
-        assert page.locator("#like li").count() == 3 and matches.count() == 5
-        # The first question's answer comes last.
-        first, second = ask(matches.nth(0)), ask(matches.nth(1))
-        second.fulfill(json=answer("cow", 2))
-        page.locator("#named", has_text=": cow").wait_for()
-        with page.expect_response("**/names*"):
-            first.fulfill(json=answer("late", 7))
-        page.wait_for_timeout(50)
-        assert page.locator("#best span").all_inner_texts() == ["cow"] and page.locator("#like li").count() == 2
-        # One that fails leaves no answer of another picture.
-        ask(matches.nth(2)).fulfill(status=400, json={"error": "no such picture"})
-        page.locator("#named.error", has_text="no such picture").wait_for()
-        assert page.locator("#best li, #like li").count() == 0 and matches.count() == 5
+    def make(content):
+        made.append(content)
+        running.append(content)
+        most.append(len(running))
+        time.sleep(0.05)
+        running.pop()
+        if len(made) == 1:
+            raise UserError("not yet")
+        return b"%d" % len(content)
+
+    monkeypatch.setattr(application, "thumbnail", make)
+    assert client.get("/thumbnail/7").json()["error"] == "not yet"
+    with client, concurrent.futures.ThreadPoolExecutor(4) as clients:  # one event loop, as in a server
+        answers = list(clients.map(lambda i: client.get(f"/thumbnail/{i}").content, [7, 1, 2, 3]))
+    assert [client.get(f"/thumbnail/{i}").content for i in (7, 1, 2, 3)] == answers and b"" not in answers
+    assert len(made) == 5 and max(most) <= 2
+
+
+@needs_proc
+def test_thumbnails_of_large_images_need_little_memory(run, tmp_path):
+    _, growth = ask_for_thumbnails(run, tmp_path, n=12, side=4000)
+    assert growth < 350 << 20  # an image has 64 MB; so two threads may have 256
+
+
+@needs_proc
+@pytest.mark.slow
+def test_thumbnails_of_32_images_of_64_million_pixels_need_less_than_a_gigabyte(run, tmp_path):
+    total, _ = ask_for_thumbnails(run, tmp_path, n=32, side=8000)
+    assert total < 1 << 30

@@ -1,0 +1,72 @@
+"""Charts: numbers, ticks, what is drawn, and the charts of every term."""
+
+import json
+import math
+import pathlib
+import re
+
+import numpy as np
+import pytest
+
+from tests.helpers import tiny
+from tests.helpers.pages import Page, check, page_of, written
+from xclip_jax.report import charts, examples, page
+
+
+def test_numbers_and_ticks():
+    values = (0, 12, 0.5, 7.5, 103.25, 1234.5, 1e-5, 0.00075, 0.001, -0.0312, math.nan)
+    assert list(map(charts.number, values)) == [
+        "0",
+        "12",
+        "0.5",
+        "7.5",
+        "103.2",
+        "1,234",
+        "1e-5",
+        "7.5e-4",
+        "0.001",
+        "-0.0312",
+        "not a number",
+    ]
+    assert charts.ticks(0, 10, 5) == [0, 2, 4, 6, 8, 10]
+    assert charts.ticks(-0.3, 0.35, 5) == pytest.approx([-0.2, 0, 0.2])
+    for low, high in ((1, 2), (0.001, 0.0013), (-7, 1e6)):
+        ticks = charts.ticks(low, high, 5)
+        assert 2 <= len(ticks) <= 6 and low <= min(ticks) and max(ticks) <= high * (1 + 1e-9)
+
+
+def test_a_chart_keeps_to_what_is_finite_and_short():
+    steps = range(5000)
+    line = charts.Line("a<b", steps, [math.nan if s % 7 == 0 else s for s in steps], 0)
+    chart = charts.chart("T", [line], [charts.Level("alarm", -100.0, below=True)], unit="nats")
+    source = "{% from 'elements.html' import chart %}{{ chart(c) }}"
+    text = page.environment().from_string(source).render(c=chart)
+    Page(text)
+    data = json.loads(chart.data)
+    (drawn,) = data["lines"]
+    assert drawn["name"] == "a<b" and len(drawn["x"]) == charts.POINTS
+    assert drawn["y"] == pytest.approx(drawn["x"], abs=1) and "a&lt;b" in text
+    points = np.array([p.split(",") for p in re.search(r'points="([^"]+)"', text)[1].split()], float)
+    assert points[0, 0] == 0 and points[-1, 0] == 1000 and (np.diff(points[:, 1]) < 0).all()
+    assert charts.chart("T", [charts.Line("none", [1], [math.nan], 0)]) is None
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip", "nclip", "xclip", "xclip-ema-center", "classify-img"])
+def test_every_chart_of_a_term_is_on_the_page(name, tmp_path):
+    """With the metrics of real steps, recorded in the golden file of the objectives."""
+    golden = json.loads((pathlib.Path(__file__).parents[1] / "golden" / "objectives.json").read_text())[name]["metrics"]
+    rows = [{"step": step} | metrics for step, metrics in enumerate(golden, 1)]
+    config = tiny.config(name.split("-")[0], objective__classify__classes=3)
+    run = written(tmp_path / "run", config, rows)
+    text = page_of(run, examples.Examples())
+    parsed = check(text)
+    titles = set(re.findall(r"<figcaption><b>([^<]+)</b>", text))
+    for term, own in run.objective.terms.items():
+        metrics = run.objective.metrics_of(term, rows[-1])
+        assert {curve.title for curve in own.curves()} <= titles
+        health = own.health(metrics)
+        if health:
+            assert health.summary in " ".join(parsed.text)
+            assert {curve.title for curve in health.curves} <= titles
+            assert text.count('class="card light') == len(health.lights) or len(run.objective.terms) > 1
+    assert ("Loss" in titles) == (len(run.objective.terms) > 1 or name == "classify-img")

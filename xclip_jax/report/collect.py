@@ -1,0 +1,355 @@
+"""Collects what a run's folder says about the run: metrics, results with intervals and verdicts, and warnings."""
+
+import collections
+import contextlib
+import dataclasses
+import datetime
+import functools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import scipy
+from etils import epath
+
+from xclip_jax.config import schema
+from xclip_jax.config.schema import Config
+from xclip_jax.core import imports
+from xclip_jax.core.errors import UserError
+from xclip_jax.core.run_folder import RunFolder, not_found
+from xclip_jax.evaluators import results, tables
+from xclip_jax.evaluators.results import Result
+from xclip_jax.evaluators.statistics import PerExample, interval
+from xclip_jax.objectives import Objective, make_objective
+from xclip_jax.report.examples import Examples
+
+LEVEL = 0.95  # of intervals
+ABOVE, BELOW, UNDECIDED = "above chance", "below chance", "not distinguishable from chance"
+_SAMPLES = 1000  # a resample of average precision takes milliseconds
+
+Row = dict[str, float]
+Key = tuple[str, str]  # family and set
+Evaluation = tuple[int, list[Result]]  # step and results
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """Contents of a run directory; empty where a file does not exist yet.
+
+    Attributes:
+      folder: the run directory.
+      config: of the run, with defaults for keys that are newer than the run.
+      objective: made from the config.
+      environment: versions, devices, commit and command.
+      training: metrics of the logged steps, in order.
+      evaluations: (step, results) of each step with an evaluation during training, including the last one.
+      results: of the last evaluation, then of other sets that `xclip-jax evaluate` has measured at the same step;
+        before there is one the newest of each set, during training or by `xclip-jax evaluate`. With per-example
+        values where evaluation.json has them of the same number.
+      steps_of: {(family, set): step} of the results, where they are the newest of each set.
+      sources: fingerprint of each of config's data.sources.
+      bad: number of samples in the ledger of bad samples.
+      began, ended: start of the run, and the time when results.json was written, UTC.
+    """
+
+    folder: epath.Path
+    config: Config
+    objective: Objective
+    environment: dict[str, Any]
+    training: list[Row]
+    evaluations: list[Evaluation]
+    results: list[Result]
+    steps_of: dict[Key, int]
+    sources: list[dict[str, Any]]
+    bad: int
+    began: datetime.datetime
+    ended: datetime.datetime | None
+
+    @property
+    def steps(self) -> int:
+        """The last logged step."""
+        return int(self.training[-1]["step"]) if self.training else 0
+
+    @property
+    def complete(self) -> bool:
+        """Whether the last evaluation has been made."""
+        return self.ended is not None
+
+    def step_of(self, result: Result) -> int | None:
+        """Return the step of one of the results; None for the run's last one."""
+        return self.steps_of.get((result.family, result.set))
+
+    @property
+    def items(self) -> str:
+        """Name of the items of a batch."""
+        return "labelled items" if self.objective.labelled else "image-text pairs"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run on a page.
+
+    Attributes:
+      name: on the page.
+      color: number of its colour.
+      record: contents of its directory.
+      examples: predictions of its model; empty without a checkpoint.
+      parameters: number of the model's parameters, if known.
+    """
+
+    name: str
+    color: int
+    record: Record
+    examples: Examples
+    parameters: int | None = None
+
+
+def read(path: str | epath.Path) -> Record:
+    """Read the run directory `path`.
+
+    Raises:
+      UserError: no run directory, or a damaged file in it.
+    """
+    run = RunFolder(path)
+    content = run.read_config()
+    if content is None:
+        if not run.path.exists():
+            raise UserError(not_found(path, "name the folder of a run."))
+        raise UserError(f"{str(path)!r} is not a run directory: it has no config.json; pass a run directory.")
+    try:
+        return _read(run, content)
+    except UserError:
+        raise
+    except Exception as error:  # JSON of any other form
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(
+            f"a file of run {str(path)!r} has another form than a run writes ({reason}); restore it."
+        ) from error
+
+
+def _read(run: RunFolder, content: Mapping[str, Any]) -> Record:
+    with imports.named_by(run.config_file):
+        config = schema.resolve(schema.complete(content["config"]))
+    rows, final = run.read_metrics(), run.read_results() or {}
+    known, step = _results(run, final, config)
+    evaluations = by_step((int(line["step"]), _finite(line["records"])) for line in run.read_evaluations())
+    steps_of: dict[Key, int] = {}
+    if not final or step != config.steps:
+        known, steps_of = newest([(step, known), *evaluations])
+    facts = final.get("environment") or content.get("environment") or {}
+    if not isinstance(facts.get("versions", {}), dict) or not isinstance(facts.get("commit", ""), str):
+        raise TypeError("environment has versions or a commit of another type")
+    return Record(
+        folder=run.path,
+        config=config,
+        objective=make_objective(config.objective),
+        environment=facts,
+        training=[row for row in rows if "loss" in row],
+        evaluations=evaluations,
+        results=_with_items(known, run.evaluation_file),
+        steps_of=steps_of,
+        sources=run.read_sources() or [],
+        bad=len(run.read_bad_samples()),
+        began=datetime.datetime.fromisoformat(content["started"]),
+        ended=datetime.datetime.fromtimestamp(run.results_file.stat().mtime, datetime.UTC) if final else None,
+    )
+
+
+def _finite(records: Sequence[Mapping[str, Any]]) -> list[Result]:
+    """Return the results that are numbers; a diverged evaluation leaves the one before as the newest."""
+    return [result for result in results.from_json(records) if math.isfinite(result.value)]
+
+
+def _results(run: RunFolder, final: Mapping[str, Any], config: Config) -> tuple[list[Result], int]:
+    """Return the results of the last evaluation, `final`, with further sets of evaluation.json; and their step.
+
+    It is the last step, or where the last evaluation has no results the newest of evaluation.json.
+    """
+    steps = config.steps
+    known, entries = results.from_json(final["records"]) if final else [], []
+    if run.evaluation_file.exists():
+        # Where a run has results of its own, a damaged file adds none and is no error.
+        with contextlib.suppress(UserError) if known else contextlib.nullcontext():
+            entries = results.of_config(results.read(run.evaluation_file)[0], config)
+    if not entries:
+        return known, steps
+    shown, sets = results.latest(entries)[0], {(result.family, result.set) for result in known}
+    others = results.of_entries([entry for entry in shown if not known or entry["step"] == steps])
+    step = steps if known else int(shown[-1]["step"])
+    return [*known, *(result for result in others if (result.family, result.set) not in sets)], step
+
+
+def _with_items(known: Sequence[Result], file: epath.Path) -> list[Result]:
+    """Return results with the per-example values that a results file has of a result of equal name and value."""
+    items: dict[tuple[str, float], PerExample] = {}
+    if file.exists():
+        with contextlib.suppress(UserError):  # without them intervals are binomial
+            entries, items_of = results.read(file)
+            for entry in entries:
+                own = items_of.get(entry["items"], {})
+                items |= {
+                    (r.name, round(r.value, 4)): own[r.name] for r in results.of_entries([entry]) if r.name in own
+                }
+    return [dataclasses.replace(result, items=items.get((result.name, round(result.value, 4)))) for result in known]
+
+
+# Evaluations: joined by step, the newest of each set, and the names of sets on a page.
+
+
+def by_step(evaluations: Iterable[Evaluation]) -> list[Evaluation]:
+    """Return one evaluation for each step: results.jsonl has the last evaluation set by set."""
+    joined: dict[int, dict[str, Result]] = {}
+    for step, of_step in evaluations:
+        joined.setdefault(step, {}).update({result.name: result for result in of_step})
+    return [(step, list(joined[step].values())) for step in sorted(joined)]
+
+
+def newest(evaluations: Iterable[Evaluation]) -> tuple[list[Result], dict[Key, int]]:
+    """Return the results of each set at the newest step that has it, and {(family, set): that step}.
+
+    Args:
+      evaluations: of equal steps the last one counts.
+    """
+    of_sets: dict[Key, tuple[int, list[Result]]] = {}
+    for step, of_step in sorted(evaluations, key=lambda evaluation: evaluation[0]):
+        sets: dict[Key, list[Result]] = {}
+        for result in of_step:
+            sets.setdefault((result.family, result.set), []).append(result)
+        # Metrics that are not numbers are absent: a set without its main metric replaces nothing.
+        of_sets |= {key: (step, own) for key, own in sets.items() if tables.rows(own)}
+    return [result for _, own in of_sets.values() for result in own], {key: step for key, (step, _) in of_sets.items()}
+
+
+def labels(rows: Iterable[tables.Row]) -> dict[Key, str]:
+    """Return {(family, name) of each row: its short name}, with the family's title where two rows have one name."""
+    keys = list(dict.fromkeys((row.family, row.name) for row in rows))
+    short = tables.shorten(name for _, name in keys)
+    counts = collections.Counter(short[name] for _, name in keys)
+    return {
+        (family, name): f"{short[name]} ({tables.title(family)})" if counts[short[name]] > 1 else short[name]
+        for family, name in keys
+    }
+
+
+def rows_of(runs: Sequence[Run]) -> list[tables.Row]:
+    """Return the rows of all sets that runs have results of."""
+    evaluations = [x for run in runs for x in (run.record.results, *(own for _, own in run.record.evaluations))]
+    return [row for of_step in evaluations for row in tables.rows(of_step)]
+
+
+# Intervals of results, and tests whether results are above chance.
+
+
+@dataclasses.dataclass(frozen=True)
+class Judgement:
+    """A result's interval in its own unit, NaN where it has none, and the verdict against chance.
+
+    Attributes:
+      low, high: ends of the interval of level `LEVEL`.
+      verdict: `ABOVE`, `BELOW`, `UNDECIDED`, or "" for a number without an interval or a known chance level.
+      resampled: whether the interval is a bootstrap of per-example values, not a binomial one.
+    """
+
+    low: float
+    high: float
+    verdict: str
+    resampled: bool
+
+    def __str__(self) -> str:
+        """The interval in words."""
+        return f"{self.low:.1f} to {self.high:.1f}" if math.isfinite(self.low) else ""
+
+
+@functools.lru_cache(256)
+def judge(result: Result) -> Judgement:
+    """Return the interval of a result and its verdict.
+
+    A share of items has Clopper and Pearson's binomial interval, which assumes independent items of equal weight; a
+    mean per class, in which items of rare classes weigh more, has none. Per-example values with unequal weights,
+    groups or another statistic than a mean of zeros and ones are resampled. Resamples of values that are all right or
+    all wrong cannot differ: these have the binomial interval of their effective number, see `_trials`.
+    """
+    low, high, items = math.nan, math.nan, result.items
+    n = result.n if items is None else _trials(items)
+    if items is not None and not n:
+        low, high = interval(items, samples=_SAMPLES)
+    elif result.unit == "%" and n and math.isfinite(result.value) and not result.metric.endswith("mean_per_class"):
+        right = min(max(round(n * result.value / 100), 0), n)
+        exact = scipy.stats.binomtest(right, n).proportion_ci(LEVEL)
+        low, high = 100 * exact.low, 100 * exact.high
+    verdict = ""
+    if result.unit == "%" and result.chance is not None and math.isfinite(low):
+        verdict = ABOVE if low > result.chance else BELOW if high < result.chance else UNDECIDED
+    return Judgement(low, high, verdict, resampled=items is not None and not n)
+
+
+def _trials(items: PerExample) -> int:
+    """Return the number of binomial trials in a mean of zeros and ones; 0 for values that have to be resampled.
+
+    Independent items of equal weight are one trial each. For values that are all equal it is Kish's effective number
+    of groups, or of items without groups: (sum of weights)^2 / sum of squared weights.
+    """
+    if items.statistic != "mean" or not np.isin(items.values, (0, 1)).all():
+        return 0
+    weights = np.ones(len(items.values)) if items.weights is None else items.weights
+    equal = np.ptp(items.values[weights > 0]) == 0
+    if items.groups is not None:
+        weights = np.bincount(np.unique(items.groups, return_inverse=True)[1], weights)
+    independent = len(weights) == len(items.values) and np.allclose(weights, weights[0], rtol=1e-9, atol=0)
+    return round(weights.sum() ** 2 / (weights**2).sum()) if independent or equal else 0
+
+
+def judgements(known: Sequence[Result]) -> dict[tuple[str, str], Judgement]:
+    """Return {(set and task, metric): judgement} of the first metric of each row of the tables."""
+    first = {(row.name, row.shown[0][0].name): row.shown[0][1] for row in tables.rows(known)}
+    return {key: judge(result) for key, result in first.items()}
+
+
+def verdicts(known: Sequence[Result]) -> dict[tuple[str, str], str]:
+    """Return {(set, metric): verdict} of the first metric of each set, where it has a verdict."""
+    return {key: judged.verdict for key, judged in judgements(known).items() if judged.verdict}
+
+
+# Failures that the terms of an objective warn of.
+
+
+def complete_rows(objective: Objective, term: str, rows: Sequence[Row]) -> list[Row]:
+    """Return the metrics of a term, without prefix, and "step", of the rows that have them all."""
+    own = [objective.metrics_of(term, row) | {"step": row["step"]} for row in rows]
+    names = set().union(*own)
+    return [row for row in own if row.keys() == names] if len(names) > 1 else []
+
+
+@dataclasses.dataclass(frozen=True)
+class Warnings:
+    """Warnings of one term at the logged steps from `first_step` on: {name: warning} of each step in `steps`."""
+
+    first_step: int
+    steps: list[int]
+    warnings: list[dict[str, str]]
+
+    @classmethod
+    def collect(cls, record: Record, name: str, rows: Sequence[Row]) -> "Warnings":
+        """Collect the warnings of the term `name` in `complete_rows`."""
+        term, first_step = record.objective.terms[name], record.config.log.collapse_warmup_steps
+        judged = [row for row in rows if row["step"] >= first_step]
+        by_name = [{text.partition(":")[0]: text for text in term.report.alarms(row)} for row in judged]
+        return cls(first_step, [int(row["step"]) for row in judged], by_name)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all failures that were warned of."""
+        return list(dict.fromkeys(name for warnings in self.warnings for name in warnings))
+
+    def last(self, name: str) -> str:
+        """Return the warning at the last step, or ""."""
+        return self.warnings[-1].get(name, "") if self.warnings else ""
+
+    def history(self, name: str) -> str:
+        """Return a sentence on the steps with this warning."""
+        if not self.steps:
+            return f"Checked from step {self.first_step:,} on (log.collapse_warmup_steps)."
+        steps = [step for step, warnings in zip(self.steps, self.warnings, strict=True) if name in warnings]
+        where = f"of {len(self.steps):,} logged steps from step {self.first_step:,} on"
+        return f"Warning at {len(steps):,} {where}, last at {steps[-1]:,}." if steps else f"No warning at any {where}."

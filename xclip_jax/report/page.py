@@ -1,0 +1,282 @@
+"""The page of one or more runs: one HTML file with all images, styles and scripts inside."""
+
+import base64
+import dataclasses
+import functools
+import importlib.resources
+import io
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jinja2
+import numpy as np
+from markupsafe import Markup, escape
+from PIL import Image
+
+from xclip_jax.config.schema import Config
+from xclip_jax.core.console import command, log0
+from xclip_jax.core.errors import public
+from xclip_jax.data import images
+from xclip_jax.evaluators import tables
+from xclip_jax.evaluators.encoder import Encoder
+from xclip_jax.evaluators.results import UNITS, Result
+from xclip_jax.models.two_towers import Variables
+from xclip_jax.report import collect, picture, sections
+from xclip_jax.report.charts import decimals, number
+from xclip_jax.report.collect import ABOVE, LEVEL, Record, Run, judge, judgements
+from xclip_jax.report.examples import Examples, attention, collect_examples
+from xclip_jax.train.build import Experiment, profile_of_run
+from xclip_jax.train.callbacks import Callback
+from xclip_jax.train.job import Job
+
+THUMB = 72  # side of an image in the page, pixels
+
+
+def render(runs: Sequence[Run], *, step: int | None = None) -> str:
+    """Return the page of runs.
+
+    Args:
+      runs: one, or several; the others are compared with the first.
+      step: of the evaluations that are compared; by default the newest that each run has.
+    """
+    first, several = runs[0], len(runs) > 1
+    shown = sections.sections_of_several(runs, step) if several else sections.sections_of_run(first)
+    # Without examples each of their sections of one run has the reasons.
+    with_notes = [run for run in runs if several or run.examples.named or run.examples.retrieved]
+    notes = [*_notes_on_pairs(runs), *(note for run in with_notes for note in run.examples.missing)]
+    context: dict[str, Any] = {
+        "runs": runs,
+        "sections": sorted(shown, key=lambda section: bool(section.missing)),
+        "images": Images(),
+        "notes": dict.fromkeys(notes),
+        "credits": dict.fromkeys(credit for run in runs for credit in run.examples.credits),
+        "level": f"{LEVEL:.0%}",
+        "any_steps": any(run.record.steps_of for run in runs),
+    }
+    if not several:
+        verdicts = [judged.verdict for judged in judgements(first.record.results).values()]
+        name = first.record.objective.title
+        context |= {
+            "title": f"What {name} learned" if first.record.complete else f"What {name} has learned so far",
+            "tiles": list(_tiles(first.record)),
+            "facts": {key: value for key, value in facts(first.record, first.parameters).items() if value != ""},
+            "hopeful": ABOVE in verdicts or not any(verdicts),
+        }
+    return environment().get_template("page.html").render(context)
+
+
+def _notes_on_pairs(runs: Sequence[Run]) -> Iterator[str]:
+    """Yield a sentence where the pairs of the first run, which are shown, may be training pairs of others."""
+    first, *rest = [(run.record.config.data.sources, run.record.config.data.holdout) for run in runs]
+    others = [run.name for run, own in zip(runs[1:], rest, strict=True) if own != first]
+    if others and (runs[0].examples.named or runs[0].examples.retrieved):
+        yield (
+            f"Held-out and training pairs, where shown, come from {runs[0].name}; {', '.join(others)} learned from "
+            "other data, which may contain the held-out ones."
+        )
+
+
+def _tiles(record: Record) -> Iterator[dict[str, Any]]:
+    """Yield the best result of each family."""
+    short = tables.short_names(record.results)
+    for family, row in tables.first_set_of_each_family(record.results).items():
+        metric, result = row.shown[0]
+        judged, step = judge(result), record.step_of(result)
+        unit = result.unit if result.unit not in UNITS or result.unit == "%" else ""
+        chance = f"chance {result.chance:.1f}\u00a0{unit or '%'}" if result.chance is not None else ""
+        when = "" if step is None else f"at step {step:,}"
+        yield {
+            "family": family,
+            "value": decimals(result.value),
+            "finite": math.isfinite(result.value),
+            "unit": unit,
+            "label": metric.label + (f", {LEVEL:.0%}: {judged}" if str(judged) else ""),
+            "verdict": judged.verdict,
+            "details": ", ".join(filter(None, (chance, short[row.name], when))),
+        }
+
+
+def facts(record: Record, parameters: int | None = None) -> dict[str, Any]:
+    """Return the facts of a run at the head of its page; "" for unknown ones."""
+    config, objective = record.config, record.objective
+    machine: Mapping[str, Any] = record.environment
+    last = record.training[-1] if record.training else {}
+    samples = sum(source.get("samples", 0) for source in record.sources)
+    transparent = max((source.get("transparent", 0) for source in record.sources), default=0)
+    unit = "items" if objective.labelled else "pairs"
+    return {
+        "Objective": objective.title + (f", {objective.formula}" if len(objective.terms) > 1 else ""),
+        "Image tower": config.model.tower("img").describe(),
+        "Parameters": f"{parameters:,}" if parameters else "",
+        f"Training {unit}": f"{samples:,}" if samples else "",
+        "Transparent images": images.describe(transparent, config.data.background) if transparent else "",
+        f"{unit.capitalize()} seen": f"{last['samples']:,} ({last['epoch']:.1f} epochs)" if "epoch" in last else "",
+        "Speed": f"{number(last['samples_per_second'])} {unit}/s" if last.get("samples_per_second") else "",
+        "MFU": f"{last['mfu']:.1%}" if last.get("mfu") else "",
+        "Model TFLOP/s": number(flops / 1e12) if (flops := last.get("model_flops_per_second")) else "",
+        "Goodput": f"{last['goodput']:.1%}" if last.get("goodput") else "",
+        "Bad samples": f"{record.bad:,}" if record.bad else "",
+        "Skipped steps": f"{last['skipped_steps']:,.0f}" if last.get("skipped_steps") else "",
+        "Devices": machine.get("devices", ""),
+        "Began, UTC": f"{record.began:%Y-%m-%d %H:%M}",
+        "Ended, UTC": f"{record.ended:%Y-%m-%d %H:%M}" if record.ended else "not yet",
+        "Commit": machine.get("commit", "")[:12] + "-dirty" * machine.get("commit", "").endswith("-dirty"),
+        "JAX, Python": f"{machine.get('versions', {}).get('jax', '?')}, {machine.get('python', '?')}",
+        "Seed": config.seed,
+        "Data": ", ".join(config.data.sources),
+    }
+
+
+# The templates.
+
+
+@functools.cache
+def environment() -> jinja2.Environment:
+    """Return the environment of the templates, which escapes all values and removes the secrets of addresses."""
+    made = jinja2.Environment(
+        loader=jinja2.FunctionLoader(_template),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=lambda value: value if isinstance(value, Markup) else public(str(value)),
+    )
+    made.filters |= {"breakable": _breakable, "comma": "{:,}".format, "decimals": decimals}
+    made.filters |= {"command": command, "data_uri": data_uri, "done": _done, "file": file, "judge": judge}
+    return made
+
+
+def _template(name: str) -> str:
+    """Return a template; its line breaks next to tags are left out, so that they make no space."""
+    return re.sub(r"(?<=[>}])\s*\n\s*|\s*\n\s*(?=[<{])", "", file(name))
+
+
+def file(name: str) -> Markup:
+    """Return a file of this package, which needs no escaping: a style sheet, a script or a template."""
+    return Markup(importlib.resources.files("xclip_jax.report").joinpath(name).read_text("utf-8"))
+
+
+def _breakable(name: str) -> Markup:
+    """Return a name, escaped, with places where a long one may be broken into lines."""
+    return Markup(str(escape(public(name))).replace("/", "/<wbr>").replace("_", "_<wbr>"))
+
+
+def _done(run: Run) -> str:
+    steps, all_steps = run.record.steps, run.record.config.steps
+    return f"{steps:,} steps" if steps == all_steps else f"{steps:,} of {all_steps:,} steps"
+
+
+def data_uri(image: np.ndarray, side: int = 0, *, lossless: bool = False) -> str:
+    """Return a uint8 image (h, w, 3) as WebP in a URI; `side` pixels high and wide, 0 for its own size."""
+    square = Image.fromarray(image)
+    if side:
+        square = square.resize((side, side), Image.Resampling.LANCZOS)
+    data = io.BytesIO()
+    square.save(data, "WEBP", quality=82, lossless=lossless, method=4)
+    return f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}"
+
+
+class Images:
+    """Images of a page: each is stored once, as a class of the style sheet, however often it is shown."""
+
+    def __init__(self) -> None:
+        self._classes: dict[bytes, str] = {}
+        self._rules: list[str] = []
+
+    def show(self, image: np.ndarray, alt: str) -> Markup:
+        """Return an element with the image, described by `alt`."""
+        key = image.tobytes()
+        if key not in self._classes:
+            self._classes[key] = f"i{len(self._classes)}"
+            self._rules.append(f".{self._classes[key]}{{background-image:url({data_uri(image, THUMB)})}}")
+        element = Markup('<span class="im {}" role="img" aria-label="{}"></span>')
+        return element.format(self._classes[key], public(alt))
+
+    def css(self) -> Markup:
+        """Return the rules of all images that were shown."""
+        return Markup("\n".join(self._rules))
+
+
+# Predictions for the page, and the page at the end of a run.
+
+
+def predict(
+    experiment: Experiment,
+    encoder: Encoder,
+    variables: Variables,
+    specs: Sequence[str],
+    *,
+    config: Config,
+    pairs: bool,
+    data_dir: str = "",
+    seed: int = 0,
+) -> Examples:
+    """Return the examples of a model on a page. With several processes all of them call this.
+
+    Args:
+      experiment, encoder, variables: the model.
+      specs: evaluation sets, see `examples.collect_examples`.
+      config: of the run that says which training pairs, templates and class names are shown.
+      pairs: whether that run learned from pairs and not from labelled items.
+      data_dir: root of the data sets, "" for the run's.
+      seed: decides which examples are shown.
+    """
+    examples = collect_examples(
+        encoder,
+        variables,
+        specs,
+        data=config.data,
+        data_dir=data_dir,
+        data_seed=config.seed,
+        pairs=pairs,
+        seed=seed,
+        profile=profile_of_run(config),
+    )
+    if examples.gallery.images:
+        statistics = (experiment.preprocessing.mean, experiment.preprocessing.std)
+        maps = attention(experiment.model, variables, examples.gallery.images, statistics, experiment.mesh, seed=seed)
+        examples = dataclasses.replace(examples, maps=maps)
+    return examples
+
+
+def count_parameters(experiment: Experiment) -> int:
+    """Return the number of parameters of a model."""
+    return sum(x.size for x in jax.tree.leaves(experiment.abstract.params))
+
+
+class ReportWriter(Callback):
+    """Writes report.html and picture.png at the end of a run that has `eval.report` set.
+
+    A report that fails does not affect a run of one process.
+    """
+
+    def on_end(self, job: Job, variables: Variables, results: Sequence[Result]) -> None:
+        """Write the report, or print the reason of a failure."""
+        del results  # the page reads them from the folder
+        if not job.config.eval.report:
+            return
+        try:
+            _write(job, variables)
+        except Exception as error:
+            if jax.process_count() > 1:
+                raise  # the others would wait for this process in the next batch
+            again = f"{command('report')} {job.config.run} tries again"
+            log0(f"no report: {type(error).__name__}: {error}; {again}")
+
+
+def _write(job: Job, variables: Variables) -> None:
+    config, folder, experiment = job.config, job.folder, job.experiment
+    specs = (*config.eval.final_sets, *config.eval.sets)
+    pairs = not experiment.objective.labelled
+    examples = predict(experiment, job.encoder, variables, specs, config=experiment.config, pairs=pairs)
+    if jax.process_index() != 0:
+        return
+    record = collect.read(folder.path)
+    run = Run(folder.path.name, 0, record, examples, count_parameters(experiment))
+    folder.report_file.write_text(render([run]))
+    log0(f"report: {folder.report_file}")
+    if examples.named or examples.clusters:
+        title = f"What {record.objective.title} learned in {config.steps} steps of {config.data.batch} pairs"
+        picture.draw(folder.picture_file, examples, title=title)
+        log0(f"picture: {folder.picture_file}")

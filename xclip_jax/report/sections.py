@@ -1,0 +1,395 @@
+"""The sections of a page of one or more runs: what the template `page.html` shows in each."""
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from xclip_jax.config import schema
+from xclip_jax.core.console import command
+from xclip_jax.core.errors import UserError
+from xclip_jax.evaluators import tables
+from xclip_jax.evaluators.results import Result
+from xclip_jax.objectives import Check, Health
+from xclip_jax.report import charts
+from xclip_jax.report.charts import chart, decimals, metric_lines, number, term_chart
+from xclip_jax.report.collect import (
+    ABOVE,
+    LEVEL,
+    Record,
+    Run,
+    Warnings,
+    complete_rows,
+    judge,
+    judgements,
+    labels,
+    rows_of,
+)
+from xclip_jax.report.examples import Examples, Gallery, Prediction, SearchResult
+
+MAP = 144  # side of an attention map, pixels
+_DARK = np.array([17, 24, 39])
+_OWN = ("run", "log.", "checkpoint.", "eval.report")  # keys that change nothing that is compared
+_RANK = (("rank/img", "images"), ("rank/txt", "texts"))
+
+
+class Section(NamedTuple):
+    """A part of the page: what the template's macro named `id` shows, or the reason why it is missing."""
+
+    id: str
+    title: str
+    content: Any = None
+    missing: str = ""
+
+
+class Panel(NamedTuple):
+    """Cards below a heading and a text. A card has a block for each run.
+
+    Its blocks are (run, `Prediction`, number of names), or for `searches` (run, `SearchResult`, `Gallery`).
+    """
+
+    title: str
+    text: str
+    cards: list[list[tuple[Run, Any, Any]]]
+    searches: bool = False
+
+
+def sections_of_run(run: Run) -> list[Section]:
+    """Return the sections of the page of one run."""
+    record, examples = run.record, run.examples
+    has_clusters = "s_img" in record.objective.outputs(record.config.model)
+    no_clusters = _reason([run]) if has_clusters else "this objective trains no cluster heads."
+    no_set = f"No zero-shot set was evaluated for this page: {_reason([run])}"
+    no_maps = "The image tower of this model has no attention maps." if examples.gallery.images else _reason([run])
+    return [
+        names([run]),
+        search([run]),
+        Section("clusters", "Clusters", examples.clusters, "" if examples.clusters else no_clusters),
+        Section("attention", "Attention", _attention(examples), "" if examples.maps else no_maps),
+        Section("confusion", "Confusions", examples.confusion, "" if examples.confusion else no_set),
+        _results(record),
+        training([run]),
+        health(record),
+        about(record),
+    ]
+
+
+def sections_of_several(runs: Sequence[Run], step: int | None) -> list[Section]:
+    """Return the sections of the page of several runs, whose evaluations of `step`, or the newest, are compared."""
+    first, *others = runs
+    compared = [(run, *_differences(first, run, runs, step)) for run in others]
+    differences = Section("differences", "Differences", compared)
+    return [compare_results(runs), differences, names(runs), search(runs), training(runs), settings(runs)]
+
+
+def _reason(runs: Sequence[Run]) -> str:
+    """Return why no predictions are shown, with the remedy."""
+    if sentences := dict.fromkeys(sentence for run in runs for sentence in run.examples.missing):
+        return " ".join(sentences)
+    if len(runs) > 1:
+        return (
+            f"the runs have no evaluation set of images in common. Name some: {command('report')} RUN RUN --sets NAME"
+        )
+    folder = runs[0].record.folder
+    remedy = f"Add some to eval.final_sets, or run: {command('report')} {folder} --sets NAME,NAME"
+    return f"the run has no evaluation sets. {remedy}"
+
+
+# Predictions on images and texts.
+
+
+def names(runs: Sequence[Run]) -> Section:
+    """Zero-shot predictions on images, of each set that the first run has."""
+    panels = []
+    for first in runs[0].examples.named:
+        columns = [
+            (run, named.guesses, named.num_classes)
+            for run in runs
+            for named in run.examples.named
+            if named.title == first.title
+        ]
+        panels.append(Panel(first.title, first.sentence, _cards(columns)))
+    reason = "" if panels else f"No zero-shot set was evaluated for this page: {_reason(runs)}"
+    return Section("names", "Zero-shot classification", panels, reason)
+
+
+def search(runs: Sequence[Run]) -> Section:
+    """Retrieval in both directions, and the queries of the set, where all runs have them."""
+    panels = []
+    retrieved = [(run, run.examples.retrieved) for run in runs if run.examples.retrieved]
+    if len(retrieved) == len(runs):
+        first = retrieved[0][1]
+        text = (
+            f"Captions of {first.title}, drawn by a seed, with the top of {len(first.gallery.images):,} images, best "
+            "first. Images of the caption have a green frame."
+        )
+        cards = _searches([(run, own.by_text, own.gallery) for run, own in retrieved])
+        panels.append(Panel("Text to image", text, cards, searches=True))
+        text = (
+            f"Images with the top of {first.texts:,} captions; captions of the image are green. Bars: {first.meaning}."
+        )
+        panels.append(Panel("Image to text", text, _cards([(run, own.by_image, own.texts) for run, own in retrieved])))
+    if all(run.examples.searches for run in runs):
+        n = len(runs[0].examples.gallery.images)
+        text = f"The same queries for every run, with the top of {n:,} test images, best first."
+        cards = _searches([(run, run.examples.searches, run.examples.gallery) for run in runs])
+        panels.append(Panel("Search by words", text, cards, searches=True))
+    reason = "" if panels else f"No retrieval set was evaluated for this page: {_reason(runs)}"
+    return Section("search", "Retrieval", panels, reason)
+
+
+def _cards(columns: Sequence[tuple[Run, Sequence[Prediction], int]]) -> list[list[tuple[Run, Prediction, int]]]:
+    """Return a card for each image, with a block for each run that predicted on the same images as the first."""
+    same = [column for column in columns if [x.name for x in column[1]] == [x.name for x in columns[0][1]]]
+    return [[(run, guesses[i], n) for run, guesses, n in same] for i in range(len(columns[0][1]))]
+
+
+def _searches(columns: Sequence[tuple[Run, Sequence[SearchResult], Gallery]]) -> list[list[tuple[Run, Any, Gallery]]]:
+    """Return a card for each text that all runs were asked."""
+    by_text = [(run, {result.text: result for result in results}, gallery) for run, results, gallery in columns]
+    texts = [text for text in by_text[0][1] if all(text in results for _, results, _ in by_text)]
+    return [[(run, results[text], gallery) for run, results, gallery in by_text] for text in texts]
+
+
+def _attention(examples: Examples) -> list[tuple[str, list[tuple[np.ndarray, str]]]]:
+    """Return (name, [(map laid on the image, description), ...]) of each image with attention maps."""
+    cards, maps = [], examples.maps
+    if maps is None:
+        return cards
+    for i, last, rollout in zip(maps.indices, maps.last, maps.rollout, strict=True):
+        name, shown = examples.gallery.names[i], examples.gallery.shown[i]
+        pictures = []
+        for blocks, values in (("the last block", last), ("all blocks", rollout)):
+            row, column = np.unravel_index(values.argmax(), values.shape)
+            most = f"most on row {row + 1}, column {column + 1} of {len(values)} patches"
+            pictures.append((_spotlight(shown, values), f"Attention of {blocks} to {name}: {most}"))
+        cards.append((name, [(shown, name), *pictures]))
+    return cards
+
+
+def _spotlight(image: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Return the image, dark where `values` (rows, columns) are small; patches keep their edges."""
+    side = max(1, MAP // len(values)) * len(values)
+    patch = np.arange(side) * len(values) // side
+    light = (0.1 + 0.9 * values / values.max())[patch][:, patch, None]
+    picture = np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.LANCZOS))
+    return (picture * light + _DARK * (1 - light)).astype(np.uint8)
+
+
+# Results.
+
+
+def _results(record: Record) -> Section:
+    """The tables of the last evaluation."""
+    built = tables.build(record.results)
+    if not built:
+        reason = "The final evaluation has not run yet" if not record.complete else "The run has no evaluation set"
+        remedy = f"evaluate with {command('evaluate')} --checkpoint {record.folder} --suite NAME."
+        return Section("results", "Results", missing=f"{reason}; {remedy}")
+    text = f"In percent, with chance levels in brackets. {_method(record)}"
+    if record.steps_of:
+        text += " From evaluation.json and results.jsonl, the newest of each set"
+        text += "." if record.complete else ": the run is not complete."
+    return Section("results", "Results", (text, [_table(table, record) for table in built]))
+
+
+def _method(record: Record) -> str:
+    """Return sentences on how many sets are above chance, and on the intervals; "" where no set has one."""
+    judged = [j for j in judgements(record.results).values() if str(j)]
+    if not judged:
+        return ""
+    tested = [j.verdict for j in judged if j.verdict]
+    counts = f"{tested.count(ABOVE)} of {len(tested)} sets are above chance. " if tested else ""
+    methods = {
+        "binomial, which assume independent items of equal weight": not all(j.resampled for j in judged),
+        "bootstraps of per-example values": any(j.resampled for j in judged),
+    }
+    used = ", or ".join(name for name, is_used in methods.items() if is_used)
+    own = ", or of the own metric that it names" * any(row.set_specific for row in tables.rows(record.results))
+    return f"{counts}Intervals are of the first metric of a row{own}, at {LEVEL:.0%}: {used}."
+
+
+def _table(table: tables.Table, record: Record) -> dict[str, Any]:
+    """Return a table, with the interval and the verdict of each row whose first metric has them, and earlier steps."""
+    first = {name: row.shown[0][1] for name, row in tables.row_by_name(table, record.results).items()}
+    rows = []
+    for name, cells in table.rows:
+        shown: list[tuple[str, bool, list[str]]] = []  # text, whether it is one of words, and small print
+        for (column, form), cell in zip(table.columns, cells, strict=True):
+            if column:
+                shown.append((number(math.nan) if cell == "nan" else cell, form.startswith("<"), []))
+            elif cell:  # a column without a name is in small print, after the cell that it belongs to
+                shown[-1][2].append(cell)
+        result = first.get(name)
+        rows.append((name, shown, judge(result) if result else None, record.step_of(result) if result else None))
+    return {
+        "title": table.title,
+        "heads": [(name, form.startswith("<")) for name, form in table.columns if name],
+        "rows": rows,
+        "has_intervals": any(str(judge(result)) for result in first.values()),
+        "has_steps": bool(record.steps_of),
+    }
+
+
+def compare_results(runs: Sequence[Run]) -> Section:
+    """A table with a row for each set and a column for each run, by the first metric of each set."""
+    of_runs = [
+        {(row.family, row.name): (row.shown[0][0].label, row.shown[0][1]) for row in tables.rows(run.record.results)}
+        for run in runs
+    ]
+    keys = list(dict.fromkeys(key for results in of_runs for key in results))
+    if not keys:
+        reason = f"no run has results yet; evaluate each with {command('evaluate')} --checkpoint RUN --suite NAME."
+        return Section("results", "Results", missing=reason)
+    short, rows = labels(rows_of(runs)), []
+    for key in keys:
+        own = [results[key][1] if key in results else None for results in of_runs]
+        label, first = next(results[key] for results in of_runs if key in results)
+        comparable = [result is not None and _of_same_data(result, first) for result in own]
+        values = [result.value for result, is_same in zip(own, comparable, strict=True) if result and is_same]
+        values = [value for value in values if math.isfinite(value)]
+        best = (min if first.unit == "rank" else max)(values, default=math.nan) if len(set(values)) > 1 else math.nan
+        cells = [
+            (result, run.record.step_of(result), is_same, is_same and result.value == best) if result else None
+            for run, result, is_same in zip(runs, own, comparable, strict=True)
+        ]
+        rows.append((short[key], label, first.chance, cells))
+    return Section("results", "Results", rows)
+
+
+def _of_same_data(a: Result, b: Result) -> bool:
+    """Whether two results of a set have equal data, as far as their number and hash say."""
+    hashes = {a.protocol.split_hash, b.protocol.split_hash} - {""}
+    return a.n == b.n and len(hashes) < 2
+
+
+def _differences(
+    first: Run, run: Run, runs: Sequence[Run], step: int | None
+) -> tuple[list[dict[str, Any]], Sequence[str]]:
+    """Return the rows of a run's paired differences to the first, and sentences on sets that cannot be compared."""
+    refused: list[str] = []
+    try:
+        rows = tables.compare(str(first.record.folder), str(run.record.folder), step=step, refused=refused)
+    except UserError as error:
+        return [], [str(error)]
+    short = tables.shorten([*(row.name for row in rows_of(runs)), *(row["set"] for row in rows)])
+    # Ratios of ranks on a scale of their own, which grows to the right where the rank falls.
+    placed = [_placed(row) for row in rows]
+    ends = {"ratio" in row: 0.0 for row in rows}
+    for row, values in zip(rows, placed, strict=True):
+        ends["ratio" in row] = max([ends["ratio" in row], *(abs(v) for v in values if math.isfinite(v))])
+    shown = []
+    for row, values in zip(rows, placed, strict=True):
+        ratio, end = "ratio" in row, ends["ratio" in row]
+        form, signed = (".2f", ".2f") if ratio else (".1f", "+.1f")
+        change = f"x {row['ratio']:.2f}" if ratio else f"{row['difference']:+.1f}"
+        shown.append(
+            {
+                "set": short[row["set"]],
+                "metric": row["metric"],
+                "values": [decimals(row[side], form) for side in ("a", "b")],
+                "change": change if math.isfinite(values[0]) else number(math.nan),
+                "interval": f"{row['low']:{signed}} to {row['high']:{signed}}" if math.isfinite(values[1]) else "",
+                "verdict": "better" if values[1] > 0 else "worse" if values[2] < 0 else "not distinguishable",
+                # On an axis from -end to end, 200 units long; None for what has no place on it.
+                "bar": [100 + 94 * v / end if end and math.isfinite(v) else None for v in values],
+            }
+        )
+    return shown, refused
+
+
+def _placed(row: dict[str, Any]) -> tuple[float, float, float]:
+    """Return the difference and the ends of its interval, NaN without one; more is better."""
+    if "ratio" not in row:
+        return row["difference"], row.get("low", math.nan), row.get("high", math.nan)
+    low, high = (-math.log(row[key]) if key in row else math.nan for key in ("high", "low"))
+    return -math.log(row["ratio"]), low, high
+
+
+# Training.
+
+
+def training(runs: Sequence[Run]) -> Section:
+    """Charts of the logged metrics over steps: all of one run, or of several over one another."""
+    if len(runs) == 1:
+        text, drawn = "Training metrics of the logged steps.", charts.of_run(runs[0].record)
+    else:
+        text, drawn = "The runs over one another.", charts.of_several(runs)
+    if not drawn:
+        reason = "metrics.jsonl has no step yet." if len(runs) == 1 else "no run has logged a step yet."
+        return Section("curves", "Training", missing=reason)
+    text += " Point at a chart, or focus it and use the arrow keys, to read values."
+    batches = {run.name: run.record.config.data.batch for run in runs}
+    if len(set(batches.values())) > 1:
+        sizes = ", ".join(f"{name} {batch:,}" for name, batch in batches.items())
+        text += f" Batches differ, and so does what a step is: {sizes}."
+    return Section("curves", "Training", (text, drawn))
+
+
+def health(record: Record) -> Section:
+    """Lights for the failures that the terms of the objective declare, their charts, and the rank of features."""
+    if not record.training:
+        return Section("health", "Health", missing="No step is logged yet.")
+    terms, drawn = [], []
+    for name, term in record.objective.terms.items():
+        rows = complete_rows(record.objective, name, record.training)
+        shown = term.report.health(rows[-1]) if rows else Health()
+        warnings = Warnings.collect(record, name, rows)
+        if shown.checks:
+            terms.append((shown.summary, [_light(check, warnings) for check in shown.checks]))
+        drawn += [term_chart(curve, record.training, name) for curve in shown.curves]
+    note = "Number of directions in which features vary over a batch; 1 is collapse. No alarm is set on it."
+    drawn.append(chart("Effective rank of features", metric_lines(record.training, _RANK), note=note))
+    return Section("health", "Health", (terms, list(filter(None, drawn))))
+
+
+def _light(check: Check, warnings: Warnings) -> dict[str, Any]:
+    warning, history = warnings.last(check.name), warnings.history(check.name)
+    state, label = ("", "healthy") if warnings.steps else ("early", "too early")
+    if check.impossible:
+        state, label, warning, history = "early", "not judged", "", check.impossible
+    elif warning:
+        state, label = "alarm", "alarm"
+    text = warning.partition(": ")[2] if warning else f"{check.meaning} {check.measured}"
+    return {"check": check, "state": state, "label": label, "text": text, "history": history}
+
+
+def about(record: Record) -> Section:
+    """Command, versions and config, in elements that open."""
+    environment = dict(record.environment)
+    started_by = environment.pop("command", "")
+    parts = {
+        "Versions and machine": environment,
+        "All keys of the config": schema.to_dict(record.config),
+        "Training data": record.sources,
+    }
+    folded = {name: json.dumps(part, indent=2, sort_keys=True) for name, part in parts.items() if part}
+    return Section("run", "This run", (started_by, folded))
+
+
+def settings(runs: Sequence[Run]) -> Section:
+    """The config keys in which the runs differ, and the data and versions of each."""
+    configs = [schema.flatten(schema.to_dict(run.record.config)) for run in runs]
+    keys = sorted({key for config in configs for key in config if not key.startswith(_OWN)})
+    differing = {key: [config.get(key) for config in configs] for key in keys}
+    differing = {key: values for key, values in differing.items() if any(value != values[0] for value in values)}
+    facts = {
+        "training samples": [sum(s.get("samples", 0) for s in run.record.sources) or None for run in runs],
+        "steps logged": [run.record.steps for run in runs],
+        "devices": [run.record.environment.get("devices") for run in runs],
+        "commit": [str(run.record.environment.get("commit", ""))[:12] or None for run in runs],
+    }
+    text = f"All of {len(keys):,} config keys are equal."
+    if differing:
+        text = f"{len(differing)} of {len(keys):,} config keys differ, not counting logs, checkpoints and folders."
+    rows = {key: list(map(_value, values)) for key, values in (facts | differing).items()}
+    return Section("settings", "What differs", (text, rows))
+
+
+def _value(value: Any) -> str:
+    if value is None or isinstance(value, str):
+        return value or ""
+    return number(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else json.dumps(value)
