@@ -83,23 +83,18 @@ class WrappedSource(Source):
         return self.source[index]
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return the fingerprint of the source."""
         return self.source.fingerprint()
 
     def describe(self, index: int) -> dict[str, str]:
-        """Return the source's description of a record."""
         return self.source.describe(index)
 
     def known_fault(self, index: int) -> str:
-        """Return the source's known fault of a record, or ""."""
         return self.source.known_fault(index)
 
     def known_faults(self) -> Mapping[str, int]:
-        """Return the known faults of the source."""
         return self.source.known_faults()
 
     def remarks(self) -> Iterable[str]:
-        """Return the remarks of the source."""
         return self.source.remarks()
 
 

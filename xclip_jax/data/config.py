@@ -1,7 +1,7 @@
 """Config group `data`."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from xclip_jax.core.errors import UserError
@@ -11,29 +11,23 @@ from xclip_jax.data.length_groups import AUTO, LengthGroups
 from xclip_jax.data.preprocessing import Triple, mean_std
 
 
-def _are_statistics(value: Any) -> bool:
-    try:
-        return bool(mean_std(value))
-    except UserError:
-        return False
+def _accepted_by(parse: Callable[[Any], object]) -> Callable[[Any], bool]:
+    def accepts(value: Any) -> bool:
+        try:
+            parse(value)
+        except UserError:
+            return False
+        return True
+
+    return accepts
 
 
 _STATISTICS = Check(
     f"{', '.join(map(repr, transforms.STATISTICS))}, or mean and deviation by channel, ((r, g, b), (r, g, b)), "
     "deviations above 0",
-    _are_statistics,
+    _accepted_by(mean_std),
 )
-
-
-def _are_groups(spec: str) -> bool:
-    try:
-        LengthGroups.parse(spec)
-    except UserError:
-        return False
-    return True
-
-
-_GROUPS = Check("'auto', 'full' or rising TOKENS:SHARE pairs such as '24:0.6,40:0.9'", _are_groups)
+_GROUPS = Check("'auto', 'full' or rising TOKENS:SHARE pairs such as '24:0.6,40:0.9'", _accepted_by(LengthGroups.parse))
 _SHARE = Check("above 0 and at most 1", lambda value: 0 < value <= 1)
 
 

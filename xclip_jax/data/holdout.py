@@ -40,15 +40,12 @@ class Subset(WrappedSource):
         return self.source[int(self.indices[index])]
 
     def describe(self, index: int) -> dict[str, str]:
-        """Return the source's description of the record."""
         return self.source.describe(int(self.indices[index]))
 
     def known_fault(self, index: int) -> str:
-        """Return the source's known fault of the record, or ""."""
         return self.source.known_fault(int(self.indices[index]))
 
     def known_faults(self) -> Mapping[str, int]:
-        """Return the number of chosen records by fault."""
         return collections.Counter(filter(None, map(self.known_fault, range(len(self)))))
 
 

@@ -242,11 +242,9 @@ class Labelled(LabelledSource):
         return len(self.items)
 
     def labels(self) -> np.ndarray:
-        """Return all labels, (n,) or bool (n, classes)."""
         return self._labels
 
     def describe(self, index: int) -> dict[str, str]:
-        """Return the path of the image, or the item's number."""
         return {"file": self.items.name(index)} if isinstance(self.items, Files) else {"row": str(index)}
 
     def fingerprint(self) -> dict[str, Any]:

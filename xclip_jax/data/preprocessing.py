@@ -4,7 +4,7 @@ import ast
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -48,17 +48,6 @@ def mean_std(statistics: Any) -> tuple[Triple, Triple]:
     )
 
 
-class _Config(Protocol):
-    """The part of a `Config` that `Preprocessing` reads; rooms above this one define the class."""
-
-    @property
-    def model(self) -> Any: ...
-    @property
-    def data(self) -> Any: ...
-    @property
-    def eval(self) -> Any: ...
-
-
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
     """Resizes an image to a square on the host, and has the arguments of `transforms.normalize` for the device.
@@ -100,8 +89,8 @@ class Preprocessing:
             )
 
     @classmethod
-    def from_config(cls, config: _Config) -> "Preprocessing":
-        """Return the preprocessing of a run's model."""
+    def from_config(cls, config: Any) -> "Preprocessing":
+        """Return the preprocessing of the model of a run's `Config`, which a room above this one defines."""
         mean, std = mean_std(config.data.normalization)
         group = config.eval
         size = config.model.tower("img").image_size

@@ -61,12 +61,10 @@ class SourceSpec:
     """A parsed spec.
 
     Attributes:
-      text: the spec as written.
       kind: kind of the source.
       rest: the part that `kind` opens; "" if the spec ends with the kind's name.
     """
 
-    text: str
     kind: type[SourceKind]
     rest: str
 
@@ -110,9 +108,9 @@ def parse(text: str) -> SourceSpec:
         if not rest:
             raise UserError(f"source {text!r} ends after its type; write {', '.join(_forms(SOURCES[prefix]))}.")
         expand_home(rest)
-        return SourceSpec(text, SOURCES[prefix], rest)
+        return SourceSpec(SOURCES[prefix], rest)
     if match := _IMPORTED.fullmatch(text):
-        return SourceSpec(text, _import(text, match["class"]), match["rest"] or "")
+        return SourceSpec(_import(text, match["class"]), match["rest"] or "")
     raise _unknown(text)
 
 

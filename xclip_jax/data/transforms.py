@@ -29,13 +29,6 @@ STATISTICS = {
 }
 
 
-def _resize(
-    image: np.ndarray, size: tuple[int, int], box: tuple[float, float, float, float] | None, resample: str = "bicubic"
-) -> np.ndarray:
-    """Resize the part `box` (left, upper, right, lower) of an image to `size` (width, height), antialiased."""
-    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling[resample.upper()], box=box))
-
-
 def _fit(image: Image.Image, size: int, resample: str, mode: str = "shortest", resize_size: int = 0) -> Image.Image:
     """Resize and crop to the square of `evaluation_image`, in the image's own mode."""
     side = resize_size or size
@@ -154,7 +147,10 @@ def random_resized_crop(
             if resample == "area":
                 _resize_area(image, out, round(left), round(top), round(crop_w), round(crop_h))
             else:
-                out[:] = _resize(image, (size, size), (left, top, left + crop_w, top + crop_h), resample)
+                box = (left, top, left + crop_w, top + crop_h)
+                out[:] = np.asarray(
+                    Image.fromarray(image).resize((size, size), Image.Resampling[resample.upper()], box)
+                )
             return out
     out[:] = resize_center_crop(image, size)
     return out

@@ -53,7 +53,6 @@ class FolderSource(Source):
         return {"image": image, "text": text, "tags": [], "id": str(path)}
 
     def describe(self, index: int) -> dict[str, str]:
-        """Return the path of the image."""
         return {"file": str(self.images[index])}
 
     def fingerprint(self) -> dict[str, Any]:
@@ -95,15 +94,12 @@ class Folders(SourceKind):
 
     @classmethod
     def open(cls, rest: str, options: SourceOptions, labels: bool = False) -> Source:
-        """Open a `FolderSource`, or the images of `labelled.read_files`."""
         return labelled.open_files(f"folder:{rest}", rest) if labels else FolderSource(rest)
 
     @classmethod
     def has_split(cls, rest: str, split: str, options: SourceOptions) -> bool:
-        """Whether the sub-folder exists."""
         return (pathlib.Path(rest).expanduser() / split).is_dir()
 
     @classmethod
     def reads(cls, path: str) -> bool:
-        """Whether it is a folder."""
         return os.path.isdir(path)

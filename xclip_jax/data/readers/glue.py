@@ -150,7 +150,6 @@ class GlueTasks(SourceKind):
 
     @classmethod
     def open(cls, rest: str, options: SourceOptions, labels: bool = False) -> Source:
-        """Open the labelled texts of `read`."""
         head, _, split = rest.rpartition("/")
         task, _, folder = head.partition("@")
         if not task:

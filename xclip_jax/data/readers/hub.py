@@ -285,7 +285,6 @@ class HubPairs(Source):
         return pair(image, str(index), self.options, read)
 
     def describe(self, index: int) -> dict[str, str]:
-        """Return the number of the row."""
         return {"row": str(index)}
 
     def remarks(self) -> Iterator[str]:
@@ -346,12 +345,10 @@ class HubSets(SourceKind):
 
     @classmethod
     def extras(cls, rest: str) -> tuple[str, ...]:
-        """Return the extra with the package `datasets`."""
         return ("datasets",)
 
     @classmethod
     def open(cls, rest: str, options: SourceOptions, labels: bool = False) -> Source:
-        """Open `HubPairs`, or labelled images by `open_labelled`."""
         return open_labelled(rest, options.image_key) if labels else HubPairs(rest, options)
 
     @classmethod

@@ -110,7 +110,6 @@ class TableSource(Source):
         return f"{table.rpartition('/')[0]}/{value}"  # a Path would turn the address's // into /
 
     def describe(self, index: int) -> dict[str, str]:
-        """Return the path of the image, or the row's number."""
         try:
             value = self._value(self.options.image_key, index)
         except BadSample:
@@ -266,7 +265,6 @@ class ArrayRecordSource(Source):
         return len(self._data)
 
     def describe(self, index: int) -> dict[str, str]:
-        """Return the number of the record over all files."""
         return {"row": str(index)}
 
     def __getitem__(self, index: int) -> Record:
@@ -299,7 +297,6 @@ class CsvTables(SourceKind):
 
     @classmethod
     def open(cls, rest: str, options: SourceOptions, labels: bool = False) -> Source:
-        """Open a `CsvSource`, or the images of `labelled.read_files`."""
         return labelled.open_files(f"csv:{rest}", rest) if labels else CsvSource(rest, options)
 
 
@@ -311,12 +308,10 @@ class ParquetTables(SourceKind):
 
     @classmethod
     def extras(cls, rest: str) -> tuple[str, ...]:
-        """Return the extra with PyArrow."""
         return ("parquet",)
 
     @classmethod
     def open(cls, rest: str, options: SourceOptions, labels: bool = False) -> ParquetSource:
-        """Open a `ParquetSource`."""
         return ParquetSource(rest, options)
 
 
@@ -328,5 +323,4 @@ class ArrayRecords(SourceKind):
 
     @classmethod
     def open(cls, rest: str, options: SourceOptions, labels: bool = False) -> ArrayRecordSource:
-        """Open an `ArrayRecordSource`."""
         return ArrayRecordSource(rest, options)

@@ -113,16 +113,13 @@ class TarSource(Source):
         return self.tars[shard], rows[index - self._ends[shard] + len(rows)]
 
     def describe(self, index: int) -> dict[str, str]:
-        """Return tar and key of a sample."""
         tar, row = self._row(index)
         return {"tar": tar, "key": row["key"].decode("utf-8", "replace")}
 
     def known_fault(self, index: int) -> str:
-        """Return the fault of a sample in the index of its tar, or ""."""
         return tar_index.FAULTS[self._row(index)[1]["fault"]]
 
     def known_faults(self) -> Mapping[str, int]:
-        """Return the number of samples with each fault."""
         counts: collections.Counter = collections.Counter()
         for rows in self.rows:
             for fault, count in zip(*np.unique(rows["fault"], return_counts=True), strict=True):
@@ -219,5 +216,4 @@ class Tars(SourceKind):
 
     @classmethod
     def open(cls, rest: str, options: SourceOptions, labels: bool = False) -> TarSource:
-        """Open a `TarSource`."""
         return TarSource(rest, options.text_keys, options.tags_key)

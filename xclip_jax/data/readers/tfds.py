@@ -145,7 +145,6 @@ class TfdsLabelled(LabelledSource):
         return len(self._data)
 
     def labels(self) -> np.ndarray:
-        """Return all labels (n,)."""
         if self._labels is None:
             self._labels = np.array([self._data[i]["label"] for i in range(len(self))])
         return self._labels
@@ -177,7 +176,6 @@ class TfdsSplits(SourceKind):
 
     @classmethod
     def open(cls, rest: str, options: SourceOptions, labels: bool = False) -> Source:
-        """Open a `TfdsSource` or a `TfdsLabelled`."""
         name, _, split = rest.rpartition("/")
         if not name:
             raise UserError(
@@ -189,7 +187,6 @@ class TfdsSplits(SourceKind):
 
     @classmethod
     def has_split(cls, rest: str, split: str, options: SourceOptions) -> bool:
-        """Whether the data set, prepared or not, has the split."""
         try:
             return split in tfds.builder(rest, data_dir=options.dir or None).info.splits
         except Exception:  # opening the first split says what is wrong

@@ -257,17 +257,14 @@ class Wds(SourceKind):
 
     @classmethod
     def extras(cls, rest: str) -> tuple[str, ...]:
-        """Return the extra with the Hub's client, for a data set on the Hub."""
         return ("hub",) if rest.startswith(hub_client.PREFIX) else ()
 
     @classmethod
     def open(cls, rest: str, options: SourceOptions, labels: bool = False) -> labelled.Labelled:
-        """Open labelled images by `open_labelled`."""
         return open_labelled(locate(rest))
 
     @classmethod
     def has_split(cls, rest: str, split: str, options: SourceOptions) -> bool:
-        """Whether the data set has the split."""
         try:
             return (locate(rest, fetch=False).root / split / _SHARDS).is_file()
         except UserError:  # opening the first split says what is wrong
