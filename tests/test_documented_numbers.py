@@ -36,7 +36,7 @@ NUMBERS = (
     ("processes.watchdog:STOP_SECONDS", 60.0, "train.md", "hangs (no progress for 60 s after the signal,"),
     ("config.schema:LogConfig.stall_warning", 60.0, "train.md", "after `log.stall_warning` seconds (60)"),
     ("config.schema:LogConfig.stall_limit", 1800.0, "train.md", "After `log.stall_limit` seconds (1800, 0 for never)"),
-    ("core.lease:EXPIRES_SECONDS", 70.0, "reliability.md", "after a kill it waits up to 70 s"),
+    ("core.locks:EXPIRES_SECONDS", 70.0, "reliability.md", "after a kill it waits up to 70 s"),
     ("processes.peers:HEARTBEAT_SECONDS", 25, "pods.md", "JAX ends the others after 25 s"),
     ("data.config:DataConfig.max_bad_fraction", 0.05, "data.md", "Above `data.max_bad_fraction` (5 %)"),
     ("data.transforms:MAX_PIXELS", 2**26, "data.md", "an image of more than 64 million pixels is refused"),

@@ -204,7 +204,7 @@ def space(monkeypatch, run, number, *, keep=3, every=2, keep_every=0, steps=100)
 def test_space_for_the_checkpoints(monkeypatch, tmp_path, options, least, most):
     finding = space(monkeypatch, tmp_path / "new", least - 0.01, **options)
     few = f"free, and {least} checkpoint{'s' if least > 1 else ''} of up to {format_bytes(SIZE)} must fit"
-    assert finding.mark == FAIL and finding.text.endswith(few) and finding.remedy.startswith("free some")
+    assert finding.mark == FAIL and finding.text.endswith(few) and finding.remedy.startswith("make room")
     assert not (tmp_path / "new").exists()
     if most > least:
         finding = space(monkeypatch, tmp_path / "new", most - 0.01, **options)

@@ -1,4 +1,4 @@
-"""What is wrong with a run that is in progress or has ended, judged by its folder, in which nothing is changed."""
+"""Faults of a run that is in progress or has ended, judged by its folder, in which nothing is changed."""
 
 import collections
 import itertools

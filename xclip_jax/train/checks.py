@@ -146,7 +146,7 @@ def check_folder(start: Start) -> Iterator[Finding]:
     folder, config = start.folder, start.config
     folder.check(config)
     step = folder.latest_step() or 0
-    if writer := folder.writer():
+    if jax.process_index() == 0 and (writer := folder.writer()):
         yield fail("folder", f"{folder.path} is in use by {writer}", "wait for it, or use a different --config.run")
     elif folder.completed(config) is not None:
         text = f"{folder.path} is complete at step {config.steps:,}, and nothing would be trained"
@@ -245,7 +245,7 @@ def check_disk(start: Start) -> Iterator[Finding]:
         return
     free += bytes_of_interrupted_saves(folder.checkpoints)
     where, values = f"the disk of {str(folder.path)!r} has {format_bytes(free)} free", values | {"free_bytes": free}
-    remedy = "free some, lower checkpoint.keep or raise checkpoint.keep_every, or use another --config.run"
+    remedy = "make room, lower checkpoint.keep or raise checkpoint.keep_every, or use another --config.run"
     if free < least * size:
         text = f"{where}, and {least} checkpoint{'s' if least > 1 else ''} of up to {format_bytes(size)} must fit"
         yield fail("disk", text, remedy, **values)

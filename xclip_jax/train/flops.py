@@ -73,7 +73,7 @@ def train_step(config: Config, groups: LengthGroups | None = None, rows: int | N
 
     Args:
       config: of a run.
-      groups: of its texts; None for those of the config.
+      groups: groups of its texts; None for the config's own groups.
       rows: texts that a device orders together (`Experiment.text_rows`), in whole numbers of which they are cut; None
         for the shares of the groups as they are.
     """

@@ -327,7 +327,7 @@ class MetricLogger:
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Exclude work that is no training, such as an evaluation, from speed, stalls and goodput."""
+        """Exclude work other than training, such as an evaluation, from speed, stalls and goodput."""
         began = time.perf_counter()
         with self.stall():
             try:

@@ -32,7 +32,7 @@ class SkippedSteps:
     """Counts skipped steps and writes skipped_steps.jsonl: each with its samples and its values.
 
     A line is {"step", "position": of its first sample in the run's order, "samples": their number, "loss", "grad_norm",
-    "param_norm", "grad_norm_mean" where there is one}, with null for what is not finite, or {"step", "rewound_to": a
+    "param_norm", maybe "grad_norm_mean"}, with null for values that are not finite, or {"step", "rewound_to": a
     checkpoint's step}. The counters are "skipped" in `Ledger.counters`, which every checkpoint has.
     """
 

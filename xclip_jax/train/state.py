@@ -36,7 +36,7 @@ class TrainState:
     seed: jax.Array
 
     def variables(self, *, ema: bool = False) -> dict[str, Any]:
-        """What `TwoTowers.apply` takes."""
+        """Variables for `TwoTowers.apply`."""
         if ema and self.ema_params is not None:
             return {"params": self.ema_params, "batch_stats": self.ema_batch_stats}
         return {"params": self.params, "batch_stats": self.batch_stats}

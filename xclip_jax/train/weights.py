@@ -120,7 +120,7 @@ def adopt(config: ml_collections.ConfigDict, path: str) -> Config | None:
 
 
 def read_classes(path: str) -> tuple[str, ...] | None:
-    """Return the classes that a model was fine-tuned on, or None where there are none or they have no names.
+    """Return the classes that a model was fine-tuned on, or None if there are none or they have no names.
 
     Args:
       path: as in `load`.
@@ -208,7 +208,7 @@ def read_initial(config: Config, abstract: TrainState, classes: Sequence[str] | 
     Args:
       config: of the run.
       abstract: shapes of its state.
-      classes: of its data, where it fine-tunes; a classifier of others is left out.
+      classes: classes of its labelled data; a classifier of other classes is left out.
 
     Returns:
       Flat {"params/img/...": array}.
@@ -276,7 +276,7 @@ def _meaning(config: Config) -> dict[str, Any]:
 
 
 def _same(key: str, a: Any, b: Any) -> bool:
-    """Whether two values mean the same: of files of tokenizers their content counts, not where they are."""
+    """Whether two values mean the same: tokenizer files are compared by content."""
     if key == "data.tokenizer" and not {a, b} & set(tokenizer.NAMES):
         return epath.Path(a).read_bytes() == epath.Path(b).read_bytes()
     return a == b
