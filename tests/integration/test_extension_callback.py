@@ -89,7 +89,7 @@ def test_a_run_calls_them(pairs, tmp_path, capsys):
             r"Failing' cannot be made .*Error: no route to host\); correct",
         ),
         ("to", "tests.integration.test_extension_callback:Lists", rf"log\.to: .* did you mean '{LIST}'\?$"),
-        ("to", STATUS, r"StatusFile' is not a class derived from xclip_jax\.train\.trackers\.Tracker"),
+        ("to", STATUS, r"StatusFile' is not a class derived from xclip_jax\.train\.callbacks\.Tracker"),
     ],
 )
 def test_a_wrong_name_is_one_sentence_before_the_folder(key, name, message, pairs, tmp_path):
@@ -100,7 +100,7 @@ def test_a_wrong_name_is_one_sentence_before_the_folder(key, name, message, pair
 
 def test_the_check_of_a_config_imports_what_it_names_and_makes_nothing():
     values = {"data.sources": ("folder:/x",), "log.callbacks": (f"{__name__}:Failing",), "log.to": ("no.such:Class",)}
-    flags = ["--config", "xclip", *(f"--config.{key}={value}" for key, value in values.items())]
+    flags = ["--config", "pretrain", *(f"--config.{key}={value}" for key, value in values.items())]
     command = [sys.executable, "-m", "xclip_jax.main", "--check", *flags]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith("error: log.to: 'no.such:Class' cannot be imported")
@@ -109,10 +109,10 @@ def test_the_check_of_a_config_imports_what_it_names_and_makes_nothing():
 
 
 def test_the_check_of_a_config_ends_with_what_it_did_not_look_at():
-    command = [sys.executable, "-m", "xclip_jax.main", "--check", "--config", "xclip", "--config.init.weights=no.pt"]
+    command = [sys.executable, "-m", "xclip_jax.main", "--check", "--config", "pretrain", "--config.init.weights=no.pt"]
     done = subprocess.run([*command, "--config.data.sources='folder:/x',"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    last = "not looked at: data, weights and disk; xclip-jax doctor does that"
+    last = "not looked at: data, weights and disk; python -m xclip_jax doctor does that"
     assert done.stdout.splitlines()[0].endswith(" are valid") and done.stdout.splitlines()[-1] == last
 
 

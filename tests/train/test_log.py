@@ -149,7 +149,7 @@ def test_a_run_logs_what_it_makes_of_its_time(tmp_path, monkeypatch, capsys):
     pairs = tiny.folder(tmp_path / "pairs")
     changes = {"steps": 6, "checkpoint__every": 3, "data__sources": (f"folder:{pairs}",), "log__to": ()}
     c, seen, lost = tiny.config("clip", run=tmp_path / "run", **changes), [], []
-    to_global, save, lose = loader.to_global, Checkpointer.save, Goodput.lose
+    to_global, save, lose = loader.to_global, Checkpointer.save, Goodput.add_lost_time
 
     def counted(batch, mesh):
         seen.append(batch)
@@ -163,7 +163,7 @@ def test_a_run_logs_what_it_makes_of_its_time(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(loader, "to_global", counted)
     monkeypatch.setattr(Checkpointer, "save", slow)
-    monkeypatch.setattr(Goodput, "lose", lambda self, seconds: (lost.append(seconds), lose(self, seconds)))
+    monkeypatch.setattr(Goodput, "add_lost_time", lambda self, seconds: (lost.append(seconds), lose(self, seconds)))
     began = time.perf_counter()
     with pytest.raises(Stopped):
         trainer.run(c, uptime=1000.0)

@@ -328,7 +328,7 @@ def require(start: Start) -> None:
     """
     for finding in run_checks(start):
         if finding.mark == FAIL:
-            raise UserError(f"{finding.sentence.rstrip('.')}.")
+            raise UserError(finding.sentence if finding.sentence[-1] in ".?" else f"{finding.sentence}.")
         if finding.mark == WARNING:
             log0(f"WARNING: {finding.sentence}")
 
