@@ -61,12 +61,11 @@ def test_every_chart_of_a_term_is_on_the_page(name, tmp_path):
     text = page_of(run, examples.Examples())
     parsed = check(text)
     titles = set(re.findall(r"<figcaption><b>([^<]+)</b>", text))
-    for term, own in run.objective.terms.items():
-        metrics = run.objective.metrics_of(term, rows[-1])
-        assert {curve.title for curve in own.curves()} <= titles
-        health = own.health(metrics)
-        if health:
+    for name_of_term, term in run.objective.terms.items():
+        assert {curve.title for curve in term.report.curves()} <= titles
+        health = term.report.health(run.objective.metrics_of(name_of_term, rows[-1]))
+        if health.checks:
             assert health.summary in " ".join(parsed.text)
             assert {curve.title for curve in health.curves} <= titles
-            assert text.count('class="card light') == len(health.lights) or len(run.objective.terms) > 1
+            assert text.count('class="card light') == len(health.checks) or len(run.objective.terms) > 1
     assert ("Loss" in titles) == (len(run.objective.terms) > 1 or name == "classify-img")

@@ -62,7 +62,7 @@ COMMANDS = {
     "export": ("xclip_jax.commands.export", "write weights for transformers, open_clip or safetensors"),
     "plan": ("xclip_jax.commands.plan", "show memory, traffic and time of a run before it is started"),
     "doctor": ("xclip_jax.commands.doctor", "check a run before it is started, or look at one by its folder"),
-    "report": ("xclip_jax.report", "write the page of a run"),
+    "report": ("xclip_jax.commands.report", "write the page of a run"),
     "serve": ("xclip_jax.commands.serve", "search a folder of images by words on a page in the browser"),
     "check": ("xclip_jax.commands.check", "check image-text pairs before training"),
     "index": ("xclip_jax.data.readers.tar_index", "index tars ahead of a run"),
