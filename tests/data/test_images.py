@@ -12,8 +12,8 @@ from tests.helpers import bad_tars, tiny
 from tests.helpers.foreign import make_hf, our_model
 from xclip_jax import interop
 from xclip_jax.commands import check, embed
-from xclip_jax.commands.doctor import Options, check_config
 from xclip_jax.commands.export import export
+from xclip_jax.commands.preflight import Options, check_config
 from xclip_jax.config import recipes, schema
 from xclip_jax.core.errors import BadSample
 from xclip_jax.data import images, loader, tokenizer, transforms
