@@ -62,12 +62,6 @@ def main() -> None:
                 f"{preset}, {rows} pairs on each of {_DEVICES} devices: data.length_groups={groups}, {mean:.1f} of "
                 f"{CONTEXT} positions are computed; a step's FLOPs fall by {saved:.1%}"
             )
-    from benchmarks import step  # which draws its captions here
-
-    base = step.config_of("clip", "natural", "auto")
-    base.run = "runs/none"
-    saved = 1 - flops.train_step(resolve(base)) / flops.train_step(resolve(base), length_groups.WHOLE)
-    print(f"benchmarks.step, {step.BATCH} pairs: a step's FLOPs fall by {saved:.1%}")
 
 
 if __name__ == "__main__":

@@ -66,6 +66,17 @@ def config_of(objective: str, kind: str, groups: str) -> Any:
     return config
 
 
+def saved_flops() -> float:
+    """Return the share of a CLIP step's FLOPs that groups of lengths save with natural captions."""
+    from xclip_jax.config.schema import resolve
+    from xclip_jax.data import length_groups
+    from xclip_jax.train import flops
+
+    config = config_of("clip", "natural", "auto")
+    config.run = "runs/none"
+    return 1 - flops.train_step(resolve(config)) / flops.train_step(resolve(config), length_groups.WHOLE)
+
+
 def ours(objective: str, kind: str, groups: str) -> Callable[[], float]:
     """Take one step of xclip_jax and return its loss."""
     import jax
@@ -190,6 +201,8 @@ def main() -> None:
     allocator = " ".join(f"{key}={os.environ[key]}" for key in ALLOCATOR if os.environ.get(key))
     print(f"{os.cpu_count()} cores, {platform.machine()}, {allocator or 'the allocator as it is'}")
     kind = flags.captions
+    if kind == "natural":
+        print(f"the FLOPs of a CLIP step fall by {saved_flops():.1%} with texts in groups of their lengths")
     first = Program(f"xclip_jax {flags.objective}", "ours", flags.objective, kind, root)
     if flags.against:
         second = Program(str(flags.against), "ours", flags.objective, kind, flags.against.resolve())

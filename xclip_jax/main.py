@@ -6,13 +6,12 @@ RECIPE is the name of a recipe of the package, such as demo, or the path of a fi
 from absl import app, flags, logging
 
 from xclip_jax import report
-from xclip_jax.commands import compilation_cache
 from xclip_jax.config import load
 from xclip_jax.core import environment, errors, imports
 from xclip_jax.core.console import command, log0
 from xclip_jax.core.errors import exit_with_message
 from xclip_jax.processes import runtime
-from xclip_jax.train import callbacks, checks, job, trainer
+from xclip_jax.train import callbacks, checks, compilation_cache, job, trainer
 
 _CHECK = flags.DEFINE_bool(
     "check", False, "Check keys and names of the config, and stop: no data, no device and no run's folder are needed."

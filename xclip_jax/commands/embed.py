@@ -30,7 +30,6 @@ from absl import logging
 from etils import epath
 
 from xclip_jax import model as inference
-from xclip_jax.commands import compilation_cache
 from xclip_jax.commands.embed_sources import Lines, Source, open_images
 from xclip_jax.core import environment, locks, storage
 from xclip_jax.core.console import format_duration, log0
@@ -39,7 +38,7 @@ from xclip_jax.core.imports import add_trust
 from xclip_jax.core.storage import write_json
 from xclip_jax.data import embeddings
 from xclip_jax.data.records import ThreadPrefetcher
-from xclip_jax.train import checks
+from xclip_jax.train import checks, compilation_cache
 
 PART = 1024  # rows that an interruption may lose
 _PROGRESS_SECONDS = 5

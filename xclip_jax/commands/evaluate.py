@@ -27,7 +27,6 @@ import jax
 from absl import logging
 from etils import epath
 
-from xclip_jax.commands import compilation_cache
 from xclip_jax.config import schema
 from xclip_jax.config.schema import Config
 from xclip_jax.core import environment
@@ -42,7 +41,7 @@ from xclip_jax.evaluators.results import Result
 from xclip_jax.evaluators.tables import compare, render_comparison
 from xclip_jax.interop import hub
 from xclip_jax.models.two_towers import Variables
-from xclip_jax.train import checks
+from xclip_jax.train import checks, compilation_cache
 from xclip_jax.train.build import Experiment, make_encoder, profile_of_run
 from xclip_jax.train.weights import fingerprint, load, pin, read_classes
 

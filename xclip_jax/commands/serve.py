@@ -23,13 +23,12 @@ from collections.abc import Sequence
 from absl import logging
 
 from xclip_jax import model as inference
-from xclip_jax.commands import compilation_cache
 from xclip_jax.commands.search_index import MAX_NAMES, MAX_TEXT, make_index
 from xclip_jax.core.console import log0
 from xclip_jax.core.errors import BadSample, Parser, UserError, check_count, exit_with_message, public
 from xclip_jax.core.imports import add_trust
 from xclip_jax.data.text import decode_text
-from xclip_jax.train import checks
+from xclip_jax.train import checks, compilation_cache
 
 _HERE = "127.0.0.1"
 

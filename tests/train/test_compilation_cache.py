@@ -11,8 +11,8 @@ import pytest
 
 from tests.helpers import tiny
 from tests.helpers.util import free_address
-from xclip_jax.commands import compilation_cache
 from xclip_jax.processes import runtime
+from xclip_jax.train import compilation_cache
 
 ROOT = pathlib.Path(__file__).parents[2]
 OPTIONS = (
@@ -23,7 +23,7 @@ RUN = """
 import collections, json, sys
 import jax
 from tests.helpers import tiny
-from xclip_jax.commands import compilation_cache
+from xclip_jax.train import compilation_cache
 from xclip_jax.processes import runtime as processes
 from xclip_jax.train import trainer
 
