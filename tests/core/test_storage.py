@@ -257,7 +257,7 @@ def test_folders_among_names(tmp_path):
     (tmp_path / "y.tar").touch()
     with pytest.raises(UserError, match=r"sub\.tar' is a folder, not a file; write folder:.*sub\.tar for images"):
         storage.expand(f"{tmp_path}/sub.tar")
-    with pytest.raises(UserError, match=r"matches the folder '.*sub\.tar'; write a glob that matches files"):
+    with pytest.raises(UserError, match=r"matches the folder '.*sub\.tar'; write a glob that matches only files"):
         storage.expand(f"{tmp_path}/*.tar")
     assert storage.expand(f"{tmp_path}/**/*.tar") == [f"{tmp_path}/sub.tar/x.tar", f"{tmp_path}/y.tar"]
     with pytest.raises(UserError, match=r"^no file or folder '/nowhere/x'; check the path\.$"):

@@ -146,7 +146,7 @@ def test_transformers_reads_the_tokenizer_of_an_export(kind, tmp_path):
 def test_an_end_that_transformers_reads_otherwise_is_an_error(tmp_path):
     byte_level(tmp_path / "own.json", 280, ["<s>", "<pad>", "</s>"])
     config, variables = our_model("clip", data__tokenizer=str(tmp_path / "own.json"))
-    with pytest.raises(UserError, match=r"takes the end token's id 2, .*write to 'open_clip'"):
+    with pytest.raises(UserError, match=r"reads the id 2, the end token of .*as the largest id; write to 'open_clip'"):
         interop.write(variables, config, str(tmp_path / "x"), "hf")
     assert not (tmp_path / "x").exists()
 

@@ -82,7 +82,7 @@ def test_the_loss_falls_on_one_batch(objective):
 )
 def test_the_logit_scale_is_bounded_by_clip_alone(objective, start, end):
     """CLIP's paper bounds it by 100, SigLIP's not: published SigLIP weights have 117."""
-    p = make(objective, devices=1, optim__warmup=0, optim__lr=1e-6)
+    p = make(objective, devices=1, optim__warmup=0, optim__lr=1e-6, optim__lr_end=0.0)
     s = state.create(p.init, p.abstract)
     s = s.replace(params=s.params | {"log_scale": jnp.log(jnp.float32(start))})
     s, metrics = p.compiled(s, loader.to_global(tiny.batch(eot=p.tokenizer.eot_id), p.mesh))

@@ -26,10 +26,11 @@ from xclip_jax.core.imports import add_trust, named_by, trusting
 from xclip_jax.core.run_folder import RunFolder
 from xclip_jax.core.storage import is_remote
 from xclip_jax.evaluators import registry
+from xclip_jax.evaluators.prompts import Profile
 from xclip_jax.report import collect, page, picture
 from xclip_jax.report.collect import Record, Run
 from xclip_jax.report.examples import Examples
-from xclip_jax.train.build import make_encoder
+from xclip_jax.train.build import make_encoder, profile_of_run
 from xclip_jax.train.weights import load
 
 MOST_RUNS = 8  # as many as the page has colours
@@ -65,11 +66,11 @@ def make(flags: argparse.Namespace) -> epath.Path:
         registry.check(spec)
     of_runs = [(*record.config.eval.final_sets, *record.config.eval.sets) for record in records]
     specs = specs or tuple(spec for spec in of_runs[0] if all(spec in own for own in of_runs))
-    runs = []
+    runs, profile = [], profile_of_run(first.config)
     for color, (name, record) in enumerate(zip(names, records, strict=True)):
         if several:
             log0(f"predictions of {name}")
-        runs.append(Run(name, color, record, *_predict(flags, record, specs, first)))
+        runs.append(Run(name, color, record, *_predict(flags, record, specs, first, profile)))
     path.write_text(page.render(runs, step=flags.step))
     if flags.strip:
         picture.strip(flags.strip, runs[0].examples)
@@ -95,7 +96,7 @@ def short_names(folders: Sequence[str]) -> list[str]:
 
 
 def _predict(
-    flags: argparse.Namespace, record: Record, specs: Sequence[str], first: Record
+    flags: argparse.Namespace, record: Record, specs: Sequence[str], first: Record, profile: Profile
 ) -> tuple[Examples, int | None]:
     """Return predictions of a run's model, or why it has none yet, and its number of parameters.
 
@@ -103,7 +104,8 @@ def _predict(
       flags: of the command.
       record: the run whose model predicts.
       specs: evaluation sets.
-      first: the run that says which pairs, templates and class names these sets have, the same for all runs.
+      first: the run that says which pairs these sets have, the same for all runs.
+      profile: templates and class names of that run.
     """
     try:
         _, experiment, variables, _ = load(str(record.folder), flags.step)
@@ -118,6 +120,7 @@ def _predict(
             variables,
             specs,
             config=first.config,
+            profile=profile,
             pairs=not first.objective.labelled,
             data_dir=flags.data_dir,
             seed=flags.seed,

@@ -22,6 +22,7 @@ from xclip_jax.core.errors import public
 from xclip_jax.data import images
 from xclip_jax.evaluators import tables
 from xclip_jax.evaluators.encoder import Encoder
+from xclip_jax.evaluators.prompts import Profile
 from xclip_jax.evaluators.results import UNITS, Result
 from xclip_jax.models.two_towers import Variables
 from xclip_jax.report import collect, picture, sections
@@ -208,6 +209,7 @@ def predict(
     specs: Sequence[str],
     *,
     config: Config,
+    profile: Profile,
     pairs: bool,
     data_dir: str = "",
     seed: int = 0,
@@ -217,7 +219,8 @@ def predict(
     Args:
       experiment, encoder, variables: the model.
       specs: evaluation sets, see `examples.collect_examples`.
-      config: of the run that says which training pairs, templates and class names are shown.
+      config: of the run that says which training pairs are shown.
+      profile: templates and class names of that run.
       pairs: whether that run learned from pairs and not from labelled items.
       data_dir: root of the data sets, "" for the run's.
       seed: decides which examples are shown.
@@ -231,7 +234,7 @@ def predict(
         data_seed=config.seed,
         pairs=pairs,
         seed=seed,
-        profile=profile_of_run(config),
+        profile=profile,
     )
     if examples.gallery.images:
         statistics = (experiment.preprocessing.mean, experiment.preprocessing.std)
@@ -269,7 +272,10 @@ def _write(job: Job, variables: Variables) -> None:
     config, folder, experiment = job.config, job.folder, job.experiment
     specs = (*config.eval.final_sets, *config.eval.sets)
     pairs = not experiment.objective.labelled
-    examples = predict(experiment, job.encoder, variables, specs, config=experiment.config, pairs=pairs)
+    profile = profile_of_run(experiment.config)
+    examples = predict(
+        experiment, job.encoder, variables, specs, config=experiment.config, profile=profile, pairs=pairs
+    )
     if jax.process_index() != 0:
         return
     record = collect.read(folder.path)
