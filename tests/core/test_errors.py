@@ -141,7 +141,7 @@ def test_ctrl_c_of_a_module_is_one_sentence(tmp_path):
     (tmp_path / "other.py").write_text("import xclip_jax, numpy")
     path = f"{tmp_path}{os.pathsep}{ROOT}"
     for module in MODULES:
-        found = python("-m", module, "--help", PYTHONPATH=path)
+        found = python("-m", module, "nowhere", PYTHONPATH=path)
         assert found == (EXIT_INTERRUPTED, "", "error: interrupted\n"), module
     status, _, errors = python("-m", "other", PYTHONPATH=path)
     assert status and "KeyboardInterrupt" in errors

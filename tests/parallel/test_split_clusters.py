@@ -32,9 +32,7 @@ FORMS = {
 # Each strategy and each form once; all combinations are minutes of compilation.
 QUICK = {
     ("dp", "teacher-chunks"),
-    ("dp-clusters", "layers"),
     ("zero1", "sinkhorn"),
-    ("fsdp", "teacher"),
     ("fsdp_tp", "chunks"),
 }
 

@@ -52,27 +52,26 @@ def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return options, rest
 
 
-def _findings(options: argparse.Namespace, rest: list[str]) -> "Iterator[Finding]":
-    # Imported once the arguments are right: JAX and the trainer take a second.
-    from xclip_jax.commands.diagnosis import check_run
-    from xclip_jax.commands.preflight import Options, check_config
-    from xclip_jax.config import load
-
-    if "run" in options:
-        yield from check_run(options.run)
-    else:
-        load.parse([sys.argv[0], *rest])
-        yield from check_config(flags.FLAGS.config, Options(options.samples, options.seconds, options.step))
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     logging.set_verbosity(logging.ERROR)
     options, rest = _arguments(sys.argv[1:] if argv is None else argv)
+    # Imported once the arguments are right, as JAX and the trainer take a second, and while Ctrl-C ends the process.
+    from xclip_jax.commands.diagnosis import check_run
+    from xclip_jax.commands.preflight import Options, check_config
+    from xclip_jax.config import load
+
+    def check() -> Iterator["Finding"]:
+        if "run" in options:
+            yield from check_run(options.run)
+        else:
+            load.parse([sys.argv[0], *rest])
+            yield from check_config(flags.FLAGS.config, Options(options.samples, options.seconds, options.step))
+
     out, findings = sys.stdout, []
     with exit_with_message(), trusting(options.trust):
         with contextlib.redirect_stdout(sys.stderr):  # what is checked prints lines of its own
-            for finding in _findings(options, rest):
+            for finding in check():
                 findings.append(finding)
                 if not options.json:
                     print(public(finding.line()).encode("utf-8", "replace").decode(), file=out, flush=True)
