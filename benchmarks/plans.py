@@ -58,7 +58,7 @@ class Planner:
 
     def __init__(self, path: pathlib.Path) -> None:
         self.path, self.environment = path, environment.capture() | {"command": "python -m benchmarks.plans"}
-        folders = (pathlib.Path(plan.__file__).parent, DOCS.parent / "configs")
+        folders = (pathlib.Path(plan.__file__).parents[1], DOCS.parent / "configs")
         sources = b"".join(file.read_bytes() for folder in folders for file in sorted(folder.rglob("*.py")))
         # The file of plans itself makes a checkout dirty: this says what was compiled.
         commit = self.environment["commit"].removesuffix("-dirty")

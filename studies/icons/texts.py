@@ -48,7 +48,7 @@ ABOUT = (
     "Unless an arm's name says otherwise, nCLIP's loss has tau 1, sharpness 1 and smoothness 2, as declared before the "
     "runs. Tau 0.5 was then tuned on validation among single factors, and is what the recipes have since. xCLIP's step "
     "takes 1.14 times as long as CLIP's at these sizes: 0.337 and 0.295 s on two cores, each alone, `xclip-jax train "
-    "--config icons:objective=xclip,steps=100` and the same with clip.",
+    "--config studies/icons/recipe.py:objective=xclip,steps=100` and the same with clip.",
     f"{CLASSIFIERS} A dose changes one thing and keeps the warm-up's share of the steps; batches of other sizes see "
     "the same number of pairs at the same learning rate. The xCLIP of doses has tau 0.5. They are of where a "
     "non-contrastive term might help: small batches, captions of other images, little data, short training.",

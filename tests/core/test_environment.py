@@ -5,6 +5,7 @@ import subprocess
 import pytest
 from etils import epath
 
+import xclip_jax
 from xclip_jax.core import environment
 
 
@@ -50,3 +51,10 @@ def test_versions_are_known_without_an_installation(monkeypatch):
     versions = environment.capture()["versions"]
     assert versions["xclip_jax"] == environment.xclip_jax.__version__
     assert versions["jax"] == "unknown"
+
+
+def test_a_result_has_the_commit_of_this_checkout():
+    root = epath.Path(xclip_jax.__file__).parent.parent
+    if not (root / ".git").exists():
+        pytest.skip("the package is not in a checkout")
+    assert environment.capture()["commit"].startswith(git(root, "rev-parse", "HEAD"))

@@ -78,7 +78,7 @@ def machine() -> str:
         processor = f"{facts['model name']} (family {facts['cpu family']}, model {facts['model']})"
     except (OSError, KeyError):  # not Linux, or no x86
         processor = platform.processor() or platform.machine()
-    commit = git_commit(epath.Path(__file__).parent)
+    commit = git_commit(epath.Path(xclip_jax.__file__).parent)
     return (
         f"{processor}, {os.cpu_count()} cores, Python {platform.python_version()}, JAX {_version('jax')}, "
         f"commit {commit[:7]}"
@@ -89,7 +89,7 @@ def capture() -> dict[str, Any]:
     """Return versions, devices, commit and command line of this process."""
     return {
         "command": public(" ".join(sys.argv)),
-        "commit": git_commit(epath.Path(__file__).parent),
+        "commit": git_commit(epath.Path(xclip_jax.__file__).parent),
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "platform": jax.default_backend(),
         "processes": jax.process_count(),

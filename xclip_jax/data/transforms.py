@@ -85,7 +85,7 @@ def evaluation_image(
       mode: "shortest" resizes the shorter side and keeps the central square, "squash" resizes each side to the same
         length, "longest" resizes the longer side and pads with black.
       resize_size: side after resizing, before the central `size` pixels are cropped; 0 for `size`.
-      background: one of `rgb.BACKGROUNDS`.
+      background: one of `images.BACKGROUNDS`.
 
     Raises:
       BadSample: as `decode`.
