@@ -10,6 +10,8 @@ from examples import clusters, compare_objectives, use_a_model
 from tests.helpers import tiny
 from xclip_jax.config import load
 
+pytestmark = pytest.mark.long
+
 
 def test_use_a_model(run, tmp_path, capsys):
     tiny.folder(tmp_path / "pictures", 2)

@@ -15,6 +15,8 @@ from xclip_jax.core import locks
 from xclip_jax.core.errors import UserError
 from xclip_jax.data import embeddings, sources
 
+pytestmark = pytest.mark.long
+
 KILL = """
 import os, pathlib, signal, sys
 from xclip_jax.commands import embed

@@ -13,6 +13,8 @@ from xclip_jax.core.errors import UserError
 from xclip_jax.evaluators import registry
 from xclip_jax.train import trainer
 
+pytestmark = pytest.mark.long
+
 STEPS = 2
 
 

@@ -21,6 +21,8 @@ from xclip_jax.objectives import RECIPES
 from xclip_jax.train import build, state, trainer, weights
 from xclip_jax.train.build import make_encoder, profile_of_run
 
+pytestmark = pytest.mark.long
+
 STEPS = 2
 
 

@@ -16,7 +16,7 @@ from xclip_jax.parallel.mesh import make_mesh
 from xclip_jax.train import build, flops, memory
 
 ROOT = pathlib.Path(__file__).parents[2]
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore")]
 
 
 def config(objective="xclip", **changes):

@@ -24,6 +24,8 @@ from xclip_jax.commands.embed_sources import open_images
 from xclip_jax.commands.search_index import Embedded, Index, make_index
 from xclip_jax.core.errors import UserError
 
+pytestmark = pytest.mark.long
+
 testclient = pytest.importorskip("starlette.testclient")
 uvicorn = pytest.importorskip("uvicorn")
 

@@ -19,6 +19,8 @@ from xclip_jax.data.length_groups import LengthGroups
 from xclip_jax.train import build, caption_lengths, flops, job, state, trainer
 from xclip_jax.train.training_folder import TrainingFolder
 
+pytestmark = pytest.mark.long
+
 GROUPS = "4:0.5,8:0.75"
 
 

@@ -30,6 +30,8 @@ from xclip_jax.train.build import make_encoder
 from xclip_jax.train.state import create
 from xclip_jax.train.training_folder import TrainingFolder
 
+pytestmark = pytest.mark.long
+
 SIZE = 28
 MEAN, STD = (0.41, 0.52, 0.33), (0.21, 0.31, 0.26)
 VISION = {"image_size": SIZE, "patch_size": 4, "width": 64, "head_width": 32, "layers": 1}

@@ -19,6 +19,8 @@ from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.state import create
 from xclip_jax.train.training_folder import TrainingFolder
 
+pytestmark = pytest.mark.long
+
 TEXTS = ["picture 3", "number 4 picture"]
 
 

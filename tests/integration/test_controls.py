@@ -18,6 +18,8 @@ from xclip_jax.objectives.nclip import Nclip
 from xclip_jax.parallel.mesh import make_mesh
 from xclip_jax.train import build, state
 
+pytestmark = pytest.mark.long
+
 # --- label smoothing
 
 

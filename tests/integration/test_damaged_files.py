@@ -15,6 +15,8 @@ from xclip_jax.core.run_folder import RunFolder
 from xclip_jax.train import trainer
 from xclip_jax.train.training_folder import TrainingFolder
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture
 def run(trained, tmp_path):

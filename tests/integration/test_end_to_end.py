@@ -9,6 +9,8 @@ import sys
 import pytest
 from PIL import Image
 
+pytestmark = pytest.mark.long
+
 ROOT = pathlib.Path(__file__).parents[2]
 
 

@@ -16,6 +16,8 @@ from xclip_jax.train import callbacks, job, trainer
 from xclip_jax.train.callbacks import Callback
 from xclip_jax.train.checks import FAIL
 
+pytestmark = pytest.mark.long
+
 STATUS = "tests.extension.status_file:StatusFile"
 LIST = "tests.integration.test_extension_callback:List"
 

@@ -16,6 +16,8 @@ from xclip_jax.evaluators import registry, results, tables
 from xclip_jax.evaluators.results import from_json, to_json
 from xclip_jax.train import trainer
 
+pytestmark = pytest.mark.long
+
 SPEC = "tests.extension.greys:Greys/20"
 NAME = f"order of images/{SPEC}"
 

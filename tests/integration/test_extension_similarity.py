@@ -20,6 +20,8 @@ from xclip_jax.report.examples import collect_examples
 from xclip_jax.train import build, trainer
 from xclip_jax.train.build import make_encoder
 
+pytestmark = pytest.mark.long
+
 WORDS = ["fox", "owl", "hen", "cat", "dog"]
 IMAGES = list(np.random.default_rng(0).integers(0, 256, (40, tiny.SIZE, tiny.SIZE, 3), np.uint8))
 LABELS = np.arange(40) % len(WORDS)

@@ -18,6 +18,8 @@ from xclip_jax.data.base import Form, SourceKind, SourceOptions
 from xclip_jax.evaluators import registry
 from xclip_jax.train import trainer
 
+pytestmark = pytest.mark.long
+
 KIND = "tests.extension.json_lines:JsonLines"
 N = 40
 

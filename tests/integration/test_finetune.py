@@ -26,6 +26,8 @@ from xclip_jax.evaluators.results import VALIDATION
 from xclip_jax.train import build, state, trainer, weights
 from xclip_jax.train.checkpoint import Checkpointer
 
+pytestmark = pytest.mark.long
+
 # Labelled data.
 
 

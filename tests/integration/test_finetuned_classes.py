@@ -23,6 +23,8 @@ from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.state import create
 from xclip_jax.train.training_folder import TrainingFolder
 
+pytestmark = pytest.mark.long
+
 
 def encoder(classes):
     fake = FakeEncoder(None)

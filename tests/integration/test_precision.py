@@ -14,6 +14,8 @@ from xclip_jax.losses import contrastive, noncontrastive, ring
 from xclip_jax.models import layers
 from xclip_jax.parallel.mesh import make_mesh
 
+pytestmark = pytest.mark.long
+
 # Beginnings of the names of primitives that bfloat16 would spoil: exponentials, logarithms, roots, sums and maxima.
 SENSITIVE = ("exp", "log", "sqrt", "rsqrt", "reduce_")
 

@@ -17,6 +17,8 @@ from xclip_jax.core.run_folder import CLOCKS
 from xclip_jax.data import loader
 from xclip_jax.train import trainer
 
+pytestmark = pytest.mark.long
+
 
 class Pairs(tfds.core.GeneratorBasedBuilder):
     """The pairs 0 to n - 1 of `bad_tars.pairs`, in order."""

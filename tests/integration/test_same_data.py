@@ -14,6 +14,8 @@ from xclip_jax.processes import runtime
 from xclip_jax.train import checks, job
 from xclip_jax.train.training_folder import TrainingFolder
 
+pytestmark = pytest.mark.long
+
 
 class Run:
     """A run of 40 pairs, two of which have the same caption; record `bad` cannot be read."""

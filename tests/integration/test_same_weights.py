@@ -17,6 +17,8 @@ from xclip_jax.evaluators import results
 from xclip_jax.report import card, collect
 from xclip_jax.train import trainer
 
+pytestmark = pytest.mark.long
+
 STEPS = 2
 
 

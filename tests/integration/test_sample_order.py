@@ -11,6 +11,8 @@ from tests.data.test_loader import Numbers, config, read, texts
 from xclip_jax.core.errors import BadSample
 from xclip_jax.data import holdout, loader, sources, tokenizer
 
+pytestmark = pytest.mark.long
+
 
 class Drawings(Numbers):
     """Three artists' pictures of each of n / 3 things, artist after artist."""

@@ -13,6 +13,8 @@ from xclip_jax.commands import check, doctor, embed, evaluate, export
 from xclip_jax.commands import report as page
 from xclip_jax.train import trainer
 
+pytestmark = pytest.mark.long
+
 SECRETS = (web.PASSWORD, web.SIGNATURE, hub_server.TOKEN, "aws-secret-of-the-tests")
 
 

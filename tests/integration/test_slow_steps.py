@@ -18,6 +18,8 @@ from xclip_jax.core.errors import EXIT_RESUMABLE
 from xclip_jax.core.run_folder import RunFolder
 from xclip_jax.processes import watchdog
 
+pytestmark = pytest.mark.long
+
 ROOT = pathlib.Path(__file__).parents[2]
 # A run of four steps, each of which sleeps in the compiled step.
 SLEEPS = """

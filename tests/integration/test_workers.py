@@ -11,6 +11,8 @@ from tests.helpers import tiny
 from xclip_jax.core.errors import EXIT_RESTART, EXIT_RESUMABLE
 from xclip_jax.train.checkpoint import Checkpointer
 
+pytestmark = pytest.mark.long
+
 # Two seconds a batch, far more than a step: the loop waits for data nearly all the time. If the folder has a file
 # "hang", a worker's read never ends, as on a network disk that is gone.
 SCRIPT = """

@@ -17,6 +17,8 @@ from xclip_jax.parallel.mesh import make_mesh
 from xclip_jax.train import build
 from xclip_jax.train.state import create
 
+pytestmark = pytest.mark.long
+
 # Channels of a head, rows, tokens that count, causal.
 CASES = [(64, 200, 197, False), (64, 77, 77, True), (64, 16, 13, True), (128, 24, 21, False), (128, 37, 37, False)]
 

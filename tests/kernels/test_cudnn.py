@@ -20,6 +20,8 @@ from xclip_jax.models.layers import attend
 from xclip_jax.train import build, memory
 from xclip_jax.train.state import create
 
+pytestmark = pytest.mark.long
+
 FORWARD, BACKWARD = "__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"
 
 

@@ -27,6 +27,8 @@ from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.job import Start
 from xclip_jax.train.training_folder import TrainingFolder
 
+pytestmark = pytest.mark.long
+
 TYPE = "tests.extension.conv_mixer:ConvMixer"
 OPTIONS = {"type": TYPE, "image_size": 24, "patch": 4, "width": 20, "depth": 2, "drop_path": 0.5}
 

@@ -17,6 +17,8 @@ from xclip_jax.data import loader, transforms
 from xclip_jax.train import build, state
 from xclip_jax.train.step import Augment
 
+pytestmark = pytest.mark.long
+
 # Mixup and cutmix.
 
 

@@ -21,6 +21,8 @@ from xclip_jax.objectives.similarity import CosineSimilarity
 from xclip_jax.train import build, flops, state
 from xclip_jax.train.checkpoint import Checkpointer
 
+pytestmark = pytest.mark.long
+
 SUPERCLIP = "tests.extension.superclip:TokenClassification"
 
 

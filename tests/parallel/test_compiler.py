@@ -15,6 +15,8 @@ from xclip_jax.parallel.hlo import collectives, summary
 from xclip_jax.parallel.roofline import roofline
 from xclip_jax.train import memory
 
+pytestmark = pytest.mark.long
+
 SLICED = "windowed_dot_general"
 TOPOLOGIES = ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"]
 

@@ -12,6 +12,8 @@ from xclip_jax.parallel import sharding
 from xclip_jax.parallel.mesh import AXES, make_mesh, replicated
 from xclip_jax.train import build, state
 
+pytestmark = pytest.mark.long
+
 MESHES = {
     "dp": ("dp", 8, 1, 1),
     "dp-clusters": ("dp", 2, 2, 2),

@@ -16,6 +16,8 @@ from xclip_jax.train import build, memory, state
 from xclip_jax.train.build import make_encoder
 from xclip_jax.train.checkpoint import Checkpointer
 
+pytestmark = pytest.mark.long
+
 HIDDEN, CLUSTERS = 40, 64
 HEAD = {"clusters": CLUSTERS, "hidden": HIDDEN, "layers": 1, "last_norm": False}
 TEACHER = {"objective__nclip__target": "ema", "objective__nclip__balance": "center"}

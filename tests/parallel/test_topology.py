@@ -21,6 +21,8 @@ from xclip_jax.parallel.topology import CHIPS as KINDS
 from xclip_jax.parallel.topology import grid_of
 from xclip_jax.train import memory
 
+pytestmark = pytest.mark.long
+
 CHIPS = 4  # of a slice
 # The transfers of the runtime that joins slices: a chip's part, to the chip of the same place in the other slice.
 SEND = re.compile(r"= \((\w+)\[([\d,]*)\]\S* [^=]*? send\(.*_xla_megascale_transfer_type=\"(\w+)\"")

@@ -14,6 +14,8 @@ from xclip_jax.core.errors import UserError
 from xclip_jax.processes import runtime
 from xclip_jax.train import weights
 
+pytestmark = pytest.mark.long
+
 ROOT = pathlib.Path(__file__).parents[2]
 
 

@@ -26,6 +26,8 @@ from xclip_jax.objectives.nclip import Nclip
 from xclip_jax.report import collect, examples, page, sections
 from xclip_jax.report.collect import Run
 
+pytestmark = pytest.mark.long
+
 SECTIONS = ("results", "differences", "names", "search", "curves", "settings")
 
 

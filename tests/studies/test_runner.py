@@ -20,6 +20,8 @@ from tests.studies.made_records import finished, record, write_folder
 from xclip_jax.core.errors import Diverged, UserError
 from xclip_jax.processes.interrupt import EXIT_RESUMABLE
 
+pytestmark = pytest.mark.long
+
 ROOT = pathlib.Path(__file__).parents[2]
 
 

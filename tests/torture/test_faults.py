@@ -9,6 +9,8 @@ import pytest
 
 from tests.torture import faults
 
+pytestmark = pytest.mark.long
+
 ROOT = pathlib.Path(__file__).parents[2]
 # Promises that the normal suite does not try: each of their tests starts whole runs, half a minute of them, or more.
 # `python -m tests.torture.faults` tries them.

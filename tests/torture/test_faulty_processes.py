@@ -17,6 +17,8 @@ from tests.processes.test_runtime import ROOT
 from xclip_jax.core.errors import EXIT_RESTART, EXIT_RESUMABLE
 from xclip_jax.core.run_folder import RunFolder
 
+pytestmark = pytest.mark.long
+
 GONE = 134, 250  # 256 - SIGABRT: JAX aborts who loses process 0
 slow = pytest.mark.slow
 

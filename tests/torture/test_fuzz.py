@@ -10,6 +10,8 @@ import pytest
 
 from tests.torture import fuzz, fuzz_readers
 
+pytestmark = pytest.mark.long
+
 ROOT = pathlib.Path(__file__).parents[2]
 CASES = sorted(path for path in (ROOT / "tests" / "fuzz_cases").rglob("*") if path.is_file())
 

@@ -10,6 +10,8 @@ import pytest
 from tests.torture import signals
 from tests.torture.signals import End
 
+pytestmark = pytest.mark.long
+
 
 @pytest.mark.slow
 def test_a_signal_at_any_second_of_the_start_ends_a_run_as_documented(tmp_path, monkeypatch):

@@ -15,6 +15,8 @@ import pytest
 from tests.torture import soak
 from tests.torture.soak import End, largest_difference
 
+pytestmark = pytest.mark.long
+
 
 @pytest.mark.slow
 def test_three_kills():

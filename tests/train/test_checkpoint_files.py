@@ -10,6 +10,8 @@ from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.memory import bytes_on_device
 from xclip_jax.train.state import create
 
+pytestmark = pytest.mark.long
+
 WIDE = {"model__img__width": 256, "model__txt__width": 256}
 MESHES = [
     ("dp", 1, 1),

@@ -18,6 +18,8 @@ from xclip_jax.train import flops, log, recovery, trainer
 from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.log import Goodput, MetricWriter, utilization
 
+pytestmark = pytest.mark.long
+
 
 class Clock:
     def __init__(self, now=0.0):

@@ -23,6 +23,8 @@ from xclip_jax.train import build, loop, trainer, weights
 from xclip_jax.train.callbacks import Callback
 from xclip_jax.train.checkpoint import Checkpointer
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture
 def run(trained, tmp_path):

@@ -23,6 +23,8 @@ from xclip_jax.train import build, state, trainer
 from xclip_jax.train import step as train_step
 from xclip_jax.train.checkpoint import Checkpointer
 
+pytestmark = pytest.mark.long
+
 # First token of a text: what is not finite at a step with it, or large.
 LOSS, GRADIENT, CENTER, SPIKE = 201, 202, 203, 204
 

@@ -10,6 +10,8 @@ from xclip_jax import optim
 from xclip_jax.data import loader, transforms
 from xclip_jax.train import build, state
 
+pytestmark = pytest.mark.long
+
 VARIANTS = {
     "clip": {},
     "siglip": {},

@@ -23,6 +23,8 @@ from xclip_jax.train.callbacks import Callback
 from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.training_folder import TrainingFolder
 
+pytestmark = pytest.mark.long
+
 
 def config(pairs, run, **changes):
     return tiny.config(run=run, **{"data__sources": (f"folder:{pairs}",)} | changes)

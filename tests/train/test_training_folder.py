@@ -26,6 +26,8 @@ from xclip_jax.train import build, checkpoint_files, trainer, weights
 from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.training_folder import TrainingFolder
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture
 def run(trained, tmp_path):

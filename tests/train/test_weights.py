@@ -17,6 +17,8 @@ from xclip_jax.models.transformer import stack_blocks
 from xclip_jax.train import build, state, trainer, weights
 from xclip_jax.train.checkpoint import Checkpointer
 
+pytestmark = pytest.mark.long
+
 
 class Stopped(Exception):
     pass
