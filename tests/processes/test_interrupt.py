@@ -102,10 +102,7 @@ def test_an_interruptible_iterator_yields_all_and_closes_what_it_reads():
     ("code", "reason"),
     [
         (-signal.SIGKILL, "signal SIGKILL, most often too little memory"),
-        (
-            -signal.SIGBUS,
-            r"signal SIGBUS, most often too little shared memory \(docker run --shm-size, or data\.workers=0",
-        ),
+        (-signal.SIGBUS, r"signal SIGBUS, most often too little shared memory \(docker run --shm-size\)"),
         (1, "exit status 1, its own error is above"),
     ],
 )

@@ -17,7 +17,7 @@ MESHES = [
     ("dp", 1, 1),
     pytest.param("dp", 4, 2, marks=pytest.mark.slow),
     pytest.param("zero1", 2, 1, marks=pytest.mark.slow),
-    ("fsdp", 4, 1),
+    pytest.param("fsdp", 4, 1, marks=pytest.mark.slow),
     pytest.param("fsdp_tp", 2, 2, marks=pytest.mark.slow),
 ]
 

@@ -26,7 +26,7 @@ _CHUNK = 32  # records that a thread reads one after another
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _WORKER_ENDINGS = {
     signal.SIGKILL: "most often too little memory",
-    signal.SIGBUS: "most often too little shared memory (docker run --shm-size, or data.workers=0, which needs none)",
+    signal.SIGBUS: "most often too little shared memory (docker run --shm-size)",
 }
 
 T = TypeVar("T")
