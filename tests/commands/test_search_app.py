@@ -17,7 +17,6 @@ from PIL import Image
 
 from tests.helpers import bad_tars, serving, tiny
 from tests.helpers.pages import Page, check_basics
-from xclip_jax import model as inference
 from xclip_jax.commands import search_app as application
 from xclip_jax.commands import serve as command
 from xclip_jax.commands.embed_sources import open_images
@@ -28,20 +27,6 @@ pytestmark = pytest.mark.long
 
 testclient = pytest.importorskip("starlette.testclient")
 uvicorn = pytest.importorskip("uvicorn")
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """Eight images with captions, one of them hostile, and a ninth that is none."""
-    folder = tiny.folder(tmp_path_factory.mktemp("serve") / "<b>pictures", n=8)
-    (folder / "003.txt").write_text("<img src=x onerror=alert(1)>")
-    (folder / "bad.png").write_bytes(b"<html>")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def model(run):
-    return inference.load(run, batch=8)
 
 
 @pytest.fixture(scope="module")

@@ -6,29 +6,13 @@ import sys
 
 import pytest
 
-from tests.helpers import tiny
 from tests.helpers.browser import SCHEMES, WIDTHS, browser, check_accessible, check_layout, opened  # noqa: F401
 from tests.helpers.serving import served
-from xclip_jax import model as inference
 from xclip_jax.commands import serve as command
 from xclip_jax.core.errors import UserError
 
 testclient = pytest.importorskip("starlette.testclient")
 uvicorn = pytest.importorskip("uvicorn")
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """Eight images with captions, one of them hostile, and a ninth that is none."""
-    folder = tiny.folder(tmp_path_factory.mktemp("serve") / "<b>pictures", n=8)
-    (folder / "003.txt").write_text("<img src=x onerror=alert(1)>")
-    (folder / "bad.png").write_bytes(b"<html>")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def model(run):
-    return inference.load(run, batch=8)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1"])

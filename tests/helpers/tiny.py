@@ -1,13 +1,16 @@
-"""A run small enough for tests: config, batches, a folder of pairs, and what the run logs."""
+"""A run small enough for tests: config, batches, a folder of pairs, a run that is cut off, and what the run logs."""
 
+import contextlib
 import json
 import pathlib
 
 import jax
 import numpy as np
+import pytest
 from PIL import Image
 
 from xclip_jax.config import recipes
+from xclip_jax.data import loader
 from xclip_jax.train import build
 from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.state import create
@@ -97,3 +100,23 @@ def lines(run, name="metrics.jsonl"):
 def losses(run):
     """The loss of each step that a run logged."""
     return [line["loss"] for line in lines(run) if "loss" in line]
+
+
+class CutOff(Exception):
+    """Ends a run between two steps."""
+
+
+@contextlib.contextmanager
+def cut_off(after):
+    """Expect that the run trained in this context ends when it asks for a batch after its first `after`."""
+    batches, to_global = [], loader.to_global
+
+    def counted(batch, mesh):
+        if len(batches) == after:
+            raise CutOff
+        batches.append(batch)
+        return to_global(batch, mesh)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(CutOff):
+        patch.setattr(loader, "to_global", counted)
+        yield

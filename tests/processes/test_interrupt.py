@@ -12,7 +12,7 @@ from xclip_jax.core.errors import EXIT_RESUMABLE, UserError, describe
 from xclip_jax.core.run_folder import RunFolder
 from xclip_jax.data import records
 from xclip_jax.evaluators import registry
-from xclip_jax.processes import interrupt, watchdog
+from xclip_jax.processes import interrupt
 from xclip_jax.train import loop, trainer
 
 
@@ -115,37 +115,6 @@ def test_a_killed_worker_is_one_sentence(code, reason):
     assert next(elements) == 1
     with pytest.raises(UserError, match=rf"by {reason}; lower data\.workers"):
         next(elements)
-
-
-@pytest.fixture
-def statuses(monkeypatch):
-    """The statuses with which a watchdog ends the process, in place of its end."""
-    ended = []
-
-    def end(status):
-        ended.append(status)
-        raise SystemExit  # of the thread
-
-    monkeypatch.setattr(watchdog, "exit_now", end)
-    return ended
-
-
-@pytest.fixture
-def watch(tmp_path, statuses, monkeypatch):
-    """Starts a watchdog, and returns it."""
-    running = []
-    monkeypatch.setattr(watchdog, "_POLL_SECONDS", 0.05)
-
-    def start(limit=0.0):
-        handler = interrupt.PreemptionHandler().__enter__()
-        handler.saves = True
-        dog = watchdog.Watchdog(RunFolder(tmp_path), handler, warning=0.0, limit=limit).__enter__()
-        running.extend([handler, dog])
-        return dog
-
-    yield start
-    for context in reversed(running):
-        context.__exit__()
 
 
 # The main thread is in C code, and the signal reaches another one, as it may in a compilation.

@@ -3,14 +3,11 @@
 import pathlib
 import shutil
 
-import jax
 import pytest
 
 from tests.helpers import tiny
 from xclip_jax.core.errors import UserError
-from xclip_jax.train import build, job, trainer
-from xclip_jax.train.callbacks import Callback
-from xclip_jax.train.checkpoint import Checkpointer
+from xclip_jax.train import job
 
 
 @pytest.fixture
@@ -47,43 +44,3 @@ def test_check_needs_neither_data_nor_a_folder(tmp_path):
 )
 def test_extras_that_a_config_needs(changes, extras):
     assert job.extras(job.check(tiny.config(**({"data__sources": ("folder:x",)} | changes)))) == extras
-
-
-def config(pairs, run, **changes):
-    return tiny.config(run=run, **{"data__sources": (f"folder:{pairs}",)} | changes)
-
-
-def final_state(c):
-    p = build.build(c)
-    with Checkpointer(c.run) as checkpointer:
-        state, position = checkpointer.restore(p.abstract)
-    return jax.device_get(state), position
-
-
-class Recorder(Callback):
-    def __init__(self):
-        self.steps, self.ends = [], []
-
-    def on_log(self, step, metrics):
-        self.steps.append((step, metrics["loss"]))
-
-    def on_end(self, job, variables, results):
-        self.ends.append((job.folder.read_results()["results"], sorted(variables), results))
-
-
-@pytest.fixture(scope="module")
-def straight(pairs, tmp_path_factory):
-    """Ten steps without a break: the config, the last state and position, and what a callback was called with."""
-    c, recorder = config(pairs, tmp_path_factory.mktemp("straight") / "run"), Recorder()
-    trainer.run(c, [recorder])
-    return c, *final_state(c), recorder
-
-
-def test_a_complete_run_is_not_one_of_other_data(pairs, straight, tmp_path, capsys):
-    """Two recipes may give one folder to different pairs; the same pairs elsewhere are the same run."""
-    run = shutil.copytree(straight[0].run, tmp_path / "run")
-    other = shutil.copytree(pairs, tmp_path / "other")
-    assert trainer.run(config(other, run)) == trainer.run(config(pairs, run)) == {}
-    next(other.glob("*.txt")).write_text("another caption, longer than any")
-    with pytest.raises(UserError, match=r"source 0, 'folder:.*other', has changed since"):
-        trainer.run(config(other, run))

@@ -2,6 +2,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,6 @@ from xclip_jax.config import schema
 from xclip_jax.core import storage
 from xclip_jax.core.errors import UserError
 from xclip_jax.core.run_folder import CLOCKS, RunFolder
-from xclip_jax.data import loader
 from xclip_jax.processes.interrupt import EXIT_RESUMABLE
 from xclip_jax.train import build, job, trainer
 from xclip_jax.train.callbacks import Callback
@@ -42,10 +42,6 @@ def final_state(c):
     return jax.device_get(state), position
 
 
-class Stopped(Exception):
-    pass
-
-
 class Recorder(Callback):
     def __init__(self):
         self.steps, self.ends = [], []
@@ -65,21 +61,11 @@ def straight(pairs, tmp_path_factory):
     return c, *final_state(c), recorder
 
 
-def test_resume_is_bit_exact(pairs, tmp_path, straight, monkeypatch):
+def test_resume_is_bit_exact(pairs, tmp_path, straight):
     """Killed at step 7, resumed from step 5: state and metrics, and so the data, are those of ten steps."""
-    c, seen = config(pairs, tmp_path / "run"), []
-    original = loader.to_global
-
-    def counted(batch, mesh):
-        if len(seen) == 7:
-            raise Stopped
-        seen.append(batch)
-        return original(batch, mesh)
-
-    monkeypatch.setattr(loader, "to_global", counted)
-    with pytest.raises(Stopped):
+    c = config(pairs, tmp_path / "run")
+    with tiny.cut_off(7):
         trainer.run(c)
-    monkeypatch.undo()
     trainer.run(c)
     state, position = final_state(c)
     chex.assert_trees_all_equal(state, straight[1])
@@ -112,13 +98,13 @@ def test_a_schedule_for_other_data_is_warned_of(expected, warned, straight, caps
     assert (remedy in line) == warned
 
 
-def test_sigterm_saves_and_the_same_command_goes_on(pairs, tmp_path, monkeypatch, capsys):
+def test_sigterm_saves_and_the_same_command_goes_on(pairs, tmp_path, capsys):
     script = (
         "import sys; from tests.train.test_trainer import config; from xclip_jax.train import trainer;"
         "trainer.run(config(*sys.argv[1:], steps=100_000, checkpoint__every=1000))"
     )
     env = os.environ | {"PYTHONPATH": os.getcwd()}
-    run, original, batches = tmp_path / "run", loader.to_global, []
+    run = tmp_path / "run"
     process = subprocess.Popen([sys.executable, "-c", script, str(pairs), str(run)], env=env)
     deadline = time.time() + 300
     while time.time() < deadline and not (run / "metrics.jsonl").exists():
@@ -127,15 +113,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(pairs, tmp_path, monkeypatch
     assert process.wait(60) == EXIT_RESUMABLE
     saved = RunFolder(run).latest_step()
     assert saved == tiny.lines(run)[-1]["step"] >= 1
-
-    def three(batch, mesh):
-        batches.append(batch)
-        if len(batches) == 3:  # the first step is logged after the second has begun
-            raise Stopped
-        return original(batch, mesh)
-
-    monkeypatch.setattr(loader, "to_global", three)
-    with pytest.raises(Stopped):
+    with tiny.cut_off(2):  # the first step is logged after the second has begun
         trainer.run(config(pairs, run, steps=100_000, checkpoint__every=1000))
     assert f"resuming at step {saved}, sample {16 * saved:,}" in capsys.readouterr().out
     assert tiny.lines(run)[-1]["step"] == saved + 1
@@ -213,3 +191,13 @@ def test_a_checkpoint_finds_the_lines_before_it_written(pairs, tmp_path, monkeyp
     monkeypatch.setattr(trainer.Checkpointer, "save", observed)
     trainer.run(config(pairs, tmp_path / "run", steps=4, checkpoint__every=2, log__every=1))
     assert there == {2: [1, 2], 4: [1, 2, 3, 4]}
+
+
+def test_a_complete_run_is_not_one_of_other_data(pairs, straight, tmp_path, capsys):
+    """Two recipes may give one folder to different pairs; the same pairs elsewhere are the same run."""
+    run = shutil.copytree(straight[0].run, tmp_path / "run")
+    other = shutil.copytree(pairs, tmp_path / "other")
+    assert trainer.run(config(other, run)) == trainer.run(config(pairs, run)) == {}
+    next(other.glob("*.txt")).write_text("another caption, longer than any")
+    with pytest.raises(UserError, match=r"source 0, 'folder:.*other', has changed since"):
+        trainer.run(config(other, run))
