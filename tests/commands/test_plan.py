@@ -178,7 +178,7 @@ def test_explain_is_a_table_of_shardings():
 def test_no_accelerator_is_asked_unless_it_is_named(asked, platforms):
     """jax reads JAX_PLATFORMS when it is imported, which is before the command can set it."""
     code = (
-        "import jax; from absl import app; from xclip_jax import __main__ as cli\n"
+        "import jax; from absl import app; from xclip_jax import main as cli\n"
         "app.run = lambda *_, **__: print(jax.config.jax_platforms)\n"
         "cli.main(['plan'])"
     )

@@ -49,7 +49,7 @@ def test_versions_are_known_without_an_installation(monkeypatch):
 
     monkeypatch.setattr(environment.metadata, "version", missing)
     versions = environment.capture()["versions"]
-    assert versions["xclip_jax"] == environment.xclip_jax.__version__
+    assert versions["xclip_jax"] == xclip_jax.__version__
     assert versions["jax"] == "unknown"
 
 

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from xclip_jax import __main__ as cli
+from xclip_jax import main as cli
 from xclip_jax.core.errors import EXIT_INTERRUPTED, EXIT_RESUMABLE, public
 
 
@@ -59,7 +59,6 @@ def test_all_texts_of_json_are_shown_so():
 
 
 ROOT = pathlib.Path(__file__).parents[2]
-MODULES = sorted({module for module, _ in cli.COMMANDS.values()})
 # All commands import it.
 IMPORTS = """
 import signal, sys
@@ -69,15 +68,14 @@ class Finder:
             signal.raise_signal(signal.SIGINT)
 sys.meta_path.insert(0, Finder())
 sys.argv = ["xclip-jax", *sys.argv[1:]]
-from xclip_jax import __main__ as cli
+from xclip_jax import main as cli
 cli.main()
 """
 # In a callback of the garbage collector, as JAX has one, Python drops any exception.
 COLLECTS = """
 import gc, signal, sys
-sys.argv = ["xclip-jax"]
-import xclip_jax
-from xclip_jax.core.errors import exit_with_message
+from xclip_jax.core.errors import end_at_once, exit_with_message
+end_at_once()
 gc.callbacks.append(lambda *_: signal.raise_signal(signal.SIGINT))
 gc.collect()
 with exit_with_message():
@@ -85,9 +83,8 @@ with exit_with_message():
 """
 WORKS = """
 import signal, sys
-sys.argv = ["xclip-jax"]
-import xclip_jax
-from xclip_jax.core.errors import exit_with_message
+from xclip_jax.core.errors import end_at_once, exit_with_message
+end_at_once()
 with exit_with_message():
     try:
         signal.raise_signal(signal.SIGINT)
@@ -131,18 +128,18 @@ def python(*arguments, **environment):
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_ctrl_c_while_a_command_imports_is_one_sentence(command):
-    assert python("-c", IMPORTS, command) == (EXIT_INTERRUPTED, "", "error: interrupted\n")
+    assert python("-c", IMPORTS, command, "nowhere") == (EXIT_INTERRUPTED, "", "error: interrupted\n")
 
 
 def test_ctrl_c_of_a_module_is_one_sentence(tmp_path):
-    """Its package is imported before its name is known; "python -m" of others is left alone."""
+    """Programs of others, which import the package too, are left alone."""
     (tmp_path / "numpy").mkdir()
     (tmp_path / "numpy" / "__init__.py").write_text("import signal; signal.raise_signal(signal.SIGINT)")
     (tmp_path / "other.py").write_text("import xclip_jax, numpy")
     path = f"{tmp_path}{os.pathsep}{ROOT}"
-    for module in MODULES:
-        found = python("-m", module, "nowhere", PYTHONPATH=path)
-        assert found == (EXIT_INTERRUPTED, "", "error: interrupted\n"), module
+    for command in ("train", "evaluate"):
+        ended = python("-m", "xclip_jax.main", command, PYTHONPATH=path)
+        assert ended == (EXIT_INTERRUPTED, "", "error: interrupted\n"), command
     status, _, errors = python("-m", "other", PYTHONPATH=path)
     assert status and "KeyboardInterrupt" in errors
 

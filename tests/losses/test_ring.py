@@ -12,7 +12,7 @@ import pytest
 from benchmarks.ring import compile_loss
 from xclip_jax.commands import plan
 from xclip_jax.losses import contrastive, noncontrastive, ring
-from xclip_jax.losses.logits import FactoredLogits
+from xclip_jax.parallel.logits import FactoredLogits
 from xclip_jax.parallel.mesh import batch_sharding, make_mesh, replicated
 from xclip_jax.parallel.sharding import MeshLayout, layout_scope
 

@@ -17,8 +17,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-import xclip_jax
 from xclip_jax.config.schema import Config, resolve
+from xclip_jax.core import __version__
 from xclip_jax.core.console import command, format_bytes, format_duration
 from xclip_jax.data import inspect, loader
 from xclip_jax.data.inspect import LoaderSample
@@ -110,7 +110,7 @@ def check_versions() -> Iterator[Finding]:
     yield from wrong
     if not wrong:
         packages = ", ".join(f"{name} {installed[name]}" for name in _PACKAGES)
-        own = xclip_jax.__version__
+        own = __version__
         values = {"python": python, "xclip_jax": own} | installed
         yield Finding("versions", f"Python {python}, {packages}: all as xclip_jax {own} needs them", values=values)
 

@@ -16,8 +16,10 @@ from typing import Any
 import jax
 from etils import epath
 
-import xclip_jax
+from xclip_jax.core import __version__
 from xclip_jax.core.errors import public
+
+_PACKAGE = epath.Path(__file__).parent.parent
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "grain", "numpy", "xclip_jax")
 _CGROUP = pathlib.Path("/sys/fs/cgroup")
@@ -57,7 +59,7 @@ def _version(package: str) -> str:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
-        return xclip_jax.__version__ if package == "xclip_jax" else "unknown"
+        return __version__ if package == "xclip_jax" else "unknown"
 
 
 def uptime() -> float:
@@ -78,7 +80,7 @@ def machine() -> str:
         processor = f"{facts['model name']} (family {facts['cpu family']}, model {facts['model']})"
     except (OSError, KeyError):  # not Linux, or no x86
         processor = platform.processor() or platform.machine()
-    commit = git_commit(epath.Path(xclip_jax.__file__).parent)
+    commit = git_commit(_PACKAGE)
     return (
         f"{processor}, {os.cpu_count()} cores, Python {platform.python_version()}, JAX {_version('jax')}, "
         f"commit {commit[:7]}"
@@ -89,7 +91,7 @@ def capture() -> dict[str, Any]:
     """Return versions, devices, commit and command line of this process."""
     return {
         "command": public(" ".join(sys.argv)),
-        "commit": git_commit(epath.Path(xclip_jax.__file__).parent),
+        "commit": git_commit(_PACKAGE),
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "platform": jax.default_backend(),
         "processes": jax.process_count(),

@@ -222,7 +222,7 @@ class Parser(argparse.ArgumentParser):
     Arguments are not abbreviated, and the description is shown as it is written.
 
     Attributes:
-      program: name of the program in its help, if it was not started by `python -m`; set by `xclip_jax.__main__`.
+      program: name of the program in its help, if it was not started by `python -m`; set by `xclip_jax.main`.
     """
 
     program: ClassVar[str | None] = None

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from xclip_jax.losses.logits import argmax
+from xclip_jax.parallel.logits import argmax
 
 Metrics = dict[str, jax.Array]
 

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from xclip_jax.core.fields import at_least, key
-from xclip_jax.losses.logits import FactoredLogits
 from xclip_jax.models.layers import ACTIVATIONS, dense, named
+from xclip_jax.parallel.logits import FactoredLogits
 from xclip_jax.parallel.sharding import constrain
 
 Array = jax.Array

@@ -13,12 +13,12 @@ from jax.sharding import Mesh
 
 from xclip_jax.core.fields import above, at_least, choice, fraction_below_one, key
 from xclip_jax.losses import noncontrastive
-from xclip_jax.losses.logits import FactoredLogits, Logits
 from xclip_jax.models.heads import ClusterHead, Head, Heads
 from xclip_jax.models.two_towers import ModelConfig
 from xclip_jax.objectives.checks import Check, Curve, Health, Level
 from xclip_jax.objectives.similarity import ClusterSimilarity
 from xclip_jax.objectives.term import LossConfig, Report, Result, Term
+from xclip_jax.parallel.logits import FactoredLogits, Logits
 
 Array = jax.Array
 _SHUFFLE = 17  # folded into the step's key
