@@ -144,11 +144,12 @@ class SpikeFilter:
 
 
 def _is_schedule(node: Any) -> bool:
-    return isinstance(node, optax.ScaleByScheduleState)
+    """Whether this is the state of a schedule in optax, of the learning rate or of weight decay: a counter."""
+    return getattr(node, "_fields", ()) == ("count",)
 
 
 def at_step(state: TrainState, step: int | jax.Array) -> TrainState:
-    """Return `state` with another step in its own counter and in the learning-rate schedule."""
+    """Return `state` with another step in its own counter and in the schedules."""
 
     def move(node: Any) -> Any:
         return node._replace(count=jnp.full_like(node.count, step)) if _is_schedule(node) else node
