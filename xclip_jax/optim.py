@@ -110,7 +110,7 @@ def decay_mask(params: Any) -> Any:
     """
 
     def decays(path: tuple[Any, ...], _: Any) -> bool:
-        return _names(path)[-1] in ("kernel", "embedding", "tokens", "positions", "probe")
+        return path[-1].key in ("kernel", "embedding", "tokens", "positions", "probe")
 
     return jax.tree_util.tree_map_with_path(decays, params)
 
@@ -191,7 +191,7 @@ def _muon(config: OptimConfig, rate: Schedule, towers: Mapping[str, Tower]) -> o
     )
 
     def label(path: tuple[Any, ...], _: Any) -> str:
-        names = _names(path)
+        names = [key.key for key in path]
         return "muon" if names[-1] == "kernel" and names[0] in towers and "transformer" in names else "adamw"
 
     transforms = {"muon": muon, "adamw": _adamw(config, rate, towers)}
@@ -205,17 +205,12 @@ def _muon_dimensions(kernels: Any) -> Any:
     """
 
     def dimensions(path: tuple[Any, ...], x: Any) -> Any:
-        names = _names(path)
+        names = [key.key for key in path]
         axes = tuple(range(int("blocks" in names), x.ndim))
         inputs, outputs = (axes[:1], axes[2:]) if "qkv" in names else (axes[:-1], axes[-1:])
         return optax.contrib.MuonDimensionNumbers(inputs, outputs)
 
     return jax.tree_util.tree_map_with_path(dimensions, kernels)
-
-
-def _names(path: tuple[Any, ...]) -> list[str]:
-    """Return the keys of a parameter's path; the path of a boxed parameter ends with an attribute."""
-    return [key.key for key in path if hasattr(key, "key")]
 
 
 _OPTIMIZERS: dict[str, Make] = {

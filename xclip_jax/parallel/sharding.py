@@ -290,7 +290,7 @@ def shardings(boxed: Any, layout: MeshLayout) -> Any:
     names = {axis for spec in _leaf_specs(boxed) for axis in spec if axis}
     shardings_of = nn.logical_to_mesh_sharding(specs, mesh, [(name, layout.rules.get(name)) for name in sorted(names)])
     shapes = nn.unbox(boxed)
-    shardings_of = jax.tree.map(lambda x, of_param: _without_batch(x, _fitting(x, of_param)), shapes, shardings_of)
+    shardings_of = jax.tree.map(_without_batch, shapes, shardings_of)
     for (path, x), sharding in zip(
         jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(shardings_of), strict=True
     ):
@@ -302,11 +302,6 @@ def shardings(boxed: Any, layout: MeshLayout) -> Any:
                     "mesh.strategy."
                 )
     return shardings_of
-
-
-def _fitting(x: Any, sharding: NamedSharding) -> NamedSharding:
-    """Return `sharding`, or none for an optimizer's sums over an axis of a parameter, named as its axes are."""
-    return sharding if len(sharding.spec) <= x.ndim and x.size > 1 else NamedSharding(sharding.mesh, PartitionSpec())
 
 
 def _without_batch(x: Any, sharding: NamedSharding) -> NamedSharding:

@@ -7,6 +7,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from flax.traverse_util import flatten_dict
 
 from xclip_jax.parallel import sharding
 
@@ -65,7 +66,7 @@ def init_fn(
             step=jnp.zeros((), jnp.int32),
             params=params,
             batch_stats=batch_stats,
-            opt_state=tx.init(params),
+            opt_state=tx.init(nn.unbox(params)),
             ema_params=average[0],
             ema_batch_stats=average[1],
             loss_state=jax.tree.map(jnp.asarray, loss_state),
@@ -78,12 +79,30 @@ def init_fn(
 def abstract(boxed: Any, layout: sharding.MeshLayout) -> TrainState:
     """Shapes, dtypes and shardings in `layout` of the state that `jax.eval_shape` of an `init_fn` returns, `boxed`."""
     shapes, specs = nn.unbox(boxed), sharding.shardings(boxed, layout)
+    specs = specs.replace(opt_state=_as_parameters(shapes, specs))
     if layout.strategy == "zero1":
         specs = specs.replace(
             opt_state=sharding.zero1_shardings(shapes.opt_state, specs.opt_state, layout.mesh),
             ema_params=sharding.zero1_shardings(shapes.ema_params, specs.ema_params, layout.mesh),
         )
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, specs)
+
+
+def _as_parameters(shapes: TrainState, specs: TrainState) -> Any:
+    """Shardings of the optimizer's state: of a moment as of its parameter, of sums over an axis and of counters none.
+
+    An array belongs to the parameter whose path its own ends with, whatever the optimizer wraps around it.
+    """
+    parameters = flatten_dict(shapes.params)
+    of_parameters = flatten_dict(specs.params)
+
+    def spec(path: tuple[Any, ...], x: Any, whole: Any) -> Any:
+        name = tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
+        while name and name not in parameters:
+            name = name[1:]
+        return of_parameters[name] if name and parameters[name].shape == x.shape else whole
+
+    return jax.tree_util.tree_map_with_path(spec, shapes.opt_state, specs.opt_state)
 
 
 def create(init: Any, abstract: TrainState) -> TrainState:
