@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from xclip_jax.core.errors import check_choice
+from xclip_jax.core.errors import UserError, check_choice
 from xclip_jax.core.fields import Check, above, at_least, at_most, between, choice, fraction_below_one, key
 from xclip_jax.models.tower import Tower
 
@@ -136,12 +136,59 @@ def layer_scales(params: dict[str, Any], decay: float, towers: Mapping[str, Towe
     return jax.tree_util.tree_map_with_path(scale, params)
 
 
-def _decay_layers(decay: float, towers: Mapping[str, Tower]) -> optax.GradientTransformation:
+def _scale_updates(scales: Callable[[Any], Any]) -> optax.GradientTransformation:
+    """Multiply updates by `scales` of their tree."""
+
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
-        return jax.tree.map(lambda x, scale: x * scale, updates, layer_scales(updates, decay, towers)), state
+        scaled = jax.tree.map(lambda x, scale: x if scale is True else x * scale, updates, scales(updates))
+        return scaled, state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def trained(params: Any, frozen: Collection[str], towers: Mapping[str, Tower]) -> Any:
+    """Return which parameters are trained: True or False, or a bool for each of stacked layers, that broadcasts.
+
+    Args:
+      params: the model's, by tower and head.
+      frozen: towers, their input ("img.embed") or ranges of blocks ("img.blocks.0-8", both ends included).
+      towers: {"img", "txt"}.
+
+    Raises:
+      UserError: a block that the tower does not have.
+    """
+    layers: dict[str, set[int]] = {}
+    for part in frozen:
+        name, _, place = part.partition(".")
+        last = towers[name].num_layers - 1
+        numbers = range(last + 1) if not place else range(1)
+        if place.startswith("blocks."):
+            first, _, end = place.removeprefix("blocks.").partition("-")
+            numbers = range(int(first) + 1, int(end or first) + 2)
+            if numbers.stop > last or not numbers:
+                raise UserError(f"init.frozen has {part!r}; blocks of {name} are 0 to {last - 2}.")
+        layers.setdefault(name, set()).update(numbers)
+
+    def trains(path: tuple[Any, ...], x: Any) -> Any:
+        name, *rest = (key.key for key in path)
+        if name not in layers:
+            return True
+        at = np.asarray(towers[name].layer_of(tuple(rest)))
+        free = ~np.isin(at, list(layers[name]))
+        return bool(free.all()) if free.all() or not free.any() else free.reshape(-1, *[1] * (x.ndim - 1))
+
+    return jax.tree_util.tree_map_with_path(trains, params)
+
+
+def stop_frozen(params: Any, frozen: Collection[str], towers: Mapping[str, Tower]) -> Any:
+    """Return `params` without gradients of what is `frozen`, see `trained`."""
+
+    def stop(x: jax.Array, free: Any) -> jax.Array:
+        held = jax.lax.stop_gradient(x)
+        return jnp.where(free, x, held) if isinstance(free, np.ndarray) else x if free else held
+
+    return jax.tree.map(stop, params, trained(params, frozen, towers))
 
 
 Make = Callable[[OptimConfig, Schedule, Mapping[str, Tower]], optax.GradientTransformation]
@@ -233,20 +280,23 @@ def make_optimizer(
       config: config group `optim`.
       steps: steps of the whole run.
       towers: {"img", "txt"}, with the layers for `layer_decay`.
-      frozen: top-level names of parameters without updates, weight decay and moments.
+      frozen: parts of towers without updates, weight decay and moments, see `trained`.
     """
     tx = _OPTIMIZERS[config.name](config, schedule(config, steps), towers)
     if config.layer_decay != 1:
         # Weight decay is a part of the update and scales with the layer's learning rate, as in PyTorch.
-        tx = optax.chain(tx, _decay_layers(config.layer_decay, towers))
+        tx = optax.chain(tx, _scale_updates(lambda updates: layer_scales(updates, config.layer_decay, towers)))
     if config.grad_clip_norm:
         tx = optax.chain(optax.clip_by_global_norm(config.grad_clip_norm), tx)
     if not frozen:
         return tx
-    return optax.partition(
-        {"train": tx, "frozen": optax.set_to_zero()},
-        lambda params: {name: "frozen" if name in frozen else "train" for name in params},
-    )
+    # Stacked layers share their moments, and those that are frozen have no update.
+    tx = optax.chain(tx, _scale_updates(lambda updates: trained(updates, frozen, towers)))
+
+    def label(params: Any) -> Any:
+        return jax.tree.map(lambda free: "train" if np.any(free) else "frozen", trained(params, frozen, towers))
+
+    return optax.partition({"train": tx, "frozen": optax.set_to_zero()}, label)
 
 
 def ema_momentum(step: Any, steps: int, start: float, kind: str) -> Any:

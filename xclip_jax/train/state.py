@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from flax.traverse_util import flatten_dict
 
+from xclip_jax.models import lora
 from xclip_jax.parallel import sharding
 
 
@@ -37,10 +38,10 @@ class TrainState:
     seed: jax.Array
 
     def variables(self, *, ema: bool = False) -> dict[str, Any]:
-        """Variables for `TwoTowers.apply`."""
+        """Variables for `TwoTowers.apply`, with adapters merged into their kernels."""
         if ema and self.ema_params is not None:
-            return {"params": self.ema_params, "batch_stats": self.ema_batch_stats}
-        return {"params": self.params, "batch_stats": self.batch_stats}
+            return {"params": lora.merged(self.ema_params), "batch_stats": self.ema_batch_stats}
+        return {"params": lora.merged(self.params), "batch_stats": self.batch_stats}
 
 
 def init_fn(
@@ -52,6 +53,7 @@ def init_fn(
     loss_state: dict[str, Any],
     ema: bool,
     seed: int,
+    adapters: lora.LoraConfig,
 ) -> Any:
     """A function of no arguments that makes a boxed `TrainState`, to be traced by `create` and `abstract`."""
 
@@ -60,6 +62,9 @@ def init_fn(
         text = jnp.zeros((2, text_length), jnp.int32)
         variables = model.init(jax.random.key(seed), image, text)
         params, batch_stats = variables["params"], variables.get("batch_stats", {})
+        if adapters.rank:
+            random_key = jax.random.fold_in(jax.random.key(seed), 1)
+            params = params | {lora.ADAPTERS: lora.initial(nn.unbox(params), adapters, random_key)}
         # A copy: a buffer that is twice in the state could not be donated.
         average = jax.tree.map(jnp.copy, (params, batch_stats)) if ema else (None, None)
         return TrainState(

@@ -179,7 +179,8 @@ class TrainStep:
       momentum: of the parameters' moving average, as a function of the step; needed where the state has one.
       microbatches: see `gradcache`.
       constrain_grads: holds gradients to the layout that the optimizer works in.
-      frozen: towers whose gradient is zero and is not computed.
+      frozen: towers, or parts of them, that do not change.
+      hold: returns the towers' parameters in use: with adapters, and without gradients of what is frozen.
       spikes: refuses steps of a gradient that is too large, if there is such a bound.
       text_groups: ((rows, tokens), ...) in which a device encodes the texts of a microbatch, see `length_groups`; empty
         if texts are not cut.
@@ -193,6 +194,7 @@ class TrainStep:
     microbatches: int = 1
     constrain_grads: Callable[[Any], Any] = lambda grads: grads
     frozen: tuple[str, ...] = ()
+    hold: Callable[[Any], Any] = lambda params: params
     spikes: SpikeFilter | None = None
     text_groups: Sizes = ()
 
@@ -268,7 +270,7 @@ class TrainStep:
 
     def _encode(self, params: Any, inputs: Inputs) -> Features:
         """Return the features (h_img, h_txt); h_txt is a tuple if the texts are in groups."""
-        variables = {"params": params | {tower: jax.lax.stop_gradient(params[tower]) for tower in self.frozen}}
+        variables = {"params": self.hold(params)}
         noise = {"img": {}, "txt": {}} | inputs.get(NOISE, {})
         h_img = h_txt = None
         if "img" in self.objective.towers:
