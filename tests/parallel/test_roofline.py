@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from xclip_jax.parallel import hlo, roofline
+from xclip_jax.parallel import roofline
 from xclip_jax.parallel.topology import CHIPS, devices_of
 
 V5E = CHIPS["v5e"]
@@ -59,43 +59,9 @@ def test_an_account_by_hand():
     whole = 7 / 8 * size / 100e9  # a gather
     assert found.exposed_ms == pytest.approx(1e3 * (whole - 10e-6 + whole))  # a fusion of 10 microseconds beside it
     assert found.hidden_ms == pytest.approx(1e3 * 10e-6)
-    rows = {row["part"]: row for row in found.parts}
-    assert rows["MLP"]["image"] == rows["MLP"]["ms"] == pytest.approx(0.01)
-    assert rows["MLP"]["hbm_ms"] == pytest.approx(1e3 * 2 * size / 819e9)  # reads %x, writes %y, and sends the rest
-    assert rows["copies"]["text"] == pytest.approx(0.002)
-    assert rows["copies"]["hbm_ms"] == pytest.approx(1e3 * size / 819e9)  # its result is in vector memory
-    # Of an operation without cycles, its traffic: %h is not in HBM.
-    assert rows["optimizer"]["neither"] == rows["optimizer"]["hbm_ms"] == pytest.approx(1e3 * 2 * size / 819e9)
+    # The sum has no cycles, and moves its result twice.
+    assert found.ms == pytest.approx(0.01 + 0.002 + 1e3 * 2 * size / 819e9)
     assert found.step_ms == pytest.approx(found.ms + found.exposed_ms)
-    assert not found.kernels and set(rows) == {"MLP", "copies", "optimizer"}
-
-
-SLICED = """\
-%slice (stack: f32[12,512,1024], i: s32[], value: f32[1,512,1024]) -> f32[12,512,1024] {
-  %stack = f32[12,512,1024]{2,1,0:T(8,128)} parameter(0)
-  %i = s32[] parameter(1)
-  %zero = s32[] constant(0)
-  %value = f32[1,512,1024]{2,1,0:T(8,128)} parameter(2)
-  %one = f32[1,512,1024]{2,1,0:T(8,128)} dynamic-slice(%stack, %i, %zero, %zero), dynamic_slice_sizes={1,512,1024}
-  %sum = f32[1,512,1024]{2,1,0:T(8,128)} add(%one, %value)
-  ROOT %new = f32[12,512,1024]{2,1,0:T(8,128)} dynamic-update-slice(%stack, %sum, %i, %zero, %zero)
-}
-
-ENTRY %main (a: f32[12,512,1024], b: f32[1,512,1024], i: s32[]) -> f32[12,512,1024] {
-  %a = f32[12,512,1024]{2,1,0:T(8,128)} parameter(0)
-  %b = f32[1,512,1024]{2,1,0:T(8,128)} parameter(1)
-  %i.1 = s32[] parameter(2)
-  %prefetch = ((f32[12,512,1024]{2,1,0:T(8,128)}), f32[1,512,1024]{2,1,0:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%a)
-  ROOT %f = f32[12,512,1024]{2,1,0:T(8,128)} fusion(%a, %i.1, %b), kind=kLoop, calls=%slice
-}
-"""
-
-
-def test_slices_move_no_more_than_their_own_bytes():
-    program, size = hlo.parse(SLICED), 512 * 1024 * 4
-    moved = {each.instruction.name: roofline.traffic(program, each) for each in program.executions(len)}
-    assert moved["f"] == pytest.approx(3 * size, abs=8)  # a slice and a value are read, a slice is written
-    assert moved["prefetch"] == size
 
 
 @pytest.mark.parametrize("chip", list(CHIPS))
@@ -112,5 +78,4 @@ def test_a_large_product_and_a_sum_come_near_their_limits(chip):
     n = 8192
     product, total = account(lambda a, b: a @ b, jnp.bfloat16, n), account(lambda a: a + 1, jnp.float32, n)
     assert 1.0 < product.ms / (2e3 * n**3 / CHIPS[chip].peak) < 1.5
-    assert total.hbm_ms == pytest.approx(1e3 * 2 * 4 * n * n / CHIPS[chip].bandwidth)
-    assert 1.0 < total.ms / total.hbm_ms < 1.5
+    assert 1.0 < total.ms / (1e3 * 2 * 4 * n * n / CHIPS[chip].bandwidth) < 1.5

@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 
 from xclip_jax.kernels import attention as attention_kernel
 from xclip_jax.kernels import cudnn
-from xclip_jax.parallel.sharding import device, map_devices, note, platform, shards_of
+from xclip_jax.parallel.sharding import device, map_devices, platform, shards_of
 
 Array = jax.Array
 Initializer = Callable[..., Any]
@@ -199,12 +199,9 @@ class Attention(nn.Module):
     def __call__(self, x: Array, at: Array | None = None) -> Array:
         d = x.shape[-1]
         maps = HeadProjections(3, self.heads, self.dtype, bool(self.fused), name="qkv")(x, at)
-        by = "a Pallas kernel" if self.fused else "cuDNN" if at is None and self._cudnn_accepts(maps[0]) else "XLA"
-        if at is None:
-            note(f"attention of {self.fused or x.shape[1]} tokens of {d}", f"by {by}")
         if self.fused:
             x = self._attend_fused(*maps)
-        elif by == "cuDNN":
+        elif at is None and self._cudnn_accepts(maps[0]):
             axes = ("batch", "heads", None, None)
             x = map_devices(lambda *qkv: cudnn.attention(*qkv, causal=self.causal), maps, (axes,) * 3, axes)
             x = einops.rearrange(x, "b heads n kv -> b n heads kv")

@@ -17,7 +17,7 @@ from xclip_jax.kernels import attention as attention_kernel
 from xclip_jax.models.layers import ACTIVATIONS, Attention, LayerNorm, Mlp, named, token_at
 from xclip_jax.models.tower import Params, TextTower, Tower
 from xclip_jax.parallel import compiler
-from xclip_jax.parallel.sharding import constrain, note, platform, shards_of
+from xclip_jax.parallel.sharding import constrain, platform, shards_of
 
 Array = jax.Array
 TEXT_POOLS = ("eot", "last")
@@ -171,7 +171,6 @@ class Transformer(nn.Module):
             x = jnp.pad(x, ((0, 0), (0, -tokens % attention_kernel.SUBLANES), (0, 0)))
         args = (self.config, self.causal, self.dtype)
         if scan and platform() == "tpu":
-            note("blocks", "unrolled")
             return self._unrolled(x, keep, fused_tokens)[:, :tokens]
         if scan:
             stacked = nn.scan(

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import logging
 
 Options = Mapping[str, bool | str]
 Tree = Any
@@ -53,15 +52,12 @@ def options(devices: Sequence[jax.Device]) -> Options:
     """
     flags = os.environ.get(_FLAGS.get(devices[0].platform, ""), "")
     given = {flag.lstrip("-").partition("=")[0] for flag in flags.split()}
-    chosen = {name: value for name, value in _all_options(devices).items() if name not in given}
     device = next((d for d in devices if d.process_index == jax.process_index()), devices[0])
-    if not chosen or _accepts(chosen, device):
-        return chosen
-    known = {name: value for name, value in chosen.items() if _accepts({name: value}, device)}
-    logging.log_first_n(
-        logging.WARNING, "this compiler does not know %s", 1, ", ".join(sorted(chosen.keys() - known.keys()))
-    )
-    return known
+    return {
+        name: value
+        for name, value in _all_options(devices).items()
+        if name not in given and _accepts({name: value}, device)
+    }
 
 
 def _accepts(options: Options, device: jax.Device) -> bool:

@@ -33,7 +33,7 @@ from xclip_jax.core.fields import Check, choice, key
 from xclip_jax.parallel.mesh import AXES, BATCH_AXES, num_slices
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
-# "row" is the batch of cluster logits.
+# "row" is the batch of cluster logits. Axes without a rule are never split: kv, layers, norm, patch, table, vocab.
 _DP = {"batch": BATCH_AXES, "row": BATCH_AXES, "cluster": "model"}
 _FSDP = _DP | {"embed": "fsdp", "hidden": "fsdp"}
 RULES: Mapping[str, Rules] = {
@@ -44,22 +44,6 @@ RULES: Mapping[str, Rules] = {
 }
 _CLUSTERS_SPLIT: Rules = {"row": None, "hidden": None, "cluster": AXES}
 STRATEGIES = tuple(RULES)
-# Logical names of axes; axes without a rule are never split.
-NAMES = (
-    "batch",
-    "cluster",
-    "embed",
-    "heads",
-    "hidden",
-    "kv",
-    "layers",
-    "mlp",
-    "norm",
-    "patch",
-    "row",
-    "table",
-    "vocab",
-)
 # zero1 does not split smaller moments: their bytes are negligible, and each split array needs a collective.
 ZERO1_ELEMENTS = 1 << 14
 
@@ -87,14 +71,12 @@ class MeshLayout:
       strategy: one of `STRATEGIES`.
       clusters_split: whether clusters are split over all devices, and rows of their logits are not split.
       manual: mesh axes over which `map_microbatches` has already split its rows.
-      choices: choices of the program for this mesh, recorded while a step is traced, see `note`.
     """
 
     mesh: Mesh
     strategy: str
     clusters_split: bool = False
     manual: tuple[str, ...] = ()
-    choices: dict[str, str] = dataclasses.field(default_factory=dict, compare=False)
 
     @property
     def rules(self) -> Rules:
@@ -123,14 +105,11 @@ def make_layout(boxed: Any, mesh: Mesh, strategy: str, batch: int) -> MeshLayout
     axes = [axis for x, names in arrays for axis in zip(names, x.shape, strict=False)]
     clusters = {size for name, size in axes if name == "cluster"}
     fits = all(k % mesh.size == 0 and batch * mesh.shape["model"] <= k for k in clusters)
-    layout = MeshLayout(mesh, strategy, clusters_split=bool(clusters) and fits)
-    if clusters and mesh.size > 1:
-        layout.choices["clusters"] = "split over all devices" if fits else f"as {strategy} has them"
-    return layout
+    return MeshLayout(mesh, strategy, clusters_split=bool(clusters) and fits)
 
 
 def _leaf_specs(boxed: Any) -> list[PartitionSpec]:
-    return jax.tree.leaves(nn.get_partition_spec(boxed), is_leaf=_is_spec)
+    return jax.tree.leaves(nn.get_partition_spec(boxed), is_leaf=lambda x: isinstance(x, PartitionSpec))
 
 
 _active: contextvars.ContextVar[MeshLayout | None] = contextvars.ContextVar("layout", default=None)
@@ -144,12 +123,6 @@ def layout_scope(layout: MeshLayout) -> Iterator[None]:
         yield
     finally:
         _active.reset(token)
-
-
-def note(subject: str, choice: str) -> None:
-    """Record in the layout a choice of the model for its mesh; a run prints it once."""
-    if layout := _active.get():
-        layout.choices[subject] = choice
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
@@ -312,10 +285,6 @@ def _without_batch(x: Any, sharding: NamedSharding) -> NamedSharding:
         for size, part in zip(x.shape, sharding.spec, strict=False)
     ]
     return NamedSharding(sharding.mesh, PartitionSpec(*spec))
-
-
-def _is_spec(x: Any) -> bool:
-    return isinstance(x, PartitionSpec)
 
 
 def zero1_shardings(abstract: Any, specs: Any, mesh: Mesh) -> Any:

@@ -26,6 +26,7 @@ class Chip:
       peak: bf16 FLOP/s.
       bandwidth: memory bandwidth, bytes/s.
       clock: cycles/s.
+      kernels: share of the peak that our attention kernel reaches by the compiler's schedule (`benchmarks.kernel`).
       link: bytes/s of a link between chips, in one direction.
       network: bytes/s between slices, over the network of the data center; v4 has no published figure and takes v5p's.
       wraps: length from which an axis of the grid is a ring, or 0 if all axes are rings when all are multiples of 4.
@@ -39,6 +40,7 @@ class Chip:
     peak: float
     bandwidth: float
     clock: float
+    kernels: float
     link: float
     network: float
     wraps: int
@@ -55,12 +57,12 @@ class Chip:
 
 _MEGACORE = {"chip_config_name": "megacore"}  # two cores that are one device
 CHIPS = {
-    "v4": Chip(32 * GIB, 275e12, 1228e9, 1.05e9, 45e9, 50e9 / 8, 0, "v4:2x2x1", 2, options=_MEGACORE),
-    "v5e": Chip(16 * GIB, 197e12, 819e9, 1.5e9, 50e9, 25e9 / 8, 16, "v5e:2x2"),
-    "v5p": Chip(95 * GIB, 459e12, 2765e9, 1.75e9, 100e9, 50e9 / 8, 0, "v5p:2x2x1", 2, options=_MEGACORE),
-    "v6e": Chip(32 * GIB, 918e12, 1640e9, 1.75e9, 100e9, 100e9 / 8, 16, "v6e:2x2"),
+    "v4": Chip(32 * GIB, 275e12, 1228e9, 1.05e9, 0.4, 45e9, 50e9 / 8, 0, "v4:2x2x1", 2, options=_MEGACORE),
+    "v5e": Chip(16 * GIB, 197e12, 819e9, 1.5e9, 0.38, 50e9, 25e9 / 8, 16, "v5e:2x2"),
+    "v5p": Chip(95 * GIB, 459e12, 2765e9, 1.75e9, 0.4, 100e9, 50e9 / 8, 0, "v5p:2x2x1", 2, options=_MEGACORE),
+    "v6e": Chip(32 * GIB, 918e12, 1640e9, 1.75e9, 0.11, 100e9, 100e9 / 8, 16, "v6e:2x2"),
     # A chip is two devices, each with half of the memory.
-    "tpu7x": Chip(96 * GIB, 2307e12 / 2, 7380e9 / 2, 2.2e9, 100e9, 50e9 / 8, 0, "tpu7x:2x2x1", devices=2),
+    "tpu7x": Chip(96 * GIB, 2307e12 / 2, 7380e9 / 2, 2.2e9, 0.11, 100e9, 50e9 / 8, 0, "tpu7x:2x2x1", devices=2),
 }
 
 

@@ -53,11 +53,6 @@ class Experiment:
         """The devices."""
         return self.layout.mesh
 
-    @property
-    def choices(self) -> str:
-        """Choices that depend on the devices, complete once the step has been traced; "" for none."""
-        return ", ".join(f"{subject}: {choice}" for subject, choice in self.layout.choices.items())
-
     @functools.cached_property
     def step(self) -> Callable[..., Any]:
         """(state, batch) -> (state, metrics), as a pure function."""
