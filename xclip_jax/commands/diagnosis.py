@@ -161,8 +161,6 @@ def _health(run: Record, name: str) -> Iterator[Finding]:
         last = warnings.last(check.name) or (check.warning if check.failed and run.complete else "")
         text, history = last.partition(": ")[2], warnings.history(check.name)
         label = f"{name}, {check.name}"
-        if check.impossible:
-            continue
         if last:
             yield fail("objective", f"{label}: {text}{f' {history}' if warnings.steps else ''}".rstrip("."))
         elif check.name in warnings.names:

@@ -9,20 +9,18 @@ A term is one class in one file, see `term.Term`. `TERMS` lists the terms of thi
 named "package.module:Class" in the config, see `ObjectiveConfig`.
 """
 
-from xclip_jax.objectives.checks import Check, Curve, Health, Level
 from xclip_jax.objectives.objective import (
     OBJECTIVES,
     RECIPES,
     TERMS,
     Objective,
     ObjectiveConfig,
-    find_term,
     make_objective,
     read_objective,
     with_terms,
 )
 from xclip_jax.objectives.similarity import Similarity
-from xclip_jax.objectives.term import LossConfig, Report, Term
+from xclip_jax.objectives.term import Check, Curve, Health, Level, LossConfig, Report, Term
 
 __all__ = [
     "OBJECTIVES",
@@ -38,7 +36,6 @@ __all__ = [
     "Report",
     "Similarity",
     "Term",
-    "find_term",
     "make_objective",
     "read_objective",
     "with_terms",

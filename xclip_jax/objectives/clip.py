@@ -13,13 +13,13 @@ from xclip_jax.core.fields import fraction_below_one, key
 from xclip_jax.losses import contrastive, ring
 from xclip_jax.models.heads import Head, Heads, Normalization, Projection, Scalar
 from xclip_jax.models.two_towers import ModelConfig
-from xclip_jax.objectives.checks import Check, Curve, Health, Level
 from xclip_jax.objectives.similarity import CosineSimilarity
-from xclip_jax.objectives.term import LossConfig, Report, Result, Term
+from xclip_jax.objectives.term import Check, Curve, Health, Level, LossConfig, Report, Result, Term
 
 Array = jax.Array
 
-# [ours] At the end of the warm-up, runs that learn are a tenth below the loss of a blind guess, and others at it.
+# [ours] On the plateau the loss is less than this share below the loss of a blind guess; runs that learn are a tenth
+# below it at the end of the warm-up.
 PLATEAU_SHARE = 0.01
 
 
@@ -33,7 +33,6 @@ class Contrastive(Term):
 
     @property
     def similarity(self) -> CosineSimilarity:
-        """The cosine of the embeddings."""
         return CosineSimilarity()
 
     def heads(self, model: ModelConfig, vocab: int) -> Heads:
@@ -95,19 +94,13 @@ class Contrastive(Term):
         return metrics["ln_b"]
 
     @property
-    def plateau_share(self) -> float:
-        """On the plateau the loss is less than this share below the loss of a blind guess."""
-        return PLATEAU_SHARE
-
-    @property
     def report(self) -> Report:
-        """The loss compared with a blind guess, accuracy, and logit scale."""
         return ContrastiveReport(self)
 
 
 @dataclasses.dataclass(frozen=True)
 class ContrastiveReport(Report[Contrastive]):
-    """Report of a contrastive term."""
+    """Report of a contrastive term: the loss compared with a blind guess, accuracy, and logit scale."""
 
     def curves(self) -> tuple[Curve, ...]:
         """Loss, accuracy within the batch, logit scale."""
@@ -120,11 +113,11 @@ class ContrastiveReport(Report[Contrastive]):
 
     def health(self, metrics: Mapping[str, float]) -> Health:
         """Whether the loss has left the plateau on which all inputs have one embedding."""
-        if not metrics.keys() >= {"loss", "ln_b"}:
+        blind = self.term.blind_loss(metrics) if metrics.keys() >= {"loss", "ln_b"} else 0.0
+        if not blind:  # a batch of one pair leaves nothing to guess
             return Health()
-        loss, blind, share = metrics["loss"], self.term.blind_loss(metrics), self.term.plateau_share
-        below = 1 - loss / blind if blind else 0.0
-        side = "below" if below >= 0 else "above"
+        loss, share = metrics["loss"], PLATEAU_SHARE * (1 - getattr(self.term, "label_smoothing", 0.0))
+        below = 1 - loss / blind
         check = Check(
             "plateau",
             max(0.0, below),  # 0 for a NaN loss, which fails
@@ -133,10 +126,8 @@ class ContrastiveReport(Report[Contrastive]):
             "of a blind guess.",
             f"the loss is {loss:.3f}, no better than {blind:.3f} of a guess that does not depend on the inputs. "
             "Lengthen optim.warmup or lower optim.lr.",
-            f"The loss is {loss:.3f} nats, {abs(100 * below):.1f} % {side} the {blind:.3f} of a blind guess; a model "
-            f"that learns is more than {100 * share:g} % below.",
-            maximum=1.0,
-            impossible="" if blind else "A batch of one pair leaves nothing to guess.",
+            f"The loss is {loss:.3f} nats, {abs(100 * below):.1f} % {'below' if below >= 0 else 'above'} the "
+            f"{blind:.3f} of a blind guess; a model that learns is more than {100 * share:g} % below.",
         )
         return Health("A contrastive loss can rest at that of a blind guess before it learns, or for ever.", (check,))
 
@@ -155,13 +146,7 @@ class Clip(Contrastive):
     label_smoothing: float = key(0.0, "share of the target that is spread over the batch", fraction_below_one())
 
     @property
-    def plateau_share(self) -> float:
-        """The share, smaller for smoothed targets, which leave less to learn."""
-        return PLATEAU_SHARE * (1 - self.label_smoothing)
-
-    @property
     def report(self) -> Report:
-        """The report of a contrastive loss, with the loss ln b of a uniform guess."""
         return ClipReport(self)
 
 

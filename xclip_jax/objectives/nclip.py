@@ -16,9 +16,8 @@ from xclip_jax.losses import noncontrastive
 from xclip_jax.losses.logits import FactoredLogits, Logits
 from xclip_jax.models.heads import ClusterHead, Head, Heads
 from xclip_jax.models.two_towers import ModelConfig
-from xclip_jax.objectives.checks import Check, Curve, Health, Level
 from xclip_jax.objectives.similarity import ClusterSimilarity
-from xclip_jax.objectives.term import LossConfig, Report, Result, Term
+from xclip_jax.objectives.term import Check, Curve, Health, Level, LossConfig, Report, Result, Term
 
 Array = jax.Array
 _SHUFFLE = 17  # folded into the step's key
@@ -53,12 +52,10 @@ class Nclip(Term):
 
     @property
     def similarity(self) -> ClusterSimilarity:
-        """Likeness of the cluster distributions."""
         return ClusterSimilarity(self.tau)
 
     @property
     def teacher(self) -> bool:
-        """Whether the target is "ema"."""
         return self.target == "ema"
 
     def heads(self, model: ModelConfig, vocab: int) -> Heads:
@@ -135,7 +132,6 @@ class Nclip(Term):
 
     @property
     def report(self) -> Report:
-        """Loss, entropies, and checks of the three ways to collapse."""
         return NclipReport(self)
 
 
@@ -153,7 +149,7 @@ _MEASURES = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class NclipReport(Report[Nclip]):
-    """Report of nCLIP."""
+    """Report of nCLIP: loss, entropies, and checks of the three ways to collapse."""
 
     def progress(self, metrics: Mapping[str, float]) -> str:
         """Return the loss, mutual information and clusters in use, of the worse modality."""
@@ -179,20 +175,16 @@ class NclipReport(Report[Nclip]):
         )
 
     def health(self, metrics: Mapping[str, float]) -> Health:
-        """Judge the three known failures [ours] by the metrics of `losses.noncontrastive.nclip`.
-
-        Flat: predictions do not distinguish pairs. Few clusters. Disagreement: image and text are sharp, on different
-        clusters. A model's first hundred steps are always flat: judge later.
-        """
+        """Judge the three known failures [ours]; a model's first hundred steps are always flat."""
         if not metrics.keys() >= _MEASURES:
             return Health()
         k, b = (round(math.exp(metrics[f"ln_{name}"])) for name in ("k", "b"))
         most, ceiling = min(k, b), min(math.log(k), math.log(b))  # ceiling: information that a batch can have, nats
-        impossible = "" if ceiling else "One cluster, or a batch of one pair, cannot collapse."
-        few = dataclasses.replace(_few_clusters(metrics, k, ceiling), impossible=impossible)
+        if not ceiling:  # one cluster, or a batch of one pair, cannot collapse
+            return Health()
+        few, agreement = _few_clusters(metrics, k, ceiling), _disagreement(metrics)
         # One collapsed cluster also has no mutual information, but flat's remedy (sharpen) would be the wrong one.
-        flat = dataclasses.replace(_flat(metrics, ceiling), applies=not few.failed, impossible=impossible)
-        agreement = dataclasses.replace(_disagreement(metrics), impossible=impossible)
+        flat = dataclasses.replace(_flat(metrics, ceiling), applies=not few.failed)
 
         def both(name: str) -> tuple[tuple[str, str], ...]:
             return (f"{name}_img", "images"), (f"{name}_txt", "texts")
@@ -236,7 +228,6 @@ def _flat(metrics: Mapping[str, float], ceiling: float) -> Check:
         "steps, raise objective.nclip.sharpness to 1 and keep objective.nclip.smoothness above it (2), set "
         "objective.nclip.tau between 0.5 and 1, and set model.cluster_head.last_norm to false.",
         f"{information:.2f} nats of mutual information, of {ceiling:.2f} possible; the alarm is below {threshold:.2f}.",
-        maximum=ceiling,
     )
 
 
@@ -252,7 +243,6 @@ def _few_clusters(metrics: Mapping[str, float], k: int, ceiling: float) -> Check
         "objective.nclip.sharpness is 1).",
         f"{marginal:.2f} nats of entropy of the mean prediction, the alarm is below {threshold:.2f}; at least "
         f"{_least(metrics, 'clusters')[0]:.0f} of {k:,} clusters in use in a batch.",
-        maximum=math.log(k),
     )
 
 
@@ -269,7 +259,6 @@ def _disagreement(metrics: Mapping[str, float]) -> Check:
         "false.",
         f"{100 * agreement:.1f} % of pairs agree; chance is about {100 * chance:.1f} %, and the alarm below "
         f"{100 * threshold:.1f} %.",
-        maximum=1.0,
         applies=any(
             metrics[f"entropy_{m}"] < SHARP_SHARE * metrics[f"marginal_entropy_{m}"] for m in noncontrastive.MODALITIES
         ),

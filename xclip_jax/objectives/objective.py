@@ -12,12 +12,11 @@ from xclip_jax.core.errors import UserError
 from xclip_jax.core.fields import Check, find_class, key, not_empty, read_plugin
 from xclip_jax.models.heads import Head, Heads, Scalar
 from xclip_jax.models.two_towers import ModelConfig
-from xclip_jax.objectives.checks import Curve
 from xclip_jax.objectives.classify import Classify
 from xclip_jax.objectives.clip import Clip, Siglip
 from xclip_jax.objectives.nclip import Nclip
 from xclip_jax.objectives.similarity import Similarity
-from xclip_jax.objectives.term import LossConfig, Result, Term
+from xclip_jax.objectives.term import Curve, LossConfig, Result, Term
 
 Array = jax.Array
 TERMS: dict[str, type[Term]] = {"clip": Clip, "siglip": Siglip, "nclip": Nclip, "classify": Classify}
@@ -88,29 +87,23 @@ class Objective:
         return any(term.labelled for term in self.terms.values())
 
     @property
-    def source_remedies(self) -> dict[str, str]:
-        """See `Term.source_remedies`."""
-        return {fault: remedy for term in self.terms.values() for fault, remedy in term.source_remedies.items()}
-
-    @property
     def classes(self) -> int:
         """See `Term.classes`."""
         return max(term.classes for term in self.terms.values())
 
     @property
     def similarities(self) -> tuple[Similarity, ...]:
-        """How to compare images with texts: the first term's similarity of each name, by priority.
+        """How to compare images with texts: the first term's similarity of each name.
 
-        The first is the model's own, whose embeddings it returns. Similarities of terms with weight 0, whose heads
-        learn nothing, come last.
+        The first is the model's own, whose embeddings it returns. Distributions over clusters come after embeddings
+        that are trained to be compared, and similarities of terms with weight 0, whose heads learn nothing, last.
         """
-        by_name: dict[str, tuple[bool, int, Similarity]] = {}
-        for name, term in self.terms.items():
-            if (similarity := term.similarity) is not None:
-                entry = (not self.weights[name], similarity.priority, similarity)
-                if similarity.name not in by_name or entry[0] < by_name[similarity.name][0]:
-                    by_name[similarity.name] = entry
-        return tuple(similarity for *_, similarity in sorted(by_name.values(), key=lambda entry: entry[:2]))
+        known = [(not self.weights[name], term.similarity) for name, term in self.terms.items() if term.similarity]
+        known.sort(key=lambda entry: (entry[0], entry[1].is_distribution))
+        by_name: dict[str, Similarity] = {}
+        for _, similarity in known:
+            by_name.setdefault(similarity.name, similarity)
+        return tuple(by_name.values())
 
     def heads(self, model: ModelConfig, vocab: int) -> Heads:
         """{name: `Head` or `Scalar`} of all terms.
@@ -134,13 +127,8 @@ class Objective:
     def initial_state(self, model: ModelConfig, vocab: int) -> dict[str, Array]:
         """Arrays of all terms that are carried from step to step."""
         state: dict[str, Array] = {}
-        for name, term in self.terms.items():
-            term_state = term.initial_state(model, vocab)
-            if both := state.keys() & term_state.keys():
-                raise UserError(
-                    f"objective term {name!r} has the same state {min(both)!r} as one before it; rename it."
-                )
-            state |= term_state
+        for term in self.terms.values():
+            state |= term.initial_state(model, vocab)
         return state
 
     def draw(self, random_key: Array, inputs: dict[str, Any], size: int) -> dict[str, Any]:
@@ -215,15 +203,6 @@ class Objective:
         return [phrase for term in self.terms.values() if (phrase := term.report.describe(model))]
 
 
-def find_term(name: str) -> type[Term]:
-    """Return the class of a term: an entry of `TERMS`, or "package.module:Class", which is imported.
-
-    Raises:
-      UserError: no such entry, module or class, or a class that is not a term.
-    """
-    return find_class(name, TERMS, Term, "objective term")
-
-
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
     """Config group `objective`: the loss to minimise.
@@ -251,24 +230,13 @@ class ObjectiveConfig:
           UserError: an unknown term, or a wrong option of a plug-in.
         """
         if name not in self.plugins:
-            term = find_term(name)
+            term = find_class(name, TERMS, Term, "objective term")
             return getattr(self, name, None) or term()
         path = f"objective.plugins.{name}"
         return read_plugin(self.plugins[name], path, TERMS, Term, "objective term", type_name=name)
 
-    def _misspelling(self) -> Iterator[str]:
-        """Yield a fault for a name that resembles an objective of this package, if its terms are in this package too.
-
-        A digit or a sign, as in "xclip_2", makes it a new name.
-        """
-        suggestion = fields.nearest(self.name, RECIPES, cutoff=0.8)
-        new = not self.name.isalpha() or self.plugins or not self.terms.keys() <= TERMS.keys()
-        if suggestion and self.name != suggestion and not new:
-            yield f"name is {self.name!r}; did you mean {suggestion!r}?"
-
     def conflicts(self) -> Iterator[str]:
         """Yield values that contradict each other."""
-        yield from self._misspelling()
         if not any(self.terms.values()):
             yield f"terms is {dict(self.terms)}; give one of them a weight above 0"
             return

@@ -39,7 +39,6 @@ class Similarity(abc.ABC):
       scale: output of the model with the learned factor of these logits, such as "scale"; None for 1.
       is_distribution: whether `rows` are distributions over clusters.
       bar_label: label in a report of its first score, which is from 0 to 1; "" to draw the probabilities of the logits.
-      priority: the similarity with the smallest value is the model's own.
     """
 
     name: ClassVar[str]
@@ -48,7 +47,6 @@ class Similarity(abc.ABC):
     scale: ClassVar[str | None] = None
     is_distribution: ClassVar[bool] = False
     bar_label: ClassVar[str] = ""
-    priority: ClassVar[int] = 0
 
     @property
     def feature(self) -> str:
@@ -110,7 +108,6 @@ class ClusterSimilarity(Similarity):
     logits: ClassVar[str] = "cross_entropy"
     is_distribution: ClassVar[bool] = True
     bar_label: ClassVar[str] = "likeness of cluster distributions, 0 to 1"
-    priority: ClassVar[int] = 1  # after embeddings that are trained to be compared
 
     tau: float = 1.0
 

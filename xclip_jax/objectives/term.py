@@ -26,7 +26,6 @@ from jax.sharding import Mesh
 from xclip_jax.core.fields import at_least, choice, key
 from xclip_jax.models.heads import Heads
 from xclip_jax.models.two_towers import ModelConfig
-from xclip_jax.objectives.checks import Curve, Health
 from xclip_jax.objectives.similarity import Similarity
 
 Array = jax.Array
@@ -48,37 +47,35 @@ class Term(abc.ABC):
     Attributes:
       title: the term's name in sentences, tables and charts.
       labelled: whether the loss takes labelled items instead of image-text pairs.
-      source_remedies: {fault of `labelled.MismatchError`: what to change if a source has it}.
+      classes: number of classes of labelled items; 1 if the label is a number, 0 without labels.
+      towers: towers that the term trains.
+      similarity: how to compare images with texts by the outputs that the term trains, or None.
+      teacher: whether the term needs the outputs of an exponential moving average of the parameters.
     """
 
     title: ClassVar[str] = ""
     labelled: ClassVar[bool] = False
-    source_remedies: ClassVar[Mapping[str, str]] = {}
 
     @property
     def classes(self) -> int:
-        """Number of classes of labelled items; 1 if the label is a number, 0 without labels."""
         return 0
 
     @property
+    def towers(self) -> tuple[str, ...]:
+        return ("img", "txt")
+
+    @property
     def similarity(self) -> Similarity | None:
-        """How to compare images with texts by the outputs that the term trains, or None."""
         return None
 
     @property
-    def towers(self) -> tuple[str, ...]:
-        """Towers that the term trains, "img" and "txt"."""
-        return ("img", "txt")
+    def teacher(self) -> bool:
+        return False
 
     @property
     def fields(self) -> tuple[str, ...]:
         """Inputs that the term reads from a batch: "image", "text", "label"."""
         return (*(_FIELDS[tower] for tower in self.towers), *["label"] * self.labelled)
-
-    @property
-    def teacher(self) -> bool:
-        """Whether the term needs the outputs of an exponential moving average of the parameters."""
-        return False
 
     @property
     def report(self) -> "Report":
@@ -141,6 +138,92 @@ class Term(abc.ABC):
     def flops(self, model: ModelConfig, batch: int) -> float:
         """FLOPs of the loss without its heads, for one sample of a global batch of `batch`."""
         return 0.0
+
+
+# --- what logs, reports and model cards show of a term
+
+
+@dataclasses.dataclass(frozen=True)
+class Level:
+    """A horizontal line of a chart.
+
+    Attributes:
+      label: text at the line.
+      value: a constant, or the name of a metric without the term's prefix, whose last value is drawn.
+      alarm: whether values below the line are a failure.
+    """
+
+    label: str
+    value: float | str
+    alarm: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """A chart of a term's metrics over steps.
+
+    Attributes:
+      title: title of the chart.
+      lines: (metric without the term's prefix, label) of each line.
+      unit: unit of the vertical axis; "%" draws shares, and their levels, as percentages.
+      levels: horizontal lines to compare with.
+      note: a sentence below the chart.
+    """
+
+    title: str
+    lines: tuple[tuple[str, str], ...]
+    unit: str = ""
+    levels: tuple[Level, ...] = ()
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """One possible failure of a term, judged by the metrics of one step.
+
+    Attributes:
+      name: name of the failure.
+      value: the measured value.
+      threshold: the check fails if `value` is below it.
+      meaning: a sentence on what fails, for reports.
+      remedy: the warning: what is wrong, and which config keys to change.
+      measured: a sentence with the value and the threshold, for reports.
+      above: whether the check fails above the threshold instead.
+      applies: whether all other conditions of the failure hold.
+    """
+
+    name: str
+    value: float
+    threshold: float
+    meaning: str
+    remedy: str
+    measured: str = ""
+    above: bool = False
+    applies: bool = True
+
+    @property
+    def failed(self) -> bool:
+        """Whether the failure is present; False for NaN."""
+        return self.applies and (self.value > self.threshold if self.above else self.value < self.threshold)
+
+    @property
+    def warning(self) -> str:
+        """The warning of a failed check, "NAME: what is wrong and what to change"."""
+        return f"{self.name}: {self.remedy}"
+
+    @property
+    def level(self) -> Level:
+        """The threshold as a line of a chart."""
+        return Level("alarm", self.threshold, alarm=not self.above)
+
+
+@dataclasses.dataclass(frozen=True)
+class Health:
+    """Whether a term trains well: sentences that introduce its checks, and charts of the values that they measure."""
+
+    summary: str = ""
+    checks: tuple[Check, ...] = ()
+    curves: tuple[Curve, ...] = ()
 
 
 T = TypeVar("T", bound=Term)

@@ -349,9 +349,7 @@ def health(record: Record) -> Section:
 def _light(check: Check, warnings: Warnings) -> dict[str, Any]:
     warning, history = warnings.last(check.name), warnings.history(check.name)
     state, label = ("", "healthy") if warnings.steps else ("early", "too early")
-    if check.impossible:
-        state, label, warning, history = "early", "not judged", "", check.impossible
-    elif warning:
+    if warning:
         state, label = "alarm", "alarm"
     text = warning.partition(": ")[2] if warning else f"{check.meaning} {check.measured}"
     return {"check": check, "state": state, "label": label, "text": text, "history": history}
