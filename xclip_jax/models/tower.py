@@ -56,9 +56,7 @@ class Tower(abc.ABC):
     def sample_noise(self, random_key: Array, b: int) -> dict[str, Array]:
         """Random inputs of a training pass on `b` items, keyword arguments of the module: arrays with a row per item.
 
-        Args:
-          random_key: key of the step; fold in a number from 8 to 15.
-          b: items of the batch.
+        Fold a number from 8 to 15 into `random_key`, the key of the step.
         """
         return {}
 
@@ -90,10 +88,6 @@ class Tower(abc.ABC):
         """Describe the tower in one phrase."""
         return f"{type(self).__name__} of width {self.width}"
 
-    def facts(self) -> dict[str, str]:
-        """{column: value} of the tower's row in a model card."""
-        return {"width": str(self.width), "input": ""}
-
 
 class ImageTower(Tower):
     """Base of image towers."""
@@ -113,15 +107,12 @@ class ImageTower(Tower):
         return 0
 
     def patch_features(self, params: Params, image: Array, dtype: DTypeLike) -> Array:
-        """Return features of each patch, before pooling.
+        """Return features of each patch before pooling, (b, grid, grid, d), rows from the top.
 
         Args:
           params: parameters of the tower.
           image: normalised pixels (b, h, w, 3).
           dtype: computation dtype.
-
-        Returns:
-          (b, grid, grid, d), rows from the top; d may differ from the tower's width.
 
         Raises:
           UserError: the tower has no such features.
@@ -133,29 +124,9 @@ class ImageTower(Tower):
         """Description of the maps of `attention_maps`; "" if the tower has none."""
         return ""
 
-    def attention_maps(self, params: Params, image: Array, dtype: DTypeLike) -> tuple[Array, Array]:
-        """Return attention over patches: of the last layer, and through all layers.
-
-        Args:
-          params: parameters of the tower.
-          image: normalised pixels (b, h, w, 3).
-          dtype: computation dtype.
-
-        Returns:
-          Twice fp32 (b, rows, columns); each map sums to 1.
-
-        Raises:
-          UserError: the tower has no such maps.
-        """
-        raise UserError(f"{type(self).__name__} has no attention maps; give it `attention` and `attention_maps`.")
-
-    def describe(self) -> str:
-        """Describe the tower in one phrase."""
-        return f"{super().describe()}, {self.image_size} px"
-
-    def facts(self) -> dict[str, str]:
-        """{column: value} of the tower's row in a model card."""
-        return super().facts() | {"input": f"{self.image_size} px"}
+    def attention_maps(self, params: Params, image: Array, dtype: DTypeLike) -> Array:
+        """Return the last attention over patches, fp32 (b, rows, columns) that sum to 1, if `attention` is not ""."""
+        raise NotImplementedError
 
 
 class TextTower(Tower):
@@ -170,10 +141,7 @@ class TextTower(Tower):
     def module(self, vocab: int, eot_id: int, dtype: DTypeLike) -> nn.Module:
         """Make a module of int32 tokens (b, n), and `sample_noise`, to features (b, width).
 
-        Args:
-          vocab: number of tokens of the tokenizer.
-          eot_id: its end-of-text token, which ends each text.
-          dtype: computation dtype.
+        The tokenizer has `vocab` tokens, and `eot_id` ends each text.
         """
 
     @property
@@ -184,11 +152,3 @@ class TextTower(Tower):
     def cut_flops(self, tokens: int) -> float | None:
         """FLOPs of the forward pass of a text cut to `tokens`, if `cuttable`; None as in `flops`."""
         return None
-
-    def describe(self) -> str:
-        """Describe the tower in one phrase."""
-        return f"{super().describe()}, {self.context_length} tokens"
-
-    def facts(self) -> dict[str, str]:
-        """{column: value} of the tower's row in a model card."""
-        return super().facts() | {"input": f"{self.context_length} tokens"}

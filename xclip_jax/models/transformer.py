@@ -103,11 +103,6 @@ class TransformerConfig(Tower):
             blocks = stack_blocks(blocks, depth) if self.scan else unstack_blocks(blocks, depth)
         return {**params, "transformer": blocks}, []
 
-    def facts(self) -> dict[str, str]:
-        """{column: value} of the tower's row in a model card."""
-        sizes = {"width": str(self.width), "depth": str(self.depth), "heads": str(self.heads)}
-        return sizes | {"activation": self.act, "LayerNorm eps": f"{self.eps:g}"} | super().facts()
-
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)). Returns a pair, as `nn.scan` asks. (b, n, d) -> (b, n, d).

@@ -21,9 +21,6 @@ from xclip_jax.parallel.sharding import constrain
 Array = jax.Array
 Variables = Mapping[str, Any]  # arrays by collection ("params", "batch_stats"), as `TwoTowers.apply` takes them
 
-# Built-in types of towers, by their "type" in `model.plugins`.
-IMAGE_TOWERS: dict[str, type[ImageTower]] = {"vit": ImageTowerConfig}
-TEXT_TOWERS: dict[str, type[TextTower]] = {"transformer": TextTowerConfig}
 TOWERS = ("img", "txt")
 
 # Sizes of open_clip's models of the same name: (width, depth, heads) of both towers, and the embedding. "Ti" is for the
@@ -91,22 +88,20 @@ class ModelConfig:
             return self.img if name == "img" else self.txt
         path, values = f"model.plugins.{name}", self.plugins[name]
         if name == "img":
-            return read_plugin(values, path, IMAGE_TOWERS, ImageTower, "image tower")
-        return read_plugin(values, path, TEXT_TOWERS, TextTower, "text tower")
+            return read_plugin(values, path, {"vit": ImageTowerConfig}, ImageTower, "image tower")
+        return read_plugin(values, path, {"transformer": TextTowerConfig}, TextTower, "text tower")
 
     def conflicts(self) -> Iterator[str]:
         """Yield faults of plug-ins, and sizes that contradict each other."""
-        wrong = set()
         for name in self.plugins:
             try:
                 self.tower(name)
             except UserError as error:
-                wrong.add(name)
                 text = str(error).rstrip(".")
                 yield text.removeprefix("model.") if text.startswith("model.") else f"plugins.{name}: {text}"
-        if "img" not in wrong and not self.project_img and self.embed != (width := self.tower("img").width):
-            group = "plugins.img" if "img" in self.plugins else "img"
-            yield f"embed {self.embed} must be {group}.width {width} where project_img is false"
+                return
+        if not self.project_img and self.embed != (width := self.tower("img").width):
+            yield f"embed {self.embed} must be the image tower's width {width} where project_img is false"
 
     @property
     def widths(self) -> dict[str, int]:

@@ -193,8 +193,8 @@ class ImageTowerConfig(TransformerConfig, ImageTower):
         """Description of the maps of `attention_maps`."""
         return _ATTENTION_MEANINGS[self.pool]
 
-    def attention_maps(self, params: Params, image: Array, dtype: DTypeLike) -> tuple[Array, Array]:
-        """Attention of the last block, and rollout through all blocks, see `_attention_maps`."""
+    def attention_maps(self, params: Params, image: Array, dtype: DTypeLike) -> Array:
+        """Return the last attention before the features, see `_ATTENTION_MEANINGS`."""
         tower = self.unrolled()
         _, captured = tower.module(dtype).apply(
             {"params": tower.convert(params)[0]},
@@ -202,16 +202,12 @@ class ImageTowerConfig(TransformerConfig, ImageTower):
             capture_intermediates=_is_captured,
             mutable=["intermediates"],
         )
-        last, rollout = _attention_maps(captured["intermediates"], self.depth, self.pool)
-        return last.reshape(-1, self.grid, self.grid), rollout.reshape(-1, self.grid, self.grid)
+        weights = _attention_map(captured["intermediates"], self.depth - 1, self.pool)
+        return weights.reshape(-1, self.grid, self.grid)
 
     def describe(self) -> str:
         """Return the sizes of the tower in one phrase."""
         return f"ViT of width {self.width}, depth {self.depth}, patch {self.patch}, {self.image_size} px"
-
-    def facts(self) -> dict[str, str]:
-        """{column: value} of the tower's row in a model card."""
-        return super().facts() | {"input": f"{self.image_size} px, pool {self.pool}"}
 
 
 class VisionTransformer(nn.Module):
@@ -291,7 +287,7 @@ class VisionTransformer(nn.Module):
 
 
 def _is_captured(module: nn.Module, _: str) -> bool:
-    """Whether `_attention_maps` needs the output of a module: a filter for flax's `capture_intermediates`."""
+    """Whether `_attention_map` needs the output of a module: a filter for flax's `capture_intermediates`."""
     return module.name in ("qkv", "query", "kv")
 
 
@@ -301,34 +297,19 @@ def _attention_weights(query: Array, key: Array) -> Array:
     return jax.nn.softmax(jnp.einsum("bhnd,bhmd->bhnm", query, key)).mean(axis=1)
 
 
-def _attention_maps(captured: Mapping[str, Any], depth: int, pool: str) -> tuple[Array, Array]:
-    """Return attention of the last block, and rollout through all blocks (arXiv 2005.00928).
+def _attention_map(captured: Mapping[str, Any], last: int, pool: str) -> Array:
+    """Return the last attention before the features, fp32 (b, patches) with rows that sum to 1.
 
-    Rollout multiplies the blocks' maps, with half of the weight on the residual path.
-
-    Args:
-      captured: intermediates of a tower with unrolled blocks.
-      depth: number of blocks.
-      pool: how features are pooled, "cls", "mean" or "map".
-
-    Returns:
-      Twice fp32 (b, patches) with rows that sum to 1.
+    `captured` are intermediates of a tower with unrolled blocks, of which `last` is the last.
     """
-    blocks = []
-    for i in range(depth):
-        query, key, _ = captured["transformer"][f"block_{i}"]["attention"]["qkv"]["__call__"][0]
-        blocks.append(_attention_weights(query, key))
-    through = jnp.eye(blocks[0].shape[2])[None]
-    for block in blocks:  # the last may only have the class token's row
-        through = (block + jnp.eye(block.shape[1], block.shape[2])) / 2 @ through
     if pool == "map":
         head = captured["pool_map"]
         key, _ = head["kv"]["__call__"][0]
         query = einops.rearrange(head["query"]["__call__"][0], "b n heads kv -> b heads n kv")
-        last = _attention_weights(query, key)[:, 0]
-        return last, jnp.einsum("bn,bnm->bm", last, through)
+        return _attention_weights(query, key)[:, 0]
+    query, key, _ = captured["transformer"][f"block_{last}"]["attention"]["qkv"]["__call__"][0]
+    weights = _attention_weights(query, key)
     if pool == "mean":
-        return blocks[-1].mean(axis=1), through.mean(axis=1)
-    # Without the attention of the class token to itself.
-    last, rollout = (x[:, 0, 1:] for x in (blocks[-1], through))
-    return last / last.sum(axis=1, keepdims=True), rollout / rollout.sum(axis=1, keepdims=True)
+        return weights.mean(axis=1)
+    weights = weights[:, 0, 1:]  # without the attention of the class token to itself
+    return weights / weights.sum(axis=1, keepdims=True)

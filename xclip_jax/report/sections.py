@@ -159,14 +159,11 @@ def _attention(examples: Examples) -> list[tuple[str, list[tuple[np.ndarray, str
     cards, maps = [], examples.maps
     if maps is None:
         return cards
-    for i, last, rollout in zip(maps.indices, maps.last, maps.rollout, strict=True):
+    for i, values in zip(maps.indices, maps.last, strict=True):
         name, shown = examples.gallery.names[i], examples.gallery.shown[i]
-        pictures = []
-        for blocks, values in (("the last block", last), ("all blocks", rollout)):
-            row, column = np.unravel_index(values.argmax(), values.shape)
-            most = f"most on row {row + 1}, column {column + 1} of {len(values)} patches"
-            pictures.append((_spotlight(shown, values), f"Attention of {blocks} to {name}: {most}"))
-        cards.append((name, [(shown, name), *pictures]))
+        row, column = np.unravel_index(values.argmax(), values.shape)
+        most = f"most on row {row + 1}, column {column + 1} of {len(values)} patches"
+        cards.append((name, [(shown, name), (_spotlight(shown, values), f"Attention to {name}: {most}")]))
     return cards
 
 
