@@ -41,11 +41,6 @@ def fits(tokens: int, heads: int, width: int) -> bool:
     return kv in HEADS and width % LANES == 0 and tokens <= MAX_TOKENS
 
 
-def together(b: int, n: int, block_tokens: int) -> int:
-    """Number of sequences of `n` tokens in a block of about `block_tokens`; a divisor of `b`."""
-    return math.gcd(b, max(1, block_tokens // n // 2 * 2))
-
-
 def group_heads(x: Array) -> Array:
     """Order the channels of queries, keys and values as `attention` takes them: (..., 3, heads, kv) -> (..., 3 * d)."""
     together = LANES // x.shape[-1]
@@ -111,7 +106,7 @@ def _call(
 ) -> list[Array]:
     """Call `kernel` on blocks of one group of a few sequences, which share the row of a two-dimensional input."""
     b, n, channels = inputs[0].shape
-    sequences = together(b, n, block_tokens)
+    sequences = math.gcd(b, max(1, block_tokens // n // 2 * 2))
 
     def spec(x: Any) -> pl.BlockSpec:
         lanes = LANES * 3 * x.shape[-1] // channels

@@ -31,9 +31,6 @@ def softmax(
     Returns:
         The loss (fp32 scalar) and fp32 scalar metrics: "loss", "ln_b" (the loss of a blind guess), "acc_img" and
         "acc_txt" (share of images, of texts, whose best match in the batch is their own partner).
-
-    Raises:
-        AssertionError: if the embeddings are not two (b, e) arrays of one shape, or scale is not a scalar.
     """
     check(z_img, z_txt, scale)
     logits = jnp.asarray(scale, jnp.float32) * dot(z_img, z_txt)
@@ -74,9 +71,6 @@ def sigmoid(z_img: jax.Array, z_txt: jax.Array, scale: ArrayLike, bias: ArrayLik
     Returns:
         The loss (fp32 scalar) and the same metrics as `softmax`; "ln_b" is for comparison with a softmax run and
         not the value of this loss for a blind guess.
-
-    Raises:
-        AssertionError: if the embeddings are not two (b, e) arrays of one shape, or scale or bias is not a scalar.
     """
     check(z_img, z_txt, scale, bias)
     logits = jnp.asarray(scale, jnp.float32) * dot(z_img, z_txt) + jnp.asarray(bias, jnp.float32)

@@ -77,15 +77,14 @@ def nclip(
 
     Raises:
         ValueError: unknown target or balance; a teacher or center that is missing, or given where it is unused; a
-            chunk that does not divide the batch, with logits that are not `FactoredLogits`, or with balance
-            "sinkhorn", which normalises over the whole batch.
+            chunk that does not divide the batch, or with "sinkhorn", which normalises over the whole batch.
         AssertionError: shapes other than the above.
     """
     teachers, centers = (teacher_img, teacher_txt), (center_img, center_txt)
-    _check(s_img, s_txt, target, balance, teachers, centers, chunk)
-    b, k = s_img.shape
     logits = {"s_img": s_img, "s_txt": s_txt, "teacher_img": teacher_img, "teacher_txt": teacher_txt}
     logits = {name: value for name, value in logits.items() if value is not None}
+    _check(s_img, target, balance, list(logits.values()), teachers, centers, chunk)
+    b, k = s_img.shape
     options = _Options(target, balance, tau, tau if target_tau is None else target_tau)
     sums = _sums_of_batch(logits, dict(zip(MODALITIES, centers, strict=True)), options, chunk)
     metrics = _metrics(sums, b, k)
@@ -122,9 +121,6 @@ def update_center(center: jax.Array, target_logits: Logits, momentum: float = 0.
 
     Returns:
         The new center, shape (k,), fp32, without gradient.
-
-    Raises:
-        AssertionError: if the shapes are not (k,) and (b, k).
     """
     chex.assert_shape(center, target_logits.shape[1:])
     if isinstance(target_logits, FactoredLogits):
@@ -133,42 +129,31 @@ def update_center(center: jax.Array, target_logits: Logits, momentum: float = 0.
         kernel = kernel.astype(x.dtype).astype(jnp.float32)
         mean = jnp.matmul(jnp.mean(x.astype(jnp.float32), axis=0), kernel, precision="highest") + target_logits.bias
     else:
-        chex.assert_rank(target_logits, 2)
         mean = jnp.mean(target_logits.astype(jnp.float32), axis=0)
     return jax.lax.stop_gradient(momentum * center.astype(jnp.float32) + (1 - momentum) * mean)
 
 
 def _check(
     s_img: Logits,
-    s_txt: Logits,
     target: str,
     balance: str,
+    logits: list[Logits],
     teachers: tuple[Logits | None, Logits | None],
     centers: tuple[jax.Array | None, jax.Array | None],
     chunk: int,
 ) -> None:
-    """Raise the errors of `nclip`."""
-    if target not in TARGETS:
-        raise ValueError(f"unknown target {target!r}; valid are {', '.join(TARGETS)}")
-    if balance not in BALANCES:
-        raise ValueError(f"unknown balance {balance!r}; valid are {', '.join(BALANCES)}")
-    for name, option, needed, arrays in (
-        ("teacher", "target='ema'", target == "ema", teachers),
-        ("center", "balance='center'", balance == "center", centers),
-    ):
-        if any((array is not None) != needed for array in arrays):
-            rule = f"{option} needs both" if needed else f"only {option} uses"
-            raise ValueError(f"{rule} {name}_img and {name}_txt; got target={target!r}, balance={balance!r}")
-    if not isinstance(s_img, FactoredLogits):
-        chex.assert_rank(s_img, 2)
-    chex.assert_equal(len({x.shape for x in (s_img, s_txt, *teachers) if x is not None}), 1)
+    """Raise the errors of `nclip`; `logits` are all that are given."""
+    if target not in TARGETS or balance not in BALANCES:
+        raise ValueError(f"target is one of {TARGETS}, balance one of {BALANCES}; got {target!r}, {balance!r}")
+    if any((teacher is not None) != (target == "ema") for teacher in teachers):
+        raise ValueError("target='ema' needs both teacher_img and teacher_txt, and other targets none")
+    if any((center is not None) != (balance == "center") for center in centers):
+        raise ValueError("balance='center' needs both center_img and center_txt, and other balances none")
+    chex.assert_equal(len({x.shape for x in logits}), 1)
     chex.assert_shape([x for x in centers if x is not None], s_img.shape[1:])
-    if chunk and (s_img.shape[0] % chunk or balance == "sinkhorn"):
-        raise ValueError(
-            f"chunk={chunk} must divide the batch of {s_img.shape[0]}, with a balance other than 'sinkhorn'"
-        )
-    if chunk and not all(isinstance(x, FactoredLogits) for x in (s_img, s_txt, *teachers) if x is not None):
-        raise ValueError(f"chunk={chunk} expects logits as FactoredLogits, which are not multiplied out yet")
+    factored = all(isinstance(x, FactoredLogits) for x in logits)
+    if chunk and (s_img.shape[0] % chunk or balance == "sinkhorn" or not factored):
+        raise ValueError(f"chunk={chunk} needs FactoredLogits, must divide the batch, and does not go with 'sinkhorn'")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,8 +186,8 @@ def _sums_of_batch(
             name: x.logits() if isinstance(x, FactoredLogits) else x.astype(jnp.float32) for name, x in logits.items()
         }
         return jax.tree.map(lambda x: x[None], _sums(whole, centers, options))
-    factors = {name: value for name, value in logits.items() if isinstance(value, FactoredLogits)}
     # Each chunk has its rows of x, and all kernels.
+    factors: Any = logits
     kernels = {name: (value.kernel, value.bias) for name, value in factors.items()}
 
     def sums_of_chunk(shared: Any, x: dict[str, jax.Array]) -> Sums:
@@ -263,20 +248,15 @@ def _cluster_metrics(m: str, sums: Sums, b: int) -> Metrics:
 def effective_rank(h: jax.Array) -> jax.Array:
     """Return the effective number of directions in which features vary: (tr C)^2 / tr(C^2), C their covariance.
 
-    This is the participation ratio, the exponential of the Renyi-2 entropy of C's normalised spectrum, and a lower
-    bound of Roy and Vetterli's effective rank (EUSIPCO 2007), which takes Shannon's entropy and so needs the spectrum
-    itself. Here one matrix product suffices, of the smaller of the two Gram matrices.
+    This is the participation ratio, a lower bound of Roy and Vetterli's effective rank (EUSIPCO 2007), which takes
+    Shannon's entropy and so needs the spectrum. Here one matrix product suffices, of the smaller Gram matrix.
 
     Args:
         h: features, shape (b, d), of the global batch; any float type.
 
     Returns:
         fp32 scalar between 1 and min(b - 1, d), without gradient; 0 if all features are equal up to rounding.
-
-    Raises:
-        AssertionError: if h is not of rank 2.
     """
-    chex.assert_rank(h, 2)
     h = jax.lax.stop_gradient(h).astype(jnp.float32)
     centred = h - jnp.mean(h, axis=0)
     trace = jnp.sum(centred**2)

@@ -97,8 +97,7 @@ ordered.defvjp(_ordered_forward, _ordered_backward)
 def ordered_after_small(x: Tree, params: Tree) -> tuple[Tree, Tree]:
     """Return (x, params); the gradient of `x` waits until the gradients of the small `params` are complete.
 
-    Biases and norms are complete when the backward pass of their tower is; kernels would have to wait for their sums
-    over devices.
+    Kernels would have to wait for their sums over devices.
     """
     leaves, structure = jax.tree.flatten(params)
     small = {i: leaf for i, leaf in enumerate(leaves) if leaf.size < _SMALL}

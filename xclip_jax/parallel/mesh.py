@@ -130,11 +130,7 @@ def batch_parts(mesh: Mesh) -> dict[int, BatchPart]:
 
 
 def batch_part(mesh: Mesh) -> BatchPart:
-    """Return which part of the global batch this process loads.
-
-    Raises:
-      UserError: as `batch_parts`.
-    """
+    """Return which part of the global batch this process loads; raises as `batch_parts`."""
     return batch_parts(mesh)[jax.process_index()]
 
 
@@ -143,23 +139,16 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def check_batch(
-    batch: int, mesh: Mesh, key: str = "data.batch", *, microbatches: int = 1, microbatches_key: str = ""
-) -> None:
-    """Raises `UserError` unless the mesh's batch axes divide the global `batch`, given by config key `key`.
+def check_batch(batch: int, mesh: Mesh, key: str = "data.batch", microbatches: int = 1) -> None:
+    """Raise `UserError` unless the mesh's batch axes divide each microbatch of the `batch` that config key `key` sets.
 
-    With `microbatches`, given by `microbatches_key`, each microbatch must be divisible so. Processes must be able
-    to load the batch in equal parts, see `batch_parts`.
+    Processes must be able to load the batch in equal parts, see `batch_parts`.
     """
     batch_parts(mesh)
     shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    if microbatches < 1:
-        raise UserError(f"{microbatches_key}={microbatches} must be 1 or more.")
     if batch % (shards * microbatches):
-        below = batch // (shards * microbatches) * shards * microbatches
-        nearest = f"{below} or {below + shards * microbatches}" if below else f"{shards * microbatches}"
-        parts = f" in {microbatches} microbatches ({microbatches_key})" if microbatches > 1 else ""
+        parts = f" in {microbatches} microbatches (optim.microbatches)" if microbatches > 1 else ""
         raise UserError(
-            f"{key}={batch} cannot be divided{parts} over {shards} devices (mesh axes data x fsdp); use {nearest}, "
-            f"or a mesh with fewer of them."
+            f"{key}={batch} cannot be divided{parts} over {shards} devices (mesh axes data x fsdp); use a multiple of "
+            f"{shards * microbatches}, or a mesh with fewer of them."
         )

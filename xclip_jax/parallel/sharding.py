@@ -28,7 +28,7 @@ import flax.linen as nn
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from xclip_jax.core.errors import UserError, check_choice
+from xclip_jax.core.errors import UserError
 from xclip_jax.core.fields import Check, choice, key
 from xclip_jax.parallel.mesh import AXES, BATCH_AXES, num_slices
 
@@ -87,20 +87,14 @@ class MeshLayout:
 def make_layout(boxed: Any, mesh: Mesh, strategy: str, batch: int) -> MeshLayout:
     """Return the layout of a model, with its clusters split over all devices if that sends no more.
 
-    If split, the hidden rows of a head are gathered and their gradient is scattered: batch x hidden numbers each. Else
-    the gradient of the last kernel is summed, or the kernel is gathered and its gradient scattered: twice hidden x
-    clusters numbers, divided by the axis "model".
+    If split, batch x hidden numbers travel twice, else hidden x clusters numbers, divided by the axis "model".
 
     Args:
       boxed: a tree of logically named abstract arrays.
       mesh: the devices.
       strategy: one of `STRATEGIES`.
       batch: rows of the global batch.
-
-    Raises:
-      UserError: a strategy that does not exist.
     """
-    check_choice("mesh.strategy", strategy, STRATEGIES)
     arrays = zip(jax.tree.leaves(nn.unbox(boxed)), _leaf_specs(boxed), strict=True)
     axes = [axis for x, names in arrays for axis in zip(names, x.shape, strict=False)]
     clusters = {size for name, size in axes if name == "cluster"}
@@ -156,16 +150,14 @@ def platform() -> str:
 def device() -> jax.Device | None:
     """A device of the current mesh in this process; None outside of `layout_scope`."""
     layout = _active.get()
-    devices = list(layout.mesh.devices.flat) if layout else []
+    devices = layout.mesh.devices.flat if layout else ()
     return next((d for d in devices if d.process_index == jax.process_index()), None)
 
 
 def shards_of(axis: str) -> int:
     """Number of parts into which a dimension of logical `axis` is split."""
     layout = _active.get()
-    part = layout.rules.get(axis) if layout else None
-    mesh_axes = (part,) if isinstance(part, str) else part or ()
-    return math.prod(layout.mesh.shape[name] for name in mesh_axes) if layout else 1
+    return math.prod(layout.mesh.shape[name] for name in _without(layout.rules.get(axis), ()) or ()) if layout else 1
 
 
 def map_devices(
@@ -173,11 +165,7 @@ def map_devices(
 ) -> jax.Array:
     """Compute `fn` on each device's part of `arrays`, for functions that XLA cannot split, such as kernels.
 
-    Args:
-      fn: takes parts of the arrays and returns its part of the result, without communication.
-      arrays: the whole arrays.
-      axes: logical axes of each array.
-      result: logical axes of the result.
+    `axes` are the logical axes of each array, and `result` the logical axes of the result.
     """
     layout = _active.get()
     if layout is None:
@@ -205,9 +193,8 @@ def map_microbatches(
       shared: a tree of arrays that do not depend on the batch.
       rows: a tree of arrays whose first dimension is the global batch.
       microbatches: number of microbatches; each has rows of every device, so that none is idle.
-      stack: whether a result describes its microbatch as a whole: then results are stacked on a new first dimension,
-        one for each microbatch of each device. Otherwise their first dimension has the microbatch's rows, and they are
-        returned in the batch's order.
+      stack: whether results describe their microbatch as a whole and are stacked, one for each microbatch of each
+        device; otherwise they have the microbatch's rows, and are returned in the batch's order.
       clusters: whether `fn` computes cluster logits. If clusters are split over all devices, each device has its
         clusters of all rows of a microbatch, and there is one result for each microbatch.
     """
@@ -296,11 +283,6 @@ def zero1_shardings(abstract: Any, specs: Any, mesh: Mesh) -> Any:
 
     On several TPU slices the axis "fsdp" comes first if it spans a slice: parameters are gathered in each step, and
     along it they are gathered within a slice.
-
-    Args:
-      abstract: shapes.
-      specs: NamedShardings with the same structure.
-      mesh: the mesh.
     """
     longest_first = sorted(((axis,) for axis in BATCH_AXES), key=lambda axes: -mesh.shape[axes[0]])
     choices = [(axes, math.prod(mesh.shape[axis] for axis in axes)) for axes in (BATCH_AXES, *longest_first)]
