@@ -168,7 +168,7 @@ def _health(run: Record, name: str) -> Iterator[Finding]:
             yield warning("objective", f"{label}: {now.rstrip('.')}", f"look at its chart, {command('report')} RUN")
         else:
             judged = "no" if warnings.steps else "not judged yet"
-            sentences = " ".join(filter(None, (f"{judged}.", check.measured, history)))
+            sentences = " ".join(filter(None, (f"{judged}.", check.measurement, history)))
             yield Finding("objective", f"{label}: {sentences}".rstrip("."))
 
 

@@ -12,7 +12,7 @@ from xclip_jax.core.fields import at_least, choice, fraction_below_one, key
 from xclip_jax.data import transforms
 from xclip_jax.models.heads import Classifier, Head, Heads
 from xclip_jax.models.two_towers import ModelConfig
-from xclip_jax.objectives.term import Curve, LossConfig, Report, Result, Term
+from xclip_jax.objectives.term import Arrays, Curve, LossConfig, Report, Result, Term
 
 Array = jax.Array
 
@@ -48,13 +48,7 @@ class Classify(Term):
         mixed = inputs | {"other": jax.tree.map(lambda x: x[::-1], inputs)}
         return mixed | transforms.sample_mix(jax.random.fold_in(random_key, 1), b, size, self.mixup, self.cutmix)
 
-    def __call__(
-        self,
-        out: Mapping[str, Array],
-        teacher: Mapping[str, Array] | None,
-        state: Mapping[str, Array],
-        batch: Mapping[str, Any],
-    ) -> Result:
+    def __call__(self, out: Arrays, teacher: Arrays | None, state: Arrays, batch: Mapping[str, Any]) -> Result:
         """Compute the loss, see `Term.__call__`; `batch` has "label" (b,); mixed images add "share" and "other"."""
         logits, labels = out["logits"].astype(jnp.float32), batch["label"]
         if self.classes == 1:

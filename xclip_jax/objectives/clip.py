@@ -14,7 +14,7 @@ from xclip_jax.losses import contrastive, ring
 from xclip_jax.models.heads import Head, Heads, Normalization, Projection, Scalar
 from xclip_jax.models.two_towers import ModelConfig
 from xclip_jax.objectives.similarity import CosineSimilarity
-from xclip_jax.objectives.term import Check, Curve, Health, Level, LossConfig, Report, Result, Term
+from xclip_jax.objectives.term import Arrays, Check, Curve, Health, Level, LossConfig, Report, Result, Term
 
 Array = jax.Array
 
@@ -54,13 +54,7 @@ class Contrastive(Term):
         return functools.partial(self.__call__, mesh=mesh) if loss.impl == "ring" else self
 
     def __call__(
-        self,
-        out: Mapping[str, Array],
-        teacher: Mapping[str, Array] | None,
-        state: Mapping[str, Array],
-        batch: Mapping[str, Any],
-        *,
-        mesh: Mesh | None = None,
+        self, out: Arrays, teacher: Arrays | None, state: Arrays, batch: Mapping[str, Any], *, mesh: Mesh | None = None
     ) -> Result:
         """Compute the loss, see `Term.__call__`. With a `mesh` the pairs are compared on a ring of its devices."""
         arguments, options = [out[name] for name in self.outputs], dataclasses.asdict(self)
@@ -117,17 +111,14 @@ class ContrastiveReport(Report[Contrastive]):
         if not blind:  # a batch of one pair leaves nothing to guess
             return Health()
         loss, share = metrics["loss"], PLATEAU_SHARE * (1 - getattr(self.term, "label_smoothing", 0.0))
-        below = 1 - loss / blind
         check = Check(
             "plateau",
-            max(0.0, below),  # 0 for a NaN loss, which fails
+            max(0.0, 1 - loss / blind),  # 0 for a NaN loss, which fails
             share,
-            "Fails when all inputs have much the same embedding, where the gradient vanishes: the loss stays at that "
-            "of a blind guess.",
+            "Share by which the loss is below a blind guess; fails when all inputs have much the same embedding, where "
+            "the gradient vanishes.",
             f"the loss is {loss:.3f}, no better than {blind:.3f} of a guess that does not depend on the inputs. "
             "Lengthen optim.warmup or lower optim.lr.",
-            f"The loss is {loss:.3f} nats, {abs(100 * below):.1f} % {'below' if below >= 0 else 'above'} the "
-            f"{blind:.3f} of a blind guess; a model that learns is more than {100 * share:g} % below.",
         )
         return Health("A contrastive loss can rest at that of a blind guess before it learns, or for ever.", (check,))
 

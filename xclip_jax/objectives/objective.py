@@ -16,7 +16,7 @@ from xclip_jax.objectives.classify import Classify
 from xclip_jax.objectives.clip import Clip, Siglip
 from xclip_jax.objectives.nclip import Nclip
 from xclip_jax.objectives.similarity import Similarity
-from xclip_jax.objectives.term import Curve, LossConfig, Result, Term
+from xclip_jax.objectives.term import Arrays, Curve, LossConfig, Result, Term
 
 Array = jax.Array
 TERMS: dict[str, type[Term]] = {"clip": Clip, "siglip": Siglip, "nclip": Nclip, "classify": Classify}
@@ -39,15 +39,8 @@ _WEIGHTS = Check("weights of at least 0", lambda weights: all(weight >= 0 for we
 class Objective:
     """A weighted sum of terms: maps outputs of `TwoTowers.project` to a scalar loss and metrics; pure.
 
-    Attributes:
-      name: config key `objective.name`.
-      terms: {name: term}; a term's name is the prefix of its metrics.
-      weights: {name: weight} with the same names. A weight of 0 keeps the term's heads and does not train them, as a
-        control with equal parameter count.
-      loss: how to compute the losses.
-      mesh: devices that compute them.
-      title: name in sentences, tables and charts.
-      plugins: names of the terms whose options are in config group `objective.plugins`.
+    A term's name is the prefix of its metrics. A weight of 0 keeps the term's heads and does not train them, as a
+    control with equal parameter count. The options of the terms `plugins` are in config group `objective.plugins`.
     """
 
     name: str
@@ -78,17 +71,14 @@ class Objective:
 
     @property
     def teacher(self) -> bool:
-        """Whether a term needs an exponential moving average of the parameters."""
         return any(term.teacher for term in self.terms.values())
 
     @property
     def labelled(self) -> bool:
-        """Whether a batch has labelled items instead of image-text pairs."""
         return any(term.labelled for term in self.terms.values())
 
     @property
     def classes(self) -> int:
-        """See `Term.classes`."""
         return max(term.classes for term in self.terms.values())
 
     @property
@@ -106,11 +96,7 @@ class Objective:
         return tuple(by_name.values())
 
     def heads(self, model: ModelConfig, vocab: int) -> Heads:
-        """{name: `Head` or `Scalar`} of all terms.
-
-        Raises:
-          UserError: two terms need different heads under one name.
-        """
+        """{name: `Head` or `Scalar`} of all terms; `UserError` if two need different heads under one name."""
         heads: dict[str, Head | Scalar] = {}
         for name, term in self.terms.items():
             for head_name, head in term.heads(model, vocab).items():
@@ -137,18 +123,8 @@ class Objective:
             inputs = term.draw(random_key, inputs, size)
         return inputs
 
-    def __call__(
-        self,
-        out: Mapping[str, Array],
-        teacher: Mapping[str, Array] | None,
-        state: Mapping[str, Array],
-        batch: Mapping[str, Any],
-    ) -> Result:
-        """Compute the loss of one global batch; arguments as `Term.__call__`.
-
-        Returns:
-          fp32 scalar loss; metrics named "<term>/<metric>" and "loss"; the next state.
-        """
+    def __call__(self, out: Arrays, teacher: Arrays | None, state: Arrays, batch: Mapping[str, Any]) -> Result:
+        """Compute the loss of one global batch as `Term.__call__`; metrics are named "<term>/<metric>" and "loss"."""
         losses, metrics, new_state = [], {}, dict(state)
         for name, term in self.terms.items():
             loss, term_metrics, term_state = term.specialise(self.loss, self.mesh)(out, teacher, state, batch)
@@ -171,8 +147,8 @@ class Objective:
 
     def metrics_of(self, name: str, metrics: Mapping[str, float]) -> dict[str, float]:
         """Return the metrics of the term `name` from a step's metrics, without their prefix."""
-        prefix = f"{name}/"
-        return {key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)}
+        own = ((key.partition("/"), value) for key, value in metrics.items())
+        return {key: value for (term, _, key), value in own if term == name}
 
     def alarms(self, metrics: Mapping[str, float]) -> list[str]:
         """Return warnings "NAME: what is wrong and what to change" of terms with a weight, from a step's metrics."""
@@ -224,11 +200,7 @@ class ObjectiveConfig:
     )
 
     def term(self, name: str) -> Term:
-        """Return the term `name` with its options.
-
-        Raises:
-          UserError: an unknown term, or a wrong option of a plug-in.
-        """
+        """Return the term `name` with its options; `UserError` for an unknown term or a wrong option of a plug-in."""
         if name not in self.plugins:
             term = find_class(name, TERMS, Term, "objective term")
             return getattr(self, name, None) or term()
@@ -267,11 +239,7 @@ def make_objective(config: ObjectiveConfig, loss: LossConfig | None = None, mesh
 
 
 def read_objective(values: Mapping[str, Any]) -> Objective:
-    """Make the objective of a config's group `objective` as a dict; missing keys take their defaults.
-
-    Raises:
-      UserError: wrong keys or values.
-    """
+    """Make the objective of a config's group `objective` as a dict; `UserError` names wrong keys and values."""
     faults: list[str] = []
     config = fields.read_group(ObjectiveConfig, with_terms(values), "objective", faults)
     if faults:

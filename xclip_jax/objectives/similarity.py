@@ -63,14 +63,10 @@ class Similarity(abc.ABC):
 
     @abc.abstractmethod
     def scores(self, img: np.ndarray, txt: np.ndarray) -> dict[str, np.ndarray]:
-        """Score every image against every text or class; higher is nearer.
+        """Score every image against every text or class, {score: (n, m)}; higher is nearer.
 
-        Args:
-          img: outputs of the heads (n, d) for images, without `rows`, which may be too large for a whole set.
-          txt: rows (m, d) of texts or classes.
-
-        Returns:
-          {score: (n, m)}; tables show the first. A single score is called "".
+        `img` are outputs of the heads (n, d), without `rows`, which may be too large for a whole set; `txt` are rows
+        (m, d). Tables show the first score; a single one is called "".
         """
 
     def embedding(self, output: np.ndarray) -> np.ndarray:
@@ -97,11 +93,7 @@ class CosineSimilarity(Similarity):
 
 @dataclasses.dataclass(frozen=True)
 class ClusterSimilarity(Similarity):
-    """Likeness of distributions over clusters p = softmax(s / tau) [ours]; a class is the mean over its prompts.
-
-    Attributes:
-      tau: temperature.
-    """
+    """Likeness of distributions over clusters p = softmax(s / tau) [ours]; a class is the mean over its prompts."""
 
     name: ClassVar[str] = "clusters"
     reads: ClassVar[str] = "s"
@@ -112,15 +104,12 @@ class ClusterSimilarity(Similarity):
     tau: float = 1.0
 
     def rows(self, output: np.ndarray) -> np.ndarray:
-        """Distributions of cluster logits."""
         return softmax(output, self.tau)
 
     def scores(self, img: np.ndarray, txt: np.ndarray) -> dict[str, np.ndarray]:
         """Compare cluster logits of images (n, k) with distributions of texts (m, k).
 
-        Returns:
-          Two fp32 arrays (n, m): "cosine" of p and q, and "cross_entropy", the negative symmetric cross-entropy
-          1/2 sum_k (p log q + q log p) in nats.
+        "cosine" is of p and q, "cross_entropy" the negative symmetric 1/2 sum_k (p log q + q log p) in nats.
         """
         (n, k), m = img.shape, len(txt)
         scores = {key: np.empty((n, m), np.float32) for key in ("cosine", "cross_entropy")}
@@ -137,11 +126,7 @@ class ClusterSimilarity(Similarity):
 
 
 def features(similarities: Sequence[Similarity]) -> tuple[str, ...]:
-    """Return the features of `Encoder` that the similarities read.
-
-    Raises:
-      UserError: there are no similarities.
-    """
+    """Return the features of `Encoder` that the similarities read; `UserError` if there are none."""
     if not similarities:
         raise UserError(
             "the model does not compare images with texts: no term of its objective has a similarity; evaluate "

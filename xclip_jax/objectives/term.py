@@ -29,6 +29,7 @@ from xclip_jax.models.two_towers import ModelConfig
 from xclip_jax.objectives.similarity import Similarity
 
 Array = jax.Array
+Arrays = Mapping[str, Array]
 Result = tuple[Array, dict[str, Array], dict[str, Array]]
 _FIELDS = {"img": "image", "txt": "text"}
 
@@ -94,12 +95,9 @@ class Term(abc.ABC):
         return {}
 
     def draw(self, random_key: Array, inputs: dict[str, Any], size: int) -> dict[str, Any]:
-        """Add the term's random inputs to the inputs of a step; called for batches with images.
+        """Add the term's random inputs, with one row a sample, to the inputs of a step with images of `size` pixels.
 
-        Args:
-          random_key: key of the step; fold in a number above 15 that no other term uses.
-          inputs: the batch, and the random numbers of its augmentation: arrays with one row a sample.
-          size: side of an image, pixels.
+        Fold a number above 15 that no other term uses into `random_key`, the key of the step.
         """
         return inputs
 
@@ -108,13 +106,7 @@ class Term(abc.ABC):
         return self
 
     @abc.abstractmethod
-    def __call__(
-        self,
-        out: Mapping[str, Array],
-        teacher: Mapping[str, Array] | None,
-        state: Mapping[str, Array],
-        batch: Mapping[str, Any],
-    ) -> Result:
+    def __call__(self, out: Arrays, teacher: Arrays | None, state: Arrays, batch: Mapping[str, Any]) -> Result:
         """Compute the loss of one global batch; pure.
 
         Args:
@@ -145,34 +137,20 @@ class Term(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class Level:
-    """A horizontal line of a chart.
-
-    Attributes:
-      label: text at the line.
-      value: a constant, or the name of a metric without the term's prefix, whose last value is drawn.
-      alarm: whether values below the line are a failure.
-    """
+    """A horizontal line of a chart."""
 
     label: str
-    value: float | str
-    alarm: bool = False
+    value: float | str  # a constant, or the name of a metric without the term's prefix, whose last value is drawn
+    alarm: bool = False  # whether values below the line are a failure
 
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """A chart of a term's metrics over steps.
-
-    Attributes:
-      title: title of the chart.
-      lines: (metric without the term's prefix, label) of each line.
-      unit: unit of the vertical axis; "%" draws shares, and their levels, as percentages.
-      levels: horizontal lines to compare with.
-      note: a sentence below the chart.
-    """
+    """A chart of a term's metrics over steps, with horizontal lines to compare with and a sentence below."""
 
     title: str
-    lines: tuple[tuple[str, str], ...]
-    unit: str = ""
+    lines: tuple[tuple[str, str], ...]  # (metric without the term's prefix, label) of each
+    unit: str = ""  # "%" draws shares, and their levels, as percentages
     levels: tuple[Level, ...] = ()
     note: str = ""
 
@@ -187,7 +165,7 @@ class Check:
       threshold: the check fails if `value` is below it.
       meaning: a sentence on what fails, for reports.
       remedy: the warning: what is wrong, and which config keys to change.
-      measured: a sentence with the value and the threshold, for reports.
+      measured: a sentence with the value and the threshold, for reports; "" for the usual one.
       above: whether the check fails above the threshold instead.
       applies: whether all other conditions of the failure hold.
     """
@@ -205,6 +183,12 @@ class Check:
     def failed(self) -> bool:
         """Whether the failure is present; False for NaN."""
         return self.applies and (self.value > self.threshold if self.above else self.value < self.threshold)
+
+    @property
+    def measurement(self) -> str:
+        """A sentence with the value and the threshold."""
+        side = "above" if self.above else "below"
+        return self.measured or f"The value is {self.value:.3g}; the alarm is {side} {self.threshold:.3g}."
 
     @property
     def warning(self) -> str:
@@ -255,7 +239,7 @@ class Report(Generic[T]):
         return [check.warning for check in self.health(metrics).checks if check.failed]
 
     def recipe(self, model: ModelConfig) -> dict[str, Any]:
-        """{full config key: value} that a model card lists, in addition to the term's weight and options."""
+        """{full config key: value} that a model card lists beside the term's weight and options."""
         return {}
 
     def describe(self, model: ModelConfig) -> str:

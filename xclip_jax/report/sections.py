@@ -348,7 +348,7 @@ def _light(check: Check, warnings: Warnings) -> dict[str, Any]:
     state, label = ("", "healthy") if warnings.steps else ("early", "too early")
     if warning:
         state, label = "alarm", "alarm"
-    text = warning.partition(": ")[2] if warning else f"{check.meaning} {check.measured}"
+    text = warning.partition(": ")[2] if warning else f"{check.meaning} {check.measurement}"
     return {"check": check, "state": state, "label": label, "text": text, "history": history}
 
 
