@@ -57,18 +57,14 @@ class Sums(NamedTuple):
 
 
 class Form(NamedTuple):
-    """A loss of all pairs.
+    """A loss of all pairs."""
 
-    Attributes:
-      totals: for rows and for columns, (sums before a block, highest logit after it, logits, matching) -> total.
-      end: (sums of rows, sums of columns, logits of matching pairs) -> loss, its derivative by the matching pair's
-        logit, and log-sum-exp of row and column relative to that logit, each a number a pair.
-      derivative: (logits, matching pair's logit and relative log-sum-exp of rows, of columns) -> derivative by the
-        logits of pairs that do not match.
-    """
-
+    # For rows and for columns, (sums before a block, highest logit after it, logits, matching) -> total.
     totals: tuple[Callable[[Sums, Array, Array, Array], Array], Callable[[Sums, Array, Array, Array], Array]]
+    # (sums of rows, sums of columns, logits of matching pairs) -> loss, its derivative by the matching pair's logit,
+    # and log-sum-exp of row and column relative to that logit, each a number a pair.
     end: Callable[[Sums, Sums, Array], tuple[Array, Array, Array, Array]]
+    # (logits, matching pair's logit and relative log-sum-exp of rows, of columns) -> derivative by other pairs' logits.
     derivative: Callable[[Array, Pair, Pair], Array]
 
 

@@ -138,7 +138,7 @@ def attend(query: Array, key: Array, value: Array, *, causal: bool = False, at: 
     With `at` (b,) there is one query for each sequence, of the token at this position: n is 1.
 
     With heads before tokens both products are plain batched matrix products: a third faster on a CPU than
-    `jax.nn.dot_product_attention`, whose layout suits kernels for long sequences; ours are 50 to 577 tokens.
+    `jax.nn.dot_product_attention`, whose layout suits kernels for long sequences.
     """
     scale = query.shape[-1] ** -0.5
     logits = jnp.einsum("bhnd,bhmd->bhnm", query * scale, key, preferred_element_type=jnp.float32)
@@ -173,9 +173,8 @@ class HeadProjections(nn.Module):
         contract = (((2,), (0,)), ((), ()))
         if self.fused:
             x, kernel = promote_dtype(x, kernel, dtype=self.dtype)
-            return dot_general(x, attention_kernel.group_heads(kernel), contract), attention_kernel.group_heads(bias)[
-                None
-            ]
+            product = dot_general(x, attention_kernel.group_heads(kernel), contract)
+            return product, attention_kernel.group_heads(bias)[None]
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
         tokens = [x if at is None or i else token_at(x, at) for i in range(self.count)]
         maps = [dot_general(tokens[i], kernel[:, i], contract) + bias[i] for i in range(self.count)]

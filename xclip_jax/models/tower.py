@@ -1,16 +1,7 @@
 """Base classes of towers: a frozen dataclass of config keys that makes the module and describes it.
 
-To add one from another package:
-
-    @dataclasses.dataclass(frozen=True)
-    class ConvNet(ImageTower):
-        width: int = key(256, "channels", at_least(1))
-        image_size: int = key(64, "side of the square image, pixels", at_least(1))
-
-        def module(self, dtype):
-            return ConvNetModule(self.width, dtype)  # (b, h, w, 3) -> (b, width)
-
-and name it in the config: `model.plugins = {"img": {"type": "my_lab.towers:ConvNet", "width": 512}}`.
+A config names one of another package: `model.plugins = {"img": {"type": "my_lab.towers:ConvNet", "width": 512}}`.
+docs/extend.md has an example.
 """
 
 import abc

@@ -45,9 +45,7 @@ class TransformerConfig(Tower):
     act: str = key("gelu", "activation of the MLP", choice(ACTIVATIONS))
     eps: float = key(1e-5, "added to the variance in LayerNorm", above(0))
     scan: bool = key(True, "one compiled block for all of them, with stacked parameters")
-    remat: str = key(
-        "none", "what the backward pass recomputes instead of keeping it in memory", choice(REMAT_POLICIES)
-    )
+    remat: str = key("none", "what the backward pass recomputes and does not keep in memory", choice(REMAT_POLICIES))
 
     def conflicts(self) -> Iterator[str]:
         """Yield values that contradict each other."""
@@ -63,10 +61,9 @@ class TransformerConfig(Tower):
 
     def fuses(self, tokens: int, dtype: DTypeLike) -> bool:
         """Whether `kernels.attention` computes attention over `tokens` tokens."""
+        parts = shards_of("heads")
         on_chip = platform() == "tpu" and jnp.dtype(dtype) == jnp.bfloat16
-        return on_chip and attention_kernel.fits(
-            tokens, self.heads // shards_of("heads"), self.width // shards_of("heads")
-        )
+        return on_chip and attention_kernel.fits(tokens, self.heads // parts, self.width // parts)
 
     def block_flops(self, tokens: float, *, one: bool = False) -> float:
         """FLOPs of a sequence in all blocks: four projections, two products of attention, and the MLP.
@@ -233,11 +230,9 @@ class TextTowerConfig(TransformerConfig, TextTower):
     pool: str = key("eot", "first end-of-text token, or the last token, padding included", choice(TEXT_POOLS))
 
     def module(self, vocab: int, eot_id: int, dtype: DTypeLike) -> nn.Module:
-        """Make the `TextTransformer`."""
         return TextTransformer(self, vocab, eot_id, dtype)
 
     def flops(self, train: bool) -> float:
-        """FLOPs of the blocks on a whole context."""
         return self.block_flops(self.context_length, one=True)
 
     @property
@@ -246,7 +241,6 @@ class TextTowerConfig(TransformerConfig, TextTower):
         return self.causal and self.pool == "eot"
 
     def cut_flops(self, tokens: int) -> float:
-        """FLOPs of the blocks on `tokens` tokens."""
         return self.block_flops(tokens, one=True)
 
     def convert(self, params: Params) -> tuple[Params, list[str]]:
@@ -269,9 +263,8 @@ class TextTowerConfig(TransformerConfig, TextTower):
 class TextTransformer(nn.Module):
     """int32 tokens (b, n) -> h_txt (b, d), the final state at the first `eot_id` of each row.
 
-    CLIP's attention is causal, so padding after the end-of-text token cannot reach the feature. OpenAI's first release
-    took the argmax of the ids as the end, which is right only for its own vocabulary. SigLIP's attention is not causal
-    and its feature is the state of the last token: texts are padded to one length, and padding is a part of them.
+    CLIP's attention is causal, so padding after the end-of-text token cannot reach the feature. SigLIP's is not, and
+    its feature is the state of the last token: texts are padded to one length, and padding is a part of them.
     """
 
     config: TextTowerConfig

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, overload
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -13,7 +13,7 @@ from xclip_jax.core.errors import UserError, check_choice
 from xclip_jax.core.fields import Check, above, at_least, choice, key, read_plugin
 from xclip_jax.models.heads import ClusterHeadConfig, Head, Heads, Scalar
 from xclip_jax.models.layers import named
-from xclip_jax.models.tower import ImageTower, TextTower, Tower
+from xclip_jax.models.tower import ImageTower, TextTower
 from xclip_jax.models.transformer import TextTowerConfig
 from xclip_jax.models.vit import ImageTowerConfig
 from xclip_jax.parallel.sharding import constrain
@@ -69,21 +69,8 @@ class ModelConfig:
         Check("groups 'img' and 'txt'", lambda plugins: set(plugins) <= set(TOWERS)),
     )
 
-    @overload
-    def tower(self, name: Literal["img"]) -> ImageTower: ...
-
-    @overload
-    def tower(self, name: Literal["txt"]) -> TextTower: ...
-
-    @overload
-    def tower(self, name: str) -> Tower: ...
-
-    def tower(self, name: str) -> Tower:
-        """Return the options of the tower "img" or "txt".
-
-        Raises:
-          UserError: a wrong type or option of a plug-in.
-        """
+    def tower(self, name: str) -> Any:
+        """Return the options of the tower "img" or "txt"; `UserError` for a wrong type or option of a plug-in."""
         if name not in self.plugins:
             return self.img if name == "img" else self.txt
         path, values = f"model.plugins.{name}", self.plugins[name]
@@ -110,24 +97,15 @@ class ModelConfig:
 
 
 class TwoTowers(nn.Module):
-    """Image and text towers with their heads, or one of the towers.
-
-    Attributes:
-      img, txt: the towers.
-      vocab: tokens of the tokenizer.
-      eot_id: its end-of-text token.
-      heads: {name: `Head` or `Scalar`}; a head's parameters have its name. The objective chooses them.
-      towers: names of the towers that the model has.
-      dtype: computation dtype of the towers; parameters, norms, softmax and logits stay fp32.
-    """
+    """Image and text towers with their heads, which the objective chooses, or one of the towers."""
 
     img: ImageTower
     txt: TextTower
-    vocab: int
-    eot_id: int
+    vocab: int  # tokens of the tokenizer
+    eot_id: int  # its end-of-text token
     heads: Heads = dataclasses.field(default_factory=dict)
-    towers: tuple[str, ...] = TOWERS
-    dtype: DTypeLike = jnp.float32
+    towers: tuple[str, ...] = TOWERS  # towers that the model has
+    dtype: DTypeLike = jnp.float32  # parameters, norms, softmax and logits stay fp32
 
     @property
     def outputs(self) -> tuple[str, ...]:

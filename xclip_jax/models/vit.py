@@ -118,17 +118,11 @@ class ImageTowerConfig(TransformerConfig, ImageTower):
         if self.image_size % self.patch and (self.pool != "map" or not self.grid):
             yield f"image_size {self.image_size} must be a multiple of patch {self.patch}"
         if self.stem == "hmlp" and (self.patch % 4 or self.width % 4):
-            yield (
-                f"stem 'hmlp' needs multiples of 4, and patch is {self.patch}, width {self.width}; change them, or set "
-                "stem to 'linear'"
-            )
+            yield f"stem 'hmlp' needs multiples of 4, and patch is {self.patch}, width {self.width}"
         if self.stem == "hmlp" and self.patch_bias:
             yield "patch_bias is an option of stem 'linear'; stem 'hmlp' has none"
         if self.drop_path and self.depth == 1:
-            yield (
-                f"drop_path {self.drop_path} leaves nothing out at depth 1, as it rises from 0 in the first block; set "
-                "drop_path to 0, or depth to 2 or more"
-            )
+            yield f"drop_path {self.drop_path} rises from 0 in the first block, and needs a depth of 2 or more"
         yield from super().conflicts()
 
     @property
@@ -137,7 +131,6 @@ class ImageTowerConfig(TransformerConfig, ImageTower):
         return self.image_size // self.patch
 
     def module(self, dtype: DTypeLike) -> nn.Module:
-        """Make the `VisionTransformer`."""
         return VisionTransformer(self, dtype)
 
     def kept(self, patches: int) -> int:
@@ -184,13 +177,11 @@ class ImageTowerConfig(TransformerConfig, ImageTower):
         return {**params, "positions": table}, [*notes, note]
 
     def patch_features(self, params: Params, image: Array, dtype: DTypeLike) -> Array:
-        """Return features of patches before pooling, see `VisionTransformer.pooled`."""
-        features: Any = VisionTransformer(self, dtype, pooled=False).apply({"params": params}, image)
-        return features
+        tower: Any = VisionTransformer(self, dtype, pooled=False)
+        return tower.apply({"params": params}, image)
 
     @property
     def attention(self) -> str:
-        """Description of the maps of `attention_maps`."""
         return _ATTENTION_MEANINGS[self.pool]
 
     def attention_maps(self, params: Params, image: Array, dtype: DTypeLike) -> Array:
@@ -199,7 +190,7 @@ class ImageTowerConfig(TransformerConfig, ImageTower):
         _, captured = tower.module(dtype).apply(
             {"params": tower.convert(params)[0]},
             image,
-            capture_intermediates=_is_captured,
+            capture_intermediates=lambda module, _: module.name in ("qkv", "query", "kv"),
             mutable=["intermediates"],
         )
         weights = _attention_map(captured["intermediates"], self.depth - 1, self.pool)
@@ -218,12 +209,8 @@ class VisionTransformer(nn.Module):
     patches in any part of the batch; without it all patches are kept. `paths` (b, depth, 2) is the noise of
     `drop_path`, see `Transformer`.
 
-    Attributes:
-      config: stem "linear" is CLIP's one map of a patch's pixels, "hmlp" a `HierarchicalStem`; only pool "cls" adds a
-        token; CLIP has `pre_norm`.
-      dtype: computation dtype.
-      pooled: if False, return the features of all patches (b, grid, grid, d), after the last block and `norm_post`, as
-        timm's `forward_features` does. CLIP trains `norm_post` on the class token.
+    If not `pooled`, the result is the features of all patches (b, grid, grid, d), after the last block and `norm_post`,
+    as timm's `forward_features`. CLIP trains `norm_post` on the class token.
     """
 
     config: ImageTowerConfig
@@ -232,7 +219,8 @@ class VisionTransformer(nn.Module):
 
     @nn.compact
     def __call__(self, image: Array, patches: Array | None = None, paths: Array | None = None) -> Array:
-        self._check(image)
+        if image.shape[1:] != (self.config.image_size, self.config.image_size, 3):
+            raise ValueError(f"expected images of {self.config.image_size} pixels, got shape {image.shape}")
         config, side = self.config, self.config.grid * self.config.patch
         x = image[:, :side, :side].astype(self.dtype)  # a remainder at the right and at the bottom is in no patch
         std = config.width**-0.5
@@ -241,22 +229,17 @@ class VisionTransformer(nn.Module):
         else:
             # A strided convolution is the same map; reshape and matmul is faster on CPUs and no slower on TPUs.
             x = _join(x, config.patch)
-            std_in = x.shape[-1] ** -0.5
-            x = dense(
-                config.width,
-                ("patch", "embed"),
-                std=std_in,
-                dtype=self.dtype,
-                use_bias=config.patch_bias,
-                name="patches",
-            )(x)
+            options: dict[str, Any] = {"std": x.shape[-1] ** -0.5, "dtype": self.dtype, "use_bias": config.patch_bias}
+            x = dense(config.width, ("patch", "embed"), **options, name="patches")(x)
         x = einops.rearrange(x, "b h w d -> b (h w) d")
         first = config.pool == "cls"
         tokens = x.shape[1] + first
         positions = self.param("positions", named(nn.initializers.normal(std), None, "table"), (tokens, config.width))
         positions = positions.astype(self.dtype)
         x = x + positions[tokens - x.shape[1] :]
-        x = self._drop_patches(x, patches)
+        if patches is not None and config.patch_dropout:
+            order = jnp.argsort(patches, axis=1)[:, : config.kept(x.shape[1])]
+            x = jnp.take_along_axis(x, order[..., None], axis=1)
         if first:
             cls = self.param("cls", named(nn.initializers.normal(std), "table"), (config.width,)).astype(self.dtype)
             x = jnp.concatenate([jnp.broadcast_to(cls + positions[0], (x.shape[0], 1, config.width)), x], axis=1)
@@ -273,22 +256,6 @@ class VisionTransformer(nn.Module):
         if config.pool == "map":
             return AttentionPool(config, self.dtype, name="pool_map")(x)
         return x.mean(axis=1, dtype=jnp.float32).astype(self.dtype)  # one token for "cls"
-
-    def _check(self, image: Array) -> None:
-        size = self.config.image_size
-        if image.shape[1:] != (size, size, 3):
-            raise ValueError(f"expected images of {size} x {size} pixels, got shape {image.shape}")
-
-    def _drop_patches(self, x: Array, noise: Array | None) -> Array:
-        if noise is None or self.config.patch_dropout == 0:
-            return x
-        order = jnp.argsort(noise, axis=1)[:, : self.config.kept(x.shape[1])]
-        return jnp.take_along_axis(x, order[..., None], axis=1)
-
-
-def _is_captured(module: nn.Module, _: str) -> bool:
-    """Whether `_attention_map` needs the output of a module: a filter for flax's `capture_intermediates`."""
-    return module.name in ("qkv", "query", "kv")
 
 
 def _attention_weights(query: Array, key: Array) -> Array:

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from xclip_jax.core.fields import fraction_below_one, key
 from xclip_jax.losses import contrastive, ring
-from xclip_jax.models.heads import Head, Heads, Normalization, Projection, Scalar
+from xclip_jax.models.heads import Head, Heads, Projection, Scalar
 from xclip_jax.models.two_towers import ModelConfig
 from xclip_jax.objectives.similarity import CosineSimilarity
 from xclip_jax.objectives.term import Arrays, Check, Curve, Health, Level, LossConfig, Report, Result, Term
@@ -43,7 +43,7 @@ class Contrastive(Term):
             for tower, width in model.widths.items()
         }
         if not model.project_img:  # the features themselves are the embeddings
-            heads["proj_img"] = Head(Normalization(), "img", "z_img")
+            heads["proj_img"] = Head(Projection(0, dtype), "img", "z_img")
         heads["log_scale"] = Scalar("scale", math.log(model.scale_init), jax.numpy.exp)
         if "bias" in self.outputs:
             heads["bias"] = Scalar("bias", model.bias_init)
@@ -96,11 +96,17 @@ class Contrastive(Term):
 class ContrastiveReport(Report[Contrastive]):
     """Report of a contrastive term: the loss compared with a blind guess, accuracy, and logit scale."""
 
+    def progress(self, metrics: Mapping[str, float]) -> str:
+        """Return the loss, and CLIP's loss of a blind guess."""
+        blind = f" (ln b {metrics['ln_b']:.2f})" if self.term.form == "softmax" and "ln_b" in metrics else ""
+        return super().progress(metrics) + blind
+
     def curves(self) -> tuple[Curve, ...]:
         """Loss, accuracy within the batch, logit scale."""
         accuracy = (("acc_img", "image to text"), ("acc_txt", "text to image"))
+        note = "ln b, with b the batch size, is the loss of CLIP for a guess that does not depend on the inputs."
         return (
-            Curve(f"{self.term.title} loss", (("loss", "contrastive"),), "nats"),
+            Curve(f"{self.term.title} loss", (("loss", "contrastive"),), "nats", (Level("ln b", "ln_b"),), note),
             Curve("Accuracy within the batch", accuracy, "%", note="Share whose best match is their own partner."),
             Curve("Logit scale", (("scale", "scale"),)),
         )
@@ -135,25 +141,6 @@ class Clip(Contrastive):
     max_scale: ClassVar[float] = 100.0  # arXiv 2103.00020, section 2.5
 
     label_smoothing: float = key(0.0, "share of the target that is spread over the batch", fraction_below_one())
-
-    @property
-    def report(self) -> Report:
-        return ClipReport(self)
-
-
-@dataclasses.dataclass(frozen=True)
-class ClipReport(ContrastiveReport):
-    """Report of CLIP: ln b is the loss of a guess that does not depend on the inputs."""
-
-    def progress(self, metrics: Mapping[str, float]) -> str:
-        """Return the loss and ln b."""
-        return f"{metrics['loss']:.3f} (ln b {metrics['ln_b']:.2f})" if "loss" in metrics else ""
-
-    def curves(self) -> tuple[Curve, ...]:
-        """The curves of a contrastive loss, with ln b as a level of the loss."""
-        loss, *others = super().curves()
-        note = "ln b, with b the batch size, is the loss of a guess that does not depend on the inputs."
-        return (dataclasses.replace(loss, levels=(Level("ln b", "ln_b"),), note=note), *others)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,16 +1,7 @@
 """How a model compares images with texts, by the outputs of one pair of its heads, in NumPy.
 
 A term of an objective may have a `Similarity`, which zero-shot classification, retrieval, reports and `xclip_jax.Model`
-use. To add one from another package:
-
-    class Euclidean(Similarity):
-        name = "euclidean"
-        reads = "point"  # heads that write point_img (b, d) and point_txt (b, d)
-
-        def scores(self, img, txt):
-            return {"": -np.linalg.norm(img[:, None] - txt, axis=2)}
-
-and return it from the property `similarity` of its term.
+use. docs/extend.md has an example of another package.
 """
 
 import abc

@@ -1,18 +1,7 @@
 """A term of an objective: one loss with its options, heads, state, costs and report in one class.
 
-A term is a frozen dataclass whose fields are config keys, its group of the config. To add one from another package:
-
-    @dataclasses.dataclass(frozen=True)
-    class SuperClip(Term):
-        title: ClassVar[str] = "SuperCLIP"
-        smoothing: float = key(0.0, "label smoothing", fraction_below_one())
-
-        def heads(self, model, vocab):
-            return {"tokens": Head(nn.Dense(vocab), reads="img", writes="tokens")}
-
-        def __call__(self, out, teacher, state, batch):
-            loss = ...  # of out["tokens"] (b, vocab) and batch["text"] (b, n)
-            return loss, {"loss": loss}, {}
+A term is a frozen dataclass whose fields are config keys, its group of the config. docs/extend.md has examples of
+another package.
 """
 
 import abc

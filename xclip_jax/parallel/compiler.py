@@ -37,10 +37,8 @@ _FLAGS = {"tpu": "LIBTPU_INIT_ARGS", "gpu": "XLA_FLAGS"}
 
 def _all_options(devices: Sequence[jax.Device]) -> Options:
     platform, kind = devices[0].platform, devices[0].device_kind
-    if platform == "gpu" and len(devices) > 1:
-        return _GPUS
     if platform != "tpu":
-        return {}
+        return _GPUS if platform == "gpu" and len(devices) > 1 else {}
     # A core has 16 MiB of vector memory up to v4, which products fused with sums exceed, and 64 MiB or more since v5.
     return _TPU if kind.startswith(("TPU v2", "TPU v3", "TPU v4")) else {**_TPU, **_TPU_OVERLAP}
 

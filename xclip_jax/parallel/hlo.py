@@ -197,21 +197,13 @@ BETWEEN_SLICES = " between slices"
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One collective operation of a program.
+    """One collective operation of a program."""
 
-    Attributes:
-      kind: one of `KINDS`, with the suffix `BETWEEN_SLICES` between slices.
-      shapes: arrays that one device's group holds afterwards or reduces, such as "f32[16,8]".
-      bytes: payload of one execution: the array that a group gathers, reduces or passes on, counted once.
-      group: number of devices, or slices, in a group.
-      count: executions in a run of the program, loops included.
-    """
-
-    kind: str
-    shapes: tuple[str, ...]
-    bytes: float
-    group: int
-    count: int
+    kind: str  # one of `KINDS`, with the suffix `BETWEEN_SLICES` between slices
+    shapes: tuple[str, ...]  # arrays that one device's group holds afterwards or reduces, such as "f32[16,8]"
+    bytes: float  # payload of one execution: the array that a group gathers, reduces or passes on, counted once
+    group: int  # number of devices, or slices, in a group
+    count: int  # executions in a run of the program, loops included
 
     @property
     def total(self) -> float:

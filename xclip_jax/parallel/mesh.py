@@ -18,17 +18,11 @@ def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None)
     """Make the mesh with `sizes` of `AXES`; at most one size is -1, the rest.
 
     If the devices belong to several TPU slices, the data axis runs over the slices.
-
-    Raises:
-      UserError: the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     shape = [sizes[axis] for axis in AXES]
-    known = math.prod(n for n in shape if n != -1)
-    if shape.count(-1) > 1 or any(n < 1 and n != -1 for n in shape):
-        raise UserError(f"mesh {dict(sizes)}: sizes are positive, and at most one of them is -1 (the rest).")
-    if -1 in shape:
-        shape[shape.index(-1)] = len(devices) // known
+    rest = len(devices) // math.prod(n for n in shape if n != -1)
+    shape = [rest if n == -1 else n for n in shape]
     if math.prod(shape) != len(devices):
         raise UserError(
             f"mesh {dict(sizes)} does not fit {len(devices)} devices: the sizes of {', '.join(AXES)} must multiply to "
@@ -95,15 +89,12 @@ def _snake(*axes: list[Any]) -> list[tuple[Any, ...]]:
 class BatchPart(NamedTuple):
     """The part of the global batch that a process loads: the rows that its devices hold.
 
-    Attributes:
-      number, count: number of this part, from 0, and of all parts, which are equally large.
-      shards: ascending numbers of the process's shards; the batch has count * len(shards) shards, one for each device
-        along the batch axes. On TPU pods they need not be neighbours.
+    The batch has count * len(shards) shards, one for each device along the batch axes.
     """
 
-    number: int
-    count: int
-    shards: tuple[int, ...]
+    number: int  # from 0
+    count: int  # number of parts, which are equally large
+    shards: tuple[int, ...]  # ascending; on TPU pods they need not be neighbours
 
 
 def batch_parts(mesh: Mesh) -> dict[int, BatchPart]:

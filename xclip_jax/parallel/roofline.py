@@ -32,18 +32,12 @@ _KERNEL = 'custom_call_target="tpu_custom_call"'
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """Milliseconds of a step.
+    """Milliseconds of a step."""
 
-    Attributes:
-      ms: all operations, one after the other.
-      exposed_ms, hidden_ms: collectives while nothing else runs, and while other operations run.
-      step_ms: operations and exposed collectives.
-    """
-
-    ms: float
-    exposed_ms: float
-    hidden_ms: float
-    step_ms: float
+    ms: float  # all operations, one after the other
+    exposed_ms: float  # collectives while nothing else runs
+    hidden_ms: float  # collectives while other operations run
+    step_ms: float  # operations and exposed collectives
 
 
 def roofline(text: str, topology: str, devices: int) -> Roofline:

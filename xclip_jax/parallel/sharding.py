@@ -47,7 +47,6 @@ STRATEGIES = tuple(RULES)
 # zero1 does not split smaller moments: their bytes are negligible, and each split array needs a collective.
 ZERO1_ELEMENTS = 1 << 14
 
-
 Axes = tuple[str | None, ...]
 _SIZE = Check("a positive number, or -1 for the rest of the devices", lambda value: value == -1 or value >= 1)
 
@@ -64,19 +63,12 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshLayout:
-    """A mesh and how arrays are split over it.
-
-    Attributes:
-      mesh: the devices.
-      strategy: one of `STRATEGIES`.
-      clusters_split: whether clusters are split over all devices, and rows of their logits are not split.
-      manual: mesh axes over which `map_microbatches` has already split its rows.
-    """
+    """A mesh and how arrays are split over it."""
 
     mesh: Mesh
-    strategy: str
-    clusters_split: bool = False
-    manual: tuple[str, ...] = ()
+    strategy: str  # one of `STRATEGIES`
+    clusters_split: bool = False  # whether clusters are split over all devices, and rows of their logits are not
+    manual: tuple[str, ...] = ()  # mesh axes over which `map_microbatches` has already split its rows
 
     @property
     def rules(self) -> Rules:
@@ -87,13 +79,8 @@ class MeshLayout:
 def make_layout(boxed: Any, mesh: Mesh, strategy: str, batch: int) -> MeshLayout:
     """Return the layout of a model, with its clusters split over all devices if that sends no more.
 
-    If split, batch x hidden numbers travel twice, else hidden x clusters numbers, divided by the axis "model".
-
-    Args:
-      boxed: a tree of logically named abstract arrays.
-      mesh: the devices.
-      strategy: one of `STRATEGIES`.
-      batch: rows of the global batch.
+    If split, batch x hidden numbers travel twice, else hidden x clusters numbers, divided by the axis "model". `boxed`
+    is a tree of logically named abstract arrays, and `batch` the rows of the global batch.
     """
     arrays = zip(jax.tree.leaves(nn.unbox(boxed)), _leaf_specs(boxed), strict=True)
     axes = [axis for x, names in arrays for axis in zip(names, x.shape, strict=False)]
@@ -243,8 +230,7 @@ def _join(x: jax.Array) -> jax.Array:
 def shardings(boxed: Any, layout: MeshLayout) -> Any:
     """Return NamedShardings of a tree of logically named (boxed) abstract arrays, in the tree's unboxed structure.
 
-    Raises:
-      UserError: a mesh axis that cannot divide its dimension.
+    `UserError` names a mesh axis that cannot divide its dimension.
     """
     mesh, specs = layout.mesh, nn.get_partition_spec(boxed)
     names = {axis for spec in _leaf_specs(boxed) for axis in spec if axis}

@@ -20,33 +20,19 @@ class Chip:
 
     Source: docs.cloud.google.com/tpu/docs, the page of each version. The clock follows from the peak and the
     multiplications that the matrix units start in a cycle.
-
-    Attributes:
-      memory: bytes.
-      peak: bf16 FLOP/s.
-      bandwidth: memory bandwidth, bytes/s.
-      clock: cycles/s.
-      kernels: share of the peak that our attention kernel reaches by the compiler's schedule (`benchmarks.kernel`).
-      link: bytes/s of a link between chips, in one direction.
-      network: bytes/s between slices, over the network of the data center; v4 has no published figure and takes v5p's.
-      wraps: length from which an axis of the grid is a ring, or 0 if all axes are rings when all are multiples of 4.
-      smallest: smallest topology.
-      cores: number of cores of a device, which share its work.
-      devices: number of JAX devices of a chip.
-      options: options of its topology.
     """
 
-    memory: float
-    peak: float
-    bandwidth: float
-    clock: float
-    kernels: float
-    link: float
-    network: float
-    wraps: int
-    smallest: str
-    cores: int = 1
-    devices: int = 1
+    memory: float  # bytes
+    peak: float  # bf16 FLOP/s
+    bandwidth: float  # memory bandwidth, bytes/s
+    clock: float  # cycles/s
+    kernels: float  # share of the peak that the attention kernel reaches by its schedule, `benchmarks.kernel`
+    link: float  # bytes/s of a link between chips, in one direction
+    network: float  # bytes/s between slices; v4 has no published figure and takes v5p's
+    wraps: int  # length from which an axis of the grid is a ring, 0 if all are when all are multiples of 4
+    smallest: str  # smallest topology
+    cores: int = 1  # cores of a device, which share its work
+    devices: int = 1  # JAX devices of a chip
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def ici(self, grid: tuple[int, ...]) -> float:
@@ -67,11 +53,7 @@ CHIPS = {
 
 
 def grid_of(topology: str) -> tuple[str, tuple[int, ...]]:
-    """Return chip and grid of a topology such as "v5e:4x8".
-
-    Raises:
-      UserError: a topology of another form, or an unknown chip.
-    """
+    """Return chip and grid of a topology such as "v5e:4x8"; `UserError` for another form or an unknown chip."""
     chip, _, grid = topology.partition(":")
     if not re.fullmatch(r"\d+(x\d+)+", grid):
         raise UserError(f"--topology is {topology!r}; write CHIP:GRID, such as v5e:4x8 for 32 chips of v5e.")
