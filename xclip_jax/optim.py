@@ -45,9 +45,7 @@ class OptimConfig:
     mu_dtype: str = key("float32", "dtype of the first moment; the second is float32", choice(("float32", "bfloat16")))
     microbatches: int = key(1, "parts of the batch that are encoded one after another; exact", at_least(1))
     max_skipped_steps: int = key(
-        10,
-        "consecutive steps with non-finite values that may be skipped before the run stops",
-        at_least(0),
+        10, "consecutive steps with non-finite values that may be skipped before the run stops", at_least(0)
     )
     max_grad_norm_ratio: float = key(
         0.0, "skip steps whose gradient norm is above this multiple of its running mean; 0 for none", _RATIO
@@ -121,14 +119,6 @@ def layer_scales(params: dict[str, Any], decay: float, towers: Mapping[str, Towe
     return jax.tree_util.tree_map_with_path(scale, params)
 
 
-def _decay_layers(decay: float, towers: Mapping[str, Tower]) -> optax.GradientTransformation:
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        del params
-        return jax.tree.map(lambda x, scale: x * scale, updates, layer_scales(updates, decay, towers)), state
-
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
-
-
 def make_optimizer(
     config: OptimConfig, steps: int, towers: Mapping[str, Tower], frozen: Collection[str] = ()
 ) -> optax.GradientTransformation:
@@ -147,7 +137,11 @@ def make_optimizer(
     )
     if config.layer_decay != 1:
         # AdamW's weight decay is a part of the update and scales with the layer's learning rate, as in PyTorch.
-        adamw = optax.chain(adamw, _decay_layers(config.layer_decay, towers))
+
+        def scaled(updates: Any, _: Any) -> Any:
+            return jax.tree.map(lambda x, scale: x * scale, updates, layer_scales(updates, config.layer_decay, towers))
+
+        adamw = optax.chain(adamw, optax.stateless(scaled))
     tx = optax.chain(optax.clip_by_global_norm(config.grad_clip_norm), adamw) if config.grad_clip_norm else adamw
     if not frozen:
         return tx

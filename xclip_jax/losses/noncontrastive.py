@@ -76,9 +76,7 @@ def nclip(
         and ln k) and "clusters" (number of clusters that are an argmax in the batch).
 
     Raises:
-        ValueError: unknown target or balance; a teacher or center that is missing, or given where it is unused; a
-            chunk that does not divide the batch, or with "sinkhorn", which normalises over the whole batch.
-        AssertionError: shapes other than the above.
+        ValueError: options that contradict each other.
     """
     teachers, centers = (teacher_img, teacher_txt), (center_img, center_txt)
     logits = {"s_img": s_img, "s_txt": s_txt, "teacher_img": teacher_img, "teacher_txt": teacher_txt}

@@ -132,10 +132,9 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """The blocks of `config`. (b, n, d) -> (b, n, d).
 
-    `config.scan` stacks the blocks' parameters and compiles one block (on a CPU it costs about 25 %); `config.remat`
-    is what the backward pass recomputes. The two are independent. On TPUs all blocks are compiled, since a loop would
-    copy activations into stacks and out of them, which takes a quarter of a step. With `at` (b,) only
-    the tokens at these positions are read, and the last of unrolled blocks computes no other: (b, 1, d).
+    `config.scan` stacks the blocks' parameters and compiles one block, which costs about 25 % on a CPU. On TPUs all
+    blocks are compiled, since a loop would copy activations into stacks and out of them, a quarter of a step. With `at`
+    (b,) only these tokens are read, and the last of unrolled blocks computes no other: (b, 1, d).
 
     With `noise` (b, depth, 2), uniform, blocks are left out of a training pass (stochastic depth, arXiv 1603.09382):
     each branch of a sample with a probability that rises from 0 in the first block to `drop_path` in the last; the

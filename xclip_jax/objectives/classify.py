@@ -92,8 +92,3 @@ class ClassifyReport(Report[Classify]):
         """Loss and accuracy on the batches."""
         unit = "squared error" if self.term.classes == 1 else "nats"
         return (Curve("Loss", (("loss", "training"),), unit), Curve("Accuracy", (("top1", "training"),), "%"))
-
-    def describe(self, model: ModelConfig) -> str:
-        """Describe the classifier."""
-        items, classes = {"img": "images", "txt": "texts"}[self.term.tower], self.term.classes
-        return f"a number for {items}" if classes == 1 else f"{items} in {classes:,} classes"

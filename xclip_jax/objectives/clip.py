@@ -128,10 +128,6 @@ class ContrastiveReport(Report[Contrastive]):
         )
         return Health("A contrastive loss can rest at that of a blind guess before it learns, or for ever.", (check,))
 
-    def describe(self, model: ModelConfig) -> str:
-        """Describe the shared embedding space."""
-        return f"embeddings of images and texts in one space of {model.embed} dimensions"
-
 
 @dataclasses.dataclass(frozen=True)
 class Clip(Contrastive):

@@ -174,10 +174,6 @@ class NclipReport(Report[Nclip]):
         """Options of the cluster heads."""
         return {f"model.cluster_head.{key}": x for key, x in dataclasses.asdict(model.cluster_head).items()}
 
-    def describe(self, model: ModelConfig) -> str:
-        """Describe the distributions over clusters."""
-        return f"distributions of images and texts over {model.cluster_head.clusters:,} clusters"
-
 
 def _both(name: str) -> tuple[tuple[str, str], ...]:
     return (f"{name}_img", "images"), (f"{name}_txt", "texts")

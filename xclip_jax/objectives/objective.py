@@ -174,10 +174,6 @@ class Objective:
             rows |= term.report.recipe(model)
         return rows
 
-    def describe(self, model: ModelConfig) -> list[str]:
-        """Return the terms' phrases on the outputs of a model, for its card."""
-        return [phrase for term in self.terms.values() if (phrase := term.report.describe(model))]
-
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:

@@ -230,7 +230,3 @@ class Report(Generic[T]):
     def recipe(self, model: ModelConfig) -> dict[str, Any]:
         """{full config key: value} that a model card lists beside the term's weight and options."""
         return {}
-
-    def describe(self, model: ModelConfig) -> str:
-        """Return a phrase for a model card on the outputs of the term's heads, or ""."""
-        return ""

@@ -81,15 +81,7 @@ def ordered(x: Tree, after: Tree) -> tuple[Tree, Tree]:
     return x, after
 
 
-def _ordered_forward(x: Tree, after: Tree) -> tuple[tuple[Tree, Tree], None]:
-    return (x, after), None
-
-
-def _ordered_backward(_: None, gradients: tuple[Tree, Tree]) -> tuple[Tree, Tree]:
-    return jax.lax.optimization_barrier(gradients)
-
-
-ordered.defvjp(_ordered_forward, _ordered_backward)
+ordered.defvjp(lambda x, after: ((x, after), None), lambda _, gradients: jax.lax.optimization_barrier(gradients))
 
 
 def ordered_after_small(x: Tree, params: Tree) -> tuple[Tree, Tree]:

@@ -82,7 +82,6 @@ def render(
         "objective": objective,
         "labelled": objective.labelled,
         "tower": config.model.tower("img").describe(),
-        "outputs": " and ".join(objective.describe(config.model)) or "features of images and texts",
         "parameters": sum(x.size for x in jax.tree.leaves(experiment.abstract.params)),
         "towers": _towers(experiment),
         "prepare": experiment.preprocessing,
