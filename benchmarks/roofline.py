@@ -3,7 +3,7 @@
     xclip-jax plan --config pretrain:objective=clip --topology v5e:4x8 --hlo step.hlo
     python -m benchmarks.roofline step.hlo v5e:4x8
 
-Times are those of `xclip_jax.parallel.roofline`, but for Pallas kernels, which take the length of their schedules here.
+Times are those of `xclip_jax.parallel.topology`, but for Pallas kernels, which take the length of their schedules here.
 "HBM" is a lower bound: bytes that operations read from and write to the chip's memory, in padded layouts, over its
 bandwidth.
 """
@@ -19,8 +19,7 @@ from benchmarks.schedule import kernel_of, schedules, source
 from xclip_jax.core.errors import exit_with_message
 from xclip_jax.parallel import hlo
 from xclip_jax.parallel.hlo import KINDS, Array, Computation, Execution, Instruction, Program
-from xclip_jax.parallel.roofline import FREE, cycles, roofline, seconds
-from xclip_jax.parallel.topology import CHIPS, grid_of
+from xclip_jax.parallel.topology import CHIPS, FREE, cycles, grid_of, roofline, seconds
 
 # The first pattern that matches an operation's name and source decides its part, in a tower and elsewhere.
 _TOWER_PARTS = (

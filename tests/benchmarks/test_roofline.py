@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks import roofline
-from tests.parallel.test_roofline import STEP
+from tests.parallel.test_topology import STEP
 from xclip_jax.parallel import hlo
 
 

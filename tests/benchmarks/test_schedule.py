@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import schedule
 from xclip_jax.kernels import attention
-from xclip_jax.parallel import hlo, roofline
+from xclip_jax.parallel import hlo, topology
 from xclip_jax.parallel.topology import CHIPS, devices_of
 
 V5E = CHIPS["v5e"]
@@ -36,4 +36,4 @@ def test_a_kernel_has_a_schedule(kernel):
 
 def test_a_plan_takes_a_share_of_the_peak_for_a_kernel(kernel):
     work = 2 * 2 * 4 * 2 * 16 * 16 * 128
-    assert roofline.roofline(kernel, V5E.smallest, 1).ms >= 1e3 * work / (V5E.kernels * V5E.peak)
+    assert topology.roofline(kernel, V5E.smallest, 1).ms >= 1e3 * work / (V5E.kernels * V5E.peak)

@@ -235,9 +235,3 @@ def test_drop_path_leaves_out_branches_and_counts_the_rest_for_more(scan):
     np.testing.assert_allclose(out[0], first[0], rtol=1e-4, atol=1e-5)
     plain = jit(module.apply)(variables, x)
     np.testing.assert_array_equal(plain, jit(Transformer(config).apply)(variables, x, jnp.asarray(noise)))
-
-
-def test_drop_path_of_a_single_block_is_refused():
-    (conflict,) = ImageTowerConfig(depth=1, drop_path=0.1).conflicts()
-    assert conflict.startswith("drop_path 0.1 ") and "depth to 2 or more" in conflict
-    assert not list(ImageTowerConfig(depth=2, drop_path=0.1).conflicts())

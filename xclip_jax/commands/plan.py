@@ -22,8 +22,7 @@ from xclip_jax.config import load as config_file
 from xclip_jax.core.console import format_bytes
 from xclip_jax.core.errors import UserError, check_writable, exit_with_message
 from xclip_jax.parallel.hlo import Collective, collectives, summary
-from xclip_jax.parallel.roofline import roofline
-from xclip_jax.parallel.topology import devices_of
+from xclip_jax.parallel.topology import devices_of, roofline
 from xclip_jax.train import flops, memory
 from xclip_jax.train.build import Experiment, build
 from xclip_jax.train.memory import bytes_on_device

@@ -29,6 +29,7 @@ from xclip_jax.parallel.sharding import constrain, map_microbatches
 
 Metrics = dict[str, jax.Array]
 Sums = Mapping[str, jax.Array]
+Centers = Mapping[str, jax.Array | None]
 
 MODALITIES = ("img", "txt")
 TARGETS = ("detach", "joint", "ema")
@@ -78,13 +79,13 @@ def nclip(
     Raises:
         ValueError: options that contradict each other.
     """
-    teachers, centers = (teacher_img, teacher_txt), (center_img, center_txt)
     logits = {"s_img": s_img, "s_txt": s_txt, "teacher_img": teacher_img, "teacher_txt": teacher_txt}
     logits = {name: value for name, value in logits.items() if value is not None}
-    _check(s_img, target, balance, list(logits.values()), teachers, centers, chunk)
+    centers = {"img": center_img, "txt": center_txt}
+    _check(logits, centers, target, balance, chunk)
     b, k = s_img.shape
     options = _Options(target, balance, tau, tau if target_tau is None else target_tau)
-    sums = _sums_of_batch(logits, dict(zip(MODALITIES, centers, strict=True)), options, chunk)
+    sums = _sums_of_batch(logits, centers, options, chunk)
     metrics = _metrics(sums, b, k)
     loss = metrics["align"] + sharpness * metrics["sharpness"] - smoothness * metrics["smoothness"]
     return loss, {"loss": loss} | metrics
@@ -131,26 +132,19 @@ def update_center(center: jax.Array, target_logits: Logits, momentum: float = 0.
     return jax.lax.stop_gradient(momentum * center.astype(jnp.float32) + (1 - momentum) * mean)
 
 
-def _check(
-    s_img: Logits,
-    target: str,
-    balance: str,
-    logits: list[Logits],
-    teachers: tuple[Logits | None, Logits | None],
-    centers: tuple[jax.Array | None, jax.Array | None],
-    chunk: int,
-) -> None:
-    """Raise the errors of `nclip`; `logits` are all that are given."""
+def _check(logits: dict[str, Logits], centers: Centers, target: str, balance: str, chunk: int) -> None:
+    """Raise the errors of `nclip`."""
+    b, k = logits["s_img"].shape
     if target not in TARGETS or balance not in BALANCES:
         raise ValueError(f"target is one of {TARGETS}, balance one of {BALANCES}; got {target!r}, {balance!r}")
-    if any((teacher is not None) != (target == "ema") for teacher in teachers):
+    if any((f"teacher_{m}" in logits) != (target == "ema") for m in MODALITIES):
         raise ValueError("target='ema' needs both teacher_img and teacher_txt, and other targets none")
-    if any((center is not None) != (balance == "center") for center in centers):
+    if any((center is not None) != (balance == "center") for center in centers.values()):
         raise ValueError("balance='center' needs both center_img and center_txt, and other balances none")
-    chex.assert_equal(len({x.shape for x in logits}), 1)
-    chex.assert_shape([x for x in centers if x is not None], s_img.shape[1:])
-    factored = all(isinstance(x, FactoredLogits) for x in logits)
-    if chunk and (s_img.shape[0] % chunk or balance == "sinkhorn" or not factored):
+    chex.assert_equal({x.shape for x in logits.values()}, {(b, k)})
+    chex.assert_shape([x for x in centers.values() if x is not None], (k,))
+    factored = all(isinstance(x, FactoredLogits) for x in logits.values())
+    if chunk and (b % chunk or balance == "sinkhorn" or not factored):
         raise ValueError(f"chunk={chunk} needs FactoredLogits, must divide the batch, and does not go with 'sinkhorn'")
 
 
@@ -175,9 +169,7 @@ class _Options:
         return jnp.exp(jax.nn.log_softmax(logits / self.target_tau))
 
 
-def _sums_of_batch(
-    logits: Mapping[str, Logits], centers: Mapping[str, jax.Array | None], options: _Options, chunk: int
-) -> Sums:
+def _sums_of_batch(logits: dict[str, Logits], centers: Centers, options: _Options, chunk: int) -> Sums:
     """`_sums` of each chunk of the batch, stacked along a leading axis (chunks,)."""
     if not chunk:
         whole = {
@@ -197,7 +189,7 @@ def _sums_of_batch(
     return map_microbatches(sums_of_chunk, (kernels, centers), rows, num_chunks, stack=True, clusters=True)
 
 
-def _sums(s: Mapping[str, jax.Array], centers: Mapping[str, jax.Array | None], options: _Options) -> Sums:
+def _sums(s: Mapping[str, jax.Array], centers: Centers, options: _Options) -> Sums:
     """Sums over rows of the batch for the loss, and for each cluster the log of its summed probability."""
     log_p, p_hat, top, sums = {}, {}, {}, {}
     for m in MODALITIES:

@@ -121,8 +121,6 @@ class ImageTowerConfig(TransformerConfig, ImageTower):
             yield f"stem 'hmlp' needs multiples of 4, and patch is {self.patch}, width {self.width}"
         if self.stem == "hmlp" and self.patch_bias:
             yield "patch_bias is an option of stem 'linear'; stem 'hmlp' has none"
-        if self.drop_path and self.depth == 1:
-            yield f"drop_path {self.drop_path} rises from 0 in the first block, and needs a depth of 2 or more"
         yield from super().conflicts()
 
     @property
