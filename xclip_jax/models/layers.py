@@ -152,11 +152,9 @@ def attend(query: Array, key: Array, value: Array, *, causal: bool = False, at: 
 class HeadProjections(nn.Module):
     """Linear maps of tokens to heads with parameters in one array. (b, n, d) -> `count` times (b, heads, n, kv).
 
-    Each map is a separate product: the gradient of slicing one product into queries, keys and values would pad each of
-    them to the full size. With `at` (b,) the first map only reads these tokens: (b, heads, 1, kv).
-
-    With `fused` the result is one product and its bias, not yet added: (b, n, count * d) and fp32 (1, count * d), in
-    the order of `kernels.attention`.
+    Each map is a separate product: the gradient of slicing one product would pad each map to the full size. With `at`
+    (b,) the first map only reads these tokens: (b, heads, 1, kv). With `fused` the result is one product and its bias,
+    not yet added: (b, n, count * d) and fp32 (1, count * d), in the order of `kernels.attention`.
     """
 
     count: int

@@ -65,13 +65,9 @@ class Tower(abc.ABC):
         return self
 
     def convert(self, params: Params) -> tuple[Params, list[str]]:
-        """Convert parameters of another tower of this type to the layout of this tower.
+        """Convert parameters of another tower of this type to this tower's layout, and say in sentences what changed.
 
-        Returns:
-          The parameters, and sentences on changes of values.
-
-        Raises:
-          UserError: parameters that cannot be converted; begins with the path of a parameter inside the tower.
+        A `UserError` on parameters that cannot be converted begins with the path of one inside the tower.
         """
         return params, []
 
@@ -98,16 +94,7 @@ class ImageTower(Tower):
         return 0
 
     def patch_features(self, params: Params, image: Array, dtype: DTypeLike) -> Array:
-        """Return features of each patch before pooling, (b, grid, grid, d), rows from the top.
-
-        Args:
-          params: parameters of the tower.
-          image: normalised pixels (b, h, w, 3).
-          dtype: computation dtype.
-
-        Raises:
-          UserError: the tower has no such features.
-        """
+        """Return features of each patch before pooling: normalised pixels (b, h, w, 3) -> (b, grid, grid, d)."""
         raise UserError(f"{type(self).__name__} has no patch features; give it `grid` and `patch_features`.")
 
     @property

@@ -133,13 +133,11 @@ class TwoTowers(nn.Module):
     def project(
         self, h_img: Array | None, h_txt: Array | None, *, train: bool = False, logits: bool = True
     ) -> dict[str, Any]:
-        """Apply the heads to features of one or both modalities, for losses and evaluators.
+        """Apply the heads to features of one or both modalities, for losses and evaluators; all outputs are fp32.
 
-        Returns:
-          {key: output} of each scalar, and of each head whose features are given: from contrastive heads z_img, z_txt
-          (b, e), L2-normalised, `scale` and `bias`; from cluster heads s_img, s_txt (b, k), or their `FactoredLogits`
-          if `logits` is false; from a classifier logits (b, classes). All fp32. With `train` BatchNorm uses the batch's
-          statistics and updates the running ones (collection "batch_stats", to be made mutable).
+        Contrastive heads give z_img, z_txt (b, e), L2-normalised, `scale` and `bias`; cluster heads s_img, s_txt
+        (b, k), or their `FactoredLogits` if `logits` is false; a classifier logits (b, classes). With `train` BatchNorm
+        uses the batch's statistics and updates the running ones (collection "batch_stats", to be made mutable).
         """
         features, options = {"img": h_img, "txt": h_txt}, {"train": train, "logits": logits}
         out = {}

@@ -1,7 +1,7 @@
 """An objective: a weighted sum of terms, and the config group that names them."""
 
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -40,7 +40,7 @@ class Objective:
     """A weighted sum of terms: maps outputs of `TwoTowers.project` to a scalar loss and metrics; pure.
 
     A term's name is the prefix of its metrics. A weight of 0 keeps the term's heads and does not train them, as a
-    control with equal parameter count. The options of the terms `plugins` are in config group `objective.plugins`.
+    control with equal parameter count.
     """
 
     name: str
@@ -49,7 +49,6 @@ class Objective:
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     mesh: Mesh | None = None
     title: str = ""
-    plugins: Collection[str] = ()
 
     @property
     def formula(self) -> str:
@@ -101,9 +100,7 @@ class Objective:
         for name, term in self.terms.items():
             for head_name, head in term.heads(model, vocab).items():
                 if heads.setdefault(head_name, head) != head:
-                    raise UserError(
-                        f"objective term {name!r} needs another head {head_name!r} than a term before it; rename it."
-                    )
+                    raise UserError(f"objective term {name!r} needs another head {head_name!r} than a term before it.")
         return heads
 
     def outputs(self, model: ModelConfig) -> frozenset[str]:
@@ -147,8 +144,8 @@ class Objective:
 
     def metrics_of(self, name: str, metrics: Mapping[str, float]) -> dict[str, float]:
         """Return the metrics of the term `name` from a step's metrics, without their prefix."""
-        own = ((key.partition("/"), value) for key, value in metrics.items())
-        return {key: value for (term, _, key), value in own if term == name}
+        prefix = f"{name}/"
+        return {key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)}
 
     def alarms(self, metrics: Mapping[str, float]) -> list[str]:
         """Return warnings "NAME: what is wrong and what to change" of terms with a weight, from a step's metrics."""
@@ -168,7 +165,7 @@ class Objective:
         """{full config key: value} that a model card lists: weights, options of the terms, and what they add."""
         rows: dict[str, Any] = {f"objective.terms.{name}": weight for name, weight in self.weights.items()}
         for name, term in self.terms.items():
-            group = f"objective.{'plugins.' if name in self.plugins else ''}{name}"
+            group = f"objective.{name}" if name in TERMS else f"objective.plugins.{name}"
             options = dataclasses.fields(term) if dataclasses.is_dataclass(term) else ()
             rows |= {f"{group}.{field.name}": getattr(term, field.name) for field in options}
             rows |= term.report.recipe(model)
@@ -231,7 +228,7 @@ def make_objective(config: ObjectiveConfig, loss: LossConfig | None = None, mesh
     terms = {name: config.term(name) for name in sorted(config.terms)}
     single = terms[config.name].title if terms.keys() == {config.name} else ""
     title = single or _TITLES.get(config.name, config.name)
-    return Objective(config.name, terms, dict(config.terms), loss or LossConfig(), mesh, title, tuple(config.plugins))
+    return Objective(config.name, terms, dict(config.terms), loss or LossConfig(), mesh, title)
 
 
 def read_objective(values: Mapping[str, Any]) -> Objective:

@@ -100,10 +100,8 @@ class BatchPart(NamedTuple):
 def batch_parts(mesh: Mesh) -> dict[int, BatchPart]:
     """Return the part of the global batch that each process loads, {process: part}.
 
-    Processes whose devices hold the same rows, such as processes along the model axis, load the same part.
-
-    Raises:
-      UserError: two processes hold some rows in common and others not, or different numbers of rows.
+    Processes whose devices hold the same rows, such as processes along the model axis, load the same part. `UserError`
+    if two processes hold some rows in common and others not, or different numbers of rows.
     """
     shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     rows: dict[int, set[int]] = {}

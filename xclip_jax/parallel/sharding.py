@@ -7,14 +7,12 @@
     fsdp_tp  as fsdp, with heads and MLPs split over "model" as well
 
 With every strategy the clusters of nCLIP's heads are split over all devices, since their last kernels are the largest
-matrices of all: each device computes the logits of its clusters for the rows of the whole batch, which are gathered. A
-softmax over a split axis costs two small sums, and the kernels' gradients none at all. Where more rows would travel
-than a kernel has columns, or the devices do not divide the clusters, each device computes the logits of its own rows;
-clusters are split over "model", and rows of the last kernel over all batch shards with zero1, over "fsdp" with fsdp and
-fsdp_tp, and gathered for the product.
+matrices of all: each device computes the logits of its clusters for the rows of the whole batch, which are gathered.
+Where more rows would travel than a kernel has columns, or the devices do not divide the clusters, each device computes
+the logits of its own rows; clusters are split over "model", and rows of the last kernel over all batch shards with
+zero1, over "fsdp" with fsdp and fsdp_tp.
 
-Embeddings of words and positions, norms and biases stay whole: splitting the table's features makes XLA reshard every
-activation behind it.
+Embeddings of words and positions stay whole: splitting their features makes XLA reshard every activation behind them.
 """
 
 import contextlib
@@ -237,15 +235,13 @@ def shardings(boxed: Any, layout: MeshLayout) -> Any:
     shardings_of = nn.logical_to_mesh_sharding(specs, mesh, [(name, layout.rules.get(name)) for name in sorted(names)])
     shapes = nn.unbox(boxed)
     shardings_of = jax.tree.map(_without_batch, shapes, shardings_of)
-    for (path, x), sharding in zip(
-        jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(shardings_of), strict=True
-    ):
+    leaves = jax.tree_util.tree_leaves_with_path(shapes)
+    for (path, x), sharding in zip(leaves, jax.tree.leaves(shardings_of), strict=True):
         for size, axis in zip(x.shape, sharding.spec, strict=False):
             if isinstance(axis, str) and size % mesh.shape[axis]:
                 raise UserError(
                     f"mesh axis {axis!r} of size {mesh.shape[axis]} cannot divide a dimension of {size} of "
-                    f"{jax.tree_util.keystr(path, simple=True, separator='/')}; choose a size that does, or another "
-                    "mesh.strategy."
+                    f"{jax.tree_util.keystr(path, simple=True, separator='/')}; change one, or mesh.strategy."
                 )
     return shardings_of
 
@@ -263,12 +259,9 @@ def _without_batch(x: Any, sharding: NamedSharding) -> NamedSharding:
 def zero1_shardings(abstract: Any, specs: Any, mesh: Mesh) -> Any:
     """Split every large array of `specs` over all batch shards, along its largest dimension that they divide.
 
-    If they divide none, split it over one batch axis, the longer one that does: with many devices that is
-    a reason to have an axis "fsdp" over which nothing else is split. Any dimension will do, since only elementwise work
-    is done on these arrays: moments, averages, and the gradients that update them.
-
-    On several TPU slices the axis "fsdp" comes first if it spans a slice: parameters are gathered in each step, and
-    along it they are gathered within a slice.
+    If they divide none, split it over one batch axis, the longer one that does. Any dimension will do, since only
+    elementwise work is done on these arrays: moments, averages, and the gradients that update them. On several TPU
+    slices the axis "fsdp" comes first if it spans a slice: what is gathered in each step stays within a slice.
     """
     longest_first = sorted(((axis,) for axis in BATCH_AXES), key=lambda axes: -mesh.shape[axes[0]])
     choices = [(axes, math.prod(mesh.shape[axis] for axis in axes)) for axes in (BATCH_AXES, *longest_first)]
