@@ -94,14 +94,8 @@ def nclip(
 def sinkhorn(logits: jax.Array, tau: ArrayLike = 1.0, iterations: int = SINKHORN_ITERATIONS) -> jax.Array:
     """Return the log of balanced assignments: exp(logits / tau) with columns and rows normalised in turn, rows last.
 
-    After SwAV (arXiv 2006.09882): rows sum to 1 exactly, columns to b / k as nearly as the iterations reach.
-
-    Args:
-        logits: shape (b, k), of the global batch.
-        tau: temperature. iterations: rounds of columns, then rows.
-
-    Returns:
-        Log-probabilities, shape (b, k), fp32. Log space: exp(logits / tau) would overflow at small tau.
+    After SwAV (arXiv 2006.09882): rows sum to 1 exactly, columns to b / k as nearly as the iterations reach. Shapes are
+    (b, k), of the global batch; the result is fp32. Without logarithms exp(logits / tau) would overflow at small tau.
     """
     log_a = logits.astype(jnp.float32) / tau
     for _ in range(iterations):
@@ -117,9 +111,6 @@ def update_center(center: jax.Array, target_logits: Logits, momentum: float = 0.
         center: shape (k,), zeros at the start.
         target_logits: logits of the targets (the teacher's with target "ema"), shape (b, k), global batch.
         momentum: the share kept of the old center.
-
-    Returns:
-        The new center, shape (k,), fp32, without gradient.
     """
     chex.assert_shape(center, target_logits.shape[1:])
     if isinstance(target_logits, FactoredLogits):

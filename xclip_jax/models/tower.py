@@ -24,12 +24,9 @@ class Tower(abc.ABC):
 
     The module has no state but its parameters: all randomness of a training pass is an input from `sample_noise`, and
     statistics over the batch, such as BatchNorm's, are not defined for a part of the batch.
-
-    Attributes:
-      meaning_keys: keys that change the meaning of weights and not their shapes; a run that starts from weights warns
-        if they differ.
     """
 
+    # Keys that change the meaning of weights and not their shapes; a run that starts from weights warns if they differ.
     meaning_keys: ClassVar[tuple[str, ...]] = ()
 
     @property

@@ -21,10 +21,8 @@ Array = jax.Array
 POOLS = ("cls", "mean", "map")
 STEMS = ("linear", "hmlp")
 _ATTENTION_MEANINGS = {
-    "cls": "how much the class token, from which the image's features are read, attends to each patch in the last "
-    "block, mean over heads",
-    "mean": "how much all patches, whose mean is the image's features, attend to each patch in the last block, mean "
-    "over heads",
+    "cls": "how much the class token attends to each patch in the last block, mean over heads",
+    "mean": "how much all patches attend to each patch in the last block, mean over heads",
     "map": "how much the query of the pooling head attends to each patch, mean over heads",
 }
 

@@ -58,10 +58,8 @@ class Contrastive(Term):
     ) -> Result:
         """Compute the loss, see `Term.__call__`. With a `mesh` the pairs are compared on a ring of its devices."""
         arguments, options = [out[name] for name in self.outputs], dataclasses.asdict(self)
-        if mesh is None:
-            loss, metrics = getattr(contrastive, self.form)(*arguments, **options)
-        else:
-            loss, metrics = getattr(ring, self.form)(*arguments, mesh=mesh, **options)
+        module, where = (contrastive, {}) if mesh is None else (ring, {"mesh": mesh})
+        loss, metrics = getattr(module, self.form)(*arguments, **where, **options)
         return loss, metrics | {"scale": out["scale"]}, {}
 
     def constrain(self, params: Any) -> Any:

@@ -170,10 +170,6 @@ class NclipReport(Report[Nclip]):
         summary = "Cluster heads can collapse in three ways. Red zones are the alarms, drawn for the last step."
         return Health(summary, (flat, few, agreement), curves)
 
-    def recipe(self, model: ModelConfig) -> dict[str, Any]:
-        """Options of the cluster heads."""
-        return {f"model.cluster_head.{key}": x for key, x in dataclasses.asdict(model.cluster_head).items()}
-
 
 def _both(name: str) -> tuple[tuple[str, str], ...]:
     return (f"{name}_img", "images"), (f"{name}_txt", "texts")

@@ -162,14 +162,14 @@ class Objective:
         return {name: term.report.curves() for name, term in self.terms.items()}
 
     def recipe(self, model: ModelConfig) -> dict[str, Any]:
-        """{full config key: value} that a model card lists: weights, options of the terms, and what they add."""
+        """{full config key: value} that a model card lists: weights, options of the terms, and of cluster heads."""
         rows: dict[str, Any] = {f"objective.terms.{name}": weight for name, weight in self.weights.items()}
         for name, term in self.terms.items():
             group = f"objective.{name}" if name in TERMS else f"objective.plugins.{name}"
             options = dataclasses.fields(term) if dataclasses.is_dataclass(term) else ()
             rows |= {f"{group}.{field.name}": getattr(term, field.name) for field in options}
-            rows |= term.report.recipe(model)
-        return rows
+        clusters = dataclasses.asdict(model.cluster_head) if "s_img" in self.outputs(model) else {}
+        return rows | {f"model.cluster_head.{key}": value for key, value in clusters.items()}
 
 
 @dataclasses.dataclass(frozen=True)

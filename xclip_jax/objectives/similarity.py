@@ -21,22 +21,14 @@ _FEATURES = {"z": "embedding", "s": "cluster_logits"}
 
 
 class Similarity(abc.ABC):
-    """Scores of images against texts by one output of the heads of both towers.
+    """Scores of images against texts by one output of the heads of both towers."""
 
-    Attributes:
-      name: name of the similarity, unique in an objective.
-      reads: output of the heads, without the tower: "z" for z_img (n, e) and z_txt (m, e).
-      logits: the score that, multiplied by `scale`, gives the logits of an image's classes.
-      scale: output of the model with the learned factor of these logits, such as "scale"; None for 1.
-      is_distribution: whether `rows` are distributions over clusters.
-      bar_label: label in a report of its first score, which is from 0 to 1; "" to draw the probabilities of the logits.
-    """
-
-    name: ClassVar[str]
-    reads: ClassVar[str]
-    logits: ClassVar[str] = ""
-    scale: ClassVar[str | None] = None
-    is_distribution: ClassVar[bool] = False
+    name: ClassVar[str]  # unique in an objective
+    reads: ClassVar[str]  # output of the heads, without the tower: "z" for z_img (n, e) and z_txt (m, e)
+    logits: ClassVar[str] = ""  # the score that, multiplied by `scale`, gives the logits of an image's classes
+    scale: ClassVar[str | None] = None  # output of the model with the learned factor of these logits; None for 1
+    is_distribution: ClassVar[bool] = False  # whether `rows` are distributions over clusters
+    # Label in a report of the first score, which is from 0 to 1; "" to draw the probabilities of the logits.
     bar_label: ClassVar[str] = ""
 
     @property

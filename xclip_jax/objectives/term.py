@@ -226,7 +226,3 @@ class Report(Generic[T]):
     def alarms(self, metrics: Mapping[str, float]) -> list[str]:
         """Return the warnings of the checks that fail, "NAME: what is wrong and what to change"."""
         return [check.warning for check in self.health(metrics).checks if check.failed]
-
-    def recipe(self, model: ModelConfig) -> dict[str, Any]:
-        """{full config key: value} that a model card lists beside the term's weight and options."""
-        return {}
