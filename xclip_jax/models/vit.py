@@ -215,8 +215,9 @@ class VisionTransformer(nn.Module):
 
     @nn.compact
     def __call__(self, image: Array, patches: Array | None = None, paths: Array | None = None) -> Array:
-        if image.shape[1:] != (self.config.image_size, self.config.image_size, 3):
-            raise ValueError(f"expected images of {self.config.image_size} pixels, got shape {image.shape}")
+        size = self.config.image_size
+        if image.shape[1:] != (size, size, 3):
+            raise ValueError(f"expected images of {size} x {size} pixels, got shape {image.shape}")
         config, side = self.config, self.config.grid * self.config.patch
         x = image[:, :side, :side].astype(self.dtype)  # a remainder at the right and at the bottom is in no patch
         std = config.width**-0.5
