@@ -3,7 +3,7 @@
     xclip-jax plan --config pretrain:objective=clip --topology v5e:4x8 --hlo step.hlo
     python -m benchmarks.roofline step.hlo v5e:4x8
 
-Times are those of `xclip_jax.parallel.topology`, but for Pallas kernels, which take the length of their schedules here.
+Times come from `xclip_jax.parallel.topology`, but for Pallas kernels, which take the length of their schedules here.
 "HBM" is a lower bound: bytes that operations read from and write to the chip's memory, in padded layouts, over its
 bandwidth.
 """
@@ -107,7 +107,7 @@ def traffic(program: Program, execution: Execution) -> float:
     """Return the bytes of one execution, in padded layouts, without vector memory and without collectives."""
     instruction, computation = execution.instruction, program.computations[execution.computation]
     if instruction.opcode.endswith("-start"):
-        ends = instruction.arrays[:2]  # of a copy or a slice between memories, in either order
+        ends = instruction.arrays[:2]  # a copy or a slice goes between memories, in either direction
         return sum(map(in_hbm, ends)) * min(map(padded_bytes, ends), default=0.0)
     total = _written(program, instruction, computation)
     for position, name in enumerate(instruction.operands):

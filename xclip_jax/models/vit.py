@@ -264,7 +264,7 @@ def _attention_weights(query: Array, key: Array) -> Array:
 def _attention_map(captured: Mapping[str, Any], last: int, pool: str) -> Array:
     """Return the last attention before the features, fp32 (b, patches) with rows that sum to 1.
 
-    `captured` are intermediates of a tower with unrolled blocks, of which `last` is the last.
+    `captured` are intermediates of a tower with unrolled blocks up to number `last`.
     """
     if pool == "map":
         head = captured["pool_map"]
