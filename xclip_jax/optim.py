@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from xclip_jax.core.errors import check_choice
 from xclip_jax.core.fields import Check, above, at_least, at_most, between, choice, fraction_below_one, key
 from xclip_jax.models.tower import Tower
 
@@ -18,10 +17,7 @@ SCHEDULES = ("cosine", "linear", "constant")
 EMA_SCHEDULES = ("constant", "cosine")
 
 
-def _is_share(value: float) -> bool:
-    return 0 < value <= 1
-
-
+_SHARE = Check("above 0 and at most 1", lambda value: 0 < value <= 1)
 _RATIO = Check("0 or a value above 1", lambda value: value == 0 or value > 1)
 
 
@@ -44,16 +40,12 @@ class OptimConfig:
     b1: float = key(0.9, "decay of the first moment", fraction_below_one())
     b2: float = key(0.98, "decay of the second moment", fraction_below_one())
     eps: float = key(1e-8, "added to the root of the second moment", at_least(1e-15))
-    layer_decay: float = key(
-        1.0, "updates of a layer over updates of the layer above; 1 for none", Check("above 0 and at most 1", _is_share)
-    )
+    layer_decay: float = key(1.0, "updates of a layer over updates of the layer above; 1 for none", _SHARE)
     grad_clip_norm: float = key(0.0, "bound on the global norm of the gradient; 0 for none", at_least(0))
     mu_dtype: str = key("float32", "dtype of the first moment; the second is float32", choice(("float32", "bfloat16")))
     microbatches: int = key(1, "parts of the batch that are encoded one after another; exact", at_least(1))
     max_skipped_steps: int = key(
-        10,
-        "consecutive steps with non-finite values that may be skipped before the run stops",
-        at_least(0),
+        10, "consecutive steps with non-finite values that may be skipped before the run stops", at_least(0)
     )
     max_grad_norm_ratio: float = key(
         0.0, "skip steps whose gradient norm is above this multiple of its running mean; 0 for none", _RATIO
@@ -84,9 +76,6 @@ def schedule(config: OptimConfig, steps: int) -> Schedule:
     As in SLIP and open_clip the decay spans the steps after the warm-up, and reaches `lr_end` at `steps`, one after the
     last step: with `lr_end` 0 the last step still learns.
     """
-    check_choice("optim.schedule", config.schedule, SCHEDULES)
-    if not 0 <= config.warmup < max(steps, 1):
-        raise ValueError(f"a warm-up of {config.warmup} steps must be shorter than the run of {steps}")
     warmup = optax.linear_schedule(config.lr_start, config.lr, max(config.warmup, 1))
     remaining = max(steps - config.warmup, 1)
     if config.schedule == "cosine":
@@ -105,9 +94,7 @@ def decay_mask(params: Any) -> Any:
     """
 
     def decays(path: tuple[Any, ...], _: Any) -> bool:
-        name = [key.key for key in path if hasattr(key, "key")][
-            -1
-        ]  # the path of a boxed parameter ends with an attribute
+        *_, name = (key.key for key in path if hasattr(key, "key"))  # a boxed parameter's path ends with an attribute
         return name in ("kernel", "embedding", "tokens", "positions", "probe")
 
     return jax.tree_util.tree_map_with_path(decays, params)
@@ -116,10 +103,8 @@ def decay_mask(params: Any) -> Any:
 def layer_scales(params: dict[str, Any], decay: float, towers: Mapping[str, Tower]) -> dict[str, Any]:
     """Return factors of each parameter's updates: BEiT's layer decay (arXiv 2106.08254).
 
-    Layer i of the n layers of a tower (`Tower.num_layers`) has decay^(n - 1 - i); parameters outside of towers have 1.
-
-    Returns:
-      A tree of scalars; for stacked layers an array with their leading axis.
+    Layer i of the n layers of a tower (`Tower.num_layers`) has decay^(n - 1 - i), stacked layers an array with their
+    leading axis; parameters outside of towers have 1.
     """
 
     def scale(path: tuple[Any, ...], x: Any) -> Any:
@@ -134,24 +119,12 @@ def layer_scales(params: dict[str, Any], decay: float, towers: Mapping[str, Towe
     return jax.tree_util.tree_map_with_path(scale, params)
 
 
-def _decay_layers(decay: float, towers: Mapping[str, Tower]) -> optax.GradientTransformation:
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        del params
-        return jax.tree.map(lambda x, scale: x * scale, updates, layer_scales(updates, decay, towers)), state
-
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
-
-
 def make_optimizer(
     config: OptimConfig, steps: int, towers: Mapping[str, Tower], frozen: Collection[str] = ()
 ) -> optax.GradientTransformation:
     """Make AdamW with `schedule`, and with gradient clipping and layer decay if `config` sets them.
 
-    Args:
-      config: config group `optim`.
-      steps: steps of the whole run.
-      towers: {"img", "txt"}, with the layers for `layer_decay`.
-      frozen: top-level names of parameters without updates, weight decay and moments.
+    `steps` are of the whole run, and the parameters of `frozen` towers have no updates, weight decay and moments.
     """
     adamw = optax.adamw(
         schedule(config, steps),
@@ -164,7 +137,11 @@ def make_optimizer(
     )
     if config.layer_decay != 1:
         # AdamW's weight decay is a part of the update and scales with the layer's learning rate, as in PyTorch.
-        adamw = optax.chain(adamw, _decay_layers(config.layer_decay, towers))
+
+        def scaled(updates: Any, _: Any) -> Any:
+            return jax.tree.map(lambda x, scale: x * scale, updates, layer_scales(updates, config.layer_decay, towers))
+
+        adamw = optax.chain(adamw, optax.stateless(scaled))
     tx = optax.chain(optax.clip_by_global_norm(config.grad_clip_norm), adamw) if config.grad_clip_norm else adamw
     if not frozen:
         return tx
@@ -176,7 +153,6 @@ def make_optimizer(
 
 def ema_momentum(step: Any, steps: int, start: float, kind: str) -> Any:
     """Return the momentum of the moving average at `step`: constant, or from `start` to 1 on a cosine."""
-    check_choice("ema.schedule", kind, EMA_SCHEDULES)
     if kind == "constant":
         return start
     return 1 - (1 - start) * 0.5 * (1 + jnp.cos(jnp.pi * step / steps))

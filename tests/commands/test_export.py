@@ -132,8 +132,7 @@ def test_the_card_of_a_run(run, tmp_path, monkeypatch):
         f"| objective.terms.clip | {RECIPES['xclip']['clip']} |",
         f"| data.batch | {tiny.BATCH} |",
         "| step | 2 of 2 |", "| parameters | their moving average |",
-        "# xCLIP, ViT of width 32", "Trained on image-text pairs; gives embeddings of images and texts in one space of "
-        "16 dimensions and distributions of images and texts over 24 clusters.",
+        "# xCLIP, ViT of width 32", "Trained on image-text pairs.",
         "| objective.nclip.smoothness | 2.0 |", "| model.cluster_head.clusters | 24 |",
         "left out, since 'hf' has no place for them: clusters_img, clusters_txt",
         f"commit `{config['environment']['commit']}`", f"jax {config['environment']['versions']['jax']}",

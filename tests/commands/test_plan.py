@@ -52,8 +52,6 @@ def test_a_chip_of_tpu7x_is_two_devices(found):
 def test_time_and_money_follow_from_the_roofline(found):
     account = found["roofline"]
     assert found["step_ms"] == account["step_ms"] == pytest.approx(account["ms"] + account["exposed_ms"])
-    assert account["ms"] == pytest.approx(sum(row["ms"] for row in account["parts"]))
-    assert {row["part"] for row in account["parts"]} > {"MLP", "attention", "heads", "losses", "optimizer", "copies"}
     assert found["mfu"] == pytest.approx(found["flops_per_pair"] * 64 / (197e12 * 8) / (account["step_ms"] / 1e3))
     assert found["pairs_per_second"] == pytest.approx(64 / account["step_ms"] * 1e3)
     assert found["images_per_second_per_host"] == pytest.approx(found["pairs_per_second"] / 2)
@@ -76,7 +74,7 @@ def test_the_text_has_it_all(found):
     assert "chip-hours, which cost 1,234\n" in plan.render(found | {"cost": 1234.5})
     text, mib = plan.render(found), found["memory"]["peak"] / 2**20
     assert f"fits: {mib:.2f} MiB of a chip's 16.00 GiB (parameters " in text
-    words = ("8 chips, 2 hosts", "optimizer", "all-reduce", "collectives, exposed", "a model and not a measurement")
+    words = ("8 chips, 2 hosts", "optimizer", "all-reduce", "collectives take", "a model and not a measurement")
     assert all(each in text for each in (*words, *(f"{name} {x}" for name, x in found["versions"].items())))
     assert ("activations" in text) == (found["memory"]["activations"] > 0)  # what fits the chip's own memory is none
     json.dumps(found | {"path": ""})

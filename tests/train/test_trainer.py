@@ -160,7 +160,7 @@ def test_missing_checkpoint_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data__batch": 12}, r"data\.batch=12 cannot be divided over 8 devices.*use 8 or 16"),
+        ({"data__batch": 12}, r"data\.batch=12 cannot be divided over 8 devices.*use a multiple of 8"),
         ({"data__sources": ("folder:/no/such/place",)}, r"folder '/no/such/place' does not exist"),
         ({"data__sources": ("web:x",)}, r"unknown source 'web:x'"),
         ({"data__sources": ()}, r"data\.sources is empty"),

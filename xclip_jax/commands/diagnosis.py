@@ -161,8 +161,6 @@ def _health(run: Record, name: str) -> Iterator[Finding]:
         last = warnings.last(check.name) or (check.warning if check.failed and run.complete else "")
         text, history = last.partition(": ")[2], warnings.history(check.name)
         label = f"{name}, {check.name}"
-        if check.impossible:
-            continue
         if last:
             yield fail("objective", f"{label}: {text}{f' {history}' if warnings.steps else ''}".rstrip("."))
         elif check.name in warnings.names:
@@ -170,7 +168,7 @@ def _health(run: Record, name: str) -> Iterator[Finding]:
             yield warning("objective", f"{label}: {now.rstrip('.')}", f"look at its chart, {command('report')} RUN")
         else:
             judged = "no" if warnings.steps else "not judged yet"
-            sentences = " ".join(filter(None, (f"{judged}.", check.measured, history)))
+            sentences = " ".join(filter(None, (f"{judged}.", check.measurement, history)))
             yield Finding("objective", f"{label}: {sentences}".rstrip("."))
 
 

@@ -1,9 +1,9 @@
 """Plan the memory, time and traffic of a run on TPUs ahead of time: xclip-jax plan --config FILE.py --topology v5e:4x8.
 
 Compiles the train step of a run for a topology that need not exist, and prints whether it fits, the time and cost of
-the run, the parts of a step's time, and the bytes that chips send. Times are a model made of the TPU compiler's
-estimates, not a measurement; `--mfu` replaces them. Needs the package libtpu
-(pip install 'xclip_jax[tpu]') and no TPU. `--explain` prints the sharding of each parameter, and stops.
+the run, and the bytes that chips send. Times are a model made of the TPU compiler's estimates, not a measurement;
+`--mfu` replaces them. Needs the package libtpu (pip install 'xclip_jax[tpu]') and no TPU. `--explain` prints
+the sharding of each parameter, and stops.
 """
 
 import dataclasses
@@ -22,8 +22,7 @@ from xclip_jax.config import load as config_file
 from xclip_jax.core.console import format_bytes
 from xclip_jax.core.errors import UserError, check_writable, exit_with_message
 from xclip_jax.parallel.hlo import Collective, collectives, summary
-from xclip_jax.parallel.roofline import COLUMNS, roofline
-from xclip_jax.parallel.topology import devices_of
+from xclip_jax.parallel.topology import devices_of, roofline
 from xclip_jax.train import flops, memory
 from xclip_jax.train.build import Experiment, build
 from xclip_jax.train.memory import bytes_on_device
@@ -88,7 +87,6 @@ def plan(
         "hosts": len({(getattr(d, "slice_index", 0), d.process_index) for d in devices}),
         "objective": config.objective.name,
         "strategy": config.mesh.strategy,
-        "choices": experiment.choices,
         "mesh": dict(experiment.mesh.shape),
         "batch": config.data.batch,
         "steps": config.steps,
@@ -166,11 +164,10 @@ def render(facts: dict[str, Any]) -> str:
     device, devices = "chip", ""
     if facts["devices"] > facts["chips"]:
         device, devices = "device", f" with {facts['devices'] // facts['chips']} devices each"
-    made = f"compiled in {facts['compile_seconds']:.0f} s"
     lines = [
         f"{facts['objective']}, {facts['model_parameters'] / 1e6:.1f} M parameters, batch {facts['batch']:,}, "
         f"on {facts['topology']}{slices}: {facts['chips']} chips{devices}, {facts['hosts']} hosts",
-        "; ".join(filter(None, (f"mesh {mesh}, strategy {facts['strategy']}", facts["choices"], made))),
+        f"mesh {mesh}, strategy {facts['strategy']}; compiled in {facts['compile_seconds']:.0f} s",
         "",
     ]
     capacity = format_bytes(facts["capacity"])
@@ -182,8 +179,6 @@ def render(facts: dict[str, Any]) -> str:
         lines += [f"DOES NOT FIT in a {device}'s {capacity}: {facts['trouble']}"]
         lines += [f"to need less, add one after the other: {', '.join(facts['remedies'])}"]
     lines += _render_time(facts)
-    if "roofline" in facts:
-        lines += ["", *_render_roofline(facts)]
     if facts["fits"]:
         lines += ["", *_render_collectives(facts)]
     return "\n".join(lines)
@@ -193,11 +188,17 @@ def _render_time(facts: dict[str, Any]) -> list[str]:
     if "untimed" in facts:
         return [f"no estimate of the time: {facts['untimed']}"]
     mfu = f", an MFU of {facts['mfu']:.0%}" if facts["mfu"] else ""
-    source = "as given" if facts["mfu_is_given"] else "by the compiler's estimates, a model and not a measurement"
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    source = f"by the compiler's estimates ({versions}), a model and not a measurement"
+    source = "as given" if facts["mfu_is_given"] else source
     cost = f", which cost {facts['cost']:,.0f}" if facts["cost"] else ""
     images = f"{facts['images_per_second_per_host']:,.0f} images/s"
-    lines = [
-        f"a step takes {facts['step_ms']:,.1f} ms{mfu}, {source}",
+    lines = [f"a step takes {facts['step_ms']:,.1f} ms{mfu}, {source}"]
+    if not facts["mfu_is_given"]:
+        account = facts["roofline"]
+        exposed, hidden = (f"{account[key]:,.1f} ms" for key in ("exposed_ms", "hidden_ms"))
+        lines.append(f"collectives take {exposed} of it, and {hidden} more behind operations")
+    lines += [
         f"{facts['pairs_per_second']:,.0f} pairs/s; each host decodes {images}",
         f"{facts['steps']:,} steps take {facts['days']:.2f} days, {facts['chip_hours']:,.0f} chip-hours{cost}",
     ]
@@ -206,26 +207,6 @@ def _render_time(facts: dict[str, Any]) -> list[str]:
             f"{facts['flops_per_pair'] / 1e9:.1f} GFLOP a pair, {facts['flops_per_step'] / 1e12:,.0f} TFLOP a step: "
             f"{facts['peak_ms']:.1f} ms at the chips' peak"
         )
-    return lines
-
-
-def _render_roofline(facts: dict[str, Any]) -> list[str]:
-    """Return a table of the parts of a step's time."""
-    account = facts["roofline"]
-
-    def row(name: str, *cells: float | str) -> str:
-        return f"{name:<30}" + "".join(f"{x:>9.1f}" if isinstance(x, float) else f"{x:>9}" for x in cells)
-
-    lines = [row("ms of a step", *COLUMNS, "all", "HBM")]
-    for part in account["parts"]:
-        if max(part["ms"], part["hbm_ms"]) >= 0.05:
-            lines.append(row(part["part"], *(part[key] for key in (*COLUMNS, "ms", "hbm_ms"))))
-    lines.append(row("collectives, exposed", "", "", "", account["exposed_ms"]))
-    lines.append(row("sum", "", "", "", account["step_ms"], account["hbm_ms"]))
-    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    lines.append(f"from cycles as the compiler estimates them ({versions}); HBM: from bytes of memory, a floor")
-    lines += [f"kernel {x['name']}: {x['count']} times, {x['ms']:.1f} ms by {x['by']}" for x in account["kernels"]]
-    lines.append(f"collectives: from bytes over links; {account['hidden_ms']:.1f} ms more are hidden behind operations")
     return lines
 
 

@@ -3,6 +3,7 @@
 The template card.md has its text; this module has the facts.
 """
 
+import dataclasses
 import importlib.resources
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -81,7 +82,6 @@ def render(
         "objective": objective,
         "labelled": objective.labelled,
         "tower": config.model.tower("img").describe(),
-        "outputs": " and ".join(objective.describe(config.model)) or "features of images and texts",
         "parameters": sum(x.size for x in jax.tree.leaves(experiment.abstract.params)),
         "towers": _towers(experiment),
         "prepare": experiment.preprocessing,
@@ -188,15 +188,10 @@ def _run_config(run: RunFolder) -> Config:
 
 def _towers(experiment: Experiment) -> tuple[list[str], list[list[Any]]]:
     """Return head and rows of the table of towers."""
-    towers = {
-        title: getattr(experiment.model, name).facts()
-        for name, title in (("img", "image"), ("txt", "text"))
-        if name in experiment.objective.towers
-    }
-    if "text" in towers:
-        towers["text"]["input"] += f" of {experiment.tokenizer.vocab_size:,}"
-    head = [*dict.fromkeys(key for facts in towers.values() for key in facts if key != "input"), "input"]
-    return ["tower", *head], [[name, *(facts.get(key, "") for key in head)] for name, facts in towers.items()]
+    towers = {name: dataclasses.asdict(getattr(experiment.model, name)) for name in experiment.objective.towers}
+    keys = dict.fromkeys(key for options in towers.values() for key in options)
+    rows = [[key, *(options.get(key, "") for options in towers.values())] for key in keys]
+    return ["option", *({"img": "image", "txt": "text"}[name] for name in towers)], rows
 
 
 def data(run: RunFolder, experiment: Experiment) -> dict[str, Any]:

@@ -145,13 +145,11 @@ class Clusters:
 class Maps:
     """Attention over the patches of images with `indices` in a gallery: maps (n, rows, columns), each with sum 1.
 
-    `last` is the last attention before the features, `meaning` says of what. `rollout` is through all blocks (arXiv
-    2005.00928): the blocks' maps, half of each kept for the residual path, multiplied.
+    `last` is the last attention before the features, `meaning` says of what.
     """
 
     indices: list[int]
     last: np.ndarray
-    rollout: np.ndarray
     meaning: str
 
 
@@ -388,8 +386,8 @@ def attention(
     indices = np.random.default_rng(seed).permutation(len(gallery))[:n]
     images = np.stack([gallery[i] for i in indices])
 
-    def maps(params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def maps(params: Any, images: jax.Array) -> jax.Array:
         return model.img.attention_maps(params, normalize(images, *statistics), model.dtype)
 
-    last, rollout = jax.jit(maps, out_shardings=replicated(mesh))(variables["params"]["img"], images)
-    return Maps(indices.tolist(), np.asarray(last), np.asarray(rollout), model.img.attention)
+    last = jax.jit(maps, out_shardings=replicated(mesh))(variables["params"]["img"], images)
+    return Maps(indices.tolist(), np.asarray(last), model.img.attention)

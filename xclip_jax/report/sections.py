@@ -159,14 +159,11 @@ def _attention(examples: Examples) -> list[tuple[str, list[tuple[np.ndarray, str
     cards, maps = [], examples.maps
     if maps is None:
         return cards
-    for i, last, rollout in zip(maps.indices, maps.last, maps.rollout, strict=True):
+    for i, values in zip(maps.indices, maps.last, strict=True):
         name, shown = examples.gallery.names[i], examples.gallery.shown[i]
-        pictures = []
-        for blocks, values in (("the last block", last), ("all blocks", rollout)):
-            row, column = np.unravel_index(values.argmax(), values.shape)
-            most = f"most on row {row + 1}, column {column + 1} of {len(values)} patches"
-            pictures.append((_spotlight(shown, values), f"Attention of {blocks} to {name}: {most}"))
-        cards.append((name, [(shown, name), *pictures]))
+        row, column = np.unravel_index(values.argmax(), values.shape)
+        most = f"most on row {row + 1}, column {column + 1} of {len(values)} patches"
+        cards.append((name, [(shown, name), (_spotlight(shown, values), f"Attention to {name}: {most}")]))
     return cards
 
 
@@ -349,11 +346,9 @@ def health(record: Record) -> Section:
 def _light(check: Check, warnings: Warnings) -> dict[str, Any]:
     warning, history = warnings.last(check.name), warnings.history(check.name)
     state, label = ("", "healthy") if warnings.steps else ("early", "too early")
-    if check.impossible:
-        state, label, warning, history = "early", "not judged", "", check.impossible
-    elif warning:
+    if warning:
         state, label = "alarm", "alarm"
-    text = warning.partition(": ")[2] if warning else f"{check.meaning} {check.measured}"
+    text = warning.partition(": ")[2] if warning else f"{check.meaning} {check.measurement}"
     return {"check": check, "state": state, "label": label, "text": text, "history": history}
 
 

@@ -53,11 +53,6 @@ class Experiment:
         """The devices."""
         return self.layout.mesh
 
-    @property
-    def choices(self) -> str:
-        """Choices that depend on the devices, complete once the step has been traced; "" for none."""
-        return ", ".join(f"{subject}: {choice}" for subject, choice in self.layout.choices.items())
-
     @functools.cached_property
     def step(self) -> Callable[..., Any]:
         """(state, batch) -> (state, metrics), as a pure function."""
@@ -102,7 +97,7 @@ def make_model(config: Config, objective: Objective, tokens: tokenizer.Tokenizer
 def _make_mesh(config: Config, devices: list[jax.Device] | None) -> Mesh:
     """The device mesh, checked against the batch and its microbatches."""
     mesh = make_mesh({axis: getattr(config.mesh, axis) for axis in AXES}, devices)
-    check_batch(config.data.batch, mesh, microbatches=config.optim.microbatches, microbatches_key="optim.microbatches")
+    check_batch(config.data.batch, mesh, microbatches=config.optim.microbatches)
     if config.loss.chunk_size:
         check_batch(config.loss.chunk_size, mesh, "loss.chunk_size")
     return mesh

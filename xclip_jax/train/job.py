@@ -253,5 +253,5 @@ def open_sources(data: DataConfig, objective: Objective) -> list[Source]:
     try:
         return sources.open_sources(data, objective.classes, objective.fields)
     except labelled.MismatchError as error:
-        remedy = objective.source_remedies.get(error.fault, "use another source")
+        remedy = "use another source, or change objective.classify.classes (1 for labels that are numbers) or .tower"
         raise UserError(f"{error}; {remedy}.") from error

@@ -107,8 +107,6 @@ def _train(
         f"{config.data.batch} ({job.epochs:.3g} epochs) on {jax.device_count()} {jax.devices()[0].device_kind}, "
         f"in {job.folder.path}"
     )
-    if jax.default_backend() != "cpu" and experiment.choices:
-        log0(f"chosen for this mesh: {experiment.choices}")
     warn_of_epochs(job, items)
     position: dict[str, Any] = {"samples": 0}
     watch.enter(COMPILATION)
