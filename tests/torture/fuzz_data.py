@@ -1,11 +1,9 @@
 """Readers of training data for `tests.torture.fuzz`: tars and their indexes, images, captions, folders and tables."""
 
 import dataclasses
-import hashlib
 import io
 import json
 import pathlib
-import random
 import tarfile
 from collections.abc import Sequence
 
@@ -14,13 +12,12 @@ import pyarrow
 import pyarrow.parquet
 from PIL import Image
 
-from tests.torture import fuzz_inputs
 from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.data import labelled, loader, records, tokenizer, transforms
 from xclip_jax.data.base import Source, SourceOptions
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.readers import table as table_reader
-from xclip_jax.data.readers import tar_index, wds
+from xclip_jax.data.readers import wds
 from xclip_jax.data.readers.folder import FolderSource
 from xclip_jax.data.readers.tar import TarSource
 
@@ -175,30 +172,6 @@ def read_wds(data: bytes, folder: Path) -> None:
             refused.append(error)
     if len(refused) == 3:
         raise refused[-1]
-
-
-def stored_indexes() -> list[bytes]:
-    out = io.BytesIO()
-    rows = np.zeros(3, tar_index.dtype(5))
-    rows["image"], rows["image_size"], rows["text"], rows["text_size"] = (512, 1536, 0), (700, 0, 1 << 31), 512, 5
-    rows["fault"], rows["key"] = (0, 1, 2), (b"a", b"b", b"c")
-    np.save(out, rows)
-    return [out.getvalue()]
-
-
-def make_index(rng: random.Random, seeds: Sequence[bytes]) -> bytes:
-    """A mutated index, in most cases with the digest that belongs to it."""
-    data = fuzz_inputs.mutated(rng, seeds)
-    digest = hashlib.blake2b(data, digest_size=16).digest()
-    return data + (digest if rng.random() < 0.8 else rng.randbytes(16))
-
-
-def read_index(data: bytes, folder: Path) -> None:
-    (folder / "x.tar").write_bytes(tars()[0])
-    stored = tar_index.index_files(str(folder / "x.tar"))[0]
-    stored.parent.mkdir()
-    stored.write_bytes(data)
-    _read_all(TarSource(str(folder / "x.tar"), _CAPTIONS, "tags"))
 
 
 CAPTION_FILES = (

@@ -2,12 +2,10 @@
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import tempfile
 import textwrap
 import time
-import unicodedata
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -25,8 +23,6 @@ _BATCH = 32
 # `read_batches` ends after this multiple of its seconds, even with fewer samples.
 _PATIENCE = 10
 _TILE, _COLUMNS, _ROWS, _LINES = 200, 6, 4, 4
-# Fonts with accents on Linux and macOS.
-_FONTS = ("DejaVuSans.ttf", "Arial Unicode.ttf")
 
 
 @dataclasses.dataclass
@@ -81,9 +77,9 @@ def _examine(record: Record, size: int) -> Sample:
     data = image if isinstance(image, bytes) else image.tobytes()
     digest = hashlib.blake2b(data, digest_size=16).digest()
     # The full size is measured, so the image is decoded at it; training decodes large JPEGs at a half or less.
-    with images.decoding(image) as pixels:
-        height, width = pixels.shape[:2]
-        transforms.random_resized_crop(pixels, size, np.random.default_rng(list(digest)), resample="area")
+    pixels = images.decode(image)
+    height, width = pixels.shape[:2]
+    transforms.random_resized_crop(pixels, size, np.random.default_rng(list(digest)), resample="area")
     return Sample(-1, "", "", (width, height), len(data), digest, captions[0], len(captions))
 
 
@@ -143,28 +139,12 @@ def write_sheet(samples: Sequence[Sample], source: Source, path: str) -> int:
     line = 13
     height = _TILE + _LINES * line + 8
     page = Image.new("RGB", (_COLUMNS * _TILE, -(-len(chosen) // _COLUMNS) * height), "white")
-    pen, font = ImageDraw.Draw(page), _font()[0]
+    pen, font = ImageDraw.Draw(page), ImageFont.load_default(10)
     for i, sample in enumerate(chosen):
         x, y = i % _COLUMNS * _TILE, i // _COLUMNS * height
         picture = transforms.resize_center_crop(images.decode(source[sample.index]["image"]), _TILE - 4)
         page.paste(Image.fromarray(picture), (x + 2, y + 2))
         for j, text in enumerate(textwrap.wrap(sample.caption, 30)[:_LINES]):
-            pen.text((x + 4, y + _TILE + j * line), _drawable(text), fill="black", font=font)
+            pen.text((x + 4, y + _TILE + j * line), text, fill="black", font=font)
     page.save(path, format="PNG")
     return len(chosen)
-
-
-@functools.cache
-def _font() -> tuple[ImageFont.FreeTypeFont | ImageFont.ImageFont, bool]:
-    """Return a font, and whether it has accents; Pillow's own has none."""
-    for name in _FONTS:
-        with contextlib.suppress(OSError):
-            return ImageFont.truetype(name, 10), True
-    return ImageFont.load_default(10), False
-
-
-def _drawable(text: str) -> str:
-    """Return the text, without accents if the font has none; other missing letters become boxes."""
-    if _font()[1]:
-        return unicodedata.normalize("NFC", text)
-    return "".join(x for x in unicodedata.normalize("NFKD", text) if not unicodedata.combining(x))

@@ -2,7 +2,6 @@
 
 import abc
 import hashlib
-import itertools
 import os
 import pathlib
 import re
@@ -12,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from xclip_jax.core import storage
-from xclip_jax.core.errors import UserError
+from xclip_jax.core.errors import UserError, first_line
 from xclip_jax.data.base import IMAGE_SUFFIXES, MAX_BYTES, LabelledSource, Record, name_of
-from xclip_jax.data.text import TO_UTF8, csv_rows
+from xclip_jax.data.text import read_csv
 
 
 def item_name(items: Sequence[Any], index: int) -> str:
@@ -102,14 +101,13 @@ class Paths(Files):
 def read_files(name: str, path: pathlib.Path) -> tuple[Paths, np.ndarray, list[str]]:
     """Return images, labels and class names of a folder with one sub-folder a class, or a CSV file of path and label.
 
-    A folder is read as torchvision's ImageFolder reads it: the sub-folders, sorted as strings, are the classes, and
-    include the images in folders below them; hidden files and folders are left out. In a CSV file each distinct label
-    is a class, in alphabetical or, if all are integers, numerical order. Labels with | between them are several labels
-    of one image; they give bool (n, classes), in which an image may have no class.
+    A folder is read as torchvision's ImageFolder reads it. In a CSV file each distinct label is a class, in
+    alphabetical or, if all are integers, numerical order. Labels with | between them are several labels of one image;
+    they give bool (n, classes), in which an image may have no class.
 
     Raises:
-      UserError: no images or classes, a class without images, a row without a path or label, or missing images; the
-        message begins with `name`.
+      UserError: no images or classes, a class without images, a row without a label, or missing images; the message
+        begins with `name`.
     """
     path = path.expanduser()
     if path.is_dir():
@@ -145,74 +143,34 @@ def _images(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _read_table(name: str, path: pathlib.Path) -> tuple[Paths, np.ndarray, list[str]]:
-    images, cells = [], []
-    for line, image, label in _rows(name, path):
-        images.append(path.parent / os.path.expanduser(image))
-        cells.append((line, [word for part in label.split("|") if (word := part.strip())], "|" in label))
+    try:
+        table = read_csv(str(path), ("path", "label"))
+        places, cells = table["path"].to_pylist(), table["label"].to_pylist()
+    except UserError:
+        raise
+    except Exception as error:  # the class depends on the fault
+        raise UserError(
+            f"{name}: {str(path)!r} is not a CSV file with the columns path and label ({first_line(error)})."
+        ) from error
+    images = [path.parent / os.path.expanduser(place) for place in places]
     if missing := [image for image in images if not os.path.isfile(image)]:  # also a name that no disk takes
-        first = f"{str(missing[0])!r} first{elsewhere(os.path.relpath(missing[0], path.parent))}"
-        raise UserError(f"{name}: {len(missing)} images of {str(path)!r} do not exist, {first}.")
-    several = any(separated for *_, separated in cells)
-    for line, words, _ in cells:
-        if not words and not several:
-            raise UserError(f"{name}: line {line} of {str(path)!r} has no label; give it one, or delete the line.")
-    distinct = {word for _, words, _ in cells for word in words}
+        raise UserError(f"{name}: {len(missing)} images of {str(path)!r} do not exist, {str(missing[0])!r} first.")
+    words = [[word for part in cell.split("|") if (word := part.strip())] for cell in cells]
+    several = any("|" in cell for cell in cells)
+    if not several and (empty := [place for place, found in zip(places, words, strict=True) if not found]):
+        raise UserError(f"{name}: {empty[0]!r} in {str(path)!r} has no label; give it one, or delete the row.")
+    distinct = {word for found in words for word in found}
     numbers = all(re.fullmatch(r"-?[0-9]{1,18}", word) for word in distinct)
     names = sorted(distinct, key=lambda word: (int(word) if numbers else 0, word))
+    if not names:
+        raise UserError(f"{name}: {str(path)!r} has no row with a label.")
     index = {word: i for i, word in enumerate(names)}
     if not several:
-        return Paths(images, path.parent), np.array([index[words[0]] for _, words, _ in cells]), names
+        return Paths(images, path.parent), np.array([index[found[0]] for found in words]), names
     labels = np.zeros((len(cells), len(names)), bool)
-    for row, (_, words, _) in zip(labels, cells, strict=True):
-        row[[index[word] for word in words]] = True
+    for row, found in zip(labels, words, strict=True):
+        row[[index[word] for word in found]] = True
     return Paths(images, path.parent), labels, names
-
-
-def elsewhere(path: str, error: Exception | None = None) -> str:
-    """Return a hint if a path in a table is relative to the working folder instead of the table's; else ""."""
-    if isinstance(error, FileNotFoundError | None) and not os.path.isabs(path) and os.path.isfile(path):
-        return (
-            "; paths are relative to the table's folder, and this one exists from the working folder: move the table "
-            "there, or write paths from where the table is"
-        )
-    return ""
-
-
-def _rows(name: str, path: pathlib.Path) -> Iterator[tuple[int, str, str]]:
-    """Yield line, path and label of each row of a CSV file."""
-    header: list[str] | None = None
-    n = 0
-    try:
-        for line, row in csv_rows(str(path)):
-            if header is None:
-                header = [cell.strip() for cell in row]
-                continue
-            if not {"path", "label"} <= set(header):
-                break
-            if fault := _fault(header, row):
-                raise UserError(f"line {line} of {str(path)!r} {fault}.")
-            cells, n = dict(zip(header, row, strict=False)), n + 1
-            yield line, cells.get("path", ""), cells.get("label", "")
-        if not n:
-            columns = f"has the columns {', '.join(map(repr, header))}" if header else "is empty"
-            raise UserError(f"CSV file {str(path)!r} {columns}; it must have the columns path and label, and a row.")
-    except UserError as error:
-        raise UserError(f"{name}: {error}") from error
-
-
-def _fault(header: Sequence[str], row: Sequence[str]) -> str:
-    """Return what is wrong with a row of a CSV file, and the remedy, or ""."""
-    try:
-        ",".join(row).encode()
-    except UnicodeEncodeError:
-        return f"is not UTF-8; save the table in UTF-8, or convert it, as with {TO_UTF8}"
-    if any("\n" in cell for cell in row):
-        return "ends a quoted cell of several lines; quotes must be paired"
-    if any(cell.strip() for cell in row[len(header) :]):
-        return f"has {len(row)} cells for {len(header)} columns; put quotes around cells with commas"
-    if "path" in header and not dict(zip(header, row, strict=False)).get("path", "").strip():
-        return "has no path; give it one, or delete the line"
-    return ""
 
 
 def fingerprint(samples: int, names: Sequence[str], content: Iterable[Any]) -> dict[str, Any]:
@@ -309,9 +267,7 @@ def check_sources(
             raise MismatchError(f"source {spec!r} has {source.key}s and the model learns from {expected}s", source.key)
         if len(source.names or ["a number"]) != classes:
             raise MismatchError(f"source {spec!r} has {len(source.names)} classes, expected {classes}", "classes")
-        for first, other in itertools.zip_longest(sources[0].names, source.names):
-            if first != other:
-                raise UserError(
-                    f"sources {specs[0]!r} and {spec!r} have different classes: {first!r} of the first is {other!r} in "
-                    "the other; classes must be the same, in the same order."
-                )
+        if list(source.names) != list(sources[0].names):
+            raise UserError(
+                f"sources {specs[0]!r} and {spec!r} have different classes; they must be the same, in the same order."
+            )

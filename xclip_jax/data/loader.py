@@ -61,8 +61,8 @@ class Transform:
         # Large enough that not even the smallest square crop is enlarged.
         exact = config.resample != "area"
         scaled_to = 0 if exact else math.ceil(self.size / scale[0] ** 0.5)
-        with images.decoding(record["image"], scaled_to=scaled_to, background=config.background) as image:
-            transforms.random_resized_crop(image, self.size, rng, scale, resample=config.resample, out=out)
+        image = images.decode(record["image"], scaled_to=scaled_to, background=config.background)
+        transforms.random_resized_crop(image, self.size, rng, scale, resample=config.resample, out=out)
 
     def caption(self, record: Record, rng: np.random.Generator) -> str:
         """Draw one of the captions, keywords, or both."""

@@ -11,13 +11,7 @@ from PIL import Image
 
 from xclip_jax.core.errors import UserError, check_choice
 from xclip_jax.data import images
-from xclip_jax.data.transforms import (
-    INTERPOLATIONS,
-    RESIZE_MODES,
-    STATISTICS,
-    evaluation_image,
-    evaluation_mask,
-)
+from xclip_jax.data.transforms import INTERPOLATIONS, RESIZE_MODES, STATISTICS, evaluation_image, evaluation_mask
 
 Triple = tuple[float, float, float]
 
@@ -43,7 +37,7 @@ def mean_std(statistics: Any) -> tuple[Triple, Triple]:
         pass
     names = ", ".join(map(repr, STATISTICS))
     raise UserError(
-        f"data.normalization is {statistics!r}; expected {names}, or mean and standard deviation of each channel, "
+        f"data.normalization is {statistics!r}; expected {names}, or mean and deviation by channel, "
         "((r, g, b), (r, g, b)), deviations above 0."
     )
 
@@ -57,11 +51,8 @@ class Preprocessing:
     Attributes:
       size: side of the result, pixels.
       mean, std: for each channel, for pixels between 0 and 1.
-      resize_mode: config key `eval.resize`: "shortest" resizes the shorter side and keeps the central square, "squash"
-        resizes both sides alike, "longest" resizes the longer side and fills up with black.
-      resize_size: `eval.resize_size`, the size after resizing by "shortest" and "squash", before the central `size`
-        pixels are kept; 0 for `size`.
-      interpolation: `eval.interpolation`, "bicubic" or "bilinear", both antialiased.
+      resize_mode, resize_size, interpolation: config keys `eval.resize`, `eval.resize_size` and `eval.interpolation`,
+        see `transforms.evaluation_image`.
       background: `data.background`, the color behind transparent images.
 
     Raises:
@@ -91,10 +82,8 @@ class Preprocessing:
     @classmethod
     def from_config(cls, config: Any) -> "Preprocessing":
         """Return the preprocessing of the model of a run's `Config`, which a room above this one defines."""
-        mean, std = mean_std(config.data.normalization)
-        group = config.eval
-        size = config.model.tower("img").image_size
-        return cls(size, mean, std, group.resize, group.resize_size, group.interpolation, config.data.background)
+        groups = {"data": vars(config.data), "eval": vars(config.eval)}
+        return cls.from_dict(groups, config.model.tower("img").image_size)
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], size: int) -> "Preprocessing":

@@ -59,34 +59,26 @@ def read_all(places: Sequence[tuple[Source, int]], timeout: float) -> list[Recor
         return [read(source, index) for source, index in places]
     done: list[Record | BadSample] = []
     while len(done) < len(places):
-        done += _read_until(places[len(done) :], timeout)
+        results: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        arguments = results, places[len(done) :]
+        threading.Thread(target=_read_into, args=arguments, daemon=True, name="read").start()
+        try:
+            while len(done) < len(places):
+                result = results.get(timeout=timeout)
+                if isinstance(result, BaseException) and not isinstance(result, BadSample):
+                    raise result
+                done.append(result)
+        except queue.Empty:
+            done.append(BadSample("read takes too long", f"more than {timeout:g} s"))
     return done
 
 
-def _read_until(places: Sequence[tuple[Source, int]], timeout: float) -> list[Record | BadSample]:
-    """Read all records, or those up to one that hangs, which becomes a `BadSample`."""
-    records: list[Record | BadSample] = []
-    errors: list[BaseException] = []
-    ended = threading.Event()
-
-    def work() -> None:
-        try:
-            for source, index in places:
-                records.append(read(source, index))
-        except BaseException as error:  # raised in the thread that waits
-            errors.append(error)
-        finally:
-            ended.set()
-
-    threading.Thread(target=work, daemon=True, name="read").start()
-    before = 0
-    while not ended.wait(timeout):
-        if len(records) == before:
-            return [*records[:before], BadSample("read takes too long", f"more than {timeout:g} s")]
-        before = len(records)
-    if errors:
-        raise errors[0]
-    return records
+def _read_into(results: queue.SimpleQueue[Any], places: Sequence[tuple[Source, int]]) -> None:
+    try:
+        for source, index in places:
+            results.put(read(source, index))
+    except BaseException as error:  # raised in the thread that waits
+        results.put(error)
 
 
 def read_each(
@@ -176,12 +168,7 @@ class ThreadPrefetcher(Sequence):
           n: number of items.
           threads: 0 for one a core.
           window: number of items that are computed ahead; accesses within it may be in any order.
-
-        Raises:
-          UserError: a negative number of threads.
         """
-        if threads < 0:
-            raise UserError(f"threads is {threads}; it must be 0, for one a core, or more.")
         self._make, self._n, self._window = make, n, window
         self._pool = thread_pool(threads)
         self._results: dict[int, multiprocessing.pool.AsyncResult[Any]] = {}
@@ -227,19 +214,21 @@ def interruptible_iterator(elements: Iterator[T], check: Callable[[], None], sec
         with contextlib.suppress(Exception):
             getattr(elements, "close", lambda: None)()
 
+    def wait() -> tuple[Any, BaseException | None]:
+        requests.put(True)
+        while True:
+            try:
+                return results.get(timeout=seconds)
+            except queue.Empty:
+                check()
+
     reader = threading.Thread(target=read, daemon=True, name="batches")
     reader.start()
-    waiting = False
     try:
         while True:
-            requests.put(True)
-            waiting = True
-            while waiting:
-                try:
-                    element, error = results.get(timeout=seconds)
-                    waiting = False
-                except queue.Empty:
-                    check()
+            abandoned = True
+            element, error = wait()
+            abandoned = False
             if isinstance(error, StopIteration):
                 return
             if error is not None:
@@ -247,7 +236,7 @@ def interruptible_iterator(elements: Iterator[T], check: Callable[[], None], sec
             yield element
     finally:
         requests.put(False)
-        if not waiting:
+        if not abandoned:
             reader.join()
 
 

@@ -4,26 +4,21 @@ A spec is KIND:REST: KIND is a key of `SOURCES`, and REST is up to the kind, suc
 name. A kind of another package is package.module:Class, as in "my_lab.sources:JsonLines:/data/x.jsonl".
 """
 
-import contextlib
 import dataclasses
-import difflib
 import glob
 import math
 import os
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
 
-from xclip_jax.core.console import command
 from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.core.imports import Classes, import_class
 from xclip_jax.core.remote import expand_home
 from xclip_jax.data import holdout, images, labelled, records
 from xclip_jax.data.base import (
-    IMAGE_SUFFIXES,
     LabelledSource,
     Record,
     Source,
@@ -51,7 +46,6 @@ SOURCES: Mapping[str, type[SourceKind]] = Classes(
 )
 OF_ANOTHER_PACKAGE = "package.module:Class:REST"
 _SAMPLED = 256  # records of a source that `transparent_share` reads
-_WILDCARDS = r"[*?\[{]"
 
 _IMPORTED = re.compile(r"(?P<class>[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*)(?::(?P<rest>.*))?", re.S)
 
@@ -86,14 +80,11 @@ def spec_from_path(text: str) -> str:
         return text
     if os.path.isdir(path) and glob.glob(os.path.join(glob.escape(path), "*.tar")):
         return f"tar:{text}"
-    kinds = [name for name, kind in SOURCES.items() if kind.reads(path)]
-    if not kinds:
-        pattern = re.search(_WILDCARDS, path) and not os.path.exists(path) and not _images_of(path)
-        if pattern and (":" not in path or "://" in path):
-            check = f"{command('check')} {shlex.quote(f'tar:{text}')}"
-            raise UserError(f"{text!r} has no ending of a known type; write the type first, as in {check}")
-        raise _unknown(text)
-    return f"{kinds[0]}:{text}"
+    if kinds := [name for name, kind in SOURCES.items() if kind.reads(path)]:
+        return f"{kinds[0]}:{text}"
+    if os.path.exists(path):
+        raise UserError(f"{text!r} is a file of no known kind; name its folder or a table.")
+    raise UserError(f"no file or folder {text!r}; check the path, or write KIND:REST, as in hf:ORG/NAME/train.")
 
 
 def parse(text: str) -> SourceSpec:
@@ -106,7 +97,7 @@ def parse(text: str) -> SourceSpec:
     prefix, colon, rest = text.partition(":")
     if colon and prefix in SOURCES:
         if not rest:
-            raise UserError(f"source {text!r} ends after its type; write {', '.join(_forms(SOURCES[prefix]))}.")
+            raise UserError(f"source {text!r} ends after its type; write {', '.join(SOURCES[prefix].forms)}.")
         expand_home(rest)
         return SourceSpec(SOURCES[prefix], rest)
     if match := _IMPORTED.fullmatch(text):
@@ -148,10 +139,6 @@ def _import(text: str, name: str) -> type[SourceKind]:
         raise
 
 
-def _forms(kind: type[SourceKind]) -> list[str]:
-    return [spec for spec, form in kind.forms.items() if form.pairs or form.labels]
-
-
 def usage(what: str = "pairs") -> dict[str, str]:
     """Return {form of spec: what it reads} of all of `SOURCES` that read `what`: "pairs", "labels" or "splits"."""
     forms = ((spec, getattr(form, what)) for kind in SOURCES.values() for spec, form in kind.forms.items())
@@ -159,41 +146,8 @@ def usage(what: str = "pairs") -> dict[str, str]:
 
 
 def _unknown(text: str) -> UserError:
-    prefix, colon, rest = text.partition(":")
-    path = os.path.expanduser(text)
-    near = [f"{name}:{text}" for name, kind in SOURCES.items() if kind.reads(path)]
-    if not near and (os.path.isabs(path) or not (colon or text in SOURCES)):
-        return _no_source(text)
-    if colon and not near:
-        near = [f"{name}:{rest}" for name in difflib.get_close_matches(prefix, SOURCES, n=1)]
-    suggestion = f"; did you mean {near[0]!r}?" if near else "."
     specs = dict.fromkeys([*usage(), *usage("labels"), OF_ANOTHER_PACKAGE])
-    return UserError(f"unknown source {text!r}; write {_either(specs)}{suggestion}")
-
-
-def _images_of(pattern: str) -> str:
-    """Return the folder of a pattern of images, or ""."""
-    folder, name = os.path.split(pattern)
-    pattern_of_images = re.search(_WILDCARDS, name) and name.lower().endswith(IMAGE_SUFFIXES)
-    return (folder or ".") if pattern_of_images and ":" not in pattern else ""
-
-
-def _no_source(text: str) -> UserError:
-    """Return the error for a plain path that no kind of source reads."""
-    path = os.path.expanduser(text)
-    if os.path.exists(path):
-        return UserError(f"{text!r} is a file of no known kind; name its folder or a table.")
-    if folder := _images_of(text):
-        return UserError(f"{text!r} is a pattern of images; name the folder, {folder!r}.")
-    parent, name = os.path.split(path.rstrip("/"))
-    near = []
-    with contextlib.suppress(OSError):
-        near = difflib.get_close_matches(name, os.listdir(parent or "."), n=1)
-    if near:
-        meant = os.path.join(os.path.dirname(text.rstrip("/")), near[0])
-        return UserError(f"no file or folder {text!r}; did you mean {meant!r}?")
-    form = "" if os.path.isabs(path) else "; a source is written KIND:REST, as in hf:ORG/NAME/train"
-    return UserError(f"no file or folder {text!r}; check the path{form}.")
+    return UserError(f"unknown source {text!r}; write {_either(specs)}.")
 
 
 def _either(specs: Mapping[str, Any]) -> str:
@@ -250,22 +204,14 @@ def open_sources(config: DataConfig, classes: int = 0, fields: Sequence[str] | N
     """
     parse_all(config.sources)
     options = source_options(config)
-    opened: list[Source]
-    if classes:
-        if config.spread_duplicate_captions:
-            raise UserError(
-                "data.spread_duplicate_captions compares captions, and labelled items have none: set it to False."
-            )
-        if config.holdout:
-            raise UserError("data.holdout holds out pairs; of labelled items evaluate another split, and set it to 0.")
-        items = [open_labelled(spec, options) for spec in config.sources]
-        labelled.check_sources(config.sources, items, classes, fields)
-        opened = list(items)
-    else:
-        opened = [open_pairs(spec, options) for spec in config.sources]
+    opened = [_open(spec, options, bool(classes)) for spec in config.sources]
     if empty := [spec for spec, source in zip(config.sources, opened, strict=True) if not len(source)]:
         raise UserError(f"source {empty[0]!r} has nothing in it; leave it out of data.sources, or name another split.")
     if classes:
+        for key in ("spread_duplicate_captions", "holdout"):
+            if getattr(config, key):
+                raise UserError(f"data.{key} is for pairs, and these sources have labelled items; leave it out.")
+        labelled.check_sources(config.sources, cast(Sequence[LabelledSource], opened), classes, fields)
         return opened
     if config.holdout:
         opened = holdout.training_part(config.sources, opened, config)

@@ -4,6 +4,7 @@ Source: Radford et al., "Learning Transferable Visual Models From Natural Langua
 with open_clip's `SimpleTokenizer` on every character that Unicode 15 assigns.
 """
 
+import dataclasses
 import functools
 import gzip
 import html
@@ -38,6 +39,7 @@ _CLIP_START, _CLIP_END = "<start_of_text>", "<end_of_text>"
 _CLIP_WORDS = rf"(?i){_CLIP_START}|{_CLIP_END}|'s|'t|'re|'ve|'m|'ll|'d|\p{{L}}+|\p{{N}}|[^\s\p{{L}}\p{{N}}]+"
 
 
+@dataclasses.dataclass(eq=False)
 class Tokenizer:
     """Callable (texts, length) -> int32 (b, length); made by `load`, immutable, safe in threads, pickled by name.
 
@@ -50,21 +52,15 @@ class Tokenizer:
       cleaning: name in `CLEANINGS`, applied to texts before they are encoded.
     """
 
-    def __init__(
-        self,
-        name: str,
-        encode: Callable[[str], list[int]],
-        *,
-        vocab_size: int,
-        sot_id: int | None,
-        eot_id: int,
-        pad_id: int,
-        cleaning: str = "",
-    ) -> None:
-        self.cleaning = cleaning
-        self.name, self.vocab_size = name, vocab_size
-        self.sot_id, self.eot_id, self.pad_id = sot_id, eot_id, pad_id
-        self._encode = encode
+    name: str
+    _encode: Callable[[str], list[int]]
+    vocab_size: int
+    sot_id: int | None
+    eot_id: int
+    pad_id: int
+    cleaning: str = ""
+
+    def __post_init__(self) -> None:
         # Epochs of small data sets repeat captions often; cleaning costs more than the merges.
         self._cached_ids = functools.lru_cache(maxsize=1 << 16)(self._ids)
 
@@ -115,7 +111,7 @@ def load(name: str) -> Tokenizer:
     if name == "bytes":
         return _bytes()
     if (path := epath.Path(name)).is_file():
-        return _from_same_file(name, str(path.absolute()), path.stat().mtime)
+        return _from_file(name, path.stat().mtime)
     raise UserError(f"tokenizer {name!r} must be one of {', '.join(map(repr, NAMES))} or the path of a tokenizer.json.")
 
 
@@ -213,19 +209,9 @@ def _bytes() -> Tokenizer:
     return Tokenizer("bytes", encode, vocab_size=259, sot_id=1, eot_id=2, pad_id=0)
 
 
-def _check_raised_by_library(error: BaseException) -> None:
-    """Raise `error` again unless tokenizers raised it: a bare `Exception`, or Rust's PanicException."""
-    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-        raise error
-
-
 @functools.lru_cache
-def _from_same_file(path: str, _absolute: str, _modified: float) -> Tokenizer:
+def _from_file(path: str, _modified: float) -> Tokenizer:
     """Read a file once, and again if it is replaced."""
-    return _from_file(path)
-
-
-def _from_file(path: str) -> Tokenizer:
     end_tokens, pad_tokens, start_tokens, size, cleaning = END_TOKENS, PAD_TOKENS, START_TOKENS, 0, ""
     try:
         content = epath.Path(path).read_bytes().decode()
@@ -237,7 +223,9 @@ def _from_file(path: str) -> Tokenizer:
         cleaned = CLEANINGS[cleaning]
         model = tokenizers.Tokenizer.from_str(content)
     except BaseException as error:
-        _check_raised_by_library(error)
+        # The library raises bare exceptions, and Rust's PanicException, which is none.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise UserError(f"tokenizer file {path!r} is not a Hugging Face tokenizers JSON: {error}") from error
     model.no_padding()
     model.no_truncation()
@@ -249,19 +237,10 @@ def _from_file(path: str) -> Tokenizer:
 
     end = find(end_tokens)
     if end is None:
-        raise UserError(
-            f"tokenizer file {path!r} has no end token; add one of {', '.join(end_tokens)} to its vocabulary."
-        )
+        raise UserError(f"tokenizer file {path!r} has no end token; add one of {', '.join(end_tokens)} to it.")
 
     def encode(text: str) -> list[int]:
-        try:
-            return model.encode(cleaned(join_surrogates(text)), add_special_tokens=False).ids
-        except BaseException as error:
-            _check_raised_by_library(error)
-            raise UserError(
-                f"tokenizer file {path!r} cannot encode {text[:40]!r} ({error}); add an unknown token to its "
-                "vocabulary."
-            ) from error
+        return model.encode(cleaned(join_surrogates(text)), add_special_tokens=False).ids
 
     return Tokenizer(
         path,

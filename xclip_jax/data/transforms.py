@@ -3,7 +3,6 @@
 uint8 is sent to the device: a quarter of the bytes of floats, and arithmetic costs nothing there.
 """
 
-import contextlib
 import math
 from collections.abc import Mapping
 
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from xclip_jax.data.images import DROPPED, WHITE, decode_held, is_jpeg, open_held, to_rgb
+from xclip_jax.data.images import DROPPED, WHITE, decode, is_jpeg, open_image, to_rgb
 
 cv2.setNumThreads(0)  # the loader has threads and processes of its own
 
@@ -90,12 +89,11 @@ def evaluation_image(
     Raises:
       BadSample: as `decode`.
     """
-    with contextlib.ExitStack() as held:
-        if isinstance(data, np.ndarray) or is_jpeg(data) or background == WHITE:
-            image = Image.fromarray(decode_held(data, held, background))
-        elif (image := open_held(data, held)).mode.startswith(("I", "F")):
-            image = to_rgb(image, background)
-        return np.asarray(to_rgb(_fit(image, size, resample, mode, resize_size), background))
+    if isinstance(data, np.ndarray) or is_jpeg(data) or background == WHITE:
+        image = Image.fromarray(decode(data, background=background))
+    elif (image := open_image(data)).mode.startswith(("I", "F")):
+        image = to_rgb(image, background)
+    return np.asarray(to_rgb(_fit(image, size, resample, mode, resize_size), background))
 
 
 def evaluation_mask(mask: np.ndarray, size: int, mode: str = "shortest", resize_size: int = 0) -> np.ndarray:

@@ -72,11 +72,9 @@ def test_splits_of_folders(tmp_path):
     for folder in ("saved", "parquet"):
         opened = {name: sources.open_pairs(f"hf:{tmp_path / folder / name}") for name in parts}
         assert [len(source) for source in opened.values()] == [9, 4] and opened["test"][3]["image"] == png(3)
-    with pytest.raises(UserError, match="does not name a split; its splits are test, train"):
-        sources.open_pairs(f"hf:{tmp_path / 'saved'}")
     with pytest.raises(UserError, match=r"datasets cannot open it: Unknown split .validation"):
         sources.open_pairs(f"hf:{tmp_path / 'parquet' / 'validation'}")
-    with pytest.raises(UserError, match=r"folder '.*/none' does not exist"):
+    with pytest.raises(UserError, match=r"/none/train: "):
         sources.open_pairs(f"hf:{tmp_path / 'none' / 'train'}")
 
 
@@ -137,7 +135,7 @@ def test_columns_that_are_missing(tmp_path, drop, change, message):
 def test_several_columns_of_images_are_a_choice(tmp_path):
     made = datasets.concatenate_datasets([rows(image="left"), rows(image="right").select_columns("right")], axis=1)
     path = saved(tmp_path / "set", made)
-    with pytest.raises(UserError, match=r"has no column 'image' and several of images, left, right"):
+    with pytest.raises(UserError, match=r"has no column 'image' of images; its columns are left .*right"):
         sources.open_pairs(f"hf:{path}")
     assert sources.open_pairs(f"hf:{path}", options(image_key="left"))[0]["image"] == png(0)
 
@@ -184,8 +182,8 @@ def test_columns_of_images_and_classes_are_named_in_the_spec(tmp_path):
     for end, message in {
         "": r"has no column 'label' of classes; add \?label= and one of fine, coarse/label to the spec; its columns",
         "?label=text": "has no column 'text' of classes; add",
-        "?label=fine": r"column 'image' and several of images, left, right; name one in the spec, \?image=COLUMN",
-        "?label=fine&image=up": "no column 'up' and several of images, left, right; name one in the spec",
+        "?label=fine": r"no column 'image' of images; .*; set \?image=COLUMN at the end of the spec",
+        "?label=fine&image=up": "no column 'up' of images; its columns are left",
         "?lable=fine": r"ends in '\?lable=fine'; expected \?image=COLUMN&label=COLUMN, or one",
         "?label=": r"ends in '\?label='; expected",
     }.items():
@@ -193,9 +191,6 @@ def test_columns_of_images_and_classes_are_named_in_the_spec(tmp_path):
             registry.load(f"{spec}{end}", PREPARE)
     with pytest.raises(UserError, match=r"names a column of images; of pairs it is data\.image_key"):
         sources.open_pairs(f"{spec}?image=left")
-    for rest in ("lab/set/test?label", "lab/set?label=fine/main/test", "lab/set/test?image=a?label=fine"):
-        with pytest.raises(UserError, match=r"has a \? without columns, or before its end; expected \?image=COLUMN"):
-            sources.open_labelled(f"hf:{rest}")
 
 
 def test_held_out_pairs_of_several_columns_have_labels(tmp_path):
@@ -226,11 +221,11 @@ def test_a_validation_split_is_used_and_where_it_is_damaged_an_error(tmp_path, l
         assert (len(probe.train), len(probe.validation), len(probe.test)) == sizes
     for file in folder.rglob("*validation*/*.arrow" if layout == "saved" else "validation*"):
         file.write_bytes(b"damaged")
-    with pytest.raises(UserError, match=r"hf:.*(/validation.* cannot be read|cannot open it)"):
+    with pytest.raises(UserError, match=r"hf:.*cannot open it"):
         registry.load(f"probe/hf:{folder}", PREPARE)
     if layout == "saved":
         (folder / "dataset_dict.json").write_text("{")
-        with pytest.raises(UserError, match=r"dataset_dict\.json' cannot be read"):
+        with pytest.raises(UserError, match=r"hf:.*cannot open it"):
             registry.load(f"probe/hf:{folder}", PREPARE)
 
 
@@ -311,7 +306,7 @@ def test_splits_of_the_hub_are_listed(hub, monkeypatch):
     assert has("lab/pairs/small", "train") and not has("lab/pairs/small?label=label", "validation")
     with pytest.raises(UserError, match="Config name is missing"):
         has("lab/pairs", "validation")
-    with pytest.raises(UserError, match=r"'hf:lab' does not name a data set; write hf:ORG/NAME"):
+    with pytest.raises(UserError, match=r"'hf:lab/train' does not name a data set and a split; write hf:ORG/NAME"):
         has("lab", "validation")
     sources.open_pairs("hf:lab/plain/train")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)

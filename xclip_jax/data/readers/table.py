@@ -3,19 +3,19 @@
 import abc
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
+import pyarrow
+import pyarrow.compute
+import pyarrow.parquet
 
 from xclip_jax.core import remote, storage
 from xclip_jax.core.errors import BadSample, UserError, first_line, public
 from xclip_jax.data import labelled
 from xclip_jax.data.base import MAX_BYTES, Form, MissingColumnError, Record, Source, SourceKind, SourceOptions
-from xclip_jax.data.text import csv_rows, decode_utf8, strip_texts
-
-# CSV tables of at most this number of bytes are hashed as a whole for their fingerprint.
-_HASHED_WHOLE = 1 << 30
+from xclip_jax.data.text import decode_utf8, json_strings, read_csv, strip_texts
 
 
 def pair(image: Any, name: str, options: SourceOptions, read: Callable[[str], Any]) -> Record:
@@ -34,204 +34,196 @@ def pair(image: Any, name: str, options: SourceOptions, read: Callable[[str], An
     if not text:
         raise BadSample("caption is empty")
     tags = read(options.tags_key) if options.tags_key else []
-    return {
-        "image": image,
-        "text": text,
-        "tags": strip_texts(tags.split(",") if isinstance(tags, str) else tags),
-        "id": name,
-    }
+    tags = strip_texts(tags.split(",") if isinstance(tags, str) else tags)
+    return {"image": image, "text": text, "tags": tags, "id": name}
 
 
-class _Strings:
-    """Many strings in two buffers; a list would take several times the memory."""
+class Cells(labelled.Files):
+    """Encoded images in an Arrow column: bytes, paths or URLs, or {"bytes", "path"} as Hugging Face writes them."""
 
-    def __init__(self, texts: Sequence[str]) -> None:
-        parts = [text.encode("utf-8", "surrogatepass") for text in texts]
-        self._ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
-        self._data = b"".join(parts)
+    def __init__(self, column: Any, locate: Callable[[int, str], tuple[str, str]]) -> None:
+        """Holds a `pyarrow.ChunkedArray`.
 
-    def __getitem__(self, index: int) -> str:
-        start = int(self._ends[index - 1]) if index else 0
-        return self._data[start : int(self._ends[index])].decode("utf-8", "surrogatepass")
+        Args:
+          column: the images.
+          locate: function from a row and a path to the place of the file, and the address of its table if that is not
+            on this machine, else "". Such a table may name neither files of this machine nor addresses of the inner
+            network.
+        """
+        self.column, self._locate = column, locate
+
+    def __len__(self) -> int:
+        return len(self.column)
+
+    def path(self, index: int) -> str:
+        """Return the path or URL of an image, "" if the table holds the image itself, or none."""
+        value = self.column[index].as_py()
+        value = value.get("path") if isinstance(value, dict) and not value.get("bytes") else value
+        return self._locate(index, value)[0] if isinstance(value, str) and value else ""
+
+    def name(self, index: int) -> str:
+        """Return the path or URL of the image, or "row N" if it has none."""
+        return self.path(index) or f"row {index}"
+
+    def sizes(self) -> Iterator[tuple[str, int]]:
+        """Yield the number and size in bytes of each image, or its file name and 0."""
+        column = self.column
+        if pyarrow.types.is_struct(column.type):
+            column = pyarrow.compute.call_function(
+                "struct_field", [column], pyarrow.compute.StructFieldOptions("bytes")
+            )
+        if not pyarrow.types.is_string(column.type):
+            column = pyarrow.compute.call_function("binary_length", [column])
+        for index, value in enumerate(value for chunk in column.chunks for value in chunk.to_pylist()):
+            yield (value.rpartition("/")[2], 0) if isinstance(value, str) else (str(index), value or 0)
+
+    def read(self, index: int) -> tuple[bytes, str]:
+        """Return an image, and its path or URL, or the number of its row.
+
+        Raises:
+          BadSample: a file that cannot be read or is empty, or no image.
+        """
+        value, name = self.column[index].as_py(), str(index)
+        if isinstance(value, dict):
+            value = value.get("bytes") or value.get("path")
+        if isinstance(value, str) and value:
+            name, table = self._locate(index, value)
+            try:
+                value = storage.read(name, MAX_BYTES["image"], table)
+            except (OSError, ValueError) as error:  # a ValueError for a zero byte, or a URL that cannot be opened
+                raise storage.unreadable(error) from error
+        if not (value and isinstance(value, bytes)):
+            raise BadSample("image file is empty" if name != str(index) else "no image in the row")
+        return value, name
+
+    def __getitem__(self, index: int) -> bytes:  # ty: ignore[incompatible-method-override] no slices
+        return self.read(index)[0]
+
+
+class ColumnSource(Source):
+    """Rows of Arrow columns: an image, or its path or URL, captions, and keywords with commas between them."""
+
+    def __init__(self, images: Cells, columns: Mapping[str, Any], options: SourceOptions) -> None:
+        """`columns` has the columns of captions and keywords, which `options` names."""
+        self.images, self.columns, self.options = images, columns, options
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def _texts(self, key: str, index: int) -> str | list[str]:
+        name = key.partition("/")[0]
+        values = json_strings({name: self.columns[name][index].as_py()}, key)
+        return values[0] if len(values) == 1 else values
+
+    def __getitem__(self, index: int) -> Record:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        try:
+            image, name = self.images.read(index)
+            return pair(image, name, self.options, lambda key: self._texts(key, index))
+        except UnicodeDecodeError as error:
+            decode_utf8(error.object)
+            raise
+
+    def describe(self, index: int) -> dict[str, str]:
+        try:
+            path = self.images.path(index)
+        except UnicodeDecodeError:
+            path = ""
+        return {"file": path} if path else {"row": str(index)}
+
+
+def columns_of(options: SourceOptions) -> list[str]:
+    """Return the columns of captions and keywords; COLUMN/FIELD is a field of a nested one."""
+    keys = [*options.text_keys, *filter(None, [options.tags_key])]
+    return list(dict.fromkeys(key.partition("/")[0] for key in keys))
 
 
 def _check_columns(path: str, names: Sequence[str], keys: Sequence[str]) -> None:
-    missing = [key for key in keys if key not in names]
-    if missing:
+    if missing := [key for key in keys if key not in names]:
         fault = f"table {path!r} has no column {missing[0]!r}; its columns are {', '.join(map(repr, names))}"
         raise MissingColumnError(fault, "data.image_key, data.text_keys and data.tags_key")
 
 
-class TableSource(Source):
-    """Rows of tables: a path or URL of an image, or its bytes, and captions."""
+class TableSource(ColumnSource):
+    """Rows of files. Paths are relative to the file's folder, unless they are absolute."""
+
+    _hashed_whole = 0  # files of at most this number of bytes are hashed as a whole
 
     def __init__(self, pattern: str, options: SourceOptions) -> None:
         """Reads the columns into memory.
 
         Args:
           pattern: the tables, see `storage.expand`.
-          options: names of the columns: image paths, relative to the table's folder unless absolute; captions, one of
-            which is drawn each time; and keywords with commas between them.
+          options: names of the columns.
 
         Raises:
-          UserError: no such file or column, no row.
+          UserError: no such file or column, no row, or files that cannot be read.
         """
-        self.pattern, self.options = pattern, options
-        self.tables = storage.expand(pattern)
-        keys = list(dict.fromkeys([options.image_key, *options.text_keys, *filter(None, [options.tags_key])]))
-        self._columns, counts = self._read(keys)
-        self._ends = np.cumsum(counts)
-        if not len(self):
-            raise UserError(f"{pattern!r} has no row after its first line; pass a table of paths and captions.")
+        self.pattern, self.tables = pattern, storage.expand(pattern)
+        keys = list(dict.fromkeys([options.image_key, *columns_of(options)]))
+        tables = [self._read(path, keys) for path in self.tables]
+        try:
+            # A column without values has a type of its own, which fits every other.
+            joined = pyarrow.concat_tables(tables, promote_options="default")
+        except pyarrow.ArrowException as error:
+            raise UserError(f"the tables of {pattern!r} have columns of other types ({first_line(error)}).") from error
+        if not len(joined):
+            raise UserError(f"{pattern!r} has no row; pass a table of paths and captions.")
+        self._ends = np.cumsum([len(table) for table in tables])
+        images = Cells(joined[options.image_key], self._locate)
+        super().__init__(images, {key: joined[key] for key in keys}, options)
 
+    def _read(self, path: str, keys: list[str]) -> Any:
+        """Return the columns `keys` as a `pyarrow.Table`."""
+        try:
+            return self._open(path, keys)
+        except UserError:
+            raise
+        except Exception as error:  # the class depends on the damage
+            raise UserError(f"table {path!r} cannot be read ({first_line(error)}).") from error
+
+    @staticmethod
     @abc.abstractmethod
-    def _read(self, keys: list[str]) -> tuple[dict[str, Any], list[int]]:
-        """Return the columns over all tables, each indexable by row, and the number of rows of each table."""
+    def _open(path: str, keys: list[str]) -> Any:
+        """Return the columns as `_read` does, and raise any error."""
 
     def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
         """Pickle the arguments; a worker process reads the tables itself."""
         return type(self), (self.pattern, self.options)
 
-    def __len__(self) -> int:
-        return int(self._ends[-1])
-
-    def _table(self, index: int) -> str:
-        return self.tables[int(np.searchsorted(self._ends, index, side="right"))]
-
-    def _value(self, key: str, index: int) -> Any:
-        return self._columns[key][index]
-
-    def _path(self, index: int, value: str) -> str:
-        table = self._table(index)
+    def _locate(self, index: int, path: str) -> tuple[str, str]:
+        table = self.tables[int(np.searchsorted(self._ends, index, side="right"))]
         if not storage.is_remote(table):
-            return value if storage.is_remote(value) else str(pathlib.Path(table).parent / value)
-        if storage.is_remote(value) or value.startswith("/"):
-            return value
-        return f"{table.rpartition('/')[0]}/{value}"  # a Path would turn the address's // into /
-
-    def describe(self, index: int) -> dict[str, str]:
-        try:
-            value = self._value(self.options.image_key, index)
-        except BadSample:
-            value = None
-        return {"file": self._path(index, value)} if isinstance(value, str) else {"row": str(index)}
+            return path if storage.is_remote(path) else str(pathlib.Path(table).parent / path), ""
+        if not storage.is_remote(path) and not path.startswith("/"):
+            path = f"{table.rpartition('/')[0]}/{path}"  # a Path would turn the address's // into /
+        return path, table if remote.scheme(table) != "file" else ""
 
     def fingerprint(self) -> dict[str, Any]:
         """Return the number of rows, a hash of the tables (see `storage.fingerprint`), and their names and sizes."""
-        return fingerprint(len(self), self.tables)
-
-    def __getitem__(self, index: int) -> Record:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        value = self._value(self.options.image_key, index)
-        table = self._table(index)
-        untrusted = table if remote.scheme(table) not in ("", "file") else ""
-        image, name = image_of(value, str(index), lambda path: self._path(index, path), untrusted)
-        return pair(image, name, self.options, lambda key: self._value(key, index))
-
-
-def image_of(value: Any, row: str, locate: Callable[[str], str] = str, table: str = "") -> tuple[bytes, str]:
-    """Return the encoded image in a cell of a table, and its path or URL, or `row` if it has none.
-
-    Args:
-      value: bytes, a path or URL, or {"bytes", "path"} as Hugging Face writes them.
-      row: name of the row.
-      locate: function from a path in the table to the place of the file.
-      table: address of a table that is not on this machine, which may name neither files of this machine nor addresses
-        of the inner network.
-
-    Raises:
-      BadSample: a file that cannot be read or is empty, or no image.
-    """
-    name = row
-    if isinstance(value, dict):
-        value = value.get("bytes") or value.get("path")
-    if isinstance(value, str) and value:
-        name = locate(value)
-        try:
-            value = storage.read(name, MAX_BYTES["image"], table)
-        except (OSError, ValueError) as error:  # a ValueError for a zero byte, or a URL that cannot be opened
-            bad = storage.unreadable(error)
-            raise BadSample(bad.reason, bad.detail + labelled.elsewhere(value, error)) from error
-    if not (value and isinstance(value, bytes)):
-        raise BadSample("image file is empty" if name != row else "no image in the row")
-    return value, name
+        return fingerprint(len(self), self.tables, whole=self._hashed_whole)
 
 
 class CsvSource(TableSource):
     """Rows of CSV or TSV files; the first line has the names of the columns."""
 
-    def _read(self, keys: list[str]) -> tuple[dict[str, Any], list[int]]:
-        columns, counts = [[] for _ in keys], []
-        self._faults: dict[int, str] = {}  # rows with more fields than columns: a caption was cut at its comma
-        for path in self.tables:
-            if storage.is_remote(path):
-                raise UserError(f"table {path!r} is not on this machine; copy it here, or write it as parquet.")
-            before = len(columns[0])
-            rows = csv_rows(path)
-            _, names = next(rows, (0, []))
-            if not names:
-                raise UserError(f"table {path!r} is empty; pass one whose first line has the names of its columns.")
-            _check_columns(path, names, keys)
-            positions = [names.index(key) for key in keys]
-            for line, row in rows:
-                if any(field.strip() for field in row[len(names) :]):
-                    self._faults[len(columns[0])] = f"{path!r}, line {line}: {len(row)} fields"
-                for column, position in zip(columns, positions, strict=True):
-                    column.append(row[position] if position < len(row) else "")
-            counts.append(len(columns[0]) - before)
-        return {key: _Strings(column) for key, column in zip(keys, columns, strict=True)}, counts
+    _hashed_whole = 1 << 30
 
-    def _value(self, key: str, index: int) -> str:
-        value = super()._value(key, index)
-        return value if key == self.options.image_key else decode_utf8(value.encode("utf-8", "surrogateescape"))
-
-    def __getitem__(self, index: int) -> Record:
-        if index in self._faults:
-            raise BadSample(
-                "row has too many fields", f"{self._faults[index]}; put captions that contain a comma in quotes"
-            )
-        return super().__getitem__(index)
-
-    def fingerprint(self) -> dict[str, Any]:
-        """Return the number of rows, a hash of the tables (see `storage.fingerprint`), and their names and sizes."""
-        return fingerprint(len(self), self.tables, whole=_HASHED_WHOLE)
+    @staticmethod
+    def _open(path: str, keys: list[str]) -> Any:
+        table = read_csv(path, keys)
+        _check_columns(path, table.column_names, keys)
+        return table.select(keys)
 
 
 class ParquetSource(TableSource):
-    """Rows of parquet files. Images may be bytes, or {"bytes", "path"} as Hugging Face writes them, captions lists."""
+    """Rows of parquet files."""
 
-    def _read(self, keys: list[str]) -> tuple[dict[str, Any], list[int]]:
-        try:
-            import pyarrow
-            import pyarrow.parquet
-        except ImportError as error:
-            raise UserError("parquet tables need pyarrow: pip install 'xclip_jax[parquet]'.") from error
-        tables, schema = [], pyarrow.schema([])
-        for path in self.tables:
-            try:
-                _check_columns(path, pyarrow.parquet.read_schema(path).names, keys)
-                tables.append(pyarrow.parquet.read_table(path, columns=keys))
-            except UserError:
-                raise
-            except Exception as error:  # the class depends on the damage
-                raise UserError(f"{path!r} cannot be read as parquet ({first_line(error)}).") from error
-            try:
-                # A column without values has a type of its own, which fits every other.
-                schema = pyarrow.unify_schemas([schema, tables[-1].schema], promote_options="default")
-            except pyarrow.ArrowException as error:
-                raise UserError(
-                    f"a column of {path!r} has another type than in the tables before it ({first_line(error)}); pass "
-                    "tables of one schema, or make each a source of its own."
-                ) from error
-        columns = pyarrow.concat_tables(tables, promote_options="default").columns
-        return dict(zip(keys, columns, strict=True)), [table.num_rows for table in tables]
-
-    def _value(self, key: str, index: int) -> Any:
-        try:
-            return self._columns[key][index].as_py()
-        except UnicodeDecodeError as error:
-            raise BadSample("caption is not UTF-8", str(error)) from error
+    @staticmethod
+    def _open(path: str, keys: list[str]) -> Any:
+        _check_columns(path, pyarrow.parquet.read_schema(path).names, keys)
+        return pyarrow.parquet.read_table(path, columns=keys)
 
 
 def fingerprint(samples: int, paths: Sequence[str], whole: int = 0) -> dict[str, Any]:
@@ -277,9 +269,11 @@ class ArrayRecordSource(Source):
         features = {key: list(value.bytes_list.value) for key, value in example.features.feature.items()}
         if not (image := features.get(self.options.image_key)):
             raise BadSample("no image in the record", f"it has {', '.join(sorted(features))}")
-        return pair(
-            image[0], str(index), self.options, lambda key: [decode_utf8(value) for value in features.get(key, ())]
-        )
+
+        def read(key: str) -> list[str]:
+            return [decode_utf8(value) for value in features.get(key, ())]
+
+        return pair(image[0], str(index), self.options, read)
 
     def fingerprint(self) -> dict[str, Any]:
         """Return the number of records, a hash of the files (see `storage.fingerprint`), and their names and sizes."""
@@ -305,10 +299,6 @@ class ParquetTables(SourceKind):
 
     forms: ClassVar = {"parquet:PATTERN": Form(pairs="tables with columns of images, or of their paths, and captions")}
     suffixes = (".parquet",)
-
-    @classmethod
-    def extras(cls, rest: str) -> tuple[str, ...]:
-        return ("parquet",)
 
     @classmethod
     def open(cls, rest: str, options: SourceOptions, labels: bool = False) -> ParquetSource:

@@ -4,14 +4,13 @@ The shuffle is global and exact, a run resumes anywhere, and shards need not be 
 """
 
 import bisect
-import collections
+import contextlib
 import hashlib
 import itertools
 import json
-import os
 import pathlib
 import resource
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -23,39 +22,6 @@ from xclip_jax.data.readers import tar_index
 from xclip_jax.data.text import decode_text, decode_utf8, json_strings
 
 _GAP = 1 << 16  # one request reads the files of a sample and gaps of up to this size
-_MAX_KEYS = 20_000_000  # more keys would take gigabytes to compare
-_EXAMPLES = 3
-# Open files for `storage.open_file`, JAX and trackers, besides the tars.
-_SPARE = 768
-
-
-def raise_open_file_limit(n: int, what: str) -> None:
-    """Raise this process's limit of open files, often 1,024, so that it can keep `n` more open.
-
-    Args:
-      n: number of files.
-      what: their name in the message.
-
-    Raises:
-      UserError: the hard limit is lower.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = _open_files() + n + _SPARE
-    if soft == resource.RLIM_INFINITY or needed <= soft:
-        return
-    if hard != resource.RLIM_INFINITY and needed > hard:
-        raise UserError(
-            f"{n:,} {what} need about {needed:,} open files, and a process may have {hard:,} here; raise that limit "
-            f"(ulimit -Hn {needed}), or join them into fewer."
-        )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
-
-
-def _open_files() -> int:
-    try:
-        return len(os.listdir("/dev/fd"))
-    except OSError:
-        return 0
 
 
 class TarSource(Source):
@@ -88,7 +54,10 @@ class TarSource(Source):
             )
 
     def _open(self, index_paths: Sequence[pathlib.Path]) -> None:
-        raise_open_file_limit(len(index_paths), "tars")
+        # Each map holds a file open, and the soft limit of a process is often 1,024.
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         self._index_paths = list(index_paths)
         # Mapped, so that all worker processes share one copy, which may have gigabytes.
         self.rows = [np.load(path, mmap_mode="r").view(np.ndarray) for path in index_paths]
@@ -120,21 +89,8 @@ class TarSource(Source):
         return tar_index.FAULTS[self._row(index)[1]["fault"]]
 
     def known_faults(self) -> Mapping[str, int]:
-        counts: collections.Counter = collections.Counter()
-        for rows in self.rows:
-            for fault, count in zip(*np.unique(rows["fault"], return_counts=True), strict=True):
-                if fault != tar_index.OK:
-                    counts[tar_index.FAULTS[fault]] += int(count)
-        return counts
-
-    def remarks(self) -> Iterator[str]:
-        """Yield the number of keys that several samples share, if there are at most `_MAX_KEYS` samples."""
-        if len(self) > _MAX_KEYS:
-            return
-        counts = collections.Counter(key for rows in self.rows for key in rows["key"].tolist())
-        repeated = [key.decode("utf-8", "replace") for key, count in counts.items() if count > 1 and key]
-        examples = ", ".join(repr(key[-40:]) for key in repeated[:_EXAMPLES])
-        yield f"keys of several samples: {len(repeated):,}" + (f", as {examples}; all are used" if repeated else "")
+        counts = sum(np.bincount(rows["fault"], minlength=len(tar_index.FAULTS)) for rows in self.rows)
+        return {tar_index.FAULTS[fault]: int(n) for fault, n in enumerate(np.asarray(counts)) if fault and n}
 
     def __getitem__(self, index: int) -> Record:
         tar, row = self._row(index)
@@ -157,10 +113,9 @@ class TarSource(Source):
     def _captions(self, parts: dict[str, bytes | None]) -> tuple[list[str], list[str]]:
         fields = {}
         if "json" in self._parts:
+            content = decode_utf8(parts["json"] or b"{}")
             try:
-                fields = json.loads(decode_utf8(parts["json"] or b"{}"))
-            except BadSample:
-                raise
+                fields = json.loads(content)
             except (ValueError, RecursionError) as error:
                 raise BadSample("JSON file is damaged", str(error)) from error
         text = []

@@ -50,37 +50,17 @@ def open_tfds(
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # a banner where TensorFlow is missing
             builder: Any = tfds.builder(spec, data_dir=data_dir)
-    except tfds.core.DatasetNotFoundError as error:
-        raise UserError(f"unknown TFDS data set {spec!r}; see https://www.tensorflow.org/datasets/catalog.") from error
-    except Exception as error:
-        if isinstance(error, ModuleNotFoundError) and "'tensorflow'" in str(error):
-            raise UserError(
-                f"TFDS data set {spec!r} is not prepared in {folder}, which needs TensorFlow; prepare it once with "
-                f"{prepare}."
-            ) from None
-        raise UserError(f"TFDS data set {spec!r} cannot be opened in {folder} ({first_line(error)}).") from error
-    try:
         features = builder.info.features
         encoded = image_key in features and isinstance(features[image_key], tfds.features.Image)
         decoders = {image_key: tfds.decode.SkipDecoding()} if encoded else None
         return builder.as_data_source(split, decoders=decoders), builder.info
-    except Exception as error:
-        message = f"TFDS data set {spec!r} is not prepared in {folder}; "
-        if not builder.is_prepared():
-            if builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
-                message += "its archives have to be downloaded by hand into downloads/manual there; then "
-            message += f"prepare it once with {prepare}."
-        elif isinstance(error, NotImplementedError):
-            message = (
-                f"TFDS data set {spec!r} in {folder} is prepared as {builder.info.file_format.value}, which does not "
-                f"allow random access; delete it and prepare it again, with {prepare}."
-            )
-        else:
-            message = (
-                f"TFDS data set {spec!r}, split {split!r}, cannot be read from {folder} ({first_line(error)}). Is the "
-                f"split right? If files are missing, prepare it again with {prepare}."
-            )
-        raise UserError(message) from error
+    except tfds.core.DatasetNotFoundError as error:
+        raise UserError(f"unknown TFDS data set {spec!r}; see https://www.tensorflow.org/datasets/catalog.") from error
+    except Exception as error:  # not prepared, prepared without random access, an unknown split, ...
+        raise UserError(
+            f"TFDS data set {spec!r}, split {split!r}, cannot be read from {folder} ({first_line(error)}). Is the "
+            f"split right? A set that is not prepared there as array_record is prepared once with {prepare}."
+        ) from error
 
 
 class TfdsSource(Source):
