@@ -150,6 +150,6 @@ def test_one_caption_for_all_images_is_nothing_to_learn_from(tmp_path, capsys):
 
 def test_a_folder_without_images_says_so(tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("x")
-    assert "contains no image (.jpg, " in run(capsys, f"folder:{tmp_path}")[2]
+    assert "contain 0 images (.jpg, " in run(capsys, f"folder:{tmp_path}")[2]
     bad_tars.picture(0).save(tmp_path / "x.png")
-    assert "contains 1 images, and none has a .txt file" in run(capsys, f"folder:{tmp_path}")[2]
+    assert "contain 1 images (.jpg, " in run(capsys, f"folder:{tmp_path}")[2]

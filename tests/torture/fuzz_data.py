@@ -215,7 +215,8 @@ def _with_picture(data: bytes, folder: Path, name: str) -> str:
 
 def read_csv(data: bytes, folder: Path) -> None:
     path = _with_picture(data, folder, "x.csv")
-    _read_all(table_reader.CsvSource(path, SourceOptions(tags_key="tags" if b"tags" in data.split(b"\n")[0] else "")))
+    options = SourceOptions(tags_key="tags" if b"tags" in data.split(b"\n")[0] else "")
+    _read_all(table_reader.TableSource(path, options, table_reader.read_csv))
 
 
 def read_labels(data: bytes, folder: Path) -> None:
@@ -244,4 +245,5 @@ def parquets() -> list[bytes]:
 
 
 def read_parquet(data: bytes, folder: Path) -> None:
-    _read_all(table_reader.ParquetSource(_with_picture(data, folder, "x.parquet"), SourceOptions(tags_key="tags")))
+    path, options = _with_picture(data, folder, "x.parquet"), SourceOptions(tags_key="tags")
+    _read_all(table_reader.TableSource(path, options, table_reader.read_parquet))

@@ -16,8 +16,7 @@ Record = dict[str, Any]
 IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff",
 )  # fmt: skip
-# Largest files that are read, in bytes. The largest photographs have a tenth of this; a longer text is no caption, and
-# takes seconds.
+# Largest files that are read, in bytes.
 MAX_BYTES = {"image": 1 << 28, "text": 1 << 20, "json": 1 << 24}
 
 
@@ -130,31 +129,16 @@ class LabelledSource(Source):
 
 
 class MissingColumnError(UserError):
-    """A source lacks a column that a key of the config names.
-
-    Attributes:
-      fault: the sentence that says so and lists the columns, without what to set.
-    """
+    """A source lacks a column that a key of the config names; `fault` says so, without the keys to set."""
 
     def __init__(self, fault: str, keys: str) -> None:
         super().__init__(f"{fault}; set {keys}.")
-        self.fault, self.keys = fault, keys
-
-    def __reduce__(self) -> tuple[type, tuple[str, str]]:
-        """Pickle both parts; exceptions pickle only their message."""
-        return type(self), (self.fault, self.keys)
+        self.fault = fault
 
 
 @dataclasses.dataclass(frozen=True)
 class SourceOptions:
-    """Keys of config group `data` that sources may use.
-
-    Attributes:
-      dir: root of TFDS data sets, "" for the default.
-      image_key: feature of a record, or column of a table, with the image.
-      text_keys: features or columns with captions.
-      tags_key: feature or column with keywords, or "".
-    """
+    """Keys of config group `data` that sources may use."""
 
     dir: str = ""
     image_key: str = "image"
@@ -166,10 +150,7 @@ class SourceOptions:
 class Form:
     """What specs of one form read, in words for error messages and --help; "" for nothing.
 
-    Attributes:
-      pairs: image-text pairs.
-      labels: labelled items.
-      splits: labelled items in several splits, named SPEC/SPLIT.
+    `pairs` are of images and texts, `labels` labelled items, and `splits` these in several splits, named SPEC/SPLIT.
     """
 
     pairs: str = ""

@@ -5,7 +5,7 @@ import hashlib
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -173,46 +173,49 @@ def _read_table(name: str, path: pathlib.Path) -> tuple[Paths, np.ndarray, list[
     return Paths(images, path.parent), labels, names
 
 
-def fingerprint(samples: int, names: Sequence[str], content: Iterable[Any]) -> dict[str, Any]:
-    """Return the fingerprint of labelled items: their number, the classes, if any, and a hash of `content`."""
-    digest = hashlib.blake2b(repr(samples).encode(), digest_size=16)
-    for part in content:
-        digest.update(repr(part).encode("utf-8", "surrogatepass"))
-    return {"samples": samples, "hash": digest.hexdigest()} | ({"classes": list(names)} if names else {})
-
-
 class Labelled(LabelledSource):
-    """Items whose labels are in memory."""
+    """Items, and their labels in memory or in a sequence that reads them."""
 
     def __init__(
         self,
         key: str,
         items: Sequence[Any],
-        labels: np.ndarray,
+        labels: np.ndarray | Sequence[int],
         names: Sequence[str],
         metrics: Sequence[str] = ("top1",),
+        identity: Sequence[str] = (),
     ) -> None:
-        """Arguments are the attributes of `LabelledSource`."""
+        """Arguments are the attributes of `LabelledSource`; without `identity` it follows from the items and labels."""
         self.key, self.items, self.names, self.metrics = key, items, list(names), metrics
-        self._labels, self.multilabel = labels, labels.ndim > 1
+        self._labels, self._identity = labels, list(identity)
+        self.multilabel = isinstance(labels, np.ndarray) and labels.ndim > 1
 
     def __len__(self) -> int:
         return len(self.items)
 
     def labels(self) -> np.ndarray:
+        if not isinstance(self._labels, np.ndarray):
+            self._labels = np.array(list(self._labels))
         return self._labels
 
     def describe(self, index: int) -> dict[str, str]:
         return {"file": self.items.name(index)} if isinstance(self.items, Files) else {"row": str(index)}
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return a hash of the labels and of the texts, or the names and sizes of files, in their order."""
+        """Return a hash of the identity, or of the labels and the texts, or the names and sizes of files."""
         items = self.items.sizes() if isinstance(self.items, Files) else self.items
-        return fingerprint(len(self), self.names, zip(items, self._labels.tolist(), strict=True))
+        content = self._identity or zip(items, self.labels().tolist(), strict=True)
+        digest = hashlib.blake2b(repr(len(self)).encode(), digest_size=16)
+        for part in content:
+            digest.update(repr(part).encode("utf-8", "surrogatepass"))
+        fingerprint = {"samples": len(self), "hash": digest.hexdigest()}
+        return fingerprint | ({"classes": self.names} if self.names else {})
 
     @property
-    def identity(self) -> str:
+    def identity(self) -> Any:
         """Empty for files and texts, which identify themselves."""
+        if self._identity:
+            return self._identity
         return "" if isinstance(self.items, Paths) or self.key == "text" else self.fingerprint()["hash"]
 
     def __getitem__(self, index: int) -> Record:

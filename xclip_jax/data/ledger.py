@@ -41,18 +41,11 @@ def _gather(content: Any) -> list[Any]:
 def _distinct(gathered: Sequence[tuple[int, int, list[Entry]]]) -> list[tuple[int, list[Entry]]]:
     """Return (tokens, bad samples) of each part of the batch, given (part, tokens, bad samples) of each process."""
     records: dict[int, tuple[int, list[Entry]]] = {}
-    for process, (part, tokens, bad) in enumerate(gathered):
+    for part, tokens, bad in gathered:
         first, others = records.setdefault(part, (tokens, bad))
-        if first != tokens or [_key(entry) for entry in others] != [_key(entry) for entry in bad]:
-            raise UserError(
-                f"process {process} and another one load the same rows of the batch and read different samples; check "
-                "that all processes can read the same files."
-            )
+        if first != tokens or [entry["index"] for entry in others] != [entry["index"] for entry in bad]:
+            raise UserError("processes that load the same rows of the batch read different samples; check their files.")
     return list(records.values())
-
-
-def _key(entry: Entry) -> tuple[int, int, int]:
-    return entry["position"], entry["source"], entry["index"]
 
 
 class Ledger:
@@ -69,13 +62,10 @@ class Ledger:
     def __init__(
         self, folder: epath.Path, *, max_bad_fraction: float, start: int = 0, counters: Mapping[str, Any] | None = None
     ) -> None:
-        """Open the ledger of the run in `folder`.
+        """Open the ledger of the run in `folder`, which has read `start` samples, and `counters` at that point.
 
-        Args:
-          folder: the run's folder.
-          max_bad_fraction: a larger share of bad samples stops the run.
-          start: samples that the run has read; an interrupted run's lines for later samples are removed.
-          counters: their values at `start`.
+        An interrupted run's lines for later samples are removed. A larger share of bad samples than `max_bad_fraction`
+        stops the run.
         """
         self.path, self.max_bad_fraction = RunFolder(folder).bad_samples_file, max_bad_fraction
         self.counters: dict[str, Any] = {"samples": 0, "tokens": 0, "bad": {}} | dict(counters or {})
@@ -89,14 +79,14 @@ class Ledger:
         self._known = {(entry["source"], entry["index"]) for entry in self._file.kept}
 
     def add(self, end: int, tokens: int, bad: Sequence[Entry], part: int | None = None) -> None:
-        """Record a batch of this process.
+        """Record the `tokens` and the replaced samples of this process's rows of a batch that ends before `end`.
 
         Args:
           end: position of the first sample after the global batch.
-          tokens: number of tokens in this process's rows.
-          bad: samples of these rows that were replaced.
-          part: number of the part of the global batch that this process loads, see `mesh.batch_part`; a part that
-            several processes load counts once. By default each process has its own part.
+          tokens: number of tokens.
+          bad: replaced samples.
+          part: number of the part of the global batch, see `mesh.batch_part`; a part that several processes load counts
+            once. By default each process has its own part.
 
         Raises:
           UserError: no usable sample for a position.

@@ -122,11 +122,10 @@ def worthwhile(saved: float, steps: int) -> bool:
 class LengthOrder:
     """Orders the rows of each device and microbatch by the lengths of their texts, and cuts them into groups.
 
-    No row changes its device or its microbatch. Rows of a microbatch are `microbatches` apart, as in
-    `sharding.map_microbatches`.
+    Rows of a microbatch are `microbatches` apart, as in `sharding.map_microbatches`; each device has a part.
 
     Attributes:
-      lengths: int (parts, rows, microbatches) tokens of each text; each device has a part.
+      lengths: int (parts, rows, microbatches) tokens of each text.
       order, inverse: row at each place, and place of each row, of the same shape.
       sizes: ((rows, tokens), ...) of the groups.
     """

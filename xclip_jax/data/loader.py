@@ -2,6 +2,7 @@
 
 import bisect
 import dataclasses
+import functools
 import gc
 import itertools
 import json
@@ -111,22 +112,15 @@ class _SpreadDuplicates:
 
     def __init__(self, groups: np.ndarray, seed: int) -> None:
         self.groups, self.seed = groups, seed
-        self._epochs: dict[int, np.ndarray] = {}
-        self._lock = threading.Lock()
+        self._cached_order, self._lock = functools.lru_cache(maxsize=2)(self._order), threading.Lock()
 
     def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
         return _SpreadDuplicates, (self.groups, self.seed)
 
     def __call__(self, position: int, _: Any = None) -> int:
         epoch, offset = divmod(position, len(self.groups))
-        order = self._epochs.get(epoch)
-        if order is None:
-            with self._lock:  # the reading threads reach a new epoch together
-                order = self._epochs.get(epoch)
-                if order is None:
-                    order = self._order(epoch)
-                    self._epochs = {e: o for e, o in self._epochs.items() if e >= epoch - 1} | {epoch: order}
-        return int(order[offset])
+        with self._lock:  # the reading threads reach a new epoch together
+            return int(self._cached_order(epoch)[offset])
 
     def _order(self, epoch: int) -> np.ndarray:
         n, rng = len(self.groups), np.random.default_rng((self.seed, epoch))
@@ -194,14 +188,7 @@ def sample_order(opened: Sequence[Source], config: DataConfig, seed: int) -> Sam
 
 @dataclasses.dataclass(frozen=True)
 class _Reader:
-    """Maps the number of a global batch to this host's rows of the batch, as a pure function.
-
-    Attributes:
-      order, transform: the samples, and their conversion to rows.
-      batch: number of rows of the global batch.
-      host, rows: number of the part that is read, and numbers of its rows in the batch.
-      rngs: a generator for each position of the run.
-    """
+    """Maps the number of a global batch of `batch` rows to the `rows` that `host` reads, as a pure function."""
 
     order: SampleOrder
     transform: Transform
@@ -211,18 +198,15 @@ class _Reader:
     rngs: grain.experimental.RngPool
 
     def __call__(self, g: int) -> Batch:
-        batch = self._empty()
-        bad: list[Entry] = []
+        batch, bad = self._empty(), []
         for start in range(0, len(self.rows), READ_GROUP):
             positions = [g * self.batch + row for row in self.rows[start : start + READ_GROUP]]
             places = [self.order.place(position) for position in positions]
-            read = records.read_all(
-                [(self.order.sources[number], index) for number, index in places], self.transform.config.read_timeout
-            )
+            read = self._read(places)
             rngs = [self.rngs.acquire_rng(position) for position in positions]
             for i, (position, place, record, rng) in enumerate(zip(positions, places, read, rngs, strict=True), start):
                 row = {key: values[i : i + 1] for key, values in batch.items()}
-                self._fill(position, *place, record, rng, row, bad)
+                bad += ({"position": position} | entry for entry in self._fill(*place, record, rng, row))
                 self.rngs.release_rng(rng)
         return batch | {"bad": json.dumps(bad).encode()}  # Grain passes bytes on unchanged
 
@@ -236,24 +220,21 @@ class _Reader:
         }
         return {field: np.empty(*shapes[field]) for field in self.transform.fields}
 
+    def _read(self, places: Sequence[tuple[int, int]]) -> list[Record | BadSample]:
+        records_of = [(self.order.sources[number], index) for number, index in places]
+        return records.read_all(records_of, self.transform.config.read_timeout)
+
     def _fill(
-        self,
-        position: int,
-        number: int,
-        index: int,
-        record: Record | BadSample,
-        rng: np.random.Generator,
-        row: dict[str, np.ndarray],
-        bad: list[Entry],
-    ) -> None:
-        """Write a record to `row`; a bad one is added to `bad` and replaced by a random record of its source."""
-        source = self.order.sources[number]
+        self, number: int, index: int, record: Record | BadSample, rng: np.random.Generator, row: Batch
+    ) -> list[Entry]:
+        """Write a record to `row`, or instead of a bad one a random record of its source; return the bad ones."""
+        source, bad = self.order.sources[number], []
         for _ in range(MAX_RESAMPLES):
             try:
                 if isinstance(record, BadSample):
                     raise record
                 self.transform(record, rng, row)
-                return
+                return bad
             except Exception as error:
                 description = {"source": number, "index": index} | source.describe(index)
                 try:
@@ -261,12 +242,13 @@ class _Reader:
                 except UserError as fatal:
                     sample = json.dumps(description, ensure_ascii=False)
                     raise UserError(f"{str(fatal).rstrip('.')}; in sample {sample}.") from fatal
-                bad.append({"position": position, "reason": reason.reason, "detail": reason.detail} | description)
+                bad.append({"reason": reason.reason, "detail": reason.detail} | description)
             index = int(rng.integers(len(source)))
-            (record,) = records.read_all([(source, index)], self.transform.config.read_timeout)
+            (record,) = self._read([(number, index)])
         bad[-1]["last"] = MAX_RESAMPLES  # `Ledger.add` stops the run; a worker's error would be lost
         for values in row.values():
             values[:] = 0
+        return bad
 
 
 def batches(
@@ -286,8 +268,8 @@ def batches(
 
     Row r of global batch g is sample g * batch + r of the run: the global batches are the same on any number of hosts
     and from any start. Host h reads the h-th of `hosts` contiguous parts or, with `shards`, these parts of
-    hosts * len(shards), one after another. Processes that read the same rows count as one host, see `mesh.BatchPart`.
-    A bad sample is replaced by another one of its source, which depends only on the seed and the position.
+    hosts * len(shards), one after another, see `mesh.BatchPart`. A bad sample is replaced by another one of its
+    source, which depends only on the seed and the position.
 
     Raises:
       UserError: a bad sample without a `ledger` to record it, no usable sample for a position, or a worker was killed.

@@ -4,13 +4,12 @@ A spec is KIND:REST: KIND is a key of `SOURCES`, and REST is up to the kind, suc
 name. A kind of another package is package.module:Class, as in "my_lab.sources:JsonLines:/data/x.jsonl".
 """
 
-import dataclasses
 import glob
 import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -50,14 +49,8 @@ _SAMPLED = 256  # records of a source that `transparent_share` reads
 _IMPORTED = re.compile(r"(?P<class>[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*)(?::(?P<rest>.*))?", re.S)
 
 
-@dataclasses.dataclass(frozen=True)
-class SourceSpec:
-    """A parsed spec.
-
-    Attributes:
-      kind: kind of the source.
-      rest: the part that `kind` opens; "" if the spec ends with the kind's name.
-    """
+class SourceSpec(NamedTuple):
+    """A parsed spec: its kind, and the part that the kind opens, "" if the spec ends with the kind's name."""
 
     kind: type[SourceKind]
     rest: str
@@ -164,23 +157,12 @@ def _open(spec: str, options: SourceOptions | None, labels: bool) -> Source:
 
 
 def open_pairs(spec: str, options: SourceOptions | None = None) -> Source:
-    """Open the image-text pairs named by `spec`.
-
-    Raises:
-      UserError: an unknown kind or one without pairs, a missing file or folder, a data set that is not prepared.
-    """
+    """Open the image-text pairs named by `spec`; raise `UserError` for one that is unknown, missing or not prepared."""
     return _open(spec, options, labels=False)
 
 
 def open_labelled(spec: str, options: SourceOptions | None = None) -> LabelledSource:
-    """Open the labelled items named by `spec`.
-
-    A folder has one sub-folder for each class, whose sorted names are the classes; a CSV file has the columns path and
-    label. GLUE's splits are train and validation.
-
-    Raises:
-      UserError: an unknown kind or one without labels, a missing file or folder, a data set that is not prepared.
-    """
+    """Open the labelled items named by `spec`, see the kinds' forms; errors are as for `open_pairs`."""
     return cast(LabelledSource, _open(spec, options, labels=True))
 
 

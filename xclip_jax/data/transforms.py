@@ -30,9 +30,11 @@ STATISTICS = {
 
 def _fit(image: Image.Image, size: int, resample: str, mode: str = "shortest", resize_size: int = 0) -> Image.Image:
     """Resize and crop to the square of `evaluation_image`, in the image's own mode."""
-    side = resize_size or size
-    if mode == "shortest":
-        image = _crop_middle(image)
+    side, (w, h) = resize_size or size, image.size
+    # Only the middle of a very long image is used; resizing all of it could take any amount of memory.
+    left, top = (max(x - _LONGEST * min(w, h), 0) // 2 for x in (w, h))
+    if mode == "shortest" and (left or top):
+        image = image.crop((left, top, w - left, h - top))
     w, h = image.size
     if mode == "squash":
         new = (side, side)
@@ -46,13 +48,6 @@ def _fit(image: Image.Image, size: int, resample: str, mode: str = "shortest", r
     # Pillow pads smaller images with black.
     left, top = (round((x - size) / 2) if x >= size else -((size - x) // 2) for x in new)
     return image.crop((left, top, left + size, top + size))
-
-
-def _crop_middle(image: Image.Image) -> Image.Image:
-    # Only the middle of a very long image is used; resizing all of it could take any amount of memory.
-    w, h = image.size
-    left, top = (max(x - _LONGEST * min(w, h), 0) // 2 for x in (w, h))
-    return image.crop((left, top, w - left, h - top)) if left or top else image
 
 
 def resize_center_crop(image: np.ndarray, size: int, resample: str = "bicubic") -> np.ndarray:
@@ -74,8 +69,8 @@ def evaluation_image(
     """Resize and crop an image to uint8 (size, size, 3).
 
     With a white background, the result of `decode` is resized. With transparency dropped, the pixels equal open_clip's
-    evaluation transform, which resizes before it converts to RGB: palettes are resized without interpolation, and
-    transparent pixels have a lower weight. Unlike it, this rotates images by EXIF and scales 16 bits.
+    evaluation transform, which resizes before it converts to RGB. Unlike it, this rotates images by EXIF and scales 16
+    bits.
 
     Args:
       data: content of a file, an RGB array (h, w, 3), or a Pillow image.
@@ -97,14 +92,9 @@ def evaluation_image(
 
 
 def evaluation_mask(mask: np.ndarray, size: int, mode: str = "shortest", resize_size: int = 0) -> np.ndarray:
-    """Resize and crop class numbers of pixels as `evaluation_image` does the image, to the nearest pixel.
+    """Resize and crop class numbers uint8 (h, w) as `evaluation_image` does the image, to the nearest pixel.
 
-    Args:
-      mask: uint8 (h, w), a class for each pixel; 255 for none.
-      size, mode, resize_size: as for `evaluation_image`.
-
-    Returns:
-      uint8 (size, size); 255 where "longest" has padded the image.
+    255 is no class, also where "longest" has padded the image.
     """
     # Pillow pads with 0, so classes are shifted by one; 255 becomes 0.
     return np.asarray(_fit(Image.fromarray(mask + np.uint8(1)), size, "nearest", mode, resize_size)) - np.uint8(1)
@@ -129,10 +119,7 @@ def random_resized_crop(
       ratio: range of its width / height, log-uniform.
       resample: "bicubic", antialiased; or in a quarter of the time "area", OpenCV's mean over pixels (bicubic to
         enlarge), with the part's borders at whole pixels.
-      out: uint8 (size, size, 3) to write to, such as a row of a batch; None for a new array.
-
-    Returns:
-      uint8 (size, size, 3).
+      out: uint8 (size, size, 3) to write to and to return, such as a row of a batch; None for a new array.
     """
     out = np.empty((size, size, 3), np.uint8) if out is None else out
     h, w = image.shape[:2]
@@ -173,11 +160,9 @@ def sample_augmentations(key: jax.Array, b: int, *, flip: float = 0.0, color: fl
     Args:
       key: random key.
       b: number of images in the global batch.
-      flip: probability of a left-right flip.
-      color: strength s; brightness, contrast and saturation each change by a factor from [1 - s, 1 + s].
-
-    Returns:
-      "flip" bool (b,) if `flip` is above 0; "color" fp32 (b, 3), the three factors, if `color` is.
+      flip: probability of a left-right flip; above 0 it gives "flip", bool (b,).
+      color: strength s; above 0 it gives "color", fp32 (b, 3): factors from [1 - s, 1 + s] of brightness, contrast and
+        saturation.
     """
     key_flip, key_color = jax.random.split(key)
     sampled = {}
@@ -189,11 +174,7 @@ def sample_augmentations(key: jax.Array, b: int, *, flip: float = 0.0, color: fl
 
 
 def augment(images: jax.Array, sampled: Mapping[str, jax.Array]) -> jax.Array:
-    """Apply the augmentations sampled by `sample_augmentations` to uint8 images (b, h, w, 3), on the device.
-
-    Returns:
-      Images of the same shape, in fp32 from 0 to 255 if colours change.
-    """
+    """Apply what `sample_augmentations` sampled to uint8 images (b, h, w, 3); fp32 from 0 to 255 if colours change."""
     if "flip" in sampled:
         images = jnp.where(sampled["flip"][:, None, None, None], images[:, :, ::-1], images)
     if "color" in sampled:

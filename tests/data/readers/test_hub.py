@@ -88,11 +88,10 @@ def test_the_fingerprint_is_of_the_content(tmp_path):
     assert sources.open_pairs(f"hf:{saved(tmp_path / 'd', rows().shuffle(seed=0))}").fingerprint() != prints[0]
 
 
-def test_columns_are_those_of_the_config_or_the_usual_ones(tmp_path):
+def test_columns_are_those_of_the_config_or_the_only_images(tmp_path):
     path = saved(tmp_path / "set", rows(image="jpg", text="txt"))
-    source = sources.open_pairs(f"hf:{path}")
+    source = sources.open_pairs(f"hf:{path}", options(text_keys=("txt",)))
     assert source[2]["image"] == png(2) and source[2]["text"] == ["picture 2"]
-    assert list(source.remarks()) == ["columns: images 'jpg', captions 'txt'"]
     extra = {"json": [{"alt": f"alt {i}", "words": ["a", "b"]} for i in range(12)], "tags": ["red, blue,"] * 12}
     made = rows().add_column("json", extra["json"]).add_column("tags", extra["tags"])
     path = saved(tmp_path / "nested", made)
@@ -105,7 +104,9 @@ def test_images_that_are_paths_and_bytes(tmp_path):
     (tmp_path / "a.png").write_bytes(png(1))
     for i, value in enumerate((str(tmp_path / "a.png"), png(1))):
         made = datasets.Dataset.from_dict({"picture": [value, type(value)()], "caption": ["one", "two"]})
-        source = sources.open_pairs(f"hf:{saved(tmp_path / str(i), made)}", options(image_key="picture"))
+        source = sources.open_pairs(
+            f"hf:{saved(tmp_path / str(i), made)}", options(image_key="picture", text_keys=("caption",))
+        )
         assert source[0]["image"] == png(1) and source[0]["text"] == ["one"]
         with pytest.raises(BadSample, match="no image in the row"):
             source[1]
@@ -118,11 +119,11 @@ def test_images_that_are_paths_and_bytes(tmp_path):
         (
             "image",
             {},
-            r"has no column 'image' of images; its columns are text \(string\), label.*; set data\.image_key\.$",
+            r"has no column 'image'; its columns are text \(string\), label.*; set data\.image_key\.$",
         ),
-        ("", {"image_key": "jpeg"}, r"has no column 'jpeg' of images; its columns are .*; set data\.image_key\.$"),
-        ("text", {}, r"has no column 'text' of captions; its columns are image .*, label.*; set data\.text_keys\.$"),
-        ("", {"text_keys": ("text", "alt")}, "has no column 'alt' of captions"),
+        ("", {"image_key": "jpeg"}, r"has no column 'jpeg'; its columns are .*; set data\.image_key\.$"),
+        ("text", {}, r"has no column 'text'; its columns are image .*, label.*; set data\.text_keys\.$"),
+        ("", {"text_keys": ("text", "alt")}, "has no column 'alt'"),
         ("", {"tags_key": "words"}, r"has no column 'words'; its columns are .*; set data\.tags_key\.$"),
     ],
 )
@@ -135,7 +136,7 @@ def test_columns_that_are_missing(tmp_path, drop, change, message):
 def test_several_columns_of_images_are_a_choice(tmp_path):
     made = datasets.concatenate_datasets([rows(image="left"), rows(image="right").select_columns("right")], axis=1)
     path = saved(tmp_path / "set", made)
-    with pytest.raises(UserError, match=r"has no column 'image' of images; its columns are left .*right"):
+    with pytest.raises(UserError, match=r"has no column 'image'; its columns are left .*right"):
         sources.open_pairs(f"hf:{path}")
     assert sources.open_pairs(f"hf:{path}", options(image_key="left"))[0]["image"] == png(0)
 
@@ -182,8 +183,8 @@ def test_columns_of_images_and_classes_are_named_in_the_spec(tmp_path):
     for end, message in {
         "": r"has no column 'label' of classes; add \?label= and one of fine, coarse/label to the spec; its columns",
         "?label=text": "has no column 'text' of classes; add",
-        "?label=fine": r"no column 'image' of images; .*; set \?image=COLUMN at the end of the spec",
-        "?label=fine&image=up": "no column 'up' of images; its columns are left",
+        "?label=fine": r"no column 'image'; .*; set \?image=COLUMN at the end of the spec",
+        "?label=fine&image=up": "no column 'up'; its columns are left",
         "?lable=fine": r"ends in '\?lable=fine'; expected \?image=COLUMN&label=COLUMN, or one",
         "?label=": r"ends in '\?label='; expected",
     }.items():
@@ -335,7 +336,7 @@ def run_of(path, run, **changes):
 def test_a_run_and_its_check_read_it(tmp_path, capsys):
     path = saved(tmp_path / "set", rows(32))
     check.main([f"hf:{path}"])
-    assert "columns: images 'image', captions 'text'" in capsys.readouterr().out
+    assert "samples: 32" in capsys.readouterr().out
     last = run_of(path, tmp_path / "run")[-1]
     assert last["step"] == 2 and last["data/bad"] == 0
     (card,) = json.loads((tmp_path / "run" / "data.json").read_text())

@@ -21,18 +21,13 @@ class FolderSource(Source):
 
     def __init__(self, path: str | pathlib.Path) -> None:
         self.path = pathlib.Path(path).expanduser()
-        if not self.path.is_dir():
-            raise UserError(f"data folder {str(path)!r} does not exist; set data.sources to folder:PATH of your pairs.")
         self.images = sorted(_visible_images(self.path))
-        if not self.images:
-            raise UserError(
-                f"data folder {str(path)!r} contains no image ({', '.join(IMAGE_SUFFIXES)}), also in its sub-folders; "
-                "set data.sources to folder:PATH of your pairs."
-            )
+        if not self.path.is_dir():
+            raise UserError(f"data folder {str(path)!r} does not exist.")
         if not any(p.with_suffix(".txt").is_file() for p in self.images):
             raise UserError(
-                f"data folder {str(path)!r} contains {len(self.images)} images, and none has a .txt file of the same "
-                "name in its folder; captions belong in such files."
+                f"data folder {str(path)!r} and its sub-folders contain {len(self.images)} images "
+                f"({', '.join(IMAGE_SUFFIXES)}), and none has a caption, a .txt file of the same name."
             )
 
     def __len__(self) -> int:

@@ -25,8 +25,6 @@ from xclip_jax.data.base import Form, MissingColumnError, Source, SourceKind, So
 from xclip_jax.data.readers.table import Cells, ColumnSource, columns_of
 
 PREFIX = hub_client.PREFIX
-# If data.text_keys is its default and not a column, the first of these columns is read.
-_CAPTIONS = ("text", "txt", "caption", "captions", "sentences", "sentence", "alt_text")
 _HUB = re.compile(rf"({hub_client.ID})(?:@([^/]+))?(?:/([^/]+))?/([^/]+)")
 _LOCAL = ("/", "./", "../", "~")
 _LIST = "dataset_dict.json"  # lists the splits that `DatasetDict.save_to_disk` wrote
@@ -123,29 +121,16 @@ def image_column(spec: str, features: Mapping[str, Any], key: str, keys: str = "
       MissingColumnError: no such column, or several; the message lists all columns, and `keys` to set.
     """
     images = [name for name, feature in features.items() if type(feature).__name__ == "Image"]
-    if key in features:
-        return key
-    if key == SourceOptions.image_key and len(images) == 1:
+    if key == SourceOptions.image_key and key not in features and len(images) == 1:
         return images[0]
-    raise MissingColumnError(f"{spec} has no column {key!r} of images; its columns are {_listed(features)}", keys)
+    _check_column(spec, features, key, keys)
+    return key
 
 
-def caption_columns(spec: str, features: Mapping[str, Any], keys: Sequence[str]) -> tuple[str, ...]:
-    """Return the keys of captions: `keys`, or if these are the default and no columns, the first of `_CAPTIONS`.
-
-    A key is a column, or COLUMN/FIELD of a nested one.
-
-    Raises:
-      MissingColumnError: no such column; the message lists all columns.
-    """
-    missing = [key for key in keys if key.partition("/")[0] not in features]
-    if not missing:
-        return tuple(keys)
-    usual = [name for name in _CAPTIONS if name in features]
-    if tuple(keys) == SourceOptions.text_keys and usual:
-        return (usual[0],)
-    fault = f"{spec} has no column {missing[0]!r} of captions; its columns are {_listed(features)}"
-    raise MissingColumnError(fault, "data.text_keys")
+def _check_column(spec: str, features: Mapping[str, Any], key: str, keys: str) -> None:
+    """Raise an error that lists all columns if there is no column `key`, or the first part of COLUMN/FIELD."""
+    if key not in features and key.partition("/")[0] not in features:
+        raise MissingColumnError(f"{spec} has no column {key!r}; its columns are {_listed(features)}", keys)
 
 
 def _images(rows: Any, column: str, rest: str) -> Cells:
@@ -191,25 +176,20 @@ class HubPairs(ColumnSource):
             raise UserError(f"source {spec!r} names a column of images; of pairs it is data.image_key.")
         self._arguments, rows = (rest, options), open_split(place)
         self._fingerprint: dict[str, Any] = {}
-        if (key := options.tags_key) and key.partition("/")[0] not in rows.features:
-            fault = f"{spec} has no column {key!r}; its columns are {_listed(rows.features)}"
-            raise MissingColumnError(fault, "data.tags_key")
-        image_key = image_column(spec, rows.features, options.image_key)
-        text_keys = caption_columns(spec, rows.features, options.text_keys)
-        options = dataclasses.replace(options, image_key=image_key, text_keys=text_keys)
+        options = dataclasses.replace(options, image_key=image_column(spec, rows.features, options.image_key))
+        for key in options.text_keys:
+            _check_column(spec, rows.features, key, "data.text_keys")
+        if options.tags_key:
+            _check_column(spec, rows.features, options.tags_key, "data.tags_key")
         self._texts_table = _arrow(rows, columns_of(options))
         texts = dict(zip(self._texts_table.column_names, self._texts_table.columns, strict=True))
-        super().__init__(_images(rows, image_key, rest), texts, options)
+        super().__init__(_images(rows, options.image_key, rest), texts, options)
         if not len(self):
             raise UserError(f"{spec} has no rows; name another split.")
 
     def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
         """Pickle the arguments; a worker process maps the split itself."""
         return HubPairs, self._arguments
-
-    def remarks(self) -> Iterator[str]:
-        """Yield the names of the columns that are read."""
-        yield f"columns: images {self.options.image_key!r}, captions {', '.join(map(repr, self.options.text_keys))}"
 
     def fingerprint(self) -> dict[str, Any]:
         """Return the number of rows, the columns, and a hash of the captions and of the sizes of images."""

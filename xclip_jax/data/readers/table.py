@@ -1,6 +1,5 @@
 """Pairs in tables: CSV, TSV or parquet files of image paths or images, and captions; and ArrayRecord files."""
 
-import abc
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +15,9 @@ from xclip_jax.core.errors import BadSample, UserError, first_line, public
 from xclip_jax.data import labelled
 from xclip_jax.data.base import MAX_BYTES, Form, MissingColumnError, Record, Source, SourceKind, SourceOptions
 from xclip_jax.data.text import decode_utf8, json_strings, read_csv, strip_texts
+
+# CSV tables of at most this number of bytes are hashed as a whole for their fingerprint.
+_HASHED_WHOLE = 1 << 30
 
 
 def pair(image: Any, name: str, options: SourceOptions, read: Callable[[str], Any]) -> Record:
@@ -139,30 +141,35 @@ def columns_of(options: SourceOptions) -> list[str]:
     return list(dict.fromkeys(key.partition("/")[0] for key in keys))
 
 
-def _check_columns(path: str, names: Sequence[str], keys: Sequence[str]) -> None:
-    if missing := [key for key in keys if key not in names]:
-        fault = f"table {path!r} has no column {missing[0]!r}; its columns are {', '.join(map(repr, names))}"
-        raise MissingColumnError(fault, "data.image_key, data.text_keys and data.tags_key")
-
-
 class TableSource(ColumnSource):
     """Rows of files. Paths are relative to the file's folder, unless they are absolute."""
 
-    _hashed_whole = 0  # files of at most this number of bytes are hashed as a whole
-
-    def __init__(self, pattern: str, options: SourceOptions) -> None:
+    def __init__(self, pattern: str, options: SourceOptions, read: Callable[[str, list[str]], Any]) -> None:
         """Reads the columns into memory.
 
         Args:
           pattern: the tables, see `storage.expand`.
           options: names of the columns.
+          read: `read_csv` or `read_parquet`.
 
         Raises:
           UserError: no such file or column, no row, or files that cannot be read.
         """
-        self.pattern, self.tables = pattern, storage.expand(pattern)
+        self.pattern, self.tables, self._read = pattern, storage.expand(pattern), read
         keys = list(dict.fromkeys([options.image_key, *columns_of(options)]))
-        tables = [self._read(path, keys) for path in self.tables]
+        tables = []
+        for path in self.tables:
+            try:
+                tables.append(read(path, keys))
+            except UserError:
+                raise
+            except Exception as error:  # the class depends on the damage
+                raise UserError(f"table {path!r} cannot be read ({first_line(error)}).") from error
+            names = tables[-1].column_names
+            if missing := [key for key in keys if key not in names]:
+                fault = f"table {path!r} has no column {missing[0]!r}; its columns are {', '.join(map(repr, names))}"
+                raise MissingColumnError(fault, "data.image_key, data.text_keys and data.tags_key")
+            tables[-1] = tables[-1].select(keys)
         try:
             # A column without values has a type of its own, which fits every other.
             joined = pyarrow.concat_tables(tables, promote_options="default")
@@ -174,23 +181,9 @@ class TableSource(ColumnSource):
         images = Cells(joined[options.image_key], self._locate)
         super().__init__(images, {key: joined[key] for key in keys}, options)
 
-    def _read(self, path: str, keys: list[str]) -> Any:
-        """Return the columns `keys` as a `pyarrow.Table`."""
-        try:
-            return self._open(path, keys)
-        except UserError:
-            raise
-        except Exception as error:  # the class depends on the damage
-            raise UserError(f"table {path!r} cannot be read ({first_line(error)}).") from error
-
-    @staticmethod
-    @abc.abstractmethod
-    def _open(path: str, keys: list[str]) -> Any:
-        """Return the columns as `_read` does, and raise any error."""
-
     def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
         """Pickle the arguments; a worker process reads the tables itself."""
-        return type(self), (self.pattern, self.options)
+        return type(self), (self.pattern, self.options, self._read)
 
     def _locate(self, index: int, path: str) -> tuple[str, str]:
         table = self.tables[int(np.searchsorted(self._ends, index, side="right"))]
@@ -202,28 +195,13 @@ class TableSource(ColumnSource):
 
     def fingerprint(self) -> dict[str, Any]:
         """Return the number of rows, a hash of the tables (see `storage.fingerprint`), and their names and sizes."""
-        return fingerprint(len(self), self.tables, whole=self._hashed_whole)
+        return fingerprint(len(self), self.tables, whole=_HASHED_WHOLE if self._read is read_csv else 0)
 
 
-class CsvSource(TableSource):
-    """Rows of CSV or TSV files; the first line has the names of the columns."""
-
-    _hashed_whole = 1 << 30
-
-    @staticmethod
-    def _open(path: str, keys: list[str]) -> Any:
-        table = read_csv(path, keys)
-        _check_columns(path, table.column_names, keys)
-        return table.select(keys)
-
-
-class ParquetSource(TableSource):
-    """Rows of parquet files."""
-
-    @staticmethod
-    def _open(path: str, keys: list[str]) -> Any:
-        _check_columns(path, pyarrow.parquet.read_schema(path).names, keys)
-        return pyarrow.parquet.read_table(path, columns=keys)
+def read_parquet(path: str, columns: list[str]) -> Any:
+    """Return the columns of a parquet file, or all where one of them is missing, as a `pyarrow.Table`."""
+    missing = set(columns) - set(pyarrow.parquet.read_schema(path).names)
+    return pyarrow.parquet.read_table(path, columns=None if missing else columns)
 
 
 def fingerprint(samples: int, paths: Sequence[str], whole: int = 0) -> dict[str, Any]:
@@ -291,7 +269,7 @@ class CsvTables(SourceKind):
 
     @classmethod
     def open(cls, rest: str, options: SourceOptions, labels: bool = False) -> Source:
-        return labelled.open_files(f"csv:{rest}", rest) if labels else CsvSource(rest, options)
+        return labelled.open_files(f"csv:{rest}", rest) if labels else TableSource(rest, options, read_csv)
 
 
 class ParquetTables(SourceKind):
@@ -301,8 +279,8 @@ class ParquetTables(SourceKind):
     suffixes = (".parquet",)
 
     @classmethod
-    def open(cls, rest: str, options: SourceOptions, labels: bool = False) -> ParquetSource:
-        return ParquetSource(rest, options)
+    def open(cls, rest: str, options: SourceOptions, labels: bool = False) -> TableSource:
+        return TableSource(rest, options, read_parquet)
 
 
 class ArrayRecords(SourceKind):

@@ -14,7 +14,7 @@ import tensorflow_datasets as tfds
 from xclip_jax.core import storage
 from xclip_jax.core.errors import UserError, first_line
 from xclip_jax.data import labelled
-from xclip_jax.data.base import Form, LabelledSource, MissingColumnError, Record, Source, SourceKind, SourceOptions
+from xclip_jax.data.base import Form, MissingColumnError, Record, Source, SourceKind, SourceOptions
 from xclip_jax.data.readers.table import pair
 from xclip_jax.data.text import decode_utf8
 
@@ -101,46 +101,19 @@ class TfdsSource(Source):
         return pair(record[self.options.image_key], str(index), self.options, lambda key: lookup(record, key))
 
 
-class TfdsLabelled(LabelledSource):
-    """Images of a TFDS split with a feature "label"; nothing is kept in memory."""
+def open_labelled(name: str, split: str, data_dir: str | None) -> labelled.Labelled:
+    """Open the images of a split, in the classes of its feature "label"; nothing is kept in memory.
 
-    key = "image"
-
-    def __init__(self, name: str, split: str, data_dir: str | None) -> None:
-        self._arguments, self._name, self._split = (name, split, data_dir), name, split
-        self._data, info = open_tfds(name, split, data_dir)
-        self.names, self.version = getattr(info.features.get("label"), "names", None) or (), str(info.version)
-        if not self.names or "image" not in info.features:
-            raise UserError(
-                f"tfds:{name}/{split}: TFDS data set {name!r} has no features image and label (of classes)."
-            )
-        self.items = labelled.Field(self._data, "image")
-        self._labels: np.ndarray | None = None
-
-    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
-        """Pickle the arguments; a worker process opens the data set itself."""
-        return TfdsLabelled, self._arguments
-
-    def __len__(self) -> int:
-        return len(self._data)
-
-    def labels(self) -> np.ndarray:
-        if self._labels is None:
-            self._labels = np.array([self._data[i]["label"] for i in range(len(self))])
-        return self._labels
-
-    def fingerprint(self) -> dict[str, Any]:
-        """Return a hash of name, version and split; a version of a TFDS data set does not change."""
-        return labelled.fingerprint(len(self), self.names, [self._name, self.version, self._split])
-
-    @property
-    def identity(self) -> list[str]:
-        """The split and its version."""
-        return [f"tfds:{self._name}/{self._split}", self.version]
-
-    def __getitem__(self, index: int) -> Record:
-        record = self._data[index]
-        return {"image": record["image"], "label": record["label"], "id": str(index)}
+    A version of a TFDS data set does not change, so that it identifies the items.
+    """
+    data, info = open_tfds(name, split, data_dir)
+    names, version = getattr(info.features.get("label"), "names", None) or (), str(info.version)
+    if not names or "image" not in info.features:
+        raise UserError(f"tfds:{name}/{split}: TFDS data set {name!r} has no features image and label (of classes).")
+    items, labels = labelled.Field(data, "image"), labelled.Field(data, "label")
+    source = labelled.Labelled("image", items, labels, names, identity=[f"tfds:{name}/{split}", version])
+    source.version = version
+    return source
 
 
 class TfdsSplits(SourceKind):
@@ -162,7 +135,7 @@ class TfdsSplits(SourceKind):
                 f"source 'tfds:{rest}' does not name a split; write tfds:NAME/SPLIT, as in tfds:coco_captions/train."
             )
         if labels:
-            return TfdsLabelled(name, split, options.dir or None)
+            return open_labelled(name, split, options.dir or None)
         return TfdsSource(*open_tfds(name, split, options.dir or None, options.image_key), split, options)
 
     @classmethod
