@@ -15,7 +15,6 @@ from xclip_jax.commands import check, embed
 from xclip_jax.commands.export import export
 from xclip_jax.commands.preflight import Options, check_config
 from xclip_jax.config import recipes, schema
-from xclip_jax.core.errors import BadSample
 from xclip_jax.data import images, loader, tokenizer, transforms
 from xclip_jax.data.embeddings import read as read_embeddings
 from xclip_jax.data.preprocessing import Preprocessing
@@ -81,7 +80,7 @@ def test_every_kind_of_transparency_is_laid_on_white(name):
     expected = on_white(data)
     assert (expected == 255).all(axis=2).any() and images.is_transparent(data)
     assert np.abs(images.decode(data) - expected).max() <= 1
-    there = transforms.resize_center_crop(images.decode(data), tiny.SIZE)
+    there = transforms.evaluation_image(images.decode(data), tiny.SIZE)
     assert np.array_equal(Preprocessing(tiny.SIZE, background=images.WHITE)(data), there)
     # What lies under it is read only where that is asked for.
     assert not np.array_equal(images.decode(data, background=images.DROPPED), images.decode(data))
@@ -171,16 +170,3 @@ def test_check_doctor_and_report_name_it(pairs, tmp_path, capsys):
     with folder.claimed(prepared.config, prepared.fingerprints):
         pass
     assert page.facts(collect.read(c.run))["Transparent images"] == "50 %, laid on white"
-
-
-def test_float_images_are_scaled_or_refused():
-    values = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
-    expected = np.rint(values * 255)
-    for background in images.BACKGROUNDS:
-        for scale in (1, 255):
-            data = bad_tars.encode(Image.fromarray(values * scale), "TIFF")
-            assert np.abs(images.decode(data, background=background)[..., 0] - expected).max() <= 1
-            assert Preprocessing(8, background=background)(data).max() == 255
-        for wrong in (values * 300, values - 0.5, np.where(values > 0.5, np.nan, values)):
-            with pytest.raises(BadSample, match=r"float image out of range: values from .*; scale them to 0 to 1"):
-                images.decode(bad_tars.encode(Image.fromarray(wrong.astype(np.float32)), "TIFF"))

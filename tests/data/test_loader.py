@@ -276,8 +276,8 @@ def test_decoded_images_are_kept():
 def test_crop_is_inside_and_evaluation_is_central():
     image = np.zeros((30, 50, 3), np.uint8)
     image[:, 10:40] = 255
-    np.testing.assert_array_equal(transforms.resize_center_crop(image, 30), 255)
-    assert transforms.resize_center_crop(image, 12).shape == (12, 12, 3)
+    np.testing.assert_array_equal(transforms.evaluation_image(image, 30), 255)
+    assert transforms.evaluation_image(image, 12).shape == (12, 12, 3)
     rng = np.random.default_rng(0)
     for _ in range(20):
         assert transforms.random_resized_crop(image, 12, rng, (0.2, 1.0)).shape == (12, 12, 3)

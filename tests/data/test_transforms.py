@@ -49,7 +49,7 @@ def test_evaluation_pixels_are_open_clips(resample):
         assert np.abs(here - there).max() < 2 / 255, name
         if data[:2] == b"\xff\xd8" or name == "webp":
             pixels = images.decode(data)
-            np.testing.assert_array_equal(transforms.resize_center_crop(pixels, 224, resample), here * 255)
+            np.testing.assert_array_equal(transforms.evaluation_image(pixels, 224, resample), here * 255)
 
 
 def test_very_long_pictures_take_little_memory():
@@ -57,10 +57,10 @@ def test_very_long_pictures_take_little_memory():
     data = bad_tars.encode(bad_tars.picture(14, w=2000, h=4), "PNG")
     theirs = open_clip.image_transform(32, is_train=False, mean=(0, 0, 0), std=(1, 1, 1))
     there = theirs(Image.open(io.BytesIO(data))).numpy().transpose(1, 2, 0)
-    here = transforms.resize_center_crop(images.decode(data), 32) / 255
+    here = transforms.evaluation_image(images.decode(data), 32) / 255
     assert np.abs(here - there).max() < 2 / 255
     line = np.zeros((1, 1_000_000, 3), np.uint8)
-    assert transforms.resize_center_crop(line, 224).shape == (224, 224, 3)
+    assert transforms.evaluation_image(line, 224).shape == (224, 224, 3)
     for resample in transforms.RESAMPLE:
         crop = transforms.random_resized_crop(line, 224, np.random.default_rng(0), resample=resample)
         assert crop.shape == (224, 224, 3)

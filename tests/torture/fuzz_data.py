@@ -101,12 +101,9 @@ def evaluate_image(data: bytes, _: Path) -> None:
 def _read_all(source: Source, train: bool = False) -> None:
     """Reads up to 40 samples; of a source whose samples are all bad, raises the first one's reason."""
     source.fingerprint()
-    source.known_faults()
-    list(source.remarks())
     bad, good = [], 0
     for index in range(min(len(source), 40)):
         source.describe(index)
-        source.known_fault(index)
         item = records.read(source, index)
         if isinstance(item, BadSample):
             bad.append(item)

@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -51,18 +51,6 @@ class Source(abc.ABC):
         """Return what names a record to a person, such as {"file": its path}, for the ledger. It must not raise."""
         return {}
 
-    def known_fault(self, index: int) -> str:
-        """Return why a record cannot be used, if this is known without reading it, or ""."""
-        return ""
-
-    def known_faults(self) -> Mapping[str, int]:
-        """Return the number of records for each `known_fault` except ""."""
-        return {}
-
-    def remarks(self) -> Iterable[str]:
-        """Return lines about the whole source, which `xclip_jax.commands.check` prints."""
-        return ()
-
 
 def name_of(source: Source, index: int) -> str:
     """Return what names a record to a person, in one line: its description, or else its number."""
@@ -86,15 +74,6 @@ class WrappedSource(Source):
 
     def describe(self, index: int) -> dict[str, str]:
         return self.source.describe(index)
-
-    def known_fault(self, index: int) -> str:
-        return self.source.known_fault(index)
-
-    def known_faults(self) -> Mapping[str, int]:
-        return self.source.known_faults()
-
-    def remarks(self) -> Iterable[str]:
-        return self.source.remarks()
 
 
 class LabelledSource(Source):

@@ -5,12 +5,11 @@ any number of hosts, and all pairs with one image are on one side. Captions do n
 share stays in training with the other images.
 """
 
-import collections
 import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,12 +40,6 @@ class Subset(WrappedSource):
 
     def describe(self, index: int) -> dict[str, str]:
         return self.source.describe(int(self.indices[index]))
-
-    def known_fault(self, index: int) -> str:
-        return self.source.known_fault(int(self.indices[index]))
-
-    def known_faults(self) -> Mapping[str, int]:
-        return collections.Counter(filter(None, map(self.known_fault, range(len(self)))))
 
 
 class NoisyCaptions(WrappedSource):

@@ -24,13 +24,16 @@ _ORIENTATION = 0x0112
 
 
 def to_rgb(image: Image.Image, background: str) -> Image.Image:
-    """Convert an image of any mode to RGB: palettes to colours, 16 bits and floats to 8, transparency by `background`.
-
-    Raises:
-      BadSample: floats that are neither from 0 to 1 nor from 0 to 255.
-    """
-    if image.mode.startswith(("I", "F")):
-        return _to_eight_bits(image, background)
+    """Convert an image of any mode except floats to RGB, 16 bits to 8, transparency by `background`."""
+    if image.mode == "F":
+        raise BadSample("image of floats", "save it with 8 or 16 bits")
+    if image.mode.startswith("I"):  # Pillow would clip 16 bits to white
+        values = np.array(image)
+        clear = values == image.info.get("transparency", -1)
+        values = np.right_shift(np.clip(values, 0, 65535, out=values), 8, out=values)
+        if background == WHITE:
+            values[clear] = 255
+        return Image.fromarray(values.astype(np.uint8)).convert("RGB")
     if image.has_transparency_data and background == WHITE:
         image, canvas = image.convert("RGBA"), Image.new("RGB", image.size, "white")
         canvas.paste(image, mask=image)
@@ -38,22 +41,6 @@ def to_rgb(image: Image.Image, background: str) -> Image.Image:
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # Pillow warns otherwise
     return image.convert("RGB")
-
-
-def _to_eight_bits(image: Image.Image, background: str) -> Image.Image:
-    """Convert a grey image of 16 bits or floats to RGB; Pillow would clip it to white or black."""
-    values = np.array(image)
-    if image.mode.startswith("I"):
-        clear = values == image.info.get("transparency", -1)
-        values = np.right_shift(np.clip(values, 0, 65535, out=values), 8, out=values)
-        if background == WHITE:
-            values[clear] = 255
-    else:
-        low, high = values.min(), values.max()
-        if not (low >= 0 and high <= 255):  # as for NaN
-            raise BadSample("float image out of range", f"values from {low:g} to {high:g}; scale them to 0 to 1")
-        values = np.rint(values * 255) if high <= 1 else values
-    return Image.fromarray(values.astype(np.uint8)).convert("RGB")
 
 
 def describe(share: float, background: str) -> str:

@@ -142,7 +142,7 @@ def write_sheet(samples: Sequence[Sample], source: Source, path: str) -> int:
     pen, font = ImageDraw.Draw(page), ImageFont.load_default(10)
     for i, sample in enumerate(chosen):
         x, y = i % _COLUMNS * _TILE, i // _COLUMNS * height
-        picture = transforms.resize_center_crop(images.decode(source[sample.index]["image"]), _TILE - 4)
+        picture = transforms.evaluation_image(images.decode(source[sample.index]["image"]), _TILE - 4)
         page.paste(Image.fromarray(picture), (x + 2, y + 2))
         for j, text in enumerate(textwrap.wrap(sample.caption, 30)[:_LINES]):
             pen.text((x + 4, y + _TILE + j * line), text, fill="black", font=font)

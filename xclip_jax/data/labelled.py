@@ -56,6 +56,14 @@ class Chosen(Sequence):
         return item_name(self._items, self._positions[index])
 
 
+def file_size(path: str | os.PathLike) -> int:
+    """Return the size of a file in bytes, -1 if it does not exist."""
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return -1
+
+
 class Files(Sequence):
     """Encoded images in files, read on access."""
 
@@ -82,11 +90,7 @@ class Paths(Files):
     def sizes(self) -> Iterator[tuple[str, int]]:
         """Yield the path of each file below `root`, and its size in bytes, -1 if it is unreadable."""
         for path in self.paths:
-            try:
-                size = path.stat().st_size
-            except OSError:
-                size = -1
-            yield str(path).removeprefix(str(self.root or "")), size
+            yield str(path).removeprefix(str(self.root or "")), file_size(path)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -119,7 +123,7 @@ def read_files(name: str, path: pathlib.Path) -> tuple[Paths, np.ndarray, list[s
 
 def _read_folder(name: str, path: pathlib.Path) -> tuple[Paths, np.ndarray, list[str]]:
     names = sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith("."))
-    images = [_images(path / folder) for folder in names]
+    images = [images_in(path / folder) for folder in names]
     if not any(images):
         raise UserError(f"{name}: folder {str(path)!r} contains no images in sub-folders; make one for each class.")
     if empty := [folder for folder, inside in zip(names, images, strict=True) if not inside]:
@@ -133,8 +137,8 @@ def _read_folder(name: str, path: pathlib.Path) -> tuple[Paths, np.ndarray, list
     return Paths([image for inside in images for image in inside], path), labels, names
 
 
-def _images(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Return the images in `folder` and the folders below it, in ImageFolder's order."""
+def images_in(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Return the images in `folder` and the folders below it that are not hidden, in ImageFolder's order."""
     inside = []
     for root, folders, files in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]

@@ -90,13 +90,9 @@ def read_each(
 
     Args:
       places: (source, index) of the records; some are read ahead.
-      take: called in the threads; its result should be small, since results wait in memory. A record for which it
-        raises is a bad one.
-      timeout: as for `read_all`.
+      take: called in the threads; its result should be small. A record for which it raises is a bad one.
+      timeout: as for `read_all`, whose errors are raised too.
       threads: number of chunks that are read at once.
-
-    Raises:
-      UserError, MemoryError: errors that concern more than one record.
     """
 
     def taken(record: Record | BadSample) -> T | BadSample:
@@ -119,12 +115,7 @@ def read_each(
 
 
 def outcome(numbers: np.ndarray, unreadable: int) -> dict[str, Any]:
-    """Return JSON that is equal for two readings of a source that give a run the same order.
-
-    Args:
-      numbers: int (n,), the values of the records that the order depends on.
-      unreadable: number of records that could not be read.
-    """
+    """Return JSON that is equal for two readings of a source whose `numbers` give a run the same order."""
     digest = hashlib.blake2b(np.ascontiguousarray(numbers, "<i8").tobytes(), digest_size=8).hexdigest()
     return {"digest": digest, "unreadable": unreadable}
 

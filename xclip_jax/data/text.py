@@ -17,18 +17,8 @@ _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f]")
 
 
 def decode_text(data: bytes) -> str:
-    """Decode a text: UTF-8 or, by its byte order mark, UTF-16.
-
-    Raises:
-      BadSample: the bytes have another encoding, or are not text.
-    """
-    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        try:
-            text = data.decode("utf-16")
-        except UnicodeDecodeError as error:
-            raise BadSample("caption is not text", f"begins with {data[:8]!r}") from error
-    else:
-        text = decode_utf8(data)
+    """Decode a text in UTF-8; raise `BadSample` for another encoding, or bytes that are no text."""
+    text = decode_utf8(data)
     if _CONTROL.search(text):
         raise BadSample("caption is not text", f"begins with {data[:8]!r}")
     return text

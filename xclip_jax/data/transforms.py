@@ -50,14 +50,6 @@ def _fit(image: Image.Image, size: int, resample: str, mode: str = "shortest", r
     return image.crop((left, top, left + size, top + size))
 
 
-def resize_center_crop(image: np.ndarray, size: int, resample: str = "bicubic") -> np.ndarray:
-    """Resize the shorter side to `size` (antialiased) and crop the central square: OpenAI CLIP's evaluation transform.
-
-    uint8 (h, w, 3) -> uint8 (size, size, 3). SLIP's has `resample` "bilinear".
-    """
-    return np.asarray(_fit(Image.fromarray(image), size, resample))
-
-
 def evaluation_image(
     data: bytes | np.ndarray | Image.Image,
     size: int,
@@ -86,7 +78,7 @@ def evaluation_image(
     """
     if isinstance(data, np.ndarray) or is_jpeg(data) or background == WHITE:
         image = Image.fromarray(decode(data, background=background))
-    elif (image := open_image(data)).mode.startswith(("I", "F")):
+    elif (image := open_image(data)).mode.startswith("I"):
         image = to_rgb(image, background)
     return np.asarray(to_rgb(_fit(image, size, resample, mode, resize_size), background))
 
@@ -137,7 +129,7 @@ def random_resized_crop(
                     Image.fromarray(image).resize((size, size), Image.Resampling[resample.upper()], box)
                 )
             return out
-    out[:] = resize_center_crop(image, size)
+    out[:] = evaluation_image(image, size)
     return out
 
 

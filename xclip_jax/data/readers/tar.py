@@ -10,7 +10,7 @@ import itertools
 import json
 import pathlib
 import resource
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -31,12 +31,9 @@ class TarSource(Source):
     """
 
     def __init__(self, pattern: str, text_keys: Sequence[str] = ("text",), tags_key: str = "") -> None:
-        """Indexes tars that have no index yet.
+        """Index the tars that `pattern` names, see `tar_index.find`, and that have no index yet.
 
-        Args:
-          pattern: a folder of tars, or see `storage.expand`.
-          text_keys: where captions are: "text" is the .txt file, any other a field of the .json file.
-          tags_key: field of the .json file with keywords, or "".
+        Of `text_keys` "text" is the .txt file, and any other is a field of the .json file, as `tags_key` is.
 
         Raises:
           UserError: files that do not exist; no sample at all.
@@ -84,13 +81,6 @@ class TarSource(Source):
     def describe(self, index: int) -> dict[str, str]:
         tar, row = self._row(index)
         return {"tar": tar, "key": row["key"].decode("utf-8", "replace")}
-
-    def known_fault(self, index: int) -> str:
-        return tar_index.FAULTS[self._row(index)[1]["fault"]]
-
-    def known_faults(self) -> Mapping[str, int]:
-        counts = sum(np.bincount(rows["fault"], minlength=len(tar_index.FAULTS)) for rows in self.rows)
-        return {tar_index.FAULTS[fault]: int(n) for fault, n in enumerate(np.asarray(counts)) if fault and n}
 
     def __getitem__(self, index: int) -> Record:
         tar, row = self._row(index)

@@ -1,10 +1,7 @@
 """Index of the samples in tar files: each tar is walked once, header by header, and the result is stored.
 
-    xclip-jax index PATTERN
-
-indexes ahead of a run; otherwise a run does it. A row is one sample or one fault of the tar, so that nothing is lost
-silently: a row with a fault cannot be read, and names the reason. Damaged tars and tars that are cut off are indexed,
-too.
+`xclip-jax index PATTERN` indexes ahead of a run; otherwise a run does it. A row is one sample or one fault of the tar,
+so that nothing is lost silently. Damaged tars and tars that are cut off are indexed, too.
 """
 
 import concurrent.futures
@@ -148,10 +145,10 @@ def index_files(path: str) -> list[pathlib.Path]:
     They change with the tar's size and time of modification.
     """
     size, changed = storage.stat(path)
-    address = public(path)  # a new signature is no new tar
-    name = address.rpartition("/")[2] if storage.is_remote(path) else os.path.basename(path)
+    # Without its signature, a new one of which is no new tar.
+    address = public(path) if storage.is_remote(path) else os.path.abspath(path)
+    folder, _, name = address.rpartition("/")
     file = f"{name}-{size:x}-{changed:x}-v{_VERSION}.npy"
-    folder = address.rpartition("/")[0] if storage.is_remote(path) else os.path.dirname(os.path.abspath(path))
     cached = storage.cache_dir() / "tar_index" / hashlib.sha256(folder.encode()).hexdigest()[:16] / file
     return [cached] if storage.is_remote(path) else [pathlib.Path(folder) / _FOLDER / file, cached]
 
@@ -193,12 +190,7 @@ def build(path: str) -> pathlib.Path:
 def load(tars: Sequence[str], *, processes: int | None = None) -> list[pathlib.Path]:
     """Return the path of each tar's stored index; tars that are new or have changed are indexed first, in parallel.
 
-    Args:
-      tars: paths of tars.
-      processes: number of indexing processes; None for one a core, or none for a few tars.
-
-    Raises:
-      UserError: a tar that cannot be read, or an index that cannot be stored.
+    By default there is an indexing process a core, or none for a few tars. Errors are as for `build`.
     """
     index_paths = {path: _cached(path) for path in tars}
     if todo := [path for path, index_path in index_paths.items() if index_path is None]:
@@ -227,11 +219,7 @@ def _build_all(todo: Sequence[str], processes: int) -> dict[str, pathlib.Path]:
 
 
 def find(pattern: str) -> list[str]:
-    """Return the tars of a local folder, whose name may have any letters, or the files from `storage.expand`.
-
-    Raises:
-      UserError: as for `storage.expand`; a folder without tars.
-    """
+    """Return the tars of a local folder, whose name may have any letters, or the files from `storage.expand`."""
     folder, tars = os.path.expanduser(pattern), []
     if not storage.is_remote(pattern) and os.path.isdir(folder):
         tars = sorted(glob.glob(os.path.join(glob.escape(folder), "*.tar")))
