@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from xclip_jax.core.errors import Parser, UserError, exit_with_message, public
-from xclip_jax.data import images, inspect, loader, sources, tokenizer
+from xclip_jax.data import inspect, loader, sources, tokenizer
 from xclip_jax.data.base import MissingColumnError, Source, SourceOptions
 from xclip_jax.data.inspect import Sample
 
@@ -61,8 +61,6 @@ def report(source: Source, options: argparse.Namespace) -> Iterator[str]:
         full = np.mean(lengths >= options.length)
         yield f"tokens, 5/50/95 %: {_percentiles(lengths)}, {full:.1%} of the captions fill all {options.length}"
         yield f"captions of one image: {np.mean([s.captions for s in good]):.2f}"
-        share = sources.transparent_share([source], loader.DataConfig.read_timeout, options.threads)
-        yield f"transparent images: {images.describe(share, images.WHITE)} unless data.background says otherwise"
         yield f"repeated images: {_duplicates([s.digest for s in good]):,}"
         yield f"repeated captions: {_repeated_captions(good)}"
     rate = count / seconds

@@ -43,12 +43,6 @@ def to_rgb(image: Image.Image, background: str) -> Image.Image:
     return image.convert("RGB")
 
 
-def describe(share: float, background: str) -> str:
-    """Return the share of transparent images, and how they are read, in words."""
-    reading = "laid on white" if background == WHITE else "read without their alpha, with the colours hidden under it"
-    return f"{'less than 1' if 0 < share < 0.01 else f'{100 * share:.0f}'} %, {reading}"
-
-
 def is_jpeg(data: Any) -> TypeGuard[bytes]:
     """Whether `data` is bytes that begin as a JPEG file does."""
     return isinstance(data, bytes) and data[:2] == b"\xff\xd8"
@@ -129,15 +123,3 @@ def decode(data: bytes | np.ndarray | Image.Image, *, scaled_to: int = 0, backgr
     if is_jpeg(data) and (image := _decode_jpeg(data, scaled_to)) is not None:
         return image
     return np.array(to_rgb(open_image(data), background))
-
-
-def is_transparent(data: bytes | np.ndarray) -> bool:
-    """Whether any pixel of an image is at least partly transparent. Raises `BadSample` as `decode` does."""
-    if isinstance(data, np.ndarray) or is_jpeg(data):
-        return False
-    image = open_image(data)
-    if not image.has_transparency_data:
-        return False
-    if image.mode.startswith("I"):  # Pillow has no mode of 16 bits with alpha, only a transparent value
-        return bool((np.asarray(image) == image.info["transparency"]).any())
-    return bool(np.asarray(image.convert("RGBA").getchannel("A")).min() < 255)

@@ -11,9 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
-import numpy as np
-
-from xclip_jax.core.errors import BadSample, UserError
+from xclip_jax.core.errors import UserError
 from xclip_jax.core.imports import Classes, import_class
 from xclip_jax.core.remote import expand_home
 from xclip_jax.data import holdout, images, labelled, records
@@ -44,7 +42,6 @@ SOURCES: Mapping[str, type[SourceKind]] = Classes(
     },
 )
 OF_ANOTHER_PACKAGE = "package.module:Class:REST"
-_SAMPLED = 256  # records of a source that `transparent_share` reads
 
 _IMPORTED = re.compile(r"(?P<class>[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*)(?::(?P<rest>.*))?", re.S)
 
@@ -218,22 +215,6 @@ def _check_shares(config: DataConfig, opened: Sequence[Source]) -> None:
                 f"data.weights gives {spec!r}, of {pairs} pairs, {share} of a batch of {config.batch}: a batch would "
                 "contain pairs several times, as their own negatives. Lower its weight or data.batch, or add pairs."
             )
-
-
-def transparent_share(opened: Sequence[Source], timeout: float, threads: int) -> float:
-    """Return the share of transparent images among at most `_SAMPLED` random records of each source.
-
-    Records that cannot be used do not count. `timeout` and `threads` are as for `records.read_each`.
-    """
-    rng = np.random.default_rng(0)
-    places = [(x, int(i)) for x in opened for i in rng.choice(len(x), min(len(x), _SAMPLED), replace=False)]
-
-    def look(record: Record) -> bool:
-        return "image" in record and images.is_transparent(record["image"])
-
-    read = list(records.read_each(places, look, timeout=timeout, threads=min(threads, records.MAX_THREADS)))
-    usable = [transparent for transparent in read if not isinstance(transparent, BadSample)]
-    return sum(usable) / max(len(usable), 1)
 
 
 class Decoded(WrappedSource):
