@@ -118,7 +118,7 @@ def test_too_few_and_too_many(changes, message, tmp_path):
 
 
 def test_labelled_items_have_splits_of_their_own():
-    with pytest.raises(UserError, match=r"data\.holdout holds out pairs"):
+    with pytest.raises(UserError, match=r"data\.holdout is for pairs"):
         sources.open_sources(config("folder:/x"), classes=2)
 
 

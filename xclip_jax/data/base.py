@@ -1,12 +1,10 @@
-"""Contracts of the data room: a source of records, a source of labelled items, and a kind of sources."""
+"""Contracts of the data room: a source of records, and a kind of sources."""
 
 import abc
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
-
-import numpy as np
 
 from xclip_jax.core.errors import UserError
 
@@ -76,37 +74,6 @@ class WrappedSource(Source):
         return self.source.describe(index)
 
 
-class LabelledSource(Source):
-    """Random access to labelled items. A record has "label", a number, and "image", or "text" and "tags".
-
-    Attributes:
-      key: what the items are, "image" or "text".
-      items: encoded or uint8 (h, w, 3) images, or strings, in the order of the records.
-      names: names of the classes, in the order of their numbers; empty if labels are numbers to be fitted.
-      multilabel: whether an item may have several classes, or none.
-      version: version of the data set, "" if unknown.
-      metrics: to report for a fine-tuned model, the most important first.
-      templates: the data set's own prompts for a class, {c} for its name; empty for the evaluator's.
-    """
-
-    key: str
-    items: Sequence[Any]
-    names: Sequence[str] = ()
-    multilabel: bool = False
-    version: str = ""
-    metrics: Sequence[str] = ("top1",)
-    templates: Sequence[str] = ()
-
-    @abc.abstractmethod
-    def labels(self) -> np.ndarray:
-        """Return all labels, (n,), or bool (n, classes) with `multilabel`; no image is decoded."""
-
-    @property
-    def identity(self) -> Any:
-        """JSON that identifies items which are not files, for hashes of evaluation sets."""
-        return self.fingerprint()["hash"]
-
-
 class MissingColumnError(UserError):
     """A source lacks a column that a key of the config names; `fault` says so, without the keys to set."""
 
@@ -152,7 +119,7 @@ class SourceKind:
 
     @classmethod
     def open(cls, rest: str, options: SourceOptions, labels: bool = False) -> Source:
-        """Open image-text pairs, or with `labels` a `LabelledSource`; `rest` is the spec after the kind's name.
+        """Open image-text pairs, or with `labels` `labelled.Labelled`; `rest` is the spec after the kind's name.
 
         Raises:
           UserError: names what is wrong with `rest`, an option or a file.

@@ -114,13 +114,9 @@ def apply_controls(opened: Sequence[Source], config: DataConfig, seed: int, *, l
 
 @dataclasses.dataclass(frozen=True)
 class Pairs:
-    """Some readable pairs of a source.
+    """Some readable pairs of a source: `indices` of the records, int (n,), captions, and hexadecimal image hashes.
 
-    Attributes:
-      indices: of the records, int (n,).
-      captions: of each record.
-      hashes: hash of each image, in hexadecimal digits.
-      bad: number of the source's records that cannot be read, which are not held out.
+    `bad` is the number of the source's records that cannot be read, which are not held out.
     """
 
     indices: np.ndarray

@@ -104,14 +104,9 @@ def open_image(data: bytes | Image.Image) -> Image.Image:
 def decode(data: bytes | np.ndarray | Image.Image, *, scaled_to: int = 0, background: str = WHITE) -> np.ndarray:
     """Decode an image to uint8 RGB (h, w, 3), rotated by its EXIF tag. Arrays (h, w, 3) and grey (h, w, 1) pass.
 
-    libjpeg-turbo decodes JPEGs; Pillow decodes CMYK, JPEGs that EXIF rotates, and all other formats. Only the first
-    frame is decoded.
-
-    Args:
-      data: content of the file.
-      scaled_to: for training; a JPEG may be decoded to a half, a quarter or an eighth of its size, no side below this
-        number of pixels, and slightly less exactly. 0 for the full size.
-      background: one of `BACKGROUNDS`.
+    libjpeg-turbo decodes JPEGs, except for CMYK and rotated ones, and Pillow the first frame of other formats. For
+    training a JPEG may be decoded to a half, a quarter or an eighth of its size, no side below `scaled_to` pixels, and
+    slightly less exactly. `background` is one of `BACKGROUNDS`.
 
     Raises:
       BadSample: not an image, a damaged one, another array, or more than `MAX_PIXELS`, checked before decoding.

@@ -43,12 +43,8 @@ class Sample:
 class LoaderSample:
     """Statistics of a run's first samples, as its loader reads them.
 
-    Attributes:
-      read: number of samples.
-      speed: samples a second, once all threads or workers are busy.
-      bad: number of bad samples by reason.
-      example: the ledger's line about the first bad sample, JSON, or "".
-      text: tokens, (rows, n); None without texts.
+    `speed` is in samples a second, once all threads or workers are busy, `bad` counts bad samples by reason, `example`
+    is the ledger's line about the first one, or "", and `text` has the tokens, (rows, n), or is None.
     """
 
     read: int
@@ -88,12 +84,7 @@ def read_batches(
 ) -> LoaderSample:
     """Read samples as a run does, with its threads or workers, but in smaller batches and without spreading captions.
 
-    Args:
-      sources: the run's sources.
-      transform: the run's transform, with its data config.
-      seed: the run's seed.
-      samples: smallest number to read.
-      seconds: shortest time to read, once all threads or workers are busy.
+    At least `samples` are read, for at least `seconds` from when all threads or workers are busy.
 
     Raises:
       UserError: no usable sample for a position, or an error that concerns more than a sample.

@@ -12,7 +12,7 @@ import numpy as np
 
 from xclip_jax.core import storage
 from xclip_jax.core.errors import UserError, first_line
-from xclip_jax.data.base import IMAGE_SUFFIXES, MAX_BYTES, LabelledSource, Record, name_of
+from xclip_jax.data.base import IMAGE_SUFFIXES, MAX_BYTES, Record, Source, name_of
 from xclip_jax.data.text import read_csv
 
 
@@ -177,8 +177,21 @@ def _read_table(name: str, path: pathlib.Path) -> tuple[Paths, np.ndarray, list[
     return Paths(images, path.parent), labels, names
 
 
-class Labelled(LabelledSource):
-    """Items, and their labels in memory or in a sequence that reads them."""
+class Labelled(Source):
+    """Random access to labelled items. A record has "label", a number, and "image", or "text" and "tags".
+
+    Attributes:
+      key: what the items are, "image" or "text".
+      items: encoded or uint8 (h, w, 3) images, or strings, in the order of the records.
+      names: names of the classes, in the order of their numbers; empty if labels are numbers to be fitted.
+      metrics: to report for a fine-tuned model, the most important first.
+      multilabel: whether an item may have several classes, or none.
+      version: version of the data set, "" if unknown.
+      templates: the data set's own prompts for a class, {c} for its name; empty for the evaluator's.
+    """
+
+    version: str = ""
+    templates: Sequence[str] = ()
 
     def __init__(
         self,
@@ -189,7 +202,7 @@ class Labelled(LabelledSource):
         metrics: Sequence[str] = ("top1",),
         identity: Sequence[str] = (),
     ) -> None:
-        """Arguments are the attributes of `LabelledSource`; without `identity` it follows from the items and labels."""
+        """`labels` may read them on access; without `identity` it follows from the items and labels."""
         self.key, self.items, self.names, self.metrics = key, items, list(names), metrics
         self._labels, self._identity = labels, list(identity)
         self.multilabel = isinstance(labels, np.ndarray) and labels.ndim > 1
@@ -198,6 +211,7 @@ class Labelled(LabelledSource):
         return len(self.items)
 
     def labels(self) -> np.ndarray:
+        """Return all labels, (n,), or bool (n, classes) with `multilabel`; no image is decoded."""
         if not isinstance(self._labels, np.ndarray):
             self._labels = np.array(list(self._labels))
         return self._labels
@@ -217,7 +231,7 @@ class Labelled(LabelledSource):
 
     @property
     def identity(self) -> Any:
-        """Empty for files and texts, which identify themselves."""
+        """JSON that identifies the items in hashes of evaluation sets; empty for files and texts, which do so."""
         if self._identity:
             return self._identity
         return "" if isinstance(self.items, Paths) or self.key == "text" else self.fingerprint()["hash"]
@@ -234,7 +248,7 @@ def open_files(name: str, path: str) -> Labelled:
     return Labelled("image", paths, labels, names)
 
 
-def check_one_class(spec: str, source: LabelledSource) -> None:
+def check_one_class(spec: str, source: Labelled) -> None:
     """Raise `UserError` if items have several classes."""
     if source.multilabel:
         raise UserError(f"{spec}: images have several labels; give each one class.")
@@ -253,14 +267,13 @@ class MismatchError(UserError):
 
 
 def check_sources(
-    specs: Sequence[str], sources: Sequence[LabelledSource], classes: int, fields: Sequence[str] | None = None
+    specs: Sequence[str], sources: Sequence[Labelled], classes: int, fields: Sequence[str] | None = None
 ) -> None:
-    """Check that a classifier can learn from all of `sources`.
+    """Check that a classifier of a number of classes, 1 for labels that are numbers, can learn from all sources.
 
     Args:
-      specs: specs of the sources.
-      sources: labelled items.
-      classes: number of classes of the classifier; 1 for labels that are numbers.
+      specs, sources: labelled items, and their specs for messages.
+      classes: number of classes of the classifier.
       fields: fields of the batches, with "image" or "text"; None for any.
 
     Raises:

@@ -79,14 +79,10 @@ class Ledger:
         self._known = {(entry["source"], entry["index"]) for entry in self._file.kept}
 
     def add(self, end: int, tokens: int, bad: Sequence[Entry], part: int | None = None) -> None:
-        """Record the `tokens` and the replaced samples of this process's rows of a batch that ends before `end`.
+        """Record a batch of this process, whose global batch ends before sample `end`.
 
-        Args:
-          end: position of the first sample after the global batch.
-          tokens: number of tokens.
-          bad: replaced samples.
-          part: number of the part of the global batch, see `mesh.batch_part`; a part that several processes load counts
-            once. By default each process has its own part.
+        `tokens` are in this process's rows, and `bad` are the samples that were replaced there. Several processes that
+        load the same `part` of the global batch, see `mesh.batch_part`, count once; by default each has its own.
 
         Raises:
           UserError: no usable sample for a position.
@@ -116,7 +112,11 @@ class Ledger:
         counts.update(entry["reason"] for entry in entries)
         tokens = self.counters["tokens"] + sum(tokens for tokens, _ in records)
         self.counters = self.counters | {"samples": samples, "tokens": tokens, "bad": dict(sorted(counts.items()))}
-        self._write(entries)
+        new: dict[tuple[int, int], Entry] = {}
+        for entry in entries:
+            new.setdefault((entry["source"], entry["index"]), entry)
+        self._file.append(*(entry for sample, entry in new.items() if sample not in self._known))
+        self._known |= new.keys()
 
     @property
     def bad(self) -> int:
@@ -138,14 +138,6 @@ class Ledger:
                 f"allows ({', '.join(f'{reason}: {count:,}' for reason, count in reasons)}); {self.path} lists them. "
                 "Fix the data, or raise data.max_bad_fraction."
             )
-
-    def _write(self, entries: Sequence[Entry]) -> None:
-        new = []
-        for entry in entries:
-            if (sample := (entry["source"], entry["index"])) not in self._known:
-                self._known.add(sample)
-                new.append(entry)
-        self._file.append(*new)
 
     def close(self) -> None:
         """Write the remaining lines; more samples may be recorded."""

@@ -188,12 +188,11 @@ def sample_order(opened: Sequence[Source], config: DataConfig, seed: int) -> Sam
 
 @dataclasses.dataclass(frozen=True)
 class _Reader:
-    """Maps the number of a global batch of `batch` rows to the `rows` that `host` reads, as a pure function."""
+    """Maps the number of a global batch of `batch` rows to the `rows` that this host reads, a pure function."""
 
     order: SampleOrder
     transform: Transform
     batch: int
-    host: int
     rows: Sequence[int]
     rngs: grain.experimental.RngPool
 
@@ -278,7 +277,7 @@ def batches(
     shards = shards or (host,)
     n = batch // (hosts * len(shards))
     rows = [row for shard in shards for row in range(shard * n, (shard + 1) * n)]
-    reader = _Reader(order, transform, batch, host, rows, grain.experimental.RngPool(seed))
+    reader = _Reader(order, transform, batch, rows, grain.experimental.RngPool(seed))
     # Grain's elements are batches here; its buffer includes the batches that are being read.
     buffer = max(config.threads, config.buffer)
     options = grain.ReadOptions(0, 0) if config.workers else grain.ReadOptions(config.threads, buffer)
@@ -288,28 +287,22 @@ def batches(
             flags.FLAGS.mark_as_parsed()  # Grain reads absl's flags, which only a command line sets up
         processes = grain.MultiprocessingOptions(config.workers, per_worker_buffer_size=WORKER_BUFFER)
         dataset = dataset.mp_prefetch(processes, worker_init_fn=records.init_worker)
-    return _report_bad_samples(iter(dataset), reader, start, ledger)
-
-
-def _report_bad_samples(
-    read: grain.DatasetIterator[Batch], reader: _Reader, start: int, ledger: Ledger | None
-) -> Generator[Batch]:
-    """Yield the batches, and report their bad samples and numbers of tokens to the ledger."""
-    workers = reader.transform.config.workers
+    read = iter(dataset)
     try:
-        for g, batch in enumerate(records.start_workers_with_signals_blocked(read) if workers else read, start):
-            bad = json.loads(batch.pop("bad"))
+        made = records.start_workers_with_signals_blocked(read) if config.workers else read
+        for g, local in enumerate(made, start):
+            bad = json.loads(local.pop("bad"))
             if ledger is not None:
-                tokens = int(reader.transform.tokenizer.lengths(batch["text"]).sum()) if "text" in batch else 0
-                ledger.add((g + 1) * reader.batch, tokens, bad, reader.host)
+                tokens = int(transform.tokenizer.lengths(local["text"]).sum()) if "text" in local else 0
+                ledger.add((g + 1) * batch, tokens, bad, host)
             elif bad:
                 raise UserError(f"sample {bad[0]} cannot be used.")
-            yield batch
+            yield local
     except UserError as error:
         raise UserError(str(error)) from error  # without Grain's notes on tracebacks
     finally:
         read.close()  # otherwise worker processes live as long as this one
-        if workers:
+        if config.workers:
             gc.collect()  # otherwise Python's exit reports shared memory in reference cycles as leaked
 
 

@@ -19,11 +19,7 @@ Triple = tuple[float, float, float]
 def mean_std(statistics: Any) -> tuple[Triple, Triple]:
     """Return channel means and standard deviations for config key `data.normalization`, for pixels between 0 and 1.
 
-    Args:
-      statistics: a name of `STATISTICS`, or ((r, g, b), (r, g, b)), also as text from a command line.
-
-    Raises:
-      UserError: any other value.
+    `statistics` is a name of `STATISTICS`, or ((r, g, b), (r, g, b)), also as text; `UserError` for anything else.
     """
     if isinstance(statistics, str) and statistics in STATISTICS:
         return STATISTICS[statistics]

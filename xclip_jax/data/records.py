@@ -1,7 +1,6 @@
 """Reading of records ahead, in threads and worker processes; any fault of a record becomes a `BadSample`."""
 
 import collections
-import concurrent.futures
 import contextlib
 import hashlib
 import itertools
@@ -24,10 +23,6 @@ MAX_THREADS = 16  # threads (at most data.threads) for reading all records of a 
 _CHUNK = 32  # records that a thread reads one after another
 # Ctrl-C in a terminal, or a batch system that ends a job, sends these to the whole process group.
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_WORKER_ENDINGS = {
-    signal.SIGKILL: "most often too little memory",
-    signal.SIGBUS: "most often too little shared memory (docker run --shm-size)",
-}
 
 T = TypeVar("T")
 
@@ -152,13 +147,9 @@ class ThreadPrefetcher(Sequence):
     """
 
     def __init__(self, make: Callable[[int], Any], n: int, *, threads: int = 0, window: int = 256) -> None:
-        """Work starts with the first access.
+        """Compute `make` of the indices below `n` in threads, 0 for one a core; work starts with the first access.
 
-        Args:
-          make: function of an index below `n`; called in threads.
-          n: number of items.
-          threads: 0 for one a core.
-          window: number of items that are computed ahead; accesses within it may be in any order.
+        Up to `window` items are computed ahead; accesses within it may be in any order.
         """
         self._make, self._n, self._window = make, n, window
         self._pool = thread_pool(threads)
@@ -192,43 +183,23 @@ def interruptible_iterator(elements: Iterator[T], check: Callable[[], None], sec
     A thread requests the elements. If `check` raises, the thread is abandoned; otherwise `elements` is closed at the
     end.
     """
-    requests: queue.SimpleQueue[bool] = queue.SimpleQueue()
-    results: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
-
-    def read() -> None:
-        while requests.get():
-            try:
-                results.put((next(elements), None))
-            except BaseException as error:
-                results.put((None, error))
-                break
-        with contextlib.suppress(Exception):
-            getattr(elements, "close", lambda: None)()
-
-    def wait() -> tuple[Any, BaseException | None]:
-        requests.put(True)
-        while True:
-            try:
-                return results.get(timeout=seconds)
-            except queue.Empty:
-                check()
-
-    reader = threading.Thread(target=read, daemon=True, name="batches")
-    reader.start()
-    try:
-        while True:
-            abandoned = True
-            element, error = wait()
-            abandoned = False
-            if isinstance(error, StopIteration):
-                return
-            if error is not None:
-                raise error
-            yield element
-    finally:
-        requests.put(False)
-        if not abandoned:
-            reader.join()
+    end = object()
+    with thread_pool(1) as pool:
+        request = pool.apply_async(next, (elements, end))
+        try:
+            while True:
+                while not request.ready():
+                    request.wait(seconds)
+                    if not request.ready():
+                        check()
+                if (element := request.get()) is end:
+                    return
+                yield element
+                request = pool.apply_async(next, (elements, end))
+        finally:
+            if request.ready():
+                with contextlib.suppress(Exception):
+                    getattr(elements, "close", lambda: None)()
 
 
 def init_worker(*_: int) -> None:
@@ -236,12 +207,11 @@ def init_worker(*_: int) -> None:
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
-    if parent is None:
-        raise RuntimeError("init_worker must be called in a worker process")
 
     def watch() -> None:
-        parent.join()
-        os._exit(1)
+        if parent is not None:
+            parent.join()
+            os._exit(1)
 
     # PR_SET_PDEATHSIG would act too soon: Linux sends it when the thread that started the worker ends.
     threading.Thread(target=watch, daemon=True).start()
@@ -250,11 +220,8 @@ def init_worker(*_: int) -> None:
 def start_workers_with_signals_blocked(elements: Iterator[T]) -> Iterator[T]:
     """Yield `elements`, whose first `next` starts worker processes; these block signals until `init_worker`.
 
-    A thread with blocked signals requests the first element, since the threads and processes that it starts inherit
-    the mask. The calling thread continues to handle signals.
-
-    Raises:
-      UserError: a worker was killed.
+    A thread with blocked signals requests the first element, since the threads and processes that it starts inherit the
+    mask; the calling thread continues to handle signals. `UserError` if a worker was killed.
     """
 
     def first() -> list[T]:
@@ -263,20 +230,15 @@ def start_workers_with_signals_blocked(elements: Iterator[T]) -> Iterator[T]:
 
     # Started with the first worker instead, it would unblock the signals.
     multiprocessing.resource_tracker.ensure_running()
-    pool = concurrent.futures.ThreadPoolExecutor(1)
     try:
-        try:
-            yield from pool.submit(first).result()
-        finally:
-            pool.shutdown(wait=False)
+        with thread_pool(1) as pool:
+            started = pool.apply(first)
+        yield from started
         yield from elements
     except RuntimeError as error:
         if match := re.search(r"terminated unexpectedly with exit code (-?\d+)", str(error)):
-            raise UserError(_describe_worker_exit(int(match[1]))) from error
+            raise UserError(
+                f"a reading process ended with exit code {match[1]}: -9 is most often too little memory, and -7 too "
+                "little shared memory (docker run --shm-size); lower data.workers, or run the same command again."
+            ) from error
         raise
-
-
-def _describe_worker_exit(code: int) -> str:
-    by = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
-    reason = _WORKER_ENDINGS.get(-code, "its own error is above")
-    return f"a reading process was ended by {by}, {reason}; lower data.workers, or run the same command again."

@@ -4,6 +4,7 @@ A spec is KIND:REST: KIND is a key of `SOURCES`, and REST is up to the kind, suc
 name. A kind of another package is package.module:Class, as in "my_lab.sources:JsonLines:/data/x.jsonl".
 """
 
+import contextlib
 import glob
 import math
 import os
@@ -11,12 +12,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
-from xclip_jax.core.errors import UserError
+from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.core.imports import Classes, import_class
 from xclip_jax.core.remote import expand_home
-from xclip_jax.data import holdout, images, labelled, records
+from xclip_jax.data import holdout, images, labelled
 from xclip_jax.data.base import (
-    LabelledSource,
     Record,
     Source,
     SourceKind,
@@ -158,9 +158,9 @@ def open_pairs(spec: str, options: SourceOptions | None = None) -> Source:
     return _open(spec, options, labels=False)
 
 
-def open_labelled(spec: str, options: SourceOptions | None = None) -> LabelledSource:
+def open_labelled(spec: str, options: SourceOptions | None = None) -> labelled.Labelled:
     """Open the labelled items named by `spec`, see the kinds' forms; errors are as for `open_pairs`."""
-    return cast(LabelledSource, _open(spec, options, labels=True))
+    return cast(labelled.Labelled, _open(spec, options, labels=True))
 
 
 def source_options(config: DataConfig) -> SourceOptions:
@@ -178,19 +178,18 @@ def open_sources(config: DataConfig, classes: int = 0, fields: Sequence[str] | N
 
     Raises:
       labelled.MismatchError: labelled sources that do not fit `classes` or `fields`.
-      UserError: a source that cannot be opened, keys that contradict each other, labelled sources that do not fit each
-        other, and for training fewer pairs than a batch has.
+      UserError: a source that cannot be opened, and for training fewer pairs than a batch has.
     """
     parse_all(config.sources)
+    for key in ("spread_duplicate_captions", "holdout") if classes else ():
+        if getattr(config, key):
+            raise UserError(f"data.{key} is for pairs, and these sources have labelled items; leave it out.")
     options = source_options(config)
     opened = [_open(spec, options, bool(classes)) for spec in config.sources]
     if empty := [spec for spec, source in zip(config.sources, opened, strict=True) if not len(source)]:
         raise UserError(f"source {empty[0]!r} has nothing in it; leave it out of data.sources, or name another split.")
     if classes:
-        for key in ("spread_duplicate_captions", "holdout"):
-            if getattr(config, key):
-                raise UserError(f"data.{key} is for pairs, and these sources have labelled items; leave it out.")
-        labelled.check_sources(config.sources, cast(Sequence[LabelledSource], opened), classes, fields)
+        labelled.check_sources(config.sources, cast(Sequence[labelled.Labelled], opened), classes, fields)
         return opened
     if config.holdout:
         opened = holdout.training_part(config.sources, opened, config)
@@ -229,13 +228,9 @@ class Decoded(WrappedSource):
         self._records: dict[int, Record] = {}
 
     def __getitem__(self, index: int) -> Record:
-        record = self._records.get(index)
-        if record is None:
+        if index not in self._records:
             record = self.source[index]
-            if "image" in record:  # labelled texts have none
-                try:
-                    record = record | {"image": images.decode(record["image"], background=self._background)}
-                except Exception as error:
-                    records.as_bad_sample(error)  # raises what concerns more than this record
+            with contextlib.suppress(BadSample, KeyError):  # labelled texts have no image
+                record = record | {"image": images.decode(record["image"], background=self._background)}
             self._records[index] = record
-        return record
+        return self._records[index]

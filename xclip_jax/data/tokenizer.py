@@ -101,8 +101,6 @@ class Tokenizer:
 def load(name: str) -> Tokenizer:
     """Return a tokenizer: "clip" (49,408 ids), "bytes" (259), or the path of a Hugging Face `tokenizers` JSON file.
 
-    The file may be in a bucket, as in a copy of a run's folder.
-
     Raises:
       UserError: unknown name, unreadable file, a vocabulary without an end token.
     """
@@ -145,31 +143,20 @@ CLEANINGS: dict[str, Callable[[str], str]] = {
 def with_conventions(content: str, *, end: str, pad: str, size: int, cleaning: str) -> str:
     """Wrap a tokenizer file with conventions that another project's weights assume and the file lacks.
 
-    Args:
-      content: JSON of the library `tokenizers`.
-      end: token after each text; no token precedes the text.
-      pad: token after the end.
-      size: number of the model's ids.
-      cleaning: a name in `CLEANINGS`.
-
-    Returns:
-      JSON of {"xclip_jax": conventions, "tokenizer": content}, which `load` reads.
+    `end` follows each text, before which there is no token, and `pad` follows the end; `size` is the number of the
+    model's ids, and `cleaning` a name in `CLEANINGS`.
     """
     conventions = {"end": end, "pad": pad, "size": size, "cleaning": cleaning}
     return json.dumps({_CONVENTIONS: conventions, "tokenizer": json.loads(content)}, ensure_ascii=False)
-
-
-def _byte_letters() -> list[str]:
-    """Return the letter of each byte, in the order of the vocabulary: printable bytes first, then the others."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
 
 
 def clip_vocabulary() -> tuple[list[str], list[tuple[str, str]]]:
     """Return the words of CLIP's vocabulary in the order of their ids, without the start and end tokens; and merges."""
     lines = gzip.decompress(storage.third_party("bpe_simple_vocab_16e6.txt.gz")).decode("utf-8").split("\n")
     merges = [(first, second) for first, second in map(str.split, lines[1 : 1 + _CLIP_MERGES])]
-    letters = _byte_letters()
+    # Letters of the printable bytes come first, and then the others.
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    letters = [chr(byte) for byte in [*printable, *range(256, 512 - len(printable))]]
     return [*letters, *(f"{letter}</w>" for letter in letters), *(a + b for a, b in merges)], merges
 
 

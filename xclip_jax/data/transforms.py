@@ -58,23 +58,20 @@ def evaluation_image(
     resize_size: int = 0,
     background: str = DROPPED,
 ) -> np.ndarray:
-    """Resize and crop an image to uint8 (size, size, 3).
+    """Resize and crop an image, a file's content, an RGB array or a Pillow image, to uint8 (size, size, 3).
 
     With a white background, the result of `decode` is resized. With transparency dropped, the pixels equal open_clip's
     evaluation transform, which resizes before it converts to RGB. Unlike it, this rotates images by EXIF and scales 16
-    bits.
+    bits. Errors are as for `decode`.
 
     Args:
-      data: content of a file, an RGB array (h, w, 3), or a Pillow image.
+      data: the image.
       size: side of the result, pixels.
       resample: one of `INTERPOLATIONS`, antialiased.
       mode: "shortest" resizes the shorter side and keeps the central square, "squash" resizes each side to the same
         length, "longest" resizes the longer side and pads with black.
       resize_size: side after resizing, before the central `size` pixels are cropped; 0 for `size`.
       background: one of `images.BACKGROUNDS`.
-
-    Raises:
-      BadSample: as `decode`.
     """
     if isinstance(data, np.ndarray) or is_jpeg(data) or background == WHITE:
         image = Image.fromarray(decode(data, background=background))

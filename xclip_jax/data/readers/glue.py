@@ -28,7 +28,7 @@ class Task:
       label: column of the label.
       features: names of the columns in TFDS, if they differ.
       labels: labels in the files, in the order of their numbers; empty if the label is itself a number.
-      metrics: metrics of the dev split, as published; the first is the one to report.
+      metrics: of the dev split, as published; the first is the one to report.
     """
 
     columns: tuple[str, ...]
@@ -77,13 +77,9 @@ def _from_files(path: pathlib.Path, task: Task) -> tuple[list[list[str]], list[s
 def read_pairs(
     name: str, split: str, folder: str = "", data_dir: str | None = None
 ) -> tuple[list[list[str]], np.ndarray]:
-    """Return the one or two texts of each item of a split, and labels, int32 or fp32 (n,).
+    """Return the one or two texts of each item of "train" or "validation", and labels, int32 or fp32 (n,).
 
-    Args:
-      name: one of `TASKS`; MNLI's is the matched dev split.
-      split: "train" or "validation".
-      folder: folder with the task's train.tsv and dev.tsv; "" for TFDS's glue/NAME, read without TensorFlow.
-      data_dir: root of TFDS data sets, None for the default.
+    `folder` has the task's train.tsv and dev.tsv, MNLI's matched ones; "" is TFDS's glue/NAME, read without TensorFlow.
 
     Raises:
       UserError: an unknown name, missing files or columns, or an unknown label.

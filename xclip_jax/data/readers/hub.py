@@ -73,12 +73,8 @@ def _repository(rest: str) -> tuple[str, dict[str, Any], str]:
 def open_split(rest: str) -> Any:
     """Return the `datasets.Dataset` that the spec "hf:" + `rest` names.
 
-    Args:
-      rest: "ORG/NAME[@REVISION][/CONFIGURATION]/SPLIT", or a path that begins with /, ./, ../ or ~: a folder that
-        `save_to_disk` wrote, or FOLDER/SPLIT of a folder that `load_dataset` reads.
-
-    Raises:
-      UserError: `datasets` is not installed, the spec has another form, or the set cannot be opened.
+    `rest` is "ORG/NAME[@REVISION][/CONFIGURATION]/SPLIT", or a path that begins with /, ./, ../ or ~: a folder that
+    `save_to_disk` wrote, or FOLDER/SPLIT of a folder that `load_dataset` reads. `UserError` if it cannot be opened.
     """
     place, options, split = _repository(rest)
     with _package(f"{PREFIX}{rest}") as package:
@@ -164,9 +160,7 @@ class HubPairs(ColumnSource):
     """Image-text pairs of a split."""
 
     def __init__(self, rest: str, options: SourceOptions) -> None:
-        """Opens the split, see `open_split` and the config keys of `options`.
-
-        "?label=COLUMN" at the end of `rest` is for evaluating the pairs by their labels.
+        """Open the split, see `open_split`; "?label=COLUMN" at the end of `rest` is for evaluating pairs by labels.
 
         Raises:
           UserError: a set that cannot be opened or has no rows, or no columns of images and captions.
@@ -209,9 +203,7 @@ class HubPairs(ColumnSource):
 def open_labelled(rest: str, image_key: str = SourceOptions.image_key) -> labelled.Labelled:
     """Open the images of a split, in the classes of column "label" or of the only column of type ClassLabel.
 
-    Args:
-      rest: as for `open_split`; "?image=COLUMN&label=COLUMN" at its end names the columns.
-      image_key: the column of images if `rest` names none.
+    "?image=COLUMN&label=COLUMN" at the end of `rest` names the columns; otherwise the images are in `image_key`.
 
     Raises:
       UserError: a set that cannot be opened, no such columns, or rows without a label.

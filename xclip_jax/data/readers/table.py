@@ -21,16 +21,10 @@ _HASHED_WHOLE = 1 << 30
 
 
 def pair(image: Any, name: str, options: SourceOptions, read: Callable[[str], Any]) -> Record:
-    """Return a record of pairs.
+    """Return a record of pairs; `name` is its "id".
 
-    Args:
-      image: encoded or decoded.
-      name: the record's "id".
-      options: names of the columns.
-      read: function from a column's name to its strings, or one string; one string of keywords is split at commas.
-
-    Raises:
-      BadSample: no caption.
+    `read` returns the strings, or one string, of a column that `options` names; one string of keywords is split at
+    commas. `BadSample` if there is no caption.
     """
     text = [caption for key in options.text_keys for caption in strip_texts(read(key))]
     if not text:
@@ -44,13 +38,10 @@ class Cells(labelled.Files):
     """Encoded images in an Arrow column: bytes, paths or URLs, or {"bytes", "path"} as Hugging Face writes them."""
 
     def __init__(self, column: Any, locate: Callable[[int, str], tuple[str, str]]) -> None:
-        """Holds a `pyarrow.ChunkedArray`.
+        """Hold a `pyarrow.ChunkedArray` of images.
 
-        Args:
-          column: the images.
-          locate: function from a row and a path to the place of the file, and the address of its table if that is not
-            on this machine, else "". Such a table may name neither files of this machine nor addresses of the inner
-            network.
+        `locate` returns the place of the file that a path in a row names, and the address of the table if that is not
+        on this machine, else "": such a table may name no files of this machine nor addresses of the inner network.
         """
         self.column, self._locate = column, locate
 
@@ -145,12 +136,7 @@ class TableSource(ColumnSource):
     """Rows of files. Paths are relative to the file's folder, unless they are absolute."""
 
     def __init__(self, pattern: str, options: SourceOptions, read: Callable[[str, list[str]], Any]) -> None:
-        """Reads the columns into memory.
-
-        Args:
-          pattern: the tables, see `storage.expand`.
-          options: names of the columns.
-          read: `read_csv` or `read_parquet`.
+        """Read the columns that `options` names into memory, by `read_csv` or `read_parquet`.
 
         Raises:
           UserError: no such file or column, no row, or files that cannot be read.
@@ -214,11 +200,7 @@ class ArrayRecordSource(Source):
     """Pairs in ArrayRecord files of tf.train.Example, the format that TensorFlow's users write; read without it."""
 
     def __init__(self, pattern: str, options: SourceOptions) -> None:
-        """Opens the files.
-
-        Args:
-          pattern: see `storage.expand`.
-          options: features with the encoded image, captions and keywords.
+        """Open the files that `pattern` names; `options` names features of images, captions and keywords.
 
         Raises:
           UserError: no such file, or not an ArrayRecord file.

@@ -149,12 +149,8 @@ class TfdsSplits(SourceKind):
 def prepare_dataset(make: Callable[[str], B], data_dir: str | os.PathLike | None, check: Callable[[], Any]) -> B:
     """Prepare a data set as array_record files, unless it is prepared already, and return its builder.
 
-    An interrupted preparation leaves nothing under the data set's name.
-
-    Args:
-      make: function from the root of TFDS data sets to the builder.
-      data_dir: the root; by default $TFDS_DATA_DIR, else `tfds` in `storage.cache_dir`.
-      check: raises what would prevent the preparation, before TFDS announces it.
+    `make` returns the builder for a root of TFDS data sets: `data_dir`, else $TFDS_DATA_DIR, else `tfds` in
+    `storage.cache_dir`. `check` raises what would prevent the preparation. An interrupted one leaves nothing.
     """
     root = os.fspath(data_dir or os.environ.get("TFDS_DATA_DIR") or storage.cache_dir() / "tfds")
     builder = make(root)

@@ -39,14 +39,7 @@ _HUB = re.compile(rf"({hub_client.ID})(?:@([^/]+))?(?:/([\w.-]+))?")
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """A split of a data set, not yet read.
-
-    Attributes:
-      spec: the spec as the user wrote it.
-      root: folder of the data set.
-      name: name of the split.
-      version: commit on the Hub, or "".
-    """
+    """A split of a data set, not yet read: its folder, name, and commit on the Hub, or ""; `spec` is the user's."""
 
     spec: str
     root: pathlib.Path
@@ -119,12 +112,8 @@ class Members(labelled.Files):
 def locate(rest: str, *, fetch: bool = True) -> Split:
     """Find the split that the spec "wds:" + `rest` names, "test" where it names none.
 
-    Args:
-      rest: path of a data set or of a split in it, or "hf:ORG/NAME[@REVISION][/SPLIT]".
-      fetch: whether the tars of a data set on the Hub are needed, and not only its text files.
-
-    Raises:
-      UserError: a repository that cannot be opened; see `hub_client.dataset_folder`.
+    `rest` is the path of a data set or of a split in it, or "hf:ORG/NAME[@REVISION][/SPLIT]"; without `fetch` only its
+    text files are fetched. Errors are as for `hub_client.dataset_folder`.
     """
     spec = f"wds:{rest}"
     if not rest.startswith(hub_client.PREFIX):
