@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from xclip_jax.core.errors import UserError
@@ -82,6 +82,15 @@ class MissingColumnError(UserError):
         self.fault = fault
 
 
+def check_columns(what: str, names: Iterable[str], keys: Iterable[str]) -> None:
+    """Raise an error that lists the columns of `what` if a key is neither a column nor COLUMN/FIELD of one."""
+    names = list(names)
+    for key in keys:
+        if key not in names and key.partition("/")[0] not in names:
+            fault = f"{what} has no column {key!r}; its columns are {', '.join(map(repr, names))}"
+            raise MissingColumnError(fault, "data.image_key, data.text_keys and data.tags_key")
+
+
 @dataclasses.dataclass(frozen=True)
 class SourceOptions:
     """Keys of config group `data` that sources may use."""
@@ -90,6 +99,11 @@ class SourceOptions:
     image_key: str = "image"
     text_keys: Sequence[str] = ("text",)
     tags_key: str = ""
+
+    @property
+    def keys(self) -> list[str]:
+        """All columns or features that are read."""
+        return [self.image_key, *self.text_keys, *filter(None, [self.tags_key])]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,7 +29,6 @@ _TILE, _COLUMNS, _ROWS, _LINES = 200, 6, 4, 4
 class Sample:
     """Statistics of one image-text pair; `reason` is "" unless it is bad."""
 
-    index: int
     reason: str = ""
     detail: str = ""
     size: tuple[int, int] = (0, 0)
@@ -37,6 +36,7 @@ class Sample:
     digest: bytes = b""
     caption: str = ""
     captions: int = 0
+    index: int = -1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,12 +59,9 @@ def read(source: Source, indices: Sequence[int], threads: int, size: int) -> tup
     began = time.perf_counter()
     places, timeout = [(source, index) for index in indices], loader.DataConfig.read_timeout
     results = records.read_each(places, lambda record: _examine(record, size), timeout=timeout, threads=threads)
-    samples = [
-        Sample(index, result.reason, result.detail)
-        if isinstance(result, BadSample)
-        else dataclasses.replace(result, index=index)
-        for index, result in zip(indices, results, strict=True)
-    ]
+    samples = [Sample(x.reason, x.detail) if isinstance(x, BadSample) else x for x in results]
+    for index, sample in zip(indices, samples, strict=True):
+        sample.index = index
     return samples, time.perf_counter() - began
 
 
@@ -76,7 +73,7 @@ def _examine(record: Record, size: int) -> Sample:
     pixels = images.decode(image)
     height, width = pixels.shape[:2]
     transforms.random_resized_crop(pixels, size, np.random.default_rng(list(digest)), resample="area")
-    return Sample(-1, "", "", (width, height), len(data), digest, captions[0], len(captions))
+    return Sample("", "", (width, height), len(data), digest, captions[0], len(captions))
 
 
 def read_batches(

@@ -1,6 +1,5 @@
 """Labelled items in memory: images in folders of classes or listed in a CSV file, and texts."""
 
-import abc
 import hashlib
 import os
 import pathlib
@@ -64,20 +63,8 @@ def file_size(path: str | os.PathLike) -> int:
         return -1
 
 
-class Files(Sequence):
-    """Encoded images in files, read on access."""
-
-    @abc.abstractmethod
-    def name(self, index: int) -> str:
-        """Return what names an image to a person: its path, or tar and key."""
-
-    @abc.abstractmethod
-    def sizes(self) -> Iterator[tuple[str, int]]:
-        """Yield the name of each file, without the data set's folder, and its size in bytes, -1 if it is unreadable."""
-
-
-class Paths(Files):
-    """Images in files of this machine."""
+class Paths(Sequence):
+    """Encoded images in files of this machine, read on access."""
 
     def __init__(self, paths: Sequence[pathlib.Path], root: pathlib.Path | None = None) -> None:
         """`root` is the folder that the files belong to."""
@@ -105,13 +92,9 @@ class Paths(Files):
 def read_files(name: str, path: pathlib.Path) -> tuple[Paths, np.ndarray, list[str]]:
     """Return images, labels and class names of a folder with one sub-folder a class, or a CSV file of path and label.
 
-    A folder is read as torchvision's ImageFolder reads it. In a CSV file each distinct label is a class, in
-    alphabetical or, if all are integers, numerical order. Labels with | between them are several labels of one image;
-    they give bool (n, classes), in which an image may have no class.
-
-    Raises:
-      UserError: no images or classes, a class without images, a row without a label, or missing images; the message
-        begins with `name`.
+    A folder is read as torchvision's ImageFolder reads it. In a CSV file each distinct label is a class, in the order
+    of letters or, if all are integers, of numbers. Labels with | between them are several labels of one image; they
+    give bool (n, classes), in which an image may have no class. A `UserError` begins with `name`.
     """
     path = path.expanduser()
     if path.is_dir():
@@ -217,11 +200,11 @@ class Labelled(Source):
         return self._labels
 
     def describe(self, index: int) -> dict[str, str]:
-        return {"file": self.items.name(index)} if isinstance(self.items, Files) else {"row": str(index)}
+        return {"file": self.items.name(index)} if hasattr(self.items, "sizes") else {"row": str(index)}
 
     def fingerprint(self) -> dict[str, Any]:
         """Return a hash of the identity, or of the labels and the texts, or the names and sizes of files."""
-        items = self.items.sizes() if isinstance(self.items, Files) else self.items
+        items = self.items.sizes() if hasattr(self.items, "sizes") else self.items
         content = self._identity or zip(items, self.labels().tolist(), strict=True)
         digest = hashlib.blake2b(repr(len(self)).encode(), digest_size=16)
         for part in content:

@@ -52,11 +52,8 @@ class Ledger:
     """Counts the samples that a run reads, and writes bad_samples.jsonl: each bad sample once, with its reason.
 
     A line is {"position": in the run's order, "reason", "detail", "source": its number, "index"} and the source's
-    description of the sample, such as "tar" and "key".
-
-    Attributes:
-      counters: {"samples": delivered, "tokens": of their texts, "bad": {reason: replaced samples}}, over all processes,
-        as of the last `sync`; other counters that a checkpoint keeps may be added.
+    description of the sample, such as "tar" and "key". The `counters` {"samples": delivered, "tokens": in their texts,
+    "bad": {reason: replaced samples}} are over all processes, as of the last `sync`; a checkpoint keeps them.
     """
 
     def __init__(

@@ -85,14 +85,10 @@ WHOLE = LengthGroups()
 def choose(
     counts: np.ndarray, *, rows: int, draws: int, flops_of: Callable[[int], float], groups: int = MAX_GROUPS
 ) -> LengthGroups:
-    """Return the groups with the fewest FLOPs that all but a few batches fit.
+    """Return the groups with the fewest FLOPs that all but a few batches fit, at most `groups` with the whole context.
 
-    Args:
-      counts: (context + 1,) number of sampled texts by length in tokens.
-      rows: number of texts that a device orders together.
-      draws: number of times that a step does so, on all devices.
-      flops_of: tokens -> FLOPs of a text of that length.
-      groups: largest number of groups, including the group of the whole context.
+    `counts` (context + 1,) has the number of sampled texts by length in tokens; a device orders `rows` texts together,
+    and a step does so `draws` times on all devices. `flops_of` returns the FLOPs of a text with a number of tokens.
     """
     context = len(counts) - 1
     ends: dict[int, int] = {}

@@ -51,19 +51,16 @@ class Transform:
     def __call__(self, record: Record, rng: np.random.Generator, row: Mapping[str, np.ndarray]) -> None:
         """Write the fields of `record` to the arrays of `row`, whose first axis has length 1."""
         if "image" in row:
-            self._crop(record, rng, row["image"][0])
+            config, scale = self.config, self.config.crop_scale
+            # Large enough that not even the smallest square crop is enlarged.
+            scaled_to = math.ceil(self.size / scale[0] ** 0.5) if config.resample == "area" else 0
+            image = images.decode(record["image"], scaled_to=scaled_to, background=config.background)
+            out = row["image"][0]
+            transforms.random_resized_crop(image, self.size, rng, scale, resample=config.resample, out=out)
         if "text" in row:
             row["text"][:] = self.tokenizer([self.caption(record, rng)], self.length)
         if "label" in row:
             row["label"][0] = record["label"]
-
-    def _crop(self, record: Record, rng: np.random.Generator, out: np.ndarray) -> None:
-        config, scale = self.config, self.config.crop_scale
-        # Large enough that not even the smallest square crop is enlarged.
-        exact = config.resample != "area"
-        scaled_to = 0 if exact else math.ceil(self.size / scale[0] ** 0.5)
-        image = images.decode(record["image"], scaled_to=scaled_to, background=config.background)
-        transforms.random_resized_crop(image, self.size, rng, scale, resample=config.resample, out=out)
 
     def caption(self, record: Record, rng: np.random.Generator) -> str:
         """Draw one of the captions, keywords, or both."""
@@ -82,10 +79,8 @@ class Transform:
 class SampleOrder:
     """The endless sequence of a run's samples; item i is the record at position i of the run.
 
-    Attributes:
-      sources: sources of the records.
-      places: element i is (number of the source, index in it); it depends only on the seed and i.
-      captions: `records.outcome` of each source's groups of equal captions, if these are spread.
+    Element i of `places` is (number of the source, index in it), and depends only on the seed and i. If equal captions
+    are spread, `captions` has `records.outcome` of each source's groups.
     """
 
     sources: Sequence[Source]

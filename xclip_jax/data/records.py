@@ -40,15 +40,10 @@ def read(source: Source, index: int) -> Record | BadSample:
 
 
 def read_all(places: Sequence[tuple[Source, int]], timeout: float) -> list[Record | BadSample]:
-    """Return `read(source, index)` for each of `places`.
+    """Return `read(source, index)` for each of `places`, and raise its errors.
 
-    Args:
-      places: (source, index) of the records.
-      timeout: seconds after which a record still being read becomes a `BadSample`, as on a disk that does not answer;
-        0 to wait for ever. A read that hangs keeps its thread until the disk answers or the process ends.
-
-    Raises:
-      UserError, MemoryError: errors that concern more than one record.
+    A record that is still being read after `timeout` seconds, 0 for never, becomes a `BadSample`, as on a disk that
+    does not answer. Its read keeps a thread until the disk answers or the process ends.
     """
     if not timeout:
         return [read(source, index) for source, index in places]
@@ -116,9 +111,7 @@ def outcome(numbers: np.ndarray, unreadable: int) -> dict[str, Any]:
 
 
 def as_bad_sample(error: Exception) -> BadSample:
-    """Return an error of reading or decoding one record as a `BadSample`, with the error's class as its reason.
-
-    Parsers, decoders and tokenizers raise exceptions of any class for unexpected input.
+    """Return any error of reading or decoding one record as a `BadSample`, with the error's class as its reason.
 
     Raises:
       UserError, MemoryError: `error` itself, if it concerns more than the record.

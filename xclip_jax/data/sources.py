@@ -81,8 +81,7 @@ def parse(text: str) -> SourceSpec:
     """Parse a spec; nothing is opened.
 
     Raises:
-      UserError: an unknown kind, a kind in `SOURCES` without a rest, a URL with one slash, or a module that cannot be
-        imported.
+      UserError: an unknown kind, a spec that ends after its kind, or a module that cannot be imported.
     """
     prefix, colon, rest = text.partition(":")
     if colon and prefix in SOURCES:

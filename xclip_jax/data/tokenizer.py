@@ -43,13 +43,8 @@ _CLIP_WORDS = rf"(?i){_CLIP_START}|{_CLIP_END}|'s|'t|'re|'ve|'m|'ll|'d|\p{{L}}+|
 class Tokenizer:
     """Callable (texts, length) -> int32 (b, length); made by `load`, immutable, safe in threads, pickled by name.
 
-    Attributes:
-      name: the argument of `load`.
-      vocab_size: all ids are below it.
-      sot_id: start token of each row; None if the vocabulary has none and rows begin with the text.
-      eot_id: end token of each row, including truncated ones.
-      pad_id: padding after the end token.
-      cleaning: name in `CLEANINGS`, applied to texts before they are encoded.
+    All ids are below `vocab_size`. A row begins with `sot_id`, or with the text if the vocabulary has none, and ends,
+    truncated or not, with `eot_id`, followed by `pad_id`. Texts are cleaned by `CLEANINGS[cleaning]` first.
     """
 
     name: str
@@ -183,9 +178,8 @@ def _clip() -> Tokenizer:
             ids += [special[piece]] if piece in special else [token.id for token in bpe.model.tokenize(piece)]
         return ids
 
-    return Tokenizer(
-        "clip", encode, vocab_size=len(vocab), sot_id=special[_CLIP_START], eot_id=special[_CLIP_END], pad_id=0
-    )
+    start, end = special.values()
+    return Tokenizer("clip", encode, vocab_size=len(vocab), sot_id=start, eot_id=end, pad_id=0)
 
 
 @functools.cache

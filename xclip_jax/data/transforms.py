@@ -180,11 +180,8 @@ def augment(images: jax.Array, sampled: Mapping[str, jax.Array]) -> jax.Array:
 def sample_mix(key: jax.Array, b: int, size: int, mixup: float, cutmix: float) -> dict[str, jax.Array]:
     """Sample the arguments of `mix`: mixup (arXiv 1710.09412) or cutmix (arXiv 1905.04899), half of the batches each.
 
-    Args:
-      key: random key.
-      b: number of images in the global batch, all mixed alike, as in timm.
-      size: side of an image, pixels.
-      mixup, cutmix: parameter a of the share's distribution Beta(a, a); 0 for never.
+    All `b` images of the global batch, `size` pixels wide, are mixed alike, as in timm. `mixup` and `cutmix` are the
+    parameter a of the share's distribution Beta(a, a), 0 for never.
 
     Returns:
       Rows for each image: "share" fp32 (b,) of an image's own label; "weight" fp32 (b,) of its own pixels outside the

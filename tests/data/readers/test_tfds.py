@@ -61,7 +61,8 @@ def test_tfds(tmp_path):
     assert open_source("tfds:numbers/train", str(tmp_path / "b")).fingerprint() == card
     for changes in ({"text_keys": ("title/text",)}, {"image_key": "title"}, {"tags_key": "title"}):
         with pytest.raises(
-            base.MissingColumnError, match=r"numbers/1\.2\.0 has no feature 'title.*'; it has image, text; set"
+            base.MissingColumnError,
+            match=r"numbers/1\.2\.0 has no column 'title.*'; its columns are 'image', 'text'; set",
         ):
             open_source("tfds:numbers/train", folder, **changes)
     part = open_source("tfds:numbers/train[:2]", folder)

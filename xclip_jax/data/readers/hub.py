@@ -1,8 +1,7 @@
 """Data sets of the Hugging Face Hub, and of the package `datasets`, at random access: `hf:ORG/NAME/SPLIT`.
 
 A set is fetched and converted to Arrow files once, in the cache of `datasets`, and mapped into memory from there. The
-package, the extra `datasets`, is imported on first use. The environment configures it and the Hub's client: HF_HOME,
-HF_DATASETS_CACHE, HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE and others.
+environment configures the package and the client of the Hub: HF_HOME, HF_TOKEN, HF_HUB_OFFLINE and others.
 """
 
 import contextlib
@@ -13,7 +12,7 @@ import os
 import pathlib
 import re
 import urllib.parse
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -21,15 +20,15 @@ import numpy as np
 from xclip_jax.core import hub_client
 from xclip_jax.core.errors import UserError
 from xclip_jax.data import labelled
-from xclip_jax.data.base import Form, MissingColumnError, Source, SourceKind, SourceOptions
-from xclip_jax.data.readers.table import Cells, ColumnSource, columns_of
+from xclip_jax.data.base import Form, Source, SourceKind, SourceOptions, check_columns
+from xclip_jax.data.readers.table import Cells, ColumnSource
 
 PREFIX = hub_client.PREFIX
 _HUB = re.compile(rf"({hub_client.ID})(?:@([^/]+))?(?:/([^/]+))?/([^/]+)")
 _LOCAL = ("/", "./", "../", "~")
 _LIST = "dataset_dict.json"  # lists the splits that `DatasetDict.save_to_disk` wrote
-# Columns that a spec names at its end, or before the split that a probe adds.
-_COLUMNS = re.compile(r"\?([^/?]*=[^/?]*)(?=/[^/]*$|$)")
+# A column that a spec names at its end, or before the split that a probe adds.
+_LABEL = re.compile(r"\?label=([^/?]+)(?=/[^/]*$|$)")
 _MAX_MESSAGE = 300  # letters of an error message of `datasets`
 
 
@@ -93,40 +92,16 @@ def split_names(rest: str) -> list[str]:
         return package.get_dataset_split_names(place, configuration, **options)
 
 
-def _listed(features: Mapping[str, Any]) -> str:
-    """Return the columns of a set with their types, for messages."""
-    return ", ".join(f"{name} ({getattr(x, 'dtype', None) or type(x).__name__})" for name, x in features.items())
+def split_label(rest: str) -> tuple[str, str]:
+    """Split "?label=COLUMN" off `rest`, in which %2F is a /; return the rest, and the column or ""."""
+    match = _LABEL.search(rest)
+    return (rest[: match.start()] + rest[match.end() :], urllib.parse.unquote(match[1])) if match else (rest, "")
 
 
-def split_columns(rest: str) -> tuple[str, dict[str, str]]:
-    """Split "?image=COLUMN&label=COLUMN" off the end of `rest`; in the columns' names %26 is a & and %2F a /."""
-    match = _COLUMNS.search(rest)
-    if not match:
-        return rest, {}
-    columns = dict(urllib.parse.parse_qsl(match[1]))
-    if not columns or columns.keys() - {"image", "label"}:
-        expected = "expected ?image=COLUMN&label=COLUMN, or one"
-        raise UserError(f"source {PREFIX + rest!r} ends in {match[0]!r}; {expected}.")
-    return rest[: match.start()] + rest[match.end() :], columns
-
-
-def image_column(spec: str, features: Mapping[str, Any], key: str, keys: str = "data.image_key") -> str:
-    """Return the column of images: `key`, or if that is the default and no column, the only one of type Image.
-
-    Raises:
-      MissingColumnError: no such column, or several; the message lists all columns, and `keys` to set.
-    """
+def image_column(features: Mapping[str, Any], key: str) -> str:
+    """Return the column of images: `key`, or if that is the default and no column, the only one of type Image."""
     images = [name for name, feature in features.items() if type(feature).__name__ == "Image"]
-    if key == SourceOptions.image_key and key not in features and len(images) == 1:
-        return images[0]
-    _check_column(spec, features, key, keys)
-    return key
-
-
-def _check_column(spec: str, features: Mapping[str, Any], key: str, keys: str) -> None:
-    """Raise an error that lists all columns if there is no column `key`, or the first part of COLUMN/FIELD."""
-    if key not in features and key.partition("/")[0] not in features:
-        raise MissingColumnError(f"{spec} has no column {key!r}; its columns are {_listed(features)}", keys)
+    return images[0] if key == SourceOptions.image_key and key not in features and len(images) == 1 else key
 
 
 def _images(rows: Any, column: str, rest: str) -> Cells:
@@ -142,7 +117,7 @@ def _images(rows: Any, column: str, rest: str) -> Cells:
     return Cells(_arrow(rows, [column])[column], locate)
 
 
-def _arrow(rows: Any, columns: Sequence[str]) -> Any:
+def _arrow(rows: Any, columns: Iterable[str]) -> Any:
     """Return columns as a `pyarrow.Table`, mapped into memory."""
     return rows.select_columns(list(columns)).with_format("arrow")[:]
 
@@ -153,7 +128,7 @@ def _is_cached(path: str) -> bool:
     from huggingface_hub import constants
 
     folders = (config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH, constants.HF_HUB_CACHE)
-    return any(pathlib.Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)) for folder in folders)
+    return any(pathlib.Path(path).resolve().is_relative_to(pathlib.Path(folder).resolve()) for folder in folders)
 
 
 class HubPairs(ColumnSource):
@@ -165,17 +140,12 @@ class HubPairs(ColumnSource):
         Raises:
           UserError: a set that cannot be opened or has no rows, or no columns of images and captions.
         """
-        spec, (place, columns) = f"{PREFIX}{rest}", split_columns(rest)
-        if "image" in columns:
-            raise UserError(f"source {spec!r} names a column of images; of pairs it is data.image_key.")
-        self._arguments, rows = (rest, options), open_split(place)
+        spec, rows = f"{PREFIX}{rest}", open_split(split_label(rest)[0])
+        self._arguments = rest, options
         self._fingerprint: dict[str, Any] = {}
-        options = dataclasses.replace(options, image_key=image_column(spec, rows.features, options.image_key))
-        for key in options.text_keys:
-            _check_column(spec, rows.features, key, "data.text_keys")
-        if options.tags_key:
-            _check_column(spec, rows.features, options.tags_key, "data.tags_key")
-        self._texts_table = _arrow(rows, columns_of(options))
+        options = dataclasses.replace(options, image_key=image_column(rows.features, options.image_key))
+        check_columns(spec, rows.features, options.keys)
+        self._texts_table = _arrow(rows, dict.fromkeys(key.partition("/")[0] for key in options.keys[1:]))
         texts = dict(zip(self._texts_table.column_names, self._texts_table.columns, strict=True))
         super().__init__(_images(rows, options.image_key, rest), texts, options)
         if not len(self):
@@ -203,22 +173,23 @@ class HubPairs(ColumnSource):
 def open_labelled(rest: str, image_key: str = SourceOptions.image_key) -> labelled.Labelled:
     """Open the images of a split, in the classes of column "label" or of the only column of type ClassLabel.
 
-    "?image=COLUMN&label=COLUMN" at the end of `rest` names the columns; otherwise the images are in `image_key`.
+    "?label=COLUMN" at the end of `rest` names the column of classes; the images are in `image_key`.
 
     Raises:
       UserError: a set that cannot be opened, no such columns, or rows without a label.
     """
-    place, columns = split_columns(rest)
+    place, column = split_label(rest)
     spec, rows = f"{PREFIX}{rest}", open_split(place)
     classes = [name for name, feature in rows.features.items() if hasattr(feature, "names")]
-    column = columns.get("label", "label" if "label" in classes or len(classes) != 1 else classes[0])
+    column = column or ("label" if "label" in classes or len(classes) != 1 else classes[0])
     if column not in classes:
         several = f"; add ?label= and one of {', '.join(classes)} to the spec" if classes else ""
         raise UserError(
-            f"{spec} has no column {column!r} of classes{several}; its columns are {_listed(rows.features)}."
+            f"{spec} has no column {column!r} of classes{several}; its columns are {', '.join(rows.features)}."
         )
     names = list(rows.features[column].names)
-    key = image_column(spec, rows.features, columns.get("image", image_key), "?image=COLUMN at the end of the spec")
+    key = image_column(rows.features, image_key)
+    check_columns(spec, rows.features, [key])
     labels = np.array(_arrow(rows, [column])[column].fill_null(-1), np.int64)
     if not len(labels) or labels.min() < 0 or labels.max() >= len(names):
         raise UserError(f"{spec} has rows without a label, or none at all; name another split.")
@@ -226,7 +197,7 @@ def open_labelled(rest: str, image_key: str = SourceOptions.image_key) -> labell
 
 
 class HubSets(SourceKind):
-    """`hf:ORG/NAME[@REVISION][/CONFIGURATION]/SPLIT` and `hf:/PATH`, for labels with ?image=COLUMN&label=COLUMN."""
+    """`hf:ORG/NAME[@REVISION][/CONFIGURATION]/SPLIT` and `hf:/PATH`, for labels with ?label=COLUMN."""
 
     forms: ClassVar = {
         "hf:ORG/NAME/SPLIT": Form(
@@ -247,4 +218,4 @@ class HubSets(SourceKind):
     @classmethod
     def has_split(cls, rest: str, split: str, options: SourceOptions) -> bool:
         """Whether the data set lists the split; a damaged split is an error when it is opened."""
-        return split in split_names(split_columns(f"{rest}/{split}")[0].removesuffix(f"/{split}"))
+        return split in split_names(split_label(f"{rest}/{split}")[0].removesuffix(f"/{split}"))

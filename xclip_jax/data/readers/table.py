@@ -13,7 +13,7 @@ import pyarrow.parquet
 from xclip_jax.core import remote, storage
 from xclip_jax.core.errors import BadSample, UserError, first_line, public
 from xclip_jax.data import labelled
-from xclip_jax.data.base import MAX_BYTES, Form, MissingColumnError, Record, Source, SourceKind, SourceOptions
+from xclip_jax.data.base import MAX_BYTES, Form, Record, Source, SourceKind, SourceOptions, check_columns
 from xclip_jax.data.text import decode_utf8, json_strings, read_csv, strip_texts
 
 # CSV tables of at most this number of bytes are hashed as a whole for their fingerprint.
@@ -34,7 +34,7 @@ def pair(image: Any, name: str, options: SourceOptions, read: Callable[[str], An
     return {"image": image, "text": text, "tags": tags, "id": name}
 
 
-class Cells(labelled.Files):
+class Cells(Sequence):
     """Encoded images in an Arrow column: bytes, paths or URLs, or {"bytes", "path"} as Hugging Face writes them."""
 
     def __init__(self, column: Any, locate: Callable[[int, str], tuple[str, str]]) -> None:
@@ -48,14 +48,16 @@ class Cells(labelled.Files):
     def __len__(self) -> int:
         return len(self.column)
 
+    def _value(self, index: int) -> Any:
+        value = self.column[index].as_py()
+        return value.get("bytes") or value.get("path") if isinstance(value, dict) else value
+
     def path(self, index: int) -> str:
         """Return the path or URL of an image, "" if the table holds the image itself, or none."""
-        value = self.column[index].as_py()
-        value = value.get("path") if isinstance(value, dict) and not value.get("bytes") else value
+        value = self._value(index)
         return self._locate(index, value)[0] if isinstance(value, str) and value else ""
 
     def name(self, index: int) -> str:
-        """Return the path or URL of the image, or "row N" if it has none."""
         return self.path(index) or f"row {index}"
 
     def sizes(self) -> Iterator[tuple[str, int]]:
@@ -76,9 +78,7 @@ class Cells(labelled.Files):
         Raises:
           BadSample: a file that cannot be read or is empty, or no image.
         """
-        value, name = self.column[index].as_py(), str(index)
-        if isinstance(value, dict):
-            value = value.get("bytes") or value.get("path")
+        value, name = self._value(index), str(index)
         if isinstance(value, str) and value:
             name, table = self._locate(index, value)
             try:
@@ -126,12 +126,6 @@ class ColumnSource(Source):
         return {"file": path} if path else {"row": str(index)}
 
 
-def columns_of(options: SourceOptions) -> list[str]:
-    """Return the columns of captions and keywords; COLUMN/FIELD is a field of a nested one."""
-    keys = [*options.text_keys, *filter(None, [options.tags_key])]
-    return list(dict.fromkeys(key.partition("/")[0] for key in keys))
-
-
 class TableSource(ColumnSource):
     """Rows of files. Paths are relative to the file's folder, unless they are absolute."""
 
@@ -142,7 +136,7 @@ class TableSource(ColumnSource):
           UserError: no such file or column, no row, or files that cannot be read.
         """
         self.pattern, self.tables, self._read = pattern, storage.expand(pattern), read
-        keys = list(dict.fromkeys([options.image_key, *columns_of(options)]))
+        keys = list(dict.fromkeys(key.partition("/")[0] for key in options.keys))
         tables = []
         for path in self.tables:
             try:
@@ -151,10 +145,7 @@ class TableSource(ColumnSource):
                 raise
             except Exception as error:  # the class depends on the damage
                 raise UserError(f"table {path!r} cannot be read ({first_line(error)}).") from error
-            names = tables[-1].column_names
-            if missing := [key for key in keys if key not in names]:
-                fault = f"table {path!r} has no column {missing[0]!r}; its columns are {', '.join(map(repr, names))}"
-                raise MissingColumnError(fault, "data.image_key, data.text_keys and data.tags_key")
+            check_columns(f"table {path!r}", tables[-1].column_names, keys)
             tables[-1] = tables[-1].select(keys)
         try:
             # A column without values has a type of its own, which fits every other.

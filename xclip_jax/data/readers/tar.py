@@ -33,7 +33,7 @@ class TarSource(Source):
     def __init__(self, pattern: str, text_keys: Sequence[str] = ("text",), tags_key: str = "") -> None:
         """Index the tars that `pattern` names, see `tar_index.find`, and that have no index yet.
 
-        Of `text_keys` "text" is the .txt file, and any other is a field of the .json file, as `tags_key` is.
+        "text" in `text_keys` is the .txt file, and any other key is a field of the .json file, as `tags_key` is.
 
         Raises:
           UserError: files that do not exist; no sample at all.

@@ -196,26 +196,22 @@ def load(tars: Sequence[str], *, processes: int | None = None) -> list[pathlib.P
     if todo := [path for path, index_path in index_paths.items() if index_path is None]:
         if processes is None:
             processes = min(os.cpu_count() or 1, 16, len(todo) // 4)
-        began = time.monotonic()
+        began = reported = time.monotonic()
         print(f"indexing {len(todo):,} tars, once ...", flush=True)
         todo = random.sample(todo, len(todo))  # hosts that begin together share the work if their orders differ
-        index_paths |= _build_all(todo, processes)
+        with contextlib.ExitStack() as stack:
+            built = map(build, todo)
+            if processes > 1:  # walking headers holds the interpreter's lock
+                context = multiprocessing.get_context("spawn")
+                pool = concurrent.futures.ProcessPoolExecutor(processes, context, init_worker)
+                built = stack.enter_context(pool).map(build, todo)
+            for done, index_path in enumerate(built):
+                index_paths[todo[done]] = index_path
+                if time.monotonic() - reported > _PROGRESS_SECONDS:
+                    reported = time.monotonic()
+                    print(f"indexed {done + 1:,} of {len(todo):,} tars", flush=True)
         print(f"indexed {len(todo):,} tars in {time.monotonic() - began:.1f} s", flush=True)
     return [index_path for path in tars if (index_path := index_paths[path])]
-
-
-def _build_all(todo: Sequence[str], processes: int) -> dict[str, pathlib.Path]:
-    """Index tars, in processes since walking headers holds the interpreter's lock."""
-    if processes < 2:
-        return {path: build(path) for path in todo}
-    context, reported, built = multiprocessing.get_context("spawn"), time.monotonic(), {}
-    with concurrent.futures.ProcessPoolExecutor(processes, context, init_worker) as pool:
-        for path, index_path in zip(todo, pool.map(build, todo), strict=True):
-            built[path] = index_path
-            if time.monotonic() - reported > _PROGRESS_SECONDS:
-                reported = time.monotonic()
-                print(f"indexed {len(built):,} of {len(todo):,} tars", flush=True)
-    return built
 
 
 def find(pattern: str) -> list[str]:

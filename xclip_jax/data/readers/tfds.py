@@ -14,7 +14,7 @@ import tensorflow_datasets as tfds
 from xclip_jax.core import storage
 from xclip_jax.core.errors import UserError, first_line
 from xclip_jax.data import labelled
-from xclip_jax.data.base import Form, MissingColumnError, Record, Source, SourceKind, SourceOptions
+from xclip_jax.data.base import Form, Record, Source, SourceKind, SourceOptions, check_columns
 from xclip_jax.data.readers.table import pair
 from xclip_jax.data.text import decode_utf8
 
@@ -67,19 +67,9 @@ class TfdsSource(Source):
     """A split of a TFDS data set, read with `tfds.data_source`: array_record or parquet files."""
 
     def __init__(self, data: Any, info: tfds.core.DatasetInfo, split: str, options: SourceOptions) -> None:
-        """`data` and `info` are from `open_tfds`; keys of features as for `lookup`.
-
-        Raises:
-          MissingColumnError: the data set has no feature of such a key.
-        """
+        """`data` and `info` are from `open_tfds`; keys of features are as for `lookup`."""
         self.data, self.options = data, options
-        for key in filter(None, (options.image_key, *options.text_keys, options.tags_key)):
-            if key.split("/")[0] not in info.features:
-                names = ", ".join(sorted(info.features))
-                raise MissingColumnError(
-                    f"{info.full_name} has no feature {key!r}; it has {names}",
-                    "data.image_key, data.text_keys and data.tags_key",
-                )
+        check_columns(info.full_name, sorted(info.features), options.keys)
         shards = [(name, part.num_bytes, list(part.shard_lengths)) for name, part in sorted(info.splits.items())]
         content = json.dumps([info.full_name, split, len(data), shards]).encode()
         self._fingerprint = {

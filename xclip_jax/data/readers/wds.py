@@ -1,14 +1,8 @@
 """Labelled or captioned images in tars, in the layout of clip_benchmark: `wds:PATH` and `wds:hf:ORG/NAME`.
 
-    PATH/classnames.txt                            names of the classes, one a line, in the order of their numbers
-    PATH/zeroshot_classification_templates.txt     prompts, one a line, with {c} for the class
-    PATH/dataset_type.txt                          "retrieval" or "multilabel"; without the file one class an image
-    PATH/test/nshards.txt                          number of tars
-    PATH/test/0.tar, PATH/test/1.tar, ...          KEY.webp, .png or .jpg, with KEY.cls, or KEY.txt or KEY.npy
-
-KEY.cls is the number of a class, KEY.txt has the captions of a retrieval set, one a line, and KEY.npy an array of zeros
-and ones for several classes an image. `clip_benchmark_export_wds` writes such folders, and the Hub has many, such as
-clip-benchmark/wds_cifar10. Tars are read in place, by `tar_index.members`.
+docs/evaluate.md shows the layout, which `clip_benchmark_export_wds` writes. KEY.cls is the number of a class, KEY.txt
+has the captions of a retrieval set, one a line, and KEY.npy an array of zeros and ones for several classes an image.
+Tars are read in place, by `tar_index.members`.
 """
 
 import dataclasses
@@ -77,7 +71,7 @@ class Split:
         return tars
 
 
-class Members(labelled.Files):
+class Members(Sequence):
     """Images that are files in tars."""
 
     def __init__(self, tars: Sequence[str], rows: Sequence[tuple[int, bytes, int, int]]) -> None:
