@@ -74,7 +74,7 @@ def test_a_class_without_images_is_named(tmp_path):
     (root / "texts" / "a.txt").write_text("a")
     with pytest.raises(FileNotFoundError):
         torchvision.datasets.ImageFolder(root)
-    with pytest.raises(UserError, match=r"^set: class folders 'empty one', 'texts' of '.*' contain no images \(\.jpg"):
+    with pytest.raises(UserError, match=r"^set: 2 class folders of '.*' contain no images, 'empty one' first"):
         labelled.read_files("set", root)
 
 

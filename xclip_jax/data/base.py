@@ -121,10 +121,8 @@ class Form:
 class SourceKind:
     """A kind of sources, whose specs begin with its key in `sources.SOURCES` or with "package.module:Class".
 
-    Attributes:
-      forms: what specs of this kind look like, and what each form reads; a kind without forms reads pairs.
-      labelled_items: what labelled items are, "image" or "text".
-      suffixes: endings of the files that it reads, to suggest a spec for a path.
+    `forms` are what specs look like, and what each reads; a kind without forms reads pairs. Labelled items are
+    `labelled_items`, "image" or "text". `suffixes` are endings of files that it reads, to suggest a spec for a path.
     """
 
     forms: ClassVar[Mapping[str, Form]] = {}

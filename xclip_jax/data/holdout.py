@@ -1,8 +1,7 @@
 """Parts of a run's sources: held-out pairs (`data.holdout`), a share of the pairs, and exchanged captions.
 
 A pair is held out by a hash of its image's bytes. So it stays on its side in any order, file, source or company and on
-any number of hosts, and all pairs with one image are on one side. Captions do not matter: a caption that many images
-share stays in training with the other images.
+any number of hosts, and all pairs with one image are on one side.
 """
 
 import contextlib

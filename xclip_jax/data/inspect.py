@@ -18,10 +18,8 @@ from xclip_jax.data.base import Record, Source
 from xclip_jax.data.ledger import Ledger
 
 FEWEST = 8  # pairs that the recipe small requires
-# Rows of the batches that `read_batches` reads: few, so that every thread soon finishes one.
-_BATCH = 32
-# `read_batches` ends after this multiple of its seconds, even with fewer samples.
-_PATIENCE = 10
+_BATCH = 32  # rows of the batches that `read_batches` reads: few, so that every thread soon finishes one
+_PATIENCE = 10  # `read_batches` ends after this multiple of its seconds, even with fewer samples
 _TILE, _COLUMNS, _ROWS, _LINES = 200, 6, 4, 4
 
 

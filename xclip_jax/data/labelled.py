@@ -110,10 +110,7 @@ def _read_folder(name: str, path: pathlib.Path) -> tuple[Paths, np.ndarray, list
     if not any(images):
         raise UserError(f"{name}: folder {str(path)!r} contains no images in sub-folders; make one for each class.")
     if empty := [folder for folder, inside in zip(names, images, strict=True) if not inside]:
-        raise UserError(
-            f"{name}: class folders {', '.join(map(repr, empty[:5]))}{' and more' if len(empty) > 5 else ''} of "
-            f"{str(path)!r} contain no images ({', '.join(IMAGE_SUFFIXES)}); add images, or delete the folders."
-        )
+        raise UserError(f"{name}: {len(empty)} class folders of {str(path)!r} contain no images, {empty[0]!r} first.")
     labels = np.repeat(np.arange(len(names)), [len(inside) for inside in images])
     # Names of folders may have any bytes, and texts of classes have to be UTF-8.
     names = [name.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for name in names]

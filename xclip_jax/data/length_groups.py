@@ -21,12 +21,9 @@ from xclip_jax.parallel import sharding
 Sizes = tuple[tuple[int, int], ...]
 
 AUTO, FULL = "auto", "full"
-# The last group has the whole context; each further group is another pass over the tower's weights.
-MAX_GROUPS = 4
-# Accelerators are no faster for lengths between multiples.
-_MULTIPLE = 8
-# Share of steps that may be computed whole.
-_MISFITS = 0.005
+MAX_GROUPS = 4  # the last has the whole context; each further one is another pass over the tower's weights
+_MULTIPLE = 8  # accelerators are no faster for lengths between multiples
+_MISFITS = 0.005  # share of steps that may be computed whole
 # Groups double what is compiled: auto leaves them where they would save less of a step's FLOPs, or in a shorter run.
 _LEAST_SAVING, _LEAST_STEPS = 0.05, 1000
 

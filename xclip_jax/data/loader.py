@@ -27,12 +27,9 @@ from xclip_jax.parallel.mesh import batch_sharding
 
 Batch = dict[str, Any]
 
-# The run stops after this number of bad samples in a row for one position.
-MAX_RESAMPLES = 100
-# Rows whose records are read together, before their images are decoded: alternating would empty the processor's caches.
-READ_GROUP = 32
-# Finished batches that each worker process keeps.
-WORKER_BUFFER = 2
+MAX_RESAMPLES = 100  # the run stops after this number of bad samples in a row for one position
+READ_GROUP = 32  # rows that are read together before they are decoded: alternating would empty the processor's caches
+WORKER_BUFFER = 2  # finished batches that each worker process keeps
 
 
 @dataclasses.dataclass(frozen=True)

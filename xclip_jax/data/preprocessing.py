@@ -42,17 +42,9 @@ def mean_std(statistics: Any) -> tuple[Triple, Triple]:
 class Preprocessing:
     """Resizes an image to a square on the host, and has the arguments of `transforms.normalize` for the device.
 
-    The defaults are OpenAI CLIP's, also in open_clip.
-
-    Attributes:
-      size: side of the result, pixels.
-      mean, std: for each channel, for pixels between 0 and 1.
-      resize_mode, resize_size, interpolation: config keys `eval.resize`, `eval.resize_size` and `eval.interpolation`,
-        see `transforms.evaluation_image`.
-      background: `data.background`, the color behind transparent images.
-
-    Raises:
-      UserError: a value that does not fit, by its config key.
+    The defaults are OpenAI CLIP's, also in open_clip. The result has `size` pixels a side; `mean` and `std` are for
+    each channel, for pixels between 0 and 1; the other fields are config keys of `eval` and `data.background`,
+    explained by `transforms.evaluation_image`. `UserError` for a value that does not fit.
     """
 
     size: int

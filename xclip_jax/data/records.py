@@ -158,10 +158,7 @@ class ThreadPrefetcher(Sequence):
         while self._next < min(self._n, index + 1 + self._window):
             self._results[self._next] = self._pool.apply_async(self._make, (self._next,))
             self._next += 1
-        try:
-            return self._results.pop(index).get()
-        except UserError as error:
-            raise error.with_traceback(None) from error.__cause__  # without the thread's calls
+        return self._results.pop(index).get()
 
     def __enter__(self) -> "ThreadPrefetcher":
         return self

@@ -25,13 +25,9 @@ NAMES = ("clip", "bytes")
 END_TOKENS = ("<|endoftext|>", "</s>", "[SEP]")
 START_TOKENS = ("<|startoftext|>", "<s>", "[CLS]")
 PAD_TOKENS = ("<pad>", "[PAD]", "<|pad|>")
-# Key with which a file of `with_conventions` begins.
-_CONVENTIONS = "xclip_jax"
-
-# Longer texts are not cached; the cache takes 100 MB at most, for Latin letters and 77 tokens.
-_CACHED_LETTERS = 512
-# Letters of a text that are read, at least; a hundredth of them fills all tokens, and megabytes would take seconds.
-_MOST_LETTERS = 1 << 16
+_CONVENTIONS = "xclip_jax"  # key with which a file of `with_conventions` begins
+_CACHED_LETTERS = 512  # longer texts are not cached; the cache takes 100 MB at most
+_MOST_LETTERS = 1 << 16  # letters of a text that are read, at least; megabytes would take seconds
 _CLIP_MERGES = 48894
 _CLIP_START, _CLIP_END = "<start_of_text>", "<end_of_text>"
 # \p{L} has no brackets: in a class that ignores case, U+0345 would count as a letter, since it equals iota; open_clip

@@ -135,10 +135,9 @@ class HubPairs(ColumnSource):
     """Image-text pairs of a split."""
 
     def __init__(self, rest: str, options: SourceOptions) -> None:
-        """Open the split, see `open_split`; "?label=COLUMN" at the end of `rest` is for evaluating pairs by labels.
+        """Open the split, see `open_split`, or raise `UserError` if it has no rows or no columns of these names.
 
-        Raises:
-          UserError: a set that cannot be opened or has no rows, or no columns of images and captions.
+        "?label=COLUMN" at the end of `rest` is for evaluating pairs by labels.
         """
         spec, rows = f"{PREFIX}{rest}", open_split(split_label(rest)[0])
         self._arguments = rest, options
@@ -173,10 +172,8 @@ class HubPairs(ColumnSource):
 def open_labelled(rest: str, image_key: str = SourceOptions.image_key) -> labelled.Labelled:
     """Open the images of a split, in the classes of column "label" or of the only column of type ClassLabel.
 
-    "?label=COLUMN" at the end of `rest` names the column of classes; the images are in `image_key`.
-
-    Raises:
-      UserError: a set that cannot be opened, no such columns, or rows without a label.
+    "?label=COLUMN" at the end of `rest` names the column of classes; the images are in `image_key`. `UserError` if there
+    are no such columns, or rows without a label.
     """
     place, column = split_label(rest)
     spec, rows = f"{PREFIX}{rest}", open_split(place)

@@ -130,11 +130,7 @@ class TableSource(ColumnSource):
     """Rows of files. Paths are relative to the file's folder, unless they are absolute."""
 
     def __init__(self, pattern: str, options: SourceOptions, read: Callable[[str, list[str]], Any]) -> None:
-        """Read the columns that `options` names into memory, by `read_csv` or `read_parquet`.
-
-        Raises:
-          UserError: no such file or column, no row, or files that cannot be read.
-        """
+        """Read the columns that `options` names into memory, by `read_csv` or `read_parquet`; `UserError` for a fault."""
         self.pattern, self.tables, self._read = pattern, storage.expand(pattern), read
         keys = list(dict.fromkeys(key.partition("/")[0] for key in options.keys))
         tables = []
@@ -191,11 +187,7 @@ class ArrayRecordSource(Source):
     """Pairs in ArrayRecord files of tf.train.Example, the format that TensorFlow's users write; read without it."""
 
     def __init__(self, pattern: str, options: SourceOptions) -> None:
-        """Open the files that `pattern` names; `options` names features of images, captions and keywords.
-
-        Raises:
-          UserError: no such file, or not an ArrayRecord file.
-        """
+        """Open the files that `pattern` names, or raise `UserError`; `options` names features."""
         from array_record.python import array_record_data_source
 
         self.files, self.options = storage.expand(pattern), options

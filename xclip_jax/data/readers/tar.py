@@ -34,9 +34,7 @@ class TarSource(Source):
         """Index the tars that `pattern` names, see `tar_index.find`, and that have no index yet.
 
         "text" in `text_keys` is the .txt file, and any other key is a field of the .json file, as `tags_key` is.
-
-        Raises:
-          UserError: files that do not exist; no sample at all.
+        `UserError` if files do not exist, or have no sample at all.
         """
         self.pattern, self.text_keys, self.tags_key = pattern, tuple(text_keys), tags_key
         fields = bool(tags_key) or any(key != "text" for key in self.text_keys)

@@ -121,9 +121,7 @@ class TfdsSplits(SourceKind):
     def open(cls, rest: str, options: SourceOptions, labels: bool = False) -> Source:
         name, _, split = rest.rpartition("/")
         if not name:
-            raise UserError(
-                f"source 'tfds:{rest}' does not name a split; write tfds:NAME/SPLIT, as in tfds:coco_captions/train."
-            )
+            raise UserError(f"source 'tfds:{rest}' does not name a split; write tfds:NAME/SPLIT.")
         if labels:
             return open_labelled(name, split, options.dir or None)
         return TfdsSource(*open_tfds(name, split, options.dir or None, options.image_key), split, options)
@@ -162,20 +160,12 @@ def encoded_records(builder: tfds.core.DatasetBuilder, split: str) -> Iterator[t
     """Yield the encoded image of each record of a split, and its other features, which are texts and lists of texts."""
     source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
     for record in (source[i] for i in range(len(source))):
-        image = record.pop("image")
-        yield image, {key: _decoded(value) for key, value in record.items()}
-
-
-def _decoded(value: Any) -> Any:
-    return value.decode() if isinstance(value, bytes) else [item.decode() for item in value]
+        texts = {key: lookup(record, key) for key in record if key != "image"}
+        yield record["image"], {key: x[0] if isinstance(record[key], bytes) else x for key, x in texts.items()}
 
 
 def open_prepared(kind: str, builder: Any, split: str, options: SourceOptions) -> TfdsSource:
-    """Open a split of a builder whose data set is prepared; `kind` is the first part of its specs.
-
-    Raises:
-      UserError: an unknown split.
-    """
+    """Open a split of a builder whose data set is prepared, or raise `UserError`; `kind` is the first part of its specs."""
     try:
         data = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
     except (KeyError, ValueError) as error:
