@@ -1,7 +1,4 @@
-"""Decoding of images to RGB of eight bits, on the host; config key `data.background` is the background of transparency.
-
-JPEGs are decoded by libjpeg-turbo, other formats by Pillow.
-"""
+"""Decoding of images to RGB of eight bits, on the host: JPEGs by libjpeg-turbo, other formats by Pillow."""
 
 import functools
 import io

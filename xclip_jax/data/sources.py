@@ -60,11 +60,7 @@ def is_spec(text: str) -> bool:
 
 
 def spec_from_path(text: str) -> str:
-    """Return the most likely spec for a plain path; a spec is returned as it is.
-
-    Raises:
-      UserError: a path that does not exist, or that no kind of source reads.
-    """
+    """Return the most likely spec for a plain path, or raise `UserError`; a spec is returned as it is."""
     path = os.path.expanduser(text)
     if is_spec(text):
         return text
@@ -210,8 +206,8 @@ def _check_shares(config: DataConfig, opened: Sequence[Source]) -> None:
         share = math.ceil(config.batch * weight / sum(config.weights))
         if share > pairs:
             raise UserError(
-                f"data.weights gives {spec!r}, of {pairs} pairs, {share} of a batch of {config.batch}: a batch would "
-                "contain pairs several times, as their own negatives. Lower its weight or data.batch, or add pairs."
+                f"data.weights gives {spec!r}, of {pairs} pairs, {share} of a batch of {config.batch}: pairs would be "
+                "their own negatives. Lower its weight or data.batch, or add pairs."
             )
 
 

@@ -10,8 +10,7 @@ import pyarrow.csv
 
 from xclip_jax.core.errors import BadSample, UserError
 
-# A longer field more likely begins with a quote that has no partner.
-_MAX_LINES = 20
+_MAX_LINES = 20  # a longer field more likely begins with a quote that has no partner
 TO_UTF8 = "iconv -f latin1 -t utf-8 FILE > NEW"  # the remedy for most texts that are not UTF-8
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f]")
 

@@ -172,7 +172,7 @@ class HubPairs(ColumnSource):
 def open_labelled(rest: str, image_key: str = SourceOptions.image_key) -> labelled.Labelled:
     """Open the images of a split, in the classes of column "label" or of the only column of type ClassLabel.
 
-    "?label=COLUMN" at the end of `rest` names the column of classes; the images are in `image_key`. `UserError` if there
+    "?label=COLUMN" at the end of `rest` names the column of classes; images are in `image_key`. `UserError` if there
     are no such columns, or rows without a label.
     """
     place, column = split_label(rest)

@@ -130,7 +130,7 @@ class TableSource(ColumnSource):
     """Rows of files. Paths are relative to the file's folder, unless they are absolute."""
 
     def __init__(self, pattern: str, options: SourceOptions, read: Callable[[str, list[str]], Any]) -> None:
-        """Read the columns that `options` names into memory, by `read_csv` or `read_parquet`; `UserError` for a fault."""
+        """Read the columns that `options` names into memory; `read` is `read_csv` or `read_parquet`."""
         self.pattern, self.tables, self._read = pattern, storage.expand(pattern), read
         keys = list(dict.fromkeys(key.partition("/")[0] for key in options.keys))
         tables = []

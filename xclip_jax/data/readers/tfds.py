@@ -165,7 +165,7 @@ def encoded_records(builder: tfds.core.DatasetBuilder, split: str) -> Iterator[t
 
 
 def open_prepared(kind: str, builder: Any, split: str, options: SourceOptions) -> TfdsSource:
-    """Open a split of a builder whose data set is prepared, or raise `UserError`; `kind` is the first part of its specs."""
+    """Open a split of a prepared data set, or raise `UserError`; `kind` is the first part of its specs."""
     try:
         data = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
     except (KeyError, ValueError) as error:
