@@ -94,7 +94,7 @@ def test_labelled_items_may_be_fewer_than_a_batch(tmp_path):
 
 
 def test_labels_cannot_be_kept_apart():
-    with pytest.raises(UserError, match=r"data\.spread_duplicate_captions compares captions"):
+    with pytest.raises(UserError, match=r"data\.spread_duplicate_captions is for pairs"):
         sources.open_sources(config(sources=("folder:x",), spread_duplicate_captions=True), classes=3)
 
 

@@ -102,11 +102,7 @@ def parse_all(specs: Sequence[str]) -> list[SourceSpec]:
 
 
 def has_labels(text: str, items: str) -> bool:
-    """Whether `text` is the spec of a source of labelled `items`, "image" or "text"; nothing is opened.
-
-    Raises:
-      UserError: a class of another package that cannot be imported.
-    """
+    """Whether `text` is the spec of a source of labelled `items`, "image" or "text"; nothing is opened."""
     prefix, _, rest = text.partition(":")
     if not is_spec(text) or (prefix in SOURCES and not rest):
         return False
@@ -179,8 +175,8 @@ def open_sources(config: DataConfig, classes: int = 0, fields: Sequence[str] | N
     for key in ("spread_duplicate_captions", "holdout") if classes else ():
         if getattr(config, key):
             raise UserError(f"data.{key} is for pairs, and these sources have labelled items; leave it out.")
-    options = source_options(config)
-    opened = [_open(spec, options, bool(classes)) for spec in config.sources]
+    options, open_one = source_options(config), open_labelled if classes else open_pairs
+    opened: list[Source] = [open_one(spec, options) for spec in config.sources]
     if empty := [spec for spec, source in zip(config.sources, opened, strict=True) if not len(source)]:
         raise UserError(f"source {empty[0]!r} has nothing in it; leave it out of data.sources, or name another split.")
     if classes:

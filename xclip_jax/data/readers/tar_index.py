@@ -145,7 +145,7 @@ def index_files(path: str) -> list[pathlib.Path]:
     They change with the tar's size and time of modification.
     """
     size, changed = storage.stat(path)
-    # Without its signature, a new one of which is no new tar.
+    # A new signature is no new tar.
     address = public(path) if storage.is_remote(path) else os.path.abspath(path)
     folder, _, name = address.rpartition("/")
     file = f"{name}-{size:x}-{changed:x}-v{_VERSION}.npy"
