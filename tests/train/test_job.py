@@ -34,7 +34,7 @@ def test_check_needs_neither_data_nor_a_folder(tmp_path):
     [
         ({"data__sources": ("tfds:x/train", "folder:/x"), "log__to": ("tensorboard",)}, []),
         ({"data__sources": ("hf:org/name/train",), "log__to": ("tensorboard", "trackio")}, ["datasets", "trackio"]),
-        ({"data__sources": ("parquet:/x", "demo:train")}, ["demo", "parquet"]),
+        ({"data__sources": ("parquet:/x", "demo:train")}, ["demo"]),
         ({"init__weights": "hf:org/name"}, ["hub"]),
         ({"eval__sets": ("wds:/x", "imagenet", "probe/wds:/x")}, []),
         ({"eval__sets": ("probe/wds:/x",), "eval__final_sets": ("wds:hf:org/name",)}, ["hub"]),
