@@ -75,7 +75,7 @@ def test_embeddings_are_those_of_the_towers(objective):
     """Against `TwoTowers.apply` and NumPy; nCLIP's are its distributions, of unit length."""
     towers, variables, model = random_model(objective)
     mean, std = (np.asarray(x, np.float32) for x in transforms.STATISTICS["half"])
-    pixels = np.stack([transforms.resize_center_crop(p, tiny.SIZE) for p in pictures()])
+    pixels = np.stack([transforms.evaluation_image(p, tiny.SIZE) for p in pictures()])
     pixels = ((pixels / 255 - mean) / std).astype(np.float32)
     tokens = tokenizer.load("bytes")(TEXTS, tiny.LENGTH)
     out = jax.device_get(jit(towers.apply)(variables, pixels, tokens))

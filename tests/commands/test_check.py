@@ -32,7 +32,6 @@ def test_tars(tmp_path, capsys):
     assert lines["repeated captions"] == (
         "5; in one batch they would count as false negatives, data.spread_duplicate_captions=True keeps them apart"
     )
-    assert lines["keys of several samples"].startswith("5, as '000000015', ")
     assert lines["tokens, 5/50/95 %"] == "11 / 12 / 12, 75.0% of the captions fill all 12"
     assert "images/s to 32 px" in out
     assert lines["bad"] == "0.00%, allowed 5.00%: training would run"
@@ -79,11 +78,9 @@ def test_paths_without_a_prefix(tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("x")
     fault = f"error: '{tmp_path}/notes.txt' is a file of no known kind; name its folder or a table."
     assert run(capsys, tmp_path / "notes.txt")[2] == fault
-    for pattern in ("/data/{00..12}", "gs://data/x*", "pairs/*"):
-        fault = f"error: '{pattern}' has no ending of a known type; write the type first, as in xclip-jax check"
-        assert run(capsys, pattern)[2] == f"{fault} 'tar:{pattern}'"
-    assert run(capsys, "tars:x*")[2].endswith("did you mean 'tar:x*'?")
-    assert run(capsys, "/nowhere/x")[2] == "error: no file or folder '/nowhere/x'; check the path."
+    for path in ("/data/{00..12}", "gs://data/x*", "tars:x*", "/nowhere/x"):
+        fault = f"error: no file or folder '{path}'; check the path, or write KIND:REST, as in hf:ORG/NAME/train."
+        assert run(capsys, path)[2] == fault
     assert run(capsys, "folder:/nowhere/x")[2].startswith("error: data folder '/nowhere/x' does not exist")
 
 
@@ -153,6 +150,6 @@ def test_one_caption_for_all_images_is_nothing_to_learn_from(tmp_path, capsys):
 
 def test_a_folder_without_images_says_so(tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("x")
-    assert "contains no image (.jpg, " in run(capsys, f"folder:{tmp_path}")[2]
+    assert "contain 0 images (.jpg, " in run(capsys, f"folder:{tmp_path}")[2]
     bad_tars.picture(0).save(tmp_path / "x.png")
-    assert "contains 1 images, and none has a .txt file" in run(capsys, f"folder:{tmp_path}")[2]
+    assert "contain 1 images (.jpg, " in run(capsys, f"folder:{tmp_path}")[2]

@@ -5,12 +5,18 @@ import socket
 import sys
 import time
 
+import pyarrow
 import pytest
 
 from tests.helpers import web
 from xclip_jax.core import remote, storage
 from xclip_jax.core.errors import BadSample, UserError
-from xclip_jax.data.readers.table import image_of
+from xclip_jax.data.readers.table import Cells
+
+
+def read_named(path, table=""):
+    """The image that a row of a table names."""
+    return Cells(pyarrow.chunked_array([[path]]), lambda _, path: (path, table)).read(0)
 
 
 @pytest.fixture
@@ -50,7 +56,7 @@ def test_an_answer_that_is_slow_without_end_ends(site, monkeypatch):
     assert error.value.errno == errno.ETIMEDOUT
     assert len(site.requests) == 1  # not tried again
     with pytest.raises(BadSample, match=r"^file cannot be read: .*no complete answer in 0\.3 s"):
-        image_of(site.url("slow.jpg"), "0")
+        read_named(site.url("slow.jpg"))
 
 
 def test_a_part_of_a_file_is_read_and_a_server_of_whole_files_is_a_sentence(site):
@@ -98,7 +104,7 @@ NAMES = ("/etc/passwd", "../../etc/passwd", "file:///etc/passwd", "local:///etc/
 @pytest.mark.parametrize("name", NAMES)
 def test_a_table_from_elsewhere_names_no_files_of_this_machine(name):
     with pytest.raises(BadSample, match=r"^file cannot be read: .*a table that is not on this machine may not name it"):
-        image_of(name, "0", table=TABLE)
+        read_named(name, TABLE)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "inner.example"])
@@ -108,7 +114,7 @@ def test_a_table_from_elsewhere_names_no_address_of_the_inner_network(host, site
     lookup = lambda name, *rest, **more: real("127.0.0.1" if name == "inner.example" else name, *rest, **more)  # noqa: E731
     monkeypatch.setattr(socket, "getaddrinfo", lookup)
     with pytest.raises(BadSample, match=r"is an address of the inner network"):
-        image_of(f"http://{host}:{site.port}/a.jpg", "0", table=TABLE)
+        read_named(f"http://{host}:{site.port}/a.jpg", TABLE)
     assert site.requests == []
 
 
@@ -125,9 +131,9 @@ def test_a_redirection_leads_no_table_to_the_inner_network(site, monkeypatch):
     real = remote.is_public
     monkeypatch.setattr(remote, "is_public", lambda host: host == "127.0.0.1" or real(host))
     with pytest.raises(BadSample, match=r"127\.0\.0\.2 is an address of the inner network: a table that"):
-        image_of(site.url("public.jpg"), "0", table=TABLE)
+        read_named(site.url("public.jpg"), TABLE)
     assert site.requests == ["public.jpg"]
-    assert image_of(site.url("a.jpg"), "0", table=TABLE)[0] == b"content"
+    assert read_named(site.url("a.jpg"), TABLE)[0] == b"content"
 
 
 @pytest.mark.parametrize("host", ["10.1.2.3", "192.168.0.1", "169.254.169.254", "100.64.0.1", "0.0.0.0", "fe80::1%eth0",
@@ -143,9 +149,9 @@ def test_tables_of_this_machine_name_what_they_like(site, tmp_path):
     site.files["a.jpg"] = b"content"
     (tmp_path / "a.jpg").write_bytes(b"content")
     for name in (site.url("a.jpg"), str(tmp_path / "a.jpg"), f"file://{tmp_path}/a.jpg"):
-        assert image_of(name, "0")[0] == b"content"
+        assert read_named(name)[0] == b"content"
 
 
 def test_a_table_names_files_of_its_own_server(site):
     site.files["a.jpg"] = b"content"
-    assert image_of(site.url("a.jpg"), "0", table=site.url("table.parquet"))[0] == b"content"
+    assert read_named(site.url("a.jpg"), site.url("table.parquet"))[0] == b"content"

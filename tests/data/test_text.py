@@ -74,14 +74,6 @@ def test_check_counts_and_lists_them(tmp_path, capsys):
     assert "iconv -f latin1 -t utf-8" in out and "latin.png" in out
 
 
-def test_a_path_in_a_table_may_be_of_another_encoding(tmp_path):
-    """As the names of files of old archives are."""
-    name = os.fsdecode(LATIN + b".jpg")
-    (tmp_path / name).write_bytes(bad_tars.jpeg(0))
-    (tmp_path / "x.csv").write_bytes(b"image,text\n" + LATIN + b".jpg,one\n")
-    assert sources.open_pairs(f"csv:{tmp_path}/x.csv")[0]["text"] == ["one"]
-
-
 def untrained(tmp_path):
     return tiny.untrained(tmp_path / "run", "clip")
 

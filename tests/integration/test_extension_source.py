@@ -166,7 +166,7 @@ def test_a_classifier_is_trained_on_labelled_items(tmp_path):
         (f"{KIND}:/nowhere", "'/nowhere' does not exist"),
         (WAVES, rf"source '{WAVES}' has no image-text pairs; write tar:PATTERN, .* or package\.module:Class:REST\.$"),
         ("glue:cola/train", "source 'glue:cola/train' has no image-text pairs; write tar:PATTERN"),
-        ("foldr:pairs", "unknown source 'foldr:pairs'; write .* did you mean 'folder:pairs'"),
+        ("foldr:pairs", "unknown source 'foldr:pairs'; write .*folder:PATH"),
         ("folder:", "source 'folder:' ends after its type; write folder:PATH"),
     ],
 )

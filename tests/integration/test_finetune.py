@@ -80,17 +80,17 @@ def glue_folder(path, task, n=12):
 
 
 def test_glue_of_files(tmp_path):
-    texts, labels = glue.read("cola", "validation", str(glue_folder(tmp_path / "c", "cola")))
-    assert texts[:2] == ["Our friends 0 won't buy this.", "They 0 drank the pub"] and labels[:2].tolist() == [1, 0]
-    texts, labels = glue.read("stsb", "train", str(glue_folder(tmp_path / "s", "stsb")))
-    assert texts[1] == 'bbb 1 "aaa 1' and labels[:2].tolist() == [5, 0] and labels.dtype == np.float32
+    texts, labels = glue.read_pairs("cola", "validation", str(glue_folder(tmp_path / "c", "cola")))
+    assert texts[:2] == [["Our friends 0 won't buy this."], ["They 0 drank the pub"]] and labels[:2].tolist() == [1, 0]
+    texts, labels = glue.read_pairs("stsb", "train", str(glue_folder(tmp_path / "s", "stsb")))
+    assert texts[1] == ["bbb 1", '"aaa 1'] and labels[:2].tolist() == [5, 0] and labels.dtype == np.float32
     for name in ("mnli", "mnli_mismatched"):
-        texts, labels = glue.read(name, "validation", str(glue_folder(tmp_path / "m", "mnli")))
-        assert texts[2] == "A 2 B" and labels[:4].tolist() == [0, 1, 2, 0]
+        texts, labels = glue.read_pairs(name, "validation", str(glue_folder(tmp_path / "m", "mnli")))
+        assert texts[2] == ["A 2", "B"] and labels[:4].tolist() == [0, 1, 2, 0]
     with pytest.raises(UserError, match=r"'colla'.*'cola'"):
-        glue.read("colla", "train", str(tmp_path))
+        glue.read_pairs("colla", "train", str(tmp_path))
     with pytest.raises(UserError, match="the GLUE split is 'test'"):
-        glue.read("cola", "test", str(tmp_path))
+        glue.read_pairs("cola", "test", str(tmp_path))
 
 
 def test_glue_of_tfds_has_the_files_labels():

@@ -15,13 +15,13 @@ import os
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from xclip_jax.core.errors import Parser, UserError, exit_with_message, public
-from xclip_jax.data import images, inspect, loader, sources, tokenizer
+from xclip_jax.data import inspect, loader, sources, tokenizer
 from xclip_jax.data.base import MissingColumnError, Source, SourceOptions
 from xclip_jax.data.inspect import Sample
 
@@ -61,8 +61,6 @@ def report(source: Source, options: argparse.Namespace) -> Iterator[str]:
         full = np.mean(lengths >= options.length)
         yield f"tokens, 5/50/95 %: {_percentiles(lengths)}, {full:.1%} of the captions fill all {options.length}"
         yield f"captions of one image: {np.mean([s.captions for s in good]):.2f}"
-        share = sources.transparent_share([source], loader.DataConfig.read_timeout, options.threads)
-        yield f"transparent images: {images.describe(share, images.WHITE)} unless data.background says otherwise"
         yield f"repeated images: {_duplicates([s.digest for s in good]):,}"
         yield f"repeated captions: {_repeated_captions(good)}"
     rate = count / seconds
@@ -70,10 +68,8 @@ def report(source: Source, options: argparse.Namespace) -> Iterator[str]:
         f"speed: {rate:,.0f} images/s to {options.size} px with {options.threads} threads on {os.cpu_count()} cores, "
         f"an epoch in {n / rate / 3600:,.1f} h"
     )
-    faults = source.known_faults()
-    yield from source.remarks()
-    yield from _about_bad(source, bad, faults, count)
-    share = sum(faults.values()) / n + len(_unknown_before(source, bad)) / count
+    yield from _about_bad(source, bad, count)
+    share = len(bad) / count
     distinct = len({sample.caption for sample in good})
     options.passed = share <= options.max_bad_fraction and (distinct > 1 or len(good) == 1)
     if options.sheet and good:
@@ -98,15 +94,8 @@ def _repeated_captions(good: Sequence[Sample]) -> str:
     return f"{same:,}" + (f"; in one batch they would count as false negatives, {remedy}" if same else "")
 
 
-def _unknown_before(source: Source, bad: Sequence[Sample]) -> list[Sample]:
-    """Return the bad samples that `known_faults`, which counts over all samples, does not include."""
-    return [s for s in bad if not source.known_fault(s.index)]
-
-
-def _about_bad(source: Source, bad: Sequence[Sample], faults: Mapping[str, int], count: int) -> Iterator[str]:
-    for reason, number in sorted(faults.items()):
-        yield f"bad, {reason}: {number:,} in the index of all"
-    for reason, number in sorted(collections.Counter(s.reason for s in _unknown_before(source, bad)).items()):
+def _about_bad(source: Source, bad: Sequence[Sample], count: int) -> Iterator[str]:
+    for reason, number in sorted(collections.Counter(s.reason for s in bad).items()):
         yield f"bad, {reason}: {number:,} of {count:,} that were read"
     for reason in sorted({s.reason for s in bad}):
         for sample in [s for s in bad if s.reason == reason][:_EXAMPLES]:

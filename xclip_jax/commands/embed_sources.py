@@ -18,7 +18,7 @@ from xclip_jax.core.errors import BadSample, UserError, public
 from xclip_jax.data.base import IMAGE_SUFFIXES, MAX_BYTES
 from xclip_jax.data.readers.folder import file_size
 from xclip_jax.data.readers.tar import TarSource
-from xclip_jax.data.text import check_encoding, decode_text
+from xclip_jax.data.text import decode_text
 
 
 class Source(Protocol):
@@ -99,7 +99,7 @@ class Lines:
         self.path, ends, offset, digest = path, [np.array([-1])], 0, hashlib.blake2b(digest_size=16)
         try:
             self._file = storage.File(path)
-            check_encoding(f"--texts {path!r}", path, self._file.read(0, 4))
+            self._file.read(0, 1)  # a server of whole files alone refuses this
             size, _ = storage.stat(path)
             while offset < size and (chunk := self._file.read(offset, min(1 << 24, size - offset))):
                 ends.append(offset + np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")))

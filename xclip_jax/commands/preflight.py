@@ -217,15 +217,14 @@ def check_samples(start: Start, step_seconds: float | None, options: Options) ->
 
 
 def _bad_samples(sample: LoaderSample, start: Start) -> Finding:
-    bad, allowed, sources = sum(sample.bad.values()), start.config.data.max_bad_fraction, start.sources
-    known = sum(sum(source.known_faults().values()) for source in sources) / max(sum(map(len, sources)), 1)
-    share = max(bad / (sample.read + bad), known)
+    bad, allowed = sum(sample.bad.values()), start.config.data.max_bad_fraction
+    share = bad / (sample.read + bad)
     text = f"{share:.2%} bad, of {sample.read + bad:,} that were read"
     values = {"read": sample.read + bad, "bad": bad, "bad_share": share, "allowed_share": allowed}
     if not share:
         return Finding("samples", text, values=values)
     reasons = ", ".join(f"{reason}: {count:,}" for reason, count in sample.bad.items())
-    text += f" ({reasons}; the first is {_place(sample.example)})" if sample.example else " and by the index"
+    text += f" ({reasons}; the first is {_place(sample.example)})"
     remedy = f"list them with {command('check')} SOURCE and repair the data, or raise data.max_bad_fraction"
     if share > allowed:
         return fail("samples", f"{text}; above data.max_bad_fraction={allowed:g} the run stops", remedy, **values)

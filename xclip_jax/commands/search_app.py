@@ -30,7 +30,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from xclip_jax.commands.search_index import MAX_NAMES, MAX_TEXT, Index
 from xclip_jax.core.errors import UserError
 from xclip_jax.data import images
-from xclip_jax.data.images import MAX_PIXELS, WeightedSemaphore, formats
+from xclip_jax.data.images import MAX_PIXELS, formats
 from xclip_jax.report.page import environment
 
 MAX_UPLOAD = 20 << 20  # bytes of an image
@@ -46,8 +46,6 @@ CONNECTIONS = 200  # of all addresses: some systems allow a process 256 open fil
 SIDE = 280  # of the longer side, pixels
 _KEPT = 1024  # in memory, 10 kB each
 _SHRINKING = 2  # so that searches find a free core
-# Pixels of the images that are decoded at once, of 4 to 8 bytes: one of the largest, or several small ones.
-_IN_FLIGHT = WeightedSemaphore(MAX_PIXELS)
 
 _POLICY = (
     "default-src 'none'; img-src 'self' data: blob:; connect-src 'self'; style-src 'unsafe-inline'; "
@@ -243,8 +241,7 @@ def thumbnail(content: bytes) -> bytes:
         with Image.open(io.BytesIO(content), formats=formats()) as image:
             if (pixels := image.width * image.height) > MAX_PIXELS:
                 raise UserError(f"The image has {pixels:,} pixels, more than {MAX_PIXELS:,}.")
-            with _IN_FLIGHT.hold(pixels):
-                _shrink(image).save(small, "WEBP", quality=85)
+            _shrink(image).save(small, "WEBP", quality=85)
     except UserError:
         raise
     except Exception as error:  # Pillow's readers raise errors of any class for damaged files

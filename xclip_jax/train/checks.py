@@ -16,7 +16,7 @@ from xclip_jax.config.schema import Config
 from xclip_jax.core import environment
 from xclip_jax.core.console import command, format_bytes, log0
 from xclip_jax.core.errors import UserError, describe
-from xclip_jax.data import images, tokenizer
+from xclip_jax.data import tokenizer
 from xclip_jax.processes import runtime
 from xclip_jax.train import callbacks, flops, memory
 from xclip_jax.train.checkpoint_files import (
@@ -27,7 +27,7 @@ from xclip_jax.train.checkpoint_files import (
     num_bytes,
 )
 from xclip_jax.train.job import Job, Start, open_sources
-from xclip_jax.train.training_folder import OUTCOMES, TRANSPARENT, TrainingFolder
+from xclip_jax.train.training_folder import OUTCOMES, TrainingFolder
 
 OK, WARNING, FAIL = "ok", "warning", "FAIL"
 # Hosts may keep the same files in different places, and differ in how they read them.
@@ -196,10 +196,6 @@ def check_data(start: Start) -> Iterator[Finding]:
     epochs, sources = start.config.steps * data.batch / total, len(start.samples)
     text = f"{total:,} {unit} of {sources} source{'s' if sources > 1 else ''}; the run reads {epochs:,.2f} epochs"
     yield Finding("data", text, values={"samples": total, "epochs": epochs})
-    if any(start.transparency):
-        share = max(start.transparency)
-        text = f"transparent images: {images.describe(share, data.background)} (data.background={data.background!r})"
-        yield Finding("transparency", text, values={"transparent_share": share})
 
 
 def check_sets(start: Start) -> Iterator[Finding]:
@@ -364,7 +360,7 @@ def check_same_data(job: Job) -> None:
         name = job.experiment.config.data.tokenizer
         facts["tokenizer file"] = hashlib.sha256(epath.Path(name).read_bytes()).hexdigest()[:12]
     for number, fingerprint in enumerate(job.fingerprints):
-        whole = {key: value for key, value in fingerprint.items() if key not in (*OUTCOMES, TRANSPARENT)}
+        whole = {key: value for key, value in fingerprint.items() if key not in OUTCOMES}
         content = json.dumps(whole, sort_keys=True, default=str)
         digest = hashlib.sha256(content.encode()).hexdigest()[:12]
         for key in OUTCOMES.keys() & fingerprint.keys():

@@ -5,7 +5,6 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import ml_collections
 import numpy as np
 
@@ -13,7 +12,7 @@ from xclip_jax.config.schema import Config, resolve
 from xclip_jax.core.console import log0
 from xclip_jax.core.errors import UserError, public
 from xclip_jax.core.remote import expand_home
-from xclip_jax.data import holdout, images, labelled, loader, sources
+from xclip_jax.data import holdout, labelled, loader, sources
 from xclip_jax.data.base import Source
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.length_groups import AUTO
@@ -26,7 +25,7 @@ from xclip_jax.objectives import Objective, make_objective
 from xclip_jax.parallel.mesh import BatchPart, batch_part
 from xclip_jax.train import caption_lengths, flops, memory
 from xclip_jax.train.build import Experiment, build, make_encoder, own_profile
-from xclip_jax.train.training_folder import TRANSPARENT, TrainingFolder
+from xclip_jax.train.training_folder import TrainingFolder
 from xclip_jax.train.weights import read_initial
 
 
@@ -40,8 +39,7 @@ class Job:
       initial: tensors of `init.weights` that a new run starts from.
       sources: training data, as `data.subset` and `data.caption_noise` change it.
       order: order of the samples.
-      fingerprints: a fingerprint of each whole source, with digests of the records that decide the order, and on
-        process 0 with the share of transparent images, if there are any.
+      fingerprints: a fingerprint of each whole source, with digests of the records that decide the order.
       during: evaluators of `eval.sets`, run every `eval.every` steps.
       final: evaluators of `eval.sets` and `eval.final_sets`, run at the end.
       encoder: the encoder that the evaluators share.
@@ -188,14 +186,6 @@ class Start:
         specs = tuple(dict.fromkeys((*self.config.eval.sets, *self.config.eval.final_sets)))
         return dict(zip(specs, self.open_sets(specs), strict=True))
 
-    @functools.cached_property
-    def transparency(self) -> list[float]:
-        """On process 0, the share of transparent images among some records of each source; empty without images."""
-        if jax.process_index() != 0 or "image" not in self.experiment.objective.fields:
-            return []
-        data = self.experiment.config.data
-        return [sources.transparent_share([source], data.read_timeout, data.threads) for source in self.sources]
-
 
 def prepare(config: Config, folder: TrainingFolder) -> Job:
     """Build and open everything that a run needs."""
@@ -213,10 +203,6 @@ def make_job(start: Start) -> Job:
         captions = ({"data.spread_duplicate_captions": outcome} for outcome in order.captions)
         fingerprints = [a | b for a, b in zip(fingerprints, captions, strict=True)]
         folder.check_sources(config, fingerprints)
-    if any(start.transparency):
-        shares = start.transparency
-        fingerprints = [a | {TRANSPARENT: share} for a, share in zip(fingerprints, shares, strict=True)]
-        log0(f"transparent images: {images.describe(max(shares), experiment.config.data.background)} (data.background)")
     if reason := flops.without_peak(experiment.mesh.devices.flat[0]):
         log0(reason)
     during = [evaluators[spec] for spec in config.eval.sets] if config.eval.every else []

@@ -38,7 +38,6 @@ OUTCOMES = {
     "data.holdout": "what data.holdout holds out",
     "data.spread_duplicate_captions": "what data.spread_duplicate_captions spreads",
 }
-TRANSPARENT = "transparent"  # share of transparent images among some records of a source, in data.json
 _SHOWN = 5  # differences that an error lists
 
 

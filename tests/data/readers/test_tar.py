@@ -307,12 +307,6 @@ source = TarSource(sys.argv[1])
 assert [source[i]["text"] for i in range(len(source))] and len(source) == 60
 assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > soft
 """
-REFUSED = """
-try:
-    TarSource(sys.argv[1])
-except UserError as error:
-    print(error)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -331,8 +325,3 @@ def run_limited(script, tars, monkeypatch, free, hard):
 
 def test_more_tars_than_the_limit_of_open_files_are_read(sixty_tars, monkeypatch):
     run_limited(READ_ALL, sixty_tars, monkeypatch, free=40, hard=4000)
-
-
-def test_where_the_limit_cannot_be_raised_the_remedy_is_named(sixty_tars, monkeypatch):
-    out = run_limited(REFUSED, sixty_tars, monkeypatch, free=40, hard=100)
-    assert "60 tars need about" in out and "raise that limit (ulimit -Hn" in out
