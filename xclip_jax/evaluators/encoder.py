@@ -38,13 +38,9 @@ class Encoder:
       sizes: `batch` and the `smaller` batches, rounded up alike, ascending.
       similarities: comparisons of images with texts, the model's own first; empty for a fine-tuned model.
       classes: classes of a fine-tuned model's classifier, in its order; None if unknown.
-      widths: {"img", "txt"}: widths of the pooled features of the model's towers.
       grid: patches along a side of an image, 0 if the model has no patch features.
       unreadable: {index: reason} of unreadable images, "" if another process read them; `images` and `patches` add to
         it.
-
-    Raises:
-      UserError: a batch below 1, or a similarity that reads an output that no head writes.
     """
 
     def __init__(
@@ -60,13 +56,10 @@ class Encoder:
         similarities: Sequence[Similarity] = (),
         classes: Sequence[str] | None = None,
     ) -> None:
-        if (least := min((batch, *smaller))) < 1:
-            raise UserError(f"expected evaluation batches of 1 item or more (eval.batch); got {least}.")
         shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
         self.sizes = sorted({math.ceil(size / shards) * shards for size in (batch, *smaller)})
         self.batch = self.sizes[-1]
-        self.similarities = _checked_similarities(similarities, model)
-        self.widths = {name: getattr(model, name).width for name in model.towers}
+        self.similarities = tuple(similarities)
         self._default = ("features", *(similarity.feature for similarity in similarities))
         self.preprocessing, self.image_size = preprocessing, preprocessing.size
         self.classes = None if classes is None else tuple(classes)
@@ -132,20 +125,15 @@ class Encoder:
         """Encode the patches of images batch by batch: the features of a whole set may be too large to keep.
 
         Args:
-          variables: arguments of `TwoTowers.apply`.
-          images: n images, see `images`.
+          variables, images: as in `images`.
           first: offset of their indices in `unreadable`.
 
         Yields:
           Index of a batch's first image, and fp32 (m, grid, grid, d) of its m images. The rows of an image that raised
           `BadSample` are NaN.
-
-        Raises:
-          UserError: see `images`; or the model has no patch features.
         """
-        valid = []
-        keys = ("patches", "valid")
-        for start, out in self._batches(self._encode_patches, variables, images, self._form(images), keys):
+        valid, form = [], self._form(images)
+        for start, out in self._batches(self._encode_patches, variables, images, form, ("patches", "valid")):
             valid.append(out["valid"])
             yield start, out["patches"]
         self._count_unreadable(np.concatenate(valid), first)
@@ -284,21 +272,8 @@ class Encoder:
         return batch, jax.make_array_from_callback((size,), self._sharding, valid)
 
 
-def _checked_similarities(similarities: Sequence[Similarity], model: TwoTowers) -> tuple[Similarity, ...]:
-    """Return the similarities; raise `UserError` if one reads an output that no head writes."""
-    for similarity in similarities:
-        if missing := {f"{similarity.reads}_{modality}" for modality in ("img", "txt")} - {*model.outputs}:
-            raise UserError(
-                f"similarity {similarity.name!r} reads {min(missing)!r}, which no head of the model writes."
-            )
-    return tuple(similarities)
-
-
 def _checked(item: np.ndarray, i: int, form: jax.ShapeDtypeStruct) -> np.ndarray:
     """Return `item` if its shape and dtype are right: NumPy would cast and broadcast a wrong one silently."""
     if item.shape != form.shape or item.dtype != form.dtype:
-        raise UserError(
-            f"item {i} of an evaluation set is {item.dtype} of shape {item.shape}; the encoder was built for "
-            f"{form.dtype} of shape {form.shape}: prepare the set for this model's image size or text length."
-        )
+        raise UserError(f"item {i} is {item.dtype} of shape {item.shape}; expected {form.dtype} of shape {form.shape}.")
     return item

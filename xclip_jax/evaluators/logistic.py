@@ -74,15 +74,9 @@ def fit(
       tolerance: maximum absolute component of the gradient at a solution, as scikit-learn's `tol` (default 1e-4).
 
     Raises:
-      UserError: features that are not finite, labels or C out of range.
+      UserError: features that are not finite.
     """
     x, y, cs = np.asarray(x, np.float32), np.asarray(y), np.asarray(cs, np.float64)
-    if x.ndim != 2 or y.shape not in (x.shape[:1], (len(x), classes)) or not len(x):
-        raise UserError(f"expected features (n, d) and labels (n,) of a probe; got {x.shape} and {y.shape}.")
-    if y.min() < 0 or (y.ndim == 1 and y.max() >= classes) or not (cs > 0).all():
-        raise UserError(f"a probe's labels must be from 0 to {classes - 1}, and every C above 0; C is {cs.tolist()}.")
-    if y.ndim == 2 and np.abs(y.sum(axis=1) - 1).max() > 1e-3:
-        raise UserError("a probe's shares of the classes must sum to 1 in each row.")
     n, d = x.shape
     occurring = len(np.unique(y)) if y.ndim == 1 else np.count_nonzero(y.any(axis=0))
     penalty = 2.0 if occurring == 2 else 1.0

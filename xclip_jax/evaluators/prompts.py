@@ -166,10 +166,7 @@ def read_class_names(path: str) -> dict[str, str | list[str]]:
         raise UserError(
             f"class names {path!r} cannot be read ({error}); expected a JSON file {{label: name}}."
         ) from error
-    if not isinstance(content, dict) or not all(
-        words and (isinstance(words, str) or (isinstance(words, list) and all(isinstance(w, str) for w in words)))
-        for words in content.values()
-    ):
+    if not isinstance(content, dict) or not all(words and isinstance(words, (str, list)) for words in content.values()):
         raise UserError(f"class names {path!r} are not {{label: name}} or {{label: [name, synonym, ...]}}.")
     return content
 
@@ -204,23 +201,17 @@ def match(labels: Sequence[str], *spellings: Sequence[str]) -> list[int]:
     Case, spaces, punctuation and leading zeros are ignored. Names that occur twice in a spelling match nothing.
 
     Raises:
-      KeyError: the label that the most likely spelling lacks, or that equals another label.
+      KeyError: a label that no spelling has, or that equals another label.
     """
-    unmatched: list[tuple[int, str]] = []
+    known: set[str] = set()
     for spelling in spellings:
         plain = [_comparable(name) for name in spelling]
         index = {name: i for i, name in enumerate(plain) if plain.count(name) == 1}
-        positions: dict[int, str] = {}
-        for label in labels:
-            position = index.get(_comparable(label))
-            if position is None or position in positions:
-                unmatched.append((len(positions), label))
-                break
-            positions[position] = label
-        else:
-            return list(positions)
-    # The most likely spelling is the one with the most labels before its first unmatched one.
-    raise KeyError(max(unmatched, key=lambda item: item[0])[1])
+        known |= index.keys()
+        positions = [index.get(_comparable(label)) for label in labels]
+        if None not in positions and len(set(positions)) == len(positions):
+            return [position for position in positions if position is not None]
+    raise KeyError(next((label for label in labels if _comparable(label) not in known), labels[-1]))
 
 
 def class_names(key: str, labels: Sequence[str]) -> list[str]:

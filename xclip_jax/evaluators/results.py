@@ -28,13 +28,11 @@ import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from etils import epath
 
-from xclip_jax.config.schema import Config
 from xclip_jax.core import locks
-from xclip_jax.core.console import command, format_bytes
+from xclip_jax.core.console import command
 from xclip_jax.core.errors import UserError, public
 from xclip_jax.core.storage import write_json, write_whole
 from xclip_jax.data.labelled import Paths
@@ -48,8 +46,6 @@ VALIDATION, SHIFTED = "validation", "shifted"
 UNITS = ("%", "x 100", "rank", "")  # units of this package's evaluators
 KEY = ("set", "checkpoint", "step", "profile", "changes", "fingerprint")
 _VIEW = KEY[1:]
-# Limits of the per-example values: bytes for each item, in dozens of metrics or a thousand classes; and in all.
-_ITEM_BYTES, _MOST_BYTES = 1 << 16, 1 << 30
 # Keys of a run's group `eval` that change the results at one step.
 _EVAL_KEYS = ("ema", "resize", "resize_size", "interpolation")
 
@@ -221,18 +217,7 @@ def read(path: epath.Path) -> tuple[list[Entry], ItemsOf]:
         raise UserError(
             f"{path} is not a file of results ({error}); delete it, and evaluate again with --checkpoint."
         ) from error
-    return entries, _read_items(path, entries)
-
-
-def make_folder(path: epath.Path) -> None:
-    """Make the folder of a results file that will be written; `UserError` where the file cannot be written."""
-    if path.is_dir():
-        raise UserError(f"--output {str(path)!r} is a folder; name a file in it.")
-    if jax.process_index() == 0:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--output {str(path)!r}: the folder cannot be made ({error}).") from error
+    return entries, _read_items(path)
 
 
 def make_entry(name: str, evaluator: str, results: Sequence[Result], preprocessing: Preprocessing) -> Entry:
@@ -252,14 +237,14 @@ def make_entry(name: str, evaluator: str, results: Sequence[Result], preprocessi
     return entry | {"metrics": {result.key: result.value for result in results}, "records": to_json(results)}
 
 
-def settings(config: Config) -> dict[str, Any]:
-    """Return an entry's "eval" for the model of a run of `config`."""
-    return {key: getattr(config.eval, key) for key in _EVAL_KEYS}
+def settings(group: Any) -> dict[str, Any]:
+    """Return an entry's "eval" for the model of a run whose config has the group `eval` of this value."""
+    return {key: getattr(group, key) for key in _EVAL_KEYS}
 
 
-def of_config(entries: Sequence[Entry], config: Config) -> list[Entry]:
-    """Return the entries of the model that a run of `config` evaluates now."""
-    now = settings(config)
+def of_group(entries: Sequence[Entry], group: Any) -> list[Entry]:
+    """Return the entries of the model that a run with the config group `eval` evaluates now."""
+    now = settings(group)
     return [entry for entry in entries if entry.get("eval", now) == now]
 
 
@@ -325,31 +310,17 @@ def _write_items(path: epath.Path, items_of: ItemsOf) -> None:
     write_whole(_items_path(path), buffer.getvalue())
 
 
-def _read_items(path: epath.Path, entries: Sequence[Entry]) -> ItemsOf:
-    """Return the per-example values of the entries of results file `path`."""
-    file = _items_path(path)
-    parts: dict[tuple[str, str], dict[str, Any]] = {}
-    for key, array in (_load(file, entries) if file.exists() else {}).items():
+def _read_items(path: epath.Path) -> ItemsOf:
+    """Return the per-example values of results file `path`."""
+    file, parts = _items_path(path), dict[tuple[str, str], dict[str, Any]]()
+    try:
+        arrays = dict(np.load(io.BytesIO(file.read_bytes()))) if file.exists() else {}
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{file} is damaged ({error}); delete it, --compare then gives no intervals.") from error
+    for key, array in arrays.items():
         statistic, part, entry, name = key.split(":", 3)
         parts.setdefault((entry, urllib.parse.unquote(name)), {"statistic": statistic})[part] = array
     items_of: ItemsOf = {}
     for (entry, name), fields in parts.items():
         items_of.setdefault(entry, {})[name] = PerExample(**fields)
     return items_of
-
-
-def _load(path: epath.Path, entries: Sequence[Entry]) -> dict[str, np.ndarray]:
-    """Return the arrays of a .npz file, perhaps a stranger's: nothing larger than `entries` can have is unpacked."""
-    sizes = [n for entry in entries if isinstance(n := entry.get("n"), int) and n > 0]
-    known = len(sizes) == len(entries)
-    most = min(_ITEM_BYTES * sum(sizes) + (1 << 20), _MOST_BYTES) if known else _MOST_BYTES
-    try:
-        content = io.BytesIO(path.read_bytes())
-        with zipfile.ZipFile(content) as archive:
-            size = sum(member.file_size for member in archive.infolist())
-        if size > most:
-            raise ValueError(f"it unpacks to {format_bytes(size)}, and results of {sum(sizes):,} items have less")
-        with np.load(content) as arrays:
-            return {key: arrays[key] for key in arrays.files}
-    except (ValueError, KeyError, EOFError, MemoryError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is damaged ({error}); delete it, --compare then gives no intervals.") from error

@@ -1,8 +1,8 @@
-"""Sets of texts and captions from files in their published layout, NAME@PATH, and some of them from TFDS, NAME.
+"""Sets of texts and captions from files in their published layout, NAME@PATH; COCO and GLUE also from TFDS, NAME.
 
 sts12@FOLDER ... sts16@FOLDER       STS: STS.input.X.txt and STS.gs.X.txt for each subset X
 stsb@sts-test.csv, sickr@SICK_test_annotated.txt
-mr@, cr@, subj@, mpqa@, sst2@, sst5@, trec@, mrpc@, sicke@FOLDER    SentEval; `trec` reads TFDS
+mr@, cr@, subj@, mpqa@, sst2@, sst5@, trec@, mrpc@, sicke@FOLDER    SentEval
 glue/NAME@FOLDER, glue/NAME         GLUE: train.tsv and dev.tsv, or TFDS
 coco_retrieval@dataset_coco.json, flickr30k_retrieval@dataset_flickr30k.json    Karpathy's captions; the images are
                                     in the JSON's folder or in the folders that it names
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from xclip_jax.core.errors import UserError
+from xclip_jax.core.errors import UserError, describe
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.labelled import Field, Paths
 from xclip_jax.data.preprocessing import Preprocessing
@@ -42,18 +42,15 @@ _TWO_FILES = {
 }
 _SWEEP = Sweep(tuple(2.0**e for e in range(-2, 4)), halvings=0)  # SentEval's C: 2^-2 to 2^3
 _FOLDS = 10
-_SICK = ("sentence_A", "sentence_B", "relatedness_score")
+_C_BY_FOLDS = "own splits, C by ten folds of the training items"
 
 
 def _lines(path: pathlib.Path) -> list[str]:
     """Return the lines of a file that are not blank."""
-    if not path.is_file():
-        raise UserError(f"{str(path)!r} does not exist; expected the files of the published layout.")
-    # The oldest of these data sets are Latin-1.
     data = path.read_bytes()
     try:
         text = data.decode("utf-8")
-    except UnicodeDecodeError:
+    except UnicodeDecodeError:  # the oldest of these data sets
         text = data.decode("latin-1")
     # splitlines() would also break at separators that occur within sentences.
     return [line.rstrip("\r") for line in text.split("\n") if line.strip()]
@@ -64,56 +61,38 @@ def _rows(path: pathlib.Path) -> list[dict[str, str]]:
     return list(csv.DictReader(_lines(path), delimiter="\t", quoting=csv.QUOTE_NONE))
 
 
-def _gold(path: pathlib.Path, line: int, text: str) -> float:
-    """Return a similarity rated by people; a missing one would make the correlation undefined."""
-    try:
-        if math.isfinite(value := float(text)):
-            return value
-    except (ValueError, TypeError):
-        pass
-    raise UserError(f"{str(path)!r}, line {line}: the similarity is {text!r}, not a number; correct or delete it.")
-
-
 def sts(name: str, path: pathlib.Path) -> SimilaritySet:
-    """Read a year of STS; pairs without a rating, whose line is empty, are left out.
-
-    Raises:
-      UserError: no such files, or files of different lengths.
-    """
+    """Read a year of STS; pairs without a rating, whose line is empty, are left out."""
     subsets: dict[str, list[Pair]] = {}
-    for file in sorted(path.glob("STS.input.*.txt")) if path.is_dir() else []:
+    for file in sorted(path.glob("STS.input.*.txt")):
         subset = file.name.removeprefix("STS.input.").removesuffix(".txt")
-        gold_file = file.with_name(f"STS.gs.{subset}.txt")
-        gold = gold_file.read_text().splitlines() if gold_file.is_file() else []
+        ratings = file.with_name(f"STS.gs.{subset}.txt").read_text().splitlines()
         texts = [line.split("\t") for line in _lines(file)]
-        if len(gold) != len(texts):
-            raise UserError(f"{str(file)!r} has {len(texts)} pairs and {str(gold_file)!r} {len(gold)} lines.")
-        rated = [(a[0], a[1], line, g) for line, (a, g) in enumerate(zip(texts, gold, strict=True), 1) if g.strip()]
-        subsets[subset] = [(a, b, _gold(gold_file, line, g)) for a, b, line, g in rated]
-    if not subsets:
-        raise UserError(f"{name}: folder {str(path)!r} has no STS.input.*.txt; name the folder of one year.")
+        rated = zip(texts, ratings, strict=True)
+        subsets[subset] = [(text[0], text[1], float(rating)) for text, rating in rated if rating.strip()]
     return _similarity(f"{name}@{path}", path.name, subsets)
 
 
 def sts_benchmark(name: str, path: pathlib.Path) -> SimilaritySet:
     """Read STS-B's sts-test.csv or sts-dev.csv: genre, file, year, number, score, sentence, sentence, tab-separated."""
     rows = [line.split("\t") for line in _lines(path)]
-    if any(len(row) < 7 for row in rows):
-        raise UserError(f"{name}: {str(path)!r} does not have 7 columns with tabs between them; expected sts-test.csv.")
-    pairs = [(row[5], row[6], _gold(path, line, row[4])) for line, row in enumerate(rows, 1)]
-    return _similarity(f"{name}@{path}", path.name, {"": pairs})
+    return _similarity(f"{name}@{path}", path.name, {"": [(row[5], row[6], float(row[4])) for row in rows]})
 
 
 def sick(name: str, path: pathlib.Path) -> SimilaritySet:
     """Read SICK-R."""
-    rows = _rows(path)
-    if not rows or not set(_SICK) <= set(rows[0]):
-        raise UserError(f"{name}: {str(path)!r} needs the columns {', '.join(_SICK[:2])} and {_SICK[2]}.")
-    pairs = [(r[_SICK[0]], r[_SICK[1]], _gold(path, line, r[_SICK[2]])) for line, r in enumerate(rows, 2)]
+    pairs = [(row["sentence_A"], row["sentence_B"], float(row["relatedness_score"])) for row in _rows(path)]
     return _similarity(f"{name}@{path}", path.name, {"": pairs})
 
 
 def _similarity(spec: str, split: str, subsets: Mapping[str, Sequence[Pair]]) -> SimilaritySet:
+    """Return the pairs of each subset, whose similarities people rated.
+
+    Raises:
+      ValueError: no pairs, or a rating that is not finite, which would make the correlation undefined.
+    """
+    if not subsets or not all(math.isfinite(rating) for pairs in subsets.values() for *_, rating in pairs):
+        raise ValueError("it has no pairs, or a similarity that is not a number")
     name = spec.partition("@")[0]
     card = Provenance(
         data=name,
@@ -147,21 +126,13 @@ def _senteval(spec: str, parts: Sequence[Sequence[tuple[Any, int]]], how: str) -
 
 
 def senteval(name: str, path: pathlib.Path) -> ProbeSet:
-    """Read a SentEval task: two files of sentences, cross-validated as they have no splits, or a file for each split.
-
-    Raises:
-      UserError: a file that is missing, or a label without training items.
-    """
+    """Read a SentEval task: a file of sentences for each of two classes, cross-validated; or a file for each split."""
     if name in _TWO_FILES:
         rows = [(line, label) for label, file in enumerate(_TWO_FILES[name]) for line in _lines(path / file)]
         return _senteval(f"{name}@{path}", [rows, []], "nested, stratified ten-fold cross-validation")
     read, files = _SPLIT_FILES[name]
     parts = [read(path / file) for file in files]
     number = {label: i for i, label in enumerate(sorted({label for _, label in parts[0]}))}
-    if unknown := {label for part in parts for _, label in part} - number.keys():
-        raise UserError(
-            f"{name}: label {min(unknown)!r} is not a training label of {str(path / files[0])!r}; check the files."
-        )
     numbered = [[(item, number[label]) for item, label in part] for part in parts]
     return _senteval(f"{name}@{path}", numbered, "own splits" if len(parts) == 3 else _C_BY_FOLDS)
 
@@ -184,7 +155,6 @@ def _read_sick(path: pathlib.Path) -> list[tuple[Any, str]]:
     return [((row["sentence_A"], row["sentence_B"]), row["entailment_judgment"]) for row in _rows(path)]
 
 
-_C_BY_FOLDS = "own splits, C by ten folds of the training items"
 _SST = [f"sentiment-{part}" for part in ("train", "dev", "test")]
 _SPLIT_FILES: Mapping[str, tuple[Callable[[pathlib.Path], list[tuple[Any, str]]], list[str]]] = {
     "sst2": (_read_sst, _SST),
@@ -193,16 +163,6 @@ _SPLIT_FILES: Mapping[str, tuple[Callable[[pathlib.Path], list[tuple[Any, str]]]
     "mrpc": (_read_mrpc, ["msr_paraphrase_train.txt", "msr_paraphrase_test.txt"]),
     "sicke": (_read_sick, ["SICK_train.txt", "SICK_trial.txt", "SICK_test_annotated.txt"]),
 }
-
-
-def trec(data_dir: str | None) -> ProbeSet:
-    """Read TREC from TFDS."""
-    parts = []
-    for split in ("train", "test"):
-        source, _ = open_tfds("trec", split, data_dir)
-        records = (source[i] for i in range(len(source)))
-        parts.append([(lookup(record, "text")[0], int(record["label-coarse"])) for record in records])
-    return _senteval("trec", parts, _C_BY_FOLDS)
 
 
 def glue(name: str, folder: str, data_dir: str | None) -> ProbeSet | SimilaritySet:
@@ -248,18 +208,10 @@ def karpathy(name: str, path: pathlib.Path, prepare: Preprocessing | int, profil
 
     Images are in the JSON's folder, in its sub-folder "filepath", or in a sub-folder "images". All captions of an image
     count unless the profile keeps fewer; some images of COCO have six or seven (25,010 in all).
-
-    Raises:
-      UserError: a file in another layout, or missing images.
     """
-    try:
-        records = [r for r in json.loads(path.read_text(encoding="utf-8"))["images"] if r["split"] == "test"]
-        captions = [[join_surrogates(s["raw"]) for s in r["sentences"]] for r in records]
-        names = [(r.get("filepath", ""), r["filename"]) for r in records]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{name}: {str(path)!r} is not a JSON file in Karpathy's layout ({type(error).__name__}: {error})."
-        ) from error
+    records = [r for r in json.loads(path.read_text(encoding="utf-8"))["images"] if r["split"] == "test"]
+    captions = [[join_surrogates(s["raw"]) for s in r["sentences"]] for r in records]
+    names = [(r.get("filepath", ""), r["filename"]) for r in records]
     files = []
     for folder, file in names:
         options = [path.parent / folder / file, path.parent / file, path.parent / "images" / file]
@@ -289,14 +241,8 @@ READERS: Mapping[str, Callable[[str, pathlib.Path], SimilaritySet | ProbeSet]] =
     **dict.fromkeys((*_TWO_FILES, *_SPLIT_FILES), senteval),
 }
 GLUE = tuple(f"glue/{task}" for task in tasks.TASKS)
-IN_TFDS = ("coco_retrieval", "trec", *GLUE)
+IN_TFDS = ("coco_retrieval", *GLUE)
 RETRIEVAL = ("coco_retrieval", "flickr30k_retrieval")
-
-
-def check(spec: str) -> bool:
-    """Return whether `spec` names a set of this module; the path is not checked."""
-    name, _, path = spec.partition("@")
-    return (bool(path) and name in (*READERS, *RETRIEVAL, *GLUE)) or spec in IN_TFDS
 
 
 def load(
@@ -305,18 +251,18 @@ def load(
     """Open the set `spec`, see the module's docstring."""
     name, _, location = spec.partition("@")
     path, data_dir = pathlib.Path(location), data.dir or None
-    if name in GLUE:
-        return glue(name, location, data_dir)
-    if spec == "trec":
-        return trec(data_dir)
-    if name in RETRIEVAL:
-        return karpathy(name, path, prepare, profile) if location else coco_captions(name, data_dir, prepare, profile)
     try:
+        if name in GLUE:
+            return glue(name, location, data_dir)
+        if name in RETRIEVAL and location:
+            return karpathy(name, path, prepare, profile)
+        if name in RETRIEVAL:
+            return coco_captions(name, data_dir, prepare, profile)
         return READERS[name](name, path)
-    except (ValueError, IndexError, KeyError) as error:
+    except (OSError, ValueError, IndexError, KeyError, TypeError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{name}: {location!r} is not in the published layout ({error}).") from error
+        raise UserError(f"{name}: {location!r} is not in the published layout ({describe(error)}).") from error
 
 
 class FileSets(SetKind):
@@ -325,8 +271,13 @@ class FileSets(SetKind):
     prefixes = tuple(dict.fromkeys([*READERS, *RETRIEVAL, "glue"]))
     names = IN_TFDS
     at_path = (*READERS, *RETRIEVAL, *GLUE)
-    knows = staticmethod(check)
     load = staticmethod(load)
+
+    @classmethod
+    def knows(cls, spec: str) -> bool:
+        """Whether `spec` names a set of this module; the path is not checked."""
+        name, _, path = spec.partition("@")
+        return (bool(path) and name in cls.at_path) or spec in IN_TFDS
 
     @classmethod
     def shows(cls, spec: str) -> str:

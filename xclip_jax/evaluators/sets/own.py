@@ -12,8 +12,6 @@ Pairs whose images have the same bytes are one item with all of their captions.
 
 import contextlib
 import dataclasses
-import difflib
-import os
 import urllib.parse
 from collections.abc import Sequence
 from typing import Any
@@ -25,7 +23,7 @@ from xclip_jax.core.console import log0
 from xclip_jax.core.errors import UserError
 from xclip_jax.core.run_folder import RunFolder
 from xclip_jax.data import holdout, sources
-from xclip_jax.data.base import MissingColumnError, Source
+from xclip_jax.data.base import MissingColumnError
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.holdout import Subset
 from xclip_jax.data.labelled import Field
@@ -47,10 +45,6 @@ def is_holdout(spec: str, prefix: str) -> bool:
 def held_out_data(spec: str, data: DataConfig) -> DataConfig:
     """Return the `data` group of the run that holds out the pairs of `spec`: FAMILY/holdout or FAMILY/holdout@RUN.
 
-    Args:
-      spec: name of the set.
-      data: the group of the model's own run.
-
     Raises:
       UserError: a folder that is not a run, or a run without held-out pairs.
     """
@@ -62,7 +56,7 @@ def held_out_data(spec: str, data: DataConfig) -> DataConfig:
         data = fields.read_group(DataConfig, content["config"]["data"], "data", [])
     if not data.holdout or not data.sources:
         whose = f"the run {run!r}" if at else "this model"
-        raise UserError(f"{spec}: {whose} holds out no pairs (data.holdout); write {name}@RUN for those of a run.")
+        raise UserError(f"{spec}: {whose} holds out no pairs (data.holdout); name another run, {name}@RUN.")
     return data
 
 
@@ -71,26 +65,15 @@ def named_columns(name: str, data: DataConfig) -> tuple[str, DataConfig]:
 
     Both keys are optional, and `text` may be repeated; in names %26 is & and %2C a comma. A question mark with another
     meaning, as in a pattern of files, stays.
-
-    Raises:
-      UserError: an unknown key, several images, or an empty column.
     """
-    source_name, _, end = name.rpartition("?")
-    columns: dict[str, list[str]] = {}
-    for key, _, column in (part.partition("=") for part in end.split("&")):
-        columns.setdefault(key, []).append(urllib.parse.unquote(column))
+    source_name, _, query = name.rpartition("?")
+    columns = urllib.parse.parse_qs(query)
     if not source_name or not columns.keys() & {"image", "text"}:
         return name, data
-    images, texts = columns.get("image", [data.image_key]), columns.get("text", data.text_keys)
-    if columns.keys() - {"image", "text"} or len(images) > 1 or not all((*images, *texts)):
-        raise UserError(f"{PREFIX}{name} ends in '?{end}'; expected {_COLUMNS}, or one of the two.")
-    return source_name, dataclasses.replace(data, image_key=images[0], text_keys=tuple(texts))
-
-
-def _pairs(specs: Sequence[str], share: float, data: DataConfig) -> tuple[list[Source], list[holdout.Pairs]]:
-    options = sources.source_options(data)
-    opened = [sources.open_pairs(spec, options) for spec in specs]
-    return opened, [holdout.find(spec, source, share, data) for spec, source in zip(specs, opened, strict=True)]
+    image_key = columns.get("image", [data.image_key])[0]
+    return source_name, dataclasses.replace(
+        data, image_key=image_key, text_keys=tuple(columns.get("text", data.text_keys))
+    )
 
 
 def captions_by_image(parts: Sequence[holdout.Pairs]) -> tuple[dict[str, list[str]], list[np.ndarray]]:
@@ -125,7 +108,8 @@ def load_pairs(spec: str, prepare: Preprocessing | int, data: DataConfig, profil
         name = specs[0] + name.removeprefix(source_name)
     try:
         with imports.named_by("the config of the run that holds them out") if share < 1 else contextlib.nullcontext():
-            opened, parts = _pairs(specs, share, data)
+            opened = [sources.open_pairs(spec, sources.source_options(data)) for spec in specs]
+            parts = [holdout.find(name, source, share, data) for name, source in zip(specs, opened, strict=True)]
     except MissingColumnError as error:
         if share < 1:
             raise
@@ -140,9 +124,8 @@ def load_pairs(spec: str, prepare: Preprocessing | int, data: DataConfig, profil
         Field(Subset(source, part.indices[new]), "image")
         for source, part, new in zip(opened, parts, positions, strict=True)
     ]
-    captions, split = list(by_image.values()), f"held out, {share:g}" if share < 1 else ""
-    data_name = ", ".join(specs)
-    return captioned(name, Joined(images), captions, list(by_image), prepare, profile, data=data_name, split=split)
+    origin = {"data": ", ".join(specs), "split": f"held out, {share:g}" if share < 1 else ""}
+    return captioned(name, Joined(images), list(by_image.values()), list(by_image), prepare, profile, **origin)
 
 
 def captioned(
@@ -154,16 +137,9 @@ def captioned(
     profile: Profile,
     **origin: str,
 ) -> RetrievalSet:
-    """Return a retrieval set of images and their captions as the profile changes them.
+    """Return a retrieval set of encoded images and their captions as the profile changes them.
 
-    Args:
-      name: name of the set.
-      images: encoded images.
-      captions: captions of each image.
-      ids: JSON that identifies each image, for the split's hash.
-      prepare: preprocessing of the model's images.
-      profile: protocol.
-      origin: fields of `Provenance`: data, split, version.
+    `ids` is JSON that identifies each image for the split's hash, `origin` has fields of `Provenance`.
     """
     prepare, texts = profile.preprocessing(prepare), [profile.texts(of_image) for of_image in captions]
     kept = f"first {profile.captions}" if profile.captions else "all"
@@ -193,20 +169,11 @@ class PairSets(SetKind):
         """Whether `spec` names held-out pairs, a source, or a path that a source reads; nothing is opened.
 
         Raises:
-          UserError: a path that no source reads or that does not exist, unless it is a misspelt "holdout"; or wrong
-            columns.
+          UserError: a path that no source reads or that does not exist.
         """
         if is_holdout(spec, PREFIX):
             return True
-        source_name, _ = named_columns(spec.removeprefix(PREFIX), DataConfig())
-        try:
-            return bool(sources.spec_from_path(source_name))
-        except UserError:
-            if os.path.isabs(source_name) or os.path.exists(source_name):
-                raise
-            if source_name and ":" not in source_name and not difflib.get_close_matches(source_name, [HELD_OUT]):
-                raise UserError(f"{spec}: no file or folder {source_name!r}; check the path.") from None
-            return False
+        return bool(sources.spec_from_path(named_columns(spec.removeprefix(PREFIX), DataConfig())[0]))
 
     @classmethod
     def data_of(cls, spec: str, data: DataConfig) -> DataConfig:
