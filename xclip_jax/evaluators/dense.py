@@ -2,9 +2,8 @@
 
 The label of a patch is the share of its area that each class of a mask takes. Multinomial regression on these shares is
 the cross-entropy of all pixels when each is classified by the features of its patch. Intersection and union are areas:
-for shares y and predicted shares p they are min(p, y) and max(p, y), summed over all patches and then divided. If every
-patch has one class and the probe is certain, this is the IoU of segmentation at the resolution of patches. Labelling a
-patch by its largest class would lose everything thinner than a patch, such as strokes.
+for shares y and predicted shares p they are min(p, y) and max(p, y), summed over all patches and then divided.
+Labelling a patch by its largest class would lose everything thinner than a patch, such as strokes.
 
 The content of a patch can often be guessed from its own pixels, so the same probe on pixels and the patch's position is
 measured too ("pixels/miou"): features add what they score above it.
@@ -88,13 +87,7 @@ class DenseSet:
 def areas(mask: np.ndarray, classes: int, grid: int, prepare: Preprocessing) -> np.ndarray:
     """Return the share of each class in the labelled area of each patch, fp32 (grid, grid, classes).
 
-    A patch has zeros if less than half of it is labelled.
-
-    Args:
-      mask: uint8 (h, w), class of each pixel, or `NO_CLASS`.
-      classes: number of classes.
-      grid: patches along a side.
-      prepare: preprocessing of the image.
+    `prepare` is the preprocessing of the image. A patch has zeros if less than half of it is labelled.
     """
     view = prepare.with_size(grid * _SAMPLES).mask(mask)
     position = np.arange(grid * _SAMPLES) // _SAMPLES
@@ -155,10 +148,7 @@ class DenseProbe(Evaluator):
 
     @functools.cached_property
     def _labels(self) -> tuple[np.ndarray, np.ndarray]:
-        """Shares of classes in the patches of training and validation images, and of test images.
-
-        fp32 (n, grid, grid, classes).
-        """
+        """Shares of classes in patches of training and validation, and of test images, fp32 (n, grid, grid, classes)."""
         classes, grid, prepare = len(self.data.classes), self.encoder.grid, self.data.prepare
 
         def shares(*parts: MaskedImages) -> np.ndarray:

@@ -22,7 +22,7 @@ Features = dict[str, np.ndarray]
 Rows = Sequence[np.ndarray] | np.ndarray
 Encode = Callable[..., dict[str, jax.Array]]
 
-# Texts are cut to multiples of _LENGTHS tokens if _BATCHES batches or more have that length.
+# Texts of a causal tower are cut to the longest, a multiple of _LENGTHS tokens, if there are _BATCHES batches or more.
 _LENGTHS, _BATCHES = 16, 4
 MAX_UNREADABLE = 0.05  # share of a set's images; above it the result would describe the set, not the model
 
@@ -56,6 +56,10 @@ class Encoder:
         similarities: Sequence[Similarity] = (),
         classes: Sequence[str] | None = None,
     ) -> None:
+        if min((batch, *smaller)) < 1:
+            raise UserError(
+                f"expected evaluation batches of 1 item or more (eval.batch); got {min((batch, *smaller))}."
+            )
         shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
         self.sizes = sorted({math.ceil(size / shards) * shards for size in (batch, *smaller)})
         self.batch = self.sizes[-1]
@@ -113,9 +117,6 @@ class Encoder:
           fp32 arrays of the features that the model has: "features" (n, d), pooled; inputs of similarities, such as
           "embedding" (n, e) and "cluster_logits" (n, k); "class_logits" (n, classes) of a classifier. The rows of an
           image that raised `BadSample` are NaN.
-
-        Raises:
-          UserError: an image of another shape or dtype, or more than `MAX_UNREADABLE` that raised `BadSample`.
         """
         features_of = self._run(self._encode_images, variables, images, self._form(images), features)
         self._count_unreadable(features_of.pop("valid"))
@@ -165,41 +166,16 @@ class Encoder:
 
     def tokens(self, variables: Variables, tokens: Rows, features: Sequence[str] | None = None) -> Features:
         """Encode rows of tokens, int32 (n, text_length), as in `images`."""
+        length = self._length(tokens)
+        rows = np.asarray(tokens)[:, :length] if length < self._text_length else tokens
+        return self._run(self._encode_texts, variables, rows, jax.ShapeDtypeStruct((length,), np.int32), features)
 
-        def encode(rows: Rows, length: int) -> Features:
-            form = jax.ShapeDtypeStruct((length,), np.int32)
-            return self._run(self._encode_texts, variables, rows, form, features)
-
-        groups = self._by_length(tokens)
-        if not groups:
-            return encode(tokens, self._text_length)
-        results: Features = {}
-        for length, rows in groups:
-            for key, value in encode(np.asarray(tokens)[rows, :length], length).items():
-                results.setdefault(key, np.empty((len(tokens), *value.shape[1:]), value.dtype))[rows] = value
-        return results
-
-    def _by_length(self, tokens: Rows) -> list[tuple[int, np.ndarray]]:
-        """Group texts by encoded length, (length, rows), if that saves more time than the compilation takes.
-
-        Lengths are multiples of `_LENGTHS` with `_BATCHES` batches or more each. Empty if no text is cut.
-        """
-        context = self._text_length
+    def _length(self, tokens: Rows) -> int:
+        """Return the length to which texts can be cut, if so many batches are worth compiling it; else the context."""
         if self._eot_id is None or len(tokens) < _BATCHES * self.batch:
-            return []
-        ends = (np.asarray(tokens) == self._eot_id).argmax(axis=1) + 1
-        lengths = np.minimum(-(-ends // _LENGTHS) * _LENGTHS, context)
-        groups, rows = [], np.argsort(lengths, kind="stable")
-        while len(rows):
-            # A length with too few texts joins the next longer one.
-            counts = np.cumsum(np.bincount(lengths[rows], minlength=context + 1))
-            length = int(min(np.searchsorted(counts, _BATCHES * self.batch), context))
-            if len(rows) - counts[length] < _BATCHES * self.batch:
-                length = int(lengths[rows[-1]])  # the last ones
-            stop = int(counts[length])
-            groups.append((length, rows[:stop]))
-            rows = rows[stop:]
-        return groups
+            return self._text_length
+        longest = int((np.asarray(tokens) == self._eot_id).argmax(axis=1).max()) + 1
+        return min(math.ceil(longest / _LENGTHS) * _LENGTHS, self._text_length)
 
     def logits_of(self, scores: Mapping[str, np.ndarray], variables: Variables) -> np.ndarray:
         """Return the logits (n, classes) of the model's own similarity among the `scores` of `zeroshot.compare`."""

@@ -64,7 +64,7 @@ def _vote(q: jax.Array, base: jax.Array, labels: jax.Array, temperature: float, 
 def _unit(x: np.ndarray) -> np.ndarray:
     x = np.asarray(x, np.float32)
     norms = np.sqrt(np.einsum("nd,nd->n", x, x))  # np.linalg.norm holds the squares of all
-    return np.divide(x, np.maximum(norms, 1e-12)[:, None], out=logistic.aligned(x.shape))
+    return x / np.maximum(norms, 1e-12)[:, None]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -171,11 +171,7 @@ class ClassificationSet:
     names: Sequence[str] = ()
 
     def renumbered(self, names: Sequence[str]) -> "ClassificationSet":
-        """Return the set with `names` as its classes; some of them may have no item.
-
-        Raises:
-          UserError: a class of the set is not among `names`.
-        """
+        """Return the set with `names` as its classes; some of them may have no item."""
         number = {name: i for i, name in enumerate(names)}
         if unknown := [name for name in self.names if name not in number]:
             raise UserError(

@@ -66,9 +66,6 @@ def load(
       data_dir: root of TFDS data sets, None or "" for `data.dir`; the demo is prepared there on first use.
       profile: protocol of the published sets.
       data: group `data` of the model's run, which defines how pairs are read.
-
-    Raises:
-      UserError: an unknown `spec`, or a set that cannot be opened.
     """
     kind = check(spec)
     data = kind.data_of(spec, data or DataConfig())
@@ -112,11 +109,7 @@ def listing() -> str:
 
 
 def expand_suites(suites: str | Sequence[str]) -> tuple[str, ...]:
-    """Return the distinct sets of a list of names and `all_suites`, joined by commas or in a sequence.
-
-    Raises:
-      UserError: no names, or unknown ones.
-    """
+    """Return the distinct sets of a list of names and `all_suites`, joined by commas or in a sequence."""
     named, names = all_suites(), dict[str, None]()
     for part in map(str.strip, suites.split(",")) if isinstance(suites, str) else suites:
         names |= dict.fromkeys(named.get(part, (part,)))
@@ -134,17 +127,6 @@ def profile(name: str) -> Profile:
     return PROFILES[name]
 
 
-def make(
-    spec: str,
-    encoder: Encoder,
-    data_dir: str | None = None,
-    profile: Profile = PROFILES["openai"],
-    data: DataConfig | None = None,
-) -> Evaluator:
-    """Open the set named `spec` and return its evaluator; see `load`."""
-    return evaluator(encoder, load(spec, encoder.preprocessing, data_dir, profile, data))
-
-
 def open_all(
     specs: Sequence[str],
     encoder: Encoder,
@@ -152,15 +134,11 @@ def open_all(
     profile: Profile = PROFILES["openai"],
     data: DataConfig | None = None,
 ) -> list[Evaluator]:
-    """Open sets and return their evaluators without running the model, so that faults are raised before the first run.
-
-    Raises:
-      UserError: sets that are unknown, missing or damaged; one line for each set.
-    """
+    """Open sets and return their evaluators without running the model, so that faults come before the first run."""
     evaluators, faults = [], []
     for spec in specs:
         try:
-            evaluators.append(make(spec, encoder, data_dir, profile, data))
+            evaluators.append(evaluator(encoder, load(spec, encoder.preprocessing, data_dir, profile, data)))
         except (UserError, OSError) as error:
             faults.append(describe(error) if spec in str(error) else f"{spec}: {describe(error)}")
         except Exception as error:
@@ -198,11 +176,7 @@ def measure(evaluator: Evaluator, variables: Variables) -> list[Result]:
 
 
 def evaluator_class(name: str) -> type[Evaluator]:
-    """Return the evaluator `name`: a key of `EVALUATORS`, or "package.module:Class".
-
-    Raises:
-      UserError: an unknown name, or a class that cannot be imported.
-    """
+    """Return the evaluator `name`: a key of `EVALUATORS`, or "package.module:Class"."""
     if name in EVALUATORS:
         return EVALUATORS[name]
     if class_name(name) is None:

@@ -6,14 +6,10 @@
     other_results                           entries of other steps, models, profiles and checkpoints, oldest first
     suite, config, environment, seconds     of the last command that wrote the file
 
-An entry holds the results of one set: "set", "metric", "value", "n", "metrics" (all of them), "records" (the same with
-unit, chance level and evaluator), the provenance of the set ("split_hash", "protocol", "templates", ...), and its own
-"checkpoint", "step", "profile" and "changes". "fingerprint" identifies the model, see `train.weights.fingerprint`:
-weights may be replaced at the same path, and a run's keys in "eval" may change at the same step. "commit" is the commit
-of the Hub that was read. A new entry replaces an entry with the same values of `KEY`; all others stay.
-
-FILE.items.npz has the per-example values of the entries' metrics, under "statistic:part:id:metric"; "id" is the entry's
-"items", and the metric is quoted as in a URL.
+An entry holds the results of one set, see `make_entry`, and its own "checkpoint", "step", "profile" and "changes";
+"fingerprint" identifies the model, see `train.weights.fingerprint`, as weights may be replaced at the same path. A new
+entry replaces an entry with the same values of `KEY`; all others stay. FILE.items.npz has the per-example values of the
+entries' metrics, under "statistic:part:id:metric"; "id" is the entry's "items", the metric is quoted as in a URL.
 """
 
 import dataclasses
@@ -55,9 +51,7 @@ class Provenance:
     """Provenance of an evaluation set; empty where unknown.
 
     Attributes:
-      data: name of the data set.
-      version: version of the data set.
-      split: split of the data set.
+      data, version, split: names of the data set, its version and its split.
       split_hash: `digest` of the set's contents, in order: labels, class names and texts; names and sizes of image
         files; name, version, split and number of items of a TFDS data set.
       protocol: the measurement, in words.
@@ -196,11 +190,7 @@ def of_entries(entries: Iterable[Entry]) -> list[Result]:
 
 
 def read(path: epath.Path) -> tuple[list[Entry], ItemsOf]:
-    """Return all entries of a results file, oldest first and the entries of "results" last, and their items.
-
-    Raises:
-      UserError: a file that is missing or damaged.
-    """
+    """Return all entries of a results file, oldest first and the entries of "results" last, and their items."""
     if not path.exists():
         run = shlex.quote(str(path.parent)) if path.name == "evaluation.json" else "RUN"
         raise UserError(f"{path} does not exist; make it with {command('evaluate')} --checkpoint {run} --suite NAME.")
@@ -223,11 +213,7 @@ def read(path: epath.Path) -> tuple[list[Entry], ItemsOf]:
 def make_entry(name: str, evaluator: str, results: Sequence[Result], preprocessing: Preprocessing) -> Entry:
     """Return the entry of a set: its provenance, the headline as "value", all metrics by their keys, and the records.
 
-    Args:
-      name: name of the set.
-      evaluator: `Evaluator.name`.
-      results: the set's results; one of them is the headline.
-      preprocessing: preprocessing of the model's images.
+    `name` is the set's, `evaluator` is `Evaluator.name`, and `preprocessing` the model's.
     """
     headline = next(result for result in results if result.headline)
     entry: Entry = {key: x for key, x in dataclasses.asdict(headline.protocol).items() if x and key != "role"}
@@ -259,9 +245,6 @@ def add(
       items: per-example values of its metrics.
       command: keys of the file about the command that writes.
       own: whether the whole file belongs to the entry's checkpoint, also under former names of its folder.
-
-    Raises:
-      UserError: the file is damaged.
     """
     with locks.lock(path, blocking=True):
         entries, items_of = read(path) if path.exists() else ([], {})
@@ -280,9 +263,7 @@ def add(
 def latest(entries: Sequence[Entry], checkpoint: str | None = None) -> tuple[list[Entry], list[Entry]]:
     """Return the entries of the newest step, of the model and profile evaluated last at this step; and all others.
 
-    Args:
-      entries: oldest first.
-      checkpoint: checkpoint of the first list; by default the last entry's.
+    `entries` are oldest first; the first list is of `checkpoint`, by default the last entry's.
     """
     checkpoint = entries[-1]["checkpoint"] if checkpoint is None else checkpoint
     of_checkpoint = [entry for entry in entries if entry["checkpoint"] == checkpoint]
@@ -290,11 +271,6 @@ def latest(entries: Sequence[Entry], checkpoint: str | None = None) -> tuple[lis
     last = next(entry for entry in reversed(of_checkpoint) if entry["step"] == newest)
     shown = [entry for entry in entries if all(entry[key] == last[key] for key in _VIEW)]
     return shown, [entry for entry in entries if entry not in shown]
-
-
-def _items_path(path: epath.Path) -> epath.Path:
-    """Return the file of the per-example values of results file `path`."""
-    return path.with_name(f"{path.name}.items.npz")
 
 
 def _write_items(path: epath.Path, items_of: ItemsOf) -> None:
@@ -307,12 +283,12 @@ def _write_items(path: epath.Path, items_of: ItemsOf) -> None:
                     arrays[f"{item.statistic}:{part}:{entry}:{urllib.parse.quote(name, safe='')}"] = array
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
-    write_whole(_items_path(path), buffer.getvalue())
+    write_whole(path.with_name(f"{path.name}.items.npz"), buffer.getvalue())
 
 
 def _read_items(path: epath.Path) -> ItemsOf:
     """Return the per-example values of results file `path`."""
-    file, parts = _items_path(path), dict[tuple[str, str], dict[str, Any]]()
+    file, parts = path.with_name(f"{path.name}.items.npz"), dict[tuple[str, str], dict[str, Any]]()
     try:
         arrays = dict(np.load(io.BytesIO(file.read_bytes()))) if file.exists() else {}
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:

@@ -62,11 +62,8 @@ def ranks_by_score(
 ) -> dict[str, dict[str, np.ndarray]]:
     """Return `ranks` of both directions by each score of `compare`: {score: {direction: int (queries,)}}.
 
-    Large sets are compared in blocks of queries, in each direction; their scores are never held whole.
-
-    Args:
-      similarities, img, rows: as in `compare`.
-      captions: captions of each image, whose concatenation are the texts of `rows`.
+    Large sets are compared in blocks of queries, in each direction; their scores are never held whole. The
+    captions of all images, one after the other, are the texts of `rows`.
     """
     matches, images, texts = Matches(captions), len(captions), len(rows[0])
     whole = compare(similarities, img, rows) if images * texts <= BLOCK else {}
@@ -96,10 +93,7 @@ def ranks_by_score(
 def chance(matches: np.ndarray, items: int, k: int) -> float:
     """Return the expected recall at k of a random ranking: the mean over queries of 1 - C(n - m, k) / C(n, k).
 
-    Args:
-      matches: number m of right items for each query, int (queries,).
-      items: number n of items.
-      k: number of items that count.
+    `matches` has the number m of right items for each query, int (queries,); `items` is n.
     """
     missed = np.ones(len(matches))
     for i in range(min(k, items)):  # item i + 1 of the ranking is drawn from the n - i that are left
@@ -210,18 +204,6 @@ def embeddings(encoder: Encoder, variables: Variables, texts: Sequence[str]) -> 
     return encoder.similarities[0].embedding(encoder.texts(variables, texts, (feature,))[feature])
 
 
-def nearest_ranks(queries: np.ndarray, items: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """Return how many items are nearer to each query than its target, int (queries,), in blocks of queries.
-
-    Args:
-      queries, items: embeddings (queries, e) and (items, e).
-      targets: index of an item for each query, int (queries,).
-    """
-    step = max(1, BLOCK // len(items))
-    starts = range(0, len(queries), step)
-    return np.concatenate([statistics.ranks(queries[i : i + step] @ items.T, targets[i : i + step]) for i in starts])
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class SimilaritySet:
     """Pairs of sentences whose similarity people rated.
@@ -263,12 +245,9 @@ class SentenceSimilarity(Evaluator):
         pairs = [pair for part in self.data.subsets.values() for pair in part]
         texts = [pair[side] for side in (0, 1) for pair in pairs]
         e = embeddings(self.encoder, variables, texts)
-        return self.correlations((e[: len(pairs)] * e[len(pairs) :]).sum(axis=1))
-
-    def correlations(self, cosine: np.ndarray) -> list[Result]:
-        """Return the results from the cosines (pairs,), subset after subset."""
+        cosine = (e[: len(pairs)] * e[len(pairs) :]).sum(axis=1)
         subsets = self.data.subsets
-        gold = np.array([pair[2] for part in subsets.values() for pair in part], np.float64)
+        gold = np.array([pair[2] for pair in pairs], np.float64)
         ends = np.cumsum([len(part) for part in subsets.values()])
         parts = list(zip(np.split(cosine, ends[:-1]), np.split(gold, ends[:-1]), strict=True))
         by_rank, linear = ([100 * f(*part) for part in parts] for f in (spearman, pearson))
@@ -283,8 +262,8 @@ class SentenceSimilarity(Evaluator):
         results += [self.result(key, value, **shared) for key, value in values.items()]
         results.append(self.count("pairs", len(gold)))
         if len(parts) > 1:
-            for (subset, pairs), value in zip(subsets.items(), by_rank, strict=True):
-                results.append(self.result("spearman", value, group=subset, unit="x 100", n=len(pairs)))
+            for (subset, part), value in zip(subsets.items(), by_rank, strict=True):
+                results.append(self.result("spearman", value, group=subset, unit="x 100", n=len(part)))
         return results
 
 
@@ -329,7 +308,9 @@ class TextRetrieval(Evaluator):
         n, queries, groups = len(self.data.texts), self.data.queries, self.data.groups
         texts = [*self.data.texts, *(text for text, _ in queries)]
         e = embeddings(self.encoder, variables, texts)
-        rank = nearest_ranks(e[n:], e[:n], np.array([target for _, target in queries]))
+        targets, step = np.array([target for _, target in queries]), max(1, BLOCK // n)
+        blocks = (slice(start, start + step) for start in range(0, len(queries), step))
+        rank = np.concatenate([statistics.ranks(e[n:][block] @ e[:n].T, targets[block]) for block in blocks])
         weights = np.ones(len(queries))
         if groups:
             weights = sum(mask / mask.sum() for mask in groups.values())

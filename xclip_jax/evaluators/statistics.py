@@ -47,16 +47,14 @@ def ranks(scores: np.ndarray, index: np.ndarray) -> np.ndarray:
 
 
 def average_precision(scores: np.ndarray, positives: np.ndarray) -> np.ndarray:
-    """Return the average precision of each class, not interpolated: the mean of precision at each positive.
+    """Return the average precision of each class, not interpolated, (classes,): the mean of precision at each positive.
 
-    As clip_benchmark's `average_precision_per_class`; equal scores rank by index, lowest first.
+    As clip_benchmark's `average_precision_per_class`; equal scores rank by index, lowest first. It is 0 for a class
+    without positives, or with a score that is NaN or plus infinity.
 
     Args:
       scores: (n, classes), higher is more likely.
       positives: bool of the same shape; an item may have several classes.
-
-    Returns:
-      (classes,), between 0 and 1; 0 for a class without positives, or with a score that is NaN or plus infinity.
     """
     hits, precision = _ranked(scores, positives)
     return (precision * hits).sum(axis=0) / np.maximum(hits.sum(axis=0), 1)
@@ -86,12 +84,8 @@ def _ranked(scores: np.ndarray, positives: np.ndarray) -> tuple[np.ndarray, np.n
 def roc_auc(scores: np.ndarray, positives: np.ndarray) -> float:
     """Return the probability that a positive item has a higher score than a negative one; a tie counts one half.
 
-    Args:
-      scores: (n,); NaN counts as wrong: lowest for a positive item, highest for a negative one.
-      positives: bool (n,), with positive and negative items.
-
-    Raises:
-      UserError: all items are positive, or all negative.
+    `scores` are (n,); NaN counts as wrong: lowest for a positive item, highest for a negative one. `positives` are bool
+    (n,); `UserError` if all or none are positive.
     """
     positives = np.asarray(positives, bool)
     num_positive, num_negative = int(positives.sum()), int((~positives).sum())
@@ -190,9 +184,6 @@ def bootstrap(
       a, b: values of one model, or of two models on the same items, in the same order.
       samples: number of resamples.
       ratio: whether to return the interval of b / a instead, for geometric means.
-
-    Raises:
-      UserError: the two have different items.
     """
     if b is not None and (a.statistic != b.statistic or len(a.values) != len(b.values)):
         raise UserError(

@@ -238,9 +238,6 @@ def compare(
       profile: profile of both; by default the last evaluated profile that both files have for a set.
       refused: list to which a sentence is added for each set whose data or protocol differ; without it the first one is
         an error.
-
-    Raises:
-      UserError: a file that is missing or damaged, no set in common, or sets whose data or protocol differ.
     """
     (entries_a, items_a), (entries_b, items_b) = _select(a, step, profile), _select(b, step, profile)
     compared = []
@@ -248,7 +245,9 @@ def compare(
         of_a, of_b = ([entry for entry in entries if entry["set"] == name] for entries in (entries_a, entries_b))
         if not of_b:
             continue
-        left, right = _pair(of_a, of_b)
+        # The last entries of one profile, or else the last two.
+        same = [(x, y) for x in of_a for y in of_b if all(x[key] == y[key] for key in ("profile", "changes"))]
+        left, right = same[-1] if same else (of_a[-1], of_b[-1])
         try:
             _check_comparable(left, right, f"in {a} and {b}")
         except UserError as error:
@@ -261,7 +260,12 @@ def compare(
         row = {"set": name, "metric": left["metric"], "unit": unit, "a": left["value"], "b": right["value"]}
         row |= {"step_a": left["step"], "step_b": right["step"], "profile": left["profile"]}
         row |= {"ratio": right["value"] / left["value"]} if ratio else {"difference": right["value"] - left["value"]}
-        compared.append(row | _interval(left, right, items_a, items_b, ratio=ratio))
+        key = f"{left['name']}/{left['metric']}"
+        of_a, of_b = items_a.get(left["items"], {}), items_b.get(right["items"], {})
+        if key in of_a and key in of_b:
+            low, high = bootstrap(of_a[key], of_b[key], ratio=ratio)
+            row |= {} if math.isnan(low) else {"low": low, "high": high}
+        compared.append(row)
     if not compared and not refused:
         raise UserError(f"{a} and {b} have no set in common; evaluate both with the same --suite.")
     return compared
@@ -274,25 +278,17 @@ def _select(path: str, step: int | None, profile: str | None) -> tuple[list[Entr
         raise UserError(not_found(path, "name the folder of a run, or a file of results."))
     file = evaluation_file(file) if file.is_dir() else file
     entries, items = read(file)
-    if not entries:
-        raise UserError(f"{file} has no results; evaluate again with --checkpoint.")
     entries = [entry for entry in entries if entry["checkpoint"] == entries[-1]["checkpoint"]]
     steps = sorted({entry["step"] for entry in entries})
     selected = steps[-1] if step is None else step
-    if selected not in steps:
-        raise UserError(f"{file} has no results of step {step}, only of {', '.join(map(str, steps))}.")
     entries = [entry for entry in entries if entry["step"] == selected]
-    last = entries[-1]["fingerprint"]
-    entries = [e for e in entries if e["fingerprint"] == last and profile in (None, e["profile"])]
+    entries = [e for e in entries if e["fingerprint"] == entries[-1]["fingerprint"] and profile in (None, e["profile"])]
     if not entries:
-        raise UserError(f"{file} has no results of step {selected} and profile {profile!r}.")
+        known = ", ".join(map(str, steps))
+        raise UserError(
+            f"{file} has no results of step {selected} and profile {profile or 'any'}, only of steps {known}."
+        )
     return entries, items
-
-
-def _pair(lefts: Sequence[Entry], rights: Sequence[Entry]) -> tuple[Entry, Entry]:
-    """Return the last entries of one profile, or else the last two."""
-    pairs = [(x, y) for x in lefts for y in rights if all(x[key] == y[key] for key in ("profile", "changes"))]
-    return pairs[-1] if pairs else (lefts[-1], rights[-1])
 
 
 def _check_comparable(left: Entry, right: Entry, files: str) -> None:
@@ -306,16 +302,6 @@ def _check_comparable(left: Entry, right: Entry, files: str) -> None:
                 f"{left['set']} is not the same {files}: {key} is {a!r} and {b!r}; "
                 "evaluate both again with the same data and --profile."
             )
-
-
-def _interval(left: Entry, right: Entry, items_a: ItemsOf, items_b: ItemsOf, *, ratio: bool) -> dict[str, float]:
-    """Return {"low", "high"} of the difference or ratio, or {} for a metric that cannot be resampled."""
-    metric = f"{left['name']}/{left['metric']}"
-    of_a, of_b = (items.get(entry["items"], {}) for items, entry in ((items_a, left), (items_b, right)))
-    if metric not in of_a or metric not in of_b:
-        return {}
-    low, high = bootstrap(of_a[metric], of_b[metric], ratio=ratio)
-    return {} if math.isnan(low) else {"low": low, "high": high}
 
 
 def render_comparison(compared: Sequence[Mapping[str, Any]], a: str, b: str) -> str:

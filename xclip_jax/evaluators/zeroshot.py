@@ -97,12 +97,7 @@ def spreads_of(
 ) -> tuple[float, ...]:
     """Return the standard deviations of the first two similarities' logits, over readable images and all texts.
 
-    Args:
-      similarities, img, rows: as in `compare`.
-      step: images to compare at once, to bound memory.
-
-    Returns:
-      Empty for a single similarity, which needs none.
+    Compares `step` images at once, to bound memory; empty for a single similarity, which needs none.
     """
     if len(similarities) < 2:
         return ()
@@ -125,11 +120,7 @@ def class_scores(
 ) -> dict[str, np.ndarray]:
     """`compare` images with classes, each one row made from its prompts.
 
-    Args:
-      similarities: the model's similarities, its own first.
-      img: features of images that the similarities read.
-      txt: features of all prompts, class after class.
-      counts: number of prompts of each class.
+    `txt` has the features of all prompts, class after class, and `counts` the number of prompts of each class.
     """
     ends = np.cumsum(counts)[:-1]
     rows = [
@@ -262,7 +253,9 @@ class ZeroShot(Evaluator):
             if self.data.card.metric == "top1_top5":
                 items["top1_top5"] = PerExample((items["top1"].values + items["top5"].values) / 2)
             parts = {group: _metrics(rank[mask], labels[mask]) for group, mask in groups.items()}
-            whole = _mean(list(parts.values())) if parts else _metrics(rank, labels)
+            whole = _metrics(rank, labels)
+            if parts:
+                whole = {key: float(np.mean([part[key] for part in parts.values()])) for key in whole}
             whole |= {key: items[key].value() for key in items if key not in whole}
             chance = {f"top{k}": 100 * min(k / num_classes, 1) for k in (1, 5)}
             chance |= {"mean_per_class": chance["top1"], "top1_top5": (chance["top1"] + chance["top5"]) / 2}
@@ -298,7 +291,3 @@ def _items(rank: np.ndarray, labels: np.ndarray, groups: Mapping[str, np.ndarray
 def _metrics(rank: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     shares = {"top1": (rank < 1).mean(), "top5": (rank < 5).mean(), "mean_per_class": _mean_per_class(rank, labels)}
     return {key: 100 * float(value) for key, value in shares.items()}
-
-
-def _mean(parts: list[dict[str, float]]) -> dict[str, float]:
-    return {key: float(np.mean([part[key] for part in parts])) for key in parts[0]}

@@ -1,17 +1,9 @@
 """Sets of labelled images and texts: zero-shot classification, probes, and tests of fine-tuned classifiers.
 
-NAME, NAME@PATH                 zero-shot: a set of the table in `published`, from TFDS, or from a folder with one
-                                sub-folder a class or a CSV file with the columns path and label
-folder:PATH, csv:PATH, tfds:NAME/SPLIT      zero-shot: a source of labelled images (`data.sources`)
-zeroshot/package.module:Class:REST          the same with a source of another package
-zeroshot/holdout[@RUN]          zero-shot: held-out images of a run whose sources have labels, see `own`
-wds:PATH, wds:hf:ORG/NAME       clip_benchmark's layout, see `readers.wds`: zero-shot, or retrieval if it has
-                                captions; class names and prompts of the data set whatever the profile
-probe/NAME                      a linear probe trained on the training split of a published set
-probe/SOURCE                    the same from the specs SOURCE/train, SOURCE/test and optionally SOURCE/validation;
-                                probe/folder:PATH has one sub-folder a class in each
-finetuned/SOURCE                labelled items for a model with a classifier: finetuned/tfds:imagenet2012/validation,
-                                finetuned/folder:PATH, finetuned/glue:cola/validation
+NAME, NAME@PATH, SOURCE, zeroshot/SOURCE, zeroshot/holdout[@RUN]    zero-shot: a set of the table in `published`, a
+                                source of labelled images, or held-out images of a run whose sources have labels
+probe/NAME, probe/SOURCE        a linear probe trained on the training split; SOURCE/train and SOURCE/test
+finetuned/SOURCE                labelled items for a model with a classifier
 """
 
 import dataclasses
@@ -42,11 +34,7 @@ _IMAGES = [name for name, kind in sources.SOURCES.items() if kind.opens("labels"
 
 
 def read_source(spec: str, data_dir: str | None, image_key: str = SourceOptions.image_key) -> Content:
-    """Open the labelled images of a source; `image_key` is their column if the source has columns and names none.
-
-    Raises:
-      UserError: a source that cannot be opened, or items that are not images in classes.
-    """
+    """Open the labelled images of a source; `image_key` is their column if the source has columns and names none."""
     source = sources.open_labelled(spec, SourceOptions(data_dir or "", image_key))
     if source.key != "image" or not source.names:
         raise UserError(f"{spec}: expected images in classes, got {source.key}s; use another source.")
@@ -55,11 +43,7 @@ def read_source(spec: str, data_dir: str | None, image_key: str = SourceOptions.
 
 
 def read_held_out(spec: str, data: DataConfig) -> Content:
-    """Open the labelled images of a run's sources that `data.holdout` keeps out of training.
-
-    Raises:
-      UserError: a source without labels, or no held-out images.
-    """
+    """Open the labelled images of a run's sources that `data.holdout` keeps out of training."""
     parts, identities = [], []
     for source_spec in data.sources:
         part = read_source(source_spec, data.dir, data.image_key)
@@ -83,11 +67,7 @@ def read_held_out(spec: str, data: DataConfig) -> Content:
 
 
 def load(spec: str, prepare: Preprocessing | int, data: DataConfig, profile: Profile) -> ZeroShotSet | RetrievalSet:
-    """Open a zero-shot set, or captions in clip_benchmark's layout; images are decoded and preprocessed on access.
-
-    Raises:
-      UserError: a set that is not prepared, or a path or label that is wrong.
-    """
+    """Open a zero-shot set, or captions in clip_benchmark's layout; images are decoded and preprocessed on access."""
     if spec.startswith(WDS) and _type_of(spec) == wds.CAPTIONS:
         split = wds.locate(spec.removeprefix(WDS))
         images, captions = wds.open_captions(split)
@@ -121,9 +101,6 @@ def own_set(name: str, content: Content, prepare: Preprocessing | int, profile: 
     """Return the set `name` of labelled images, with the templates and class names of the profile.
 
     A data set with its own templates keeps them and its names. Class names for unknown classes are ignored.
-
-    Raises:
-      UserError: the profile has class names, and none of them names a class of the images.
     """
     if content.templates:
         profile = dataclasses.replace(profile, templates=(), names={})
@@ -185,11 +162,7 @@ def _read_splits(spec: str, data_dir: str | None) -> tuple[Entry, list[Content],
 
 
 def load_probe(spec: str, prepare: Preprocessing | int, data: DataConfig, profile: Profile) -> ProbeSet:
-    """Open `probe/NAME`.
-
-    Raises:
-      UserError: a set that cannot be opened or has no training split, or several labels an image.
-    """
+    """Open `probe/NAME`."""
     entry, content, identity_of_splits = _read_splits(spec, data.dir or None)
     first = content[0]
     if any(set(part.classes) - set(first.classes) for part in content) or any(
@@ -223,11 +196,7 @@ def load_probe(spec: str, prepare: Preprocessing | int, data: DataConfig, profil
 
 
 def load_finetuned(spec: str, prepare: Preprocessing | int, data: DataConfig, profile: Profile) -> ClassificationSet:
-    """Open `finetuned/SOURCE`.
-
-    Raises:
-      UserError: a source that cannot be opened, or several labels for one item.
-    """
+    """Open `finetuned/SOURCE`."""
     source_spec = spec.removeprefix(FINETUNED)
     source = sources.open_labelled(source_spec, SourceOptions(data.dir))
     check_one_class(source_spec, source)

@@ -10,7 +10,6 @@ coco_retrieval                      coco_captions of TFDS, whose test split is K
 """
 
 import csv
-import dataclasses
 import json
 import math
 import pathlib
@@ -85,19 +84,15 @@ def sick(name: str, path: pathlib.Path) -> SimilaritySet:
     return _similarity(f"{name}@{path}", path.name, {"": pairs})
 
 
-def _similarity(spec: str, split: str, subsets: Mapping[str, Sequence[Pair]]) -> SimilaritySet:
-    """Return the pairs of each subset, whose similarities people rated.
-
-    Raises:
-      ValueError: no pairs, or a rating that is not finite, which would make the correlation undefined.
-    """
+def _similarity(spec: str, split: str, subsets: Mapping[str, Sequence[Pair]], split_hash: str = "") -> SimilaritySet:
+    """Return the pairs of each subset, whose similarities people rated."""
     if not subsets or not all(math.isfinite(rating) for pairs in subsets.values() for *_, rating in pairs):
         raise ValueError("it has no pairs, or a similarity that is not a number")
     name = spec.partition("@")[0]
     card = Provenance(
         data=name,
         split=split,
-        split_hash=digest([name, *subsets.values()]),
+        split_hash=split_hash or digest([name, *subsets.values()]),
         metric="spearman_all",
         protocol="cosine, no training; Spearman over all pairs (spearman_all); spearman_mean averages the subsets",
     )
@@ -120,9 +115,8 @@ def _senteval(spec: str, parts: Sequence[Sequence[tuple[Any, int]]], how: str) -
         metric="linear/top1",
         protocol=f"logistic regression on {features}, C of 2^-2..2^3; {how}",
     )
-    folds = 0 if validation else _FOLDS
-    options: dict[str, Any] = {"sweep": _SWEEP, "neighbours": False, "pairs": pairs, "folds": folds, "card": card}
-    return ProbeSet(spec, items[0], items[1], items[2], {"": labels}, **options)
+    folds, tasks = 0 if validation else _FOLDS, {"": labels}
+    return ProbeSet(spec, *items, tasks, _SWEEP, neighbours=False, pairs=pairs, folds=folds, card=card)
 
 
 def senteval(name: str, path: pathlib.Path) -> ProbeSet:
@@ -176,8 +170,7 @@ def glue(name: str, folder: str, data_dir: str | None) -> ProbeSet | SimilarityS
     split_hash = digest([*texts, *y_test.tolist()])
     if not tasks.TASKS[task].labels:
         pairs = {"": [(a, b, float(gold)) for (a, b), gold in zip(texts, y_test, strict=True)]}
-        data = _similarity(spec, "dev", pairs)
-        return dataclasses.replace(data, card=dataclasses.replace(data.card, split_hash=split_hash))
+        return _similarity(spec, "dev", pairs, split_hash)
     train, y_train = tasks.read_pairs(task, "train", folder, data_dir)
     two = len(train[0]) == 2
     train, test = ([tuple(parts) if two else parts[0] for parts in side] for side in (train, texts))
@@ -190,17 +183,8 @@ def glue(name: str, folder: str, data_dir: str | None) -> ProbeSet | SimilarityS
         protocol=f"logistic regression on {features} before projection, C of 2^-2..2^3 on a tenth of train",
         note="frozen features; published GLUE numbers are of fine-tuned towers, see configs/finetune.py",
     )
-    return ProbeSet(
-        spec,
-        train,
-        [],
-        test,
-        {"": (y_train, y_train[:0], y_test)},
-        sweep=_SWEEP,
-        neighbours=False,
-        pairs="all" if two else "",
-        card=card,
-    )
+    pairs, labels = "all" if two else "", {"": (y_train, y_train[:0], y_test)}
+    return ProbeSet(spec, train, [], test, labels, _SWEEP, neighbours=False, pairs=pairs, card=card)
 
 
 def karpathy(name: str, path: pathlib.Path, prepare: Preprocessing | int, profile: Profile) -> RetrievalSet:

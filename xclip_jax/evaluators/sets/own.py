@@ -1,13 +1,9 @@
 """Retrieval on your own image-text pairs: a source, or the pairs that a run holds out of its training.
 
-Pairs whose images have the same bytes are one item with all of their captions.
+retrieval/SOURCE[?image=COLUMN&text=COLUMN]     all pairs of a source or path, from these columns instead of the run's
+retrieval/holdout[@RUN]                         the pairs that `data.holdout` of the model's run, or another, keeps out
 
-    retrieval/SOURCE                all pairs of a source of `data.sources`, such as retrieval/tar:PATTERN,
-                                    retrieval/csv:PATTERN or retrieval/tfds:NAME/SPLIT; a plain path, retrieval/PATH,
-                                    has the kind that its files suggest
-    retrieval/SOURCE?image=COLUMN&text=COLUMN   the same from columns other than `data.image_key` and `data.text_keys`
-    retrieval/holdout               the pairs that `data.holdout` of the model's run keeps out of training
-    retrieval/holdout@RUN           the held-out pairs of another run
+Pairs whose images have the same bytes are one item with all of their captions.
 """
 
 import contextlib
@@ -43,11 +39,7 @@ def is_holdout(spec: str, prefix: str) -> bool:
 
 
 def held_out_data(spec: str, data: DataConfig) -> DataConfig:
-    """Return the `data` group of the run that holds out the pairs of `spec`: FAMILY/holdout or FAMILY/holdout@RUN.
-
-    Raises:
-      UserError: a folder that is not a run, or a run without held-out pairs.
-    """
+    """Return the `data` group of the run that holds out the pairs of `spec`: FAMILY/holdout or FAMILY/holdout@RUN."""
     name, at, run = spec.partition("@")
     if at:
         content = RunFolder(run).read_config() if run else None
@@ -94,11 +86,7 @@ def captions_by_image(parts: Sequence[holdout.Pairs]) -> tuple[dict[str, list[st
 
 
 def load_pairs(spec: str, prepare: Preprocessing | int, data: DataConfig, profile: Profile) -> RetrievalSet:
-    """Open the set `spec`. Captions have the command's prefix, but not the CLIP paper's prefix for COCO and Flickr30k.
-
-    Raises:
-      UserError: a source that cannot be opened or has no readable pairs, or a run without held-out pairs.
-    """
+    """Open the set `spec`; its captions have the prefix of the command, not the one of the published sets."""
     name = spec.removeprefix(PREFIX)
     if is_holdout(spec, PREFIX):
         specs, share = tuple(data.sources), data.holdout
@@ -166,11 +154,7 @@ class PairSets(SetKind):
 
     @classmethod
     def knows(cls, spec: str) -> bool:
-        """Whether `spec` names held-out pairs, a source, or a path that a source reads; nothing is opened.
-
-        Raises:
-          UserError: a path that no source reads or that does not exist.
-        """
+        """Whether `spec` names held-out pairs, a source, or a path that a source reads; nothing is opened."""
         if is_holdout(spec, PREFIX):
             return True
         return bool(sources.spec_from_path(named_columns(spec.removeprefix(PREFIX), DataConfig())[0]))

@@ -9,7 +9,7 @@ published classes are possible answers, including classes without images.
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,8 +42,6 @@ class Entry:
       metric: the published metric.
       label: feature with the label.
       classes: the set's classes among ImageNet's 1000; empty for all.
-      derive: function from the feature's value to the label.
-      ways: number of classes, if the feature does not define it.
       border: pixels to cut off on each side.
       train, held: splits on which probes are trained and choose C. Without `train` the set has no probe; without `held`
         C is chosen on a tenth of `train`.
@@ -60,31 +58,11 @@ class Entry:
     metric: str = "top1"
     label: str = "label"
     classes: tuple[int, ...] = ()
-    derive: Callable[[Any], int] | None = None
-    ways: int = 0
     border: int = 0
     train: str = "train"
     held: str = ""
     note: str = ""
     role: str = ""
-
-
-def _column(objects: Any, key: str) -> Sequence[Any]:
-    """Return a column of nested features, which TFDS represents as a dict of columns or a list of dicts."""
-    return [item[key] for item in objects] if isinstance(objects, list) else objects[key]
-
-
-def _count(objects: Any) -> int:
-    """CLEVR: three to ten objects -> 0 to 7."""
-    return len(_column(objects, "color")) - 3
-
-
-def _distance(objects: Any) -> int:
-    """KITTI, VTAB's task: the nearest vehicle (car, van, truck) within 8 m, 20 m, any distance, or none -> 0 to 3."""
-    types = np.asarray(_column(objects, "type"))
-    locations = np.asarray(_column(objects, "location")).reshape(-1, 3)
-    distances = locations[np.isin(types, (0, 1, 2)), 2]
-    return 3 if not len(distances) else int(np.searchsorted((8.0, 20.0), distances.min()))
 
 
 def _imagenet(tfds_name: str, split: str = "test", **fields: Any) -> Entry:
@@ -121,33 +99,12 @@ ENTRIES: Mapping[str, Entry] = {
     "svhn": Entry("svhn_cropped", templates="svhn", names="svhn"),
     "eurosat": Entry("eurosat/rgb", "train", "eurosat", "eurosat", train="", note=_APPROXIMATE),
     "resisc45": Entry("resisc45:3.0.0", "train", "resisc45", train="", note=_APPROXIMATE),
-    "kitti": Entry(
-        "kitti",
-        "test",
-        "kitti_closest_vehicle_distance",
-        "kitti_closest_vehicle_distance",
-        label="objects",
-        derive=_distance,
-        ways=4,
-        held="validation",
-        note=_APPROXIMATE,
-    ),
     "pcam": Entry(
         "patch_camelyon:2.0.0",
         templates="pcam",
         names="pcam",
         held="validation",
         note="SLIP tests on the validation split",
-    ),
-    "clevr": Entry(
-        "clevr:3.1.0",
-        "validation",
-        "clevr_count_all",
-        "clevr_count_all",
-        label="objects",
-        derive=_count,
-        ways=8,
-        note=_APPROXIMATE,
     ),
     # TFDS lacks these, or its reader does: NAME@PATH.
     "objectnet": Entry(
@@ -191,11 +148,7 @@ class Content:
 
 
 def read(spec: str, data_dir: str | None) -> tuple[str, Entry, Content]:
-    """Open a set of the table: its name, entry, and the images with their published class names.
-
-    Raises:
-      UserError: a set that is not prepared, or a path or label that is wrong.
-    """
+    """Open a set of the table: its name, entry, and the images with their published class names."""
     name, _, path = spec.partition("@")
     entry = ENTRIES[name]
     if not path and not entry.tfds:
@@ -210,8 +163,6 @@ def read(spec: str, data_dir: str | None) -> tuple[str, Entry, Content]:
     classes = prompts.class_names(entry.names, content.classes) if entry.names else content.classes
     if entry.classes:
         labels, classes = _masked(name, entry, labels, classes)
-    if np.ndim(labels) == 1 and np.size(labels) and np.max(labels) >= len(classes):
-        raise UserError(f"{name}: label {np.max(labels)} is not among {len(classes)} classes.")
     return name, entry, dataclasses.replace(content, labels=labels, classes=classes)
 
 
@@ -221,16 +172,10 @@ def read_tfds(name: str, entry: Entry, split: str, data_dir: str | None) -> Cont
     # Images are skipped here, not decoded.
     values = [source[i][entry.label] for i in range(len(source))]
     feature = info.features[entry.label]
-    if entry.derive:
-        labels = np.array([entry.derive(value) for value in values])
-        if labels.min() < 0 or labels.max() >= entry.ways:
-            raise UserError(f"{name}: a record of {entry.tfds} gives label {labels.min()} to {labels.max()}.")
-        classes = [str(i) for i in range(entry.ways)]
-    else:
-        classes = list(getattr(feature, "feature", feature).names)
-        labels = np.array(values, int) if not np.ndim(values[0]) else np.zeros((len(values), len(classes)), bool)
-        for row, value in zip(labels, values, strict=True) if labels.ndim == 2 else ():
-            row[np.asarray(value, int)] = True
+    classes = list(getattr(feature, "feature", feature).names)
+    labels = np.array(values, int) if not np.ndim(values[0]) else np.zeros((len(values), len(classes)), bool)
+    for row, value in zip(labels, values, strict=True) if labels.ndim == 2 else ():
+        row[np.asarray(value, int)] = True
     version = str(info.version)
     data = entry.tfds.partition(":")[0]
     return Content(Field(source, "image"), labels, classes, data, version, entry.split, [data, version, split])
@@ -241,7 +186,7 @@ def _published(name: str, entry: Entry, labels: np.ndarray, classes: Sequence[st
     whole = prompts.published(entry.names)
     kept = entry.classes or range(len(whole))
     published = [whole[i] for i in kept]
-    tfds_labels = _tfds_labels(entry.tfds, entry.label) if entry.tfds and not entry.derive else []
+    tfds_labels = _tfds_labels(entry.tfds, entry.label) if entry.tfds else []
     # Without 0 among them, numbers may well begin at 1.
     from_zero = any(label.isascii() and label.isdigit() and int(label) == 0 for label in classes)
     numbers = [str(i) for i in range(len(published))] if from_zero else []
@@ -274,9 +219,10 @@ def _masked(name: str, entry: Entry, labels: np.ndarray, names: list[str]) -> tu
     """Return labels and names with the labels among the 1000 renumbered to the set's classes."""
     position = np.full(len(names), -1)
     position[list(entry.classes)] = np.arange(len(entry.classes))
-    foreign = np.unique(labels[position[labels] < 0])
-    if len(foreign):
-        raise UserError(f"{name}: class {foreign[0]} occurs and is not among its {len(entry.classes)} classes.")
+    if (position[labels] < 0).any():
+        raise UserError(
+            f"{name}: class {labels[position[labels] < 0][0]} is not among its {len(entry.classes)} classes."
+        )
     return position[labels], [names[i] for i in entry.classes]
 
 
