@@ -148,7 +148,7 @@ class DenseProbe(Evaluator):
 
     @functools.cached_property
     def _labels(self) -> tuple[np.ndarray, np.ndarray]:
-        """Shares of classes in patches of training and validation, and of test images, fp32 (n, grid, grid, classes)."""
+        """Shares of classes in patches, fp32 (n, grid, grid, classes), of training and validation, and of test."""
         classes, grid, prepare = len(self.data.classes), self.encoder.grid, self.data.prepare
 
         def shares(*parts: MaskedImages) -> np.ndarray:
