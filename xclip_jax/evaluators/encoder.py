@@ -56,10 +56,8 @@ class Encoder:
         similarities: Sequence[Similarity] = (),
         classes: Sequence[str] | None = None,
     ) -> None:
-        if min((batch, *smaller)) < 1:
-            raise UserError(
-                f"expected evaluation batches of 1 item or more (eval.batch); got {min((batch, *smaller))}."
-            )
+        if (least := min((batch, *smaller))) < 1:
+            raise UserError(f"expected evaluation batches of 1 item or more (eval.batch); got {least}.")
         shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
         self.sizes = sorted({math.ceil(size / shards) * shards for size in (batch, *smaller)})
         self.batch = self.sizes[-1]
