@@ -253,7 +253,7 @@ def test_a_lock_that_its_holder_removed_is_taken_again(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--captions", "-1"], "--captions is -1; expected"),
+        (["--profile", "google"], "--profile"),
     ],
 )
 def test_bad_flags_are_one_sentence(flags, message, root):

@@ -49,7 +49,7 @@ def test_roc_auc_f1_and_correlations_against_sklearn_and_scipy():
     assert statistics.f1(s > 4, y) == pytest.approx(sklearn.metrics.f1_score(y, s > 4))
     assert statistics.STATISTICS["matthews"](s > 4, y) == pytest.approx(sklearn.metrics.matthews_corrcoef(y, s > 4))
     assert statistics.spearman(np.zeros(300), t) == 0 and statistics.spearman(np.full(300, np.nan), t) == 0
-    with pytest.raises(UserError, match="of 3 items 0 are positive"):
+    with pytest.raises(UserError, match="0 of 3 are positive"):
         statistics.roc_auc(np.arange(3), np.zeros(3))
 
 

@@ -173,32 +173,29 @@ def test_the_newest_steps_of_one_profile_are_compared(tmp_path):
     assert row["difference"] == -50 and row["step_a"] == 3
     with pytest.raises(UserError, match="no results of step 4 and profile any, only of steps 3, 9"):
         evaluate.compare(str(tmp_path / "a.json"), str(tmp_path / "b.json"), step=4)
-    with pytest.raises(UserError, match="of step 9 and profile 'open_clip'"):
+    with pytest.raises(UserError, match="of step 9 and profile open_clip"):
         evaluate.compare(str(tmp_path / "a.json"), str(tmp_path / "b.json"), profile="open_clip")
     assert "a.json, step 9" in tables.render_comparison([row | {"step_a": 9}], str(tmp_path / "a.json"), "b")
 
 
-def test_profiles_that_resize_otherwise_are_not_compared_but_models_of_other_sizes_are(tmp_path):
-    def made(how, size, shorter="", **fields):
-        words = f"shorter side{shorter} {how}, central crop, {size} px, mean and deviation of 'clip'"
-        return entry(preprocessing=words, **fields)
-
-    assert compared(tmp_path, [made("bicubic", 224)], [made("bicubic", 336)])
-    assert compared(tmp_path, [made("bicubic", 224)], [made("bicubic", 336, profile="open_clip")])
-    assert compared(tmp_path, [made("bilinear", 224, " to 256", set="y")], [made("bilinear", 336, " to 384", set="y")])
-    with pytest.raises(UserError, match=r"preprocessing is .*bicubic.* and .*bilinear"):
-        compared(tmp_path, [made("bicubic", 224, set="z")], [made("bilinear", 224, set="z", profile="slip")])
+def test_results_of_other_profiles_or_templates_are_not_compared(tmp_path):
+    assert compared(tmp_path, [entry(preprocessing="224 px")], [entry(preprocessing="336 px")])
+    with pytest.raises(UserError, match=r"profile is 'openai' and 'slip'; evaluate both again"):
+        compared(tmp_path, [entry(set="y")], [entry(set="y", profile="slip")])
+    (tmp_path / "z").mkdir()
+    with pytest.raises(UserError, match=r"templates is 'a' and 'b'"):
+        compared(tmp_path / "z", [entry(set="z", templates="a")], [entry(set="z", templates="b")])
 
 
 def test_the_columns_of_a_comparison_are_as_wide_as_their_cells(tmp_path):
-    names = [f"retrieval/folder:/data/{kind}/{'long' * 10}" for kind in ("one", "two")]
+    names = [f"retrieval/folder:/data/{kind}{'long' * 10}" for kind in ("one", "two")]
     names += ["retrieval/folder:/data/somewhere/else", "a_name_of_more_than_36_letters_of_its_own"]
     row = {"metric": "a/metric/of/more/than/24/letters", "unit": "x 100", "step_a": 1, "step_b": 2}
     rows = [row | {"set": name, "a": 1234567.5, "b": 1234568.5, "difference": 1.0} for name in names]
     rows.append(row | {"set": "short", "metric": "top1", "unit": "%", "a": 1.0, "b": 2.0, "difference": 1.0})
     rows[0] |= {"low": 0.5, "high": 1.5}
     _, _, head, *lines = tables.render_comparison(rows, "a", "b").splitlines()
-    shown = [f"retrieval/folder:{kind}/{'long' * 10}" for kind in ("one", "two")] + ["retrieval/folder:else", names[3]]
+    shown = [f"retrieval/folder:{kind}{'long' * 10}" for kind in ("one", "two")] + ["retrieval/folder:else", names[3]]
     for name, line in zip(shown, lines, strict=False):
         assert re.split(r" {2,}", line)[:6] == [name, row["metric"], "x 100", "1234567.5", "1234568.5", "+1.0"]
         assert line.index("1234568.5") + 9 == head.index(" B ") + 2

@@ -161,8 +161,8 @@ class Pictures(Sequence):
     A `BadSample` error has the image's name as a note.
     """
 
-    def __init__(self, images: Sequence[Any], prepare: Preprocessing, border: int = 0) -> None:
-        self._images, self._prepare, self._border = images, prepare, border
+    def __init__(self, images: Sequence[Any], prepare: Preprocessing) -> None:
+        self._images, self._prepare = images, prepare
 
     def __len__(self) -> int:
         return len(self._images)
@@ -170,10 +170,8 @@ class Pictures(Sequence):
     def __getitem__(self, index: int) -> np.ndarray:  # ty: ignore[incompatible-method-override] no slices
         try:
             image = self._images[index]
-            if self._border or not isinstance(image, bytes):
+            if not isinstance(image, bytes):
                 image = images.decode(image, background=self._prepare.background)
-            if self._border:
-                image = image[self._border : -self._border, self._border : -self._border]
             return self._prepare(image)
         except BadSample as error:
             error.add_note(f"image {item_name(self._images, index)!r}")

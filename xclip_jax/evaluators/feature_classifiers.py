@@ -153,15 +153,8 @@ def linear(
 ) -> Fit:
     """Run CLIP's linear probe: C by `search` on validation items, then one fit that is tested once.
 
-    Args:
-      train, validation, test: features and labels. Without validation items a tenth of `train`, at least one item, is
-        held out.
-      classes: number of classes.
-      sweep: values of C.
-      score: (logits, labels) -> the score by which C is chosen.
-
-    Returns:
-      Whether each test item is right, 0.0 or 1.0 (n,), and {"log10_c": the choice}.
+    Without validation items a tenth of `train`, at least one item, is held out. `score` of (logits, labels) chooses C.
+    Returns whether each test item is right, 0.0 or 1.0 (n,), and {"log10_c": the choice}.
     """
     whole, given = train, len(validation[1]) > 0
     if not given:

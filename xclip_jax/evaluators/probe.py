@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from xclip_jax.core.console import log0
 from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.evaluators.base import Column, Evaluator, Joined, Layout
 from xclip_jax.evaluators.encoder import Encoder
@@ -201,11 +200,6 @@ class ClassifierEvaluator(Evaluator):
 
     def __init__(self, encoder: Encoder, data: ClassificationSet) -> None:
         """Raise `UserError` if the set has a class that the model's classifier lacks."""
-        if data.names and not encoder.classes:
-            log0(
-                f"WARNING: {data.name}: the names of the model's classes are unknown; assuming the set's classes, in "
-                "its order"
-            )
         super().__init__(encoder, data.renumbered(encoder.classes) if encoder.classes and data.names else data)
         self.images = not _are_texts(data.items)
         self.family = "visual" if self.images else "textual"

@@ -45,8 +45,6 @@ class Profile:
     names: Mapping[str, str | Sequence[str]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.captions < 0:
-            raise UserError(f"--captions is {self.captions}; expected a number of captions, or 0 for all of them.")
         if wrong := [template for template in self.templates if "{c}" not in template]:
             raise UserError(f"template {wrong[0]!r} has no {{c}}, where the name of the class goes; add it.")
 

@@ -141,13 +141,10 @@ def open_all(
             evaluators.append(evaluator(encoder, load(spec, encoder.preprocessing, data_dir, profile, data)))
         except (UserError, OSError) as error:
             faults.append(describe(error) if spec in str(error) else f"{spec}: {describe(error)}")
-        except Exception as error:
-            error.add_note(f"in evaluation set {spec}")
-            raise
     if len(faults) > 1:
-        raise UserError("\n  ".join([f"{len(faults)} of {len(specs)} evaluation sets cannot be opened:", *faults]))
+        faults.insert(0, f"{len(faults)} of {len(specs)} evaluation sets cannot be opened:")
     if faults:
-        raise UserError(faults[0])
+        raise UserError("\n  ".join(faults))
     return evaluators
 
 
@@ -177,11 +174,7 @@ def measure(evaluator: Evaluator, variables: Variables) -> list[Result]:
 
 def evaluator_class(name: str) -> type[Evaluator]:
     """Return the evaluator `name`: a key of `EVALUATORS`, or "package.module:Class"."""
-    if name in EVALUATORS:
-        return EVALUATORS[name]
-    if class_name(name) is None:
-        raise UserError(f"unknown evaluator {name!r}; expected {', '.join(EVALUATORS)} or package.module:Class.")
-    return import_class(name, Evaluator, "evaluator")
+    return EVALUATORS[name] if name in EVALUATORS else import_class(name, Evaluator, "evaluator")
 
 
 def evaluator(encoder: Encoder, data: Any) -> Evaluator:

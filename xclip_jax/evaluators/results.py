@@ -105,11 +105,10 @@ class Result:
       family: what is measured: "zeroshot", "retrieval", "visual", "textual", or a name of the evaluator's own.
       metric: "top1", "image_to_text/r1"; also the sizes of the set, such as "n".
       value: a share in percent, a correlation times 100, or a plain number.
-      unit: "%" for shares of the items, for which a binomial interval holds; "x 100" for correlations, average
-        precision, areas and other numbers times 100; "rank" from 1; "" for plain numbers.
+      unit: "%" for shares of the items, for which a binomial interval holds; "x 100" for other numbers times 100, such
+        as correlations; "rank" from 1; "" for plain numbers.
       n: number of items that it is measured on, 0 where unknown.
-      chance: value of a random answer, in `unit`; with the unit "%" the share of items that are right by chance. None
-        where no such level exists.
+      chance: value of a random answer, in `unit`; None where no such level exists.
       protocol: provenance of the set and protocol of the measurement.
       items: per-example values for the bootstrap; None where the metric cannot be resampled.
       task: one of several questions about the same items, such as "category".

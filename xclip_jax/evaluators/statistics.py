@@ -90,9 +90,7 @@ def roc_auc(scores: np.ndarray, positives: np.ndarray) -> float:
     positives = np.asarray(positives, bool)
     num_positive, num_negative = int(positives.sum()), int((~positives).sum())
     if not num_positive or not num_negative:
-        raise UserError(
-            f"ROC AUC needs positive and negative items; of {len(positives)} items {num_positive} are positive."
-        )
+        raise UserError(f"ROC AUC needs positive and negative items; {num_positive} of {len(positives)} are positive.")
     scores = np.where(np.isnan(scores), np.where(positives, -np.inf, np.inf), scores)
     ranks = scipy.stats.rankdata(scores)
     return float((ranks[positives].sum() - num_positive * (num_positive + 1) / 2) / (num_positive * num_negative))

@@ -28,9 +28,8 @@ _FAMILIES = {
 _EXTRA_COLUMNS = (("own metric", ">18"), ("value", ">8"))  # for sets whose headline has no column of its own
 # Names of sets of files: a prefix such as "folder:", "imagenet@" or "module:Class:", and an absolute path or URL.
 _PATH = re.compile(r"([^:@]*[:@](?:\w+:)??)((?:/|~|\w+://).+)")
-# Sizes and statistics of pixels belong to the model.
-_OF_MODEL = re.compile(r"(?<=side) to \d+|, \d+ px, .*")
-_COMPARED_KEYS = ("split_hash", "version", "metric", "templates", "protocol")  # equal in entries that are compared
+# Equal in entries that are compared.
+_COMPARED_KEYS = ("split_hash", "version", "metric", "templates", "protocol", "profile")
 
 
 class Table(NamedTuple):
@@ -248,12 +247,12 @@ def compare(
         # The last entries of one profile, or else the last two.
         same = [(x, y) for x in of_a for y in of_b if all(x[key] == y[key] for key in ("profile", "changes"))]
         left, right = same[-1] if same else (of_a[-1], of_b[-1])
-        try:
-            _check_comparable(left, right, f"in {a} and {b}")
-        except UserError as error:
+        if different := [key for key in _COMPARED_KEYS if left.get(key) != right.get(key)]:
+            values = " and ".join(repr(side.get(different[0])) for side in (left, right))
+            fault = f"{name} is not the same in {a} and {b}: {different[0]} is {values}; evaluate both again alike."
             if refused is None:
-                raise
-            refused.append(str(error))
+                raise UserError(fault)
+            refused.append(fault)
             continue
         unit = next((result.unit for result in of_entries([left]) if result.headline), "%")
         ratio = unit == "rank"  # a geometric mean: half the rank is as good at 200 as at 20
@@ -289,19 +288,6 @@ def _select(path: str, step: int | None, profile: str | None) -> tuple[list[Entr
             f"{file} has no results of step {selected} and profile {profile or 'any'}, only of steps {known}."
         )
     return entries, items
-
-
-def _check_comparable(left: Entry, right: Entry, files: str) -> None:
-    """Raise `UserError` where the data or the protocol of two entries of a set differ."""
-    # Within one profile images are resized as the profile, or else each model, defines it.
-    resizing = ("preprocessing",) if left["profile"] != right["profile"] else ()
-    for key in (*_COMPARED_KEYS, *resizing):
-        a, b = (_OF_MODEL.sub("", x.get(key, "")) if key == "preprocessing" else x.get(key) for x in (left, right))
-        if a != b:
-            raise UserError(
-                f"{left['set']} is not the same {files}: {key} is {a!r} and {b!r}; "
-                "evaluate both again with the same data and --profile."
-            )
 
 
 def render_comparison(compared: Sequence[Mapping[str, Any]], a: str, b: str) -> str:

@@ -179,8 +179,6 @@ class ZeroShotSet:
         several = np.ndim(self.labels) == 2
         if not n or np.shape(self.labels) != ((n, num_classes) if several else (n,)):
             raise UserError(f"{self.name}: {n} images, {np.size(self.labels)} labels; give one label for each image.")
-        if not several and self.card.metric == "roc_auc" and num_classes != 2:
-            raise UserError(f"{self.name}: metric 'roc_auc' needs two classes; the set has {num_classes}.")
         object.__setattr__(self, "names", list(self.names) or [prompts[0] for prompts in self.prompts])
 
 

@@ -138,7 +138,7 @@ def _make(
         note=entry.note,
         role=entry.role,
     )
-    pictures = Pictures(content.images, prepare, entry.border)
+    pictures = Pictures(content.images, prepare)
     return ZeroShotSet(spec, pictures, content.labels, texts, names=content.classes, card=card)
 
 
@@ -191,7 +191,7 @@ def load_probe(spec: str, prepare: Preprocessing | int, data: DataConfig, profil
         metric=f"linear/{metric}",
         note=entry.note,
     )
-    train, validation, test = (Pictures(part.images, prepare, entry.border) for part in content)
+    train, validation, test = (Pictures(part.images, prepare) for part in content)
     return ProbeSet(spec, train, validation, test, {"": [part.labels for part in content]}, card=card)
 
 

@@ -190,22 +190,15 @@ def glue(name: str, folder: str, data_dir: str | None) -> ProbeSet | SimilarityS
 def karpathy(name: str, path: pathlib.Path, prepare: Preprocessing | int, profile: Profile) -> RetrievalSet:
     """Read the test split of COCO or Flickr30k from {"images": [{"filename", "filepath"?, "split", "sentences"}]}.
 
-    Images are in the JSON's folder, in its sub-folder "filepath", or in a sub-folder "images". All captions of an image
-    count unless the profile keeps fewer; some images of COCO have six or seven (25,010 in all).
+    Images are in the JSON's folder, or in its sub-folder "filepath". All captions of an image count unless the profile
+    keeps fewer; some images of COCO have six or seven (25,010 in all).
     """
     records = [r for r in json.loads(path.read_text(encoding="utf-8"))["images"] if r["split"] == "test"]
     captions = [[join_surrogates(s["raw"]) for s in r["sentences"]] for r in records]
-    names = [(r.get("filepath", ""), r["filename"]) for r in records]
-    files = []
-    for folder, file in names:
-        options = [path.parent / folder / file, path.parent / file, path.parent / "images" / file]
-        existing = next((option for option in options if option.is_file()), None)
-        if existing is None:
-            raise UserError(f"{name}: image {str(options[0])!r} does not exist; put the images next to the JSON.")
-        files.append(existing)
-    images = Paths(files)
+    names = [r["filename"] for r in records]
+    images = Paths([path.parent / r.get("filepath", "") / r["filename"] for r in records])
     # Folders of images differ between copies.
-    ids = [(file, size) for (_, file), (_, size) in zip(names, contents(images), strict=True)]
+    ids = [(name, size) for name, (_, size) in zip(names, contents(images), strict=True)]
     return captioned(f"{name}@{path}", images, captions, ids, prepare, profile, data=name, split="Karpathy test")
 
 

@@ -62,10 +62,8 @@ def named_columns(name: str, data: DataConfig) -> tuple[str, DataConfig]:
     columns = urllib.parse.parse_qs(query)
     if not source_name or not columns.keys() & {"image", "text"}:
         return name, data
-    image_key = columns.get("image", [data.image_key])[0]
-    return source_name, dataclasses.replace(
-        data, image_key=image_key, text_keys=tuple(columns.get("text", data.text_keys))
-    )
+    columns = {"image": [data.image_key], "text": data.text_keys} | columns
+    return source_name, dataclasses.replace(data, image_key=columns["image"][0], text_keys=tuple(columns["text"]))
 
 
 def captions_by_image(parts: Sequence[holdout.Pairs]) -> tuple[dict[str, list[str]], list[np.ndarray]]:

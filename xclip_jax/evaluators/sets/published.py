@@ -42,7 +42,6 @@ class Entry:
       metric: the published metric.
       label: feature with the label.
       classes: the set's classes among ImageNet's 1000; empty for all.
-      border: pixels to cut off on each side.
       train, held: splits on which probes are trained and choose C. Without `train` the set has no probe; without `held`
         C is chosen on a tenth of `train`.
       note: see `Provenance`.
@@ -58,7 +57,6 @@ class Entry:
     metric: str = "top1"
     label: str = "label"
     classes: tuple[int, ...] = ()
-    border: int = 0
     train: str = "train"
     held: str = ""
     note: str = ""
@@ -107,9 +105,6 @@ ENTRIES: Mapping[str, Entry] = {
         note="SLIP tests on the validation split",
     ),
     # TFDS lacks these, or its reader does: NAME@PATH.
-    "objectnet": Entry(
-        templates="imagenet", border=2, role=SHIFTED, note="113 classes overlap with ImageNet's; give those alone"
-    ),
     "birdsnap": Entry(templates="birds"),
     "fgvc_aircraft": Entry(templates="fgvc_aircraft", metric="mean_per_class", note="by variant"),
     "fer2013": Entry(templates="fer2013", names="fer2013"),
