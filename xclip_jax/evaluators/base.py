@@ -102,8 +102,8 @@ class Evaluator(abc.ABC):
 class SetKind(abc.ABC):
     """A kind of evaluation sets, recognised by the beginning of their names.
 
-    A set is an object with `name`, `card` (its `Provenance`) and `evaluator`: a key of `registry.EVALUATORS` or
-    "package.module:Class".
+    A set is an object with `name`, as in the names of its metrics, `card` (its `Provenance`) and `evaluator`: a key of
+    `registry.EVALUATORS` or "package.module:Class".
 
     Attributes:
       prefixes: first words of the names, up to "/", ":" or "@".

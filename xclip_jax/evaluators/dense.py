@@ -61,7 +61,6 @@ class DenseSet:
     """A dense probe.
 
     Attributes:
-      name: name of the set, in the names of its metrics.
       classes: names of the classes, in the order of their numbers.
       train, validation, test: images and masks; without validation images C is chosen on one training image in ten, at
         random with seed 0.

@@ -30,15 +30,8 @@ def knn(
 ) -> np.ndarray:
     """Return votes of the k nearest by cosine, weighted by exp(cosine / temperature), as DINO does (arXiv 2104.14294).
 
-    Args:
-      train, queries: features (n, d) and (m, d), of any norm.
-      labels: classes int (n,).
-      classes: number of classes.
-      k: number of neighbours, at most all training items; equally near items rank by index, lowest first.
-      temperature: temperature of the weights.
-
-    Returns:
-      fp32 (m, classes).
+    `train` and `queries` are features (n, d) and (m, d), of any norm, `labels` classes int (n,), and the votes fp32
+    (m, classes). Equally near items rank by index, lowest first.
     """
     k = min(k, len(train))
     base, of_base = jax.device_put(_unit(train), may_alias=True), jnp.asarray(labels)

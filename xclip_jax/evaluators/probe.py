@@ -26,7 +26,6 @@ class ProbeSet:
     """Training, validation and test items of a probe; images or texts.
 
     Attributes:
-      name: name of the set, in the names of its metrics.
       train, validation, test: items, as `Encoder.images` or `Encoder.texts` takes them; without validation items C is
         chosen on one training item in ten, at random with seed 0.
       tasks: {name: labels of the three parts, int (n,)}; a single task is named "".
@@ -153,7 +152,6 @@ class ClassificationSet:
     """Labelled items for the classifier of a fine-tuned model.
 
     Attributes:
-      name: name of the set, in the names of its metrics.
       items: images or texts, as `Encoder.images` or `Encoder.texts` takes them.
       labels: classes int (n,), or targets of a regression fp32 (n,).
       classes: number of classes; 1 for a regression.

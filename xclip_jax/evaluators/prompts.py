@@ -116,10 +116,9 @@ def _read(name: str) -> dict[str, list[str]]:
 def templates(name: str) -> list[str]:
     """Return the templates `name`, with {c} for the class: "openai80", "slip7", or clip-benchmark's key of a set."""
     known = _read("zeroshot_classification_templates")
-    if name in ("openai80", "slip7"):
-        texts = known["imagenet1k"]
-        return [texts[i] for i in _SEVEN] if name == "slip7" else texts
-    return _EXTRA.get(name) or known[name]
+    if name == "slip7":
+        return [known["imagenet1k"][i] for i in _SEVEN]
+    return known["imagenet1k"] if name == "openai80" else _EXTRA.get(name) or known[name]
 
 
 def chosen(name: str, profile: Profile) -> str:

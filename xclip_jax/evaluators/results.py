@@ -238,12 +238,8 @@ def add(
 ) -> None:
     """Add an entry to a results file, which is created if it does not exist; waits while another process adds one.
 
-    Args:
-      path: the file.
-      entry: an entry with all of `KEY`.
-      items: per-example values of its metrics.
-      command: keys of the file about the command that writes.
-      own: whether the whole file belongs to the entry's checkpoint, also under former names of its folder.
+    `entry` has all of `KEY`, `items` are the per-example values of its metrics, and `command` has keys of the file on
+    the command that writes. All entries of a checkpoint's `own` file are of it, also under former names of its folder.
     """
     with locks.lock(path, blocking=True):
         entries, items_of = read(path) if path.exists() else ([], {})

@@ -106,7 +106,6 @@ class RetrievalSet:
     """Images and their captions.
 
     Attributes:
-      name: name of the set, in the names of its metrics.
       images: `len` and `[]`, uint8 (size, size, 3).
       captions: one or more for each image; a caption shared by several images matches all of them.
     """
@@ -209,7 +208,6 @@ class SimilaritySet:
     """Pairs of sentences whose similarity people rated.
 
     Attributes:
-      name: name of the set, in the names of its metrics.
       subsets: {name: pairs}, at least two pairs each; a set without parts has one subset.
     """
 
@@ -272,7 +270,6 @@ class TextRetrievalSet:
     """Queries that mean the same as one of `texts`.
 
     Attributes:
-      name: name of the set, in the names of its metrics.
       texts: items of the retrieval, all distinct.
       queries: (query, index of its text).
       groups: bool (queries,) of named parts, such as languages; the value is then their unweighted mean.

@@ -49,12 +49,8 @@ def ranks(scores: np.ndarray, index: np.ndarray) -> np.ndarray:
 def average_precision(scores: np.ndarray, positives: np.ndarray) -> np.ndarray:
     """Return the average precision of each class, not interpolated, (classes,): the mean of precision at each positive.
 
-    As clip_benchmark's `average_precision_per_class`; equal scores rank by index, lowest first. It is 0 for a class
-    without positives, or with a score that is NaN or plus infinity.
-
-    Args:
-      scores: (n, classes), higher is more likely.
-      positives: bool of the same shape; an item may have several classes.
+    As clip_benchmark's `average_precision_per_class`, from scores (n, classes) and bool `positives` of the same shape;
+    equal scores rank by index. It is 0 for a class without positives, or with a score that is NaN or plus infinity.
     """
     hits, precision = _ranked(scores, positives)
     return (precision * hits).sum(axis=0) / np.maximum(hits.sum(axis=0), 1)
@@ -178,10 +174,7 @@ def bootstrap(
     Items with `groups` are resampled by whole groups, the groups of `a`. Resamples with an undefined statistic, such as
     ROC AUC of positive items only, are left out. The interval is NaN if no resample defines it.
 
-    Args:
-      a, b: values of one model, or of two models on the same items, in the same order.
-      samples: number of resamples.
-      ratio: whether to return the interval of b / a instead, for geometric means.
+    Both have the same items, in the same order. With `ratio` the interval is of b / a, for geometric means.
     """
     if b is not None and (a.statistic != b.statistic or len(a.values) != len(b.values)):
         raise UserError(

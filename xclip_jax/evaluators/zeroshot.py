@@ -141,19 +141,11 @@ def encode_pairs(
     return img, [similarity.rows(txt[similarity.feature]) for similarity in similarities]
 
 
-def text_scores(
-    encoder: Encoder, variables: Variables, images: Sequence[np.ndarray], texts: Sequence[str]
-) -> dict[str, np.ndarray]:
-    """`compare` images with single texts: {score: (n, m)}."""
-    return compare(encoder.similarities, *encode_pairs(encoder, variables, images, texts))
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class ZeroShotSet:
     """Labelled images and the texts of their classes.
 
     Attributes:
-      name: name of the set, in the names of its metrics.
       images: `len` and `[]`, uint8 (size, size, 3).
       labels: int (n,), or bool (n, classes) if an image may have several classes.
       prompts: texts of each class, templates filled in; classes may share texts.
