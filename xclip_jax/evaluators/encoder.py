@@ -169,7 +169,7 @@ class Encoder:
         return self._run(self._encode_texts, variables, rows, jax.ShapeDtypeStruct((length,), np.int32), features)
 
     def _length(self, tokens: Rows) -> int:
-        """Return the length to which texts can be cut, if so many batches are worth compiling it; else the context."""
+        """Return the length of the longest text if there are enough batches to compile for it, else the context."""
         if self._eot_id is None or len(tokens) < _BATCHES * self.batch:
             return self._text_length
         longest = int((np.asarray(tokens) == self._eot_id).argmax(axis=1).max()) + 1
