@@ -203,8 +203,8 @@ def _cells(layout: Layout, results: Mapping[str, Result], levels: bool = True) -
         result = results.get(column.metric)
         cells.append("" if result is None else _number(result))
         if column.chance:
-            known = result is not None and levels and result.chance is not None
-            cells.append(f"({result.chance:.1f})" if known else "")
+            level = result.chance if result is not None and levels else None
+            cells.append("" if level is None else f"({level:.1f})")
     return cells
 
 
