@@ -67,7 +67,7 @@ def test_long_names_do_not_shift_the_columns():
         (["imagenet@/data/in/val/", "csv:~/a/b.csv"], ["imagenet@val", "csv:b.csv"]),
         (
             ["folder:/a/x/val", "folder:/a/y/val", "imagenet@/a/val"],
-            ["folder:/a/x/val", "folder:/a/y/val", "imagenet@val"],
+            ["folder:x/val", "folder:y/val", "imagenet@val"],
         ),
         (["tar:gs://bucket/pairs/000.tar"], ["tar:000.tar"]),
         # What is no absolute path is called as the user wrote it.

@@ -123,13 +123,8 @@ class Encoder:
     def patches(self, variables: Variables, images: Rows, first: int = 0) -> Iterator[tuple[int, np.ndarray]]:
         """Encode the patches of images batch by batch: the features of a whole set may be too large to keep.
 
-        Args:
-          variables, images: as in `images`.
-          first: offset of their indices in `unreadable`.
-
-        Yields:
-          Index of a batch's first image, and fp32 (m, grid, grid, d) of its m images. The rows of an image that raised
-          `BadSample` are NaN.
+        Yields the index of a batch's first image, and fp32 (m, grid, grid, d) of its m images, NaN where unreadable.
+        `first` is the offset of the images' indices in `unreadable`.
         """
         valid, form = [], self._form(images)
         for start, out in self._batches(self._encode_patches, variables, images, form, ("patches", "valid")):
@@ -234,7 +229,11 @@ class Encoder:
                 block = blocks[first] = np.zeros((stop - first, *form.shape), form.dtype)
                 for i in range(start + first, min(start + stop, len(items))):
                     try:
-                        block[i - start - first] = _checked(items[i], i, form)
+                        item = items[i]
+                        # NumPy would cast and broadcast a wrong one silently.
+                        if item.shape != form.shape or item.dtype != form.dtype:
+                            raise UserError(f"item {i} is {item.dtype} {item.shape}, not {form.dtype} {form.shape}.")
+                        block[i - start - first] = item
                     except BadSample as error:
                         self._reasons[i] = describe(error)
             return blocks[first]
@@ -244,10 +243,3 @@ class Encoder:
 
         batch = jax.make_array_from_callback((size, *form.shape), self._sharding, rows)
         return batch, jax.make_array_from_callback((size,), self._sharding, valid)
-
-
-def _checked(item: np.ndarray, i: int, form: jax.ShapeDtypeStruct) -> np.ndarray:
-    """Return `item` if its shape and dtype are right: NumPy would cast and broadcast a wrong one silently."""
-    if item.shape != form.shape or item.dtype != form.dtype:
-        raise UserError(f"item {i} is {item.dtype} of shape {item.shape}; expected {form.dtype} of shape {form.shape}.")
-    return item

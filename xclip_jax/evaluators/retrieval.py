@@ -24,8 +24,7 @@ from xclip_jax.objectives.similarity import Similarity, features
 Pair = tuple[str, str, float]  # two sentences and their similarity, rated by people
 
 KS = (1, 5, 10)
-# Numbers held at once for each score: COCO's 5,000 images and 25,000 captions are one block; 85,000 pairs at once would
-# take 29 GB.
+# Numbers held at once for each score: COCO's 5,000 images and 25,000 captions are one block.
 BLOCK = 1 << 27
 
 

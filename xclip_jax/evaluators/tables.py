@@ -111,16 +111,25 @@ def short_names(results: Sequence[Result]) -> dict[str, str]:
 
 
 def shorten(names_of_sets: Iterable[str]) -> dict[str, str]:
-    """Return {name: short name}: the last part of absolute paths and URLs, if it distinguishes the sets.
+    """Return {name: short name}; absolute paths and URLs keep as many last parts as distinguish the sets.
 
     The sets "holdout" and "holdout@RUN" are "held-out pairs" and "held-out pairs of RUN".
     """
     names = {name: public(name) for name in names_of_sets}
-    short = {name: _PATH.sub(lambda m: m[1] + m[2].rstrip("/").rpartition("/")[2], x) for name, x in names.items()}
-    for name, text in short.items():
-        if list(short.values()).count(text) == 1:
-            held_out, _, run = text.partition("@")
-            names[name] = text if held_out != HELD_OUT else f"held-out pairs of {run}" if run else "held-out pairs"
+    paths = {name: match.groups() for name, shown in names.items() if (match := _PATH.fullmatch(shown))}
+
+    def end(prefix: str, path: str, depth: int) -> str:
+        return prefix + "/".join(path.rstrip("/").split("/")[-depth:])
+
+    for name, parts in paths.items():
+        depth = 1
+        while depth <= name.count("/") and [end(*p, depth) for p in paths.values()].count(end(*parts, depth)) > 1:
+            depth += 1
+        names[name] = end(*parts, depth)
+    for name, short in names.items():
+        held_out, _, run = short.partition("@")
+        if held_out == HELD_OUT:
+            names[name] = f"held-out pairs of {run}" if run else "held-out pairs"
     return names
 
 

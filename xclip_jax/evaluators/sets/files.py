@@ -1,4 +1,4 @@
-"""Sets of texts and captions from files in their published layout, NAME@PATH; COCO and GLUE also from TFDS, NAME.
+"""Sets of texts and captions from files in their published layout, NAME@PATH; COCO, TREC and GLUE also from TFDS, NAME.
 
 sts12@FOLDER ... sts16@FOLDER       STS: STS.input.X.txt and STS.gs.X.txt for each subset X
 stsb@sts-test.csv, sickr@SICK_test_annotated.txt
@@ -100,10 +100,7 @@ def _similarity(spec: str, split: str, subsets: Mapping[str, Sequence[Pair]], sp
 
 
 def _senteval(spec: str, parts: Sequence[Sequence[tuple[Any, int]]], how: str) -> ProbeSet:
-    """Return a probe from (text or pair of texts, label) for training and test, or training, validation and test.
-
-    Without validation items ten folds of the training items choose C.
-    """
+    """Return a probe from (text or pair of texts, label) of each split; without validation ten folds choose C."""
     train, validation, test = parts if len(parts) == 3 else (parts[0], [], parts[1])
     items = tuple([item for item, _ in part] for part in (train, validation, test))
     labels = tuple(np.array([label for _, label in part], int) for part in (train, validation, test))
@@ -157,6 +154,16 @@ _SPLIT_FILES: Mapping[str, tuple[Callable[[pathlib.Path], list[tuple[Any, str]]]
     "mrpc": (_read_mrpc, ["msr_paraphrase_train.txt", "msr_paraphrase_test.txt"]),
     "sicke": (_read_sick, ["SICK_train.txt", "SICK_trial.txt", "SICK_test_annotated.txt"]),
 }
+
+
+def trec(data_dir: str | None) -> ProbeSet:
+    """Read TREC from TFDS."""
+    parts = []
+    for split in ("train", "test"):
+        source, _ = open_tfds("trec", split, data_dir)
+        records = (source[i] for i in range(len(source)))
+        parts.append([(lookup(record, "text")[0], int(record["label-coarse"])) for record in records])
+    return _senteval("trec", parts, _C_BY_FOLDS)
 
 
 def glue(name: str, folder: str, data_dir: str | None) -> ProbeSet | SimilaritySet:
@@ -218,7 +225,7 @@ READERS: Mapping[str, Callable[[str, pathlib.Path], SimilaritySet | ProbeSet]] =
     **dict.fromkeys((*_TWO_FILES, *_SPLIT_FILES), senteval),
 }
 GLUE = tuple(f"glue/{task}" for task in tasks.TASKS)
-IN_TFDS = ("coco_retrieval", *GLUE)
+IN_TFDS = ("coco_retrieval", "trec", *GLUE)
 RETRIEVAL = ("coco_retrieval", "flickr30k_retrieval")
 
 
@@ -231,6 +238,8 @@ def load(
     try:
         if name in GLUE:
             return glue(name, location, data_dir)
+        if spec == "trec":
+            return trec(data_dir)
         if name in RETRIEVAL and location:
             return karpathy(name, path, prepare, profile)
         if name in RETRIEVAL:

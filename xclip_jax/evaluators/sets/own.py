@@ -123,10 +123,7 @@ def captioned(
     profile: Profile,
     **origin: str,
 ) -> RetrievalSet:
-    """Return a retrieval set of encoded images and their captions as the profile changes them.
-
-    `ids` is JSON that identifies each image for the split's hash, `origin` has fields of `Provenance`.
-    """
+    """Return a retrieval set of encoded images, identified by `ids`, and their captions as the profile changes them."""
     prepare, texts = profile.preprocessing(prepare), [profile.texts(of_image) for of_image in captions]
     kept = f"first {profile.captions}" if profile.captions else "all"
     card = Provenance(
