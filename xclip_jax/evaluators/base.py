@@ -156,10 +156,7 @@ class SetKind(abc.ABC):
 
 
 class Pictures(Sequence):
-    """Encoded images, decoded and preprocessed on access: data sets need not fit into memory.
-
-    A `BadSample` error has the image's name as a note.
-    """
+    """Encoded images, decoded and preprocessed on access; a `BadSample` error has the image's name as a note."""
 
     def __init__(self, images: Sequence[Any], prepare: Preprocessing) -> None:
         self._images, self._prepare = images, prepare

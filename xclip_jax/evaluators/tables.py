@@ -241,7 +241,7 @@ def compare(
     percentile bootstrap of the paired difference or ratio; absent for metrics that cannot be resampled.
 
     Args:
-      a, b: runs' folders, or results files of `xclip_jax.commands.evaluate`.
+      a, b: runs' folders, or results files.
       step: step of both; by default the newest that each file has.
       profile: profile of both; by default the last evaluated profile that both files have for a set.
       refused: list to which a sentence is added for each set whose data or protocol differ; without it the first one is

@@ -44,9 +44,7 @@ class Entry:
       classes: the set's classes among ImageNet's 1000; empty for all.
       train, held: splits on which probes are trained and choose C. Without `train` the set has no probe; without `held`
         C is chosen on a tenth of `train`.
-      note: see `Provenance`.
-      role: `SHIFTED` for images of another source or style than the training images of its classes; `VALIDATION` for
-        model selection, which the paper's suite leaves out.
+      note, role: see `Provenance`; sets for validation are not in the paper's suite.
     """
 
     tfds: str = ""
