@@ -134,7 +134,7 @@ def test_a_suite_is_a_name_or_names():
     [
         (["--checkpoint", "{}/none"], "none' does not exist; name the folder of a run"),
         (["--checkpoint", "{}/set"], "contains no file of weights"),
-        (["--checkpoint", "{}/a", "--suite", "imagenett"], "set 'imagenett'; did you mean 'imagenet'"),
+        (["--checkpoint", "{}/a", "--suite", "imagenett"], "unknown evaluation set 'imagenett'"),
         (["--checkpoint", "{}/a", "--suite", ","], "--suite is empty"),
         (["--checkpoint", "{}/a", "--profile", "google"], "--profile is 'google'"),
         (["--checkpoint", "{}/a", "--step", "9"], "no checkpoint of step 9"),

@@ -128,7 +128,7 @@ def _tuples(value):
         (["{}/none"], "none' does not exist; name the folder of a run"),
         (["{}/ran"], "did you mean '{}/run'?"),
         (["{}"], "is not a run directory"),
-        (["{}/run", "--sets", "imagenett"], "set 'imagenett'; did you mean 'imagenet'"),
+        (["{}/run", "--sets", "imagenett"], "unknown evaluation set 'imagenett'"),
         (["{}/run", "--step", "9"], "no checkpoint of step 9"),
         (["{}/run", "--stepp", "9"], "unrecognized arguments"),
         (["{}/run", "--output", "{}/none/x.html"], "none' does not exist; create it first"),

@@ -22,7 +22,6 @@ from xclip_jax.data import loader, sources
 from xclip_jax.data.readers import glue
 from xclip_jax.evaluators import registry, tables
 from xclip_jax.evaluators.probe import ClassifierEvaluator
-from xclip_jax.evaluators.results import VALIDATION
 from xclip_jax.train import build, state, trainer, weights
 from xclip_jax.train.checkpoint import Checkpointer
 
@@ -230,26 +229,6 @@ class FakeEncoder:
         return {} if self.logits is None else {"class_logits": np.asarray(self.logits, np.float32)[: len(texts)]}
 
 
-def test_a_validation_split_is_for_choices_where_another_one_is_the_test(tmp_path, monkeypatch):
-    """ImageNet and GLUE have no other labelled one: its result is the headline."""
-    folder = glue_folder(tmp_path / "c", "cola")
-    assert registry.load(f"finetuned/glue:cola@{folder}/validation", 8).card.role == ""
-    folder_of_classes(tmp_path / "images" / "validation", 2)
-    spec = f"finetuned/folder:{tmp_path / 'images' / 'validation'}"
-    assert registry.load(spec, 8).card.role == ""
-    (tmp_path / "images" / "test").mkdir()
-    assert registry.load(spec, 8).card.role == VALIDATION
-
-    opened = sources.open_labelled(f"folder:{tmp_path / 'images' / 'validation'}")
-    monkeypatch.setattr(sources, "open_labelled", lambda *_: opened)
-    # Of ImageNet TFDS has a test split too, without labels.
-    monkeypatch.setattr(sources.SOURCES["tfds"], "has_split", lambda rest, split, options: split == "test")
-    roles = {"imagenet2012": "", "imagenet2012:5.1.0": "", "clevr": "", "dtd": VALIDATION, "mine": VALIDATION}
-    for name, role in roles.items():
-        assert registry.load(f"finetuned/tfds:{name}/validation", 8).card.role == role
-    assert registry.load("finetuned/tfds:dtd/test", 8).card.role == ""
-
-
 def test_metrics_of_a_task_with_two_classes(tmp_path):
     folder = glue_folder(tmp_path / "c", "cola", 50)
     data = registry.load(f"finetuned/glue:cola@{folder}/validation", 8)
@@ -268,7 +247,7 @@ def test_metrics_of_a_task_with_two_classes(tmp_path):
         }
     )
     assert items.keys() == {f"{name}/finetuned/{key}" for key in found} and metrics[f"{name}/majority"] == 50
-    assert "matthews" in tables.render(results)
+    assert "Matthews" in tables.render(results)
     for logits, message in ((None, "no classifier"), (np.zeros((100, 3)), "a classifier of 3 classes")):
         with pytest.raises(UserError, match=message):
             ClassifierEvaluator(FakeEncoder(logits), data).run(None)

@@ -78,8 +78,6 @@ def evaluate(
     names, changes = registry.expand_suites(suite), json.loads(json.dumps(changes or {}))  # as the file has them
     dataclasses.replace(registry.profile(profile), **changes)  # for its errors, before the work
     path = epath.Path(output) if output else evaluation_file(hub.local_name(run))
-    if output:
-        results.make_folder(path)
     pinned, origin = pin(run)
     config, experiment, variables, loaded_step = load(pinned, step)
     if path.exists():
@@ -116,7 +114,7 @@ def _facts(config: Config, experiment: Experiment, variables: Variables) -> dict
         "tokenizer": config.data.tokenizer,
         "text_length": experiment.context_length,
         "fingerprint": fingerprint(experiment, variables),
-        "eval": results.settings(config),
+        "eval": results.settings(config.eval),
     }
 
 
@@ -173,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with exit_with_message(), trusting(flags.trust):
         if flags.compare:
             if flags.output:
-                results.make_folder(epath.Path(flags.output))
+                epath.Path(flags.output).parent.mkdir(parents=True, exist_ok=True)
             rows = compare(*flags.compare, step=flags.step, profile=flags.profile)
             log0(render_comparison(rows, *flags.compare))
             if flags.output:
@@ -182,10 +180,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         compilation_cache.enable()
         checks.warn_of_idle_accelerator()
         flags.names = read_class_names(flags.names) if flags.names else None
-        suite, fields = flags.suite or ["demo"], {key: getattr(flags, key) for key in PROFILE_FIELDS}
+        suite, fields = ",".join(flags.suite or ["demo"]), {key: getattr(flags, key) for key in PROFILE_FIELDS}
         evaluate(
             flags.checkpoint,
-            suite[0] if len(suite) == 1 else suite,
+            suite,
             step=flags.step,
             profile=flags.profile or "openai",
             changes={key: value for key, value in fields.items() if value is not None},

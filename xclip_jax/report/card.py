@@ -178,7 +178,7 @@ def measured(run: RunFolder, steps: int, step: int) -> list[Result]:
 def _entries(run: RunFolder, step: int) -> list[results.Entry]:
     """Return the entries of evaluation.json for the checkpoint, with the profile that was evaluated last."""
     entries = results.read(run.evaluation_file)[0] if run.evaluation_file.exists() else []
-    entries = [entry for entry in results.of_config(entries, _run_config(run)) if entry["step"] == step]
+    entries = [entry for entry in results.of_group(entries, _run_config(run).eval) if entry["step"] == step]
     return results.latest(entries)[0] if entries else []
 
 

@@ -20,7 +20,7 @@ from xclip_jax.core.errors import UserError
 from xclip_jax.core.run_folder import RunFolder, not_found
 from xclip_jax.evaluators import results, tables
 from xclip_jax.evaluators.results import Result
-from xclip_jax.evaluators.statistics import PerExample, interval
+from xclip_jax.evaluators.statistics import PerExample, bootstrap
 from xclip_jax.objectives import Objective, make_objective
 from xclip_jax.report.examples import Examples
 
@@ -171,7 +171,7 @@ def _results(run: RunFolder, final: Mapping[str, Any], config: Config) -> tuple[
     if run.evaluation_file.exists():
         # Where a run has results of its own, a damaged file adds none and is no error.
         with contextlib.suppress(UserError) if known else contextlib.nullcontext():
-            entries = results.of_config(results.read(run.evaluation_file)[0], config)
+            entries = results.of_group(results.read(run.evaluation_file)[0], config.eval)
     if not entries:
         return known, steps
     shown, sets = results.latest(entries)[0], {(result.family, result.set) for result in known}
@@ -273,7 +273,7 @@ def judge(result: Result) -> Judgement:
     low, high, items = math.nan, math.nan, result.items
     n = result.n if items is None else _trials(items)
     if items is not None and not n:
-        low, high = interval(items, samples=_SAMPLES)
+        low, high = bootstrap(items, samples=_SAMPLES)
     elif result.unit == "%" and n and math.isfinite(result.value) and not result.metric.endswith("mean_per_class"):
         right = min(max(round(n * result.value / 100), 0), n)
         exact = scipy.stats.binomtest(right, n).proportion_ci(LEVEL)
@@ -302,7 +302,7 @@ def _trials(items: PerExample) -> int:
 
 def judgements(known: Sequence[Result]) -> dict[tuple[str, str], Judgement]:
     """Return {(set and task, metric): judgement} of the first metric of each row of the tables."""
-    first = {(row.name, row.shown[0][0].name): row.shown[0][1] for row in tables.rows(known)}
+    first = {(row.name, row.shown[0][0].metric): row.shown[0][1] for row in tables.rows(known)}
     return {key: judge(result) for key, result in first.items()}
 
 

@@ -17,7 +17,7 @@ from xclip_jax.evaluators.encoder import Encoder, Features
 from xclip_jax.evaluators.prompts import PROFILES, Profile
 from xclip_jax.evaluators.retrieval import RetrievalSet, positives
 from xclip_jax.evaluators.retrieval import ranks as ranks_of
-from xclip_jax.evaluators.zeroshot import ZeroShot, ZeroShotSet, compare, text_scores
+from xclip_jax.evaluators.zeroshot import ZeroShot, ZeroShotSet, compare, encode_pairs
 from xclip_jax.models.two_towers import TwoTowers, Variables
 from xclip_jax.objectives.similarity import Similarity, cluster_similarity, features, softmax
 from xclip_jax.parallel.mesh import replicated
@@ -301,7 +301,7 @@ def _retrieved(
     gallery = Gallery(
         [data.images[i] for i in keep], [shown.images[i] for i in keep], [of_image[0] for of_image in captions]
     )
-    by_score = text_scores(encoder, variables, gallery.images, texts)
+    by_score = compare(encoder.similarities, *encode_pairs(encoder, variables, gallery.images, texts))
     scores, bars = by_score[""], _bars(encoder, variables, by_score)
     matches = positives(captions)
     by_text, by_image = [], []

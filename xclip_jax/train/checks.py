@@ -368,8 +368,7 @@ def check_same_data(job: Job) -> None:
         facts[f"source {number}"] = f"{fingerprint.get('samples')} samples, hash {digest}"
     # Hosts with other items would wait for each other's batches, or measure a mixture.
     for number, evaluator in enumerate(job.final):
-        count = sum(len(getattr(evaluator.data, part, ())) for part in evaluator.inputs)
-        facts[f"evaluation set {number}, {evaluator.name}"] = f"{count} items, hash {evaluator.data.card.split_hash}"
+        facts[f"evaluation set {number}, {evaluator.name}"] = f"hash {evaluator.data.card.split_hash}"
     remedy = "all processes have to read the same data.sources, data.tokenizer and evaluation sets"
     if any(OUTCOMES.keys() & fingerprint.keys() for fingerprint in job.fingerprints):
         remedy += ", and all of their records: see that the files can be read, and start again"
