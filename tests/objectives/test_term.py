@@ -1,6 +1,5 @@
 """Terms of other packages."""
 
-import dataclasses
 import json
 import pathlib
 import re
@@ -14,7 +13,6 @@ from xclip_jax.config import schema
 from xclip_jax.core.errors import UserError
 from xclip_jax.data import loader
 from xclip_jax.objectives import (
-    Term,
     make_objective,
 )
 from xclip_jax.objectives.similarity import CosineSimilarity
@@ -122,11 +120,6 @@ def test_a_heads_flops_count():
     assert with_term - without == 2 * 32 * vocab
 
 
-@dataclasses.dataclass(frozen=True)
-class NoLoss(Term):
-    pass
-
-
 @pytest.mark.parametrize(
     ("plugin", "message"),
     [
@@ -135,9 +128,8 @@ class NoLoss(Term):
             "'objective.plugins.tokens.momentun' is unknown; did you mean .*momentum",
         ),
         ({"type": SUPERCLIP, "momentum": 2.0}, r"objective\.plugins\.tokens\.momentum is 2\.0; expected at least 0"),
-        ({"type": "tests.extension.superclip:Tokens"}, r"cannot be imported.* did you mean .*:TokenClassification'\?$"),
+        ({"type": "tests.extension.superclip:Tokens"}, r"cannot be imported.* has no attribute 'Tokens'"),
         ({"type": "tests.helpers.tiny:config"}, "is not a dataclass derived from xclip_jax.objectives.term.Term"),
-        ({"type": f"{__name__}:NoLoss"}, r"NoLoss' does not define __call__, which Term requires; add it\.$"),
         ({}, "unknown objective term 'tokens'"),
     ],
 )

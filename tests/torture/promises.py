@@ -246,16 +246,6 @@ PROMISES = (
     ),
     Promise(
         "disks",
-        "two runs are started on one folder in a bucket, which has no locks",
-        "the second is refused while the first renews its lease; after a kill it waits up to 70 s",
-        (
-            "core/locks::a_second_holder_is_refused_while_the_first_renews",
-            "core/locks::the_lease_of_a_process_that_was_killed_expires",
-            "core/locks::a_run_in_a_bucket_holds_it",
-        ),
-    ),
-    Promise(
-        "disks",
         "a run's folder is moved, copied or given by another path, with its data and tokenizer",
         "the same command continues there",
         ("train/training_folder::a_run_may_be_moved_with_its_data_and_its_tokenizer",),

@@ -2,10 +2,9 @@
 
 import contextlib
 import contextvars
-import sys
 from collections.abc import Callable, Iterator
 
-from xclip_jax.core.errors import Parser, public
+from xclip_jax.core.errors import public
 
 
 def log0(message: str) -> None:
@@ -70,7 +69,5 @@ COMMANDS = {
 
 
 def command(name: str) -> str:
-    """Return "xclip-jax NAME", or "python -m xclip_jax NAME" in a process that was started that way."""
-    main = getattr(sys.modules.get("__main__"), "__spec__", None)
-    as_module = Parser.program is None and main is not None and main.name.startswith("xclip_jax.")
-    return f"python -m xclip_jax {name}" if as_module else f"xclip-jax {name}"
+    """Return "xclip-jax NAME", for messages."""
+    return f"xclip-jax {name}"

@@ -20,7 +20,6 @@ import numpy as np
 from xclip_jax.core.console import command
 from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.core.imports import Classes, import_class
-from xclip_jax.core.remote import expand_home
 from xclip_jax.data import holdout, images, labelled, records
 from xclip_jax.data.base import (
     IMAGE_SUFFIXES,
@@ -100,14 +99,12 @@ def parse(text: str) -> SourceSpec:
     """Parse a spec; nothing is opened.
 
     Raises:
-      UserError: an unknown kind, a kind in `SOURCES` without a rest, a URL with one slash, or a module that cannot be
-        imported.
+      UserError: an unknown kind, a kind in `SOURCES` without a rest, or a module that cannot be imported.
     """
     prefix, colon, rest = text.partition(":")
     if colon and prefix in SOURCES:
         if not rest:
             raise UserError(f"source {text!r} ends after its type; write {', '.join(_forms(SOURCES[prefix]))}.")
-        expand_home(rest)
         return SourceSpec(SOURCES[prefix], rest)
     if match := _IMPORTED.fullmatch(text):
         return SourceSpec(_import(text, match["class"]), match["rest"] or "")

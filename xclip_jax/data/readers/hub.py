@@ -189,8 +189,7 @@ def caption_columns(spec: str, features: Mapping[str, Any], keys: Sequence[str])
 class Images(labelled.Files):
     """Encoded images in a column of a `datasets.Dataset`: bytes, {"bytes", "path"}, or paths or URLs.
 
-    A set of the Hub may name files in the caches of its packages; it may name neither other files of this machine nor
-    addresses of the inner network, which are bad samples.
+    A set of the Hub may name files in the caches of its packages; other files of this machine are bad samples.
     """
 
     def __init__(self, rows: Any, column: str, rest: str) -> None:

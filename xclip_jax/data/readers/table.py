@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from xclip_jax.core import remote, storage
+from xclip_jax.core import storage
 from xclip_jax.core.errors import BadSample, UserError, first_line, public
 from xclip_jax.data import labelled
 from xclip_jax.data.base import MAX_BYTES, Form, MissingColumnError, Record, Source, SourceKind, SourceOptions
@@ -125,7 +125,7 @@ class TableSource(Source):
             raise IndexError(index)
         value = self._value(self.options.image_key, index)
         table = self._table(index)
-        untrusted = table if remote.scheme(table) not in ("", "file") else ""
+        untrusted = table if storage.scheme(table) not in ("", "file") else ""
         image, name = image_of(value, str(index), lambda path: self._path(index, path), untrusted)
         return pair(image, name, self.options, lambda key: self._value(key, index))
 
@@ -137,8 +137,7 @@ def image_of(value: Any, row: str, locate: Callable[[str], str] = str, table: st
       value: bytes, a path or URL, or {"bytes", "path"} as Hugging Face writes them.
       row: name of the row.
       locate: function from a path in the table to the place of the file.
-      table: address of a table that is not on this machine, which may name neither files of this machine nor addresses
-        of the inner network.
+      table: address of a table that is not on this machine, which may not name files of this machine.
 
     Raises:
       BadSample: a file that cannot be read or is empty, or no image.

@@ -9,6 +9,7 @@ too.
 
 import concurrent.futures
 import concurrent.futures.process
+import contextlib
 import glob
 import hashlib
 import io
@@ -283,7 +284,9 @@ def build(path: str) -> pathlib.Path:
     """
     rows = index(path)
     for index_path in index_files(path):
-        if not storage.writable(index_path.parent):
+        with contextlib.suppress(OSError):
+            index_path.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(index_path.parent, os.W_OK):
             continue
         temporary = index_path.with_name(f".{index_path.name}.{os.getpid()}.{threading.get_ident()}")
         try:
