@@ -71,13 +71,8 @@ def sentences(what: str, repository: str, revision: str | None = None) -> Iterat
 def dataset_folder(spec: str, repository: str, revision: str | None, patterns: Sequence[str]) -> pathlib.Path:
     """Return the folder, in the Hub's cache, of a repository of data with the files that match `patterns`.
 
-    Missing files are fetched; only the cache is used if the Hub cannot be reached or HF_HUB_OFFLINE is set.
-
-    Args:
-      spec: the user's spec, for messages.
-      repository: "ORG/NAME".
-      revision: branch, tag or commit, None for the newest.
-      patterns: patterns of file names for `huggingface_hub.snapshot_download`.
+    Missing files are fetched; only the cache is used if the Hub cannot be reached or HF_HUB_OFFLINE is set. Messages
+    begin with `spec`.
     """
     hub = load(spec)
     with sentences(spec, repository, revision):

@@ -64,17 +64,11 @@ def class_name(spec: str) -> str | None:
 
 
 def import_class(name: str, base: type[T], what: str = "class", *, dataclass: bool = False) -> type[T]:
-    """Import the class `name`, "package.module:Class", which must be a subclass of `base`.
-
-    Args:
-      name: module and class.
-      base: class that it must derive from.
-      what: what it is, for messages, such as "image tower".
-      dataclass: whether it must be a dataclass.
+    """Import the class `name`, "package.module:Class", a subclass of `base`; messages call it `what`.
 
     Raises:
-      UserError: a name of another form, a module that cannot be imported, no such class in it, or a name out of a
-        file, see `named_by`, without consent.
+      UserError: a name of another form, a module that cannot be imported, no such class in it, one that is no dataclass
+        if `dataclass` is set, or a name out of a file, see `named_by`, without consent.
     """
     match = _CLASS_NAME.fullmatch(name)
     if match is None:

@@ -92,12 +92,10 @@ class Plan(NamedTuple):
 
 
 def plan(drawn: Mapping[str, Collection[str]], twins: Collection[str]) -> Plan:
-    """Assign splits by the sha256 of concept ids, so that no result can influence them.
+    """Assign splits of {vendor: ids that it draws} by the sha256 of concept ids, so that no result can influence them.
 
-    Args:
-      drawn: {vendor: ids that it draws}.
-      twins: concepts that some vendor draws exactly as another concept (flags of territories, families). They are never
-        tested: their picture is also trained on under another name.
+    Concepts of `twins`, which some vendor draws exactly as another concept (flags of territories, families), are never
+    tested: their picture is also trained on under another name.
     """
     concepts = sorted({base_concept(i) for ids in drawn.values() for i in ids})
     eligible = [c for c in concepts if c not in twins and all(c in drawn[vendor] for vendor in VENDORS)]

@@ -22,14 +22,7 @@ Flat = dict[str, np.ndarray]
 
 
 class Export(NamedTuple):
-    """A model in the format of another project.
-
-    Attributes:
-      content: content of its config file.
-      tensors: tensors by their names.
-      texts: {file: text} of tokenizer and preprocessing.
-      notes: sentences on what the format cannot hold.
-    """
+    """A model in another project's format: config file, tensors, other files, and notes on what it cannot hold."""
 
     content: dict[str, Any]
     tensors: Flat
@@ -109,14 +102,9 @@ def square(value: Any, key: str, where: str) -> int:
 
 
 class Param(NamedTuple):
-    """A parameter of this package and the tensors of another project that hold it.
+    """A parameter of this package and the tensors of another project that hold it, joined along their first axis.
 
-    Attributes:
-      ours: name of the parameter, such as "img/positions".
-      shape: its shape.
-      theirs: names of the tensors, which are joined along their first axis.
-      joined: shape of the joined tensors.
-      axes: order of their axes before they are reshaped to `shape`.
+    `axes` is the order of the axes of the `joined` tensors before they are reshaped to `shape`.
     """
 
     ours: str
@@ -182,14 +170,7 @@ def _params(group: Mapping[str, Any], vocab: int, names: Names, *, sigmoid: bool
 
 
 def read(tensors: Mapping[str, np.ndarray], group: Mapping[str, Any], vocab: int, names: Names, where: str) -> Flat:
-    """Convert tensors of another project to flat parameters.
-
-    Args:
-      tensors: tensors by name.
-      group: config group `model`.
-      vocab: size of the vocabulary.
-      names: names of the project.
-      where: path of the weights, for errors.
+    """Convert tensors of another project to flat parameters of config group `model`, with `vocab` tokens.
 
     Raises:
       UserError: tensors that are missing, unknown or of another shape; all are listed by name.

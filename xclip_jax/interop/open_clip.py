@@ -64,11 +64,7 @@ def read(
 ) -> tuple[dict[str, Any], Flat]:
     """Return config and flat parameters of tensors with open_clip's names.
 
-    Args:
-      tensors: by their names.
-      folder: with the tokenizer, if there is one.
-      content: of open_clip_config.json, or None for OpenAI's archives: then sizes follow from shapes.
-      where: path of the weights, for errors.
+    `content` is the folder's open_clip_config.json, or None for OpenAI's archives: then sizes follow from shapes.
     """
     if any(name.startswith(("visual.trunk.", "visual.layer1.", "visual.attn_pool.")) for name in tensors):
         raise UserError(
@@ -172,13 +168,7 @@ def _tower(cfg: Mapping[str, Any], width: int, heads: int, quick: bool) -> dict[
 
 
 def write(config: Mapping[str, Any], params: Flat, tokens: Tokenizer, repository: str = "") -> Export:
-    """Return a model as open_clip's, from its flat parameters of towers and the `HEADS` that it has.
-
-    Args:
-      config: config of the model.
-      params: its parameters.
-      tokens: its tokenizer.
-      repository: its id on the Hub, or "".
+    """Return a model as open_clip's, from its flat parameters; `repository` is its id on the Hub, or "".
 
     Raises:
       UserError: a model that open_clip does not have.

@@ -34,9 +34,8 @@ _CHARACTER_MAP = 2  # of the normalizer's options
 def identify(folder: epath.Path, size: int, eot: int | None, where: str) -> str:
     """Return the tokenizer of a text tower of `size` ids that pools at id `eot` (None: the largest id).
 
-    Returns:
-      "clip" if the folder's tokenizer.json has CLIP's vocabulary, or is missing and the sizes are CLIP's; else the path
-      of this file.
+    It is "clip" if the folder's tokenizer.json has CLIP's vocabulary, or is missing and the sizes are CLIP's; else the
+    path of this file.
 
     Raises:
       UserError: neither has this number of ids and this end, or the folder has another vocabulary.
@@ -66,12 +65,8 @@ def identify(folder: epath.Path, size: int, eot: int | None, where: str) -> str:
 def siglip(folder: epath.Path, size: int, where: str) -> str:
     """Return the path of a SigLIP tokenizer with `size` ids: no start token, an end token, and padding that counts.
 
-    The folder's file defines neither padding nor cleaning of texts, so a complete file is written to the cache.
-
-    Args:
-      folder: has tokenizer.json or spiece.model; tokenizer_config.json names the padding, which is else the end token.
-      size: number of ids of the text tower.
-      where: path of the weights, for errors.
+    The folder's tokenizer.json or spiece.model defines neither padding nor cleaning of texts, so a complete file is
+    written to the cache. Its tokenizer_config.json names the padding, which is else the end token.
 
     Raises:
       UserError: no file, a damaged one, or one of another vocabulary.
@@ -138,14 +133,10 @@ def clip_files(length: int) -> dict[str, str]:
 
 
 def own_files(path: str, length: int) -> dict[str, str]:
-    """Return {file: content} of a tokenizer for transformers, which open_clip uses too, with the same ids as here.
+    """Return {file: content} of the tokenizer file `path` for transformers, which open_clip uses too: ids are the same.
 
     Our tokenizer adds start, end and padding itself and reads special tokens in a text as text; the files configure the
     same for other projects.
-
-    Args:
-      path: a tokenizer file that `tokenizer.load` reads.
-      length: tokens of a text.
     """
     ours = tokenizer.load(path)
     if ours.cleaning:
@@ -174,10 +165,7 @@ def _read(path: str) -> tokenizers.Tokenizer:
 
 
 def padding(tokens: tokenizer.Tokenizer) -> int:
-    """Return the id to pad with in other projects: the padding token's id if there is one, else the end's, as for CLIP.
-
-    Towers do not read tokens after the first end, so both give the same embeddings.
-    """
+    """Return the id to pad with in other projects: the padding token's, else the end's, after which no tower reads."""
     if tokens.name in tokenizer.NAMES:
         return tokens.eot_id
     token = _read(tokens.name).id_to_token(tokens.pad_id)
