@@ -61,7 +61,7 @@ def test_all_checks_of_the_command(tmp_path, pairs):
         ([], "the following arguments are required: RUN"),
         (["--config", "demo", "--topology=v4:2x2"], "unknown argument '--topology=v4:2x2'"),
         (["runs/a", "runs/b"], "unknown argument 'runs/b'"),
-        (["--checkpoint", "runs/a"], "unknown argument '--checkpoint'; write RUN without --checkpoint; see --help"),
+        (["--checkpoint", "runs/a"], "unknown argument '--checkpoint'; see --help"),
         (["--config", "demo", "--samples=0"], "--samples must be at least 1"),
         (["--config", "demo", "--seconds=nan"], "--seconds at least 0"),
         (["/nowhere/run"], "'/nowhere/run' does not exist; name the folder of a run"),

@@ -291,18 +291,11 @@ def test_bad_input_is_one_sentence(root, changes, message):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (["runs/a", "--images=x", "--out=x.npz"], "required: --checkpoint; write --checkpoint runs/a; see --help"),
-        (
-            ["--checkpoint=a", "--out=x.npz", "--images=My", "own", "set", "--batch=2"],
-            "spaces: '--images=My own set'; see",
-        ),
-        (
-            ["--checkpoint=a", "--out=x.npz", "--images", "My", "set"],
-            "arguments: set; quote a path with spaces: 'My set';",
-        ),
+        (["runs/a", "--images=x", "--out=x.npz"], "required: --checkpoint; see --help"),
+        (["--checkpoint=a", "--out=x.npz", "--images", "My", "set"], "arguments: set; see --help"),
     ],
 )
-def test_misplaced_words_are_named_with_what_to_write(line, message):
+def test_misplaced_words_are_named(line, message):
     with pytest.raises(SystemExit) as stopped:
         embed.main(line)
     assert message in str(stopped.value)

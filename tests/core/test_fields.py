@@ -247,6 +247,6 @@ def test_a_group_that_is_a_value(tmp_path):
 
 
 def test_a_warm_up_as_long_as_the_run_names_the_key_and_the_recipes_arguments():
-    remedy = r"shorten it with --config\.optim\.warmup=N, or give the recipe its length \(steps= in small and demo,"
+    remedy = r"shorten it with --config\.optim\.warmup=N, or give the recipe its length \(steps= or epochs=\)"
     with pytest.raises(UserError, match=rf"optim\.warmup=\d+ must be below the 1 steps of the run; {remedy}"):
         schema.resolve(tiny.config(steps=1, optim__warmup=1))

@@ -223,7 +223,7 @@ def test_two_commands_that_add_at_the_same_time_lose_nothing(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"x.json", "x.json.items.npz", *names}
 
 
-def test_a_file_system_without_locks_is_written(tmp_path, monkeypatch, capsys):
+def test_a_file_system_without_locks_is_written(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -232,7 +232,6 @@ def test_a_file_system_without_locks_is_written(tmp_path, monkeypatch, capsys):
         results.add(epath.Path(tmp_path / "x.json"), entry(set=name), {}, {}, own=True)
     assert [e["set"] for e in results.read(epath.Path(tmp_path / "x.json"))[0]] == ["x", "y"]
     assert {path.name for path in tmp_path.iterdir()} == {"x.json", "x.json.items.npz"}
-    assert capsys.readouterr().out.count("has no locks") == 1  # once, not for each set
 
 
 def test_a_lock_that_its_holder_removed_is_taken_again(tmp_path, monkeypatch):

@@ -1,6 +1,5 @@
 """Terms of other packages."""
 
-import dataclasses
 import json
 import math
 import pathlib
@@ -125,11 +124,6 @@ def test_a_heads_flops_count():
     assert with_term - without == 2 * 32 * vocab
 
 
-@dataclasses.dataclass(frozen=True)
-class NoLoss(Term):
-    pass
-
-
 @pytest.mark.parametrize(
     ("plugin", "message"),
     [
@@ -138,9 +132,8 @@ class NoLoss(Term):
             "'objective.plugins.tokens.momentun' is unknown; did you mean .*momentum",
         ),
         ({"type": SUPERCLIP, "momentum": 2.0}, r"objective\.plugins\.tokens\.momentum is 2\.0; expected at least 0"),
-        ({"type": "tests.extension.superclip:Tokens"}, r"cannot be imported.* did you mean .*:TokenClassification'\?$"),
+        ({"type": "tests.extension.superclip:Tokens"}, r"cannot be imported.* has no attribute 'Tokens'"),
         ({"type": "tests.helpers.tiny:config"}, "is not a dataclass derived from xclip_jax.objectives.term.Term"),
-        ({"type": f"{__name__}:NoLoss"}, r"NoLoss' does not define __call__, which Term requires; add it\.$"),
         ({}, "unknown objective term 'tokens'"),
     ],
 )

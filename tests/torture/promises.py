@@ -246,16 +246,6 @@ PROMISES = (
     ),
     Promise(
         "disks",
-        "two runs are started on one folder in a bucket, which has no locks",
-        "the second is refused while the first renews its lease; after a kill it waits up to 70 s",
-        (
-            "core/locks::a_second_holder_is_refused_while_the_first_renews",
-            "core/locks::the_lease_of_a_process_that_was_killed_expires",
-            "core/locks::a_run_in_a_bucket_holds_it",
-        ),
-    ),
-    Promise(
-        "disks",
         "a run's folder is moved, copied or given by another path, with its data and tokenizer",
         "the same command continues there",
         ("train/training_folder::a_run_may_be_moved_with_its_data_and_its_tokenizer",),
@@ -393,14 +383,11 @@ PROMISES = (
     ),
     Promise(
         "hostile input",
-        "large images, long captions, long ranges of names, and pickles that ask for memory",
+        "large images and long captions",
         "memory and time are bounded",
         (
             "data/transforms::bounds_hold_before_anything_is_decoded",
             "data/tokenizer::giant_texts_take_bounded_time",
-            "interop/tensor_files::a_small_pickle_takes_little_memory_and_time",
-            "interop/tensor_files::a_damaged_directory_of_a_zip_is_one_sentence",
-            "core/storage::a_range_that_is_too_long_is_refused_before_it_fills_memory",
         ),
     ),
     Promise(

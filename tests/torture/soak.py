@@ -310,7 +310,7 @@ def main() -> None:
     if flags.folder and any(pathlib.Path(flags.folder).glob("*")):
         parser.error(f"--folder {flags.folder} is not empty: older runs in it would be resumed; name another one")
     with tempfile.TemporaryDirectory() as temporary:
-        print(environment.machine(), flush=True)
+        print(json.dumps(environment.capture()), flush=True)
         soak = Soak(pathlib.Path(flags.folder or temporary), flags.seed)
         expected, number, identical, wrong = soak.undisturbed(), 0, 0, 0
         for name, kind, count in (("kill", signal.SIGKILL, flags.kills), ("term", signal.SIGTERM, flags.terms)):

@@ -165,25 +165,16 @@ def test_a_run_is_refused_before_its_folder_is_made(pairs, tmp_path, monkeypatch
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    ("folder", "limit", "usage", "cache"),
-    [
-        (".", "memory.max", "memory.current", "inactive_file"),
-        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-    ],
-)
-def test_memory_of_a_container(folder, limit, usage, cache, tmp_path, monkeypatch):
+def test_memory_of_a_container(tmp_path, monkeypatch):
     monkeypatch.setattr(environment, "_CGROUP", tmp_path)
     machine = memory.host_memory("MemTotal")
-    (tmp_path / folder).mkdir(exist_ok=True)
-    (tmp_path / folder / limit).write_text("1000000\n")
-    assert memory.host_memory() == memory.host_memory("MemTotal") == 1e6 < machine
-    (tmp_path / folder / usage).write_text("700000\n")
-    (tmp_path / folder / "memory.stat").write_text(f"anon 400000\nactive_file 50000\n{cache} 250000\n")
-    assert memory.host_memory() == 550_000 and memory.host_memory("MemTotal") == 1e6
-    (tmp_path / folder / usage).write_text("1300000\n")
+    (tmp_path / "memory.max").write_text("1000000\n")
+    (tmp_path / "memory.current").write_text("700000\n")
+    (tmp_path / "memory.stat").write_text("anon 400000\nactive_file 50000\ninactive_file 250000\n")
+    assert memory.host_memory() == 550_000 and memory.host_memory("MemTotal") == 1e6 < machine
+    (tmp_path / "memory.current").write_text("1300000\n")
     assert memory.host_memory() == 0
-    (tmp_path / folder / limit).write_text("max\n")
+    (tmp_path / "memory.max").write_text("max\n")
     assert memory.host_memory("MemTotal") == machine
 
 

@@ -123,11 +123,6 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser = Parser(
         prog="xclip-jax check",
         description=__doc__.split("\n\n")[0],
-        hints={
-            "image_key": "write PATH,image=COLUMN",
-            "text_keys": "write PATH,text=COLUMN",
-            "text_key": "write PATH,text=COLUMN",
-        },
         epilog="\n".join(["sources:", *(f"  {spec:23} {meaning}" for spec, meaning in sources.usage().items())]),
     )
     parser.add_argument(

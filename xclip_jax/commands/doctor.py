@@ -30,9 +30,7 @@ _CONFIG = re.compile(r"--?(no)?config\b")
 
 def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Return the arguments of the command, and the arguments of the config."""
-    parser = Parser(
-        prog="xclip-jax doctor", description=__doc__, hints={"checkpoint": "write RUN without --checkpoint"}
-    )
+    parser = Parser(prog="xclip-jax doctor", description=__doc__)
     before = any(_CONFIG.match(argument) for argument in argv)
     if not before:
         parser.add_argument("run", metavar="RUN", help="a run's folder; or --config RECIPE, of a run to be started")

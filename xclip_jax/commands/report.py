@@ -37,9 +37,7 @@ MOST_RUNS = 8  # as many as the page has colours
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        prog="xclip-jax report", description=__doc__, hints={"checkpoint": "write RUN without --checkpoint"}
-    )
+    parser = Parser(prog="xclip-jax report", description=__doc__)
     parser.add_argument("runs", metavar="RUN", nargs="+", help="run directory; others are compared with the first")
     parser.add_argument("--sets", default="", help="evaluation sets to show, separated by commas; by default the run's")
     parser.add_argument("--step", type=int, help="step of the checkpoint; the newest by default")

@@ -39,7 +39,7 @@ def _in_url(host: str) -> str:
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="xclip-jax serve", description=__doc__, hints={"checkpoint": "write RUN without --checkpoint"})
+    parser = Parser(prog="xclip-jax serve", description=__doc__)
     parser.add_argument("checkpoint", metavar="RUN", help="run directory, or weights")
     parser.add_argument("--images", required=True, help="a folder, or files: globs, ranges {00..12}, lists; or tars")
     parser.add_argument("--names", default="", metavar="FILE", help="file with a label in each line")

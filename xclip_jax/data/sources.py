@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, cast
 
 from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.core.imports import Classes, import_class
-from xclip_jax.core.remote import expand_home
 from xclip_jax.data import holdout, images, labelled
 from xclip_jax.data.base import (
     Record,
@@ -83,7 +82,6 @@ def parse(text: str) -> SourceSpec:
     if colon and prefix in SOURCES:
         if not rest:
             raise UserError(f"source {text!r} ends after its type; write {', '.join(SOURCES[prefix].forms)}.")
-        expand_home(rest)
         return SourceSpec(SOURCES[prefix], rest)
     if match := _IMPORTED.fullmatch(text):
         return SourceSpec(_import(text, match["class"]), match["rest"] or "")

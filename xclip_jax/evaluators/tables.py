@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from xclip_jax.core.errors import UserError, public
-from xclip_jax.core.run_folder import evaluation_file, not_found
+from xclip_jax.core.run_folder import evaluation_file
 from xclip_jax.evaluators import registry
 from xclip_jax.evaluators.base import HELD_OUT, Column, Layout
 from xclip_jax.evaluators.results import SHIFTED, UNITS, VALIDATION, Entry, ItemsOf, Result, of_entries, read
@@ -283,7 +283,7 @@ def _select(path: str, step: int | None, profile: str | None) -> tuple[list[Entr
     """Return the entries of one step, the newest by default, of the checkpoint and model that were evaluated last."""
     file = epath.Path(path)
     if not file.exists():
-        raise UserError(not_found(path, "name the folder of a run, or a file of results."))
+        raise UserError(f"{str(path)!r} does not exist; name the folder of a run, or a file of results.")
     file = evaluation_file(file) if file.is_dir() else file
     entries, items = read(file)
     entries = [entry for entry in entries if entry["checkpoint"] == entries[-1]["checkpoint"]]

@@ -17,7 +17,7 @@ from xclip_jax.config import schema
 from xclip_jax.config.schema import Config
 from xclip_jax.core import imports
 from xclip_jax.core.errors import UserError
-from xclip_jax.core.run_folder import RunFolder, not_found
+from xclip_jax.core.run_folder import RunFolder
 from xclip_jax.evaluators import results, tables
 from xclip_jax.evaluators.results import Result
 from xclip_jax.evaluators.statistics import PerExample, bootstrap
@@ -115,7 +115,7 @@ def read(path: str | epath.Path) -> Record:
     content = run.read_config()
     if content is None:
         if not run.path.exists():
-            raise UserError(not_found(path, "name the folder of a run."))
+            raise UserError(f"{str(path)!r} does not exist; name the folder of a run.")
         raise UserError(f"{str(path)!r} is not a run directory: it has no config.json; pass a run directory.")
     try:
         return _read(run, content)

@@ -26,7 +26,7 @@ from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
 from xclip_jax.config.schema import Config
-from xclip_jax.core import remote
+from xclip_jax.core import storage
 from xclip_jax.core.storage import is_remote, strict_json, write_json
 from xclip_jax.train.state import TrainState
 
@@ -104,8 +104,8 @@ def _content_fault(folder: epath.Path, name: str, entry: tuple[int, str | None])
 def _file_sizes(folder: epath.Path) -> dict[str, int]:
     """{name: bytes} of all files below `folder`: in a bucket by one listing, where a request a file takes minutes."""
     if is_remote(str(folder)):
-        system, root = remote.file_system(str(folder))
-        with remote.os_errors(str(folder)):
+        system, root = storage.file_system(str(folder))
+        with storage.os_errors(str(folder)):
             system.invalidate_cache()  # other clients write, too
             return {name[len(root) + 1 :]: info["size"] for name, info in system.find(root, detail=True).items()}
 

@@ -11,8 +11,6 @@ import numpy as np
 from xclip_jax.config.schema import Config, resolve
 from xclip_jax.core.console import log0
 from xclip_jax.core.errors import UserError, public
-from xclip_jax.core.remote import expand_home
-from xclip_jax.data import holdout, labelled, loader, sources
 from xclip_jax.data.base import Source
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.length_groups import AUTO
@@ -78,7 +76,6 @@ def check(config: ml_collections.ConfigDict | Config) -> Config:
       UserError: a wrong key or value, a name that does not exist, or no source.
     """
     config = resolve(config)
-    expand_home(config.run)
     sources.parse_all(config.data.sources)
     for spec in (*config.eval.sets, *config.eval.final_sets):
         registry.check(spec)

@@ -195,9 +195,7 @@ class TrainingFolder(RunFolder):
             yield
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        remote = is_remote(str(self.path))
-        lock = locks.lease(self.lock_file) if remote else locks.hold(self.lock_file, self.path, blocking=False)
-        with lock:
+        with locks.lock(self.path, blocking=False, file=self.lock_file):
             self.check(config)  # another run may have come and gone
             self.results_file.unlink(missing_ok=True)  # of an earlier evaluation; a launcher waits for it
             self._write_config(config, groups, text_rows)

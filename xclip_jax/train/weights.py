@@ -20,7 +20,7 @@ from xclip_jax.config.schema import Config
 from xclip_jax.core import imports
 from xclip_jax.core.console import log0
 from xclip_jax.core.errors import UserError
-from xclip_jax.core.run_folder import RunFolder, not_found
+from xclip_jax.core.run_folder import RunFolder
 from xclip_jax.data import tokenizer
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.evaluators.results import digest
@@ -51,7 +51,8 @@ def load(path: str, step: int | None = None) -> tuple[Config, Experiment, Variab
     """
     place = hub.resolve(path)
     if not epath.Path(place).exists():
-        raise UserError(not_found(path, f"name the folder of a run, or a folder or file of weights.{_hint(path)}"))
+        remedy = f"name the folder of a run, or a folder or file of weights.{_hint(path)}"
+        raise UserError(f"{str(path)!r} does not exist; {remedy}")
     run = RunFolder(place)
     config, variables = (_run_config(run), None) if run.is_run() else _read_foreign(path, place, step)
     # Layout and batch belong to the machine that trained, not to what was learned.

@@ -69,10 +69,9 @@ def test_index_beside_read_only_data_goes_to_the_cache(tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     path = bad_tars.pairs(tmp_path / "data" / "0.tar", 0, 3)
     monkeypatch.setenv("XCLIP_CACHE", str(tmp_path / "cache"))
-    writable = storage.writable
-    monkeypatch.setattr(storage, "writable", lambda folder: folder.name != ".xclip_index" and writable(folder))
+    monkeypatch.setattr(os, "access", lambda folder, _: folder.name != ".xclip_index")
     assert len(TarSource(str(path))) == 3
-    assert [p.name for p in (tmp_path / "data").iterdir()] == ["0.tar"]
+    assert list((tmp_path / "data").glob("*/*")) == []
     assert len(list((tmp_path / "cache").rglob("*.npy"))) == 1
 
 
@@ -83,7 +82,7 @@ def test_index_in_processes_is_that_of_one(tmp_path, capfd):
         np.testing.assert_array_equal(np.load(place), tar_index.index(path))
     assert "indexed 5 tars in" in capfd.readouterr().out
     os.unlink(paths[0])
-    with pytest.raises(UserError, match=r"names do not exist, the first is .*0\.tar"):
+    with pytest.raises(UserError, match=r"no file or folder .*0\.tar.*are missing"):
         TarSource(f"{tmp_path}/{{0..4}}.tar")
 
 

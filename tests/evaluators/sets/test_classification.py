@@ -192,7 +192,7 @@ def test_of_the_hub_only_the_split_is_fetched_and_the_cache_is_enough(server, tm
     assert len(registry.load("probe/wds:hf:lab/wds_own@main", PREPARE).train) == 20
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert registry.load("wds:hf:lab/wds_own", PREPARE).card.split_hash == loaded.card.split_hash
-    with pytest.raises(UserError, match="wds:hf:lab/other is not in the cache"):
+    with pytest.raises(UserError, match="wds:hf:lab/other: it is not in the cache"):
         registry.load("wds:hf:lab/other", PREPARE)
     assert registry.check("wds:hf:lab/other").shows("wds:hf:lab/other") == "classes"
 

@@ -107,8 +107,7 @@ def image_column(features: Mapping[str, Any], key: str) -> str:
 def _images(rows: Any, column: str, rest: str) -> Cells:
     """Return the images of a split.
 
-    A set of the Hub may name files in the caches of its packages, neither other files of this machine nor addresses of
-    the inner network.
+    A set of the Hub may name files in the caches of its packages; other files of this machine are bad samples.
     """
 
     def locate(_: int, path: str) -> tuple[str, str]:

@@ -10,7 +10,7 @@ import pyarrow
 import pyarrow.compute
 import pyarrow.parquet
 
-from xclip_jax.core import remote, storage
+from xclip_jax.core import storage
 from xclip_jax.core.errors import BadSample, UserError, first_line, public
 from xclip_jax.data import labelled
 from xclip_jax.data.base import MAX_BYTES, Form, Record, Source, SourceKind, SourceOptions, check_columns
@@ -164,7 +164,7 @@ class TableSource(ColumnSource):
             return path if storage.is_remote(path) else str(pathlib.Path(table).parent / path), ""
         if not storage.is_remote(path) and not path.startswith("/"):
             path = f"{table.rpartition('/')[0]}/{path}"  # a Path would turn the address's // into /
-        return path, table if remote.scheme(table) != "file" else ""
+        return path, table if storage.scheme(table) != "file" else ""
 
     def fingerprint(self) -> dict[str, Any]:
         """Return the number of rows, a hash of the tables (see `storage.fingerprint`), and their names and sizes."""

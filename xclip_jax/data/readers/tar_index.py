@@ -5,6 +5,7 @@ so that nothing is lost silently. Damaged tars and tars that are cut off are ind
 """
 
 import concurrent.futures
+import concurrent.futures.process
 import contextlib
 import glob
 import hashlib
@@ -22,7 +23,7 @@ from typing import IO, Any
 import numpy as np
 from etils import epath
 
-from xclip_jax.core import remote, storage
+from xclip_jax.core import storage
 from xclip_jax.core.errors import Parser, UserError, exit_with_message, public
 from xclip_jax.data.base import IMAGE_SUFFIXES, MAX_BYTES
 from xclip_jax.data.records import init_worker
@@ -44,7 +45,7 @@ def _open(path: str) -> IO[bytes]:
     """Open a file to read: single blocks from a disk, large pieces from a bucket."""
     if not storage.is_remote(path):
         return open(path, "rb")
-    system, name = remote.file_system(path)
+    system, name = storage.file_system(path)
     return system.open(name, "rb", block_size=_REMOTE_BLOCK)
 
 
@@ -53,7 +54,7 @@ def members(path: str, size: int) -> Iterator[tuple[bytes, int, int]]:
 
     Bytes that are no part of a tar are yielded as (b"", their offset, their number). Links and folders are skipped.
     """
-    with remote.os_errors(path), _open(path) as file:
+    with storage.os_errors(path), _open(path) as file:
         end = 0
         # Without `ignore_zeros` the first damaged header would end the tar without an error.
         with contextlib.suppress(tarfile.TarError), tarfile.TarFile(fileobj=file, ignore_zeros=True) as tar:
@@ -180,10 +181,10 @@ def build(path: str) -> pathlib.Path:
     except OSError as error:
         raise UserError(f"{path!r} cannot be read ({error}).") from error
     for index_path in index_files(path):
-        if storage.writable(index_path.parent):
-            with contextlib.suppress(OSError):  # a disk that is full, or read-only after all
-                storage.write_whole(epath.Path(index_path), content.getvalue())
-                return index_path
+        with contextlib.suppress(OSError):  # a disk that is full or read-only
+            index_path.parent.mkdir(parents=True, exist_ok=True)
+            storage.write_whole(epath.Path(index_path), content.getvalue())
+            return index_path
     raise UserError(f"the index of {path!r} cannot be stored: set XCLIP_CACHE to a folder that can be written.")
 
 
