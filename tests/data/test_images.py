@@ -12,8 +12,8 @@ from tests.helpers import bad_tars, tiny
 from tests.helpers.foreign import make_hf, our_model
 from xclip_jax import interop
 from xclip_jax.commands import check, embed
+from xclip_jax.commands.doctor import check_config
 from xclip_jax.commands.export import export
-from xclip_jax.commands.preflight import Options, check_config
 from xclip_jax.config import recipes, schema
 from xclip_jax.core.errors import BadSample
 from xclip_jax.data import images, loader, tokenizer, transforms
@@ -114,7 +114,7 @@ def test_a_transparent_file_has_the_same_features_everywhere(background, cache, 
     np.testing.assert_array_equal(model.encode_image([path.read_bytes() for path in paths]), features)
     np.testing.assert_array_equal(model.encode_image([Image.open(path) for path in paths]), features)
     source = embed.open_images(str(pairs))
-    embed.EmbeddingJob(model, {"image": source}, str(tmp_path / "x.npz")).run()
+    embed.embed(model, {"image": source}, str(tmp_path / "x.npz"))
     np.testing.assert_allclose(read_embeddings(tmp_path / "x.npz")["embedding"], features, atol=1e-6)
     # A training crop of the whole image, bicubic, is what evaluation sees.
     c = tiny.config("clip", data__background=background, data__cache=cache, data__sources=(f"folder:{pairs}",),
@@ -163,7 +163,7 @@ def test_check_doctor_and_report_name_it(pairs, tmp_path, capsys):
         "\ntransparent images: 50 %, laid on white unless data.background says otherwise\n" in capsys.readouterr().out
     )
     c = tiny.config("clip", run=tmp_path / "run", data__sources=(f"folder:{pairs}",))
-    findings = [found for found in check_config(c, Options(4, 0.0, "off")) if found.check == "transparency"]
+    findings = [found for found in check_config(c, "never") if found.check == "transparency"]
     assert "50 %, laid on white (data.background='white')" in findings[0].text
     folder = TrainingFolder(c.run)
     prepared = job.prepare(schema.resolve(c), folder)
