@@ -158,7 +158,7 @@ def test_exports_keep_it_or_say_that_they_cannot(tmp_path):
 
 def test_check_doctor_and_report_name_it(pairs, tmp_path, capsys):
     tiny.folder(pairs / "opaque", n=9)
-    check.main([str(pairs), "--tokenizer", "bytes", "--size", "32"])
+    check.main([str(pairs), "--tokenizer", "bytes"])
     assert (
         "\ntransparent images: 50 %, laid on white unless data.background says otherwise\n" in capsys.readouterr().out
     )

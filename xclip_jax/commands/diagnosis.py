@@ -3,11 +3,9 @@
 import collections
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
-from etils import epath
-
-from xclip_jax.core.console import command, format_bytes, format_duration
+from xclip_jax.core.console import command, format_duration
 from xclip_jax.core.run_folder import RunFolder
 from xclip_jax.core.storage import REWRITE_SECONDS
 from xclip_jax.report import collect
@@ -20,10 +18,6 @@ from xclip_jax.train.checks import Finding, fail, warning
 # least: an evaluation may come in between.
 _LATE, _STALLED_SECONDS = 10, 15 * 60
 _MANY_BAD = 0.5  # share of data.max_bad_fraction
-# [ours] A spike is this many times the usual deviation of the logged steps before it above their median, and at least
-# a share of the range that the loss has gone through.
-_WINDOW, _DEVIATIONS, _LEAST_SHARE = 10, 6.0, 0.15
-_SHOWN = 3
 
 
 def check_run(path: str, now: float | None = None) -> Iterator[Finding]:
@@ -42,7 +36,9 @@ def check_run(path: str, now: float | None = None) -> Iterator[Finding]:
     if run.training:
         for name in run.objective.terms:
             yield from _health(run, name)
-        yield from check_loss(run)
+        (start, first), (end, last) = ((int(row["step"]), row["loss"]) for row in (run.training[0], run.training[-1]))
+        text = f"{first:.3f} at step {start:,}, {last:.3f} at step {end:,}"
+        yield Finding("loss", text, values={"first": first, "last": last})
         yield from _input(run)
         yield from _samples(run, folder)
         yield from _skipped(run, folder)
@@ -72,9 +68,7 @@ def _progress(run: Record, folder: RunFolder, now: float) -> Iterator[Finding]:
     due = max(_LATE * every * config.data.batch / speed if speed else 0.0, _STALLED_SECONDS, _LATE * REWRITE_SECONDS)
     late = age > due
     if writer and late:
-        remedy = (
-            "look at its output and its machine; stopping it (Ctrl-C) saves a checkpoint, and the same command resumes"
-        )
+        remedy = "look at its output; stopping it (Ctrl-C) saves a checkpoint, and the same command resumes"
         yield fail("progress", f"stalled? {text}, and {writer} is still at it", remedy, **values)
     elif writer:
         yield Finding("progress", f"in progress by {writer}: {text}", values=values)
@@ -86,47 +80,35 @@ def _progress(run: Record, folder: RunFolder, now: float) -> Iterator[Finding]:
 
 def _checkpoints(run: Record, folder: RunFolder) -> Iterator[Finding]:
     """Which checkpoints are whole, and what a kill would lose."""
-    sizes, faults = _examine(folder)
+    faults = _examine(folder)
     newest, speed = folder.latest_step() or 0, _speed(run)
     lost = max(run.steps - newest, 0)
     seconds = lost * run.config.data.batch / speed if speed else 0.0
-    values = {"checkpoints": sizes, "steps_lost": lost, "seconds_lost": seconds}
-    if damaged := [f"{step} ({fault})" for step, fault in faults.items()]:
+    values = {"checkpoints": list(faults), "steps_lost": lost, "seconds_lost": seconds}
+    if damaged := [f"{step} ({fault})" for step, fault in faults.items() if fault]:
         text = f"damaged in {folder.checkpoints}: {', '.join(damaged)}"
         remedy = "restore it; a run that resumes moves it aside and goes on from the newest whole one"
         yield fail("checkpoints", text, remedy, **values)
         return
-    listed = ", ".join(f"step {step:,} of {format_bytes(size)}" for step, size in sizes.items())
+    listed = ", ".join(f"step {step:,}" for step in faults)
     text = listed or (f"step {newest:,}, written meanwhile" if newest else "none yet")
     if lost > 0 and not run.complete:
         text += f"; a kill now would lose {lost:,} steps" + (f", {format_duration(seconds)}" if seconds else "")
     yield Finding("checkpoints", text, values=values)
 
 
-def _examine(folder: RunFolder) -> tuple[dict[int, int], dict[int, str]]:
-    """Size of each checkpoint, and the faults of those that are damaged.
+def _examine(folder: RunFolder) -> dict[int, str]:
+    """The fault of each checkpoint, "" of a whole one.
 
     A run in progress deletes its oldest meanwhile: what is not there any more at the end does not count.
     """
-    sizes, faults = {}, {}
+    faults = {}
     for step in folder.steps():
-        path = folder.checkpoints / str(step)
         try:
-            sizes[step] = _bytes(path)
-            fault = checkpoint_files.find_fault(path, step)
+            faults[step] = checkpoint_files.find_fault(folder.checkpoints / str(step), step) or ""
         except FileNotFoundError as error:
-            fault = f"{error.filename} is missing"
-        if fault:
-            faults[step] = fault
-    for gone in {*sizes, *faults} - {*folder.steps()}:
-        sizes.pop(gone, None)
-        faults.pop(gone, None)
-    return sizes, faults
-
-
-def _bytes(path: epath.Path) -> int:
-    """Bytes of all files below a folder, which may be in a bucket."""
-    return sum(_bytes(item) if item.is_dir() else item.stat().length for item in path.iterdir())
+            faults[step] = f"{error.filename} is missing"
+    return {step: fault for step, fault in faults.items() if step in folder.steps()}
 
 
 def _health(run: Record, name: str) -> Iterator[Finding]:
@@ -205,35 +187,3 @@ def _results(run: Record, folder: RunFolder) -> Iterator[Finding]:
         yield warning("results", text, remedy, **values)
     elif judged:
         yield Finding("results", text, values=values)
-
-
-def spikes(values: Sequence[float]) -> list[int]:
-    """Return the indices of values that stand out above the ten before them."""
-    if len(values) <= _WINDOW:
-        return []
-    medians = [statistics.median(values[i : i + _WINDOW]) for i in range(len(values) - _WINDOW + 1)]
-    least = _LEAST_SHARE * (max(medians) - min(medians))
-    indices = []
-    for i in range(_WINDOW, len(values)):
-        window = values[i - _WINDOW : i]
-        middle = statistics.median(window)
-        deviation = 1.4826 * statistics.median(abs(x - middle) for x in window)  # of a normal distribution
-        if values[i] - middle > max(_DEVIATIONS * deviation, least) > 0:
-            indices.append(i)
-    return indices
-
-
-def check_loss(run: Record) -> Iterator[Finding]:
-    """Yield the loss, and the steps at which it jumps."""
-    points = [(int(row["step"]), row["loss"]) for row in run.training]
-    (start, first), (end, last) = points[0], points[-1]
-    text = f"{first:.3f} at step {start:,}, {last:.3f} at step {end:,}"
-    jumps = [points[i] for i in spikes([value for _, value in points])]
-    values = {"first": first, "last": last, "spikes": [step for step, _ in jumps]}
-    if not jumps:
-        yield Finding("loss", text, values=values)
-        return
-    listed = ", ".join(f"{value:.3f} at step {step:,}" for step, value in jumps[-_SHOWN:])
-    text += f"; {len(jumps)} spike{'s' if len(jumps) > 1 else ''} among the logged steps, the last {listed}"
-    remedy = "set optim.grad_clip_norm=1, lower optim.lr or optim.b2 (0.95), under a different --config.run"
-    yield warning("loss", text, remedy, **values)

@@ -137,8 +137,8 @@ def check_samples(start: Start, step_seconds: float | None) -> Iterator[Finding]
 
 
 def _bad_samples(sample: LoaderSample, start: Start) -> Finding:
-    bad, allowed, sources = sum(sample.bad.values()), start.config.data.max_bad_fraction, start.sources
-    known = sum(sum(source.known_faults().values()) for source in sources) / max(sum(map(len, sources)), 1)
+    bad, allowed = sum(sample.bad.values()), start.config.data.max_bad_fraction
+    known = sum(sum(source.known_faults().values()) for source in start.sources) / sum(map(len, start.sources))
     share = max(bad / (sample.read + bad), known)
     text = f"{share:.2%} bad, of {sample.read + bad:,} that were read; allowed are {allowed:.2%}"
     values = {"read": sample.read + bad, "bad": bad, "bad_share": share, "allowed_share": allowed}
@@ -153,8 +153,7 @@ def _bad_samples(sample: LoaderSample, start: Start) -> Finding:
 
 def _texts(text: np.ndarray, experiment: Experiment) -> Finding:
     """Return the lengths of texts, and the share of equal ones, which are false negatives of a contrastive loss."""
-    objective, length = experiment.objective, experiment.context_length
-    rows = text[: experiment.config.data.batch]
+    objective, length, rows = experiment.objective, experiment.context_length, text[: experiment.config.data.batch]
     twins = inspect.repeated_share(rows)
     full = float(np.mean(experiment.tokenizer.lengths(text) == text.shape[1]))
     values = {"full_share": full, "duplicate_share": twins}

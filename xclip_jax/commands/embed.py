@@ -24,7 +24,7 @@ import pathlib
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 from absl import logging
@@ -46,18 +46,6 @@ from xclip_jax.train import checks, compilation_cache
 
 PART = 4096  # rows that an interruption may lose
 _PROGRESS_SECONDS = 5
-
-
-class Source(Protocol):
-    """Items to embed: `read` returns content and text of an item, or raises `BadSample`."""
-
-    def __len__(self) -> int: ...
-
-    def name(self, index: int) -> str: ...
-
-    def read(self, index: int) -> tuple[Any, str]: ...
-
-    def digest(self) -> str: ...
 
 
 class Images:
@@ -146,6 +134,9 @@ class Lines:
 
     def digest(self) -> str:
         return self._digest
+
+
+Source = Images | Tars | Lines  # `read` returns content and text of an item, or raises `BadSample`
 
 
 def open_images(pattern: str) -> Images | Tars:
@@ -336,12 +327,10 @@ class Progress:
         """Print the state after `done` items, `bad` of the last ones bad."""
         self._bad += bad
         now = time.perf_counter()
-        if now - self._printed < _PROGRESS_SECONDS and done < self._n:
-            return
-        self._printed, speed = now, (done - self._first) / (now - self._began)
-        line = f"{self._unit} {done:,}/{self._n:,}  {speed:,.0f} {self._unit}/s"
-        line += f", {format_duration((self._n - done) / speed)} left"
-        log0(line + (f", {self._bad:,} bad" if self._bad else ""))
+        if now - self._printed > _PROGRESS_SECONDS or done == self._n:
+            self._printed, speed = now, (done - self._first) / (now - self._began)
+            left = format_duration((self._n - done) / speed)
+            log0(f"{self._unit} {done:,}/{self._n:,}  {speed:,.0f}/s, {left} left, {self._bad:,} bad")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -12,22 +12,31 @@ Images are embedded once, and again if their file changes; the embeddings are ke
 one it is reached through ssh -L 8000:localhost:8000 HOST.
 """
 
+import collections
 import contextlib
 import functools
+import hashlib
 import io
+import json
+import os
+import pathlib
 import socket
-from collections.abc import Sequence
-from typing import Any
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
 from absl import logging
 from PIL import Image
 
 from xclip_jax import model as inference
-from xclip_jax.commands.search import Index, make_index
+from xclip_jax.commands.embed import Images, Progress, Source, Tars, embed_images, open_images, put_in_place
+from xclip_jax.core import storage
 from xclip_jax.core.console import log0
 from xclip_jax.core.errors import Parser, UserError, check_count, exit_with_message
 from xclip_jax.core.imports import add_trust
-from xclip_jax.data import images
+from xclip_jax.data import embeddings, images
+from xclip_jax.model import TEMPLATES, Model
 from xclip_jax.report.page import environment
 from xclip_jax.train import checks, compilation_cache
 
@@ -45,6 +54,171 @@ _HEADERS = {
         "script-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     ),
 }
+_DEFAULT_NAMES = 100
+_PART = 256  # images between two lines of progress
+
+
+class Match(NamedTuple):
+    """An image of the folder: its number, path in the folder and caption, and its cosine with a question."""
+
+    image: int
+    name: str
+    text: str
+    score: float
+
+
+class Embedded(NamedTuple):
+    """The images that could be embedded: their numbers in the source, captions, and embeddings fp32 (n, e)."""
+
+    numbers: list[int]
+    texts: list[str]
+    rows: np.ndarray
+
+
+class Index:
+    """A model, images, and their embeddings. Several threads may use it; they wait for one another.
+
+    Attributes:
+      names: labels for questions that have none: the images' captions, or else the names of their folders.
+    """
+
+    def __init__(self, model: Model, source: Source, embedded: Embedded) -> None:
+        self._model, self._source, self._lock = model, source, threading.Lock()
+        self._numbers, self._texts, self._rows = embedded
+        paths = [source.name(i) for i in self._numbers]
+        start = os.path.commonprefix(paths).rfind("/") + 1  # noqa: RUF071 commonpath changes gs://
+        self._names = [path[start:] for path in paths]
+        captions = [text.strip().partition("\n")[0].strip() for text in self._texts]
+        folders = {pathlib.PurePath(path).parent.name.replace("_", " ") for path in paths}
+        labels = dict.fromkeys(filter(None, captions)) or (sorted(folders) if len(folders) > 1 else [])
+        self.names = list(labels)[:_DEFAULT_NAMES]
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def by_text(self, text: str, count: int) -> list[Match]:
+        """Return the images that fit a text best, best first."""
+        with self._lock:
+            (row,) = self._model.encode_text([text])
+        return self._nearest(row, count)
+
+    def by_image(
+        self, image: int | bytes, names: Sequence[str], count: int
+    ) -> tuple[list[tuple[str, float]], list[Match]]:
+        """Return the best names of an image with their cosines, and the most similar images, best first.
+
+        Args:
+          image: number of an image of the folder, or the content of a file.
+          names: to choose from; by default `self.names`.
+          count: how many names and images.
+
+        Raises:
+          UserError: content that is not an image.
+          IndexError: no image of that number.
+        """
+        names = list(names or self.names)
+        prepared = None if isinstance(image, int) else self._model.prepare(image)
+        with self._lock:
+            row = self._rows[image] if prepared is None else self._model.encode_prepared([prepared])[0]
+            rows = self._model.encode_text([TEMPLATES[0].replace("{}", name) for name in names]) if names else None
+        scores = np.empty(0) if rows is None else rows @ row
+        best = [(names[i], float(scores[i])) for i in np.argsort(-scores, kind="stable")[:count]]
+        return best, [match for match in self._nearest(row, count + 1) if match.image != image][:count]
+
+    def _nearest(self, row: np.ndarray, count: int) -> list[Match]:
+        scores = self._rows @ row
+        best = np.argsort(-scores, kind="stable")[:count]
+        return [Match(int(i), self._names[i], self._texts[i], float(scores[i])) for i in best]
+
+    def content(self, image: int) -> bytes:
+        """Return the file of an image of the folder; raise `IndexError` if there is none, `UserError` if it is gone."""
+        number = self._numbers[image]
+        try:
+            return self._source.read(number)[0]
+        except (OSError, UserError) as error:  # their messages name its path
+            raise UserError(f"The file of image {image}, {self._names[image]!r}, can no longer be read.") from error
+
+
+def make_index(model: Model, pattern: str, *, cache: str = "") -> Index:
+    """Embed the images that are not in the cache, and return the index of all.
+
+    Args:
+      model: embeds the images.
+      pattern: a folder, or files as `xclip_jax.commands.embed` names them.
+      cache: folder with a file for each model and `pattern`; by default one in the cache folder.
+
+    Raises:
+      UserError: no images, or the cache cannot be used.
+    """
+    source = open_images(pattern)
+    folder = pathlib.Path(cache).expanduser() if cache else storage.cache_dir() / "search"
+    place = pattern if storage.is_remote(pattern) else os.path.abspath(os.path.expanduser(pattern))
+    key = hashlib.sha256(json.dumps([model.fingerprint(), place]).encode()).hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    return Index(model, source, embed(model, source, folder / f"{key}.npz"))
+
+
+def embed(model: Model, source: Images | Tars, file: pathlib.Path) -> Embedded:
+    """Return the embeddings of images; compute the ones that `file` lacks, and store all.
+
+    Raises:
+      UserError: a damaged file; no image can be read.
+    """
+    known: dict[str, tuple[str, np.ndarray]] = {}
+    if file.exists():
+        columns = embeddings.read(file)
+        known = dict(zip(columns["id"], zip(columns["text"], columns["embedding"], strict=True), strict=True))
+    ids = list(_ids(source))
+    missing, bad, done = [i for i, image in enumerate(ids) if image not in known], list[str](), 0
+    progress = Progress("images", 0, len(missing))
+    try:
+        for part in embed_images(model, lambda n: source.read(missing[n]), len(missing), _PART):
+            for row, i in enumerate(missing[done : done + len(part.rows)]):
+                if row in part.bad:
+                    bad.append(f"{source.name(i)}: {part.bad[row]}")
+                else:
+                    known[ids[i]] = part.texts[row], part.rows[row]
+            done += len(part.rows)
+            progress.after(done, len(part.bad))
+    finally:  # also of Ctrl-C
+        if missing and known:
+            _write(file, {image: known[image] for image in ids if image in known})
+    if bad:
+        log0(f"{len(bad):,} images cannot be read; the first is {bad[0]}")
+    good = [i for i, image in enumerate(ids) if image in known]
+    if not good:
+        raise UserError(f"no image can be read; the first is {bad[0]}.")
+    # Captions of files are read at each start; in a tar they change with the tar.
+    texts = [source.caption(i) if isinstance(source, Images) else known[ids[i]][0] for i in good]
+    return Embedded(good, texts, np.stack([known[ids[i]][1] for i in good]))
+
+
+def _ids(source: Images | Tars) -> Iterator[str]:
+    """Yield name, size and time of the file of each image, all different."""
+    counts: collections.Counter = collections.Counter()
+    stamp = functools.cache(_stamp)
+    for i in range(len(source)):
+        name = source.name(i)
+        counts[name] += 1  # a tar may have a key several times
+        path = source.paths[i] if isinstance(source, Images) else source.source.describe(i)["tar"]
+        yield f"{name}\t{counts[name]} {stamp(path)}"
+
+
+def _stamp(path: str) -> str:
+    """Return size and time of a local file; "" for a missing one, and in buckets, where each costs a request."""
+    try:
+        return "" if storage.is_remote(path) else "{} {}".format(*storage.stat(path))
+    except OSError:
+        return ""
+
+
+def _write(path: pathlib.Path, rows: Mapping[str, tuple[str, np.ndarray]]) -> None:
+    """Write a file of texts and embeddings by the ids of their images, completely or not at all."""
+    texts, embedded = zip(*rows.values(), strict=True)
+    columns = {"kind": ["image"] * len(rows), "id": list(rows), "text": texts, "embedding": np.stack(embedded)}
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    embeddings.Npz().write(temporary, columns)
+    put_in_place(temporary, path)
 
 
 def make_app(index: Index) -> Any:
