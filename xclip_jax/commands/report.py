@@ -15,7 +15,8 @@ run.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from absl import logging
 from etils import epath
@@ -66,11 +67,11 @@ def make(flags: argparse.Namespace) -> epath.Path:
         registry.check(spec)
     of_runs = [(*record.config.eval.final_sets, *record.config.eval.sets) for record in records]
     specs = specs or tuple(spec for spec in of_runs[0] if all(spec in own for own in of_runs))
-    runs = []
+    runs, first = [], {"config": records[0].config, "profile": profile_of_run(records[0].config)}
     for color, (name, record) in enumerate(zip(names, records, strict=True)):
         if several:
             log0(f"predictions of {name}")
-        runs.append(Run(name, color, record, *_predict(flags, record, specs, records[0])))
+        runs.append(Run(name, color, record, *_predict(flags, record, specs, first)))
     path.write_text(page.render(runs, step=flags.step))
     if flags.strip:
         picture.strip(flags.strip, runs[0].examples)
@@ -96,11 +97,11 @@ def short_names(folders: Sequence[str]) -> list[str]:
 
 
 def _predict(
-    flags: argparse.Namespace, record: Record, specs: Sequence[str], first: Record
+    flags: argparse.Namespace, record: Record, specs: Sequence[str], first: Mapping[str, Any]
 ) -> tuple[Examples, int | None]:
     """Return predictions of a run's model, or why it has none yet, and its number of parameters.
 
-    The run `first` says which pairs are held out, the same for all runs, and has the templates and class names.
+    The config and profile `first` are of the first run: which pairs are held out, the templates and class names.
     """
     try:
         _, experiment, variables, _ = load(str(record.folder), flags.step)
@@ -108,9 +109,8 @@ def _predict(
         if flags.step is not None or flags.strip:
             raise
         return Examples(flags.seed, missing=[str(error)]), None
-    options = {"config": first.config, "profile": profile_of_run(first.config)}
-    options |= {"data_dir": flags.data_dir, "seed": flags.seed}
-    with named_by(first.folder / "config.json"):  # sets and sources; what --sets names has been imported
+    options = {**first, "data_dir": flags.data_dir, "seed": flags.seed}
+    with named_by(RunFolder(flags.runs[0]).config_file):  # sets and sources; what --sets names has been imported
         examples = page.predict(experiment, make_encoder(experiment), variables, specs, **options)
     return examples, page.count_parameters(experiment)
 

@@ -227,16 +227,10 @@ def evaluations(run: RunFolder, steps: int, step: int) -> dict[str, Any]:
     final, entries = run.read_results(), _entries(run, step)
     names = names_of_sets(entry["set"] for entry in entries)
     last = tables.render(results.from_json(final["records"])) if final and final["results"] and step == steps else ""
-    rows = [
-        (
-            _code(names[entry["set"]]),
-            entry["metric"],
-            f"{entry['value']:.1f}",
-            f"{entry['n']:,}",
-            *(in_words(entry.get(key, "")) for key in ("protocol", "templates")),
-        )
-        for entry in entries
-    ]
+    rows = []
+    for entry in entries:
+        cells = _code(names[entry["set"]]), entry["metric"], f"{entry['value']:.1f}", f"{entry['n']:,}"
+        rows.append((*cells, *(in_words(entry.get(key, "")) for key in ("protocol", "templates"))))
     return {
         "last": last.replace("`", "'"),
         "evaluated": rows,

@@ -231,7 +231,7 @@ def _curves(runs: Sequence[Run]) -> Iterator[Chart | None]:
     for run in runs:
         for term, own in run.record.objective.curves().items():
             for curve in own:
-                if len(runs) == 1:
+                if len(runs) == 1 and run.record.training:
                     yield term_chart(curve, run.record.training, term)
                 for key, label in curve.lines if len(runs) > 1 else ():
                     name = f"{curve.title}: {label}" if len(curve.lines) > 1 else curve.title

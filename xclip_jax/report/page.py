@@ -66,13 +66,10 @@ def render(runs: Sequence[Run], *, step: int | None = None) -> str:
 
 def _notes_on_pairs(runs: Sequence[Run]) -> Iterator[str]:
     """Yield a sentence where the held-out pairs of the first run, which are shown, may be training pairs of others."""
-    first, *rest = [(run.record.config.data.sources, run.record.config.data.holdout) for run in runs]
-    others = [run.name for run, own in zip(runs[1:], rest, strict=True) if own != first]
-    if others and (runs[0].examples.named or runs[0].examples.retrieved):
-        yield (
-            f"Held-out pairs, where shown, come from {runs[0].name}; {', '.join(others)} learned from other data, "
-            "which may contain them."
-        )
+    first, *others = ((run.name, run.record.config.data.sources, run.record.config.data.holdout) for run in runs)
+    names = ", ".join(name for name, *own in others if own != [*first[1:]])
+    if names and (runs[0].examples.named or runs[0].examples.retrieved):
+        yield f"Held-out pairs, where shown, are those of {first[0]}; {names} learned from data that may contain them."
 
 
 def _tiles(record: Record) -> Iterator[dict[str, Any]]:
