@@ -235,7 +235,7 @@ def test_held_out_pairs_templates_and_names_are_those_of_the_first_run(tmp_path,
     assert "holds out no pairs" not in words and "Captions of held-out pairs" in words
     cards = re.findall(r'<article class="card guess">.*?</article>', text)
     assert len(cards) > 4 and all(card.count('<div class="by">') == 2 for card in cards)
-    assert "are those of a; b learned from data" in words
+    assert "come from a; b learned from data" in words
     (tmp_path / "names.json").unlink()  # left behind where a run was moved
     prompts.clear()
     command.main([str(tmp_path / "a"), str(tmp_path / "b"), "--output", str(tmp_path / "x.html")])

@@ -45,7 +45,7 @@ class Record:
       evaluations: (step, results) of each step with an evaluation during training, including the last one.
       results: the newest of each set, by the run or by `xclip-jax evaluate`. With per-example values where
         evaluation.json has them of the same number.
-      steps_of: {(family, set): step} of the results, for those of another step than the last one of a complete run.
+      steps_of: {(family, set): step} of the results, where it is not the last step of a complete run.
       sources: fingerprint of each of config's data.sources.
       bad: number of samples in the ledger of bad samples.
       began, ended: start of the run, and the time when results.json was written, UTC.

@@ -69,7 +69,7 @@ def _notes_on_pairs(runs: Sequence[Run]) -> Iterator[str]:
     first, *others = ((run.name, run.record.config.data.sources, run.record.config.data.holdout) for run in runs)
     names = ", ".join(name for name, *own in others if own != [*first[1:]])
     if names and (runs[0].examples.named or runs[0].examples.retrieved):
-        yield f"Held-out pairs, where shown, are those of {first[0]}; {names} learned from data that may contain them."
+        yield f"Held-out pairs, where shown, come from {first[0]}; {names} learned from data that may contain them."
 
 
 def _tiles(record: Record) -> Iterator[dict[str, Any]]:

@@ -110,7 +110,7 @@ def save(path: str | os.PathLike, rows: list[Row], *, width: int = WIDTH) -> Non
 
 
 def draw(path: str | os.PathLike, examples: Examples, *, title: str = "Predictions of the model") -> None:
-    """Write a PNG, 1600 pixels wide: a title, searches, the sets, that with the best ranks first, and clusters."""
+    """Write a PNG, 1600 pixels wide: a title, searches, the sets by their mean rank, and clusters."""
     head = Row(88)
     head.text(MARGIN, 76, title, 42, bold=True, width=WIDTH - 2 * MARGIN)
     rows = [head]

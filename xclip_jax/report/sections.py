@@ -49,17 +49,18 @@ class Panel(NamedTuple):
 def sections(runs: Sequence[Run], step: int | None) -> list[Section]:
     """Return the sections of a page; several runs are compared by their evaluations of `step`, or the newest."""
     first, *others = runs
-    shown = [names(runs), search(runs), results(runs), training(runs)]
+    shown = [names(runs), search(runs)]
     if others:
         compared = [(run, *_differences(first, run, runs, step)) for run in others]
-        return [*shown, Section("differences", "Differences", compared), settings(runs)]
+        differences = Section("differences", "Differences", compared)
+        return [results(runs), differences, *shown, training(runs), settings(runs)]
     record, examples = first.record, first.examples
     has_clusters = "s_img" in record.objective.outputs(record.config.model)
     no_clusters = _reason(runs) if has_clusters else "this objective trains no cluster heads."
     no_maps = "The image tower of this model has no attention maps." if examples.gallery.images else _reason(runs)
     clusters = Section("clusters", "Clusters", examples.clusters, "" if examples.clusters else no_clusters)
     maps = Section("attention", "Attention", _attention(examples), "" if examples.maps else no_maps)
-    return [*shown[:2], clusters, maps, *shown[2:], health(record), about(record)]
+    return [*shown, clusters, maps, results(runs), training(runs), health(record), about(record)]
 
 
 def _reason(runs: Sequence[Run]) -> str:
