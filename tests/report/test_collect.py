@@ -328,7 +328,7 @@ def test_a_metric_that_is_not_a_number_is_shown_as_such(tmp_path):
     evaluate(run, "x", math.nan, 4)
     text = page_of(collect.read(run), examples.Examples())
     check(text)
-    shown = text.partition("<main")[2].partition("<script")[0]
+    shown = re.sub("<pre.*?</pre>", "", text.partition("<main")[2].partition("<script")[0], flags=re.DOTALL)
     assert not re.search(r"\bnan\b", shown)
     assert tiles(text)["zero-shot classification"][0] == "<small>not a number</small>"
     assert re.search(r'<th scope="row">x<br>.*?<td>not a number.*?<th scope="row">y<br>.*?<td>40\.0', shown)

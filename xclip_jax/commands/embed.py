@@ -279,8 +279,8 @@ def _embed(
         ]
         file.with_suffix(".bad.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
         kept = [row for row in range(len(names)) if modality == "text" or row not in part.bad]
-        columns = {"kind": [modality] * len(kept), "id": [names[row] for row in kept]}
-        columns |= {"text": [part.texts[row] for row in kept], "embedding": part.rows[kept]}
+        columns = {"kind": [modality] * len(kept), "embedding": part.rows[kept]}
+        columns |= {"id": [names[row] for row in kept], "text": [part.texts[row] for row in kept]}
         temporary = folder / f".{file.name}.tmp"
         embeddings.format_of(out).write(temporary, columns)
         put_in_place(temporary, file)  # a part of this name is complete

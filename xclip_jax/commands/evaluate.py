@@ -82,12 +82,10 @@ def evaluate(
     config, experiment, variables, loaded_step = load(pinned, step)
     if path.exists():
         results.read(path)  # an error for a damaged file, before the work
-    encoder = make_encoder(experiment, read_classes(pinned))
-    evaluators = registry.open_all(
-        names, encoder, data_dir, profile_of_run(config, profile, changes), experiment.config.data
-    )
-    suites = suite if isinstance(suite, str) else list(suite)
-    command = {"suite": suites, "config": schema.to_dict(config), "environment": environment.capture()}
+    encoder, own = make_encoder(experiment, read_classes(pinned)), profile_of_run(config, profile, changes)
+    evaluators = registry.open_all(names, encoder, data_dir, own, experiment.config.data)
+    command = {"suite": suite if isinstance(suite, str) else list(suite), "config": schema.to_dict(config)}
+    command["environment"] = environment.capture()
     shared = {"checkpoint": str(run), "step": loaded_step, "profile": profile, "changes": changes}
     model = {
         "tokenizer": config.data.tokenizer,
@@ -99,17 +97,14 @@ def evaluate(
     for name, evaluator in zip(names, evaluators, strict=True):
         started = time.perf_counter()
         of_set = registry.measure(evaluator, variables)
-        seconds = {"seconds": time.perf_counter() - started}
-        entry = results.make_entry(name, evaluator.name, of_set, experiment.preprocessing) | model | shared | seconds
+        entry = results.make_entry(name, evaluator.name, of_set, experiment.preprocessing) | model | shared
+        entry["seconds"] = time.perf_counter() - started
         command["seconds"] = time.perf_counter() - began
         if jax.process_index() == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
             results.add(path, public(entry), results.items(of_set), command, own=not output)
         entries.append(entry)
         all_results += of_set
-    log0(f"{run}, step {loaded_step}, profile {profile}")
-    log0(tables.render(all_results))
-    log0(f"results: {path}")
+    log0(f"{run}, step {loaded_step}, profile {profile}\n{tables.render(all_results)}\nresults: {path}")
     return {**shared, **command, "results": entries}
 
 

@@ -30,7 +30,7 @@ from absl import logging
 from PIL import Image
 
 from xclip_jax import model as inference
-from xclip_jax.commands.embed import Images, Progress, Source, Tars, embed_images, open_images, put_in_place
+from xclip_jax.commands.embed import Images, Progress, Tars, embed_images, open_images, put_in_place
 from xclip_jax.core import storage
 from xclip_jax.core.console import log0
 from xclip_jax.core.errors import Parser, UserError, check_count, exit_with_message
@@ -82,7 +82,7 @@ class Index:
       names: labels for questions that have none: the images' captions, or else the names of their folders.
     """
 
-    def __init__(self, model: Model, source: Source, embedded: Embedded) -> None:
+    def __init__(self, model: Model, source: Images | Tars, embedded: Embedded) -> None:
         self._model, self._source, self._lock = model, source, threading.Lock()
         self._numbers, self._texts, self._rows = embedded
         paths = [source.name(i) for i in self._numbers]
@@ -117,9 +117,9 @@ class Index:
           IndexError: no image of that number.
         """
         names = list(names or self.names)
-        prepared = None if isinstance(image, int) else self._model.prepare(image)
+        prepared = [] if isinstance(image, int) else [self._model.prepare(image)]
         with self._lock:
-            row = self._rows[image] if prepared is None else self._model.encode_prepared([prepared])[0]
+            row = self._rows[image] if isinstance(image, int) else self._model.encode_prepared(prepared)[0]
             rows = self._model.encode_text([TEMPLATES[0].replace("{}", name) for name in names]) if names else None
         scores = np.empty(0) if rows is None else rows @ row
         best = [(names[i], float(scores[i])) for i in np.argsort(-scores, kind="stable")[:count]]
