@@ -181,8 +181,9 @@ def embed(model: Model, source: Images | Tars, file: pathlib.Path) -> Embedded:
             done += len(part.rows)
             progress.after(done, len(part.bad))
     finally:  # also of Ctrl-C
-        if missing and known:
-            _write(file, {image: known[image] for image in ids if image in known})
+        rows = {image: known[image] for image in ids if image in known}
+        if missing and rows:
+            _write(file, rows)
     if bad:
         log0(f"{len(bad):,} images cannot be read; the first is {bad[0]}")
     good = [i for i, image in enumerate(ids) if image in known]
