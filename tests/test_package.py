@@ -36,13 +36,6 @@ def test_help_names_every_command_and_imports_none(tmp_path):
     assert [line.split()[0] for line in lines[2 : 2 + len(cli.COMMANDS)]] == list(cli.COMMANDS)
 
 
-def test_wrong_arguments_of_the_doctor_are_an_error_before_jax_is_imported(tmp_path):
-    code = "import sys; from xclip_jax import main as cli\n"
-    code += "try: cli.main(['doctor', '--x'])\nexcept SystemExit as e: print(e)\n"
-    done = python("-c", f"{code}print('jax' in sys.modules)", cwd=tmp_path)
-    assert done.stdout.splitlines() == ["error: the following arguments are required: RUN; see --help", "False"]
-
-
 def test_command_line_of_a_command(tmp_path):
     done = command("train", "--config", "demo:objective=nclip", "--config.optim.lrr=1", cwd=tmp_path)
     assert done.stderr == "error: config key 'optim.lrr' is unknown; did you mean 'optim.lr'?\n"

@@ -104,7 +104,7 @@ def test_a_transparent_file_has_the_same_features_everywhere(background, cache, 
     np.testing.assert_array_equal(model.encode_image([path.read_bytes() for path in paths]), features)
     np.testing.assert_array_equal(model.encode_image([Image.open(path) for path in paths]), features)
     source = embed.open_images(str(pairs))
-    embed.EmbeddingJob(model, {"image": source}, str(tmp_path / "x.npz")).run()
+    embed.embed(model, {"image": source}, str(tmp_path / "x.npz"))
     np.testing.assert_allclose(read_embeddings(tmp_path / "x.npz")["embedding"], features, atol=1e-6)
     # A training crop of the whole image, bicubic, is what evaluation sees.
     c = tiny.config("clip", data__background=background, data__cache=cache, data__sources=(f"folder:{pairs}",),

@@ -9,7 +9,7 @@ from typing import ClassVar
 import pytest
 
 from tests.helpers import tiny
-from xclip_jax.commands.preflight import check_config
+from xclip_jax.commands.doctor import check_config
 from xclip_jax.config import schema
 from xclip_jax.core.errors import UserError
 from xclip_jax.train import callbacks, job, trainer

@@ -104,7 +104,7 @@ def test_a_run_does_not_resume_on_other_data(spec, run, tmp_path):
 
 
 def test_the_check_reads_it(spec, capsys):
-    code = check.main([spec, "--tokenizer", "bytes", "--size", "32"])
+    code = check.main([spec, "--tokenizer", "bytes"])
     out = capsys.readouterr().out
     assert code == 0 and f"samples: {N}, index " in out and "bad, JSONDecodeError: 1 of 40 that were read" in out
     assert '"line": "8"' in out

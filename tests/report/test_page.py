@@ -46,7 +46,7 @@ def test_colours_of_text_and_lines_have_contrast(scheme):
 
 
 def shown_examples():
-    """Examples of every section: long names, a confusion matrix, clusters and attention maps."""
+    """Examples of every section: long names, clusters and attention maps."""
     names = [("fox", ["fox", LONG]), (LONG, ["hen", LONG])]
     made = predicted(names)
     guesses, gallery = made.named[0].guesses, made.gallery
@@ -56,9 +56,6 @@ def shown_examples():
         retrieved=examples.RetrievalExamples("pairs", 2, "probability", gallery, [
             examples.SearchResult(LONG, [0, 1], [True, False], 1)
         ], guesses),
-        confusion=examples.Confusion("Animals", 5, ["fox", LONG], np.array([[3, 0], [1, 1]]), [
-            examples.ConfusedPair(LONG, "fox", 1, gallery.shown[:1])
-        ]),
         clusters=examples.Clusters(64, 30, gallery, clusters),
         credits=["Images by their artists."],
     )  # fmt: skip

@@ -2,15 +2,13 @@
 
 Compiles the train step of a run for a topology that need not exist, and prints whether it fits, the time and cost of
 the run, and the bytes that chips send. Times are a model made of the TPU compiler's estimates, not a measurement;
-`--mfu` replaces them. Needs the package libtpu (pip install 'xclip_jax[tpu]') and no TPU. `--explain` prints
-the sharding of each parameter, and stops.
+`--mfu` replaces them. Needs the package libtpu (pip install 'xclip_jax[tpu]') and no TPU.
 """
 
 import dataclasses
 import importlib.metadata
 import json
 import os
-import pathlib
 import time
 from typing import Any
 
@@ -20,35 +18,17 @@ from absl import app, flags, logging
 
 from xclip_jax.config import load as config_file
 from xclip_jax.core.console import format_bytes
-from xclip_jax.core.errors import UserError, check_writable, exit_with_message
-from xclip_jax.parallel.hlo import Collective, collectives, summary
+from xclip_jax.core.errors import UserError, exit_with_message
+from xclip_jax.parallel.hlo import collectives, summary
 from xclip_jax.parallel.topology import devices_of, roofline
 from xclip_jax.train import flops, memory
-from xclip_jax.train.build import Experiment, build
-from xclip_jax.train.memory import bytes_on_device
+from xclip_jax.train.build import Experiment
 
-_TOPOLOGY = flags.DEFINE_string("topology", "", "CHIP:GRID, as v5e:4x8 or v4:2x4x4; without it, the devices here.")
+_TOPOLOGY = flags.DEFINE_string("topology", "", "CHIP:GRID, as v5e:4x8 or v4:2x4x4.")
 _SLICES = flags.DEFINE_integer("slices", 1, "Slices of that topology.")
 _MFU = flags.DEFINE_float("mfu", None, "Share of the chips' peak that the model's FLOPs reach, if you know it.")
 _PRICE = flags.DEFINE_float("price", 0.0, "Price of a chip-hour, for the cost of the run.", lower_bound=0.0)
-_HLO = flags.DEFINE_string("hlo", "", "File to write the optimised program to.")
-_EXPLAIN = flags.DEFINE_bool("explain", False, "Print the sharding of each parameter, and stop.")
 _JSON = flags.DEFINE_bool("json", False, "Print JSON.")
-
-
-def explain(experiment: Experiment) -> list[dict[str, Any]]:
-    """Return a row for each parameter: name, shape, sharding, bytes on each chip."""
-    rows = []
-    for path, x in jax.tree_util.tree_leaves_with_path(experiment.abstract.params):
-        rows.append(
-            {
-                "parameter": jax.tree_util.keystr(path, simple=True, separator="/"),
-                "shape": list(x.shape),
-                "sharding": str(x.sharding.spec).removeprefix("PartitionSpec"),
-                "bytes": bytes_on_device(x),
-            }
-        )
-    return rows
 
 
 def plan(
@@ -58,7 +38,6 @@ def plan(
     slices: int = 1,
     mfu: float | None = None,
     price: float = 0.0,
-    hlo: str = "",
 ) -> dict[str, Any]:
     """Return everything that the command prints, as plain numbers and strings; bytes on one device.
 
@@ -67,16 +46,13 @@ def plan(
       topology, slices: see `devices_of`.
       mfu: share of peak FLOP/s that the model's FLOPs reach; by default the compiler's estimates decide.
       price: of a chip-hour.
-      hlo: file to write the optimised program to.
 
     Raises:
-      UserError: as `devices_of`; a config that cannot be built; an `mfu` that is not a share; a file in no folder.
+      UserError: as `devices_of`; a config that cannot be built; an `mfu` that is not a share.
     """
     if mfu is not None and not 0 < mfu <= 1:
         raise UserError(f"--mfu is {mfu}; expected a share of the chips' peak, above 0 and at most 1, such as 0.4.")
     devices, chip = devices_of(topology, slices)
-    if hlo:
-        check_writable("--hlo", pathlib.Path(hlo).parent)
     began = time.perf_counter()
     experiment, compiled, trouble = memory.compile_config(config, devices)
     facts = {
@@ -100,11 +76,8 @@ def plan(
     }
     if compiled is not None:
         program = compiled.as_text()
-        if hlo:
-            pathlib.Path(hlo).parent.mkdir(parents=True, exist_ok=True)
-            pathlib.Path(hlo).write_text(program)
-        sent = collectives(program, len(devices))
-        facts |= {"memory": memory.usage(experiment, compiled), "sent": summary(sent), "collectives": _largest(sent)}
+        sent = summary(collectives(program, len(devices)))
+        facts |= {"memory": memory.usage(experiment, compiled), "sent": sent}
         facts["roofline"] = dataclasses.asdict(roofline(program, topology, len(devices)))
     return facts | _time(experiment, facts, mfu, chip.peak * len(devices), price)
 
@@ -141,22 +114,6 @@ def _time(
     }
 
 
-def _largest(sent: list[Collective], n: int = 12) -> list[dict[str, Any]]:
-    """Return the collectives that send the most bytes, with their shapes."""
-    ordered = sorted(sent, key=lambda each: -each.total)[:n]
-    return [
-        {
-            "kind": x.kind,
-            "shapes": list(x.shapes[:3]),
-            "arrays": len(x.shapes),
-            "group": x.group,
-            "count": x.count,
-            "bytes": x.total,
-        }
-        for x in ordered
-    ]
-
-
 def render(facts: dict[str, Any]) -> str:
     """Return the plan as text."""
     mesh = " x ".join(f"{axis} {n}" for axis, n in facts["mesh"].items())
@@ -180,7 +137,8 @@ def render(facts: dict[str, Any]) -> str:
         lines += [f"to need less, add one after the other: {', '.join(facts['remedies'])}"]
     lines += _render_time(facts)
     if facts["fits"]:
-        lines += ["", *_render_collectives(facts)]
+        lines += ["", "sent in a step, payload:"]
+        lines += [f"{kind:<22}{format_bytes(n):>12}" for kind, n in facts["sent"].items()]
     return "\n".join(lines)
 
 
@@ -210,46 +168,14 @@ def _render_time(facts: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _render_collectives(facts: dict[str, Any]) -> list[str]:
-    lines = ["sent in a step, payload:", *(f"{kind:<22}{format_bytes(n):>12}" for kind, n in facts["sent"].items())]
-    for x in facts["collectives"]:
-        more = f" and {x['arrays'] - len(x['shapes'])} more" if x["arrays"] > len(x["shapes"]) else ""
-        each = f"{x['kind']} {', '.join(x['shapes'])}{more}"
-        lines.append(f"  {format_bytes(x['bytes']):>12}  {x['count']:>3} times among {x['group']:>4}: {each}")
-    return lines
-
-
-def _table(rows: list[dict[str, Any]]) -> str:
-    width = max(len(row["parameter"]) for row in rows)
-    lines = [f"{'parameter':<{width}}  {'shape':<20}{'sharding':<28}{'per chip':>12}"]
-    lines += [
-        f"{row['parameter']:<{width}}  {' x '.join(map(str, row['shape'])):<20}{row['sharding']:<28}"
-        f"{format_bytes(row['bytes']):>12}"
-        for row in rows
-    ]
-    return "\n".join([*lines, f"{'sum':<{width}}  {'':<48}{format_bytes(sum(row['bytes'] for row in rows)):>12}"])
-
-
 def main(_: list[str]) -> None:
     """Run the command."""
     logging.set_verbosity(logging.ERROR)
     config = flags.FLAGS.config
     with exit_with_message():
-        if _EXPLAIN.value:
-            devices = devices_of(_TOPOLOGY.value, _SLICES.value)[0] if _TOPOLOGY.value else None
-            rows = explain(build(config, devices))
-            print(json.dumps(rows, indent=2) if _JSON.value else _table(rows))
-            return
         if not _TOPOLOGY.value:
             raise UserError("--topology is missing; name one such as v5e:4x8, v6e:4x4, v5p:4x4x8 or tpu7x:2x2x2")
-        facts = plan(
-            config,
-            _TOPOLOGY.value,
-            slices=_SLICES.value,
-            mfu=_MFU.value,
-            price=_PRICE.value,
-            hlo=_HLO.value,
-        )
+        facts = plan(config, _TOPOLOGY.value, slices=_SLICES.value, mfu=_MFU.value, price=_PRICE.value)
         print(json.dumps(facts, indent=2) if _JSON.value else render(facts))
 
 

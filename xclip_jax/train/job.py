@@ -11,6 +11,7 @@ import numpy as np
 from xclip_jax.config.schema import Config, resolve
 from xclip_jax.core.console import log0
 from xclip_jax.core.errors import UserError, public
+from xclip_jax.data import holdout, labelled, loader, sources
 from xclip_jax.data.base import Source
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.length_groups import AUTO
