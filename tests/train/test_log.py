@@ -15,7 +15,7 @@ from xclip_jax.evaluators.results import flat, from_json
 from xclip_jax.report import charts, page
 from xclip_jax.train import flops, log, recovery, trainer
 from xclip_jax.train.checkpoint import Checkpointer
-from xclip_jax.train.log import Goodput, MetricWriter, utilization
+from xclip_jax.train.log import Goodput, MetricWriter
 
 pytestmark = pytest.mark.long
 
@@ -133,12 +133,6 @@ def test_wasted_steps_are_those_skipped_and_those_undone(tmp_path, monkeypatch):
     skipped.rewind({})
     assert skipped.wasted == 5  # 2, and 5 to 8
     skipped.close()
-
-
-def test_utilization():
-    assert utilization(4e12, 16e12) == {"model_flops_per_second": 4e12, "mfu": 0.25}
-    assert utilization(4e12, None) == {"model_flops_per_second": 4e12}
-    assert utilization(0.0, 16e12) == {}
 
 
 def test_a_run_logs_what_it_makes_of_its_time(tmp_path, monkeypatch, capsys):

@@ -38,7 +38,7 @@ from xclip_jax.core.imports import add_trust
 from xclip_jax.core.storage import write_json
 from xclip_jax.data import embeddings
 from xclip_jax.data.records import ThreadPrefetcher
-from xclip_jax.train import checks, compilation_cache
+from xclip_jax.train import compilation_cache
 
 PART = 1024  # rows that an interruption may lose
 _PROGRESS_SECONDS = 5
@@ -319,7 +319,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         if options.texts:
             sources["text"] = Lines(options.texts)
         compilation_cache.enable()
-        checks.warn_of_idle_accelerator()
         model = inference.load(options.checkpoint, step=options.step, batch=options.batch, trust=options.trust)
         try:
             EmbeddingJob(model, sources, options.out, part=options.part, threads=options.threads).run()

@@ -41,7 +41,7 @@ from xclip_jax.evaluators.results import Result
 from xclip_jax.evaluators.tables import compare, render_comparison
 from xclip_jax.interop import hub
 from xclip_jax.models.two_towers import Variables
-from xclip_jax.train import checks, compilation_cache
+from xclip_jax.train import compilation_cache
 from xclip_jax.train.build import Experiment, make_encoder, profile_of_run
 from xclip_jax.train.weights import fingerprint, load, pin, read_classes
 
@@ -180,7 +180,6 @@ def main(argv: Sequence[str] | None = None) -> None:
                 write_json(epath.Path(flags.output), {"a": flags.compare[0], "b": flags.compare[1], "rows": rows})
             return
         compilation_cache.enable()
-        checks.warn_of_idle_accelerator()
         flags.names = read_class_names(flags.names) if flags.names else None
         suite, fields = flags.suite or ["demo"], {key: getattr(flags, key) for key in PROFILE_FIELDS}
         evaluate(

@@ -123,7 +123,7 @@ def _time(
     elif "roofline" in facts and not mfu:
         step_ms = facts["roofline"]["step_ms"]
     else:
-        reason = "the step does not fit; --mfu gives one" if work else flops.uncounted(config)
+        reason = "the step does not fit; --mfu gives one" if work else flops.UNCOUNTED
         return {"untimed": reason, "peak_ms": peak_ms}
     pairs_per_second = 1e3 * config.data.batch / step_ms
     days = config.steps * step_ms / 86.4e6

@@ -30,7 +30,7 @@ from xclip_jax.train.batches import INPUT_BOUND
 from xclip_jax.train.build import Experiment
 from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.checks import FAIL, Finding, attempt, check_devices, fail, run_checks, warning
-from xclip_jax.train.job import Start
+from xclip_jax.train.job import Job
 from xclip_jax.train.state import create
 from xclip_jax.train.training_folder import TrainingFolder
 
@@ -72,7 +72,7 @@ def check_config(
     if resolved is None:
         yield from filter(None, [problem])
         return
-    start, marks, operations = Start(resolved, TrainingFolder(resolved.run)), {}, None
+    start, marks, operations = Job(resolved, TrainingFolder(resolved.run)), {}, None
     on_cpu = jax.devices()[0].platform == "cpu"
     for finding in run_checks(start):
         marks[finding.check] = finding.mark
@@ -148,7 +148,7 @@ def _check_jax_packages(installed: Mapping[str, str]) -> list[Finding]:
     return findings
 
 
-def time_step(start: Start, operations: float | None = None) -> list[Finding]:
+def time_step(start: Job, operations: float | None = None) -> list[Finding]:
     """Restore the newest checkpoint, if there is one, and time the compiled step.
 
     Args:
@@ -194,7 +194,7 @@ def zeros(experiment: Experiment) -> dict[str, jax.Array]:
     return loader.to_global({name: fields[name] for name in experiment.objective.fields}, experiment.mesh)
 
 
-def check_samples(start: Start, step_seconds: float | None, options: Options) -> Iterator[Finding]:
+def check_samples(start: Job, step_seconds: float | None, options: Options) -> Iterator[Finding]:
     """Read the first samples as the run would: yield the share of bad ones, equal texts, and the speed of reading."""
     experiment = start.experiment
     transform = loader.Transform(
@@ -216,7 +216,7 @@ def check_samples(start: Start, step_seconds: float | None, options: Options) ->
     yield _speed(sample, experiment, step_seconds)
 
 
-def _bad_samples(sample: LoaderSample, start: Start) -> Finding:
+def _bad_samples(sample: LoaderSample, start: Job) -> Finding:
     bad, allowed, sources = sum(sample.bad.values()), start.config.data.max_bad_fraction, start.sources
     known = sum(sum(source.known_faults().values()) for source in sources) / max(sum(map(len, sources)), 1)
     share = max(bad / (sample.read + bad), known)

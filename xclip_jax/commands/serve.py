@@ -28,7 +28,7 @@ from xclip_jax.core.console import log0
 from xclip_jax.core.errors import BadSample, Parser, UserError, check_count, exit_with_message, public
 from xclip_jax.core.imports import add_trust
 from xclip_jax.data.text import decode_text
-from xclip_jax.train import checks, compilation_cache
+from xclip_jax.train import compilation_cache
 
 _HERE = "127.0.0.1"
 
@@ -97,7 +97,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         names = read_names(flags.names)
         with listen(flags.host, flags.port) as listening:  # before the images are embedded, which may take a while
             compilation_cache.enable()
-            checks.warn_of_idle_accelerator()
             model = inference.load(flags.checkpoint, step=flags.step, batch=flags.batch, trust=flags.trust)
             index = make_index(model, flags.images, cache=flags.cache, names=names)
             index.by_text("an image", 1)  # compiles

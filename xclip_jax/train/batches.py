@@ -27,13 +27,8 @@ def batches(
 ) -> Iterator[dict[str, jax.Array]]:
     """Yield the global batches from step `start` to the end of the run, {"image": (b, h, w, 3), "text": (b, n), ...}.
 
-    Args:
-      job: the run.
-      start: first step, from 0.
-      ledger: counts samples, and records bad ones.
-      timer: measures how long the devices wait for a batch.
-      watch: is told that the run waits for data, and then that it computes a step.
-      stop: an interrupt does not wait for the next batch.
+    `timer` measures how long the devices wait for a batch, `watch` is told what the run waits for, and an interrupt
+    by `stop` does not wait for the next batch.
     """
     experiment, part = job.experiment, job.part
     config, data = experiment.config, experiment.config.data

@@ -15,6 +15,7 @@ from xclip_jax.data.ledger import Ledger
 from xclip_jax.evaluators.results import Result, flat, to_json
 from xclip_jax.train import flops
 from xclip_jax.train.batches import INPUT_BOUND, InputStallTimer
+from xclip_jax.train.build import Experiment
 from xclip_jax.train.callbacks import Callback, Trackers
 from xclip_jax.train.job import Job
 from xclip_jax.train.recovery import SkippedSteps
@@ -64,12 +65,12 @@ class Goodput:
         self._lost += seconds
 
     def values(self, step: int, *, wasted: int, waited: float) -> dict[str, float]:
-        """Return "goodput", a share, and what it is made of, "wall_seconds" and "useful_seconds", up to now.
+        """Return "goodput", a share, and what it is made of, "wall_seconds" and "useful_seconds", up to `step`.
 
         Args:
           step: the last that has ended.
           wasted: steps that this process computed in vain, or whose updates it undid.
-          waited: seconds since the first step in which the devices waited for data.
+          waited: seconds in which the devices waited for data.
         """
         now = self._clock()
         computing = 0.0 if self._first is None else max(0.0, now - self._first - self._lost - waited)
@@ -83,18 +84,9 @@ class Progress:
     """Training speed and time left, without pauses and the first step, which compiles."""
 
     def __init__(
-        self,
-        steps: int,
-        batch: int,
-        terms: Callable[[Mapping[str, float]], Sequence[str]] = lambda metrics: (),
+        self, steps: int, batch: int, terms: Callable[[Mapping[str, float]], Sequence[str]] = lambda metrics: ()
     ) -> None:
-        """Begin to count.
-
-        Args:
-          steps: of the whole run.
-          batch: samples of a step.
-          terms: metrics -> the objective's parts of the line.
-        """
+        """Begin to count a run of `steps`; `terms` returns the objective's parts of the line from the metrics."""
         self.steps, self.batch, self._terms = steps, batch, terms
         self._ended = 0
         self._first_end = self._last_end = 0.0  # without the pauses between them
@@ -140,13 +132,7 @@ class MetricWriter:
     """Writes metrics.jsonl, one object a line with its "step", and results.jsonl with the records of evaluations."""
 
     def __init__(self, folder: RunFolder, *, step: int = 0, evaluations: int | None = None) -> None:
-        """Open the files, without the lines of later steps that an interrupted run left.
-
-        Args:
-          folder: the run's.
-          step: the step that the run starts or resumes from.
-          evaluations: last step whose evaluation stays, `step` by default.
-        """
+        """Open the files, without lines after `step`, and evaluations after `evaluations`, of an interrupted run."""
         last = step if evaluations is None else evaluations
         self._file = JsonLines(folder.metrics_file, lambda line: line["step"] <= (step if "loss" in line else last))
         self._results = JsonLines(folder.results_log_file, lambda line: line["step"] <= last)
@@ -172,30 +158,6 @@ class MetricWriter:
         self._file.close()
 
 
-class CollapseMonitor:
-    """Prints a warning the first time that each kind of collapse is diagnosed."""
-
-    def __init__(self, alarms: Callable[[Mapping[str, float]], Sequence[str]], first_step: int) -> None:
-        """Watch from `first_step` on.
-
-        Args:
-          alarms: metrics of a step -> sentences of the form "NAME: what is wrong".
-          first_step: earlier steps are too early for a judgement.
-        """
-        self._alarms, self._first_step = alarms, first_step
-        self._warned: set[str] = set()
-
-    def check(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Print warnings that the metrics of `step` are the first to give."""
-        if step < self._first_step:
-            return
-        for warning in self._alarms(metrics):
-            name = warning.split(":")[0]
-            if name not in self._warned:
-                self._warned.add(name)
-                log0(f"WARNING, step {step}: {warning}")
-
-
 class MetricLogger:
     """Logs metrics one step late, so that the host never waits for the step that it has just dispatched.
 
@@ -216,24 +178,17 @@ class MetricLogger:
         began: float,
         on_step_end: Callable[[], None] = lambda: None,
     ) -> None:
-        """Open the run's metrics.
+        """Open the metrics of a run that starts or resumes at step `start`.
 
-        Args:
-          job: the run.
-          start: the step that it starts or resumes from.
-          ledger: of the samples that are read.
-          skipped: counts steps that are skipped.
-          callbacks: receive what is logged.
-          began: when the process began, by `time.perf_counter`.
-          on_step_end: called, in a thread, when the devices have computed a step.
+        The process began at `began`, by `time.perf_counter`; a thread calls `on_step_end` after each step.
         """
         self.ledger, self.stalls, self.skipped = ledger, InputStallTimer(self._end_step), skipped
         self._job, self._callbacks, self._on_step_end = job, callbacks, on_step_end
         self._progress = Progress(job.config.steps, job.config.data.batch, job.experiment.objective.progress)
-        self._collapse = CollapseMonitor(job.experiment.objective.alarms, job.config.log.collapse_warmup_steps)
-        self._flops, self._peak = _flops_and_peak(job)
+        self._warned: set[str] = set()  # names of collapses
+        self._flops, self._peak = _flops_and_peak(job.experiment)
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
-        self._writer, self._trackers, self._opened, before = None, None, False, []
+        self._writer, self._trackers, before = None, None, []
         if jax.process_index() == 0:
             before = job.folder.read_metrics()
             # A run that resumes at its last step makes the last evaluation again.
@@ -275,17 +230,30 @@ class MetricLogger:
         self.stalls.settle()  # the speed counts this step
         scalars |= self._accounts(step)
         log0(self._progress.line(step, scalars))
-        self._collapse.check(step, scalars)
+        self._warn_of_collapse(step, scalars)
         if self._writer:
             self._writer.write(step, scalars)
             self._track(step, scalars)
         for callback in self._callbacks:
             callback.on_log(step, scalars)
 
+    def _warn_of_collapse(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Print a warning the first time that each kind of collapse is diagnosed."""
+        if step < self._job.config.log.collapse_warmup_steps:
+            return
+        for warning in self._job.experiment.objective.alarms(scalars):  # "NAME: what is wrong"
+            if (name := warning.split(":")[0]) not in self._warned:
+                self._warned.add(name)
+                log0(f"WARNING, step {step}: {warning}")
+
     def _accounts(self, step: int) -> dict[str, float]:
         """Return metrics that the step does not compute."""
         samples = step * self._job.config.data.batch
         speed = self._progress.samples_per_second()
+        used = {}
+        if speed and self._flops:
+            used = {"model_flops_per_second": speed * self._flops}
+            used |= {"mfu": speed * self._flops / self._peak} if self._peak else {}
         goodput = self._goodput.values(step, wasted=self.skipped.wasted, waited=self.stalls.total)
         return {
             "lr": float(self._job.experiment.schedule(step - 1)),
@@ -297,7 +265,7 @@ class MetricLogger:
             "data/wait_share": self.stalls.share(),
             "skipped_steps": self.skipped.total,
             "samples_per_second": speed,
-            **(utilization(speed * self._flops, self._peak) if speed else {}),
+            **used,
             **goodput,
         }
 
@@ -316,9 +284,7 @@ class MetricLogger:
 
     def _track(self, step: int, scalars: Mapping[str, float]) -> None:
         if self._trackers:
-            opens, self._opened = not self._opened, True  # TensorBoard's packages, which take seconds
-            with self.pause() if opens else contextlib.nullcontext():
-                self._trackers.log(step, scalars)
+            self._trackers.log(step, scalars)
 
     def end_evaluation(self, step: int, results: Sequence[Result]) -> None:
         """Hand the results of all sets to the callbacks."""
@@ -372,23 +338,14 @@ class MetricLogger:
             self._trackers.close()
 
 
-def utilization(flops_per_second: float, peak: float | None) -> dict[str, float]:
-    """Return "model_flops_per_second", all devices together, and "mfu", its share of `peak` if that is known.
-
-    Empty for a model of unknown FLOPs, 0.
-    """
-    if not flops_per_second:
-        return {}
-    return {"model_flops_per_second": flops_per_second} | ({"mfu": flops_per_second / peak} if peak else {})
-
-
-def _flops_and_peak(job: Job) -> tuple[float, float | None]:
-    """Model FLOPs of a training sample, 0 if unknown, and peak FLOP/s of all devices."""
-    devices = job.experiment.mesh.devices
-    peak = flops.PEAK.get(devices.flat[0].device_kind)
-    experiment = job.experiment
+def _flops_and_peak(experiment: Experiment) -> tuple[float, float]:
+    """Model FLOPs of a training sample, and peak FLOP/s of all devices; 0 for what is not known."""
+    devices = experiment.mesh.devices
+    device = devices.flat[0]
+    peak = flops.PEAK.get(device.device_kind, 0.0) * devices.size
     step = flops.train_step(experiment.config, experiment.length_groups, experiment.text_rows[0])
     if step is None:
-        log0(f"metrics have no mfu: {flops.uncounted(experiment.config)}")
-        step = 0.0
-    return step / experiment.config.data.batch, peak and peak * devices.size
+        log0(f"metrics have no mfu: {flops.UNCOUNTED}")
+    elif not peak and device.platform != "cpu":
+        log0(f"metrics have no mfu: the peak FLOP/s of {device.device_kind!r} is not known (xclip_jax/train/flops.py)")
+    return (step or 0.0) / experiment.config.data.batch, peak

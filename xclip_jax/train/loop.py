@@ -10,7 +10,6 @@ import jax
 
 from xclip_jax.core import console
 from xclip_jax.core.console import log0
-from xclip_jax.core.errors import describe
 from xclip_jax.core.run_folder import RunFolder
 from xclip_jax.data.ledger import Ledger, TooManyBadSamples
 from xclip_jax.evaluators import registry, tables
@@ -136,7 +135,7 @@ def _evaluate(
 
 
 class StepTracer:
-    """Runs the steps, and traces the steps of `log.profile` with JAX's profiler; a trace that fails is a warning.
+    """Runs the steps, and traces the steps of `log.profile` with JAX's profiler.
 
     The trace starts when the steps before it have ended, and ends when the traced ones have.
     """
@@ -156,12 +155,11 @@ class StepTracer:
         """Return `function(*args)`, the results of step number `step`."""
         if step in self._steps and self._local is None:
             jax.block_until_ready(args)
-            with self._pause(), self._warning():
+            with self._pause():
                 options = jax.profiler.ProfileOptions()
                 options.python_tracer_level = 0  # Python calls of data threads would fill the trace
-                local = tempfile.TemporaryDirectory(prefix="xclip_jax_profile_", ignore_cleanup_errors=True)
-                jax.profiler.start_trace(local.name, create_perfetto_trace=True, profiler_options=options)
-                self._local = local
+                self._local = tempfile.TemporaryDirectory(prefix="xclip_jax_profile_", ignore_cleanup_errors=True)
+                jax.profiler.start_trace(self._local.name, create_perfetto_trace=True, profiler_options=options)
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
             results = function(*args)
         if self._local is not None and step == self._steps[-1]:
@@ -172,22 +170,15 @@ class StepTracer:
     def close(self) -> None:
         """Write a trace that is in progress, such as one that an interrupt cut short."""
         if self._local is not None:
-            with self._pause(), self._warning(), self._local as local:
+            steps, self._steps = self._steps, range(0)
+            with self._pause(), self._local as local:
                 jax.profiler.stop_trace()
                 for file in filter(pathlib.Path.is_file, pathlib.Path(local).rglob("*")):
                     copy = self._path / file.relative_to(local)
                     copy.parent.mkdir(parents=True, exist_ok=True)
                     copy.write_bytes(file.read_bytes())
-                log0(
-                    f"profile of steps {self._steps[0]} to {self._steps[-1]}: {self._path}; open it with xprof "
-                    f"--logdir {self._path} (pip install xprof), or its perfetto_trace.json.gz at https://ui.perfetto.dev"
-                )
-            self._local, self._steps = None, range(0)
-
-    @contextlib.contextmanager
-    def _warning(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            log0(f"WARNING: the steps of log.profile cannot be traced: {describe(error)}")
-            self._steps = range(0)
+            self._local = None
+            log0(
+                f"profile of steps {steps[0]} to {steps[-1]}: {self._path}; open it with xprof --logdir {self._path} "
+                "(pip install xprof), or its perfetto_trace.json.gz at https://ui.perfetto.dev"
+            )

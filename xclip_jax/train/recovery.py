@@ -113,13 +113,9 @@ class SkippedSteps:
         """
         every = self._job.config.checkpoint.every
         usable = [step for step in self._checkpointer.steps() if rewound < step < failed]
-        regular = [step for step in usable if every and step % every == 0]
         if not usable:
-            between = f"between the rewind at step {rewound} and them" if rewound else "before them"
-            self._stop(
-                f"steps {failed + 1} to {self._checked} are skipped, and no checkpoint {between} is left to rewind to"
-            )
-        return max(regular or usable)
+            self._stop(f"steps {failed + 1} to {self._checked} are skipped, and no checkpoint is left to rewind to")
+        return max([step for step in usable if every and step % every == 0] or usable)
 
     def close(self) -> None:
         """Write what is left; more may be counted."""
@@ -133,18 +129,16 @@ class SkippedSteps:
         self._file.append({"step": step, "position": (step - 1) * b, "samples": b} | values)
         fault = _fault(step, values)
         if self.in_a_row == config.steps or (self.exceeded and not config.optim.rewind):
-            before = f", after {self.in_a_row - 1} skipped steps in a row," if self.in_a_row > 1 else ""
-            self._stop(f"{fault}{before} and is not saved")
+            self._stop(f"{fault}, after {self.in_a_row - 1} skipped steps in a row, and is not saved")
         log0(f"WARNING: {fault}; the step is skipped, {self.in_a_row} in a row, {self.total} in all, see {self.path}")
 
     def _stop(self, reason: str) -> None:
         saved = self._checkpointer.steps()
         last = f"the last checkpoint has step {saved[-1]}" if saved else "there is no checkpoint yet"
         self.close()
-        ratio = ", raise optim.max_grad_norm_ratio" if self._job.config.optim.max_grad_norm_ratio else ""
         raise Diverged(
-            f"{reason}; {last}. Lower optim.lr, lengthen optim.warmup{ratio} or set optim.grad_clip_norm=1, under a "
-            "different --config.run."
+            f"{reason}; {last}. Lower optim.lr, lengthen optim.warmup or set optim.grad_clip_norm=1, under a different "
+            "--config.run."
         )
 
     def _count(self, **changes: int) -> None:

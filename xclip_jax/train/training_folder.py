@@ -2,9 +2,7 @@
 
 import contextlib
 import datetime
-import hashlib
-import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +16,7 @@ from xclip_jax.core.errors import UserError, check_writable
 from xclip_jax.core.run_folder import RunFolder
 from xclip_jax.core.storage import is_remote, write_json, write_whole
 from xclip_jax.data import tokenizer
-from xclip_jax.data.length_groups import AUTO, FULL, WHOLE, LengthGroups
+from xclip_jax.data.length_groups import AUTO, WHOLE, LengthGroups
 from xclip_jax.evaluators.results import Result, flat, to_json
 from xclip_jax.interop import hub
 from xclip_jax.objectives import TERMS
@@ -65,13 +63,6 @@ class TrainingFolder(RunFolder):
                 f"{self.path} contains a run with a different config: {', '.join(differing[:_SHOWN])}{rest}. Use a "
                 "different --config.run, delete the folder, or give these keys the values of its config.json."
             )
-        weights = config.init.weights
-        if (
-            saved.get("init_weights")
-            and RunFolder(weights).path.exists()
-            and fingerprint(weights) != saved["init_weights"]
-        ):
-            log0(f"WARNING: init.weights={weights!r} has changed since the run started from it")
 
     def read_config(self) -> dict[str, Any] | None:
         """Return the content of config.json, with defaults for keys that it lacks."""
@@ -97,21 +88,19 @@ class TrainingFolder(RunFolder):
         name, saved = config.data.tokenizer, self.read_config()
         if saved is None or self.latest_step() is None:
             return name  # `claimed` writes the copy again
-        was = saved["config"]["data"]["tokenizer"]
-        if name != was and {name, was} & set(tokenizer.NAMES):
+        was, copy = saved["config"]["data"]["tokenizer"], self.tokenizer_file
+        if {name, was} & set(tokenizer.NAMES):
+            same, known = name == was, name
+        else:
+            given = epath.Path(name)
+            same = not (given.exists() and copy.exists()) or given.read_bytes() == copy.read_bytes()
+            known = str(copy) if copy.exists() else name
+        if not same:
             raise UserError(
                 f"data.tokenizer={name!r} differs from {was!r}, which the run was started with; use a different "
                 "--config.run."
             )
-        if name in tokenizer.NAMES or not self.tokenizer_file.exists():
-            return name
-        given = epath.Path(name)
-        if given.exists() and given.read_bytes() != self.tokenizer_file.read_bytes():
-            raise UserError(
-                f"data.tokenizer={name!r} differs from {self.tokenizer_file}, which the run was started with; use a "
-                "different --config.run, or restore the file."
-            )
-        return str(self.tokenizer_file)
+        return known
 
     def length_groups(self, text_rows: tuple[int, int]) -> LengthGroups | None:
         """Return the run's groups of texts, or None without a checkpoint, or if they suit other `text_rows`.
@@ -122,15 +111,7 @@ class TrainingFolder(RunFolder):
         content = self.read_config()
         if content is None or self.latest_step() is None:
             return None
-        groups, chosen_for = content.get("length_groups", FULL), content.get("text_rows")
-        if chosen_for == list(text_rows):
-            return LengthGroups.parse(groups)
-        if groups != FULL:
-            log0(
-                f"data.length_groups={groups} is for {chosen_for}, the texts of a device's microbatch and the number "
-                f"of these, now {list(text_rows)}; other groups are chosen"
-            )
-        return None
+        return LengthGroups.parse(content["length_groups"]) if content.get("text_rows") == list(text_rows) else None
 
     def check_sources(self, config: Config, fingerprints: Sequence[Mapping[str, Any]]) -> None:
         """Check that a run that resumes reads the data that it read before, wherever they are now.
@@ -163,14 +144,10 @@ class TrainingFolder(RunFolder):
             before, now = old.get(key), new.get(key)
             if before is None or now is None or before["digest"] == now["digest"]:
                 continue
-            then, count = before["unreadable"], now["unreadable"]
-            changed = ", or files have changed" if count == then else ""
-            remedy = "see that all files can be read, and start again"
-            if count < then:
-                remedy = f"use a different --config.run, or delete {self.data_file} to go on in another order"
             raise UserError(
                 f"{source}: {what} differs from {self.data_file}, and with it the order of all samples: "
-                f"{count:,} of the records cannot be read now, {then:,} could not be read then{changed}; {remedy}."
+                f"{now['unreadable']:,} of the records cannot be read now, {before['unreadable']:,} could not be read "
+                f"then; see that all files can be read, and start again, or use a different --config.run."
             )
 
     @contextlib.contextmanager
@@ -186,8 +163,7 @@ class TrainingFolder(RunFolder):
         Args:
           config: of the run.
           fingerprints: of its sources.
-          groups: of its texts.
-          text_rows: that `groups` are for, see `length_groups`.
+          groups, text_rows: groups of its texts, and what they are for, see `length_groups`.
 
         Raises:
           UserError: another run is writing to the folder.
@@ -248,10 +224,8 @@ class TrainingFolder(RunFolder):
             if saved is not None and (differing := _differences(saved["config"], config)):
                 log0(f"{self.path} has no checkpoint, so the run starts with its new config: {', '.join(differing)}")
             content = {"config": current, "environment": facts, "started": now, **chosen}
-            if config.init.weights:
-                pinned = hub.pin(config.init.weights)
-                content["init_weights"] = fingerprint(hub.resolve(pinned))
-                content |= {"init_commit": hub.commit(pinned)} if hub.is_hub(pinned) else {}
+            if hub.is_hub(pinned := hub.pin(config.init.weights)):
+                content["init_commit"] = hub.commit(pinned)
             write_json(self.config_file, content)
             return
         before, after = schema.flatten(saved["config"]), schema.flatten(current)
@@ -269,25 +243,13 @@ def _differences(saved: Mapping[str, Any], config: Config) -> list[str]:
     """Keys that decide what is learned and differ between a saved config and `config`."""
     before, after = schema.flatten(saved), schema.flatten(schema.to_dict(config))
     # Options of terms that neither has.
-    idle = tuple(f"objective.{name}." for name in TERMS if name not in {*config.objective.terms, *_terms(saved)})
+    idle = tuple(
+        f"objective.{name}."
+        for name in TERMS
+        if name not in {*config.objective.terms, *saved.get("objective", {}).get("terms", {})}
+    )
     return [
         f"{key} ({before.get(key)!r} in config.json, {after.get(key)!r} now)"
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key) and not key.startswith((*KEYS_FREE_ON_RESUME, *idle))
     ]
-
-
-def _terms(saved: Mapping[str, Any]) -> Collection[str]:
-    return saved.get("objective", {}).get("terms", {})
-
-
-def fingerprint(path: str) -> str:
-    """SHA-256 that changes with other weights: of a run its config and newest step, else names and sizes of files."""
-    run = RunFolder(path)
-    root = run.path
-    if run.is_run() and (content := run.read_config()):
-        facts: list[Any] = [content["config"], run.latest_step()]
-    else:
-        files = sorted(item for item in root.iterdir() if item.is_file()) if root.is_dir() else [root]
-        facts = [[file.name, file.stat().length] for file in files]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
