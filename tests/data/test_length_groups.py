@@ -165,7 +165,7 @@ def test_a_run_chooses_groups_and_resumes_with_them_bit_exactly(pairs, tmp_path,
 
     # With other rows a device they are chosen anew.
     config = resolve(tiny.short(pairs, tmp_path / "again", optim__microbatches=2, **options))
-    assert job.prepare(config, TrainingFolder(config.run)).experiment.length_groups == length_groups.WHOLE
+    assert job.Job(config, TrainingFolder(config.run)).prepare().experiment.length_groups == length_groups.WHOLE
 
 
 def test_groups_of_a_run_are_kept_for_the_rows_that_they_are_for(tmp_path, capsys):

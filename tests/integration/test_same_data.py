@@ -48,7 +48,7 @@ class Run:
 
     def prepare(self):
         self.monkeypatch.setattr(holdout, "_known", {})
-        return job.prepare(self.config, TrainingFolder(self.config.run))
+        return job.Job(self.config, TrainingFolder(self.config.run)).prepare()
 
     def start(self):
         """Write what a run leaves that has a checkpoint."""
@@ -87,9 +87,7 @@ def test_a_record_that_could_not_be_read_at_the_start_is_said(run):
     run.bad = run.held_out[0]
     run.start()
     run.bad = None
-    with pytest.raises(
-        UserError, match=r"0 .* cannot be read now, 1 could not .* then; .* use a different --config\.run"
-    ):
+    with pytest.raises(UserError, match=r"0 .* cannot be read now, 1 could not .* then; .* different --config\.run"):
         run.prepare()
 
 
@@ -119,7 +117,7 @@ def test_hosts_compare_their_evaluation_sets(tmp_path, monkeypatch):
     config, compared = resolve(tiny.short(pairs, tmp_path / "run", **keys)), compare(monkeypatch)
 
     def check():
-        checks.check_same_data(job.prepare(config, TrainingFolder(config.run)))
+        checks.check_same_data(job.Job(config, TrainingFolder(config.run)).prepare())
         return compared[-1][0]
 
     first, again = check(), check()

@@ -87,7 +87,7 @@ def test_callbacks_receive_metrics_and_the_model(straight):
 
 @pytest.mark.parametrize(("expected", "warned"), [(0, False), (4, False), (5, False), (7, True), (2.5, True)])
 def test_a_schedule_for_other_data_is_warned_of(expected, warned, straight, capsys):
-    prepared = job.prepare(schema.resolve(straight[0]), TrainingFolder(straight[0].run))
+    prepared = job.Job(schema.resolve(straight[0]), TrainingFolder(straight[0].run)).prepare()
     log = dataclasses.replace(prepared.config.log, expected_epochs=expected)
     prepared.config = dataclasses.replace(prepared.config, log=log)
     trainer.warn_of_epochs(prepared)

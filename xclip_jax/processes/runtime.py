@@ -49,25 +49,19 @@ def join(distributed: bool, coordinator: str = "", processes: int = 0, process: 
             "the recipe has looked at this machine's devices before the processes joined, and JAX cannot join them "
             "after that; give the recipe small device=cpu, gpu or tpu, and call no jax.devices() in your get_config."
         )
-    limits: dict[str, Any] = {
-        "heartbeat_timeout_seconds": HEARTBEAT_SECONDS,
-        "shutdown_timeout_seconds": _SHUTDOWN_SECONDS,
-    }
+    given_or_found = (coordinator, processes, process) if coordinator else ()
     try:
-        if coordinator:
-            jax.distributed.initialize(coordinator, processes, process, **limits)
-        else:
-            jax.distributed.initialize(**limits)
+        jax.distributed.initialize(
+            *given_or_found,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
+        )
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"this process cannot join the others ({reason}). Where JAX cannot discover them, start each with "
             "--coordinator=HOST:PORT --processes=N --process=I."
         ) from error
-    _watch_others()
-
-
-def _watch_others() -> None:
     global _peers
     state = jax_distributed.global_state
     if state.client is not None and state.num_processes > 1:

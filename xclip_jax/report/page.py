@@ -19,7 +19,6 @@ from PIL import Image
 from xclip_jax.config.schema import Config
 from xclip_jax.core.console import command, log0
 from xclip_jax.core.errors import public
-from xclip_jax.data import images
 from xclip_jax.evaluators import tables
 from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.evaluators.prompts import Profile
@@ -106,14 +105,12 @@ def facts(record: Record, parameters: int | None = None) -> dict[str, Any]:
     machine: Mapping[str, Any] = record.environment
     last = record.training[-1] if record.training else {}
     samples = sum(source.get("samples", 0) for source in record.sources)
-    transparent = max((source.get("transparent", 0) for source in record.sources), default=0)
     unit = "items" if objective.labelled else "pairs"
     return {
         "Objective": objective.title + (f", {objective.formula}" if len(objective.terms) > 1 else ""),
         "Image tower": config.model.tower("img").describe(),
         "Parameters": f"{parameters:,}" if parameters else "",
         f"Training {unit}": f"{samples:,}" if samples else "",
-        "Transparent images": images.describe(transparent, config.data.background) if transparent else "",
         f"{unit.capitalize()} seen": f"{last['samples']:,} ({last['epoch']:.1f} epochs)" if "epoch" in last else "",
         "Speed": f"{number(last['samples_per_second'])} {unit}/s" if last.get("samples_per_second") else "",
         "MFU": f"{last['mfu']:.1%}" if last.get("mfu") else "",

@@ -14,12 +14,12 @@ from xclip_jax.config.schema import Config
 from xclip_jax.core import environment
 from xclip_jax.core.console import command, format_bytes, log0
 from xclip_jax.core.errors import UserError, describe
-from xclip_jax.data import images, tokenizer
+from xclip_jax.data import tokenizer
 from xclip_jax.processes import runtime
 from xclip_jax.train import callbacks, flops, memory
 from xclip_jax.train.checkpoint_files import free_bytes, most_added, num_bytes
 from xclip_jax.train.job import Job
-from xclip_jax.train.training_folder import OUTCOMES, TRANSPARENT, TrainingFolder
+from xclip_jax.train.training_folder import OUTCOMES, TrainingFolder
 
 OK, WARNING, FAIL = "ok", "warning", "FAIL"
 # Hosts may keep the same files in different places, and differ in how they read them.
@@ -39,7 +39,7 @@ class Finding:
       text: the result; for a warning or a FAIL what is wrong, and why that matters.
       mark: "ok", "warning" or "FAIL".
       remedy: what to do about it; "" if nothing is wrong, or if the text ends in it.
-      values: numbers of the text, for machines: bytes, seconds, shares and samples a second.
+      values: numbers of the text, for machines.
     """
 
     check: str
@@ -69,15 +69,11 @@ def fail(check: str, text: str, remedy: str = "", **values: Any) -> Finding:
 
 
 def attempt(check: str, function: Callable[[], T]) -> tuple[T | None, Finding | None]:
-    """Return the result of `function`, or None and its `UserError`, or `OSError` about a file, as a FAIL."""
+    """Return the result of `function`, or None and its `UserError` or `OSError` as a FAIL."""
     try:
         return function(), None
-    except UserError as error:
+    except (UserError, OSError) as error:
         return None, fail(check, describe(error))
-    except OSError as error:
-        if error.filename is None:
-            raise
-        return None, fail(check, f"{str(error.filename)!r}: {error.strerror}.")
 
 
 def check_devices() -> Finding:
@@ -135,16 +131,11 @@ def check_model(job: Job) -> Iterator[Finding]:
 
 def check_data(job: Job) -> Iterator[Finding]:
     """Yield whether the sources open, are those the run was started with, and how often they are read."""
-    data = job.experiment.config.data
     _ = job.sources, job.fingerprints
     total, unit = job.num_samples, "items" if job.experiment.objective.labelled else "pairs"
     sources = len(job.samples)
     text = f"{total:,} {unit} of {sources} source{'s' if sources > 1 else ''}; the run reads {job.epochs:,.2f} epochs"
     yield Finding("data", text, values={"samples": total, "epochs": job.epochs})
-    if any(job.transparency):
-        share = max(job.transparency)
-        text = f"transparent images: {images.describe(share, data.background)} (data.background={data.background!r})"
-        yield Finding("transparency", text, values={"transparent_share": share})
 
 
 def check_sets(job: Job) -> Iterator[Finding]:
@@ -287,7 +278,7 @@ def check_same_data(job: Job) -> None:
     for number, fingerprint in enumerate(job.fingerprints):
         for key in OUTCOMES.keys() & fingerprint.keys():
             facts[f"{OUTCOMES[key]} of source {number}"] = fingerprint[key]["digest"]
-        whole = {key: value for key, value in fingerprint.items() if key not in (*OUTCOMES, TRANSPARENT)}
+        whole = {key: value for key, value in fingerprint.items() if key not in OUTCOMES}
         digest = _hash(json.dumps(whole, sort_keys=True, default=str).encode())
         facts[f"source {number}"] = f"{fingerprint.get('samples')} samples, hash {digest}"
     # Hosts with other items would wait for each other's batches, or measure a mixture.

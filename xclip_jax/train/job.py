@@ -12,22 +12,20 @@ from jax.experimental import multihost_utils
 
 from xclip_jax.config.schema import Config, resolve
 from xclip_jax.core.console import log0
-from xclip_jax.core.errors import BadSample, UserError, public
+from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.core.remote import expand_home
-from xclip_jax.data import holdout, images, labelled, length_groups, loader, records, sources
+from xclip_jax.data import holdout, labelled, length_groups, loader, records, sources
 from xclip_jax.data.base import Source
-from xclip_jax.data.config import DataConfig
 from xclip_jax.data.length_groups import AUTO, WHOLE, LengthGroups
 from xclip_jax.data.loader import SampleOrder
 from xclip_jax.evaluators import registry
 from xclip_jax.evaluators.base import Evaluator
 from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.interop import hub
-from xclip_jax.objectives import Objective, make_objective
 from xclip_jax.parallel.mesh import BatchPart, batch_part
 from xclip_jax.train import flops, memory
 from xclip_jax.train.build import Experiment, build, make_encoder, own_profile
-from xclip_jax.train.training_folder import TRANSPARENT, TrainingFolder
+from xclip_jax.train.training_folder import TrainingFolder
 from xclip_jax.train.weights import read_initial
 
 CAPTIONS = 1024  # that are read to choose groups of lengths
@@ -65,8 +63,13 @@ class Job:
 
     @functools.cached_property
     def sources(self) -> list[Source]:
-        """The training data, whole."""
-        return open_sources(self.experiment.config.data, self.experiment.objective)
+        """The training data, whole; an error has the remedy of the objective."""
+        objective = self.experiment.objective
+        try:
+            return sources.open_sources(self.experiment.config.data, objective.classes, objective.fields)
+        except labelled.MismatchError as error:
+            remedy = objective.source_remedies.get(error.fault, "use another source")
+            raise UserError(f"{error}; {remedy}.") from error
 
     @functools.cached_property
     def fingerprints(self) -> list[dict[str, Any]]:
@@ -145,14 +148,6 @@ class Job:
         """Evaluators of `eval.sets` and `eval.final_sets`, run at the end."""
         return list(self.evaluators.values())
 
-    @functools.cached_property
-    def transparency(self) -> list[float]:
-        """On process 0, the share of transparent images among some records of each source; empty without images."""
-        if jax.process_index() != 0 or "image" not in self.experiment.objective.fields:
-            return []
-        data = self.experiment.config.data
-        return [sources.transparent_share([source], data.read_timeout, data.threads) for source in self.sources]
-
     def prepare(self) -> "Job":
         """Open all parts; return the run itself."""
         self.experiment = self.grouped
@@ -161,27 +156,11 @@ class Job:
             outcomes = ({"data.spread_duplicate_captions": outcome} for outcome in captions)
             self.fingerprints = [a | b for a, b in zip(self.fingerprints, outcomes, strict=True)]
             self.folder.check_sources(self.config, self.fingerprints)
-        if any(shares := self.transparency):
-            self.fingerprints = [a | {TRANSPARENT: b} for a, b in zip(self.fingerprints, shares, strict=True)]
-            described = images.describe(max(shares), self.experiment.config.data.background)
-            log0(f"transparent images: {described} (data.background)")
         return self
 
 
-def prepare(config: Config, folder: TrainingFolder) -> Job:
-    """Build and open everything that a run needs."""
-    return Job(config, folder).prepare()
-
-
 def check(config: ml_collections.ConfigDict | Config) -> Config:
-    """Check, without data and devices, all keys, and the names of the folder, sources and evaluation sets.
-
-    Returns:
-      The config, resolved.
-
-    Raises:
-      UserError: a wrong key or value, a name that does not exist, or no source.
-    """
+    """Return the resolved config, after a check of its keys and names that needs no data and no devices."""
     config = resolve(config)
     expand_home(config.run)
     sources.parse_all(config.data.sources)
@@ -205,28 +184,6 @@ def extras(config: Config) -> list[str]:
             if prefix in sources.SOURCES:
                 names.update(sources.SOURCES[prefix].extras(rest))
     return sorted(names)
-
-
-def check_moved_sources(config: Config, folder: TrainingFolder) -> None:
-    """Check that sources which were renamed since the run in `folder` was started have the same data.
-
-    Raises:
-      UserError: they have other data, or cannot be opened.
-    """
-    content = folder.read_config()
-    if content is None or tuple(content["config"]["data"]["sources"]) == public(tuple(config.data.sources)):
-        return
-    opened = open_sources(config.data, make_objective(config.objective))
-    folder.check_sources(config, [source.fingerprint() for source in opened])
-
-
-def open_sources(data: DataConfig, objective: Objective) -> list[Source]:
-    """Open training data; an error has the remedy of the objective."""
-    try:
-        return sources.open_sources(data, objective.classes, objective.fields)
-    except labelled.MismatchError as error:
-        remedy = objective.source_remedies.get(error.fault, "use another source")
-        raise UserError(f"{error}; {remedy}.") from error
 
 
 def choose_length_groups(experiment: Experiment, samples: Sequence[Source]) -> LengthGroups:

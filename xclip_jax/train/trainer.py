@@ -21,7 +21,7 @@ from xclip_jax.processes.watchdog import COMPILATION, RESTORE, Watchdog
 from xclip_jax.train import checks
 from xclip_jax.train.callbacks import Callback, classes
 from xclip_jax.train.checkpoint import Checkpointer
-from xclip_jax.train.job import Job, check_moved_sources
+from xclip_jax.train.job import Job
 from xclip_jax.train.log import MetricLogger
 from xclip_jax.train.loop import evaluating, run_evaluators, train
 from xclip_jax.train.recovery import SkippedSteps
@@ -60,7 +60,8 @@ def run(
     with PreemptionHandler() as stop:
         checks.check_same_config(config, folder)
         if (results := folder.completed(config)) is not None:
-            check_moved_sources(config, folder)  # two recipes may have one folder
+            if folder.moved_sources(config):  # two recipes may have one folder
+                _ = Job(config, folder).fingerprints
             log0(f"{folder.path} is complete at step {config.steps}; to train again, use a different --config.run")
             return results
         job = Job(config, folder)

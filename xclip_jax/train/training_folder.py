@@ -12,7 +12,7 @@ from xclip_jax.config import schema
 from xclip_jax.config.schema import Config
 from xclip_jax.core import environment, locks
 from xclip_jax.core.console import log0
-from xclip_jax.core.errors import UserError, check_writable
+from xclip_jax.core.errors import UserError, check_writable, public
 from xclip_jax.core.run_folder import RunFolder
 from xclip_jax.core.storage import is_remote, write_json, write_whole
 from xclip_jax.data import tokenizer
@@ -36,7 +36,6 @@ OUTCOMES = {
     "data.holdout": "what data.holdout holds out",
     "data.spread_duplicate_captions": "what data.spread_duplicate_captions spreads",
 }
-TRANSPARENT = "transparent"  # share of transparent images among some records of a source, in data.json
 _SHOWN = 5  # differences that an error lists
 
 
@@ -78,6 +77,11 @@ class TrainingFolder(RunFolder):
         if record.get("failed") or any(saved[key] != current[key] for key in _EVALUATION_KEYS):
             return None
         return record["results"]
+
+    def moved_sources(self, config: Config) -> bool:
+        """Whether `data.sources` had other names when the run was started."""
+        saved = self.read_config()
+        return saved is not None and tuple(saved["config"]["data"]["sources"]) != public(config.data.sources)
 
     def tokenizer(self, config: Config) -> str:
         """Value of data.tokenizer to build with: the run's own copy of a tokenizer file, if there is one.
