@@ -62,7 +62,7 @@ PROMISES = (
         "signals",
         "a signal while the run waits for data",
         "the last step is saved at once",
-        ("train/batches::a_signal_saves_the_last_step_while_data_do_not_come",),
+        ("train/loop::a_signal_saves_the_last_step_while_data_do_not_come",),
     ),
     Promise(
         "signals",
@@ -318,8 +318,8 @@ PROMISES = (
         "too many samples are bad, data cannot be read at all, or an evaluation during training fails",
         "the last step is saved: by all processes if all count too many, otherwise only in a run of one process",
         (
-            "train/batches::too_many_bad_samples_do_not_cost_the_steps_before",
-            "train/batches::data_that_fail_do_not_cost_the_steps_before",
+            "train/loop::too_many_bad_samples_do_not_cost_the_steps_before",
+            "train/loop::data_that_fail_do_not_cost_the_steps_before",
             "processes/interrupt::an_evaluation_that_fails_does_not_cost_the_steps_before",
             "torture/faulty_processes::too_many_bad_samples_save_in_both",
         ),

@@ -26,10 +26,10 @@ from xclip_jax.objectives import Report
 from xclip_jax.objectives.clip import Contrastive
 from xclip_jax.parallel.mesh import batch_part
 from xclip_jax.train import memory
-from xclip_jax.train.batches import INPUT_BOUND
 from xclip_jax.train.build import Experiment
 from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.checks import FAIL, Finding, attempt, check_devices, fail, run_checks, warning
+from xclip_jax.train.clock import INPUT_BOUND
 from xclip_jax.train.job import Job
 from xclip_jax.train.state import create
 from xclip_jax.train.training_folder import TrainingFolder

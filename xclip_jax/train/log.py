@@ -1,126 +1,39 @@
 """Metrics of a run: metrics.jsonl, trackers, the progress line, callbacks, and warnings of a collapse."""
 
-import contextlib
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from xclip_jax.config.schema import Config
 from xclip_jax.core.console import format_duration, log0
 from xclip_jax.core.run_folder import RunFolder
 from xclip_jax.core.storage import JsonLines
 from xclip_jax.data.ledger import Ledger
 from xclip_jax.evaluators.results import Result, flat, to_json
 from xclip_jax.train import flops
-from xclip_jax.train.batches import INPUT_BOUND, InputStallTimer
 from xclip_jax.train.build import Experiment
 from xclip_jax.train.callbacks import Callback, Trackers
+from xclip_jax.train.clock import INPUT_BOUND, Clock
 from xclip_jax.train.job import Job
 from xclip_jax.train.recovery import SkippedSteps
 
-WALL, USEFUL = "wall_seconds", "useful_seconds"
 
-
-class Goodput:
-    """Wall time and useful time of a run, of this process and of those before it.
-
-    Wall time adds up the run's processes, each from its start to its last line of metrics; the time between two
-    processes is not known. Useful is the time since the first step was dispatched, without what is reported as `lost`
-    (evaluations, checkpoints, rewinds, traces), the devices' waits for data, and the shares of steps that were skipped
-    or undone. Of processes before, what they did after the checkpoint that the run resumed from is not useful.
-    """
-
-    def __init__(
-        self,
-        began: float,
-        start: int = 0,
-        lines: Iterable[Mapping[str, float]] = (),
-        clock: Callable[[], float] = time.perf_counter,
-    ) -> None:
-        """Begin to count.
-
-        Args:
-          began: when this process began, by `clock`.
-          start: the step that it starts or resumes from.
-          lines: metrics that earlier processes logged, in order, including steps after `start`.
-          clock: seconds.
-        """
-        self._began, self._start, self._clock = began, start, clock
-        self._first: float | None = None  # when the first step was dispatched
-        self._lost = self._wall = self._useful = 0.0
-        for line in lines:
-            self._wall = max(self._wall, line.get(WALL, 0.0))
-            if line["step"] <= start:
-                self._useful = line.get(USEFUL, self._useful)
-
-    def tick(self) -> None:
-        """Count a step as dispatched; all time before the first one is start-up."""
-        if self._first is None:
-            self._first, self._lost = self._clock(), 0.0
-
-    def add_lost_time(self, seconds: float) -> None:
-        """Count the last `seconds`, in which no step was computed, as lost."""
-        self._lost += seconds
-
-    def values(self, step: int, *, wasted: int, waited: float) -> dict[str, float]:
-        """Return "goodput", a share, and what it is made of, "wall_seconds" and "useful_seconds", up to `step`.
-
-        Args:
-          step: the last that has ended.
-          wasted: steps that this process computed in vain, or whose updates it undid.
-          waited: seconds in which the devices waited for data.
-        """
-        now = self._clock()
-        computing = 0.0 if self._first is None else max(0.0, now - self._first - self._lost - waited)
-        steps = max(step - self._start, 1)
-        wall = self._wall + now - self._began
-        useful = max(0.0, self._useful + computing * (steps - wasted) / steps)
-        return {"goodput": useful / wall if wall > 0 else 0.0, WALL: wall, USEFUL: useful}
-
-
-class Progress:
-    """Training speed and time left, without pauses and the first step, which compiles."""
-
-    def __init__(
-        self, steps: int, batch: int, terms: Callable[[Mapping[str, float]], Sequence[str]] = lambda metrics: ()
-    ) -> None:
-        """Begin to count a run of `steps`; `terms` returns the objective's parts of the line from the metrics."""
-        self.steps, self.batch, self._terms = steps, batch, terms
-        self._ended = 0
-        self._first_end = self._last_end = 0.0  # without the pauses between them
-
-    def tick(self) -> None:
-        """Count a step; to be called when the devices have computed it, which may be before or after its dispatch."""
-        self._last_end = time.perf_counter()
-        if not self._ended:
-            self._first_end = self._last_end
-        self._ended += 1
-
-    def pause(self, seconds: float) -> None:
-        """Exclude the last `seconds`, for example an evaluation, from the speed."""
-        self._first_end += seconds
-        self._last_end += seconds
-
-    def samples_per_second(self) -> float:
-        """Return the training speed since the first step of this process has ended, 0 until the second has."""
-        elapsed = self._last_end - self._first_end
-        return (self._ended - 1) * self.batch / elapsed if self._ended > 1 and elapsed > 0 else 0.0
-
-    def line(self, step: int, metrics: Mapping[str, float]) -> str:
-        """Return the line that is printed for a step."""
-        speed = self.samples_per_second()
-        left = format_duration((self.steps - step) * self.batch / speed) if speed else ""
-        parts = [f"step {step}/{self.steps}", f"loss {metrics['loss']:.3f}", *self._terms(metrics)]
-        if skipped := metrics.get("skipped_steps"):
-            parts.append(f"skipped {skipped:.0f}")
-        if (share := metrics.get("data/wait_share", 0.0)) > INPUT_BOUND:
-            parts.append(f"input-bound: {share:.0%}")
-        if mfu := metrics.get("mfu"):
-            parts.append(f"MFU {mfu:.1%}")
-        shown = f"{speed:.0f}" if speed >= 10 else f"{speed:.2g}"
-        return "  ".join([*parts, f"{shown} samples/s, {left} left" if speed else "(compiled)"])
+def progress_line(step: int, metrics: Mapping[str, float], config: Config, terms: Sequence[str] = ()) -> str:
+    """Return the line that is printed for a step; `terms` are the objective's parts of it."""
+    speed = metrics.get("samples_per_second", 0.0)
+    parts = [f"step {step}/{config.steps}", f"loss {metrics['loss']:.3f}", *terms]
+    if skipped := metrics.get("skipped_steps"):
+        parts.append(f"skipped {skipped:.0f}")
+    if (share := metrics.get("data/wait_share", 0.0)) > INPUT_BOUND:
+        parts.append(f"input-bound: {share:.0%}")
+    if mfu := metrics.get("mfu"):
+        parts.append(f"MFU {mfu:.1%}")
+    if not speed:
+        return "  ".join([*parts, "(compiled)"])
+    left = format_duration((config.steps - step) * config.data.batch / speed)
+    return "  ".join([*parts, f"{speed:.0f} samples/s" if speed >= 10 else f"{speed:.2g} samples/s"]) + f", {left} left"
 
 
 def is_due(every: int, step: int) -> bool:
@@ -163,7 +76,7 @@ class MetricLogger:
 
     Attributes:
       ledger: counts samples, and is synchronised between processes at logged steps.
-      stalls: wraps the batches, see `InputStallTimer`.
+      clock: measures where the time goes.
       skipped: counts steps whose values were not finite; they have no line of metrics.
     """
 
@@ -182,9 +95,8 @@ class MetricLogger:
 
         The process began at `began`, by `time.perf_counter`; a thread calls `on_step_end` after each step.
         """
-        self.ledger, self.stalls, self.skipped = ledger, InputStallTimer(self._end_step), skipped
-        self._job, self._callbacks, self._on_step_end = job, callbacks, on_step_end
-        self._progress = Progress(job.config.steps, job.config.data.batch, job.experiment.objective.progress)
+        self.ledger, self.skipped = ledger, skipped
+        self._job, self._callbacks = job, callbacks
         self._warned: set[str] = set()  # names of collapses
         self._flops, self._peak = _flops_and_peak(job.experiment)
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
@@ -195,7 +107,7 @@ class MetricLogger:
             last = start - (start == job.config.steps)
             self._writer = MetricWriter(job.folder, step=start, evaluations=last)
             self._trackers = Trackers(job.folder, job.config, start)
-        self._goodput = Goodput(began, start, before)
+        self.clock = Clock(began, start, before, on_step_end)
 
     def log_step(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Take the metrics of a dispatched step, and log the metrics of the previous step if they are due."""
@@ -204,14 +116,9 @@ class MetricLogger:
             if is_due(self._job.config.log.every, self._pending[0]) or self._pending[0] == 1:
                 self.flush()
         self._pending = (step, metrics)
-        self.stalls.step_started(metrics["loss"])
-        self._goodput.tick()
+        self.clock.step_started(metrics["loss"])
         if self.skipped.in_a_row:  # a rewind must come at the same step however the run was interrupted
             self.skipped.check(step, metrics)
-
-    def _end_step(self) -> None:
-        self._progress.tick()
-        self._on_step_end()
 
     def flush(self) -> None:
         """Wait for the last step and log its metrics, unless they are logged already.
@@ -227,9 +134,9 @@ class MetricLogger:
         if self.skipped.check(step, metrics):
             return  # its values are in skipped_steps.jsonl
         scalars = {key: float(value) for key, value in jax.device_get(metrics).items() if key != "skipped"}
-        self.stalls.settle()  # the speed counts this step
+        self.clock.settle()  # the speed counts this step
         scalars |= self._accounts(step)
-        log0(self._progress.line(step, scalars))
+        log0(progress_line(step, scalars, self._job.config, self._job.experiment.objective.progress(scalars)))
         self._warn_of_collapse(step, scalars)
         if self._writer:
             self._writer.write(step, scalars)
@@ -249,12 +156,11 @@ class MetricLogger:
     def _accounts(self, step: int) -> dict[str, float]:
         """Return metrics that the step does not compute."""
         samples = step * self._job.config.data.batch
-        speed = self._progress.samples_per_second()
+        speed = self.clock.steps_per_second() * self._job.config.data.batch
         used = {}
         if speed and self._flops:
             used = {"model_flops_per_second": speed * self._flops}
             used |= {"mfu": speed * self._flops / self._peak} if self._peak else {}
-        goodput = self._goodput.values(step, wasted=self.skipped.wasted, waited=self.stalls.total)
         return {
             "lr": float(self._job.experiment.schedule(step - 1)),
             "samples": samples,
@@ -262,11 +168,11 @@ class MetricLogger:
             "epoch": samples / self._job.num_samples,
             "data/bad": self.ledger.bad,
             "data/bad_share": self.ledger.share,
-            "data/wait_share": self.stalls.share(),
+            "data/wait_share": self.clock.wait_share(),
             "skipped_steps": self.skipped.total,
             "samples_per_second": speed,
             **used,
-            **goodput,
+            **self.clock.goodput(step, self.skipped.wasted),
         }
 
     def has_evaluation(self, step: int) -> bool:
@@ -291,26 +197,6 @@ class MetricLogger:
         for callback in self._callbacks:
             callback.on_evaluation(step, results)
 
-    @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
-        """Exclude work other than training, such as an evaluation, from speed, stalls and goodput."""
-        began = time.perf_counter()
-        with self.stall():
-            try:
-                yield
-            finally:
-                self._progress.pause(time.perf_counter() - began)
-                self.stalls.share()
-
-    @contextlib.contextmanager
-    def stall(self) -> Iterator[None]:
-        """Exclude work that training waits for, such as a checkpoint, from the goodput."""
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._goodput.add_lost_time(time.perf_counter() - began)
-
     def write(self) -> None:
         """Log the last step, and write buffered lines, as files in a bucket have."""
         self.flush()
@@ -320,9 +206,9 @@ class MetricLogger:
             self._writer.close()
 
     def close(self) -> None:
-        """Log and write what is left, and end the thread of the stalls."""
+        """Log and write what is left, and end the thread of the clock."""
         self.write()
-        self.stalls.close()
+        self.clock.close()
         if self.ledger.bad:
             counts = ", ".join(f"{reason}: {count:,}" for reason, count in self.ledger.counters["bad"].items())
             log0(f"bad samples so far: {counts}; see {self.ledger.path}")

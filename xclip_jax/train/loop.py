@@ -10,15 +10,17 @@ import jax
 
 from xclip_jax.core import console
 from xclip_jax.core.console import log0
+from xclip_jax.core.errors import public
 from xclip_jax.core.run_folder import RunFolder
+from xclip_jax.data import loader
 from xclip_jax.data.ledger import Ledger, TooManyBadSamples
+from xclip_jax.data.records import interruptible_iterator
 from xclip_jax.evaluators import registry, tables
 from xclip_jax.evaluators.base import Evaluator
 from xclip_jax.evaluators.results import Result
 from xclip_jax.models.two_towers import Variables
 from xclip_jax.processes.interrupt import Interrupted, PreemptionHandler
-from xclip_jax.processes.watchdog import CHECKPOINT, DATA, EVALUATION, Watchdog
-from xclip_jax.train.batches import batches
+from xclip_jax.processes.watchdog import CHECKPOINT, COMPILATION, DATA, EVALUATION, STEP, Watchdog
 from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.job import Job
 from xclip_jax.train.log import MetricLogger, is_due
@@ -30,15 +32,15 @@ def train(
 ) -> tuple[TrainState, bool]:
     """Train `state` to the end of the run, or save it at an interrupt. Returns it, and whether it was interrupted."""
     config, experiment, start = job.config, job.experiment, int(state.step)
-    step, tracer = start, StepTracer(config.log.profile, job.folder, log.pause)
-    arrays = batches(job, start, log.ledger, log.stalls, watch, stop)  # closed last: it may take long
+    step, tracer = start, StepTracer(config.log.profile, job.folder, log.clock.pause)
+    arrays = batches(job, start, log, watch, stop)  # closed last: it may take long
 
     def save(*, regular: bool = False) -> None:
         watch.enter(CHECKPOINT)
         log.write()  # a run that resumes does not log steps before the checkpoint again
         # Skipped steps change no parameters, and their checkpoints would push out earlier ones.
         if not (regular and log.skipped.in_a_row):
-            with log.stall():
+            with log.clock.stall():
                 checkpointer.save(state, _position(job, step, log.ledger))
             watch.saved = step
 
@@ -54,7 +56,7 @@ def train(
             log.log_step(step, metrics)
             checkpointer.raise_failure()  # of a save in the background
             if log.skipped.exceeded:
-                with log.stall():
+                with log.clock.stall():
                     state = log.skipped.rewind(state)
             stop.check()
             log.ledger.check()
@@ -78,6 +80,42 @@ def train(
     finally:
         watch.enter(CHECKPOINT)  # closing the checkpointer waits for a save
         tracer.close()
+
+
+def batches(
+    job: Job, start: int, log: MetricLogger, watch: Watchdog, stop: PreemptionHandler
+) -> Iterator[dict[str, jax.Array]]:
+    """Yield the global batches from step `start` to the end of the run, {"image": (b, h, w, 3), "text": (b, n), ...}.
+
+    The clock of `log` measures waits, and an interrupt does not wait for the next batch.
+    """
+    experiment, part = job.experiment, job.part
+    config, data = experiment.config, experiment.config.data
+    rows = loader.batches(
+        job.order,
+        loader.Transform(
+            data,
+            experiment.image_size,
+            experiment.tokenizer,
+            experiment.context_length,
+            experiment.objective.fields,
+        ),
+        batch=data.batch,
+        start=start,
+        stop=config.steps,
+        seed=config.seed,
+        host=part.number,
+        hosts=part.count,
+        shards=part.shards,
+        ledger=log.ledger,
+    )
+    sources = public(f" from {', '.join(job.config.data.sources)}")
+    watch.enter(DATA, sources)
+    for local in log.clock.timed(interruptible_iterator(rows, stop.check_alone)):
+        watch.enter(STEP if stop.saves else COMPILATION)
+        # Steps are dispatched without waiting: this batch travels to the devices while they compute the last step.
+        yield loader.to_global(local, experiment.mesh)
+        watch.enter(DATA, sources)
 
 
 def _position(job: Job, step: int, ledger: Ledger) -> dict[str, Any]:
@@ -126,7 +164,7 @@ def _evaluate(
 ) -> None:
     """Evaluate during training; the speed excludes the time that it takes."""
     log.flush()
-    with log.pause():
+    with log.clock.pause():
         with evaluating(watch, stop):
             results = run_evaluators(job.during, state.variables(ema=job.config.eval.ema))
         log.write_results(step, results)
