@@ -7,17 +7,14 @@ import jax.numpy as jnp
 import pytest
 
 from tests.helpers import tiny
-from tests.helpers.made_results import zero_shot
 from tests.helpers.pages import written
 from xclip_jax.config import schema
-from xclip_jax.core import environment, storage
-from xclip_jax.core.run_folder import CLOCKS, RunFolder
-from xclip_jax.evaluators.results import flat, from_json
+from xclip_jax.core import environment
+from xclip_jax.core.run_folder import CLOCKS
 from xclip_jax.report import charts, page
 from xclip_jax.train import clock, flops, recovery, trainer
 from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.clock import Clock
-from xclip_jax.train.log import MetricWriter
 
 pytestmark = pytest.mark.long
 
@@ -151,33 +148,3 @@ def test_each_collapse_is_provoked_and_said_once(pairs, tmp_path, capsys, failur
     out = capsys.readouterr().out
     print(out[out.index("WARNING") :].splitlines()[0])
     assert out.count(f": {failure}: ") == 1
-
-
-@pytest.mark.parametrize("remote", [False, True])  # in a bucket files cannot grow
-def test_writer_drops_what_a_resumed_run_writes_again(tmp_path, monkeypatch, remote):
-    monkeypatch.setattr(storage, "is_remote", lambda _: remote)
-    writer = MetricWriter(RunFolder(tmp_path))
-    for step in (1, 2, 3):
-        writer.write(step, {"loss": float(step)})
-    writer.close()
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 2, "lo')  # killed while it wrote
-    writer = MetricWriter(RunFolder(tmp_path), step=2)
-    assert [line["step"] for line in tiny.lines(tmp_path)] == [1, 2]
-    monkeypatch.setattr(storage, "REWRITE_SECONDS", -1)
-    writer.write(3, {"loss": 0.5})
-    assert tiny.lines(tmp_path)[-1] == {"step": 3, "loss": 0.5}
-    writer.close()
-
-
-def test_results_are_written_as_numbers_and_as_records(tmp_path):
-    folder = RunFolder(tmp_path)
-    writer = MetricWriter(folder)
-    for step in (2, 4):
-        writer.write_results(step, zero_shot("x", 10.0 * step))
-    assert [line["step"] for line in folder.read_evaluations()] == [2, 4]
-    writer = MetricWriter(folder, step=4, evaluations=3)  # the evaluation of step 4 will be made again
-    (line,) = folder.read_evaluations()
-    results = from_json(line["records"])
-    assert tiny.lines(tmp_path) == [{"step": 2} | flat(results)] and flat(results)["zeroshot/x/top1"] == 20
-    assert [(r.chance, r.n, r.headline) for r in results if r.unit] == [(25, 8, True), (100, 8, False)]

@@ -197,13 +197,7 @@ def zeros(experiment: Experiment) -> dict[str, jax.Array]:
 def check_samples(start: Job, step_seconds: float | None, options: Options) -> Iterator[Finding]:
     """Read the first samples as the run would: yield the share of bad ones, equal texts, and the speed of reading."""
     experiment = start.experiment
-    transform = loader.Transform(
-        experiment.config.data,
-        experiment.image_size,
-        experiment.tokenizer,
-        experiment.context_length,
-        experiment.objective.fields,
-    )
+    transform = experiment.transform()
     limits = {"samples": options.samples, "seconds": options.seconds}
     read = functools.partial(inspect.read_batches, start.samples, transform, start.config.seed, **limits)
     sample, problem = attempt("samples", read)

@@ -30,11 +30,7 @@ def join(distributed: bool, coordinator: str = "", processes: int = 0, process: 
 
     Args:
       distributed: let JAX discover the other processes, as it can on TPU pods, GKE, Slurm and MPI.
-      coordinator: "HOST:PORT" of process 0, elsewhere.
-      processes, process: the number of processes, and the index of this one; only with `coordinator`.
-
-    Raises:
-      UserError: incomplete arguments, devices that a recipe used before, or processes that cannot be found or reached.
+      coordinator, processes, process: elsewhere "HOST:PORT" of process 0, their number, and the index of this one.
     """
     given = (bool(coordinator), processes > 0, process >= 0)
     if any(given) and (not all(given) or process >= processes):
@@ -46,8 +42,8 @@ def join(distributed: bool, coordinator: str = "", processes: int = 0, process: 
         return
     if xla_bridge.backends_are_initialized():
         raise UserError(
-            "the recipe has looked at this machine's devices before the processes joined, and JAX cannot join them "
-            "after that; give the recipe small device=cpu, gpu or tpu, and call no jax.devices() in your get_config."
+            "the recipe has looked at this machine's devices before the processes joined: give the recipe small "
+            "device=cpu, gpu or tpu, and call no jax.devices() in your get_config."
         )
     given_or_found = (coordinator, processes, process) if coordinator else ()
     try:

@@ -50,14 +50,7 @@ class Watchdog:
         warning: float,
         limit: float,
     ) -> None:
-        """Make a watchdog that is not watching yet.
-
-        Args:
-          folder: the run's.
-          preemption: handles the signals.
-          clock: seconds.
-          warning, limit: seconds without progress after which the phase is named, and the process ends; 0 for never.
-        """
+        """Make a watchdog that names a phase, and ends the process, after seconds without progress; 0 for never."""
         self._folder, self._preemption, self._warning, self._limit = folder, preemption, warning, limit
         self._clock, self._last = clock, clock()
         self.phase, self._detail, self._since, self._warned_of = "", "", clock(), 0.0

@@ -36,14 +36,7 @@ SMALL_TOWERS = (2e-3, 0.5, 1000, 300)
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """Sizes of a source's pairs.
-
-    Attributes:
-      pairs: their number.
-      width, height: median sides of the images, pixels.
-      tokens: length of the captions, start and end included, at the 95th percentile.
-      repeats: share of the captions that another pair has too.
-    """
+    """Number of pairs, median sides in pixels, tokens at the 95th percentile, share of repeated captions."""
 
     pairs: int
     width: int = 512

@@ -63,11 +63,6 @@ def classes(config: Config) -> list[type[Callback]]:
     return [import_class(name, Callback, "log.callbacks:") for name in config.log.callbacks]
 
 
-# Seconds that wandb waits for a login that it asks for on a terminal, and at the end of a run for what is left to be
-# uploaded. Without a limit it waits for ever for a user who has left, or for a network that is gone.
-_WANDB_TIMEOUTS = {"WANDB_LOGIN_TIMEOUT": "60", "WANDB_FINISH_TIMEOUT": "300"}
-
-
 @runtime_checkable
 class Tracker(Protocol):
     """One run in a tracker. Any method may raise: `Trackers` prints it and leaves the tracker out from then on.
@@ -141,8 +136,8 @@ class WeightsAndBiases(_MediaTracker):
 
     def __init__(self, folder: RunFolder, config: Config, step: int, run_id: str) -> None:
         """Start or resume the run `run_id`; wandb's local files go to the run's folder, unless that is in a bucket."""
-        for variable, seconds in _WANDB_TIMEOUTS.items():
-            os.environ.setdefault(variable, seconds)
+        os.environ.setdefault("WANDB_FINISH_TIMEOUT", "300")  # else it waits for ever for a network that is gone
+        os.environ.setdefault("WANDB_LOGIN_TIMEOUT", "60")
         sys.argv[:] = public(sys.argv)  # wandb uploads the command line
         self._package = wandb = importlib.import_module("wandb")
         self._run = wandb.init(

@@ -123,11 +123,7 @@ class Checkpointer:
         return sorted(self._manager.all_steps())
 
     def save(self, state: TrainState, position: dict[str, Any]) -> None:
-        """Start to save; returns when the state is copied, so the next step may overwrite it.
-
-        Raises:
-          UserError: this checkpoint or the one before could not be written.
-        """
+        """Start to save, and return when the state is copied; `UserError` if this or the last one cannot be written."""
         self._wait()
         self.raise_failure()
         step = int(state.step)
@@ -147,21 +143,13 @@ class Checkpointer:
         self._watcher.start()
 
     def raise_failure(self) -> None:
-        """Raise the error of a save that failed in the background; costs nothing, so that every step may call it.
-
-        Raises:
-          UserError: what failed and what to do, once.
-        """
+        """Raise, once, the `UserError` of a save that failed in the background; every step may call it."""
         if (failure := self._failure) is not None:
             self._failure = None
             raise failure
 
     def restore(self, abstract: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
-        """Restore state and position of `step` (default: the newest) in the shardings of `abstract`.
-
-        Raises:
-          UserError: no checkpoint, a damaged one, whose first damaged file is named, or one of another architecture.
-        """
+        """Restore state and position of `step` (default: the newest) in the shardings of `abstract`; change nothing."""
         steps = self._manager.all_steps()
         step = self.latest() if step is None else step
         if step is None or step not in steps:
@@ -171,16 +159,11 @@ class Checkpointer:
         except _Damaged as error:
             others = sorted((other for other in steps if other != step), reverse=True)
             whole = next((other for other in others if self._find_fault(other) is None), None)
-            remedy = "no other one is whole" if whole is None else f"the newest whole one is of step {whole}"
-            use = "restore it" if whole is None else f"restore it, or choose the other by --step {whole}"
-            raise UserError(f"checkpoint {self.path / str(step)} is damaged: {error}; {remedy}; {use}.") from error
+            remedy = f"the newest whole one is of step {whole}, --step {whole}" if whole else "no other one is whole"
+            raise UserError(f"checkpoint {self.path / str(step)} is damaged: {error}; {remedy}.") from error
 
     def restore_good(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """Restore the newest checkpoint that is whole and finite, and move newer ones aside, to `damaged-<step>`.
-
-        Raises:
-          UserError: as `restore` of another architecture, or no checkpoint is good.
-        """
+        """Restore the newest checkpoint that is whole and finite, and move newer ones aside, to `damaged-<step>`."""
         faults: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
@@ -200,11 +183,7 @@ class Checkpointer:
         )
 
     def close(self) -> None:
-        """Wait until everything that was started is on disk.
-
-        Raises:
-          UserError: the last checkpoint could not be written.
-        """
+        """Wait until everything that was started is on disk; `UserError` if the last one could not be written."""
         self._wait()
         try:
             self._manager.close()

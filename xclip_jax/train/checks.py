@@ -150,7 +150,7 @@ def check_sets(job: Job) -> Iterator[Finding]:
 
 def check_weights(job: Job) -> Iterator[Finding]:
     """Yield how much of a new model `init.weights` has."""
-    if job.config.init.weights and not job.resumes:
+    if job.initial:
         count = sum(x.size for x in job.initial.values())
         total = sum(x.size for x in jax.tree.leaves(job.experiment.abstract.variables()))
         text = f"{job.config.init.weights}: {count / total:.0%} of the model's values are read from it"
@@ -234,11 +234,7 @@ def run_checks(job: Job) -> Iterator[Finding]:
 
 
 def require(job: Job) -> None:
-    """Run all checks, and print their warnings.
-
-    Raises:
-      UserError: the first FAIL.
-    """
+    """Run all checks, print their warnings, and raise the first FAIL as `UserError`."""
     for finding in run_checks(job):
         if finding.mark == FAIL:
             raise UserError(finding.sentence if finding.sentence[-1] in ".?" else f"{finding.sentence}.")
@@ -247,11 +243,7 @@ def require(job: Job) -> None:
 
 
 def check_same_config(config: Config, folder: TrainingFolder) -> None:
-    """Compare config, code and packages of all processes, and the newest checkpoint in the folder that each has.
-
-    Raises:
-      UserError: names the keys that differ, in the processes that differ from process 0.
-    """
+    """Raise `UserError` unless config, code, packages and the newest checkpoint are those of process 0."""
     if runtime.peers() is None:
         return
     keys = schema.flatten(schema.to_dict(config))
@@ -265,11 +257,7 @@ def check_same_config(config: Config, folder: TrainingFolder) -> None:
 
 
 def check_same_data(job: Job) -> None:
-    """Compare sources, tokenizer files and evaluation sets of all processes.
-
-    Raises:
-      UserError: names the source or set that differs.
-    """
+    """Raise `UserError` unless sources, tokenizer file and evaluation sets are those of process 0."""
     if runtime.peers() is None:
         return
     facts: dict[str, Any] = {}

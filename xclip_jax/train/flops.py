@@ -44,9 +44,7 @@ UNCOUNTED = "FLOPs are not known, as a tower does not count its own"
 def forward(config: Config, *, train: bool = True) -> dict[str, float] | None:
     """FLOPs of one pair's forward pass: {"img", "txt", "heads", "loss"}; None where a tower does not count its own.
 
-    Args:
-      config: of a run.
-      train: with patch dropout, and with the comparison of the batch's pairs.
+    In training with patch dropout, and with the comparison of the batch's pairs.
     """
     model, objective = config.model, make_objective(config.objective)
     vocab = tokenizer.load(config.data.tokenizer).vocab_size

@@ -221,7 +221,7 @@ def count_lengths(experiment: Experiment, samples: Sequence[Source]) -> np.ndarr
     data, length, seed = experiment.config.data, experiment.context_length, experiment.config.seed
     # An order that is as good, without a look at all captions.
     order = loader.sample_order(samples, dataclasses.replace(data, spread_duplicate_captions=False, cache=False), seed)
-    transform = loader.Transform(data, experiment.image_size, experiment.tokenizer, length, ("text",))
+    transform = experiment.transform(("text",))
     # Tokenized here, as the caption that is drawn depends on the position.
     places = map(order.place, range(min(CAPTIONS, sum(map(len, samples)))))
     read = records.read_each(

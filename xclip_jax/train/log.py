@@ -1,4 +1,4 @@
-"""Metrics of a run: metrics.jsonl, trackers, the progress line, callbacks, and warnings of a collapse."""
+"""Metrics of a run: metrics.jsonl, results.jsonl, trackers, the progress line, callbacks, and warnings of a collapse."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -8,7 +8,6 @@ from jax.experimental import multihost_utils
 
 from xclip_jax.config.schema import Config
 from xclip_jax.core.console import format_duration, log0
-from xclip_jax.core.run_folder import RunFolder
 from xclip_jax.core.storage import JsonLines
 from xclip_jax.data.ledger import Ledger
 from xclip_jax.evaluators.results import Result, flat, to_json
@@ -41,36 +40,6 @@ def is_due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
 
 
-class MetricWriter:
-    """Writes metrics.jsonl, one object a line with its "step", and results.jsonl with the records of evaluations."""
-
-    def __init__(self, folder: RunFolder, *, step: int = 0, evaluations: int | None = None) -> None:
-        """Open the files, without lines after `step`, and evaluations after `evaluations`, of an interrupted run."""
-        last = step if evaluations is None else evaluations
-        self._file = JsonLines(folder.metrics_file, lambda line: line["step"] <= (step if "loss" in line else last))
-        self._results = JsonLines(folder.results_log_file, lambda line: line["step"] <= last)
-        self._evaluated = {line["step"] for line in self._file.kept if "loss" not in line}
-
-    def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Write one set of scalars."""
-        self._file.append({"step": step} | dict(scalars))
-
-    def write_results(self, step: int, results: Sequence[Result]) -> None:
-        """Write results of an evaluation to both files."""
-        # First to results.jsonl: an evaluation in metrics.jsonl is not made again when the run resumes.
-        self._results.append({"step": step, "records": to_json(results)})
-        self.write(step, flat(results))
-
-    def has_evaluation(self, step: int) -> bool:
-        """Whether metrics.jsonl had results of an evaluation of `step` when it was opened."""
-        return step in self._evaluated
-
-    def close(self) -> None:
-        """Write what is buffered; more may be written."""
-        self._results.close()
-        self._file.close()
-
-
 class MetricLogger:
     """Logs metrics one step late, so that the host never waits for the step that it has just dispatched.
 
@@ -100,13 +69,16 @@ class MetricLogger:
         self._warned: set[str] = set()  # names of collapses
         self._flops, self._peak = _flops_and_peak(job.experiment)
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
-        self._writer, self._trackers, before = None, None, []
-        if jax.process_index() == 0:
-            before = job.folder.read_metrics()
-            # A run that resumes at its last step makes the last evaluation again.
-            last = start - (start == job.config.steps)
-            self._writer = MetricWriter(job.folder, step=start, evaluations=last)
-            self._trackers = Trackers(job.folder, job.config, start)
+        first = jax.process_index() == 0
+        before = job.folder.read_metrics() if first else []
+        # A run that resumes at its last step makes the last evaluation again.
+        last = start - (start == job.config.steps)
+        self._metrics = JsonLines(
+            job.folder.metrics_file, lambda line: line["step"] <= (start if "loss" in line else last), writes=first
+        )
+        self._results = JsonLines(job.folder.results_log_file, lambda line: line["step"] <= last, writes=first)
+        self._evaluated = {line["step"] for line in self._metrics.kept if "loss" not in line}
+        self._trackers = Trackers(job.folder, job.config, start) if first else None
         self.clock = Clock(began, start, before, on_step_end)
 
     def log_step(self, step: int, metrics: dict[str, jax.Array]) -> None:
@@ -138,9 +110,7 @@ class MetricLogger:
         scalars |= self._accounts(step)
         log0(progress_line(step, scalars, self._job.config, self._job.experiment.objective.progress(scalars)))
         self._warn_of_collapse(step, scalars)
-        if self._writer:
-            self._writer.write(step, scalars)
-            self._track(step, scalars)
+        self._write(step, scalars)
         for callback in self._callbacks:
             callback.on_log(step, scalars)
 
@@ -177,18 +147,21 @@ class MetricLogger:
 
     def has_evaluation(self, step: int) -> bool:
         """Whether metrics.jsonl had results of `step` when the run resumed; the same answer on every process."""
-        value = self._writer is not None and self._writer.has_evaluation(step)
+        value = step in self._evaluated
         if jax.process_count() == 1:
             return value
         return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
 
     def write_results(self, step: int, results: Sequence[Result]) -> None:
         """Write results of an evaluation, of all of its sets or some, to the run's files and the trackers."""
-        if results and self._writer:
-            self._writer.write_results(step, results)
-            self._track(step, flat(results))
+        if not results:
+            return
+        # First to results.jsonl: an evaluation in metrics.jsonl is not made again when the run resumes.
+        self._results.append({"step": step, "records": to_json(results)})
+        self._write(step, flat(results))
 
-    def _track(self, step: int, scalars: Mapping[str, float]) -> None:
+    def _write(self, step: int, scalars: Mapping[str, float]) -> None:
+        self._metrics.append({"step": step} | dict(scalars))
         if self._trackers:
             self._trackers.log(step, scalars)
 
@@ -202,8 +175,8 @@ class MetricLogger:
         self.flush()
         self.ledger.close()
         self.skipped.close()
-        if self._writer:
-            self._writer.close()
+        self._results.close()
+        self._metrics.close()
 
     def close(self) -> None:
         """Log and write what is left, and end the thread of the clock."""

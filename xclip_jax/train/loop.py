@@ -90,17 +90,11 @@ def batches(
     The clock of `log` measures waits, and an interrupt does not wait for the next batch.
     """
     experiment, part = job.experiment, job.part
-    config, data = experiment.config, experiment.config.data
+    config = experiment.config
     rows = loader.batches(
         job.order,
-        loader.Transform(
-            data,
-            experiment.image_size,
-            experiment.tokenizer,
-            experiment.context_length,
-            experiment.objective.fields,
-        ),
-        batch=data.batch,
+        experiment.transform(),
+        batch=config.data.batch,
         start=start,
         stop=config.steps,
         seed=config.seed,

@@ -85,10 +85,7 @@ def compile_config(config: ml_collections.ConfigDict, devices: list[Any]) -> tup
 
 
 def remedies(config: Config) -> list[str]:
-    """Return flags with which the step of `config` needs less memory, in the order of what they cost.
-
-    First zero1, which costs only traffic, then recomputed activations, then microbatches.
-    """
+    """Return flags with which the step of `config` needs less memory, in the order of what they cost."""
     steps = []
     if config.mesh.strategy == "dp":
         steps.append("--config.mesh.strategy=zero1")

@@ -69,11 +69,7 @@ class SkippedSteps:
         return self.in_a_row > self._job.config.optim.max_skipped_steps
 
     def check(self, step: int, metrics: Mapping[str, jax.Array]) -> bool:
-        """Wait for `step`, the next or the last one that was checked; count it, and return whether it was skipped.
-
-        Raises:
-          Diverged: too many in a row, in a run that does not rewind; or every step of the run.
-        """
+        """Wait for `step`, the next or the last one that was checked; count it, and return whether it was skipped."""
         if step == self._checked:
             return self._skipped
         self._checked, self._skipped = step, bool(metrics["skipped"])
@@ -88,9 +84,6 @@ class SkippedSteps:
 
         The steps since then are undone, and their samples are not read again: step, learning rate, samples and random
         numbers go on. A run that is killed before or after this resumes to the same end.
-
-        Raises:
-          UserError: no such checkpoint that is newer than the last rewind (`Diverged`), or a damaged one.
         """
         step, rewound = self._checked, self._counters.get("rewound", 0)
         target = self._checkpoint_before(step - self.in_a_row, rewound)

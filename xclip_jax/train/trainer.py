@@ -43,14 +43,12 @@ def run(
 
     Args:
       config: of the run.
-      callbacks: receive metrics, results and the trained model, such as `xclip_jax.report.callback()`; `log.callbacks`
-        come after them.
+      callbacks: receive metrics, results and the trained model, before those of `log.callbacks`.
       uptime: seconds that the process has run for, which the goodput counts as start-up.
 
     Raises:
       UserError: bad input, or values that are not finite.
-      SystemExit: a signal asked to stop; the status is `EXIT_RESUMABLE`. Without anything to save, the signal
-        ends the process itself.
+      SystemExit: a signal asked to stop; the status is `EXIT_RESUMABLE`.
     """
     began = time.perf_counter() - uptime
     config = resolve(config)
@@ -101,11 +99,10 @@ def _train(
     """Train a new or restored state; return it, whether the run was interrupted, and the log."""
     config, experiment = job.config, job.experiment
     count = sum(x.size for x in jax.tree.leaves(experiment.abstract.params))
-    items = "items" if experiment.objective.labelled else "pairs"
     log0(
-        f"{config.objective.name}: {count:,} parameters, {job.num_samples:,} {items}, {config.steps:,} steps of "
-        f"{config.data.batch} ({job.epochs:.3g} epochs) on {jax.device_count()} {jax.devices()[0].device_kind}, "
-        f"in {job.folder.path}"
+        f"{config.objective.name}: {count:,} parameters, {job.num_samples:,} "
+        f"{'items' if experiment.objective.labelled else 'pairs'}, {config.steps:,} steps of {config.data.batch} "
+        f"({job.epochs:.3g} epochs) on {jax.device_count()} {jax.devices()[0].device_kind}, in {job.folder.path}"
     )
     if jax.default_backend() != "cpu" and experiment.choices:
         log0(f"chosen for this mesh: {experiment.choices}")
@@ -159,12 +156,7 @@ def _finish(
     stop: PreemptionHandler,
     callbacks: Sequence[Callback],
 ) -> dict[str, float]:
-    """Make the last evaluation: results.json, the table, and the callbacks.
-
-    Raises:
-      Interrupted: a signal came; a line says what is missing.
-      UserError: sets that failed.
-    """
+    """Make the last evaluation: results.json, the table, and the callbacks; `UserError` for sets that failed."""
     config, began = job.config, time.perf_counter()
     variables, step = state.variables(ema=config.eval.ema), int(state.step)
     results, failed = _evaluate(job, variables, step, log, watch, stop)

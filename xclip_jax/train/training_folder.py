@@ -43,11 +43,7 @@ class TrainingFolder(RunFolder):
     """Checks a folder before a run, claims it for the time of the run, and writes its small files."""
 
     def check(self, config: Config) -> None:
-        """Check, without writing anything, that a run of `config` can start or resume here.
-
-        Raises:
-          UserError: a path that cannot be written, a damaged file, a run of another config, or lost checkpoints.
-        """
+        """Raise `UserError`, without writing anything, unless a run of `config` can start or resume in this folder."""
         self._check_writable()
         saved = self.read_config()
         if saved is None:
@@ -84,11 +80,7 @@ class TrainingFolder(RunFolder):
         return saved is not None and tuple(saved["config"]["data"]["sources"]) != public(config.data.sources)
 
     def tokenizer(self, config: Config) -> str:
-        """Value of data.tokenizer to build with: the run's own copy of a tokenizer file, if there is one.
-
-        Raises:
-          UserError: it is another one than the run, which has a checkpoint, was started with.
-        """
+        """Value of data.tokenizer to build with: the run's own copy of a tokenizer file, if it has a checkpoint."""
         name, saved = config.data.tokenizer, self.read_config()
         if saved is None or self.latest_step() is None:
             return name  # `claimed` writes the copy again
@@ -107,22 +99,14 @@ class TrainingFolder(RunFolder):
         return known
 
     def length_groups(self, text_rows: tuple[int, int]) -> LengthGroups | None:
-        """Return the run's groups of texts, or None without a checkpoint, or if they suit other `text_rows`.
-
-        Args:
-          text_rows: see `train.build.Experiment`.
-        """
+        """Return the run's groups of texts, or None without a checkpoint, or for other `Experiment.text_rows`."""
         content = self.read_config()
         if content is None or self.latest_step() is None:
             return None
         return LengthGroups.parse(content["length_groups"]) if content.get("text_rows") == list(text_rows) else None
 
     def check_sources(self, config: Config, fingerprints: Sequence[Mapping[str, Any]]) -> None:
-        """Check that a run that resumes reads the data that it read before, wherever they are now.
-
-        Raises:
-          UserError: names the source that has changed, or a damaged data.json.
-        """
+        """Raise `UserError` unless a run that resumes reads the data that it read before, wherever they are now."""
         content = self.read_config()
         if content is None or self.latest_step() is None or (saved := self.read_sources()) is None:
             return
@@ -164,13 +148,7 @@ class TrainingFolder(RunFolder):
     ) -> Iterator[None]:
         """Keep other runs out of the folder, write config.json, data.json and the tokenizer, and delete old results.
 
-        Args:
-          config: of the run.
-          fingerprints: of its sources.
-          groups, text_rows: groups of its texts, and what they are for, see `length_groups`.
-
-        Raises:
-          UserError: another run is writing to the folder.
+        `groups` are of the run's texts, for the `Experiment.text_rows`.
         """
         if jax.process_index() != 0:
             yield

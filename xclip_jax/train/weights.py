@@ -43,9 +43,6 @@ def load(path: str, step: int | None = None) -> tuple[Config, Experiment, Variab
     Args:
       path: a run's folder, or anything that `interop.read` knows, which has step 0.
       step: which checkpoint of a run; the newest by default.
-
-    Raises:
-      UserError: neither a run nor weights, no checkpoint of that step, or one of another architecture.
     """
     place = hub.resolve(path)
     if not epath.Path(place).exists():
@@ -79,15 +76,8 @@ def pin(path: str) -> tuple[str, dict[str, str]]:
 def adopt(config: ml_collections.ConfigDict, path: str) -> Config | None:
     """Set the towers, tokenizer and preprocessing of a config to those that weights were trained with.
 
-    Args:
-      config: is changed.
-      path: as in `load`.
-
     Returns:
       The config of the weights; None if they are not on this machine, which the trainer reports.
-
-    Raises:
-      UserError: weights that cannot be read.
     """
     place = epath.Path(hub.resolve(path))
     if not place.exists():
@@ -111,14 +101,7 @@ def adopt(config: ml_collections.ConfigDict, path: str) -> Config | None:
 
 
 def read_classes(path: str) -> tuple[str, ...] | None:
-    """Return the classes that a model was fine-tuned on, or None if there are none or they have no names.
-
-    Args:
-      path: as in `load`.
-
-    Raises:
-      UserError: nothing to read, or a damaged file.
-    """
+    """Return the classes that a model was fine-tuned on, or None if there are none or they have no names."""
     place = hub.resolve(path)
     run = RunFolder(place)
     return run.read_classes() if run.is_run() else interop.read_classes(place)
@@ -128,9 +111,6 @@ def fingerprint(experiment: Experiment, variables: Variables) -> str:
     """Return a checksum of all that decides a model's features: weights, tokenizer, lengths and preprocessing.
 
     It is the same on every kind of device, for stacked blocks and unrolled ones, and for a run and its export.
-
-    Args:
-      experiment, variables: as `load` returns them.
     """
     params = dict(variables["params"])
     for name in experiment.model.towers:
@@ -142,18 +122,15 @@ def fingerprint(experiment: Experiment, variables: Variables) -> str:
 
 
 def _run_config(run: RunFolder) -> Config:
-    content = run.read_config()
-    if content is None:
-        raise UserError(f"{str(run.path)!r} is not a run's folder: it has no config.json; name the folder of a run.")
-    config = schema.complete(content["config"])
+    config = schema.complete((run.read_config() or {})["config"])
     # The file that the config names may be elsewhere now.
     if config.data.tokenizer not in tokenizer.NAMES and run.tokenizer_file.exists():
         config.data.tokenizer = str(run.tokenizer_file)
-    try:
-        with imports.named_by(run.config_file):
+    with imports.named_by(run.config_file):
+        try:
             return schema.resolve(config)
-    except UserError as error:
-        raise UserError(f"{run.config_file}: {error}") from None
+        except UserError as error:
+            raise UserError(f"{run.config_file}: {error}") from None
 
 
 def _read_foreign(path: str, place: str, step: int | None) -> tuple[Config, Variables]:
@@ -270,9 +247,6 @@ def convert_params(
 
     Returns:
       Flat {"params/img/...": array of the target's shape}, and sentences on what was changed or is missing.
-
-    Raises:
-      UserError: tensors of other shapes, or another number of blocks.
     """
     notes, wrong = [], []
     params = dict(source["params"])
