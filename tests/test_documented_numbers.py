@@ -33,7 +33,6 @@ NUMBERS = (
     # Two that make 2.5 s.
     ("processes.watchdog:_MOMENT", 2.0, "train.md", "during its compilation | the run ends within 3 s"),
     ("processes.watchdog:_POLL_SECONDS", 0.5, "train.md", "during its compilation | the run ends within 3 s"),
-    ("processes.watchdog:STOP_SECONDS", 60.0, "train.md", "hangs (no progress for 60 s after the signal,"),
     ("config.schema:LogConfig.stall_warning", 60.0, "train.md", "after `log.stall_warning` seconds (60)"),
     ("config.schema:LogConfig.stall_limit", 1800.0, "train.md", "After `log.stall_limit` seconds (1800, 0 for never)"),
     ("core.locks:EXPIRES_SECONDS", 70.0, "reliability.md", "after a kill it waits up to 70 s"),

@@ -85,7 +85,7 @@ def test_a_step_that_fits_just_so(experiment, peak, monkeypatch):
     has(monkeypatch, 0.9 * peak)
     finding = check(experiment)
     assert finding.mark == FAIL and "does not fit a device's" in finding.text
-    assert "zero1, --config.model.img.remat=full" in finding.remedy and "small:pairs=PATH" in finding.remedy
+    assert "zero1, --config.model.img.remat=full" in finding.remedy and "the recipe small" in finding.remedy
 
 
 def test_nothing_fits_a_state_that_is_too_large(experiment, monkeypatch):

@@ -58,7 +58,7 @@ def test_a_run_starts_from_another_and_resumes_without_it(source, pairs, tmp_pat
         trainer.run(c)
     said = capsys.readouterr().out
     assert "starting from" in said and f"text positions cut from {tiny.LENGTH} to {tiny.LENGTH - 2}" in said
-    assert "not in this run: log_scale, proj_img, proj_txt" in said and "WARNING" not in said
+    assert "not in this run: params/log_scale, params/proj_img/linear/kernel, " in said and "WARNING" not in said
     there, here = jax.device_get(weights.load(str(kept))[2]["params"]), restored(c, 1).params
     expected = there["img"] | {"transformer": stack_blocks(there["img"]["transformer"], 2)}
     chex.assert_trees_all_equal(here["img"], expected)
@@ -137,7 +137,7 @@ def test_what_is_fresh_and_what_is_left_out_is_named():
     found, notes = convert(towers(embed=0), towers(pre_norm=False))
     assert "params/txt/tokens" in found and "params/log_scale" not in found
     assert notes == [
-        "not in x, so initialised at random: log_scale, proj_img, proj_txt",
+        "not in x, so initialised at random: params/log_scale, params/proj_img/kernel, params/proj_txt/kernel",
         "in x and not in this run: params/img/norm_pre/norm/bias, params/img/norm_pre/norm/scale",
     ]
     with pytest.raises(UserError, match=r"txt/positions are for 8 tokens and context_length is 9; set it to 8 or"):

@@ -1,7 +1,6 @@
 """Several processes as one run: one for each host, with the host's devices."""
 
 import contextlib
-import faulthandler
 import os
 import threading
 import time
@@ -62,8 +61,6 @@ def join(distributed: bool, coordinator: str = "", processes: int = 0, process: 
     state = jax_distributed.global_state
     if state.client is not None and state.num_processes > 1:
         _peers = Peers(state.client, state.process_id, state.num_processes)
-        if faulthandler.is_enabled():
-            faulthandler.enable(all_threads=False)  # JAX aborts who loses process 0; stacks of all threads are pages
 
 
 def peers() -> Peers | None:

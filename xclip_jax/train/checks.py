@@ -184,7 +184,7 @@ def check_memory(job: Job) -> Iterator[Finding]:
     limit = memory.total(device) / (jax.local_device_count() if on_cpu else 1)
     state = memory.bytes_on_device(experiment.abstract)
     values = {"state_bytes": state, "capacity_bytes": limit}
-    small = ", or start from a recipe with sizes for this machine, --config small:pairs=PATH" if on_cpu else ""
+    small = ", or start from the recipe small" if on_cpu else ""
     takes = f"the state takes {format_bytes(state)} of a device's {format_bytes(limit)}"
     if state > limit:
         remedy = "shard it, --config.mesh.strategy=fsdp on more devices, or use a smaller model"

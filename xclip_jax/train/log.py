@@ -1,4 +1,4 @@
-"""Metrics of a run: metrics.jsonl, results.jsonl, trackers, the progress line, callbacks, and warnings of a collapse."""
+"""Metrics of a run: metrics.jsonl, results.jsonl, trackers, the progress line, callbacks, and warnings of collapses."""
 
 from collections.abc import Callable, Mapping, Sequence
 

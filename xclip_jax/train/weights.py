@@ -150,7 +150,7 @@ def _device_put_checked(variables: Variables, experiment: Experiment, path: str)
     names = expected.keys() | tensors.keys()
     differing = sorted(name for name in names if _shape(expected.get(name)) != _shape(tensors.get(name)))
     if differing:
-        raise UserError(f"{path}: tensors do not match its config: {', '.join(differing[:_SHOWN])}.")
+        raise UserError(f"{path}: tensors do not match its config: {_listed(differing)}.")
     put = {name: jax.device_put(tensors[name], replicated(experiment.mesh)) for name in expected}
     return {"params": {}, "batch_stats": {}} | unflatten_dict(put, sep="/")
 
@@ -272,23 +272,16 @@ def convert_params(
         if x.shape != tuple(current[name].shape)
     ]
     if wrong:
-        more = f" (and {len(wrong) - _SHOWN} more)" if len(wrong) > _SHOWN else ""
         raise UserError(
-            f"init.weights={where!r} has another architecture: {'; '.join(wrong[:_SHOWN])}{more}. Set the keys of "
+            f"init.weights={where!r} has another architecture: {_listed(wrong)}. Set the keys of "
             "model and data.tokenizer to what the weights have, or leave init.weights empty."
         )
-    if missing := _group_by_prefix(current.keys() - saved.keys(), current):
-        notes.append(f"not in {where}, so initialised at random: {', '.join(missing)}")
-    if unused := _group_by_prefix(saved.keys() - current.keys(), saved):
-        notes.append(f"in {where} and not in this run: {', '.join(unused)}")
+    if missing := current.keys() - saved.keys():
+        notes.append(f"not in {where}, so initialised at random: {_listed(sorted(missing))}")
+    if unused := saved.keys() - current.keys():
+        notes.append(f"in {where} and not in this run: {_listed(sorted(unused))}")
     return tensors, notes
 
 
-def _group_by_prefix(names: set[str], variables: Mapping[str, Any]) -> list[str]:
-    """Shorten `names`: collections are left out, and a head or tower with all of its `variables` is one name."""
-
-    def prefix(name: str) -> str:
-        return name.split("/")[1]
-
-    whole = {prefix(name) for name in names} - {prefix(name) for name in variables.keys() - names}
-    return sorted({prefix(name) if prefix(name) in whole else name for name in names})
+def _listed(items: Sequence[str]) -> str:
+    return ", ".join(items[:_SHOWN]) + (f" (and {len(items) - _SHOWN} more)" if len(items) > _SHOWN else "")
