@@ -53,11 +53,6 @@ def _is_new(record: logging.LogRecord) -> bool:
     return not (record.exc_info and "orbax" in record.pathname)
 
 
-def _broadcast_from_process_0(flag: bool) -> bool:
-    """Broadcast a flag from process 0."""
-    return flag if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(np.asarray(flag)))
-
-
 class _Manager(ocp.CheckpointManager):
     """Saves when it is told to. Orbax also asks JAX's preemption service whether to, by the step's number.
 
@@ -236,9 +231,8 @@ class Checkpointer:
     def _find_fault(self, step: int) -> str | None:
         """Return the fault that process 0 finds in the files of `step`, or None, the same on all processes."""
         fault = checkpoint_files.find_fault(self.path / str(step), step) if jax.process_index() == 0 else None
-        if _broadcast_from_process_0(fault is not None):
-            return fault or "process 0 names the file"
-        return None
+        damaged = bool(multihost_utils.broadcast_one_to_all(np.asarray(fault is not None)))
+        return (fault or "process 0 names the file") if damaged else None
 
     def _read(self, abstract: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
         """Return state and position of `step`; raise `_Damaged` if its files differ from their digest."""
@@ -269,8 +263,7 @@ class Checkpointer:
             while target.exists():
                 target, number = self.path / f"damaged-{step}-{number}", number + 1
             (self.path / str(step)).rename(target)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("damaged checkpoints are moved")
+        multihost_utils.sync_global_devices("damaged checkpoints are moved")
         self._manager.reload()
         moved = "; ".join(f"checkpoint {self.path / str(step)} ({fault})" for step, fault in faults.items())
         log0(f"WARNING: damaged, and moved to damaged-STEP: {moved}; going back to step {good}, the newest whole one")

@@ -13,8 +13,8 @@ sizes show that.
 import hashlib
 import json
 import os
+import pathlib
 import shutil
-from collections.abc import Iterator
 from concurrent import futures
 from typing import Any
 
@@ -84,14 +84,8 @@ def _file_sizes(folder: epath.Path) -> dict[str, int]:
             system.invalidate_cache()  # other clients write, too
             return {name[len(root) + 1 :]: info["size"] for name, info in system.find(root, detail=True).items()}
 
-    def below(path: str) -> Iterator[tuple[str, int]]:
-        for entry in os.scandir(path):
-            if entry.is_dir():
-                yield from below(entry.path)
-            else:
-                yield os.path.relpath(entry.path, folder), entry.stat().st_size
-
-    return dict(below(os.fspath(folder)))
+    files = [path for path in pathlib.Path(folder).rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
 
 
 def _hash(path: epath.Path, *, sync: bool = False) -> str:

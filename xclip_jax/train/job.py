@@ -200,11 +200,8 @@ def choose_length_groups(experiment: Experiment, samples: Sequence[Source]) -> L
     flops_of, most = flops.cut_flops(tower), saved(LengthGroups(((1, 1.0),)))
     if flops_of is None or not length_groups.worthwhile(most, config.steps):
         return WHOLE
-    counts = np.zeros(context + 1, np.int32)
-    if jax.process_index() == 0:
-        counts = count_lengths(experiment, samples)
-    if jax.process_count() > 1:  # a sample may be bad on one of them alone
-        counts = np.asarray(multihost_utils.broadcast_one_to_all(counts))
+    counts = count_lengths(experiment, samples) if jax.process_index() == 0 else np.zeros(context + 1, np.int32)
+    counts = np.asarray(multihost_utils.broadcast_one_to_all(counts))  # a sample may be bad on one of them alone
     groups = length_groups.choose(counts, rows=rows, draws=draws, flops_of=flops_of)
     if not length_groups.worthwhile(saved(groups), config.steps):
         return WHOLE

@@ -147,10 +147,7 @@ class MetricLogger:
 
     def has_evaluation(self, step: int) -> bool:
         """Whether metrics.jsonl had results of `step` when the run resumed; the same answer on every process."""
-        value = step in self._evaluated
-        if jax.process_count() == 1:
-            return value
-        return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
+        return bool(multihost_utils.broadcast_one_to_all(np.asarray(step in self._evaluated)))
 
     def write_results(self, step: int, results: Sequence[Result]) -> None:
         """Write results of an evaluation, of all of its sets or some, to the run's files and the trackers."""
