@@ -44,12 +44,11 @@ class TrainingFolder(RunFolder):
 
     def check(self, config: Config) -> None:
         """Raise `UserError`, without writing anything, unless a run of `config` can start or resume in this folder."""
-        self._check_writable()
-        saved = self.read_config()
-        if saved is None:
+        for path in () if is_remote(str(self.path)) else (self.path, self.checkpoints):  # may be a link to another disk
+            check_writable(f"--config.run={str(self.path)!r}", path)
+        if (saved := self.read_config()) is None:
             return
-        step = self.latest_step()
-        if step is None:
+        if self.latest_step() is None:
             self._check_not_lost(saved)
             return
         if differing := _differences(saved["config"], config):
@@ -63,6 +62,10 @@ class TrainingFolder(RunFolder):
         """Return the content of config.json, with defaults for keys that it lacks."""
         content = super().read_config()
         return content and content | {"config": schema.complete(content["config"]).to_dict()}
+
+    def _resumed(self) -> dict[str, Any] | None:
+        """Content of config.json of a run that has a checkpoint, else None."""
+        return None if self.latest_step() is None else self.read_config()
 
     def completed(self, config: Config) -> dict[str, float] | None:
         """Results of a run that is trained to its end and evaluated as `config` asks, else None."""
@@ -81,8 +84,8 @@ class TrainingFolder(RunFolder):
 
     def tokenizer(self, config: Config) -> str:
         """Value of data.tokenizer to build with: the run's own copy of a tokenizer file, if it has a checkpoint."""
-        name, saved = config.data.tokenizer, self.read_config()
-        if saved is None or self.latest_step() is None:
+        name = config.data.tokenizer
+        if (saved := self._resumed()) is None:
             return name  # `claimed` writes the copy again
         was, copy = saved["config"]["data"]["tokenizer"], self.tokenizer_file
         if {name, was} & set(tokenizer.NAMES):
@@ -100,15 +103,14 @@ class TrainingFolder(RunFolder):
 
     def length_groups(self, text_rows: tuple[int, int]) -> LengthGroups | None:
         """Return the run's groups of texts, or None without a checkpoint, or for other `Experiment.text_rows`."""
-        content = self.read_config()
-        if content is None or self.latest_step() is None:
+        content = self._resumed()
+        if content is None or content.get("text_rows") != list(text_rows):
             return None
-        return LengthGroups.parse(content["length_groups"]) if content.get("text_rows") == list(text_rows) else None
+        return LengthGroups.parse(content["length_groups"])
 
     def check_sources(self, config: Config, fingerprints: Sequence[Mapping[str, Any]]) -> None:
         """Raise `UserError` unless a run that resumes reads the data that it read before, wherever they are now."""
-        content = self.read_config()
-        if content is None or self.latest_step() is None or (saved := self.read_sources()) is None:
+        if self._resumed() is None or (saved := self.read_sources()) is None:
             return
         if len(saved) != len(fingerprints):
             raise UserError(
@@ -116,27 +118,21 @@ class TrainingFolder(RunFolder):
                 "restore them, or use a different --config.run."
             )
         for number, (old, new) in enumerate(zip(saved, fingerprints, strict=True)):
-            spec, same = config.data.sources[number], old["hash"] == new["hash"]
-            if same:
-                self._check_reading(f"source {number}, {spec!r}", old, new)
+            source, same = f"source {number}, {config.data.sources[number]!r}", old["hash"] == new["hash"]
+            for key, what in OUTCOMES.items() if same else ():
+                before, now = old.get(key), new.get(key)
+                if before is not None and now is not None and before["digest"] != now["digest"]:
+                    raise UserError(
+                        f"{source}: {what} differs from {self.data_file}, and with it the order of all samples: "
+                        f"{now['unreadable']:,} of the records cannot be read now, {before['unreadable']:,} could not "
+                        "be read then; see that all files can be read, and start again, or use a different "
+                        "--config.run."
+                    )
             if not same or any(key in old and old[key] != new.get(key) for key in ("samples", "classes")):
                 raise UserError(
-                    f"source {number}, {spec!r}, has changed since {self.data_file} was "
-                    f"written: {old['samples']:,} samples then, {new['samples']:,} now, or other files. Restore it, or "
-                    "use a different --config.run."
+                    f"{source}, has changed since {self.data_file} was written: {old['samples']:,} samples then, "
+                    f"{new['samples']:,} now, or other files. Restore it, or use a different --config.run."
                 )
-
-    def _check_reading(self, source: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-        """Check that a source's records are read as before: which are held out, and which are spread."""
-        for key, what in OUTCOMES.items():
-            before, now = old.get(key), new.get(key)
-            if before is None or now is None or before["digest"] == now["digest"]:
-                continue
-            raise UserError(
-                f"{source}: {what} differs from {self.data_file}, and with it the order of all samples: "
-                f"{now['unreadable']:,} of the records cannot be read now, {before['unreadable']:,} could not be read "
-                f"then; see that all files can be read, and start again, or use a different --config.run."
-            )
 
     @contextlib.contextmanager
     def claimed(
@@ -173,12 +169,6 @@ class TrainingFolder(RunFolder):
         facts = {"config": schema.to_dict(config), "environment": environment.capture()}
         values = {"results": flat(results), "records": to_json(results)}
         write_json(self.results_file, values | facts | details)
-
-    def _check_writable(self) -> None:
-        if is_remote(str(self.path)):
-            return
-        for path in (self.path, self.checkpoints):  # which may be a link to another disk
-            check_writable(f"--config.run={str(self.path)!r}", path)
 
     def _check_not_lost(self, saved: Mapping[str, Any]) -> None:
         """Raise if the metrics go far beyond a first checkpoint, and there is none."""
