@@ -102,9 +102,7 @@ class Peers:
         own = self.status().partition(" (")[0]
         others = sorted((int(k.rpartition("/")[2]), v) for k, v in self._client.key_value_dir_get(_ALIVE))
         states = [(k, json.loads(v)["status"]) for k, v in others if k != self.index]
-        return "; ".join(
-            f"process {k}: {s}" for k, s in states if s not in ("", "done") and s.partition(" (")[0] != own
-        )
+        return "; ".join(f"process {k}: {s}" for k, s in states if s.partition(" (")[0] not in ("", "done", own))
 
     def leave(self, sentence: str, status: int) -> NoReturn:
         """End this process with `status`, after notifying the other processes, which end with the same status."""
@@ -119,13 +117,13 @@ class Peers:
     def fail(self, error: BaseException) -> NoReturn:
         """End this process by `error`, or by the end of another process that caused it."""
         # A process that is gone shows first as a collective that fails. Its last words end this one while it waits.
-        if lost := _is_of_runtime(error):
+        if lost := bool(_STATUS.match(str(error))):
             time.sleep(_LINGER_SECONDS)
         status = EXIT_RESTART if lost else 1
         sentence = describe(error) if isinstance(error, (UserError, SystemExit)) else public(repr(error))
         if not isinstance(error, (UserError, SystemExit)):
             print(public("".join(traceback.format_exception(error))), end="", file=sys.stderr)
-        gone = " (another process is gone, or the network; start all of them again)" if lost else ""
+        gone = " (another process may be gone; start all of them again)" if lost else ""
         own = f"process {self.index} of {self.count}"
         print(f"error: {own}: {sentence.removeprefix('error: ')}{gone}", file=sys.stderr)
         self.leave(sentence.removeprefix("error: ").splitlines()[0], status)
