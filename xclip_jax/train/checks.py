@@ -243,7 +243,7 @@ def require(job: Job) -> None:
 
 
 def check_same_config(config: Config, folder: TrainingFolder) -> None:
-    """Raise `UserError` unless config, code, packages and the newest checkpoint are those of process 0."""
+    """Raise `UserError` unless config, code, packages and newest checkpoint agree with process 0."""
     if runtime.peers() is None:
         return
     keys = schema.flatten(schema.to_dict(config))
@@ -257,7 +257,7 @@ def check_same_config(config: Config, folder: TrainingFolder) -> None:
 
 
 def check_same_data(job: Job) -> None:
-    """Raise `UserError` unless sources, tokenizer file and evaluation sets are those of process 0."""
+    """Raise `UserError` unless sources, tokenizer file and evaluation sets agree with process 0."""
     if runtime.peers() is None:
         return
     facts: dict[str, Any] = {}

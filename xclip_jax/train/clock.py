@@ -128,7 +128,7 @@ class Clock:
         return (self._ended - 1) / elapsed if self._ended > 1 and elapsed > 0 else 0.0
 
     def goodput(self, step: int, wasted: int) -> dict[str, float]:
-        """Return "goodput", and what it is made of, "wall_seconds" and "useful_seconds", up to `step`.
+        """Return "goodput", and its parts, "wall_seconds" and "useful_seconds", up to `step`.
 
         Args:
           step: the last that has ended.

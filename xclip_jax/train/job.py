@@ -32,7 +32,7 @@ CAPTIONS = 1024  # that are read to choose groups of lengths
 
 
 class Job:
-    """A run: what it is built from and reads, each part opened when it is first used; `prepare` opens all.
+    """A run with its parts, each built or opened when it is first used; `prepare` opens all.
 
     Any part raises `UserError` for what is missing or does not fit the config.
 
@@ -201,7 +201,7 @@ def choose_length_groups(experiment: Experiment, samples: Sequence[Source]) -> L
     if flops_of is None or not length_groups.worthwhile(most, config.steps):
         return WHOLE
     counts = count_lengths(experiment, samples) if jax.process_index() == 0 else np.zeros(context + 1, np.int32)
-    counts = np.asarray(multihost_utils.broadcast_one_to_all(counts))  # a sample may be bad on one of them alone
+    counts = np.asarray(multihost_utils.broadcast_one_to_all(counts))  # a sample may be bad on one process only
     groups = length_groups.choose(counts, rows=rows, draws=draws, flops_of=flops_of)
     if not length_groups.worthwhile(saved(groups), config.steps):
         return WHOLE

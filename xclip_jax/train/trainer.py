@@ -43,7 +43,7 @@ def run(
 
     Args:
       config: of the run.
-      callbacks: receive metrics, results and the trained model, before those of `log.callbacks`.
+      callbacks: receive metrics, results and the trained model, before the callbacks of `log.callbacks`.
       uptime: seconds that the process has run for, which the goodput counts as start-up.
 
     Raises:
