@@ -1,6 +1,5 @@
 """Callbacks and trackers of other packages: tests/extension/status_file.py, and no change inside xclip_jax."""
 
-import itertools
 import json
 import subprocess
 import sys
@@ -41,11 +40,6 @@ class List:
 
     def close(self):
         self.lines.append("close")
-
-
-class Demanding(Callback):
-    def __init__(self, url):
-        self.url = url
 
 
 class Failing(Callback):
@@ -119,10 +113,7 @@ def test_the_check_of_a_config_ends_with_what_it_did_not_look_at():
 
 
 def test_the_doctor_imports_what_a_config_names_and_makes_nothing(tmp_path):
-    names = {"log__callbacks": (f"{__name__}:Failing", "no.such:Class"), "log__to": (LIST, "no.such:Tracker")}
+    names = {"log__callbacks": (f"{__name__}:Failing",), "log__to": (LIST, "no.such:Tracker")}
     findings = check_config(tiny.config(run=tmp_path / "run", **names))
-    findings = list(itertools.takewhile(lambda finding: finding.check != "model", findings))
-    assert [finding.text.partition(" cannot be imported")[0] for finding in findings if finding.check == "log"] == [
-        "log.callbacks: 'no.such:Class'", "log.to: 'no.such:Tracker'"
-    ]  # fmt: skip
-    assert {finding.mark for finding in findings if finding.check == "log"} == {FAIL}
+    (finding,) = (finding for finding in findings if finding.check == "log")
+    assert finding.text.startswith("log.to: 'no.such:Tracker' cannot be imported") and finding.mark == FAIL

@@ -158,7 +158,7 @@ def test_images_are_learned_resumed_and_evaluated(images, pretrained, tmp_path, 
     name = f"visual/finetuned/folder:{images}/validation"
     assert results[f"{name}/finetuned/top1"] >= 90 and results[f"{name}/n"] == 15
     said = capsys.readouterr().out
-    assert "fine-tuned, %" in said and "so initialised at random: classifier" in said and "WARNING" not in said
+    assert "fine-tuned, %" in said and "so initialised at random: params/classifier" in said and "WARNING" not in said
     found = evaluate.evaluate(str(c.run), f"finetuned/folder:{images}/validation")
     assert found["results"][0]["value"] == results[f"{name}/finetuned/top1"]
     with pytest.raises(UserError, match=r"does not compare images with texts: .*evaluate probe/SET or finetuned/SET"):

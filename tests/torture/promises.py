@@ -62,7 +62,7 @@ PROMISES = (
         "signals",
         "a signal while the run waits for data",
         "the last step is saved at once",
-        ("train/batches::a_signal_saves_the_last_step_while_data_do_not_come",),
+        ("train/loop::a_signal_saves_the_last_step_while_data_do_not_come",),
     ),
     Promise(
         "signals",
@@ -87,12 +87,8 @@ PROMISES = (
     Promise(
         "signals",
         "a signal in a step that takes minutes, or while an evaluation compiles",
-        "the step ends and is saved; only what takes far longer than ever before counts as a hang",
-        (
-            "integration/slow_steps::signals_in_steps_that_are_longer_than_the_limit_save",
-            "integration/slow_steps::a_slow_step_is_no_hang_after_a_signal",
-            "integration/slow_steps::the_compilation_of_an_evaluation_is_no_hang_after_a_signal",
-        ),
+        "the step ends and is saved, however long it takes",
+        ("integration/slow_steps::a_signal_in_a_long_step_saves",),
     ),
     Promise(
         "signals",
@@ -125,7 +121,6 @@ PROMISES = (
         (
             "processes/watchdog::the_watchdog_names_the_phase_and_ends_the_process",
             "processes/watchdog::progress_keeps_the_watchdog_quiet",
-            "processes/watchdog::what_hangs_after_a_signal_is_ended",
         ),
     ),
     Promise(
@@ -169,12 +164,11 @@ PROMISES = (
     Promise(
         "processes",
         "one of several processes is killed or hangs",
-        "the others end within 30 s and name it; for process 0 JAX reports it",
+        "the others end within 30 s; one that hangs is named, and JAX reports one that is killed",
         (
-            "torture/faulty_processes::a_killed_process_is_named",
+            "torture/faulty_processes::the_end_of_a_killed_process_ends_the_other",
             "torture/faulty_processes::the_end_of_process_0_ends_the_other",
             "torture/faulty_processes::a_process_that_hangs_ends_both_and_is_named",
-            "torture/faulty_processes::a_signal_that_cannot_be_honoured_ends_both",
         ),
     ),
     Promise(
@@ -314,8 +308,8 @@ PROMISES = (
         "too many samples are bad, data cannot be read at all, or an evaluation during training fails",
         "the last step is saved: by all processes if all count too many, otherwise only in a run of one process",
         (
-            "train/batches::too_many_bad_samples_do_not_cost_the_steps_before",
-            "train/batches::data_that_fail_do_not_cost_the_steps_before",
+            "train/loop::too_many_bad_samples_do_not_cost_the_steps_before",
+            "train/loop::data_that_fail_do_not_cost_the_steps_before",
             "processes/interrupt::an_evaluation_that_fails_does_not_cost_the_steps_before",
             "torture/faulty_processes::too_many_bad_samples_save_in_both",
         ),

@@ -100,7 +100,7 @@ def child(run: str, pairs: str, classes: str) -> None:
     """Train, or resume, and say on stdout which phase begins."""
     print("start", flush=True)
     from xclip_jax.core.errors import exit_with_message
-    from xclip_jax.train import batches, loop, trainer
+    from xclip_jax.train import loop, trainer
     from xclip_jax.train.checkpoint import Checkpointer
 
     def announced(phase: str, function: Any) -> Any:
@@ -114,14 +114,14 @@ def child(run: str, pairs: str, classes: str) -> None:
     Checkpointer.save = announced("checkpoint", save)
     loop._evaluate = announced("evaluation", loop._evaluate)
     trainer.run_evaluators = announced("evaluation", trainer.run_evaluators)
-    first, place = [True], batches.loader.to_global
+    first, place = [True], loop.loader.to_global
 
     def to_global(*args: Any) -> Any:
         print("compile" if first else "step", flush=True)
         first.clear()
         return place(*args)
 
-    batches.loader.to_global = to_global
+    loop.loader.to_global = to_global
     with exit_with_message():
         trainer.run(config(run, pairs, classes))
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from xclip_jax.core.errors import Parser, UserError, check_count, exit_with_message, public
-from xclip_jax.data import images, inspect, loader, sources, tokenizer
+from xclip_jax.data import inspect, loader, sources, tokenizer
 from xclip_jax.data.base import MissingColumnError, Source, SourceOptions
 from xclip_jax.data.inspect import Sample
 
@@ -54,15 +54,13 @@ def report(source: Source, options: argparse.Namespace) -> Iterator[str]:
     good, bad = [s for s in samples if not s.reason], [s for s in samples if s.reason]
     yield f"read: {count:,} at random"
     if good:
-        yield from _statistics(source, good, options)
+        yield from _statistics(good, options)
     rate = count / seconds
     yield f"speed: {rate:,.0f} images/s to {_SIZE} px on {threads} cores, an epoch in {n / rate / 3600:,.1f} h"
-    faults = source.known_faults()
-    yield from source.remarks()
-    yield from _about_bad(source, bad, faults, count)
+    yield from _about_bad(source, bad, count)
     if options.sheet and good:
         yield f"{inspect.write_sheet(samples, source, options.sheet)} pairs in {options.sheet}"
-    share = sum(faults.values()) / n + len(_unknown_before(source, bad)) / count
+    share = len(bad) / count
     verdict = "training would run"
     if share > options.max_bad_fraction:
         verdict = "training would stop; fix the data or raise data.max_bad_fraction"
@@ -72,7 +70,7 @@ def report(source: Source, options: argparse.Namespace) -> Iterator[str]:
     yield f"bad: {share:.2%}, allowed {options.max_bad_fraction:.2%}: {verdict}"
 
 
-def _statistics(source: Source, good: Sequence[Sample], options: argparse.Namespace) -> Iterator[str]:
+def _statistics(good: Sequence[Sample], options: argparse.Namespace) -> Iterator[str]:
     """Yield lines about the good samples."""
     tokens = tokenizer.load(options.tokenizer)
     lengths = tokens.lengths(tokens([s.caption for s in good], options.length))
@@ -83,8 +81,6 @@ def _statistics(source: Source, good: Sequence[Sample], options: argparse.Namesp
     yield f"captions, 5/50/95 %: {_percentiles([len(s.caption) for s in good])} characters"
     yield f"tokens, 5/50/95 %: {_percentiles(lengths)}, {full:.1%} of the captions fill all {options.length}"
     yield f"captions of one image: {np.mean([s.captions for s in good]):.2f}"
-    share = sources.transparent_share([source], loader.DataConfig.read_timeout, os.cpu_count() or 1)
-    yield f"transparent images: {images.describe(share, images.WHITE)} unless data.background says otherwise"
     yield f"repeated images: {_duplicates([s.digest for s in good]):,}"
     same = _duplicates([s.caption for s in good])
     remedy = "; in one batch they would count as false negatives, data.spread_duplicate_captions=True keeps them apart"

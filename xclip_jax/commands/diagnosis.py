@@ -11,8 +11,8 @@ from xclip_jax.core.storage import REWRITE_SECONDS
 from xclip_jax.report import collect
 from xclip_jax.report.collect import Record, Warnings, complete_rows
 from xclip_jax.train import checkpoint_files
-from xclip_jax.train.batches import INPUT_BOUND
 from xclip_jax.train.checks import Finding, fail, warning
+from xclip_jax.train.clock import INPUT_BOUND
 
 # A run counts as stalled after this many times the usual time between lines of metrics, and after these seconds at
 # least: an evaluation may come in between.

@@ -34,10 +34,10 @@ from xclip_jax.data.inspect import LoaderSample
 from xclip_jax.objectives.clip import Contrastive
 from xclip_jax.parallel.mesh import batch_part
 from xclip_jax.train import memory
-from xclip_jax.train.batches import INPUT_BOUND
 from xclip_jax.train.build import Experiment
 from xclip_jax.train.checks import FAIL, WARNING, Finding, attempt, check_devices, fail, run_checks, warning
-from xclip_jax.train.job import Start
+from xclip_jax.train.clock import INPUT_BOUND
+from xclip_jax.train.job import Job
 from xclip_jax.train.state import create
 from xclip_jax.train.training_folder import TrainingFolder
 
@@ -64,7 +64,7 @@ def check_config(
     if resolved is None:
         yield from filter(None, [problem])
         return
-    start, marks, operations = Start(resolved, TrainingFolder(resolved.run)), {}, None
+    start, marks, operations = Job(resolved, TrainingFolder(resolved.run)), {}, None
     on_cpu = jax.devices()[0].platform == "cpu"
     for finding in run_checks(start):
         marks[finding.check] = finding.mark
@@ -82,7 +82,7 @@ def check_config(
     yield from check_samples(start, seconds)
 
 
-def time_step(start: Start, operations: float | None = None) -> Finding:
+def time_step(start: Job, operations: float | None = None) -> Finding:
     """Return the time of the compiled step of a new run, and of all steps; `operations` are its FLOPs, if known."""
     experiment = start.grouped
     state, batch = create(experiment.init, experiment.abstract), zeros(experiment)
@@ -114,7 +114,7 @@ def zeros(experiment: Experiment) -> dict[str, jax.Array]:
     return loader.to_global({name: fields[name] for name in experiment.objective.fields}, experiment.mesh)
 
 
-def check_samples(start: Start, step_seconds: float | None) -> Iterator[Finding]:
+def check_samples(start: Job, step_seconds: float | None) -> Iterator[Finding]:
     """Read the first samples as the run would: yield the share of bad ones, equal texts, and the speed of reading."""
     experiment = start.experiment
     transform = loader.Transform(
@@ -136,7 +136,7 @@ def check_samples(start: Start, step_seconds: float | None) -> Iterator[Finding]
     yield _speed(sample, experiment, step_seconds)
 
 
-def _bad_samples(sample: LoaderSample, start: Start) -> Finding:
+def _bad_samples(sample: LoaderSample, start: Job) -> Finding:
     bad, allowed = sum(sample.bad.values()), start.config.data.max_bad_fraction
     share = bad / (sample.read + bad)
     text = f"{share:.2%} bad, of {sample.read + bad:,} that were read; allowed are {allowed:.2%}"

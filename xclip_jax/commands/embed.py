@@ -41,8 +41,8 @@ from xclip_jax.data.base import IMAGE_SUFFIXES, MAX_BYTES
 from xclip_jax.data.readers.folder import file_size
 from xclip_jax.data.readers.tar import TarSource
 from xclip_jax.data.records import ThreadPrefetcher
-from xclip_jax.data.text import check_encoding, decode_text
-from xclip_jax.train import checks, compilation_cache
+from xclip_jax.data.text import decode_text
+from xclip_jax.train import compilation_cache
 
 PART = 4096  # rows that an interruption may lose
 _PROGRESS_SECONDS = 5
@@ -116,7 +116,6 @@ class Lines:
             content = pathlib.Path(path).read_bytes()
         except OSError as error:
             raise UserError(f"--texts {path!r} cannot be read ({error}).") from error
-        check_encoding(f"--texts {path!r}", path, content[:4])
         self._lines = content.removesuffix(b"\n").split(b"\n") if content else []
         self._digest = hashlib.blake2b(content, digest_size=16).hexdigest()
 
@@ -360,7 +359,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not sum(map(len, sources.values())):
             raise UserError("there is nothing to embed; give --images, --texts or both.")
         compilation_cache.enable()
-        checks.warn_of_idle_accelerator()
         model = inference.load(options.checkpoint, step=options.step, batch=options.batch, trust=options.trust)
         embed(model, sources, options.out, threads=options.threads)
 

@@ -39,7 +39,7 @@ from xclip_jax.evaluators.prompts import read_class_names
 from xclip_jax.evaluators.results import Result
 from xclip_jax.evaluators.tables import compare, render_comparison
 from xclip_jax.interop import hub
-from xclip_jax.train import checks, compilation_cache
+from xclip_jax.train import compilation_cache
 from xclip_jax.train.build import make_encoder, profile_of_run
 from xclip_jax.train.weights import fingerprint, load, pin, read_classes
 
@@ -143,7 +143,6 @@ def main(argv: Sequence[str] | None = None) -> None:
                 write_json(epath.Path(flags.output), {"a": flags.compare[0], "b": flags.compare[1], "rows": rows})
             return
         compilation_cache.enable()
-        checks.warn_of_idle_accelerator()
         flags.names = read_class_names(flags.names) if flags.names else None
         suite, fields = ",".join(flags.suite or ["demo"]), {key: getattr(flags, key) for key in PROFILE_FIELDS}
         evaluate(

@@ -9,6 +9,7 @@ import dataclasses
 import importlib.metadata
 import json
 import os
+import pathlib
 import time
 from typing import Any
 
@@ -28,6 +29,7 @@ _TOPOLOGY = flags.DEFINE_string("topology", "", "CHIP:GRID, as v5e:4x8 or v4:2x4
 _SLICES = flags.DEFINE_integer("slices", 1, "Slices of that topology.")
 _MFU = flags.DEFINE_float("mfu", None, "Share of the chips' peak that the model's FLOPs reach, if you know it.")
 _PRICE = flags.DEFINE_float("price", 0.0, "Price of a chip-hour, for the cost of the run.", lower_bound=0.0)
+_HLO = flags.DEFINE_string("hlo", "", "File to write the optimised program to.")
 _JSON = flags.DEFINE_bool("json", False, "Print JSON.")
 
 
@@ -38,6 +40,7 @@ def plan(
     slices: int = 1,
     mfu: float | None = None,
     price: float = 0.0,
+    hlo: str = "",
 ) -> dict[str, Any]:
     """Return everything that the command prints, as plain numbers and strings; bytes on one device.
 
@@ -46,6 +49,7 @@ def plan(
       topology, slices: see `devices_of`.
       mfu: share of peak FLOP/s that the model's FLOPs reach; by default the compiler's estimates decide.
       price: of a chip-hour.
+      hlo: file to write the optimised program to.
 
     Raises:
       UserError: as `devices_of`; a config that cannot be built; an `mfu` that is not a share.
@@ -76,6 +80,8 @@ def plan(
     }
     if compiled is not None:
         program = compiled.as_text()
+        if hlo:
+            pathlib.Path(hlo).write_text(program)
         sent = summary(collectives(program, len(devices)))
         facts |= {"memory": memory.usage(experiment, compiled), "sent": sent}
         facts["roofline"] = dataclasses.asdict(roofline(program, topology, len(devices)))
@@ -94,7 +100,7 @@ def _time(
     elif "roofline" in facts and not mfu:
         step_ms = facts["roofline"]["step_ms"]
     else:
-        reason = "the step does not fit; --mfu gives one" if work else flops.uncounted(config)
+        reason = "the step does not fit; --mfu gives one" if work else flops.UNCOUNTED
         return {"untimed": reason, "peak_ms": peak_ms}
     pairs_per_second = 1e3 * config.data.batch / step_ms
     days = config.steps * step_ms / 86.4e6
@@ -175,7 +181,8 @@ def main(_: list[str]) -> None:
     with exit_with_message():
         if not _TOPOLOGY.value:
             raise UserError("--topology is missing; name one such as v5e:4x8, v6e:4x4, v5p:4x4x8 or tpu7x:2x2x2")
-        facts = plan(config, _TOPOLOGY.value, slices=_SLICES.value, mfu=_MFU.value, price=_PRICE.value)
+        options = {"slices": _SLICES.value, "mfu": _MFU.value, "price": _PRICE.value, "hlo": _HLO.value}
+        facts = plan(config, _TOPOLOGY.value, **options)
         print(json.dumps(facts, indent=2) if _JSON.value else render(facts))
 
 

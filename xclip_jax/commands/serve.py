@@ -38,7 +38,7 @@ from xclip_jax.core.imports import add_trust
 from xclip_jax.data import embeddings, images
 from xclip_jax.model import TEMPLATES, Model
 from xclip_jax.report.page import environment
-from xclip_jax.train import checks, compilation_cache
+from xclip_jax.train import compilation_cache
 
 MAX_UPLOAD = 20 << 20  # bytes of an image
 COUNT, LABELS = 24, 10  # images and labels of an answer
@@ -311,7 +311,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError(f"--port {flags.port}: {error}; set another --port, or 0.") from error
         with listening:
             compilation_cache.enable()
-            checks.warn_of_idle_accelerator()
             model = inference.load(flags.checkpoint, step=flags.step, batch=flags.batch, trust=flags.trust)
             index = make_index(model, flags.images, cache=flags.cache)
             index.by_text("an image", 1)  # compiles

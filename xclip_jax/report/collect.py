@@ -274,7 +274,7 @@ def _trials(items: PerExample) -> int:
 
 def verdicts(known: Sequence[Result]) -> dict[tuple[str, str], str]:
     """Return {(set and task, metric): verdict} of the first metric of each row of the tables, where it has one."""
-    first = {(row.name, row.shown[0][0].name): row.shown[0][1] for row in tables.rows(known)}
+    first = {(row.name, row.shown[0][0].metric): row.shown[0][1] for row in tables.rows(known)}
     return {key: verdict for key, result in first.items() if (verdict := judge(result).verdict)}
 
 
