@@ -137,7 +137,8 @@ def test_what_is_fresh_and_what_is_left_out_is_named():
     found, notes = convert(towers(embed=0), towers(pre_norm=False))
     assert "params/txt/tokens" in found and "params/log_scale" not in found
     assert notes == [
-        "not in x, so initialised at random: params/log_scale, params/proj_img/kernel, params/proj_txt/kernel",
+        "not in x, so initialised at random: params/log_scale, params/proj_img/linear/kernel, "
+        "params/proj_txt/linear/kernel",
         "in x and not in this run: params/img/norm_pre/norm/bias, params/img/norm_pre/norm/scale",
     ]
     with pytest.raises(UserError, match=r"txt/positions are for 8 tokens and context_length is 9; set it to 8 or"):
