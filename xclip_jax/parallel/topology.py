@@ -92,8 +92,6 @@ def devices_of(topology: str, slices: int = 1) -> tuple[list[Any], Chip]:
         raise UserError(f"--topology={topology!r} is none that {chip} comes in ({reason}).") from error
 
 
-# --- time of a step
-
 # Operations that take no time.
 FREE = (
     "parameter",
