@@ -15,7 +15,7 @@ from xclip_jax.config import schema
 from xclip_jax.demo import emoji
 from xclip_jax.train import memory
 from xclip_jax.train.checks import FAIL, OK, WARNING
-from xclip_jax.train.job import Start
+from xclip_jax.train.job import Job
 from xclip_jax.train.training_folder import TrainingFolder
 
 
@@ -101,7 +101,7 @@ def test_faults_of_the_config_and_of_the_model_end_the_checks(tmp_path):
 
 def start_of(objective="clip", **changes):
     config = schema.resolve(tiny.config(objective, **changes))
-    return Start(config, TrainingFolder(config.run))
+    return Job(config, TrainingFolder(config.run))
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import time
 
 import fsspec
 import numpy as np
+import pyarrow
 import pytest
 import safetensors.numpy
 from etils import epath
@@ -20,10 +21,15 @@ from tests.helpers import web
 from xclip_jax import data
 from xclip_jax.core import storage
 from xclip_jax.core.errors import BadSample, UserError
-from xclip_jax.data.readers.table import image_of
+from xclip_jax.data.readers.table import Cells
 from xclip_jax.interop import hub
 from xclip_jax.interop import tensor_files as weights
 from xclip_jax.train.training_folder import TrainingFolder
+
+
+def read_named(path, table=""):
+    """The image that a row of a table names."""
+    return Cells(pyarrow.chunked_array([[path]]), lambda _, path: (path, table)).read(0)
 
 
 class HttpError(Exception):
@@ -320,7 +326,7 @@ def test_an_answer_that_is_slow_without_end_ends(site, monkeypatch):
     monkeypatch.setattr(storage, "WAITS", ())
     site.files["slow.jpg"] = slow
     with pytest.raises(BadSample, match=r"^file cannot be read: .*TimeoutError"):
-        image_of(site.url("slow.jpg"), "0")
+        read_named(site.url("slow.jpg"))
 
 
 def test_a_part_of_a_file_is_read_and_a_server_of_whole_files_is_a_sentence(site):
@@ -368,16 +374,16 @@ NAMES = ("/etc/passwd", "../../etc/passwd", "file:///etc/passwd", "local:///etc/
 @pytest.mark.parametrize("name", NAMES)
 def test_a_table_from_elsewhere_names_no_files_of_this_machine(name):
     with pytest.raises(BadSample, match=r"^file cannot be read: .*a table that is not on this machine may not name it"):
-        image_of(name, "0", table=TABLE)
+        read_named(name, TABLE)
 
 
 def test_tables_of_this_machine_name_what_they_like(site, tmp_path):
     site.files["a.jpg"] = b"content"
     (tmp_path / "a.jpg").write_bytes(b"content")
     for name in (site.url("a.jpg"), str(tmp_path / "a.jpg"), f"file://{tmp_path}/a.jpg"):
-        assert image_of(name, "0")[0] == b"content"
+        assert read_named(name)[0] == b"content"
 
 
 def test_a_table_names_files_of_its_own_server(site):
     site.files["a.jpg"] = b"content"
-    assert image_of(site.url("a.jpg"), "0", table=site.url("table.parquet"))[0] == b"content"
+    assert read_named(site.url("a.jpg"), site.url("table.parquet"))[0] == b"content"

@@ -201,7 +201,8 @@ class Labelled(Source):
 
     def fingerprint(self) -> dict[str, Any]:
         """Return a hash of the identity, or of the labels and the texts, or the names and sizes of files."""
-        items: Any = self.items.sizes() if hasattr(self.items, "sizes") else self.items
+        sizes = getattr(self.items, "sizes", None)
+        items: Any = sizes() if sizes else self.items
         content = self._identity or zip(items, self.labels().tolist(), strict=True)
         digest = hashlib.blake2b(repr(len(self)).encode(), digest_size=16)
         for part in content:
