@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks import schedule
-from xclip_jax.kernels import attention
+from xclip_jax.models.kernels import attention
 from xclip_jax.parallel import hlo, topology
 from xclip_jax.parallel.topology import CHIPS, devices_of
 

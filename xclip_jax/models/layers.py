@@ -17,8 +17,8 @@ from flax.linen.dtypes import promote_dtype
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 
-from xclip_jax.kernels import attention as attention_kernel
-from xclip_jax.kernels import cudnn
+from xclip_jax.models.kernels import attention as attention_kernel
+from xclip_jax.models.kernels import cudnn
 from xclip_jax.parallel.sharding import device, map_devices, platform, shards_of
 
 Array = jax.Array
@@ -154,7 +154,7 @@ class HeadProjections(nn.Module):
 
     Each map is a separate product: the gradient of slicing one product would pad each map to the full size. With `at`
     (b,) the first map only reads these tokens: (b, heads, 1, kv). With `fused` the result is one product and its bias,
-    not yet added: (b, n, count * d) and fp32 (1, count * d), in the order of `kernels.attention`.
+    not yet added: (b, n, count * d) and fp32 (1, count * d), in the order of `models.kernels.attention`.
     """
 
     count: int

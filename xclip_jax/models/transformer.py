@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 
 from xclip_jax.core.errors import UserError
 from xclip_jax.core.fields import above, at_least, choice, key
-from xclip_jax.kernels import attention as attention_kernel
+from xclip_jax.models.kernels import attention as attention_kernel
 from xclip_jax.models.layers import ACTIVATIONS, Attention, LayerNorm, Mlp, named, token_at
 from xclip_jax.models.tower import Params, TextTower, Tower
 from xclip_jax.parallel import compiler
@@ -60,7 +60,7 @@ class TransformerConfig(Tower):
         return int(self.mlp_ratio * self.width)
 
     def fuses(self, tokens: int, dtype: DTypeLike) -> bool:
-        """Whether `kernels.attention` computes attention over `tokens` tokens."""
+        """Whether `models.kernels.attention` computes attention over `tokens` tokens."""
         parts = shards_of("heads")
         on_chip = platform() == "tpu" and jnp.dtype(dtype) == jnp.bfloat16
         return on_chip and attention_kernel.fits(tokens, self.heads // parts, self.width // parts)
