@@ -80,6 +80,7 @@ setup(
         "orbax-checkpoint>=0.11.30,<0.13",
         "packaging>=22",
         "pillow>=10.3",
+        "pyarrow>=16",
         "safetensors>=0.4",
         "simplejpeg>=1.8",
         "scipy>=1.14",
@@ -101,7 +102,6 @@ setup(
             "huggingface_hub>=0.34",
             "jax[tpu]>=0.10,<0.13; platform_system == 'Linux' and platform_machine == 'x86_64'",  # libtpu, for plans
             "jsonschema>=4.20",
-            "pyarrow>=16",
             "open_clip_torch>=3.1",
             "playwright>=1.45",
             "pytest>=8",
@@ -123,7 +123,6 @@ setup(
             "matplotlib>=3.9",
             "open_clip_torch>=2.30",
             "pandas>=2.2.2",
-            "pyarrow>=16",
             "scikit-learn>=1.5",
             "webdataset<=0.2.86",  # open_clip's loader does not run with later ones
         ],
@@ -132,7 +131,6 @@ setup(
         "mteb": ["mteb>=2.10,<3"],
         "wandb": ["wandb>=0.27"],
         "trackio": ["trackio>=0.40"],
-        "parquet": ["pyarrow>=16"],
         "serve": SERVE,
         "tfds-prepare": ["tensorflow>=2.18.1"],
     },

@@ -102,7 +102,7 @@ def open_clips(options: argparse.Namespace) -> dict[str, float]:
 def ours(options: argparse.Namespace) -> dict[str, float]:
     """This project's side."""
     import xclip_jax
-    from xclip_jax.commands import embed, embed_sources
+    from xclip_jax.commands import embed
 
     began = time.perf_counter()
     model = xclip_jax.load(options.folder, batch=options.batch)
@@ -110,8 +110,8 @@ def ours(options: argparse.Namespace) -> dict[str, float]:
         model.encode_prepared(np.zeros((n, 224, 224, 3), np.uint8))
     ready, cpu = time.perf_counter(), cpu_seconds()
     out = options.folder / f"ours-{time.time_ns()}.parquet"
-    images = embed_sources.Images(paths(options.folder, options.images))
-    embed.EmbeddingJob(model, {"image": images}, str(out), threads=options.workers).run()
+    images = embed.Images(paths(options.folder, options.images))
+    embed.embed(model, {"image": images}, str(out), threads=options.workers)
     return {"seconds": time.perf_counter() - ready, "cpu": cpu_seconds() - cpu, "before": ready - began}
 
 

@@ -14,10 +14,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from benchmarks.schedule import Kernel, kernel_of, schedules
 from xclip_jax.core.errors import check_choice, exit_with_message
-from xclip_jax.kernels import attention
+from xclip_jax.models.kernels import attention
 from xclip_jax.parallel import hlo
-from xclip_jax.parallel.schedule import Kernel, kernel_of, schedules
 from xclip_jax.parallel.topology import CHIPS, devices_of
 
 

@@ -13,10 +13,13 @@ import importlib
 import json
 import pathlib
 import sys
+import tempfile
 from typing import Any
 
+import ml_collections
 from absl import logging
 
+from benchmarks import roofline
 from xclip_jax.commands import plan
 from xclip_jax.config import load as config_file
 from xclip_jax.core import environment
@@ -53,6 +56,17 @@ def line(case: Case) -> str:
     return " ".join([spec, topology, *(f"{name}={value}" for name, value in changes.items())])
 
 
+def planned(config: ml_collections.ConfigDict, topology: str) -> dict[str, Any]:
+    """Facts of a plan, with the parts of its step and the floor of its memory traffic."""
+    with tempfile.TemporaryDirectory() as folder:
+        program = pathlib.Path(folder) / "step.hlo"
+        facts = plan.plan(config, topology, hlo=str(program))
+        if facts["fits"]:
+            rows = roofline.parts(program.read_text(), topology, facts["devices"])
+            facts["roofline"] |= {"parts": rows, "hbm_ms": sum(row["hbm_ms"] for row in rows)}
+    return facts
+
+
 class Planner:
     """Plans, each kept in a file as soon as it is made."""
 
@@ -76,7 +90,7 @@ class Planner:
         spec, topology, changes = case
         config = config_file.load_config(spec)
         config.update_from_flattened_dict(changes)
-        self.known[name] = plan.plan(config, topology) | {"environment": self.environment}
+        self.known[name] = planned(config, topology) | {"environment": self.environment}
         self.path.write_text(json.dumps(self.known, indent=1) + "\n")
 
     def rows(self, cases: dict[tuple[Any, ...], Case]) -> dict[tuple[Any, ...], dict[str, Any]]:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from benchmarks.schedule import source
 from xclip_jax.core.errors import exit_with_message
 from xclip_jax.losses import contrastive, ring
 from xclip_jax.parallel import compiler, hlo
@@ -57,7 +58,7 @@ def row(form: str, impl: str, batch: int, embed: int, topology: str) -> str:
     program = hlo.parse(compiled.as_text())
     executions = [*program.executions(lambda branch: sum(x.instruction.cycles for x in branch))]
     # One hop alone, the first, takes the branch in which pairs match.
-    cycles = sum(x.instruction.cycles * (1 if "/cond/" in x.instruction.source else x.count) for x in executions)
+    cycles = sum(x.instruction.cycles * (1 if "/cond/" in source(x.instruction) else x.count) for x in executions)
     sent = [each for x in executions for _, each in inside(program, x, len(devices))]
     permutes = [each for each in sent if each.kind == "collective-permute"]
     cells = (

@@ -21,7 +21,7 @@ NUMBERS = (
     ("train.step:DECAY", 0.99, "train.md", "over about the last 100 steps that were not skipped"),
     ("train.step:WARMUP", 100, "train.md", "over about the last 100 steps that were not skipped"),
     ("optim:OptimConfig.max_skipped_steps", 10, "train.md", "`optim.max_skipped_steps` (10) in a row"),
-    ("train.caption_lengths:_SAMPLES", 1024, "train.md", "chooses the groups from 1,024 captions"),
+    ("train.job:CAPTIONS", 1024, "train.md", "chooses the groups from 1,024 captions"),
     ("data.length_groups:MAX_GROUPS", 4, "train.md", "encoded in up to four groups"),
     ("data.length_groups:_MISFITS", 0.005, "train.md", "all but half a percent of the batches fit"),
     ("data.length_groups:_LEAST_STEPS", 1000, "train.md", "in runs of 1,000 steps or more and"),
@@ -33,7 +33,6 @@ NUMBERS = (
     # Two that make 2.5 s.
     ("processes.watchdog:_MOMENT", 2.0, "train.md", "during its compilation | the run ends within 3 s"),
     ("processes.watchdog:_POLL_SECONDS", 0.5, "train.md", "during its compilation | the run ends within 3 s"),
-    ("processes.watchdog:STOP_SECONDS", 60.0, "train.md", "hangs (no progress for 60 s after the signal,"),
     ("config.schema:LogConfig.stall_warning", 60.0, "train.md", "after `log.stall_warning` seconds (60)"),
     ("config.schema:LogConfig.stall_limit", 1800.0, "train.md", "After `log.stall_limit` seconds (1800, 0 for never)"),
     ("core.locks:EXPIRES_SECONDS", 70.0, "reliability.md", "after a kill it waits up to 70 s"),

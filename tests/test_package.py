@@ -36,13 +36,6 @@ def test_help_names_every_command_and_imports_none(tmp_path):
     assert [line.split()[0] for line in lines[2 : 2 + len(cli.COMMANDS)]] == list(cli.COMMANDS)
 
 
-def test_wrong_arguments_of_the_doctor_are_an_error_before_jax_is_imported(tmp_path):
-    code = "import sys; from xclip_jax import main as cli\n"
-    code += "try: cli.main(['doctor', '--x'])\nexcept SystemExit as e: print(e)\n"
-    done = python("-c", f"{code}print('jax' in sys.modules)", cwd=tmp_path)
-    assert done.stdout.splitlines() == ["error: the following arguments are required: RUN; see --help", "False"]
-
-
 def test_command_line_of_a_command(tmp_path):
     done = command("train", "--config", "demo:objective=nclip", "--config.optim.lrr=1", cwd=tmp_path)
     assert done.stderr == "error: config key 'optim.lrr' is unknown; did you mean 'optim.lr'?\n"
@@ -75,18 +68,10 @@ def test_a_pipe_to_another_process_that_breaks_is_an_error():
     os.close(writer)
 
 
-@pytest.mark.parametrize(
-    ("number", "remedy"),
-    [
-        (errno.EACCES, "; change its permissions, or name another folder"),
-        (errno.EROFS, "; name another folder"),
-        (errno.ENOENT, ""),
-    ],
-)
-def test_a_folder_that_cannot_be_written_to_has_a_remedy(number, remedy):
+def test_a_folder_that_cannot_be_written_to_is_one_sentence():
     with pytest.raises(SystemExit) as end, exit_with_message():
-        raise OSError(number, "reason", "a/b")
-    assert str(end.value) == f"error: 'a/b': reason{remedy}"
+        raise OSError(errno.EACCES, "Permission denied", "a/b")
+    assert str(end.value) == "error: 'a/b': Permission denied"
 
 
 def test_recipes_by_name_and_by_path(tmp_path):

@@ -8,10 +8,9 @@ Results are NumPy arrays. Items are encoded on all devices in batches of a few f
 each. Images are resized, cropped and normalised as in the model's config.
 """
 
-import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,8 +36,7 @@ _SMALLER = (1, 8)  # batches for few items
 _MESH = {"data": -1, "fsdp": 1, "model": 1}
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class ZeroShotResult:
+class ZeroShotResult(NamedTuple):
     """Zero-shot classification of b images among n classes.
 
     Attributes:
@@ -53,14 +51,8 @@ class ZeroShotResult:
     scores: np.ndarray
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Clusters:
-    """The likeliest clusters of b items, likeliest first.
-
-    Attributes:
-      ids: int (b, top).
-      probabilities: fp32 (b, top).
-    """
+class Clusters(NamedTuple):
+    """Ids and probabilities (b, top) of the likeliest clusters of b items, likeliest first."""
 
     ids: np.ndarray
     probabilities: np.ndarray
@@ -148,23 +140,16 @@ class Model:
           UserError: not integers of this shape, an id outside of the tokenizer's vocabulary, or a row without the end
             token from which the tower reads the text.
         """
-        tokens, vocab = np.asarray(tokens), self.tokenizer.vocab_size
-        if tokens.dtype.kind not in "iu" or tokens.ndim != 2 or tokens.shape[1] != self.length:
+        tokens, known = np.asarray(tokens), self.tokenizer
+        fits = tokens.dtype.kind in "iu" and tokens.ndim == 2 and tokens.shape[1] == self.length
+        fits = fits and not ((tokens < 0) | (tokens >= known.vocab_size)).any()
+        if fits and getattr(self._towers.get("txt"), "pool", "") == "eot":
+            fits = (tokens == known.eot_id).any(axis=1).all()
+        if not fits:
             raise UserError(
-                f"tokens are {tokens.dtype} of shape {tokens.shape}; expected integers of shape (b, {self.length}). "
-                "Use encode_text for strings."
-            )
-        if (outside := (tokens < 0) | (tokens >= vocab)).any():
-            row, column = np.argwhere(outside)[0]
-            raise UserError(
-                f"token {tokens[row, column]} in row {row}, column {column} is outside of the model's vocabulary, "
-                f"0 to {vocab - 1}; use the model's own tokenizer, model.tokenizer(texts, {self.length})."
-            )
-        ends = (tokens == self.tokenizer.eot_id).any(axis=1)
-        if getattr(self._towers.get("txt"), "pool", "") == "eot" and not ends.all():
-            raise UserError(
-                f"row {ends.argmin()} of the tokens has no end token, {self.tokenizer.eot_id}, from which the model "
-                f"reads the text; use the model's own tokenizer, model.tokenizer(texts, {self.length})."
+                f"tokens are {tokens.dtype} of shape {tokens.shape}; expected integers (b, {self.length}) from 0 to "
+                f"{known.vocab_size - 1}, with the end {known.eot_id} in each row, as model.tokenizer(texts, "
+                f"{self.length}) gives them. Use encode_text for strings."
             )
         return self._embed(self._tokens, tokens.astype(np.int32))
 
@@ -193,10 +178,8 @@ class Model:
         Raises:
           UserError: as in `encode_image`; no class, a template without {}, a score that the model lacks.
         """
-        if isinstance(class_names, str) or isinstance(templates, str):
-            raise UserError("class_names and templates are lists of strings; put a single one in brackets.")
-        if not class_names or not templates:
-            raise UserError("zero_shot needs at least one class name and one template.")
+        if isinstance(class_names, str) or isinstance(templates, str) or not class_names or not templates:
+            raise UserError("class_names and templates are lists of strings, with at least one each.")
         if wrong := [template for template in templates if "{}" not in template]:
             raise UserError(f"template {wrong[0]!r} has no {{}}, where the class name goes.")
         # str.format would fail on braces in a name.
@@ -233,10 +216,10 @@ class Model:
         if similarity is None:
             raise UserError("this model has no cluster heads; clusters needs one that was trained with them.")
         keys = (similarity.feature,)
-        if texts is None and images is not None:
-            outputs = self._images(images, keys)
-        elif texts is not None and images is None:
+        if texts is not None and images is None:
             outputs = self._texts(texts, keys)
+        elif images is not None and texts is None:
+            outputs = self._images(images, keys)
         else:
             raise UserError("clusters takes either images or texts=[...].")
         p = similarity.rows(outputs[similarity.feature])
@@ -280,10 +263,8 @@ class Model:
         return self._encoder.images(self._variables, images, keys)
 
     def _texts(self, texts: Sequence[str], keys: Sequence[str]) -> Features:
-        if isinstance(texts, str):
-            raise UserError(f"texts is the string {texts[:40]!r}; pass a list of strings.")
-        if wrong := [text for text in texts if not isinstance(text, str)]:
-            raise UserError(f"texts holds {wrong[0]!r:.40}, type {type(wrong[0]).__name__}; pass strings.")
+        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+            raise UserError(f"texts is {texts!r:.40}; pass a list of strings.")
         return self._encoder.texts(self._variables, texts, keys)
 
     def _tokens(self, tokens: Rows, keys: Sequence[str]) -> Features:
@@ -306,13 +287,11 @@ class Model:
 
 def read(path: str | os.PathLike) -> bytes:
     """Return the content of a file, also in a bucket; raise `BadSample` if it cannot be read."""
-    name = os.fspath(path)
     try:
-        data = storage.read(name, MAX_BYTES["image"])
-    except FileNotFoundError as error:
-        raise BadSample("file does not exist") from error
+        data = storage.read(os.fspath(path), MAX_BYTES["image"])
     except OSError as error:
-        raise BadSample("file cannot be read", str(error)) from error
+        missing = isinstance(error, FileNotFoundError)
+        raise (BadSample("file does not exist") if missing else storage.unreadable(error)) from error
     if not data:
         raise BadSample("file is empty")
     return data

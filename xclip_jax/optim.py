@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from xclip_jax.core.errors import UserError, check_choice
+from xclip_jax.core.errors import UserError
 from xclip_jax.core.fields import Check, above, at_least, at_most, between, choice, fraction_below_one, key
 from xclip_jax.models.tower import Tower
 
@@ -20,10 +20,7 @@ SCHEDULES = ("cosine", "linear", "constant")
 EMA_SCHEDULES = ("constant", "cosine")
 
 
-def _is_share(value: float) -> bool:
-    return 0 < value <= 1
-
-
+_SHARE = Check("above 0 and at most 1", lambda value: 0 < value <= 1)
 _RATIO = Check("0 or a value above 1", lambda value: value == 0 or value > 1)
 
 
@@ -47,16 +44,12 @@ class OptimConfig:
     b1: float = key(0.9, "decay of the first moment; adafactor keeps none if it is 0", fraction_below_one())
     b2: float = key(0.98, "decay of the second moment; lion's second decay of the first", fraction_below_one())
     eps: float = key(1e-8, "added to the root of the second moment", at_least(1e-15))
-    layer_decay: float = key(
-        1.0, "updates of a layer over updates of the layer above; 1 for none", Check("above 0 and at most 1", _is_share)
-    )
+    layer_decay: float = key(1.0, "updates of a layer over updates of the layer above; 1 for none", _SHARE)
     grad_clip_norm: float = key(0.0, "bound on the global norm of the gradient; 0 for none", at_least(0))
     mu_dtype: str = key("float32", "dtype of the first moment; the second is float32", choice(("float32", "bfloat16")))
     microbatches: int = key(1, "parts of the batch that are encoded one after another; exact", at_least(1))
     max_skipped_steps: int = key(
-        10,
-        "consecutive steps with non-finite values that may be skipped before the run stops",
-        at_least(0),
+        10, "consecutive steps with non-finite values that may be skipped before the run stops", at_least(0)
     )
     max_grad_norm_ratio: float = key(
         0.0, "skip steps whose gradient norm is above this multiple of its running mean; 0 for none", _RATIO
@@ -89,9 +82,6 @@ def schedule(config: OptimConfig, steps: int) -> Schedule:
     As in SLIP and open_clip the decay spans the steps after the warm-up, and reaches `lr_end` at `steps`, one after the
     last step: with `lr_end` 0 the last step still learns.
     """
-    check_choice("optim.schedule", config.schedule, SCHEDULES)
-    if not 0 <= config.warmup < max(steps, 1):
-        raise ValueError(f"a warm-up of {config.warmup} steps must be shorter than the run of {steps}")
     warmup = optax.linear_schedule(config.lr_start, config.lr, max(config.warmup, 1))
     remaining = max(steps - config.warmup, 1)
     if config.schedule == "cosine":
@@ -118,10 +108,8 @@ def decay_mask(params: Any) -> Any:
 def layer_scales(params: dict[str, Any], decay: float, towers: Mapping[str, Tower]) -> dict[str, Any]:
     """Return factors of each parameter's updates: BEiT's layer decay (arXiv 2106.08254).
 
-    Layer i of the n layers of a tower (`Tower.num_layers`) has decay^(n - 1 - i); parameters outside of towers have 1.
-
-    Returns:
-      A tree of scalars; for stacked layers an array with their leading axis.
+    Layer i of the n layers of a tower (`Tower.num_layers`) has decay^(n - 1 - i), stacked layers an array with their
+    leading axis; parameters outside of towers have 1.
     """
 
     def scale(path: tuple[Any, ...], x: Any) -> Any:
@@ -276,11 +264,7 @@ def make_optimizer(
 
     Every optimizer's weight decay is decoupled: the learning rate times `weight_decay` times the parameter.
 
-    Args:
-      config: config group `optim`.
-      steps: steps of the whole run.
-      towers: {"img", "txt"}, with the layers for `layer_decay`.
-      frozen: parts of towers without updates, weight decay and moments, see `trained`.
+    `steps` are of the whole run; what is `frozen` (see `trained`) has no updates, weight decay and moments.
     """
     tx = _OPTIMIZERS[config.name](config, schedule(config, steps), towers)
     if config.layer_decay != 1:
@@ -301,7 +285,6 @@ def make_optimizer(
 
 def ema_momentum(step: Any, steps: int, start: float, kind: str) -> Any:
     """Return the momentum of the moving average at `step`: constant, or from `start` to 1 on a cosine."""
-    check_choice("ema.schedule", kind, EMA_SCHEDULES)
     if kind == "constant":
         return start
     return 1 - (1 - start) * 0.5 * (1 + jnp.cos(jnp.pi * step / steps))

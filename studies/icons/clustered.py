@@ -12,8 +12,8 @@ import numpy as np
 
 from xclip_jax.core.errors import UserError
 from xclip_jax.evaluators import logistic
-from xclip_jax.evaluators.base import Column, Evaluator, Metric
-from xclip_jax.evaluators.feature_classifiers import is_right, knn, subset
+from xclip_jax.evaluators.base import Column, Evaluator
+from xclip_jax.evaluators.feature_classifiers import is_right, knn
 from xclip_jax.evaluators.probe import Joined, Probe
 from xclip_jax.evaluators.results import Provenance, Result
 from xclip_jax.evaluators.retrieval import Retrieval, RetrievalSet, TextRetrieval, TextRetrievalSet
@@ -26,8 +26,7 @@ _SEEDS = 3  # draws of a few-shot training set
 _WITH_RANK = dataclasses.replace(
     LAYOUTS[0],
     title="zero-shot classification of concepts, %",
-    metrics=(*LAYOUTS[0].metrics, Metric("rank_gmean", "rank", "geometric mean rank")),
-    columns=(*LAYOUTS[0].columns, Column("rank", "rank_gmean", ">8", chance=">9")),
+    columns=(*LAYOUTS[0].columns, Column("rank", "rank_gmean", "geometric mean rank", chance=True)),
 )
 
 
@@ -139,16 +138,6 @@ class TransferProbeSet:
             if set(task.labels[0].tolist()) != set(task.labels[1].tolist()):
                 raise UserError(f"{self.name}: training and test images must have the same classes.")
 
-    @property
-    def train(self) -> Sequence[np.ndarray]:
-        """Training images of the task, for a first look."""
-        return self.task.train
-
-    @property
-    def test(self) -> Sequence[np.ndarray]:
-        """Test images of the task, for a first look."""
-        return self.task.test
-
 
 class TransferProbe(Evaluator):
     """ "visual/<set>/linear/top1", ".../knn/top1", ".../linear/4-shot/top1" in percent, n, train, ways and log10_c.
@@ -158,7 +147,6 @@ class TransferProbe(Evaluator):
 
     family = "visual"
     layouts = Probe.layouts
-    inputs = ("train", "test")
 
     def measure(self, variables: Variables) -> list[Result]:
         """Return the results that the class names."""
@@ -174,7 +162,7 @@ class TransferProbe(Evaluator):
             "knn": is_right(knn(h[2], train, h[3], ways, self.data.k, self.data.temperature), test),
         }
         for shots in self.data.shots:
-            draws = [subset(train, f"{shots}-shot", seed) for seed in range(_SEEDS)]
+            draws = [_few(train, shots, seed) for seed in range(_SEEDS)]
             fits = [_linear(h[2][some], train[some], h[3], test, [c])[0] for some in draws]
             right[f"linear/{shots}-shot"] = np.mean(fits, axis=0)
         results, chance = [], 100 / ways
@@ -188,6 +176,13 @@ class TransferProbe(Evaluator):
         """The best C on the tuning task, the smaller of equal ones."""
         right = [values.mean() for values in _linear(train, labels[0], test, labels[1], self.data.cs)]
         return self.data.cs[int(np.argmax(right))]
+
+
+def _few(labels: np.ndarray, shots: int, seed: int) -> np.ndarray:
+    """Sorted indices of `shots` random items of each class."""
+    rng = np.random.default_rng(seed)
+    classes = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    return np.sort(np.concatenate([rng.permutation(items)[:shots] for items in classes]))
 
 
 def _linear(

@@ -56,11 +56,11 @@ def test_the_page_has_the_plans_that_are_known(tmp_path, monkeypatch):
     plan |= {"memory": {"peak": 2**33}, "sent": {"all-reduce": 2**20, "all-gather": 2**20}, "chip_hours": 1680}
     plan |= {"roofline": {"ms": 199.2, "exposed_ms": 6.9, "hbm_ms": 72.9}, "pairs_per_second": 2e4}
     plan |= {"images_per_second_per_host": 2500}
-    monkeypatch.setattr(plans.plan, "plan", lambda *_, **__: plan)
+    monkeypatch.setattr(plans, "planned", lambda *_, **__: plan)
     monkeypatch.setattr(plans, "DOCS", tmp_path)
     plans.main(["v5e:4x8", "objective=xclip", "zero1"])
     too_large = {key: plan[key] for key in ("chips", "hosts", "steps", "capacity", "peak_ms")} | {"fits": False}
-    monkeypatch.setattr(plans.plan, "plan", lambda *_, **__: too_large)
+    monkeypatch.setattr(plans, "planned", lambda *_, **__: too_large)
     plans.main(["v5e:4x8", "objective=xclip", "fsdp"])
     page = (tmp_path / "plans.md").read_text()
     assert [line for line in page.splitlines() if line.startswith("##")] == ["## preset=B/16,batch=4096 on v5e:4x8"]
@@ -73,7 +73,7 @@ def test_plans_are_made_once_by_the_same_sources_recipes_and_versions(tmp_path, 
     recipe.parent.mkdir()
     recipe.write_text("STEPS = 1")
     monkeypatch.setattr(plans, "DOCS", tmp_path / "docs")
-    monkeypatch.setattr(plans.plan, "plan", lambda *_, **__: made.append("a plan") or {"fits": True})
+    monkeypatch.setattr(plans, "planned", lambda *_, **__: made.append("a plan") or {"fits": True})
     monkeypatch.setattr(plans.environment, "_version", lambda name: versions.get(name, "1.0"))
 
     def plans_made():

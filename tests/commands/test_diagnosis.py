@@ -13,7 +13,6 @@ from etils import epath
 from tests.helpers import tiny
 from tests.helpers.pages import written
 from tests.report.test_sections import collapsed
-from xclip_jax.commands import diagnosis
 from xclip_jax.commands import doctor as command
 from xclip_jax.commands.diagnosis import check_run
 from xclip_jax.train import checkpoint_files
@@ -68,7 +67,7 @@ def test_a_run_that_is_well(tmp_path, capsys):
         assert command.main([str(folder)]) == 0
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
     lines = capsys.readouterr().out.splitlines()
-    assert all(line.startswith("ok ") for line in lines[:-1]) and lines[-1] == "10 checks: 0 FAIL, 0 warnings"
+    assert all(line.startswith("ok ") for line in lines[:-1]) and lines[-1] == "6 checks: 0 FAIL, 0 warnings"
     progress, checkpoints = lines[:2]
     assert "in progress by process 7 on a host: step 590 of 1,000, 1:06 left" in progress
     assert "none yet; a kill now would lose 590 steps, 1:34" in checkpoints
@@ -95,7 +94,7 @@ def test_a_folder_without_metrics(tmp_path):
 
 
 def test_skipped_steps(tmp_path):
-    assert only(run_of(tmp_path, rows(skipped_steps=lambda i: 0)), "skipped steps", OK).text == "none"
+    assert not findings(run_of(tmp_path, rows(skipped_steps=lambda i: 0)), "skipped steps")
     shutil.rmtree(tmp_path)
     tmp_path.mkdir()
     text = only(run_of(tmp_path, rows(skipped_steps=lambda i: i // 10)), "skipped steps", WARNING).text
@@ -126,17 +125,6 @@ def test_collapse_of_clusters(kind, tmp_path):
     }
 
 
-def test_logit_scale_at_its_bound(tmp_path):
-    folder = run_of(tmp_path, rows(clip__scale=lambda i: 100.0 if i >= 20 else 50.0))
-    assert "since step 200, in the first half" in only(folder, "logit scale", WARNING).text
-    shutil.rmtree(folder)
-    folder = run_of(tmp_path, rows(clip__scale=lambda i: 100.0 if i >= 55 else 50.0))
-    assert "since step 550" in only(folder, "logit scale", OK).text
-    shutil.rmtree(folder)
-    folder = run_of(tmp_path, rows(siglip__scale=lambda i: 117.0), "siglip")
-    assert "117.0, which has no bound" in only(folder, "logit scale", OK).text
-
-
 def test_devices_that_wait_for_data(tmp_path):
     folder = run_of(tmp_path, rows(data__wait_share=lambda i: 0.3 if i >= 30 else 0.0))
     finding = only(folder, "input", WARNING)
@@ -149,50 +137,6 @@ def test_bad_samples(tmp_path):
     (folder / "bad_samples.jsonl").write_text(json.dumps(entry) + "\n")
     finding = only(folder, "samples", WARNING)
     assert finding.text.startswith("3.00% bad, allowed are 5.00% (truncated image: 1)")
-
-
-def test_spikes_of_the_loss(tmp_path):
-    folder = run_of(tmp_path, rows(clip__loss=lambda i: 2.7 - 0.03 * i + 1.5 * (i in (25, 40)) + 0.02 * (i % 2)))
-    finding = only(folder, "loss", WARNING)
-    assert finding.values["spikes"] == [250, 400] and "2 spikes" in finding.text and "grad_clip_norm" in finding.remedy
-    assert (
-        diagnosis.spikes([1.0] * 30) == [] and diagnosis.spikes([5 - 0.1 * i + 0.2 * (i % 2) for i in range(40)]) == []
-    )
-
-
-def test_gradients(tmp_path):
-    folder = run_of(tmp_path, rows(grad_norm=lambda i: 4.0 if i < 54 else 80.0))
-    assert "it explodes" in only(folder, "gradient", WARNING).text
-    shutil.rmtree(folder)
-    folder = run_of(tmp_path, rows(grad_norm=lambda i: 8.0 if i < 6 else 0.009))
-    assert "it vanishes" in only(folder, "gradient", WARNING).text
-    shutil.rmtree(folder)
-    assert "too few" in only(run_of(tmp_path, rows(5)), "gradient", OK).text
-
-
-def mean_speed(rate):
-    """samples_per_second as a run logs it: the mean since its first step, where `rate(i)` is that before line i."""
-
-    def mean(i):
-        seconds = [160 / rate(j) for j in range(1, i + 1)]
-        return 160 * i / sum(seconds) if i else 0.0
-
-    return mean
-
-
-def test_a_speed_that_falls(tmp_path):
-    lines = rows(samples_per_second=mean_speed(lambda i: 100.0 if i < 40 else 50.0))
-    lines[0]["step"] = 0  # the mean is of whole intervals
-    folder = run_of(tmp_path, lines)
-    finding = only(folder, "speed", WARNING)
-    assert finding.values["samples_per_second"] == pytest.approx(50.0) and "50% less than the 100" in finding.text
-    assert "other processes" in finding.remedy
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line | {"data/wait_share": 0.5}) + "\n" for line in lines))
-    assert "reading has become slower" in only(folder, "speed", WARNING).remedy
-    # A later process has a speed of its own: what it was on other devices does not count.
-    again = [line | {"step": line["step"] + 600} for line in rows(30, speed=20.0)]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines + again))
-    assert only(folder, "speed", OK).values["samples_per_second"] == pytest.approx(20.0)
 
 
 def test_checkpoints(tmp_path, run):
@@ -212,19 +156,14 @@ def test_checkpoints(tmp_path, run):
     metrics.write_text("".join(json.dumps(line) + "\n" for line in rows()))
     finding = only(folder, "checkpoints", OK)
     assert list(finding.values["checkpoints"]) == [0, 400] and "would lose 190 steps, 0:15" in finding.text
-    metrics.write_text("".join(json.dumps(line) + "\n" for line in rows(speed=0.1)))
-    assert "set checkpoint.every to 22" in only(folder, "checkpoints", WARNING).remedy
-    metrics.write_text("".join(json.dumps(line) + "\n" for line in rows(140)))
-    assert "should have left a later one" in only(folder, "checkpoints", FAIL).text
     for file in (folder / "checkpoints/400/state").rglob("d/*"):
         os.remove(file)
     assert "is missing)" in only(folder, "checkpoints", FAIL).text
 
 
-@pytest.mark.parametrize(("module", "function"), [(diagnosis, "_bytes"), (checkpoint_files, "_hash")])
-def test_a_checkpoint_that_is_rotated_out_meanwhile_is_no_damage(module, function, tmp_path, run, monkeypatch):
-    """While its size is taken, or its hashes: the run deletes the oldest."""
-    folder, real = tmp_path / "run", getattr(module, function)
+def test_a_checkpoint_that_is_rotated_out_meanwhile_is_no_damage(tmp_path, run, monkeypatch):
+    """While its hashes are taken: the run deletes the oldest."""
+    folder, real = tmp_path / "run", checkpoint_files._hash
     shutil.copytree(run, folder)
     rotated, kept = folder / "checkpoints/0", folder / "checkpoints/400"
     shutil.copytree(rotated, kept)
@@ -235,9 +174,9 @@ def test_a_checkpoint_that_is_rotated_out_meanwhile_is_no_damage(module, functio
         shutil.rmtree(rotated, ignore_errors=True)
         return real(path, *arguments, **options)
 
-    monkeypatch.setattr(module, function, rotate)
+    monkeypatch.setattr(checkpoint_files, "_hash", rotate)
     finding = only(folder, "checkpoints", OK)
-    assert list(finding.values["checkpoints"]) == [400] and finding.text.startswith("step 400 of ")
+    assert list(finding.values["checkpoints"]) == [400] and finding.text.startswith("step 400")
 
 
 def test_a_run_that_keeps_one_checkpoint_is_looked_at_while_it_is_replaced(tmp_path, run, monkeypatch):

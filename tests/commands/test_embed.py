@@ -10,19 +10,28 @@ import pytest
 
 import xclip_jax
 from tests.helpers import bad_tars, tiny
-from xclip_jax.commands import embed, embed_sources
+from xclip_jax.commands import embed
 from xclip_jax.core import locks
 from xclip_jax.core.errors import UserError
 from xclip_jax.data import embeddings, sources
 
 pytestmark = pytest.mark.long
 
+
+@pytest.fixture(autouse=True, scope="module")
+def small_parts():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(embed, "PART", 8)
+        yield
+
+
 KILL = """
 import os, pathlib, signal, sys
 from xclip_jax.commands import embed
+embed.PART = 8
 replace = pathlib.Path.replace
 def kill(self, target):
-    if self.name == ".000002.parquet.tmp":
+    if self.name == ".image-000000016.parquet.tmp":
         os.kill(os.getpid(), signal.SIGKILL)
     return replace(self, target)
 pathlib.Path.replace = kill
@@ -56,7 +65,7 @@ def read(path):
 
 
 def flags(root, where, **changes):
-    options = {"checkpoint": root / "run", "images": root / "pictures", "out": where, "batch": 8, "part": 8} | changes
+    options = {"checkpoint": root / "run", "images": root / "pictures", "out": where, "batch": 8} | changes
     return [f"--{key}={value}" for key, value in options.items()]
 
 
@@ -87,11 +96,11 @@ def test_a_kill_loses_nothing_and_repeats_nothing(root, straight, capsys, monkey
     command = [sys.executable, "-c", KILL, *flags(root, out)]
     assert subprocess.run(command, capture_output=True).returncode == -9
     there = sorted(path.name for path in (root / "killed.parquet.parts").glob("*.parquet"))
-    assert there == ["000000.parquet", "000001.parquet"] and not out.exists()
-    decoded, original = [], embed_sources.Images.read
-    monkeypatch.setattr(embed_sources.Images, "read", lambda self, i: decoded.append(i) or original(self, i))
+    assert there == ["image-000000000.parquet", "image-000000008.parquet"] and not out.exists()
+    decoded, original = [], embed.Images.read
+    monkeypatch.setattr(embed.Images, "read", lambda self, i: decoded.append(i) or original(self, i))
     embed.main(flags(root, out))
-    assert "resuming after part 2 of 6" in capsys.readouterr().out
+    assert "resuming after part 2 of 6 of images" in capsys.readouterr().out
     assert sorted(decoded) == list(range(16, 42))
     (found, about), (wanted, other) = read(out), read(straight)
     for key in wanted:
@@ -132,7 +141,6 @@ def test_row_i_is_line_i(root, model, tmp_path):
             "--out",
             str(out),
             "--batch=8",
-            "--part=8",
         ]
     )
     columns, about = read(out)
@@ -154,7 +162,7 @@ def test_changed_pictures_are_another_job(root, model, tmp_path, capsys):
     for name, content in (("003.png", (pictures / "004.png").read_bytes() + b"x"), ("003.txt", b"another caption")):
         before = (pictures / name).read_bytes()
         (pictures / name).write_bytes(content)
-        with pytest.raises(SystemExit, match="contains other embeddings: image differ; delete it"):
+        with pytest.raises(SystemExit, match="has other embeddings: image differ; delete it"):
             embed.main(flags(root, tmp_path / "x.npz", **changes))
         (pictures / name).write_bytes(before)
 
@@ -191,44 +199,17 @@ def test_a_pipe_in_place_of_a_caption_is_none(tmp_path):
     assert [source.read(i)[1] for i in range(2)] == ["", "picture 1"]
 
 
-def test_what_is_in_the_way_is_named(root, straight, model, tmp_path):
-    sources = {"image": embed.open_images(str(root / "pictures"))}
-    shutil.copy(straight, tmp_path / "complete.parquet")
-    assert embed.EmbeddingJob(model, sources, str(tmp_path / "complete.parquet"), part=16).run()["rows"] == 40
-    (tmp_path / "complete.parquet.parts").mkdir()  # being written again
-    with pytest.raises(UserError, match=r"contains other embeddings: part differ"):
-        embed.EmbeddingJob(model, sources, str(tmp_path / "complete.parquet"), part=16)
-    job = embed.EmbeddingJob(model, sources, str(tmp_path / "x.npz"), part=8)
-    job.folder.mkdir()
-    (job.folder / "plan.json").write_text(json.dumps(job.plan | {"weights": "other"}))
-    with pytest.raises(UserError, match=r"x.npz.parts belongs to another job: weights differ; delete it"):
-        embed.EmbeddingJob(model, sources, str(tmp_path / "x.npz"), part=8)
-    for content in ("", "{", "3"):
-        (job.folder / "plan.json").write_text(content)
-        with pytest.raises(UserError, match=r"plan\.json is damaged; delete .*x\.npz\.parts to embed again"):
-            embed.EmbeddingJob(model, sources, str(tmp_path / "x.npz"), part=8)
-
-
-def test_one_process_at_a_time_writes_a_file(root, model, tmp_path, capsys):
-    sources, out = {"image": embed.open_images(str(root / "pictures"))}, tmp_path / "x.npz"
-    first, second = (embed.EmbeddingJob(model, sources, str(out)) for _ in range(2))
-    third = embed.EmbeddingJob(model, {"image": embed.open_images(str(root / "pictures/00?.png"))}, str(out))
-    with (
-        locks.lock(out, blocking=False),
-        pytest.raises(UserError, match=r"x\.npz is being written by another process; wait for it"),
-    ):
-        first.run()
-    assert list(tmp_path.iterdir()) == []
-    first.run()
-    # Checked before the first one wrote, and run after it.
-    assert second.run()["rows"] == 40 and "is complete" in capsys.readouterr().out
-    out.rename(tmp_path / "y.npz")
-    first.run()
-    assert third.complete
-    out.with_name("x.npz.parts").mkdir()  # as if the first were not done when the third looked
-    with pytest.raises(UserError, match="contains other embeddings: image differ"):
-        third.run()
-    assert read(out)[0]["embedding"].shape[0] == 40 and not list(tmp_path.glob(".*"))
+def test_what_is_in_the_way_is_named(root, straight, model, tmp_path, capsys):
+    sources, out = {"image": embed.open_images(str(root / "pictures"))}, tmp_path / "x.parquet"
+    shutil.copy(straight, out)
+    assert embed.embed(model, sources, str(out))["rows"] == 40 and "is complete" in capsys.readouterr().out
+    plan = embeddings.about(out)["plan"]
+    (tmp_path / "x.parquet.parts").mkdir()
+    (tmp_path / "x.parquet.parts" / "plan.json").write_text(json.dumps(plan | {"weights": "other"}))
+    with pytest.raises(UserError, match=r"x.parquet.parts has other embeddings: weights differ; delete it"):
+        embed.embed(model, sources, str(out))
+    with locks.lock(out, blocking=False), pytest.raises(UserError, match=r"x\.parquet is in use by"):
+        embed.embed(model, sources, str(out))
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".parquet"])
@@ -237,7 +218,7 @@ def test_a_damaged_file_is_named(suffix, content, root, model, tmp_path):
     (tmp_path / f"x{suffix}").write_bytes(content)
     message = rf"x\{suffix} is damaged or another program's .*; delete it, or name another file"
     with pytest.raises(UserError, match=message):
-        embed.EmbeddingJob(model, {"image": embed.open_images(str(root / "pictures"))}, str(tmp_path / f"x{suffix}"))
+        embed.embed(model, {"image": embed.open_images(str(root / "pictures"))}, str(tmp_path / f"x{suffix}"))
     with pytest.raises(UserError, match=message):
         embeddings.read(tmp_path / f"x{suffix}")
 
@@ -255,24 +236,15 @@ def test_a_folder_of_tars_whose_name_is_a_pattern(name, root, tmp_path):
     assert images.name(0).startswith(f"{tmp_path}/{name}/0.tar#") and pairs[0]["id"] == images.name(0)
 
 
-@pytest.mark.parametrize(("changes", "message"), [({"part": 0}, "part is 0"), ({"threads": -1}, "threads is -1")])
-def test_a_job_checks_its_counts(root, model, tmp_path, changes, message):
-    with pytest.raises(UserError, match=message):
-        embed.EmbeddingJob(
-            model, {"image": embed.open_images(str(root / "pictures"))}, str(tmp_path / "x.npz"), **changes
-        )
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"checkpoint": "{}/none"}, "none' does not exist"),
         ({"images": "{}/none/*.jpg"}, "no file matches"),
-        ({"images": "{}/none"}, "none' does not exist; name a folder, a file, or a glob"),
+        ({"images": "{}/none"}, "no file or folder"),
         ({"batch": 0}, "--batch is 0; expected an integer of at least 1"),
         ({"batch": -1}, "--batch is -1; expected an integer of at least 1"),
-        ({"part": 0}, "--part is 0; expected an integer of at least 1"),
-        ({"threads": -1}, "--threads is -1; expected an integer of at least 0"),
+        ({"threads": -1}, "threads is -1"),
         ({"images": "{}/run"}, "contains no image"),
         ({"images": "{}/*.t*"}, "names 2 tars among 3 files"),
         ({"texts": "{}/none.txt"}, "none.txt' cannot be read"),
@@ -294,18 +266,11 @@ def test_bad_input_is_one_sentence(root, changes, message):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (["runs/a", "--images=x", "--out=x.npz"], "required: --checkpoint; write --checkpoint runs/a; see --help"),
-        (
-            ["--checkpoint=a", "--out=x.npz", "--images=My", "own", "set", "--batch=2"],
-            "spaces: '--images=My own set'; see",
-        ),
-        (
-            ["--checkpoint=a", "--out=x.npz", "--images", "My", "set"],
-            "arguments: set; quote a path with spaces: 'My set';",
-        ),
+        (["runs/a", "--images=x", "--out=x.npz"], "required: --checkpoint; see --help"),
+        (["--checkpoint=a", "--out=x.npz", "--images", "My", "set"], "arguments: set; see --help"),
     ],
 )
-def test_misplaced_words_are_named_with_what_to_write(line, message):
+def test_misplaced_words_are_named(line, message):
     with pytest.raises(SystemExit) as stopped:
         embed.main(line)
     assert message in str(stopped.value)
@@ -321,3 +286,23 @@ def test_a_folder_that_cannot_be_written_to_is_named_before_the_model_is_loaded(
     )
     with pytest.raises(SystemExit, match=r"the ending of '.*x\.txt' is '\.txt'"):
         embed.main(flags(root, tmp_path / "x.txt"))
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32", "utf-32-be"])
+def test_text_files_in_other_encodings_are_refused(tmp_path, encoding):
+    mark = "\ufeff" if encoding.endswith("be") else ""
+    (tmp_path / "t.txt").write_text(f"{mark}a fox\na hen\n", encoding=encoding)
+    name = encoding[:6].upper()
+    with pytest.raises(UserError, match=f"is {name} by its byte order mark; .* iconv -f {name} -t UTF-8"):
+        embed.Lines(str(tmp_path / "t.txt"))
+    (tmp_path / "t.txt").write_text("a fox\na hen\n", encoding="utf-8-sig")
+    assert embed.Lines(str(tmp_path / "t.txt")).read(0) == ("a fox", "a fox")
+
+
+def test_hidden_folders_and_files_are_left_out(tmp_path):
+    pictures = tmp_path / ".kept" / "pictures"  # above the folder that is named a dot means nothing
+    for place in ("a.png", ".b.png", ".thumbnails/large/c.png", "sub/.cache/d.png", "sub/e.png"):
+        (pictures / place).parent.mkdir(parents=True, exist_ok=True)
+        (pictures / place).write_bytes(b"x")
+    source = embed.open_images(str(pictures))
+    assert [source.name(i) for i in range(len(source))] == [str(pictures / name) for name in ("a.png", "sub/e.png")]

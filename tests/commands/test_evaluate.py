@@ -111,8 +111,6 @@ def test_files_without_a_result_in_common_are_not_compared(other_results, runs):
 
 def test_a_run_that_is_missing_or_not_evaluated_is_named(tmp_path):
     (tmp_path / "mine").mkdir()
-    with pytest.raises(UserError, match=r"/min' does not exist; did you mean '.*/mine'"):
-        evaluate.compare(str(tmp_path / "min"), str(tmp_path / "mine"))
     with pytest.raises(UserError, match=r"/zzz' does not exist; name the folder of a run, or a file of results"):
         evaluate.compare(str(tmp_path / "zzz"), str(tmp_path / "mine"))
     with pytest.raises(UserError, match=r"json does not exist; make it with .* --checkpoint /.*/mine --suite NAME"):
@@ -134,7 +132,7 @@ def test_a_suite_is_a_name_or_names():
     [
         (["--checkpoint", "{}/none"], "none' does not exist; name the folder of a run"),
         (["--checkpoint", "{}/set"], "contains no file of weights"),
-        (["--checkpoint", "{}/a", "--suite", "imagenett"], "set 'imagenett'; did you mean 'imagenet'"),
+        (["--checkpoint", "{}/a", "--suite", "imagenett"], "unknown evaluation set 'imagenett'"),
         (["--checkpoint", "{}/a", "--suite", ","], "--suite is empty"),
         (["--checkpoint", "{}/a", "--profile", "google"], "--profile is 'google'"),
         (["--checkpoint", "{}/a", "--step", "9"], "no checkpoint of step 9"),
@@ -144,10 +142,10 @@ def test_a_suite_is_a_name_or_names():
         (["--compare", "{}/bare", "{}/a"], "evaluation.json does not exist"),
         (["--compare", "{}/a"], "expected 2 arguments"),
         (["--checkpoint", "{}/a", "--compare", "{}/a", "{}/b"], "either --checkpoint RUN or --compare A B"),
-        (["{}/a"], "unrecognized arguments: {}/a; write --checkpoint {}/a; see --help"),
+        (["{}/a"], "unrecognized arguments: {}/a; see --help"),
         (
             ["--checkpoint", "My", "own", "run"],
-            "arguments: own run; quote a path with spaces: 'My own run'; see --help",
+            "arguments: own run; see --help",
         ),
         ([], "either --checkpoint RUN or --compare A B"),
     ],

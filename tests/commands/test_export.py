@@ -132,8 +132,7 @@ def test_the_card_of_a_run(run, tmp_path, monkeypatch):
         f"| objective.terms.clip | {RECIPES['xclip']['clip']} |",
         f"| data.batch | {tiny.BATCH} |",
         "| step | 2 of 2 |", "| parameters | their moving average |",
-        "# xCLIP, ViT of width 32", "Trained on image-text pairs; gives embeddings of images and texts in one space of "
-        "16 dimensions and distributions of images and texts over 24 clusters.",
+        "# xCLIP, ViT of width 32", "Trained on image-text pairs.",
         "| objective.nclip.smoothness | 2.0 |", "| model.cluster_head.clusters | 24 |",
         "left out, since 'hf' has no place for them: clusters_img, clusters_txt",
         f"commit `{config['environment']['commit']}`", f"jax {config['environment']['versions']['jax']}",
@@ -166,7 +165,7 @@ def test_the_card_of_a_run(run, tmp_path, monkeypatch):
 def test_a_folder_with_files_is_kept(run, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("x")
-    with pytest.raises(UserError, match="is not empty; name another, or add --overwrite"):
+    with pytest.raises(UserError, match="is not an empty folder; name another, or add --overwrite"):
         export.export(str(run), str(tmp_path / "out"))
     export.export(str(run), str(tmp_path / "out"), overwrite=True)
     export.export(str(run), str(tmp_path / "out"), to="open_clip", overwrite=True)
@@ -200,7 +199,7 @@ def test_a_new_run_starts_from_an_export(run, tmp_path, capsys):
         (["--checkpoint", "{}/none", "{}/../x"], "does not exist; name the folder of a run"),
         (["--checkpoint", "{}", "--step", "9", "{}/../x"], "no checkpoint of step 9"),
         (["--checkpoint", "{}"], "required: OUT"),
-        (["--checkpoint", "{}", "{}/config.json"], "is a file; name a folder"),
+        (["--checkpoint", "{}", "{}/config.json"], "is not an empty folder"),
     ],
 )
 def test_bad_input_is_one_sentence(flags, message, run):

@@ -11,7 +11,6 @@ from tests.helpers import tiny
 from xclip_jax.commands import plan
 from xclip_jax.config import load as config_file
 from xclip_jax.core.errors import UserError
-from xclip_jax.parallel import hlo
 from xclip_jax.parallel.mesh import make_mesh
 from xclip_jax.train import build, flops, memory
 
@@ -24,10 +23,9 @@ def config(objective="xclip", **changes):
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def found():
     pytest.importorskip("libtpu")
-    path = tmp_path_factory.mktemp("plan") / "step.hlo"
-    return plan.plan(config(model__img__scan=True), "v5e:2x4", hlo=str(path)) | {"path": path}
+    return plan.plan(config(model__img__scan=True), "v5e:2x4")
 
 
 def test_a_plan_for_a_topology_that_is_not_there(found):
@@ -52,8 +50,6 @@ def test_a_chip_of_tpu7x_is_two_devices(found):
 def test_time_and_money_follow_from_the_roofline(found):
     account = found["roofline"]
     assert found["step_ms"] == account["step_ms"] == pytest.approx(account["ms"] + account["exposed_ms"])
-    assert account["ms"] == pytest.approx(sum(row["ms"] for row in account["parts"]))
-    assert {row["part"] for row in account["parts"]} > {"MLP", "attention", "heads", "losses", "optimizer", "copies"}
     assert found["mfu"] == pytest.approx(found["flops_per_pair"] * 64 / (197e12 * 8) / (account["step_ms"] / 1e3))
     assert found["pairs_per_second"] == pytest.approx(64 / account["step_ms"] * 1e3)
     assert found["images_per_second_per_host"] == pytest.approx(found["pairs_per_second"] / 2)
@@ -76,16 +72,10 @@ def test_the_text_has_it_all(found):
     assert "chip-hours, which cost 1,234\n" in plan.render(found | {"cost": 1234.5})
     text, mib = plan.render(found), found["memory"]["peak"] / 2**20
     assert f"fits: {mib:.2f} MiB of a chip's 16.00 GiB (parameters " in text
-    words = ("8 chips, 2 hosts", "optimizer", "all-reduce", "collectives, exposed", "a model and not a measurement")
+    words = ("8 chips, 2 hosts", "optimizer", "all-reduce", "collectives take", "a model and not a measurement")
     assert all(each in text for each in (*words, *(f"{name} {x}" for name, x in found["versions"].items())))
     assert ("activations" in text) == (found["memory"]["activations"] > 0)  # what fits the chip's own memory is none
-    json.dumps(found | {"path": ""})
-
-
-def test_the_program_is_written(found):
-    text = found["path"].read_text()
-    assert text.startswith("HloModule jit_step") and "is_scheduled=true" in text
-    assert hlo.summary(hlo.collectives(text, 8)) == found["sent"]
+    json.dumps(found)
 
 
 @pytest.mark.slow
@@ -108,13 +98,6 @@ def test_an_mfu_that_is_no_share_is_refused_before_compiling(mfu, monkeypatch):
     monkeypatch.setattr(memory, "compile_config", lambda *_: pytest.fail("compiled"))
     with pytest.raises(UserError, match=f"--mfu is {mfu}; expected a share"):
         plan.plan(config(), "v5e:2x4", mfu=mfu)
-
-
-def test_a_program_without_a_folder_is_refused_before_compiling(tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "compile_config", lambda *_: pytest.fail("compiled"))
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"--hlo: .* is not a folder"):
-        plan.plan(config(), "v5e:2x4", hlo=str(tmp_path / "file" / "step.hlo"))
 
 
 def test_slices_are_one_or_more():
@@ -160,20 +143,6 @@ def command(*flags):
     )
 
 
-@pytest.mark.slow  # a process that compiles
-def test_explain_is_a_table_of_shardings():
-    done = command("--explain", "--config.mesh.strategy=fsdp", "--config.mesh.fsdp=4")
-    assert done.returncode == 0, done.stderr
-    row = next(line for line in done.stdout.splitlines() if line.startswith("img/patches/kernel"))
-    assert "432 x 192" in row
-    assert "fsdp" in row
-    assert "81.00 KiB" in row  # a quarter
-    rows = json.loads(command("--explain", "--json").stdout)
-    assert {row["parameter"] for row in rows} > {"log_scale", "txt/tokens"}
-    every = build.build(config_file.load_config("configs/demo.py")).abstract.params
-    assert sum(row["bytes"] for row in rows) == 4 * sum(x.size for x in jax.tree.leaves(every))
-
-
 @pytest.mark.parametrize(("asked", "platforms"), [(None, "cpu"), ("cuda", "cuda")])
 def test_no_accelerator_is_asked_unless_it_is_named(asked, platforms):
     """jax reads JAX_PLATFORMS when it is imported, which is before the command can set it."""
@@ -192,5 +161,3 @@ def test_no_accelerator_is_asked_unless_it_is_named(asked, platforms):
 
 def test_bad_input_is_one_sentence():
     assert command().stderr.startswith("error: --topology is missing")
-    done = command("--explain", "--config.mesh.strategy=fsdp_tp", "--config.mesh.model=2")
-    assert done.stderr.startswith("error: mesh axis 'model' of size 2 cannot divide a dimension of 3")

@@ -42,23 +42,20 @@ def test_the_page_of_a_run_needs_nothing_else_and_escapes_everything(run):
     page = check(text)
     assert "alert" not in re.sub(r"&lt;.*?&gt;|alert\(2\)", "", text)
     words = " ".join(page.text)
-    for text in ("What xCLIP learned", "4 steps of 16 image-text pairs", "top-1", "Mutual information", "predicted as"):
+    for text in ("What xCLIP learned", "4 steps of 16 image-text pairs", "top-1", "Mutual information"):
         assert text in words, text
     assert "onerror=alert(3)" in words  # shown as text
     assert (run / "run" / "picture.png").exists()
 
 
-def test_where_a_run_names_no_set_its_own_pairs_are_shown(run, tmp_path):
+def test_a_run_that_names_no_set_says_how_to_add_some(run, tmp_path):
     shutil.copytree(run / "run", tmp_path / "run")
     written = json.loads((tmp_path / "run" / "config.json").read_text())
     written["config"]["eval"] |= {"sets": [], "final_sets": []}
     (tmp_path / "run" / "config.json").write_text(json.dumps(written))
     command.main([str(tmp_path / "run"), "--output", str(tmp_path / "x.html"), "--seed", "3"])
-    page = check((tmp_path / "x.html").read_text())
-    words = " ".join(page.text)
-    assert "training pairs, on which the model was trained" in words and "drawn by seed" in words
-    assert HOSTILE in words
-    assert "the run has no evaluation sets. Add some to eval.final_sets" in words  # of names for images
+    words = " ".join(check((tmp_path / "x.html").read_text()).text)
+    assert "there is no evaluation set of images and texts. Add some to eval.final_sets" in words
 
 
 def test_a_run_in_progress(run, tmp_path):
@@ -75,7 +72,7 @@ def test_a_run_in_progress(run, tmp_path):
     page = check(RunFolder(folder).report_file.read_text())
     words = " ".join(page.text)
     assert "What xCLIP has learned so far" in words and "holds no checkpoint" in words
-    assert "2 of 4 steps" in words and "The final evaluation has not run yet" in words
+    assert "2 of 4 steps" in words and "there are none yet; evaluate with" in words
     (folder / "metrics.jsonl").unlink()
     shutil.rmtree(folder / "checkpoints")
     command.main([str(folder)])
@@ -126,16 +123,15 @@ def _tuples(value):
     ("flags", "message"),
     [
         (["{}/none"], "none' does not exist; name the folder of a run"),
-        (["{}/ran"], "did you mean '{}/run'?"),
         (["{}"], "is not a run directory"),
-        (["{}/run", "--sets", "imagenett"], "set 'imagenett'; did you mean 'imagenet'"),
+        (["{}/run", "--sets", "imagenett"], "unknown evaluation set 'imagenett'"),
         (["{}/run", "--step", "9"], "no checkpoint of step 9"),
         (["{}/run", "--stepp", "9"], "unrecognized arguments"),
-        (["{}/run", "--output", "{}/none/x.html"], "none' does not exist; create it first"),
-        (["{}/run", "--output", "{}"], "is a folder; name a file in it"),
+        (["{}/run", "--output", "{}/none/x.html"], "is not a file in a folder that exists"),
+        (["{}/run", "--output", "{}"], "is not a file in a folder that exists"),
         ([], "required: RUN"),
-        (["--checkpoint={}/run"], "required: RUN; write RUN without --checkpoint; see --help"),
-        (["--checkpoint", "{}/run"], "arguments: --checkpoint; write RUN without --checkpoint; see --help"),
+        (["--checkpoint={}/run"], "required: RUN; see --help"),
+        (["--checkpoint", "{}/run"], "arguments: --checkpoint; see --help"),
     ],
 )
 def test_bad_input_is_one_sentence(flags, message, run, monkeypatch):

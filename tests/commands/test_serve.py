@@ -1,54 +1,139 @@
-"""The command that serves the search page, and its page in a browser."""
+"""The search page: embeddings that are kept in a file, answers, the command, and the page in a browser."""
 
-import functools
+import io
+import os
+import pathlib
 import socket
-import sys
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from tests.helpers import bad_tars, tiny
 from tests.helpers.browser import SCHEMES, WIDTHS, browser, check_accessible, check_layout, opened  # noqa: F401
+from tests.helpers.pages import Page, check_basics
 from tests.helpers.serving import served
 from xclip_jax.commands import serve as command
+from xclip_jax.commands.embed import open_images
+from xclip_jax.commands.serve import Embedded, Index, make_index
 from xclip_jax.core.errors import UserError
+from xclip_jax.data.images import decode
+
+pytestmark = pytest.mark.long
 
 testclient = pytest.importorskip("starlette.testclient")
-uvicorn = pytest.importorskip("uvicorn")
+pytest.importorskip("uvicorn")
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1"])
-def test_the_address_that_is_printed_is_answered(host, model, pictures, tmp_path, monkeypatch, capsys):
-    try:
-        command.listen(host, 0).close()
-    except UserError:
-        pytest.skip(f"this machine has no address {host}")
-    answers = []
+@pytest.fixture(scope="module")
+def index(model, pictures, tmp_path_factory):
+    return make_index(model, str(pictures), cache=str(tmp_path_factory.mktemp("cache")))
 
-    def ask(server, sockets):
-        printed = capsys.readouterr().out
-        assert str(sockets[0].getsockname()[1]) in printed
-        address = f"http://{printed.partition('http://')[2].split()[0]}"
-        answers.append(testclient.TestClient(server.config.app, base_url=address).get("/").status_code)
 
-    # Its configuration of logging closes streams of pytest.
-    monkeypatch.setattr("uvicorn.Config", functools.partial(uvicorn.Config, log_config=None))
-    monkeypatch.setattr("uvicorn.Server.run", ask)
-    monkeypatch.setattr(command.inference, "load", lambda *_, **__: model)
-    flags = ["--images", str(pictures), "--cache", str(tmp_path / "cache"), "--host", host, "--port", "0"]
-    monkeypatch.setattr(command.checks, "warn_of_idle_accelerator", lambda: answers.append("looked at devices"))
-    command.main(["a run", *flags])
-    assert answers == ["looked at devices", 200]
+@pytest.fixture
+def client(index):
+    return testclient.TestClient(
+        command.make_app(index), base_url="http://127.0.0.1:8000", raise_server_exceptions=False
+    )
+
+
+def name(client, image, names=()):
+    """Request the best names of an image: its number, or the content of a file."""
+    lines = "\n".join(names).encode()
+    if isinstance(image, bytes):
+        return client.post("/names", content=lines + b"\n\n" + image)
+    return client.post("/names", params={"image": image}, content=lines)
+
+
+def test_answers_are_those_of_the_model(client, index, model, pictures):
+    assert len(index) == 8 and "picture 0" in index.names
+    files = sorted(pictures.glob("[0-9]*.png"))
+    images, (text,) = model.encode_image(files), model.encode_text(["picture 3"])
+    matches = client.get("/search", params={"text": "picture 3"}).json()["matches"]
+    assert [match["score"] for match in matches] == pytest.approx(sorted(images @ text, reverse=True), abs=1e-5)
+    assert matches[0]["name"] == files[int(np.argmax(images @ text))].name and len(matches) == 8
+    names = ["fox", "hen {}", "cow"]
+    expected = model.encode_text([f"a photo of a {n}." for n in names]) @ images[2]
+    of_folder = name(client, 2, names).json()
+    for answer in (of_folder, name(client, files[2].read_bytes(), names).json()):
+        assert {x["name"]: x["score"] for x in answer["names"]} == pytest.approx(
+            dict(zip(names, expected, strict=True)), abs=1e-4
+        )
+        assert answer["names"][0]["name"] == names[int(expected.argmax())]
+    assert 2 not in [match["image"] for match in of_folder["matches"]] and len(of_folder["matches"]) == 7
+    assert len(name(client, 2).json()["names"]) == 8  # the folder's captions
+
+
+@pytest.mark.parametrize(
+    ("address", "body", "status", "message"),
+    [
+        ("/names", b"fox\n\nno image", 400, "not an image"),
+        ("/names?image=99", b"", 404, "99"),
+        ("/names?image=x", b"", 400, "x"),
+        ("/names", bytes((20 << 20) + 1), 413, "too large"),
+        ("/nothing", b"", 404, "Not Found"),
+        ("/thumbnail/1", b"", 405, "Not Allowed"),
+    ],
+)
+def test_a_bad_question_is_one_sentence(client, address, body, status, message):
+    answer = client.post(address, content=body)
+    assert answer.status_code == status and message in answer.json()["error"]
+
+
+def test_thumbnails(client):
+    answer = client.get("/thumbnail/1")
+    assert answer.headers["content-type"] == "image/webp" and len(answer.content) < 20_000
+    assert client.get("/thumbnail/8").status_code == client.get("/thumbnail/../../etc/passwd").status_code == 404
+    assert answer.headers["cross-origin-resource-policy"] == "same-origin"  # other sites cannot show it
+
+
+def test_the_page_escapes_names_and_loads_nothing_from_elsewhere(client):
+    answer = client.get("/")
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
+    assert "<img src=x" not in answer.text and "&lt;img src=x" in answer.text
+    check_basics(Page(answer.text))
+    assert "8 images" in answer.text and "http" not in answer.text.replace("http-equiv", "")
+
+
+def test_only_this_machine_is_answered(client):
+    for host, status in (("evil.example", 400), ("127.0.0.1.evil.example", 400), ("localhost:8000", 200)):
+        assert client.get("/", headers={"host": host}).status_code == status
+
+
+def test_a_file_that_vanished_is_one_sentence_without_its_path(model, tmp_path):
+    folder = tiny.folder(tmp_path / "images", n=2)
+    index = make_index(model, str(folder), cache=str(tmp_path / "cache"))
+    (folder / "001.png").unlink()
+    client = testclient.TestClient(command.make_app(index), base_url="http://localhost")
+    answer = client.get("/thumbnail/1")
+    assert answer.status_code == 400
+    assert answer.json()["error"] == "The file of image 1, '001.png', can no longer be read."
+
+
+def test_each_image_of_a_tar_has_its_own_thumbnail(model, tmp_path, monkeypatch):
+    """Also samples of one key, the first of which is none, and tars that are named by another path."""
+    monkeypatch.setenv("XCLIP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    colors = [bad_tars.encode(Image.new("RGB", (20, 20), color)) for color in ("red", "lime", "blue")]
+    samples = [("k", b"<html>"), ("k1", colors[0]), ("k", colors[1]), ("k2", b"<html>"), ("k", colors[2])]
+    (tmp_path / "a").mkdir()
+    bad_tars.shard(tmp_path / "a" / "0.tar", [(key, {"jpg": data, "txt": b"x"}) for key, data in samples])
+    for pattern in ("a/*.tar", f"{tmp_path}/a/*.tar"):
+        index = make_index(model, pattern)
+        shown = [
+            np.asarray(Image.open(io.BytesIO(command.shrink(index.content(i))))).mean((0, 1)).argmax() for i in range(3)
+        ]
+        assert len(index) == 3 and shown == [0, 1, 2]
+        names = [match.name for match in sorted(index.by_text("x", 3))]
+        assert names == ["0.tar#k1", "0.tar#k", "0.tar#k"]
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["{}", "--images", "none"], "'none' does not exist"),
-        (["{}", "--images", "{}", "--names", "none"], "'none' cannot be read"),
-        (["{}", "--images", "{}", "--port", "99999"], "--port is 99999; expected 0 to 65535"),
+        (["{}", "--images", "none"], "no file or folder"),
+        (["{}", "--images", "{}", "--port", "99999"], "set another --port, or 0"),
         (["{}", "--images", "{}", "--port", "{port}"], "set another --port, or 0"),
-        (["{}", "--images", "{}", "--host", ""], "--host is empty; give an address, such as 127.0.0.1"),
-        (["{}", "--images", "{}", "--host", "no.such.invalid"], "set another --host"),
-        (["{}", "--images", "{}", "--names", sys.executable], "cannot be read"),
         (["{}", "--images", "{}", "--batch", "0"], "--batch is 0"),
         (["{}"], "required: --images"),
         (["none", "--images", "{}", "--port", "0"], "none"),
@@ -66,7 +151,7 @@ def test_bad_arguments_are_one_sentence(flags, message, run):
 
 @pytest.fixture(scope="module")
 def address(run, pictures, tmp_path_factory):
-    with served(run, pictures, tmp_path_factory.mktemp("served") / "cache") as (found, _):
+    with served(run, pictures, tmp_path_factory.mktemp("served") / "cache") as found:
         yield found
 
 
@@ -154,3 +239,142 @@ def test_a_late_answer_replaces_no_later_one(browser, address):  # noqa: F811
         ask(matches.nth(2)).fulfill(status=400, json={"error": "no such picture"})
         page.locator("#named.error", has_text="no such picture").wait_for()
         assert page.locator("#best li, #like li").count() == 0 and matches.count() == 5
+
+
+# --- embeddings that are kept in a file
+
+
+class FakeModel:
+    """Embeds an image as its mean colour, and counts."""
+
+    size, batch = 4, 8
+
+    def __init__(self, name="a"):
+        self.name, self.embedded, self.prepare = name, 0, tiny_pixels
+
+    def fingerprint(self):
+        return self.name
+
+    def encode_prepared(self, images):
+        self.embedded += len(images)
+        return np.stack([image.mean((0, 1)) for image in images]).astype(np.float32)
+
+
+def tiny_pixels(data):
+    return decode(data)[:4, :4]
+
+
+@pytest.fixture
+def fake():
+    return FakeModel()
+
+
+@pytest.fixture
+def images(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(20):
+        paint(folder / f"{i:02d}.png", i)
+    return folder
+
+
+def paint(path, value):
+    Image.new("RGB", (8, 8), (value, 0, 0)).save(path)
+
+
+def embedded(fake, images, file):
+    """How many images the model had to embed, and by name (caption, red)."""
+    before, source = fake.embedded, open_images(str(images))
+    numbers, texts, rows = command.embed(fake, source, file)
+    names = [pathlib.PurePath(source.name(i)).name for i in numbers]
+    return fake.embedded - before, dict(zip(names, zip(texts, rows[:, 0].tolist(), strict=True), strict=True))
+
+
+def test_one_new_file_of_2000_embeds_one(fake, tmp_path):
+    (tmp_path / "many").mkdir()
+    paint(tmp_path / "many" / "0000.png", 7)
+    for i in range(1, 2000):
+        os.link(tmp_path / "many" / "0000.png", tmp_path / "many" / f"{i:04d}.png")
+    assert embedded(fake, tmp_path / "many", tmp_path / "cache.npz")[0] == 2000
+    paint(tmp_path / "many" / "1000a.png", 9)
+    count, found = embedded(fake, tmp_path / "many", tmp_path / "cache.npz")
+    assert count == 1 and len(found) == 2001 and found["1000a.png"] == ("", 9) and found["1999.png"] == ("", 7)
+    assert embedded(fake, tmp_path / "many", tmp_path / "cache.npz")[0] == 0
+
+
+def test_changed_files_are_embedded_and_vanished_ones_forgotten(fake, images, tmp_path):
+    embedded(fake, images, tmp_path / "cache.npz")
+    paint(images / "03.png", 200)
+    (images / "04.png").unlink()
+    count, found = embedded(fake, images, tmp_path / "cache.npz")
+    assert count == 1 and len(found) == 19 and found["03.png"] == ("", 200) and found["05.png"] == ("", 5)
+    paint(images / "04.png", 4)
+    assert embedded(fake, images, tmp_path / "cache.npz")[0] == 1  # the file does not grow for ever
+
+
+def test_captions_are_read_again_without_embedding(fake, images, tmp_path):
+    embedded(fake, images, tmp_path / "cache.npz")
+    for caption in ("a fox", "two foxes"):
+        (images / "02.txt").write_text(caption)
+        count, found = embedded(fake, images, tmp_path / "cache.npz")
+        assert count == 0 and found["02.png"] == (caption, 2) and found["01.png"] == ("", 1)
+    (images / "02.txt").unlink()
+    assert embedded(fake, images, tmp_path / "cache.npz")[1]["02.png"] == ("", 2)
+
+
+def test_unreadable_images_are_said_and_tried_again(fake, images, tmp_path, capsys):
+    (images / "bad.png").write_bytes(b"<html>")
+    for count in (21, 1):
+        assert embedded(fake, images, tmp_path / "cache.npz")[0] == count
+        assert f"1 images cannot be read; the first is {images}/bad.png: not an image" in capsys.readouterr().out
+    paint(images / "bad.png", 3)
+    assert embedded(fake, images, tmp_path / "cache.npz")[0] == 1
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "a.png").write_bytes(b"<html>")
+    with pytest.raises(UserError, match=r"no image can be read; the first is .*a\.png"):
+        embedded(fake, tmp_path / "none", tmp_path / "none.npz")
+
+
+def test_an_interruption_loses_one_part(fake, images, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "_PART", 8)
+    encode, calls = fake.encode_prepared, []
+
+    def interrupted(part):
+        calls.append(len(part))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return encode(part)
+
+    fake.encode_prepared = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        embedded(fake, images, tmp_path / "cache.npz")
+    paint(images / "50.png", 50)
+    for count in (5, 0):  # the last four, and a new one
+        made, found = embedded(fake, images, tmp_path / "cache.npz")
+        assert made == count and found["50.png"] == ("", 50) and found["00.png"] == ("", 0) and len(found) == 21
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache.npz", "images"]
+
+
+def test_samples_of_tars_follow_their_tar(fake, tmp_path):
+    def write(name, colors):
+        made = [bad_tars.encode(Image.new("RGB", (8, 8), (color, 0, 0)), "PNG") for color in colors]
+        bad_tars.shard(tmp_path / name, [("k", {"png": data, "txt": b"x"}) for data in made])
+
+    write("a.tar", [1, 2])
+    write("b.tar", [3])
+    file, pattern = tmp_path / "cache.npz", f"{tmp_path}/*.tar"
+    assert embedded(fake, pattern, file)[0] == 3 and embedded(fake, pattern, file)[0] == 0
+    write("b.tar", [4, 5, 6])
+    count, found = embedded(fake, pattern, file)
+    assert count == 3 and found["b.tar#k"] == ("x", 6)
+
+
+def test_default_names_are_captions_or_folders(fake, images, tmp_path):
+    source = open_images(str(images))
+    texts = ["\n a fox \r\nin the snow", " \n", "a fox", "a hen"]
+    assert Index(fake, source, Embedded(list(range(4)), texts, np.eye(4))).names == ["a fox", "a hen"]
+    for label in ("red_fox", "hen"):
+        (tmp_path / "set" / label).mkdir(parents=True)
+        paint(tmp_path / "set" / label / "0.png", 1)
+    source = open_images(str(tmp_path / "set"))
+    assert Index(fake, source, Embedded([0, 1], ["", ""], np.eye(2))).names == ["hen", "red fox"]

@@ -154,7 +154,6 @@ SOURCES = ["evil_mod:JsonLines:pairs.jsonl"]
     "keys",
     [
         {"eval": {"sets": ["evil_mod:Greys/20"]}},
-        {"data": {"sources": SOURCES}},
         {"data": {"sources": SOURCES, "holdout": 0.5}, "eval": {"sets": ["retrieval/holdout"]}},
     ],
 )

@@ -107,6 +107,6 @@ def test_what_concerns_the_whole_run_ends_it(tmp_path, monkeypatch, error, where
     if where == "record":
         monkeypatch.setattr(Numbers, "__getitem__", fail)
     else:
-        monkeypatch.setattr(images, "decoding", fail)
+        monkeypatch.setattr(images, "decode", fail)
     with pytest.raises(type(error), match=str(error)):
         read([Numbers("a", 16)], config(threads=0), stop=2, ledger=book)

@@ -1,14 +1,11 @@
 """Files of embeddings: strings of any length, parts that are joined, and what a format needs."""
 
 import json
-import pathlib
-import sys
 import tracemalloc
 
 import numpy as np
 import pytest
 
-from xclip_jax.core.errors import UserError
 from xclip_jax.data import embeddings
 
 LONG = ["", "a fox", "b" * 10**6, "ü\0" * 3, "狐\nl"]
@@ -58,9 +55,3 @@ def test_one_long_caption_costs_its_own_size(tmp_path):
     finally:
         tracemalloc.stop()
     assert peak < 20e6 and (tmp_path / "out.npz").stat().st_size < 2.2e6
-
-
-def test_without_pyarrow_the_remedy_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(UserError, match=r"pip install 'xclip_jax\[parquet\]'"):
-        embeddings.format_of(pathlib.Path("x.parquet"))

@@ -118,7 +118,7 @@ def test_too_few_and_too_many(changes, message, tmp_path):
 
 
 def test_labelled_items_have_splits_of_their_own():
-    with pytest.raises(UserError, match=r"data\.holdout holds out pairs"):
+    with pytest.raises(UserError, match=r"data\.holdout is for pairs"):
         sources.open_sources(config("folder:/x"), classes=2)
 
 
@@ -178,7 +178,7 @@ def test_a_bad_donor_is_named():
     (recipient,) = np.flatnonzero(source.donors == 3)
     with pytest.raises(BadSample, match=r"the pair whose captions it has is bad") as caught:
         source[int(recipient)]
-    assert caught.value.detail == "file 3.png: caption is empty"
+    assert caught.value.detail == "3.png: caption is empty"
 
 
 def test_noise_stays_within_the_subset():

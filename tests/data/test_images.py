@@ -11,17 +11,13 @@ import xclip_jax
 from tests.helpers import bad_tars, tiny
 from tests.helpers.foreign import make_hf, our_model
 from xclip_jax import interop
-from xclip_jax.commands import check, embed
+from xclip_jax.commands import embed
 from xclip_jax.commands.export import export
-from xclip_jax.commands.preflight import Options, check_config
-from xclip_jax.config import recipes, schema
-from xclip_jax.core.errors import BadSample
+from xclip_jax.config import recipes
 from xclip_jax.data import images, loader, tokenizer, transforms
 from xclip_jax.data.embeddings import read as read_embeddings
 from xclip_jax.data.preprocessing import Preprocessing
-from xclip_jax.report import collect, page
 from xclip_jax.train import build, job, weights
-from xclip_jax.train.training_folder import TrainingFolder
 
 SIDE = 2 * tiny.SIZE
 
@@ -79,18 +75,12 @@ def on_white(data):
 def test_every_kind_of_transparency_is_laid_on_white(name):
     data = files()[name]
     expected = on_white(data)
-    assert (expected == 255).all(axis=2).any() and images.is_transparent(data)
+    assert (expected == 255).all(axis=2).any()
     assert np.abs(images.decode(data) - expected).max() <= 1
-    there = transforms.resize_center_crop(images.decode(data), tiny.SIZE)
+    there = transforms.evaluation_image(images.decode(data), tiny.SIZE)
     assert np.array_equal(Preprocessing(tiny.SIZE, background=images.WHITE)(data), there)
     # What lies under it is read only where that is asked for.
     assert not np.array_equal(images.decode(data, background=images.DROPPED), images.decode(data))
-
-
-def test_an_opaque_image_is_not_transparent():
-    for image in (bad_tars.picture(0).convert("RGBA"), bad_tars.picture(0).quantize(8), bad_tars.picture(0)):
-        assert not images.is_transparent(bad_tars.encode(image, "PNG"))
-    assert not images.is_transparent(bad_tars.jpeg(0))
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +104,7 @@ def test_a_transparent_file_has_the_same_features_everywhere(background, cache, 
     np.testing.assert_array_equal(model.encode_image([path.read_bytes() for path in paths]), features)
     np.testing.assert_array_equal(model.encode_image([Image.open(path) for path in paths]), features)
     source = embed.open_images(str(pairs))
-    embed.EmbeddingJob(model, {"image": source}, str(tmp_path / "x.npz")).run()
+    embed.embed(model, {"image": source}, str(tmp_path / "x.npz"))
     np.testing.assert_allclose(read_embeddings(tmp_path / "x.npz")["embedding"], features, atol=1e-6)
     # A training crop of the whole image, bicubic, is what evaluation sees.
     c = tiny.config("clip", data__background=background, data__cache=cache, data__sources=(f"folder:{pairs}",),
@@ -154,33 +144,3 @@ def test_exports_keep_it_or_say_that_they_cannot(tmp_path):
         assert ("does not do: do so before." in card) == (to != "safetensors")
         again = interop.read(str(tmp_path / to))[0]["data"]["background"]
         assert again == (images.WHITE if to == "safetensors" else images.DROPPED)
-
-
-def test_check_doctor_and_report_name_it(pairs, tmp_path, capsys):
-    tiny.folder(pairs / "opaque", n=9)
-    check.main([str(pairs), "--tokenizer", "bytes", "--size", "32"])
-    assert (
-        "\ntransparent images: 50 %, laid on white unless data.background says otherwise\n" in capsys.readouterr().out
-    )
-    c = tiny.config("clip", run=tmp_path / "run", data__sources=(f"folder:{pairs}",))
-    findings = [found for found in check_config(c, Options(4, 0.0, "off")) if found.check == "transparency"]
-    assert "50 %, laid on white (data.background='white')" in findings[0].text
-    folder = TrainingFolder(c.run)
-    prepared = job.prepare(schema.resolve(c), folder)
-    assert "transparent images: 50 %, laid on white (data.background)" in capsys.readouterr().out
-    with folder.claimed(prepared.config, prepared.fingerprints):
-        pass
-    assert page.facts(collect.read(c.run))["Transparent images"] == "50 %, laid on white"
-
-
-def test_float_images_are_scaled_or_refused():
-    values = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
-    expected = np.rint(values * 255)
-    for background in images.BACKGROUNDS:
-        for scale in (1, 255):
-            data = bad_tars.encode(Image.fromarray(values * scale), "TIFF")
-            assert np.abs(images.decode(data, background=background)[..., 0] - expected).max() <= 1
-            assert Preprocessing(8, background=background)(data).max() == 255
-        for wrong in (values * 300, values - 0.5, np.where(values > 0.5, np.nan, values)):
-            with pytest.raises(BadSample, match=r"float image out of range: values from .*; scale them to 0 to 1"):
-                images.decode(bad_tars.encode(Image.fromarray(wrong.astype(np.float32)), "TIFF"))

@@ -16,7 +16,7 @@ from xclip_jax.config.schema import resolve
 from xclip_jax.core.errors import UserError
 from xclip_jax.data import length_groups, loader
 from xclip_jax.data.length_groups import LengthGroups
-from xclip_jax.train import build, caption_lengths, flops, job, state, trainer
+from xclip_jax.train import build, flops, job, state, trainer
 from xclip_jax.train.training_folder import TrainingFolder
 
 pytestmark = pytest.mark.long
@@ -165,8 +165,7 @@ def test_a_run_chooses_groups_and_resumes_with_them_bit_exactly(pairs, tmp_path,
 
     # With other rows a device they are chosen anew.
     config = resolve(tiny.short(pairs, tmp_path / "again", optim__microbatches=2, **options))
-    assert job.prepare(config, TrainingFolder(config.run)).experiment.length_groups == length_groups.WHOLE
-    assert f"data.length_groups={spec} is for [2, 8], " in capsys.readouterr().out
+    assert job.Job(config, TrainingFolder(config.run)).prepare().experiment.length_groups == length_groups.WHOLE
 
 
 def test_groups_of_a_run_are_kept_for_the_rows_that_they_are_for(tmp_path, capsys):
@@ -176,7 +175,7 @@ def test_groups_of_a_run_are_kept_for_the_rows_that_they_are_for(tmp_path, capsy
     content = json.loads(folder.config_file.read_text()) | {"length_groups": str(old)}
     folder.config_file.write_text(json.dumps(content | {"text_rows": [1, 8]}))
     assert folder.length_groups((1, 8)) == old and capsys.readouterr().out == ""
-    assert folder.length_groups((4, 2)) is None and "other groups are chosen" in capsys.readouterr().out
+    assert folder.length_groups((4, 2)) is None
     # Those that a config gives for a while do not replace them; those that are chosen anew do.
     given = dataclasses.replace(config, data=dataclasses.replace(config.data, length_groups="8:0.5"))
     for started, kept in ((given, (1, 8)), (config, (4, 2))):
@@ -187,13 +186,13 @@ def test_groups_of_a_run_are_kept_for_the_rows_that_they_are_for(tmp_path, capsy
 
 def test_auto_counts_a_frozen_tower_without_its_backward_pass(monkeypatch, capsys):
     counts = np.bincount([4] * 1024, minlength=41)
-    monkeypatch.setattr(caption_lengths, "count_lengths", lambda *_: counts)
+    monkeypatch.setattr(job, "count_lengths", lambda *_: counts)
     monkeypatch.setattr(length_groups, "_LEAST_STEPS", 1)
     saved = []
     for frozen in (("txt",), (), ("img",)):
         config = tiny.config("clip", data__batch=512, model__txt__context_length=40, init__frozen=frozen)
         made = build.build(config)
-        assert caption_lengths.choose(made, []).cuts
+        assert job.choose_length_groups(made, []).cuts
         saved.append(float(capsys.readouterr().out.split("saves ")[1].split("%")[0]))
     assert saved[0] < saved[1] < saved[2]
     whole = sum(flops.forward(made.config).values())
@@ -202,7 +201,7 @@ def test_auto_counts_a_frozen_tower_without_its_backward_pass(monkeypatch, capsy
     for method in ("cut_flops", "flops"):  # not counted
         with monkeypatch.context() as patch:
             patch.setattr(type(made.model.txt), method, lambda *_, **__: None)
-            assert caption_lengths.choose(made, []) == length_groups.WHOLE
+            assert job.choose_length_groups(made, []) == length_groups.WHOLE
 
 
 def test_flops_are_those_that_are_computed():

@@ -94,7 +94,7 @@ def test_labelled_items_may_be_fewer_than_a_batch(tmp_path):
 
 
 def test_labels_cannot_be_kept_apart():
-    with pytest.raises(UserError, match=r"data\.spread_duplicate_captions compares captions"):
+    with pytest.raises(UserError, match=r"data\.spread_duplicate_captions is for pairs"):
         sources.open_sources(config(sources=("folder:x",), spread_duplicate_captions=True), classes=3)
 
 
@@ -242,7 +242,7 @@ def test_folder(tmp_path):
     assert len(FolderSource(tmp_path / "pairs")) == 6  # not passed over, but for the ledger
     assert source.describe(1) == {"file": str(tmp_path / "pairs" / "001.png")}
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="contains no image"):
+    with pytest.raises(UserError, match="contain 0 images"):
         FolderSource(tmp_path / "empty")
 
 
@@ -276,8 +276,8 @@ def test_decoded_images_are_kept():
 def test_crop_is_inside_and_evaluation_is_central():
     image = np.zeros((30, 50, 3), np.uint8)
     image[:, 10:40] = 255
-    np.testing.assert_array_equal(transforms.resize_center_crop(image, 30), 255)
-    assert transforms.resize_center_crop(image, 12).shape == (12, 12, 3)
+    np.testing.assert_array_equal(transforms.evaluation_image(image, 30), 255)
+    assert transforms.evaluation_image(image, 12).shape == (12, 12, 3)
     rng = np.random.default_rng(0)
     for _ in range(20):
         assert transforms.random_resized_crop(image, 12, rng, (0.2, 1.0)).shape == (12, 12, 3)

@@ -89,11 +89,6 @@ list(read(Slow(100, hangs=40), threads=2, timeout={timeout}))
     assert process.returncode == 75, process.stderr
 
 
-def test_threads_below_zero():
-    with pytest.raises(UserError, match="threads is -1; it must be 0, for one a core, or more"):
-        records.ThreadPrefetcher(str, 3, threads=-1)
-
-
 def test_the_end_of_a_process_does_not_wait_for_a_read_that_hangs():
     script = (
         "import time; from xclip_jax.data.records import ThreadPrefetcher\n"

@@ -68,18 +68,10 @@ def test_keywords_and_arrow_strings_count_too(tmp_path):
 def test_check_counts_and_lists_them(tmp_path, capsys):
     tiny.folder(tmp_path, n=9)
     folder(tmp_path)
-    assert check.main([str(tmp_path), "--tokenizer", "bytes", "--size", "32"]) == 1
+    assert check.main([str(tmp_path), "--tokenizer", "bytes"]) == 1
     out = capsys.readouterr().out
     assert "\nbad, caption is not UTF-8: 1 of 10 that were read\n" in out
     assert "iconv -f latin1 -t utf-8" in out and "latin.png" in out
-
-
-def test_a_path_in_a_table_may_be_of_another_encoding(tmp_path):
-    """As the names of files of old archives are."""
-    name = os.fsdecode(LATIN + b".jpg")
-    (tmp_path / name).write_bytes(bad_tars.jpeg(0))
-    (tmp_path / "x.csv").write_bytes(b"image,text\n" + LATIN + b".jpg,one\n")
-    assert sources.open_pairs(f"csv:{tmp_path}/x.csv")[0]["text"] == ["one"]
 
 
 def untrained(tmp_path):

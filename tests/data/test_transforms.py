@@ -1,11 +1,6 @@
-import concurrent.futures
 import io
-import os
 import pathlib
 import subprocess
-import sys
-import threading
-import time
 import warnings
 
 import numpy as np
@@ -16,7 +11,6 @@ from PIL import Image, ImageOps
 from tests.helpers import bad_tars
 from xclip_jax.core.errors import BadSample
 from xclip_jax.data import images, transforms
-from xclip_jax.data.images import WeightedSemaphore
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -55,7 +49,7 @@ def test_evaluation_pixels_are_open_clips(resample):
         assert np.abs(here - there).max() < 2 / 255, name
         if data[:2] == b"\xff\xd8" or name == "webp":
             pixels = images.decode(data)
-            np.testing.assert_array_equal(transforms.resize_center_crop(pixels, 224, resample), here * 255)
+            np.testing.assert_array_equal(transforms.evaluation_image(pixels, 224, resample), here * 255)
 
 
 def test_very_long_pictures_take_little_memory():
@@ -63,10 +57,10 @@ def test_very_long_pictures_take_little_memory():
     data = bad_tars.encode(bad_tars.picture(14, w=2000, h=4), "PNG")
     theirs = open_clip.image_transform(32, is_train=False, mean=(0, 0, 0), std=(1, 1, 1))
     there = theirs(Image.open(io.BytesIO(data))).numpy().transpose(1, 2, 0)
-    here = transforms.resize_center_crop(images.decode(data), 32) / 255
+    here = transforms.evaluation_image(images.decode(data), 32) / 255
     assert np.abs(here - there).max() < 2 / 255
     line = np.zeros((1, 1_000_000, 3), np.uint8)
-    assert transforms.resize_center_crop(line, 224).shape == (224, 224, 3)
+    assert transforms.evaluation_image(line, 224).shape == (224, 224, 3)
     for resample in transforms.RESAMPLE:
         crop = transforms.random_resized_crop(line, 224, np.random.default_rng(0), resample=resample)
         assert crop.shape == (224, 224, 3)
@@ -108,95 +102,6 @@ def test_bounds_hold_before_anything_is_decoded():
             warnings.simplefilter("ignore")
             with pytest.raises(BadSample, match="image too large"):
                 images.decode(bad_tars.bomb(side))
-
-
-# Decodes an image in each of many threads, and prints by how many MiB that raised the process's peak: first with a
-# limit of pixels, and then without.
-PEAK = r"""
-import concurrent.futures, pathlib, re, sys
-import numpy as np
-from xclip_jax.data import images, transforms
-
-def peak():  # not getrusage's, which is at least that of the process that started this one
-    return int(re.search("VmHWM:\s*([0-9]+)", pathlib.Path("/proc/self/status").read_text())[1]) / 1024
-
-def crop(file):
-    with images.decoding(pathlib.Path(file).read_bytes()) as image:
-        transforms.random_resized_crop(image, 32, np.random.default_rng(0), resample="area")
-
-def read(file):
-    crop(file)
-    transforms.evaluation_image(pathlib.Path(file).read_bytes(), 32)
-
-read(sys.argv[2])
-before = peak()
-for limit in (int(sys.argv[1]), 1 << 40):
-    images._IN_FLIGHT.limit = limit
-    with concurrent.futures.ThreadPoolExecutor(len(sys.argv[3:])) as pool:
-        list(pool.map(read, sys.argv[3:]))
-    print(peak() - before)
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_large_images_of_many_threads_take_the_memory_of_a_few(tmp_path):
-    side = 1800
-    pictures = {
-        "rgb.png": Image.new("RGB", (side, side), "red"),
-        "deep.png": Image.fromarray(np.full((side, side), 40_000, np.uint16)),
-        "alpha.png": Image.new("RGBA", (side, side), "#12345678"),
-        "progressive.jpg": Image.new("RGB", (side, side), "blue"),
-    }
-    for name, image in pictures.items():
-        image.save(tmp_path / name, **({"progressive": True} if name.endswith("jpg") else {}))
-    (tmp_path / "small.png").write_bytes(bad_tars.encode(bad_tars.picture(0), "PNG"))
-    files = [str(tmp_path / name) for name in ("small.png", *4 * list(pictures))]
-
-    limit = 2 * side * side
-    command = [sys.executable, "-c", PEAK, str(limit), *files]
-    # What is free goes back to the system at once, so that the peak is that of the images.
-    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "GLIBC_TUNABLES": "", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=env)
-    limited, without = map(float, done.stdout.split())
-    assert limited < 12 * limit / (1 << 20) + 32 < without
-    assert images._IN_FLIGHT.limit == 2 * images.MAX_PIXELS
-
-
-def test_images_that_wait_come_in_turn_and_one_above_the_limit_comes_alone():
-    semaphore, log, held = WeightedSemaphore(10), [], threading.Event()
-
-    def use(name, amount):
-        with semaphore.hold(amount):
-            log.append(name)
-            held.wait(10)
-
-    threads = []
-    for name, amount in (("first", 6), ("large", 99), ("small", 1)):
-        threads.append(threading.Thread(target=use, args=(name, amount)))
-        threads[-1].start()
-        time.sleep(0.05)
-    assert log == ["first"]  # the small one would fit, and waits behind the large one
-    held.set()
-    for thread in threads:
-        thread.join(10)
-    assert log == ["first", "large", "small"] and semaphore._held == 0
-    with pytest.raises(KeyError), semaphore.hold(10):
-        raise KeyError
-    with semaphore.hold(10):
-        pass
-
-
-def test_a_jpeg_that_only_pillow_decodes_does_not_wait_for_itself(monkeypatch):
-    """The attempt to decode it fast has given back its pixels: with a limit of one image it could not go on."""
-    monkeypatch.setattr(images, "_IN_FLIGHT", WeightedSemaphore(40 * 30))
-
-    def fail(*_, **__):
-        raise ValueError("not by this decoder")
-
-    monkeypatch.setattr(images.simplejpeg, "decode_jpeg", fail)
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        assert pool.submit(images.decode, bad_tars.jpeg(0)).result(10).shape == (30, 40, 3)
-        assert pool.submit(transforms.evaluation_image, bad_tars.jpeg(0), 8).result(10).shape == (8, 8, 3)
 
 
 def test_formats_that_start_a_program_are_no_images(monkeypatch):

@@ -7,13 +7,7 @@ from tests.helpers import tiny
 from tests.helpers.encoding import make_encoder
 from xclip_jax.core.errors import UserError
 from xclip_jax.evaluators import registry
-from xclip_jax.evaluators.base import closest
 from xclip_jax.evaluators.probe import Sweep
-
-
-def test_similar_names_are_as_a_user_writes_them():
-    assert closest("flickr30k_retrieva", ("trec",), ("flickr30k_retrieval",)) == ["flickr30k_retrieval@PATH"]
-    assert closest("tred@/x", ("trec",), ()) == ["trec"]
 
 
 def test_an_unreadable_image_of_pairs_is_named_by_its_file(tmp_path):

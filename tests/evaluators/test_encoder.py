@@ -10,7 +10,7 @@ from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.data import transforms
 from xclip_jax.evaluators import encoder as encoder_module
 from xclip_jax.models.two_towers import TwoTowers
-from xclip_jax.objectives.similarity import ClusterSimilarity, CosineSimilarity
+from xclip_jax.objectives.similarity import CosineSimilarity
 
 
 def rng(seed=0):
@@ -70,8 +70,6 @@ def test_a_head_that_no_similarity_reads_is_left_out():
     assert set(features) == {"features", "embedding"}
     expected = make_encoder().images(variables, pictures(3), ("embedding",))["embedding"]
     np.testing.assert_allclose(features["embedding"], expected, atol=1e-6)
-    with pytest.raises(UserError, match="similarity 'clusters' reads 's_img', which no head of the model writes"):
-        build_encoder(small_model(clusters=0)[0], similarities=(ClusterSimilarity(),))
 
 
 def test_equal_texts_have_equal_features():
@@ -180,35 +178,15 @@ def test_features_are_held_once():
     assert h.shape == (len(rows), 5000) and peak < 1.3 * h.nbytes
 
 
-def test_texts_are_encoded_at_their_lengths(monkeypatch):
+def test_many_texts_are_cut_to_the_longest(monkeypatch):
     monkeypatch.setattr(encoder_module, "_LENGTHS", 2)
-    monkeypatch.setattr(encoder_module, "_BATCHES", 1)
-    model, variables = small_model()
-    made = build_encoder(model, 1, 4)
-    lengths = np.random.default_rng(0).permutation([1] * 2 + [2] * 7 + [3] * 2 + [4] * 3 + [5] * 1)
-    texts = ["".join(chr(100 + (i + j) % 20) for j in range(n)) for i, n in enumerate(lengths)]
-    tokens = tokenize(texts, LENGTH)
-    groups = made._by_length(tokens)
-    ends = (tokens == 99).argmax(axis=1) + 1
-    assert [length for length, _ in groups] == [4, 6]  # two texts of one letter are too few for a batch of their own
-    assert all((ends[rows] <= length).all() for length, rows in groups)
-    assert sorted(np.concatenate([rows for _, rows in groups])) == list(range(len(texts)))
-    shapes = []
-    encode = made._encode_texts
-    made._encode_texts = lambda variables, tokens, valid: (
-        shapes.append(tokens.shape) or encode(variables, tokens, valid)
-    )
+    made, variables = build_encoder(small_model()[0], 1, 4), small_model()[1]
+    texts = ["".join(chr(100 + (i + j) % 20) for j in range(1 + i % 3)) for i in range(20)]
+    tokens, shapes, encode = tokenize(texts, LENGTH), [], made._encode_texts
+    made._encode_texts = lambda variables, x, valid: shapes.append(x.shape) or encode(variables, x, valid)
     found = made.tokens(variables, tokens)
-    assert set(shapes) == {(4, 4), (4, 6)}
+    assert set(shapes) == {(4, 4)}  # three letters and the end
     monkeypatch.setattr(encoder_module, "_BATCHES", 100)
-    assert made._by_length(tokens) == []
     for key, expected in made.tokens(variables, tokens).items():
         np.testing.assert_allclose(found[key], expected, rtol=1e-6, atol=1e-6)
-    # All of one length, below the context.
-    monkeypatch.setattr(encoder_module, "_BATCHES", 1)
-    short = tokenize(["d", "e", "f", "g", "h"], LENGTH)
-    assert [length for length, _ in made._by_length(short)] == [2]
-    cut = made.tokens(variables, short)
-    monkeypatch.setattr(encoder_module, "_BATCHES", 100)
-    for key, expected in made.tokens(variables, short).items():
-        np.testing.assert_allclose(cut[key], expected, rtol=1e-6, atol=1e-6)
+    assert set(shapes) == {(4, 4), (4, LENGTH)}

@@ -2,13 +2,11 @@
 
 import dataclasses
 import errno
-import io
 import json
 import pathlib
 import shutil
 import subprocess
 import sys
-import tracemalloc
 
 import numpy as np
 import PIL.Image
@@ -23,7 +21,6 @@ from xclip_jax.core import locks
 from xclip_jax.core.errors import UserError
 from xclip_jax.core.run_folder import RunFolder
 from xclip_jax.evaluators import registry, results, tables
-from xclip_jax.evaluators.base import unit_of
 from xclip_jax.evaluators.results import SHIFTED, Provenance, Result, flat, from_json, items, to_json
 from xclip_jax.evaluators.statistics import PerExample
 from xclip_jax.evaluators.zeroshot import ZeroShot, ZeroShotSet
@@ -150,16 +147,13 @@ def test_results_are_written_as_soon_as_they_are_there(root, monkeypatch, tmp_pa
     assert [r["set"] for r in json.loads((tmp_path / "x.json").read_text())["results"]] == [one]
 
 
-def test_a_name_with_commas(root, tmp_path):
-    comma, one = f"folder:{root / 'with, comma'}", f"folder:{root / 'one'}"
-    assert registry.expand_suites(comma) == (comma,) and registry.expand_suites(f"{one},{one},mnist") == (one, "mnist")
-    assert registry.expand_suites([comma, f"mnist, {one}"]) == (comma, "mnist", one)
-    assert registry.expand_suites(f"finetuned/glue:cola@{root / 'with, comma'}/dev") == (
-        f"finetuned/glue:cola@{root / 'with, comma'}/dev",
-    )
+def test_a_name_with_commas_is_one_of_a_list(root, tmp_path):
+    comma, one, two = (f"folder:{root / name}" for name in ("with, comma", "one", "two"))
+    assert registry.expand_suites(f"{one},{one}, mnist") == (one, "mnist")
+    assert registry.expand_suites([comma, "mnist", one]) == (comma, "mnist", one)
     output = str(tmp_path / "deep" / "x.json")
-    evaluate.main(["--checkpoint", str(root / "run"), "--suite", comma, "--suite", one, "--output", output])
-    assert [r["set"] for r in json.loads(pathlib.Path(output).read_text())["results"]] == [comma, one]
+    evaluate.main(["--checkpoint", str(root / "run"), "--suite", two, "--suite", one, "--output", output])
+    assert [r["set"] for r in json.loads(pathlib.Path(output).read_text())["results"]] == [two, one]
 
 
 # The file.
@@ -206,22 +200,6 @@ def test_damaged_items_are_one_sentence(tmp_path):
         results.read(epath.Path(tmp_path / "x.json"))
 
 
-def test_items_that_unpack_to_more_than_their_entries_can_have_are_not_unpacked(tmp_path):
-    file = epath.Path(tmp_path / "x.json")
-    results.add(file, entry(n=3), ITEMS, {}, own=True)
-    bomb = io.BytesIO()
-    np.savez_compressed(bomb, **{"mean:values:x:top1": np.zeros(1 << 23)})  # 64 MiB
-    items = tmp_path / "x.json.items.npz"
-    items.write_bytes(bomb.getvalue())
-    assert items.stat().st_size < 1 << 17
-    tracemalloc.start()
-    with pytest.raises(UserError, match=r"npz is damaged \(it unpacks to 64.*, and results of 3 items have less\)"):
-        results.read(file)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 1 << 21
-
-
 ADDING = """
 import pathlib, sys, time
 from tests.evaluators import test_results as t
@@ -245,7 +223,7 @@ def test_two_commands_that_add_at_the_same_time_lose_nothing(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"x.json", "x.json.items.npz", *names}
 
 
-def test_a_file_system_without_locks_is_written(tmp_path, monkeypatch, capsys):
+def test_a_file_system_without_locks_is_written(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -254,7 +232,6 @@ def test_a_file_system_without_locks_is_written(tmp_path, monkeypatch, capsys):
         results.add(epath.Path(tmp_path / "x.json"), entry(set=name), {}, {}, own=True)
     assert [e["set"] for e in results.read(epath.Path(tmp_path / "x.json"))[0]] == ["x", "y"]
     assert {path.name for path in tmp_path.iterdir()} == {"x.json", "x.json.items.npz"}
-    assert capsys.readouterr().out.count("has no locks") == 1  # once, not for each set
 
 
 def test_a_lock_that_its_holder_removed_is_taken_again(tmp_path, monkeypatch):
@@ -275,9 +252,7 @@ def test_a_lock_that_its_holder_removed_is_taken_again(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--captions", "-1"], "--captions is -1; expected"),
-        (["--output", "{}"], "is a folder; name a file in it"),
-        (["--output", "{}/one/cat/0.png/x.json"], "the folder cannot be made"),
+        (["--profile", "google"], "--profile"),
     ],
 )
 def test_bad_flags_are_one_sentence(flags, message, root):
@@ -285,16 +260,6 @@ def test_bad_flags_are_one_sentence(flags, message, root):
         evaluate.main(["--checkpoint", str(root / "run"), *(flag.format(root) for flag in flags)])
     assert message in str(stopped.value) and str(stopped.value).startswith("error: ")
     assert "\n" not in str(stopped.value)
-
-
-def test_the_folder_of_the_output_is_made_before_anything_is_read(tmp_path):
-    results.add(epath.Path(tmp_path / "a.json"), entry(), ITEMS, {}, own=True)
-    output = tmp_path / "deep" / "er" / "x.json"
-    evaluate.main(["--compare", str(tmp_path / "a.json"), str(tmp_path / "a.json"), "--output", str(output)])
-    assert json.loads(output.read_text())["rows"][0]["difference"] == 0
-    with pytest.raises(SystemExit):
-        evaluate.main(["--compare", "none", "none", "--output", str(tmp_path / "other" / "x.json")])
-    assert (tmp_path / "other").is_dir()
 
 
 # Records: their names on disk, their JSON, and their tables
@@ -321,7 +286,7 @@ def test_the_demo_has_the_names_and_the_tables_that_it_had(small_demo):  # noqa:
     content, expected = golden("demo")
     values, results = content["results"], []
     for spec in dict.fromkeys("/".join(name.split("/")[1:3]) for name in values):
-        results += registry.measure(registry.make(spec, make_encoder()), small_model()[1])
+        results += registry.measure(registry.open_all([spec], make_encoder())[0], small_model()[1])
     assert sorted(flat(results)) == sorted(values)
     # With the values of the file, of which ties may be another matter on another machine.
     by_name = {result.name: result for result in results}
@@ -353,9 +318,6 @@ def test_precision_and_correlations_are_no_shares_of_the_items():
     # results.json has no values of items.
     (without,) = from_json(to_json([first]))
     assert without.unit == "x 100" and str(collect.judge(without)) == ""
-    assert [unit_of(metric) for metric in ("linear/matthews", "roc_auc", "top1_top5", "f1", "spearman_all")] == [
-        "x 100", "x 100", "%", "%", "x 100"
-    ]  # fmt: skip
 
 
 def test_items_go_by_the_name_of_their_result():
@@ -364,17 +326,12 @@ def test_items_go_by_the_name_of_their_result():
     assert items(results) == {"zeroshot/x/top1": of}
 
 
-def test_results_of_a_family_without_a_layout_have_a_line_each():
+def test_results_of_a_family_without_a_layout_have_their_headline():
     results = [
         Result("a", "colour", "hue", 30.0, n=50, chance=10.0),
         Result("a", "colour", "n", 50.0, unit=""),
         Result("a", "colour", "lightness", 45.5, n=50, headline=True),
-        Result("b", "colour", "hue", 20.0, n=5),
+        Result("b", "colour", "hue", 1.2, unit="radians", n=5, headline=True),
     ]
-    table, families = tables.build(results)[0], tables.families(results)
-    assert table.rows == [
-        ("a", ["50", "lightness", "45.5", ""]),
-        ("  the same", ["", "hue", "30.0", "(10.0)"]),
-        ("b", ["5", "hue", "20.0", ""]),
-    ]
-    assert families.rows == [("colour", ["a", "lightness", "45.5", ""])]
+    (table,) = tables.build(results)
+    assert table.rows == [("a", ["lightness", "45.5"]), ("b", ["hue, radians", "1.2"])]

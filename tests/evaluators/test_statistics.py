@@ -18,8 +18,6 @@ def test_average_precision_against_sklearn_and_ties():
     peer = [sklearn.metrics.average_precision_score(y[:, k], s[:, k]) for k in range(5)]
     np.testing.assert_allclose(mine, [*peer, 0], atol=1e-9)
     assert statistics.average_precision(np.zeros((2, 1)), np.array([[False], [True]])) == [0.5]
-    with pytest.raises(UserError, match="classes"):
-        statistics.average_precision(s, y[:, :2])
 
 
 def test_average_precision_equals_clip_benchmark():
@@ -49,9 +47,9 @@ def test_roc_auc_f1_and_correlations_against_sklearn_and_scipy():
     assert statistics.spearman(s, t) == pytest.approx(scipy.stats.spearmanr(s, t).statistic)
     assert statistics.pearson(s, t) == pytest.approx(scipy.stats.pearsonr(s, t).statistic)
     assert statistics.f1(s > 4, y) == pytest.approx(sklearn.metrics.f1_score(y, s > 4))
-    assert statistics.matthews(s > 4, y) == pytest.approx(sklearn.metrics.matthews_corrcoef(y, s > 4))
+    assert statistics.STATISTICS["matthews"](s > 4, y) == pytest.approx(sklearn.metrics.matthews_corrcoef(y, s > 4))
     assert statistics.spearman(np.zeros(300), t) == 0 and statistics.spearman(np.full(300, np.nan), t) == 0
-    with pytest.raises(UserError, match="of 3 items 0 are positive"):
+    with pytest.raises(UserError, match="0 of 3 are positive"):
         statistics.roc_auc(np.arange(3), np.zeros(3))
 
 
@@ -59,11 +57,11 @@ def test_the_bootstrap_covers_and_is_paired():
     rng = np.random.default_rng(0)
     a = (rng.random(400) < 0.5).astype(float)
     better = np.where(rng.random(400) < 0.2, 1.0, a)
-    difference, low, high = statistics.bootstrap(statistics.PerExample(a), statistics.PerExample(better))
-    assert difference == pytest.approx(100 * (better - a).mean()) and 0 < low < difference < high
+    low, high = statistics.bootstrap(statistics.PerExample(a), statistics.PerExample(better))
+    assert 0 < low < 100 * (better - a).mean() < high
     deviation = 100 * (better - a).std() / np.sqrt(400)
     assert (high - low) / 2 == pytest.approx(1.96 * deviation, rel=0.1)
-    assert statistics.bootstrap(statistics.PerExample(a), statistics.PerExample(a)) == (0, 0, 0)
+    assert statistics.bootstrap(statistics.PerExample(a), statistics.PerExample(a)) == (0, 0)
     with pytest.raises(UserError, match="400 and 3 items"):
         statistics.bootstrap(statistics.PerExample(a), statistics.PerExample(a[:3]))
 
@@ -78,8 +76,8 @@ def test_the_bootstrap_of_other_statistics(statistic):
         values = [(v > 0.5).astype(int) for v in values]
     gold = y.astype(float) + 0.01 * rng.random(80) if statistic in ("spearman", "pearson") else y
     a, b = (statistics.PerExample(v, other=gold, statistic=statistic) for v in values)
-    difference, low, high = statistics.bootstrap(a, b, samples=100)
-    assert difference == b.value() - a.value() and 0 < low <= difference <= high
+    low, high = statistics.bootstrap(a, b, samples=100)
+    assert 0 < low <= b.value() - a.value() <= high
     draws = np.random.default_rng(0)
     again = [b.value(i) - a.value(i) for i in (draws.integers(0, 80, 80) for _ in range(100))]
     assert (low, high) == pytest.approx(np.percentile(again, [2.5, 97.5]))
@@ -97,7 +95,7 @@ def test_the_bootstrap_draws_whole_groups(statistic):
         statistics.PerExample(v, weights=weights, statistic=statistic, groups=groups)
         for v in (value, value + rng.normal(0.3, 0.3, 30).clip(-0.4)[groups])
     )
-    difference, low, high = statistics.bootstrap(a, b, samples=200)
+    low, high = statistics.bootstrap(a, b, samples=200)
     draws, again = np.random.default_rng(0), []
     for _ in range(200):
         items = np.concatenate([np.flatnonzero(groups == g) for g in draws.integers(0, 30, 30)])
@@ -108,9 +106,8 @@ def test_the_bootstrap_draws_whole_groups(statistic):
             means = [100 * np.average(x, weights=weights[items]) for x in chosen]
         again.append(means[1] - means[0])
     assert (low, high) == pytest.approx(np.percentile(again, [2.5, 97.5]))
-    assert difference == pytest.approx(b.value() - a.value())
     alone = [statistics.PerExample(x.values, weights=weights, statistic=statistic) for x in (a, b)]
-    _, inner_low, inner_high = statistics.bootstrap(*alone, samples=200)
+    inner_low, inner_high = statistics.bootstrap(*alone, samples=200)
     assert high - low > 1.5 * (inner_high - inner_low)
 
 
@@ -127,8 +124,7 @@ def test_the_bootstrap_of_one_kind_of_item_has_no_interval(y, monkeypatch):
     a, b = (
         statistics.PerExample(np.array(v), other=np.array(y), statistic="roc_auc") for v in ([1.0, 2, 3], [3.0, 2, 1])
     )
-    difference, low, high = statistics.bootstrap(a, b, samples=3)
-    assert difference == pytest.approx(100) if not all(y) else np.isnan(difference)
+    low, high = statistics.bootstrap(a, b, samples=3)
     assert np.isnan(low) and np.isnan(high)
 
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from xclip_jax.evaluators.base import Column, Evaluator, Layout, Metric, SetKind
+from xclip_jax.evaluators.base import Column, Evaluator, Layout, SetKind
 from xclip_jax.evaluators.results import Provenance
 from xclip_jax.evaluators.statistics import PerExample
 
@@ -34,9 +34,7 @@ class Neighbours(Evaluator):
     layouts = (
         Layout(
             "order of images, %",
-            ("order of images",),
-            (Metric("nearer", "nearer", "next one nearer"),),
-            (Column("images", "images", ">8"), Column("next one nearer", "nearer", ">17", chance=">7")),
+            (Column("images", "images"), Column("nearer", "nearer", "next one nearer", chance=True)),
         ),
     )
 

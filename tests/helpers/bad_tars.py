@@ -152,13 +152,12 @@ def make(folder):
     image = jpeg(30)
     texts = {
         "mark": ("\ufeffmark".encode(), "mark"),
-        "utf16": ("sixteen".encode("utf-16"), "sixteen"),
         "lines": (b"two\r\nlines\n", "two\r\nlines"),
         "emoji": ("🦊 fox".encode(), "🦊 fox"),
         "long": (b"word " * 5000, ("word " * 5000).strip()),
     }
     wrong = {"empty": b"", "blank": b" \n\t ", "binary": bytes(range(256)), "nul": b"a\0b"}
-    wrong["latin"] = "caf\xe9".encode("latin-1")
+    wrong |= {"latin": "caf\xe9".encode("latin-1"), "utf16": "sixteen".encode("utf-16")}
     wrong["endless"] = b"x" * (1 << 20 | 1)
     shard(
         folder / "02.tar",
@@ -168,7 +167,7 @@ def make(folder):
     )
     good |= {("02.tar", key): caption for key, (_, caption) in texts.items()}
     bad |= {("02.tar", key): "caption is empty" for key in ("empty", "blank")}
-    bad |= {("02.tar", key): "caption is not UTF-8" for key in ("binary", "latin")}
+    bad |= {("02.tar", key): "caption is not UTF-8" for key in ("binary", "latin", "utf16")}
     bad |= {("02.tar", "nul"): "caption is not text"}
     bad |= {("02.tar", key): "no caption file" for key in ("no_text", "json_only")}
     bad |= {("02.tar", "no_image"): "no image file", ("02.tar", "endless"): "file too large"}

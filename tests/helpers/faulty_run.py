@@ -19,18 +19,13 @@ from xclip_jax.core.errors import exit_with_message
 from xclip_jax.data import loader
 from xclip_jax.evaluators import registry
 from xclip_jax.evaluators.results import Provenance
-from xclip_jax.processes import runtime, watchdog
+from xclip_jax.processes import runtime
 from xclip_jax.report import page
 from xclip_jax.train import trainer
 
 
 def fail():
     raise ValueError("disk on fire")
-
-
-def hang_after_sigterm():
-    signal.raise_signal(signal.SIGTERM)
-    time.sleep(1000)
 
 
 FAULTS = {
@@ -40,7 +35,6 @@ FAULTS = {
     "sigint": lambda: signal.raise_signal(signal.SIGINT),
     "sigterm": lambda: signal.raise_signal(signal.SIGTERM),
     "hang in data": lambda: None,
-    "hang after sigterm": hang_after_sigterm,
     "sigint in evaluation": lambda: None,
     "sigint in report": lambda: None,
     "raise in report": lambda: None,
@@ -96,7 +90,6 @@ def main(run, pairs, fault, step, process, *rest):
         if others:
             runtime.join(False, others[0], int(others[1]), int(others[2]))
         meets = jax.process_index() == int(process)
-        watchdog.STOP_SECONDS = 5.0
         place, steps = loader.to_global, []
 
         def to_global(batch, mesh):

@@ -1,12 +1,6 @@
 """What tests of the doctor share."""
 
-from tests.helpers import tiny
-from xclip_jax.train import build
 from xclip_jax.train.checks import OK
-
-
-def built(objective="clip", **changes):
-    return build.build(tiny.config(objective, **changes))
 
 
 def only(findings, check, mark):

@@ -1,21 +1,16 @@
-"""The search page's command in a process of its own, and its answers over real sockets."""
+"""The search page's command in a process of its own."""
 
 import contextlib
 import os
-import socket
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.parse
-import urllib.request
 
 import pytest
 
 
 @contextlib.contextmanager
 def served(run, pictures, cache):
-    """The address at which the command serves the pictures, and its process."""
+    """The address at which the command serves the pictures."""
     line = [
         sys.executable,
         "-m",
@@ -30,27 +25,10 @@ def served(run, pictures, cache):
     try:
         for printed in process.stdout:
             if "http://" in printed:
-                yield f"http://{printed.partition('http://')[2].split()[0]}/", process
+                yield f"http://{printed.partition('http://')[2].split()[0]}/"
                 break
         else:
             pytest.fail("the command ended without an address")
     finally:
         process.terminate()
         process.wait(timeout=30)
-
-
-def connect(address):
-    """A connection to the server at `address`, a URL."""
-    url = urllib.parse.urlsplit(address)
-    return socket.create_connection((url.hostname, url.port), timeout=20)
-
-
-def get(address, data=None, timeout=60):
-    """(status, body, seconds) of a request; a POST where there are `data`."""
-    began = time.monotonic()
-    try:
-        with urllib.request.urlopen(urllib.request.Request(address, data), timeout=timeout) as answer:
-            return answer.status, answer.read(), time.monotonic() - began
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code, error.read(), time.monotonic() - began

@@ -18,10 +18,9 @@ from xclip_jax.data import loader, sources
 from xclip_jax.parallel.mesh import replicated
 from xclip_jax.processes import runtime
 from xclip_jax.report.examples import attention
-from xclip_jax.train import build, checkpoint_files, state, trainer, weights
+from xclip_jax.train import build, state, trainer, weights
 from xclip_jax.train.build import make_encoder
 from xclip_jax.train.checkpoint import Checkpointer
-from xclip_jax.train.memory import bytes_on_device
 
 STEPS, BATCH, IMAGES = 3, 16, 13
 BROKEN = 20  # of twice IMAGES
@@ -76,7 +75,6 @@ def main(folder, out, *others):
         "losses": losses,
         "rows": rows,
         "restored": [same, position["samples"] == STEPS * BATCH],
-        "read": bytes_on_device(checkpoint_files.split_for_reading(p.abstract)) / bytes_on_device(p.abstract),
         "fell_back": fell_back,
         "image": features["embedding"],
         "clusters": features["cluster_logits"],

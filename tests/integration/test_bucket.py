@@ -57,7 +57,7 @@ def test_a_run_with_a_tokenizer_file_resumes_and_is_exported(bucket, pairs, tmp_
     assert expected[0].tolist() == [2, 4, 0, 3, 1, 1]
     config = schema.resolve(tiny.short(pairs, f"{bucket}/runs/mine", data__tokenizer=words))
     folder = TrainingFolder(config.run)
-    first = job.prepare(config, folder)
+    first = job.Job(config, folder).prepare()
     with folder.claimed(config, first.fingerprints):
         (folder.checkpoints / "2" / "state").mkdir(parents=True)
         (folder.checkpoints / "2" / "state" / "manifest").write_text("")
@@ -65,7 +65,7 @@ def test_a_run_with_a_tokenizer_file_resumes_and_is_exported(bucket, pairs, tmp_
     (tmp_path / "words.json").unlink()  # as on a machine that was made again
 
     folder.check(config)
-    again = job.prepare(config, folder)
+    again = job.Job(config, folder).prepare()
     copy = f"{bucket}/runs/mine/tokenizer.json"
     assert again.experiment.tokenizer.name == copy
     assert again.experiment.tokenizer(TEXTS, 6).tolist() == expected.tolist()

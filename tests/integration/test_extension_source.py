@@ -104,7 +104,7 @@ def test_a_run_does_not_resume_on_other_data(spec, run, tmp_path):
 
 
 def test_the_check_reads_it(spec, capsys):
-    code = check.main([spec, "--tokenizer", "bytes", "--size", "32"])
+    code = check.main([spec, "--tokenizer", "bytes"])
     out = capsys.readouterr().out
     assert code == 0 and f"samples: {N}, index " in out and "bad, JSONDecodeError: 1 of 40 that were read" in out
     assert '"line": "8"' in out
@@ -166,7 +166,7 @@ def test_a_classifier_is_trained_on_labelled_items(tmp_path):
         (f"{KIND}:/nowhere", "'/nowhere' does not exist"),
         (WAVES, rf"source '{WAVES}' has no image-text pairs; write tar:PATTERN, .* or package\.module:Class:REST\.$"),
         ("glue:cola/train", "source 'glue:cola/train' has no image-text pairs; write tar:PATTERN"),
-        ("foldr:pairs", "unknown source 'foldr:pairs'; write .* did you mean 'folder:pairs'"),
+        ("foldr:pairs", "unknown source 'foldr:pairs'; write .*folder:PATH"),
         ("folder:", "source 'folder:' ends after its type; write folder:PATH"),
     ],
 )

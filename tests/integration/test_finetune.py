@@ -22,7 +22,6 @@ from xclip_jax.data import loader, sources
 from xclip_jax.data.readers import glue
 from xclip_jax.evaluators import registry, tables
 from xclip_jax.evaluators.probe import ClassifierEvaluator
-from xclip_jax.evaluators.results import VALIDATION
 from xclip_jax.train import build, state, trainer, weights
 from xclip_jax.train.checkpoint import Checkpointer
 
@@ -80,17 +79,17 @@ def glue_folder(path, task, n=12):
 
 
 def test_glue_of_files(tmp_path):
-    texts, labels = glue.read("cola", "validation", str(glue_folder(tmp_path / "c", "cola")))
-    assert texts[:2] == ["Our friends 0 won't buy this.", "They 0 drank the pub"] and labels[:2].tolist() == [1, 0]
-    texts, labels = glue.read("stsb", "train", str(glue_folder(tmp_path / "s", "stsb")))
-    assert texts[1] == 'bbb 1 "aaa 1' and labels[:2].tolist() == [5, 0] and labels.dtype == np.float32
+    texts, labels = glue.read_pairs("cola", "validation", str(glue_folder(tmp_path / "c", "cola")))
+    assert texts[:2] == [["Our friends 0 won't buy this."], ["They 0 drank the pub"]] and labels[:2].tolist() == [1, 0]
+    texts, labels = glue.read_pairs("stsb", "train", str(glue_folder(tmp_path / "s", "stsb")))
+    assert texts[1] == ["bbb 1", '"aaa 1'] and labels[:2].tolist() == [5, 0] and labels.dtype == np.float32
     for name in ("mnli", "mnli_mismatched"):
-        texts, labels = glue.read(name, "validation", str(glue_folder(tmp_path / "m", "mnli")))
-        assert texts[2] == "A 2 B" and labels[:4].tolist() == [0, 1, 2, 0]
+        texts, labels = glue.read_pairs(name, "validation", str(glue_folder(tmp_path / "m", "mnli")))
+        assert texts[2] == ["A 2", "B"] and labels[:4].tolist() == [0, 1, 2, 0]
     with pytest.raises(UserError, match=r"'colla'.*'cola'"):
-        glue.read("colla", "train", str(tmp_path))
+        glue.read_pairs("colla", "train", str(tmp_path))
     with pytest.raises(UserError, match="the GLUE split is 'test'"):
-        glue.read("cola", "test", str(tmp_path))
+        glue.read_pairs("cola", "test", str(tmp_path))
 
 
 def test_glue_of_tfds_has_the_files_labels():
@@ -159,7 +158,7 @@ def test_images_are_learned_resumed_and_evaluated(images, pretrained, tmp_path, 
     name = f"visual/finetuned/folder:{images}/validation"
     assert results[f"{name}/finetuned/top1"] >= 90 and results[f"{name}/n"] == 15
     said = capsys.readouterr().out
-    assert "fine-tuned, %" in said and "so initialised at random: classifier" in said and "WARNING" not in said
+    assert "fine-tuned, %" in said and "so initialised at random: params/classifier" in said and "WARNING" not in said
     found = evaluate.evaluate(str(c.run), f"finetuned/folder:{images}/validation")
     assert found["results"][0]["value"] == results[f"{name}/finetuned/top1"]
     with pytest.raises(UserError, match=r"does not compare images with texts: .*evaluate probe/SET or finetuned/SET"):
@@ -230,26 +229,6 @@ class FakeEncoder:
         return {} if self.logits is None else {"class_logits": np.asarray(self.logits, np.float32)[: len(texts)]}
 
 
-def test_a_validation_split_is_for_choices_where_another_one_is_the_test(tmp_path, monkeypatch):
-    """ImageNet and GLUE have no other labelled one: its result is the headline."""
-    folder = glue_folder(tmp_path / "c", "cola")
-    assert registry.load(f"finetuned/glue:cola@{folder}/validation", 8).card.role == ""
-    folder_of_classes(tmp_path / "images" / "validation", 2)
-    spec = f"finetuned/folder:{tmp_path / 'images' / 'validation'}"
-    assert registry.load(spec, 8).card.role == ""
-    (tmp_path / "images" / "test").mkdir()
-    assert registry.load(spec, 8).card.role == VALIDATION
-
-    opened = sources.open_labelled(f"folder:{tmp_path / 'images' / 'validation'}")
-    monkeypatch.setattr(sources, "open_labelled", lambda *_: opened)
-    # Of ImageNet TFDS has a test split too, without labels.
-    monkeypatch.setattr(sources.SOURCES["tfds"], "has_split", lambda rest, split, options: split == "test")
-    roles = {"imagenet2012": "", "imagenet2012:5.1.0": "", "clevr": "", "dtd": VALIDATION, "mine": VALIDATION}
-    for name, role in roles.items():
-        assert registry.load(f"finetuned/tfds:{name}/validation", 8).card.role == role
-    assert registry.load("finetuned/tfds:dtd/test", 8).card.role == ""
-
-
 def test_metrics_of_a_task_with_two_classes(tmp_path):
     folder = glue_folder(tmp_path / "c", "cola", 50)
     data = registry.load(f"finetuned/glue:cola@{folder}/validation", 8)
@@ -268,7 +247,7 @@ def test_metrics_of_a_task_with_two_classes(tmp_path):
         }
     )
     assert items.keys() == {f"{name}/finetuned/{key}" for key in found} and metrics[f"{name}/majority"] == 50
-    assert "matthews" in tables.render(results)
+    assert "Matthews" in tables.render(results)
     for logits, message in ((None, "no classifier"), (np.zeros((100, 3)), "a classifier of 3 classes")):
         with pytest.raises(UserError, match=message):
             ClassifierEvaluator(FakeEncoder(logits), data).run(None)

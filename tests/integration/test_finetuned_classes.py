@@ -54,7 +54,7 @@ def test_classes_of_the_set_are_numbered_as_those_of_the_model():
     ("names", "first"), [(("ant", "bee", "cow"), "cow"), (("ant", "bee", "cat", ".git"), ".git"), (("Ant",), "Ant")]
 )
 def test_a_class_that_the_model_did_not_learn_is_refused(names, first):
-    with pytest.raises(UserError, match=rf"class '{first}' is not among the 3 classes .*\('ant', 'bee', 'cat'\)"):
+    with pytest.raises(UserError, match=f"class '{first}' is not among the 3 classes .*such as 'ant'"):
         ClassifierEvaluator(encoder(("ant", "bee", "cat")), labelled(names, [0]))
 
 

@@ -63,6 +63,6 @@ def test_transformers_processor_reads_as_ours(tmp_path):
     ends = np.argmax(expected == 49407, axis=1)
     for row, there, end in zip(expected, found["input_ids"], ends, strict=True):
         np.testing.assert_array_equal(there[: end + 1], row[: end + 1])
-    prepared = transforms.normalize(transforms.resize_center_crop(pixels, 28)[None], *transforms.STATISTICS["imagenet"])
+    prepared = transforms.normalize(transforms.evaluation_image(pixels, 28)[None], *transforms.STATISTICS["imagenet"])
     np.testing.assert_allclose(found["pixel_values"].transpose(0, 2, 3, 1), prepared, atol=0.02)
     assert interop.read(str(tmp_path / "back"))[0]["data"]["normalization"] == "imagenet"

@@ -12,11 +12,10 @@ import traceback
 import chex
 import jax
 import numpy as np
-import open_clip
 import pytest
 import safetensors.torch
 import torch
-from huggingface_hub import HfApi, constants
+from huggingface_hub import constants
 from PIL import Image
 
 import xclip_jax
@@ -75,11 +74,6 @@ def test_shards_of_an_index(server, folders, tmp_path):
     server.add("lab/sharded", tmp_path / "sharded")
     assert_same_weights("hf:lab/sharded", tmp_path / "sharded")
     assert len(shards) > 1 and set(server.fetched()) == shards | {"config.json", "model.safetensors.index.json"}
-    files = {path.name: path.read_bytes() for path in (tmp_path / "sharded").iterdir()}
-    del files[min(shards)]
-    server.add("lab/lacking", files)
-    with pytest.raises(UserError, match=f"names {min(shards)}, which the repository lacks"):
-        interop.read("hf:lab/lacking")
 
 
 def test_pickles_where_there_are_no_safetensors(server, folders, tmp_path):
@@ -102,26 +96,6 @@ def test_a_revision_is_a_branch_a_tag_or_a_commit(server, folders):
         assert interop.read(f"hf:lab/x@{revision}")[0]["source"]["format"] == "hf"
     with pytest.raises(UserError, match=r"hf:lab/x@v2: lab/x has no revision 'v2'; name a branch, tag or commit"):
         interop.read("hf:lab/x@v2")
-
-
-@pytest.mark.parametrize("revision", ["", "@main"])
-def test_what_is_fetched_is_of_one_commit_whatever_is_committed_meanwhile(revision, server, folders, monkeypatch):
-    first, asked = server.add("lab/x", folders["hf"]), HfApi.model_info
-
-    def then_commit(*args, **options):
-        info = asked(*args, **options)
-        server.add("lab/x", folders["open_clip"])
-        return info
-
-    with monkeypatch.context() as patched:
-        patched.setattr(HfApi, "model_info", then_commit)
-        place = pathlib.Path(hub.resolve(f"hf:lab/x{revision}"))
-    assert place.parent.name == first
-    assert {path.name for path in place.parent.iterdir()} == {
-        "config.json", "model.safetensors", "preprocessor_config.json"
-    }  # fmt: skip
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert hub.resolve(f"hf:lab/x{revision}") == hub.resolve(f"hf:lab/x@{first}") == str(place)
 
 
 def test_weights_and_classes_are_of_one_commit(server, folders, tmp_path, monkeypatch, capsys):
@@ -150,17 +124,17 @@ def test_the_cache_is_enough_without_a_connection(server, folders, monkeypatch):
     server.requests.clear()
     assert hub.resolve("hf:lab/x") == path and server.requests == []
     assert hub.resolve("hf:lab/own") == own and own.endswith("mine.safetensors")
-    with pytest.raises(UserError, match=r"hf:lab/other is not in the cache, .*HF_HUB_OFFLINE is set") as error:
+    with pytest.raises(UserError, match=r"hf:lab/other: it is not in the cache, .* cannot be reached") as error:
         xclip_jax.load("hf:lab/other")
     assert "".join(traceback.format_exception(error.value)).count("Traceback") == 1
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     server.broken = True
     assert hub.resolve("hf:lab/x") == path
-    with pytest.raises(UserError, match=r"not in the cache, .* and the Hub cannot be reached \(HfHubHTTPError.*503"):
+    with pytest.raises(UserError, match=r"not in the cache, .* and the Hub cannot be reached"):
         hub.resolve("hf:lab/other")
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     assert hub.resolve("hf:lab/x") == path
-    with pytest.raises(UserError, match=r"not in the cache, .* and the Hub cannot be reached \(ConnectError") as error:
+    with pytest.raises(UserError, match=r"not in the cache, .* and the Hub cannot be reached") as error:
         hub.resolve("hf:lab/other")
     assert "\n" not in str(error.value)
 
@@ -171,7 +145,7 @@ def test_an_incomplete_cache_is_not_used(server, folders, tmp_path, monkeypatch)
     path = pathlib.Path(hub.resolve("hf:lab/x"))
     next(path.parent.glob("model-*.safetensors")).unlink()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="is not in the cache"):
+    with pytest.raises(UserError, match="not in the cache"):
         hub.resolve("hf:lab/x")
 
 
@@ -182,36 +156,24 @@ def test_what_the_hub_refuses_is_one_sentence(server, folders, monkeypatch):
     for path, message in {
         "hf:lab/none": "hf:lab/none: the Hub has no repository lab/none, or it is private; check the name, or log in",
         "hf:lab/gated": f"access to lab/gated is restricted; ask for it at {server.url}/lab/gated and log in with",
-        "hf:lab/other": r"has no file of weights that can be read .*; its files are README\.md, model\.gguf\.",
-        "hf:lab/several": r"has no file of weights that can be read .*; it has a\.pt, b\.pt\.",
+        "hf:lab/other": r"has no file of weights that can be read .*; its files are only README\.md, model",
+        "hf:lab/several": r"has no file of weights that can be read .*; its files are several: a\.pt, b\.pt",
         "hf:lab": "'hf:lab' names no repository of the Hub; expected hf:ORG/NAME or hf:ORG/NAME@REVISION",
         "hf:a/b/c": "'hf:a/b/c' names no repository of the Hub",
     }.items():
         with pytest.raises(UserError, match=message) as error:
             weights.load(path)
         assert "\n" not in str(error.value)
-    with pytest.raises(
-        UserError, match=r"does not exist; .* A repository of the Hugging Face Hub is written hf:lab/hf\."
-    ):
+    with pytest.raises(UserError, match=r"does not exist; .* or hf:ORG/NAME of the Hub"):
         weights.load("lab/hf")
 
 
-def test_names_of_open_clip_are_repositories_or_refused(server, folders, tmp_path, monkeypatch):
+def test_names_of_open_clip_are_repositories(server, folders, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     server.add("lab/x", folders["open_clip"], branch="v1")
     assert hub.resolve("hf-hub:lab/x@v1") == hub.resolve("hf:lab/x@v1")
     assert hub.local_name("hf-hub:lab/x@v1") == "lab--x@v1"
     assert mteb._name("hf-hub:lab/x@v1") == mteb._name("hf:lab/x") == "lab/x"
-    for name in ("ViT-B-32", "ViT-B/32", "RN50", "ViT-B-32/laion2b_s34b_b79k", "ViT-L/14@336px"):
-        with pytest.raises(UserError, match=f"'{name}' does not exist, and names of models .*, hf:ORG/NAME, such as"):
-            weights.load(name)
-    families = ("ViT-", "RN", "EVA", "convnext", "coca_ViT", "MobileCLIP")
-    names = [name for name in open_clip.list_models() if name.startswith(families)]
-    assert len(names) > 100 and [name for name in names if not hub._MODEL.fullmatch(name)] == []
-    for path in ("EVA/run1", "ViT-runs/mine", "ViT-B-32-mine", "RN-1", "convnext_mine", "MobileCLIP/run"):
-        assert hub.resolve(path) == path
-    (tmp_path / "ViT-B-32").mkdir()
-    assert hub.resolve("ViT-B-32") == "ViT-B-32" and hub.resolve("ViT-B-32.pt") == "ViT-B-32.pt"
 
 
 def test_without_the_extra_the_error_names_it(monkeypatch):
@@ -266,7 +228,7 @@ def test_training_starts_from_the_hub(server, folders, tmp_path, capsys):
     np.testing.assert_array_equal(tensors["params/txt/positions"], positions)
     run = tiny.untrained(tmp_path / "run", "clip", **changes)
     content = json.loads((run / "config.json").read_text())
-    assert content["init_weights"] and content["init_commit"] == commit
+    assert content["init_commit"] == commit
 
 
 def test_evaluation_of_a_repository(server, folders, tmp_path, monkeypatch):
@@ -328,7 +290,6 @@ def test_a_tokenizer_of_its_own_is_named_by_the_repository(server, tmp_path, mon
         (["--push", "lab/mine"], "wrong", "--push lab/mine: the Hub answers .*; log in with"),
         (["--push", "them/mine"], hub_server.TOKEN, "the account me has no access to them; it has to me, lab"),
         (["--push", "mine"], hub_server.TOKEN, "--push mine names no repository of the Hub; expected ORG/NAME"),
-        (["--private"], hub_server.TOKEN, "--private is for an upload; add --push ORG/NAME"),
         (["--push", "lab/mine", "--step", "9"], hub_server.TOKEN, "no checkpoint of step 9"),
         (["--push", "lab/mine", "--to", "onnx"], hub_server.TOKEN, "--to is 'onnx'"),
     ],

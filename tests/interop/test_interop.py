@@ -184,9 +184,12 @@ def test_models_that_a_format_does_not_have(objective, changes, to, message, tmp
 
 def test_groups_have_the_keys_of_a_run(tmp_path):
     torch.save(make_open_clip("quick_b32").state_dict(), tmp_path / "x.pt")
+    with pytest.raises(UserError, match=r"has no open_clip_config\.json in its folder"):
+        interop.read(str(tmp_path / "x.pt"))
+    content = {"model_cfg": MODELS["quick_b32"] | {"embed_dim": 48}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(content))
     config, _ = interop.read(str(tmp_path / "x.pt"))
     run = recipes.base("clip", "B/16").to_dict()
     assert flatten_dict(config["model"]).keys() == flatten_dict(run["model"]).keys()
     assert config["model"]["cluster_head"] == run["model"]["cluster_head"]
     assert config["data"].keys() <= run["data"].keys()
-    assert "heads are assumed to be 64 wide and activations to be quick_gelu" in config["source"]["notes"][0]

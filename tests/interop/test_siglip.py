@@ -6,11 +6,8 @@ import math
 
 import jax
 import numpy as np
-import open_clip
 import pytest
-import safetensors.torch
 import sentencepiece
-import timm
 import tokenizers
 import torch
 import transformers
@@ -19,7 +16,7 @@ from PIL import Image
 
 import xclip_jax
 from tests.helpers import tiny
-from tests.helpers.foreign import assert_same, images, ours, shaken, theirs_hf, theirs_open_clip
+from tests.helpers.foreign import assert_same, images, ours, shaken, theirs_hf
 from xclip_jax import interop
 from xclip_jax.config import schema
 from xclip_jax.core.errors import UserError
@@ -33,7 +30,6 @@ TEXTS = ["a photo of a cat", "Two DOGS, on the moon!", "", "  leading and  doubl
          "naïve ÜBER 猫 straße ΑΣ İ", "it never ends " * 9, "ﬁne ① ２", "the moon ▁ x", "a\u200bb \u00a0c",
          "a dog\u2019s house &amp;amp; moon", "na\u00c3\u00afve \u201ccat\u201d", "ΑΣ-Α_dog"]  # fmt: skip
 LENGTH = 12
-CONFIG = "open_clip_config.json"
 
 
 @pytest.fixture(autouse=True)
@@ -80,13 +76,13 @@ def hf_folder(tmp_path_factory):
 
 def test_transformers_tokenizer_gives_the_same_ids(hf_folder):
     path, _, tokens, _ = hf_folder
-    name = vocabulary.siglip(epath.Path(path), tokens.vocab_size, "canonical", "x")
+    name = vocabulary.siglip(epath.Path(path), tokens.vocab_size, "x")
     mine = tokenizer.load(name)
     expected = tokens(TEXTS, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="np")
     np.testing.assert_array_equal(mine(TEXTS, LENGTH), expected["input_ids"])
     assert (mine.sot_id, mine.eot_id, mine.pad_id) == (None, 1, 1)
     # The same file once more, and an end that a caption spells out.
-    assert vocabulary.siglip(epath.Path(path), tokens.vocab_size, "canonical", "x") == name
+    assert vocabulary.siglip(epath.Path(path), tokens.vocab_size, "x") == name
     assert np.count_nonzero(mine(["a </s> cat"], LENGTH) != 1) > 1
 
 
@@ -149,100 +145,17 @@ def test_a_rest_beside_whole_patches_is_left_out(tmp_path):
     np.testing.assert_allclose(xclip_jax.load(tmp_path / "own", batch=8).encode_image(raw), features, atol=1e-5)
 
 
-@pytest.fixture
-def open_clip_folder(tmp_path, monkeypatch):
-    """A folder of open_clip whose timm tower has the published name and heads, and small sizes, and the model.
-
-    Patches of 7 leave a rest of its images of 30 pixels.
-    """
-    name = "vit_base_patch32_siglip_256"
-    real = timm.models.vision_transformer.vit_base_patch32_siglip_256
-    entries = timm.models._registry._model_entrypoints
-
-    def small(**options):
-        return timm.models.VisionTransformer(
-            img_size=30, patch_size=7, embed_dim=96, depth=2, num_heads=12, class_token=False, global_pool="map",
-            act_layer="gelu_tanh", num_classes=0,
-        )  # fmt: skip
-
-    monkeypatch.setitem(entries, name, small)
-    assert real(pretrained=False, img_size=32, depth=1).blocks[0].attn.num_heads == 12
-    path = tmp_path / "there"
-    path.mkdir()
-    library = vocabulary.read_sentencepiece(trained(), "x")
-    library.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    library.save(str(path / "tokenizer.json"))
-    named = {"eos_token": "</s>", "pad_token": "</s>", "unk_token": "<unk>"}
-    options = {"tokenizer_class": "PreTrainedTokenizerFast"} | named
-    (path / "tokenizer_config.json").write_text(json.dumps(options))
-    cfg = {
-        "embed_dim": 96, "init_logit_bias": -10, "custom_text": True,
-        "vision_cfg": {"image_size": 30, "timm_model_name": name, "timm_model_pretrained": False, "timm_pool": "map",
-                       "timm_proj": "none"},
-        "text_cfg": {"context_length": LENGTH, "vocab_size": library.get_vocab_size(), "width": 64, "heads": 4,
-                     "layers": 2, "hf_tokenizer_name": "timm/x", "tokenizer_kwargs": {"clean": "canonicalize"},
-                     "no_causal_mask": True, "proj_bias": True, "pool_type": "last", "norm_kwargs": {"eps": 1e-6}},
-    }  # fmt: skip
-    preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "squash"}
-    (path / "open_clip_config.json").write_text(json.dumps({"model_cfg": cfg, "preprocess_cfg": preprocess}))
-    options = {key: cfg[key] for key in ("embed_dim", "vision_cfg", "text_cfg", "init_logit_bias")}
-    model = shaken(open_clip.model.CustomTextCLIP(**options))
-    state = {key: x.contiguous() for key, x in model.state_dict().items()}
-    safetensors.torch.save_file(state, path / "open_clip_model.safetensors")
-    return path, model
-
-
-def test_open_clip_model_and_tokenizer(open_clip_folder):
-    path, model = open_clip_folder
-    config, variables = interop.read(str(path))
-    assert config["model"]["img"]["act"] == "gelu_tanh" and config["model"]["txt"]["act"] == "gelu"
-    mine = tokenizer.load(config["data"]["tokenizer"])
-    theirs = open_clip.tokenizer.HFTokenizer(str(path), context_length=LENGTH, clean="canonicalize")
-    np.testing.assert_array_equal(mine(TEXTS, LENGTH), theirs(TEXTS).numpy())
-    pixels, ids = images(30), mine(TEXTS[:4], LENGTH)
-    assert_same(ours(config, variables, pixels, ids), theirs_open_clip(model, pixels, ids))
-
-
-def test_timm_towers_have_these_heads_and_activations():
-    from xclip_jax.interop import open_clip as ours
-
-    names = [name for name in timm.list_models("vit_*_siglip_*") if "gap" not in name]
-    assert len(names) >= 16
-    for name in names:
-        with torch.device("meta"):
-            tower = timm.create_model(name, depth=1)
-        width = name.split("_")[1]
-        assert ours._is_siglip({"vision_cfg": {"timm_model_name": name}})
-        assert ours._TIMM_HEADS[width] == tower.blocks[0].attn.num_heads == tower.attn_pool.num_heads
-        tanh = bool(ours.re.fullmatch(ours._TIMM_TANH, name))
-        assert isinstance(tower.blocks[0].mlp.act, torch.nn.GELU) != tanh, name
-
-
-@pytest.mark.parametrize(
-    ("file", "change", "message"),
-    [
-        (CONFIG, {"model_cfg.vision_cfg.timm_pool": "avg"}, "a SigLIP with timm_pool='avg'; expected 'map'"),
-        (CONFIG, {"model_cfg.text_cfg.no_causal_mask": False}, "no_causal_mask=False; expected True"),
-        (CONFIG, {"model_cfg.text_cfg.tokenizer_kwargs": {}}, "sets clean=None; expected 'canonicalize'"),
-        (CONFIG, {"model_cfg.vision_cfg.image_size": 36}, "pos_embed has shape"),
-        (CONFIG, {"model_cfg.text_cfg.vocab_size": 1}, "pads them with '</s>', of ids 1 and 1"),
-        ("tokenizer_config.json", {"do_lower_case": False}, "sets do_lower_case to false"),
-        ("tokenizer_config.json", {"pad_token": "<x>"}, "pads them with '<x>', of ids 1 and None"),
-    ],
-)  # fmt: skip
-def test_what_is_not_a_siglip_of_this_kind_is_named(file, change, message, open_clip_folder):
-    path, _ = open_clip_folder
-    content = json.loads((path / file).read_text())
-    for key, value in change.items():
-        node = content
-        *groups, last = key.split(".")
-        for group in groups:
-            node = node[group]
-        node[last] = value
-    (path / file).write_text(json.dumps(content))
-    with pytest.raises(UserError, match=message) as error:
-        interop.read(str(path))
-    assert "\n" not in str(error.value)
+def test_a_tokenizer_of_another_kind_is_named(hf_folder, tmp_path):
+    path, _, tokens, _ = hf_folder
+    (tmp_path / "spiece.model").write_bytes((path / "spiece.model").read_bytes())
+    for options, size, message in (
+        ({"do_lower_case": False}, tokens.vocab_size, "sets do_lower_case to false"),
+        ({"pad_token": "<x>"}, tokens.vocab_size, "pads them with '<x>', of ids 1 and None"),
+        ({}, 1, "pads them with '</s>', of ids 1 and 1"),
+    ):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(options))
+        with pytest.raises(UserError, match=message):
+            vocabulary.siglip(epath.Path(tmp_path), size, "x")
 
 
 def test_the_second_siglip_has_texts_in_lower_case(tmp_path):
@@ -256,7 +169,7 @@ def test_the_second_siglip_has_texts_in_lower_case(tmp_path):
     library.save(str(tmp_path / "tokenizer.json"))
     options = {"tokenizer_class": "GemmaTokenizer", "eos_token": "<eos>", "pad_token": {"content": "<pad>"}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(options))
-    mine = tokenizer.load(vocabulary.siglip(epath.Path(tmp_path), 200, "canonical", "x"))
+    mine = tokenizer.load(vocabulary.siglip(epath.Path(tmp_path), 200, "x"))
     assert (mine.vocab_size, mine.eot_id, mine.pad_id) == (200, 1, 0)
     (row,) = mine(["Two dogs, on"], 20)
     expected = library.encode("two dogs, on").ids
@@ -270,7 +183,7 @@ def test_a_recipe_may_have_its_parts():
     params = build.build(tiny.config("siglip", model__embed=32, **parts), jax.devices()[:1]).abstract.params
     assert params["img"]["patches"].keys() == {"kernel", "bias"} and "proj_img" not in params
     assert params["proj_txt"]["linear"]["bias"].shape == (32,)
-    with pytest.raises(UserError, match=r"embed 16 must be img\.width 32 where project_img is false"):
+    with pytest.raises(UserError, match=r"embed 16 must be the image tower's width 32 where project_img is false"):
         build.build(tiny.config("siglip", **parts))
     with pytest.raises(UserError, match="patch_bias is an option of stem 'linear'"):
         build.build(tiny.config("siglip", model__img__patch_bias=True, model__img__stem="hmlp"))

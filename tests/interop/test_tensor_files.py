@@ -6,8 +6,6 @@ import json
 import os
 import pickle
 import struct
-import time
-import tracemalloc
 import zipfile
 
 import numpy as np
@@ -36,9 +34,9 @@ def saved(tmp_path, change, cfg=None, name="quick_b32"):
     ("cfg", "message"),
     [
         ({"vision_cfg": {"timm_model_name": "vit_base"}}, r"sets vision_cfg\.timm_model_name='vit_base'"),
-        ({"vision_cfg": {"layers": [2, 2, 2, 2]}}, "has a ResNet"),
+        ({"vision_cfg": {"layers": [2, 2, 2, 2]}}, "value that cannot be used"),
         ({"vision_cfg": {"attentional_pool": True}}, r"vision_cfg\.attentional_pool=True"),
-        ({"vision_cfg": {"pool_type": "avg"}}, "sets pool_type='avg'; expected 'tok'"),
+        ({"vision_cfg": {"pool_type": "avg"}}, "sets vision_cfg.pool_type='avg'; expected pool_type='tok'"),
         ({"text_cfg": {"no_causal_mask": True}}, r"text_cfg\.no_causal_mask=True"),
         ({"text_cfg": {"hf_model_name": "roberta-base"}}, r"text_cfg\.hf_model_name='roberta-base'"),
         ({"text_cfg": {"vocab_size": 32000}}, "vocabulary of 32000 with end 31999, which is not CLIP's"),
@@ -75,7 +73,7 @@ def test_weights_that_are_not_ours_are_named(tmp_path):
     def timm(state):
         state["visual.trunk.blocks.0.norm1.weight"] = torch.zeros(3)
 
-    with pytest.raises(UserError, match="an image tower of timm, which is not supported"):
+    with pytest.raises(UserError, match="has a ResNet or a tower of timm"):
         interop.read(saved(tmp_path, timm))
     safetensors.torch.save_file({"conv.weight": torch.zeros(2)}, tmp_path / "x.safetensors")
     with pytest.raises(UserError, match=r"not a supported CLIP: its tensors are named conv\.weight, \.\.\.; expected"):
@@ -89,7 +87,7 @@ def test_weights_that_are_not_ours_are_named(tmp_path):
     with pytest.raises(UserError, match="is not a folder or a file of weights"):
         interop.read(str(tmp_path / "none"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="contains no file of weights"):
+    with pytest.raises(UserError, match="has no file of weights"):
         interop.read(str(tmp_path / "empty"))
     (tmp_path / "cut.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{")
     with pytest.raises(UserError, match="a damaged or incomplete safetensors file"):
@@ -123,12 +121,8 @@ def test_a_pickle_that_asks_for_anything_else_is_refused(tmp_path):
         with pytest.raises(UserError, match="it asks for"):
             tensor_files.load_torch(torch_zip(tmp_path / name, content), name)
     assert not os.path.exists(mark)
-    with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("archive/data.pkl", bytes(1 << 20))
-    with pytest.raises(UserError, match="it asks for compressed data"):
-        interop.read(str(tmp_path / "bomb.pt"))
     torch.save({"x": torch.zeros(1)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
-    with pytest.raises(UserError, match=r"is not a zip, as torch.save has written since version 1\.6"):
+    with pytest.raises(UserError, match=r"is not a zip of torch.save, which has written such since version 1\.6"):
         interop.read(str(tmp_path / "old.pt"))
 
 
@@ -168,82 +162,6 @@ def test_tensors_stay_within_their_storage(offset, size, stride, tmp_path):
         load(offset, size, stride)
 
 
-def module(name, memo, links):
-    """Pickled: a module of TorchScript whose attributes are modules of the memo, kept in the memo itself."""
-    attributes = b"".join(b"X\x01\0\0\0" + bytes([97 + i]) + b"h" + bytes([link]) for i, link in enumerate(links))
-    return b"c__torch__\n" + name + b"\n)\x81}(" + attributes + b"ubq" + bytes([memo])
-
-
-# Small pickles that took gigabytes or ages, by what is refused in them.
-BOMBS = {
-    "memo": (b"Nr\xff\xff\xff\x3f0N.", ""),  # keeps None at an index of a thousand million
-    "bytearray": (b"\x96\0\0\0\0\x10\0\0\0.", "an array of bytes"),
-    "hash of a key": (b"}K\x01" + b"2\x86" * 60 + b"Ns.", "a key that is neither"),
-    "set": (b"\x8f(K\x01" + b"2\x86" * 60 + b"\x90.", "a key that is neither"),
-    "key of a storage": (b"X\x07\0\0\0storagectorch\nFloatStorage\nK\x01" + b"2\x86" * 60 + b"\x87Q.", "a storage"),
-    "type of a storage": (b"X\x07\0\0\0storageK\x01" + b"2\x86" * 60 + b"X\x01\0\0\x000\x87Q.", "a storage"),
-    "argument of a dict": (b"ccollections\nOrderedDict\n](K\x01" + b"2\x86" * 60 + b"N\x86e\x85R.", "damaged"),
-    "tensor of many dimensions": (
-        b"ctorch._utils\n_rebuild_tensor_v2\n(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000tQ"
-        + b"K\x00(" + b"J\xff\xff\xff\x7f" * 20000 + b"t(" + b"K\x00" * 20000 + b"ttR.", "too large|damaged",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", BOMBS)
-def test_a_small_pickle_takes_little_memory_and_time(name, tmp_path):
-    pickled, message = BOMBS[name]
-    content = torch_zip(tmp_path / "x.pt", pickled, s0=bytes(16))
-    tracemalloc.start()
-    began = time.process_time()
-    try:
-        if message:
-            with pytest.raises(UserError, match=message):
-                tensor_files.load_torch(content, "x.pt")
-        else:
-            assert tensor_files.load_torch(content, "x.pt") == (None, False)
-        assert tracemalloc.get_traced_memory()[1] < 1 << 24 and time.process_time() - began < 5
-    finally:
-        tracemalloc.stop()
-
-
-def test_modules_that_share_modules_are_read_up_to_a_bound(tmp_path):
-    def load(depth):
-        storage = b"X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000\x87Q"
-        tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"K\x00K\x04\x85K\x01\x85tRq\0"
-        modules = [module(b"M", 1, [0]), *(module(b"M", i + 1, [i, i]) for i in range(1, depth))]
-        path = tmp_path / "x.pt"
-        torch_zip(path, tensor + b"0".join(modules) + b".", s0=struct.pack("<4f", 1, 2, 3, 4))
-        with zipfile.ZipFile(path, "a") as archive:
-            archive.writestr("archive/constants.pkl", b"N.")
-        return tensor_files.load_torch(path.read_bytes(), "x.pt")[0]
-
-    assert sorted(load(3)) == ["a.a.a", "a.b.a", "b.a.a", "b.b.a"]
-    np.testing.assert_array_equal(load(2)["b.a"], [1, 2, 3, 4])
-    with pytest.raises(UserError, match="modules without end"):
-        load(60)
-
-
-def test_members_and_views_are_bounded_by_the_file(tmp_path):
-    tensors = {str(i): torch.zeros(1000) for i in range(3)}
-    torch.save(tensors | {"tied": tensors["0"], "again": tensors["0"]}, tmp_path / "x.pt")
-    assert len(tensor_files.load_torch((tmp_path / "x.pt").read_bytes(), "x.pt")[0]) == 5
-    large = torch.zeros(1 << 16)
-    torch.save({str(i): large[i:] for i in range(30)}, tmp_path / "views.pt")
-    with pytest.raises(UserError, match="the same storage too many times"):
-        tensor_files.load_torch((tmp_path / "views.pt").read_bytes(), "views.pt")
-    # A directory that names one member a hundred times.
-    content = torch_zip(tmp_path / "y.pt", b"N.", s0=bytes(4000))
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        one = archive.getinfo("archive/data/0")
-    archive = tensor_files._Archive(content)
-    archive.NameToInfo |= {f"archive/data/{i}": one for i in range(100)}
-    with pytest.raises(tensor_files._Refused, match="overlap"):
-        for i in range(100):
-            archive.NameToInfo[f"archive/data/{i}"].filename = one.filename
-            archive.stored(f"archive/data/{i}")
-
-
 def test_a_damaged_directory_of_a_zip_is_one_sentence(tmp_path):
     content, refused = torch_zip(tmp_path / "x.pt", b"N.", s0=bytes(8)), 0
     start = content.index(b"PK\x01\x02")
@@ -264,7 +182,7 @@ def test_half_precision_becomes_fp32(tmp_path):
         safetensors.torch.save_file(half, tmp_path / "x.safetensors")
         torch.save(half, tmp_path / "x.bin")
         for name in ("x.safetensors", "x.bin"):
-            found, _ = tensor_files.tensors(tensor_files.epath.Path(tmp_path / name))
+            found = tensor_files.tensors(tensor_files.epath.Path(tmp_path / name))
             for key, x in half.items():
                 assert found[key].dtype == np.float32
                 np.testing.assert_array_equal(found[key], x.float().numpy())

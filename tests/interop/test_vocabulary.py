@@ -195,10 +195,10 @@ def test_open_clip_with_clips_tokenizer_of_transformers_is_clip(tmp_path):
 def test_a_tokenizer_that_does_not_fit_is_named(tmp_path):
     make_hf("gelu", 1e-5, 49407, 4).save_pretrained(tmp_path)
     (tmp_path / "vocab.json").write_text(json.dumps({f"w{i}": i for i in range(49408)}))
-    with pytest.raises(UserError, match=r"vocab\.json is not CLIP's vocabulary; save the tokenizer as tokenizer\.json"):
+    with pytest.raises(UserError, match=r"which is not CLIP's, and no tokenizer\.json in its folder; save"):
         interop.read(str(tmp_path))
     byte_level(tmp_path / "tokenizer.json", 300, ["<s>", "</s>"])
-    with pytest.raises(UserError, match=r"has 49408 token ids .* has 300 .*or remove tokenizer\.json if"):
+    with pytest.raises(UserError, match=r"has 49408 token ids .* has 300 "):
         interop.read(str(tmp_path))
 
 

@@ -23,7 +23,7 @@ from xclip_jax.models.transformer import (
     unstack_blocks,
 )
 from xclip_jax.models.vit import POOLS, ImageTowerConfig, VisionTransformer
-from xclip_jax.parallel.sharding import NAMES
+from xclip_jax.parallel.sharding import RULES
 
 EOT = 40
 SHAPE = {"width": 24, "depth": 2, "heads": 3}
@@ -153,7 +153,8 @@ def test_every_parameter_names_its_axes(scan, pool):
     boxed = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
     assert all(isinstance(x, nn.LogicallyPartitioned) for x in boxed)
     specs, shapes = nn.get_partition_spec(params), nn.unbox(params)
-    known = {None, *NAMES}
+    plain = {"batch", "kv", "layers", "norm", "patch", "table", "vocab"}
+    known = {None, *plain, *RULES["fsdp_tp"]}
 
     def check(path, spec, x):
         key = jax.tree_util.keystr(path)
@@ -235,12 +236,6 @@ def test_drop_path_leaves_out_branches_and_counts_the_rest_for_more(scan):
     np.testing.assert_allclose(out[0], first[0], rtol=1e-4, atol=1e-5)
     plain = jit(module.apply)(variables, x)
     np.testing.assert_array_equal(plain, jit(Transformer(config).apply)(variables, x, jnp.asarray(noise)))
-
-
-def test_drop_path_of_a_single_block_is_refused():
-    (conflict,) = ImageTowerConfig(depth=1, drop_path=0.1).conflicts()
-    assert conflict.startswith("drop_path 0.1 ") and "depth to 2 or more" in conflict
-    assert not list(ImageTowerConfig(depth=2, drop_path=0.1).conflicts())
 
 
 # --- texts of another length

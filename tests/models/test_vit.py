@@ -69,7 +69,7 @@ def test_patch_features_are_what_is_pooled(pool):
         np.testing.assert_allclose(norm(last[:, 0]), features, atol=1e-5)
 
 
-@pytest.mark.parametrize(("patch", "kernels"), [(12, (4, 3)), (16, (4, 2, 2)), (4, (4,))])
+@pytest.mark.parametrize(("patch", "models.kernels"), [(12, (4, 3)), (16, (4, 2, 2)), (4, (4,))])
 def test_hierarchical_stem_is_torchs_convolutions(patch, kernels):
     image = np.random.default_rng(0).normal(size=(2, 48, 48, 3)).astype(np.float32)
     stem = HierarchicalStem(patch, 24, "gelu", 1e-5, jnp.float32)
@@ -173,7 +173,6 @@ def test_attention_is_that_of_the_tower(pool):
         ]
     )
     found = jax.device_get(run(variables))["intermediates"]["img"]
-    rollout = np.eye(4 + (pool == "cls"))[None]
     for i in range(2):
         layer = found["transformer"][f"block_{i}"]["attention"]
         query, key, value = (x.swapaxes(1, 2) for x in layer["qkv"]["__call__"][0])
@@ -183,14 +182,12 @@ def test_attention_is_that_of_the_tower(pool):
         theirs = layer["__call__"][0]
         assert theirs.shape[1] == (1 if pool == "cls" and i == 1 else y.shape[1])  # no other token is read
         np.testing.assert_allclose(y[:, : theirs.shape[1]], theirs, atol=1e-5)
-        rollout = (weights.mean(axis=1) + np.eye(rollout.shape[1])) / 2 @ rollout
     last = weights.mean(axis=1)
     if pool == "map":
         key = found["pool_map"]["kv"]["__call__"][0][0].swapaxes(1, 2)
         last = softmax(found["pool_map"]["query"]["__call__"][0], key)
         last = last.mean(axis=1)
-        rollout = last @ rollout
-    expected = [{"cls": x[:, 0, 1:], "mean": x.mean(axis=1), "map": x[:, 0]}[pool] for x in (last, rollout)]
+    expected = {"cls": last[:, 0, 1:], "mean": last.mean(axis=1), "map": last[:, 0]}[pool]
 
     mesh = make_mesh(dict(zip(AXES, (-1, 1, 1), strict=True)))
     if pool == "map":  # stacked blocks are the same tower
@@ -200,6 +197,5 @@ def test_attention_is_that_of_the_tower(pool):
         variables = {"params": {**variables["params"], "img": img}}
     maps = examples.attention(model, variables, list(images), statistics, mesh, n=2, seed=5)
     assert len(set(maps.indices)) == 2
-    for mine, theirs in zip((maps.last, maps.rollout), expected, strict=True):
-        theirs = theirs[maps.indices] / theirs[maps.indices].sum(axis=1, keepdims=True)
-        np.testing.assert_allclose(mine, theirs.reshape(2, 2, 2), atol=1e-5)
+    theirs = expected[maps.indices] / expected[maps.indices].sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(maps.last, theirs.reshape(2, 2, 2), atol=1e-5)

@@ -14,6 +14,7 @@ from tests.helpers import tiny
 from xclip_jax import optim
 from xclip_jax.core.errors import UserError
 from xclip_jax.data import loader, transforms
+from xclip_jax.objectives.classify import Classify
 from xclip_jax.train import build, state
 from xclip_jax.train.step import Augment
 
@@ -225,3 +226,20 @@ def test_mixed_images_and_labels_belong_together():
 def test_wrong_objectives(changes, message):
     with pytest.raises(UserError, match=message):
         make(1, **changes)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_cross_entropy_with_soft_targets_is_torchs(smoothing):
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(size=(9, 5)).astype(np.float32), rng.integers(0, 5, 9)
+    term, batch = Classify(classes=5, smoothing=smoothing), {"label": jnp.asarray(labels)}
+    out = {"logits": jnp.asarray(logits)}
+    peer = torch.nn.functional.cross_entropy(torch.tensor(logits), torch.tensor(labels), label_smoothing=smoothing)
+    assert float(term(out, None, {}, batch)[0]) == pytest.approx(float(peer), rel=1e-5)
+    share = rng.random(9).astype(np.float32)
+    target = (1 - smoothing) * np.eye(5)[labels] + smoothing / 5
+    mixed = share[:, None] * target + (1 - share[:, None]) * target[::-1]
+    mine = term(out, None, {}, batch | {"share": share, "other": {"label": jnp.asarray(labels[::-1])}})[0]
+    peer = torch.nn.functional.cross_entropy(torch.tensor(logits), torch.tensor(mixed))
+    assert float(mine) == pytest.approx(float(peer), rel=1e-5)

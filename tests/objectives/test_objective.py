@@ -10,13 +10,11 @@ import pytest
 from tests.helpers import tiny
 from tests.objectives.test_term import SUPERCLIP, superclip
 from xclip_jax.config import recipes, schema
-from xclip_jax.core.errors import UserError
 from xclip_jax.data import loader
 from xclip_jax.objectives import (
     RECIPES,
     TERMS,
     Curve,
-    find_term,
     make_objective,
     read_objective,
 )
@@ -89,8 +87,6 @@ def test_recipes_are_known_terms():
     for name, terms in RECIPES.items():
         assert terms.keys() <= TERMS.keys()
         assert dict(recipes.base(name, "Ti/12").objective.terms.to_dict()) == terms
-    with pytest.raises(UserError, match="unknown objective term 'nclop'; did you mean 'nclip'"):
-        find_term("nclop")
 
 
 # --- what other modules ask
@@ -122,7 +118,7 @@ def test_terms_describe_themselves(name, similarities, fields):
     flat, recipe = schema.flatten(schema.to_dict(resolved)), objective.recipe(resolved.model)
     assert {f"objective.terms.{term}" for term in objective.terms} <= recipe.keys()
     assert all(flat[key] == value for key, value in recipe.items())
-    assert objective.outputs(resolved.model) == set(p.model.outputs) and objective.describe(resolved.model)
+    assert objective.outputs(resolved.model) == set(p.model.outputs)
 
 
 def test_the_models_own_similarity_is_that_of_embeddings_whatever_the_terms_are_called():

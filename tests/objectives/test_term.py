@@ -1,7 +1,7 @@
 """Terms of other packages."""
 
-import dataclasses
 import json
+import math
 import pathlib
 import re
 
@@ -14,6 +14,8 @@ from xclip_jax.config import schema
 from xclip_jax.core.errors import UserError
 from xclip_jax.data import loader
 from xclip_jax.objectives import (
+    Check,
+    Level,
     Term,
     make_objective,
 )
@@ -122,11 +124,6 @@ def test_a_heads_flops_count():
     assert with_term - without == 2 * 32 * vocab
 
 
-@dataclasses.dataclass(frozen=True)
-class NoLoss(Term):
-    pass
-
-
 @pytest.mark.parametrize(
     ("plugin", "message"),
     [
@@ -135,9 +132,8 @@ class NoLoss(Term):
             "'objective.plugins.tokens.momentun' is unknown; did you mean .*momentum",
         ),
         ({"type": SUPERCLIP, "momentum": 2.0}, r"objective\.plugins\.tokens\.momentum is 2\.0; expected at least 0"),
-        ({"type": "tests.extension.superclip:Tokens"}, r"cannot be imported.* did you mean .*:TokenClassification'\?$"),
+        ({"type": "tests.extension.superclip:Tokens"}, r"cannot be imported.* has no attribute 'Tokens'"),
         ({"type": "tests.helpers.tiny:config"}, "is not a dataclass derived from xclip_jax.objectives.term.Term"),
-        ({"type": f"{__name__}:NoLoss"}, r"NoLoss' does not define __call__, which Term requires; add it\.$"),
         ({}, "unknown objective term 'tokens'"),
     ],
 )
@@ -156,3 +152,43 @@ def test_a_term_under_two_names_shares_its_heads():
     assert set(p.model.heads) == {"proj_img", "proj_txt", "log_scale", "bias"}
     _, (metrics,) = train(p, 1)
     assert metrics["loss"] == pytest.approx(0.5 * metrics["clip/loss"] + 0.25 * metrics["siglip/loss"], rel=1e-6)
+
+
+# --- checks and reports
+
+
+def check(value, **options):
+    return Check("empty", value, 2.0, "Fails when it is empty.", "it is empty. Fill it.", **options)
+
+
+@pytest.mark.parametrize(
+    ("value", "options", "failed"),
+    [
+        (1.0, {}, True),
+        (2.0, {}, False),
+        (1.0, {"above": True}, False),
+        (3.0, {"above": True}, True),
+        (1.0, {"applies": False}, False),
+        (math.nan, {}, False),
+    ],
+)
+def test_a_check_fails_beyond_its_threshold(value, options, failed):
+    assert check(value, **options).failed is failed
+
+
+def test_warning_and_level_follow_from_the_check():
+    low = check(1.0)
+    assert low.warning == "empty: it is empty. Fill it." and low.level == Level("alarm", 2.0, alarm=True)
+    assert not check(1.0, above=True).level.alarm
+
+
+def test_a_term_without_a_report_has_a_chart_of_its_loss():
+    class Plain(Term):
+        title = "plain"
+
+        def __call__(self, out, teacher, state, batch):
+            return 0.0, {}, {}
+
+    report = Plain().report
+    assert [curve.title for curve in report.curves()] == ["plain loss"] and report.alarms({"loss": 1.0}) == []
+    assert (report.progress({"loss": 1.0}), report.progress({})) == ("1.000", "")

@@ -12,7 +12,7 @@ from xclip_jax.commands import plan
 from xclip_jax.config import load as config_file
 from xclip_jax.parallel import compiler
 from xclip_jax.parallel.hlo import collectives, summary
-from xclip_jax.parallel.roofline import roofline
+from xclip_jax.parallel.topology import roofline
 from xclip_jax.train import memory
 
 pytestmark = pytest.mark.long

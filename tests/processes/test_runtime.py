@@ -76,10 +76,6 @@ def test_each_process_gets_all_features(found):
 
 def test_a_checkpoint_comes_back_in_each_process(found):
     assert all(x["restored"].all() for x in found)
-    one, *two = [float(x["read"]) for x in found]
-    assert one == 1
-    # Each of four devices reads a quarter of the large arrays, which all of them hold, and the small ones.
-    assert all(0.25 < share < 0.75 for share in two)
 
 
 def test_processes_agree_that_a_checkpoint_is_damaged(found):

@@ -4,13 +4,12 @@ import contextlib
 import os
 import resource
 import shutil
-import signal
 import time
 
 import pytest
 
 from tests.helpers import tiny
-from xclip_jax.core.errors import EXIT_RESTART, EXIT_RESUMABLE
+from xclip_jax.core.errors import EXIT_RESTART
 from xclip_jax.core.run_folder import RunFolder
 from xclip_jax.processes import interrupt, watchdog
 from xclip_jax.train import trainer
@@ -148,17 +147,3 @@ def test_progress_keeps_the_watchdog_quiet(statuses, tmp_path, capfd):
         dog.wait(59)
         dog.beat()
     assert not statuses and capfd.readouterr().out == ""
-
-
-def test_what_hangs_after_a_signal_is_ended(watch, statuses, monkeypatch, capfd):
-    monkeypatch.setattr(watchdog, "STOP_SECONDS", 0.3)
-    dog = watch()
-    dog.enter(watchdog.STEP)
-    dog.end_step()
-    dog.end_step()
-    time.sleep(0.5)
-    assert not statuses
-    signal.raise_signal(signal.SIGTERM)
-    wait(lambda: statuses)
-    assert statuses == [EXIT_RESUMABLE]
-    assert "error: asked to stop, and in a step (" in capfd.readouterr().err

@@ -1,6 +1,5 @@
 """Charts, and the images and texts that a report shows."""
 
-import dataclasses
 import json
 import re
 
@@ -13,25 +12,7 @@ from tests.helpers.encoding import make_encoder, small_model
 from tests.helpers.pages import HOSTILE, check, page_of, written
 from xclip_jax.commands import report as command
 from xclip_jax.core.errors import UserError
-from xclip_jax.evaluators.zeroshot import ZeroShotSet
 from xclip_jax.report import examples
-
-
-def test_the_confusion_matrix_counts_and_the_seed_decides_among_equals():
-    images = [np.full((2, 2, 3), i, np.uint8) for i in range(6)]
-    data = ZeroShotSet("x", images, np.array([0, 0, 1, 2, 2, 2]), [["a"], ["b"], ["c"]], coarse=["p", "p", "q"])
-    answers = np.array([1, 1, 0, 2, 0, 0])
-    confusion = examples._confusion("x", data, data, np.eye(3)[answers], np.random.default_rng(0))
-    assert confusion.classes == ["p", "q"] and confusion.counts.tolist() == [[3, 0], [2, 1]]
-    assert [(m.name, m.taken_for, m.count) for m in confusion.mistakes[:2]] in (
-        [("a", "b", 2), ("c", "a", 2)],
-        [("c", "a", 2), ("a", "b", 2)],
-    )
-    assert confusion.mistakes[2].taken_for == "a" and confusion.mistakes[2].images[0][0, 0, 0] == 2
-    fine = examples._confusion(
-        "x", dataclasses.replace(data, coarse=()), data, np.eye(3)[answers], np.random.default_rng(0)
-    )
-    assert fine.classes == ["a", "b", "c"] and fine.counts[2].tolist() == [2, 0, 1]
 
 
 def test_what_bars_mean_is_escaped(tmp_path):
@@ -85,17 +66,6 @@ def test_labelled_images_are_not_shown_as_pairs(captions, tmp_path):
     assert ".txt" not in words and "evaluate probe/SET" not in words and "--sets" not in words
 
 
-def test_a_model_of_pairs_beside_a_fine_tuned_one_is_not_shown_labelled_images_as_pairs(tmp_path):
-    images = labelled(tmp_path / "images")
-    fine_tuned(tmp_path / "a", images)
-    tiny.untrained(tmp_path / "b", "clip", data__sources=(f"folder:{images}",))
-    for first, second, sentence in (("a", "b", "learned from labelled items, not from pairs"), ("b", "a", "no term")):
-        command.main([str(tmp_path / first), str(tmp_path / second), "--output", str(tmp_path / "x.html")])
-        text = (tmp_path / "x.html").read_text()
-        words = " ".join(check(text, ("results", "differences", "names", "search", "curves", "settings")).text)
-        assert sentence in words and "training pairs, on which" not in words
-
-
 # --- images that cannot be read
 
 
@@ -115,7 +85,7 @@ def test_unreadable_images_are_left_out_and_counted(tmp_path):
     shown = examples.collect_examples(make_encoder(), small_model()[1], [spec])
     (named,) = shown.named
     assert [prediction.name for prediction in named.guesses] == ["dog"]  # the cat that the seed draws is unreadable
-    assert len(shown.gallery.images) == 14 and shown.confusion.images == 14
+    assert len(shown.gallery.images) == 14
     (note,) = shown.missing
     assert note.startswith(f"2 of 16 images drawn from {spec} cannot be read and are left out; the first: ")
     assert str(tmp_path / "set" / "cat" / "2.png") in note

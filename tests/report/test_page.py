@@ -46,7 +46,7 @@ def test_colours_of_text_and_lines_have_contrast(scheme):
 
 
 def shown_examples():
-    """Examples of every section: long names, a confusion matrix, clusters and attention maps."""
+    """Examples of every section: long names, clusters and attention maps."""
     names = [("fox", ["fox", LONG]), (LONG, ["hen", LONG])]
     made = predicted(names)
     guesses, gallery = made.named[0].guesses, made.gallery
@@ -56,9 +56,6 @@ def shown_examples():
         retrieved=examples.RetrievalExamples("pairs", 2, "probability", gallery, [
             examples.SearchResult(LONG, [0, 1], [True, False], 1)
         ], guesses),
-        confusion=examples.Confusion("Animals", 5, ["fox", LONG], np.array([[3, 0], [1, 1]]), [
-            examples.ConfusedPair(LONG, "fox", 1, gallery.shown[:1])
-        ]),
         clusters=examples.Clusters(64, 30, gallery, clusters),
         credits=["Images by their artists."],
     )  # fmt: skip
@@ -70,7 +67,7 @@ def pages(tmp_path_factory):
     root = tmp_path_factory.mktemp("pages")
     rows = [{"step": s, "loss": 1 / s, "lr": 1e-3} | collapsed("flat" if s == 3 else "") for s in (1, 2, 3)]
     run = written(root / "run", tiny.config("nclip", log__collapse_warmup_steps=1), rows)
-    maps = examples.Maps([0, 1], *np.full((2, 2, 2, 2), 0.25), "attention of a token")
+    maps = examples.Maps([0, 1], np.full((2, 2, 2), 0.25), "attention of a token")
     shown = dataclasses.replace(shown_examples(), maps=maps)
     full = page_of(dataclasses.replace(run, results=judged_results()), shown, 1234)
     begun = page_of(written(root / "begun", tiny.config("clip"), []), examples.Examples(missing=["no checkpoint"]))

@@ -1,11 +1,9 @@
 """Readers of training data for `tests.torture.fuzz`: tars and their indexes, images, captions, folders and tables."""
 
 import dataclasses
-import hashlib
 import io
 import json
 import pathlib
-import random
 import tarfile
 from collections.abc import Sequence
 
@@ -14,13 +12,12 @@ import pyarrow
 import pyarrow.parquet
 from PIL import Image
 
-from tests.torture import fuzz_inputs
 from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.data import labelled, loader, records, tokenizer, transforms
 from xclip_jax.data.base import Source, SourceOptions
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.readers import table as table_reader
-from xclip_jax.data.readers import tar_index, wds
+from xclip_jax.data.readers import wds
 from xclip_jax.data.readers.folder import FolderSource
 from xclip_jax.data.readers.tar import TarSource
 
@@ -104,12 +101,9 @@ def evaluate_image(data: bytes, _: Path) -> None:
 def _read_all(source: Source, train: bool = False) -> None:
     """Reads up to 40 samples; of a source whose samples are all bad, raises the first one's reason."""
     source.fingerprint()
-    source.known_faults()
-    list(source.remarks())
     bad, good = [], 0
     for index in range(min(len(source), 40)):
         source.describe(index)
-        source.known_fault(index)
         item = records.read(source, index)
         if isinstance(item, BadSample):
             bad.append(item)
@@ -177,30 +171,6 @@ def read_wds(data: bytes, folder: Path) -> None:
         raise refused[-1]
 
 
-def stored_indexes() -> list[bytes]:
-    out = io.BytesIO()
-    rows = np.zeros(3, tar_index.dtype(5))
-    rows["image"], rows["image_size"], rows["text"], rows["text_size"] = (512, 1536, 0), (700, 0, 1 << 31), 512, 5
-    rows["fault"], rows["key"] = (0, 1, 2), (b"a", b"b", b"c")
-    np.save(out, rows)
-    return [out.getvalue()]
-
-
-def make_index(rng: random.Random, seeds: Sequence[bytes]) -> bytes:
-    """A mutated index, in most cases with the digest that belongs to it."""
-    data = fuzz_inputs.mutated(rng, seeds)
-    digest = hashlib.blake2b(data, digest_size=16).digest()
-    return data + (digest if rng.random() < 0.8 else rng.randbytes(16))
-
-
-def read_index(data: bytes, folder: Path) -> None:
-    (folder / "x.tar").write_bytes(tars()[0])
-    stored = tar_index.index_files(str(folder / "x.tar"))[0]
-    stored.parent.mkdir()
-    stored.write_bytes(data)
-    _read_all(TarSource(str(folder / "x.tar"), _CAPTIONS, "tags"))
-
-
 CAPTION_FILES = (
     json.dumps({"text": "no", "caption": ["a fox", "x"], "tags": ["red", "fox"], "a": {"b": "x"}}).encode(),
     b'{"caption": "half a letter \\ud83d", "tags": ["\\udc00"], "a": {"b": ["\\ud83d\\ude00"]}}',
@@ -242,7 +212,8 @@ def _with_picture(data: bytes, folder: Path, name: str) -> str:
 
 def read_csv(data: bytes, folder: Path) -> None:
     path = _with_picture(data, folder, "x.csv")
-    _read_all(table_reader.CsvSource(path, SourceOptions(tags_key="tags" if b"tags" in data.split(b"\n")[0] else "")))
+    options = SourceOptions(tags_key="tags" if b"tags" in data.split(b"\n")[0] else "")
+    _read_all(table_reader.TableSource(path, options, table_reader.read_csv))
 
 
 def read_labels(data: bytes, folder: Path) -> None:
@@ -271,4 +242,5 @@ def parquets() -> list[bytes]:
 
 
 def read_parquet(data: bytes, folder: Path) -> None:
-    _read_all(table_reader.ParquetSource(_with_picture(data, folder, "x.parquet"), SourceOptions(tags_key="tags")))
+    path, options = _with_picture(data, folder, "x.parquet"), SourceOptions(tags_key="tags")
+    _read_all(table_reader.TableSource(path, options, table_reader.read_parquet))

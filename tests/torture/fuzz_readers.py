@@ -88,7 +88,7 @@ def _tokenizer_files() -> list[bytes]:
 def _read_tokenizer_file(data: bytes, folder: Path) -> None:
     path = str(folder / "tokenizer.json")
     Path(path).write_bytes(data)
-    loaded = tokenizer._from_file(path)
+    loaded = tokenizer._from_file(path, 0.0)
     for text in (*_TEXTS, "", "x" * 3000):
         loaded([text], 16)
 
@@ -200,7 +200,6 @@ READERS = {
     "tar": Reader(fuzz_data.tars, fuzz_data.read_tar, fuzz_inputs.tars),
     "tar_bytes": Reader(fuzz_data.tars, fuzz_data.read_tar),
     "wds": Reader(fuzz_data.wds_tars, fuzz_data.read_wds, fuzz_inputs.tars),
-    "stored_index": Reader(fuzz_data.stored_indexes, fuzz_data.read_index, fuzz_data.make_index),
     "image_training": Reader(fuzz_data.images, fuzz_data.read_image, fuzz_inputs.images),
     "image_evaluation": Reader(fuzz_data.images, fuzz_data.evaluate_image, fuzz_inputs.images),
     "captions": Reader(lambda: fuzz_data.CAPTION_FILES, fuzz_data.read_captions, fuzz_inputs.json_texts),

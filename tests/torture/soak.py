@@ -100,7 +100,7 @@ def child(run: str, pairs: str, classes: str) -> None:
     """Train, or resume, and say on stdout which phase begins."""
     print("start", flush=True)
     from xclip_jax.core.errors import exit_with_message
-    from xclip_jax.train import batches, loop, trainer
+    from xclip_jax.train import loop, trainer
     from xclip_jax.train.checkpoint import Checkpointer
 
     def announced(phase: str, function: Any) -> Any:
@@ -114,14 +114,14 @@ def child(run: str, pairs: str, classes: str) -> None:
     Checkpointer.save = announced("checkpoint", save)
     loop._evaluate = announced("evaluation", loop._evaluate)
     trainer.run_evaluators = announced("evaluation", trainer.run_evaluators)
-    first, place = [True], batches.loader.to_global
+    first, place = [True], loop.loader.to_global
 
     def to_global(*args: Any) -> Any:
         print("compile" if first else "step", flush=True)
         first.clear()
         return place(*args)
 
-    batches.loader.to_global = to_global
+    loop.loader.to_global = to_global
     with exit_with_message():
         trainer.run(config(run, pairs, classes))
 
@@ -310,7 +310,7 @@ def main() -> None:
     if flags.folder and any(pathlib.Path(flags.folder).glob("*")):
         parser.error(f"--folder {flags.folder} is not empty: older runs in it would be resumed; name another one")
     with tempfile.TemporaryDirectory() as temporary:
-        print(environment.machine(), flush=True)
+        print(json.dumps(environment.capture()), flush=True)
         soak = Soak(pathlib.Path(flags.folder or temporary), flags.seed)
         expected, number, identical, wrong = soak.undisturbed(), 0, 0, 0
         for name, kind, count in (("kill", signal.SIGKILL, flags.kills), ("term", signal.SIGTERM, flags.terms)):

@@ -54,10 +54,9 @@ def test_an_error_in_one_process_ends_both(tmp_path):
 
 
 @slow
-def test_a_killed_process_is_named(tmp_path):
+def test_the_end_of_a_killed_process_ends_the_other(tmp_path):
     statuses, outputs = both(tmp_path, "kill", 3, 1)
-    assert statuses == [EXIT_RESTART, 256 - 9], outputs
-    assert "error: process 1 of 2 has given no sign of life for" in outputs[0]
+    assert statuses[0] in (*GONE, EXIT_RESTART) and statuses[1] == 256 - 9, outputs
 
 
 @slow
@@ -136,13 +135,6 @@ def test_a_process_that_hangs_ends_both_and_is_named(tmp_path):
     assert "process 1: waiting for data from folder:" in outputs[0]
     assert "time.sleep" in outputs[1] or "faulty_run" in outputs[1]
     assert (tmp_path / "run" / "stacks-1.txt").exists() or (tmp_path / "run" / "stacks-0.txt").exists()
-
-
-@slow
-def test_a_signal_that_cannot_be_honoured_ends_both(tmp_path):
-    statuses, outputs = both(tmp_path, "hang after sigterm", 4, 1)
-    assert statuses == [EXIT_RESUMABLE] * 2, outputs
-    assert "asked to stop, and" in outputs[1]
 
 
 @slow

@@ -7,7 +7,6 @@ import json
 import math
 import re
 
-import jax
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
@@ -17,7 +16,7 @@ from tests.helpers import tiny
 from xclip_jax.config import load, schema
 from xclip_jax.core.errors import UserError
 from xclip_jax.data import holdout, sources, tokenizer
-from xclip_jax.train import autosize, build, trainer, weights
+from xclip_jax.train import autosize, build, memory, trainer, weights
 
 
 def config(count, device="cpu", **arguments):
@@ -101,11 +100,6 @@ def test_too_few_pairs_are_refused(tmp_path):
         load.load_config(f"small:pairs={tmp_path / 'pairs'},tokenizer=bytes")
 
 
-def test_weights_that_are_not_on_this_machine_are_said_not_to_be(capsys):
-    load.load_config("small:pairs=folder:x,count=1000,device=cpu,weights=nowhere.pt")
-    assert "towers of nowhere.pt (not on this machine)" in capsys.readouterr().err
-
-
 def test_other_pairs_have_another_folder():
     specs = (
         "folder:фото/кошки", "folder:фото/собаки", "folder:写真/犬", "folder:.", "tar:...", "csv:/",
@@ -120,29 +114,15 @@ def test_other_pairs_have_another_folder():
     assert all(re.fullmatch(r"\w[\w.-]*", name) and len(name) < 48 for name in names), names
 
 
-@pytest.mark.parametrize("objective", ["clip", "xclip"])
-def test_activations_take_half_of_the_memory_that_the_state_leaves(objective):
-    plain = config(10_000_000, "gpu", objective=objective)
+def test_activations_take_a_quarter_of_the_memory():
+    plain = config(10_000_000, "gpu")
     assert plain.optim.microbatches > 8
-    for memory in (12, 16, 80):
-        machine = dataclasses.replace(autosize.ORDINARY["gpu"], memory=memory * 2**30)
+    for size in (12, 16, 80):
+        machine = dataclasses.replace(autosize.ORDINARY["gpu"], memory=size * 2**30)
         parts = autosize.microbatches(plain, machine)
-        held = plain.data.batch / parts * autosize.activation_bytes(plain)
-        room = (machine.memory - autosize.fixed_bytes(plain, machine)) / 2
-        assert held <= room and (parts == 1 or 2 * held > room)
+        held = plain.data.batch / parts * memory.activation_bytes(plain)
+        assert held <= machine.memory / 4 and (parts == 1 or 2 * held > machine.memory / 4)
     assert config(200).optim.microbatches == 1
-
-
-def test_what_a_step_holds_beside_activations_is_the_state_and_logits_of_clusters():
-    machine, sizes = autosize.ORDINARY["gpu"], {}
-    for objective in ("clip", "xclip"):
-        c = config(20_000, "gpu", objective=objective, preset="Ti/12")
-        state = build.build(c).abstract
-        n = sum(x.size for x in jax.tree.leaves(state.params))
-        logits = 24 * c.data.batch * c.model.cluster_head.clusters if objective == "xclip" else 0
-        sizes[objective] = autosize.fixed_bytes(c, machine)
-        assert sizes[objective] - logits == pytest.approx(16 * n, rel=0.03)
-    assert sizes["xclip"] > 2 * sizes["clip"]
 
 
 def test_a_cpu_is_not_asked_for_days():
@@ -171,21 +151,19 @@ def test_counts_are_those_of_the_pairs(tmp_path):
     counts = autosize.measure(sources.open_pairs(f"folder:{folder}"), tokenizer.load("bytes"))
     assert counts == autosize.Counts(10, 24, 22, tokens=11, repeats=0.4)
     (folder / "007.png").write_bytes(b"no image")
-    fault = r"^1 of 10 pairs that were read cannot be used, more than 5%; the first is .*/007\.png'"
-    with pytest.raises(
-        UserError, match=fault + r" \(not an image.*\); see xclip-jax check, or pass count=10, with which "
-    ):
+    fault = (
+        r"^1 of 10 pairs that were read cannot be used, the first is .*/007\.png' \(not an image.*\); see xclip-jax "
+    )
+    with pytest.raises(UserError, match=f"{fault}check, or pass count=10"):
         autosize.measure(sources.open_pairs(f"folder:{folder}"), tokenizer.load("bytes"))
     tiny.folder(folder, 10)
     for file in folder.glob("*.txt"):
         file.write_text("a thing")
-    with pytest.raises(
-        UserError, match=r"^all 10 captions that were read are 'a thing': there is nothing to learn; give"
-    ):
+    with pytest.raises(UserError, match=r"^all 10 captions that were read are 'a thing': there is nothing to learn"):
         autosize.measure(sources.open_pairs(f"folder:{folder}"), tokenizer.load("bytes"))
     for file in folder.glob("*.txt"):
         file.write_text("")
-    with pytest.raises(UserError, match="none of the 10 pairs that were read can be used"):
+    with pytest.raises(UserError, match="10 of 10 pairs that were read cannot be used"):
         autosize.measure(sources.open_pairs(f"folder:{folder}"), tokenizer.load("bytes"))
 
 
@@ -193,7 +171,7 @@ def test_the_pairs_decide_on_size_context_and_captions_apart(discs, capsys):
     c = load.load_config(f"small:pairs={discs},tokenizer=bytes")
     assert capsys.readouterr().err == (
         f"small: 128 pairs, 16 % of them held out; clip, Ti/12, 36 px, 24 tokens, batch {c.data.batch}, {c.steps} "
-        f"steps ({c.steps * c.data.batch / (0.84 * 128):.3g} epochs); 100 % of captions repeat\n"
+        f"steps ({c.steps * c.data.batch / (0.84 * 128):.3g} epochs)\n"
     )
     assert c.data.sources == (f"folder:{discs}",) and re.fullmatch(r"runs/small-.*pairs-[0-9a-f]{6}", c.run)
     assert (c.model.img.image_size, c.model.txt.context_length) == (36, 24)
@@ -307,20 +285,13 @@ def one_class_held_out(folder):
 
 
 @pytest.mark.parametrize(
-    ("make", "reason"),
-    [
-        (sub_folders, "no labelled image is held out"),
-        (several_labels, "have several labels"),
-        (one_class_held_out, "the held-out images are all of one class"),
-        (lambda folder: tiny.folder(folder / "12").parent, "are numbers"),
-        (tiny.folder, "no classes: one sub-folder a class would add zero-shot classification"),
-    ],
+    "make",
+    [sub_folders, several_labels, one_class_held_out, lambda folder: tiny.folder(folder / "12").parent],
 )
-def test_held_out_classes_are_left_out_where_they_cannot_be_evaluated(make, reason, tmp_path, capsys):
+def test_held_out_classes_are_left_out_where_they_cannot_be_evaluated(make, tmp_path, capsys):
     c = load.load_config(f"small:pairs={make(tmp_path / 'pairs')},tokenizer=bytes")
     assert c.eval.sets == ("retrieval/holdout",)
-    (chosen,) = capsys.readouterr().err.splitlines()
-    assert re.fullmatch(rf"small: .* epochs\).* \((no zero-shot classification: )?.*{reason}.*\)", chosen)
+    assert "(no zero-shot classification: it needs" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -148,7 +148,7 @@ def test_unknown_trackers_are_named():
 @pytest.mark.parametrize("process", [0, 1])
 def test_process_0_alone_writes(process, calls, pairs, tmp_path, monkeypatch):
     config = resolve(tiny.short(pairs, tmp_path / "run", log__to=("tensorboard", "wandb", "trackio")))
-    prepared = job.prepare(config, TrainingFolder(config.run))
+    prepared = job.Job(config, TrainingFolder(config.run)).prepare()
     (tmp_path / "run").mkdir()
     monkeypatch.setattr(jax, "process_index", lambda: process)
     ledger = Ledger(tmp_path / "run", max_bad_fraction=1.0, start=0, counters=None)

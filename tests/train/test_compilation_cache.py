@@ -4,7 +4,6 @@ import pathlib
 import shutil
 import subprocess
 import sys
-import time
 
 import jax
 import pytest
@@ -147,14 +146,6 @@ def test_a_folder_that_cannot_be_written_is_one_warning(named, options, monkeypa
     assert options("enable_compilation_cache") is False
 
 
-def test_without_a_home_there_is_a_warning(options, monkeypatch, capsys):
-    monkeypatch.delenv("XCLIP_CACHE")
-    monkeypatch.setattr(pathlib.Path, "expanduser", lambda _: (_ for _ in ()).throw(RuntimeError("no home directory")))
-    compilation_cache.enable()
-    assert capsys.readouterr().out.startswith("WARNING: no compilation cache (no home directory: ~)")
-    assert options("enable_compilation_cache") is False
-
-
 @pytest.mark.parametrize(("run", "xla_caches"), [("gs://bucket/run", "none"), ("/disk/run", None)])
 def test_several_processes_share_the_runs_folder(run, xla_caches, options, monkeypatch):
     monkeypatch.setattr(runtime, "peers", object)
@@ -163,37 +154,3 @@ def test_several_processes_share_the_runs_folder(run, xla_caches, options, monke
     assert options("compilation_cache_dir") == f"{run}/compiled"
     assert options("compilation_cache_max_size") == -1
     assert options("persistent_cache_enable_xla_caches") == (xla_caches or before)
-
-
-def test_an_entry_that_another_command_removes_meanwhile(options, monkeypatch):
-    folder = compilation_cache.default_folder()
-    folder.mkdir(parents=True)
-    entry, exists = folder / "jit_half-0123-cache", pathlib.Path.exists
-    entry.write_bytes(b"x")
-
-    def removed(path, **options):
-        if path.name == "jit_half-0123-atime":
-            entry.unlink()
-        return exists(path, **options)
-
-    monkeypatch.setattr(pathlib.Path, "exists", removed)
-    compilation_cache.enable()
-    assert not exists(entry)
-    assert options("enable_compilation_cache") is True and options("compilation_cache_dir") == str(folder)
-
-
-@pytest.mark.parametrize("limit", [None, -1])
-def test_what_was_half_written_is_removed(limit, options, monkeypatch):
-    """A process was killed between an entry and the time of its use; of one that writes now nothing is removed."""
-    folder = compilation_cache.default_folder()
-    folder.mkdir(parents=True)
-    for name, age in (("whole", 3600), ("half", 3600), ("new", 0)):
-        path = folder / f"jit_{name}-0123-cache"
-        path.write_bytes(b"x")
-        os.utime(path, (time.time() - age,) * 2)
-    (folder / "jit_whole-0123-atime").write_bytes(b"x")
-    if limit == -1:  # without a limit JAX notes no times of use, and an entry without one is a whole one
-        monkeypatch.setenv("JAX_COMPILATION_CACHE_MAX_SIZE", "-1")
-    compilation_cache.enable()
-    left = {path.name.removeprefix("jit_").removesuffix("-0123-cache") for path in folder.glob("*-cache")}
-    assert left == ({"new", "whole", "half"} if limit == -1 else {"new", "whole"})

@@ -1,3 +1,4 @@
+import contextlib
 import time
 import types
 
@@ -6,111 +7,18 @@ import jax.numpy as jnp
 import pytest
 
 from tests.helpers import tiny
-from tests.helpers.made_results import zero_shot
 from tests.helpers.pages import written
 from xclip_jax.config import schema
-from xclip_jax.core import environment, storage
-from xclip_jax.core.run_folder import CLOCKS, RunFolder
-from xclip_jax.evaluators.results import flat, from_json
+from xclip_jax.core import environment
+from xclip_jax.core.run_folder import CLOCKS
 from xclip_jax.report import charts, page
-from xclip_jax.train import flops, log, recovery, trainer
+from xclip_jax.report.collect import Run
+from xclip_jax.report.examples import Examples
+from xclip_jax.train import clock, flops, recovery, trainer
 from xclip_jax.train.checkpoint import Checkpointer
-from xclip_jax.train.log import Goodput, MetricWriter, utilization
+from xclip_jax.train.clock import Clock
 
 pytestmark = pytest.mark.long
-
-
-class Clock:
-    def __init__(self, now=0.0):
-        self.now = now
-
-    def __call__(self):
-        return self.now
-
-
-def values(goodput, wall, useful):
-    return pytest.approx({"goodput": goodput, "wall_seconds": wall, "useful_seconds": useful})
-
-
-def test_goodput_of_one_process():
-    """100 s of start-up, then 100 s: 12 in an evaluation, 8 in a checkpoint, 10 without data; 70 for ten steps."""
-    clock = Clock(1000.0)
-    count = Goodput(1000.0, clock=clock)
-    clock.now = 1100.0
-    count.add_lost_time(50.0)  # of the start-up, which is lost anyway
-    count.tick()
-    clock.now = 1150.0
-    count.tick()
-    count.add_lost_time(12.0)
-    count.add_lost_time(8.0)
-    clock.now = 1200.0
-    assert count.values(10, wasted=0, waited=10.0) == values(0.35, 200.0, 70.0)
-    # One of the ten steps was skipped: a tenth of the 70 s.
-    assert count.values(10, wasted=1, waited=10.0) == values(0.315, 200.0, 63.0)
-    assert count.values(10, wasted=10, waited=10.0) == values(0.0, 200.0, 0.0)
-
-
-def test_goodput_of_a_run_that_resumes():
-    """The run resumes at step 10: 27 of the 90 useful seconds until step 14 were in vain."""
-    before = [
-        {"step": 5, "loss": 1.0, "wall_seconds": 150.0, "useful_seconds": 30.0},
-        {"step": 10, "loss": 1.0, "wall_seconds": 200.0, "useful_seconds": 63.0},
-        {"step": 10, "zeroshot/x/top1": 3.0},
-        {"step": 14, "loss": 1.0, "wall_seconds": 260.0, "useful_seconds": 90.0},
-    ]
-    clock = Clock(0.0)
-    count = Goodput(0.0, 10, before, clock)
-    clock.now = 30.0
-    assert count.values(10, wasted=0, waited=0.0) == values(63 / 290, 290.0, 63.0)
-    count.tick()
-    clock.now = 130.0
-    assert count.values(20, wasted=0, waited=0.0) == values(163 / 390, 390.0, 163.0)
-    # A rewind to step 4: the ten steps of this process, and six of the process before it at the same 10 s a step.
-    assert count.values(20, wasted=16, waited=0.0) == values(3 / 390, 390.0, 3.0)
-    assert Goodput(0.0, 10, [{"step": 10, "loss": 1.0}], clock).values(10, wasted=0, waited=0.0)["wall_seconds"] == 130
-
-
-def test_speed_is_of_the_steps_after_the_first_line(monkeypatch):
-    """Steps of 2 s. As on a CPU, the second one is computed before the line of the first is printed."""
-    clock = Clock(0.0)
-    monkeypatch.setattr(log.time, "perf_counter", clock)
-    count = log.Progress(100, 8)
-    count.tick()
-    assert count.samples_per_second() == 0 and count.line(11, {"loss": 1.0}).endswith("(compiled)")
-    for step in range(11, 16):
-        clock.now += 2.0
-        count.tick()
-        assert count.samples_per_second() == 8 / 2 and "4 samples/s, " in count.line(step, {"loss": 1.0})
-
-
-@pytest.mark.parametrize(("seconds", "shown"), [(0.03, "267"), (1.7, "4.7"), (20.0, "0.4"), (250.0, "0.032")])
-def test_the_line_has_two_digits_of_a_low_speed(seconds, shown, monkeypatch):
-    clock = Clock(0.0)
-    monkeypatch.setattr(log.time, "perf_counter", clock)
-    count = log.Progress(100, 8)
-    count.tick()
-    clock.now = seconds
-    count.tick()
-    assert f"  {shown} samples/s, " in count.line(2, {"loss": 1.0})
-
-
-def test_speed_leaves_out_pauses_after_the_first_step_alone(monkeypatch):
-    clock = Clock()
-    monkeypatch.setattr(log.time, "perf_counter", clock)
-    count = log.Progress(100, 8)
-    count.pause(40.0)  # an evaluation that a resumed run makes before its first step
-    clock.now = 50.0
-    count.tick()
-    clock.now = 55.0
-    count.tick()
-    clock.now = 65.0
-    count.pause(10.0)
-    assert count.samples_per_second() == 8 / 5
-    clock.now = 70.0
-    count.tick()
-    assert count.samples_per_second() == 2 * 8 / 10
-    assert "MFU 41.2%" in count.line(6, {"loss": 1.0, "mfu": 0.412})
-    assert "MFU" not in count.line(6, {"loss": 1.0})
 
 
 def test_wasted_steps_are_those_skipped_and_those_undone(tmp_path, monkeypatch):
@@ -135,25 +43,26 @@ def test_wasted_steps_are_those_skipped_and_those_undone(tmp_path, monkeypatch):
     skipped.close()
 
 
-def test_utilization():
-    assert utilization(4e12, 16e12) == {"model_flops_per_second": 4e12, "mfu": 0.25}
-    assert utilization(4e12, None) == {"model_flops_per_second": 4e12}
-    assert utilization(0.0, 16e12) == {}
-
-
 def test_a_run_logs_what_it_makes_of_its_time(tmp_path, monkeypatch, capsys):
     """Killed in step 6 and resumed at step 3; a save takes 0.3 s more than it takes."""
     pairs = tiny.folder(tmp_path / "pairs")
     changes = {"steps": 6, "checkpoint__every": 3, "data__sources": (f"folder:{pairs}",), "log__to": ()}
     c, lost = tiny.config("clip", run=tmp_path / "run", **changes), []
-    save, lose = Checkpointer.save, Goodput.add_lost_time
+    save, stall = Checkpointer.save, Clock.stall
 
     def slow(*args):
         time.sleep(0.3)
         save(*args)
 
+    @contextlib.contextmanager
+    def observed(self):
+        began = time.perf_counter()
+        with stall(self):
+            yield
+        lost.append(time.perf_counter() - began)
+
     monkeypatch.setattr(Checkpointer, "save", slow)
-    monkeypatch.setattr(Goodput, "add_lost_time", lambda self, seconds: (lost.append(seconds), lose(self, seconds)))
+    monkeypatch.setattr(Clock, "stall", observed)
     began = time.perf_counter()
     with tiny.cut_off(5):
         trainer.run(c, uptime=1000.0)
@@ -188,15 +97,12 @@ def test_the_report_shows_them(tmp_path):
     row = {"step": 1, "loss": 1.0, "samples_per_second": 0.0, "goodput": 0.0, "wall_seconds": 9.0}
     fast = row | {"samples_per_second": 8.0, "goodput": 0.625, "model_flops_per_second": 4.2e12}
     unknown = written(tmp_path / "a", tiny.config("clip"), [row, fast | {"step": 2}, fast | {"step": 3}])
-    facts = page.facts(unknown)
-    assert (facts["Goodput"], facts["Model TFLOP/s"], facts["MFU"]) == ("62.5%", "4.2", "")
-    assert "MFU" not in [chart.title for chart in charts.of_run(unknown)]
+    assert page.facts(unknown)["MFU"] == ""
+    assert "MFU" not in [chart.title for chart in charts.of_runs([Run("a", 0, unknown, Examples())])]
     fast["mfu"] = 0.314
     known = written(tmp_path / "b", tiny.config("clip"), [row, fast | {"step": 2}, fast | {"step": 3}])
     assert page.facts(known)["MFU"] == "31.4%"
-    assert {"MFU", "Goodput"} <= {chart.title for chart in charts.of_run(known)}
-    unmeasured = written(tmp_path / "c", tiny.config("clip"), [{"step": 1, "loss": 1.0}])
-    assert page.facts(unmeasured)["Goodput"] == ""
+    assert {"MFU", "Goodput"} <= {chart.title for chart in charts.of_runs([Run("b", 0, known, Examples())])}
 
 
 def test_frozen_towers_have_no_backward_pass():
@@ -214,7 +120,7 @@ def test_uptime_is_that_of_this_process():
 
 
 def test_clocks_are_what_is_logged():
-    assert {"goodput", log.WALL, log.USEFUL, "mfu", "model_flops_per_second"} < set(CLOCKS)
+    assert {"goodput", clock.WALL, clock.USEFUL, "mfu", "model_flops_per_second"} < set(CLOCKS)
 
 
 def config(pairs, run, **changes):
@@ -241,33 +147,3 @@ def test_each_collapse_is_provoked_and_said_once(pairs, tmp_path, capsys, failur
     out = capsys.readouterr().out
     print(out[out.index("WARNING") :].splitlines()[0])
     assert out.count(f": {failure}: ") == 1
-
-
-@pytest.mark.parametrize("remote", [False, True])  # in a bucket files cannot grow
-def test_writer_drops_what_a_resumed_run_writes_again(tmp_path, monkeypatch, remote):
-    monkeypatch.setattr(storage, "is_remote", lambda _: remote)
-    writer = MetricWriter(RunFolder(tmp_path))
-    for step in (1, 2, 3):
-        writer.write(step, {"loss": float(step)})
-    writer.close()
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 2, "lo')  # killed while it wrote
-    writer = MetricWriter(RunFolder(tmp_path), step=2)
-    assert [line["step"] for line in tiny.lines(tmp_path)] == [1, 2]
-    monkeypatch.setattr(storage, "REWRITE_SECONDS", -1)
-    writer.write(3, {"loss": 0.5})
-    assert tiny.lines(tmp_path)[-1] == {"step": 3, "loss": 0.5}
-    writer.close()
-
-
-def test_results_are_written_as_numbers_and_as_records(tmp_path):
-    folder = RunFolder(tmp_path)
-    writer = MetricWriter(folder)
-    for step in (2, 4):
-        writer.write_results(step, zero_shot("x", 10.0 * step))
-    assert [line["step"] for line in folder.read_evaluations()] == [2, 4]
-    writer = MetricWriter(folder, step=4, evaluations=3)  # the evaluation of step 4 will be made again
-    (line,) = folder.read_evaluations()
-    results = from_json(line["records"])
-    assert tiny.lines(tmp_path) == [{"step": 2} | flat(results)] and flat(results)["zeroshot/x/top1"] == 20
-    assert [(r.chance, r.n, r.headline) for r in results if r.unit] == [(25, 8, True), (100, 8, False)]

@@ -3,8 +3,11 @@
 import gzip
 import itertools
 import json
+import os
 import pathlib
 import shutil
+import signal
+import threading
 import types
 
 import chex
@@ -13,8 +16,9 @@ import numpy as np
 import pytest
 
 from tests.helpers import tiny
-from xclip_jax.core.errors import UserError
+from xclip_jax.core.errors import EXIT_RESUMABLE, UserError, describe
 from xclip_jax.core.run_folder import RunFolder
+from xclip_jax.data import loader
 from xclip_jax.evaluators import registry
 from xclip_jax.evaluators.results import Result, flat
 from xclip_jax.processes import interrupt
@@ -227,17 +231,69 @@ def test_the_trace_waits_for_the_steps_before_it_and_in_it(tmp_path, monkeypatch
     assert calls == [("wait", (5,)), "start", 5, 6, ("wait", None), "stop", 7]
 
 
-def test_a_trace_that_fails_is_a_warning(tmp_path, capsys):
-    """Another trace is in progress; the run's folder cannot be written to."""
-    tracer = loop.StepTracer((1, 2), RunFolder(tmp_path / "run"))
-    with jax.profiler.trace(tmp_path / "other"):
-        assert [tracer(step, lambda x: x, step) for step in (1, 2, 3)] == [1, 2, 3]
-    tracer.close()
-    assert "WARNING: the steps of log.profile cannot be traced: Profile has already" in capsys.readouterr().out
-    (tmp_path / "file").write_text("")
-    tracer = loop.StepTracer((1, 2), RunFolder(tmp_path / "file"))
-    assert [tracer(step, lambda x: x, step) for step in (1, 2, 3)] == [1, 2, 3]
-    out = capsys.readouterr().out
-    assert "WARNING: the steps of log.profile cannot be traced" in out and out.count("\n") == 1
-    with jax.profiler.trace(tmp_path / "other"):  # the profiler is free again
-        pass
+def brief(pairs, run, **changes):
+    defaults = {"data__sources": (f"folder:{pairs}",), "checkpoint__every": 1000, "steps": 4, "data__batch": 8}
+    return tiny.config("clip", run=run, **defaults | changes)
+
+
+@pytest.fixture
+def feed(monkeypatch):
+    """Replaces what follows the second batch of a run."""
+    read, finished = loader.batches, threading.Event()
+
+    def replace(end):
+        def batches(*args, **options):
+            for number, batch in enumerate(read(*args, **options), 1):
+                yield batch
+                if number == 2:
+                    end(finished)
+
+        monkeypatch.setattr(loader, "batches", batches)
+
+    yield replace
+    finished.set()
+
+
+def test_a_signal_saves_the_last_step_while_data_do_not_come(pairs, tmp_path, feed):
+    def end(finished):
+        os.kill(os.getpid(), signal.SIGTERM)
+        finished.wait(100)
+
+    feed(end)
+    c = brief(pairs, tmp_path / "run")
+    with pytest.raises(SystemExit) as stopped:
+        trainer.run(c)
+    assert stopped.value.code == EXIT_RESUMABLE
+    assert RunFolder(c.run).latest_step() == 2
+
+
+def test_data_that_fail_do_not_cost_the_steps_before(pairs, tmp_path, feed):
+    def end(_):
+        raise UserError("the disk is gone")
+
+    feed(end)
+    c = brief(pairs, tmp_path / "run")
+    with pytest.raises(UserError, match="the disk is gone") as raised:
+        trainer.run(c)
+    assert describe(raised.value).endswith("the state of step 2 is saved")
+    assert RunFolder(c.run).latest_step() == 2
+
+
+@pytest.mark.slow
+def test_too_many_bad_samples_do_not_cost_the_steps_before(tmp_path):
+    """The saved counters are exact: with a larger bound the same command ends as if there had been no stop."""
+    bad = tiny.folder(tmp_path / "bad")
+    for path in sorted(bad.glob("*.png"))[::2]:
+        path.write_bytes(b"<html>")
+    c = brief(bad, tmp_path / "run", data__max_bad_fraction=0.002)
+    for _ in range(2):  # the second is stopped before its first step
+        with pytest.raises(UserError, match=r"samples are bad, more than data\.max_bad_fraction=0\.002 allows"):
+            trainer.run(c)
+        assert RunFolder(c.run).latest_step() == 2
+    logged = []
+    for run in ("run", "straight"):
+        c = brief(bad, tmp_path / run, data__max_bad_fraction=1.0)
+        trainer.run(c)
+        keys = ("step", "loss", "tokens", "data/bad", "samples")
+        logged.append([[line[key] for key in keys] for line in RunFolder(c.run).read_metrics()])
+    assert logged[0] == logged[1] and len(logged[0]) == 4

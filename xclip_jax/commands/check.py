@@ -15,22 +15,23 @@ import os
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from xclip_jax.core.errors import Parser, UserError, exit_with_message, public
-from xclip_jax.data import images, inspect, loader, sources, tokenizer
+from xclip_jax.core.errors import Parser, UserError, check_count, exit_with_message, public
+from xclip_jax.data import inspect, loader, sources, tokenizer
 from xclip_jax.data.base import MissingColumnError, Source, SourceOptions
 from xclip_jax.data.inspect import Sample
 
 _EXAMPLES = 3
+_SIZE = 224  # of the crop, pixels
 _COLUMNS_OF = ("image", "text", "tags", "dir")  # arguments after a source
 
 
 def _percentiles(values: Sequence[float] | np.ndarray) -> str:
-    low, middle, high = np.percentile(values, (5, 50, 95)) if len(values) else (0, 0, 0)
+    low, middle, high = np.percentile(values, (5, 50, 95))
     return f"{low:,.0f} / {middle:,.0f} / {high:,.0f}"
 
 
@@ -47,66 +48,47 @@ def report(source: Source, options: argparse.Namespace) -> Iterator[str]:
     of_files = f" in {len(files[1]):,} {unit}, {sum(x['bytes'] for x in files[1]) / 1e9:.2f} GB" if files else ""
     yield f"samples: {n:,}{of_files}, index {fingerprint['hash']}"
     count = min(options.samples or n, n)
-    chosen = np.random.default_rng(options.seed).choice(n, count, replace=False)
-    samples, seconds = inspect.read(source, chosen.tolist(), options.threads, options.size)
+    chosen = np.random.default_rng(0).choice(n, count, replace=False)
+    threads = os.cpu_count() or 1
+    samples, seconds = inspect.read(source, chosen.tolist(), threads, _SIZE)
     good, bad = [s for s in samples if not s.reason], [s for s in samples if s.reason]
     yield f"read: {count:,} at random"
     if good:
-        yield f"width, 5/50/95 %: {_percentiles([s.size[0] for s in good])}"
-        yield f"height, 5/50/95 %: {_percentiles([s.size[1] for s in good])}"
-        yield f"image files, 5/50/95 %: {_percentiles([s.file_bytes for s in good])} bytes"
-        yield f"captions, 5/50/95 %: {_percentiles([len(s.caption) for s in good])} characters"
-        tokens = tokenizer.load(options.tokenizer)
-        lengths = tokens.lengths(tokens([s.caption for s in good], options.length))
-        full = np.mean(lengths >= options.length)
-        yield f"tokens, 5/50/95 %: {_percentiles(lengths)}, {full:.1%} of the captions fill all {options.length}"
-        yield f"captions of one image: {np.mean([s.captions for s in good]):.2f}"
-        share = sources.transparent_share([source], loader.DataConfig.read_timeout, options.threads)
-        yield f"transparent images: {images.describe(share, images.WHITE)} unless data.background says otherwise"
-        yield f"repeated images: {_duplicates([s.digest for s in good]):,}"
-        yield f"repeated captions: {_repeated_captions(good)}"
+        yield from _statistics(good, options)
     rate = count / seconds
-    yield (
-        f"speed: {rate:,.0f} images/s to {options.size} px with {options.threads} threads on {os.cpu_count()} cores, "
-        f"an epoch in {n / rate / 3600:,.1f} h"
-    )
-    faults = source.known_faults()
-    yield from source.remarks()
-    yield from _about_bad(source, bad, faults, count)
-    share = sum(faults.values()) / n + len(_unknown_before(source, bad)) / count
-    distinct = len({sample.caption for sample in good})
-    options.passed = share <= options.max_bad_fraction and (distinct > 1 or len(good) == 1)
+    yield f"speed: {rate:,.0f} images/s to {_SIZE} px on {threads} cores, an epoch in {n / rate / 3600:,.1f} h"
+    yield from _about_bad(source, bad, count)
     if options.sheet and good:
         yield f"{inspect.write_sheet(samples, source, options.sheet)} pairs in {options.sheet}"
-    verdict = "training would stop; fix the data or raise data.max_bad_fraction"
-    if share <= options.max_bad_fraction and good:
-        verdict = (
-            "training would run"
-            if options.passed
-            else "training would learn nothing; give each image a caption of its own"
-        )
-    if options.passed and n < inspect.FEWEST:
-        verdict += f"; the recipe small would refuse fewer than {inspect.FEWEST} pairs"
+    share = len(bad) / count
+    verdict = "training would run"
+    if share > options.max_bad_fraction:
+        verdict = "training would stop; fix the data or raise data.max_bad_fraction"
+    elif len(good) > 1 and len({sample.caption for sample in good}) == 1:
+        verdict = "training would learn nothing; give each image a caption of its own"
+    options.passed = verdict == "training would run"
     yield f"bad: {share:.2%}, allowed {options.max_bad_fraction:.2%}: {verdict}"
 
 
-def _repeated_captions(good: Sequence[Sample]) -> str:
-    same = _duplicates([sample.caption for sample in good])
-    if 0 < same == len(good) - 1:
-        return f"{same:,}; all images have the same one, so that training would learn nothing"
-    remedy = "data.spread_duplicate_captions=True keeps them apart"
-    return f"{same:,}" + (f"; in one batch they would count as false negatives, {remedy}" if same else "")
+def _statistics(good: Sequence[Sample], options: argparse.Namespace) -> Iterator[str]:
+    """Yield lines about the good samples."""
+    tokens = tokenizer.load(options.tokenizer)
+    lengths = tokens.lengths(tokens([s.caption for s in good], options.length))
+    full = np.mean(lengths >= options.length)
+    yield f"width, 5/50/95 %: {_percentiles([s.size[0] for s in good])}"
+    yield f"height, 5/50/95 %: {_percentiles([s.size[1] for s in good])}"
+    yield f"image files, 5/50/95 %: {_percentiles([s.file_bytes for s in good])} bytes"
+    yield f"captions, 5/50/95 %: {_percentiles([len(s.caption) for s in good])} characters"
+    yield f"tokens, 5/50/95 %: {_percentiles(lengths)}, {full:.1%} of the captions fill all {options.length}"
+    yield f"captions of one image: {np.mean([s.captions for s in good]):.2f}"
+    yield f"repeated images: {_duplicates([s.digest for s in good]):,}"
+    same = _duplicates([s.caption for s in good])
+    remedy = "; in one batch they would count as false negatives, data.spread_duplicate_captions=True keeps them apart"
+    yield f"repeated captions: {same:,}{remedy if same else ''}"
 
 
-def _unknown_before(source: Source, bad: Sequence[Sample]) -> list[Sample]:
-    """Return the bad samples that `known_faults`, which counts over all samples, does not include."""
-    return [s for s in bad if not source.known_fault(s.index)]
-
-
-def _about_bad(source: Source, bad: Sequence[Sample], faults: Mapping[str, int], count: int) -> Iterator[str]:
-    for reason, number in sorted(faults.items()):
-        yield f"bad, {reason}: {number:,} in the index of all"
-    for reason, number in sorted(collections.Counter(s.reason for s in _unknown_before(source, bad)).items()):
+def _about_bad(source: Source, bad: Sequence[Sample], count: int) -> Iterator[str]:
+    for reason, number in sorted(collections.Counter(s.reason for s in bad).items()):
         yield f"bad, {reason}: {number:,} of {count:,} that were read"
     for reason in sorted({s.reason for s in bad}):
         for sample in [s for s in bad if s.reason == reason][:_EXAMPLES]:
@@ -114,31 +96,10 @@ def _about_bad(source: Source, bad: Sequence[Sample], faults: Mapping[str, int],
             yield f"    {json.dumps(entry, ensure_ascii=False)}"
 
 
-def _number(convert: Callable[[str], float], low: float, high: float = float("inf")) -> Callable[[str], float]:
-    """Return the type of an argument that is a number from `low` to `high`."""
-
-    def read_number(text: str) -> float:
-        try:
-            value = convert(text)
-        except ValueError:
-            value = None
-        if value is None or not low <= value <= high:
-            upper = "" if high == float("inf") else f" and at most {high:g}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least {low:g}{upper}")
-        return value
-
-    return read_number
-
-
 def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser = Parser(
         prog="xclip-jax check",
         description=__doc__.split("\n\n")[0],
-        hints={
-            "image_key": "write PATH,image=COLUMN",
-            "text_keys": "write PATH,text=COLUMN",
-            "text_key": "write PATH,text=COLUMN",
-        },
         epilog="\n".join(["sources:", *(f"  {spec:23} {meaning}" for spec, meaning in sources.usage().items())]),
     )
     parser.add_argument(
@@ -147,18 +108,11 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
         help="one of the list below, or the path of a folder, tars or a table; COLUMN is a table's, or a feature of a "
         "record or of a .json file, FOLDER the root of TFDS data sets",
     )
-    parser.add_argument("--samples", type=_number(int, 0), default=2000, help="how many to read, 0 for all")
-    parser.add_argument("--size", type=_number(int, 1), default=224, help="side of the crop, pixels")
-    parser.add_argument("--length", type=_number(int, 2), default=77, help="tokens of a text")
+    parser.add_argument("--samples", type=int, default=2000, help="how many to read, 0 for all")
+    parser.add_argument("--length", type=int, default=77, help="tokens of a text")
     parser.add_argument("--tokenizer", default="clip")
-    parser.add_argument("--threads", type=_number(int, 1), default=os.cpu_count() or 1)
-    parser.add_argument("--seed", type=_number(int, 0), default=0)
-    parser.add_argument(
-        "--max_bad_fraction",
-        type=_number(float, 0, 1),
-        default=loader.DataConfig.max_bad_fraction,
-        help="data.max_bad_fraction of the run",
-    )
+    fraction = loader.DataConfig.max_bad_fraction
+    parser.add_argument("--max_bad_fraction", type=float, default=fraction, help="data.max_bad_fraction of the run")
     parser.add_argument("--sheet", default="", help="PNG file of random pairs to write; its folder is created")
     return parser.parse_args(arguments)
 
@@ -185,11 +139,9 @@ def main(arguments: Sequence[str]) -> int:
     """Run the command and return its exit code."""
     options = _options(arguments)
     with exit_with_message():
+        check_count("--samples", options.samples, 0)
         if options.sheet:
-            if os.path.isdir(options.sheet):
-                raise UserError(f"--sheet {options.sheet!r} is a folder; pass a PNG file in it.")
             pathlib.Path(options.sheet).parent.mkdir(parents=True, exist_ok=True)
-        tokenizer.load(options.tokenizer)
         source = _open(options)
         for line in report(source, options):
             print(public(line).encode("utf-8", "replace").decode(), flush=True)  # names of files need not be UTF-8

@@ -1,36 +1,23 @@
 """Faults of a run that is in progress or has ended, judged by its folder, in which nothing is changed."""
 
 import collections
-import itertools
-import math
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
-from etils import epath
-
-from xclip_jax.core.console import command, format_bytes, format_duration
+from xclip_jax.core.console import command, format_duration
 from xclip_jax.core.run_folder import RunFolder
 from xclip_jax.core.storage import REWRITE_SECONDS
-from xclip_jax.objectives.clip import Contrastive
 from xclip_jax.report import collect
 from xclip_jax.report.collect import Record, Warnings, complete_rows
 from xclip_jax.train import checkpoint_files
-from xclip_jax.train.batches import INPUT_BOUND
 from xclip_jax.train.checks import Finding, fail, warning
+from xclip_jax.train.clock import INPUT_BOUND
 
 # A run counts as stalled after this many times the usual time between lines of metrics, and after these seconds at
 # least: an evaluation may come in between.
 _LATE, _STALLED_SECONDS = 10, 15 * 60
 _MANY_BAD = 0.5  # share of data.max_bad_fraction
-_HOUR = 3600
-# [ours] A spike is this many times the usual deviation of the logged steps before it above their median, and at least
-# a share of the range that the loss has gone through.
-_WINDOW, _DEVIATIONS, _LEAST_SHARE = 10, 6.0, 0.15
-_EXPLODING, _VANISHING = 10.0, 1 / 200  # [ours] times the median gradient norm of the steps before
-_SLOWER = 0.2
-_FEWEST = 20  # logged steps that a judgement needs
-_SHOWN = 3
 
 
 def check_run(path: str, now: float | None = None) -> Iterator[Finding]:
@@ -49,12 +36,11 @@ def check_run(path: str, now: float | None = None) -> Iterator[Finding]:
     if run.training:
         for name in run.objective.terms:
             yield from _health(run, name)
-            yield from _scale(run, name)
-        yield from check_loss(run)
-        yield from check_gradients(run)
-        yield from check_speed(run)
+        (start, first), (end, last) = ((int(row["step"]), row["loss"]) for row in (run.training[0], run.training[-1]))
+        text = f"{first:.3f} at step {start:,}, {last:.3f} at step {end:,}"
+        yield Finding("loss", text, values={"first": first, "last": last})
         yield from _input(run)
-        yield from _bad_samples(run, folder)
+        yield from _samples(run, folder)
         yield from _skipped(run, folder)
     yield from _results(run, folder)
 
@@ -82,9 +68,7 @@ def _progress(run: Record, folder: RunFolder, now: float) -> Iterator[Finding]:
     due = max(_LATE * every * config.data.batch / speed if speed else 0.0, _STALLED_SECONDS, _LATE * REWRITE_SECONDS)
     late = age > due
     if writer and late:
-        remedy = (
-            "look at its output and its machine; stopping it (Ctrl-C) saves a checkpoint, and the same command resumes"
-        )
+        remedy = "look at its output; stopping it (Ctrl-C) saves a checkpoint, and the same command resumes"
         yield fail("progress", f"stalled? {text}, and {writer} is still at it", remedy, **values)
     elif writer:
         yield Finding("progress", f"in progress by {writer}: {text}", values=values)
@@ -96,106 +80,55 @@ def _progress(run: Record, folder: RunFolder, now: float) -> Iterator[Finding]:
 
 def _checkpoints(run: Record, folder: RunFolder) -> Iterator[Finding]:
     """Which checkpoints are whole, and what a kill would lose."""
-    config, every = run.config, run.config.checkpoint.every
-    sizes, faults = _examine(folder)
-    newest = folder.latest_step() or 0
+    faults = _examine(folder)
+    newest, speed = folder.latest_step() or 0, _speed(run)
     lost = max(run.steps - newest, 0)
-    speed = _speed(run)
-    seconds = lost * config.data.batch / speed if speed else 0.0
-    values = {"checkpoints": sizes, "steps_lost": lost, "seconds_lost": seconds}
-    if damaged := [f"{step} ({fault})" for step, fault in faults.items()]:
+    seconds = lost * run.config.data.batch / speed if speed else 0.0
+    values = {"checkpoints": list(faults), "steps_lost": lost, "seconds_lost": seconds}
+    if damaged := [f"{step} ({fault})" for step, fault in faults.items() if fault]:
         text = f"damaged in {folder.checkpoints}: {', '.join(damaged)}"
         remedy = "restore it; a run that resumes moves it aside and goes on from the newest whole one"
         yield fail("checkpoints", text, remedy, **values)
         return
-    listed = ", ".join(f"step {step:,} of {format_bytes(size)}" for step, size in sizes.items())
+    listed = ", ".join(f"step {step:,}" for step in faults)
     text = listed or (f"step {newest:,}, written meanwhile" if newest else "none yet")
     if lost > 0 and not run.complete:
         text += f"; a kill now would lose {lost:,} steps" + (f", {format_duration(seconds)}" if seconds else "")
-    # The second checkpoint is started when the first is on disk.
-    if (run.complete and not sizes) or (every and lost > 2 * every):
-        remedy = f"see whether the disk of {folder.checkpoints} is full or a checkpoint was deleted"
-        yield fail("checkpoints", f"{text}; checkpoint.every={every} should have left a later one", remedy, **values)
-    elif seconds > _HOUR and not run.complete:
-        remedy = f"set checkpoint.every to {max(int(lost * _HOUR / 2 / seconds), 1):,} when the run resumes"
-        yield warning("checkpoints", text, remedy, **values)
-    else:
-        yield Finding("checkpoints", text, values=values)
+    yield Finding("checkpoints", text, values=values)
 
 
-def _examine(folder: RunFolder) -> tuple[dict[int, int], dict[int, str]]:
-    """Size of each checkpoint, and the faults of those that are damaged.
+def _examine(folder: RunFolder) -> dict[int, str]:
+    """The fault of each checkpoint, "" of a whole one.
 
     A run in progress deletes its oldest meanwhile: what is not there any more at the end does not count.
     """
-    sizes, faults = {}, {}
+    faults = {}
     for step in folder.steps():
-        path = folder.checkpoints / str(step)
         try:
-            sizes[step] = _bytes(path)
-            fault = checkpoint_files.find_fault(path, step)
+            faults[step] = checkpoint_files.find_fault(folder.checkpoints / str(step), step) or ""
         except FileNotFoundError as error:
-            fault = f"{error.filename} is missing"
-        if fault:
-            faults[step] = fault
-    for gone in {*sizes, *faults} - {*folder.steps()}:
-        sizes.pop(gone, None)
-        faults.pop(gone, None)
-    return sizes, faults
-
-
-def _bytes(path: epath.Path) -> int:
-    """Bytes of all files below a folder, which may be in a bucket."""
-    return sum(_bytes(item) if item.is_dir() else item.stat().length for item in path.iterdir())
+            faults[step] = f"{error.filename} is missing"
+    return {step: fault for step, fault in faults.items() if step in folder.steps()}
 
 
 def _health(run: Record, name: str) -> Iterator[Finding]:
     """The term's own judgement of its metrics, as in the report."""
     term = run.objective.terms[name]
-    if not run.objective.weights[name]:
-        return
-    rows = complete_rows(run.objective, name, run.training)
+    rows = complete_rows(run.objective, name, run.training) if run.objective.weights[name] else []
     warnings = Warnings.collect(run, name, rows)
     for check in term.report.health(rows[-1]).checks if rows else ():
+        label, history = f"{name}, {check.name}", warnings.history(check.name)
         # A complete run is judged however short it was.
         last = warnings.last(check.name) or (check.warning if check.failed and run.complete else "")
-        text, history = last.partition(": ")[2], warnings.history(check.name)
-        label = f"{name}, {check.name}"
-        if check.impossible:
-            continue
         if last:
-            yield fail("objective", f"{label}: {text}{f' {history}' if warnings.steps else ''}".rstrip("."))
+            text = f"{last.partition(': ')[2]}{f' {history}' if warnings.steps else ''}"
+            yield fail("objective", f"{label}: {text}".rstrip("."))
         elif check.name in warnings.names:
-            now = f"not at the last step; {history}"
-            yield warning("objective", f"{label}: {now.rstrip('.')}", f"look at its chart, {command('report')} RUN")
+            remedy = f"look at its chart, {command('report')} RUN"
+            yield warning("objective", f"{label}: not at the last step; {history}".rstrip("."), remedy)
         else:
-            judged = "no" if warnings.steps else "not judged yet"
-            sentences = " ".join(filter(None, (f"{judged}.", check.measured, history)))
-            yield Finding("objective", f"{label}: {sentences}".rstrip("."))
-
-
-def _scale(run: Record, name: str) -> Iterator[Finding]:
-    """Whether the logit scale is at its bound early: it ends there in long runs on large data."""
-    term = run.objective.terms[name]
-    if not isinstance(term, Contrastive) or not run.objective.weights[name]:
-        return
-    points = [(row["step"], value) for row in run.training if (value := row.get(f"{name}/scale")) is not None]
-    if not points:
-        return
-    scale, bound = points[-1][1], term.max_scale
-    if bound == math.inf:
-        yield Finding("logit scale", f"{name}: {scale:.1f}, which has no bound", values={"scale": scale})
-        return
-    values = {"scale": scale, "bound": bound}
-    first = next((step for step, value in points if value > 0.999 * bound), None)
-    if first is None or scale < 0.999 * bound:
-        yield Finding("logit scale", f"{name}: {scale:.1f}, below its bound of {bound:g}", values=values)
-    elif 2 * first > run.config.steps:
-        yield Finding("logit scale", f"{name}: at its bound of {bound:g} since step {first:,}", values=values)
-    else:
-        text = f"{name}: at its bound of {bound:g} since step {first:,}, in the first half of the run: batches are "
-        remedy = "lower optim.lr, raise data.batch or add data, and look for pairs that the model knows by heart"
-        yield warning("logit scale", f"{text}too easy to tell apart, or the rate is too high", remedy, **values)
+            judged = f"no. {check.measurement}" if warnings.steps else "not judged yet."
+            yield Finding("objective", f"{label}: {judged} {history}".rstrip("."))
 
 
 def _input(run: Record) -> Iterator[Finding]:
@@ -206,29 +139,15 @@ def _input(run: Record) -> Iterator[Finding]:
     recent = shares[len(shares) // 2 :]
     share = statistics.fmean(recent)
     text = f"the devices waited {share:.0%} of the time for data in the last {len(recent):,} logged steps"
-    values = {"wait_share": share}
     if share > INPUT_BOUND:
-        remedy = (
-            "raise data.workers (at most the cores) or data.threads, store smaller images, or read from a faster disk"
-        )
-        yield warning("input", text, remedy, **values)
+        remedy = "raise data.workers (at most the cores) or data.threads, or store smaller images"
+        yield warning("input", text, remedy, wait_share=share)
     else:
-        yield Finding("input", text, values=values)
+        yield Finding("input", text, values={"wait_share": share})
 
 
-def _skipped(run: Record, folder: RunFolder) -> Iterator[Finding]:
-    """Steps that were skipped because their values were not finite, or spikes."""
-    skipped, steps = int(run.training[-1].get("skipped_steps", 0)), run.training[-1]["step"]
-    values = {"skipped_steps": skipped}
-    text = f"{skipped:,} of {steps:,} steps were skipped"
-    if not skipped:
-        yield Finding("skipped steps", "none", values=values)
-    else:
-        remedy = f"look at their samples in {folder.skipped_steps_file}; lower optim.lr or set optim.grad_clip_norm=1"
-        yield warning("skipped steps", f"{text}: their loss or gradient was not finite, or a spike", remedy, **values)
-
-
-def _bad_samples(run: Record, folder: RunFolder) -> Iterator[Finding]:
+def _samples(run: Record, folder: RunFolder) -> Iterator[Finding]:
+    """The share of bad samples, by reason."""
     last = run.training[-1]
     if "data/bad_share" not in last:
         return
@@ -238,11 +157,19 @@ def _bad_samples(run: Record, folder: RunFolder) -> Iterator[Finding]:
     text = f"{share:.2%} bad, allowed are {allowed:.2%}"
     if reasons:
         text += f" ({', '.join(f'{reason}: {count:,}' for reason, count in reasons.most_common(3))})"
-    remedy = f"see {folder.bad_samples_file} and repair the data, or raise data.max_bad_fraction"
     if share > _MANY_BAD * allowed:
+        remedy = f"see {folder.bad_samples_file} and repair the data, or raise data.max_bad_fraction"
         yield warning("samples", f"{text}; more of them stop the run", remedy, **values)
     else:
         yield Finding("samples", text, values=values)
+
+
+def _skipped(run: Record, folder: RunFolder) -> Iterator[Finding]:
+    """Steps that were skipped because their values were not finite, or spikes."""
+    if skipped := int(run.training[-1].get("skipped_steps", 0)):
+        text = f"{skipped:,} of {run.steps:,} steps were skipped: their loss or gradient was not finite, or a spike"
+        remedy = f"look at their samples in {folder.skipped_steps_file}; lower optim.lr or set optim.grad_clip_norm=1"
+        yield warning("skipped steps", text, remedy, skipped_steps=skipped)
 
 
 def _results(run: Record, folder: RunFolder) -> Iterator[Finding]:
@@ -251,123 +178,10 @@ def _results(run: Record, folder: RunFolder) -> Iterator[Finding]:
     for name, reason in failed.items():
         yield fail("results", f"{name} could not be evaluated: {reason}", "run the same command to evaluate again")
     judged = collect.verdicts(run.results)
-    if not judged:
-        return
-    above = [name for (name, _), verdict in judged.items() if verdict == "above chance"]
-    when = "of the last evaluation"
-    values = {"sets": len(judged), "above_chance": len(above)}
-    if above:
-        yield Finding("results", f"{len(above)} of {len(judged)} sets {when} are above chance", values=values)
-    else:
-        names = ", ".join(sorted({name for name, _ in judged}))
+    above = sum(verdict == "above chance" for verdict in judged.values())
+    text, values = f"{above} of {len(judged)} sets are above chance", {"sets": len(judged), "above_chance": above}
+    if judged and not above:
         remedy = "see the objective's lines; too few steps, a wrong tokenizer, or captions of other images do this"
-        yield warning("results", f"no set {when} is above chance ({names})", remedy, **values)
-
-
-def _points(run: Record, name: str) -> list[tuple[int, float]]:
-    return [(int(row["step"]), row[name]) for row in run.training if name in row]
-
-
-def spikes(values: Sequence[float]) -> list[int]:
-    """Return the indices of values that stand out above the ten before them."""
-    if len(values) <= _WINDOW:
-        return []
-    medians = [statistics.median(values[i : i + _WINDOW]) for i in range(len(values) - _WINDOW + 1)]
-    least = _LEAST_SHARE * (max(medians) - min(medians))
-    indices = []
-    for i in range(_WINDOW, len(values)):
-        window = values[i - _WINDOW : i]
-        middle = statistics.median(window)
-        deviation = 1.4826 * statistics.median(abs(x - middle) for x in window)  # of a normal distribution
-        if values[i] - middle > max(_DEVIATIONS * deviation, least) > 0:
-            indices.append(i)
-    return indices
-
-
-def check_loss(run: Record) -> Iterator[Finding]:
-    """Yield the loss, and the steps at which it jumps."""
-    points = _points(run, "loss")
-    (start, first), (end, last) = points[0], points[-1]
-    text = f"{first:.3f} at step {start:,}, {last:.3f} at step {end:,}"
-    jumps = [points[i] for i in spikes([value for _, value in points])]
-    values = {"first": first, "last": last, "spikes": [step for step, _ in jumps]}
-    if not jumps:
-        yield Finding("loss", text, values=values)
-        return
-    listed = ", ".join(f"{value:.3f} at step {step:,}" for step, value in jumps[-_SHOWN:])
-    text += f"; {len(jumps)} spike{'s' if len(jumps) > 1 else ''} among the logged steps, the last {listed}"
-    remedy = "set optim.grad_clip_norm=1, lower optim.lr or optim.b2 (0.95), under a different --config.run"
-    yield warning("loss", text, remedy, **values)
-
-
-def check_gradients(run: Record) -> Iterator[Finding]:
-    """Yield the norm of the gradient of the last tenth of the logged steps against those before."""
-    norms = [value for _, value in _points(run, "grad_norm")]
-    if not norms:
-        return
-    recent = max(len(norms) // 10, 1)
-    last = statistics.median(norms[-recent:])
-    values = {"grad_norm": last}
-    if len(norms) < _FEWEST:
-        yield Finding("gradient", f"norm {last:.3g}; too few logged steps to judge it", values=values)
-        return
-    before = statistics.median(norms[:-recent])
-    text, values = (
-        f"norm {last:.3g}, and {before:.3g} before the last {recent:,} logged steps",
-        values | {"before": before},
-    )
-    if last > _EXPLODING * before:
-        remedy = "set optim.grad_clip_norm=1, or lower optim.lr"
-        yield warning("gradient", f"{text}: it explodes", remedy, **values)
-    elif last < _VANISHING * max(before, max(norms[:recent])):
-        remedy = (
-            "see the objective's lines: nothing is learned from it any more; lengthen optim.warmup or lower optim.lr"
-        )
-        yield warning("gradient", f"{text}, {max(norms[:recent]):.3g} at the start: it vanishes", remedy, **values)
-    else:
-        yield Finding("gradient", text, values=values)
-
-
-def _segments(points: Sequence[tuple[int, float]]) -> list[list[tuple[int, float]]]:
-    """Points of each process: the speed is 0 at its first step, which compiles."""
-    segments: list[list[tuple[int, float]]] = []
-    for point in points:
-        if not segments or not point[1] or point[0] <= segments[-1][-1][0]:
-            segments.append([])
-        segments[-1].append(point)
-    return [segment for segment in segments if segment]
-
-
-def rates(points: Sequence[tuple[int, float]], batch: int) -> list[float]:
-    """Samples a second between logged steps, from (step, mean speed since the first step) of one process."""
-    (first, _), *rest = points
-    times = [(step, (step - first) * batch / speed) for step, speed in rest if speed > 0]
-    return [
-        (b - a) * batch / (after - before) for (a, before), (b, after) in itertools.pairwise(times) if after > before
-    ]
-
-
-def check_speed(run: Record) -> Iterator[Finding]:
-    """Yield the speed of the present process, and whether it falls: its last quarter against its second one."""
-    points = _points(run, "samples_per_second")
-    if not points:
-        return
-    between = rates(_segments(points)[-1], run.config.data.batch)
-    if len(between) < _FEWEST:
-        if points[-1][1]:
-            yield Finding("speed", f"{points[-1][1]:,.0f} samples/s", values={"samples_per_second": points[-1][1]})
-        return
-    quarter = len(between) // 4
-    early, late = statistics.median(between[quarter : 2 * quarter]), statistics.median(between[-quarter:])
-    values = {"samples_per_second": late, "before": early}
-    text = f"{late:,.0f} samples/s in the last {quarter:,} logged steps"
-    if late < (1 - _SLOWER) * early:
-        waits = [row.get("data/wait_share", 0.0) for row in run.training[-quarter:]]
-        cause = (
-            "reading has become slower, see input"
-            if statistics.fmean(waits) > _SLOWER / 2
-            else "look for other processes, a hot device, or swapped memory on its machine"
-        )
-        yield warning("speed", f"{text}, {1 - late / early:.0%} less than the {early:,.0f} before", cause, **values)
-    else:
-        yield Finding("speed", f"{text}, {early:,.0f} before", values=values)
+        yield warning("results", text, remedy, **values)
+    elif judged:
+        yield Finding("results", text, values=values)

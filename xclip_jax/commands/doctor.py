@@ -7,66 +7,206 @@ One line for each check: ok, warning or FAIL, with the remedy. The exit code is 
 is written to the run's folder. Keys of a config are listed by xclip-jax train --help.
 """
 
-import argparse
 import contextlib
 import dataclasses
+import functools
+import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
+import jax
+import ml_collections
+import numpy as np
 from absl import flags, logging
 
+from xclip_jax.commands.diagnosis import check_run
+from xclip_jax.config import load
+from xclip_jax.config.schema import Config, resolve
+from xclip_jax.core.console import command, format_bytes, format_duration
 from xclip_jax.core.errors import Parser, exit_with_message, public
 from xclip_jax.core.imports import add_trust, trusting
 from xclip_jax.core.storage import strict_json
+from xclip_jax.data import inspect, loader
+from xclip_jax.data.inspect import LoaderSample
+from xclip_jax.objectives.clip import Contrastive
+from xclip_jax.parallel.mesh import batch_part
+from xclip_jax.train import memory
+from xclip_jax.train.build import Experiment
+from xclip_jax.train.checks import FAIL, WARNING, Finding, attempt, check_devices, fail, run_checks, warning
+from xclip_jax.train.clock import INPUT_BOUND
+from xclip_jax.train.job import Job
+from xclip_jax.train.state import create
+from xclip_jax.train.training_folder import TrainingFolder
 
-if TYPE_CHECKING:
-    from xclip_jax.train.checks import Finding
+CHEAP_FLOPS = 2e12  # of a step; a CPU takes minutes for more
+SAMPLES, SECONDS = 512, 3.0  # read at least
+_TIMED_STEPS = 2
+_MANY_TWINS = 0.05  # share of a batch's pairs that have the caption of another pair: false negatives
 
-FAIL, WARNING = "FAIL", "warning"  # marks of `train.checks`, which imports JAX
-_CONFIG = re.compile(r"--?(no)?config\b")
+
+def check_config(
+    config: ml_collections.ConfigDict | Mapping[str, Any] | Config, step: str = "auto"
+) -> Iterator[Finding]:
+    """Yield what is right and wrong with a run of `config` on this machine. Nothing is written to the run's folder.
+
+    Args:
+      config: of the run.
+      step: "always", "never", or "auto": whether to compile and time the train step; "auto" does unless that takes
+        minutes on this CPU.
+    """
+    yield (devices := check_devices())
+    if not devices.values:  # JAX has none, so nothing can be built
+        return
+    resolved, problem = attempt("config", lambda: resolve(config))
+    if resolved is None:
+        yield from filter(None, [problem])
+        return
+    start, marks, operations = Job(resolved, TrainingFolder(resolved.run)), {}, None
+    on_cpu = jax.devices()[0].platform == "cpu"
+    for finding in run_checks(start):
+        marks[finding.check] = finding.mark
+        if finding.check == "model":
+            operations = finding.values.get("flops_per_step")
+            cheap = not on_cpu or (operations or np.inf) <= CHEAP_FLOPS
+            start.compiles = step == "always" or (step == "auto" and cheap)
+        yield finding
+    if FAIL in (marks["model"], marks.get("data")):
+        return
+    seconds = None
+    if start.compiles and marks.get("memory") != FAIL:
+        yield (timed := time_step(start, operations))
+        seconds = timed.values["step_seconds"]
+    yield from check_samples(start, seconds)
 
 
-def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Return the arguments of the command, and the arguments of the config."""
-    parser = Parser(
-        prog="xclip-jax doctor", description=__doc__, hints={"checkpoint": "write RUN without --checkpoint"}
+def time_step(start: Job, operations: float | None = None) -> Finding:
+    """Return the time of the compiled step of a new run, and of all steps; `operations` are its FLOPs, if known."""
+    experiment = start.grouped
+    state, batch = create(experiment.init, experiment.abstract), zeros(experiment)
+    (compiled, _), ends = start.compiled, []
+    for _ in range(_TIMED_STEPS + 1):  # the first is a warm-up
+        state, metrics = compiled(state, batch)
+        jax.block_until_ready(metrics)
+        ends.append(time.perf_counter())
+    seconds = (ends[-1] - ends[0]) / _TIMED_STEPS
+    usage = memory.usage(experiment, compiled)
+    b, left = start.config.data.batch, start.config.steps - (start.folder.latest_step() or 0)
+    speed = f", {operations / seconds / 1e12:,.3g} TFLOP/s" if operations else ""
+    text = (
+        f"{seconds:.3g} s, {b / seconds:,.0f} samples/s{speed}, {format_bytes(usage['peak'])} of memory; {left:,} "
+        f"steps take {format_duration(left * seconds)} without reading and evaluating"
     )
-    before = any(_CONFIG.match(argument) for argument in argv)
-    if not before:
-        parser.add_argument("run", metavar="RUN", help="a run's folder; or --config RECIPE, of a run to be started")
-    add_trust(parser)
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--samples", type=int, default=512, help="samples to read at least")
-    parser.add_argument("--seconds", type=float, default=3.0, help="how long reading is measured for")
-    doc = "compile the train step and time it; by default unless that takes minutes on this CPU"
-    parser.add_argument("--step", choices=("auto", "always", "never"), default="auto", help=doc)
-    options, rest = parser.parse_known_args(argv)
-    strange = [argument for argument in rest if argument.startswith("-") and not _CONFIG.match(argument)]
-    strange = [argument for argument in strange if not re.match(r"-[\d.]", argument)]  # values of a key
-    if strange or (rest and not before):
-        parser.error(f"unknown argument {(strange or rest)[0]!r}")
-    if options.samples < 1 or not options.seconds >= 0:
-        parser.error("--samples must be at least 1, and --seconds at least 0")
-    return options, rest
+    values = {"step_seconds": seconds, "samples_per_second": b / seconds, "run_seconds": left * seconds}
+    return Finding("step", text, values=values | {f"{name}_bytes": size for name, size in usage.items()})
+
+
+def zeros(experiment: Experiment) -> dict[str, jax.Array]:
+    """A batch of black images and empty texts: a step takes as long as on any other."""
+    size, rows = experiment.image_size, experiment.config.data.batch // batch_part(experiment.mesh)[1]
+    fields = {
+        "image": np.zeros((rows, size, size, 3), np.uint8),
+        "text": np.full((rows, experiment.context_length), experiment.tokenizer.eot_id, np.int32),
+        "label": np.zeros(rows, np.float32),
+    }
+    return loader.to_global({name: fields[name] for name in experiment.objective.fields}, experiment.mesh)
+
+
+def check_samples(start: Job, step_seconds: float | None) -> Iterator[Finding]:
+    """Read the first samples as the run would: yield the share of bad ones, equal texts, and the speed of reading."""
+    experiment = start.experiment
+    transform = loader.Transform(
+        experiment.config.data,
+        experiment.image_size,
+        experiment.tokenizer,
+        experiment.context_length,
+        experiment.objective.fields,
+    )
+    limits = {"samples": SAMPLES, "seconds": SECONDS}
+    read = functools.partial(inspect.read_batches, start.samples, transform, start.config.seed, **limits)
+    sample, problem = attempt("samples", read)
+    if sample is None:
+        yield from filter(None, [problem])
+        return
+    yield _bad_samples(sample, start)
+    if sample.text is not None:
+        yield _texts(sample.text, experiment)
+    yield _speed(sample, experiment, step_seconds)
+
+
+def _bad_samples(sample: LoaderSample, start: Job) -> Finding:
+    bad, allowed = sum(sample.bad.values()), start.config.data.max_bad_fraction
+    share = bad / (sample.read + bad)
+    text = f"{share:.2%} bad, of {sample.read + bad:,} that were read; allowed are {allowed:.2%}"
+    values = {"read": sample.read + bad, "bad": bad, "bad_share": share, "allowed_share": allowed}
+    if sample.example:
+        reasons = ", ".join(f"{reason}: {count:,}" for reason, count in sample.bad.items())
+        text += f" ({reasons}; the first is {sample.example.strip()})"
+    remedy = f"list them with {command('check')} SOURCE and repair the data, or raise data.max_bad_fraction"
+    if share > allowed:
+        return fail("samples", f"{text}; the run stops", remedy, **values)
+    return Finding("samples", text, values=values)
+
+
+def _texts(text: np.ndarray, experiment: Experiment) -> Finding:
+    """Return the lengths of texts, and the share of equal ones, which are false negatives of a contrastive loss."""
+    objective, length, rows = experiment.objective, experiment.context_length, text[: experiment.config.data.batch]
+    twins = inspect.repeated_share(rows)
+    full = float(np.mean(experiment.tokenizer.lengths(text) == text.shape[1]))
+    values = {"full_share": full, "duplicate_share": twins}
+    if len(text) > 1 and (text == text[0]).all():
+        fault = f"all {len(text):,} texts that were read are equal in their {length} tokens: there is nothing to learn"
+        return fail("texts", fault, "give each image a caption of its own", **values)
+    described = f"{full:.0%} of the texts fill all {length} tokens"
+    equal = f"{twins:.0%} of {len(rows)} pairs have the text of another one"
+    contrastive = any(isinstance(x, Contrastive) and objective.weights[name] for name, x in objective.terms.items())
+    if contrastive and twins > _MANY_TWINS and not experiment.config.data.spread_duplicate_captions:
+        text_ = f"{described}; {equal}, which makes them false negatives"
+        return warning("texts", text_, "set data.spread_duplicate_captions=True", **values)
+    return Finding("texts", f"{described}; {equal}", values=values)
+
+
+def _speed(sample: LoaderSample, experiment: Experiment, step_seconds: float | None) -> Finding:
+    data = experiment.config.data
+    readers = f"data.workers={data.workers}" if data.workers else f"data.threads={data.threads}"
+    text = f"{sample.speed:,.0f} samples/s with {readers} on {os.cpu_count()} cores"
+    values = {"reading_samples_per_second": sample.speed}
+    if not step_seconds:
+        return Finding("reading", f"{text}; whether that is enough is unknown without a step", values=values)
+    needed = data.batch / batch_part(experiment.mesh)[1] / step_seconds
+    share = max(1 - sample.speed / needed, 0.0)
+    values |= {"needed_samples_per_second": needed, "wait_share": share}
+    text += f"; the steps need {needed:,.0f}"
+    if share <= INPUT_BOUND or data.cache:  # later epochs come from the cache
+        return Finding("reading", text, values=values)
+    remedy = "raise data.workers (at most the cores) or data.threads, store smaller images, or read from a faster disk"
+    return warning("reading", f"{text}: the devices would wait {share:.0%} of the time", remedy, **values)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     logging.set_verbosity(logging.ERROR)
-    options, rest = _arguments(sys.argv[1:] if argv is None else argv)
-    # Imported once the arguments are right, as JAX and the trainer take a second, and while Ctrl-C ends the process.
-    from xclip_jax.commands.diagnosis import check_run
-    from xclip_jax.commands.preflight import Options, check_config
-    from xclip_jax.config import load
+    words = sys.argv[1:] if argv is None else argv
+    parser = Parser(
+        prog="xclip-jax doctor", description=__doc__, hints={"checkpoint": "write RUN without --checkpoint"}
+    )
+    before = any(re.match(r"--?(no)?config\b", word) for word in words)
+    if not before:
+        parser.add_argument("run", metavar="RUN", help="a run's folder; or --config RECIPE, of a run to be started")
+    add_trust(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    doc = "compile the train step and time it; by default unless that takes minutes on this CPU"
+    parser.add_argument("--step", choices=("auto", "always", "never"), default="auto", help=doc)
+    options, rest = parser.parse_known_args(words) if before else (parser.parse_args(words), [])
 
-    def check() -> Iterator["Finding"]:
-        if "run" in options:
+    def check() -> Iterator[Finding]:
+        if not before:
             yield from check_run(options.run)
         else:
             load.parse([sys.argv[0], *rest])
-            yield from check_config(flags.FLAGS.config, Options(options.samples, options.seconds, options.step))
+            yield from check_config(flags.FLAGS.config, options.step)
 
     out, findings = sys.stdout, []
     with exit_with_message(), trusting(options.trust):
@@ -77,13 +217,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                     print(public(finding.line()).encode("utf-8", "replace").decode(), file=out, flush=True)
         marks = [finding.mark for finding in findings]
         if options.json:
-            rows = [dataclasses.asdict(x) for x in findings]
-            rows = [row if row["values"] else {k: x for k, x in row.items() if k != "values"} for row in rows]
+            rows = [dataclasses.asdict(finding) for finding in findings]
             print(strict_json(public({"ok": FAIL not in marks, "findings": rows}), indent=2))
         else:
-            failures, warnings = marks.count(FAIL), marks.count(WARNING)
-            plural = "" if warnings == 1 else "s"
-            print(f"{len(marks)} checks: {failures} FAIL, {warnings} warning{plural}")
+            print(f"{len(marks)} checks: {marks.count(FAIL)} FAIL, {marks.count(WARNING)} warnings")
     return 1 if FAIL in marks else 0
 
 

@@ -17,6 +17,7 @@ and repeats no part. It stops with an error when the weights, the text file, or 
 changed. An image of other content and equal size is not detected, nor is any change of image files in a bucket.
 """
 
+import hashlib
 import json
 import os
 import pathlib
@@ -30,24 +31,139 @@ from absl import logging
 from etils import epath
 
 from xclip_jax import model as inference
-from xclip_jax.commands.embed_sources import Lines, Source, open_images
 from xclip_jax.core import environment, locks, storage
 from xclip_jax.core.console import format_duration, log0
 from xclip_jax.core.errors import BadSample, Parser, UserError, check_count, check_writable, exit_with_message, public
 from xclip_jax.core.imports import add_trust
 from xclip_jax.core.storage import write_json
 from xclip_jax.data import embeddings
+from xclip_jax.data.base import IMAGE_SUFFIXES, MAX_BYTES
+from xclip_jax.data.readers.folder import file_size
+from xclip_jax.data.readers.tar import TarSource
 from xclip_jax.data.records import ThreadPrefetcher
-from xclip_jax.train import checks, compilation_cache
+from xclip_jax.data.text import decode_text
+from xclip_jax.train import compilation_cache
 
-PART = 1024  # rows that an interruption may lose
+PART = 4096  # rows that an interruption may lose
 _PROGRESS_SECONDS = 5
 
 
-class Part(NamedTuple):
-    """Embedded images: number of the first, embeddings (n, e), captions, and {row: error} of the bad ones."""
+class Images:
+    """Image files, each with the first line of a .txt file of the same name, if there is one."""
 
-    start: int
+    def __init__(self, paths: Sequence[str]) -> None:
+        self.paths = list(paths)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def name(self, index: int) -> str:
+        # A name need not be UTF-8 to a file system.
+        return public(os.fsencode(self.paths[index]).decode("utf-8", "replace"))
+
+    def read(self, index: int) -> tuple[bytes, str]:
+        return inference.read(self.paths[index]), self.caption(index)
+
+    def caption(self, index: int) -> str:
+        """Return the first line of a caption; "" for a missing or unreadable one, and for images in buckets."""
+        path = pathlib.Path(self.paths[index]).with_suffix(".txt")
+        try:
+            content = b"" if storage.is_remote(self.paths[index]) else storage.read(str(path), MAX_BYTES["text"])
+            return decode_text(content).strip().partition("\n")[0].strip()
+        except (OSError, BadSample):
+            return ""
+
+    def digest(self) -> str:
+        """Return a hash of names and sizes, also of captions; without times, which change when files are copied."""
+        digest = hashlib.blake2b(digest_size=16)
+        for path in self.paths:
+            files = path, pathlib.Path(path).with_suffix(".txt")
+            sizes = (0, 0) if storage.is_remote(path) else map(file_size, files)
+            digest.update(b"%s\n%d %d\n" % (os.fsencode(public(path)), *sizes))
+        return digest.hexdigest()
+
+
+class Tars:
+    """Images in tars as img2dataset writes them, with their captions, if any."""
+
+    def __init__(self, pattern: str) -> None:
+        self.source = TarSource(pattern)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def name(self, index: int) -> str:
+        tar, key = self.source.describe(index).values()
+        return f"{public(tar)}#{key}"
+
+    def read(self, index: int) -> tuple[bytes, str]:
+        try:
+            record = self.source[index]
+        except BadSample:
+            return self.source.image(index), ""
+        return record["image"], record["text"][0]
+
+    def digest(self) -> str:
+        return self.source.fingerprint()["hash"]
+
+
+class Lines:
+    """The lines of a local text file in UTF-8."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        try:
+            content = pathlib.Path(path).read_bytes()
+        except OSError as error:
+            raise UserError(f"--texts {path!r} cannot be read ({error}).") from error
+        self._lines = content.removesuffix(b"\n").split(b"\n") if content else []
+        self._digest = hashlib.blake2b(content, digest_size=16).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def name(self, index: int) -> str:
+        return f"{self.path}#{index + 1}"
+
+    def read(self, index: int) -> tuple[str, str]:
+        text = decode_text(self._lines[index]).strip()
+        if not text:
+            raise BadSample("line is empty")
+        return text, text
+
+    def digest(self) -> str:
+        return self._digest
+
+
+Source = Images | Tars | Lines  # `read` returns content and text of an item, or raises `BadSample`
+
+
+def open_images(pattern: str) -> Images | Tars:
+    """Open the images of a folder, or files that `storage.expand` lists: only tars, or no tars.
+
+    Raises:
+      UserError: no images.
+    """
+    pattern = pattern if storage.is_remote(pattern) else os.path.expanduser(pattern)
+    if not os.path.isdir(pattern):
+        paths = storage.expand(pattern)
+        tars = sum(public(path).endswith(".tar") for path in paths)
+        if 0 < tars < len(paths):
+            raise UserError(f"--images {pattern!r} names {tars} tars among {len(paths)} files; embed them separately.")
+        return Tars(pattern) if tars else Images(paths)
+    root = pathlib.Path(pattern)
+    visible = (x for x in root.rglob("*") if not any(part[0] == "." for part in x.relative_to(root).parts))
+    files = sorted(map(str, visible))
+    if images := [path for path in files if path.lower().endswith(IMAGE_SUFFIXES)]:
+        return Images(images)
+    if any(path.endswith(".tar") for path in files):
+        return Tars(pattern)
+    raise UserError(f"--images {pattern!r} contains no image ({', '.join(IMAGE_SUFFIXES)}); name a glob of files.")
+
+
+class Part(NamedTuple):
+    """Embedded items: embeddings (n, e), texts, and {row: error} of the bad ones."""
+
     rows: np.ndarray
     texts: list[str]
     bad: dict[int, BadSample]
@@ -83,190 +199,113 @@ def embed_images(
                 rows.append(model.encode_prepared([image for image, _, _ in batch]))
                 made += [(text, error) for _, text, error in batch]
             bad = {row: error for row, (_, error) in enumerate(made) if error is not None}
-            yield Part(start, np.concatenate(rows), [text for text, _ in made], bad)
+            yield Part(np.concatenate(rows), [text for text, _ in made], bad)
 
 
-def check_out(out: str) -> None:
-    """Raise `UserError` where the file `out` cannot be written: its place, or its format."""
-    if storage.is_remote(out):
-        raise UserError(f"--out {out!r} is in a bucket; name a local file, and copy it there when it is complete.")
-    embeddings.format_of(pathlib.Path(out))
-    check_writable(f"--out {out!r}", pathlib.Path(out).parent)
+def embed_texts(model: inference.Model, source: Source, first: int, size: int) -> Iterator[Part]:
+    """Yield the embedded texts of a source in parts, from the number `first` on; a bad one has zeros."""
+    for start in range(first, len(source), size):
+        texts, bad = [], {}
+        for row, index in enumerate(range(start, min(start + size, len(source)))):
+            try:
+                texts.append(source.read(index)[1])
+            except BadSample as error:
+                texts.append("")
+                bad[row] = error
+        good = [row for row in range(len(texts)) if row not in bad]
+        embedded = model.encode_text([texts[row] for row in good])
+        rows = np.zeros((len(texts), embedded.shape[1]), np.float32)
+        rows[good] = embedded
+        yield Part(rows, texts, bad)
 
 
-class EmbeddingJob:
-    """A model, the items to embed, and the file to write."""
+def embed(model: inference.Model, sources: Mapping[str, Source], out: str, *, threads: int = 0) -> dict[str, Any]:
+    """Embed all items into one file, or the remaining parts after an interruption; return the file's metadata.
 
-    def __init__(
-        self,
-        model: inference.Model,
-        sources: Mapping[str, Source],
-        out: str,
-        *,
-        part: int = PART,
-        threads: int = 0,
-    ) -> None:
-        """Check the job against the files of an earlier one.
+    Args:
+      model: embeds the items.
+      sources: by modality, "image" or "text".
+      out: file to write, .parquet or .npz.
+      threads: number of threads that read and decode; 0 for one a core.
 
-        Args:
-          model: embeds the items.
-          sources: by modality, "image" or "text".
-          out: file to write, .parquet or .npz.
-          part: rows of a part, rounded up to a multiple of the model's batch.
-          threads: number of threads that read and decode; 0 for one a core.
+    Raises:
+      UserError: the file or its parts belong to other items or weights; another process writes the file; nothing
+        could be embedded.
+    """
+    path, folder = pathlib.Path(out), pathlib.Path(f"{out}.parts")
+    plan = {key: value for key, value in model.card.items() if key not in ("checkpoint", "step", "commit")}
+    plan |= {"part": PART, "weights": model.fingerprint()}
+    plan |= {name: {"n": len(source), "digest": source.digest()} for name, source in sources.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locks.lock(path, blocking=False):
+        saved = plan
+        if (folder / "plan.json").exists():
+            saved = json.loads((folder / "plan.json").read_text())
+        elif path.exists():
+            saved = embeddings.about(path).get("plan", {})
+        if differing := sorted(key for key in plan.keys() | saved.keys() if plan.get(key) != saved.get(key)):
+            where = folder if folder.exists() else path
+            raise UserError(f"{where} has other embeddings: {', '.join(differing)} differ; delete it, or set --out.")
+        if path.exists() and not folder.exists():
+            log0(f"{path} is complete; delete it to embed again.")
+            return embeddings.about(path)
+        folder.mkdir(exist_ok=True)
+        write_json(epath.Path(folder / "plan.json"), plan)
+        files = [file for name, source in sources.items() for file in _embed(model, name, source, path, threads)]
+        return _join(files, path, model.card | {"plan": plan})
 
-        Raises:
-          UserError: the file or its parts belong to another job; `part` below 1, `threads` below 0.
-        """
-        check_count("part", part, 1)
-        check_count("threads", threads, 0)
-        check_out(out)
-        self.model, self.sources, self.out, self._threads = model, sources, pathlib.Path(out), threads
-        self._format = embeddings.format_of(self.out)
-        self.folder = pathlib.Path(f"{out}.parts")
-        self._size = size = -(-part // model.batch) * model.batch
-        self._parts = [
-            (modality, start, min(start + size, len(source)))
-            for modality, source in sources.items()
-            for start in range(0, len(source), size)
+
+def _embed(
+    model: inference.Model, modality: str, source: Source, out: pathlib.Path, threads: int
+) -> list[pathlib.Path]:
+    """Write the parts of a source that are missing; return the files of all."""
+    folder, starts = pathlib.Path(f"{out}.parts"), range(0, len(source), PART)
+    files = [folder / f"{modality}-{start:09d}{out.suffix}" for start in starts]
+    done = next((i for i, file in enumerate(files) if not file.exists()), len(files))
+    if done:
+        log0(f"resuming after part {done:,} of {len(files):,} of {modality}s")
+    first = done * PART
+    parts = embed_texts(model, source, first, PART)
+    if modality == "image":
+        n = len(source) - first
+        parts = embed_images(model, lambda i: source.read(first + i), n, PART, threads=threads)
+    progress = Progress(f"{modality}s", first, len(source))
+    for file, start, part in zip(files[done:], starts[done:], parts, strict=True):
+        names = [source.name(start + row) for row in range(len(part.texts))]
+        lines = [
+            {"kind": modality, "id": names[row], "reason": error.reason, "detail": public(error.detail)}
+            for row, error in sorted(part.bad.items())
         ]
-        if not self._parts:
-            raise UserError("--texts is an empty file; give a file with a text in each line.")
-        self.plan = {"part": size, "weights": model.fingerprint()}
-        self.plan |= {key: value for key, value in model.card.items() if key not in ("checkpoint", "step", "commit")}
-        self.plan |= {name: {"n": len(source), "digest": source.digest()} for name, source in sources.items()}
-        self._check_plan()
+        file.with_suffix(".bad.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        kept = [row for row in range(len(names)) if modality == "text" or row not in part.bad]
+        columns = {"kind": [modality] * len(kept), "embedding": part.rows[kept]}
+        columns |= {"id": [names[row] for row in kept], "text": [part.texts[row] for row in kept]}
+        temporary = folder / f".{file.name}.tmp"
+        embeddings.format_of(out).write(temporary, columns)
+        put_in_place(temporary, file)  # a part of this name is complete
+        progress.after(start + len(names), len(lines))
+    return files
 
-    def _check_plan(self) -> None:
-        """Raise `UserError` where the file or its parts belong to another job."""
-        file, saved = self.folder / "plan.json", self.plan
-        fault = f"{self.folder} belongs to another job"
-        if file.exists():
-            try:
-                saved = dict(json.loads(file.read_text()))
-            except (ValueError, TypeError, RecursionError) as error:
-                raise UserError(f"{file} is damaged; delete {self.folder} to embed again.") from error
-        elif self.out.exists():
-            saved, fault = embeddings.about(self.out).get("plan", {}), f"{self.out} contains other embeddings"
-        # A complete file does not depend on the size of its parts, which follows from the batch.
-        keys = (self.plan.keys() | saved.keys()) - ({"part"} if self.complete else set())
-        if differing := sorted(key for key in keys if self.plan.get(key) != saved.get(key)):
-            raise UserError(f"{fault}: {', '.join(differing)} differ; delete it, or set another --out.")
 
-    @property
-    def complete(self) -> bool:
-        """Whether the file exists and has all parts."""
-        return self.out.exists() and not self.folder.exists()
-
-    def run(self) -> dict[str, Any]:
-        """Embed the remaining parts, join them, and return the file's metadata.
-
-        Raises:
-          UserError: another process writes the file, or wrote another one meanwhile; nothing could be embedded.
-        """
-        if not self.complete:
-            self.out.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                with locks.lock(self.out, blocking=False):
-                    self._check_plan()
-                    if not self.complete:
-                        return self._make()
-            except locks.HeldError as error:
-                raise UserError(
-                    f"{self.out} is being written by another process; wait for it, or name another file."
-                ) from error
-        log0(f"{self.out} is complete; delete it to embed again.")
-        return embeddings.about(self.out)
-
-    def _make(self) -> dict[str, Any]:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if not (self.folder / "plan.json").exists():
-            write_json(epath.Path(self.folder / "plan.json"), self.plan)
-        done = next((i for i in range(len(self._parts)) if not self._file(i).exists()), len(self._parts))
-        if done:
-            log0(f"resuming after part {done:,} of {len(self._parts):,}")
-        self._bad = sum(len(self._listed(i)) for i in range(done))
-        for name, source in self.sources.items():
-            todo = [i for i, (modality, *_) in enumerate(self._parts) if modality == name and i >= done]
-            if todo:
-                (self._images if name == "image" else self._texts)(source, todo)
-        return self._join()
-
-    def _file(self, i: int) -> pathlib.Path:
-        return self.folder / f"{i:06d}{self.out.suffix}"
-
-    def _listed(self, i: int) -> list[str]:
-        file = self._file(i).with_suffix(".bad.jsonl")
-        return file.read_text().splitlines() if file.exists() else []
-
-    def _images(self, source: Source, todo: Sequence[int]) -> None:
-        first = self._parts[todo[0]][1]
-        progress = Progress("images", first, len(source))
-        parts = embed_images(
-            self.model, lambda i: source.read(first + i), len(source) - first, self._size, threads=self._threads
-        )
-        for i, part in zip(todo, parts, strict=True):
-            kept = [row for row in range(len(part.rows)) if row not in part.bad]
-            self._write(i, part.texts, part.rows, part.bad, kept)
-            progress.after(self._parts[i][2], self._bad)
-
-    def _texts(self, source: Source, todo: Sequence[int]) -> None:
-        progress = Progress("texts", self._parts[todo[0]][1], len(source))
-        for i in todo:
-            _, start, stop = self._parts[i]
-            texts, bad = [], {}
-            for row, index in enumerate(range(start, stop)):
-                try:
-                    texts.append(source.read(index)[1])
-                except BadSample as error:
-                    texts.append("")
-                    bad[row] = error
-            good = [row for row in range(stop - start) if row not in bad]
-            embeddings_of_good = self.model.encode_text([texts[row] for row in good])
-            rows = np.zeros((stop - start, embeddings_of_good.shape[1]), np.float32)
-            rows[good] = embeddings_of_good
-            self._write(i, texts, rows, bad, range(stop - start))
-            progress.after(stop, self._bad)
-
-    def _write(
-        self, i: int, texts: list[str], rows: np.ndarray, bad: Mapping[int, BadSample], kept: Sequence[int]
-    ) -> None:
-        """Write the rows `kept` of part i, and list the bad ones."""
-        modality, start, stop = self._parts[i]
-        names = [self.sources[modality].name(index) for index in range(start, stop)]
-        if bad:
-            lines = [
-                {"kind": modality, "id": names[row], "reason": bad[row].reason, "detail": public(bad[row].detail)}
-                for row in sorted(bad)
-            ]
-            self._file(i).with_suffix(".bad.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-            self._bad += len(bad)
-        ids, kept_texts = [names[row] for row in kept], [texts[row] for row in kept]
-        columns = {"kind": [modality] * len(kept), "id": ids, "text": kept_texts}
-        # A part of this name is complete.
-        temporary = self.folder / f".{self._file(i).name}.tmp"
-        self._format.write(temporary, columns | {"embedding": rows[kept]})
-        put_in_place(temporary, self._file(i))
-
-    def _join(self) -> dict[str, Any]:
-        bad = [line for i in range(len(self._parts)) for line in self._listed(i)]
-        total = sum(map(len, self.sources.values()))
-        ledger = self.out.with_name(f"{self.out.name}.bad.jsonl")
-        ledger.unlink(missing_ok=True)
-        if bad:
-            ledger.write_text("\n".join(bad) + "\n")
-            log0(f"{len(bad):,} of {total:,} could not be used; they are listed in {ledger}")
-        if len(bad) == total:
-            raise UserError(f"nothing could be embedded; the reasons are in {ledger}.")
-        left_out = sum(json.loads(line)["kind"] == "image" for line in bad)
-        about = {**self.model.card, "rows": total - left_out, "bad": len(bad), "plan": self.plan}
-        about["environment"] = environment.capture()
-        temporary = self.out.with_name(f".{self.out.name}.tmp")
-        self._format.join([self._file(i) for i in range(len(self._parts))], temporary, about)
-        put_in_place(temporary, self.out)
-        shutil.rmtree(self.folder)
-        log0(f"{about['rows']:,} embeddings: {self.out}")
-        return about
+def _join(files: Sequence[pathlib.Path], out: pathlib.Path, about: dict[str, Any]) -> dict[str, Any]:
+    """Join the parts to one file with metadata, and their bad items to a list; return the metadata."""
+    bad = [line for file in files for line in file.with_suffix(".bad.jsonl").read_text().splitlines()]
+    total = sum(about["plan"].get(modality, {"n": 0})["n"] for modality in ("image", "text"))
+    ledger = out.with_name(f"{out.name}.bad.jsonl")
+    ledger.unlink(missing_ok=True)
+    if bad:
+        ledger.write_text("\n".join(bad) + "\n")
+        log0(f"{len(bad):,} of {total:,} could not be used; they are listed in {ledger}")
+    if len(bad) == total:
+        raise UserError(f"nothing could be embedded; the reasons are in {ledger}.")
+    rows = total - sum(json.loads(line)["kind"] == "image" for line in bad)
+    about |= {"rows": rows, "bad": len(bad), "environment": environment.capture()}
+    temporary = out.with_name(f".{out.name}.tmp")
+    embeddings.format_of(out).join(files, temporary, about)
+    put_in_place(temporary, out)
+    shutil.rmtree(f"{out}.parts")
+    log0(f"{rows:,} embeddings: {out}")
+    return about
 
 
 def put_in_place(temporary: pathlib.Path, path: pathlib.Path) -> None:
@@ -280,17 +319,17 @@ class Progress:
     """Prints how many items are done, the speed and the remaining time, every few seconds."""
 
     def __init__(self, unit: str, first: int, n: int) -> None:
-        self._unit, self._first, self._n = unit, first, n
+        self._unit, self._first, self._n, self._bad = unit, first, n, 0
         self._began = self._printed = time.perf_counter()
 
     def after(self, done: int, bad: int) -> None:
+        """Print the state after `done` items, `bad` of the last ones bad."""
+        self._bad += bad
         now = time.perf_counter()
-        if now - self._printed < _PROGRESS_SECONDS and done < self._n:
-            return
-        self._printed, speed = now, (done - self._first) / (now - self._began)
-        line = f"{self._unit} {done:,}/{self._n:,}  {speed:,.0f} {self._unit}/s"
-        line += f", {format_duration((self._n - done) / speed)} left"
-        log0(line + (f", {bad:,} bad" if bad else ""))
+        if now - self._printed > _PROGRESS_SECONDS or done == self._n:
+            self._printed, speed = now, (done - self._first) / (now - self._began)
+            left = format_duration((self._n - done) / speed)
+            log0(f"{self._unit} {done:,}/{self._n:,}  {speed:,.0f}/s, {left} left, {self._bad:,} bad")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -300,32 +339,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--step", type=int, help="step of a run's checkpoint; the newest by default")
     parser.add_argument("--images", help="a folder, or files: globs, ranges {00..12}, lists; or tars")
     parser.add_argument("--texts", metavar="FILE", help="file with a text in each line")
-    parser.add_argument("--out", required=True, help="file to write, .parquet or .npz")
+    parser.add_argument("--out", required=True, help="local file to write, .parquet or .npz")
     parser.add_argument("--batch", type=int, default=32, help="items that are encoded at once")
     parser.add_argument("--threads", type=int, default=0, help="threads that read and decode; 0 for one a core")
     add_trust(parser)
-    parser.add_argument("--part", type=int, default=PART, help="rows that an interruption may lose")
     options = parser.parse_args(argv)
     logging.set_verbosity(logging.ERROR)
     with exit_with_message():
-        if not (options.images or options.texts):
-            raise UserError("give --images, --texts or both.")
-        for key, minimum in (("batch", 1), ("part", 1), ("threads", 0)):
-            check_count(f"--{key}", getattr(options, key), minimum)
-        check_out(options.out)
+        check_count("--batch", options.batch, 1)
+        if storage.is_remote(options.out):
+            raise UserError(f"--out {options.out!r} is in a bucket; name a local file, and copy it there afterwards.")
+        embeddings.format_of(pathlib.Path(options.out))
+        check_writable(f"--out {options.out!r}", pathlib.Path(options.out).parent)
         sources: dict[str, Source] = {}
         if options.images:
             sources["image"] = open_images(options.images)
         if options.texts:
             sources["text"] = Lines(options.texts)
+        if not sum(map(len, sources.values())):
+            raise UserError("there is nothing to embed; give --images, --texts or both.")
         compilation_cache.enable()
-        checks.warn_of_idle_accelerator()
         model = inference.load(options.checkpoint, step=options.step, batch=options.batch, trust=options.trust)
-        try:
-            EmbeddingJob(model, sources, options.out, part=options.part, threads=options.threads).run()
-        except KeyboardInterrupt as stop:
-            stop.add_note("run the same command to resume")
-            raise
+        embed(model, sources, options.out, threads=options.threads)
 
 
 if __name__ == "__main__":

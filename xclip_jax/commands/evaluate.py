@@ -28,7 +28,6 @@ from absl import logging
 from etils import epath
 
 from xclip_jax.config import schema
-from xclip_jax.config.schema import Config
 from xclip_jax.core import environment
 from xclip_jax.core.console import log0
 from xclip_jax.core.errors import Parser, exit_with_message, public
@@ -40,9 +39,8 @@ from xclip_jax.evaluators.prompts import read_class_names
 from xclip_jax.evaluators.results import Result
 from xclip_jax.evaluators.tables import compare, render_comparison
 from xclip_jax.interop import hub
-from xclip_jax.models.two_towers import Variables
-from xclip_jax.train import checks, compilation_cache
-from xclip_jax.train.build import Experiment, make_encoder, profile_of_run
+from xclip_jax.train import compilation_cache
+from xclip_jax.train.build import make_encoder, profile_of_run
 from xclip_jax.train.weights import fingerprint, load, pin, read_classes
 
 PROFILE_FIELDS = ("prefix", "lower", "captions", "templates", "names")
@@ -78,87 +76,52 @@ def evaluate(
     names, changes = registry.expand_suites(suite), json.loads(json.dumps(changes or {}))  # as the file has them
     dataclasses.replace(registry.profile(profile), **changes)  # for its errors, before the work
     path = epath.Path(output) if output else evaluation_file(hub.local_name(run))
-    if output:
-        results.make_folder(path)
     pinned, origin = pin(run)
     config, experiment, variables, loaded_step = load(pinned, step)
     if path.exists():
         results.read(path)  # an error for a damaged file, before the work
-    encoder = make_encoder(experiment, read_classes(pinned))
-    evaluators = registry.open_all(
-        names, encoder, data_dir, profile_of_run(config, profile, changes), experiment.config.data
-    )
-    suites = suite if isinstance(suite, str) else list(suite)
-    command = {"suite": suites, "config": schema.to_dict(config), "environment": environment.capture()}
+    encoder, own = make_encoder(experiment, read_classes(pinned)), profile_of_run(config, profile, changes)
+    evaluators = registry.open_all(names, encoder, data_dir, own, experiment.config.data)
+    command = {"suite": suite if isinstance(suite, str) else list(suite), "config": schema.to_dict(config)}
+    command["environment"] = environment.capture()
     shared = {"checkpoint": str(run), "step": loaded_step, "profile": profile, "changes": changes}
-    model = _facts(config, experiment, variables) | origin
+    model = {
+        "tokenizer": config.data.tokenizer,
+        "text_length": experiment.context_length,
+        "fingerprint": fingerprint(experiment, variables),
+        "eval": results.settings(config.eval),
+    } | origin
     entries, all_results = [], list[Result]()
     for name, evaluator in zip(names, evaluators, strict=True):
         started = time.perf_counter()
         of_set = registry.measure(evaluator, variables)
-        seconds = {"seconds": time.perf_counter() - started}
-        entry = results.make_entry(name, evaluator.name, of_set, experiment.preprocessing) | model | shared | seconds
+        entry = results.make_entry(name, evaluator.name, of_set, experiment.preprocessing) | model | shared
+        entry["seconds"] = time.perf_counter() - started
         command["seconds"] = time.perf_counter() - began
         if jax.process_index() == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
             results.add(path, public(entry), results.items(of_set), command, own=not output)
         entries.append(entry)
         all_results += of_set
-    log0(f"{run}, step {loaded_step}, profile {profile}")
-    log0(tables.render(all_results))
-    log0(f"results: {path}")
+    log0(f"{run}, step {loaded_step}, profile {profile}\n{tables.render(all_results)}\nresults: {path}")
     return {**shared, **command, "results": entries}
-
-
-def _facts(config: Config, experiment: Experiment, variables: Variables) -> dict[str, Any]:
-    """Return the fields of an entry that describe the model."""
-    return {
-        "tokenizer": config.data.tokenizer,
-        "text_length": experiment.context_length,
-        "fingerprint": fingerprint(experiment, variables),
-        "eval": results.settings(config),
-    }
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = Parser(
-        prog="xclip-jax evaluate",
-        description=__doc__,
-        epilog=registry.listing(),
-    )
-    parser.add_argument("--checkpoint", metavar="RUN", help="folder of a run, or weights")
-    parser.add_argument(
-        "--suite",
-        action="append",
-        help="demo (the default), paper, or names of sets joined by "
-        "commas; may be given several times. The names are listed below",
-    )
-    parser.add_argument("--profile", help=f"{', '.join(registry.PROFILES)}; openai by default")
-    parser.add_argument(
-        "--prefix",
-        help="text before captions of retrieval; by default the profile's, for published sets only",
-    )
-    parser.add_argument("--lower", action="store_true", default=None, help="captions in lower case")
-    parser.add_argument("--captions", type=int, help="number of captions of each image; 0 for all")
-    parser.add_argument(
-        "--template",
-        dest="templates",
-        action="append",
-        help="prompt of own labelled images, with {c} for the class; may be given several times",
-    )
-    parser.add_argument(
-        "--class-names", dest="names", metavar="FILE", help="JSON file of names of own classes, {label: name}"
-    )
-    parser.add_argument("--step", type=int, help="which checkpoint; the newest by default")
-    parser.add_argument("--data-dir", default="", help="root of the data sets")
-    parser.add_argument("--output", default="", help="file of the results")
-    parser.add_argument(
-        "--compare",
-        nargs=2,
-        metavar=("A", "B"),
-        help="runs' folders, or files of results; of --step and --profile, or the newest",
-    )
+    parser = Parser(prog="xclip-jax evaluate", description=__doc__, epilog=registry.listing())
+    add = parser.add_argument
+    add("--checkpoint", metavar="RUN", help="folder of a run, or weights")
+    add("--suite", action="append", help="demo (the default), paper, or names from the list below, joined by commas")
+    add("--profile", help=f"{', '.join(registry.PROFILES)}; openai by default")
+    add("--prefix", help="text before captions of retrieval; by default the profile's, for published sets only")
+    add("--lower", action="store_true", default=None, help="captions in lower case")
+    add("--captions", type=int, help="number of captions of each image; 0 for all")
+    add("--template", dest="templates", action="append", help="prompt of own labelled images, with {c} for the class")
+    add("--class-names", dest="names", metavar="FILE", help="JSON file of names of own classes, {label: name}")
+    add("--step", type=int, help="which checkpoint; the newest by default")
+    add("--data-dir", default="", help="root of the data sets")
+    add("--output", default="", help="file of the results")
+    add("--compare", nargs=2, metavar=("A", "B"), help="runs' folders, or files of results")
     add_trust(parser)
     flags = parser.parse_args(argv)
     if bool(flags.checkpoint) == bool(flags.compare):
@@ -173,19 +136,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     with exit_with_message(), trusting(flags.trust):
         if flags.compare:
             if flags.output:
-                results.make_folder(epath.Path(flags.output))
+                epath.Path(flags.output).parent.mkdir(parents=True, exist_ok=True)
             rows = compare(*flags.compare, step=flags.step, profile=flags.profile)
             log0(render_comparison(rows, *flags.compare))
             if flags.output:
                 write_json(epath.Path(flags.output), {"a": flags.compare[0], "b": flags.compare[1], "rows": rows})
             return
         compilation_cache.enable()
-        checks.warn_of_idle_accelerator()
         flags.names = read_class_names(flags.names) if flags.names else None
-        suite, fields = flags.suite or ["demo"], {key: getattr(flags, key) for key in PROFILE_FIELDS}
+        suite, fields = ",".join(flags.suite or ["demo"]), {key: getattr(flags, key) for key in PROFILE_FIELDS}
         evaluate(
             flags.checkpoint,
-            suite[0] if len(suite) == 1 else suite,
+            suite,
             step=flags.step,
             profile=flags.profile or "openai",
             changes={key: value for key, value in fields.items() if value is not None},

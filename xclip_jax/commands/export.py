@@ -56,15 +56,11 @@ def export(
     if to not in interop.FORMATS:
         raise UserError(f"--to is {to!r}; expected one of {', '.join(interop.FORMATS)}.")
     folder = epath.Path(out)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{out!r} is a file; name a folder.")
-    if folder.exists() and any(folder.iterdir()) and not overwrite:
-        raise UserError(f"folder {out!r} is not empty; name another, or add --overwrite.")
+    if folder.exists() and not overwrite and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{out!r} is not an empty folder; name another, or add --overwrite.")
     source = epath.Path(path).resolve()
     if folder.resolve() in (source, source.parent):
         raise UserError(f"{out!r} contains the weights to export; name another folder.")
-    if private and not push:
-        raise UserError("--private is for an upload; add --push ORG/NAME.")
     if push:
         hub.check_push(push)
     pinned = hub.pin(path)

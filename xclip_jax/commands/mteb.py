@@ -68,31 +68,14 @@ class Model:
         )
 
     def encode(self, inputs: Iterable[Mapping[str, Any]], **options: Any) -> np.ndarray:
-        """Return the embeddings of the items of a `DataLoader`.
+        """Return the embeddings, fp32 (items, e), of the items of a `DataLoader`.
 
         Args:
           inputs: batches {"text": strings, "image": Pillow's images}, of either or of both.
           options: further ones of the protocol, such as `task_metadata` and `prompt_type`; not used.
-
-        Returns:
-          fp32 (items, e).
-
-        Raises:
-          UserError: items of another modality, or none at all.
         """
-        embeddings = []
-        for batch in inputs:
-            parts = [encode(batch[key]) for key, encode in self._encoders.items() if key in batch]
-            if not parts:
-                raise UserError(f"mteb: a batch has {', '.join(batch)}; this model takes text and image.")
-            embeddings.append(sum(parts[1:], parts[0]))
-        if not embeddings:
-            raise UserError("mteb: a task has no items to encode.")
-        return np.concatenate(embeddings)
-
-    @property
-    def _encoders(self) -> dict[str, Any]:
-        return {"text": self.model.encode_text, "image": self.model.encode_image}
+        encoders = {"text": self.model.encode_text, "image": self.model.encode_image}
+        return np.concatenate([sum(encoders[key](batch[key]) for key in encoders if key in batch) for batch in inputs])
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> Any:
         """Return the cosines (n, m) of embeddings (n, e) and (m, e), as a torch tensor."""

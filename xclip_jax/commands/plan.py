@@ -1,9 +1,8 @@
 """Plan the memory, time and traffic of a run on TPUs ahead of time: xclip-jax plan --config FILE.py --topology v5e:4x8.
 
 Compiles the train step of a run for a topology that need not exist, and prints whether it fits, the time and cost of
-the run, the parts of a step's time, and the bytes that chips send. Times are a model made of the TPU compiler's
-estimates, not a measurement; `--mfu` replaces them. Needs the package libtpu
-(pip install 'xclip_jax[tpu]') and no TPU. `--explain` prints the sharding of each parameter, and stops.
+the run, and the bytes that chips send. Times are a model made of the TPU compiler's estimates, not a measurement;
+`--mfu` replaces them. Needs the package libtpu (pip install 'xclip_jax[tpu]') and no TPU.
 """
 
 import dataclasses
@@ -20,36 +19,18 @@ from absl import app, flags, logging
 
 from xclip_jax.config import load as config_file
 from xclip_jax.core.console import format_bytes
-from xclip_jax.core.errors import UserError, check_writable, exit_with_message
-from xclip_jax.parallel.hlo import Collective, collectives, summary
-from xclip_jax.parallel.roofline import COLUMNS, roofline
-from xclip_jax.parallel.topology import devices_of
+from xclip_jax.core.errors import UserError, exit_with_message
+from xclip_jax.parallel.hlo import collectives, summary
+from xclip_jax.parallel.topology import devices_of, roofline
 from xclip_jax.train import flops, memory
-from xclip_jax.train.build import Experiment, build
-from xclip_jax.train.memory import bytes_on_device
+from xclip_jax.train.build import Experiment
 
-_TOPOLOGY = flags.DEFINE_string("topology", "", "CHIP:GRID, as v5e:4x8 or v4:2x4x4; without it, the devices here.")
+_TOPOLOGY = flags.DEFINE_string("topology", "", "CHIP:GRID, as v5e:4x8 or v4:2x4x4.")
 _SLICES = flags.DEFINE_integer("slices", 1, "Slices of that topology.")
 _MFU = flags.DEFINE_float("mfu", None, "Share of the chips' peak that the model's FLOPs reach, if you know it.")
 _PRICE = flags.DEFINE_float("price", 0.0, "Price of a chip-hour, for the cost of the run.", lower_bound=0.0)
 _HLO = flags.DEFINE_string("hlo", "", "File to write the optimised program to.")
-_EXPLAIN = flags.DEFINE_bool("explain", False, "Print the sharding of each parameter, and stop.")
 _JSON = flags.DEFINE_bool("json", False, "Print JSON.")
-
-
-def explain(experiment: Experiment) -> list[dict[str, Any]]:
-    """Return a row for each parameter: name, shape, sharding, bytes on each chip."""
-    rows = []
-    for path, x in jax.tree_util.tree_leaves_with_path(experiment.abstract.params):
-        rows.append(
-            {
-                "parameter": jax.tree_util.keystr(path, simple=True, separator="/"),
-                "shape": list(x.shape),
-                "sharding": str(x.sharding.spec).removeprefix("PartitionSpec"),
-                "bytes": bytes_on_device(x),
-            }
-        )
-    return rows
 
 
 def plan(
@@ -71,13 +52,11 @@ def plan(
       hlo: file to write the optimised program to.
 
     Raises:
-      UserError: as `devices_of`; a config that cannot be built; an `mfu` that is not a share; a file in no folder.
+      UserError: as `devices_of`; a config that cannot be built; an `mfu` that is not a share.
     """
     if mfu is not None and not 0 < mfu <= 1:
         raise UserError(f"--mfu is {mfu}; expected a share of the chips' peak, above 0 and at most 1, such as 0.4.")
     devices, chip = devices_of(topology, slices)
-    if hlo:
-        check_writable("--hlo", pathlib.Path(hlo).parent)
     began = time.perf_counter()
     experiment, compiled, trouble = memory.compile_config(config, devices)
     facts = {
@@ -88,7 +67,6 @@ def plan(
         "hosts": len({(getattr(d, "slice_index", 0), d.process_index) for d in devices}),
         "objective": config.objective.name,
         "strategy": config.mesh.strategy,
-        "choices": experiment.choices,
         "mesh": dict(experiment.mesh.shape),
         "batch": config.data.batch,
         "steps": config.steps,
@@ -103,10 +81,9 @@ def plan(
     if compiled is not None:
         program = compiled.as_text()
         if hlo:
-            pathlib.Path(hlo).parent.mkdir(parents=True, exist_ok=True)
             pathlib.Path(hlo).write_text(program)
-        sent = collectives(program, len(devices))
-        facts |= {"memory": memory.usage(experiment, compiled), "sent": summary(sent), "collectives": _largest(sent)}
+        sent = summary(collectives(program, len(devices)))
+        facts |= {"memory": memory.usage(experiment, compiled), "sent": sent}
         facts["roofline"] = dataclasses.asdict(roofline(program, topology, len(devices)))
     return facts | _time(experiment, facts, mfu, chip.peak * len(devices), price)
 
@@ -123,7 +100,7 @@ def _time(
     elif "roofline" in facts and not mfu:
         step_ms = facts["roofline"]["step_ms"]
     else:
-        reason = "the step does not fit; --mfu gives one" if work else flops.uncounted(config)
+        reason = "the step does not fit; --mfu gives one" if work else flops.UNCOUNTED
         return {"untimed": reason, "peak_ms": peak_ms}
     pairs_per_second = 1e3 * config.data.batch / step_ms
     days = config.steps * step_ms / 86.4e6
@@ -143,22 +120,6 @@ def _time(
     }
 
 
-def _largest(sent: list[Collective], n: int = 12) -> list[dict[str, Any]]:
-    """Return the collectives that send the most bytes, with their shapes."""
-    ordered = sorted(sent, key=lambda each: -each.total)[:n]
-    return [
-        {
-            "kind": x.kind,
-            "shapes": list(x.shapes[:3]),
-            "arrays": len(x.shapes),
-            "group": x.group,
-            "count": x.count,
-            "bytes": x.total,
-        }
-        for x in ordered
-    ]
-
-
 def render(facts: dict[str, Any]) -> str:
     """Return the plan as text."""
     mesh = " x ".join(f"{axis} {n}" for axis, n in facts["mesh"].items())
@@ -166,11 +127,10 @@ def render(facts: dict[str, Any]) -> str:
     device, devices = "chip", ""
     if facts["devices"] > facts["chips"]:
         device, devices = "device", f" with {facts['devices'] // facts['chips']} devices each"
-    made = f"compiled in {facts['compile_seconds']:.0f} s"
     lines = [
         f"{facts['objective']}, {facts['model_parameters'] / 1e6:.1f} M parameters, batch {facts['batch']:,}, "
         f"on {facts['topology']}{slices}: {facts['chips']} chips{devices}, {facts['hosts']} hosts",
-        "; ".join(filter(None, (f"mesh {mesh}, strategy {facts['strategy']}", facts["choices"], made))),
+        f"mesh {mesh}, strategy {facts['strategy']}; compiled in {facts['compile_seconds']:.0f} s",
         "",
     ]
     capacity = format_bytes(facts["capacity"])
@@ -182,10 +142,9 @@ def render(facts: dict[str, Any]) -> str:
         lines += [f"DOES NOT FIT in a {device}'s {capacity}: {facts['trouble']}"]
         lines += [f"to need less, add one after the other: {', '.join(facts['remedies'])}"]
     lines += _render_time(facts)
-    if "roofline" in facts:
-        lines += ["", *_render_roofline(facts)]
     if facts["fits"]:
-        lines += ["", *_render_collectives(facts)]
+        lines += ["", "sent in a step, payload:"]
+        lines += [f"{kind:<22}{format_bytes(n):>12}" for kind, n in facts["sent"].items()]
     return "\n".join(lines)
 
 
@@ -193,11 +152,17 @@ def _render_time(facts: dict[str, Any]) -> list[str]:
     if "untimed" in facts:
         return [f"no estimate of the time: {facts['untimed']}"]
     mfu = f", an MFU of {facts['mfu']:.0%}" if facts["mfu"] else ""
-    source = "as given" if facts["mfu_is_given"] else "by the compiler's estimates, a model and not a measurement"
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    source = f"by the compiler's estimates ({versions}), a model and not a measurement"
+    source = "as given" if facts["mfu_is_given"] else source
     cost = f", which cost {facts['cost']:,.0f}" if facts["cost"] else ""
     images = f"{facts['images_per_second_per_host']:,.0f} images/s"
-    lines = [
-        f"a step takes {facts['step_ms']:,.1f} ms{mfu}, {source}",
+    lines = [f"a step takes {facts['step_ms']:,.1f} ms{mfu}, {source}"]
+    if not facts["mfu_is_given"]:
+        account = facts["roofline"]
+        exposed, hidden = (f"{account[key]:,.1f} ms" for key in ("exposed_ms", "hidden_ms"))
+        lines.append(f"collectives take {exposed} of it, and {hidden} more behind operations")
+    lines += [
         f"{facts['pairs_per_second']:,.0f} pairs/s; each host decodes {images}",
         f"{facts['steps']:,} steps take {facts['days']:.2f} days, {facts['chip_hours']:,.0f} chip-hours{cost}",
     ]
@@ -209,66 +174,15 @@ def _render_time(facts: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _render_roofline(facts: dict[str, Any]) -> list[str]:
-    """Return a table of the parts of a step's time."""
-    account = facts["roofline"]
-
-    def row(name: str, *cells: float | str) -> str:
-        return f"{name:<30}" + "".join(f"{x:>9.1f}" if isinstance(x, float) else f"{x:>9}" for x in cells)
-
-    lines = [row("ms of a step", *COLUMNS, "all", "HBM")]
-    for part in account["parts"]:
-        if max(part["ms"], part["hbm_ms"]) >= 0.05:
-            lines.append(row(part["part"], *(part[key] for key in (*COLUMNS, "ms", "hbm_ms"))))
-    lines.append(row("collectives, exposed", "", "", "", account["exposed_ms"]))
-    lines.append(row("sum", "", "", "", account["step_ms"], account["hbm_ms"]))
-    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    lines.append(f"from cycles as the compiler estimates them ({versions}); HBM: from bytes of memory, a floor")
-    lines += [f"kernel {x['name']}: {x['count']} times, {x['ms']:.1f} ms by {x['by']}" for x in account["kernels"]]
-    lines.append(f"collectives: from bytes over links; {account['hidden_ms']:.1f} ms more are hidden behind operations")
-    return lines
-
-
-def _render_collectives(facts: dict[str, Any]) -> list[str]:
-    lines = ["sent in a step, payload:", *(f"{kind:<22}{format_bytes(n):>12}" for kind, n in facts["sent"].items())]
-    for x in facts["collectives"]:
-        more = f" and {x['arrays'] - len(x['shapes'])} more" if x["arrays"] > len(x["shapes"]) else ""
-        each = f"{x['kind']} {', '.join(x['shapes'])}{more}"
-        lines.append(f"  {format_bytes(x['bytes']):>12}  {x['count']:>3} times among {x['group']:>4}: {each}")
-    return lines
-
-
-def _table(rows: list[dict[str, Any]]) -> str:
-    width = max(len(row["parameter"]) for row in rows)
-    lines = [f"{'parameter':<{width}}  {'shape':<20}{'sharding':<28}{'per chip':>12}"]
-    lines += [
-        f"{row['parameter']:<{width}}  {' x '.join(map(str, row['shape'])):<20}{row['sharding']:<28}"
-        f"{format_bytes(row['bytes']):>12}"
-        for row in rows
-    ]
-    return "\n".join([*lines, f"{'sum':<{width}}  {'':<48}{format_bytes(sum(row['bytes'] for row in rows)):>12}"])
-
-
 def main(_: list[str]) -> None:
     """Run the command."""
     logging.set_verbosity(logging.ERROR)
     config = flags.FLAGS.config
     with exit_with_message():
-        if _EXPLAIN.value:
-            devices = devices_of(_TOPOLOGY.value, _SLICES.value)[0] if _TOPOLOGY.value else None
-            rows = explain(build(config, devices))
-            print(json.dumps(rows, indent=2) if _JSON.value else _table(rows))
-            return
         if not _TOPOLOGY.value:
             raise UserError("--topology is missing; name one such as v5e:4x8, v6e:4x4, v5p:4x4x8 or tpu7x:2x2x2")
-        facts = plan(
-            config,
-            _TOPOLOGY.value,
-            slices=_SLICES.value,
-            mfu=_MFU.value,
-            price=_PRICE.value,
-            hlo=_HLO.value,
-        )
+        options = {"slices": _SLICES.value, "mfu": _MFU.value, "price": _PRICE.value, "hlo": _HLO.value}
+        facts = plan(config, _TOPOLOGY.value, **options)
         print(json.dumps(facts, indent=2) if _JSON.value else render(facts))
 
 

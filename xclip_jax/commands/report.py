@@ -10,12 +10,13 @@ JAX_PLATFORMS=cpu.
 
 The page of several runs, comparison.html in the current folder, has their curves over one another, the same images and
 texts by each, the config keys that differ, and the paired difference of each run to the first, with its interval, on
-the sets that `xclip-jax evaluate` has evaluated for both. Held-out and training pairs, templates and class names come
-from the first run.
+the sets that `xclip-jax evaluate` has evaluated for both. Held-out pairs, templates and class names come from the first
+run.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from absl import logging
 from etils import epath
@@ -26,20 +27,17 @@ from xclip_jax.core.imports import add_trust, named_by, trusting
 from xclip_jax.core.run_folder import RunFolder
 from xclip_jax.core.storage import is_remote
 from xclip_jax.evaluators import registry
-from xclip_jax.evaluators.prompts import Profile
 from xclip_jax.report import collect, page, picture
 from xclip_jax.report.collect import Record, Run
 from xclip_jax.report.examples import Examples
 from xclip_jax.train.build import make_encoder, profile_of_run
 from xclip_jax.train.weights import load
 
-MOST_RUNS = 8  # as many as the page has colours
+_MOST_RUNS = 8  # as many as the page has colours
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        prog="xclip-jax report", description=__doc__, hints={"checkpoint": "write RUN without --checkpoint"}
-    )
+    parser = Parser(prog="xclip-jax report", description=__doc__)
     parser.add_argument("runs", metavar="RUN", nargs="+", help="run directory; others are compared with the first")
     parser.add_argument("--sets", default="", help="evaluation sets to show, separated by commas; by default the run's")
     parser.add_argument("--step", type=int, help="step of the checkpoint; the newest by default")
@@ -58,19 +56,20 @@ def make(flags: argparse.Namespace) -> epath.Path:
     """Write the page, without examples where a run has no checkpoint yet; return its path."""
     names = short_names(flags.runs)
     records = [collect.read(run) for run in flags.runs]
-    first, several = records[0], len(records) > 1
-    path = epath.Path(flags.output or ("comparison.html" if several else RunFolder(first.folder).report_file))
-    _check_writable(path)
+    several = len(records) > 1
+    path = epath.Path(flags.output or ("comparison.html" if several else RunFolder(flags.runs[0]).report_file))
+    if not is_remote(str(path)) and (path.is_dir() or not path.parent.is_dir()):  # before the predictions
+        raise UserError(f"--output {str(path)!r} is not a file in a folder that exists; name one.")
     specs = tuple(filter(None, map(str.strip, flags.sets.split(","))))
     for spec in specs:
         registry.check(spec)
     of_runs = [(*record.config.eval.final_sets, *record.config.eval.sets) for record in records]
     specs = specs or tuple(spec for spec in of_runs[0] if all(spec in own for own in of_runs))
-    runs, profile = [], profile_of_run(first.config)
+    runs, first = [], {"config": records[0].config, "profile": profile_of_run(records[0].config)}
     for color, (name, record) in enumerate(zip(names, records, strict=True)):
         if several:
             log0(f"predictions of {name}")
-        runs.append(Run(name, color, record, *_predict(flags, record, specs, first, profile)))
+        runs.append(Run(name, color, record, *_predict(flags, record, specs, first)))
     path.write_text(page.render(runs, step=flags.step))
     if flags.strip:
         picture.strip(flags.strip, runs[0].examples)
@@ -82,11 +81,11 @@ def short_names(folders: Sequence[str]) -> list[str]:
     """Return as many last parts of each path as distinguish them.
 
     Raises:
-      UserError: more than `MOST_RUNS`, or two that are the same.
+      UserError: more runs than the page has colours, or two that are the same.
     """
     parts = [folder.rstrip("/").split("/") for folder in folders]
-    if len(parts) > MOST_RUNS:
-        raise UserError(f"{len(parts)} runs are named; a page shows at most {MOST_RUNS}.")
+    if len(parts) > _MOST_RUNS:
+        raise UserError(f"{len(parts)} runs are named; a page shows at most {_MOST_RUNS}.")
     if twice := [folder for i, folder in enumerate(folders) if parts[i] in parts[:i]]:
         raise UserError(f"run {twice[0]!r} is named twice; name different runs.")
     depth = 1
@@ -96,16 +95,11 @@ def short_names(folders: Sequence[str]) -> list[str]:
 
 
 def _predict(
-    flags: argparse.Namespace, record: Record, specs: Sequence[str], first: Record, profile: Profile
+    flags: argparse.Namespace, record: Record, specs: Sequence[str], first: Mapping[str, Any]
 ) -> tuple[Examples, int | None]:
     """Return predictions of a run's model, or why it has none yet, and its number of parameters.
 
-    Args:
-      flags: of the command.
-      record: the run whose model predicts.
-      specs: evaluation sets.
-      first: the run that says which pairs these sets have, the same for all runs.
-      profile: templates and class names of that run.
+    The config and profile `first` are of the first run: which pairs are held out, the templates and class names.
     """
     try:
         _, experiment, variables, _ = load(str(record.folder), flags.step)
@@ -113,29 +107,10 @@ def _predict(
         if flags.step is not None or flags.strip:
             raise
         return Examples(flags.seed, missing=[str(error)]), None
-    with named_by(first.folder / "config.json"):  # sets and sources; what --sets names has been imported
-        examples = page.predict(
-            experiment,
-            make_encoder(experiment),
-            variables,
-            specs,
-            config=first.config,
-            profile=profile,
-            pairs=not first.objective.labelled,
-            data_dir=flags.data_dir,
-            seed=flags.seed,
-        )
+    options = {**first, "data_dir": flags.data_dir, "seed": flags.seed}
+    with named_by(RunFolder(flags.runs[0]).config_file):  # sets and sources; what --sets names has been imported
+        examples = page.predict(experiment, make_encoder(experiment), variables, specs, **options)
     return examples, page.count_parameters(experiment)
-
-
-def _check_writable(path: epath.Path) -> None:
-    """Raise `UserError` where `path` cannot be written, before the predictions, which take a while."""
-    if is_remote(str(path)):
-        return
-    if path.is_dir():
-        raise UserError(f"--output {str(path)!r} is a folder; name a file in it.")
-    if not path.parent.is_dir():
-        raise UserError(f"--output {str(path)!r}: folder {str(path.parent)!r} does not exist; create it first.")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

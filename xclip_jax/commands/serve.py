@@ -1,110 +1,321 @@
 """Search a folder of images by text, and label images: a web page on this machine.
 
     xclip-jax serve RUN --images FOLDER
-    xclip-jax serve ViT-B-32.pt --images '/data/photos/**/*.jpg' --names names.txt --port 8080
+    xclip-jax serve ViT-B-32.pt --images '/data/photos/**/*.jpg' --port 8080
 
 A text finds the images that fit it best. An image of the folder, or one uploaded on the page, gets the best of the
-labels and the most similar images. Labels can be typed on the page; by default they are the lines of --names, or the
-images' captions, or else the names of their folders.
+labels and the most similar images. Labels are typed on the page; by default they are the images' captions, or else the
+names of their folders.
 
-Images are embedded once, and again if their file changes. Their embeddings are kept in --cache, by default
-~/.cache/xclip_jax/search, for the eight models and folders that were used last. Questions and uploads are neither
-stored nor sent elsewhere. The page answers only this machine; with --host 0.0.0.0 it answers everyone who reaches the
-machine, and shows them the images.
+Images are embedded once, and again if their file changes; the embeddings are kept in ~/.cache/xclip_jax/search, or in
+--cache. Questions and uploads are neither stored nor sent elsewhere. The page answers this machine only; from another
+one it is reached through ssh -L 8000:localhost:8000 HOST.
 """
 
-import argparse
+import collections
 import contextlib
-import errno
+import functools
+import hashlib
+import io
+import json
+import os
 import pathlib
 import socket
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
 from absl import logging
+from PIL import Image
 
 from xclip_jax import model as inference
-from xclip_jax.commands.search_index import MAX_NAMES, MAX_TEXT, make_index
+from xclip_jax.commands.embed import Images, Progress, Tars, embed_images, open_images, put_in_place
+from xclip_jax.core import storage
 from xclip_jax.core.console import log0
-from xclip_jax.core.errors import BadSample, Parser, UserError, check_count, exit_with_message, public
+from xclip_jax.core.errors import Parser, UserError, check_count, exit_with_message
 from xclip_jax.core.imports import add_trust
-from xclip_jax.data.text import decode_text
-from xclip_jax.train import checks, compilation_cache
+from xclip_jax.data import embeddings, images
+from xclip_jax.model import TEMPLATES, Model
+from xclip_jax.report.page import environment
+from xclip_jax.train import compilation_cache
 
-_HERE = "127.0.0.1"
-
-
-def _in_url(host: str) -> str:
-    """Return a host as URLs write it, with IPv6 addresses in brackets."""
-    return f"[{host}]" if ":" in host else host
-
-
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="xclip-jax serve", description=__doc__, hints={"checkpoint": "write RUN without --checkpoint"})
-    parser.add_argument("checkpoint", metavar="RUN", help="run directory, or weights")
-    parser.add_argument("--images", required=True, help="a folder, or files: globs, ranges {00..12}, lists; or tars")
-    parser.add_argument("--names", default="", metavar="FILE", help="file with a label in each line")
-    parser.add_argument("--cache", default="", metavar="FOLDER", help="folder for embeddings")
-    parser.add_argument("--step", type=int, help="step of a run's checkpoint; the newest by default")
-    parser.add_argument("--host", default=_HERE, help=f"address to listen on; {_HERE} by default")
-    parser.add_argument("--port", type=int, default=8000, help="8000 by default; 0 for any that is free")
-    parser.add_argument("--batch", type=int, default=32, help="images that are encoded at once")
-    add_trust(parser)
-    return parser.parse_args(argv)
+MAX_UPLOAD = 20 << 20  # bytes of an image
+COUNT, LABELS = 24, 10  # images and labels of an answer
+SIDE = 280  # of a thumbnail, pixels
+_KEPT = 1024  # thumbnails in memory, 10 kB each
+_HOSTS = ["localhost", "127.0.0.1"]  # a page of another site may give this machine a name of its own
+_HEADERS = {
+    "Cache-Control": "no-store",
+    "X-Content-Type-Options": "nosniff",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Content-Security-Policy": (
+        "default-src 'none'; img-src 'self' data: blob:; connect-src 'self'; style-src 'unsafe-inline'; "
+        "script-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+}
+_DEFAULT_NAMES = 100
+_PART = 256  # images between two lines of progress
 
 
-def read_names(path: str) -> list[str]:
-    """Return the lines of a file without empty ones; [] without a path. Raises `UserError`."""
-    if not path:
-        return []
+class Match(NamedTuple):
+    """An image of the folder: its number, path in the folder and caption, and its cosine with a question."""
+
+    image: int
+    name: str
+    text: str
+    score: float
+
+
+class Embedded(NamedTuple):
+    """The images that could be embedded: their numbers in the source, captions, and embeddings fp32 (n, e)."""
+
+    numbers: list[int]
+    texts: list[str]
+    rows: np.ndarray
+
+
+class Index:
+    """A model, images, and their embeddings. Several threads may use it; they wait for one another.
+
+    Attributes:
+      names: labels for questions that have none: the images' captions, or else the names of their folders.
+    """
+
+    def __init__(self, model: Model, source: Images | Tars, embedded: Embedded) -> None:
+        self._model, self._source, self._lock = model, source, threading.Lock()
+        self._numbers, self._texts, self._rows = embedded
+        paths = [source.name(i) for i in self._numbers]
+        start = os.path.commonprefix(paths).rfind("/") + 1  # noqa: RUF071 commonpath changes gs://
+        self._names = [path[start:] for path in paths]
+        captions = [text.strip().partition("\n")[0].strip() for text in self._texts]
+        folders = {pathlib.PurePath(path).parent.name.replace("_", " ") for path in paths}
+        labels = dict.fromkeys(filter(None, captions)) or (sorted(folders) if len(folders) > 1 else [])
+        self.names = list(labels)[:_DEFAULT_NAMES]
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def by_text(self, text: str, count: int) -> list[Match]:
+        """Return the images that fit a text best, best first."""
+        with self._lock:
+            (row,) = self._model.encode_text([text])
+        return self._nearest(row, count)
+
+    def by_image(
+        self, image: int | bytes, names: Sequence[str], count: int
+    ) -> tuple[list[tuple[str, float]], list[Match]]:
+        """Return the best names of an image with their cosines, and the most similar images, best first.
+
+        Args:
+          image: number of an image of the folder, or the content of a file.
+          names: to choose from; by default `self.names`.
+          count: how many names and images.
+
+        Raises:
+          UserError: content that is not an image.
+          IndexError: no image of that number.
+        """
+        names = list(names or self.names)
+        prepared = [] if isinstance(image, int) else [self._model.prepare(image)]
+        with self._lock:
+            row = self._rows[image] if isinstance(image, int) else self._model.encode_prepared(prepared)[0]
+            rows = self._model.encode_text([TEMPLATES[0].replace("{}", name) for name in names]) if names else None
+        scores = np.empty(0) if rows is None else rows @ row
+        best = [(names[i], float(scores[i])) for i in np.argsort(-scores, kind="stable")[:count]]
+        return best, [match for match in self._nearest(row, count + 1) if match.image != image][:count]
+
+    def _nearest(self, row: np.ndarray, count: int) -> list[Match]:
+        scores = self._rows @ row
+        best = np.argsort(-scores, kind="stable")[:count]
+        return [Match(int(i), self._names[i], self._texts[i], float(scores[i])) for i in best]
+
+    def content(self, image: int) -> bytes:
+        """Return the file of an image of the folder; raise `IndexError` if there is none, `UserError` if it is gone."""
+        number = self._numbers[image]
+        try:
+            return self._source.read(number)[0]
+        except (OSError, UserError) as error:  # their messages name its path
+            raise UserError(f"The file of image {image}, {self._names[image]!r}, can no longer be read.") from error
+
+
+def make_index(model: Model, pattern: str, *, cache: str = "") -> Index:
+    """Embed the images that are not in the cache, and return the index of all.
+
+    Args:
+      model: embeds the images.
+      pattern: a folder, or files as `xclip_jax.commands.embed` names them.
+      cache: folder with a file for each model and `pattern`; by default one in the cache folder.
+
+    Raises:
+      UserError: no images, or the cache cannot be used.
+    """
+    source = open_images(pattern)
+    folder = pathlib.Path(cache).expanduser() if cache else storage.cache_dir() / "search"
+    place = pattern if storage.is_remote(pattern) else os.path.abspath(os.path.expanduser(pattern))
+    key = hashlib.sha256(json.dumps([model.fingerprint(), place]).encode()).hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    return Index(model, source, embed(model, source, folder / f"{key}.npz"))
+
+
+def embed(model: Model, source: Images | Tars, file: pathlib.Path) -> Embedded:
+    """Return the embeddings of images; compute the ones that `file` lacks, and store all.
+
+    Raises:
+      UserError: a damaged file; no image can be read.
+    """
+    known: dict[str, tuple[str, np.ndarray]] = {}
+    if file.exists():
+        columns = embeddings.read(file)
+        known = dict(zip(columns["id"], zip(columns["text"], columns["embedding"], strict=True), strict=True))
+    ids = list(_ids(source))
+    missing, bad, done = [i for i, image in enumerate(ids) if image not in known], list[str](), 0
+    progress = Progress("images", 0, len(missing))
     try:
-        names = [line.strip() for line in decode_text(pathlib.Path(path).read_bytes()).splitlines() if line.strip()]
-    except (OSError, BadSample) as error:
-        raise UserError(f"--names {path!r} cannot be read ({error}); give a file of text, a name a line.") from error
-    if not 0 < len(names) <= MAX_NAMES:
-        raise UserError(f"--names {path!r} has {len(names)} names; give 1 to {MAX_NAMES}, one a line.")
-    if long := [name for name in names if len(name) > MAX_TEXT]:
-        raise UserError(
-            f"--names {path!r} has a name of {len(long[0]):,} letters, {long[0][:40]!r} ...; give at most {MAX_TEXT:,}."
-        )
-    return names
+        for part in embed_images(model, lambda n: source.read(missing[n]), len(missing), _PART):
+            for row, i in enumerate(missing[done : done + len(part.rows)]):
+                if row in part.bad:
+                    bad.append(f"{source.name(i)}: {part.bad[row]}")
+                else:
+                    known[ids[i]] = part.texts[row], part.rows[row]
+            done += len(part.rows)
+            progress.after(done, len(part.bad))
+    finally:  # also of Ctrl-C
+        rows = {image: known[image] for image in ids if image in known}
+        if missing and rows:
+            _write(file, rows)
+    if bad:
+        log0(f"{len(bad):,} images cannot be read; the first is {bad[0]}")
+    good = [i for i, image in enumerate(ids) if image in known]
+    if not good:
+        raise UserError(f"no image can be read; the first is {bad[0]}.")
+    # Captions of files are read at each start; in a tar they change with the tar.
+    texts = [source.caption(i) if isinstance(source, Images) else known[ids[i]][0] for i in good]
+    return Embedded(good, texts, np.stack([known[ids[i]][1] for i in good]))
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that listens on an address. Raises `UserError` where it cannot."""
-    if not 0 <= port < 1 << 16:
-        raise UserError(f"--port is {port}; expected 0 to 65535.")
-    if not host:
-        raise UserError(f"--host is empty; give an address, such as {_HERE}, or 0.0.0.0 for all of this machine's.")
+def _ids(source: Images | Tars) -> Iterator[str]:
+    """Yield name, size and time of the file of each image, all different."""
+    counts: collections.Counter = collections.Counter()
+    stamp = functools.cache(_stamp)
+    for i in range(len(source)):
+        name = source.name(i)
+        counts[name] += 1  # a tar may have a key several times
+        path = source.paths[i] if isinstance(source, Images) else source.source.describe(i)["tar"]
+        yield f"{name}\t{counts[name]} {stamp(path)}"
+
+
+def _stamp(path: str) -> str:
+    """Return size and time of a local file; "" for a missing one, and in buckets, where each costs a request."""
     try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except OSError as error:
-        remedy = "set another --port, or 0" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "set another --host"
-        raise UserError(f"--host {host} --port {port}: {error.strerror}; {remedy}.") from error
+        return "" if storage.is_remote(path) else "{} {}".format(*storage.stat(path))
+    except OSError:
+        return ""
+
+
+def _write(path: pathlib.Path, rows: Mapping[str, tuple[str, np.ndarray]]) -> None:
+    """Write a file of texts and embeddings by the ids of their images, completely or not at all."""
+    texts, embedded = zip(*rows.values(), strict=True)
+    columns = {"kind": ["image"] * len(rows), "id": list(rows), "text": texts, "embedding": np.stack(embedded)}
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    embeddings.Npz().write(temporary, columns)
+    put_in_place(temporary, path)
+
+
+def make_app(index: Index) -> Any:
+    """Return the web application, of Starlette: a page, and JSON answers to its questions."""
+    from starlette.applications import Starlette
+    from starlette.concurrency import run_in_threadpool
+    from starlette.exceptions import HTTPException
+    from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+    from starlette.requests import Request
+    from starlette.responses import HTMLResponse, JSONResponse, Response
+    from starlette.routing import Route
+
+    page = environment().get_template("search.html")
+
+    def show(_: Request) -> Response:
+        content = page.render(count=len(index), names=index.names, max_upload=MAX_UPLOAD)
+        return HTMLResponse(content, headers=_HEADERS)
+
+    def search(request: Request) -> Response:
+        matches = index.by_text(request.query_params.get("text", ""), COUNT)
+        return JSONResponse({"matches": [match._asdict() for match in matches]}, headers=_HEADERS)
+
+    def small(request: Request) -> Response:
+        return Response(thumbnail(request.path_params["image"]), media_type="image/webp", headers=_HEADERS)
+
+    @functools.lru_cache(_KEPT)
+    def thumbnail(number: int) -> bytes:
+        return shrink(index.content(number))
+
+    async def label(request: Request) -> Response:
+        """Answer a body of labels, one a line, and for an image's file an empty line and the file."""
+        if int(request.headers.get("content-length", 0)) > MAX_UPLOAD:
+            raise HTTPException(413, f"The image is too large; send at most {MAX_UPLOAD >> 20} MiB.")
+        lines, _, content = (await request.body()).partition(b"\n\n")
+        image = int(request.query_params["image"]) if "image" in request.query_params else content
+        names = lines.decode(errors="replace").split("\n") if lines else []
+        best, near = await run_in_threadpool(index.by_image, image, names, LABELS)
+        answer = {"names": [{"name": name, "score": score} for name, score in best]}
+        return JSONResponse(answer | {"matches": [match._asdict() for match in near]}, headers=_HEADERS)
+
+    def fault(_: Request, error: Exception) -> Response:
+        if isinstance(error, HTTPException):
+            return JSONResponse({"error": error.detail}, error.status_code, headers=_HEADERS)
+        return JSONResponse({"error": str(error)}, 404 if isinstance(error, IndexError) else 400, headers=_HEADERS)
+
+    return Starlette(
+        routes=[
+            Route("/", show),
+            Route("/search", search),
+            Route("/names", label, methods=["POST"]),
+            Route("/thumbnail/{image:int}", small),
+        ],
+        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=_HOSTS)],
+        exception_handlers=dict.fromkeys((ValueError, IndexError, HTTPException), fault),
+    )
+
+
+def shrink(content: bytes) -> bytes:
+    """Return an image file as WebP of at most `SIDE` x `SIDE` pixels; raise `UserError` if it cannot be read."""
+    image = Image.fromarray(images.decode(content, scaled_to=SIDE))
+    image.thumbnail((SIDE, SIDE))
+    small = io.BytesIO()
+    image.save(small, "WEBP", quality=85)
+    return small.getvalue()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
-    flags = _arguments(argv)
+    parser = Parser(prog="xclip-jax serve", description=__doc__, hints={"checkpoint": "write RUN without --checkpoint"})
+    parser.add_argument("checkpoint", metavar="RUN", help="run directory, or weights")
+    parser.add_argument("--images", required=True, help="a folder, or files: globs, ranges {00..12}, lists; or tars")
+    parser.add_argument("--cache", default="", metavar="FOLDER", help="folder for embeddings")
+    parser.add_argument("--step", type=int, help="step of a run's checkpoint; the newest by default")
+    parser.add_argument("--port", type=int, default=8000, help="8000 by default; 0 for any that is free")
+    parser.add_argument("--batch", type=int, default=32, help="images that are encoded at once")
+    add_trust(parser)
+    flags = parser.parse_args(argv)
     logging.set_verbosity(logging.ERROR)
     with exit_with_message():
         try:
             import uvicorn
-
-            from xclip_jax.commands.search_app import Connection, machine_names, make_app
         except ImportError as error:
             raise UserError("serve needs a web server: pip install 'xclip_jax[serve]'.") from error
         check_count("--batch", flags.batch, 1)
-        names = read_names(flags.names)
-        with listen(flags.host, flags.port) as listening:  # before the images are embedded, which may take a while
+        try:  # before the images are embedded, which may take a while
+            listening = socket.create_server(("127.0.0.1", flags.port))
+        except (OSError, OverflowError) as error:
+            raise UserError(f"--port {flags.port}: {error}; set another --port, or 0.") from error
+        with listening:
             compilation_cache.enable()
-            checks.warn_of_idle_accelerator()
             model = inference.load(flags.checkpoint, step=flags.step, batch=flags.batch, trust=flags.trust)
-            index = make_index(model, flags.images, cache=flags.cache, names=names)
+            index = make_index(model, flags.images, cache=flags.cache)
             index.by_text("an image", 1)  # compiles
-            port = listening.getsockname()[1]
-            app = make_app(index, pathlib.Path(public(flags.images)).name, {*machine_names(), flags.host.lower()})
-            log0(f"{len(index):,} images: http://{_in_url(flags.host)}:{port}  (Ctrl-C to end)")
-            config = uvicorn.Config(app, http=Connection, ws="none", log_level="warning", server_header=False)
+            log0(f"{len(index):,} images: http://127.0.0.1:{listening.getsockname()[1]}  (Ctrl-C to end)")
+            config = uvicorn.Config(make_app(index), ws="none", log_level="warning", server_header=False)
             with contextlib.suppress(KeyboardInterrupt):
                 uvicorn.Server(config).run(sockets=[listening])
 

@@ -11,7 +11,7 @@ from xclip_jax.core import environment, errors, imports
 from xclip_jax.core.console import command, log0
 from xclip_jax.core.errors import exit_with_message
 from xclip_jax.processes import runtime
-from xclip_jax.train import callbacks, checks, compilation_cache, job, trainer
+from xclip_jax.train import callbacks, compilation_cache, job, trainer
 
 _CHECK = flags.DEFINE_bool(
     "check", False, "Check keys and names of the config, and stop: no data, no device and no run's folder are needed."
@@ -40,7 +40,6 @@ def main(_: list[str]) -> None:
             return
         runtime.join(_DISTRIBUTED.value, _COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
         compilation_cache.enable(str(flags.FLAGS.config.run))
-        checks.warn_of_idle_accelerator()
         trainer.run(flags.FLAGS.config, [report.callback()], uptime=environment.uptime())
 
 

@@ -1,8 +1,6 @@
 """Where a recipe starts: its argument, "a=1,b=x", and the defaults of all keys for an objective and a size."""
 
 import math
-import os
-import shlex
 from typing import Any
 
 import ml_collections
@@ -41,10 +39,6 @@ def parse_arg(arg: str | None, **defaults: Any) -> ml_collections.ConfigDict:
     values = dict(defaults)
     for key, text in items:
         if key not in defaults:
-            if not text and os.path.exists(os.path.expanduser(key)):
-                raise UserError(
-                    f"config argument {key!r} is a path; to train on it, write {shlex.quote(f'small:pairs={key}')}."
-                )
             suggestion = nearest(key, defaults)
             raise UserError(
                 f"config argument {key!r} is unknown; did you mean {suggestion!r}? Known: {', '.join(defaults)}."
@@ -67,9 +61,8 @@ def _convert(key: str, text: str, default: Any) -> Any:
         raise UserError(f"config argument {key}={text!r}; expected {_KINDS[kind]}.") from error
     # A default of 0 means that the recipe chooses the value.
     low = min(default, 1) if kind is int else 0
-    above = low == 0 and key in ("steps", "epochs")
-    if kind in (int, float) and not (low <= value < math.inf and (value or not above)):
-        raise UserError(f"config argument {key}={text!r}; expected {'above' if above else 'at least'} {low}.")
+    if kind in (int, float) and not (low <= value < math.inf):
+        raise UserError(f"config argument {key}={text!r}; expected at least {low}.")
     return value
 
 

@@ -138,12 +138,9 @@ class Config:
             yield f"optim.lr_start {optim.lr_start:g} is above optim.lr {optim.lr:g}, the peak; lower it, as to 0"
         if optim.rewind and checkpoint.keep < 2 and not checkpoint.keep_every:
             yield "optim.rewind may need the checkpoint before the newest, and checkpoint.keep is 1; raise it to 2"
-        if self.optim.warmup >= self.steps:
-            remedy = (
-                "shorten it with --config.optim.warmup=N, or give the recipe its length (steps= in small and demo, "
-                "epochs= in others)"
-            )
-            yield f"optim.warmup={self.optim.warmup} must be below the {self.steps} steps of the run; {remedy}"
+        if optim.warmup >= self.steps:
+            remedy = "shorten it with --config.optim.warmup=N, or give the recipe its length (steps= or epochs=)"
+            yield f"optim.warmup={optim.warmup} must be below the {self.steps} steps of the run; {remedy}"
         if self.log.profile and self.log.profile[1] > self.steps:
             yield f"log.profile is {self.log.profile}; name steps of the run, which has {self.steps}"
         batch, chunk = self.data.batch, self.loss.chunk_size
@@ -171,18 +168,14 @@ def default() -> ml_collections.ConfigDict:
 def resolve(config: ml_collections.ConfigDict | Mapping[str, Any] | Config) -> Config:
     """Check a config as a whole and return it as a `Config`. Absent keys have their defaults.
 
-    Args:
-      config: values, or a `Config`.
-
     Raises:
       UserError: names every unknown key, and every value that is not allowed with the allowed ones.
     """
-    faults: list[str] = []
     if isinstance(config, Config):
-        resolved = config
-    else:
-        values = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
-        resolved = fields.read_group(Config, values, "", faults)
+        return config
+    faults: list[str] = []
+    values = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
+    resolved = fields.read_group(Config, values, "", faults)
     if faults:
         count = f"{len(faults)} values of the config are wrong:\n  " if len(faults) > 1 else ""
         raise UserError(count + "\n  ".join(map(fields.sentence, faults)))
@@ -212,10 +205,6 @@ def to_dict(config: Config) -> dict[str, Any]:
     return public(json.loads(json.dumps(dataclasses.asdict(config))))
 
 
-def _lists(value: Any) -> Any:
-    return [_lists(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"optim": {"lr": 1}} -> {"optim.lr": 1}; tuples become lists, as JSON has them."""
     flat = {}
@@ -223,5 +212,5 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, Mapping):
             flat |= flatten(value, f"{prefix}{name}.")
         else:
-            flat[prefix + name] = _lists(value)
+            flat[prefix + name] = json.loads(json.dumps(value))
     return flat

@@ -55,5 +55,5 @@ def report_progress(*, all_processes: bool = True) -> None:
 
 
 def command(name: str) -> str:
-    """Return "xclip-jax NAME"."""
+    """Return "xclip-jax NAME", for messages."""
     return f"xclip-jax {name}"

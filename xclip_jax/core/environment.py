@@ -1,6 +1,5 @@
 """Versions, devices and commit that a result was computed with, and the memory of this machine."""
 
-import contextlib
 import functools
 import math
 import os
@@ -23,11 +22,6 @@ _PACKAGE = epath.Path(__file__).parent.parent
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "grain", "numpy", "xclip_jax")
 _CGROUP = pathlib.Path("/sys/fs/cgroup")
-# Paths below the cgroup (v2, v1): limit, usage, statistics, and its key for inactive page cache.
-_CGROUP_FILES = (
-    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
-)
 
 
 @functools.cache
@@ -72,21 +66,6 @@ def uptime() -> float:
         return 0.0
 
 
-def machine() -> str:
-    """Return the processor, its cores, the versions of Python and JAX and the commit, in one line."""
-    try:
-        lines = [line.partition(":") for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines()]
-        facts = {name.strip(): value.strip() for name, _, value in lines}
-        processor = f"{facts['model name']} (family {facts['cpu family']}, model {facts['model']})"
-    except (OSError, KeyError):  # not Linux, or no x86
-        processor = platform.processor() or platform.machine()
-    commit = git_commit(_PACKAGE)
-    return (
-        f"{processor}, {os.cpu_count()} cores, Python {platform.python_version()}, JAX {_version('jax')}, "
-        f"commit {commit[:7]}"
-    )
-
-
 def capture() -> dict[str, Any]:
     """Return versions, devices, commit and command line of this process."""
     return {
@@ -116,14 +95,12 @@ def host_memory(field: str = "MemAvailable") -> float:
 
 def _container_memory(*, free: bool) -> float:
     """Return the bytes that this container may take, or with `free` can still take; infinity without a limit."""
-    for limit, usage, stat, cache in _CGROUP_FILES:
-        with contextlib.suppress(OSError, ValueError):  # "max" is no number
-            left = float((_CGROUP / limit).read_text())
-            if free:
-                with contextlib.suppress(OSError, ValueError, StopIteration):
-                    left -= float((_CGROUP / usage).read_text())
-                    # Inactive page cache counts as used, and is given up when memory is short.
-                    lines = map(str.split, (_CGROUP / stat).read_text().splitlines())
-                    left += next(float(value) for key, value in lines if key == cache)
-            return max(left, 0.0)
-    return math.inf
+    try:
+        left = float((_CGROUP / "memory.max").read_text())
+        if free:
+            facts = dict(map(str.split, (_CGROUP / "memory.stat").read_text().splitlines()))
+            # Inactive page cache counts as used, and is given up when memory is short.
+            left += float(facts["inactive_file"]) - float((_CGROUP / "memory.current").read_text())
+        return max(left, 0.0)
+    except (OSError, ValueError):  # "max" is no number
+        return math.inf

@@ -2,14 +2,11 @@
 
 import argparse
 import contextlib
-import errno
-import itertools
 import numbers
 import os
 import pathlib
 import re
 import select
-import shlex
 import signal
 import sys
 import traceback
@@ -56,8 +53,13 @@ def _without_query(match: re.Match[str]) -> str:
     return match[1] + (columns[0] if columns else "")
 
 
-# Exit status after SIGINT (128 + 2), as shells report it.
+# Exit statuses after SIGINT (128 + 2) and SIGPIPE (128 + 13), as shells report them.
 EXIT_INTERRUPTED = 130
+EXIT_UNREAD = 141
+# Exit statuses after which the same command resumes the run: it was asked to stop (EX_TEMPFAIL of sysexits.h), or it
+# hung or lost a process (the first number that sysexits.h leaves free).
+EXIT_RESUMABLE = 75
+EXIT_RESTART = 79
 
 
 def exit_now(status: int) -> NoReturn:
@@ -73,59 +75,41 @@ def exit_now(status: int) -> NoReturn:
         os._exit(status)
 
 
-def interrupted(advice: str = "") -> NoReturn:
-    """End this process by Ctrl-C, in one sentence."""
-    os.write(2, f"error: interrupted{advice and f'; {advice}'}\n".encode())  # a handler may not enter sys.stderr again
-    exit_now(EXIT_INTERRUPTED)
-
-
-def at_once(*_: Any) -> NoReturn:
-    """Handle SIGINT: end this process.
+def interrupted(*_: Any, advice: str = "") -> NoReturn:
+    """End this process by Ctrl-C, in one sentence; also a handler of SIGINT.
 
     An exception could be lost in a callback, such as JAX's in each garbage collection, or in an import inside `try`.
     """
-    interrupted()
+    os.write(2, f"error: interrupted{advice and f'; {advice}'}\n".encode())  # a handler may not enter sys.stderr again
+    exit_now(EXIT_INTERRUPTED)
 
 
 def end_at_once() -> None:
     """Let Ctrl-C end this process at once from here on, unless the parent process ignores it, as nohup does."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, at_once)
+        signal.signal(signal.SIGINT, interrupted)
         sys.unraisablehook = _unraisable
 
 
 @contextlib.contextmanager
 def unwinding() -> Iterator[None]:
     """Let Ctrl-C end a command by `KeyboardInterrupt`, so that open files are closed; see `end_at_once`."""
-    if signal.getsignal(signal.SIGINT) is not at_once:
+    if signal.getsignal(signal.SIGINT) is not interrupted:
         yield
         return
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
     except KeyboardInterrupt as error:
-        interrupted("; ".join(getattr(error, "__notes__", ())))
+        interrupted(advice="; ".join(getattr(error, "__notes__", ())))
     finally:
-        signal.signal(signal.SIGINT, at_once)
+        signal.signal(signal.SIGINT, interrupted)
 
 
 def _unraisable(event: Any) -> None:
     if issubclass(event.exc_type, KeyboardInterrupt):  # else the command would go on
         interrupted()
     sys.__unraisablehook__(event)
-
-
-# Exit statuses after which the same command resumes the run: it was asked to stop (EX_TEMPFAIL of sysexits.h), or it
-# hung or lost a process (the first number that sysexits.h leaves free).
-EXIT_RESUMABLE = 75
-EXIT_RESTART = 79
-# Exit status after SIGPIPE (128 + 13), as shells report it.
-EXIT_UNREAD = 141
-# What to do about errors of the operating system that name a file.
-_REMEDIES = {
-    errno.EACCES: "; change its permissions, or name another folder",
-    errno.EROFS: "; name another folder",
-}
 
 
 class UserError(ValueError):
@@ -177,9 +161,9 @@ def _print_exception(kind: type[BaseException], error: BaseException, trace: Tra
 def exit_with_message() -> Iterator[None]:
     """Context of a command: `UserError`, and an `OSError` that names a file, end it with one sentence and status 1.
 
-    Ctrl-C ends it with one sentence, which has the notes of the `KeyboardInterrupt`, and `errors.EXIT_INTERRUPTED`.
-    If the reader of its output closes it, as `head` does, it ends silently, with status `EXIT_UNREAD`. Tracebacks of
-    other exceptions show addresses without passwords and signatures too.
+    Ctrl-C ends it with one sentence, which has the notes of the `KeyboardInterrupt`, and `EXIT_INTERRUPTED`. If the
+    reader of its output closes it, as `head` does, it ends silently, with `EXIT_UNREAD`. Tracebacks of other exceptions
+    show addresses without passwords and signatures too.
     """
     sys.excepthook = _print_exception
     try:
@@ -189,31 +173,21 @@ def exit_with_message() -> Iterator[None]:
     except UserError as error:
         sys.exit(f"error: {describe(error)}")
     except OSError as error:
-        if isinstance(error, BrokenPipeError) and _drop_unread_output():
+        if isinstance(error, BrokenPipeError) and _is_unread():
             sys.exit(EXIT_UNREAD)
         if error.filename is None:
             raise
-        remedy = _REMEDIES.get(error.errno or 0, "")
-        sys.exit(public(f"error: {str(error.filename)!r}: {error.strerror}{remedy}"))
+        sys.exit(public(f"error: {str(error.filename)!r}: {error.strerror}"))
 
 
-def _drop_unread_output() -> bool:
-    """Send standard output and standard error to the null device if nobody reads them; return whether one was unread.
-
-    Otherwise Python's exit would raise for the rest of their buffers. Pipes to other processes may break too: only
-    these two are looked at.
-    """
-    unread = []
-    for descriptor in (1, 2):
-        poll = select.poll()
-        poll.register(descriptor, 0)
-        if any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
-            unread.append(descriptor)
-    null = os.open(os.devnull, os.O_WRONLY)
-    for descriptor in unread:
-        os.dup2(null, descriptor)
-    os.close(null)
-    return bool(unread)
+def _is_unread() -> bool:
+    """Whether nobody reads standard output, whose rest is dropped then: Python's exit would raise for it."""
+    poll = select.poll()
+    poll.register(1, 0)
+    unread = any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    if unread:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return unread
 
 
 class Parser(argparse.ArgumentParser):
@@ -227,50 +201,14 @@ class Parser(argparse.ArgumentParser):
 
     program: ClassVar[str | None] = None
 
-    def __init__(self, *, prog: str | None = None, hints: Mapping[str, str] | None = None, **options: Any) -> None:
-        """Make a parser.
-
-        Args:
-          prog: name of the program in its help, which `program` replaces, in the description too.
-          hints: for options of other commands, without their dashes, what to write instead of them.
-          **options: passed to `ArgumentParser`.
-        """
-        self._hints, self._given = dict(hints or {}), list[str]()
-        if prog and Parser.program and options.get("description"):
-            options["description"] = options["description"].replace(prog, Parser.program)
+    def __init__(self, *, prog: str, description: str | None = None, **options: Any) -> None:
+        """Make a parser; `program` replaces `prog`, in the description too."""
+        program = Parser.program or prog
         defaults: dict[str, Any] = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
-        super().__init__(prog=Parser.program or prog, **(defaults | options))
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        self._given = list(sys.argv[1:] if args is None else args)
-        return super().parse_known_args(args, namespace)
-
-    def print_help(self, file: Any = None) -> None:
-        with exit_with_message():
-            print(self.format_help(), end="", file=file)  # argparse's own passes over an error of writing
+        super().__init__(prog=program, description=(description or "").replace(prog, program), **(defaults | options))
 
     def error(self, message: str) -> NoReturn:
-        hint = self._hint(message)
-        sys.exit(public(f"error: {message}; {f'{hint}; ' if hint else ''}see --help"))
-
-    def _hint(self, message: str) -> str:
-        """Return what to write instead of an argument that belongs to another command or was cut off a path."""
-        for word in self._given:
-            name = word.partition("=")[0].removeprefix("--").replace("-", "_")
-            if word.startswith("--") and name in self._hints:
-                return self._hints[name]
-        leading = list(itertools.takewhile(lambda word: not word.startswith("-"), self._given))
-        lacks = "--checkpoint" in self._option_string_actions and "--checkpoint" not in str(self._given)
-        if lacks and len(leading) > len(self._get_positional_actions()):
-            return f"write --checkpoint {shlex.quote(leading[0])}"
-        strange = re.match(r"unrecognized arguments: (.*)|unknown argument '(.*)'$", message)
-        text = f"{strange[1] or strange[2]} " if strange else ""
-        for before, word in itertools.pairwise(self._given):
-            cut = text.startswith(f"{word} ") and (not before.startswith("-") or "=" in before)
-            if cut and not word.startswith("-") and not os.path.exists(word):
-                rest = itertools.takewhile(lambda word: not word.startswith("-"), text.split())
-                return f"quote a path with spaces: {shlex.quote(' '.join([before, *rest]))}"
-        return ""
+        sys.exit(public(f"error: {message}; see --help"))
 
 
 def check_choice(key: str, value: object, valid: Iterable[Any]) -> None:
@@ -289,12 +227,8 @@ def check_count(key: str, value: object, minimum: int) -> None:
 def check_writable(option: str, folder: str | os.PathLike) -> None:
     """Raises `UserError`, which begins with `option`, unless `folder` exists or can be made, and can be written to."""
     parent = pathlib.Path(folder).absolute()
-    while not (parent.exists() or parent.is_symlink()):
+    while not os.path.lexists(parent):
         parent = parent.parent
-    fault = ""
-    if not parent.is_dir():
-        fault = "is not a folder"
-    elif not os.access(parent, os.W_OK | os.X_OK):
-        fault = "cannot be written to"
-    if fault:
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        fault = "cannot be written to" if parent.is_dir() else "is not a folder"
         raise UserError(f"{option}: {str(parent)!r} {fault}; name another folder.")

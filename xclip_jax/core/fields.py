@@ -15,7 +15,7 @@ import math
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,24 +24,13 @@ from xclip_jax.core.imports import import_class
 
 T = typing.TypeVar("T")
 
-# Other trainers' words for keys.
-ALIASES = {
-    "lr": "optim.lr", "learning_rate": "optim.lr", "warmup_steps": "optim.warmup", "epochs": "steps",
-    "batch": "data.batch", "batch_size": "data.batch",
-}  # fmt: skip
-
 _MAX_FLOAT = float(np.finfo(np.float32).max)
+_PLURALS = {int: "integers", float: "numbers", str: "strings"}
 _TYPE_NAMES = {int: "an integer", float: "a number", bool: "True or False", str: "a string"}
 
 
-@dataclasses.dataclass(frozen=True)
-class Check:
-    """Values that a key allows.
-
-    Attributes:
-      allowed: ends the sentence "expected ...".
-      accepts: whether a value, which has the key's type, is allowed.
-    """
+class Check(NamedTuple):
+    """Values that a key allows: what follows "expected ...", and whether a value of the key's type is allowed."""
 
     allowed: str
     accepts: Callable[[Any], bool]
@@ -110,8 +99,7 @@ def _type_name(expected: Any) -> str:
         return "a group of keys"
     if origin is tuple and args[-1] is not Ellipsis:
         return f"a tuple of {len(args)} values, {', '.join(map(_type_name, args))}"
-    plural = {int: "integers", float: "numbers", str: "strings"}.get(args[0], "tuples")
-    return f"a tuple of {plural}"
+    return f"a tuple of {_PLURALS.get(args[0], 'tuples')}"
 
 
 def _matches(value: Any, expected: Any) -> bool:
@@ -162,19 +150,11 @@ def sentence(fault: str) -> str:
     return fault if fault.endswith("?") else f"{fault}."
 
 
-def other_word(name: str) -> str:
-    """Return the key that other trainers call `name`, with hyphens or underscores; "" for none."""
-    return ALIASES.get(name.replace("-", "_"), "")
-
-
 def unknown_key(key: str, names: Iterable[str]) -> str:
     """Return the sentence about a dotted `key` whose last part is not among `names`, without a stop."""
     prefix, dot, name = key.rpartition(".")
-    alias = other_word(name)
-    if prefix and not alias.startswith(f"{prefix}."):  # another group has keys of its own
-        alias = ""
-    near = alias or (f"{prefix}{dot}{similar}" if (similar := nearest(name, names)) else "")
-    return f"config key {key!r} is unknown" + (f"; did you mean {near!r}?" if near else "")
+    near = nearest(name, names)
+    return f"config key {key!r} is unknown" + (f"; did you mean {prefix + dot + near!r}?" if near else "")
 
 
 def find_class(name: Any, table: Mapping[str, type[T]], base: type[T], what: str) -> type[T]:
@@ -197,13 +177,9 @@ def find_class(name: Any, table: Mapping[str, type[T]], base: type[T], what: str
 def read_plugin(
     values: Mapping[str, Any], path: str, table: Mapping[str, type[T]], base: type[T], what: str, type_name: str = ""
 ) -> T:
-    """Make an instance of the class that key "type" of `values` names, with the other keys as its options.
+    """Make an instance of the class that key "type" of the group `values` names, with the other keys as its options.
 
-    Args:
-      values: {"type": name, key: value}.
-      path: dotted name of the group.
-      table, base, what: see `find_class`.
-      type_name: name where `values` has none.
+    `type_name` is its name where `values` has none; `table`, `base` and `what` are for `find_class`.
 
     Raises:
       UserError: names every key that is unknown and every value that is not allowed.

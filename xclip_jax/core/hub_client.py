@@ -10,8 +10,6 @@ from xclip_jax.core.errors import UserError, first_line
 PREFIX = "hf:"
 ID = r"[\w.-]+/[\w.-]+"
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
-# Top-level packages whose exceptions a connection that fails may raise, by version of huggingface_hub.
-_NETWORK = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")
 
 
 def load(purpose: str) -> Any:
@@ -33,14 +31,8 @@ def unreachable(error: BaseException) -> bool:
 
 
 def _of_network(error: BaseException) -> bool:
-    return type(error).__module__.partition(".")[0] in _NETWORK
-
-
-def reason(error: Exception) -> str:
-    """Return why a request failed, for a sentence."""
-    from huggingface_hub.errors import OfflineModeIsEnabled
-
-    return "HF_HUB_OFFLINE is set" if isinstance(error, OfflineModeIsEnabled) else first_line(error).rstrip(".")
+    """Whether it is an error of the client's library of requests, whose name depends on its version."""
+    return type(error).__module__.startswith(("httpx", "httpcore", "requests", "urllib3"))
 
 
 @contextlib.contextmanager
@@ -50,56 +42,40 @@ def sentences(what: str, repository: str, revision: str | None = None) -> Iterat
 
     try:
         yield
+        return
+    except UserError:
+        raise
+    except errors.LocalEntryNotFoundError:
+        remedy = "connect this machine, or fetch it on another one and copy the cache"
+        text = f"it is not in the cache, {constants.HF_HUB_CACHE}, and the Hub cannot be reached; {remedy}"
     except errors.GatedRepoError:
-        raise UserError(
-            f"{what}: access to {repository} is restricted; ask for it at {constants.ENDPOINT}/{repository} and "
-            f"{LOG_IN}."
-        ) from None
+        text = f"access to {repository} is restricted; ask for it at {constants.ENDPOINT}/{repository} and {LOG_IN}"
     except errors.RevisionNotFoundError:
-        raise UserError(f"{what}: {repository} has no revision {revision!r}; name a branch, tag or commit.") from None
+        text = f"{repository} has no revision {revision!r}; name a branch, tag or commit"
     except errors.RepositoryNotFoundError:
-        raise UserError(
-            f"{what}: the Hub has no repository {repository}, or it is private; check the name, or {LOG_IN}."
-        ) from None
+        text = f"the Hub has no repository {repository}, or it is private; check the name, or {LOG_IN}"
     except errors.LocalTokenNotFoundError:
-        raise UserError(f"{what}: no account of the Hub is known; {LOG_IN}.") from None
+        text = f"no account of the Hub is known; {LOG_IN}"
     except errors.HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else 0
         remedy = f"; {LOG_IN}, with an account and token that have the right" if status in (401, 403) else ""
-        raise UserError(f"{what}: the Hub answers {reason(error)}{remedy}.") from None
-    except UserError:
-        raise
+        text = f"the Hub answers {first_line(error).rstrip('.')}{remedy}"
     except Exception as error:
         # A refused model card raises ValueError, a refused file RuntimeError.
         if not isinstance(error, OSError | ValueError | RuntimeError) and not _of_network(error):
             raise
-        raise UserError(f"{what}: the exchange with the Hub failed: {reason(error)}.") from None
+        text = f"the exchange with the Hub failed: {first_line(error).rstrip('.')}"
+    raise UserError(f"{what}: {text}.") from None  # the client's own tracebacks fill a screen
 
 
 def dataset_folder(spec: str, repository: str, revision: str | None, patterns: Sequence[str]) -> pathlib.Path:
     """Return the folder, in the Hub's cache, of a repository of data with the files that match `patterns`.
 
-    Missing files are fetched; only the cache is used if the Hub cannot be reached or HF_HUB_OFFLINE is set.
-
-    Args:
-      spec: the user's spec, for messages.
-      repository: "ORG/NAME".
-      revision: branch, tag or commit, None for the newest.
-      patterns: patterns of file names for `huggingface_hub.snapshot_download`.
-
-    Raises:
-      UserError: huggingface_hub is not installed, the repository or revision does not exist, access is refused, or
-        neither the Hub nor the cache can be read.
+    Missing files are fetched; only the cache is used if the Hub cannot be reached or HF_HUB_OFFLINE is set. Messages
+    begin with `spec`.
     """
     hub = load(spec)
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
     with sentences(spec, repository, revision):
-        try:
-            folder = hub.snapshot_download(repository, repo_type="dataset", revision=revision, allow_patterns=patterns)
-        except LocalEntryNotFoundError:
-            raise UserError(
-                f"{spec} is not in the cache, {hub.constants.HF_HUB_CACHE}, and the Hub cannot be reached; connect "
-                "this machine, or fetch it on another one and copy the cache."
-            ) from None
-    return pathlib.Path(folder)
+        return pathlib.Path(
+            hub.snapshot_download(repository, repo_type="dataset", revision=revision, allow_patterns=patterns)
+        )

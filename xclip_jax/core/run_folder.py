@@ -15,18 +15,14 @@ profile/        traces of the steps of log.profile, see `train.loop`
 checkpoints/, bad_samples.jsonl, skipped_steps.jsonl, tensorboard/, wandb/, report.html, picture.png
 """
 
-import contextlib
-import difflib
 import json
 import sys
 from typing import Any
 
 from etils import epath
 
-from xclip_jax.core import locks
-from xclip_jax.core.errors import UserError
-from xclip_jax.core.remote import expand_home
-from xclip_jax.core.storage import is_remote
+from xclip_jax.core import locks, storage
+from xclip_jax.core.errors import UserError, first_line
 
 # Metrics of metrics.jsonl that measure time: two runs that learn the same differ in them.
 CLOCKS = (
@@ -39,7 +35,7 @@ class RunFolder:
     """Paths and contents of a run's files, complete or in progress. `train.training_folder` writes them."""
 
     def __init__(self, path: str | epath.Path) -> None:
-        self.path = epath.Path(expand_home(str(path)))
+        self.path = epath.Path(path).expanduser()
         self.config_file = self.path / "config.json"
         self.data_file = self.path / "data.json"
         self.tokenizer_file = self.path / "tokenizer.json"
@@ -95,7 +91,7 @@ class RunFolder:
           UserError: the file is damaged, or another program's.
         """
         content = self._read(self.config_file)
-        if content is None or (isinstance(content, dict) and _has(content, "config", environment=dict, starts=list)):
+        if content is None or (isinstance(content, dict) and isinstance(content.get("config"), dict)):
             return content
         raise UserError(f"{self.config_file} is not the config of a run; use a different --config.run.")
 
@@ -106,20 +102,12 @@ class RunFolder:
           UserError: the file is damaged.
         """
         content = self._read(self.data_file)
-        if content is None or (
-            isinstance(content, list)
-            and all(isinstance(item, dict) and isinstance(item.get("samples"), int) for item in content)
-            and all(isinstance(item.get("hash"), str) for item in content)
-        ):
+        if content is None or (isinstance(content, list) and all(isinstance(item, dict) for item in content)):
             return content
         raise UserError(f"{self.data_file} is damaged; restore it, or use a different --config.run.")
 
     def read_classes(self) -> tuple[str, ...] | None:
-        """Return the classes that a fine-tuning run was trained on, or None if data.json names none.
-
-        Raises:
-          UserError: the file is damaged.
-        """
+        """Return the classes that a fine-tuning run was trained on, or None if data.json names none."""
         sources = self.read_sources() or []
         return next((tuple(source["classes"]) for source in sources if source.get("classes")), None)
 
@@ -129,46 +117,34 @@ class RunFolder:
         Raises:
           UserError: the file is damaged.
         """
-        if not self.results_file.exists():
-            return None
-        with contextlib.suppress(ValueError, RecursionError):
-            content = json.loads(self.results_file.read_text())
-            if isinstance(content, dict) and _has(content, "results", config=dict) and "records" in content:
-                return content
-        raise UserError(f"{self.results_file} is damaged; delete it and run the same command to evaluate again.")
+        remedy = "delete it and run the same command to evaluate again"
+        content = self._read(self.results_file, remedy)
+        if content is None or (isinstance(content, dict) and content.keys() >= {"results", "records"}):
+            return content
+        raise UserError(f"{self.results_file} is damaged; {remedy}.")
 
     def read_metrics(self) -> list[dict[str, float]]:
         """Return the objects of metrics.jsonl without values that were not finite, or are not numbers.
 
         A line that is damaged, without a step or only half written is left out.
         """
-        lines = _read_lines(self.metrics_file)
+        lines = storage.json_lines(self.metrics_file)
         rows = [{key: value for key, value in line.items() if _is_finite(value)} for line in lines]
         return [row for row in rows if "step" in row]
 
     def read_evaluations(self) -> list[dict[str, Any]]:
         """Return the objects of results.jsonl; a line that is damaged or only half written is left out."""
-        return [line for line in _read_lines(self.results_log_file) if line.keys() >= {"step", "records"}]
+        return [line for line in storage.json_lines(self.results_log_file) if line.keys() >= {"step", "records"}]
 
     def read_bad_samples(self) -> list[dict[str, Any]]:
         """Return the entries of bad_samples.jsonl, see `data.ledger`; a line that is only half written is left out."""
-        return _read_lines(self.bad_samples_file)
+        return storage.json_lines(self.bad_samples_file)
 
-    def _read(self, path: epath.Path) -> Any:
+    def _read(self, path: epath.Path, remedy: str = "restore it, or use a different --config.run") -> Any:
         try:
             return json.loads(path.read_text()) if path.exists() else None
         except (ValueError, RecursionError) as error:  # of JSON or of UTF-8
-            reason = " ".join(str(error).split())
-            raise UserError(
-                f"{path} is damaged and cannot be read ({reason}); restore it, or use a different --config.run."
-            ) from error
-
-
-def _has(content: dict[str, Any], key: str, **others: type) -> bool:
-    """Whether `content` has a dict at `key`, and at `others`, which it may lack, values of their types."""
-    return isinstance(content.get(key), dict) and all(
-        isinstance(content.get(name, kind()), kind) for name, kind in others.items()
-    )
+            raise UserError(f"{path} is damaged and cannot be read ({first_line(error)}); {remedy}.") from error
 
 
 def _is_finite(value: Any) -> bool:
@@ -185,27 +161,3 @@ def evaluation_file(path: str | epath.Path) -> epath.Path:
     run = RunFolder(path)
     weights, file = run.path, run.evaluation_file
     return file if weights.is_dir() else weights.with_name(f"{weights.name}.{file.name}")
-
-
-def not_found(path: str | epath.Path, otherwise: str) -> str:
-    """Return the sentence that `path` does not exist; it suggests a folder of a similar name, if there is one.
-
-    Args:
-      path: of a run.
-      otherwise: what to do if there is none, or in a bucket, which is not searched.
-    """
-    place = epath.Path(path)
-    near: list[str] = []
-    if not is_remote(str(path)) and place.parent.is_dir():
-        near = difflib.get_close_matches(place.name, [x.name for x in place.parent.iterdir() if x.is_dir()], n=1)
-    return f"{str(path)!r} does not exist; " + (f"did you mean {str(place.parent / near[0])!r}?" if near else otherwise)
-
-
-def _read_lines(path: epath.Path) -> list[dict[str, Any]]:
-    objects = []
-    for line in path.read_bytes().splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError, RecursionError):
-            content = json.loads(line)
-            if isinstance(content, dict):
-                objects.append(content)
-    return objects

@@ -1,4 +1,4 @@
-"""Files on local disks and, through fsspec, in buckets: patterns of names, reads at an offset, JSON files that grow."""
+"""Files on local disks and, through fsspec, in buckets and on the web: reads, whole writes, and patterns of names."""
 
 import contextlib
 import errno
@@ -20,25 +20,94 @@ from typing import Any
 
 from etils import epath
 
-from xclip_jax.core import remote
 from xclip_jax.core.errors import BadSample, UserError, public
-from xclip_jax.core.remote import expand_home
 
-# Open files kept in each process; the soft limit of open files is often 1024.
-_OPEN = 256
-_TRIES, REWRITE_SECONDS = 3, 60
-_RANGE = re.compile(r"(\d{1,18})\.\.(\d{1,18})")
-_MAX_NAMES = 1_000_000
-# Remote files whose sizes are cached: about 80 MB at most.
-_MAX_REMEMBERED = 1 << 18
+REWRITE_SECONDS = 60
+WEB_SECONDS = 120  # for one answer of a web server
+WAITS = (0.1, 1.0)  # seconds before a failed read is tried again
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _EDGE = 1 << 20
-_LASTING = (errno.EINVAL, errno.ETIMEDOUT)
-_PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+_PACKAGES = {
+    "http": "aiohttp>=3.12", "https": "aiohttp>=3.12", "gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "az": "adlfs",
+    "abfs": "adlfs", "hf": "huggingface_hub",
+}  # fmt: skip
+# errno for errors that carry none, by class or HTTP status.
+_NUMBERS = {
+    FileNotFoundError: errno.ENOENT, PermissionError: errno.EACCES, ValueError: errno.EINVAL,
+    401: errno.EACCES, 403: errno.EACCES, 404: errno.ENOENT, 408: errno.EIO, 429: errno.EIO,
+}  # fmt: skip
 
 
 def is_remote(path: str) -> bool:
     """Whether `path` is a URL such as gs://, s3:// or https:// and not in a file system."""
     return "://" in path
+
+
+def scheme(path: str) -> str:
+    """Return "https" of https://..., in lower case; "" for a path."""
+    return path.partition("://")[0].lower() if is_remote(path) else ""
+
+
+def file_system(path: str) -> tuple[Any, str]:
+    """Return fsspec's file system of a URL, and the path in it.
+
+    Raises:
+      UserError: a sort of URL that does not exist, or whose package is not installed; the message names it.
+    """
+    import fsspec
+
+    try:
+        return fsspec.core.url_to_fs(path)
+    except (ImportError, ValueError) as error:
+        package = _PACKAGES.get(scheme(path))
+        remedy = f"pip install '{package}'" if package else "check the address, or install its file system's package"
+        raise UserError(f"{path!r} cannot be opened ({error}); {remedy}.") from error
+
+
+@contextlib.contextmanager
+def os_errors(path: str) -> Iterator[None]:
+    """Raise errors of a store's client, which have no common class, as the `OSError` that a disk would have raised."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or (isinstance(error, OSError) and error.filename is not None):
+            raise
+        if getattr(error.__cause__, "status", None):  # fsspec says of any answer that there is no such file
+            error = error.__cause__
+        status = next((x for key in ("status", "code") if isinstance(x := getattr(error, key, None), int)), 0)
+        lasting = errno.EINVAL if 400 <= status < 500 else errno.EIO
+        number = getattr(error, "errno", None) or _NUMBERS.get(type(error)) or _NUMBERS.get(status, lasting)
+        message = f"{type(error).__name__}{f', status {status}' if status else ''}: {error}"
+        message = getattr(error, "strerror", None) or message
+        # For a remote file without the first error, whose traceback may have its address with a password.
+        raise OSError(number, public(message), public(path)) from (None if "://" in path else error)
+
+
+def _read_remote(path: str, offset: int, size: int, *, whole: bool) -> bytes:
+    """Return up to `size` bytes from `offset` of the file at a URL; any server can send the beginning of a `whole`."""
+    system, name = file_system(path)
+    options: dict[str, Any] = {}
+    if scheme(path) in ("http", "https"):
+        # Offsets are meaningless in a compressed answer.
+        headers = system.kwargs.get("headers", {}) | {"Accept-Encoding": "identity"}
+        options = {"headers": headers, "timeout": WEB_SECONDS}
+    with os_errors(path):
+        data = system.cat_file(name, start=offset, end=offset + size, **options)
+    if len(data) > size and not whole:
+        raise OSError(errno.EINVAL, "the server gives whole files only; download the file", public(path))
+    return data[:size]
+
+
+def check_named(path: str, table: str) -> None:
+    """Check that a table which is not on this machine may name the file `path`: at its own address, or in a store.
+
+    Raises:
+      PermissionError: a path of this machine, or another sort of URL, such as file://.
+    """
+    known = scheme(path) in _PACKAGES and "::" not in path  # which chains file systems
+    if not known and path.lower().split("/", 3)[:3] != table.lower().split("/", 3)[:3]:
+        message = "it is not on the web: a table that is not on this machine may not name it; download the table"
+        raise PermissionError(errno.EACCES, message, public(path))
 
 
 def _finite(content: Any) -> Any:
@@ -51,10 +120,7 @@ def _finite(content: Any) -> Any:
 
 def strict_json(content: Any, **options: Any) -> str:
     """Return `content` as strict JSON, with `options` of `json.dumps`: floats that are not finite become null."""
-    try:
-        return json.dumps(content, allow_nan=False, **options)
-    except ValueError:
-        return json.dumps(_finite(content), allow_nan=False, **options)
+    return json.dumps(_finite(content), allow_nan=False, **options)
 
 
 def write_whole(path: epath.Path, content: str | bytes) -> None:
@@ -64,7 +130,7 @@ def write_whole(path: epath.Path, content: str | bytes) -> None:
         path.write_bytes(data)  # an object in a bucket appears when it is complete
         return
     temporary = path.parent / f".{path.name}.{platform.node()}.{os.getpid()}.tmp"
-    with remote.os_errors(str(path)), temporary.open("wb") as file:
+    with os_errors(str(path)), temporary.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
@@ -99,7 +165,7 @@ class JsonLines:
         """
         self.path, self._writes = path, writes
         old = path.read_bytes() if path.exists() else b""
-        self.kept = list(filter(None, (_kept_object(line, keep) for line in old.split(b"\n"))))
+        self.kept = [content for content in json_lines(path) if _keeps(keep, content)]
         lines = [f"{strict_json(content)}\n" for content in self.kept]
         if writes and "".join(lines).encode() != old:
             write_whole(path, "".join(lines))
@@ -112,7 +178,7 @@ class JsonLines:
         if not (self._writes and lines):
             return
         if self._lines is None:
-            with remote.os_errors(str(self.path)), self.path.open("a") as file:
+            with os_errors(str(self.path)), self.path.open("a") as file:
                 file.write("".join(lines))
             return
         self._lines += lines
@@ -126,60 +192,36 @@ class JsonLines:
             self._written = time.monotonic()
 
 
-def _kept_object(line: bytes, keep: Callable[[dict[str, Any]], bool]) -> dict[str, Any] | None:
+def json_lines(path: epath.Path) -> list[dict[str, Any]]:
+    """Return the objects of a file of one a line, none without the file; a damaged or half-written line is left out."""
+    objects = []
+    for line in path.read_bytes().split(b"\n") if path.exists() else ():
+        with contextlib.suppress(ValueError, RecursionError):  # a RecursionError for brackets without end
+            objects.append(json.loads(line))
+    return [content for content in objects if isinstance(content, dict)]
+
+
+def _keeps(keep: Callable[[dict[str, Any]], bool], content: dict[str, Any]) -> bool:
     try:
-        content = json.loads(line)
-        return content if isinstance(content, dict) and keep(content) else None
-    except (ValueError, KeyError, TypeError, RecursionError):  # a RecursionError for brackets without end
-        return None
-
-
-def _split(pattern: str) -> list[str]:
-    """Split at the commas that are outside braces."""
-    parts, depth, start = [], 0, 0
-    for i, letter in enumerate(pattern):
-        depth += (letter == "{") - (letter == "}")
-        if letter == "," and depth == 0:
-            parts.append(pattern[start:i])
-            start = i + 1
-    if depth:
-        raise UserError(f"pattern {pattern!r} has braces that do not match; write {{00000..00331}} or {{a,b}}.")
-    return [part.strip() for part in (*parts, pattern[start:]) if part.strip()]
+        return keep(content)
+    except (KeyError, TypeError, ValueError):
+        return False
 
 
 def _braces(pattern: str) -> Iterator[str]:
     """Yield all strings of a pattern with {a,b} and {000..123}, as a shell does."""
-    start = pattern.find("{")
-    if start < 0:
+    match = re.search(r"\{([^{}]*)\}", pattern)
+    if match is None:
         yield pattern
         return
-    depth, end = 0, start
-    for end in range(start, len(pattern)):
-        depth += (pattern[end] == "{") - (pattern[end] == "}")
-        if depth == 0:
-            break
-    inside = pattern[start + 1 : end]
-    choices: Iterable[str]
-    if match := _RANGE.fullmatch(inside):
-        first, last = int(match[1]), int(match[2])
+    choices: Iterable[str] = match[1].split(",")
+    if limits := _RANGE.fullmatch(match[1]):
+        first, last = map(int, limits.groups())
         step = 1 if last >= first else -1
-        padded = any(len(number) > 1 and number[0] == "0" for number in match.groups())
-        width = max(map(len, match.groups())) if padded else 0
+        width = max(map(len, limits.groups())) if re.search(r"\b0\d", match[1]) else 0
         choices = (f"{number:0{width}d}" for number in range(first, last + step, step))
-    else:
-        choices = (choice for part in _split(inside) for choice in _braces(part))
     for choice in choices:
-        for rest in _braces(pattern[end + 1 :]):
-            yield pattern[:start] + choice + rest
-
-
-def _names(pattern: str) -> Iterator[str]:
-    """Yield the paths and globs of a pattern; the path of an existing file is taken literally."""
-    if _is_file(pattern):
-        yield pattern
-        return
-    for part in _split(pattern):
-        yield from [part] if _is_file(part) else _braces(part)
+        yield from _braces(pattern[: match.start()] + choice + pattern[match.end() :])
 
 
 def _is_file(path: str) -> bool:
@@ -188,62 +230,47 @@ def _is_file(path: str) -> bool:
 
 def _glob(pattern: str) -> list[str]:
     if is_remote(pattern):
-        system, path = remote.file_system(pattern)
-        with remote.os_errors(pattern):
+        system, path = file_system(pattern)
+        with os_errors(pattern):
             return sorted(map(system.unstrip_protocol, system.glob(path)))
-    matches = sorted(glob.glob(pattern, recursive=True))
-    folders = set(filter(os.path.isdir, matches))
-    if folders and "**" not in pattern:
-        raise UserError(f"{pattern!r} matches the folder {min(folders)!r}; write a glob that matches only files.")
-    return [match for match in matches if match not in folders]
+    return sorted(path for path in glob.glob(pattern, recursive=True) if not os.path.isdir(path))
 
 
 def expand(pattern: str) -> list[str]:
     """Return the files that `pattern` names: a list with commas of paths, brace ranges and globs, local or remote.
 
-    "a/{00000..00331}.tar,b/*.tar" is 332 files and those that match. Each file is named once, globs are sorted. The
-    path of an existing file is taken literally with its commas, brackets and braces, as the whole pattern or as
-    one of its parts; in a glob "?" matches such a letter ("a?b/*.tar" for the folder "a,b"). "**" passes over
-    folders.
+    "a/{00000..00331}.tar,b/*.tar" is 332 files and those that match. Each file is named once, globs are sorted and pass
+    over folders. The path of an existing file is taken literally with its commas, brackets and braces, as the whole
+    pattern or as one of its parts; in a glob "?" matches such a letter ("a?b/*.tar" for the folder "a,b").
 
     Raises:
-      UserError: nothing matches a glob, a file does not exist, braces do not match, too many names.
+      UserError: nothing matches a glob, or a file does not exist.
     """
+    # Commas inside braces, which may have others inside, do not split.
+    parts = [pattern] if _is_file(pattern) else re.split(r",(?![^{}]*(?:\{[^{}]*\}[^{}]*)*\})", pattern)
     names: dict[str, None] = {}
     missing = []
-    for i, name in enumerate(_names(pattern)):
-        if i == _MAX_NAMES:
-            raise UserError(f"pattern {pattern!r} names more than {_MAX_NAMES:,} files; correct its ranges.")
-        if is_remote(name):
-            # A query is not a glob.
-            matches = _glob(name) if glob.has_magic(public(name)) else [name]
-        else:
-            exists = os.path.isfile(name := expand_home(name))
-            matches = [name] if exists or not glob.has_magic(name) else _glob(name)
-            if matches == [name] and not exists:
-                missing.append(name)
-        if not matches:
-            raise UserError(f"no file matches {name!r}; check the path, or list the folder.")
-        names |= dict.fromkeys(matches)
-    if missing:
-        raise UserError(_about_missing(pattern, missing, len(names)))
-    if not names:
-        raise UserError(f"pattern {pattern!r} names no file; write a path, a range {{00000..00331}} or a glob.")
-    return list(names)
-
-
-def _about_missing(pattern: str, missing: list[str], n: int) -> str:
-    if os.path.isdir(missing[0]):
-        return (
+    for part in filter(None, map(str.strip, parts)):
+        for name in map(os.path.expanduser, [part] if _is_file(part) else _braces(part)):
+            exists = os.path.isfile(name)
+            if glob.has_magic(public(name)) and not exists:  # a query is not a glob
+                if not (matches := _glob(name)):
+                    raise UserError(f"no file matches {name!r}; check the path, or list the folder.")
+                names |= dict.fromkeys(matches)
+            else:
+                names[name] = None
+                missing += [] if exists or is_remote(name) else [name]
+    if missing and os.path.isdir(missing[0]):
+        raise UserError(
             f"{missing[0]!r} is a folder, not a file; write folder:{missing[0]} for images with .txt files next "
             f"to them, or a glob such as {os.path.join(missing[0], '*.tar')!r} for the files in it."
         )
-    if n == 1:
-        return f"no file or folder {missing[0]!r}; check the path."
-    return (
-        f"{len(missing)} of the {n} files that {pattern!r} names do not exist, the first is {missing[0]!r}; correct "
-        "the range, or use a glob such as *.tar for the files that exist."
-    )
+    if missing:
+        several = f" ({len(missing)} of {len(names)} files are missing)" if len(names) > 1 else ""
+        raise UserError(f"no file or folder {missing[0]!r}{several}; check the path.")
+    if not names:
+        raise UserError(f"pattern {pattern!r} names no file; write a path, a range {{00000..00331}} or a glob.")
+    return list(names)
 
 
 def stat(path: str) -> tuple[int, int]:
@@ -258,11 +285,11 @@ def stat(path: str) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-@functools.lru_cache(maxsize=_MAX_REMEMBERED)
+@functools.lru_cache(maxsize=1 << 18)
 def _remote_stat(path: str) -> tuple[int, int]:
     """Cached: a request for each of thousands of files takes minutes."""
-    system, name = remote.file_system(path)
-    with remote.os_errors(path):
+    system, name = file_system(path)
+    with os_errors(path):
         info = system.info(name)
     if info.get("size") is None:
         raise OSError(errno.EINVAL, "the server does not report the file's size; download the file", path)
@@ -278,12 +305,9 @@ class File:
       size: bytes when it was opened, None for remote files.
     """
 
-    def __init__(self, path: str, table: str = "", *, whole: bool = False) -> None:
-        """Open `path`; `table` and `whole` as for `remote.read`."""
-        self.path, self._fd, self.size = path, None, None
-        self._read_remote = functools.partial(remote.read, path, table=table, whole=whole)
-        if table:
-            remote.check_named(path, table)
+    def __init__(self, path: str, *, whole: bool = False) -> None:
+        """Open `path`; `whole` if no part but its beginning will be read, which any web server can send."""
+        self.path, self._fd, self._whole, self.size = path, None, whole, None
         if not is_remote(path):
             # Opening a named pipe would wait for a writer otherwise.
             self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
@@ -295,18 +319,18 @@ class File:
 
     def read(self, offset: int, size: int) -> bytes:
         """Read `size` bytes from `offset`, fewer at the end of the file. Transient failures are retried."""
-        for wait in range(_TRIES):
+        for wait in WAITS:
             try:
                 return self._read(offset, size)
             except OSError as error:
-                if wait == _TRIES - 1 or isinstance(error, _PERMANENT) or error.errno in _LASTING:
+                if error.errno != errno.EIO:
                     raise
-                time.sleep(0.1 * 10**wait)
-        raise AssertionError
+                time.sleep(wait)
+        return self._read(offset, size)
 
     def _read(self, offset: int, size: int) -> bytes:
         if self._fd is None:
-            return self._read_remote(offset, size)
+            return _read_remote(self.path, offset, size, whole=self._whole)
         data = os.pread(self._fd, size, offset)
         while len(data) < size and (chunk := os.pread(self._fd, size - len(data), offset + len(data))):
             data += chunk
@@ -314,20 +338,19 @@ class File:
 
 
 def read(path: str, max_bytes: int, table: str = "") -> bytes:
-    """Return the content of a local or remote file, in one request.
+    """Return the content of a local or remote file of at most `max_bytes`, in one request.
 
-    Args:
-      path: of the file.
-      max_bytes: most that it may have; no more is received.
-      table: address of a remote table that names the file and is not trusted; "" for none.
+    `table` is the address of a remote table that names the file and is not trusted, see `check_named`.
 
     Raises:
-      OSError: the file does not exist, is refused, is larger than `max_bytes` (EFBIG), is not a regular file, or may
-        not be named by the table (EACCES).
+      OSError: the file does not exist, is refused, is larger (EFBIG), is not a regular file, or may not be named by the
+        table (EACCES).
       UserError: no package for a URL of this sort is installed.
       ValueError: not a path.
     """
-    file = File(path, table, whole=True)
+    if table:
+        check_named(path, table)
+    file = File(path, whole=True)
     size = max_bytes + 1 if file.size is None else file.size
     data = file.read(0, size) if file.size is None or size <= max_bytes else b""
     if max(file.size or 0, len(data)) > max_bytes:
@@ -360,18 +383,10 @@ def fingerprint(paths: Iterable[str], *, whole: int = 0) -> str:
     return digest.hexdigest()
 
 
-@functools.lru_cache(maxsize=_OPEN)
+@functools.lru_cache(maxsize=256)  # the soft limit of open files is often 1024
 def open_file(path: str) -> File:
     """Open the file `path`, or return it if it is one of the last that this process used."""
     return File(path)
-
-
-def writable(folder: pathlib.Path) -> bool:
-    """Whether files can be written into `folder`, which is made if it does not exist."""
-    with contextlib.suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-        return os.access(folder, os.W_OK)
-    return False
 
 
 def cache_dir() -> pathlib.Path:

@@ -1,12 +1,10 @@
-"""Contracts of the data room: a source of records, a source of labelled items, and a kind of sources."""
+"""Contracts of the data room: a source of records, and a kind of sources."""
 
 import abc
 import dataclasses
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
-
-import numpy as np
 
 from xclip_jax.core.errors import UserError
 
@@ -16,8 +14,7 @@ Record = dict[str, Any]
 IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff",
 )  # fmt: skip
-# Largest files that are read, in bytes. The largest photographs have a tenth of this; a longer text is no caption, and
-# takes seconds.
+# Largest files that are read, in bytes.
 MAX_BYTES = {"image": 1 << 28, "text": 1 << 20, "json": 1 << 24}
 
 
@@ -52,18 +49,6 @@ class Source(abc.ABC):
         """Return what names a record to a person, such as {"file": its path}, for the ledger. It must not raise."""
         return {}
 
-    def known_fault(self, index: int) -> str:
-        """Return why a record cannot be used, if this is known without reading it, or ""."""
-        return ""
-
-    def known_faults(self) -> Mapping[str, int]:
-        """Return the number of records for each `known_fault` except ""."""
-        return {}
-
-    def remarks(self) -> Iterable[str]:
-        """Return lines about the whole source, which `xclip_jax.commands.check` prints."""
-        return ()
-
 
 def name_of(source: Source, index: int) -> str:
     """Return what names a record to a person, in one line: its description, or else its number."""
@@ -88,88 +73,44 @@ class WrappedSource(Source):
     def describe(self, index: int) -> dict[str, str]:
         return self.source.describe(index)
 
-    def known_fault(self, index: int) -> str:
-        return self.source.known_fault(index)
-
-    def known_faults(self) -> Mapping[str, int]:
-        return self.source.known_faults()
-
-    def remarks(self) -> Iterable[str]:
-        return self.source.remarks()
-
-
-class LabelledSource(Source):
-    """Random access to labelled items. A record has "label", a number, and "image", or "text" and "tags".
-
-    Attributes:
-      key: what the items are, "image" or "text".
-      items: encoded or uint8 (h, w, 3) images, or strings, in the order of the records.
-      names: names of the classes, in the order of their numbers; empty if labels are numbers to be fitted.
-      multilabel: whether an item may have several classes, or none.
-      version: version of the data set, "" if unknown.
-      metrics: to report for a fine-tuned model, the most important first.
-      templates: the data set's own prompts for a class, {c} for its name; empty for the evaluator's.
-    """
-
-    key: str
-    items: Sequence[Any]
-    names: Sequence[str] = ()
-    multilabel: bool = False
-    version: str = ""
-    metrics: Sequence[str] = ("top1",)
-    templates: Sequence[str] = ()
-
-    @abc.abstractmethod
-    def labels(self) -> np.ndarray:
-        """Return all labels, (n,), or bool (n, classes) with `multilabel`; no image is decoded."""
-
-    @property
-    def identity(self) -> Any:
-        """JSON that identifies items which are not files, for hashes of evaluation sets."""
-        return self.fingerprint()["hash"]
-
 
 class MissingColumnError(UserError):
-    """A source lacks a column that a key of the config names.
-
-    Attributes:
-      fault: the sentence that says so and lists the columns, without what to set.
-    """
+    """A source lacks a column that a key of the config names; `fault` says so, without the keys to set."""
 
     def __init__(self, fault: str, keys: str) -> None:
         super().__init__(f"{fault}; set {keys}.")
-        self.fault, self.keys = fault, keys
+        self.fault = fault
 
-    def __reduce__(self) -> tuple[type, tuple[str, str]]:
-        """Pickle both parts; exceptions pickle only their message."""
-        return type(self), (self.fault, self.keys)
+
+def check_columns(what: str, names: Iterable[str], keys: Iterable[str]) -> None:
+    """Raise an error that lists the columns of `what` if a key is neither a column nor COLUMN/FIELD of one."""
+    names = list(names)
+    for key in keys:
+        if key not in names and key.partition("/")[0] not in names:
+            fault = f"{what} has no column {key!r}; its columns are {', '.join(map(repr, names))}"
+            raise MissingColumnError(fault, "data.image_key, data.text_keys and data.tags_key")
 
 
 @dataclasses.dataclass(frozen=True)
 class SourceOptions:
-    """Keys of config group `data` that sources may use.
-
-    Attributes:
-      dir: root of TFDS data sets, "" for the default.
-      image_key: feature of a record, or column of a table, with the image.
-      text_keys: features or columns with captions.
-      tags_key: feature or column with keywords, or "".
-    """
+    """Keys of config group `data` that sources may use."""
 
     dir: str = ""
     image_key: str = "image"
     text_keys: Sequence[str] = ("text",)
     tags_key: str = ""
 
+    @property
+    def keys(self) -> list[str]:
+        """All columns or features that are read."""
+        return [self.image_key, *self.text_keys, *filter(None, [self.tags_key])]
+
 
 @dataclasses.dataclass(frozen=True)
 class Form:
     """What specs of one form read, in words for error messages and --help; "" for nothing.
 
-    Attributes:
-      pairs: image-text pairs.
-      labels: labelled items.
-      splits: labelled items in several splits, named SPEC/SPLIT.
+    `pairs` are of images and texts, `labels` labelled items, and `splits` these in several splits, named SPEC/SPLIT.
     """
 
     pairs: str = ""
@@ -180,10 +121,8 @@ class Form:
 class SourceKind:
     """A kind of sources, whose specs begin with its key in `sources.SOURCES` or with "package.module:Class".
 
-    Attributes:
-      forms: what specs of this kind look like, and what each form reads; a kind without forms reads pairs.
-      labelled_items: what labelled items are, "image" or "text".
-      suffixes: endings of the files that it reads, to suggest a spec for a path.
+    `forms` are what specs look like, and what each reads; a kind without forms reads pairs. Labelled items are
+    `labelled_items`, "image" or "text". `suffixes` are endings of files that it reads, to suggest a spec for a path.
     """
 
     forms: ClassVar[Mapping[str, Form]] = {}
@@ -192,7 +131,7 @@ class SourceKind:
 
     @classmethod
     def open(cls, rest: str, options: SourceOptions, labels: bool = False) -> Source:
-        """Open image-text pairs, or with `labels` a `LabelledSource`; `rest` is the spec after the kind's name.
+        """Open image-text pairs, or with `labels` `labelled.Labelled`; `rest` is the spec after the kind's name.
 
         Raises:
           UserError: names what is wrong with `rest`, an option or a file.

@@ -97,17 +97,11 @@ class DataConfig:
         if not 0 < low <= high <= 1:
             yield f"crop_scale is {self.crop_scale}; expected 0 < smallest <= largest <= 1"
         if self.weights and len(self.weights) != len(self.sources):
-            yield (
-                f"weights has {len(self.weights)} values for {len(self.sources)} sources; give one for each, or "
-                "none for shares by size"
-            )
+            yield f"weights has {len(self.weights)} values for {len(self.sources)} sources; give one for each, or none"
         if any(weight <= 0 for weight in self.weights):
             yield f"weights is {self.weights}; expected values above 0, and sources without a share left out"
         if self.cache and self.workers:
-            yield (
-                f"cache with data.workers={self.workers} would keep {self.workers} copies of all decoded images; set "
-                "data.workers=0 (data.threads share one copy) or data.cache=False"
-            )
+            yield f"cache would keep a copy of all decoded images in each of {self.workers} workers; set data.workers=0"
         if self.tags_append_prob + self.tags_only_prob > 1:
             probs = f"tags_append_prob {self.tags_append_prob} and tags_only_prob {self.tags_only_prob}"
             yield f"{probs} must not exceed 1 together"

@@ -1,23 +1,20 @@
 """Files of embeddings, .parquet or .npz: small parts that are written completely or not at all, and their join.
 
 Columns are "kind", "id", "text" (strings) and "embedding" (fp32, e numbers each), with a dict of metadata. Parquet
-files are joined part by part; .npz files are joined in memory.
-
-In .npz "id" and "text" are JSON, since NumPy pads all strings to the longest. `read` reads both formats; with NumPy:
-
-    arrays = np.load("captions.npz")
-    texts = json.loads(arrays["text"].tobytes())
+files are joined part by part; .npz files are joined in memory, and their "id" and "text" are JSON, since NumPy pads all
+strings to the longest: json.loads(np.load("captions.npz")["text"].tobytes()).
 """
 
-import contextlib
 import itertools
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 
 from xclip_jax.core.errors import UserError, check_choice, first_line
 
@@ -64,33 +61,25 @@ class Npz:
 class Parquet:
     """Parquet with a row group for each part, and embeddings as lists of fixed size; methods are as of `Npz`."""
 
-    def __init__(self) -> None:
-        try:
-            import pyarrow
-            import pyarrow.parquet
-        except ImportError as error:
-            raise UserError("parquet files need pyarrow: pip install 'xclip_jax[parquet]'; or write .npz.") from error
-        self._pa = pyarrow
-
     def write(self, path: pathlib.Path, columns: Columns) -> None:
         rows = np.asarray(columns["embedding"], np.float32)
-        vectors = self._pa.FixedSizeListArray.from_arrays(self._pa.array(rows.reshape(-1)), rows.shape[1])
-        strings = [self._pa.array(columns[key], self._pa.string()) for key in COLUMNS[:-1]]
-        table = self._pa.table([*strings, vectors], names=list(COLUMNS))
-        self._pa.parquet.write_table(table, path, use_dictionary=["kind"])
+        vectors = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(rows.reshape(-1)), rows.shape[1])
+        strings = [pyarrow.array(columns[key], pyarrow.string()) for key in COLUMNS[:-1]]
+        table = pyarrow.table([*strings, vectors], names=list(COLUMNS))
+        pyarrow.parquet.write_table(table, path, use_dictionary=["kind"])
 
     def join(self, parts: Sequence[pathlib.Path], path: pathlib.Path, about: Mapping[str, Any]) -> None:
-        schema = self._pa.parquet.read_schema(parts[0]).with_metadata({_ABOUT: json.dumps(about)})
-        with self._pa.parquet.ParquetWriter(path, schema, use_dictionary=["kind"]) as writer:
+        schema = pyarrow.parquet.read_schema(parts[0]).with_metadata({_ABOUT: json.dumps(about)})
+        with pyarrow.parquet.ParquetWriter(path, schema, use_dictionary=["kind"]) as writer:
             for part in parts:
-                writer.write_table(self._pa.parquet.read_table(part).cast(schema))
+                writer.write_table(pyarrow.parquet.read_table(part).cast(schema))
 
     def about(self, path: pathlib.Path) -> dict[str, Any]:
-        metadata = self._pa.parquet.read_schema(path).metadata or {}
+        metadata = pyarrow.parquet.read_schema(path).metadata or {}
         return json.loads(metadata.get(_ABOUT.encode(), b"{}"))
 
     def read(self, path: pathlib.Path) -> dict[str, Any]:
-        table = self._pa.parquet.read_table(path)
+        table = pyarrow.parquet.read_table(path)
         vectors = [np.asarray(chunk.flatten()) for chunk in table["embedding"].chunks]
         size = table.schema.field("embedding").type.list_size
         rows = np.concatenate([np.empty(0, np.float32), *vectors]).reshape(-1, size)
@@ -104,7 +93,7 @@ def format_of(path: pathlib.Path) -> Npz | Parquet:
     """Return the format of a file by its name.
 
     Raises:
-      UserError: neither .parquet nor .npz, or parquet without pyarrow.
+      UserError: neither .parquet nor .npz.
     """
     check_choice(f"the ending of {str(path)!r}", path.suffix, FORMATS)
     return FORMATS[path.suffix]()
@@ -116,9 +105,7 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
     Raises:
       UserError: another ending, or a file that is damaged or another program's.
     """
-    path = pathlib.Path(path)
-    with _damage(path):
-        return format_of(path).read(path)
+    return _read(pathlib.Path(path), "read")
 
 
 def about(path: str | os.PathLike) -> dict[str, Any]:
@@ -127,20 +114,17 @@ def about(path: str | os.PathLike) -> dict[str, Any]:
     Raises:
       UserError: another ending, or a damaged file.
     """
-    path = pathlib.Path(path)
-    with _damage(path):
-        metadata = format_of(path).about(path)
+    metadata = _read(pathlib.Path(path), "about")
     return metadata if isinstance(metadata, dict) else {}
 
 
-@contextlib.contextmanager
-def _damage(path: pathlib.Path) -> Iterator[None]:
-    """Raise errors of reading a damaged file, whose class depends on format and damage, as `UserError`."""
+def _read(path: pathlib.Path, method: str) -> Any:
+    file_format = format_of(path)
     try:
-        yield
-    except (UserError, FileNotFoundError, PermissionError):
+        return getattr(file_format, method)(path)
+    except (FileNotFoundError, PermissionError):
         raise
-    except Exception as error:
+    except Exception as error:  # the class depends on format and damage
         raise UserError(
             f"{path} is damaged or another program's ({first_line(error)}); delete it, or name another file."
         ) from error

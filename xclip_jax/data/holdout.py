@@ -1,16 +1,14 @@
 """Parts of a run's sources: held-out pairs (`data.holdout`), a share of the pairs, and exchanged captions.
 
 A pair is held out by a hash of its image's bytes. So it stays on its side in any order, file, source or company and on
-any number of hosts, and all pairs with one image are on one side. Captions do not matter: a caption that many images
-share stays in training with the other images.
+any number of hosts, and all pairs with one image are on one side.
 """
 
-import collections
 import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +16,7 @@ import numpy as np
 from xclip_jax.core.console import log0
 from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.data import records
-from xclip_jax.data.base import Record, Source, WrappedSource
+from xclip_jax.data.base import Record, Source, WrappedSource, name_of
 from xclip_jax.data.config import DataConfig
 
 _MANY = 100_000  # for more pairs, a line announces that they are read
@@ -42,12 +40,6 @@ class Subset(WrappedSource):
     def describe(self, index: int) -> dict[str, str]:
         return self.source.describe(int(self.indices[index]))
 
-    def known_fault(self, index: int) -> str:
-        return self.source.known_fault(int(self.indices[index]))
-
-    def known_faults(self) -> Mapping[str, int]:
-        return collections.Counter(filter(None, map(self.known_fault, range(len(self)))))
-
 
 class NoisyCaptions(WrappedSource):
     """A source of pairs in which record i has the captions and keywords of record `donors[i]`.
@@ -66,8 +58,9 @@ class NoisyCaptions(WrappedSource):
         try:
             other = self.source[donor]
         except BadSample as error:
-            place = ", ".join(f"{key} {value}" for key, value in self.source.describe(donor).items())
-            raise BadSample("the pair whose captions it has is bad", f"{place}: {error}") from error
+            raise BadSample(
+                "the pair whose captions it has is bad", f"{name_of(self.source, donor)}: {error}"
+            ) from error
         return record | {"text": other["text"], "tags": other["tags"]}
 
 
@@ -89,50 +82,40 @@ def caption_donors(n: int, share: float, rng: np.random.Generator) -> np.ndarray
 
 
 def apply_controls(opened: Sequence[Source], config: DataConfig, seed: int, *, labelled: bool = False) -> list[Source]:
-    """Apply `data.subset` and `data.caption_noise` to each source of a run.
-
-    Args:
-      opened: the whole sources.
-      config: of the run.
-      seed: of the run; it decides which pairs are kept and which exchange their captions.
-      labelled: whether the sources have labelled items instead of pairs.
+    """Apply `data.subset` and `data.caption_noise` to each source of a run; the run's seed chooses the pairs.
 
     Raises:
       UserError: fewer pairs than a batch, fewer than two that exchange captions, or noise in labelled items.
     """
+    if config.caption_noise and labelled:
+        raise UserError("data.caption_noise exchanges captions, and labelled items have none; set it to 0.")
     result = list(opened)
-    if config.subset < 1:
-        for number, source in enumerate(result):
+    for number, source in enumerate(result):
+        if config.subset < 1:
             rng = np.random.default_rng((seed, number, _SUBSET))
-            result[number] = Subset(source, kept_indices(len(source), config.subset, rng))
-        if (pairs := sum(map(len, result))) < config.batch and not labelled:
-            raise UserError(
-                f"data.subset={config.subset} leaves {pairs} pairs, fewer than data.batch={config.batch}; enlarge the "
-                "subset, or lower data.batch."
-            )
-    if config.caption_noise:
-        if labelled:
-            raise UserError("data.caption_noise exchanges captions, and labelled items have none; set it to 0.")
-        for number, source in enumerate(result):
+            source = Subset(source, kept_indices(len(source), config.subset, rng))
+        if config.caption_noise:
             if round(config.caption_noise * len(source)) < 2:
                 raise UserError(
                     f"data.caption_noise={config.caption_noise} is less than two of the {len(source)} pairs of "
                     f"{config.sources[number]!r}; raise it, or set it to 0."
                 )
             rng = np.random.default_rng((seed, number, _NOISE))
-            result[number] = NoisyCaptions(source, caption_donors(len(source), config.caption_noise, rng))
+            source = NoisyCaptions(source, caption_donors(len(source), config.caption_noise, rng))
+        result[number] = source
+    if config.subset < 1 and not labelled and (pairs := sum(map(len, result))) < config.batch:
+        raise UserError(
+            f"data.subset={config.subset} leaves {pairs} pairs, fewer than data.batch={config.batch}; enlarge the "
+            "subset, or lower data.batch."
+        )
     return result
 
 
 @dataclasses.dataclass(frozen=True)
 class Pairs:
-    """Some readable pairs of a source.
+    """Some readable pairs of a source: `indices` of the records, int (n,), captions, and hexadecimal image hashes.
 
-    Attributes:
-      indices: of the records, int (n,).
-      captions: of each record.
-      hashes: hash of each image, in hexadecimal digits.
-      bad: number of the source's records that cannot be read, which are not held out.
+    `bad` is the number of the source's records that cannot be read, which are not held out.
     """
 
     indices: np.ndarray
@@ -155,34 +138,22 @@ _known: dict[str, Pairs] = {}  # training, evaluation and report of one process 
 
 
 def find(spec: str, source: Source, share: float, config: DataConfig) -> Pairs:
-    """Return the held-out pairs of a source, all of them if the share is 1. Each record is read once.
-
-    Args:
-      spec: of the source.
-      source: that it names, not yet decoded.
-      share: of the images.
-      config: how the source is read.
-    """
+    """Return the held-out pairs of the source that `spec` names, all of them if the share is 1; reads all records."""
     key = json.dumps([spec, share, config.image_key, config.text_keys, source.fingerprint()], default=str)
     if key not in _known:
         if len(source) > _MANY:
             log0(f"reading the {len(source):,} pairs of {spec} to find those that are held out or evaluated")
 
-        def take(record: Record) -> tuple[str, list[str] | None]:
+        def take(record: Record) -> tuple[list[str], str] | None:
             digits = image_hash(record["image"])
-            return digits, record["text"] if is_held_out(digits, share) else None
+            return (record["text"], digits) if is_held_out(digits, share) else None
 
-        indices, captions, hashes, bad = [], [], [], 0
         places, threads = ((source, index) for index in range(len(source))), min(config.threads, records.MAX_THREADS)
-        read = records.read_each(places, take, timeout=config.read_timeout, threads=threads)
-        for index, pair in enumerate(read):
-            if isinstance(pair, BadSample):
-                bad += 1
-            elif pair[1] is not None:
-                indices.append(index)
-                hashes.append(pair[0])
-                captions.append(pair[1])
-        _known[key] = Pairs(np.array(indices, int), captions, hashes, bad)
+        read = list(records.read_each(places, take, timeout=config.read_timeout, threads=threads))
+        held = [(i, *pair) for i, pair in enumerate(read) if isinstance(pair, tuple)]
+        captions, hashes = [texts for _, texts, _ in held], [digits for *_, digits in held]
+        bad = sum(isinstance(pair, BadSample) for pair in read)
+        _known[key] = Pairs(np.array([i for i, *_ in held], int), captions, hashes, bad)
     return _known[key]
 
 

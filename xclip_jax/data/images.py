@@ -1,13 +1,7 @@
-"""Decoding of images to RGB of eight bits, on the host; config key `data.background` is the background of transparency.
+"""Decoding of images to RGB of eight bits, on the host: JPEGs by libjpeg-turbo, other formats by Pillow."""
 
-JPEGs are decoded by libjpeg-turbo, other formats by Pillow.
-"""
-
-import contextlib
 import functools
 import io
-import threading
-from collections.abc import Iterator
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -26,46 +20,17 @@ _FORMATS = (
 _ORIENTATION = 0x0112
 
 
-class WeightedSemaphore:
-    """Limits a sum over threads, such as the pixels that are decoded at the same time. Requests are served in order.
-
-    A thread must not request more while it holds some: two such threads would wait for each other.
-    """
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self._held = 0
-        self._next = threading.Lock()  # held by the first in the queue, so that smaller requests cannot overtake it
-        self._changed = threading.Condition()
-
-    @contextlib.contextmanager
-    def hold(self, amount: int) -> Iterator[None]:
-        """Hold `amount`, at most `limit`, within the context; wait until as much is free."""
-        amount = min(amount, self.limit)
-        with self._next, self._changed:
-            self._changed.wait_for(lambda: self._held + amount <= self.limit)
-            self._held += amount
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._held -= amount
-                self._changed.notify()
-
-
-# Pixels that all threads of a process decode at once. Decoders take 6 to 16 bytes a pixel, JPEG 2000 takes 20: 1.3 GB
-# for PNGs, 2.7 GB at most.
-_IN_FLIGHT = WeightedSemaphore(2 * MAX_PIXELS)
-
-
 def to_rgb(image: Image.Image, background: str) -> Image.Image:
-    """Convert an image of any mode to RGB: palettes to colours, 16 bits and floats to 8, transparency by `background`.
-
-    Raises:
-      BadSample: floats that are neither from 0 to 1 nor from 0 to 255.
-    """
-    if image.mode.startswith(("I", "F")):
-        return _to_eight_bits(image, background)
+    """Convert an image of any mode except floats to RGB, 16 bits to 8, transparency by `background`."""
+    if image.mode == "F":
+        raise BadSample("image of floats", "save it with 8 or 16 bits")
+    if image.mode.startswith("I"):  # Pillow would clip 16 bits to white
+        values = np.array(image)
+        clear = values == image.info.get("transparency", -1)
+        values = np.right_shift(np.clip(values, 0, 65535, out=values), 8, out=values)
+        if background == WHITE:
+            values[clear] = 255
+        return Image.fromarray(values.astype(np.uint8)).convert("RGB")
     if image.has_transparency_data and background == WHITE:
         image, canvas = image.convert("RGBA"), Image.new("RGB", image.size, "white")
         canvas.paste(image, mask=image)
@@ -75,53 +40,9 @@ def to_rgb(image: Image.Image, background: str) -> Image.Image:
     return image.convert("RGB")
 
 
-def _to_eight_bits(image: Image.Image, background: str) -> Image.Image:
-    """Convert a grey image of 16 bits or floats to RGB; Pillow would clip it to white or black."""
-    values = np.array(image)
-    if image.mode.startswith("I"):
-        clear = values == image.info.get("transparency", -1)
-        values = np.right_shift(np.clip(values, 0, 65535, out=values), 8, out=values)
-        if background == WHITE:
-            values[clear] = 255
-    else:
-        low, high = values.min(), values.max()
-        if not (low >= 0 and high <= 255):  # as for NaN
-            raise BadSample("float image out of range", f"values from {low:g} to {high:g}; scale them to 0 to 1")
-        values = np.rint(values * 255) if high <= 1 else values
-    return Image.fromarray(values.astype(np.uint8)).convert("RGB")
-
-
-def describe(share: float, background: str) -> str:
-    """Return the share of transparent images, and how they are read, in words."""
-    reading = "laid on white" if background == WHITE else "read without their alpha, with the colours hidden under it"
-    return f"{'less than 1' if 0 < share < 0.01 else f'{100 * share:.0f}'} %, {reading}"
-
-
 def is_jpeg(data: Any) -> TypeGuard[bytes]:
     """Whether `data` is bytes that begin as a JPEG file does."""
     return isinstance(data, bytes) and data[:2] == b"\xff\xd8"
-
-
-def _jpeg_header(data: bytes) -> tuple[int, int, int, bool, bool] | None:
-    """Return width, height, channels, whether EXIF may rotate the image, and whether it is progressive.
-
-    None for a JPEG whose markers make no sense.
-    """
-    offset, exif = 2, False
-    while offset + 10 <= len(data) and data[offset] == 0xFF:
-        marker = data[offset + 1]
-        if marker == 0xFF:  # padding
-            offset += 1
-            continue
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            if data[offset + 4] != 8:  # bits
-                return None
-            h = int.from_bytes(data[offset + 5 : offset + 7], "big")
-            w = int.from_bytes(data[offset + 7 : offset + 9], "big")
-            return (w, h, data[offset + 9], exif, marker not in (0xC0, 0xC1)) if w and h else None
-        exif = exif or (marker == 0xE1 and data[offset + 4 : offset + 8] == b"Exif")
-        offset += 2 + int.from_bytes(data[offset + 2 : offset + 4], "big")
-    return None
 
 
 def _check_pixels(w: int, h: int) -> None:
@@ -144,40 +65,29 @@ def _is_rotated(data: bytes) -> bool:
         return True  # Pillow raises the error
 
 
-def _decode_jpeg(data: bytes, scaled_to: int, held: contextlib.ExitStack) -> np.ndarray | None:
-    """Decode a JPEG by libjpeg-turbo; return None if Pillow has to decode it. `decode_held` explains `held`."""
-    header = _jpeg_header(data)
-    if header is None or header[2] not in (1, 3) or (header[3] and _is_rotated(data)):
-        return None
-    w, h, *_, progressive = header
-    _check_pixels(w, h)
-    factor = max(1, min(w, h) // scaled_to) if scaled_to and not progressive else 1
-    held.enter_context(_IN_FLIGHT.hold(w * h // (1 << min(3, factor.bit_length() - 1)) ** 2))
-    options: dict[str, Any] = {
-        "fastdct": True,
-        "fastupsample": True,
-        "min_height": scaled_to,
-        "min_width": scaled_to,
-        "min_factor": 2,
-    }
+def _decode_jpeg(data: bytes, scaled_to: int) -> np.ndarray | None:
+    """Decode a JPEG by libjpeg-turbo; return None if Pillow has to decode it, or to say what is wrong."""
     try:
-        return simplejpeg.decode_jpeg(data, "RGB", **(options if scaled_to else {}))
-    except ValueError:
-        held.close()
-        return None  # Pillow distinguishes truncated files from unusual ones
+        header: Any = simplejpeg.decode_jpeg_header(data, strict=False)
+        h, w, colors, _ = header
+        _check_pixels(w, h)
+        if colors in ("CMYK", "YCCK") or (b"Exif" in data and _is_rotated(data)):
+            return None
+        if not scaled_to:
+            return simplejpeg.decode_jpeg(data, "RGB")
+        size: dict[str, Any] = {"min_height": scaled_to, "min_width": scaled_to, "min_factor": 2}
+        return simplejpeg.decode_jpeg(data, "RGB", fastdct=True, fastupsample=True, **size)
+    except (ValueError, KeyError):  # a KeyError for a header without an image
+        return None
 
 
-def open_held(data: bytes | Image.Image, held: contextlib.ExitStack) -> Image.Image:
-    """Open an image in its own mode, rotated by its EXIF tag; `held` and errors are as for `decode_held`."""
+def open_image(data: bytes | Image.Image) -> Image.Image:
+    """Open an image in its own mode, rotated by its EXIF tag. Raises `BadSample` as `decode` does."""
     about = f"{len(data)} bytes that begin with {data[:8]!r}" if isinstance(data, bytes) else "a Pillow image"
     try:
-        if isinstance(data, Image.Image):  # the caller closes it
-            _check_pixels(*data.size)
-            return ImageOps.exif_transpose(data)
-        with Image.open(io.BytesIO(data), formats=formats()) as image:
-            _check_pixels(*image.size)
-            held.enter_context(_IN_FLIGHT.hold(image.width * image.height))
-            return ImageOps.exif_transpose(image)
+        image = Image.open(io.BytesIO(data), formats=formats()) if isinstance(data, bytes) else data
+        _check_pixels(*image.size)
+        return ImageOps.exif_transpose(image)
     except (BadSample, MemoryError):
         raise
     except Image.DecompressionBombError as error:  # Pillow's own bound, raised before the size is known
@@ -189,56 +99,20 @@ def open_held(data: bytes | Image.Image, held: contextlib.ExitStack) -> Image.Im
         raise BadSample(reason, f"{about} ({error})") from error
 
 
-def decode_held(
-    data: bytes | np.ndarray | Image.Image, held: contextlib.ExitStack, background: str, scaled_to: int = 0
-) -> np.ndarray:
-    """Decode an image, see `decode`; its pixels count as being decoded until `held` is closed."""
-    if isinstance(data, np.ndarray):
-        if data.dtype != np.uint8 or data.shape[2:] not in ((1,), (3,)) or not data.size:
-            raise BadSample("image is not uint8 (h, w, 3)", f"an array of {data.dtype}, {data.shape}")
-        return data if data.shape[2] == 3 else data.repeat(3, axis=2)
-    if is_jpeg(data) and (image := _decode_jpeg(data, scaled_to, held)) is not None:
-        return image
-    return np.array(to_rgb(open_held(data, held), background))
-
-
-@contextlib.contextmanager
-def decoding(data: bytes | np.ndarray, *, scaled_to: int = 0, background: str = WHITE) -> Iterator[np.ndarray]:
-    """Provide a decoded image within the context, see `decode`.
-
-    Entering waits while other threads of this process hold too many pixels in such contexts.
-    """
-    with contextlib.ExitStack() as held:
-        yield decode_held(data, held, background, scaled_to)
-
-
-def decode(data: bytes | np.ndarray, *, scaled_to: int = 0, background: str = WHITE) -> np.ndarray:
+def decode(data: bytes | np.ndarray | Image.Image, *, scaled_to: int = 0, background: str = WHITE) -> np.ndarray:
     """Decode an image to uint8 RGB (h, w, 3), rotated by its EXIF tag. Arrays (h, w, 3) and grey (h, w, 1) pass.
 
-    libjpeg-turbo decodes JPEGs; Pillow decodes CMYK, JPEGs that EXIF rotates, and all other formats. Only the first
-    frame is decoded.
-
-    Args:
-      data: content of the file.
-      scaled_to: for training; a JPEG may be decoded to a half, a quarter or an eighth of its size, no side below this
-        number of pixels, and slightly less exactly. 0 for the full size.
-      background: one of `BACKGROUNDS`.
+    libjpeg-turbo decodes JPEGs, except for CMYK and rotated ones, and Pillow the first frame of other formats. For
+    training a JPEG may be decoded to a half, a quarter or an eighth of its size, no side below `scaled_to` pixels, and
+    slightly less exactly. `background` is one of `BACKGROUNDS`.
 
     Raises:
       BadSample: not an image, a damaged one, another array, or more than `MAX_PIXELS`, checked before decoding.
     """
-    with decoding(data, scaled_to=scaled_to, background=background) as image:
+    if isinstance(data, np.ndarray):
+        if data.dtype != np.uint8 or data.shape[2:] not in ((1,), (3,)) or not data.size:
+            raise BadSample("image is not uint8 (h, w, 3)", f"an array of {data.dtype}, {data.shape}")
+        return data if data.shape[2] == 3 else data.repeat(3, axis=2)
+    if is_jpeg(data) and (image := _decode_jpeg(data, scaled_to)) is not None:
         return image
-
-
-def is_transparent(data: bytes | np.ndarray) -> bool:
-    """Whether any pixel of an image is at least partly transparent. Raises `BadSample` as `decode` does."""
-    if isinstance(data, np.ndarray) or is_jpeg(data):
-        return False
-    with contextlib.ExitStack() as held:
-        image = open_held(data, held)
-        if not image.has_transparency_data:
-            return False
-        if image.mode.startswith("I"):  # Pillow has no mode of 16 bits with alpha, only a transparent value
-            return bool((np.asarray(image) == image.info["transparency"]).any())
-        return bool(np.asarray(image.convert("RGBA").getchannel("A")).min() < 255)
+    return np.array(to_rgb(open_image(data), background))

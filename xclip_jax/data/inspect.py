@@ -2,12 +2,10 @@
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import tempfile
 import textwrap
 import time
-import unicodedata
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -20,20 +18,15 @@ from xclip_jax.data.base import Record, Source
 from xclip_jax.data.ledger import Ledger
 
 FEWEST = 8  # pairs that the recipe small requires
-# Rows of the batches that `read_batches` reads: few, so that every thread soon finishes one.
-_BATCH = 32
-# `read_batches` ends after this multiple of its seconds, even with fewer samples.
-_PATIENCE = 10
+_BATCH = 32  # rows of the batches that `read_batches` reads: few, so that every thread soon finishes one
+_PATIENCE = 10  # `read_batches` ends after this multiple of its seconds, even with fewer samples
 _TILE, _COLUMNS, _ROWS, _LINES = 200, 6, 4, 4
-# Fonts with accents on Linux and macOS.
-_FONTS = ("DejaVuSans.ttf", "Arial Unicode.ttf")
 
 
 @dataclasses.dataclass
 class Sample:
     """Statistics of one image-text pair; `reason` is "" unless it is bad."""
 
-    index: int
     reason: str = ""
     detail: str = ""
     size: tuple[int, int] = (0, 0)
@@ -41,18 +34,15 @@ class Sample:
     digest: bytes = b""
     caption: str = ""
     captions: int = 0
+    index: int = -1
 
 
 @dataclasses.dataclass(frozen=True)
 class LoaderSample:
     """Statistics of a run's first samples, as its loader reads them.
 
-    Attributes:
-      read: number of samples.
-      speed: samples a second, once all threads or workers are busy.
-      bad: number of bad samples by reason.
-      example: the ledger's line about the first bad sample, JSON, or "".
-      text: tokens, (rows, n); None without texts.
+    `speed` is in samples a second, once all threads or workers are busy, `bad` counts bad samples by reason, `example`
+    is the ledger's line about the first one, or "", and `text` has the tokens, (rows, n), or is None.
     """
 
     read: int
@@ -67,12 +57,9 @@ def read(source: Source, indices: Sequence[int], threads: int, size: int) -> tup
     began = time.perf_counter()
     places, timeout = [(source, index) for index in indices], loader.DataConfig.read_timeout
     results = records.read_each(places, lambda record: _examine(record, size), timeout=timeout, threads=threads)
-    samples = [
-        Sample(index, result.reason, result.detail)
-        if isinstance(result, BadSample)
-        else dataclasses.replace(result, index=index)
-        for index, result in zip(indices, results, strict=True)
-    ]
+    samples = [Sample(x.reason, x.detail) if isinstance(x, BadSample) else x for x in results]
+    for index, sample in zip(indices, samples, strict=True):
+        sample.index = index
     return samples, time.perf_counter() - began
 
 
@@ -81,10 +68,10 @@ def _examine(record: Record, size: int) -> Sample:
     data = image if isinstance(image, bytes) else image.tobytes()
     digest = hashlib.blake2b(data, digest_size=16).digest()
     # The full size is measured, so the image is decoded at it; training decodes large JPEGs at a half or less.
-    with images.decoding(image) as pixels:
-        height, width = pixels.shape[:2]
-        transforms.random_resized_crop(pixels, size, np.random.default_rng(list(digest)), resample="area")
-    return Sample(-1, "", "", (width, height), len(data), digest, captions[0], len(captions))
+    pixels = images.decode(image)
+    height, width = pixels.shape[:2]
+    transforms.random_resized_crop(pixels, size, np.random.default_rng(list(digest)), resample="area")
+    return Sample("", "", (width, height), len(data), digest, captions[0], len(captions))
 
 
 def read_batches(
@@ -92,12 +79,7 @@ def read_batches(
 ) -> LoaderSample:
     """Read samples as a run does, with its threads or workers, but in smaller batches and without spreading captions.
 
-    Args:
-      sources: the run's sources.
-      transform: the run's transform, with its data config.
-      seed: the run's seed.
-      samples: smallest number to read.
-      seconds: shortest time to read, once all threads or workers are busy.
+    At least `samples` are read, for at least `seconds` from when all threads or workers are busy.
 
     Raises:
       UserError: no usable sample for a position, or an error that concerns more than a sample.
@@ -143,28 +125,12 @@ def write_sheet(samples: Sequence[Sample], source: Source, path: str) -> int:
     line = 13
     height = _TILE + _LINES * line + 8
     page = Image.new("RGB", (_COLUMNS * _TILE, -(-len(chosen) // _COLUMNS) * height), "white")
-    pen, font = ImageDraw.Draw(page), _font()[0]
+    pen, font = ImageDraw.Draw(page), ImageFont.load_default(10)
     for i, sample in enumerate(chosen):
         x, y = i % _COLUMNS * _TILE, i // _COLUMNS * height
-        picture = transforms.resize_center_crop(images.decode(source[sample.index]["image"]), _TILE - 4)
+        picture = transforms.evaluation_image(images.decode(source[sample.index]["image"]), _TILE - 4)
         page.paste(Image.fromarray(picture), (x + 2, y + 2))
         for j, text in enumerate(textwrap.wrap(sample.caption, 30)[:_LINES]):
-            pen.text((x + 4, y + _TILE + j * line), _drawable(text), fill="black", font=font)
+            pen.text((x + 4, y + _TILE + j * line), text, fill="black", font=font)
     page.save(path, format="PNG")
     return len(chosen)
-
-
-@functools.cache
-def _font() -> tuple[ImageFont.FreeTypeFont | ImageFont.ImageFont, bool]:
-    """Return a font, and whether it has accents; Pillow's own has none."""
-    for name in _FONTS:
-        with contextlib.suppress(OSError):
-            return ImageFont.truetype(name, 10), True
-    return ImageFont.load_default(10), False
-
-
-def _drawable(text: str) -> str:
-    """Return the text, without accents if the font has none; other missing letters become boxes."""
-    if _font()[1]:
-        return unicodedata.normalize("NFC", text)
-    return "".join(x for x in unicodedata.normalize("NFKD", text) if not unicodedata.combining(x))

@@ -1,20 +1,18 @@
 """Labelled items in memory: images in folders of classes or listed in a CSV file, and texts."""
 
-import abc
 import hashlib
-import itertools
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from xclip_jax.core import storage
-from xclip_jax.core.errors import UserError
-from xclip_jax.data.base import IMAGE_SUFFIXES, MAX_BYTES, LabelledSource, Record, name_of
-from xclip_jax.data.text import TO_UTF8, csv_rows
+from xclip_jax.core.errors import UserError, first_line
+from xclip_jax.data.base import IMAGE_SUFFIXES, MAX_BYTES, Record, Source, name_of
+from xclip_jax.data.text import read_csv
 
 
 def item_name(items: Sequence[Any], index: int) -> str:
@@ -57,20 +55,16 @@ class Chosen(Sequence):
         return item_name(self._items, self._positions[index])
 
 
-class Files(Sequence):
-    """Encoded images in files, read on access."""
-
-    @abc.abstractmethod
-    def name(self, index: int) -> str:
-        """Return what names an image to a person: its path, or tar and key."""
-
-    @abc.abstractmethod
-    def sizes(self) -> Iterator[tuple[str, int]]:
-        """Yield the name of each file, without the data set's folder, and its size in bytes, -1 if it is unreadable."""
+def file_size(path: str | os.PathLike) -> int:
+    """Return the size of a file in bytes, -1 if it does not exist."""
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return -1
 
 
-class Paths(Files):
-    """Images in files of this machine."""
+class Paths(Sequence):
+    """Encoded images in files of this machine, read on access."""
 
     def __init__(self, paths: Sequence[pathlib.Path], root: pathlib.Path | None = None) -> None:
         """`root` is the folder that the files belong to."""
@@ -83,11 +77,7 @@ class Paths(Files):
     def sizes(self) -> Iterator[tuple[str, int]]:
         """Yield the path of each file below `root`, and its size in bytes, -1 if it is unreadable."""
         for path in self.paths:
-            try:
-                size = path.stat().st_size
-            except OSError:
-                size = -1
-            yield str(path).removeprefix(str(self.root or "")), size
+            yield str(path).removeprefix(str(self.root or "")), file_size(path)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -102,14 +92,9 @@ class Paths(Files):
 def read_files(name: str, path: pathlib.Path) -> tuple[Paths, np.ndarray, list[str]]:
     """Return images, labels and class names of a folder with one sub-folder a class, or a CSV file of path and label.
 
-    A folder is read as torchvision's ImageFolder reads it: the sub-folders, sorted as strings, are the classes, and
-    include the images in folders below them; hidden files and folders are left out. In a CSV file each distinct label
-    is a class, in alphabetical or, if all are integers, numerical order. Labels with | between them are several labels
-    of one image; they give bool (n, classes), in which an image may have no class.
-
-    Raises:
-      UserError: no images or classes, a class without images, a row without a path or label, or missing images; the
-        message begins with `name`.
+    A folder is read as torchvision's ImageFolder reads it. In a CSV file each distinct label is a class, in the order
+    of letters or, if all are integers, of numbers. Labels with | between them are several labels of one image; they
+    give bool (n, classes), in which an image may have no class. A `UserError` begins with `name`.
     """
     path = path.expanduser()
     if path.is_dir():
@@ -121,22 +106,19 @@ def read_files(name: str, path: pathlib.Path) -> tuple[Paths, np.ndarray, list[s
 
 def _read_folder(name: str, path: pathlib.Path) -> tuple[Paths, np.ndarray, list[str]]:
     names = sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith("."))
-    images = [_images(path / folder) for folder in names]
+    images = [images_in(path / folder) for folder in names]
     if not any(images):
         raise UserError(f"{name}: folder {str(path)!r} contains no images in sub-folders; make one for each class.")
     if empty := [folder for folder, inside in zip(names, images, strict=True) if not inside]:
-        raise UserError(
-            f"{name}: class folders {', '.join(map(repr, empty[:5]))}{' and more' if len(empty) > 5 else ''} of "
-            f"{str(path)!r} contain no images ({', '.join(IMAGE_SUFFIXES)}); add images, or delete the folders."
-        )
+        raise UserError(f"{name}: {len(empty)} class folders of {str(path)!r} contain no images, {empty[0]!r} first.")
     labels = np.repeat(np.arange(len(names)), [len(inside) for inside in images])
     # Names of folders may have any bytes, and texts of classes have to be UTF-8.
     names = [name.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for name in names]
     return Paths([image for inside in images for image in inside], path), labels, names
 
 
-def _images(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Return the images in `folder` and the folders below it, in ImageFolder's order."""
+def images_in(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Return the images in `folder` and the folders below it that are not hidden, in ImageFolder's order."""
     inside = []
     for root, folders, files in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -145,116 +127,94 @@ def _images(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _read_table(name: str, path: pathlib.Path) -> tuple[Paths, np.ndarray, list[str]]:
-    images, cells = [], []
-    for line, image, label in _rows(name, path):
-        images.append(path.parent / os.path.expanduser(image))
-        cells.append((line, [word for part in label.split("|") if (word := part.strip())], "|" in label))
+    try:
+        table = read_csv(str(path), ("path", "label"))
+        places, cells = table["path"].to_pylist(), table["label"].to_pylist()
+    except UserError:
+        raise
+    except Exception as error:  # the class depends on the fault
+        raise UserError(
+            f"{name}: {str(path)!r} is not a CSV file with the columns path and label ({first_line(error)})."
+        ) from error
+    images = [path.parent / os.path.expanduser(place) for place in places]
     if missing := [image for image in images if not os.path.isfile(image)]:  # also a name that no disk takes
-        first = f"{str(missing[0])!r} first{elsewhere(os.path.relpath(missing[0], path.parent))}"
-        raise UserError(f"{name}: {len(missing)} images of {str(path)!r} do not exist, {first}.")
-    several = any(separated for *_, separated in cells)
-    for line, words, _ in cells:
-        if not words and not several:
-            raise UserError(f"{name}: line {line} of {str(path)!r} has no label; give it one, or delete the line.")
-    distinct = {word for _, words, _ in cells for word in words}
+        raise UserError(f"{name}: {len(missing)} images of {str(path)!r} do not exist, {str(missing[0])!r} first.")
+    words = [[word for part in cell.split("|") if (word := part.strip())] for cell in cells]
+    several = any("|" in cell for cell in cells)
+    if not several and (empty := [place for place, found in zip(places, words, strict=True) if not found]):
+        raise UserError(f"{name}: {empty[0]!r} in {str(path)!r} has no label; give it one, or delete the row.")
+    distinct = {word for found in words for word in found}
     numbers = all(re.fullmatch(r"-?[0-9]{1,18}", word) for word in distinct)
     names = sorted(distinct, key=lambda word: (int(word) if numbers else 0, word))
+    if not names:
+        raise UserError(f"{name}: {str(path)!r} has no row with a label.")
     index = {word: i for i, word in enumerate(names)}
     if not several:
-        return Paths(images, path.parent), np.array([index[words[0]] for _, words, _ in cells]), names
+        return Paths(images, path.parent), np.array([index[found[0]] for found in words]), names
     labels = np.zeros((len(cells), len(names)), bool)
-    for row, (_, words, _) in zip(labels, cells, strict=True):
-        row[[index[word] for word in words]] = True
+    for row, found in zip(labels, words, strict=True):
+        row[[index[word] for word in found]] = True
     return Paths(images, path.parent), labels, names
 
 
-def elsewhere(path: str, error: Exception | None = None) -> str:
-    """Return a hint if a path in a table is relative to the working folder instead of the table's; else ""."""
-    if isinstance(error, FileNotFoundError | None) and not os.path.isabs(path) and os.path.isfile(path):
-        return (
-            "; paths are relative to the table's folder, and this one exists from the working folder: move the table "
-            "there, or write paths from where the table is"
-        )
-    return ""
+class Labelled(Source):
+    """Random access to labelled items. A record has "label", a number, and "image", or "text" and "tags".
 
+    Attributes:
+      key: what the items are, "image" or "text".
+      items: encoded or uint8 (h, w, 3) images, or strings, in the order of the records.
+      names: names of the classes, in the order of their numbers; empty if labels are numbers to be fitted.
+      metrics: to report for a fine-tuned model, the most important first.
+      multilabel: whether an item may have several classes, or none.
+      version: version of the data set, "" if unknown.
+      templates: the data set's own prompts for a class, {c} for its name; empty for the evaluator's.
+    """
 
-def _rows(name: str, path: pathlib.Path) -> Iterator[tuple[int, str, str]]:
-    """Yield line, path and label of each row of a CSV file."""
-    header: list[str] | None = None
-    n = 0
-    try:
-        for line, row in csv_rows(str(path)):
-            if header is None:
-                header = [cell.strip() for cell in row]
-                continue
-            if not {"path", "label"} <= set(header):
-                break
-            if fault := _fault(header, row):
-                raise UserError(f"line {line} of {str(path)!r} {fault}.")
-            cells, n = dict(zip(header, row, strict=False)), n + 1
-            yield line, cells.get("path", ""), cells.get("label", "")
-        if not n:
-            columns = f"has the columns {', '.join(map(repr, header))}" if header else "is empty"
-            raise UserError(f"CSV file {str(path)!r} {columns}; it must have the columns path and label, and a row.")
-    except UserError as error:
-        raise UserError(f"{name}: {error}") from error
-
-
-def _fault(header: Sequence[str], row: Sequence[str]) -> str:
-    """Return what is wrong with a row of a CSV file, and the remedy, or ""."""
-    try:
-        ",".join(row).encode()
-    except UnicodeEncodeError:
-        return f"is not UTF-8; save the table in UTF-8, or convert it, as with {TO_UTF8}"
-    if any("\n" in cell for cell in row):
-        return "ends a quoted cell of several lines; quotes must be paired"
-    if any(cell.strip() for cell in row[len(header) :]):
-        return f"has {len(row)} cells for {len(header)} columns; put quotes around cells with commas"
-    if "path" in header and not dict(zip(header, row, strict=False)).get("path", "").strip():
-        return "has no path; give it one, or delete the line"
-    return ""
-
-
-def fingerprint(samples: int, names: Sequence[str], content: Iterable[Any]) -> dict[str, Any]:
-    """Return the fingerprint of labelled items: their number, the classes, if any, and a hash of `content`."""
-    digest = hashlib.blake2b(repr(samples).encode(), digest_size=16)
-    for part in content:
-        digest.update(repr(part).encode("utf-8", "surrogatepass"))
-    return {"samples": samples, "hash": digest.hexdigest()} | ({"classes": list(names)} if names else {})
-
-
-class Labelled(LabelledSource):
-    """Items whose labels are in memory."""
+    version: str = ""
+    templates: Sequence[str] = ()
 
     def __init__(
         self,
         key: str,
         items: Sequence[Any],
-        labels: np.ndarray,
+        labels: np.ndarray | Sequence[int],
         names: Sequence[str],
         metrics: Sequence[str] = ("top1",),
+        identity: Sequence[str] = (),
     ) -> None:
-        """Arguments are the attributes of `LabelledSource`."""
+        """`labels` may read them on access; without `identity` it follows from the items and labels."""
         self.key, self.items, self.names, self.metrics = key, items, list(names), metrics
-        self._labels, self.multilabel = labels, labels.ndim > 1
+        self._labels, self._identity = labels, list(identity)
+        self.multilabel = isinstance(labels, np.ndarray) and labels.ndim > 1
 
     def __len__(self) -> int:
         return len(self.items)
 
     def labels(self) -> np.ndarray:
+        """Return all labels, (n,), or bool (n, classes) with `multilabel`; no image is decoded."""
+        if not isinstance(self._labels, np.ndarray):
+            self._labels = np.array(list(self._labels))
         return self._labels
 
     def describe(self, index: int) -> dict[str, str]:
-        return {"file": self.items.name(index)} if isinstance(self.items, Files) else {"row": str(index)}
+        return {"file": item_name(self.items, index)} if hasattr(self.items, "sizes") else {"row": str(index)}
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return a hash of the labels and of the texts, or the names and sizes of files, in their order."""
-        items = self.items.sizes() if isinstance(self.items, Files) else self.items
-        return fingerprint(len(self), self.names, zip(items, self._labels.tolist(), strict=True))
+        """Return a hash of the identity, or of the labels and the texts, or the names and sizes of files."""
+        sizes = getattr(self.items, "sizes", None)
+        items: Any = sizes() if sizes else self.items
+        content = self._identity or zip(items, self.labels().tolist(), strict=True)
+        digest = hashlib.blake2b(repr(len(self)).encode(), digest_size=16)
+        for part in content:
+            digest.update(repr(part).encode("utf-8", "surrogatepass"))
+        fingerprint = {"samples": len(self), "hash": digest.hexdigest()}
+        return fingerprint | ({"classes": self.names} if self.names else {})
 
     @property
-    def identity(self) -> str:
-        """Empty for files and texts, which identify themselves."""
+    def identity(self) -> Any:
+        """JSON that identifies the items in hashes of evaluation sets; empty for files and texts, which do so."""
+        if self._identity:
+            return self._identity
         return "" if isinstance(self.items, Paths) or self.key == "text" else self.fingerprint()["hash"]
 
     def __getitem__(self, index: int) -> Record:
@@ -269,7 +229,7 @@ def open_files(name: str, path: str) -> Labelled:
     return Labelled("image", paths, labels, names)
 
 
-def check_one_class(spec: str, source: LabelledSource) -> None:
+def check_one_class(spec: str, source: Labelled) -> None:
     """Raise `UserError` if items have several classes."""
     if source.multilabel:
         raise UserError(f"{spec}: images have several labels; give each one class.")
@@ -288,14 +248,13 @@ class MismatchError(UserError):
 
 
 def check_sources(
-    specs: Sequence[str], sources: Sequence[LabelledSource], classes: int, fields: Sequence[str] | None = None
+    specs: Sequence[str], sources: Sequence[Labelled], classes: int, fields: Sequence[str] | None = None
 ) -> None:
-    """Check that a classifier can learn from all of `sources`.
+    """Check that a classifier of a number of classes, 1 for labels that are numbers, can learn from all sources.
 
     Args:
-      specs: specs of the sources.
-      sources: labelled items.
-      classes: number of classes of the classifier; 1 for labels that are numbers.
+      specs, sources: labelled items, and their specs for messages.
+      classes: number of classes of the classifier.
       fields: fields of the batches, with "image" or "text"; None for any.
 
     Raises:
@@ -309,9 +268,7 @@ def check_sources(
             raise MismatchError(f"source {spec!r} has {source.key}s and the model learns from {expected}s", source.key)
         if len(source.names or ["a number"]) != classes:
             raise MismatchError(f"source {spec!r} has {len(source.names)} classes, expected {classes}", "classes")
-        for first, other in itertools.zip_longest(sources[0].names, source.names):
-            if first != other:
-                raise UserError(
-                    f"sources {specs[0]!r} and {spec!r} have different classes: {first!r} of the first is {other!r} in "
-                    "the other; classes must be the same, in the same order."
-                )
+        if list(source.names) != list(sources[0].names):
+            raise UserError(
+                f"sources {specs[0]!r} and {spec!r} have different classes; they must be the same, in the same order."
+            )

@@ -41,41 +41,28 @@ def _gather(content: Any) -> list[Any]:
 def _distinct(gathered: Sequence[tuple[int, int, list[Entry]]]) -> list[tuple[int, list[Entry]]]:
     """Return (tokens, bad samples) of each part of the batch, given (part, tokens, bad samples) of each process."""
     records: dict[int, tuple[int, list[Entry]]] = {}
-    for process, (part, tokens, bad) in enumerate(gathered):
+    for part, tokens, bad in gathered:
         first, others = records.setdefault(part, (tokens, bad))
-        if first != tokens or [_key(entry) for entry in others] != [_key(entry) for entry in bad]:
-            raise UserError(
-                f"process {process} and another one load the same rows of the batch and read different samples; check "
-                "that all processes can read the same files."
-            )
+        if first != tokens or [entry["index"] for entry in others] != [entry["index"] for entry in bad]:
+            raise UserError("processes that load the same rows of the batch read different samples; check their files.")
     return list(records.values())
-
-
-def _key(entry: Entry) -> tuple[int, int, int]:
-    return entry["position"], entry["source"], entry["index"]
 
 
 class Ledger:
     """Counts the samples that a run reads, and writes bad_samples.jsonl: each bad sample once, with its reason.
 
     A line is {"position": in the run's order, "reason", "detail", "source": its number, "index"} and the source's
-    description of the sample, such as "tar" and "key".
-
-    Attributes:
-      counters: {"samples": delivered, "tokens": of their texts, "bad": {reason: replaced samples}}, over all processes,
-        as of the last `sync`; other counters that a checkpoint keeps may be added.
+    description of the sample, such as "tar" and "key". The `counters` {"samples": delivered, "tokens": in their texts,
+    "bad": {reason: replaced samples}} are over all processes, as of the last `sync`; a checkpoint keeps them.
     """
 
     def __init__(
         self, folder: epath.Path, *, max_bad_fraction: float, start: int = 0, counters: Mapping[str, Any] | None = None
     ) -> None:
-        """Open the ledger of the run in `folder`.
+        """Open the ledger of the run in `folder`, which has read `start` samples, and `counters` at that point.
 
-        Args:
-          folder: the run's folder.
-          max_bad_fraction: a larger share of bad samples stops the run.
-          start: samples that the run has read; an interrupted run's lines for later samples are removed.
-          counters: their values at `start`.
+        An interrupted run's lines for later samples are removed. A larger share of bad samples than `max_bad_fraction`
+        stops the run.
         """
         self.path, self.max_bad_fraction = RunFolder(folder).bad_samples_file, max_bad_fraction
         self.counters: dict[str, Any] = {"samples": 0, "tokens": 0, "bad": {}} | dict(counters or {})
@@ -89,14 +76,10 @@ class Ledger:
         self._known = {(entry["source"], entry["index"]) for entry in self._file.kept}
 
     def add(self, end: int, tokens: int, bad: Sequence[Entry], part: int | None = None) -> None:
-        """Record a batch of this process.
+        """Record a batch of this process, whose global batch ends before sample `end`.
 
-        Args:
-          end: position of the first sample after the global batch.
-          tokens: number of tokens in this process's rows.
-          bad: samples of these rows that were replaced.
-          part: number of the part of the global batch that this process loads, see `mesh.batch_part`; a part that
-            several processes load counts once. By default each process has its own part.
+        `tokens` are in this process's rows, and `bad` are the samples that were replaced there. Several processes that
+        load the same `part` of the global batch, see `mesh.batch_part`, count once; by default each has its own.
 
         Raises:
           UserError: no usable sample for a position.
@@ -126,7 +109,11 @@ class Ledger:
         counts.update(entry["reason"] for entry in entries)
         tokens = self.counters["tokens"] + sum(tokens for tokens, _ in records)
         self.counters = self.counters | {"samples": samples, "tokens": tokens, "bad": dict(sorted(counts.items()))}
-        self._write(entries)
+        new: dict[tuple[int, int], Entry] = {}
+        for entry in entries:
+            new.setdefault((entry["source"], entry["index"]), entry)
+        self._file.append(*(entry for sample, entry in new.items() if sample not in self._known))
+        self._known |= new.keys()
 
     @property
     def bad(self) -> int:
@@ -148,14 +135,6 @@ class Ledger:
                 f"allows ({', '.join(f'{reason}: {count:,}' for reason, count in reasons)}); {self.path} lists them. "
                 "Fix the data, or raise data.max_bad_fraction."
             )
-
-    def _write(self, entries: Sequence[Entry]) -> None:
-        new = []
-        for entry in entries:
-            if (sample := (entry["source"], entry["index"])) not in self._known:
-                self._known.add(sample)
-                new.append(entry)
-        self._file.append(*new)
 
     def close(self) -> None:
         """Write the remaining lines; more samples may be recorded."""

@@ -21,12 +21,9 @@ from xclip_jax.parallel import sharding
 Sizes = tuple[tuple[int, int], ...]
 
 AUTO, FULL = "auto", "full"
-# The last group has the whole context; each further group is another pass over the tower's weights.
-MAX_GROUPS = 4
-# Accelerators are no faster for lengths between multiples.
-_MULTIPLE = 8
-# Share of steps that may be computed whole.
-_MISFITS = 0.005
+MAX_GROUPS = 4  # the last has the whole context; each further one is another pass over the tower's weights
+_MULTIPLE = 8  # accelerators are no faster for lengths between multiples
+_MISFITS = 0.005  # share of steps that may be computed whole
 # Groups double what is compiled: auto leaves them where they would save less of a step's FLOPs, or in a shorter run.
 _LEAST_SAVING, _LEAST_STEPS = 0.05, 1000
 
@@ -85,14 +82,10 @@ WHOLE = LengthGroups()
 def choose(
     counts: np.ndarray, *, rows: int, draws: int, flops_of: Callable[[int], float], groups: int = MAX_GROUPS
 ) -> LengthGroups:
-    """Return the groups with the fewest FLOPs that all but a few batches fit.
+    """Return the groups with the fewest FLOPs that all but a few batches fit, at most `groups` with the whole context.
 
-    Args:
-      counts: (context + 1,) number of sampled texts by length in tokens.
-      rows: number of texts that a device orders together.
-      draws: number of times that a step does so, on all devices.
-      flops_of: tokens -> FLOPs of a text of that length.
-      groups: largest number of groups, including the group of the whole context.
+    `counts` (context + 1,) has the number of sampled texts by length in tokens; a device orders `rows` texts together,
+    and a step does so `draws` times on all devices. `flops_of` returns the FLOPs of a text with a number of tokens.
     """
     context = len(counts) - 1
     ends: dict[int, int] = {}
@@ -122,11 +115,10 @@ def worthwhile(saved: float, steps: int) -> bool:
 class LengthOrder:
     """Orders the rows of each device and microbatch by the lengths of their texts, and cuts them into groups.
 
-    No row changes its device or its microbatch. Rows of a microbatch are `microbatches` apart, as in
-    `sharding.map_microbatches`.
+    Rows of a microbatch are `microbatches` apart, as in `sharding.map_microbatches`; each device has a part.
 
     Attributes:
-      lengths: int (parts, rows, microbatches) tokens of each text; each device has a part.
+      lengths: int (parts, rows, microbatches) tokens of each text.
       order, inverse: row at each place, and place of each row, of the same shape.
       sizes: ((rows, tokens), ...) of the groups.
     """

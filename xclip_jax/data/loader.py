@@ -2,6 +2,7 @@
 
 import bisect
 import dataclasses
+import functools
 import gc
 import itertools
 import json
@@ -26,12 +27,9 @@ from xclip_jax.parallel.mesh import batch_sharding
 
 Batch = dict[str, Any]
 
-# The run stops after this number of bad samples in a row for one position.
-MAX_RESAMPLES = 100
-# Rows whose records are read together, before their images are decoded: alternating would empty the processor's caches.
-READ_GROUP = 32
-# Finished batches that each worker process keeps.
-WORKER_BUFFER = 2
+MAX_RESAMPLES = 100  # the run stops after this number of bad samples in a row for one position
+READ_GROUP = 32  # rows that are read together before they are decoded: alternating would empty the processor's caches
+WORKER_BUFFER = 2  # finished batches that each worker process keeps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,19 +48,16 @@ class Transform:
     def __call__(self, record: Record, rng: np.random.Generator, row: Mapping[str, np.ndarray]) -> None:
         """Write the fields of `record` to the arrays of `row`, whose first axis has length 1."""
         if "image" in row:
-            self._crop(record, rng, row["image"][0])
+            config, scale = self.config, self.config.crop_scale
+            # Large enough that not even the smallest square crop is enlarged.
+            scaled_to = math.ceil(self.size / scale[0] ** 0.5) if config.resample == "area" else 0
+            image = images.decode(record["image"], scaled_to=scaled_to, background=config.background)
+            out = row["image"][0]
+            transforms.random_resized_crop(image, self.size, rng, scale, resample=config.resample, out=out)
         if "text" in row:
             row["text"][:] = self.tokenizer([self.caption(record, rng)], self.length)
         if "label" in row:
             row["label"][0] = record["label"]
-
-    def _crop(self, record: Record, rng: np.random.Generator, out: np.ndarray) -> None:
-        config, scale = self.config, self.config.crop_scale
-        # Large enough that not even the smallest square crop is enlarged.
-        exact = config.resample != "area"
-        scaled_to = 0 if exact else math.ceil(self.size / scale[0] ** 0.5)
-        with images.decoding(record["image"], scaled_to=scaled_to, background=config.background) as image:
-            transforms.random_resized_crop(image, self.size, rng, scale, resample=config.resample, out=out)
 
     def caption(self, record: Record, rng: np.random.Generator) -> str:
         """Draw one of the captions, keywords, or both."""
@@ -81,10 +76,8 @@ class Transform:
 class SampleOrder:
     """The endless sequence of a run's samples; item i is the record at position i of the run.
 
-    Attributes:
-      sources: sources of the records.
-      places: element i is (number of the source, index in it); it depends only on the seed and i.
-      captions: `records.outcome` of each source's groups of equal captions, if these are spread.
+    Element i of `places` is (number of the source, index in it), and depends only on the seed and i. If equal captions
+    are spread, `captions` has `records.outcome` of each source's groups.
     """
 
     sources: Sequence[Source]
@@ -111,22 +104,15 @@ class _SpreadDuplicates:
 
     def __init__(self, groups: np.ndarray, seed: int) -> None:
         self.groups, self.seed = groups, seed
-        self._epochs: dict[int, np.ndarray] = {}
-        self._lock = threading.Lock()
+        self._cached_order, self._lock = functools.lru_cache(maxsize=2)(self._order), threading.Lock()
 
     def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
         return _SpreadDuplicates, (self.groups, self.seed)
 
     def __call__(self, position: int, _: Any = None) -> int:
         epoch, offset = divmod(position, len(self.groups))
-        order = self._epochs.get(epoch)
-        if order is None:
-            with self._lock:  # the reading threads reach a new epoch together
-                order = self._epochs.get(epoch)
-                if order is None:
-                    order = self._order(epoch)
-                    self._epochs = {e: o for e, o in self._epochs.items() if e >= epoch - 1} | {epoch: order}
-        return int(order[offset])
+        with self._lock:  # the reading threads reach a new epoch together
+            return int(self._cached_order(epoch)[offset])
 
     def _order(self, epoch: int) -> np.ndarray:
         n, rng = len(self.groups), np.random.default_rng((self.seed, epoch))
@@ -194,35 +180,24 @@ def sample_order(opened: Sequence[Source], config: DataConfig, seed: int) -> Sam
 
 @dataclasses.dataclass(frozen=True)
 class _Reader:
-    """Maps the number of a global batch to this host's rows of the batch, as a pure function.
-
-    Attributes:
-      order, transform: the samples, and their conversion to rows.
-      batch: number of rows of the global batch.
-      host, rows: number of the part that is read, and numbers of its rows in the batch.
-      rngs: a generator for each position of the run.
-    """
+    """Maps the number of a global batch of `batch` rows to the `rows` that this host reads, a pure function."""
 
     order: SampleOrder
     transform: Transform
     batch: int
-    host: int
     rows: Sequence[int]
     rngs: grain.experimental.RngPool
 
     def __call__(self, g: int) -> Batch:
-        batch = self._empty()
-        bad: list[Entry] = []
+        batch, bad = self._empty(), []
         for start in range(0, len(self.rows), READ_GROUP):
             positions = [g * self.batch + row for row in self.rows[start : start + READ_GROUP]]
             places = [self.order.place(position) for position in positions]
-            read = records.read_all(
-                [(self.order.sources[number], index) for number, index in places], self.transform.config.read_timeout
-            )
+            read = self._read(places)
             rngs = [self.rngs.acquire_rng(position) for position in positions]
             for i, (position, place, record, rng) in enumerate(zip(positions, places, read, rngs, strict=True), start):
                 row = {key: values[i : i + 1] for key, values in batch.items()}
-                self._fill(position, *place, record, rng, row, bad)
+                bad += ({"position": position} | entry for entry in self._fill(*place, record, rng, row))
                 self.rngs.release_rng(rng)
         return batch | {"bad": json.dumps(bad).encode()}  # Grain passes bytes on unchanged
 
@@ -236,24 +211,21 @@ class _Reader:
         }
         return {field: np.empty(*shapes[field]) for field in self.transform.fields}
 
+    def _read(self, places: Sequence[tuple[int, int]]) -> list[Record | BadSample]:
+        records_of = [(self.order.sources[number], index) for number, index in places]
+        return records.read_all(records_of, self.transform.config.read_timeout)
+
     def _fill(
-        self,
-        position: int,
-        number: int,
-        index: int,
-        record: Record | BadSample,
-        rng: np.random.Generator,
-        row: dict[str, np.ndarray],
-        bad: list[Entry],
-    ) -> None:
-        """Write a record to `row`; a bad one is added to `bad` and replaced by a random record of its source."""
-        source = self.order.sources[number]
+        self, number: int, index: int, record: Record | BadSample, rng: np.random.Generator, row: Batch
+    ) -> list[Entry]:
+        """Write a record to `row`, or instead of a bad one a random record of its source; return the bad ones."""
+        source, bad = self.order.sources[number], []
         for _ in range(MAX_RESAMPLES):
             try:
                 if isinstance(record, BadSample):
                     raise record
                 self.transform(record, rng, row)
-                return
+                return bad
             except Exception as error:
                 description = {"source": number, "index": index} | source.describe(index)
                 try:
@@ -261,12 +233,13 @@ class _Reader:
                 except UserError as fatal:
                     sample = json.dumps(description, ensure_ascii=False)
                     raise UserError(f"{str(fatal).rstrip('.')}; in sample {sample}.") from fatal
-                bad.append({"position": position, "reason": reason.reason, "detail": reason.detail} | description)
+                bad.append({"reason": reason.reason, "detail": reason.detail} | description)
             index = int(rng.integers(len(source)))
-            (record,) = records.read_all([(source, index)], self.transform.config.read_timeout)
+            (record,) = self._read([(number, index)])
         bad[-1]["last"] = MAX_RESAMPLES  # `Ledger.add` stops the run; a worker's error would be lost
         for values in row.values():
             values[:] = 0
+        return bad
 
 
 def batches(
@@ -286,8 +259,8 @@ def batches(
 
     Row r of global batch g is sample g * batch + r of the run: the global batches are the same on any number of hosts
     and from any start. Host h reads the h-th of `hosts` contiguous parts or, with `shards`, these parts of
-    hosts * len(shards), one after another. Processes that read the same rows count as one host, see `mesh.BatchPart`.
-    A bad sample is replaced by another one of its source, which depends only on the seed and the position.
+    hosts * len(shards), one after another, see `mesh.BatchPart`. A bad sample is replaced by another one of its
+    source, which depends only on the seed and the position.
 
     Raises:
       UserError: a bad sample without a `ledger` to record it, no usable sample for a position, or a worker was killed.
@@ -296,7 +269,7 @@ def batches(
     shards = shards or (host,)
     n = batch // (hosts * len(shards))
     rows = [row for shard in shards for row in range(shard * n, (shard + 1) * n)]
-    reader = _Reader(order, transform, batch, host, rows, grain.experimental.RngPool(seed))
+    reader = _Reader(order, transform, batch, rows, grain.experimental.RngPool(seed))
     # Grain's elements are batches here; its buffer includes the batches that are being read.
     buffer = max(config.threads, config.buffer)
     options = grain.ReadOptions(0, 0) if config.workers else grain.ReadOptions(config.threads, buffer)
@@ -306,28 +279,22 @@ def batches(
             flags.FLAGS.mark_as_parsed()  # Grain reads absl's flags, which only a command line sets up
         processes = grain.MultiprocessingOptions(config.workers, per_worker_buffer_size=WORKER_BUFFER)
         dataset = dataset.mp_prefetch(processes, worker_init_fn=records.init_worker)
-    return _report_bad_samples(iter(dataset), reader, start, ledger)
-
-
-def _report_bad_samples(
-    read: grain.DatasetIterator[Batch], reader: _Reader, start: int, ledger: Ledger | None
-) -> Generator[Batch]:
-    """Yield the batches, and report their bad samples and numbers of tokens to the ledger."""
-    workers = reader.transform.config.workers
+    read = iter(dataset)
     try:
-        for g, batch in enumerate(records.start_workers_with_signals_blocked(read) if workers else read, start):
-            bad = json.loads(batch.pop("bad"))
+        made = records.start_workers_with_signals_blocked(read) if config.workers else read
+        for g, local in enumerate(made, start):
+            bad = json.loads(local.pop("bad"))
             if ledger is not None:
-                tokens = int(reader.transform.tokenizer.lengths(batch["text"]).sum()) if "text" in batch else 0
-                ledger.add((g + 1) * reader.batch, tokens, bad, reader.host)
+                tokens = int(transform.tokenizer.lengths(local["text"]).sum()) if "text" in local else 0
+                ledger.add((g + 1) * batch, tokens, bad, host)
             elif bad:
                 raise UserError(f"sample {bad[0]} cannot be used.")
-            yield batch
+            yield local
     except UserError as error:
         raise UserError(str(error)) from error  # without Grain's notes on tracebacks
     finally:
         read.close()  # otherwise worker processes live as long as this one
-        if workers:
+        if config.workers:
             gc.collect()  # otherwise Python's exit reports shared memory in reference cycles as leaked
 
 

@@ -11,13 +11,7 @@ from PIL import Image
 
 from xclip_jax.core.errors import UserError, check_choice
 from xclip_jax.data import images
-from xclip_jax.data.transforms import (
-    INTERPOLATIONS,
-    RESIZE_MODES,
-    STATISTICS,
-    evaluation_image,
-    evaluation_mask,
-)
+from xclip_jax.data.transforms import INTERPOLATIONS, RESIZE_MODES, STATISTICS, evaluation_image, evaluation_mask
 
 Triple = tuple[float, float, float]
 
@@ -25,11 +19,7 @@ Triple = tuple[float, float, float]
 def mean_std(statistics: Any) -> tuple[Triple, Triple]:
     """Return channel means and standard deviations for config key `data.normalization`, for pixels between 0 and 1.
 
-    Args:
-      statistics: a name of `STATISTICS`, or ((r, g, b), (r, g, b)), also as text from a command line.
-
-    Raises:
-      UserError: any other value.
+    `statistics` is a name of `STATISTICS`, or ((r, g, b), (r, g, b)), also as text; `UserError` for anything else.
     """
     if isinstance(statistics, str) and statistics in STATISTICS:
         return STATISTICS[statistics]
@@ -43,7 +33,7 @@ def mean_std(statistics: Any) -> tuple[Triple, Triple]:
         pass
     names = ", ".join(map(repr, STATISTICS))
     raise UserError(
-        f"data.normalization is {statistics!r}; expected {names}, or mean and standard deviation of each channel, "
+        f"data.normalization is {statistics!r}; expected {names}, or mean and deviation by channel, "
         "((r, g, b), (r, g, b)), deviations above 0."
     )
 
@@ -52,20 +42,9 @@ def mean_std(statistics: Any) -> tuple[Triple, Triple]:
 class Preprocessing:
     """Resizes an image to a square on the host, and has the arguments of `transforms.normalize` for the device.
 
-    The defaults are OpenAI CLIP's, also in open_clip.
-
-    Attributes:
-      size: side of the result, pixels.
-      mean, std: for each channel, for pixels between 0 and 1.
-      resize_mode: config key `eval.resize`: "shortest" resizes the shorter side and keeps the central square, "squash"
-        resizes both sides alike, "longest" resizes the longer side and fills up with black.
-      resize_size: `eval.resize_size`, the size after resizing by "shortest" and "squash", before the central `size`
-        pixels are kept; 0 for `size`.
-      interpolation: `eval.interpolation`, "bicubic" or "bilinear", both antialiased.
-      background: `data.background`, the color behind transparent images.
-
-    Raises:
-      UserError: a value that does not fit, by its config key.
+    The defaults are OpenAI CLIP's, also in open_clip. The result has `size` pixels a side; `mean` and `std` are for
+    each channel, for pixels between 0 and 1; the other fields are config keys of `eval` and `data.background`,
+    explained by `transforms.evaluation_image`. `UserError` for a value that does not fit.
     """
 
     size: int
@@ -91,10 +70,8 @@ class Preprocessing:
     @classmethod
     def from_config(cls, config: Any) -> "Preprocessing":
         """Return the preprocessing of the model of a run's `Config`, which a room above this one defines."""
-        mean, std = mean_std(config.data.normalization)
-        group = config.eval
-        size = config.model.tower("img").image_size
-        return cls(size, mean, std, group.resize, group.resize_size, group.interpolation, config.data.background)
+        groups = {"data": vars(config.data), "eval": vars(config.eval)}
+        return cls.from_dict(groups, config.model.tower("img").image_size)
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], size: int) -> "Preprocessing":

@@ -1,7 +1,6 @@
 """Reading of records ahead, in threads and worker processes; any fault of a record becomes a `BadSample`."""
 
 import collections
-import concurrent.futures
 import contextlib
 import hashlib
 import itertools
@@ -24,10 +23,6 @@ MAX_THREADS = 16  # threads (at most data.threads) for reading all records of a 
 _CHUNK = 32  # records that a thread reads one after another
 # Ctrl-C in a terminal, or a batch system that ends a job, sends these to the whole process group.
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_WORKER_ENDINGS = {
-    signal.SIGKILL: "most often too little memory",
-    signal.SIGBUS: "most often too little shared memory (docker run --shm-size)",
-}
 
 T = TypeVar("T")
 
@@ -45,48 +40,35 @@ def read(source: Source, index: int) -> Record | BadSample:
 
 
 def read_all(places: Sequence[tuple[Source, int]], timeout: float) -> list[Record | BadSample]:
-    """Return `read(source, index)` for each of `places`.
+    """Return `read(source, index)` for each of `places`, and raise its errors.
 
-    Args:
-      places: (source, index) of the records.
-      timeout: seconds after which a record still being read becomes a `BadSample`, as on a disk that does not answer;
-        0 to wait for ever. A read that hangs keeps its thread until the disk answers or the process ends.
-
-    Raises:
-      UserError, MemoryError: errors that concern more than one record.
+    A record that is still being read after `timeout` seconds, 0 for never, becomes a `BadSample`, as on a disk that
+    does not answer. Its read keeps a thread until the disk answers or the process ends.
     """
     if not timeout:
         return [read(source, index) for source, index in places]
     done: list[Record | BadSample] = []
     while len(done) < len(places):
-        done += _read_until(places[len(done) :], timeout)
+        results: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        arguments = results, places[len(done) :]
+        threading.Thread(target=_read_into, args=arguments, daemon=True, name="read").start()
+        try:
+            while len(done) < len(places):
+                result = results.get(timeout=timeout)
+                if isinstance(result, BaseException) and not isinstance(result, BadSample):
+                    raise result
+                done.append(result)
+        except queue.Empty:
+            done.append(BadSample("read takes too long", f"more than {timeout:g} s"))
     return done
 
 
-def _read_until(places: Sequence[tuple[Source, int]], timeout: float) -> list[Record | BadSample]:
-    """Read all records, or those up to one that hangs, which becomes a `BadSample`."""
-    records: list[Record | BadSample] = []
-    errors: list[BaseException] = []
-    ended = threading.Event()
-
-    def work() -> None:
-        try:
-            for source, index in places:
-                records.append(read(source, index))
-        except BaseException as error:  # raised in the thread that waits
-            errors.append(error)
-        finally:
-            ended.set()
-
-    threading.Thread(target=work, daemon=True, name="read").start()
-    before = 0
-    while not ended.wait(timeout):
-        if len(records) == before:
-            return [*records[:before], BadSample("read takes too long", f"more than {timeout:g} s")]
-        before = len(records)
-    if errors:
-        raise errors[0]
-    return records
+def _read_into(results: queue.SimpleQueue[Any], places: Sequence[tuple[Source, int]]) -> None:
+    try:
+        for source, index in places:
+            results.put(read(source, index))
+    except BaseException as error:  # raised in the thread that waits
+        results.put(error)
 
 
 def read_each(
@@ -98,13 +80,9 @@ def read_each(
 
     Args:
       places: (source, index) of the records; some are read ahead.
-      take: called in the threads; its result should be small, since results wait in memory. A record for which it
-        raises is a bad one.
-      timeout: as for `read_all`.
+      take: called in the threads; its result should be small. A record for which it raises is a bad one.
+      timeout: as for `read_all`, whose errors are raised too.
       threads: number of chunks that are read at once.
-
-    Raises:
-      UserError, MemoryError: errors that concern more than one record.
     """
 
     def taken(record: Record | BadSample) -> T | BadSample:
@@ -127,20 +105,13 @@ def read_each(
 
 
 def outcome(numbers: np.ndarray, unreadable: int) -> dict[str, Any]:
-    """Return JSON that is equal for two readings of a source that give a run the same order.
-
-    Args:
-      numbers: int (n,), the values of the records that the order depends on.
-      unreadable: number of records that could not be read.
-    """
+    """Return JSON that is equal for two readings of a source whose `numbers` give a run the same order."""
     digest = hashlib.blake2b(np.ascontiguousarray(numbers, "<i8").tobytes(), digest_size=8).hexdigest()
     return {"digest": digest, "unreadable": unreadable}
 
 
 def as_bad_sample(error: Exception) -> BadSample:
-    """Return an error of reading or decoding one record as a `BadSample`, with the error's class as its reason.
-
-    Parsers, decoders and tokenizers raise exceptions of any class for unexpected input.
+    """Return any error of reading or decoding one record as a `BadSample`, with the error's class as its reason.
 
     Raises:
       UserError, MemoryError: `error` itself, if it concerns more than the record.
@@ -169,19 +140,10 @@ class ThreadPrefetcher(Sequence):
     """
 
     def __init__(self, make: Callable[[int], Any], n: int, *, threads: int = 0, window: int = 256) -> None:
-        """Work starts with the first access.
+        """Compute `make` of the indices below `n` in threads, 0 for one a core; work starts with the first access.
 
-        Args:
-          make: function of an index below `n`; called in threads.
-          n: number of items.
-          threads: 0 for one a core.
-          window: number of items that are computed ahead; accesses within it may be in any order.
-
-        Raises:
-          UserError: a negative number of threads.
+        Up to `window` items are computed ahead; accesses within it may be in any order.
         """
-        if threads < 0:
-            raise UserError(f"threads is {threads}; it must be 0, for one a core, or more.")
         self._make, self._n, self._window = make, n, window
         self._pool = thread_pool(threads)
         self._results: dict[int, multiprocessing.pool.AsyncResult[Any]] = {}
@@ -196,10 +158,7 @@ class ThreadPrefetcher(Sequence):
         while self._next < min(self._n, index + 1 + self._window):
             self._results[self._next] = self._pool.apply_async(self._make, (self._next,))
             self._next += 1
-        try:
-            return self._results.pop(index).get()
-        except UserError as error:
-            raise error.with_traceback(None) from error.__cause__  # without the thread's calls
+        return self._results.pop(index).get()
 
     def __enter__(self) -> "ThreadPrefetcher":
         return self
@@ -214,41 +173,23 @@ def interruptible_iterator(elements: Iterator[T], check: Callable[[], None], sec
     A thread requests the elements. If `check` raises, the thread is abandoned; otherwise `elements` is closed at the
     end.
     """
-    requests: queue.SimpleQueue[bool] = queue.SimpleQueue()
-    results: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
-
-    def read() -> None:
-        while requests.get():
-            try:
-                results.put((next(elements), None))
-            except BaseException as error:
-                results.put((None, error))
-                break
-        with contextlib.suppress(Exception):
-            getattr(elements, "close", lambda: None)()
-
-    reader = threading.Thread(target=read, daemon=True, name="batches")
-    reader.start()
-    waiting = False
-    try:
-        while True:
-            requests.put(True)
-            waiting = True
-            while waiting:
-                try:
-                    element, error = results.get(timeout=seconds)
-                    waiting = False
-                except queue.Empty:
-                    check()
-            if isinstance(error, StopIteration):
-                return
-            if error is not None:
-                raise error
-            yield element
-    finally:
-        requests.put(False)
-        if not waiting:
-            reader.join()
+    end = object()
+    with thread_pool(1) as pool:
+        request = pool.apply_async(next, (elements, end))
+        try:
+            while True:
+                while not request.ready():
+                    request.wait(seconds)
+                    if not request.ready():
+                        check()
+                if (element := request.get()) is end:
+                    return
+                yield element
+                request = pool.apply_async(next, (elements, end))
+        finally:
+            if request.ready():
+                with contextlib.suppress(Exception):
+                    getattr(elements, "close", lambda: None)()
 
 
 def init_worker(*_: int) -> None:
@@ -256,12 +197,11 @@ def init_worker(*_: int) -> None:
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
-    if parent is None:
-        raise RuntimeError("init_worker must be called in a worker process")
 
     def watch() -> None:
-        parent.join()
-        os._exit(1)
+        if parent is not None:
+            parent.join()
+            os._exit(1)
 
     # PR_SET_PDEATHSIG would act too soon: Linux sends it when the thread that started the worker ends.
     threading.Thread(target=watch, daemon=True).start()
@@ -270,11 +210,8 @@ def init_worker(*_: int) -> None:
 def start_workers_with_signals_blocked(elements: Iterator[T]) -> Iterator[T]:
     """Yield `elements`, whose first `next` starts worker processes; these block signals until `init_worker`.
 
-    A thread with blocked signals requests the first element, since the threads and processes that it starts inherit
-    the mask. The calling thread continues to handle signals.
-
-    Raises:
-      UserError: a worker was killed.
+    A thread with blocked signals requests the first element, since the threads and processes that it starts inherit the
+    mask; the calling thread continues to handle signals. `UserError` if a worker was killed.
     """
 
     def first() -> list[T]:
@@ -283,20 +220,15 @@ def start_workers_with_signals_blocked(elements: Iterator[T]) -> Iterator[T]:
 
     # Started with the first worker instead, it would unblock the signals.
     multiprocessing.resource_tracker.ensure_running()
-    pool = concurrent.futures.ThreadPoolExecutor(1)
     try:
-        try:
-            yield from pool.submit(first).result()
-        finally:
-            pool.shutdown(wait=False)
+        with thread_pool(1) as pool:
+            started = pool.apply(first)
+        yield from started
         yield from elements
     except RuntimeError as error:
         if match := re.search(r"terminated unexpectedly with exit code (-?\d+)", str(error)):
-            raise UserError(_describe_worker_exit(int(match[1]))) from error
+            raise UserError(
+                f"a reading process ended with exit code {match[1]}: -9 is most often too little memory, and -7 too "
+                "little shared memory (docker run --shm-size); lower data.workers, or run the same command again."
+            ) from error
         raise
-
-
-def _describe_worker_exit(code: int) -> str:
-    by = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
-    reason = _WORKER_ENDINGS.get(-code, "its own error is above")
-    return f"a reading process was ended by {by}, {reason}; lower data.workers, or run the same command again."

@@ -5,26 +5,17 @@ name. A kind of another package is package.module:Class, as in "my_lab.sources:J
 """
 
 import contextlib
-import dataclasses
-import difflib
 import glob
 import math
 import os
 import re
-import shlex
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
-import numpy as np
-
-from xclip_jax.core.console import command
 from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.core.imports import Classes, import_class
-from xclip_jax.core.remote import expand_home
-from xclip_jax.data import holdout, images, labelled, records
+from xclip_jax.data import holdout, images, labelled
 from xclip_jax.data.base import (
-    IMAGE_SUFFIXES,
-    LabelledSource,
     Record,
     Source,
     SourceKind,
@@ -50,20 +41,12 @@ SOURCES: Mapping[str, type[SourceKind]] = Classes(
     },
 )
 OF_ANOTHER_PACKAGE = "package.module:Class:REST"
-_SAMPLED = 256  # records of a source that `transparent_share` reads
-_WILDCARDS = r"[*?\[{]"
 
 _IMPORTED = re.compile(r"(?P<class>[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*)(?::(?P<rest>.*))?", re.S)
 
 
-@dataclasses.dataclass(frozen=True)
-class SourceSpec:
-    """A parsed spec.
-
-    Attributes:
-      kind: kind of the source.
-      rest: the part that `kind` opens; "" if the spec ends with the kind's name.
-    """
+class SourceSpec(NamedTuple):
+    """A parsed spec: its kind, and the part that the kind opens, "" if the spec ends with the kind's name."""
 
     kind: type[SourceKind]
     rest: str
@@ -76,38 +59,29 @@ def is_spec(text: str) -> bool:
 
 
 def spec_from_path(text: str) -> str:
-    """Return the most likely spec for a plain path; a spec is returned as it is.
-
-    Raises:
-      UserError: a path that does not exist, or that no kind of source reads.
-    """
+    """Return the most likely spec for a plain path, or raise `UserError`; a spec is returned as it is."""
     path = os.path.expanduser(text)
     if is_spec(text):
         return text
     if os.path.isdir(path) and glob.glob(os.path.join(glob.escape(path), "*.tar")):
         return f"tar:{text}"
-    kinds = [name for name, kind in SOURCES.items() if kind.reads(path)]
-    if not kinds:
-        pattern = re.search(_WILDCARDS, path) and not os.path.exists(path) and not _images_of(path)
-        if pattern and (":" not in path or "://" in path):
-            check = f"{command('check')} {shlex.quote(f'tar:{text}')}"
-            raise UserError(f"{text!r} has no ending of a known type; write the type first, as in {check}")
-        raise _unknown(text)
-    return f"{kinds[0]}:{text}"
+    if kinds := [name for name, kind in SOURCES.items() if kind.reads(path)]:
+        return f"{kinds[0]}:{text}"
+    if os.path.exists(path):
+        raise UserError(f"{text!r} is a file of no known kind; name its folder or a table.")
+    raise UserError(f"no file or folder {text!r}; check the path, or write KIND:REST, as in hf:ORG/NAME/train.")
 
 
 def parse(text: str) -> SourceSpec:
     """Parse a spec; nothing is opened.
 
     Raises:
-      UserError: an unknown kind, a kind in `SOURCES` without a rest, a URL with one slash, or a module that cannot be
-        imported.
+      UserError: an unknown kind, a spec that ends after its kind, or a module that cannot be imported.
     """
     prefix, colon, rest = text.partition(":")
     if colon and prefix in SOURCES:
         if not rest:
-            raise UserError(f"source {text!r} ends after its type; write {', '.join(_forms(SOURCES[prefix]))}.")
-        expand_home(rest)
+            raise UserError(f"source {text!r} ends after its type; write {', '.join(SOURCES[prefix].forms)}.")
         return SourceSpec(SOURCES[prefix], rest)
     if match := _IMPORTED.fullmatch(text):
         return SourceSpec(_import(text, match["class"]), match["rest"] or "")
@@ -126,11 +100,7 @@ def parse_all(specs: Sequence[str]) -> list[SourceSpec]:
 
 
 def has_labels(text: str, items: str) -> bool:
-    """Whether `text` is the spec of a source of labelled `items`, "image" or "text"; nothing is opened.
-
-    Raises:
-      UserError: a class of another package that cannot be imported.
-    """
+    """Whether `text` is the spec of a source of labelled `items`, "image" or "text"; nothing is opened."""
     prefix, _, rest = text.partition(":")
     if not is_spec(text) or (prefix in SOURCES and not rest):
         return False
@@ -148,10 +118,6 @@ def _import(text: str, name: str) -> type[SourceKind]:
         raise
 
 
-def _forms(kind: type[SourceKind]) -> list[str]:
-    return [spec for spec, form in kind.forms.items() if form.pairs or form.labels]
-
-
 def usage(what: str = "pairs") -> dict[str, str]:
     """Return {form of spec: what it reads} of all of `SOURCES` that read `what`: "pairs", "labels" or "splits"."""
     forms = ((spec, getattr(form, what)) for kind in SOURCES.values() for spec, form in kind.forms.items())
@@ -159,41 +125,8 @@ def usage(what: str = "pairs") -> dict[str, str]:
 
 
 def _unknown(text: str) -> UserError:
-    prefix, colon, rest = text.partition(":")
-    path = os.path.expanduser(text)
-    near = [f"{name}:{text}" for name, kind in SOURCES.items() if kind.reads(path)]
-    if not near and (os.path.isabs(path) or not (colon or text in SOURCES)):
-        return _no_source(text)
-    if colon and not near:
-        near = [f"{name}:{rest}" for name in difflib.get_close_matches(prefix, SOURCES, n=1)]
-    suggestion = f"; did you mean {near[0]!r}?" if near else "."
     specs = dict.fromkeys([*usage(), *usage("labels"), OF_ANOTHER_PACKAGE])
-    return UserError(f"unknown source {text!r}; write {_either(specs)}{suggestion}")
-
-
-def _images_of(pattern: str) -> str:
-    """Return the folder of a pattern of images, or ""."""
-    folder, name = os.path.split(pattern)
-    pattern_of_images = re.search(_WILDCARDS, name) and name.lower().endswith(IMAGE_SUFFIXES)
-    return (folder or ".") if pattern_of_images and ":" not in pattern else ""
-
-
-def _no_source(text: str) -> UserError:
-    """Return the error for a plain path that no kind of source reads."""
-    path = os.path.expanduser(text)
-    if os.path.exists(path):
-        return UserError(f"{text!r} is a file of no known kind; name its folder or a table.")
-    if folder := _images_of(text):
-        return UserError(f"{text!r} is a pattern of images; name the folder, {folder!r}.")
-    parent, name = os.path.split(path.rstrip("/"))
-    near = []
-    with contextlib.suppress(OSError):
-        near = difflib.get_close_matches(name, os.listdir(parent or "."), n=1)
-    if near:
-        meant = os.path.join(os.path.dirname(text.rstrip("/")), near[0])
-        return UserError(f"no file or folder {text!r}; did you mean {meant!r}?")
-    form = "" if os.path.isabs(path) else "; a source is written KIND:REST, as in hf:ORG/NAME/train"
-    return UserError(f"no file or folder {text!r}; check the path{form}.")
+    return UserError(f"unknown source {text!r}; write {_either(specs)}.")
 
 
 def _either(specs: Mapping[str, Any]) -> str:
@@ -210,24 +143,13 @@ def _open(spec: str, options: SourceOptions | None, labels: bool) -> Source:
 
 
 def open_pairs(spec: str, options: SourceOptions | None = None) -> Source:
-    """Open the image-text pairs named by `spec`.
-
-    Raises:
-      UserError: an unknown kind or one without pairs, a missing file or folder, a data set that is not prepared.
-    """
+    """Open the image-text pairs named by `spec`; raise `UserError` for one that is unknown, missing or not prepared."""
     return _open(spec, options, labels=False)
 
 
-def open_labelled(spec: str, options: SourceOptions | None = None) -> LabelledSource:
-    """Open the labelled items named by `spec`.
-
-    A folder has one sub-folder for each class, whose sorted names are the classes; a CSV file has the columns path and
-    label. GLUE's splits are train and validation.
-
-    Raises:
-      UserError: an unknown kind or one without labels, a missing file or folder, a data set that is not prepared.
-    """
-    return cast(LabelledSource, _open(spec, options, labels=True))
+def open_labelled(spec: str, options: SourceOptions | None = None) -> labelled.Labelled:
+    """Open the labelled items named by `spec`, see the kinds' forms; errors are as for `open_pairs`."""
+    return cast(labelled.Labelled, _open(spec, options, labels=True))
 
 
 def source_options(config: DataConfig) -> SourceOptions:
@@ -245,27 +167,18 @@ def open_sources(config: DataConfig, classes: int = 0, fields: Sequence[str] | N
 
     Raises:
       labelled.MismatchError: labelled sources that do not fit `classes` or `fields`.
-      UserError: a source that cannot be opened, keys that contradict each other, labelled sources that do not fit each
-        other, and for training fewer pairs than a batch has.
+      UserError: a source that cannot be opened, and for training fewer pairs than a batch has.
     """
     parse_all(config.sources)
-    options = source_options(config)
-    opened: list[Source]
-    if classes:
-        if config.spread_duplicate_captions:
-            raise UserError(
-                "data.spread_duplicate_captions compares captions, and labelled items have none: set it to False."
-            )
-        if config.holdout:
-            raise UserError("data.holdout holds out pairs; of labelled items evaluate another split, and set it to 0.")
-        items = [open_labelled(spec, options) for spec in config.sources]
-        labelled.check_sources(config.sources, items, classes, fields)
-        opened = list(items)
-    else:
-        opened = [open_pairs(spec, options) for spec in config.sources]
+    for key in ("spread_duplicate_captions", "holdout") if classes else ():
+        if getattr(config, key):
+            raise UserError(f"data.{key} is for pairs, and these sources have labelled items; leave it out.")
+    options, open_one = source_options(config), open_labelled if classes else open_pairs
+    opened: list[Source] = [open_one(spec, options) for spec in config.sources]
     if empty := [spec for spec, source in zip(config.sources, opened, strict=True) if not len(source)]:
         raise UserError(f"source {empty[0]!r} has nothing in it; leave it out of data.sources, or name another split.")
     if classes:
+        labelled.check_sources(config.sources, cast(Sequence[labelled.Labelled], opened), classes, fields)
         return opened
     if config.holdout:
         opened = holdout.training_part(config.sources, opened, config)
@@ -287,25 +200,9 @@ def _check_shares(config: DataConfig, opened: Sequence[Source]) -> None:
         share = math.ceil(config.batch * weight / sum(config.weights))
         if share > pairs:
             raise UserError(
-                f"data.weights gives {spec!r}, of {pairs} pairs, {share} of a batch of {config.batch}: a batch would "
-                "contain pairs several times, as their own negatives. Lower its weight or data.batch, or add pairs."
+                f"data.weights gives {spec!r}, of {pairs} pairs, {share} of a batch of {config.batch}: pairs would be "
+                "their own negatives. Lower its weight or data.batch, or add pairs."
             )
-
-
-def transparent_share(opened: Sequence[Source], timeout: float, threads: int) -> float:
-    """Return the share of transparent images among at most `_SAMPLED` random records of each source.
-
-    Records that cannot be used do not count. `timeout` and `threads` are as for `records.read_each`.
-    """
-    rng = np.random.default_rng(0)
-    places = [(x, int(i)) for x in opened for i in rng.choice(len(x), min(len(x), _SAMPLED), replace=False)]
-
-    def look(record: Record) -> bool:
-        return "image" in record and images.is_transparent(record["image"])
-
-    read = list(records.read_each(places, look, timeout=timeout, threads=min(threads, records.MAX_THREADS)))
-    usable = [transparent for transparent in read if not isinstance(transparent, BadSample)]
-    return sum(usable) / max(len(usable), 1)
 
 
 class Decoded(WrappedSource):
@@ -320,13 +217,9 @@ class Decoded(WrappedSource):
         self._records: dict[int, Record] = {}
 
     def __getitem__(self, index: int) -> Record:
-        record = self._records.get(index)
-        if record is None:
+        if index not in self._records:
             record = self.source[index]
-            if "image" in record:  # labelled texts have none
-                try:
-                    record = record | {"image": images.decode(record["image"], background=self._background)}
-                except Exception as error:
-                    records.as_bad_sample(error)  # raises what concerns more than this record
+            with contextlib.suppress(BadSample, KeyError):  # labelled texts have no image
+                record = record | {"image": images.decode(record["image"], background=self._background)}
             self._records[index] = record
-        return record
+        return self._records[index]

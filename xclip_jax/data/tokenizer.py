@@ -4,6 +4,7 @@ Source: Radford et al., "Learning Transferable Visual Models From Natural Langua
 with open_clip's `SimpleTokenizer` on every character that Unicode 15 assigns.
 """
 
+import dataclasses
 import functools
 import gzip
 import html
@@ -24,13 +25,9 @@ NAMES = ("clip", "bytes")
 END_TOKENS = ("<|endoftext|>", "</s>", "[SEP]")
 START_TOKENS = ("<|startoftext|>", "<s>", "[CLS]")
 PAD_TOKENS = ("<pad>", "[PAD]", "<|pad|>")
-# Key with which a file of `with_conventions` begins.
-_CONVENTIONS = "xclip_jax"
-
-# Longer texts are not cached; the cache takes 100 MB at most, for Latin letters and 77 tokens.
-_CACHED_LETTERS = 512
-# Letters of a text that are read, at least; a hundredth of them fills all tokens, and megabytes would take seconds.
-_MOST_LETTERS = 1 << 16
+_CONVENTIONS = "xclip_jax"  # key with which a file of `with_conventions` begins
+_CACHED_LETTERS = 512  # longer texts are not cached; the cache takes 100 MB at most
+_MOST_LETTERS = 1 << 16  # letters of a text that are read, at least; megabytes would take seconds
 _CLIP_MERGES = 48894
 _CLIP_START, _CLIP_END = "<start_of_text>", "<end_of_text>"
 # \p{L} has no brackets: in a class that ignores case, U+0345 would count as a letter, since it equals iota; open_clip
@@ -38,33 +35,23 @@ _CLIP_START, _CLIP_END = "<start_of_text>", "<end_of_text>"
 _CLIP_WORDS = rf"(?i){_CLIP_START}|{_CLIP_END}|'s|'t|'re|'ve|'m|'ll|'d|\p{{L}}+|\p{{N}}|[^\s\p{{L}}\p{{N}}]+"
 
 
+@dataclasses.dataclass(eq=False)
 class Tokenizer:
     """Callable (texts, length) -> int32 (b, length); made by `load`, immutable, safe in threads, pickled by name.
 
-    Attributes:
-      name: the argument of `load`.
-      vocab_size: all ids are below it.
-      sot_id: start token of each row; None if the vocabulary has none and rows begin with the text.
-      eot_id: end token of each row, including truncated ones.
-      pad_id: padding after the end token.
-      cleaning: name in `CLEANINGS`, applied to texts before they are encoded.
+    All ids are below `vocab_size`. A row begins with `sot_id`, or with the text if the vocabulary has none, and ends,
+    truncated or not, with `eot_id`, followed by `pad_id`. Texts are cleaned by `CLEANINGS[cleaning]` first.
     """
 
-    def __init__(
-        self,
-        name: str,
-        encode: Callable[[str], list[int]],
-        *,
-        vocab_size: int,
-        sot_id: int | None,
-        eot_id: int,
-        pad_id: int,
-        cleaning: str = "",
-    ) -> None:
-        self.cleaning = cleaning
-        self.name, self.vocab_size = name, vocab_size
-        self.sot_id, self.eot_id, self.pad_id = sot_id, eot_id, pad_id
-        self._encode = encode
+    name: str
+    _encode: Callable[[str], list[int]]
+    vocab_size: int
+    sot_id: int | None
+    eot_id: int
+    pad_id: int
+    cleaning: str = ""
+
+    def __post_init__(self) -> None:
         # Epochs of small data sets repeat captions often; cleaning costs more than the merges.
         self._cached_ids = functools.lru_cache(maxsize=1 << 16)(self._ids)
 
@@ -105,8 +92,6 @@ class Tokenizer:
 def load(name: str) -> Tokenizer:
     """Return a tokenizer: "clip" (49,408 ids), "bytes" (259), or the path of a Hugging Face `tokenizers` JSON file.
 
-    The file may be in a bucket, as in a copy of a run's folder.
-
     Raises:
       UserError: unknown name, unreadable file, a vocabulary without an end token.
     """
@@ -115,7 +100,7 @@ def load(name: str) -> Tokenizer:
     if name == "bytes":
         return _bytes()
     if (path := epath.Path(name)).is_file():
-        return _from_same_file(name, str(path.absolute()), path.stat().mtime)
+        return _from_file(name, path.stat().mtime)
     raise UserError(f"tokenizer {name!r} must be one of {', '.join(map(repr, NAMES))} or the path of a tokenizer.json.")
 
 
@@ -149,31 +134,20 @@ CLEANINGS: dict[str, Callable[[str], str]] = {
 def with_conventions(content: str, *, end: str, pad: str, size: int, cleaning: str) -> str:
     """Wrap a tokenizer file with conventions that another project's weights assume and the file lacks.
 
-    Args:
-      content: JSON of the library `tokenizers`.
-      end: token after each text; no token precedes the text.
-      pad: token after the end.
-      size: number of the model's ids.
-      cleaning: a name in `CLEANINGS`.
-
-    Returns:
-      JSON of {"xclip_jax": conventions, "tokenizer": content}, which `load` reads.
+    `end` follows each text, before which there is no token, and `pad` follows the end; `size` is the number of the
+    model's ids, and `cleaning` a name in `CLEANINGS`.
     """
     conventions = {"end": end, "pad": pad, "size": size, "cleaning": cleaning}
     return json.dumps({_CONVENTIONS: conventions, "tokenizer": json.loads(content)}, ensure_ascii=False)
-
-
-def _byte_letters() -> list[str]:
-    """Return the letter of each byte, in the order of the vocabulary: printable bytes first, then the others."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
 
 
 def clip_vocabulary() -> tuple[list[str], list[tuple[str, str]]]:
     """Return the words of CLIP's vocabulary in the order of their ids, without the start and end tokens; and merges."""
     lines = gzip.decompress(storage.third_party("bpe_simple_vocab_16e6.txt.gz")).decode("utf-8").split("\n")
     merges = [(first, second) for first, second in map(str.split, lines[1 : 1 + _CLIP_MERGES])]
-    letters = _byte_letters()
+    # Letters of the printable bytes come first, and then the others.
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    letters = [chr(byte) for byte in [*printable, *range(256, 512 - len(printable))]]
     return [*letters, *(f"{letter}</w>" for letter in letters), *(a + b for a, b in merges)], merges
 
 
@@ -200,9 +174,8 @@ def _clip() -> Tokenizer:
             ids += [special[piece]] if piece in special else [token.id for token in bpe.model.tokenize(piece)]
         return ids
 
-    return Tokenizer(
-        "clip", encode, vocab_size=len(vocab), sot_id=special[_CLIP_START], eot_id=special[_CLIP_END], pad_id=0
-    )
+    start, end = special.values()
+    return Tokenizer("clip", encode, vocab_size=len(vocab), sot_id=start, eot_id=end, pad_id=0)
 
 
 @functools.cache
@@ -213,19 +186,9 @@ def _bytes() -> Tokenizer:
     return Tokenizer("bytes", encode, vocab_size=259, sot_id=1, eot_id=2, pad_id=0)
 
 
-def _check_raised_by_library(error: BaseException) -> None:
-    """Raise `error` again unless tokenizers raised it: a bare `Exception`, or Rust's PanicException."""
-    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-        raise error
-
-
 @functools.lru_cache
-def _from_same_file(path: str, _absolute: str, _modified: float) -> Tokenizer:
+def _from_file(path: str, _modified: float) -> Tokenizer:
     """Read a file once, and again if it is replaced."""
-    return _from_file(path)
-
-
-def _from_file(path: str) -> Tokenizer:
     end_tokens, pad_tokens, start_tokens, size, cleaning = END_TOKENS, PAD_TOKENS, START_TOKENS, 0, ""
     try:
         content = epath.Path(path).read_bytes().decode()
@@ -237,7 +200,9 @@ def _from_file(path: str) -> Tokenizer:
         cleaned = CLEANINGS[cleaning]
         model = tokenizers.Tokenizer.from_str(content)
     except BaseException as error:
-        _check_raised_by_library(error)
+        # The library raises bare exceptions, and Rust's PanicException, which is none.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise UserError(f"tokenizer file {path!r} is not a Hugging Face tokenizers JSON: {error}") from error
     model.no_padding()
     model.no_truncation()
@@ -249,19 +214,10 @@ def _from_file(path: str) -> Tokenizer:
 
     end = find(end_tokens)
     if end is None:
-        raise UserError(
-            f"tokenizer file {path!r} has no end token; add one of {', '.join(end_tokens)} to its vocabulary."
-        )
+        raise UserError(f"tokenizer file {path!r} has no end token; add one of {', '.join(end_tokens)} to it.")
 
     def encode(text: str) -> list[int]:
-        try:
-            return model.encode(cleaned(join_surrogates(text)), add_special_tokens=False).ids
-        except BaseException as error:
-            _check_raised_by_library(error)
-            raise UserError(
-                f"tokenizer file {path!r} cannot encode {text[:40]!r} ({error}); add an unknown token to its "
-                "vocabulary."
-            ) from error
+        return model.encode(cleaned(join_surrogates(text)), add_special_tokens=False).ids
 
     return Tokenizer(
         path,

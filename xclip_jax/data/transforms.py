@@ -3,7 +3,6 @@
 uint8 is sent to the device: a quarter of the bytes of floats, and arithmetic costs nothing there.
 """
 
-import contextlib
 import math
 from collections.abc import Mapping
 
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from xclip_jax.data.images import DROPPED, WHITE, decode_held, is_jpeg, open_held, to_rgb
+from xclip_jax.data.images import DROPPED, WHITE, decode, is_jpeg, open_image, to_rgb
 
 cv2.setNumThreads(0)  # the loader has threads and processes of its own
 
@@ -31,9 +30,11 @@ STATISTICS = {
 
 def _fit(image: Image.Image, size: int, resample: str, mode: str = "shortest", resize_size: int = 0) -> Image.Image:
     """Resize and crop to the square of `evaluation_image`, in the image's own mode."""
-    side = resize_size or size
-    if mode == "shortest":
-        image = _crop_middle(image)
+    side, (w, h) = resize_size or size, image.size
+    # Only the middle of a very long image is used; resizing all of it could take any amount of memory.
+    left, top = (max(x - _LONGEST * min(w, h), 0) // 2 for x in (w, h))
+    if mode == "shortest" and (left or top):
+        image = image.crop((left, top, w - left, h - top))
     w, h = image.size
     if mode == "squash":
         new = (side, side)
@@ -49,21 +50,6 @@ def _fit(image: Image.Image, size: int, resample: str, mode: str = "shortest", r
     return image.crop((left, top, left + size, top + size))
 
 
-def _crop_middle(image: Image.Image) -> Image.Image:
-    # Only the middle of a very long image is used; resizing all of it could take any amount of memory.
-    w, h = image.size
-    left, top = (max(x - _LONGEST * min(w, h), 0) // 2 for x in (w, h))
-    return image.crop((left, top, w - left, h - top)) if left or top else image
-
-
-def resize_center_crop(image: np.ndarray, size: int, resample: str = "bicubic") -> np.ndarray:
-    """Resize the shorter side to `size` (antialiased) and crop the central square: OpenAI CLIP's evaluation transform.
-
-    uint8 (h, w, 3) -> uint8 (size, size, 3). SLIP's has `resample` "bilinear".
-    """
-    return np.asarray(_fit(Image.fromarray(image), size, resample))
-
-
 def evaluation_image(
     data: bytes | np.ndarray | Image.Image,
     size: int,
@@ -72,41 +58,32 @@ def evaluation_image(
     resize_size: int = 0,
     background: str = DROPPED,
 ) -> np.ndarray:
-    """Resize and crop an image to uint8 (size, size, 3).
+    """Resize and crop an image, a file's content, an RGB array or a Pillow image, to uint8 (size, size, 3).
 
     With a white background, the result of `decode` is resized. With transparency dropped, the pixels equal open_clip's
-    evaluation transform, which resizes before it converts to RGB: palettes are resized without interpolation, and
-    transparent pixels have a lower weight. Unlike it, this rotates images by EXIF and scales 16 bits.
+    evaluation transform, which resizes before it converts to RGB. Unlike it, this rotates images by EXIF and scales 16
+    bits. Errors are as for `decode`.
 
     Args:
-      data: content of a file, an RGB array (h, w, 3), or a Pillow image.
+      data: the image.
       size: side of the result, pixels.
       resample: one of `INTERPOLATIONS`, antialiased.
       mode: "shortest" resizes the shorter side and keeps the central square, "squash" resizes each side to the same
         length, "longest" resizes the longer side and pads with black.
       resize_size: side after resizing, before the central `size` pixels are cropped; 0 for `size`.
       background: one of `images.BACKGROUNDS`.
-
-    Raises:
-      BadSample: as `decode`.
     """
-    with contextlib.ExitStack() as held:
-        if isinstance(data, np.ndarray) or is_jpeg(data) or background == WHITE:
-            image = Image.fromarray(decode_held(data, held, background))
-        elif (image := open_held(data, held)).mode.startswith(("I", "F")):
-            image = to_rgb(image, background)
-        return np.asarray(to_rgb(_fit(image, size, resample, mode, resize_size), background))
+    if isinstance(data, np.ndarray) or is_jpeg(data) or background == WHITE:
+        image = Image.fromarray(decode(data, background=background))
+    elif (image := open_image(data)).mode.startswith("I"):
+        image = to_rgb(image, background)
+    return np.asarray(to_rgb(_fit(image, size, resample, mode, resize_size), background))
 
 
 def evaluation_mask(mask: np.ndarray, size: int, mode: str = "shortest", resize_size: int = 0) -> np.ndarray:
-    """Resize and crop class numbers of pixels as `evaluation_image` does the image, to the nearest pixel.
+    """Resize and crop class numbers uint8 (h, w) as `evaluation_image` does the image, to the nearest pixel.
 
-    Args:
-      mask: uint8 (h, w), a class for each pixel; 255 for none.
-      size, mode, resize_size: as for `evaluation_image`.
-
-    Returns:
-      uint8 (size, size); 255 where "longest" has padded the image.
+    255 is no class, also where "longest" has padded the image.
     """
     # Pillow pads with 0, so classes are shifted by one; 255 becomes 0.
     return np.asarray(_fit(Image.fromarray(mask + np.uint8(1)), size, "nearest", mode, resize_size)) - np.uint8(1)
@@ -131,10 +108,7 @@ def random_resized_crop(
       ratio: range of its width / height, log-uniform.
       resample: "bicubic", antialiased; or in a quarter of the time "area", OpenCV's mean over pixels (bicubic to
         enlarge), with the part's borders at whole pixels.
-      out: uint8 (size, size, 3) to write to, such as a row of a batch; None for a new array.
-
-    Returns:
-      uint8 (size, size, 3).
+      out: uint8 (size, size, 3) to write to and to return, such as a row of a batch; None for a new array.
     """
     out = np.empty((size, size, 3), np.uint8) if out is None else out
     h, w = image.shape[:2]
@@ -152,7 +126,7 @@ def random_resized_crop(
                     Image.fromarray(image).resize((size, size), Image.Resampling[resample.upper()], box)
                 )
             return out
-    out[:] = resize_center_crop(image, size)
+    out[:] = evaluation_image(image, size)
     return out
 
 
@@ -175,11 +149,9 @@ def sample_augmentations(key: jax.Array, b: int, *, flip: float = 0.0, color: fl
     Args:
       key: random key.
       b: number of images in the global batch.
-      flip: probability of a left-right flip.
-      color: strength s; brightness, contrast and saturation each change by a factor from [1 - s, 1 + s].
-
-    Returns:
-      "flip" bool (b,) if `flip` is above 0; "color" fp32 (b, 3), the three factors, if `color` is.
+      flip: probability of a left-right flip; above 0 it gives "flip", bool (b,).
+      color: strength s; above 0 it gives "color", fp32 (b, 3): factors from [1 - s, 1 + s] of brightness, contrast and
+        saturation.
     """
     key_flip, key_color = jax.random.split(key)
     sampled = {}
@@ -191,11 +163,7 @@ def sample_augmentations(key: jax.Array, b: int, *, flip: float = 0.0, color: fl
 
 
 def augment(images: jax.Array, sampled: Mapping[str, jax.Array]) -> jax.Array:
-    """Apply the augmentations sampled by `sample_augmentations` to uint8 images (b, h, w, 3), on the device.
-
-    Returns:
-      Images of the same shape, in fp32 from 0 to 255 if colours change.
-    """
+    """Apply what `sample_augmentations` sampled to uint8 images (b, h, w, 3); fp32 from 0 to 255 if colours change."""
     if "flip" in sampled:
         images = jnp.where(sampled["flip"][:, None, None, None], images[:, :, ::-1], images)
     if "color" in sampled:
@@ -212,11 +180,8 @@ def augment(images: jax.Array, sampled: Mapping[str, jax.Array]) -> jax.Array:
 def sample_mix(key: jax.Array, b: int, size: int, mixup: float, cutmix: float) -> dict[str, jax.Array]:
     """Sample the arguments of `mix`: mixup (arXiv 1710.09412) or cutmix (arXiv 1905.04899), half of the batches each.
 
-    Args:
-      key: random key.
-      b: number of images in the global batch, all mixed alike, as in timm.
-      size: side of an image, pixels.
-      mixup, cutmix: parameter a of the share's distribution Beta(a, a); 0 for never.
+    All `b` images of the global batch, `size` pixels wide, are mixed alike, as in timm. `mixup` and `cutmix` are the
+    parameter a of the share's distribution Beta(a, a), 0 for never.
 
     Returns:
       Rows for each image: "share" fp32 (b,) of an image's own label; "weight" fp32 (b,) of its own pixels outside the

@@ -5,7 +5,6 @@ category, so one download serves training and tests on new concepts, new artists
 """
 
 import collections
-import dataclasses
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -16,7 +15,7 @@ import pathlib
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 from xml.etree import ElementTree
 
 import numpy as np
@@ -85,26 +84,18 @@ def _hash(salt: str, concept: str) -> int:
     return int(hashlib.sha256(f"{salt}/{concept}".encode()).hexdigest(), 16)
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """Split of the concepts and their pictures.
-
-    Attributes:
-      role: {concept: "train", "test_concepts" or "validation_concepts"}.
-      held_out: {concept: (split, vendor)} where one vendor's picture is kept out of training.
-    """
+class Plan(NamedTuple):
+    """Split of the concepts: {concept: role}, and {concept: (split, vendor)} of pictures kept out of training."""
 
     role: Mapping[str, str]
     held_out: Mapping[str, tuple[str, str]]
 
 
 def plan(drawn: Mapping[str, Collection[str]], twins: Collection[str]) -> Plan:
-    """Assign splits by the sha256 of concept ids, so that no result can influence them.
+    """Assign splits of {vendor: ids that it draws} by the sha256 of concept ids, so that no result can influence them.
 
-    Args:
-      drawn: {vendor: ids that it draws}.
-      twins: concepts that some vendor draws exactly as another concept (flags of territories, families). They are never
-        tested: their picture is also trained on under another name.
+    Concepts of `twins`, which some vendor draws exactly as another concept (flags of territories, families), are never
+    tested: their picture is also trained on under another name.
     """
     concepts = sorted({base_concept(i) for ids in drawn.values() for i in ids})
     eligible = [c for c in concepts if c not in twins and all(c in drawn[vendor] for vendor in VENDORS)]
@@ -287,14 +278,10 @@ class EmojiPairs(tfds.core.GeneratorBasedBuilder):
 
     * train 4,309: base emoji by all artists, except the following; train_tones 4,655: their skin-tone variants.
     * test_concepts 600, validation_concepts 300: all three pictures of 200 and 100 concepts that are not trained on.
-      Relatives stay: "man cook" may be tested and "woman cook" trained on.
-    * test_rendering 284, validation_rendering 147: the picture by one random artist of a concept that is trained on
-      with the other two artists' pictures.
-    * test_line 1,474: the line layer of OpenMoji's base emoji: sketches, which are not trained on. Excluded are 410
-      whose lines other concepts share (most flags, hearts, zodiac frames) and 25 black signs equal to their coloured
-      picture.
-
-    Concepts that some artist draws exactly as another concept are only trained on. Licences: see the description.
+    * test_rendering 284, validation_rendering 147: one random artist's picture of a concept that is trained on with the
+      other two artists' pictures.
+    * test_line 1,474: the line layer of OpenMoji's base emoji, which is not trained on, without lines that several
+      concepts share and black signs.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -339,27 +326,15 @@ class EmojiPairs(tfds.core.GeneratorBasedBuilder):
 
 
 def prepare(data_dir: str | os.PathLike | None = None) -> EmojiPairs:
-    """Return the builder of the data set, prepared on first use (half a minute).
+    """Return the builder of the data set in `data_dir`, by default TFDS's folder, prepared on first use."""
 
-    Args:
-      data_dir: root of TFDS data sets; by default $TFDS_DATA_DIR, else `tfds` in the cache of `storage.cache_dir`.
-
-    Raises:
-      UserError: a package of the demo is missing.
-    """
-
-    def make(root: str) -> EmojiPairs:
-        return EmojiPairs(data_dir=root, file_format="array_record")
-
-    return prepare_dataset(make, data_dir, _require_packages)
+    return prepare_dataset(
+        lambda root: EmojiPairs(data_dir=root, file_format="array_record"), data_dir, _require_packages
+    )
 
 
 def concepts(builder: tfds.core.DatasetBuilder) -> list[dict[str, Any]]:
-    """Return the classes: every base concept that a vendor draws, in order of id.
-
-    Each is {id, name, aliases, tags, de, es, fr, it, pt, category, subcategory, group, role}; role is "train",
-    "test_concepts" or "validation_concepts".
-    """
+    """Return the classes in order of id: each base concept, with its texts and role, as in `Plan.role`."""
     return builder.info.metadata["concepts"]
 
 

@@ -183,19 +183,9 @@ def _same_meaning(
             rows += [(key, w, i) for w in words if w and w.casefold() != c["name"].casefold()]
     names, key_of = [c["name"] for c in concepts], np.array([key for key, *_ in rows])
     queries = [(word, i) for _, word, i in rows]
-    card = _card(
-        "test_concepts",
-        names,
-        queries,
-        protocol="recall of names by cosine of text embeddings",
-        metric="r1",
-    )
+    card = _card("test_concepts", names, queries, protocol="recall of names by cosine of text embeddings", metric="r1")
     groups = {key: key_of == key for key in keys if key in key_of} if len(keys) > 1 else {}
     return TextRetrievalSet(name, names, queries, groups, card)
-
-
-def _known(split: str, **options: Any) -> Maker:
-    return functools.partial(_classify, split=split, **options)
 
 
 def _one_prompt(concept: Record) -> list[str]:
@@ -209,15 +199,19 @@ def _prompts(concept: Record) -> list[str]:
     return [", ".join([name, *rotation[:3]]) for rotation in rotations or [[]]] + tags
 
 
-def _unseen(role: str, split: str, prompts: Callable[[Record], list[str]] = _prompts) -> Maker:
-    return functools.partial(_classify, split=split, role=role, prompts=prompts)
+def _known(split: str, **options: Any) -> Maker:
+    return functools.partial(_classify, split=split, **options)
+
+
+def _unseen(role: str, split: str = "", prompts: Callable[[Record], list[str]] = _prompts) -> Maker:
+    return _known(split or role, role=role, prompts=prompts)
 
 
 _MAKERS: Mapping[str, Maker] = {
-    "emoji/validation_concepts": _unseen("validation_concepts", "validation_concepts"),
-    "emoji/test_concepts": _unseen("test_concepts", "test_concepts"),
-    "emoji/validation_concepts_one_prompt": _unseen("validation_concepts", "validation_concepts", _one_prompt),
-    "emoji/test_concepts_one_prompt": _unseen("test_concepts", "test_concepts", _one_prompt),
+    "emoji/validation_concepts": _unseen("validation_concepts"),
+    "emoji/test_concepts": _unseen("test_concepts"),
+    "emoji/validation_concepts_one_prompt": _unseen("validation_concepts", prompts=_one_prompt),
+    "emoji/test_concepts_one_prompt": _unseen("test_concepts", prompts=_one_prompt),
     "emoji/validation_rendering": _known("validation_rendering"),
     "emoji/test_rendering": _known("test_rendering"),
     "emoji/test_rendering_flags": _known("test_rendering", group="flags"),
@@ -239,15 +233,8 @@ _CREDIT = (
     "(Apache-2.0, Google). The pictures in this page are under these licences."
 )
 _QUERIES = (
-    "cat",
-    "red heart",
-    "fruit",
-    "angry face",
-    "blue",
-    "clock",
-    "woman with long hair",
-    "vehicle on rails",
-)
+    "cat", "red heart", "fruit", "angry face", "blue", "clock", "woman with long hair", "vehicle on rails",
+)  # fmt: skip
 TESTS = tuple(name for name in _MAKERS if name.startswith("emoji/test_"))
 _PANELS = {
     "emoji/test_concepts": (

@@ -2,8 +2,7 @@
 
 import abc
 import dataclasses
-import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,22 +18,8 @@ from xclip_jax.evaluators.results import Result, flat
 from xclip_jax.models.two_towers import Variables
 
 HELD_OUT = "holdout"  # PROTOCOL/holdout: the pairs that a run holds out of its training
-# Correlations, and precision averaged over a ranking.
+# Metrics in the unit "x 100" by default: correlations, and precision averaged over a ranking.
 _TIMES_100 = ("spearman", "spearman_all", "spearman_mean", "pearson", "matthews", "map", "map11", "roc_auc")
-
-
-def unit_of(metric: str) -> str:
-    """Return the default unit of a metric: "x 100" for correlations and the like, else "%"."""
-    return "x 100" if metric.rpartition("/")[2] in _TIMES_100 else "%"
-
-
-@dataclasses.dataclass(frozen=True)
-class Metric:
-    """Names of a metric: `name` in results, `short` in one line of text, `label` in a report."""
-
-    name: str
-    short: str
-    label: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,39 +27,33 @@ class Column:
     """A column of a table.
 
     Attributes:
-      title: title of the column.
+      title: title of the column, and name of the metric in one line of text.
       metric: name of the metric.
-      format: format specification with the minimum width, such as ">8".
-      chance: format of the chance level shown after the value; "" for none.
+      label: name of the metric in a report; "" for a column that accompanies metrics, such as the size of the set.
+      chance: whether the chance level is shown after the value.
+      width: minimum width.
     """
 
     title: str
     metric: str
-    format: str
-    chance: str = ""
+    label: str = ""
+    chance: bool = False
+    width: int = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A table of results, one row for each set.
+    """A table of results with a row for each set that has a metric of a labelled column.
 
     Attributes:
       title: title of the column of names.
-      families: families of the results in the table.
-      metrics: metrics, the most important first; a set with any of them has a row.
-      columns: columns; empty for a table with one line for each metric.
+      columns: columns; of those with a label the most important comes first.
       scores: {score: label} of scores that have their own row below the set's.
-      reference: a set of the family; rows of `SHIFTED` sets show how far they are below it.
-      chance: whether a table without columns shows the chance level.
     """
 
     title: str
-    families: tuple[str, ...]
-    metrics: tuple[Metric, ...] = ()
-    columns: tuple[Column, ...] = ()
+    columns: tuple[Column, ...]
     scores: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    reference: str = ""
-    chance: bool = False
 
 
 class Evaluator(abc.ABC):
@@ -84,15 +63,13 @@ class Evaluator(abc.ABC):
 
     Attributes:
       family: the first part of its results' names; a class attribute, or set by `__init__`.
-      layouts: tables of its results; results without a layout have one line each, with their chance level.
-      inputs: attributes of sets that hold items to encode; `registry.open_all` decodes a few of them.
+      layouts: tables of its results; of a set without a layout the headline is shown.
       encoder: the model's encoder.
       data: the set; results copy its `name`, `card` and `evaluator`.
     """
 
     family: str
     layouts: ClassVar[Sequence[Layout]] = ()
-    inputs: ClassVar[Sequence[str]] = ("images", "items")
 
     def __init__(self, encoder: Encoder, data: Any) -> None:
         self.encoder, self.data = encoder, data
@@ -112,8 +89,8 @@ class Evaluator(abc.ABC):
 
     def result(self, metric: str, value: float, **fields: Any) -> Result:
         """Return a result of this evaluator's set; `fields` are other fields of `Result`."""
-        card = self.data.card
-        fields = {"protocol": card, "evaluator": self.data.evaluator, "unit": unit_of(metric)} | fields
+        card, unit = self.data.card, "x 100" if metric.rpartition("/")[2] in _TIMES_100 else "%"
+        fields = {"protocol": card, "evaluator": self.data.evaluator, "unit": unit} | fields
         result = Result(self.data.name, self.family, metric, float(value), **fields)
         return dataclasses.replace(result, headline=result.key == card.metric)
 
@@ -125,8 +102,8 @@ class Evaluator(abc.ABC):
 class SetKind(abc.ABC):
     """A kind of evaluation sets, recognised by the beginning of their names.
 
-    A set is an object with `name`, `card` (its `Provenance`) and `evaluator`: a key of `registry.EVALUATORS` or
-    "package.module:Class".
+    A set is an object with `name`, as in the names of its metrics, `card` (its `Provenance`) and `evaluator`: a key of
+    `registry.EVALUATORS` or "package.module:Class".
 
     Attributes:
       prefixes: first words of the names, up to "/", ":" or "@".
@@ -156,11 +133,6 @@ class SetKind(abc.ABC):
         return bool(spec)
 
     @classmethod
-    def closest(cls, spec: str) -> list[str]:
-        """Return the names that are spelled like the unknown name `spec`."""
-        return closest(spec, cls.names, cls.at_path)
-
-    @classmethod
     @abc.abstractmethod
     def load(cls, spec: str, prepare: Preprocessing | int, data: DataConfig, profile: Profile) -> Any:
         """Open the set `spec`, its images square and uint8.
@@ -183,28 +155,11 @@ class SetKind(abc.ABC):
         return ""
 
 
-def are_texts(items: Sequence[Any]) -> bool:
-    """Whether items are texts or tuples of texts; an undecodable first item is an image."""
-    try:
-        return isinstance(items[0], (str, tuple))
-    except BadSample:
-        return False
-
-
-def closest(spec: str, names: Iterable[str], at_path: Iterable[str]) -> list[str]:
-    """Return up to three names that are spelled like `spec`, as a user writes them."""
-    written = {name: f"{name}@PATH" for name in at_path} | {name: name for name in names}
-    return [written[name] for name in difflib.get_close_matches(spec.partition("@")[0], written, n=3)]
-
-
 class Pictures(Sequence):
-    """Encoded images, decoded and preprocessed on access: data sets need not fit into memory.
+    """Encoded images, decoded and preprocessed on access; a `BadSample` error has the image's name as a note."""
 
-    A `BadSample` error has the image's name as a note.
-    """
-
-    def __init__(self, images: Sequence[Any], prepare: Preprocessing, border: int = 0) -> None:
-        self._images, self._prepare, self._border = images, prepare, border
+    def __init__(self, images: Sequence[Any], prepare: Preprocessing) -> None:
+        self._images, self._prepare = images, prepare
 
     def __len__(self) -> int:
         return len(self._images)
@@ -212,10 +167,8 @@ class Pictures(Sequence):
     def __getitem__(self, index: int) -> np.ndarray:  # ty: ignore[incompatible-method-override] no slices
         try:
             image = self._images[index]
-            if self._border or not isinstance(image, bytes):
+            if not isinstance(image, bytes):
                 image = images.decode(image, background=self._prepare.background)
-            if self._border:
-                image = image[self._border : -self._border, self._border : -self._border]
             return self._prepare(image)
         except BadSample as error:
             error.add_note(f"image {item_name(self._images, index)!r}")

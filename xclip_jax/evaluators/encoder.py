@@ -22,7 +22,7 @@ Features = dict[str, np.ndarray]
 Rows = Sequence[np.ndarray] | np.ndarray
 Encode = Callable[..., dict[str, jax.Array]]
 
-# Texts are cut to multiples of _LENGTHS tokens if _BATCHES batches or more have that length.
+# Texts of a causal tower are cut to the longest, a multiple of _LENGTHS tokens, if there are _BATCHES batches or more.
 _LENGTHS, _BATCHES = 16, 4
 MAX_UNREADABLE = 0.05  # share of a set's images; above it the result would describe the set, not the model
 
@@ -38,13 +38,8 @@ class Encoder:
       sizes: `batch` and the `smaller` batches, rounded up alike, ascending.
       similarities: comparisons of images with texts, the model's own first; empty for a fine-tuned model.
       classes: classes of a fine-tuned model's classifier, in its order; None if unknown.
-      widths: {"img", "txt"}: widths of the pooled features of the model's towers.
       grid: patches along a side of an image, 0 if the model has no patch features.
-      unreadable: {index: reason} of unreadable images, "" if another process read them; `images` and `patches` add to
-        it.
-
-    Raises:
-      UserError: a batch below 1, or a similarity that reads an output that no head writes.
+      unreadable: {index: reason} of images that `images` and `patches` could not read; "" if another process tried.
     """
 
     def __init__(
@@ -65,8 +60,7 @@ class Encoder:
         shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
         self.sizes = sorted({math.ceil(size / shards) * shards for size in (batch, *smaller)})
         self.batch = self.sizes[-1]
-        self.similarities = _checked_similarities(similarities, model)
-        self.widths = {name: getattr(model, name).width for name in model.towers}
+        self.similarities = tuple(similarities)
         self._default = ("features", *(similarity.feature for similarity in similarities))
         self.preprocessing, self.image_size = preprocessing, preprocessing.size
         self.classes = None if classes is None else tuple(classes)
@@ -120,9 +114,6 @@ class Encoder:
           fp32 arrays of the features that the model has: "features" (n, d), pooled; inputs of similarities, such as
           "embedding" (n, e) and "cluster_logits" (n, k); "class_logits" (n, classes) of a classifier. The rows of an
           image that raised `BadSample` are NaN.
-
-        Raises:
-          UserError: an image of another shape or dtype, or more than `MAX_UNREADABLE` that raised `BadSample`.
         """
         features_of = self._run(self._encode_images, variables, images, self._form(images), features)
         self._count_unreadable(features_of.pop("valid"))
@@ -131,21 +122,11 @@ class Encoder:
     def patches(self, variables: Variables, images: Rows, first: int = 0) -> Iterator[tuple[int, np.ndarray]]:
         """Encode the patches of images batch by batch: the features of a whole set may be too large to keep.
 
-        Args:
-          variables: arguments of `TwoTowers.apply`.
-          images: n images, see `images`.
-          first: offset of their indices in `unreadable`.
-
-        Yields:
-          Index of a batch's first image, and fp32 (m, grid, grid, d) of its m images. The rows of an image that raised
-          `BadSample` are NaN.
-
-        Raises:
-          UserError: see `images`; or the model has no patch features.
+        Yields the index of a batch's first image, and fp32 (m, grid, grid, d) of its m images, NaN where unreadable.
+        `first` is the offset of the images' indices in `unreadable`.
         """
-        valid = []
-        keys = ("patches", "valid")
-        for start, out in self._batches(self._encode_patches, variables, images, self._form(images), keys):
+        valid, form = [], self._form(images)
+        for start, out in self._batches(self._encode_patches, variables, images, form, ("patches", "valid")):
             valid.append(out["valid"])
             yield start, out["patches"]
         self._count_unreadable(np.concatenate(valid), first)
@@ -177,41 +158,16 @@ class Encoder:
 
     def tokens(self, variables: Variables, tokens: Rows, features: Sequence[str] | None = None) -> Features:
         """Encode rows of tokens, int32 (n, text_length), as in `images`."""
+        length = self._length(tokens)
+        rows = np.asarray(tokens)[:, :length] if length < self._text_length else tokens
+        return self._run(self._encode_texts, variables, rows, jax.ShapeDtypeStruct((length,), np.int32), features)
 
-        def encode(rows: Rows, length: int) -> Features:
-            form = jax.ShapeDtypeStruct((length,), np.int32)
-            return self._run(self._encode_texts, variables, rows, form, features)
-
-        groups = self._by_length(tokens)
-        if not groups:
-            return encode(tokens, self._text_length)
-        results: Features = {}
-        for length, rows in groups:
-            for key, value in encode(np.asarray(tokens)[rows, :length], length).items():
-                results.setdefault(key, np.empty((len(tokens), *value.shape[1:]), value.dtype))[rows] = value
-        return results
-
-    def _by_length(self, tokens: Rows) -> list[tuple[int, np.ndarray]]:
-        """Group texts by encoded length, (length, rows), if that saves more time than the compilation takes.
-
-        Lengths are multiples of `_LENGTHS` with `_BATCHES` batches or more each. Empty if no text is cut.
-        """
-        context = self._text_length
+    def _length(self, tokens: Rows) -> int:
+        """Return the length of the longest text if there are enough batches to compile for it, else the context."""
         if self._eot_id is None or len(tokens) < _BATCHES * self.batch:
-            return []
-        ends = (np.asarray(tokens) == self._eot_id).argmax(axis=1) + 1
-        lengths = np.minimum(-(-ends // _LENGTHS) * _LENGTHS, context)
-        groups, rows = [], np.argsort(lengths, kind="stable")
-        while len(rows):
-            # A length with too few texts joins the next longer one.
-            counts = np.cumsum(np.bincount(lengths[rows], minlength=context + 1))
-            length = int(min(np.searchsorted(counts, _BATCHES * self.batch), context))
-            if len(rows) - counts[length] < _BATCHES * self.batch:
-                length = int(lengths[rows[-1]])  # the last ones
-            stop = int(counts[length])
-            groups.append((length, rows[:stop]))
-            rows = rows[stop:]
-        return groups
+            return self._text_length
+        longest = int((np.asarray(tokens) == self._eot_id).argmax(axis=1).max()) + 1
+        return min(math.ceil(longest / _LENGTHS) * _LENGTHS, self._text_length)
 
     def logits_of(self, scores: Mapping[str, np.ndarray], variables: Variables) -> np.ndarray:
         """Return the logits (n, classes) of the model's own similarity among the `scores` of `zeroshot.compare`."""
@@ -272,7 +228,11 @@ class Encoder:
                 block = blocks[first] = np.zeros((stop - first, *form.shape), form.dtype)
                 for i in range(start + first, min(start + stop, len(items))):
                     try:
-                        block[i - start - first] = _checked(items[i], i, form)
+                        item = items[i]
+                        # NumPy would cast and broadcast a wrong one silently.
+                        if item.shape != form.shape or item.dtype != form.dtype:
+                            raise UserError(f"item {i} is {item.dtype} {item.shape}, not {form.dtype} {form.shape}.")
+                        block[i - start - first] = item
                     except BadSample as error:
                         self._reasons[i] = describe(error)
             return blocks[first]
@@ -282,23 +242,3 @@ class Encoder:
 
         batch = jax.make_array_from_callback((size, *form.shape), self._sharding, rows)
         return batch, jax.make_array_from_callback((size,), self._sharding, valid)
-
-
-def _checked_similarities(similarities: Sequence[Similarity], model: TwoTowers) -> tuple[Similarity, ...]:
-    """Return the similarities; raise `UserError` if one reads an output that no head writes."""
-    for similarity in similarities:
-        if missing := {f"{similarity.reads}_{modality}" for modality in ("img", "txt")} - {*model.outputs}:
-            raise UserError(
-                f"similarity {similarity.name!r} reads {min(missing)!r}, which no head of the model writes."
-            )
-    return tuple(similarities)
-
-
-def _checked(item: np.ndarray, i: int, form: jax.ShapeDtypeStruct) -> np.ndarray:
-    """Return `item` if its shape and dtype are right: NumPy would cast and broadcast a wrong one silently."""
-    if item.shape != form.shape or item.dtype != form.dtype:
-        raise UserError(
-            f"item {i} of an evaluation set is {item.dtype} of shape {item.shape}; the encoder was built for "
-            f"{form.dtype} of shape {form.shape}: prepare the set for this model's image size or text length."
-        )
-    return item

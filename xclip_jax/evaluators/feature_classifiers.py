@@ -8,17 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xclip_jax.core.errors import UserError
 from xclip_jax.evaluators import logistic
 from xclip_jax.evaluators.statistics import valid_rows
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07
 COARSE = tuple(10.0**e for e in range(-6, 7, 2))
 _CHUNK = 1 << 25  # similarities at once, fp32
-_MOST_FOR_C = 10_000  # training items outside a part on which C is chosen: scores of all may not fit into memory
 
 Labelled = tuple[np.ndarray, np.ndarray]  # features (n, d) and labels int (n,)
-# Per-item accuracy (n,), averaged over fits, and {metric: value} of the fit.
+# Whether each item is right, 1.0 or 0.0 (n,), and {metric: value} of the fit.
 Fit = tuple[np.ndarray, dict[str, float]]
 
 
@@ -32,15 +30,8 @@ def knn(
 ) -> np.ndarray:
     """Return votes of the k nearest by cosine, weighted by exp(cosine / temperature), as DINO does (arXiv 2104.14294).
 
-    Args:
-      train, queries: features (n, d) and (m, d), of any norm.
-      labels: classes int (n,).
-      classes: number of classes.
-      k: number of neighbours, at most all training items; equally near items rank by index, lowest first.
-      temperature: temperature of the weights.
-
-    Returns:
-      fp32 (m, classes).
+    `train` and `queries` are features (n, d) and (m, d), of any norm, `labels` classes int (n,), and the votes fp32
+    (m, classes). Equally near items rank by index, lowest first.
     """
     k = min(k, len(train))
     base, of_base = jax.device_put(_unit(train), may_alias=True), jnp.asarray(labels)
@@ -66,71 +57,7 @@ def _vote(q: jax.Array, base: jax.Array, labels: jax.Array, temperature: float, 
 def _unit(x: np.ndarray) -> np.ndarray:
     x = np.asarray(x, np.float32)
     norms = np.sqrt(np.einsum("nd,nd->n", x, x))  # np.linalg.norm holds the squares of all
-    return np.divide(x, np.maximum(norms, 1e-12)[:, None], out=logistic.aligned(x.shape))
-
-
-def subset(labels: np.ndarray, amount: str, seed: int = 0) -> np.ndarray:
-    """Return sorted indices of a part of a training set.
-
-    ImageNet's customary 1 % and 10 % are fixed lists (SimCLR's, TFDS `imagenet2012_subset`), not this random subset.
-
-    Args:
-      labels: classes int (n,).
-      amount: "5-shot" for 5 items of each class, "10%" for that share of each class, at least one.
-      seed: seed of the subset.
-
-    Raises:
-      UserError: see `part_sizes`.
-    """
-    rng, chosen = np.random.default_rng(seed), []
-    for c, count in part_sizes(labels, amount).items():
-        chosen.append(rng.permutation(np.flatnonzero(labels == c))[:count])
-    return np.sort(np.concatenate(chosen))
-
-
-def part_sizes(labels: np.ndarray, amount: str) -> dict[int, int]:
-    """Return {class: number of items} for a part of a training set; see `subset`.
-
-    Raises:
-      UserError: an unknown amount, or a class with fewer items than shots.
-    """
-    number = amount.removesuffix("-shot").removesuffix("%")
-    unit = amount[len(number) :]
-    try:
-        value = float(number) if unit == "%" else int(number)
-    except ValueError:
-        value = 0
-    in_range = 0 < value <= 100 if unit == "%" else value > 0  # NaN is not
-    if unit not in ("%", "-shot") or not in_range:
-        raise UserError(f"unknown part of a training set {amount!r}; expected N-shot or P%, such as 5-shot or 10%.")
-    of_class = {}
-    for c, n in zip(*np.unique(labels, return_counts=True), strict=True):
-        of_class[int(c)] = int(value) if unit == "-shot" else max(1, round(n * value / 100))
-        if of_class[int(c)] > n:
-            raise UserError(
-                f"class {c} has {n} training items, too few for {amount}; add items, or evaluate probe/NAME, which "
-                "has no parts."
-            )
-    return of_class
-
-
-def to_choose_c(train: Labelled, part: np.ndarray, validation: Labelled, seed: int) -> Labelled:
-    """Return the items on which C is chosen for a part of a training set; empty if `linear` shall hold a tenth out.
-
-    These are the validation items. Without any, if a class has a single item in the part, they are up to `_MOST_FOR_C`
-    training items outside the part: holding out the only item of a class would make every C equally bad.
-
-    Args:
-      train, validation: items of the set.
-      part: indices of the part.
-      seed: seed of the draw of `_MOST_FOR_C` items.
-    """
-    x, y = train
-    if len(validation[1]) or np.unique(y[part], return_counts=True)[1].min() > 1:
-        return validation
-    outside = np.setdiff1d(np.arange(len(y)), part)
-    outside = np.random.default_rng(seed).permutation(outside)[:_MOST_FOR_C]
-    return x[outside], y[outside]
+    return x / np.maximum(norms, 1e-12)[:, None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,13 +107,7 @@ def _best(scores: Mapping[float, float]) -> float:
 
 
 def folds(labels: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
-    """Return each item's fold, 0 to `count` - 1, int (n,): random, stratified by class.
-
-    Raises:
-      UserError: fewer items than folds.
-    """
-    if len(labels) < count:
-        raise UserError(f"expected at least {count} items for {count} folds; got {len(labels)}.")
+    """Return each item's fold, 0 to `count` - 1, int (n,): random, stratified by class."""
     order = np.random.default_rng(seed).permutation(len(labels))
     order = order[np.argsort(labels[order], kind="stable")]  # class after class, each in random order
     fold = np.empty(len(labels), int)
@@ -222,30 +143,12 @@ def linear(
     classes: int,
     sweep: Sweep,
     score: Callable[[np.ndarray, np.ndarray], float],
-    *,
-    join: bool = True,
 ) -> Fit:
     """Run CLIP's linear probe: C by `search` on validation items, then one fit that is tested once.
 
-    Args:
-      train, validation, test: features and labels. Without validation items a tenth of `train`, at least one item, is
-        held out.
-      classes: number of classes.
-      sweep: values of C.
-      score: (logits, labels) -> the score by which C is chosen.
-      join: whether the last fit uses training and validation items, or training items only.
-
-    Returns:
-      Whether each test item is right, 0.0 or 1.0 (n,), and {"log10_c": the choice}.
-
-    Raises:
-      UserError: several C, no validation items, and fewer than two training items.
+    Without validation items a tenth of `train`, at least one item, is held out. `score` of (logits, labels) chooses C.
+    Returns whether each test item is right, 0.0 or 1.0 (n,), and {"log10_c": the choice}.
     """
-    if not len(validation[1]) and len(sweep.coarse) > 1 and len(train[1]) < 2:
-        raise UserError(
-            f"expected validation items, or at least 2 training items to hold one out and choose C; got "
-            f"{len(train[1])} training item and no validation items."
-        )
     whole, given = train, len(validation[1]) > 0
     if not given:
         order = np.random.default_rng(0).permutation(len(train[1]))
@@ -255,7 +158,7 @@ def linear(
     best = sweep.coarse[0]
     if len(sweep.coarse) > 1:
         best, _ = search(train, validation, classes, sweep, score)
-    if given and join:
+    if given:
         whole = together(train, validation)
     del train, validation  # if a tenth was held out, a copy of most features
     logits = logistic.fit(*whole, [best], classes, tolerance=sweep.tolerance).logits(test[0])[0]

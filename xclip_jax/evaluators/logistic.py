@@ -23,12 +23,11 @@ import numpy as np
 from xclip_jax.core import console
 from xclip_jax.core.errors import UserError
 
-HISTORY = 10
+HISTORY, _ITERATIONS = 10, 1000
 _SCORES = 1 << 27  # logits in memory at once (about four fp32 arrays): more values of C are solved in turns
 _SMALL = 1 << 24  # up to so large an array of logits, keeping converged problems is cheaper than recompiling
 _ROUND = 4  # iterations between checks for convergence
 _BLOCK = 1 << 22  # numbers in a block of features
-_ALIGNMENT = 64  # bytes; JAX's CPU client shares aligned arrays
 _STALLED = 1e-10  # share of the objective; a step that promises less is not made
 
 
@@ -40,13 +39,11 @@ class Fit:
       weights: fp32 (cs, d, classes).
       bias: fp32 (cs, classes); its mean over classes is zero.
       objective: (cs,), see the module's docstring.
-      iterations: (cs,), iterations of L-BFGS.
     """
 
     weights: np.ndarray
     bias: np.ndarray
     objective: np.ndarray
-    iterations: np.ndarray
 
     def logits(self, x: np.ndarray) -> np.ndarray:
         """Return the logits (cs, n, classes) of features (n, d)."""
@@ -59,7 +56,6 @@ def fit(
     cs: np.ndarray | Sequence[float],
     classes: int,
     *,
-    iterations: int = 1000,
     tolerance: float = 1e-5,
 ) -> Fit:
     """Fit every C in `cs`.
@@ -70,19 +66,9 @@ def fit(
         have no item.
       cs: inverse strengths of the penalty, above 0, as in scikit-learn with the classes that occur.
       classes: number of classes.
-      iterations: maximum number of iterations for each C.
       tolerance: maximum absolute component of the gradient at a solution, as scikit-learn's `tol` (default 1e-4).
-
-    Raises:
-      UserError: features that are not finite, labels or C out of range.
     """
     x, y, cs = np.asarray(x, np.float32), np.asarray(y), np.asarray(cs, np.float64)
-    if x.ndim != 2 or y.shape not in (x.shape[:1], (len(x), classes)) or not len(x):
-        raise UserError(f"expected features (n, d) and labels (n,) of a probe; got {x.shape} and {y.shape}.")
-    if y.min() < 0 or (y.ndim == 1 and y.max() >= classes) or not (cs > 0).all():
-        raise UserError(f"a probe's labels must be from 0 to {classes - 1}, and every C above 0; C is {cs.tolist()}.")
-    if y.ndim == 2 and np.abs(y.sum(axis=1) - 1).max() > 1e-3:
-        raise UserError("a probe's shares of the classes must sum to 1 in each row.")
     n, d = x.shape
     occurring = len(np.unique(y)) if y.ndim == 1 else np.count_nonzero(y.any(axis=0))
     penalty = 2.0 if occurring == 2 else 1.0
@@ -92,27 +78,17 @@ def fit(
     back = jnp.asarray(np.block([[axes, mean[:, None]], [np.zeros((1, d)), np.ones((1, 1))]]), jnp.float32)
     # The diagonal of softmax's Hessian is p (1 - p), about 1 / classes at the start.
     curvature = np.append(np.maximum(spectrum, 0), 1.0) / classes
-    fits: dict[str, list[Any]] = {"w": [], "objective": [], "iterations": []}
+    fits = []
     group = max(1, _SCORES // (n * classes))
     for start in range(0, len(cs), group):
         ridge = np.outer(np.append(np.ones(d), 0.0), penalty / (n * cs[start : start + group]))  # (d + 1, cs)
-        w, objective, steps = _solve(rotated, labels, back, ridge, curvature, classes, iterations, tolerance)
-        for key, value in (("w", w), ("objective", objective), ("iterations", steps)):
-            fits[key].append(value)
-    w = np.concatenate(fits["w"], axis=1).transpose(1, 0, 2)  # (cs, d + 1, classes)
+        fits.append(_solve(rotated, labels, back, ridge, curvature, classes, tolerance))
+    w = np.concatenate([w for w, _ in fits], axis=1).transpose(1, 0, 2)  # (cs, d + 1, classes)
     weights = np.einsum("de,cek->cdk", axes, w[:, :-1], optimize=True)
     bias = w[:, -1] - np.einsum("d,cdk->ck", mean, weights)
     bias -= bias.mean(axis=1, keepdims=True)
-    objective, steps = np.concatenate(fits["objective"]), np.concatenate(fits["iterations"])
-    return Fit(weights.astype(np.float32), bias.astype(np.float32), objective, steps)
-
-
-def aligned(shape: tuple[int, int]) -> np.ndarray:
-    """Return an uninitialised fp32 array that JAX on a CPU uses without a copy."""
-    size, bytes_each = shape[0] * shape[1], 4
-    buffer = np.empty(size * bytes_each + _ALIGNMENT, np.uint8)
-    start = -buffer.ctypes.data % _ALIGNMENT
-    return buffer[start : start + size * bytes_each].view(np.float32).reshape(shape)
+    objective = np.concatenate([objective for _, objective in fits])
+    return Fit(weights.astype(np.float32), bias.astype(np.float32), objective)
 
 
 def _rotate(x: np.ndarray) -> tuple[jax.Array, np.ndarray, np.ndarray, np.ndarray]:
@@ -129,7 +105,7 @@ def _rotate(x: np.ndarray) -> tuple[jax.Array, np.ndarray, np.ndarray, np.ndarra
         centred = (x[start : start + step] - mean).astype(np.float32)
         gram += centred.T @ centred
     spectrum, axes = np.linalg.eigh(gram / n)
-    rotated, narrow = aligned((n, d + 1)), axes.astype(np.float32)
+    rotated, narrow = np.empty((n, d + 1), np.float32), axes.astype(np.float32)
     rotated[:, d] = 1
     for start in range(0, n, step):
         rotated[start : start + step, :d] = (x[start : start + step] - mean).astype(np.float32) @ narrow
@@ -143,10 +119,9 @@ def _solve(
     ridge: np.ndarray,
     curvature: np.ndarray,
     classes: int,
-    iterations: int,
     tolerance: float,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return weights (d + 1, cs, classes), objective (cs,) and iterations (cs,); `ridge` is (d + 1, cs)."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return weights (d + 1, cs, classes) and objective (cs,); `ridge` is (d + 1, cs)."""
     d, count = ridge.shape
     scale = jnp.asarray(1 / (curvature[:, None] + ridge), jnp.float32)[..., None]
     problem = {"ridge": jnp.asarray(ridge, jnp.float32)[..., None], "scale": scale}
@@ -163,21 +138,20 @@ def _solve(
         "y": history,
         "rho": jnp.zeros((HISTORY, count), jnp.float32),
         "done": jnp.zeros(count, bool),
-        "steps": jnp.zeros(count, int),
         "value": jnp.full(count, np.log(classes), jnp.float32),
         "iteration": jnp.zeros((), int),
     }
-    alive, out = np.arange(count), (np.zeros((d, count, classes), np.float32), np.zeros(count), np.zeros(count, int))
-    for _ in range(0, iterations, _ROUND):
+    alive, out = np.arange(count), (np.zeros((d, count, classes), np.float32), np.zeros(count))
+    for _ in range(0, _ITERATIONS, _ROUND):
         console.report_progress(all_processes=False)  # the number of rounds depends on rounding
-        state = _iterate(x, y, back, problem, state, iterations, tolerance)
+        state = _iterate(x, y, back, problem, state, tolerance)
         done = np.asarray(state["done"])
         keep = np.flatnonzero(~done)
-        last = not len(keep) or int(state["iteration"]) >= iterations
+        last = not len(keep) or int(state["iteration"]) >= _ITERATIONS
         # Each new shape is compiled: drop problems only if at least a quarter has converged, and it is worth it.
         if last or (4 * len(keep) <= 3 * len(alive) and state["z"].size > _SMALL):
             out[0][:, alive] = np.asarray(state["w"])
-            out[1][alive], out[2][alive] = np.asarray(state["value"]), np.asarray(state["steps"])
+            out[1][alive] = np.asarray(state["value"])
             if last:
                 break
             alive = alive[keep]
@@ -189,7 +163,7 @@ def _solve(
     return out
 
 
-_AXIS = {"w": 1, "z": 1, "g": 1, "s": 2, "y": 2, "rho": 1, "done": 0, "steps": 0, "value": 0}
+_AXIS = {"w": 1, "z": 1, "g": 1, "s": 2, "y": 2, "rho": 1, "done": 0, "value": 0}
 _matmul = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
@@ -285,12 +259,11 @@ def _iterate(
     back: jax.Array,
     problem: dict[str, jax.Array],
     state: dict[str, jax.Array],
-    iterations: int,
     tolerance: float,
 ) -> dict[str, jax.Array]:
     """Return the state after up to `_ROUND` iterations; a C that is done does not change."""
     ridge, scale = problem["ridge"], problem["scale"]
-    stop = jnp.minimum(state["iteration"] + _ROUND, iterations)
+    stop = jnp.minimum(state["iteration"] + _ROUND, _ITERATIONS)
 
     def body(state: dict[str, jax.Array]) -> dict[str, jax.Array]:
         p = _direction(state, scale)
@@ -313,7 +286,6 @@ def _iterate(
             "g": g,
             "value": value,
             "iteration": state["iteration"] + 1,
-            "steps": state["steps"] + ~done,
             "s": state["s"].at[slot].set(s),
             "y": state["y"].at[slot].set(change),
             "rho": state["rho"].at[slot].set(jnp.where(sy > 0, 1 / jnp.maximum(sy, 1e-37), 0)),

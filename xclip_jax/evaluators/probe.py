@@ -10,32 +10,15 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from xclip_jax.core import environment
-from xclip_jax.core.console import format_bytes, log0
-from xclip_jax.core.errors import UserError
-from xclip_jax.evaluators.base import Column, Evaluator, Joined, Layout, Metric, are_texts
+from xclip_jax.core.errors import BadSample, UserError
+from xclip_jax.evaluators.base import Column, Evaluator, Joined, Layout
 from xclip_jax.evaluators.encoder import Encoder
-from xclip_jax.evaluators.feature_classifiers import (
-    Fit,
-    Sweep,
-    choose,
-    is_right,
-    knn,
-    linear,
-    nested,
-    part_sizes,
-    subset,
-    to_choose_c,
-    together,
-)
+from xclip_jax.evaluators.feature_classifiers import Fit, Sweep, choose, is_right, knn, linear, nested, together
 from xclip_jax.evaluators.results import Provenance, Result
 from xclip_jax.evaluators.statistics import PerExample, class_weights, ranks
 from xclip_jax.models.two_towers import Variables
 
-_WIDTHS = {"": 1, "difference": 2, "all": 4}  # width of an item's features, in multiples of the tower's
-_COPIES = 4  # of all features in memory at the peak, as measured with 80,000 items of 512 features
 _FINETUNED = {"top1": "top-1", "matthews": "Matthews", "f1": "F1", "spearman": "Spearman", "pearson": "Pearson"}
-_SEEDS = 3  # random subsets of a training set, over which a part's results are means
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -43,12 +26,9 @@ class ProbeSet:
     """Training, validation and test items of a probe; images or texts.
 
     Attributes:
-      name: name of the set, in the names of its metrics.
       train, validation, test: items, as `Encoder.images` or `Encoder.texts` takes them; without validation items C is
         chosen on one training item in ten, at random with seed 0.
       tasks: {name: labels of the three parts, int (n,)}; a single task is named "".
-      parts: parts of the training set, such as "10%" or "5-shot"; each has its own results, means over 3 random
-        subsets. `to_choose_c` describes the items on which C is chosen.
       sweep: values of C.
       neighbours: whether to evaluate nearest neighbours too.
       folds: above 0, the number of folds of `train` that choose C among `sweep.coarse`; without `test` items the
@@ -64,74 +44,36 @@ class ProbeSet:
     validation: Sequence[Any]
     test: Sequence[Any]
     tasks: Mapping[str, Sequence[np.ndarray]]
-    parts: Sequence[str] = ()
     sweep: Sweep = dataclasses.field(default_factory=Sweep)
     neighbours: bool = True
     folds: int = 0
     pairs: str = ""
     card: Provenance = dataclasses.field(default_factory=Provenance)
 
-    def __post_init__(self) -> None:
-        sizes = (len(self.train), len(self.validation), len(self.test))
-        for task, labels in self.tasks.items():
-            if tuple(map(len, labels)) != sizes or not sizes[0] or not (sizes[2] or self.folds):
-                raise UserError(
-                    f"{self.name}: {sizes} training, validation and test items have {tuple(map(len, labels))} labels"
-                    f"{f' of task {task!r}' if task else ''}; give one for each, and training and test items."
-                )
-            unseen = sorted(set(np.concatenate(labels[1:]).tolist()) - set(labels[0].tolist()))
-            if unseen:
-                of_task = f" of task {task!r}" if task else ""
-                raise UserError(f"{self.name}: classes {unseen}{of_task} have no training item; leave their items out.")
-            for part in self.parts:
-                try:
-                    part_sizes(labels[0], part)
-                except UserError as error:
-                    raise UserError(f"{self.name}: {error}") from error
-
 
 class Probe(Evaluator):
     """Accuracy of a linear probe and of kNN, in percent: "visual/<set>[/<task>]/linear/top1" and ".../knn/top1".
 
     Further results are mean_per_class; f1 (of class 1) and matthews for two classes; the C of the linear probe
-    ("linear/log10_c"); n, train and ways, the number of classes; "majority", the accuracy of always predicting the
-    largest class; and ".../linear/10%/top1" for each part of the training set. Text probes have the family "textual".
+    ("linear/log10_c"); n, train and ways, the number of classes; and "majority", the accuracy of always predicting the
+    largest class. Text probes have the family "textual".
     """
 
     layouts = (
         Layout(
             "frozen features, %",
-            ("visual", "textual"),
             (
-                Metric("linear/top1", "linear", "linear probe, top-1"),
-                Metric("knn/top1", "kNN", "nearest neighbours, top-1"),
-            ),
-            (
-                Column("classes", "ways", ">8"),
-                Column("items", "n", ">8"),
-                Column("linear", "linear/top1", ">8", chance=">7"),
-                Column("kNN", "knn/top1", ">8"),
+                Column("classes", "ways"),
+                Column("items", "n"),
+                Column("linear", "linear/top1", "linear probe, top-1", chance=True),
+                Column("kNN", "knn/top1", "nearest neighbours, top-1"),
             ),
         ),
     )
 
-    inputs = ("train", "validation", "test")
-
-    def __init__(self, encoder: Encoder, data: ProbeSet, family: str = "") -> None:
+    def __init__(self, encoder: Encoder, data: ProbeSet) -> None:
         super().__init__(encoder, data)
-        self.family = family or ("textual" if are_texts(data.train) else "visual")
-        self._check_memory()
-
-    def _check_memory(self) -> None:
-        """Raise `UserError` if the features of all items, which take hours to compute, would not fit into memory."""
-        n = sum(len(part) for part in (self.data.train, self.data.validation, self.data.test))
-        d = self.encoder.widths.get("img" if self.family == "visual" else "txt", 0) * _WIDTHS[self.data.pairs]
-        needed, memory = 4 * n * d * _COPIES, environment.host_memory("MemTotal")
-        if needed > memory:
-            raise UserError(
-                f"{self.data.name}: a probe of {n:,} items with {d:,} features each takes {format_bytes(needed)}, and "
-                f"this machine has {format_bytes(memory)}; use a machine with more memory, or a smaller set."
-            )
+        self.family = "textual" if _are_texts(data.train) else "visual"
 
     def measure(self, variables: Variables) -> list[Result]:
         """Return the results listed in the class docstring."""
@@ -162,13 +104,8 @@ class Probe(Evaluator):
             return np.split(self.encoder.texts(variables, texts, ("features",))["features"], ends)
         h = self.encoder.texts(variables, [text for pair in texts for text in pair], ("features",))["features"]
         u, v = h[::2], h[1::2]
-        features = np.empty((len(u), _WIDTHS[self.data.pairs] * h.shape[1]), np.float32)
-        *both, difference, product = np.split(features, _WIDTHS[self.data.pairs], axis=1)
-        for part, value in zip(both, (u, v), strict=False):
-            part[:] = value
-        np.abs(np.subtract(u, v, out=difference), out=difference)
-        np.multiply(u, v, out=product)
-        return np.split(features, ends)
+        parts = [np.abs(u - v), u * v]
+        return np.split(np.concatenate([u, v, *parts] if self.data.pairs == "all" else parts, axis=1), ends)
 
     def _task(self, features: Sequence[np.ndarray], labels: Sequence[np.ndarray]) -> dict[str, Fit]:
         """Return {"linear": fit, "knn": fit, ...} of one task."""
@@ -176,26 +113,15 @@ class Probe(Evaluator):
         train, validation, test = ((x, y) for x, y in zip(features, labels, strict=True))
         readable = [~np.isnan(x).any(axis=1) for x in features[:2]]
         # Unreadable images are not trained on. If the model diverged all rows are NaN, and all answers are wrong.
-        left_out = self.family == "visual" and readable[0].any() and not np.concatenate(readable).all()
-        if left_out:
+        if readable[0].any() and not np.concatenate(readable).all():
             train, validation = ((x[keep], y[keep]) for (x, y), keep in zip((train, validation), readable, strict=True))
         if count and not len(test[1]):
             return {"linear": nested(*train, classes, sweep.coarse, count, sweep.tolerance)}
         if count:
-            c = choose(*train, classes, sweep.coarse, count, sweep.tolerance)
-            return {"linear": linear(train, validation, test, classes, Sweep((c,), 0, sweep.tolerance), self._score)}
+            sweep = Sweep((choose(*train, classes, sweep.coarse, count, sweep.tolerance),), 0, sweep.tolerance)
         fits = {"linear": linear(train, validation, test, classes, sweep, self._score)}
         if self.data.neighbours:
             fits["knn"] = (is_right(knn(*together(train, validation), test[0], classes), test[1]), {})
-        # Draw parts from all items: a class then has enough of them even if some cannot be read.
-        of_train = np.flatnonzero(readable[0]) if left_out else np.arange(len(labels[0]))
-        for part in self.data.parts:
-            runs = []
-            for seed in range(_SEEDS):
-                chosen = np.flatnonzero(np.isin(of_train, subset(labels[0], part, seed)))
-                part_of_train, held = (train[0][chosen], train[1][chosen]), to_choose_c(train, chosen, validation, seed)
-                runs.append(linear(part_of_train, held, test, classes, sweep, self._score, join=False)[0])
-            fits[f"linear/{part}"] = (np.mean(runs, axis=0), {})
         return fits
 
     def _score(self, logits: np.ndarray, labels: np.ndarray) -> float:
@@ -204,10 +130,18 @@ class Probe(Evaluator):
         return items.get(self.data.card.metric.rpartition("/")[2], items["top1"]).value()
 
 
+def _are_texts(items: Sequence[Any]) -> bool:
+    """Whether items are texts or tuples of texts; an undecodable first item is an image."""
+    try:
+        return isinstance(items[0], (str, tuple))
+    except BadSample:
+        return False
+
+
 def _items(values: np.ndarray, labels: np.ndarray, classes: int) -> dict[str, PerExample]:
-    """Return the per-example values of each metric; `values` are 1.0 for right items, or a mean over fits."""
+    """Return the per-example values of each metric; `values` are 1.0 for right items."""
     items = {"top1": PerExample(values), "mean_per_class": PerExample(values, class_weights(labels))}
-    if classes == 2 and set(np.unique(values)) <= {0.0, 1.0}:
+    if classes == 2:
         predicted = np.where(values == 1, labels, 1 - labels)
         items |= {key: PerExample(predicted, other=labels, statistic=key) for key in ("f1", "matthews")}
     return items
@@ -218,7 +152,6 @@ class ClassificationSet:
     """Labelled items for the classifier of a fine-tuned model.
 
     Attributes:
-      name: name of the set, in the names of its metrics.
       items: images or texts, as `Encoder.images` or `Encoder.texts` takes them.
       labels: classes int (n,), or targets of a regression fp32 (n,).
       classes: number of classes; 1 for a regression.
@@ -235,20 +168,12 @@ class ClassificationSet:
     names: Sequence[str] = ()
 
     def renumbered(self, names: Sequence[str]) -> "ClassificationSet":
-        """Return the set with `names` as its classes; some of them may have no item.
-
-        Raises:
-          UserError: a class of the set is not among `names`.
-        """
-        if tuple(names) == tuple(self.names):
-            return self
+        """Return the set with `names` as its classes; some of them may have no item."""
         number = {name: i for i, name in enumerate(names)}
-        unknown = [name for name in self.names if name not in number]
-        if unknown:
-            shown = ", ".join(map(repr, names[:5])) + (", ..." if len(names) > 5 else "")
+        if unknown := [name for name in self.names if name not in number]:
             raise UserError(
                 f"{self.name}: class {unknown[0]!r} is not among the {len(names)} classes that the model was "
-                f"fine-tuned on ({shown}); test it on items of those classes."
+                f"fine-tuned on, such as {names[0]!r}; test it on items of those classes."
             )
         labels = np.array([number[name] for name in self.names])[self.labels]
         return dataclasses.replace(self, labels=labels, classes=len(names), names=tuple(names))
@@ -264,20 +189,17 @@ class ClassifierEvaluator(Evaluator):
     layouts = (
         Layout(
             "fine-tuned, %",
-            ("visual", "textual"),
-            tuple(Metric(f"finetuned/{key}", key, f"fine-tuned, {label}") for key, label in _FINETUNED.items()),
+            (
+                Column("items", "n"),
+                *(Column(label, f"finetuned/{key}", f"fine-tuned, {label}") for key, label in _FINETUNED.items()),
+            ),
         ),
     )
 
     def __init__(self, encoder: Encoder, data: ClassificationSet) -> None:
         """Raise `UserError` if the set has a class that the model's classifier lacks."""
-        if data.names and not encoder.classes:
-            log0(
-                f"WARNING: {data.name}: the names of the model's classes are unknown; assuming the set's classes, in "
-                "its order"
-            )
         super().__init__(encoder, data.renumbered(encoder.classes) if encoder.classes and data.names else data)
-        self.images = not are_texts(data.items)
+        self.images = not _are_texts(data.items)
         self.family = "visual" if self.images else "textual"
 
     def measure(self, variables: Variables) -> list[Result]:

@@ -3,6 +3,7 @@
 Names and templates come from clip-benchmark (MIT), in `data/third_party`; other templates are generated here.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -11,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from xclip_jax.core import storage
-from xclip_jax.core.errors import UserError, check_choice
+from xclip_jax.core.errors import UserError
 from xclip_jax.data.preprocessing import Preprocessing
 
 
@@ -31,9 +32,6 @@ class Profile:
       captions: number of captions of each image to keep; 0 for all.
       templates: prompts for your own labelled images, with {c} for the class; empty for "a photo of a {c}".
       names: {label: name, or synonyms} of their classes; other labels are their own names.
-
-    Raises:
-      UserError: a negative number of captions, or a template without {c}.
     """
 
     imagenet: str = "openai80"
@@ -47,8 +45,6 @@ class Profile:
     names: Mapping[str, str | Sequence[str]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.captions < 0:
-            raise UserError(f"--captions is {self.captions}; expected a number of captions, or 0 for all of them.")
         if wrong := [template for template in self.templates if "{c}" not in template]:
             raise UserError(f"template {wrong[0]!r} has no {{c}}, where the name of the class goes; add it.")
 
@@ -99,7 +95,6 @@ _EXTRA = {
     "ucf101": [f"a {noun} of {one} person {verb}{{c}}." for verb in _VERBS for one in ("a", "the") for noun in _NOUNS],
     "kinetics700": [f"a {noun} of {who}{{c}}." for noun in _NOUNS for who in ("", *(f"a person {v}" for v in _VERBS))],
     "clip_resisc45": [f"{view} of {article}{{c}}." for article in ("", "a ", "the ") for view in _VIEWS],
-    "clip_clevr_count_all": ["a photo of {c} objects."],
     "clip_pcam": ["this is a photo of {c}"],
 }
 _EXTRA_NAMES = {"hatefulmemes": ["meme", "hatespeech meme"]}
@@ -119,17 +114,11 @@ def _read(name: str) -> dict[str, list[str]]:
 
 
 def templates(name: str) -> list[str]:
-    """Return the templates `name`, with {c} for the class: "openai80", "slip7", or clip-benchmark's key of a set.
-
-    Raises:
-      UserError: an unknown name.
-    """
+    """Return the templates `name`, with {c} for the class: "openai80", "slip7", or clip-benchmark's key of a set."""
     known = _read("zeroshot_classification_templates")
-    if name in ("openai80", "slip7"):
-        texts = known["imagenet1k"]
-        return [texts[i] for i in _SEVEN] if name == "slip7" else texts
-    check_choice("the name of templates", name, ["openai80", "slip7", *_EXTRA, *known])
-    return _EXTRA.get(name) or known[name]
+    if name == "slip7":
+        return [known["imagenet1k"][i] for i in _SEVEN]
+    return known["imagenet1k"] if name == "openai80" else _EXTRA.get(name) or known[name]
 
 
 def chosen(name: str, profile: Profile) -> str:
@@ -142,9 +131,7 @@ def chosen(name: str, profile: Profile) -> str:
 def prompts(names: Sequence[str | Sequence[str]], templates_of: str | Sequence[str]) -> list[list[str]]:
     """Return the prompts of each class: every template with its name, or with each of its synonyms.
 
-    Args:
-      names: names or synonyms of the classes.
-      templates_of: name of the templates, see `templates`, or the templates themselves.
+    `templates_of` are the templates, or their name, see `templates`.
     """
     texts = templates(templates_of) if isinstance(templates_of, str) else templates_of
     synonyms = [[name] if isinstance(name, str) else list(name) for name in names]
@@ -153,11 +140,7 @@ def prompts(names: Sequence[str | Sequence[str]], templates_of: str | Sequence[s
 
 
 def read_class_names(path: str) -> dict[str, str | list[str]]:
-    """Read class names from a JSON file, {label: name} or {label: [name, synonym, ...]}; {} if `path` is "".
-
-    Raises:
-      UserError: a missing file, or other content.
-    """
+    """Read class names from a JSON file, {label: name} or {label: [name, synonym, ...]}; {} if `path` is ""."""
     if not path:
         return {}
     try:
@@ -166,10 +149,7 @@ def read_class_names(path: str) -> dict[str, str | list[str]]:
         raise UserError(
             f"class names {path!r} cannot be read ({error}); expected a JSON file {{label: name}}."
         ) from error
-    if not isinstance(content, dict) or not all(
-        words and (isinstance(words, str) or (isinstance(words, list) and all(isinstance(w, str) for w in words)))
-        for words in content.values()
-    ):
+    if not isinstance(content, dict) or not all(words and isinstance(words, (str, list)) for words in content.values()):
         raise UserError(f"class names {path!r} are not {{label: name}} or {{label: [name, synonym, ...]}}.")
     return content
 
@@ -201,42 +181,28 @@ def _comparable(label: str) -> str:
 def match(labels: Sequence[str], *spellings: Sequence[str]) -> list[int]:
     """Return each label's position in the first of `spellings` that has all of `labels`.
 
-    Case, spaces, punctuation and leading zeros are ignored. Names that occur twice in a spelling match nothing.
-
-    Raises:
-      KeyError: the label that the most likely spelling lacks, or that equals another label.
+    Case, spaces, punctuation and leading zeros are ignored. Names that occur twice in a spelling match nothing. Raises
+    `KeyError` with a label that no spelling has, or that equals another label.
     """
-    unmatched: list[tuple[int, str]] = []
+    known: set[str] = set()
     for spelling in spellings:
         plain = [_comparable(name) for name in spelling]
         index = {name: i for i, name in enumerate(plain) if plain.count(name) == 1}
-        positions: dict[int, str] = {}
-        for label in labels:
-            position = index.get(_comparable(label))
-            if position is None or position in positions:
-                unmatched.append((len(positions), label))
-                break
-            positions[position] = label
-        else:
-            return list(positions)
-    # The most likely spelling is the one with the most labels before its first unmatched one.
-    raise KeyError(max(unmatched, key=lambda item: item[0])[1])
+        known |= index.keys()
+        positions = [index.get(_comparable(label)) for label in labels]
+        if None not in positions and len(set(positions)) == len(positions):
+            return [position for position in positions if position is not None]
+    raise KeyError(next((label for label in labels if _comparable(label) not in known), labels[-1]))
 
 
 def class_names(key: str, labels: Sequence[str]) -> list[str]:
     """Return clip-benchmark's class names `key` in the order of a TFDS data set's labels.
 
-    Raises:
-      UserError: the numbers or the order of names and labels differ.
+    Labels that are not spelled alike, such as numbers, wnids or paraphrases, are in the same order.
     """
     names = published(key)
     if len(names) != len(labels):
         raise UserError(f"{key} has {len(names)} class names and the data set {len(labels)} labels; use another split.")
-    theirs, ours = [_comparable(name) for name in names], [_comparable(label) for label in labels]
-    if set(theirs) == set(ours) and len(set(ours)) == len(ours):
-        return [names[theirs.index(name)] for name in ours]
-    # Labels are numbers, wnids or paraphrases: the order is the same if labels with equal spelling agree.
-    moved = next((x for i, x in enumerate(ours) if x in theirs and theirs[i] != x and theirs.count(x) == 1), "")
-    if moved:
-        raise UserError(f"the labels of {key} are in another order than its class names ({moved!r} is one of them).")
-    return list(names)
+    with contextlib.suppress(KeyError):
+        return [names[i] for i in match(labels, names)]
+    return names

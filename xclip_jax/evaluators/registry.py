@@ -5,21 +5,17 @@ of another package. A set names its evaluator: a key of `EVALUATORS`, or "packag
 """
 
 import dataclasses
-import pathlib
 import re
-import shlex
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from xclip_jax.core.console import command, log0
-from xclip_jax.core.errors import BadSample, UserError, check_choice, describe
+from xclip_jax.core.errors import UserError, check_choice, describe
 from xclip_jax.core.imports import Classes, class_name, import_class, is_imported
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.preprocessing import Preprocessing
-from xclip_jax.evaluators.base import Evaluator, Layout, SetKind, closest
+from xclip_jax.evaluators.base import Evaluator, Layout, SetKind
 from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.evaluators.prompts import PROFILES, Profile
 from xclip_jax.evaluators.results import Result
@@ -34,7 +30,7 @@ KINDS: Mapping[str, type[SetKind]] = Classes(
         "files": f"{_SETS}.files:FileSets",
         "pairs": f"{_SETS}.own:PairSets",
         "probes": f"{_SETS}.classification:ProbeSets",
-        "dense": f"{_SETS}.masks:DenseSets",
+        "dense": f"{_SETS}.published:DenseSets",
         "finetuned": f"{_SETS}.classification:FinetunedSets",
     },
 )
@@ -52,8 +48,6 @@ EVALUATORS: Mapping[str, type[Evaluator]] = Classes(
     },
 )
 
-_SET_ATTRIBUTES = ("name", "card", "evaluator")
-_NUM_CHECKED = 8  # images of a set that `open_all` decodes
 _NUM_LISTED = 3  # unreadable images that `measure` names
 
 
@@ -72,32 +66,23 @@ def load(
       data_dir: root of TFDS data sets, None or "" for `data.dir`; the demo is prepared there on first use.
       profile: protocol of the published sets.
       data: group `data` of the model's run, which defines how pairs are read.
-
-    Raises:
-      UserError: an unknown `spec`, with similar names, or a set that cannot be opened.
     """
     kind = check(spec)
     data = kind.data_of(spec, data or DataConfig())
     return kind.load(spec, prepare, dataclasses.replace(data, dir=data_dir or data.dir), profile)
 
 
-def check(spec: str, others: Sequence[str] = ()) -> type[SetKind]:
-    """Return the kind of the set `spec`.
-
-    Raises:
-      UserError: an unknown name; the message suggests similar ones, also among `others`.
-    """
+def check(spec: str) -> type[SetKind]:
+    """Return the kind of the set `spec`; raise `UserError` if the name is unknown."""
     prefix = re.split("[/:@]", spec, maxsplit=1)[0]
     kind = next((kind for kind in KINDS.values() if prefix in kind.prefixes), None)
     if kind is None and (name := class_name(spec)):
         kind = import_class(name, SetKind, "evaluation set")
     if kind and kind.knows(spec):
         return kind
-    similar = kind.closest(spec) if kind else closest(spec, [*others, *_all("names")], _all("at_path"))
-    hint = f"; did you mean {' or '.join(map(repr, similar))}?" if similar else "."
     raise UserError(
-        f"unknown evaluation set {spec!r}{hint} {command('evaluate')} --help lists the names; your own images "
-        "are folder:PATH, csv:PATH or probe/folder:PATH, your own pairs retrieval/PATH, if the path exists."
+        f"unknown evaluation set {spec!r}. {command('evaluate')} --help lists the names; your own images are "
+        "folder:PATH, csv:PATH or probe/folder:PATH, your own pairs retrieval/PATH, if the path exists."
     )
 
 
@@ -124,59 +109,22 @@ def listing() -> str:
 
 
 def expand_suites(suites: str | Sequence[str]) -> tuple[str, ...]:
-    """Return the distinct sets of names and `all_suites`, joined by commas or in several strings.
-
-    A name whose path has commas is not split if the path exists.
-
-    Raises:
-      UserError: no names, or unknown ones.
-    """
+    """Return the distinct sets of a list of names and `all_suites`, joined by commas or in a sequence."""
     named, names = all_suites(), dict[str, None]()
-    for part in [suites] if isinstance(suites, str) else suites:
-        pieces = split(part)
-        _check_columns(pieces)
-        for name in pieces:
-            names |= dict.fromkeys(named.get(name, (name,)))
+    for part in map(str.strip, suites.split(",")) if isinstance(suites, str) else suites:
+        names |= dict.fromkeys(named.get(part, (part,)))
+    names.pop("", None)
     if not names:
         raise UserError(f"--suite is empty; it must be one of {', '.join(named)} or names of sets.")
     for name in names:
-        check(name, others=tuple(named))
+        check(name)
     return tuple(names)
-
-
-def _check_columns(names: Sequence[str]) -> None:
-    """Raise `UserError`, with the right spelling, if columns follow a source after a comma."""
-    columns = [name for name in names if re.match("(image|text)=", name)]
-    source = names[names.index(columns[0]) - 1] if columns else ""
-    if source.startswith("retrieval/"):
-        right = shlex.quote(f"{source}?{'&'.join(columns)}")
-        raise UserError(f"{columns[0]!r} is not a set; columns follow a question mark: write {right}.")
-
-
-def split(suite: str) -> list[str]:
-    """Split names of sets at commas, unless they are part of a path that exists."""
-    paths = [pathlib.Path(suite.partition(mark)[2]) for mark in "@:/"]
-    # In finetuned/glue:TASK@PATH/SPLIT the split follows the path.
-    if any("," in str(path) and path.exists() for whole in paths for path in (whole, whole.parent)):
-        return [suite]
-    return [name for name in map(str.strip, suite.split(",")) if name]
 
 
 def profile(name: str) -> Profile:
     """Return the profile `name`; raise `UserError` if it is unknown."""
     check_choice("--profile", name, PROFILES)
     return PROFILES[name]
-
-
-def make(
-    spec: str,
-    encoder: Encoder,
-    data_dir: str | None = None,
-    profile: Profile = PROFILES["openai"],
-    data: DataConfig | None = None,
-) -> Evaluator:
-    """Open the set named `spec` and return its evaluator; see `load`."""
-    return evaluator(encoder, load(spec, encoder.preprocessing, data_dir, profile, data))
 
 
 def open_all(
@@ -186,49 +134,18 @@ def open_all(
     profile: Profile = PROFILES["openai"],
     data: DataConfig | None = None,
 ) -> list[Evaluator]:
-    """Open sets and return their evaluators without running the model, so that faults are raised before the first run.
-
-    Args:
-      specs: names of sets.
-      encoder, data_dir, profile, data: see `make`.
-
-    Raises:
-      UserError: sets that are unknown, missing or damaged, or whose images cannot be decoded; one line for each set.
-    """
+    """Open sets and return their evaluators without running the model, so that faults come before the first run."""
     evaluators, faults = [], []
     for spec in specs:
         try:
-            evaluators.append(make(spec, encoder, data_dir, profile, data))
-            _check_images(evaluators[-1])
+            evaluators.append(evaluator(encoder, load(spec, encoder.preprocessing, data_dir, profile, data)))
         except (UserError, OSError) as error:
-            named = str(error).startswith((spec, f"{spec.partition('@')[0]}:")) or repr(spec) in str(error)
-            faults.append(("" if named else f"{spec}: ") + describe(error))
-        except Exception as error:
-            error.add_note(f"in evaluation set {spec}")
-            raise
+            faults.append(describe(error) if spec in str(error) else f"{spec}: {describe(error)}")
     if len(faults) > 1:
-        raise UserError("\n  ".join([f"{len(faults)} of {len(specs)} evaluation sets cannot be opened:", *faults]))
+        faults.insert(0, f"{len(faults)} of {len(specs)} evaluation sets cannot be opened:")
     if faults:
-        raise UserError(faults[0])
+        raise UserError("\n  ".join(faults))
     return evaluators
-
-
-def _check_images(evaluator: Evaluator) -> None:
-    """Decode a few images of each part of a set; raise `UserError` if none of them can be decoded."""
-    for part in evaluator.inputs:
-        images = getattr(evaluator.data, part, ())
-        indices = np.unique(np.linspace(0, len(images) - 1, _NUM_CHECKED).astype(int)) if len(images) else []
-        errors = []
-        for i in indices:
-            try:
-                images[i]
-            except BadSample as error:
-                errors.append(error)
-        if errors and len(errors) == len(indices):
-            raise UserError(
-                f"{evaluator.data.name}: images cannot be read; all of the {len(errors)} that were tried failed: "
-                f"{describe(errors[0])}"
-            )
 
 
 def measure(evaluator: Evaluator, variables: Variables) -> list[Result]:
@@ -250,37 +167,19 @@ def measure(evaluator: Evaluator, variables: Variables) -> list[Result]:
         results[main] = dataclasses.replace(results[main], headline=True)
     if encoder.unreadable:
         first = [reason or f"image {i}" for i, reason in sorted(encoder.unreadable.items())[:_NUM_LISTED]]
-        more = f"; and {len(encoder.unreadable) - _NUM_LISTED} more" if len(encoder.unreadable) > _NUM_LISTED else ""
-        log0(f"WARNING: {evaluator.name}: {len(encoder.unreadable)} unreadable images: {'; '.join(first)}{more}")
+        log0(f"WARNING: {evaluator.name}: {len(encoder.unreadable)} unreadable images, first: {'; '.join(first)}")
         results = [*results, evaluator.count("unreadable", len(encoder.unreadable))]
     return results
 
 
 def evaluator_class(name: str) -> type[Evaluator]:
-    """Return the evaluator `name`: a key of `EVALUATORS`, or "package.module:Class".
-
-    Raises:
-      UserError: an unknown name, or a class that cannot be imported.
-    """
-    if name in EVALUATORS:
-        return EVALUATORS[name]
-    if class_name(name) is None:
-        raise UserError(f"unknown evaluator {name!r}; expected {', '.join(EVALUATORS)} or package.module:Class.")
-    return import_class(name, Evaluator, "evaluator")
+    """Return the evaluator `name`: a key of `EVALUATORS`, or "package.module:Class"."""
+    return EVALUATORS[name] if name in EVALUATORS else import_class(name, Evaluator, "evaluator")
 
 
 def evaluator(encoder: Encoder, data: Any) -> Evaluator:
-    """Return the evaluator of the set `data`; raise `UserError` if it is unknown, or the set lacks attributes."""
-    if missing := [name for name in _SET_ATTRIBUTES if not hasattr(data, name)]:
-        raise UserError(
-            f"{type(data).__name__} is not an evaluation set: it has no {' and no '.join(missing)}; see "
-            "xclip_jax.evaluators.base.SetKind."
-        )
-    try:
-        protocol = evaluator_class(data.evaluator)
-    except UserError as error:
-        raise UserError(f"{data.name}: {error}") from error
-    return protocol(encoder, data)
+    """Return the evaluator of the set `data`."""
+    return evaluator_class(data.evaluator)(encoder, data)
 
 
 def layouts(name: str = "") -> Sequence[Layout]:

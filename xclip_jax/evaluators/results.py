@@ -6,14 +6,10 @@
     other_results                           entries of other steps, models, profiles and checkpoints, oldest first
     suite, config, environment, seconds     of the last command that wrote the file
 
-An entry holds the results of one set: "set", "metric", "value", "n", "metrics" (all of them), "records" (the same with
-unit, chance level and evaluator), the provenance of the set ("split_hash", "protocol", "templates", ...), and its own
-"checkpoint", "step", "profile" and "changes". "fingerprint" identifies the model, see `train.weights.fingerprint`:
-weights may be replaced at the same path, and a run's keys in "eval" may change at the same step. "commit" is the commit
-of the Hub that was read. A new entry replaces an entry with the same values of `KEY`; all others stay.
-
-FILE.items.npz has the per-example values of the entries' metrics, under "statistic:part:id:metric"; "id" is the entry's
-"items", and the metric is quoted as in a URL.
+An entry holds the results of one set, see `make_entry`, and its own "checkpoint", "step", "profile" and "changes";
+"fingerprint" identifies the model, see `train.weights.fingerprint`, as weights may be replaced at the same path. A new
+entry replaces an entry with the same values of `KEY`; all others stay. FILE.items.npz has the per-example values of the
+entries' metrics, under "statistic:part:id:metric"; "id" is the entry's "items", the metric is quoted as in a URL.
 """
 
 import dataclasses
@@ -28,13 +24,11 @@ import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from etils import epath
 
-from xclip_jax.config.schema import Config
 from xclip_jax.core import locks
-from xclip_jax.core.console import command, format_bytes
+from xclip_jax.core.console import command
 from xclip_jax.core.errors import UserError, public
 from xclip_jax.core.storage import write_json, write_whole
 from xclip_jax.data.labelled import Paths
@@ -48,8 +42,6 @@ VALIDATION, SHIFTED = "validation", "shifted"
 UNITS = ("%", "x 100", "rank", "")  # units of this package's evaluators
 KEY = ("set", "checkpoint", "step", "profile", "changes", "fingerprint")
 _VIEW = KEY[1:]
-# Limits of the per-example values: bytes for each item, in dozens of metrics or a thousand classes; and in all.
-_ITEM_BYTES, _MOST_BYTES = 1 << 16, 1 << 30
 # Keys of a run's group `eval` that change the results at one step.
 _EVAL_KEYS = ("ema", "resize", "resize_size", "interpolation")
 
@@ -59,9 +51,7 @@ class Provenance:
     """Provenance of an evaluation set; empty where unknown.
 
     Attributes:
-      data: name of the data set.
-      version: version of the data set.
-      split: split of the data set.
+      data, version, split: names of the data set, its version and its split.
       split_hash: `digest` of the set's contents, in order: labels, class names and texts; names and sizes of image
         files; name, version, split and number of items of a TFDS data set.
       protocol: the measurement, in words.
@@ -115,11 +105,10 @@ class Result:
       family: what is measured: "zeroshot", "retrieval", "visual", "textual", or a name of the evaluator's own.
       metric: "top1", "image_to_text/r1"; also the sizes of the set, such as "n".
       value: a share in percent, a correlation times 100, or a plain number.
-      unit: "%" for shares of the items, for which a binomial interval holds; "x 100" for correlations, average
-        precision, areas and other numbers times 100; "rank" from 1; "" for plain numbers.
+      unit: "%" for shares of the items, for which a binomial interval holds; "x 100" for other numbers times 100, such
+        as correlations; "rank" from 1; "" for plain numbers.
       n: number of items that it is measured on, 0 where unknown.
-      chance: value of a random answer, in `unit`; with the unit "%" the share of items that are right by chance. None
-        where no such level exists.
+      chance: value of a random answer, in `unit`; None where no such level exists.
       protocol: provenance of the set and protocol of the measurement.
       items: per-example values for the bootstrap; None where the metric cannot be resampled.
       task: one of several questions about the same items, such as "category".
@@ -200,11 +189,7 @@ def of_entries(entries: Iterable[Entry]) -> list[Result]:
 
 
 def read(path: epath.Path) -> tuple[list[Entry], ItemsOf]:
-    """Return all entries of a results file, oldest first and the entries of "results" last, and their items.
-
-    Raises:
-      UserError: a file that is missing or damaged.
-    """
+    """Return all entries of a results file, oldest first and the entries of "results" last, and their items."""
     if not path.exists():
         run = shlex.quote(str(path.parent)) if path.name == "evaluation.json" else "RUN"
         raise UserError(f"{path} does not exist; make it with {command('evaluate')} --checkpoint {run} --suite NAME.")
@@ -221,28 +206,13 @@ def read(path: epath.Path) -> tuple[list[Entry], ItemsOf]:
         raise UserError(
             f"{path} is not a file of results ({error}); delete it, and evaluate again with --checkpoint."
         ) from error
-    return entries, _read_items(path, entries)
-
-
-def make_folder(path: epath.Path) -> None:
-    """Make the folder of a results file that will be written; `UserError` where the file cannot be written."""
-    if path.is_dir():
-        raise UserError(f"--output {str(path)!r} is a folder; name a file in it.")
-    if jax.process_index() == 0:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--output {str(path)!r}: the folder cannot be made ({error}).") from error
+    return entries, _read_items(path)
 
 
 def make_entry(name: str, evaluator: str, results: Sequence[Result], preprocessing: Preprocessing) -> Entry:
     """Return the entry of a set: its provenance, the headline as "value", all metrics by their keys, and the records.
 
-    Args:
-      name: name of the set.
-      evaluator: `Evaluator.name`.
-      results: the set's results; one of them is the headline.
-      preprocessing: preprocessing of the model's images.
+    `name` is the set's, `evaluator` is `Evaluator.name`, and `preprocessing` the model's.
     """
     headline = next(result for result in results if result.headline)
     entry: Entry = {key: x for key, x in dataclasses.asdict(headline.protocol).items() if x and key != "role"}
@@ -252,14 +222,14 @@ def make_entry(name: str, evaluator: str, results: Sequence[Result], preprocessi
     return entry | {"metrics": {result.key: result.value for result in results}, "records": to_json(results)}
 
 
-def settings(config: Config) -> dict[str, Any]:
-    """Return an entry's "eval" for the model of a run of `config`."""
-    return {key: getattr(config.eval, key) for key in _EVAL_KEYS}
+def settings(group: Any) -> dict[str, Any]:
+    """Return an entry's "eval" for the model of a run whose config has the group `eval` of this value."""
+    return {key: getattr(group, key) for key in _EVAL_KEYS}
 
 
-def of_config(entries: Sequence[Entry], config: Config) -> list[Entry]:
-    """Return the entries of the model that a run of `config` evaluates now."""
-    now = settings(config)
+def of_group(entries: Sequence[Entry], group: Any) -> list[Entry]:
+    """Return the entries of the model that a run with the config group `eval` evaluates now."""
+    now = settings(group)
     return [entry for entry in entries if entry.get("eval", now) == now]
 
 
@@ -268,15 +238,8 @@ def add(
 ) -> None:
     """Add an entry to a results file, which is created if it does not exist; waits while another process adds one.
 
-    Args:
-      path: the file.
-      entry: an entry with all of `KEY`.
-      items: per-example values of its metrics.
-      command: keys of the file about the command that writes.
-      own: whether the whole file belongs to the entry's checkpoint, also under former names of its folder.
-
-    Raises:
-      UserError: the file is damaged.
+    `entry` has all of `KEY`, `items` are the per-example values of its metrics, and `command` has keys of the file on
+    the command that writes. All entries of a checkpoint's `own` file are of it, also under former names of its folder.
     """
     with locks.lock(path, blocking=True):
         entries, items_of = read(path) if path.exists() else ([], {})
@@ -295,9 +258,7 @@ def add(
 def latest(entries: Sequence[Entry], checkpoint: str | None = None) -> tuple[list[Entry], list[Entry]]:
     """Return the entries of the newest step, of the model and profile evaluated last at this step; and all others.
 
-    Args:
-      entries: oldest first.
-      checkpoint: checkpoint of the first list; by default the last entry's.
+    `entries` are oldest first; the first list is of `checkpoint`, by default the last entry's.
     """
     checkpoint = entries[-1]["checkpoint"] if checkpoint is None else checkpoint
     of_checkpoint = [entry for entry in entries if entry["checkpoint"] == checkpoint]
@@ -305,11 +266,6 @@ def latest(entries: Sequence[Entry], checkpoint: str | None = None) -> tuple[lis
     last = next(entry for entry in reversed(of_checkpoint) if entry["step"] == newest)
     shown = [entry for entry in entries if all(entry[key] == last[key] for key in _VIEW)]
     return shown, [entry for entry in entries if entry not in shown]
-
-
-def _items_path(path: epath.Path) -> epath.Path:
-    """Return the file of the per-example values of results file `path`."""
-    return path.with_name(f"{path.name}.items.npz")
 
 
 def _write_items(path: epath.Path, items_of: ItemsOf) -> None:
@@ -322,34 +278,20 @@ def _write_items(path: epath.Path, items_of: ItemsOf) -> None:
                     arrays[f"{item.statistic}:{part}:{entry}:{urllib.parse.quote(name, safe='')}"] = array
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
-    write_whole(_items_path(path), buffer.getvalue())
+    write_whole(path.with_name(f"{path.name}.items.npz"), buffer.getvalue())
 
 
-def _read_items(path: epath.Path, entries: Sequence[Entry]) -> ItemsOf:
-    """Return the per-example values of the entries of results file `path`."""
-    file = _items_path(path)
-    parts: dict[tuple[str, str], dict[str, Any]] = {}
-    for key, array in (_load(file, entries) if file.exists() else {}).items():
+def _read_items(path: epath.Path) -> ItemsOf:
+    """Return the per-example values of results file `path`."""
+    file, parts = path.with_name(f"{path.name}.items.npz"), dict[tuple[str, str], dict[str, Any]]()
+    try:
+        arrays = dict(np.load(io.BytesIO(file.read_bytes()))) if file.exists() else {}
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{file} is damaged ({error}); delete it, --compare then gives no intervals.") from error
+    for key, array in arrays.items():
         statistic, part, entry, name = key.split(":", 3)
         parts.setdefault((entry, urllib.parse.unquote(name)), {"statistic": statistic})[part] = array
     items_of: ItemsOf = {}
     for (entry, name), fields in parts.items():
         items_of.setdefault(entry, {})[name] = PerExample(**fields)
     return items_of
-
-
-def _load(path: epath.Path, entries: Sequence[Entry]) -> dict[str, np.ndarray]:
-    """Return the arrays of a .npz file, perhaps a stranger's: nothing larger than `entries` can have is unpacked."""
-    sizes = [n for entry in entries if isinstance(n := entry.get("n"), int) and n > 0]
-    known = len(sizes) == len(entries)
-    most = min(_ITEM_BYTES * sum(sizes) + (1 << 20), _MOST_BYTES) if known else _MOST_BYTES
-    try:
-        content = io.BytesIO(path.read_bytes())
-        with zipfile.ZipFile(content) as archive:
-            size = sum(member.file_size for member in archive.infolist())
-        if size > most:
-            raise ValueError(f"it unpacks to {format_bytes(size)}, and results of {sum(sizes):,} items have less")
-        with np.load(content) as arrays:
-            return {key: arrays[key] for key in arrays.files}
-    except (ValueError, KeyError, EOFError, MemoryError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is damaged ({error}); delete it, --compare then gives no intervals.") from error

@@ -51,8 +51,8 @@ def read(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
     Args:
       path: a folder or a file of weights: .safetensors, or .bin, .pt and .pth as torch.save writes them since 1.6.
-        Their config is read from the same folder; for weights with OpenAI's names it may be missing, and sizes are
-        inferred. "hf:ORG/NAME[@REVISION]" is a repository of the Hugging Face Hub, see `hub.resolve`.
+        Their config is read from the same folder; OpenAI's archives need none. "hf:ORG/NAME[@REVISION]" is a repository
+        of the Hugging Face Hub, see `hub.resolve`.
 
     Raises:
       UserError: nothing to read, files that contain more than tensors, an architecture that is not supported, or
@@ -60,7 +60,7 @@ def read(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     file = tensor_files.find(hub.resolve(path))
     folder, where = file.parent, str(file)
-    tensors, stored = tensor_files.tensors(file)
+    tensors = tensor_files.tensors(file)
     if any(name.startswith("params/") for name in tensors):
         with _unusable_values(folder / CONFIG), imports.named_by(folder / CONFIG):
             return _read_own(tensors, folder)
@@ -68,7 +68,7 @@ def read(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
         stored_config = folder / open_clip.CONFIG
         content = tensor_files.read_json(stored_config) if stored_config.exists() else None
         with _unusable_values(stored_config if content else file):
-            config, flat = open_clip.read(tensors, stored, folder, content, where)
+            config, flat = open_clip.read(tensors, folder, content, where)
     elif any(name.startswith(("vision_model.", "text_model.")) for name in tensors):
         with _unusable_values(folder / hf.CONFIG):
             config, flat = hf.read(tensors, folder, tensor_files.read_json(folder / hf.CONFIG), where)
@@ -86,9 +86,9 @@ def _unusable_values(file: epath.Path) -> Iterator[None]:
     """Raise a `UserError` that names `file` for errors caused by values of another type or out of range."""
     try:
         yield
-    except UserError:
-        raise
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(
             f"{file} has a value that cannot be used, or does not fit the tensors ({type(error).__name__}: {error}); "
             "download or export the model again."
@@ -108,15 +108,11 @@ def read_classes(path: str) -> tuple[str, ...] | None:
     if file.name != WEIGHTS:
         return None
     classes = tensor_files.read_json(file.parent / CONFIG).get("classes")
-    if classes is None or (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
-        return classes and tuple(classes)
-    raise UserError(f"{file.parent / CONFIG}: classes is {classes!r}, not a list of names; export the run again.")
+    return classes and tuple(classes)
 
 
 def _read_own(tensors: tensor_files.Tensors, folder: epath.Path) -> tuple[dict[str, Any], dict[str, Any]]:
     config = tensor_files.read_json(folder / CONFIG)
-    if missing := [key for key in ("model", "objective", "data") if key not in config]:
-        raise UserError(f"{folder / CONFIG} has no group {missing[0]!r}; export the run again.")
     if config["data"]["tokenizer"] == vocabulary.FILE:
         config["data"]["tokenizer"] = str(folder / vocabulary.FILE)
     keys = Preprocessing.from_dict(config, _image_tower(config).image_size).to_config()

@@ -1,6 +1,5 @@
 """Hugging Face transformers: folders of a CLIPModel, and of a SiglipModel to read."""
 
-import dataclasses
 import json
 import math
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ from xclip_jax.core.errors import UserError
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.data.tokenizer import Tokenizer
 from xclip_jax.interop import names, vocabulary
-from xclip_jax.interop.names import Export, Flat, Names
+from xclip_jax.interop.names import Export, Flat
 from xclip_jax.interop.tensor_files import read_json
 
 CONFIG = "config.json"
@@ -22,36 +21,35 @@ PREPROCESSOR = "preprocessor_config.json"
 _ACTS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 _INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 _LEGACY_EOT = 2  # in configs before 2023; CLIPModel then pools at the largest id
-_CLIP = Names(
-    img={
-        "patches": "vision_model.embeddings.patch_embedding",
-        "positions": "vision_model.embeddings.position_embedding.weight",
-        "cls": "vision_model.embeddings.class_embedding", "norm_pre": "vision_model.pre_layrnorm",
-        "norm_post": "vision_model.post_layernorm", "blocks": "vision_model.encoder.layers",
-    },
-    txt={
-        "tokens": "text_model.embeddings.token_embedding.weight",
-        "positions": "text_model.embeddings.position_embedding.weight",
-        "norm_post": "text_model.final_layer_norm", "blocks": "text_model.encoder.layers",
-    },
-    block={
-        "norm_1": "layer_norm1", "qkv": ("self_attn.q_proj.", "self_attn.k_proj.", "self_attn.v_proj."),
-        "out": "self_attn.out_proj", "norm_2": "layer_norm2", "up": "mlp.fc1", "down": "mlp.fc2",
-    },
-    heads={"proj_img": "visual_projection.weight", "proj_txt": "text_projection.weight", "log_scale": "logit_scale"},
-)  # fmt: skip
-_SIGLIP = dataclasses.replace(
-    _CLIP,
-    img=dict(_CLIP.img) | {
-        "probe": "vision_model.head.probe", "query": "vision_model.head.attention.q",
-        "kv": "vision_model.head.attention.kv", "out": "vision_model.head.attention.out_proj",
-        "norm": "vision_model.head.layernorm", "up": "vision_model.head.mlp.fc1",
-        "down": "vision_model.head.mlp.fc2",
-    },
-    heads={"proj_txt": "text_model.head.weight", "log_scale": "logit_scale", "bias": "logit_bias"},
-)  # fmt: skip
-_QKV = "vision_model.head.attention.in_proj_"  # queries, keys and values in one tensor; here q and kv are separate
-HEADS = frozenset(_CLIP.heads)  # heads of a CLIPModel
+_TOWERS = (("img", "vision_model.encoder.layers.{}."), ("txt", "text_model.encoder.layers.{}."))
+_BLOCKS: dict[str, str | tuple[str, ...]] = {
+    f"{tower}/transformer/blocks/{ours}": tuple(prefix + x for x in theirs)
+    for tower, prefix in _TOWERS
+    for ours, theirs in (
+        ("norm_1/norm", ("layer_norm1.",)), ("norm_2/norm", ("layer_norm2.",)),
+        ("attention/qkv", ("self_attn.q_proj.", "self_attn.k_proj.", "self_attn.v_proj.")),
+        ("attention/out", ("self_attn.out_proj.",)), ("mlp/up", ("mlp.fc1.",)), ("mlp/down", ("mlp.fc2.",)),
+    )
+}  # fmt: skip
+_CLIP = _BLOCKS | {
+    "img/patches": "vision_model.embeddings.patch_embedding.",
+    "img/positions": "vision_model.embeddings.position_embedding.weight",
+    "img/cls": "vision_model.embeddings.class_embedding", "img/norm_pre/norm": "vision_model.pre_layrnorm.",
+    "img/norm_post/norm": "vision_model.post_layernorm.",
+    "txt/tokens": "text_model.embeddings.token_embedding.weight",
+    "txt/positions": "text_model.embeddings.position_embedding.weight",
+    "txt/norm_post/norm": "text_model.final_layer_norm.",
+    "proj_img/linear": "visual_projection.", "proj_txt/linear": "text_projection.", "log_scale": "logit_scale",
+}  # fmt: skip
+_POOL = "vision_model.head."
+_SIGLIP = _CLIP | {
+    "img/pool_map/probe": f"{_POOL}probe", "img/pool_map/query": f"{_POOL}attention.q.",
+    "img/pool_map/kv": f"{_POOL}attention.kv.", "img/pool_map/out": f"{_POOL}attention.out_proj.",
+    "img/pool_map/norm/norm": f"{_POOL}layernorm.", "img/pool_map/mlp/up": f"{_POOL}mlp.fc1.",
+    "img/pool_map/mlp/down": f"{_POOL}mlp.fc2.", "proj_txt/linear": "text_model.head.", "bias": "logit_bias",
+}  # fmt: skip
+_QKV = f"{_POOL}attention.in_proj_"  # queries, keys and values in one tensor; here q and kv are separate
+HEADS = frozenset({"proj_img", "proj_txt", "log_scale"})  # heads of a CLIPModel
 # Defaults that the classes of configs and processors do not write to the file.
 _IMAGE: dict[str, Any] = {
     "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
@@ -111,8 +109,13 @@ def read(
         if not cfg_img["vision_use_head"]:
             raise UserError(f"{where}: vision_use_head is false; SigLIPs with a pooling head are supported.")
         tensors, embed = _split_qkv(tensors), cfg_txt.get("projection_size") or txt["width"]
-        group = names.siglip(img, txt, embed, tensors, where)
-        tokens = vocabulary.siglip(folder, vocab, "canonical", where)
+        if embed != img["width"]:
+            raise UserError(f"{where}: texts are projected to {embed} dimensions, and images have {img['width']}.")
+        scale, bias = (float(tensors[name].reshape(())) for name in ("logit_scale", "logit_bias"))
+        img |= {"pre_norm": False, "pool": "map", "patch_bias": True}
+        txt |= {"causal": False, "pool": "last"}
+        group = names.model(img, txt, embed, log_scale=scale, bias=bias) | {"project_img": False, "project_bias": True}
+        tokens = vocabulary.siglip(folder, vocab, where)
         prepare, table = _preprocessing(folder, size, "Siglip"), _SIGLIP
     else:
         eot: int = cfg_txt["eos_token_id"]
@@ -131,7 +134,7 @@ def _split_qkv(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     for name, x in tensors.items():
         if name.startswith(_QKV) and x.ndim and len(x) % 3 == 0:
             end, d = name.removeprefix(_QKV), len(x) // 3
-            split |= {f"{_SIGLIP.img['query']}.{end}": x[:d], f"{_SIGLIP.img['kv']}.{end}": x[d:]}
+            split |= {f"{_POOL}attention.q.{end}": x[:d], f"{_POOL}attention.kv.{end}": x[d:]}
         else:
             split[name] = x
     return split
@@ -145,52 +148,39 @@ def _given(content: Mapping[str, Any], modality: str) -> Mapping[str, Any]:
 
 def _preprocessing(folder: epath.Path, size: int, family: str) -> Preprocessing:
     """Return the preprocessing of the folder's image processor, or the default of "CLIP" or "Siglip" without a file."""
-    for name, key in ((PREPROCESSOR, None), ("processor_config.json", "image_processor")):
+    content: dict[str, Any] = {}
+    where = folder
+    for name, key in (("processor_config.json", "image_processor"), (PREPROCESSOR, None)):
         if (folder / name).exists():
-            content = read_json(folder / name)
-            return _processor(content.get(key) or {} if key else content, size, str(folder / name), family)
-    return _processor({}, size, str(folder), family)
-
-
-def _processor(content: Mapping[str, Any], size: int, where: str, family: str) -> Preprocessing:
-    defaults: dict[str, Any] = {}
+            content, where = read_json(folder / name), folder / name
+            content = (content.get(key) or {}) if key else content
+    content = {key: value for key, value in content.items() if value is not None}
     if family == "Siglip":
-        defaults = _SIGLIP_PROCESSOR | {"size": {"height": size, "width": size}}
-    content = defaults | {key: value for key, value in content.items() if value is not None}
-
-    def refuse(key: str, right: str) -> UserError:
-        return UserError(f"{where}: {key}={content.get(key)!r} is not supported; expected {right}.")
-
-    for key in ("image_processor_type", "feature_extractor_type"):
-        if not str(content.get(key) or family).startswith(family):
-            raise refuse(key, f"'{family}ImageProcessor'")
-    if not content.get("do_resize", True):
-        raise refuse("do_resize", "true")
-    if content.get("resample", 3) not in _INTERPOLATIONS:
-        raise refuse("resample", "2 (bilinear) or 3 (bicubic)")
+        content = _SIGLIP_PROCESSOR | {"size": {"height": size, "width": size}} | content
+    kind = content.get("image_processor_type") or content.get("feature_extractor_type") or family
     crops, crop = content.get("do_center_crop", True), _edges(content.get("crop_size", size), "height", "width")
-    if crops and crop != {"height": size, "width": size}:
-        raise refuse("crop_size", f"{size}, the size of the tower's images")
     edges = _edges(content.get("size", size), "shortest_edge")
     side = next(iter(edges.values()), 0)
     square = edges == {"height": side, "width": side}
-    if not isinstance(side, int) or not (square or edges == {"shortest_edge": side}) or side < size:
-        raise refuse("size", f"shortest_edge, or height and width that are equal, of at least {size}")
-    if not crops and not (square and side == size):
-        raise refuse("do_center_crop", f"true, or size with height and width {size}")
-    # Ours normalises x / 255; another factor is another mean and deviation.
-    factor = 255 * (content.get("rescale_factor", 1 / 255) if content.get("do_rescale", True) else 1.0)
-    mean, std = content.get("image_mean"), content.get("image_std")
-    if not content.get("do_normalize", True):
-        mean, std = 0.0, 1.0
-    prepare = names.preprocessing(
-        size, mean, std, where, resize_mode="squash" if square else "shortest",
-        resize_size=0 if side == size else side, interpolation=_INTERPOLATIONS[content.get("resample", 3)],
+    fits = isinstance(side, int) and (square or edges == {"shortest_edge": side}) and side >= size
+    for key, allowed, expected in (
+        ("image_processor_type", str(kind).startswith(family), f"'{family}ImageProcessor'"),
+        ("do_resize", content.get("do_resize", True), "true"),
+        ("resample", content.get("resample", 3) in _INTERPOLATIONS, "2 (bilinear) or 3 (bicubic)"),
+        ("crop_size", not crops or crop == {"height": size, "width": size}, f"{size}, the size of the tower's images"),
+        ("size", fits, f"shortest_edge, or height and width that are equal, of at least {size}"),
+        ("do_center_crop", crops or (square and side == size), f"true, or size with height and width {size}"),
+        ("do_rescale", content.get("do_rescale", True), "true"),
+        ("rescale_factor", math.isclose(content.get("rescale_factor", 1 / 255), 1 / 255), "1/255"),
+        ("do_normalize", content.get("do_normalize", True), "true"),
+    ):
+        if not allowed:
+            raise UserError(f"{where}: {key}={content.get(key)!r} is not supported; expected {expected}.")
+    return names.preprocessing(
+        size, content.get("image_mean"), content.get("image_std"), str(where),
+        resize_mode="squash" if square else "shortest", resize_size=0 if side == size else side,
+        interpolation=_INTERPOLATIONS[content.get("resample", 3)],
     )  # fmt: skip
-    if math.isclose(factor, 1):
-        return prepare
-    mean, std = (tuple(x / factor for x in values) for values in (prepare.mean, prepare.std))
-    return dataclasses.replace(prepare, mean=mean, std=std)
 
 
 def _edges(value: Any, *names: str) -> dict[str, Any]:
@@ -199,13 +189,7 @@ def _edges(value: Any, *names: str) -> dict[str, Any]:
 
 
 def write(config: Mapping[str, Any], params: Flat, tokens: Tokenizer, repository: str = "") -> Export:
-    """Return a model as a CLIPModel.
-
-    Args:
-      config: config of the model.
-      params: flat parameters of towers and `HEADS`.
-      tokens: tokenizer of the model.
-      repository: the model's id on the Hub, or ""; its files do not depend on it.
+    """Return a model as a CLIPModel, from its flat parameters of towers and `HEADS`; no file has its `repository`.
 
     Raises:
       UserError: a model that CLIPModel cannot represent, or preprocessing that CLIPImageProcessor does not have.

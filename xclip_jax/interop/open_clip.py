@@ -1,19 +1,18 @@
 """Models of open_clip and OpenAI, which share names of tensors, and open_clip_config.json."""
 
-import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
 
-from xclip_jax.core.errors import UserError
+from xclip_jax.core.errors import UserError, check_choice
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.data.tokenizer import Tokenizer
 from xclip_jax.data.transforms import RESIZE_MODES
 from xclip_jax.interop import names, vocabulary
 from xclip_jax.interop.names import Export, Flat, Names
+from xclip_jax.interop.tensor_files import OPENAI
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = "open_clip_model.safetensors"
@@ -25,7 +24,7 @@ _OWN_TOKENIZER = (
     f"before it goes to the Hugging Face Hub, set text_cfg.hf_tokenizer_name in {CONFIG} to the repository's id",
 )
 # Extra entries of OpenAI's archives and of older versions of open_clip.
-_IGNORED = ("input_resolution", "context_length", "vocab_size")
+_IGNORED = (OPENAI, "context_length", "vocab_size")
 _IGNORED_ENDS = ("attn_mask", "position_ids")
 # Supported options; all others must be unset.
 _IMAGE = ("layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size", "patch_dropout", "no_ln_pre",
@@ -39,94 +38,55 @@ _HARMLESS = ("timm_pool", "timm_proj", "hf_proj_type", "hf_pooler_type", "hf_mod
 
 def _clip(prefix: str = "", *, linear: bool = False) -> Names:
     """Names of OpenAI's CLIP and of open_clip, whose newer models have the `prefix` "text." in the text tower."""
-    return Names(
-        img={
-            "patches": "visual.conv1", "positions": "visual.positional_embedding",
-            "cls": "visual.class_embedding", "norm_pre": "visual.ln_pre", "norm_post": "visual.ln_post",
-            "blocks": "visual.transformer.resblocks",
-        },
-        txt={
-            "tokens": f"{prefix}token_embedding.weight", "positions": f"{prefix}positional_embedding",
-            "norm_post": f"{prefix}ln_final", "blocks": f"{prefix}transformer.resblocks",
-        },
-        block={
-            "norm_1": "ln_1", "qkv": ("attn.in_proj_",), "out": "attn.out_proj", "norm_2": "ln_2", "up": "mlp.c_fc",
-            "down": "mlp.c_proj",
-        },
-        heads={
-            "proj_img": "visual.proj", "log_scale": "logit_scale", "bias": "logit_bias",
-            "proj_txt": f"{prefix}text_projection" + (".weight" if linear else ""),
-        },
-    )  # fmt: skip
+    names: dict[str, str | tuple[str, ...]] = {
+        "img/patches": "visual.conv1.", "img/positions": "visual.positional_embedding",
+        "img/cls": "visual.class_embedding", "img/norm_pre/norm": "visual.ln_pre.",
+        "img/norm_post/norm": "visual.ln_post.", "txt/tokens": f"{prefix}token_embedding.weight",
+        "txt/positions": f"{prefix}positional_embedding", "txt/norm_post/norm": f"{prefix}ln_final.",
+        "proj_img/linear/kernel": "visual.proj", "log_scale": "logit_scale", "bias": "logit_bias",
+    }  # fmt: skip
+    text = f"{prefix}text_projection"
+    names |= {"proj_txt/linear": f"{text}."} if linear else {"proj_txt/linear/kernel": text}
+    for tower, start in (("img", "visual."), ("txt", prefix)):
+        for ours, theirs in (
+            ("norm_1/norm", "ln_1."), ("attention/qkv", "attn.in_proj_"), ("attention/out", "attn.out_proj."),
+            ("norm_2/norm", "ln_2."), ("mlp/up", "mlp.c_fc."), ("mlp/down", "mlp.c_proj."),
+        ):  # fmt: skip
+            names[f"{tower}/transformer/blocks/{ours}"] = f"{start}transformer.resblocks.{{}}.{theirs}"
+    return names
 
 
-HEADS = frozenset(_clip().heads)  # heads that its models can have
-_TIMM = "visual.trunk."
-_SIGLIP = dataclasses.replace(
-    _clip("text.", linear=True),
-    img={
-        "patches": f"{_TIMM}patch_embed.proj", "positions": f"{_TIMM}pos_embed", "norm_post": f"{_TIMM}norm",
-        "blocks": f"{_TIMM}blocks", "probe": f"{_TIMM}attn_pool.latent", "query": f"{_TIMM}attn_pool.q",
-        "kv": f"{_TIMM}attn_pool.kv", "out": f"{_TIMM}attn_pool.proj", "norm": f"{_TIMM}attn_pool.norm",
-        "up": f"{_TIMM}attn_pool.mlp.fc1", "down": f"{_TIMM}attn_pool.mlp.fc2",
-    },
-    img_block={"norm_1": "norm1", "qkv": ("attn.qkv.",), "out": "attn.proj", "norm_2": "norm2", "up": "mlp.fc1",
-               "down": "mlp.fc2"},
-)  # fmt: skip
-# timm's names of SigLIP's image towers give the number of heads, and which of them have the tanh form of GELU.
-_TIMM_NAME = r"vit_(base|large|so400m|giantopt)_patch\d+_siglip_\d+"
-_TIMM_HEADS = {"base": 12, "large": 16, "so400m": 16, "giantopt": 16}
-_TIMM_TANH = r"vit_(base_patch32|large_patch16_siglip_512|so400m_patch16|giantopt_patch16).*"
+HEADS = frozenset({"proj_img", "proj_txt", "log_scale", "bias"})  # heads that its models can have
 
 
 def read(
-    tensors: Mapping[str, np.ndarray], stored: str, folder: epath.Path, content: Mapping[str, Any] | None, where: str
+    tensors: Mapping[str, np.ndarray], folder: epath.Path, content: Mapping[str, Any] | None, where: str
 ) -> tuple[dict[str, Any], Flat]:
     """Return config and flat parameters of tensors with open_clip's names.
 
-    Args:
-      tensors: by their names.
-      stored: form of the file, see `tensor_files.tensors`.
-      folder: with the tokenizer, if there is one.
-      content: of open_clip_config.json, or None: then sizes follow from shapes, as for OpenAI's weights.
-      where: path of the weights, for errors.
+    `content` is the folder's open_clip_config.json, or None for OpenAI's archives: then sizes follow from shapes.
     """
-    if _is_siglip(content):
-        return _read_siglip(tensors, folder, content or {}, where)
-    for start, what in (("visual.trunk.", "an image tower of timm"), ("visual.layer1.", "a ResNet"),
-                        ("visual.attn_pool.", "attention pooling of images"), ("text.transformer.embeddings.",
-                        "a text tower of transformers"), ("visual.head.", "an image tower of timm")):  # fmt: skip
-        if any(name.startswith(start) for name in tensors):
-            raise UserError(f"{where} has {what}, which is not supported; Vision Transformers with a class token are.")
-    script = stored == "script" or "input_resolution" in tensors
+    if any(name.startswith(("visual.trunk.", "visual.layer1.", "visual.attn_pool.")) for name in tensors):
+        raise UserError(
+            f"{where} has a ResNet or a tower of timm; Vision Transformers with a class token are supported."
+        )
+    if content is None and OPENAI not in tensors:
+        raise UserError(f"{where} has no {CONFIG} in its folder, which says what the tensors do not; put it there.")
     tensors = {name: x for name, x in tensors.items() if name not in _IGNORED and not name.endswith(_IGNORED_ENDS)}
     prefix = "text." if "text.token_embedding.weight" in tensors else ""
-    linear = f"{prefix}text_projection.weight" in tensors
-    needed = ("visual.conv1.weight", "visual.positional_embedding", f"{prefix}token_embedding.weight",
-              f"{prefix}positional_embedding", f"{prefix}transformer.resblocks.0.mlp.c_fc.weight",
-              "visual.transformer.resblocks.0.mlp.c_fc.weight", "logit_scale", "visual.proj")  # fmt: skip
-    if missing := [name for name in needed if name not in tensors]:
-        raise UserError(f"{where} is not a CLIP with both towers and projections: it lacks {', '.join(missing)}.")
+    linear, vocab = f"{prefix}text_projection.weight" in tensors, len(tensors[f"{prefix}token_embedding.weight"])
     notes: list[str] = []
     if content is None:
-        sizes, embed = _inferred(tensors, prefix, where), tensors["visual.proj"].shape[1]
-        act, preprocess = "quick_gelu", {}
-        if not script:
-            act = "gelu" if stored == "checkpoint" else act
-            notes.append(f"without {CONFIG} in its folder: heads are assumed to be 64 wide and activations to be {act}")
-        activation: dict[str, Any] = {"act": act, "eps": 1e-5}
-        img, txt = (sizes[key] | activation for key in ("img", "txt"))
-        tokens = vocabulary.identify(folder, len(tensors[f"{prefix}token_embedding.weight"]), None, where)
+        img, txt, embed = _inferred(tensors)
+        tokens = vocabulary.identify(folder, vocab, None, where)
     else:
-        img, txt, embed, tokens, more = _from_config(content.get("model_cfg", content), folder, where)
-        preprocess, notes = content.get("preprocess_cfg", {}), notes + more
+        img, txt, embed, tokens, notes = _from_config(content.get("model_cfg", content), folder, where)
     bias = float(tensors["logit_bias"].reshape(())) if "logit_bias" in tensors else None
     group = names.model(img, txt, embed, log_scale=float(tensors["logit_scale"].reshape(())), bias=bias)
-    vocab = len(tensors[f"{prefix}token_embedding.weight"])
     projection = f"{prefix}text_projection.bias"
     if projection in tensors and not tensors[projection].any():
         tensors.pop(projection)
-    prepare = _preprocessing(preprocess, img["image_size"], where)
+    prepare = _preprocessing((content or {}).get("preprocess_cfg", {}), img["image_size"], where)
     config = names.config(group, tokens, prepare, "open_clip", sigmoid=bias is not None, notes=notes)
     return config, names.read(tensors, group, vocab, _clip(prefix, linear=linear), where)
 
@@ -134,10 +94,8 @@ def read(
 def _preprocessing(content: Mapping[str, Any], size: int, where: str) -> Preprocessing:
     """Return the preprocessing of preprocess_cfg; its `size` is ignored for the tower's, as in open_clip."""
     mode, interpolation = content.get("resize_mode") or "shortest", content.get("interpolation") or "bicubic"
-    for key, value, known in (("resize_mode", mode, RESIZE_MODES),
-                              ("interpolation", interpolation, ("bicubic", "bilinear", "random"))):  # fmt: skip
-        if value not in known:
-            raise UserError(f"{where}: preprocess_cfg sets {key}={value!r}; expected one of {', '.join(known)}.")
+    check_choice(f"{where}: preprocess_cfg.resize_mode", mode, RESIZE_MODES)
+    check_choice(f"{where}: preprocess_cfg.interpolation", interpolation, ("bicubic", "bilinear", "random"))
     if mode == "longest" and content.get("fill_color"):
         raise UserError(f"{where}: preprocess_cfg sets fill_color={content['fill_color']!r}; images are padded with 0.")
     # "random" is for training; open_clip evaluates it as "bicubic".
@@ -146,55 +104,41 @@ def _preprocessing(content: Mapping[str, Any], size: int, where: str) -> Preproc
     return names.preprocessing(size, mean, std, where, resize_mode=mode, interpolation=interpolation)
 
 
-def _inferred(tensors: Mapping[str, np.ndarray], prefix: str, where: str) -> dict[str, dict[str, Any]]:
-    """Infer the sizes of both towers from shapes."""
-
-    def blocks(start: str) -> int:
-        return len({name.removeprefix(start).split(".")[0] for name in tensors if name.startswith(start)})
+def _inferred(tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, Any], dict[str, Any], int]:
+    """Infer the sizes of OpenAI's towers, whose heads are 64 wide, from shapes."""
 
     def tower(start: str, width: int) -> dict[str, Any]:
-        if width % 64:
-            raise UserError(
-                f"{where}: width {width} is not a multiple of 64, a head's width; put {CONFIG} into its folder."
-            )
+        depth = len({name.removeprefix(start).split(".")[0] for name in tensors if name.startswith(start)})
         ratio = names.mlp_ratio(len(tensors[f"{start}0.mlp.c_fc.weight"]), width)
-        return {"width": width, "depth": blocks(start), "heads": width // 64, "mlp_ratio": ratio}
+        return {"width": width, "depth": depth, "heads": width // 64, "mlp_ratio": ratio, "act": "quick_gelu"}
 
-    conv, texts = tensors["visual.conv1.weight"], tensors[f"{prefix}positional_embedding"]
+    conv, texts = tensors["visual.conv1.weight"], tensors["positional_embedding"]
     grid = round((len(tensors["visual.positional_embedding"]) - 1) ** 0.5)
-    img = {"patch": conv.shape[-1], "image_size": grid * conv.shape[-1], "pre_norm": "visual.ln_pre.weight" in tensors}
-    return {
-        "img": tower("visual.transformer.resblocks.", len(conv)) | img,
-        "txt": tower(f"{prefix}transformer.resblocks.", texts.shape[1]) | {"context_length": len(texts)},
-    }
+    img = {"patch": conv.shape[-1], "image_size": grid * conv.shape[-1], "pre_norm": True, "eps": 1e-5}
+    return (
+        tower("visual.transformer.resblocks.", len(conv)) | img,
+        tower("transformer.resblocks.", texts.shape[1]) | {"context_length": len(texts), "eps": 1e-5},
+        tensors["visual.proj"].shape[1],
+    )
 
 
-def _groups(content: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict[str, Any], int]:
-    try:
-        return dict(content["vision_cfg"]), dict(content["text_cfg"]), content["embed_dim"]
-    except KeyError as error:
-        raise UserError(f"{where}: {CONFIG} has no {error}; download it again.") from error
-
-
-def _check_known(groups: Sequence[tuple[str, Mapping[str, Any], Sequence[str]]], where: str) -> None:
-    for group, cfg, known in groups:
-        unknown = [f"{group}.{key}={value!r}" for key, value in cfg.items()
-                   if value and key not in known and key not in _HARMLESS]  # fmt: skip
-        if unknown:
-            raise UserError(f"{where} is not supported: {CONFIG} sets {', '.join(unknown)}.")
+def _check_known(group: str, cfg: Mapping[str, Any], known: Sequence[str], where: str, **right: Any) -> None:
+    """Check that a group sets no options but `known`, and what `right` has to the value there, if it sets it."""
+    unknown = [key for key, value in cfg.items() if value and key not in (*known, *right, *_HARMLESS)]
+    if wrong := unknown + [key for key, value in right.items() if cfg.get(key, value) != value]:
+        expected = ", ".join(f"{key}={value!r}" for key, value in right.items())
+        raise UserError(
+            f"{where} is not supported: {CONFIG} sets {group}.{wrong[0]}={cfg[wrong[0]]!r}; expected {expected}."
+        )
 
 
 def _from_config(
     content: Mapping[str, Any], folder: epath.Path, where: str
 ) -> tuple[dict[str, Any], dict[str, Any], int, str, list[str]]:
-    vision, text, embed = _groups(content, where)
-    _check_known((("vision_cfg", vision, _IMAGE), ("text_cfg", text, _TEXT)), where)
-    for key, cfg, right in (("pool_type", vision, ("tok",)), ("pos_embed_type", vision, ("learnable",)),
-                            ("pool_type", text, ("argmax", "eos")), ("proj_type", text, ("linear",))):  # fmt: skip
-        if cfg.get(key, right[0]) not in right:
-            raise UserError(f"{where} is not supported: {CONFIG} sets {key}={cfg[key]!r}; expected {right[0]!r}.")
-    if isinstance(vision.get("layers"), list):
-        raise UserError(f"{where} has a ResNet, which is not supported; Vision Transformers with a class token are.")
+    vision, text, embed = content["vision_cfg"], content["text_cfg"], content["embed_dim"]
+    _check_known("vision_cfg", vision, _IMAGE, where, pool_type="tok", pos_embed_type="learnable")
+    pool = "eos" if text.get("pool_type") == "eos" else "argmax"
+    _check_known("text_cfg", text, _TEXT, where, pool_type=pool, proj_type="linear")
     quick = content.get("quick_gelu", False)
     width = vision.get("width", 768)
     img = _tower(vision, width, width // vision.get("head_width", 64), quick) | {
@@ -202,16 +146,13 @@ def _from_config(
         "patch": names.square(vision.get("patch_size", 16), "patch_size", where),
         "pre_norm": not vision.get("no_ln_pre", False),
     }
-    txt = _text_tower(text, quick)
-    vocab, eot = text.get("vocab_size", vocabulary.CLIP_SIZE), None
-    if text.get("pool_type", "argmax") == "eos":
-        eot = text.get("eos_id", 2)
+    txt = _tower(text, text.get("width", 512), text.get("heads", 8), quick)
+    txt["context_length"] = text.get("context_length", 77)
+    vocab, eot = text.get("vocab_size", vocabulary.CLIP_SIZE), text.get("eos_id", 2) if pool == "eos" else None
     tokens = vocabulary.identify(folder, vocab, eot, where)
     notes = []
     if tokens != "clip":
         notes.append("open_clip cleans texts before this tokenizer (HTML entities, white space); xclip_jax does not")
-    if text.get("tokenizer_kwargs"):
-        notes.append(f"its tokenizer's options {text['tokenizer_kwargs']} are ignored")
     if text.get("hf_tokenizer_name") and tokens == "clip":
         notes.append(f"its tokenizer {text['hf_tokenizer_name']!r} is assumed to be CLIP's")
     return img, txt, embed, tokens, notes
@@ -226,68 +167,8 @@ def _tower(cfg: Mapping[str, Any], width: int, heads: int, quick: bool) -> dict[
     }  # fmt: skip
 
 
-def _text_tower(cfg: Mapping[str, Any], quick: bool) -> dict[str, Any]:
-    tower = _tower(cfg, cfg.get("width", 512), cfg.get("heads", 8), quick)
-    return tower | {"context_length": cfg.get("context_length", 77)}
-
-
-def _is_siglip(content: Mapping[str, Any] | None) -> bool:
-    """Whether an open_clip_config.json describes a SigLIP."""
-    model = (content or {}).get("model_cfg", content)
-    vision = model.get("vision_cfg") if isinstance(model, Mapping) else None
-    return isinstance(vision, Mapping) and bool(re.fullmatch(_TIMM_NAME, str(vision.get("timm_model_name"))))
-
-
-def _read_siglip(
-    tensors: Mapping[str, np.ndarray], folder: epath.Path, content: Mapping[str, Any], where: str
-) -> tuple[dict[str, Any], Flat]:
-    vision, text, embed = _groups(content.get("model_cfg", content), where)
-    _check_known((("vision_cfg", vision, ("timm_model_name", "image_size")),
-                  ("text_cfg", text, (*_TEXT, "no_causal_mask"))), where)  # fmt: skip
-    for key, given, right in (
-        ("timm_pool", vision.get("timm_pool"), "map"), ("timm_proj", vision.get("timm_proj"), "none"),
-        ("pool_type", text.get("pool_type"), "last"), ("no_causal_mask", text.get("no_causal_mask"), True),
-        ("proj_bias", text.get("proj_bias"), True),
-    ):  # fmt: skip
-        if given != right:
-            raise UserError(f"{where} is not supported: a SigLIP with {key}={given!r}; expected {right!r}.")
-    tensors = {name: x for name, x in tensors.items() if not name.endswith(_IGNORED_ENDS)}
-    group = names.siglip(_timm_tower(tensors, vision, where), _text_tower(text, False), embed, tensors, where)
-    clean = (text.get("tokenizer_kwargs") or {}).get("clean")
-    if clean != "canonicalize":
-        raise UserError(f"{where}: tokenizer_kwargs sets clean={clean!r}; expected 'canonicalize'.")
-    vocab = text.get("vocab_size", vocabulary.CLIP_SIZE)
-    tokens = vocabulary.siglip(folder, vocab, "canonical_spaces", where)
-    prepare = _preprocessing(content.get("preprocess_cfg", {}), group["img"]["image_size"], where)
-    config = names.config(group, tokens, prepare, "open_clip", sigmoid=True)
-    return config, names.read(tensors, group, vocab, _SIGLIP, where)
-
-
-def _timm_tower(tensors: Mapping[str, np.ndarray], vision: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Infer the options of SigLIP's image tower from shapes and from its name in timm."""
-    name, blocks = vision["timm_model_name"], _SIGLIP.img["blocks"]
-    needed = (f"{_SIGLIP.img['patches']}.weight", f"{blocks}.0.mlp.fc1.weight")
-    if missing := [key for key, n in zip(needed, (4, 2), strict=True) if key not in tensors or tensors[key].ndim != n]:
-        raise UserError(f"{where} is not the image tower {name!r}: it lacks {', '.join(missing)}.")
-    patches, up = (tensors[key] for key in needed)
-    size = re.search(r"siglip.*_(\d+)", name)
-    return {
-        "width": len(patches), "patch": patches.shape[-1],
-        "depth": len({key.split(".")[3] for key in tensors if key.startswith(f"{blocks}.")}),
-        "heads": _TIMM_HEADS[name.split("_")[1]], "mlp_ratio": names.mlp_ratio(len(up), len(patches)),
-        "act": "gelu_tanh" if re.fullmatch(_TIMM_TANH, name) else "gelu", "eps": 1e-6,
-        "image_size": names.square(vision.get("image_size") or int(size[1] if size else 0), "image_size", where),
-    }  # fmt: skip
-
-
 def write(config: Mapping[str, Any], params: Flat, tokens: Tokenizer, repository: str = "") -> Export:
-    """Return a model as open_clip's.
-
-    Args:
-      config: config of the model.
-      params: flat parameters of towers and of the `HEADS` that the model has.
-      tokens: tokenizer of the model.
-      repository: the model's id on the Hub, or "".
+    """Return a model as open_clip's, from its flat parameters; `repository` is its id on the Hub, or "".
 
     Raises:
       UserError: a model that open_clip does not have.

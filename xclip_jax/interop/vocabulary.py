@@ -1,6 +1,7 @@
 """Tokenizers of weights: identify the tokenizer of a folder, and write files for transformers and open_clip."""
 
 import hashlib
+import io
 import json
 import struct
 from collections.abc import Iterator
@@ -26,18 +27,15 @@ SPECIAL = "special_tokens_map.json"
 _PIECES, _TRAINER, _NORMALIZER = 1, 2, 3  # of ModelProto
 _TEXT, _SCORE, _TYPE = 1, 2, 3  # of a piece
 _UNKNOWN = 2  # type of the piece of what the vocabulary lacks
-_MODEL_TYPE, _UNIGRAM = 3, 1  # of the trainer's options
-_BYTE_FALLBACK = 35
+_MODEL_TYPE, _UNIGRAM, _BYTE_FALLBACK = 3, 1, 35  # of the trainer's options
 _CHARACTER_MAP = 2  # of the normalizer's options
-_SPACE = "▁"
 
 
 def identify(folder: epath.Path, size: int, eot: int | None, where: str) -> str:
     """Return the tokenizer of a text tower of `size` ids that pools at id `eot` (None: the largest id).
 
-    Returns:
-      "clip" if the folder's tokenizer.json has CLIP's vocabulary, or is missing and the sizes are CLIP's; else the path
-      of this file.
+    It is "clip" if the folder's tokenizer.json has CLIP's vocabulary, or is missing and the sizes are CLIP's; else the
+    path of this file.
 
     Raises:
       UserError: neither has this number of ids and this end, or the folder has another vocabulary.
@@ -45,40 +43,30 @@ def identify(folder: epath.Path, size: int, eot: int | None, where: str) -> str:
     end = size - 1 if eot is None else eot
     like_clip = (size, end) == (CLIP_SIZE, CLIP_SIZE - 1)
     file, words = folder / FILE, folder / CLIP_FILES[0]
-    if file.exists():
-        if like_clip and _is_clips(read_json(file).get("model", {}).get("vocab")):
+    if like_clip:
+        if file.exists() and _is_clips(read_json(file).get("model", {}).get("vocab")):
             return "clip"
-        stored = tokenizer.load(str(file))
-        if (stored.vocab_size, stored.eot_id) != (size, end):
-            remedy = f", or remove {FILE} if the tokenizer is CLIP's" if like_clip else ""
-            raise UserError(
-                f"{where} has {size} token ids and pools texts at id {end}; {file} has {stored.vocab_size} and ends "
-                f"texts with {stored.eot_id}. Replace it by the {FILE} of these weights{remedy}."
-            )
-        return str(file)
-    if not like_clip:
+        if not file.exists() and (not words.exists() or _is_clips(read_json(words))):
+            return "clip"
+    if not file.exists():
         raise UserError(
             f"{where} has a vocabulary of {size} with end {end}, which is not CLIP's, and no {FILE} in its folder; "
-            "copy the file of its tokenizer there."
+            "save its tokenizer there, as transformers' save_pretrained does."
         )
-    if words.exists() and not _is_clips(read_json(words)):
+    stored = tokenizer.load(str(file))
+    if (stored.vocab_size, stored.eot_id) != (size, end):
         raise UserError(
-            f"{words} is not CLIP's vocabulary; save the tokenizer as {FILE} in its folder, as transformers' "
-            "save_pretrained does."
+            f"{where} has {size} token ids and pools texts at id {end}; {file} has {stored.vocab_size} and ends texts "
+            f"with {stored.eot_id}. Replace it by the {FILE} of these weights."
         )
-    return "clip"
+    return str(file)
 
 
-def siglip(folder: epath.Path, size: int, cleaning: str, where: str) -> str:
+def siglip(folder: epath.Path, size: int, where: str) -> str:
     """Return the path of a SigLIP tokenizer with `size` ids: no start token, an end token, and padding that counts.
 
-    The folder's file defines neither padding nor cleaning of texts, so a complete file is written to the cache.
-
-    Args:
-      folder: has tokenizer.json or spiece.model; tokenizer_config.json names the padding, which is else the end token.
-      size: number of ids of the text tower.
-      cleaning: cleaning of the first SigLIP, a name of `tokenizer.CLEANINGS`; SigLIP 2 only has texts in lower case.
-      where: path of the weights, for errors.
+    The folder's tokenizer.json or spiece.model defines neither padding nor cleaning of texts, so a complete file is
+    written to the cache. Its tokenizer_config.json names the padding, which is else the end token.
 
     Raises:
       UserError: no file, a damaged one, or one of another vocabulary.
@@ -87,7 +75,7 @@ def siglip(folder: epath.Path, size: int, cleaning: str, where: str) -> str:
     if pieces.exists():
         file, model = pieces, read_sentencepiece(pieces.read_bytes(), str(pieces))
     elif file.exists():
-        model = _library_tokenizer(file)
+        model = _read(str(file))
     else:
         raise UserError(
             f"{where} has no {FILE} or {SENTENCEPIECE} in its folder; copy the file of its tokenizer there."
@@ -106,8 +94,8 @@ def siglip(folder: epath.Path, size: int, cleaning: str, where: str) -> str:
         )
     if not options.get("do_lower_case", True):
         raise UserError(f"{folder / OPTIONS} sets do_lower_case to false, which is not supported; expected true.")
-    if str(options.get("tokenizer_class")).startswith(("Gemma", "Siglip2")) and cleaning == "canonical":
-        cleaning = "lower"
+    # SigLIP 2 only has texts in lower case.
+    cleaning = "lower" if str(options.get("tokenizer_class")).startswith(("Gemma", "Siglip2")) else "canonical"
     model.post_processor = processors.Sequence([])
     content = tokenizer.with_conventions(model.to_str(), end=end, pad=pad, size=size, cleaning=cleaning)
     path = storage.cache_dir() / "tokenizers" / f"{hashlib.sha256(content.encode()).hexdigest()[:16]}.json"
@@ -115,13 +103,6 @@ def siglip(folder: epath.Path, size: int, cleaning: str, where: str) -> str:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(epath.Path(path), content)
     return str(path)
-
-
-def _library_tokenizer(file: epath.Path) -> tokenizers.Tokenizer:
-    try:
-        return tokenizers.Tokenizer.from_str(file.read_text())
-    except Exception as error:  # The library raises bare `Exception`.
-        raise UserError(f"{file} is not a Hugging Face tokenizers JSON: {error}") from error
 
 
 def _token(value: Any) -> str | None:
@@ -152,14 +133,10 @@ def clip_files(length: int) -> dict[str, str]:
 
 
 def own_files(path: str, length: int) -> dict[str, str]:
-    """Return {file: content} of a tokenizer for transformers, which open_clip uses too, with the same ids as here.
+    """Return {file: content} of the tokenizer file `path` for transformers, which open_clip uses too: ids are the same.
 
     Our tokenizer adds start, end and padding itself and reads special tokens in a text as text; the files configure the
     same for other projects.
-
-    Args:
-      path: a tokenizer file that `tokenizer.load` reads.
-      length: tokens of a text.
     """
     ours = tokenizer.load(path)
     if ours.cleaning:
@@ -167,34 +144,28 @@ def own_files(path: str, length: int) -> dict[str, str]:
     model = _read(path)
     model.no_padding()
     model.no_truncation()
-
-    def token(i: int) -> str:
-        if (text := model.id_to_token(i)) is None:
-            raise UserError(f"{path} has no token of id {i}; repair the file.")
-        return text
-
-    start, end = [] if ours.sot_id is None else [token(ours.sot_id)], token(ours.eot_id)
+    start = [] if ours.sot_id is None else [str(model.id_to_token(ours.sot_id))]
+    end = str(model.id_to_token(ours.eot_id))
     model.post_processor = tokenizers.processors.TemplateProcessing(
         single=[*start, "$A", end], special_tokens=[(text, model.token_to_id(text)) for text in (*start, end)]
     )
     options = {
         "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": length, "padding_side": "right",
         "truncation_side": "right", "split_special_tokens": True, "clean_up_tokenization_spaces": False,
-        **({"bos_token": start[0]} if start else {}), "eos_token": end, "pad_token": token(padding(ours)),
+        **({"bos_token": start[0]} if start else {}), "eos_token": end, "pad_token": model.id_to_token(padding(ours)),
     }  # fmt: skip
     return {FILE: model.to_str(), OPTIONS: json.dumps(options, indent=2) + "\n"}
 
 
 def _read(path: str) -> tokenizers.Tokenizer:
-    # The library's `from_file` only reads local disks.
-    return tokenizers.Tokenizer.from_str(epath.Path(path).read_text())
+    try:
+        return tokenizers.Tokenizer.from_str(epath.Path(path).read_text())  # the library only reads local disks
+    except Exception as error:  # The library raises bare `Exception`.
+        raise UserError(f"{path} is not a Hugging Face tokenizers JSON: {error}") from error
 
 
 def padding(tokens: tokenizer.Tokenizer) -> int:
-    """Return the id to pad with in other projects: the padding token's id if there is one, else the end's, as for CLIP.
-
-    Towers do not read tokens after the first end, so both give the same embeddings.
-    """
+    """Return the id to pad with in other projects: the padding token's, else the end's, after which no tower reads."""
     if tokens.name in tokenizer.NAMES:
         return tokens.eot_id
     token = _read(tokens.name).id_to_token(tokens.pad_id)
@@ -202,17 +173,13 @@ def padding(tokens: tokenizer.Tokenizer) -> int:
 
 
 def read_sentencepiece(data: bytes, where: str) -> tokenizers.Tokenizer:
-    """Return the tokenizer of a SentencePiece file (spiece.model), without the library SentencePiece.
+    """Return the tokenizer of a SentencePiece file (spiece.model) with a unigram model.
 
     The file is a Protocol Buffers message, `ModelProto` of sentencepiece_model.proto, read here as far as it
-    decides the ids of a unigram model.
-
-    Args:
-      data: content of the file.
-      where: path of the file, for errors.
+    decides the ids.
 
     Raises:
-      UserError: another file, a damaged one, or a model that is not of the unigram kind.
+      UserError: another file than `where` should be, or a damaged one.
     """
     try:
         fields = list(_fields(data))
@@ -223,46 +190,36 @@ def read_sentencepiece(data: bytes, where: str) -> tokenizers.Tokenizer:
         )
         vocabulary = [(piece[_TEXT].decode(), *struct.unpack("<f", piece.get(_SCORE, bytes(4)))) for piece in pieces]
         unknown = next(i for i, piece in enumerate(pieces) if piece.get(_TYPE) == _UNKNOWN)
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError, StopIteration, struct.error) as error:
+        model = tokenizers.Tokenizer(models.Unigram(vocabulary, unknown, bool(trainer.get(_BYTE_FALLBACK))))
+        steps = [normalizers.Precompiled(normalizer[_CHARACTER_MAP])] if normalizer.get(_CHARACTER_MAP) else []
+    except Exception as error:  # The library raises bare `Exception`, and damaged bytes errors of any type.
         raise UserError(f"{where} is not a file of SentencePiece, or damaged; download it again.") from error
     if trainer.get(_MODEL_TYPE, _UNIGRAM) != _UNIGRAM:
         raise UserError(f"{where} is not a unigram model; put the tokenizer.json of these weights into its folder.")
-    try:
-        model = tokenizers.Tokenizer(models.Unigram(vocabulary, unknown, bool(trainer.get(_BYTE_FALLBACK))))
-        steps = [normalizers.Precompiled(normalizer[_CHARACTER_MAP])] if normalizer.get(_CHARACTER_MAP) else []
-    except Exception as error:  # The library raises bare `Exception`.
-        raise UserError(f"{where} cannot be read: {error}.") from error
     model.normalizer = normalizers.Sequence([*steps, normalizers.Replace(tokenizers.Regex(" {2,}"), " ")])
-    model.pre_tokenizer = pre_tokenizers.Metaspace(replacement=_SPACE, prepend_scheme="always")
+    model.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
     return model
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
     """Yield (number, value) of a message's fields; a value is an integer for a varint, else bytes."""
-    at = 0
+    stream = io.BytesIO(data)
 
     def varint() -> int:
-        nonlocal at
         value = shift = 0
-        while True:
-            byte = data[at]
-            at += 1
+        while (byte := stream.read(1)[0]) > 127:
             value |= (byte & 127) << shift
-            if byte < 128:
-                return value
             shift += 7
-            if shift > 63:
-                raise ValueError("a varint without end")
+        return value | byte << shift
 
-    while at < len(data):
+    while stream.tell() < len(data):
         key = varint()
         kind = key & 7
         if kind == 0:
             yield key >> 3, varint()
-            continue
-        length = {1: 8, 2: None, 5: 4}[kind]
-        length = varint() if length is None else length
-        if at + length > len(data):
-            raise ValueError("a field beyond the end")
-        yield key >> 3, data[at : at + length]
-        at += length
+        else:
+            length = varint() if kind == 2 else {1: 8, 5: 4}[kind]
+            value = stream.read(length)
+            if len(value) < length:
+                raise ValueError("a field beyond the end")
+            yield key >> 3, value

@@ -43,9 +43,6 @@ def softmax(
     Returns:
         The loss (fp32 scalar) and fp32 scalar metrics: "loss", "ln_b" (the loss of a blind guess), "acc_img" and
         "acc_txt" (share of images, of texts, whose best match in the batch is their own partner).
-
-    Raises:
-        AssertionError: if the embeddings are not two (b, e) arrays of one shape, or scale is not a scalar.
     """
     check(z_img, z_txt, scale)
     logits = jnp.asarray(scale, jnp.float32) * dot(z_img, z_txt)
@@ -115,19 +112,8 @@ def sigmoid(
     -1/b sum_ij log sigmoid(y_ij (scale <z_img_i, z_txt_j> + bias)), y = +1 for i = j and -1 elsewhere; with `keys`
     y = +1 for all pairs with equal keys.
 
-    Args:
-        z_img: image embeddings of the global batch, shape (b, e), L2-normalised; any float type.
-        z_txt: text embeddings, shape (b, e), row i paired with row i of `z_img`.
-        scale: scalar, already exponentiated (SigLIP starts at 10).
-        bias: scalar added to each logit (SigLIP starts at -10).
-        keys: as in `softmax`.
-
-    Returns:
-        The loss (fp32 scalar) and the same metrics as `softmax`; "ln_b" is for comparison with a softmax run and
-        not the value of this loss for a blind guess.
-
-    Raises:
-        AssertionError: if the embeddings are not two (b, e) arrays of one shape, or scale or bias is not a scalar.
+    Arguments and metrics are as in `softmax`, with a scalar bias that is added to each logit (SigLIP starts at a
+    scale of 10 and a bias of -10). "ln_b" is for comparison with a softmax run and not the loss of a blind guess.
     """
     check(z_img, z_txt, scale, bias)
     logits = jnp.asarray(scale, jnp.float32) * dot(z_img, z_txt) + jnp.asarray(bias, jnp.float32)

@@ -29,6 +29,7 @@ from xclip_jax.parallel.sharding import constrain, map_microbatches
 
 Metrics = dict[str, jax.Array]
 Sums = Mapping[str, jax.Array]
+Centers = Mapping[str, jax.Array | None]
 
 MODALITIES = ("img", "txt")
 TARGETS = ("detach", "joint", "ema")
@@ -76,18 +77,15 @@ def nclip(
         and ln k) and "clusters" (number of clusters that are an argmax in the batch).
 
     Raises:
-        ValueError: unknown target or balance; a teacher or center that is missing, or given where it is unused; a
-            chunk that does not divide the batch, with logits that are not `FactoredLogits`, or with balance
-            "sinkhorn", which normalises over the whole batch.
-        AssertionError: shapes other than the above.
+        ValueError: options that contradict each other.
     """
-    teachers, centers = (teacher_img, teacher_txt), (center_img, center_txt)
-    _check(s_img, s_txt, target, balance, teachers, centers, chunk)
-    b, k = s_img.shape
     logits = {"s_img": s_img, "s_txt": s_txt, "teacher_img": teacher_img, "teacher_txt": teacher_txt}
     logits = {name: value for name, value in logits.items() if value is not None}
+    centers = {"img": center_img, "txt": center_txt}
+    _check(logits, centers, target, balance, chunk)
+    b, k = s_img.shape
     options = _Options(target, balance, tau, tau if target_tau is None else target_tau)
-    sums = _sums_of_batch(logits, dict(zip(MODALITIES, centers, strict=True)), options, chunk)
+    sums = _sums_of_batch(logits, centers, options, chunk)
     metrics = _metrics(sums, b, k)
     loss = metrics["align"] + sharpness * metrics["sharpness"] - smoothness * metrics["smoothness"]
     return loss, {"loss": loss} | metrics
@@ -96,14 +94,8 @@ def nclip(
 def sinkhorn(logits: jax.Array, tau: ArrayLike = 1.0, iterations: int = SINKHORN_ITERATIONS) -> jax.Array:
     """Return the log of balanced assignments: exp(logits / tau) with columns and rows normalised in turn, rows last.
 
-    After SwAV (arXiv 2006.09882): rows sum to 1 exactly, columns to b / k as nearly as the iterations reach.
-
-    Args:
-        logits: shape (b, k), of the global batch.
-        tau: temperature. iterations: rounds of columns, then rows.
-
-    Returns:
-        Log-probabilities, shape (b, k), fp32. Log space: exp(logits / tau) would overflow at small tau.
+    After SwAV (arXiv 2006.09882): rows sum to 1 exactly, columns to b / k as nearly as the iterations reach. Shapes are
+    (b, k), of the global batch; the result is fp32. Without logarithms exp(logits / tau) would overflow at small tau.
     """
     log_a = logits.astype(jnp.float32) / tau
     for _ in range(iterations):
@@ -119,12 +111,6 @@ def update_center(center: jax.Array, target_logits: Logits, momentum: float = 0.
         center: shape (k,), zeros at the start.
         target_logits: logits of the targets (the teacher's with target "ema"), shape (b, k), global batch.
         momentum: the share kept of the old center.
-
-    Returns:
-        The new center, shape (k,), fp32, without gradient.
-
-    Raises:
-        AssertionError: if the shapes are not (k,) and (b, k).
     """
     chex.assert_shape(center, target_logits.shape[1:])
     if isinstance(target_logits, FactoredLogits):
@@ -133,42 +119,24 @@ def update_center(center: jax.Array, target_logits: Logits, momentum: float = 0.
         kernel = kernel.astype(x.dtype).astype(jnp.float32)
         mean = jnp.matmul(jnp.mean(x.astype(jnp.float32), axis=0), kernel, precision="highest") + target_logits.bias
     else:
-        chex.assert_rank(target_logits, 2)
         mean = jnp.mean(target_logits.astype(jnp.float32), axis=0)
     return jax.lax.stop_gradient(momentum * center.astype(jnp.float32) + (1 - momentum) * mean)
 
 
-def _check(
-    s_img: Logits,
-    s_txt: Logits,
-    target: str,
-    balance: str,
-    teachers: tuple[Logits | None, Logits | None],
-    centers: tuple[jax.Array | None, jax.Array | None],
-    chunk: int,
-) -> None:
+def _check(logits: dict[str, Logits], centers: Centers, target: str, balance: str, chunk: int) -> None:
     """Raise the errors of `nclip`."""
-    if target not in TARGETS:
-        raise ValueError(f"unknown target {target!r}; valid are {', '.join(TARGETS)}")
-    if balance not in BALANCES:
-        raise ValueError(f"unknown balance {balance!r}; valid are {', '.join(BALANCES)}")
-    for name, option, needed, arrays in (
-        ("teacher", "target='ema'", target == "ema", teachers),
-        ("center", "balance='center'", balance == "center", centers),
-    ):
-        if any((array is not None) != needed for array in arrays):
-            rule = f"{option} needs both" if needed else f"only {option} uses"
-            raise ValueError(f"{rule} {name}_img and {name}_txt; got target={target!r}, balance={balance!r}")
-    if not isinstance(s_img, FactoredLogits):
-        chex.assert_rank(s_img, 2)
-    chex.assert_equal(len({x.shape for x in (s_img, s_txt, *teachers) if x is not None}), 1)
-    chex.assert_shape([x for x in centers if x is not None], s_img.shape[1:])
-    if chunk and (s_img.shape[0] % chunk or balance == "sinkhorn"):
-        raise ValueError(
-            f"chunk={chunk} must divide the batch of {s_img.shape[0]}, with a balance other than 'sinkhorn'"
-        )
-    if chunk and not all(isinstance(x, FactoredLogits) for x in (s_img, s_txt, *teachers) if x is not None):
-        raise ValueError(f"chunk={chunk} expects logits as FactoredLogits, which are not multiplied out yet")
+    b, k = logits["s_img"].shape
+    if target not in TARGETS or balance not in BALANCES:
+        raise ValueError(f"target is one of {TARGETS}, balance one of {BALANCES}; got {target!r}, {balance!r}")
+    if any((f"teacher_{m}" in logits) != (target == "ema") for m in MODALITIES):
+        raise ValueError("target='ema' needs both teacher_img and teacher_txt, and other targets none")
+    if any((center is not None) != (balance == "center") for center in centers.values()):
+        raise ValueError("balance='center' needs both center_img and center_txt, and other balances none")
+    chex.assert_equal({x.shape for x in logits.values()}, {(b, k)})
+    chex.assert_shape([x for x in centers.values() if x is not None], (k,))
+    factored = all(isinstance(x, FactoredLogits) for x in logits.values())
+    if chunk and (b % chunk or balance == "sinkhorn" or not factored):
+        raise ValueError(f"chunk={chunk} needs FactoredLogits, must divide the batch, and does not go with 'sinkhorn'")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,17 +160,15 @@ class _Options:
         return jnp.exp(jax.nn.log_softmax(logits / self.target_tau))
 
 
-def _sums_of_batch(
-    logits: Mapping[str, Logits], centers: Mapping[str, jax.Array | None], options: _Options, chunk: int
-) -> Sums:
+def _sums_of_batch(logits: dict[str, Logits], centers: Centers, options: _Options, chunk: int) -> Sums:
     """`_sums` of each chunk of the batch, stacked along a leading axis (chunks,)."""
     if not chunk:
         whole = {
             name: x.logits() if isinstance(x, FactoredLogits) else x.astype(jnp.float32) for name, x in logits.items()
         }
         return jax.tree.map(lambda x: x[None], _sums(whole, centers, options))
-    factors = {name: value for name, value in logits.items() if isinstance(value, FactoredLogits)}
     # Each chunk has its rows of x, and all kernels.
+    factors: Any = logits
     kernels = {name: (value.kernel, value.bias) for name, value in factors.items()}
 
     def sums_of_chunk(shared: Any, x: dict[str, jax.Array]) -> Sums:
@@ -214,7 +180,7 @@ def _sums_of_batch(
     return map_microbatches(sums_of_chunk, (kernels, centers), rows, num_chunks, stack=True, clusters=True)
 
 
-def _sums(s: Mapping[str, jax.Array], centers: Mapping[str, jax.Array | None], options: _Options) -> Sums:
+def _sums(s: Mapping[str, jax.Array], centers: Centers, options: _Options) -> Sums:
     """Sums over rows of the batch for the loss, and for each cluster the log of its summed probability."""
     log_p, p_hat, top, sums = {}, {}, {}, {}
     for m in MODALITIES:
@@ -263,20 +229,15 @@ def _cluster_metrics(m: str, sums: Sums, b: int) -> Metrics:
 def effective_rank(h: jax.Array) -> jax.Array:
     """Return the effective number of directions in which features vary: (tr C)^2 / tr(C^2), C their covariance.
 
-    This is the participation ratio, the exponential of the Renyi-2 entropy of C's normalised spectrum, and a lower
-    bound of Roy and Vetterli's effective rank (EUSIPCO 2007), which takes Shannon's entropy and so needs the spectrum
-    itself. Here one matrix product suffices, of the smaller of the two Gram matrices.
+    This is the participation ratio, a lower bound of Roy and Vetterli's effective rank (EUSIPCO 2007), which takes
+    Shannon's entropy and so needs the spectrum. Here one matrix product suffices, of the smaller Gram matrix.
 
     Args:
         h: features, shape (b, d), of the global batch; any float type.
 
     Returns:
         fp32 scalar between 1 and min(b - 1, d), without gradient; 0 if all features are equal up to rounding.
-
-    Raises:
-        AssertionError: if h is not of rank 2.
     """
-    chex.assert_rank(h, 2)
     h = jax.lax.stop_gradient(h).astype(jnp.float32)
     centred = h - jnp.mean(h, axis=0)
     trace = jnp.sum(centred**2)

@@ -5,10 +5,9 @@ device compares its images with one block of texts. The forward pass keeps sums 
 backward pass sends the texts round again and computes each block a second time (Inf-CL, arXiv 2410.17243). Values and
 gradients equal `losses.contrastive`, which defines the losses.
 
-A device holds one block of (b / devices)^2 logits and a few arrays of (b / devices, e); the plain form holds several of
-(b / devices, b) and of (b, e), a gigabyte or more from 130,000 pairs on. With fewer than about 1,000 pairs a device the
-fixed costs of a hop outweigh its work. Pairs that share a key (`contrastive.sum_over_equal`) are summed over the whole
-batch: each device then holds the texts' embeddings once.
+The plain form holds several arrays of (b / devices, b) and of (b, e), a gigabyte or more from 130,000 pairs on. With
+fewer than about 1,000 pairs a device the fixed costs of a hop outweigh its work. Pairs that share a key
+(`contrastive.sum_over_equal`) are summed over the whole batch: each device then holds the texts' embeddings once.
 """
 
 from collections.abc import Callable
@@ -70,18 +69,14 @@ class Sums(NamedTuple):
 
 
 class Form(NamedTuple):
-    """A loss of all pairs.
+    """A loss of all pairs."""
 
-    Attributes:
-      totals: for rows and for columns, (sums before a block, highest logit after it, logits, matching) -> total.
-      end: (sums of rows, sums of columns, logits of matching pairs) -> loss, its derivative by the matching pair's
-        logit, and log-sum-exp of row and column relative to that logit, each a number a pair.
-      derivative: (logits, matching pair's logit and relative log-sum-exp of rows, of columns) -> derivative by the
-        logits of pairs that do not match.
-    """
-
+    # For rows and for columns, (sums before a block, highest logit after it, logits, matching) -> total.
     totals: tuple[Callable[[Sums, Array, Array, Array], Array], Callable[[Sums, Array, Array, Array], Array]]
+    # (sums of rows, sums of columns, logits of matching pairs) -> loss, its derivative by the matching pair's logit,
+    # and log-sum-exp of row and column relative to that logit, each a number a pair.
     end: Callable[[Sums, Sums, Array], tuple[Array, Array, Array, Array]]
+    # (logits, matching pair's logit and relative log-sum-exp of rows, of columns) -> derivative by other pairs' logits.
     derivative: Callable[[Array, Pair, Pair], Array]
 
 
@@ -173,14 +168,12 @@ def _send_round(
 
     Each hop sends one array before the block's product, to overlap with it: the texts of this hop and, below them, the
     sums of the previous hop's texts. The receiver already has these texts, and adds its block to the sums when they
-    arrive.
+    arrive. Columns are texts, since rows of e and a few more numbers would be padded to whole registers.
 
     Args:
       order: the shards of the batch in the order of the ring.
       block: (shard of the texts, texts, home, away) -> (home, away), the sums with the block added.
-      texts: one text a column, since rows of e and a few more numbers would be padded to whole registers.
-      home: sums of this device's images.
-      away: sums of the texts, one text a column, before any block, equal on all devices.
+      texts, home, away: texts, sums of this device's images, and sums of the texts before any block.
     """
     shards, height = len(order), len(texts)
     following = [(shard, order[(i + 1) % shards]) for i, shard in enumerate(order)]

@@ -27,43 +27,32 @@ def l2_normalize(x: Array) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """A module on the features (b, d) of one tower. Its name in the model is the name of its parameters.
+    """A module on the features (b, d) of one tower. Its name in the model is the name of its parameters."""
 
-    Attributes:
-      module: the module, not bound to a parent.
-      reads: the tower that it reads, "img" or "txt".
-      writes: key of its output in the result of `TwoTowers.project`.
-      takes: keyword arguments of `TwoTowers.project` that the module takes, "train" and "logits".
-      flops: FLOPs of one sample's forward pass; a multiplication and an addition count as two.
-    """
-
-    module: nn.Module
-    reads: str
-    writes: str
-    takes: tuple[str, ...] = ()
-    flops: float = 0.0
+    module: nn.Module  # not bound to a parent
+    reads: str  # the tower, "img" or "txt"
+    writes: str  # key of its output in the result of `TwoTowers.project`
+    takes: tuple[str, ...] = ()  # keyword arguments of `TwoTowers.project` that it takes, "train" and "logits"
+    flops: float = 0.0  # FLOPs of one sample's forward pass; a multiplication and an addition count as two
 
 
 @dataclasses.dataclass(frozen=True)
 class Scalar:
-    """A learned number, such as the logit scale. Its name in the model is the name of the parameter.
+    """A learned number, such as the logit scale. Its name in the model is the name of the parameter."""
 
-    Attributes:
-      writes: key of the value in the result of `TwoTowers.project`.
-      initial: value of the parameter at the start.
-      transform: parameter -> value.
-    """
-
-    writes: str
-    initial: float
-    transform: Callable[[Array], Array] | None = None
+    writes: str  # key of the value in the result of `TwoTowers.project`
+    initial: float  # value of the parameter at the start
+    transform: Callable[[Array], Array] | None = None  # parameter -> value
 
 
 Heads = Mapping[str, Head | Scalar]
 
 
 class Projection(nn.Module):
-    """CLIP's linear projection, then L2 normalisation. h (b, d) -> z (b, e) in fp32. CLIP has no `bias`."""
+    """CLIP's linear projection, then L2 normalisation. h (b, d) -> z (b, e) in fp32. CLIP has no `bias`.
+
+    With 0 features there is no projection (SigLIP's images).
+    """
 
     features: int
     dtype: DTypeLike = jnp.float32
@@ -71,15 +60,10 @@ class Projection(nn.Module):
 
     @nn.compact
     def __call__(self, h: Array) -> Array:
-        std = h.shape[-1] ** -0.5
-        linear = dense(self.features, ("embed", None), std=std, dtype=self.dtype, use_bias=self.bias, name="linear")
-        return l2_normalize(linear(h))
-
-
-class Normalization(nn.Module):
-    """L2 normalisation of features that have no projection (SigLIP's images). h (b, d) -> z (b, d) in fp32."""
-
-    def __call__(self, h: Array) -> Array:
+        if self.features:
+            std = h.shape[-1] ** -0.5
+            linear = dense(self.features, ("embed", None), std=std, dtype=self.dtype, use_bias=self.bias, name="linear")
+            h = linear(h)
         return l2_normalize(h)
 
 
@@ -112,13 +96,7 @@ class ClusterHead(nn.Module):
 
     Linear, BatchNorm and GELU, `layers` times, then a linear map to `clusters` logits. Under `jax.jit` the batch of
     BatchNorm is the global batch, whatever the mesh. With `logits` false the loss applies the last map, see
-    `FactoredLogits`.
-
-    Attributes:
-      clusters: k.
-      hidden: width of the hidden layers.
-      layers: number of hidden layers, 1 or 2 in practice.
-      last_norm: a last BatchNorm without scale and bias on the logits.
+    `FactoredLogits`. Fields are described in `ClusterHeadConfig`.
     """
 
     clusters: int = 32768
@@ -151,16 +129,11 @@ class ClusterHead(nn.Module):
             x = dense(self.hidden, ("embed", None), std=std, dtype=self.dtype, use_bias=False, name=f"hidden_{i}")(x)
             x = ACTIVATIONS["gelu"](batch_norm(f"norm_{i}")(x)).astype(self.dtype)
         kernel, bias = _Clusters(self.clusters, name="clusters")(x.shape[-1])
-        if logits:
-            # A split kernel is gathered in the dtype of the product.
-            kernel = constrain(kernel.astype(self.dtype), None, "cluster")
-        factors = FactoredLogits(x, kernel, bias)
-        if logits:
-            s = factors.logits()
-            return batch_norm("norm_last", affine=False)(s) if self.last_norm else s
-        if self.last_norm:
-            raise ValueError("last_norm needs all logits at once")
-        return factors
+        if not logits:
+            return FactoredLogits(x, kernel, bias)
+        # A split kernel is gathered in the dtype of the product.
+        s = FactoredLogits(x, constrain(kernel.astype(self.dtype), None, "cluster"), bias).logits()
+        return batch_norm("norm_last", affine=False)(s) if self.last_norm else s
 
 
 class _Clusters(nn.Module):

@@ -17,9 +17,9 @@ from flax.linen.dtypes import promote_dtype
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 
-from xclip_jax.kernels import attention as attention_kernel
-from xclip_jax.kernels import cudnn
-from xclip_jax.parallel.sharding import device, map_devices, note, platform, shards_of
+from xclip_jax.models.kernels import attention as attention_kernel
+from xclip_jax.models.kernels import cudnn
+from xclip_jax.parallel.sharding import device, map_devices, platform, shards_of
 
 Array = jax.Array
 Initializer = Callable[..., Any]
@@ -138,7 +138,7 @@ def attend(query: Array, key: Array, value: Array, *, causal: bool = False, at: 
     With `at` (b,) there is one query for each sequence, of the token at this position: n is 1.
 
     With heads before tokens both products are plain batched matrix products: a third faster on a CPU than
-    `jax.nn.dot_product_attention`, whose layout suits kernels for long sequences; ours are 50 to 577 tokens.
+    `jax.nn.dot_product_attention`, whose layout suits kernels for long sequences.
     """
     scale = query.shape[-1] ** -0.5
     logits = jnp.einsum("bhnd,bhmd->bhnm", query * scale, key, preferred_element_type=jnp.float32)
@@ -152,11 +152,9 @@ def attend(query: Array, key: Array, value: Array, *, causal: bool = False, at: 
 class HeadProjections(nn.Module):
     """Linear maps of tokens to heads with parameters in one array. (b, n, d) -> `count` times (b, heads, n, kv).
 
-    Each map is a separate product: the gradient of slicing one product into queries, keys and values would pad each of
-    them to the full size. With `at` (b,) the first map only reads these tokens: (b, heads, 1, kv).
-
-    With `fused` the result is one product and its bias, not yet added: (b, n, count * d) and fp32 (1, count * d), in
-    the order of `kernels.attention`.
+    Each map is a separate product: the gradient of slicing one product would pad each map to the full size. With `at`
+    (b,) the first map only reads these tokens: (b, heads, 1, kv). With `fused` the result is one product and its bias,
+    not yet added: (b, n, count * d) and fp32 (1, count * d), in the order of `models.kernels.attention`.
     """
 
     count: int
@@ -173,9 +171,8 @@ class HeadProjections(nn.Module):
         contract = (((2,), (0,)), ((), ()))
         if self.fused:
             x, kernel = promote_dtype(x, kernel, dtype=self.dtype)
-            return dot_general(x, attention_kernel.group_heads(kernel), contract), attention_kernel.group_heads(bias)[
-                None
-            ]
+            product = dot_general(x, attention_kernel.group_heads(kernel), contract)
+            return product, attention_kernel.group_heads(bias)[None]
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
         tokens = [x if at is None or i else token_at(x, at) for i in range(self.count)]
         maps = [dot_general(tokens[i], kernel[:, i], contract) + bias[i] for i in range(self.count)]
@@ -199,12 +196,9 @@ class Attention(nn.Module):
     def __call__(self, x: Array, at: Array | None = None) -> Array:
         d = x.shape[-1]
         maps = HeadProjections(3, self.heads, self.dtype, bool(self.fused), name="qkv")(x, at)
-        by = "a Pallas kernel" if self.fused else "cuDNN" if at is None and self._cudnn_accepts(maps[0]) else "XLA"
-        if at is None:
-            note(f"attention of {self.fused or x.shape[1]} tokens of {d}", f"by {by}")
         if self.fused:
             x = self._attend_fused(*maps)
-        elif by == "cuDNN":
+        elif at is None and self._cudnn_accepts(maps[0]):
             axes = ("batch", "heads", None, None)
             x = map_devices(lambda *qkv: cudnn.attention(*qkv, causal=self.causal), maps, (axes,) * 3, axes)
             x = einops.rearrange(x, "b heads n kv -> b n heads kv")

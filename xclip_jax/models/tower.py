@@ -1,16 +1,7 @@
 """Base classes of towers: a frozen dataclass of config keys that makes the module and describes it.
 
-To add one from another package:
-
-    @dataclasses.dataclass(frozen=True)
-    class ConvNet(ImageTower):
-        width: int = key(256, "channels", at_least(1))
-        image_size: int = key(64, "side of the square image, pixels", at_least(1))
-
-        def module(self, dtype):
-            return ConvNetModule(self.width, dtype)  # (b, h, w, 3) -> (b, width)
-
-and name it in the config: `model.plugins = {"img": {"type": "my_lab.towers:ConvNet", "width": 512}}`.
+A config names one of another package: `model.plugins = {"img": {"type": "my_lab.towers:ConvNet", "width": 512}}`.
+docs/extend.md has an example.
 """
 
 import abc
@@ -33,12 +24,9 @@ class Tower(abc.ABC):
 
     The module has no state but its parameters: all randomness of a training pass is an input from `sample_noise`, and
     statistics over the batch, such as BatchNorm's, are not defined for a part of the batch.
-
-    Attributes:
-      meaning_keys: keys that change the meaning of weights and not their shapes; a run that starts from weights warns
-        if they differ.
     """
 
+    # Keys that change the meaning of weights and not their shapes; a run that starts from weights warns if they differ.
     meaning_keys: ClassVar[tuple[str, ...]] = ()
 
     @property
@@ -56,9 +44,7 @@ class Tower(abc.ABC):
     def sample_noise(self, random_key: Array, b: int) -> dict[str, Array]:
         """Random inputs of a training pass on `b` items, keyword arguments of the module: arrays with a row per item.
 
-        Args:
-          random_key: key of the step; fold in a number from 8 to 15.
-          b: items of the batch.
+        Fold a number from 8 to 15 into `random_key`, the key of the step.
         """
         return {}
 
@@ -76,23 +62,15 @@ class Tower(abc.ABC):
         return self
 
     def convert(self, params: Params) -> tuple[Params, list[str]]:
-        """Convert parameters of another tower of this type to the layout of this tower.
+        """Convert parameters of another tower of this type to this tower's layout, and say in sentences what changed.
 
-        Returns:
-          The parameters, and sentences on changes of values.
-
-        Raises:
-          UserError: parameters that cannot be converted; begins with the path of a parameter inside the tower.
+        A `UserError` on parameters that cannot be converted begins with the path of one inside the tower.
         """
         return params, []
 
     def describe(self) -> str:
         """Describe the tower in one phrase."""
         return f"{type(self).__name__} of width {self.width}"
-
-    def facts(self) -> dict[str, str]:
-        """{column: value} of the tower's row in a model card."""
-        return {"width": str(self.width), "input": ""}
 
 
 class ImageTower(Tower):
@@ -113,19 +91,7 @@ class ImageTower(Tower):
         return 0
 
     def patch_features(self, params: Params, image: Array, dtype: DTypeLike) -> Array:
-        """Return features of each patch, before pooling.
-
-        Args:
-          params: parameters of the tower.
-          image: normalised pixels (b, h, w, 3).
-          dtype: computation dtype.
-
-        Returns:
-          (b, grid, grid, d), rows from the top; d may differ from the tower's width.
-
-        Raises:
-          UserError: the tower has no such features.
-        """
+        """Return features of each patch before pooling: normalised pixels (b, h, w, 3) -> (b, grid, grid, d)."""
         raise UserError(f"{type(self).__name__} has no patch features; give it `grid` and `patch_features`.")
 
     @property
@@ -133,29 +99,9 @@ class ImageTower(Tower):
         """Description of the maps of `attention_maps`; "" if the tower has none."""
         return ""
 
-    def attention_maps(self, params: Params, image: Array, dtype: DTypeLike) -> tuple[Array, Array]:
-        """Return attention over patches: of the last layer, and through all layers.
-
-        Args:
-          params: parameters of the tower.
-          image: normalised pixels (b, h, w, 3).
-          dtype: computation dtype.
-
-        Returns:
-          Twice fp32 (b, rows, columns); each map sums to 1.
-
-        Raises:
-          UserError: the tower has no such maps.
-        """
-        raise UserError(f"{type(self).__name__} has no attention maps; give it `attention` and `attention_maps`.")
-
-    def describe(self) -> str:
-        """Describe the tower in one phrase."""
-        return f"{super().describe()}, {self.image_size} px"
-
-    def facts(self) -> dict[str, str]:
-        """{column: value} of the tower's row in a model card."""
-        return super().facts() | {"input": f"{self.image_size} px"}
+    def attention_maps(self, params: Params, image: Array, dtype: DTypeLike) -> Array:
+        """Return the last attention over patches, fp32 (b, rows, columns) that sum to 1, if `attention` is not ""."""
+        raise NotImplementedError
 
 
 class TextTower(Tower):
@@ -170,10 +116,7 @@ class TextTower(Tower):
     def module(self, vocab: int, eot_id: int, dtype: DTypeLike) -> nn.Module:
         """Make a module of int32 tokens (b, n), and `sample_noise`, to features (b, width).
 
-        Args:
-          vocab: number of tokens of the tokenizer.
-          eot_id: its end-of-text token, which ends each text.
-          dtype: computation dtype.
+        The tokenizer has `vocab` tokens, and `eot_id` ends each text.
         """
 
     @property
@@ -184,11 +127,3 @@ class TextTower(Tower):
     def cut_flops(self, tokens: int) -> float | None:
         """FLOPs of the forward pass of a text cut to `tokens`, if `cuttable`; None as in `flops`."""
         return None
-
-    def describe(self) -> str:
-        """Describe the tower in one phrase."""
-        return f"{super().describe()}, {self.context_length} tokens"
-
-    def facts(self) -> dict[str, str]:
-        """{column: value} of the tower's row in a model card."""
-        return super().facts() | {"input": f"{self.context_length} tokens"}

@@ -13,11 +13,11 @@ from jax.typing import DTypeLike
 
 from xclip_jax.core.errors import UserError
 from xclip_jax.core.fields import above, at_least, choice, key
-from xclip_jax.kernels import attention as attention_kernel
+from xclip_jax.models.kernels import attention as attention_kernel
 from xclip_jax.models.layers import ACTIVATIONS, Attention, LayerNorm, Mlp, named, token_at
 from xclip_jax.models.tower import Params, TextTower, Tower
 from xclip_jax.parallel import compiler
-from xclip_jax.parallel.sharding import constrain, note, platform, shards_of
+from xclip_jax.parallel.sharding import constrain, platform, shards_of
 
 Array = jax.Array
 TEXT_POOLS = ("eot", "last")
@@ -45,9 +45,7 @@ class TransformerConfig(Tower):
     act: str = key("gelu", "activation of the MLP", choice(ACTIVATIONS))
     eps: float = key(1e-5, "added to the variance in LayerNorm", above(0))
     scan: bool = key(True, "one compiled block for all of them, with stacked parameters")
-    remat: str = key(
-        "none", "what the backward pass recomputes instead of keeping it in memory", choice(REMAT_POLICIES)
-    )
+    remat: str = key("none", "what the backward pass recomputes and does not keep in memory", choice(REMAT_POLICIES))
 
     def conflicts(self) -> Iterator[str]:
         """Yield values that contradict each other."""
@@ -62,11 +60,10 @@ class TransformerConfig(Tower):
         return int(self.mlp_ratio * self.width)
 
     def fuses(self, tokens: int, dtype: DTypeLike) -> bool:
-        """Whether `kernels.attention` computes attention over `tokens` tokens."""
+        """Whether `models.kernels.attention` computes attention over `tokens` tokens."""
+        parts = shards_of("heads")
         on_chip = platform() == "tpu" and jnp.dtype(dtype) == jnp.bfloat16
-        return on_chip and attention_kernel.fits(
-            tokens, self.heads // shards_of("heads"), self.width // shards_of("heads")
-        )
+        return on_chip and attention_kernel.fits(tokens, self.heads // parts, self.width // parts)
 
     def block_flops(self, tokens: float, *, one: bool = False) -> float:
         """FLOPs of a sequence in all blocks: four projections, two products of attention, and the MLP.
@@ -103,11 +100,6 @@ class TransformerConfig(Tower):
             blocks = stack_blocks(blocks, depth) if self.scan else unstack_blocks(blocks, depth)
         return {**params, "transformer": blocks}, []
 
-    def facts(self) -> dict[str, str]:
-        """{column: value} of the tower's row in a model card."""
-        sizes = {"width": str(self.width), "depth": str(self.depth), "heads": str(self.heads)}
-        return sizes | {"activation": self.act, "LayerNorm eps": f"{self.eps:g}"} | super().facts()
-
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)). Returns a pair, as `nn.scan` asks. (b, n, d) -> (b, n, d).
@@ -140,10 +132,9 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """The blocks of `config`. (b, n, d) -> (b, n, d).
 
-    `config.scan` stacks the blocks' parameters and compiles one block (on a CPU it costs about 25 %); `config.remat`
-    is what the backward pass recomputes. The two are independent. On TPUs all blocks are compiled, since a loop would
-    copy activations into stacks and out of them, which takes a quarter of a step. With `at` (b,) only
-    the tokens at these positions are read, and the last of unrolled blocks computes no other: (b, 1, d).
+    `config.scan` stacks the blocks' parameters and compiles one block, which costs about 25 % on a CPU. On TPUs all
+    blocks are compiled, since a loop would copy activations into stacks and out of them, a quarter of a step. With `at`
+    (b,) only these tokens are read, and the last of unrolled blocks computes no other: (b, 1, d).
 
     With `noise` (b, depth, 2), uniform, blocks are left out of a training pass (stochastic depth, arXiv 1603.09382):
     each branch of a sample with a probability that rises from 0 in the first block to `drop_path` in the last; the
@@ -171,7 +162,6 @@ class Transformer(nn.Module):
             x = jnp.pad(x, ((0, 0), (0, -tokens % attention_kernel.SUBLANES), (0, 0)))
         args = (self.config, self.causal, self.dtype)
         if scan and platform() == "tpu":
-            note("blocks", "unrolled")
             return self._unrolled(x, keep, fused_tokens)[:, :tokens]
         if scan:
             stacked = nn.scan(
@@ -239,11 +229,9 @@ class TextTowerConfig(TransformerConfig, TextTower):
     pool: str = key("eot", "first end-of-text token, or the last token, padding included", choice(TEXT_POOLS))
 
     def module(self, vocab: int, eot_id: int, dtype: DTypeLike) -> nn.Module:
-        """Make the `TextTransformer`."""
         return TextTransformer(self, vocab, eot_id, dtype)
 
     def flops(self, train: bool) -> float:
-        """FLOPs of the blocks on a whole context."""
         return self.block_flops(self.context_length, one=True)
 
     @property
@@ -252,7 +240,6 @@ class TextTowerConfig(TransformerConfig, TextTower):
         return self.causal and self.pool == "eot"
 
     def cut_flops(self, tokens: int) -> float:
-        """FLOPs of the blocks on `tokens` tokens."""
         return self.block_flops(tokens, one=True)
 
     def convert(self, params: Params) -> tuple[Params, list[str]]:
@@ -298,9 +285,8 @@ def stretch_positions(table: np.ndarray, length: int) -> np.ndarray:
 class TextTransformer(nn.Module):
     """int32 tokens (b, n) -> h_txt (b, d), the final state at the first `eot_id` of each row.
 
-    CLIP's attention is causal, so padding after the end-of-text token cannot reach the feature. OpenAI's first release
-    took the argmax of the ids as the end, which is right only for its own vocabulary. SigLIP's attention is not causal
-    and its feature is the state of the last token: texts are padded to one length, and padding is a part of them.
+    CLIP's attention is causal, so padding after the end-of-text token cannot reach the feature. SigLIP's is not, and
+    its feature is the state of the last token: texts are padded to one length, and padding is a part of them.
     """
 
     config: TextTowerConfig

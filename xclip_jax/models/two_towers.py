@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, overload
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -13,7 +13,7 @@ from xclip_jax.core.errors import UserError, check_choice
 from xclip_jax.core.fields import Check, above, at_least, choice, key, read_plugin
 from xclip_jax.models.heads import ClusterHeadConfig, Head, Heads, Scalar
 from xclip_jax.models.layers import named
-from xclip_jax.models.tower import ImageTower, TextTower, Tower
+from xclip_jax.models.tower import ImageTower, TextTower
 from xclip_jax.models.transformer import TextTowerConfig
 from xclip_jax.models.vit import ImageTowerConfig
 from xclip_jax.parallel.sharding import constrain
@@ -21,9 +21,6 @@ from xclip_jax.parallel.sharding import constrain
 Array = jax.Array
 Variables = Mapping[str, Any]  # arrays by collection ("params", "batch_stats"), as `TwoTowers.apply` takes them
 
-# Built-in types of towers, by their "type" in `model.plugins`.
-IMAGE_TOWERS: dict[str, type[ImageTower]] = {"vit": ImageTowerConfig}
-TEXT_TOWERS: dict[str, type[TextTower]] = {"transformer": TextTowerConfig}
 TOWERS = ("img", "txt")
 
 # Sizes of open_clip's models of the same name: (width, depth, heads) of both towers, and the embedding. "Ti" is for the
@@ -72,41 +69,26 @@ class ModelConfig:
         Check("groups 'img' and 'txt'", lambda plugins: set(plugins) <= set(TOWERS)),
     )
 
-    @overload
-    def tower(self, name: Literal["img"]) -> ImageTower: ...
-
-    @overload
-    def tower(self, name: Literal["txt"]) -> TextTower: ...
-
-    @overload
-    def tower(self, name: str) -> Tower: ...
-
-    def tower(self, name: str) -> Tower:
-        """Return the options of the tower "img" or "txt".
-
-        Raises:
-          UserError: a wrong type or option of a plug-in.
-        """
+    def tower(self, name: str) -> Any:
+        """Return the options of the tower "img" or "txt"; `UserError` for a wrong type or option of a plug-in."""
         if name not in self.plugins:
             return self.img if name == "img" else self.txt
         path, values = f"model.plugins.{name}", self.plugins[name]
         if name == "img":
-            return read_plugin(values, path, IMAGE_TOWERS, ImageTower, "image tower")
-        return read_plugin(values, path, TEXT_TOWERS, TextTower, "text tower")
+            return read_plugin(values, path, {"vit": ImageTowerConfig}, ImageTower, "image tower")
+        return read_plugin(values, path, {"transformer": TextTowerConfig}, TextTower, "text tower")
 
     def conflicts(self) -> Iterator[str]:
         """Yield faults of plug-ins, and sizes that contradict each other."""
-        wrong = set()
         for name in self.plugins:
             try:
                 self.tower(name)
             except UserError as error:
-                wrong.add(name)
                 text = str(error).rstrip(".")
                 yield text.removeprefix("model.") if text.startswith("model.") else f"plugins.{name}: {text}"
-        if "img" not in wrong and not self.project_img and self.embed != (width := self.tower("img").width):
-            group = "plugins.img" if "img" in self.plugins else "img"
-            yield f"embed {self.embed} must be {group}.width {width} where project_img is false"
+                return
+        if not self.project_img and self.embed != (width := self.tower("img").width):
+            yield f"embed {self.embed} must be the image tower's width {width} where project_img is false"
 
     @property
     def widths(self) -> dict[str, int]:
@@ -115,24 +97,15 @@ class ModelConfig:
 
 
 class TwoTowers(nn.Module):
-    """Image and text towers with their heads, or one of the towers.
-
-    Attributes:
-      img, txt: the towers.
-      vocab: tokens of the tokenizer.
-      eot_id: its end-of-text token.
-      heads: {name: `Head` or `Scalar`}; a head's parameters have its name. The objective chooses them.
-      towers: names of the towers that the model has.
-      dtype: computation dtype of the towers; parameters, norms, softmax and logits stay fp32.
-    """
+    """Image and text towers with their heads, which the objective chooses, or one of the towers."""
 
     img: ImageTower
     txt: TextTower
-    vocab: int
-    eot_id: int
+    vocab: int  # tokens of the tokenizer
+    eot_id: int  # its end-of-text token
     heads: Heads = dataclasses.field(default_factory=dict)
-    towers: tuple[str, ...] = TOWERS
-    dtype: DTypeLike = jnp.float32
+    towers: tuple[str, ...] = TOWERS  # towers that the model has
+    dtype: DTypeLike = jnp.float32  # parameters, norms, softmax and logits stay fp32
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -160,13 +133,11 @@ class TwoTowers(nn.Module):
     def project(
         self, h_img: Array | None, h_txt: Array | None, *, train: bool = False, logits: bool = True
     ) -> dict[str, Any]:
-        """Apply the heads to features of one or both modalities, for losses and evaluators.
+        """Apply the heads to features of one or both modalities, for losses and evaluators; all outputs are fp32.
 
-        Returns:
-          {key: output} of each scalar, and of each head whose features are given: from contrastive heads z_img, z_txt
-          (b, e), L2-normalised, `scale` and `bias`; from cluster heads s_img, s_txt (b, k), or their `FactoredLogits`
-          if `logits` is false; from a classifier logits (b, classes). All fp32. With `train` BatchNorm uses the batch's
-          statistics and updates the running ones (collection "batch_stats", to be made mutable).
+        Contrastive heads give z_img, z_txt (b, e), L2-normalised, `scale` and `bias`; cluster heads s_img, s_txt
+        (b, k), or their `FactoredLogits` if `logits` is false; a classifier logits (b, classes). With `train` BatchNorm
+        uses the batch's statistics and updates the running ones (collection "batch_stats", to be made mutable).
         """
         features, options = {"img": h_img, "txt": h_txt}, {"train": train, "logits": logits}
         out = {}

@@ -21,10 +21,8 @@ Array = jax.Array
 POOLS = ("cls", "mean", "map")
 STEMS = ("linear", "hmlp")
 _ATTENTION_MEANINGS = {
-    "cls": "how much the class token, from which the image's features are read, attends to each patch in the last "
-    "block, mean over heads",
-    "mean": "how much all patches, whose mean is the image's features, attend to each patch in the last block, mean "
-    "over heads",
+    "cls": "how much the class token attends to each patch in the last block, mean over heads",
+    "mean": "how much all patches attend to each patch in the last block, mean over heads",
     "map": "how much the query of the pooling head attends to each patch, mean over heads",
 }
 
@@ -118,17 +116,9 @@ class ImageTowerConfig(TransformerConfig, ImageTower):
         if self.image_size % self.patch and (self.pool != "map" or not self.grid):
             yield f"image_size {self.image_size} must be a multiple of patch {self.patch}"
         if self.stem == "hmlp" and (self.patch % 4 or self.width % 4):
-            yield (
-                f"stem 'hmlp' needs multiples of 4, and patch is {self.patch}, width {self.width}; change them, or set "
-                "stem to 'linear'"
-            )
+            yield f"stem 'hmlp' needs multiples of 4, and patch is {self.patch}, width {self.width}"
         if self.stem == "hmlp" and self.patch_bias:
             yield "patch_bias is an option of stem 'linear'; stem 'hmlp' has none"
-        if self.drop_path and self.depth == 1:
-            yield (
-                f"drop_path {self.drop_path} leaves nothing out at depth 1, as it rises from 0 in the first block; set "
-                "drop_path to 0, or depth to 2 or more"
-            )
         yield from super().conflicts()
 
     @property
@@ -137,7 +127,6 @@ class ImageTowerConfig(TransformerConfig, ImageTower):
         return self.image_size // self.patch
 
     def module(self, dtype: DTypeLike) -> nn.Module:
-        """Make the `VisionTransformer`."""
         return VisionTransformer(self, dtype)
 
     def kept(self, patches: int) -> int:
@@ -184,34 +173,28 @@ class ImageTowerConfig(TransformerConfig, ImageTower):
         return {**params, "positions": table}, [*notes, note]
 
     def patch_features(self, params: Params, image: Array, dtype: DTypeLike) -> Array:
-        """Return features of patches before pooling, see `VisionTransformer.pooled`."""
-        features: Any = VisionTransformer(self, dtype, pooled=False).apply({"params": params}, image)
-        return features
+        tower: Any = VisionTransformer(self, dtype, pooled=False)
+        return tower.apply({"params": params}, image)
 
     @property
     def attention(self) -> str:
-        """Description of the maps of `attention_maps`."""
         return _ATTENTION_MEANINGS[self.pool]
 
-    def attention_maps(self, params: Params, image: Array, dtype: DTypeLike) -> tuple[Array, Array]:
-        """Attention of the last block, and rollout through all blocks, see `_attention_maps`."""
+    def attention_maps(self, params: Params, image: Array, dtype: DTypeLike) -> Array:
+        """Return the last attention before the features, see `_ATTENTION_MEANINGS`."""
         tower = self.unrolled()
         _, captured = tower.module(dtype).apply(
             {"params": tower.convert(params)[0]},
             image,
-            capture_intermediates=_is_captured,
+            capture_intermediates=lambda module, _: module.name in ("qkv", "query", "kv"),
             mutable=["intermediates"],
         )
-        last, rollout = _attention_maps(captured["intermediates"], self.depth, self.pool)
-        return last.reshape(-1, self.grid, self.grid), rollout.reshape(-1, self.grid, self.grid)
+        weights = _attention_map(captured["intermediates"], self.depth - 1, self.pool)
+        return weights.reshape(-1, self.grid, self.grid)
 
     def describe(self) -> str:
         """Return the sizes of the tower in one phrase."""
         return f"ViT of width {self.width}, depth {self.depth}, patch {self.patch}, {self.image_size} px"
-
-    def facts(self) -> dict[str, str]:
-        """{column: value} of the tower's row in a model card."""
-        return super().facts() | {"input": f"{self.image_size} px, pool {self.pool}"}
 
 
 class VisionTransformer(nn.Module):
@@ -222,12 +205,8 @@ class VisionTransformer(nn.Module):
     patches in any part of the batch; without it all patches are kept. `paths` (b, depth, 2) is the noise of
     `drop_path`, see `Transformer`.
 
-    Attributes:
-      config: stem "linear" is CLIP's one map of a patch's pixels, "hmlp" a `HierarchicalStem`; only pool "cls" adds a
-        token; CLIP has `pre_norm`.
-      dtype: computation dtype.
-      pooled: if False, return the features of all patches (b, grid, grid, d), after the last block and `norm_post`, as
-        timm's `forward_features` does. CLIP trains `norm_post` on the class token.
+    If not `pooled`, the result is the features of all patches (b, grid, grid, d), after the last block and `norm_post`,
+    as timm's `forward_features`. CLIP trains `norm_post` on the class token.
     """
 
     config: ImageTowerConfig
@@ -236,7 +215,9 @@ class VisionTransformer(nn.Module):
 
     @nn.compact
     def __call__(self, image: Array, patches: Array | None = None, paths: Array | None = None) -> Array:
-        self._check(image)
+        size = self.config.image_size
+        if image.shape[1:] != (size, size, 3):
+            raise ValueError(f"expected images of {size} x {size} pixels, got shape {image.shape}")
         config, side = self.config, self.config.grid * self.config.patch
         x = image[:, :side, :side].astype(self.dtype)  # a remainder at the right and at the bottom is in no patch
         std = config.width**-0.5
@@ -245,22 +226,17 @@ class VisionTransformer(nn.Module):
         else:
             # A strided convolution is the same map; reshape and matmul is faster on CPUs and no slower on TPUs.
             x = _join(x, config.patch)
-            std_in = x.shape[-1] ** -0.5
-            x = dense(
-                config.width,
-                ("patch", "embed"),
-                std=std_in,
-                dtype=self.dtype,
-                use_bias=config.patch_bias,
-                name="patches",
-            )(x)
+            options: dict[str, Any] = {"std": x.shape[-1] ** -0.5, "dtype": self.dtype, "use_bias": config.patch_bias}
+            x = dense(config.width, ("patch", "embed"), **options, name="patches")(x)
         x = einops.rearrange(x, "b h w d -> b (h w) d")
         first = config.pool == "cls"
         tokens = x.shape[1] + first
         positions = self.param("positions", named(nn.initializers.normal(std), None, "table"), (tokens, config.width))
         positions = positions.astype(self.dtype)
         x = x + positions[tokens - x.shape[1] :]
-        x = self._drop_patches(x, patches)
+        if patches is not None and config.patch_dropout:
+            order = jnp.argsort(patches, axis=1)[:, : config.kept(x.shape[1])]
+            x = jnp.take_along_axis(x, order[..., None], axis=1)
         if first:
             cls = self.param("cls", named(nn.initializers.normal(std), "table"), (config.width,)).astype(self.dtype)
             x = jnp.concatenate([jnp.broadcast_to(cls + positions[0], (x.shape[0], 1, config.width)), x], axis=1)
@@ -278,22 +254,6 @@ class VisionTransformer(nn.Module):
             return AttentionPool(config, self.dtype, name="pool_map")(x)
         return x.mean(axis=1, dtype=jnp.float32).astype(self.dtype)  # one token for "cls"
 
-    def _check(self, image: Array) -> None:
-        size = self.config.image_size
-        if image.shape[1:] != (size, size, 3):
-            raise ValueError(f"expected images of {size} x {size} pixels, got shape {image.shape}")
-
-    def _drop_patches(self, x: Array, noise: Array | None) -> Array:
-        if noise is None or self.config.patch_dropout == 0:
-            return x
-        order = jnp.argsort(noise, axis=1)[:, : self.config.kept(x.shape[1])]
-        return jnp.take_along_axis(x, order[..., None], axis=1)
-
-
-def _is_captured(module: nn.Module, _: str) -> bool:
-    """Whether `_attention_maps` needs the output of a module: a filter for flax's `capture_intermediates`."""
-    return module.name in ("qkv", "query", "kv")
-
 
 def _attention_weights(query: Array, key: Array) -> Array:
     """Softmax of scaled products, mean over heads: (b, heads, n, kv), (b, heads, m, kv) -> fp32 (b, n, m)."""
@@ -301,34 +261,19 @@ def _attention_weights(query: Array, key: Array) -> Array:
     return jax.nn.softmax(jnp.einsum("bhnd,bhmd->bhnm", query, key)).mean(axis=1)
 
 
-def _attention_maps(captured: Mapping[str, Any], depth: int, pool: str) -> tuple[Array, Array]:
-    """Return attention of the last block, and rollout through all blocks (arXiv 2005.00928).
+def _attention_map(captured: Mapping[str, Any], last: int, pool: str) -> Array:
+    """Return the last attention before the features, fp32 (b, patches) with rows that sum to 1.
 
-    Rollout multiplies the blocks' maps, with half of the weight on the residual path.
-
-    Args:
-      captured: intermediates of a tower with unrolled blocks.
-      depth: number of blocks.
-      pool: how features are pooled, "cls", "mean" or "map".
-
-    Returns:
-      Twice fp32 (b, patches) with rows that sum to 1.
+    `captured` are intermediates of a tower with unrolled blocks up to number `last`.
     """
-    blocks = []
-    for i in range(depth):
-        query, key, _ = captured["transformer"][f"block_{i}"]["attention"]["qkv"]["__call__"][0]
-        blocks.append(_attention_weights(query, key))
-    through = jnp.eye(blocks[0].shape[2])[None]
-    for block in blocks:  # the last may only have the class token's row
-        through = (block + jnp.eye(block.shape[1], block.shape[2])) / 2 @ through
     if pool == "map":
         head = captured["pool_map"]
         key, _ = head["kv"]["__call__"][0]
         query = einops.rearrange(head["query"]["__call__"][0], "b n heads kv -> b heads n kv")
-        last = _attention_weights(query, key)[:, 0]
-        return last, jnp.einsum("bn,bnm->bm", last, through)
+        return _attention_weights(query, key)[:, 0]
+    query, key, _ = captured["transformer"][f"block_{last}"]["attention"]["qkv"]["__call__"][0]
+    weights = _attention_weights(query, key)
     if pool == "mean":
-        return blocks[-1].mean(axis=1), through.mean(axis=1)
-    # Without the attention of the class token to itself.
-    last, rollout = (x[:, 0, 1:] for x in (blocks[-1], through))
-    return last / last.sum(axis=1, keepdims=True), rollout / rollout.sum(axis=1, keepdims=True)
+        return weights.mean(axis=1)
+    weights = weights[:, 0, 1:]  # without the attention of the class token to itself
+    return weights / weights.sum(axis=1, keepdims=True)

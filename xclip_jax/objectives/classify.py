@@ -6,14 +6,13 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from xclip_jax.core.fields import at_least, choice, fraction_below_one, key
 from xclip_jax.data import transforms
-from xclip_jax.losses import classification
 from xclip_jax.models.heads import Classifier, Head, Heads
 from xclip_jax.models.two_towers import ModelConfig
-from xclip_jax.objectives.checks import Curve
-from xclip_jax.objectives.term import LossConfig, Report, Result, Term
+from xclip_jax.objectives.term import Arrays, Curve, LossConfig, Report, Result, Term
 
 Array = jax.Array
 
@@ -24,11 +23,6 @@ class Classify(Term):
 
     title: ClassVar[str] = "fine-tuning"
     labelled: ClassVar[bool] = True
-    source_remedies: ClassVar[Mapping[str, str]] = {
-        "classes": "make objective.classify.classes equal to it (1 for labels that are numbers)",
-        "image": "set objective.classify.tower to 'img', or use another source",
-        "text": "set objective.classify.tower to 'txt', or use another source",
-    }
 
     tower: str = key("img", "the tower that is trained; the model has no other", choice(("img", "txt")))
     classes: int = key(0, "number of classes; 1 fits the label itself, a number, by squared error", at_least(0))
@@ -39,7 +33,6 @@ class Classify(Term):
 
     @property
     def towers(self) -> tuple[str, ...]:
-        """The tower that is trained."""
         return (self.tower,)
 
     def heads(self, model: ModelConfig, vocab: int) -> Heads:
@@ -55,26 +48,23 @@ class Classify(Term):
         mixed = inputs | {"other": jax.tree.map(lambda x: x[::-1], inputs)}
         return mixed | transforms.sample_mix(jax.random.fold_in(random_key, 1), b, size, self.mixup, self.cutmix)
 
-    def __call__(
-        self,
-        out: Mapping[str, Array],
-        teacher: Mapping[str, Array] | None,
-        state: Mapping[str, Array],
-        batch: Mapping[str, Any],
-    ) -> Result:
+    def __call__(self, out: Arrays, teacher: Arrays | None, state: Arrays, batch: Mapping[str, Any]) -> Result:
         """Compute the loss, see `Term.__call__`; `batch` has "label" (b,); mixed images add "share" and "other"."""
-        logits, labels = out["logits"], batch["label"]
+        logits, labels = out["logits"].astype(jnp.float32), batch["label"]
         if self.classes == 1:
-            loss = classification.squared_error(logits[:, 0], labels)
+            loss = optax.squared_error(logits[:, 0], labels).mean()
             return loss, {"loss": loss}, {}
         labels = labels.astype(jnp.int32)
-        target = classification.targets(labels, self.classes, self.smoothing)
+        target = self._target(labels)
         if "other" in batch:
-            other = classification.targets(batch["other"]["label"].astype(jnp.int32), self.classes, self.smoothing)
             share = batch["share"][:, None]
-            target = share * target + (1 - share) * other
-        loss = classification.cross_entropy(logits, target)
+            target = share * target + (1 - share) * self._target(batch["other"]["label"].astype(jnp.int32))
+        loss = optax.softmax_cross_entropy(logits, target).mean()
         return loss, {"loss": loss, "top1": (logits.argmax(axis=-1) == labels).mean()}, {}
+
+    def _target(self, labels: Array) -> Array:
+        """Class ids (b,) -> smoothed distributions (b, classes)."""
+        return optax.smooth_labels(jax.nn.one_hot(labels, self.classes), self.smoothing)
 
     def problems(self, model: ModelConfig, loss: LossConfig) -> Iterator[str]:
         """Yield a missing number of classes, mixing of texts or numbers, and smoothing of numbers."""
@@ -87,7 +77,6 @@ class Classify(Term):
 
     @property
     def report(self) -> Report:
-        """Loss and accuracy on the batches."""
         return ClassifyReport(self)
 
 
@@ -103,8 +92,3 @@ class ClassifyReport(Report[Classify]):
         """Loss and accuracy on the batches."""
         unit = "squared error" if self.term.classes == 1 else "nats"
         return (Curve("Loss", (("loss", "training"),), unit), Curve("Accuracy", (("top1", "training"),), "%"))
-
-    def describe(self, model: ModelConfig) -> str:
-        """Describe the classifier."""
-        items, classes = {"img": "images", "txt": "texts"}[self.term.tower], self.term.classes
-        return f"a number for {items}" if classes == 1 else f"{items} in {classes:,} classes"

@@ -11,15 +11,15 @@ from jax.sharding import Mesh
 
 from xclip_jax.core.fields import fraction_below_one, key
 from xclip_jax.losses import contrastive, ring
-from xclip_jax.models.heads import Head, Heads, Normalization, Projection, Scalar
+from xclip_jax.models.heads import Head, Heads, Projection, Scalar
 from xclip_jax.models.two_towers import ModelConfig
-from xclip_jax.objectives.checks import Check, Curve, Health, Level
 from xclip_jax.objectives.similarity import CosineSimilarity
-from xclip_jax.objectives.term import LossConfig, Report, Result, Term
+from xclip_jax.objectives.term import Arrays, Check, Curve, Health, Level, LossConfig, Report, Result, Term
 
 Array = jax.Array
 
-# [ours] At the end of the warm-up, runs that learn are a tenth below the loss of a blind guess, and others at it.
+# [ours] On the plateau the loss is less than this share below the loss of a blind guess; runs that learn are a tenth
+# below it at the end of the warm-up.
 PLATEAU_SHARE = 0.01
 
 
@@ -33,7 +33,6 @@ class Contrastive(Term):
 
     @property
     def similarity(self) -> CosineSimilarity:
-        """The cosine of the embeddings."""
         return CosineSimilarity()
 
     def heads(self, model: ModelConfig, vocab: int) -> Heads:
@@ -44,7 +43,7 @@ class Contrastive(Term):
             for tower, width in model.widths.items()
         }
         if not model.project_img:  # the features themselves are the embeddings
-            heads["proj_img"] = Head(Normalization(), "img", "z_img")
+            heads["proj_img"] = Head(Projection(0, dtype), "img", "z_img")
         heads["log_scale"] = Scalar("scale", math.log(model.scale_init), jax.numpy.exp)
         if "bias" in self.outputs:
             heads["bias"] = Scalar("bias", model.bias_init)
@@ -55,20 +54,12 @@ class Contrastive(Term):
         return functools.partial(self.__call__, mesh=mesh) if loss.impl == "ring" else self
 
     def __call__(
-        self,
-        out: Mapping[str, Array],
-        teacher: Mapping[str, Array] | None,
-        state: Mapping[str, Array],
-        batch: Mapping[str, Any],
-        *,
-        mesh: Mesh | None = None,
+        self, out: Arrays, teacher: Arrays | None, state: Arrays, batch: Mapping[str, Any], *, mesh: Mesh | None = None
     ) -> Result:
         """Compute the loss, see `Term.__call__`. With a `mesh` the pairs are compared on a ring of its devices."""
         arguments, options = [out[name] for name in self.outputs], dataclasses.asdict(self)
-        if mesh is None:
-            loss, metrics = getattr(contrastive, self.form)(*arguments, **options)
-        else:
-            loss, metrics = getattr(ring, self.form)(*arguments, mesh=mesh, **options)
+        module, where = (contrastive, {}) if mesh is None else (ring, {"mesh": mesh})
+        loss, metrics = getattr(module, self.form)(*arguments, **where, **options)
         return loss, metrics | {"scale": out["scale"]}, {}
 
     def constrain(self, params: Any) -> Any:
@@ -95,54 +86,45 @@ class Contrastive(Term):
         return metrics["ln_b"]
 
     @property
-    def plateau_share(self) -> float:
-        """On the plateau the loss is less than this share below the loss of a blind guess."""
-        return PLATEAU_SHARE
-
-    @property
     def report(self) -> Report:
-        """The loss compared with a blind guess, accuracy, and logit scale."""
         return ContrastiveReport(self)
 
 
 @dataclasses.dataclass(frozen=True)
 class ContrastiveReport(Report[Contrastive]):
-    """Report of a contrastive term."""
+    """Report of a contrastive term: the loss compared with a blind guess, accuracy, and logit scale."""
+
+    def progress(self, metrics: Mapping[str, float]) -> str:
+        """Return the loss, and CLIP's loss of a blind guess."""
+        blind = f" (ln b {metrics['ln_b']:.2f})" if self.term.form == "softmax" and "ln_b" in metrics else ""
+        return super().progress(metrics) + blind
 
     def curves(self) -> tuple[Curve, ...]:
         """Loss, accuracy within the batch, logit scale."""
         accuracy = (("acc_img", "image to text"), ("acc_txt", "text to image"))
+        note = "ln b, with b the batch size, is the loss of CLIP for a guess that does not depend on the inputs."
         return (
-            Curve(f"{self.term.title} loss", (("loss", "contrastive"),), "nats"),
+            Curve(f"{self.term.title} loss", (("loss", "contrastive"),), "nats", (Level("ln b", "ln_b"),), note),
             Curve("Accuracy within the batch", accuracy, "%", note="Share whose best match is their own partner."),
             Curve("Logit scale", (("scale", "scale"),)),
         )
 
     def health(self, metrics: Mapping[str, float]) -> Health:
         """Whether the loss has left the plateau on which all inputs have one embedding."""
-        if not metrics.keys() >= {"loss", "ln_b"}:
+        blind = self.term.blind_loss(metrics) if metrics.keys() >= {"loss", "ln_b"} else 0.0
+        if not blind:  # a batch of one pair leaves nothing to guess
             return Health()
-        loss, blind, share = metrics["loss"], self.term.blind_loss(metrics), self.term.plateau_share
-        below = 1 - loss / blind if blind else 0.0
-        side = "below" if below >= 0 else "above"
+        loss, share = metrics["loss"], PLATEAU_SHARE * (1 - getattr(self.term, "label_smoothing", 0.0))
         check = Check(
             "plateau",
-            max(0.0, below),  # 0 for a NaN loss, which fails
+            max(0.0, 1 - loss / blind),  # 0 for a NaN loss, which fails
             share,
-            "Fails when all inputs have much the same embedding, where the gradient vanishes: the loss stays at that "
-            "of a blind guess.",
+            "Share by which the loss is below a blind guess; fails when all inputs have much the same embedding, where "
+            "the gradient vanishes.",
             f"the loss is {loss:.3f}, no better than {blind:.3f} of a guess that does not depend on the inputs. "
             "Lengthen optim.warmup or lower optim.lr.",
-            f"The loss is {loss:.3f} nats, {abs(100 * below):.1f} % {side} the {blind:.3f} of a blind guess; a model "
-            f"that learns is more than {100 * share:g} % below.",
-            maximum=1.0,
-            impossible="" if blind else "A batch of one pair leaves nothing to guess.",
         )
         return Health("A contrastive loss can rest at that of a blind guess before it learns, or for ever.", (check,))
-
-    def describe(self, model: ModelConfig) -> str:
-        """Describe the shared embedding space."""
-        return f"embeddings of images and texts in one space of {model.embed} dimensions"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,31 +135,6 @@ class Clip(Contrastive):
     max_scale: ClassVar[float] = 100.0  # arXiv 2103.00020, section 2.5
 
     label_smoothing: float = key(0.0, "share of the target that is spread over the batch", fraction_below_one())
-
-    @property
-    def plateau_share(self) -> float:
-        """The share, smaller for smoothed targets, which leave less to learn."""
-        return PLATEAU_SHARE * (1 - self.label_smoothing)
-
-    @property
-    def report(self) -> Report:
-        """The report of a contrastive loss, with the loss ln b of a uniform guess."""
-        return ClipReport(self)
-
-
-@dataclasses.dataclass(frozen=True)
-class ClipReport(ContrastiveReport):
-    """Report of CLIP: ln b is the loss of a guess that does not depend on the inputs."""
-
-    def progress(self, metrics: Mapping[str, float]) -> str:
-        """Return the loss and ln b."""
-        return f"{metrics['loss']:.3f} (ln b {metrics['ln_b']:.2f})" if "loss" in metrics else ""
-
-    def curves(self) -> tuple[Curve, ...]:
-        """The curves of a contrastive loss, with ln b as a level of the loss."""
-        loss, *others = super().curves()
-        note = "ln b, with b the batch size, is the loss of a guess that does not depend on the inputs."
-        return (dataclasses.replace(loss, levels=(Level("ln b", "ln_b"),), note=note), *others)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """An objective: a weighted sum of terms, and the config group that names them."""
 
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -12,12 +12,11 @@ from xclip_jax.core.errors import UserError
 from xclip_jax.core.fields import Check, find_class, key, not_empty, read_plugin
 from xclip_jax.models.heads import Head, Heads, Scalar
 from xclip_jax.models.two_towers import ModelConfig
-from xclip_jax.objectives.checks import Curve
 from xclip_jax.objectives.classify import Classify
 from xclip_jax.objectives.clip import Clip, Siglip
 from xclip_jax.objectives.nclip import Nclip
 from xclip_jax.objectives.similarity import Similarity
-from xclip_jax.objectives.term import LossConfig, Result, Term
+from xclip_jax.objectives.term import Arrays, Curve, LossConfig, Result, Term
 
 Array = jax.Array
 TERMS: dict[str, type[Term]] = {"clip": Clip, "siglip": Siglip, "nclip": Nclip, "classify": Classify}
@@ -40,15 +39,8 @@ _WEIGHTS = Check("weights of at least 0", lambda weights: all(weight >= 0 for we
 class Objective:
     """A weighted sum of terms: maps outputs of `TwoTowers.project` to a scalar loss and metrics; pure.
 
-    Attributes:
-      name: config key `objective.name`.
-      terms: {name: term}; a term's name is the prefix of its metrics.
-      weights: {name: weight} with the same names. A weight of 0 keeps the term's heads and does not train them, as a
-        control with equal parameter count.
-      loss: how to compute the losses.
-      mesh: devices that compute them.
-      title: name in sentences, tables and charts.
-      plugins: names of the terms whose options are in config group `objective.plugins`.
+    A term's name is the prefix of its metrics. A weight of 0 keeps the term's heads and does not train them, as a
+    control with equal parameter count.
     """
 
     name: str
@@ -57,7 +49,6 @@ class Objective:
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     mesh: Mesh | None = None
     title: str = ""
-    plugins: Collection[str] = ()
 
     @property
     def formula(self) -> str:
@@ -79,52 +70,37 @@ class Objective:
 
     @property
     def teacher(self) -> bool:
-        """Whether a term needs an exponential moving average of the parameters."""
         return any(term.teacher for term in self.terms.values())
 
     @property
     def labelled(self) -> bool:
-        """Whether a batch has labelled items instead of image-text pairs."""
         return any(term.labelled for term in self.terms.values())
 
     @property
-    def source_remedies(self) -> dict[str, str]:
-        """See `Term.source_remedies`."""
-        return {fault: remedy for term in self.terms.values() for fault, remedy in term.source_remedies.items()}
-
-    @property
     def classes(self) -> int:
-        """See `Term.classes`."""
         return max(term.classes for term in self.terms.values())
 
     @property
     def similarities(self) -> tuple[Similarity, ...]:
-        """How to compare images with texts: the first term's similarity of each name, by priority.
+        """How to compare images with texts: the first term's similarity of each name.
 
-        The first is the model's own, whose embeddings it returns. Similarities of terms with weight 0, whose heads
-        learn nothing, come last.
+        The first is the model's own, whose embeddings it returns. Distributions over clusters come after embeddings
+        that are trained to be compared, and similarities of terms with weight 0, whose heads learn nothing, last.
         """
-        by_name: dict[str, tuple[bool, int, Similarity]] = {}
-        for name, term in self.terms.items():
-            if (similarity := term.similarity) is not None:
-                entry = (not self.weights[name], similarity.priority, similarity)
-                if similarity.name not in by_name or entry[0] < by_name[similarity.name][0]:
-                    by_name[similarity.name] = entry
-        return tuple(similarity for *_, similarity in sorted(by_name.values(), key=lambda entry: entry[:2]))
+        known = [(not self.weights[name], term.similarity) for name, term in self.terms.items() if term.similarity]
+        known.sort(key=lambda entry: (entry[0], entry[1].is_distribution))
+        by_name: dict[str, Similarity] = {}
+        for _, similarity in known:
+            by_name.setdefault(similarity.name, similarity)
+        return tuple(by_name.values())
 
     def heads(self, model: ModelConfig, vocab: int) -> Heads:
-        """{name: `Head` or `Scalar`} of all terms.
-
-        Raises:
-          UserError: two terms need different heads under one name.
-        """
+        """{name: `Head` or `Scalar`} of all terms; `UserError` if two need different heads under one name."""
         heads: dict[str, Head | Scalar] = {}
         for name, term in self.terms.items():
             for head_name, head in term.heads(model, vocab).items():
                 if heads.setdefault(head_name, head) != head:
-                    raise UserError(
-                        f"objective term {name!r} needs another head {head_name!r} than a term before it; rename it."
-                    )
+                    raise UserError(f"objective term {name!r} needs another head {head_name!r} than a term before it.")
         return heads
 
     def outputs(self, model: ModelConfig) -> frozenset[str]:
@@ -134,13 +110,8 @@ class Objective:
     def initial_state(self, model: ModelConfig, vocab: int) -> dict[str, Array]:
         """Arrays of all terms that are carried from step to step."""
         state: dict[str, Array] = {}
-        for name, term in self.terms.items():
-            term_state = term.initial_state(model, vocab)
-            if both := state.keys() & term_state.keys():
-                raise UserError(
-                    f"objective term {name!r} has the same state {min(both)!r} as one before it; rename it."
-                )
-            state |= term_state
+        for term in self.terms.values():
+            state |= term.initial_state(model, vocab)
         return state
 
     def draw(self, random_key: Array, inputs: dict[str, Any], size: int) -> dict[str, Any]:
@@ -149,18 +120,8 @@ class Objective:
             inputs = term.draw(random_key, inputs, size)
         return inputs
 
-    def __call__(
-        self,
-        out: Mapping[str, Array],
-        teacher: Mapping[str, Array] | None,
-        state: Mapping[str, Array],
-        batch: Mapping[str, Any],
-    ) -> Result:
-        """Compute the loss of one global batch; arguments as `Term.__call__`.
-
-        Returns:
-          fp32 scalar loss; metrics named "<term>/<metric>" and "loss"; the next state.
-        """
+    def __call__(self, out: Arrays, teacher: Arrays | None, state: Arrays, batch: Mapping[str, Any]) -> Result:
+        """Compute the loss of one global batch as `Term.__call__`; metrics are named "<term>/<metric>" and "loss"."""
         losses, metrics, new_state = [], {}, dict(state)
         for name, term in self.terms.items():
             loss, term_metrics, term_state = term.specialise(self.loss, self.mesh)(out, teacher, state, batch)
@@ -201,27 +162,14 @@ class Objective:
         return {name: term.report.curves() for name, term in self.terms.items()}
 
     def recipe(self, model: ModelConfig) -> dict[str, Any]:
-        """{full config key: value} that a model card lists: weights, options of the terms, and what they add."""
+        """{full config key: value} that a model card lists: weights, options of the terms, and of cluster heads."""
         rows: dict[str, Any] = {f"objective.terms.{name}": weight for name, weight in self.weights.items()}
         for name, term in self.terms.items():
-            group = f"objective.{'plugins.' if name in self.plugins else ''}{name}"
+            group = f"objective.{name}" if name in TERMS else f"objective.plugins.{name}"
             options = dataclasses.fields(term) if dataclasses.is_dataclass(term) else ()
             rows |= {f"{group}.{field.name}": getattr(term, field.name) for field in options}
-            rows |= term.report.recipe(model)
-        return rows
-
-    def describe(self, model: ModelConfig) -> list[str]:
-        """Return the terms' phrases on the outputs of a model, for its card."""
-        return [phrase for term in self.terms.values() if (phrase := term.report.describe(model))]
-
-
-def find_term(name: str) -> type[Term]:
-    """Return the class of a term: an entry of `TERMS`, or "package.module:Class", which is imported.
-
-    Raises:
-      UserError: no such entry, module or class, or a class that is not a term.
-    """
-    return find_class(name, TERMS, Term, "objective term")
+        clusters = dataclasses.asdict(model.cluster_head) if "s_img" in self.outputs(model) else {}
+        return rows | {f"model.cluster_head.{key}": value for key, value in clusters.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,30 +193,15 @@ class ObjectiveConfig:
     )
 
     def term(self, name: str) -> Term:
-        """Return the term `name` with its options.
-
-        Raises:
-          UserError: an unknown term, or a wrong option of a plug-in.
-        """
+        """Return the term `name` with its options; `UserError` for an unknown term or a wrong option of a plug-in."""
         if name not in self.plugins:
-            term = find_term(name)
+            term = find_class(name, TERMS, Term, "objective term")
             return getattr(self, name, None) or term()
         path = f"objective.plugins.{name}"
         return read_plugin(self.plugins[name], path, TERMS, Term, "objective term", type_name=name)
 
-    def _misspelling(self) -> Iterator[str]:
-        """Yield a fault for a name that resembles an objective of this package, if its terms are in this package too.
-
-        A digit or a sign, as in "xclip_2", makes it a new name.
-        """
-        suggestion = fields.nearest(self.name, RECIPES, cutoff=0.8)
-        new = not self.name.isalpha() or self.plugins or not self.terms.keys() <= TERMS.keys()
-        if suggestion and self.name != suggestion and not new:
-            yield f"name is {self.name!r}; did you mean {suggestion!r}?"
-
     def conflicts(self) -> Iterator[str]:
         """Yield values that contradict each other."""
-        yield from self._misspelling()
         if not any(self.terms.values()):
             yield f"terms is {dict(self.terms)}; give one of them a weight above 0"
             return
@@ -295,15 +228,11 @@ def make_objective(config: ObjectiveConfig, loss: LossConfig | None = None, mesh
     terms = {name: config.term(name) for name in sorted(config.terms)}
     single = terms[config.name].title if terms.keys() == {config.name} else ""
     title = single or _TITLES.get(config.name, config.name)
-    return Objective(config.name, terms, dict(config.terms), loss or LossConfig(), mesh, title, tuple(config.plugins))
+    return Objective(config.name, terms, dict(config.terms), loss or LossConfig(), mesh, title)
 
 
 def read_objective(values: Mapping[str, Any]) -> Objective:
-    """Make the objective of a config's group `objective` as a dict; missing keys take their defaults.
-
-    Raises:
-      UserError: wrong keys or values.
-    """
+    """Make the objective of a config's group `objective` as a dict; `UserError` names wrong keys and values."""
     faults: list[str] = []
     config = fields.read_group(ObjectiveConfig, with_terms(values), "objective", faults)
     if faults:

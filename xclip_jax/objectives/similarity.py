@@ -1,16 +1,7 @@
 """How a model compares images with texts, by the outputs of one pair of its heads, in NumPy.
 
 A term of an objective may have a `Similarity`, which zero-shot classification, retrieval, reports and `xclip_jax.Model`
-use. To add one from another package:
-
-    class Euclidean(Similarity):
-        name = "euclidean"
-        reads = "point"  # heads that write point_img (b, d) and point_txt (b, d)
-
-        def scores(self, img, txt):
-            return {"": -np.linalg.norm(img[:, None] - txt, axis=2)}
-
-and return it from the property `similarity` of its term.
+use. docs/extend.md has an example of another package.
 """
 
 import abc
@@ -30,25 +21,15 @@ _FEATURES = {"z": "embedding", "s": "cluster_logits"}
 
 
 class Similarity(abc.ABC):
-    """Scores of images against texts by one output of the heads of both towers.
+    """Scores of images against texts by one output of the heads of both towers."""
 
-    Attributes:
-      name: name of the similarity, unique in an objective.
-      reads: output of the heads, without the tower: "z" for z_img (n, e) and z_txt (m, e).
-      logits: the score that, multiplied by `scale`, gives the logits of an image's classes.
-      scale: output of the model with the learned factor of these logits, such as "scale"; None for 1.
-      is_distribution: whether `rows` are distributions over clusters.
-      bar_label: label in a report of its first score, which is from 0 to 1; "" to draw the probabilities of the logits.
-      priority: the similarity with the smallest value is the model's own.
-    """
-
-    name: ClassVar[str]
-    reads: ClassVar[str]
-    logits: ClassVar[str] = ""
-    scale: ClassVar[str | None] = None
-    is_distribution: ClassVar[bool] = False
+    name: ClassVar[str]  # unique in an objective
+    reads: ClassVar[str]  # output of the heads, without the tower: "z" for z_img (n, e) and z_txt (m, e)
+    logits: ClassVar[str] = ""  # the score that, multiplied by `scale`, gives the logits of an image's classes
+    scale: ClassVar[str | None] = None  # output of the model with the learned factor of these logits; None for 1
+    is_distribution: ClassVar[bool] = False  # whether `rows` are distributions over clusters
+    # Label in a report of the first score, which is from 0 to 1; "" to draw the probabilities of the logits.
     bar_label: ClassVar[str] = ""
-    priority: ClassVar[int] = 0
 
     @property
     def feature(self) -> str:
@@ -65,14 +46,10 @@ class Similarity(abc.ABC):
 
     @abc.abstractmethod
     def scores(self, img: np.ndarray, txt: np.ndarray) -> dict[str, np.ndarray]:
-        """Score every image against every text or class; higher is nearer.
+        """Score every image against every text or class, {score: (n, m)}; higher is nearer.
 
-        Args:
-          img: outputs of the heads (n, d) for images, without `rows`, which may be too large for a whole set.
-          txt: rows (m, d) of texts or classes.
-
-        Returns:
-          {score: (n, m)}; tables show the first. A single score is called "".
+        `img` are outputs of the heads (n, d), without `rows`, which may be too large for a whole set; `txt` are rows
+        (m, d). Tables show the first score; a single one is called "".
         """
 
     def embedding(self, output: np.ndarray) -> np.ndarray:
@@ -99,31 +76,23 @@ class CosineSimilarity(Similarity):
 
 @dataclasses.dataclass(frozen=True)
 class ClusterSimilarity(Similarity):
-    """Likeness of distributions over clusters p = softmax(s / tau) [ours]; a class is the mean over its prompts.
-
-    Attributes:
-      tau: temperature.
-    """
+    """Likeness of distributions over clusters p = softmax(s / tau) [ours]; a class is the mean over its prompts."""
 
     name: ClassVar[str] = "clusters"
     reads: ClassVar[str] = "s"
     logits: ClassVar[str] = "cross_entropy"
     is_distribution: ClassVar[bool] = True
     bar_label: ClassVar[str] = "likeness of cluster distributions, 0 to 1"
-    priority: ClassVar[int] = 1  # after embeddings that are trained to be compared
 
     tau: float = 1.0
 
     def rows(self, output: np.ndarray) -> np.ndarray:
-        """Distributions of cluster logits."""
         return softmax(output, self.tau)
 
     def scores(self, img: np.ndarray, txt: np.ndarray) -> dict[str, np.ndarray]:
         """Compare cluster logits of images (n, k) with distributions of texts (m, k).
 
-        Returns:
-          Two fp32 arrays (n, m): "cosine" of p and q, and "cross_entropy", the negative symmetric cross-entropy
-          1/2 sum_k (p log q + q log p) in nats.
+        "cosine" is of p and q, "cross_entropy" the negative symmetric 1/2 sum_k (p log q + q log p) in nats.
         """
         (n, k), m = img.shape, len(txt)
         scores = {key: np.empty((n, m), np.float32) for key in ("cosine", "cross_entropy")}
@@ -140,11 +109,7 @@ class ClusterSimilarity(Similarity):
 
 
 def features(similarities: Sequence[Similarity]) -> tuple[str, ...]:
-    """Return the features of `Encoder` that the similarities read.
-
-    Raises:
-      UserError: there are no similarities.
-    """
+    """Return the features of `Encoder` that the similarities read; `UserError` if there are none."""
     if not similarities:
         raise UserError(
             "the model does not compare images with texts: no term of its objective has a similarity; evaluate "

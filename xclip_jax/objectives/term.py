@@ -1,18 +1,7 @@
 """A term of an objective: one loss with its options, heads, state, costs and report in one class.
 
-A term is a frozen dataclass whose fields are config keys, its group of the config. To add one from another package:
-
-    @dataclasses.dataclass(frozen=True)
-    class SuperClip(Term):
-        title: ClassVar[str] = "SuperCLIP"
-        smoothing: float = key(0.0, "label smoothing", fraction_below_one())
-
-        def heads(self, model, vocab):
-            return {"tokens": Head(nn.Dense(vocab), reads="img", writes="tokens")}
-
-        def __call__(self, out, teacher, state, batch):
-            loss = ...  # of out["tokens"] (b, vocab) and batch["text"] (b, n)
-            return loss, {"loss": loss}, {}
+A term is a frozen dataclass whose fields are config keys, its group of the config. docs/extend.md has examples of
+another package.
 """
 
 import abc
@@ -26,10 +15,10 @@ from jax.sharding import Mesh
 from xclip_jax.core.fields import at_least, choice, key
 from xclip_jax.models.heads import Heads
 from xclip_jax.models.two_towers import ModelConfig
-from xclip_jax.objectives.checks import Curve, Health
 from xclip_jax.objectives.similarity import Similarity
 
 Array = jax.Array
+Arrays = Mapping[str, Array]
 Result = tuple[Array, dict[str, Array], dict[str, Array]]
 _FIELDS = {"img": "image", "txt": "text"}
 
@@ -48,37 +37,35 @@ class Term(abc.ABC):
     Attributes:
       title: the term's name in sentences, tables and charts.
       labelled: whether the loss takes labelled items instead of image-text pairs.
-      source_remedies: {fault of `labelled.MismatchError`: what to change if a source has it}.
+      classes: number of classes of labelled items; 1 if the label is a number, 0 without labels.
+      towers: towers that the term trains.
+      similarity: how to compare images with texts by the outputs that the term trains, or None.
+      teacher: whether the term needs the outputs of an exponential moving average of the parameters.
     """
 
     title: ClassVar[str] = ""
     labelled: ClassVar[bool] = False
-    source_remedies: ClassVar[Mapping[str, str]] = {}
 
     @property
     def classes(self) -> int:
-        """Number of classes of labelled items; 1 if the label is a number, 0 without labels."""
         return 0
 
     @property
+    def towers(self) -> tuple[str, ...]:
+        return ("img", "txt")
+
+    @property
     def similarity(self) -> Similarity | None:
-        """How to compare images with texts by the outputs that the term trains, or None."""
         return None
 
     @property
-    def towers(self) -> tuple[str, ...]:
-        """Towers that the term trains, "img" and "txt"."""
-        return ("img", "txt")
+    def teacher(self) -> bool:
+        return False
 
     @property
     def fields(self) -> tuple[str, ...]:
         """Inputs that the term reads from a batch: "image", "text", "label"."""
         return (*(_FIELDS[tower] for tower in self.towers), *["label"] * self.labelled)
-
-    @property
-    def teacher(self) -> bool:
-        """Whether the term needs the outputs of an exponential moving average of the parameters."""
-        return False
 
     @property
     def report(self) -> "Report":
@@ -97,12 +84,9 @@ class Term(abc.ABC):
         return {}
 
     def draw(self, random_key: Array, inputs: dict[str, Any], size: int) -> dict[str, Any]:
-        """Add the term's random inputs to the inputs of a step; called for batches with images.
+        """Add the term's random inputs, with one row a sample, to the inputs of a step with images of `size` pixels.
 
-        Args:
-          random_key: key of the step; fold in a number above 15 that no other term uses.
-          inputs: the batch, and the random numbers of its augmentation: arrays with one row a sample.
-          size: side of an image, pixels.
+        Fold a number above 15 that no other term uses into `random_key`, the key of the step.
         """
         return inputs
 
@@ -111,13 +95,7 @@ class Term(abc.ABC):
         return self
 
     @abc.abstractmethod
-    def __call__(
-        self,
-        out: Mapping[str, Array],
-        teacher: Mapping[str, Array] | None,
-        state: Mapping[str, Array],
-        batch: Mapping[str, Any],
-    ) -> Result:
+    def __call__(self, out: Arrays, teacher: Arrays | None, state: Arrays, batch: Mapping[str, Any]) -> Result:
         """Compute the loss of one global batch; pure.
 
         Args:
@@ -141,6 +119,84 @@ class Term(abc.ABC):
     def flops(self, model: ModelConfig, batch: int) -> float:
         """FLOPs of the loss without its heads, for one sample of a global batch of `batch`."""
         return 0.0
+
+
+# --- what logs, reports and model cards show of a term
+
+
+@dataclasses.dataclass(frozen=True)
+class Level:
+    """A horizontal line of a chart."""
+
+    label: str
+    value: float | str  # a constant, or the name of a metric without the term's prefix, whose last value is drawn
+    alarm: bool = False  # whether values below the line are a failure
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """A chart of a term's metrics over steps, with horizontal lines to compare with and a sentence below."""
+
+    title: str
+    lines: tuple[tuple[str, str], ...]  # (metric without the term's prefix, label) of each
+    unit: str = ""  # "%" draws shares, and their levels, as percentages
+    levels: tuple[Level, ...] = ()
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """One possible failure of a term, judged by the metrics of one step.
+
+    Attributes:
+      name: name of the failure.
+      value: the measured value.
+      threshold: the check fails if `value` is below it.
+      meaning: a sentence on what fails, for reports.
+      remedy: the warning: what is wrong, and which config keys to change.
+      measured: a sentence with the value and the threshold, for reports; "" for the usual one.
+      above: whether the check fails above the threshold instead.
+      applies: whether all other conditions of the failure hold.
+    """
+
+    name: str
+    value: float
+    threshold: float
+    meaning: str
+    remedy: str
+    measured: str = ""
+    above: bool = False
+    applies: bool = True
+
+    @property
+    def failed(self) -> bool:
+        """Whether the failure is present; False for NaN."""
+        return self.applies and (self.value > self.threshold if self.above else self.value < self.threshold)
+
+    @property
+    def measurement(self) -> str:
+        """A sentence with the value and the threshold."""
+        side = "above" if self.above else "below"
+        return self.measured or f"The value is {self.value:.3g}; the alarm is {side} {self.threshold:.3g}."
+
+    @property
+    def warning(self) -> str:
+        """The warning of a failed check, "NAME: what is wrong and what to change"."""
+        return f"{self.name}: {self.remedy}"
+
+    @property
+    def level(self) -> Level:
+        """The threshold as a line of a chart."""
+        return Level("alarm", self.threshold, alarm=not self.above)
+
+
+@dataclasses.dataclass(frozen=True)
+class Health:
+    """Whether a term trains well: sentences that introduce its checks, and charts of the values that they measure."""
+
+    summary: str = ""
+    checks: tuple[Check, ...] = ()
+    curves: tuple[Curve, ...] = ()
 
 
 T = TypeVar("T", bound=Term)
@@ -170,11 +226,3 @@ class Report(Generic[T]):
     def alarms(self, metrics: Mapping[str, float]) -> list[str]:
         """Return the warnings of the checks that fail, "NAME: what is wrong and what to change"."""
         return [check.warning for check in self.health(metrics).checks if check.failed]
-
-    def recipe(self, model: ModelConfig) -> dict[str, Any]:
-        """{full config key: value} that a model card lists, in addition to the term's weight and options."""
-        return {}
-
-    def describe(self, model: ModelConfig) -> str:
-        """Return a phrase for a model card on the outputs of the term's heads, or ""."""
-        return ""

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import logging
 
 Options = Mapping[str, bool | str]
 Tree = Any
@@ -38,10 +37,8 @@ _FLAGS = {"tpu": "LIBTPU_INIT_ARGS", "gpu": "XLA_FLAGS"}
 
 def _all_options(devices: Sequence[jax.Device]) -> Options:
     platform, kind = devices[0].platform, devices[0].device_kind
-    if platform == "gpu" and len(devices) > 1:
-        return _GPUS
     if platform != "tpu":
-        return {}
+        return _GPUS if platform == "gpu" and len(devices) > 1 else {}
     # A core has 16 MiB of vector memory up to v4, which products fused with sums exceed, and 64 MiB or more since v5.
     return _TPU if kind.startswith(("TPU v2", "TPU v3", "TPU v4")) else {**_TPU, **_TPU_OVERLAP}
 
@@ -53,15 +50,12 @@ def options(devices: Sequence[jax.Device]) -> Options:
     """
     flags = os.environ.get(_FLAGS.get(devices[0].platform, ""), "")
     given = {flag.lstrip("-").partition("=")[0] for flag in flags.split()}
-    chosen = {name: value for name, value in _all_options(devices).items() if name not in given}
     device = next((d for d in devices if d.process_index == jax.process_index()), devices[0])
-    if not chosen or _accepts(chosen, device):
-        return chosen
-    known = {name: value for name, value in chosen.items() if _accepts({name: value}, device)}
-    logging.log_first_n(
-        logging.WARNING, "this compiler does not know %s", 1, ", ".join(sorted(chosen.keys() - known.keys()))
-    )
-    return known
+    return {
+        name: value
+        for name, value in _all_options(devices).items()
+        if name not in given and _accepts({name: value}, device)
+    }
 
 
 def _accepts(options: Options, device: jax.Device) -> bool:
@@ -87,22 +81,13 @@ def ordered(x: Tree, after: Tree) -> tuple[Tree, Tree]:
     return x, after
 
 
-def _ordered_forward(x: Tree, after: Tree) -> tuple[tuple[Tree, Tree], None]:
-    return (x, after), None
-
-
-def _ordered_backward(_: None, gradients: tuple[Tree, Tree]) -> tuple[Tree, Tree]:
-    return jax.lax.optimization_barrier(gradients)
-
-
-ordered.defvjp(_ordered_forward, _ordered_backward)
+ordered.defvjp(lambda x, after: ((x, after), None), lambda _, gradients: jax.lax.optimization_barrier(gradients))
 
 
 def ordered_after_small(x: Tree, params: Tree) -> tuple[Tree, Tree]:
     """Return (x, params); the gradient of `x` waits until the gradients of the small `params` are complete.
 
-    Biases and norms are complete when the backward pass of their tower is; kernels would have to wait for their sums
-    over devices.
+    Kernels would have to wait for their sums over devices.
     """
     leaves, structure = jax.tree.flatten(params)
     small = {i: leaf for i, leaf in enumerate(leaves) if leaf.size < _SMALL}

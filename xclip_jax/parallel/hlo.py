@@ -35,24 +35,6 @@ class Array(NamedTuple):
         """Bytes of the numbers, without padding."""
         return math.prod(self.shape) * BITS.get(self.dtype, 32) / 8
 
-    @property
-    def padded_bytes(self) -> float:
-        """Bytes with the padding of the layout: the minor dimensions are whole tiles."""
-        order, _, tiling = self.layout.partition(":")
-        tile = re.match(r"T\(([\d,]+)\)", tiling)
-        if not (tile and self.shape):
-            return self.bytes
-        sizes = [self.shape[int(axis)] for axis in order.split(",")]  # minor first
-        for i, n in enumerate(reversed([int(n) for n in tile[1].split(",")])):
-            if i < len(sizes):
-                sizes[i] = math.ceil(sizes[i] / n) * n
-        return math.prod(sizes) * BITS.get(self.dtype, 32) / 8
-
-    @property
-    def in_hbm(self) -> bool:
-        """Whether it is in a chip's main memory, space 0 of a layout."""
-        return "S(" not in self.layout
-
 
 def arrays(text: str) -> list[Array]:
     """Arrays of a result's type, which may be a tuple."""
@@ -64,36 +46,20 @@ def arrays(text: str) -> list[Array]:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """An instruction of a computation.
-
-    Attributes:
-      name: without "%".
-      opcode: such as "fusion".
-      type: of its result, with layouts.
-      operands: names.
-      literal: the value of a constant, or the number of a parameter.
-      attributes: the text after the operands.
-      root: whether its result is the computation's.
-    """
+    """An instruction of a computation; names are without "%"."""
 
     name: str
     opcode: str
-    type: str
+    type: str  # type of the result, with layouts
     operands: tuple[str, ...]
-    literal: str
-    attributes: str
-    root: bool
+    literal: str  # the value of a constant, or the number of a parameter
+    attributes: str  # the text after the operands
+    root: bool  # whether its result is the computation's
 
     @functools.cached_property
     def arrays(self) -> list[Array]:
         """Arrays of the result."""
         return arrays(self.type)
-
-    @property
-    def source(self) -> str:
-        """The path of JAX's names that the instruction comes from, "" where the compiler kept none."""
-        match = re.search(r'op_name="([^"]*)"', self.attributes)
-        return match[1] if match else ""
 
     @property
     def cycles(self) -> int:
@@ -231,21 +197,13 @@ BETWEEN_SLICES = " between slices"
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One collective operation of a program.
+    """One collective operation of a program."""
 
-    Attributes:
-      kind: one of `KINDS`, with the suffix `BETWEEN_SLICES` between slices.
-      shapes: arrays that one device's group holds afterwards or reduces, such as "f32[16,8]".
-      bytes: payload of one execution: the array that a group gathers, reduces or passes on, counted once.
-      group: number of devices, or slices, in a group.
-      count: executions in a run of the program, loops included.
-    """
-
-    kind: str
-    shapes: tuple[str, ...]
-    bytes: float
-    group: int
-    count: int
+    kind: str  # one of `KINDS`, with the suffix `BETWEEN_SLICES` between slices
+    shapes: tuple[str, ...]  # arrays that one device's group holds afterwards or reduces, such as "f32[16,8]"
+    bytes: float  # payload of one execution: the array that a group gathers, reduces or passes on, counted once
+    group: int  # number of devices, or slices, in a group
+    count: int  # executions in a run of the program, loops included
 
     @property
     def total(self) -> float:
@@ -262,11 +220,7 @@ class Collective:
 def collectives(text: str, devices: int) -> list[Collective]:
     """Return all collectives of a compiled program, `compiled.as_text()`, with the trip counts of loops around them.
 
-    A conditional counts the branch with the largest payload.
-
-    Args:
-      text: text of the optimised module.
-      devices: number of devices that it runs on.
+    A conditional counts the branch with the largest payload. The program runs on `devices` devices.
     """
     program = parse(text)
 

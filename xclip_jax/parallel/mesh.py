@@ -18,17 +18,11 @@ def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None)
     """Make the mesh with `sizes` of `AXES`; at most one size is -1, the rest.
 
     If the devices belong to several TPU slices, the data axis runs over the slices.
-
-    Raises:
-      UserError: the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     shape = [sizes[axis] for axis in AXES]
-    known = math.prod(n for n in shape if n != -1)
-    if shape.count(-1) > 1 or any(n < 1 and n != -1 for n in shape):
-        raise UserError(f"mesh {dict(sizes)}: sizes are positive, and at most one of them is -1 (the rest).")
-    if -1 in shape:
-        shape[shape.index(-1)] = len(devices) // known
+    rest = len(devices) // math.prod(n for n in shape if n != -1)
+    shape = [rest if n == -1 else n for n in shape]
     if math.prod(shape) != len(devices):
         raise UserError(
             f"mesh {dict(sizes)} does not fit {len(devices)} devices: the sizes of {', '.join(AXES)} must multiply to "
@@ -95,24 +89,19 @@ def _snake(*axes: list[Any]) -> list[tuple[Any, ...]]:
 class BatchPart(NamedTuple):
     """The part of the global batch that a process loads: the rows that its devices hold.
 
-    Attributes:
-      number, count: number of this part, from 0, and of all parts, which are equally large.
-      shards: ascending numbers of the process's shards; the batch has count * len(shards) shards, one for each device
-        along the batch axes. On TPU pods they need not be neighbours.
+    The batch has count * len(shards) shards, one for each device along the batch axes.
     """
 
-    number: int
-    count: int
-    shards: tuple[int, ...]
+    number: int  # from 0
+    count: int  # number of parts, which are equally large
+    shards: tuple[int, ...]  # ascending; on TPU pods they need not be neighbours
 
 
 def batch_parts(mesh: Mesh) -> dict[int, BatchPart]:
     """Return the part of the global batch that each process loads, {process: part}.
 
-    Processes whose devices hold the same rows, such as processes along the model axis, load the same part.
-
-    Raises:
-      UserError: two processes hold some rows in common and others not, or different numbers of rows.
+    Processes whose devices hold the same rows, such as processes along the model axis, load the same part. `UserError`
+    if two processes hold some rows in common and others not, or different numbers of rows.
     """
     shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     rows: dict[int, set[int]] = {}
@@ -130,11 +119,7 @@ def batch_parts(mesh: Mesh) -> dict[int, BatchPart]:
 
 
 def batch_part(mesh: Mesh) -> BatchPart:
-    """Return which part of the global batch this process loads.
-
-    Raises:
-      UserError: as `batch_parts`.
-    """
+    """Return which part of the global batch this process loads; raises as `batch_parts`."""
     return batch_parts(mesh)[jax.process_index()]
 
 
@@ -143,23 +128,16 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def check_batch(
-    batch: int, mesh: Mesh, key: str = "data.batch", *, microbatches: int = 1, microbatches_key: str = ""
-) -> None:
-    """Raises `UserError` unless the mesh's batch axes divide the global `batch`, given by config key `key`.
+def check_batch(batch: int, mesh: Mesh, key: str = "data.batch", microbatches: int = 1) -> None:
+    """Raise `UserError` unless the mesh's batch axes divide each microbatch of the `batch` that config key `key` sets.
 
-    With `microbatches`, given by `microbatches_key`, each microbatch must be divisible so. Processes must be able
-    to load the batch in equal parts, see `batch_parts`.
+    Processes must be able to load the batch in equal parts, see `batch_parts`.
     """
     batch_parts(mesh)
     shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    if microbatches < 1:
-        raise UserError(f"{microbatches_key}={microbatches} must be 1 or more.")
     if batch % (shards * microbatches):
-        below = batch // (shards * microbatches) * shards * microbatches
-        nearest = f"{below} or {below + shards * microbatches}" if below else f"{shards * microbatches}"
-        parts = f" in {microbatches} microbatches ({microbatches_key})" if microbatches > 1 else ""
+        parts = f" in {microbatches} microbatches (optim.microbatches)" if microbatches > 1 else ""
         raise UserError(
-            f"{key}={batch} cannot be divided{parts} over {shards} devices (mesh axes data x fsdp); use {nearest}, "
-            f"or a mesh with fewer of them."
+            f"{key}={batch} cannot be divided{parts} over {shards} devices (mesh axes data x fsdp); use a multiple of "
+            f"{shards * microbatches}, or a mesh with fewer of them."
         )

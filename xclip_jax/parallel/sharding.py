@@ -7,14 +7,12 @@
     fsdp_tp  as fsdp, with heads and MLPs split over "model" as well
 
 With every strategy the clusters of nCLIP's heads are split over all devices, since their last kernels are the largest
-matrices of all: each device computes the logits of its clusters for the rows of the whole batch, which are gathered. A
-softmax over a split axis costs two small sums, and the kernels' gradients none at all. Where more rows would travel
-than a kernel has columns, or the devices do not divide the clusters, each device computes the logits of its own rows;
-clusters are split over "model", and rows of the last kernel over all batch shards with zero1, over "fsdp" with fsdp and
-fsdp_tp, and gathered for the product.
+matrices of all: each device computes the logits of its clusters for the rows of the whole batch, which are gathered.
+Where more rows would travel than a kernel has columns, or the devices do not divide the clusters, each device computes
+the logits of its own rows; clusters are split over "model", and rows of the last kernel over all batch shards with
+zero1, over "fsdp" with fsdp and fsdp_tp.
 
-Embeddings of words and positions, norms and biases stay whole: splitting the table's features makes XLA reshard every
-activation behind it.
+Embeddings of words and positions stay whole: splitting their features makes XLA reshard every activation behind them.
 """
 
 import contextlib
@@ -28,12 +26,12 @@ import flax.linen as nn
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from xclip_jax.core.errors import UserError, check_choice
+from xclip_jax.core.errors import UserError
 from xclip_jax.core.fields import Check, choice, key
 from xclip_jax.parallel.mesh import AXES, BATCH_AXES, num_slices
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
-# "row" is the batch of cluster logits.
+# "row" is the batch of cluster logits. Axes without a rule are never split: kv, layers, norm, patch, table, vocab.
 _DP = {"batch": BATCH_AXES, "row": BATCH_AXES, "cluster": "model"}
 _FSDP = _DP | {"embed": "fsdp", "hidden": "fsdp"}
 RULES: Mapping[str, Rules] = {
@@ -44,25 +42,8 @@ RULES: Mapping[str, Rules] = {
 }
 _CLUSTERS_SPLIT: Rules = {"row": None, "hidden": None, "cluster": AXES}
 STRATEGIES = tuple(RULES)
-# Logical names of axes; axes without a rule are never split.
-NAMES = (
-    "batch",
-    "cluster",
-    "embed",
-    "heads",
-    "hidden",
-    "kv",
-    "layers",
-    "mlp",
-    "norm",
-    "patch",
-    "row",
-    "table",
-    "vocab",
-)
 # zero1 does not split smaller moments: their bytes are negligible, and each split array needs a collective.
 ZERO1_ELEMENTS = 1 << 14
-
 
 Axes = tuple[str | None, ...]
 _SIZE = Check("a positive number, or -1 for the rest of the devices", lambda value: value == -1 or value >= 1)
@@ -80,21 +61,12 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshLayout:
-    """A mesh and how arrays are split over it.
-
-    Attributes:
-      mesh: the devices.
-      strategy: one of `STRATEGIES`.
-      clusters_split: whether clusters are split over all devices, and rows of their logits are not split.
-      manual: mesh axes over which `map_microbatches` has already split its rows.
-      choices: choices of the program for this mesh, recorded while a step is traced, see `note`.
-    """
+    """A mesh and how arrays are split over it."""
 
     mesh: Mesh
-    strategy: str
-    clusters_split: bool = False
-    manual: tuple[str, ...] = ()
-    choices: dict[str, str] = dataclasses.field(default_factory=dict, compare=False)
+    strategy: str  # one of `STRATEGIES`
+    clusters_split: bool = False  # whether clusters are split over all devices, and rows of their logits are not
+    manual: tuple[str, ...] = ()  # mesh axes over which `map_microbatches` has already split its rows
 
     @property
     def rules(self) -> Rules:
@@ -105,32 +77,18 @@ class MeshLayout:
 def make_layout(boxed: Any, mesh: Mesh, strategy: str, batch: int) -> MeshLayout:
     """Return the layout of a model, with its clusters split over all devices if that sends no more.
 
-    If split, the hidden rows of a head are gathered and their gradient is scattered: batch x hidden numbers each. Else
-    the gradient of the last kernel is summed, or the kernel is gathered and its gradient scattered: twice hidden x
-    clusters numbers, divided by the axis "model".
-
-    Args:
-      boxed: a tree of logically named abstract arrays.
-      mesh: the devices.
-      strategy: one of `STRATEGIES`.
-      batch: rows of the global batch.
-
-    Raises:
-      UserError: a strategy that does not exist.
+    If split, batch x hidden numbers travel twice, else hidden x clusters numbers, divided by the axis "model". `boxed`
+    is a tree of logically named abstract arrays, and `batch` the rows of the global batch.
     """
-    check_choice("mesh.strategy", strategy, STRATEGIES)
     arrays = zip(jax.tree.leaves(nn.unbox(boxed)), _leaf_specs(boxed), strict=True)
     axes = [axis for x, names in arrays for axis in zip(names, x.shape, strict=False)]
     clusters = {size for name, size in axes if name == "cluster"}
     fits = all(k % mesh.size == 0 and batch * mesh.shape["model"] <= k for k in clusters)
-    layout = MeshLayout(mesh, strategy, clusters_split=bool(clusters) and fits)
-    if clusters and mesh.size > 1:
-        layout.choices["clusters"] = "split over all devices" if fits else f"as {strategy} has them"
-    return layout
+    return MeshLayout(mesh, strategy, clusters_split=bool(clusters) and fits)
 
 
 def _leaf_specs(boxed: Any) -> list[PartitionSpec]:
-    return jax.tree.leaves(nn.get_partition_spec(boxed), is_leaf=_is_spec)
+    return jax.tree.leaves(nn.get_partition_spec(boxed), is_leaf=lambda x: isinstance(x, PartitionSpec))
 
 
 _active: contextvars.ContextVar[MeshLayout | None] = contextvars.ContextVar("layout", default=None)
@@ -144,12 +102,6 @@ def layout_scope(layout: MeshLayout) -> Iterator[None]:
         yield
     finally:
         _active.reset(token)
-
-
-def note(subject: str, choice: str) -> None:
-    """Record in the layout a choice of the model for its mesh; a run prints it once."""
-    if layout := _active.get():
-        layout.choices[subject] = choice
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
@@ -183,16 +135,14 @@ def platform() -> str:
 def device() -> jax.Device | None:
     """A device of the current mesh in this process; None outside of `layout_scope`."""
     layout = _active.get()
-    devices = list(layout.mesh.devices.flat) if layout else []
+    devices = layout.mesh.devices.flat if layout else ()
     return next((d for d in devices if d.process_index == jax.process_index()), None)
 
 
 def shards_of(axis: str) -> int:
     """Number of parts into which a dimension of logical `axis` is split."""
     layout = _active.get()
-    part = layout.rules.get(axis) if layout else None
-    mesh_axes = (part,) if isinstance(part, str) else part or ()
-    return math.prod(layout.mesh.shape[name] for name in mesh_axes) if layout else 1
+    return math.prod(layout.mesh.shape[name] for name in _without(layout.rules.get(axis), ()) or ()) if layout else 1
 
 
 def map_devices(
@@ -200,11 +150,7 @@ def map_devices(
 ) -> jax.Array:
     """Compute `fn` on each device's part of `arrays`, for functions that XLA cannot split, such as kernels.
 
-    Args:
-      fn: takes parts of the arrays and returns its part of the result, without communication.
-      arrays: the whole arrays.
-      axes: logical axes of each array.
-      result: logical axes of the result.
+    `axes` are the logical axes of each array, and `result` the logical axes of the result.
     """
     layout = _active.get()
     if layout is None:
@@ -232,9 +178,8 @@ def map_microbatches(
       shared: a tree of arrays that do not depend on the batch.
       rows: a tree of arrays whose first dimension is the global batch.
       microbatches: number of microbatches; each has rows of every device, so that none is idle.
-      stack: whether a result describes its microbatch as a whole: then results are stacked on a new first dimension,
-        one for each microbatch of each device. Otherwise their first dimension has the microbatch's rows, and they are
-        returned in the batch's order.
+      stack: whether results describe their microbatch as a whole and are stacked, one for each microbatch of each
+        device; otherwise they have the microbatch's rows, and are returned in the batch's order.
       clusters: whether `fn` computes cluster logits. If clusters are split over all devices, each device has its
         clusters of all rows of a microbatch, and there is one result for each microbatch.
     """
@@ -283,23 +228,20 @@ def _join(x: jax.Array) -> jax.Array:
 def shardings(boxed: Any, layout: MeshLayout) -> Any:
     """Return NamedShardings of a tree of logically named (boxed) abstract arrays, in the tree's unboxed structure.
 
-    Raises:
-      UserError: a mesh axis that cannot divide its dimension.
+    `UserError` names a mesh axis that cannot divide its dimension.
     """
     mesh, specs = layout.mesh, nn.get_partition_spec(boxed)
     names = {axis for spec in _leaf_specs(boxed) for axis in spec if axis}
     shardings_of = nn.logical_to_mesh_sharding(specs, mesh, [(name, layout.rules.get(name)) for name in sorted(names)])
     shapes = nn.unbox(boxed)
     shardings_of = jax.tree.map(_without_batch, shapes, shardings_of)
-    for (path, x), sharding in zip(
-        jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(shardings_of), strict=True
-    ):
+    leaves = jax.tree_util.tree_leaves_with_path(shapes)
+    for (path, x), sharding in zip(leaves, jax.tree.leaves(shardings_of), strict=True):
         for size, axis in zip(x.shape, sharding.spec, strict=False):
             if isinstance(axis, str) and size % mesh.shape[axis]:
                 raise UserError(
                     f"mesh axis {axis!r} of size {mesh.shape[axis]} cannot divide a dimension of {size} of "
-                    f"{jax.tree_util.keystr(path, simple=True, separator='/')}; choose a size that does, or another "
-                    "mesh.strategy."
+                    f"{jax.tree_util.keystr(path, simple=True, separator='/')}; change one, or mesh.strategy."
                 )
     return shardings_of
 
@@ -314,24 +256,12 @@ def _without_batch(x: Any, sharding: NamedSharding) -> NamedSharding:
     return NamedSharding(sharding.mesh, PartitionSpec(*spec))
 
 
-def _is_spec(x: Any) -> bool:
-    return isinstance(x, PartitionSpec)
-
-
 def zero1_shardings(abstract: Any, specs: Any, mesh: Mesh) -> Any:
     """Split every large array of `specs` over all batch shards, along its largest dimension that they divide.
 
-    If they divide none, split it over one batch axis, the longer one that does: with many devices that is
-    a reason to have an axis "fsdp" over which nothing else is split. Any dimension will do, since only elementwise work
-    is done on these arrays: moments, averages, and the gradients that update them.
-
-    On several TPU slices the axis "fsdp" comes first if it spans a slice: parameters are gathered in each step, and
-    along it they are gathered within a slice.
-
-    Args:
-      abstract: shapes.
-      specs: NamedShardings with the same structure.
-      mesh: the mesh.
+    If they divide none, split it over one batch axis, the longer one that does. Any dimension will do, since only
+    elementwise work is done on these arrays: moments, averages, and the gradients that update them. On several TPU
+    slices the axis "fsdp" comes first if it spans a slice: what is gathered in each step stays within a slice.
     """
     longest_first = sorted(((axis,) for axis in BATCH_AXES), key=lambda axes: -mesh.shape[axes[0]])
     choices = [(axes, math.prod(mesh.shape[axis] for axis in axes)) for axes in (BATCH_AXES, *longest_first)]

@@ -1,15 +1,24 @@
-"""Kinds of TPUs with their published figures, and topologies of TPUs that need not exist."""
+"""Kinds of TPUs with their published figures, topologies that need not exist, and the time of a step on them.
+
+The time is a model, not a measurement. An operation takes the compiler's estimate of cycles over the chip's clock. A
+collective takes the bytes that a chip sends, by the best algorithm on a ring, over the bandwidth of its links, or of
+the network between slices. The time of operations between its start and its end is hidden, and the rest is exposed.
+"""
 
 import dataclasses
 import importlib.util
+import json
+import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jax.experimental import topologies
 
 from xclip_jax.core.errors import UserError, check_choice, check_count
+from xclip_jax.parallel import hlo
+from xclip_jax.parallel.hlo import BETWEEN_SLICES, Collective, Execution, Program
 
 GIB = 2**30
 
@@ -20,31 +29,19 @@ class Chip:
 
     Source: docs.cloud.google.com/tpu/docs, the page of each version. The clock follows from the peak and the
     multiplications that the matrix units start in a cycle.
-
-    Attributes:
-      memory: bytes.
-      peak: bf16 FLOP/s.
-      bandwidth: memory bandwidth, bytes/s.
-      clock: cycles/s.
-      link: bytes/s of a link between chips, in one direction.
-      network: bytes/s between slices, over the network of the data center; v4 has no published figure and takes v5p's.
-      wraps: length from which an axis of the grid is a ring, or 0 if all axes are rings when all are multiples of 4.
-      smallest: smallest topology.
-      cores: number of cores of a device, which share its work.
-      devices: number of JAX devices of a chip.
-      options: options of its topology.
     """
 
-    memory: float
-    peak: float
-    bandwidth: float
-    clock: float
-    link: float
-    network: float
-    wraps: int
-    smallest: str
-    cores: int = 1
-    devices: int = 1
+    memory: float  # bytes
+    peak: float  # bf16 FLOP/s
+    bandwidth: float  # memory bandwidth, bytes/s
+    clock: float  # cycles/s
+    kernels: float  # share of the peak that the attention kernel reaches by its schedule, `benchmarks.kernel`
+    link: float  # bytes/s of a link between chips, in one direction
+    network: float  # bytes/s between slices; v4 has no published figure and takes v5p's
+    wraps: int  # length from which an axis of the grid is a ring, 0 if all are when all are multiples of 4
+    smallest: str  # smallest topology
+    cores: int = 1  # cores of a device, which share its work
+    devices: int = 1  # JAX devices of a chip
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def ici(self, grid: tuple[int, ...]) -> float:
@@ -55,21 +52,17 @@ class Chip:
 
 _MEGACORE = {"chip_config_name": "megacore"}  # two cores that are one device
 CHIPS = {
-    "v4": Chip(32 * GIB, 275e12, 1228e9, 1.05e9, 45e9, 50e9 / 8, 0, "v4:2x2x1", 2, options=_MEGACORE),
-    "v5e": Chip(16 * GIB, 197e12, 819e9, 1.5e9, 50e9, 25e9 / 8, 16, "v5e:2x2"),
-    "v5p": Chip(95 * GIB, 459e12, 2765e9, 1.75e9, 100e9, 50e9 / 8, 0, "v5p:2x2x1", 2, options=_MEGACORE),
-    "v6e": Chip(32 * GIB, 918e12, 1640e9, 1.75e9, 100e9, 100e9 / 8, 16, "v6e:2x2"),
+    "v4": Chip(32 * GIB, 275e12, 1228e9, 1.05e9, 0.4, 45e9, 50e9 / 8, 0, "v4:2x2x1", 2, options=_MEGACORE),
+    "v5e": Chip(16 * GIB, 197e12, 819e9, 1.5e9, 0.38, 50e9, 25e9 / 8, 16, "v5e:2x2"),
+    "v5p": Chip(95 * GIB, 459e12, 2765e9, 1.75e9, 0.4, 100e9, 50e9 / 8, 0, "v5p:2x2x1", 2, options=_MEGACORE),
+    "v6e": Chip(32 * GIB, 918e12, 1640e9, 1.75e9, 0.11, 100e9, 100e9 / 8, 16, "v6e:2x2"),
     # A chip is two devices, each with half of the memory.
-    "tpu7x": Chip(96 * GIB, 2307e12 / 2, 7380e9 / 2, 2.2e9, 100e9, 50e9 / 8, 0, "tpu7x:2x2x1", devices=2),
+    "tpu7x": Chip(96 * GIB, 2307e12 / 2, 7380e9 / 2, 2.2e9, 0.11, 100e9, 50e9 / 8, 0, "tpu7x:2x2x1", devices=2),
 }
 
 
 def grid_of(topology: str) -> tuple[str, tuple[int, ...]]:
-    """Return chip and grid of a topology such as "v5e:4x8".
-
-    Raises:
-      UserError: a topology of another form, or an unknown chip.
-    """
+    """Return chip and grid of a topology such as "v5e:4x8"; `UserError` for another form or an unknown chip."""
     chip, _, grid = topology.partition(":")
     if not re.fullmatch(r"\d+(x\d+)+", grid):
         raise UserError(f"--topology is {topology!r}; write CHIP:GRID, such as v5e:4x8 for 32 chips of v5e.")
@@ -97,3 +90,100 @@ def devices_of(topology: str, slices: int = 1) -> tuple[list[Any], Chip]:
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"--topology={topology!r} is none that {chip} comes in ({reason}).") from error
+
+
+# Operations that take no time.
+FREE = (
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "reshape",
+    "partition-id",
+    "after-all",
+    "send",
+    "custom-call",
+)
+_KERNEL = 'custom_call_target="tpu_custom_call"'
+
+
+@dataclasses.dataclass(frozen=True)
+class Roofline:
+    """Milliseconds of a step."""
+
+    ms: float  # all operations, one after the other
+    exposed_ms: float  # collectives while nothing else runs
+    hidden_ms: float  # collectives while other operations run
+    step_ms: float  # operations and exposed collectives
+
+
+def roofline(text: str, topology: str, devices: int) -> Roofline:
+    """Return the time of a program, `compiled.as_text()`, for `devices` devices of a topology such as "v5e:4x8"."""
+    (name, grid), program = grid_of(topology), hlo.parse(text)
+    chip, clock, exposed, busy = CHIPS[name], 0.0, 0.0, 0.0
+    executions = list(program.executions(cycles))
+    sent = [hlo.inside(program, execution, devices) for execution in executions]
+    last = {chain: i for i, pieces in enumerate(sent) for chain, _ in pieces if chain}
+    ends: dict[str, float] = {}  # end times of started collectives, by chain or name of their start
+    free = {True: 0.0, False: 0.0}  # when the network between slices and the links between chips are free
+    ms = 0.0
+    for i, (execution, pieces) in enumerate(zip(executions, sent, strict=True)):
+        instruction = execution.instruction
+        waits = [instruction.operands[0]] if instruction.opcode.endswith("-done") and instruction.operands else []
+        for chain, each in pieces:
+            key = chain or instruction.name
+            if key not in ends:
+                time = each.sent / _bandwidth(each, chip, grid)
+                network = each.kind.endswith(BETWEEN_SLICES)
+                ends[key] = free[network] = max(clock, free[network]) + time
+                busy += time
+            if last[chain] == i if chain else not instruction.opcode.endswith(("-start", "recv")):
+                waits.append(key)
+        for key in waits:
+            delay = max(0.0, ends.pop(key, 0.0) - clock)
+            clock, exposed = clock + delay, exposed + delay
+        taken = seconds(program, execution, bool(pieces), chip)
+        clock, ms = clock + taken, ms + 1e3 * taken
+    return Roofline(ms, 1e3 * exposed, max(0.0, 1e3 * (busy - exposed)), ms + 1e3 * exposed)
+
+
+def cycles(executions: Iterable[Execution]) -> float:
+    """Return the compiler's estimate of the cycles of `executions`."""
+    return sum(each.instruction.cycles * each.count for each in executions)
+
+
+def seconds(program: Program, execution: Execution, communicates: bool, chip: Chip) -> float:
+    """Return the seconds of all executions of an instruction, which `communicates` if it has a part of a collective.
+
+    The compiler estimates no kernels, whose FLOPs count, and few copies and gathers, which move their result twice, but
+    once between memories.
+    """
+    instruction, count = execution.instruction, execution.count
+    if instruction.opcode.endswith("-start"):
+        return 0.0  # while other operations run
+    if flops := sum(kernel_flops(each.instruction) for each in (execution, *program.inside(execution))):
+        return count * flops / (chip.kernels * chip.peak)
+    if instruction.cycles:
+        return count * instruction.cycles / chip.clock
+    if communicates or instruction.opcode in FREE or instruction.opcode.endswith("-done"):
+        return 0.0
+    moved = sum(x.bytes if "S(" in x.layout else 2 * x.bytes for x in instruction.arrays)
+    return count * moved / chip.bandwidth
+
+
+def kernel_flops(instruction: hlo.Instruction) -> float:
+    """Return the FLOPs of a Pallas kernel by its author's estimate, 0 for other instructions."""
+    if _KERNEL not in instruction.attributes:
+        return 0.0
+    config = json.loads(instruction.attributes.partition("backend_config=")[2])
+    return float(config["custom_call_config"].get("cost_estimate", {}).get("flops", 0))
+
+
+def _bandwidth(collective: Collective, chip: Chip, grid: tuple[int, ...]) -> float:
+    """Bytes/s at which a device sends a collective."""
+    if collective.kind.endswith(BETWEEN_SLICES):
+        return chip.network
+    # A group of some chips is along one axis, or on a part of the grid with unknown links.
+    whole = collective.group >= chip.devices * math.prod(grid)
+    return chip.ici(grid) if whole and collective.kind != "collective-permute" else chip.link

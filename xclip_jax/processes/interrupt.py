@@ -55,7 +55,7 @@ class PreemptionHandler:
         name, previous = signal.Signals(number).name, self._previous[number]
         # Under nohup the inherited handler ignores SIGINT; the second one must end the process nevertheless. A
         # command's handler would wait while the main thread is in C code.
-        signal.signal(number, signal.SIG_DFL if previous in (signal.SIG_IGN, errors.at_once) else previous)
+        signal.signal(number, signal.SIG_DFL if previous in (signal.SIG_IGN, errors.interrupted) else previous)
         self.noticed = True
         alone = jax.process_count() == 1
         stopping = "saving, then stopping; send it again to stop at once"

@@ -1,7 +1,7 @@
 """Messages between the processes of a run: that they run, where they wait, why they end.
 
 Each writes to the key-value store of JAX's coordination service, which process 0 holds. A process that is killed writes
-nothing: the others notice its silence, and JAX ends them after `HEARTBEAT_SECONDS`.
+nothing, and JAX ends the others after `HEARTBEAT_SECONDS`.
 """
 
 import atexit
@@ -21,8 +21,6 @@ from xclip_jax.core.errors import EXIT_RESTART, UserError, describe, exit_now, p
 
 # All processes end within 30 s after one of them: JAX counts as dead what sends no heartbeat for so long.
 HEARTBEAT_SECONDS = 25
-# Silence after which a process is named. Python's threads may be late where C++ ones are not, so it ends nothing.
-SILENT_SECONDS = 8.0
 _POLL_SECONDS = 1.0
 _LINGER_SECONDS = 4.0  # the others read process 0's last words from process 0
 _FAILED_READS = 5
@@ -30,7 +28,7 @@ _FAILED_READS = 5
 _STATUS = re.compile(r"(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION): ")
 _NOTES, _ALIVE = "xclip_jax/notes/", "xclip_jax/alive/"
 _FACTS, _SAME = "xclip_jax/facts/", "xclip_jax/same/"
-_DONE = json.dumps({"beat": -1, "status": ""})
+_DONE = json.dumps({"status": "done"})
 
 
 class Peers:
@@ -39,15 +37,12 @@ class Peers:
     Attributes:
       index, count: of this process, and how many there are.
       status: what this process is doing, reported to the others; set by the watchdog.
-      silent: on process 0, {process: sentence} for processes that have given no sign of life for a while.
     """
 
     def __init__(self, client: Any, index: int, count: int) -> None:
         self.index, self.count = index, count
         self.status: Callable[[], str] = lambda: ""
-        self.silent: dict[int, str] = {}
         self._client, self._rounds = client, 0
-        self._signs: dict[int, tuple[str, float]] = {}
         self._ending = threading.Lock()
         self._signing = threading.Lock()
         self._done = threading.Event()
@@ -107,7 +102,7 @@ class Peers:
         own = self.status().partition(" (")[0]
         others = sorted((int(k.rpartition("/")[2]), v) for k, v in self._client.key_value_dir_get(_ALIVE))
         states = [(k, json.loads(v)["status"]) for k, v in others if k != self.index]
-        return "; ".join(f"process {k}: {s}" for k, s in states if s and s.partition(" (")[0] != own)
+        return "; ".join(f"process {k}: {s}" for k, s in states if s.partition(" (")[0] not in ("", "done", own))
 
     def leave(self, sentence: str, status: int) -> NoReturn:
         """End this process with `status`, after notifying the other processes, which end with the same status."""
@@ -122,36 +117,29 @@ class Peers:
     def fail(self, error: BaseException) -> NoReturn:
         """End this process by `error`, or by the end of another process that caused it."""
         # A process that is gone shows first as a collective that fails. Its last words end this one while it waits.
-        lost = _is_of_runtime(error)
-        deadline = time.monotonic() + (SILENT_SECONDS + 5 if lost else 0)
-        while time.monotonic() < deadline and not self.silent:
-            time.sleep(0.1)
-        if lost and self.silent:
-            sentence, status = "; ".join(self.silent.values()), EXIT_RESTART
-            print(f"error: {sentence}: it is gone. Start all of them again.", file=sys.stderr)
-        else:
-            status = 1
-            sentence = describe(error) if isinstance(error, (UserError, SystemExit)) else public(repr(error))
-            if not isinstance(error, (UserError, SystemExit)):
-                print(public("".join(traceback.format_exception(error))), end="", file=sys.stderr)
-            own = f"process {self.index} of {self.count}"
-            print(f"error: {own}: {sentence.removeprefix('error: ')}", file=sys.stderr)
+        if lost := bool(_STATUS.match(str(error))):
+            time.sleep(_LINGER_SECONDS)
+        status = EXIT_RESTART if lost else 1
+        sentence = describe(error) if isinstance(error, (UserError, SystemExit)) else public(repr(error))
+        if not isinstance(error, (UserError, SystemExit)):
+            print(public("".join(traceback.format_exception(error))), end="", file=sys.stderr)
+        gone = " (another process may be gone; start all of them again)" if lost else ""
+        own = f"process {self.index} of {self.count}"
+        print(f"error: {own}: {sentence.removeprefix('error: ')}{gone}", file=sys.stderr)
         self.leave(sentence.removeprefix("error: ").splitlines()[0], status)
 
     def _watch(self) -> None:
-        failed = beats = 0
+        failed = 0
         while failed < _FAILED_READS:
             if self._done.wait(_POLL_SECONDS):
                 return
-            beats += 1
             try:
-                sign = json.dumps({"beat": beats, "status": self.status()})
+                sign = json.dumps({"status": self.status()})
                 with self._signing:
                     if self._done.is_set():
                         return
                     self._client.key_value_set(f"{_ALIVE}{self.index}", sign, allow_overwrite=True)
                 notes = self._client.key_value_dir_get(_NOTES)
-                signs = self._client.key_value_dir_get(_ALIVE) if self.index == 0 else []
                 failed = 0
             except Exception as error:
                 if not _is_of_runtime(error):
@@ -159,15 +147,11 @@ class Peers:
                 failed += 1
                 continue
             for name, note in notes:
-                self._read_note(int(name.rpartition("/")[2]), json.loads(note))
-            if self.index == 0:
-                self._listen(dict(signs))
+                if (process := int(name.rpartition("/")[2])) != self.index:
+                    last = json.loads(note)
+                    self._end(f"process {process} of {self.count} has ended: {last['sentence']}", last["status"])
         if not self._done.is_set():
             self._end(f"process 0 of {self.count} is gone", EXIT_RESTART)
-
-    def _read_note(self, process: int, note: Mapping[str, Any]) -> None:
-        if process != self.index and note.get("sentence"):
-            self._end(f"process {process} of {self.count} has ended: {note['sentence']}", note["status"])
 
     def _end(self, sentence: str, status: int) -> None:
         if not self._ending.acquire(blocking=False):
@@ -178,28 +162,9 @@ class Peers:
         exit_now(status)
 
     def _linger(self) -> None:
-        """In process 0, where another one is left: give it time to read why all end."""
-        if self.index == 0 and len(self.silent) < self.count - 1:
+        """In process 0: give the others time to read why all end."""
+        if self.index == 0:
             time.sleep(_LINGER_SECONDS)
-
-    def _listen(self, signs: Mapping[str, str]) -> None:
-        """In process 0: note who has been silent for long."""
-        now = time.monotonic()
-        for name, sign in signs.items():
-            process = int(name.rpartition("/")[2])
-            last, since = self._signs.get(process, ("", now))
-            if sign != last:
-                self._signs[process] = sign, now
-                self.silent.pop(process, None)
-            elif now - since > SILENT_SECONDS and sign != _DONE and process not in self.silent:
-                self.silent[process] = (
-                    f"process {process} of {self.count} has given no sign of life for {now - since:.0f} s"
-                )
-                print(
-                    f"WARNING: {self.silent[process]}; if it is gone all others end within "
-                    f"{HEARTBEAT_SECONDS} s, and all of them have to be started again",
-                    flush=True,
-                )
 
 
 def _is_of_runtime(error: BaseException) -> bool:

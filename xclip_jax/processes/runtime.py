@@ -1,7 +1,6 @@
 """Several processes as one run: one for each host, with the host's devices."""
 
 import contextlib
-import faulthandler
 import os
 import threading
 import time
@@ -30,11 +29,7 @@ def join(distributed: bool, coordinator: str = "", processes: int = 0, process: 
 
     Args:
       distributed: let JAX discover the other processes, as it can on TPU pods, GKE, Slurm and MPI.
-      coordinator: "HOST:PORT" of process 0, elsewhere.
-      processes, process: the number of processes, and the index of this one; only with `coordinator`.
-
-    Raises:
-      UserError: incomplete arguments, devices that a recipe used before, or processes that cannot be found or reached.
+      coordinator, processes, process: elsewhere "HOST:PORT" of process 0, their number, and the index of this one.
     """
     given = (bool(coordinator), processes > 0, process >= 0)
     if any(given) and (not all(given) or process >= processes):
@@ -46,34 +41,26 @@ def join(distributed: bool, coordinator: str = "", processes: int = 0, process: 
         return
     if xla_bridge.backends_are_initialized():
         raise UserError(
-            "the recipe has looked at this machine's devices before the processes joined, and JAX cannot join them "
-            "after that; give the recipe small device=cpu, gpu or tpu, and call no jax.devices() in your get_config."
+            "the recipe has looked at this machine's devices before the processes joined: give the recipe small "
+            "device=cpu, gpu or tpu, and call no jax.devices() in your get_config."
         )
-    limits: dict[str, Any] = {
-        "heartbeat_timeout_seconds": HEARTBEAT_SECONDS,
-        "shutdown_timeout_seconds": _SHUTDOWN_SECONDS,
-    }
+    given_or_found = (coordinator, processes, process) if coordinator else ()
     try:
-        if coordinator:
-            jax.distributed.initialize(coordinator, processes, process, **limits)
-        else:
-            jax.distributed.initialize(**limits)
+        jax.distributed.initialize(
+            *given_or_found,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
+        )
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"this process cannot join the others ({reason}). Where JAX cannot discover them, start each with "
             "--coordinator=HOST:PORT --processes=N --process=I."
         ) from error
-    _watch_others()
-
-
-def _watch_others() -> None:
     global _peers
     state = jax_distributed.global_state
     if state.client is not None and state.num_processes > 1:
         _peers = Peers(state.client, state.process_id, state.num_processes)
-        if faulthandler.is_enabled():
-            faulthandler.enable(all_threads=False)  # JAX aborts who loses process 0; stacks of all threads are pages
 
 
 def peers() -> Peers | None:

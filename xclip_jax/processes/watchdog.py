@@ -24,12 +24,7 @@ from xclip_jax.processes.interrupt import SIGNALS, PreemptionHandler
 
 DATA, COMPILATION, STEP = "waiting for data", "the first step, which compiles", "a step"
 CHECKPOINT, RESTORE, EVALUATION = "a checkpoint", "restoring a checkpoint", "an evaluation"
-# After a signal the main thread stops when it next reports progress. If it does not within this time, nor within
-# `_SLOWER` times the longest wait of its phase so far, the process ends. A save may take as long as usual.
-STOP_SECONDS = 60.0
-_SLOWER = 3
-# Steps and evaluations that have to end before a wait is long: the first ones compile.
-_EVIDENCE = {STEP: 2, EVALUATION: 1}
+_SLOWER = 3  # a wait is long from so many times the longest wait of its phase so far
 _POLL_SECONDS = 0.5
 _MOMENT = 2.0  # within which Python's handler runs, unless the main thread is in C code
 
@@ -38,7 +33,7 @@ class Watchdog:
     """Watches a run, in a context; outside of phases it does nothing.
 
     A process that hangs writes the stacks of its threads to standard error and to the run's folder, and exits with
-    `EXIT_RESTART`. One that was asked to stop and hangs exits with `EXIT_RESUMABLE`: it goes on at its last checkpoint.
+    `EXIT_RESTART`.
 
     Attributes:
       phase: the one that was entered last.
@@ -55,22 +50,13 @@ class Watchdog:
         warning: float,
         limit: float,
     ) -> None:
-        """Make a watchdog that is not watching yet.
-
-        Args:
-          folder: the run's.
-          preemption: handles the signals.
-          clock: seconds.
-          warning: seconds without progress after which the phase is named; 0 for never.
-          limit: seconds without progress after which the process ends; 0 for never.
-        """
+        """Make a watchdog that names a phase, and ends the process, after seconds without progress; 0 for never."""
         self._folder, self._preemption, self._warning, self._limit = folder, preemption, warning, limit
         self._clock, self._last = clock, clock()
         self.phase, self._detail, self._since, self._warned_of = "", "", clock(), 0.0
         self._asked_at, self._asked = 0.0, 0
         self.step = self.saved = 0
-        self._longest = dict.fromkeys(_EVIDENCE, 0.0)  # seconds without progress
-        self._ended = dict.fromkeys(_EVIDENCE, 0)
+        self._longest = {STEP: 0.0, EVALUATION: 0.0}  # seconds without progress
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
 
@@ -96,8 +82,6 @@ class Watchdog:
     def enter(self, phase: str, detail: str = "") -> None:
         """Begin a phase, which is progress; "" for one that may take as long as it likes."""
         self.beat()
-        if self.phase == EVALUATION != phase:
-            self._ended[EVALUATION] += 1
         self.phase, self._detail = phase, detail
 
     def beat(self) -> None:
@@ -108,8 +92,7 @@ class Watchdog:
         self._since = now
 
     def end_step(self) -> None:
-        """Count a step that the devices have computed; it is progress for who waits for a step."""
-        self._ended[STEP] += 1
+        """Mark the end of a step on the devices; it is progress for who waits for a step."""
         if self.phase == STEP:
             self.beat()
 
@@ -150,28 +133,19 @@ class Watchdog:
         alone = jax.process_count() == 1
         if alone and self.phase == COMPILATION and now - self._asked_at > _MOMENT:
             self._end(f"stopping in the compilation: {self._loss()}", EXIT_RESUMABLE, stacks=False)
-        waited, phase = now - max(self._asked_at, self._since), self.phase
-        evidence = self._ended.get(phase, 0) >= _EVIDENCE.get(phase, 0)
-        if phase not in ("", CHECKPOINT) and evidence and waited > self._at_least(STOP_SECONDS, phase):
-            self._end(f"asked to stop, and in {self.status()}; {self._loss()}", EXIT_RESUMABLE)
-
-    def _at_least(self, seconds: float, phase: str) -> float:
-        """Seconds without progress that are long for a phase."""
-        return max(seconds, _SLOWER * self._longest.get(phase, 0.0))
 
     def _loss(self) -> str:
         """Which steps are lost with this process."""
-        lost = f"{self.step - self.saved} steps since the last checkpoint are lost" if self.step > self.saved else ""
         if not self.saved:
-            return f"there is no checkpoint yet, and {self.step} steps are lost" if lost else "nothing is trained yet"
-        return lost or "no step is lost"
+            return f"there is no checkpoint yet, and {self.step} steps are lost"
+        return f"{self.step - self.saved} steps since the last checkpoint are lost"
 
     def _check_progress(self, now: float) -> None:
         phase, since = self.phase, self._since
         if self._limit and now - since > self._limit:
             self._end(f"no progress: {self.status()}{self._others()}", EXIT_RESTART)
         warns = self._warning and phase != COMPILATION and self._warned_of != since
-        if warns and now - since > self._at_least(self._warning, phase):
+        if warns and now - since > max(self._warning, _SLOWER * self._longest.get(phase, 0.0)):
             self._warned_of = since
             limit = f"; the run ends after {self._limit:.0f} s (log.stall_limit)" if self._limit else ""
             print(f"WARNING: {self._who()}no progress: {self.status()}{self._others()}{limit}", flush=True)
@@ -188,8 +162,7 @@ class Watchdog:
 
     def _end(self, sentence: str, status: int, *, stacks: bool = True) -> None:
         where = self._dump_stacks() if stacks else ""
-        advice = "run the same command to resume"
-        print(f"error: {self._who()}{sentence}{where}; {advice}", file=sys.stderr, flush=True)
+        print(f"error: {self._who()}{sentence}{where}; run the same command to resume", file=sys.stderr, flush=True)
         if (peers := runtime.peers()) is not None:
             peers.leave(sentence, status)
         exit_now(status)

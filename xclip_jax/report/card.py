@@ -3,6 +3,7 @@
 The template card.md has its text; this module has the facts.
 """
 
+import dataclasses
 import importlib.resources
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -35,11 +36,6 @@ _TASKS = {
 _RECIPE = ("data.batch", "optim.lr", "optim.schedule", "optim.warmup", "optim.weight_decay", "optim.b1",
            "optim.b2", "optim.grad_clip_norm", "data.crop_scale", "data.resample", "data.flip_prob",
            "data.color_jitter", "model.img.patch_dropout", "model.dtype", "seed")  # fmt: skip
-_VIEWS = {
-    "shortest": "cropped to its central square",
-    "squash": "resized to a square without cropping",
-    "longest": "padded to a square with black",
-}
 _SHOWN_CLASSES = 20
 # Paths from a root and addresses of buckets, in specs and in words of a command.
 _PATH = re.compile(r"""(?:^|(?<=[\s=:@,;("'\[]))(?:~[\w.-]*/|/(?![/\s]|$)|(?!https?:)\w+://)[^"',;)\]]*""")
@@ -70,18 +66,12 @@ def render(
     config, objective = experiment.config, experiment.objective
     folder = RunFolder(source) if run else None
     local, remote = _PREFIXES[to]
-    inputs = {
-        "img": f"an image is {_VIEWS[config.eval.resize]}, {experiment.image_size} x {experiment.image_size} pixels",
-        "txt": f"a text is cut to its first {experiment.context_length} tokens",
-    }
-    cut = "; ".join(inputs[tower] for tower in objective.towers)
     trained = (folder.read_config() or {}).get("environment") if folder else None
     context = {
         "metadata": metadata(experiment, to, measured(folder, config.steps, step) if folder else []),
         "objective": objective,
         "labelled": objective.labelled,
         "tower": config.model.tower("img").describe(),
-        "outputs": " and ".join(objective.describe(config.model)) or "features of images and texts",
         "parameters": sum(x.size for x in jax.tree.leaves(experiment.abstract.params)),
         "towers": _towers(experiment),
         "prepare": experiment.preprocessing,
@@ -94,21 +84,14 @@ def render(
         "notes": notes,
         "run": run,
         "source": _code(shown(source)),
-        "cut": f"{cut[0].upper()}{cut[1:]}",
-        "made": [
-            *([("trained", _machine(trained))] if trained else []),
-            ("exported", _machine(environment.capture())),
-        ],
+        "made": ({"trained": _machine(trained)} if trained else {}) | {"exported": _machine(environment.capture())},
     }
     if folder:
         context |= data(folder, experiment) | {"recipe": list(_recipe(folder, step))}
         context |= evaluations(folder, config.steps, step)
-    return _template().render(context)
-
-
-def _template() -> jinja2.Template:
-    source = importlib.resources.files("xclip_jax.report").joinpath("card.md").read_text("utf-8")
-    return jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True).from_string(source)
+    template = importlib.resources.files("xclip_jax.report").joinpath("card.md").read_text("utf-8")
+    made = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    return made.from_string(template).render(context)
 
 
 def shown(text: str) -> str:
@@ -147,8 +130,7 @@ def metadata(experiment: Experiment, to: str, headlines: Sequence[Result]) -> st
     try:
         from huggingface_hub import EvalResult, ModelCardData
     except ImportError:
-        lines = [f"{key}: {value}" for key, value in names.items()] + ["tags:", *(f"- {tag}" for tag in tags)]
-        return "\n".join([*lines, ""])
+        return "".join(f"{key}: {value}\n" for key, value in (names | {"tags": f"[{', '.join(tags)}]"}).items())
     of_hub = re.compile(rf"(?:^|[/:])hf:(?!\.)({hub_client.ID})")
     in_card = names_of_sets(result.set for result in headlines)
     rows = [
@@ -178,7 +160,7 @@ def measured(run: RunFolder, steps: int, step: int) -> list[Result]:
 def _entries(run: RunFolder, step: int) -> list[results.Entry]:
     """Return the entries of evaluation.json for the checkpoint, with the profile that was evaluated last."""
     entries = results.read(run.evaluation_file)[0] if run.evaluation_file.exists() else []
-    entries = [entry for entry in results.of_config(entries, _run_config(run)) if entry["step"] == step]
+    entries = [entry for entry in results.of_group(entries, _run_config(run).eval) if entry["step"] == step]
     return results.latest(entries)[0] if entries else []
 
 
@@ -188,15 +170,10 @@ def _run_config(run: RunFolder) -> Config:
 
 def _towers(experiment: Experiment) -> tuple[list[str], list[list[Any]]]:
     """Return head and rows of the table of towers."""
-    towers = {
-        title: getattr(experiment.model, name).facts()
-        for name, title in (("img", "image"), ("txt", "text"))
-        if name in experiment.objective.towers
-    }
-    if "text" in towers:
-        towers["text"]["input"] += f" of {experiment.tokenizer.vocab_size:,}"
-    head = [*dict.fromkeys(key for facts in towers.values() for key in facts if key != "input"), "input"]
-    return ["tower", *head], [[name, *(facts.get(key, "") for key in head)] for name, facts in towers.items()]
+    towers = {name: dataclasses.asdict(getattr(experiment.model, name)) for name in experiment.objective.towers}
+    keys = dict.fromkeys(key for options in towers.values() for key in options)
+    rows = [[key, *(options.get(key, "") for options in towers.values())] for key in keys]
+    return ["option", *({"img": "image", "txt": "text"}[name] for name in towers)], rows
 
 
 def data(run: RunFolder, experiment: Experiment) -> dict[str, Any]:
@@ -245,16 +222,10 @@ def evaluations(run: RunFolder, steps: int, step: int) -> dict[str, Any]:
     final, entries = run.read_results(), _entries(run, step)
     names = names_of_sets(entry["set"] for entry in entries)
     last = tables.render(results.from_json(final["records"])) if final and final["results"] and step == steps else ""
-    rows = [
-        (
-            _code(names[entry["set"]]),
-            entry["metric"],
-            f"{entry['value']:.1f}",
-            f"{entry['n']:,}",
-            *(in_words(entry.get(key, "")) for key in ("protocol", "templates")),
-        )
-        for entry in entries
-    ]
+    rows = []
+    for entry in entries:
+        cells = _code(names[entry["set"]]), entry["metric"], f"{entry['value']:.1f}", f"{entry['n']:,}"
+        rows.append((*cells, *(in_words(entry.get(key, "")) for key in ("protocol", "templates"))))
     return {
         "last": last.replace("`", "'"),
         "evaluated": rows,

@@ -4,20 +4,28 @@ import dataclasses
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from xclip_jax.evaluators import tables
 from xclip_jax.objectives import Curve
-from xclip_jax.report.collect import Key, Record, Run, labels, rows_of
+from xclip_jax.report.collect import Key, Run, labels, rows_of
 
 POINTS = 400  # at most in a line; longer lines are averaged
-_LEARNING = (("lr", "Learning rate"), ("grad_norm", "Gradient norm"), ("samples_per_second", "Speed, samples/s"))
+_LOGGED = (  # key, title, unit
+    ("lr", "Learning rate", ""),
+    ("grad_norm", "Gradient norm", ""),
+    ("param_norm", "Parameter norm", ""),
+    ("samples_per_second", "Speed", "samples/s"),
+    ("mfu", "MFU", "%"),
+    ("goodput", "Goodput", "%"),
+    ("data/bad_share", "Bad samples", "%"),
+)
 Rows = Sequence[Mapping[str, float]]
 
 
-@dataclasses.dataclass(frozen=True)
-class Line:
+class Line(NamedTuple):
     """A curve: its name, steps and values, and the number of its colour."""
 
     name: str
@@ -26,8 +34,7 @@ class Line:
     color: int
 
 
-@dataclasses.dataclass(frozen=True)
-class Level:
+class Level(NamedTuple):
     """A dashed line at y with a short name; `below` shades the area under it as an alarm."""
 
     name: str
@@ -107,9 +114,9 @@ def chart(
     return Chart(title, drawn, levels, unit, note, (left, right), (low, high))
 
 
-def metric_lines(rows: Rows, metrics: Sequence[tuple[str, str]], *, scale: float = 1.0) -> list[Line]:
-    """Return lines of `metrics`, (key, label) each, over steps, times `scale`; a metric without values has none."""
-    lines = []
+def metric_lines(rows: Rows, metrics: Sequence[tuple[str, str]], unit: str = "") -> list[Line]:
+    """Return lines of `metrics`, (key, label) each, over steps, in percent where `unit` is; without values none."""
+    lines, scale = [], 100.0 if unit == "%" else 1.0
     for color, (key, label) in enumerate(metrics):
         logged = [row for row in rows if isinstance(row.get(key), (int, float))]
         if logged:
@@ -119,23 +126,17 @@ def metric_lines(rows: Rows, metrics: Sequence[tuple[str, str]], *, scale: float
 
 def term_chart(curve: Curve, rows: Rows, term: str) -> Chart | None:
     """Return the chart of a curve that the objective's term `term` declares; None where no row has its metrics."""
-    metrics = [(f"{term}/{key}", label) for key, label in curve.lines]
-    lines = metric_lines(rows, metrics, scale=scale_of(curve))
+    lines = metric_lines(rows, [(f"{term}/{key}", label) for key, label in curve.lines], curve.unit)
     return chart(curve.title, lines, shown_levels(curve, rows, term), unit=curve.unit, note=curve.note)
-
-
-def scale_of(curve: Curve) -> float:
-    """Return the factor of the logged values of a curve: 100 for percent."""
-    return 100.0 if curve.unit == "%" else 1.0
 
 
 def shown_levels(curve: Curve, rows: Rows, term: str) -> list[Level]:
     """Return the dashed lines of a curve, by the last of one or more rows."""
-    levels = []
+    levels, scale = [], 100.0 if curve.unit == "%" else 1.0
     for level in curve.levels:
         value = rows[-1].get(f"{term}/{level.value}") if isinstance(level.value, str) else level.value
         if value is not None:
-            levels.append(Level(level.label, scale_of(curve) * value, below=level.alarm))
+            levels.append(Level(level.label, scale * value, below=level.alarm))
     return levels
 
 
@@ -184,7 +185,7 @@ def _short(line: Line) -> Line:
     if len(x) > POINTS:
         x, y = ([float(part.mean()) for part in np.array_split(v, POINTS)] for v in (x, y))
         x = np.round(x)
-    return dataclasses.replace(line, x=list(map(float, x)), y=list(map(float, y)))
+    return line._replace(x=list(map(float, x)), y=list(map(float, y)))
 
 
 def _range(low: float, high: float) -> tuple[float, float]:
@@ -197,101 +198,69 @@ def _range(low: float, high: float) -> tuple[float, float]:
     return low - room, high + room
 
 
-# The charts of one run, and of several runs over one another.
-
-
-def of_run(record: Record) -> list[Chart]:
-    """Return charts of all logged metrics; [] where no step is logged."""
-    if not record.training:
-        return []
-    rows, objective = record.training, record.objective
-    timed = [row for row in rows if row.get("samples_per_second")]  # the first step compiles
-    unit = "items" if objective.labelled else "pairs"
-
-    def one(title: str, key: str, label: str, rows: Rows = rows, unit: str = "") -> Chart | None:
-        return chart(title, metric_lines(rows, ((key, label),), scale=100.0 if unit == "%" else 1.0), unit=unit)
-
-    # With one term of weight 1 its own loss is the total.
-    total = metric_lines(rows, (("loss", "weighted sum"),)) if list(objective.weights.values()) != [1.0] else []
-    drawn = [
-        chart("Loss", total, unit="nats", note=f"{objective.formula}."),
-        *(term_chart(curve, rows, name) for name, own in objective.curves().items() for curve in own),
-        chart("Evaluation during training", _evaluated(record), unit="%"),
-        one("Learning rate", "lr", "learning rate"),
-        one("Gradient norm", "grad_norm", "norm"),
-        one("Parameter norm", "param_norm", "norm"),
-        one("Speed", "samples_per_second", f"{unit} per second", timed, f"{unit}/s"),
-        one("MFU", "mfu", "MFU", timed, "%"),
-        one("Goodput", "goodput", "goodput", timed, "%"),
-        one("Bad samples", "data/bad_share", "share", rows if rows[-1].get("data/bad") else (), "%"),
-    ]
+def of_runs(runs: Sequence[Run]) -> list[Chart]:
+    """Return charts of all logged metrics: of one run, or with a line for each run."""
+    several, drawn = len(runs) > 1, [_total(runs), *_curves(runs), *_evaluations(runs)]
+    for key, title, unit in _LOGGED:
+        lines = [line for run in runs for line in _lines(run, key, run.name if several else title, unit)]
+        lines = lines if key != "data/bad_share" or any(any(line.y) for line in lines) else []
+        drawn.append(chart(title, lines, unit=unit))
     return list(filter(None, drawn))
 
 
-def _evaluated(record: Record) -> list[Line]:
-    """Return the first metric of each set that was evaluated during training, with the final value if it has one."""
-    evaluations = list(record.evaluations)
-    if record.complete and not record.steps_of:
-        evaluations.append((record.config.steps, record.results))
-    rows = [(step, row) for step, results_of in evaluations for row in tables.rows(results_of)]
-    points: dict[tuple[Key, str], dict[int, float]] = {}
-    for step, row in rows:
-        metric, result = row.shown[0]
-        # results.jsonl has the last evaluation as well.
-        points.setdefault(((row.family, row.name), metric.label), {}).setdefault(step, result.value)
-    short = labels(row for _, row in rows)
-    several = [(key, own) for key, own in points.items() if len(own) > 1 or not record.complete]
-    return [
-        Line(f"{short[key]}, {metric}", list(own), list(own.values()), color % 8)
-        for color, ((key, metric), own) in enumerate(several)
-    ]
+def _lines(run: Run, key: str, name: str, unit: str = "") -> list[Line]:
+    """Return the line of a metric of a run, or none; of speeds without the first step, which compiles."""
+    rows = run.record.training
+    if key in ("samples_per_second", "mfu", "goodput"):
+        rows = [row for row in rows if row.get("samples_per_second")]
+    return [line._replace(color=run.color) for line in metric_lines(rows, ((key, name),), unit)]
 
 
-def of_several(runs: Sequence[Run]) -> list[Chart]:
-    """Return charts with a line for each run."""
-    drawn = [*_compare_evaluations(runs), *_compare_losses(runs)]
-    for key, title in _LEARNING:
-        drawn.append(chart(title, [line for run in runs for line in _lines(run, key, first_step=2)]))  # 1 compiles
-    return list(filter(None, drawn))
+def _total(runs: Sequence[Run]) -> Chart | None:
+    """Return the chart of the sum of losses if all runs have the same sum; one term of weight 1 is its own chart."""
+    objective = runs[0].record.objective
+    if len({run.record.objective.formula for run in runs}) > 1 or list(objective.weights.values()) == [1.0]:
+        return None
+    lines = [line for run in runs for line in _lines(run, "loss", run.name if len(runs) > 1 else "weighted sum")]
+    return chart("Loss", lines, unit="nats", note=f"{objective.formula}.")
 
 
-def _lines(run: Run, key: str, scale: float = 1.0, first_step: int = 0) -> list[Line]:
-    """Return the line of a metric of a run, or none."""
-    rows = [row for row in run.record.training if row["step"] >= first_step]
-    return [dataclasses.replace(x, color=run.color) for x in metric_lines(rows, ((key, run.name),), scale=scale)]
-
-
-def _compare_losses(runs: Sequence[Run]) -> Iterator[Chart | None]:
-    """Yield charts of the terms' curves, one for each metric, and of the sum of losses if all runs have the same."""
-    if len({run.record.objective.formula for run in runs}) == 1 and len(runs[0].record.objective.terms) > 1:
-        yield chart("Loss", [line for run in runs for line in _lines(run, "loss")], unit="nats")
-    of_metrics: dict[tuple[str, str], tuple[Curve, str]] = {}
+def _curves(runs: Sequence[Run]) -> Iterator[Chart | None]:
+    """Yield charts of the terms' curves: all metrics of a curve of one run, or one metric of several runs."""
+    declared: dict[tuple[str, str], tuple[Curve, str]] = {}
     for run in runs:
         for term, own in run.record.objective.curves().items():
             for curve in own:
-                for key, label in curve.lines:
+                if len(runs) == 1 and run.record.training:
+                    yield term_chart(curve, run.record.training, term)
+                for key, label in curve.lines if len(runs) > 1 else ():
                     name = f"{curve.title}: {label}" if len(curve.lines) > 1 else curve.title
-                    of_metrics.setdefault((term, key), (curve, name))
-    for (term, key), (curve, name) in of_metrics.items():
+                    declared.setdefault((term, key), (curve, name))
+    for (term, key), (curve, name) in declared.items():
         having = [run.record.training for run in runs if term in run.record.objective.terms and run.record.training]
         of_runs = [shown_levels(curve, rows, term) for rows in having]
         levels = of_runs[0] if of_runs and all(own == of_runs[0] for own in of_runs) else []
-        lines = [line for run in runs for line in _lines(run, f"{term}/{key}", scale_of(curve))]
+        lines = [line for run in runs for line in _lines(run, f"{term}/{key}", run.name, curve.unit)]
         yield chart(name, lines, levels, unit=curve.unit, note=curve.note)
 
 
-def _compare_evaluations(runs: Sequence[Run]) -> Iterator[Chart | None]:
-    """Yield a chart for each set that was evaluated more than once during training."""
-    points: dict[tuple[Key, str, str], dict[int, list[tuple[float, float]]]] = {}
+def _evaluations(runs: Sequence[Run]) -> Iterator[Chart | None]:
+    """Yield the first metric of each set that was evaluated at several steps: a chart, or one for each set."""
+    points: dict[tuple[Key, str, str], dict[int, dict[int, float]]] = {}
     for run in runs:
         for step, results in run.record.evaluations:
             for row in tables.rows(results):
                 metric, result = row.shown[0]
-                of_runs = points.setdefault(((row.family, row.name), metric.label, result.unit), {})
-                of_runs.setdefault(run.color, []).append((step, result.value))
+                key = ((row.family, row.name), metric.label, result.unit)
+                points.setdefault(key, {}).setdefault(run.color, {})[step] = result.value
     short = labels(rows_of(runs))
+    names = {run.color: run.name for run in runs}
+    points = {key: of_runs for key, of_runs in points.items() if max(map(len, of_runs.values())) > 1}
+    if len(runs) == 1:
+        own = [(f"{short[key]}, {label}", of_runs[runs[0].color]) for (key, label, _), of_runs in points.items()]
+        lines = [Line(name, list(values), list(values.values()), i % 8) for i, (name, values) in enumerate(own)]
+        yield chart("Evaluation during training", lines, unit="%")
+        return
     for (key, label, unit), of_runs in points.items():
-        if max(map(len, of_runs.values())) > 1:
-            having = [run for run in runs if run.color in of_runs]
-            lines = [Line(run.name, *zip(*of_runs[run.color], strict=True), run.color) for run in having]
-            yield chart(f"{short[key]}, {label}", lines, unit=unit)
+        lines = [Line(names[color], list(own), list(own.values()), color) for color, own in of_runs.items()]
+        yield chart(f"{short[key]}, {label}", lines, unit=unit)

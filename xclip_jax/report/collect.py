@@ -1,13 +1,12 @@
 """Collects what a run's folder says about the run: metrics, results with intervals and verdicts, and warnings."""
 
 import collections
-import contextlib
 import dataclasses
 import datetime
 import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy
@@ -17,10 +16,10 @@ from xclip_jax.config import schema
 from xclip_jax.config.schema import Config
 from xclip_jax.core import imports
 from xclip_jax.core.errors import UserError
-from xclip_jax.core.run_folder import RunFolder, not_found
+from xclip_jax.core.run_folder import RunFolder
 from xclip_jax.evaluators import results, tables
 from xclip_jax.evaluators.results import Result
-from xclip_jax.evaluators.statistics import PerExample, interval
+from xclip_jax.evaluators.statistics import PerExample, bootstrap
 from xclip_jax.objectives import Objective, make_objective
 from xclip_jax.report.examples import Examples
 
@@ -44,10 +43,9 @@ class Record:
       environment: versions, devices, commit and command.
       training: metrics of the logged steps, in order.
       evaluations: (step, results) of each step with an evaluation during training, including the last one.
-      results: of the last evaluation, then of other sets that `xclip-jax evaluate` has measured at the same step;
-        before there is one the newest of each set, during training or by `xclip-jax evaluate`. With per-example
-        values where evaluation.json has them of the same number.
-      steps_of: {(family, set): step} of the results, where they are the newest of each set.
+      results: the newest of each set, by the run or by `xclip-jax evaluate`. With per-example values where
+        evaluation.json has them of the same number.
+      steps_of: {(family, set): step} of the results, where it is not the last step of a complete run.
       sources: fingerprint of each of config's data.sources.
       bad: number of samples in the ledger of bad samples.
       began, ended: start of the run, and the time when results.json was written, UTC.
@@ -77,13 +75,8 @@ class Record:
         return self.ended is not None
 
     def step_of(self, result: Result) -> int | None:
-        """Return the step of one of the results; None for the run's last one."""
+        """Return the step of one of the results; None for the last one of a complete run."""
         return self.steps_of.get((result.family, result.set))
-
-    @property
-    def items(self) -> str:
-        """Name of the items of a batch."""
-        return "labelled items" if self.objective.labelled else "image-text pairs"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +108,7 @@ def read(path: str | epath.Path) -> Record:
     content = run.read_config()
     if content is None:
         if not run.path.exists():
-            raise UserError(not_found(path, "name the folder of a run."))
+            raise UserError(f"{str(path)!r} does not exist; name the folder of a run.")
         raise UserError(f"{str(path)!r} is not a run directory: it has no config.json; pass a run directory.")
     try:
         return _read(run, content)
@@ -131,21 +124,20 @@ def read(path: str | epath.Path) -> Record:
 def _read(run: RunFolder, content: Mapping[str, Any]) -> Record:
     with imports.named_by(run.config_file):
         config = schema.resolve(schema.complete(content["config"]))
-    rows, final = run.read_metrics(), run.read_results() or {}
-    known, step = _results(run, final, config)
-    evaluations = by_step((int(line["step"]), _finite(line["records"])) for line in run.read_evaluations())
-    steps_of: dict[Key, int] = {}
-    if not final or step != config.steps:
-        known, steps_of = newest([(step, known), *evaluations])
-    facts = final.get("environment") or content.get("environment") or {}
-    if not isinstance(facts.get("versions", {}), dict) or not isinstance(facts.get("commit", ""), str):
-        raise TypeError("environment has versions or a commit of another type")
+    final = run.read_results()
+    logged = [(int(line["step"]), results.from_json(line["records"])) for line in run.read_evaluations()]
+    last = [(config.steps, results.from_json(final["records"]))] if final else []
+    # A diverged evaluation leaves the one before as the newest.
+    evaluations = by_step((step, [x for x in own if math.isfinite(x.value)]) for step, own in [*logged, *last])
+    known, steps_of = newest([*last, *evaluations, *_evaluated(run, config)])
+    if final:
+        steps_of = {key: step for key, step in steps_of.items() if step != config.steps}
     return Record(
         folder=run.path,
         config=config,
         objective=make_objective(config.objective),
-        environment=facts,
-        training=[row for row in rows if "loss" in row],
+        environment=(final or {}).get("environment") or content.get("environment") or {},
+        training=[row for row in run.read_metrics() if "loss" in row],
         evaluations=evaluations,
         results=_with_items(known, run.evaluation_file),
         steps_of=steps_of,
@@ -156,41 +148,22 @@ def _read(run: RunFolder, content: Mapping[str, Any]) -> Record:
     )
 
 
-def _finite(records: Sequence[Mapping[str, Any]]) -> list[Result]:
-    """Return the results that are numbers; a diverged evaluation leaves the one before as the newest."""
-    return [result for result in results.from_json(records) if math.isfinite(result.value)]
-
-
-def _results(run: RunFolder, final: Mapping[str, Any], config: Config) -> tuple[list[Result], int]:
-    """Return the results of the last evaluation, `final`, with further sets of evaluation.json; and their step.
-
-    It is the last step, or where the last evaluation has no results the newest of evaluation.json.
-    """
-    steps = config.steps
-    known, entries = results.from_json(final["records"]) if final else [], []
-    if run.evaluation_file.exists():
-        # Where a run has results of its own, a damaged file adds none and is no error.
-        with contextlib.suppress(UserError) if known else contextlib.nullcontext():
-            entries = results.of_config(results.read(run.evaluation_file)[0], config)
-    if not entries:
-        return known, steps
-    shown, sets = results.latest(entries)[0], {(result.family, result.set) for result in known}
-    others = results.of_entries([entry for entry in shown if not known or entry["step"] == steps])
-    step = steps if known else int(shown[-1]["step"])
-    return [*known, *(result for result in others if (result.family, result.set) not in sets)], step
+def _evaluated(run: RunFolder, config: Config) -> list[Evaluation]:
+    """Return the newest results of evaluation.json with their step, or none."""
+    if not run.evaluation_file.exists():
+        return []
+    entries = results.of_group(results.read(run.evaluation_file)[0], config.eval)
+    shown = results.latest(entries)[0] if entries else []
+    return [(int(shown[-1]["step"]), results.of_entries(shown))] if shown else []
 
 
 def _with_items(known: Sequence[Result], file: epath.Path) -> list[Result]:
     """Return results with the per-example values that a results file has of a result of equal name and value."""
     items: dict[tuple[str, float], PerExample] = {}
-    if file.exists():
-        with contextlib.suppress(UserError):  # without them intervals are binomial
-            entries, items_of = results.read(file)
-            for entry in entries:
-                own = items_of.get(entry["items"], {})
-                items |= {
-                    (r.name, round(r.value, 4)): own[r.name] for r in results.of_entries([entry]) if r.name in own
-                }
+    entries, items_of = results.read(file) if file.exists() else ([], {})
+    for entry in entries:
+        own = items_of.get(entry["items"], {})
+        items |= {(r.name, round(r.value, 4)): own[r.name] for r in results.of_entries([entry]) if r.name in own}
     return [dataclasses.replace(result, items=items.get((result.name, round(result.value, 4)))) for result in known]
 
 
@@ -209,15 +182,15 @@ def newest(evaluations: Iterable[Evaluation]) -> tuple[list[Result], dict[Key, i
     """Return the results of each set at the newest step that has it, and {(family, set): that step}.
 
     Args:
-      evaluations: of equal steps the last one counts.
+      evaluations: of equal steps the first one counts.
     """
     of_sets: dict[Key, tuple[int, list[Result]]] = {}
-    for step, of_step in sorted(evaluations, key=lambda evaluation: evaluation[0]):
+    for step, of_step in sorted(evaluations, key=lambda evaluation: evaluation[0], reverse=True):
         sets: dict[Key, list[Result]] = {}
         for result in of_step:
             sets.setdefault((result.family, result.set), []).append(result)
         # Metrics that are not numbers are absent: a set without its main metric replaces nothing.
-        of_sets |= {key: (step, own) for key, own in sets.items() if tables.rows(own)}
+        of_sets |= {key: (step, own) for key, own in sets.items() if key not in of_sets and tables.rows(own)}
     return [result for _, own in of_sets.values() for result in own], {key: step for key, (step, _) in of_sets.items()}
 
 
@@ -241,8 +214,7 @@ def rows_of(runs: Sequence[Run]) -> list[tables.Row]:
 # Intervals of results, and tests whether results are above chance.
 
 
-@dataclasses.dataclass(frozen=True)
-class Judgement:
+class Judgement(NamedTuple):
     """A result's interval in its own unit, NaN where it has none, and the verdict against chance.
 
     Attributes:
@@ -273,7 +245,7 @@ def judge(result: Result) -> Judgement:
     low, high, items = math.nan, math.nan, result.items
     n = result.n if items is None else _trials(items)
     if items is not None and not n:
-        low, high = interval(items, samples=_SAMPLES)
+        low, high = bootstrap(items, samples=_SAMPLES)
     elif result.unit == "%" and n and math.isfinite(result.value) and not result.metric.endswith("mean_per_class"):
         right = min(max(round(n * result.value / 100), 0), n)
         exact = scipy.stats.binomtest(right, n).proportion_ci(LEVEL)
@@ -300,15 +272,10 @@ def _trials(items: PerExample) -> int:
     return round(weights.sum() ** 2 / (weights**2).sum()) if independent or equal else 0
 
 
-def judgements(known: Sequence[Result]) -> dict[tuple[str, str], Judgement]:
-    """Return {(set and task, metric): judgement} of the first metric of each row of the tables."""
-    first = {(row.name, row.shown[0][0].name): row.shown[0][1] for row in tables.rows(known)}
-    return {key: judge(result) for key, result in first.items()}
-
-
 def verdicts(known: Sequence[Result]) -> dict[tuple[str, str], str]:
-    """Return {(set, metric): verdict} of the first metric of each set, where it has a verdict."""
-    return {key: judged.verdict for key, judged in judgements(known).items() if judged.verdict}
+    """Return {(set and task, metric): verdict} of the first metric of each row of the tables, where it has one."""
+    first = {(row.name, row.shown[0][0].metric): row.shown[0][1] for row in tables.rows(known)}
+    return {key: verdict for key, result in first.items() if (verdict := judge(result).verdict)}
 
 
 # Failures that the terms of an objective warn of.
@@ -321,8 +288,7 @@ def complete_rows(objective: Objective, term: str, rows: Sequence[Row]) -> list[
     return [row for row in own if row.keys() == names] if len(names) > 1 else []
 
 
-@dataclasses.dataclass(frozen=True)
-class Warnings:
+class Warnings(NamedTuple):
     """Warnings of one term at the logged steps from `first_step` on: {name: warning} of each step in `steps`."""
 
     first_step: int

@@ -5,7 +5,7 @@ Examples are drawn by a seed, never selected by hand.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -17,38 +17,32 @@ from xclip_jax.evaluators.encoder import Encoder, Features
 from xclip_jax.evaluators.prompts import PROFILES, Profile
 from xclip_jax.evaluators.retrieval import RetrievalSet, positives
 from xclip_jax.evaluators.retrieval import ranks as ranks_of
-from xclip_jax.evaluators.zeroshot import ZeroShot, ZeroShotSet, compare, text_scores
+from xclip_jax.evaluators.zeroshot import ZeroShot, ZeroShotSet, compare, encode_pairs
 from xclip_jax.models.two_towers import TwoTowers, Variables
 from xclip_jax.objectives.similarity import Similarity, cluster_similarity, features, softmax
 from xclip_jax.parallel.mesh import replicated
-from xclip_jax.report.selection import POOL, of_different_classes, readable, select, subset
+from xclip_jax.report.selection import readable, select
 
+POOL = 1000  # images of a set
 NUM_IMAGES = 9  # images that get names, of each set
 NUM_QUERIES = 8  # texts that are searched for
 TOP = 6  # images in a row
 CLUSTERS = 96
-CLASSES = 100  # of the confusion matrix
 _NO_SIMILARITY = (
     "the model does not compare images with texts (no term of its objective has a similarity), so no examples of its "
     "predictions are shown."
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Gallery:
+class Gallery(NamedTuple):
     """Images at the model's size and at the size of the page, and their names."""
 
     images: list[np.ndarray]
     shown: list[np.ndarray]
     names: list[str]
 
-    def names_of(self, indices: Sequence[int]) -> str:
-        """Return the names of some images in one text."""
-        return " ".join(self.names[i] for i in indices)
 
-
-@dataclasses.dataclass(frozen=True)
-class ScoredLabel:
+class ScoredLabel(NamedTuple):
     """A name for an image: the length of its bar (0 to 1), the number at its end, and whether it is right."""
 
     name: str
@@ -57,8 +51,7 @@ class ScoredLabel:
     right: bool
 
 
-@dataclasses.dataclass(frozen=True)
-class Prediction:
+class Prediction(NamedTuple):
     """An image, its right name, the rank of that name among all (from 1), and the best five names."""
 
     image: np.ndarray
@@ -67,8 +60,7 @@ class Prediction:
     best: list[ScoredLabel]
 
 
-@dataclasses.dataclass(frozen=True)
-class ZeroShotExamples:
+class ZeroShotExamples(NamedTuple):
     """Names for images of one set: its title, a sentence about names and bars, and the number of names."""
 
     title: str
@@ -77,8 +69,7 @@ class ZeroShotExamples:
     guesses: list[Prediction]
 
 
-@dataclasses.dataclass(frozen=True)
-class SearchResult:
+class SearchResult(NamedTuple):
     """Results of a text query: indices of a gallery's images, best first, and whether each is right, if known."""
 
     text: str
@@ -87,8 +78,7 @@ class SearchResult:
     rank: int = 0
 
 
-@dataclasses.dataclass(frozen=True)
-class RetrievalExamples:
+class RetrievalExamples(NamedTuple):
     """Both directions of retrieval on one set: images for texts, texts for images, and the meaning of the bars."""
 
     title: str
@@ -99,29 +89,7 @@ class RetrievalExamples:
     by_image: list[Prediction]
 
 
-@dataclasses.dataclass(frozen=True)
-class ConfusedPair:
-    """A class that is predicted as another one: how often, and images of it."""
-
-    name: str
-    taken_for: str
-    count: int
-    images: list[np.ndarray]
-
-
-@dataclasses.dataclass(frozen=True)
-class Confusion:
-    """Confusion matrix: counts (c, c), rows the right classes, columns the predictions; empty for many classes."""
-
-    title: str
-    images: int
-    classes: list[str]
-    counts: np.ndarray
-    mistakes: list[ConfusedPair]
-
-
-@dataclasses.dataclass(frozen=True)
-class Cluster:
+class Cluster(NamedTuple):
     """One cluster: images (indices of the gallery) and words nearest to it, and how many have it as their first."""
 
     number: int
@@ -131,8 +99,7 @@ class Cluster:
     words: list[str]
 
 
-@dataclasses.dataclass(frozen=True)
-class Clusters:
+class Clusters(NamedTuple):
     """The clusters with the most pictures; `used` of `k` have a picture of the gallery."""
 
     k: int
@@ -141,17 +108,14 @@ class Clusters:
     most: list[Cluster]
 
 
-@dataclasses.dataclass(frozen=True)
-class Maps:
+class Maps(NamedTuple):
     """Attention over the patches of images with `indices` in a gallery: maps (n, rows, columns), each with sum 1.
 
-    `last` is the last attention before the features, `meaning` says of what. `rollout` is through all blocks (arXiv
-    2005.00928): the blocks' maps, half of each kept for the residual path, multiplied.
+    `last` is the last attention before the features, `meaning` says of what.
     """
 
     indices: list[int]
     last: np.ndarray
-    rollout: np.ndarray
     meaning: str
 
 
@@ -164,7 +128,6 @@ class Examples:
     gallery: Gallery = dataclasses.field(default_factory=lambda: Gallery([], [], []))
     searches: list[SearchResult] = dataclasses.field(default_factory=list)
     retrieved: RetrievalExamples | None = None
-    confusion: Confusion | None = None
     clusters: Clusters | None = None
     maps: Maps | None = None
     credits: list[str] = dataclasses.field(default_factory=list)  # who made the images
@@ -178,8 +141,6 @@ def collect_examples(
     *,
     data: loader.DataConfig | None = None,
     data_dir: str | None = None,
-    data_seed: int = 0,
-    pairs: bool = True,
     seed: int = 0,
     profile: Profile = PROFILES["openai"],
 ) -> Examples:
@@ -189,63 +150,69 @@ def collect_examples(
       encoder: of the model.
       variables: arguments of `TwoTowers.apply`.
       specs: evaluation sets of the run; `select` chooses some.
-      data: of the training pairs, which serve where none of the sets can be read.
+      data: of the training pairs, for held-out ones.
       data_dir: root of TFDS data sets, None (or "") for the root in `data`.
-      data_seed: of the run, which seeds `data.subset` and `data.caption_noise` of the training pairs.
-      pairs: whether `data` are pairs and not labelled items.
       seed: decides which images and texts are shown.
       profile: templates and class names of the sets.
     """
     if not encoder.similarities:
         return Examples(seed, missing=[_NO_SIMILARITY])
-    selection = select(specs, encoder.preprocessing, data_dir, data, seed, profile, data_seed, pairs)
-    examples = Examples(seed, credits=selection.credits, missing=selection.missing)
+    selection = select(specs, encoder.preprocessing, data_dir, data, profile)
+    kinds = dict.fromkeys(selection.kinds)
+    credits = list(dict.fromkeys(kind.credit for kind in kinds if kind.credit))
+    examples = Examples(seed, credits=credits, missing=selection.missing)
     words: Sequence[str] = [name for _, _, zeroshot, _ in selection.zeroshot for name in zeroshot.names]
-    for n, (title, sentence, zeroshot, shown) in enumerate(selection.zeroshot):
-        rng = np.random.default_rng(seed)
-        first = of_different_classes(zeroshot.labels, NUM_IMAGES, rng)
-        # The first two sets are searched, clustered and counted; others encode only the images that they show.
-        pool = rng.permutation(len(zeroshot.labels))[:POOL] if n < 2 else []
-        keep = readable(shown, np.unique([*first, *pool]).astype(int), examples.missing)
-        first = first[np.isin(first, keep)]
-        zeroshot, shown = subset(zeroshot, keep), subset(shown, keep)
-        scores = ZeroShot(encoder, zeroshot).scores(variables)
-        indices = np.searchsorted(keep, first)
-        bars = _bars(encoder, variables, {score: x[indices] for score, x in scores.items()})
-        guesses = _named(zeroshot, shown, indices, scores[""][indices], bars)
-        num_classes = len(zeroshot.prompts)
-        sentence = f"{sentence.replace('{num_classes}', f'{num_classes:,}')} Bars: {bars.meaning}."
-        examples.named.append(ZeroShotExamples(title, sentence, num_classes, guesses))
-        if n == 0:
-            examples.confusion = _confusion(title, zeroshot, shown, scores[""], rng)
-        if n < 2:
-            examples.gallery.images.extend(zeroshot.images)
-            examples.gallery.shown.extend(shown.images)
-            examples.gallery.names.extend(zeroshot.names[label] for label in zeroshot.labels)
+    for title, sentence, zeroshot, shown in selection.zeroshot:
+        _add_names(examples, encoder, variables, title, sentence, zeroshot, shown)
     if selection.retrieval:
         rng = np.random.default_rng(seed)
         examples.retrieved, captions = _retrieved(encoder, variables, *selection.retrieval, rng, examples.missing)
         if not selection.zeroshot:
             examples.gallery, words = examples.retrieved.gallery, captions
     if examples.gallery.images:
-        _search_and_cluster(examples, encoder, variables, selection.queries, list(dict.fromkeys(words)))
+        queries = list(dict.fromkeys(query for kind in kinds for query in kind.queries))
+        _search_and_cluster(examples, encoder, variables, queries, list(dict.fromkeys(words)))
     return examples
 
 
-def _search_and_cluster(
-    examples: Examples, encoder: Encoder, variables: Variables, queries: Sequence[str], words: Sequence[str]
+def _add_names(
+    examples: Examples,
+    encoder: Encoder,
+    variables: Variables,
+    title: str,
+    sentence: str,
+    zeroshot: ZeroShotSet,
+    shown: ZeroShotSet,
 ) -> None:
-    """Add the searches for `queries` among the gallery's images, and their clusters with `words`."""
-    img = encoder.images(variables, examples.gallery.images, features(encoder.similarities))
-    if queries:
-        examples.searches = _searches(encoder, variables, img, queries)
-    if (similarity := cluster_similarity(encoder.similarities)) is not None:
-        txt = encoder.texts(variables, words, (similarity.feature,))
-        examples.clusters = _clusters(similarity, examples.gallery, img, txt, words)
+    """Add names for images of a set, of different classes; images of the first two sets also to the gallery."""
+    rng = np.random.default_rng(examples.seed)
+    order, searched = rng.permutation(len(zeroshot.labels)), len(examples.named) < 2
+    first = order[np.sort(np.unique(np.asarray(zeroshot.labels)[order], return_index=True)[1])][:NUM_IMAGES]
+    # Other sets than the first two encode only the images that they show.
+    pool = rng.permutation(len(zeroshot.labels))[:POOL] if searched else []
+    keep = readable(shown, np.unique([*first, *pool]).astype(int), examples.missing)
+    first = first[np.isin(first, keep)]
+    zeroshot, shown = _subset(zeroshot, keep), _subset(shown, keep)
+    scores = ZeroShot(encoder, zeroshot).scores(variables)
+    indices = np.searchsorted(keep, first)
+    bars = _bars(encoder, variables, {score: x[indices] for score, x in scores.items()})
+    guesses = _named(zeroshot, shown, indices, scores[""][indices], bars)
+    num_classes = len(zeroshot.prompts)
+    sentence = f"{sentence.replace('{num_classes}', f'{num_classes:,}')} Bars: {bars.meaning}."
+    examples.named.append(ZeroShotExamples(title, sentence, num_classes, guesses))
+    if searched:
+        examples.gallery.images.extend(zeroshot.images)
+        examples.gallery.shown.extend(shown.images)
+        examples.gallery.names.extend(zeroshot.names[label] for label in zeroshot.labels)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Bars:
+def _subset(data: ZeroShotSet, keep: np.ndarray) -> ZeroShotSet:
+    """Return the part of a set with the indices `keep`, its images decoded."""
+    images = [data.images[i] for i in keep]
+    return dataclasses.replace(data, images=images, labels=np.asarray(data.labels)[keep], groups={})
+
+
+class _Bars(NamedTuple):
     """Bars for scores (n, m): values from 0 to 1, a function that formats one, and the meaning of the values."""
 
     values: np.ndarray
@@ -280,14 +247,6 @@ def _named(
     return guesses
 
 
-def _searches(encoder: Encoder, variables: Variables, img: Features, queries: Sequence[str]) -> list[SearchResult]:
-    similarities = encoder.similarities
-    txt = encoder.texts(variables, queries, features(similarities))
-    scores = compare(similarities, img, [similarity.rows(txt[similarity.feature]) for similarity in similarities])
-    best = np.argsort(-scores[""].T, axis=1, kind="stable")[:, :TOP]
-    return [SearchResult(query, row.tolist(), []) for query, row in zip(queries, best, strict=True)]
-
-
 def _retrieved(
     encoder: Encoder,
     variables: Variables,
@@ -303,7 +262,7 @@ def _retrieved(
     gallery = Gallery(
         [data.images[i] for i in keep], [shown.images[i] for i in keep], [of_image[0] for of_image in captions]
     )
-    by_score = text_scores(encoder, variables, gallery.images, texts)
+    by_score = compare(encoder.similarities, *encode_pairs(encoder, variables, gallery.images, texts))
     scores, bars = by_score[""], _bars(encoder, variables, by_score)
     matches = positives(captions)
     by_text, by_image = [], []
@@ -322,28 +281,20 @@ def _retrieved(
     return RetrievalExamples(title, len(texts), bars.meaning, gallery, by_text, by_image), texts
 
 
-def _confusion(
-    title: str, data: ZeroShotSet, shown: ZeroShotSet, scores: np.ndarray, rng: np.random.Generator
-) -> Confusion:
-    answers, labels = scores.argmax(axis=1), np.asarray(data.labels)
-    names = list(data.coarse or (data.names if len(data.names) <= CLASSES else ()))
-    classes = sorted(set(names))
-    counts = np.zeros((len(classes), len(classes)), int)
-    if classes:
-        number = {name: i for i, name in enumerate(classes)}
-        numbers = np.array([number[name] for name in names])
-        np.add.at(counts, (numbers[labels], numbers[answers]), 1)
-        used = np.flatnonzero(counts.any(axis=0) | counts.any(axis=1))
-        classes, counts = [classes[i] for i in used], counts[used][:, used]
-    wrong: dict[tuple[int, int], list[int]] = {}
-    for i in rng.permutation(np.flatnonzero(answers != labels)):  # the seed decides among those equally frequent
-        wrong.setdefault((int(labels[i]), int(answers[i])), []).append(int(i))
-    most = sorted(wrong.items(), key=lambda pair: -len(pair[1]))[:12]
-    mistakes = [
-        ConfusedPair(data.names[a], data.names[b], len(indices), [shown.images[i] for i in indices[:3]])
-        for (a, b), indices in most
-    ]
-    return Confusion(title, len(labels), classes, counts, mistakes)
+def _search_and_cluster(
+    examples: Examples, encoder: Encoder, variables: Variables, queries: Sequence[str], words: Sequence[str]
+) -> None:
+    """Add the searches for `queries` among the gallery's images, and their clusters with `words`."""
+    similarities = encoder.similarities
+    img = encoder.images(variables, examples.gallery.images, features(similarities))
+    if queries:
+        txt = encoder.texts(variables, queries, features(similarities))
+        scores = compare(similarities, img, [similarity.rows(txt[similarity.feature]) for similarity in similarities])
+        best = np.argsort(-scores[""].T, axis=1, kind="stable")[:, :TOP]
+        examples.searches = [SearchResult(text, row.tolist(), []) for text, row in zip(queries, best, strict=True)]
+    if (similarity := cluster_similarity(similarities)) is not None:
+        txt = encoder.texts(variables, words, (similarity.feature,))
+        examples.clusters = _clusters(similarity, examples.gallery, img, txt, words)
 
 
 def _clusters(similarity: Similarity, gallery: Gallery, img: Features, txt: Features, words: Sequence[str]) -> Clusters:
@@ -351,16 +302,10 @@ def _clusters(similarity: Similarity, gallery: Gallery, img: Features, txt: Feat
     p, q = (similarity.rows(x[similarity.feature]) for x in (img, txt))
     pictures, texts = (np.bincount(x.argmax(axis=1), minlength=p.shape[1]) for x in (p, q))
     used = int(np.count_nonzero(pictures))
-    most = [
-        Cluster(
-            int(k),
-            int(pictures[k]),
-            int(texts[k]),
-            np.argsort(-p[:, k], kind="stable")[:TOP].tolist(),
-            [words[i] for i in np.argsort(-q[:, k], kind="stable")[:TOP]],
-        )
-        for k in np.argsort(-pictures, kind="stable")[: min(CLUSTERS, used)]
-    ]
+    most = []
+    for k in np.argsort(-pictures, kind="stable")[: min(CLUSTERS, used)]:
+        images, nearest = (np.argsort(-x[:, k], kind="stable")[:TOP].tolist() for x in (p, q))
+        most.append(Cluster(int(k), int(pictures[k]), int(texts[k]), images, [words[i] for i in nearest]))
     return Clusters(p.shape[1], used, gallery, most)
 
 
@@ -388,8 +333,8 @@ def attention(
     indices = np.random.default_rng(seed).permutation(len(gallery))[:n]
     images = np.stack([gallery[i] for i in indices])
 
-    def maps(params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def maps(params: Any, images: jax.Array) -> jax.Array:
         return model.img.attention_maps(params, normalize(images, *statistics), model.dtype)
 
-    last, rollout = jax.jit(maps, out_shardings=replicated(mesh))(variables["params"]["img"], images)
-    return Maps(indices.tolist(), np.asarray(last), np.asarray(rollout), model.img.attention)
+    last = jax.jit(maps, out_shardings=replicated(mesh))(variables["params"]["img"], images)
+    return Maps(indices.tolist(), np.asarray(last), model.img.attention)

@@ -1,13 +1,12 @@
 """The page of one or more runs: one HTML file with all images, styles and scripts inside."""
 
 import base64
-import dataclasses
 import functools
 import importlib.resources
 import io
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -19,16 +18,16 @@ from PIL import Image
 from xclip_jax.config.schema import Config
 from xclip_jax.core.console import command, log0
 from xclip_jax.core.errors import public
-from xclip_jax.data import images
 from xclip_jax.evaluators import tables
 from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.evaluators.prompts import Profile
 from xclip_jax.evaluators.results import UNITS, Result
 from xclip_jax.models.two_towers import Variables
-from xclip_jax.report import collect, picture, sections
+from xclip_jax.report import collect, picture
 from xclip_jax.report.charts import decimals, number
-from xclip_jax.report.collect import ABOVE, LEVEL, Record, Run, judge, judgements
+from xclip_jax.report.collect import ABOVE, LEVEL, Record, Run, judge, verdicts
 from xclip_jax.report.examples import Examples, attention, collect_examples
+from xclip_jax.report.sections import sections
 from xclip_jax.train.build import Experiment, profile_of_run
 from xclip_jax.train.callbacks import Callback
 from xclip_jax.train.job import Job
@@ -44,10 +43,11 @@ def render(runs: Sequence[Run], *, step: int | None = None) -> str:
       step: of the evaluations that are compared; by default the newest that each run has.
     """
     first, several = runs[0], len(runs) > 1
-    shown = sections.sections_of_several(runs, step) if several else sections.sections_of_run(first)
     # Without examples each of their sections of one run has the reasons.
     with_notes = [run for run in runs if several or run.examples.named or run.examples.retrieved]
     notes = [*_notes_on_pairs(runs), *(note for run in with_notes for note in run.examples.missing)]
+    tested = set(verdicts(first.record.results).values())
+    shown = sections(runs, step)
     context: dict[str, Any] = {
         "runs": runs,
         "sections": sorted(shown, key=lambda section: bool(section.missing)),
@@ -56,28 +56,19 @@ def render(runs: Sequence[Run], *, step: int | None = None) -> str:
         "credits": dict.fromkeys(credit for run in runs for credit in run.examples.credits),
         "level": f"{LEVEL:.0%}",
         "any_steps": any(run.record.steps_of for run in runs),
+        "tiles": list(_tiles(first.record)),
+        "facts": {key: value for key, value in facts(first.record, first.parameters).items() if value != ""},
+        "hopeful": ABOVE in tested or not tested,
     }
-    if not several:
-        verdicts = [judged.verdict for judged in judgements(first.record.results).values()]
-        name = first.record.objective.title
-        context |= {
-            "title": f"What {name} learned" if first.record.complete else f"What {name} has learned so far",
-            "tiles": list(_tiles(first.record)),
-            "facts": {key: value for key, value in facts(first.record, first.parameters).items() if value != ""},
-            "hopeful": ABOVE in verdicts or not any(verdicts),
-        }
     return environment().get_template("page.html").render(context)
 
 
 def _notes_on_pairs(runs: Sequence[Run]) -> Iterator[str]:
-    """Yield a sentence where the pairs of the first run, which are shown, may be training pairs of others."""
-    first, *rest = [(run.record.config.data.sources, run.record.config.data.holdout) for run in runs]
-    others = [run.name for run, own in zip(runs[1:], rest, strict=True) if own != first]
-    if others and (runs[0].examples.named or runs[0].examples.retrieved):
-        yield (
-            f"Held-out and training pairs, where shown, come from {runs[0].name}; {', '.join(others)} learned from "
-            "other data, which may contain the held-out ones."
-        )
+    """Yield a sentence where the held-out pairs of the first run, which are shown, may be training pairs of others."""
+    first, *others = ((run.name, run.record.config.data.sources, run.record.config.data.holdout) for run in runs)
+    names = ", ".join(name for name, *own in others if own != [*first[1:]])
+    if names and (runs[0].examples.named or runs[0].examples.retrieved):
+        yield f"Held-out pairs, where shown, come from {first[0]}; {names} learned from data that may contain them."
 
 
 def _tiles(record: Record) -> Iterator[dict[str, Any]]:
@@ -103,29 +94,22 @@ def _tiles(record: Record) -> Iterator[dict[str, Any]]:
 def facts(record: Record, parameters: int | None = None) -> dict[str, Any]:
     """Return the facts of a run at the head of its page; "" for unknown ones."""
     config, objective = record.config, record.objective
-    machine: Mapping[str, Any] = record.environment
     last = record.training[-1] if record.training else {}
     samples = sum(source.get("samples", 0) for source in record.sources)
-    transparent = max((source.get("transparent", 0) for source in record.sources), default=0)
     unit = "items" if objective.labelled else "pairs"
     return {
         "Objective": objective.title + (f", {objective.formula}" if len(objective.terms) > 1 else ""),
         "Image tower": config.model.tower("img").describe(),
         "Parameters": f"{parameters:,}" if parameters else "",
         f"Training {unit}": f"{samples:,}" if samples else "",
-        "Transparent images": images.describe(transparent, config.data.background) if transparent else "",
         f"{unit.capitalize()} seen": f"{last['samples']:,} ({last['epoch']:.1f} epochs)" if "epoch" in last else "",
         "Speed": f"{number(last['samples_per_second'])} {unit}/s" if last.get("samples_per_second") else "",
         "MFU": f"{last['mfu']:.1%}" if last.get("mfu") else "",
-        "Model TFLOP/s": number(flops / 1e12) if (flops := last.get("model_flops_per_second")) else "",
-        "Goodput": f"{last['goodput']:.1%}" if last.get("goodput") else "",
         "Bad samples": f"{record.bad:,}" if record.bad else "",
         "Skipped steps": f"{last['skipped_steps']:,.0f}" if last.get("skipped_steps") else "",
-        "Devices": machine.get("devices", ""),
+        "Devices": record.environment.get("devices", ""),
         "Began, UTC": f"{record.began:%Y-%m-%d %H:%M}",
         "Ended, UTC": f"{record.ended:%Y-%m-%d %H:%M}" if record.ended else "not yet",
-        "Commit": machine.get("commit", "")[:12] + "-dirty" * machine.get("commit", "").endswith("-dirty"),
-        "JAX, Python": f"{machine.get('versions', {}).get('jax', '?')}, {machine.get('python', '?')}",
         "Seed": config.seed,
         "Data": ", ".join(config.data.sources),
     }
@@ -145,6 +129,7 @@ def environment() -> jinja2.Environment:
     )
     made.filters |= {"breakable": _breakable, "comma": "{:,}".format, "decimals": decimals}
     made.filters |= {"command": command, "data_uri": data_uri, "done": _done, "file": file, "judge": judge}
+    made.filters["at"] = lambda names, indices: " ".join(names[i] for i in indices)
     return made
 
 
@@ -210,7 +195,6 @@ def predict(
     *,
     config: Config,
     profile: Profile,
-    pairs: bool,
     data_dir: str = "",
     seed: int = 0,
 ) -> Examples:
@@ -219,27 +203,17 @@ def predict(
     Args:
       experiment, encoder, variables: the model.
       specs: evaluation sets, see `examples.collect_examples`.
-      config: of the run that says which training pairs are shown.
+      config: of the run that says which pairs are held out.
       profile: templates and class names of that run.
-      pairs: whether that run learned from pairs and not from labelled items.
       data_dir: root of the data sets, "" for the run's.
       seed: decides which examples are shown.
     """
-    examples = collect_examples(
-        encoder,
-        variables,
-        specs,
-        data=config.data,
-        data_dir=data_dir,
-        data_seed=config.seed,
-        pairs=pairs,
-        seed=seed,
-        profile=profile,
-    )
+    options = {"data": config.data, "data_dir": data_dir, "seed": seed, "profile": profile}
+    examples = collect_examples(encoder, variables, specs, **options)
     if examples.gallery.images:
         statistics = (experiment.preprocessing.mean, experiment.preprocessing.std)
-        maps = attention(experiment.model, variables, examples.gallery.images, statistics, experiment.mesh, seed=seed)
-        examples = dataclasses.replace(examples, maps=maps)
+        shown = examples.gallery.images
+        examples.maps = attention(experiment.model, variables, shown, statistics, experiment.mesh, seed=seed)
     return examples
 
 
@@ -269,13 +243,10 @@ class ReportWriter(Callback):
 
 
 def _write(job: Job, variables: Variables) -> None:
-    config, folder, experiment = job.config, job.folder, job.experiment
+    folder, experiment = job.folder, job.experiment
+    config = experiment.config
     specs = (*config.eval.final_sets, *config.eval.sets)
-    pairs = not experiment.objective.labelled
-    profile = profile_of_run(experiment.config)
-    examples = predict(
-        experiment, job.encoder, variables, specs, config=experiment.config, profile=profile, pairs=pairs
-    )
+    examples = predict(experiment, job.encoder, variables, specs, config=config, profile=profile_of_run(config))
     if jax.process_index() != 0:
         return
     record = collect.read(folder.path)

@@ -5,7 +5,6 @@ Both are drawn on a canvas on Pillow: rows with text, boxes and images, stacked 
 
 import functools
 import io
-import itertools
 import os
 import unicodedata
 from collections.abc import Callable, Sequence
@@ -16,7 +15,7 @@ from etils import epath
 from PIL import Image, ImageDraw, ImageFont
 
 from xclip_jax.core.errors import UserError
-from xclip_jax.report.examples import Cluster, Clusters, Examples, Gallery, Prediction, SearchResult, ZeroShotExamples
+from xclip_jax.report.examples import Cluster, Examples, Gallery, Prediction, SearchResult, ZeroShotExamples
 from xclip_jax.report.selection import SHOWN
 
 WIDTH, MARGIN = 1600, 56  # pixels
@@ -25,7 +24,6 @@ INK, MUTED, PAPER, CARD, EDGE = "#111827", "#6b7280", "#f3f4f6", "#ffffff", "#e5
 # Drawn at twice the size and halved: Pillow smooths letters, but not the edges of boxes.
 _SCALE = 2
 _GLYPHS = frozenset(map(chr, (*range(32, 127), *map(ord, "©«°±·»‘’“”…"))))
-
 
 RIGHT, RIGHT_INK, OTHER = "#a7f3d0", "#047857", "#e0e7ff"
 GAP = 20
@@ -111,53 +109,45 @@ def save(path: str | os.PathLike, rows: list[Row], *, width: int = WIDTH) -> Non
     epath.Path(path).write_bytes(png.getvalue())
 
 
-def draw(
-    path: str | os.PathLike, examples: Examples, *, title: str = "Predictions of the model", note: str = ""
-) -> None:
-    """Write a PNG, 1600 pixels wide: searches, the set with the best ranks, clusters, and the other sets.
-
-    Args:
-      path: of the PNG.
-      examples: predictions to show.
-      title: heading.
-      note: a line below it.
-    """
-    rows = [_head(title, note)]
+def draw(path: str | os.PathLike, examples: Examples, *, title: str = "Predictions of the model") -> None:
+    """Write a PNG, 1600 pixels wide: a title, searches, the sets by their mean rank, and clusters."""
+    head = Row(88)
+    head.text(MARGIN, 76, title, 42, bold=True, width=WIDTH - 2 * MARGIN)
+    rows = [head]
     if examples.searches:
-        rows += _images_for_words(examples.gallery, examples.searches)
-    best, *others = [_names_for_images(named) for named in _best_first(examples.named)] or [[]]
-    rows += best
-    if examples.clusters:
-        rows += _clusters(examples.clusters)
-    save(path, [*rows, *itertools.chain(*others), Row(MARGIN)])
+        sentence = f"For each text, the top of {len(examples.gallery.images):,} test images, best first."
+        card = functools.partial(_search_card, examples.gallery)
+        rows += [_section("Search by words", sentence), *_grid(examples.searches, 2, SEARCH_HEIGHT, card)]
+    for named in _best_first(examples.named):
+        card = functools.partial(_name_card, named.num_classes)
+        rows += [_section(named.title, named.sentence), *_grid(named.guesses[: 2 * CARDS], CARDS, NAME_HEIGHT, card)]
+    if clusters := examples.clusters:
+        sentence = (
+            f"The non-contrastive loss assigns images and texts to {clusters.k:,} clusters without labels, "
+            f"{clusters.used:,} of them in use here. Shown are those with the most images; in green, the nearest names."
+        )
+        card = functools.partial(_cluster_card, clusters.gallery)
+        rows += [_section("Clusters", sentence), *_grid(clusters.most[:CLUSTERS], 2, CLUSTER_HEIGHT, card)]
+    save(path, [*rows, Row(MARGIN)])
 
 
 def strip(path: str | os.PathLike, examples: Examples) -> None:
     """Write a PNG of 1280 x 360 pixels: four images with names, then the first search and the largest cluster.
 
-    The images are the first four of the set with the best ranks.
-
-    Args:
-      path: of the PNG.
-      examples: predictions to show.
-
     Raises:
       UserError: `examples` lack names, searches or clusters.
     """
     if not (examples.named and examples.searches and examples.clusters):
-        raise UserError(
-            "a strip shows names, a search and a cluster, and this model or its sets lack some of them; use a run of "
-            "the demo with the objective xclip or nclip."
-        )
-    clusters, named = examples.clusters, _best_first(examples.named)[0]
-    cards = [
-        functools.partial(_search_card, examples.gallery, result=examples.searches[0]),
-        functools.partial(_cluster_card, clusters.gallery, cluster=clusters.most[0]),
-    ]
-    (names,) = _grid(named.guesses[:CARDS], CARDS, NAME_HEIGHT, functools.partial(_name_card, named.num_classes))
-    (below,) = _grid(cards, 2, CLUSTER_HEIGHT, lambda row, x, width, card: card(row, x, width))
+        raise UserError("a strip shows names, a search and a cluster; use a run of the demo with xclip or nclip.")
+    named, cards = _best_first(examples.named)[0], [examples.searches[0], examples.clusters.most[0]]
+
+    def draw_card(row: Row, x: float, width: float, card: SearchResult | Cluster) -> None:
+        draw_one: Any = _cluster_card if isinstance(card, Cluster) else _search_card
+        draw_one(examples.gallery, row, x, width, card)
+
+    names = _grid(named.guesses[:CARDS], CARDS, NAME_HEIGHT, functools.partial(_name_card, named.num_classes))
     # A margin of 18 makes 450 pixels of 1600, which are 360 of 1280; each grid has a gap below its cards.
-    save(path, [Row(18), names, below], width=1280)
+    save(path, [Row(18), *names, *_grid(cards, 2, CLUSTER_HEIGHT, draw_card)], width=1280)
 
 
 def _best_first(named: Sequence[ZeroShotExamples]) -> list[ZeroShotExamples]:
@@ -165,13 +155,6 @@ def _best_first(named: Sequence[ZeroShotExamples]) -> list[ZeroShotExamples]:
     return sorted(
         named, key=lambda shown: sum(guess.rank for guess in shown.guesses) / len(shown.guesses) / shown.num_classes
     )
-
-
-def _head(title: str, note: str) -> Row:
-    row = Row(116 if note else 88)
-    row.text(MARGIN, 76, title, 42, bold=True, width=WIDTH - 2 * MARGIN)
-    row.text(MARGIN, 108, note, 18, MUTED, width=WIDTH - 2 * MARGIN)
-    return row
 
 
 def _section(title: str, sentence: str) -> Row:
@@ -195,11 +178,6 @@ def _grid(items: Sequence[Any], columns: int, height: int, cell: Callable[[Row, 
     return rows
 
 
-def _names_for_images(named: ZeroShotExamples) -> list[Row]:
-    card = functools.partial(_name_card, named.num_classes)
-    return [_section(named.title, named.sentence), *_grid(named.guesses[: 2 * CARDS], CARDS, NAME_HEIGHT, card)]
-
-
 def _name_card(num_classes: int, row: Row, x: float, width: float, prediction: Prediction) -> None:
     place = "right" if prediction.rank == 1 else f"rank {prediction.rank:,} of {num_classes:,}"
     row.text(x + 16, 31, prediction.name, 17, bold=True, width=width - 152)
@@ -216,14 +194,6 @@ def _name_card(num_classes: int, row: Row, x: float, width: float, prediction: P
         row.text(left + room, y + 16, label.text, 13, MUTED, anchor="rs")
 
 
-def _images_for_words(gallery: Gallery, searches: Sequence[SearchResult]) -> list[Row]:
-    sentence = f"For each text, the top of {len(gallery.images):,} test images, best first."
-    return [
-        _section("Search by words", sentence),
-        *_grid(searches, 2, SEARCH_HEIGHT, functools.partial(_search_card, gallery)),
-    ]
-
-
 def _search_card(gallery: Gallery, row: Row, x: float, width: float, result: SearchResult) -> None:
     row.text(x + 20, 38, f"“{result.text}”", 20, bold=True, width=width - 40)
     _images(row, x, width, 56, gallery, result.images)
@@ -236,15 +206,6 @@ def _images(row: Row, x: float, width: float, y: float, gallery: Gallery, indice
         left = x + 20 + column * step + (step - 16 - SHOWN) / 2
         row.picture(left, y, SHOWN, gallery.shown[i])
         row.text(left + SHOWN / 2, y + SHOWN + 19, gallery.names[i], 13, MUTED, anchor="ms", width=step - 10)
-
-
-def _clusters(clusters: Clusters) -> list[Row]:
-    sentence = (
-        f"The non-contrastive loss assigns images and texts to {clusters.k:,} clusters without labels, "
-        f"{clusters.used:,} of them in use here. Shown are those with the most images; in green, the nearest names."
-    )
-    card = functools.partial(_cluster_card, clusters.gallery)
-    return [_section("Clusters", sentence), *_grid(clusters.most[:CLUSTERS], 2, CLUSTER_HEIGHT, card)]
 
 
 def _cluster_card(gallery: Gallery, row: Row, x: float, width: float, cluster: Cluster) -> None:

@@ -20,7 +20,7 @@ const ask = async (status, address, options) => {
     return answer;
   } catch (error) {
     if (number !== asked[status]) return undefined;
-    say(status, error instanceof TypeError ? "The server does not answer, or the image took more than 10 s to send." : error.message, true);
+    say(status, error instanceof TypeError ? "The server does not answer." : error.message, true);
     return null;
   }
 };

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,18 +16,7 @@ from xclip_jax.evaluators.results import Result
 from xclip_jax.objectives import Check, Health
 from xclip_jax.report import charts
 from xclip_jax.report.charts import chart, decimals, metric_lines, number, term_chart
-from xclip_jax.report.collect import (
-    ABOVE,
-    LEVEL,
-    Record,
-    Run,
-    Warnings,
-    complete_rows,
-    judge,
-    judgements,
-    labels,
-    rows_of,
-)
+from xclip_jax.report.collect import ABOVE, Record, Run, Warnings, complete_rows, labels, rows_of, verdicts
 from xclip_jax.report.examples import Examples, Gallery, Prediction, SearchResult
 
 MAP = 144  # side of an attention map, pixels
@@ -57,45 +46,30 @@ class Panel(NamedTuple):
     searches: bool = False
 
 
-def sections_of_run(run: Run) -> list[Section]:
-    """Return the sections of the page of one run."""
-    record, examples = run.record, run.examples
-    has_clusters = "s_img" in record.objective.outputs(record.config.model)
-    no_clusters = _reason([run]) if has_clusters else "this objective trains no cluster heads."
-    no_set = f"No zero-shot set was evaluated for this page: {_reason([run])}"
-    no_maps = "The image tower of this model has no attention maps." if examples.gallery.images else _reason([run])
-    return [
-        names([run]),
-        search([run]),
-        Section("clusters", "Clusters", examples.clusters, "" if examples.clusters else no_clusters),
-        Section("attention", "Attention", _attention(examples), "" if examples.maps else no_maps),
-        Section("confusion", "Confusions", examples.confusion, "" if examples.confusion else no_set),
-        _results(record),
-        training([run]),
-        health(record),
-        about(record),
-    ]
-
-
-def sections_of_several(runs: Sequence[Run], step: int | None) -> list[Section]:
-    """Return the sections of the page of several runs, whose evaluations of `step`, or the newest, are compared."""
+def sections(runs: Sequence[Run], step: int | None) -> list[Section]:
+    """Return the sections of a page; several runs are compared by their evaluations of `step`, or the newest."""
     first, *others = runs
-    compared = [(run, *_differences(first, run, runs, step)) for run in others]
-    differences = Section("differences", "Differences", compared)
-    return [compare_results(runs), differences, names(runs), search(runs), training(runs), settings(runs)]
+    shown = [names(runs), search(runs)]
+    if others:
+        compared = [(run, *_differences(first, run, runs, step)) for run in others]
+        differences = Section("differences", "Differences", compared)
+        return [results(runs), differences, *shown, training(runs), settings(runs)]
+    record, examples = first.record, first.examples
+    has_clusters = "s_img" in record.objective.outputs(record.config.model)
+    no_clusters = _reason(runs) if has_clusters else "this objective trains no cluster heads."
+    no_maps = "The image tower of this model has no attention maps." if examples.gallery.images else _reason(runs)
+    clusters = Section("clusters", "Clusters", examples.clusters, "" if examples.clusters else no_clusters)
+    maps = Section("attention", "Attention", _attention(examples), "" if examples.maps else no_maps)
+    return [*shown, clusters, maps, results(runs), training(runs), health(record), about(record)]
 
 
 def _reason(runs: Sequence[Run]) -> str:
     """Return why no predictions are shown, with the remedy."""
     if sentences := dict.fromkeys(sentence for run in runs for sentence in run.examples.missing):
         return " ".join(sentences)
-    if len(runs) > 1:
-        return (
-            f"the runs have no evaluation set of images in common. Name some: {command('report')} RUN RUN --sets NAME"
-        )
-    folder = runs[0].record.folder
-    remedy = f"Add some to eval.final_sets, or run: {command('report')} {folder} --sets NAME,NAME"
-    return f"the run has no evaluation sets. {remedy}"
+    folders = " ".join(str(run.record.folder) for run in runs)
+    remedy = f"Add some to eval.final_sets, or run: {command('report')} {folders} --sets NAME,NAME"
+    return f"there is no evaluation set of images and texts. {remedy}"
 
 
 # Predictions on images and texts.
@@ -105,13 +79,9 @@ def names(runs: Sequence[Run]) -> Section:
     """Zero-shot predictions on images, of each set that the first run has."""
     panels = []
     for first in runs[0].examples.named:
-        columns = [
-            (run, named.guesses, named.num_classes)
-            for run in runs
-            for named in run.examples.named
-            if named.title == first.title
-        ]
-        panels.append(Panel(first.title, first.sentence, _cards(columns)))
+        same = [(run, named) for run in runs for named in run.examples.named if named.title == first.title]
+        cards = _cards([(run, named.guesses, named.num_classes) for run, named in same])
+        panels.append(Panel(first.title, first.sentence, cards))
     reason = "" if panels else f"No zero-shot set was evaluated for this page: {_reason(runs)}"
     return Section("names", "Zero-shot classification", panels, reason)
 
@@ -123,14 +93,11 @@ def search(runs: Sequence[Run]) -> Section:
     if len(retrieved) == len(runs):
         first = retrieved[0][1]
         text = (
-            f"Captions of {first.title}, drawn by a seed, with the top of {len(first.gallery.images):,} images, best "
-            "first. Images of the caption have a green frame."
+            f"Captions of {first.title} with the top of {len(first.gallery.images):,} images; a green frame is right."
         )
         cards = _searches([(run, own.by_text, own.gallery) for run, own in retrieved])
         panels.append(Panel("Text to image", text, cards, searches=True))
-        text = (
-            f"Images with the top of {first.texts:,} captions; captions of the image are green. Bars: {first.meaning}."
-        )
+        text = f"Images with the top of {first.texts:,} captions; green is right. Bars: {first.meaning}."
         panels.append(Panel("Image to text", text, _cards([(run, own.by_image, own.texts) for run, own in retrieved])))
     if all(run.examples.searches for run in runs):
         n = len(runs[0].examples.gallery.images)
@@ -159,14 +126,11 @@ def _attention(examples: Examples) -> list[tuple[str, list[tuple[np.ndarray, str
     cards, maps = [], examples.maps
     if maps is None:
         return cards
-    for i, last, rollout in zip(maps.indices, maps.last, maps.rollout, strict=True):
+    for i, values in zip(maps.indices, maps.last, strict=True):
         name, shown = examples.gallery.names[i], examples.gallery.shown[i]
-        pictures = []
-        for blocks, values in (("the last block", last), ("all blocks", rollout)):
-            row, column = np.unravel_index(values.argmax(), values.shape)
-            most = f"most on row {row + 1}, column {column + 1} of {len(values)} patches"
-            pictures.append((_spotlight(shown, values), f"Attention of {blocks} to {name}: {most}"))
-        cards.append((name, [(shown, name), *pictures]))
+        row, column = np.unravel_index(values.argmax(), values.shape)
+        most = f"most on row {row + 1}, column {column + 1} of {len(values)} patches"
+        cards.append((name, [(shown, name), (_spotlight(shown, values), f"Attention to {name}: {most}")]))
     return cards
 
 
@@ -182,67 +146,16 @@ def _spotlight(image: np.ndarray, values: np.ndarray) -> np.ndarray:
 # Results.
 
 
-def _results(record: Record) -> Section:
-    """The tables of the last evaluation."""
-    built = tables.build(record.results)
-    if not built:
-        reason = "The final evaluation has not run yet" if not record.complete else "The run has no evaluation set"
-        remedy = f"evaluate with {command('evaluate')} --checkpoint {record.folder} --suite NAME."
-        return Section("results", "Results", missing=f"{reason}; {remedy}")
-    text = f"In percent, with chance levels in brackets. {_method(record)}"
-    if record.steps_of:
-        text += " From evaluation.json and results.jsonl, the newest of each set"
-        text += "." if record.complete else ": the run is not complete."
-    return Section("results", "Results", (text, [_table(table, record) for table in built]))
-
-
-def _method(record: Record) -> str:
-    """Return sentences on how many sets are above chance, and on the intervals; "" where no set has one."""
-    judged = [j for j in judgements(record.results).values() if str(j)]
-    if not judged:
-        return ""
-    tested = [j.verdict for j in judged if j.verdict]
-    counts = f"{tested.count(ABOVE)} of {len(tested)} sets are above chance. " if tested else ""
-    methods = {
-        "binomial, which assume independent items of equal weight": not all(j.resampled for j in judged),
-        "bootstraps of per-example values": any(j.resampled for j in judged),
-    }
-    used = ", or ".join(name for name, is_used in methods.items() if is_used)
-    own = ", or of the own metric that it names" * any(row.set_specific for row in tables.rows(record.results))
-    return f"{counts}Intervals are of the first metric of a row{own}, at {LEVEL:.0%}: {used}."
-
-
-def _table(table: tables.Table, record: Record) -> dict[str, Any]:
-    """Return a table, with the interval and the verdict of each row whose first metric has them, and earlier steps."""
-    first = {name: row.shown[0][1] for name, row in tables.row_by_name(table, record.results).items()}
-    rows = []
-    for name, cells in table.rows:
-        shown: list[tuple[str, bool, list[str]]] = []  # text, whether it is one of words, and small print
-        for (column, form), cell in zip(table.columns, cells, strict=True):
-            if column:
-                shown.append((number(math.nan) if cell == "nan" else cell, form.startswith("<"), []))
-            elif cell:  # a column without a name is in small print, after the cell that it belongs to
-                shown[-1][2].append(cell)
-        result = first.get(name)
-        rows.append((name, shown, judge(result) if result else None, record.step_of(result) if result else None))
-    return {
-        "title": table.title,
-        "heads": [(name, form.startswith("<")) for name, form in table.columns if name],
-        "rows": rows,
-        "has_intervals": any(str(judge(result)) for result in first.values()),
-        "has_steps": bool(record.steps_of),
-    }
-
-
-def compare_results(runs: Sequence[Run]) -> Section:
-    """A table with a row for each set and a column for each run, by the first metric of each set."""
+def results(runs: Sequence[Run]) -> Section:
+    """A table with a row for each set and a column for each run, by the first metric of each set; and all metrics."""
     of_runs = [
         {(row.family, row.name): (row.shown[0][0].label, row.shown[0][1]) for row in tables.rows(run.record.results)}
         for run in runs
     ]
     keys = list(dict.fromkeys(key for results in of_runs for key in results))
     if not keys:
-        reason = f"no run has results yet; evaluate each with {command('evaluate')} --checkpoint RUN --suite NAME."
+        folder = runs[0].record.folder if len(runs) == 1 else "RUN"
+        reason = f"there are none yet; evaluate with {command('evaluate')} --checkpoint {folder} --suite NAME."
         return Section("results", "Results", missing=reason)
     short, rows = labels(rows_of(runs)), []
     for key in keys:
@@ -257,7 +170,10 @@ def compare_results(runs: Sequence[Run]) -> Section:
             for run, result, is_same in zip(runs, own, comparable, strict=True)
         ]
         rows.append((short[key], label, first.chance, cells))
-    return Section("results", "Results", rows)
+    tested = [verdict for run in runs for verdict in verdicts(run.record.results).values()]
+    counts = f"{tested.count(ABOVE)} of {len(tested)} results are above chance. " if tested else ""
+    texts = {run.name: tables.render(run.record.results) for run in runs if run.record.results}
+    return Section("results", "Results", (counts, rows, texts))
 
 
 def _of_same_data(a: Result, b: Result) -> bool:
@@ -276,52 +192,39 @@ def _differences(
     except UserError as error:
         return [], [str(error)]
     short = tables.shorten([*(row.name for row in rows_of(runs)), *(row["set"] for row in rows)])
-    # Ratios of ranks on a scale of their own, which grows to the right where the rank falls.
-    placed = [_placed(row) for row in rows]
-    ends = {"ratio" in row: 0.0 for row in rows}
-    for row, values in zip(rows, placed, strict=True):
-        ends["ratio" in row] = max([ends["ratio" in row], *(abs(v) for v in values if math.isfinite(v))])
-    shown = []
-    for row, values in zip(rows, placed, strict=True):
-        ratio, end = "ratio" in row, ends["ratio" in row]
-        form, signed = (".2f", ".2f") if ratio else (".1f", "+.1f")
-        change = f"x {row['ratio']:.2f}" if ratio else f"{row['difference']:+.1f}"
-        shown.append(
-            {
-                "set": short[row["set"]],
-                "metric": row["metric"],
-                "values": [decimals(row[side], form) for side in ("a", "b")],
-                "change": change if math.isfinite(values[0]) else number(math.nan),
-                "interval": f"{row['low']:{signed}} to {row['high']:{signed}}" if math.isfinite(values[1]) else "",
-                "verdict": "better" if values[1] > 0 else "worse" if values[2] < 0 else "not distinguishable",
-                # On an axis from -end to end, 200 units long; None for what has no place on it.
-                "bar": [100 + 94 * v / end if end and math.isfinite(v) else None for v in values],
-            }
-        )
-    return shown, refused
+    ends = [row.get(key, math.nan) for row in rows if "ratio" not in row for key in ("difference", "low", "high")]
+    end = max((abs(value) for value in ends if math.isfinite(value)), default=0.0)
+    return [_difference(row, short[row["set"]], end) for row in rows], refused
 
 
-def _placed(row: dict[str, Any]) -> tuple[float, float, float]:
-    """Return the difference and the ends of its interval, NaN without one; more is better."""
-    if "ratio" not in row:
-        return row["difference"], row.get("low", math.nan), row.get("high", math.nan)
-    low, high = (-math.log(row[key]) if key in row else math.nan for key in ("high", "low"))
-    return -math.log(row["ratio"]), low, high
+def _difference(row: Mapping[str, Any], name: str, end: float) -> dict[str, Any]:
+    """Return what the page shows of a difference, or of a ratio of ranks; the axis of bars goes from -end to end."""
+    low, high, ratio = row.get("low", math.nan), row.get("high", math.nan), "ratio" in row
+    form, signed = (".2f", ".2f") if ratio else (".1f", "+.1f")
+    value = row["ratio" if ratio else "difference"]
+    better, worse = (high < 1, low > 1) if ratio else (low > 0, high < 0)
+    drawn = end and not ratio
+    return {
+        "set": name,
+        "metric": row["metric"],
+        "values": [decimals(row[side], form) for side in ("a", "b")],
+        "change": f"x {value:.2f}" if ratio else decimals(value, "+.1f"),
+        "interval": f"{low:{signed}} to {high:{signed}}" if math.isfinite(low) else "",
+        "verdict": "better" if better else "worse" if worse else "not distinguishable",
+        # On an axis 200 units long; None for what has no place on it.
+        "bar": [100 + 94 * v / end if drawn and math.isfinite(v) else None for v in (value, low, high)],
+    }
 
 
 # Training.
 
 
 def training(runs: Sequence[Run]) -> Section:
-    """Charts of the logged metrics over steps: all of one run, or of several over one another."""
-    if len(runs) == 1:
-        text, drawn = "Training metrics of the logged steps.", charts.of_run(runs[0].record)
-    else:
-        text, drawn = "The runs over one another.", charts.of_several(runs)
+    """Charts of the logged metrics over steps, with the runs over one another."""
+    drawn = charts.of_runs(runs)
     if not drawn:
-        reason = "metrics.jsonl has no step yet." if len(runs) == 1 else "no run has logged a step yet."
-        return Section("curves", "Training", missing=reason)
-    text += " Point at a chart, or focus it and use the arrow keys, to read values."
+        return Section("curves", "Training", missing="No step is logged yet.")
+    text = "Point at a chart, or focus it and use the arrow keys, to read values."
     batches = {run.name: run.record.config.data.batch for run in runs}
     if len(set(batches.values())) > 1:
         sizes = ", ".join(f"{name} {batch:,}" for name, batch in batches.items())
@@ -349,11 +252,9 @@ def health(record: Record) -> Section:
 def _light(check: Check, warnings: Warnings) -> dict[str, Any]:
     warning, history = warnings.last(check.name), warnings.history(check.name)
     state, label = ("", "healthy") if warnings.steps else ("early", "too early")
-    if check.impossible:
-        state, label, warning, history = "early", "not judged", "", check.impossible
-    elif warning:
+    if warning:
         state, label = "alarm", "alarm"
-    text = warning.partition(": ")[2] if warning else f"{check.meaning} {check.measured}"
+    text = warning.partition(": ")[2] if warning else f"{check.meaning} {check.measurement}"
     return {"check": check, "state": state, "label": label, "text": text, "history": history}
 
 
@@ -376,12 +277,8 @@ def settings(runs: Sequence[Run]) -> Section:
     keys = sorted({key for config in configs for key in config if not key.startswith(_OWN)})
     differing = {key: [config.get(key) for config in configs] for key in keys}
     differing = {key: values for key, values in differing.items() if any(value != values[0] for value in values)}
-    facts = {
-        "training samples": [sum(s.get("samples", 0) for s in run.record.sources) or None for run in runs],
-        "steps logged": [run.record.steps for run in runs],
-        "devices": [run.record.environment.get("devices") for run in runs],
-        "commit": [str(run.record.environment.get("commit", ""))[:12] or None for run in runs],
-    }
+    facts = {key: [run.record.environment.get(key) for run in runs] for key in ("devices", "commit")}
+    facts["steps logged"] = [run.record.steps for run in runs]
     text = f"All of {len(keys):,} config keys are equal."
     if differing:
         text = f"{len(differing)} of {len(keys):,} config keys differ, not counting logs, checkpoints and folders."

@@ -36,14 +36,7 @@ SMALL_TOWERS = (2e-3, 0.5, 1000, 300)
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """Sizes of a source's pairs.
-
-    Attributes:
-      pairs: their number.
-      width, height: median sides of the images, pixels.
-      tokens: length of the captions, start and end included, at the 95th percentile.
-      repeats: share of the captions that another pair has too.
-    """
+    """Number of pairs, median sides in pixels, tokens at the 95th percentile, share of repeated captions."""
 
     pairs: int
     width: int = 512
@@ -72,19 +65,6 @@ def this_machine() -> Machine:
     return Machine(platform, jax.device_count(), memory.total(device), os.cpu_count() or 1)
 
 
-def _unusable(source: Source, bad: list[inspect.Sample], count: int) -> str:
-    """Return the sentence about the samples `bad`, of `count` pairs that were read."""
-    first, see = bad[0], f"see {command('check')}"
-    reason = ": ".join(filter(None, (first.reason, first.detail)))
-    if len(bad) < count:
-        most = f"more than {DataConfig.max_bad_fraction:.0%}; the first is {name_of(source, first.index)!r} ({reason})"
-        other = f"or pass count={len(source)}, with which none is read here, and raise data.max_bad_fraction"
-        return f"{len(bad)} of {count} pairs that were read cannot be used, {most}; {see}, {other}."
-    if first.reason in ("caption is empty", "no image in the record"):
-        see += ", and for records with features of other names the recipe's arguments image=NAME,text=NAME"
-    return f"none of the {count} pairs that were read can be used ({reason}); {see}."
-
-
 def measure(source: Source, tokens: tokenizer.Tokenizer) -> Counts:
     """Read a random part of a source's pairs and return their sizes.
 
@@ -95,14 +75,16 @@ def measure(source: Source, tokens: tokenizer.Tokenizer) -> Counts:
     chosen = np.random.default_rng(0).choice(n, min(SAMPLE, n), replace=False)
     samples, _ = inspect.read(source, sorted(chosen.tolist()), os.cpu_count() or 1, 32)
     good = [sample for sample in samples if not sample.reason]
-    if len(bad := [sample for sample in samples if sample.reason]) > DataConfig.max_bad_fraction * len(samples):
-        raise UserError(_unusable(source, bad, len(samples)))
+    bad = [sample for sample in samples if sample.reason]
+    if not good or len(bad) > DataConfig.max_bad_fraction * len(samples):
+        first = f"{name_of(source, bad[0].index)!r} ({bad[0].reason})"
+        raise UserError(
+            f"{len(bad)} of {len(samples)} pairs that were read cannot be used, the first is {first}; see "
+            f"{command('check')}, or pass count={n}, with which none is read here, and raise data.max_bad_fraction."
+        )
     captions = [sample.caption for sample in good]
     if len(set(captions)) == 1 < len(good):
-        raise UserError(
-            f"all {len(good)} captions that were read are {captions[0]!r}: there is nothing to learn; give each "
-            "image a caption of its own."
-        )
+        raise UserError(f"all {len(good)} captions that were read are {captions[0]!r}: there is nothing to learn.")
     return Counts(
         n,
         *(int(np.median([sample.size[axis] for sample in good])) for axis in (0, 1)),
@@ -139,36 +121,12 @@ def batch_size(trained: int, preset: str, machine: Machine) -> int:
     return max(batch - batch % machine.devices, machine.devices)
 
 
-def activation_bytes(config: ml_collections.ConfigDict) -> float:
-    """Estimate the bytes that the towers keep for the backward pass of one pair."""
-    img, txt = config.model.img, config.model.txt
-    total, width = 0.0, 4 if config.model.dtype == "float32" else 2
-    for tower, n in ((img, (img.image_size // img.patch) ** 2 + 1), (txt, txt.context_length)):
-        kept = {"none": 20 * tower.width + 3 * tower.heads * n, "dots": 9 * tower.width, "full": tower.width}
-        total += tower.depth * n * kept[tower.remat] * width
-    return total + 12 * img.image_size**2 * width
-
-
-def fixed_bytes(config: ml_collections.ConfigDict, machine: Machine) -> float:
-    """Estimate a device's bytes that microbatches do not reduce: state, gradients and cluster logits."""
-    resolved = schema.resolve(config)
-    vocab = tokenizer.load(config.data.tokenizer).vocab_size
-    heads = make_objective(resolved.objective).flops(resolved.model, vocab, 0)["heads"]
-    parameters = vocab * config.model.txt.width + heads / 2
-    parameters += sum(12 * tower.width**2 * tower.depth for tower in (config.model.img, config.model.txt))
-    clusters = config.model.cluster_head.clusters if _has_clusters(resolved) else 0
-    # Parameters, gradients and two moments; and for two modalities logits, distributions and gradients.
-    return 4 * (4 * parameters + 6 * config.data.batch // machine.devices * clusters)
-
-
 def microbatches(config: ml_collections.ConfigDict, machine: Machine) -> int:
-    """Return the number of microbatches with which activations fit half of the memory that the state leaves."""
-    devices = machine.devices if machine.platform == "cpu" else 1
-    memory = machine.memory / devices
-    room = max(memory - fixed_bytes(config, machine), memory / 8) / 2
+    """Return the number of microbatches with which activations take a quarter of a device's memory at most."""
+    room = machine.memory / (machine.devices if machine.platform == "cpu" else 1) / 4
     each = config.data.batch // machine.devices
     parts = 1
-    while each % (2 * parts) == 0 and each / parts * activation_bytes(config) > room:
+    while each % (2 * parts) == 0 and each / parts * memory.activation_bytes(config) > room:
         parts *= 2
     return parts
 
@@ -230,30 +188,21 @@ def _data(config: ml_collections.ConfigDict, counts: Counts, machine: Machine) -
     config.eval.batch = min(256, 8 * max(data.batch // 8, machine.devices))
 
 
-def without_classes(spec: str, data_dir: str, image_key: str, share: float) -> str:
-    """Return why a source's held-out images are not classified by their labels, with the remedy; "" if they are.
-
-    Classification takes one label an image, and held-out images of two classes. The search goes class by class, so that
-    it reads few of many images.
-    """
+def classifies(spec: str, data_dir: str, image_key: str, share: float) -> bool:
+    """Whether a source's held-out images can be classified by their labels: words, and two of them held out."""
     try:
         content = classification.read_source(spec, data_dir or None, image_key)
-    except UserError as error:
-        if spec.startswith("folder:"):
-            return "no classes: one sub-folder a class would add zero-shot classification"
-        return f"no zero-shot classification: {error}"
-    if np.ndim(content.labels) != 1:
-        return "no zero-shot classification: images have several labels; give each one class"
-    if all(re.fullmatch(r"\d+", name) for name in content.classes):
-        return "no zero-shot classification: the classes are numbers, which no text describes; name them by words"
+    except UserError:
+        return False
+    if np.ndim(content.labels) != 1 or all(re.fullmatch(r"\d+", name) for name in content.classes):
+        return False
     held_out = 0
-    for label in range(len(content.classes)):
+    for label in range(len(content.classes)):  # one class after the other, which reads few of many images
         places = np.flatnonzero(np.asarray(content.labels) == label)
         held_out += any(holdout.selected(labelled.Chosen(content.images, [i]), share) for i in places)
         if held_out == 2:
-            return ""
-    what = "the held-out images are all of one class" if held_out else "no labelled image is held out"
-    return f"no zero-shot classification: {what}; label more images"
+            return True
+    return False
 
 
 def _open(spec: str, options: SourceOptions) -> Source:
@@ -264,18 +213,15 @@ def _open(spec: str, options: SourceOptions) -> Source:
         raise UserError(f"{error.fault}; name its columns, small:pairs=PATH,image=COLUMN,text=COLUMN.") from error
 
 
-def summary(config: ml_collections.ConfigDict, counts: Counts, preset: str, *, read: bool) -> str:
-    """Return the sentence about the choices. `read`: whether the initial weights are on this machine."""
+def summary(config: ml_collections.ConfigDict, pairs: int, preset: str) -> str:
+    """Return the sentence about the choices."""
     share, batch, model, initial = config.data.holdout, config.data.batch, config.model, config.init.weights
-    epochs = config.steps * batch / max(counts.pairs * (1 - share), 1)
-    towers = preset if not initial else f"towers of {initial}{'' if read else ' (not on this machine)'}"
     parts = f" in {config.optim.microbatches} parts" if config.optim.microbatches > 1 else ""
-    apart = ": equal captions are kept apart" if counts.repeats < 1 else ""
-    repeats = f"; {100 * counts.repeats:.0f} % of captions repeat{apart}"
     return (
-        f"small: {counts.pairs:,} pairs, {100 * share:.2g} % of them held out; {config.objective.name}, {towers}, "
-        f"{model.img.image_size} px, {model.txt.context_length} tokens, batch {batch}{parts}, {config.steps:,} steps "
-        f"({epochs:.3g} epochs){repeats if config.data.spread_duplicate_captions else ''}"
+        f"small: {pairs:,} pairs, {100 * share:.2g} % of them held out; {config.objective.name}, "
+        f"{f'towers of {initial}' if initial else preset}, {model.img.image_size} px, {model.txt.context_length} "
+        f"tokens, batch {batch}{parts}, {config.steps:,} steps "
+        f"({config.steps * batch / (pairs * (1 - share)):.3g} epochs)"
     )
 
 
@@ -315,24 +261,23 @@ def fill_in(config: ml_collections.ConfigDict, args: ml_collections.ConfigDict) 
     _data(config, counts, machine)
     note = ""
     if source is not None and sources.has_labels(spec, "image"):
-        if reason := without_classes(spec, args.dir, args.image, config.data.holdout):
-            note = f" ({reason})"
-        else:
+        if classifies(spec, args.dir, args.image, config.data.holdout):
             config.eval.sets = (*config.eval.sets, "zeroshot/holdout")
+        else:
+            note = " (no zero-shot classification: it needs images of two classes that are held out, with names)"
     _schedule(config, machine, trained, args.epochs, args.steps)
     config.optim.microbatches = microbatches(config, machine)
     # Not log0: the processes of a run may not have joined yet. Not to stdout: commands print JSON there.
-    print(summary(config, counts, preset, read=saved is not None) + note, file=sys.stderr)
+    print(summary(config, pairs, preset) + note, file=sys.stderr)
 
 
 def run_name(spec: str) -> str:
     """Return a folder's name for the pairs of `spec`: the path or, if it is long, its end and a hash."""
-    length = 40
     name = re.sub(r"[^\w.-]+", "-", spec.partition(":")[2].rstrip("/*")).strip("-.")
-    if 0 < len(name) <= length:
+    if 0 < len(name) <= 40:
         return name
     digest = hashlib.blake2b(spec.encode(errors="surrogateescape"), digest_size=3).hexdigest()
-    return "-".join(filter(None, [name[-length:].strip("-."), digest]))
+    return f"{name[-40:]}-{digest}".strip("-.")
 
 
 def _adopt_objective(config: ml_collections.ConfigDict, saved: schema.Config, objective: str) -> None:

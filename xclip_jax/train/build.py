@@ -17,7 +17,7 @@ from xclip_jax import optim
 from xclip_jax.config.schema import Config, resolve
 from xclip_jax.core.console import log0
 from xclip_jax.core.errors import UserError
-from xclip_jax.data import tokenizer
+from xclip_jax.data import loader, tokenizer
 from xclip_jax.data.length_groups import WHOLE, LengthGroups
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.evaluators import prompts
@@ -54,11 +54,6 @@ class Experiment:
         """The devices."""
         return self.layout.mesh
 
-    @property
-    def choices(self) -> str:
-        """Choices that depend on the devices, complete once the step has been traced; "" for none."""
-        return ", ".join(f"{subject}: {choice}" for subject, choice in self.layout.choices.items())
-
     @functools.cached_property
     def step(self) -> Callable[..., Any]:
         """(state, batch) -> (state, metrics), as a pure function."""
@@ -74,6 +69,11 @@ class Experiment:
         """(texts per device and microbatch, number of such groups in a step)."""
         draws = math.prod(self.mesh.shape[axis] for axis in BATCH_AXES) * self.config.optim.microbatches
         return self.config.data.batch // draws, draws
+
+    def transform(self, fields: Sequence[str] = ()) -> loader.Transform:
+        """Return what makes rows of a batch of records, of the objective's fields by default."""
+        fields = fields or self.objective.fields
+        return loader.Transform(self.config.data, self.image_size, self.tokenizer, self.context_length, tuple(fields))
 
     @property
     def image_size(self) -> int:
@@ -100,15 +100,6 @@ def make_model(config: Config, objective: Objective, tokens: tokenizer.Tokenizer
     )
 
 
-def _make_mesh(config: Config, devices: list[jax.Device] | None) -> Mesh:
-    """The device mesh, checked against the batch and its microbatches."""
-    mesh = make_mesh({axis: getattr(config.mesh, axis) for axis in AXES}, devices)
-    check_batch(config.data.batch, mesh, microbatches=config.optim.microbatches, microbatches_key="optim.microbatches")
-    if config.loss.chunk_size:
-        check_batch(config.loss.chunk_size, mesh, "loss.chunk_size")
-    return mesh
-
-
 def _length_groups(config: Config, model: TwoTowers) -> LengthGroups:
     """Groups of the config, checked against the text tower."""
     groups = LengthGroups.parse(config.data.length_groups)
@@ -120,11 +111,6 @@ def _length_groups(config: Config, model: TwoTowers) -> LengthGroups:
     return groups
 
 
-def _spike_filter(config: Config) -> SpikeFilter | None:
-    ratio = config.optim.max_grad_norm_ratio
-    return SpikeFilter(ratio) if ratio else None
-
-
 def _make_step(
     config: Config,
     layout: sharding.MeshLayout,
@@ -132,6 +118,7 @@ def _make_step(
     objective: Objective,
     augment: Augment,
     abstract: state.TrainState,
+    spikes: SpikeFilter | None,
 ) -> Callable[[optax.GradientTransformation, LengthGroups], Callable[..., Any]]:
     """(optimizer, groups of texts) -> the step as a pure function."""
     mesh, ema, frozen = layout.mesh, config.ema, tuple(config.init.frozen)
@@ -140,7 +127,7 @@ def _make_step(
     def hold(params: Any) -> Any:
         return optim.stop_frozen(lora.merged(params), frozen, towers) if frozen else lora.merged(params)
 
-    microbatches, spikes = config.optim.microbatches, _spike_filter(config)
+    microbatches = config.optim.microbatches
     shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     shardings = jax.tree.map(lambda x: x.sharding, abstract.params)
     if layout.strategy == "zero1":
@@ -167,7 +154,10 @@ def build(config: ml_collections.ConfigDict | Config, devices: list[jax.Device] 
       UserError: names every key whose value is not allowed, or what does not fit the devices.
     """
     config = resolve(config)
-    mesh = _make_mesh(config, devices)
+    mesh = make_mesh({axis: getattr(config.mesh, axis) for axis in AXES}, devices)
+    check_batch(config.data.batch, mesh, microbatches=config.optim.microbatches)
+    if config.loss.chunk_size:
+        check_batch(config.loss.chunk_size, mesh, "loss.chunk_size")
     objective = make_objective(config.objective, config.loss, mesh)
     preprocessing = Preprocessing.from_config(config)
     tokens = tokenizer.load(config.data.tokenizer)
@@ -175,7 +165,7 @@ def build(config: ml_collections.ConfigDict | Config, devices: list[jax.Device] 
     towers = {name: getattr(model, name) for name in TOWERS}
     fixed = objective.towers if config.finetune.lora.rank else tuple(config.init.frozen)
     tx = optim.make_optimizer(config.optim, config.steps, towers, fixed)
-    spikes = _spike_filter(config)
+    spikes = SpikeFilter(config.optim.max_grad_norm_ratio) if config.optim.max_grad_norm_ratio else None
     init = state.init_fn(
         model,
         tx,
@@ -202,18 +192,13 @@ def build(config: ml_collections.ConfigDict | Config, devices: list[jax.Device] 
         init=init,
         abstract=abstract,
         tx=tx,
-        make_step=_make_step(config, layout, model, objective, augment, abstract),
+        make_step=_make_step(config, layout, model, objective, augment, abstract, spikes),
         length_groups=_length_groups(config, model),
     )
 
 
 def make_encoder(experiment: Experiment, classes: Sequence[str] | None = None) -> Encoder:
-    """Return an encoder of the model in `experiment`: one compiled function for each modality.
-
-    Args:
-      experiment: of the run; `eval.batch` of its config is the number of items that are encoded at once.
-      classes: names of the classes of a fine-tuned model.
-    """
+    """Return an encoder of the model in `experiment`; `classes` are the names of a fine-tuned model's classes."""
     return Encoder(
         experiment.model,
         experiment.tokenizer,
@@ -232,20 +217,11 @@ def own_profile(config: Config, name: str = "openai") -> Profile:
 
 
 def profile_of_run(config: Config, name: str = "openai", changes: Mapping[str, Any] | None = None) -> Profile:
-    """Return `own_profile` of a run that may have been moved without its file of class names, which a line says then.
-
-    Args:
-      config: of the run.
-      name: of the profile.
-      changes: fields of `Profile` to change; with class names among them, the run's file is not read.
-    """
+    """Return `own_profile` of a run, with `changes` to its fields; class names among them replace the run's file."""
     changes, file = changes or {}, config.eval.class_names
     missing = bool(file) and not epath.Path(file).expanduser().exists()
-    if missing and "names" not in changes:
-        log0(
-            f"WARNING: eval.class_names={file!r} does not exist; own classes go by their labels. Restore the file, or "
-            "name one to evaluate, --class-names."
-        )
+    if missing and "names" not in changes:  # the run was moved without the file
+        log0(f"WARNING: eval.class_names={file!r} does not exist; own classes go by their labels")
     if missing or "names" in changes:
         config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, class_names=""))
     return dataclasses.replace(own_profile(config, name), **changes)

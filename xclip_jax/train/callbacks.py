@@ -1,9 +1,9 @@
 """Callbacks of a run, and trackers: TensorBoard, Weights & Biases, Trackio and others, as `log.to` names them."""
 
 import contextlib
-import functools
 import importlib
 import importlib.util
+import io
 import json
 import os
 import secrets
@@ -63,29 +63,6 @@ def classes(config: Config) -> list[type[Callback]]:
     return [import_class(name, Callback, "log.callbacks:") for name in config.log.callbacks]
 
 
-def make_callbacks(config: Config) -> list[Callback]:
-    """Make the callbacks that `log.callbacks` names.
-
-    Raises:
-      UserError: as `classes`, or a class whose constructor fails.
-    """
-    made = []
-    for name, callback in zip(config.log.callbacks, classes(config), strict=True):
-        try:
-            made.append(callback())
-        except Exception as error:  # of another package
-            raise UserError(
-                f"log.callbacks: {name!r} cannot be made without arguments ({first_line(error)}); correct its "
-                "__init__, or leave it out."
-            ) from error
-    return made
-
-
-# Seconds that wandb waits for a login that it asks for on a terminal, and at the end of a run for what is left to be
-# uploaded. Without a limit it waits for ever for a user who has left, or for a network that is gone.
-_WANDB_TIMEOUTS = {"WANDB_LOGIN_TIMEOUT": "60", "WANDB_FINISH_TIMEOUT": "300"}
-
-
 @runtime_checkable
 class Tracker(Protocol):
     """One run in a tracker. Any method may raise: `Trackers` prints it and leaves the tracker out from then on.
@@ -110,48 +87,60 @@ class TensorBoard:
     def __init__(self, folder: RunFolder, config: Config, step: int, run_id: str) -> None:
         """Write to a file that hides events of steps after `step` that an interrupted run left."""
         del config, run_id
-        self._folder, self._start = str(folder.tensorboard), step
-
-    @functools.cached_property
-    def _writer(self) -> Any:
-        """Opened with the first scalars, after the first step: it may import torch, which takes seconds."""
-        from tensorboardX import SummaryWriter
-
+        tensorboardx = importlib.import_module("tensorboardX")
         # A bounded queue blocks for ever, at exit too, when an error of the disk has ended the thread that empties it.
-        return SummaryWriter(self._folder, purge_step=self._start + 1, max_queue=0)
+        self._writer = tensorboardx.SummaryWriter(str(folder.tensorboard), purge_step=step + 1, max_queue=0)
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        self._check()
         for name, value in scalars.items():
-            self._check()
             self._writer.add_scalar(name, value, step)
 
     def show(self, step: int, picture: Image.Image | None, page: str | None) -> None:
         del page  # it shows no HTML
-        self._check()
         if picture is not None:
             self._writer.add_image("picture", np.asarray(picture), step, dataformats="HWC")
 
     def close(self) -> None:
-        if "_writer" in vars(self):
-            self._check()
-            self._writer.close()
+        self._check()
+        self._writer.close()
 
     def _check(self) -> None:
-        """Raise if its thread has ended, after which nothing is written."""
+        """Raise if its thread has ended: nothing is written any more, and closing would wait for ever."""
         writer: Any = self._writer.file_writer
-        if writer is None or not writer.event_writer._worker.is_alive():
+        if not writer.event_writer._worker.is_alive():
             raise OSError("its event file cannot be written")
 
 
-class WeightsAndBiases:
+class _MediaTracker:
+    """What Weights & Biases and Trackio have in common: a package with `Image` and `Html`, and its run."""
+
+    _package: Any
+    _run: Any
+
+    def log(self, step: int, scalars: Mapping[str, Any]) -> None:
+        self._run.log(dict(scalars), step=step)
+
+    def show(self, step: int, picture: Image.Image | None, page: str | None) -> None:
+        media = {} if picture is None else {"picture": self._package.Image(picture)}
+        if page is not None:
+            media["report"] = self._package.Html(page, inject=False)
+        if media:
+            self.log(step, media)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class WeightsAndBiases(_MediaTracker):
     """A run of wandb. Its settings are wandb's own environment variables: WANDB_MODE, WANDB_ENTITY and others."""
 
     def __init__(self, folder: RunFolder, config: Config, step: int, run_id: str) -> None:
         """Start or resume the run `run_id`; wandb's local files go to the run's folder, unless that is in a bucket."""
-        for variable, seconds in _WANDB_TIMEOUTS.items():
-            os.environ.setdefault(variable, seconds)
+        os.environ.setdefault("WANDB_FINISH_TIMEOUT", "300")  # else it waits for ever for a network that is gone
+        os.environ.setdefault("WANDB_LOGIN_TIMEOUT", "60")
         sys.argv[:] = public(sys.argv)  # wandb uploads the command line
-        self._wandb = wandb = importlib.import_module("wandb")
+        self._package = wandb = importlib.import_module("wandb")
         self._run = wandb.init(
             project=config.log.project,
             id=run_id,
@@ -164,42 +153,19 @@ class WeightsAndBiases:
         # wandb drops steps of its own count that it had before; ours come again after a resume.
         self._run.define_metric("*", step_metric="step")
 
-    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+    def log(self, step: int, scalars: Mapping[str, Any]) -> None:
         self._run.log({"step": step, **scalars})
 
-    def show(self, step: int, picture: Image.Image | None, page: str | None) -> None:
-        media = {} if picture is None else {"picture": self._wandb.Image(picture)}
-        if page is not None:
-            media["report"] = self._wandb.Html(page, inject=False)
-        if media:
-            self._run.log({"step": step, **media})
 
-    def close(self) -> None:
-        self._run.finish()
-
-
-class Trackio:
+class Trackio(_MediaTracker):
     """A run of Trackio, on this machine or, by its own environment variables, in a Space or on a server."""
 
     def __init__(self, folder: RunFolder, config: Config, step: int, run_id: str) -> None:
         """Start or resume the run that is called after the folder and `run_id`: Trackio has no other identity."""
-        self._trackio = trackio = importlib.import_module("trackio")
+        self._package = trackio = importlib.import_module("trackio")
         name = f"{folder.path.name}-{run_id}"
         config_values = schema.to_dict(config)
         self._run = trackio.init(config.log.project, name=name, config=config_values, resume="allow", embed=False)
-
-    def log(self, step: int, scalars: Mapping[str, float]) -> None:
-        self._run.log(dict(scalars), step=step)
-
-    def show(self, step: int, picture: Image.Image | None, page: str | None) -> None:
-        media = {} if picture is None else {"picture": self._trackio.Image(picture)}
-        if page is not None:
-            media["report"] = self._trackio.Html(page, inject=False)
-        if media:
-            self._run.log(media, step=step)
-
-    def close(self) -> None:
-        self._run.finish()
 
 
 TRACKERS: dict[str, Callable[[RunFolder, Config, int, str], Tracker]] = {
@@ -230,13 +196,7 @@ class Trackers:
     """All trackers of a run. A tracker that fails is a warning, and is disabled; the run goes on."""
 
     def __init__(self, folder: RunFolder, config: Config, step: int) -> None:
-        """Open the trackers of `log.to`.
-
-        Args:
-          folder: the run's; trackers.json in it has the run's id in the trackers, so that a resumed run goes on there.
-          config: of the run.
-          step: the step that the run starts or resumes from; one that starts at 0 is a new run in the trackers.
-        """
+        """Open the trackers of `log.to` for a run that starts or resumes at `step`; one from step 0 is a new run."""
         self._folder, self._open = folder, {}
         names = dict.fromkeys(config.log.to)
         run_id = _run_id(folder, step) if set(names) - {"tensorboard"} else ""
@@ -252,12 +212,10 @@ class Trackers:
     def show_report(self, step: int) -> None:
         """Show the run's picture and its report, if they exist."""
         picture = page = None
-        with self._guarded("the report's upload"):
-            if self._folder.picture_file.exists():
-                with self._folder.picture_file.open("rb") as file:
-                    picture = Image.open(file).convert("RGB")
-            if self._folder.report_file.exists():
-                page = self._folder.report_file.read_text()
+        if self._folder.picture_file.exists():
+            picture = Image.open(io.BytesIO(self._folder.picture_file.read_bytes())).convert("RGB")
+        if self._folder.report_file.exists():
+            page = self._folder.report_file.read_text()
         self._each(lambda tracker: tracker.show(step, picture, page))
 
     def close(self) -> None:

@@ -4,14 +4,10 @@ import contextlib
 import logging
 import os
 import re
-import sys
 import threading
-import traceback
-from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
@@ -24,27 +20,22 @@ from xclip_jax.core.storage import is_remote
 from xclip_jax.train import checkpoint_files
 from xclip_jax.train.checkpoint_files import free_bytes, num_bytes
 from xclip_jax.train.state import TrainState
+from xclip_jax.train.step import all_finite
 
 _SHOWN = 4  # mismatches that an error lists by name
 _REASON = 200  # characters of a reason that another library gives
-_PATIENCE = 5.0  # seconds to wait for each thread of a save that failed
-_SYSTEM_ERROR = re.compile(r"os_error_code='(\d+)'|OS error (\d+)")  # in messages of TensorStore, now and before
+_SYSTEM_ERROR = re.compile(r"os_error_code='(\d+)'")  # in messages of TensorStore
 
 
 class _Damaged(Exception):
     """A fault of a checkpoint."""
 
 
-def _names(tree: Any) -> dict[str, Any]:
-    """Flat {"params/img/...": leaf}."""
-    paths, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {"/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in p): x for p, x in paths}
-
-
-@jax.jit
-def _all_finite(tree: Any) -> jax.Array:
-    floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
-    return jnp.stack([jnp.isfinite(x).all() for x in floats]).all()
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """Flat {"params/img/...": shape} of the arrays of a tree."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    named = {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in leaves}
+    return {name: tuple(x.shape) for name, x in named.items() if getattr(x, "shape", None) is not None}
 
 
 def _reason(error: BaseException) -> str:
@@ -52,41 +43,14 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if number := _SYSTEM_ERROR.search(str(error)):
-        return os.strerror(int(number[1] or number[2]))
+        return os.strerror(int(number[1]))
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:_REASON]}"
 
 
 def _is_new(record: logging.LogRecord) -> bool:
     """Whether a log record says more than the exceptions that Orbax raises."""
-    text = record.getMessage()
-    if record.name == "asyncio":  # at any time later, for each task besides the first that failed
-        text += "".join(traceback.format_exception(record.exc_info[1])) if record.exc_info else ""
-        return "exception was never retrieved" not in text or not ("orbax" in text or "OCDBT" in text)
-    return not (record.exc_info and "orbax" in record.pathname) and not text.startswith("Given directory is read only")
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence what Orbax prints about a failure besides the exception that it raises."""
-
-    def hook(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":  # TensorStore's tasks, after the first one failed
-            previous(unraisable)
-
-    previous, sys.unraisablehook = sys.unraisablehook, hook
-    logging.getLogger("asyncio").addFilter(_is_new)  # and stays
-    logging.getLogger("absl").addFilter(_is_new)
-    try:
-        yield
-    finally:
-        logging.getLogger("absl").removeFilter(_is_new)
-        sys.unraisablehook = previous
-
-
-def _broadcast_from_process_0(flag: bool) -> bool:
-    """Broadcast a flag from process 0."""
-    return flag if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(np.asarray(flag)))
+    return not (record.exc_info and "orbax" in record.pathname)
 
 
 class _Manager(ocp.CheckpointManager):
@@ -141,8 +105,7 @@ class Checkpointer:
         self._saving, self._size, self._failed = -1, 0, False  # of the last save: step, bytes, whether it failed
         self._watcher: threading.Thread | None = None
         self._failure: UserError | None = None
-        self._resources = contextlib.ExitStack()
-        self._resources.enter_context(_quiet())
+        logging.getLogger("absl").addFilter(_is_new)
         self._manager = _Manager(self.path, options=options, item_handlers=handlers)
 
     def latest(self) -> int | None:
@@ -155,11 +118,7 @@ class Checkpointer:
         return sorted(self._manager.all_steps())
 
     def save(self, state: TrainState, position: dict[str, Any]) -> None:
-        """Start to save; returns when the state is copied, so the next step may overwrite it.
-
-        Raises:
-          UserError: this checkpoint or the one before could not be written.
-        """
+        """Start to save, and return when the state is copied; `UserError` if this or the last one cannot be written."""
         self._wait()
         self.raise_failure()
         step = int(state.step)
@@ -179,21 +138,13 @@ class Checkpointer:
         self._watcher.start()
 
     def raise_failure(self) -> None:
-        """Raise the error of a save that failed in the background; costs nothing, so that every step may call it.
-
-        Raises:
-          UserError: what failed and what to do, once.
-        """
+        """Raise, once, the `UserError` of a save that failed in the background; every step may call it."""
         if (failure := self._failure) is not None:
             self._failure = None
             raise failure
 
     def restore(self, abstract: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
-        """Restore state and position of `step` (default: the newest) in the shardings of `abstract`.
-
-        Raises:
-          UserError: no checkpoint, a damaged one, whose first damaged file is named, or one of another architecture.
-        """
+        """Restore state and position of `step` (default: the newest) in the shardings of `abstract`; change nothing."""
         steps = self._manager.all_steps()
         step = self.latest() if step is None else step
         if step is None or step not in steps:
@@ -203,21 +154,20 @@ class Checkpointer:
         except _Damaged as error:
             others = sorted((other for other in steps if other != step), reverse=True)
             whole = next((other for other in others if self._find_fault(other) is None), None)
-            remedy = "no other one is whole" if whole is None else f"the newest whole one is of step {whole}"
-            use = "restore it" if whole is None else f"restore it, or choose the other by --step {whole}"
-            raise UserError(f"checkpoint {self.path / str(step)} is damaged: {error}; {remedy}; {use}.") from error
+            remedy = (
+                f"the newest whole one is of step {whole}; choose it by --step {whole}"
+                if whole
+                else "no other one is whole"
+            )
+            raise UserError(f"checkpoint {self.path / str(step)} is damaged: {error}; {remedy}.") from error
 
     def restore_good(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """Restore the newest checkpoint that is whole and finite, and move newer ones aside, to `damaged-<step>`.
-
-        Raises:
-          UserError: as `restore` of another architecture, or no checkpoint is good.
-        """
+        """Restore the newest checkpoint that is whole and finite, and move newer ones aside, to `damaged-<step>`."""
         faults: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 state, position = self._read(abstract, step)
-                if not _all_finite(state):
+                if not jax.jit(all_finite)(state):
                     raise _Damaged("it has values that are not finite")
             except _Damaged as error:
                 faults[step] = str(error)
@@ -232,11 +182,7 @@ class Checkpointer:
         )
 
     def close(self) -> None:
-        """Wait until everything that was started is on disk.
-
-        Raises:
-          UserError: the last checkpoint could not be written.
-        """
+        """Wait until everything that was started is on disk; `UserError` if the last one could not be written."""
         self._wait()
         try:
             self._manager.close()
@@ -245,12 +191,6 @@ class Checkpointer:
                 self._failure = self._describe(error)
             with contextlib.suppress(Exception):
                 self._manager.close()  # an error is raised once; now it closes what comes after
-        finally:
-            for thread in threading.enumerate() if self._failed else ():
-                if type(thread).__module__.startswith("orbax."):  # other files of the save that failed
-                    with contextlib.suppress(Exception):  # Orbax's join raises what the thread did
-                        thread.join(_PATIENCE)
-            self._resources.close()
         self.raise_failure()
 
     def __enter__(self) -> "Checkpointer":
@@ -295,67 +235,51 @@ class Checkpointer:
     def _find_fault(self, step: int) -> str | None:
         """Return the fault that process 0 finds in the files of `step`, or None, the same on all processes."""
         fault = checkpoint_files.find_fault(self.path / str(step), step) if jax.process_index() == 0 else None
-        if _broadcast_from_process_0(fault is not None):
-            return fault or "process 0 names the file"
-        return None
+        damaged = bool(multihost_utils.broadcast_one_to_all(np.asarray(fault is not None)))
+        return (fault or "process 0 names the file") if damaged else None
 
     def _read(self, abstract: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
         """Return state and position of `step`; raise `_Damaged` if its files differ from their digest."""
         if fault := self._find_fault(step):
             raise _Damaged(fault)
-        saved = _names(self._manager.item_metadata(step)["state"])
-        saved = {name: x for name, x in saved.items() if getattr(x, "shape", None) is not None}
-        if not saved:
-            raise self._unreadable(step, "state/_METADATA names no arrays")
-        self._check(abstract, saved, step)
+        if not (saved := _shapes(self._manager.item_metadata(step)["state"])):
+            raise self._unreadable(step)
+        self._check(_shapes(abstract), saved, step)
         restored: Any = self._manager.restore(
             step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(checkpoint_files.split_for_reading(abstract)),
-                position=ocp.args.JsonRestore(),
-            ),
+            args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), position=ocp.args.JsonRestore()),
         )
-        state, position = checkpoint_files.gather_parts(restored.state, abstract), restored.position
-        if not isinstance(position, dict) or not isinstance(position.get("samples"), int):
-            raise self._unreadable(step, "position/metadata does not have the number of samples")
-        return state, position
+        if restored.position is None:
+            raise self._unreadable(step)
+        return restored.state, restored.position
 
-    def _unreadable(self, step: int, reason: str) -> UserError:
+    def _unreadable(self, step: int) -> UserError:
         """Return the error for files that the storage does not list for a moment: to Orbax they were never saved."""
         return UserError(
-            f"checkpoint {self.path / str(step)} cannot be read ({reason}), though its files are those that were "
-            "written; run the same command to try again."
+            f"checkpoint {self.path / str(step)} cannot be read, though its files are those that were written; run the "
+            "same command to try again."
         )
 
     def _move_aside(self, faults: dict[int, str], good: int) -> None:
         """Rename damaged checkpoints so that Orbax and `RunFolder` ignore them, and print a warning."""
-        moved = []
-        for step, fault in faults.items():
+        for step in faults if jax.process_index() == 0 else ():
             target, number = self.path / f"damaged-{step}", 1
             while target.exists():
                 target, number = self.path / f"damaged-{step}-{number}", number + 1
-            moved.append(f"checkpoint {self.path / str(step)} ({fault}) is now {target.name}")
-            if jax.process_index() == 0:
-                (self.path / str(step)).rename(target)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("damaged checkpoints are moved")
+            (self.path / str(step)).rename(target)
+        multihost_utils.sync_global_devices("damaged checkpoints are moved")
         self._manager.reload()
-        log0(f"WARNING: damaged: {'; '.join(moved)}; going back to step {good}, the newest whole one")
+        moved = "; ".join(f"checkpoint {self.path / str(step)} ({fault})" for step, fault in faults.items())
+        log0(f"WARNING: damaged, and moved to damaged-STEP: {moved}; going back to step {good}, the newest whole one")
 
-    def _check(self, abstract: TrainState, saved: dict[str, Any], step: int) -> None:
+    def _check(self, expected: dict[str, Any], saved: dict[str, Any], step: int) -> None:
         """Compare names and shapes before any array is read: Orbax's own error is a page long."""
-        current = {name: x for name, x in _names(abstract).items() if hasattr(x, "shape")}
-        wrong = [f"{name} is missing" for name in current if name not in saved]
-        wrong += [f"{name} is not in this model" for name in saved if name not in current]
-        wrong += [
-            f"{name} has shape {tuple(saved[name].shape)}, expected {tuple(x.shape)}"
-            for name, x in current.items()
-            if name in saved and tuple(saved[name].shape) != tuple(x.shape)
-        ]
-        if wrong:
-            params = [line for line in wrong if line.startswith("params/")] or wrong
-            suffix = f" (and {len(params) - _SHOWN} more)" if len(params) > _SHOWN else ""
+        names = sorted(name for name in expected.keys() | saved.keys() if expected.get(name) != saved.get(name))
+        if names:
+            names = [name for name in names if name.startswith("params/")] or names
+            wrong = [f"{name} has shape {saved.get(name)}, expected {expected.get(name)}" for name in names[:_SHOWN]]
+            more = f" (and {len(names) - _SHOWN} more)" if len(names) > _SHOWN else ""
             raise UserError(
-                f"checkpoint {self.path / str(step)} has another architecture: {'; '.join(params[:_SHOWN])}{suffix}. "
-                "Use the config that the run was started with (config.json beside it), or another --config.run."
+                f"checkpoint {self.path / str(step)} has another architecture: {'; '.join(wrong)}{more}. Use the "
+                "config that the run was started with (config.json beside it), or another --config.run."
             )

@@ -1,4 +1,4 @@
-"""Files of checkpoints: their digest, the space that they need, and which process reads which part.
+"""Files of checkpoints: their digest, and the space that they need.
 
 The digest has names, sizes and hashes of the files of a checkpoint, and shows damage before anything is restored.
 
@@ -10,23 +10,19 @@ own, which their clients compare. What a store cannot notice is an object that i
 sizes show that.
 """
 
-import errno
 import hashlib
 import json
-import math
 import os
+import pathlib
 import shutil
-import warnings
-from collections.abc import Iterator
 from concurrent import futures
 from typing import Any
 
 import jax
 from etils import epath
-from jax.sharding import NamedSharding, PartitionSpec
 
 from xclip_jax.config.schema import Config
-from xclip_jax.core import remote
+from xclip_jax.core import storage
 from xclip_jax.core.storage import is_remote, strict_json, write_json
 from xclip_jax.train.state import TrainState
 
@@ -39,15 +35,7 @@ _LATER = ("_CHECKPOINT_METADATA", "commit_success.txt")
 
 
 def write_digest(folder: epath.Path, step: int) -> None:
-    """Write the digest of a checkpoint whose files are complete, and make sure that they are on the disk.
-
-    Args:
-      folder: the checkpoint's, under its final or its temporary name.
-      step: step of the checkpoint.
-
-    Raises:
-      OSError: a file cannot be read, or the digest cannot be written.
-    """
+    """Write the digest of a checkpoint whose files are complete, and make sure that they are on the disk."""
     sizes = {name: size for name, size in sorted(_file_sizes(folder).items()) if name not in (*_LATER, DIGEST_FILE)}
     with futures.ThreadPoolExecutor(_THREADS) as pool:
         hashes = pool.map(lambda name: None if is_remote(str(folder)) else _hash(folder / name, sync=True), sizes)
@@ -65,9 +53,6 @@ def find_fault(folder: epath.Path, step: int) -> str | None:
 
     Returns:
       The fault, beginning with the name of a file, or None if all files are as they were written.
-
-    Raises:
-      OSError: a file cannot be read for a reason that is not damage, such as missing permission.
     """
     if not (folder / DIGEST_FILE).exists():
         return f"{DIGEST_FILE} is missing"
@@ -80,43 +65,27 @@ def find_fault(folder: epath.Path, step: int) -> str | None:
     sizes = _file_sizes(folder)
     for name, (size, _) in content["files"].items():
         if name not in sizes:
-            return f"{name} is {f'a folder, not {size:,} bytes' if (folder / name).is_dir() else 'missing'}"
+            return f"{name} is missing"
         if sizes[name] != size:
             return f"{name} is {sizes[name]:,} bytes, not {size:,} bytes"
+    hashes = {} if is_remote(str(folder)) else {name: value for name, (_, value) in content["files"].items() if value}
     with futures.ThreadPoolExecutor(_THREADS) as pool:
-        faults = pool.map(lambda item: _content_fault(folder, *item), content["files"].items())
-        return next(filter(None, faults), None)
-
-
-def _content_fault(folder: epath.Path, name: str, entry: tuple[int, str | None]) -> str | None:
-    _, expected = entry
-    if expected is None or is_remote(str(folder)):
-        return None
-    try:
-        same = _hash(folder / name) == expected
-    except OSError as error:
-        if error.errno != errno.EIO:
-            raise
-        return f"{name} cannot be read ({error.strerror})"
-    return None if same else f"{name} has other bytes than were written"
+        for name, value in zip(hashes, pool.map(lambda name: _hash(folder / name), hashes), strict=True):
+            if value != hashes[name]:
+                return f"{name} has other bytes than were written"
+    return None
 
 
 def _file_sizes(folder: epath.Path) -> dict[str, int]:
     """{name: bytes} of all files below `folder`: in a bucket by one listing, where a request a file takes minutes."""
     if is_remote(str(folder)):
-        system, root = remote.file_system(str(folder))
-        with remote.os_errors(str(folder)):
+        system, root = storage.file_system(str(folder))
+        with storage.os_errors(str(folder)):
             system.invalidate_cache()  # other clients write, too
             return {name[len(root) + 1 :]: info["size"] for name, info in system.find(root, detail=True).items()}
 
-    def below(path: str) -> Iterator[tuple[str, int]]:
-        for entry in os.scandir(path):
-            if entry.is_dir():
-                yield from below(entry.path)
-            else:
-                yield os.path.relpath(entry.path, folder), entry.stat().st_size
-
-    return dict(below(os.fspath(folder)))
+    files = [path for path in pathlib.Path(folder).rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
 
 
 def _hash(path: epath.Path, *, sync: bool = False) -> str:
@@ -146,22 +115,13 @@ def num_bytes(state: TrainState) -> int:
 
 
 def free_bytes(path: epath.Path) -> int | None:
-    """Return the free bytes on the disk of `path`, which need not exist; None for a bucket or a broken disk."""
+    """Return the free bytes on the disk of `path`, which need not exist; None for a bucket."""
     if is_remote(str(path)):
         return None
     folder = os.path.abspath(path)
     while not os.path.exists(folder):
         folder = os.path.dirname(folder)
-    try:
-        return shutil.disk_usage(folder).free
-    except OSError:
-        return None
-
-
-def checkpoints_to_write(config: Config, saved: list[int]) -> int:
-    """Return how many checkpoints a run has yet to write after the steps `saved`."""
-    left, every = max(config.steps - max(saved, default=0), 0), config.checkpoint.every
-    return -(-left // every) if every else min(left, 1)
+    return shutil.disk_usage(folder).free
 
 
 def most_added(config: Config, saved: list[int]) -> int:
@@ -169,72 +129,7 @@ def most_added(config: Config, saved: list[int]) -> int:
 
     A new checkpoint is complete before the oldest is deleted, so that a run needs space for one more than it keeps.
     """
-    settings, newest = config.checkpoint, max(saved, default=0)
-    most = settings.keep + 1
-    if every := settings.keep_every:
-        most += config.steps // every - newest // every + sum(step % every == 0 for step in saved)
-    return min(checkpoints_to_write(config, saved), max(most - len(saved), 1))
-
-
-def bytes_of_interrupted_saves(checkpoints: epath.Path) -> int:
-    """Bytes of unfinished checkpoints, which are deleted when the run opens the folder."""
-    names = [root for root, _, _ in os.walk(checkpoints) if ".orbax-checkpoint-tmp" in root]
-    return sum(entry.stat().st_size for name in names for entry in os.scandir(name) if entry.is_file())
-
-
-_ELEMENTS = 1 << 14  # all processes read smaller arrays whole: a collective would cost more
-
-
-def split_for_reading(abstract: Any) -> Any:
-    """Return `abstract` arrays in the shardings in which they are read: large ones are split over all devices.
-
-    Otherwise every host would read arrays that it has whole, and a bucket would serve the state once per host. The
-    devices exchange their parts over their own network, which is faster.
-    """
-    layout = jax.tree.leaves(abstract)[0].sharding
-    if not isinstance(layout, NamedSharding) or not _spans_processes(layout):
-        return abstract
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_split(x, x.sharding)), abstract)
-
-
-def gather_parts(arrays: Any, abstract: Any) -> Any:
-    """Return `arrays` that were read as `split_for_reading(abstract)` in the shardings of `abstract`."""
-    read, structure = jax.tree.flatten(arrays)
-    layouts = [x.sharding for x in jax.tree.leaves(abstract)]
-    split = [i for i, (x, layout) in enumerate(zip(read, layouts, strict=True)) if x.sharding != layout]
-    if not split:
-        return arrays
-    with warnings.catch_warnings():
-        # The parts are donated, as they might not fit next to the result; they are smaller than it.
-        warnings.filterwarnings("ignore", "Some donated buffers were not usable")
-        gather_parts = jax.jit(lambda x: x, out_shardings=[layouts[i] for i in split], donate_argnums=0)
-        whole = gather_parts([read[i] for i in split])
-    for i, x in zip(split, whole, strict=True):
-        read[i] = x
-    return structure.unflatten(read)
-
-
-def _spans_processes(layout: NamedSharding) -> bool:
-    return len({device.process_index for device in layout.mesh.devices.flat}) > 1
-
-
-def _split(x: jax.ShapeDtypeStruct, layout: NamedSharding) -> NamedSharding:
-    """`layout` split further, over all mesh axes that it does not use.
-
-    Orbax writes copies of an array in parts, along the first dimension that their number divides, and it reads whole
-    parts: along another dimension each process would read all of them.
-    """
-    spec = [_axes_of(part) for part in (*layout.spec, *[None] * (len(x.shape) - len(layout.spec)))]
-    free = tuple(axis for axis in layout.mesh.axis_names if all(axis not in part for part in spec))
-    copies = math.prod(layout.mesh.shape[axis] for axis in free)
-    if copies == 1 or math.prod(x.shape) < _ELEMENTS:
-        return layout
-    for i, size in enumerate(layout.shard_shape(x.shape)):
-        if size % copies == 0:
-            spec[i] += free
-            return NamedSharding(layout.mesh, PartitionSpec(*(part or None for part in spec)))
-    return layout
-
-
-def _axes_of(part: Any) -> tuple[str, ...]:
-    return (part,) if isinstance(part, str) else tuple(part or ())
+    settings, left = config.checkpoint, max(config.steps - max(saved, default=0), 0)
+    to_write = -(-left // settings.every) if settings.every else min(left, 1)
+    kept = settings.keep + (config.steps // settings.keep_every if settings.keep_every else 0)
+    return min(to_write, max(kept + 1 - len(saved), 1))

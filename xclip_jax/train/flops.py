@@ -7,8 +7,6 @@ counts the body of a loop over layers once. Causal attention counts in full, sin
 from collections.abc import Callable
 from typing import cast
 
-import jax
-
 from xclip_jax.config.schema import Config
 from xclip_jax.data import tokenizer
 from xclip_jax.data.length_groups import LengthGroups
@@ -40,21 +38,13 @@ PEAK = {
     "NVIDIA A10": 125e12,
     "NVIDIA L4": 121e12,
 }
-
-
-def without_peak(device: jax.Device) -> str:
-    """Return why metrics have no `mfu` on an accelerator that is not in `PEAK`; "" for one that is, and for CPUs."""
-    if device.platform == "cpu" or device.device_kind in PEAK:
-        return ""
-    return f"metrics have no mfu: the peak FLOP/s of {device.device_kind!r} is not known (xclip_jax/train/flops.py)"
+UNCOUNTED = "FLOPs are not known, as a tower does not count its own"
 
 
 def forward(config: Config, *, train: bool = True) -> dict[str, float] | None:
     """FLOPs of one pair's forward pass: {"img", "txt", "heads", "loss"}; None where a tower does not count its own.
 
-    Args:
-      config: of a run.
-      train: with patch dropout, and with the comparison of the batch's pairs.
+    In training with patch dropout, and with the comparison of the batch's pairs.
     """
     model, objective = config.model, make_objective(config.objective)
     vocab = tokenizer.load(config.data.tokenizer).vocab_size
@@ -67,7 +57,7 @@ def forward(config: Config, *, train: bool = True) -> dict[str, float] | None:
 def train_step(config: Config, groups: LengthGroups | None = None, rows: int | None = None) -> float | None:
     """Model FLOPs of a training step on the whole batch: three forward passes, the teacher's one more.
 
-    None where a tower does not count its own, see `uncounted`. A frozen tower has no backward pass. What
+    None where a tower does not count its own. A frozen tower has no backward pass. What
     rematerialisation and microbatches compute again does not count, by definition of MFU; nor does what is cut from
     texts.
 
@@ -100,10 +90,3 @@ def train_step(config: Config, groups: LengthGroups | None = None, rows: int | N
 def cut_flops(tower: TextTower) -> Callable[[int], float] | None:
     """Tokens that a text is cut to -> its FLOPs; None where the tower does not count them."""
     return None if tower.cut_flops(1) is None else cast("Callable[[int], float]", tower.cut_flops)  # none or all
-
-
-def uncounted(config: Config) -> str:
-    """Say whose FLOPs are not known where `train_step` returns None."""
-    towers = [config.model.tower(name) for name in make_objective(config.objective).towers]
-    names = [f"{type(tower).__name__}.flops" for tower in towers if tower.flops(train=True) is None]
-    return f"FLOPs are not known, as {' and '.join(names) or 'cut_flops of the text tower'} returns None"

@@ -8,79 +8,159 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
+from jax.experimental import multihost_utils
 
 from xclip_jax.config.schema import Config, resolve
 from xclip_jax.core.console import log0
-from xclip_jax.core.errors import UserError, public
-from xclip_jax.core.remote import expand_home
-from xclip_jax.data import holdout, images, labelled, loader, sources
+from xclip_jax.core.errors import BadSample, UserError
+from xclip_jax.data import holdout, labelled, length_groups, loader, records, sources
 from xclip_jax.data.base import Source
-from xclip_jax.data.config import DataConfig
-from xclip_jax.data.length_groups import AUTO
+from xclip_jax.data.length_groups import AUTO, WHOLE, LengthGroups
 from xclip_jax.data.loader import SampleOrder
 from xclip_jax.evaluators import registry
 from xclip_jax.evaluators.base import Evaluator
 from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.interop import hub
-from xclip_jax.objectives import Objective, make_objective
 from xclip_jax.parallel.mesh import BatchPart, batch_part
-from xclip_jax.train import caption_lengths, flops, memory
+from xclip_jax.train import flops, memory
 from xclip_jax.train.build import Experiment, build, make_encoder, own_profile
-from xclip_jax.train.training_folder import TRANSPARENT, TrainingFolder
+from xclip_jax.train.training_folder import TrainingFolder
 from xclip_jax.train.weights import read_initial
 
+CAPTIONS = 1024  # that are read to choose groups of lengths
 
-@dataclasses.dataclass(frozen=True)
+
 class Job:
-    """A run that is ready to start.
+    """A run with its parts, each built or opened when it is first used; `prepare` opens all.
+
+    Any part raises `UserError` for what is missing or does not fit the config.
 
     Attributes:
-      config, experiment, folder: the config, what is built from it, and the run's folder.
-      part: which part of each batch this process loads.
-      initial: tensors of `init.weights` that a new run starts from.
-      sources: training data, as `data.subset` and `data.caption_noise` change it.
-      order: order of the samples.
-      fingerprints: a fingerprint of each whole source, with digests of the records that decide the order, and on
-        process 0 with the share of transparent images, if there are any.
-      during: evaluators of `eval.sets`, run every `eval.every` steps.
-      final: evaluators of `eval.sets` and `eval.final_sets`, run at the end.
-      encoder: the encoder that the evaluators share.
+      config, folder: config and folder of the run.
+      compiles: whether checks may compile the step, which may take minutes.
     """
 
-    config: Config
-    experiment: Experiment
-    folder: TrainingFolder
-    part: BatchPart
-    initial: Mapping[str, np.ndarray]
-    sources: list[Source]
-    order: SampleOrder
-    fingerprints: list[dict[str, Any]]
-    during: list[Evaluator]
-    final: list[Evaluator]
-    encoder: Encoder
+    def __init__(self, config: Config, folder: TrainingFolder) -> None:
+        self.config, self.folder = config, folder
+        self.compiles = True
+
+    @functools.cached_property
+    def experiment(self) -> Experiment:
+        """Model, objective and step, with the tokenizer of the run's folder; once prepared, as `grouped`."""
+        data = dataclasses.replace(self.config.data, tokenizer=self.folder.tokenizer(self.config))
+        return build(dataclasses.replace(self.config, data=data))
+
+    @functools.cached_property
+    def resumes(self) -> bool:
+        """Whether the folder has a checkpoint."""
+        return self.folder.latest_step() is not None
+
+    @functools.cached_property
+    def part(self) -> BatchPart:
+        """Which part of each batch this process loads."""
+        return batch_part(self.experiment.mesh)
+
+    @functools.cached_property
+    def sources(self) -> list[Source]:
+        """The training data, whole; an error has the remedy of the objective."""
+        objective = self.experiment.objective
+        try:
+            return sources.open_sources(self.experiment.config.data, objective.classes, objective.fields)
+        except labelled.MismatchError as error:
+            remedy = "use another source, or change objective.classify.classes (1 for numbers) or .tower"
+            raise UserError(f"{error}; {remedy}.") from error
+
+    @functools.cached_property
+    def fingerprints(self) -> list[dict[str, Any]]:
+        """Fingerprints of the sources, which a run that resumes read before."""
+        fingerprints = [source.fingerprint() for source in self.sources]
+        self.folder.check_sources(self.config, fingerprints)
+        return fingerprints
+
+    @property
+    def classes(self) -> Sequence[str] | None:
+        """Classes of the training data, if the run is fine-tuned on labels."""
+        return self.fingerprints[0].get("classes") if self.experiment.objective.labelled else None
+
+    @functools.cached_property
+    def samples(self) -> list[Source]:
+        """The training data as `data.subset` and `data.caption_noise` change it."""
+        labelled = self.experiment.objective.labelled
+        return holdout.apply_controls(self.sources, self.experiment.config.data, self.config.seed, labelled=labelled)
+
+    @functools.cached_property
+    def order(self) -> SampleOrder:
+        """The order of the samples, for which all captions may be read."""
+        return loader.sample_order(self.samples, self.experiment.config.data, self.config.seed)
 
     @property
     def num_samples(self) -> int:
         """Samples of all sources together: an epoch."""
-        return sum(map(len, self.sources))
+        return sum(map(len, self.samples))
 
     @property
     def epochs(self) -> float:
         """Epochs of the whole run."""
         return self.config.steps * self.experiment.config.data.batch / self.num_samples
 
+    @functools.cached_property
+    def grouped(self) -> Experiment:
+        """The experiment with the groups of texts that `data.length_groups="auto"` chooses."""
+        if self.config.data.length_groups != AUTO:
+            return self.experiment
+        groups = self.folder.length_groups(self.experiment.text_rows)
+        groups = groups or choose_length_groups(self.experiment, self.samples)
+        return dataclasses.replace(self.experiment, length_groups=groups)
+
+    @functools.cached_property
+    def compiled(self) -> tuple[Any, str]:
+        """The compiled step, or None and the reason why it does not fit, see `memory.compile_if_fits`."""
+        return memory.compile_if_fits(self.grouped)
+
+    @functools.cached_property
+    def initial(self) -> Mapping[str, np.ndarray]:
+        """Tensors of `init.weights`, for a run that does not resume."""
+        if not self.config.init.weights or self.resumes:
+            return {}
+        return read_initial(self.config, self.experiment.abstract, self.classes)
+
+    @functools.cached_property
+    def encoder(self) -> Encoder:
+        """The encoder of all evaluators."""
+        return make_encoder(self.experiment, self.classes)
+
+    @functools.cached_property
+    def evaluators(self) -> dict[str, Evaluator]:
+        """All sets of `eval.sets` and `eval.final_sets`, by name."""
+        config = self.experiment.config
+        specs = tuple(dict.fromkeys((*config.eval.sets, *config.eval.final_sets)))
+        opened = registry.open_all(specs, self.encoder, None, own_profile(self.config), config.data)
+        return dict(zip(specs, opened, strict=True))
+
+    @property
+    def during(self) -> list[Evaluator]:
+        """Evaluators of `eval.sets`, run every `eval.every` steps."""
+        return [self.evaluators[spec] for spec in self.config.eval.sets] if self.config.eval.every else []
+
+    @property
+    def final(self) -> list[Evaluator]:
+        """Evaluators of `eval.sets` and `eval.final_sets`, run at the end."""
+        return list(self.evaluators.values())
+
+    def prepare(self) -> "Job":
+        """Open all parts; return the run itself."""
+        self.experiment = self.grouped
+        _ = self.initial, self.evaluators
+        if captions := self.order.captions:
+            outcomes = ({"data.spread_duplicate_captions": outcome} for outcome in captions)
+            self.fingerprints = [a | b for a, b in zip(self.fingerprints, outcomes, strict=True)]
+            self.folder.check_sources(self.config, self.fingerprints)
+        return self
+
 
 def check(config: ml_collections.ConfigDict | Config) -> Config:
-    """Check, without data and devices, all keys, and the names of the folder, sources and evaluation sets.
-
-    Returns:
-      The config, resolved.
-
-    Raises:
-      UserError: a wrong key or value, a name that does not exist, or no source.
-    """
+    """Return the resolved config, after a check of its keys and names that needs no data and no devices."""
     config = resolve(config)
-    expand_home(config.run)
     sources.parse_all(config.data.sources)
     for spec in (*config.eval.sets, *config.eval.final_sets):
         registry.check(spec)
@@ -104,154 +184,55 @@ def extras(config: Config) -> list[str]:
     return sorted(names)
 
 
-class Start:
-    """A run that is about to start: what it is built from and reads, each part opened when it is first used.
+def choose_length_groups(experiment: Experiment, samples: Sequence[Source]) -> LengthGroups:
+    """Groups for the captions of `samples`, the same on all processes; without cuts where they would save little."""
+    config, tower, context = experiment.config, experiment.model.txt, experiment.context_length
+    if "txt" not in experiment.model.towers or not tower.cuttable:
+        return WHOLE
+    rows, draws = experiment.text_rows
 
-    Any part raises `UserError` for what is missing or does not fit the config.
+    def saved(groups: LengthGroups) -> float:
+        cut, whole = flops.train_step(config, groups, rows), flops.train_step(config, WHOLE)
+        return 1 - cut / whole if cut and whole else 0.0  # unknown of some towers of other packages
 
-    Attributes:
-      config, folder: config and folder of the run.
-      compiles: whether checks may compile the step, which may take minutes.
-    """
-
-    def __init__(self, config: Config, folder: TrainingFolder) -> None:
-        self.config, self.folder = config, folder
-        self.compiles = True
-
-    @functools.cached_property
-    def experiment(self) -> Experiment:
-        """Model, objective and step, with the tokenizer of the run's folder."""
-        data = dataclasses.replace(self.config.data, tokenizer=self.folder.tokenizer(self.config))
-        return build(dataclasses.replace(self.config, data=data))
-
-    @functools.cached_property
-    def resumes(self) -> bool:
-        """Whether the folder has a checkpoint."""
-        return self.folder.latest_step() is not None
-
-    @functools.cached_property
-    def sources(self) -> list[Source]:
-        """The training data, whole."""
-        return open_sources(self.experiment.config.data, self.experiment.objective)
-
-    @functools.cached_property
-    def fingerprints(self) -> list[dict[str, Any]]:
-        """Fingerprints of the sources, which a run that resumes read before."""
-        fingerprints = [source.fingerprint() for source in self.sources]
-        self.folder.check_sources(self.config, fingerprints)
-        return fingerprints
-
-    @property
-    def classes(self) -> Sequence[str] | None:
-        """Classes of the training data, if the run is fine-tuned on labels."""
-        return self.fingerprints[0].get("classes") if self.experiment.objective.labelled else None
-
-    @functools.cached_property
-    def samples(self) -> list[Source]:
-        """The training data as `data.subset` and `data.caption_noise` change it."""
-        labelled = self.experiment.objective.labelled
-        return holdout.apply_controls(self.sources, self.experiment.config.data, self.config.seed, labelled=labelled)
-
-    @functools.cached_property
-    def grouped(self) -> Experiment:
-        """The experiment with the groups of texts that `data.length_groups="auto"` chooses."""
-        if self.config.data.length_groups != AUTO:
-            return self.experiment
-        groups = self.folder.length_groups(self.experiment.text_rows)
-        groups = groups or caption_lengths.choose(self.experiment, self.samples)
-        return dataclasses.replace(self.experiment, length_groups=groups)
-
-    @functools.cached_property
-    def compiled(self) -> tuple[Any, str]:
-        """The compiled step, or None and the reason why it does not fit, see `memory.compile_if_fits`."""
-        return memory.compile_if_fits(self.grouped)
-
-    @functools.cached_property
-    def initial(self) -> Mapping[str, np.ndarray]:
-        """Tensors of `init.weights`, for a run that does not resume."""
-        if not self.config.init.weights or self.resumes:
-            return {}
-        return read_initial(self.config, self.experiment.abstract, self.classes)
-
-    @functools.cached_property
-    def encoder(self) -> Encoder:
-        """The encoder of all evaluators."""
-        return make_encoder(self.experiment, self.classes)
-
-    def open_sets(self, specs: Sequence[str]) -> list[Evaluator]:
-        """Open evaluation sets."""
-        return registry.open_all(specs, self.encoder, None, own_profile(self.config), self.experiment.config.data)
-
-    @functools.cached_property
-    def evaluators(self) -> dict[str, Evaluator]:
-        """All sets of `eval.sets` and `eval.final_sets`, by name."""
-        specs = tuple(dict.fromkeys((*self.config.eval.sets, *self.config.eval.final_sets)))
-        return dict(zip(specs, self.open_sets(specs), strict=True))
-
-    @functools.cached_property
-    def transparency(self) -> list[float]:
-        """On process 0, the share of transparent images among some records of each source; empty without images."""
-        if jax.process_index() != 0 or "image" not in self.experiment.objective.fields:
-            return []
-        data = self.experiment.config.data
-        return [sources.transparent_share([source], data.read_timeout, data.threads) for source in self.sources]
-
-
-def prepare(config: Config, folder: TrainingFolder) -> Job:
-    """Build and open everything that a run needs."""
-    return make_job(Start(config, folder))
-
-
-def make_job(start: Start) -> Job:
-    """Return the run with its groups of texts, its order of samples, and all evaluators open."""
-    config, folder, fingerprints, experiment = start.config, start.folder, start.fingerprints, start.grouped
-    initial, evaluators = start.initial, start.evaluators
-    order = loader.sample_order(
-        start.samples, experiment.config.data, config.seed
-    )  # the last, as it may read all captions
-    if order.captions:
-        captions = ({"data.spread_duplicate_captions": outcome} for outcome in order.captions)
-        fingerprints = [a | b for a, b in zip(fingerprints, captions, strict=True)]
-        folder.check_sources(config, fingerprints)
-    if any(start.transparency):
-        shares = start.transparency
-        fingerprints = [a | {TRANSPARENT: share} for a, share in zip(fingerprints, shares, strict=True)]
-        log0(f"transparent images: {images.describe(max(shares), experiment.config.data.background)} (data.background)")
-    if reason := flops.without_peak(experiment.mesh.devices.flat[0]):
-        log0(reason)
-    during = [evaluators[spec] for spec in config.eval.sets] if config.eval.every else []
-    return Job(
-        config=config,
-        experiment=experiment,
-        folder=folder,
-        part=batch_part(experiment.mesh),
-        initial=initial,
-        sources=start.samples,
-        order=order,
-        fingerprints=fingerprints,
-        during=during,
-        final=list(evaluators.values()),
-        encoder=start.encoder,
+    flops_of, most = flops.cut_flops(tower), saved(LengthGroups(((1, 1.0),)))
+    if flops_of is None or not length_groups.worthwhile(most, config.steps):
+        return WHOLE
+    counts = count_lengths(experiment, samples) if jax.process_index() == 0 else np.zeros(context + 1, np.int32)
+    counts = np.asarray(multihost_utils.broadcast_one_to_all(counts))  # a sample may be bad on one process only
+    groups = length_groups.choose(counts, rows=rows, draws=draws, flops_of=flops_of)
+    if not length_groups.worthwhile(saved(groups), config.steps):
+        return WHOLE
+    mean = counts @ np.arange(context + 1) / counts.sum()
+    log0(
+        f"captions have {mean:.0f} tokens on average: texts are encoded in groups (data.length_groups={groups}), which "
+        f"saves {saved(groups):.0%} of a step's FLOPs"
     )
+    return groups
 
 
-def check_moved_sources(config: Config, folder: TrainingFolder) -> None:
-    """Check that sources which were renamed since the run in `folder` was started have the same data.
-
-    Raises:
-      UserError: they have other data, or cannot be opened.
-    """
-    content = folder.read_config()
-    if content is None or tuple(content["config"]["data"]["sources"]) == public(tuple(config.data.sources)):
-        return
-    opened = open_sources(config.data, make_objective(config.objective))
-    folder.check_sources(config, [source.fingerprint() for source in opened])
-
-
-def open_sources(data: DataConfig, objective: Objective) -> list[Source]:
-    """Open training data; an error has the remedy of the objective."""
-    try:
-        return sources.open_sources(data, objective.classes, objective.fields)
-    except labelled.MismatchError as error:
-        remedy = objective.source_remedies.get(error.fault, "use another source")
-        raise UserError(f"{error}; {remedy}.") from error
+def count_lengths(experiment: Experiment, samples: Sequence[Source]) -> np.ndarray:
+    """(context + 1,) how many of the run's first captions have a length, in tokens. Bad samples are left out."""
+    data, length, seed = experiment.config.data, experiment.context_length, experiment.config.seed
+    # An order that is as good, without a look at all captions.
+    order = loader.sample_order(samples, dataclasses.replace(data, spread_duplicate_captions=False, cache=False), seed)
+    transform = experiment.transform(("text",))
+    # Tokenized here, as the caption that is drawn depends on the position.
+    places = map(order.place, range(min(CAPTIONS, sum(map(len, samples)))))
+    read = records.read_each(
+        ((order.sources[number], index) for number, index in places),
+        lambda record: {"text": record["text"], "tags": record["tags"]},
+        timeout=data.read_timeout,
+        threads=data.threads,
+    )
+    counts, row = np.zeros(length + 1, np.int32), np.zeros((1, length), np.int32)
+    for position, record in enumerate(read):
+        if isinstance(record, BadSample):
+            continue
+        try:
+            transform(record, np.random.default_rng((seed, position)), {"text": row})
+        except Exception as error:
+            records.as_bad_sample(error)
+            continue
+        counts[experiment.tokenizer.lengths(row)] += 1
+    return counts

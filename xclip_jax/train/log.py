@@ -1,134 +1,38 @@
-"""Metrics of a run: metrics.jsonl, trackers, the progress line, callbacks, and warnings of a collapse."""
+"""Metrics of a run: metrics.jsonl, results.jsonl, trackers, the progress line, callbacks, and warnings of collapses."""
 
-import contextlib
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from xclip_jax.config.schema import Config
 from xclip_jax.core.console import format_duration, log0
-from xclip_jax.core.run_folder import RunFolder
 from xclip_jax.core.storage import JsonLines
 from xclip_jax.data.ledger import Ledger
 from xclip_jax.evaluators.results import Result, flat, to_json
 from xclip_jax.train import flops
-from xclip_jax.train.batches import INPUT_BOUND, InputStallTimer
+from xclip_jax.train.build import Experiment
 from xclip_jax.train.callbacks import Callback, Trackers
+from xclip_jax.train.clock import INPUT_BOUND, Clock
 from xclip_jax.train.job import Job
 from xclip_jax.train.recovery import SkippedSteps
 
-WALL, USEFUL = "wall_seconds", "useful_seconds"
 
-
-class Goodput:
-    """Wall time and useful time of a run, of this process and of those before it.
-
-    Wall time adds up the run's processes, each from its start to its last line of metrics; the time between two
-    processes is not known. Useful is the time since the first step was dispatched, without what is reported as `lost`
-    (evaluations, checkpoints, rewinds, traces), the devices' waits for data, and the shares of steps that were skipped
-    or undone. Of processes before, what they did after the checkpoint that the run resumed from is not useful.
-    """
-
-    def __init__(
-        self,
-        began: float,
-        start: int = 0,
-        lines: Iterable[Mapping[str, float]] = (),
-        clock: Callable[[], float] = time.perf_counter,
-    ) -> None:
-        """Begin to count.
-
-        Args:
-          began: when this process began, by `clock`.
-          start: the step that it starts or resumes from.
-          lines: metrics that earlier processes logged, in order, including steps after `start`.
-          clock: seconds.
-        """
-        self._began, self._start, self._clock = began, start, clock
-        self._first: float | None = None  # when the first step was dispatched
-        self._lost = self._wall = self._useful = 0.0
-        for line in lines:
-            self._wall = max(self._wall, line.get(WALL, 0.0))
-            if line["step"] <= start:
-                self._useful = line.get(USEFUL, self._useful)
-
-    def tick(self) -> None:
-        """Count a step as dispatched; all time before the first one is start-up."""
-        if self._first is None:
-            self._first, self._lost = self._clock(), 0.0
-
-    def add_lost_time(self, seconds: float) -> None:
-        """Count the last `seconds`, in which no step was computed, as lost."""
-        self._lost += seconds
-
-    def values(self, step: int, *, wasted: int, waited: float) -> dict[str, float]:
-        """Return "goodput", a share, and what it is made of, "wall_seconds" and "useful_seconds", up to now.
-
-        Args:
-          step: the last that has ended.
-          wasted: steps that this process computed in vain, or whose updates it undid.
-          waited: seconds since the first step in which the devices waited for data.
-        """
-        now = self._clock()
-        computing = 0.0 if self._first is None else max(0.0, now - self._first - self._lost - waited)
-        steps = max(step - self._start, 1)
-        wall = self._wall + now - self._began
-        useful = max(0.0, self._useful + computing * (steps - wasted) / steps)
-        return {"goodput": useful / wall if wall > 0 else 0.0, WALL: wall, USEFUL: useful}
-
-
-class Progress:
-    """Training speed and time left, without pauses and the first step, which compiles."""
-
-    def __init__(
-        self,
-        steps: int,
-        batch: int,
-        terms: Callable[[Mapping[str, float]], Sequence[str]] = lambda metrics: (),
-    ) -> None:
-        """Begin to count.
-
-        Args:
-          steps: of the whole run.
-          batch: samples of a step.
-          terms: metrics -> the objective's parts of the line.
-        """
-        self.steps, self.batch, self._terms = steps, batch, terms
-        self._ended = 0
-        self._first_end = self._last_end = 0.0  # without the pauses between them
-
-    def tick(self) -> None:
-        """Count a step; to be called when the devices have computed it, which may be before or after its dispatch."""
-        self._last_end = time.perf_counter()
-        if not self._ended:
-            self._first_end = self._last_end
-        self._ended += 1
-
-    def pause(self, seconds: float) -> None:
-        """Exclude the last `seconds`, for example an evaluation, from the speed."""
-        self._first_end += seconds
-        self._last_end += seconds
-
-    def samples_per_second(self) -> float:
-        """Return the training speed since the first step of this process has ended, 0 until the second has."""
-        elapsed = self._last_end - self._first_end
-        return (self._ended - 1) * self.batch / elapsed if self._ended > 1 and elapsed > 0 else 0.0
-
-    def line(self, step: int, metrics: Mapping[str, float]) -> str:
-        """Return the line that is printed for a step."""
-        speed = self.samples_per_second()
-        left = format_duration((self.steps - step) * self.batch / speed) if speed else ""
-        parts = [f"step {step}/{self.steps}", f"loss {metrics['loss']:.3f}", *self._terms(metrics)]
-        if skipped := metrics.get("skipped_steps"):
-            parts.append(f"skipped {skipped:.0f}")
-        if (share := metrics.get("data/wait_share", 0.0)) > INPUT_BOUND:
-            parts.append(f"input-bound: {share:.0%}")
-        if mfu := metrics.get("mfu"):
-            parts.append(f"MFU {mfu:.1%}")
-        shown = f"{speed:.0f}" if speed >= 10 else f"{speed:.2g}"
-        return "  ".join([*parts, f"{shown} samples/s, {left} left" if speed else "(compiled)"])
+def progress_line(step: int, metrics: Mapping[str, float], config: Config, terms: Sequence[str] = ()) -> str:
+    """Return the line that is printed for a step; `terms` are the objective's parts of it."""
+    speed = metrics.get("samples_per_second", 0.0)
+    parts = [f"step {step}/{config.steps}", f"loss {metrics['loss']:.3f}", *terms]
+    if skipped := metrics.get("skipped_steps"):
+        parts.append(f"skipped {skipped:.0f}")
+    if (share := metrics.get("data/wait_share", 0.0)) > INPUT_BOUND:
+        parts.append(f"input-bound: {share:.0%}")
+    if mfu := metrics.get("mfu"):
+        parts.append(f"MFU {mfu:.1%}")
+    if not speed:
+        return "  ".join([*parts, "(compiled)"])
+    left = format_duration((config.steps - step) * config.data.batch / speed)
+    return "  ".join([*parts, f"{speed:.0f} samples/s" if speed >= 10 else f"{speed:.2g} samples/s"]) + f", {left} left"
 
 
 def is_due(every: int, step: int) -> bool:
@@ -136,72 +40,12 @@ def is_due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
 
 
-class MetricWriter:
-    """Writes metrics.jsonl, one object a line with its "step", and results.jsonl with the records of evaluations."""
-
-    def __init__(self, folder: RunFolder, *, step: int = 0, evaluations: int | None = None) -> None:
-        """Open the files, without the lines of later steps that an interrupted run left.
-
-        Args:
-          folder: the run's.
-          step: the step that the run starts or resumes from.
-          evaluations: last step whose evaluation stays, `step` by default.
-        """
-        last = step if evaluations is None else evaluations
-        self._file = JsonLines(folder.metrics_file, lambda line: line["step"] <= (step if "loss" in line else last))
-        self._results = JsonLines(folder.results_log_file, lambda line: line["step"] <= last)
-        self._evaluated = {line["step"] for line in self._file.kept if "loss" not in line}
-
-    def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Write one set of scalars."""
-        self._file.append({"step": step} | dict(scalars))
-
-    def write_results(self, step: int, results: Sequence[Result]) -> None:
-        """Write results of an evaluation to both files."""
-        # First to results.jsonl: an evaluation in metrics.jsonl is not made again when the run resumes.
-        self._results.append({"step": step, "records": to_json(results)})
-        self.write(step, flat(results))
-
-    def has_evaluation(self, step: int) -> bool:
-        """Whether metrics.jsonl had results of an evaluation of `step` when it was opened."""
-        return step in self._evaluated
-
-    def close(self) -> None:
-        """Write what is buffered; more may be written."""
-        self._results.close()
-        self._file.close()
-
-
-class CollapseMonitor:
-    """Prints a warning the first time that each kind of collapse is diagnosed."""
-
-    def __init__(self, alarms: Callable[[Mapping[str, float]], Sequence[str]], first_step: int) -> None:
-        """Watch from `first_step` on.
-
-        Args:
-          alarms: metrics of a step -> sentences of the form "NAME: what is wrong".
-          first_step: earlier steps are too early for a judgement.
-        """
-        self._alarms, self._first_step = alarms, first_step
-        self._warned: set[str] = set()
-
-    def check(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Print warnings that the metrics of `step` are the first to give."""
-        if step < self._first_step:
-            return
-        for warning in self._alarms(metrics):
-            name = warning.split(":")[0]
-            if name not in self._warned:
-                self._warned.add(name)
-                log0(f"WARNING, step {step}: {warning}")
-
-
 class MetricLogger:
     """Logs metrics one step late, so that the host never waits for the step that it has just dispatched.
 
     Attributes:
       ledger: counts samples, and is synchronised between processes at logged steps.
-      stalls: wraps the batches, see `InputStallTimer`.
+      clock: measures where the time goes.
       skipped: counts steps whose values were not finite; they have no line of metrics.
     """
 
@@ -216,31 +60,26 @@ class MetricLogger:
         began: float,
         on_step_end: Callable[[], None] = lambda: None,
     ) -> None:
-        """Open the run's metrics.
+        """Open the metrics of a run that starts or resumes at step `start`.
 
-        Args:
-          job: the run.
-          start: the step that it starts or resumes from.
-          ledger: of the samples that are read.
-          skipped: counts steps that are skipped.
-          callbacks: receive what is logged.
-          began: when the process began, by `time.perf_counter`.
-          on_step_end: called, in a thread, when the devices have computed a step.
+        The process began at `began`, by `time.perf_counter`; a thread calls `on_step_end` after each step.
         """
-        self.ledger, self.stalls, self.skipped = ledger, InputStallTimer(self._end_step), skipped
-        self._job, self._callbacks, self._on_step_end = job, callbacks, on_step_end
-        self._progress = Progress(job.config.steps, job.config.data.batch, job.experiment.objective.progress)
-        self._collapse = CollapseMonitor(job.experiment.objective.alarms, job.config.log.collapse_warmup_steps)
-        self._flops, self._peak = _flops_and_peak(job)
+        self.ledger, self.skipped = ledger, skipped
+        self._job, self._callbacks = job, callbacks
+        self._warned: set[str] = set()  # names of collapses
+        self._flops, self._peak = _flops_and_peak(job.experiment)
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
-        self._writer, self._trackers, self._opened, before = None, None, False, []
-        if jax.process_index() == 0:
-            before = job.folder.read_metrics()
-            # A run that resumes at its last step makes the last evaluation again.
-            last = start - (start == job.config.steps)
-            self._writer = MetricWriter(job.folder, step=start, evaluations=last)
-            self._trackers = Trackers(job.folder, job.config, start)
-        self._goodput = Goodput(began, start, before)
+        first = jax.process_index() == 0
+        before = job.folder.read_metrics() if first else []
+        # A run that resumes at its last step makes the last evaluation again.
+        last = start - (start == job.config.steps)
+        self._metrics = JsonLines(
+            job.folder.metrics_file, lambda line: line["step"] <= (start if "loss" in line else last), writes=first
+        )
+        self._results = JsonLines(job.folder.results_log_file, lambda line: line["step"] <= last, writes=first)
+        self._evaluated = {line["step"] for line in self._metrics.kept if "loss" not in line}
+        self._trackers = Trackers(job.folder, job.config, start) if first else None
+        self.clock = Clock(began, start, before, on_step_end)
 
     def log_step(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Take the metrics of a dispatched step, and log the metrics of the previous step if they are due."""
@@ -249,14 +88,9 @@ class MetricLogger:
             if is_due(self._job.config.log.every, self._pending[0]) or self._pending[0] == 1:
                 self.flush()
         self._pending = (step, metrics)
-        self.stalls.step_started(metrics["loss"])
-        self._goodput.tick()
+        self.clock.step_started(metrics["loss"])
         if self.skipped.in_a_row:  # a rewind must come at the same step however the run was interrupted
             self.skipped.check(step, metrics)
-
-    def _end_step(self) -> None:
-        self._progress.tick()
-        self._on_step_end()
 
     def flush(self) -> None:
         """Wait for the last step and log its metrics, unless they are logged already.
@@ -272,21 +106,31 @@ class MetricLogger:
         if self.skipped.check(step, metrics):
             return  # its values are in skipped_steps.jsonl
         scalars = {key: float(value) for key, value in jax.device_get(metrics).items() if key != "skipped"}
-        self.stalls.settle()  # the speed counts this step
+        self.clock.settle()  # the speed counts this step
         scalars |= self._accounts(step)
-        log0(self._progress.line(step, scalars))
-        self._collapse.check(step, scalars)
-        if self._writer:
-            self._writer.write(step, scalars)
-            self._track(step, scalars)
+        log0(progress_line(step, scalars, self._job.config, self._job.experiment.objective.progress(scalars)))
+        self._warn_of_collapse(step, scalars)
+        self._write(step, scalars)
         for callback in self._callbacks:
             callback.on_log(step, scalars)
+
+    def _warn_of_collapse(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Print a warning the first time that each kind of collapse is diagnosed."""
+        if step < self._job.config.log.collapse_warmup_steps:
+            return
+        for warning in self._job.experiment.objective.alarms(scalars):  # "NAME: what is wrong"
+            if (name := warning.split(":")[0]) not in self._warned:
+                self._warned.add(name)
+                log0(f"WARNING, step {step}: {warning}")
 
     def _accounts(self, step: int) -> dict[str, float]:
         """Return metrics that the step does not compute."""
         samples = step * self._job.config.data.batch
-        speed = self._progress.samples_per_second()
-        goodput = self._goodput.values(step, wasted=self.skipped.wasted, waited=self.stalls.total)
+        speed = self.clock.steps_per_second() * self._job.config.data.batch
+        used = {}
+        if speed and self._flops:
+            used = {"model_flops_per_second": speed * self._flops}
+            used |= {"mfu": speed * self._flops / self._peak} if self._peak else {}
         return {
             "lr": float(self._job.experiment.schedule(step - 1)),
             "samples": samples,
@@ -294,69 +138,47 @@ class MetricLogger:
             "epoch": samples / self._job.num_samples,
             "data/bad": self.ledger.bad,
             "data/bad_share": self.ledger.share,
-            "data/wait_share": self.stalls.share(),
+            "data/wait_share": self.clock.wait_share(),
             "skipped_steps": self.skipped.total,
             "samples_per_second": speed,
-            **(utilization(speed * self._flops, self._peak) if speed else {}),
-            **goodput,
+            **used,
+            **self.clock.goodput(step, self.skipped.wasted),
         }
 
     def has_evaluation(self, step: int) -> bool:
         """Whether metrics.jsonl had results of `step` when the run resumed; the same answer on every process."""
-        value = self._writer is not None and self._writer.has_evaluation(step)
-        if jax.process_count() == 1:
-            return value
-        return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
+        return bool(multihost_utils.broadcast_one_to_all(np.asarray(step in self._evaluated)))
 
     def write_results(self, step: int, results: Sequence[Result]) -> None:
         """Write results of an evaluation, of all of its sets or some, to the run's files and the trackers."""
-        if results and self._writer:
-            self._writer.write_results(step, results)
-            self._track(step, flat(results))
+        if not results:
+            return
+        # First to results.jsonl: an evaluation in metrics.jsonl is not made again when the run resumes.
+        self._results.append({"step": step, "records": to_json(results)})
+        self._write(step, flat(results))
 
-    def _track(self, step: int, scalars: Mapping[str, float]) -> None:
+    def _write(self, step: int, scalars: Mapping[str, float]) -> None:
+        self._metrics.append({"step": step} | dict(scalars))
         if self._trackers:
-            opens, self._opened = not self._opened, True  # TensorBoard's packages, which take seconds
-            with self.pause() if opens else contextlib.nullcontext():
-                self._trackers.log(step, scalars)
+            self._trackers.log(step, scalars)
 
     def end_evaluation(self, step: int, results: Sequence[Result]) -> None:
         """Hand the results of all sets to the callbacks."""
         for callback in self._callbacks:
             callback.on_evaluation(step, results)
 
-    @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
-        """Exclude work other than training, such as an evaluation, from speed, stalls and goodput."""
-        began = time.perf_counter()
-        with self.stall():
-            try:
-                yield
-            finally:
-                self._progress.pause(time.perf_counter() - began)
-                self.stalls.share()
-
-    @contextlib.contextmanager
-    def stall(self) -> Iterator[None]:
-        """Exclude work that training waits for, such as a checkpoint, from the goodput."""
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._goodput.add_lost_time(time.perf_counter() - began)
-
     def write(self) -> None:
         """Log the last step, and write buffered lines, as files in a bucket have."""
         self.flush()
         self.ledger.close()
         self.skipped.close()
-        if self._writer:
-            self._writer.close()
+        self._results.close()
+        self._metrics.close()
 
     def close(self) -> None:
-        """Log and write what is left, and end the thread of the stalls."""
+        """Log and write what is left, and end the thread of the clock."""
         self.write()
-        self.stalls.close()
+        self.clock.close()
         if self.ledger.bad:
             counts = ", ".join(f"{reason}: {count:,}" for reason, count in self.ledger.counters["bad"].items())
             log0(f"bad samples so far: {counts}; see {self.ledger.path}")
@@ -372,23 +194,14 @@ class MetricLogger:
             self._trackers.close()
 
 
-def utilization(flops_per_second: float, peak: float | None) -> dict[str, float]:
-    """Return "model_flops_per_second", all devices together, and "mfu", its share of `peak` if that is known.
-
-    Empty for a model of unknown FLOPs, 0.
-    """
-    if not flops_per_second:
-        return {}
-    return {"model_flops_per_second": flops_per_second} | ({"mfu": flops_per_second / peak} if peak else {})
-
-
-def _flops_and_peak(job: Job) -> tuple[float, float | None]:
-    """Model FLOPs of a training sample, 0 if unknown, and peak FLOP/s of all devices."""
-    devices = job.experiment.mesh.devices
-    peak = flops.PEAK.get(devices.flat[0].device_kind)
-    experiment = job.experiment
+def _flops_and_peak(experiment: Experiment) -> tuple[float, float]:
+    """Model FLOPs of a training sample, and peak FLOP/s of all devices; 0 for what is not known."""
+    devices = experiment.mesh.devices
+    device = devices.flat[0]
+    peak = flops.PEAK.get(device.device_kind, 0.0) * devices.size
     step = flops.train_step(experiment.config, experiment.length_groups, experiment.text_rows[0])
     if step is None:
-        log0(f"metrics have no mfu: {flops.uncounted(experiment.config)}")
-        step = 0.0
-    return step / experiment.config.data.batch, peak and peak * devices.size
+        log0(f"metrics have no mfu: {flops.UNCOUNTED}")
+    elif not peak and device.platform != "cpu":
+        log0(f"metrics have no mfu: the peak FLOP/s of {device.device_kind!r} is not known (xclip_jax/train/flops.py)")
+    return (step or 0.0) / experiment.config.data.batch, peak

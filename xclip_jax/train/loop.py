@@ -10,16 +10,17 @@ import jax
 
 from xclip_jax.core import console
 from xclip_jax.core.console import log0
-from xclip_jax.core.errors import describe
+from xclip_jax.core.errors import public
 from xclip_jax.core.run_folder import RunFolder
+from xclip_jax.data import loader
 from xclip_jax.data.ledger import Ledger, TooManyBadSamples
+from xclip_jax.data.records import interruptible_iterator
 from xclip_jax.evaluators import registry, tables
 from xclip_jax.evaluators.base import Evaluator
 from xclip_jax.evaluators.results import Result
 from xclip_jax.models.two_towers import Variables
 from xclip_jax.processes.interrupt import Interrupted, PreemptionHandler
-from xclip_jax.processes.watchdog import CHECKPOINT, DATA, EVALUATION, Watchdog
-from xclip_jax.train.batches import batches
+from xclip_jax.processes.watchdog import CHECKPOINT, COMPILATION, DATA, EVALUATION, STEP, Watchdog
 from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.job import Job
 from xclip_jax.train.log import MetricLogger, is_due
@@ -31,15 +32,15 @@ def train(
 ) -> tuple[TrainState, bool]:
     """Train `state` to the end of the run, or save it at an interrupt. Returns it, and whether it was interrupted."""
     config, experiment, start = job.config, job.experiment, int(state.step)
-    step, tracer = start, StepTracer(config.log.profile, job.folder, log.pause)
-    arrays = batches(job, start, log.ledger, log.stalls, watch, stop)  # closed last: it may take long
+    step, tracer = start, StepTracer(config.log.profile, job.folder, log.clock.pause)
+    arrays = batches(job, start, log, watch, stop)  # closed last: it may take long
 
     def save(*, regular: bool = False) -> None:
         watch.enter(CHECKPOINT)
         log.write()  # a run that resumes does not log steps before the checkpoint again
         # Skipped steps change no parameters, and their checkpoints would push out earlier ones.
         if not (regular and log.skipped.in_a_row):
-            with log.stall():
+            with log.clock.stall():
                 checkpointer.save(state, _position(job, step, log.ledger))
             watch.saved = step
 
@@ -55,7 +56,7 @@ def train(
             log.log_step(step, metrics)
             checkpointer.raise_failure()  # of a save in the background
             if log.skipped.exceeded:
-                with log.stall():
+                with log.clock.stall():
                     state = log.skipped.rewind(state)
             stop.check()
             log.ledger.check()
@@ -79,6 +80,36 @@ def train(
     finally:
         watch.enter(CHECKPOINT)  # closing the checkpointer waits for a save
         tracer.close()
+
+
+def batches(
+    job: Job, start: int, log: MetricLogger, watch: Watchdog, stop: PreemptionHandler
+) -> Iterator[dict[str, jax.Array]]:
+    """Yield the global batches from step `start` to the end of the run, {"image": (b, h, w, 3), "text": (b, n), ...}.
+
+    The clock of `log` measures waits, and an interrupt does not wait for the next batch.
+    """
+    experiment, part = job.experiment, job.part
+    config = experiment.config
+    rows = loader.batches(
+        job.order,
+        experiment.transform(),
+        batch=config.data.batch,
+        start=start,
+        stop=config.steps,
+        seed=config.seed,
+        host=part.number,
+        hosts=part.count,
+        shards=part.shards,
+        ledger=log.ledger,
+    )
+    sources = public(f" from {', '.join(job.config.data.sources)}")
+    watch.enter(DATA, sources)
+    for local in log.clock.timed(interruptible_iterator(rows, stop.check_alone)):
+        watch.enter(STEP if stop.saves else COMPILATION)
+        # Steps are dispatched without waiting: this batch travels to the devices while they compute the last step.
+        yield loader.to_global(local, experiment.mesh)
+        watch.enter(DATA, sources)
 
 
 def _position(job: Job, step: int, ledger: Ledger) -> dict[str, Any]:
@@ -127,7 +158,7 @@ def _evaluate(
 ) -> None:
     """Evaluate during training; the speed excludes the time that it takes."""
     log.flush()
-    with log.pause():
+    with log.clock.pause():
         with evaluating(watch, stop):
             results = run_evaluators(job.during, state.variables(ema=job.config.eval.ema))
         log.write_results(step, results)
@@ -136,7 +167,7 @@ def _evaluate(
 
 
 class StepTracer:
-    """Runs the steps, and traces the steps of `log.profile` with JAX's profiler; a trace that fails is a warning.
+    """Runs the steps, and traces the steps of `log.profile` with JAX's profiler.
 
     The trace starts when the steps before it have ended, and ends when the traced ones have.
     """
@@ -156,12 +187,11 @@ class StepTracer:
         """Return `function(*args)`, the results of step number `step`."""
         if step in self._steps and self._local is None:
             jax.block_until_ready(args)
-            with self._pause(), self._warning():
+            with self._pause():
                 options = jax.profiler.ProfileOptions()
                 options.python_tracer_level = 0  # Python calls of data threads would fill the trace
-                local = tempfile.TemporaryDirectory(prefix="xclip_jax_profile_", ignore_cleanup_errors=True)
-                jax.profiler.start_trace(local.name, create_perfetto_trace=True, profiler_options=options)
-                self._local = local
+                self._local = tempfile.TemporaryDirectory(prefix="xclip_jax_profile_", ignore_cleanup_errors=True)
+                jax.profiler.start_trace(self._local.name, create_perfetto_trace=True, profiler_options=options)
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
             results = function(*args)
         if self._local is not None and step == self._steps[-1]:
@@ -172,22 +202,15 @@ class StepTracer:
     def close(self) -> None:
         """Write a trace that is in progress, such as one that an interrupt cut short."""
         if self._local is not None:
-            with self._pause(), self._warning(), self._local as local:
+            steps, self._steps = self._steps, range(0)
+            with self._pause(), self._local as local:
                 jax.profiler.stop_trace()
                 for file in filter(pathlib.Path.is_file, pathlib.Path(local).rglob("*")):
                     copy = self._path / file.relative_to(local)
                     copy.parent.mkdir(parents=True, exist_ok=True)
                     copy.write_bytes(file.read_bytes())
-                log0(
-                    f"profile of steps {self._steps[0]} to {self._steps[-1]}: {self._path}; open it with xprof "
-                    f"--logdir {self._path} (pip install xprof), or its perfetto_trace.json.gz at https://ui.perfetto.dev"
-                )
-            self._local, self._steps = None, range(0)
-
-    @contextlib.contextmanager
-    def _warning(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            log0(f"WARNING: the steps of log.profile cannot be traced: {describe(error)}")
-            self._steps = range(0)
+            self._local = None
+            log0(
+                f"profile of steps {steps[0]} to {steps[-1]}: {self._path}; open it with xprof --logdir {self._path} "
+                "(pip install xprof), or its perfetto_trace.json.gz at https://ui.perfetto.dev"
+            )

@@ -11,16 +11,9 @@ import ml_collections
 from xclip_jax.config.schema import Config
 from xclip_jax.core.console import format_bytes
 from xclip_jax.core.environment import host_memory
-from xclip_jax.core.errors import UserError
 from xclip_jax.models.two_towers import TOWERS
 from xclip_jax.parallel.mesh import BATCH_AXES, batch_sharding
 from xclip_jax.train.build import Experiment, build
-
-
-def capacity(device: jax.Device) -> float:
-    """Return the free bytes of a device; simulated devices of a CPU share the host's memory."""
-    limit = (device.memory_stats() or {}).get("bytes_limit")
-    return float(limit) if limit else host_memory() / jax.local_device_count()
 
 
 def total(device: jax.Device) -> float:
@@ -79,14 +72,8 @@ def compile_if_fits(experiment: Experiment) -> tuple[Any, str]:
     try:
         return compile_for(experiment), ""
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if "RESOURCE_EXHAUSTED" not in str(error) or "vmem" in str(error):  # vector memory depends on no key
             raise
-        if re.search("memory space vmem|scoped vmem limit", str(error)):
-            raise UserError(
-                "an operation exceeds a chip's vector memory, which does not depend on the state and the batch; with "
-                "LIBTPU_INIT_ARGS=--xla_tpu_enable_async_collective_fusion_fuse_all_reduce=false sums over chips are "
-                "computed apart, and need less."
-            ) from error
         needed = re.search(r"(?:Used |temporaries \()([\d.]+[KMGT])\b", str(error))
         return None, f"it needs {needed[1]} besides the state" if needed else "it needs more"
 
@@ -98,10 +85,7 @@ def compile_config(config: ml_collections.ConfigDict, devices: list[Any]) -> tup
 
 
 def remedies(config: Config) -> list[str]:
-    """Return flags with which the step of `config` needs less memory, in the order of what they cost.
-
-    First zero1, which costs only traffic, then recomputed activations, then microbatches.
-    """
+    """Return flags with which the step of `config` needs less memory, in the order of what they cost."""
     steps = []
     if config.mesh.strategy == "dp":
         steps.append("--config.mesh.strategy=zero1")
@@ -120,32 +104,23 @@ def too_large(config: Config, limit: float, needs: str) -> tuple[str, str]:
     return f"the step does not fit a device's {format_bytes(limit)}: {needs}", remedy
 
 
-def _bytes_computed(jaxpr: Any) -> float:
-    """Bytes of all values that a jaxpr computes on all devices, an upper bound on what it holds at once."""
-    result = 0.0
-    for equation in jaxpr.eqns:
-        values = [item for x in equation.params.values() for item in (x if isinstance(x, (tuple, list)) else (x,))]
-        inner = [getattr(value, "jaxpr", value) for value in values]
-        inner = [value for value in inner if hasattr(value, "eqns")]
-        if inner:
-            result += equation.params.get("length", 1) * _shards(equation) * sum(map(_bytes_computed, inner))
-        else:
-            arrays = [x.aval for x in equation.outvars if hasattr(x.aval, "size")]
-            result += sum(x.size * x.dtype.itemsize for x in arrays)
-    return result
-
-
-def _shards(equation: Any) -> int:
-    """Number of devices that compute the inner values of an equation: a shard_map has the shapes of one shard."""
-    if equation.primitive.name != "shard_map":
-        return 1
-    mesh = equation.params["mesh"]
-    return math.prod(mesh.shape[axis] for axis in equation.params.get("newly_manual_axes", mesh.shape))
+def activation_bytes(config: Config | ml_collections.ConfigDict) -> float:
+    """Estimate the bytes that the towers keep for the backward pass of one pair."""
+    img, txt = config.model.img, config.model.txt
+    total, width = 0.0, 4 if config.model.dtype == "float32" else 2
+    for tower, n in ((img, (img.image_size // img.patch) ** 2 + 1), (txt, txt.context_length)):
+        kept = {"none": 20 * tower.width + 3 * tower.heads * n, "dots": 9 * tower.width, "full": tower.width}
+        total += tower.depth * n * kept[tower.remat] * width
+    return total + 12 * img.image_size**2 * width
 
 
 def fits_by_far(experiment: Experiment, limit: float) -> bool:
-    """Whether all values that the step ever computes, and its state eight times, fit `limit` bytes of a device."""
+    """Whether eight times the state and the estimated values of a step fit `limit` bytes of a device."""
+    config = experiment.config
+    if config.model.plugins:
+        return False  # towers of another package
     # Devices along the model axis hold the same activations of the towers.
-    shards = math.prod(experiment.mesh.shape[axis] for axis in BATCH_AXES)
-    computed = _bytes_computed(trace(experiment).jaxpr.jaxpr) / shards
-    return computed + 8 * bytes_on_device(experiment.abstract) <= limit
+    rows = config.data.batch / math.prod(experiment.mesh.shape[axis] for axis in BATCH_AXES)
+    logits = 24 * rows * max(config.data.batch, config.model.cluster_head.clusters)
+    activations = rows / config.optim.microbatches * activation_bytes(config)
+    return 8 * (bytes_on_device(experiment.abstract) + logits + activations) <= limit

@@ -69,11 +69,7 @@ class SkippedSteps:
         return self.in_a_row > self._job.config.optim.max_skipped_steps
 
     def check(self, step: int, metrics: Mapping[str, jax.Array]) -> bool:
-        """Wait for `step`, the next or the last one that was checked; count it, and return whether it was skipped.
-
-        Raises:
-          Diverged: too many in a row, in a run that does not rewind; or every step of the run.
-        """
+        """Wait for `step`, the next or the last one that was checked; count it, and return whether it was skipped."""
         if step == self._checked:
             return self._skipped
         self._checked, self._skipped = step, bool(metrics["skipped"])
@@ -88,9 +84,6 @@ class SkippedSteps:
 
         The steps since then are undone, and their samples are not read again: step, learning rate, samples and random
         numbers go on. A run that is killed before or after this resumes to the same end.
-
-        Raises:
-          UserError: no such checkpoint that is newer than the last rewind (`Diverged`), or a damaged one.
         """
         step, rewound = self._checked, self._counters.get("rewound", 0)
         target = self._checkpoint_before(step - self.in_a_row, rewound)
@@ -113,13 +106,9 @@ class SkippedSteps:
         """
         every = self._job.config.checkpoint.every
         usable = [step for step in self._checkpointer.steps() if rewound < step < failed]
-        regular = [step for step in usable if every and step % every == 0]
         if not usable:
-            between = f"between the rewind at step {rewound} and them" if rewound else "before them"
-            self._stop(
-                f"steps {failed + 1} to {self._checked} are skipped, and no checkpoint {between} is left to rewind to"
-            )
-        return max(regular or usable)
+            self._stop(f"steps {failed + 1} to {self._checked} are skipped, and no checkpoint is left to rewind to")
+        return max([step for step in usable if every and step % every == 0] or usable)
 
     def close(self) -> None:
         """Write what is left; more may be counted."""
@@ -133,18 +122,16 @@ class SkippedSteps:
         self._file.append({"step": step, "position": (step - 1) * b, "samples": b} | values)
         fault = _fault(step, values)
         if self.in_a_row == config.steps or (self.exceeded and not config.optim.rewind):
-            before = f", after {self.in_a_row - 1} skipped steps in a row," if self.in_a_row > 1 else ""
-            self._stop(f"{fault}{before} and is not saved")
+            self._stop(f"{fault}, after {self.in_a_row - 1} skipped steps in a row, and is not saved")
         log0(f"WARNING: {fault}; the step is skipped, {self.in_a_row} in a row, {self.total} in all, see {self.path}")
 
     def _stop(self, reason: str) -> None:
         saved = self._checkpointer.steps()
         last = f"the last checkpoint has step {saved[-1]}" if saved else "there is no checkpoint yet"
         self.close()
-        ratio = ", raise optim.max_grad_norm_ratio" if self._job.config.optim.max_grad_norm_ratio else ""
         raise Diverged(
-            f"{reason}; {last}. Lower optim.lr, lengthen optim.warmup{ratio} or set optim.grad_clip_norm=1, under a "
-            "different --config.run."
+            f"{reason}; {last}. Lower optim.lr, lengthen optim.warmup or set optim.grad_clip_norm=1, under a different "
+            "--config.run."
         )
 
     def _count(self, **changes: int) -> None:

@@ -29,11 +29,7 @@ NOISE = "noise"  # key of {tower: its random inputs} among the inputs of a step
 class Augment:
     """Samples all that is random in a batch, so that it can be applied to any part of the batch.
 
-    Attributes:
-      data: strengths of the augmentations.
-      preprocessing: how pixels are normalised, and the size of an image.
-      objective: adds inputs of its own, such as the partners of mixup.
-      towers: {"img", "txt"}, which have random inputs of their own, such as the patches to drop.
+    `objective` and `towers`, {"img", "txt"}, add inputs of their own, such as partners of mixup and patches to drop.
     """
 
     data: DataConfig
@@ -46,10 +42,6 @@ class Augment:
 
         Each use folds a number of its own into the step's key: 0 flips and colours, 1 mixup, 2 stochastic depth,
         3 the text tower, 4 patch dropout, above 15 terms of other packages and shuffled targets.
-
-        Args:
-          random_key: of the step.
-          batch: of "image" (b, h, w, 3), "text" (b, n) and "label" (b,) what the objective reads.
         """
         b, inputs = len(next(iter(batch.values()))), dict(batch)
         if "image" in batch:
@@ -114,11 +106,7 @@ def all_finite(*trees: Any) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class SpikeFilter:
-    """Refuses steps whose gradient norm is far above its running geometric mean over the steps that were accepted.
-
-    Attributes:
-      ratio: a step is refused if its norm exceeds the mean by this factor, after `WARMUP` steps.
-    """
+    """Refuses steps whose gradient norm exceeds `ratio` times its running geometric mean over accepted steps."""
 
     ratio: float
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -19,9 +19,9 @@ from xclip_jax.processes import runtime
 from xclip_jax.processes.interrupt import Interrupted, PreemptionHandler
 from xclip_jax.processes.watchdog import COMPILATION, RESTORE, Watchdog
 from xclip_jax.train import checks
-from xclip_jax.train.callbacks import Callback, make_callbacks
+from xclip_jax.train.callbacks import Callback, classes
 from xclip_jax.train.checkpoint import Checkpointer
-from xclip_jax.train.job import Job, Start, check_moved_sources, make_job
+from xclip_jax.train.job import Job
 from xclip_jax.train.log import MetricLogger
 from xclip_jax.train.loop import evaluating, run_evaluators, train
 from xclip_jax.train.recovery import SkippedSteps
@@ -38,20 +38,17 @@ def run(
 ) -> dict[str, float]:
     """Train, or resume training, to `config.steps` and return the results of the last evaluation.
 
-    Everything goes to the folder `config.run`, see `core.run_folder`. The same call on the same folder resumes, or
-    returns the results of a run that is complete. Nothing is written before the config, the folder, the sources and
-    the evaluation sets are checked.
+    Everything goes to the folder `config.run`, see `core.run_folder`, once all is checked. The same call on the same
+    folder resumes, or returns the results of a run that is complete.
 
     Args:
       config: of the run.
-      callbacks: receive metrics, results and the trained model, such as `xclip_jax.report.callback()`; `log.callbacks`
-        come after them.
+      callbacks: receive metrics, results and the trained model, before the callbacks of `log.callbacks`.
       uptime: seconds that the process has run for, which the goodput counts as start-up.
 
     Raises:
       UserError: bad input, or values that are not finite.
-      SystemExit: a signal asked to stop; the status is `EXIT_RESUMABLE`. Without anything to save, the signal
-        ends the process itself.
+      SystemExit: a signal asked to stop; the status is `EXIT_RESUMABLE`.
     """
     began = time.perf_counter() - uptime
     config = resolve(config)
@@ -61,13 +58,14 @@ def run(
     with PreemptionHandler() as stop:
         checks.check_same_config(config, folder)
         if (results := folder.completed(config)) is not None:
-            check_moved_sources(config, folder)  # two recipes may have one folder
+            if folder.moved_sources(config):  # two recipes may have one folder
+                _ = Job(config, folder).fingerprints
             log0(f"{folder.path} is complete at step {config.steps}; to train again, use a different --config.run")
             return results
-        start = Start(config, folder)
-        checks.require(start)
-        callbacks = [*callbacks, *make_callbacks(config)]
-        job = make_job(start)
+        job = Job(config, folder)
+        checks.require(job)
+        callbacks = [*callbacks, *(made() for made in classes(config))]
+        job.prepare()
         checks.check_same_data(job)
         keep, keep_every = config.checkpoint.keep, config.checkpoint.keep_every
         groups = (job.experiment.length_groups, job.experiment.text_rows)
@@ -101,15 +99,12 @@ def _train(
     """Train a new or restored state; return it, whether the run was interrupted, and the log."""
     config, experiment = job.config, job.experiment
     count = sum(x.size for x in jax.tree.leaves(experiment.abstract.params))
-    items = "items" if experiment.objective.labelled else "pairs"
     log0(
-        f"{config.objective.name}: {count:,} parameters, {job.num_samples:,} {items}, {config.steps:,} steps of "
-        f"{config.data.batch} ({job.epochs:.3g} epochs) on {jax.device_count()} {jax.devices()[0].device_kind}, "
-        f"in {job.folder.path}"
+        f"{config.objective.name}: {count:,} parameters, {job.num_samples:,} "
+        f"{'items' if experiment.objective.labelled else 'pairs'}, {config.steps:,} steps of {config.data.batch} "
+        f"({job.epochs:.3g} epochs) on {jax.device_count()} {jax.devices()[0].device_kind}, in {job.folder.path}"
     )
-    if jax.default_backend() != "cpu" and experiment.choices:
-        log0(f"chosen for this mesh: {experiment.choices}")
-    warn_of_epochs(job, items)
+    warn_of_epochs(job)
     position: dict[str, Any] = {"samples": 0}
     watch.enter(COMPILATION)
     if checkpointer.latest() is None:
@@ -141,15 +136,13 @@ def _train(
         raise
 
 
-def warn_of_epochs(job: Job, items: str) -> None:
+def warn_of_epochs(job: Job) -> None:
     """Warn if a recipe expects data of another size, so that its steps are not the intended epochs."""
     expected, n = job.config.log.expected_epochs, job.num_samples
     if expected and not 1 / _FAR < job.epochs / expected < _FAR:
-        steps = max(round(expected * n / job.config.data.batch), 1)
         log0(
-            f"WARNING: {job.config.steps:,} steps are {job.epochs:.3g} epochs of these {n:,} {items}, and the recipe "
-            f"is meant for {expected:g}. Give it their number, --config RECIPE:pairs={n}, or set "
-            f"--config.steps={steps}, optim.warmup and eval.every; log.expected_epochs=0 if the steps are meant so"
+            f"WARNING: {job.config.steps:,} steps are {job.epochs:.3g} epochs of these {n:,} samples, and the recipe "
+            f"is meant for {expected:g}: give it their number, --config RECIPE:pairs={n}, or set log.expected_epochs=0"
         )
 
 
@@ -161,16 +154,10 @@ def _finish(
     stop: PreemptionHandler,
     callbacks: Sequence[Callback],
 ) -> dict[str, float]:
-    """Make the last evaluation: results.json, the table, and the callbacks.
-
-    Raises:
-      Interrupted: a signal came; a line says what is missing.
-      UserError: sets that failed.
-    """
+    """Make the last evaluation: results.json, the table, and the callbacks; `UserError` for sets that failed."""
     config, began = job.config, time.perf_counter()
     variables, step = state.variables(ema=config.eval.ema), int(state.step)
-    with _reporting_interrupt("the last evaluation was interrupted"):
-        results, failed = _evaluate(job, variables, step, log, watch, stop)
+    results, failed = _evaluate(job, variables, step, log, watch, stop)
     watch.enter("")
     log.close()
     if jax.process_index() == 0:
@@ -185,22 +172,16 @@ def _finish(
         )
     if results:
         log.end_evaluation(step, results)
-    with _reporting_interrupt(f"the report was interrupted; {command('report')} {config.run} makes it"):
+    try:
         for callback in callbacks:
             with evaluating(watch, stop, ""):
                 callback.on_end(job, variables, results)
+    except Interrupted:
+        log0(f"the report was interrupted; {command('report')} {config.run} makes it")
+        raise
     log.show_report(step)
     log0(f"model: {config.run}; load it with xclip_jax.load({config.run!r}), see README for evaluate, embed and export")
     return flat(results)
-
-
-@contextlib.contextmanager
-def _reporting_interrupt(message: str) -> Iterator[None]:
-    try:
-        yield
-    except Interrupted:
-        log0(message)
-        raise
 
 
 def _evaluate(

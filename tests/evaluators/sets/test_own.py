@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 import shutil
 
 import numpy as np
@@ -58,9 +57,6 @@ def test_a_set_of_pairs_names_its_columns(table, run):
     remedy = r"no column 'image'; its columns are 'file', 'words'; name its .*/SOURCE\?image=COLUMN&text=COLUMN\.$"
     with pytest.raises(SystemExit, match=remedy):
         evaluate.main(["--checkpoint", str(run), "--suite", f"retrieval/csv:{table}"])
-    for end in ("?image=file&text=", "?image=file&image=words", "?image=file&label=words", "?text"):
-        with pytest.raises(UserError, match=r"ends in .*; expected \?image=COLUMN&text=COLUMN, or one of the two"):
-            registry.load(f"retrieval/csv:{table}{end}", SIZE)
 
 
 def test_rows_of_one_image_are_one_item_with_all_their_captions(tmp_path):
@@ -109,7 +105,7 @@ def test_held_out_pairs_of_the_run_and_of_another_one(pairs, run, tmp_path):
     assert own.card.data == spec and own.card.split == "held out, 0.25"
     other = tmp_path / "run"
     shutil.copytree(run, other)
-    with pytest.raises(UserError, match=r"this model holds out no pairs .* write retrieval/holdout@RUN"):
+    with pytest.raises(UserError, match=r"this model holds out no pairs .* retrieval/holdout@RUN"):
         registry.load("retrieval/holdout", SIZE)
     with pytest.raises(UserError, match=r"the run .* holds out no pairs"):
         registry.load(f"retrieval/holdout@{other}", SIZE)
@@ -151,16 +147,9 @@ def test_columns_of_images_are_not_confused(pairs, tmp_path):
 
 def test_names_of_sets_of_pairs(pairs):
     assert registry.expand_suites(f"retrieval/folder:{pairs},retrieval/holdout")
-    for wrong in ("retrieval/", "retrieval/holdou"):
-        with pytest.raises(UserError, match=r"unknown evaluation set.*did you mean 'retrieval/holdout'"):
-            registry.check(wrong)
-    with pytest.raises(UserError, match=r"retrieval/flatt: no file or folder 'flatt'; check the path"):
+    with pytest.raises(UserError, match=r"no file or folder 'flatt'"):
         registry.check("retrieval/flatt")
     right = "retrieval/x.csv?image=path&text=caption"
-    with pytest.raises(
-        UserError, match=rf"'image=path' is not a set; .* question mark: write {re.escape(repr(right))}"
-    ):
-        registry.expand_suites("retrieval/x.csv,image=path,text=caption")
     assert registry.expand_suites(right) == (right,)
 
 
@@ -173,7 +162,7 @@ def test_a_path_of_own_pairs_needs_no_kind_before_it(pairs, tmp_path, monkeypatc
         (str(pairs), f"folder:{pairs}"),
         ("a.csv?image=path&text=caption", "csv:a.csv?image=path&text=caption"),
     ):
-        (name,) = registry.expand_suites(f"retrieval/{path}")
+        (name,) = registry.expand_suites([f"retrieval/{path}"])
         loaded = registry.load(name, SIZE)
         assert loaded.name == spec
         assert loaded.card.split_hash == registry.load(f"retrieval/{spec}", SIZE).card.split_hash
@@ -244,7 +233,7 @@ def test_own_templates_and_names(classes, tmp_path):
         with_own(PROFILES["openai"], ["a fox"], "")
 
 
-def test_a_file_of_class_names_serves_several_sets(classes, tmp_path, capsys):
+def test_a_file_of_class_names_serves_several_sets(classes, tmp_path):
     """One with the classes of two sets, as a run's eval.class_names has to have."""
     (tmp_path / "other").mkdir()
     tiny.folder(tmp_path / "other" / "owl", 4)
@@ -253,9 +242,6 @@ def test_a_file_of_class_names_serves_several_sets(classes, tmp_path, capsys):
     profile = with_own(PROFILES["openai"], ["{c}"], str(names))
     first, other = (registry.load(f"folder:{x}", SIZE, profile=profile) for x in (classes, tmp_path / "other"))
     assert first.prompts == [["hen"], ["vixen"]] and other.prompts == [["night bird"]]
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].endswith("2 of 3 class names, such as 'elk', are not of its 2 classes, such as 'hen'")
-    assert len(lines) == 2
 
 
 def test_templates_of_a_run_and_of_the_command(classes, run, tmp_path):

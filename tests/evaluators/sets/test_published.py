@@ -12,10 +12,8 @@ import tensorflow_datasets as tfds
 from tests.helpers.encoding import SIZE, make_encoder, small_model
 from xclip_jax.core.errors import UserError
 from xclip_jax.evaluators import prompts, registry
-from xclip_jax.evaluators.prompts import PROFILES, Profile
-from xclip_jax.evaluators.results import Provenance
+from xclip_jax.evaluators.prompts import PROFILES
 from xclip_jax.evaluators.sets import published
-from xclip_jax.evaluators.zeroshot import ZeroShotSet
 
 OPENAI = PROFILES["openai"]
 
@@ -43,8 +41,6 @@ def records(builder, split, decoders):
                 record[key] = ids[i] if ids else (0, 1, feature.num_classes - 1)[i]
             elif key == "labels":
                 record[key] = np.array([0, i, 19])
-            elif key == "objects":
-                record[key] = {"color": np.zeros(3 + i), "type": np.array([0]), "location": np.array([[0, 0, 9.0 * i]])}
         found.append(record)
     return found
 
@@ -75,8 +71,6 @@ def test_every_tfds_set_runs_on_mock_data(name):
         "flowers": 102,
         "eurosat": 10,
         "resisc45": 45,
-        "kitti": 4,
-        "clevr": 8,
     }
     assert len(data.prompts) == ways.get(name, len(data.prompts))
 
@@ -103,7 +97,7 @@ def test_labels_of_the_thousand_are_renumbered(name, ids, monkeypatch):
     assert len(data.prompts) == 200 and len(data.prompts[0]) == 80
     assert data.prompts[57][0] == f"a bad photo of a {whole[ids[57]]}."
     fake(monkeypatch, [ids[0], 0], tfds.features.ClassLabel(num_classes=1000))  # 0 is in neither
-    with pytest.raises(UserError, match=f"{name}: class 0 occurs"):
+    with pytest.raises(UserError, match=f"{name}: class 0 is not among"):
         registry.load(name, SIZE, None, OPENAI)
 
 
@@ -114,22 +108,6 @@ def test_several_labels_an_image(monkeypatch):
     assert data.labels.tolist() == [[True, False, True], [False, True, False], [True, True, False]]
     metrics = evaluate(data)
     assert 0 < metrics["zeroshot/voc2007/map11"] <= 100 and 0 < metrics["zeroshot/voc2007/map"] <= 100
-
-
-def test_labels_that_are_derived(monkeypatch):
-    fake(monkeypatch, [{"color": np.zeros(n)} for n in (3, 10)], None, "objects")
-    assert registry.load("clevr", SIZE, None, OPENAI).labels.tolist() == [0, 7]
-    fake(monkeypatch, [{"color": np.zeros(11)}], None, "objects")
-    with pytest.raises(UserError, match="label 8"):
-        registry.load("clevr", SIZE, None, OPENAI)
-
-    def scene(*objects):
-        return {"type": [t for t, _ in objects], "location": [(0, 0, z) for _, z in objects]}
-
-    as_list = [{"type": 1, "location": (0, 0, 21.0)}]
-    scenes = [scene((0, 8)), scene((3, 2), (1, 12)), scene((2, 60)), scene((3, 4)), scene(), as_list]
-    fake(monkeypatch, scenes, None, "objects")
-    assert registry.load("kitti", SIZE, None, OPENAI).labels.tolist() == [0, 1, 2, 3, 3, 2]
 
 
 def test_a_set_that_is_not_prepared_is_one_sentence(tmp_path):
@@ -177,14 +155,6 @@ def test_a_folder(tmp_path):
     assert f"zeroshot/folder:{tmp_path}/top1" in evaluate(data)
 
 
-def test_the_border_of_objectnet_is_cut(tmp_path):
-    picture = np.full((30, 30, 3), 9, np.uint8)
-    picture[:2], picture[-2:], picture[:, :2], picture[:, -2:] = (255,) * 4
-    (tmp_path / "air freshener").mkdir()
-    PIL.Image.fromarray(picture).save(tmp_path / "air freshener" / "a.png")
-    assert (registry.load(f"objectnet@{tmp_path}", SIZE, None, OPENAI).images[0] == 9).all()
-
-
 def table(path, rows):
     with path.open("w", newline="") as file:
         csv.writer(file).writerows(rows)
@@ -227,12 +197,6 @@ def test_wrong_files(spec, message, tmp_path):
 def test_unknown_profiles_list_the_known():
     with pytest.raises(UserError, match="'openai', 'slip', 'open_clip'"):
         registry.profile("google")
-
-
-def test_auc_wants_two_classes():
-    card = Provenance(metric="roc_auc")
-    with pytest.raises(UserError, match="two classes; the set has 3"):
-        ZeroShotSet("x", [0], np.array([0]), [["a"], ["b"], ["c"]], card=card)
 
 
 def test_top1_top5_is_their_mean(tmp_path):
@@ -304,22 +268,9 @@ def test_a_folder_of_the_200_has_their_names(tmp_path):
     assert data.names == [whole[i] for i in prompts.IMAGENET_A] and data.labels.tolist() == list(range(200))
 
 
-def test_classes_of_imagenet_a_by_number_among_the_1000_or_the_200(tmp_path):
-    whole = prompts.published("imagenet1k")
-    data = load(f"imagenet_a@{folder(tmp_path / 'thousand', ['988', '6', '11'])}")
-    assert named(data) == {0: whole[988], 1: whole[6], 2: whole[11]}
-    data = load(f"imagenet_a@{folder(tmp_path / 'own', ['0', '10', '9'])}")
-    assert named(data) == {i: whole[prompts.IMAGENET_A[n]] for i, n in enumerate((0, 10, 9))}
-
-
-def test_labels_of_an_archive_and_codes_of_countries(tmp_path):
-    data = load(f"fer2013@{folder(tmp_path / 'faces', ['fear', 'disgust', 'angry'])}", Profile(clips=False))
-    assert named(data) == {0: "fearful", 1: "disgusted", 2: "angry"}
+def test_labels_of_tfds(tmp_path):
     data = load(f"eurosat@{folder(tmp_path / 'land', ['SeaLake', 'AnnualCrop'])}")
     assert named(data) == {0: "lake or sea", 1: "annual crop land"}
-    codes = [a + b for a in "ABCDEFGHI" for b in "ABCDEFGHIJKLMNOPQRSTUVWXYZ"][:211]
-    data = load(f"country211@{folder(tmp_path / 'codes', codes)}")
-    assert named(data) == dict(enumerate(prompts.published("country211")))
 
 
 @pytest.mark.parametrize(
@@ -366,22 +317,10 @@ def test_a_probe_of_own_folders(tmp_path):
     assert data.name == f"probe/folder:{tmp_path}" and data.card.data == str(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("spec", "meant"),
-    [
-        ("imagenett", "did you mean 'imagenet' or 'imagenet_"),
-        ("imagenet@", "did you mean 'imagenet'"),
-        ("gtsr@/x", "did you mean 'gtsrb@PATH'"),
-        ("folder:", ""),
-        ("nothing@/tmp", ""),
-        ("probe/csv:labels/a.csv", "probe/folder:PATH"),
-        ("probe/cifar1", "did you mean 'probe/cifar10'"),
-    ],
-)
-def test_an_unknown_set_has_the_nearest_names(spec, meant):
-    with pytest.raises(UserError, match=r"unknown evaluation set .* --help lists the names") as error:
+@pytest.mark.parametrize("spec", ["imagenett", "imagenet@", "gtsr@/x", "folder:", "probe/cifar1", "dense/pet"])
+def test_an_unknown_set_is_one_sentence(spec):
+    with pytest.raises(UserError, match=r"unknown evaluation set .* --help lists the names"):
         registry.check(spec)
-    assert repr(spec) in str(error.value) and meant in str(error.value) and len(str(error.value)) < 300
 
 
 # What the hash of a set covers.

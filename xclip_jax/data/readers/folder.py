@@ -3,13 +3,13 @@
 import hashlib
 import os
 import pathlib
-from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from xclip_jax.core import storage
 from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.data import labelled
 from xclip_jax.data.base import IMAGE_SUFFIXES, MAX_BYTES, Form, Record, Source, SourceKind, SourceOptions
+from xclip_jax.data.labelled import file_size
 from xclip_jax.data.text import decode_text
 
 
@@ -21,18 +21,13 @@ class FolderSource(Source):
 
     def __init__(self, path: str | pathlib.Path) -> None:
         self.path = pathlib.Path(path).expanduser()
+        self.images = sorted(labelled.images_in(self.path))
         if not self.path.is_dir():
-            raise UserError(f"data folder {str(path)!r} does not exist; set data.sources to folder:PATH of your pairs.")
-        self.images = sorted(_visible_images(self.path))
-        if not self.images:
-            raise UserError(
-                f"data folder {str(path)!r} contains no image ({', '.join(IMAGE_SUFFIXES)}), also in its sub-folders; "
-                "set data.sources to folder:PATH of your pairs."
-            )
+            raise UserError(f"data folder {str(path)!r} does not exist.")
         if not any(p.with_suffix(".txt").is_file() for p in self.images):
             raise UserError(
-                f"data folder {str(path)!r} contains {len(self.images)} images, and none has a .txt file of the same "
-                "name in its folder; captions belong in such files."
+                f"data folder {str(path)!r} and its sub-folders contain {len(self.images)} images "
+                f"({', '.join(IMAGE_SUFFIXES)}), and none has a caption, a .txt file of the same name."
             )
 
     def __len__(self) -> int:
@@ -63,22 +58,6 @@ class FolderSource(Source):
             sizes = file_size(image), file_size(f"{os.path.splitext(image)[0]}.txt")
             digest.update(f"{image[root:]}\0{sizes}\n".encode("utf-8", "surrogateescape"))
         return {"samples": len(self), "hash": digest.hexdigest()}
-
-
-def _visible_images(root: pathlib.Path) -> Iterator[pathlib.Path]:
-    for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            if not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES):
-                yield pathlib.Path(folder, name)
-
-
-def file_size(path: str | os.PathLike) -> int:
-    """Return the size of a file in bytes, -1 if it does not exist."""
-    try:
-        return os.stat(path).st_size
-    except OSError:
-        return -1
 
 
 class Folders(SourceKind):

@@ -16,7 +16,7 @@ import numpy as np
 from xclip_jax.core.errors import UserError, check_choice
 from xclip_jax.data.base import Form, Source, SourceKind, SourceOptions
 from xclip_jax.data.labelled import Labelled
-from xclip_jax.data.readers.tfds import open_tfds
+from xclip_jax.data.readers.tfds import lookup, open_tfds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Task:
       label: column of the label.
       features: names of the columns in TFDS, if they differ.
       labels: labels in the files, in the order of their numbers; empty if the label is itself a number.
-      metrics: metrics of the dev split, as published; the first is the one to report.
+      metrics: of the dev split, as published; the first is the one to report.
     """
 
     columns: tuple[str, ...]
@@ -38,7 +38,6 @@ class Task:
     metrics: tuple[str, ...] = ("top1",)
 
 
-_MAX_INCOMPLETE = 0.01  # share of a file's rows
 _ENTAILS = ("entailment", "not_entailment")
 _MNLI = Task(
     ("sentence1", "sentence2"), "gold_label", ("premise", "hypothesis"), ("entailment", "neutral", "contradiction")
@@ -58,40 +57,31 @@ TASKS: Mapping[str, Task] = {
 }
 
 
-def _rows(path: pathlib.Path, task: Task) -> list[dict[str, str]]:
+def _from_files(path: pathlib.Path, task: Task) -> tuple[list[list[str]], list[str]]:
+    """Return texts and labels of a TSV file, without the rows that lack one, as a few of QQP do."""
     if not path.is_file():
         raise UserError(f"{str(path)!r} does not exist; it is a file of GLUE's published layout.")
     # Sentences contain separators at which splitlines() would break, and unpaired quotes.
     lines = [line.rstrip("\r") for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
-    if task.label.isdigit():
-        rows = [{str(i): value for i, value in enumerate(line.split("\t"))} for line in lines]
-    else:
-        rows = list(csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
-    if not rows or not {*task.columns, task.label} <= set(rows[0]):
-        raise UserError(f"{str(path)!r} needs the columns {', '.join((*task.columns, task.label))}, and a row.")
-    return rows
-
-
-def _complete(rows: list[dict[str, str]], path: pathlib.Path, task: Task) -> list[dict[str, str]]:
-    """Return the rows that have their texts and a label, and print the number of the other rows.
-
-    A few rows of QQP lack a question or end too early, and are usually left out. Many such rows mean a damaged file.
-    """
+    names = [str(i) for i in range(lines[0].count("\t") + 1)] if lines and task.label.isdigit() else None
+    rows = list(csv.DictReader(lines, names, delimiter="\t", quoting=csv.QUOTE_NONE))
     columns = (*task.columns, task.label)
-    complete = [row for row in rows if all(row.get(column) for column in columns)]
+    if not rows or not set(columns) <= set(rows[0]):
+        raise UserError(f"{str(path)!r} needs the columns {', '.join(columns)}, and a row.")
+    complete = [row for row in rows if all(row[column] for column in columns)]
     if missing := len(rows) - len(complete):
-        short = sum(any(row.get(column) is None for column in columns) for row in rows)
-        message = f"{str(path)!r}: {missing:,} of {len(rows):,} rows lack a text or the label ({short:,} end too early)"
-        if missing > _MAX_INCOMPLETE * len(rows):
-            raise UserError(f"{message}; the file is damaged, download it again.")
-        print(f"{message} and are left out", flush=True)
-    return complete
+        print(f"{str(path)!r}: {missing:,} of {len(rows):,} rows lack a text or the label and are left out", flush=True)
+    return [[row[column] for column in task.columns] for row in complete], [row[task.label] for row in complete]
 
 
 def read_pairs(
     name: str, split: str, folder: str = "", data_dir: str | None = None
 ) -> tuple[list[list[str]], np.ndarray]:
-    """Return texts and labels as `read` does, but each item's texts as a list."""
+    """Return the one or two texts of each item of "train" or "validation", and labels, int32 or fp32 (n,).
+
+    `folder` has the task's train.tsv and dev.tsv, MNLI's matched ones; "" is TFDS's glue/NAME, read without TensorFlow.
+    `UserError` for an unknown name or label, missing files or columns.
+    """
     check_choice("the GLUE task", name, TASKS)
     check_choice("the GLUE split", split, ("train", "validation"))
     task = TASKS[name]
@@ -100,43 +90,17 @@ def read_pairs(
         part = "validation_matched" if (name, split) == ("mnli", "validation") else split
         data, _ = open_tfds(source, part, data_dir)
         records = [data[i] for i in range(len(data))]
-        texts = [[_text(record[key]) for key in task.features or task.columns] for record in records]
-        return texts, np.array([record["label"] for record in records], np.float32 if not task.labels else np.int32)
-    files = {"train": "train.tsv", "validation": "dev.tsv"}
-    if name.startswith("mnli"):
-        files["validation"] = "dev_mismatched.tsv" if name == "mnli_mismatched" else "dev_matched.tsv"
-    path = pathlib.Path(folder) / files[split]
-    rows = _complete(_rows(path, task), path, task)
-    texts = [[row[column] for column in task.columns] for row in rows]
+        texts = [[lookup(record, key)[0] for key in task.features or task.columns] for record in records]
+        return texts, np.array([record["label"] for record in records], np.int32 if task.labels else np.float32)
+    dev = {"mnli": "dev_matched.tsv", "mnli_mismatched": "dev_mismatched.tsv"}.get(name, "dev.tsv")
+    path = pathlib.Path(folder) / ("train.tsv" if split == "train" else dev)
+    texts, labels = _from_files(path, task)
     try:
-        if not task.labels:
-            scores = np.array([float(row[task.label]) for row in rows], np.float32)
-            if len(wrong := np.flatnonzero(~np.isfinite(scores))):
-                raise ValueError(f"{rows[wrong[0]][task.label]!r} of {rows[wrong[0]]}")
-            return texts, scores
-        return texts, np.array([task.labels.index(row[task.label]) for row in rows], np.int32)
+        if task.labels:
+            return texts, np.array([task.labels.index(label) for label in labels], np.int32)
+        return texts, np.array(labels, np.float32)
     except ValueError as error:
         raise UserError(f"{str(path)!r} has a label that is not of GLUE's {name} ({error}).") from error
-
-
-def read(name: str, split: str, folder: str = "", data_dir: str | None = None) -> tuple[list[str], np.ndarray]:
-    """Return texts and labels, int32 or fp32 (n,), of a split.
-
-    Args:
-      name: one of `TASKS`; MNLI's is the matched dev split.
-      split: "train" or "validation".
-      folder: folder with the task's train.tsv and dev.tsv; "" for TFDS's glue/NAME, read without TensorFlow.
-      data_dir: root of TFDS data sets, None for the default.
-
-    Raises:
-      UserError: an unknown name, missing files or columns.
-    """
-    texts, labels = read_pairs(name, split, folder, data_dir)
-    return [" ".join(parts) for parts in texts], labels
-
-
-def _text(value: str | bytes) -> str:
-    return value.decode() if isinstance(value, bytes) else value
 
 
 class GlueTasks(SourceKind):
@@ -154,5 +118,5 @@ class GlueTasks(SourceKind):
         task, _, folder = head.partition("@")
         if not task:
             raise UserError(f"source 'glue:{rest}' does not name a split; write {' or '.join(cls.forms)}.")
-        texts, values = read(task, split, os.path.expanduser(folder), options.dir or None)
-        return Labelled("text", texts, values, TASKS[task].labels, TASKS[task].metrics)
+        texts, values = read_pairs(task, split, os.path.expanduser(folder), options.dir or None)
+        return Labelled("text", [" ".join(parts) for parts in texts], values, TASKS[task].labels, TASKS[task].metrics)

@@ -1,237 +1,180 @@
 """Pairs in tables: CSV, TSV or parquet files of image paths or images, and captions; and ArrayRecord files."""
 
-import abc
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
+import pyarrow
+import pyarrow.compute
+import pyarrow.parquet
 
-from xclip_jax.core import remote, storage
+from xclip_jax.core import storage
 from xclip_jax.core.errors import BadSample, UserError, first_line, public
 from xclip_jax.data import labelled
-from xclip_jax.data.base import MAX_BYTES, Form, MissingColumnError, Record, Source, SourceKind, SourceOptions
-from xclip_jax.data.text import csv_rows, decode_utf8, strip_texts
+from xclip_jax.data.base import MAX_BYTES, Form, Record, Source, SourceKind, SourceOptions, check_columns
+from xclip_jax.data.text import decode_utf8, json_strings, read_csv, strip_texts
 
 # CSV tables of at most this number of bytes are hashed as a whole for their fingerprint.
 _HASHED_WHOLE = 1 << 30
 
 
 def pair(image: Any, name: str, options: SourceOptions, read: Callable[[str], Any]) -> Record:
-    """Return a record of pairs.
+    """Return a record of pairs; `name` is its "id".
 
-    Args:
-      image: encoded or decoded.
-      name: the record's "id".
-      options: names of the columns.
-      read: function from a column's name to its strings, or one string; one string of keywords is split at commas.
-
-    Raises:
-      BadSample: no caption.
+    `read` returns the strings, or one string, of a column that `options` names; one string of keywords is split at
+    commas. `BadSample` if there is no caption.
     """
     text = [caption for key in options.text_keys for caption in strip_texts(read(key))]
     if not text:
         raise BadSample("caption is empty")
     tags = read(options.tags_key) if options.tags_key else []
-    return {
-        "image": image,
-        "text": text,
-        "tags": strip_texts(tags.split(",") if isinstance(tags, str) else tags),
-        "id": name,
-    }
+    tags = strip_texts(tags.split(",") if isinstance(tags, str) else tags)
+    return {"image": image, "text": text, "tags": tags, "id": name}
 
 
-class _Strings:
-    """Many strings in two buffers; a list would take several times the memory."""
+class Cells(Sequence):
+    """Encoded images in an Arrow column: bytes, paths or URLs, or {"bytes", "path"} as Hugging Face writes them."""
 
-    def __init__(self, texts: Sequence[str]) -> None:
-        parts = [text.encode("utf-8", "surrogatepass") for text in texts]
-        self._ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
-        self._data = b"".join(parts)
+    def __init__(self, column: Any, locate: Callable[[int, str], tuple[str, str]]) -> None:
+        """Hold a `pyarrow.ChunkedArray` of images.
 
-    def __getitem__(self, index: int) -> str:
-        start = int(self._ends[index - 1]) if index else 0
-        return self._data[start : int(self._ends[index])].decode("utf-8", "surrogatepass")
-
-
-def _check_columns(path: str, names: Sequence[str], keys: Sequence[str]) -> None:
-    missing = [key for key in keys if key not in names]
-    if missing:
-        fault = f"table {path!r} has no column {missing[0]!r}; its columns are {', '.join(map(repr, names))}"
-        raise MissingColumnError(fault, "data.image_key, data.text_keys and data.tags_key")
-
-
-class TableSource(Source):
-    """Rows of tables: a path or URL of an image, or its bytes, and captions."""
-
-    def __init__(self, pattern: str, options: SourceOptions) -> None:
-        """Reads the columns into memory.
-
-        Args:
-          pattern: the tables, see `storage.expand`.
-          options: names of the columns: image paths, relative to the table's folder unless absolute; captions, one of
-            which is drawn each time; and keywords with commas between them.
-
-        Raises:
-          UserError: no such file or column, no row.
+        `locate` returns the place of the file that a path in a row names, and the address of the table if that is not
+        on this machine, else "": such a table may name no files of this machine nor addresses of the inner network.
         """
-        self.pattern, self.options = pattern, options
-        self.tables = storage.expand(pattern)
-        keys = list(dict.fromkeys([options.image_key, *options.text_keys, *filter(None, [options.tags_key])]))
-        self._columns, counts = self._read(keys)
-        self._ends = np.cumsum(counts)
-        if not len(self):
-            raise UserError(f"{pattern!r} has no row after its first line; pass a table of paths and captions.")
-
-    @abc.abstractmethod
-    def _read(self, keys: list[str]) -> tuple[dict[str, Any], list[int]]:
-        """Return the columns over all tables, each indexable by row, and the number of rows of each table."""
-
-    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
-        """Pickle the arguments; a worker process reads the tables itself."""
-        return type(self), (self.pattern, self.options)
+        self.column, self._locate = column, locate
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return len(self.column)
 
-    def _table(self, index: int) -> str:
-        return self.tables[int(np.searchsorted(self._ends, index, side="right"))]
+    def _value(self, index: int) -> Any:
+        value = self.column[index].as_py()
+        return value.get("bytes") or value.get("path") if isinstance(value, dict) else value
 
-    def _value(self, key: str, index: int) -> Any:
-        return self._columns[key][index]
+    def path(self, index: int) -> str:
+        """Return the path or URL of an image, "" if the table holds the image itself, or none."""
+        value = self._value(index)
+        return self._locate(index, value)[0] if isinstance(value, str) and value else ""
 
-    def _path(self, index: int, value: str) -> str:
-        table = self._table(index)
-        if not storage.is_remote(table):
-            return value if storage.is_remote(value) else str(pathlib.Path(table).parent / value)
-        if storage.is_remote(value) or value.startswith("/"):
-            return value
-        return f"{table.rpartition('/')[0]}/{value}"  # a Path would turn the address's // into /
+    def name(self, index: int) -> str:
+        return self.path(index) or f"row {index}"
 
-    def describe(self, index: int) -> dict[str, str]:
-        try:
-            value = self._value(self.options.image_key, index)
-        except BadSample:
-            value = None
-        return {"file": self._path(index, value)} if isinstance(value, str) else {"row": str(index)}
+    def sizes(self) -> Iterator[tuple[str, int]]:
+        """Yield the number and size in bytes of each image, or its file name and 0."""
+        column = self.column
+        if pyarrow.types.is_struct(column.type):
+            column = pyarrow.compute.call_function(
+                "struct_field", [column], pyarrow.compute.StructFieldOptions("bytes")
+            )
+        if not pyarrow.types.is_string(column.type):
+            column = pyarrow.compute.call_function("binary_length", [column])
+        for index, value in enumerate(value for chunk in column.chunks for value in chunk.to_pylist()):
+            yield (value.rpartition("/")[2], 0) if isinstance(value, str) else (str(index), value or 0)
 
-    def fingerprint(self) -> dict[str, Any]:
-        """Return the number of rows, a hash of the tables (see `storage.fingerprint`), and their names and sizes."""
-        return fingerprint(len(self), self.tables)
+    def read(self, index: int) -> tuple[bytes, str]:
+        """Return an image, and its path or URL, or the number of its row.
+
+        Raises:
+          BadSample: a file that cannot be read or is empty, or no image.
+        """
+        value, name = self._value(index), str(index)
+        if isinstance(value, str) and value:
+            name, table = self._locate(index, value)
+            try:
+                value = storage.read(name, MAX_BYTES["image"], table)
+            except (OSError, ValueError) as error:  # a ValueError for a zero byte, or a URL that cannot be opened
+                raise storage.unreadable(error) from error
+        if not (value and isinstance(value, bytes)):
+            raise BadSample("image file is empty" if name != str(index) else "no image in the row")
+        return value, name
+
+    def __getitem__(self, index: int) -> bytes:  # ty: ignore[incompatible-method-override] no slices
+        return self.read(index)[0]
+
+
+class ColumnSource(Source):
+    """Rows of Arrow columns: an image, or its path or URL, captions, and keywords with commas between them."""
+
+    def __init__(self, images: Cells, columns: Mapping[str, Any], options: SourceOptions) -> None:
+        """`columns` has the columns of captions and keywords, which `options` names."""
+        self.images, self.columns, self.options = images, columns, options
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def _texts(self, key: str, index: int) -> str | list[str]:
+        name = key.partition("/")[0]
+        values = json_strings({name: self.columns[name][index].as_py()}, key)
+        return values[0] if len(values) == 1 else values
 
     def __getitem__(self, index: int) -> Record:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        value = self._value(self.options.image_key, index)
-        table = self._table(index)
-        untrusted = table if remote.scheme(table) not in ("", "file") else ""
-        image, name = image_of(value, str(index), lambda path: self._path(index, path), untrusted)
-        return pair(image, name, self.options, lambda key: self._value(key, index))
-
-
-def image_of(value: Any, row: str, locate: Callable[[str], str] = str, table: str = "") -> tuple[bytes, str]:
-    """Return the encoded image in a cell of a table, and its path or URL, or `row` if it has none.
-
-    Args:
-      value: bytes, a path or URL, or {"bytes", "path"} as Hugging Face writes them.
-      row: name of the row.
-      locate: function from a path in the table to the place of the file.
-      table: address of a table that is not on this machine, which may name neither files of this machine nor addresses
-        of the inner network.
-
-    Raises:
-      BadSample: a file that cannot be read or is empty, or no image.
-    """
-    name = row
-    if isinstance(value, dict):
-        value = value.get("bytes") or value.get("path")
-    if isinstance(value, str) and value:
-        name = locate(value)
         try:
-            value = storage.read(name, MAX_BYTES["image"], table)
-        except (OSError, ValueError) as error:  # a ValueError for a zero byte, or a URL that cannot be opened
-            bad = storage.unreadable(error)
-            raise BadSample(bad.reason, bad.detail + labelled.elsewhere(value, error)) from error
-    if not (value and isinstance(value, bytes)):
-        raise BadSample("image file is empty" if name != row else "no image in the row")
-    return value, name
+            image, name = self.images.read(index)
+            return pair(image, name, self.options, lambda key: self._texts(key, index))
+        except UnicodeDecodeError as error:
+            decode_utf8(error.object)
+            raise
 
-
-class CsvSource(TableSource):
-    """Rows of CSV or TSV files; the first line has the names of the columns."""
-
-    def _read(self, keys: list[str]) -> tuple[dict[str, Any], list[int]]:
-        columns, counts = [[] for _ in keys], []
-        self._faults: dict[int, str] = {}  # rows with more fields than columns: a caption was cut at its comma
-        for path in self.tables:
-            if storage.is_remote(path):
-                raise UserError(f"table {path!r} is not on this machine; copy it here, or write it as parquet.")
-            before = len(columns[0])
-            rows = csv_rows(path)
-            _, names = next(rows, (0, []))
-            if not names:
-                raise UserError(f"table {path!r} is empty; pass one whose first line has the names of its columns.")
-            _check_columns(path, names, keys)
-            positions = [names.index(key) for key in keys]
-            for line, row in rows:
-                if any(field.strip() for field in row[len(names) :]):
-                    self._faults[len(columns[0])] = f"{path!r}, line {line}: {len(row)} fields"
-                for column, position in zip(columns, positions, strict=True):
-                    column.append(row[position] if position < len(row) else "")
-            counts.append(len(columns[0]) - before)
-        return {key: _Strings(column) for key, column in zip(keys, columns, strict=True)}, counts
-
-    def _value(self, key: str, index: int) -> str:
-        value = super()._value(key, index)
-        return value if key == self.options.image_key else decode_utf8(value.encode("utf-8", "surrogateescape"))
-
-    def __getitem__(self, index: int) -> Record:
-        if index in self._faults:
-            raise BadSample(
-                "row has too many fields", f"{self._faults[index]}; put captions that contain a comma in quotes"
-            )
-        return super().__getitem__(index)
-
-    def fingerprint(self) -> dict[str, Any]:
-        """Return the number of rows, a hash of the tables (see `storage.fingerprint`), and their names and sizes."""
-        return fingerprint(len(self), self.tables, whole=_HASHED_WHOLE)
-
-
-class ParquetSource(TableSource):
-    """Rows of parquet files. Images may be bytes, or {"bytes", "path"} as Hugging Face writes them, captions lists."""
-
-    def _read(self, keys: list[str]) -> tuple[dict[str, Any], list[int]]:
+    def describe(self, index: int) -> dict[str, str]:
         try:
-            import pyarrow
-            import pyarrow.parquet
-        except ImportError as error:
-            raise UserError("parquet tables need pyarrow: pip install 'xclip_jax[parquet]'.") from error
-        tables, schema = [], pyarrow.schema([])
+            path = self.images.path(index)
+        except UnicodeDecodeError:
+            path = ""
+        return {"file": path} if path else {"row": str(index)}
+
+
+class TableSource(ColumnSource):
+    """Rows of files. Paths are relative to the file's folder, unless they are absolute."""
+
+    def __init__(self, pattern: str, options: SourceOptions, read: Callable[[str, list[str]], Any]) -> None:
+        """Read the columns that `options` names into memory; `read` is `read_csv` or `read_parquet`."""
+        self.pattern, self.tables, self._read = pattern, storage.expand(pattern), read
+        keys = list(dict.fromkeys(key.partition("/")[0] for key in options.keys))
+        tables = []
         for path in self.tables:
             try:
-                _check_columns(path, pyarrow.parquet.read_schema(path).names, keys)
-                tables.append(pyarrow.parquet.read_table(path, columns=keys))
+                tables.append(read(path, keys))
             except UserError:
                 raise
             except Exception as error:  # the class depends on the damage
-                raise UserError(f"{path!r} cannot be read as parquet ({first_line(error)}).") from error
-            try:
-                # A column without values has a type of its own, which fits every other.
-                schema = pyarrow.unify_schemas([schema, tables[-1].schema], promote_options="default")
-            except pyarrow.ArrowException as error:
-                raise UserError(
-                    f"a column of {path!r} has another type than in the tables before it ({first_line(error)}); pass "
-                    "tables of one schema, or make each a source of its own."
-                ) from error
-        columns = pyarrow.concat_tables(tables, promote_options="default").columns
-        return dict(zip(keys, columns, strict=True)), [table.num_rows for table in tables]
-
-    def _value(self, key: str, index: int) -> Any:
+                raise UserError(f"table {path!r} cannot be read ({first_line(error)}).") from error
+            check_columns(f"table {path!r}", tables[-1].column_names, keys)
+            tables[-1] = tables[-1].select(keys)
         try:
-            return self._columns[key][index].as_py()
-        except UnicodeDecodeError as error:
-            raise BadSample("caption is not UTF-8", str(error)) from error
+            # A column without values has a type of its own, which fits every other.
+            joined = pyarrow.concat_tables(tables, promote_options="default")
+        except pyarrow.ArrowException as error:
+            raise UserError(f"the tables of {pattern!r} have columns of other types ({first_line(error)}).") from error
+        if not len(joined):
+            raise UserError(f"{pattern!r} has no row; pass a table of paths and captions.")
+        self._ends = np.cumsum([len(table) for table in tables])
+        images = Cells(joined[options.image_key], self._locate)
+        super().__init__(images, {key: joined[key] for key in keys}, options)
+
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
+        """Pickle the arguments; a worker process reads the tables itself."""
+        return type(self), (self.pattern, self.options, self._read)
+
+    def _locate(self, index: int, path: str) -> tuple[str, str]:
+        table = self.tables[int(np.searchsorted(self._ends, index, side="right"))]
+        if not storage.is_remote(table):
+            return path if storage.is_remote(path) else str(pathlib.Path(table).parent / path), ""
+        if not storage.is_remote(path) and not path.startswith("/"):
+            path = f"{table.rpartition('/')[0]}/{path}"  # a Path would turn the address's // into /
+        return path, table if storage.scheme(table) != "file" else ""
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return the number of rows, a hash of the tables (see `storage.fingerprint`), and their names and sizes."""
+        return fingerprint(len(self), self.tables, whole=_HASHED_WHOLE if self._read is read_csv else 0)
+
+
+def read_parquet(path: str, columns: list[str]) -> Any:
+    """Return the columns of a parquet file, or all where one of them is missing, as a `pyarrow.Table`."""
+    missing = set(columns) - set(pyarrow.parquet.read_schema(path).names)
+    return pyarrow.parquet.read_table(path, columns=None if missing else columns)
 
 
 def fingerprint(samples: int, paths: Sequence[str], whole: int = 0) -> dict[str, Any]:
@@ -244,15 +187,7 @@ class ArrayRecordSource(Source):
     """Pairs in ArrayRecord files of tf.train.Example, the format that TensorFlow's users write; read without it."""
 
     def __init__(self, pattern: str, options: SourceOptions) -> None:
-        """Opens the files.
-
-        Args:
-          pattern: see `storage.expand`.
-          options: features with the encoded image, captions and keywords.
-
-        Raises:
-          UserError: no such file, or not an ArrayRecord file.
-        """
+        """Open the files that `pattern` names, or raise `UserError`; `options` names features."""
         from array_record.python import array_record_data_source
 
         self.files, self.options = storage.expand(pattern), options
@@ -277,9 +212,11 @@ class ArrayRecordSource(Source):
         features = {key: list(value.bytes_list.value) for key, value in example.features.feature.items()}
         if not (image := features.get(self.options.image_key)):
             raise BadSample("no image in the record", f"it has {', '.join(sorted(features))}")
-        return pair(
-            image[0], str(index), self.options, lambda key: [decode_utf8(value) for value in features.get(key, ())]
-        )
+
+        def read(key: str) -> list[str]:
+            return [decode_utf8(value) for value in features.get(key, ())]
+
+        return pair(image[0], str(index), self.options, read)
 
     def fingerprint(self) -> dict[str, Any]:
         """Return the number of records, a hash of the files (see `storage.fingerprint`), and their names and sizes."""
@@ -297,7 +234,7 @@ class CsvTables(SourceKind):
 
     @classmethod
     def open(cls, rest: str, options: SourceOptions, labels: bool = False) -> Source:
-        return labelled.open_files(f"csv:{rest}", rest) if labels else CsvSource(rest, options)
+        return labelled.open_files(f"csv:{rest}", rest) if labels else TableSource(rest, options, read_csv)
 
 
 class ParquetTables(SourceKind):
@@ -307,12 +244,8 @@ class ParquetTables(SourceKind):
     suffixes = (".parquet",)
 
     @classmethod
-    def extras(cls, rest: str) -> tuple[str, ...]:
-        return ("parquet",)
-
-    @classmethod
-    def open(cls, rest: str, options: SourceOptions, labels: bool = False) -> ParquetSource:
-        return ParquetSource(rest, options)
+    def open(cls, rest: str, options: SourceOptions, labels: bool = False) -> TableSource:
+        return TableSource(rest, options, read_parquet)
 
 
 class ArrayRecords(SourceKind):

@@ -4,14 +4,13 @@ The shuffle is global and exact, a run resumes anywhere, and shards need not be 
 """
 
 import bisect
-import collections
+import contextlib
 import hashlib
 import itertools
 import json
-import os
 import pathlib
 import resource
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -23,39 +22,6 @@ from xclip_jax.data.readers import tar_index
 from xclip_jax.data.text import decode_text, decode_utf8, json_strings
 
 _GAP = 1 << 16  # one request reads the files of a sample and gaps of up to this size
-_MAX_KEYS = 20_000_000  # more keys would take gigabytes to compare
-_EXAMPLES = 3
-# Open files for `storage.open_file`, JAX and trackers, besides the tars.
-_SPARE = 768
-
-
-def raise_open_file_limit(n: int, what: str) -> None:
-    """Raise this process's limit of open files, often 1,024, so that it can keep `n` more open.
-
-    Args:
-      n: number of files.
-      what: their name in the message.
-
-    Raises:
-      UserError: the hard limit is lower.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = _open_files() + n + _SPARE
-    if soft == resource.RLIM_INFINITY or needed <= soft:
-        return
-    if hard != resource.RLIM_INFINITY and needed > hard:
-        raise UserError(
-            f"{n:,} {what} need about {needed:,} open files, and a process may have {hard:,} here; raise that limit "
-            f"(ulimit -Hn {needed}), or join them into fewer."
-        )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
-
-
-def _open_files() -> int:
-    try:
-        return len(os.listdir("/dev/fd"))
-    except OSError:
-        return 0
 
 
 class TarSource(Source):
@@ -65,21 +31,23 @@ class TarSource(Source):
     """
 
     def __init__(self, pattern: str, text_keys: Sequence[str] = ("text",), tags_key: str = "") -> None:
-        """Indexes tars that have no index yet.
+        """Index the tars that `pattern` names, see `tar_index.find`, and that have no index yet.
 
-        Args:
-          pattern: a folder of tars, or see `storage.expand`.
-          text_keys: where captions are: "text" is the .txt file, any other a field of the .json file.
-          tags_key: field of the .json file with keywords, or "".
-
-        Raises:
-          UserError: files that do not exist; no sample at all.
+        "text" in `text_keys` is the .txt file, and any other key is a field of the .json file, as `tags_key` is.
+        `UserError` if files do not exist, or have no sample at all.
         """
         self.pattern, self.text_keys, self.tags_key = pattern, tuple(text_keys), tags_key
         fields = bool(tags_key) or any(key != "text" for key in self.text_keys)
         self._parts = ("image", *["text"] * ("text" in self.text_keys), *["json"] * fields)
         self.tars = tar_index.find(pattern)
-        self._open(tar_index.load(self.tars))
+        index_paths = tar_index.load(self.tars)
+        # Each map holds a file open, and the soft limit of a process is often 1,024.
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        # Mapped, so that all worker processes share one copy, which may have gigabytes.
+        self.rows = [np.load(path, mmap_mode="r").view(np.ndarray) for path in index_paths]
+        self._ends = list(itertools.accumulate(map(len, self.rows)))
         if not any((rows["fault"] == tar_index.OK).any() for rows in self.rows):
             faults = sorted({tar_index.FAULTS[fault] for rows in self.rows for fault in np.unique(rows["fault"])})
             raise UserError(
@@ -87,20 +55,9 @@ class TarSource(Source):
                 "sample is KEY.jpg and KEY.txt, as img2dataset writes them with --output_format webdataset."
             )
 
-    def _open(self, index_paths: Sequence[pathlib.Path]) -> None:
-        raise_open_file_limit(len(index_paths), "tars")
-        self._index_paths = list(index_paths)
-        # Mapped, so that all worker processes share one copy, which may have gigabytes.
-        self.rows = [np.load(path, mmap_mode="r").view(np.ndarray) for path in index_paths]
-        self._ends = list(itertools.accumulate(map(len, self.rows)))
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Pickle without the arrays; a worker process maps them again."""
-        return {key: value for key, value in self.__dict__.items() if key not in ("rows", "_ends")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ |= state
-        self._open(self._index_paths)
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
+        """Pickle the arguments; a worker process maps the indexes again."""
+        return TarSource, (self.pattern, self.text_keys, self.tags_key)
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -115,26 +72,6 @@ class TarSource(Source):
     def describe(self, index: int) -> dict[str, str]:
         tar, row = self._row(index)
         return {"tar": tar, "key": row["key"].decode("utf-8", "replace")}
-
-    def known_fault(self, index: int) -> str:
-        return tar_index.FAULTS[self._row(index)[1]["fault"]]
-
-    def known_faults(self) -> Mapping[str, int]:
-        counts: collections.Counter = collections.Counter()
-        for rows in self.rows:
-            for fault, count in zip(*np.unique(rows["fault"], return_counts=True), strict=True):
-                if fault != tar_index.OK:
-                    counts[tar_index.FAULTS[fault]] += int(count)
-        return counts
-
-    def remarks(self) -> Iterator[str]:
-        """Yield the number of keys that several samples share, if there are at most `_MAX_KEYS` samples."""
-        if len(self) > _MAX_KEYS:
-            return
-        counts = collections.Counter(key for rows in self.rows for key in rows["key"].tolist())
-        repeated = [key.decode("utf-8", "replace") for key, count in counts.items() if count > 1 and key]
-        examples = ", ".join(repr(key[-40:]) for key in repeated[:_EXAMPLES])
-        yield f"keys of several samples: {len(repeated):,}" + (f", as {examples}; all are used" if repeated else "")
 
     def __getitem__(self, index: int) -> Record:
         tar, row = self._row(index)
@@ -157,10 +94,9 @@ class TarSource(Source):
     def _captions(self, parts: dict[str, bytes | None]) -> tuple[list[str], list[str]]:
         fields = {}
         if "json" in self._parts:
+            content = decode_utf8(parts["json"] or b"{}")
             try:
-                fields = json.loads(decode_utf8(parts["json"] or b"{}"))
-            except BadSample:
-                raise
+                fields = json.loads(content)
             except (ValueError, RecursionError) as error:
                 raise BadSample("JSON file is damaged", str(error)) from error
         text = []

@@ -14,7 +14,7 @@ import tensorflow_datasets as tfds
 from xclip_jax.core import storage
 from xclip_jax.core.errors import UserError, first_line
 from xclip_jax.data import labelled
-from xclip_jax.data.base import Form, LabelledSource, MissingColumnError, Record, Source, SourceKind, SourceOptions
+from xclip_jax.data.base import Form, Record, Source, SourceKind, SourceOptions, check_columns
 from xclip_jax.data.readers.table import pair
 from xclip_jax.data.text import decode_utf8
 
@@ -50,56 +50,26 @@ def open_tfds(
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # a banner where TensorFlow is missing
             builder: Any = tfds.builder(spec, data_dir=data_dir)
-    except tfds.core.DatasetNotFoundError as error:
-        raise UserError(f"unknown TFDS data set {spec!r}; see https://www.tensorflow.org/datasets/catalog.") from error
-    except Exception as error:
-        if isinstance(error, ModuleNotFoundError) and "'tensorflow'" in str(error):
-            raise UserError(
-                f"TFDS data set {spec!r} is not prepared in {folder}, which needs TensorFlow; prepare it once with "
-                f"{prepare}."
-            ) from None
-        raise UserError(f"TFDS data set {spec!r} cannot be opened in {folder} ({first_line(error)}).") from error
-    try:
         features = builder.info.features
         encoded = image_key in features and isinstance(features[image_key], tfds.features.Image)
         decoders = {image_key: tfds.decode.SkipDecoding()} if encoded else None
         return builder.as_data_source(split, decoders=decoders), builder.info
-    except Exception as error:
-        message = f"TFDS data set {spec!r} is not prepared in {folder}; "
-        if not builder.is_prepared():
-            if builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
-                message += "its archives have to be downloaded by hand into downloads/manual there; then "
-            message += f"prepare it once with {prepare}."
-        elif isinstance(error, NotImplementedError):
-            message = (
-                f"TFDS data set {spec!r} in {folder} is prepared as {builder.info.file_format.value}, which does not "
-                f"allow random access; delete it and prepare it again, with {prepare}."
-            )
-        else:
-            message = (
-                f"TFDS data set {spec!r}, split {split!r}, cannot be read from {folder} ({first_line(error)}). Is the "
-                f"split right? If files are missing, prepare it again with {prepare}."
-            )
-        raise UserError(message) from error
+    except tfds.core.DatasetNotFoundError as error:
+        raise UserError(f"unknown TFDS data set {spec!r}; see https://www.tensorflow.org/datasets/catalog.") from error
+    except Exception as error:  # not prepared, prepared without random access, an unknown split, ...
+        raise UserError(
+            f"TFDS data set {spec!r}, split {split!r}, cannot be read from {folder} ({first_line(error)}). Is the "
+            f"split right? A set that is not prepared there as array_record is prepared once with {prepare}."
+        ) from error
 
 
 class TfdsSource(Source):
     """A split of a TFDS data set, read with `tfds.data_source`: array_record or parquet files."""
 
     def __init__(self, data: Any, info: tfds.core.DatasetInfo, split: str, options: SourceOptions) -> None:
-        """`data` and `info` are from `open_tfds`; keys of features as for `lookup`.
-
-        Raises:
-          MissingColumnError: the data set has no feature of such a key.
-        """
+        """`data` and `info` are from `open_tfds`; keys of features are as for `lookup`."""
         self.data, self.options = data, options
-        for key in filter(None, (options.image_key, *options.text_keys, options.tags_key)):
-            if key.split("/")[0] not in info.features:
-                names = ", ".join(sorted(info.features))
-                raise MissingColumnError(
-                    f"{info.full_name} has no feature {key!r}; it has {names}",
-                    "data.image_key, data.text_keys and data.tags_key",
-                )
+        check_columns(info.full_name, sorted(info.features), options.keys)
         shards = [(name, part.num_bytes, list(part.shard_lengths)) for name, part in sorted(info.splits.items())]
         content = json.dumps([info.full_name, split, len(data), shards]).encode()
         self._fingerprint = {
@@ -121,46 +91,19 @@ class TfdsSource(Source):
         return pair(record[self.options.image_key], str(index), self.options, lambda key: lookup(record, key))
 
 
-class TfdsLabelled(LabelledSource):
-    """Images of a TFDS split with a feature "label"; nothing is kept in memory."""
+def open_labelled(name: str, split: str, data_dir: str | None) -> labelled.Labelled:
+    """Open the images of a split, in the classes of its feature "label"; nothing is kept in memory.
 
-    key = "image"
-
-    def __init__(self, name: str, split: str, data_dir: str | None) -> None:
-        self._arguments, self._name, self._split = (name, split, data_dir), name, split
-        self._data, info = open_tfds(name, split, data_dir)
-        self.names, self.version = getattr(info.features.get("label"), "names", None) or (), str(info.version)
-        if not self.names or "image" not in info.features:
-            raise UserError(
-                f"tfds:{name}/{split}: TFDS data set {name!r} has no features image and label (of classes)."
-            )
-        self.items = labelled.Field(self._data, "image")
-        self._labels: np.ndarray | None = None
-
-    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
-        """Pickle the arguments; a worker process opens the data set itself."""
-        return TfdsLabelled, self._arguments
-
-    def __len__(self) -> int:
-        return len(self._data)
-
-    def labels(self) -> np.ndarray:
-        if self._labels is None:
-            self._labels = np.array([self._data[i]["label"] for i in range(len(self))])
-        return self._labels
-
-    def fingerprint(self) -> dict[str, Any]:
-        """Return a hash of name, version and split; a version of a TFDS data set does not change."""
-        return labelled.fingerprint(len(self), self.names, [self._name, self.version, self._split])
-
-    @property
-    def identity(self) -> list[str]:
-        """The split and its version."""
-        return [f"tfds:{self._name}/{self._split}", self.version]
-
-    def __getitem__(self, index: int) -> Record:
-        record = self._data[index]
-        return {"image": record["image"], "label": record["label"], "id": str(index)}
+    A version of a TFDS data set does not change, so that it identifies the items.
+    """
+    data, info = open_tfds(name, split, data_dir)
+    names, version = getattr(info.features.get("label"), "names", None) or (), str(info.version)
+    if not names or "image" not in info.features:
+        raise UserError(f"tfds:{name}/{split}: TFDS data set {name!r} has no features image and label (of classes).")
+    items, labels = labelled.Field(data, "image"), labelled.Field(data, "label")
+    source = labelled.Labelled("image", items, labels, names, identity=[f"tfds:{name}/{split}", version])
+    source.version = version
+    return source
 
 
 class TfdsSplits(SourceKind):
@@ -178,11 +121,9 @@ class TfdsSplits(SourceKind):
     def open(cls, rest: str, options: SourceOptions, labels: bool = False) -> Source:
         name, _, split = rest.rpartition("/")
         if not name:
-            raise UserError(
-                f"source 'tfds:{rest}' does not name a split; write tfds:NAME/SPLIT, as in tfds:coco_captions/train."
-            )
+            raise UserError(f"source 'tfds:{rest}' does not name a split; write tfds:NAME/SPLIT.")
         if labels:
-            return TfdsLabelled(name, split, options.dir or None)
+            return open_labelled(name, split, options.dir or None)
         return TfdsSource(*open_tfds(name, split, options.dir or None, options.image_key), split, options)
 
     @classmethod
@@ -196,12 +137,8 @@ class TfdsSplits(SourceKind):
 def prepare_dataset(make: Callable[[str], B], data_dir: str | os.PathLike | None, check: Callable[[], Any]) -> B:
     """Prepare a data set as array_record files, unless it is prepared already, and return its builder.
 
-    An interrupted preparation leaves nothing under the data set's name.
-
-    Args:
-      make: function from the root of TFDS data sets to the builder.
-      data_dir: the root; by default $TFDS_DATA_DIR, else `tfds` in `storage.cache_dir`.
-      check: raises what would prevent the preparation, before TFDS announces it.
+    `make` returns the builder for a root of TFDS data sets: `data_dir`, else $TFDS_DATA_DIR, else `tfds` in
+    `storage.cache_dir`. `check` raises what would prevent the preparation. An interrupted one leaves nothing.
     """
     root = os.fspath(data_dir or os.environ.get("TFDS_DATA_DIR") or storage.cache_dir() / "tfds")
     builder = make(root)
@@ -223,20 +160,12 @@ def encoded_records(builder: tfds.core.DatasetBuilder, split: str) -> Iterator[t
     """Yield the encoded image of each record of a split, and its other features, which are texts and lists of texts."""
     source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
     for record in (source[i] for i in range(len(source))):
-        image = record.pop("image")
-        yield image, {key: _decoded(value) for key, value in record.items()}
-
-
-def _decoded(value: Any) -> Any:
-    return value.decode() if isinstance(value, bytes) else [item.decode() for item in value]
+        texts = {key: lookup(record, key) for key in record if key != "image"}
+        yield record["image"], {key: x[0] if isinstance(record[key], bytes) else x for key, x in texts.items()}
 
 
 def open_prepared(kind: str, builder: Any, split: str, options: SourceOptions) -> TfdsSource:
-    """Open a split of a builder whose data set is prepared; `kind` is the first part of its specs.
-
-    Raises:
-      UserError: an unknown split.
-    """
+    """Open a split of a prepared data set, or raise `UserError`; `kind` is the first part of its specs."""
     try:
         data = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
     except (KeyError, ValueError) as error:

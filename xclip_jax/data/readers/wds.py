@@ -1,14 +1,8 @@
 """Labelled or captioned images in tars, in the layout of clip_benchmark: `wds:PATH` and `wds:hf:ORG/NAME`.
 
-    PATH/classnames.txt                            names of the classes, one a line, in the order of their numbers
-    PATH/zeroshot_classification_templates.txt     prompts, one a line, with {c} for the class
-    PATH/dataset_type.txt                          "retrieval" or "multilabel"; without the file one class an image
-    PATH/test/nshards.txt                          number of tars
-    PATH/test/0.tar, PATH/test/1.tar, ...          KEY.webp, .png or .jpg, with KEY.cls, or KEY.txt or KEY.npy
-
-KEY.cls is the number of a class, KEY.txt has the captions of a retrieval set, one a line, and KEY.npy an array of zeros
-and ones for several classes an image. `clip_benchmark_export_wds` writes such folders, and the Hub has many, such as
-clip-benchmark/wds_cifar10. Tars are read in place, by `tar_index.members`.
+docs/evaluate.md shows the layout, which `clip_benchmark_export_wds` writes. KEY.cls is the number of a class, KEY.txt
+has the captions of a retrieval set, one a line, and KEY.npy an array of zeros and ones for several classes an image.
+Tars are read in place, by `tar_index.members`.
 """
 
 import dataclasses
@@ -17,7 +11,7 @@ import io
 import pathlib
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
@@ -27,27 +21,19 @@ from xclip_jax.data import labelled
 from xclip_jax.data.base import MAX_BYTES, Form, SourceKind, SourceOptions
 from xclip_jax.data.readers import tar_index
 from xclip_jax.data.readers.tar_index import members
-from xclip_jax.data.text import TO_UTF8, decode_utf8
+from xclip_jax.data.text import decode_utf8
 
 CLASSES, SEVERAL, CAPTIONS = "classification", "multilabel", "retrieval"
 # Files with labels or captions, by the type of data set.
 _ANSWERS = {CLASSES: ".cls", SEVERAL: ".npy", CAPTIONS: ".txt"}
 _IMAGES = (".webp", ".png", ".jpg", ".jpeg")  # the first of several counts
 _SHARDS = "nshards.txt"
-_MAX_SHARDS = 1_000_000
 _HUB = re.compile(rf"({hub_client.ID})(?:@([^/]+))?(?:/([\w.-]+))?")
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """A split of a data set, not yet read.
-
-    Attributes:
-      spec: the spec as the user wrote it.
-      root: folder of the data set.
-      name: name of the split.
-      version: commit on the Hub, or "".
-    """
+    """A split of a data set, not yet read: its folder, name, and commit on the Hub, or ""; `spec` is the user's."""
 
     spec: str
     root: pathlib.Path
@@ -64,38 +50,28 @@ class Split:
 
     def lines(self, name: str, *, optional: bool = False) -> list[str]:
         """Return the lines of a text file of the data set, without white space around them."""
-        try:
-            text = storage.read(str(self.root / name), MAX_BYTES["json"]).decode("utf-8-sig")
-        except FileNotFoundError as error:
+        path = self.root / name
+        if not path.is_file():
             if optional:
                 return []
-            lacks = f"has no file {name}" if self.root.is_dir() else "does not exist"
-            raise UserError(f"{self.spec}: {str(self.root)!r} {lacks}; {self._expected()}.") from error
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"{self.spec}: {str(self.root / name)!r} is not UTF-8 ({error}); convert it, as with {TO_UTF8}."
-            ) from error
-        return [line.strip() for line in text.splitlines()]
-
-    def _expected(self) -> str:
-        splits = sorted(path.parent.name for path in self.root.glob(f"*/{_SHARDS}"))
-        known = f"; its splits are {', '.join(splits)}" if splits else ""
-        return f"expected clip_benchmark's layout (classnames.txt, {self.name}/{_SHARDS}, {self.name}/0.tar){known}"
+            splits = sorted(path.parent.name for path in self.root.glob(f"*/{_SHARDS}"))
+            known = f"; its splits are {', '.join(splits)}" if splits else ""
+            expected = f"(classnames.txt, {self.name}/{_SHARDS}, {self.name}/0.tar){known}"
+            raise UserError(f"{self.spec}: no file {str(path)!r}; expected clip_benchmark's layout {expected}.")
+        return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
 
     def tars(self) -> list[str]:
         """Return the paths of the tars."""
         number = "".join(self.lines(f"{self.name}/{_SHARDS}"))
-        if not re.fullmatch("[0-9]{1,7}", number) or not 0 < int(number) <= _MAX_SHARDS:
-            raise UserError(
-                f"{self.spec}: {str(self.root / self.name / _SHARDS)!r} has {number!r}, not a number of tars."
-            )
+        if not re.fullmatch("[0-9]{1,7}", number):
+            raise UserError(f"{self.spec}: {self.name}/{_SHARDS} has {number!r}, not a number of tars.")
         tars = [str(self.root / self.name / f"{i}.tar") for i in range(int(number))]
         if missing := [tar for tar in tars if not pathlib.Path(tar).is_file()]:
             raise UserError(f"{self.spec}: {len(missing)} of {len(tars)} tars do not exist, {missing[0]!r} first.")
         return tars
 
 
-class Members(labelled.Files):
+class Members(Sequence):
     """Images that are files in tars."""
 
     def __init__(self, tars: Sequence[str], rows: Sequence[tuple[int, bytes, int, int]]) -> None:
@@ -130,12 +106,8 @@ class Members(labelled.Files):
 def locate(rest: str, *, fetch: bool = True) -> Split:
     """Find the split that the spec "wds:" + `rest` names, "test" where it names none.
 
-    Args:
-      rest: path of a data set or of a split in it, or "hf:ORG/NAME[@REVISION][/SPLIT]".
-      fetch: whether the tars of a data set on the Hub are needed, and not only its text files.
-
-    Raises:
-      UserError: a repository that cannot be opened; see `hub_client.dataset_folder`.
+    `rest` is the path of a data set or of a split in it, or "hf:ORG/NAME[@REVISION][/SPLIT]"; without `fetch` only its
+    text files are fetched. Errors are as for `hub_client.dataset_folder`.
     """
     spec = f"wds:{rest}"
     if not rest.startswith(hub_client.PREFIX):
@@ -157,33 +129,25 @@ def read(split: Split) -> tuple[Members, list[bytes]]:
     Raises:
       UserError: missing files, damaged tars, images without labels or labels without images.
     """
-    tars = split.tars()
-    rows, answers = [], []
+    tars, suffix, rows, answers = split.tars(), _ANSWERS[split.type], [], []
     for number, tar in enumerate(tars):
-        for key, image, answer in _samples(split, tar):
+        size, file = storage.stat(tar)[0], storage.open_file(tar)
+        samples: dict[bytes, dict[str, tuple[int, int]]] = {}
+        for name, offset, length in members(tar, size):
+            if not name or offset + length > size:
+                raise UserError(f"{split.spec}: tar {tar!r} is damaged at byte {offset:,} or cut off; get it again.")
+            key, ending = tar_index.split_name(name)
+            samples.setdefault(key, {})[ending] = offset, length
+        for key, files in samples.items():
+            image = next((files[ending] for ending in _IMAGES if ending in files), None)
+            if image is None or suffix not in files or files[suffix][1] > MAX_BYTES["text"]:
+                raise UserError(
+                    f"{split.spec}: sample {key.decode('utf-8', 'replace')!r} of {tar!r} has the files "
+                    f"{', '.join(files)}; type {split.type} needs {suffix} and one of {', '.join(_IMAGES)}."
+                )
             rows.append((number, key, *image))
-            answers.append(answer)
+            answers.append(file.read(*files[suffix]))
     return Members(tars, rows), answers
-
-
-def _samples(split: Split, tar: str) -> Iterator[tuple[bytes, tuple[int, int], bytes]]:
-    """Yield key, offset and size of the image, and content of the label or caption file, for each sample of a tar."""
-    suffix, size, file = _ANSWERS[split.type], storage.stat(tar)[0], storage.open_file(tar)
-    samples: dict[bytes, dict[str, tuple[int, int]]] = {}
-    for name, offset, length in members(tar, size):
-        if not name or offset + length > size:
-            what = f"is damaged at byte {offset:,}" if not name else "is cut off"
-            raise UserError(f"{split.spec}: tar {tar!r} {what}; get it again.")
-        key, ending = tar_index.split_name(name)
-        samples.setdefault(key, {})[ending] = offset, length
-    for key, files in samples.items():
-        image = next((files[ending] for ending in _IMAGES if ending in files), None)
-        if image is None or suffix not in files or files[suffix][1] > MAX_BYTES["text"]:
-            raise UserError(
-                f"{split.spec}: sample {key.decode('utf-8', 'replace')!r} of {tar!r} has the files "
-                f"{', '.join(files)}; a data set of type {split.type} needs {suffix} and one of {', '.join(_IMAGES)}."
-            )
-        yield key, image, file.read(*files[suffix])
 
 
 def open_labelled(split: Split) -> labelled.Labelled:
@@ -194,41 +158,22 @@ def open_labelled(split: Split) -> labelled.Labelled:
     """
     if split.type == CAPTIONS:
         raise UserError(f"{split.spec} has captions and no classes; name it as a set of its own: {split.spec}.")
-    names = split.lines("classnames.txt")
-    images, answers = read(split)
-    shape = (len(names),) if split.type == SEVERAL else ()
-    labels = np.zeros((len(answers), *shape), bool if shape else np.int64)
+    names, (images, answers) = split.lines("classnames.txt"), read(split)
+    labels = np.zeros((len(answers), len(names)) if split.type == SEVERAL else len(answers), np.int64)
     for i, answer in enumerate(answers):
-        label = _label(answer, shape)
-        if label is None or not (shape or 0 <= label < len(names)):
+        try:
+            labels[i] = np.load(io.BytesIO(answer)) if split.type == SEVERAL else int(answer)
+            if not 0 <= labels[i].min() <= labels[i].max() < (2 if split.type == SEVERAL else len(names)):
+                raise ValueError
+        except (ValueError, EOFError):
+            expected = "an array of zeros and ones" if split.type == SEVERAL else f"a number below {len(names)}"
             raise UserError(
-                f"{split.spec}: {images.name(i)!r} has the label {answer[:20]!r}; expected "
-                + (f"an array of {len(names)} zeros and ones." if shape else f"a number from 0 to {len(names) - 1}.")
-            )
-        labels[i] = label
-    source = labelled.Labelled("image", images, labels, names)
-    source.templates, source.version = (
-        split.lines("zeroshot_classification_templates.txt", optional=True),
-        split.version,
-    )
+                f"{split.spec}: {images.name(i)!r} has the label {answer[:20]!r}; expected {expected}."
+            ) from None
+    source = labelled.Labelled("image", images, labels.astype(bool) if split.type == SEVERAL else labels, names)
+    source.templates = split.lines("zeroshot_classification_templates.txt", optional=True)
+    source.version = split.version
     return source
-
-
-def _label(answer: bytes, shape: tuple[int, ...]) -> Any:
-    """Return the label in a .cls file or, with a shape, in a .npy file; None for invalid content."""
-    try:
-        if not shape:
-            return int(answer)
-        file = io.BytesIO(answer)
-        version = np.lib.format.read_magic(file)
-        # Check the header first: np.load allocates as many values as a header claims.
-        size, _, dtype = np.lib.format.read_array_header_1_0(file) if version == (1, 0) else ((), False, None)
-        if size != shape or dtype is None or dtype.kind not in "biuf":
-            return None
-        value = np.frombuffer(answer, dtype, count=shape[0], offset=file.tell())
-        return value.astype(bool) if np.isin(value, (0, 1)).all() else None
-    except ValueError:
-        return None
 
 
 def open_captions(split: Split) -> tuple[Members, list[list[str]]]:

@@ -1,65 +1,40 @@
 """Sets of labelled images and texts: zero-shot classification, probes, and tests of fine-tuned classifiers.
 
-NAME, NAME@PATH                 zero-shot: a set of the table in `published`, from TFDS, or from a folder with one
-                                sub-folder a class or a CSV file with the columns path and label
-folder:PATH, csv:PATH, tfds:NAME/SPLIT      zero-shot: a source of labelled images (`data.sources`)
-zeroshot/package.module:Class:REST          the same with a source of another package
-zeroshot/holdout[@RUN]          zero-shot: held-out images of a run whose sources have labels, see `own`
-wds:PATH, wds:hf:ORG/NAME       clip_benchmark's layout, see `readers.wds`: zero-shot, or retrieval if it has
-                                captions; class names and prompts of the data set whatever the profile
-probe/NAME, fewshot/NAME        a linear probe trained on the training split of a published set; with @PATH on a
-                                folder with train, test and optionally validation, one sub-folder a class in each
-probe/SOURCE                    the same from the specs SOURCE/train, SOURCE/test and optionally SOURCE/validation
-finetuned/SOURCE                labelled items for a model with a classifier: finetuned/tfds:imagenet2012/validation,
-                                finetuned/folder:PATH, finetuned/glue:cola/validation
+NAME, NAME@PATH, SOURCE, zeroshot/SOURCE, zeroshot/holdout[@RUN]    zero-shot: a set of the table in `published`, a
+                                source of labelled images, or held-out images of a run whose sources have labels
+probe/NAME, probe/SOURCE        a linear probe trained on the training split; SOURCE/train and SOURCE/test
+finetuned/SOURCE                labelled items for a model with a classifier
 """
 
 import dataclasses
-import pathlib
 from typing import Any, ClassVar
 
 import numpy as np
 
 from xclip_jax.core import imports
-from xclip_jax.core.console import log0
 from xclip_jax.core.errors import UserError
 from xclip_jax.data import holdout, sources
 from xclip_jax.data.base import SourceOptions
 from xclip_jax.data.config import DataConfig
-from xclip_jax.data.labelled import Chosen, check_one_class, read_files
+from xclip_jax.data.labelled import Chosen, check_one_class
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.data.readers import wds
 from xclip_jax.evaluators import prompts
-from xclip_jax.evaluators.base import HELD_OUT, Joined, Pictures, SetKind, closest
+from xclip_jax.evaluators.base import HELD_OUT, Joined, Pictures, SetKind
 from xclip_jax.evaluators.probe import ClassificationSet, ProbeSet
 from xclip_jax.evaluators.prompts import Profile
-from xclip_jax.evaluators.results import VALIDATION, Provenance, contents, digest
+from xclip_jax.evaluators.results import Provenance, contents, digest
 from xclip_jax.evaluators.retrieval import RetrievalSet
 from xclip_jax.evaluators.sets.own import captioned, held_out_data, is_holdout
-from xclip_jax.evaluators.sets.published import ENTRIES, PAPER, Content, Entry, entry_of, read, read_tfds
+from xclip_jax.evaluators.sets.published import ENTRIES, PAPER, Content, Entry, read, read_tfds
 from xclip_jax.evaluators.zeroshot import ZeroShotSet
 
 PREFIX, FINETUNED, WDS = "zeroshot/", "finetuned/", "wds:"
 _IMAGES = [name for name, kind in sources.SOURCES.items() if kind.opens("labels") and kind.labelled_items == "image"]
 
 
-def _is_known(spec: str) -> bool:
-    """Whether `spec` is a set of the table or the spec of a source of images; files are not read."""
-    name, separator, path = spec.partition("@")
-    return (name in ENTRIES and bool(path or not separator)) or sources.has_labels(spec, "image")
-
-
 def read_source(spec: str, data_dir: str | None, image_key: str = SourceOptions.image_key) -> Content:
-    """Open the labelled images of a source.
-
-    Args:
-      spec: spec of the source.
-      data_dir: root of TFDS data sets, None for the default.
-      image_key: column of the images, if the source has columns and `spec` names none.
-
-    Raises:
-      UserError: a source that cannot be opened, or items that are not images in classes.
-    """
+    """Open the labelled images of a source; `image_key` is their column if the source has columns and names none."""
     source = sources.open_labelled(spec, SourceOptions(data_dir or "", image_key))
     if source.key != "image" or not source.names:
         raise UserError(f"{spec}: expected images in classes, got {source.key}s; use another source.")
@@ -68,16 +43,10 @@ def read_source(spec: str, data_dir: str | None, image_key: str = SourceOptions.
 
 
 def read_held_out(spec: str, data: DataConfig) -> Content:
-    """Open the labelled images of a run's sources that `data.holdout` keeps out of training.
-
-    Raises:
-      UserError: a source without labels, several labels for an image, or no held-out images.
-    """
+    """Open the labelled images of a run's sources that `data.holdout` keeps out of training."""
     parts, identities = [], []
     for source_spec in data.sources:
         part = read_source(source_spec, data.dir, data.image_key)
-        if np.ndim(part.labels) != 1:
-            raise UserError(f"{spec}: images of {source_spec} have several labels; give each one class.")
         positions = holdout.selected(part.images, data.holdout)
         identities += [holdout.image_hash(part.images[i]) for i in positions]
         labels = np.array([part.classes[label] for label in part.labels[positions]], object)
@@ -98,11 +67,7 @@ def read_held_out(spec: str, data: DataConfig) -> Content:
 
 
 def load(spec: str, prepare: Preprocessing | int, data: DataConfig, profile: Profile) -> ZeroShotSet | RetrievalSet:
-    """Open a zero-shot set, or captions in clip_benchmark's layout; images are decoded and preprocessed on access.
-
-    Raises:
-      UserError: a set that is not prepared, or a path or label that is wrong.
-    """
+    """Open a zero-shot set, or captions in clip_benchmark's layout; images are decoded and preprocessed on access."""
     if spec.startswith(WDS) and _type_of(spec) == wds.CAPTIONS:
         split = wds.locate(spec.removeprefix(WDS))
         images, captions = wds.open_captions(split)
@@ -136,27 +101,19 @@ def own_set(name: str, content: Content, prepare: Preprocessing | int, profile: 
     """Return the set `name` of labelled images, with the templates and class names of the profile.
 
     A data set with its own templates keeps them and its names. Class names for unknown classes are ignored.
-
-    Raises:
-      UserError: the profile has class names, and none of them names a class of the images.
     """
     if content.templates:
         profile = dataclasses.replace(profile, templates=(), names={})
-    if foreign := sorted(set(profile.names) - set(content.classes)):
-        classes = f"its {len(content.classes)} classes, such as {content.classes[0]!r}"
-        if len(foreign) == len(profile.names):
-            raise UserError(
-                f"{name}: none of the class names, such as {foreign[0]!r}, is among {classes}; correct the file of "
-                "names, or add some of these classes."
-            )
-        log0(
-            f"{name}: {len(foreign)} of {len(profile.names)} class names, such as {foreign[0]!r}, are not of {classes}"
+    if profile.names and not set(profile.names) & set(content.classes):
+        raise UserError(
+            f"{name}: none of the class names, such as {min(profile.names)!r}, is among its {len(content.classes)} "
+            f"classes, such as {content.classes[0]!r}; correct the file of names, or add some of these classes."
         )
     # Names of a data set with templates go into them unchanged.
     spaced = [label if content.templates else prompts.spaced(label) for label in content.classes]
     words = [profile.names.get(label, word) for label, word in zip(content.classes, spaced, strict=True)]
     templates = profile.templates or content.templates or "dummy"
-    description = "dummy (1)" if templates == "dummy" else f"the data set's ({len(templates)})"
+    description = f"the data set's ({len(content.templates)})" if content.templates else "dummy (1)"
     if profile.templates:
         description = " | ".join(profile.templates)
     entry = Entry(metric="map" if np.ndim(content.labels) == 2 else "top1")
@@ -181,16 +138,12 @@ def _make(
         note=entry.note,
         role=entry.role,
     )
-    pictures = Pictures(content.images, prepare, entry.border)
+    pictures = Pictures(content.images, prepare)
     return ZeroShotSet(spec, pictures, content.labels, texts, names=content.classes, card=card)
 
 
 def _read_splits(spec: str, data_dir: str | None) -> tuple[Entry, list[Content], Any]:
-    """Return the table's entry, two or three splits (training, validation, test), and their identity for the hash.
-
-    Raises:
-      UserError: a set that cannot be opened or has no training split.
-    """
+    """Return the table's entry, two or three splits (training, validation, test), and their identity for the hash."""
     name = spec.partition("/")[2]
     if sources.has_labels(name, "image"):
         source, options = sources.parse(name), SourceOptions(data_dir or "")
@@ -200,25 +153,16 @@ def _read_splits(spec: str, data_dir: str | None) -> tuple[Entry, list[Content],
         parts = [dataclasses.replace(part, data=source.rest, split="test") for part in parts]
         identities = [part.identity for part in parts]
         return Entry(), parts, identities if any(identities) else ""
-    name, _, path = name.partition("@")
-    if not path and not (ENTRIES[name].tfds and ENTRIES[name].train):
-        raise UserError(f"{name} has no training split in TFDS; write {spec}@PATH, a folder with train and test.")
-    _, entry, _ = entry_of(spec.partition("/")[2])
-    if path:
-        splits = ("train", *["validation"] * (pathlib.Path(path) / "validation").is_dir(), "test")
-        read = [read_files(spec, pathlib.Path(path) / split) for split in splits]
-        return entry, [Content(*part, data=path, split="test") for part in read], ""
+    entry = ENTRIES[name]
+    if not (entry.tfds and entry.train):
+        raise UserError(f"{name} has no training split in TFDS; write probe/folder:PATH, a folder with train and test.")
     splits = (entry.train, *[entry.held] * bool(entry.held), entry.split)
     parts = [read_tfds(name, entry, split, data_dir) for split in splits]
     return entry, parts, [parts[0].data, parts[0].version, *splits]
 
 
 def load_probe(spec: str, prepare: Preprocessing | int, data: DataConfig, profile: Profile) -> ProbeSet:
-    """Open `probe/NAME`, or `fewshot/NAME`, which also trains on 1 %, 10 % and 5 images a class.
-
-    Raises:
-      UserError: a set that cannot be opened or has no training split, or several labels an image.
-    """
+    """Open `probe/NAME`."""
     entry, content, identity_of_splits = _read_splits(spec, data.dir or None)
     first = content[0]
     if any(set(part.classes) - set(first.classes) for part in content) or any(
@@ -240,38 +184,21 @@ def load_probe(spec: str, prepare: Preprocessing | int, data: DataConfig, profil
         version=first.version,
         split=first.split,
         split_hash=digest(
-            [
-                identity_of_splits,
-                *([part.labels.tolist(), part.classes, contents(part.images)] for part in content),
-            ]
+            [identity_of_splits, *([part.labels.tolist(), part.classes, contents(part.images)] for part in content)]
         ),
         protocol="CLIP's linear probe: features before projection, L-BFGS, C by halving on validation, fit on both",
         preprocessing=prepare.resizing,
         metric=f"linear/{metric}",
         note=entry.note,
     )
-    parts = ("1%", "10%", "5-shot") if spec.startswith("fewshot/") else ()
-    train, validation, test = content
-    return ProbeSet(
-        spec,
-        Pictures(train.images, prepare, entry.border),
-        Pictures(validation.images, prepare, entry.border),
-        Pictures(test.images, prepare, entry.border),
-        {"": (train.labels, validation.labels, test.labels)},
-        parts,
-        card=card,
-    )
+    train, validation, test = (Pictures(part.images, prepare) for part in content)
+    return ProbeSet(spec, train, validation, test, {"": [part.labels for part in content]}, card=card)
 
 
 def load_finetuned(spec: str, prepare: Preprocessing | int, data: DataConfig, profile: Profile) -> ClassificationSet:
-    """Open `finetuned/SOURCE`.
-
-    Raises:
-      UserError: a source that cannot be opened, or several labels for one item.
-    """
+    """Open `finetuned/SOURCE`."""
     source_spec = spec.removeprefix(FINETUNED)
-    options = SourceOptions(data.dir)
-    source = sources.open_labelled(source_spec, options)
+    source = sources.open_labelled(source_spec, SourceOptions(data.dir))
     check_one_class(source_spec, source)
     labels, images, prepare = source.labels(), source.key == "image", profile.preprocessing(prepare)
     card = Provenance(
@@ -279,35 +206,14 @@ def load_finetuned(spec: str, prepare: Preprocessing | int, data: DataConfig, pr
         version=source.version,
         split=source_spec.rpartition("/")[2],
         split_hash=digest(
-            [
-                source.identity,
-                *labels.tolist(),
-                *source.names,
-                *(contents(source.items) if images else source.items),
-            ]
+            [source.identity, *labels.tolist(), *source.names, *(contents(source.items) if images else source.items)]
         ),
         protocol="the classifier that end-to-end fine-tuning fitted",
         metric=f"finetuned/{source.metrics[0]}",
         preprocessing=prepare.resizing if images else "",
-        role=VALIDATION if _is_for_choices(source_spec, options) else "",
     )
     items = Pictures(source.items, prepare) if images else source.items
     return ClassificationSet(spec, items, labels, len(source.names) or 1, card, tuple(source.names))
-
-
-def _is_for_choices(spec: str, options: SourceOptions) -> bool:
-    """Whether a source is the validation split of a data set that also has labelled test items.
-
-    ImageNet and the GLUE tasks publish no test labels: results are reported on their validation splits.
-    """
-    data_set, _, split = spec.rpartition("/")
-    if split != "validation" or data_set.endswith(":") or not sources.is_spec(data_set):
-        return False
-    source = sources.parse(data_set)
-    reported = {(entry.tfds.partition(":")[0], entry.split) for entry in ENTRIES.values()}
-    if (source.rest.partition(":")[0], split) in reported or not source.kind.opens("splits"):
-        return False
-    return source.kind.has_split(source.rest, "test", options)
 
 
 class ClassSets(SetKind):
@@ -318,22 +224,19 @@ class ClassSets(SetKind):
     at_path = tuple(ENTRIES)
     suites: ClassVar = {"paper": (*PAPER, "coco_retrieval")}
     usage = "own data: " + "; ".join(
-        [
-            *(
-                f"{spec}, {meaning}"
-                for spec, meaning in sources.usage("labels").items()
-                if spec.partition(":")[0] in _IMAGES
-            ),
-            f"{PREFIX}{sources.OF_ANOTHER_PACKAGE}",
-            f"{PREFIX}{HELD_OUT}[@RUN], the held-out pairs of a run whose sources have labels",
-        ]
+        [f"{spec}, {what}" for spec, what in sources.usage("labels").items() if spec.partition(":")[0] in _IMAGES]
+        + [f"{PREFIX}{sources.OF_ANOTHER_PACKAGE}"]
+        + [f"{PREFIX}{HELD_OUT}[@RUN], the held-out pairs of a run whose sources have labels"]
     )
     load = staticmethod(load)
 
     @classmethod
     def knows(cls, spec: str) -> bool:
         """Whether the set or source exists; files are not read."""
-        return is_holdout(spec, PREFIX) or _is_known(spec.removeprefix(PREFIX))
+        name, at, path = spec.removeprefix(PREFIX).partition("@")
+        if is_holdout(spec, PREFIX) or (name in ENTRIES and bool(path or not at)):
+            return True
+        return sources.has_labels(spec.removeprefix(PREFIX), "image")
 
     @classmethod
     def data_of(cls, spec: str, data: DataConfig) -> DataConfig:
@@ -350,10 +253,10 @@ class ClassSets(SetKind):
 
 
 class ProbeSets(SetKind):
-    """`probe/NAME`, `fewshot/NAME` and `probe/SOURCE`."""
+    """`probe/NAME` and `probe/SOURCE`."""
 
-    prefixes = ("probe", "fewshot")
-    usage = f"probes: probe/NAME, fewshot/NAME, {', '.join(f'probe/{spec}' for spec in sources.usage('splits'))}"
+    prefixes = ("probe",)
+    usage = f"probes: probe/NAME, {', '.join(f'probe/{spec}' for spec in sources.usage('splits'))}"
     load = staticmethod(load_probe)
 
     @classmethod
@@ -362,13 +265,7 @@ class ProbeSets(SetKind):
         name = spec.partition("/")[2]
         if sources.has_labels(name, "image"):
             return sources.parse(name).kind.opens("splits")
-        return bool(name) and _is_known(name)
-
-    @classmethod
-    def closest(cls, spec: str) -> list[str]:
-        """Return similar names."""
-        prefix, _, name = spec.partition("/")
-        return [f"{prefix}/{near}" for near in closest(name, PAPER, ENTRIES)]
+        return name in ENTRIES
 
 
 class FinetunedSets(SetKind):

@@ -1,19 +1,13 @@
 """Retrieval on your own image-text pairs: a source, or the pairs that a run holds out of its training.
 
-Pairs whose images have the same bytes are one item with all of their captions.
+retrieval/SOURCE[?image=COLUMN&text=COLUMN]     all pairs of a source or path, from these columns instead of the run's
+retrieval/holdout[@RUN]                         the pairs that `data.holdout` of the model's run, or another, keeps out
 
-    retrieval/SOURCE                all pairs of a source of `data.sources`, such as retrieval/tar:PATTERN,
-                                    retrieval/csv:PATTERN or retrieval/tfds:NAME/SPLIT; a plain path, retrieval/PATH,
-                                    has the kind that its files suggest
-    retrieval/SOURCE?image=COLUMN&text=COLUMN   the same from columns other than `data.image_key` and `data.text_keys`
-    retrieval/holdout               the pairs that `data.holdout` of the model's run keeps out of training
-    retrieval/holdout@RUN           the held-out pairs of another run
+Pairs whose images have the same bytes are one item with all of their captions.
 """
 
 import contextlib
 import dataclasses
-import difflib
-import os
 import urllib.parse
 from collections.abc import Sequence
 from typing import Any
@@ -25,7 +19,7 @@ from xclip_jax.core.console import log0
 from xclip_jax.core.errors import UserError
 from xclip_jax.core.run_folder import RunFolder
 from xclip_jax.data import holdout, sources
-from xclip_jax.data.base import MissingColumnError, Source
+from xclip_jax.data.base import MissingColumnError
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.holdout import Subset
 from xclip_jax.data.labelled import Field
@@ -45,15 +39,7 @@ def is_holdout(spec: str, prefix: str) -> bool:
 
 
 def held_out_data(spec: str, data: DataConfig) -> DataConfig:
-    """Return the `data` group of the run that holds out the pairs of `spec`: FAMILY/holdout or FAMILY/holdout@RUN.
-
-    Args:
-      spec: name of the set.
-      data: the group of the model's own run.
-
-    Raises:
-      UserError: a folder that is not a run, or a run without held-out pairs.
-    """
+    """Return the `data` group of the run that holds out the pairs of `spec`: FAMILY/holdout or FAMILY/holdout@RUN."""
     name, at, run = spec.partition("@")
     if at:
         content = RunFolder(run).read_config() if run else None
@@ -62,7 +48,7 @@ def held_out_data(spec: str, data: DataConfig) -> DataConfig:
         data = fields.read_group(DataConfig, content["config"]["data"], "data", [])
     if not data.holdout or not data.sources:
         whose = f"the run {run!r}" if at else "this model"
-        raise UserError(f"{spec}: {whose} holds out no pairs (data.holdout); write {name}@RUN for those of a run.")
+        raise UserError(f"{spec}: {whose} holds out no pairs (data.holdout); name another run, {name}@RUN.")
     return data
 
 
@@ -71,26 +57,13 @@ def named_columns(name: str, data: DataConfig) -> tuple[str, DataConfig]:
 
     Both keys are optional, and `text` may be repeated; in names %26 is & and %2C a comma. A question mark with another
     meaning, as in a pattern of files, stays.
-
-    Raises:
-      UserError: an unknown key, several images, or an empty column.
     """
-    source_name, _, end = name.rpartition("?")
-    columns: dict[str, list[str]] = {}
-    for key, _, column in (part.partition("=") for part in end.split("&")):
-        columns.setdefault(key, []).append(urllib.parse.unquote(column))
+    source_name, _, query = name.rpartition("?")
+    columns = urllib.parse.parse_qs(query)
     if not source_name or not columns.keys() & {"image", "text"}:
         return name, data
-    images, texts = columns.get("image", [data.image_key]), columns.get("text", data.text_keys)
-    if columns.keys() - {"image", "text"} or len(images) > 1 or not all((*images, *texts)):
-        raise UserError(f"{PREFIX}{name} ends in '?{end}'; expected {_COLUMNS}, or one of the two.")
-    return source_name, dataclasses.replace(data, image_key=images[0], text_keys=tuple(texts))
-
-
-def _pairs(specs: Sequence[str], share: float, data: DataConfig) -> tuple[list[Source], list[holdout.Pairs]]:
-    options = sources.source_options(data)
-    opened = [sources.open_pairs(spec, options) for spec in specs]
-    return opened, [holdout.find(spec, source, share, data) for spec, source in zip(specs, opened, strict=True)]
+    columns = {"image": [data.image_key], "text": data.text_keys} | columns
+    return source_name, dataclasses.replace(data, image_key=columns["image"][0], text_keys=tuple(columns["text"]))
 
 
 def captions_by_image(parts: Sequence[holdout.Pairs]) -> tuple[dict[str, list[str]], list[np.ndarray]]:
@@ -111,11 +84,7 @@ def captions_by_image(parts: Sequence[holdout.Pairs]) -> tuple[dict[str, list[st
 
 
 def load_pairs(spec: str, prepare: Preprocessing | int, data: DataConfig, profile: Profile) -> RetrievalSet:
-    """Open the set `spec`. Captions have the command's prefix, but not the CLIP paper's prefix for COCO and Flickr30k.
-
-    Raises:
-      UserError: a source that cannot be opened or has no readable pairs, or a run without held-out pairs.
-    """
+    """Open the set `spec`; its captions have the prefix of the command, not the one of the published sets."""
     name = spec.removeprefix(PREFIX)
     if is_holdout(spec, PREFIX):
         specs, share = tuple(data.sources), data.holdout
@@ -125,7 +94,8 @@ def load_pairs(spec: str, prepare: Preprocessing | int, data: DataConfig, profil
         name = specs[0] + name.removeprefix(source_name)
     try:
         with imports.named_by("the config of the run that holds them out") if share < 1 else contextlib.nullcontext():
-            opened, parts = _pairs(specs, share, data)
+            opened = [sources.open_pairs(spec, sources.source_options(data)) for spec in specs]
+            parts = [holdout.find(name, source, share, data) for name, source in zip(specs, opened, strict=True)]
     except MissingColumnError as error:
         if share < 1:
             raise
@@ -140,9 +110,8 @@ def load_pairs(spec: str, prepare: Preprocessing | int, data: DataConfig, profil
         Field(Subset(source, part.indices[new]), "image")
         for source, part, new in zip(opened, parts, positions, strict=True)
     ]
-    captions, split = list(by_image.values()), f"held out, {share:g}" if share < 1 else ""
-    data_name = ", ".join(specs)
-    return captioned(name, Joined(images), captions, list(by_image), prepare, profile, data=data_name, split=split)
+    origin = {"data": ", ".join(specs), "split": f"held out, {share:g}" if share < 1 else ""}
+    return captioned(name, Joined(images), list(by_image.values()), list(by_image), prepare, profile, **origin)
 
 
 def captioned(
@@ -154,17 +123,7 @@ def captioned(
     profile: Profile,
     **origin: str,
 ) -> RetrievalSet:
-    """Return a retrieval set of images and their captions as the profile changes them.
-
-    Args:
-      name: name of the set.
-      images: encoded images.
-      captions: captions of each image.
-      ids: JSON that identifies each image, for the split's hash.
-      prepare: preprocessing of the model's images.
-      profile: protocol.
-      origin: fields of `Provenance`: data, split, version.
-    """
+    """Return a retrieval set of encoded images, identified by `ids`, and their captions as the profile changes them."""
     prepare, texts = profile.preprocessing(prepare), [profile.texts(of_image) for of_image in captions]
     kept = f"first {profile.captions}" if profile.captions else "all"
     card = Provenance(
@@ -190,23 +149,10 @@ class PairSets(SetKind):
 
     @classmethod
     def knows(cls, spec: str) -> bool:
-        """Whether `spec` names held-out pairs, a source, or a path that a source reads; nothing is opened.
-
-        Raises:
-          UserError: a path that no source reads or that does not exist, unless it is a misspelt "holdout"; or wrong
-            columns.
-        """
+        """Whether `spec` names held-out pairs, a source, or a path that a source reads; nothing is opened."""
         if is_holdout(spec, PREFIX):
             return True
-        source_name, _ = named_columns(spec.removeprefix(PREFIX), DataConfig())
-        try:
-            return bool(sources.spec_from_path(source_name))
-        except UserError:
-            if os.path.isabs(source_name) or os.path.exists(source_name):
-                raise
-            if source_name and ":" not in source_name and not difflib.get_close_matches(source_name, [HELD_OUT]):
-                raise UserError(f"{spec}: no file or folder {source_name!r}; check the path.") from None
-            return False
+        return bool(sources.spec_from_path(named_columns(spec.removeprefix(PREFIX), DataConfig())[0]))
 
     @classmethod
     def data_of(cls, spec: str, data: DataConfig) -> DataConfig:

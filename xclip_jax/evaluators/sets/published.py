@@ -1,4 +1,4 @@
-"""Table of the published sets of labelled images, and their readers: TFDS, a folder, a CSV file.
+"""Table of the published sets of labelled images, and their readers: TFDS, a folder, a CSV file; and `dense/pets`.
 
 The table has the origin, templates, class names and metric of each set. If clip-benchmark names a set's classes, the
 folders and CSV labels of `NAME@PATH` must match those names: by a published name, a label of the TFDS data set (a
@@ -9,18 +9,22 @@ published classes are possible answers, including classes without images.
 import dataclasses
 import functools
 import pathlib
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 
 from xclip_jax.core.errors import UserError
+from xclip_jax.data.config import DataConfig
 from xclip_jax.data.labelled import Field, read_files
+from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.data.readers.tfds import open_tfds
 from xclip_jax.evaluators import prompts
-from xclip_jax.evaluators.results import SHIFTED, VALIDATION
+from xclip_jax.evaluators.base import Pictures, SetKind
+from xclip_jax.evaluators.dense import NO_CLASS, PROTOCOL, DenseSet, MaskedImages
+from xclip_jax.evaluators.prompts import Profile
+from xclip_jax.evaluators.results import SHIFTED, VALIDATION, Provenance, digest
 
 _APPROXIMATE = "the published split is not public or not one: compare only numbers with the same split_hash"
 
@@ -35,19 +39,12 @@ class Entry:
       templates: key of `prompts.templates`; the profile chooses the templates of "imagenet".
       names: clip-benchmark's key of the class names; "" for the data set's own labels.
       readable: whether the data set's labels need `prompts.readable`.
-      spelled: class names in the published archive, in the order of `names`.
-      in_order: pattern of class folders whose sorted order is the order of `names`.
       metric: the published metric.
       label: feature with the label.
       classes: the set's classes among ImageNet's 1000; empty for all.
-      derive: function from the feature's value to the label.
-      ways: number of classes, if the feature does not define it.
-      border: pixels to cut off on each side.
       train, held: splits on which probes are trained and choose C. Without `train` the set has no probe; without `held`
         C is chosen on a tenth of `train`.
-      note: see `Provenance`.
-      role: `SHIFTED` for images of another source or style than the training images of its classes; `VALIDATION` for
-        model selection, which the paper's suite leaves out.
+      note, role: see `Provenance`; sets for validation are not in the paper's suite.
     """
 
     tfds: str = ""
@@ -55,36 +52,13 @@ class Entry:
     templates: str = ""
     names: str = ""
     readable: bool = False
-    spelled: tuple[str, ...] = ()
-    in_order: str = ""
     metric: str = "top1"
     label: str = "label"
     classes: tuple[int, ...] = ()
-    derive: Callable[[Any], int] | None = None
-    ways: int = 0
-    border: int = 0
     train: str = "train"
     held: str = ""
     note: str = ""
     role: str = ""
-
-
-def _column(objects: Any, key: str) -> Sequence[Any]:
-    """Return a column of nested features, which TFDS represents as a dict of columns or a list of dicts."""
-    return [item[key] for item in objects] if isinstance(objects, list) else objects[key]
-
-
-def _count(objects: Any) -> int:
-    """CLEVR: three to ten objects -> 0 to 7."""
-    return len(_column(objects, "color")) - 3
-
-
-def _distance(objects: Any) -> int:
-    """KITTI, VTAB's task: the nearest vehicle (car, van, truck) within 8 m, 20 m, any distance, or none -> 0 to 3."""
-    types = np.asarray(_column(objects, "type"))
-    locations = np.asarray(_column(objects, "location")).reshape(-1, 3)
-    distances = locations[np.isin(types, (0, 1, 2)), 2]
-    return 3 if not len(distances) else int(np.searchsorted((8.0, 20.0), distances.min()))
 
 
 def _imagenet(tfds_name: str, split: str = "test", **fields: Any) -> Entry:
@@ -121,17 +95,6 @@ ENTRIES: Mapping[str, Entry] = {
     "svhn": Entry("svhn_cropped", templates="svhn", names="svhn"),
     "eurosat": Entry("eurosat/rgb", "train", "eurosat", "eurosat", train="", note=_APPROXIMATE),
     "resisc45": Entry("resisc45:3.0.0", "train", "resisc45", train="", note=_APPROXIMATE),
-    "kitti": Entry(
-        "kitti",
-        "test",
-        "kitti_closest_vehicle_distance",
-        "kitti_closest_vehicle_distance",
-        label="objects",
-        derive=_distance,
-        ways=4,
-        held="validation",
-        note=_APPROXIMATE,
-    ),
     "pcam": Entry(
         "patch_camelyon:2.0.0",
         templates="pcam",
@@ -139,29 +102,12 @@ ENTRIES: Mapping[str, Entry] = {
         held="validation",
         note="SLIP tests on the validation split",
     ),
-    "clevr": Entry(
-        "clevr:3.1.0",
-        "validation",
-        "clevr_count_all",
-        "clevr_count_all",
-        label="objects",
-        derive=_count,
-        ways=8,
-        note=_APPROXIMATE,
-    ),
     # TFDS lacks these, or its reader does: NAME@PATH.
-    "objectnet": Entry(
-        templates="imagenet", border=2, role=SHIFTED, note="113 classes overlap with ImageNet's; give those alone"
-    ),
     "birdsnap": Entry(templates="birds"),
     "fgvc_aircraft": Entry(templates="fgvc_aircraft", metric="mean_per_class", note="by variant"),
-    "fer2013": Entry(
-        templates="fer2013",
-        names="fer2013",
-        spelled=("angry", "disgust", "fear", "happy", "neutral", "sad", "surprise"),
-    ),
+    "fer2013": Entry(templates="fer2013", names="fer2013"),
     "gtsrb": Entry(templates="gtsrb", names="gtsrb"),
-    "country211": Entry(templates="country211", names="country211", in_order="[A-Z]{2}"),  # codes of countries
+    "country211": Entry(templates="country211", names="country211"),
     "hatefulmemes": Entry(templates="hatefulmemes", names="hatefulmemes", metric="roc_auc"),
     "renderedsst2": Entry(templates="renderedsst2"),
     "ucf101": Entry(templates="ucf101", readable=True, note=_APPROXIMATE + "; middle frames"),
@@ -194,26 +140,12 @@ class Content:
     templates: Sequence[str] = ()
 
 
-def entry_of(spec: str) -> tuple[str, Entry, str]:
-    """Return name, entry and path of a set of the table; the path is "" for TFDS.
-
-    Raises:
-      UserError: neither a path nor a TFDS data set.
-    """
+def read(spec: str, data_dir: str | None) -> tuple[str, Entry, Content]:
+    """Open a set of the table: its name, entry, and the images with their published class names."""
     name, _, path = spec.partition("@")
     entry = ENTRIES[name]
     if not path and not entry.tfds:
         raise UserError(f"{name} is not in TFDS; write {name}@PATH, a folder of one sub-folder a class or a CSV file.")
-    return name, entry, path
-
-
-def read(spec: str, data_dir: str | None) -> tuple[str, Entry, Content]:
-    """Open a set of the table: its name, entry, and the images with their published class names.
-
-    Raises:
-      UserError: a set that is not prepared, or a path or label that is wrong.
-    """
-    name, entry, path = entry_of(spec)
     if path:
         images, labels, classes = read_files(name, pathlib.Path(path))
         if entry.names:
@@ -224,8 +156,6 @@ def read(spec: str, data_dir: str | None) -> tuple[str, Entry, Content]:
     classes = prompts.class_names(entry.names, content.classes) if entry.names else content.classes
     if entry.classes:
         labels, classes = _masked(name, entry, labels, classes)
-    if np.ndim(labels) == 1 and np.size(labels) and np.max(labels) >= len(classes):
-        raise UserError(f"{name}: label {np.max(labels)} is not among {len(classes)} classes.")
     return name, entry, dataclasses.replace(content, labels=labels, classes=classes)
 
 
@@ -235,53 +165,32 @@ def read_tfds(name: str, entry: Entry, split: str, data_dir: str | None) -> Cont
     # Images are skipped here, not decoded.
     values = [source[i][entry.label] for i in range(len(source))]
     feature = info.features[entry.label]
-    if entry.derive:
-        labels = np.array([entry.derive(value) for value in values])
-        if labels.min() < 0 or labels.max() >= entry.ways:
-            raise UserError(f"{name}: a record of {entry.tfds} gives label {labels.min()} to {labels.max()}.")
-        classes = [str(i) for i in range(entry.ways)]
-    else:
-        classes = list(getattr(feature, "feature", feature).names)
-        labels = np.array(values, int) if not np.ndim(values[0]) else np.zeros((len(values), len(classes)), bool)
-        for row, value in zip(labels, values, strict=True) if labels.ndim == 2 else ():
-            row[np.asarray(value, int)] = True
+    classes = list(getattr(feature, "feature", feature).names)
+    labels = np.array(values, int) if not np.ndim(values[0]) else np.zeros((len(values), len(classes)), bool)
+    for row, value in zip(labels, values, strict=True) if labels.ndim == 2 else ():
+        row[np.asarray(value, int)] = True
     version = str(info.version)
     data = entry.tfds.partition(":")[0]
     return Content(Field(source, "image"), labels, classes, data, version, entry.split, [data, version, split])
 
 
 def _published(name: str, entry: Entry, labels: np.ndarray, classes: Sequence[str]) -> tuple[np.ndarray, list[str]]:
-    """Return labels and names of the published classes, from labels whose classes are called `classes`.
-
-    Raises:
-      UserError: a class that no published name or number matches.
-    """
+    """Return labels and names of the published classes, from labels whose classes are called `classes`."""
     whole = prompts.published(entry.names)
     kept = entry.classes or range(len(whole))
     published = [whole[i] for i in kept]
-    spellings = {"as published": published, "as the archive has them": entry.spelled}
-    if entry.tfds and not entry.derive:
-        tfds_labels = _tfds_labels(entry.tfds, entry.label)
-        spellings["as TFDS has them"] = [tfds_labels[i] for i in kept] if tfds_labels else []
-    if entry.in_order and len(classes) == len(published) and all(re.fullmatch(entry.in_order, x) for x in classes):
-        spellings["in their order"] = sorted(classes)
-    if entry.classes:
-        spellings["by number among the 1000"] = [str(i) for i in kept]
+    tfds_labels = _tfds_labels(entry.tfds, entry.label) if entry.tfds else []
     # Without 0 among them, numbers may well begin at 1.
-    numbers = [str(i) for i in range(len(published))]
-    first = any(label.isascii() and label.isdigit() and int(label) == 0 for label in classes)
-    spellings["by number"] = numbers if first else []
+    from_zero = any(label.isascii() and label.isdigit() and int(label) == 0 for label in classes)
+    numbers = [str(i) for i in range(len(published))] if from_zero else []
     try:
-        position = np.array(prompts.match(classes, *spellings.values()))
+        of_tfds = [tfds_labels[i] for i in kept] if tfds_labels else []
+        position = np.array(prompts.match(classes, published, of_tfds, numbers))
     except KeyError as error:
-        ways = [
-            f"{how} ({spelling[0]!r}, ...)"
-            for how, spelling in (spellings | {"by number": numbers}).items()
-            if spelling
-        ]
         raise UserError(
-            f"{name}: {error.args[0]!r} is not a class of {name}, or is there twice. Name the classes "
-            f"{' or '.join(ways)}, or evaluate folder:PATH or csv:PATH, where their own names are used."
+            f"{name}: {error.args[0]!r} is not a class of {name}, or is there twice. Name the classes as published "
+            f"({published[0]!r}, ...) or by number from 0, or evaluate folder:PATH or csv:PATH, where their own names "
+            "are used."
         ) from error
     if np.ndim(labels) == 1:
         return position[labels], published
@@ -303,7 +212,55 @@ def _masked(name: str, entry: Entry, labels: np.ndarray, names: list[str]) -> tu
     """Return labels and names with the labels among the 1000 renumbered to the set's classes."""
     position = np.full(len(names), -1)
     position[list(entry.classes)] = np.arange(len(entry.classes))
-    foreign = np.unique(labels[position[labels] < 0])
-    if len(foreign):
-        raise UserError(f"{name}: class {foreign[0]} occurs and is not among its {len(entry.classes)} classes.")
+    if (position[labels] < 0).any():
+        raise UserError(
+            f"{name}: class {labels[position[labels] < 0][0]} is not among its {len(entry.classes)} classes."
+        )
     return position[labels], [names[i] for i in entry.classes]
+
+
+class TrimapMasks(Sequence):
+    """Masks of Oxford-IIIT Pet: 1 is the pet, 2 the background, 3 the outline, which has no class."""
+
+    def __init__(self, source: Any) -> None:
+        """Records of `source` have the feature segmentation_mask (h, w, 1)."""
+        self._source = source
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> np.ndarray:  # ty: ignore[incompatible-method-override] no slices
+        trimap = np.asarray(self._source[index]["segmentation_mask"])[..., 0]
+        return np.where(trimap == 3, NO_CLASS, trimap - np.uint8(1)).astype(np.uint8)
+
+
+class DenseSets(SetKind):
+    """`dense/pets`: pets and background of Oxford-IIIT Pet."""
+
+    prefixes = ("dense",)
+    names = ("dense/pets",)
+
+    @classmethod
+    def knows(cls, spec: str) -> bool:
+        """Whether the name is known."""
+        return spec in cls.names
+
+    @classmethod
+    def load(cls, spec: str, prepare: Preprocessing | int, data: DataConfig, profile: Profile) -> DenseSet:
+        """Open the set."""
+        name, prepare = "oxford_iiit_pet", profile.preprocessing(prepare)
+        (train, info), (test, _) = (open_tfds(name, split, data.dir or None) for split in ("train", "test"))
+        train, test = (
+            MaskedImages(Pictures(Field(source, "image"), prepare), TrimapMasks(source)) for source in (train, test)
+        )
+        version = str(info.version)
+        card = Provenance(
+            data=name,
+            version=version,
+            split="test",
+            split_hash=digest([name, version, len(train.images), len(test.images)]),
+            protocol=PROTOCOL,
+            preprocessing=prepare.resizing,
+            metric="miou",
+        )
+        return DenseSet(spec, ["pet", "background"], train, MaskedImages([], []), test, prepare, card)

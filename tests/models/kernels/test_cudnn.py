@@ -15,7 +15,7 @@ from jax._src.cudnn import fused_attention_stablehlo
 
 from tests.helpers import tiny
 from xclip_jax.config import load as config_file
-from xclip_jax.kernels import cudnn
+from xclip_jax.models.kernels import cudnn
 from xclip_jax.models.layers import attend
 from xclip_jax.train import build, memory
 from xclip_jax.train.state import create

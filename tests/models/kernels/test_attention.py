@@ -1,4 +1,4 @@
-"""The fused attention of `kernels.attention` against its definition, `layers.attend`, and in whole towers and steps."""
+"""The fused attention of `models.kernels` against its definition, `layers.attend`, and in whole towers and steps."""
 
 import einops
 import flax.linen as nn
@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from tests.helpers import tiny
-from xclip_jax.kernels import attention as kernel
 from xclip_jax.models import layers
+from xclip_jax.models.kernels import attention as kernel
 from xclip_jax.models.layers import attend
 from xclip_jax.models.transformer import Transformer, TransformerConfig
 from xclip_jax.parallel import sharding

@@ -83,13 +83,19 @@ class Schedule:
         return self.blocks * self.bundles / self.cores
 
 
+def source(instruction: hlo.Instruction) -> str:
+    """The path of JAX's names that an instruction comes from, "" where the compiler kept none."""
+    match = re.search(r'op_name="([^"]*)"', instruction.attributes)
+    return match[1] if match else ""
+
+
 def kernel_of(instruction: hlo.Instruction, computation: hlo.Computation) -> Kernel | None:
     """Return the kernel that an instruction calls, None for another instruction."""
     if TARGET not in instruction.attributes:
         return None
     operands = tuple(str(array) for name in instruction.operands for array in computation[name].arrays)
     config = instruction.attributes.partition("backend_config=")[2]
-    names = re.findall(r"\w+", instruction.source.removesuffix("/pallas_call"))
+    names = re.findall(r"\w+", source(instruction).removesuffix("/pallas_call"))
     name = names[-1] if names else instruction.name
     return Kernel(name, operands, tuple(map(str, instruction.arrays)), _code(config), config)
 
@@ -109,7 +115,7 @@ def _make(chip: str, kernels: list[Kernel]) -> list[Schedule | None]:
         given = os.environ.get("LIBTPU_INIT_ARGS", "")
         dump = f"{given} --xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
         done = subprocess.run(
-            [sys.executable, "-m", "xclip_jax.parallel.schedule", chip, folder],
+            [sys.executable, "-m", "benchmarks.schedule", chip, folder],
             input=json.dumps([dataclasses.asdict(kernel) for kernel in kernels]),
             env=os.environ | {"JAX_PLATFORMS": "cpu", "LIBTPU_INIT_ARGS": dump},
             capture_output=True,

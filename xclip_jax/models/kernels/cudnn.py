@@ -18,14 +18,9 @@ Array = jax.Array
 def attention(
     query: Array, key: Array, value: Array, *, causal: bool, implementation: Literal["cudnn", "xla"] = "cudnn"
 ) -> Array:
-    """Scaled dot-product self-attention, softmax in fp32. Three times (b, heads, n, kv) -> (b, heads, n, kv).
+    """Scaled dot-product self-attention, softmax in fp32. Three times bf16 or fp16 (b, heads, n, kv) -> the same shape.
 
-    Args:
-      query: bf16 or fp16.
-      key: of the same shape and type.
-      value: of the same shape and type.
-      causal: whether a token only attends to itself and earlier tokens.
-      implementation: "xla" computes the same on any platform.
+    The `implementation` "xla" computes the same on any platform.
     """
     b, _, n, _ = query.shape
 
@@ -54,13 +49,7 @@ def accepts(device: jax.Device, shape: tuple[int, int, int, int], dtype: jnp.dty
     """Whether cuDNN computes `attention` and its gradient on `device`, tested by compiling them.
 
     The answer depends on the versions of JAX and cuDNN and on the GPU. A refusal is printed once, and XLA computes
-    `xclip_jax.models.layers.attend` instead: an optional kernel does not end a run.
-
-    Args:
-      device: a device of this process.
-      shape: shape of the queries on one device, (b, heads, n, kv).
-      dtype: dtype of queries, keys and values.
-      causal: as in `attention`.
+    `xclip_jax.models.layers.attend` instead: an optional kernel does not end a run. `shape` is (b, heads, n, kv).
     """
     if device.platform != "gpu" or dtype not in (jnp.bfloat16, jnp.float16):
         return False

@@ -1,8 +1,8 @@
 """Self-attention over short sequences in one TPU kernel: scores stay in vector memory.
 
-XLA writes the fp32 scores (b, heads, n, n) to HBM and reads them again for each pass of the softmax; with the 50 to 577
-tokens of a tower that takes longer than all matrix products of a block. This kernel holds the whole score matrix of an
-image's head in vector memory, and the backward pass computes it again from queries and keys.
+XLA writes the fp32 scores (b, heads, n, n) to HBM and reads them again for each pass of the softmax, which takes longer
+than all matrix products of a block. This kernel holds the whole score matrix of an image's head in vector memory, and
+the backward pass computes it again from queries and keys.
 
 Queries, keys and values are one array of groups of 128 lanes, (b, n, groups * 3 * 128): a group has the queries, keys
 and values of one head of 128 channels or of two heads of 64. One block of the grid is one group of a few sequences, so
@@ -41,11 +41,6 @@ def fits(tokens: int, heads: int, width: int) -> bool:
     return kv in HEADS and width % LANES == 0 and tokens <= MAX_TOKENS
 
 
-def together(b: int, n: int, block_tokens: int) -> int:
-    """Number of sequences of `n` tokens in a block of about `block_tokens`; a divisor of `b`."""
-    return math.gcd(b, max(1, block_tokens // n // 2 * 2))
-
-
 def group_heads(x: Array) -> Array:
     """Order the channels of queries, keys and values as `attention` takes them: (..., 3, heads, kv) -> (..., 3 * d)."""
     together = LANES // x.shape[-1]
@@ -54,19 +49,15 @@ def group_heads(x: Array) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
 def attention(qkv: Array, bias: Array, kv: int, tokens: int, causal: bool, interpret: bool = False) -> Array:
-    """Scaled dot-product self-attention, softmax in fp32.
+    """Scaled dot-product self-attention, softmax in fp32: (b, n, d), heads one after the other.
 
     Args:
       qkv: queries, keys and values without their bias, (b, n, 3 * d), ordered by `group_heads`.
-      bias: of queries, keys and values in the same order, fp32 (1, 3 * d). Its gradient is summed in fp32 inside the
-        kernel, where the gradient of `qkv` is at hand.
+      bias: of queries, keys and values in the same order, fp32 (1, 3 * d).
       kv: channels of a head, one of `HEADS`.
-      tokens: number of tokens that count; later ones are padding, to which no token attends.
+      tokens: number of tokens that count; no token attends to later ones, whose rows are meaningless and finite.
       causal: whether a token only attends to itself and earlier tokens.
       interpret: run as plain JAX operations, on any platform.
-
-    Returns:
-      (b, n, d), heads one after the other; rows of padding are meaningless and finite.
     """
     return _forward(qkv, bias, kv, tokens, causal, interpret)[0]
 
@@ -111,7 +102,7 @@ def _call(
 ) -> list[Array]:
     """Call `kernel` on blocks of one group of a few sequences, which share the row of a two-dimensional input."""
     b, n, channels = inputs[0].shape
-    sequences = together(b, n, block_tokens)
+    sequences = math.gcd(b, max(1, block_tokens // n // 2 * 2))
 
     def spec(x: Any) -> pl.BlockSpec:
         lanes = LANES * 3 * x.shape[-1] // channels

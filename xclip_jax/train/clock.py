@@ -1,0 +1,146 @@
+"""Where a run's time goes: its speed, how long the devices wait for data, and its goodput."""
+
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TypeVar
+
+import jax
+
+T = TypeVar("T")
+
+INPUT_BOUND = 0.05  # share of the time spent waiting for data above which it is reported
+WALL, USEFUL = "wall_seconds", "useful_seconds"
+
+
+class Clock:
+    """Measures the time of a run, of this process and of those before it.
+
+    A thread notes when the devices have computed a step: a loop that waits for data meanwhile loses nothing.
+
+    Goodput is useful time over wall time. Wall time adds up the run's processes, each from its start to its last line
+    of metrics. Useful is the time since the first step was dispatched, without what is lost (evaluations, checkpoints,
+    rewinds, traces), the devices' waits for data, and the shares of steps that were skipped or undone. Of processes
+    before, what they did after the checkpoint that the run resumed from is not useful.
+    """
+
+    def __init__(
+        self,
+        began: float,
+        start: int = 0,
+        lines: Iterable[Mapping[str, float]] = (),
+        on_step_end: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Begin to measure a process that began at `began`, by `time.perf_counter`.
+
+        Args:
+          began: seconds.
+          start: the step that it starts or resumes from.
+          lines: metrics that earlier processes logged, in order, including steps after `start`.
+          on_step_end: called, in the thread, when the devices have computed a step.
+        """
+        self._began, self._start, self._on_step_end = began, start, on_step_end
+        self._wall = self._useful = 0.0  # of processes before
+        for line in lines:
+            self._wall = max(self._wall, line.get(WALL, 0.0))
+            if line["step"] <= start:
+                self._useful = line.get(USEFUL, self._useful)
+        self._first: float | None = None  # when the first step was dispatched
+        self._lost = self._paused = self._waited = self._waited_lately = 0.0
+        self._started = self._ended = 0
+        self._since = self._ended_at = time.perf_counter()
+        self._first_end = self._last_end = 0.0  # of steps, without pauses
+        self._steps: queue.Queue[jax.Array | None] = queue.Queue()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        while (value := self._steps.get()) is not None:
+            with contextlib.suppress(Exception):  # the loop raises it too
+                value.block_until_ready()
+            self.step_ended()
+            self._steps.task_done()
+        self._steps.task_done()
+
+    def step_ended(self) -> None:
+        """Note the end of a step on the devices, which may be before or after its dispatch is noted."""
+        self._ended_at = time.perf_counter()
+        self._last_end = self._ended_at - self._paused
+        if not self._ended:
+            self._first_end = self._last_end
+        self._ended += 1
+        self._on_step_end()
+
+    def step_started(self, value: jax.Array) -> None:
+        """Note that a step is dispatched, with one of its results; all time before the first one is start-up."""
+        if self._first is None:
+            self._first, self._lost = time.perf_counter(), 0.0
+            self.wait_share()
+        self._started += 1
+        self._steps.put(value)
+
+    def settle(self) -> None:
+        """Wait until the thread has noted the end of every step; no longer than the devices compute them."""
+        self._steps.join()
+
+    def timed(self, batches: Iterable[T]) -> Iterator[T]:
+        """Yield `batches`, and measure how long idle devices wait for them."""
+        began = time.perf_counter()
+        for batch in batches:
+            if self._started and self._started == self._ended:
+                waited = time.perf_counter() - max(began, self._ended_at)
+                self._waited += waited
+                self._waited_lately += waited
+            yield batch
+            began = time.perf_counter()
+
+    def wait_share(self) -> float:
+        """Return the share of the time since the last call in which the devices waited for data."""
+        now = time.perf_counter()
+        share = self._waited_lately / max(now - self._since, 1e-9)
+        self._since, self._waited_lately = now, 0.0
+        return share
+
+    @contextlib.contextmanager
+    def stall(self) -> Iterator[None]:
+        """Exclude work that training waits for, such as a checkpoint, from the goodput."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._lost += time.perf_counter() - began
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Exclude work other than training, such as an evaluation, from goodput, speed and waits."""
+        began = time.perf_counter()
+        try:
+            with self.stall():
+                yield
+        finally:
+            self._paused += time.perf_counter() - began
+            self.wait_share()
+
+    def steps_per_second(self) -> float:
+        """Return the speed since the first step of this process has ended, 0 until the second has."""
+        elapsed = self._last_end - self._first_end
+        return (self._ended - 1) / elapsed if self._ended > 1 and elapsed > 0 else 0.0
+
+    def goodput(self, step: int, wasted: int) -> dict[str, float]:
+        """Return "goodput", and its parts, "wall_seconds" and "useful_seconds", up to `step`.
+
+        Args:
+          step: the last that has ended.
+          wasted: steps that this process computed in vain, or whose updates it undid.
+        """
+        now = time.perf_counter()
+        computing = 0.0 if self._first is None else max(0.0, now - self._first - self._lost - self._waited)
+        steps = max(step - self._start, 1)
+        wall = self._wall + now - self._began
+        useful = max(0.0, self._useful + computing * (steps - wasted) / steps)
+        return {"goodput": useful / wall if wall > 0 else 0.0, WALL: wall, USEFUL: useful}
+
+    def close(self) -> None:
+        """End the thread."""
+        self._steps.put(None)
