@@ -229,7 +229,7 @@ def _muon(config: OptimConfig, rate: Schedule, towers: Mapping[str, Tower]) -> o
         names = [key.key for key in path]
         return "muon" if names[-1] == "kernel" and names[0] in towers and "transformer" in names else "adamw"
 
-    transforms = {"muon": muon, "adamw": _adamw(config, rate, towers)}
+    transforms: dict[Any, optax.GradientTransformation] = {"muon": muon, "adamw": _adamw(config, rate, towers)}
     return optax.partition(transforms, functools.partial(jax.tree_util.tree_map_with_path, label))
 
 

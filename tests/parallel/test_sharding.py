@@ -51,7 +51,9 @@ def gradients(p):
     catch = optax.GradientTransformation(lambda params: params, lambda grads, _, params=None: (grads, grads))
     s = state.create(p.init, p.abstract)
     s = s.replace(opt_state=catch.init(s.params))
-    s, metrics = jax.jit(p.make_step(catch))(s, loader.to_global(tiny.batch(b=BATCH, eot=p.tokenizer.eot_id), p.mesh))
+    batch = tiny.batch(b=BATCH, eot=p.tokenizer.eot_id) | {"text_key": np.arange(2 * BATCH).reshape(-1, 2) // 10}
+    batch = {field: batch[field] for field in p.objective.fields}
+    s, metrics = jax.jit(p.make_step(catch))(s, loader.to_global(batch, p.mesh))
     return jax.device_get(({k: v for k, v in metrics.items() if k != "param_norm"}, s.opt_state, s.batch_stats))
 
 
@@ -91,6 +93,16 @@ def plain():
 )
 def test_strategies(objective, mesh, plain):
     assert_same(gradients(make(objective, mesh)), plain(objective))
+
+
+@pytest.mark.parametrize("impl", ["plain", "ring"])
+@pytest.mark.parametrize("objective", ["clip", "siglip"])
+def test_captions_of_several_pairs(objective, impl, plain):
+    """Pairs of one caption are positives of each other wherever they are, in microbatches too."""
+    changes = {f"objective__{objective}__positives": "caption"}
+    p = make(objective, "fsdp", optim__microbatches=2, loss__impl=impl, **changes)
+    assert_same(gradients(p), plain(objective, **changes))
+    assert plain(objective, **changes)[0]["loss"] != plain(objective)[0]["loss"]
 
 
 @pytest.mark.parametrize("mesh", ["zero1", "fsdp"])
