@@ -215,10 +215,13 @@ class Model:
         similarity = cluster_similarity(self._similarities)
         if similarity is None:
             raise UserError("this model has no cluster heads; clusters needs one that was trained with them.")
-        if (images is None) == (texts is None):
-            raise UserError("clusters takes either images or texts=[...].")
         keys = (similarity.feature,)
-        outputs = self._texts(texts, keys) if texts is not None else self._images(images, keys)
+        if texts is None and images is not None:
+            outputs = self._images(images, keys)
+        elif texts is not None and images is None:
+            outputs = self._texts(texts, keys)
+        else:
+            raise UserError("clusters takes either images or texts=[...].")
         p = similarity.rows(outputs[similarity.feature])
         if not 1 <= top <= p.shape[1]:
             raise UserError(f"top={top} must be from 1 to the model's {p.shape[1]} clusters.")

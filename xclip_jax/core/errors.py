@@ -204,7 +204,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *, prog: str, description: str | None = None, **options: Any) -> None:
         """Make a parser; `program` replaces `prog`, in the description too."""
         program = Parser.program or prog
-        defaults = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
+        defaults: dict[str, Any] = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
         super().__init__(prog=program, description=(description or "").replace(prog, program), **(defaults | options))
 
     def error(self, message: str) -> NoReturn:

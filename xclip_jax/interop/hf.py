@@ -148,7 +148,8 @@ def _given(content: Mapping[str, Any], modality: str) -> Mapping[str, Any]:
 
 def _preprocessing(folder: epath.Path, size: int, family: str) -> Preprocessing:
     """Return the preprocessing of the folder's image processor, or the default of "CLIP" or "Siglip" without a file."""
-    content, where = {}, folder
+    content: dict[str, Any] = {}
+    where = folder
     for name, key in (("processor_config.json", "image_processor"), (PREPROCESSOR, None)):
         if (folder / name).exists():
             content, where = read_json(folder / name), folder / name

@@ -144,8 +144,8 @@ def own_files(path: str, length: int) -> dict[str, str]:
     model = _read(path)
     model.no_padding()
     model.no_truncation()
-    start = [] if ours.sot_id is None else [model.id_to_token(ours.sot_id)]
-    end = model.id_to_token(ours.eot_id)
+    start = [] if ours.sot_id is None else [str(model.id_to_token(ours.sot_id))]
+    end = str(model.id_to_token(ours.eot_id))
     model.post_processor = tokenizers.processors.TemplateProcessing(
         single=[*start, "$A", end], special_tokens=[(text, model.token_to_id(text)) for text in (*start, end)]
     )
