@@ -131,7 +131,7 @@ def test_a_suite_is_a_name_or_names():
     ("flags", "message"),
     [
         (["--checkpoint", "{}/none"], "none' does not exist; name the folder of a run"),
-        (["--checkpoint", "{}/set"], "contains no file of weights"),
+        (["--checkpoint", "{}/set"], "has no file of weights"),
         (["--checkpoint", "{}/a", "--suite", "imagenett"], "unknown evaluation set 'imagenett'"),
         (["--checkpoint", "{}/a", "--suite", ","], "--suite is empty"),
         (["--checkpoint", "{}/a", "--profile", "google"], "--profile is 'google'"),

@@ -7,6 +7,7 @@ import os
 import pathlib
 import platform
 from collections.abc import Iterator
+from typing import IO
 
 from xclip_jax.core.errors import UserError
 from xclip_jax.core.storage import is_remote
@@ -22,7 +23,7 @@ class HeldError(UserError):
         super().__init__(f"{path} is in use by {holder or 'another process'}; wait for it, or name another path.")
 
 
-def _flock(content: int, how: int) -> None:
+def _flock(content: IO[str], how: int) -> None:
     try:
         fcntl.flock(content, how)
     except OSError as error:
@@ -46,7 +47,7 @@ def lock(path: str | os.PathLike, *, blocking: bool, file: str | os.PathLike = "
     while not locked:
         with open(file, "a+") as content:
             try:
-                _flock(content.fileno(), fcntl.LOCK_EX | (0 if blocking else fcntl.LOCK_NB))
+                _flock(content, fcntl.LOCK_EX | (0 if blocking else fcntl.LOCK_NB))
             except BlockingIOError as error:
                 content.seek(0)
                 raise HeldError(path, content.read().strip()) from error
@@ -69,7 +70,7 @@ def holder(file: str | os.PathLike) -> str:
         return ""
     with open(file) as content:
         try:
-            _flock(content.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
+            _flock(content, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return content.read().strip() or "another process"
     return ""

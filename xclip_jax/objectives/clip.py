@@ -109,7 +109,7 @@ class ContrastiveReport(Report[Contrastive]):
 
     def progress(self, metrics: Mapping[str, float]) -> str:
         """Return the loss, and CLIP's loss of a blind guess."""
-        blind = f" (ln b {metrics['ln_b']:.2f})" if self.term.form == "softmax" and "ln_b" in metrics else ""
+        blind = f" (ln b {metrics['ln_b']:.2f})" if self.term.form == "softmax" and "loss" in metrics else ""
         return super().progress(metrics) + blind
 
     def curves(self) -> tuple[Curve, ...]:

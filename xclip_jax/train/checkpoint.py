@@ -154,11 +154,8 @@ class Checkpointer:
         except _Damaged as error:
             others = sorted((other for other in steps if other != step), reverse=True)
             whole = next((other for other in others if self._find_fault(other) is None), None)
-            remedy = (
-                f"the newest whole one is of step {whole}; choose it by --step {whole}"
-                if whole
-                else "no other one is whole"
-            )
+            other = f"the newest whole one is of step {whole}; choose it by --step {whole}"
+            remedy = other if whole else "no other one is whole"
             raise UserError(f"checkpoint {self.path / str(step)} is damaged: {error}; {remedy}.") from error
 
     def restore_good(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
