@@ -107,7 +107,8 @@ class TensorBoard:
 
     def _check(self) -> None:
         """Raise if its thread has ended: nothing is written any more, and closing would wait for ever."""
-        if not self._writer.file_writer.event_writer._worker.is_alive():
+        writer: Any = self._writer.file_writer
+        if not writer.event_writer._worker.is_alive():
             raise OSError("its event file cannot be written")
 
 

@@ -83,7 +83,7 @@ def adopt(config: ml_collections.ConfigDict, path: str) -> Config | None:
     if not place.exists():
         return None
     run = RunFolder(str(place))
-    source = run.read_config()["config"] if run.is_run() else interop.read(path)[0]
+    source = (run.read_config() or {})["config"] if run.is_run() else interop.read(path)[0]
     groups = {name: source[name] for name in ("model", "objective", "data", "eval") if name in source}
     with imports.named_by(path):
         saved = schema.resolve(schema.complete({"steps": 1} | groups))
