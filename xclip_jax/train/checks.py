@@ -225,10 +225,10 @@ def run_checks(job: Job) -> Iterator[Finding]:
     for name, check in CHECKS:
         findings, problem = attempt(name, lambda check=check: list(check(job)))
         for finding in findings or filter(None, [problem]):
-            if finding.text not in faults:
+            if not any(fault in finding.text for fault in faults):
                 yield finding
             if finding.mark == FAIL:
-                faults.add(finding.text)
+                faults.add(finding.text.rstrip("."))
         if name == "model" and problem is not None:
             return
 
