@@ -74,7 +74,6 @@ def test_all_checks_of_the_command(tmp_path, pairs):
     [
         ([], "the following arguments are required: RUN"),
         (["runs/a", "runs/b"], "unrecognized arguments: runs/b"),
-        (["--checkpoint", "runs/a"], "--checkpoint; write RUN without --checkpoint; see --help"),
         (["/nowhere/run"], "'/nowhere/run' does not exist; name the folder of a run"),
     ],
 )

@@ -189,9 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     logging.set_verbosity(logging.ERROR)
     words = sys.argv[1:] if argv is None else argv
-    parser = Parser(
-        prog="xclip-jax doctor", description=__doc__, hints={"checkpoint": "write RUN without --checkpoint"}
-    )
+    parser = Parser(prog="xclip-jax doctor", description=__doc__)
     before = any(re.match(r"--?(no)?config\b", word) for word in words)
     if not before:
         parser.add_argument("run", metavar="RUN", help="a run's folder; or --config RECIPE, of a run to be started")

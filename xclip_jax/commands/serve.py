@@ -289,7 +289,7 @@ def shrink(content: bytes) -> bytes:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
-    parser = Parser(prog="xclip-jax serve", description=__doc__, hints={"checkpoint": "write RUN without --checkpoint"})
+    parser = Parser(prog="xclip-jax serve", description=__doc__)
     parser.add_argument("checkpoint", metavar="RUN", help="run directory, or weights")
     parser.add_argument("--images", required=True, help="a folder, or files: globs, ranges {00..12}, lists; or tars")
     parser.add_argument("--cache", default="", metavar="FOLDER", help="folder for embeddings")
