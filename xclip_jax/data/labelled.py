@@ -141,19 +141,19 @@ def _read_table(name: str, path: pathlib.Path) -> tuple[Paths, np.ndarray, list[
         raise UserError(f"{name}: {len(missing)} images of {str(path)!r} do not exist, {str(missing[0])!r} first.")
     words = [[word for part in cell.split("|") if (word := part.strip())] for cell in cells]
     several = any("|" in cell for cell in cells)
-    if not several and (empty := [place for place, found in zip(places, words, strict=True) if not found]):
+    if not several and (empty := [place for place, of_row in zip(places, words, strict=True) if not of_row]):
         raise UserError(f"{name}: {empty[0]!r} in {str(path)!r} has no label; give it one, or delete the row.")
-    distinct = {word for found in words for word in found}
+    distinct = {word for of_row in words for word in of_row}
     numbers = all(re.fullmatch(r"-?[0-9]{1,18}", word) for word in distinct)
     names = sorted(distinct, key=lambda word: (int(word) if numbers else 0, word))
     if not names:
         raise UserError(f"{name}: {str(path)!r} has no row with a label.")
     index = {word: i for i, word in enumerate(names)}
     if not several:
-        return Paths(images, path.parent), np.array([index[found[0]] for found in words]), names
+        return Paths(images, path.parent), np.array([index[of_row[0]] for of_row in words]), names
     labels = np.zeros((len(cells), len(names)), bool)
-    for row, found in zip(labels, words, strict=True):
-        row[[index[word] for word in found]] = True
+    for row, of_row in zip(labels, words, strict=True):
+        row[[index[word] for word in of_row]] = True
     return Paths(images, path.parent), labels, names
 
 
