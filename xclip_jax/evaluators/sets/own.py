@@ -60,7 +60,7 @@ def named_columns(name: str, data: DataConfig) -> tuple[str, DataConfig]:
     """
     source_name, _, query = name.rpartition("?")
     columns = urllib.parse.parse_qs(query)
-    if not source_name or not columns.keys() & {"image", "text"}:
+    if not source_name or not columns or columns.keys() - {"image", "text"}:
         return name, data
     columns = {"image": [data.image_key], "text": data.text_keys} | columns
     return source_name, dataclasses.replace(data, image_key=columns["image"][0], text_keys=tuple(columns["text"]))
