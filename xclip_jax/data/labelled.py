@@ -193,7 +193,7 @@ class Labelled(Source):
     def labels(self) -> np.ndarray:
         """Return all labels, (n,), or bool (n, classes) with `multilabel`; no image is decoded."""
         if not isinstance(self._labels, np.ndarray):
-            self._labels = np.array(list(self._labels))
+            self._labels = np.array([self._labels[i] for i in range(len(self))])
         return self._labels
 
     def describe(self, index: int) -> dict[str, str]:
