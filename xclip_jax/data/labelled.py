@@ -35,7 +35,7 @@ class Field(Sequence):
 
     def name(self, index: int) -> str:
         """Return what names the record to a person."""
-        return name_of(self._source, index)
+        return name_of(self._source, index) if isinstance(self._source, Source) else f"record {index}"
 
 
 class Chosen(Sequence):
@@ -193,14 +193,14 @@ class Labelled(Source):
     def labels(self) -> np.ndarray:
         """Return all labels, (n,), or bool (n, classes) with `multilabel`; no image is decoded."""
         if not isinstance(self._labels, np.ndarray):
-            self._labels = np.array(list(self._labels))
+            self._labels = np.array([self._labels[i] for i in range(len(self))])
         return self._labels
 
     def describe(self, index: int) -> dict[str, str]:
         return {"file": item_name(self.items, index)} if hasattr(self.items, "sizes") else {"row": str(index)}
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return a hash of the identity, or of the labels and the texts, or the names and sizes of files."""
+        """Return a hash of the identity; without one, of labels and texts, or of labels and files' names and sizes."""
         sizes = getattr(self.items, "sizes", None)
         items: Any = sizes() if sizes else self.items
         content = self._identity or zip(items, self.labels().tolist(), strict=True)
@@ -212,7 +212,7 @@ class Labelled(Source):
 
     @property
     def identity(self) -> Any:
-        """JSON that identifies the items in hashes of evaluation sets; empty for files and texts, which do so."""
+        """JSON that identifies the items in hashes of evaluation sets; "" for files and texts, which are hashed."""
         if self._identity:
             return self._identity
         return "" if isinstance(self.items, Paths) or self.key == "text" else self.fingerprint()["hash"]
