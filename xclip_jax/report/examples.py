@@ -75,7 +75,7 @@ class SearchResult(NamedTuple):
     text: str
     images: list[int]
     right: list[bool]
-    rank: int = 0
+    rank: int = 0  # of the first right image, from 1; 0 if it is not known
 
 
 class RetrievalExamples(NamedTuple):
@@ -111,7 +111,7 @@ class Clusters(NamedTuple):
 class Maps(NamedTuple):
     """Attention over the patches of images with `indices` in a gallery: maps (n, rows, columns), each with sum 1.
 
-    `last` is the last attention before the features, `meaning` says of what.
+    `last` is the attention that the features are read with, and `meaning` says in words what its maps show.
     """
 
     indices: list[int]
