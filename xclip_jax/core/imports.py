@@ -14,8 +14,9 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
-from typing import Any, TypeVar
+from typing import TypeVar
 
+from xclip_jax.core.console import setting
 from xclip_jax.core.errors import UserError
 
 _CLASS_NAME = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*)")
@@ -26,23 +27,14 @@ _file = ContextVar("file that names come from", default="")
 _trusted = ContextVar("whether names out of files are imported", default=False)
 
 
-@contextlib.contextmanager
-def _set(variable: ContextVar[Any], value: object) -> Iterator[None]:
-    token = variable.set(value)
-    try:
-        yield
-    finally:
-        variable.reset(token)
-
-
 def named_by(file: object) -> contextlib.AbstractContextManager[None]:
     """Treat the names of classes that are imported in this context as the content of `file`."""
-    return _set(_file, str(file))
+    return setting(_file, str(file))
 
 
 def trusting(trust: bool) -> contextlib.AbstractContextManager[None]:
     """Import classes that files name in this context, if `trust` is true here or in an outer context."""
-    return _set(_trusted, trust or _trusted.get())
+    return setting(_trusted, trust or _trusted.get())
 
 
 def add_trust(parser: argparse.ArgumentParser) -> None:

@@ -236,15 +236,7 @@ def check_one_class(spec: str, source: Labelled) -> None:
 
 
 class MismatchError(UserError):
-    """Labelled items from which a model cannot learn.
-
-    Attributes:
-      fault: "classes" for another number of classes; "image" or "text" for items that the model does not read.
-    """
-
-    def __init__(self, message: str, fault: str) -> None:
-        super().__init__(message)
-        self.fault = fault
+    """Labelled items from which a model cannot learn."""
 
 
 def check_sources(
@@ -265,9 +257,9 @@ def check_sources(
         check_one_class(spec, source)
         if fields is not None and source.key not in fields:
             expected = next(key for key in ("image", "text") if key in fields)
-            raise MismatchError(f"source {spec!r} has {source.key}s and the model learns from {expected}s", source.key)
+            raise MismatchError(f"source {spec!r} has {source.key}s and the model learns from {expected}s")
         if len(source.names or ["a number"]) != classes:
-            raise MismatchError(f"source {spec!r} has {len(source.names)} classes, expected {classes}", "classes")
+            raise MismatchError(f"source {spec!r} has {len(source.names)} classes, expected {classes}")
         if list(source.names) != list(sources[0].names):
             raise UserError(
                 f"sources {specs[0]!r} and {spec!r} have different classes; they must be the same, in the same order."

@@ -179,7 +179,7 @@ def read_sentencepiece(data: bytes, where: str) -> tokenizers.Tokenizer:
     decides the ids.
 
     Raises:
-      UserError: another file than `where` should be, or a damaged one.
+      UserError: another or a damaged file, or another kind of model; the message begins with `where`.
     """
     try:
         fields = list(_fields(data))

@@ -16,8 +16,6 @@ from xclip_jax.models.two_towers import ModelConfig
 from xclip_jax.objectives.similarity import CosineSimilarity
 from xclip_jax.objectives.term import Arrays, Check, Curve, Health, Level, LossConfig, Report, Result, Term
 
-Array = jax.Array
-
 # [ours] On the plateau the loss is less than this share below the loss of a blind guess; runs that learn are a tenth
 # below it at the end of the warm-up.
 PLATEAU_SHARE = 0.01

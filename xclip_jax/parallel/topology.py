@@ -94,17 +94,9 @@ def devices_of(topology: str, slices: int = 1) -> tuple[list[Any], Chip]:
 
 # Operations that take no time.
 FREE = (
-    "parameter",
-    "constant",
-    "tuple",
-    "get-tuple-element",
-    "bitcast",
-    "reshape",
-    "partition-id",
-    "after-all",
-    "send",
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "reshape", "partition-id", "after-all", "send",
     "custom-call",
-)
+)  # fmt: skip
 _KERNEL = 'custom_call_target="tpu_custom_call"'
 
 
