@@ -70,7 +70,10 @@ class ZeroShotExamples(NamedTuple):
 
 
 class SearchResult(NamedTuple):
-    """Results of a text query: indices of a gallery's images, best first, and whether each is right, if known."""
+    """Results of a text query: indices of a gallery's images, best first, and whether each is right, if known.
+
+    `rank` is the place of the first right image, from 1; 0 if it is not known.
+    """
 
     text: str
     images: list[int]
@@ -111,7 +114,7 @@ class Clusters(NamedTuple):
 class Maps(NamedTuple):
     """Attention over the patches of images with `indices` in a gallery: maps (n, rows, columns), each with sum 1.
 
-    `last` is the last attention before the features, `meaning` says of what.
+    `last` is the attention that the features are read with, and `meaning` says in words what its maps show.
     """
 
     indices: list[int]
