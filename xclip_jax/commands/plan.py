@@ -70,7 +70,7 @@ def plan(
         "mesh": dict(experiment.mesh.shape),
         "batch": config.data.batch,
         "steps": config.steps,
-        "model_parameters": sum(x.size for x in jax.tree.leaves(experiment.abstract.params)),
+        "model_parameters": experiment.num_parameters,
         "fits": compiled is not None,
         "trouble": trouble,
         "remedies": memory.remedies(experiment.config) if compiled is None else [],

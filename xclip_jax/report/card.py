@@ -9,7 +9,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
 import jinja2
 from etils import epath
 
@@ -72,7 +71,7 @@ def render(
         "objective": objective,
         "labelled": objective.labelled,
         "tower": config.model.tower("img").describe(),
-        "parameters": sum(x.size for x in jax.tree.leaves(experiment.abstract.params)),
+        "parameters": experiment.num_parameters,
         "towers": _towers(experiment),
         "prepare": experiment.preprocessing,
         "drops_alpha": experiment.preprocessing.background == images.DROPPED,
