@@ -51,7 +51,7 @@ def render(
     run: bool,
     repository: str = "",
 ) -> str:
-    """Return the card in Markdown. Of paths of this machine it has the last part only.
+    """Return the card in Markdown, which has only the last part of paths of this machine.
 
     Args:
       source: path of the exported weights: a run directory (`run`), or weights of another project.
@@ -186,7 +186,7 @@ def data(run: RunFolder, experiment: Experiment) -> dict[str, Any]:
         (_code(shown(spec)), f"{source['samples']:,}", share, _code(source["hash"]) if source.get("hash") else "none")
         for spec, source, share in zip(config.data.sources, sources, shares, strict=True)
     ]
-    text = f"Of each pair one caption of {', '.join(map(in_words, config.data.text_keys))} is drawn"
+    text = f"One caption of each pair is drawn, from {', '.join(map(in_words, config.data.text_keys))}"
     if labelled:
         names = run.read_classes() or ()
         more = f" and {len(names) - _SHOWN_CLASSES:,} more" if len(names) > _SHOWN_CLASSES else ""
