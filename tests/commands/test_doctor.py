@@ -98,6 +98,14 @@ def test_faults_of_the_config_and_of_the_model_end_the_checks(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_damaged_folder_of_the_run_is_one_finding(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    (tmp_path / "checkpoints" / "1").mkdir(parents=True)
+    findings = list(check_config(tiny.config("clip", run=tmp_path), "never"))
+    assert "config.json is damaged" in only(findings, "folder", FAIL).text
+    assert [finding.check for finding in findings] == ["devices", "folder"]
+
+
 def start_of(objective="clip", **changes):
     config = schema.resolve(tiny.config(objective, **changes))
     return Job(config, TrainingFolder(config.run))
