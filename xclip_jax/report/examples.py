@@ -70,15 +70,12 @@ class ZeroShotExamples(NamedTuple):
 
 
 class SearchResult(NamedTuple):
-    """Results of a text query: indices of a gallery's images, best first, and whether each is right, if known.
-
-    `rank` is the place of the first right image, from 1; 0 if it is not known.
-    """
+    """Results of a text query: indices of a gallery's images, best first, and whether each is right, if known."""
 
     text: str
     images: list[int]
     right: list[bool]
-    rank: int = 0
+    rank: int = 0  # of the first right image, from 1; 0 if it is not known
 
 
 class RetrievalExamples(NamedTuple):
