@@ -83,6 +83,7 @@ def plan(
     if compiled is not None:
         program = compiled.as_text()
         if hlo:
+            pathlib.Path(hlo).parent.mkdir(parents=True, exist_ok=True)
             pathlib.Path(hlo).write_text(program)
         sent = summary(collectives(program, len(devices)))
         facts |= {"memory": memory.usage(experiment, compiled), "sent": sent}
