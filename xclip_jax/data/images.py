@@ -69,12 +69,12 @@ def _decode_jpeg(data: bytes, scaled_to: int) -> np.ndarray | None:
     """Decode a JPEG by libjpeg-turbo; return None if Pillow has to decode it, or to say what is wrong."""
     try:
         h, w, colors, _ = simplejpeg.decode_jpeg_header(data, strict=False)
-        _check_pixels(w, h)
+        _check_pixels(int(w), int(h))
         if colors in ("CMYK", "YCCK") or (b"Exif" in data and _is_rotated(data)):
             return None
         if not scaled_to:
             return simplejpeg.decode_jpeg(data, "RGB")
-        size = {"min_height": scaled_to, "min_width": scaled_to, "min_factor": 2}
+        size: dict[str, Any] = {"min_height": scaled_to, "min_width": scaled_to, "min_factor": 2}
         return simplejpeg.decode_jpeg(data, "RGB", fastdct=True, fastupsample=True, **size)
     except (ValueError, KeyError):  # a KeyError for a header without an image
         return None

@@ -197,11 +197,11 @@ class Labelled(Source):
         return self._labels
 
     def describe(self, index: int) -> dict[str, str]:
-        return {"file": self.items.name(index)} if hasattr(self.items, "sizes") else {"row": str(index)}
+        return {"file": item_name(self.items, index)} if hasattr(self.items, "sizes") else {"row": str(index)}
 
     def fingerprint(self) -> dict[str, Any]:
         """Return a hash of the identity, or of the labels and the texts, or the names and sizes of files."""
-        items = self.items.sizes() if hasattr(self.items, "sizes") else self.items
+        items = getattr(self.items, "sizes", lambda: self.items)()
         content = self._identity or zip(items, self.labels().tolist(), strict=True)
         digest = hashlib.blake2b(repr(len(self)).encode(), digest_size=16)
         for part in content:

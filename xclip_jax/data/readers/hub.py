@@ -36,7 +36,8 @@ _MAX_MESSAGE = 300  # letters of an error message of `datasets`
 def _package(spec: str) -> Iterator[Any]:
     """Provide the package `datasets`; its errors in the context become sentences."""
     try:
-        import datasets
+        import datasets.config
+        import datasets.exceptions
     except ImportError as error:
         raise UserError(f"{spec} needs the package datasets: pip install 'xclip_jax[datasets]'.") from error
     try:
