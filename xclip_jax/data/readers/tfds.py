@@ -22,11 +22,7 @@ B = TypeVar("B", bound=tfds.core.DatasetBuilder)
 
 
 def lookup(record: Record, key: str) -> list[str]:
-    """Return the strings at `key` of a TFDS record, '/' for nested features ("captions/text").
-
-    Raises:
-      BadSample: one is not UTF-8.
-    """
+    """Return the strings at `key` of a TFDS record, '/' for nested features; `BadSample` if one is not UTF-8."""
     value: Any = record
     for part in key.split("/"):
         value = [item[part] for item in value] if isinstance(value, list) else value[part]
