@@ -180,31 +180,21 @@ def interruptible_iterator(elements: Iterator[T], check: Callable[[], None], sec
 
     If `check` raises, the thread is abandoned; otherwise `elements` is closed at the end.
     """
-    end = object()
-
-    def following() -> Any:
-        try:
-            return next(elements, end)
-        except BaseException as error:  # a pool loses what is no Exception, such as a panic of Rust
-            return error
-
     with thread_pool(1) as pool:
-        request = pool.apply_async(following)
+        request = pool.apply_async(_next, (elements,))
         try:
             while True:
                 while not request.ready():
                     request.wait(seconds)
                     if not request.ready():
                         check()
-                found, error = request.get()
+                following, error = request.get()
                 if error is not None:
                     raise error
-                if not found:
+                if not following:
                     return
-                if isinstance(element, BaseException):
-                    raise element
-                yield element
-                request = pool.apply_async(following)
+                yield following[0]
+                request = pool.apply_async(_next, (elements,))
         finally:
             if request.ready():
                 with contextlib.suppress(Exception):
