@@ -57,6 +57,8 @@ def plan(
     if mfu is not None and not 0 < mfu <= 1:
         raise UserError(f"--mfu is {mfu}; expected a share of the chips' peak, above 0 and at most 1, such as 0.4.")
     devices, chip = devices_of(topology, slices)
+    if hlo:  # for an error before the compilation, which takes minutes
+        pathlib.Path(hlo).touch()
     began = time.perf_counter()
     experiment, compiled, trouble = memory.compile_config(config, devices)
     facts = {
@@ -70,7 +72,7 @@ def plan(
         "mesh": dict(experiment.mesh.shape),
         "batch": config.data.batch,
         "steps": config.steps,
-        "model_parameters": sum(x.size for x in jax.tree.leaves(experiment.abstract.params)),
+        "model_parameters": experiment.num_parameters,
         "fits": compiled is not None,
         "trouble": trouble,
         "remedies": memory.remedies(experiment.config) if compiled is None else [],

@@ -59,8 +59,8 @@ def import_class(name: str, base: type[T], what: str = "class", *, dataclass: bo
     """Import the class `name`, "package.module:Class", a subclass of `base`; messages call it `what`.
 
     Raises:
-      UserError: a name of another form, a module that cannot be imported, no such class in it, one that is no dataclass
-        if `dataclass` is set, or a name out of a file, see `named_by`, without consent.
+      UserError: a name of another form, a module that cannot be imported, no such class in it, no dataclass although
+        `dataclass` is set, or a name out of a file, see `named_by`, without consent.
     """
     match = _CLASS_NAME.fullmatch(name)
     if match is None:

@@ -58,9 +58,8 @@ class NoisyCaptions(WrappedSource):
         try:
             other = self.source[donor]
         except BadSample as error:
-            raise BadSample(
-                "the pair whose captions it has is bad", f"{name_of(self.source, donor)}: {error}"
-            ) from error
+            place = name_of(self.source, donor)
+            raise BadSample("the pair whose captions it has is bad", f"{place}: {error}") from error
         return record | {"text": other["text"], "tags": other["tags"]}
 
 

@@ -174,8 +174,15 @@ def interruptible_iterator(elements: Iterator[T], check: Callable[[], None], sec
     end.
     """
     end = object()
+
+    def following() -> Any:
+        try:
+            return next(elements, end)
+        except BaseException as error:  # a pool loses what is no Exception, such as a panic of Rust
+            return error
+
     with thread_pool(1) as pool:
-        request = pool.apply_async(next, (elements, end))
+        request = pool.apply_async(following)
         try:
             while True:
                 while not request.ready():
@@ -184,8 +191,10 @@ def interruptible_iterator(elements: Iterator[T], check: Callable[[], None], sec
                         check()
                 if (element := request.get()) is end:
                     return
+                if isinstance(element, BaseException):
+                    raise element
                 yield element
-                request = pool.apply_async(next, (elements, end))
+                request = pool.apply_async(following)
         finally:
             if request.ready():
                 with contextlib.suppress(Exception):

@@ -115,7 +115,7 @@ def chart(
 
 
 def metric_lines(rows: Rows, metrics: Sequence[tuple[str, str]], unit: str = "") -> list[Line]:
-    """Return lines of `metrics`, (key, label) each, over steps, in percent where `unit` is; without values none."""
+    """Return lines of `metrics`, (key, label) each, over steps, in percent if `unit` is; none without values."""
     lines, scale = [], 100.0 if unit == "%" else 1.0
     for color, (key, label) in enumerate(metrics):
         logged = [row for row in rows if isinstance(row.get(key), (int, float))]

@@ -97,8 +97,9 @@ def open_labelled(name: str, split: str, data_dir: str | None) -> labelled.Label
     A version of a TFDS data set does not change, so that it identifies the items.
     """
     data, info = open_tfds(name, split, data_dir)
-    names, version = getattr(info.features.get("label"), "names", None) or (), str(info.version)
-    if not names or "image" not in info.features:
+    features, version = info.features, str(info.version)
+    names = getattr(features["label"], "names", ()) if "label" in features else ()
+    if not names or "image" not in features:
         raise UserError(f"tfds:{name}/{split}: TFDS data set {name!r} has no features image and label (of classes).")
     items, labels = labelled.Field(data, "image"), labelled.Field(data, "label")
     source = labelled.Labelled("image", items, labels, names, identity=[f"tfds:{name}/{split}", version])
