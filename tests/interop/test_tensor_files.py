@@ -187,7 +187,7 @@ BOMBS = {
     "type of a storage": (b"X\x07\0\0\0storageK\x01" + b"2\x86" * 60 + b"X\x01\0\0\x000\x87Q.", "a storage"),
     "argument of a dict": (b"ccollections\nOrderedDict\n](K\x01" + b"2\x86" * 60 + b"N\x86e\x85R.", "damaged"),
     "tensor of many dimensions": (
-        b"ctorch._utils\n_rebuild_tensor_v2\n(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000tQ"
+        b"ctorch._utils\n_rebuild_tensor_v2\n((X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000tQ"
         + b"K\x00(" + b"J\xff\xff\xff\x7f" * 20000 + b"t(" + b"K\x00" * 20000 + b"ttR.", "too many dimensions",
     ),
 }  # fmt: skip

@@ -33,8 +33,8 @@ class Export(NamedTuple):
 _UNROLLED = {"scan": False}  # as in the weights of other projects
 _SHOWN = 8  # names that an error lists
 
-# {ours: theirs} of a project. Ours is a parameter whose tensor has the same shape, or a module: then theirs is what
-# "weight" and "bias" follow, several for one layer of ours. In a block "{}" is the number.
+# {our name: a project's}. Ours is the name of a parameter, whose tensor has the same shape, or of a module: then theirs
+# is the prefix of "weight" and "bias", or several prefixes for one layer of ours. "{}" is the number of a block.
 Names = Mapping[str, str | tuple[str, ...]]
 
 

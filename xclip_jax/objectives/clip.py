@@ -122,7 +122,7 @@ class ContrastiveReport(Report[Contrastive]):
             f"the loss is {loss:.3f}, no better than {blind:.3f} of a guess that does not depend on the inputs. "
             "Lengthen optim.warmup or lower optim.lr.",
         )
-        return Health("A contrastive loss can rest at that of a blind guess before it learns, or for ever.", (check,))
+        return Health("A contrastive loss can stay at the value of a blind guess for a while, or for ever.", (check,))
 
 
 @dataclasses.dataclass(frozen=True)
