@@ -180,16 +180,8 @@ def interruptible_iterator(elements: Iterator[T], check: Callable[[], None], sec
 
     If `check` raises, the thread is abandoned; otherwise `elements` is closed at the end.
     """
-    end = object()
-
-    def following() -> Any:
-        try:
-            return next(elements, end)
-        except BaseException as error:  # a pool loses what is no Exception, such as a panic of Rust
-            return error
-
     with thread_pool(1) as pool:
-        request = pool.apply_async(following)
+        request = pool.apply_async(_next, (elements,))
         try:
             while True:
                 while not request.ready():
@@ -201,10 +193,8 @@ def interruptible_iterator(elements: Iterator[T], check: Callable[[], None], sec
                     raise error
                 if not found:
                     return
-                if isinstance(element, BaseException):
-                    raise element
-                yield element
-                request = pool.apply_async(following)
+                yield found[0]
+                request = pool.apply_async(_next, (elements,))
         finally:
             if request.ready():
                 with contextlib.suppress(Exception):
