@@ -74,7 +74,8 @@ def members(path: str, size: int) -> Iterator[tuple[bytes, int, int]]:
         end = 0
         # Without `ignore_zeros` the first damaged header would end the tar without an error.
         with _Tar(fileobj=file, ignore_zeros=True) as tar:
-            while (member := tar.next()) is not None and member.size >= 0:
+            # A negative size in an extended header would lead back, and the walk would never end.
+            while (member := tar.next()) is not None and member.size >= 0 and tar.offset > end:
                 if _is_damaged(file, end, member.offset):
                     yield b"", end, member.offset - end
                 if member.isreg():
