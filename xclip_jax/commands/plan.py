@@ -19,7 +19,7 @@ from absl import app, flags, logging
 
 from xclip_jax.config import load as config_file
 from xclip_jax.core.console import format_bytes
-from xclip_jax.core.errors import UserError, exit_with_message
+from xclip_jax.core.errors import UserError, check_writable, exit_with_message
 from xclip_jax.parallel.hlo import collectives, summary
 from xclip_jax.parallel.topology import devices_of, roofline
 from xclip_jax.train import flops, memory
@@ -56,9 +56,9 @@ def plan(
     """
     if mfu is not None and not 0 < mfu <= 1:
         raise UserError(f"--mfu is {mfu}; expected a share of the chips' peak, above 0 and at most 1, such as 0.4.")
+    if hlo:  # before the compilation, which takes minutes
+        check_writable("--hlo", pathlib.Path(hlo).parent)
     devices, chip = devices_of(topology, slices)
-    if hlo:  # for an error before the compilation, which takes minutes
-        pathlib.Path(hlo).touch()
     began = time.perf_counter()
     experiment, compiled, trouble = memory.compile_config(config, devices)
     facts = {
