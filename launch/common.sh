@@ -300,7 +300,7 @@ tpu_install() {
     { [ -z "${SETUP:-}" ] || tpu_ssh all "$SETUP"; }
 }
 
-# tpu_start ARGUMENTS: starts training on all workers. Of ENV_FILE, which has keys, commands and logs show the name alone.
+# tpu_start ARGUMENTS: starts training on all workers. ENV_FILE has keys: commands and logs show only its name.
 tpu_start() {
   local training
   training=$(quote ${LIBTPU_INIT_ARGS:+env "LIBTPU_INIT_ARGS=$LIBTPU_INIT_ARGS"} .venv/bin/python -m xclip_jax.main --distributed "$@")

@@ -68,7 +68,7 @@ delete() {
   run gcloud compute tpus queued-resources delete "$NAME" "${WHERE[@]}" --force --quiet
 }
 
-# Of the first worker: where one dies, JAX ends the others.
+# The state on the first worker: where one dies, JAX ends the others.
 training_state() {
   tpu_ssh 0 "cd xclip_jax 2>/dev/null && [ -f train.pid ] || { echo new; exit; }; \
 if [ -f train.exit ]; then cat train.exit; elif flock -n train.lock true; then echo lost; else echo running; fi"

@@ -74,7 +74,7 @@ tpu_start "$@"
 
 [ -z "$DRY_RUN" ] || exit 0
 
-# Of the log of this start: the line with the number of parameters is the last before the first step.
+# In the log of this start the line with the number of parameters is the last before the first step.
 # shellcheck disable=SC2016
 look='cd xclip_jax && if [ -f train.exit ]; then echo "ended $(cat train.exit)"
 elif tail -c +$(($(cat train.begin) + 1)) train.log | grep -q " parameters, "; then echo trains; fi'

@@ -19,7 +19,6 @@ NAMES = ("adamw", "lion", "adafactor", "muon", "lamb")
 SCHEDULES = ("cosine", "linear", "constant")
 EMA_SCHEDULES = ("constant", "cosine")
 
-
 _SHARE = Check("above 0 and at most 1", lambda value: 0 < value <= 1)
 _RATIO = Check("0 or a value above 1", lambda value: value == 0 or value > 1)
 

@@ -74,7 +74,6 @@ def test_all_checks_of_the_command(tmp_path, pairs):
     [
         ([], "the following arguments are required: RUN"),
         (["runs/a", "runs/b"], "unrecognized arguments: runs/b"),
-        (["--checkpoint", "runs/a"], "--checkpoint; write RUN without --checkpoint; see --help"),
         (["/nowhere/run"], "'/nowhere/run' does not exist; name the folder of a run"),
     ],
 )
@@ -97,6 +96,14 @@ def test_faults_of_the_config_and_of_the_model_end_the_checks(tmp_path):
     findings = list(check_config(config, "never"))
     assert any(x.mark == FAIL and x.check == "model" and "no.json" in x.text for x in findings)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_folder_of_the_run_is_one_finding(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    (tmp_path / "checkpoints" / "1").mkdir(parents=True)
+    findings = list(check_config(tiny.config("clip", run=tmp_path), "never"))
+    assert "config.json is damaged" in only(findings, "folder", FAIL).text
+    assert [finding.check for finding in findings] == ["devices", "folder"]
 
 
 def start_of(objective="clip", **changes):

@@ -244,7 +244,6 @@ def test_a_folder_of_tars_whose_name_is_a_pattern(name, root, tmp_path):
         ({"images": "{}/none"}, "no file or folder"),
         ({"batch": 0}, "--batch is 0; expected an integer of at least 1"),
         ({"batch": -1}, "--batch is -1; expected an integer of at least 1"),
-        ({"threads": -1}, "threads is -1"),
         ({"images": "{}/run"}, "contains no image"),
         ({"images": "{}/*.t*"}, "names 2 tars among 3 files"),
         ({"texts": "{}/none.txt"}, "none.txt' cannot be read"),
@@ -286,17 +285,6 @@ def test_a_folder_that_cannot_be_written_to_is_named_before_the_model_is_loaded(
     )
     with pytest.raises(SystemExit, match=r"the ending of '.*x\.txt' is '\.txt'"):
         embed.main(flags(root, tmp_path / "x.txt"))
-
-
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32", "utf-32-be"])
-def test_text_files_in_other_encodings_are_refused(tmp_path, encoding):
-    mark = "\ufeff" if encoding.endswith("be") else ""
-    (tmp_path / "t.txt").write_text(f"{mark}a fox\na hen\n", encoding=encoding)
-    name = encoding[:6].upper()
-    with pytest.raises(UserError, match=f"is {name} by its byte order mark; .* iconv -f {name} -t UTF-8"):
-        embed.Lines(str(tmp_path / "t.txt"))
-    (tmp_path / "t.txt").write_text("a fox\na hen\n", encoding="utf-8-sig")
-    assert embed.Lines(str(tmp_path / "t.txt")).read(0) == ("a fox", "a fox")
 
 
 def test_hidden_folders_and_files_are_left_out(tmp_path):

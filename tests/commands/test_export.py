@@ -137,7 +137,8 @@ def test_the_card_of_a_run(run, tmp_path, monkeypatch):
         "left out, since 'hf' has no place for them: clusters_img, clusters_txt",
         f"commit `{config['environment']['commit']}`", f"jax {config['environment']['versions']['jax']}",
         "The licence of the training data: see its sources", "## Limits",
-        f"| {evaluation['results'][0]['value']:.1f} |", "zero-shot classification, %", "one caption of text is drawn",
+        f"| {evaluation['results'][0]['value']:.1f} |", "zero-shot classification, %",
+        "One caption of each pair is drawn, from text",
     ):  # fmt: skip
         assert part in card, part
     assert results["results"]

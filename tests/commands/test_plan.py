@@ -100,6 +100,13 @@ def test_an_mfu_that_is_no_share_is_refused_before_compiling(mfu, monkeypatch):
         plan.plan(config(), "v5e:2x4", mfu=mfu)
 
 
+def test_a_file_that_cannot_be_written_is_refused_before_compiling(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "compile_config", lambda *_: pytest.fail("compiled"))
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"--hlo: .* is not a folder"):
+        plan.plan(config(), "v5e:2x4", hlo=str(tmp_path / "file" / "step.hlo"))
+
+
 def test_slices_are_one_or_more():
     with pytest.raises(UserError, match="--slices is 0; expected an integer of at least 1"):
         plan.devices_of("v5e:2x4", 0)

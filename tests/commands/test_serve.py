@@ -71,6 +71,7 @@ def test_answers_are_those_of_the_model(client, index, model, pictures):
         ("/names?image=99", b"", 404, "99"),
         ("/names?image=x", b"", 400, "x"),
         ("/names", bytes((20 << 20) + 1), 413, "too large"),
+        ("/names", [b"of unknown length"], 413, "too large"),
         ("/nothing", b"", 404, "Not Found"),
         ("/thumbnail/1", b"", 405, "Not Allowed"),
     ],

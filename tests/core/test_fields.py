@@ -166,7 +166,7 @@ CONFLICTS = [
     ({"data.crop_scale": (-1.0, 0.5)}, r"data\.crop_scale is \(-1\.0, 0\.5\)"),
     ({"data.crop_scale": (0.5, 2.0)}, r"data\.crop_scale is \(0\.5, 2\.0\)"),
     ({"data.tags_append_prob": 0.7, "data.tags_only_prob": 0.7}, r"must not exceed 1 together"),
-    ({"data.cache": True, "data.workers": 2}, r"data\.cache with data\.workers=2 .*data\.workers=0"),
+    ({"data.cache": True, "data.workers": 2}, r"data\.cache would keep .* 2 workers; set data\.workers=0"),
 ]
 
 

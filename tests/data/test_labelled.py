@@ -260,12 +260,16 @@ def test_the_tower_reads_what_the_source_has(tmp_path):
         sources.open_sources(config(texts), 2, ("image", "label"))
 
 
+def test_items_of_any_records_have_names():
+    assert labelled.item_name(labelled.Field([{"image": b""}], "image"), 0) == "record 0"
+
+
 def test_a_run_names_the_key_of_the_objective(tmp_path):
     (images,) = folders(tmp_path, a=("cat", "dog"))
     texts = f"glue:cola@{glue_folder(tmp_path / 'c', 'cola')}/train"
     for spec, classes, message in (
-        (images, 3, r"has 2 classes, expected 3; make objective\.classify\.classes equal to it \(1 for labels"),
-        (texts, 2, r"has texts and the model learns from images; set objective\.classify\.tower to 'txt', or use"),
+        (images, 3, r"has 2 classes, expected 3; use another source, or change objective\.classify\.classes"),
+        (texts, 2, r"has texts and the model learns from images; use another source, or change .* or \.tower"),
     ):
         c = tiny.config("classify", run=tmp_path / "run", data__sources=(spec,), objective__classify__classes=classes)
         with pytest.raises(UserError, match=message):

@@ -177,7 +177,7 @@ def test_recall_needs_less_memory_than_the_scores():
 
 def test_duplicate_captions_match_all_their_images():
     expected = [[1, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 1]]
-    np.testing.assert_array_equal(retrieval.positives([["a", "b"], ["b"], ["c"]]), expected)
+    np.testing.assert_array_equal(retrieval.Matches([["a", "b"], ["b"], ["c"]]).of_images(), expected)
 
 
 def chance(positives, k):
@@ -189,7 +189,7 @@ def test_chance_of_recall_equals_random_rankings(k):
     """Images with 1 to 7 captions, two of which other images share."""
     captions = [[f"{i}/{j}" for j in range(1 + i % 7)] for i in range(9)]
     captions[3][0], captions[5][1] = captions[6][0], captions[6][1]
-    match = retrieval.positives(captions)
+    match = retrieval.Matches(captions).of_images()
     for m in (match, match.T):
         draws = [retrieval.recall_at_k(rng(i).random(m.shape), m, k) for i in range(3000)]
         error = np.std(draws) / np.sqrt(len(draws))

@@ -1,6 +1,7 @@
 """A run resumes in the same order of samples, or says which source could be read differently before."""
 
 import json
+import types
 
 import pytest
 
@@ -94,8 +95,8 @@ def test_a_record_that_could_not_be_read_at_the_start_is_said(run):
 def compare(monkeypatch):
     """What a process that has others compares with them, each with the remedy."""
     compared = []
-    monkeypatch.setattr(runtime, "peers", lambda: True)
-    monkeypatch.setattr(runtime, "check_same", lambda facts, remedy: compared.append((facts, remedy)))
+    others = types.SimpleNamespace(check_same=lambda facts, remedy: compared.append((facts, remedy)))
+    monkeypatch.setattr(runtime, "peers", lambda: others)
     return compared
 
 

@@ -80,6 +80,16 @@ def test_the_order_of_an_epoch_is_made_once(monkeypatch):
     assert pickle.loads(pickle.dumps(order))(5) == found[0]
 
 
+def test_the_orders_of_several_short_epochs_are_made_once(monkeypatch):
+    made, make = [], loader._SpreadDuplicates._order
+    monkeypatch.setattr(loader._SpreadDuplicates, "_order", lambda self, epoch: made.append(epoch) or make(self, epoch))
+    order = loader._SpreadDuplicates(np.arange(100), seed=0)
+    for offset in (3, 50):
+        for epoch in range(8):
+            order(100 * epoch + offset)
+    assert made == list(range(8))
+
+
 def test_an_order_of_all_captions_decodes_no_image(monkeypatch):
     decoded = []
     decode = sources.images.decode

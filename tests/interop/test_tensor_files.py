@@ -6,12 +6,15 @@ import json
 import os
 import pickle
 import struct
+import time
+import tracemalloc
 import zipfile
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from etils import epath
 
 from tests.helpers.foreign import MODELS, make_open_clip
 from xclip_jax import interop
@@ -36,7 +39,7 @@ def saved(tmp_path, change, cfg=None, name="quick_b32"):
         ({"vision_cfg": {"timm_model_name": "vit_base"}}, r"sets vision_cfg\.timm_model_name='vit_base'"),
         ({"vision_cfg": {"layers": [2, 2, 2, 2]}}, "value that cannot be used"),
         ({"vision_cfg": {"attentional_pool": True}}, r"vision_cfg\.attentional_pool=True"),
-        ({"vision_cfg": {"pool_type": "avg"}}, "sets vision_cfg.pool_type='avg'; expected pool_type='tok'"),
+        ({"vision_cfg": {"pool_type": "avg"}}, "sets vision_cfg.pool_type='avg'; expected 'tok'"),
         ({"text_cfg": {"no_causal_mask": True}}, r"text_cfg\.no_causal_mask=True"),
         ({"text_cfg": {"hf_model_name": "roberta-base"}}, r"text_cfg\.hf_model_name='roberta-base'"),
         ({"text_cfg": {"vocab_size": 32000}}, "vocabulary of 32000 with end 31999, which is not CLIP's"),
@@ -121,6 +124,10 @@ def test_a_pickle_that_asks_for_anything_else_is_refused(tmp_path):
         with pytest.raises(UserError, match="it asks for"):
             tensor_files.load_torch(torch_zip(tmp_path / name, content), name)
     assert not os.path.exists(mark)
+    with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(1 << 20))
+    with pytest.raises(UserError, match="it asks for compressed data"):
+        interop.read(str(tmp_path / "bomb.pt"))
     torch.save({"x": torch.zeros(1)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     with pytest.raises(UserError, match=r"is not a zip of torch.save, which has written such since version 1\.6"):
         interop.read(str(tmp_path / "old.pt"))
@@ -132,8 +139,8 @@ STORAGE = object()
 class Pickled:
     """A tensor as torch pickles it, of a storage of four numbers."""
 
-    def __init__(self, offset, size, stride):
-        self.args = (offset, size, stride)
+    def __init__(self, offset, size, stride, storage=STORAGE):
+        self.args = (storage, offset, size, stride)
 
 
 class Writer(pickle.Pickler):
@@ -142,7 +149,7 @@ class Writer(pickle.Pickler):
 
     def reducer_override(self, x):
         if isinstance(x, Pickled):
-            return torch._utils._rebuild_tensor_v2, (STORAGE, *x.args, False, {})
+            return torch._utils._rebuild_tensor_v2, (*x.args, False, {})
         return NotImplemented
 
 
@@ -160,6 +167,74 @@ def test_tensors_stay_within_their_storage(offset, size, stride, tmp_path):
     np.testing.assert_array_equal(load(0, (2, 2), (1, 2)), [[1, 3], [2, 4]])
     with pytest.raises(UserError, match=r"a tensor (beyond its storage|of negative size)"):
         load(offset, size, stride)
+    with pytest.raises(UserError, match="a tensor of another tensor"):
+        load(0, (4,), (1,), Pickled(3, (4,), (0,)))
+
+
+def module(name, memo, links):
+    """Pickled: a module of TorchScript whose attributes are modules of the memo, kept in the memo itself."""
+    attributes = b"".join(b"X\x01\0\0\0" + bytes([97 + i]) + b"h" + bytes([link]) for i, link in enumerate(links))
+    return b"c__torch__\n" + name + b"\n)\x81}(" + attributes + b"ubq" + bytes([memo])
+
+
+# Small pickles that took gigabytes or ages, by what is refused in them.
+BOMBS = {
+    "memo": (b"Nr\xff\xff\xff\x3f0N.", ""),  # keeps None at an index of a thousand million
+    "bytearray": (b"\x96\0\0\0\0\x10\0\0\0.", "an array of bytes"),
+    "hash of a key": (b"}K\x01" + b"2\x86" * 60 + b"Ns.", "a key that is neither"),
+    "set": (b"\x8f(K\x01" + b"2\x86" * 60 + b"\x90.", "a set"),
+    "key of a storage": (b"X\x07\0\0\0storagectorch\nFloatStorage\nK\x01" + b"2\x86" * 60 + b"\x87Q.", "a storage"),
+    "type of a storage": (b"X\x07\0\0\0storageK\x01" + b"2\x86" * 60 + b"X\x01\0\0\x000\x87Q.", "a storage"),
+    "argument of a dict": (b"ccollections\nOrderedDict\n](K\x01" + b"2\x86" * 60 + b"N\x86e\x85R.", "damaged"),
+    "tensor of many dimensions": (
+        b"ctorch._utils\n_rebuild_tensor_v2\n((X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000tQ"
+        + b"K\x00(" + b"J\xff\xff\xff\x7f" * 20000 + b"t(" + b"K\x00" * 20000 + b"ttR.", "too many dimensions",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_small_pickle_takes_little_memory_and_time(name, tmp_path):
+    pickled, message = BOMBS[name]
+    content = torch_zip(tmp_path / "x.pt", pickled, s0=bytes(16))
+    tracemalloc.start()
+    began = time.process_time()
+    try:
+        if message:
+            with pytest.raises(UserError, match=message):
+                tensor_files.load_torch(content, "x.pt")
+        else:
+            assert tensor_files.load_torch(content, "x.pt") == (None, False)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 24 and time.process_time() - began < 5
+    finally:
+        tracemalloc.stop()
+
+
+def test_modules_that_share_modules_are_read_up_to_a_bound(tmp_path):
+    def load(depth):
+        storage = b"X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000\x87Q"
+        tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"K\x00K\x04\x85K\x01\x85tRq\0"
+        modules = [module(b"M", 1, [0]), *(module(b"M", i + 1, [i, i]) for i in range(1, depth))]
+        path = tmp_path / "x.pt"
+        torch_zip(path, tensor + b"0".join(modules) + b".", s0=struct.pack("<4f", 1, 2, 3, 4))
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.writestr("archive/constants.pkl", b"N.")
+        return tensor_files.load_torch(path.read_bytes(), "x.pt")[0]
+
+    assert sorted(load(3)) == ["a.a.a", "a.b.a", "b.a.a", "b.b.a"]
+    np.testing.assert_array_equal(load(2)["b.a"], [1, 2, 3, 4])
+    with pytest.raises(UserError, match="modules without end"):
+        load(60)
+
+
+def test_views_are_bounded_by_the_file(tmp_path):
+    tensors = {str(i): torch.zeros(1000) for i in range(3)}
+    torch.save(tensors | {"tied": tensors["0"], "again": tensors["0"]}, tmp_path / "x.pt")
+    assert len(tensor_files.tensors(epath.Path(tmp_path / "x.pt"))) == 5
+    large = torch.zeros(1 << 16)
+    torch.save({str(i): large[i:] for i in range(30)}, tmp_path / "views.pt")
+    with pytest.raises(UserError, match="the same numbers in too many tensors"):
+        tensor_files.tensors(epath.Path(tmp_path / "views.pt"))
 
 
 def test_a_damaged_directory_of_a_zip_is_one_sentence(tmp_path):

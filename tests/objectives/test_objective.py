@@ -109,7 +109,7 @@ def test_terms_describe_themselves(name, similarities, fields):
     assert objective.similarities == similarities and objective.fields == fields
     p = build.build(resolved)
     metrics = metrics_of_a_step(p)
-    for term, curves in objective.curves().items():
+    for term, curves in ((name, term.report.curves()) for name, term in objective.terms.items()):
         assert curves
         for curve in curves:
             assert isinstance(curve, Curve)

@@ -82,6 +82,18 @@ def test_an_evaluation_that_fails_does_not_cost_the_steps_before(pairs, tmp_path
     assert evaluated.batches == 4  # of step 3 and at the end
 
 
+def test_an_interruptible_iterator_raises_what_is_no_exception():
+    class PanicError(BaseException):
+        """As tokenizers raises it."""
+
+    def elements():
+        yield 1
+        raise PanicError
+
+    with pytest.raises(PanicError):
+        list(records.interruptible_iterator(elements(), lambda: None))
+
+
 def test_an_interruptible_iterator_yields_all_and_closes_what_it_reads():
     closed = []
 

@@ -231,6 +231,22 @@ def test_the_trace_waits_for_the_steps_before_it_and_in_it(tmp_path, monkeypatch
     assert calls == [("wait", (5,)), "start", 5, 6, ("wait", None), "stop", 7]
 
 
+def test_a_trace_that_fails_is_a_warning(tmp_path, capsys):
+    """Another trace is in progress; the run's folder cannot be written to."""
+    tracer = loop.StepTracer((1, 2), RunFolder(tmp_path / "run"))
+    with jax.profiler.trace(tmp_path / "other"):
+        assert [tracer(step, lambda x: x, step) for step in (1, 2, 3)] == [1, 2, 3]
+    tracer.close()
+    assert "WARNING: the steps of log.profile cannot be traced: Profile has already" in capsys.readouterr().out
+    (tmp_path / "file").write_text("")
+    tracer = loop.StepTracer((1, 2), RunFolder(tmp_path / "file"))
+    assert [tracer(step, lambda x: x, step) for step in (1, 2, 3)] == [1, 2, 3]
+    out = capsys.readouterr().out
+    assert "WARNING: the steps of log.profile cannot be traced" in out and out.count("\n") == 1
+    with jax.profiler.trace(tmp_path / "other"):  # the profiler is free again
+        pass
+
+
 def brief(pairs, run, **changes):
     defaults = {"data__sources": (f"folder:{pairs}",), "checkpoint__every": 1000, "steps": 4, "data__batch": 8}
     return tiny.config("clip", run=run, **defaults | changes)

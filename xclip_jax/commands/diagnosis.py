@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from xclip_jax.core.console import command, format_duration
 from xclip_jax.core.run_folder import RunFolder
-from xclip_jax.core.storage import REWRITE_SECONDS
+from xclip_jax.core.storage import REWRITE_SECONDS, is_remote
 from xclip_jax.report import collect
 from xclip_jax.report.collect import Record, Warnings, complete_rows
 from xclip_jax.train import checkpoint_files
@@ -72,7 +72,7 @@ def _progress(run: Record, folder: RunFolder, now: float) -> Iterator[Finding]:
         yield fail("progress", f"stalled? {text}, and {writer} is still at it", remedy, **values)
     elif writer:
         yield Finding("progress", f"in progress by {writer}: {text}", values=values)
-    elif late or not str(folder.path).count("://"):
+    elif late or not is_remote(str(folder.path)):
         yield warning("progress", f"not running and not complete: {text}", "run the same command to resume", **values)
     else:
         yield Finding("progress", text, values=values)
@@ -178,7 +178,7 @@ def _results(run: Record, folder: RunFolder) -> Iterator[Finding]:
     for name, reason in failed.items():
         yield fail("results", f"{name} could not be evaluated: {reason}", "run the same command to evaluate again")
     judged = collect.verdicts(run.results)
-    above = sum(verdict == "above chance" for verdict in judged.values())
+    above = sum(verdict == collect.ABOVE for verdict in judged.values())
     text, values = f"{above} of {len(judged)} sets are above chance", {"sets": len(judged), "above_chance": above}
     if judged and not above:
         remedy = "see the objective's lines; too few steps, a wrong tokenizer, or captions of other images do this"

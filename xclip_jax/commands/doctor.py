@@ -73,7 +73,7 @@ def check_config(
             cheap = not on_cpu or (operations or np.inf) <= CHEAP_FLOPS
             start.compiles = step == "always" or (step == "auto" and cheap)
         yield finding
-    if FAIL in (marks["model"], marks.get("data")):
+    if FAIL in (marks.get("model", FAIL), marks.get("data")):
         return
     seconds = None
     if start.compiles and marks.get("memory") != FAIL:
@@ -115,15 +115,8 @@ def zeros(experiment: Experiment) -> dict[str, jax.Array]:
 def check_samples(start: Job, step_seconds: float | None) -> Iterator[Finding]:
     """Read the first samples as the run would: yield the share of bad ones, equal texts, and the speed of reading."""
     experiment = start.experiment
-    transform = loader.Transform(
-        experiment.config.data,
-        experiment.image_size,
-        experiment.tokenizer,
-        experiment.context_length,
-        experiment.objective.fields,
-    )
     limits = {"samples": SAMPLES, "seconds": SECONDS}
-    read = functools.partial(inspect.read_batches, start.samples, transform, start.config.seed, **limits)
+    read = functools.partial(inspect.read_batches, start.samples, experiment.transform(), start.config.seed, **limits)
     sample, problem = attempt("samples", read)
     if sample is None:
         yield from filter(None, [problem])
@@ -187,9 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     logging.set_verbosity(logging.ERROR)
     words = sys.argv[1:] if argv is None else argv
-    parser = Parser(
-        prog="xclip-jax doctor", description=__doc__, hints={"checkpoint": "write RUN without --checkpoint"}
-    )
+    parser = Parser(prog="xclip-jax doctor", description=__doc__)
     before = any(re.match(r"--?(no)?config\b", word) for word in words)
     if not before:
         parser.add_argument("run", metavar="RUN", help="a run's folder; or --config RECIPE, of a run to be started")

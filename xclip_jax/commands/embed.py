@@ -323,7 +323,7 @@ class Progress:
         self._began = self._printed = time.perf_counter()
 
     def after(self, done: int, bad: int) -> None:
-        """Print the state after `done` items, `bad` of the last ones bad."""
+        """Print the state after `done` items; `bad` more than at the last call could not be used."""
         self._bad += bad
         now = time.perf_counter()
         if now - self._printed > _PROGRESS_SECONDS or done == self._n:

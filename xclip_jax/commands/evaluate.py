@@ -78,6 +78,7 @@ def evaluate(
     path = epath.Path(output) if output else evaluation_file(hub.local_name(run))
     pinned, origin = pin(run)
     config, experiment, variables, loaded_step = load(pinned, step)
+    path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
         results.read(path)  # an error for a damaged file, before the work
     encoder, own = make_encoder(experiment, read_classes(pinned)), profile_of_run(config, profile, changes)

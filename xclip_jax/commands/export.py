@@ -21,7 +21,7 @@ from xclip_jax.config import schema
 from xclip_jax.core.console import log0
 from xclip_jax.core.errors import Parser, UserError, exit_with_message
 from xclip_jax.core.imports import add_trust, trusting
-from xclip_jax.core.run_folder import is_run
+from xclip_jax.core.run_folder import RunFolder
 from xclip_jax.interop import hub
 from xclip_jax.report import card as model_card
 from xclip_jax.train.weights import load, read_classes
@@ -72,7 +72,8 @@ def export(
         notes = interop.write(
             variables, schema.to_dict(experiment.config), out, to, repository=push, classes=read_classes(pinned)
         )
-        card = model_card.render(pinned, out, to, experiment, loaded_step, notes, run=is_run(path), repository=push)
+        run = RunFolder(path).is_run()
+        card = model_card.render(pinned, out, to, experiment, loaded_step, notes, run=run, repository=push)
         (folder / CARD).write_text(card)
         for note in notes:
             log0(note)

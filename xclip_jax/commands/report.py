@@ -110,7 +110,7 @@ def _predict(
     options = {**first, "data_dir": flags.data_dir, "seed": flags.seed}
     with named_by(RunFolder(flags.runs[0]).config_file):  # sets and sources; what --sets names has been imported
         examples = page.predict(experiment, make_encoder(experiment), variables, specs, **options)
-    return examples, page.count_parameters(experiment)
+    return examples, experiment.num_parameters
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -252,7 +252,7 @@ def make_app(index: Index) -> Any:
 
     async def label(request: Request) -> Response:
         """Answer a body of labels, one a line, and for an image's file an empty line and the file."""
-        if int(request.headers.get("content-length", 0)) > MAX_UPLOAD:
+        if int(request.headers.get("content-length", MAX_UPLOAD + 1)) > MAX_UPLOAD:  # without one it may have any size
             raise HTTPException(413, f"The image is too large; send at most {MAX_UPLOAD >> 20} MiB.")
         lines, _, content = (await request.body()).partition(b"\n\n")
         image = int(request.query_params["image"]) if "image" in request.query_params else content
@@ -289,7 +289,7 @@ def shrink(content: bytes) -> bytes:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
-    parser = Parser(prog="xclip-jax serve", description=__doc__, hints={"checkpoint": "write RUN without --checkpoint"})
+    parser = Parser(prog="xclip-jax serve", description=__doc__)
     parser.add_argument("checkpoint", metavar="RUN", help="run directory, or weights")
     parser.add_argument("--images", required=True, help="a folder, or files: globs, ranges {00..12}, lists; or tars")
     parser.add_argument("--cache", default="", metavar="FOLDER", help="folder for embeddings")

@@ -3,6 +3,8 @@
 RECIPE is the name of a recipe of the package, such as demo, or the path of a file.
 """
 
+import logging as python_logging
+
 from absl import app, flags, logging
 
 from xclip_jax import report
@@ -27,6 +29,7 @@ _PROCESS = flags.DEFINE_integer("process", -1, "Which of them this one is, from 
 def main(_: list[str]) -> None:
     """Run the trainer."""
     logging.set_verbosity(logging.ERROR)
+    python_logging.getLogger("jax._src.xla_bridge").setLevel("WARNING")  # JAX warns of an unused GPU or TPU
     with runtime.exits(), exit_with_message(), imports.trusting(load.TRUST.value):
         errors.end_at_once()  # until the run handles signals
         if _CHECK.value:

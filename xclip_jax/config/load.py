@@ -135,8 +135,8 @@ def parse(argv: list[str]) -> list[str]:
         return unparsed
     except (UserError, flags.UnrecognizedFlagError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
-    except (flags.Error, TypeError, ValueError) as error:
-        text = " ".join(str(error).split())
+    except (flags.Error, TypeError, ValueError, MemoryError, RecursionError) as error:
+        text = " ".join(str(error).split()) or "a value is nested too deeply"  # for Python's parser
         for python, expected in _CONVERSIONS.items():
             text = re.sub(rf"(\(')?{re.escape(python)}.*", f"expected {expected}", text)
         sys.exit(f"error: {text}; --help lists the keys with their defaults")

@@ -3,6 +3,7 @@
 import contextlib
 import contextvars
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 from xclip_jax.core.errors import public
 
@@ -30,19 +31,25 @@ def format_bytes(n: float) -> str:
     return f"{n:.0f} B"
 
 
+T = TypeVar("T")
 Observer = Callable[[bool], None]
 
 _observer: contextvars.ContextVar[Observer] = contextvars.ContextVar("observer", default=lambda all_processes: None)
 
 
 @contextlib.contextmanager
-def observing_progress(observer: Observer) -> Iterator[None]:
-    """Call `observer` at every `report_progress` of this thread; it may raise to abandon the work."""
-    token = _observer.set(observer)
+def setting(variable: contextvars.ContextVar[T], value: T) -> Iterator[None]:
+    """Give `variable` a value in this context."""
+    token = variable.set(value)
     try:
         yield
     finally:
-        _observer.reset(token)
+        variable.reset(token)
+
+
+def observing_progress(observer: Observer) -> contextlib.AbstractContextManager[None]:
+    """Call `observer` at every `report_progress` of this thread; it may raise to abandon the work."""
+    return setting(_observer, observer)
 
 
 def report_progress(*, all_processes: bool = True) -> None:

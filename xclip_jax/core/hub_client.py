@@ -31,7 +31,7 @@ def unreachable(error: BaseException) -> bool:
 
 
 def _of_network(error: BaseException) -> bool:
-    """Whether it is an error of the client's library of requests, whose name depends on its version."""
+    """Whether an HTTP library raised the error; which one the client uses depends on the client's version."""
     return type(error).__module__.startswith(("httpx", "httpcore", "requests", "urllib3"))
 
 

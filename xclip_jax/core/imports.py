@@ -14,8 +14,9 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
-from typing import Any, TypeVar
+from typing import TypeVar
 
+from xclip_jax.core.console import setting
 from xclip_jax.core.errors import UserError
 
 _CLASS_NAME = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*)")
@@ -26,23 +27,14 @@ _file = ContextVar("file that names come from", default="")
 _trusted = ContextVar("whether names out of files are imported", default=False)
 
 
-@contextlib.contextmanager
-def _set(variable: ContextVar[Any], value: object) -> Iterator[None]:
-    token = variable.set(value)
-    try:
-        yield
-    finally:
-        variable.reset(token)
-
-
 def named_by(file: object) -> contextlib.AbstractContextManager[None]:
     """Treat the names of classes that are imported in this context as the content of `file`."""
-    return _set(_file, str(file))
+    return setting(_file, str(file))
 
 
 def trusting(trust: bool) -> contextlib.AbstractContextManager[None]:
     """Import classes that files name in this context, if `trust` is true here or in an outer context."""
-    return _set(_trusted, trust or _trusted.get())
+    return setting(_trusted, trust or _trusted.get())
 
 
 def add_trust(parser: argparse.ArgumentParser) -> None:
@@ -67,8 +59,8 @@ def import_class(name: str, base: type[T], what: str = "class", *, dataclass: bo
     """Import the class `name`, "package.module:Class", a subclass of `base`; messages call it `what`.
 
     Raises:
-      UserError: a name of another form, a module that cannot be imported, no such class in it, one that is no dataclass
-        if `dataclass` is set, or a name out of a file, see `named_by`, without consent.
+      UserError: a name of another form, a module that cannot be imported, no such class in it, no dataclass although
+        `dataclass` is set, or a name out of a file, see `named_by`, without consent.
     """
     match = _CLASS_NAME.fullmatch(name)
     if match is None:

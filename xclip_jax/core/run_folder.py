@@ -151,11 +151,6 @@ def _is_finite(value: Any) -> bool:
     return isinstance(value, (int, float)) and -sys.float_info.max <= value <= sys.float_info.max
 
 
-def is_run(path: str) -> bool:
-    """Whether `path` is a run's folder."""
-    return RunFolder(path).is_run()
-
-
 def evaluation_file(path: str | epath.Path) -> epath.Path:
     """Return the file of evaluations of a run or of weights: in a folder, or next to a file and named after it."""
     run = RunFolder(path)

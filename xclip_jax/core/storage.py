@@ -84,7 +84,7 @@ def os_errors(path: str) -> Iterator[None]:
 
 
 def _read_remote(path: str, offset: int, size: int, *, whole: bool) -> bytes:
-    """Return up to `size` bytes from `offset` of the file at a URL; any server can send the beginning of a `whole`."""
+    """Return up to `size` bytes from `offset` of the file at a URL; with `whole` the server may send the whole file."""
     system, name = file_system(path)
     options: dict[str, Any] = {}
     if scheme(path) in ("http", "https"):
@@ -193,7 +193,7 @@ class JsonLines:
 
 
 def json_lines(path: epath.Path) -> list[dict[str, Any]]:
-    """Return the objects of a file of one a line, none without the file; a damaged or half-written line is left out."""
+    """Return the objects of a file of one JSON object a line, none without it; damaged lines are left out."""
     objects = []
     for line in path.read_bytes().split(b"\n") if path.exists() else ():
         with contextlib.suppress(ValueError, RecursionError):  # a RecursionError for brackets without end

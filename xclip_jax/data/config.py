@@ -49,8 +49,7 @@ class DataConfig:
         fraction_below_one(),
     )
     spread_duplicate_captions: bool = key(
-        False,
-        "spread records of equal captions, false negatives, over each epoch; reads all captions at the start",
+        False, "spread records of equal captions, false negatives, over each epoch; reads all captions at the start"
     )
     dir: str = key("", "root of TFDS data sets; empty for the default")
     batch: int = key(4096, "b, pairs of the global batch", at_least(1))

@@ -29,10 +29,8 @@ class Npz:
 
     def write(self, path: pathlib.Path, columns: Columns, about: Mapping[str, Any] | None = None) -> None:
         """Write a part: lists of strings, and an array (n, e)."""
-        arrays: dict[str, Any] = {
-            "kind": np.asarray(columns["kind"], "<U5"),
-            "embedding": np.asarray(columns["embedding"]),
-        }
+        arrays: dict[str, Any] = {"kind": np.asarray(columns["kind"], "<U5")}
+        arrays["embedding"] = np.asarray(columns["embedding"])
         for column in ("id", "text"):
             arrays[column] = np.frombuffer(json.dumps(list(columns[column])).encode(), np.uint8)
         if about is not None:
@@ -59,7 +57,7 @@ class Npz:
 
 
 class Parquet:
-    """Parquet with a row group for each part, and embeddings as lists of fixed size; methods are as of `Npz`."""
+    """Parquet with a row group for each part, and embeddings as lists of fixed size; it has the methods of `Npz`."""
 
     def write(self, path: pathlib.Path, columns: Columns) -> None:
         rows = np.asarray(columns["embedding"], np.float32)

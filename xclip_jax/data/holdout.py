@@ -58,9 +58,8 @@ class NoisyCaptions(WrappedSource):
         try:
             other = self.source[donor]
         except BadSample as error:
-            raise BadSample(
-                "the pair whose captions it has is bad", f"{name_of(self.source, donor)}: {error}"
-            ) from error
+            place = name_of(self.source, donor)
+            raise BadSample("the pair whose captions it has is bad", f"{place}: {error}") from error
         return record | {"text": other["text"], "tags": other["tags"]}
 
 
@@ -170,11 +169,7 @@ class TrainingPart(Subset):
 
 
 def training_part(specs: Iterable[str], opened: Iterable[Source], config: DataConfig) -> list[Source]:
-    """Return the sources without the pairs that `config.holdout` holds out.
-
-    Raises:
-      UserError: no pair is held out, or none is left.
-    """
+    """Return the sources without the held-out pairs, or raise `UserError` if no pair is held out, or none is left."""
     parts, held_out, total = [], 0, 0
     for spec, source in zip(specs, opened, strict=True):
         pairs = find(spec, source, config.holdout, config)

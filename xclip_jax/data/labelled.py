@@ -35,7 +35,7 @@ class Field(Sequence):
 
     def name(self, index: int) -> str:
         """Return what names the record to a person."""
-        return name_of(self._source, index)
+        return name_of(self._source, index) if isinstance(self._source, Source) else f"record {index}"
 
 
 class Chosen(Sequence):
@@ -141,19 +141,19 @@ def _read_table(name: str, path: pathlib.Path) -> tuple[Paths, np.ndarray, list[
         raise UserError(f"{name}: {len(missing)} images of {str(path)!r} do not exist, {str(missing[0])!r} first.")
     words = [[word for part in cell.split("|") if (word := part.strip())] for cell in cells]
     several = any("|" in cell for cell in cells)
-    if not several and (empty := [place for place, found in zip(places, words, strict=True) if not found]):
+    if not several and (empty := [place for place, of_row in zip(places, words, strict=True) if not of_row]):
         raise UserError(f"{name}: {empty[0]!r} in {str(path)!r} has no label; give it one, or delete the row.")
-    distinct = {word for found in words for word in found}
+    distinct = {word for of_row in words for word in of_row}
     numbers = all(re.fullmatch(r"-?[0-9]{1,18}", word) for word in distinct)
     names = sorted(distinct, key=lambda word: (int(word) if numbers else 0, word))
     if not names:
         raise UserError(f"{name}: {str(path)!r} has no row with a label.")
     index = {word: i for i, word in enumerate(names)}
     if not several:
-        return Paths(images, path.parent), np.array([index[found[0]] for found in words]), names
+        return Paths(images, path.parent), np.array([index[of_row[0]] for of_row in words]), names
     labels = np.zeros((len(cells), len(names)), bool)
-    for row, found in zip(labels, words, strict=True):
-        row[[index[word] for word in found]] = True
+    for row, of_row in zip(labels, words, strict=True):
+        row[[index[word] for word in of_row]] = True
     return Paths(images, path.parent), labels, names
 
 
@@ -193,14 +193,14 @@ class Labelled(Source):
     def labels(self) -> np.ndarray:
         """Return all labels, (n,), or bool (n, classes) with `multilabel`; no image is decoded."""
         if not isinstance(self._labels, np.ndarray):
-            self._labels = np.array(list(self._labels))
+            self._labels = np.array([self._labels[i] for i in range(len(self))])
         return self._labels
 
     def describe(self, index: int) -> dict[str, str]:
         return {"file": item_name(self.items, index)} if hasattr(self.items, "sizes") else {"row": str(index)}
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return a hash of the identity, or of the labels and the texts, or the names and sizes of files."""
+        """Return a hash of the identity; without one, of labels and texts, or of labels and files' names and sizes."""
         sizes = getattr(self.items, "sizes", None)
         items: Any = sizes() if sizes else self.items
         content = self._identity or zip(items, self.labels().tolist(), strict=True)
@@ -212,7 +212,7 @@ class Labelled(Source):
 
     @property
     def identity(self) -> Any:
-        """JSON that identifies the items in hashes of evaluation sets; empty for files and texts, which do so."""
+        """JSON that identifies the items in hashes of evaluation sets; "" for files and texts, which are hashed."""
         if self._identity:
             return self._identity
         return "" if isinstance(self.items, Paths) or self.key == "text" else self.fingerprint()["hash"]
@@ -236,15 +236,7 @@ def check_one_class(spec: str, source: Labelled) -> None:
 
 
 class MismatchError(UserError):
-    """Labelled items from which a model cannot learn.
-
-    Attributes:
-      fault: "classes" for another number of classes; "image" or "text" for items that the model does not read.
-    """
-
-    def __init__(self, message: str, fault: str) -> None:
-        super().__init__(message)
-        self.fault = fault
+    """Labelled items from which a model cannot learn."""
 
 
 def check_sources(
@@ -265,9 +257,9 @@ def check_sources(
         check_one_class(spec, source)
         if fields is not None and source.key not in fields:
             expected = next(key for key in ("image", "text") if key in fields)
-            raise MismatchError(f"source {spec!r} has {source.key}s and the model learns from {expected}s", source.key)
+            raise MismatchError(f"source {spec!r} has {source.key}s and the model learns from {expected}s")
         if len(source.names or ["a number"]) != classes:
-            raise MismatchError(f"source {spec!r} has {len(source.names)} classes, expected {classes}", "classes")
+            raise MismatchError(f"source {spec!r} has {len(source.names)} classes, expected {classes}")
         if list(source.names) != list(sources[0].names):
             raise UserError(
                 f"sources {specs[0]!r} and {spec!r} have different classes; they must be the same, in the same order."

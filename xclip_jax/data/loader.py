@@ -31,6 +31,7 @@ Batch = dict[str, Any]
 MAX_RESAMPLES = 100  # the run stops after this number of bad samples in a row for one position
 READ_GROUP = 32  # rows that are read together before they are decoded: alternating would empty the processor's caches
 WORKER_BUFFER = 2  # finished batches that each worker process keeps
+_CACHED_PLACES = 1 << 22  # in the orders of epochs that `_SpreadDuplicates` keeps; two epochs are always kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +129,9 @@ class _SpreadDuplicates:
 
     def __init__(self, groups: np.ndarray, seed: int) -> None:
         self.groups, self.seed = groups, seed
-        self._cached_order, self._lock = functools.lru_cache(maxsize=2)(self._order), threading.Lock()
+        # Threads read batches of several epochs if these are short.
+        size = max(2, _CACHED_PLACES // len(groups))
+        self._cached_order, self._lock = functools.lru_cache(maxsize=size)(self._order), threading.Lock()
 
     def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
         return _SpreadDuplicates, (self.groups, self.seed)

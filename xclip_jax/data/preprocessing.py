@@ -75,10 +75,7 @@ class Preprocessing:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], size: int) -> "Preprocessing":
-        """Return the preprocessing for groups "data" and "eval" of a nested dict, and the tower's image size.
-
-        Missing keys, as in configs of other projects, have defaults.
-        """
+        """Return the preprocessing for groups "data" and "eval" of a nested dict, without which keys have defaults."""
         mean, std = mean_std(config["data"]["normalization"])
         group = {**config.get("eval", {}), "background": config["data"].get("background", cls.background)}
         fields = {"resize": "resize_mode"} | {key: key for key in ("resize_size", "interpolation", "background")}

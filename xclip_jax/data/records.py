@@ -167,25 +167,34 @@ class ThreadPrefetcher(Sequence):
         self._pool.terminate()  # without waiting: a read may never end
 
 
-def interruptible_iterator(elements: Iterator[T], check: Callable[[], None], seconds: float = 0.2) -> Iterator[T]:
-    """Yield `elements`, and call `check` every `seconds` while waiting for the next one.
+def _next(elements: Iterator[T]) -> tuple[list[T], BaseException | None]:
+    """Return the next element, if there is one, and the error: only an `Exception` would pass through a pool."""
+    try:
+        return list(itertools.islice(elements, 1)), None
+    except BaseException as error:
+        return [], error
 
-    A thread requests the elements. If `check` raises, the thread is abandoned; otherwise `elements` is closed at the
-    end.
+
+def interruptible_iterator(elements: Iterator[T], check: Callable[[], None], seconds: float = 0.2) -> Iterator[T]:
+    """Yield `elements`, which a thread requests, and call `check` every `seconds` while waiting for the next one.
+
+    If `check` raises, the thread is abandoned; otherwise `elements` is closed at the end.
     """
-    end = object()
     with thread_pool(1) as pool:
-        request = pool.apply_async(next, (elements, end))
+        request = pool.apply_async(_next, (elements,))
         try:
             while True:
                 while not request.ready():
                     request.wait(seconds)
                     if not request.ready():
                         check()
-                if (element := request.get()) is end:
+                following, error = request.get()
+                if error is not None:
+                    raise error
+                if not following:
                     return
-                yield element
-                request = pool.apply_async(next, (elements, end))
+                yield following[0]
+                request = pool.apply_async(_next, (elements,))
         finally:
             if request.ready():
                 with contextlib.suppress(Exception):
@@ -214,15 +223,17 @@ def start_workers_with_signals_blocked(elements: Iterator[T]) -> Iterator[T]:
     mask; the calling thread continues to handle signals. `UserError` if a worker was killed.
     """
 
-    def first() -> list[T]:
+    def first() -> tuple[list[T], BaseException | None]:
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-        return list(itertools.islice(elements, 1))
+        return _next(elements)
 
     # Started with the first worker instead, it would unblock the signals.
     multiprocessing.resource_tracker.ensure_running()
     try:
         with thread_pool(1) as pool:
-            started = pool.apply(first)
+            started, error = pool.apply(first)
+        if error is not None:
+            raise error
         yield from started
         yield from elements
     except RuntimeError as error:

@@ -15,13 +15,7 @@ from typing import Any, NamedTuple, cast
 from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.core.imports import Classes, import_class
 from xclip_jax.data import holdout, images, labelled
-from xclip_jax.data.base import (
-    Record,
-    Source,
-    SourceKind,
-    SourceOptions,
-    WrappedSource,
-)
+from xclip_jax.data.base import Record, Source, SourceKind, SourceOptions, WrappedSource
 from xclip_jax.data.config import DataConfig
 
 READERS = "xclip_jax.data.readers"

@@ -11,7 +11,6 @@ import pyarrow.csv
 from xclip_jax.core.errors import BadSample, UserError
 
 _MAX_LINES = 20  # a longer field more likely begins with a quote that has no partner
-TO_UTF8 = "iconv -f latin1 -t utf-8 FILE > NEW"  # the remedy for most texts that are not UTF-8
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f]")
 
 
@@ -29,9 +28,8 @@ def decode_utf8(data: bytes) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         start = max(error.start - 20, 0)
-        raise BadSample(
-            "caption is not UTF-8", f"{data[start : error.end + 10]!r}; convert the file, as with {TO_UTF8}"
-        ) from error
+        remedy = "convert the file, as with iconv -f latin1 -t utf-8 FILE > NEW"
+        raise BadSample("caption is not UTF-8", f"{data[start : error.end + 10]!r}; {remedy}") from error
 
 
 def read_csv(path: str, columns: Sequence[str]) -> pyarrow.Table:
@@ -51,9 +49,8 @@ def read_csv(path: str, columns: Sequence[str]) -> pyarrow.Table:
     conversion = pyarrow.csv.ConvertOptions(check_utf8=False, column_types=strings, strings_can_be_null=False)
     table = pyarrow.csv.read_csv(path, parse_options=parsing, convert_options=conversion)
     for name in set(columns) & set(table.column_names):
-        ends = pyarrow.compute.call_function(
-            "count_substring", [table[name]], pyarrow.compute.MatchSubstringOptions("\n")
-        )
+        line_end = pyarrow.compute.MatchSubstringOptions("\n")
+        ends = pyarrow.compute.call_function("count_substring", [table[name]], line_end)
         if (pyarrow.compute.call_function("max", [ends]).as_py() or 0) >= _MAX_LINES:
             raise UserError(f"table {path!r}: a field has {_MAX_LINES} lines or more; a quote in it has no partner.")
     return table

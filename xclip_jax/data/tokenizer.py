@@ -120,14 +120,12 @@ def _lower_without_punctuation(text: str) -> str:
     return " ".join(text.lower().translate(_NO_PUNCTUATION).split())
 
 
-# SigLIP's texts are in lower case without ASCII punctuation, as in transformers; open_clip also repairs them first, as
-# CLIP's, and reads "_" as a space. SigLIP 2's are in lower case.
+# SigLIP's texts are in lower case without ASCII punctuation, as in transformers; SigLIP 2's are in lower case.
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 CLEANINGS: dict[str, Callable[[str], str]] = {
     "": lambda text: text,
     "lower": str.lower,
     "canonical": _lower_without_punctuation,
-    "canonical_spaces": lambda text: _lower_without_punctuation(_repaired(text).replace("_", " ")),
 }
 
 

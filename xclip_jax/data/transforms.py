@@ -83,7 +83,7 @@ def evaluation_image(
 def evaluation_mask(mask: np.ndarray, size: int, mode: str = "shortest", resize_size: int = 0) -> np.ndarray:
     """Resize and crop class numbers uint8 (h, w) as `evaluation_image` does the image, to the nearest pixel.
 
-    255 is no class, also where "longest" has padded the image.
+    255 is not a class, also where "longest" has padded the image.
     """
     # Pillow pads with 0, so classes are shifted by one; 255 becomes 0.
     return np.asarray(_fit(Image.fromarray(mask + np.uint8(1)), size, "nearest", mode, resize_size)) - np.uint8(1)

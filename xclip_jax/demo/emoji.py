@@ -326,8 +326,7 @@ class EmojiPairs(tfds.core.GeneratorBasedBuilder):
 
 
 def prepare(data_dir: str | os.PathLike | None = None) -> EmojiPairs:
-    """Return the builder of the data set in `data_dir`, by default TFDS's folder, prepared on first use."""
-
+    """Return the builder of the data set in `data_dir`, see `prepare_dataset`, prepared on first use."""
     return prepare_dataset(
         lambda root: EmojiPairs(data_dir=root, file_format="array_record"), data_dir, _require_packages
     )

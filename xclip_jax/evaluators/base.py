@@ -47,7 +47,7 @@ class Layout:
 
     Attributes:
       title: title of the column of names.
-      columns: columns; of those with a label the most important comes first.
+      columns: columns; the first one with a label is the most important.
       scores: {score: label} of scores that have their own row below the set's.
     """
 
@@ -63,7 +63,7 @@ class Evaluator(abc.ABC):
 
     Attributes:
       family: the first part of its results' names; a class attribute, or set by `__init__`.
-      layouts: tables of its results; of a set without a layout the headline is shown.
+      layouts: tables of its results; a set without a layout shows its headline.
       encoder: the model's encoder.
       data: the set; results copy its `name`, `card` and `evaluator`.
     """

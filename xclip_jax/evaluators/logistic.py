@@ -51,12 +51,7 @@ class Fit:
 
 
 def fit(
-    x: np.ndarray,
-    y: np.ndarray,
-    cs: np.ndarray | Sequence[float],
-    classes: int,
-    *,
-    tolerance: float = 1e-5,
+    x: np.ndarray, y: np.ndarray, cs: np.ndarray | Sequence[float], classes: int, *, tolerance: float = 1e-5
 ) -> Fit:
     """Fit every C in `cs`.
 

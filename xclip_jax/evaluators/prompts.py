@@ -146,9 +146,7 @@ def read_class_names(path: str) -> dict[str, str | list[str]]:
     try:
         content = json.loads(pathlib.Path(path).expanduser().read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"class names {path!r} cannot be read ({error}); expected a JSON file {{label: name}}."
-        ) from error
+        raise UserError(f"class names {path!r} cannot be read ({error}); expected JSON, {{label: name}}.") from error
     if not isinstance(content, dict) or not all(words and isinstance(words, (str, list)) for words in content.values()):
         raise UserError(f"class names {path!r} are not {{label: name}} or {{label: [name, synonym, ...]}}.")
     return content

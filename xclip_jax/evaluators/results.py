@@ -239,7 +239,7 @@ def add(
     """Add an entry to a results file, which is created if it does not exist; waits while another process adds one.
 
     `entry` has all of `KEY`, `items` are the per-example values of its metrics, and `command` has keys of the file on
-    the command that writes. All entries of a checkpoint's `own` file are of it, also under former names of its folder.
+    the command that writes. A checkpoint's `own` file has its entries only, also under former names of its folder.
     """
     with locks.lock(path, blocking=True):
         entries, items_of = read(path) if path.exists() else ([], {})
@@ -250,9 +250,8 @@ def add(
         items_of = {old["items"]: items_of[old["items"]] for old in entries if old["items"] in items_of}
         _write_items(path, items_of | {entry["items"]: dict(items)})
         shown, others = latest([*entries, entry], entry["checkpoint"])
-        write_json(
-            path, {**command, **{key: shown[-1][key] for key in _VIEW}, "results": shown, "other_results": others}
-        )
+        view = {key: shown[-1][key] for key in _VIEW}
+        write_json(path, {**command, **view, "results": shown, "other_results": others})
 
 
 def latest(entries: Sequence[Entry], checkpoint: str | None = None) -> tuple[list[Entry], list[Entry]]:
@@ -285,12 +284,11 @@ def _read_items(path: epath.Path) -> ItemsOf:
     """Return the per-example values of results file `path`."""
     file, parts = path.with_name(f"{path.name}.items.npz"), dict[tuple[str, str], dict[str, Any]]()
     try:
-        arrays = dict(np.load(io.BytesIO(file.read_bytes()))) if file.exists() else {}
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        for key, array in np.load(io.BytesIO(file.read_bytes())).items() if file.exists() else ():
+            statistic, part, entry, name = key.split(":", 3)
+            parts.setdefault((entry, urllib.parse.unquote(name)), {"statistic": statistic})[part] = array
+    except (ValueError, KeyError, AttributeError, EOFError, MemoryError, zipfile.BadZipFile) as error:
         raise UserError(f"{file} is damaged ({error}); delete it, --compare then gives no intervals.") from error
-    for key, array in arrays.items():
-        statistic, part, entry, name = key.split(":", 3)
-        parts.setdefault((entry, urllib.parse.unquote(name)), {"statistic": statistic})[part] = array
     items_of: ItemsOf = {}
     for (entry, name), fields in parts.items():
         items_of.setdefault(entry, {})[name] = PerExample(**fields)

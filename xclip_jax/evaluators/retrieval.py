@@ -178,7 +178,7 @@ class Matches:
         self._has = scipy.sparse.csr_array((np.ones(len(image), bool), (image, self._text)), shape)
 
     def of_images(self, part: slice = slice(None)) -> np.ndarray:
-        """Return bool (images of the part, captions)."""
+        """Return which captions match each image of the part, bool (images of the part, captions)."""
         return self._has[part].toarray()[:, self._text]
 
     def of_captions(self, part: slice) -> np.ndarray:
@@ -189,11 +189,6 @@ class Matches:
         """Return the number of right captions of each image, and of right images of each caption, by direction."""
         images = np.bincount(self._has.indices, minlength=self._has.shape[1])
         return {"image_to_text": self._has @ np.bincount(self._text), "text_to_image": images[self._text]}
-
-
-def positives(captions: list[list[str]]) -> np.ndarray:
-    """Return which captions, in order, match each image: bool (images, captions)."""
-    return Matches(captions).of_images()
 
 
 def embeddings(encoder: Encoder, variables: Variables, texts: Sequence[str]) -> np.ndarray:

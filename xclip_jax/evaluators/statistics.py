@@ -138,8 +138,7 @@ class PerExample:
 def mean_iou(intersection: np.ndarray, union: np.ndarray) -> float:
     """Return the mean over classes of intersection over union, both summed over items first, between 0 and 1.
 
-    Args:
-      intersection, union: areas of each class in each item, (n, classes).
+    `intersection` and `union` are the areas of each class in each item, (n, classes).
     """
     intersection, union = intersection.sum(axis=0, dtype=np.float64), union.sum(axis=0, dtype=np.float64)
     return float((intersection[union > 0] / union[union > 0]).mean())

@@ -155,12 +155,6 @@ def build(results: Sequence[Result]) -> list[Table]:
     return [_grid(layout, some, short) for layout, some in chosen if some]
 
 
-def row_by_name(table: Table, results: Sequence[Result]) -> dict[str, Row]:
-    """Return {name in the table: row} of a table of `build(results)`, without names that continue a set."""
-    short = short_names(results)
-    return {short[row.name]: row for row in rows(results) if row.layout.title == table.title}
-
-
 def render(results: Sequence[Result]) -> str:
     """Return the tables as text, each column as wide as its longest cell; empty without results."""
     shown, lines = build(results), []

@@ -19,7 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from xclip_jax.core import imports
 from xclip_jax.core.errors import UserError, check_choice
 from xclip_jax.core.fields import read_group
-from xclip_jax.core.run_folder import is_run
+from xclip_jax.core.run_folder import RunFolder
 from xclip_jax.data import tokenizer
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.interop import hf, hub, open_clip, tensor_files, vocabulary
@@ -150,7 +150,7 @@ def write(
       UserError: a model, tokenizer or preprocessing that the format does not have, or a run directory.
     """
     check_choice("to", to, FORMATS)
-    if is_run(path):
+    if RunFolder(path).is_run():
         raise UserError(f"{path!r} is a run directory; name another folder.")
     variables = jax.tree.map(lambda x: np.asarray(x, np.float32), dict(variables))
     folder = epath.Path(path)

@@ -21,10 +21,9 @@ PREPROCESSOR = "preprocessor_config.json"
 _ACTS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 _INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 _LEGACY_EOT = 2  # in configs before 2023; CLIPModel then pools at the largest id
-_TOWERS = (("img", "vision_model.encoder.layers.{}."), ("txt", "text_model.encoder.layers.{}."))
 _BLOCKS: dict[str, str | tuple[str, ...]] = {
     f"{tower}/transformer/blocks/{ours}": tuple(prefix + x for x in theirs)
-    for tower, prefix in _TOWERS
+    for tower, prefix in (("img", "vision_model.encoder.layers.{}."), ("txt", "text_model.encoder.layers.{}."))
     for ours, theirs in (
         ("norm_1/norm", ("layer_norm1.",)), ("norm_2/norm", ("layer_norm2.",)),
         ("attention/qkv", ("self_attn.q_proj.", "self_attn.k_proj.", "self_attn.v_proj.")),
@@ -189,7 +188,7 @@ def _edges(value: Any, *names: str) -> dict[str, Any]:
 
 
 def write(config: Mapping[str, Any], params: Flat, tokens: Tokenizer, repository: str = "") -> Export:
-    """Return a model as a CLIPModel, from its flat parameters of towers and `HEADS`; no file has its `repository`.
+    """Return a model as a CLIPModel, from its flat parameters of towers and `HEADS`; `repository` is in no file.
 
     Raises:
       UserError: a model that CLIPModel cannot represent, or preprocessing that CLIPImageProcessor does not have.

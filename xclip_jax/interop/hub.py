@@ -120,7 +120,8 @@ def check_push(repository: str) -> None:
 def push(folder: str, names: Sequence[str], repository: str, *, obsolete: Sequence[str], private: bool = False) -> str:
     """Upload the files `names` of `folder` to `repository`, as one commit, and return its URL.
 
-    It is made if it does not exist, private if so. The files `obsolete` are removed from it unless they are uploaded.
+    The repository is created if it does not exist, a private one with `private`. The files `obsolete` are removed from
+    it unless they are uploaded.
 
     Raises:
       UserError: the Hub refuses it or cannot be reached.

@@ -33,9 +33,8 @@ class Export(NamedTuple):
 _UNROLLED = {"scan": False}  # as in the weights of other projects
 _SHOWN = 8  # names that an error lists
 
-
-# {ours: theirs} of a project. Ours is a parameter whose tensor has the same shape, or a module: then theirs is what
-# "weight" and "bias" follow, several for one layer of ours. In a block "{}" is the number.
+# {our name: a project's}. Ours is the name of a parameter, whose tensor has the same shape, or of a module: then theirs
+# is the prefix of "weight" and "bias", or several prefixes for one layer of ours. "{}" is the number of a block.
 Names = Mapping[str, str | tuple[str, ...]]
 
 
@@ -53,22 +52,16 @@ def model(
 
 
 def config(
-    group: dict[str, Any],
-    tokens: str,
-    prepare: Preprocessing,
-    weights_format: str,
-    *,
-    sigmoid: bool,
-    notes: Sequence[str] = (),
+    group: dict[str, Any], tokens: str, prepare: Preprocessing, source: str, *, sigmoid: bool, notes: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Return the config that `interop.read` returns, of config group `model`; `notes` say what was assumed."""
+    """Return the config that `interop.read` returns, of group `model` and format `source`; `notes` are assumptions."""
     keys = prepare.to_config()
     return {
         "model": group,
         "objective": {"name": "siglip" if sigmoid else "clip"},
         "data": {"tokenizer": tokens, "resample": "bicubic"} | keys["data"],
         "eval": keys["eval"],
-        "source": {"format": weights_format, "notes": tuple(notes)},
+        "source": {"format": source, "notes": tuple(notes)},
     }
 
 

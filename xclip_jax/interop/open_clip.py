@@ -123,13 +123,11 @@ def _inferred(tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, Any], dict[s
 
 
 def _check_known(group: str, cfg: Mapping[str, Any], known: Sequence[str], where: str, **right: Any) -> None:
-    """Check that a group sets no options but `known`, and what `right` has to the value there, if it sets it."""
+    """Check that a group sets no options but `known`, and that those of `right`, if set, have the values there."""
     unknown = [key for key, value in cfg.items() if value and key not in (*known, *right, *_HARMLESS)]
     if wrong := unknown + [key for key, value in right.items() if cfg.get(key, value) != value]:
-        expected = ", ".join(f"{key}={value!r}" for key, value in right.items())
-        raise UserError(
-            f"{where} is not supported: {CONFIG} sets {group}.{wrong[0]}={cfg[wrong[0]]!r}; expected {expected}."
-        )
+        key, expected = wrong[0], f"; expected {right[wrong[0]]!r}" if wrong[0] in right else ""
+        raise UserError(f"{where} is not supported: {CONFIG} sets {group}.{key}={cfg[key]!r}{expected}.")
 
 
 def _from_config(

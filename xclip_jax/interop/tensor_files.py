@@ -1,13 +1,12 @@
 """Read files of weights as fp32 tensors by name, and write safetensors files."""
 
-import collections
 import io
 import json
 import math
 import pickle
 import zipfile
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, ClassVar
 
 import ml_dtypes
 import numpy as np
@@ -17,7 +16,7 @@ from etils import epath
 
 from xclip_jax.core.console import command
 from xclip_jax.core.errors import UserError, first_line
-from xclip_jax.core.run_folder import is_run
+from xclip_jax.core.run_folder import RunFolder
 
 Tensors = dict[str, np.ndarray]
 
@@ -46,7 +45,7 @@ def find(path: str) -> epath.Path:
         if folder.exists() and (folder.suffix in SUFFIXES or folder.name in NAMES):
             return folder
         raise UserError(f"{path!r} is not a folder or a file of weights ({', '.join(SUFFIXES)}); name one that exists.")
-    if is_run(path):
+    if RunFolder(path).is_run():
         raise UserError(f"{path!r} is a run directory; write its weights with {command('export')}.")
     return folder / choose([file.name for file in folder.iterdir()], f"folder {path!r}")
 
@@ -86,12 +85,16 @@ def tensors(file: epath.Path) -> Tensors:
         except safetensors.SafetensorError as error:
             raise UserError(f"{file} is a damaged or incomplete safetensors file: {error}.") from error
         return {name: _array(info, name, file) for name, info in content}
-    content, scripted = load_torch(file.read_bytes(), str(file))
+    data = file.read_bytes()
+    content, scripted = load_torch(data, str(file))
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     if not isinstance(content, dict) or not any(isinstance(x, np.ndarray) for x in content.values()):
         raise UserError(f"{file} contains no dict of tensors and none under 'state_dict'; name a file of weights.")
-    by_name = {str(name): x.astype(np.float32) for name, x in content.items() if isinstance(x, np.ndarray)}
+    arrays = {str(name): x for name, x in content.items() if isinstance(x, np.ndarray)}
+    if sum(x.size for x in arrays.values()) > _MOST_VIEWS * len(data):
+        raise UserError(f"{file} has the same numbers in too many tensors. Convert it: {REMEDY}.")
+    by_name = {name: x.astype(np.float32) for name, x in arrays.items()}
     for prefix in ("module.", "_orig_mod."):  # prefixes of distributed and compiled models
         if all(name.startswith(prefix) for name in by_name):
             by_name = {name.removeprefix(prefix): x for name, x in by_name.items()}
@@ -99,9 +102,7 @@ def tensors(file: epath.Path) -> Tensors:
 
 
 def files_of(file: epath.Path) -> list[str]:
-    """Return the names of the files that hold the tensors of `file`: the shards of an index, or the file itself."""
-    if not file.name.endswith(".index.json"):
-        return [file.name]
+    """Return the names of the files of weights that the index `file` names, all in its folder."""
     names = read_json(file).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise UserError(f"{file} has no 'weight_map' of tensors and files; download it again.")
@@ -131,6 +132,11 @@ _STORAGES = {
     "DoubleStorage": np.float64, "LongStorage": np.int64, "IntStorage": np.int32, "ShortStorage": np.int16,
     "CharStorage": np.int8, "ByteStorage": np.uint8, "BoolStorage": np.bool_,
 }  # fmt: skip
+# Limit of elements in all tensors for each byte of the file: tied weights are several views of one storage, and a few
+# bytes of a pickle can make one more view of a large storage.
+_MOST_VIEWS = 4
+# Limit of letters in all names of a TorchScript archive: in a chain of shared modules each link can double the names.
+_MOST_LETTERS = 1 << 24
 REMEDY = (
     "on a machine with torch and a file that you trust: safetensors.torch.save_file(tensors, 'weights.safetensors'), "
     "with tensors a dict of them by name"
@@ -154,7 +160,8 @@ def load_torch(data: bytes, where: str) -> tuple[Any, bool]:
     """Read a file of `torch.save` or `torch.jit.save`, without torch and without running code in it.
 
     Such a file is a zip of raw storages and one pickle. A pickle is a program that may call any function by name; this
-    reader resolves only the names that build tensors, to functions of its own.
+    reader resolves only the names that build tensors, to functions of its own. Memory and time are proportional to the
+    file's size, whatever numbers it contains.
 
     Returns:
       The saved object, with tensors as NumPy arrays in their own dtype, and whether it is a TorchScript archive, which
@@ -180,24 +187,54 @@ def load_torch(data: bytes, where: str) -> tuple[Any, bool]:
         raise UserError(f"{where} is damaged: {first_line(error)}.") from error
 
 
-def _flat(module: Any, prefix: str = "") -> dict[str, np.ndarray]:
+def _flat(module: Any) -> dict[str, np.ndarray]:
     """Tensors of a module and of the modules inside it, by name."""
     tensors: dict[str, np.ndarray] = {}
-    for name, value in module.attributes.items() if isinstance(module, Scripted) else ():
-        tensors |= {prefix + name: value} if isinstance(value, np.ndarray) else _flat(value, f"{prefix}{name}.")
+    modules, letters = [("", module)], 0
+    for prefix, owner in modules:  # which grows
+        for name, value in owner.attributes.items() if isinstance(owner, Scripted) else ():
+            full = f"{prefix}{name}"
+            letters += len(full) + 1
+            if letters > _MOST_LETTERS:
+                raise _Refused("modules without end")
+            if isinstance(value, np.ndarray):
+                tensors[full] = value
+            modules.append((f"{full}.", value))
     return tensors
 
 
-class _Unpickler(pickle.Unpickler):
-    """Resolves ordered dicts, storages, and functions that rebuild tensors."""
+class _Dict(dict):
+    """A dict with strings and numbers as keys: a few tuples, one inside another, can take years to hash."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if not isinstance(key, str | int | float):
+            raise _Refused("a key that is neither a string nor a number")
+        super().__setitem__(key, value)
+
+
+def _refuse(unpickler: "_Unpickler") -> None:
+    raise _Refused("a set, an array of bytes of any length, or a dict of any keys")
+
+
+class _Unpickler(pickle._Unpickler):
+    """Resolves ordered dicts, storages, and functions that rebuild tensors.
+
+    It derives from pickle's unpickler in Python: the memo of the one in C is as long as the largest index in the file.
+    """
+
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
+        **pickle._Unpickler.dispatch,
+        **{code[0]: _refuse for code in (pickle.DICT, pickle.ADDITEMS, pickle.FROZENSET, pickle.BYTEARRAY8)},
+        pickle.EMPTY_DICT[0]: lambda unpickler: unpickler.append(_Dict()),
+    }
 
     def __init__(self, archive: zipfile.ZipFile, root: str, scripted: bool) -> None:
-        super().__init__(io.BytesIO(archive.read(f"{root}data.pkl")))
         self._archive, self._root, self._scripted = archive, root, scripted
+        super().__init__(io.BytesIO(self._member("data.pkl")))
         self._storages: dict[str, np.ndarray] = {}
         # New for each file: a pickle may change attributes of the objects that it gets.
         self._known: dict[str, Any] = {
-            "collections.OrderedDict": collections.OrderedDict,
+            "collections.OrderedDict": lambda: _Dict(),
             "torch._utils._rebuild_tensor_v2": lambda *args: _tensor(*args[:4]),
             "torch._utils._rebuild_parameter": lambda data, *_: data,
         }
@@ -205,6 +242,13 @@ class _Unpickler(pickle.Unpickler):
             lists = ("intlist", "doublelist", "boollist", "tensorlist")
             self._known |= {f"torch.jit._pickle.build_{name}": lambda x: x for name in lists}
             self._known["torch.jit._pickle.restore_type_tag"] = lambda x, _: x
+
+    def _member(self, name: str) -> bytes:
+        """Read a file of the zip, which torch does not compress: compressed data may unpack to any size."""
+        info = self._archive.getinfo(self._root + name)
+        if info.compress_type != zipfile.ZIP_STORED:
+            raise _Refused(f"compressed data, {name!r}")
+        return self._archive.read(info.filename)
 
     def find_class(self, module: str, name: str) -> Any:
         """Resolve module.name."""
@@ -219,16 +263,19 @@ class _Unpickler(pickle.Unpickler):
     def persistent_load(self, pid: Any) -> np.ndarray:
         """Read the storage ("storage", type, key, device, elements)."""
         _, storage, key = pid[:3]
+        if not (isinstance(storage, str) and isinstance(key, str)):
+            raise _Refused("a storage without a name")
         if key not in self._storages:
-            content = self._archive.read(f"{self._root}data/{key}")
-            self._storages[key] = np.frombuffer(content, _STORAGES[storage])
+            self._storages[key] = np.frombuffer(self._member(f"data/{key}"), _STORAGES[storage])
         return self._storages[key]
 
 
 def _tensor(storage: np.ndarray, offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> np.ndarray:
     """View a storage as a tensor. Bounds are checked, so that a file cannot make this process read other memory."""
-    if not len(size) == len(stride) or any(type(n) is not int or n < 0 for n in (offset, *size, *stride)):
-        raise _Refused("a tensor of negative size")
+    if not (isinstance(storage, np.ndarray) and isinstance(storage.base, bytes)):
+        raise _Refused("a tensor of another tensor")  # whose length is not its memory
+    if not len(size) == len(stride) <= 64 or any(type(n) is not int or n < 0 for n in (offset, *size, *stride)):
+        raise _Refused("a tensor of negative size, or too many dimensions")
     if not all(size):
         return np.zeros(size, storage.dtype)
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))

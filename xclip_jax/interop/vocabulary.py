@@ -26,7 +26,7 @@ SPECIAL = "special_tokens_map.json"
 # Field numbers and values of SentencePiece's messages.
 _PIECES, _TRAINER, _NORMALIZER = 1, 2, 3  # of ModelProto
 _TEXT, _SCORE, _TYPE = 1, 2, 3  # of a piece
-_UNKNOWN = 2  # type of the piece of what the vocabulary lacks
+_UNKNOWN = 2  # type of the piece for text that the vocabulary lacks
 _MODEL_TYPE, _UNIGRAM, _BYTE_FALLBACK = 3, 1, 35  # of the trainer's options
 _CHARACTER_MAP = 2  # of the normalizer's options
 
@@ -133,7 +133,7 @@ def clip_files(length: int) -> dict[str, str]:
 
 
 def own_files(path: str, length: int) -> dict[str, str]:
-    """Return {file: content} of the tokenizer file `path` for transformers, which open_clip uses too: ids are the same.
+    """Return {file: content} for transformers and open_clip that give the same ids as the tokenizer file `path`.
 
     Our tokenizer adds start, end and padding itself and reads special tokens in a text as text; the files configure the
     same for other projects.
@@ -179,7 +179,7 @@ def read_sentencepiece(data: bytes, where: str) -> tokenizers.Tokenizer:
     decides the ids.
 
     Raises:
-      UserError: another file than `where` should be, or a damaged one.
+      UserError: another or a damaged file, or another kind of model; the message begins with `where`.
     """
     try:
         fields = list(_fields(data))

@@ -16,8 +16,6 @@ from xclip_jax.models.two_towers import ModelConfig
 from xclip_jax.objectives.similarity import CosineSimilarity
 from xclip_jax.objectives.term import Arrays, Check, Curve, Health, Level, LossConfig, Report, Result, Term
 
-Array = jax.Array
-
 # [ours] On the plateau the loss is less than this share below the loss of a blind guess; runs that learn are a tenth
 # below it at the end of the warm-up.
 PLATEAU_SHARE = 0.01
@@ -137,7 +135,7 @@ class ContrastiveReport(Report[Contrastive]):
             f"the loss is {loss:.3f}, no better than {blind:.3f} of a guess that does not depend on the inputs. "
             "Lengthen optim.warmup or lower optim.lr.",
         )
-        return Health("A contrastive loss can rest at that of a blind guess before it learns, or for ever.", (check,))
+        return Health("A contrastive loss can stay at the value of a blind guess for a while, or for ever.", (check,))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from xclip_jax.objectives.classify import Classify
 from xclip_jax.objectives.clip import Clip, Siglip
 from xclip_jax.objectives.nclip import Nclip
 from xclip_jax.objectives.similarity import Similarity
-from xclip_jax.objectives.term import Arrays, Curve, LossConfig, Result, Term
+from xclip_jax.objectives.term import Arrays, LossConfig, Result, Term
 
 Array = jax.Array
 TERMS: dict[str, type[Term]] = {"clip": Clip, "siglip": Siglip, "nclip": Nclip, "classify": Classify}
@@ -156,10 +156,6 @@ class Objective:
         """Return the terms' parts of the progress line."""
         parts = {name: term.report.progress(self.metrics_of(name, metrics)) for name, term in self.terms.items()}
         return [f"{name} {part}" for name, part in parts.items() if part]
-
-    def curves(self) -> dict[str, tuple[Curve, ...]]:
-        """{term: charts of its metrics}."""
-        return {name: term.report.curves() for name, term in self.terms.items()}
 
     def recipe(self, model: ModelConfig) -> dict[str, Any]:
         """{full config key: value} that a model card lists: weights, options of the terms, and of cluster heads."""

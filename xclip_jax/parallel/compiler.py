@@ -87,7 +87,7 @@ ordered.defvjp(lambda x, after: ((x, after), None), lambda _, gradients: jax.lax
 def ordered_after_small(x: Tree, params: Tree) -> tuple[Tree, Tree]:
     """Return (x, params); the gradient of `x` waits until the gradients of the small `params` are complete.
 
-    Kernels would have to wait for their sums over devices.
+    Kernels are left out: `x` would have to wait for their sums over devices.
     """
     leaves, structure = jax.tree.flatten(params)
     small = {i: leaf for i, leaf in enumerate(leaves) if leaf.size < _SMALL}

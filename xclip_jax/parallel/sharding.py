@@ -26,6 +26,7 @@ import flax.linen as nn
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from xclip_jax.core.console import setting
 from xclip_jax.core.errors import UserError
 from xclip_jax.core.fields import Check, choice, key
 from xclip_jax.parallel.mesh import AXES, BATCH_AXES, num_slices
@@ -77,8 +78,8 @@ class MeshLayout:
 def make_layout(boxed: Any, mesh: Mesh, strategy: str, batch: int) -> MeshLayout:
     """Return the layout of a model, with its clusters split over all devices if that sends no more.
 
-    If split, batch x hidden numbers travel twice, else hidden x clusters numbers, divided by the axis "model". `boxed`
-    is a tree of logically named abstract arrays, and `batch` the rows of the global batch.
+    If split, batch x hidden numbers travel twice, else hidden x clusters numbers, divided by the size of axis "model".
+    `boxed` is a tree of logically named abstract arrays, and `batch` the rows of the global batch.
     """
     arrays = zip(jax.tree.leaves(nn.unbox(boxed)), _leaf_specs(boxed), strict=True)
     axes = [axis for x, names in arrays for axis in zip(names, x.shape, strict=False)]
@@ -97,11 +98,8 @@ _active: contextvars.ContextVar[MeshLayout | None] = contextvars.ContextVar("lay
 @contextlib.contextmanager
 def layout_scope(layout: MeshLayout) -> Iterator[None]:
     """Context in which `constrain` and `map_microbatches` apply `layout`."""
-    token = _active.set(layout)
-    try:
+    with setting(_active, layout):
         yield
-    finally:
-        _active.reset(token)
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

@@ -38,7 +38,7 @@ class Chip:
     kernels: float  # share of the peak that the attention kernel reaches by its schedule, `benchmarks.kernel`
     link: float  # bytes/s of a link between chips, in one direction
     network: float  # bytes/s between slices; v4 has no published figure and takes v5p's
-    wraps: int  # length from which an axis of the grid is a ring, 0 if all are when all are multiples of 4
+    wraps: int  # length of an axis of the grid that is a ring; 0: all axes are rings if all are multiples of 4
     smallest: str  # smallest topology
     cores: int = 1  # cores of a device, which share its work
     devices: int = 1  # JAX devices of a chip
@@ -94,17 +94,9 @@ def devices_of(topology: str, slices: int = 1) -> tuple[list[Any], Chip]:
 
 # Operations that take no time.
 FREE = (
-    "parameter",
-    "constant",
-    "tuple",
-    "get-tuple-element",
-    "bitcast",
-    "reshape",
-    "partition-id",
-    "after-all",
-    "send",
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "reshape", "partition-id", "after-all", "send",
     "custom-call",
-)
+)  # fmt: skip
 _KERNEL = 'custom_call_target="tpu_custom_call"'
 
 
@@ -156,8 +148,8 @@ def cycles(executions: Iterable[Execution]) -> float:
 def seconds(program: Program, execution: Execution, communicates: bool, chip: Chip) -> float:
     """Return the seconds of all executions of an instruction, which `communicates` if it has a part of a collective.
 
-    The compiler estimates no kernels, whose FLOPs count, and few copies and gathers, which move their result twice, but
-    once between memories.
+    A kernel has no estimate by the compiler and takes the time of its FLOPs. A copy or gather without an estimate moves
+    its result twice, or once between memories.
     """
     instruction, count = execution.instruction, execution.count
     if instruction.opcode.endswith("-start"):

@@ -84,7 +84,7 @@ class PreemptionHandler:
             raise Interrupted
 
     def check_alone(self) -> None:
-        """Raises `Interrupted` if a run of one process is to stop; of several none can leave the others."""
+        """Raises `Interrupted` if a run of one process is to stop; one of several cannot leave the others."""
         if self.noticed and jax.process_count() == 1:
             raise Interrupted
 

@@ -4,8 +4,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 import jax
 
@@ -66,12 +65,6 @@ def join(distributed: bool, coordinator: str = "", processes: int = 0, process: 
 def peers() -> Peers | None:
     """Return the other processes, or None in a run of one process, or before `join`."""
     return _peers
-
-
-def check_same(facts: Mapping[str, Any], remedy: str) -> None:
-    """Raises `UserError`, which names what differs, unless all processes have the same `facts`, of JSON's types."""
-    if _peers is not None:
-        _peers.check_same(facts, remedy)
 
 
 @contextlib.contextmanager

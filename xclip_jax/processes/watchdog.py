@@ -24,7 +24,7 @@ from xclip_jax.processes.interrupt import SIGNALS, PreemptionHandler
 
 DATA, COMPILATION, STEP = "waiting for data", "the first step, which compiles", "a step"
 CHECKPOINT, RESTORE, EVALUATION = "a checkpoint", "restoring a checkpoint", "an evaluation"
-_SLOWER = 3  # a wait is long from so many times the longest wait of its phase so far
+_SLOWER = 3  # a wait is long if it takes so many times the longest wait of its phase so far
 _POLL_SECONDS = 0.5
 _MOMENT = 2.0  # within which Python's handler runs, unless the main thread is in C code
 

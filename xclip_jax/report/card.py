@@ -9,7 +9,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
 import jinja2
 from etils import epath
 
@@ -52,7 +51,7 @@ def render(
     run: bool,
     repository: str = "",
 ) -> str:
-    """Return the card in Markdown. Of paths of this machine it has the last part only.
+    """Return the card in Markdown, which has only the last part of paths of this machine.
 
     Args:
       source: path of the exported weights: a run directory (`run`), or weights of another project.
@@ -72,7 +71,7 @@ def render(
         "objective": objective,
         "labelled": objective.labelled,
         "tower": config.model.tower("img").describe(),
-        "parameters": sum(x.size for x in jax.tree.leaves(experiment.abstract.params)),
+        "parameters": experiment.num_parameters,
         "towers": _towers(experiment),
         "prepare": experiment.preprocessing,
         "drops_alpha": experiment.preprocessing.background == images.DROPPED,
@@ -187,7 +186,7 @@ def data(run: RunFolder, experiment: Experiment) -> dict[str, Any]:
         (_code(shown(spec)), f"{source['samples']:,}", share, _code(source["hash"]) if source.get("hash") else "none")
         for spec, source, share in zip(config.data.sources, sources, shares, strict=True)
     ]
-    text = f"Of each pair one caption of {', '.join(map(in_words, config.data.text_keys))} is drawn"
+    text = f"One caption of each pair is drawn, from {', '.join(map(in_words, config.data.text_keys))}"
     if labelled:
         names = run.read_classes() or ()
         more = f" and {len(names) - _SHOWN_CLASSES:,} more" if len(names) > _SHOWN_CLASSES else ""

@@ -115,7 +115,7 @@ def chart(
 
 
 def metric_lines(rows: Rows, metrics: Sequence[tuple[str, str]], unit: str = "") -> list[Line]:
-    """Return lines of `metrics`, (key, label) each, over steps, in percent where `unit` is; without values none."""
+    """Return lines of `metrics`, (key, label) each, over steps, in percent if `unit` is; none without values."""
     lines, scale = [], 100.0 if unit == "%" else 1.0
     for color, (key, label) in enumerate(metrics):
         logged = [row for row in rows if isinstance(row.get(key), (int, float))]
@@ -229,8 +229,8 @@ def _curves(runs: Sequence[Run]) -> Iterator[Chart | None]:
     """Yield charts of the terms' curves: all metrics of a curve of one run, or one metric of several runs."""
     declared: dict[tuple[str, str], tuple[Curve, str]] = {}
     for run in runs:
-        for term, own in run.record.objective.curves().items():
-            for curve in own:
+        for term, own in run.record.objective.terms.items():
+            for curve in own.report.curves():
                 if len(runs) == 1 and run.record.training:
                     yield term_chart(curve, run.record.training, term)
                 for key, label in curve.lines if len(runs) > 1 else ():

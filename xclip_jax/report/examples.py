@@ -15,7 +15,7 @@ from xclip_jax.data.transforms import normalize
 from xclip_jax.evaluators import tables
 from xclip_jax.evaluators.encoder import Encoder, Features
 from xclip_jax.evaluators.prompts import PROFILES, Profile
-from xclip_jax.evaluators.retrieval import RetrievalSet, positives
+from xclip_jax.evaluators.retrieval import Matches, RetrievalSet
 from xclip_jax.evaluators.retrieval import ranks as ranks_of
 from xclip_jax.evaluators.zeroshot import ZeroShot, ZeroShotSet, compare, encode_pairs
 from xclip_jax.models.two_towers import TwoTowers, Variables
@@ -75,7 +75,7 @@ class SearchResult(NamedTuple):
     text: str
     images: list[int]
     right: list[bool]
-    rank: int = 0
+    rank: int = 0  # of the first right image, from 1; 0 if it is not known
 
 
 class RetrievalExamples(NamedTuple):
@@ -111,7 +111,7 @@ class Clusters(NamedTuple):
 class Maps(NamedTuple):
     """Attention over the patches of images with `indices` in a gallery: maps (n, rows, columns), each with sum 1.
 
-    `last` is the last attention before the features, `meaning` says of what.
+    `last` is the attention that the features are read with, and `meaning` says in words what its maps show.
     """
 
     indices: list[int]
@@ -264,7 +264,7 @@ def _retrieved(
     )
     by_score = compare(encoder.similarities, *encode_pairs(encoder, variables, gallery.images, texts))
     scores, bars = by_score[""], _bars(encoder, variables, by_score)
-    matches = positives(captions)
+    matches = Matches(captions).of_images()
     by_text, by_image = [], []
     _, first = np.unique(texts, return_index=True)
     for t in rng.permutation(first)[:NUM_QUERIES]:

@@ -217,11 +217,6 @@ def predict(
     return examples
 
 
-def count_parameters(experiment: Experiment) -> int:
-    """Return the number of parameters of a model."""
-    return sum(x.size for x in jax.tree.leaves(experiment.abstract.params))
-
-
 class ReportWriter(Callback):
     """Writes report.html and picture.png at the end of a run that has `eval.report` set.
 
@@ -250,7 +245,7 @@ def _write(job: Job, variables: Variables) -> None:
     if jax.process_index() != 0:
         return
     record = collect.read(folder.path)
-    run = Run(folder.path.name, 0, record, examples, count_parameters(experiment))
+    run = Run(folder.path.name, 0, record, examples, experiment.num_parameters)
     folder.report_file.write_text(render([run]))
     log0(f"report: {folder.report_file}")
     if examples.named or examples.clusters:

@@ -272,7 +272,7 @@ def about(record: Record) -> Section:
 
 
 def settings(runs: Sequence[Run]) -> Section:
-    """The config keys in which the runs differ, and the data and versions of each."""
+    """The config keys in which the runs differ, and the devices, commit and logged steps of each."""
     configs = [schema.flatten(schema.to_dict(run.record.config)) for run in runs]
     keys = sorted({key for config in configs for key in config if not key.startswith(_OWN)})
     differing = {key: [config.get(key) for config in configs] for key in keys}

@@ -189,7 +189,7 @@ def _data(config: ml_collections.ConfigDict, counts: Counts, machine: Machine) -
 
 
 def classifies(spec: str, data_dir: str, image_key: str, share: float) -> bool:
-    """Whether a source's held-out images can be classified by their labels: words, and two of them held out."""
+    """Whether held-out images of a source can be classified: labels are words, and two of them are held out."""
     try:
         content = classification.read_source(spec, data_dir or None, image_key)
     except UserError:

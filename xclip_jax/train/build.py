@@ -76,6 +76,11 @@ class Experiment:
         return loader.Transform(self.config.data, self.image_size, self.tokenizer, self.context_length, tuple(fields))
 
     @property
+    def num_parameters(self) -> int:
+        """Parameters of the model, heads included."""
+        return sum(x.size for x in jax.tree.leaves(self.abstract.params))
+
+    @property
     def image_size(self) -> int:
         """Side of an image, pixels."""
         return self.model.img.image_size

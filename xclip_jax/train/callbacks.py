@@ -212,10 +212,11 @@ class Trackers:
     def show_report(self, step: int) -> None:
         """Show the run's picture and its report, if they exist."""
         picture = page = None
-        if self._folder.picture_file.exists():
-            picture = Image.open(io.BytesIO(self._folder.picture_file.read_bytes())).convert("RGB")
-        if self._folder.report_file.exists():
-            page = self._folder.report_file.read_text()
+        with self._guarded("the report's upload"):
+            if self._folder.picture_file.exists():
+                picture = Image.open(io.BytesIO(self._folder.picture_file.read_bytes())).convert("RGB")
+            if self._folder.report_file.exists():
+                page = self._folder.report_file.read_text()
         self._each(lambda tracker: tracker.show(step, picture, page))
 
     def close(self) -> None:

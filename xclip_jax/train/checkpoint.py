@@ -49,8 +49,8 @@ def _reason(error: BaseException) -> str:
 
 
 def _is_new(record: logging.LogRecord) -> bool:
-    """Whether a log record says more than the exceptions that Orbax raises."""
-    return not (record.exc_info and "orbax" in record.pathname)
+    """Whether a log record says more than the exceptions that Orbax raises, or that a folder is only read."""
+    return "orbax" not in record.pathname or not (record.exc_info or "read only" in record.getMessage())
 
 
 class _Manager(ocp.CheckpointManager):

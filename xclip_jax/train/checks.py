@@ -115,8 +115,7 @@ def check_log(job: Job) -> Iterator[Finding]:
 
 def check_model(job: Job) -> Iterator[Finding]:
     """Yield the model, on the devices."""
-    experiment, config = job.experiment, job.config
-    count = sum(x.size for x in jax.tree.leaves(experiment.abstract.params))
+    experiment, config, count = job.experiment, job.config, job.experiment.num_parameters
     mesh = " x ".join(f"{axis} {n}" for axis, n in experiment.mesh.shape.items())
     name = config.data.tokenizer if config.data.tokenizer in tokenizer.NAMES else "from a file"
     text = (
@@ -225,10 +224,10 @@ def run_checks(job: Job) -> Iterator[Finding]:
     for name, check in CHECKS:
         findings, problem = attempt(name, lambda check=check: list(check(job)))
         for finding in findings or filter(None, [problem]):
-            if finding.text not in faults:
+            if not any(fault in finding.text for fault in faults):
                 yield finding
             if finding.mark == FAIL:
-                faults.add(finding.text)
+                faults.add(finding.text.rstrip("."))
         if name == "model" and problem is not None:
             return
 
@@ -244,7 +243,7 @@ def require(job: Job) -> None:
 
 def check_same_config(config: Config, folder: TrainingFolder) -> None:
     """Raise `UserError` unless config, code, packages and newest checkpoint agree with process 0."""
-    if runtime.peers() is None:
+    if (peers := runtime.peers()) is None:
         return
     keys = schema.flatten(schema.to_dict(config))
     facts = {key: value for key, value in keys.items() if key not in _KEYS_OF_A_HOST}
@@ -253,12 +252,12 @@ def check_same_config(config: Config, folder: TrainingFolder) -> None:
     facts |= {f"version of {package}": version for package, version in captured["versions"].items()}
     facts["newest checkpoint in --config.run"] = folder.latest_step()
     remedy = "start all processes with the same command, code and packages, and --config.run on storage that all share"
-    runtime.check_same(facts, remedy)
+    peers.check_same(facts, remedy)
 
 
 def check_same_data(job: Job) -> None:
     """Raise `UserError` unless sources, tokenizer file and evaluation sets agree with process 0."""
-    if runtime.peers() is None:
+    if (peers := runtime.peers()) is None:
         return
     facts: dict[str, Any] = {}
     if (name := job.experiment.config.data.tokenizer) not in tokenizer.NAMES:
@@ -273,7 +272,7 @@ def check_same_data(job: Job) -> None:
     for number, evaluator in enumerate(job.final):
         facts[f"evaluation set {number}, {evaluator.name}"] = f"hash {evaluator.data.card.split_hash}"
     remedy = "all processes have to read the same data.sources, data.tokenizer and evaluation sets, and all records"
-    runtime.check_same(facts, remedy)
+    peers.check_same(facts, remedy)
 
 
 def _hash(content: bytes) -> str:

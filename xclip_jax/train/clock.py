@@ -22,8 +22,8 @@ class Clock:
 
     Goodput is useful time over wall time. Wall time adds up the run's processes, each from its start to its last line
     of metrics. Useful is the time since the first step was dispatched, without what is lost (evaluations, checkpoints,
-    rewinds, traces), the devices' waits for data, and the shares of steps that were skipped or undone. Of processes
-    before, what they did after the checkpoint that the run resumed from is not useful.
+    rewinds, traces), the devices' waits for data, and the shares of steps that were skipped or undone. What earlier
+    processes did after the checkpoint that the run resumed from is not useful.
     """
 
     def __init__(

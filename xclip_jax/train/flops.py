@@ -57,9 +57,8 @@ def forward(config: Config, *, train: bool = True) -> dict[str, float] | None:
 def train_step(config: Config, groups: LengthGroups | None = None, rows: int | None = None) -> float | None:
     """Model FLOPs of a training step on the whole batch: three forward passes, the teacher's one more.
 
-    None where a tower does not count its own. A frozen tower has no backward pass. What
-    rematerialisation and microbatches compute again does not count, by definition of MFU; nor does what is cut from
-    texts.
+    None where a tower does not count its own. A frozen tower has no backward pass. What rematerialisation and
+    microbatches compute again does not count, by definition of MFU; nor does what is cut from texts.
 
     Args:
       config: of a run.

@@ -10,7 +10,7 @@ import jax
 
 from xclip_jax.core import console
 from xclip_jax.core.console import log0
-from xclip_jax.core.errors import public
+from xclip_jax.core.errors import describe, public
 from xclip_jax.core.run_folder import RunFolder
 from xclip_jax.data import loader
 from xclip_jax.data.ledger import Ledger, TooManyBadSamples
@@ -167,7 +167,7 @@ def _evaluate(
 
 
 class StepTracer:
-    """Runs the steps, and traces the steps of `log.profile` with JAX's profiler.
+    """Runs the steps, and traces the steps of `log.profile` with JAX's profiler; a trace that fails is a warning.
 
     The trace starts when the steps before it have ended, and ends when the traced ones have.
     """
@@ -187,11 +187,12 @@ class StepTracer:
         """Return `function(*args)`, the results of step number `step`."""
         if step in self._steps and self._local is None:
             jax.block_until_ready(args)
-            with self._pause():
+            with self._guarded():
                 options = jax.profiler.ProfileOptions()
                 options.python_tracer_level = 0  # Python calls of data threads would fill the trace
-                self._local = tempfile.TemporaryDirectory(prefix="xclip_jax_profile_", ignore_cleanup_errors=True)
-                jax.profiler.start_trace(self._local.name, create_perfetto_trace=True, profiler_options=options)
+                local = tempfile.TemporaryDirectory(prefix="xclip_jax_profile_", ignore_cleanup_errors=True)
+                jax.profiler.start_trace(local.name, create_perfetto_trace=True, profiler_options=options)
+                self._local = local
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
             results = function(*args)
         if self._local is not None and step == self._steps[-1]:
@@ -202,15 +203,24 @@ class StepTracer:
     def close(self) -> None:
         """Write a trace that is in progress, such as one that an interrupt cut short."""
         if self._local is not None:
+            folder, self._local = self._local, None
             steps, self._steps = self._steps, range(0)
-            with self._pause(), self._local as local:
+            with self._guarded(), folder as local:
                 jax.profiler.stop_trace()
                 for file in filter(pathlib.Path.is_file, pathlib.Path(local).rglob("*")):
                     copy = self._path / file.relative_to(local)
                     copy.parent.mkdir(parents=True, exist_ok=True)
                     copy.write_bytes(file.read_bytes())
-            self._local = None
-            log0(
-                f"profile of steps {steps[0]} to {steps[-1]}: {self._path}; open it with xprof --logdir {self._path} "
-                "(pip install xprof), or its perfetto_trace.json.gz at https://ui.perfetto.dev"
-            )
+                log0(
+                    f"profile of steps {steps[0]} to {steps[-1]}: {self._path}; open it with xprof --logdir "
+                    f"{self._path} (pip install xprof), or its perfetto_trace.json.gz at https://ui.perfetto.dev"
+                )
+
+    @contextlib.contextmanager
+    def _guarded(self) -> Iterator[None]:
+        try:
+            with self._pause():
+                yield
+        except Exception as error:
+            self._steps = range(0)
+            log0(f"WARNING: the steps of log.profile cannot be traced: {describe(error)}")

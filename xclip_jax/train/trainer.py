@@ -98,9 +98,8 @@ def _train(
 ) -> tuple[TrainState, bool, MetricLogger]:
     """Train a new or restored state; return it, whether the run was interrupted, and the log."""
     config, experiment = job.config, job.experiment
-    count = sum(x.size for x in jax.tree.leaves(experiment.abstract.params))
     log0(
-        f"{config.objective.name}: {count:,} parameters, {job.num_samples:,} "
+        f"{config.objective.name}: {experiment.num_parameters:,} parameters, {job.num_samples:,} "
         f"{'items' if experiment.objective.labelled else 'pairs'}, {config.steps:,} steps of {config.data.batch} "
         f"({job.epochs:.3g} epochs) on {jax.device_count()} {jax.devices()[0].device_kind}, in {job.folder.path}"
     )

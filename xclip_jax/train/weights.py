@@ -46,7 +46,7 @@ def load(path: str, step: int | None = None) -> tuple[Config, Experiment, Variab
     """
     place = hub.resolve(path)
     if not epath.Path(place).exists():
-        remedy = "name a run's folder, a folder or file of weights, or hf:ORG/NAME of the Hub"
+        remedy = "name the folder of a run, a folder or file of weights, or hf:ORG/NAME of the Hub"
         raise UserError(f"{str(path)!r} does not exist; {remedy}.")
     run = RunFolder(place)
     config, variables = (_run_config(run), None) if run.is_run() else _read_foreign(path, place, step)

@@ -12,9 +12,10 @@ from tests.helpers import tiny
 from tests.helpers.encoding import PREPARE
 from xclip_jax.commands import check
 from xclip_jax.core.errors import BadSample, UserError
-from xclip_jax.data import sources
+from xclip_jax.data import records, sources
 from xclip_jax.data.base import SourceOptions
 from xclip_jax.data.config import DataConfig
+from xclip_jax.data.readers.hub import HubPairs
 from xclip_jax.evaluators import registry
 from xclip_jax.train import trainer
 
@@ -61,6 +62,22 @@ def test_a_folder_of_save_to_disk(tmp_path):
     assert again[11] == source[11] and again.fingerprint() == source.fingerprint()
     with pytest.raises(IndexError):
         source[12]
+
+
+def test_labelled_images_travel_to_workers_as_names_of_files(tmp_path):
+    source = sources.open_labelled(f"hf:{saved(tmp_path / 'set', rows(300))}")
+    data = pickle.dumps(source)
+    assert len(data) < 10_000 < sum(len(source.items[i]) for i in range(300))
+    assert pickle.loads(data)[7] == source[7]
+
+
+def test_a_column_without_images_has_bad_samples(tmp_path):
+    source = sources.open_pairs(f"hf:{saved(tmp_path / 'set')}", options(image_key="label"))
+    assert source.fingerprint()["samples"] == 12
+    with pytest.raises(BadSample, match="no image in the row"):
+        source[0]
+    paths = HubPairs("ORG/NAME/train", options(), datasets.Dataset.from_dict({"image": ["a\0"], "text": ["a"]}))
+    assert isinstance(records.read(paths, 0), BadSample) and paths.describe(0) == {"row": "0"}
 
 
 def test_splits_of_folders(tmp_path):

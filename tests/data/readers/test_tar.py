@@ -225,6 +225,15 @@ def test_a_source_travels_to_workers_without_its_arrays(plain):
         source[21]
 
 
+def test_a_worker_reads_the_tars_that_the_run_found(tmp_path):
+    bad_tars.pairs(tmp_path / "b.tar", 0, 3)
+    source = TarSource(str(tmp_path))
+    data = pickle.dumps(source)
+    bad_tars.pairs(tmp_path / "a.tar", 7, 2)
+    again = pickle.loads(data)
+    assert len(again) == 3 and again[0] == source[0]
+
+
 def test_a_tar_that_shrinks_while_it_is_read(tmp_path):
     path = bad_tars.pairs(tmp_path / "0.tar", 0, 3)
     source = TarSource(str(path))

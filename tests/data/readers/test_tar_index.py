@@ -69,7 +69,7 @@ def test_index_beside_read_only_data_goes_to_the_cache(tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     path = bad_tars.pairs(tmp_path / "data" / "0.tar", 0, 3)
     monkeypatch.setenv("XCLIP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(os, "access", lambda folder, _: folder.name != ".xclip_index")
+    (tmp_path / "data" / ".xclip_index").write_text("")  # no folder can be made there
     assert len(TarSource(str(path))) == 3
     assert list((tmp_path / "data").glob("*/*")) == []
     assert len(list((tmp_path / "cache").rglob("*.npy"))) == 1
@@ -126,6 +126,30 @@ def test_a_long_number_in_an_extended_header(tmp_path):
         bad_tars.add(tar, "a.jpg", bad_tars.jpeg(0), pax_headers={"size": "9" * 5000})
         bad_tars.add(tar, "a.txt", b"caption")
     assert tar_index.index(str(tmp_path / "x.tar"))["fault"][0] == tar_index.OK
+
+
+def test_a_damaged_header_behind_an_extended_one_costs_one_sample(tmp_path):
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        for i in range(20):  # webdataset writes fractions of a second, and so an extended header for each file
+            bad_tars.add(tar, f"{i:02}.jpg", b"x" * 600, mtime=i + 0.5)
+            bad_tars.add(tar, f"{i:02}.txt", b"caption", mtime=i + 0.5)
+    with tarfile.open(path) as tar:
+        header = tar.getmember("05.jpg").offset_data - 512
+    with path.open("r+b") as file:
+        file.seek(header)
+        file.write(bytes(512))
+    faults = tar_index.index(str(path))["fault"].tolist()
+    assert sorted(faults) == sorted([tar_index.OK] * 19 + [tar_index.NO_IMAGE, tar_index.DAMAGED])
+
+
+@pytest.mark.parametrize("kind", [b"x", b"L"])
+def test_extended_headers_without_end_are_one_fault(kind, tmp_path):
+    header = tarfile.TarInfo("x")
+    header.type = kind
+    path = tmp_path / "x.tar"
+    path.write_bytes(header.tobuf(tarfile.USTAR_FORMAT) * 3000)
+    assert tar_index.index(str(path))["fault"].tolist() == [tar_index.DAMAGED]
 
 
 def test_index_agrees_with_tarfile(tortured):

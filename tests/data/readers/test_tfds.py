@@ -1,6 +1,7 @@
 """Data sets of TensorFlow Datasets as pairs, read without TensorFlow."""
 
 import io
+import pickle
 import shutil
 
 import pytest
@@ -9,7 +10,9 @@ import tensorflow_datasets as tfds
 from tests.helpers import bad_tars
 from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.data import base, sources
+from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.data.readers.tfds import TfdsSource, open_tfds
+from xclip_jax.evaluators.base import Pictures
 
 
 def test_card_of_the_demo():
@@ -119,6 +122,36 @@ def test_images_of_tfds_that_have_another_name(tmp_path):
     for i in range(3):
         assert records[f"number {i}"]["image"] == bad_tars.encode(bad_tars.picture(i).convert("L"), "PNG")
         assert records[f"number {i}"]["tags"] == ["x"] * (i % 2)
+
+
+class Signs(Numbers):
+    """Images in classes, one of which cannot be decoded."""
+
+    def _info(self):
+        label = tfds.features.ClassLabel(names=["stop", "go"])
+        features = tfds.features.FeaturesDict({"image": tfds.features.Image(), "label": label})
+        return self.dataset_info_from_configs(features=features)
+
+    def _generate_examples(self):
+        for i in range(4):
+            yield i, {"image": io.BytesIO(bad_tars.jpeg(i) if i else b"no image"), "label": i % 2}
+
+
+def test_labelled_images_of_tfds(tmp_path):
+    prepared = tfds.download.DownloadConfig(num_shards=1)
+    Signs(data_dir=str(tmp_path), file_format="array_record").download_and_prepare(download_config=prepared)
+    source = sources.open_labelled("tfds:signs/train", base.SourceOptions(str(tmp_path)))
+    assert pickle.loads(pickle.dumps(source))[3] == source[3]
+    images, labels = [source[i]["image"] for i in range(4)], source.labels().tolist()
+    assert source.names == ["stop", "go"] and labels == [source[i]["label"] for i in range(4)]
+    pictures = Pictures(source.items, Preprocessing(16))
+    with pytest.raises(BadSample) as caught:
+        pictures[images.index(b"no image")]
+    assert caught.value.__notes__ == [f"image 'record {images.index(b'no image')}'"]
+    assert sorted(labels[i] for i in range(4) if images[i] != b"no image") == [0, 1, 1]
+    unlabelled = prepare(tmp_path / "numbers", 3)
+    with pytest.raises(UserError, match=r"'numbers' has no features image and label"):
+        sources.open_labelled("tfds:numbers/train", base.SourceOptions(unlabelled))
 
 
 def test_tfds_that_is_not_there_or_in_another_format(tmp_path):

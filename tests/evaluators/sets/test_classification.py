@@ -202,7 +202,7 @@ def test_of_the_hub_only_the_split_is_fetched_and_the_cache_is_enough(server, tm
     [
         ("hf:lab/none", "the Hub has no repository lab/none, or it is private"),
         ("hf:lab/wds_own@v2", "lab/wds_own has no revision 'v2'"),
-        ("hf:lab/wds_own/validation", "has no file validation/nshards.txt; .* its splits are test"),
+        ("hf:lab/wds_own/validation", "no file '.*validation/nshards.txt'; .* its splits are test"),
         ("hf:lab", "names no data set of the Hub; write wds:hf:ORG/NAME"),
     ],
 )
@@ -242,16 +242,16 @@ def change(root, fault):
 @pytest.mark.parametrize(
     "fault, message",
     [
-        ("no folder", "set' does not exist; expected clip_benchmark's layout"),
-        ("empty folder", "has no file classnames.txt; expected clip_benchmark's layout"),
-        ("no names", "has no file classnames.txt"),
-        ("few names", r"has the label b'\d'; expected a number from 0 to 2"),
+        ("no folder", "no file '.*set/classnames.txt'; expected clip_benchmark's layout"),
+        ("empty folder", "no file '.*set/classnames.txt'; expected clip_benchmark's layout"),
+        ("no names", "no file '.*set/classnames.txt'"),
+        ("few names", r"has the label b'\d'; expected a number below 3"),
         ("no tar", "1 of 3 tars do not exist, .*1.tar' first"),
-        ("cut off", "1.tar' is cut off"),
+        ("cut off", "1.tar' is damaged at byte .* or cut off"),
         ("damaged", "0.tar' is damaged at byte 0"),
-        ("number", "nshards.txt' has 'three', not a number of tars"),
+        ("number", "nshards.txt has 'three', not a number of tars"),
         ("type", "type 'image_caption_selection' are not supported, only classification, multilabel, retrieval"),
-        ("no captions", "sample 's0000000' of .*0.tar' has the files .webp, .cls; .* type retrieval needs .txt"),
+        ("no captions", "sample 's0000000' of .*0.tar' has the files .webp, .cls; type retrieval needs .txt"),
     ],
 )
 def test_faults_are_sentences(tmp_path, fault, message):
@@ -265,12 +265,12 @@ def test_labels_that_are_none(tmp_path):
     image = picture(np.random.default_rng(0), "png")
     for i, label in enumerate((b"cat", b"", b"-1")):
         root = write(tmp_path / str(i), [{"png": image, "cls": label}], classnames=NAMES)
-        with pytest.raises(UserError, match="expected a number from 0 to 6"):
+        with pytest.raises(UserError, match="expected a number below 7"):
             sources.open_labelled(f"wds:{root}")
     for label in (array(np.ones(3)), array(np.full(7, 2)), b"no array", array(np.array([None] * 7))):
         i += 1
         root = write(tmp_path / str(i), [{"png": image, "npy": label}], classnames=NAMES, dataset_type=["multilabel"])
-        with pytest.raises(UserError, match="expected an array of 7 zeros and ones"):
+        with pytest.raises(UserError, match="expected an array of zeros and ones"):
             sources.open_labelled(f"wds:{root}")
     root, _ = write_captions(tmp_path / "captions", 3)
     with pytest.raises(UserError, match="has captions and no classes"):

@@ -69,7 +69,7 @@ def test_rows_of_one_image_are_one_item_with_all_their_captions(tmp_path):
     assert data.captions == [[f"side of {i}", f"top of {i}"] for i in range(6)] and len(data.images) == 6
     first = transforms.evaluation_image(images[1].read_bytes(), SIZE)
     np.testing.assert_array_equal(data.images[1], first)
-    match = retrieval.positives(data.captions)
+    match = retrieval.Matches(data.captions).of_images()
     assert match.shape == (6, 12) and (match.sum(axis=0) == 1).all() and (match.sum(axis=1) == 2).all()
     copied = shutil.copytree(folder, tmp_path / "copied")  # the same images in another source of the same run
     parts = [

@@ -36,7 +36,8 @@ _MAX_MESSAGE = 300  # letters of an error message of `datasets`
 def _package(spec: str) -> Iterator[Any]:
     """Provide the package `datasets`; its errors in the context become sentences."""
     try:
-        import datasets
+        import datasets.config
+        import datasets.exceptions
     except ImportError as error:
         raise UserError(f"{spec} needs the package datasets: pip install 'xclip_jax[datasets]'.") from error
     try:
@@ -104,16 +105,21 @@ def image_column(features: Mapping[str, Any], key: str) -> str:
     return images[0] if key == SourceOptions.image_key and key not in features and len(images) == 1 else key
 
 
-def _images(rows: Any, column: str, rest: str) -> Cells:
-    """Return the images of a split.
+class _Images(Cells):
+    """Images of a split, pickled by reference to its files.
 
     A set of the Hub may name files in the caches of its packages; other files of this machine are bad samples.
     """
 
-    def locate(_: int, path: str) -> tuple[str, str]:
-        return path, "" if rest.startswith(_LOCAL) or _is_cached(path) else f"{PREFIX}{rest}"
+    def __init__(self, rows: Any, column: str, rest: str) -> None:
+        self._arguments, self._rest = (rows, column, rest), rest
+        super().__init__(_arrow(rows, [column])[column], self._place)
 
-    return Cells(_arrow(rows, [column])[column], locate)
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
+        return _Images, self._arguments
+
+    def _place(self, _: int, path: str) -> tuple[str, str]:
+        return path, "" if self._rest.startswith(_LOCAL) or _is_cached(path) else f"{PREFIX}{self._rest}"
 
 
 def _arrow(rows: Any, columns: Iterable[str]) -> Any:
@@ -133,24 +139,24 @@ def _is_cached(path: str) -> bool:
 class HubPairs(ColumnSource):
     """Image-text pairs of a split."""
 
-    def __init__(self, rest: str, options: SourceOptions) -> None:
+    def __init__(self, rest: str, options: SourceOptions, rows: Any = None) -> None:
         """Open the split, see `open_split`, or raise `UserError` if it has no rows or no columns of these names.
 
-        "?label=COLUMN" at the end of `rest` is for evaluating pairs by labels.
+        "?label=COLUMN" at the end of `rest` is for evaluating pairs by labels. `rows` is the split if it is open.
         """
-        spec, rows = f"{PREFIX}{rest}", open_split(split_label(rest)[0])
-        self._arguments = rest, options
+        spec, rows = f"{PREFIX}{rest}", open_split(split_label(rest)[0]) if rows is None else rows
+        self._arguments = rest, options, rows
         self._fingerprint: dict[str, Any] = {}
         options = dataclasses.replace(options, image_key=image_column(rows.features, options.image_key))
         check_columns(spec, rows.features, options.keys)
         self._texts_table = _arrow(rows, dict.fromkeys(key.partition("/")[0] for key in options.keys[1:]))
         texts = dict(zip(self._texts_table.column_names, self._texts_table.columns, strict=True))
-        super().__init__(_images(rows, options.image_key, rest), texts, options)
+        super().__init__(_Images(rows, options.image_key, rest), texts, options)
         if not len(self):
             raise UserError(f"{spec} has no rows; name another split.")
 
     def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
-        """Pickle the arguments; a worker process maps the split itself."""
+        """Pickle the arguments; a worker process maps the same files."""
         return HubPairs, self._arguments
 
     def fingerprint(self) -> dict[str, Any]:
@@ -189,7 +195,7 @@ def open_labelled(rest: str, image_key: str = SourceOptions.image_key) -> labell
     labels = np.array(_arrow(rows, [column])[column].fill_null(-1), np.int64)
     if not len(labels) or labels.min() < 0 or labels.max() >= len(names):
         raise UserError(f"{spec} has rows without a label, or none at all; name another split.")
-    return labelled.Labelled("image", _images(rows, key, rest), labels, names)
+    return labelled.Labelled("image", _Images(rows, key, rest), labels, names)
 
 
 class HubSets(SourceKind):

@@ -41,7 +41,7 @@ class Cells(Sequence):
         """Hold a `pyarrow.ChunkedArray` of images.
 
         `locate` returns the place of the file that a path in a row names, and the address of the table if that is not
-        on this machine, else "": such a table may name no files of this machine nor addresses of the inner network.
+        on this machine, else "": such a table may name no files of this machine, see `storage.check_named`.
         """
         self.column, self._locate = column, locate
 
@@ -63,14 +63,14 @@ class Cells(Sequence):
     def sizes(self) -> Iterator[tuple[str, int]]:
         """Yield the number and size in bytes of each image, or its file name and 0."""
         column = self.column
-        if pyarrow.types.is_struct(column.type):
-            column = pyarrow.compute.call_function(
-                "struct_field", [column], pyarrow.compute.StructFieldOptions("bytes")
-            )
-        if not pyarrow.types.is_string(column.type):
+        if pyarrow.types.is_struct(column.type) and column.type.get_field_index("bytes") >= 0:
+            content = pyarrow.compute.StructFieldOptions("bytes")
+            column = pyarrow.compute.call_function("struct_field", [column], content)
+        if pyarrow.types.is_binary(column.type) or pyarrow.types.is_large_binary(column.type):
             column = pyarrow.compute.call_function("binary_length", [column])
         for index, value in enumerate(value for chunk in column.chunks for value in chunk.to_pylist()):
-            yield (value.rpartition("/")[2], 0) if isinstance(value, str) else (str(index), value or 0)
+            size = value if isinstance(value, int) else 0
+            yield (value.rpartition("/")[2], 0) if isinstance(value, str) else (str(index), size)
 
     def read(self, index: int) -> tuple[bytes, str]:
         """Return an image, and its path or URL, or the number of its row.
@@ -121,7 +121,7 @@ class ColumnSource(Source):
     def describe(self, index: int) -> dict[str, str]:
         try:
             path = self.images.path(index)
-        except UnicodeDecodeError:
+        except ValueError:  # bytes that are not UTF-8, or a zero byte
             path = ""
         return {"file": path} if path else {"row": str(index)}
 

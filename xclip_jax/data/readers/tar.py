@@ -40,14 +40,8 @@ class TarSource(Source):
         fields = bool(tags_key) or any(key != "text" for key in self.text_keys)
         self._parts = ("image", *["text"] * ("text" in self.text_keys), *["json"] * fields)
         self.tars = tar_index.find(pattern)
-        index_paths = tar_index.load(self.tars)
-        # Each map holds a file open, and the soft limit of a process is often 1,024.
-        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        # Mapped, so that all worker processes share one copy, which may have gigabytes.
-        self.rows = [np.load(path, mmap_mode="r").view(np.ndarray) for path in index_paths]
-        self._ends = list(itertools.accumulate(map(len, self.rows)))
+        self._index_paths = tar_index.load(self.tars)
+        self._map()
         if not any((rows["fault"] == tar_index.OK).any() for rows in self.rows):
             faults = sorted({tar_index.FAULTS[fault] for rows in self.rows for fault in np.unique(rows["fault"])})
             raise UserError(
@@ -55,9 +49,22 @@ class TarSource(Source):
                 "sample is KEY.jpg and KEY.txt, as img2dataset writes them with --output_format webdataset."
             )
 
-    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
-        """Pickle the arguments; a worker process maps the indexes again."""
-        return TarSource, (self.pattern, self.text_keys, self.tags_key)
+    def _map(self) -> None:
+        # Each map holds a file open, and the soft limit of a process is often 1,024.
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        # Mapped, so that all worker processes share one copy, which may have gigabytes.
+        self.rows = [np.load(path, mmap_mode="r").view(np.ndarray) for path in self._index_paths]
+        self._ends = list(itertools.accumulate(map(len, self.rows)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle without the arrays; a worker process maps the same indexes, also if tars were added meanwhile."""
+        return {key: value for key, value in vars(self).items() if key not in ("rows", "_ends")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._map()
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -143,11 +150,7 @@ class TarSource(Source):
 class Tars(SourceKind):
     """`tar:PATTERN`."""
 
-    forms: ClassVar = {
-        "tar:PATTERN": Form(
-            pairs="KEY.jpg (or another image) with KEY.txt or KEY.json in tars, as img2dataset writes them"
-        )
-    }
+    forms: ClassVar = {"tar:PATTERN": Form(pairs="tars of KEY.jpg (or another image) with KEY.txt or KEY.json")}
     suffixes = (".tar",)
 
     @classmethod

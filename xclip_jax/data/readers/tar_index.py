@@ -5,7 +5,6 @@ so that nothing is lost silently. Damaged tars and tars that are cut off are ind
 """
 
 import concurrent.futures
-import concurrent.futures.process
 import contextlib
 import glob
 import hashlib
@@ -26,7 +25,7 @@ from etils import epath
 from xclip_jax.core import storage
 from xclip_jax.core.errors import Parser, UserError, exit_with_message, public
 from xclip_jax.data.base import IMAGE_SUFFIXES, MAX_BYTES
-from xclip_jax.data.records import init_worker
+from xclip_jax.data.records import init_worker, thread_pool
 
 # Faults of a row, by number.
 FAULTS = (
@@ -39,6 +38,7 @@ _CHUNK = 1 << 20
 _REMOTE_BLOCK = 8 << 20
 _PROGRESS_SECONDS = 10
 _FIELDS = [*MAX_BYTES, *(f"{part}_size" for part in MAX_BYTES), "fault"]
+_MOST_REFUSED = 100  # headers of a tar that `tarfile` refuses; behind more of them it is not read
 
 
 def _open(path: str) -> IO[bytes]:
@@ -49,6 +49,22 @@ def _open(path: str) -> IO[bytes]:
     return system.open(name, "rb", block_size=_REMOTE_BLOCK)
 
 
+class _Tar(tarfile.TarFile):
+    """A tar that is read on behind a damaged header; `tarfile` would stop at one that follows an extended header."""
+
+    refused = 0
+
+    def next(self) -> tarfile.TarInfo | None:
+        self.members = []  # millions of headers would take gigabytes
+        while self.refused < _MOST_REFUSED:
+            start = self.offset
+            try:
+                return super().next()
+            except (tarfile.TarError, ValueError, OverflowError, RecursionError):
+                self.refused, self.offset = self.refused + 1, max(self.offset, start + tarfile.BLOCKSIZE)
+        return None
+
+
 def members(path: str, size: int) -> Iterator[tuple[bytes, int, int]]:
     """Yield name, offset of the data and size of each file in the tar `path` of `size` bytes, in order.
 
@@ -57,8 +73,9 @@ def members(path: str, size: int) -> Iterator[tuple[bytes, int, int]]:
     with storage.os_errors(path), _open(path) as file:
         end = 0
         # Without `ignore_zeros` the first damaged header would end the tar without an error.
-        with contextlib.suppress(tarfile.TarError), tarfile.TarFile(fileobj=file, ignore_zeros=True) as tar:
-            while (member := tar.next()) is not None and member.size >= 0:
+        with _Tar(fileobj=file, ignore_zeros=True) as tar:
+            # A negative size in an extended header would lead back, and the walk would never end.
+            while (member := tar.next()) is not None and member.size >= 0 and tar.offset > end:
                 if _is_damaged(file, end, member.offset):
                     yield b"", end, member.offset - end
                 if member.isreg():
@@ -176,11 +193,11 @@ def build(path: str) -> pathlib.Path:
     try:
         if cached := _cached(path):
             return cached
-        content = io.BytesIO()
+        index_paths, content = index_files(path), io.BytesIO()  # a tar that grows meanwhile is indexed again
         np.save(content, index(path))
     except OSError as error:
         raise UserError(f"{path!r} cannot be read ({error}).") from error
-    for index_path in index_files(path):
+    for index_path in index_paths:
         with contextlib.suppress(OSError):  # a disk that is full or read-only
             index_path.parent.mkdir(parents=True, exist_ok=True)
             storage.write_whole(epath.Path(index_path), content.getvalue())
@@ -193,7 +210,8 @@ def load(tars: Sequence[str], *, processes: int | None = None) -> list[pathlib.P
 
     By default there is an indexing process a core, or none for a few tars. Errors are as for `build`.
     """
-    index_paths = {path: _cached(path) for path in tars}
+    with thread_pool(16) as threads:  # a store takes long to answer
+        index_paths = dict(zip(tars, threads.map(_cached, tars), strict=True))
     if todo := [path for path, index_path in index_paths.items() if index_path is None]:
         if processes is None:
             processes = min(os.cpu_count() or 1, 16, len(todo) // 4)

@@ -22,11 +22,7 @@ B = TypeVar("B", bound=tfds.core.DatasetBuilder)
 
 
 def lookup(record: Record, key: str) -> list[str]:
-    """Return the strings at `key` of a TFDS record, '/' for nested features ("captions/text").
-
-    Raises:
-      BadSample: one is not UTF-8.
-    """
+    """Return the strings at `key` of a TFDS record, '/' for nested features; `BadSample` if one is not UTF-8."""
     value: Any = record
     for part in key.split("/"):
         value = [item[part] for item in value] if isinstance(value, list) else value[part]
@@ -97,8 +93,9 @@ def open_labelled(name: str, split: str, data_dir: str | None) -> labelled.Label
     A version of a TFDS data set does not change, so that it identifies the items.
     """
     data, info = open_tfds(name, split, data_dir)
-    names, version = getattr(info.features.get("label"), "names", None) or (), str(info.version)
-    if not names or "image" not in info.features:
+    features, version = info.features, str(info.version)
+    names = getattr(features["label"], "names", ()) if "label" in features else ()
+    if not names or "image" not in features:
         raise UserError(f"tfds:{name}/{split}: TFDS data set {name!r} has no features image and label (of classes).")
     items, labels = labelled.Field(data, "image"), labelled.Field(data, "label")
     source = labelled.Labelled("image", items, labels, names, identity=[f"tfds:{name}/{split}", version])

@@ -165,9 +165,7 @@ def load_probe(spec: str, prepare: Preprocessing | int, data: DataConfig, profil
     """Open `probe/NAME`."""
     entry, content, identity_of_splits = _read_splits(spec, data.dir or None)
     first = content[0]
-    if any(set(part.classes) - set(first.classes) for part in content) or any(
-        np.ndim(part.labels) != 1 for part in content
-    ):
+    if any(set(part.classes) - set(first.classes) or np.ndim(part.labels) != 1 for part in content):
         raise UserError(f"{spec}: the splits must have the same classes, and each image one of them.")
     # A split may lack a class: number them as the training split does.
     numbers = {name: i for i, name in enumerate(first.classes)}

@@ -60,7 +60,7 @@ def named_columns(name: str, data: DataConfig) -> tuple[str, DataConfig]:
     """
     source_name, _, query = name.rpartition("?")
     columns = urllib.parse.parse_qs(query)
-    if not source_name or not columns.keys() & {"image", "text"}:
+    if not source_name or not columns or columns.keys() - {"image", "text"}:
         return name, data
     columns = {"image": [data.image_key], "text": data.text_keys} | columns
     return source_name, dataclasses.replace(data, image_key=columns["image"][0], text_keys=tuple(columns["text"]))
@@ -106,10 +106,8 @@ def load_pairs(spec: str, prepare: Preprocessing | int, data: DataConfig, profil
         log0(f"WARNING: {spec}: {bad:,} of the {sum(map(len, opened)):,} pairs cannot be read and are left out")
     profile = dataclasses.replace(profile, prefix=profile.prefix or "")
     by_image, positions = captions_by_image(parts)
-    images: list[Any] = [
-        Field(Subset(source, part.indices[new]), "image")
-        for source, part, new in zip(opened, parts, positions, strict=True)
-    ]
+    each = zip(opened, parts, positions, strict=True)
+    images: list[Any] = [Field(Subset(source, part.indices[new]), "image") for source, part, new in each]
     origin = {"data": ", ".join(specs), "split": f"held out, {share:g}" if share < 1 else ""}
     return captioned(name, Joined(images), list(by_image.values()), list(by_image), prepare, profile, **origin)
 
