@@ -21,6 +21,7 @@ _FAMILIES = {
     "zeroshot": "zero-shot classification",
     SHIFTED: "out of domain",
     "retrieval": "retrieval",
+    "choice": "choice of texts",
     "visual": "visual representation",
     "textual": "textual representation",
     "dense": "dense representation",

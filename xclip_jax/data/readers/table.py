@@ -112,6 +112,10 @@ class ColumnSource(Source):
         values = json_strings({name: value}, key)
         return values[0] if len(values) == 1 else values
 
+    def texts(self, index: int) -> list[list[str]]:
+        """Return the strings of a row in each column of captions, without reading its image."""
+        return [strip_texts(self._texts(key, index)) for key in self.options.text_keys]
+
     def __getitem__(self, index: int) -> Record:
         if not 0 <= index < len(self):
             raise IndexError(index)
