@@ -48,7 +48,7 @@ class Crops(Paths):
         super().__init__(paths)
         self._boxes = boxes
 
-    def __getitem__(self, index: int) -> Any:  # ty: ignore[invalid-method-override] decoded
+    def __getitem__(self, index: int) -> Any:
         left, top, width, height = self._boxes[index]
         image = PIL.Image.fromarray(images.decode(super().__getitem__(index)))
         return np.asarray(image.crop((left, top, left + width, top + height)))

@@ -93,7 +93,7 @@ def read_babel(spec: str, data_dir: str | None) -> Content:
     templates = [text.replace("{}", "{c}") for text in translated.get(language.upper(), ["{}"])]
     return dataclasses.replace(
         content,
-        images=Chosen(content.images, kept),
+        images=Chosen(content.images, kept.tolist()),
         labels=position[content.labels][kept],
         classes=classes,
         identity=[content.identity, *contents(content.images)],
