@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from PIL import Image
 
 from xclip_jax.core import imports, storage
@@ -302,7 +301,7 @@ class Model:
         similarity = self._similarities[0]
         return similarity.embedding(output) if normalize else similarity.rows(output)
 
-    def nnx(self) -> nnx.Module:
+    def nnx(self) -> Any:
         """Return towers and heads as a module of Flax NNX, through Flax's bridge, for training in code of your own.
 
         `module(pixels, tokens)` gives the outputs of `TwoTowers`, such as "z_img" and "z_txt" (b, e) of unit length and
@@ -310,6 +309,8 @@ class Model:
         pixels (b, size, size, 3), as for `encode_pixels`, and int32 tokens (b, length). Steps of an `nnx.Optimizer`
         change the weights of the module, and not of this model.
         """
+        from flax import nnx  # takes a second, which other uses of a model need not wait for
+
         module = nnx.bridge.ToNNX(self._model)
         for name, value in nnx.bridge.variables.linen_vars_to_nnx_attrs(self._variables).items():
             setattr(module, name, nnx.data(value))
