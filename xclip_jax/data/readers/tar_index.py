@@ -62,7 +62,7 @@ class _Tar(tarfile.TarFile):
             start = self.offset
             try:
                 return super().next()
-            except (tarfile.TarError, ValueError, OverflowError, RecursionError):
+            except (tarfile.TarError, ValueError, OverflowError, MemoryError, RecursionError):
                 self.refused, self.offset = self.refused + 1, max(self.offset, start + tarfile.BLOCKSIZE)
         return None
 
