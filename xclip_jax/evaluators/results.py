@@ -258,6 +258,7 @@ def add(
     `entry` has all of `KEY`, `items` are the per-example values of its metrics, and `command` has keys of the file on
     the command that writes. All entries of a checkpoint's `own` file are of it, also under former names of its folder.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     with locks.lock(path, blocking=True):
         entries, items_of = read(path) if path.exists() else ([], {})
         if own:
