@@ -62,6 +62,7 @@ class EvalConfig:
     sets: Sequence[str] = key((), "sets that are evaluated every `eval.every` steps, and at the end")
     final_sets: Sequence[str] = key((), "further sets that are evaluated only at the end")
     every: int = key(0, "steps between two evaluations; 0: only at the end", at_least(0))
+    before: bool = key(False, "also evaluate all sets before the first step, as of the given weights")
     batch: int = key(256, "items that are encoded at once", at_least(1))
     ema: bool = key(False, "evaluate the moving average of the parameters, if the run has one")
     report: bool = key(False, "make picture.png and report.html at the end")
