@@ -338,7 +338,7 @@ def test_a_metric_that_is_not_a_number_is_shown_as_such(tmp_path):
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("data.json", lambda content: [content[0] | {"samples": "many"}], r"data\.json is damaged"),
+        ("data.json", lambda content: [3], r"data\.json is damaged"),
         ("config.json", lambda content: content | {"started": 7}, "has another form .*"),
     ],
 )
