@@ -88,7 +88,6 @@ def evaluate(
     pinned, origin = weights.pin(run)
     config, experiment, tuned, loaded_step = weights.load(pinned, step)
     given = weights.read_given(run, config, tuned) if mixes != [1] else {}
-    path.parent.mkdir(parents=True, exist_ok=True)
     _ = path.exists() and results.read(path)  # an error for a damaged file, before the work
     encoder, own = make_encoder(experiment, weights.read_classes(pinned)), profile_of_run(config, profile, changes)
     opened = registry.open_all(names, encoder, data_dir, own, experiment.config.data)
