@@ -12,7 +12,6 @@ from xclip_jax.commands.doctor import check_config
 from xclip_jax.config import schema
 from xclip_jax.core.errors import UserError
 from xclip_jax.train import callbacks, job, trainer
-from xclip_jax.train.callbacks import Callback
 from xclip_jax.train.checks import FAIL
 
 pytestmark = pytest.mark.long
