@@ -130,7 +130,7 @@ def test_a_start_that_cannot_be_is_one_sentence(source, pairs, tmp_path):
         changes = {"model__img__depth": 2, "init__weights": str(source)} | changes
         trainer.run(tiny.config(run=tmp_path / "run", data__sources=(f"folder:{pairs}",), **changes))
 
-    with pytest.raises(UserError, match="does not exist; name a run's folder"):
+    with pytest.raises(UserError, match="does not exist; name the folder of a run"):
         run(init__weights=str(tmp_path / "nothing"))
     with pytest.raises(UserError, match=r"params/proj_img/linear/kernel has shape \(32, 16\), expected \(32, 8\)"):
         run(model__embed=8)
