@@ -107,5 +107,5 @@ def test_an_evaluation_that_lacks_the_secrets_is_refused(site, tmp_path, monkeyp
     monkeypatch.setenv("XCLIP_CACHE", str(tmp_path / "cache"))
     run = tmp_path / "run"
     trainer.run(config(site, run))
-    with pytest.raises(SystemExit, match="retrieval/holdout: .*status 403"):
+    with pytest.raises(SystemExit, match=r"retrieval/holdout: .*status 403"):
         evaluate.main(["--checkpoint", str(run), "--suite", "retrieval/holdout"])
