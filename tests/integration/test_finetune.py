@@ -146,7 +146,7 @@ def test_sizes_are_taken_over_from_weights(pretrained, tmp_path):
     assert columns.run == "runs/finetune-lab-set" and columns.data.sources == ("hf:lab/set?label=fine/train",)
     assert c.model.img.scan and c.objective.classify.classes == 1000  # how towers are computed stays the config's
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"config\.json cannot be read"):
+    with pytest.raises(UserError, match=r"config\.json is damaged and cannot be read"):
         load_config(f"finetune:weights={tmp_path}")
 
 
@@ -196,9 +196,6 @@ def test_export_keeps_the_classes(images, pretrained, tmp_path):
     del content["classes"]
     (out / interop.CONFIG).write_text(json.dumps(content))
     assert interop.read_classes(str(out)) is None
-    (out / interop.CONFIG).write_text(json.dumps(content | {"classes": "abc"}))
-    with pytest.raises(UserError, match="classes is 'abc', not a list of names; export the run again"):
-        interop.read_classes(str(out))
     # A new run takes the classifier over only if it is one of its own classes.
     config = small(load_config(f"finetune:data=folder:{images},batch={tiny.BATCH},weights={run}"), tmp_path / "new", 5)
     abstract = build.build(schema.resolve(config), jax.devices()[:1]).abstract

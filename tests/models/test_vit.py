@@ -69,7 +69,7 @@ def test_patch_features_are_what_is_pooled(pool):
         np.testing.assert_allclose(norm(last[:, 0]), features, atol=1e-5)
 
 
-@pytest.mark.parametrize(("patch", "models.kernels"), [(12, (4, 3)), (16, (4, 2, 2)), (4, (4,))])
+@pytest.mark.parametrize(("patch", "kernels"), [(12, (4, 3)), (16, (4, 2, 2)), (4, (4,))])
 def test_hierarchical_stem_is_torchs_convolutions(patch, kernels):
     image = np.random.default_rng(0).normal(size=(2, 48, 48, 3)).astype(np.float32)
     stem = HierarchicalStem(patch, 24, "gelu", 1e-5, jnp.float32)

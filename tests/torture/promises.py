@@ -88,7 +88,10 @@ PROMISES = (
         "signals",
         "a signal in a step that takes minutes, or while an evaluation compiles",
         "the step ends and is saved, however long it takes",
-        ("integration/slow_steps::a_signal_in_a_long_step_saves",),
+        (
+            "integration/slow_steps::a_signal_in_a_long_step_saves",
+            "processes/interrupt::a_signal_in_an_evaluation_saves_the_last_step_and_the_evaluation_is_made_later",
+        ),
     ),
     Promise(
         "signals",
