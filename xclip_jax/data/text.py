@@ -4,10 +4,6 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import pyarrow
-import pyarrow.compute
-import pyarrow.csv
-
 from xclip_jax.core.errors import BadSample, UserError
 
 _MAX_LINES = 20  # a longer field more likely begins with a quote that has no partner
@@ -32,12 +28,16 @@ def decode_utf8(data: bytes) -> str:
         raise BadSample("caption is not UTF-8", f"{data[start : error.end + 10]!r}; {remedy}") from error
 
 
-def read_csv(path: str, columns: Sequence[str]) -> pyarrow.Table:
-    """Return a CSV or TSV file in UTF-8, in which `columns` are strings; bytes that are not UTF-8 are found on access.
+def read_csv(path: str, columns: Sequence[str]) -> Any:
+    """Return a CSV or TSV file in UTF-8 as a `pyarrow.Table` in which `columns` are strings.
 
-    Fields are separated by tabs, by semicolons or by commas, as in the first line. With tabs, quotes are ordinary
-    letters, since captions and titles contain single ones; otherwise a field in quotes may have several lines.
+    Bytes that are not UTF-8 are found on access. Fields are separated by tabs, semicolons or commas, as in the first
+    line. With tabs, quotes are ordinary letters, since captions and titles contain single ones; otherwise a field in
+    quotes may have several lines.
     """
+    import pyarrow.compute  # only tables need it
+    import pyarrow.csv
+
     with open(path, "rb") as file:
         head = file.readline()
     # Spreadsheets with decimal commas write semicolons.

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from xclip_jax import optim
 from xclip_jax.config.schema import Config, resolve
 from xclip_jax.core.console import log0
 from xclip_jax.core.errors import UserError
-from xclip_jax.data import loader, tokenizer
+from xclip_jax.data import tokenizer
 from xclip_jax.data.length_groups import WHOLE, LengthGroups
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.evaluators import prompts
@@ -30,6 +30,9 @@ from xclip_jax.parallel import sharding
 from xclip_jax.parallel.mesh import AXES, BATCH_AXES, check_batch, make_mesh
 from xclip_jax.train import state
 from xclip_jax.train.step import Augment, SpikeFilter, TrainStep, compile_step
+
+if TYPE_CHECKING:
+    from xclip_jax.data.loader import Transform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,10 +73,14 @@ class Experiment:
         draws = math.prod(self.mesh.shape[axis] for axis in BATCH_AXES) * self.config.optim.microbatches
         return self.config.data.batch // draws, draws
 
-    def transform(self, fields: Sequence[str] = ()) -> loader.Transform:
+    def transform(self, fields: Sequence[str] = ()) -> "Transform":
         """Return what makes rows of a batch of records, of the objective's fields by default."""
         fields = fields or self.objective.fields
-        return loader.Transform(self.config.data, self.image_size, self.tokenizer, self.context_length, tuple(fields))
+        from xclip_jax.data.loader import (
+            Transform,
+        )  # Grain takes a quarter of a second, and only training reads batches
+
+        return Transform(self.config.data, self.image_size, self.tokenizer, self.context_length, tuple(fields))
 
     @property
     def num_parameters(self) -> int:
