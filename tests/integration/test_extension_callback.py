@@ -41,6 +41,13 @@ class List:
         self.lines.append("close")
 
 
+class Failing(callbacks.Callback):
+    """A callback that must not be made: checks import a class, and only a run makes one."""
+
+    def __init__(self, *_):
+        raise RuntimeError("made")
+
+
 def test_a_run_calls_them(pairs, tmp_path, capsys):
     run = tmp_path / "run"
     config = tiny.short(pairs, run, log__callbacks=(STATUS,), log__to=(LIST,))
