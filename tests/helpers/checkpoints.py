@@ -12,6 +12,9 @@ import pytest
 from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.state import TrainState
 
+# Orbax writes them last, and reads no state from them.
+HARMLESS = ("_CHECKPOINT_METADATA", "commit_success.txt")
+
 
 def make_state(step, size=64):
     rng = np.random.default_rng(step)
@@ -71,3 +74,12 @@ def run(saved, tmp_path):
 
 def files_of(folder):
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def damage(folder):
+    """Change one bit of the largest file of a checkpoint, and return its name."""
+    path = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    return path.relative_to(folder).as_posix()

@@ -1,0 +1,139 @@
+"""Digests of checkpoints: every damaged file is named, and files in buckets are compared by name and size."""
+
+import json
+import threading
+
+import numpy as np
+import pytest
+from etils import epath
+
+from tests.helpers import checkpoints
+from tests.helpers.checkpoints import HARMLESS, check_is, damage, files_of, make_state, restore, save
+from xclip_jax.core.errors import UserError
+from xclip_jax.core.run_folder import RunFolder
+from xclip_jax.train import checkpoint_files
+from xclip_jax.train.checkpoint import Checkpointer
+
+saved, run = checkpoints.saved, checkpoints.run
+
+
+def flip(content, rng):
+    position, changed = rng.integers(len(content)), bytearray(content)
+    changed[position] ^= 1 << rng.integers(8)
+    return bytes(changed)
+
+
+DAMAGE = {
+    "flip 1": flip,
+    "flip 2": flip,
+    "flip 3": flip,
+    "flip 4": flip,
+    "cut": lambda content, rng: content[: rng.integers(len(content))],
+    "empty": lambda content, _: b"",
+    "zero": lambda content, _: bytes(len(content)),
+    "longer": lambda content, _: content + b"\0",
+    "delete": None,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_every_damaged_file_is_named_or_harmless(run, damage):
+    folder = run / "checkpoints" / "4"
+    files = files_of(folder)
+    assert len(files) > 8 and {"state/_METADATA", "position/metadata", checkpoint_files.DIGEST_FILE} <= set(files)
+    rng = np.random.default_rng(sorted(DAMAGE).index(damage))
+    for name in files:
+        path = folder / name
+        content = path.read_bytes()
+        path.unlink() if DAMAGE[damage] is None else path.write_bytes(DAMAGE[damage](content, rng))
+        if name in HARMLESS:
+            check_is(restore(run), 4)
+        else:
+            with pytest.raises(UserError) as caught:
+                restore(run)
+            message = str(caught.value)
+            assert f"checkpoints/4 is damaged: {name} " in message and "the newest whole one is of step 2" in message
+            assert "--step 2" in message and len(message.splitlines()) == 1
+        path.write_bytes(content)
+    check_is(restore(run), 4)
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """Has all folders taken for ones in a bucket; lists the files that are hashed."""
+    hashed, original = [], checkpoint_files._hash
+    monkeypatch.setattr(checkpoint_files, "is_remote", lambda _: True)
+    monkeypatch.setattr(checkpoint_files, "_hash", lambda path, **_: hashed.append(path) or original(path))
+    return hashed
+
+
+def test_in_a_bucket_names_and_sizes_are_compared_and_nothing_is_hashed(bucket, tmp_path, monkeypatch):
+    save(tmp_path, 2, 4)
+    folder = tmp_path / "checkpoints" / "4"
+    names = [name for name in files_of(folder) if name not in (*HARMLESS, checkpoint_files.DIGEST_FILE)]
+    digest = json.loads((folder / checkpoint_files.DIGEST_FILE).read_text())
+    assert digest["files"] == {name: [(folder / name).stat().st_size, None] for name in names}
+    check_is(restore(tmp_path), 4)
+    for name in names:
+        content = (folder / name).read_bytes()
+        for damaged in (content[:-1], content + b"\0", None):
+            (folder / name).unlink() if damaged is None else (folder / name).write_bytes(damaged)
+            with pytest.raises(UserError, match=rf"4 is damaged: {name} is .*the newest whole one is of step 2"):
+                restore(tmp_path)
+        (folder / name).write_bytes(flip(content, np.random.default_rng(0)))
+        assert checkpoint_files.find_fault(epath.Path(folder), 4) is None
+        (folder / name).write_bytes(content)
+    assert bucket == []
+    monkeypatch.undo()  # copied to a disk
+    check_is(restore(tmp_path), 4)
+
+
+def test_hashes_of_a_checkpoint_that_was_copied_to_a_bucket_are_not_compared(bucket, run):
+    folder = epath.Path(run / "checkpoints" / "4")
+    assert damage(run / "checkpoints" / "4") and checkpoint_files.find_fault(folder, 4) is None and bucket == []
+
+
+def test_in_a_bucket_a_checkpoint_gets_its_digest_under_its_final_name(run):
+    """Where no folder is renamed."""
+    path = run / "checkpoints" / "4" / checkpoint_files.DIGEST_FILE
+    content = path.read_bytes()
+    path.unlink()
+    with Checkpointer(run) as checkpointer:
+        checkpointer._saving = 4
+        checkpointer._write_digest()
+    assert path.read_bytes() == content
+
+
+def test_the_digest_is_in_the_checkpoint_before_it_has_its_name(tmp_path, monkeypatch):
+    """So that no kill can leave a checkpoint without one; and the step after does not wait for it."""
+    began, go, original = threading.Event(), threading.Event(), checkpoint_files.write_digest
+
+    def write(folder, step):
+        began.set()
+        assert go.wait(60)
+        original(folder, step)
+
+    monkeypatch.setattr(checkpoint_files, "write_digest", write)
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(make_state(2), {"samples": 16, "batch": 8})
+        assert began.wait(60)
+        assert RunFolder(tmp_path).steps() == []
+        with pytest.raises(UserError, match="holds no checkpoint"):
+            restore(tmp_path)
+        checkpointer.raise_failure()
+        go.set()
+    assert (tmp_path / "checkpoints" / "2" / checkpoint_files.DIGEST_FILE).exists()
+    check_is(restore(tmp_path), 2)
+
+
+def test_a_digest_that_cannot_be_written_leaves_no_checkpoint(run, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint_files, "write_digest", full)
+    with (
+        pytest.raises(UserError, match=r"step 6 could not be written .*\(No space left"),
+        Checkpointer(run) as checkpointer,
+    ):
+        checkpointer.save(make_state(6), {"samples": 48, "batch": 8})
+    assert RunFolder(run).steps() == [2, 4]
