@@ -56,6 +56,7 @@ setup(
         "xclip_jax": ["py.typed"],
         "xclip_jax.data": ["third_party/*"],
         "xclip_jax.evaluators": ["imagenet_subsets.json"],
+        "xclip_jax.evaluators.sets": ["aro_symmetric.json"],
         "xclip_jax.report": ["*.html", "*.css", "*.js", "card.md"],
     },
     entry_points={"console_scripts": ["xclip-jax = xclip_jax.main:main"]},

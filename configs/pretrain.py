@@ -1,52 +1,60 @@
 """Pre-training at full size: ViT-B/16, batch 4096, 25 epochs, by SLIP's recipe.
 
     xclip-jax train --config pretrain:objective=clip,pairs=8000000 --config.data.sources='("folder:PATH",)'
-    xclip-jax train --config pretrain:objective=xclip,data=cc12m,root=/data
+    xclip-jax train --config pretrain:objective=xclip,data=cc12m
+    xclip-jax train --config pretrain:objective=xclip,data=yfcc15m,preset=B/32
 
-The first line reads pairs of your own: `pairs` says how many, because the steps follow from it. The second one reads
-/data/cc12m/*.tar, as img2dataset writes them (--output_format webdataset).
+The first line reads pairs of your own: `pairs` says how many, because the steps follow from it. The second one reads a
+copy of CC12M on the Hugging Face Hub, and with root=/data own tars, /data/cc12m/*.tar, as img2dataset writes them
+(--output_format webdataset). The third one is the setting of many published methods: ViT-B/32, 32 epochs of YFCC15M,
+batch 4096, 117,664 steps with a warm-up of 3,677; docs/protocols.md has their scores.
 
-The argument's keys, all optional: objective (clip, siglip, nclip, xclip), data (cc3m, cc12m, yfcc15m, 35m), root,
-preset, batch, epochs, and pairs, by default as published: give the number that `xclip-jax check` counts, because a
-third of the links of CC3M and CC12M are dead. Written for TPU pods; no run of this size has been made and no score is
-claimed.
+The argument's keys, all optional: objective (clip, siglip, nclip, xclip), data (cc3m, cc12m, yfcc15m, datacomp-small,
+35m), root, preset, batch, epochs (25; 32 of yfcc15m), and pairs, by default as many as the copy has: for own tars give
+the number that `xclip-jax check` counts, because links die. Written for TPU pods; no run of this size has been made and
+no score is claimed.
 
-Two sets go by the name YFCC15M, and the list of the 35 million pairs of the nCLIP paper is not published: data.json in
-a run's folder says which files it read. The mixture here is CC3M, CC12M, YFCC15M, SBU and the regions of Visual Genome,
-each weighted by its size.
+Two sets go by the name YFCC15M. The copy on the Hub is from DeCLIP's list, with the captions of RWKV-CLIP; `root` reads
+what you have. The list of the 35 million pairs of the nCLIP paper is not published: data.json in a run's folder says
+which files it read. The mixture here is CC3M, CC12M, YFCC15M, SBU and the regions of Visual Genome, each weighted by
+its size, and needs `root`.
 """
 
 import ml_collections
 
 from xclip_jax.config import recipes
-from xclip_jax.core.errors import check_choice
+from xclip_jax.core.errors import UserError, check_choice
+from xclip_jax.data.readers.published import PUBLISHED
 
-# Folders under `root`, and pairs as published.
-DATA = {
-    "cc3m": (("cc3m",), 3_318_333),
-    "cc12m": (("cc12m",), 12_423_374),
-    "yfcc15m": (("yfcc15m",), 14_829_396),
-    "35m": (("cc3m", "cc12m", "yfcc15m", "sbu", "visual_genome"), 35_000_000),
-}
-OWN = ((), 15_000_000)  # the sources are set on the command line
+MIXTURE = ("cc3m", "cc12m", "yfcc15m", "sbu", "visual_genome")  # folders under `root`
+PAIRS = {name: row.pairs for name, row in PUBLISHED.items()} | {"35m": 35_000_000}
+OWN_PAIRS = 15_000_000  # the sources are set on the command line
+
+
+def sources(data: str, root: str) -> tuple[str, ...]:
+    """Return the sources of the set `data`: tars under `root`, or without one a copy on the Hub."""
+    if root:
+        folders = MIXTURE if data == "35m" else (PUBLISHED[data].folder,)
+        return tuple(f"tar:{root}/{folder}/*.tar" for folder in folders)
+    if data == "35m":
+        raise UserError(f"config argument data=35m needs root=FOLDER, with the folders {', '.join(MIXTURE)} of tars.")
+    return (f"published:{data}",)
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """See the module's docstring."""
-    args = recipes.parse_arg(
-        arg, objective="xclip", data="", root="/data", preset="B/16", batch=4096, epochs=25, pairs=0
-    )
+    args = recipes.parse_arg(arg, objective="xclip", data="", root="", preset="B/16", batch=4096, epochs=0, pairs=0)
     if args.data:
-        check_choice("config argument data", args.data, DATA)
-    folders, published = DATA.get(args.data, OWN)
-    epoch = max((args.pairs or published) // args.batch, 1)  # steps
+        check_choice("config argument data", args.data, PAIRS)
+    epochs = args.epochs or (32 if args.data == "yfcc15m" else 25)
+    epoch = max((args.pairs or PAIRS.get(args.data, OWN_PAIRS)) // args.batch, 1)  # steps
 
     config = recipes.base(args.objective, args.preset)  # terms of the loss, sizes of the towers
     config.run += f"-{args.data}" if args.data else ""
-    config.steps = args.epochs * epoch
-    config.log.expected_epochs = args.epochs  # compared with the epochs over the pairs that the sources have
+    config.steps = epochs * epoch
+    config.log.expected_epochs = epochs  # compared with the epochs over the pairs that the sources have
 
-    config.data.sources = tuple(f"tar:{args.root}/{folder}/*.tar" for folder in folders)
+    config.data.sources = sources(args.data, args.root) if args.data else ()
     config.data.batch = args.batch
     config.data.tokenizer = "clip"
     config.data.crop_scale = (0.5, 1.0)

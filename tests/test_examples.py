@@ -3,10 +3,11 @@
 import functools
 import json
 import pathlib
+import re
 
 import pytest
 
-from examples import clusters, compare_objectives, use_a_model
+from examples import clusters, compare_objectives, finetune_pairs, use_a_model
 from tests.helpers import tiny
 from xclip_jax.config import load
 
@@ -21,6 +22,18 @@ def test_use_a_model(run, tmp_path, capsys):
     assert lines[0] == "embeddings of 16 numbers" and len(lines) == 1 + 3 * 2
     assert "something to eat" in lines[1] and "cluster " in lines[-1]
     assert lines[3].startswith(f"{images[0]}: ") and "%" in lines[3]
+
+
+@pytest.mark.slow  # minutes of training
+def test_finetune_pairs(tmp_path, capsys):
+    finetune_pairs.main(["--folder", str(tmp_path)])
+    *_, last = lines = capsys.readouterr().out.splitlines()
+    rows = [line.strip("| ").split(" | ") for line in lines if re.match(r"\| (all|last|adapters)", line)]
+    results = {(way, float(share)): (float(new), float(old)) for way, share, new, old, _ in rows}
+    assert len(results) == 1 + 3 * 4
+    assert results["all weights", 1][1] < results["all weights", 0][1]  # it forgets
+    assert all(float(x) < 1e-4 for x in re.findall(r"at most ([0-9.e-]+)", last))
+    assert "open_clip: " in last and "transformers: " in last
 
 
 def narrow(load_config):

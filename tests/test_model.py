@@ -8,8 +8,10 @@ import traceback
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import scipy.special
+from flax import nnx
 from PIL import Image
 
 import xclip_jax
@@ -97,6 +99,52 @@ def test_embeddings_are_those_of_the_towers(objective):
         np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)
 
 
+@pytest.mark.parametrize("objective", ["clip", "nclip", "xclip"])
+def test_raw_embeddings_have_the_direction_of_the_others(objective):
+    """Normalised embeddings are the same before and after raw ones; distributions sum to 1."""
+    _, _, model = random_model(objective)
+    before = model.encode_text(TEXTS)
+    raw = model.encode_text(TEXTS, normalize=False)
+    np.testing.assert_array_equal(model.encode_text(TEXTS), before)
+    np.testing.assert_allclose(raw / np.linalg.norm(raw, axis=1, keepdims=True), before, atol=1e-6)
+    assert raw.dtype == np.float32 and np.abs(np.linalg.norm(raw, axis=1) - 1).min() > 0.01
+    if objective == "nclip":
+        np.testing.assert_allclose(raw.sum(axis=1), 1, atol=1e-6)
+
+
+def test_as_a_module_of_nnx_it_is_the_same_model_and_trains():
+    """Outputs and gradients are Linen's; steps change the module, and not the model that it was made from."""
+    towers, variables, model = random_model("xclip")
+    rng = np.random.default_rng(0)
+    pixels = rng.normal(size=(4, tiny.SIZE, tiny.SIZE, 3)).astype(np.float32)
+    tokens = tokenizer.load("bytes")(TEXTS[:4], tiny.LENGTH)
+    module, before = model.nnx(), model.encode_text(TEXTS)
+    expected = jit(towers.apply)(variables, pixels, tokens)
+    out = nnx.jit(lambda module: module(pixels, tokens))(module)
+    assert set(out) == set(expected)
+    for key, value in expected.items():
+        np.testing.assert_allclose(out[key], value, atol=1e-5, err_msg=key)
+    np.testing.assert_allclose(module.encode_image(pixels), expected["h_img"], atol=1e-5)
+
+    def loss(out):
+        return -jnp.diag(jax.nn.log_softmax(out["scale"] * out["z_img"] @ out["z_txt"].T)).mean()
+
+    @nnx.jit
+    def step(module, optimizer):
+        value, grads = nnx.value_and_grad(lambda module: loss(module(pixels, tokens)))(module)
+        optimizer.update(module, grads)
+        return value, grads
+
+    optimizer = nnx.Optimizer(module, optax.sgd(0.05), wrt=nnx.Param)
+    losses = [step(module, optimizer) for _ in range(4)]
+    kernel = jax.grad(lambda params: loss(towers.apply({**variables, "params": params}, pixels, tokens)))(
+        variables["params"]
+    )["proj_txt"]["linear"]["kernel"]
+    np.testing.assert_allclose(losses[0][1]["proj_txt"]["linear"]["kernel"][...], kernel, atol=1e-5)
+    assert losses[-1][0] < losses[0][0]
+    np.testing.assert_array_equal(model.encode_text(TEXTS), before)
+
+
 def test_images_in_every_form_are_the_same(model, tmp_path):
     images = pictures(3)
     for i, picture in enumerate(images):
@@ -125,9 +173,20 @@ def test_weights_of_open_clip_give_its_embeddings(tmp_path):
     preprocess = open_clip.image_transform(32, is_train=False)
     with torch.inference_mode():
         z_img = theirs.encode_image(torch.stack([preprocess(image) for image in images]), normalize=True)
-        z_txt = theirs.encode_text(open_clip.SimpleTokenizer(context_length=12)(TEXTS), normalize=True)
+        pixels = torch.stack([preprocess(image) for image in images])
+        tokens = open_clip.SimpleTokenizer(context_length=12)(TEXTS)
+        z_txt = theirs.encode_text(tokens, normalize=True)
+        raw_img, raw_txt = theirs.encode_image(pixels).numpy(), theirs.encode_text(tokens).numpy()
     np.testing.assert_allclose(ours.encode_image(images), z_img.numpy(), atol=1e-5)
     np.testing.assert_allclose(ours.encode_text(TEXTS), z_txt.numpy(), atol=1e-5)
+    assert np.abs(np.linalg.norm(raw_img, axis=1) - 1).min() > 0.01
+    for raw, expected in (
+        (ours.encode_image(images, normalize=False), raw_img),
+        (ours.encode_pixels(pixels.permute(0, 2, 3, 1).contiguous().numpy(), normalize=False), raw_img),
+        (ours.encode_text(TEXTS, normalize=False), raw_txt),
+        (ours.encode_tokens(tokens.numpy(), normalize=False), raw_txt),
+    ):
+        np.testing.assert_allclose(raw, expected, atol=1e-5 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("objective", ["xclip", "nclip"])

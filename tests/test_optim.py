@@ -93,3 +93,86 @@ def test_ema_momentum():
     assert optim.ema_momentum(7, 100, 0.99, "constant") == 0.99
     values = [float(optim.ema_momentum(step, 100, 0.996, "cosine")) for step in (0, 50, 100)]
     np.testing.assert_allclose(values, [0.996, 0.998, 1.0], rtol=1e-6)
+
+
+# --- optimizers by name
+
+
+def reference(name, config, rate, labels):
+    """The update rule as optax's own alias, of parameters that are matrices or vectors; weight decay is added apart."""
+    adam = {"b1": config.b1, "b2": config.b2, "eps": config.eps, "weight_decay": config.weight_decay}
+    mask = {"mask": optim.decay_mask}
+    if name == "muon":
+        muon = optax.contrib.muon(rate, beta=config.b1, eps=config.eps, consistent_rms=0.2)
+        muon = optax.chain(muon, decay_of(rate, config.weight_decay))
+        return optax.partition({"muon": muon, "adam": optax.adamw(rate, **adam, **mask)}, labels)
+    if name == "adafactor":
+        adafactor = optax.adafactor(rate, multiply_by_parameter_scale=False, momentum=config.b1)
+        return optax.chain(adafactor, decay_of(rate, config.weight_decay))
+    if name == "lion":
+        return optax.lion(rate, config.b1, config.b2, weight_decay=config.weight_decay, **mask)
+    return {"adamw": optax.adamw, "lamb": optax.lamb}[name](rate, **adam, **mask)
+
+
+def decay_of(rate, decay):
+    """Decoupled weight decay as a transformation after the learning rate."""
+
+    def update(updates, step, params):
+        scale = -rate(step) * decay
+        decayed = jax.tree.map(lambda u, p, on: u + scale * p * on, updates, params, optim.decay_mask(params))
+        return decayed, step + 1
+
+    return optax.GradientTransformation(lambda params: jnp.zeros((), jnp.int32), update)
+
+
+def split(tree, strategy):
+    """Large arrays over 8 devices as `strategy` has them: rows of all arrays, or of none."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("data" if strategy == "split" else None)
+    return jax.tree.map(lambda x: jax.device_put(x, jax.sharding.NamedSharding(mesh, spec)), tree)
+
+
+@pytest.mark.parametrize("strategy", ["split", "whole"])
+@pytest.mark.parametrize("name", optim.NAMES)
+def test_optimizers_equal_optax(name, strategy):
+    """20 steps on 8 devices against optax's own on one, with kernels that Muon takes as matrices."""
+    rng = np.random.default_rng(0)
+    sizes = {"mlp": {"kernel": (136, 160), "bias": (160,)}, "norm_1": {"scale": (136,)}}
+    tree = {"img": {"transformer": {"block_0": sizes}, "patches": {"kernel": (48, 136)}}, "proj": {"kernel": (136, 8)}}
+    params = jax.tree.map(
+        lambda s: jnp.asarray(rng.normal(size=s), jnp.float32), tree, is_leaf=lambda x: type(x) is tuple
+    )
+    towers = {"img": build.build(tiny.config()).model.img}
+    labels = jax.tree.map(lambda x: "adam", params)
+    labels["img"]["transformer"]["block_0"]["mlp"]["kernel"] = "muon"
+    config = optim.OptimConfig(name=name, lr=0.02, lr_end=0.001, warmup=4, weight_decay=0.3)
+    rate = optim.schedule(config, 20)
+    ours, theirs = optim.make_optimizer(config, 20, towers), reference(name, config, rate, labels)
+    ends = []
+    for tx, p in ((theirs, params), (ours, split(params, strategy))):
+        state, update = tx.init(p), jax.jit(tx.update)
+        for _ in range(20):
+            grads = jax.tree.map(lambda x: jnp.sin(3 * x), p)
+            updates, state = update(grads, state, p)
+            p = optax.apply_updates(p, updates)
+        ends.append(p)
+    chex.assert_trees_all_close(*ends, rtol=1e-3, atol=1e-4)
+    assert max(jax.tree.leaves(jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), ends[0], params))) > 0.1
+
+
+def test_muon_takes_each_matrix_of_a_kernel_by_itself():
+    """Updates of queries, keys, values and of stacked blocks have singular values near 1 before scaling."""
+    scanned = build.build(tiny.config(model__img__scan=True, model__img__depth=2))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), scanned.abstract.params)
+    towers = {name: getattr(scanned.model, name) for name in ("img", "txt")}
+    tx = optim.make_optimizer(optim.OptimConfig(name="muon", lr=1.0, schedule="constant", weight_decay=0), 9, towers)
+    updates, _ = tx.update(params, tx.init(params), params)
+    attention = updates["img"]["transformer"]["blocks"]["attention"]
+    depth, d, _, heads, size = attention["qkv"]["kernel"].shape
+    matrices = np.moveaxis(attention["qkv"]["kernel"], 2, 1).reshape(depth * 3, d, heads * size)
+    outputs = attention["out"]["kernel"].reshape(depth, heads * size, d)
+    for x in (*matrices, *outputs):
+        values = np.linalg.svd(x, compute_uv=False) / (0.2 * max(x.shape) ** 0.5)
+        assert np.median(values) > 0.6 and values.max() < 1.3
+    assert np.abs(updates["txt"]["tokens"]).max() == pytest.approx(1, rel=1e-3)  # AdamW's first step

@@ -8,6 +8,9 @@ Results are NumPy arrays. Items are encoded on all devices in batches of a few f
 each. Images are resized, cropped and normalised as in the model's config.
 """
 
+import copy
+import dataclasses
+import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -23,6 +26,7 @@ from xclip_jax.data.base import MAX_BYTES
 from xclip_jax.data.records import ThreadPrefetcher
 from xclip_jax.evaluators.encoder import Encoder, Features, Rows
 from xclip_jax.evaluators.zeroshot import class_scores
+from xclip_jax.models.heads import Head, Projection
 from xclip_jax.models.two_towers import TwoTowers, Variables
 from xclip_jax.objectives.similarity import cluster_similarity, features, softmax
 from xclip_jax.parallel.mesh import make_mesh, replicated
@@ -62,7 +66,9 @@ class Model:
     """Both towers with their weights, tokenizer and preprocessing; `load` returns one.
 
     Embeddings come from the model's own similarity, see `Objective.similarities`: projections (b, e), or distributions
-    over clusters (b, k), scaled to unit length, so that their products are the cosines that its evaluations print.
+    over clusters (b, k), scaled to unit length, so that their products are the cosines that its evaluations print. With
+    `normalize=False` they are not scaled: projections as open_clip's `encode_image` gives them by default, or
+    distributions, whose rows sum to 1.
 
     Attributes:
       config: config of the run, or of other weights.
@@ -84,28 +90,39 @@ class Model:
         }  # fmt: skip
         self._experiment = experiment
         self._threads, self._similarities = threads, experiment.objective.similarities
-        mesh = make_mesh(_MESH)
+        self._mesh = make_mesh(_MESH)
         self._towers = {name: getattr(experiment.model, name) for name in experiment.model.towers}
-        model, variables = _unrolled(experiment.model, variables)
-        self._variables = jax.device_put(variables, replicated(mesh))
-        self._encoder = Encoder(
+        self._model, variables = _unrolled(experiment.model, variables)
+        self._variables = jax.device_put(variables, replicated(self._mesh))
+        self._encoder = self._make_encoder(self._model, batch)
+        self.batch = self._encoder.batch
+
+    def _make_encoder(self, model: TwoTowers, batch: int) -> Encoder:
+        return Encoder(
             model,
             self.tokenizer,
             text_length=self.length,
             preprocessing=self.preprocessing,
-            mesh=mesh,
+            mesh=self._mesh,
             batch=batch,
             smaller=[size for size in _SMALLER if size < batch],
             similarities=self._similarities,
         )
-        self.batch = self._encoder.batch
 
-    def encode_image(self, images: Sequence[ImageLike] | np.ndarray) -> np.ndarray:
+    @functools.cached_property
+    def _raw(self) -> "Model":
+        """The same model with projections that are not normalised; its programs are compiled if they are used."""
+        raw = copy.copy(self)
+        raw._encoder = self._make_encoder(self._model.clone(heads=_without_scaling(self._model)), self.batch)
+        return raw
+
+    def encode_image(self, images: Sequence[ImageLike] | np.ndarray, *, normalize: bool = True) -> np.ndarray:
         """Return embeddings of images.
 
         Args:
           images: paths (also in buckets), Pillow's images, contents of image files (bytes) or uint8 RGB arrays
             (h, w, 3), of any size; or one uint8 array (b, h, w, 3).
+          normalize: whether rows are scaled to unit length; see the class for what they are without.
 
         Returns:
           fp32 (b, e), rows of unit length.
@@ -113,28 +130,33 @@ class Model:
         Raises:
           UserError: an image that is missing or cannot be decoded; the message names it.
         """
-        return self._embed(self._images, images)
+        return self._embed(Model._images, images, normalize)
 
     def encode_prepared(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """Return embeddings of results of `prepare`, in a sequence that is read once and roughly in order."""
-        return self._embed(self._prepared, images)
+        return self._embed(Model._prepared, images)
 
-    def encode_pixels(self, pixels: np.ndarray) -> np.ndarray:
-        """Return embeddings (b, e) of fp32 pixels (b, size, size, 3), normalised by the model's mean and deviation."""
+    def encode_pixels(self, pixels: np.ndarray, *, normalize: bool = True) -> np.ndarray:
+        """Return embeddings (b, e) of fp32 pixels (b, size, size, 3), normalised by the model's mean and deviation.
+
+        `normalize` is as in `encode_image`.
+        """
         pixels = np.asarray(pixels)
         if pixels.dtype != np.float32 or pixels.shape[1:] != (self.size, self.size, 3):
             raise UserError(
                 f"pixels are {pixels.dtype} of shape {pixels.shape}; this model takes float32 (b, {self.size}, "
                 f"{self.size}, 3) that are normalised; use encode_image for other inputs."
             )
-        return self._embed(self._prepared, pixels)
+        return self._embed(Model._prepared, pixels, normalize)
 
-    def encode_text(self, texts: Sequence[str]) -> np.ndarray:
-        """Return embeddings (b, e) of texts, cut to the model's length."""
-        return self._embed(self._texts, texts)
+    def encode_text(self, texts: Sequence[str], *, normalize: bool = True) -> np.ndarray:
+        """Return embeddings (b, e) of texts, cut to the model's length; `normalize` is as in `encode_image`."""
+        return self._embed(Model._texts, texts, normalize)
 
-    def encode_tokens(self, tokens: np.ndarray) -> np.ndarray:
+    def encode_tokens(self, tokens: np.ndarray, *, normalize: bool = True) -> np.ndarray:
         """Return embeddings (b, e) of token ids (b, length) from `model.tokenizer(texts, model.length)`.
+
+        `normalize` is as in `encode_image`.
 
         Raises:
           UserError: not integers of this shape, an id outside of the tokenizer's vocabulary, or a row without the end
@@ -151,7 +173,7 @@ class Model:
                 f"{known.vocab_size - 1}, with the end {known.eot_id} in each row, as model.tokenizer(texts, "
                 f"{self.length}) gives them. Use encode_text for strings."
             )
-        return self._embed(self._tokens, tokens.astype(np.int32))
+        return self._embed(Model._tokens, tokens.astype(np.int32), normalize)
 
     def zero_shot(
         self,
@@ -270,10 +292,29 @@ class Model:
     def _tokens(self, tokens: Rows, keys: Sequence[str]) -> Features:
         return self._encoder.tokens(self._variables, tokens, keys)
 
-    def _embed(self, encode: Callable[[Any, Sequence[str]], Features], items: Any) -> np.ndarray:
+    def _embed(
+        self, encode: Callable[["Model", Any, Sequence[str]], Features], items: Any, normalize: bool = True
+    ) -> np.ndarray:
         """Return embeddings of `items`, whose features `encode` computes."""
         keys = features(self._similarities[:1])
-        return self._similarities[0].embedding(encode(items, keys)[keys[0]])
+        (output,) = encode(self if normalize else self._raw, items, keys).values()
+        similarity = self._similarities[0]
+        return similarity.embedding(output) if normalize else similarity.rows(output)
+
+    def nnx(self) -> Any:
+        """Return towers and heads as a module of Flax NNX, through Flax's bridge, for training in code of your own.
+
+        `module(pixels, tokens)` gives the outputs of `TwoTowers`, such as "z_img" and "z_txt" (b, e) of unit length and
+        "scale"; `module.encode_image(pixels)` and `module.encode_text(tokens)` give features (b, d). Inputs are fp32
+        pixels (b, size, size, 3), as for `encode_pixels`, and int32 tokens (b, length). Steps of an `nnx.Optimizer`
+        change the weights of the module, and not of this model.
+        """
+        from flax import nnx  # takes a second, which other uses of a model need not wait for
+
+        module = nnx.bridge.ToNNX(self._model)
+        for name, value in nnx.bridge.variables.linen_vars_to_nnx_attrs(self._variables).items():
+            setattr(module, name, nnx.data(value))
+        return module
 
     @property
     def num_parameters(self) -> int:
@@ -322,6 +363,16 @@ def load(
         _, experiment, variables, step = weights.load(pinned, step)
     card = {"checkpoint": source, "step": step, **origin}
     return Model(experiment, variables, card, batch=batch, threads=threads)
+
+
+def _without_scaling(model: TwoTowers) -> dict[str, Any]:
+    """Return the heads of `model` with projections that keep the length of embeddings."""
+    return {
+        name: dataclasses.replace(head, module=head.module.clone(normalize=False))
+        if isinstance(head, Head) and isinstance(head.module, Projection)
+        else head
+        for name, head in model.heads.items()
+    }
 
 
 def _unrolled(model: TwoTowers, variables: Variables) -> tuple[TwoTowers, Variables]:

@@ -1,6 +1,7 @@
-"""The optimizer: AdamW with masked weight decay and layer decay, and its schedules."""
+"""The optimizer: AdamW or another of optax, with masked weight decay and layer decay, and its schedules."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
@@ -9,10 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from xclip_jax.core.errors import UserError
 from xclip_jax.core.fields import Check, above, at_least, at_most, between, choice, fraction_below_one, key
 from xclip_jax.models.tower import Tower
 
 Schedule = Callable[[Any], Any]
+NAMES = ("adamw", "lion", "adafactor", "muon", "lamb")
 SCHEDULES = ("cosine", "linear", "constant")
 EMA_SCHEDULES = ("constant", "cosine")
 
@@ -22,12 +25,13 @@ _RATIO = Check("0 or a value above 1", lambda value: value == 0 or value > 1)
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """Config group `optim`: AdamW.
+    """Config group `optim`.
 
-    Within these bounds an update is finite if the norms of parameters and gradients were finite at each step: they, and
-    the first moment, are then below 2e19, and 1000 * 2e19 / 1e-15 is below the largest float32.
+    Within these bounds AdamW's update is finite if the norms of parameters and gradients were finite at each step:
+    they, and the first moment, are then below 2e19, and 1000 * 2e19 / 1e-15 is below the largest float32.
     """
 
+    name: str = key("adamw", "the optimizer", choice(NAMES))
     lr: float = key(5e-4, "peak learning rate", above(0), at_most(1000))
     schedule: str = key("cosine", "learning rate after the warm-up", choice(SCHEDULES))
     warmup: int = key(0, "steps of linear warm-up from lr_start", at_least(0))
@@ -36,8 +40,8 @@ class OptimConfig:
     weight_decay: float = key(
         0.5, "decoupled weight decay of kernels and embeddings; none for biases, norms and scale", between(0, 1000)
     )
-    b1: float = key(0.9, "decay of the first moment", fraction_below_one())
-    b2: float = key(0.98, "decay of the second moment", fraction_below_one())
+    b1: float = key(0.9, "decay of the first moment; adafactor keeps none if it is 0", fraction_below_one())
+    b2: float = key(0.98, "decay of the second moment; lion's second decay of the first", fraction_below_one())
     eps: float = key(1e-8, "added to the root of the second moment", at_least(1e-15))
     layer_decay: float = key(1.0, "updates of a layer over updates of the layer above; 1 for none", _SHARE)
     grad_clip_norm: float = key(0.0, "bound on the global norm of the gradient; 0 for none", at_least(0))
@@ -58,6 +62,8 @@ class OptimConfig:
         """Yield values that contradict each other."""
         if self.rewind and not self.max_skipped_steps:
             yield "rewind is True and max_skipped_steps is 0; set it to 1 or more"
+        if self.name == "lamb" and self.mu_dtype != "float32":
+            yield f"mu_dtype is {self.mu_dtype!r}, and lamb keeps its first moment in float32; set it to 'float32'"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,8 +99,7 @@ def decay_mask(params: Any) -> Any:
     """
 
     def decays(path: tuple[Any, ...], _: Any) -> bool:
-        *_, name = (key.key for key in path if hasattr(key, "key"))  # a boxed parameter's path ends with an attribute
-        return name in ("kernel", "embedding", "tokens", "positions", "probe")
+        return path[-1].key in ("kernel", "embedding", "tokens", "positions", "probe")
 
     return jax.tree_util.tree_map_with_path(decays, params)
 
@@ -118,36 +123,163 @@ def layer_scales(params: dict[str, Any], decay: float, towers: Mapping[str, Towe
     return jax.tree_util.tree_map_with_path(scale, params)
 
 
+def _scale_updates(scales: Callable[[Any], Any]) -> optax.GradientTransformation:
+    """Multiply updates by `scales` of their tree."""
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        del params
+        scaled = jax.tree.map(lambda x, scale: x if scale is True else x * scale, updates, scales(updates))
+        return scaled, state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def trained(params: Any, frozen: Collection[str], towers: Mapping[str, Tower]) -> Any:
+    """Return which parameters are trained: True or False, or a bool for each of stacked layers, that broadcasts.
+
+    Args:
+      params: the model's, by tower and head.
+      frozen: towers, their input ("img.embed") or ranges of blocks ("img.blocks.0-8", both ends included).
+      towers: {"img", "txt"}.
+
+    Raises:
+      UserError: a block that the tower does not have.
+    """
+    layers: dict[str, set[int]] = {}
+    for part in frozen:
+        name, _, place = part.partition(".")
+        last = towers[name].num_layers - 1
+        numbers = range(last + 1) if not place else range(1)
+        if place.startswith("blocks."):
+            first, _, end = place.removeprefix("blocks.").partition("-")
+            numbers = range(int(first) + 1, int(end or first) + 2)
+            if numbers.stop > last or not numbers:
+                raise UserError(f"init.frozen has {part!r}; blocks of {name} are 0 to {last - 2}.")
+        layers.setdefault(name, set()).update(numbers)
+
+    def trains(path: tuple[Any, ...], x: Any) -> Any:
+        name, *rest = (key.key for key in path)
+        if name not in layers:
+            return True
+        at = np.asarray(towers[name].layer_of(tuple(rest)))
+        free = ~np.isin(at, list(layers[name]))
+        return bool(free.all()) if free.all() or not free.any() else free.reshape(-1, *[1] * (x.ndim - 1))
+
+    return jax.tree_util.tree_map_with_path(trains, params)
+
+
+def stop_frozen(params: Any, frozen: Collection[str], towers: Mapping[str, Tower]) -> Any:
+    """Return `params` without gradients of what is `frozen`, see `trained`."""
+
+    def stop(x: jax.Array, free: Any) -> jax.Array:
+        held = jax.lax.stop_gradient(x)
+        return jnp.where(free, x, held) if isinstance(free, np.ndarray) else x if free else held
+
+    return jax.tree.map(stop, params, trained(params, frozen, towers))
+
+
+Make = Callable[[OptimConfig, Schedule, Mapping[str, Tower]], optax.GradientTransformation]
+
+
+def _adamw(config: OptimConfig, rate: Schedule, towers: Mapping[str, Tower]) -> optax.GradientTransformation:
+    """arXiv 1711.05101."""
+    dtype = jnp.dtype(config.mu_dtype)
+    return optax.adamw(
+        rate, config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=decay_mask, mu_dtype=dtype
+    )
+
+
+def _lion(config: OptimConfig, rate: Schedule, towers: Mapping[str, Tower]) -> optax.GradientTransformation:
+    """arXiv 2302.06675: the sign of a moving average, one moment."""
+    dtype = jnp.dtype(config.mu_dtype)
+    return optax.lion(rate, config.b1, config.b2, dtype, weight_decay=config.weight_decay, mask=decay_mask)
+
+
+def _lamb(config: OptimConfig, rate: Schedule, towers: Mapping[str, Tower]) -> optax.GradientTransformation:
+    """arXiv 1904.00962: AdamW with updates as long as the parameter. Stacked blocks have one length together."""
+    return optax.lamb(rate, config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=decay_mask)
+
+
+def _adafactor(config: OptimConfig, rate: Schedule, towers: Mapping[str, Tower]) -> optax.GradientTransformation:
+    """arXiv 1804.04235 as arXiv 2106.04560 uses it: second moments as sums of rows and columns, no relative steps."""
+    return optax.adafactor(
+        rate,
+        multiply_by_parameter_scale=False,
+        momentum=config.b1 or None,
+        dtype_momentum=jnp.dtype(config.mu_dtype),
+        weight_decay_rate=lambda step: rate(step) * config.weight_decay,
+        weight_decay_mask=decay_mask,
+    )
+
+
+def _muon(config: OptimConfig, rate: Schedule, towers: Mapping[str, Tower]) -> optax.GradientTransformation:
+    """Orthogonal updates for the kernels of blocks, as long as AdamW's (arXiv 2502.16982); AdamW for the rest."""
+    muon = optax.contrib.muon(
+        rate,
+        beta=config.b1,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        mu_dtype=jnp.dtype(config.mu_dtype),
+        muon_weight_dimension_numbers=_muon_dimensions,
+        consistent_rms=0.2,
+    )
+
+    def label(path: tuple[Any, ...], _: Any) -> str:
+        names = [key.key for key in path]
+        return "muon" if names[-1] == "kernel" and names[0] in towers and "transformer" in names else "adamw"
+
+    transforms: dict[Any, optax.GradientTransformation] = {"muon": muon, "adamw": _adamw(config, rate, towers)}
+    return optax.partition(transforms, functools.partial(jax.tree_util.tree_map_with_path, label))
+
+
+def _muon_dimensions(kernels: Any) -> Any:
+    """Return which axes of each kernel are a matrix's inputs and outputs.
+
+    Kernels have inputs first. Queries, keys and values are a matrix each, and so is each of stacked blocks.
+    """
+
+    def dimensions(path: tuple[Any, ...], x: Any) -> Any:
+        names = [key.key for key in path]
+        axes = tuple(range(int("blocks" in names), x.ndim))
+        inputs, outputs = (axes[:1], axes[2:]) if "qkv" in names else (axes[:-1], axes[-1:])
+        return optax.contrib.MuonDimensionNumbers(inputs, outputs)
+
+    return jax.tree_util.tree_map_with_path(dimensions, kernels)
+
+
+_OPTIMIZERS: dict[str, Make] = {
+    "adamw": _adamw,
+    "lion": _lion,
+    "adafactor": _adafactor,
+    "muon": _muon,
+    "lamb": _lamb,
+}
+
+
 def make_optimizer(
     config: OptimConfig, steps: int, towers: Mapping[str, Tower], frozen: Collection[str] = ()
 ) -> optax.GradientTransformation:
-    """Make AdamW with `schedule`, and with gradient clipping and layer decay if `config` sets them.
+    """Make the optimizer `config.name` with `schedule`, and gradient clipping and layer decay if `config` sets them.
 
-    `steps` are of the whole run, and the parameters of `frozen` towers have no updates, weight decay and moments.
+    Every optimizer's weight decay is decoupled: the learning rate times `weight_decay` times the parameter.
+
+    `steps` are of the whole run; what is `frozen` (see `trained`) has no updates, weight decay and moments.
     """
-    adamw = optax.adamw(
-        schedule(config, steps),
-        b1=config.b1,
-        b2=config.b2,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        mask=decay_mask,
-        mu_dtype=jnp.dtype(config.mu_dtype),
-    )
+    tx = _OPTIMIZERS[config.name](config, schedule(config, steps), towers)
     if config.layer_decay != 1:
-        # AdamW's weight decay is a part of the update and scales with the layer's learning rate, as in PyTorch.
-
-        def scaled(updates: Any, _: Any) -> Any:
-            return jax.tree.map(lambda x, scale: x * scale, updates, layer_scales(updates, config.layer_decay, towers))
-
-        adamw = optax.chain(adamw, optax.stateless(scaled))
-    tx = optax.chain(optax.clip_by_global_norm(config.grad_clip_norm), adamw) if config.grad_clip_norm else adamw
+        # Weight decay is a part of the update and scales with the layer's learning rate, as in PyTorch.
+        tx = optax.chain(tx, _scale_updates(lambda updates: layer_scales(updates, config.layer_decay, towers)))
+    if config.grad_clip_norm:
+        tx = optax.chain(optax.clip_by_global_norm(config.grad_clip_norm), tx)
     if not frozen:
         return tx
-    return optax.partition(
-        {"train": tx, "frozen": optax.set_to_zero()},
-        lambda params: {name: "frozen" if name in frozen else "train" for name in params},
-    )
+    # Stacked layers share their moments, and those that are frozen have no update.
+    tx = optax.chain(tx, _scale_updates(lambda updates: trained(updates, frozen, towers)))
+
+    def label(params: Any) -> Any:
+        return jax.tree.map(lambda free: "train" if np.any(free) else "frozen", trained(params, frozen, towers))
+
+    return optax.partition({"train": tx, "frozen": optax.set_to_zero()}, label)
 
 
 def ema_momentum(step: Any, steps: int, start: float, kind: str) -> Any:

@@ -277,7 +277,7 @@ def _dense(name: str, prepare: Preprocessing, data_dir: str | None, part: str) -
         preprocessing=prepare.resizing,
         metric="miou",
     )
-    return DenseSet(name, ("outside", "drawn", "enclosed"), *parts, prepare, card)
+    return DenseSet(name, ("outside", "drawn", "enclosed"), *parts, prepare=prepare, card=card)
 
 
 _Maker = Callable[[str, Preprocessing, str | None], Any]

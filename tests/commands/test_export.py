@@ -163,6 +163,26 @@ def test_the_card_of_a_run(run, tmp_path, monkeypatch):
     assert "## Recipe" not in card and "Converted from `hf`" in card and str(tmp_path) not in card
 
 
+def test_a_mix_of_given_and_tuned_weights(run, tmp_path, capsys):
+    c = tiny.config(
+        "clip", run=tmp_path / "tuned", steps=STEPS, data__sources=(f"folder:{run.parent / 'pairs'}",), optim__lr=0.01,
+        data__tokenizer="clip", init__weights=str(run), eval__final_sets=(f"folder:{run.parent / 'set'}",),
+    )  # fmt: skip
+    trainer.run(c)
+    for to in ("hf", "open_clip"):
+        export.main(["--checkpoint", c.run, "--mix", "0.25", "--to", to, str(tmp_path / to)])
+        assert f"step {STEPS}, mix 0.25, as {to}" in capsys.readouterr().out
+        given, tuned, mixed = (
+            jax.device_get(weights.load(path)[2]["params"]) for path in (str(run), c.run, str(tmp_path / to))
+        )
+        for name in ("proj_img", "log_scale"):
+            expected = jax.tree.map(lambda a, b: 0.75 * a + 0.25 * b, given[name], tuned[name])
+            chex.assert_trees_all_close(mixed[name], expected, rtol=0, atol=1e-6)
+        card = (tmp_path / to / export.CARD).read_text()
+        assert "| mix | 0.75 of init.weights + 0.25 of the parameters |" in card
+        assert "this checkpoint was not evaluated" in card  # the results at the end are the tuned model's
+
+
 def test_a_folder_with_files_is_kept(run, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("x")
@@ -201,6 +221,11 @@ def test_a_new_run_starts_from_an_export(run, tmp_path, capsys):
         (["--checkpoint", "{}", "--step", "9", "{}/../x"], "no checkpoint of step 9"),
         (["--checkpoint", "{}"], "required: OUT"),
         (["--checkpoint", "{}", "{}/config.json"], "is not an empty folder"),
+        (
+            ["--checkpoint", "{}", "--mix", "1.5", "{}/../x"],
+            "--mix is 1.5; expected numbers from 0 (given weights) to 1",
+        ),
+        (["--checkpoint", "{}", "--mix", "0.5", "{}/../x"], "did not start from given weights (init.weights is empty)"),
     ],
 )
 def test_bad_input_is_one_sentence(flags, message, run):

@@ -18,7 +18,7 @@ BAD = [
     ("steps", 0, "at least 1"),
     ("steps", -1, "at least 1"),
     ("steps", True, "an integer"),
-    ("init.frozen", ("image",), "'img' or 'txt'"),
+    ("init.frozen", ("image",), "'txt.embed'"),
     ("mesh.data", 0, "-1 for the rest"),
     ("mesh.model", -2, "-1 for the rest"),
     ("mesh.strategy", "ddp", "'dp', 'zero1', 'fsdp', 'fsdp_tp'"),

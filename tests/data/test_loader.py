@@ -98,6 +98,19 @@ def test_labels_cannot_be_kept_apart():
         sources.open_sources(config(sources=("folder:x",), spread_duplicate_captions=True), classes=3)
 
 
+def test_keys_tell_equal_images_and_captions():
+    transform = loader.Transform(config(), 8, tokenizer.load("bytes"), 16, ("image", "text", "image_key", "text_key"))
+    order = loader.sample_order([Numbers("a", 400)], config(), seed=3)
+    batches = loader.batches(order, transform, batch=8, start=0, stop=60, seed=3)
+    seen = {}
+    for batch in batches:
+        for image, text, *keys in zip(*(batch[field] for field in transform.fields), strict=True):
+            seen.setdefault((image.flat[0], text.tobytes()), set()).add(tuple(map(bytes, keys)))
+    assert len(seen) == 400 and all(len(keys) == 1 for keys in seen.values())
+    images, captions = (len({bytes(key[i]) for keys in seen.values() for key in keys}) for i in (0, 1))
+    assert (images, captions) == (256, 400)  # images repeat after 256
+
+
 def test_epochs_need_not_be_whole_batches():
     seen = texts(read([Numbers("a", 13)], config(), stop=13))
     assert all(sorted(seen[i : i + 13]) == sorted(f"a {j}" for j in range(13)) for i in range(0, 104, 13))

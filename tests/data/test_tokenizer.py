@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tokenizers
 
-from xclip_jax.core.errors import UserError
+from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.data import tokenizer
 
 AWKWARD = [
@@ -288,3 +288,21 @@ def test_plain_captions_need_no_mending():
         text = "".join(rng.choice(letters, 40))
         mended = html.unescape(html.unescape(ftfy.fix_text(text)))
         assert tokenizer.clean(text) == " ".join(mended.split()).lower()
+
+
+def test_ids_spell_captions_as_open_clip_does():
+    import open_clip
+
+    theirs, ours = open_clip.SimpleTokenizer(), tokenizer.load("clip")
+    texts = ["a fox, at 7 o'clock!", "caf\u00e9 \u6771\u4eac \U0001f98a", "x" * 40, "", "a !! b"]
+    rows = ours(texts, 77)
+    for text, row in zip(texts, rows, strict=True):
+        end = list(row).index(ours.eot_id)
+        (caption,) = tokenizer.clip_captions(row.astype(np.float32))
+        assert caption == theirs.decode(row[1:end].tolist()).strip()
+        np.testing.assert_array_equal(ours([caption], 77)[0], row), text
+    assert tokenizer.clip_captions(rows.ravel()) == [tokenizer.clip_captions(row)[0] for row in rows]
+    assert tokenizer.clip_captions([]) == tokenizer.clip_captions([320, 49407, 0]) == []
+    for wrong in (-1, 49408):
+        with pytest.raises(BadSample, match="ids that CLIP's tokenizer lacks"):
+            tokenizer.clip_captions([49406, wrong, 49407])

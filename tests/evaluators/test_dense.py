@@ -218,6 +218,70 @@ def test_groups_are_resampled_together_and_classes_that_the_test_lacks_do_not_co
     assert low < item.value() / 2 < high
 
 
+# Zero-shot segmentation.
+
+
+def bilinear(scores, size):
+    """Scores (grid, grid, classes) at the centres of patches, at each of size x size pixels, one after the other."""
+    grid, side = len(scores), size // len(scores)
+    result = np.empty((size, size, scores.shape[-1]))
+    for y in range(size):
+        for x in range(size):
+            (i, a), (j, b) = (divmod(min(max((p + 0.5) / side - 0.5, 0), grid - 1), 1) for p in (y, x))
+            i, j = int(i), int(j)
+            below, right = min(i + 1, grid - 1), min(j + 1, grid - 1)
+            top = (1 - b) * scores[i, j] + b * scores[i, right]
+            result[y, x] = (1 - a) * top + a * ((1 - b) * scores[below, j] + b * scores[below, right])
+    return result
+
+
+@pytest.mark.parametrize("broken", [(), (3,)])
+def test_zero_shot_segmentation_is_a_loop_over_pixels(broken):
+    class Broken(list):
+        def __getitem__(self, i):
+            if i in broken:
+                raise BadSample("not an image")
+            return super().__getitem__(i)
+
+    prompts = [["a dark", "dark b"], ["grey c", "d grey"], ["light", "so light"]]
+    data, variables, encoder = random_set(prompts=prompts), small_model()[1], make_encoder()
+    masks = [np.where(np.arange(SIZE)[:, None] == 2, 255, mask).astype(np.uint8) for mask in data.test.masks]
+    data = dataclasses.replace(data, test=MaskedImages(Broken(data.test.images), masks))
+    model = small_model()[0]
+    rows = []
+    for texts in prompts:
+        z = encoder.texts(variables, texts)["embedding"].mean(axis=0)
+        rows.append(z / np.linalg.norm(z))
+    h = np.concatenate([h for _, h in encoder.patches(variables, random_set().test.images)])
+    z = np.array(model.apply(variables, h.reshape(-1, 16), None, method="project")["z_img"]).reshape(30, GRID, GRID, -1)
+    inside, union = np.zeros(3), np.zeros(3)
+    for i, mask in enumerate(masks):
+        predicted = bilinear(z[i] @ np.stack(rows).T, SIZE).argmax(axis=-1)
+        for true, guess in zip(mask.ravel(), predicted.ravel(), strict=True):
+            if true == 255:
+                continue
+            if i in broken:
+                union[true] += 1
+            elif true == guess:
+                inside[true] += 1
+                union[true] += 1
+            else:
+                union[[true, guess]] += 1
+    results = {r.key: r for r in registry.measure(DenseProbe(encoder, data), variables)}
+    for i, name in enumerate("abc"):
+        assert results[f"zeroshot/iou/{name}"].value == pytest.approx(100 * inside[i] / union[i], abs=1e-4)
+    assert results["zeroshot/miou"].value == pytest.approx(100 * (inside / union).mean(), abs=1e-4)
+    assert results["zeroshot/miou"].items.value() == pytest.approx(results["zeroshot/miou"].value)
+    assert results["miou"].headline and 0 < results["zeroshot/miou"].value < 100
+    assert ("unreadable" in results) == bool(broken)
+
+
+def test_a_model_of_clusters_has_no_zero_shot_segmentation():
+    data = random_set(prompts=[["a"], ["b"], ["c"]])
+    metrics = DenseProbe(make_encoder(0, 10), data).run(small_model(0, 10)[1])
+    assert "dense/set/zeroshot/miou" not in metrics and "dense/set/miou" in metrics
+
+
 def test_a_table_has_chance_and_pixels():
     results = measured()
     first, second = tables.render(results).splitlines()[:2]
@@ -248,3 +312,4 @@ def test_pets_outlines_have_no_class():
     assert [len(part.images) for part in data.parts] == [3, 0, 3] and data.classes == ["pet", "background"]
     assert data.train.masks[0][0].tolist() == [0] * 5 + [255] + [1] * 6
     assert data.card.data == "oxford_iiit_pet" and data.card.version and data.card.split_hash
+    assert [len(texts) for texts in data.prompts] == [80, 80] and "a photo of a pet." in data.prompts[0]

@@ -108,6 +108,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _answer(self, data, *, status=200, **headers):
         data = data if isinstance(data, bytes) else json.dumps(data).encode()
+        if status == 200 and (match := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))):
+            first, last = map(int, match.groups())
+            data, status = data[first : last + 1], 206
         self.send_response(status)
         for name, value in {"Content-Length": str(len(data)), "Content-Type": "application/json", **headers}.items():
             self.send_header(name, value)

@@ -108,7 +108,7 @@ def test_weights_and_classes_are_of_one_commit(server, folders, tmp_path, monkey
         server.add("lab/x", folders["open_clip"])
         return loaded
 
-    monkeypatch.setattr(export, "load", then_commit)
+    monkeypatch.setattr(weights, "load", then_commit)
     export.export("hf:lab/x", str(tmp_path / "out"), to="hf")
     assert f"hf:lab/x is commit {first}\n" in capsys.readouterr().out
     assert f"Converted from `hf:lab/x@{first}`" in (tmp_path / "out" / "README.md").read_text()

@@ -161,3 +161,60 @@ def test_wrong_shapes_raise(shapes, scale):
         contrastive.softmax(z_img, z_txt, jnp.asarray(scale))
     with pytest.raises(AssertionError):
         contrastive.sigmoid(z_img, z_txt, jnp.asarray(scale), 0.0)
+
+
+KEYS = np.array([[7, 1], [7, 2], [7, 1], [-3, 1], [7, 2], [7, 1], [0, 0]])  # groups of 3, 2, 1 and 1
+
+
+def positives_oracle(name, z_img, z_txt, scale, bias, smoothing):
+    """Pair by pair in float64: cross-entropy with targets spread over equal keys, or the sum of sigmoids."""
+    b, total = len(z_img), 0.0
+    same = (KEYS[:, None] == KEYS).all(-1)
+    for i in range(b):
+        if name == "softmax":
+            target = (1 - smoothing) * same[i] / same[i].sum() + smoothing / b
+            for scores in (scale * z_txt @ z_img[i], scale * z_img @ z_txt[i]):
+                total += 0.5 * (np.logaddexp.reduce(scores) - target @ scores)
+        else:
+            sign = np.where(same[i], 1, -1)
+            total += np.logaddexp(0.0, -sign * (scale * z_txt @ z_img[i] + bias)).sum()
+    return total / b
+
+
+@pytest.mark.parametrize(
+    ("name", "scale", "bias", "smoothing"),
+    [
+        ("softmax", 14.0, 0.0, 0.0),
+        ("softmax", 100.0, 0.0, 0.1),
+        ("sigmoid", 10.0, -10.0, 0.0),
+        ("sigmoid", 30.0, 5.0, 0),
+    ],
+)
+@pytest.mark.parametrize("devices", [1, 7])
+def test_pairs_with_equal_keys_are_positives(name, scale, bias, smoothing, devices):
+    args = [*embeddings(7, 4, seed=3), scale] + ([bias] if name == "sigmoid" else [])
+
+    def f(z_img, z_txt, scale, bias=0.0):
+        return positives_oracle(name, z_img, z_txt, scale, bias, smoothing)
+
+    options = {"label_smoothing": smoothing} if smoothing else {}
+    arrays, keys = [jnp.asarray(arg, jnp.float32) for arg in args], jnp.asarray(KEYS)
+    expected, gradients = f(*args), central_differences(f, args)
+    if devices > 1:
+        mesh = jax.make_mesh((7,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:7])
+        rows = NamedSharding(mesh, PartitionSpec("data"))
+        arrays[:2], keys = jax.device_put(arrays[:2], rows), jax.device_put(keys, rows)
+    loss = functools.partial(getattr(contrastive, name), **options)
+    every = tuple(range(len(args)))
+    step = jax.jit(jax.value_and_grad(lambda keys, *args: loss(*args, keys=keys), [i + 1 for i in every], has_aux=True))
+    (value, metrics), grads = step(keys, *arrays)
+    assert float(value) == pytest.approx(expected, rel=1e-5) and float(metrics["loss"]) == float(value)
+    assert_close(list(grads), gradients, 3e-5)
+
+
+def test_keys_that_are_all_different_change_nothing():
+    z_img, z_txt = map(jnp.float32, embeddings(6))
+    for name, scalars in (("softmax", (14.0,)), ("sigmoid", (10.0, -10.0))):
+        loss = getattr(contrastive, name)
+        expected = loss(z_img, z_txt, *scalars)
+        assert jax.tree.all(jax.tree.map(jnp.array_equal, loss(z_img, z_txt, *scalars, keys=jnp.arange(6)), expected))

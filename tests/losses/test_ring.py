@@ -54,6 +54,12 @@ def assert_same(name, args, mesh, **options):
     chex.assert_trees_all_close(grads, grads_1, rtol=1e-5, atol=2e-6 * largest)
 
 
+@pytest.mark.parametrize(("name", "options", "scalars"), LOSSES)
+def test_pairs_with_equal_keys_are_positives(name, options, scalars):
+    keys = jnp.asarray(np.random.default_rng(1).integers(0, 60, (96, 2)) // [1, 60])
+    assert_same(name, (*features(), *map(jnp.float32, scalars)), mesh_of(4, 2, 1), keys=keys, **options)
+
+
 @pytest.mark.parametrize("sizes", MESHES)
 @pytest.mark.parametrize(("name", "options", "scalars"), LOSSES)
 def test_value_metrics_and_gradients(sizes, name, options, scalars):

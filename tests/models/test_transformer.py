@@ -19,6 +19,7 @@ from xclip_jax.models.transformer import (
     Transformer,
     TransformerConfig,
     stack_blocks,
+    stretch_positions,
     unstack_blocks,
 )
 from xclip_jax.models.vit import POOLS, ImageTowerConfig, VisionTransformer
@@ -235,3 +236,28 @@ def test_drop_path_leaves_out_branches_and_counts_the_rest_for_more(scan):
     np.testing.assert_allclose(out[0], first[0], rtol=1e-4, atol=1e-5)
     plain = jit(module.apply)(variables, x)
     np.testing.assert_array_equal(plain, jit(Transformer(config).apply)(variables, x, jnp.asarray(noise)))
+
+
+# --- texts of another length
+
+
+def long_clip(table):
+    """Four positions in place of each after the 20th, weight by weight as Long-CLIP writes them."""
+    rows = list(table[:20])
+    for i in range(20, len(table) - 1):
+        rows += [(4 - j) / 4 * table[i] + j / 4 * table[i + 1] for j in range(4)]
+    return np.stack([*rows, *(table[-1] + j / 4 * (table[-1] - table[-2]) for j in range(4))])
+
+
+def test_positions_are_stretched_as_long_clip_does():
+    table = np.random.default_rng(0).normal(size=(77, 5))
+    np.testing.assert_allclose(stretch_positions(table, 248), long_clip(table), rtol=0, atol=1e-12)
+    np.testing.assert_array_equal(stretch_positions(table, 40), table[:40])
+    np.testing.assert_array_equal(stretch_positions(table, 100)[:20], table[:20])
+    assert stretch_positions(table.astype(np.float32), 100).dtype == np.float32
+
+
+def test_a_straight_line_of_positions_stays_one():
+    """A table shorter than 20 keeps all but its last two."""
+    line = np.arange(8.0)[:, None]
+    np.testing.assert_allclose(stretch_positions(line, 12)[:, 0], [*range(6), *(6 + np.arange(6) / 3)])

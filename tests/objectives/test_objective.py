@@ -201,5 +201,6 @@ def test_a_card_lists_the_options_of_a_term_of_another_package():
         "objective.terms.clip": 1.0,
         "objective.terms.tokens": 0.5,
         "objective.clip.label_smoothing": 0.0,
+        "objective.clip.positives": "pair",
         "objective.plugins.tokens.momentum": 0.5,
     }

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from tests.helpers import tiny
+from xclip_jax import optim
 from xclip_jax.data import loader
 from xclip_jax.parallel import sharding
 from xclip_jax.parallel.mesh import AXES, make_mesh, replicated
@@ -50,7 +51,9 @@ def gradients(p):
     catch = optax.GradientTransformation(lambda params: params, lambda grads, _, params=None: (grads, grads))
     s = state.create(p.init, p.abstract)
     s = s.replace(opt_state=catch.init(s.params))
-    s, metrics = jax.jit(p.make_step(catch))(s, loader.to_global(tiny.batch(b=BATCH, eot=p.tokenizer.eot_id), p.mesh))
+    batch = tiny.batch(b=BATCH, eot=p.tokenizer.eot_id) | {"text_key": np.arange(2 * BATCH).reshape(-1, 2) // 10}
+    batch = {field: batch[field] for field in p.objective.fields}
+    s, metrics = jax.jit(p.make_step(catch))(s, loader.to_global(batch, p.mesh))
     return jax.device_get(({k: v for k, v in metrics.items() if k != "param_norm"}, s.opt_state, s.batch_stats))
 
 
@@ -90,6 +93,37 @@ def plain():
 )
 def test_strategies(objective, mesh, plain):
     assert_same(gradients(make(objective, mesh)), plain(objective))
+
+
+@pytest.mark.parametrize("impl", ["plain", "ring"])
+@pytest.mark.parametrize("objective", ["clip", "siglip"])
+def test_captions_of_several_pairs(objective, impl, plain):
+    """Pairs of one caption are positives of each other wherever they are, in microbatches too."""
+    changes = {f"objective__{objective}__positives": "caption"}
+    p = make(objective, "fsdp", optim__microbatches=2, loss__impl=impl, **changes)
+    assert_same(gradients(p), plain(objective, **changes))
+    assert plain(objective, **changes)[0]["loss"] != plain(objective)[0]["loss"]
+
+
+@pytest.mark.parametrize("mesh", ["zero1", "fsdp"])
+@pytest.mark.parametrize("name", optim.NAMES[1:])
+def test_states_of_optimizers_are_split(name, mesh, monkeypatch):
+    """Two updates, of moments in layouts of their own: factored, of some parameters only, of stacked blocks."""
+    monkeypatch.setattr(sharding, "ZERO1_ELEMENTS", 1)
+
+    def updated(mesh):
+        p = make("clip", mesh, optim__name=name, model__img__scan=True, model__img__depth=2)
+        s = state.create(p.init, p.abstract)
+        of_state = jax.tree.map(lambda x: x.sharding, p.abstract.opt_state)
+        update = jax.jit(p.tx.update, out_shardings=(None, of_state))
+        _, opt_state = update(s.params, s.opt_state, s.params)
+        whole = sum(x.size for x in jax.tree.leaves(opt_state))
+        held = sum(x.addressable_shards[0].data.size for x in jax.tree.leaves(opt_state))
+        return jax.device_get(update(s.params, opt_state, s.params)), held / whole
+
+    (expected, _), (updates, share) = updated(None), updated(mesh)
+    chex.assert_trees_all_close(updates, expected, rtol=1e-4, atol=1e-6)
+    assert share < (0.2 if mesh == "zero1" else 0.6)
 
 
 @pytest.mark.parametrize("microbatches", [1, 2])

@@ -12,7 +12,7 @@ from PIL import Image
 
 from tests.extension import superclip as extension  # noqa: F401 the files of a run may name its term
 from tests.helpers import made_results, tiny
-from tests.helpers.made_results import zero_shot
+from tests.helpers.made_results import retrieval, zero_shot
 from tests.helpers.pages import HOSTILE, Page, check, page_of, written
 from tests.objectives.test_term import superclip
 from xclip_jax.commands import report as command
@@ -201,6 +201,20 @@ def test_runs_that_are_not_complete_have_the_newest_result_of_each_set_and_its_s
         ("40.0", "3"), ("90.0", "5"),
     ]  # fmt: skip
     assert "the newest of its set, with its step" in words
+
+
+def test_what_the_given_weights_could_do_is_beside_the_result(tmp_path):
+    """Evaluated before the first step: 30, and at the end: 50; the other set only at the end."""
+    evaluations = [(0, zero_shot("x", 30.0)), (9, [*zero_shot("x", 50.0), *retrieval("y")])]
+    rows = [{"step": 9, "loss": 1.0, "clip/loss": 1.0}]
+    record = written(tmp_path / "run", tiny.config("clip", steps=9), rows, evaluations)
+    text = page_of(record, examples.Examples())
+    table = text.partition('<table class="several">')[2].partition("</table>")[0] or text
+    assert re.findall(r"<small>before training ([0-9.]+)</small>", table) == ["30.0"]
+    assert "before training 30.0" in text.partition("<table")[0]
+    # A run that only has the results before its first step has no others to compare.
+    first = written(tmp_path / "first", tiny.config("clip", steps=9), [], evaluations[:1])
+    assert "before training" not in page_of(first, examples.Examples())
 
 
 def test_a_result_that_is_not_a_number_is_not_the_best(tmp_path, monkeypatch):

@@ -103,6 +103,27 @@ def test_an_evaluation_that_was_made_is_not_made_again(pairs, tmp_path, evaluato
     assert [(step, flat(results)) for step, results in evaluations] == [(4, {"a/top1": 12.5})]
 
 
+@pytest.mark.parametrize("steps", [0, 1])
+def test_given_weights_are_evaluated_on_all_sets_before_the_first_step_once(
+    pairs, tmp_path, run, evaluators, steps, capsys
+):
+    """However soon the run is cut off: at 0 steps it has no checkpoint, and starts again."""
+    c = tiny.short(
+        pairs, tmp_path / "new", eval__sets=("a",), eval__final_sets=("b",), eval__before=True, init__weights=str(run)
+    )
+    with tiny.cut_off(steps):
+        trainer.run(c)
+    given = jax.device_get(weights.load(str(run))[2])
+    for evaluator in evaluators.values():
+        (found,) = evaluator.calls
+        chex.assert_trees_all_equal(found["params"]["img"], given["params"]["img"])
+    assert "before -> after" not in capsys.readouterr().out
+    trainer.run(c)
+    assert [len(evaluator.calls) for evaluator in evaluators.values()] == [2, 2]
+    assert [line["step"] for line in tiny.lines(tmp_path / "new") if "b/top1" in line] == [0, 4]
+    assert " 12.5 -> 12.5 | " in capsys.readouterr().out
+
+
 def test_the_average_is_what_is_evaluated_and_loaded(pairs, tmp_path, evaluators):
     average = {"ema__on": True, "ema__momentum": 0.5, "eval__ema": True}
     sets = {"eval__sets": ("a",), "eval__every": 2, "eval__final_sets": ("b",)}

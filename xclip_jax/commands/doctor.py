@@ -105,13 +105,11 @@ def time_step(start: Job, operations: float | None = None) -> Finding:
 
 def zeros(experiment: Experiment) -> dict[str, jax.Array]:
     """A batch of black images and empty texts: a step takes as long as on any other."""
-    size, rows = experiment.image_size, experiment.config.data.batch // batch_part(experiment.mesh)[1]
-    fields = {
-        "image": np.zeros((rows, size, size, 3), np.uint8),
-        "text": np.full((rows, experiment.context_length), experiment.tokenizer.eot_id, np.int32),
-        "label": np.zeros(rows, np.float32),
-    }
-    return loader.to_global({name: fields[name] for name in experiment.objective.fields}, experiment.mesh)
+    arrays = experiment.transform().arrays(experiment.config.data.batch // batch_part(experiment.mesh)[1])
+    batch = {field: np.zeros(*array) for field, array in arrays.items()}
+    if "text" in batch:
+        batch["text"][:] = experiment.tokenizer.eot_id
+    return loader.to_global(batch, experiment.mesh)
 
 
 def check_samples(start: Job, step_seconds: float | None) -> Iterator[Finding]:

@@ -3,6 +3,8 @@
     xclip-jax evaluate --checkpoint RUN --suite demo
     xclip-jax evaluate --checkpoint RUN --suite imagenet,imagenet_v2 --profile slip
     xclip-jax evaluate --compare RUN_A RUN_B
+    xclip-jax evaluate --checkpoint RUN --mix 0,0.25,0.5,0.75,1 --suite retrieval/holdout,imagenet
+    xclip-jax evaluate --compare RUN RUN --mix 0,1
 
 RUN is a run's folder, or weights that `xclip_jax.interop` reads: a folder or file of open_clip, of transformers, of
 OpenAI's CLIP or of `xclip-jax export`, or hf:ORG/NAME[@REVISION] of the Hugging Face Hub. Results are added to
@@ -12,6 +14,9 @@ seconds, and its step and profile. A result of the same set, step and profile is
 `evaluators.results` documents the file. FILE.items.npz in the same folder has per-example values, which --compare
 resamples for its intervals.
 
+--mix evaluates a run that started from given weights (init.weights) on the line from these, 0, to its own, 1: each mix
+is a model of its own in the file, and the report draws them. --compare takes two mixes, of A and of B.
+
 Images that cannot be decoded count as wrong, and the result says how many there were ("unreadable"); more than 5 % of a
 set are an error.
 """
@@ -20,7 +25,7 @@ import argparse
 import dataclasses
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -35,13 +40,14 @@ from xclip_jax.core.imports import add_trust, trusting
 from xclip_jax.core.run_folder import evaluation_file
 from xclip_jax.core.storage import write_json
 from xclip_jax.evaluators import registry, results, tables
+from xclip_jax.evaluators.base import Evaluator
 from xclip_jax.evaluators.prompts import read_class_names
 from xclip_jax.evaluators.results import Result
 from xclip_jax.evaluators.tables import compare, render_comparison
 from xclip_jax.interop import hub
-from xclip_jax.train import compilation_cache
+from xclip_jax.models.two_towers import Variables
+from xclip_jax.train import compilation_cache, weights
 from xclip_jax.train.build import make_encoder, profile_of_run
-from xclip_jax.train.weights import fingerprint, load, pin, read_classes
 
 PROFILE_FIELDS = ("prefix", "lower", "captions", "templates", "names")
 
@@ -53,6 +59,7 @@ def evaluate(
     step: int | None = None,
     profile: str = "openai",
     changes: Mapping[str, Any] | None = None,
+    mixes: Sequence[float] = (1.0,),
     data_dir: str = "",
     output: str = "",
 ) -> dict[str, Any]:
@@ -63,6 +70,7 @@ def evaluate(
       suite: as in `registry.expand_suites`.
       profile: one of `registry.PROFILES`: templates, resizing and retrieval protocol together.
       changes: fields of `Profile` to change; by default the run's config has the templates and names of own classes.
+      mixes: shares of the run's own weights in mixes with those that it started from, see `weights.mix`.
       data_dir: root of the data sets; by default the run's.
       output: file of the results, `evaluation_file(run)` by default; of "hf:ORG/NAME" ORG--NAME.evaluation.json.
 
@@ -72,39 +80,49 @@ def evaluate(
     Raises:
       UserError: bad input. All sets are opened before the first one is evaluated.
     """
-    began = time.perf_counter()
-    names, changes = registry.expand_suites(suite), json.loads(json.dumps(changes or {}))  # as the file has them
+    began, names = time.perf_counter(), registry.expand_suites(suite)
+    changes = json.loads(json.dumps(changes or {}))  # as the file has them
     dataclasses.replace(registry.profile(profile), **changes)  # for its errors, before the work
+    mixes = sorted(set(map(weights.check_mix, mixes)))
     path = epath.Path(output) if output else evaluation_file(hub.local_name(run))
-    pinned, origin = pin(run)
-    config, experiment, variables, loaded_step = load(pinned, step)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        results.read(path)  # an error for a damaged file, before the work
-    encoder, own = make_encoder(experiment, read_classes(pinned)), profile_of_run(config, profile, changes)
-    evaluators = registry.open_all(names, encoder, data_dir, own, experiment.config.data)
-    command = {"suite": suite if isinstance(suite, str) else list(suite), "config": schema.to_dict(config)}
-    command["environment"] = environment.capture()
+    pinned, origin = weights.pin(run)
+    config, experiment, tuned, loaded_step = weights.load(pinned, step)
+    given = weights.read_given(run, config, tuned) if mixes != [1] else {}
+    _ = path.exists() and results.read(path)  # an error for a damaged file, before the work
+    encoder, own = make_encoder(experiment, weights.read_classes(pinned)), profile_of_run(config, profile, changes)
+    opened = registry.open_all(names, encoder, data_dir, own, experiment.config.data)
+    command = {"config": schema.to_dict(config), "environment": environment.capture()}
+    command["suite"] = suite if isinstance(suite, str) else list(suite)
     shared = {"checkpoint": str(run), "step": loaded_step, "profile": profile, "changes": changes}
-    model = {
-        "tokenizer": config.data.tokenizer,
-        "text_length": experiment.context_length,
-        "fingerprint": fingerprint(experiment, variables),
-        "eval": results.settings(config.eval),
-    } | origin
-    entries, all_results = [], list[Result]()
-    for name, evaluator in zip(names, evaluators, strict=True):
+    model: dict[str, Any] = {"tokenizer": config.data.tokenizer, "text_length": experiment.context_length}
+    model |= {"eval": results.settings(config.eval)} | origin | shared
+    entries, lines, all_results = [], list[str](), list[Result]()
+    for share in mixes:
+        variables = weights.mix(given, tuned, share)
+        model["fingerprint"] = weights.fingerprint(experiment, variables)
+        mixed = {"mix": share, "tuned": weights.fingerprint(experiment, tuned)} if share != 1 else {}
+        all_results.clear()
+        for entry, of_set in _entries(dict(zip(names, opened, strict=True)), variables, model | mixed):
+            command["seconds"] = time.perf_counter() - began
+            if jax.process_index() == 0:
+                results.add(path, public(entry), results.items(of_set), command, own=not output)
+            entries.append(entry)
+            all_results += of_set
+        lines.append(f"mix {share:g}: {tables.headlines(all_results)}")
+    lines = lines if mixes != [1] else [tables.render(all_results)]
+    log0("\n".join([f"{run}, step {loaded_step}, profile {profile}", *lines, f"results: {path}"]))
+    return {**shared, **command, "results": entries}
+
+
+def _entries(
+    evaluators: Mapping[str, Evaluator], variables: Variables, facts: dict[str, Any]
+) -> Iterator[tuple[results.Entry, list[Result]]]:
+    """Run evaluators, {set: evaluator}; yield the entry of each set, with the facts of the model, and its results."""
+    for name, evaluator in evaluators.items():
         started = time.perf_counter()
         of_set = registry.measure(evaluator, variables)
-        entry = results.make_entry(name, evaluator.name, of_set, experiment.preprocessing) | model | shared
-        entry["seconds"] = time.perf_counter() - started
-        command["seconds"] = time.perf_counter() - began
-        if jax.process_index() == 0:
-            results.add(path, public(entry), results.items(of_set), command, own=not output)
-        entries.append(entry)
-        all_results += of_set
-    log0(f"{run}, step {loaded_step}, profile {profile}\n{tables.render(all_results)}\nresults: {path}")
-    return {**shared, **command, "results": entries}
+        entry = results.make_entry(name, evaluator.name, of_set, evaluator.encoder.preprocessing) | facts
+        yield entry | {"seconds": time.perf_counter() - started}, of_set
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -120,6 +138,11 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--template", dest="templates", action="append", help="prompt of own labelled images, with {c} for the class")
     add("--class-names", dest="names", metavar="FILE", help="JSON file of names of own classes, {label: name}")
     add("--step", type=int, help="which checkpoint; the newest by default")
+    add(
+        "--mix",
+        default="",
+        help="shares of the tuned weights, joined by commas, as in 0,0.5,1; of --compare one or two",
+    )
     add("--data-dir", default="", help="root of the data sets")
     add("--output", default="", help="file of the results")
     add("--compare", nargs=2, metavar=("A", "B"), help="runs' folders, or files of results")
@@ -127,6 +150,12 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     flags = parser.parse_args(argv)
     if bool(flags.checkpoint) == bool(flags.compare):
         parser.error("give either --checkpoint RUN or --compare A B")
+    try:
+        flags.mix = tuple(map(float, flags.mix.split(","))) if flags.mix else (1.0,)
+    except ValueError:
+        parser.error(f"--mix is {flags.mix!r}; expected numbers from 0 to 1, joined by commas, as in 0,0.5,1")
+    if flags.compare and len(flags.mix) > 2:
+        parser.error(f"--compare has two sides, and --mix {len(flags.mix)} numbers; give one, or one for each side")
     return flags
 
 
@@ -138,7 +167,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if flags.compare:
             if flags.output:
                 epath.Path(flags.output).parent.mkdir(parents=True, exist_ok=True)
-            rows = compare(*flags.compare, step=flags.step, profile=flags.profile)
+            mixes = flags.mix[0], flags.mix[-1]
+            rows = compare(*flags.compare, step=flags.step, profile=flags.profile, mixes=mixes)
             log0(render_comparison(rows, *flags.compare))
             if flags.output:
                 write_json(epath.Path(flags.output), {"a": flags.compare[0], "b": flags.compare[1], "rows": rows})
@@ -152,6 +182,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             step=flags.step,
             profile=flags.profile or "openai",
             changes={key: value for key, value in fields.items() if value is not None},
+            mixes=flags.mix,
             data_dir=flags.data_dir,
             output=flags.output,
         )

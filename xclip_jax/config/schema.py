@@ -5,6 +5,7 @@ Recipes start from `default()`, a locked `ConfigDict`, and change values; `resol
 
 import dataclasses
 import json
+import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from xclip_jax.core.fields import Check, at_least, between, choice, key, not_emp
 from xclip_jax.core.imports import class_name
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.transforms import INTERPOLATIONS, RESIZE_MODES
+from xclip_jax.models.lora import LoraConfig
 from xclip_jax.models.two_towers import ModelConfig
 from xclip_jax.objectives import LossConfig, ObjectiveConfig, make_objective, with_terms
 from xclip_jax.optim import EmaConfig, OptimConfig
@@ -32,7 +34,10 @@ _TRACKERS = Check(
 )
 _CLASSES = Check("names of the form 'package.module:Class'", lambda value: all(class_name(x) == x for x in value))
 _TEMPLATES = Check("texts with {c}, where the name of the class goes", lambda value: all("{c}" in x for x in value))
-_TOWERS = Check("names of towers, 'img' or 'txt'", lambda value: set(value) <= {"img", "txt"})
+_FROZEN = Check(
+    "towers or parts of them, such as 'img', 'txt.embed' or 'img.blocks.0-8'",
+    lambda value: all(re.fullmatch(r"(img|txt)(\.embed|\.blocks\.\d+(-\d+)?)?", part) for part in value),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +45,14 @@ class InitConfig:
     """Config group `init`: what a new run starts from."""
 
     weights: str = key("", "folder of a run, or weights of another project, as hf:ORG/NAME; empty: random parameters")
-    frozen: Sequence[str] = key((), "towers whose parameters are not updated", _TOWERS)
+    frozen: Sequence[str] = key((), "towers, or layers of them, that are not updated", _FROZEN)
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneConfig:
+    """Config group `finetune`: how given weights change."""
+
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +62,7 @@ class EvalConfig:
     sets: Sequence[str] = key((), "sets that are evaluated every `eval.every` steps, and at the end")
     final_sets: Sequence[str] = key((), "further sets that are evaluated only at the end")
     every: int = key(0, "steps between two evaluations; 0: only at the end", at_least(0))
+    before: bool = key(False, "also evaluate all sets before the first step, as of the given weights")
     batch: int = key(256, "items that are encoded at once", at_least(1))
     ema: bool = key(False, "evaluate the moving average of the parameters, if the run has one")
     report: bool = key(False, "make picture.png and report.html at the end")
@@ -105,6 +118,7 @@ class Config:
     seed: int = key(0, "seed of initial parameters, data order and augmentation", between(0, 2**32 - 1))
     steps: int = key(0, "number of updates of the whole run", at_least(1))
     init: InitConfig = dataclasses.field(default_factory=InitConfig)
+    finetune: FinetuneConfig = dataclasses.field(default_factory=FinetuneConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
@@ -141,8 +155,10 @@ class Config:
         if self.optim.layer_decay != 1 and all(tower.num_layers == 1 for tower in towers):
             types = " and ".join(type(tower).__name__ for tower in towers)
             yield f"optim.layer_decay is {self.optim.layer_decay}, and {types} has no layers to tell apart; set it to 1"
-        if set(self.init.frozen) - set(objective.towers):
+        if {part.partition(".")[0] for part in self.init.frozen} - set(objective.towers):
             yield f"init.frozen is {self.init.frozen}; the model only has the {objective.towers[0]} tower"
+        if self.finetune.lora.rank and not self.init.weights:
+            yield "finetune.lora.rank adapts given weights, and init.weights is empty; name weights, or set it to 0"
 
 
 def default() -> ml_collections.ConfigDict:

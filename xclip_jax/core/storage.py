@@ -86,7 +86,7 @@ def os_errors(path: str) -> Iterator[None]:
 def _read_remote(path: str, offset: int, size: int, *, whole: bool) -> bytes:
     """Return up to `size` bytes from `offset` of the file at a URL; with `whole` the server may send the whole file."""
     system, name = file_system(path)
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"cache_type": "none"} if scheme(path) == "hf" else {}  # else it reads megabytes ahead
     if scheme(path) in ("http", "https"):
         # Offsets are meaningless in a compressed answer.
         headers = system.kwargs.get("headers", {}) | {"Accept-Encoding": "identity"}

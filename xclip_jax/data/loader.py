@@ -4,6 +4,7 @@ import bisect
 import dataclasses
 import functools
 import gc
+import hashlib
 import itertools
 import json
 import math
@@ -37,7 +38,8 @@ _CACHED_PLACES = 1 << 22  # in the orders of epochs that `_SpreadDuplicates` kee
 class Transform:
     """Writes a record to a row of a batch; only `rng` is random.
 
-    A batch has some of the `fields` "image", uint8 (size, size, 3), "text", int32 (length,), and "label", a number.
+    A batch has some of the `fields` "image", uint8 (size, size, 3), "text", int32 (length,), "label", a number, and
+    "image_key" and "text_key", int32 (2,): hashes of the image's bytes, and of the caption.
     """
 
     config: DataConfig
@@ -55,10 +57,26 @@ class Transform:
             image = images.decode(record["image"], scaled_to=scaled_to, background=config.background)
             out = row["image"][0]
             transforms.random_resized_crop(image, self.size, rng, scale, resample=config.resample, out=out)
+        if "image_key" in row:
+            row["image_key"][0] = _hash(record["image"])
         if "text" in row:
-            row["text"][:] = self.tokenizer([self.caption(record, rng)], self.length)
+            caption = self.caption(record, rng)
+            row["text"][:] = self.tokenizer([caption], self.length)
+            if "text_key" in row:
+                row["text_key"][0] = _hash(caption.encode("utf-8", "replace"))
         if "label" in row:
             row["label"][0] = record["label"]
+
+    def arrays(self, rows: int) -> dict[str, tuple[tuple[int, ...], Any]]:
+        """Return {field: (shape, dtype)} of a batch of `rows` samples."""
+        shapes = {
+            "image": ((rows, self.size, self.size, 3), np.uint8),
+            "text": ((rows, self.length), np.int32),
+            "label": ((rows,), np.float32),
+            "image_key": ((rows, 2), np.int32),
+            "text_key": ((rows, 2), np.int32),
+        }
+        return {field: shapes[field] for field in self.fields}
 
     def caption(self, record: Record, rng: np.random.Generator) -> str:
         """Draw one of the captions, keywords, or both."""
@@ -71,6 +89,12 @@ class Transform:
         order = rng.permutation(len(tags))
         chosen = [tags[i] for i in order[: rng.integers(1, self.config.tags + 1)]]
         return ", ".join(chosen if draw < self.config.tags_only_prob else [text, *chosen])
+
+
+def _hash(content: bytes | np.ndarray) -> np.ndarray:
+    """Return 64 bits as int32 (2,)."""
+    data = content if isinstance(content, bytes) else np.ascontiguousarray(content).tobytes()
+    return np.frombuffer(hashlib.blake2b(data, digest_size=8).digest(), np.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,13 +230,7 @@ class _Reader:
 
     def _empty(self) -> Batch:
         """Return uninitialised arrays of a batch, by field."""
-        rows, size = len(self.rows), self.transform.size
-        shapes = {
-            "image": ((rows, size, size, 3), np.uint8),
-            "text": ((rows, self.transform.length), np.int32),
-            "label": ((rows,), np.float32),
-        }
-        return {field: np.empty(*shapes[field]) for field in self.transform.fields}
+        return {field: np.empty(*array) for field, array in self.transform.arrays(len(self.rows)).items()}
 
     def _read(self, places: Sequence[tuple[int, int]]) -> list[Record | BadSample]:
         records_of = [(self.order.sources[number], index) for number, index in places]

@@ -32,6 +32,7 @@ SOURCES: Mapping[str, type[SourceKind]] = Classes(
         "glue": f"{READERS}.glue:GlueTasks",
         "wds": f"{READERS}.wds:Wds",
         "hf": f"{READERS}.hub:HubSets",
+        "published": f"{READERS}.published:PublishedPairs",
     },
 )
 OF_ANOTHER_PACKAGE = "package.module:Class:REST"

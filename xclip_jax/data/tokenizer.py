@@ -18,7 +18,7 @@ import tokenizers
 from etils import epath
 
 from xclip_jax.core import storage
-from xclip_jax.core.errors import UserError
+from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.data.text import join_surrogates
 
 NAMES = ("clip", "bytes")
@@ -30,6 +30,8 @@ _CACHED_LETTERS = 512  # longer texts are not cached; the cache takes 100 MB at 
 _MOST_LETTERS = 1 << 16  # letters of a text that are read, at least; megabytes would take seconds
 _CLIP_MERGES = 48894
 _CLIP_START, _CLIP_END = "<start_of_text>", "<end_of_text>"
+_WORD_END = "</w>"  # at the end of words in CLIP's vocabulary
+_PRINTABLE = 188  # letters at its beginning that stand for the byte of their own number
 # \p{L} has no brackets: in a class that ignores case, U+0345 would count as a letter, since it equals iota; open_clip
 # drops that mark.
 _CLIP_WORDS = rf"(?i){_CLIP_START}|{_CLIP_END}|'s|'t|'re|'ve|'m|'ll|'d|\p{{L}}+|\p{{N}}|[^\s\p{{L}}\p{{N}}]+"
@@ -146,14 +148,45 @@ def clip_vocabulary() -> tuple[list[str], list[tuple[str, str]]]:
     # Letters of the printable bytes come first, and then the others.
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     letters = [chr(byte) for byte in [*printable, *range(256, 512 - len(printable))]]
-    return [*letters, *(f"{letter}</w>" for letter in letters), *(a + b for a, b in merges)], merges
+    return [*letters, *(f"{letter}{_WORD_END}" for letter in letters), *(a + b for a, b in merges)], merges
+
+
+def clip_captions(ids: Sequence[float]) -> list[str]:
+    """Return the captions that ids of CLIP's tokenizer spell; some tables have ids of one caption or several in a row.
+
+    A caption begins with the start token; what follows its end token is padding.
+
+    Raises:
+      BadSample: ids that the tokenizer lacks.
+    """
+    words, captions = _clip_bytes(), []
+    for i in map(int, ids):
+        if not 0 <= i < len(words) + 2:
+            raise BadSample("caption has ids that CLIP's tokenizer lacks", str(i))
+        if i == len(words):
+            captions.append(inside := bytearray())
+        elif i > len(words):
+            inside = bytearray()
+        elif captions:
+            inside += words[i]
+    return [caption.decode("utf-8", "replace").strip() for caption in captions]
+
+
+@functools.cache
+def _clip_bytes() -> list[bytes]:
+    """Return the words of CLIP's vocabulary as bytes of UTF-8, with a space after those that end a word."""
+    words, _ = clip_vocabulary()
+    printable = [ord(letter) for letter in words[:_PRINTABLE]]
+    byte = dict(zip(words[:256], [*printable, *sorted(set(range(256)) - set(printable))], strict=True))
+    spelled = ((word.removesuffix(_WORD_END), word.endswith(_WORD_END)) for word in words)
+    return [bytes(byte[letter] for letter in word) + b" " * end for word, end in spelled]
 
 
 @functools.cache
 def _clip() -> Tokenizer:
     words, merges = clip_vocabulary()
     vocab = {word: i for i, word in enumerate([*words, _CLIP_START, _CLIP_END])}
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges, end_of_word_suffix="</w>"))
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges, end_of_word_suffix=_WORD_END))
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
         [
             tokenizers.pre_tokenizers.Split(tokenizers.Regex(_CLIP_WORDS), behavior="removed", invert=True),

@@ -25,6 +25,7 @@ from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.evaluators.feature_classifiers import Sweep, search
 from xclip_jax.evaluators.results import Provenance, Result
 from xclip_jax.evaluators.statistics import PerExample, mean_iou
+from xclip_jax.evaluators.zeroshot import class_scores
 from xclip_jax.models.two_towers import Variables
 
 PROTOCOL = (
@@ -65,6 +66,7 @@ class DenseSet:
       train, validation, test: images and masks; without validation images C is chosen on one training image in ten, at
         random with seed 0.
       prepare: preprocessing already applied to images, but not to masks.
+      prompts: texts of each class for zero-shot segmentation; empty for none.
     """
 
     evaluator: ClassVar[str] = "dense"
@@ -76,6 +78,7 @@ class DenseSet:
     test: MaskedImages
     prepare: Preprocessing
     card: Provenance = dataclasses.field(default_factory=Provenance)
+    prompts: Sequence[Sequence[str]] = ()
 
     @property
     def parts(self) -> tuple[MaskedImages, MaskedImages, MaskedImages]:
@@ -103,6 +106,8 @@ class DenseProbe(Evaluator):
     mean shares of the training patches everywhere. Metrics of the probe of pixels and positions begin with "pixels/".
     Further results are n, train, ways (number of classes), patches (per image) and log10_c. Patches without a label are
     ignored; patches of an unreadable test image count as wrong.
+    "zeroshot/miou" and "zeroshot/iou/<class>" are of pixels, if the model's own similarity is of embeddings: cosines of
+    patches with the classes' texts are interpolated bilinearly, and the largest is compared with the mask.
     """
 
     family = "dense"
@@ -116,6 +121,7 @@ class DenseProbe(Evaluator):
                 Column("mIoU", "miou", "mean IoU of patches", chance=True),
                 Column("of pixels", "pixels/miou"),
                 Column("accuracy", "accuracy", "largest class of a patch", chance=True),
+                Column("zero-shot", "zeroshot/miou", "zero-shot mean IoU of pixels"),
             ),
         ),
     )
@@ -135,12 +141,17 @@ class DenseProbe(Evaluator):
             return self.encoder.patches(variables, images, first)
 
         predicted, c = self._predict(encode)
-        items, levels, results = self._items(predicted), self._levels, []
+        items, levels, results, groups = self._items(predicted), self._levels, [], self.data.test.groups
         for key, item in items.items():
             unit = "%" if key == "accuracy" else "x 100"
             n, of_pixels = len(predicted), self._of_pixels[key]
             results.append(self.result(key, item.value(), unit=unit, n=n, chance=levels[key], items=item))
             results.append(self.result(f"pixels/{key}", of_pixels, unit=unit, n=n, chance=levels[key]))
+        if self.data.prompts and self.encoder.similarities and not self.encoder.similarities[0].is_distribution:
+            areas_of = self._zero_shot(variables)
+            for key, some in self._tested.items():
+                item = PerExample(areas_of[0][:, some], other=areas_of[1][:, some], statistic="iou", groups=groups)
+                results.append(self.result(f"zeroshot/{key}", item.value(), unit="x 100", n=len(predicted), items=item))
         counts = {"n": len(predicted), "train": sum(len(part.images) for part in self.data.parts[:2])}
         counts |= {"ways": len(self.data.classes), "patches": self.encoder.grid**2, "log10_c": np.log10(c)}
         return [*results, *(self.count(key, value) for key, value in counts.items())]
@@ -203,13 +214,38 @@ class DenseProbe(Evaluator):
         right = labelled & predicted.any(axis=-1) & (predicted.argmax(axis=-1) == labels.argmax(axis=-1))
         number = labelled.sum(axis=(1, 2))
         share = right.sum(axis=(1, 2)) / np.maximum(number, 1)
-        tested = np.flatnonzero(labels.any(axis=(0, 1, 2)))
-        of_classes = {"miou": tested} | {f"iou/{self.data.classes[i]}": [i] for i in tested}
         items = {
             key: PerExample(intersection[:, some], other=union[:, some], statistic="iou", groups=groups)
-            for key, some in of_classes.items()
+            for key, some in self._tested.items()
         }
         return items | {"accuracy": PerExample(share, weights=number.astype(float), groups=groups)}
+
+    @functools.cached_property
+    def _tested(self) -> dict[str, Sequence[int] | np.ndarray]:
+        """{metric: classes that it averages}, of the classes in the test's patches."""
+        tested = np.flatnonzero(self._labels[1].any(axis=(0, 1, 2)))
+        return {"miou": tested} | {f"iou/{self.data.classes[i]}": [i] for i in tested}
+
+    def _zero_shot(self, variables: Variables) -> tuple[np.ndarray, np.ndarray]:
+        """Return intersection and union in labelled pixels, (n, classes); unreadable images have no class."""
+        own, encoder, prompts = self.encoder.similarities[:1], self.encoder, self.data.prompts
+        txt = encoder.texts(variables, [text for texts in prompts for text in texts], (own[0].feature,))
+        pixels = np.arange(encoder.image_size) + 0.5  # scores are constant beyond the outermost patches' centres
+        centres = (np.arange(encoder.grid) + 0.5) * (encoder.image_size // encoder.grid)
+        weights = np.stack([np.interp(pixels, centres, row) for row in np.eye(encoder.grid)])
+        classes, masks, confusions = len(prompts), self.data.test.masks, []
+        for start, z in encoder.patches(variables, self.data.test.images, len(self._labels[0]), projected=True):
+            for i, image in enumerate(z):
+                img = {own[0].feature: image.reshape(-1, z.shape[-1])}
+                cosines = class_scores(own, img, txt, list(map(len, prompts)))[""].reshape(*image.shape[:2], classes)
+                predicted = np.einsum("ip,ijc,jq->pqc", weights, cosines, weights).argmax(axis=-1)
+                predicted = predicted if np.isfinite(cosines).all() else np.full_like(predicted, classes)
+                mask = self.data.prepare.mask(masks[start + i]).astype(int)
+                pairs = (mask * (classes + 1) + predicted)[mask < classes]
+                confusions.append(np.bincount(pairs, minlength=classes * (classes + 1)).reshape(classes, classes + 1))
+        counts = np.stack(confusions)  # true and predicted class of each pixel
+        intersection = counts.diagonal(axis1=1, axis2=2)
+        return intersection, counts.sum(axis=2) + counts[..., :classes].sum(axis=1) - intersection
 
     @functools.cached_property
     def _levels(self) -> dict[str, float]:

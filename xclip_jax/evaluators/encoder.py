@@ -59,13 +59,11 @@ class Encoder:
             raise UserError(f"expected evaluation batches of 1 item or more (eval.batch); got {least}.")
         shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
         self.sizes = sorted({math.ceil(size / shards) * shards for size in (batch, *smaller)})
-        self.batch = self.sizes[-1]
-        self.similarities = tuple(similarities)
+        self.batch, self.similarities = self.sizes[-1], tuple(similarities)
         self._default = ("features", *(similarity.feature for similarity in similarities))
         self.preprocessing, self.image_size = preprocessing, preprocessing.size
         self.classes = None if classes is None else tuple(classes)
-        self.grid = model.img.grid if "img" in model.towers else 0
-        self.unreadable: dict[int, str] = {}
+        self.grid, self.unreadable = model.img.grid if "img" in model.towers else 0, dict[int, str]()
         self._eot_id = model.eot_id if "txt" in model.towers and model.txt.cuttable else None
         self._tokenizer, self._text_length, self._sharding = tokenizer, text_length, batch_sharding(mesh)
 
@@ -87,8 +85,11 @@ class Encoder:
             # Tells every process which rows the others could not read.
             return {key: jnp.where(valid[:, None], x, jnp.nan) for key, x in features.items()} | {"valid": valid}
 
-        def encode_patches(variables: Variables, images: jax.Array, valid: jax.Array) -> dict[str, jax.Array]:
+        def encode_patches(variables: Variables, images: jax.Array, valid: jax.Array, projected: bool) -> dict:
             h = model.img.patch_features(variables["params"]["img"], to_pixels(images), model.dtype)
+            if projected:
+                heads: Any = model.apply(variables, h.reshape(-1, h.shape[-1]), None, method="project")
+                h = heads[f"{self.similarities[0].reads}_img"].reshape(*h.shape[:-1], -1)
             return {"patches": jnp.where(valid[:, None, None, None], h.astype(jnp.float32), jnp.nan), "valid": valid}
 
         def encode_texts(variables: Variables, tokens: jax.Array, _: jax.Array) -> dict[str, jax.Array]:
@@ -99,7 +100,7 @@ class Encoder:
 
         self._scalars: Encode = jax.jit(scalars, out_shardings=replicated(mesh))
         self._encode_images: Encode = jax.jit(encode_images, out_shardings=replicated(mesh))
-        self._encode_patches: Encode = jax.jit(encode_patches, out_shardings=replicated(mesh))
+        self._encode_patches: Encode = jax.jit(encode_patches, static_argnums=3, out_shardings=replicated(mesh))
         self._encode_texts: Encode = jax.jit(encode_texts, out_shardings=replicated(mesh))
 
     def images(self, variables: Variables, images: Rows, features: Sequence[str] | None = None) -> Features:
@@ -119,14 +120,21 @@ class Encoder:
         self._count_unreadable(features_of.pop("valid"))
         return features_of
 
-    def patches(self, variables: Variables, images: Rows, first: int = 0) -> Iterator[tuple[int, np.ndarray]]:
+    def patches(
+        self, variables: Variables, images: Rows, first: int = 0, *, projected: bool = False
+    ) -> Iterator[tuple[int, np.ndarray]]:
         """Encode the patches of images batch by batch: the features of a whole set may be too large to keep.
 
         Yields the index of a batch's first image, and fp32 (m, grid, grid, d) of its m images, NaN where unreadable.
-        `first` is the offset of the images' indices in `unreadable`.
+        `first` is the offset of the images' indices in `unreadable`. If `projected`, the features are outputs of the
+        head that the model's own similarity reads, which was trained on pooled features.
         """
+
+        def encode(*arguments: Any) -> dict[str, jax.Array]:
+            return self._encode_patches(*arguments, projected)
+
         valid, form = [], self._form(images)
-        for start, out in self._batches(self._encode_patches, variables, images, form, ("patches", "valid")):
+        for start, out in self._batches(encode, variables, images, form, ("patches", "valid")):
             valid.append(out["valid"])
             yield start, out["patches"]
         self._count_unreadable(np.concatenate(valid), first)

@@ -29,6 +29,7 @@ KINDS: Mapping[str, type[SetKind]] = Classes(
         "classes": f"{_SETS}.classification:ClassSets",
         "files": f"{_SETS}.files:FileSets",
         "pairs": f"{_SETS}.own:PairSets",
+        "choice": f"{_SETS}.choices:ChoiceSets",
         "probes": f"{_SETS}.classification:ProbeSets",
         "dense": f"{_SETS}.published:DenseSets",
         "finetuned": f"{_SETS}.classification:FinetunedSets",
@@ -40,6 +41,7 @@ EVALUATORS: Mapping[str, type[Evaluator]] = Classes(
     {
         "zeroshot": f"{_EVALUATORS}.zeroshot:ZeroShot",
         "retrieval": f"{_EVALUATORS}.retrieval:Retrieval",
+        "choice": f"{_EVALUATORS}.choice:Choice",
         "probe": f"{_EVALUATORS}.probe:Probe",
         "classifier": f"{_EVALUATORS}.probe:ClassifierEvaluator",
         "text_retrieval": f"{_EVALUATORS}.retrieval:TextRetrieval",

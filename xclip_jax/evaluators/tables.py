@@ -13,7 +13,7 @@ from xclip_jax.core.errors import UserError, public
 from xclip_jax.core.run_folder import evaluation_file
 from xclip_jax.evaluators import registry
 from xclip_jax.evaluators.base import HELD_OUT, Column, Layout
-from xclip_jax.evaluators.results import SHIFTED, UNITS, VALIDATION, Entry, ItemsOf, Result, of_entries, read
+from xclip_jax.evaluators.results import SHIFTED, UNITS, VALIDATION, Entry, ItemsOf, Result, of_entries, read, share_of
 from xclip_jax.evaluators.statistics import bootstrap
 
 # Titles of families, in the order of their tiles on a page; another family has its own name as title.
@@ -21,6 +21,7 @@ _FAMILIES = {
     "zeroshot": "zero-shot classification",
     SHIFTED: "out of domain",
     "retrieval": "retrieval",
+    "choice": "choice of texts",
     "visual": "visual representation",
     "textual": "textual representation",
     "dense": "dense representation",
@@ -133,14 +134,15 @@ def shorten(names_of_sets: Iterable[str]) -> dict[str, str]:
     return names
 
 
-def headlines(results: Sequence[Result]) -> str:
+def headlines(results: Sequence[Result], before: Sequence[Result] = ()) -> str:
     """Return one line with the first two metrics of each set; empty without results.
 
-    The run's held-out pairs, often the only set, go by the name of their family.
+    The run's held-out pairs, often the only set, go by the name of their family. A metric that was measured `before`
+    has both values: "R@1 12.5 -> 50.0".
     """
-    parts, short = [], short_names(results)
+    parts, short, earlier = [], short_names(results), {result.name: f"{result.value:.1f} -> " for result in before}
     for row in rows(results):
-        shown = ", ".join(f"{column.title} {result.value:.1f}" for column, result in row.shown[:2])
+        shown = ", ".join(f"{column.title} {earlier.get(x.name, '')}{x.value:.1f}" for column, x in row.shown[:2])
         name = short[row.name] if row.name != HELD_OUT else "zero-shot" if row.family == "zeroshot" else row.family
         parts.append(f"{name} {shown}")
     return " | ".join(parts)
@@ -226,22 +228,31 @@ def first_set_of_each_family(results: Sequence[Result]) -> dict[str, Row]:
 
 
 def compare(
-    a: str, b: str, *, step: int | None = None, profile: str | None = None, refused: list[str] | None = None
+    a: str,
+    b: str,
+    *,
+    step: int | None = None,
+    profile: str | None = None,
+    mixes: tuple[float, float] = (1.0, 1.0),
+    refused: list[str] | None = None,
 ) -> list[dict[str, Any]]:
     """Compare two evaluations set by set.
 
-    Returns for each set {set, metric, unit, a, b, difference, low, high, step_a, step_b, profile}; the unit is
-    `Result.unit`. Ranks have "ratio", b / a, instead of the difference b - a. The interval, low to high, is the 95 %
-    percentile bootstrap of the paired difference or ratio; absent for metrics that cannot be resampled.
+    Returns for each set {set, metric, unit, a, b, difference, low, high, step_a, step_b, profile}, with mix_a and mix_b
+    for mixes; the unit is `Result.unit`. Ranks have "ratio", b / a, instead of the difference b - a. The interval, low
+    to high, is the 95 % percentile bootstrap of the paired difference or ratio; absent for metrics that cannot be
+    resampled.
 
     Args:
       a, b: runs' folders, or results files.
       step: step of both; by default the newest that each file has.
       profile: profile of both; by default the last evaluated profile that both files have for a set.
+      mixes: shares of the tuned weights in the models of a and b.
       refused: list to which a sentence is added for each set whose data or protocol differ; without it the first one is
         an error.
     """
-    (entries_a, items_a), (entries_b, items_b) = _select(a, step, profile), _select(b, step, profile)
+    selected = (_select(path, step, profile, share) for path, share in zip((a, b), mixes, strict=True))
+    (entries_a, items_a), (entries_b, items_b) = selected
     compared = []
     for name in dict.fromkeys(entry["set"] for entry in entries_a):
         of_a, of_b = ([entry for entry in entries if entry["set"] == name] for entries in (entries_a, entries_b))
@@ -261,6 +272,7 @@ def compare(
         ratio = unit == "rank"  # a geometric mean: half the rank is as good at 200 as at 20
         row = {"set": name, "metric": left["metric"], "unit": unit, "a": left["value"], "b": right["value"]}
         row |= {"step_a": left["step"], "step_b": right["step"], "profile": left["profile"]}
+        row |= dict(zip(("mix_a", "mix_b"), mixes, strict=True)) if mixes != (1, 1) else {}
         row |= {"ratio": right["value"] / left["value"]} if ratio else {"difference": right["value"] - left["value"]}
         key = f"{left['name']}/{left['metric']}"
         of_a, of_b = items_a.get(left["items"], {}), items_b.get(right["items"], {})
@@ -273,14 +285,20 @@ def compare(
     return compared
 
 
-def _select(path: str, step: int | None, profile: str | None) -> tuple[list[Entry], ItemsOf]:
-    """Return the entries of one step, the newest by default, of the checkpoint and model that were evaluated last."""
+def _select(path: str, step: int | None, profile: str | None, share: float) -> tuple[list[Entry], ItemsOf]:
+    """Return the entries of one step, the newest by default, of the checkpoint and model that were evaluated last.
+
+    The model is a mix with `share` of tuned weights; 1 for a model as it is.
+    """
     file = epath.Path(path)
     if not file.exists():
         raise UserError(f"{str(path)!r} does not exist; name the folder of a run, or a file of results.")
     file = evaluation_file(file) if file.is_dir() else file
     entries, items = read(file)
     entries = [entry for entry in entries if entry["checkpoint"] == entries[-1]["checkpoint"]]
+    if not (mixed := [entry for entry in entries if share_of(entry) == share]):
+        raise UserError(f"{file} has no results of mix {share:g}; evaluate its run with --mix {share:g}.")
+    entries = mixed
     steps = sorted({entry["step"] for entry in entries})
     selected = steps[-1] if step is None else step
     entries = [entry for entry in entries if entry["step"] == selected]
@@ -298,7 +316,10 @@ def render_comparison(compared: Sequence[Mapping[str, Any]], a: str, b: str) -> 
 
     A star marks intervals that exclude equality.
     """
-    lines = [f"{side.upper()}: {file}, step {compared[0][f'step_{side}']}" for side, file in (("a", a), ("b", b))]
+    first = compared[0]
+    lines = [f"{side.upper()}: {file}, step {first[f'step_{side}']}" for side, file in (("a", a), ("b", b))]
+    if "mix_a" in first:
+        lines = [f"{line}, mix {first[key]:g}" for line, key in zip(lines, ("mix_a", "mix_b"), strict=True)]
     short = shorten(row["set"] for row in compared)
     texts = [["set", "metric", "unit", "A", "B", "B - A", "   95 % interval"]]
     for row in compared:

@@ -3,8 +3,11 @@
 Both are defined on the global batch: under plain `jax.jit` with a sharded batch XLA inserts the collectives, so value
 and gradient do not depend on the number of devices. An average of per-device losses is a different, wrong loss.
 
+Pairs of a batch may share a caption or an image. By default each is a negative of the others; with `keys` they are
+positives of one another, and the target is spread over them.
+
 Sources: Radford et al., arXiv 2103.00020 (softmax, called CLIP in the paper behind nCLIP [paper]); Zhai et al.,
-arXiv 2303.15343 (sigmoid [ours]).
+arXiv 2303.15343 (sigmoid [ours]); Yang et al., arXiv 2204.03610 (UniCL: several positives [ours]).
 """
 
 import chex
@@ -18,15 +21,24 @@ Metrics = dict[str, jax.Array]
 
 
 def softmax(
-    z_img: jax.Array, z_txt: jax.Array, scale: ArrayLike, *, label_smoothing: float = 0.0
+    z_img: jax.Array,
+    z_txt: jax.Array,
+    scale: ArrayLike,
+    *,
+    label_smoothing: float = 0.0,
+    keys: jax.Array | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """Return CLIP's loss: cross-entropy of the matching pair, image to text and text to image, averaged, in nats.
+
+    With `keys` the target of pair i is 1 / n_i for each of the n_i pairs of the batch that have its key, itself among
+    them (UniCL's bidirectional loss, arXiv 2204.03610, equation 3; SupCon's L_out, arXiv 2004.11362).
 
     Args:
         z_img: image embeddings of the global batch, shape (b, e), L2-normalised; any float type.
         z_txt: text embeddings, shape (b, e), row i paired with row i of `z_img`.
         scale: scalar, exp(log_scale): already exponentiated.
         label_smoothing: share of the target that is spread evenly over the batch (arXiv 1512.00567).
+        keys: integers (b,) or (b, m); pairs with equal keys match each other. By default each pair matches itself.
 
     Returns:
         The loss (fp32 scalar) and fp32 scalar metrics: "loss", "ln_b" (the loss of a blind guess), "acc_img" and
@@ -40,9 +52,44 @@ def softmax(
     img_to_txt = jax.nn.logsumexp(logits - matching[:, None], axis=1)
     txt_to_img = jax.nn.logsumexp(logits - matching[None, :], axis=0)
     loss = 0.5 * jnp.mean(img_to_txt + txt_to_img)
-    if label_smoothing:
-        loss = loss + label_smoothing * mean_margin(z_img, z_txt, scale)
+    if label_smoothing or keys is not None:
+        loss = loss + target_margin(z_img, z_txt, scale, label_smoothing, keys)
     return loss, _metrics(loss, logits)
+
+
+def target_margin(
+    z_img: jax.Array, z_txt: jax.Array, scale: ArrayLike, label_smoothing: float, keys: jax.Array | None
+) -> jax.Array:
+    """Return what a spread target adds to the cross-entropy: the mean logit of pairs less that of their targets.
+
+    fp32 scalar, the same in both directions; arguments as in `softmax`.
+    """
+    smoothing = label_smoothing * mean_margin(z_img, z_txt, scale)
+    if keys is None:
+        return smoothing
+    texts, counts = sum_over_equal(keys, z_txt)
+    difference = z_txt.astype(jnp.float32) - texts / counts[:, None]  # exactly 0 for a pair without an equal
+    margin = jnp.mean(jnp.sum(z_img.astype(jnp.float32) * difference, axis=1))
+    return smoothing + (1 - label_smoothing) * jnp.asarray(scale, jnp.float32) * margin
+
+
+def sum_over_equal(keys: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return for each row i the sum of the rows of `x` whose keys equal key i, and their number.
+
+    Args:
+        keys: integers (b,) or (b, m).
+        x: (b, e), any float type.
+
+    Returns:
+        fp32 (b, e) and (b,). Rows without an equal are returned as they are.
+    """
+    keys = keys.reshape(len(keys), -1)
+    order = jnp.lexsort(keys.T)
+    changes = jnp.any(keys[order][1:] != keys[order][:-1], axis=1)
+    groups = jnp.zeros(len(keys), jnp.int32).at[order[1:]].set(jnp.cumsum(changes, dtype=jnp.int32))
+    sums = jax.ops.segment_sum(x.astype(jnp.float32), groups, num_segments=len(keys))
+    counts = jax.ops.segment_sum(jnp.ones(len(keys)), groups, num_segments=len(keys))
+    return sums[groups], counts[groups]
 
 
 def mean_margin(z_img: jax.Array, z_txt: jax.Array, scale: ArrayLike) -> jax.Array:
@@ -57,10 +104,13 @@ def mean_margin(z_img: jax.Array, z_txt: jax.Array, scale: ArrayLike) -> jax.Arr
     )
 
 
-def sigmoid(z_img: jax.Array, z_txt: jax.Array, scale: ArrayLike, bias: ArrayLike) -> tuple[jax.Array, Metrics]:
+def sigmoid(
+    z_img: jax.Array, z_txt: jax.Array, scale: ArrayLike, bias: ArrayLike, *, keys: jax.Array | None = None
+) -> tuple[jax.Array, Metrics]:
     """Return SigLIP's loss: binary cross-entropy of each of the b * b pairs, summed and divided by b, in nats.
 
-    -1/b sum_ij log sigmoid(y_ij (scale <z_img_i, z_txt_j> + bias)), y = +1 for i = j and -1 elsewhere.
+    -1/b sum_ij log sigmoid(y_ij (scale <z_img_i, z_txt_j> + bias)), y = +1 for i = j and -1 elsewhere; with `keys`
+    y = +1 for all pairs with equal keys.
 
     Arguments and metrics are as in `softmax`, with a scalar bias that is added to each logit (SigLIP starts at a
     scale of 10 and a bias of -10). "ln_b" is for comparison with a softmax run and not the loss of a blind guess.
@@ -70,7 +120,22 @@ def sigmoid(z_img: jax.Array, z_txt: jax.Array, scale: ArrayLike, bias: ArrayLik
     b = logits.shape[0]
     sign = 2 * jnp.eye(b, dtype=jnp.float32) - 1
     loss = -jnp.sum(jax.nn.log_sigmoid(sign * logits)) / b
+    if keys is not None:
+        loss = loss - other_positives(z_img, z_txt, scale, bias, keys)
     return loss, _metrics(loss, logits)
+
+
+def other_positives(
+    z_img: jax.Array, z_txt: jax.Array, scale: ArrayLike, bias: ArrayLike, keys: jax.Array
+) -> jax.Array:
+    """Return the sum of the logits of pairs i != j with equal keys over b, fp32 scalar; arguments as in `sigmoid`.
+
+    A positive in place of a negative takes its logit off the loss, as log sigmoid(x) - log sigmoid(-x) = x.
+    """
+    z_img, z_txt = (z.astype(jnp.float32) for z in (z_img, z_txt))
+    texts, counts = sum_over_equal(keys, z_txt)
+    logits = jnp.asarray(scale, jnp.float32) * jnp.sum(z_img * (texts - z_txt), axis=1)
+    return jnp.mean(logits + jnp.asarray(bias, jnp.float32) * (counts - 1))
 
 
 def check(z_img: jax.Array, z_txt: jax.Array, *scalars: ArrayLike) -> None:

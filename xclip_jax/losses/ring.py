@@ -6,7 +6,8 @@ backward pass sends the texts round again and computes each block a second time 
 gradients equal `losses.contrastive`, which defines the losses.
 
 The plain form holds several arrays of (b / devices, b) and of (b, e), a gigabyte or more from 130,000 pairs on. With
-fewer than about 1,000 pairs a device the fixed costs of a hop outweigh its work.
+fewer than about 1,000 pairs a device the fixed costs of a hop outweigh its work. Pairs that share a key
+(`contrastive.sum_over_equal`) are summed over the whole batch: each device then holds the texts' embeddings once.
 """
 
 from collections.abc import Callable
@@ -30,21 +31,33 @@ _WHOLE, _ROWS, _COLUMNS = PartitionSpec(), PartitionSpec(BATCH_AXES), PartitionS
 
 
 def softmax(
-    z_img: Array, z_txt: Array, scale: ArrayLike, *, mesh: Mesh, label_smoothing: float = 0.0
+    z_img: Array,
+    z_txt: Array,
+    scale: ArrayLike,
+    *,
+    mesh: Mesh,
+    label_smoothing: float = 0.0,
+    keys: Array | None = None,
 ) -> tuple[Array, Metrics]:
     """`contrastive.softmax`, the batch split over `mesh`'s batch axes; arguments, results and errors are the same."""
     contrastive.check(z_img, z_txt, scale)
     loss, metrics = _compare(_SOFTMAX, mesh, z_img, z_txt, scale, 0.0)
-    if label_smoothing:
-        loss = loss + label_smoothing * contrastive.mean_margin(z_img, z_txt, scale)
+    if label_smoothing or keys is not None:
+        loss = loss + contrastive.target_margin(z_img, z_txt, scale, label_smoothing, keys)
         metrics = metrics | {"loss": loss}
     return loss, metrics
 
 
-def sigmoid(z_img: Array, z_txt: Array, scale: ArrayLike, bias: ArrayLike, *, mesh: Mesh) -> tuple[Array, Metrics]:
+def sigmoid(
+    z_img: Array, z_txt: Array, scale: ArrayLike, bias: ArrayLike, *, mesh: Mesh, keys: Array | None = None
+) -> tuple[Array, Metrics]:
     """`contrastive.sigmoid`, the batch split over `mesh`'s batch axes; arguments, results and errors are the same."""
     contrastive.check(z_img, z_txt, scale, bias)
-    return _compare(_SIGMOID, mesh, z_img, z_txt, scale, bias)
+    loss, metrics = _compare(_SIGMOID, mesh, z_img, z_txt, scale, bias)
+    if keys is not None:
+        loss = loss - contrastive.other_positives(z_img, z_txt, scale, bias, keys)
+        metrics = metrics | {"loss": loss}
+    return loss, metrics
 
 
 class Sums(NamedTuple):

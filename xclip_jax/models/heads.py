@@ -51,12 +51,13 @@ Heads = Mapping[str, Head | Scalar]
 class Projection(nn.Module):
     """CLIP's linear projection, then L2 normalisation. h (b, d) -> z (b, e) in fp32. CLIP has no `bias`.
 
-    With 0 features there is no projection (SigLIP's images).
+    With 0 features there is no projection (SigLIP's images). Without `normalize` z keeps its length.
     """
 
     features: int
     dtype: DTypeLike = jnp.float32
     bias: bool = False
+    normalize: bool = True
 
     @nn.compact
     def __call__(self, h: Array) -> Array:
@@ -64,7 +65,7 @@ class Projection(nn.Module):
             std = h.shape[-1] ** -0.5
             linear = dense(self.features, ("embed", None), std=std, dtype=self.dtype, use_bias=self.bias, name="linear")
             h = linear(h)
-        return l2_normalize(h)
+        return l2_normalize(h) if self.normalize else h.astype(jnp.float32)
 
 
 class Classifier(nn.Module):

@@ -243,20 +243,43 @@ class TextTowerConfig(TransformerConfig, TextTower):
         return self.block_flops(tokens, one=True)
 
     def convert(self, params: Params) -> tuple[Params, list[str]]:
-        """Stack or unstack blocks, and cut positions to the context length."""
+        """Stack or unstack blocks, and cut or stretch positions to the context length."""
         params, notes = super().convert(params)
         n = len(params["positions"])
-        if n < self.context_length:
-            raise UserError(
-                f"positions are for {n} tokens and context_length is {self.context_length}; set it to {n} or less"
-            )
-        if n > self.context_length:
-            notes = [*notes, f"text positions cut from {n} to {self.context_length}"]
-        return {**params, "positions": params["positions"][: self.context_length]}, notes
+        if n == self.context_length:
+            return params, notes
+        change = "cut" if n > self.context_length else "stretched"
+        positions = stretch_positions(np.asarray(params["positions"]), self.context_length)
+        note = f"text positions {change} from {n} to {self.context_length}"
+        return {**params, "positions": positions}, [*notes, note]
 
     def describe(self) -> str:
         """Return the sizes of the tower in one phrase."""
         return f"transformer of width {self.width}, depth {self.depth}, {self.context_length} tokens"
+
+
+# Positions that keep their embeddings: those that most captions reach, and so are well trained (Long-CLIP).
+_KEPT_POSITIONS = 20
+
+
+def stretch_positions(table: np.ndarray, length: int) -> np.ndarray:
+    """Return position embeddings for texts of another length: the first `length`, or all, stretched after the 20th.
+
+    Stretched positions are interpolated linearly, and extrapolated past the last, as Long-CLIP does for 248 tokens from
+    77 (arXiv 2403.15378, section 3.1).
+
+    Args:
+      table: (n, d).
+      length: rows of the result.
+    """
+    n = len(table)
+    if length <= n:
+        return table[:length]
+    kept = min(_KEPT_POSITIONS, n - 2)
+    places = kept + np.arange(length - kept) * (n - kept) / (length - kept)
+    below = np.minimum(places.astype(int), n - 2)
+    share = (places - below)[:, None].astype(table.dtype)
+    return np.concatenate([table[:kept], (1 - share) * table[below] + share * table[below + 1]])
 
 
 class TextTransformer(nn.Module):

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import jax
 from jax.sharding import Mesh
 
-from xclip_jax.core.fields import fraction_below_one, key
+from xclip_jax.core.fields import choice, fraction_below_one, key
 from xclip_jax.losses import contrastive, ring
 from xclip_jax.models.heads import Head, Heads, Projection, Scalar
 from xclip_jax.models.two_towers import ModelConfig
@@ -19,6 +19,8 @@ from xclip_jax.objectives.term import Arrays, Check, Curve, Health, Level, LossC
 # [ours] On the plateau the loss is less than this share below the loss of a blind guess; runs that learn are a tenth
 # below it at the end of the warm-up.
 PLATEAU_SHARE = 0.01
+# Fields of a batch whose equal rows are matching pairs, by the value of `positives`.
+_KEYS = {"pair": "", "caption": "text_key", "image": "image_key"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +30,15 @@ class Contrastive(Term):
     form: ClassVar[str] = "softmax"  # a function of `losses.contrastive` and `losses.ring`
     outputs: ClassVar[tuple[str, ...]] = ("z_img", "z_txt", "scale")  # its arguments
     max_scale: ClassVar[float] = math.inf  # bound of the logit scale
+
+    positives: str = key(
+        "pair", "what pairs of a batch match: themselves, or others of one caption or image", choice(_KEYS)
+    )
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Images and texts, and the hash that tells which pairs match, if they are not alone."""
+        return (*super().fields, _KEYS[self.positives]) if _KEYS[self.positives] else super().fields
 
     @property
     def similarity(self) -> CosineSimilarity:
@@ -56,6 +67,8 @@ class Contrastive(Term):
     ) -> Result:
         """Compute the loss, see `Term.__call__`. With a `mesh` the pairs are compared on a ring of its devices."""
         arguments, options = [out[name] for name in self.outputs], dataclasses.asdict(self)
+        if field := _KEYS[options.pop("positives")]:
+            options["keys"] = batch[field]
         module, where = (contrastive, {}) if mesh is None else (ring, {"mesh": mesh})
         loss, metrics = getattr(module, self.form)(*arguments, **where, **options)
         return loss, metrics | {"scale": out["scale"]}, {}

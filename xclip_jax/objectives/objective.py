@@ -63,7 +63,7 @@ class Objective:
     @property
     def fields(self) -> tuple[str, ...]:
         """Inputs of a batch: "image", "text", "label"."""
-        return self._union(("image", "text", "label"), "fields")
+        return self._union(("image", "text", "label", "image_key", "text_key"), "fields")
 
     def _union(self, order: tuple[str, ...], attribute: str) -> tuple[str, ...]:
         return tuple(x for x in order if any(x in getattr(term, attribute) for term in self.terms.values()))
@@ -182,6 +182,7 @@ class ObjectiveConfig:
     name: str = key("clip", "name of the objective", not_empty())
     terms: Mapping[str, float] = key(RECIPES["clip"], "weight of each term of the loss", _WEIGHTS)
     clip: Clip = dataclasses.field(default_factory=Clip)
+    siglip: Siglip = dataclasses.field(default_factory=Siglip)
     nclip: Nclip = dataclasses.field(default_factory=Nclip)
     classify: Classify = dataclasses.field(default_factory=Classify)
     plugins: Mapping[str, Mapping[str, Any]] = key(

@@ -44,7 +44,7 @@ class Level(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
-    """A chart with its ranges and ticks; `chart` makes it."""
+    """A chart with its ranges and ticks, over steps or what `axis` names; `chart` makes it."""
 
     title: str
     lines: Sequence[Line]
@@ -53,6 +53,7 @@ class Chart:
     note: str
     x: tuple[float, float]
     y: tuple[float, float]
+    axis: str = "step"
 
     def across(self, x: float) -> float:
         """Return the place of a step, 0 at the left and 1 at the right."""
@@ -77,7 +78,8 @@ class Chart:
     def description(self) -> str:
         """The chart in words, for screen readers."""
         ranges = "; ".join(f"{z.name} from {number(z.y[0])} to {number(z.y[-1])}" for z in self.lines)
-        text = f"{self.title}, steps {number(self.x[0])} to {number(self.x[1])}: {ranges}."
+        over = "steps" if self.axis == "step" else self.axis
+        text = f"{self.title}, {over} {number(self.x[0])} to {number(self.x[1])}: {ranges}."
         if self.levels:
             text += f" Lines at {', '.join(f'{level.name} ({number(level.y)})' for level in self.levels)}."
         return text
@@ -89,11 +91,17 @@ class Chart:
             {"name": z.name, "color": z.color, "x": z.x, "y": [float(f"{value:.5g}") for value in z.y]}
             for z in self.lines
         ]
-        return json.dumps({"x": self.x, "y": self.y, "unit": self.unit, "lines": lines})
+        return json.dumps({"x": self.x, "y": self.y, "unit": self.unit, "axis": self.axis, "lines": lines})
 
 
 def chart(
-    title: str, lines: Sequence[Line], levels: Sequence[Level] = (), *, unit: str = "", note: str = ""
+    title: str,
+    lines: Sequence[Line],
+    levels: Sequence[Level] = (),
+    *,
+    unit: str = "",
+    note: str = "",
+    axis: str = "step",
 ) -> Chart | None:
     """Return a chart of lines over steps; None where no line has a finite value.
 
@@ -103,6 +111,7 @@ def chart(
       levels: dashed lines.
       unit: of the values.
       note: a sentence below the chart.
+      axis: what is across.
     """
     drawn = [line for line in map(_short, lines) if line.x]
     if not drawn:
@@ -111,7 +120,7 @@ def chart(
     ends = [*(v for line in drawn for v in line.y), *(level.y for level in levels)]
     low, high = _range(min(ends), max(ends))
     right = right if right > left else left + 1
-    return Chart(title, drawn, levels, unit, note, (left, right), (low, high))
+    return Chart(title, drawn, levels, unit, note, (left, right), (low, high), axis)
 
 
 def metric_lines(rows: Rows, metrics: Sequence[tuple[str, str]], unit: str = "") -> list[Line]:
@@ -200,7 +209,7 @@ def _range(low: float, high: float) -> tuple[float, float]:
 
 def of_runs(runs: Sequence[Run]) -> list[Chart]:
     """Return charts of all logged metrics: of one run, or with a line for each run."""
-    several, drawn = len(runs) > 1, [_total(runs), *_curves(runs), *_evaluations(runs)]
+    several, drawn = len(runs) > 1, [_total(runs), *_curves(runs), *_evaluations(runs), *_evaluations(runs, mixes=True)]
     for key, title, unit in _LOGGED:
         lines = [line for run in runs for line in _lines(run, key, run.name if several else title, unit)]
         lines = lines if key != "data/bad_share" or any(any(line.y) for line in lines) else []
@@ -244,11 +253,17 @@ def _curves(runs: Sequence[Run]) -> Iterator[Chart | None]:
         yield chart(name, lines, levels, unit=curve.unit, note=curve.note)
 
 
-def _evaluations(runs: Sequence[Run]) -> Iterator[Chart | None]:
-    """Yield the first metric of each set that was evaluated at several steps: a chart, or one for each set."""
-    points: dict[tuple[Key, str, str], dict[int, dict[int, float]]] = {}
+def _evaluations(runs: Sequence[Run], mixes: bool = False) -> Iterator[Chart | None]:
+    """Yield the first metric of each set that was evaluated at several steps: a chart, or one for each set.
+
+    With `mixes` it is the metric of mixes of given and tuned weights, over the share of the tuned ones.
+    """
+    points: dict[tuple[Key, str, str], dict[int, dict[float, float]]] = {}
+    title, axis = (
+        ("Given to tuned weights", "share of tuned weights") if mixes else ("Evaluation during training", "step")
+    )
     for run in runs:
-        for step, results in run.record.evaluations:
+        for step, results in run.record.mixes if mixes else run.record.evaluations:
             for row in tables.rows(results):
                 metric, result = row.shown[0]
                 key = ((row.family, row.name), metric.label, result.unit)
@@ -259,8 +274,8 @@ def _evaluations(runs: Sequence[Run]) -> Iterator[Chart | None]:
     if len(runs) == 1:
         own = [(f"{short[key]}, {label}", of_runs[runs[0].color]) for (key, label, _), of_runs in points.items()]
         lines = [Line(name, list(values), list(values.values()), i % 8) for i, (name, values) in enumerate(own)]
-        yield chart("Evaluation during training", lines, unit="%")
+        yield chart(title, lines, unit="%", axis=axis)
         return
     for (key, label, unit), of_runs in points.items():
         lines = [Line(names[color], list(own), list(own.values()), color) for color, own in of_runs.items()]
-        yield chart(f"{short[key]}, {label}", lines, unit=unit)
+        yield chart(f"{short[key]}, {label}{', given to tuned weights' if mixes else ''}", lines, unit=unit, axis=axis)

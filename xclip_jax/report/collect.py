@@ -45,6 +45,7 @@ class Record:
       evaluations: (step, results) of each step with an evaluation during training, including the last one.
       results: the newest of each set, by the run or by `xclip-jax evaluate`. With per-example values where
         evaluation.json has them of the same number.
+      mixes: (share of tuned weights, results) of what `xclip-jax evaluate --mix` evaluated last.
       steps_of: {(family, set): step} of the results, where it is not the last step of a complete run.
       sources: fingerprint of each of config's data.sources.
       bad: number of samples in the ledger of bad samples.
@@ -58,6 +59,7 @@ class Record:
     training: list[Row]
     evaluations: list[Evaluation]
     results: list[Result]
+    mixes: list[tuple[float, list[Result]]]
     steps_of: dict[Key, int]
     sources: list[dict[str, Any]]
     bad: int
@@ -77,6 +79,11 @@ class Record:
     def step_of(self, result: Result) -> int | None:
         """Return the step of one of the results; None for the last one of a complete run."""
         return self.steps_of.get((result.family, result.set))
+
+    def before(self, result: Result) -> Result | None:
+        """Return the result of equal name before the first step, where the run has one and goes on from it."""
+        step, first = self.evaluations[0] if len(self.evaluations) > 1 else (-1, [])
+        return next((x for x in first if step == 0 and x.name == result.name), None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +136,8 @@ def _read(run: RunFolder, content: Mapping[str, Any]) -> Record:
     last = [(config.steps, results.from_json(final["records"]))] if final else []
     # A diverged evaluation leaves the one before as the newest.
     evaluations = by_step((step, [x for x in own if math.isfinite(x.value)]) for step, own in [*logged, *last])
-    known, steps_of = newest([*last, *evaluations, *_evaluated(run, config)])
+    evaluated = results.read(run.evaluation_file)[0] if run.evaluation_file.exists() else []
+    known, steps_of = newest([*last, *evaluations, *_evaluated(results.of_group(evaluated, config.eval))])
     if final:
         steps_of = {key: step for key, step in steps_of.items() if step != config.steps}
     return Record(
@@ -140,6 +148,7 @@ def _read(run: RunFolder, content: Mapping[str, Any]) -> Record:
         training=[row for row in run.read_metrics() if "loss" in row],
         evaluations=evaluations,
         results=_with_items(known, run.evaluation_file),
+        mixes=results.by_mix(evaluated),
         steps_of=steps_of,
         sources=run.read_sources() or [],
         bad=len(run.read_bad_samples()),
@@ -148,11 +157,8 @@ def _read(run: RunFolder, content: Mapping[str, Any]) -> Record:
     )
 
 
-def _evaluated(run: RunFolder, config: Config) -> list[Evaluation]:
-    """Return the newest results of evaluation.json with their step, or none."""
-    if not run.evaluation_file.exists():
-        return []
-    entries = results.of_group(results.read(run.evaluation_file)[0], config.eval)
+def _evaluated(entries: Sequence[results.Entry]) -> list[Evaluation]:
+    """Return the newest results of entries of evaluation.json with their step, or none."""
     shown = results.latest(entries)[0] if entries else []
     return [(int(shown[-1]["step"]), results.of_entries(shown))] if shown else []
 
@@ -161,7 +167,7 @@ def _with_items(known: Sequence[Result], file: epath.Path) -> list[Result]:
     """Return results with the per-example values that a results file has of a result of equal name and value."""
     items: dict[tuple[str, float], PerExample] = {}
     entries, items_of = results.read(file) if file.exists() else ([], {})
-    for entry in entries:
+    for entry in (entry for entry in entries if "mix" not in entry):
         own = items_of.get(entry["items"], {})
         items |= {(r.name, round(r.value, 4)): own[r.name] for r in results.of_entries([entry]) if r.name in own}
     return [dataclasses.replace(result, items=items.get((result.name, round(result.value, 4)))) for result in known]

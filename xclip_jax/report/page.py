@@ -80,6 +80,7 @@ def _tiles(record: Record) -> Iterator[dict[str, Any]]:
         unit = result.unit if result.unit not in UNITS or result.unit == "%" else ""
         chance = f"chance {result.chance:.1f}\u00a0{unit or '%'}" if result.chance is not None else ""
         when = "" if step is None else f"at step {step:,}"
+        before = f"before training {decimals(first.value)}" if (first := record.before(result)) else ""
         yield {
             "family": family,
             "value": decimals(result.value),
@@ -87,7 +88,7 @@ def _tiles(record: Record) -> Iterator[dict[str, Any]]:
             "unit": unit,
             "label": metric.label + (f", {LEVEL:.0%}: {judged}" if str(judged) else ""),
             "verdict": judged.verdict,
-            "details": ", ".join(filter(None, (chance, short[row.name], when))),
+            "details": ", ".join(filter(None, (chance, short[row.name], when, before))),
         }
 
 

@@ -166,7 +166,9 @@ def results(runs: Sequence[Run]) -> Section:
         values = [value for value in values if math.isfinite(value)]
         best = (min if first.unit == "rank" else max)(values, default=math.nan) if len(set(values)) > 1 else math.nan
         cells = [
-            (result, run.record.step_of(result), is_same, is_same and result.value == best) if result else None
+            (result, run.record.step_of(result), is_same, is_same and result.value == best, run.record.before(result))
+            if result
+            else None
             for run, result, is_same in zip(runs, own, comparable, strict=True)
         ]
         rows.append((short[key], label, first.chance, cells))

@@ -23,6 +23,7 @@ from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.evaluators import prompts
 from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.evaluators.prompts import PROFILES, Profile
+from xclip_jax.models import lora
 from xclip_jax.models.two_towers import TOWERS, TwoTowers
 from xclip_jax.objectives import Objective, make_objective
 from xclip_jax.parallel import sharding
@@ -133,6 +134,11 @@ def _make_step(
 ) -> Callable[[optax.GradientTransformation, LengthGroups], Callable[..., Any]]:
     """(optimizer, groups of texts) -> the step as a pure function."""
     mesh, ema, frozen = layout.mesh, config.ema, tuple(config.init.frozen)
+    towers = {name: getattr(model, name) for name in TOWERS}
+
+    def hold(params: Any) -> Any:
+        return optim.stop_frozen(lora.merged(params), frozen, towers) if frozen else lora.merged(params)
+
     microbatches = config.optim.microbatches
     shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     shardings = jax.tree.map(lambda x: x.sharding, abstract.params)
@@ -147,7 +153,7 @@ def _make_step(
 
     def make(tx: optax.GradientTransformation, groups: LengthGroups = WHOLE) -> Callable[..., Any]:
         sizes = groups.sizes(config.data.batch // (shards * microbatches), model.txt.context_length)
-        made = TrainStep(model, tx, objective, augment, momentum, microbatches, constrain, frozen, spikes, sizes)
+        made = TrainStep(model, tx, objective, augment, momentum, microbatches, constrain, frozen, hold, spikes, sizes)
         return sharding.layout_scope(layout)(made.step)
 
     return make
@@ -169,7 +175,8 @@ def build(config: ml_collections.ConfigDict | Config, devices: list[jax.Device] 
     tokens = tokenizer.load(config.data.tokenizer)
     model = make_model(config, objective, tokens)
     towers = {name: getattr(model, name) for name in TOWERS}
-    tx = optim.make_optimizer(config.optim, config.steps, towers, tuple(config.init.frozen))
+    fixed = objective.towers if config.finetune.lora.rank else tuple(config.init.frozen)
+    tx = optim.make_optimizer(config.optim, config.steps, towers, fixed)
     spikes = SpikeFilter(config.optim.max_grad_norm_ratio) if config.optim.max_grad_norm_ratio else None
     init = state.init_fn(
         model,
@@ -180,6 +187,7 @@ def build(config: ml_collections.ConfigDict | Config, devices: list[jax.Device] 
         | (spikes.initial_state() if spikes else {}),
         ema=config.ema.on or objective.teacher,
         seed=config.seed,
+        adapters=config.finetune.lora,
     )
     boxed = jax.eval_shape(init)
     layout = sharding.make_layout(boxed, mesh, config.mesh.strategy, config.data.batch)

@@ -80,7 +80,9 @@ def train_step(config: Config, groups: LengthGroups | None = None, rows: int | N
     objective, teacher = make_objective(config.objective), 0.0
     if objective.teacher:  # which drops no patches
         teacher = (forward(config, train=False) or parts)["img"] + parts["txt"] + parts["heads"]
-    passes = {name: 1 if name in config.init.frozen else 3 for name in parts}
+    # Weights beside adapters have no gradient of their own.
+    trained = 2 if config.finetune.lora.rank else 3
+    passes = {name: 1 if name in config.init.frozen else trained if name in TOWERS else 3 for name in parts}
     return config.data.batch * (sum(passes[name] * part for name, part in parts.items()) + teacher)
 
 

@@ -48,8 +48,8 @@ def train(
         stop.check()
         log.ledger.check()
         # A run that stopped between a checkpoint and the evaluation of the same step makes that evaluation now.
-        if _evaluates(job, start) and not log.has_evaluation(start):
-            _evaluate(job, start, state, log, watch, stop)
+        if (due := _due(job, start)) and not log.has_evaluation(start):
+            _evaluate(due, start, state.variables(ema=config.eval.ema), log, watch, stop)
         for batch in arrays:
             state, metrics = tracer(step + 1, experiment.compiled, state, batch)
             step, watch.step, stop.saves = step + 1, step + 1, True
@@ -62,8 +62,8 @@ def train(
             log.ledger.check()
             if is_due(config.checkpoint.every, step) or step == config.steps:
                 save(regular=step < config.steps)
-            if _evaluates(job, step):
-                _evaluate(job, step, state, log, watch, stop)
+            if due := _due(job, step):
+                _evaluate(due, step, state.variables(ema=config.eval.ema), log, watch, stop)
         log.flush()
         log.ledger.check()
         return state, False
@@ -149,18 +149,26 @@ def evaluating(watch: Watchdog, stop: PreemptionHandler, phase: str = EVALUATION
         yield
 
 
-def _evaluates(job: Job, step: int) -> bool:
-    return bool(job.during) and is_due(job.config.eval.every, step) and 0 < step < job.config.steps
+def _due(job: Job, step: int) -> Sequence[Evaluator]:
+    """Return the evaluators that run after `step`, or before the first step if it is 0; the last step has its own."""
+    if step == 0:
+        return job.final if job.config.eval.before else ()
+    return job.during if step < job.config.steps and is_due(job.config.eval.every, step) else ()
 
 
 def _evaluate(
-    job: Job, step: int, state: TrainState, log: MetricLogger, watch: Watchdog, stop: PreemptionHandler
+    evaluators: Sequence[Evaluator],
+    step: int,
+    variables: Variables,
+    log: MetricLogger,
+    watch: Watchdog,
+    stop: PreemptionHandler,
 ) -> None:
-    """Evaluate during training; the speed excludes the time that it takes."""
+    """Evaluate before or during training; the speed excludes the time that it takes."""
     log.flush()
     with log.clock.pause():
         with evaluating(watch, stop):
-            results = run_evaluators(job.during, state.variables(ema=job.config.eval.ema))
+            results = run_evaluators(evaluators, variables)
         log.write_results(step, results)
         log.end_evaluation(step, results)
         log0(f"step {step}: {tables.headlines(results)}")

@@ -35,15 +35,12 @@ def compile_for(experiment: Experiment) -> Any:
 
 def trace(experiment: Experiment) -> Any:
     """Return the step of `experiment`, traced for abstract arrays, which JAX keeps for the first step."""
-    b, size = experiment.config.data.batch, experiment.image_size
     # The layout of `loader.to_global`: with another one the step would be traced again.
     array = functools.partial(jax.ShapeDtypeStruct, sharding=batch_sharding(experiment.mesh))
     batch = {
-        "image": array((b, size, size, 3), "uint8"),
-        "text": array((b, experiment.context_length), "int32"),
-        "label": array((b,), "float32"),
+        field: array(*shape) for field, shape in experiment.transform().arrays(experiment.config.data.batch).items()
     }
-    return experiment.compiled.trace(experiment.abstract, {key: batch[key] for key in experiment.objective.fields})
+    return experiment.compiled.trace(experiment.abstract, batch)
 
 
 def usage(experiment: Experiment, compiled: Any) -> dict[str, float]:

@@ -7,7 +7,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from flax.traverse_util import flatten_dict
 
+from xclip_jax.models import lora
 from xclip_jax.parallel import sharding
 
 
@@ -36,10 +38,10 @@ class TrainState:
     seed: jax.Array
 
     def variables(self, *, ema: bool = False) -> dict[str, Any]:
-        """Variables for `TwoTowers.apply`."""
+        """Variables for `TwoTowers.apply`, with adapters merged into their kernels."""
         if ema and self.ema_params is not None:
-            return {"params": self.ema_params, "batch_stats": self.ema_batch_stats}
-        return {"params": self.params, "batch_stats": self.batch_stats}
+            return {"params": lora.merged(self.ema_params), "batch_stats": self.ema_batch_stats}
+        return {"params": lora.merged(self.params), "batch_stats": self.batch_stats}
 
 
 def init_fn(
@@ -51,6 +53,7 @@ def init_fn(
     loss_state: dict[str, Any],
     ema: bool,
     seed: int,
+    adapters: lora.LoraConfig,
 ) -> Any:
     """A function of no arguments that makes a boxed `TrainState`, to be traced by `create` and `abstract`."""
 
@@ -59,13 +62,16 @@ def init_fn(
         text = jnp.zeros((2, text_length), jnp.int32)
         variables = model.init(jax.random.key(seed), image, text)
         params, batch_stats = variables["params"], variables.get("batch_stats", {})
+        if adapters.rank:
+            random_key = jax.random.fold_in(jax.random.key(seed), 1)
+            params = params | {lora.ADAPTERS: lora.initial(nn.unbox(params), adapters, random_key)}
         # A copy: a buffer that is twice in the state could not be donated.
         average = jax.tree.map(jnp.copy, (params, batch_stats)) if ema else (None, None)
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
             batch_stats=batch_stats,
-            opt_state=tx.init(params),
+            opt_state=tx.init(nn.unbox(params)),
             ema_params=average[0],
             ema_batch_stats=average[1],
             loss_state=jax.tree.map(jnp.asarray, loss_state),
@@ -78,12 +84,30 @@ def init_fn(
 def abstract(boxed: Any, layout: sharding.MeshLayout) -> TrainState:
     """Shapes, dtypes and shardings in `layout` of the state that `jax.eval_shape` of an `init_fn` returns, `boxed`."""
     shapes, specs = nn.unbox(boxed), sharding.shardings(boxed, layout)
+    specs = specs.replace(opt_state=_as_parameters(shapes, specs))
     if layout.strategy == "zero1":
         specs = specs.replace(
             opt_state=sharding.zero1_shardings(shapes.opt_state, specs.opt_state, layout.mesh),
             ema_params=sharding.zero1_shardings(shapes.ema_params, specs.ema_params, layout.mesh),
         )
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, specs)
+
+
+def _as_parameters(shapes: TrainState, specs: TrainState) -> Any:
+    """Shardings of the optimizer's state: of a moment as of its parameter, of sums over an axis and of counters none.
+
+    An array belongs to the parameter whose path its own ends with, whatever the optimizer wraps around it.
+    """
+    parameters = flatten_dict(shapes.params)
+    of_parameters = flatten_dict(specs.params)
+
+    def spec(path: tuple[Any, ...], x: Any, whole: Any) -> Any:
+        name = tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
+        while name and name not in parameters:
+            name = name[1:]
+        return of_parameters[name] if name and parameters[name].shape == x.shape else whole
+
+    return jax.tree_util.tree_map_with_path(spec, shapes.opt_state, specs.opt_state)
 
 
 def create(init: Any, abstract: TrainState) -> TrainState:

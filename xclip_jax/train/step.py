@@ -132,11 +132,12 @@ class SpikeFilter:
 
 
 def _is_schedule(node: Any) -> bool:
-    return isinstance(node, optax.ScaleByScheduleState)
+    """Whether this is the state of a schedule in optax, of the learning rate or of weight decay: a counter."""
+    return getattr(node, "_fields", ()) == ("count",)
 
 
 def at_step(state: TrainState, step: int | jax.Array) -> TrainState:
-    """Return `state` with another step in its own counter and in the learning-rate schedule."""
+    """Return `state` with another step in its own counter and in the schedules."""
 
     def move(node: Any) -> Any:
         return node._replace(count=jnp.full_like(node.count, step)) if _is_schedule(node) else node
@@ -166,7 +167,8 @@ class TrainStep:
       momentum: of the parameters' moving average, as a function of the step; needed where the state has one.
       microbatches: see `gradcache`.
       constrain_grads: holds gradients to the layout that the optimizer works in.
-      frozen: towers whose gradient is zero and is not computed.
+      frozen: towers, or parts of them, that do not change.
+      hold: returns the towers' parameters in use: with adapters, and without gradients of what is frozen.
       spikes: refuses steps of a gradient that is too large, if there is such a bound.
       text_groups: ((rows, tokens), ...) in which a device encodes the texts of a microbatch, see `length_groups`; empty
         if texts are not cut.
@@ -180,6 +182,7 @@ class TrainStep:
     microbatches: int = 1
     constrain_grads: Callable[[Any], Any] = lambda grads: grads
     frozen: tuple[str, ...] = ()
+    hold: Callable[[Any], Any] = lambda params: params
     spikes: SpikeFilter | None = None
     text_groups: Sizes = ()
 
@@ -255,7 +258,7 @@ class TrainStep:
 
     def _encode(self, params: Any, inputs: Inputs) -> Features:
         """Return the features (h_img, h_txt); h_txt is a tuple if the texts are in groups."""
-        variables = {"params": params | {tower: jax.lax.stop_gradient(params[tower]) for tower in self.frozen}}
+        variables = {"params": self.hold(params)}
         noise = {"img": {}, "txt": {}} | inputs.get(NOISE, {})
         h_img = h_txt = None
         if "img" in self.objective.towers:

@@ -13,7 +13,7 @@ from xclip_jax.core.console import command, log0
 from xclip_jax.core.errors import EXIT_RESUMABLE, UserError, describe
 from xclip_jax.data.ledger import Ledger
 from xclip_jax.evaluators import tables
-from xclip_jax.evaluators.results import Result, flat
+from xclip_jax.evaluators.results import Result, flat, from_json
 from xclip_jax.models.two_towers import Variables
 from xclip_jax.processes import runtime
 from xclip_jax.processes.interrupt import Interrupted, PreemptionHandler
@@ -164,6 +164,9 @@ def _finish(
         job.folder.write_results(config, results, seconds=time.perf_counter() - began, **details)
     if results:
         log0(tables.render(results))
+    earlier = job.folder.read_evaluations() if results and config.eval.before else []
+    if before := [record for line in earlier if line["step"] == 0 for record in line["records"]]:
+        log0(f"before -> after: {tables.headlines(results, from_json(before))}")
     if failed:
         raise UserError(
             f"{len(failed)} of {len(job.final)} evaluation sets failed ({', '.join(failed)}); "

@@ -178,14 +178,7 @@ def read_initial(config: Config, abstract: TrainState, classes: Sequence[str] | 
       Flat {"params/img/...": array}.
     """
     where, target = config.init.weights, abstract.variables()
-    pinned = hub.pin(where)
-    source_config, source, variables, step = load(pinned)
-    towers = {name: (getattr(source.model, name), config.model.tower(name)) for name in source.objective.towers}
-    variables = jax.device_get(variables)
-    if "classifier" in target["params"].keys() & variables["params"] and read_classes(pinned) != tuple(classes or ()):
-        variables = variables | {"params": {k: x for k, x in variables["params"].items() if k != "classifier"}}
-        log0(f"the classifier of {where} is left out: it is not known to have the classes of this run")
-    tensors, notes = convert_params(variables, target, towers, where)
+    tensors, notes, source_config, step = _convert_given(config, target, classes)
     log0(f"starting from {where}, step {step}: {len(tensors)} of {len(flatten_dict(target))} tensors")
     for note in notes:
         log0(note)
@@ -195,6 +188,78 @@ def read_initial(config: Config, abstract: TrainState, classes: Sequence[str] | 
         settings = ", ".join(f"{key} ({saved[key]!r}, {current[key]!r} in this run)" for key in differing)
         log0(f"WARNING: the weights of {where} were trained with different settings: {settings}")
     return tensors
+
+
+def _convert_given(
+    config: Config, target: Variables, classes: Sequence[str] | None
+) -> tuple[dict[str, np.ndarray], list[str], Config, int]:
+    """Return what `convert_params` does of `config.init.weights`, and the config and the step of these weights."""
+    where = config.init.weights
+    pinned = hub.pin(where)
+    source_config, source, variables, step = load(pinned)
+    towers = {name: (getattr(source.model, name), config.model.tower(name)) for name in source.objective.towers}
+    variables = jax.device_get(variables)
+    if "classifier" in target["params"].keys() & variables["params"] and read_classes(pinned) != tuple(classes or ()):
+        variables = variables | {"params": {k: x for k, x in variables["params"].items() if k != "classifier"}}
+        log0(f"the classifier of {where} is left out: it is not known to have the classes of this run")
+    return *convert_params(variables, target, towers, where), source_config, step
+
+
+def read_given(path: str, config: Config, tuned: Variables) -> dict[str, np.ndarray]:
+    """Return the tensors that a tuned run started from, converted as at its start, for `mix`.
+
+    Args:
+      path: the run's folder.
+      config: of the run, as `load` returns it.
+      tuned: the run's variables.
+
+    Returns:
+      Flat {"params/img/...": array}; heads that the given weights lack are absent.
+
+    Raises:
+      UserError: the run started from random parameters, or its `init.weights` cannot be read any more.
+    """
+    where = config.init.weights
+    if not where:
+        raise UserError(
+            f"{path} did not start from given weights (init.weights is empty), so there is nothing to mix; leave "
+            "--mix out."
+        )
+    try:
+        tensors, *_ = _convert_given(config, tuned, read_classes(hub.pin(path)))
+    except UserError as error:
+        raise UserError(f"--mix needs the weights that {path} started from: {error}") from error
+    if missing := sorted(flatten_dict(dict(tuned), sep="/").keys() - tensors.keys()):
+        log0(f"not in {where}, so tuned in every mix: {_listed(missing)}")
+    return tensors
+
+
+def check_mix(share: float) -> float:
+    """Return the share of tuned weights in a mix; raise `UserError` unless it is from 0 to 1."""
+    if not 0 <= share <= 1:
+        raise UserError(f"--mix is {share:g}; expected numbers from 0 (given weights) to 1 (tuned weights).")
+    return share
+
+
+def mix(given: Mapping[str, np.ndarray], tuned: Variables, share: float) -> Variables:
+    """Return (1 - share) * given + share * tuned of every tensor, as WiSE-FT does (arXiv 2109.01903).
+
+    Args:
+      given: of `read_given`; a tensor that it lacks stays tuned. 0 is given exactly, and 1 is tuned.
+      tuned: variables of the run.
+      share: of the tuned weights, from 0 to 1.
+    """
+    if share == 1:
+        return tuned
+
+    def mixed(name: str, x: Any) -> Any:
+        if name not in given:
+            return x
+        value = np.float32(1 - share) * given[name] + np.float32(share) * np.asarray(x)
+        return jax.device_put(value, x.sharding)
+
+    flat = flatten_dict(dict(tuned), sep="/", keep_empty_nodes=True)
+    return unflatten_dict({name: mixed(name, x) for name, x in flat.items()}, sep="/")
 
 
 def init_from_weights(tensors: Mapping[str, np.ndarray], state: TrainState) -> TrainState:

@@ -176,3 +176,24 @@ def test_indexing_command(tmp_path):
     bad_tars.pairs(tmp_path / "x.tar", 0, 2)
     assert run(f"{tmp_path}/x.tar").stdout.endswith("s\n")
     assert len(list((tmp_path / ".xclip_index").iterdir())) == 1
+
+
+def test_tars_are_listed_as_for_webdataset(tmp_path):
+    """Braces keep their zeros, and "::" separates tars, in any mixture with commas."""
+    for name in ("a-08", "a-09", "a-10", "b"):
+        (tmp_path / f"{name}.tar").touch()
+    found = tar_index.find(f"{tmp_path}/a-{{08..10}}.tar::{tmp_path}/b.tar")
+    assert [path.rpartition("/")[2] for path in found] == ["a-08.tar", "a-09.tar", "a-10.tar", "b.tar"]
+    first, *rest = found
+    assert tar_index.find(f"{rest[2]}::{first},{rest[0]}::{rest[1]}") == [rest[2], first, *rest[:2]]
+    with pytest.raises(UserError, match=r"no file or folder '.*/c\.tar' \(1 of 2 files are missing\)"):
+        tar_index.find(f"{tmp_path}/b.tar::{tmp_path}/c.tar")
+
+
+@pytest.mark.parametrize(
+    "pattern", ["pipe:curl -s https://me:secret@a/{00..12}.tar", "a.tar::pipe:aws s3 cp s3://b/c.tar -"]
+)
+def test_commands_are_refused_with_what_to_write(pattern):
+    with pytest.raises(UserError, match=r"has a command after pipe:.* write the address .* s3://") as caught:
+        tar_index.find(pattern)
+    assert "secret" not in str(caught.value)

@@ -325,3 +325,63 @@ def test_a_probe_without_a_training_split(tmp_path):
         registry.load(f"probe/folder:{tmp_path}", SIZE)
     with pytest.raises(UserError, match="unknown evaluation set 'probe/nothing'"):
         registry.check("probe/nothing")
+
+
+# Babel-ImageNet.
+
+
+@pytest.fixture
+def babel(tmp_path):
+    """Its two files beside ImageNet's folder of WordNet ids."""
+    rng = np.random.default_rng(0)
+    for i, wnid in enumerate(("n01440764", "n01443537", "n01484850", "n01491361")):
+        (tmp_path / "val" / wnid).mkdir(parents=True)
+        for j in range(1 + i):
+            (tmp_path / "val" / wnid / f"ILSVRC2012_val_{j:08}.JPEG").write_bytes(picture(rng, "jpg"))
+    names = {"DE": [[3, 1, 2], ["Tigerhai", "Goldfisch", "Weißer Hai"]], "NE": [[1], ["सुनौलो माछा"]]}
+    (tmp_path / "babel_imagenet.json").write_text(json.dumps(names))
+    (tmp_path / "nllb_dist13b_prompts.json").write_text(json.dumps({"DE": ["ein Foto von {}.", " {} "]}))
+    return tmp_path / "babel_imagenet.json"
+
+
+def test_babel_imagenet_has_the_classes_of_a_language(babel):
+    data = registry.load(f"babel/de@{babel}", SIZE)
+    assert data.names == ["Tigerhai", "Goldfisch", "Weißer Hai"]
+    assert data.prompts[2] == ["ein Foto von Weißer Hai.", " Weißer Hai "]
+    # Images of classes 1, 2 and 3 of ImageNet, in their order; class 0 has no German name here.
+    assert data.labels.tolist() == [1] * 2 + [2] * 3 + [0] * 4 and len(data.images) == 9
+    whole = registry.load(f"imagenet@{babel.parent / 'val'}", SIZE)
+    for i in range(9):
+        np.testing.assert_array_equal(data.images[i], whole.images[i + 1])
+    assert data.card.templates == "translated (2)" and data.card.metric == "top1"
+    metrics = evaluated(data)
+    assert metrics[f"zeroshot/babel/de@{babel}/n"] == 9 and metrics[f"zeroshot/babel/de@{babel}/ways"] == 3
+    nepali = registry.load(f"babel/NE@{babel}", SIZE)  # without translated templates
+    assert nepali.prompts == [["सुनौलो माछा"]] and nepali.labels.tolist() == [0, 0]
+    assert nepali.card.split_hash != data.card.split_hash
+
+
+def test_babel_imagenet_of_tfds(babel):
+    with tfds.testing.mock_data(as_data_source_fn=records):
+        names = {"DE": [[1, 999], ["Goldfisch", "Klopapier"]]}
+        (babel.parent / "tfds").mkdir()
+        (babel.parent / "tfds" / babel.name).write_text(json.dumps(names))
+        data = registry.load(f"babel/de@{babel.parent / 'tfds' / babel.name}", SIZE)
+    assert data.labels.tolist() == [0, 1] and data.prompts == [["Goldfisch"], ["Klopapier"]]
+    assert data.card.data == "imagenet2012" and data.card.version == "5.1.0"
+
+
+@pytest.mark.parametrize(
+    "language, change, message",
+    [
+        ("fr", None, r"it has no language 'fr'; its languages are DE, NE"),
+        ("de", "[1]", r"is not Babel-ImageNet's file of names"),
+        ("de", '{"DE": 5}', r"is not Babel-ImageNet's file of names"),
+        ("de", "{", r"is not Babel-ImageNet's file of names"),
+    ],
+)
+def test_what_is_not_babel_imagenets_file(babel, language, change, message):
+    if change:
+        babel.write_text(change)
+    with pytest.raises(UserError, match=message):
+        registry.load(f"babel/{language}@{babel}", SIZE)

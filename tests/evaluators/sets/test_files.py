@@ -1,4 +1,5 @@
 import dataclasses
+import gzip
 import json
 
 import numpy as np
@@ -224,3 +225,55 @@ def test_wrong_files_are_one_sentence(spec, content, message, tmp_path):
     with pytest.raises(UserError, match=message) as error:
         load(spec.format(tmp_path))
     assert "\n" not in str(error.value)
+
+
+# Captions in several languages.
+
+
+def test_crossmodal_3600_in_one_language(tmp_path):
+    records = []
+    (tmp_path / "images").mkdir()
+    for i in range(3):
+        PIL.Image.fromarray(np.full((12, 16, 3), 10 * i, np.uint8)).save(tmp_path / "images" / f"{i:016x}.jpg")
+        texts = {lang: [f"{lang} {i} {j}" for j in range(1 + i)] for lang in ("de", "quz")}
+        captions = {
+            lang: {"caption": c, "caption/tokenized": c, "caption/tokenized/lowercase": c} for lang, c in texts.items()
+        }
+        records.append({"image/key": f"{i:016x}", "image/locale": "de"} | captions)
+    (tmp_path / "captions.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    data = load(f"xm3600/quz@{tmp_path}", Profile(published_prefix="a photo of "))
+    assert data.captions == [[f"quz {i} {j}" for j in range(1 + i)] for i in range(3)]  # the prefix is English
+    assert [image[0, 0, 0] for image in data.images] == [0, 10, 20] and data.card.data == "xm3600/quz"
+    assert evaluate(data)[f"retrieval/xm3600/quz@{tmp_path}/captions"] == 6
+    first = load(
+        f"xm3600/de@{tmp_path}", Profile(captions=1, prefix="x ")
+    )  # clip_benchmark's protocol: the first caption
+    assert first.captions == [["x de 0 0"], ["x de 1 0"], ["x de 2 0"]]
+    with pytest.raises(UserError, match=r"it has no captions in 'fr'; its languages are de, quz"):
+        load(f"xm3600/fr@{tmp_path}")
+    assert registry.check(f"xm3600/de@{tmp_path}").shows(f"xm3600/de@{tmp_path}") == "captions"
+    for spec in ("xm3600", "xm3600@x", "multi30k/@x", "multi30k/de"):
+        with pytest.raises(UserError, match="unknown evaluation set"):
+            registry.check(spec)
+
+
+def test_multi30k(tmp_path):
+    """Five captions of task 2 in German, one of task 1 in French, in the order of the list of images."""
+    names = ["1007129816.jpg", "1009434119.jpg"]
+    for folder in ("images", "task1/raw", "task2/raw", "task1/image_splits"):
+        (tmp_path / folder).mkdir(parents=True)
+    for i, name in enumerate(names):
+        PIL.Image.fromarray(np.full((12, 16, 3), 10 * i, np.uint8)).save(tmp_path / "images" / name)
+    (tmp_path / "task1/image_splits/test_2016_flickr.txt").write_text("".join(f"{name}\n" for name in names))
+    for i in range(1, 6):
+        lines = f"Ein Mann\u2028 {i}.\nZwei Männer {i}.\n"
+        (tmp_path / f"task2/raw/test_2016.{i}.de.gz").write_bytes(gzip.compress(lines.encode()))
+    for lang in ("de", "fr"):
+        (tmp_path / f"task1/raw/test_2016_flickr.{lang}.gz").write_bytes(gzip.compress(b"Un homme.\nDeux hommes.\n"))
+    german, french = (load(f"multi30k/{lang}@{tmp_path}") for lang in ("de", "fr"))
+    assert german.captions[0] == [f"Ein Mann\u2028 {i}." for i in range(1, 6)] and len(german.captions) == 2
+    assert french.captions == [["Un homme."], ["Deux hommes."]]
+    assert [image[0, 0, 0] for image in french.images] == [0, 10]
+    assert evaluate(german)[f"retrieval/multi30k/de@{tmp_path}/captions"] == 10
+    with pytest.raises(UserError, match=r"multi30k/cs: .* is not in the published layout .*test_2016_flickr\.cs\.gz"):
+        load(f"multi30k/cs@{tmp_path}")

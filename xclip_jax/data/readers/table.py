@@ -15,6 +15,7 @@ from xclip_jax.core.errors import BadSample, UserError, first_line, public
 from xclip_jax.data import labelled
 from xclip_jax.data.base import MAX_BYTES, Form, Record, Source, SourceKind, SourceOptions, check_columns
 from xclip_jax.data.text import decode_utf8, json_strings, read_csv, strip_texts
+from xclip_jax.data.tokenizer import clip_captions
 
 # CSV tables of at most this number of bytes are hashed as a whole for their fingerprint.
 _HASHED_WHOLE = 1 << 30
@@ -105,8 +106,15 @@ class ColumnSource(Source):
 
     def _texts(self, key: str, index: int) -> str | list[str]:
         name = key.partition("/")[0]
-        values = json_strings({name: self.columns[name][index].as_py()}, key)
+        value = self.columns[name][index].as_py()
+        if isinstance(value, list) and value and isinstance(value[0], int | float):
+            return clip_captions(value)
+        values = json_strings({name: value}, key)
         return values[0] if len(values) == 1 else values
+
+    def texts(self, index: int) -> list[list[str]]:
+        """Return the strings of a row in each column of captions, without reading its image."""
+        return [strip_texts(self._texts(key, index)) for key in self.options.text_keys]
 
     def __getitem__(self, index: int) -> Record:
         if not 0 <= index < len(self):

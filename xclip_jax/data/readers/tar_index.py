@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import pathlib
 import random
+import re
 import sys
 import tarfile
 import time
@@ -37,6 +38,7 @@ _FOLDER = ".xclip_index"
 _CHUNK = 1 << 20
 _REMOTE_BLOCK = 8 << 20
 _PROGRESS_SECONDS = 10
+_PIPE = re.compile(r"(?:^|,|::)\s*pipe:")
 _FIELDS = [*MAX_BYTES, *(f"{part}_size" for part in MAX_BYTES), "fault"]
 _MOST_REFUSED = 100  # headers of a tar that `tarfile` refuses; behind more of them it is not read
 
@@ -234,7 +236,16 @@ def load(tars: Sequence[str], *, processes: int | None = None) -> list[pathlib.P
 
 
 def find(pattern: str) -> list[str]:
-    """Return the tars of a local folder, whose name may have any letters, or the files from `storage.expand`."""
+    """Return the tars of a local folder, whose name may have any letters, or the files from `storage.expand`.
+
+    Between tars "::" separates as a comma does, as for webdataset. `UserError` for its "pipe:COMMAND".
+    """
+    if _PIPE.search(pattern):
+        raise UserError(
+            f"{public(pattern)!r} has a command after pipe:, and tars are read at random, not from beginning to end; "
+            "write the address that it fetches, https://..., gs://... or s3://..., or download the tars."
+        )
+    pattern = pattern.replace(".tar::", ".tar,")
     folder, tars = os.path.expanduser(pattern), []
     if not storage.is_remote(pattern) and os.path.isdir(folder):
         tars = sorted(glob.glob(os.path.join(glob.escape(folder), "*.tar")))

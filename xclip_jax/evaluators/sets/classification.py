@@ -2,17 +2,20 @@
 
 NAME, NAME@PATH, SOURCE, zeroshot/SOURCE, zeroshot/holdout[@RUN]    zero-shot: a set of the table in `published`, a
                                 source of labelled images, or held-out images of a run whose sources have labels
+babel/LANGUAGE@FILE             zero-shot: ImageNet's classes in another language, of Babel-ImageNet's file
 probe/NAME, probe/SOURCE        a linear probe trained on the training split; SOURCE/train and SOURCE/test
 finetuned/SOURCE                labelled items for a model with a classifier
 """
 
 import dataclasses
+import json
+import pathlib
 from typing import Any, ClassVar
 
 import numpy as np
 
 from xclip_jax.core import imports
-from xclip_jax.core.errors import UserError
+from xclip_jax.core.errors import UserError, describe
 from xclip_jax.data import holdout, sources
 from xclip_jax.data.base import SourceOptions
 from xclip_jax.data.config import DataConfig
@@ -29,7 +32,7 @@ from xclip_jax.evaluators.sets.own import captioned, held_out_data, is_holdout
 from xclip_jax.evaluators.sets.published import ENTRIES, PAPER, Content, Entry, read, read_tfds
 from xclip_jax.evaluators.zeroshot import ZeroShotSet
 
-PREFIX, FINETUNED, WDS = "zeroshot/", "finetuned/", "wds:"
+PREFIX, FINETUNED, WDS, BABEL = "zeroshot/", "finetuned/", "wds:", "babel/"
 _IMAGES = [name for name, kind in sources.SOURCES.items() if kind.opens("labels") and kind.labelled_items == "image"]
 
 
@@ -66,6 +69,38 @@ def read_held_out(spec: str, data: DataConfig) -> Content:
     )
 
 
+def read_babel(spec: str, data_dir: str | None) -> Content:
+    """Read `babel/LANGUAGE@FILE`: the classes of ImageNet that Babel-ImageNet (arXiv 2306.08658) has in a language.
+
+    FILE is babel_imagenet.json, {language: [numbers of classes, names]}. Beside it are nllb_dist13b_prompts.json, or a
+    prompt is the name alone, and ImageNet's folder `val`, or the images are read from TFDS.
+    """
+    language, _, location = spec.removeprefix(BABEL).partition("@")
+    path = pathlib.Path(location).expanduser()
+    prompts_path, images = path.with_name("nllb_dist13b_prompts.json"), path.with_name("val")
+    try:
+        names = json.loads(path.read_text(encoding="utf-8"))
+        if language.upper() not in names:
+            raise ValueError(f"it has no language {language!r}; its languages are {', '.join(sorted(names))}")
+        numbers, classes = names[language.upper()]
+        translated = json.loads(prompts_path.read_text(encoding="utf-8")) if prompts_path.is_file() else {}
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{spec}: {location!r} is not Babel-ImageNet's file of names ({describe(error)}).") from error
+    _, _, content = read(f"imagenet@{images}" if images.is_dir() else "imagenet", data_dir)
+    position = np.full(len(content.classes), -1)
+    position[numbers] = np.arange(len(numbers))
+    kept = np.flatnonzero(position[content.labels] >= 0)
+    templates = [text.replace("{}", "{c}") for text in translated.get(language.upper(), ["{}"])]
+    return dataclasses.replace(
+        content,
+        images=Chosen(content.images, kept.tolist()),
+        labels=position[content.labels][kept],
+        classes=classes,
+        identity=[content.identity, *contents(content.images)],
+        templates=templates,
+    )
+
+
 def load(spec: str, prepare: Preprocessing | int, data: DataConfig, profile: Profile) -> ZeroShotSet | RetrievalSet:
     """Open a zero-shot set, or captions in clip_benchmark's layout; images are decoded and preprocessed on access."""
     if spec.startswith(WDS) and _type_of(spec) == wds.CAPTIONS:
@@ -79,6 +114,10 @@ def load(spec: str, prepare: Preprocessing | int, data: DataConfig, profile: Pro
             return own_set(name, read_held_out(spec, data), prepare, profile)
     if sources.has_labels(name, "image"):
         return own_set(name, read_source(name, data.dir or None), prepare, profile)
+    if name.startswith(BABEL):
+        content = read_babel(name, data.dir or None)
+        texts, used = prompts.prompts(content.classes, content.templates), f"translated ({len(content.templates)})"
+        return _make(name, content, Entry(), texts, used, profile.preprocessing(prepare))
     key, entry, content = read(name, data.dir or None)
     classes = content.classes
     if not entry.names:
@@ -217,9 +256,9 @@ def load_finetuned(spec: str, prepare: Preprocessing | int, data: DataConfig, pr
 class ClassSets(SetKind):
     """`NAME` and `NAME@PATH` of the table, `SOURCE` or `zeroshot/SOURCE`, and held-out images."""
 
-    prefixes = (*ENTRIES, *_IMAGES, PREFIX.rstrip("/"))
+    prefixes = (*ENTRIES, *_IMAGES, PREFIX.rstrip("/"), BABEL.rstrip("/"))
     names = (*PAPER, PREFIX + HELD_OUT)
-    at_path = tuple(ENTRIES)
+    at_path = (*ENTRIES, f"{BABEL}LANGUAGE")
     suites: ClassVar = {"paper": (*PAPER, "coco_retrieval")}
     usage = "own data: " + "; ".join(
         [f"{spec}, {what}" for spec, what in sources.usage("labels").items() if spec.partition(":")[0] in _IMAGES]
@@ -232,7 +271,7 @@ class ClassSets(SetKind):
     def knows(cls, spec: str) -> bool:
         """Whether the set or source exists; files are not read."""
         name, at, path = spec.removeprefix(PREFIX).partition("@")
-        if is_holdout(spec, PREFIX) or (name in ENTRIES and bool(path or not at)):
+        if is_holdout(spec, PREFIX) or (name in ENTRIES and bool(path or not at)) or (name.startswith(BABEL) and path):
             return True
         return sources.has_labels(spec.removeprefix(PREFIX), "image")
 

@@ -7,9 +7,13 @@ glue/NAME@FOLDER, glue/NAME         GLUE: train.tsv and dev.tsv, or TFDS
 coco_retrieval@dataset_coco.json, flickr30k_retrieval@dataset_flickr30k.json    Karpathy's captions; the images are
                                     in the JSON's folder or in the folders that it names
 coco_retrieval                      coco_captions of TFDS, whose test split is Karpathy's
+xm3600/LANGUAGE@FOLDER              captions.jsonl of Crossmodal-3600, and its images
+multi30k/LANGUAGE@FOLDER            the folder data of Multi30K's repository, with Flickr30k's images in FOLDER/images
 """
 
 import csv
+import dataclasses
+import gzip
 import json
 import math
 import pathlib
@@ -209,6 +213,25 @@ def karpathy(name: str, path: pathlib.Path, prepare: Preprocessing | int, profil
     return captioned(f"{name}@{path}", images, captions, ids, prepare, profile, data=name, split="Karpathy test")
 
 
+def xm3600(language: str, path: pathlib.Path) -> tuple[Paths, list[list[str]]]:
+    """Read images and captions of Crossmodal-3600 (arXiv 2205.12522)."""
+    records = [json.loads(line) for line in _lines(path / "captions.jsonl")]
+    if language not in records[0]:
+        known = ", ".join(sorted(key for key, value in records[0].items() if isinstance(value, dict)))
+        raise ValueError(f"it has no captions in {language!r}; its languages are {known}")
+    images = Paths([path / "images" / f"{record['image/key']}.jpg" for record in records])
+    return images, [[join_surrogates(text) for text in record[language]["caption"]] for record in records]
+
+
+def multi30k(language: str, path: pathlib.Path) -> tuple[Paths, list[list[str]]]:
+    """Read the test split of 2016: five captions in English and German, one translation in French and Czech."""
+    several = sorted((path / "task2" / "raw").glob(f"test_2016.*.{language}.gz"))
+    files = several or [path / "task1" / "raw" / f"test_2016_flickr.{language}.gz"]
+    columns = [gzip.decompress(file.read_bytes()).decode("utf-8").rstrip("\n").split("\n") for file in files]
+    images = Paths([path / "images" / name for name in _lines(path / "task1/image_splits/test_2016_flickr.txt")])
+    return images, [list(texts) for _, *texts in zip(images.paths, *columns, strict=True)]
+
+
 def coco_captions(name: str, data_dir: str | None, prepare: Preprocessing | int, profile: Profile) -> RetrievalSet:
     """Read Karpathy's test split of COCO from TFDS."""
     source, info = open_tfds("coco_captions", "test", data_dir)
@@ -227,6 +250,7 @@ READERS: Mapping[str, Callable[[str, pathlib.Path], SimilaritySet | ProbeSet]] =
 GLUE = tuple(f"glue/{task}" for task in tasks.TASKS)
 IN_TFDS = ("coco_retrieval", "trec", *GLUE)
 RETRIEVAL = ("coco_retrieval", "flickr30k_retrieval")
+LANGUAGES = {"xm3600": xm3600, "multi30k": multi30k}
 
 
 def load(
@@ -240,6 +264,11 @@ def load(
             return glue(name, location, data_dir)
         if spec == "trec":
             return trec(data_dir)
+        family, _, language = name.partition("/")
+        if family in LANGUAGES:
+            images, captions = LANGUAGES[family](language, path.expanduser())
+            plain = dataclasses.replace(profile, prefix=profile.prefix or "")  # a profile's prefix is English
+            return captioned(spec, images, captions, contents(images), prepare, plain, data=name, split="test")
         if name in RETRIEVAL and location:
             return karpathy(name, path, prepare, profile)
         if name in RETRIEVAL:
@@ -254,18 +283,19 @@ def load(
 class FileSets(SetKind):
     """Sets of texts and captions in their published layout, and from TFDS."""
 
-    prefixes = tuple(dict.fromkeys([*READERS, *RETRIEVAL, "glue"]))
+    prefixes = tuple(dict.fromkeys([*READERS, *RETRIEVAL, *LANGUAGES, "glue"]))
     names = IN_TFDS
-    at_path = (*READERS, *RETRIEVAL, *GLUE)
+    at_path = (*READERS, *RETRIEVAL, *(f"{name}/LANGUAGE" for name in LANGUAGES), *GLUE)
     load = staticmethod(load)
 
     @classmethod
     def knows(cls, spec: str) -> bool:
         """Whether `spec` names a set of this module; the path is not checked."""
         name, _, path = spec.partition("@")
-        return (bool(path) and name in cls.at_path) or spec in IN_TFDS
+        in_language = name.partition("/")[0] in LANGUAGES and bool(name.partition("/")[2])
+        return (bool(path) and (name in cls.at_path or in_language)) or spec in IN_TFDS
 
     @classmethod
     def shows(cls, spec: str) -> str:
         """Return "captions" for sets of captions."""
-        return "captions" if spec.partition("@")[0] in RETRIEVAL else ""
+        return "captions" if spec.partition("@")[0].partition("/")[0] in (*RETRIEVAL, *LANGUAGES) else ""

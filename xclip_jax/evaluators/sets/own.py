@@ -52,15 +52,20 @@ def held_out_data(spec: str, data: DataConfig) -> DataConfig:
     return data
 
 
-def named_columns(name: str, data: DataConfig) -> tuple[str, DataConfig]:
-    """Split "?image=COLUMN&text=COLUMN" from a source's spec; return the spec, and `data` with these columns.
+def query_columns(name: str) -> tuple[str, dict[str, list[str]]]:
+    """Split "?image=COLUMN&text=COLUMN" from a source's spec; return the spec, and the columns by key.
 
-    Both keys are optional, and `text` may be repeated; in names %26 is & and %2C a comma. A question mark with another
-    meaning, as in a pattern of files, stays.
+    In names %26 is & and %2C a comma. A question mark with another meaning, as in a pattern of files, stays.
     """
     source_name, _, query = name.rpartition("?")
     columns = urllib.parse.parse_qs(query)
-    if not source_name or not columns or columns.keys() - {"image", "text"}:
+    return (source_name, columns) if source_name and columns.keys() & {"image", "text"} else (name, {})
+
+
+def named_columns(name: str, data: DataConfig) -> tuple[str, DataConfig]:
+    """Return the spec of `query_columns`, and `data` with its columns; both keys are optional, `text` is repeatable."""
+    source_name, columns = query_columns(name)
+    if columns.keys() - {"image", "text"}:
         return name, data
     columns = {"image": [data.image_key], "text": data.text_keys} | columns
     return source_name, dataclasses.replace(data, image_key=columns["image"][0], text_keys=tuple(columns["text"]))

@@ -263,4 +263,6 @@ class DenseSets(SetKind):
             preprocessing=prepare.resizing,
             metric="miou",
         )
-        return DenseSet(spec, ["pet", "background"], train, MaskedImages([], []), test, prepare, card)
+        classes, none = ["pet", "background"], MaskedImages([], [])
+        texts = prompts.prompts(classes, prompts.chosen("imagenet", profile))
+        return DenseSet(spec, classes, train, none, test, prepare, card, texts)

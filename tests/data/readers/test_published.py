@@ -1,0 +1,122 @@
+"""Published sets by name, from a stand-in of the Hub with the layout of the copies."""
+
+import io
+import pathlib
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from xclip_jax.core.errors import UserError
+from xclip_jax.data import sources, tokenizer
+from xclip_jax.data.base import SourceOptions
+from xclip_jax.data.readers.published import PUBLISHED
+
+huggingface_hub = pytest.importorskip("huggingface_hub")
+DOCS = pathlib.Path(__file__).parents[3] / "docs"
+
+
+def png(i):
+    content = io.BytesIO()
+    Image.fromarray(np.random.default_rng(i).integers(0, 256, (9, 8, 3), np.uint8)).save(content, "png")
+    return content.getvalue()
+
+
+def tar(numbers):
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w") as out:
+        for i in numbers:
+            for suffix, data in ((".png", png(i)), (".txt", f"picture {i}".encode())):
+                member = tarfile.TarInfo(f"{i:09d}{suffix}")
+                member.size = len(data)
+                out.addfile(member, io.BytesIO(data))
+    return content.getvalue()
+
+
+@pytest.fixture
+def hub(server, tmp_path, monkeypatch):
+    """The stand-in where `datasets` and the file system of the Hub look for it too."""
+    datasets = pytest.importorskip("datasets")
+    template = f"{server.url}/datasets/{{repo_id}}/resolve/{{revision}}/{{path}}"
+    settings = {"HF_ENDPOINT": server.url, "HUB_DATASETS_URL": template, "HF_HUB_OFFLINE": False,
+                "USE_PARQUET_EXPORT": False, "HF_DATASETS_CACHE": tmp_path / "datasets"}  # fmt: skip
+    for name, value in settings.items():
+        monkeypatch.setattr(datasets.config, name, value)
+    monkeypatch.setenv("XCLIP_CACHE", str(tmp_path / "indexes"))
+    huggingface_hub.HfFileSystem.clear_instance_cache()
+    yield server
+    huggingface_hub.HfFileSystem.clear_instance_cache()
+
+
+@pytest.mark.parametrize("name", ["cc3m", "cc12m"])
+def test_tars_are_read_in_place(hub, name, capsys, monkeypatch):
+    """Indexed once, and then a range of bytes a sample, without what follows it."""
+    files = {f"{name}-train-0000.tar": tar(range(3)), f"{name}-train-0001.tar": tar(range(3, 7))}
+    hub.add(f"pixparse/{name}-wds", files | {f"{name}-validation-0000.tar": tar([9])})
+    source = sources.open_pairs(f"published:{name}")
+    assert len(source) == 7
+    file, ranges = huggingface_hub.hf_file_system.HfFileSystemFile, []
+    fetch = file._fetch_range
+    monkeypatch.setattr(file, "_fetch_range", lambda self, *ends: ranges.append(ends) or fetch(self, *ends))
+    assert source[5]["image"] == png(5) and source[5]["text"] == ["picture 5"]
+    assert sum(end - start for start, end in ranges) <= 2 * (len(png(5)) + 4 * 512)  # two reads
+    assert f"published:{name} is tar:hf://datasets/pixparse/{name}-wds/{name}-train-*.tar, " in capsys.readouterr().out
+    assert source.fingerprint()["samples"] == 7
+
+
+def test_captions_that_are_ids_are_spelt(hub):
+    """YFCC15M's copy: `images` with bytes, `texts` with lists of ids, as float32, of one caption or several."""
+    datasets = pytest.importorskip("datasets")
+    captions = [["a fox, at 7 o'clock"], ["a hen", "a white hen in a yard"]]
+    ids = [tokenizer.load("clip")(texts, 77).ravel().astype(np.float32) for texts in captions]
+    features = datasets.Features({"images": datasets.Image(), "texts": datasets.Sequence(datasets.Value("float32"))})
+    images = [{"bytes": png(i), "path": None} for i in range(2)]
+    content = io.BytesIO()
+    datasets.Dataset.from_dict({"images": images, "texts": ids}, features).to_parquet(content)
+    hub.add("Kaichengalex/YFCC15M", {"data/train-00000-of-00001.parquet": content.getvalue()})
+    source = sources.open_pairs("published:yfcc15m")
+    texts = [["a fox , at 7 o ' clock"], captions[1]]
+    assert [source[i]["text"] for i in range(2)] == texts and source[1]["image"] == png(1)
+    spelt = tokenizer.load("clip")([text for row in texts for text in row], 77)
+    np.testing.assert_array_equal(spelt, np.concatenate(ids).reshape(-1, 77))
+    prints = {source.fingerprint()["hash"], sources.open_pairs("published:yfcc15m").fingerprint()["hash"]}
+    assert len(prints) == 1
+
+
+def test_columns_of_the_config_come_first(hub):
+    datasets = pytest.importorskip("datasets")
+    content = io.BytesIO()
+    rows = {"picture": [{"bytes": png(0), "path": None}], "title": ["a fox"]}
+    features = datasets.Features({"picture": datasets.Image(), "title": datasets.Value("string")})
+    datasets.Dataset.from_dict(rows, features).to_parquet(content)
+    hub.add("Kaichengalex/YFCC15M", {"data/train-00000-of-00001.parquet": content.getvalue()})
+    options = SourceOptions(image_key="picture", text_keys=("title",))
+    assert sources.open_pairs("published:yfcc15m", options)[0]["text"] == ["a fox"]
+    with pytest.raises(UserError, match="has no column 'images'; its columns are 'picture', 'title'"):
+        sources.open_pairs("published:yfcc15m")
+
+
+@pytest.mark.parametrize("name", ["cc3m", "yfcc15m"])
+def test_a_copy_that_is_gone_has_its_alternatives(hub, name):
+    with pytest.raises(UserError) as caught:
+        sources.open_pairs(f"published:{name}")
+    message = str(caught.value)
+    assert message.startswith(f"published:{name} cannot be read: ") and message.count("\n") == 0
+    for part in (f"data={name},root=FOLDER (FOLDER/{name}/*.tar)", "img2dataset", "hf:ORG/NAME/train"):
+        assert part in message, message
+
+
+def test_a_set_of_links_says_how_to_fetch_it(hub):
+    with pytest.raises(UserError, match=r"only the links of datacomp-small .* and no images; .*download_upstream\.py"):
+        sources.open_pairs("published:datacomp-small")
+    with pytest.raises(UserError, match="published set is 'cc4m'; it must be one of 'cc3m'"):
+        sources.open_pairs("published:cc4m")
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_docs_have_each_row(name):
+    row, page = PUBLISHED[name], (DOCS / "data.md").read_text()
+    (line,) = [line for line in page.splitlines() if line.startswith(f"| `{name}` |")]
+    for part in (f"{row.pairs:,}", row.licence, row.page, row.spec.rpartition(":")[2] or "links"):
+        assert part in line, part

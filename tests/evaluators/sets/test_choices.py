@@ -1,0 +1,243 @@
+"""Sets of texts to choose from, in the layouts of their authors, and from tables and the Hub."""
+
+import json
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from tests.helpers.encoding import SIZE, make_encoder, small_model
+from xclip_jax.core.errors import UserError
+from xclip_jax.data.config import DataConfig
+from xclip_jax.evaluators import registry
+from xclip_jax.evaluators.prompts import PROFILES, Profile
+from xclip_jax.evaluators.sets import choices
+
+
+def load(spec, **options):
+    registry.check(spec)
+    return registry.load(spec, SIZE, **options)
+
+
+def picture(path, seed=0, shape=(12, 16)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (*shape, 3), np.uint8)
+    PIL.Image.fromarray(pixels).save(path)
+    return pixels
+
+
+def evaluate(data):
+    return registry.evaluator(make_encoder(), data).run(small_model()[1])
+
+
+@pytest.fixture
+def sugarcrepe(tmp_path):
+    """As in the repository's data/*.json, beside COCO's folder; numbers of the records are not contiguous."""
+    for part, count in {"add_att": 3, "swap_obj": 2}.items():
+        records = {
+            str(2 * i): {"filename": f"{i % 2:012}.jpg", "caption": f"{part} {i}", "negative_caption": f"wrong {i}"}
+            for i in range(count)
+        }
+        (tmp_path / f"{part}.json").write_text(json.dumps(records))
+    for part in ("add_obj", "replace_att", "replace_obj", "replace_rel", "swap_att"):
+        record = {"filename": "000000000001.jpg", "caption": part, "negative_caption": "no"}
+        (tmp_path / f"{part}.json").write_text(json.dumps({"0": record}))
+    for i in range(2):
+        picture(tmp_path / "val2017" / f"{i:012}.jpg", i)
+    return tmp_path
+
+
+def test_sugarcrepe(sugarcrepe):
+    data = load(f"sugarcrepe/add_att@{sugarcrepe}")
+    assert [list(texts) for texts in data.texts] == [[f"add_att {i}", f"wrong {i}"] for i in range(3)]
+    assert len(data.images) == 2 and data.pictures.tolist() == [[0], [1], [0]] and not data.groups
+    assert (data.card.data, data.card.metric) == ("sugarcrepe/add_att", "accuracy")
+    metrics = evaluate(data)
+    assert f"choice/sugarcrepe/add_att@{sugarcrepe}/accuracy" in metrics
+    whole = load(f"sugarcrepe@{sugarcrepe}")
+    assert {part: int(mask.sum()) for part, mask in whole.groups.items()} == {
+        "add_att": 3, "add_obj": 1, "replace_att": 1, "replace_obj": 1, "replace_rel": 1, "swap_att": 1, "swap_obj": 2
+    }  # fmt: skip
+    assert f"choice/sugarcrepe@{sugarcrepe}/swap_obj/accuracy" in evaluate(whole)
+    assert whole.card.split_hash != data.card.split_hash
+
+
+def test_texts_follow_the_command_but_not_the_prefix_of_the_profile(sugarcrepe):
+    spec = f"sugarcrepe/swap_obj@{sugarcrepe}"
+    assert load(spec, profile=PROFILES["openai"]).texts[1] == ["swap_obj 1", "wrong 1"]
+    changed = load(spec, profile=Profile(prefix="A photo of ", lower=True, captions=1))
+    assert changed.texts[1] == ["A photo of swap_obj 1", "A photo of wrong 1"]
+    assert changed.card.templates == "A photo of TEXT"
+
+
+def aro(folder, name):
+    records = []
+    relations = ["on", "near", "on", "to the left of"]
+    for i in range(30):
+        picture(folder / "images" / f"{i}.jpg", i)
+        record = {
+            "image_id": str(i), "image_path": f"{i}.jpg", "bbox_x": 3 + (i == 1) * 10, "bbox_y": 2, "bbox_w": 9,
+            "bbox_h": 8, "true_caption": f"the cat is on mat {i}", "false_caption": f"mat {i} is on the cat",
+        }  # fmt: skip
+        own = {"relation_name": relations[i % 4]} if name == "relation" else {
+            "attributes": ["white", "old"] if i < 26 else ["old", "white"], "obj1_name": "cat", "obj2_name": "mat"
+        }  # fmt: skip
+        records.append(record | own)
+    (folder / f"visual_genome_{name}.json").write_text(json.dumps(records))
+
+
+def test_aros_relations(tmp_path):
+    """Macro accuracy as its notebook has it, without symmetric relations; images are cut as Pillow's crop does."""
+    aro(tmp_path, "relation")
+    data = load(f"aro/vg_relation@{tmp_path}")
+    assert data.texts[3] == ["the cat is on mat 3", "mat 3 is on the cat"] and len(data.images) == 30
+    assert {part: int(mask.sum()) for part, mask in data.groups.items()} == {"on": 15, "to the left of": 7}
+    for i in (0, 1):  # the second box reaches beyond the image
+        with PIL.Image.open(tmp_path / "images" / f"{i}.jpg") as image:
+            part = image.crop((3 + 10 * i, 2, 12 + 10 * i, 10))
+        np.testing.assert_array_equal(data.images[i], PROFILES["openai"].preprocessing(SIZE)(np.asarray(part)))
+    results = registry.measure(registry.evaluator(make_encoder(), data), small_model()[1])
+    by_key = {result.key: result for result in results}
+    right = by_key["accuracy"].items.values
+    macro = np.mean([right[mask].mean() for mask in data.groups.values()])
+    assert by_key["macro_accuracy"].value == pytest.approx(100 * macro) and by_key["macro_accuracy"].headline
+    assert "macro_accuracy" in {result.key for result in results if result.items is not None}
+
+
+def test_aros_pairs_of_attributes_need_25_items(tmp_path):
+    aro(tmp_path, "attribution")
+    data = load(f"aro/vg_attribution@{tmp_path}")
+    assert {part: int(mask.sum()) for part, mask in data.groups.items()} == {"white_old": 26}
+
+
+def test_the_box_belongs_to_the_identity(tmp_path):
+    aro(tmp_path, "relation")
+    before = load(f"aro/vg_relation@{tmp_path}").card.split_hash
+    path = tmp_path / "visual_genome_relation.json"
+    path.write_text(path.read_text().replace('"bbox_w": 9', '"bbox_w": 8'))
+    assert load(f"aro/vg_relation@{tmp_path}").card.split_hash != before
+
+
+def test_damaged_layouts(sugarcrepe, tmp_path):
+    (sugarcrepe / "val2017" / f"{1:012}.jpg").unlink()
+    with pytest.raises(UserError, match=r"sugarcrepe: .* is not in the published layout .*000000000001\.jpg"):
+        load(f"sugarcrepe@{sugarcrepe}")
+    (sugarcrepe / "add_att.json").write_text("[]")
+    with pytest.raises(UserError, match=r"sugarcrepe/add_att: .* is not in the published layout"):
+        load(f"sugarcrepe/add_att@{sugarcrepe}")
+    with pytest.raises(UserError, match=r"aro/vg_relation: .*visual_genome_relation\.json"):
+        load(f"aro/vg_relation@{tmp_path}")
+    for spec in ("sugarcrepe", "sugarcrepe/add@x", "aro@x", "winoground@"):
+        with pytest.raises(UserError, match="unknown evaluation set"):
+            registry.check(spec)
+
+
+# Tables and the Hub.
+
+
+@pytest.fixture
+def table(tmp_path):
+    for i in range(4):
+        picture(tmp_path / f"{i}.png", i)
+    rows = [
+        "file,good,bad,worse,kind",
+        *(f'{i}.png,"a {i}, b",c {i},{"" if i == 2 else f"d {i}"},k{i % 2}' for i in range(4)),
+    ]
+    path = tmp_path / "items.csv"
+    path.write_text("\n".join(rows) + "\n")
+    return path
+
+
+def test_rows_of_a_table(table):
+    data = load(f"choice/csv:{table}?image=file&text=good&text=bad&text=worse&group=kind")
+    assert [list(texts) for texts in data.texts] == [
+        ["a 0, b", "c 0", "d 0"], ["a 1, b", "c 1", "d 1"], ["a 2, b", "c 2"], ["a 3, b", "c 3", "d 3"]
+    ]  # fmt: skip
+    assert list(data.groups) == ["k0", "k1"] and data.card.metric == "accuracy"
+    results = registry.measure(registry.evaluator(make_encoder(), data), small_model()[1])
+    chance = {result.key: result.chance for result in results}
+    assert chance["accuracy"] == pytest.approx(100 * (1 / 3 + 1 / 3 + 1 / 2 + 1 / 3) / 4)
+    of_keys = load(f"choice/csv:{table}", data=DataConfig(image_key="file", text_keys=("good", "bad")))
+    assert of_keys.texts[3] == ["a 3, b", "c 3"] and not of_keys.groups
+
+
+def test_an_image_that_is_missing_counts_as_wrong(table, monkeypatch):
+    monkeypatch.setattr("xclip_jax.evaluators.encoder.MAX_UNREADABLE", 0.5)
+    (table.parent / "1.png").unlink()
+    data = load(f"choice/csv:{table}?image=file&text=good&text=bad")
+    results = registry.measure(registry.evaluator(make_encoder(), data), small_model()[1])
+    (accuracy,) = (result for result in results if result.key == "accuracy")
+    assert accuracy.n == 4 and accuracy.items.values[1] == 0
+    assert results[-1].metric == "unreadable" and results[-1].value == 1
+
+
+@pytest.mark.parametrize(
+    "columns, message",
+    [
+        ("?image=file&text=worse&text=bad", "row 2 has no text in column 'worse'; add it, or delete the row"),
+        ("?image=file&text=right", r"no column 'right'; .*; name its columns, choice/SOURCE\?image=COLUMN&text=RIGHT"),
+        ("?image=file&text=good", "item 0 has 1 texts; an image needs two or more"),
+        ("?image=file&image=file&text=good&text=bad&text=worse", "item 0 has 3 texts; two images need two texts"),
+    ],
+)
+def test_columns_that_do_not_fit(table, columns, message):
+    with pytest.raises(UserError, match=message):
+        load(f"choice/csv:{table}{columns}")
+
+
+def test_a_source_without_columns(pairs):
+    with pytest.raises(UserError, match="has no columns; write its texts into a table, csv:, parquet: or hf:"):
+        load(f"choice/folder:{pairs}")
+
+
+@pytest.fixture
+def winoground(tmp_path, monkeypatch):
+    """The columns of facebook/winoground, as a parquet file."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache of datasets")
+    datasets.disable_progress_bars()
+    for i in range(10):
+        picture(tmp_path / f"ex_{i // 2}_img_{i % 2}.png", i)
+    columns = {
+        f"image_{j}": [{"bytes": (tmp_path / f"ex_{i}_img_{j}.png").read_bytes(), "path": None} for i in range(5)]
+        for j in (0, 1)
+    }
+    columns |= {f"caption_{j}": [f"{'ab'[j]} on {'ba'[j]} {i}" for i in range(5)] for j in (0, 1)}
+    columns |= {"id": list(range(5)), "collapsed_tag": ["Object", "Relation", "Both", "Object", "Relation"]}
+    rows = datasets.Dataset.from_dict(columns)
+    for j in (0, 1):
+        rows = rows.cast_column(f"image_{j}", datasets.Image())
+    path = tmp_path / "test-00000-of-00001.parquet"
+    rows.to_parquet(str(path))
+    return path
+
+
+def test_winoground_of_the_hub_and_of_a_file(winoground, server, monkeypatch):
+    for name, value in {
+        "HF_ENDPOINT": server.url,
+        "HUB_DATASETS_URL": f"{server.url}/datasets/{{repo_id}}/resolve/{{revision}}/{{path}}",
+        "HF_HUB_OFFLINE": False,
+        "USE_PARQUET_EXPORT": False,
+    }.items():
+        monkeypatch.setattr(f"datasets.config.{name}", value)
+    server.add("facebook/winoground", {"data/test-00000-of-00001.parquet": winoground.read_bytes()})
+    of_hub, of_file = load("winoground"), load(f"winoground@parquet:{winoground}")
+    for data in (of_hub, of_file):
+        assert data.pictures.shape == (5, 2) and list(data.groups) == ["Object", "Relation", "Both"]
+        assert data.texts[3] == ["a on b 3", "b on a 3"] and data.card.metric == "group_score"
+    for i in range(5):
+        for j in (0, 1):
+            with PIL.Image.open(winoground.parent / f"ex_{i}_img_{j}.png") as image:
+                expected = PROFILES["openai"].preprocessing(SIZE)(np.asarray(image))
+            np.testing.assert_array_equal(of_hub.images[of_hub.pictures[i, j]], expected)
+            np.testing.assert_array_equal(of_file.images[of_file.pictures[i, j]], expected)
+    assert of_hub.card.split_hash == of_file.card.split_hash
+    metrics = evaluate(of_hub)
+    assert metrics["choice/winoground/n"] == 5 and "choice/winoground/Object/group_score" in metrics
+    other = load(f"choice/parquet:{winoground}?image=image_0&text=caption_0&text=caption_1")
+    assert other.pictures.shape == (5, 1) and not other.groups
+
+
+def test_the_list_of_symmetric_relations_is_complete():
+    names = choices._read_json(choices.pathlib.Path(choices.__file__).with_name("aro_symmetric.json"))
+    assert len(names) == len(set(names)) == 157 and {"near", "next to", "touching"} < set(names) and "on" not in names

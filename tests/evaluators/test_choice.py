@@ -1,0 +1,181 @@
+"""The choice of texts and images: against loops, against clip_benchmark's function, ties, chance, unreadable images."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from tests.helpers.encoding import SIZE, by_name, make_encoder, small_model
+from xclip_jax.core.errors import BadSample, UserError
+from xclip_jax.evaluators import choice, registry, tables
+from xclip_jax.evaluators.choice import Choice, ChoiceSet
+
+N = 24
+
+
+def noise(n, seed=0):
+    return list(np.random.default_rng(seed).integers(0, 256, (n, SIZE, SIZE, 3), np.uint8))
+
+
+def words(n, seed=0):
+    rng = np.random.default_rng(seed)
+    return ["".join(map(chr, rng.integers(97, 123, 5))) for _ in range(n)]
+
+
+def single(texts=3, **changes):
+    some = words(N * texts)
+    return ChoiceSet(
+        "set", noise(N), np.arange(N)[:, None], [some[i * texts : (i + 1) * texts] for i in range(N)], **changes
+    )
+
+
+def paired():
+    some = words(2 * N, seed=1)
+    return ChoiceSet("set", noise(2 * N, seed=1), np.arange(2 * N).reshape(N, 2), list(zip(some[::2], some[1::2])))  # noqa: B905
+
+
+def measured(data, embed=8, clusters=10):
+    return Choice(make_encoder(embed, clusters), data).measure(small_model(embed, clusters)[1])
+
+
+def cosines(data):
+    """(images, texts) of each item, by the embeddings of single images and texts."""
+    encoder, variables = make_encoder(), small_model()[1]
+    img = encoder.images(variables, data.images)["embedding"]
+    return [
+        np.array([[z @ encoder.texts(variables, [text])["embedding"][0] for text in texts] for z in img[pictures]])
+        for pictures, texts in zip(data.pictures, data.texts, strict=True)
+    ]
+
+
+def test_one_image_and_several_texts():
+    data = single(3)
+    metrics, items = by_name(measured(data))
+    right = [max(range(3), key=list(scores[0]).__getitem__) == 0 for scores in cosines(data)]
+    assert items["choice/set/accuracy"].values.tolist() == right and 0 < sum(right) < N
+    assert metrics["choice/set/accuracy"] == pytest.approx(100 * np.mean(right))
+    assert metrics["choice/set/n"] == N and metrics["choice/set/ways"] == 3
+
+
+def test_two_images_and_two_texts_are_clip_benchmarks_numbers():
+    peer = pytest.importorskip("clip_benchmark.metrics.image_caption_selection")
+    data = paired()
+    encoder, variables = make_encoder(), small_model()[1]
+
+    class Model:  # the images and texts are numbers
+        def encode_image(self, index):
+            return torch.tensor(encoder.images(variables, data.images)["embedding"])[index[:, 0, 0, 0].long()]
+
+        def encode_text(self, index):
+            texts = [text for item in data.texts for text in item]
+            return torch.tensor(encoder.texts(variables, texts)["embedding"])[index]
+
+    batches = [
+        (torch.tensor(data.pictures[i : i + 6]).float()[..., None, None, None], data.pictures[i : i + 6].tolist())
+        for i in range(0, N, 6)
+    ]
+    expected = peer.evaluate(Model(), batches, torch.tensor, "cpu", amp=False)
+    metrics, items = by_name(measured(data))
+    names = {"text_score": "text_acc", "image_score": "image_acc", "group_score": "acc"}
+    for ours, theirs in names.items():
+        assert metrics[f"choice/set/{ours}"] == pytest.approx(100 * expected[theirs])
+    assert 0 < expected["acc"] <= min(expected["text_acc"], expected["image_acc"])
+    both = items["choice/set/text_score"].values * items["choice/set/image_score"].values
+    assert (items["choice/set/group_score"].values == both).all()
+
+
+def test_the_chance_of_the_three_scores_is_that_of_all_orders():
+    """Independent scores: every order of the four is equally likely."""
+    orders = [np.reshape(order, (2, 2)) for order in itertools.permutations(range(4))]
+    for metric, right in choice._right(orders).items():
+        assert 100 * right.mean() == pytest.approx(choice.PAIRED[metric])
+    assert {r.metric: r.chance for r in measured(single(4)) if r.chance is not None}["accuracy"] == 25
+
+
+def test_equal_scores_are_wrong():
+    data = ChoiceSet("set", noise(2), np.array([[0], [1]]), [["abc", "abc"], ["abcde", "abcde", "x"]])
+    assert by_name(measured(data))[0]["choice/set/accuracy"] == 0
+    tied = choice._right([np.ones((2, 2))])
+    assert not any(right.any() for right in tied.values())
+    assert choice._right([np.array([[np.nan, 0.1]]), np.array([[-np.inf, -np.inf]])])["accuracy"].tolist() == [0, 0]
+
+
+def test_all_scores_of_a_model_with_two_similarities():
+    """ "both" is the sum of the two logits, each over its deviation among the pairs that items have."""
+    data = single(2)
+    encoder, variables = make_encoder(), small_model()[1]
+    first, second = encoder.similarities
+    img = encoder.images(variables, data.images)
+    logits = []
+    for similarity in (first, second):
+        rows = [similarity.rows(encoder.texts(variables, texts)[similarity.feature]) for texts in data.texts]
+        features = img[similarity.feature]
+        logits.append([similarity.scores(features[i : i + 1], y)[similarity.logits][0] for i, y in enumerate(rows)])
+    total = sum(np.array(x) / np.std(x) for x in logits)
+    _, items = by_name(measured(data))
+    assert items["choice/set/both/accuracy"].values.tolist() == (total[:, 0] > total[:, 1]).tolist()
+    clusters = np.array(logits[1])
+    assert items["choice/set/cross_entropy/accuracy"].values.tolist() == (clusters[:, 0] > clusters[:, 1]).tolist()
+    assert "choice/set/clusters/accuracy" not in items and "choice/set/cosine/accuracy" in items
+    names = {name.rpartition("/")[0] for name in by_name(measured(data, clusters=0))[1]}
+    assert names == {"choice/set"}
+
+
+def test_the_mean_over_parts():
+    groups = {"few": np.arange(N) < 4, "many": (np.arange(N) >= 4) & (np.arange(N) < 20)}  # the last are in no part
+    results = {r.key: r for r in measured(single(2, groups=groups)) if not r.score}
+    values = results["accuracy"].items.values
+    expected = {"few": 100 * values[:4].mean(), "many": 100 * values[4:20].mean()}
+    assert {key: results[f"{key}/accuracy"].value for key in groups} == pytest.approx(expected)
+    assert results["macro_accuracy"].value == pytest.approx(np.mean(list(expected.values())))
+    assert results["accuracy"].value == pytest.approx(100 * values.mean())
+    assert results["macro_accuracy"].items.value() == pytest.approx(results["macro_accuracy"].value)
+    assert results["few/accuracy"].n == 4 and results["macro_accuracy"].chance == 50
+
+
+def test_items_of_one_image_are_resampled_together():
+    data = ChoiceSet("set", noise(3), np.array([[0], [0], [1], [2]]), [words(2, i) for i in range(4)])
+    assert by_name(measured(data))[1]["choice/set/accuracy"].groups.tolist() == [0, 0, 1, 2]
+    assert by_name(measured(single()))[1]["choice/set/accuracy"].groups is None
+
+
+@pytest.mark.parametrize("make", [single, paired])
+def test_an_unreadable_image_is_wrong_and_changes_no_other_item(make):
+    class Broken(list):
+        def __getitem__(self, i):
+            if i == 1:
+                raise BadSample("not an image")
+            return super().__getitem__(i)
+
+    whole = make()
+    data = ChoiceSet("set", Broken(whole.images), whole.pictures, whole.texts)
+    results = registry.measure(Choice(make_encoder(), data), small_model()[1])
+    before, after = by_name(measured(whole))[1], by_name(results)[1]
+    item = 1 if make is single else 0
+    rest = np.arange(N) != item
+    assert before.keys() == after.keys() and by_name(results)[0]["choice/set/unreadable"] == 1
+    for key, items in after.items():
+        assert items.values[item] == 0
+        if "/both/" not in key:
+            assert (items.values[rest] == before[key].values[rest]).all()
+
+
+def test_a_table_of_each_form():
+    both = tables.render(registry.measure(Choice(make_encoder(), single(2)), small_model()[1]))
+    assert "choice of texts, %" in both and "(50.0)" in both and "clusters" in both
+    assert "group" in tables.render(measured(paired())) and "(16.7)" in tables.render(measured(paired()))
+
+
+@pytest.mark.parametrize(
+    "pictures, texts, message",
+    [
+        ([[0]], [["a"]], "item 0 has 1 texts; an image needs two or more"),
+        ([[0, 1]], [["a", "b", "c"]], "item 0 has 3 texts; two images need two texts"),
+        ([[0, 1, 2]], [["a", "b"]], "1 items of 3 images; give each 1 or 2"),
+        (np.zeros((0, 1)), [], "0 items of 0 images"),
+    ],
+)
+def test_what_is_no_item(pictures, texts, message):
+    with pytest.raises(UserError, match=f"set: {message}"):
+        ChoiceSet("set", noise(3), np.array(pictures), texts)

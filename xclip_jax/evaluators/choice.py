@@ -1,0 +1,132 @@
+"""Choice between texts that differ in few words: an image and several texts, or two images and their two texts.
+
+Equal scores are wrong: Winoground (arXiv 2204.03162) defines its scores by strict inequalities, and the code of
+SugarCrepe (arXiv 2306.14610) and ARO (arXiv 2210.01936) does the same for one image.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import numpy as np
+
+from xclip_jax.core.errors import UserError
+from xclip_jax.evaluators import zeroshot
+from xclip_jax.evaluators.base import Column, Evaluator, Layout
+from xclip_jax.evaluators.results import Provenance, Result
+from xclip_jax.evaluators.statistics import PerExample
+from xclip_jax.models.two_towers import Variables
+
+# Metrics of items with two images, and their values for scores that are random and independent.
+PAIRED = {"text_score": 25.0, "image_score": 25.0, "group_score": 100 / 6}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ChoiceSet:
+    """Items of one image and two or more texts, or of two images and two texts.
+
+    Attributes:
+      images: `len` and `[]`, uint8 (size, size, 3).
+      pictures: index of each item's images, int (n, 1) or (n, 2).
+      texts: texts of each item; the first is right for the first image, and the second for the second image if there is
+        one. All others are wrong.
+      groups: bool (n,) of named parts, such as relations; "macro_accuracy" is the unweighted mean over parts.
+    """
+
+    evaluator: ClassVar[str] = "choice"
+
+    name: str
+    images: Sequence[np.ndarray]
+    pictures: np.ndarray
+    texts: Sequence[Sequence[str]]
+    groups: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    card: Provenance = dataclasses.field(default_factory=Provenance)
+
+    def __post_init__(self) -> None:
+        paired = np.shape(self.pictures)[1:] == (2,)
+        for i, texts in enumerate(self.texts):
+            if len(texts) < 2 or (paired and len(texts) > 2):
+                needs = "two images need two texts" if paired else "an image needs two or more"
+                raise UserError(f"{self.name}: item {i} has {len(texts)} texts; {needs}.")
+        if not self.texts or np.shape(self.pictures) != (len(self.texts), 1 + paired):
+            raise UserError(
+                f"{self.name}: {len(self.texts)} items of {np.size(self.pictures)} images; give each 1 or 2."
+            )
+
+
+class Choice(Evaluator):
+    """Choice of texts and images, in percent; named "choice/<set>[/<score>][/<group>]/<metric>".
+
+    Items of one image have "accuracy", and "macro_accuracy" if there are groups: the right text scores higher than all
+    others. Items of two images have "text_score": each image scores higher with its own text, "image_score": each text
+    scores higher with its own image, and "group_score": both. `zeroshot.compare` names the scores; the sum "both" takes
+    its deviations over the pairs that items have. Further results are n and ways, the mean number of texts.
+    """
+
+    family = "choice"
+    layouts = (
+        Layout(
+            "choice of texts, %",
+            (
+                Column("texts", "ways"),
+                Column("items", "n"),
+                Column("accuracy", "accuracy", "accuracy", chance=True),
+                Column("mean of parts", "macro_accuracy", "accuracy, mean of the parts", chance=True),
+            ),
+            scores=zeroshot.LAYOUTS[0].scores,
+        ),
+        Layout(
+            "choice of texts and images, %",
+            (
+                Column("items", "n"),
+                Column("text", "text_score", "text score", chance=True),
+                Column("image", "image_score", "image score", chance=True),
+                Column("group", "group_score", "group score", chance=True),
+            ),
+            scores=zeroshot.LAYOUTS[0].scores,
+        ),
+    )
+
+    def scores(self, variables: Variables) -> dict[str, list[np.ndarray]]:
+        """Return {score: (images, texts) of each item}."""
+        texts, similarities = self.data.texts, self.encoder.similarities
+        img, rows = zeroshot.encode_pairs(
+            self.encoder, variables, self.data.images, [text for item in texts for text in item]
+        )
+        parts = [
+            ({key: x[pictures] for key, x in img.items()}, [x[end - len(item) : end] for x in rows])
+            for pictures, item, end in zip(self.data.pictures, texts, np.cumsum(list(map(len, texts))), strict=True)
+        ]
+        spreads = []
+        for i, own in enumerate(similarities[:2] if len(similarities) > 1 else ()):
+            values = np.concatenate([own.scores(x[own.feature], y[i])[own.logits].ravel() for x, y in parts])
+            spreads.append(float(values[np.isfinite(values)].std()) if np.isfinite(values).any() else 1.0)
+        compared = [zeroshot.compare(similarities, x, y, spreads) for x, y in parts]
+        return {score: [scores[score] for scores in compared] for score in compared[0]}
+
+    def measure(self, variables: Variables) -> list[Result]:
+        """Return the results that the class docstring lists; items with a common image are resampled together."""
+        first, n, groups = self.data.pictures[:, 0], len(self.data.texts), self.data.groups
+        ways, together = np.array([len(item) for item in self.data.texts]), first if len(set(first)) < n else None
+        results = [self.count("n", n), self.count("ways", ways.mean())]
+        even = {"macro_accuracy": np.sum([mask / mask.sum() for mask in groups.values()], axis=0)} if groups else {}
+        for score, scores in self.scores(variables).items():
+            for metric, right in _right(scores).items():
+                level = np.full(n, PAIRED[metric]) if metric in PAIRED else 100 / ways
+                for key, weights in ({metric: None} | (even if metric == "accuracy" else {})).items():
+                    items, chance = PerExample(right, weights, groups=together), np.average(level, weights=weights)
+                    results.append(self.result(key, items.value(), n=n, chance=chance, items=items, score=score))
+                for group, mask in groups.items():
+                    part = {"n": int(mask.sum()), "chance": level[mask].mean(), "score": score, "group": group}
+                    results.append(self.result(metric, 100 * right[mask].mean(), **part))
+        return results
+
+
+def _right(scores: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+    """Return {metric: (n,)}, 1 for each item that is right, from scores (images, texts) of each; NaN is wrong."""
+    if len(scores[0]) == 1:
+        return {"accuracy": np.array([float(x[0, 0] > x[0, 1:].max()) for x in scores])}
+    x = np.stack(scores)
+    text = (x[:, 0, 0] > x[:, 0, 1]) & (x[:, 1, 1] > x[:, 1, 0])
+    image = (x[:, 0, 0] > x[:, 1, 0]) & (x[:, 1, 1] > x[:, 0, 1])
+    return {key: right.astype(float) for key, right in zip(PAIRED, (text, image, text & image), strict=True)}

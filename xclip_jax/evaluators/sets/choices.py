@@ -1,0 +1,162 @@
+"""Sets of items to choose from: SugarCrepe, ARO, Winoground, and tables of your own.
+
+sugarcrepe@FOLDER, sugarcrepe/add_att@FOLDER    add_att.json ... swap_obj.json of its repository, and val2017 of COCO
+aro/vg_relation@FOLDER, aro/vg_attribution@FOLDER    visual_genome_relation.json, ..._attribution.json, and images
+winoground, winoground@SOURCE                   the columns of facebook/winoground on the Hub, or in another source
+choice/SOURCE?image=COLUMN&text=RIGHT&text=WRONG    rows of a table; a second image belongs to the second text
+"""
+
+import collections
+import dataclasses
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import PIL.Image
+
+from xclip_jax.core.errors import UserError, describe
+from xclip_jax.data import images, sources
+from xclip_jax.data.base import MissingColumnError
+from xclip_jax.data.config import DataConfig
+from xclip_jax.data.labelled import Paths
+from xclip_jax.data.preprocessing import Preprocessing
+from xclip_jax.data.readers.table import ColumnSource
+from xclip_jax.evaluators.base import Joined, Pictures, SetKind
+from xclip_jax.evaluators.choice import ChoiceSet
+from xclip_jax.evaluators.prompts import Profile
+from xclip_jax.evaluators.results import Provenance, contents, digest
+from xclip_jax.evaluators.sets.own import query_columns
+
+PREFIX = "choice/"
+_COLUMNS = "?image=COLUMN&text=RIGHT&text=WRONG"
+_PARTS = ("add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj")
+_ARO = {"aro/vg_relation": "visual_genome_relation.json", "aro/vg_attribution": "visual_genome_attribution.json"}
+_FEWEST = 25  # items of a pair of attributes; ARO leaves rarer pairs out of its mean
+_WINOGROUND = "?image=image_0&image=image_1&text=caption_0&text=caption_1&group=collapsed_tag"
+_AT_PATH = ("sugarcrepe", *(f"sugarcrepe/{part}" for part in _PARTS), *_ARO, "winoground")
+
+# Images and their identities last; between them pictures and texts as in `ChoiceSet`, and each item's part or "".
+Loaded = tuple[Sequence[Any], np.ndarray, list[list[str]], list[str], Sequence[Any]]
+
+
+class Crops(Paths):
+    """Rectangles (left, top, width, height) of images in files, decoded on access; black beyond the image."""
+
+    def __init__(self, paths: Sequence[pathlib.Path], boxes: Sequence[Sequence[float]]) -> None:
+        super().__init__(paths)
+        self._boxes = boxes
+
+    def __getitem__(self, index: int) -> Any:
+        left, top, width, height = self._boxes[index]
+        image = PIL.Image.fromarray(images.decode(super().__getitem__(index)))
+        return np.asarray(image.crop((left, top, left + width, top + height)))
+
+
+def sugarcrepe(name: str, folder: pathlib.Path) -> Loaded:
+    """Read one or all of the types of wrong captions of SugarCrepe; items of one image share it."""
+    named = [name.partition("/")[2]] if "/" in name else _PARTS
+    records = [(part, record) for part in named for record in _read_json(folder / f"{part}.json").values()]
+    number = {file: i for i, file in enumerate(dict.fromkeys(record["filename"] for _, record in records))}
+    paths = Paths([folder / "val2017" / file for file in number])
+    pictures = np.array([[number[record["filename"]]] for _, record in records])
+    texts = [[record["caption"], record["negative_caption"]] for _, record in records]
+    return paths, pictures, texts, [part if len(named) > 1 else "" for part, _ in records], contents(paths)
+
+
+def aro(name: str, folder: pathlib.Path) -> Loaded:
+    """Read ARO's relations or attributes: a box of an image with its caption, and one with two words exchanged.
+
+    The mean of the authors' code is over relations that are not symmetric, or over pairs of attributes with 25 items.
+    """
+    records = _read_json(folder / _ARO[name])
+    if name == "aro/vg_relation":
+        parts = [record["relation_name"] for record in records]
+        left_out = set(_read_json(pathlib.Path(__file__).with_name("aro_symmetric.json")))
+    else:
+        parts = ["_".join(record["attributes"][:2]) for record in records]
+        left_out = {pair for pair, count in collections.Counter(parts).items() if count < _FEWEST}
+    boxes = [[float(record[f"bbox_{side}"]) for side in "xywh"] for record in records]
+    crops = Crops([folder / "images" / record["image_path"] for record in records], boxes)
+    texts = [[record["true_caption"], record["false_caption"]] for record in records]
+    parts = ["" if part in left_out else part for part in parts]
+    return crops, np.arange(len(texts))[:, None], texts, parts, [*contents(crops), *boxes]
+
+
+def _read_json(path: pathlib.Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_rows(spec: str, data: DataConfig) -> Loaded:
+    """Read "SOURCE?image=COLUMN&text=RIGHT&text=WRONG", where &group=COLUMN names the part of each row.
+
+    Raises:
+      UserError: a source without columns or without these, or a row without the right text.
+    """
+    name, columns = query_columns(spec)
+    keys, groups = columns.get("text") or list(data.text_keys), columns.get("group", [])[:1]
+    options = dataclasses.replace(sources.source_options(data), text_keys=(*keys, *groups), tags_key="")
+    tables = []
+    for key in columns.get("image") or [data.image_key]:
+        try:
+            table = sources.open_pairs(sources.spec_from_path(name), dataclasses.replace(options, image_key=key))
+        except MissingColumnError as error:
+            raise UserError(f"{spec}: {error.fault}; name its columns, {PREFIX}SOURCE{_COLUMNS}.") from error
+        if not isinstance(table, ColumnSource):
+            raise UserError(f"{spec}: {name!r} has no columns; write its texts into a table, csv:, parquet: or hf:.")
+        tables.append(table)
+    rows = [tables[0].texts(i) for i in range(len(tables[0]))]
+    right = keys[: len(tables)]  # texts of an image of their own; wrong ones may be fewer in some rows
+    if empty := [(i, key) for i, row in enumerate(rows) for key, cell in zip(right, row, strict=False) if not cell]:
+        raise UserError(f"{spec}: row {empty[0][0]} has no text in column {empty[0][1]!r}; add it, or delete the row.")
+    pictures = np.arange(len(rows) * len(tables)).reshape(len(tables), -1).T
+    texts = [[text for cell in row[: len(keys)] for text in cell] for row in rows]
+    parts = [", ".join(row[-1]) if groups else "" for row in rows]
+    cells = [table.images for table in tables]
+    return Joined(cells), pictures, texts, parts, [size for column in cells for size in column.sizes()]
+
+
+def load(spec: str, prepare: Preprocessing | int, data: DataConfig, profile: Profile) -> ChoiceSet:
+    """Open the set `spec`, see the module's docstring; texts have the prefix of the command, not the profile's."""
+    name, _, location = spec.partition("@")
+    if name == "winoground" or spec.startswith(PREFIX):
+        rows = f"{location or 'hf:facebook/winoground/test'}{_WINOGROUND}" if name == "winoground" else spec
+        items = read_rows(rows.removeprefix(PREFIX), data)
+    else:
+        try:
+            items = (aro if name in _ARO else sugarcrepe)(name, pathlib.Path(location).expanduser())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{name}: {location!r} is not in the published layout ({describe(error)}).") from error
+    pictures, plain, of_items, ids = items[1:]
+    prepare, paired = profile.preprocessing(prepare), pictures.shape[1] == 2
+    profile = dataclasses.replace(profile, prefix=profile.prefix or "", captions=0)
+    texts, parts = [profile.texts(item) for item in plain], np.array(of_items, object)
+    card = Provenance(
+        data=name.removeprefix(PREFIX),
+        split_hash=digest([*ids, *texts, *of_items]),
+        protocol="right texts and images of an item score higher than its others; equal scores are wrong",
+        templates=f"{profile.caption_prefix}TEXT",
+        preprocessing=prepare.resizing,
+        metric="group_score" if paired else "macro_accuracy" if name in _ARO else "accuracy",
+    )
+    groups = {part: parts == part for part in dict.fromkeys(of_items) if part}
+    return ChoiceSet(spec, Pictures(items[0], prepare), pictures, texts, groups, card)
+
+
+class ChoiceSets(SetKind):
+    """`sugarcrepe@`, `aro/NAME@`, `winoground` and `choice/SOURCE`."""
+
+    prefixes = ("sugarcrepe", "aro", "winoground", PREFIX.rstrip("/"))
+    names = ("winoground",)
+    at_path = _AT_PATH
+    usage = f"own texts to choose from: {PREFIX}SOURCE{_COLUMNS}, of csv:, parquet: and hf:"
+    load = staticmethod(load)
+
+    @classmethod
+    def knows(cls, spec: str) -> bool:
+        """Whether `spec` names a set of this module, or a source; nothing is opened."""
+        if spec.startswith(PREFIX):
+            return bool(sources.spec_from_path(query_columns(spec.removeprefix(PREFIX))[0]))
+        name, _, path = spec.partition("@")
+        return spec in cls.names or (bool(path) and name in _AT_PATH)

@@ -1,0 +1,73 @@
+"""Low-rank adapters: a kernel of given weights changes by the product of two thin matrices (LoRA, arXiv 2106.09685)."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from xclip_jax.core.fields import Check, at_least, key
+from xclip_jax.models.tower import Params
+
+ADAPTERS = "lora"  # their name among a model's parameters
+KERNELS = ("qkv", "out", "up", "down")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Config group `finetune.lora`.
+
+    LoRA's alpha is left out: with AdamW it is a factor of the learning rate.
+    """
+
+    rank: int = key(0, "rank of the adapters in the towers, whose given weights then stay; 0 for none", at_least(0))
+    kernels: Sequence[str] = key(
+        KERNELS, "kernels of blocks that have adapters", Check(f"names among {KERNELS}", lambda x: set(x) <= {*KERNELS})
+    )
+
+
+def initial(params: Params, config: LoraConfig, random_key: jax.Array) -> Params:
+    """Return adapters that change nothing yet: the input factor is random, the output factor zero.
+
+    Queries, keys and values of a block share the input factor; stacked blocks have factors of their own.
+
+    Args:
+      params: the model's, by tower and head.
+      config: rank and kernels.
+      random_key: a key.
+
+    Returns:
+      At the path of each kernel, a matrix (i, o): {"inputs": (..., i, rank), "outputs": (..., rank, o)}.
+    """
+    adapters: dict[tuple[str, ...], jax.Array] = {}
+    for path, kernel in flatten_dict(params).items():
+        if path[-1] != "kernel" or path[-2] not in config.kernels or "transformer" not in path:
+            continue
+        first = int("blocks" in path)
+        split = first + 1 if path[-2] == "qkv" else kernel.ndim - 1  # axes before it are inputs
+        stacked = kernel.shape[:first]
+        rows, columns = math.prod(kernel.shape[first:split]), math.prod(kernel.shape[split:])
+        random_key, own = jax.random.split(random_key)
+        inputs = jax.random.normal(own, (*stacked, rows, config.rank)) * rows**-0.5
+        adapters |= {(*path, "inputs"): inputs, (*path, "outputs"): jnp.zeros((*stacked, config.rank, columns))}
+    return unflatten_dict(adapters)
+
+
+def merged(params: Params) -> Params:
+    """Return the parameters with their adapters added to the kernels, which themselves have no gradient.
+
+    Shapes in place of arrays, and parameters without adapters, are returned as they are, less the adapters.
+    """
+    adapters = params.get(ADAPTERS)
+    params = {name: x for name, x in params.items() if name != ADAPTERS}
+    if not adapters or isinstance(jax.tree.leaves(adapters)[0], jax.ShapeDtypeStruct):
+        return params
+    kernels = flatten_dict({name: jax.lax.stop_gradient(params[name]) for name in adapters})
+    factors = flatten_dict(adapters)
+    for path in {path[:-1] for path in factors}:
+        inputs, outputs = (factors[*path, name] for name in ("inputs", "outputs"))
+        change = jnp.matmul(inputs, outputs, precision=jax.lax.Precision.HIGHEST)
+        kernels[path] = kernels[path] + change.reshape(kernels[path].shape)
+    return params | unflatten_dict(kernels)
