@@ -244,6 +244,7 @@ def test_a_folder_of_tars_whose_name_is_a_pattern(name, root, tmp_path):
         ({"images": "{}/none"}, "no file or folder"),
         ({"batch": 0}, "--batch is 0; expected an integer of at least 1"),
         ({"batch": -1}, "--batch is -1; expected an integer of at least 1"),
+        ({"threads": -1}, "--threads is -1; expected an integer of at least 0"),
         ({"images": "{}/run"}, "contains no image"),
         ({"images": "{}/*.t*"}, "names 2 tars among 3 files"),
         ({"texts": "{}/none.txt"}, "none.txt' cannot be read"),

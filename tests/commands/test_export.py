@@ -216,6 +216,7 @@ def test_a_new_run_starts_from_an_export(run, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--checkpoint", "{}", "--private", "{}/../x"], "error: --private is for a repository of the Hub; add --push"),
         (["--checkpoint", "{}", "--to", "onnx", "{}/../x"], "error: --to is 'onnx'; expected one of hf, open_clip, "),
         (["--checkpoint", "{}/none", "{}/../x"], "does not exist; name the folder of a run"),
         (["--checkpoint", "{}", "--step", "9", "{}/../x"], "no checkpoint of step 9"),

@@ -50,6 +50,7 @@ def own_flags():
         ),
         (["--config", "demo", "--config.eval.report=maybe"], "report=maybe: expected True or False; --help lists"),
         ([], "--config is missing; start with --config demo"),
+        (["--config"], "--config has no value; start with --config demo"),
         (["--config", "configs/demo.py", "optim.lr=1"], "'optim.lr=1'; set config keys with --config.KEY=VALUE"),
         (["--config", "configs/pretrain.py:data=cc4m"], "data is 'cc4m'; it must be one of 'cc3m', 'cc12m',"),
         (["--config", "pretrain:data=35m"], "data=35m needs root=FOLDER, with the folders cc3m, cc12m,"),

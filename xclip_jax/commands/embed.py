@@ -347,6 +347,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.set_verbosity(logging.ERROR)
     with exit_with_message():
         check_count("--batch", options.batch, 1)
+        check_count("--threads", options.threads, 0)
         if storage.is_remote(options.out):
             raise UserError(f"--out {options.out!r} is in a bucket; name a local file, and copy it there afterwards.")
         embeddings.format_of(pathlib.Path(options.out))

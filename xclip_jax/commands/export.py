@@ -67,6 +67,8 @@ def export(
         raise UserError(f"{out!r} contains the weights to export; name another folder.")
     if push:
         hub.check_push(push)
+    elif private:
+        raise UserError("--private is for a repository of the Hub; add --push ORG/NAME.")
     pinned = hub.pin(path)
     config, experiment, variables, loaded_step = weights.load(pinned, step)
     if mix != 1:

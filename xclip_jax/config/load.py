@@ -124,6 +124,8 @@ def parse(argv: list[str]) -> list[str]:
             raise UserError("--config is missing; start with --config demo")
         if at is not None:
             spec = argv[at].partition("=")[2] or (argv[at + 1] if at + 1 < len(argv) else "")
+            if not spec:
+                raise UserError("--config has no value; start with --config demo")
             argv = argv[:at] + argv[at + (1 if "=" in argv[at] else 2) :]
             with imports.trusting(bool({"--trust", "-trust", "--trust=true"} & set(argv))):  # it may read weights
                 config = load_config(spec)

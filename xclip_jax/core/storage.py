@@ -23,6 +23,7 @@ from etils import epath
 from xclip_jax.core.errors import BadSample, UserError, public
 
 REWRITE_SECONDS = 60
+MOST_FILES = 1_000_000  # of one pattern
 WEB_SECONDS = 120  # for one answer of a web server
 WAITS = (0.1, 1.0)  # seconds before a failed read is tried again
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
@@ -130,11 +131,15 @@ def write_whole(path: epath.Path, content: str | bytes) -> None:
         path.write_bytes(data)  # an object in a bucket appears when it is complete
         return
     temporary = path.parent / f".{path.name}.{platform.node()}.{os.getpid()}.tmp"
-    with os_errors(str(path)), temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with os_errors(str(path)), temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: epath.Path, content: Any) -> None:
@@ -259,6 +264,8 @@ def expand(pattern: str) -> list[str]:
                 names |= dict.fromkeys(matches)
             else:
                 names[name] = None
+                if len(names) > MOST_FILES:
+                    raise UserError(f"{part!r} names more than {MOST_FILES:,} files; write a shorter range.")
                 missing += [] if exists or is_remote(name) else [name]
     if missing and os.path.isdir(missing[0]):
         raise UserError(
