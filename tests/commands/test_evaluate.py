@@ -171,6 +171,7 @@ def test_a_suite_is_a_name_or_names():
         (["--checkpoint", "{}/broken"], "cannot be read"),
         (["--compare", "{}/bare", "{}/a"], "evaluation.json does not exist"),
         (["--compare", "{}/a"], "expected 2 arguments"),
+        (["--checkpoint", "{}/a", "--captions", "-1"], "--captions is -1; expected an integer of at least 0"),
         (["--checkpoint", "{}/a", "--compare", "{}/a", "{}/b"], "either --checkpoint RUN or --compare A B"),
         (["{}/a"], "unrecognized arguments: {}/a; see --help"),
         (

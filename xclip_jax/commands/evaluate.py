@@ -35,7 +35,7 @@ from etils import epath
 from xclip_jax.config import schema
 from xclip_jax.core import environment
 from xclip_jax.core.console import log0
-from xclip_jax.core.errors import Parser, exit_with_message, public
+from xclip_jax.core.errors import Parser, check_count, exit_with_message, public
 from xclip_jax.core.imports import add_trust, trusting
 from xclip_jax.core.run_folder import evaluation_file
 from xclip_jax.core.storage import write_json
@@ -173,6 +173,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             if flags.output:
                 write_json(epath.Path(flags.output), {"a": flags.compare[0], "b": flags.compare[1], "rows": rows})
             return
+        if flags.captions is not None:
+            check_count("--captions", flags.captions, 0)
         compilation_cache.enable()
         flags.names = read_class_names(flags.names) if flags.names else None
         suite, fields = ",".join(flags.suite or ["demo"]), {key: getattr(flags, key) for key in PROFILE_FIELDS}
