@@ -3,6 +3,7 @@
 Read by XLA and JAX when jax is first imported, so set before any test module; commands that tests start inherit it.
 """
 
+import gc
 import importlib.metadata
 import os
 import signal
@@ -25,6 +26,9 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit it
     _cache = tempfile.TemporaryDirectory(prefix="xclip_jax_compiled_")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+# Each of these takes a fifteenth of the suite's time: notes of where an operation was traced, and searches for garbage.
+os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
+gc.set_threshold(200_000, 50, 100)
 
 
 @pytest.fixture(scope="session")
