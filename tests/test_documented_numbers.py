@@ -35,7 +35,7 @@ NUMBERS = (
     ("processes.watchdog:_POLL_SECONDS", 0.5, "train.md", "during its compilation | the run ends within 3 s"),
     ("config.schema:LogConfig.stall_warning", 60.0, "train.md", "after `log.stall_warning` seconds (60)"),
     ("config.schema:LogConfig.stall_limit", 1800.0, "train.md", "After `log.stall_limit` seconds (1800, 0 for never)"),
-    ("processes.peers:HEARTBEAT_SECONDS", 25, "pods.md", "JAX ends the others after 25 s"),
+    ("processes.runtime:HEARTBEAT_SECONDS", 25, "pods.md", "JAX ends the others after 25 s"),
     ("data.config:DataConfig.max_bad_fraction", 0.05, "data.md", "Above `data.max_bad_fraction` (5 %)"),
     ("data.images:MAX_PIXELS", 2**26, "data.md", "an image of more than 64 million pixels is refused"),
     ("evaluators.encoder:MAX_UNREADABLE", 0.05, "protocols.md", "`unreadable`; more than 5 % of a set is an error"),
