@@ -11,9 +11,9 @@ from xclip_jax.data import length_groups
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
 # Constant, or default of a config key, in a module of xclip_jax; its value; the page that states it, and how.
 NUMBERS = (
-    ("train.compilation_cache:MAX_BYTES", 2 * 2**30, "train.md", "is limited to 2 GiB"),
+    ("parallel.compiler:CACHE_BYTES", 2 * 2**30, "train.md", "is limited to 2 GiB"),
     (
-        "train.compilation_cache:MIN_SECONDS",
+        "parallel.compiler:CACHE_SECONDS",
         0.1,
         "train.md",
         "Programs that compile in less than 0.1 s are not kept",

@@ -42,7 +42,7 @@ from xclip_jax.data.readers.folder import file_size
 from xclip_jax.data.readers.tar import TarSource
 from xclip_jax.data.records import ThreadPrefetcher
 from xclip_jax.data.text import decode_text
-from xclip_jax.train import compilation_cache
+from xclip_jax.parallel import compiler
 
 PART = 4096  # rows that an interruption may lose
 _PROGRESS_SECONDS = 5
@@ -359,7 +359,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             sources["text"] = Lines(options.texts)
         if not sum(map(len, sources.values())):
             raise UserError("there is nothing to embed; give --images, --texts or both.")
-        compilation_cache.enable()
+        compiler.enable_cache()
         model = inference.load(options.checkpoint, step=options.step, batch=options.batch, trust=options.trust)
         embed(model, sources, options.out, threads=options.threads)
 

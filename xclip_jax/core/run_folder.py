@@ -10,7 +10,7 @@ results.json    {"results", "records", "config", "environment", "seconds"} of th
 evaluation.json of `xclip_jax.commands.evaluate`, see `evaluators.results`
 trackers.json   {"id": of the run in wandb and Trackio}
 stacks-N.txt    stacks of all threads of process N, if it hung and was ended
-compiled/       compilation cache of a run of several processes, see `train.compilation_cache`
+compiled/       compilation cache of a run of several processes, see `parallel.compiler`
 profile/        traces of the steps of log.profile, see `train.loop`
 checkpoints/, bad_samples.jsonl, skipped_steps.jsonl, tensorboard/, wandb/, report.html, picture.png
 """
