@@ -31,10 +31,11 @@ from absl import logging
 from etils import epath
 
 from xclip_jax import model as inference
-from xclip_jax.core import environment, locks, storage
+from xclip_jax.core import environment, storage
 from xclip_jax.core.console import format_duration, log0
 from xclip_jax.core.errors import BadSample, Parser, UserError, check_count, check_writable, exit_with_message, public
 from xclip_jax.core.imports import add_trust
+from xclip_jax.core.run_folder import lock
 from xclip_jax.core.storage import write_json
 from xclip_jax.data import embeddings
 from xclip_jax.data.base import IMAGE_SUFFIXES, MAX_BYTES
@@ -237,7 +238,7 @@ def embed(model: inference.Model, sources: Mapping[str, Source], out: str, *, th
     plan |= {"part": PART, "weights": model.fingerprint()}
     plan |= {name: {"n": len(source), "digest": source.digest()} for name, source in sources.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with locks.lock(path, blocking=False):
+    with lock(path, blocking=False):
         saved = plan
         if (folder / "plan.json").exists():
             saved = json.loads((folder / "plan.json").read_text())
