@@ -23,7 +23,7 @@ from xclip_jax.models.layers import attend
 from xclip_jax.models.transformer import Transformer, TransformerConfig
 from xclip_jax.parallel import sharding
 from xclip_jax.parallel.mesh import make_mesh
-from xclip_jax.train import build, memory
+from xclip_jax.train import build, cost
 from xclip_jax.train.state import create
 
 pytestmark = pytest.mark.long
@@ -278,7 +278,7 @@ def lowered(objective, **changes):
     config.model.img.depth = config.model.txt.depth = 2
     config.data.length_groups = "full"
     config.update_from_flattened_dict(changes)
-    return memory.trace(build.build(config)).lower(lowering_platforms=("cuda",)).as_text()
+    return cost.trace(build.build(config)).lower(lowering_platforms=("cuda",)).as_text()
 
 
 @pytest.mark.parametrize("strategy", ["dp", "zero1"])
