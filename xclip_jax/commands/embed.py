@@ -38,11 +38,10 @@ from xclip_jax.core.imports import add_trust
 from xclip_jax.core.run_folder import lock
 from xclip_jax.core.storage import write_json
 from xclip_jax.data import embeddings
-from xclip_jax.data.base import IMAGE_SUFFIXES, MAX_BYTES
+from xclip_jax.data.base import IMAGE_SUFFIXES, MAX_BYTES, decode_text
 from xclip_jax.data.readers.folder import file_size
 from xclip_jax.data.readers.tar import TarSource
 from xclip_jax.data.records import ThreadPrefetcher
-from xclip_jax.data.text import decode_text
 from xclip_jax.parallel import compiler
 
 PART = 4096  # rows that an interruption may lose
