@@ -8,7 +8,7 @@ Each row is a process of its own, and so is each attempt at it: one that ran out
 it compiled to the next. Ours, with the rematerialisation of the recipes (remat=dots), compiles the step of two small
 batches, takes the largest multiple of 128 pairs a device whose memory fits by what the compiler says of these (less, if
 the device disagrees), and takes --steps steps, whose median counts. Images are random uint8, texts as long as those of
-CC12M (`benchmarks.captions`) and whole unless --groups. MFU is the model's FLOPs (`xclip_jax.train.flops`, three
+CC12M (`benchmarks.captions`) and whole unless --groups. MFU is the model's FLOPs (`xclip_jax.train.cost`, three
 forward passes, of what is cut from texts none) over the devices' dense bf16 peak. open_clip runs on one GPU, without
 rematerialisation, with torch.compile, bf16 autocast and fused AdamW, at the pairs of one of our devices or the largest
 half, quarter ... of these that fits; its texts are always whole.
@@ -68,7 +68,7 @@ def fitting_batch(objective: str, small: bool, groups: bool) -> int:
     """The largest batch of one device's share times the devices, by the memory of the steps of two small ones."""
     import jax
 
-    from xclip_jax.train import memory
+    from xclip_jax.train import cost
     from xclip_jax.train.build import build
 
     devices = jax.devices()
@@ -79,9 +79,9 @@ def fitting_batch(objective: str, small: bool, groups: bool) -> int:
     size = LARGEST
     while size and len(peaks) < 2:
         experiment = build(config_of(objective, size * len(devices), small, groups))
-        compiled, trouble = memory.compile_if_fits(experiment)  # compilers of TPUs refuse what does not fit
+        compiled, trouble = cost.compile_if_fits(experiment)  # compilers of TPUs refuse what does not fit
         if compiled is not None:
-            peaks[size] = memory.usage(experiment, compiled)["peak"]
+            peaks[size] = cost.memory_usage(experiment, compiled)["peak"]
         size //= 2
     if len(peaks) < 2:
         raise SystemExit(f"not even two pairs a device fit: {trouble}")
@@ -109,7 +109,7 @@ def _ours(flags: argparse.Namespace, batch: int) -> dict[str, Any]:
 
     from xclip_jax.data import loader
     from xclip_jax.data.length_groups import WHOLE
-    from xclip_jax.train import build, flops, state
+    from xclip_jax.train import build, cost, state
 
     experiment = build.build(config_of(flags.child, batch, flags.small, flags.groups))
     current = state.create(experiment.init, experiment.abstract)
@@ -137,10 +137,10 @@ def _ours(flags: argparse.Namespace, batch: int) -> dict[str, Any]:
                 step()
     device = jax.devices()[0]
     used = (device.memory_stats() or {}).get("peak_bytes_in_use", 0)
-    peak = flops.PEAK.get(device.device_kind, 0) * jax.device_count()
+    peak = cost.PEAK_FLOPS.get(device.device_kind, 0) * jax.device_count()
     cut = bool(metrics.get("text/cut", 0))
-    whole = flops.train_step(experiment.config, WHOLE)
-    counted = flops.train_step(experiment.config, rows=experiment.text_rows[0]) if cut else whole
+    whole = cost.step_flops(experiment.config, WHOLE)
+    counted = cost.step_flops(experiment.config, rows=experiment.text_rows[0]) if cut else whole
     return {
         "program": "xclip_jax", "objective": flags.child, "batch": batch, "seconds": seconds, "first": first,
         "flops": counted, "whole": whole, "cut": cut, "peak": peak,

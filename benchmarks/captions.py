@@ -15,7 +15,7 @@ from xclip_jax.config import recipes
 from xclip_jax.config.schema import resolve
 from xclip_jax.data import length_groups
 from xclip_jax.models.tower import TextTower
-from xclip_jax.train import flops
+from xclip_jax.train import cost
 
 CONTEXT = 77
 _MEAN, _DEVIATION = 20.2, 16.3
@@ -56,7 +56,7 @@ def main() -> None:
             base.steps, base.data.batch, base.run = 1, rows * _DEVICES, "runs/none"
             config = resolve(base)
             groups = groups_for(rows, _DEVICES, config.model.txt)
-            saved = 1 - flops.train_step(config, groups) / flops.train_step(config)
+            saved = 1 - cost.step_flops(config, groups) / cost.step_flops(config)
             mean = groups.mean(lambda n: n, CONTEXT)
             print(
                 f"{preset}, {rows} pairs on each of {_DEVICES} devices: data.length_groups={groups}, {mean:.1f} of "

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from benchmarks.schedule import Kernel, kernel_of, schedules
 from xclip_jax.core.errors import check_choice, exit_with_message
-from xclip_jax.models.kernels import attention
+from xclip_jax.models import kernels
 from xclip_jax.parallel import hlo
 from xclip_jax.parallel.topology import CHIPS, devices_of
 
@@ -46,7 +46,7 @@ def compiled(chip: str, shape: Shape) -> tuple[Kernel, Kernel]:
     arrays = [((b, n, 3 * d), jnp.bfloat16), ((1, 3 * d), jnp.float32), ((b, n, d), jnp.bfloat16)]
 
     def both(qkv: jax.Array, bias: jax.Array, g: jax.Array) -> object:
-        out, pullback = jax.vjp(lambda *x: attention.attention(*x, kv, tokens, causal), qkv, bias)
+        out, pullback = jax.vjp(lambda *x: kernels.attention(*x, kv, tokens, causal), qkv, bias)
         return out, pullback(g)
 
     inputs = (jax.ShapeDtypeStruct(*x, sharding=where) for x in arrays)

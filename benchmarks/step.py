@@ -70,11 +70,11 @@ def saved_flops() -> float:
     """Return the share of a CLIP step's FLOPs that groups of lengths save with natural captions."""
     from xclip_jax.config.schema import resolve
     from xclip_jax.data import length_groups
-    from xclip_jax.train import flops
+    from xclip_jax.train import cost
 
     config = config_of("clip", "natural", "auto")
     config.run = "runs/none"
-    return 1 - flops.train_step(resolve(config)) / flops.train_step(resolve(config), length_groups.WHOLE)
+    return 1 - cost.step_flops(resolve(config)) / cost.step_flops(resolve(config), length_groups.WHOLE)
 
 
 def ours(objective: str, kind: str, groups: str) -> Callable[[], float]:

@@ -25,7 +25,8 @@ from xclip_jax.config.load import load_config
 from xclip_jax.core.errors import exit_with_message
 from xclip_jax.demo import emoji
 from xclip_jax.evaluators import tables
-from xclip_jax.train import compilation_cache, trainer
+from xclip_jax.parallel import compiler
+from xclip_jax.train import trainer
 
 SECOND = ("People & Body", "Smileys & Emotion", "Flags")
 HELD_OUT = (
@@ -156,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--folder", default="runs/finetune-pairs", help="where all is written")
     options = parser.parse_args(argv)
     folder = pathlib.Path(options.folder)
-    compilation_cache.enable()
+    compiler.enable_cache()
     if not (folder / "given").exists():
         write_pairs(folder)
         train_given(folder / "first", folder / "given", options.given_steps)

@@ -20,7 +20,8 @@ from xclip_jax.config import schema
 from xclip_jax.config.load import load_config
 from xclip_jax.core.environment import capture
 from xclip_jax.core.errors import exit_with_message
-from xclip_jax.train import build, compilation_cache, trainer
+from xclip_jax.parallel import compiler
+from xclip_jax.train import build, trainer
 
 # AdamW's rate is the icons' recipe's. Lion's updates are longer, and LAMB's are relative to the parameter's length.
 RATES = {
@@ -103,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     logging.set_verbosity(logging.ERROR)
     if not options.table:
-        compilation_cache.enable()
+        compiler.enable_cache()
         run(options.steps, options.only.split(","))
     print(table(options.steps))
 

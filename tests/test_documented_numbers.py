@@ -11,9 +11,9 @@ from xclip_jax.data import length_groups
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
 # Constant, or default of a config key, in a module of xclip_jax; its value; the page that states it, and how.
 NUMBERS = (
-    ("train.compilation_cache:MAX_BYTES", 2 * 2**30, "train.md", "is limited to 2 GiB"),
+    ("parallel.compiler:CACHE_BYTES", 2 * 2**30, "train.md", "is limited to 2 GiB"),
     (
-        "train.compilation_cache:MIN_SECONDS",
+        "parallel.compiler:CACHE_SECONDS",
         0.1,
         "train.md",
         "Programs that compile in less than 0.1 s are not kept",
@@ -35,7 +35,7 @@ NUMBERS = (
     ("processes.watchdog:_POLL_SECONDS", 0.5, "train.md", "during its compilation | the run ends within 3 s"),
     ("config.schema:LogConfig.stall_warning", 60.0, "train.md", "after `log.stall_warning` seconds (60)"),
     ("config.schema:LogConfig.stall_limit", 1800.0, "train.md", "After `log.stall_limit` seconds (1800, 0 for never)"),
-    ("processes.peers:HEARTBEAT_SECONDS", 25, "pods.md", "JAX ends the others after 25 s"),
+    ("processes.runtime:HEARTBEAT_SECONDS", 25, "pods.md", "JAX ends the others after 25 s"),
     ("data.config:DataConfig.max_bad_fraction", 0.05, "data.md", "Above `data.max_bad_fraction` (5 %)"),
     ("data.images:MAX_PIXELS", 2**26, "data.md", "an image of more than 64 million pixels is refused"),
     ("evaluators.encoder:MAX_UNREADABLE", 0.05, "protocols.md", "`unreadable`; more than 5 % of a set is an error"),

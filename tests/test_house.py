@@ -14,7 +14,6 @@ PACKAGE = "xclip_jax"
 # module of the top level, or a folder in a folder that has its own place in the list.
 ROOMS = (
     "core",
-    "models.kernels",
     "parallel",
     "processes",
     "losses",

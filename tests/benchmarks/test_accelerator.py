@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import accelerator, captions
 from xclip_jax.data import length_groups
-from xclip_jax.train import memory
+from xclip_jax.train import cost
 
 
 @pytest.mark.slow  # a process that compiles
@@ -50,9 +50,9 @@ def test_batch_follows_from_the_memory_of_two_small_ones(refused_from, free, pai
     monkeypatch.setattr(accelerator, "config_of", lambda objective, batch, small, groups: batch)
     monkeypatch.setattr("xclip_jax.train.build.build", lambda batch: batch)
     monkeypatch.setattr(
-        memory, "compile_if_fits", lambda batch: (batch, "") if batch / 2 < refused_from else (None, "it needs more")
+        cost, "compile_if_fits", lambda batch: (batch, "") if batch / 2 < refused_from else (None, "it needs more")
     )
-    monkeypatch.setattr(memory, "usage", lambda batch, _: {"peak": 20 + batch / 2 * 0.5})
+    monkeypatch.setattr(cost, "memory_usage", lambda batch, _: {"peak": 20 + batch / 2 * 0.5})
     assert accelerator.fitting_batch("clip", small=False, groups=False) == 2 * pairs
 
 
@@ -61,7 +61,7 @@ def test_a_device_on_which_nothing_fits(monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: [device])
     monkeypatch.setattr(accelerator, "config_of", lambda *_: None)
     monkeypatch.setattr("xclip_jax.train.build.build", lambda _: None)
-    monkeypatch.setattr(memory, "compile_if_fits", lambda _: (None, "it needs 20.0G"))
+    monkeypatch.setattr(cost, "compile_if_fits", lambda _: (None, "it needs 20.0G"))
     with pytest.raises(SystemExit, match=r"it needs 20\.0G"):
         accelerator.fitting_batch("clip", small=False, groups=False)
 

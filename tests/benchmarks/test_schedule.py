@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks import schedule
-from xclip_jax.models.kernels import attention
+from xclip_jax.models import kernels
 from xclip_jax.parallel import hlo, topology
 from xclip_jax.parallel.topology import CHIPS, devices_of
 
@@ -20,7 +20,7 @@ def kernel():
     where = jax.sharding.SingleDeviceSharding(devices_of(V5E.smallest)[0][0])
     arrays = [((4, 16, 384), jnp.bfloat16), ((1, 384), jnp.float32)]
     inputs = [jax.ShapeDtypeStruct(*x, sharding=where) for x in arrays]
-    program = jax.jit(lambda qkv, bias: attention.attention(qkv, bias, 64, 13, False)).lower(*inputs).compile()
+    program = jax.jit(lambda qkv, bias: kernels.attention(qkv, bias, 64, 13, False)).lower(*inputs).compile()
     return program.as_text()
 
 

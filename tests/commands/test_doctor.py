@@ -13,7 +13,7 @@ from xclip_jax.commands import doctor
 from xclip_jax.commands.doctor import check_config
 from xclip_jax.config import schema
 from xclip_jax.demo import emoji
-from xclip_jax.train import memory
+from xclip_jax.train import cost
 from xclip_jax.train.checks import FAIL, OK, WARNING
 from xclip_jax.train.job import Job
 from xclip_jax.train.training_folder import TrainingFolder
@@ -129,8 +129,8 @@ def test_the_remaining_steps_are_timed(tmp_path, pairs):
 
 
 def test_a_step_that_does_not_fit_is_not_run(pairs, tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "fits_by_far", lambda *_: False)
-    monkeypatch.setattr(memory, "compile_if_fits", lambda _: (None, "it needs more"))
+    monkeypatch.setattr(cost, "fits_by_far", lambda *_: False)
+    monkeypatch.setattr(cost, "compile_if_fits", lambda _: (None, "it needs more"))
     monkeypatch.setattr(doctor, "time_step", lambda *_: pytest.fail("run"))
     config = tiny.config("clip", run=tmp_path / "run", data__sources=(f"folder:{pairs}",))
     findings = list(check_config(config, "always"))
@@ -139,7 +139,7 @@ def test_a_step_that_does_not_fit_is_not_run(pairs, tmp_path, monkeypatch):
 
 
 def test_an_expensive_step_is_not_compiled_on_a_cpu(pairs, tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "compile_if_fits", lambda _: pytest.fail("compiled"))
+    monkeypatch.setattr(cost, "compile_if_fits", lambda _: pytest.fail("compiled"))
     monkeypatch.setattr(doctor, "CHEAP_FLOPS", 1.0)
     config = tiny.config("clip", run=tmp_path / "run", data__sources=(f"folder:{pairs}",))
     findings = list(check_config(config, "auto"))

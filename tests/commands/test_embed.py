@@ -11,8 +11,8 @@ import pytest
 import xclip_jax
 from tests.helpers import bad_tars, tiny
 from xclip_jax.commands import embed
-from xclip_jax.core import locks
 from xclip_jax.core.errors import UserError
+from xclip_jax.core.run_folder import lock
 from xclip_jax.data import embeddings, sources
 
 pytestmark = pytest.mark.long
@@ -208,7 +208,7 @@ def test_what_is_in_the_way_is_named(root, straight, model, tmp_path, capsys):
     (tmp_path / "x.parquet.parts" / "plan.json").write_text(json.dumps(plan | {"weights": "other"}))
     with pytest.raises(UserError, match=r"x.parquet.parts has other embeddings: weights differ; delete it"):
         embed.embed(model, sources, str(out))
-    with locks.lock(out, blocking=False), pytest.raises(UserError, match=r"x\.parquet is in use by"):
+    with lock(out, blocking=False), pytest.raises(UserError, match=r"x\.parquet is in use by"):
         embed.embed(model, sources, str(out))
 
 

@@ -12,7 +12,7 @@ from xclip_jax.commands import plan
 from xclip_jax.config import load as config_file
 from xclip_jax.core.errors import UserError
 from xclip_jax.parallel.mesh import make_mesh
-from xclip_jax.train import build, flops, memory
+from xclip_jax.train import build, cost
 
 ROOT = pathlib.Path(__file__).parents[2]
 pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore")]
@@ -41,7 +41,7 @@ def test_a_plan_for_a_topology_that_is_not_there(found):
 def test_a_chip_of_tpu7x_is_two_devices(found):
     devices, chip = plan.devices_of("tpu7x:2x2x1")
     assert (len(devices), chip.devices, devices[0].device_kind) == (8, 2, "TPU7x")
-    assert (chip.memory, chip.peak) == (96 * 2**30, flops.PEAK["TPU7x"]) == (96 * 2**30, 1153.5e12)
+    assert (chip.memory, chip.peak) == (96 * 2**30, cost.PEAK_FLOPS["TPU7x"]) == (96 * 2**30, 1153.5e12)
     text = plan.render(found | {"devices": 16, "fits": False})
     assert "8 chips with 2 devices each, 2 hosts" in text and "DOES NOT FIT in a device's 16.00 GiB" in text
     assert " with " not in plan.render(found).splitlines()[0]
@@ -59,7 +59,7 @@ def test_time_and_money_follow_from_the_roofline(found):
 
 def test_an_mfu_that_is_given_takes_the_place_of_the_roofline(found, monkeypatch):
     c = config(model__img__scan=True)
-    monkeypatch.setattr(memory, "compile_config", lambda *_: (build.build(c), None, "too large"))
+    monkeypatch.setattr(cost, "compile_config", lambda *_: (build.build(c), None, "too large"))
     given, unknown = (plan.plan(c, "v5e:2x4", mfu=mfu, price=2.0) for mfu in (0.5, None))
     assert given["pairs_per_second"] == pytest.approx(0.5 * 197e12 * 8 / found["flops_per_pair"])
     assert given["cost"] == pytest.approx(2 * given["chip_hours"])
@@ -95,13 +95,13 @@ def test_mesh_axes_may_share_an_axis_of_the_torus():
 
 @pytest.mark.parametrize("mfu", [0.0, -0.4, 1.5, float("nan")])
 def test_an_mfu_that_is_no_share_is_refused_before_compiling(mfu, monkeypatch):
-    monkeypatch.setattr(memory, "compile_config", lambda *_: pytest.fail("compiled"))
+    monkeypatch.setattr(cost, "compile_config", lambda *_: pytest.fail("compiled"))
     with pytest.raises(UserError, match=f"--mfu is {mfu}; expected a share"):
         plan.plan(config(), "v5e:2x4", mfu=mfu)
 
 
 def test_a_file_that_cannot_be_written_is_refused_before_compiling(tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "compile_config", lambda *_: pytest.fail("compiled"))
+    monkeypatch.setattr(cost, "compile_config", lambda *_: pytest.fail("compiled"))
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"--hlo: .* is not a folder"):
         plan.plan(config(), "v5e:2x4", hlo=str(tmp_path / "file" / "step.hlo"))

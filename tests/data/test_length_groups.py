@@ -16,7 +16,7 @@ from xclip_jax.config.schema import resolve
 from xclip_jax.core.errors import UserError
 from xclip_jax.data import length_groups, loader
 from xclip_jax.data.length_groups import LengthGroups
-from xclip_jax.train import build, flops, job, state, trainer
+from xclip_jax.train import build, cost, job, state, trainer
 from xclip_jax.train.training_folder import TrainingFolder
 
 pytestmark = pytest.mark.long
@@ -195,7 +195,7 @@ def test_auto_counts_a_frozen_tower_without_its_backward_pass(monkeypatch, capsy
         assert job.choose_length_groups(made, []).cuts
         saved.append(float(capsys.readouterr().out.split("saves ")[1].split("%")[0]))
     assert saved[0] < saved[1] < saved[2]
-    whole = sum(flops.forward(made.config).values())
+    whole = sum(cost.forward_flops(made.config).values())
     assert saved[1] == pytest.approx(100 * (made.model.txt.cut_flops(40) - made.model.txt.cut_flops(8)) / whole, abs=3)
 
     for method in ("cut_flops", "flops"):  # not counted
@@ -206,6 +206,6 @@ def test_auto_counts_a_frozen_tower_without_its_backward_pass(monkeypatch, capsy
 
 def test_flops_are_those_that_are_computed():
     config = build.build(tiny.config("clip")).config
-    whole, cut = flops.train_step(config), flops.train_step(config, LengthGroups.parse("6:1"))
+    whole, cut = cost.step_flops(config), cost.step_flops(config, LengthGroups.parse("6:1"))
     tower = config.model.txt
     assert whole - cut == pytest.approx(3 * config.data.batch * (tower.flops(True) - tower.cut_flops(6)))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import fcntl
 import json
 import pathlib
 import shutil
@@ -17,7 +18,6 @@ from tests.demo.test_emoji_sets import small_demo  # noqa: F401
 from tests.helpers.encoding import make_encoder, small_model
 from tests.helpers.made_results import entry
 from xclip_jax.commands import evaluate
-from xclip_jax.core import locks
 from xclip_jax.core.errors import UserError
 from xclip_jax.core.run_folder import RunFolder
 from xclip_jax.evaluators import registry, results, tables
@@ -227,7 +227,7 @@ def test_a_file_system_without_locks_is_written(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(locks.fcntl, "flock", refuse)
+    monkeypatch.setattr(fcntl, "flock", refuse)
     for name in ("x", "y"):
         results.add(epath.Path(tmp_path / "x.json"), entry(set=name), {}, {}, own=True)
     assert [e["set"] for e in results.read(epath.Path(tmp_path / "x.json"))[0]] == ["x", "y"]
@@ -236,7 +236,7 @@ def test_a_file_system_without_locks_is_written(tmp_path, monkeypatch):
 
 def test_a_lock_that_its_holder_removed_is_taken_again(tmp_path, monkeypatch):
     """Between opening the lock file and locking it another process may finish, and remove it."""
-    lock, flock, locked = tmp_path / ".x.json.lock", locks.fcntl.flock, []
+    lock, flock, locked = tmp_path / ".x.json.lock", fcntl.flock, []
 
     def late(file, how):
         if not locked:
@@ -244,7 +244,7 @@ def test_a_lock_that_its_holder_removed_is_taken_again(tmp_path, monkeypatch):
         locked.append(file.name)
         flock(file, how)
 
-    monkeypatch.setattr(locks.fcntl, "flock", late)
+    monkeypatch.setattr(fcntl, "flock", late)
     results.add(epath.Path(tmp_path / "x.json"), entry(), {}, {}, own=True)
     assert locked == [str(lock)] * 2 and not lock.exists()
 

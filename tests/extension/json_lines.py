@@ -9,8 +9,7 @@ import numpy as np
 
 from xclip_jax.core import storage
 from xclip_jax.core.errors import BadSample, UserError
-from xclip_jax.data.base import IMAGE_SUFFIXES, MAX_BYTES, Source, SourceKind
-from xclip_jax.data.text import json_strings
+from xclip_jax.data.base import IMAGE_SUFFIXES, MAX_BYTES, Source, SourceKind, json_strings
 
 
 class JsonLinesSource(Source):

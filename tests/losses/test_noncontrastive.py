@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from tests.helpers.util import assert_close, central_differences
 from xclip_jax.losses.noncontrastive import BALANCES, TARGETS, effective_rank, nclip, sinkhorn, update_center
-from xclip_jax.parallel.logits import FactoredLogits
+from xclip_jax.parallel.sharding import FactoredLogits
 
 # tau, target_tau, sharpness, smoothness: each alone, then all together, and the defaults.
 SETTINGS = [

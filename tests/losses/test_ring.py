@@ -12,9 +12,8 @@ import pytest
 from benchmarks.ring import compile_loss
 from xclip_jax.commands import plan
 from xclip_jax.losses import contrastive, noncontrastive, ring
-from xclip_jax.parallel.logits import FactoredLogits
 from xclip_jax.parallel.mesh import batch_sharding, make_mesh, replicated
-from xclip_jax.parallel.sharding import MeshLayout, layout_scope
+from xclip_jax.parallel.sharding import FactoredLogits, MeshLayout, layout_scope
 
 MESHES = [(8, 1, 1), (2, 4, 1), (2, 2, 2), (1, 1, 8)]
 MIB = 2**20

@@ -21,7 +21,7 @@ from xclip_jax.core.run_folder import RunFolder
 from xclip_jax.data import loader
 from xclip_jax.models.tower import ImageTower, TextTower
 from xclip_jax.parallel import topology
-from xclip_jax.train import build, checks, flops, log, memory, state, trainer, weights
+from xclip_jax.train import build, checks, cost, log, state, trainer, weights
 from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.job import Job
 from xclip_jax.train.training_folder import TrainingFolder
@@ -109,12 +109,12 @@ def test_it_is_evaluated_as_the_run_was_and_has_a_report(run):
 
 def test_flops_and_plan_count_it():
     one, other = (schema.resolve(c) for c in (config(), config(model__img__depth=3)))
-    assert flops.forward(one) == flops.forward(other)  # group model.img is not used
-    assert flops.forward(one)["img"] == 2.0 * 36 * (48 * 20 + 2 * (25 * 20 + 400))
-    assert flops.forward(one)["txt"] == flops.forward(schema.resolve(tiny.config()))["txt"]
+    assert cost.forward_flops(one) == cost.forward_flops(other)  # group model.img is not used
+    assert cost.forward_flops(one)["img"] == 2.0 * 36 * (48 * 20 + 2 * (25 * 20 + 400))
+    assert cost.forward_flops(one)["txt"] == cost.forward_flops(schema.resolve(tiny.config()))["txt"]
     params = build.build(one).abstract.params["img"]
     assert params["Conv_0"]["kernel"].shape == (4, 4, 3, 20) and len(jax.tree.leaves(params)) == 14
-    remedies = " ".join(memory.remedies(schema.resolve(config())))
+    remedies = " ".join(cost.remedies(schema.resolve(config())))
     assert "model.txt.remat" in remedies and "img" not in remedies
 
 
@@ -135,14 +135,14 @@ class Uncounted(ConvMixer):
 def test_a_tower_need_not_count_its_flops(tmp_path, monkeypatch, capsys):
     c = tiny.config(model__plugins={"img": OPTIONS | {"type": f"{__name__}:Uncounted"}})
     made, reason = build.build(c), "FLOPs are not known, as a tower does not count its own"
-    assert flops.forward(made.config) is None and flops.train_step(made.config) is None
+    assert cost.forward_flops(made.config) is None and cost.step_flops(made.config) is None
     assert log._flops_and_peak(made)[0] == 0
     assert capsys.readouterr().out == f"metrics have no mfu: {reason}\n"
     (model,) = checks.check_model(Job(made.config, TrainingFolder(tmp_path)))
     assert "flops_per_step" not in model.values
 
     monkeypatch.setattr(plan, "devices_of", lambda *_: (jax.devices(), topology.CHIPS["v5e"]))
-    monkeypatch.setattr(memory, "compile_config", lambda *_: (made, None, "too large"))
+    monkeypatch.setattr(cost, "compile_config", lambda *_: (made, None, "too large"))
     facts = plan.plan(c, "v5e:2x4")
     assert "pairs_per_second" not in facts
     assert plan.render(facts).endswith(f"\nno estimate of the time: {reason}")

@@ -20,7 +20,7 @@ from xclip_jax.objectives import (
     make_objective,
 )
 from xclip_jax.objectives.similarity import CosineSimilarity
-from xclip_jax.train import build, flops, state
+from xclip_jax.train import build, cost, state
 from xclip_jax.train.checkpoint import Checkpointer
 
 pytestmark = pytest.mark.long
@@ -120,7 +120,7 @@ def test_a_term_of_another_package_on_eight_devices(strategy, on_one_device):
 def test_a_heads_flops_count():
     vocab = build.build(superclip()).tokenizer.vocab_size
     configs = map(schema.resolve, (superclip(), tiny.config("clip")))
-    with_term, without = (flops.forward(config)["heads"] for config in configs)
+    with_term, without = (cost.forward_flops(config)["heads"] for config in configs)
     assert with_term - without == 2 * 32 * vocab
 
 

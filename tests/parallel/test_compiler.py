@@ -13,7 +13,7 @@ from xclip_jax.config import load as config_file
 from xclip_jax.parallel import compiler
 from xclip_jax.parallel.hlo import collectives, summary
 from xclip_jax.parallel.topology import roofline
-from xclip_jax.train import memory
+from xclip_jax.train import cost
 
 pytestmark = pytest.mark.long
 
@@ -91,7 +91,7 @@ def test_a_step_of_full_width_has_no_sliced_product_and_no_scores(topology, stra
     config.mesh.strategy, config.data.length_groups = strategy, "full"
     if strategy == "fsdp":
         config.mesh.fsdp = 8
-    _, compiled, trouble = memory.compile_config(config, chips)
+    _, compiled, trouble = cost.compile_config(config, chips)
     program = compiled.as_text()
     assert not trouble and SLICED not in program
     assert program.count("tpu_custom_call") >= 8  # two towers of two blocks, forward and backward
@@ -107,7 +107,7 @@ def test_sums_of_gradients_are_hidden(topology):
     config = config_file.load_config(f"pretrain:objective=clip,preset=B/16,batch={64 * len(chips)}")
     config.model.img.depth = config.model.txt.depth = 3
     config.data.length_groups = "full"
-    experiment, compiled, trouble = memory.compile_config(config, chips)
+    experiment, compiled, trouble = cost.compile_config(config, chips)
     assert not trouble
     program = compiled.as_text()
     parameters = sum(x.size for x in jax.tree.leaves(experiment.abstract.params))
@@ -128,7 +128,7 @@ def test_remat_computes_again_on_tpus():
         for tower in (config.model.img, config.model.txt):
             tower.scan, tower.remat, tower.depth = True, remat, 2
         config.data.length_groups = "full"
-        _, compiled, trouble = memory.compile_config(config, chips)
+        _, compiled, trouble = cost.compile_config(config, chips)
         assert not trouble
         flops[remat] = compiled.cost_analysis()["flops"]
     assert flops["full"] > 1.15 * flops["none"]

@@ -13,9 +13,8 @@ from tests.helpers import tiny
 from xclip_jax.losses import noncontrastive, ring
 from xclip_jax.parallel import hlo
 from xclip_jax.parallel.hlo import Collective, collectives, summary
-from xclip_jax.parallel.logits import FactoredLogits
 from xclip_jax.parallel.mesh import AXES, make_mesh
-from xclip_jax.parallel.sharding import MeshLayout, layout_scope
+from xclip_jax.parallel.sharding import FactoredLogits, MeshLayout, layout_scope
 from xclip_jax.parallel.topology import devices_of
 from xclip_jax.train import build
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tests.helpers.util import jit
-from xclip_jax.parallel.logits import FactoredLogits
+from xclip_jax.parallel.sharding import FactoredLogits
 
 
 def factors(dtype):

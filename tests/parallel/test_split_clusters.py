@@ -12,7 +12,7 @@ from tests.parallel.test_sharding import BATCH, MESHES, assert_same, gradients, 
 from xclip_jax.commands import plan
 from xclip_jax.parallel.hlo import collectives
 from xclip_jax.parallel.mesh import AXES
-from xclip_jax.train import build, memory, state
+from xclip_jax.train import build, cost, state
 from xclip_jax.train.build import make_encoder
 from xclip_jax.train.checkpoint import Checkpointer
 
@@ -83,7 +83,7 @@ def test_hidden_rows_are_sent_and_neither_kernels_nor_logits(mesh, topology):
         pytest.importorskip("libtpu")
     chips = plan.devices_of(topology)[0] if topology else None
     p = experiment(mesh, head=HEAD | {"clusters": k}, optim__microbatches=2, devices=chips)
-    names = {shape for each in collectives(memory.compile_for(p).as_text(), 8) for shape in each.shapes}
+    names = {shape for each in collectives(cost.compile_for(p).as_text(), 8) for shape in each.shapes}
     shapes = {tuple(map(int, re.findall(r"\d+", name.partition("[")[2]))) for name in names}
     assert (BATCH, HIDDEN) in shapes
     assert not [shape for shape in shapes if len(shape) > 1 and {k, k // 2, k // 4, k // 8} & {*shape}]

@@ -20,7 +20,7 @@ from xclip_jax.parallel import hlo
 from xclip_jax.parallel.mesh import num_slices
 from xclip_jax.parallel.topology import CHIPS as KINDS
 from xclip_jax.parallel.topology import devices_of, grid_of, roofline
-from xclip_jax.train import memory
+from xclip_jax.train import cost
 
 pytestmark = pytest.mark.long
 
@@ -50,7 +50,7 @@ def compile_step(strategy, fsdp, **changes):
     towers = {f"model__{tower}__{name}": value for tower in ("img", "txt") for name, value in wide.items()}
     c = tiny.config("clip", **towers, model__dtype="bfloat16", data__batch=64, data__length_groups="full", **changes)
     c.mesh.strategy, c.mesh.fsdp = strategy, fsdp
-    experiment, compiled, trouble = memory.compile_config(c, devices)
+    experiment, compiled, trouble = cost.compile_config(c, devices)
     assert not trouble
     return experiment.abstract.params, compiled.as_text()
 

@@ -16,7 +16,7 @@ from tests.helpers import tiny
 from xclip_jax.config import load, schema
 from xclip_jax.core.errors import UserError
 from xclip_jax.data import holdout, sources, tokenizer
-from xclip_jax.train import autosize, build, memory, trainer, weights
+from xclip_jax.train import autosize, build, cost, trainer, weights
 
 
 def config(count, device="cpu", **arguments):
@@ -120,7 +120,7 @@ def test_activations_take_a_quarter_of_the_memory():
     for size in (12, 16, 80):
         machine = dataclasses.replace(autosize.ORDINARY["gpu"], memory=size * 2**30)
         parts = autosize.microbatches(plain, machine)
-        held = plain.data.batch / parts * memory.activation_bytes(plain)
+        held = plain.data.batch / parts * cost.activation_bytes(plain)
         assert held <= machine.memory / 4 and (parts == 1 or 2 * held > machine.memory / 4)
     assert config(200).optim.microbatches == 1
 

@@ -14,7 +14,7 @@ from xclip_jax.core.run_folder import CLOCKS
 from xclip_jax.report import charts, page
 from xclip_jax.report.collect import Run
 from xclip_jax.report.examples import Examples
-from xclip_jax.train import clock, flops, recovery, trainer
+from xclip_jax.train import clock, cost, recovery, trainer
 from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.clock import Clock
 
@@ -70,13 +70,13 @@ def test_a_run_logs_what_it_makes_of_its_time(tmp_path, monkeypatch, capsys):
     assert [line["step"] for line in first] == [1, 2, 3, 4]
     assert 1000.0 < first[-1]["wall_seconds"] < 1000.0 + time.perf_counter() - began
     # Eight devices of a known kind from now on, of 1 MFLOP/s each.
-    monkeypatch.setitem(flops.PEAK, jax.devices()[0].device_kind, 1e6)
+    monkeypatch.setitem(cost.PEAK_FLOPS, jax.devices()[0].device_kind, 1e6)
     capsys.readouterr()
     trainer.run(c)
     assert sum(seconds > 0.3 for seconds in lost) == 2  # the saves of steps 3 and 6
     lines = tiny.lines(tmp_path / "run")
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6] and lines[:3] == first[:3]
-    step, mfus = flops.train_step(schema.resolve(c)), []
+    step, mfus = cost.step_flops(schema.resolve(c)), []
     for line in lines:
         assert line["goodput"] == pytest.approx(line["useful_seconds"] / line["wall_seconds"])
         assert 0 <= line["goodput"] < 1
@@ -107,9 +107,9 @@ def test_the_report_shows_them(tmp_path):
 
 def test_frozen_towers_have_no_backward_pass():
     c = tiny.config("clip")
-    parts, whole = flops.forward(schema.resolve(c)), flops.train_step(schema.resolve(c))
+    parts, whole = cost.forward_flops(schema.resolve(c)), cost.step_flops(schema.resolve(c))
     c.init.frozen = ("img",)
-    assert whole - flops.train_step(schema.resolve(c)) == pytest.approx(2 * tiny.BATCH * parts["img"])
+    assert whole - cost.step_flops(schema.resolve(c)) == pytest.approx(2 * tiny.BATCH * parts["img"])
 
 
 def test_uptime_is_that_of_this_process():

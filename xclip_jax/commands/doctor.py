@@ -33,7 +33,7 @@ from xclip_jax.data import inspect, loader
 from xclip_jax.data.inspect import LoaderSample
 from xclip_jax.objectives.clip import Contrastive
 from xclip_jax.parallel.mesh import batch_part
-from xclip_jax.train import memory
+from xclip_jax.train import cost
 from xclip_jax.train.build import Experiment
 from xclip_jax.train.checks import FAIL, WARNING, Finding, attempt, check_devices, fail, run_checks, warning
 from xclip_jax.train.clock import INPUT_BOUND
@@ -92,7 +92,7 @@ def time_step(start: Job, operations: float | None = None) -> Finding:
         jax.block_until_ready(metrics)
         ends.append(time.perf_counter())
     seconds = (ends[-1] - ends[0]) / _TIMED_STEPS
-    usage = memory.usage(experiment, compiled)
+    usage = cost.memory_usage(experiment, compiled)
     b, left = start.config.data.batch, start.config.steps - (start.folder.latest_step() or 0)
     speed = f", {operations / seconds / 1e12:,.3g} TFLOP/s" if operations else ""
     text = (

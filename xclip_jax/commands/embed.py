@@ -31,18 +31,18 @@ from absl import logging
 from etils import epath
 
 from xclip_jax import model as inference
-from xclip_jax.core import environment, locks, storage
+from xclip_jax.core import environment, storage
 from xclip_jax.core.console import format_duration, log0
 from xclip_jax.core.errors import BadSample, Parser, UserError, check_count, check_writable, exit_with_message, public
 from xclip_jax.core.imports import add_trust
+from xclip_jax.core.run_folder import lock
 from xclip_jax.core.storage import write_json
 from xclip_jax.data import embeddings
-from xclip_jax.data.base import IMAGE_SUFFIXES, MAX_BYTES
+from xclip_jax.data.base import IMAGE_SUFFIXES, MAX_BYTES, decode_text
 from xclip_jax.data.readers.folder import file_size
 from xclip_jax.data.readers.tar import TarSource
 from xclip_jax.data.records import ThreadPrefetcher
-from xclip_jax.data.text import decode_text
-from xclip_jax.train import compilation_cache
+from xclip_jax.parallel import compiler
 
 PART = 4096  # rows that an interruption may lose
 _PROGRESS_SECONDS = 5
@@ -237,7 +237,7 @@ def embed(model: inference.Model, sources: Mapping[str, Source], out: str, *, th
     plan |= {"part": PART, "weights": model.fingerprint()}
     plan |= {name: {"n": len(source), "digest": source.digest()} for name, source in sources.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with locks.lock(path, blocking=False):
+    with lock(path, blocking=False):
         saved = plan
         if (folder / "plan.json").exists():
             saved = json.loads((folder / "plan.json").read_text())
@@ -359,7 +359,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             sources["text"] = Lines(options.texts)
         if not sum(map(len, sources.values())):
             raise UserError("there is nothing to embed; give --images, --texts or both.")
-        compilation_cache.enable()
+        compiler.enable_cache()
         model = inference.load(options.checkpoint, step=options.step, batch=options.batch, trust=options.trust)
         embed(model, sources, options.out, threads=options.threads)
 

@@ -46,7 +46,8 @@ from xclip_jax.evaluators.results import Result
 from xclip_jax.evaluators.tables import compare, render_comparison
 from xclip_jax.interop import hub
 from xclip_jax.models.two_towers import Variables
-from xclip_jax.train import compilation_cache, weights
+from xclip_jax.parallel import compiler
+from xclip_jax.train import weights
 from xclip_jax.train.build import make_encoder, profile_of_run
 
 PROFILE_FIELDS = ("prefix", "lower", "captions", "templates", "names")
@@ -175,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             return
         if flags.captions is not None:
             check_count("--captions", flags.captions, 0)
-        compilation_cache.enable()
+        compiler.enable_cache()
         flags.names = read_class_names(flags.names) if flags.names else None
         suite, fields = ",".join(flags.suite or ["demo"]), {key: getattr(flags, key) for key in PROFILE_FIELDS}
         evaluate(

@@ -22,7 +22,7 @@ from xclip_jax.core.console import format_bytes
 from xclip_jax.core.errors import UserError, check_writable, exit_with_message
 from xclip_jax.parallel.hlo import collectives, summary
 from xclip_jax.parallel.topology import devices_of, roofline
-from xclip_jax.train import flops, memory
+from xclip_jax.train import cost
 from xclip_jax.train.build import Experiment
 
 _TOPOLOGY = flags.DEFINE_string("topology", "", "CHIP:GRID, as v5e:4x8 or v4:2x4x4.")
@@ -60,7 +60,7 @@ def plan(
         check_writable("--hlo", pathlib.Path(hlo).parent)
     devices, chip = devices_of(topology, slices)
     began = time.perf_counter()
-    experiment, compiled, trouble = memory.compile_config(config, devices)
+    experiment, compiled, trouble = cost.compile_config(config, devices)
     facts = {
         "topology": topology,
         "slices": slices,
@@ -75,7 +75,7 @@ def plan(
         "model_parameters": experiment.num_parameters,
         "fits": compiled is not None,
         "trouble": trouble,
-        "remedies": memory.remedies(experiment.config) if compiled is None else [],
+        "remedies": cost.remedies(experiment.config) if compiled is None else [],
         "compile_seconds": time.perf_counter() - began,
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
         "capacity": chip.memory,
@@ -86,7 +86,7 @@ def plan(
             pathlib.Path(hlo).parent.mkdir(parents=True, exist_ok=True)
             pathlib.Path(hlo).write_text(program)
         sent = summary(collectives(program, len(devices)))
-        facts |= {"memory": memory.usage(experiment, compiled), "sent": sent}
+        facts |= {"memory": cost.memory_usage(experiment, compiled), "sent": sent}
         facts["roofline"] = dataclasses.asdict(roofline(program, topology, len(devices)))
     return facts | _time(experiment, facts, mfu, chip.peak * len(devices), price)
 
@@ -96,14 +96,14 @@ def _time(
 ) -> dict[str, Any]:
     """Return time and cost of the run, by `mfu` or by the roofline; or why they are not known."""
     config = experiment.config
-    work = flops.train_step(config, rows=experiment.text_rows[0])
+    work = cost.step_flops(config, rows=experiment.text_rows[0])
     peak_ms = 1e3 * work / peak if work else None
     if mfu and peak_ms:
         step_ms = peak_ms / mfu
     elif "roofline" in facts and not mfu:
         step_ms = facts["roofline"]["step_ms"]
     else:
-        reason = "the step does not fit; --mfu gives one" if work else flops.UNCOUNTED
+        reason = "the step does not fit; --mfu gives one" if work else cost.UNCOUNTED
         return {"untimed": reason, "peak_ms": peak_ms}
     pairs_per_second = 1e3 * config.data.batch / step_ms
     days = config.steps * step_ms / 86.4e6

@@ -37,8 +37,8 @@ from xclip_jax.core.errors import Parser, UserError, check_count, exit_with_mess
 from xclip_jax.core.imports import add_trust
 from xclip_jax.data import embeddings, images
 from xclip_jax.model import TEMPLATES, Model
+from xclip_jax.parallel import compiler
 from xclip_jax.report.page import environment
-from xclip_jax.train import compilation_cache
 
 MAX_UPLOAD = 20 << 20  # bytes of an image
 COUNT, LABELS = 24, 10  # images and labels of an answer
@@ -310,7 +310,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         except (OSError, OverflowError) as error:
             raise UserError(f"--port {flags.port}: {error}; set another --port, or 0.") from error
         with listening:
-            compilation_cache.enable()
+            compiler.enable_cache()
             model = inference.load(flags.checkpoint, step=flags.step, batch=flags.batch, trust=flags.trust)
             index = make_index(model, flags.images, cache=flags.cache)
             index.by_text("an image", 1)  # compiles

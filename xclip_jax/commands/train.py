@@ -12,8 +12,9 @@ from xclip_jax.config import load
 from xclip_jax.core import environment, errors, imports
 from xclip_jax.core.console import command, log0
 from xclip_jax.core.errors import exit_with_message
+from xclip_jax.parallel import compiler
 from xclip_jax.processes import runtime
-from xclip_jax.train import callbacks, compilation_cache, job, trainer
+from xclip_jax.train import callbacks, job, trainer
 
 _CHECK = flags.DEFINE_bool(
     "check", False, "Check keys and names of the config, and stop: no data, no device and no run's folder are needed."
@@ -42,7 +43,7 @@ def main(_: list[str]) -> None:
             log0(f"not looked at: data, weights and disk; {command('doctor')} does that")
             return
         runtime.join(_DISTRIBUTED.value, _COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
-        compilation_cache.enable(str(flags.FLAGS.config.run))
+        compiler.enable_cache(str(flags.FLAGS.config.run) if runtime.peers() else "")
         trainer.run(flags.FLAGS.config, [report.callback()], uptime=environment.uptime())
 
 

@@ -10,18 +10,27 @@ results.json    {"results", "records", "config", "environment", "seconds"} of th
 evaluation.json of `xclip_jax.commands.evaluate`, see `evaluators.results`
 trackers.json   {"id": of the run in wandb and Trackio}
 stacks-N.txt    stacks of all threads of process N, if it hung and was ended
-compiled/       compilation cache of a run of several processes, see `train.compilation_cache`
+compiled/       compilation cache of a run of several processes, see `parallel.compiler`
 profile/        traces of the steps of log.profile, see `train.loop`
 checkpoints/, bad_samples.jsonl, skipped_steps.jsonl, tensorboard/, wandb/, report.html, picture.png
+
+Locks by flock, of a run's folder or another file or folder on a disk, let one process write. Buckets have none.
 """
 
+import contextlib
+import errno
+import fcntl
 import json
+import os
+import pathlib
+import platform
 import sys
-from typing import Any
+from collections.abc import Iterator
+from typing import IO, Any
 
 from etils import epath
 
-from xclip_jax.core import locks, storage
+from xclip_jax.core import storage
 from xclip_jax.core.errors import UserError, first_line
 
 # Metrics of metrics.jsonl that measure time: two runs that learn the same differ in them.
@@ -29,6 +38,8 @@ CLOCKS = (
     "samples_per_second", "data/wait_share", "model_flops_per_second", "mfu", "goodput", "wall_seconds",
     "useful_seconds",
 )  # fmt: skip
+# Errors of network file systems that do not implement flock: nothing is locked there.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
 
 
 class RunFolder:
@@ -82,7 +93,7 @@ class RunFolder:
 
     def writer(self) -> str:
         """Return a description of the process that writes to the folder now, or ""; unknown in a bucket."""
-        return locks.holder(self.lock_file)
+        return holder(self.lock_file)
 
     def read_config(self) -> dict[str, Any] | None:
         """Return the content of config.json, or None without a run.
@@ -156,3 +167,63 @@ def evaluation_file(path: str | epath.Path) -> epath.Path:
     run = RunFolder(path)
     weights, file = run.path, run.evaluation_file
     return file if weights.is_dir() else weights.with_name(f"{weights.name}.{file.name}")
+
+
+class HeldError(UserError):
+    """Another process holds the lock."""
+
+    def __init__(self, path: object, holder: str) -> None:
+        super().__init__(f"{path} is in use by {holder or 'another process'}; wait for it, or name another path.")
+
+
+def _flock(content: IO[str], how: int) -> None:
+    try:
+        fcntl.flock(content, how)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+
+
+@contextlib.contextmanager
+def lock(path: str | os.PathLike, *, blocking: bool, file: str | os.PathLike = "") -> Iterator[None]:
+    """Hold a lock on `path`, by a hidden file in its folder, or by `file`, which names this process meanwhile.
+
+    Raises:
+      HeldError: another process holds it, unless `blocking`.
+    """
+    if storage.is_remote(os.fspath(path)):
+        yield
+        return
+    place = pathlib.Path(path)
+    file = pathlib.Path(file or place.with_name(f".{place.name}.lock"))
+    locked = False
+    while not locked:
+        with open(file, "a+") as content:
+            try:
+                _flock(content, fcntl.LOCK_EX | (0 if blocking else fcntl.LOCK_NB))
+            except BlockingIOError as error:
+                content.seek(0)
+                raise HeldError(path, content.read().strip()) from error
+            # The previous holder unlinked the file, so this may lock a deleted inode: retry.
+            with contextlib.suppress(FileNotFoundError):
+                locked = os.path.samestat(os.stat(file), os.fstat(content.fileno()))
+            if locked:
+                try:
+                    content.truncate(0)
+                    content.write(f"process {os.getpid()} on {platform.node()}\n")
+                    content.flush()
+                    yield
+                finally:
+                    file.unlink(missing_ok=True)
+
+
+def holder(file: str | os.PathLike) -> str:
+    """Return a description of the process that holds the lock file `file`, "" if none does or it is in a bucket."""
+    if storage.is_remote(os.fspath(file)) or not os.path.exists(file):
+        return ""
+    with open(file) as content:
+        try:
+            _flock(content, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return content.read().strip() or "another process"
+    return ""

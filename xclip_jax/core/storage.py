@@ -170,7 +170,7 @@ class JsonLines:
         """
         self.path, self._writes = path, writes
         old = path.read_bytes() if path.exists() else b""
-        self.kept = [content for content in json_lines(path) if _keeps(keep, content)]
+        self.kept = json_lines(path, keep)
         lines = [f"{strict_json(content)}\n" for content in self.kept]
         if writes and "".join(lines).encode() != old:
             write_whole(path, "".join(lines))
@@ -197,20 +197,14 @@ class JsonLines:
             self._written = time.monotonic()
 
 
-def json_lines(path: epath.Path) -> list[dict[str, Any]]:
-    """Return the objects of a file of one JSON object a line, none without it; damaged lines are left out."""
+def json_lines(path: epath.Path, keep: Callable[[dict[str, Any]], bool] = lambda _: True) -> list[dict[str, Any]]:
+    """Return the objects of a file of JSON lines that `keep` accepts, none without it; damaged lines are left out."""
     objects = []
     for line in path.read_bytes().split(b"\n") if path.exists() else ():
-        with contextlib.suppress(ValueError, RecursionError):  # a RecursionError for brackets without end
-            objects.append(json.loads(line))
-    return [content for content in objects if isinstance(content, dict)]
-
-
-def _keeps(keep: Callable[[dict[str, Any]], bool], content: dict[str, Any]) -> bool:
-    try:
-        return keep(content)
-    except (KeyError, TypeError, ValueError):
-        return False
+        with contextlib.suppress(ValueError, RecursionError, KeyError, TypeError):  # brackets without end; `keep`
+            if isinstance(content := json.loads(line), dict) and keep(content):
+                objects.append(content)
+    return objects
 
 
 def _braces(pattern: str) -> Iterator[str]:

@@ -11,8 +11,7 @@ import numpy as np
 
 from xclip_jax.core import storage
 from xclip_jax.core.errors import UserError, first_line
-from xclip_jax.data.base import IMAGE_SUFFIXES, MAX_BYTES, Record, Source, name_of
-from xclip_jax.data.text import read_csv
+from xclip_jax.data.base import IMAGE_SUFFIXES, MAX_BYTES, Record, Source, name_of, read_csv
 
 
 def item_name(items: Sequence[Any], index: int) -> str:

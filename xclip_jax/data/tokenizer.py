@@ -19,7 +19,7 @@ from etils import epath
 
 from xclip_jax.core import storage
 from xclip_jax.core.errors import BadSample, UserError
-from xclip_jax.data.text import join_surrogates
+from xclip_jax.data.base import join_surrogates
 
 NAMES = ("clip", "bytes")
 END_TOKENS = ("<|endoftext|>", "</s>", "[SEP]")

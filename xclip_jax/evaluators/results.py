@@ -28,9 +28,9 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from xclip_jax.core import locks
 from xclip_jax.core.console import command
 from xclip_jax.core.errors import UserError, public
+from xclip_jax.core.run_folder import lock
 from xclip_jax.core.storage import write_json, write_whole
 from xclip_jax.data.labelled import Paths
 from xclip_jax.data.preprocessing import Preprocessing
@@ -259,7 +259,7 @@ def add(
     the command that writes. A checkpoint's `own` file has its entries only, also under former names of its folder.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with locks.lock(path, blocking=True):
+    with lock(path, blocking=True):
         entries, items_of = read(path) if path.exists() else ([], {})
         if own:
             entries = [old | {"checkpoint": entry["checkpoint"]} for old in entries]

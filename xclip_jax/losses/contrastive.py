@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from xclip_jax.parallel.logits import argmax
+from xclip_jax.parallel.sharding import argmax
 
 Metrics = dict[str, jax.Array]
 

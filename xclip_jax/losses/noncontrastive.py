@@ -24,8 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from xclip_jax.parallel.logits import FactoredLogits, Logits, argmax
-from xclip_jax.parallel.sharding import constrain, map_microbatches
+from xclip_jax.parallel.sharding import FactoredLogits, Logits, argmax, constrain, map_microbatches
 
 Metrics = dict[str, jax.Array]
 Sums = Mapping[str, jax.Array]

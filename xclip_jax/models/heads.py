@@ -13,8 +13,7 @@ from jax.typing import DTypeLike
 
 from xclip_jax.core.fields import at_least, key
 from xclip_jax.models.layers import ACTIVATIONS, dense, named
-from xclip_jax.parallel.logits import FactoredLogits
-from xclip_jax.parallel.sharding import constrain
+from xclip_jax.parallel.sharding import FactoredLogits, constrain
 
 Array = jax.Array
 

@@ -17,8 +17,7 @@ from flax.linen.dtypes import promote_dtype
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 
-from xclip_jax.models.kernels import attention as attention_kernel
-from xclip_jax.models.kernels import cudnn
+from xclip_jax.models import kernels
 from xclip_jax.parallel.sharding import device, map_devices, platform, shards_of
 
 Array = jax.Array
@@ -171,8 +170,8 @@ class HeadProjections(nn.Module):
         contract = (((2,), (0,)), ((), ()))
         if self.fused:
             x, kernel = promote_dtype(x, kernel, dtype=self.dtype)
-            product = dot_general(x, attention_kernel.group_heads(kernel), contract)
-            return product, attention_kernel.group_heads(bias)[None]
+            product = dot_general(x, kernels.group_heads(kernel), contract)
+            return product, kernels.group_heads(bias)[None]
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
         tokens = [x if at is None or i else token_at(x, at) for i in range(self.count)]
         maps = [dot_general(tokens[i], kernel[:, i], contract) + bias[i] for i in range(self.count)]
@@ -200,7 +199,7 @@ class Attention(nn.Module):
             x = self._attend_fused(*maps)
         elif at is None and self._cudnn_accepts(maps[0]):
             axes = ("batch", "heads", None, None)
-            x = map_devices(lambda *qkv: cudnn.attention(*qkv, causal=self.causal), maps, (axes,) * 3, axes)
+            x = map_devices(lambda *qkv: kernels.cudnn_attention(*qkv, causal=self.causal), maps, (axes,) * 3, axes)
             x = einops.rearrange(x, "b heads n kv -> b n heads kv")
         else:
             x = einops.rearrange(attend(*maps, causal=self.causal, at=at), "b heads n kv -> b n heads kv")
@@ -210,8 +209,8 @@ class Attention(nn.Module):
         """Whether cuDNN computes attention of these queries on this process's devices."""
         _, heads, n, kv = query.shape
         on = device()
-        # The batch makes no difference to cuDNN.
-        return on is not None and cudnn.accepts(on, (2, heads // shards_of("heads"), n, kv), query.dtype, self.causal)
+        shape = 2, heads // shards_of("heads"), n, kv  # the batch makes no difference to cuDNN
+        return on is not None and kernels.cudnn_accepts(on, shape, query.dtype, self.causal)
 
     def _attend_fused(self, qkv: Array, bias: Array) -> Array:
         """(b, n, 3 * d), (1, 3 * d) -> (b, n, heads, kv)."""
@@ -219,7 +218,7 @@ class Attention(nn.Module):
         axes = ("batch", None, "heads")
 
         def on_device(qkv: Array, bias: Array) -> Array:
-            return attention_kernel.attention(qkv, bias, kv, self.fused, self.causal, platform() != "tpu")
+            return kernels.attention(qkv, bias, kv, self.fused, self.causal, platform() != "tpu")
 
         x = map_devices(on_device, (qkv, bias), (axes, (None, "heads")), axes)
         return einops.rearrange(x, "b n (heads kv) -> b n heads kv", kv=kv)

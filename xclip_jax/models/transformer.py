@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 
 from xclip_jax.core.errors import UserError
 from xclip_jax.core.fields import above, at_least, choice, key
-from xclip_jax.models.kernels import attention as attention_kernel
+from xclip_jax.models import kernels
 from xclip_jax.models.layers import ACTIVATIONS, Attention, LayerNorm, Mlp, named, token_at
 from xclip_jax.models.tower import Params, TextTower, Tower
 from xclip_jax.parallel import compiler
@@ -26,7 +26,7 @@ REMAT_POLICIES: dict[str, Any] = {
     "none": None,
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(attention_kernel.OUTPUT),
+        jax.checkpoint_policies.save_only_these_names(kernels.OUTPUT),
     ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
@@ -63,7 +63,7 @@ class TransformerConfig(Tower):
         """Whether `models.kernels.attention` computes attention over `tokens` tokens."""
         parts = shards_of("heads")
         on_chip = platform() == "tpu" and jnp.dtype(dtype) == jnp.bfloat16
-        return on_chip and attention_kernel.fits(tokens, self.heads // parts, self.width // parts)
+        return on_chip and kernels.fits(tokens, self.heads // parts, self.width // parts)
 
     def block_flops(self, tokens: float, *, one: bool = False) -> float:
         """FLOPs of a sequence in all blocks: four projections, two products of attention, and the MLP.
@@ -159,7 +159,7 @@ class Transformer(nn.Module):
         tokens = x.shape[1]
         fused_tokens = tokens if self.config.fuses(tokens, self.dtype) else 0
         if fused_tokens:
-            x = jnp.pad(x, ((0, 0), (0, -tokens % attention_kernel.SUBLANES), (0, 0)))
+            x = jnp.pad(x, ((0, 0), (0, -tokens % kernels.SUBLANES), (0, 0)))
         args = (self.config, self.causal, self.dtype)
         if scan and platform() == "tpu":
             return self._unrolled(x, keep, fused_tokens)[:, :tokens]
@@ -191,8 +191,8 @@ class Transformer(nn.Module):
         block = apply if remat == "none" else jax.checkpoint(apply, policy=REMAT_POLICIES[remat])
         stacks = flax.traverse_util.flatten_dict(self.variables["params"]["blocks"])
         # Kernels are cast before they are split: their gradients are summed over devices, and joined, in `dtype`.
-        kernels = [path for path in stacks if path[-1] == "kernel"]
-        stacks |= {path: stacks[path].astype(self.dtype) for path in kernels}
+        matrices = [path for path in stacks if path[-1] == "kernel"]
+        stacks |= {path: stacks[path].astype(self.dtype) for path in matrices}
         # The gradient of one split is one concatenation; the gradient of slices would be a sum of padded arrays.
         splits = {path: jax.lax.split(stack, (1,) * depth) for path, stack in stacks.items()}
         blocks = [{path: split[i][0] for path, split in splits.items()} for i in range(depth)]
@@ -200,7 +200,7 @@ class Transformer(nn.Module):
             with jax.named_scope(f"block_{i}"):
                 if i + 1 < depth:
                     # The gradients of the next block are summed over devices while this block computes its own.
-                    x, later = compiler.ordered(x, {path: blocks[i + 1][path] for path in kernels})
+                    x, later = compiler.ordered(x, {path: blocks[i + 1][path] for path in matrices})
                     blocks[i + 1] |= later
                 x = block(blocks[i], x, None if keep is None else keep[i])
         return x

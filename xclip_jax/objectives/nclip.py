@@ -17,7 +17,7 @@ from xclip_jax.models.heads import ClusterHead, Head, Heads
 from xclip_jax.models.two_towers import ModelConfig
 from xclip_jax.objectives.similarity import ClusterSimilarity
 from xclip_jax.objectives.term import Arrays, Check, Curve, Health, Level, LossConfig, Report, Result, Term
-from xclip_jax.parallel.logits import FactoredLogits, Logits
+from xclip_jax.parallel.sharding import FactoredLogits, Logits
 
 Array = jax.Array
 _SHUFFLE = 17  # folded into the step's key

@@ -1,11 +1,23 @@
-"""Options of the XLA compiler for a train step, by platform, and the order of its backward pass."""
+"""The XLA compiler: options of a train step by platform, the order of its backward pass, and the cache of programs."""
 
+import hashlib
 import os
+import pathlib
+import platform
+import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from xclip_jax.core.console import log0
+from xclip_jax.core.run_folder import RunFolder
+from xclip_jax.core.storage import cache_dir, is_remote
+
+CACHE_BYTES = 2 * 2**30
+# Programs that compile faster are not kept: thousands of small files would make each look-up slow.
+CACHE_SECONDS = 0.1
 
 Options = Mapping[str, bool | str]
 Tree = Any
@@ -36,9 +48,9 @@ _FLAGS = {"tpu": "LIBTPU_INIT_ARGS", "gpu": "XLA_FLAGS"}
 
 
 def _all_options(devices: Sequence[jax.Device]) -> Options:
-    platform, kind = devices[0].platform, devices[0].device_kind
-    if platform != "tpu":
-        return _GPUS if platform == "gpu" and len(devices) > 1 else {}
+    kind = devices[0].device_kind
+    if devices[0].platform != "tpu":
+        return _GPUS if devices[0].platform == "gpu" and len(devices) > 1 else {}
     # A core has 16 MiB of vector memory up to v4, which products fused with sums exceed, and 64 MiB or more since v5.
     return _TPU if kind.startswith(("TPU v2", "TPU v3", "TPU v4")) else {**_TPU, **_TPU_OVERLAP}
 
@@ -93,3 +105,57 @@ def ordered_after_small(x: Tree, params: Tree) -> tuple[Tree, Tree]:
     small = {i: leaf for i, leaf in enumerate(leaves) if leaf.size < _SMALL}
     x, small = ordered(x, small)
     return x, structure.unflatten(small.get(i, leaf) for i, leaf in enumerate(leaves))
+
+
+def enable_cache(run: str = "") -> None:
+    """Turn JAX's persistent compilation cache on: a command that is started again need not compile again.
+
+    Call it before anything is compiled and after `processes.runtime.join`; JAX's own variables have precedence. The
+    folder is JAX_COMPILATION_CACHE_DIR if it is set, else `cache_folder()` with at most `CACHE_BYTES`. A folder that
+    cannot be used is a warning.
+
+    Args:
+      run: folder of a run of several processes. They use `compiled` in it, since only process 0 writes (on CPUs only
+        process 0 reads, too).
+    """
+    config: Any = jax.config
+    if not config.jax_enable_compilation_cache:
+        return
+    named = config.jax_compilation_cache_dir
+    folder = named or str(RunFolder(run).compiled if run else cache_folder())
+    try:
+        if not is_remote(folder) and (named or not run):  # a run makes its own folder
+            os.makedirs(folder, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+    except OSError as error:
+        jax.config.update("jax_enable_compilation_cache", False)
+        log0(f"WARNING: no compilation cache ({error.strerror}: {folder}); set JAX_COMPILATION_CACHE_DIR to a folder")
+        return
+    if named:
+        return
+    _set("jax_compilation_cache_dir", folder)
+    _set("jax_persistent_cache_min_compile_time_secs", CACHE_SECONDS)
+    if not run:
+        _set("jax_compilation_cache_max_size", CACHE_BYTES)
+    elif is_remote(folder):  # XLA's own caches want a disk
+        _set("jax_persistent_cache_enable_xla_caches", "none")
+
+
+def cache_folder() -> pathlib.Path:
+    """Return `compiled/CPU` in the cache of `core.storage.cache_dir`; CPU names this kind of processor.
+
+    Machines that share a home need not have the same processors, and code for one may not run on another.
+    """
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    features = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+    return cache_dir() / "compiled" / f"{platform.machine()}-{hashlib.sha256(features.encode()).hexdigest()[:8]}"
+
+
+def _set(name: str, value: Any) -> None:
+    """Set an option of JAX, unless the environment does."""
+    if name.upper() not in os.environ:
+        jax.config.update(name, value)

@@ -13,6 +13,9 @@ the logits of its own rows; clusters are split over "model", and rows of the las
 zero1, over "fsdp" with fsdp and fsdp_tp.
 
 Embeddings of words and positions stay whole: splitting their features makes XLA reshard every activation behind them.
+
+Below the layouts is what depends on them: work on the parts of each device, microbatches, and logits whose clusters are
+split (`argmax`, `FactoredLogits`).
 """
 
 import contextlib
@@ -23,7 +26,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
+import flax.struct
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from xclip_jax.core.console import setting
@@ -278,3 +283,64 @@ def zero1_shardings(abstract: Any, specs: Any, mesh: Mesh) -> Any:
         return sharding
 
     return jax.tree.map(split, abstract, specs)
+
+
+def argmax(logits: jax.Array, axis: int) -> jax.Array:
+    """Index of the first largest value along `axis`, as `jnp.argmax`, by two reductions; its size if a value is NaN.
+
+    Over an axis that is split over devices, `jnp.argmax` sends pairs of value and index from each device to all others.
+    """
+    logits = jax.lax.stop_gradient(logits)
+    index = jax.lax.broadcasted_iota(jnp.int32, logits.shape, axis)
+    largest = logits == jnp.max(logits, axis=axis, keepdims=True)
+    return jnp.min(jnp.where(largest, index, logits.shape[axis]), axis=axis)
+
+
+@jax.custom_vjp
+def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x @ kernel of factors in lower precision, summed and left in fp32; gradients are computed in their precision.
+
+    By default the gradient would multiply fp32 by bf16, and devices would sum the kernel's gradient in fp32, at twice
+    the traffic.
+    """
+    return jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
+
+
+def _product_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _product(x, kernel), (x, kernel)
+
+
+def _product_backward(factors: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return jax.vjp(jnp.matmul, *factors)[1](gradient.astype(factors[0].dtype))
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+@flax.struct.dataclass
+class FactoredLogits:
+    """Factors of cluster logits (b, k) = x @ kernel + bias, for a loss that computes them in chunks.
+
+    The product has the dtype of x (b, d); kernel (d, k) and bias (k,) are fp32.
+    """
+
+    x: jax.Array
+    kernel: jax.Array
+    bias: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(b, k)."""
+        return self.x.shape[0], self.kernel.shape[1]
+
+    def logits(self) -> jax.Array:
+        """Compute the logits in fp32; products of bf16 factors are summed in fp32 too, and so is the bias.
+
+        If clusters are split over all devices, devices gather the rows of x first.
+        """
+        x = constrain(self.x, "row", None)
+        product = jnp.matmul if x.dtype == jnp.float32 else _product
+        return constrain(product(x, self.kernel.astype(x.dtype)), "row", "cluster") + self.bias
+
+
+Logits = jax.Array | FactoredLogits

@@ -21,7 +21,7 @@ from xclip_jax.evaluators.sets import classification
 from xclip_jax.models.heads import ClusterHead, Head
 from xclip_jax.objectives import OBJECTIVES, RECIPES, make_objective
 from xclip_jax.objectives.clip import Clip
-from xclip_jax.train import flops, memory, weights
+from xclip_jax.train import cost, weights
 
 SAMPLE = 512  # pairs that are read to learn their sizes
 HELD_OUT = (20, 0.05, 5000)  # at least so many pairs, this share, at most so many: scores are a square matrix
@@ -62,7 +62,7 @@ def this_machine() -> Machine:
     """Return the devices of this process, with their whole memory, free or not."""
     device = jax.devices()[0]
     platform = "gpu" if device.platform in ("cuda", "rocm") else device.platform
-    return Machine(platform, jax.device_count(), memory.total(device), os.cpu_count() or 1)
+    return Machine(platform, jax.device_count(), cost.device_memory(device), os.cpu_count() or 1)
 
 
 def measure(source: Source, tokens: tokenizer.Tokenizer) -> Counts:
@@ -126,7 +126,7 @@ def microbatches(config: ml_collections.ConfigDict, machine: Machine) -> int:
     room = machine.memory / (machine.devices if machine.platform == "cpu" else 1) / 4
     each = config.data.batch // machine.devices
     parts = 1
-    while each % (2 * parts) == 0 and each / parts * memory.activation_bytes(config) > room:
+    while each % (2 * parts) == 0 and each / parts * cost.activation_bytes(config) > room:
         parts *= 2
     return parts
 
@@ -162,7 +162,7 @@ def _schedule(config: ml_collections.ConfigDict, machine: Machine, trained: int,
     steps = steps or max(round(trained * (epochs or usual) / batch), 2)
     config.steps = steps
     # A tower of another package may not count its FLOPs.
-    if machine.platform == "cpu" and not asked and (step := flops.train_step(schema.resolve(config))):
+    if machine.platform == "cpu" and not asked and (step := cost.step_flops(schema.resolve(config))):
         affordable = int(LONGEST * CORE * machine.cores / step)
         steps = min(steps, max(affordable, trained // batch, 2))
     config.steps = steps

@@ -16,7 +16,7 @@ from xclip_jax.core.console import command, format_bytes, log0
 from xclip_jax.core.errors import UserError, describe
 from xclip_jax.data import tokenizer
 from xclip_jax.processes import runtime
-from xclip_jax.train import callbacks, flops, memory
+from xclip_jax.train import callbacks, cost
 from xclip_jax.train.checkpoint_files import free_bytes, most_added, num_bytes
 from xclip_jax.train.job import Job
 from xclip_jax.train.training_folder import OUTCOMES, TrainingFolder
@@ -123,7 +123,7 @@ def check_model(job: Job) -> Iterator[Finding]:
         f"on a mesh of {mesh} ({config.mesh.strategy}), tokenizer {name} of {experiment.tokenizer.vocab_size:,} tokens"
     )
     values = {"parameters": count, "mesh": dict(experiment.mesh.shape)}
-    if operations := flops.train_step(experiment.config, rows=experiment.text_rows[0]):
+    if operations := cost.step_flops(experiment.config, rows=experiment.text_rows[0]):
         values["flops_per_step"] = operations
     yield Finding("model", text, values=values)
 
@@ -181,8 +181,8 @@ def check_memory(job: Job) -> Iterator[Finding]:
     on_cpu = device.platform == "cpu"
     if on_cpu and jax.process_count() > 1:
         return  # the processes may share a machine, unknown to each other
-    limit = memory.total(device) / (jax.local_device_count() if on_cpu else 1)
-    state = memory.bytes_on_device(experiment.abstract)
+    limit = cost.device_memory(device) / (jax.local_device_count() if on_cpu else 1)
+    state = cost.bytes_on_device(experiment.abstract)
     values = {"state_bytes": state, "capacity_bytes": limit}
     small = ", or start from the recipe small" if on_cpu else ""
     takes = f"the state takes {format_bytes(state)} of a device's {format_bytes(limit)}"
@@ -192,16 +192,16 @@ def check_memory(job: Job) -> Iterator[Finding]:
     elif not job.compiles:
         step = f"the step is not compiled here: --step=always does, {command('plan')} for TPUs"
         yield Finding("memory", f"{takes}; {step}", values=values)
-    elif memory.fits_by_far(experiment, limit):
+    elif cost.fits_by_far(experiment, limit):
         yield Finding("memory", f"{takes}; the step needs far less", values=values)
     else:
         compiled, trouble = job.compiled
-        usage = memory.usage(job.grouped, compiled) if compiled is not None else {}
+        usage = cost.memory_usage(job.grouped, compiled) if compiled is not None else {}
         values |= {f"{name}_bytes": size for name, size in usage.items()}
         peak = usage.get("peak", 0.0)
         if compiled is None or peak > limit:
             needs = f"it takes {format_bytes(peak)}" if compiled is not None else trouble
-            text, remedy = memory.too_large(job.config, limit, needs)
+            text, remedy = cost.too_large(job.config, limit, needs)
             yield fail("memory", text, f"{remedy}{small}", **values)
         else:
             yield Finding("memory", f"a step needs {format_bytes(peak)} of {format_bytes(limit)}", values=values)

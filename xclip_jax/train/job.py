@@ -22,7 +22,7 @@ from xclip_jax.evaluators.base import Evaluator
 from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.interop import hub
 from xclip_jax.parallel.mesh import BatchPart, batch_part
-from xclip_jax.train import flops, memory
+from xclip_jax.train import cost
 from xclip_jax.train.build import Experiment, build, make_encoder, own_profile
 from xclip_jax.train.training_folder import TrainingFolder
 from xclip_jax.train.weights import read_initial
@@ -114,8 +114,8 @@ class Job:
 
     @functools.cached_property
     def compiled(self) -> tuple[Any, str]:
-        """The compiled step, or None and the reason why it does not fit, see `memory.compile_if_fits`."""
-        return memory.compile_if_fits(self.grouped)
+        """The compiled step, or None and the reason why it does not fit, see `cost.compile_if_fits`."""
+        return cost.compile_if_fits(self.grouped)
 
     @functools.cached_property
     def initial(self) -> Mapping[str, np.ndarray]:
@@ -192,10 +192,10 @@ def choose_length_groups(experiment: Experiment, samples: Sequence[Source]) -> L
     rows, draws = experiment.text_rows
 
     def saved(groups: LengthGroups) -> float:
-        cut, whole = flops.train_step(config, groups, rows), flops.train_step(config, WHOLE)
+        cut, whole = cost.step_flops(config, groups, rows), cost.step_flops(config, WHOLE)
         return 1 - cut / whole if cut and whole else 0.0  # unknown of some towers of other packages
 
-    flops_of, most = flops.cut_flops(tower), saved(LengthGroups(((1, 1.0),)))
+    flops_of, most = cost.cut_flops(tower), saved(LengthGroups(((1, 1.0),)))
     if flops_of is None or not length_groups.worthwhile(most, config.steps):
         return WHOLE
     counts = count_lengths(experiment, samples) if jax.process_index() == 0 else np.zeros(context + 1, np.int32)

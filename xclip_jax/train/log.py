@@ -11,7 +11,7 @@ from xclip_jax.core.console import format_duration, log0
 from xclip_jax.core.storage import JsonLines
 from xclip_jax.data.ledger import Ledger
 from xclip_jax.evaluators.results import Result, flat, to_json
-from xclip_jax.train import flops
+from xclip_jax.train import cost
 from xclip_jax.train.build import Experiment
 from xclip_jax.train.callbacks import Callback, Trackers
 from xclip_jax.train.clock import INPUT_BOUND, Clock
@@ -198,10 +198,10 @@ def _flops_and_peak(experiment: Experiment) -> tuple[float, float]:
     """Model FLOPs of a training sample, and peak FLOP/s of all devices; 0 for what is not known."""
     devices = experiment.mesh.devices
     device = devices.flat[0]
-    peak = flops.PEAK.get(device.device_kind, 0.0) * devices.size
-    step = flops.train_step(experiment.config, experiment.length_groups, experiment.text_rows[0])
+    peak = cost.PEAK_FLOPS.get(device.device_kind, 0.0) * devices.size
+    step = cost.step_flops(experiment.config, experiment.length_groups, experiment.text_rows[0])
     if step is None:
-        log0(f"metrics have no mfu: {flops.UNCOUNTED}")
+        log0(f"metrics have no mfu: {cost.UNCOUNTED}")
     elif not peak and device.platform != "cpu":
-        log0(f"metrics have no mfu: the peak FLOP/s of {device.device_kind!r} is not known (xclip_jax/train/flops.py)")
+        log0(f"metrics have no mfu: the peak FLOP/s of {device.device_kind!r} is not known (xclip_jax/train/cost.py)")
     return (step or 0.0) / experiment.config.data.batch, peak

@@ -10,10 +10,10 @@ from etils import epath
 
 from xclip_jax.config import schema
 from xclip_jax.config.schema import Config
-from xclip_jax.core import environment, locks
+from xclip_jax.core import environment
 from xclip_jax.core.console import log0
 from xclip_jax.core.errors import UserError, check_writable, public
-from xclip_jax.core.run_folder import RunFolder
+from xclip_jax.core.run_folder import RunFolder, lock
 from xclip_jax.core.storage import is_remote, write_json, write_whole
 from xclip_jax.data import tokenizer
 from xclip_jax.data.length_groups import AUTO, WHOLE, LengthGroups
@@ -150,7 +150,7 @@ class TrainingFolder(RunFolder):
             yield
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        with locks.lock(self.path, blocking=False, file=self.lock_file):
+        with lock(self.path, blocking=False, file=self.lock_file):
             self.check(config)  # another run may have come and gone
             self.results_file.unlink(missing_ok=True)  # of an earlier evaluation; a launcher waits for it
             self._write_config(config, groups, text_rows)

@@ -12,8 +12,8 @@ from tensorflow_datasets.proto import tf_example_pb2
 from tests.helpers import bad_tars
 from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.data import base, sources
+from xclip_jax.data.base import read_csv
 from xclip_jax.data.readers.table import ArrayRecordSource
-from xclip_jax.data.text import read_csv
 
 
 def open_source(spec, image="image", text=("text",), tags=""):

@@ -8,9 +8,8 @@ from typing import Any, ClassVar
 from xclip_jax.core import storage
 from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.data import labelled
-from xclip_jax.data.base import IMAGE_SUFFIXES, MAX_BYTES, Form, Record, Source, SourceKind, SourceOptions
+from xclip_jax.data.base import IMAGE_SUFFIXES, MAX_BYTES, Form, Record, Source, SourceKind, SourceOptions, decode_text
 from xclip_jax.data.labelled import file_size
-from xclip_jax.data.text import decode_text
 
 
 class FolderSource(Source):

@@ -13,8 +13,19 @@ import pyarrow.parquet
 from xclip_jax.core import storage
 from xclip_jax.core.errors import BadSample, UserError, first_line, public
 from xclip_jax.data import labelled
-from xclip_jax.data.base import MAX_BYTES, Form, Record, Source, SourceKind, SourceOptions, check_columns
-from xclip_jax.data.text import decode_utf8, json_strings, read_csv, strip_texts
+from xclip_jax.data.base import (
+    MAX_BYTES,
+    Form,
+    Record,
+    Source,
+    SourceKind,
+    SourceOptions,
+    check_columns,
+    decode_utf8,
+    json_strings,
+    read_csv,
+    strip_texts,
+)
 from xclip_jax.data.tokenizer import clip_captions
 
 # CSV tables of at most this number of bytes are hashed as a whole for their fingerprint.

@@ -17,9 +17,8 @@ import numpy as np
 
 from xclip_jax.core import storage
 from xclip_jax.core.errors import BadSample, UserError, public
-from xclip_jax.data.base import Form, Record, Source, SourceKind, SourceOptions
+from xclip_jax.data.base import Form, Record, Source, SourceKind, SourceOptions, decode_text, decode_utf8, json_strings
 from xclip_jax.data.readers import tar_index
-from xclip_jax.data.text import decode_text, decode_utf8, json_strings
 
 _GAP = 1 << 16  # one request reads the files of a sample and gaps of up to this size
 

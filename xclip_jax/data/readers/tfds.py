@@ -14,9 +14,8 @@ import tensorflow_datasets as tfds
 from xclip_jax.core import storage
 from xclip_jax.core.errors import UserError, first_line
 from xclip_jax.data import labelled
-from xclip_jax.data.base import Form, Record, Source, SourceKind, SourceOptions, check_columns
+from xclip_jax.data.base import Form, Record, Source, SourceKind, SourceOptions, check_columns, decode_utf8
 from xclip_jax.data.readers.table import pair
-from xclip_jax.data.text import decode_utf8
 
 B = TypeVar("B", bound=tfds.core.DatasetBuilder)
 

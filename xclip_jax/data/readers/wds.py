@@ -18,9 +18,8 @@ import numpy as np
 from xclip_jax.core import hub_client, storage
 from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.data import labelled
-from xclip_jax.data.base import MAX_BYTES, Form, SourceKind, SourceOptions
+from xclip_jax.data.base import MAX_BYTES, Form, SourceKind, SourceOptions, decode_utf8
 from xclip_jax.data.readers import tar_index
-from xclip_jax.data.text import decode_utf8
 
 CLASSES, SEVERAL, CAPTIONS = "classification", "multilabel", "retrieval"
 # Files with labels or captions, by the type of data set.

@@ -23,12 +23,12 @@ from typing import Any
 import numpy as np
 
 from xclip_jax.core.errors import UserError, describe
+from xclip_jax.data.base import join_surrogates
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.labelled import Field, Paths
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.data.readers import glue as tasks
 from xclip_jax.data.readers.tfds import lookup, open_tfds
-from xclip_jax.data.text import join_surrogates
 from xclip_jax.evaluators.base import SetKind
 from xclip_jax.evaluators.probe import ProbeSet, Sweep
 from xclip_jax.evaluators.prompts import Profile

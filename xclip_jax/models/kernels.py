@@ -1,21 +1,21 @@
-"""Self-attention over short sequences in one TPU kernel: scores stay in vector memory.
+"""Self-attention by kernels that keep scores on the chip: our own for short sequences on TPUs, cuDNN's on NVIDIA GPUs.
 
 XLA writes the fp32 scores (b, heads, n, n) to HBM and reads them again for each pass of the softmax, which takes longer
-than all matrix products of a block. This kernel holds the whole score matrix of an image's head in vector memory, and
-the backward pass computes it again from queries and keys.
+than all matrix products of a block. The TPU's kernel, `attention`, holds the whole score matrix of an image's head in
+vector memory, and the backward pass computes it again from queries and keys.
 
 Queries, keys and values are one array of groups of 128 lanes, (b, n, groups * 3 * 128): a group has the queries, keys
 and values of one head of 128 channels or of two heads of 64. One block of the grid is one group of a few sequences, so
 that nothing is transposed or padded in HBM, and one matrix product makes the array (`group_heads` orders its kernel).
 Two heads in 128 lanes are told apart by masks on the lanes, which cost less than slices of half a vector.
 
-`xclip_jax.models.layers.attend` is the definition.
+`xclip_jax.models.layers.attend` is the definition, and the fallback if cuDNN refuses.
 """
 
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import einops
 import jax
@@ -23,6 +23,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+
+from xclip_jax.core.console import log0
 
 Array = jax.Array
 LANES = 128
@@ -209,3 +211,53 @@ def _backward_kernel(
         for part, x in enumerate((of_query * kv**-0.5, of_key, of_value)):
             of_qkv[i, :, _part(part)] = x.astype(of_qkv.dtype)
             of_bias[:, _part(part)] += jnp.sum(x, axis=0, keepdims=True)
+
+
+def cudnn_attention(
+    query: Array, key: Array, value: Array, *, causal: bool, implementation: Literal["cudnn", "xla"] = "cudnn"
+) -> Array:
+    """Scaled dot-product self-attention by cuDNN, softmax in fp32.
+
+    Three times bf16 or fp16 (b, heads, n, kv) -> the same shape. The `implementation` "xla" computes the same on any
+    platform.
+    """
+    b, _, n, _ = query.shape
+
+    # JAX differentiates cuDNN's attention only over an even number of tokens. The padding begins and ends here, so that
+    # gradients of padded tokens, which cuDNN leaves undefined, do not reach parameters.
+    def padded(x: Array) -> Array:
+        return jnp.pad(einops.rearrange(x, "b heads n kv -> b n heads kv"), ((0, 0), (0, n % 2), (0, 0), (0, 0)))
+
+    # Without lengths some versions of cuDNN compute NaN as the gradient over a number of tokens that does not fill its
+    # tiles, as reports to github.com/NVIDIA/cudnn-frontend say, so they are given where nothing is padded, too.
+    lengths = jnp.full((b,), n, jnp.int32)
+    y = jax.nn.dot_product_attention(
+        padded(query),
+        padded(key),
+        padded(value),
+        is_causal=causal,
+        query_seq_lengths=lengths,
+        key_value_seq_lengths=lengths,
+        implementation=implementation,
+    )
+    return einops.rearrange(y[:, :n], "b n heads kv -> b heads n kv")
+
+
+@functools.cache
+def cudnn_accepts(device: jax.Device, shape: tuple[int, int, int, int], dtype: jnp.dtype, causal: bool) -> bool:
+    """Whether cuDNN computes `cudnn_attention` and its gradient on `device`, tested by compiling them.
+
+    The answer depends on the versions of JAX and cuDNN and on the GPU. A refusal is printed once, and XLA computes
+    `layers.attend` instead: an optional kernel does not end a run. `shape` is (b, heads, n, kv).
+    """
+    if device.platform != "gpu" or dtype not in (jnp.bfloat16, jnp.float16):
+        return False
+    x = jax.ShapeDtypeStruct(shape, dtype, sharding=jax.sharding.SingleDeviceSharding(device))
+    gradient = jax.grad(lambda *qkv: cudnn_attention(*qkv, causal=causal).astype(jnp.float32).sum(), (0, 1, 2))
+    try:
+        jax.jit(gradient).lower(x, x, x).compile()
+    except RuntimeError as error:  # NotImplementedError and JaxRuntimeError among them
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        log0(f"WARNING: XLA computes attention over {shape[2]} tokens, slower than cuDNN, which refuses: {reason}")
+        return False
+    return True

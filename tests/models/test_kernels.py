@@ -1,4 +1,12 @@
-"""The fused attention of `models.kernels` against its definition, `layers.attend`, and in whole towers and steps."""
+"""Attention by kernels against its definition, `layers.attend`, and in whole towers and steps.
+
+For cuDNN neither a GPU nor the library is needed: XLA computes the same call on the CPU, and JAX lowers a step for CUDA
+anywhere.
+"""
+
+import collections
+import functools
+import re
 
 import einops
 import flax.linen as nn
@@ -6,15 +14,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 
 from tests.helpers import tiny
-from xclip_jax.models import layers
-from xclip_jax.models.kernels import attention as kernel
+from xclip_jax.config import load as config_file
+from xclip_jax.models import kernels, layers
 from xclip_jax.models.layers import attend
 from xclip_jax.models.transformer import Transformer, TransformerConfig
 from xclip_jax.parallel import sharding
 from xclip_jax.parallel.mesh import make_mesh
-from xclip_jax.train import build
+from xclip_jax.train import build, cost
 from xclip_jax.train.state import create
 
 pytestmark = pytest.mark.long
@@ -32,8 +41,8 @@ def arrays(kv, n, dtype=np.float64, b=4, d=256):
 def fused(qkv, bias, tokens, causal):
     """(b, n, 3, heads, kv), (3, heads, kv) -> (b, tokens, d) by the kernel."""
     kv = qkv.shape[-1]
-    grouped, grouped_bias = kernel.group_heads(qkv), kernel.group_heads(bias.astype(jnp.float32))[None]
-    return kernel.attention(grouped, grouped_bias, kv, tokens, causal, interpret=True)[:, :tokens]
+    grouped, grouped_bias = kernels.group_heads(qkv), kernels.group_heads(bias.astype(jnp.float32))[None]
+    return kernels.attention(grouped, grouped_bias, kv, tokens, causal, interpret=True)[:, :tokens]
 
 
 def defined(qkv, bias, tokens, causal):
@@ -82,22 +91,22 @@ def test_padding_is_never_read():
 
 
 def test_which_sequences_fit():
-    assert kernel.fits(197, 12, 768) and kernel.fits(577, 16, 1024) and kernel.fits(77, 8, 1024)
-    assert not kernel.fits(50, 2, 64) and not kernel.fits(50, 3, 192) and not kernel.fits(1024, 12, 768)
+    assert kernels.fits(197, 12, 768) and kernels.fits(577, 16, 1024) and kernels.fits(77, 8, 1024)
+    assert not kernels.fits(50, 2, 64) and not kernels.fits(50, 3, 192) and not kernels.fits(1024, 12, 768)
 
 
 @pytest.fixture
 def everywhere(monkeypatch):
     """The program for TPUs with its kernel interpreted, wherever sizes fit; a switch to turn it on and off."""
-    on, attention = {"kernel": True}, kernel.attention
+    on, attention = {"kernel": True}, kernels.attention
     platform = sharding.platform
     for module in (sharding, layers):
         monkeypatch.setattr(module, "platform", lambda: "tpu" if on["kernel"] and platform() else platform())
-    monkeypatch.setattr(kernel, "attention", lambda *args: attention(*args[:5], interpret=True))
+    monkeypatch.setattr(kernels, "attention", lambda *args: attention(*args[:5], interpret=True))
 
     def fuses(self, tokens, _):
         shards = sharding.shards_of("heads")
-        return on["kernel"] and kernel.fits(tokens, self.heads // shards, self.width // shards)
+        return on["kernel"] and kernels.fits(tokens, self.heads // shards, self.width // shards)
 
     monkeypatch.setattr(TransformerConfig, "fuses", fuses)
     return on
@@ -172,9 +181,137 @@ def test_it_compiles_for_each_generation(topology, kv, n, tokens, causal):
     qkv, bias, g = (jax.ShapeDtypeStruct(*shape, sharding=where) for shape in shapes)
 
     def both(qkv, bias, g):
-        out, pullback = jax.vjp(lambda *x: kernel.attention(*x, kv, tokens, causal), qkv, bias)
+        out, pullback = jax.vjp(lambda *x: kernels.attention(*x, kv, tokens, causal), qkv, bias)
         return out, pullback(g)
 
     program = jax.jit(both).lower(qkv, bias, g).compile().as_text()
     assert program.count("tpu_custom_call") == 2
     assert f"{n},{n}]" not in program
+
+
+FORWARD, BACKWARD = "__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("n", [12, 13])
+def test_cudnns_values_and_gradients_are_those_of_attend(n, causal):
+    rng = np.random.default_rng(0)
+    *qkv, weight = jnp.asarray(rng.normal(size=(4, 2, 3, n, 8)), jnp.float32)
+    results = []
+    for form in (
+        functools.partial(kernels.cudnn_attention, causal=causal, implementation="xla"),
+        functools.partial(attend, causal=causal),
+    ):
+        results.append((form(*qkv), jax.grad(lambda *x, form=form: (form(*x) * weight).sum(), (0, 1, 2))(*qkv)))
+    for ours, theirs in zip(*map(jax.tree.leaves, results), strict=True):
+        assert float(jnp.abs(theirs).max()) > 0.1
+        np.testing.assert_allclose(ours, theirs, atol=2e-6)
+
+
+def test_undefined_rows_reach_neither_the_result_nor_a_gradient(monkeypatch):
+    """cuDNN leaves rows beyond the lengths of the sequences undefined, in its result and in its gradients."""
+    rng = np.random.default_rng(0)
+    *qkv, weight = jnp.asarray(rng.normal(size=(4, 2, 3, 13, 8)), jnp.float32)
+
+    def run():
+        form = functools.partial(kernels.cudnn_attention, causal=False, implementation="xla")
+        return form(*qkv), jax.grad(lambda *x: (form(*x) * weight).sum(), (0, 1, 2))(*qkv)
+
+    defined, attention = run(), jax.nn.dot_product_attention
+
+    def with_undefined_rows(*qkv, query_seq_lengths, **options):
+        rows = jnp.arange(14)[:, None, None] < query_seq_lengths[0]
+
+        @jax.custom_vjp
+        def call(*qkv):
+            return forward(*qkv)[0]
+
+        def forward(*qkv):
+            out, pullback = jax.vjp(lambda *x: attention(*x, query_seq_lengths=query_seq_lengths, **options), *qkv)
+            return jnp.where(rows, out, jnp.nan), pullback
+
+        def backward(pullback, g):
+            return tuple(jnp.where(rows, x, jnp.nan) for x in pullback(g))
+
+        call.defvjp(forward, backward)
+        return call(*qkv)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", with_undefined_rows)
+    for ours, theirs in zip(*map(jax.tree.leaves, (run(), defined)), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+CUDNN_STEPS = [
+    pytest.param({"mesh__strategy": "zero1"}, marks=pytest.mark.slow),
+    {"mesh__strategy": "fsdp_tp", "mesh__fsdp": 2, "mesh__model": 2},
+    pytest.param({"optim__microbatches": 2}, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("changes", CUDNN_STEPS, ids=["zero1", "fsdp_tp", "microbatches"])
+def test_a_whole_step_with_cudnn_is_the_same(changes, monkeypatch):
+    calls = []
+
+    def by_xla(query, key, value, *, causal):
+        calls.append((query.shape, causal))
+        return attention(query, key, value, causal=causal, implementation="xla")
+
+    attention = kernels.cudnn_attention
+    monkeypatch.setattr(kernels, "cudnn_attention", by_xla)
+    results = []
+    for accepted in (True, False):
+        monkeypatch.setattr(kernels, "cudnn_accepts", lambda *_, accepted=accepted: accepted)
+        experiment = build.build(tiny.config("clip", model__img__scan=True, model__txt__scan=True, **changes))
+        state = create(experiment.init, experiment.abstract)
+        batch = {key: jnp.asarray(x) for key, x in tiny.batch().items()}
+        results.append(experiment.compiled(state, batch)[1])
+    assert {causal for _, causal in calls} == {False, True}
+    heads = 2 // changes.get("mesh__model", 1)
+    assert {shape[1] for shape, _ in calls} == {heads}
+    for name, value in results[1].items():
+        np.testing.assert_allclose(results[0][name], value, rtol=2e-5, atol=1e-6, err_msg=name)
+
+
+def lowered(objective, **changes):
+    """The step on eight devices for CUDA, towers of two blocks of B/16 in bf16, as StableHLO."""
+    config = config_file.load_config(f"pretrain:objective={objective},preset=B/16,batch=64")
+    config.model.img.depth = config.model.txt.depth = 2
+    config.data.length_groups = "full"
+    config.update_from_flattened_dict(changes)
+    return cost.trace(build.build(config)).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("strategy", ["dp", "zero1"])
+@pytest.mark.parametrize("objective", ["clip", "xclip"])
+def test_a_step_for_cuda_has_cudnns_attention_and_no_scores(objective, strategy, monkeypatch):
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91900)
+    monkeypatch.setattr(kernels, "cudnn_accepts", lambda *_: True)
+    program = lowered(objective, **{"mesh.strategy": strategy})
+    # One block of each tower, since the blocks are scanned; remat=dots computes it once more in the backward pass.
+    assert collections.Counter(re.findall(r"custom_call @([\w$]+)", program)) == {FORWARD: 4, BACKWARD: 2}
+    assert not re.search(r"x(197x197|198x198|77x77|78x78)x", program)
+    # Eight images of a device, heads of 64 channels; one token of padding.
+    assert "tensor<8x198x12x64xbf16>" in program and "tensor<8x78x8x64xbf16>" in program
+
+
+def test_without_cudnn_a_step_for_cuda_is_xlas_alone():
+    program = lowered("clip")
+    assert "custom_call" not in program
+    assert "tensor<64x12x197x197xf32>" in program
+
+
+def test_a_refusal_is_printed_once(monkeypatch, capsys):
+    """cuDNN is missing here, as on a machine with another GPU."""
+    cpu = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    monkeypatch.setattr(jax.sharding, "SingleDeviceSharding", lambda _: cpu)
+    gpu = type("Device", (), {"platform": "gpu"})()
+    assert not any(kernels.cudnn_accepts(gpu, (2, 4, 13, 8), jnp.dtype("bfloat16"), True) for _ in range(2))
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("WARNING: XLA computes attention over 13 tokens") and "cuDNN is not detected" in line
+
+
+@pytest.mark.parametrize(("platform", "dtype"), [("cpu", jnp.bfloat16), ("tpu", jnp.bfloat16), ("gpu", jnp.float32)])
+def test_nothing_is_compiled_where_cudnn_cannot_be(platform, dtype, capsys):
+    device = type("Device", (), {"platform": platform})()
+    assert not kernels.cudnn_accepts(device, (2, 4, 13, 8), jnp.dtype(dtype), True)
+    assert capsys.readouterr().out == ""

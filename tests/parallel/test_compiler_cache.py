@@ -1,3 +1,5 @@
+"""The persistent compilation cache: where it is, what is kept, and what a second start still compiles."""
+
 import json
 import os
 import pathlib
@@ -10,8 +12,7 @@ import pytest
 
 from tests.helpers import tiny
 from tests.helpers.util import free_address
-from xclip_jax.processes import runtime
-from xclip_jax.train import compilation_cache
+from xclip_jax.parallel import compiler
 
 ROOT = pathlib.Path(__file__).parents[2]
 OPTIONS = (
@@ -22,8 +23,8 @@ RUN = """
 import collections, json, sys
 import jax
 from tests.helpers import tiny
-from xclip_jax.train import compilation_cache
-from xclip_jax.processes import runtime as processes
+from xclip_jax.parallel import compiler
+from xclip_jax.processes import runtime
 from xclip_jax.train import trainer
 
 events = collections.Counter()
@@ -31,7 +32,7 @@ jax.monitoring.register_event_listener(lambda event, **_: events.update([event.r
 run, pairs, *others = sys.argv[1:]
 if others:
     runtime.join(False, others[0], 2, int(others[1]))
-compilation_cache.enable(run)
+compiler.enable_cache(run if runtime.peers() else "")
 trainer.run(tiny.config("clip", run=run, steps=2, data__sources=(f"folder:{pairs}",)))
 print(json.dumps(events))
 """
@@ -110,27 +111,27 @@ def test_a_second_start_of_several_processes_reads_the_runs_folder(tmp_path):
 
 
 def test_the_default(options, tmp_path):
-    compilation_cache.enable()
-    folder = compilation_cache.default_folder()
+    compiler.enable_cache()
+    folder = compiler.cache_folder()
     assert options("compilation_cache_dir") == str(folder) and folder.parent == tmp_path / "cache" / "compiled"
     assert folder.is_dir() and list(folder.iterdir()) == []
-    assert options("compilation_cache_max_size") == compilation_cache.MAX_BYTES
-    assert options("persistent_cache_min_compile_time_secs") == compilation_cache.MIN_SECONDS
+    assert options("compilation_cache_max_size") == compiler.CACHE_BYTES
+    assert options("persistent_cache_min_compile_time_secs") == compiler.CACHE_SECONDS
 
 
 def test_variables_of_jax_go_first(options, monkeypatch, tmp_path):
     jax.config.update("jax_enable_compilation_cache", False)  # as JAX_ENABLE_COMPILATION_CACHE=false
-    compilation_cache.enable()
+    compiler.enable_cache()
     assert options("compilation_cache_dir") is None
     jax.config.update("jax_enable_compilation_cache", True)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_MAX_SIZE", "123")
     jax.config.update("jax_compilation_cache_max_size", 123)
-    compilation_cache.enable()
+    compiler.enable_cache()
     assert options("compilation_cache_max_size") == 123
-    assert options("persistent_cache_min_compile_time_secs") == compilation_cache.MIN_SECONDS
+    assert options("persistent_cache_min_compile_time_secs") == compiler.CACHE_SECONDS
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "mine"))  # as JAX_COMPILATION_CACHE_DIR
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 5.0)
-    compilation_cache.enable()
+    compiler.enable_cache()
     assert options("compilation_cache_dir") == str(tmp_path / "mine")
     assert options("persistent_cache_min_compile_time_secs") == 5.0
 
@@ -140,17 +141,16 @@ def test_a_folder_that_cannot_be_written_is_one_warning(named, options, monkeypa
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XCLIP_CACHE", str(tmp_path / "file"))
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "file" / "mine") if named else None)
-    compilation_cache.enable()
+    compiler.enable_cache()
     out = capsys.readouterr().out
     assert out.startswith("WARNING: no compilation cache (Not a directory: ") and out.count("\n") == 1
     assert options("enable_compilation_cache") is False
 
 
 @pytest.mark.parametrize(("run", "xla_caches"), [("gs://bucket/run", "none"), ("/disk/run", None)])
-def test_several_processes_share_the_runs_folder(run, xla_caches, options, monkeypatch):
-    monkeypatch.setattr(runtime, "peers", object)
+def test_several_processes_share_the_runs_folder(run, xla_caches, options):
     before = options("persistent_cache_enable_xla_caches")
-    compilation_cache.enable(run)
+    compiler.enable_cache(run)
     assert options("compilation_cache_dir") == f"{run}/compiled"
     assert options("compilation_cache_max_size") == -1
     assert options("persistent_cache_enable_xla_caches") == (xla_caches or before)
