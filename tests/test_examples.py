@@ -26,14 +26,14 @@ def test_use_a_model(run, tmp_path, capsys):
 
 @pytest.mark.slow  # minutes of training
 def test_finetune_pairs(tmp_path, capsys):
-    finetune_pairs.main(["--folder", str(tmp_path)])
+    finetune_pairs.main(["--folder", str(tmp_path), "--given-steps", "200", "--steps", "60"])
     *_, last = lines = capsys.readouterr().out.splitlines()
     rows = [line.strip("| ").split(" | ") for line in lines if re.match(r"\| (all|last|adapters)", line)]
-    results = {(way, float(share)): (float(new), float(old)) for way, share, new, old, _ in rows}
+    results = {(way, float(share)): (float(new), float(old)) for way, share, new, old, *_ in rows}
     assert len(results) == 1 + 3 * 4
     assert results["all weights", 1][1] < results["all weights", 0][1]  # it forgets
-    assert all(float(x) < 1e-4 for x in re.findall(r"at most ([0-9.e-]+)", last))
-    assert "open_clip: " in last and "transformers: " in last
+    open_clip, transformers = (float(x) for x in re.findall(r"at most ([0-9.e-]+)", last))
+    assert open_clip < 1e-5 and transformers < 1e-3  # whose processor resizes with torchvision, and rounds
 
 
 def narrow(load_config):
