@@ -4,9 +4,9 @@
 
 Takes a quarter of an hour on two cores. torch first trains a small CLIP on one half of the demo's emoji (animals, food,
 things, symbols). It is then fine-tuned on pairs of the other half (people, faces, flags): all weights, the last block
-of each tower, or adapters. The table has recall at 1, text for an image, on pairs that the second half holds out and on drawings
-of the first half by other artists, and how far each differs from the given weights, with a 95 % bootstrap interval.
-A mix of the first way is exported, and read by open_clip and transformers.
+of each tower, or adapters. The table has recall at 1, text for an image, on pairs that the second half holds out and on
+drawings of the first half by other artists, and how far each differs from the given weights, with a 95 % bootstrap
+interval. A mix of the first way is exported, and read by open_clip and transformers.
 """
 
 import argparse
