@@ -1,6 +1,7 @@
 """CLIP's and SigLIP's losses against a float64 oracle, open_clip, closed forms and eight devices."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -218,3 +219,123 @@ def test_keys_that_are_all_different_change_nothing():
         loss = getattr(contrastive, name)
         expected = loss(z_img, z_txt, *scalars)
         assert jax.tree.all(jax.tree.map(jnp.array_equal, loss(z_img, z_txt, *scalars, keys=jnp.arange(6)), expected))
+
+
+# --- robust losses
+
+
+def softmax64(logits):
+    p = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return p / p.sum(axis=1, keepdims=True)
+
+
+def generalised(q):
+    """Equation 5 of arXiv 1805.07836 of the distributions of rows, whose class is their own."""
+    return lambda p: (1 - np.diag(p) ** q) / q
+
+
+def symmetric(a, b, most):
+    """a CE + b RCE of arXiv 1908.06112 over a, with the logarithm of 0 set to -most."""
+
+    def loss(p):
+        labels = np.eye(len(p))
+        cross_entropy = -(labels * np.log(p)).sum(axis=1)
+        reverse = -(p * np.where(labels == 1, 0, -most)).sum(axis=1)
+        return (a * cross_entropy + b * reverse) / a
+
+    return loss
+
+
+ROBUST = [
+    ({"q": 0.7}, generalised(0.7)),
+    ({"q": 1.0}, lambda p: np.abs(p - np.eye(len(p))).sum(axis=1) / 2),  # half of the mean absolute error
+    ({"reverse": 1.0 * 4 / 0.1}, symmetric(0.1, 1.0, 4)),
+    ({"q": 0.3, "reverse": 2.0}, lambda p: generalised(0.3)(p) + 2 * (1 - np.diag(p))),
+]
+
+
+@pytest.mark.parametrize("scale", [1.0, 14.0, 100.0])
+@pytest.mark.parametrize(("options", "of_rows"), ROBUST)
+def test_robust_losses_equal_their_definitions(options, of_rows, scale):
+    args = embeddings(8, 4, seed=5, together=0.5), scale
+    rows = NamedSharding(jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,)), PartitionSpec("data"))
+
+    def f(z_img, z_txt, scale):
+        logits = scale * z_img @ z_txt.T
+        return np.mean([of_rows(softmax64(logits)), of_rows(softmax64(logits.T))])
+
+    expected, gradients = f(*args[0], scale), central_differences(f, (*args[0], scale))
+    loss = jax.jit(jax.value_and_grad(functools.partial(contrastive.softmax, **options), (0, 1, 2), has_aux=True))
+    for place in (lambda z: z, lambda z: jax.device_put(z, rows)):
+        z = [place(jnp.asarray(x, jnp.float32)) for x in args[0]]
+        (value, metrics), grads = loss(*z, scale)
+        assert float(value) == pytest.approx(expected, rel=1e-5) and float(metrics["loss"]) == float(value)
+        assert_close(grads, gradients, 3e-5)
+
+
+def test_generalised_cross_entropy_has_a_bound_and_a_limit():
+    z_img, z_txt = map(jnp.float32, embeddings(6, together=-3.0))
+    worst = float(contrastive.softmax(z_img, z_txt, 100.0, q=0.5)[0])
+    assert 1.9 < worst <= 2.0 < 20 < float(contrastive.softmax(z_img, z_txt, 100.0)[0])
+    near = contrastive.softmax(z_img, z_txt, 1.0, q=1e-3)[0]
+    assert float(near) == pytest.approx(float(contrastive.softmax(z_img, z_txt, 1.0)[0]), rel=3e-3)
+
+
+@pytest.mark.parametrize(("options", "_"), ROBUST)
+def test_the_robust_loss_of_a_blind_guess(options, _):
+    z = jnp.asarray(np.tile(embeddings(1)[0], (6, 1)), jnp.float32)
+    loss, metrics = contrastive.softmax(z, z, 50.0, **options)
+    q, reverse = options.get("q", 0), options.get("reverse", 0)
+    expected = ((1 - 6**-q) / q if q else np.log(6)) + reverse * (1 - 1 / 6)
+    assert float(loss) == pytest.approx(expected, rel=1e-5) == float(metrics["blind"])
+    assert contrastive.robust(math.log(6), q, reverse, math.exp) == pytest.approx(expected, rel=1e-12)
+
+
+# --- targets of a teacher
+
+
+@pytest.mark.parametrize(
+    ("share", "smoothing", "keys"), [(0.4, 0.0, None), (0.4, 0.1, None), (0.7, 0.1, KEYS), (0.0, 0.2, KEYS)]
+)
+def test_a_teachers_targets_equal_their_definition(share, smoothing, keys):
+    b, of_teacher = 7, embeddings(7, 4, seed=11)
+    args = (*embeddings(b, 4, seed=3), 14.0)
+    same = np.eye(b) if keys is None else (keys[:, None] == keys).all(-1).astype(float)
+    given = (1 - smoothing) * same / same.sum(axis=1, keepdims=True) + smoothing / b
+    logits = 9.0 * of_teacher[0] @ of_teacher[1].T
+    targets = [(1 - share) * given + share * softmax64(x) for x in (logits, logits.T)]
+
+    def f(z_img, z_txt, scale):
+        logits = scale * z_img @ z_txt.T
+        rows = zip(targets, (logits, logits.T), strict=True)
+        return -0.5 * sum((target * np.log(softmax64(x))).sum() for target, x in rows) / b
+
+    mesh = jax.make_mesh((7,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:7])
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+
+    @jax.jit
+    def step(of_teacher, keys, *args):
+        def loss(of_teacher, *args):
+            teacher = contrastive.Teacher(*of_teacher, jnp.float32(9.0), share)
+            return contrastive.softmax(*args, label_smoothing=smoothing, keys=keys, teacher=teacher)
+
+        return jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True)(of_teacher, *args)
+
+    for place in (lambda x: x, lambda x: jax.device_put(x, rows)):
+        arrays = [place(jnp.asarray(x, jnp.float32)) for x in (*of_teacher, *args[:2])]
+        given_keys = None if keys is None else place(jnp.asarray(keys))
+        (value, metrics), (by_teacher, *grads) = step(arrays[:2], given_keys, *arrays[2:], args[2])
+        assert float(value) == pytest.approx(f(*args), rel=1e-5)
+        assert float(metrics["teacher_share"]) == pytest.approx(share)
+        assert_close(grads, central_differences(f, args), 3e-5)
+        assert not any(np.any(x) for x in by_teacher)
+
+
+def test_a_model_that_agrees_with_its_teacher_has_nothing_to_learn():
+    z_img, z_txt = map(jnp.float32, embeddings(6, together=0.2))
+
+    def loss(z_img, z_txt, share):
+        return contrastive.softmax(z_img, z_txt, 14.0, teacher=contrastive.Teacher(z_img, z_txt, 14.0, share))[0]
+
+    own, plain = (jax.grad(loss)(z_img, z_txt, share) for share in (1.0, 0.0))
+    assert np.abs(own).max() < 1e-5 < 1e-2 < np.abs(plain).max()

@@ -21,6 +21,8 @@ LOSSES = [
     ("softmax", {}, (14.0,)),
     ("softmax", {}, (100.0,)),
     ("softmax", {"label_smoothing": 0.1}, (14.0,)),
+    ("softmax", {"q": 0.7}, (14.0,)),
+    ("softmax", {"q": 0.4, "reverse": 3.0}, (100.0,)),
     ("sigmoid", {}, (10.0, -10.0)),
     ("sigmoid", {}, (100.0, 5.0)),
 ]

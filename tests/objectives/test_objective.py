@@ -99,6 +99,7 @@ def test_recipes_are_known_terms():
         ("siglip", (CosineSimilarity(),), ("image", "text")),
         ("nclip", (ClusterSimilarity(0.5),), ("image", "text")),
         ("xclip", (CosineSimilarity(), ClusterSimilarity(0.5)), ("image", "text")),
+        ("superclip", (CosineSimilarity(),), ("image", "text")),
         ("classify", (), ("image", "label")),
     ],
 )
@@ -181,6 +182,7 @@ def test_progress_and_alarms_are_the_terms():
         ({"name": "clip"}, "CLIP", "1 CLIP"),
         ({"name": "siglip"}, "SigLIP", "1 SigLIP"),
         ({"name": "xclip"}, "xCLIP", "0.5 CLIP + 0.5 nCLIP"),
+        ({"name": "superclip"}, "SuperCLIP", "1 CLIP + 1 tokens"),
         ({"name": "mine", "terms": {"clip": 1.0, "siglip": 0.5}}, "mine", "1 CLIP + 0.5 SigLIP"),
         (
             {"name": "mine", "terms": {"tokens": 2.0}, "plugins": {"tokens": {"type": SUPERCLIP}}},
@@ -200,7 +202,12 @@ def test_a_card_lists_the_options_of_a_term_of_another_package():
     assert recipe == {
         "objective.terms.clip": 1.0,
         "objective.terms.tokens": 0.5,
+        "objective.clip.distill": 0.0,
+        "objective.clip.distill_ramp": 1.0,
+        "objective.clip.distill_tau": 1.0,
         "objective.clip.label_smoothing": 0.0,
         "objective.clip.positives": "pair",
+        "objective.clip.q": 0.0,
+        "objective.clip.reverse": 0.0,
         "objective.plugins.tokens.momentum": 0.5,
     }

@@ -98,7 +98,8 @@ def test_the_documented_outputs_are_those_of_the_model():
     table = page.partition("| `out[...]` |")[2].partition("| what a head")[0]
     names = "".join(row.partition("|")[2].partition("|")[0] for row in table.splitlines())
     written = {"h_img", "h_txt"}
-    for name, changes in (("xclip", {}), ("siglip", {}), ("classify", {"objective__classify": {"classes": 3}})):
+    classify = {"objective__classify": {"classes": 3}}
+    for name, changes in (("xclip", {}), ("siglip", {}), ("superclip", {}), ("classify", classify)):
         config = schema.resolve(tiny.config(name, **changes))
         written |= make_objective(config.objective).outputs(config.model)
     assert set(re.findall(r"`(\w+)`", names)) == written
@@ -134,13 +135,20 @@ def test_a_heads_flops_count():
         ({"type": SUPERCLIP, "momentum": 2.0}, r"objective\.plugins\.tokens\.momentum is 2\.0; expected at least 0"),
         ({"type": "tests.extension.superclip:Tokens"}, r"cannot be imported.* has no attribute 'Tokens'"),
         ({"type": "tests.helpers.tiny:config"}, "is not a dataclass derived from xclip_jax.objectives.term.Term"),
-        ({}, "unknown objective term 'tokens'"),
     ],
 )
 def test_wrong_plugins_are_named(plugin, message):
     config = superclip()
     config.objective.plugins = {"tokens": plugin}
     with pytest.raises(UserError, match=message):
+        schema.resolve(config)
+
+
+def test_a_plugin_without_a_type_has_the_name_of_a_term():
+    config = superclip()
+    config.objective.name, config.objective.terms = "mine", {"clip": 1.0, "words": 0.5}
+    config.objective.plugins = {"words": {}}
+    with pytest.raises(UserError, match="unknown objective term 'words'"):
         schema.resolve(config)
 
 

@@ -47,11 +47,15 @@ def make(objective, mesh=None, devices=None, **changes):
     return build.build(config, devices or jax.devices()[: 8 if mesh else 1])
 
 
-def gradients(p):
-    """(loss, gradients) as the step makes them, caught by an optimizer that keeps the gradient as its state."""
+def gradients(p, step=0):
+    """(loss, gradients) as the step makes them, caught by an optimizer that keeps the gradient as its state.
+
+    A teacher differs from the model at a `step` above 0.
+    """
     catch = optax.GradientTransformation(lambda params: params, lambda grads, _, params=None: (grads, grads))
     s = state.create(p.init, p.abstract)
-    s = s.replace(opt_state=catch.init(s.params))
+    s = s.replace(opt_state=catch.init(s.params), step=s.step + step)
+    s = s.replace(ema_params=jax.tree.map(lambda x: (1 + step / 50) * x, s.ema_params))
     batch = tiny.batch(b=BATCH, eot=p.tokenizer.eot_id) | {"text_key": np.arange(2 * BATCH).reshape(-1, 2) // 10}
     batch = {field: batch[field] for field in p.objective.fields}
     s, metrics = jax.jit(p.make_step(catch))(s, loader.to_global(batch, p.mesh))
@@ -104,6 +108,24 @@ def test_captions_of_several_pairs(objective, impl, plain):
     p = make(objective, "fsdp", optim__microbatches=2, loss__impl=impl, **changes)
     assert_same(gradients(p), plain(objective, **changes))
     assert plain(objective, **changes)[0]["loss"] != plain(objective)[0]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("objective", "mesh", "changes"),
+    [
+        ("clip", "dp", {"objective__clip__q": 0.7, "objective__clip__reverse": 2.0, "loss__impl": "ring"}),
+        ("clip", "fsdp", {"objective__clip__distill": 0.5, "objective__clip__label_smoothing": 0.1}),
+        ("superclip", "dp", {}),
+        ("superclip", "fsdp_tp", {}),
+    ],
+)
+def test_robust_losses_teachers_and_tokens(objective, mesh, changes):
+    """Halfway through a run, in microbatches, against the whole batch on one device."""
+    found = gradients(make(objective, mesh, optim__microbatches=2, **changes), step=5)
+    expected = gradients(make(objective, **changes | {"loss__impl": "plain"}), step=5)
+    assert_same(found, expected)
+    if "objective__clip__distill" in changes:
+        assert expected[0]["clip/teacher_share"] == pytest.approx(0.25)
 
 
 @pytest.mark.parametrize("mesh", ["zero1", "fsdp"])

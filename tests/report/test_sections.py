@@ -396,7 +396,7 @@ def test_a_term_of_another_package_has_curves_and_lights(tmp_path):
     text = page_of(run, examples.Examples())
     words = " ".join(check(text).text)
     for sentence in (
-        "What superclip has learned so far", "superclip, 1 CLIP + 0.5 token classification",  # head
+        "What SuperCLIP has learned so far", "SuperCLIP, 1 CLIP + 0.5 token classification",  # head
         "token classification loss", "Tokens in the caption", "CLIP loss",  # curves
         "It starts at ln v", "Fails when the head learns nothing.",  # health
         "Warning at 1 of 2 logged steps from step 2 on, last at 2.",

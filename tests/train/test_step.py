@@ -67,7 +67,7 @@ def test_one_device_against_eight(variant):
     chex.assert_trees_all_close(stats_8, stats_1, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("objective", ["clip", "siglip", "nclip", "xclip"])
+@pytest.mark.parametrize("objective", ["clip", "siglip", "nclip", "xclip", "superclip"])
 def test_the_loss_falls_on_one_batch(objective):
     p = make(objective, steps=40, data__flip_prob=0.0, data__color_jitter=0.0, optim__schedule="constant")
     s, losses = state.create(p.init, p.abstract), []

@@ -11,7 +11,7 @@ fewer than about 1,000 pairs a device the fixed costs of a hop outweigh its work
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple, TypeVar
 
 import jax
@@ -38,10 +38,17 @@ def softmax(
     mesh: Mesh,
     label_smoothing: float = 0.0,
     keys: Array | None = None,
+    q: float = 0.0,
+    reverse: float = 0.0,
 ) -> tuple[Array, Metrics]:
-    """`contrastive.softmax`, the batch split over `mesh`'s batch axes; arguments, results and errors are the same."""
+    """`contrastive.softmax`, the batch split over `mesh`'s batch axes, without a teacher.
+
+    Arguments, results and errors are the same.
+    """
     contrastive.check(z_img, z_txt, scale)
-    loss, metrics = _compare(_SOFTMAX, mesh, z_img, z_txt, scale, 0.0)
+    form = _robust(q, reverse) if q or reverse else _SOFTMAX
+    loss, metrics = _compare(form, mesh, z_img, z_txt, scale, 0.0)
+    metrics = contrastive.with_blind_guess(metrics, q, reverse)
     if label_smoothing or keys is not None:
         loss = loss + contrastive.target_margin(z_img, z_txt, scale, label_smoothing, keys)
         metrics = metrics | {"loss": loss}
@@ -221,6 +228,27 @@ def _softmax_end(rows: Sums, columns: Sums, own: Array) -> tuple[Array, Array, A
 def _softmax_derivative(logits: Array, rows: Pair, columns: Pair) -> Array:
     to_txt, to_img = (jnp.exp((logits - own) - log_sum) for own, log_sum in (rows, columns))
     return 0.5 * (to_txt + to_img)
+
+
+@cache  # one object, and so one program, for equal arguments
+def _robust(q: float, reverse: float) -> Form:
+    """The softmax loss with `contrastive.robust` of the cross-entropies."""
+
+    def slope(cross_entropy: Array) -> tuple[Array, Array]:
+        """Return the robust loss and its derivative."""
+        return jax.jvp(lambda x: contrastive.robust(x, q, reverse), (cross_entropy,), (jnp.ones_like(cross_entropy),))
+
+    def end(rows: Sums, columns: Sums, own: Array) -> tuple[Array, Array, Array, Array]:
+        _, _, to_txt, to_img = _softmax_end(rows, columns, own)
+        (loss_txt, slope_txt), (loss_img, slope_img) = slope(to_txt), slope(to_img)
+        by_match = slope_txt * jnp.expm1(-to_txt) + slope_img * jnp.expm1(-to_img)
+        return 0.5 * (loss_txt + loss_img), 0.5 * by_match, to_txt, to_img
+
+    def derivative(logits: Array, rows: Pair, columns: Pair) -> Array:
+        to_txt, to_img = (slope(x)[1] * jnp.exp((logits - own) - x) for own, x in (rows, columns))
+        return 0.5 * (to_txt + to_img)
+
+    return Form((_softmax_total, _softmax_total), end, derivative)
 
 
 def _sigmoid_total(sums: Sums, best: Array, logits: Array, matching: Array) -> Array:

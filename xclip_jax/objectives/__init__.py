@@ -3,6 +3,7 @@
     clip      softmax contrastive
     siglip    sigmoid contrastive
     nclip     non-contrastive; xCLIP is the sum of clip and nclip
+    tokens    classification of the caption's tokens; SuperCLIP is the sum of clip and tokens
     classify  fine-tuning of one tower on labelled items
 
 A term is one class in one file, see `term.Term`. `TERMS` lists the terms of this package; a term of another package is

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import jax
 from jax.sharding import Mesh
 
-from xclip_jax.core.fields import choice, fraction_below_one, key
+from xclip_jax.core.fields import above, at_least, at_most, between, choice, fraction_below_one, key
 from xclip_jax.losses import contrastive, ring
 from xclip_jax.models.heads import Head, Heads, Projection, Scalar
 from xclip_jax.models.two_towers import ModelConfig
@@ -66,12 +66,17 @@ class Contrastive(Term):
         self, out: Arrays, teacher: Arrays | None, state: Arrays, batch: Mapping[str, Any], *, mesh: Mesh | None = None
     ) -> Result:
         """Compute the loss, see `Term.__call__`. With a `mesh` the pairs are compared on a ring of its devices."""
-        arguments, options = [out[name] for name in self.outputs], dataclasses.asdict(self)
-        if field := _KEYS[options.pop("positives")]:
-            options["keys"] = batch[field]
+        arguments, options = [out[name] for name in self.outputs], self._options(teacher, batch)
         module, where = (contrastive, {}) if mesh is None else (ring, {"mesh": mesh})
         loss, metrics = getattr(module, self.form)(*arguments, **where, **options)
         return loss, metrics | {"scale": out["scale"]}, {}
+
+    def _options(self, teacher: Arrays | None, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the options of the loss, with the parts of its target that depend on the batch."""
+        options = dataclasses.asdict(self)
+        if field := _KEYS[options.pop("positives")]:
+            options["keys"] = batch[field]
+        return options
 
     def constrain(self, params: Any) -> Any:
         """Hold the logit scale at `max_scale` or below.
@@ -92,9 +97,19 @@ class Contrastive(Term):
         """Cost of the comparison of a sample with the batch."""
         return 2 * batch * model.embed
 
-    def blind_loss(self, metrics: Mapping[str, float]) -> float:
-        """Return the loss, in nats, of the best guess that does not depend on the inputs."""
-        return metrics["ln_b"]
+    def blind_loss(self, metrics: Mapping[str, float], less: float = 0.0) -> float:
+        """Return the loss of the best guess that does not depend on the inputs, its nats lower by the share `less`."""
+        return (1 - less) * metrics["ln_b"]
+
+    @property
+    def hardness(self) -> float:
+        """Share of the target that belongs to the matching pair at the end of training."""
+        return 1.0
+
+    @property
+    def is_robust(self) -> bool:
+        """Whether the loss of a pair is `contrastive.robust` of its cross-entropy."""
+        return False
 
     @property
     def report(self) -> Report:
@@ -107,15 +122,18 @@ class ContrastiveReport(Report[Contrastive]):
 
     def progress(self, metrics: Mapping[str, float]) -> str:
         """Return the loss, and CLIP's loss of a blind guess."""
-        blind = f" (ln b {metrics['ln_b']:.2f})" if self.term.form == "softmax" and "loss" in metrics else ""
-        return super().progress(metrics) + blind
+        blind = f"blind {metrics['blind']:.2f}" if "blind" in metrics else f"ln b {metrics.get('ln_b', 0):.2f}"
+        return super().progress(metrics) + f" ({blind})" * (self.term.form == "softmax" and "loss" in metrics)
 
     def curves(self) -> tuple[Curve, ...]:
         """Loss, accuracy within the batch, logit scale."""
         accuracy = (("acc_img", "image to text"), ("acc_txt", "text to image"))
+        unit, level = "nats", Level("ln b", "ln_b")
         note = "ln b, with b the batch size, is the loss of CLIP for a guess that does not depend on the inputs."
+        if self.term.is_robust:
+            unit, level, note = "", Level("blind guess", "blind"), "A blind guess does not depend on the inputs."
         return (
-            Curve(f"{self.term.title} loss", (("loss", "contrastive"),), "nats", (Level("ln b", "ln_b"),), note),
+            Curve(f"{self.term.title} loss", (("loss", "contrastive"),), unit, (level,), note),
             Curve("Accuracy within the batch", accuracy, "%", note="Share whose best match is their own partner."),
             Curve("Logit scale", (("scale", "scale"),)),
         )
@@ -125,11 +143,11 @@ class ContrastiveReport(Report[Contrastive]):
         blind = self.term.blind_loss(metrics) if metrics.keys() >= {"loss", "ln_b"} else 0.0
         if not blind:  # a batch of one pair leaves nothing to guess
             return Health()
-        loss, share = metrics["loss"], PLATEAU_SHARE * (1 - getattr(self.term, "label_smoothing", 0.0))
+        loss, least = metrics["loss"], self.term.blind_loss(metrics, PLATEAU_SHARE * self.term.hardness)
         check = Check(
             "plateau",
             max(0.0, 1 - loss / blind),  # 0 for a NaN loss, which fails
-            share,
+            1 - least / blind,
             "Share by which the loss is below a blind guess; fails when all inputs have much the same embedding, where "
             "the gradient vanishes.",
             f"the loss is {loss:.3f}, no better than {blind:.3f} of a guess that does not depend on the inputs. "
@@ -146,6 +164,55 @@ class Clip(Contrastive):
     max_scale: ClassVar[float] = 100.0  # arXiv 2103.00020, section 2.5
 
     label_smoothing: float = key(0.0, "share of the target that is spread over the batch", fraction_below_one())
+    q: float = key(
+        0.0, "generalised cross-entropy: a pair's loss is (1 - p^q) / q, at most 1 / q; 0 for -ln p", between(0, 1)
+    )
+    reverse: float = key(
+        0.0, "symmetric cross-entropy: weight of 1 - p, added to a pair's loss; 0 for none", at_least(0)
+    )
+    distill: float = key(
+        0.0, "share of the target that an EMA teacher gives at the end of its ramp", fraction_below_one()
+    )
+    distill_ramp: float = key(
+        1.0, "share of the run in which the teacher's share rises from 0, linearly", above(0), at_most(1)
+    )
+    distill_tau: float = key(1.0, "temperature of the teacher's targets, times the teacher's own", above(0))
+
+    @property
+    def teacher(self) -> bool:
+        return self.distill > 0
+
+    @property
+    def hardness(self) -> float:
+        return (1 - self.label_smoothing) * (1 - self.distill)
+
+    @property
+    def is_robust(self) -> bool:
+        return self.q > 0 or self.reverse > 0
+
+    def blind_loss(self, metrics: Mapping[str, float], less: float = 0.0) -> float:
+        """Loss of equal logits: ln b, or its `contrastive.robust`."""
+        return float(contrastive.robust(super().blind_loss(metrics, less), self.q, self.reverse, math.exp))
+
+    def _options(self, teacher: Arrays | None, batch: Mapping[str, Any]) -> dict[str, Any]:
+        options = super()._options(teacher, batch)
+        share, ramp, tau = (options.pop(name) for name in ("distill", "distill_ramp", "distill_tau"))
+        if share:
+            assert teacher is not None
+            share *= jax.numpy.minimum(batch["progress"] / ramp, 1.0)
+            options["teacher"] = contrastive.Teacher(teacher["z_img"], teacher["z_txt"], teacher["scale"] / tau, share)
+        return options
+
+    def problems(self, model: ModelConfig, loss: LossConfig) -> Iterator[str]:
+        """Yield options that a robust loss or a teacher cannot be combined with."""
+        yield from super().problems(model, loss)
+        if self.is_robust and (self.hardness != 1 or self.positives != "pair"):
+            yield (
+                "objective.clip.q and .reverse are for one target a pair; set label_smoothing and distill to "
+                "0, and positives to 'pair'"
+            )
+        if self.distill and loss.impl == "ring":
+            yield "objective.clip.distill takes targets from the whole batch; set loss.impl='plain'"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +223,7 @@ class Siglip(Contrastive):
     form: ClassVar[str] = "sigmoid"
     outputs: ClassVar[tuple[str, ...]] = ("z_img", "z_txt", "scale", "bias")
 
-    def blind_loss(self, metrics: Mapping[str, float]) -> float:
+    def blind_loss(self, metrics: Mapping[str, float], less: float = 0.0) -> float:
         """Loss of the logit ln(1 / (b - 1)) for each of b * b pairs, if b of them match."""
         b = math.exp(metrics["ln_b"])
-        return metrics["ln_b"] + (b - 1) * math.log(b / (b - 1)) if b > 1 else 0.0
+        return (1 - less) * (metrics["ln_b"] + (b - 1) * math.log(b / (b - 1))) if b > 1 else 0.0

@@ -17,9 +17,16 @@ from xclip_jax.objectives.clip import Clip, Siglip
 from xclip_jax.objectives.nclip import Nclip
 from xclip_jax.objectives.similarity import Similarity
 from xclip_jax.objectives.term import Arrays, LossConfig, Result, Term
+from xclip_jax.objectives.tokens import Tokens
 
 Array = jax.Array
-TERMS: dict[str, type[Term]] = {"clip": Clip, "siglip": Siglip, "nclip": Nclip, "classify": Classify}
+TERMS: dict[str, type[Term]] = {
+    "clip": Clip,
+    "siglip": Siglip,
+    "nclip": Nclip,
+    "tokens": Tokens,
+    "classify": Classify,
+}
 
 # Named objectives, as terms and weights.
 RECIPES: dict[str, dict[str, float]] = {
@@ -27,10 +34,11 @@ RECIPES: dict[str, dict[str, float]] = {
     "siglip": {"siglip": 1.0},
     "nclip": {"nclip": 1.0},
     "xclip": {"clip": 0.5, "nclip": 0.5},  # of three weights the best on validation, docs/study.md
+    "superclip": {"clip": 1.0, "tokens": 1.0},  # the weights of its code
     "classify": {"classify": 1.0},
 }
-_TITLES = {"xclip": "xCLIP"}  # a single term has its own title
-OBJECTIVES = ("clip", "siglip", "nclip", "xclip")  # for pre-training
+_TITLES = {"xclip": "xCLIP", "superclip": "SuperCLIP"}  # a single term has its own title
+OBJECTIVES = ("clip", "siglip", "nclip", "xclip", "superclip")  # for pre-training
 
 _WEIGHTS = Check("weights of at least 0", lambda weights: all(weight >= 0 for weight in weights.values()))
 
@@ -161,7 +169,7 @@ class Objective:
         """{full config key: value} that a model card lists: weights, options of the terms, and of cluster heads."""
         rows: dict[str, Any] = {f"objective.terms.{name}": weight for name, weight in self.weights.items()}
         for name, term in self.terms.items():
-            group = f"objective.{name}" if name in TERMS else f"objective.plugins.{name}"
+            group = f"objective.{name}" if type(term) is TERMS.get(name) else f"objective.plugins.{name}"
             options = dataclasses.fields(term) if dataclasses.is_dataclass(term) else ()
             rows |= {f"{group}.{field.name}": getattr(term, field.name) for field in options}
         clusters = dataclasses.asdict(model.cluster_head) if "s_img" in self.outputs(model) else {}
@@ -174,9 +182,9 @@ class ObjectiveConfig:
 
     The options of a term are in the group of its name, or in `plugins`:
 
-        config.objective.name = "superclip"
-        config.objective.terms = {"clip": 1.0, "tokens": 0.4}
-        config.objective.plugins = {"tokens": {"type": "my_lab.losses:TokenClassification", "smoothing": 0.1}}
+        config.objective.name = "cyclip"
+        config.objective.terms = {"clip": 1.0, "cyclic": 0.25}
+        config.objective.plugins = {"cyclic": {"type": "my_lab.losses:Consistency", "margin": 0.1}}
     """
 
     name: str = key("clip", "name of the objective", not_empty())

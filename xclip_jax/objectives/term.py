@@ -102,7 +102,8 @@ class Term(abc.ABC):
           out: outputs of the heads, see `TwoTowers.project`, and h_img, h_txt (b, d); rows of the global batch.
           teacher: the teacher's outputs, if the objective has a teacher.
           state: from `initial_state` of all terms, or from the last step.
-          batch: inputs of the step named by `fields`, "image", "text" (b, n) and "label" (b,), and results of `draw`.
+          batch: inputs of the step named by `fields`, "image", "text" (b, n) and "label" (b,); results of `draw`; the
+            position "text_end" (b,) of the end token in each text; "progress" (), the share of the run that is done.
 
         Returns:
           fp32 scalar loss; metrics, which the objective prefixes with the term's name; the term's next state.

@@ -153,7 +153,8 @@ def _make_step(
 
     def make(tx: optax.GradientTransformation, groups: LengthGroups = WHOLE) -> Callable[..., Any]:
         sizes = groups.sizes(config.data.batch // (shards * microbatches), model.txt.context_length)
-        made = TrainStep(model, tx, objective, augment, momentum, microbatches, constrain, frozen, hold, spikes, sizes)
+        options = {"spikes": spikes, "text_groups": sizes, "steps": config.steps}
+        made = TrainStep(model, tx, objective, augment, momentum, microbatches, constrain, frozen, hold, **options)
         return sharding.layout_scope(layout)(made.step)
 
     return make

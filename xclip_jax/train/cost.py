@@ -204,6 +204,7 @@ def fits_by_far(experiment: Experiment, limit: float) -> bool:
         return False  # towers of another package
     # Devices along the model axis hold the same activations of the towers.
     rows = config.data.batch / math.prod(experiment.mesh.shape[axis] for axis in BATCH_AXES)
-    logits = 24 * rows * max(config.data.batch, config.model.cluster_head.clusters)
+    classes = experiment.tokenizer.vocab_size if "tokens" in experiment.model.outputs else 0
+    logits = 24 * rows * max(config.data.batch, config.model.cluster_head.clusters, classes)
     activations = rows / config.optim.microbatches * activation_bytes(config)
     return 8 * (bytes_on_device(experiment.abstract) + logits + activations) <= limit

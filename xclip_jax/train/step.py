@@ -170,6 +170,7 @@ class TrainStep:
       frozen: towers, or parts of them, that do not change.
       hold: returns the towers' parameters in use: with adapters, and without gradients of what is frozen.
       spikes: refuses steps of a gradient that is too large, if there is such a bound.
+      steps: updates of the whole run; terms get the share that is done, "progress".
       text_groups: ((rows, tokens), ...) in which a device encodes the texts of a microbatch, see `length_groups`; empty
         if texts are not cut.
     """
@@ -185,6 +186,7 @@ class TrainStep:
     hold: Callable[[Any], Any] = lambda params: params
     spikes: SpikeFilter | None = None
     text_groups: Sizes = ()
+    steps: int = 1
 
     def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """(state, {"image": uint8 (b, h, w, 3), "text": int32 (b, n)}) -> (state, metrics).
@@ -249,12 +251,17 @@ class TrainStep:
             out, batch_stats = self._project(params, state.batch_stats, h)
             features = {name: x for name, x in zip(("img", "txt"), h, strict=True) if x is not None}
             out |= {f"h_{name}": x for name, x in features.items()}
-            value, metrics, loss_state = self.objective(out, teacher, state.loss_state, inputs)
+            value, metrics, loss_state = self.objective(out, teacher, state.loss_state, self._batch(state, inputs))
             metrics |= {f"rank/{name}": effective_rank(x) for name, x in features.items()}
             return value, (metrics, batch_stats, ema_batch_stats, loss_state)
 
         value_and_grad = gradcache(self._encode, loss, self.microbatches)
         return value_and_grad(state.params, _grouped(inputs, order))
+
+    def _batch(self, state: TrainState, inputs: Inputs) -> Inputs:
+        """Inputs of the terms, see `Term.__call__`; what none of them reads is not computed."""
+        ends = {"text_end": jnp.argmax(inputs["text"] == self.model.eot_id, axis=1)} if "text" in inputs else {}
+        return inputs | ends | {"progress": state.step / self.steps}
 
     def _encode(self, params: Any, inputs: Inputs) -> Features:
         """Return the features (h_img, h_txt); h_txt is a tuple if the texts are in groups."""
