@@ -7,7 +7,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from xclip_jax.parallel.logits import argmax
+from xclip_jax.parallel.sharding import argmax
 
 Array = jax.Array
 Metrics = dict[str, Array]
