@@ -126,6 +126,7 @@ def measure(
 
 def write(path: pathlib.Path, arm: str, against: str, commit: str, measured: Mapping[str, Any]) -> None:
     """Add a line to a costs.jsonl."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as file:
         file.write(f"{strict_json({'arm': arm, 'against': against, 'commit': commit, **measured})}\n")
 

@@ -8,8 +8,7 @@ from typing import Any
 
 # Keys of the package's terms that the duel uses: change their names here.
 KEYS = {
-    "robust": "objective.clip.robust",  # "gce"
-    "q": "objective.clip.q",  # exponent of the generalised cross-entropy
+    "q": "objective.clip.q",  # of the generalised cross-entropy
     "distill": "objective.clip.distill",  # last share of the teacher's targets
 }
 SUPERCLIP = {"objective.name": "superclip", "objective.terms": {"clip": 1.0, "tokens": 1.0}}
@@ -152,7 +151,7 @@ def rival(name: str, settings: Mapping[str, Any], steps: int, head_name: str) ->
             **head(head_name),
         },
         "distilled": {KEYS["distill"]: settings.get("distill", 0.5)},
-        "gce": {KEYS["robust"]: "gce", KEYS["q"]: settings.get("q", 0.5)},
+        "gce": {KEYS["q"]: settings.get("q", 0.5)},
     }
     return {**base, **own[name]}
 

@@ -138,7 +138,7 @@ class Duel:
       to_measure: (arm, arm that it is compared with) whose costs decide what comes next.
       impossible: {arm: why the package cannot run it}.
       head: name of the chosen cluster head; "" while open.
-      winners: {team: index of its winner}, {arm under wrong captions: settings}, as far as they are known.
+      winners, retuned: {team: index of its winner}, {arm under wrong captions: settings}, as far as they are known.
     """
 
     def __init__(
