@@ -5,6 +5,7 @@
     python -m studies --only core --max-hours 8
     python -m studies --page                 docs/study.md and its charts, from the records
     python -m studies --study cc12m --collect RUN ...   records of runs that were made elsewhere
+    python -m studies duel --list            the duel of two teams at equal cost, which has a command of its own
 
 Each finished run is a line of studies/icons/runs.jsonl, which is recognised by its config; commit that file. After a
 kill, or in another checkout that has the file, the same command goes on. Recipes are tuned on validation sets; test
@@ -21,6 +22,7 @@ from absl import logging
 from studies import page, records
 from studies.cc12m import study as cc12m
 from studies.declaration import DEFAULT, SECTIONS
+from studies.duel import command as duel
 from studies.icons import study as icons
 from studies.matrix import Matrix, Snapshot, overview
 from studies.runner import ROOT, Runner, collect
@@ -62,8 +64,13 @@ def _runner(matrix: Matrix, runs: pathlib.Path, only: Sequence[str], flags: argp
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
-    flags = _arguments(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
     logging.set_verbosity(logging.ERROR)
+    if words[:1] == ["duel"]:
+        with exit_with_message():
+            duel.main(words[1:])
+        return
+    flags = _arguments(words)
     with exit_with_message():
         make = STUDIES[flags.study].study
         matrix = Matrix(make(flags.recipe) if flags.recipe else make(), load_config)

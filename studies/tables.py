@@ -123,7 +123,7 @@ def controls(snapshot: Snapshot) -> Iterator[str]:
     yield from [f"{difference_from(study)}:", "", *from_baseline(snapshot, names, study.measures)]
     yield from ["What xCLIP gains over the controls:", "", *_differences(snapshot, study.controls)]
     yield from _survivors(snapshot, study.controls)
-    yield from controls_by_best_similarity(snapshot)
+    yield from controls_bybest_similarity(snapshot)
 
 
 def tuned(snapshot: Snapshot) -> Iterator[str]:
@@ -324,7 +324,7 @@ def similarities(snapshot: Snapshot) -> Iterator[str]:
             on = {score: dataclasses.replace(measure, set=validation, metric=key) for score, key in keys.items()}
             means = {score: mean_of(snapshot, arm.name, m) for score, m in on.items()}
             cells = [estimate_text(means[score], measure) if score in means else "-" for score in scores]
-            chosen, of_tests = _best_similarity(snapshot, arm.name, validation, test)
+            chosen, of_tests = best_similarity(snapshot, arm.name, validation, test)
             best |= {arm.name: of_tests} if of_tests else {}
             rows.append(
                 [arm.title, *cells, _label(chosen) if of_tests else "-", *_cells_of_tests(snapshot, arm.name, best)]
@@ -337,7 +337,7 @@ def similarities(snapshot: Snapshot) -> Iterator[str]:
         ]
 
 
-def controls_by_best_similarity(snapshot: Snapshot) -> Iterator[str]:
+def controls_bybest_similarity(snapshot: Snapshot) -> Iterator[str]:
     """Yield the differences from controls where each arm classifies by the similarity that is best on validation."""
     study, rows = snapshot.study, []
     for a, b, _ in study.controls:
@@ -346,7 +346,7 @@ def controls_by_best_similarity(snapshot: Snapshot) -> Iterator[str]:
             continue
         cells = [f"{study.arm(left).title} − {study.arm(right).title}"]
         for validation, test in study.named.items():
-            sides = [_best_similarity(snapshot, arm, validation, test) for arm in (left, right)]
+            sides = [best_similarity(snapshot, arm, validation, test) for arm in (left, right)]
             values = [snapshot.values(arm, m) for arm, (_, m) in zip((left, right), sides, strict=True) if m]
             d = paired(*values) if len(values) == 2 else None
             first, second = (_label(score) for score, _ in sides)
@@ -358,7 +358,7 @@ def controls_by_best_similarity(snapshot: Snapshot) -> Iterator[str]:
         yield from table(["difference", *(study.measure(test).label for test in study.named.values())], rows)
 
 
-def _best_similarity(snapshot: Snapshot, arm: str, validation: str, test: str) -> tuple[str, Measure | None]:
+def best_similarity(snapshot: Snapshot, arm: str, validation: str, test: str) -> tuple[str, Measure | None]:
     """The similarity of an arm that is best on a validation set, and the measure of the tests by it."""
     if not snapshot.finished(arm):
         return "", None

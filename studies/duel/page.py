@@ -1,0 +1,261 @@
+"""The page of the duel, made from its records: what is missing is shown as missing."""
+
+import json
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from studies import charts, claims, records, tables
+from studies.declaration import Arm, Claim, ClaimPart, Measure
+from studies.duel import spaces, stages
+from studies.icons import study as icons
+from studies.matrix import Matrix, Snapshot
+from studies.tables import table
+from xclip_jax.config.load import load_config
+from xclip_jax.core.storage import write_whole
+
+NAMED = dict(zip(icons.VALIDATION, ("zeroshot", "rendering"), strict=True))
+_BEST = "_best"  # ends the name of a measure by the similarity that validation chooses for each arm
+_OLD_RUNS = pathlib.Path(icons.__file__).with_name("runs.jsonl")
+_OLD = ("clip_steps4000", "clip_steps4000_longer", "xclip_steps4000")
+_OF_OTHERS = ("smoothed", "gce", "distilled", "superclip", "siglip", "clip", "nclip", "shuffled")
+_SHARES = (0.25, 0.5, 0.75, 1.0)
+
+
+def measures() -> tuple[Measure, ...]:
+    """The first study's measures, and naming by the similarity that is best on validation for each arm."""
+    chosen = []
+    for measure in icons.MEASURES:
+        if measure.name in NAMED.values():
+            what = f"{measure.what}; by the similarity or mixture that is best for an arm on validation"
+            label = f"{measure.label}, chosen similarity"
+            chosen.append(Measure(f"{measure.name}{_BEST}", label, measure.set, family=measure.family, what=what))
+    return (*icons.MEASURES, *chosen)
+
+
+class Chosen(Snapshot):
+    """A snapshot whose arms are read by the similarity that validation chooses, where a measure asks for it."""
+
+    def values(self, arm: str, measure: Measure) -> dict[int, float]:
+        """As `Snapshot.values`."""
+        for validation, name in NAMED.items():
+            if measure.name == f"{name}{_BEST}":
+                best = tables.best_similarity(self, arm, validation, name)[1]
+                return super().values(arm, best) if best else {}
+        return super().values(arm, measure)
+
+
+def _against(a: str, others: Sequence[str], names: set[str], prefix: str) -> tuple[ClaimPart, ...]:
+    """Parts: arm `a` is better than each of the others that is declared, at naming and at the probe."""
+    pairs = [(f"{prefix}{b}", text) for b in others for text in ("zeroshot_best", "probe") if f"{prefix}{b}" in names]
+    what = {"zeroshot_best": "names better", "probe": "has the better probe"}
+    return tuple(ClaimPart(f"{what[m]} than {b.partition('_')[2]}", a, b, m) for b, m in pairs if a in names and a != b)
+
+
+def duel_claims(arms: Sequence[Arm]) -> tuple[Claim, ...]:
+    """The declared claims, as far as their arms are declared: what is tested, each with Holm's correction."""
+    names = {arm.name for arm in arms}
+    declared = []
+    if {"final_clip", "final_xclip"} <= names:
+        ours, clip = "final_xclip", "final_clip"
+        parts = _against(ours, ("clip",), names, "final_")
+        declared.append(
+            Claim("At equal cost xCLIP's best names better and has better features than CLIP's best.", parts)
+        )
+        margin = (ClaimPart("its naming is at least as good", ours, clip, "zeroshot_best", margin=1.0), parts[1])
+        declared.append(Claim("At equal cost xCLIP's best names as well, and has better features.", margin))
+        families = [m for m in measures() if m.family and m.name not in NAMED.values()]
+        parts = tuple(ClaimPart(f"it gains at {m.family}", ours, clip, m.name) for m in families)
+        declared.append(Claim("xCLIP's gain holds in every family of tests.", parts))
+        if parts := _against(ours, ("shuffled", *stages.RIVALS), names, "final_"):
+            text = "xCLIP's gain is more than other terms of equal cost, or shuffled pseudo-labels, give."
+            declared.append(Claim(text, parts))
+    for level in stages.LEVELS:
+        if parts := _against(f"wrong{level}_xclip", _OF_OTHERS, names, f"wrong{level}_"):
+            text = f"With {level} % of captions exchanged xCLIP is better than every rival retuned for it."
+            declared.append(Claim(text, parts))
+    return tuple(declared)
+
+
+def snapshot_of(duel: stages.Duel, load: Any = load_config) -> Chosen:
+    """Return the finished runs of all that is declared."""
+    names = [arm.name for arm in duel.arms]
+    finals = [name for name in names if name.startswith("final_")]
+    shown = ([name for name in finals if name != "final_clip"], ("zeroshot_best", "rendering_best", "probe"))
+    baseline = "final_clip" if finals else names[0]
+    study = stages.study_of(
+        duel.arms, measures=measures(), named=NAMED, claims=duel_claims(duel.arms), baseline=baseline,
+        shown=shown if finals else ((), ()),
+    )  # fmt: skip
+    return Chosen(stages.DuelMatrix(study, load), duel.records)
+
+
+def write(home: pathlib.Path, duel: stages.Duel) -> pathlib.Path:
+    """Write page.md with its charts in study/, and return its path."""
+    snapshot = snapshot_of(duel)
+    drawn, path = charts.of_study(snapshot) if snapshot.records else {}, home / "page.md"
+    for name, svg in drawn.items():
+        (home / "study").mkdir(parents=True, exist_ok=True)
+        write_whole(epath.Path(home / "study" / f"{name}.svg"), svg)
+    areas = home / "pairs.jsonl"
+    lines = [json.loads(line) for line in areas.read_text().splitlines()] if areas.exists() else []
+    write_whole(epath.Path(path), render(duel, snapshot, lines, drawn))
+    return path
+
+
+def render(duel: stages.Duel, snapshot: Chosen, areas: Sequence[Mapping[str, Any]], drawn: Mapping[str, str]) -> str:
+    """Return the page.
+
+    Args:
+      duel, snapshot: what is declared, and its finished runs.
+      areas: lines of pairs.jsonl.
+      drawn: charts by the names of their files.
+    """
+    parts: list[Iterator[str] | Sequence[str]] = [
+        [f"# {snapshot.study.title}", "", "Made by `python -m studies duel --page` from the records of studies/duel."],
+        ["What was declared before the runs, and why: [study.md](study.md).", ""],
+        _progress(duel),
+        claims.summary(snapshot, drawn),
+        _heads(duel),
+        _teams(duel),
+        _finals(duel, snapshot, drawn),
+        *(_wrong(duel, snapshot, areas, level) for level in stages.LEVELS),
+        claims.section(snapshot),
+        ["## Missing", "", *(f"* {line}" for line in duel.missing() or ["nothing"])],
+    ]
+    return "\n".join(line for part in parts for line in part).rstrip() + "\n"
+
+
+def _progress(duel: stages.Duel) -> list[str]:
+    rows = [
+        [stage.title, f"`{stage.prefix}`", str(stage.runs), str(done), str(stage.steps), f"{hours:.1f}"]
+        for stage, done, hours in duel.progress()
+    ]
+    return table(["stage", "arms", "runs", "done", "steps of CLIP's clock", "hours of two cores left"], rows)
+
+
+def _cells(duel: stages.Duel, arm: Arm) -> list[str]:
+    """Finished runs, and the two measures of all choices."""
+    values = duel.values(arm)
+    shown = ["missing", "missing"] if values is None else [f"{np.exp(-values[0]):.2f}", f"{values[1]:.1f}"]
+    return [f"{duel.done(arm)} of {len(arm.seeds)}", *shown]
+
+
+_HEAD = ("runs", "naming on validation, rank", "probe on validation")
+
+
+def _heads(duel: stages.Duel) -> Iterator[str]:
+    yield from ["## Cheap clusters", ""]
+    rows = []
+    for arm in (arm for arm in duel.arms if arm.name.startswith("heads_")):
+        clusters, hidden, layers = spaces.HEADS[arm.title]
+        ratio = duel.costs.get(arm.name)
+        size = f"{clusters} clusters" + (f", hidden {hidden}" if layers else ", linear")
+        mark = " **chosen**" if arm.title == duel.head else ""
+        rows.append([size + mark, "missing" if ratio is None else f"{ratio:.3f}", *_cells(duel, arm)])
+    yield from table(["head", "step over CLIP's", *_HEAD], rows)
+    first, chosen = (next((a for a in duel.arms if a.title == n), None) for n in (next(iter(spaces.HEADS)), duel.head))
+    if chosen and first and (old := duel.values(first)) and (new := duel.values(chosen)):
+        ratio = duel.costs[chosen.name]
+        met = "at most" if ratio <= stages.MOST_COST else "above"
+        yield f"The chosen head costs {ratio:.3f}, {met} {stages.MOST_COST}; beside the first study's its rank is "
+        yield f"multiplied by {np.exp(old[0] - new[0]):.2f} and its probe changes by {new[1] - old[1]:+.1f} points."
+        yield ""
+
+
+def _settings_text(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+                     for name, value in settings.items())  # fmt: skip
+
+
+def _teams(duel: stages.Duel) -> Iterator[str]:
+    yield from ["## Two teams", "", "Candidates by the mean of their ranks at both measures, the best first.", ""]
+    for team in spaces.SPACES:
+        winner = duel.winners.get(team)
+        yield from [f"### {team}: {'no winner yet' if winner is None else f'candidate {winner + 1}'}", ""]
+        for number, _ in enumerate(stages.RUNGS, 1):
+            arms = {arm.name: arm for arm in duel.arms if arm.name.startswith(f"rung{number}_{team}_")}
+            if not arms:
+                continue
+            known = {name: values for name, arm in arms.items() if (values := duel.values(arm))}
+            order = [*stages.by_mean_rank(known), *(name for name in arms if name not in known)]
+            rows = []
+            for name in order:
+                index = int(name.rpartition("_")[2]) - 1
+                mark = " **winner**" if number == len(stages.RUNGS) and index == winner else ""
+                settings = _settings_text(spaces.candidates(team)[index])
+                rows.append([f"{index + 1}{mark}", settings, *_cells(duel, arms[name])])
+            yield from [f"Rung {number}, {stages.RUNGS[number - 1].steps} steps:", ""]
+            yield from table(["candidate", "settings", *_HEAD], rows)
+
+
+def _rows(duel: stages.Duel, snapshot: Chosen, prefix: str) -> list[str]:
+    """The declared arms of a stage with all measures, and their steps and costs."""
+    arms = [arm for arm in duel.arms if arm.name.startswith(prefix)]
+    shown = {arm.title: arm.name for arm in arms}
+    rows = tables.rows_of(snapshot, shown, measures())
+    for row, arm in zip(rows, arms, strict=True):
+        row.insert(1, str(arm.changes["steps"]))
+    return table(["arm", "steps", "runs", *(m.label for m in measures())], rows)
+
+
+def _finals(duel: stages.Duel, snapshot: Chosen, drawn: Mapping[str, str]) -> Iterator[str]:
+    yield from ["## The winners at equal cost, and controls", ""]
+    arms = [arm.name for arm in duel.arms if arm.name.startswith("final_")]
+    if not arms:
+        yield from ["Missing: the winners are not known yet.", ""]
+        return
+    yield from _rows(duel, snapshot, "final_")
+    yield from [f"{tables.difference_from(snapshot.study)}:", ""]
+    yield from tables.from_baseline(snapshot, arms, measures())
+    yield from tables.shown(drawn, charts.CURVES[0][0], charts.CURVES[0][1])
+    yield from ["The first study's runs of 4,000 steps, with its recipes and heads:", ""]
+    old = Snapshot(Matrix(icons.study(), load_config), records.read_all(_OLD_RUNS))
+    shown = {old.study.arm(name).title: name for name in _OLD}
+    yield from table(["arm", "runs", *(m.label for m in icons.MEASURES)], tables.rows_of(old, shown, icons.MEASURES))
+
+
+def _wrong(duel: stages.Duel, snapshot: Chosen, areas: Sequence[Mapping[str, Any]], level: int) -> Iterator[str]:
+    prefix = f"wrong{level}_"
+    yield from [f"## {level} % of captions exchanged", ""]
+    arms = [arm for arm in duel.arms if arm.name.startswith(prefix)]
+    if not arms:
+        yield from ["Missing: no arm is retuned yet.", ""]
+        return
+    yield from _rows(duel, snapshot, prefix)
+    rows = [[arm.title, _settings_text(duel.retuned.get(arm.name, {})) or "as the arm that it follows"] for arm in arms]
+    yield from ["Chosen on validation, of four candidates each:", "", *table(["arm", "settings"], rows)]
+    yield from ["Training loss over the run, in shares of its steps; curves are flat where the last two are close:", ""]
+    rows = [[arm.title, *_losses(snapshot, arm)] for arm in arms]
+    yield from table(["arm", *(f"{share:.0%}" for share in _SHARES)], rows)
+    yield "AUC, %, with which a model tells exchanged pairs of its training data from true ones; 50 is chance:"
+    yield ""
+    rows = []
+    for arm in arms:
+        areas_of_arm = _mean_areas(areas, arm.name)
+        rows += [[arm.title, score, ", ".join(values)] for score, values in areas_of_arm.items()]
+        rows += [] if areas_of_arm else [[arm.title, "missing", "missing"]]
+    yield from table(["arm", "suspicion by", "AUC after steps (seeds)"], rows)
+
+
+def _mean_areas(areas: Sequence[Mapping[str, Any]], arm: str) -> dict[str, list[str]]:
+    """{score: "61.2 after 750 (3)" of each checkpoint, mean over seeds}."""
+    areas_of_arm: dict[str, list[str]] = {}
+    of_arm = [line for line in areas if line["arm"] == arm]
+    for score in ("loss", "cosine", "clusters"):
+        for step in sorted({line["step"] for line in of_arm if score in line}):
+            values = [line[score] for line in of_arm if line["step"] == step and score in line]
+            areas_of_arm.setdefault(score, []).append(f"{np.mean(values):.1f} after {step} ({len(values)})")
+    return areas_of_arm
+
+
+def _losses(snapshot: Chosen, arm: Arm) -> list[str]:
+    """The loss at shares of the run, mean over its seeds."""
+    curves = [record.curve["loss"] for record in snapshot.finished(arm.name).values() if record.curve.get("loss")]
+    if not curves:
+        return ["missing"] * len(_SHARES)
+    at = [[curve[round(share * (len(curve) - 1))] for curve in curves] for share in _SHARES]
+    return [f"{np.mean([np.nan if x is None else x for x in values]):.3f}" for values in at]

@@ -1,0 +1,185 @@
+"""What the duel tries: each team's space and its candidates, cluster heads, rivals, and arms under wrong captions."""
+
+import hashlib
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+# Keys of the package's terms that the duel uses: change their names here.
+KEYS = {
+    "q": "objective.clip.q",  # of the generalised cross-entropy
+    "distill": "objective.clip.distill",  # last share of the teacher's targets
+}
+SUPERCLIP = {"objective.name": "superclip", "objective.terms": {"clip": 1.0, "tokens": 1.0}}
+
+Settings = dict[str, Any]
+CANDIDATES = 24
+FILE = pathlib.Path(__file__).with_name("candidates.jsonl")
+_TERMS = "studies.duel.terms"
+
+# Warm-up is a share of the steps. "average": the moving average of the parameters is evaluated.
+SHARED: dict[str, Sequence[Any]] = {
+    "lr": (1e-3, 2e-3, 4e-3),
+    "warmup": (0.15, 0.3, 0.45, 0.6),
+    "smoothing": (0.0, 0.05, 0.1, 0.2),
+    "positives": ("pair", "caption"),
+    "average": (False, True),
+    "decay": (0.05, 0.1, 0.3),
+}
+SPACES: dict[str, dict[str, Sequence[Any]]] = {
+    "clip": SHARED,
+    "xclip": SHARED
+    | {
+        "tau": (0.25, 0.35, 0.5, 0.7),
+        "weight": (0.3, 0.5, 0.7),  # of nCLIP, the rest is CLIP's
+        "schedule": ("constant", "early", "late"),  # of nCLIP's weight
+        "target": ("detach", "joint", "ema"),
+        "momentum": (0.0, 0.9, 0.99),  # of the marginal in the smoothness term; 0 for the batch's own
+    },
+}
+# The first candidate of each team is the recipe of the first study.
+_FIRST_CLIP = {"lr": 2e-3, "warmup": 0.6, "smoothing": 0.0, "positives": "pair", "average": False, "decay": 0.1}
+_FIRST: dict[str, Settings] = {
+    "clip": _FIRST_CLIP,
+    "xclip": _FIRST_CLIP
+    | {"warmup": 0.45, "tau": 0.5, "weight": 0.5, "schedule": "constant", "target": "detach", "momentum": 0.0},
+}
+
+
+def draw(team: str) -> list[Settings]:
+    """Draw a team's candidates: every value of a key as often as any other, joined by hashes; no state, no seed."""
+    candidates = [dict(_FIRST[team]) for _ in range(CANDIDATES)]
+    for name, values in SPACES[team].items():
+        order = sorted(range(1, CANDIDATES), key=lambda i: hashlib.sha256(f"{team} {name} {i}".encode()).digest())
+        for place, i in enumerate(order):
+            candidates[i][name] = values[place % len(values)]
+    return candidates
+
+
+def candidates(team: str) -> list[Settings]:
+    """Return a team's candidates as candidates.jsonl lists them."""
+    lines = [json.loads(line) for line in FILE.read_text().splitlines()]
+    return [{name: x for name, x in line.items() if name not in ("team", "number")} for line in lines
+            if line["team"] == team]  # fmt: skip
+
+
+def render() -> str:
+    """Return the text of candidates.jsonl."""
+    lines = [{"team": team, "number": i} | drawn for team in SPACES for i, drawn in enumerate(draw(team), 1)]
+    return "".join(f"{json.dumps(line)}\n" for line in lines)
+
+
+# --- cluster heads: (clusters, hidden width, hidden layers); the first is the first study's
+
+HEADS: dict[str, tuple[int, int, int]] = {
+    "k1024_h1024": (1024, 1024, 1),
+    "k1024_h256": (1024, 256, 1),
+    "k1024_h128": (1024, 128, 1),
+    "k1024_linear": (1024, 1, 0),
+    "k512_h256": (512, 256, 1),
+    "k512_h128": (512, 128, 1),
+    "k256_h256": (256, 256, 1),
+    "k256_linear": (256, 1, 0),
+}
+
+
+def head(name: str) -> dict[str, Any]:
+    """The change that gives a model this cluster head."""
+    clusters, hidden, layers = HEADS[name]
+    return {"model.cluster_head": {"clusters": clusters, "hidden": hidden, "layers": layers, "last_norm": False}}
+
+
+# --- settings as changes of a config
+
+
+def training(settings: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    """The changes of any arm: steps, optimizer, CLIP's targets and the moving average."""
+    averaged = {"ema.momentum": 0.99, "ema.schedule": "constant"}  # of 100 steps: runs are short
+    return {
+        "steps": steps,
+        "optim.lr": settings["lr"],
+        "optim.warmup": round(settings["warmup"] * steps),
+        "optim.weight_decay": settings["decay"],
+        "objective.clip.label_smoothing": settings["smoothing"],
+        "objective.clip.positives": settings["positives"],
+        **({"ema.on": True, "eval.ema": True} | averaged if settings["average"] else {}),
+        **(averaged if settings.get("target") == "ema" else {}),
+    }
+
+
+def clusters(settings: Mapping[str, Any], steps: int, *, shuffled: bool = False) -> dict[str, Any]:
+    """The changes of nCLIP's term; a shuffled target has no gradient, so that "joint" becomes "detach"."""
+    target = "detach" if shuffled and settings["target"] == "joint" else settings["target"]
+    options = {"tau": settings["tau"], "target": target, "shuffle_targets": shuffled}
+    if settings["schedule"] == "constant" and not settings["momentum"]:
+        return {f"objective.nclip.{name}": value for name, value in options.items()}
+    ours = {"schedule": settings["schedule"], "horizon": steps, "momentum": settings["momentum"]}
+    return {"objective.plugins": {"nclip": {"type": f"{_TERMS}:ScheduledNclip"} | options | ours}}
+
+
+def xclip(settings: Mapping[str, Any], steps: int, head_name: str, *, shuffled: bool = False) -> dict[str, Any]:
+    """The changes of xCLIP on the recipe of xCLIP."""
+    weights = {"clip": round(1 - settings["weight"], 6), "nclip": settings["weight"]}
+    return {
+        **training(settings, steps),
+        **clusters(settings, steps, shuffled=shuffled),
+        **head(head_name),
+        "objective.terms": weights,
+    }
+
+
+def rival(name: str, settings: Mapping[str, Any], steps: int, head_name: str) -> dict[str, Any]:
+    """The changes of a rival on the recipe of CLIP, at the settings of CLIP's team.
+
+    Args:
+      name: superclip, second, distilled or gce.
+      settings: of CLIP's team; "distill" and "q" are the rival's own.
+      steps: of the run.
+      head_name: the cluster head whose size a second contrastive head has.
+    """
+    # Bounded and self-distilled targets have no clear meaning together with other soft targets.
+    hard = {"smoothing": 0.0, "positives": "pair"} if name in ("distilled", "gce") else {}
+    base = training({**settings, **hard}, steps)
+    second = {"type": f"{_TERMS}:SecondHead", "label_smoothing": settings["smoothing"]}
+    own = {
+        "superclip": SUPERCLIP,
+        "second": {
+            "objective.name": "second",
+            "objective.terms": {"clip": 0.5, "second": 0.5},
+            "objective.plugins": {"second": second},
+            **head(head_name),
+        },
+        "distilled": {KEYS["distill"]: settings.get("distill", 0.5)},
+        "gce": {KEYS["q"]: settings.get("q", 0.5)},
+    }
+    return {**base, **own[name]}
+
+
+# --- wrong captions: arms, and the key that each has of its own with two values to choose from
+
+RATES, WARM_UPS = (1e-3, 2e-3), (0.3, 0.6)
+WRONG: dict[str, tuple[str, Sequence[Any]]] = {
+    "clip": ("", ()),
+    "smoothed": ("smoothing", (0.1, 0.3)),
+    "siglip": ("", ()),
+    "gce": ("q", (0.3, 0.7)),
+    "distilled": ("distill", (0.3, 0.6)),
+    "superclip": ("", ()),
+    "nclip": ("tau", (0.35, 0.5)),
+    "xclip": ("tau", (0.35, 0.5)),
+}
+# Arms that take over another's choice: xCLIP with shuffled pseudo-labels, and CLIP on as many clean pairs.
+FOLLOWERS = {"shuffled": "xclip", "oracle": "clip"}
+
+
+def retuned(arm: str) -> list[Settings]:
+    """Return an arm's four candidates: rates and warm-ups, or a half of the eight with two values of its own key."""
+    own, values = WRONG[arm]
+    if not own:
+        return [{"lr": lr, "warmup": warmup} for lr in RATES for warmup in WARM_UPS]
+    return [
+        {"lr": lr, "warmup": warmup, own: values[(i + j) % 2]}
+        for i, lr in enumerate(RATES)
+        for j, warmup in enumerate(WARM_UPS)
+    ]

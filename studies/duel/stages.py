@@ -1,0 +1,389 @@
+"""The duel in stages; each is declared as soon as records and measured costs decide its arms."""
+
+import dataclasses
+import json
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ml_collections
+import numpy as np
+from scipy.stats import rankdata
+
+from studies.declaration import Arm, Measure, Study
+from studies.duel import spaces
+from studies.icons import study as icons
+from studies.matrix import LoadConfig, Matrix
+from studies.records import RunRecord
+from xclip_jax.config.load import load_config
+from xclip_jax.core.errors import UserError
+
+PROBE = icons.SEARCH.set
+VALIDATION = (*icons.VALIDATION, PROBE)
+CHANGES = {"log.every": 20, "data.cache": True}
+MOST_COST = 1.03  # of a step of xCLIP over CLIP's
+TUNING_SEEDS, SEEDS, WRONG_SEEDS = (100, 101), (0, 1, 2, 3, 4), (0, 1, 2)
+HEAD_STEPS, FINAL_STEPS, RETUNING_STEPS, WRONG_STEPS = 1000, 4000, 1000, 3000
+LEVELS, BEST_AT_HALF = (25, 50), 4  # % of captions exchanged; arms at the second level
+RIVALS = {
+    "superclip": "SuperCLIP's tokens",
+    "second": "second contrastive head",
+    "distilled": "self-distilled targets",
+}
+WRONG_TITLES = {
+    "clip": "CLIP", "smoothed": "CLIP, tuned smoothing", "siglip": "SigLIP", "gce": "generalised cross-entropy",
+    "distilled": "self-distilled targets", "superclip": "SuperCLIP's tokens", "nclip": "nCLIP", "xclip": "xCLIP",
+    "shuffled": "xCLIP, shuffled pseudo-labels", "oracle": "CLIP on clean pairs only",
+}  # fmt: skip
+_CLIPS_STEP = ("clip", "smoothed")  # take as long as CLIP's
+_SECONDS, _VALIDATED, _TESTED = 0.3, 12.0, 55.0  # of a step on two cores, and of evaluations
+
+
+@dataclasses.dataclass(frozen=True)
+class Rung:
+    """A round of the search: `kept` candidates of each team, each trained for `steps` with each of `seeds`."""
+
+    kept: int
+    steps: int
+    seeds: Sequence[int]
+
+
+RUNGS = (Rung(spaces.CANDIDATES, 750, (100,)), Rung(8, 1500, (101,)), Rung(3, 3000, (102, 103)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """What a stage will have run when it is complete; names of its arms begin with `prefix`."""
+
+    prefix: str
+    title: str
+    runs: int
+    steps: int
+    tested: bool = False
+
+    def hours(self, runs: int) -> float:
+        """Hours of two cores for this number of its runs, at steps of CLIP's clock."""
+        return runs * (self.steps * _SECONDS + (_TESTED if self.tested else _VALIDATED)) / 3600
+
+
+def stages() -> tuple[Stage, ...]:
+    """All stages in the order in which they run."""
+    rungs = (
+        Stage(f"rung{i}", f"two teams, rung {i}", 2 * rung.kept * len(rung.seeds), rung.steps)
+        for i, rung in enumerate(RUNGS, 1)
+    )
+    wrong = []
+    arms = (len(spaces.WRONG), BEST_AT_HALF)
+    followers = (len(spaces.FOLLOWERS), 0)
+    for level, number, more in zip(LEVELS, arms, followers, strict=True):
+        wrong.append(Stage(f"tune{level}", f"{level} % wrong captions, retuning", 4 * number, RETUNING_STEPS))
+        runs = (number + more) * len(WRONG_SEEDS)
+        wrong.append(Stage(f"wrong{level}", f"{level} % wrong captions", runs, WRONG_STEPS, tested=True))
+    finals = (3 + len(RIVALS)) * len(SEEDS)
+    heads = len(spaces.HEADS) * len(TUNING_SEEDS)
+    return (
+        Stage("heads", "cheap clusters", heads, HEAD_STEPS),
+        *rungs,
+        Stage("final", "finalists and controls", finals, FINAL_STEPS, tested=True),
+        *wrong,
+    )
+
+
+class DuelMatrix(Matrix):
+    """Runs of the duel; those with wrong captions keep checkpoints for `mechanism`."""
+
+    def config(self, arm: Arm, seed: int, tuned: Mapping[str, Any]) -> ml_collections.ConfigDict:
+        """As `Matrix.config`."""
+        config = super().config(arm, seed, tuned)
+        config.checkpoint.keep = 5 if arm.name.startswith("wrong") else 1
+        return config
+
+
+def by_mean_rank(values: Mapping[str, tuple[float, float]]) -> list[str]:
+    """Order candidates by the mean of their ranks at two measures, best first: the rule of all choices.
+
+    Equal ones are ordered by the first measure, then as they come.
+
+    Args:
+      values: {candidate: its two measures}, more is better; minus infinity for a run that diverged.
+    """
+    table = np.array(list(values.values()), float)
+    ranks = np.stack([rankdata(-column) for column in table.T], axis=1)
+    order = sorted(range(len(table)), key=lambda i: (ranks[i].mean(), ranks[i, 0], i))
+    return [list(values)[i] for i in order]
+
+
+def naming(record: RunRecord) -> float:
+    """Minus the logarithm of the rank of the right name on validation, by the best of the model's similarities."""
+    ranks = [r.value for r in record.results if (r.set, r.metric) == (VALIDATION[0], "rank_gmean") and not r.group]
+    return -math.log(min(ranks)) if ranks else -math.inf
+
+
+def arm_of(
+    name: str, title: str, section: str, objective: str, changes: Mapping[str, Any], seeds: Sequence[int]
+) -> Arm:
+    """Return an arm on the recipe of the icons."""
+    return Arm(name, title, section, f"{icons.RECIPE}:objective={objective}", changes, seeds)
+
+
+PLAIN = arm_of("plain_clip", "CLIP", "factors", "clip", {"steps": HEAD_STEPS}, ())  # clock of the cluster heads
+
+
+class Duel:
+    """What is declared so far.
+
+    Attributes:
+      arms: all arms that are decided, in the order of the stages.
+      to_measure: (arm, arm that it is compared with) whose costs decide what comes next.
+      impossible: {arm: why the package cannot run it}.
+      head: name of the chosen cluster head; "" while open.
+      winners, retuned: {team: index of its winner}, {arm under wrong captions: settings}, as far as they are known.
+    """
+
+    def __init__(
+        self, records: Mapping[str, RunRecord], costs: Mapping[str, float], load: LoadConfig = load_config
+    ) -> None:
+        """Declare all that `records` {key: run} and `costs` {arm: ratio to its clock} decide."""
+        self.records, self.costs = records, costs
+        self.arms: list[Arm] = []
+        self.to_measure: list[tuple[Arm, Arm]] = []
+        self.impossible: dict[str, str] = {}
+        self.head, self.winners, self.retuned = "", dict[str, int](), dict[str, spaces.Settings]()
+        self._declare_heads()
+        self._matrix = DuelMatrix(study_of(self.arms), load)
+        if (head := self._choose_head()) is None:
+            return
+        self.head = head
+        halved = {team: self._halve(team) for team in spaces.SPACES}
+        self.winners = {team: index for team, index in halved.items() if index is not None}
+        if len(self.winners) == len(halved) and self._declare_finals():
+            chosen: Sequence[str] | None = tuple(spaces.WRONG)
+            for level in LEVELS:
+                chosen = self._declare_wrong(level, chosen)
+                if chosen is None:
+                    break
+
+    # --- what records say
+
+    def record(self, arm: Arm, seed: int) -> RunRecord | None:
+        """Return the finished run of an arm, or None."""
+        return self.records.get(self._matrix.run(arm, seed).key)
+
+    def done(self, arm: Arm) -> int:
+        """Return the number of an arm's finished runs."""
+        return sum(self.record(arm, seed) is not None for seed in arm.seeds)
+
+    def of_stage(self, stage: Stage) -> list[Arm]:
+        """Return the declared arms of a stage."""
+        return [arm for arm in self.arms if arm.name.startswith(f"{stage.prefix}_")]
+
+    def progress(self) -> list[tuple[Stage, int, float]]:
+        """Return each stage with the number of its finished runs and the hours that are left."""
+        done = {stage: sum(map(self.done, self.of_stage(stage))) for stage in stages()}
+        return [(stage, number, stage.hours(max(stage.runs - number, 0))) for stage, number in done.items()]
+
+    def missing(self, only: str = "") -> list[str]:
+        """Return a line for each thing that is missing, of arms whose names begin with `only`."""
+        arms = [arm for arm in self.arms if arm.name.startswith(only) and self.done(arm) < len(arm.seeds)]
+        lines = [f"{arm.name}: {len(arm.seeds) - self.done(arm)} of {len(arm.seeds)} runs" for arm in arms]
+        lines += [f"{arm.name}: the cost of its step over {clock.name}'s" for arm, clock in self.to_measure]
+        lines += [f"{name}: cannot run; {reason}" for name, reason in self.impossible.items() if name.startswith(only)]
+        return [*lines, *(f"{stage.prefix}: its arms are not decided yet" for stage in stages()
+                          if stage.prefix.startswith(only) and not self.of_stage(stage))]  # fmt: skip
+
+    def values(self, arm: Arm) -> tuple[float, float] | None:
+        """Return an arm's naming and probe on validation, means over seeds; None while runs are missing."""
+        finished = [self.record(arm, seed) for seed in arm.seeds]
+        runs = [record for record in finished if record is not None]
+        if len(runs) < len(finished):
+            return None
+        probes = [record.value(PROBE, "") for record in runs]
+        probe = float(np.mean([-math.inf if value is None else value for value in probes]))
+        return float(np.mean([naming(record) for record in runs])), probe
+
+    def _best(self, arms: Mapping[str, Arm]) -> list[str] | None:
+        """{name: arm} by `by_mean_rank`; None while one has a run missing."""
+        values = {name: self.values(arm) for name, arm in arms.items()}
+        known = {name: value for name, value in values.items() if value is not None}
+        return by_mean_rank(known) if known and len(known) == len(values) else None
+
+    def _add(self, arm: Arm) -> bool:
+        """Declare an arm if the package has its keys."""
+        try:
+            self._matrix.config(arm, 0, {})
+        except UserError as error:
+            self.impossible[arm.name] = str(error)
+            return False
+        self.arms.append(arm)
+        return True
+
+    def _ratio(self, arm: Arm, clock: Arm) -> float | None:
+        """The measured cost of an arm's step, or None and a note that it is to be measured."""
+        if arm.name == clock.name:
+            return 1.0
+        if arm.name not in self.costs:
+            self.to_measure.append((arm, clock))
+        return self.costs.get(arm.name)
+
+    # --- stages
+
+    def _declare_heads(self) -> None:
+        for name in spaces.HEADS:
+            settings = spaces.candidates("xclip")[0]
+            changes = spaces.xclip(settings, HEAD_STEPS, name)
+            self.arms.append(arm_of(f"heads_{name}", name, "factors", "xclip", changes, TUNING_SEEDS))
+
+    def _choose_head(self) -> str | None:
+        """The best head on validation that costs little enough; the cheapest where none does."""
+        arms = {arm.title: arm for arm in self.arms}
+        ratios = {name: self._ratio(arm, PLAIN) for name, arm in arms.items()}
+        order = self._best(arms)
+        known = {name: ratio for name, ratio in ratios.items() if ratio is not None}
+        if order is None or len(known) < len(ratios):
+            return None
+        return next((name for name in order if known[name] <= MOST_COST), min(known, key=lambda name: known[name]))
+
+    def _settings(self, team: str) -> spaces.Settings:
+        return spaces.candidates(team)[self.winners[team]]
+
+    def _halve(self, team: str) -> int | None:
+        """Declare the rungs of a team as far as they are decided, and return its winner."""
+        drawn = spaces.candidates(team)
+        left = [str(i) for i in range(len(drawn))]
+        for number, rung in enumerate(RUNGS, 1):
+            arms = {}
+            for i in left[: rung.kept]:
+                settings = drawn[int(i)]
+                make = spaces.training if team == "clip" else spaces.xclip
+                changes = make(settings, rung.steps, *([self.head] if team == "xclip" else []))
+                name = f"rung{number}_{team}_{int(i) + 1:02d}"
+                arms[i] = arm_of(name, f"{team} {int(i) + 1}", "factors", team, changes, rung.seeds)
+            if not all(list(map(self._add, arms.values()))):  # all are noted
+                return None
+            if (order := self._best(arms)) is None:
+                return None
+            left = order
+        return int(left[0])
+
+    def _final(self, name: str, steps: int) -> Arm:
+        """A finalist or a control, of so many steps."""
+        clip, ours = self._settings("clip"), self._settings("xclip")
+        if name == "clip":
+            return arm_of("final_clip", "CLIP", "core", "clip", spaces.training(clip, steps), SEEDS)
+        if name == "xclip":
+            changes = spaces.xclip(ours, steps, self.head)
+            return arm_of("final_xclip", "xCLIP", "core", "xclip", changes, SEEDS)
+        if name == "shuffled":
+            changes = spaces.xclip(ours, steps, self.head, shuffled=True)
+            return arm_of("final_shuffled", "xCLIP, shuffled pseudo-labels", "controls", "xclip", changes, SEEDS)
+        changes = spaces.rival(name, clip, steps, self.head)
+        return arm_of(f"final_{name}", f"CLIP, {RIVALS[name]}", "controls", "clip", changes, SEEDS)
+
+    def _declare_finals(self) -> bool:
+        """Declare finalists and controls at equal cost; returns whether their costs are known."""
+        clock, complete = self._final("clip", FINAL_STEPS), True
+        for name in ("clip", "xclip", "shuffled", *RIVALS):
+            arm = self._final(name, FINAL_STEPS)
+            if not self._possible(arm):
+                continue
+            measured = self._final("xclip", FINAL_STEPS) if name == "shuffled" else arm
+            ratio = self._ratio(measured, clock)
+            if ratio is None:
+                complete = False
+            else:
+                self._add(self._final(name, round(FINAL_STEPS / ratio)))
+        self.to_measure = list({arm.name: (arm, against) for arm, against in self.to_measure}.values())
+        return complete
+
+    def _possible(self, arm: Arm) -> bool:
+        """Whether the package has an arm's keys; nothing is declared."""
+        if possible := self._add(arm):
+            self.arms.pop()
+        return possible
+
+    def _wrong(
+        self, arm: str, name: str, level: int, own: spaces.Settings, steps: int, section: str, seeds: Sequence[int]
+    ) -> Arm:
+        """An arm under wrong captions, `own` being its rate, warm-up and own key."""
+        clip = {**self._settings("clip"), "smoothing": 0.0, **own}
+        ours = {**self._settings("xclip"), **own}
+        objective, noise = "clip", {"data.caption_noise": level / 100}
+        if arm in ("xclip", "shuffled"):
+            objective, changes = "xclip", spaces.xclip(ours, steps, self.head, shuffled=arm == "shuffled")
+        elif arm == "nclip":  # a schedule of its weight has no meaning by itself
+            changes = spaces.training(ours, steps) | spaces.clusters({**ours, "schedule": "constant"}, steps)
+            objective, changes = "nclip", changes | spaces.head(self.head)
+        elif arm in ("gce", "distilled", "superclip"):
+            changes = spaces.rival(arm, clip, steps, self.head)
+        else:
+            changes = spaces.training(clip, steps)
+        if arm == "siglip":
+            objective, changes = "siglip", changes | {"objective.siglip.positives": clip["positives"]}
+        if arm == "oracle":
+            # Exchanged pairs are drawn at random, so that any share of clean pairs of this size is as good.
+            noise = {"data.subset": 1 - level / 100}
+        title = f"{WRONG_TITLES[arm]}, {level} %"
+        return arm_of(name, title, section, objective, changes | noise, seeds)
+
+    def _declare_wrong(self, level: int, arms: Sequence[str]) -> Sequence[str] | None:
+        """Declare retuning and runs at a level; returns the best arms by validation, None while that is open."""
+        clock = self._final("clip", FINAL_STEPS)
+        complete, finals = True, {}
+        for arm in arms:
+            tried = {}
+            for i, own in enumerate(spaces.retuned(arm), 1):
+                name = f"tune{level}_{arm}_{i}"
+                candidate = self._wrong(arm, name, level, own, RETUNING_STEPS, "factors", TUNING_SEEDS[:1])
+                if self._add(candidate):
+                    tried[str(i)] = candidate
+            if not tried:
+                continue
+            order = self._best(tried)
+            ratio = self._ratio(self._clocked(arm, tried["1"]), clock) if arm not in _CLIPS_STEP else 1.0
+            if order is None or ratio is None:
+                complete = False
+                continue
+            own = spaces.retuned(arm)[int(order[0]) - 1]
+            self.retuned[f"wrong{level}_{arm}"] = own
+            followers = [name for name, led in spaces.FOLLOWERS.items() if led == arm and level == LEVELS[0]]
+            for name in (arm, *followers):
+                settings = {} if name == "oracle" else own  # clean pairs have the recipe of clean pairs
+                steps = round(WRONG_STEPS / ratio)
+                finals[name] = self._wrong(name, f"wrong{level}_{name}", level, settings, steps, "dose", WRONG_SEEDS)
+                self._add(finals[name])
+        if not complete:
+            return None
+        order = self._best({arm: final for arm, final in finals.items() if arm in spaces.WRONG})
+        return None if order is None else order[:BEST_AT_HALF]
+
+    @staticmethod
+    def _clocked(arm: str, like: Arm) -> Arm:
+        """The arm by whose name the cost of a step is kept, for all levels."""
+        return dataclasses.replace(like, name=f"wrong_{arm}")
+
+
+def study_of(arms: Sequence[Arm], **more: Any) -> Study:
+    """Return a study of these arms; `more` are further fields."""
+    choose = Measure("choose", "rank among validation concepts", VALIDATION[0], "rank_gmean", higher=False, ratio=True)
+    declared: dict[str, Any] = {
+        "title": "xCLIP at its best against CLIP at its best, at equal cost",
+        "about": (),
+        "arms": tuple(arms),
+        "changes": CHANGES,
+        "validation": VALIDATION,
+        "tests": icons.TESTS,
+        "choose": choose,
+        "measures": icons.MEASURES,
+        "claims": (),
+        "baseline": arms[0].name,
+        "name": "duel",
+        "seconds_per_pair": 1.2e-3,
+    }
+    return Study(**declared | more)
+
+
+def read_costs(path: pathlib.Path) -> dict[str, float]:
+    """Return {arm: ratio of its step to its clock's} of a costs.jsonl; the last line of an arm counts."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {line["arm"]: line["ratio"] for line in map(json.loads, lines)}

@@ -1,0 +1,294 @@
+"""The duel: spaces of equal size, halving and choices on made-up records, costs, terms, and a tiny run to its end."""
+
+import dataclasses
+import json
+import pathlib
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from studies.declaration import Arm
+from studies.duel import command, cost, mechanism, page, spaces, stages, terms
+from tests.helpers import tiny
+from tests.studies import made_records, tiny_study
+from xclip_jax.evaluators.results import VALIDATION, Provenance, Result
+from xclip_jax.objectives import make_objective
+from xclip_jax.objectives.nclip import Nclip
+from xclip_jax.train import build, state
+
+# --- spaces
+
+
+def test_teams_have_equally_many_candidates_of_equal_length():
+    assert spaces.FILE.read_text() == spaces.render()
+    for team, space in spaces.SPACES.items():
+        drawn = spaces.candidates(team)
+        assert len(drawn) == spaces.CANDIDATES == len({json.dumps(settings) for settings in drawn})
+        for name, values in space.items():
+            counts = [sum(settings[name] == value for settings in drawn[1:]) for value in values]
+            assert sum(counts) == 23 and max(counts) - min(counts) <= 1
+    assert set(spaces.SPACES["clip"]) < set(spaces.SPACES["xclip"])
+    first, second, third = stages.RUNGS
+    assert (first.kept, second.kept, third.kept) == (24, 8, 3)
+
+
+def test_arms_under_wrong_captions_have_four_candidates_each():
+    for arm, (own, values) in spaces.WRONG.items():
+        tried = spaces.retuned(arm)
+        assert len({json.dumps(settings) for settings in tried}) == 4
+        for name, choices in {"lr": spaces.RATES, "warmup": spaces.WARM_UPS, **({own: values} if own else {})}.items():
+            assert sorted(settings[name] for settings in tried) == sorted([*choices, *choices])
+
+
+def test_a_shuffled_target_has_no_gradient():
+    settings = spaces.candidates("xclip")[0] | {"target": "joint"}
+    assert spaces.xclip(settings, 9, "k256_h256", shuffled=True)["objective.nclip.target"] == "detach"
+    assert spaces.xclip(settings, 9, "k256_h256")["objective.nclip.target"] == "joint"
+
+
+# --- choices
+
+
+def test_the_rule_is_the_mean_of_two_ranks():
+    values = {"a": (3.0, 10.0), "b": (2.0, 30.0), "c": (1.0, 20.0), "d": (0.0, 0.0)}
+    # Ranks at naming 1, 2, 3, 4; at the probe 3, 1, 2, 4.
+    assert stages.by_mean_rank(values) == ["b", "a", "c", "d"]
+    assert stages.by_mean_rank({"a": (-np.inf, -np.inf), "b": (0.0, 0.0)}) == ["b", "a"]
+    assert stages.by_mean_rank({"a": (1.0, 2.0), "b": (2.0, 1.0)}) == ["b", "a"]  # naming decides
+
+
+class Made:
+    """Records and costs of a duel, made up: candidates whose number is in `good` are the better, the nearer to it."""
+
+    def __init__(self):
+        self.records, self.costs = {}, {}
+
+    def duel(self):
+        return stages.Duel(self.records, self.costs)
+
+    def fill(self, duel, value):
+        """Finish all declared runs: `value` is of an arm's name, more is better at both measures."""
+        for arm in duel.arms:
+            for seed in arm.seeds:
+                run = duel._matrix.run(arm, seed)
+                self.records.setdefault(run.key, self._record(run, value(arm.name)))
+
+    @staticmethod
+    def _record(run, value):
+        made = made_records.record(run, value)
+        role = Provenance(role=VALIDATION)
+        ranks = [
+            Result(stages.VALIDATION[0], "zeroshot", "rank_gmean", rank, unit="rank", protocol=role, score=score)
+            for score, rank in (("", 150.0), ("both", 100 - value))
+        ]
+        return dataclasses.replace(made, results=[*made.results, *ranks], curve={"step": [1, 2], "loss": [5.0, 4.0]})
+
+
+def number(name):
+    return int(name.rpartition("_")[2]) if name.startswith("rung") else 0
+
+
+def test_the_duel_declares_itself_stage_by_stage(tmp_path):
+    made, late = Made(), stages.Stage("", "", 0, 0)
+    duel = made.duel()
+    assert [arm.name for arm in duel.arms] == [f"heads_{name}" for name in spaces.HEADS]
+    assert {arm.name for arm, _ in duel.to_measure} == {f"heads_{name}" for name in spaces.HEADS}
+    assert late.hours(1) > 0 and "missing" in page.render(duel, page.snapshot_of(duel), [], {})
+
+    # The best head that costs little enough, and the cheapest where none does.
+    value = {"heads_k1024_h1024": 50, "heads_k512_h256": 40, "heads_k256_h256": 30}
+    made.fill(duel, lambda name: value.get(name, 10))
+    made.costs = {f"heads_{name}": 1.02 for name in spaces.HEADS} | {"heads_k1024_h1024": 1.14}
+    assert made.duel().head == "k512_h256"
+    dear = dict.fromkeys(made.costs, 1.05) | {"heads_k256_linear": 1.04}
+    assert stages.Duel(made.records, dear).head == "k256_linear"
+
+    # Halving: the candidates next to 5 are kept.
+    for rung, kept in ((1, 24), (2, 8), (3, 3)):
+        duel = made.duel()
+        for team in spaces.SPACES:
+            arms = [arm for arm in duel.arms if arm.name.startswith(f"rung{rung}_{team}_")]
+            assert len(arms) == kept and len({arm.changes["steps"] for arm in arms}) == 1
+            if rung == 3:
+                assert sorted(number(arm.name) for arm in arms) == [4, 5, 6]
+        assert not [arm for arm in duel.arms if arm.name.startswith(f"rung{rung + 1}_")]
+        made.fill(duel, lambda name: 50 - abs(number(name) - 5.1) if name.startswith("rung") else 1)
+    duel = made.duel()
+    assert duel.winners == {"clip": 4, "xclip": 4}
+
+    # Costs decide the steps of the finals, and all of them are of one clock.
+    assert "final_xclip" in {arm.name for arm, _ in duel.to_measure}
+    assert {clock.name for _, clock in duel.to_measure} == {"final_clip"}
+    made.costs |= {arm.name: 1.25 for arm, _ in duel.to_measure}
+    duel = made.duel()
+    steps = {arm.name: arm.changes["steps"] for arm in duel.arms}
+    assert steps["final_clip"] == 4000 and steps["final_xclip"] == steps["final_shuffled"] == 3200
+    made.costs |= {arm.name: 1.25 for arm, _ in duel.to_measure}
+    better = ("xclip", "clip", "nclip", "smoothed")
+    for _ in range(4):
+        made.fill(made.duel(), lambda name: 60.0 if name.partition("_")[2] in better else 40.0 + (name[-2:] == "_1"))
+    duel = made.duel()
+    check_all_is_declared(duel)
+    text = page.render(duel, page.snapshot_of(duel), [{"arm": "wrong25_xclip", "step": 750, "clusters": 61.23}], {})
+    assert "61.2 after 750 (1)" in text and "not decided yet" not in text and "4.000" in text
+    listed = command.overview(duel, "")
+    assert " runs" not in listed.partition("\n")[2] and "the cost of" not in listed
+    assert "wrong captions" not in command.overview(duel, "final")
+
+
+def check_all_is_declared(duel):
+    """Every stage has the runs that were announced, but for arms whose keys the package lacks."""
+    lacks = {name.rpartition("_")[2] if name.startswith("final") else name.split("_")[1] for name in duel.impossible}
+    assert lacks <= {"superclip", "distilled", "gce"}
+    assert {arm.name for arm in duel.arms if arm.name.startswith("wrong50")} == {
+        f"wrong50_{name}" for name in ("xclip", "clip", "nclip", "smoothed")
+    }
+    steps = {arm.name: arm.changes["steps"] for arm in duel.arms}
+    assert steps["wrong25_oracle"] == steps["wrong25_clip"] == 3000
+    assert steps["wrong25_shuffled"] == steps["wrong25_xclip"] == 2400
+    for stage in stages.stages():
+        arms = [arm for arm in duel.arms if arm.name.startswith(f"{stage.prefix}_")]
+        each = {"tune25": 4, "wrong25": 3, "final": 5}.get(stage.prefix, 0)
+        absent = lacks - {"gce"} if stage.prefix == "final" else lacks
+        assert sum(len(arm.seeds) for arm in arms) == stage.runs - each * len(absent)
+
+
+def test_the_whole_costs_what_is_declared():
+    hours = {stage.prefix: stage.hours(stage.runs) for stage in stages.stages()}
+    assert hours["final"] == pytest.approx(30 * (4000 * 0.3 + 55) / 3600)
+    assert 30 < sum(hours.values()) < 36
+
+
+# --- terms
+
+
+def logits(seed, k=6, b=5):
+    return {f"s_{m}": jnp.asarray(np.random.default_rng((seed, i)).normal(size=(b, k)), jnp.float32)
+            for i, m in enumerate(("img", "txt"))}  # fmt: skip
+
+
+def model(k):
+    return types.SimpleNamespace(cluster_head=types.SimpleNamespace(clusters=k))
+
+
+def test_a_marginal_of_the_batch_is_plain_nclip():
+    plain, ours = Nclip(tau=0.7), terms.ScheduledNclip(tau=0.7)
+    start = ours.initial_state(model(6), 1)
+    for x in (logits(0), logits(1)):
+        (a, da), (b, db) = (
+            jax.value_and_grad(lambda s, t=t: t(s, None, start, {})[0])(x) for t in (plain, ours)
+        )  # fmt: skip
+        assert float(b) == pytest.approx(float(a), abs=1e-5)
+        jax.tree.map(lambda g, h: np.testing.assert_allclose(h, g, atol=1e-6), da, db)
+
+
+def test_a_running_marginal_against_its_definition():
+    ours, plain = terms.ScheduledNclip(momentum=0.9, smoothness=3.0, tau=0.5), Nclip(smoothness=0.0, tau=0.5)
+    carried, m = ours.initial_state(model(6), 1), np.full((2, 6), 1 / 6)
+    for step in range(3):
+        x = logits(step)
+        loss, _, carried = ours(x, None, carried, {})
+        p = [np.exp(np.float64(s) / 0.5) for s in x.values()]
+        mean = np.stack([(q / q.sum(axis=1, keepdims=True)).mean(axis=0) for q in p])
+        m = 0.9 * m + 0.1 * mean
+        expected = float(plain(x, None, {}, {})[0]) + 3.0 / 2 * (mean * np.log(m)).sum()
+        assert float(loss) == pytest.approx(expected, abs=1e-5)
+        np.testing.assert_allclose(carried["marginal_txt"], m[1], atol=1e-6)
+
+
+@pytest.mark.parametrize(("schedule", "weights"), [("constant", (1, 1, 1)), ("early", (2, 1, 0)), ("late", (0, 1, 2))])
+def test_weights_over_the_run(schedule, weights):
+    ours = terms.ScheduledNclip(schedule=schedule, horizon=2)
+    carried, x = ours.initial_state(model(6), 1), logits(0)
+    for weight in weights:
+        loss, metrics, carried = ours(x, None, carried, {})
+        assert float(loss) == pytest.approx(weight * float(metrics["loss"]), abs=1e-6)
+        assert float(metrics["weight"]) == weight
+
+
+def test_the_second_head_against_its_definition():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(2, 7, 4))
+    out = {"second_img": jnp.asarray(x), "second_txt": jnp.asarray(y), "second_scale": jnp.asarray(5.0)}
+    loss, _, _ = terms.SecondHead()(out, None, {}, {})
+    a, b = (z / np.linalg.norm(z, axis=1, keepdims=True) for z in (x, y))
+    own = mechanism.pair_losses(a, b, 5.0, block=7)
+    s = np.exp(5 * a @ b.T)
+    by_hand = [-np.log(s[i, i] / s[i].sum()) / 2 - np.log(s[i, i] / s[:, i].sum()) / 2 for i in range(7)]
+    np.testing.assert_allclose(own, by_hand, rtol=1e-6)
+    assert float(loss) == pytest.approx(np.mean(by_hand), abs=1e-5)
+    scores = terms.SecondSimilarity()
+    np.testing.assert_allclose(scores.scores(x, scores.rows(y))[""], a @ b.T, atol=1e-6)
+
+
+# --- costs, and pairs that are wrong
+
+
+def test_the_area_under_the_curve_is_a_probability():
+    rng = np.random.default_rng(0)
+    suspicion, wrong = rng.integers(0, 5, 40), rng.random(40) < 0.3
+    pairs = [(a > b) + (a == b) / 2 for a in suspicion[wrong] for b in suspicion[~wrong]]
+    assert mechanism.auc(suspicion, wrong) == pytest.approx(100 * np.mean(pairs))
+    assert mechanism.auc(wrong.astype(float), wrong) == 100
+
+
+def test_costs_are_read_from_their_last_line(tmp_path):
+    path = tmp_path / "costs.jsonl"
+    assert stages.read_costs(path) == {}
+    for ratio in (1.2, 1.1):
+        cost.write(path, "final_xclip", "final_clip", "0" * 40, {"ratio": ratio, "turns": 1})
+    assert stages.read_costs(path) == {"final_xclip": 1.1}
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_two_configs_take_steps_in_turn():
+    measured = cost.measure(tiny.config("xclip"), tiny.config("clip"), turns=2, steps=1)
+    assert 0.05 < measured["ratio"] < 20 and measured["low"] <= measured["ratio"] <= measured["high"]
+
+
+@pytest.mark.parametrize("candidate", [c for c in spaces.candidates("xclip") if c["momentum"]][:2])
+def test_a_candidate_takes_steps(candidate, tmp_path):
+    config = tiny_study.load("tiny:objective=xclip").copy_and_resolve_references()
+    matrix = stages.DuelMatrix(tiny_study.study(tuned=False), tiny_study.load)
+    changes = spaces.xclip(candidate, 4, "k256_linear")
+    config = matrix.config(Arm("candidate", "", "core", "tiny:objective=xclip", changes), 0, {})
+    experiment = build.build(config)
+    current = state.create(experiment.init, experiment.abstract)
+    losses = []
+    for _ in range(3):
+        current, metrics = experiment.compiled(current, cost.batch(experiment))
+        losses.append(float(metrics["nclip/loss"]))
+    assert np.isfinite(losses).all() and len(set(losses)) == 3
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_a_run_with_wrong_captions_leaves_its_record_and_what_it_knows(tmp_path, pairs, monkeypatch):
+    monkeypatch.setenv(tiny_study.PAIRS, str(pairs))
+    candidate = spaces.candidates("xclip")[1]
+    changes = spaces.xclip(candidate, 4, "k256_linear") | {"data.caption_noise": 0.5}
+    arm = Arm("wrong25_xclip", "xCLIP", "dose", "tiny:objective=xclip", changes, (0,))
+    nothing = dict.fromkeys(("claims", "doses", "controls"), ()) | {"choices": {}, "common": {}, "weights": {}}
+    study = tiny_study.study(tuned=False, arms=(arm,), baseline=arm.name, shown=((), ()), **nothing)
+    matrix = stages.DuelMatrix(study, tiny_study.load)
+    runner = command.DuelRunner(matrix, tmp_path / "runs.jsonl", tmp_path / "scratch", allow_dirty=True)
+    assert runner.run()
+    (record,) = (json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines())
+    assert record["arm"] == arm.name and record["results"]
+    lines = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert all({"loss", "cosine", "clusters"} < line.keys() and 0 < line["wrong"] < line["pairs"] for line in lines)
+    assert not list(pathlib.Path(tmp_path / "scratch").glob("wrong25*"))
+
+
+def test_a_second_head_is_an_objective():
+    settings = spaces.candidates("clip")[0]
+    arm = stages.arm_of("final_second", "", "core", "clip", spaces.rival("second", settings, 10, "k256_h256"), (0,))
+    config = stages.DuelMatrix(stages.study_of([arm]), stages.load_config).config(arm, 0, {})
+    objective = make_objective(build.resolve(config).objective)
+    assert objective.weights == {"clip": 0.5, "second": 0.5}
+    assert [similarity.name for similarity in objective.similarities] == ["embedding", "second"]
