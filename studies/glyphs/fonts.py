@@ -19,7 +19,8 @@ from xclip_jax.core.errors import UserError
 
 WEIGHTS = (400, 700)
 # What a picture shows, in em from the baseline; a glyph that goes beyond widens it.
-BOTTOM, TOP, MARGIN = -0.25, 0.95, 0.02
+BOTTOM, TOP, MARGIN = -0.25, 0.95, 0.04
+UNITS = 1000  # of a drawing, an em
 _SCOPE = "@fontsource"
 _PROJECT = "https://fontsource.org/fonts"
 _COPYRIGHT, _TITLE = 0, 1  # ids of a font's name table
@@ -152,8 +153,9 @@ def outlines(font: Any, typeface: Typeface, weight: int, characters: Mapping[int
         if bounds.bounds is None:
             continue
         character, (left, bottom, right, top) = characters[code], (x / em for x in bounds.bounds)
-        # Of a glyph's body the y axis points up, of an SVG's down; the transform also makes the em the unit.
-        body = f'<path transform="scale({1 / em:g} {-1 / em:g})" d="{path.getCommands()}"/>'
+        # In a font the y axis points up, in an SVG down.
+        scale = UNITS / em
+        body = f'<path transform="scale({scale:g} {-scale:g})" d="{path.getCommands()}"/>'
         yield Glyph(
             typeface.name, f"{code:04X}-{weight}", character.name, character.concept, character.aliases,
             [character.label], body, box(left, bottom, right, top), code, weight, (right - left, bottom, top),
@@ -161,13 +163,15 @@ def outlines(font: Any, typeface: Typeface, weight: int, characters: Mapping[int
 
 
 def box(left: float, bottom: float, right: float, top: float) -> tuple[float, float, float, float]:
-    """Left, top, width and height of what a picture shows of a glyph with these bounds, in em, y pointing down.
+    """Left, top, width and height of what a picture shows of a glyph with these bounds, y pointing down.
 
     The glyph stands in the middle, on the same baseline in all pictures, so that size and height tell "o" from "O".
+    Bounds are in em; the box is in whole thousandths, since the renderer rounds the size of a drawing.
     """
     low, high = min(BOTTOM, bottom - MARGIN), max(TOP, top + MARGIN)
-    side = max(high - low, right - left + 2 * MARGIN)
-    return (left + right - side) / 2, -high, side, high - low
+    height = math.ceil(UNITS * (high - low))
+    width = max(height, math.ceil(UNITS * (right - left + 2 * MARGIN)))
+    return round(UNITS * (left + right) / 2 - width / 2), -round(UNITS * high), width, height
 
 
 def describe(glyphs: Sequence[Glyph]) -> dict[str, int]:

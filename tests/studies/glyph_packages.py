@@ -67,7 +67,8 @@ def font(outlines: dict[int, object], title: str = "Toy") -> bytes:
     builder.setupGlyphOrder(order)
     builder.setupCharacterMap({code: f"u{code:04X}" for code in outlines})
     builder.setupGlyf({".notdef": TTGlyphPen(None).glyph()} | {f"u{code:04X}": x for code, x in outlines.items()})
-    builder.setupHorizontalMetrics(dict.fromkeys(order, (600, 0)))
+    bounds = builder.font["glyf"]
+    builder.setupHorizontalMetrics({name: (600, getattr(bounds[name], "xMin", 0)) for name in order})
     builder.setupHorizontalHeader(ascent=900, descent=-200)
     builder.setupNameTable({"copyright": f"Copyright  of\n{title}", "familyName": title, "styleName": "Regular"})
     builder.setupOS2()
@@ -113,9 +114,10 @@ def unicode_files() -> dict[str, bytes]:
         {"codepoint": "3004", "name": "LEFT-POINTING TOY", "category": "So"},
     ]
     notes = [
-        {"codepoint": "1000", "name": "", "aliases": ["day star, toy capital letter ka", "Sol (1.0)"]},
-        {"codepoint": "1001", "name": "", "comments": ["at night"]},
+        {"codepoint": f"{code:04X}", "aliases": [f"old {sign}"], "comments": ["at night"]}
+        for code, sign in enumerate(SIGNS, FIRST)
     ]
+    notes[0]["aliases"] = ["day star, toy capital letter ka", "Sol (1.0)"]
     sizes = len(SIGNS)
     return {
         "UnicodeData.json": json.dumps({"UnicodeData": data}).encode(),

@@ -15,10 +15,21 @@ from xclip_jax.core.errors import UserError
 from xclip_jax.data import sources
 from xclip_jax.data.base import SourceOptions
 
+# By hash of their names alone: another rule for the order gives others.
+HELD = {
+    f"toy {case} letter {letter}": f"{part}_combinations"
+    for part, letters in (
+        ("test", ("ddha with bar", "dha with hook", "gha with hook")),
+        ("validation", ("ddha with ring", "cha with bar")),
+    )
+    for letter in letters
+    for case in ("capital", "small")
+}
+
 
 def test_names_and_aliases(glyph_characters):
     assert glyph_characters[0x1000] == Character(0x1000, "made sign bird", "made signs", ["day star", "sol"])
-    assert glyph_characters[0x1001].aliases == ["pale moon"]
+    assert glyph_characters[0x1001].aliases == ["old boat", "pale moon"]
     assert glyph_characters[made.SAME].label == "old toy" and glyph_characters[0x3004].name == "left pointing toy"
     assert not {0x3000, 0x3001, 0x3002, 0x3003} & glyph_characters.keys()
     assert characters.parts("latin small letter a with ring above and acute") == (
@@ -46,7 +57,7 @@ def glyph_of(*corners, code=0x1000):
 
 def test_a_glyph_is_drawn_in_the_middle_on_the_baseline():
     glyph = glyph_of(100, 0, 400, 600)
-    assert glyph.place == (0.3, 0.0, 0.6) and glyph.box == pytest.approx((-0.35, -0.95, 1.2, 1.2))
+    assert glyph.place == pytest.approx((0.3, 0.0, 0.6)) and glyph.box == (-350, -950, 1200, 1200)
     ink = picture(glyph) < 128
     rows, columns = np.flatnonzero(ink.any(axis=1)), np.flatnonzero(ink.any(axis=0))
     scale = 64 / 1.2  # pixels an em
@@ -88,7 +99,7 @@ def test_a_damaged_package_is_one_sentence(tmp_path, glyph_characters):
 
 def test_a_character_that_a_font_draws_like_another_is_left_out():
     latin, greek = glyph_of(0, 0, 300, 700, code=0x41), glyph_of(5, 0, 305, 700, code=0x391)
-    small, high = glyph_of(0, 0, 210, 490, code=0x61), glyph_of(0, 210, 300, 910, code=0xB7)
+    small, high = glyph_of(0, 0, 225, 525, code=0x61), glyph_of(0, 210, 300, 910, code=0xB7)
     glyphs = [greek, latin, small, high]
     signatures = np.stack([np.frombuffer(drawing.draw(g.body, g.box).signature, np.uint8) for g in glyphs])
     assert splits.near_duplicates(signatures, signatures).all()  # one shape
@@ -115,7 +126,7 @@ def test_combinations_are_drawn_by_hash():
         left = [other for other in names if characters.parts(other)[1] == mark and other not in held]
         assert len(left) >= splits.MIN_BASES
     assert not splits.held_out_combinations([n for n in names if "ring" in n], names, (6, 4))  # without their bases
-    few = [n for n in names if " with " not in n or n.split()[3] in ("ka", "kha")]
+    few = [n for n in names if " with " not in n or n.split()[3] in ("ba", "bha")]
     assert not splits.held_out_combinations(few, few, (6, 4))  # two bases, two cases: none would be left
 
 
@@ -127,12 +138,9 @@ def test_splits_are_disjoint_and_have_their_parts(glyph_builder, glyph_records):
     assert {split for split, part in glyph_records.items() if part} == set(splits.SPLITS)
     for split in (*splits.UNSEEN, *splits.COMBINATIONS):
         assert not concept[split] & concept["train"] and caption[split]
+    bases = {characters.parts(name)[0] for part in caption.values() for name in part if " with " in name}
     for split in splits.UNSEEN:
-        assert not [
-            name
-            for name in caption[split]
-            if " with " in name or name in {x.split(" with ")[0] for x in caption["train"]} - caption["train"]
-        ]
+        assert not [name for name in caption[split] if " with " in name or name in bases]
     marks = {characters.parts(name)[1] for name in caption["train"]}
     for split in splits.COMBINATIONS:
         for base, mark in map(characters.parts, caption[split]):
@@ -152,6 +160,3 @@ def test_source_of_pairs(glyph_builder):
     assert len(source) == glyph_builder.info.splits["train"].num_examples
     assert len(source[0]["text"][0].split()) > 1
     assert corpus.prepare(glyph_builder.data_path.parents[1]).info.name == "glyph_pairs"
-
-
-HELD: dict = {}
