@@ -3,7 +3,6 @@
 The names are those of Unicode in lower case, without hyphens: "latin small letter r with caron".
 """
 
-import bisect
 import dataclasses
 import pathlib
 import re
@@ -33,7 +32,7 @@ LEFT_OUT = word_set(
     "Han Hangul Yi Tangut Nushu Khitan_Small_Script Cuneiform Egyptian_Hieroglyphs Anatolian_Hieroglyphs Linear_A "
     "Linear_B SignWriting Braille Bamum"
 )
-_SHARED = word_set("Common Inherited Unknown")  # no script of their own
+_SHARED = word_set("Common Inherited")  # no script of their own
 _PLAIN = re.compile("[a-z]+( [a-z]+)*")
 
 
@@ -74,18 +73,10 @@ def is_name(text: str, most: int = MAX_WORDS) -> bool:
     return bool(_PLAIN.fullmatch(text)) and len(text.split()) <= most
 
 
-class _Ranges:
-    """Values of ranges of code points."""
-
-    def __init__(self, entries: Iterable[Mapping[str, Any]], key: str) -> None:
-        self._ranges = sorted(
-            (int(entry["range"][0], 16), int(entry["range"][-1], 16), entry[key]) for entry in entries
-        )
-        self._starts = [first for first, _, _ in self._ranges]
-
-    def __getitem__(self, code: int) -> str:
-        i = bisect.bisect_right(self._starts, code) - 1
-        return self._ranges[i][2] if i >= 0 and code <= self._ranges[i][1] else "Unknown"
+def _by_code(entries: Iterable[Mapping[str, Any]], key: str) -> dict[int, str]:
+    """Code point -> value at `key` of the entry whose range has it."""
+    ranges = ((int(entry["range"][0], 16), int(entry["range"][-1], 16), entry[key]) for entry in entries)
+    return {code: value for first, last, value in ranges for code in range(first, last + 1)}
 
 
 def read(ucd: pathlib.Path, cldr: pathlib.Path) -> dict[int, Character]:
@@ -98,7 +89,7 @@ def read(ucd: pathlib.Path, cldr: pathlib.Path) -> dict[int, Character]:
       UserError: a package is damaged, or lacks a file.
     """
     files = {name: next(iter(data.values())) for name, data in package.members(ucd, _FILES)}
-    scripts, blocks = _Ranges(files["Scripts.json"], "script"), _Ranges(files["Blocks.json"], "block")
+    scripts, blocks = _by_code(files["Scripts.json"], "script"), _by_code(files["Blocks.json"], "block")
     names = {
         int(entry["codepoint"], 16): words(entry["name"])
         for entry in files["UnicodeData.json"]
@@ -106,8 +97,7 @@ def read(ucd: pathlib.Path, cldr: pathlib.Path) -> dict[int, Character]:
     }
     others: dict[int, list[str]] = {}
     for entry in files["NamesList.json"]:
-        texts = [text for line in entry.get("aliases", ()) for text in line.split(", ")]
-        others[int(entry["codepoint"], 16)] = texts
+        others[int(entry["codepoint"], 16)] = ", ".join(entry.get("aliases", ())).split(", ")
     _, data = next(package.members(cldr, [_SHORT_NAMES]))
     for text, entry in data["annotations"]["annotations"].items():
         if len(text) == 1:
@@ -115,9 +105,9 @@ def read(ucd: pathlib.Path, cldr: pathlib.Path) -> dict[int, Character]:
     taken = set(names.values())
     named = {}
     for code, name in names.items():
-        script = scripts[code]
+        script = scripts.get(code, "Common")
         if is_name(name) and script not in LEFT_OUT:
-            label = words(blocks[code] if script in _SHARED else script)
+            label = words(blocks.get(code, "Unknown") if script in _SHARED else script)
             named[code] = Character(code, name, label, list(_aliases(others.get(code, ()), taken)))
     return named
 

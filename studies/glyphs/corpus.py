@@ -66,7 +66,14 @@ def read(typefaces: Sequence[fonts.Typeface] | None = None) -> Source:
         sets.append(about)
     glyphs.sort(key=lambda glyph: glyph.id)
     families = {typeface.name: typeface.family for typeface in typefaces}
-    return Source(glyphs, sets, families, {"characters with a name": len(names)} | fonts.describe(glyphs))
+    counts = {
+        "characters with a name": len(names),
+        "typefaces": len(families),
+        "fonts": len({(glyph.icon_set, glyph.weight) for glyph in glyphs}),
+        "glyphs": len(glyphs),
+        "characters": len({glyph.code for glyph in glyphs}),
+    }
+    return Source(glyphs, sets, families, counts)
 
 
 def build(source: Source) -> Built:

@@ -3,14 +3,13 @@
 Packages of Fontsource have a WOFF file for each weight and subset of a typeface; `typefaces.tsv` lists the packages.
 """
 
-import collections
 import dataclasses
 import io
 import math
 import pathlib
 import re
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from studies.glyphs.characters import Character
@@ -172,16 +171,3 @@ def box(left: float, bottom: float, right: float, top: float) -> tuple[float, fl
     height = math.ceil(UNITS * (high - low))
     width = max(height, math.ceil(UNITS * (right - left + 2 * MARGIN)))
     return round(UNITS * (left + right) / 2 - width / 2), -round(UNITS * high), width, height
-
-
-def describe(glyphs: Sequence[Glyph]) -> dict[str, int]:
-    """Counts of glyphs, characters and typefaces."""
-    fonts = collections.Counter((glyph.icon_set, glyph.weight) for glyph in glyphs)
-    return {
-        "glyphs": len(glyphs),
-        "fonts": len(fonts),
-        "typefaces": len({name for name, _ in fonts}),
-        "characters": len({glyph.code for glyph in glyphs}),
-        "most of a font": max(fonts.values(), default=0),
-        "median of a font": sorted(fonts.values())[math.floor(len(fonts) / 2)] if fonts else 0,
-    }

@@ -75,26 +75,23 @@ def _scripts(name: str, prepare: Preprocessing, data_dir: str | None, part: str)
     return ClusteredProbeSet(name, *images, {"": labels}, sweep=sweep, card=card, groups=groups)
 
 
+def _named(split: str, *roles: str) -> functools.partial:
+    """Makes a zero-shot set of a split, among the names of the characters that have one of `roles`."""
+    return functools.partial(drawn.zeroshot, home=GLYPHS, split=split, roles=roles)
+
+
 _MAKERS: Mapping[str, Callable[[str, Preprocessing, str | None], Any]] = {
-    f"{KIND}/{part}_{what}": functools.partial(maker, **options)
+    f"{KIND}/{part}_{what}": maker
     for part in ("validation", "test")
-    for what, maker, options in (
-        ("concepts", drawn.zeroshot, {"home": GLYPHS, "split": f"{part}_concepts", "roles": (f"{part}_concepts",)}),
-        (
-            "combinations",
-            drawn.zeroshot,
-            {"home": GLYPHS, "split": f"{part}_combinations", "roles": (f"{part}_combinations",)},
-        ),
-        (
-            "composition",
-            drawn.zeroshot,
-            {"home": GLYPHS, "split": f"{part}_combinations", "roles": (f"{part}_combinations", "train")},
-        ),
-        ("rendering", drawn.zeroshot, {"home": GLYPHS, "split": f"{part}_rendering", "roles": ("train",)}),
-        ("retrieval", drawn.retrieval, {"home": GLYPHS, "part": part}),
-        ("probe", drawn.probe, {"home": GLYPHS, "part": part}),
-        ("scripts", _scripts, {"part": part}),
-        ("aliases", drawn.aliases, {"home": GLYPHS, "part": part}),
+    for what, maker in (
+        ("concepts", _named(f"{part}_concepts", f"{part}_concepts")),
+        ("combinations", _named(f"{part}_combinations", f"{part}_combinations")),
+        ("composition", _named(f"{part}_combinations", f"{part}_combinations", "train")),
+        ("rendering", _named(f"{part}_rendering", "train")),
+        ("retrieval", functools.partial(drawn.retrieval, home=GLYPHS, part=part)),
+        ("probe", functools.partial(drawn.probe, home=GLYPHS, part=part)),
+        ("scripts", functools.partial(_scripts, part=part)),
+        ("aliases", functools.partial(drawn.aliases, home=GLYPHS, part=part)),
     )
 }
 TESTS = tuple(name for name in _MAKERS if name.startswith(f"{KIND}/test_"))
