@@ -23,7 +23,12 @@ FREE_KEYS = (
 )  # fmt: skip
 # What begins names of sets and sources in a config, and what stands for it in records and in declarations: a run is the
 # same wherever the code of its data is.
-SHORT_NAMES = {"studies.icons.sets:IconSets/": "icons/", "studies.icons.sources:IconSplits:": "icons:"}
+SHORT_NAMES = {
+    "studies.icons.sets:IconSets/": "icons/",
+    "studies.icons.sources:IconSplits:": "icons:",
+    "studies.glyphs.sets:GlyphSets/": "glyphs/",
+    "studies.glyphs.sources:GlyphSplits:": "glyphs:",
+}
 CURVE_POINTS = 20
 # Logged metrics that a curve keeps, where a run has them.
 _CURVE = (

@@ -14,7 +14,7 @@ from xclip_jax.core.errors import UserError
 from xclip_jax.evaluators import logistic
 from xclip_jax.evaluators.base import Column, Evaluator
 from xclip_jax.evaluators.feature_classifiers import is_right, knn
-from xclip_jax.evaluators.probe import Joined, Probe
+from xclip_jax.evaluators.probe import Joined, Probe, ProbeSet
 from xclip_jax.evaluators.results import Provenance, Result
 from xclip_jax.evaluators.retrieval import Retrieval, RetrievalSet, TextRetrieval, TextRetrievalSet
 from xclip_jax.evaluators.statistics import PerExample
@@ -90,6 +90,23 @@ class ClusteredTextRetrieval(TextRetrieval):
         """Return the results of `TextRetrieval`."""
         targets = np.array([target for _, target in self.data.queries])
         return [_with_groups(result, targets) for result in super().measure(variables)]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ClusteredProbeSet(ProbeSet):
+    """A `ProbeSet` with the group of each test item in `groups`, int (n,)."""
+
+    evaluator: ClassVar[str] = f"{_HERE}:ClusteredProbe"
+
+    groups: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, int))
+
+
+class ClusteredProbe(Probe):
+    """`Probe`, resampled by group."""
+
+    def measure(self, variables: Variables) -> list[Result]:
+        """Return the results of `Probe`."""
+        return [_with_groups(result, self.data.groups) for result in super().measure(variables)]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -10,8 +10,8 @@ import importlib.metadata
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -23,6 +23,7 @@ from studies.icons.package import Icon
 from xclip_jax.core.errors import UserError
 from xclip_jax.data.readers.tfds import prepare_dataset
 
+AnyIcon = TypeVar("AnyIcon", bound=Icon)
 LICENCES_FILE, REPORT_FILE = "LICENCES.md", "report.json"
 
 _DESCRIPTION = """\
@@ -59,10 +60,12 @@ class Built:
     corpus: splits.Corpus
     names: Mapping[str, str]
     report: Mapping[str, Any]
+    sets: Sequence[Mapping[str, str]]
 
 
-def _step(text: str) -> None:
-    print(f"icons: {text} ...", flush=True)
+def step(text: str, what: str = "icons") -> None:
+    """Print a line of a build's progress."""
+    print(f"{what}: {text} ...", flush=True)
 
 
 def read() -> Source:
@@ -72,7 +75,7 @@ def read() -> Source:
       UserError: it cannot be downloaded, or is damaged.
     """
     path = package.fetch()
-    _step(f"reading {package.ICONIFY.name} {package.ICONIFY.version}")
+    step(f"reading {package.ICONIFY.name} {package.ICONIFY.version}")
     icons, sets, counts = package.read(path)
     return Source(icons, sets, counts, package.ICONIFY.version)
 
@@ -90,51 +93,79 @@ def build(source: Source) -> Built:
         "of concepts of two families": len(candidates),
         "concepts of two families": len({icon.concept for icon in candidates}),
     }
-    _step(f"drawing {len(candidates):,} icons")
-    shown = max(len(candidates) // 5, 1)
+    icons, pictures, signatures = draw(candidates)
+    counts["blank, full or broken"] = len(candidates) - len(icons)
+    step("looking for duplicates")
+    corpus = splits.assign(icons, signatures)
+    names = splits.name_concepts(icons[i] for i in sorted(j for split in corpus.splits.values() for j in split))
+    report = make_report(icons, corpus, counts, source.sets, f"{package.ICONIFY.name} {source.version}")
+    return Built(icons, pictures, corpus, names, report, source.sets)
+
+
+def draw(
+    candidates: Sequence[AnyIcon], what: str = "icons", least_ink: float = MIN_INK
+) -> tuple[list[AnyIcon], list[Picture], np.ndarray]:
+    """Draw icons on all cores, with lines of progress; those without ink, or with too much, are left out.
+
+    Returns:
+      the icons that are left, their pictures, and the pictures' signatures, uint8 (n, 256).
+    """
+    step(f"drawing {len(candidates):,} {what}", what)
+    shown = fifth = max(len(candidates) // 5, 1)
 
     def progress(done: int) -> None:
         nonlocal shown
         if done >= shown:
-            _step(f"{done:,} of {len(candidates):,} drawn")
-            shown += max(len(candidates) // 5, 1)
+            step(f"{done:,} of {len(candidates):,} drawn", what)
+            shown += fifth
 
     pictures = drawing.draw_all([(icon.body, icon.box) for icon in candidates], progress)
-    drawn = [i for i, picture in enumerate(pictures) if MIN_INK <= picture.ink <= MAX_INK]
-    icons, pictures = [candidates[i] for i in drawn], [pictures[i] for i in drawn]
-    counts["blank, full or broken"] = len(candidates) - len(icons)
-    _step("looking for duplicates")
-    signatures = np.frombuffer(b"".join(p.signature for p in pictures), np.uint8).reshape(len(icons), -1)
-    corpus = splits.assign(icons, signatures)
-    names = splits.name_concepts(icons[i] for i in sorted(j for split in corpus.splits.values() for j in split))
-    report = _report(icons, corpus, counts, source)
-    return Built(icons, pictures, corpus, names, report)
+    drawn = [i for i, picture in enumerate(pictures) if least_ink <= picture.ink <= MAX_INK]
+    pictures = [pictures[i] for i in drawn]
+    signatures = np.frombuffer(b"".join(p.signature for p in pictures), np.uint8).reshape(len(drawn), -1)
+    return [candidates[i] for i in drawn], pictures, signatures
 
 
-def _report(icons: Sequence[Icon], corpus: splits.Corpus, counts: Mapping[str, int], source: Source) -> dict[str, Any]:
-    """Counts of icons by rule, of the splits and of licences, and hashes of the splits' lists."""
-    licence_of = {entry["set"]: entry["licence"] for entry in source.sets}
+def make_report(
+    icons: Sequence[Icon],
+    corpus: splits.Corpus,
+    counts: Mapping[str, int],
+    sets: Sequence[Mapping[str, str]],
+    title: str,
+    family_of: Callable[[str], str] = family,
+) -> dict[str, Any]:
+    """Counts of icons by rule, of the splits and of licences, and hashes of the splits' lists.
+
+    Args:
+      icons: all that are drawn.
+      corpus: their splits.
+      counts: of icons before they were drawn.
+      sets: of every set, what attribution asks for; see `families.describe`.
+      title: packages and their versions.
+      family_of: returns the family of a set.
+    """
+    licence_of = {entry["set"]: entry["licence"] for entry in sets}
     everything = [icons[i] for split in corpus.splits.values() for i in split]
     drawings = collections.Counter(licence_of.get(icon.icon_set, "") for icon in everything)
-    sets = collections.defaultdict(set)
+    licensed = collections.defaultdict(set)
     for icon in everything:
-        sets[licence_of.get(icon.icon_set, "")].add(icon.icon_set)
+        licensed[licence_of.get(icon.icon_set, "")].add(icon.icon_set)
     return {
-        "package": f"{package.ICONIFY.name} {source.version}",
-        "renderer": f"resvg-py {_resvg_version()}",
+        "package": title,
+        "renderer": f"resvg-py {resvg_version()}",
         "salt": splits.SALT,
         "counts": dict(counts) | dict(corpus.counts),
         "splits": {
             split: {
                 "drawings": len(members),
                 "concepts": len({icons[i].concept for i in members}),
-                "families": len({family(icons[i].icon_set) for i in members}),
+                "families": len({family_of(icons[i].icon_set) for i in members}),
                 "hash": split_hash(icons, members),
             }
             for split, members in corpus.splits.items()
         },
         "held-out families": {name: role for name, role in corpus.families.items() if role != "train"},
-        "licences": {name: {"drawings": n, "sets": len(sets[name])} for name, n in drawings.most_common()},
+        "licences": {name: {"drawings": n, "sets": len(licensed[name])} for name, n in drawings.most_common()},
         "with a category": sum(bool(icon.categories) for icon in everything),
         "with an alias": sum(map(bool, corpus.aliases.values())),
         "words of a caption": dict(sorted(collections.Counter(len(x.caption.split()) for x in everything).items())),
@@ -146,7 +177,8 @@ def split_hash(icons: Sequence[Icon], members: Sequence[int]) -> str:
     return splits.digest(icons[i].id for i in members)
 
 
-def _resvg_version() -> str:
+def resvg_version() -> str:
+    """Version of the renderer; `UserError` where it is missing."""
     try:
         return importlib.metadata.version("resvg-py")
     except importlib.metadata.PackageNotFoundError as error:
@@ -204,15 +236,30 @@ class IconPairs(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
     # There are no URLs; TFDS would look for their checksums with importlib_resources, which it does not install.
     url_infos = None
-    source: Source | None = None  # what to build from, by default the package
+    source: Any = None  # what to build from, by default the package
+    what = "icons"  # in lines of progress
+    family_of = staticmethod(family)
+
+    @classmethod
+    def check(cls) -> None:
+        """Raise `UserError` where a package that a build needs is missing."""
+        resvg_version()
+
+    def describe(self) -> str:
+        """What the data set is."""
+        return _DESCRIPTION.format(
+            icon_sets="162", version=package.ICONIFY.version, licences="MIT, Apache-2.0, CC-BY and others"
+        )
+
+    def build(self) -> Built:
+        """The corpus of `source`."""
+        return build(self.source or read())
 
     def _info(self) -> tfds.core.DatasetInfo:
         text, size = tfds.features.Text(), drawing.SIZE
         return tfds.core.DatasetInfo(
             builder=self,
-            description=_DESCRIPTION.format(
-                icon_sets="162", version=package.ICONIFY.version, licences="MIT, Apache-2.0, CC-BY and others"
-            ),
+            description=self.describe(),
             features=tfds.features.FeaturesDict(
                 {
                     "image": tfds.features.Image(shape=(size, size, 3), dtype=np.uint8, encoding_format="png"),
@@ -226,18 +273,17 @@ class IconPairs(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
         del dl_manager
-        _resvg_version()  # before minutes of work
-        source = self.source or read()
-        built = build(source)
+        self.check()  # before minutes of work
+        built = self.build()
         self.info.metadata["concepts"] = _concepts(built)
         self.info.metadata["families"] = dict(built.corpus.families)
-        self.info.metadata["sets"] = [dict(entry) for entry in source.sets]
+        self.info.metadata["sets"] = [dict(entry) for entry in built.sets]
         self.info.metadata["report"] = dict(built.report)
         folder = pathlib.Path(self.data_path)
-        (folder / LICENCES_FILE).write_text(licences_page(source.sets), encoding="utf-8")
+        (folder / LICENCES_FILE).write_text(licences_page(built.sets), encoding="utf-8")
         (folder / REPORT_FILE).write_text(json.dumps(built.report, indent=1) + "\n", encoding="utf-8")
         print(render(built.report), flush=True)
-        _step(f"writing {built.report['counts']['corpus']:,} records")
+        step(f"writing {built.report['counts']['corpus']:,} records", self.what)
         return {
             split: self._generate_examples(built, members) for split, members in built.corpus.splits.items() if members
         }
@@ -251,7 +297,7 @@ class IconPairs(tfds.core.GeneratorBasedBuilder):
                     "image": built.pictures[i].png,
                     "id": icon.id,
                     "set": icon.icon_set,
-                    "family": family(icon.icon_set),
+                    "family": self.family_of(icon.icon_set),
                     "concept": icon.concept,
                     "name": icon.caption,
                     "aliases": list(built.corpus.aliases[i]),
@@ -273,7 +319,9 @@ def render(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def prepare(data_dir: str | os.PathLike | None = None, source: Source | None = None) -> IconPairs:
+def prepare(
+    data_dir: str | os.PathLike | None = None, source: Any = None, kind: type[IconPairs] = IconPairs
+) -> IconPairs:
     """The builder, ready to be read; builds the data set on first use (some minutes, and 104 MB of download).
 
     An interrupted build leaves no partial data set: it gets its name when it is complete.
@@ -281,17 +329,18 @@ def prepare(data_dir: str | os.PathLike | None = None, source: Source | None = N
     Args:
       data_dir: root of TFDS data sets; by default $TFDS_DATA_DIR, else `tfds` in the cache of `storage.cache_dir`.
       source: what to build from, by default the pinned package.
+      kind: the builder's class.
 
     Raises:
       UserError: resvg-py is missing, or the package cannot be downloaded.
     """
 
     def make(root: str) -> IconPairs:
-        builder = IconPairs(data_dir=root, file_format="array_record")
+        builder = kind(data_dir=root, file_format="array_record")
         builder.source = source
         return builder
 
-    return prepare_dataset(make, data_dir, _resvg_version)
+    return prepare_dataset(make, data_dir, kind.check)
 
 
 def concepts(builder: tfds.core.DatasetBuilder) -> list[dict[str, Any]]:

@@ -165,8 +165,12 @@ def _check(path: pathlib.Path, package: Package) -> None:
         raise OSError(f"its integrity is {integrity}, expected {package.integrity}")
 
 
-def _members(path: pathlib.Path, names: Collection[str]) -> Iterator[tuple[str, Any]]:
-    """Name and content of the JSON files `names` of a package, in the order in which they are stored."""
+def members(path: pathlib.Path, names: Collection[str]) -> Iterator[tuple[str, Any]]:
+    """Name and content of the JSON files `names` of a package, in the order in which they are stored.
+
+    Raises:
+      UserError: the package is damaged, or lacks one of them.
+    """
     missing = set(names)
     try:
         with tarfile.open(path, "r|gz") as archive:
@@ -189,13 +193,13 @@ def read(path: pathlib.Path) -> tuple[list[Icon], list[dict[str, str]], dict[str
     Raises:
       UserError: a file that is damaged or lacks a set.
     """
-    _, collection_of = next(_members(path, ["collections.json"]))
+    _, collection_of = next(members(path, ["collections.json"]))
     kept = families.kept(collection_of)
     names_alone = [s for s in families.BRAND_SETS | families.THING_SETS if s in collection_of]
     captions: dict[str, set[str]] = {}
     icons: list[Icon] = []
     counts: collections.Counter[str] = collections.Counter({"sets": len(collection_of), "sets kept": len(kept)})
-    for member, data in _members(path, [f"json/{name}.json" for name in {*kept, *names_alone}]):
+    for member, data in members(path, [f"json/{name}.json" for name in {*kept, *names_alone}]):
         name = member.removeprefix("json/").removesuffix(".json")
         if name in names_alone:
             captions[name] = {names.caption(icon, name, data) for icon in data["icons"]}

@@ -28,175 +28,27 @@ from typing import Any
 import cv2
 import numpy as np
 
-from studies.icons import corpus
-from studies.icons.clustered import (
-    ClusteredRetrievalSet,
-    ClusteredTextRetrievalSet,
-    ClusteredZeroShotSet,
-    Task,
-    TransferProbeSet,
-)
+from studies.icons import corpus, drawn
 from studies.icons.drawing import INK
+from studies.icons.drawn import Drawn, DrawnSets
 from studies.icons.splits import hash_rank
-from xclip_jax.data.config import DataConfig
 from xclip_jax.data.images import decode
 from xclip_jax.data.preprocessing import Preprocessing
-from xclip_jax.data.readers.tfds import encoded_records
 from xclip_jax.evaluators import dense
-from xclip_jax.evaluators.base import Pictures, SetKind
+from xclip_jax.evaluators.base import Pictures
 from xclip_jax.evaluators.dense import DenseSet, MaskedImages
 from xclip_jax.evaluators.probe import ProbeSet, Sweep
-from xclip_jax.evaluators.prompts import Profile
-from xclip_jax.evaluators.results import SHIFTED, VALIDATION, Provenance, digest
 
 KIND = "studies.icons.sets:IconSets"
-Record = dict[str, Any]
-PROBE_CLASSES = {"test": 100, "validation": 60}
-MIN_DRAWINGS, MIN_EACH_SIDE, SHOTS = 12, 4, (1, 4)
+ICONS = Drawn("icon_pairs", str(corpus.IconPairs.VERSION), corpus.prepare)
 DENSE_DRAWINGS = (1200, 300, 1500)  # fitted, for the choice of C, tested
 _CATEGORIES = 20  # the commonest ones of training
-_CS = tuple(10.0**e for e in np.arange(-4, 3.5, 0.5))
-
-
-@functools.lru_cache(maxsize=8)
-def _records(split: str, data_dir: str | None) -> tuple[list[bytes], list[Record]]:
-    """PNG images and the rest of the records of a split, in order of id; kept, because several sets share them."""
-    items = sorted(encoded_records(corpus.prepare(data_dir), split), key=lambda item: item[1]["id"])
-    return [image for image, _ in items], [record for _, record in items]
-
-
-@functools.lru_cache(maxsize=8)
-def _drawings(split: str, prepare: Preprocessing, data_dir: str | None) -> tuple[list[np.ndarray], list[Record]]:
-    """Images of `_records`, preprocessed; kept as well."""
-    images, records = _records(split, data_dir)
-    return [prepare(image) for image in images], records
-
-
-def _concepts(data_dir: str | None, role: str) -> list[Record]:
-    return [c for c in corpus.concepts(corpus.prepare(data_dir)) if c["role"] == role]
-
-
-def _card(split: str, *items: list[Any], **fields: str) -> Provenance:
-    fields = {"role": VALIDATION if split.startswith("validation") else ""} | fields
-    items_hash = digest(x for part in items for x in part)
-    return Provenance("icon_pairs", str(corpus.IconPairs.VERSION), split, items_hash, **fields)
-
-
-def _zeroshot(name: str, prepare: Preprocessing, data_dir: str | None, split: str, role: str) -> ClusteredZeroShotSet:
-    """The images of `split` among the names of the concepts of `role`."""
-    classes = _concepts(data_dir, role)
-    index = {concept["id"]: i for i, concept in enumerate(classes)}
-    images, records = _drawings(split, prepare, data_dir)
-    names = [concept["name"] for concept in classes]
-    card = _card(
-        split,
-        [(record["id"], record["concept"]) for record in records],
-        names,
-        protocol="nearest class text by cosine, mean over drawings; intervals by resampling concepts",
-        preprocessing=prepare.resizing,
-        templates="name",
-        **({"role": SHIFTED} if split == "test_rendering" else {}),
-    )
-    labels = np.array([index[record["concept"]] for record in records])
-    coarse = [concept["category"] or "none" for concept in classes]
-    return ClusteredZeroShotSet(name, images, labels, [[n] for n in names], {}, names, card, coarse)
-
-
-def _retrieval(name: str, prepare: Preprocessing, data_dir: str | None, part: str) -> ClusteredRetrievalSet:
-    """One drawing of each concept of a rendering split, the first by id, with all names of its concept."""
-    split = f"{part}_rendering"
-    images, records = _drawings(split, prepare, data_dir)
-    concepts = {concept["id"]: concept for concept in _concepts(data_dir, "train")}
-    first = {record["concept"]: i for i, record in reversed(list(enumerate(records)))}
-    chosen = sorted(first.values())
-    captions = []
-    for i in chosen:
-        concept = concepts[records[i]["concept"]]
-        captions.append(list(dict.fromkeys([concept["name"], *concept["captions"], *concept["aliases"]])))
-    card = _card(
-        split,
-        [records[i]["id"] for i in chosen],
-        captions,
-        protocol="recall, any match; intervals by resampling images",
-        preprocessing=prepare.resizing,
-        metric="image_to_text/r1",
-    )
-    return ClusteredRetrievalSet(name, [images[i] for i in chosen], captions, card)
-
-
-def artists_side(family: str) -> int:
-    """0 for the families whose drawings a probe learns from, 1 for those that it is tested on."""
-    return int(hash_rank("probe side", family), 16) % 2
-
-
-def probe_concepts(records: list[Record], number: int) -> list[str]:
-    """The first concepts by hash with enough drawings, and enough of them by the families of each side."""
-    sides: dict[str, list[int]] = {}
-    for record in records:
-        sides.setdefault(record["concept"], []).append(artists_side(record["family"]))
-    enough = [
-        concept
-        for concept, drawn in sides.items()
-        if len(drawn) >= MIN_DRAWINGS and MIN_EACH_SIDE <= sum(drawn) <= len(drawn) - MIN_EACH_SIDE
-    ]
-    return sorted(enough, key=lambda concept: hash_rank("probe concept", concept))[:number]
-
-
-def _task(images: list[np.ndarray], records: list[Record], concepts: list[str]) -> Task:
-    label = {concept: i for i, concept in enumerate(concepts)}
-
-    def side_of(side: int) -> tuple[list[np.ndarray], np.ndarray]:
-        part = [i for i, r in enumerate(records) if r["concept"] in label and artists_side(r["family"]) == side]
-        return [images[i] for i in part], np.array([label[records[i]["concept"]] for i in part], int)
-
-    (train, train_labels), (test, test_labels) = side_of(0), side_of(1)
-    return Task(train, test, (train_labels, test_labels))
-
-
-def _probe(name: str, prepare: Preprocessing, data_dir: str | None, part: str) -> TransferProbeSet:
-    images, records = _drawings("validation_concepts", prepare, data_dir)
-    tuning = probe_concepts(records, PROBE_CLASSES["validation"])
-    split, measured = "validation_concepts", tuning
-    if part == "validation":
-        tuning, measured = tuning[::2], tuning[1::2]
-    tuning_task = _task(images, records, tuning)
-    if part == "test":
-        split = "test_concepts"
-        images, records = _drawings(split, prepare, data_dir)
-        measured = probe_concepts(records, PROBE_CLASSES["test"])
-    card = _card(
-        split,
-        [(record["id"], record["concept"]) for record in records],
-        [tuning, measured],
-        protocol="features before projection; learned from some families, tested on others; standardised, L-BFGS, C on "
-        "other concepts; 10 neighbours (T 0.07); intervals by resampling concepts",
-        preprocessing=prepare.resizing,
-        metric="linear/top1",
-    )
-    return TransferProbeSet(name, tuning_task, _task(images, records, measured), _CS, SHOTS, card=card)
-
-
-def _aliases(name: str, prepare: Preprocessing, data_dir: str | None, part: str) -> ClusteredTextRetrievalSet:
-    """Retrieve the names of unseen concepts by their aliases, without those that are another concept's name."""
-    del prepare
-    concepts = _concepts(data_dir, f"{part}_concepts")
-    names = [concept["name"] for concept in concepts]
-    taken = set(names)
-    queries = [(text, i) for i, concept in enumerate(concepts) for text in concept["aliases"] if text not in taken]
-    card = _card(
-        f"{part}_concepts",
-        names,
-        queries,
-        protocol="recall of names by cosine of text embeddings; intervals by resampling concepts",
-        metric="r1",
-    )
-    return ClusteredTextRetrievalSet(name, names, queries, card=card)
 
 
 def _categories(name: str, prepare: Preprocessing, data_dir: str | None, part: str) -> ProbeSet:
     """Names of concepts, classified by category; the commonest categories in training are the classes."""
     del prepare
-    train, held, tested = (_concepts(data_dir, role) for role in ("train", "validation_concepts", "test_concepts"))
+    train, held, tested = (ICONS.concepts(data_dir, role) for role in ("train", "validation_concepts", "test_concepts"))
     if part == "validation":
         ordered = sorted(held, key=lambda concept: hash_rank("half", concept["id"]))
         held, tested = ordered[::2], ordered[1::2]
@@ -208,7 +60,7 @@ def _categories(name: str, prepare: Preprocessing, data_dir: str | None, part: s
     parts = [[c for c in concepts if c["category"] in classes] for concepts in (train, held, tested)]
     labels = tuple(np.array([classes.index(c["category"]) for c in part], int) for part in parts)
     train_names, held_names, test_names = ([c["name"] for c in part] for part in parts)
-    card = _card(
+    card = ICONS.card(
         f"train+{part}_concepts" if part == "test" else "validation_concepts",
         [(c["name"], c["category"]) for part in parts for c in part],
         protocol="linear probe (L-BFGS, C of 7 on validation) on text features before projection",
@@ -258,7 +110,7 @@ def dense_sides(concepts: Sequence[str], part: str) -> list[set[str]]:
 
 def _dense(name: str, prepare: Preprocessing, data_dir: str | None, part: str) -> DenseSet:
     """Drawings and their regions; fitting, the choice of C and the test use different concepts."""
-    learned, tested = (_records(f"{name}_concepts", data_dir) for name in ("validation", part))
+    learned, tested = (ICONS.records(f"{name}_concepts", data_dir) for name in ("validation", part))
     sides = dense_sides([record["concept"] for record in learned[1]], part)
     if part == "test":
         sides[2] = {record["concept"] for record in tested[1]}
@@ -270,7 +122,7 @@ def _dense(name: str, prepare: Preprocessing, data_dir: str | None, part: str) -
         groups = np.unique([records[i]["concept"] for i in some], return_inverse=True)[1]
         parts.append(MaskedImages(Pictures(pngs, prepare), Regions(pngs), groups))
         ids.append([records[i]["id"] for i in some])
-    card = _card(
+    card = ICONS.card(
         f"{part}_concepts",
         *ids,
         protocol=f"{dense.PROTOCOL}; outside, drawn, enclosed; intervals by resampling concepts",
@@ -280,17 +132,16 @@ def _dense(name: str, prepare: Preprocessing, data_dir: str | None, part: str) -
     return DenseSet(name, ("outside", "drawn", "enclosed"), *parts, prepare=prepare, card=card)
 
 
-_Maker = Callable[[str, Preprocessing, str | None], Any]
-_MAKERS: Mapping[str, _Maker] = {
+_MAKERS: Mapping[str, Callable[[str, Preprocessing, str | None], Any]] = {
     f"{KIND}/{part}_{what}": functools.partial(maker, **options)
     for part in ("validation", "test")
     for what, maker, options in (
-        ("concepts", _zeroshot, {"split": f"{part}_concepts", "role": f"{part}_concepts"}),
-        ("rendering", _zeroshot, {"split": f"{part}_rendering", "role": "train"}),
-        ("retrieval", _retrieval, {"part": part}),
-        ("probe", _probe, {"part": part}),
+        ("concepts", drawn.zeroshot, {"home": ICONS, "split": f"{part}_concepts", "roles": (f"{part}_concepts",)}),
+        ("rendering", drawn.zeroshot, {"home": ICONS, "split": f"{part}_rendering", "roles": ("train",)}),
+        ("retrieval", drawn.retrieval, {"home": ICONS, "part": part}),
+        ("probe", drawn.probe, {"home": ICONS, "part": part}),
         ("dense", _dense, {"part": part}),
-        ("aliases", _aliases, {"part": part}),
+        ("aliases", drawn.aliases, {"home": ICONS, "part": part}),
         ("categories", _categories, {"part": part}),
     )
 }
@@ -312,25 +163,10 @@ _CREDIT = (
 )
 
 
-class IconSets(SetKind):
+class IconSets(DrawnSets):
     """The sets of this module by their names."""
 
-    names = tuple(_MAKERS)
+    names, makers = tuple(_MAKERS), _MAKERS
     panels = _PANELS
     queries = ("cat", "heart", "fruit", "angry face", "arrow left", "clock", "house", "vehicle")
     credit = _CREDIT
-
-    @classmethod
-    def knows(cls, spec: str) -> bool:
-        """Whether the icons have a set of this name."""
-        return spec in _MAKERS
-
-    @classmethod
-    def load(cls, spec: str, prepare: Preprocessing | int, data: DataConfig, profile: Profile) -> Any:
-        """Open the set `spec`; the profile, which changes published sets only, is ignored."""
-        return _MAKERS[spec](spec, Profile().preprocessing(prepare), data.dir or None)
-
-    @classmethod
-    def shows(cls, spec: str) -> str:
-        """Return "classes" or "captions" for sets of images, and "" for probes and texts."""
-        return {"concepts": "classes", "rendering": "classes", "retrieval": "captions"}.get(spec.rpartition("_")[2], "")

@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -63,11 +63,11 @@ def limit_per_set(icons: Sequence[Icon]) -> list[Icon]:
     return [icon for icon in icons if icon.id in kept]
 
 
-def families_of(icons: Iterable[Icon]) -> dict[str, set[str]]:
-    """Concept -> families that draw it."""
+def families_of(icons: Iterable[Icon], family_of: Callable[[str], str] = family) -> dict[str, set[str]]:
+    """Concept -> families that draw it; `family_of` returns the family of a set."""
     drawn = collections.defaultdict(set)
     for icon in icons:
-        drawn[icon.concept].add(family(icon.icon_set))
+        drawn[icon.concept].add(family_of(icon.icon_set))
     return dict(drawn)
 
 
@@ -125,7 +125,7 @@ def name_concepts(icons: Iterable[Icon]) -> dict[str, str]:
     return {concept: min(count, key=lambda text: (-count[text], text)) for concept, count in captions.items()}
 
 
-def _first(names: Iterable[str], what: str, roles: Mapping[str, int]) -> dict[str, str]:
+def first_by_hash(names: Iterable[str], what: str, roles: Mapping[str, int]) -> dict[str, str]:
     """Name -> role of the first names by hash, as many of each role as `roles` has."""
     order, assigned = sorted(names, key=lambda name: hash_rank(what, name)), {}
     for role, number in roles.items():
@@ -148,7 +148,7 @@ def assign(icons: Sequence[Icon], signatures: np.ndarray) -> Corpus:
     pool = [i for i in first if len(drawn[icons[i].concept]) >= MIN_FAMILIES]
     counts["duplicates within a concept"] = len(icons) - len(first)
     counts["of one family after that"] = len(first) - len(pool)
-    unseen = _first(
+    unseen = first_by_hash(
         sorted(concept for concept, families in drawn.items() if len(families) >= UNSEEN_FAMILIES),
         "concept",
         dict(zip(UNSEEN, (TEST_CONCEPTS, VALIDATION_CONCEPTS), strict=True)),
@@ -156,7 +156,7 @@ def assign(icons: Sequence[Icon], signatures: np.ndarray) -> Corpus:
     counts["concepts of four families"] = sum(len(families) >= UNSEEN_FAMILIES for families in drawn.values())
     low, high = FAMILY_DRAWINGS
     sizes = collections.Counter(family(icons[i].icon_set) for i in pool)
-    held = _first(
+    held = first_by_hash(
         sorted(name for name, size in sizes.items() if low <= size <= high),
         "family",
         dict(zip(RENDERING, (TEST_FAMILIES, VALIDATION_FAMILIES), strict=True)),
@@ -164,7 +164,7 @@ def assign(icons: Sequence[Icon], signatures: np.ndarray) -> Corpus:
     splits: dict[str, list[int]] = {split: [] for split in SPLITS}
     for i in pool:
         splits[unseen.get(icons[i].concept) or held.get(family(icons[i].icon_set)) or "train"].append(i)
-    counts |= _separate(splits, icons, signatures)
+    counts |= separate(splits, icons, signatures)
     aliases, dropped = _aliases(splits, icons, unseen)
     counts["aliases of training drawings that name an unseen concept"] = dropped
     counts["corpus"] = sum(map(len, splits.values()))
@@ -173,8 +173,17 @@ def assign(icons: Sequence[Icon], signatures: np.ndarray) -> Corpus:
     return Corpus(splits, roles, {name: held.get(name, "train") for name in sorted(sizes)}, aliases, counts)
 
 
-def _separate(splits: dict[str, list[int]], icons: Sequence[Icon], signatures: np.ndarray) -> dict[str, int]:
-    """Take out of `splits` what two of them share, and what cannot be tested; the counts of what is taken out."""
+def separate(
+    splits: dict[str, list[int]], icons: Sequence[Icon], signatures: np.ndarray, unseen: Sequence[str] = UNSEEN
+) -> dict[str, int]:
+    """Take out of `splits` what two of them share, and what cannot be tested; the counts of what is taken out.
+
+    Args:
+      splits: indices of drawings, of training, `RENDERING` and `unseen`; those that are taken out leave it.
+      icons: all of the drawings.
+      signatures: of them, uint8 (n, 256).
+      unseen: splits of concepts that training lacks.
+    """
 
     def drop(split: str, dropped: Iterable[bool]) -> int:
         kept = [i for i, gone in zip(splits[split], dropped, strict=True) if not gone]
@@ -183,14 +192,14 @@ def _separate(splits: dict[str, list[int]], icons: Sequence[Icon], signatures: n
         return number
 
     counts = {}
-    tested = [i for split in UNSEEN for i in splits[split]]
+    tested = [i for split in unseen for i in splits[split]]
     counts["training drawings that equal an unseen concept's"] = drop(
         "train", near_any(signatures[splits["train"]], signatures[tested])
     )
     concepts = [icons[i].concept for i in tested]
     ambiguous = dict(zip(tested, near_any(*[signatures[tested]] * 2, (concepts, concepts)), strict=True))
     counts["drawings that two unseen concepts share"] = sum(
-        drop(split, [ambiguous[i] for i in splits[split]]) for split in UNSEEN
+        drop(split, [ambiguous[i] for i in splits[split]]) for split in unseen
     )
     counts["held-out families' drawings that equal a training drawing"] = sum(
         drop(split, near_any(signatures[splits[split]], signatures[splits["train"]])) for split in RENDERING
@@ -200,7 +209,7 @@ def _separate(splits: dict[str, list[int]], icons: Sequence[Icon], signatures: n
         drop(split, [icons[i].concept not in known for i in splits[split]]) for split in RENDERING
     )
     few = 0
-    for split in UNSEEN:
+    for split in unseen:
         drawings = collections.Counter(icons[i].concept for i in splits[split])
         few += drop(split, [drawings[icons[i].concept] < MIN_TESTED for i in splits[split]])
     counts["drawings of unseen concepts with fewer than three"] = few

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from studies.icons import corpus
+from studies.icons import corpus, drawn
 from studies.icons import sets as icon_sets
 from studies.icons.clustered import ClusteredZeroShot
 from studies.icons.sets import KIND
@@ -16,11 +16,11 @@ def load(icon_builder):
     """The sets of the small package, by their names; probes learn from as many drawings as it has."""
     data_dir = str(icon_builder.data_path.parents[1])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(icon_sets, "MIN_DRAWINGS", 4)
-        patch.setattr(icon_sets, "MIN_EACH_SIDE", 2)
-        patch.setattr(icon_sets, "SHOTS", (1, 2))
+        patch.setattr(drawn, "MIN_DRAWINGS", 4)
+        patch.setattr(drawn, "MIN_EACH_SIDE", 2)
+        patch.setattr(drawn, "SHOTS", (1, 2))
         patch.setattr(icon_sets, "DENSE_DRAWINGS", (30, 10, 20))
-        patch.setattr(icon_sets, "PROBE_CLASSES", {"test": 4, "validation": 4})
+        patch.setattr(drawn, "PROBE_CLASSES", {"test": 4, "validation": 4})
         yield lambda name: registry.load(f"{KIND}/{name}", PREPARE, data_dir)
 
 
@@ -61,9 +61,9 @@ def test_a_probe_is_recognised_across_artists(load, icon_builder):
     records = [{"concept": "a", "family": f"artist-{x}"} for x in "abcdefghij"] + [
         {"concept": "b", "family": "artist-a"} for _ in range(20)
     ]
-    sides = [icon_sets.artists_side(record["family"]) for record in records[:10]]
+    sides = [drawn.artists_side(record["family"]) for record in records[:10]]
     assert 2 <= sum(sides) <= 8
-    assert icon_sets.probe_concepts(records, 5) == ["a"]  # one family alone cannot be on both sides
+    assert drawn.probe_concepts(records, 5) == ["a"]  # one family alone cannot be on both sides
     validation = load("validation_probe")
     assert len(set(validation.tuning.labels[0])) == len(set(validation.task.labels[0])) == 2
 
@@ -126,7 +126,7 @@ def test_dense_parts_have_different_concepts(load, icon_builder):
         assert images.shape == (20, PREPARE.size, PREPARE.size, 3) and drawn.shape == (20, 64, 64)
         ink = drawn[:, 4::8, 4::8]
         assert images[ink].mean() < images[~ink].mean()
-    records = icon_sets._records("validation_concepts", str(icon_builder.data_path.parents[1]))[1]
+    records = icon_sets.ICONS.records("validation_concepts", str(icon_builder.data_path.parents[1]))[1]
     for part in ("validation", "test"):
         sides = icon_sets.dense_sides([record["concept"] for record in records], part)
         assert not set(sides[0]) & set(sides[1])

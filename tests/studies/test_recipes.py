@@ -6,6 +6,7 @@ import pathlib
 import pytest
 
 from studies.cc12m import study as cc12m
+from studies.glyphs import recipe as glyphs
 from studies.icons import study as icons
 from xclip_jax.config import load, schema
 
@@ -13,6 +14,7 @@ GOLDEN = pathlib.Path(__file__).parent / "golden"
 CONFIGS = {
     "icons": icons.RECIPE,
     "icons_xclip": f"{icons.RECIPE}:objective=xclip,steps=2000,size=48",
+    "glyphs": glyphs.__file__,
     "cc12m": f"{cc12m.RECIPE}:objective=xclip,root=gs://bucket",
 }
 
