@@ -16,8 +16,8 @@ from xclip_jax.objectives.classify import Classify
 from xclip_jax.objectives.clip import Clip, Siglip
 from xclip_jax.objectives.nclip import Nclip
 from xclip_jax.objectives.similarity import Similarity
-from xclip_jax.objectives.term import Arrays, LossConfig, Result, Term
 from xclip_jax.objectives.superclip import Tokens
+from xclip_jax.objectives.term import Arrays, LossConfig, Result, Term
 
 Array = jax.Array
 TERMS: dict[str, type[Term]] = {
