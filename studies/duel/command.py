@@ -39,7 +39,9 @@ class DuelRunner(Runner):
         command = [sys.executable, "-m", "studies.duel.mechanism", str(active.folder), active.run.arm.name]
         done = subprocess.run([*command, str(self.runs.with_name("pairs.jsonl"))], cwd=ROOT, check=False)
         if done.returncode:
-            print(f"{active.run.arm.name}: no AUC, {command[2]} ended with {done.returncode}", flush=True)
+            self.keep = True
+            again = " ".join([*command, str(self.runs.with_name("pairs.jsonl"))])
+            print(f"{active.run.arm.name}: no AUC; folders of runs are kept from now on, then: {again}", flush=True)
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -87,9 +89,11 @@ def _run(home: pathlib.Path, flags: argparse.Namespace) -> bool:
         duel = declared(home)
         names = [a.name for a in duel.arms if a.name.startswith(flags.only) and duel.done(a) < len(a.seeds)]
         left = None if flags.max_hours is None else max(flags.max_hours - (time.monotonic() - began) / 3600, 0)
-        options = {"max_hours": left, "workers": flags.workers, "allow_dirty": flags.allow_dirty, "only": names}
         matrix = stages.DuelMatrix(stages.study_of(duel.arms), load_config)
-        runner = DuelRunner(matrix, home / "runs.jsonl", pathlib.Path(flags.scratch), **options)
+        runner = DuelRunner(
+            matrix, home / "runs.jsonl", pathlib.Path(flags.scratch), only=names, max_hours=left,
+            workers=flags.workers, allow_dirty=flags.allow_dirty,
+        )  # fmt: skip
         if names or duel.to_measure:
             runner.check()
         if duel.to_measure:

@@ -15,6 +15,7 @@ import numpy as np
 from scipy.special import log_softmax
 from scipy.stats import rankdata
 
+from xclip_jax.core import imports
 from xclip_jax.core.run_folder import RunFolder
 from xclip_jax.core.storage import strict_json
 from xclip_jax.data import holdout, sources
@@ -99,6 +100,7 @@ def measure(folder: str, pairs: int = PAIRS) -> list[dict[str, Any]]:
 
 if __name__ == "__main__":
     run, arm, file = sys.argv[1:]
-    seed = weights.load(run)[0].seed
+    with imports.trusting(True):  # the run is the duel's own, and so are the modules that it names
+        seed, measured = weights.load(run)[0].seed, measure(run)
     with pathlib.Path(file).open("a") as output:
-        output.writelines(f"{strict_json({'arm': arm, 'seed': seed, **line})}\n" for line in measure(run))
+        output.writelines(f"{strict_json({'arm': arm, 'seed': seed, **line})}\n" for line in measured)

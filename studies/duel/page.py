@@ -100,10 +100,14 @@ def write(home: pathlib.Path, duel: stages.Duel) -> pathlib.Path:
     for name, svg in drawn.items():
         (home / "study").mkdir(parents=True, exist_ok=True)
         write_whole(epath.Path(home / "study" / f"{name}.svg"), svg)
-    areas = home / "pairs.jsonl"
-    lines = [json.loads(line) for line in areas.read_text().splitlines()] if areas.exists() else []
-    write_whole(epath.Path(path), render(duel, snapshot, lines, drawn))
+    write_whole(epath.Path(path), render(duel, snapshot, read_areas(home), drawn))
     return path
+
+
+def read_areas(home: pathlib.Path) -> list[dict[str, Any]]:
+    """Return the lines of pairs.jsonl, none where it does not exist."""
+    path = home / "pairs.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def render(duel: stages.Duel, snapshot: Chosen, areas: Sequence[Mapping[str, Any]], drawn: Mapping[str, str]) -> str:
@@ -118,12 +122,12 @@ def render(duel: stages.Duel, snapshot: Chosen, areas: Sequence[Mapping[str, Any
         [f"# {snapshot.study.title}", "", "Made by `python -m studies duel --page` from the records of studies/duel."],
         ["What was declared before the runs, and why: [study.md](study.md).", ""],
         _progress(duel),
-        claims.summary(snapshot, drawn),
+        claims.summary(snapshot, drawn) if snapshot.study.claims else ["No verdict yet: the finals are missing.", ""],
         _heads(duel),
         _teams(duel),
         _finals(duel, snapshot, drawn),
         *(_wrong(duel, snapshot, areas, level) for level in stages.LEVELS),
-        claims.section(snapshot),
+        claims.section(snapshot) if snapshot.study.claims else [],
         ["## Missing", "", *(f"* {line}" for line in duel.missing() or ["nothing"])],
     ]
     return "\n".join(line for part in parts for line in part).rstrip() + "\n"

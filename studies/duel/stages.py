@@ -267,7 +267,7 @@ class Duel:
         return int(left[0])
 
     def _final(self, name: str, steps: int) -> Arm:
-        """A finalist or a control, of so many steps."""
+        """A finalist or a control that takes `steps` steps."""
         clip, ours = self._settings("clip"), self._settings("xclip")
         if name == "clip":
             return arm_of("final_clip", "CLIP", "core", "clip", spaces.training(clip, steps), SEEDS)

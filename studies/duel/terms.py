@@ -20,7 +20,6 @@ from xclip_jax.objectives.term import Arrays, Result
 
 Array = jax.Array
 SCHEDULES = ("constant", "early", "late")
-_OURS = ("schedule", "horizon", "momentum")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +48,8 @@ class ScheduledNclip(Nclip):
         self, out: Arrays, teacher: Arrays | None, state: Arrays, batch: Mapping[str, Any], *, chunk: int = 0
     ) -> Result:
         """Compute the loss, see `Term.__call__`; `chunk` is refused by nCLIP, whose logits are not factored here."""
-        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(Nclip)}
-        plain = Nclip(**own | {"smoothness": 0.0})
+        own: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(Nclip)}
+        plain = dataclasses.replace(Nclip(**own), smoothness=0.0)
         loss, metrics, centers = plain(out, teacher, state, batch, chunk=chunk)
         marginals = {}
         for tower in self.towers:
