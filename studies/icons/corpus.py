@@ -238,7 +238,7 @@ class IconPairs(tfds.core.GeneratorBasedBuilder):
     url_infos = None
     source: Any = None  # what to build from, by default the package
     what = "icons"  # in lines of progress
-    family_of = staticmethod(family)
+    family_of: Callable[[str], str] = staticmethod(family)
 
     @classmethod
     def check(cls) -> None:
