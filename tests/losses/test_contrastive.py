@@ -270,7 +270,7 @@ def test_robust_losses_equal_their_definitions(options, of_rows, scale):
         z = [place(jnp.asarray(x, jnp.float32)) for x in args[0]]
         (value, metrics), grads = loss(*z, scale)
         assert float(value) == pytest.approx(expected, rel=1e-5) and float(metrics["loss"]) == float(value)
-        assert_close(grads, gradients, 3e-5)
+        assert_close(grads, gradients, 2e-4)  # at a scale of 100 each logit has an error of 6e-6
 
 
 def test_generalised_cross_entropy_has_a_bound_and_a_limit():
