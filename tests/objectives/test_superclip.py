@@ -4,7 +4,7 @@ from tests.helpers import tiny
 from xclip_jax.config import schema
 from xclip_jax.objectives import make_objective
 from xclip_jax.objectives.similarity import CosineSimilarity
-from xclip_jax.train import flops
+from xclip_jax.train import cost
 
 
 def test_superclip_is_clip_and_tokens():
@@ -20,7 +20,7 @@ def test_superclip_is_clip_and_tokens():
 
 
 def test_the_heads_flops_count():
-    superclip, clip = (flops.forward(schema.resolve(tiny.config(name))) for name in ("superclip", "clip"))
+    superclip, clip = (cost.forward_flops(schema.resolve(tiny.config(name))) for name in ("superclip", "clip"))
     assert superclip["heads"] - clip["heads"] == 2 * 32 * 259 and superclip["loss"] == clip["loss"]
 
 
