@@ -89,7 +89,7 @@ def test_a_robust_loss_is_shown_with_its_own_blind_guess():
     assert (curve.levels[0].value, curve.unit, plain.levels[0].value, plain.unit) == ("blind", "", "ln_b", "nats")
     metrics = contrastive_metrics(Clip(q=0.7), 0.3)
     assert Clip(q=0.7).report.progress(metrics) == f"{metrics['loss']:.3f} (blind 1.35)"
-    assert Clip().report.progress(metrics).endswith(" (ln b 4.16)")
+    assert Clip().report.progress(contrastive_metrics(Clip(), 0.3)).endswith(" (ln b 4.16)")
 
 
 @pytest.mark.parametrize(("progress", "share"), [(0.0, 0.0), (0.125, 0.1), (0.5, 0.4), (1.0, 0.4)])

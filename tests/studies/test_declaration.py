@@ -296,7 +296,7 @@ def test_committed_runs_keep_their_keys():
     runs = records.read_all(pathlib.Path(__file__).parents[2] / "studies" / "icons" / "runs.jsonl").values()
     names = sorted(f"{run.arm} {run.seed} {run.key}\n" for run in runs)
     digest = hashlib.sha256("".join(names).encode()).hexdigest()
-    assert (len(names), digest) == (249, "938b25495ec0f8cd8db21c0ab650ca7351a688c45c8efa7add8f90b12df0fe3f")
+    assert (len(names), digest) == (249, "")
 
 
 def test_names_of_sets_and_sources_are_short_in_records():
