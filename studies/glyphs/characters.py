@@ -95,20 +95,20 @@ def read(ucd: pathlib.Path, cldr: pathlib.Path) -> dict[int, Character]:
         for entry in files["UnicodeData.json"]
         if entry["category"][0] in _KINDS and not entry["name"].startswith("<")
     }
-    others: dict[int, list[str]] = {}
+    others: dict[str, list[str]] = {}
     for entry in files["NamesList.json"]:
-        others[int(entry["codepoint"], 16)] = ", ".join(entry.get("aliases", ())).split(", ")
+        others[entry["codepoint"]] = ", ".join(entry.get("aliases", ())).split(", ")
     _, data = next(package.members(cldr, [_SHORT_NAMES]))
     for text, entry in data["annotations"]["annotations"].items():
         if len(text) == 1:
-            others.setdefault(ord(text), []).extend(entry.get("tts", ()))
+            others.setdefault(f"{ord(text):04X}", []).extend(entry.get("tts", ()))
     taken = set(names.values())
     named = {}
     for code, name in names.items():
         script = scripts.get(code, "Common")
         if is_name(name) and script not in LEFT_OUT:
             label = words(blocks.get(code, "Unknown") if script in _SHARED else script)
-            named[code] = Character(code, name, label, list(_aliases(others.get(code, ()), taken)))
+            named[code] = Character(code, name, label, list(_aliases(others.get(f"{code:04X}", ()), taken)))
     return named
 
 

@@ -1,4 +1,4 @@
-"""Glyphs: characters in some 140 typefaces, with the icons' recipe unchanged; the data are in docs/glyphs.md.
+"""Glyphs: characters in 147 typefaces, with the icons' recipe; the data are in docs/glyphs.md.
 
     python -m xclip_jax.main --config studies/glyphs/recipe.py
     python -m xclip_jax.main --config studies/glyphs/recipe.py:objective=clip,steps=3000
