@@ -17,6 +17,7 @@ VARIANTS = {
     "siglip": {},
     "nclip": {},
     "xclip": {},
+    "superclip": {},
     # Every target with every balance is held against eight devices in the losses' own tests.
     "xclip-joint-sinkhorn": {"objective__nclip__target": "joint", "objective__nclip__balance": "sinkhorn"},
     "xclip-ema-center": {"objective__nclip__target": "ema", "objective__nclip__balance": "center"},
