@@ -28,7 +28,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit it
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 # Each of these takes a fifteenth of the suite's time: notes of where an operation was traced, and searches for garbage.
 os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
-gc.set_threshold(200_000, 50, 100)
+gc.set_threshold(100_000, 10, 10)
 
 
 @pytest.fixture(scope="session")
