@@ -83,10 +83,12 @@ def build(source: Source) -> Built:
       UserError: resvg-py is missing.
     """
     drawn = icon_splits.families_of(source.glyphs, source.families.__getitem__)
-    candidates = [glyph for glyph in source.glyphs if len(drawn[glyph.concept]) >= icon_splits.MIN_FAMILIES]
+    shared = [glyph for glyph in source.glyphs if len(drawn[glyph.concept]) >= icon_splits.MIN_FAMILIES]
+    candidates = splits.limit(shared)
     counts = dict(source.counts) | {
-        "of characters of two families": len(candidates),
-        "characters of two families": len({glyph.code for glyph in candidates}),
+        "of characters of two families": len(shared),
+        "characters of two families": len({glyph.code for glyph in shared}),
+        f"at most {splits.PER_CHARACTER} of a character": len(candidates),
     }
     glyphs, pictures, signatures = corpus.draw(candidates, WHAT, MIN_INK)
     counts["blank, full or broken"] = len(candidates) - len(glyphs)

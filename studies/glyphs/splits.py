@@ -28,10 +28,21 @@ COMBINATIONS = ("test_combinations", "validation_combinations")
 SPLITS = ("train", *UNSEEN, *COMBINATIONS, *RENDERING)
 UNSEEN_FAMILIES = 4  # that draw a concept which may be unseen
 CONCEPTS, COMBINED, FAMILIES = (400, 200), (300, 150), (8, 4)  # for tests and for validation
-FAMILY_DRAWINGS = (150, 2500)  # of a family that may be held out
+PER_CHARACTER = 24  # drawings; a hundred typefaces have the letters of Latin
+FAMILY_DRAWINGS = (100, 2500)  # of a family that may be held out
 MIN_BASES = 4  # that training has with the mark of an unseen combination
 SAME_PLACE = 1 / 24  # of an em, up to which two drawings have one size and height
 _BLOCK = 512
+
+
+def limit(glyphs: Sequence[Glyph]) -> list[Glyph]:
+    """At most `PER_CHARACTER` glyphs of a character, the first by hash of their ids, in the order of `glyphs`."""
+    groups: dict[int, list[str]] = collections.defaultdict(list)
+    for glyph in glyphs:
+        groups[glyph.code].append(glyph.id)
+    ranked = (sorted(ids, key=lambda name: hash_rank("glyph variant", name)) for ids in groups.values())
+    kept = {name for ids in ranked for name in ids[:PER_CHARACTER]}
+    return [glyph for glyph in glyphs if glyph.id in kept]
 
 
 def repeated(glyphs: Sequence[Glyph], signatures: np.ndarray) -> np.ndarray:

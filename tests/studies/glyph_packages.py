@@ -114,8 +114,9 @@ def unicode_files() -> dict[str, bytes]:
         {"codepoint": "3004", "name": "LEFT-POINTING TOY", "category": "So"},
     ]
     notes = [
-        {"codepoint": f"{code:04X}", "aliases": [f"old {sign}"], "comments": ["at night"]}
-        for code, sign in enumerate(SIGNS, FIRST)
+        {"codepoint": f"{code:04X}", "aliases": [f"old {name.lower().split(' ', 2)[2]}"], "comments": ["at night"]}
+        for code, name in names().items()
+        if code != SAME and " WITH " not in name
     ]
     notes[0]["aliases"] = ["day star, toy capital letter ka", "Sol (1.0)"]
     sizes = len(SIGNS)

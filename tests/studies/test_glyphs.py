@@ -1,5 +1,6 @@
 import collections
 import dataclasses
+import hashlib
 import io
 
 import numpy as np
@@ -112,6 +113,17 @@ def test_a_character_that_half_of_the_fonts_draw_like_another_is_no_concept():
     for times, kept in ((3, 4), (2, 6)):
         repeats = np.array([i % 2 == 1 and i // 2 < times for i in range(8)])
         assert len(splits.distinct(glyphs, repeats)) == kept
+
+
+def test_drawings_of_a_character_are_the_first_by_hash():
+    glyph = glyph_of(0, 0, 300, 700)
+    glyphs = [dataclasses.replace(glyph, icon_set=f"face-{i}") for i in range(40)]
+    others = [dataclasses.replace(g, code=0x1001, name="1001-400") for g in glyphs[:5]]
+    digests = {g.id: hashlib.sha256(f"xclip_jax icons 2026/glyph variant/{g.id}".encode()).digest() for g in glyphs}
+    first = sorted(digests, key=digests.__getitem__)[:24]
+    assert [g.id for g in splits.limit(glyphs + others)] == [
+        g.id for g in glyphs + others if g.id in first or g.code == 0x1001
+    ]
 
 
 def test_combinations_are_drawn_by_hash():
