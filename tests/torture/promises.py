@@ -190,7 +190,7 @@ PROMISES = (
         "a bit flips, or a file is cut, emptied or missing, in a checkpoint",
         "the file is named or the fault is harmless; the newest intact one is used, and the damaged one moved aside",
         (
-            "train/checkpoint::every_damaged_file_is_named_or_harmless",
+            "train/checkpoint_files::every_damaged_file_is_named_or_harmless",
             "train/checkpoint::the_newest_whole_checkpoint_is_used_and_the_others_move_aside",
             "train/training_folder::a_run_goes_back_to_its_newest_whole_checkpoint_and_ends_as_it_would_have",
             "processes/runtime::processes_agree_that_a_checkpoint_is_damaged",
