@@ -21,7 +21,7 @@ Intervals resample characters, not drawings.
 import collections
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -101,7 +101,7 @@ class GlyphSets(DrawnSets):
     """The sets of this module by their names."""
 
     names, makers = tuple(_MAKERS), _MAKERS
-    panels: Mapping[str, tuple[str, str]] = {
+    panels: ClassVar[Mapping[str, tuple[str, str]]] = {
         f"{KIND}/test_concepts": (
             "Characters it has never seen",
             "Training had no picture of these, in any typeface. The model chooses among {num_classes} new names.",

@@ -239,7 +239,7 @@ class IconPairs(tfds.core.GeneratorBasedBuilder):
     source: Any = None  # what to build from, by default the package
     what = "icons"  # in lines of progress
     licences_title = "Icon sets and their licences"
-    family_of = staticmethod(family)
+    family_of: Callable[..., str] = staticmethod(family)
 
     @classmethod
     def check(cls) -> None:
