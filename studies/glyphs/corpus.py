@@ -113,7 +113,7 @@ class GlyphPairs(IconPairs):
 
     VERSION = tfds.core.Version("1.0.0")
     url_infos = None
-    what = WHAT
+    what, licences_title = WHAT, "Typefaces and their licences"
 
     @classmethod
     def check(cls) -> None:

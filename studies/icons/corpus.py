@@ -208,10 +208,10 @@ def _concepts(built: Built) -> list[dict[str, Any]]:
     ]
 
 
-def licences_page(sets: Sequence[Mapping[str, str]]) -> str:
+def licences_page(sets: Sequence[Mapping[str, str]], title: str = "Icon sets and their licences") -> str:
     """A table in Markdown of every set with author, licence and address: the attribution that CC-BY asks for."""
     lines = [
-        "# Icon sets and their licences",
+        f"# {title}",
         "",
         "| set | title | author | licence | address |",
         "|---|---|---|---|---|",
@@ -238,7 +238,8 @@ class IconPairs(tfds.core.GeneratorBasedBuilder):
     url_infos = None
     source: Any = None  # what to build from, by default the package
     what = "icons"  # in lines of progress
-    family_of: Callable[[str], str] = staticmethod(family)
+    licences_title = "Icon sets and their licences"
+    family_of: Callable[..., str] = staticmethod(family)
 
     @classmethod
     def check(cls) -> None:
@@ -280,7 +281,7 @@ class IconPairs(tfds.core.GeneratorBasedBuilder):
         self.info.metadata["sets"] = [dict(entry) for entry in built.sets]
         self.info.metadata["report"] = dict(built.report)
         folder = pathlib.Path(self.data_path)
-        (folder / LICENCES_FILE).write_text(licences_page(built.sets), encoding="utf-8")
+        (folder / LICENCES_FILE).write_text(licences_page(built.sets, self.licences_title), encoding="utf-8")
         (folder / REPORT_FILE).write_text(json.dumps(built.report, indent=1) + "\n", encoding="utf-8")
         print(render(built.report), flush=True)
         step(f"writing {built.report['counts']['corpus']:,} records", self.what)
