@@ -26,8 +26,8 @@ from xclip_jax.train import build, trainer
 # AdamW's are around the icons' recipe's. Lion's updates are longer, and LAMB's are relative to the parameter's length.
 RATES = {
     "adamw": (1e-3, 2e-3, 4e-3),
-    "muon": (1e-3, 2e-3, 4e-3),
-    "lamb": (5e-3, 1e-2, 3e-2),
+    "muon": (1e-3, 2e-3, 4e-3, 8e-3),
+    "lamb": (2.5e-3, 5e-3, 1e-2, 3e-2),
     "adafactor": (1e-3, 2e-3, 4e-3),
     "lion": (1e-5, 3e-5, 1e-4, 3e-4, 9e-4),
 }
@@ -98,9 +98,9 @@ def table(steps: int) -> str:
     ]
     for name in RATES:
         finished = [x for x in records() if (x["name"], x["steps"]) == (name, steps)]
-        if not any("test" in x for x in finished):
+        if not finished or "test" not in (x := best_run(name, steps)):
             continue
-        x, tried = best_run(name, steps), ", ".join(f"{rate:g}" for rate in sorted({x["lr"] for x in finished}))
+        tried = ", ".join(f"{rate:g}" for rate in sorted({x["lr"] for x in finished}))
         rows.append(
             f"| {name} | {x['lr']:g} of {tried} | {x['validation']:.1f} | {x['test']:.1f} | {x['state_bytes']:.1f} |"
         )
