@@ -154,12 +154,13 @@ _HEAD = ("runs", "naming on validation, rank", "probe on validation")
 def _heads(duel: stages.Duel) -> Iterator[str]:
     yield from ["## Cheap clusters", ""]
     rows = []
-    for arm in (arm for arm in duel.arms if arm.name.startswith("heads_")):
-        clusters, hidden, layers = spaces.HEADS[arm.title]
-        ratio = duel.costs.get(arm.name)
+    arms = {arm.title: arm for arm in duel.arms if arm.name.startswith("heads_")}
+    for name, (clusters, hidden, layers) in spaces.HEADS.items():
+        ratio = duel.costs.get(f"heads_{name}")
         size = f"{clusters} clusters" + (f", hidden {hidden}" if layers else ", linear")
-        mark = " **chosen**" if arm.title == duel.head else ""
-        rows.append([size + mark, "missing" if ratio is None else f"{ratio:.3f}", *_cells(duel, arm)])
+        mark = " **chosen**" if name == duel.head else ""
+        cells = _cells(duel, arms[name]) if name in arms else ["none: costs too much" if ratio else "", "", ""]
+        rows.append([size + mark, "missing" if ratio is None else f"{ratio:.3f}", *cells])
     yield from table(["head", "step over CLIP's", *_HEAD], rows)
     first, chosen = (next((a for a in duel.arms if a.title == n), None) for n in (next(iter(spaces.HEADS)), duel.head))
     if chosen and first and (old := duel.values(first)) and (new := duel.values(chosen)):

@@ -18,9 +18,14 @@ CANDIDATES = 24
 FILE = pathlib.Path(__file__).with_name("candidates.jsonl")
 _TERMS = "studies.duel.terms"
 
-# Warm-up is a share of the steps. "average": the moving average of the parameters is evaluated.
+# Learning rates that are good for 500 steps of CLIP, by python -m studies.optimizers.
+BASE_RATES = {"adamw": 2e-3, "muon": 4e-3}
+
+# Warm-up is a share of the steps. "average": the moving average of the parameters is evaluated. A value that stands
+# twice is dealt twice as often.
 SHARED: dict[str, Sequence[Any]] = {
-    "lr": (1e-3, 2e-3, 4e-3),
+    "optimizer": ("muon", "muon", "adamw"),
+    "rate": (0.5, 1.0, 2.0),  # times BASE_RATES
     "warmup": (0.15, 0.3, 0.45, 0.6),
     "smoothing": (0.0, 0.05, 0.1, 0.2),
     "positives": ("pair", "caption"),
@@ -39,7 +44,10 @@ SPACES: dict[str, dict[str, Sequence[Any]]] = {
     },
 }
 # The first candidate of each team is the recipe of the first study.
-_FIRST_CLIP = {"lr": 2e-3, "warmup": 0.6, "smoothing": 0.0, "positives": "pair", "average": False, "decay": 0.1}
+_FIRST_CLIP = {
+    "optimizer": "adamw", "rate": 1.0, "warmup": 0.6, "smoothing": 0.0, "positives": "pair", "average": False,
+    "decay": 0.1,
+}  # fmt: skip
 _FIRST: dict[str, Settings] = {
     "clip": _FIRST_CLIP,
     "xclip": _FIRST_CLIP
@@ -48,7 +56,7 @@ _FIRST: dict[str, Settings] = {
 
 
 def draw(team: str) -> list[Settings]:
-    """Draw a team's candidates: every value of a key as often as any other, joined by hashes; no state, no seed."""
+    """Draw a team's candidates: values of a key are dealt out in turn, joined by hashes; no state, no seed."""
     candidates = [dict(_FIRST[team]) for _ in range(CANDIDATES)]
     for name, values in SPACES[team].items():
         order = sorted(range(1, CANDIDATES), key=lambda i: hashlib.sha256(f"{team} {name} {i}".encode()).digest())
@@ -77,8 +85,6 @@ HEADS: dict[str, tuple[int, int, int]] = {
     "k1024_h256": (1024, 256, 1),
     "k1024_h128": (1024, 128, 1),
     "k1024_linear": (1024, 1, 0),
-    "k512_h256": (512, 256, 1),
-    "k512_h128": (512, 128, 1),
     "k256_h256": (256, 256, 1),
     "k256_linear": (256, 1, 0),
 }
@@ -98,7 +104,8 @@ def training(settings: Mapping[str, Any], steps: int) -> dict[str, Any]:
     averaged = {"ema.momentum": 0.99, "ema.schedule": "constant"}  # of 100 steps: runs are short
     return {
         "steps": steps,
-        "optim.lr": settings["lr"],
+        "optim.name": settings["optimizer"],
+        "optim.lr": settings["rate"] * BASE_RATES[settings["optimizer"]],
         "optim.warmup": round(settings["warmup"] * steps),
         "optim.weight_decay": settings["decay"],
         "objective.clip.label_smoothing": settings["smoothing"],
@@ -158,7 +165,7 @@ def rival(name: str, settings: Mapping[str, Any], steps: int, head_name: str) ->
 
 # --- wrong captions: arms, and the key that each has of its own with two values to choose from
 
-RATES, WARM_UPS = (1e-3, 2e-3), (0.3, 0.6)
+RATES, WARM_UPS = (0.5, 1.0), (0.3, 0.6)
 WRONG: dict[str, tuple[str, Sequence[Any]]] = {
     "clip": ("", ()),
     "smoothed": ("smoothing", (0.1, 0.3)),
@@ -177,9 +184,9 @@ def retuned(arm: str) -> list[Settings]:
     """Return an arm's four candidates: rates and warm-ups, or a half of the eight with two values of its own key."""
     own, values = WRONG[arm]
     if not own:
-        return [{"lr": lr, "warmup": warmup} for lr in RATES for warmup in WARM_UPS]
+        return [{"rate": rate, "warmup": warmup} for rate in RATES for warmup in WARM_UPS]
     return [
-        {"lr": lr, "warmup": warmup, own: values[(i + j) % 2]}
-        for i, lr in enumerate(RATES)
+        {"rate": rate, "warmup": warmup, own: values[(i + j) % 2]}
+        for i, rate in enumerate(RATES)
         for j, warmup in enumerate(WARM_UPS)
     ]
