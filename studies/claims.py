@@ -59,7 +59,7 @@ def findings(snapshot: Snapshot) -> list[str]:
     done, missing = counts(snapshot)
     left = f"{missing} of {done + missing} runs are missing" if missing else ""
     scope = "; ".join(filter(None, (interim(snapshot), study.scope, left)))
-    others = [_sentence(claim) for claim in judged[FINDINGS:] if claim.verdict != verdicts.UNDECIDED]
+    others = [sentence(claim) for claim in judged[FINDINGS:] if claim.verdict != verdicts.UNDECIDED]
     lines = [*([f"*{scope}.*", ""] if scope else []), " ".join([_counts(judged[:FINDINGS]), *others])]
     if study.extra_comparisons:
         rows = next(iter(_columns(snapshot, study.extra_comparisons).values()))
@@ -102,7 +102,7 @@ def summary(snapshot: Snapshot, drawn: Mapping[str, str]) -> Iterator[str]:
         text = "what else could explain a difference is open as far as these would say it."
         yield from [f"**{planned - done} of {planned} runs of controls are missing**: {text}", ""]
     for number, claim in enumerate(study.claims, 1):
-        yield from [f"{number}. {_sentence(verdicts.judge(snapshot, claim))}", ""]
+        yield from [f"{number}. {sentence(verdicts.judge(snapshot, claim))}", ""]
     yield from extra_comparisons(snapshot)
 
 
@@ -135,7 +135,7 @@ def _missing(snapshot: Snapshot, runs: list[Run]) -> list[Run]:
     return [run for run in runs if run.key not in snapshot.records]
 
 
-def _sentence(claim: verdicts.ClaimVerdict) -> str:
+def sentence(claim: verdicts.ClaimVerdict) -> str:
     """The sentence on a claim: its words, its verdict and what its parts show, by verdict where these differ."""
     if not any(part.difference for part in claim.parts):
         return f"*{claim.claim.text}* **{_NOTHING}.**"

@@ -19,7 +19,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from studies import records
-from studies.duel import cost, page, stages
+from studies.declaration import Study
+from studies.duel import cost, glyphs, page, stages
 from studies.runner import ROOT, Runner, code_version
 from studies.worker import DIVERGED
 from xclip_jax.config.load import load_config
@@ -66,7 +67,8 @@ def declared(home: pathlib.Path) -> stages.Duel:
 
 def overview(duel: stages.Duel, only: str) -> str:
     """Return what --list prints: a line for each stage, and what is missing."""
-    rows = [row for row in duel.progress() if row[0].prefix.startswith(only) or only.startswith(row[0].prefix)]
+    every = (*duel.progress(), glyphs.progress(duel))
+    rows = [row for row in every if row[0].prefix.startswith(only) or only.startswith(row[0].prefix)]
     lines = [f"{'stage':<34}{'runs':>6}{'done':>6}{'hours left':>12}"]
     lines += [f"{stage.title:<34}{stage.runs:>6}{done:>6}{hours:>12.1f}" for stage, done, hours in rows]
     return "\n".join([*lines, f"{'all':<34}{sum(hours for *_, hours in rows):>24.1f}", "", *duel.missing(only)])
@@ -82,17 +84,25 @@ def _measure(duel: stages.Duel, home: pathlib.Path) -> None:
         print(f"cost of {arm.name} over {clock.name}: {text}", flush=True)
 
 
+def _next(duel: stages.Duel, only: str) -> tuple[Study, list[str]]:
+    """Return the study whose runs come next, and its arms that have some missing; the glyphs come last."""
+    names = [arm.name for arm in duel.arms if arm.name.startswith(only) and duel.done(arm) < len(arm.seeds)]
+    if not names and not duel.to_measure and (second := glyphs.snapshot(duel)):
+        arms = [arm for arm in second.study.arms if arm.name.startswith(only)]
+        return second.study, [arm.name for arm in arms if len(second.finished(arm.name)) < len(arm.seeds)]
+    return stages.study_of(duel.arms), names
+
+
 def _run(home: pathlib.Path, flags: argparse.Namespace) -> bool:
     """Run stage after stage; returns whether nothing is left that can be run."""
     began = time.monotonic()
     while True:
         duel = declared(home)
-        names = [a.name for a in duel.arms if a.name.startswith(flags.only) and duel.done(a) < len(a.seeds)]
+        study, names = _next(duel, flags.only)
         left = None if flags.max_hours is None else max(flags.max_hours - (time.monotonic() - began) / 3600, 0)
-        matrix = stages.DuelMatrix(stages.study_of(duel.arms), load_config)
         runner = DuelRunner(
-            matrix, home / "runs.jsonl", pathlib.Path(flags.scratch), only=names, max_hours=left,
-            workers=flags.workers, allow_dirty=flags.allow_dirty,
+            stages.DuelMatrix(study, load_config), home / "runs.jsonl", pathlib.Path(flags.scratch), only=names,
+            max_hours=left, workers=flags.workers, allow_dirty=flags.allow_dirty,
         )  # fmt: skip
         if names or duel.to_measure:
             runner.check()

@@ -26,7 +26,7 @@ from xclip_jax.core.storage import strict_json
 from xclip_jax.parallel.mesh import batch_sharding
 from xclip_jax.train import build, state
 
-STEPS, TURNS = 3, 16
+STEPS, TURNS = 3, 48
 _ROOT = pathlib.Path(__file__).parents[2]
 _WORDS = 8  # tokens of a made text, with start and end: names have one to five words
 

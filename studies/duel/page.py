@@ -10,7 +10,7 @@ from etils import epath
 
 from studies import charts, claims, records, tables
 from studies.declaration import Arm, Claim, ClaimPart, Measure
-from studies.duel import spaces, stages
+from studies.duel import glyphs, spaces, stages
 from studies.icons import study as icons
 from studies.matrix import Matrix, Snapshot
 from studies.tables import table
@@ -127,6 +127,7 @@ def render(duel: stages.Duel, snapshot: Chosen, areas: Sequence[Mapping[str, Any
         _teams(duel),
         _finals(duel, snapshot, drawn),
         *(_wrong(duel, snapshot, areas, level) for level in stages.LEVELS),
+        glyphs.section(glyphs.snapshot(duel)),
         claims.section(snapshot) if snapshot.study.claims else [],
         ["## Missing", "", *(f"* {line}" for line in duel.missing() or ["nothing"])],
     ]
@@ -136,7 +137,7 @@ def render(duel: stages.Duel, snapshot: Chosen, areas: Sequence[Mapping[str, Any
 def _progress(duel: stages.Duel) -> list[str]:
     rows = [
         [stage.title, f"`{stage.prefix}`", str(stage.runs), str(done), str(stage.steps), f"{hours:.1f}"]
-        for stage, done, hours in duel.progress()
+        for stage, done, hours in (*duel.progress(), glyphs.progress(duel))
     ]
     return table(["stage", "arms", "runs", "done", "steps of CLIP's clock", "hours of two cores left"], rows)
 

@@ -1,12 +1,22 @@
 import collections
+import io
 import json
 import os
 import re
 
+import numpy as np
+import pytest
 from PIL import Image
 
+import xclip_jax
 from tests.helpers import bad_tars, tiny
 from xclip_jax.commands import check
+from xclip_jax.model import ZeroShotResult
+
+
+@pytest.fixture
+def checkpoint(request):
+    return request.getfixturevalue("run")
 
 
 def run(capsys, *arguments):
@@ -129,3 +139,55 @@ def test_a_folder_without_images_says_so(tmp_path, capsys):
     assert "contain 0 images (.jpg, " in run(capsys, f"folder:{tmp_path}")[2]
     bad_tars.picture(0).save(tmp_path / "x.png")
     assert "contain 1 images (.jpg, " in run(capsys, f"folder:{tmp_path}")[2]
+
+
+class Greys:
+    """A model that knows the caption of a grey picture, "grey 7" for the value 7."""
+
+    def zero_shot(self, images, names, templates):
+        assert templates == ["{}"] and len(set(names)) == len(names)
+        values = [Image.open(io.BytesIO(image)).convert("L").getpixel((0, 0)) for image in images]
+        p = np.array([[0.9 if name == f"grey {value}" else 0.1 / len(names) for name in names] for value in values])
+        return ZeroShotResult([names[i] for i in p.argmax(axis=1)], p, p)
+
+
+def test_wrong_captions_are_the_least_likely(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(check.inference, "load", lambda path, trust: Greys())
+    monkeypatch.setattr(check, "_BLOCK", 16)
+    (tmp_path / "pairs").mkdir()
+    for i in range(40):
+        grey = 6 * (i // 2)  # of each caption two images
+        Image.new("L", (20, 20), grey).save(tmp_path / "pairs" / f"{i:03d}.png")
+        (tmp_path / "pairs" / f"{i:03d}.txt").write_text("grey 250" if i in (5, 30) else f"grey {grey}")
+    files = "--suspects", tmp_path / "new" / "wrong.jsonl", "--sheet", tmp_path / "sheet.png"
+    code, out, _ = run(capsys, tmp_path / "pairs", "--samples", 0, "--by", "a/run", *files)
+    assert code == 0 and "by a/run: 95.0% of images have their own caption as the likeliest of about 13" in out
+    lines = [json.loads(line) for line in (tmp_path / "new" / "wrong.jsonl").read_text().splitlines()]
+    assert len(lines) == 40 and {line["file"][-7:] for line in lines[:2]} == {"005.png", "030.png"}
+    assert [line["caption"] for line in lines[:3]][:2] == ["grey 250"] * 2 and lines[2]["probability"] == 0.9
+    shown = [json.loads(line) for line in out.splitlines() if line.startswith("    {")]
+    assert shown == lines[:10]
+    with Image.open(tmp_path / "sheet.png") as page:  # its first pictures are the wrong ones
+        assert sorted((page.getpixel((100, 100))[0], page.getpixel((300, 100))[0])) == [12, 90]
+    assert "--suspects needs a model" in run(capsys, tmp_path / "pairs", "--suspects", "x")[2]
+
+
+@pytest.mark.long
+def test_probabilities_are_those_of_the_contrastive_loss(checkpoint, tmp_path, capsys):
+    tiny.folder(tmp_path / "pairs", n=9)
+    written = tmp_path / "all.jsonl"
+    assert run(capsys, tmp_path / "pairs", "--by", checkpoint, "--suspects", written)[0] == 0
+    model = xclip_jax.load(checkpoint)
+    files = sorted((tmp_path / "pairs").glob("*.png"))
+    captions = [path.with_suffix(".txt").read_text().splitlines()[0] for path in files]
+    names = sorted(set(captions))
+    logits = np.exp(float(model._variables["params"]["log_scale"])) * (
+        model.encode_image(files) @ model.encode_text(names).T
+    )
+    p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    expected = {
+        path.name: p[i, names.index(caption)] for i, (path, caption) in enumerate(zip(files, captions, strict=True))
+    }
+    lines = [json.loads(line) for line in written.read_text().splitlines()]
+    assert {os.path.basename(line["file"]): line["probability"] for line in lines} == pytest.approx(expected, abs=2e-6)
+    assert [line["probability"] for line in lines] == sorted(line["probability"] for line in lines)

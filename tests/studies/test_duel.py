@@ -143,6 +143,16 @@ def test_the_duel_declares_itself_stage_by_stage():
     assert "61.2 after 750 (1)" in text and "not decided yet" not in text and "4.000" in text
     listed = command.overview(duel, "")
     assert " runs" not in listed.partition("\n")[2] and "the cost of" not in listed
+
+    # At the end both winners are trained on the second corpus, with the settings of the finals.
+    study, names = command._next(duel, "")
+    assert names == ["glyphs_clip", "glyphs_xclip"] and command._next(duel, "final")[1] == []
+    for arm in study.arms:
+        final = next(each for each in duel.arms if each.name == arm.name.replace("glyphs", "final"))
+        config = stages.DuelMatrix(study, stages.load_config).config(arm, 0, {})
+        assert arm.changes == final.changes and config.model.txt.context_length == 24
+        assert list(config.eval.final_sets)[0] == "studies.glyphs.sets:GlyphSets/test_concepts"
+    assert "| CLIP | 0 of 3" in text.partition("## A second corpus")[2]
     assert "wrong captions" not in command.overview(duel, "final")
 
 

@@ -3,9 +3,11 @@
     xclip-jax check '/data/cc12m/{00000..01242}.tar' --sheet pairs.png
     xclip-jax check folder:/data/pairs --samples 0
     xclip-jax check pairs.csv,image=path,text=caption
+    xclip-jax check folder:/data/pairs --samples 0 --by RUN --suspects wrong.jsonl
 
-Tars are indexed completely; of the samples a random part is read, by default 2,000. The exit code is 0 if training
-would run, 1 if it would stop for too many bad samples, or for anything else.
+Tars are indexed completely; of the samples a random part is read, by default 2,000. With --by a trained model says
+which of their captions are likely those of other images. The exit code is 0 if training would run, 1 if it would stop
+for too many bad samples, or for anything else.
 """
 
 import argparse
@@ -15,17 +17,20 @@ import os
 import pathlib
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
+from xclip_jax import model as inference
 from xclip_jax.core.errors import Parser, UserError, check_count, exit_with_message, public
+from xclip_jax.core.imports import add_trust
 from xclip_jax.data import inspect, loader, sources, tokenizer
 from xclip_jax.data.base import MissingColumnError, Source, SourceOptions
 from xclip_jax.data.inspect import Sample
 
-_EXAMPLES = 3
+_EXAMPLES, _SUSPECTS = 3, 10
+_BLOCK = 256  # pairs whose captions a model compares with each other
 _SIZE = 224  # of the crop, pixels
 _COLUMNS_OF = ("image", "text", "tags", "dir")  # arguments after a source
 
@@ -58,8 +63,10 @@ def report(source: Source, options: argparse.Namespace) -> Iterator[str]:
     rate = count / seconds
     yield f"speed: {rate:,.0f} images/s to {_SIZE} px on {threads} cores, an epoch in {n / rate / 3600:,.1f} h"
     yield from _about_bad(source, bad, count)
+    if options.model and good:
+        good = yield from _suspects(source, good, options)
     if options.sheet and good:
-        yield f"{inspect.write_sheet(samples, source, options.sheet)} pairs in {options.sheet}"
+        yield f"{inspect.write_sheet(good, source, options.sheet)} pairs in {options.sheet}"
     share = len(bad) / count
     verdict = "training would run"
     if share > options.max_bad_fraction:
@@ -96,6 +103,34 @@ def _about_bad(source: Source, bad: Sequence[Sample], count: int) -> Iterator[st
             yield f"    {json.dumps(entry, ensure_ascii=False)}"
 
 
+def _suspects(
+    source: Source, good: Sequence[Sample], options: argparse.Namespace
+) -> Generator[str, None, Sequence[Sample]]:
+    """Yield lines about the captions that a model finds least likely; return the samples, the least likely first."""
+    judged: list[tuple[float, str, Sample]] = []  # probability of the own caption, the likeliest caption
+    blocks = -(-len(good) // _BLOCK)
+    for block in (good[i::blocks] for i in range(blocks)):
+        captions = [sample.caption for sample in block]
+        names = list(dict.fromkeys(captions))
+        answer = options.model.zero_shot([source[sample.index]["image"] for sample in block], names, ["{}"])
+        own = answer.probabilities[np.arange(len(block)), [names.index(caption) for caption in captions]]
+        judged += zip(own.tolist(), answer.labels, block, strict=True)
+    judged.sort(key=lambda row: row[0])
+    right = np.mean([label == sample.caption for _, label, sample in judged])
+    among = f"the likeliest of about {len(good) // blocks}"
+    yield f"by {options.by}: {right:.1%} of images have their own caption as {among}"
+    yield "least likely captions, with their probability:"
+    entries = [
+        source.describe(sample.index) | {"caption": sample.caption, "probability": round(own, 6), "likeliest": label}
+        for own, label, sample in judged
+    ]
+    yield from (f"    {json.dumps(entry, ensure_ascii=False)}" for entry in entries[:_SUSPECTS])
+    if options.suspects:
+        pathlib.Path(options.suspects).write_text("".join(f"{json.dumps(entry)}\n" for entry in entries))
+        yield f"all {len(entries):,}, the least likely first: {options.suspects}"
+    return [sample for *_, sample in judged]
+
+
 def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser = Parser(
         prog="xclip-jax check",
@@ -113,7 +148,13 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--tokenizer", default="clip")
     fraction = loader.DataConfig.max_bad_fraction
     parser.add_argument("--max_bad_fraction", type=float, default=fraction, help="data.max_bad_fraction of the run")
-    parser.add_argument("--sheet", default="", help="PNG file of random pairs to write; its folder is created")
+    parser.add_argument("--by", default="", metavar="RUN", help="a run or weights that judge how captions fit")
+    parser.add_argument(
+        "--suspects", default="", metavar="FILE", help="JSON lines of --by, the least likely pair first"
+    )
+    sheet = "PNG file to write, of random pairs, or with --by of the least likely ones; its folder is created"
+    parser.add_argument("--sheet", default="", help=sheet)
+    add_trust(parser)
     return parser.parse_args(arguments)
 
 
@@ -140,9 +181,12 @@ def main(arguments: Sequence[str]) -> int:
     options = _options(arguments)
     with exit_with_message():
         check_count("--samples", options.samples, 0)
-        if options.sheet:
-            pathlib.Path(options.sheet).parent.mkdir(parents=True, exist_ok=True)
+        if options.suspects and not options.by:
+            raise UserError("--suspects needs a model that judges the pairs; name one with --by RUN.")
+        for path in filter(None, (options.sheet, options.suspects)):
+            pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
         source = _open(options)
+        options.model = inference.load(options.by, trust=options.trust) if options.by else None
         for line in report(source, options):
             print(public(line).encode("utf-8", "replace").decode(), flush=True)  # names of files need not be UTF-8
     return 0 if options.passed else 1

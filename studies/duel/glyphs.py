@@ -1,0 +1,109 @@
+"""The second corpus: both winners of the duel, unchanged, on glyphs, on which nothing was tuned."""
+
+import dataclasses
+from collections.abc import Iterator
+
+from studies import claims, tables, verdicts
+from studies.declaration import Claim, ClaimPart, Measure, Study
+from studies.duel import stages
+from studies.glyphs import recipe
+from studies.matrix import Matrix, Snapshot
+from xclip_jax.config.load import load_config
+
+SEEDS = (0, 1, 2)
+STAGE = stages.Stage("glyphs", "a second corpus: glyphs", 2 * len(SEEDS), stages.FINAL_STEPS, tested=True)
+_TITLE = "Both winners on glyphs"
+VALIDATION = tuple(f"glyphs/validation_{name}" for name in recipe.VALIDATION)
+TESTS = tuple(f"glyphs/test_{name}" for name in recipe.TESTS)
+_LABELS = {
+    "concepts": "unseen characters",
+    "combinations": "unseen combinations",
+    "composition": "combinations among all names",
+    "rendering": "unseen foundries",
+    "retrieval": "retrieval",
+    "probe": "linear probe",
+    "scripts": "script probe",
+    "aliases": "alias to name",
+}
+NAMED = {VALIDATION[0]: "concepts"}
+_BEST = Measure("concepts_best", "unseen characters, chosen similarity", TESTS[0])
+MEASURES = (*(Measure(name, _LABELS[name], f"glyphs/test_{name}") for name in recipe.TESTS), _BEST)
+
+
+class GlyphSnapshot(Snapshot):
+    """A snapshot in which a measure may be by the similarity that validation chooses for an arm."""
+
+    def values(self, arm: str, measure: Measure) -> dict[int, float]:
+        """As `Snapshot.values`."""
+        if measure.name == _BEST.name:
+            ((validation, name),) = NAMED.items()
+            best = tables.best_similarity(self, arm, validation, name)[1]
+            return super().values(arm, best) if best else {}
+        return super().values(arm, measure)
+
+
+def study(duel: stages.Duel) -> Study | None:
+    """Return the study of both winners, or None while they or their costs are not known.
+
+    Steps, heads and settings are those of the finals, the ratio of steps as it was measured on icons.
+    """
+    finals = {arm.name: arm for arm in duel.arms}
+    if not {"final_clip", "final_xclip"} <= finals.keys():
+        return None
+    arms = []
+    for team in ("clip", "xclip"):
+        final = finals[f"final_{team}"]
+        arms.append(
+            dataclasses.replace(final, name=f"glyphs_{team}", recipe=f"{recipe.__file__}:objective={team}", seeds=SEEDS)
+        )
+    ours, clip = (arm.name for arm in reversed(arms))
+    parts = (
+        ClaimPart("names better", ours, clip, _BEST.name),
+        ClaimPart("has the better probe", ours, clip, "probe"),
+    )
+    claim = Claim("On glyphs too xCLIP's best names better and has better features than CLIP's best.", parts)
+    choose = Measure(
+        "choose", "rank among validation characters", VALIDATION[0], "rank_gmean", higher=False, ratio=True
+    )
+    return Study(
+        title=_TITLE,
+        about=(),
+        arms=tuple(arms),
+        changes=stages.CHANGES,
+        validation=VALIDATION,
+        tests=TESTS,
+        choose=choose,
+        measures=MEASURES,
+        claims=(claim,),
+        baseline=clip,
+        named=NAMED,
+        name="duel",
+        seconds_per_pair=1.4e-3,
+    )
+
+
+def snapshot(duel: stages.Duel) -> Snapshot | None:
+    """Return the finished runs on glyphs, or None while the winners are not known."""
+    declared = study(duel)
+    return GlyphSnapshot(Matrix(declared, load_config), duel.records) if declared else None
+
+
+def progress(duel: stages.Duel) -> tuple[stages.Stage, int, float]:
+    """Return the stage, the number of its finished runs, and the hours that are left."""
+    glyphs = snapshot(duel)
+    done = claims.counts(glyphs)[0] if glyphs else 0
+    return STAGE, done, STAGE.hours(STAGE.runs - done)
+
+
+def section(glyphs: Snapshot | None) -> Iterator[str]:
+    """Yield the section of the page."""
+    yield from ["## A second corpus: glyphs", ""]
+    if glyphs is None:
+        yield from ["Missing: the winners are not known yet.", ""]
+        return
+    arms = {arm.title: arm.name for arm in glyphs.study.arms}
+    yield from tables.table(["arm", "runs", *(m.label for m in MEASURES)], tables.rows_of(glyphs, arms, MEASURES))
+    yield from [f"{tables.difference_from(glyphs.study)}:", ""]
+    yield from tables.from_baseline(glyphs, list(arms.values()), MEASURES)
+    yield from [claims.sentence(verdicts.judge(glyphs, claim)) for claim in glyphs.study.claims]
+    yield ""
