@@ -12,6 +12,7 @@ for too many bad samples, or for anything else.
 
 import argparse
 import collections
+import dataclasses
 import json
 import os
 import pathlib
@@ -63,10 +64,11 @@ def report(source: Source, options: argparse.Namespace) -> Iterator[str]:
     rate = count / seconds
     yield f"speed: {rate:,.0f} images/s to {_SIZE} px on {threads} cores, an epoch in {n / rate / 3600:,.1f} h"
     yield from _about_bad(source, bad, count)
+    shown = good
     if options.model and good:
-        good = yield from _suspects(source, good, options)
+        shown = yield from _suspects(source, good, options)
     if options.sheet and good:
-        yield f"{inspect.write_sheet(good, source, options.sheet)} pairs in {options.sheet}"
+        yield f"{inspect.write_sheet(shown, source, options.sheet)} pairs in {options.sheet}"
     share = len(bad) / count
     verdict = "training would run"
     if share > options.max_bad_fraction:
@@ -106,7 +108,7 @@ def _about_bad(source: Source, bad: Sequence[Sample], count: int) -> Iterator[st
 def _suspects(
     source: Source, good: Sequence[Sample], options: argparse.Namespace
 ) -> Generator[str, None, Sequence[Sample]]:
-    """Yield lines about the captions that a model finds least likely; return the samples, the least likely first."""
+    """Yield lines about the captions that a model finds least likely; return samples for a sheet, these first."""
     judged: list[tuple[float, str, Sample]] = []  # probability of the own caption, the likeliest caption
     blocks = -(-len(good) // _BLOCK)
     for block in (good[i::blocks] for i in range(blocks)):
@@ -121,14 +123,15 @@ def _suspects(
     yield f"by {options.by}: {right:.1%} of images have their own caption as {among}"
     yield "least likely captions, with their probability:"
     entries = [
-        source.describe(sample.index) | {"caption": sample.caption, "probability": round(own, 6), "likeliest": label}
+        {"index": sample.index, **source.describe(sample.index), "caption": sample.caption}
+        | {"probability": round(own, 6), "likeliest": label}
         for own, label, sample in judged
     ]
     yield from (f"    {json.dumps(entry, ensure_ascii=False)}" for entry in entries[:_SUSPECTS])
     if options.suspects:
         pathlib.Path(options.suspects).write_text("".join(f"{json.dumps(entry)}\n" for entry in entries))
         yield f"all {len(entries):,}, the least likely first: {options.suspects}"
-    return [sample for *_, sample in judged]
+    return [dataclasses.replace(sample, caption=f"{sample.caption} (or {label}?)") for _, label, sample in judged]
 
 
 def _options(arguments: Sequence[str]) -> argparse.Namespace:
