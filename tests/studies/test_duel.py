@@ -151,7 +151,7 @@ def test_the_duel_declares_itself_stage_by_stage():
         final = next(each for each in duel.arms if each.name == arm.name.replace("glyphs", "final"))
         config = stages.DuelMatrix(study, stages.load_config).config(arm, 0, {})
         assert arm.changes == final.changes and config.model.txt.context_length == 24
-        assert list(config.eval.final_sets)[0] == "studies.glyphs.sets:GlyphSets/test_concepts"
+        assert next(iter(config.eval.final_sets)) == "studies.glyphs.sets:GlyphSets/test_concepts"
     assert "| CLIP | 0 of 3" in text.partition("## A second corpus")[2]
     assert "wrong captions" not in command.overview(duel, "final")
 
