@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from studies import charts, claims, records, tables
+from studies import charts, claims, records, tables, verdicts
 from studies.declaration import Arm, Claim, ClaimPart, Measure
 from studies.duel import glyphs, spaces, stages
 from studies.icons import study as icons
@@ -23,6 +23,14 @@ _OLD_RUNS = pathlib.Path(icons.__file__).with_name("runs.jsonl")
 _OLD = ("clip_steps4000", "clip_steps4000_longer", "xclip_steps4000")
 _OF_OTHERS = ("smoothed", "gce", "distilled", "superclip", "siglip", "clip", "nclip", "shuffled")
 _SHARES = (0.25, 0.5, 0.75, 1.0)
+_DRAWN = ("smoothed", "gce", "distilled", "superclip", "xclip", "oracle")  # as many as there are colours
+_SUSPECTED_BY = (
+    ("clip", "loss"),
+    ("smoothed", "loss"),
+    ("xclip", "loss"),
+    ("xclip", "clusters"),
+    ("nclip", "clusters"),
+)
 
 
 def measures() -> tuple[Measure, ...]:
@@ -96,12 +104,35 @@ def snapshot_of(duel: stages.Duel, load: Any = load_config) -> Chosen:
 def write(home: pathlib.Path, duel: stages.Duel) -> pathlib.Path:
     """Write page.md with its charts in study/, and return its path."""
     snapshot = snapshot_of(duel)
-    drawn, path = charts.of_study(snapshot) if snapshot.records else {}, home / "page.md"
+    areas, path = read_areas(home), home / "page.md"
+    drawn = (charts.of_study(snapshot) | own_charts(snapshot, areas)) if snapshot.records else {}
     for name, svg in drawn.items():
         (home / "study").mkdir(parents=True, exist_ok=True)
         write_whole(epath.Path(home / "study" / f"{name}.svg"), svg)
-    write_whole(epath.Path(path), render(duel, snapshot, read_areas(home), drawn))
+    write_whole(epath.Path(path), render(duel, snapshot, areas, drawn))
     return path
+
+
+def own_charts(snapshot: Chosen, areas: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """{file name: SVG} of what other studies do not draw: arms under wrong captions, and what finds these captions."""
+    study, made = snapshot.study, dict[str, str | None]()
+    titles = {arm.name: arm.title.partition(",")[0] for arm in study.arms}
+    for level in stages.LEVELS:
+        prefix = f"wrong{level}_"
+        arms = [f"{prefix}{name}" for name in _DRAWN if f"{prefix}{name}" in titles]
+        groups = {}
+        for measure in (study.measure("zeroshot_best"), study.measure("probe")):
+            pairs = {arm: verdicts.difference(snapshot, arm, f"{prefix}clip", measure) for arm in arms}
+            groups[measure.label] = {study.arm(arm).title: d for arm, d in pairs.items() if d}
+        title = f"{level} % of captions exchanged: difference from CLIP, percentage points"
+        made[f"wrong{level}"] = charts.in_groups(title, groups, "mean over seeds, 95 %")
+        lines = {}
+        for name, score in _SUSPECTED_BY:
+            points = _mean_areas(areas, f"{prefix}{name}").get(score, [])
+            lines[f"{stages.WRONG_TITLES[name]} by {score}"] = [(step, mean) for step, mean, _ in points]
+        title = f"AUC of exchanged against true captions, {level} % exchanged"
+        made[f"suspects{level}"] = charts.over_steps(title, lines, "%", ("chance", 50.0))
+    return {name: svg for name, svg in made.items() if svg}
 
 
 def read_areas(home: pathlib.Path) -> list[dict[str, Any]]:
@@ -126,7 +157,7 @@ def render(duel: stages.Duel, snapshot: Chosen, areas: Sequence[Mapping[str, Any
         _heads(duel),
         _teams(duel),
         _finals(duel, snapshot, drawn),
-        *(_wrong(duel, snapshot, areas, level) for level in stages.LEVELS),
+        *(_wrong(duel, snapshot, areas, drawn, level) for level in stages.LEVELS),
         glyphs.section(glyphs.snapshot(duel)),
         claims.section(snapshot) if snapshot.study.claims else [],
         ["## Missing", "", *(f"* {line}" for line in duel.missing() or ["nothing"])],
@@ -224,7 +255,9 @@ def _finals(duel: stages.Duel, snapshot: Chosen, drawn: Mapping[str, str]) -> It
     yield from table(["arm", "runs", *(m.label for m in icons.MEASURES)], tables.rows_of(old, shown, icons.MEASURES))
 
 
-def _wrong(duel: stages.Duel, snapshot: Chosen, areas: Sequence[Mapping[str, Any]], level: int) -> Iterator[str]:
+def _wrong(
+    duel: stages.Duel, snapshot: Chosen, areas: Sequence[Mapping[str, Any]], drawn: Mapping[str, str], level: int
+) -> Iterator[str]:
     prefix = f"wrong{level}_"
     yield from [f"## {level} % of captions exchanged", ""]
     arms = [arm for arm in duel.arms if arm.name.startswith(prefix)]
@@ -232,6 +265,7 @@ def _wrong(duel: stages.Duel, snapshot: Chosen, areas: Sequence[Mapping[str, Any
         yield from ["Missing: no arm is retuned yet.", ""]
         return
     yield from _rows(duel, snapshot, prefix)
+    yield from tables.shown(drawn, f"wrong{level}", f"Difference from CLIP with {level} % of captions exchanged")
     rows = [[arm.title, _settings_text(duel.retuned.get(arm.name, {})) or "as the arm that it follows"] for arm in arms]
     yield from ["Chosen on validation, of four candidates each:", "", *table(["arm", "settings"], rows)]
     yield from ["Training loss over the run, in shares of its steps; curves are flat where the last two are close:", ""]
@@ -242,19 +276,21 @@ def _wrong(duel: stages.Duel, snapshot: Chosen, areas: Sequence[Mapping[str, Any
     rows = []
     for arm in arms:
         areas_of_arm = _mean_areas(areas, arm.name)
-        rows += [[arm.title, score, ", ".join(values)] for score, values in areas_of_arm.items()]
+        for score, points in areas_of_arm.items():
+            rows.append([arm.title, score, ", ".join(f"{mean:.1f} after {step} ({n})" for step, mean, n in points)])
         rows += [] if areas_of_arm else [[arm.title, "missing", "missing"]]
     yield from table(["arm", "suspicion by", "AUC after steps (seeds)"], rows)
+    yield from tables.shown(drawn, f"suspects{level}", "AUC of exchanged captions over training")
 
 
-def _mean_areas(areas: Sequence[Mapping[str, Any]], arm: str) -> dict[str, list[str]]:
-    """{score: "61.2 after 750 (3)" of each checkpoint, mean over seeds}."""
-    areas_of_arm: dict[str, list[str]] = {}
+def _mean_areas(areas: Sequence[Mapping[str, Any]], arm: str) -> dict[str, list[tuple[int, float, int]]]:
+    """{score: (step, mean over seeds, seeds) of each checkpoint}."""
+    areas_of_arm: dict[str, list[tuple[int, float, int]]] = {}
     of_arm = [line for line in areas if line["arm"] == arm]
     for score in ("loss", "cosine", "clusters"):
         for step in sorted({line["step"] for line in of_arm if score in line}):
             values = [line[score] for line in of_arm if line["step"] == step and score in line]
-            areas_of_arm.setdefault(score, []).append(f"{np.mean(values):.1f} after {step} ({len(values)})")
+            areas_of_arm.setdefault(score, []).append((step, float(np.mean(values)), len(values)))
     return areas_of_arm
 
 

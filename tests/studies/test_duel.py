@@ -139,7 +139,11 @@ def test_the_duel_declares_itself_stage_by_stage():
         made.fill(made.duel(), lambda name: 60.0 if name.partition("_")[2] in better else 40.0 + (name[-2:] == "_1"))
     duel = made.duel()
     check_all_is_declared(duel)
-    text = page.render(duel, page.snapshot_of(duel), [{"arm": "wrong25_xclip", "step": 750, "clusters": 61.23}], {})
+    areas = [{"arm": "wrong25_xclip", "step": step, "clusters": 61.23} for step in (750, 1500)]
+    snapshot = page.snapshot_of(duel)
+    drawn = page.own_charts(snapshot, areas)
+    assert drawn.keys() == {"wrong25", "wrong50", "suspects25"} and "xCLIP by clusters" in drawn["suspects25"]
+    text = page.render(duel, snapshot, areas, drawn)
     assert "61.2 after 750 (1)" in text and "not decided yet" not in text and "4.000" in text
     listed = command.overview(duel, "")
     assert " runs" not in listed.partition("\n")[2] and "the cost of" not in listed
