@@ -108,7 +108,7 @@ def by_mean_rank(values: Mapping[str, tuple[float, float]]) -> list[str]:
     Args:
       values: {candidate: its two measures}, more is better; minus infinity for a run that diverged.
     """
-    table = np.array(list(values.values()), float)
+    table = np.array(list(values.values()), float).reshape(-1, 2)
     ranks = np.stack([rankdata(-column) for column in table.T], axis=1)
     order = sorted(range(len(table)), key=lambda i: (ranks[i].mean(), ranks[i, 0], i))
     return [list(values)[i] for i in order]

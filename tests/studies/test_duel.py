@@ -63,6 +63,7 @@ def test_the_rule_is_the_mean_of_two_ranks():
     assert stages.by_mean_rank(values) == ["b", "a", "c", "d"]
     assert stages.by_mean_rank({"a": (-np.inf, -np.inf), "b": (0.0, 0.0)}) == ["b", "a"]
     assert stages.by_mean_rank({"a": (1.0, 2.0), "b": (2.0, 1.0)}) == ["b", "a"]  # naming decides
+    assert stages.by_mean_rank({}) == []  # the page of a rung without a finished run
 
 
 class Made:
