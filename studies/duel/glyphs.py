@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from studies import claims, tables, verdicts
 from studies.declaration import Claim, ClaimPart, Measure, Study
 from studies.duel import stages
+from studies.duel.chosen import BEST, Chosen
 from studies.glyphs import recipe
 from studies.matrix import Matrix, Snapshot
 from xclip_jax.config.load import load_config
@@ -26,20 +27,8 @@ _LABELS = {
     "aliases": "alias to name",
 }
 NAMED = {VALIDATION[0]: "concepts"}
-_BEST = Measure("concepts_best", "unseen characters, chosen similarity", TESTS[0])
+_BEST = Measure(f"concepts{BEST}", "unseen characters, chosen similarity", TESTS[0])
 MEASURES = (*(Measure(name, _LABELS[name], f"glyphs/test_{name}") for name in recipe.TESTS), _BEST)
-
-
-class GlyphSnapshot(Snapshot):
-    """A snapshot in which a measure may be by the similarity that validation chooses for an arm."""
-
-    def values(self, arm: str, measure: Measure) -> dict[int, float]:
-        """As `Snapshot.values`."""
-        if measure.name == _BEST.name:
-            ((validation, name),) = NAMED.items()
-            best = tables.best_similarity(self, arm, validation, name)[1]
-            return super().values(arm, best) if best else {}
-        return super().values(arm, measure)
 
 
 def study(duel: stages.Duel) -> Study | None:
@@ -85,7 +74,7 @@ def study(duel: stages.Duel) -> Study | None:
 def snapshot(duel: stages.Duel) -> Snapshot | None:
     """Return the finished runs on glyphs, or None while the winners are not known."""
     declared = study(duel)
-    return GlyphSnapshot(Matrix(declared, load_config), duel.records) if declared else None
+    return Chosen(Matrix(declared, load_config), duel.records) if declared else None
 
 
 def progress(duel: stages.Duel) -> tuple[stages.Stage, int, float]:

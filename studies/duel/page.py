@@ -11,6 +11,7 @@ from etils import epath
 from studies import charts, claims, records, tables, verdicts
 from studies.declaration import Arm, Claim, ClaimPart, Measure
 from studies.duel import glyphs, spaces, stages
+from studies.duel.chosen import BEST, Chosen
 from studies.icons import study as icons
 from studies.matrix import Matrix, Snapshot
 from studies.tables import table
@@ -18,7 +19,6 @@ from xclip_jax.config.load import load_config
 from xclip_jax.core.storage import write_whole
 
 NAMED = dict(zip(icons.VALIDATION, ("zeroshot", "rendering"), strict=True))
-_BEST = "_best"  # ends the name of a measure by the similarity that validation chooses for each arm
 _OLD_RUNS = pathlib.Path(icons.__file__).with_name("runs.jsonl")
 _OLD = ("clip_steps4000", "clip_steps4000_longer", "xclip_steps4000")
 _OF_OTHERS = ("smoothed", "gce", "distilled", "superclip", "siglip", "clip", "nclip", "shuffled")
@@ -40,20 +40,8 @@ def measures() -> tuple[Measure, ...]:
         if measure.name in NAMED.values():
             what = f"{measure.what}; by the similarity or mixture that is best for an arm on validation"
             label = f"{measure.label}, chosen similarity"
-            chosen.append(Measure(f"{measure.name}{_BEST}", label, measure.set, family=measure.family, what=what))
+            chosen.append(Measure(f"{measure.name}{BEST}", label, measure.set, family=measure.family, what=what))
     return (*icons.MEASURES, *chosen)
-
-
-class Chosen(Snapshot):
-    """A snapshot whose arms are read by the similarity that validation chooses, where a measure asks for it."""
-
-    def values(self, arm: str, measure: Measure) -> dict[int, float]:
-        """As `Snapshot.values`."""
-        for validation, name in NAMED.items():
-            if measure.name == f"{name}{_BEST}":
-                best = tables.best_similarity(self, arm, validation, name)[1]
-                return super().values(arm, best) if best else {}
-        return super().values(arm, measure)
 
 
 def _against(a: str, others: Sequence[str], names: set[str], prefix: str) -> tuple[ClaimPart, ...]:
@@ -116,10 +104,10 @@ def write(home: pathlib.Path, duel: stages.Duel) -> pathlib.Path:
 def own_charts(snapshot: Chosen, areas: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """{file name: SVG} of what other studies do not draw: arms under wrong captions, and what finds these captions."""
     study, made = snapshot.study, dict[str, str | None]()
-    titles = {arm.name: arm.title.partition(",")[0] for arm in study.arms}
+    names = {arm.name for arm in study.arms}
     for level in stages.LEVELS:
         prefix = f"wrong{level}_"
-        arms = [f"{prefix}{name}" for name in _DRAWN if f"{prefix}{name}" in titles]
+        arms = [f"{prefix}{name}" for name in _DRAWN if f"{prefix}{name}" in names]
         groups = {}
         for measure in (study.measure("zeroshot_best"), study.measure("probe")):
             pairs = {arm: verdicts.difference(snapshot, arm, f"{prefix}clip", measure) for arm in arms}

@@ -6,7 +6,7 @@
     xclip-jax check folder:/data/pairs --samples 0 --by RUN --suspects wrong.jsonl
 
 Tars are indexed completely; of the samples a random part is read, by default 2,000. With --by a trained model says
-which of their captions are likely those of other images. The exit code is 0 if training would run, 1 if it would stop
+which captions probably belong to other images. The exit code is 0 if training would run, 1 if it would stop
 for too many bad samples, or for anything else.
 """
 
