@@ -76,9 +76,9 @@ def lengths_that_fit(microbatches):
     ("objective", "devices", "microbatches", "strategy"),
     [
         ("clip", 1, 1, "dp"),
-        pytest.param("nclip", 2, 2, "dp", marks=pytest.mark.slow),
+        ("nclip", 2, 2, "dp"),
         pytest.param("nclip-ema", 2, 1, "dp", marks=pytest.mark.slow),
-        ("xclip-ema", 4, 2, "fsdp"),
+        pytest.param("xclip-ema", 4, 2, "fsdp", marks=pytest.mark.slow),
     ],
 )
 def test_gradients_of_cut_texts_are_those_of_whole_ones(objective, devices, microbatches, strategy):

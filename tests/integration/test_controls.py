@@ -138,7 +138,9 @@ def test_a_step_with_shuffled_targets(shuffled):
     assert abs(shuffled["nclip/align"] - plain["nclip/align"]) > 0.1
 
 
-@pytest.mark.parametrize("changes", [{"loss__chunk_size": 8}, {"optim__microbatches": 2}])
+@pytest.mark.parametrize(
+    "changes", [pytest.param({"loss__chunk_size": 8}, marks=pytest.mark.slow), {"optim__microbatches": 2}]
+)
 def test_shuffled_targets_are_those_of_the_whole_batch(changes, shuffled):
     """In chunks and microbatches too, and on eight devices."""
     assert metrics_of_a_step(**SHUFFLED, **changes) == pytest.approx(shuffled, rel=1e-5, abs=1e-5)

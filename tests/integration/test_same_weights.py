@@ -73,7 +73,12 @@ def test_results_of_an_export_that_was_replaced_are_not_shown(root, tmp_path):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("ema", False), ("resize", "squash"), ("resize_size", 2 * tiny.SIZE), ("interpolation", "bilinear")],
+    [
+        ("ema", False),
+        ("resize_size", 2 * tiny.SIZE),
+        pytest.param("resize", "squash", marks=pytest.mark.slow),
+        pytest.param("interpolation", "bilinear", marks=pytest.mark.slow),
+    ],
 )
 def test_keys_that_change_the_features_at_the_same_step(key, value, root, tmp_path):
     run, one, two = tmp_path / "run", f"folder:{root / 'one'}", f"folder:{root / 'two'}"
@@ -122,10 +127,10 @@ def test_a_branch_of_the_hub_that_moves(root, server, tmp_path, monkeypatch, cap
 @pytest.mark.parametrize(
     "changes",
     [
-        {"eval__resize": "squash"},
         {"data__normalization": "clip"},
         {"data__tokenizer": "fingerprints.json"},
-        {"model__txt__causal": False},
+        pytest.param({"eval__resize": "squash"}, marks=pytest.mark.slow),
+        pytest.param({"model__txt__causal": False}, marks=pytest.mark.slow),
     ],
 )
 def test_a_fingerprint_is_of_preprocessing_tokenizer_and_meaning_too(changes, tmp_path, monkeypatch):

@@ -114,7 +114,12 @@ def everywhere(monkeypatch):
 
 @pytest.mark.parametrize(
     ("strategy", "scan", "remat"),
-    [("dp", False, "none"), ("dp", True, "dots"), ("fsdp_tp", True, "full"), ("fsdp_tp", False, "dots")],
+    [
+        ("dp", False, "none"),
+        ("fsdp_tp", True, "full"),
+        pytest.param("dp", True, "dots", marks=pytest.mark.slow),
+        pytest.param("fsdp_tp", False, "dots", marks=pytest.mark.slow),
+    ],
 )
 def test_a_tower_on_eight_devices_is_the_same(everywhere, strategy, scan, remat):
     config = TransformerConfig(width=256, depth=2, heads=4, scan=scan, remat=remat)

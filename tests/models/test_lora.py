@@ -25,7 +25,7 @@ def trained(steps=2, **changes):
     return before, jax.device_get(s), p
 
 
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_only_adapters_change_in_the_towers(scan):
     tower = {"model__img__scan": scan, "model__img__depth": 2, "finetune__lora__rank": 3}
     before, after, _ = trained(**tower)
@@ -62,7 +62,7 @@ def test_some_kernels_have_adapters():
         build.build(tiny.config("clip", finetune__lora__rank=2))
 
 
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_frozen_layers_stay_bit_for_bit(scan):
     frozen = ("img.embed", "img.blocks.0-1", "txt.blocks.0")
     before, after, _ = trained(model__img__scan=scan, model__img__depth=3, init__frozen=frozen)

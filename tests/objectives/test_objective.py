@@ -38,7 +38,10 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant",
+    [pytest.param(name, marks=pytest.mark.slow if name in ("nclip", "xclip") else ()) for name in VARIANTS],
+)
 def test_parameters_and_metrics_are_those_of_the_first_edition(variant):
     """Mean magnitude of each tensor at the start, and metrics of three steps, recorded from the version before."""
     expected = json.loads((pathlib.Path(__file__).parents[1] / "golden" / "objectives.json").read_text())[variant]

@@ -110,7 +110,7 @@ def on_one_device():
     return train(build.build(superclip(), jax.devices()[:1]), 1)[1][0]
 
 
-@pytest.mark.parametrize("strategy", ["dp", "fsdp"])
+@pytest.mark.parametrize("strategy", [pytest.param("dp", marks=pytest.mark.slow), "fsdp"])
 def test_a_term_of_another_package_on_eight_devices(strategy, on_one_device):
     many, expected = build.build(superclip(mesh__strategy=strategy, mesh__data=4, mesh__fsdp=2)), on_one_device
     _, (metrics,) = train(many, 1)

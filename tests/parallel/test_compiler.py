@@ -63,7 +63,9 @@ def test_an_unknown_option_is_left_out_and_one_of_the_environment_stays(monkeypa
     assert compiler.options(devices("v4:2x2x1")) == {name: known[name] for name in known if name != first}
 
 
-@pytest.mark.parametrize("topology", ["v5e:4x4", "v6e:4x4", "tpu7x:2x2x4"])
+@pytest.mark.parametrize(
+    "topology", ["v5e:4x4", *(pytest.param(x, marks=pytest.mark.slow) for x in ("v6e:4x4", "tpu7x:2x2x4"))]
+)
 def test_a_weight_gradient_that_ends_split_is_one_product(topology):
     chips = devices(topology)
     mesh = Mesh(np.array(chips), ("data",))

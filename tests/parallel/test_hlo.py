@@ -258,7 +258,7 @@ def test_the_largest_branch_counts():
 CASES = [("dp", 8, 1), ("zero1", 8, 1), ("fsdp", 1, 8), ("fsdp", 2, 4)]
 
 
-@pytest.mark.parametrize("objective", ["clip", "xclip"])
+@pytest.mark.parametrize("objective", [pytest.param("clip", marks=pytest.mark.slow), "xclip"])
 @pytest.mark.parametrize(("strategy", "data", "fsdp"), CASES)
 def test_no_strategy_moves_much_more_than_it_must(objective, strategy, data, fsdp):
     """Payload at most 1.2 times the minimum: gradients once, both embeddings once, parameters as the strategy must.

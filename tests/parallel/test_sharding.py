@@ -24,6 +24,7 @@ MESHES = {
     "fsdp_tp": ("fsdp_tp", 2, 2, 2),
 }
 CLUSTERS_SPLIT_TWICE = {"zero1-clusters": ("zero1", 2, 2, 2)}
+SPLIT_STATES = (("muon", "zero1"), ("adafactor", "fsdp"), ("lamb", "fsdp"), ("lion", "fsdp"))
 FSDP_ALONE = {"data": 1, "fsdp": 8, "model": 1, "strategy": "fsdp"}
 # xCLIP holds the other two losses; by themselves they are minutes more of compilation.
 OBJECTIVES = (
@@ -34,7 +35,7 @@ OBJECTIVES = (
 )
 # What is not slow: xCLIP with all strategies, and SigLIP's loss over one axis of devices and over two.
 STRATEGIES = [("siglip", "dp"), ("siglip", "fsdp"), *(("xclip", mesh) for mesh in MESHES)]
-GRADCACHE = ("zero1", "fsdp_tp")
+GRADCACHE = ("fsdp_tp",)
 BATCH = 32
 
 
@@ -100,8 +101,14 @@ def test_strategies(objective, mesh, plain):
     assert_same(gradients(make(objective, mesh)), plain(objective))
 
 
-@pytest.mark.parametrize("impl", ["plain", "ring"])
-@pytest.mark.parametrize("objective", ["clip", "siglip"])
+@pytest.mark.parametrize(
+    ("objective", "impl"),
+    [
+        ("clip", "ring"),
+        ("siglip", "plain"),
+        *(pytest.param(*x, marks=pytest.mark.slow) for x in (("clip", "plain"), ("siglip", "ring"))),
+    ],
+)
 def test_captions_of_several_pairs(objective, impl, plain):
     """Pairs of one caption are positives of each other wherever they are, in microbatches too."""
     changes = {f"objective__{objective}__positives": "caption"}
@@ -115,7 +122,7 @@ def test_captions_of_several_pairs(objective, impl, plain):
     [
         ("clip", "dp", {"objective__clip__q": 0.7, "objective__clip__reverse": 2.0, "loss__impl": "ring"}),
         ("clip", "fsdp", {"objective__clip__distill": 0.5, "objective__clip__label_smoothing": 0.1}),
-        ("superclip", "dp", {}),
+        pytest.param("superclip", "dp", {}, marks=pytest.mark.slow),
         ("superclip", "fsdp_tp", {}),
     ],
 )
@@ -128,8 +135,14 @@ def test_robust_losses_teachers_and_tokens(objective, mesh, changes):
         assert expected[0]["clip/teacher_share"] == pytest.approx(0.25)
 
 
-@pytest.mark.parametrize("mesh", ["zero1", "fsdp"])
-@pytest.mark.parametrize("name", optim.NAMES[1:])
+@pytest.mark.parametrize(
+    ("name", "mesh"),
+    [
+        pytest.param(name, mesh, marks=() if (name, mesh) in SPLIT_STATES else pytest.mark.slow)
+        for name in optim.NAMES[1:]
+        for mesh in ("zero1", "fsdp")
+    ],
+)
 def test_states_of_optimizers_are_split(name, mesh, monkeypatch):
     """Two updates, of moments in layouts of their own: factored, of some parameters only, of stacked blocks."""
     monkeypatch.setattr(sharding, "ZERO1_ELEMENTS", 1)
@@ -163,7 +176,7 @@ def test_states_of_optimizers_are_restored(name, tmp_path):
     chex.assert_trees_all_equal(jax.device_get(restored), jax.device_get(s))
 
 
-@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize("microbatches", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_scanned_blocks_that_are_computed_again(microbatches, plain):
     """As in recipes of full size; the step of one device keeps what these compute again."""
     tower = {"model__img__depth": 2, "model__img__scan": True}

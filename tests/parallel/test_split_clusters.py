@@ -31,9 +31,8 @@ FORMS = {
     "teacher-chunks": (TEACHER | SHUFFLED, {"loss__chunk_size": 8}),
     "layers": ({"objective__nclip__target": "joint", "head": HEAD | {"layers": 2}}, {"loss__impl": "ring"}),
 }
-# Each strategy and each form once; all combinations are minutes of compilation.
+# All combinations are minutes of compilation.
 QUICK = {
-    ("dp", "teacher-chunks"),
     ("zero1", "sinkhorn"),
     ("fsdp_tp", "chunks"),
 }
@@ -75,7 +74,8 @@ def test_values_and_gradients_are_of_one_device(mesh, form, plain):
 
 
 @pytest.mark.parametrize(
-    ("mesh", "topology"), [("dp", None), ("fsdp_tp", None), pytest.param("zero1", "v5e:2x4", marks=pytest.mark.slow)]
+    ("mesh", "topology"),
+    [("dp", None), *(pytest.param(*x, marks=pytest.mark.slow) for x in (("fsdp_tp", None), ("zero1", "v5e:2x4")))],
 )
 def test_hidden_rows_are_sent_and_neither_kernels_nor_logits(mesh, topology):
     k = 8 * 56

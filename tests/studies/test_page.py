@@ -257,7 +257,11 @@ def test_xclip_has_the_setting_that_the_factors_chose():
 
 
 @pytest.mark.parametrize(
-    ("name", "tau"), [(icons.SEARCHED, 0.5), (icons.SEARCHED_AGAIN, 0.35), (icons.SEARCHED_XCLIP, 0.35)]
+    ("name", "tau"),
+    [
+        (icons.SEARCHED_XCLIP, 0.35),
+        *(pytest.param(*x, marks=pytest.mark.slow) for x in ((icons.SEARCHED, 0.5), (icons.SEARCHED_AGAIN, 0.35))),
+    ],
 )
 def test_titles_name_the_setting_that_was_chosen(name, tau):
     m = Matrix(icons.study(), load.load_config)

@@ -71,7 +71,7 @@ def stop_after(questions):
     return lambda _: next(count) == questions
 
 
-@pytest.mark.parametrize("stop", ["kill", "signal"])
+@pytest.mark.parametrize("stop", ["kill", pytest.param("signal", marks=pytest.mark.slow)])
 def test_the_evaluation_of_a_step_that_was_cut_off_is_made_after_all(pairs, tmp_path, evaluators, monkeypatch, stop):
     """Checkpoint and evaluation are due at step 2, and the run ends between them."""
     c = tiny.short(pairs, tmp_path / "run", eval__sets=("a",), eval__every=2)
@@ -103,7 +103,7 @@ def test_an_evaluation_that_was_made_is_not_made_again(pairs, tmp_path, evaluato
     assert [(step, flat(results)) for step, results in evaluations] == [(4, {"a/top1": 12.5})]
 
 
-@pytest.mark.parametrize("steps", [0, 1])
+@pytest.mark.parametrize("steps", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_given_weights_are_evaluated_on_all_sets_before_the_first_step_once(
     pairs, tmp_path, run, evaluators, steps, capsys
 ):

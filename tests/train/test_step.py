@@ -57,7 +57,9 @@ def gradients(p, batch=None):
 
 
 # test_sharding holds the other variants, on every mesh.
-@pytest.mark.parametrize("variant", ["clip", "nclip", "xclip-joint-sinkhorn"])
+@pytest.mark.parametrize(
+    "variant", [*(pytest.param(x, marks=pytest.mark.slow) for x in ("clip", "nclip")), "xclip-joint-sinkhorn"]
+)
 def test_one_device_against_eight(variant):
     loss_1, grads_1, stats_1 = gradients(make(variant, devices=1))
     loss_8, grads_8, stats_8 = gradients(make(variant, devices=8))
@@ -68,7 +70,9 @@ def test_one_device_against_eight(variant):
     chex.assert_trees_all_close(stats_8, stats_1, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("objective", ["clip", "siglip", "nclip", "xclip", "superclip"])
+@pytest.mark.parametrize(
+    "objective", [*(pytest.param(x, marks=pytest.mark.slow) for x in ("clip", "nclip")), "siglip", "xclip", "superclip"]
+)
 def test_the_loss_falls_on_one_batch(objective):
     p = make(objective, steps=40, data__flip_prob=0.0, data__color_jitter=0.0, optim__schedule="constant")
     s, losses = state.create(p.init, p.abstract), []

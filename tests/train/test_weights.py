@@ -200,7 +200,9 @@ def test_other_meanings_are_warned_of(source, capsys):
     assert "trained with different settings: model.img.act ('gelu', 'quick_gelu' in this run)" in said
 
 
-@pytest.mark.parametrize(("frozen", "changes"), [(("img",), {}), (("txt",), {"optim__microbatches": 2})])
+@pytest.mark.parametrize(
+    ("frozen", "changes"), [pytest.param(("img",), {}, marks=pytest.mark.slow), (("txt",), {"optim__microbatches": 2})]
+)
 def test_a_frozen_tower_stays_bit_for_bit_and_has_no_moments(frozen, changes):
     c = tiny.config("clip", init__frozen=frozen, optim__weight_decay=0.5, optim__grad_clip_norm=1.0, **changes)
     p = build.build(c)

@@ -1,5 +1,6 @@
 """Everything that a step changes and a checkpoint holds."""
 
+import os
 from typing import Any
 
 import flax.linen as nn
@@ -115,5 +116,6 @@ def create(init: Any, abstract: TrainState) -> TrainState:
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     # It runs once: on a CPU, code that is optimised less is compiled in little more than half the time.
     on_cpu = jax.tree.leaves(shardings)[0].mesh.devices.flat[0].platform == "cpu"
-    options = {"xla_backend_optimization_level": 1} if on_cpu else None
+    chosen = "xla_backend_optimization_level" in os.environ.get("XLA_FLAGS", "")
+    options = {"xla_backend_optimization_level": 1} if on_cpu and not chosen else None
     return jax.jit(lambda: nn.unbox(init()), out_shardings=shardings, compiler_options=options)()
