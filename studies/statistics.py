@@ -117,6 +117,23 @@ def p_above(mean: float, standard_error: float, n: int) -> float:
     return float(scipy.stats.t.sf(mean / standard_error, n - 1))
 
 
+def seeds_needed(mean: float, deviation: float, most: int = 100, power: float = 0.8) -> int | None:
+    """Fewest seeds with which a two-sided paired t-test at 5 % shows a true mean above 0; None if `most` are too few.
+
+    Args:
+      mean, deviation: of the differences, in one unit.
+      most: seeds that are tried.
+      power: the probability with which it is shown.
+    """
+    if mean <= 0:
+        return None
+    for n in range(2, most + 1):
+        shift = mean * math.sqrt(n) / deviation if deviation else math.inf
+        if math.isinf(shift) or scipy.stats.nct.sf(scipy.stats.t.ppf(0.5 + LEVEL / 2, n - 1), n - 1, shift) >= power:
+            return n
+    return None
+
+
 def sign_flip(differences: Sequence[float] | np.ndarray) -> float:
     """Two-sided p of the permutation test that differences are symmetric around 0: all 2^n signs are tried.
 

@@ -1,6 +1,7 @@
 """The page of the duel, made from its records: what is missing is shown as missing."""
 
 import json
+import math
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from studies.duel import glyphs, spaces, stages
 from studies.duel.chosen import BEST, Chosen
 from studies.icons import study as icons
 from studies.matrix import Matrix, Snapshot
+from studies.statistics import MIN_SEEDS, seeds_needed
 from studies.tables import table
 from xclip_jax.config.load import load_config
 from xclip_jax.core.storage import write_whole
@@ -22,6 +24,7 @@ NAMED = dict(zip(icons.VALIDATION, ("zeroshot", "rendering"), strict=True))
 _OLD_RUNS = pathlib.Path(icons.__file__).with_name("runs.jsonl")
 _OLD = ("clip_steps4000", "clip_steps4000_longer", "xclip_steps4000")
 _OF_OTHERS = ("smoothed", "gce", "distilled", "superclip", "siglip", "clip", "nclip", "shuffled")
+MOST_SEEDS = 100
 _SHARES = (0.25, 0.5, 0.75, 1.0)
 _DRAWN = ("smoothed", "gce", "distilled", "superclip", "xclip", "oracle")  # as many as there are colours
 _SUSPECTED_BY = (
@@ -148,9 +151,30 @@ def render(duel: stages.Duel, snapshot: Chosen, areas: Sequence[Mapping[str, Any
         *(_wrong(duel, snapshot, areas, drawn, level) for level in stages.LEVELS),
         glyphs.section(glyphs.snapshot(duel)),
         claims.section(snapshot) if snapshot.study.claims else [],
+        _changes(snapshot) if snapshot.study.claims else [],
         ["## Missing", "", *(f"* {line}" for line in duel.missing() or ["nothing"])],
     ]
     return "\n".join(line for part in parts for line in part).rstrip() + "\n"
+
+
+def _changes(snapshot: Chosen) -> Iterator[str]:
+    """What would have changed each verdict, from the scatter that was seen."""
+    rows = []
+    for number, claim in enumerate(snapshot.study.claims, 1):
+        for part in verdicts.judge(snapshot, claim).parts:
+            d, margin = part.difference, part.part.margin
+            needed = ["-", "-"]
+            if d is not None and d.n >= MIN_SEEDS:
+                deviation = d.standard_error * math.sqrt(d.n)
+                seeds = seeds_needed(d.mean + margin, deviation, MOST_SEEDS)
+                none = f"over {MOST_SEEDS}" if d.mean + margin > 0 else "the mean is against it"
+                needed = [f"{d.high - d.mean - margin:+.1f}", str(seeds or none)]
+            cells = [f"{number}. {part.part.text}", tables.difference_text(d, part.measure), part.verdict]
+            rows.append([*cells, *needed])
+    yield from ["## What would have changed a verdict", ""]
+    yield "*Shown from*: the mean difference, in points, from which a part is shown with the scatter over seeds that"
+    yield "was seen. *Seeds*: how many show the mean that was seen in four of five studies."
+    yield from ["", *table(["part", "difference, 95 %", "verdict", "shown from", "seeds"], rows)]
 
 
 def _progress(duel: stages.Duel) -> list[str]:

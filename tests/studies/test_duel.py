@@ -145,6 +145,7 @@ def test_the_duel_declares_itself_stage_by_stage():
     drawn = page.own_charts(snapshot, areas)
     assert drawn.keys() == {"wrong25", "wrong50", "suspects25"} and "xCLIP by clusters" in drawn["suspects25"]
     text = page.render(duel, snapshot, areas, drawn)
+    assert "What would have changed" in text and "1. names better than clip | " in text
     assert "61.2 after 750 (1)" in text and "not decided yet" not in text and "4.000" in text
     listed = command.overview(duel, "")
     assert " runs" not in listed.partition("\n")[2] and "the cost of" not in listed

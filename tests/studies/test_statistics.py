@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from studies.statistics import estimate, holm, p_above, paired, sign_flip, welch
+from studies.statistics import estimate, holm, p_above, paired, seeds_needed, sign_flip, welch
 
 A, B = (np.random.default_rng(seed).normal(10 + seed, 2, 7) for seed in (0, 1))
 
@@ -94,6 +94,15 @@ def test_p_above_is_one_sided():
     expected = scipy.stats.ttest_1samp(d, 0, alternative="greater").pvalue
     assert p_above(d.mean(), scipy.stats.sem(d), 7) == pytest.approx(expected)
     assert p_above(1.0, math.nan, 1) == 1.0
+
+
+def test_seeds_needed_are_those_of_textbooks():
+    """Cohen's tables for a paired t-test, two-sided at 5 %, power 80 %; and by simulation."""
+    assert [seeds_needed(d, 1.0) for d in (0.5, 0.8, 1.0)] == [34, 15, 10]
+    assert seeds_needed(0.1, 1.0) is None and seeds_needed(-1.0, 1.0) is None
+    drawn = np.random.default_rng(0).normal(1.6, 1.0, (20_000, 6))
+    t = drawn.mean(1) / (drawn.std(1, ddof=1) / np.sqrt(6))
+    assert seeds_needed(1.6, 1.0) == 6 and np.mean(t > scipy.stats.t.ppf(0.975, 5)) > 0.8
 
 
 @pytest.mark.parametrize("seed", range(5))
