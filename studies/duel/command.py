@@ -24,8 +24,11 @@ from studies.duel import cost, glyphs, page, stages
 from studies.runner import ROOT, Runner, code_version
 from studies.worker import DIVERGED
 from xclip_jax.config.load import load_config
+from xclip_jax.core import imports
 from xclip_jax.core.errors import Parser, UserError
+from xclip_jax.data import sources
 from xclip_jax.processes.interrupt import EXIT_RESUMABLE
+from xclip_jax.train import build
 
 HOME = pathlib.Path(__file__).parent
 
@@ -34,9 +37,11 @@ class DuelRunner(Runner):
     """Runs the arms of a stage; those with wrong captions leave their AUC before their checkpoints are deleted."""
 
     def _record(self, active: Any) -> None:
+        if active.run.arm.name.startswith("wrong") and not (active.folder / DIVERGED).exists():
+            self._suspect(active)
         super()._record(active)
-        if not active.run.arm.name.startswith("wrong") or (active.folder / DIVERGED).exists():
-            return
+
+    def _suspect(self, active: Any) -> None:
         command = [sys.executable, "-m", "studies.duel.mechanism", str(active.folder), active.run.arm.name]
         done = subprocess.run([*command, str(self.runs.with_name("pairs.jsonl"))], cwd=ROOT, check=False)
         if done.returncode:
@@ -111,6 +116,9 @@ def _run(home: pathlib.Path, flags: argparse.Namespace) -> bool:
         elif not names:
             return True
         else:
+            arm = next(arm for arm in study.arms if arm.name in names)
+            with imports.trusting(True):  # built once, before workers look for it
+                sources.open_sources(build.resolve(runner.matrix.config(arm, 0, {})).data)
             try:
                 if not runner.run():
                     return False

@@ -110,12 +110,13 @@ def own_charts(snapshot: Chosen, areas: Sequence[Mapping[str, Any]]) -> dict[str
     names = {arm.name for arm in study.arms}
     for level in stages.LEVELS:
         prefix = f"wrong{level}_"
-        arms = [f"{prefix}{name}" for name in _DRAWN if f"{prefix}{name}" in names]
+        arms = [f"{prefix}{name}" for name in ("clip", *_DRAWN) if f"{prefix}{name}" in names]
         groups = {}
-        for measure in (study.measure("zeroshot_best"), study.measure("probe")):
-            pairs = {arm: verdicts.difference(snapshot, arm, f"{prefix}clip", measure) for arm in arms}
+        base = _base(arms, prefix)
+        for measure in (study.measure("zeroshot_best"), study.measure("probe")) if base else ():
+            pairs = {arm: verdicts.difference(snapshot, arm, base, measure) for arm in arms if arm != base}
             groups[measure.label] = {study.arm(arm).title: d for arm, d in pairs.items() if d}
-        title = f"{level} % of captions exchanged: difference from CLIP, percentage points"
+        title = f"{level} % of captions exchanged: difference from {_wrong_title(base)}, percentage points"
         made[f"wrong{level}"] = charts.in_groups(title, groups, "mean over seeds, 95 %")
         lines = {}
         for name, score in _SUSPECTED_BY:
@@ -126,10 +127,20 @@ def own_charts(snapshot: Chosen, areas: Sequence[Mapping[str, Any]]) -> dict[str
     return {name: svg for name, svg in made.items() if svg}
 
 
+def _base(arms: Sequence[str], prefix: str) -> str:
+    """The arm that others are drawn against: CLIP, or the best-known rival where CLIP is not among the best."""
+    return next((f"{prefix}{name}" for name in ("clip", *_OF_OTHERS) if f"{prefix}{name}" in arms), "")
+
+
+def _wrong_title(arm: str) -> str:
+    return stages.WRONG_TITLES.get(arm.partition("_")[2], "CLIP")
+
+
 def read_areas(home: pathlib.Path) -> list[dict[str, Any]]:
-    """Return the lines of pairs.jsonl, none where it does not exist."""
+    """Return the lines of pairs.jsonl, the last of each checkpoint; none where it does not exist."""
     path = home / "pairs.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = map(json.loads, path.read_text().splitlines() if path.exists() else [])
+    return list({(line["arm"], line["seed"], line["step"]): line for line in lines}.values())
 
 
 def render(duel: stages.Duel, snapshot: Chosen, areas: Sequence[Mapping[str, Any]], drawn: Mapping[str, str]) -> str:
@@ -277,10 +288,13 @@ def _wrong(
         yield from ["Missing: no arm is retuned yet.", ""]
         return
     yield from _rows(duel, snapshot, prefix)
-    yield from tables.shown(drawn, f"wrong{level}", f"Difference from CLIP with {level} % of captions exchanged")
-    rows = [[arm.title, _settings_text(duel.retuned.get(arm.name, {})) or "as the arm that it follows"] for arm in arms]
+    base = _wrong_title(_base([arm.name for arm in arms], prefix))
+    yield from tables.shown(drawn, f"wrong{level}", f"Difference from {base} with {level} % of captions exchanged")
+    others = {f"{prefix}oracle": "those of clean captions", f"{prefix}shuffled": "those of xCLIP"}
+    rows = [[arm.title, _settings_text(duel.retuned.get(arm.name, {})) or others[arm.name]] for arm in arms]
     yield from ["Chosen on validation, of four candidates each:", "", *table(["arm", "settings"], rows)]
-    yield from ["Training loss over the run, in shares of its steps; curves are flat where the last two are close:", ""]
+    yield "Training loss, CLIP's alone where there is one, at shares of the steps; flat where the last two are close:"
+    yield ""
     rows = [[arm.title, *_losses(snapshot, arm)] for arm in arms]
     yield from table(["arm", *(f"{share:.0%}" for share in _SHARES)], rows)
     yield "AUC, %, with which a model tells exchanged pairs of its training data from true ones; 50 is chance:"
@@ -307,8 +321,12 @@ def _mean_areas(areas: Sequence[Mapping[str, Any]], arm: str) -> dict[str, list[
 
 
 def _losses(snapshot: Chosen, arm: Arm) -> list[str]:
-    """The loss at shares of the run, mean over its seeds."""
-    curves = [record.curve["loss"] for record in snapshot.finished(arm.name).values() if record.curve.get("loss")]
+    """The loss, CLIP's alone where the run has it, at shares of the run; mean over its seeds.
+
+    A schedule of nCLIP's weight changes the sum of the losses when nothing is learned.
+    """
+    runs = [record.curve for record in snapshot.finished(arm.name).values()]
+    curves = [curve for run in runs if (curve := run.get("clip/loss") or run.get("loss"))]
     if not curves:
         return ["missing"] * len(_SHARES)
     at = [[curve[round(share * (len(curve) - 1))] for curve in curves] for share in _SHARES]

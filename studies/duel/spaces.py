@@ -98,10 +98,11 @@ def head(name: str) -> dict[str, Any]:
 
 # --- settings as changes of a config
 
+_AVERAGED = {"ema.momentum": 0.99, "ema.schedule": "constant"}  # over 100 steps: runs are short
+
 
 def training(settings: Mapping[str, Any], steps: int) -> dict[str, Any]:
     """The changes of any arm: steps, optimizer, CLIP's targets and the moving average."""
-    averaged = {"ema.momentum": 0.99, "ema.schedule": "constant"}  # of 100 steps: runs are short
     return {
         "steps": steps,
         "optim.name": settings["optimizer"],
@@ -110,8 +111,8 @@ def training(settings: Mapping[str, Any], steps: int) -> dict[str, Any]:
         "optim.weight_decay": settings["decay"],
         "objective.clip.label_smoothing": settings["smoothing"],
         "objective.clip.positives": settings["positives"],
-        **({"ema.on": True, "eval.ema": True} | averaged if settings["average"] else {}),
-        **(averaged if settings.get("target") == "ema" else {}),
+        **({"ema.on": True, "eval.ema": True} | _AVERAGED if settings["average"] else {}),
+        **(_AVERAGED if settings.get("target") == "ema" else {}),
     }
 
 
@@ -145,10 +146,11 @@ def rival(name: str, settings: Mapping[str, Any], steps: int, head_name: str) ->
       steps: of the run.
       head_name: the cluster head whose size a second contrastive head has.
     """
-    # Bounded and self-distilled targets have no clear meaning together with other soft targets.
-    hard = {"smoothing": 0.0, "positives": "pair"} if name in ("distilled", "gce") else {}
-    base = training({**settings, **hard}, steps)
-    second = {"type": f"{_TERMS}:SecondHead", "label_smoothing": settings["smoothing"]}
+    # A teacher's targets are soft already, and a bounded loss takes one target a pair.
+    hard = {"distilled": {"smoothing": 0.0}, "gce": {"smoothing": 0.0, "positives": "pair"}}
+    base = training({**settings, **hard.get(name, {})}, steps)
+    options = {"label_smoothing": settings["smoothing"], "positives": settings["positives"]}
+    second = {"type": f"{_TERMS}:SecondHead"} | options
     own = {
         "superclip": SUPERCLIP,
         "second": {
@@ -157,7 +159,7 @@ def rival(name: str, settings: Mapping[str, Any], steps: int, head_name: str) ->
             "objective.plugins": {"second": second},
             **head(head_name),
         },
-        "distilled": {KEYS["distill"]: settings.get("distill", 0.5)},
+        "distilled": {KEYS["distill"]: settings.get("distill", 0.5), **_AVERAGED},
         "gce": {KEYS["q"]: settings.get("q", 0.5)},
     }
     return {**base, **own[name]}

@@ -315,7 +315,7 @@ class Duel:
         self, arm: str, name: str, level: int, own: spaces.Settings, steps: int, section: str, seeds: Sequence[int]
     ) -> Arm:
         """An arm under wrong captions, `own` being its rate, warm-up and own key."""
-        clip = {**self._settings("clip"), "smoothing": 0.0, **own}
+        clip = {**self._settings("clip"), **({"smoothing": 0.0} if arm == "clip" else {}), **own}
         ours = {**self._settings("xclip"), **own}
         objective, noise = "clip", {"data.caption_noise": level / 100}
         if arm in ("xclip", "shuffled"):

@@ -20,6 +20,7 @@ from xclip_jax.objectives.term import Arrays, Result
 
 Array = jax.Array
 SCHEDULES = ("constant", "early", "late")
+POSITIVES = ("pair", "caption")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +88,12 @@ class SecondHead(Term):
     title: ClassVar[str] = "second contrastive head"
 
     label_smoothing: float = key(0.0, "share of the target that is spread over the batch", fraction_below_one())
+    positives: str = key("pair", "what pairs of a batch match: themselves, or others of one caption", choice(POSITIVES))
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """As of CLIP's term."""
+        return (*super().fields, "text_key") if self.positives == "caption" else super().fields
 
     @property
     def similarity(self) -> SecondSimilarity:
@@ -112,5 +119,7 @@ class SecondHead(Term):
     def __call__(self, out: Arrays, teacher: Arrays | None, state: Arrays, batch: Mapping[str, Any]) -> Result:
         """Compute the loss, see `Term.__call__`."""
         z_img, z_txt = (l2_normalize(out[f"second_{tower}"]) for tower in self.towers)
-        loss, metrics = contrastive.softmax(z_img, z_txt, out["second_scale"], label_smoothing=self.label_smoothing)
+        keys = batch["text_key"] if self.positives == "caption" else None
+        options: dict[str, Any] = {"label_smoothing": self.label_smoothing, "keys": keys}
+        loss, metrics = contrastive.softmax(z_img, z_txt, out["second_scale"], **options)
         return loss, metrics, {}

@@ -114,18 +114,18 @@ def test_the_duel_declares_itself_stage_by_stage():
     assert made.duel().head == "k1024_h256"
     assert stages.Duel(made.records, dear).head == "k256_linear"
 
-    # Halving: the candidates next to 5 are kept.
+    # Halving: the candidates next to 8 are kept.
     for rung, kept in ((1, 24), (2, 8), (3, 3)):
         duel = made.duel()
         for team in spaces.SPACES:
             arms = [arm for arm in duel.arms if arm.name.startswith(f"rung{rung}_{team}_")]
             assert len(arms) == kept and len({arm.changes["steps"] for arm in arms}) == 1
             if rung == 3:
-                assert sorted(number(arm.name) for arm in arms) == [4, 5, 6]
+                assert sorted(number(arm.name) for arm in arms) == [7, 8, 9]
         assert not [arm for arm in duel.arms if arm.name.startswith(f"rung{rung + 1}_")]
-        made.fill(duel, lambda name: 50 - abs(number(name) - 5.1) if name.startswith("rung") else 1)
+        made.fill(duel, lambda name: 50 - abs(number(name) - 8.1) if name.startswith("rung") else 1)
     duel = made.duel()
-    assert duel.winners == {"clip": 4, "xclip": 4}
+    assert duel.winners == {"clip": 7, "xclip": 7}
 
     # Costs decide the steps of the finals, and all of them are of one clock.
     assert "final_xclip" in {arm.name for arm, _ in duel.to_measure}
@@ -144,6 +144,11 @@ def test_the_duel_declares_itself_stage_by_stage():
     snapshot = page.snapshot_of(duel)
     drawn = page.own_charts(snapshot, areas)
     assert drawn.keys() == {"wrong25", "wrong50", "suspects25"} and "xCLIP by clusters" in drawn["suspects25"]
+    # At 50 % CLIP need not be among the best.
+    fewer = [arm for arm in duel.arms if arm.name != "wrong50_clip"]
+    study = stages.study_of(fewer, measures=page.measures(), named=page.NAMED)
+    rest = page.Chosen(stages.DuelMatrix(study, stages.load_config), duel.records)
+    assert "difference from CLIP, tuned smoothing" in page.own_charts(rest, areas)["wrong50"]
     text = page.render(duel, snapshot, areas, drawn)
     assert "What would have changed" in text and "1. names better than clip | " in text
     assert "61.2 after 750 (1)" in text and "not decided yet" not in text and "4.000" in text
@@ -170,6 +175,8 @@ def check_all_is_declared(duel):
         f"wrong50_{name}" for name in ("xclip", "clip", "nclip", "smoothed")
     }
     steps = {arm.name: arm.changes["steps"] for arm in duel.arms}
+    smoothing = {arm.name: arm.changes["objective.clip.label_smoothing"] for arm in duel.arms}
+    assert smoothing["wrong25_clip"] == 0 < smoothing["final_clip"] == smoothing["wrong25_oracle"]
     assert steps["wrong25_oracle"] == steps["wrong25_clip"] == 3000
     assert steps["wrong25_shuffled"] == steps["wrong25_xclip"] == 2400
     for stage, _, _ in duel.progress():
@@ -244,6 +251,9 @@ def test_the_second_head_against_its_definition():
     x, y = rng.normal(size=(2, 7, 4))
     out = {"second_img": jnp.asarray(x), "second_txt": jnp.asarray(y), "second_scale": jnp.asarray(5.0)}
     loss, _, _ = terms.SecondHead()(out, None, {}, {})
+    same = terms.SecondHead(positives="caption")
+    assert "text_key" in same.fields and float(same(out, None, {}, {"text_key": jnp.arange(7)})[0]) == float(loss)
+    assert float(same(out, None, {}, {"text_key": jnp.arange(7) // 2})[0]) != float(loss)
     a, b = (z / np.linalg.norm(z, axis=1, keepdims=True) for z in (x, y))
     own = mechanism.pair_losses(a, b, 5.0, block=7)
     s = np.exp(5 * a @ b.T)
