@@ -80,7 +80,7 @@ setup(
         "ml_dtypes>=0.5",
         "numpy>=2.0",
         "opencv-python-headless>=4.10.0.84",
-        "optax>=0.2.5",
+        "optax>=0.2.8",
         "orbax-checkpoint>=0.11.30,<0.13",
         "packaging>=22",
         "pillow>=10.3",

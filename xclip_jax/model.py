@@ -28,7 +28,7 @@ from xclip_jax.evaluators.encoder import Encoder, Features, Rows
 from xclip_jax.evaluators.zeroshot import class_scores
 from xclip_jax.models.heads import Head, Projection
 from xclip_jax.models.two_towers import TwoTowers, Variables
-from xclip_jax.objectives.similarity import cluster_similarity, features, softmax
+from xclip_jax.objectives.similarity import Similarity, cluster_similarity, features, softmax
 from xclip_jax.parallel.mesh import make_mesh, replicated
 from xclip_jax.train import weights
 from xclip_jax.train.build import Experiment
@@ -216,6 +216,11 @@ class Model:
         labels = [class_names[i] for i in scores.argmax(axis=1)]
         logits = scores if by else self._encoder.logits_of(by_score, self._variables)
         return ZeroShotResult(labels, softmax(logits), scores)
+
+    @property
+    def similarities(self) -> tuple[Similarity, ...]:
+        """What the model compares images with texts by, its own first; none if all that it learned was to classify."""
+        return tuple(self._similarities)
 
     @property
     def has_clusters(self) -> bool:

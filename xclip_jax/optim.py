@@ -41,8 +41,12 @@ class OptimConfig:
         0.5, "decoupled weight decay of kernels and embeddings; none for biases, norms and scale", between(0, 1000)
     )
     b1: float = key(0.9, "decay of the first moment; adafactor keeps none if it is 0", fraction_below_one())
-    b2: float = key(0.98, "decay of the second moment; lion's second decay of the first", fraction_below_one())
-    eps: float = key(1e-8, "added to the root of the second moment", at_least(1e-15))
+    b2: float = key(
+        0.98,
+        "decay of the second moment, adafactor has its own; lion's second decay of the first",
+        fraction_below_one(),
+    )
+    eps: float = key(1e-8, "added to the root of the second moment, but for adafactor", at_least(1e-15))
     layer_decay: float = key(1.0, "updates of a layer over updates of the layer above; 1 for none", _SHARE)
     grad_clip_norm: float = key(0.0, "bound on the global norm of the gradient; 0 for none", at_least(0))
     mu_dtype: str = key("float32", "dtype of the first moment; the second is float32", choice(("float32", "bfloat16")))
@@ -154,7 +158,8 @@ def trained(params: Any, frozen: Collection[str], towers: Mapping[str, Tower]) -
             first, _, end = place.removeprefix("blocks.").partition("-")
             numbers = range(int(first) + 1, int(end or first) + 2)
             if numbers.stop > last or not numbers:
-                raise UserError(f"init.frozen has {part!r}; blocks of {name} are 0 to {last - 2}.")
+                have = f"blocks of {name} are 0 to {last - 2}" if last > 1 else f"{name} has no blocks"
+                raise UserError(f"init.frozen has {part!r}; {have}.")
         layers.setdefault(name, set()).update(numbers)
 
     def trains(path: tuple[Any, ...], x: Any) -> Any:

@@ -11,7 +11,9 @@ from PIL import Image
 import xclip_jax
 from tests.helpers import bad_tars, tiny
 from xclip_jax.commands import check
+from xclip_jax.data.readers import folder
 from xclip_jax.model import ZeroShotResult
+from xclip_jax.objectives.similarity import CosineSimilarity
 
 
 @pytest.fixture
@@ -122,7 +124,7 @@ def test_a_sheet_is_written_where_it_is_asked_for_alone(tmp_path, capsys, monkey
     with Image.open("new/folder/sheet.of.pairs") as page:
         assert page.format == "PNG"
     (tmp_path / "file").touch()
-    assert "error: 'file/x'" in run(capsys, "folder:pairs", "--sheet", "file/x/y.png")[2]
+    assert re.search(r"--sheet: '.*/file' is not a folder", run(capsys, "folder:pairs", "--sheet", "file/x/y.png")[2])
 
 
 def test_one_caption_for_all_images_is_nothing_to_learn_from(tmp_path, capsys):
@@ -143,6 +145,8 @@ def test_a_folder_without_images_says_so(tmp_path, capsys):
 
 class Greys:
     """A model that knows the caption of a grey picture, "grey 7" for the value 7."""
+
+    similarities = (CosineSimilarity(),)
 
     def zero_shot(self, images, names, templates):
         assert templates == ["{}"] and len(set(names)) == len(names)
@@ -170,6 +174,32 @@ def test_wrong_captions_are_the_least_likely(tmp_path, capsys, monkeypatch):
     with Image.open(tmp_path / "sheet.png") as page:  # its first pictures are the wrong ones
         assert sorted((page.getpixel((100, 100))[0], page.getpixel((300, 100))[0])) == [12, 90]
     assert "--suspects needs a model" in run(capsys, tmp_path / "pairs", "--suspects", "x")[2]
+    # What would fail at the end is said before anything is read.
+    assert "is a folder; name a file" in run(capsys, tmp_path / "pairs", "--by", "a/run", "--sheet", tmp_path)[2]
+    monkeypatch.setattr(Greys, "similarities", ())
+    code, out, error = run(capsys, tmp_path / "pairs", "--by", "a/run")
+    assert code == 1 and out == "" and "does not compare images with texts" in error
+
+
+def test_every_caption_of_an_image_is_judged(tmp_path, capsys, monkeypatch):
+    """Captions of one image do not compete; addresses keep no signature."""
+    monkeypatch.setattr(check.inference, "load", lambda path, trust: Greys())
+    signed = {"url": "https://host/a.tar?X-Amz-Signature=secret"}
+    monkeypatch.setattr(folder.FolderSource, "describe", lambda self, index: signed)
+    (tmp_path / "pairs").mkdir()
+    for i in range(9):
+        Image.new("L", (20, 20), i).save(tmp_path / "pairs" / f"{i}.png")
+        (tmp_path / "pairs" / f"{i}.txt").write_text(f"grey {i}\nsecond {i}\n")
+    assert run(capsys, tmp_path / "pairs", "--by", "a/run", "--suspects", tmp_path / "all.jsonl")[0] == 0
+    text = (tmp_path / "all.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert "secret" not in text and len(lines) == 18
+    # Each of 18 names has 0.1 / 18 but the right one, which has 0.9: a second caption against 16 of other images.
+    small = 0.1 / 18
+    expected = {"grey": 0.9 / (0.9 + 1 - 0.9 - small), "second": small / (small + 1 - 0.9 - small)}
+    for line in lines:
+        assert line["probability"] == pytest.approx(expected[line["caption"].split()[0]], abs=1e-6)
+        assert line["likeliest"] == f"grey {line['caption'].split()[1]}"
 
 
 @pytest.mark.long
@@ -179,15 +209,18 @@ def test_probabilities_are_those_of_the_contrastive_loss(checkpoint, tmp_path, c
     assert run(capsys, tmp_path / "pairs", "--by", checkpoint, "--suspects", written)[0] == 0
     model = xclip_jax.load(checkpoint)
     files = sorted((tmp_path / "pairs").glob("*.png"))
-    captions = [path.with_suffix(".txt").read_text().splitlines()[0] for path in files]
-    names = sorted(set(captions))
+    captions = [path.with_suffix(".txt").read_text().splitlines() for path in files]
+    names = sorted({caption for several in captions for caption in several})
     logits = np.exp(float(model._variables["params"]["log_scale"])) * (
         model.encode_image(files) @ model.encode_text(names).T
     )
     p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
-    expected = {
-        path.name: p[i, names.index(caption)] for i, (path, caption) in enumerate(zip(files, captions, strict=True))
-    }
+    expected = {}
+    for i, (path, several) in enumerate(zip(files, captions, strict=True)):
+        own = p[i, [names.index(caption) for caption in several]]
+        foreign = 1 - own.sum()
+        expected |= {(path.name, caption): x / (x + foreign) for caption, x in zip(several, own, strict=True)}
     lines = [json.loads(line) for line in written.read_text().splitlines()]
-    assert {os.path.basename(line["file"]): line["probability"] for line in lines} == pytest.approx(expected, abs=2e-6)
+    found = {(os.path.basename(line["file"]), line["caption"]): line["probability"] for line in lines}
+    assert found == pytest.approx(expected, abs=2e-6)
     assert [line["probability"] for line in lines] == sorted(line["probability"] for line in lines)

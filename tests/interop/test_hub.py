@@ -229,6 +229,10 @@ def test_training_starts_from_the_hub(server, folders, tmp_path, capsys):
     run = tiny.untrained(tmp_path / "run", "clip", **changes)
     content = json.loads((run / "config.json").read_text())
     assert content["init_commit"] == commit
+    # A mix is of the weights that the run began with, wherever the branch is now.
+    server.add("lab/x", {"config.json": b"{}"})
+    config, _, variables, _ = weights.load(str(run))
+    np.testing.assert_array_equal(weights.read_given(str(run), config, variables)["params/txt/positions"], positions)
 
 
 def test_evaluation_of_a_repository(server, folders, tmp_path, monkeypatch):

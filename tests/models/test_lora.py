@@ -52,8 +52,16 @@ def test_merged_kernels_are_sums_of_products():
     chex.assert_trees_all_equal(merged["norm_1"], given["norm_1"])
 
 
+def test_a_tower_without_adapters_and_a_block_that_is_not_there_are_refused():
+    with pytest.raises(UserError, match=r"tower 'img' has none of the kernels .none named."):
+        build.build(tiny.config("clip", init__weights="x", finetune__lora={"rank": 2, "kernels": ()}))
+    with pytest.raises(UserError, match=r"'img\.blocks\.0-9'; blocks of img are 0 to 0"):
+        build.build(tiny.config("clip", init__weights="x", init__frozen=("img.blocks.0-9",), finetune__lora__rank=2))
+
+
 def test_some_kernels_have_adapters():
     p = build.build(tiny.config("clip", init__weights="x", finetune__lora={"rank": 2, "kernels": ("qkv",)}))
+    assert p.num_parameters == build.build(tiny.config("clip")).num_parameters
     block = p.abstract.params["lora"]["txt"]["transformer"]["block_0"]
     assert block.keys() == {"attention"} and block["attention"].keys() == {"qkv"}
     with pytest.raises(UserError, match=r"finetune\.lora\.kernels.*'query'"):

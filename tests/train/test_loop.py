@@ -124,6 +124,16 @@ def test_given_weights_are_evaluated_on_all_sets_before_the_first_step_once(
     assert " 12.5 -> 12.5 | " in capsys.readouterr().out
 
 
+def test_what_was_measured_before_is_of_the_same_weights_and_sets(pairs, tmp_path, run, evaluators):
+    """A folder without a checkpoint takes a new config; evaluations of the old one are made again."""
+    given = {"eval__sets": ("a",), "eval__before": True, "init__weights": str(run)}
+    for changes, calls in (({}, 1), ({"eval__resize": "squash"}, 2), ({"eval__resize": "squash"}, 2)):
+        with tiny.cut_off(0):
+            trainer.run(tiny.short(pairs, tmp_path / "new", **given, **changes))
+        assert len(evaluators["a"].calls) == calls
+        assert [line["step"] for line in tiny.lines(tmp_path / "new") if "a/top1" in line] == [0]
+
+
 def test_the_average_is_what_is_evaluated_and_loaded(pairs, tmp_path, evaluators):
     average = {"ema__on": True, "ema__momentum": 0.5, "eval__ema": True}
     sets = {"eval__sets": ("a",), "eval__every": 2, "eval__final_sets": ("b",)}

@@ -24,11 +24,20 @@ from typing import Any
 import numpy as np
 
 from xclip_jax import model as inference
-from xclip_jax.core.errors import Parser, UserError, check_count, exit_with_message, public
+from xclip_jax.core.errors import (
+    BadSample,
+    Parser,
+    UserError,
+    check_count,
+    check_file,
+    exit_with_message,
+    public,
+)
 from xclip_jax.core.imports import add_trust
-from xclip_jax.data import inspect, loader, sources, tokenizer
-from xclip_jax.data.base import MissingColumnError, Source, SourceOptions
+from xclip_jax.data import images, inspect, loader, records, sources, tokenizer
+from xclip_jax.data.base import MissingColumnError, Record, Source, SourceOptions
 from xclip_jax.data.inspect import Sample
+from xclip_jax.objectives.similarity import features
 
 _EXAMPLES, _SUSPECTS = 3, 10
 _BLOCK = 256  # pairs whose captions a model compares with each other
@@ -89,7 +98,7 @@ def _statistics(good: Sequence[Sample], options: argparse.Namespace) -> Iterator
     yield f"image files, 5/50/95 %: {_percentiles([s.file_bytes for s in good])} bytes"
     yield f"captions, 5/50/95 %: {_percentiles([len(s.caption) for s in good])} characters"
     yield f"tokens, 5/50/95 %: {_percentiles(lengths)}, {full:.1%} of the captions fill all {options.length}"
-    yield f"captions of one image: {np.mean([s.captions for s in good]):.2f}"
+    yield f"captions of one image: {np.mean([len(s.captions) for s in good]):.2f}"
     yield f"repeated images: {_duplicates([s.digest for s in good]):,}"
     same = _duplicates([s.caption for s in good])
     remedy = "; in one batch they would count as false negatives, data.spread_duplicate_captions=True keeps them apart"
@@ -109,29 +118,48 @@ def _suspects(
     source: Source, good: Sequence[Sample], options: argparse.Namespace
 ) -> Generator[str, None, Sequence[Sample]]:
     """Yield lines about the captions that a model finds least likely; return samples for a sheet, these first."""
-    judged: list[tuple[float, str, Sample]] = []  # probability of the own caption, the likeliest caption
+    judged: list[tuple[float, str, str, Sample]] = []  # probability of a caption, it, the likeliest caption
     blocks = -(-len(good) // _BLOCK)
     for block in (good[i::blocks] for i in range(blocks)):
-        captions = [sample.caption for sample in block]
-        names = list(dict.fromkeys(captions))
-        answer = options.model.zero_shot([source[sample.index]["image"] for sample in block], names, ["{}"])
-        own = answer.probabilities[np.arange(len(block)), [names.index(caption) for caption in captions]]
-        judged += zip(own.tolist(), answer.labels, block, strict=True)
+        places = [(source, sample.index) for sample in block]
+        found = records.read_each(places, _image, timeout=loader.DataConfig.read_timeout, threads=os.cpu_count() or 1)
+        # What was read a moment ago may be out of reach now.
+        read = [(image, sample) for image, sample in zip(found, block, strict=True) if not isinstance(image, BadSample)]
+        names = list(dict.fromkeys(caption for _, sample in read for caption in sample.captions))
+        if not read:
+            continue
+        answer = options.model.zero_shot([image for image, _ in read], names, ["{}"])
+        place = {name: i for i, name in enumerate(names)}
+        for i, (_, sample) in enumerate(read):
+            own = {caption: float(answer.probabilities[i, place[caption]]) for caption in sample.captions}
+            foreign = max(
+                1 - sum(own.values()), 0
+            )  # an image's captions compete with other images' and not with each other
+            judged += [(p / max(p + foreign, 1e-30), caption, answer.labels[i], sample) for caption, p in own.items()]
+    if not judged:
+        yield f"by {options.by}: no image could be read again"
+        return good
     judged.sort(key=lambda row: row[0])
-    right = np.mean([label == sample.caption for _, label, sample in judged])
-    among = f"the likeliest of about {len(good) // blocks}"
+    right = np.mean([label in sample.captions for *_, label, sample in judged])
+    among = f"the likeliest of about {len(judged) // blocks}"
     yield f"by {options.by}: {right:.1%} of images have their own caption as {among}"
     yield "least likely captions, with their probability:"
     entries = [
-        {"index": sample.index, **source.describe(sample.index), "caption": sample.caption}
-        | {"probability": round(own, 6), "likeliest": label}
-        for own, label, sample in judged
+        {"index": sample.index, **source.describe(sample.index), "caption": caption}
+        | {"probability": round(p, 6), "likeliest": label}
+        for p, caption, label, sample in judged
     ]
     yield from (f"    {json.dumps(entry, ensure_ascii=False)}" for entry in entries[:_SUSPECTS])
     if options.suspects:
-        pathlib.Path(options.suspects).write_text("".join(f"{json.dumps(entry)}\n" for entry in entries))
+        pathlib.Path(options.suspects).write_text("".join(f"{json.dumps(public(entry))}\n" for entry in entries))
         yield f"all {len(entries):,}, the least likely first: {options.suspects}"
-    return [dataclasses.replace(sample, caption=f"{sample.caption} (or {label}?)") for _, label, sample in judged]
+    return [dataclasses.replace(sample, caption=f"{caption} (or {label}?)") for _, caption, label, sample in judged]
+
+
+def _image(record: Record) -> bytes | np.ndarray:
+    """The image as files have it; arrays as RGB."""
+    image = record["image"]
+    return image if isinstance(image, bytes) else images.decode(image)
 
 
 def _options(arguments: Sequence[str]) -> argparse.Namespace:
@@ -186,10 +214,13 @@ def main(arguments: Sequence[str]) -> int:
         check_count("--samples", options.samples, 0)
         if options.suspects and not options.by:
             raise UserError("--suspects needs a model that judges the pairs; name one with --by RUN.")
-        for path in filter(None, (options.sheet, options.suspects)):
-            pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+        for option, path in (("--sheet", options.sheet), ("--suspects", options.suspects)):
+            if path:  # written when all is read
+                check_file(option, path)
         source = _open(options)
         options.model = inference.load(options.by, trust=options.trust) if options.by else None
+        if options.model:
+            features(options.model.similarities)  # a model that has none cannot judge
         for line in report(source, options):
             print(public(line).encode("utf-8", "replace").decode(), flush=True)  # names of files need not be UTF-8
     return 0 if options.passed else 1

@@ -224,6 +224,14 @@ def check_count(key: str, value: object, minimum: int) -> None:
         raise UserError(f"{key} is {value!r}; expected an integer of at least {minimum}.")
 
 
+def check_file(option: str, path: str | os.PathLike) -> None:
+    """Make the folder of a file that an option names; raises `UserError` if the file cannot be written there."""
+    check_writable(option, pathlib.Path(path).parent)
+    if pathlib.Path(path).is_dir():
+        raise UserError(f"{option}: {str(path)!r} is a folder; name a file.")
+    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+
+
 def check_writable(option: str, folder: str | os.PathLike) -> None:
     """Raises `UserError`, which begins with `option`, unless `folder` exists or can be made, and can be written to."""
     parent = pathlib.Path(folder).absolute()

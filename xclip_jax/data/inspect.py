@@ -32,8 +32,8 @@ class Sample:
     size: tuple[int, int] = (0, 0)
     file_bytes: int = 0
     digest: bytes = b""
-    caption: str = ""
-    captions: int = 0
+    caption: str = ""  # the first of `captions`
+    captions: tuple[str, ...] = ()
     index: int = -1
 
 
@@ -71,7 +71,7 @@ def _examine(record: Record, size: int) -> Sample:
     pixels = images.decode(image)
     height, width = pixels.shape[:2]
     transforms.random_resized_crop(pixels, size, np.random.default_rng(list(digest)), resample="area")
-    return Sample("", "", (width, height), len(data), digest, captions[0], len(captions))
+    return Sample("", "", (width, height), len(data), digest, captions[0], tuple(captions))
 
 
 def read_batches(

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from xclip_jax.core.errors import UserError
 from xclip_jax.core.fields import Check, at_least, key
 from xclip_jax.models.tower import Params
 
@@ -38,6 +39,9 @@ def initial(params: Params, config: LoraConfig, random_key: jax.Array) -> Params
       config: rank and kernels.
       random_key: a key.
 
+    Raises:
+      UserError: a tower would have no adapters.
+
     Returns:
       At the path of each kernel, a matrix (i, o): {"inputs": (..., i, rank), "outputs": (..., rank, o)}.
     """
@@ -52,6 +56,12 @@ def initial(params: Params, config: LoraConfig, random_key: jax.Array) -> Params
         random_key, own = jax.random.split(random_key)
         inputs = jax.random.normal(own, (*stacked, rows, config.rank)) * rows**-0.5
         adapters |= {(*path, "inputs"): inputs, (*path, "outputs"): jnp.zeros((*stacked, config.rank, columns))}
+    if bare := sorted({"img", "txt"} & params.keys() - {path[0] for path in adapters}):
+        raise UserError(
+            f"finetune.lora.rank is {config.rank}, and the tower {bare[0]!r} has none of the kernels "
+            f"{', '.join(config.kernels) or '(none named)'} in a transformer, so nothing in it would be trained; set "
+            "finetune.lora.rank to 0, or name other finetune.lora.kernels."
+        )
     return unflatten_dict(adapters)
 
 

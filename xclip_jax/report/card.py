@@ -32,7 +32,7 @@ _TASKS = {
     "retrieval": "zero-shot-retrieval",
     "visual": "image-classification",
 }
-_RECIPE = ("data.batch", "optim.lr", "optim.schedule", "optim.warmup", "optim.weight_decay", "optim.b1",
+_RECIPE = ("data.batch", "optim.name", "optim.lr", "optim.schedule", "optim.warmup", "optim.weight_decay", "optim.b1",
            "optim.b2", "optim.grad_clip_norm", "data.crop_scale", "data.resample", "data.flip_prob",
            "data.color_jitter", "model.img.patch_dropout", "model.dtype", "seed")  # fmt: skip
 _SHOWN_CLASSES = 20
@@ -215,6 +215,8 @@ def _recipe(run: RunFolder, step: int, mix: float) -> Iterator[tuple[str, Any]]:
     rows |= {"init.weights": config.init.weights} if config.init.weights else {}
     rows |= {"mix": f"{1 - mix:g} of init.weights + {mix:g} of the parameters"} if mix != 1 else {}
     rows |= {"init.frozen": ", ".join(config.init.frozen)} if config.init.frozen else {}
+    lora = config.finetune.lora
+    rows |= {"finetune.lora.rank": lora.rank, "finetune.lora.kernels": ", ".join(lora.kernels)} if lora.rank else {}
     for key, value in rows.items():
         yield key, in_words(shown(value)) if isinstance(value, str) else value
 

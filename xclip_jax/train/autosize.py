@@ -287,7 +287,7 @@ def _adopt_objective(config: ml_collections.ConfigDict, saved: schema.Config, ob
     config.model.update({name: model[name] for name in ("scale_init", "bias_init")})
     if not objective and saved.objective.name in OBJECTIVES:
         config.objective.name, config.objective.terms = saved.objective.name, dict(saved.objective.terms)
-        for term in ("clip", "nclip"):
+        for term in ("clip", "siglip", "nclip"):
             config.objective[term].update(dataclasses.asdict(getattr(saved.objective, term)))
     else:
         config.objective.name = objective or "clip"

@@ -84,8 +84,8 @@ class Experiment:
 
     @property
     def num_parameters(self) -> int:
-        """Parameters of the model, heads included."""
-        return sum(x.size for x in jax.tree.leaves(self.abstract.params))
+        """Parameters of the model, heads included; adapters are merged into the kernels that they change."""
+        return sum(x.size for x in jax.tree.leaves(self.abstract.variables()["params"]))
 
     @property
     def image_size(self) -> int:
@@ -193,6 +193,7 @@ def build(config: ml_collections.ConfigDict | Config, devices: list[jax.Device] 
     boxed = jax.eval_shape(init)
     layout = sharding.make_layout(boxed, mesh, config.mesh.strategy, config.data.batch)
     abstract = state.abstract(boxed, layout)
+    optim.trained(abstract.params, config.init.frozen, towers)  # says which blocks there are
     augment = Augment(config.data, preprocessing, objective, towers)
     return Experiment(
         config=config,

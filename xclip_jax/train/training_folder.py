@@ -191,8 +191,7 @@ class TrainingFolder(RunFolder):
         facts, now = environment.capture(), datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         chosen = {"length_groups": str(groups), "text_rows": text_rows and list(text_rows)}
         if saved is None or self.latest_step() is None:
-            if saved is not None and (differing := _differences(saved["config"], config)):
-                log0(f"{self.path} has no checkpoint, so the run starts with its new config: {', '.join(differing)}")
+            self._forget_evaluations(saved, config)
             content = {"config": current, "environment": facts, "started": now, **chosen}
             if hub.is_hub(pinned := hub.pin(config.init.weights)):
                 content["init_commit"] = hub.commit(pinned)
@@ -207,6 +206,17 @@ class TrainingFolder(RunFolder):
             start = {"step": self.latest_step(), "time": now, "changed": changed, "environment": facts}
             saved |= {"config": current, "starts": [*saved.get("starts", []), start]}
             write_json(self.config_file, saved | chosen if renew else saved)
+
+    def _forget_evaluations(self, saved: Mapping[str, Any] | None, config: Config) -> None:
+        """Delete evaluations of a run without a checkpoint that were not of these weights or not of these sets."""
+        if saved is None:
+            return
+        if differing := _differences(saved["config"], config):
+            log0(f"{self.path} has no checkpoint, so the run starts with its new config: {', '.join(differing)}")
+        before, after = schema.flatten(saved["config"]), schema.flatten(schema.to_dict(config))
+        if differing or any(before.get(key) != after.get(key) for key in ("eval.before", *_EVALUATION_KEYS)):
+            self.metrics_file.unlink(missing_ok=True)
+            self.results_log_file.unlink(missing_ok=True)
 
 
 def _differences(saved: Mapping[str, Any], config: Config) -> list[str]:

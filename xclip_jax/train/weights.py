@@ -225,6 +225,10 @@ def read_given(path: str, config: Config, tuned: Variables) -> dict[str, np.ndar
             f"{path} did not start from given weights (init.weights is empty), so there is nothing to mix; leave "
             "--mix out."
         )
+    record = None if hub.is_hub(path) else RunFolder(path).read_config()
+    if record and "init_commit" in record:  # a branch of the Hub may have moved since
+        pinned = f"{where.partition('@')[0]}@{record['init_commit']}"
+        config = dataclasses.replace(config, init=dataclasses.replace(config.init, weights=pinned))
     try:
         tensors, *_ = _convert_given(config, tuned, read_classes(hub.pin(path)))
     except UserError as error:
