@@ -122,9 +122,11 @@ def _suspects(
     blocks = -(-len(good) // _BLOCK)
     for block in (good[i::blocks] for i in range(blocks)):
         places = [(source, sample.index) for sample in block]
-        found = records.read_each(places, _image, timeout=loader.DataConfig.read_timeout, threads=os.cpu_count() or 1)
+        results = records.read_each(places, _image, timeout=loader.DataConfig.read_timeout, threads=os.cpu_count() or 1)
         # What was read a moment ago may be out of reach now.
-        read = [(image, sample) for image, sample in zip(found, block, strict=True) if not isinstance(image, BadSample)]
+        read = [
+            (image, sample) for image, sample in zip(results, block, strict=True) if not isinstance(image, BadSample)
+        ]
         names = list(dict.fromkeys(caption for _, sample in read for caption in sample.captions))
         if not read:
             continue
