@@ -163,6 +163,7 @@ def test_the_card_of_a_run(run, tmp_path, monkeypatch):
     assert "## Recipe" not in card and "Converted from `hf`" in card and str(tmp_path) not in card
 
 
+@pytest.mark.slow
 def test_a_mix_of_given_and_tuned_weights(run, tmp_path, capsys):
     c = tiny.config(
         "clip", run=tmp_path / "tuned", steps=STEPS, data__sources=(f"folder:{run.parent / 'pairs'}",), optim__lr=0.01,

@@ -53,6 +53,7 @@ def change(run, **keys):
     (run / "config.json").write_text(json.dumps(content))
 
 
+@pytest.mark.slow
 def test_results_of_an_export_that_was_replaced_are_not_shown(root, tmp_path):
     out, one, two = tmp_path / "out", f"folder:{root / 'one'}", f"folder:{root / 'two'}"
     file = out / "evaluation.json"

@@ -145,17 +145,16 @@ def test_a_tower_on_eight_devices_is_the_same(everywhere, strategy, scan, remat)
 
 
 STEPS = [
-    pytest.param({}, marks=pytest.mark.slow, id="dp"),
-    pytest.param({"mesh__strategy": "zero1"}, marks=pytest.mark.slow, id="zero1"),
-    pytest.param({"mesh__strategy": "fsdp", "mesh__fsdp": 4}, marks=pytest.mark.slow, id="fsdp"),
+    pytest.param({}, id="dp"),
+    pytest.param({"mesh__strategy": "zero1"}, id="zero1"),
+    pytest.param({"mesh__strategy": "fsdp", "mesh__fsdp": 4}, id="fsdp"),
     {"mesh__strategy": "fsdp_tp", "mesh__fsdp": 2, "mesh__model": 2},
-    pytest.param({"optim__microbatches": 2}, marks=pytest.mark.slow, id="2"),
-    pytest.param(
-        {"optim__microbatches": 2, "mesh__strategy": "fsdp", "mesh__fsdp": 4}, marks=pytest.mark.slow, id="2-fsdp"
-    ),
+    pytest.param({"optim__microbatches": 2}, id="2"),
+    pytest.param({"optim__microbatches": 2, "mesh__strategy": "fsdp", "mesh__fsdp": 4}, id="2-fsdp"),
 ]
 
 
+@pytest.mark.slow  # towers by themselves are compared in any case, see above
 @pytest.mark.parametrize("changes", STEPS, ids=lambda changes: "-".join(map(str, changes.values())))
 def test_a_whole_step_is_the_same(everywhere, changes):
     wide = {"width": 256, "heads": 4, "scan": True, "remat": "dots", "depth": 2}

@@ -71,6 +71,7 @@ def run(data, tmp_path_factory):
     return c
 
 
+@pytest.mark.slow
 def test_a_run_resumes_bit_exactly(run, data, tmp_path):
     c = config(tmp_path / "run", steps=6, checkpoint__every=3, **data)
     with tiny.cut_off(5):

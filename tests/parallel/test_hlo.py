@@ -255,7 +255,11 @@ def test_the_largest_branch_counts():
     assert [(x.shapes, x.count) for x in found] == [(("f32[4]",), 1), (("f32[8]",), 1), (("f32[9]",), 5)]
 
 
-CASES = [("dp", 8, 1), ("zero1", 8, 1), ("fsdp", 1, 8), ("fsdp", 2, 4)]
+CASES = [
+    ("zero1", 8, 1),
+    ("fsdp", 2, 4),
+    *(pytest.param(*x, marks=pytest.mark.slow) for x in (("dp", 8, 1), ("fsdp", 1, 8))),
+]
 
 
 @pytest.mark.parametrize("objective", [pytest.param("clip", marks=pytest.mark.slow), "xclip"])

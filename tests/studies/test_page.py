@@ -247,6 +247,7 @@ def test_the_declared_study():
     assert configs["nclip_tau_2"].eval.final_sets == ()
 
 
+@pytest.mark.slow
 def test_xclip_has_the_setting_that_the_factors_chose():
     m = Matrix(icons.study(), load.load_config)
     snapshot = Snapshot(m, records.read_all(RUNS))
@@ -273,6 +274,7 @@ def test_titles_name_the_setting_that_was_chosen(name, tau):
     assert own in ({}, {"objective.nclip.target": "detach"})  # which is the default
 
 
+@pytest.mark.slow
 def test_the_common_recipe_is_that_of_clip():
     m = Matrix(icons.study(), load.load_config)
     snapshot = Snapshot(m, records.read_all(RUNS))

@@ -107,6 +107,7 @@ def test_compiled_once_and_counted():
     assert all(np.isfinite(value) for metrics in seen for value in metrics.values())
 
 
+@pytest.mark.slow
 def test_same_state_and_batch_same_result():
     s_1, seen_1 = run(make("xclip-patch-dropout"), steps=3)
     s_2, seen_2 = run(make("xclip-patch-dropout"), steps=3)
