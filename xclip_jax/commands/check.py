@@ -118,7 +118,8 @@ def _suspects(
     source: Source, good: Sequence[Sample], options: argparse.Namespace
 ) -> Generator[str, None, Sequence[Sample]]:
     """Yield lines about the captions that a model finds least likely; return samples for a sheet, these first."""
-    judged: list[tuple[float, str, str, Sample]] = []  # probability of a caption, it, the likeliest caption
+    judged: list[tuple[float, str, str, Sample]] = []  # probability of a caption, the caption, the likeliest one
+    right: list[bool] = []  # by image
     blocks = -(-len(good) // _BLOCK)
     for block in (good[i::blocks] for i in range(blocks)):
         places = [(source, sample.index) for sample in block]
@@ -131,20 +132,19 @@ def _suspects(
         if not read:
             continue
         answer = options.model.zero_shot([image for image, _ in read], names, ["{}"])
+        right += [label in sample.captions for label, (_, sample) in zip(answer.labels, read, strict=True)]
         place = {name: i for i, name in enumerate(names)}
         for i, (_, sample) in enumerate(read):
             own = {caption: float(answer.probabilities[i, place[caption]]) for caption in sample.captions}
-            foreign = max(
-                1 - sum(own.values()), 0
-            )  # an image's captions compete with other images' and not with each other
+            # An image's captions compete with other images' captions and not with each other.
+            foreign = max(1 - sum(own.values()), 0)
             judged += [(p / max(p + foreign, 1e-30), caption, answer.labels[i], sample) for caption, p in own.items()]
     if not judged:
         yield f"by {options.by}: no image could be read again"
         return good
     judged.sort(key=lambda row: row[0])
-    right = np.mean([label in sample.captions for *_, label, sample in judged])
     among = f"the likeliest of about {len(judged) // blocks}"
-    yield f"by {options.by}: {right:.1%} of images have their own caption as {among}"
+    yield f"by {options.by}: {np.mean(right):.1%} of images have their own caption as {among}"
     yield "least likely captions, with their probability:"
     entries = [
         {"index": sample.index, **source.describe(sample.index), "caption": caption}
