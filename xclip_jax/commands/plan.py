@@ -19,7 +19,7 @@ from absl import app, flags, logging
 
 from xclip_jax.config import load as config_file
 from xclip_jax.core.console import format_bytes
-from xclip_jax.core.errors import UserError, check_writable, exit_with_message
+from xclip_jax.core.errors import UserError, check_file, exit_with_message
 from xclip_jax.parallel.hlo import collectives, summary
 from xclip_jax.parallel.topology import devices_of, roofline
 from xclip_jax.train import cost
@@ -57,7 +57,7 @@ def plan(
     if mfu is not None and not 0 < mfu <= 1:
         raise UserError(f"--mfu is {mfu}; expected a share of the chips' peak, above 0 and at most 1, such as 0.4.")
     if hlo:  # before the compilation, which takes minutes
-        check_writable("--hlo", pathlib.Path(hlo).parent)
+        check_file("--hlo", hlo)
     devices, chip = devices_of(topology, slices)
     began = time.perf_counter()
     experiment, compiled, trouble = cost.compile_config(config, devices)
@@ -83,7 +83,6 @@ def plan(
     if compiled is not None:
         program = compiled.as_text()
         if hlo:
-            pathlib.Path(hlo).parent.mkdir(parents=True, exist_ok=True)
             pathlib.Path(hlo).write_text(program)
         sent = summary(collectives(program, len(devices)))
         facts |= {"memory": cost.memory_usage(experiment, compiled), "sent": sent}
