@@ -28,7 +28,7 @@ ARGUMENTS = {
     "batch": 0, "epochs": 0, "examples": 0, "classes": 0,
 }  # fmt: skip
 # Training examples and classes, so that a config can be read where the data are not.
-KNOWN = {"tfds:imagenet2012": (1_281_167, 1000)}
+KNOWN = {"tfds:imagenet2012/train": (1_281_167, 1000)}
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
@@ -64,8 +64,8 @@ def fill_in(config: ml_collections.ConfigDict, arg: str | None = None) -> None:
         weights.adopt(config, args.weights)
     examples, classes = args.examples, args.classes
     if not (examples and classes):
-        if args.data in KNOWN:
-            counted = KNOWN[args.data]
+        if config.data.sources[0] in KNOWN:
+            counted = KNOWN[config.data.sources[0]]
         else:
             source = sources.open_labelled(config.data.sources[0], SourceOptions(args.dir))
             counted = len(source), len(source.names or ()) or 1
@@ -74,6 +74,7 @@ def fill_in(config: ml_collections.ConfigDict, arg: str | None = None) -> None:
     epochs, batch = args.epochs or (3 if text else 100), config.data.batch
     config.objective.classify.classes = classes
     config.steps = max(examples * epochs // batch, 1)
+    config.log.expected_epochs = float(epochs)
     config.eval.every = max(examples // batch, 1) * max(epochs // 20, 1)
     config.checkpoint.every = min(1000, config.eval.every)
     if text:

@@ -113,6 +113,10 @@ run_folder() {
   shift
   folder=$(argument run "$@")
   [ -n "$folder" ] || fail "--config.run is missing; say where the run is kept, as in --config.run=$example"
+  case $folder in
+    [~]/*) folder=$HOME/${folder:2} ;;
+    [~]*) fail "--config.run=$folder begins with another user's home; give the whole path" ;;
+  esac
   sed -E 's#([^:/])/(\.?/)+#\1/#g; s#:///+#://#; s#([^:/])/\.?$#\1#' <<<"$folder"
 }
 

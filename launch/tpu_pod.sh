@@ -160,8 +160,9 @@ tend() {
       ;;
     "") missed "the first worker does not answer" ;;
     *)
-      # 1: an error of this start, which may have refused to make results anew.
-      if [ "$training" != 1 ] && complete >/dev/null 2>&1; then
+      # 1: an error of this start, which may have refused to make results anew. Results on a pod that was kept may be an
+      # earlier command's, with fewer sets: training, started once more, knows whether the run is complete.
+      if [ "$training" != 1 ] && [ -n "$watched" ] && complete >/dev/null 2>&1; then
         say "the run is complete"
         finish 0
       elif [ -z "$watched" ] && [ "$training" != lost ]; then

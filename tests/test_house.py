@@ -192,6 +192,15 @@ def test_names_are_those_of_the_field(name):
 
 
 @every_module
+def test_no_loop_is_over_a_set(name):
+    """Its order depends on the process: processes would trace different programs, and find none in their cache."""
+    loops = [node.iter for node in ast.walk(tree(ROOT / name)) if isinstance(node, ast.For | ast.comprehension)]
+    assert not [ast.unparse(it) for it in loops if isinstance(it, ast.Set | ast.SetComp)]
+    called = [it.func.id for it in loops if isinstance(it, ast.Call) and isinstance(it.func, ast.Name)]
+    assert not {"set", "frozenset"} & set(called)
+
+
+@every_module
 def test_messages_and_docstrings_are_plain_english(name):
     strings = [node.value for node in ast.walk(tree(ROOT / name)) if isinstance(node, ast.Constant)]
     assert not [text for text in strings if isinstance(text, str) and re.search(RIDDLES, text)]

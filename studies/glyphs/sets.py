@@ -27,12 +27,12 @@ import numpy as np
 
 from studies.glyphs import corpus
 from studies.icons import drawn
-from studies.icons.clustered import ClusteredProbeSet
 from studies.icons.drawn import Drawn, DrawnSets, Record
 from studies.icons.splits import hash_rank
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.evaluators.base import Pictures
 from xclip_jax.evaluators.feature_classifiers import Sweep
+from xclip_jax.evaluators.probe import ProbeSet
 from xclip_jax.evaluators.results import VALIDATION
 
 KIND = "studies.glyphs.sets:GlyphSets"
@@ -46,7 +46,7 @@ def script_classes(records: list[Record]) -> list[str]:
     return sorted(sorted(numbers, key=lambda text: (-numbers[text], text))[:SCRIPTS])
 
 
-def _scripts(name: str, prepare: Preprocessing, data_dir: str | None, part: str) -> ClusteredProbeSet:
+def _scripts(name: str, prepare: Preprocessing, data_dir: str | None, part: str) -> ProbeSet:
     sides = [GLYPHS.records(split, data_dir) for split in ("train", "validation_concepts", f"{part}_concepts")]
     classes = script_classes(sides[0][1])
 
@@ -70,9 +70,9 @@ def _scripts(name: str, prepare: Preprocessing, data_dir: str | None, part: str)
         metric="linear/top1",
         role=VALIDATION if part == "validation" else "",
     )
-    groups = np.unique([record["concept"] for record in parts[2]], return_inverse=True)[1]
+    together = np.unique([record["concept"] for record in parts[2]], return_inverse=True)[1]
     sweep = Sweep(halvings=0, tolerance=1e-4)
-    return ClusteredProbeSet(name, *images, {"": labels}, sweep=sweep, card=card, groups=groups)
+    return ProbeSet(name, *images, {"": labels}, sweep=sweep, card=card, together=together)
 
 
 def _named(split: str, *roles: str) -> functools.partial:

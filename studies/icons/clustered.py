@@ -1,7 +1,7 @@
-"""Protocols on items that depend on each other, such as drawings of one concept, which are right or wrong together.
+"""Protocols of the drawings: zero-shot classification with the geometric mean rank, and probes of new concepts.
 
-The plain protocols give the results, and `statistics.bootstrap` resamples concepts, not drawings: an interval that
-treats drawings as independent has a third of the true width. Zero-shot classification also has the geometric mean rank.
+Drawings of one concept are right or wrong together, so concepts are resampled (`together`): an interval that treats
+drawings as independent has a third of the true width.
 """
 
 import dataclasses
@@ -14,9 +14,9 @@ from xclip_jax.core.errors import UserError
 from xclip_jax.evaluators import logistic
 from xclip_jax.evaluators.base import Column, Evaluator
 from xclip_jax.evaluators.feature_classifiers import is_right, knn
-from xclip_jax.evaluators.probe import Joined, Probe, ProbeSet
+from xclip_jax.evaluators.probe import Joined, Probe
 from xclip_jax.evaluators.results import Provenance, Result
-from xclip_jax.evaluators.retrieval import Retrieval, RetrievalSet, TextRetrieval, TextRetrievalSet
+from xclip_jax.evaluators.retrieval import Retrieval, TextRetrieval
 from xclip_jax.evaluators.statistics import PerExample
 from xclip_jax.evaluators.zeroshot import LAYOUTS, ZeroShot, ZeroShotSet
 from xclip_jax.models.two_towers import Variables
@@ -30,16 +30,9 @@ _WITH_RANK = dataclasses.replace(
 )
 
 
-def _with_groups(result: Result, groups: np.ndarray) -> Result:
-    """The result with items that are resampled by group; one without items stays as it is."""
-    if result.items is None:
-        return result
-    return dataclasses.replace(result, items=dataclasses.replace(result.items, groups=groups))
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class ClusteredZeroShotSet(ZeroShotSet):
-    """A `ZeroShotSet` with one label an image; images of one class belong together."""
+    """A `ZeroShotSet` whose results have the geometric mean rank."""
 
     evaluator: ClassVar[str] = f"{_HERE}:ClusteredZeroShot"
 
@@ -52,11 +45,6 @@ class ClusteredZeroShot(ZeroShot):
 
     layouts = (_WITH_RANK,)
 
-    def measure(self, variables: Variables) -> list[Result]:
-        """Return the results that the class names."""
-        labels = np.asarray(self.data.labels)
-        return [_with_groups(result, labels) for result in super().measure(variables)]
-
     def results_of_ranks(self, score: str, rank: np.ndarray) -> list[Result]:
         """Return "rank_gmean"."""
         ways = len(self.data.prompts)
@@ -66,47 +54,8 @@ class ClusteredZeroShot(ZeroShot):
         return [self.result("rank_gmean", items.value(), **fields)]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class ClusteredRetrievalSet(RetrievalSet):
-    """A `RetrievalSet` that groups the captions of one image."""
-
-    evaluator: ClassVar[str] = f"{_HERE}:ClusteredRetrieval"
-
-
-ClusteredRetrieval = Retrieval  # by the name in records; it resamples by image
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class ClusteredTextRetrievalSet(TextRetrievalSet):
-    """A `TextRetrievalSet` that groups the queries for one text."""
-
-    evaluator: ClassVar[str] = f"{_HERE}:ClusteredTextRetrieval"
-
-
-class ClusteredTextRetrieval(TextRetrieval):
-    """`TextRetrieval`, resampled by the text that queries ask for."""
-
-    def measure(self, variables: Variables) -> list[Result]:
-        """Return the results of `TextRetrieval`."""
-        targets = np.array([target for _, target in self.data.queries])
-        return [_with_groups(result, targets) for result in super().measure(variables)]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class ClusteredProbeSet(ProbeSet):
-    """A `ProbeSet` with the group of each test item in `groups`, int (n,)."""
-
-    evaluator: ClassVar[str] = f"{_HERE}:ClusteredProbe"
-
-    groups: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, int))
-
-
-class ClusteredProbe(Probe):
-    """`Probe`, resampled by group."""
-
-    def measure(self, variables: Variables) -> list[Result]:
-        """Return the results of `Probe`."""
-        return [_with_groups(result, self.data.groups) for result in super().measure(variables)]
+# By the names in records of the first study.
+ClusteredRetrieval, ClusteredTextRetrieval, ClusteredProbe = Retrieval, TextRetrieval, Probe
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -13,13 +13,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from studies.icons import corpus
-from studies.icons.clustered import (
-    ClusteredRetrievalSet,
-    ClusteredTextRetrievalSet,
-    ClusteredZeroShotSet,
-    Task,
-    TransferProbeSet,
-)
+from studies.icons.clustered import ClusteredZeroShotSet, Task, TransferProbeSet
 from studies.icons.splits import hash_rank
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.preprocessing import Preprocessing
@@ -27,6 +21,7 @@ from xclip_jax.data.readers.tfds import encoded_records
 from xclip_jax.evaluators.base import SetKind
 from xclip_jax.evaluators.prompts import Profile
 from xclip_jax.evaluators.results import SHIFTED, VALIDATION, Provenance, digest
+from xclip_jax.evaluators.retrieval import RetrievalSet, TextRetrievalSet
 
 Record = dict[str, Any]
 PROBE_CLASSES = {"test": 100, "validation": 60}
@@ -127,10 +122,10 @@ def zeroshot(
     )
     labels = np.array([index[record["concept"]] for record in records])
     coarse = [concept["category"] or "none" for concept in classes]
-    return ClusteredZeroShotSet(name, images, labels, [[n] for n in names], {}, names, card, coarse)
+    return ClusteredZeroShotSet(name, images, labels, [[n] for n in names], {}, names, card, coarse, together=labels)
 
 
-def retrieval(name: str, prepare: Preprocessing, data_dir: str | None, home: Drawn, part: str) -> ClusteredRetrievalSet:
+def retrieval(name: str, prepare: Preprocessing, data_dir: str | None, home: Drawn, part: str) -> RetrievalSet:
     """One drawing of each concept of a rendering split, the first by id, with all names of its concept."""
     split = f"{part}_rendering"
     images, records = home.drawings(split, prepare, data_dir)
@@ -149,7 +144,7 @@ def retrieval(name: str, prepare: Preprocessing, data_dir: str | None, home: Dra
         preprocessing=prepare.resizing,
         metric="image_to_text/r1",
     )
-    return ClusteredRetrievalSet(name, [images[i] for i in chosen], captions, card)
+    return RetrievalSet(name, [images[i] for i in chosen], captions, card)
 
 
 def artists_side(family: str) -> int:
@@ -205,9 +200,7 @@ def probe(name: str, prepare: Preprocessing, data_dir: str | None, home: Drawn, 
     return TransferProbeSet(name, tuning_task, _task(images, records, measured), _CS, SHOTS, card=card)
 
 
-def aliases(
-    name: str, prepare: Preprocessing, data_dir: str | None, home: Drawn, part: str
-) -> ClusteredTextRetrievalSet:
+def aliases(name: str, prepare: Preprocessing, data_dir: str | None, home: Drawn, part: str) -> TextRetrievalSet:
     """Retrieve the names of unseen concepts by their aliases, without those that are another concept's name."""
     del prepare
     concepts = home.concepts(data_dir, f"{part}_concepts")
@@ -221,4 +214,4 @@ def aliases(
         protocol="recall of names by cosine of text embeddings; intervals by resampling concepts",
         metric="r1",
     )
-    return ClusteredTextRetrievalSet(name, names, queries, card=card)
+    return TextRetrievalSet(name, names, queries, card=card, together=np.array([i for _, i in queries]))

@@ -199,7 +199,7 @@ def read(path: pathlib.Path) -> tuple[list[Icon], list[dict[str, str]], dict[str
     captions: dict[str, set[str]] = {}
     icons: list[Icon] = []
     counts: collections.Counter[str] = collections.Counter({"sets": len(collection_of), "sets kept": len(kept)})
-    for member, data in members(path, [f"json/{name}.json" for name in {*kept, *names_alone}]):
+    for member, data in members(path, [f"json/{name}.json" for name in dict.fromkeys((*kept, *names_alone))]):
         name = member.removeprefix("json/").removesuffix(".json")
         if name in names_alone:
             captions[name] = {names.caption(icon, name, data) for icon in data["icons"]}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from absl import flags
 
-from tests.helpers import tiny
+from tests.helpers import bad_tars, tiny
 from tests.parallel.test_mesh import mesh as mesh_of
 from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.data import base, images, loader, sources, tokenizer, transforms
@@ -109,6 +109,16 @@ def test_keys_tell_equal_images_and_captions():
     assert len(seen) == 400 and all(len(keys) == 1 for keys in seen.values())
     images, captions = (len({bytes(key[i]) for keys in seen.values() for key in keys}) for i in (0, 1))
     assert (images, captions) == (256, 400)  # images repeat after 256
+
+
+def test_no_crop_of_a_jpeg_that_is_decoded_small_is_enlarged(monkeypatch):
+    asked, decode = [], images.decode
+    monkeypatch.setattr(images, "decode", lambda data, **options: asked.append(options) or decode(data, **options))
+    large = bad_tars.encode(bad_tars.picture(0, w=1000, h=750), quality=90)
+    for resample, least in (("area", 160), ("bicubic", 0)):
+        transform = loader.Transform(config(crop_scale=(0.16, 1.0), resample=resample), 64, None, 0, ("image",))
+        transform({"image": large}, np.random.default_rng(0), {"image": np.zeros((1, 64, 64, 3), np.uint8)})
+        assert asked[-1]["scaled_to"] == least  # the smallest crop has a side of 0.4
 
 
 def test_epochs_need_not_be_whole_batches():

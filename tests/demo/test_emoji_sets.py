@@ -98,6 +98,7 @@ def test_zero_shot_sets_of_the_demo(spec, classes, images, small_demo):
     vendors = len(data.groups)
     assert vendors == {"test_concepts": 3, "validation_concepts": 3}.get(spec, vendors) and vendors != 1
     assert not data.groups or np.sum(list(data.groups.values()), axis=0).tolist() == [1] * len(data.images)
+    assert data.together.tolist() == list(data.labels)  # drawings of one concept
 
 
 def test_retrieval_sets_of_the_demo(small_demo):
@@ -112,6 +113,10 @@ def test_probes_of_the_demo(small_demo):
     assert [image[0, 0, 0] for image in data.train] == [0, 20, 10]
     assert len(data.validation) == 3 and len(data.test) == 6
     assert [labels.tolist() for labels in data.tasks["category"]] == [[0, 0, 1], [0] * 3, [0, 1] * 3]
+    assert data.together.tolist() == [0, 1] * 3
+    results = registry.measure(registry.evaluator(make_encoder(), data), small_model()[1])
+    groups = [result.items.groups.tolist() for result in results if result.items is not None]
+    assert groups and all(group == [0, 1] * 3 for group in groups)
     texts = registry.load("emoji/test_text_probe", SIZE)
     assert texts.train == ["name 0", "name 1", "name 2"] and texts.test == ["name 4", "name 5"]
     assert registry.open_all(["emoji/test_text_probe"], make_encoder())[0].name == "textual/emoji/test_text_probe"
@@ -122,6 +127,7 @@ def test_texts_of_the_demo(small_demo):
     assert aliases.texts == ["name 4", "name 5"] and aliases.queries == [("alias 4", 0)]
     translations = registry.load("emoji/test_translations", SIZE)
     assert translations.queries[:2] == [("de 4", 0), ("de 5", 1)]
+    assert translations.together.tolist() == [target for _, target in translations.queries]
     assert "pt" not in translations.groups  # spelt like the names
     assert {key: mask.sum() for key, mask in translations.groups.items()} == {"de": 2, "es": 2, "fr": 2, "it": 2}
 

@@ -74,6 +74,30 @@ def test_the_search_stays_within_its_range(wanted, reached, monkeypatch):
     assert min(scores) == 1e-6 and max(scores) == 1e6
 
 
+def test_given_validation_items_are_fitted_on_unless_refit_is_off():
+    x, y = overlapping(n=90, d=6, k=3, spread=0.4)
+    parts = [(x[part], y[part]) for part in (slice(30), slice(30, 60), slice(60, 90))]
+
+    def right(items, c):
+        model = LogisticRegression(C=c, max_iter=5000, tol=1e-6).fit(items[0], items[1])
+        return (model.predict(x[60:]) == y[60:]).astype(float)
+
+    for refit, items in ((True, (x[:60], y[:60])), (False, (x[:30], y[:30]))):
+        sweep = Sweep((1e-2, 1.0), 0, 1e-7, refit=refit)
+        found, extra = feature_classifiers.linear(*parts, 3, sweep, lambda z, t: float((z.argmax(1) == t).mean()))
+        np.testing.assert_array_equal(found, right(items, 10 ** extra["log10_c"]))
+    # Without validation items a tenth, at random, chooses C, and all items are fitted on.
+    some = np.random.default_rng(0).permutation(60)
+    held, kept = (x[some[:6]], y[some[:6]]), (x[some[6:]], y[some[6:]])
+    scores = [LogisticRegression(C=c, max_iter=5000, tol=1e-6).fit(*kept).score(*held) for c in (1e-3, 1.0)]
+    parts = [(x[:60], y[:60]), (x[:0], y[:0]), (x[60:], y[60:])]
+    sweep = Sweep((1e-3, 1.0), 0, 1e-7)
+    found, extra = feature_classifiers.linear(*parts, 3, sweep, lambda z, t: float((z.argmax(1) == t).mean()))
+    assert scores[0] != scores[1] and 10 ** extra["log10_c"] == pytest.approx((1e-3, 1.0)[int(np.argmax(scores))])
+    np.testing.assert_array_equal(found, right(parts[0], 10 ** extra["log10_c"]))
+    assert np.any(right((x[:60], y[:60]), 1.0) != right((x[:30], y[:30]), 1.0))
+
+
 def test_folds_are_even_and_stratified():
     labels = np.repeat([0, 1, 2], [55, 30, 17])
     of = feature_classifiers.folds(labels, 10)

@@ -67,8 +67,10 @@ def test_similarity_equals_scipy_and_names_what_it_averages():
     by_rank = [100 * scipy.stats.spearmanr(*part).statistic for part in zip(cosine, gold, strict=True)]
     linear = [100 * scipy.stats.pearsonr(*part).statistic for part in zip(cosine, gold, strict=True)]
     whole = 100 * scipy.stats.spearmanr(np.concatenate(cosine), np.concatenate(gold)).statistic
+    of_all = scipy.stats.pearsonr(np.concatenate(cosine), np.concatenate(gold)).statistic
     expected = {
         "spearman_all": whole,
+        "pearson_all": 100 * of_all,
         "spearman_mean": np.mean(by_rank),
         "spearman_weighted": 0.8 * by_rank[0] + 0.2 * by_rank[1],
         "first/spearman": by_rank[0],

@@ -1,6 +1,7 @@
 """Tables of results, and comparisons of two files of results."""
 
 import dataclasses
+import math
 import re
 
 import numpy as np
@@ -129,6 +130,18 @@ def test_metrics_of_published_sets_are_shown(metric):
     # What is first has a chance level where shares of items do, so that pages test it.
     levels = {"mean_per_class": 50, "linear/mean_per_class": 50, "top1_top5": 75}
     assert shown.chance == levels.get(metric)
+
+
+def test_the_headline_is_shown_before_other_columns():
+    parts = (
+        {"metric": "accuracy", "value": 60.0, "n": 50},
+        {"metric": "macro_accuracy", "value": 55.0, "headline": True},
+    )
+    results = [Result(**{"set": "aro", "family": "choice", "evaluator": "choice", "n": 50} | part) for part in parts]
+    (row,) = tables.rows(results)
+    assert [column.metric for column, _ in row.shown] == ["macro_accuracy", "accuracy"]
+    assert tables.build(results)[0].rows[0][1][-2:] == ["55.0", ""]  # columns stay where they are
+    assert collect.judge(results[0]).low < 60 and math.isnan(collect.judge(results[1]).low)
 
 
 def test_a_page_is_about_the_sets_own_metric(tmp_path):

@@ -9,6 +9,7 @@ import sklearn.metrics
 from tests.helpers.encoding import SIZE, K, make_encoder, similarities, small_model
 from xclip_jax.core.errors import UserError
 from xclip_jax.evaluators import retrieval, statistics, zeroshot
+from xclip_jax.evaluators.results import Provenance
 from xclip_jax.evaluators.retrieval import Retrieval, RetrievalSet
 from xclip_jax.evaluators.zeroshot import ZeroShot, ZeroShotSet
 from xclip_jax.objectives.similarity import ClusterSimilarity, CosineSimilarity
@@ -243,6 +244,17 @@ def test_zero_shot_with_known_answers():
     assert found["zeroshot/toy/x/top1"] == pytest.approx(200 / 3) and found["zeroshot/toy/y/top1"] == 100
     assert found["zeroshot/toy/top1"] == pytest.approx(250 / 3)
     assert (found["zeroshot/toy/x/n"], found["zeroshot/toy/y/n"]) == (3, 2)
+
+
+def test_roc_auc_is_of_the_second_class():
+    vectors, labels = rng(3).normal(size=(20, 3)), np.arange(20) % 2
+    vectors[:, 1] += labels
+    encoder = FakeEncoder({"no": np.eye(3)[0], "yes": np.eye(3)[1]})
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    data = ZeroShotSet("toy", list(unit), labels, [["no"], ["yes"]], card=Provenance(metric="roc_auc"))
+    expected = 100 * sklearn.metrics.roc_auc_score(labels, unit[:, 1] - unit[:, 0])
+    assert abs(expected - 50) > 1
+    assert ZeroShot(encoder, data).run(None)["zeroshot/toy/roc_auc"] == pytest.approx(expected)
 
 
 def test_classes_of_equal_prompts_tie_exactly_and_the_first_wins():

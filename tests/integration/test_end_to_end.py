@@ -52,14 +52,6 @@ def test_from_data_to_table_and_picture(run):
         assert said in page, said
 
 
-def test_the_same_command_again_says_that_it_is_complete(run):
-    folder, flags, _ = run
-    again = command(*flags)
-    assert again.returncode == 0, again.stderr
-    assert f"{folder} is complete at step 8" in again.stdout
-    assert "loss" not in again.stdout
-
-
 def test_another_objective_in_the_same_folder_is_one_sentence(run):
     folder, _, _ = run
     done = command("configs/demo.py:steps=8,objective=nclip", f"--config.run={folder}", "--config.data.batch=64")

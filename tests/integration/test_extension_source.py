@@ -7,7 +7,6 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
-from absl import flags
 
 from tests.extension.json_lines import JsonLinesSource
 from tests.helpers import bad_tars, tiny
@@ -80,14 +79,6 @@ def test_a_stopped_run_continues_exactly(spec, run, tmp_path, monkeypatch):
     trainer.run(config)
     assert tiny.losses(tmp_path / "run") == tiny.losses(run)
     assert tiny.lines(tmp_path / "run", "bad_samples.jsonl") == tiny.lines(run, "bad_samples.jsonl")
-
-
-@pytest.mark.slow
-def test_worker_processes_read_it(spec, run, tmp_path):
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # Grain's workers ask absl, which only app.run sets up
-    trainer.run(tiny.config(run=tmp_path / "run", steps=2, data__sources=(spec,), data__workers=2))
-    assert tiny.losses(tmp_path / "run")[:2] == tiny.losses(run)[:2]
 
 
 def test_a_run_does_not_resume_on_other_data(spec, run, tmp_path):

@@ -1,19 +1,13 @@
 """Whole runs fed from tars: with bad samples among the pairs, and against the same pairs from a TFDS data set."""
 
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
 from tests.helpers import bad_tars, tiny
-from tests.helpers.util import free_address
 from xclip_jax.core.errors import UserError
-from xclip_jax.core.run_folder import CLOCKS
 from xclip_jax.train import trainer
 
 pytestmark = pytest.mark.long
@@ -80,31 +74,6 @@ def test_a_run_goes_on_and_writes_down_what_was_bad(mixed, tmp_path):
     assert card[0]["tars"] == [{"name": "0.tar", "bytes": (mixed / "0.tar").stat().st_size, "samples": 40}]
 
 
-@pytest.mark.slow  # three runs of a recipe
-def test_a_resumed_run_counts_on_and_refuses_other_data(mixed, tmp_path):
-    tar = tmp_path / "0.tar"
-    tar.write_bytes((mixed / "0.tar").read_bytes())
-    options = {"data__sources": (f"tar:{tar}",), "data__max_bad_fraction": 0.5}
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    trainer.run(tiny.config(steps=10, run=whole, **options))
-
-    with tiny.cut_off(7):
-        trainer.run(tiny.config(steps=10, run=cut, **options))
-    trainer.run(tiny.config(steps=10, run=cut, **options))
-    without_speed = [
-        [{key: value for key, value in line.items() if key not in CLOCKS} for line in tiny.lines(run)]
-        for run in (whole, cut)
-    ]
-    assert without_speed[0] == without_speed[1]
-    assert (whole / "bad_samples.jsonl").read_text() == (cut / "bad_samples.jsonl").read_text()
-    (cut / "results.json").unlink()
-    bad_tars.pairs(tar, 0, 40)
-    with pytest.raises(
-        UserError, match=r"source 0, 'tar:.*', has changed since .*data\.json was written: 40 samples then, 40"
-    ):
-        trainer.run(tiny.config(steps=10, run=cut, **options))
-
-
 def test_too_many_bad_samples_stop_a_run(mixed, tmp_path):
     bad_tars.shard(tmp_path / "1.tar", [(str(i), {"jpg": b"<html>", "txt": b"pair"}) for i in range(40)])
     sources = (f"tar:{mixed}/0.tar,{tmp_path}/1.tar",)
@@ -112,43 +81,3 @@ def test_too_many_bad_samples_stop_a_run(mixed, tmp_path):
         UserError, match=r"samples are bad, more than data\.max_bad_fraction=0\.05 allows \(not an image: \d+\)"
     ):
         trainer.run(tiny.config(steps=50, run=tmp_path / "run", data__sources=sources))
-
-
-RUN = """
-import sys
-from tests.helpers import tiny
-from xclip_jax.train import trainer
-from xclip_jax.processes import runtime as processes
-folder, pattern, *others = sys.argv[1:]
-if others:
-    processes.join(False, others[0], 2, int(others[1]))
-trainer.run(tiny.config(steps=6, run=folder, data__sources=(f"tar:{pattern}",), data__max_bad_fraction=0.5))
-"""
-
-
-@pytest.mark.slow  # two processes that compile
-def test_two_processes_count_and_write_as_one(mixed, tmp_path):
-    """More processes than tars; both see what the other one's samples were."""
-    address = free_address()
-
-    def start(devices, name, *others):
-        flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"  # the last one holds
-        return subprocess.Popen(
-            [sys.executable, "-c", RUN, str(tmp_path / name), f"{mixed}/0.tar", *others],
-            text=True,
-            cwd=pathlib.Path(__file__).parents[2],
-            env=os.environ | {"XLA_FLAGS": flags},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-
-    running = [start(2, "two", address, "0"), start(2, "two", address, "1"), start(4, "one")]
-    for process in running:
-        said, _ = process.communicate(timeout=240)
-        assert process.returncode == 0, said
-    one, two = (tmp_path / name for name in ("one", "two"))
-    assert (one / "bad_samples.jsonl").read_text() == (two / "bad_samples.jsonl").read_text() != ""
-    for here, there in zip(tiny.lines(one), tiny.lines(two), strict=True):
-        for key in ("samples", "tokens", "epoch", "data/bad", "data/bad_share"):
-            assert here[key] == there[key], key
-    assert np.allclose(tiny.losses(one), tiny.losses(two), atol=1e-3)

@@ -20,9 +20,9 @@ import multiprocessing, pathlib, sys, time
 from absl import flags
 from tests.helpers import tiny
 from xclip_jax.train import trainer
-from xclip_jax.data.readers import folder_source
+from xclip_jax.data.readers import folder
 
-class Slow(folder_source.FolderSource):
+class Slow(folder.FolderSource):
     def __getitem__(self, index):
         time.sleep(0.25)
         if multiprocessing.parent_process() and (hang := pathlib.Path(sys.argv[2], "hang")).exists():
@@ -32,7 +32,7 @@ class Slow(folder_source.FolderSource):
 
 if __name__ == "__main__":
     flags.FLAGS.mark_as_parsed()
-    folder_source.FolderSource = Slow
+    folder.FolderSource = Slow
     trainer.run(tiny.config(
         "clip", run=sys.argv[1], steps=1000, data__sources=("folder:" + sys.argv[2],), data__batch=8, data__workers=1,
         checkpoint__every=1000, log__stall_limit=40.0,

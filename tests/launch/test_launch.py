@@ -76,6 +76,14 @@ def test_run_folder_is_spelt_as_training_spells_it(given, folder):
     assert subprocess.check_output(command, cwd=ROOT, text=True) == f"{epath.Path(given)}\n" == f"{folder}\n"
 
 
+def test_run_folder_at_home():
+    command = ["bash", "-c", '. launch/common.sh; run_folder /x "--config.run=$1"', "run_folder"]
+    home = os.environ | {"HOME": "/home/me"}
+    assert subprocess.check_output([*command, "~/runs/mine"], cwd=ROOT, text=True, env=home) == "/home/me/runs/mine\n"
+    done = subprocess.run([*command, "~you/runs"], cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode and "begins with another user's home; give the whole path" in done.stderr
+
+
 # It makes an environment in the order of the real one: a Python, and pip after it, unless FAILS is set.
 VENV_MAKER = r"""
 case "$*" in

@@ -129,7 +129,7 @@ def test_pod_that_cannot_be_created_is_an_error(cloud):
 
 def test_pod_watch_is_taken_up_again(cloud):
     """A second watch, over a pod on which training is under way, starts nothing and sees it through."""
-    assert cloud.launch("tpu_vm.sh", *TRAINING, born="READY", scenario=["sleep 0.3; finish"]).returncode == 0
+    assert cloud.launch("tpu_vm.sh", *TRAINING, born="READY", scenario=["sleep 3; finish"]).returncode == 0
     (cloud.path / "state").write_text("ACTIVE\n")
     done = cloud.launch("tpu_pod.sh", *TRAINING, scenario=[""], KEEP="1")
     assert done.returncode == 0, done.stderr
@@ -146,6 +146,17 @@ def test_pod_that_was_kept_starts_the_corrected_command(cloud):
     assert "an earlier command ended here with exit status 1" in done.stdout and "does not exist" not in done.stdout
     assert "training failed with exit status 1; " in done.stdout  # its own start does count
     assert cloud.verbs() == ["create", "python", "python", "delete", "create", "python"]
+
+
+def test_pod_that_was_kept_trains_for_more_sets(cloud):
+    """Whether results of an earlier command have all that this one asks for is known to training alone."""
+    for scenario, verbs in (
+        (["finish; exit 0"], ["create", "python"]),
+        (["", "finish"], ["create", "python", "python"]),
+    ):
+        done = cloud.launch("tpu_pod.sh", *TRAINING, scenario=scenario, KEEP="1")
+        assert done.returncode == 0 and "the run is complete" in done.stdout, done.stderr
+        assert cloud.verbs() == verbs
 
 
 def test_pod_that_was_kept_trains_another_run(cloud):

@@ -91,6 +91,14 @@ def test_slurm_requeues_what_was_stopped(training, status, requeued, tmp_path):
     assert rest == ([["scontrol", "requeue", "42"]] if requeued else [])
 
 
+def test_slurm_does_not_take_an_earlier_starts_results_for_its_own(tmp_path):
+    (tmp_path / "results.json").write_text("{}")
+    done = start(tmp_path, "exit 75", f"--config.run={tmp_path}")
+    assert (done.returncode, "scontrol requeue 42" in read(tmp_path / "calls")) == (0, True)
+    done = start(tmp_path, "exit 0", f"--config.run={tmp_path}")  # training says that the run is complete
+    assert (done.returncode, read(tmp_path / "calls").count("scontrol requeue 42")) == (0, 1)
+
+
 def test_slurm_gives_up_on_a_run_that_hangs_at_the_same_place(tmp_path):
     run = tmp_path / "run"
 

@@ -228,6 +228,12 @@ def test_wrong_objectives(changes, message):
         make(1, **changes)
 
 
+def test_one_class_is_a_regression():
+    logits, gold = jnp.array([[0.5], [-1.0], [2.0]]), jnp.array([0.0, 1.0, 5.0])
+    loss, *_ = Classify(classes=1)({"logits": logits}, None, {}, {"label": gold})
+    assert float(loss) == pytest.approx((0.25 + 4 + 9) / 3)
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_cross_entropy_with_soft_targets_is_torchs(smoothing):
     torch = pytest.importorskip("torch")

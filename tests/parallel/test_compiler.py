@@ -2,6 +2,7 @@
 
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +25,18 @@ TOPOLOGIES = ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"]
 def devices(topology):
     pytest.importorskip("libtpu")
     return plan.devices_of(topology)[0]
+
+
+def test_an_order_changes_no_gradient():
+    """On TPUs the gradient of images waits; its value is the chain rule's."""
+    x, params = jnp.arange(3.0), {"small": jnp.float32(2), "large": jnp.full(compiler._SMALL, 3.0)}
+
+    def loss(x, params, order):
+        x, params = order(x, params)
+        return jnp.sum(x**2) * params["small"] + jnp.sum(params["large"] ** 2) * x[1]
+
+    plain = jax.grad(loss, (0, 1))(x, params, lambda *both: both)
+    chex.assert_trees_all_close(jax.grad(loss, (0, 1))(x, params, compiler.ordered_after_small), plain, rtol=1e-6)
 
 
 def test_cpus_have_no_options():

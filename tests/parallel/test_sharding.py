@@ -8,7 +8,9 @@ import pytest
 
 from tests.helpers import tiny
 from xclip_jax import optim
+from xclip_jax.config import schema
 from xclip_jax.data import loader
+from xclip_jax.objectives import make_objective
 from xclip_jax.parallel import sharding
 from xclip_jax.parallel.mesh import AXES, make_mesh, replicated
 from xclip_jax.train import build, state
@@ -114,6 +116,8 @@ def test_captions_of_several_pairs(objective, impl, plain):
     p = make(objective, "fsdp", optim__microbatches=2, loss__impl=impl, **changes)
     assert_same(gradients(p), plain(objective, **changes))
     assert plain(objective, **changes)[0]["loss"] != plain(objective)[0]["loss"]
+    config = tiny.config(objective, **{f"objective__{objective}__positives": "image"})
+    assert "image_key" in make_objective(schema.resolve(config).objective).fields
 
 
 @pytest.mark.parametrize(

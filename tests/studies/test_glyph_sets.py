@@ -44,13 +44,13 @@ def test_a_script_is_learned_from_training_and_tested_on_new_characters(load, gl
     script = {record["concept"]: record["category"] for part in glyph_records.values() for record in part}
     data = load("test_scripts")
     labels = data.tasks[""]
-    assert len(labels[0]) == len(data.train) == 100 and len(labels[2]) == len(data.groups)
+    assert len(labels[0]) == len(data.train) == 100 and len(labels[2]) == len(data.together)
     classes = glyph_sets.script_classes(glyph_records["train"])
     assert classes == ["made signs", "old toy"] and script["toy-small-letter-ba"] == ["old toy"]
     records = sorted(glyph_records["test_concepts"], key=lambda record: record["id"])
     assert labels[2].tolist() == [classes.index(record["category"][0]) for record in records]
     same = np.array([[a["concept"] == b["concept"] for a in records] for b in records])
-    np.testing.assert_array_equal(data.groups[:, None] == data.groups, same)
+    np.testing.assert_array_equal(data.together[:, None] == data.together, same)
     half = load("validation_scripts")
     assert len(half.validation) + len(half.test) == len(glyph_records["validation_concepts"])
 

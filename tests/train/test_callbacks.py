@@ -172,7 +172,7 @@ def fail():
     raise RuntimeError("no")
 
 
-@pytest.mark.parametrize("method", ["on_start", "on_log", "on_end"])
+@pytest.mark.parametrize("method", ["on_start", "on_end"])
 def test_an_error_ends_the_trackers_too(method, calls, pairs, tmp_path):
     with pytest.raises(RuntimeError):
         trainer.run(tiny.short(pairs, tmp_path / "run", log__to=("wandb",)), [Fails(method, fail)])

@@ -79,8 +79,15 @@ def test_the_loss_falls_on_one_batch(objective):
     fixed = loader.to_global(tiny.batch(eot=p.tokenizer.eot_id), p.mesh)
     for _ in range(40):
         s, metrics = p.compiled(s, fixed)
-        losses.append(float(metrics["loss"]))
+        losses.append(float(metrics["tokens/loss" if objective == "superclip" else "loss"]))
     assert losses[-1] < losses[0] - 0.5, losses[::10]
+
+
+def test_terms_are_given_the_place_of_the_end_token():
+    p = make("superclip", devices=1)
+    inputs = tiny.batch(eot=p.tokenizer.eot_id)
+    given = p.make_step(optax.identity(), p.length_groups)._batch(state.create(p.init, p.abstract), inputs)
+    assert given["text_end"].tolist() == [row.tolist().index(p.tokenizer.eot_id) for row in inputs["text"]]
 
 
 @pytest.mark.parametrize(

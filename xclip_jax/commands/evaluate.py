@@ -146,7 +146,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--data-dir", default="", help="root of the data sets")
     add("--output", default="", help="file of the results")
-    add("--compare", nargs=2, metavar=("A", "B"), help="runs' folders, or files of results")
+    add("--compare", nargs=2, metavar=("A", "B"), help="runs' folders, weights, or files of results")
     add_trust(parser)
     flags = parser.parse_args(argv)
     if bool(flags.checkpoint) == bool(flags.compare):
@@ -155,6 +155,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         flags.mix = tuple(map(float, flags.mix.split(","))) if flags.mix else (1.0,)
     except ValueError:
         parser.error(f"--mix is {flags.mix!r}; expected numbers from 0 to 1, joined by commas, as in 0,0.5,1")
+    ignored = ("suite", "data_dir", *PROFILE_FIELDS)
+    if flags.compare and (given := [name for name in ignored if getattr(flags, name) not in (None, "")]):
+        option = {"templates": "template", "names": "class-names", "data_dir": "data-dir"}.get(given[0], given[0])
+        parser.error(f"--{option} has no effect with --compare, which reads results; evaluate both with it first")
     if flags.compare and len(flags.mix) > 2:
         parser.error(f"--compare has two sides, and --mix {len(flags.mix)} numbers; give one, or one for each side")
     return flags

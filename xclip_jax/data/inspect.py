@@ -104,7 +104,7 @@ def read_batches(
                 enough = count * rows >= samples and count > first and now - start >= seconds
                 if enough or now - began > _PATIENCE * seconds > 0:
                     break
-        elapsed = time.perf_counter() - start
+            elapsed = time.perf_counter() - start  # processes take seconds to end
         ledger.sync(count * rows)
         ledger.close()
         lines = ledger.path.read_text().splitlines() if ledger.path.exists() else []

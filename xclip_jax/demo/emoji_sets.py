@@ -81,11 +81,12 @@ def _classify(
         keep = [i for i, r in enumerate(records) if r["concept"] in concepts and group in ("", r["group"])]
         images, records = [images[i] for i in keep], [records[i] for i in keep]
     index = {concept: i for i, concept in enumerate(classes)}
+    labels = np.array([index[r["concept"]] for r in records])
     vendors = np.array([r["vendor"] for r in records])
     return ZeroShotSet(
         name,
         images,
-        np.array([index[r["concept"]] for r in records]),
+        labels,
         [prompts(c) if prompts else [c["name"]] for c in classes.values()],
         {str(v): vendors == v for v in np.unique(vendors)} if len(set(vendors)) > 1 else {},
         [c["name"] for c in classes.values()],
@@ -100,6 +101,7 @@ def _classify(
             ),
         ),
         [c["category"] or _UNCATEGORISED.get(c["group"], "Other") for c in classes.values()],
+        together=labels,
     )
 
 
@@ -145,7 +147,8 @@ def _probe(name: str, prepare: Preprocessing, data_dir: str | None) -> ProbeSet:
         metric="category/linear/top1",
     )
     tasks = {task: _index([[r[task] for r in part] for part in records]) for task in ("category", "subcategory")}
-    return ProbeSet(name, train, validation, test, tasks, sweep=_SWEEP, card=card)
+    together = np.unique([record["concept"] for record in records[2]], return_inverse=True)[1]
+    return ProbeSet(name, train, validation, test, tasks, sweep=_SWEEP, card=card, together=together)
 
 
 def _index(words: list[list[str]]) -> tuple[np.ndarray, ...]:
@@ -185,7 +188,7 @@ def _same_meaning(
     queries = [(word, i) for _, word, i in rows]
     card = _card("test_concepts", names, queries, protocol="recall of names by cosine of text embeddings", metric="r1")
     groups = {key: key_of == key for key in keys if key in key_of} if len(keys) > 1 else {}
-    return TextRetrievalSet(name, names, queries, groups, card)
+    return TextRetrievalSet(name, names, queries, groups, card, together=np.array([i for *_, i in rows]))
 
 
 def _one_prompt(concept: Record) -> list[str]:

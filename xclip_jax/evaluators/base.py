@@ -88,8 +88,14 @@ class Evaluator(abc.ABC):
         return flat(self.measure(variables))
 
     def result(self, metric: str, value: float, **fields: Any) -> Result:
-        """Return a result of this evaluator's set; `fields` are other fields of `Result`."""
+        """Return a result of this evaluator's set; `fields` are other fields of `Result`.
+
+        Items of a set with `together`, int (n,), are resampled by it.
+        """
         card, unit = self.data.card, "x 100" if metric.rpartition("/")[2] in _TIMES_100 else "%"
+        together, items = getattr(self.data, "together", None), fields.get("items")
+        if together is not None and items is not None:
+            fields["items"] = dataclasses.replace(items, groups=together)
         fields = {"protocol": card, "evaluator": self.data.evaluator, "unit": unit} | fields
         result = Result(self.data.name, self.family, metric, float(value), **fields)
         return dataclasses.replace(result, headline=result.key == card.metric)

@@ -69,11 +69,13 @@ class Sweep:
       halvings: how often to try the values halfway (in log C) between the best and its neighbours, within the range of
         `coarse`. The CLIP paper has 7 values from 1e-6 to 1e6 and 4 halvings, which end at eight steps a decade.
       tolerance: tolerance of `logistic.fit`.
+      refit: whether the tested classifier is fitted on given validation items too.
     """
 
     coarse: Sequence[float] = COARSE
     halvings: int = 4
     tolerance: float = 1e-5
+    refit: bool = True
 
 
 def search(
@@ -144,7 +146,7 @@ def linear(
     sweep: Sweep,
     score: Callable[[np.ndarray, np.ndarray], float],
 ) -> Fit:
-    """Run CLIP's linear probe: C by `search` on validation items, then one fit that is tested once.
+    """Run CLIP's linear probe: C by `search` on validation items, then one fit on all items that is tested once.
 
     Without validation items a tenth of `train`, at least one item, is held out. `score` of (logits, labels) chooses C.
     Returns whether each test item is right, 0.0 or 1.0 (n,), and {"log10_c": the choice}.
@@ -158,7 +160,7 @@ def linear(
     best = sweep.coarse[0]
     if len(sweep.coarse) > 1:
         best, _ = search(train, validation, classes, sweep, score)
-    if given:
+    if given and sweep.refit:
         whole = together(train, validation)
     del train, validation  # if a tenth was held out, a copy of most features
     logits = logistic.fit(*whole, [best], classes, tolerance=sweep.tolerance).logits(test[0])[0]

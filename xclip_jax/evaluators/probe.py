@@ -35,6 +35,7 @@ class ProbeSet:
         training items are tested by nested cross-validation with the same number of folds.
       pairs: features of a pair of texts with features u and v: "difference" is SentEval's [|u - v|, u v], "all" is
         [u, v, |u - v|, u v] as in GLUE's baselines.
+      together: int (n,), equal for dependent test items, such as drawings of one concept; None if all are independent.
     """
 
     evaluator: ClassVar[str] = "probe"
@@ -49,6 +50,7 @@ class ProbeSet:
     folds: int = 0
     pairs: str = ""
     card: Provenance = dataclasses.field(default_factory=Provenance)
+    together: np.ndarray | None = None
 
 
 class Probe(Evaluator):

@@ -204,9 +204,8 @@ def read(path: epath.Path) -> tuple[list[Entry], ItemsOf]:
         _ = [[entry[key] for key in (*KEY, "name", "metric", "items")] for entry in entries]
         of_entries(entries)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(
-            f"{path} is not a file of results ({error}); delete it, and evaluate again with --checkpoint."
-        ) from error
+        remedy = "delete it, and evaluate again" if path.suffix == ".json" else "evaluate these weights first"
+        raise UserError(f"{path} is not a file of results ({error}); {remedy} with --checkpoint.") from error
     return entries, _read_items(path)
 
 

@@ -267,6 +267,7 @@ class TextRetrievalSet:
       texts: items of the retrieval, all distinct.
       queries: (query, index of its text).
       groups: bool (queries,) of named parts, such as languages; the value is then their unweighted mean.
+      together: int (queries,), equal for dependent queries, such as those for one text; None if all are independent.
     """
 
     evaluator: ClassVar[str] = "text_retrieval"
@@ -276,6 +277,7 @@ class TextRetrievalSet:
     queries: Sequence[tuple[str, int]]
     groups: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     card: Provenance = dataclasses.field(default_factory=Provenance)
+    together: np.ndarray | None = None
 
 
 class TextRetrieval(Evaluator):

@@ -84,7 +84,8 @@ class Row:
     @property
     def shown(self) -> list[tuple[Column, Result]]:
         """Metrics that tables show, the most important one first."""
-        labelled = (column for column in self.layout.columns if column.label and column.metric in self.results)
+        labelled = [column for column in self.layout.columns if column.label and column.metric in self.results]
+        labelled.sort(key=lambda column: not self.results[column.metric].headline)
         return [*self.set_specific, *((column, self.results[column.metric]) for column in labelled)]
 
 
@@ -244,7 +245,7 @@ def compare(
     resampled.
 
     Args:
-      a, b: runs' folders, or results files.
+      a, b: runs' folders, weights that were evaluated, or results files.
       step: step of both; by default the newest that each file has.
       profile: profile of both; by default the last evaluated profile that both files have for a set.
       mixes: shares of the tuned weights in the models of a and b.
@@ -292,8 +293,9 @@ def _select(path: str, step: int | None, profile: str | None, share: float) -> t
     """
     file = epath.Path(path)
     if not file.exists():
-        raise UserError(f"{str(path)!r} does not exist; name the folder of a run, or a file of results.")
-    file = evaluation_file(file) if file.is_dir() else file
+        raise UserError(f"{str(path)!r} does not exist; name the folder of a run, weights, or a file of results.")
+    own = evaluation_file(file)
+    file = own if file.is_dir() or own.exists() else file
     entries, items = read(file)
     entries = [entry for entry in entries if entry["checkpoint"] == entries[-1]["checkpoint"]]
     if not (mixed := [entry for entry in entries if share_of(entry) == share]):

@@ -153,6 +153,7 @@ class ZeroShotSet:
       names: readable names of the classes; by default their first prompts.
       card: provenance; `card.metric` "roc_auc" (two classes) or "top1_top5" adds that metric.
       coarse: readable coarser class of each class; may be empty.
+      together: int (n,), equal for dependent images, such as drawings of one concept; None if all are independent.
     """
 
     evaluator: ClassVar[str] = "zeroshot"
@@ -165,6 +166,7 @@ class ZeroShotSet:
     names: Sequence[str] = ()
     card: Provenance = dataclasses.field(default_factory=Provenance)
     coarse: Sequence[str] = ()
+    together: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         n, num_classes = len(self.images), len(self.prompts)

@@ -23,6 +23,7 @@ from xclip_jax.core.run_folder import RunFolder
 from xclip_jax.data import tokenizer
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.interop import hf, hub, open_clip, tensor_files, vocabulary
+from xclip_jax.interop.hub import CLASS_NAMES
 from xclip_jax.interop.names import Flat
 from xclip_jax.models.tower import ImageTower
 from xclip_jax.models.transformer import unstack_blocks
@@ -32,7 +33,6 @@ from xclip_jax.objectives import read_objective
 FORMATS = ("hf", "open_clip", "safetensors")
 CONFIG = "xclip_config.json"
 WEIGHTS = "xclip_model.safetensors"
-CLASS_NAMES = "class_names.json"
 # All files that `write` may create.
 WRITTEN = (
     CONFIG, WEIGHTS, CLASS_NAMES, open_clip.CONFIG, open_clip.WEIGHTS, hf.CONFIG, hf.WEIGHTS, hf.PREPROCESSOR,

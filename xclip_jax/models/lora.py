@@ -76,7 +76,7 @@ def merged(params: Params) -> Params:
         return params
     kernels = flatten_dict({name: jax.lax.stop_gradient(params[name]) for name in adapters})
     factors = flatten_dict(adapters)
-    for path in {path[:-1] for path in factors}:
+    for path in dict.fromkeys(path[:-1] for path in factors):  # a set of strings has another order in each process
         inputs, outputs = (factors[*path, name] for name in ("inputs", "outputs"))
         change = jnp.matmul(inputs, outputs, precision=jax.lax.Precision.HIGHEST)
         kernels[path] = kernels[path] + change.reshape(kernels[path].shape)

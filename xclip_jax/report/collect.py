@@ -25,6 +25,7 @@ from xclip_jax.report.examples import Examples
 
 LEVEL = 0.95  # of intervals
 ABOVE, BELOW, UNDECIDED = "above chance", "below chance", "not distinguishable from chance"
+_OVER_PARTS = ("mean_per_class", "macro_accuracy")
 _SAMPLES = 1000  # a resample of average precision takes milliseconds
 
 Row = dict[str, float]
@@ -244,15 +245,15 @@ def judge(result: Result) -> Judgement:
     """Return the interval of a result and its verdict.
 
     A share of items has Clopper and Pearson's binomial interval, which assumes independent items of equal weight; a
-    mean per class, in which items of rare classes weigh more, has none. Per-example values with unequal weights,
-    groups or another statistic than a mean of zeros and ones are resampled. Resamples of values that are all right or
-    all wrong cannot differ: these have the binomial interval of their effective number, see `_trials`.
+    mean over classes or parts, in which items of rare ones weigh more, has none. Per-example values with unequal
+    weights, groups or another statistic than a mean of zeros and ones are resampled. Resamples of values that are all
+    right or all wrong cannot differ: these have the binomial interval of their effective number, see `_trials`.
     """
     low, high, items = math.nan, math.nan, result.items
     n = result.n if items is None else _trials(items)
     if items is not None and not n:
         low, high = bootstrap(items, samples=_SAMPLES)
-    elif result.unit == "%" and n and math.isfinite(result.value) and not result.metric.endswith("mean_per_class"):
+    elif result.unit == "%" and n and math.isfinite(result.value) and not result.metric.endswith(_OVER_PARTS):
         right = min(max(round(n * result.value / 100), 0), n)
         exact = scipy.stats.binomtest(right, n).proportion_ci(LEVEL)
         low, high = 100 * exact.low, 100 * exact.high

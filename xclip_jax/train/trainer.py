@@ -138,10 +138,12 @@ def _train(
 def warn_of_epochs(job: Job) -> None:
     """Warn if a recipe expects data of another size, so that its steps are not the intended epochs."""
     expected, n = job.config.log.expected_epochs, job.num_samples
+    counted = "examples" if job.config.objective.name == "classify" else "pairs"
     if expected and not 1 / _FAR < job.epochs / expected < _FAR:
         log0(
             f"WARNING: {job.config.steps:,} steps are {job.epochs:.3g} epochs of these {n:,} samples, and the recipe "
-            f"is meant for {expected:g}: give it their number, --config RECIPE:pairs={n}, or set log.expected_epochs=0"
+            f"is meant for {expected:g}: give it their number, --config RECIPE:{counted}={n}, "
+            "or set log.expected_epochs=0"
         )
 
 

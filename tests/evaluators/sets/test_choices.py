@@ -4,6 +4,8 @@ import json
 
 import numpy as np
 import PIL.Image
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from tests.helpers.encoding import SIZE, make_encoder, small_model
@@ -159,6 +161,23 @@ def test_rows_of_a_table(table):
     assert chance["accuracy"] == pytest.approx(100 * (1 / 3 + 1 / 3 + 1 / 2 + 1 / 3) / 4)
     of_keys = load(f"choice/csv:{table}", data=DataConfig(image_key="file", text_keys=("good", "bad")))
     assert of_keys.texts[3] == ["a 3, b", "c 3"] and not of_keys.groups
+
+
+def test_rows_that_name_one_file_are_resampled_together(table):
+    table.write_text("file,good,bad\n0.png,a 0,c 0\n1.png,a 1,c 1\n0.png,a 2,c 2\n")
+    data = load(f"choice/csv:{table}?image=file&text=good&text=bad")
+    assert data.pictures.tolist() == [[0], [1], [0]]
+    results = registry.measure(registry.evaluator(make_encoder(), data), small_model()[1])
+    (accuracy,) = (result for result in results if result.key == "accuracy")
+    assert accuracy.items.groups.tolist() == [0, 1, 0]
+
+
+def test_a_right_text_is_one(table):
+    rows = [{"image": str(table.parent / f"{i}.png"), "good": ["a", "b"], "bad": ["c"]} for i in range(2)]
+    path = table.with_name("lists.parquet")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    with pytest.raises(UserError, match="row 0 has several texts in column 'good'; leave the right one"):
+        load(f"choice/parquet:{path}?image=image&text=good&text=bad")
 
 
 def test_an_image_that_is_missing_counts_as_wrong(table, monkeypatch):

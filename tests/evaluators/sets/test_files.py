@@ -70,7 +70,7 @@ def test_senteval(tmp_path):
 SICK = "pair_ID\tsentence_A\tsentence_B\trelatedness_score\tentailment_judgment\n"
 SPLITS = {
     "sst2": (["sentiment-train", "sentiment-dev", "sentiment-test"], "", "{w} film .\t{i}\n"),
-    "sst5": (["sentiment-train", "sentiment-dev", "sentiment-test"], "", "{w} film .\t{i}\n"),
+    "sst5": (["sentiment-train", "sentiment-dev", "sentiment-test"], "", "{i} {w} film .\n"),
     "trec": (["train_5500.label", "TREC_10.label"], "", "{L}:manner How {w} \xe9 ?\n"),
     "mrpc": (
         ["msr_paraphrase_train.txt", "msr_paraphrase_test.txt"],
@@ -91,6 +91,8 @@ def test_sentevals_own_splits(name, tmp_path):
     pair = name in ("mrpc", "sicke")
     assert data.pairs == ("difference" if pair else "") and isinstance(data.train[0], tuple) == pair
     assert (len(data.validation), data.folds) == ((0, 10) if len(files_of) == 2 else (20, 0))
+    largest, fitted = (32, "") if data.folds else (8, "alone")  # as SentEval's KFoldClassifier and SplitClassifier
+    assert max(data.sweep.coarse) == largest and data.sweep.refit == (not fitted)
     expected = {"trec": "How zzz é ?", "mrpc": ('zzz "one', "zz"), "sicke": ("zzz man", "zz")}.get(name, "zzz film .")
     assert data.test[0] == expected
     # TREC's and SICK's classes in alphabetical order.

@@ -211,13 +211,25 @@ def test_held_out_images_are_named(classes):
     assert 0 <= registry.evaluator(make_encoder(), named).run(small_model()[1])["zeroshot/holdout/top1"] <= 100
 
 
+def test_held_out_images_with_several_labels_are_refused(classes, tmp_path):
+    path = tmp_path / "several.csv"
+    rows = [f"{image},{'hen|red fox' if i else 'hen'}" for i, image in enumerate(sorted(classes.glob("*/*.png")))]
+    path.write_text("\n".join(["path,label", *rows]) + "\n")
+    with pytest.raises(UserError, match=r"zeroshot/holdout: images of csv:.* have several labels"):
+        registry.load("zeroshot/holdout", SIZE, data=config(f"csv:{path}"))
+
+
 def test_own_templates_and_names(classes, tmp_path):
     path = tmp_path / "names.json"
     path.write_text('{"red_fox": ["fox", "vixen"]}')
     profile = with_own(PROFILES["openai"], ["art of a {c}", "{c}!"], str(path))
     data = registry.load(f"folder:{classes}", SIZE, profile=profile)
     assert data.prompts == [["art of a hen", "hen!"], ["art of a fox", "fox!", "art of a vixen", "vixen!"]]
-    assert data.card.templates == "art of a {c} | {c}!"
+    templates = data.card.templates
+    assert templates.startswith("art of a {c} | {c}!; own names ")
+    path.write_text('{"red_fox": "vixen"}')  # so that --compare refuses results by other names
+    profile = with_own(PROFILES["openai"], ["art of a {c}", "{c}!"], str(path))
+    assert registry.load(f"folder:{classes}", SIZE, profile=profile).card.templates != templates
     for content, message in (
         (
             '{"owl": "owl", "elk": "elk"}',

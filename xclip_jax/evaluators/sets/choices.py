@@ -92,7 +92,7 @@ def read_rows(spec: str, data: DataConfig) -> Loaded:
     """Read "SOURCE?image=COLUMN&text=RIGHT&text=WRONG", where &group=COLUMN names the part of each row.
 
     Raises:
-      UserError: a source without columns or without these, or a row without the right text.
+      UserError: a source without columns or without these, or a row that has no right text or several.
     """
     name, columns = query_columns(spec)
     keys, groups = columns.get("text") or list(data.text_keys), columns.get("group", [])[:1]
@@ -110,7 +110,13 @@ def read_rows(spec: str, data: DataConfig) -> Loaded:
     right = keys[: len(tables)]  # texts of an image of their own; wrong ones may be fewer in some rows
     if empty := [(i, key) for i, row in enumerate(rows) for key, cell in zip(right, row, strict=False) if not cell]:
         raise UserError(f"{spec}: row {empty[0][0]} has no text in column {empty[0][1]!r}; add it, or delete the row.")
-    pictures = np.arange(len(rows) * len(tables)).reshape(len(tables), -1).T
+    if several := [(i, key) for i, row in enumerate(rows) for key, x in zip(right, row, strict=False) if len(x) > 1]:
+        raise UserError(
+            f"{spec}: row {several[0][0]} has several texts in column {several[0][1]!r}; leave the right one."
+        )
+    named = [table.images.path(i) for table in tables for i in range(len(rows))]
+    first = {name: i for i, name in reversed(list(enumerate(named)))}  # rows may share the file of an image
+    pictures = np.array([first[name] if name else i for i, name in enumerate(named)]).reshape(len(tables), -1).T
     texts = [[text for cell in row[: len(keys)] for text in cell] for row in rows]
     parts = [", ".join(row[-1]) if groups else "" for row in rows]
     cells = [table.images for table in tables]

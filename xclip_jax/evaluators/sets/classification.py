@@ -50,6 +50,8 @@ def read_held_out(spec: str, data: DataConfig) -> Content:
     parts, identities = [], []
     for source_spec in data.sources:
         part = read_source(source_spec, data.dir, data.image_key)
+        if np.ndim(part.labels) != 1:
+            raise UserError(f"{spec}: images of {source_spec} have several labels; name a set with one label an image.")
         positions = holdout.selected(part.images, data.holdout)
         identities += [holdout.image_hash(part.images[i]) for i in positions]
         labels = np.array([part.classes[label] for label in part.labels[positions]], object)
@@ -155,6 +157,8 @@ def own_set(name: str, content: Content, prepare: Preprocessing | int, profile: 
     description = f"the data set's ({len(content.templates)})" if content.templates else "dummy (1)"
     if profile.templates:
         description = " | ".join(profile.templates)
+    if profile.names:
+        description += f"; own names {digest(words)}"
     entry = Entry(metric="map" if np.ndim(content.labels) == 2 else "top1")
     texts = prompts.prompts(words, templates)
     return _make(name, content, entry, texts, description, profile.preprocessing(prepare))

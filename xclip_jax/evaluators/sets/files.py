@@ -43,7 +43,9 @@ _TWO_FILES = {
     "subj": ("subj.subjective", "subj.objective"),
     "mpqa": ("mpqa.neg", "mpqa.pos"),
 }
-_SWEEP = Sweep(tuple(2.0**e for e in range(-2, 4)), halvings=0)  # SentEval's C: 2^-2 to 2^3
+# SentEval's values of C; those of tasks without a development split are larger. None of them is fitted on one.
+_SWEEP = Sweep(tuple(2.0**e for e in range(-2, 4)), halvings=0, refit=False)
+_SWEEP_BY_FOLDS = Sweep(tuple(2.0**e for e in range(-1, 6)), halvings=0)
 _FOLDS = 10
 _C_BY_FOLDS = "own splits, C by ten folds of the training items"
 
@@ -110,14 +112,15 @@ def _senteval(spec: str, parts: Sequence[Sequence[tuple[Any, int]]], how: str) -
     labels = tuple(np.array([label for _, label in part], int) for part in (train, validation, test))
     pairs = "difference" if isinstance(items[0][0], tuple) else ""
     features = "[|u - v|, u v] of text features before projection" if pairs else "text features before projection"
+    sweep = _SWEEP if validation or not test else _SWEEP_BY_FOLDS
     card = Provenance(
         data=spec.partition("@")[0],
         split_hash=digest([*(item for part in items for item in part), *(part.tolist() for part in labels)]),
         metric="linear/top1",
-        protocol=f"logistic regression on {features}, C of 2^-2..2^3; {how}",
+        protocol=f"logistic regression on {features}, C of {sweep.coarse[0]:g}..{sweep.coarse[-1]:g}; {how}",
     )
     folds, tasks = 0 if validation else _FOLDS, {"": labels}
-    return ProbeSet(spec, *items, tasks, _SWEEP, neighbours=False, pairs=pairs, folds=folds, card=card)
+    return ProbeSet(spec, *items, tasks, sweep, neighbours=False, pairs=pairs, folds=folds, card=card)
 
 
 def senteval(name: str, path: pathlib.Path) -> ProbeSet:
@@ -133,7 +136,13 @@ def senteval(name: str, path: pathlib.Path) -> ProbeSet:
 
 
 def _read_sst(path: pathlib.Path) -> list[tuple[Any, str]]:
+    """Read lines such as "a fine film .\t1"."""
     return [(text, label) for text, label in (line.rsplit("\t", 1) for line in _lines(path))]
+
+
+def _read_sst5(path: pathlib.Path) -> list[tuple[Any, str]]:
+    """Read lines such as "3 a fine film ."."""
+    return [(text, label) for label, text in (line.split(" ", 1) for line in _lines(path))]
 
 
 def _read_trec(path: pathlib.Path) -> list[tuple[Any, str]]:
@@ -153,7 +162,7 @@ def _read_sick(path: pathlib.Path) -> list[tuple[Any, str]]:
 _SST = [f"sentiment-{part}" for part in ("train", "dev", "test")]
 _SPLIT_FILES: Mapping[str, tuple[Callable[[pathlib.Path], list[tuple[Any, str]]], list[str]]] = {
     "sst2": (_read_sst, _SST),
-    "sst5": (_read_sst, _SST),
+    "sst5": (_read_sst5, _SST),
     "trec": (_read_trec, ["train_5500.label", "TREC_10.label"]),
     "mrpc": (_read_mrpc, ["msr_paraphrase_train.txt", "msr_paraphrase_test.txt"]),
     "sicke": (_read_sick, ["SICK_train.txt", "SICK_trial.txt", "SICK_test_annotated.txt"]),
@@ -191,7 +200,7 @@ def glue(name: str, folder: str, data_dir: str | None) -> ProbeSet | SimilarityS
         split="dev",
         split_hash=split_hash,
         metric=f"linear/{tasks.TASKS[task].metrics[0]}",
-        protocol=f"logistic regression on {features} before projection, C of 2^-2..2^3 on a tenth of train",
+        protocol=f"logistic regression on {features} before projection, C of 0.25..8 on a tenth of train",
         note="frozen features; published GLUE numbers are of fine-tuned towers, see configs/finetune.py",
     )
     pairs, labels = "all" if two else "", {"": (y_train, y_train[:0], y_test)}
@@ -258,15 +267,15 @@ def load(
 ) -> SimilaritySet | ProbeSet | RetrievalSet:
     """Open the set `spec`, see the module's docstring."""
     name, _, location = spec.partition("@")
-    path, data_dir = pathlib.Path(location), data.dir or None
+    path, data_dir = pathlib.Path(location).expanduser(), data.dir or None
     try:
         if name in GLUE:
-            return glue(name, location, data_dir)
+            return glue(name, str(path) if location else "", data_dir)
         if spec == "trec":
             return trec(data_dir)
         family, _, language = name.partition("/")
         if family in LANGUAGES:
-            images, captions = LANGUAGES[family](language, path.expanduser())
+            images, captions = LANGUAGES[family](language, path)
             plain = dataclasses.replace(profile, prefix=profile.prefix or "")  # a profile's prefix is English
             return captioned(spec, images, captions, contents(images), prepare, plain, data=name, split="test")
         if name in RETRIEVAL and location:
