@@ -145,7 +145,7 @@ def test_optimizers_equal_optax(name, strategy):
     towers = {"img": build.build(tiny.config()).model.img}
     labels = jax.tree.map(lambda x: "adam", params)
     labels["img"]["transformer"]["block_0"]["mlp"]["kernel"] = "muon"
-    config = optim.OptimConfig(name=name, lr=0.02, lr_end=0.001, warmup=4, weight_decay=0.3)
+    config = optim.OptimConfig(name=name, lr=0.02, lr_end=0.001, warmup=4, weight_decay=0.3, b1=0.8, b2=0.97, eps=1e-5)
     rate = optim.schedule(config, 20)
     ours, theirs = optim.make_optimizer(config, 20, towers), reference(name, config, rate, labels)
     ends = []

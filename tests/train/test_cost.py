@@ -4,6 +4,7 @@ import os
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import pytest
 
 from tests.helpers import tiny
@@ -174,6 +175,21 @@ def test_against_the_compilers_count(pool, stem):
     analytic = cost.forward_flops(resolve(config), train=False)
     # Norms, softmax and activations are left out of the analytic figure.
     assert 0.8 * counted < sum(analytic.values()) < counted
+
+
+def test_activations_are_what_a_gradient_keeps():
+    """Temporary memory of the compiled gradient, of which the activations are nearly all."""
+    sizes = {"width": 128, "heads": 4, "depth": 4}
+    changes = {f"model__{tower}__{name}": value for tower in ("img", "txt") for name, value in sizes.items()}
+    config = tiny.config("clip", model__img__image_size=64, model__txt__context_length=40, **changes)
+    p = build.build(config, jax.devices()[:1])
+    variables = nn.unbox(jax.eval_shape(p.model.init, jax.random.key(0), *shapes(config, 16)))
+
+    def loss(variables, *inputs):
+        return sum(jnp.sum(x**2) for x in jax.tree.leaves(p.model.apply(variables, *inputs)))
+
+    kept = jax.jit(jax.grad(loss)).lower(variables, *shapes(config, 16)).compile().memory_analysis()
+    assert cost.activation_bytes(config) == pytest.approx(kept.temp_size_in_bytes / 16, rel=0.25)
 
 
 def shapes(config, b=8):
