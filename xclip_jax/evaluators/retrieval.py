@@ -267,7 +267,7 @@ class TextRetrievalSet:
       texts: items of the retrieval, all distinct.
       queries: (query, index of its text).
       groups: bool (queries,) of named parts, such as languages; the value is then their unweighted mean.
-      together: int (queries,), equal for dependent queries, such as those for one text; None if all are independent.
+      together: int (queries,), equal for dependent queries, such as several for one text; None if all are independent.
     """
 
     evaluator: ClassVar[str] = "text_retrieval"
