@@ -114,6 +114,7 @@ run_folder() {
   folder=$(argument run "$@")
   [ -n "$folder" ] || fail "--config.run is missing; say where the run is kept, as in --config.run=$example"
   case $folder in
+    [~]) folder=$HOME ;;
     [~]/*) folder=$HOME/${folder:2} ;;
     [~]*) fail "--config.run=$folder begins with another user's home; give the whole path" ;;
   esac

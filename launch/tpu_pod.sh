@@ -8,7 +8,8 @@
 #   PROJECT=my-project ZONE=us-west4-a bash launch/tpu_pod.sh --dry-run --config configs/pretrain.py --config.run=gs://...
 #
 # The arguments are those of xclip_jax.main; --dry-run before them prints all commands and executes none.
-# Only watching needs this machine: Ctrl-C leaves training alone, and the same command takes up the watch again.
+# Only watching needs this machine: Ctrl-C leaves training alone, and the same command takes up the watch again, or where
+# training has ended starts it once more, which a complete run answers at once.
 #
 # PROJECT, ZONE  required
 # NAME           of the queued resource and of its node (default: xclip-jax)
@@ -160,9 +161,9 @@ tend() {
       ;;
     "") missed "the first worker does not answer" ;;
     *)
-      # 1: an error of this start, which may have refused to make results anew. Results on a pod that was kept may be an
-      # earlier command's, with fewer sets: training, started once more, knows whether the run is complete.
-      if [ "$training" != 1 ] && [ -n "$watched" ] && complete >/dev/null 2>&1; then
+      # Results may be an earlier command's, with fewer sets: where this start failed (1) or was stopped (75, 130, 143), and
+      # on a pod that was kept. Training, started once more, knows whether the run is complete.
+      if [[ ! $training =~ ^(1|75|130|143)$ ]] && [ -n "$watched" ] && complete >/dev/null 2>&1; then
         say "the run is complete"
         finish 0
       elif [ -z "$watched" ] && [ "$training" != lost ]; then

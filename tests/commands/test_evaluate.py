@@ -149,14 +149,19 @@ def test_a_run_that_is_missing_or_not_evaluated_is_named(tmp_path):
         evaluate.compare(str(tmp_path / "mine"), str(tmp_path / "mine"))
 
 
-def test_weights_in_a_file_are_compared_by_their_evaluation(runs, tmp_path):
+def test_weights_are_compared_by_their_evaluation(runs, tmp_path, monkeypatch):
     path = tmp_path / "model.pt"
     path.write_bytes(b"\x80\x02}q\x00.")
     with pytest.raises(UserError, match=r"model\.pt is not a file of results .*; evaluate these weights first"):
         evaluate.compare(str(runs / "a"), str(path))
     for end in ("", ".items.npz"):
         shutil.copy(runs / "b" / f"evaluation.json{end}", tmp_path / f"model.pt.evaluation.json{end}")
-    assert evaluate.compare(str(runs / "a"), str(path)) == evaluate.compare(str(runs / "a"), str(runs / "b"))
+    rows = evaluate.compare(str(runs / "a"), str(runs / "b"))
+    assert evaluate.compare(str(runs / "a"), str(path)) == rows
+    monkeypatch.chdir(tmp_path)  # where results of the Hub's weights are
+    for end in ("", ".items.npz"):
+        shutil.copy(runs / "b" / f"evaluation.json{end}", tmp_path / f"lab--b.evaluation.json{end}")
+    assert evaluate.compare(str(runs / "a"), "hf:lab/b") == rows
 
 
 def test_a_suite_is_a_name_or_names():

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import pickle
 import shutil
 from typing import ClassVar
 
@@ -59,7 +60,9 @@ def test_it_is_trained_on_and_its_bad_sample_is_recorded(spec, run):
     path = spec.removeprefix(f"{KIND}:")
     assert (entry["file"], entry["line"], entry["reason"]) == (path, "8", "JSONDecodeError")
     (fingerprint,) = json.loads((run / "data.json").read_text())
-    assert fingerprint == sources.open_pairs(spec).fingerprint() and fingerprint["samples"] == N
+    source = sources.open_pairs(spec)
+    assert fingerprint == source.fingerprint() and fingerprint["samples"] == N
+    assert pickle.loads(pickle.dumps(source))[0] == source[0]  # as reading processes get it
 
 
 def test_a_stopped_run_continues_exactly(spec, run, tmp_path, monkeypatch):

@@ -156,7 +156,7 @@ def test_sizes_are_taken_over_from_weights(pretrained, tmp_path):
 
 
 def test_images_are_learned_and_evaluated(images, pretrained, tmp_path, capsys):
-    arg = f"data=folder:{images},batch={tiny.BATCH},epochs=10,weights={pretrained}"
+    arg = f"data=folder:{images},batch={tiny.BATCH},epochs=7,weights={pretrained}"
     c = small(load_config(f"finetune:{arg}"), tmp_path / "run", 30)
     assert c.objective.classify.classes == 3 and c.objective.classify.mixup == 0.8 and c.model.img.width == 32
     results = trainer.run(c)

@@ -129,7 +129,8 @@ def test_pod_that_cannot_be_created_is_an_error(cloud):
 
 def test_pod_watch_is_taken_up_again(cloud):
     """A second watch, over a pod on which training is under way, starts nothing and sees it through."""
-    assert cloud.launch("tpu_vm.sh", *TRAINING, born="READY", scenario=["sleep 3; finish"]).returncode == 0
+    watched = """until [ "$(grep -c 'queued-resources describe' "$CLOUD/calls")" -ge 2 ]; do sleep 0.05; done; finish"""
+    assert cloud.launch("tpu_vm.sh", *TRAINING, born="READY", scenario=[watched]).returncode == 0
     (cloud.path / "state").write_text("ACTIVE\n")
     done = cloud.launch("tpu_pod.sh", *TRAINING, scenario=[""], KEEP="1")
     assert done.returncode == 0, done.stderr

@@ -101,8 +101,6 @@ class DataConfig:
             yield f"weights is {self.weights}; expected values above 0, and sources without a share left out"
         if self.cache and self.workers:
             yield f"cache would keep a copy of all decoded images in each of {self.workers} workers; set data.workers=0"
-        if self.tags_key and not self.tags:
-            yield f"tags is 0, so that no keyword of tags_key {self.tags_key!r} is used; set data.tags, or no tags_key"
         if self.tags_append_prob + self.tags_only_prob > 1:
             probs = f"tags_append_prob {self.tags_append_prob} and tags_only_prob {self.tags_only_prob}"
             yield f"{probs} must not exceed 1 together"

@@ -146,9 +146,10 @@ def linear(
     sweep: Sweep,
     score: Callable[[np.ndarray, np.ndarray], float],
 ) -> Fit:
-    """Run CLIP's linear probe: C by `search` on validation items, then one fit on all items that is tested once.
+    """Run CLIP's linear probe: C by `search` on validation items, then one fit that is tested once.
 
-    Without validation items a tenth of `train`, at least one item, is held out. `score` of (logits, labels) chooses C.
+    The fit is of training items, and of validation items too if `sweep.refit`. Without validation items a tenth of
+    `train`, at least one item, is held out for the search. `score` of (logits, labels) chooses C.
     Returns whether each test item is right, 0.0 or 1.0 (n,), and {"log10_c": the choice}.
     """
     whole, given = train, len(validation[1]) > 0

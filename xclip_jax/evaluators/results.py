@@ -204,7 +204,9 @@ def read(path: epath.Path) -> tuple[list[Entry], ItemsOf]:
         _ = [[entry[key] for key in (*KEY, "name", "metric", "items")] for entry in entries]
         of_entries(entries)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        remedy = "delete it, and evaluate again" if path.suffix == ".json" else "evaluate these weights first"
+        remedy = (
+            "delete it, and evaluate again" if path.name.endswith("evaluation.json") else "evaluate these weights first"
+        )
         raise UserError(f"{path} is not a file of results ({error}); {remedy} with --checkpoint.") from error
     return entries, _read_items(path)
 

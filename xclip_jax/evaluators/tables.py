@@ -15,6 +15,7 @@ from xclip_jax.evaluators import registry
 from xclip_jax.evaluators.base import HELD_OUT, Column, Layout
 from xclip_jax.evaluators.results import SHIFTED, UNITS, VALIDATION, Entry, ItemsOf, Result, of_entries, read, share_of
 from xclip_jax.evaluators.statistics import bootstrap
+from xclip_jax.interop.hub import local_name
 
 # Titles of families, in the order of their tiles on a page; another family has its own name as title.
 _FAMILIES = {
@@ -291,10 +292,10 @@ def _select(path: str, step: int | None, profile: str | None, share: float) -> t
 
     The model is a mix with `share` of tuned weights; 1 for a model as it is.
     """
-    file = epath.Path(path)
-    if not file.exists():
-        raise UserError(f"{str(path)!r} does not exist; name the folder of a run, weights, or a file of results.")
+    file = epath.Path(local_name(path))
     own = evaluation_file(file)
+    if not (file.exists() or own.exists()):
+        raise UserError(f"{str(path)!r} does not exist; name the folder of a run, weights, or a file of results.")
     file = own if file.is_dir() or own.exists() else file
     entries, items = read(file)
     entries = [entry for entry in entries if entry["checkpoint"] == entries[-1]["checkpoint"]]

@@ -43,7 +43,8 @@ _TWO_FILES = {
     "subj": ("subj.subjective", "subj.objective"),
     "mpqa": ("mpqa.neg", "mpqa.pos"),
 }
-# SentEval's values of C: larger ones where folds choose. A development split only chooses; nothing is fitted on it.
+# SentEval's values of C: larger ones where folds of a training split choose. A development split only chooses;
+# nothing is fitted on it.
 _SWEEP = Sweep(tuple(2.0**e for e in range(-2, 4)), halvings=0, refit=False)
 _SWEEP_BY_FOLDS = Sweep(tuple(2.0**e for e in range(-1, 6)), halvings=0)
 _FOLDS = 10
