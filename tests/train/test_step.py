@@ -9,6 +9,7 @@ from tests.helpers import tiny
 from xclip_jax import optim
 from xclip_jax.data import loader, transforms
 from xclip_jax.train import build, state
+from xclip_jax.train.step import TrainStep
 
 pytestmark = pytest.mark.long
 
@@ -86,7 +87,8 @@ def test_the_loss_falls_on_one_batch(objective):
 def test_terms_are_given_the_place_of_the_end_token():
     p = make("superclip", devices=1)
     inputs = tiny.batch(eot=p.tokenizer.eot_id)
-    given = p.make_step(optax.identity(), p.length_groups)._batch(state.create(p.init, p.abstract), inputs)
+    step = TrainStep(p.model, p.tx, p.objective, augment=None, momentum=None)
+    given = step._batch(state.create(p.init, p.abstract), inputs)
     assert given["text_end"].tolist() == [row.tolist().index(p.tokenizer.eot_id) for row in inputs["text"]]
 
 
