@@ -6,7 +6,7 @@
 #   PYTHON=python3.13 bash launch/test.sh -k ring
 #
 # WORKERS: processes that share the files of tests (default 2). PYTHON and VENV: see launch/common.sh.
-# It takes a fifth less time where jemalloc is installed (apt install libjemalloc2).
+# Tests of whole steps take a fifth less time where jemalloc is installed (apt install libjemalloc2).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/common.sh

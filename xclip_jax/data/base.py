@@ -203,7 +203,7 @@ def read_csv(path: str, columns: Sequence[str]) -> Any:
     strings = dict.fromkeys(columns, pyarrow.string())
     conversion = pyarrow.csv.ConvertOptions(check_utf8=False, column_types=strings, strings_can_be_null=False)
     table = pyarrow.csv.read_csv(path, parse_options=parsing, convert_options=conversion)
-    for name in (name for name in columns if name in table.column_names):
+    for name in [name for name in columns if name in table.column_names]:
         line_end = pyarrow.compute.MatchSubstringOptions("\n")
         ends = pyarrow.compute.call_function("count_substring", [table[name]], line_end)
         if (pyarrow.compute.call_function("max", [ends]).as_py() or 0) >= _MAX_LINES:

@@ -53,6 +53,12 @@ class ChoiceSet:
                 f"{self.name}: {len(self.texts)} items of {np.size(self.pictures)} images; give each 1 or 2."
             )
 
+    @property
+    def together(self) -> np.ndarray | None:
+        """First image of each item, int (n,), if items have one in common."""
+        first = self.pictures[:, 0]
+        return first if len(set(first)) < len(first) else None
+
 
 class Choice(Evaluator):
     """Choice of texts and images, in percent; named "choice/<set>[/<score>][/<group>]/<metric>".
@@ -106,15 +112,14 @@ class Choice(Evaluator):
 
     def measure(self, variables: Variables) -> list[Result]:
         """Return the results that the class docstring lists; items with a common image are resampled together."""
-        first, n, groups = self.data.pictures[:, 0], len(self.data.texts), self.data.groups
-        ways, together = np.array([len(item) for item in self.data.texts]), first if len(set(first)) < n else None
+        n, groups, ways = len(self.data.texts), self.data.groups, np.array([len(item) for item in self.data.texts])
         results = [self.count("n", n), self.count("ways", ways.mean())]
         even = {"macro_accuracy": np.sum([mask / mask.sum() for mask in groups.values()], axis=0)} if groups else {}
         for score, scores in self.scores(variables).items():
             for metric, right in _right(scores).items():
                 level = np.full(n, PAIRED[metric]) if metric in PAIRED else 100 / ways
                 for key, weights in ({metric: None} | (even if metric == "accuracy" else {})).items():
-                    items, chance = PerExample(right, weights, groups=together), np.average(level, weights=weights)
+                    items, chance = PerExample(right, weights), np.average(level, weights=weights)
                     results.append(self.result(key, items.value(), n=n, chance=chance, items=items, score=score))
                 for group, mask in groups.items():
                     part = {"n": int(mask.sum()), "chance": level[mask].mean(), "score": score, "group": group}

@@ -85,6 +85,11 @@ class DenseSet:
         """Training, validation and test."""
         return self.train, self.validation, self.test
 
+    @property
+    def together(self) -> np.ndarray | None:
+        """Groups of the test images."""
+        return self.test.groups
+
 
 def areas(mask: np.ndarray, classes: int, grid: int, prepare: Preprocessing) -> np.ndarray:
     """Return the share of each class in the labelled area of each patch, fp32 (grid, grid, classes).
@@ -141,7 +146,7 @@ class DenseProbe(Evaluator):
             return self.encoder.patches(variables, images, first)
 
         predicted, c = self._predict(encode)
-        items, levels, results, groups = self._items(predicted), self._levels, [], self.data.test.groups
+        items, levels, results = self._items(predicted), self._levels, []
         for key, item in items.items():
             unit = "%" if key == "accuracy" else "x 100"
             n, of_pixels = len(predicted), self._of_pixels[key]
@@ -150,7 +155,7 @@ class DenseProbe(Evaluator):
         if self.data.prompts and self.encoder.similarities and not self.encoder.similarities[0].is_distribution:
             areas_of = self._zero_shot(variables)
             for key, some in self._tested.items():
-                item = PerExample(areas_of[0][:, some], other=areas_of[1][:, some], statistic="iou", groups=groups)
+                item = PerExample(areas_of[0][:, some], other=areas_of[1][:, some], statistic="iou")
                 results.append(self.result(f"zeroshot/{key}", item.value(), unit="x 100", n=len(predicted), items=item))
         counts = {"n": len(predicted), "train": sum(len(part.images) for part in self.data.parts[:2])}
         counts |= {"ways": len(self.data.classes), "patches": self.encoder.grid**2, "log10_c": np.log10(c)}
@@ -207,7 +212,7 @@ class DenseProbe(Evaluator):
 
     def _items(self, predicted: np.ndarray) -> dict[str, PerExample]:
         """Return {metric: per-image values} of predicted shares; classes missing from the test have none."""
-        labels, groups = self._labels[1], self.data.test.groups
+        labels = self._labels[1]
         labelled = labels.any(axis=-1)
         predicted = np.where(labels.any(axis=-1, keepdims=True), predicted, 0)
         intersection, union = (f(predicted, labels).sum(axis=(1, 2)) for f in (np.minimum, np.maximum))
@@ -215,10 +220,10 @@ class DenseProbe(Evaluator):
         number = labelled.sum(axis=(1, 2))
         share = right.sum(axis=(1, 2)) / np.maximum(number, 1)
         items = {
-            key: PerExample(intersection[:, some], other=union[:, some], statistic="iou", groups=groups)
+            key: PerExample(intersection[:, some], other=union[:, some], statistic="iou")
             for key, some in self._tested.items()
         }
-        return items | {"accuracy": PerExample(share, weights=number.astype(float), groups=groups)}
+        return items | {"accuracy": PerExample(share, weights=number.astype(float))}
 
     @functools.cached_property
     def _tested(self) -> dict[str, Sequence[int] | np.ndarray]:
