@@ -1,7 +1,7 @@
 """The page of a study, study.md with its charts in study/, written from the records."""
 
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -36,14 +36,28 @@ _RUN_COLUMNS = ("arm", "runs")
 
 def write(docs: pathlib.Path, snapshot: Snapshot) -> pathlib.Path:
     """Write the page and its charts into a folder of documents, delete charts that it has no more; return its path."""
-    drawn, page, folder = charts.of_study(snapshot), docs / "study.md", docs / "study"
-    (folder if drawn else docs).mkdir(parents=True, exist_ok=True)
+    return write_page(docs, "study", charts.of_study(snapshot), lambda drawn: render(snapshot, drawn))
+
+
+def write_page(
+    docs: pathlib.Path, name: str, svgs: Mapping[str, str], text: Callable[[Mapping[str, str]], str]
+) -> pathlib.Path:
+    """Write NAME.md and its charts, NAME/*.svg, delete charts that it has no more, and return the page's path.
+
+    Args:
+      docs: folder of documents.
+      name: of the page.
+      svgs: {name: SVG} of its charts.
+      text: gives the page, from the paths of charts by name.
+    """
+    page, folder = docs / f"{name}.md", docs / name
+    (folder if svgs else docs).mkdir(parents=True, exist_ok=True)
     for path in folder.glob("*.svg"):
-        if path.stem not in drawn:
+        if path.stem not in svgs:
             path.unlink()
-    for chart, svg in drawn.items():
+    for chart, svg in svgs.items():
         write_whole(epath.Path(folder / f"{chart}.svg"), svg)
-    write_whole(epath.Path(page), render(snapshot, drawn))
+    write_whole(epath.Path(page), text({chart: f"{name}/{chart}.svg" for chart in svgs}))
     return page
 
 
@@ -67,7 +81,7 @@ def write_finding(readme: pathlib.Path, snapshot: Snapshot) -> None:
 
 
 def render(snapshot: Snapshot, drawn: Mapping[str, str]) -> str:
-    """Return the page; `drawn` has the charts that it shows, by the names of their files."""
+    """Return the page; `drawn` has the paths of its charts by name."""
     study, begun = snapshot.study, claims.counts(snapshot)[0] > 0
     sections: list[Iterator[str] | Sequence[str]] = [
         [f"# {study.title}", "", MADE.format(command=study.command, name=study.name), ""],

@@ -98,8 +98,8 @@ def rows_of(
 
 
 def shown(drawn: Mapping[str, str], name: str, title: str) -> list[str]:
-    """Lines of a chart, none where it was not drawn."""
-    return [f"![{title}](study/{name}.svg)", ""] if name in drawn else []
+    """Lines of a chart, none where it was not drawn; `drawn` has the paths of charts by name."""
+    return [f"![{title}]({drawn[name]})", ""] if name in drawn else []
 
 
 def titles_of(snapshot: Snapshot, section: str) -> dict[str, str]:

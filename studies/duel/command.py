@@ -3,7 +3,7 @@
     python -m studies duel --list                    stages, what is done, and the hours that are left
     python -m studies duel --run --workers 2         the next missing runs, stage by stage
     python -m studies duel --run --only rung1        only arms whose names begin so
-    python -m studies duel --page                    the page and its charts, from the records
+    python -m studies duel --page                    docs/duel.md and its charts, from the records
 
 A finished run is a line of studies/duel/runs.jsonl, recognised by its config; interrupted runs go on from their last
 checkpoint. Costs of steps are measured between stages, when nothing else runs, and stand in costs.jsonl; what models
@@ -60,7 +60,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=1, help="runs at the same time, each on its share of the cores")
     parser.add_argument("--max-hours", type=float, help="save and stop what is running after this time")
     parser.add_argument("--allow-dirty", action="store_true", help="run code that is not committed; records say so")
-    parser.add_argument("--home", default=str(HOME), help="folder of the records and of the page")
+    parser.add_argument("--home", default=str(HOME), help="folder of the records")
+    parser.add_argument("--docs", default=str(ROOT / "docs"), help="folder of the page")
     parser.add_argument("--scratch", default=str(ROOT / "runs" / "duel"), help="folder of runs in progress")
     return parser.parse_args(argv)
 
@@ -98,7 +99,11 @@ def _next(duel: stages.Duel, only: str) -> tuple[Study, list[str]]:
     return stages.study_of(duel.arms), names
 
 
-def _run(home: pathlib.Path, flags: argparse.Namespace) -> bool:
+def _page(home: pathlib.Path, docs: pathlib.Path) -> pathlib.Path:
+    return page.write(docs, declared(home), page.read_areas(home))
+
+
+def _run(home: pathlib.Path, docs: pathlib.Path, flags: argparse.Namespace) -> bool:
     """Run stage after stage; returns whether nothing is left that can be run."""
     began = time.monotonic()
     while True:
@@ -123,19 +128,19 @@ def _run(home: pathlib.Path, flags: argparse.Namespace) -> bool:
                 if not runner.run():
                     return False
             finally:
-                page.write(home, declared(home))
+                _page(home, docs)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     flags = _arguments(argv)
-    home = pathlib.Path(flags.home)
+    home, docs = pathlib.Path(flags.home), pathlib.Path(flags.docs)
     if flags.workers < 1:
         raise UserError(f"--workers is {flags.workers}; expected at least 1.")
     if flags.list:
         print(overview(declared(home), flags.only))
         return
-    complete = _run(home, flags) if flags.run else True
-    print(f"page: {page.write(home, declared(home))}")
+    complete = _run(home, docs, flags) if flags.run else True
+    print(f"page: {_page(home, docs)}")
     if not complete:
         sys.exit(EXIT_RESUMABLE)

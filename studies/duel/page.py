@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from etils import epath
 
 from studies import charts, claims, records, tables, verdicts
 from studies.declaration import Arm, Claim, ClaimPart, Measure
@@ -15,16 +14,20 @@ from studies.duel import glyphs, spaces, stages
 from studies.duel.chosen import BEST, Chosen
 from studies.icons import study as icons
 from studies.matrix import Matrix, Snapshot
+from studies.page import write_page
 from studies.statistics import MIN_SEEDS, seeds_needed
 from studies.tables import table
 from xclip_jax.config.load import load_config
-from xclip_jax.core.storage import write_whole
 
 NAMED = dict(zip(icons.VALIDATION, ("zeroshot", "rendering"), strict=True))
 _OLD_RUNS = pathlib.Path(icons.__file__).with_name("runs.jsonl")
 _OLD = ("clip_steps4000", "clip_steps4000_longer", "xclip_steps4000")
 _OF_OTHERS = ("smoothed", "gce", "distilled", "superclip", "siglip", "clip", "nclip", "shuffled")
 MOST_SEEDS = 100
+_MADE = (
+    "Made by `python -m studies duel --page` from the records in `studies/duel`; a test holds it current. What was "
+    "declared before the runs, and why, is in `studies/duel/study.md`."
+)
 _SHARES = (0.25, 0.5, 0.75, 1.0)
 _DRAWN = ("smoothed", "gce", "distilled", "superclip", "xclip", "oracle")  # as many as there are colours
 _SUSPECTED_BY = (
@@ -92,16 +95,11 @@ def snapshot_of(duel: stages.Duel, load: Any = load_config) -> Chosen:
     return Chosen(stages.DuelMatrix(study, load), duel.records)
 
 
-def write(home: pathlib.Path, duel: stages.Duel) -> pathlib.Path:
-    """Write page.md with its charts in study/, and return its path."""
+def write(docs: pathlib.Path, duel: stages.Duel, areas: Sequence[Mapping[str, Any]]) -> pathlib.Path:
+    """Write duel.md and its charts, duel/*.svg, into a folder of documents, and return the page's path."""
     snapshot = snapshot_of(duel)
-    areas, path = read_areas(home), home / "page.md"
-    drawn = (charts.of_study(snapshot) | own_charts(snapshot, areas)) if snapshot.records else {}
-    for name, svg in drawn.items():
-        (home / "study").mkdir(parents=True, exist_ok=True)
-        write_whole(epath.Path(home / "study" / f"{name}.svg"), svg)
-    write_whole(epath.Path(path), render(duel, snapshot, areas, drawn))
-    return path
+    svgs = (charts.of_study(snapshot) | own_charts(snapshot, areas)) if snapshot.records else {}
+    return write_page(docs, "duel", svgs, lambda drawn: render(duel, snapshot, areas, drawn))
 
 
 def own_charts(snapshot: Chosen, areas: Sequence[Mapping[str, Any]]) -> dict[str, str]:
@@ -149,11 +147,10 @@ def render(duel: stages.Duel, snapshot: Chosen, areas: Sequence[Mapping[str, Any
     Args:
       duel, snapshot: what is declared, and its finished runs.
       areas: lines of pairs.jsonl.
-      drawn: charts by the names of their files.
+      drawn: paths of charts by name.
     """
     parts: list[Iterator[str] | Sequence[str]] = [
-        [f"# {snapshot.study.title}", "", "Made by `python -m studies duel --page` from the records of studies/duel."],
-        ["What was declared before the runs, and why: [study.md](study.md).", ""],
+        [f"# {snapshot.study.title}", "", _MADE, ""],
         _progress(duel),
         claims.summary(snapshot, drawn) if snapshot.study.claims else ["No verdict yet: the finals are missing.", ""],
         _heads(duel),

@@ -12,6 +12,7 @@ import pytest
 
 from studies.declaration import Arm
 from studies.duel import command, cost, mechanism, page, spaces, stages, terms
+from studies.runner import ROOT
 from tests.helpers import tiny
 from tests.studies import made_records, tiny_study
 from xclip_jax.evaluators.results import VALIDATION, Provenance, Result
@@ -192,11 +193,13 @@ def test_the_whole_costs_what_is_declared():
     assert 30 < sum(hours.values()) < 40
 
 
-def test_the_page_is_current():
-    duel = command.declared(command.HOME)
-    snapshot, areas = page.snapshot_of(duel), page.read_areas(command.HOME)
-    drawn = {path.stem: "" for path in (command.HOME / "study").glob("*.svg")}
-    assert page.render(duel, snapshot, areas, drawn) == (command.HOME / "page.md").read_text()
+def test_the_committed_page_is_that_of_the_committed_files(tmp_path):
+    """Byte for byte; python -m studies duel --page writes it."""
+    docs = ROOT / "docs"
+    page.write(tmp_path, command.declared(command.HOME), page.read_areas(command.HOME))
+    made = {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    committed = [docs / "duel.md", *docs.glob("duel/*.svg")]
+    assert made == {path.relative_to(docs): path.read_bytes() for path in committed}
 
 
 # --- terms
