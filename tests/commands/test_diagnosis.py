@@ -11,7 +11,7 @@ import pytest
 from etils import epath
 
 from tests.helpers import tiny
-from tests.helpers.pages import written
+from tests.helpers.pages import ENDED, written
 from tests.report.test_sections import collapsed
 from xclip_jax.commands import doctor as command
 from xclip_jax.commands.diagnosis import check_run
@@ -83,9 +83,8 @@ def test_stalled_stopped_and_complete(tmp_path):
         assert "stalled? step 590" in finding.text and "another process" in finding.text
     finding = only(folder, "progress", WARNING, now=soon)
     assert "not running and not complete" in finding.text and finding.remedy == "run the same command to resume"
-    (folder / "results.json").write_text(json.dumps({"results": {}, "records": [], "config": {}}))
-    (folder / "metrics.jsonl").write_text(json.dumps(rows()[-1] | {"step": 1000}) + "\n")
-    assert only(folder, "progress", OK).text == "complete at step 1,000"
+    (folder / "results.json").write_text(json.dumps({"results": {}, "records": [], "ended": ENDED}))
+    assert only(folder, "progress", OK).text == "complete at step 1,000"  # though the last has no line: it was skipped
 
 
 def test_a_folder_without_metrics(tmp_path):
@@ -94,11 +93,24 @@ def test_a_folder_without_metrics(tmp_path):
 
 
 def test_skipped_steps(tmp_path):
-    assert not findings(run_of(tmp_path, rows(skipped_steps=lambda i: 0)), "skipped steps")
-    shutil.rmtree(tmp_path)
-    tmp_path.mkdir()
-    text = only(run_of(tmp_path, rows(skipped_steps=lambda i: i // 10)), "skipped steps", WARNING).text
-    assert text.startswith("5 of 590 steps were skipped: their loss or gradient was not finite")
+    folder = run_of(tmp_path, rows())
+    assert not findings(folder, "skipped steps")
+
+    def skipped(*lines):
+        text = "".join(json.dumps({"step": x} if isinstance(x, int) else x) + "\n" for x in lines)
+        (folder / "skipped_steps.jsonl").write_text(text)
+
+    skipped(7, 11, 12, *range(591, 601), {"step": 600, "rewound_to": 500}, *range(601, 611))
+    text = only(folder, "skipped steps", WARNING).text
+    assert text.startswith("23 of 590 steps were skipped: their loss or gradient was not finite")
+    assert only(folder, "progress", WARNING).remedy == "run the same command to resume"
+    skipped(7, 595, *range(597, 608))
+    finding = only(folder, "skipped steps", FAIL)
+    assert finding.text == "the last 11 steps, to step 607, were skipped in a row, for which the run stopped"
+    assert "lower optim.lr" in finding.remedy and only(folder, "progress", WARNING).remedy == "see the skipped steps"
+    (folder / "metrics.jsonl").write_text("")  # bad from the first step on
+    skipped(*range(1, 12))
+    assert only(folder, "skipped steps", FAIL).values == {"skipped_steps": 11}
 
 
 def test_nothing_learned(tmp_path):
@@ -112,7 +124,7 @@ def test_nothing_learned(tmp_path):
     shutil.rmtree(folder)
     folder = run_of(tmp_path, rows(5, clip__loss=lambda i: LN_B))
     assert "not judged yet" in only(folder, "objective", OK).text
-    (folder / "results.json").write_text(json.dumps({"results": {}, "records": [], "config": {}}))
+    (folder / "results.json").write_text(json.dumps({"results": {}, "records": [], "ended": ENDED}))
     assert "plateau" in only(folder, "objective", FAIL).text
 
 
@@ -197,13 +209,13 @@ def test_results(tmp_path):
     for value, mark in ((50.0, OK), (11.0, WARNING)):
         content = {
             "results": {},
-            "config": {},
+            "ended": ENDED,
             "records": [record | {"value": value, "protocol": "", "headline": True}],
         }
         (folder / "results.json").write_text(json.dumps(content))
         assert only(folder, "results", mark).values == {"sets": 1, "above_chance": int(mark == OK)}
     (folder / "results.json").write_text(
-        json.dumps({"results": {}, "records": [], "config": {}, "failed": {"b": "file is gone"}})
+        json.dumps({"results": {}, "records": [], "ended": ENDED, "failed": {"b": "file is gone"}})
     )
     assert "b could not be evaluated: file is gone" in only(folder, "results", FAIL).text
 

@@ -182,6 +182,10 @@ def test_a_suite_is_a_name_or_names():
         (["--checkpoint", "{}/a", "--suite", "imagenett"], "unknown evaluation set 'imagenett'"),
         (["--checkpoint", "{}/a", "--suite", ","], "--suite is empty"),
         (["--checkpoint", "{}/a", "--profile", "google"], "--profile is 'google'"),
+        (
+            ["--checkpoint", "{}/a", "--output", "{}/a/config.json/x.json"],
+            "--output: '{}/a/config.json' is not a folder",
+        ),
         (["--checkpoint", "{}/a", "--step", "9"], "no checkpoint of step 9"),
         (["--checkpoint", "{}/a", "--stepp", "9"], "unrecognized arguments: --stepp"),
         (["--checkpoint", "{}/bare"], "holds no checkpoint"),

@@ -1,5 +1,6 @@
 """The search page: embeddings that are kept in a file, answers, the command, and the page in a browser."""
 
+import errno
 import io
 import os
 import pathlib
@@ -72,6 +73,7 @@ def test_answers_are_those_of_the_model(client, index, model, pictures):
         ("/names?image=x", b"", 400, "x"),
         ("/names", bytes((20 << 20) + 1), 413, "too large"),
         ("/names", [b"of unknown length"], 413, "too large"),
+        ("/names?image=0", b"\n".join(b"%d" % i for i in range(10_001)), 413, "10,001 labels are too many"),
         ("/nothing", b"", 404, "Not Found"),
         ("/thumbnail/1", b"", 405, "Not Allowed"),
     ],
@@ -94,6 +96,22 @@ def test_the_page_escapes_names_and_loads_nothing_from_elsewhere(client):
     assert "<img src=x" not in answer.text and "&lt;img src=x" in answer.text
     check_basics(Page(answer.text))
     assert "8 images" in answer.text and "http" not in answer.text.replace("http-equiv", "")
+
+
+def test_pages_of_other_sites_are_not_answered(client):
+    for origin, status in (("http://evil.example", 403), ("null", 403), (str(client.base_url), 200)):
+        assert client.post("/names?image=0", content=b"fox", headers={"origin": origin}).status_code == status
+
+
+def test_embeddings_that_cannot_be_stored_are_served(fake, images, tmp_path, monkeypatch, capsys):
+    def full(file, **arrays):
+        file.write(b"a part")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    made, _ = embedded(fake, images, tmp_path / "cache.npz")
+    assert made == 20 and f"{tmp_path / 'cache.npz'}: No space left on device" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
 
 
 def test_only_this_machine_is_answered(client):

@@ -82,6 +82,9 @@ def check_basics(page):
             assert attributes.get("aria-label") or attributes.get("id") in labelled, attributes
 
 
+ENDED = "2026-01-02T04:04:05+00:00"  # of results.json
+
+
 def written(folder, config, rows, evaluations=()):
     """The record of a run directory with `config`, lines `rows` of metrics.jsonl, and evaluations, (step, results)."""
     folder.mkdir()

@@ -1,6 +1,7 @@
 """Results on the page, and whether they are above chance."""
 
 import dataclasses
+import datetime
 import json
 import math
 import re
@@ -13,7 +14,8 @@ import scipy.stats
 
 from tests.helpers import made_results, tiny
 from tests.helpers.made_results import retrieval, zero_shot
-from tests.helpers.pages import Page, check, page_of, written
+from tests.helpers.pages import ENDED, Page, check, page_of, written
+from xclip_jax.config import schema
 from xclip_jax.core.errors import UserError
 from xclip_jax.core.run_folder import RunFolder
 from xclip_jax.core.storage import write_json
@@ -22,6 +24,7 @@ from xclip_jax.evaluators import tables
 from xclip_jax.evaluators.results import Result, flat, from_json, to_json
 from xclip_jax.evaluators.statistics import PerExample
 from xclip_jax.report import collect, examples
+from xclip_jax.train.training_folder import TrainingFolder
 
 
 def test_an_evaluation_is_shown_before_there_are_results(tmp_path):
@@ -110,6 +113,10 @@ def test_weighted_and_grouped_values_are_resampled(tmp_path):
     assert of_concepts.low == 0 and of_concepts.high == 100
     weighted = PerExample(np.array([1.0, 0.0]), weights=np.array([3.0, 1.0]))
     assert collect.judge(dataclasses.replace(plain, items=weighted)).resampled
+    # Their records, without the values, say that the binomial interval does not hold.
+    for groups, interval in ((None, "39.8 to 60.2"), (concepts, "")):
+        (record,) = from_json(to_json([dataclasses.replace(plain, items=PerExample(values, groups=groups))]))
+        assert record.items is None and str(collect.judge(record)) == interval
     correlation = collect.judge(Result("s", "textual", "spearman_all", 50.0, "x 100", n=9))
     assert str(correlation) == correlation.verdict == ""
 
@@ -163,10 +170,25 @@ def test_per_example_values_of_an_evaluation_serve_the_results_of_the_run(tmp_pa
     (read,) = collect.read(run).results
     assert read.items.groups.tolist() == [0, 0, 1, 1]
     other = dataclasses.replace(result, value=75.0)
-    files.results_file.write_text(json.dumps({"results": {}, "records": to_json([other]), "config": {}}))
+    files.results_file.write_text(
+        json.dumps({"results": {}, "records": to_json([other]), "config": {}, "ended": ENDED})
+    )
     assert collect.read(run).results[0].items is None  # of another step
-    files.results_file.write_text(json.dumps({"results": {}, "records": to_json([result]), "config": {}}))
+    files.results_file.write_text(
+        json.dumps({"results": {}, "records": to_json([result]), "config": {}, "ended": ENDED})
+    )
     assert collect.read(run).results[0].items is not None
+
+
+def test_the_last_evaluation_of_a_run_leaves_its_per_example_values(tmp_path):
+    config = schema.complete(tiny.config("clip").to_dict())
+    written(tmp_path / "run", config.to_dict(), [])
+    items = PerExample(np.array([1.0, 1.0, 0.0, 0.0]), groups=np.array([0, 0, 1, 1]))
+    result = Result("x", "zeroshot", "top1", 50.0, n=4, chance=25.0, headline=True, items=items)
+    TrainingFolder(tmp_path / "run").write_results(schema.resolve(config), [result])
+    read = collect.read(tmp_path / "run")
+    assert read.results[0].items.groups.tolist() == [0, 0, 1, 1] and read.steps == read.config.steps
+    assert abs((datetime.datetime.now(datetime.UTC) - read.ended).total_seconds()) < 60
 
 
 def test_sets_that_are_evaluated_after_a_run_are_beside_its_own(tmp_path):
@@ -176,7 +198,7 @@ def test_sets_that_are_evaluated_after_a_run_are_beside_its_own(tmp_path):
     def result(name, value, family="zeroshot"):
         return Result(name, family, "top1", value, n=4, chance=25.0, headline=True, evaluator="zeroshot")
 
-    own = {"results": {}, "records": to_json([result("x", 50.0)]), "config": {}}
+    own = {"results": {}, "records": to_json([result("x", 50.0)]), "config": {}, "ended": ENDED}
     files.results_file.write_text(json.dumps(own))
     for step, evaluated in ((2, result("before", 25.0)), (4, result("y", 75.0)), (4, result("x", 25.0))):
         entry = {"name": f"zeroshot/{evaluated.set}", "metrics": {"top1": evaluated.value}, "set": evaluated.set}
@@ -260,7 +282,7 @@ def test_a_run_that_is_not_complete_shows_the_newest_result_of_each_set_and_its_
 @pytest.mark.parametrize(("step", "shown"), [(2, "at step 2 "), (4, "x ")])
 def test_a_run_without_sets_that_was_evaluated_at_an_earlier_step_says_so(step, shown, tmp_path):
     run = written(tmp_path / "run", tiny.config("clip", steps=4), []).folder
-    write_json(RunFolder(run).results_file, {"results": {}, "records": [], "config": {}})
+    write_json(RunFolder(run).results_file, {"results": {}, "records": [], "config": {}, "ended": ENDED})
     evaluate(run, "x", 40.0, step)
     text = page_of(collect.read(run), examples.Examples())
     ((_, details),) = tiles(text).values()
@@ -295,12 +317,20 @@ def test_each_step_of_an_evaluation_is_one_point(tmp_path):
     last = [(4, numbers(name, top1)) for name, top1 in final.items()]
     run = written(tmp_path / "run", tiny.config("clip", steps=4), rows, evaluations + last).folder
     results = [result for _, of_set in last for result in of_set]
-    content = {"results": flat(results), "records": to_json(results), "config": {}}
+    content = {"results": flat(results), "records": to_json(results), "config": {}, "ended": ENDED}
     write_json(RunFolder(run).results_file, content)
     drawn = lines_of(page_of(collect.read(run), examples.Examples()))
     assert drawn == {"folder:a/val, top-1": ([2, 4], [1, 4]), "folder:b/val, top-1": ([2, 4], [50, 53])}
     RunFolder(run).results_log_file.write_text(made_results.lines(evaluations))  # results.json has the last
     assert lines_of(page_of(collect.read(run), examples.Examples())) == drawn
+
+
+def test_each_unit_has_a_chart_of_its_own(tmp_path):
+    rows = [{"step": 1, "loss": 1.0, "clip/loss": 1.0}]
+    gap = Result("y", "visual", "gap", 1.2, "radians", headline=True)
+    run = written(tmp_path / "run", tiny.config("clip"), rows, [(s, [*numbers("x", 20.0), gap]) for s in (1, 2)])
+    text = page_of(run, examples.Examples())
+    assert re.findall(r"<b>Evaluation during training</b> <small>([^<]+)<", text) == ["%", "radians"]
 
 
 def test_sets_of_one_name_have_a_line_each(tmp_path):
@@ -321,7 +351,7 @@ def test_a_metric_that_is_not_a_number_is_shown_as_such(tmp_path):
     evaluations = [(1, numbers("x", 20.0)), (2, numbers("x", 20.0)), (4, numbers("x", math.nan))]
     run = written(tmp_path / "run", tiny.config("clip", steps=4), rows, evaluations).folder
     results = numbers("x", math.nan) + numbers("y", 40.0)
-    content = {"results": flat(results), "records": to_json(results), "config": {}}
+    content = {"results": flat(results), "records": to_json(results), "config": {}, "ended": ENDED}
     write_json(RunFolder(run).results_file, content)
     assert '"value": null' in RunFolder(run).results_file.read_text()
     evaluate(run, "x", math.nan, 4)

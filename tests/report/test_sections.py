@@ -102,12 +102,13 @@ def test_a_page_of_three_runs(tmp_path):
 
 def test_what_differs_is_listed_and_what_cannot_be_compared_is_said(tmp_path):
     a = run(tmp_path / "a", 0, 40)
-    b = run(tmp_path / "b", 1, 50, split="2", objective="siglip", data__batch=8, optim__lr=3e-3)
-    text = page.render([a, b])
+    b = run(tmp_path / "b", 1, 50, split="2", objective="siglip", data__batch=8, optim__lr=1.001e-3)
+    text = page.render([a, dataclasses.replace(b, step=2, examples=predicted([("fox", ["fox"])]))])
     words = " ".join(check(text, SECTIONS).text)
     assert "x is not the same in" in words and "split_hash" in words and "forest" not in text.partition("<main")[2]
     rows = dict(re.findall(r'<tr><th scope="row">([^/]+?)</th>(.*?)</tr>', text))
-    assert rows["optim.lr"] == "<td>0.001</td><td>0.003</td>" and rows["data.batch"] == "<td>16</td><td>8</td>"
+    assert rows["optim.lr"] == "<td>0.001</td><td>0.001001</td>" and rows["data.batch"] == "<td>16</td><td>8</td>"
+    assert "Predictions of b are by the checkpoint of step 2." in words and "Predictions of a" not in words
     assert "Batches differ, and so does what a step is: a 16, b 8." in words
     assert "there is no evaluation set of images and texts" in words
     RunFolder(tmp_path / "b").evaluation_file.unlink()
@@ -125,6 +126,17 @@ def test_levels_that_differ_between_runs_are_left_out(tmp_path):
             for row in one.record.training:
                 row["clip/ln_b"] = level
         assert page.render(runs).count(">ln b</span>") == shown
+
+
+def test_differences_of_earlier_steps_name_them(tmp_path):
+    """Each was evaluated at step 3, after which the second went on."""
+    runs = [run(tmp_path / name, i, right) for i, (name, right) in enumerate((("a", 40), ("b", 70)))]
+    assert "<small>step 3</small>" not in page.render(runs).partition('id="differences"')[2].partition("</section>")[0]
+    with RunFolder(tmp_path / "b").metrics_file.open("a") as file:
+        file.write(json.dumps({"step": 4, "loss": 1.0, "clip/loss": 1.0}) + "\n")
+    runs[1] = dataclasses.replace(runs[1], record=collect.read(tmp_path / "b"))
+    row = page.render(runs).partition('id="differences"')[2].partition("</section>")[0]
+    assert row.count("<br><small>step 3</small>") == 2
 
 
 def test_differences_without_values_of_items_have_no_interval(tmp_path):
@@ -221,6 +233,7 @@ def test_a_result_that_is_not_a_number_is_not_the_best(tmp_path, monkeypatch):
     a, b = (run(tmp_path / name, i, 40) for i, name in enumerate("ab"))
     undefined = [dataclasses.replace(b.record.results[0], value=float("nan"), items=None)]
     row = {"set": "x", "metric": "top1", "unit": "%", "a": 40.0, "b": float("nan"), "difference": float("nan")}
+    row |= {"step_a": 3, "step_b": 3}
     monkeypatch.setattr(sections.tables, "compare", lambda *_, **__: [row])
     text = page.render([a, dataclasses.replace(b, record=dataclasses.replace(b.record, results=undefined))])
     table = text.partition('<table class="several">')[2].partition("</table>")[0]

@@ -41,7 +41,7 @@ def check_run(path: str, now: float | None = None) -> Iterator[Finding]:
         yield Finding("loss", text, values={"first": first, "last": last})
         yield from _input(run)
         yield from _samples(run, folder)
-        yield from _skipped(run, folder)
+    yield from _skipped(run, folder)
     yield from _results(run, folder)
 
 
@@ -56,7 +56,7 @@ def _progress(run: Record, folder: RunFolder, now: float) -> Iterator[Finding]:
     at = f"step {step:,} of {config.steps:,}"
     left = (config.steps - step) * config.data.batch / speed if speed else None
     values = {"step": step, "steps": config.steps, "seconds_left": left}
-    if run.complete and step >= config.steps:
+    if run.complete:
         yield Finding("progress", f"complete at step {step:,}", values=values)
         return
     remaining = f", {format_duration(left)} left without evaluations" if left else ""
@@ -73,7 +73,8 @@ def _progress(run: Record, folder: RunFolder, now: float) -> Iterator[Finding]:
     elif writer:
         yield Finding("progress", f"in progress by {writer}: {text}", values=values)
     elif late or not is_remote(str(folder.path)):
-        yield warning("progress", f"not running and not complete: {text}", "run the same command to resume", **values)
+        remedy = "see the skipped steps" if _diverged(run, folder) else "run the same command to resume"
+        yield warning("progress", f"not running and not complete: {text}", remedy, **values)
     else:
         yield Finding("progress", text, values=values)
 
@@ -164,12 +165,27 @@ def _samples(run: Record, folder: RunFolder) -> Iterator[Finding]:
         yield Finding("samples", text, values=values)
 
 
+def _diverged(run: Record, folder: RunFolder) -> list[int]:
+    """The skipped steps in a row at the end of a run that stopped for them; [] if it did not."""
+    row: list[int] = []
+    for line in folder.read_skipped_steps():  # a rewind begins a new row
+        step = int(line["step"])
+        row = [] if "rewound_to" in line else [*row, step] if row and step == row[-1] + 1 else [step]
+    stops = len(row) > run.config.optim.max_skipped_steps or len(row) == run.config.steps
+    return row if row and stops and row[-1] > run.steps else []
+
+
 def _skipped(run: Record, folder: RunFolder) -> Iterator[Finding]:
     """Steps that were skipped because their values were not finite, or spikes."""
-    if skipped := int(run.training[-1].get("skipped_steps", 0)):
+    skipped, row = sum("rewound_to" not in line for line in folder.read_skipped_steps()), _diverged(run, folder)
+    samples = f"look at their samples in {folder.skipped_steps_file}; lower optim.lr"
+    if row:
+        text = f"the last {len(row):,} steps, to step {row[-1]:,}, were skipped in a row, for which the run stopped"
+        remedy = f"{samples}, lengthen optim.warmup or set optim.grad_clip_norm=1, under a different --config.run"
+        yield fail("skipped steps", text, remedy, skipped_steps=skipped)
+    elif skipped:
         text = f"{skipped:,} of {run.steps:,} steps were skipped: their loss or gradient was not finite, or a spike"
-        remedy = f"look at their samples in {folder.skipped_steps_file}; lower optim.lr or set optim.grad_clip_norm=1"
-        yield warning("skipped steps", text, remedy, skipped_steps=skipped)
+        yield warning("skipped steps", text, f"{samples} or set optim.grad_clip_norm=1", skipped_steps=skipped)
 
 
 def _results(run: Record, folder: RunFolder) -> Iterator[Finding]:

@@ -280,9 +280,8 @@ def _embed(
         kept = [row for row in range(len(names)) if modality == "text" or row not in part.bad]
         columns = {"kind": [modality] * len(kept), "embedding": part.rows[kept]}
         columns |= {"id": [names[row] for row in kept], "text": [part.texts[row] for row in kept]}
-        temporary = folder / f".{file.name}.tmp"
-        embeddings.format_of(out).write(temporary, columns)
-        put_in_place(temporary, file)  # a part of this name is complete
+        with embeddings.whole_file(file) as temporary:  # a part of this name is complete
+            embeddings.format_of(out).write(temporary, columns)
         progress.after(start + len(names), len(lines))
     return files
 
@@ -300,19 +299,11 @@ def _join(files: Sequence[pathlib.Path], out: pathlib.Path, about: dict[str, Any
         raise UserError(f"nothing could be embedded; the reasons are in {ledger}.")
     rows = total - sum(json.loads(line)["kind"] == "image" for line in bad)
     about |= {"rows": rows, "bad": len(bad), "environment": environment.capture()}
-    temporary = out.with_name(f".{out.name}.tmp")
-    embeddings.format_of(out).join(files, temporary, about)
-    put_in_place(temporary, out)
+    with embeddings.whole_file(out) as temporary:
+        embeddings.format_of(out).join(files, temporary, about)
     shutil.rmtree(f"{out}.parts")
     log0(f"{rows:,} embeddings: {out}")
     return about
-
-
-def put_in_place(temporary: pathlib.Path, path: pathlib.Path) -> None:
-    """Rename a complete file to `path` once its bytes are on the disk."""
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 class Progress:

@@ -35,10 +35,10 @@ from etils import epath
 from xclip_jax.config import schema
 from xclip_jax.core import environment
 from xclip_jax.core.console import log0
-from xclip_jax.core.errors import Parser, check_count, exit_with_message, public
+from xclip_jax.core.errors import Parser, check_count, check_writable, exit_with_message, public
 from xclip_jax.core.imports import add_trust, trusting
 from xclip_jax.core.run_folder import evaluation_file
-from xclip_jax.core.storage import write_json
+from xclip_jax.core.storage import is_remote, write_json
 from xclip_jax.evaluators import registry, results, tables
 from xclip_jax.evaluators.base import Evaluator
 from xclip_jax.evaluators.prompts import read_class_names
@@ -86,6 +86,8 @@ def evaluate(
     dataclasses.replace(registry.profile(profile), **changes)  # for its errors, before the work
     mixes = sorted(set(map(weights.check_mix, mixes)))
     path = epath.Path(output) if output else evaluation_file(hub.local_name(run))
+    if not is_remote(str(path)):
+        check_writable("--output", path.parent)
     pinned, origin = weights.pin(run)
     config, experiment, tuned, loaded_step = weights.load(pinned, step)
     given = weights.read_given(run, config, tuned) if mixes != [1] else {}

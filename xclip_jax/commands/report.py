@@ -22,7 +22,7 @@ from absl import logging
 from etils import epath
 
 from xclip_jax.core.console import log0
-from xclip_jax.core.errors import Parser, UserError, exit_with_message
+from xclip_jax.core.errors import Parser, UserError, check_writable, exit_with_message
 from xclip_jax.core.imports import add_trust, named_by, trusting
 from xclip_jax.core.run_folder import RunFolder
 from xclip_jax.core.storage import is_remote
@@ -58,8 +58,10 @@ def make(flags: argparse.Namespace) -> epath.Path:
     records = [collect.read(run) for run in flags.runs]
     several = len(records) > 1
     path = epath.Path(flags.output or ("comparison.html" if several else RunFolder(flags.runs[0]).report_file))
-    if not is_remote(str(path)) and (path.is_dir() or not path.parent.is_dir()):  # before the predictions
-        raise UserError(f"--output {str(path)!r} is not a file in a folder that exists; name one.")
+    if not is_remote(str(path)):  # before the predictions
+        if path.is_dir() or not path.parent.is_dir():
+            raise UserError(f"--output {str(path)!r} is not a file in a folder that exists; name one.")
+        check_writable("--output", path.parent)
     specs = tuple(filter(None, map(str.strip, flags.sets.split(","))))
     for spec in specs:
         registry.check(spec)
@@ -96,21 +98,21 @@ def short_names(folders: Sequence[str]) -> list[str]:
 
 def _predict(
     flags: argparse.Namespace, record: Record, specs: Sequence[str], first: Mapping[str, Any]
-) -> tuple[Examples, int | None]:
-    """Return predictions of a run's model, or why it has none yet, and its number of parameters.
+) -> tuple[Examples, int | None, int | None]:
+    """Return predictions of a run's model, or why it has none yet, its number of parameters, and its step.
 
     The config and profile `first` are of the first run: which pairs are held out, the templates and class names.
     """
     try:
-        _, experiment, variables, _ = load(str(record.folder), flags.step)
+        _, experiment, variables, step = load(str(record.folder), flags.step)
     except UserError as error:
         if flags.step is not None or flags.strip:
             raise
-        return Examples(flags.seed, missing=[str(error)]), None
+        return Examples(flags.seed, missing=[str(error)]), None, None
     options = {**first, "data_dir": flags.data_dir, "seed": flags.seed}
     with named_by(RunFolder(flags.runs[0]).config_file):  # sets and sources; what --sets names has been imported
         examples = page.predict(experiment, make_encoder(experiment), variables, specs, **options)
-    return examples, experiment.num_parameters
+    return examples, experiment.num_parameters, step
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -22,6 +22,7 @@ import os
 import pathlib
 import socket
 import threading
+import urllib.parse
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -30,7 +31,7 @@ from absl import logging
 from PIL import Image
 
 from xclip_jax import model as inference
-from xclip_jax.commands.embed import Images, Progress, Tars, embed_images, open_images, put_in_place
+from xclip_jax.commands.embed import Images, Progress, Tars, embed_images, open_images
 from xclip_jax.core import storage
 from xclip_jax.core.console import log0
 from xclip_jax.core.errors import Parser, UserError, check_count, exit_with_message
@@ -41,6 +42,7 @@ from xclip_jax.parallel import compiler
 from xclip_jax.report.page import environment
 
 MAX_UPLOAD = 20 << 20  # bytes of an image
+MOST_NAMES = 10_000  # labels of a question
 COUNT, LABELS = 24, 10  # images and labels of an answer
 SIDE = 280  # of a thumbnail, pixels
 _KEPT = 1024  # thumbnails in memory, 10 kB each
@@ -214,12 +216,14 @@ def _stamp(path: str) -> str:
 
 
 def _write(path: pathlib.Path, rows: Mapping[str, tuple[str, np.ndarray]]) -> None:
-    """Write a file of texts and embeddings by the ids of their images, completely or not at all."""
+    """Write a file of texts and embeddings by the ids of their images, completely or, with a warning, not at all."""
     texts, embedded = zip(*rows.values(), strict=True)
     columns = {"kind": ["image"] * len(rows), "id": list(rows), "text": texts, "embedding": np.stack(embedded)}
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    embeddings.Npz().write(temporary, columns)
-    put_in_place(temporary, path)
+    try:
+        with embeddings.whole_file(path) as temporary:
+            embeddings.Npz().write(temporary, columns)
+    except OSError as error:
+        log0(f"WARNING: {error.filename}: {error.strerror}; the next start embeds the images again")
 
 
 def make_app(index: Index) -> Any:
@@ -252,11 +256,16 @@ def make_app(index: Index) -> Any:
 
     async def label(request: Request) -> Response:
         """Answer a body of labels, one a line, and for an image's file an empty line and the file."""
+        origin = request.headers.get("origin")  # of the page that asks
+        if origin is not None and urllib.parse.urlsplit(origin).netloc != request.headers["host"]:
+            raise HTTPException(403, "Questions of other sites' pages are not answered.")
         if int(request.headers.get("content-length", MAX_UPLOAD + 1)) > MAX_UPLOAD:  # without one it may have any size
             raise HTTPException(413, f"The image is too large; send at most {MAX_UPLOAD >> 20} MiB.")
         lines, _, content = (await request.body()).partition(b"\n\n")
         image = int(request.query_params["image"]) if "image" in request.query_params else content
         names = lines.decode(errors="replace").split("\n") if lines else []
+        if len(names) > MOST_NAMES:
+            raise HTTPException(413, f"{len(names):,} labels are too many; send at most {MOST_NAMES:,}.")
         best, near = await run_in_threadpool(index.by_image, image, names, LABELS)
         answer = {"names": [{"name": name, "score": score} for name, score in best]}
         return JSONResponse(answer | {"matches": [match._asdict() for match in near]}, headers=_HEADERS)

@@ -6,7 +6,8 @@ data.json       fingerprint of each training source, and digests of what was rea
 tokenizer.json  the tokenizer, where data.tokenizer is a file
 metrics.jsonl   {"step", metric: value} a line; lines of training steps have a "loss", evaluations have none
 results.jsonl   {"step", "records"} a line: the results of each evaluation, as `evaluators.results.to_json` writes them
-results.json    {"results", "records", "config", "environment", "seconds"} of the last evaluation
+results.json    {"results", "records", "config", "environment", "seconds", "ended"} of the last evaluation; its
+                per-example values are in results.json.items.npz
 evaluation.json of `xclip_jax.commands.evaluate`, see `evaluators.results`
 trackers.json   {"id": of the run in wandb and Trackio}
 stacks-N.txt    stacks of all threads of process N, if it hung and was ended
@@ -104,7 +105,7 @@ class RunFolder:
         content = self._read(self.config_file)
         if content is None or (isinstance(content, dict) and isinstance(content.get("config"), dict)):
             return content
-        raise UserError(f"{self.config_file} is not the config of a run; use a different --config.run.")
+        raise UserError(f"{self.config_file} is not the config of a run; name another folder.")
 
     def read_sources(self) -> list[dict[str, Any]] | None:
         """Return the fingerprints in data.json, one for each of data.sources, or None without the file.
@@ -115,7 +116,7 @@ class RunFolder:
         content = self._read(self.data_file)
         if content is None or (isinstance(content, list) and all(isinstance(item, dict) for item in content)):
             return content
-        raise UserError(f"{self.data_file} is damaged; restore it, or use a different --config.run.")
+        raise UserError(f"{self.data_file} is damaged; restore it, or name another folder.")
 
     def read_classes(self) -> tuple[str, ...] | None:
         """Return the classes that a fine-tuning run was trained on, or None if data.json names none."""
@@ -151,7 +152,11 @@ class RunFolder:
         """Return the entries of bad_samples.jsonl, see `data.ledger`; a line that is only half written is left out."""
         return storage.json_lines(self.bad_samples_file)
 
-    def _read(self, path: epath.Path, remedy: str = "restore it, or use a different --config.run") -> Any:
+    def read_skipped_steps(self) -> list[dict[str, Any]]:
+        """Return the lines of skipped_steps.jsonl, see `train.recovery`; a line that is half written is left out."""
+        return [line for line in storage.json_lines(self.skipped_steps_file) if "step" in line]
+
+    def _read(self, path: epath.Path, remedy: str = "restore it, or name another folder") -> Any:
         try:
             return json.loads(path.read_text()) if path.exists() else None
         except (ValueError, RecursionError) as error:  # of JSON or of UTF-8

@@ -41,6 +41,7 @@ ItemsOf = dict[str, dict[str, PerExample]]  # {an entry's "items": {name of a re
 
 VALIDATION, SHIFTED = "validation", "shifted"
 UNITS = ("%", "x 100", "rank", "")  # units of this package's evaluators
+LAST = "last"
 KEY = ("set", "checkpoint", "step", "profile", "changes", "fingerprint")
 _VIEW = KEY[1:]
 # Keys of a run's group `eval` that change the results at one step.
@@ -117,6 +118,8 @@ class Result:
       group: a part of the items.
       headline: whether it is the number to report for its set.
       evaluator: name of the evaluator, as its set has it.
+      dependent: whether the items are no independent trials of equal weight, see `PerExample.trials`; with `items` they
+        decide.
     """
 
     set: str
@@ -133,6 +136,7 @@ class Result:
     group: str = ""
     headline: bool = False
     evaluator: str = ""
+    dependent: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "set", public(self.set))
@@ -158,7 +162,10 @@ def items(results: Iterable[Result]) -> dict[str, PerExample]:
     return {result.name: result.items for result in results if result.items is not None}
 
 
-_SAVED = ("set", "family", "metric", "value", "unit", "n", "chance", "task", "score", "group", "headline", "evaluator")
+_SAVED = (
+    "set", "family", "metric", "value", "unit", "n", "chance", "task", "score", "group", "headline", "evaluator",
+    "dependent",
+)  # fmt: skip
 _PROTOCOL = ("role", "split_hash")
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(Result)}
 
@@ -168,6 +175,8 @@ def to_json(results: Iterable[Result]) -> list[dict[str, Any]]:
     records = []
     for result in results:
         fields = {key: getattr(result, key) for key in _SAVED}
+        if result.items is not None:
+            fields["dependent"] = not result.items.trials()
         protocol = {key: value for key in _PROTOCOL if (value := getattr(result.protocol, key))}
         records.append({key: value for key, value in fields.items() if value != _DEFAULTS[key]} | protocol)
     return records
@@ -208,7 +217,7 @@ def read(path: epath.Path) -> tuple[list[Entry], ItemsOf]:
             "delete it, and evaluate again" if path.name.endswith("evaluation.json") else "evaluate these weights first"
         )
         raise UserError(f"{path} is not a file of results ({error}); {remedy} with --checkpoint.") from error
-    return entries, _read_items(path)
+    return entries, read_items(path)
 
 
 def make_entry(name: str, evaluator: str, results: Sequence[Result], preprocessing: Preprocessing) -> Entry:
@@ -267,7 +276,7 @@ def add(
         entries = [old for old in entries if any(old[key] != entry[key] for key in KEY)]
         entry = entry | {"items": digest([entry[key] for key in KEY])}
         items_of = {old["items"]: items_of[old["items"]] for old in entries if old["items"] in items_of}
-        _write_items(path, items_of | {entry["items"]: dict(items)})
+        write_items(path, items_of | {entry["items"]: dict(items)})
         shown, others = latest([*entries, entry], entry["checkpoint"])
         view = {key: shown[-1][key] for key in _VIEW}
         write_json(path, {**command, **view, "results": shown, "other_results": others})
@@ -287,8 +296,13 @@ def latest(entries: Sequence[Entry], checkpoint: str | None = None) -> tuple[lis
     return shown, [entry for entry in entries if entry not in shown]
 
 
-def _write_items(path: epath.Path, items_of: ItemsOf) -> None:
-    """Write the per-example values of all entries of results file `path`."""
+def items_file(path: epath.Path) -> epath.Path:
+    """Return the file of the per-example values of results file `path`."""
+    return path.with_name(f"{path.name}.items.npz")
+
+
+def write_items(path: epath.Path, items_of: ItemsOf) -> None:
+    """Write the per-example values of all entries of results file `path`; `LAST` is the entry of results.json."""
     arrays = {}
     for entry, items in items_of.items():
         for name, item in items.items():
@@ -297,12 +311,12 @@ def _write_items(path: epath.Path, items_of: ItemsOf) -> None:
                     arrays[f"{item.statistic}:{part}:{entry}:{urllib.parse.quote(name, safe='')}"] = array
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
-    write_whole(path.with_name(f"{path.name}.items.npz"), buffer.getvalue())
+    write_whole(items_file(path), buffer.getvalue())
 
 
-def _read_items(path: epath.Path) -> ItemsOf:
+def read_items(path: epath.Path) -> ItemsOf:
     """Return the per-example values of results file `path`."""
-    file, parts = path.with_name(f"{path.name}.items.npz"), dict[tuple[str, str], dict[str, Any]]()
+    file, parts = items_file(path), dict[tuple[str, str], dict[str, Any]]()
     try:
         for key, array in np.load(io.BytesIO(file.read_bytes())).items() if file.exists() else ():
             statistic, part, entry, name = key.split(":", 3)

@@ -128,6 +128,21 @@ class PerExample:
     statistic: str = "mean"
     groups: np.ndarray | None = None
 
+    def trials(self) -> int:
+        """Return the number of binomial trials in a mean of zeros and ones; 0 for values that have to be resampled.
+
+        Independent items of equal weight are one trial each. For values that are all equal it is Kish's effective
+        number of groups, or of items without groups: (sum of weights)^2 / sum of squared weights.
+        """
+        if self.statistic != "mean" or not np.isin(self.values, (0, 1)).all():
+            return 0
+        weights = np.ones(len(self.values)) if self.weights is None else self.weights
+        equal = np.ptp(self.values[weights > 0]) == 0
+        if self.groups is not None:
+            weights = np.bincount(np.unique(self.groups, return_inverse=True)[1], weights)
+        independent = len(weights) == len(self.values) and np.allclose(weights, weights[0], rtol=1e-9, atol=0)
+        return round(weights.sum() ** 2 / (weights**2).sum()) if independent or equal else 0
+
     def value(self, chosen: np.ndarray | slice = slice(None)) -> float:
         """Return the statistic over the items `chosen`, by default all; in percent, except for "gmean"."""
         second = self.weights if self.statistic in _WEIGHTED else self.other

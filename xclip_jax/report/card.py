@@ -72,7 +72,7 @@ def render(
         "metadata": metadata(experiment, to, measured(folder, config.steps, step, mix) if folder else []),
         "objective": objective,
         "labelled": objective.labelled,
-        "tower": config.model.tower("img").describe(),
+        "tower": config.model.tower(objective.towers[0]).describe(),
         "parameters": experiment.num_parameters,
         "towers": _towers(experiment),
         "prepare": experiment.preprocessing,

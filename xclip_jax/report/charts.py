@@ -272,9 +272,11 @@ def _evaluations(runs: Sequence[Run], mixes: bool = False) -> Iterator[Chart | N
     names = {run.color: run.name for run in runs}
     points = {key: of_runs for key, of_runs in points.items() if max(map(len, of_runs.values())) > 1}
     if len(runs) == 1:
-        own = [(f"{short[key]}, {label}", of_runs[runs[0].color]) for (key, label, _), of_runs in points.items()]
-        lines = [Line(name, list(values), list(values.values()), i % 8) for i, (name, values) in enumerate(own)]
-        yield chart(title, lines, unit="%", axis=axis)
+        lines: dict[str, list[Line]] = {}
+        for (key, label, unit), of_runs in points.items():
+            own, drawn = of_runs[runs[0].color], lines.setdefault(unit, [])
+            drawn.append(Line(f"{short[key]}, {label}", list(own), list(own.values()), len(drawn) % 8))
+        yield from (chart(title, of_unit, unit=unit, axis=axis) for unit, of_unit in lines.items())
         return
     for (key, label, unit), of_runs in points.items():
         lines = [Line(names[color], list(own), list(own.values()), color) for color, own in of_runs.items()]

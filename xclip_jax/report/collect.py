@@ -8,7 +8,6 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import scipy
 from etils import epath
 
@@ -19,7 +18,7 @@ from xclip_jax.core.errors import UserError
 from xclip_jax.core.run_folder import RunFolder
 from xclip_jax.evaluators import results, tables
 from xclip_jax.evaluators.results import Result
-from xclip_jax.evaluators.statistics import PerExample, bootstrap
+from xclip_jax.evaluators.statistics import bootstrap
 from xclip_jax.objectives import Objective, make_objective
 from xclip_jax.report.examples import Examples
 
@@ -45,12 +44,12 @@ class Record:
       training: metrics of the logged steps, in order.
       evaluations: (step, results) of each step with an evaluation during training, including the last one.
       results: the newest of each set, by the run or by `xclip-jax evaluate`. With per-example values where
-        evaluation.json has them of the same number.
+        results.json or evaluation.json has them of the same number.
       mixes: (share of tuned weights, results) of what `xclip-jax evaluate --mix` evaluated last.
       steps_of: {(family, set): step} of the results, where it is not the last step of a complete run.
       sources: fingerprint of each of config's data.sources.
       bad: number of samples in the ledger of bad samples.
-      began, ended: start of the run, and the time when results.json was written, UTC.
+      began, ended: start of the run, and the end of its last evaluation, UTC.
     """
 
     folder: epath.Path
@@ -69,8 +68,8 @@ class Record:
 
     @property
     def steps(self) -> int:
-        """The last logged step."""
-        return int(self.training[-1]["step"]) if self.training else 0
+        """The last logged step; of a complete run the last one, which may have been skipped."""
+        return self.config.steps if self.complete else int(self.training[-1]["step"]) if self.training else 0
 
     @property
     def complete(self) -> bool:
@@ -97,6 +96,7 @@ class Run:
       record: contents of its directory.
       examples: predictions of its model; empty without a checkpoint.
       parameters: number of the model's parameters, if known.
+      step: of the checkpoint that made the predictions, if there are any.
     """
 
     name: str
@@ -104,6 +104,7 @@ class Run:
     record: Record
     examples: Examples
     parameters: int | None = None
+    step: int | None = None
 
 
 def read(path: str | epath.Path) -> Record:
@@ -148,13 +149,13 @@ def _read(run: RunFolder, content: Mapping[str, Any]) -> Record:
         environment=(final or {}).get("environment") or content.get("environment") or {},
         training=[row for row in run.read_metrics() if "loss" in row],
         evaluations=evaluations,
-        results=_with_items(known, run.evaluation_file),
+        results=_with_items(known, last[0][1] if last else [], run),
         mixes=results.by_mix(evaluated),
         steps_of=steps_of,
         sources=run.read_sources() or [],
         bad=len(run.read_bad_samples()),
         began=datetime.datetime.fromisoformat(content["started"]),
-        ended=datetime.datetime.fromtimestamp(run.results_file.stat().mtime, datetime.UTC) if final else None,
+        ended=datetime.datetime.fromisoformat(final["ended"]) if final else None,
     )
 
 
@@ -164,13 +165,18 @@ def _evaluated(entries: Sequence[results.Entry]) -> list[Evaluation]:
     return [(int(shown[-1]["step"]), results.of_entries(shown))] if shown else []
 
 
-def _with_items(known: Sequence[Result], file: epath.Path) -> list[Result]:
-    """Return results with the per-example values that a results file has of a result of equal name and value."""
-    items: dict[tuple[str, float], PerExample] = {}
-    entries, items_of = results.read(file) if file.exists() else ([], {})
-    for entry in (entry for entry in entries if "mix" not in entry):
-        own = items_of.get(entry["items"], {})
-        items |= {(r.name, round(r.value, 4)): own[r.name] for r in results.of_entries([entry]) if r.name in own}
+def _with_items(known: Sequence[Result], last: Sequence[Result], run: RunFolder) -> list[Result]:
+    """Return results with the per-example values that the run's files have of a result of equal name and value.
+
+    Args:
+      known: the results.
+      last: those of results.json.
+      run: the run's folder.
+    """
+    entries, items_of = results.read(run.evaluation_file) if run.evaluation_file.exists() else ([], {})
+    made = [(last, results.read_items(run.results_file).get(results.LAST, {}))]
+    made += [(results.of_entries([x]), items_of.get(x["items"], {})) for x in entries if "mix" not in x]
+    items = {(r.name, round(r.value, 4)): own[r.name] for of_set, own in made for r in of_set if r.name in own}
     return [dataclasses.replace(result, items=items.get((result.name, round(result.value, 4)))) for result in known]
 
 
@@ -247,10 +253,11 @@ def judge(result: Result) -> Judgement:
     A share of items has Clopper and Pearson's binomial interval, which assumes independent items of equal weight; a
     mean over classes or parts, in which items of rare ones weigh more, has none. Per-example values with unequal
     weights, groups or another statistic than a mean of zeros and ones are resampled. Resamples of values that are all
-    right or all wrong cannot differ: these have the binomial interval of their effective number, see `_trials`.
+    right or all wrong cannot differ: these have the binomial interval of their effective number, see
+    `PerExample.trials`. Without per-example values dependent items have no interval.
     """
     low, high, items = math.nan, math.nan, result.items
-    n = result.n if items is None else _trials(items)
+    n = (0 if result.dependent else result.n) if items is None else items.trials()
     if items is not None and not n:
         low, high = bootstrap(items, samples=_SAMPLES)
     elif result.unit == "%" and n and math.isfinite(result.value) and not result.metric.endswith(_OVER_PARTS):
@@ -261,22 +268,6 @@ def judge(result: Result) -> Judgement:
     if result.unit == "%" and result.chance is not None and math.isfinite(low):
         verdict = ABOVE if low > result.chance else BELOW if high < result.chance else UNDECIDED
     return Judgement(low, high, verdict, resampled=items is not None and not n)
-
-
-def _trials(items: PerExample) -> int:
-    """Return the number of binomial trials in a mean of zeros and ones; 0 for values that have to be resampled.
-
-    Independent items of equal weight are one trial each. For values that are all equal it is Kish's effective number
-    of groups, or of items without groups: (sum of weights)^2 / sum of squared weights.
-    """
-    if items.statistic != "mean" or not np.isin(items.values, (0, 1)).all():
-        return 0
-    weights = np.ones(len(items.values)) if items.weights is None else items.weights
-    equal = np.ptp(items.values[weights > 0]) == 0
-    if items.groups is not None:
-        weights = np.bincount(np.unique(items.groups, return_inverse=True)[1], weights)
-    independent = len(weights) == len(items.values) and np.allclose(weights, weights[0], rtol=1e-9, atol=0)
-    return round(weights.sum() ** 2 / (weights**2).sum()) if independent or equal else 0
 
 
 def verdicts(known: Sequence[Result]) -> dict[tuple[str, str], str]:

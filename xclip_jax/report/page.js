@@ -34,6 +34,7 @@ const charts = [...document.querySelectorAll("[data-chart]")].map(figure => {
     const box = tip && make("div", "tip", plot);
     if (tip) { box.setAttribute("role", "status"); make("div", "", box).textContent = data.axis + " " + written(step); }
     for (const line of data.lines) {
+      if (step < line.x[0] || step > line.x.at(-1)) continue;
       const i = nearest(line.x, step), dot = make("i", "dot c" + line.color, plot);
       dot.style.left = across(line.x[i]) + "%";
       dot.style.bottom = 100 * (line.y[i] - y0) / (y1 - y0) + "%";

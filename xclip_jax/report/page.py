@@ -32,6 +32,7 @@ from xclip_jax.train.build import Experiment, profile_of_run
 from xclip_jax.train.callbacks import Callback
 from xclip_jax.train.job import Job
 
+_TOWERS = {"img": "Image", "txt": "Text"}
 THUMB = 72  # side of an image in the page, pixels
 
 
@@ -45,7 +46,8 @@ def render(runs: Sequence[Run], *, step: int | None = None) -> str:
     first, several = runs[0], len(runs) > 1
     # Without examples each of their sections of one run has the reasons.
     with_notes = [run for run in runs if several or run.examples.named or run.examples.retrieved]
-    notes = [*_notes_on_pairs(runs), *(note for run in with_notes for note in run.examples.missing)]
+    notes = [*_notes_on_pairs(runs), *_notes_on_steps(with_notes)]
+    notes += [note for run in with_notes for note in run.examples.missing]
     tested = set(verdicts(first.record.results).values())
     shown = sections(runs, step)
     context: dict[str, Any] = {
@@ -69,6 +71,13 @@ def _notes_on_pairs(runs: Sequence[Run]) -> Iterator[str]:
     names = ", ".join(name for name, *own in others if own != [*first[1:]])
     if names and (runs[0].examples.named or runs[0].examples.retrieved):
         yield f"Held-out pairs, where shown, come from {first[0]}; {names} learned from data that may contain them."
+
+
+def _notes_on_steps(runs: Sequence[Run]) -> Iterator[str]:
+    """Yield a sentence for each run whose predictions are not by its last step."""
+    for run in runs:
+        if run.step is not None and run.step != run.record.steps:
+            yield f"Predictions of {run.name} are by the checkpoint of step {run.step:,}."
 
 
 def _tiles(record: Record) -> Iterator[dict[str, Any]]:
@@ -100,7 +109,7 @@ def facts(record: Record, parameters: int | None = None) -> dict[str, Any]:
     unit = "items" if objective.labelled else "pairs"
     return {
         "Objective": objective.title + (f", {objective.formula}" if len(objective.terms) > 1 else ""),
-        "Image tower": config.model.tower("img").describe(),
+        f"{_TOWERS[objective.towers[0]]} tower": config.model.tower(objective.towers[0]).describe(),
         "Parameters": f"{parameters:,}" if parameters else "",
         f"Training {unit}": f"{samples:,}" if samples else "",
         f"{unit.capitalize()} seen": f"{last['samples']:,} ({last['epoch']:.1f} epochs)" if "epoch" in last else "",

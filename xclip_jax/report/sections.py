@@ -15,7 +15,7 @@ from xclip_jax.evaluators import tables
 from xclip_jax.evaluators.results import Result
 from xclip_jax.objectives import Check, Health
 from xclip_jax.report import charts
-from xclip_jax.report.charts import chart, decimals, metric_lines, number, term_chart
+from xclip_jax.report.charts import chart, decimals, metric_lines, term_chart
 from xclip_jax.report.collect import ABOVE, Record, Run, Warnings, complete_rows, labels, rows_of, verdicts
 from xclip_jax.report.examples import Examples, Gallery, Prediction, SearchResult
 
@@ -196,11 +196,20 @@ def _differences(
     short = tables.shorten([*(row.name for row in rows_of(runs)), *(row["set"] for row in rows)])
     ends = [row.get(key, math.nan) for row in rows if "ratio" not in row for key in ("difference", "low", "high")]
     end = max((abs(value) for value in ends if math.isfinite(value)), default=0.0)
-    return [_difference(row, short[row["set"]], end) for row in rows], refused
+    last = (first.record.steps, run.record.steps)
+    return [_difference(row, short[row["set"]], end, last) for row in rows], refused
 
 
-def _difference(row: Mapping[str, Any], name: str, end: float) -> dict[str, Any]:
-    """Return what the page shows of a difference, or of a ratio of ranks; the axis of bars goes from -end to end."""
+def _difference(row: Mapping[str, Any], name: str, end: float, last: tuple[int, int]) -> dict[str, Any]:
+    """Return what the page shows of a difference, or of a ratio of ranks.
+
+    Args:
+      row: of `tables.compare`.
+      name: of the set.
+      end: the axis of bars goes from -end to end.
+      last: steps of the two runs; results of others are marked with theirs.
+    """
+    steps = [row["step_a"], row["step_b"]] if (row["step_a"], row["step_b"]) != last else [None, None]
     low, high, ratio = row.get("low", math.nan), row.get("high", math.nan), "ratio" in row
     form, signed = (".2f", ".2f") if ratio else (".1f", "+.1f")
     value = row["ratio" if ratio else "difference"]
@@ -209,7 +218,7 @@ def _difference(row: Mapping[str, Any], name: str, end: float) -> dict[str, Any]
     return {
         "set": name,
         "metric": row["metric"],
-        "values": [decimals(row[side], form) for side in ("a", "b")],
+        "values": [(decimals(row[side], form), step) for side, step in zip(("a", "b"), steps, strict=True)],
         "change": f"x {value:.2f}" if ratio else decimals(value, "+.1f"),
         "interval": f"{low:{signed}} to {high:{signed}}" if math.isfinite(low) else "",
         "verdict": "better" if better else "worse" if worse else "not distinguishable",
@@ -291,4 +300,4 @@ def settings(runs: Sequence[Run]) -> Section:
 def _value(value: Any) -> str:
     if value is None or isinstance(value, str):
         return value or ""
-    return number(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else json.dumps(value)
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else json.dumps(value)

@@ -17,7 +17,7 @@ from xclip_jax.core.run_folder import RunFolder, lock
 from xclip_jax.core.storage import is_remote, write_json, write_whole
 from xclip_jax.data import tokenizer
 from xclip_jax.data.length_groups import AUTO, WHOLE, LengthGroups
-from xclip_jax.evaluators.results import Result, flat, to_json
+from xclip_jax.evaluators.results import LAST, Result, flat, items, items_file, to_json, write_items
 from xclip_jax.interop import hub
 from xclip_jax.objectives import TERMS
 
@@ -152,7 +152,8 @@ class TrainingFolder(RunFolder):
         self.path.mkdir(parents=True, exist_ok=True)
         with lock(self.path, blocking=False, file=self.lock_file):
             self.check(config)  # another run may have come and gone
-            self.results_file.unlink(missing_ok=True)  # of an earlier evaluation; a launcher waits for it
+            for file in (self.results_file, items_file(self.results_file)):  # of an earlier evaluation
+                file.unlink(missing_ok=True)  # a launcher waits for the first
             self._write_config(config, groups, text_rows)
             write_json(self.data_file, list(fingerprints))
             starts, named = self.latest_step() is None, config.data.tokenizer in tokenizer.NAMES
@@ -164,8 +165,11 @@ class TrainingFolder(RunFolder):
 
     def write_results(self, config: Config, results: Sequence[Result], **details: Any) -> None:
         """Write results.json: the results as numbers and as records, their config and environment, and `details`."""
-        facts = {"config": schema.to_dict(config), "environment": environment.capture()}
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        facts = {"config": schema.to_dict(config), "environment": environment.capture(), "ended": now}
         values = {"results": flat(results), "records": to_json(results)}
+        if own := items(results):
+            write_items(self.results_file, {LAST: own})
         write_json(self.results_file, values | facts | details)
 
     def _check_not_lost(self, saved: Mapping[str, Any]) -> None:
