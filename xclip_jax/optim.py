@@ -12,6 +12,7 @@ import optax
 
 from xclip_jax.core.errors import UserError
 from xclip_jax.core.fields import Check, above, at_least, at_most, between, choice, fraction_below_one, key
+from xclip_jax.models.lora import ADAPTERS
 from xclip_jax.models.tower import Tower
 
 Schedule = Callable[[Any], Any]
@@ -112,11 +113,11 @@ def layer_scales(params: dict[str, Any], decay: float, towers: Mapping[str, Towe
     """Return factors of each parameter's updates: BEiT's layer decay (arXiv 2106.08254).
 
     Layer i of the n layers of a tower (`Tower.num_layers`) has decay^(n - 1 - i), stacked layers an array with their
-    leading axis; parameters outside of towers have 1.
+    leading axis; an adapter has the factor of the kernel that it changes, and parameters outside of towers have 1.
     """
 
     def scale(path: tuple[Any, ...], x: Any) -> Any:
-        name, *rest = (key.key for key in path)
+        name, *rest = (key.key for key in (path[1:] if path[0].key == ADAPTERS else path))
         if name not in towers:
             return 1.0
         layers = towers[name].num_layers - 1 - towers[name].layer_of(tuple(rest))
@@ -266,7 +267,8 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """Make the optimizer `config.name` with `schedule`, and gradient clipping and layer decay if `config` sets them.
 
-    Every optimizer's weight decay is decoupled: the learning rate times `weight_decay` times the parameter.
+    Weight decay is decoupled: the learning rate times `weight_decay` times the parameter, and with lamb also times the
+    trust ratio of the update.
 
     `steps` are of the whole run; what is `frozen` (see `trained`) has no updates, weight decay and moments.
     """

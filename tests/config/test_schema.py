@@ -9,6 +9,7 @@ import pathlib
 import pytest
 
 from docs import generate
+from tests.helpers import tiny
 from xclip_jax.config import load, recipes, schema
 from xclip_jax.core.errors import UserError
 
@@ -61,6 +62,21 @@ def test_flatten():
 def test_pages_made_from_the_code_are_current(name):
     made = generate.PAGES[name]()
     assert (GOLDEN.parents[1] / name).read_text() == made, "run python -m docs.generate"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optim__rewind": True, "checkpoint__every": 0}, r"optim\.rewind needs .*checkpoint\.every is 0; set it to"),
+        (
+            {"optim__name": "muon", "finetune__lora__rank": 2, "init__weights": "x"},
+            r"optim\.name is 'muon', and finetune\.lora\.rank freezes .*; set it to 'adamw'",
+        ),
+    ],
+)
+def test_values_that_cancel_each_other_are_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        schema.resolve(tiny.config("clip", **changes))
 
 
 def test_a_key_that_does_not_exist_is_named_with_the_nearest():

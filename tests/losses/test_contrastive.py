@@ -210,6 +210,8 @@ def test_pairs_with_equal_keys_are_positives(name, scale, bias, smoothing, devic
     step = jax.jit(jax.value_and_grad(lambda keys, *args: loss(*args, keys=keys), [i + 1 for i in every], has_aux=True))
     (value, metrics), grads = step(keys, *arrays)
     assert float(value) == pytest.approx(expected, rel=1e-5) and float(metrics["loss"]) == float(value)
+    if name == "sigmoid":
+        assert float(metrics["positives"]) == pytest.approx((3 * 3 + 2 * 2 + 1 + 1) / 7)
     assert_close(list(grads), gradients, 3e-5)
 
 
@@ -217,8 +219,9 @@ def test_keys_that_are_all_different_change_nothing():
     z_img, z_txt = map(jnp.float32, embeddings(6))
     for name, scalars in (("softmax", (14.0,)), ("sigmoid", (10.0, -10.0))):
         loss = getattr(contrastive, name)
-        expected = loss(z_img, z_txt, *scalars)
-        assert jax.tree.all(jax.tree.map(jnp.array_equal, loss(z_img, z_txt, *scalars, keys=jnp.arange(6)), expected))
+        value, metrics = loss(z_img, z_txt, *scalars, keys=jnp.arange(6))
+        assert metrics.pop("positives", 1) == 1
+        assert jax.tree.all(jax.tree.map(jnp.array_equal, (value, metrics), loss(z_img, z_txt, *scalars)))
 
 
 # --- robust losses

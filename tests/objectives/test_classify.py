@@ -63,8 +63,8 @@ def test_half_of_the_batches_are_cut():
 
 
 def layer_tree(scanned):
-    """Shapes of a model of blocks, and its towers."""
-    c = tiny.config("clip", model__img__depth=3, model__txt__depth=2)
+    """Shapes of a model of blocks with adapters, and its towers."""
+    c = tiny.config("clip", model__img__depth=3, model__txt__depth=2, init__weights="x", finetune__lora__rank=2)
     c.model.img["scan"] = scanned
     p = build.build(c, jax.devices()[:1])
     return p.abstract.params, {"img": p.model.img, "txt": p.model.txt}
@@ -80,12 +80,13 @@ def test_layer_decay_is_beits(scanned):
     for name, layer in expected.items():
         assert set(jax.tree.leaves(scales["img"][name])) == {0.5 ** (4 - layer)}, name
     assert scales["txt"]["tokens"] == 0.5**3 and set(jax.tree.leaves(scales["proj_img"])) == {1.0}
-    blocks = scales["img"]["transformer"]
-    if scanned:
-        for leaf, x in zip(jax.tree.leaves(blocks), jax.tree.leaves(params["img"]["transformer"]), strict=True):
-            assert np.ravel(leaf).tolist() == [0.125, 0.25, 0.5] and np.ndim(leaf) == x.ndim
-    else:
-        assert [set(jax.tree.leaves(blocks[f"block_{i}"])) for i in range(3)] == [{0.125}, {0.25}, {0.5}]
+    for part, arrays in ((scales, params), (scales["lora"], params["lora"])):
+        blocks = part["img"]["transformer"]
+        if scanned:
+            for leaf, x in zip(jax.tree.leaves(blocks), jax.tree.leaves(arrays["img"]["transformer"]), strict=True):
+                assert np.ravel(leaf).tolist() == [0.125, 0.25, 0.5] and np.ndim(leaf) == x.ndim
+        else:
+            assert [set(jax.tree.leaves(blocks[f"block_{i}"])) for i in range(3)] == [{0.125}, {0.25}, {0.5}]
 
 
 def test_layer_decay_equals_timms():

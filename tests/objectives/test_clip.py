@@ -1,5 +1,7 @@
 """The plateau of contrastive terms."""
 
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,21 +20,27 @@ TERMS = {
     "q": Clip(q=0.7),
     "reverse": Clip(reverse=4.0),
     "distill": Clip(distill=0.5),
+    "labels": Siglip(positives="caption"),
 }
 every_term = pytest.mark.parametrize("term", TERMS.values(), ids=TERMS)
 
 
 def contrastive_metrics(term, noise, b=64):
-    """Metrics of embeddings that are alike but for `noise`, and of pairs that are alike; at the best bias."""
-    rng = np.random.default_rng(0)
-    z = np.ones(32) + noise * rng.normal(size=(b, 32))
+    """Metrics of embeddings that are alike but for `noise`, and of pairs that are alike; at the best bias.
+
+    Pairs of one of ten captions are alike too, where they are positives.
+    """
+    rng, labels = np.random.default_rng(0), np.arange(b)
+    keys = None if term.positives == "pair" else jnp.asarray(labels := labels % 10)
+    z = np.ones(32) + noise * rng.normal(size=(b, 32))[labels]
     z = jnp.asarray(z / np.linalg.norm(z, axis=1, keepdims=True), jnp.float32)
     if isinstance(term, Clip):
         metrics = contrastive.softmax(z, z, 14.0, q=term.q, reverse=term.reverse)[1]
         return {key: float(value) for key, value in metrics.items()}
     # Where all cosines are 1 the sum of scale and bias is the one logit of all pairs.
-    best = scipy.optimize.minimize_scalar(lambda bias: float(contrastive.sigmoid(z, z, 10.0, bias)[0]), (-20, -5))
-    return {key: float(value) for key, value in contrastive.sigmoid(z, z, 10.0, best.x)[1].items()}
+    loss = functools.partial(contrastive.sigmoid, z, z, 10.0, keys=keys)
+    best = scipy.optimize.minimize_scalar(lambda bias: float(loss(bias)[0]), (-20, -5))
+    return {key: float(value) for key, value in loss(best.x)[1].items()}
 
 
 @every_term

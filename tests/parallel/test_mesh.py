@@ -79,6 +79,20 @@ def test_devices_of_hosts_are_no_slices_but_on_tpus():
         make_mesh(sizes, devices("tpu"))
 
 
+@pytest.mark.parametrize(
+    ("sizes", "remedy"),
+    [
+        ((-1, 3, 1), "the product of the other sizes, 3, must divide 8"),
+        ((-1, 2, 8), "the product of the other sizes, 16, must divide 8"),
+        ((-1, -1, 1), "only one size may be -1"),
+        ((3, 1, 1), "the sizes of data, fsdp, model must multiply to 8; set one of them to -1 for the rest"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused_with_their_remedy(sizes, remedy):
+    with pytest.raises(UserError, match=rf"does not fit 8 devices: {remedy}\.$"):
+        make_mesh(dict(zip(AXES, sizes, strict=True)), [Device(i, 0) for i in range(8)])
+
+
 def test_one_process_loads_all():
     assert batch_part(make_mesh({"data": 4, "fsdp": 1, "model": 2})) == (0, 1, (0, 1, 2, 3))
     assert jax.process_count() == 1

@@ -219,6 +219,13 @@ def test_sizes_of_weights_are_taken_over(discs, run):
     schema.resolve(c)
 
 
+def test_arguments_that_weights_decide_on_are_refused(discs, run):
+    with pytest.raises(
+        UserError, match=r"^small:weights=.*,tokenizer=bytes,preset=S/16: .* leave tokenizer and preset"
+    ):
+        load.load_config(f"small:pairs={discs},weights={run},tokenizer=bytes,preset=S/16")
+
+
 def test_a_cluster_head_of_weights_keeps_its_size(discs, run):
     c = load.load_config(f"small:pairs={discs},weights={run}")
     shapes = build.build(c).abstract

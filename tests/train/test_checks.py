@@ -112,6 +112,17 @@ def test_a_source_that_has_changed(tmp_path, pairs, run):
     assert any("has changed since" in x.text for x in findings)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "warns"), [({}, True), ({"fsdp": 8}, False), ({"strategy": "fsdp_tp", "model": 2}, False)]
+)
+def test_fsdp_that_splits_nothing(sizes, warns):
+    mesh = {"data": -1, "fsdp": 1, "model": 1, "strategy": "fsdp"} | sizes
+    _, *warnings = checks.check_model(start_of(tiny.config("clip", mesh=mesh)))
+    assert [(finding.mark, "--config.mesh.fsdp=8" in finding.remedy) for finding in warnings] == [
+        (WARNING, True)
+    ] * warns
+
+
 @pytest.mark.parametrize(("every", "interval"), [(1, "step"), (2, "2 steps")])
 def test_how_often_a_set_is_evaluated(every, interval, pairs):
     sets = (f"retrieval/folder:{pairs}",)

@@ -1,3 +1,5 @@
+import types
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ from tests.helpers import tiny
 from xclip_jax import optim
 from xclip_jax.data import loader, transforms
 from xclip_jax.train import build, state
-from xclip_jax.train.step import TrainStep
+from xclip_jax.train.step import Augment, TrainStep
 
 pytestmark = pytest.mark.long
 
@@ -90,6 +92,14 @@ def test_terms_are_given_the_place_of_the_end_token():
     step = TrainStep(p.model, p.tx, p.objective, augment=None, momentum=None)
     given = step._batch(state.create(p.init, p.abstract), inputs)
     assert given["text_end"].tolist() == [row.tolist().index(p.tokenizer.eot_id) for row in inputs["text"]]
+
+
+def test_a_term_of_texts_alone_gets_its_draws():
+    p = make("clip", devices=1)
+    drawn = {"x": jnp.zeros(3)}
+    objective = types.SimpleNamespace(towers=("txt",), draw=lambda random_key, inputs, size: inputs | drawn)
+    augment = Augment(p.config.data, p.preprocessing, objective, {"txt": p.model.txt})
+    assert augment.sample(jax.random.key(0), {"text": jnp.zeros((3, 2), int)})["x"] is drawn["x"]
 
 
 @pytest.mark.parametrize(

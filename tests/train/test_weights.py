@@ -10,10 +10,11 @@ import pytest
 import torch
 from flax.traverse_util import flatten_dict
 
+from tests.data.test_tokenizer import save_words
 from tests.helpers import tiny
 from tests.helpers.util import random_variables, two_towers
 from xclip_jax.core.errors import UserError
-from xclip_jax.data import loader
+from xclip_jax.data import loader, tokenizer
 from xclip_jax.models.transformer import stack_blocks
 from xclip_jax.train import build, state, trainer, weights
 from xclip_jax.train.checkpoint import Checkpointer
@@ -220,6 +221,15 @@ def test_a_frozen_tower_stays_bit_for_bit_and_has_no_moments(frozen, changes):
     count = sum(x.size for x in jax.tree.leaves(after.opt_state) if x.ndim)
     assert count == 2 * sum(x.size for name, tree in kept.items() if name not in frozen for x in jax.tree.leaves(tree)
                             if x.ndim)  # fmt: skip
+
+
+def test_a_config_adopts_the_tokenizer_in_the_folder_of_a_run(tmp_path):
+    words = save_words(tmp_path / "words.json", ["?", "<pad>", "<s>", "</s>", "picture"])
+    run = tiny.untrained(tmp_path / "run", "clip", data__tokenizer=words)
+    (tmp_path / "words.json").unlink()
+    c = tiny.config("clip")
+    weights.adopt(c, str(run))
+    assert c.data.tokenizer == str(run / "tokenizer.json") and tokenizer.load(c.data.tokenizer).vocab_size == 5
 
 
 def test_a_key_that_a_run_has_and_the_package_lacks_is_named_with_its_file(source, tmp_path):

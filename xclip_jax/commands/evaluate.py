@@ -86,12 +86,10 @@ def evaluate(
     dataclasses.replace(registry.profile(profile), **changes)  # for its errors, before the work
     mixes = sorted(set(map(weights.check_mix, mixes)))
     path = epath.Path(output) if output else evaluation_file(hub.local_name(run))
-    if not is_remote(str(path)):
-        check_writable("--output", path.parent)
     pinned, origin = weights.pin(run)
     config, experiment, tuned, loaded_step = weights.load(pinned, step)
     given = weights.read_given(run, config, tuned) if mixes != [1] else {}
-    _ = path.exists() and results.read(path)  # an error for a damaged file, before the work
+    _check_output(path)
     encoder, own = make_encoder(experiment, weights.read_classes(pinned)), profile_of_run(config, profile, changes)
     opened = registry.open_all(names, encoder, data_dir, own, experiment.config.data)
     command = {"config": schema.to_dict(config), "environment": environment.capture()}
@@ -115,6 +113,13 @@ def evaluate(
     lines = lines if mixes != [1] else [tables.render(all_results)]
     log0("\n".join([f"{run}, step {loaded_step}, profile {profile}", *lines, f"results: {path}"]))
     return {**shared, **command, "results": entries}
+
+
+def _check_output(path: epath.Path) -> None:
+    """Raise an error for a file of results that is damaged or cannot be written, before the work."""
+    if not is_remote(str(path)):
+        check_writable("--output", path.parent)
+    _ = path.exists() and results.read(path)
 
 
 def _entries(

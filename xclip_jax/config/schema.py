@@ -139,6 +139,8 @@ class Config:
             yield f"optim.lr_start {optim.lr_start:g} is above optim.lr {optim.lr:g}, the peak; lower it, as to 0"
         if optim.rewind and checkpoint.keep < 2 and not checkpoint.keep_every:
             yield "optim.rewind may need the checkpoint before the newest, and checkpoint.keep is 1; raise it to 2"
+        if optim.rewind and not checkpoint.every:
+            yield "optim.rewind needs checkpoints before the end, and checkpoint.every is 0; set it to 1 or more"
         if optim.warmup >= self.steps:
             remedy = "shorten it with --config.optim.warmup=N, or give the recipe its length (steps= or epochs=)"
             yield f"optim.warmup={optim.warmup} must be below the {self.steps} steps of the run; {remedy}"
@@ -159,6 +161,8 @@ class Config:
             yield f"init.frozen is {self.init.frozen}; the model only has the {objective.towers[0]} tower"
         if self.finetune.lora.rank and not self.init.weights:
             yield "finetune.lora.rank adapts given weights, and init.weights is empty; name weights, or set it to 0"
+        if self.finetune.lora.rank and optim.name == "muon":
+            yield "optim.name is 'muon', and finetune.lora.rank freezes all kernels that it takes; set it to 'adamw'"
 
 
 def default() -> ml_collections.ConfigDict:

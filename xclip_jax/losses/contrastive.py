@@ -182,28 +182,31 @@ def sigmoid(
 
     Arguments and metrics are as in `softmax`, with a scalar bias that is added to each logit (SigLIP starts at a
     scale of 10 and a bias of -10). "ln_b" is for comparison with a softmax run and not the loss of a blind guess.
+    "positives" with `keys` is the mean number of positives of an image.
     """
     check(z_img, z_txt, scale, bias)
     logits = jnp.asarray(scale, jnp.float32) * dot(z_img, z_txt) + jnp.asarray(bias, jnp.float32)
     b = logits.shape[0]
     sign = 2 * jnp.eye(b, dtype=jnp.float32) - 1
     loss = -jnp.sum(jax.nn.log_sigmoid(sign * logits)) / b
-    if keys is not None:
-        loss = loss - other_positives(z_img, z_txt, scale, bias, keys)
-    return loss, _metrics(loss, logits)
+    if keys is None:
+        return loss, _metrics(loss, logits)
+    others, count = other_positives(z_img, z_txt, scale, bias, keys)
+    return loss - others, _metrics(loss - others, logits) | {"positives": count}
 
 
 def other_positives(
     z_img: jax.Array, z_txt: jax.Array, scale: ArrayLike, bias: ArrayLike, keys: jax.Array
-) -> jax.Array:
-    """Return the sum of the logits of pairs i != j with equal keys over b, fp32 scalar; arguments as in `sigmoid`.
+) -> tuple[jax.Array, jax.Array]:
+    """Return the sum of the logits of pairs i != j with equal keys over b, and the mean number of equal keys of a row.
 
-    A positive in place of a negative takes its logit off the loss, as log sigmoid(x) - log sigmoid(-x) = x.
+    fp32 scalars; arguments as in `sigmoid`. A positive in place of a negative takes its logit off the loss, as
+    log sigmoid(x) - log sigmoid(-x) = x.
     """
     z_img, z_txt = (z.astype(jnp.float32) for z in (z_img, z_txt))
     texts, counts = sum_over_equal(keys, z_txt)
     logits = jnp.asarray(scale, jnp.float32) * jnp.sum(z_img * (texts - z_txt), axis=1)
-    return jnp.mean(logits + jnp.asarray(bias, jnp.float32) * (counts - 1))
+    return jnp.mean(logits + jnp.asarray(bias, jnp.float32) * (counts - 1)), jnp.mean(counts)
 
 
 def check(z_img: jax.Array, z_txt: jax.Array, *scalars: ArrayLike) -> None:

@@ -62,8 +62,9 @@ def sigmoid(
     contrastive.check(z_img, z_txt, scale, bias)
     loss, metrics = _compare(_SIGMOID, mesh, z_img, z_txt, scale, bias)
     if keys is not None:
-        loss = loss - contrastive.other_positives(z_img, z_txt, scale, bias, keys)
-        metrics = metrics | {"loss": loss}
+        others, count = contrastive.other_positives(z_img, z_txt, scale, bias, keys)
+        loss = loss - others
+        metrics = metrics | {"loss": loss, "positives": count}
     return loss, metrics
 
 

@@ -224,6 +224,6 @@ class Siglip(Contrastive):
     outputs: ClassVar[tuple[str, ...]] = ("z_img", "z_txt", "scale", "bias")
 
     def blind_loss(self, metrics: Mapping[str, float], less: float = 0.0) -> float:
-        """Loss of the logit ln(1 / (b - 1)) for each of b * b pairs, if b of them match."""
-        b = math.exp(metrics["ln_b"])
-        return (1 - less) * (metrics["ln_b"] + (b - 1) * math.log(b / (b - 1))) if b > 1 else 0.0
+        """Loss of the logit ln(n / (b - n)) for each of b * b pairs, if b * n of them match."""
+        b, n = round(math.exp(metrics["ln_b"])), metrics.get("positives", 1.0)
+        return (1 - less) * (n * math.log(b / n) + (b - n) * math.log(b / (b - n))) if b > n else 0.0

@@ -48,7 +48,7 @@ class Objective:
     """A weighted sum of terms: maps outputs of `TwoTowers.project` to a scalar loss and metrics; pure.
 
     A term's name is the prefix of its metrics. A weight of 0 keeps the term's heads and does not train them, as a
-    control with equal parameter count.
+    control with equal parameter count; weight decay still shrinks them.
     """
 
     name: str

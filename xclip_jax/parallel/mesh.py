@@ -21,13 +21,16 @@ def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None)
     """
     devices = jax.devices() if devices is None else devices
     shape = [sizes[axis] for axis in AXES]
-    rest = len(devices) // math.prod(n for n in shape if n != -1)
-    shape = [rest if n == -1 else n for n in shape]
-    if math.prod(shape) != len(devices):
-        raise UserError(
-            f"mesh {dict(sizes)} does not fit {len(devices)} devices: the sizes of {', '.join(AXES)} must multiply to "
-            f"{len(devices)}; set one of them to -1 for the rest."
-        )
+    given, remedy = math.prod(n for n in shape if n != -1), ""
+    if shape.count(-1) > 1:
+        remedy = "only one size may be -1"
+    elif -1 in shape and len(devices) % given:
+        remedy = f"the product of the other sizes, {given}, must divide {len(devices)}"
+    elif -1 not in shape and given != len(devices):
+        remedy = f"the sizes of {', '.join(AXES)} must multiply to {len(devices)}; set one of them to -1 for the rest"
+    if remedy:
+        raise UserError(f"mesh {dict(sizes)} does not fit {len(devices)} devices: {remedy}.")
+    shape = [len(devices) // given if n == -1 else n for n in shape]
     slices = num_slices(devices)
     # Auto axes: sharding constraints do not work with the default, Explicit.
     types = (AxisType.Auto,) * len(AXES)

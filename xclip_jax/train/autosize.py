@@ -235,6 +235,7 @@ def fill_in(config: ml_collections.ConfigDict, args: ml_collections.ConfigDict) 
     Raises:
       UserError: pairs or weights that cannot be used.
     """
+    _check_arguments(args)
     machine = ORDINARY[args.device] if args.device else this_machine()
     spec = sources.spec_from_path(args.pairs)
     source = None if args.count else _open(spec, SourceOptions(args.dir, args.image, config.data.text_keys))
@@ -269,6 +270,14 @@ def fill_in(config: ml_collections.ConfigDict, args: ml_collections.ConfigDict) 
     config.optim.microbatches = microbatches(config, machine)
     # Not log0: the processes of a run may not have joined yet. Not to stdout: commands print JSON there.
     print(summary(config, pairs, preset) + note, file=sys.stderr)
+
+
+def _check_arguments(args: ml_collections.ConfigDict) -> None:
+    """Raise `UserError` for arguments that weights decide on."""
+    given = [name for name in ("tokenizer", "preset") if args[name] not in ("", DataConfig.tokenizer)]
+    if args.weights and given:
+        listed = ",".join(f"{name}={args[name]}" for name in ("weights", *given))
+        raise UserError(f"small:{listed}: weights have a tokenizer and towers; leave {' and '.join(given)} out.")
 
 
 def run_name(spec: str) -> str:

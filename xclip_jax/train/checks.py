@@ -126,6 +126,11 @@ def check_model(job: Job) -> Iterator[Finding]:
     if operations := cost.step_flops(experiment.config, rows=experiment.text_rows[0]):
         values["flops_per_step"] = operations
     yield Finding("model", text, values=values)
+    axes, strategy = experiment.mesh.shape, config.mesh.strategy
+    splits = axes["fsdp"] * (axes["model"] if strategy == "fsdp_tp" else 1)
+    if strategy.startswith("fsdp") and splits == 1 < axes["data"]:
+        text = f"mesh.strategy={strategy!r} splits no parameters while mesh.fsdp is 1"
+        yield warning("mesh", text, f"set --config.mesh.fsdp={axes['data']}, or mesh.strategy to 'dp'")
 
 
 def check_data(job: Job) -> Iterator[Finding]:
@@ -187,7 +192,10 @@ def check_memory(job: Job) -> Iterator[Finding]:
     small = ", or start from the recipe small" if on_cpu else ""
     takes = f"the state takes {format_bytes(state)} of a device's {format_bytes(limit)}"
     if state > limit:
-        remedy = "shard it, --config.mesh.strategy=fsdp on more devices, or use a smaller model"
+        axes = experiment.mesh.shape
+        n = axes["data"] * axes["fsdp"] if axes["data"] > 1 else "N"
+        flags = f"--config.mesh.strategy=fsdp --config.mesh.fsdp={n}"
+        remedy = f"shard it over {n} devices, {flags}, or use a smaller model"
         yield fail("memory", takes, f"{remedy}{small}", **values)
     elif not job.compiles:
         step = f"the step is not compiled here: --step=always does, {command('plan')} for TPUs"
@@ -201,7 +209,7 @@ def check_memory(job: Job) -> Iterator[Finding]:
         peak = usage.get("peak", 0.0)
         if compiled is None or peak > limit:
             needs = f"it takes {format_bytes(peak)}" if compiled is not None else trouble
-            text, remedy = cost.too_large(job.config, limit, needs)
+            text, remedy = cost.too_large(experiment, limit, needs)
             yield fail("memory", text, f"{remedy}{small}", **values)
         else:
             yield Finding("memory", f"a step needs {format_bytes(peak)} of {format_bytes(limit)}", values=values)

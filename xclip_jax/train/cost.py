@@ -167,8 +167,14 @@ def compile_config(config: ml_collections.ConfigDict, devices: list[Any]) -> tup
     return experiment, *compile_if_fits(experiment)
 
 
-def remedies(config: Config) -> list[str]:
-    """Return flags with which the step of `config` needs less memory, in the order of what they cost."""
+def remedies(config: Config, rows: int = 0) -> list[str]:
+    """Return flags with which the step of `config` needs less memory, in the order of what they cost.
+
+    Args:
+      config: of a run.
+      rows: pairs of a microbatch on each device (`Experiment.text_rows`), which more microbatches split; 0 for one
+        device.
+    """
     steps = []
     if config.mesh.strategy == "dp":
         steps.append("--config.mesh.strategy=zero1")
@@ -176,14 +182,16 @@ def remedies(config: Config) -> list[str]:
     towers = [name for name in towers if getattr(config.model.tower(name), "remat", "full") != "full"]
     if flags := [f"--config.model.{name}.remat=full" for name in towers]:
         steps.append(" ".join(flags))
-    parts = [factor * config.optim.microbatches for factor in (4, 2)]
-    steps += [f"--config.optim.microbatches={n}" for n in parts if config.data.batch % n == 0][:1]
+    parts = config.optim.microbatches
+    rows = rows or config.data.batch // parts
+    steps += [f"--config.optim.microbatches={n * parts}" for n in (4, 2) if rows % n == 0][:1]
     return steps
 
 
-def too_large(config: Config, limit: float, needs: str) -> tuple[str, str]:
+def too_large(experiment: Experiment, limit: float, needs: str) -> tuple[str, str]:
     """Return a sentence about a step that does not fit a device of `limit` bytes, and the remedies in one."""
-    remedy = f"add one after the other until it fits: {', '.join(remedies(config))}; or take more devices"
+    flags = ", ".join(remedies(experiment.config, experiment.text_rows[0]))
+    remedy = f"add one after the other until it fits: {flags}; or take more devices" if flags else "take more devices"
     return f"the step does not fit a device's {format_bytes(limit)}: {needs}", remedy
 
 

@@ -84,7 +84,7 @@ def adopt(config: ml_collections.ConfigDict, path: str) -> Config | None:
     if not place.exists():
         return None
     run = RunFolder(str(place))
-    source = (run.read_config() or {})["config"] if run.is_run() else interop.read(path)[0]
+    source = _completed(run).to_dict() if run.is_run() else interop.read(path)[0]
     groups = {name: source[name] for name in ("model", "objective", "data", "eval") if name in source}
     with imports.named_by(path):
         saved = schema.resolve(schema.complete({"steps": 1} | groups))
@@ -122,11 +122,16 @@ def fingerprint(experiment: Experiment, variables: Variables) -> str:
     return digest([number, experiment.context_length, experiment.image_size, _meaning(experiment.config)])
 
 
-def _run_config(run: RunFolder) -> Config:
+def _completed(run: RunFolder) -> ml_collections.ConfigDict:
     config = schema.complete((run.read_config() or {})["config"])
     # The file that the config names may be elsewhere now.
     if config.data.tokenizer not in tokenizer.NAMES and run.tokenizer_file.exists():
         config.data.tokenizer = str(run.tokenizer_file)
+    return config
+
+
+def _run_config(run: RunFolder) -> Config:
+    config = _completed(run)
     with imports.named_by(run.config_file):
         try:
             return schema.resolve(config)
