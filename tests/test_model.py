@@ -145,13 +145,23 @@ def test_as_a_module_of_nnx_it_is_the_same_model_and_trains():
     np.testing.assert_array_equal(model.encode_text(TEXTS), before)
 
 
-def test_images_in_every_form_are_the_same(model, tmp_path):
+class Series(dict):
+    """Rows by label in an order of their own, as pandas has them."""
+
+    def __iter__(self):
+        return iter(self.values())
+
+
+def test_images_in_every_form_are_the_same(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
     images = pictures(3)
     for i, picture in enumerate(images):
         (tmp_path / f"{i}.png").write_bytes(encoded(picture))
     expected = model.encode_image(images)
     paths = [tmp_path / f"{i}.png" for i in range(3)]
-    for form in (paths, list(map(str, paths)), [encoded(p) for p in images], list(map(Image.open, paths))):
+    labelled = Series(zip((2, 1, 0), paths, strict=True))
+    in_home = [f"~/{path.name}" for path in paths]
+    for form in (paths, labelled, in_home, [encoded(p) for p in images], list(map(Image.open, paths))):
         np.testing.assert_array_equal(model.encode_image(form), expected)
     same = np.stack([np.resize(p, (21, 21, 3)) for p in images])
     np.testing.assert_array_equal(model.encode_image(same), model.encode_image(list(same)))

@@ -273,6 +273,8 @@ class Model:
     def _images(self, images: Sequence[ImageLike] | np.ndarray, keys: Sequence[str]) -> Features:
         if isinstance(images, str | bytes | os.PathLike | Image.Image):
             raise UserError("images is a single image; pass a list.")
+        if not isinstance(images, Sequence | np.ndarray):  # such as a Series, whose rows have labels
+            images = list(images)
 
         def make(i: int) -> np.ndarray:
             image = images[i]
@@ -334,7 +336,7 @@ class Model:
 def read(path: str | os.PathLike) -> bytes:
     """Return the content of a file, also in a bucket; raise `BadSample` if it cannot be read."""
     try:
-        data = storage.read(os.fspath(path), MAX_BYTES["image"])
+        data = storage.read(os.path.expanduser(path), MAX_BYTES["image"])
     except OSError as error:
         missing = isinstance(error, FileNotFoundError)
         raise (BadSample("file does not exist") if missing else storage.unreadable(error)) from error

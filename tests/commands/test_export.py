@@ -81,7 +81,7 @@ def test_other_projects_compute_the_embeddings_of_the_run(run, expected, tmp_pat
     for to in ("hf", "open_clip"):
         export.main(["--checkpoint", str(run), "--to", to, str(tmp_path / to)])
         out = capsys.readouterr().out
-        assert "no place for them: clusters_img, clusters_txt\n" in out
+        assert "no place for them: clusters_img, clusters_txt\n" in out and "data.background='white'; lay " in out
         assert f"{run}, step {STEPS}, as {to}" in out
         _, parts, variables, _ = weights.load(str(tmp_path / to))
         features = encode(parts, variables)
@@ -184,12 +184,13 @@ def test_a_mix_of_given_and_tuned_weights(run, tmp_path, capsys):
         assert "this checkpoint was not evaluated" in card  # the results at the end are the tuned model's
 
 
-def test_a_folder_with_files_is_kept(run, tmp_path):
+def test_a_folder_with_files_is_kept(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("x")
     with pytest.raises(UserError, match="is not an empty folder; name another, or add --overwrite"):
-        export.export(str(run), str(tmp_path / "out"))
-    export.export(str(run), str(tmp_path / "out"), overwrite=True)
+        export.export(str(run), "~/out")
+    export.export(str(run), "~/out", overwrite=True)
     export.export(str(run), str(tmp_path / "out"), to="open_clip", overwrite=True)
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"mine.txt", "README.md", "open_clip_config.json", "open_clip_model.safetensors"}

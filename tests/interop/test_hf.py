@@ -49,6 +49,24 @@ def test_transformers_there_and_back(act, eps, eos, patch, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, interop.read(str(tmp_path / "back")), (config, variables))
 
 
+@pytest.mark.parametrize("processor", [{"image_processor": {"image_mean": [0.5] * 3}}, {"image_processor": None}, {}])
+def test_the_image_processor_is_transformers_choice(processor, tmp_path):
+    """Also after an export over a folder with both files."""
+    make_hf("gelu", 1e-5, 49407, 4).save_pretrained(tmp_path)
+    for name, content in (("preprocessor", {"image_mean": [0.25] * 3}), ("processor", processor)):
+        content = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}} | content
+        (tmp_path / f"{name}_config.json").write_text(json.dumps(content))
+
+    def mean():
+        return tuple(transformers.CLIPImageProcessor.from_pretrained(tmp_path).image_mean)
+
+    config, variables = interop.read(str(tmp_path))
+    assert config["data"]["normalization"][0] == mean() == (0.5 if processor.get("image_processor") else 0.25,) * 3
+    config["data"]["normalization"] = "imagenet"
+    interop.write(variables, config, str(tmp_path), "hf")
+    assert mean() == transforms.STATISTICS["imagenet"][0]
+
+
 def test_transformers_processor_reads_as_ours(tmp_path):
     """The folder that we write tokenizes and prepares images there as the model was trained."""
     model = make_hf("gelu", 1e-5, 49407, 4)

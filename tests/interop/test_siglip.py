@@ -204,14 +204,16 @@ def test_files_that_are_not_of_sentencepiece():
         vocabulary.read_sentencepiece(trained(model_type="bpe", vocab_size=60), "x")
 
 
-def test_the_scale_of_published_weights_is_no_error(tmp_path):
-    """That of OpenAI's CLIP is ln 100 rounded to fp32, which is above it."""
+@pytest.mark.parametrize("log_scale", [math.log(100), 5.0])
+def test_a_logit_scale_above_the_bound_of_training_is_no_error(log_scale, tmp_path):
+    """OpenAI's CLIP has ln 100 rounded to fp32, which is above it; models that transformers trained may have more."""
     from tests.helpers.foreign import make_hf
 
     model = make_hf("quick_gelu", 1e-5, 2, 4)
-    model.logit_scale.data.fill_(math.log(100))
+    model.logit_scale.data.fill_(log_scale)
     model.save_pretrained(tmp_path)
     config, variables = interop.read(str(tmp_path))
     assert math.exp(variables["params"]["log_scale"]) > 100
+    assert variables["params"]["log_scale"] == np.float32(log_scale)
     config.pop("source")
     assert schema.resolve(schema.complete({"steps": 1} | config)).model.scale_init == pytest.approx(100)

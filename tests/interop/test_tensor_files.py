@@ -42,12 +42,31 @@ def saved(tmp_path, change, cfg=None, name="quick_b32"):
         ({"vision_cfg": {"pool_type": "avg"}}, "sets vision_cfg.pool_type='avg'; expected 'tok'"),
         ({"text_cfg": {"no_causal_mask": True}}, r"text_cfg\.no_causal_mask=True"),
         ({"text_cfg": {"hf_model_name": "roberta-base"}}, r"text_cfg\.hf_model_name='roberta-base'"),
+        ({"text_cfg": {"tokenizer_kwargs": {"clean": "lower"}}}, r"text_cfg\.tokenizer_kwargs={'clean': 'lower'}\."),
+        ({"text_cfg": {"tokenizer_mode": "clips"}}, r"text_cfg\.tokenizer_mode='clips'"),
         ({"text_cfg": {"vocab_size": 32000}}, "vocabulary of 32000 with end 31999, which is not CLIP's"),
     ],
 )
 def test_architectures_that_are_not_ours_are_named(cfg, message, tmp_path):
     with pytest.raises(UserError, match=message):
         interop.read(saved(tmp_path, lambda _: None, cfg))
+
+
+@pytest.mark.parametrize(
+    ("cfg", "tensor", "message"),
+    [
+        ({"text_cfg": {"hf_model_name": "roberta-base"}}, "text.transformer.x", r"hf_model_name='roberta-base'"),
+        ({"vision_cfg": {"attentional_pool": True}}, "visual.attn_pool.x", r"attentional_pool=True"),
+        ({}, "visual.attn_pool.x", "has a ResNet or a tower of timm"),
+    ],
+)
+def test_the_config_is_checked_before_the_tensors(cfg, tensor, message, tmp_path):
+    def change(state):
+        del state["token_embedding.weight"]
+        state[tensor] = torch.zeros(1)
+
+    with pytest.raises(UserError, match=message):
+        interop.read(saved(tmp_path, change, cfg))
 
 
 def test_values_of_open_clips_config_that_cannot_be_used(tmp_path):

@@ -4,13 +4,15 @@
 
 writes the folder OUT: `hf` for transformers (CLIPModel, with its processor), `open_clip` for open_clip, `safetensors`
 for xclip_jax itself, which loses nothing. The model's preprocessing and tokenizer are written too; where the format has
-no place for them, the export is an error. README.md is a model card with data, recipe and results of the run. RUN may
-also be weights that `xclip_jax.interop` reads, such as hf:ORG/NAME. Where the run evaluates the moving average of its
-parameters (eval.ema), the average is exported. --mix 0.3 exports 0.7 times the weights that the run started from
-(init.weights) plus 0.3 times its own, which keeps more of what the given weights can do. --push uploads the files to a
-repository of the Hugging Face Hub, after everything else.
+no place for them, the export is an error, but for data.background='white', which is reported as left out. README.md is
+a model card with data, recipe and results of the run. RUN may also be weights that `xclip_jax.interop` reads, such as
+hf:ORG/NAME. Where the run evaluates the moving average of its parameters (eval.ema), the average is exported.
+--mix 0.3 exports 0.7 times the weights that the run started from (init.weights) plus 0.3 times its own, which keeps
+more of what the given weights can do. --push uploads the files to a repository of the Hugging Face Hub, after
+everything else.
 """
 
+import os
 from collections.abc import Sequence
 
 import jax
@@ -59,10 +61,11 @@ def export(
     if to not in interop.FORMATS:
         raise UserError(f"--to is {to!r}; expected one of {', '.join(interop.FORMATS)}.")
     weights.check_mix(mix)
+    out = os.path.expanduser(out)
     folder = epath.Path(out)
     if folder.exists() and not overwrite and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{out!r} is not an empty folder; name another, or add --overwrite.")
-    source = epath.Path(path).resolve()
+    source = epath.Path(path).expanduser().resolve()
     if folder.resolve() in (source, source.parent):
         raise UserError(f"{out!r} contains the weights to export; name another folder.")
     if push:

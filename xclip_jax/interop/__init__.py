@@ -21,6 +21,7 @@ from xclip_jax.core.errors import UserError, check_choice
 from xclip_jax.core.fields import read_group
 from xclip_jax.core.run_folder import RunFolder
 from xclip_jax.data import tokenizer
+from xclip_jax.data.images import WHITE
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.interop import hf, hub, open_clip, tensor_files, vocabulary
 from xclip_jax.interop.hub import CLASS_NAMES
@@ -33,10 +34,10 @@ from xclip_jax.objectives import read_objective
 FORMATS = ("hf", "open_clip", "safetensors")
 CONFIG = "xclip_config.json"
 WEIGHTS = "xclip_model.safetensors"
-# All files that `write` may create.
+# All files that `write` may create, and one that transformers would prefer to them.
 WRITTEN = (
     CONFIG, WEIGHTS, CLASS_NAMES, open_clip.CONFIG, open_clip.WEIGHTS, hf.CONFIG, hf.WEIGHTS, hf.PREPROCESSOR,
-    vocabulary.FILE, *vocabulary.CLIP_FILES, vocabulary.OPTIONS, vocabulary.SPECIAL,
+    hf.PROCESSOR, vocabulary.FILE, *vocabulary.CLIP_FILES, vocabulary.OPTIONS, vocabulary.SPECIAL,
 )  # fmt: skip
 
 # Keys of `model` with the values that formats of other projects require.
@@ -153,7 +154,7 @@ def write(
     if RunFolder(path).is_run():
         raise UserError(f"{path!r} is a run directory; name another folder.")
     variables = jax.tree.map(lambda x: np.asarray(x, np.float32), dict(variables))
-    folder = epath.Path(path)
+    folder = epath.Path(path).expanduser()
     name, plugins = config["data"]["tokenizer"], config["model"].get("plugins", {})
     if plugins and to != "safetensors":
         types = ", ".join(f"{tower} {options['type']!r}" for tower, options in plugins.items())
@@ -211,7 +212,7 @@ def _image_tower(config: Mapping[str, Any]) -> ImageTower:
 def _expressible(
     variables: Variables, config: Mapping[str, Any], heads: Collection[str], to: str
 ) -> tuple[Flat, list[str]]:
-    """Return the parameters, flat and unrolled, that a format with these heads can hold, and notes on the others.
+    """Return the parameters, flat and unrolled, that a format with these heads can hold, and notes on what it cannot.
 
     Raises:
       UserError: the format does not have the model's embedding space or image tower.
@@ -236,5 +237,10 @@ def _expressible(
     notes, held = [], {"img", "txt", *heads}
     if missing := sorted(params.keys() - held):
         notes.append(f"left out, since {to!r} has no place for them: {', '.join(missing)}")
+    if config["data"].get("background") == WHITE:
+        notes.append(
+            f"left out, since {to!r} has no place for it: data.background={WHITE!r}; lay transparent images on white "
+            "before they are resized"
+        )
     flat = flatten_dict({name: tree for name, tree in params.items() if name in held}, sep="/")
     return {name: np.asarray(x) for name, x in flat.items()}, notes

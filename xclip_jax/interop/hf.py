@@ -18,6 +18,7 @@ from xclip_jax.interop.tensor_files import read_json
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 PREPROCESSOR = "preprocessor_config.json"
+PROCESSOR = "processor_config.json"
 _ACTS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 _INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 _LEGACY_EOT = 2  # in configs before 2023; CLIPModel then pools at the largest id
@@ -149,10 +150,12 @@ def _preprocessing(folder: epath.Path, size: int, family: str) -> Preprocessing:
     """Return the preprocessing of the folder's image processor, or the default of "CLIP" or "Siglip" without a file."""
     content: dict[str, Any] = {}
     where = folder
-    for name, key in (("processor_config.json", "image_processor"), (PREPROCESSOR, None)):
+    for name in (PREPROCESSOR, PROCESSOR):  # transformers prefers the second, where it has an image processor
         if (folder / name).exists():
-            content, where = read_json(folder / name), folder / name
-            content = (content.get(key) or {}) if key else content
+            stored = read_json(folder / name)
+            stored = stored.get("image_processor") if name == PROCESSOR else stored
+            if stored is not None:
+                content, where = stored, folder / name
     content = {key: value for key, value in content.items() if value is not None}
     if family == "Siglip":
         content = _SIGLIP_PROCESSOR | {"size": {"height": size, "width": size}} | content

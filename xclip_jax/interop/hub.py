@@ -22,7 +22,7 @@ from xclip_jax.interop import hf, open_clip, tensor_files, vocabulary
 CLASS_NAMES = "class_names.json"  # of own exports
 # Companion files to download if the repository has them.
 _COMPANIONS = (
-    "xclip_config.json", CLASS_NAMES, open_clip.CONFIG, hf.CONFIG, hf.PREPROCESSOR, "processor_config.json",
+    "xclip_config.json", CLASS_NAMES, open_clip.CONFIG, hf.CONFIG, hf.PREPROCESSOR, hf.PROCESSOR,
     vocabulary.FILE, vocabulary.CLIP_FILES[0], vocabulary.OPTIONS, vocabulary.SENTENCEPIECE,
 )  # fmt: skip
 _ALIAS = "hf-hub:"  # open_clip's name of `PREFIX`
@@ -71,7 +71,8 @@ def resolve(path: str) -> str:
                 raise
             get = functools.partial(get, local_files_only=True)
             names = set(os.listdir(get(allow_patterns=["-"])))  # what the cache has of the repository
-        weights = tensor_files.choose(names, path)
+        remedy = "download one with its config into a folder, and name the folder"
+        weights = tensor_files.choose(names, path, remedy)
         patterns = [glob.escape(name) for name in (*_COMPANIONS, weights) if name in names]
         folder = get(allow_patterns=patterns)
         if weights.endswith(".json"):

@@ -46,7 +46,9 @@ def model(
 ) -> dict[str, Any]:
     """Return config group `model` of a CLIP, computed in fp32, with defaults for keys that weights do not have."""
     defaults = fields.default(ModelConfig)
-    scalars = {"scale_init": math.exp(log_scale)} | ({} if bias is None else {"bias_init": bias})
+    # The parameter itself is read from the tensors, and may be above CLIP's bound of a new run.
+    scale = math.exp(log_scale)
+    scalars = {"scale_init": min(scale, Clip.max_scale)} if bias is None else {"scale_init": scale, "bias_init": bias}
     towers = {"img": defaults["img"] | _UNROLLED | dict(img), "txt": defaults["txt"] | _UNROLLED | dict(txt)}
     return defaults | towers | {"embed": embed, "dtype": "float32"} | scalars
 

@@ -30,9 +30,9 @@ _IGNORED_ENDS = ("attn_mask", "position_ids")
 _IMAGE = ("layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size", "patch_dropout", "no_ln_pre",
           "final_ln_after_pool", "output_tokens", "act_kwargs", "norm_kwargs", "attn_pooler_queries",
           "attn_pooler_heads", "pool_type", "pos_embed_type")  # fmt: skip
-_TEXT = ("context_length", "vocab_size", "hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs", "width", "heads",
-         "layers", "mlp_ratio", "pad_id", "eos_id", "final_ln_after_pool", "output_tokens", "act_kwargs",
-         "norm_kwargs", "pool_type", "proj_type", "proj_bias")  # fmt: skip
+_TEXT = ("context_length", "vocab_size", "hf_tokenizer_name", "width", "heads", "layers", "mlp_ratio", "pad_id",
+         "eos_id", "final_ln_after_pool", "output_tokens", "act_kwargs", "norm_kwargs", "pool_type", "proj_type",
+         "proj_bias")  # fmt: skip
 _HARMLESS = ("timm_pool", "timm_proj", "hf_proj_type", "hf_pooler_type", "hf_model_pretrained", "timm_model_pretrained")
 
 
@@ -66,6 +66,8 @@ def read(
 
     `content` is the folder's open_clip_config.json, or None for OpenAI's archives: then sizes follow from shapes.
     """
+    if content is not None:
+        _check_config(content.get("model_cfg", content), where)
     if any(name.startswith(("visual.trunk.", "visual.layer1.", "visual.attn_pool.")) for name in tensors):
         raise UserError(
             f"{where} has a ResNet or a tower of timm; Vision Transformers with a class token are supported."
@@ -130,13 +132,17 @@ def _check_known(group: str, cfg: Mapping[str, Any], known: Sequence[str], where
         raise UserError(f"{where} is not supported: {CONFIG} sets {group}.{key}={cfg[key]!r}{expected}.")
 
 
+def _check_config(content: Mapping[str, Any], where: str) -> None:
+    """Check that a model has no options but the supported ones, before its tensors are searched for what they lack."""
+    _check_known("vision_cfg", content["vision_cfg"], _IMAGE, where, pool_type="tok", pos_embed_type="learnable")
+    pool = "eos" if content["text_cfg"].get("pool_type") == "eos" else "argmax"
+    _check_known("text_cfg", content["text_cfg"], _TEXT, where, pool_type=pool, proj_type="linear")
+
+
 def _from_config(
     content: Mapping[str, Any], folder: epath.Path, where: str
 ) -> tuple[dict[str, Any], dict[str, Any], int, str, list[str]]:
     vision, text, embed = content["vision_cfg"], content["text_cfg"], content["embed_dim"]
-    _check_known("vision_cfg", vision, _IMAGE, where, pool_type="tok", pos_embed_type="learnable")
-    pool = "eos" if text.get("pool_type") == "eos" else "argmax"
-    _check_known("text_cfg", text, _TEXT, where, pool_type=pool, proj_type="linear")
     quick = content.get("quick_gelu", False)
     width = vision.get("width", 768)
     img = _tower(vision, width, width // vision.get("head_width", 64), quick) | {
@@ -146,7 +152,8 @@ def _from_config(
     }
     txt = _tower(text, text.get("width", 512), text.get("heads", 8), quick)
     txt["context_length"] = text.get("context_length", 77)
-    vocab, eot = text.get("vocab_size", vocabulary.CLIP_SIZE), text.get("eos_id", 2) if pool == "eos" else None
+    vocab = text.get("vocab_size", vocabulary.CLIP_SIZE)
+    eot = text.get("eos_id", 2) if text.get("pool_type") == "eos" else None
     tokens = vocabulary.identify(folder, vocab, eot, where)
     notes = []
     if tokens != "clip":

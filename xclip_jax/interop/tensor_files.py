@@ -50,13 +50,17 @@ def find(path: str) -> epath.Path:
     return folder / choose([file.name for file in folder.iterdir()], f"folder {path!r}")
 
 
-def choose(names: Collection[str], where: str) -> str:
-    """Return the file of weights among the files of a folder or repository: by its standard name, else the only one."""
+def choose(names: Collection[str], where: str, remedy: str = "name one") -> str:
+    """Return the file of weights among the files of a folder or repository: by its standard name, else the only one.
+
+    Raises:
+      UserError: none, or several, for which the message has the `remedy`.
+    """
     files = sorted(name for name in names if name.endswith(SUFFIXES) and "/" not in name)
     standard = next((name for name in NAMES if name in names), None)
     if standard or len(files) == 1:
         return standard or files[0]
-    listed = f"several: {', '.join(files[:4])}; name one" if files else f"only {', '.join(sorted(names)[:6]) or 'none'}"
+    listed = f"several: {', '.join(files[:4])}; {remedy}" if files else f"only {', '.join(sorted(names)[:6]) or 'none'}"
     raise UserError(f"{where} has no file of weights that can be read ({', '.join(SUFFIXES)}); its files are {listed}.")
 
 
