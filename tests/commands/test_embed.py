@@ -31,7 +31,7 @@ from xclip_jax.commands import embed
 embed.PART = 8
 replace = pathlib.Path.replace
 def kill(self, target):
-    if self.name == ".image-000000016.parquet.tmp":
+    if self.name.startswith(".image-000000016.parquet."):
         os.kill(os.getpid(), signal.SIGKILL)
     return replace(self, target)
 pathlib.Path.replace = kill
@@ -189,6 +189,27 @@ def test_damaged_tars_give_all_that_is_whole(tmp_path, root):
     assert len(columns["id"]) >= len(good) and all(entry["reason"] for entry in listed)
     captionless = {entry["reason"] for entry in listed} & {"no caption file", "caption is empty", "caption is not text"}
     assert not captionless and len(columns["id"]) > len(good)
+
+
+def test_tars_need_no_captions(tmp_path):
+    bad_tars.shard(tmp_path / "0.tar", [("a", {"jpg": bad_tars.jpeg(0)})])
+    assert embed.open_images(str(tmp_path)).read(0) == (bad_tars.jpeg(0), "")
+    with pytest.raises(UserError, match=r"\(no caption file\); a sample is KEY\.jpg and KEY\.txt, as"):
+        sources.open_pairs(f"tar:{tmp_path}")
+    bad_tars.shard(tmp_path / "0.tar", [("a", {"txt": b"a fox"})])
+    with pytest.raises(UserError, match=r"\(no image file\); a sample is KEY\.jpg, as"):
+        embed.open_images(str(tmp_path))
+
+
+def test_files_in_the_home(tmp_path, monkeypatch):
+    """A shell leaves the ~ in --out=~/x.npz as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "c.txt").write_text("a fox\n")
+    jobs = []
+    monkeypatch.setattr(embed.inference, "load", lambda *_, **__: None)
+    monkeypatch.setattr(embed, "embed", lambda _, items, out, **__: jobs.append((items["text"].name(0), out)))
+    embed.main(["--checkpoint=run", "--texts=~/c.txt", "--out=~/x.npz"])
+    assert jobs == [(f"{tmp_path}/c.txt#1", f"{tmp_path}/x.npz")]
 
 
 def test_a_pipe_in_place_of_a_caption_is_none(tmp_path):

@@ -96,6 +96,14 @@ def test_exif_turns_and_others_take_the_fast_way(monkeypatch):
     images.decode(bad_tars.jpeg(0))
 
 
+@pytest.mark.parametrize("background", images.BACKGROUNDS)
+def test_a_pillow_image_without_pixels_is_a_bad_sample(background):
+    empty = bad_tars.picture(0).crop((5, 5, 5, 8))
+    for decode in (images.decode, lambda image, **options: transforms.evaluation_image(image, 8, **options)):
+        with pytest.raises(BadSample, match="image is empty: 0 x 3 pixels"):
+            decode(empty, background=background)
+
+
 def test_bounds_hold_before_anything_is_decoded():
     for side in (8_200, 12_000, 60_000):  # Pillow would warn at 9,500 and refuse above 13,400
         with warnings.catch_warnings():
@@ -104,14 +112,15 @@ def test_bounds_hold_before_anything_is_decoded():
                 images.decode(bad_tars.bomb(side))
 
 
-def test_formats_that_start_a_program_are_no_images(monkeypatch):
+def test_formats_that_start_a_program_or_are_decoded_unasked_are_no_images(monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("started a program"))
     monkeypatch.setattr(subprocess, "check_call", lambda *_, **__: pytest.fail("started a program"))
-    data = bad_tars.encode(bad_tars.picture(0), "EPS")
-    assert data.startswith(b"%!PS")
+    postscript, icon = (bad_tars.encode(bad_tars.picture(0), kind) for kind in ("EPS", "ICO"))
+    assert postscript.startswith(b"%!PS")
     for decode in (images.decode, lambda data: transforms.evaluation_image(data, 8)):
-        with pytest.raises(BadSample, match="not an image"):
-            decode(data)
+        for data in (postscript, icon):
+            with pytest.raises(BadSample, match="not an image"):
+                decode(data)
     for kind in ("BMP", "GIF", "PNG", "PPM", "TIFF", "WEBP"):
         assert images.decode(bad_tars.encode(bad_tars.picture(0), kind)).shape == (30, 40, 3)
 

@@ -87,7 +87,7 @@ class Tars:
     """Images in tars as img2dataset writes them, with their captions, if any."""
 
     def __init__(self, pattern: str) -> None:
-        self.source = TarSource(pattern)
+        self.source = TarSource(pattern, captions=False)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -329,8 +329,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--checkpoint", required=True, metavar="RUN", help="run directory, or weights")
     parser.add_argument("--step", type=int, help="step of a run's checkpoint; the newest by default")
     parser.add_argument("--images", help="a folder, or files: globs, ranges {00..12}, lists; or tars")
-    parser.add_argument("--texts", metavar="FILE", help="file with a text in each line")
-    parser.add_argument("--out", required=True, help="local file to write, .parquet or .npz")
+    home = os.path.expanduser  # a shell leaves the ~ in --out=~/x.npz
+    parser.add_argument("--texts", type=home, metavar="FILE", help="file with a text in each line")
+    parser.add_argument("--out", type=home, required=True, help="local file to write, .parquet or .npz")
     parser.add_argument("--batch", type=int, default=32, help="items that are encoded at once")
     parser.add_argument("--threads", type=int, default=0, help="threads that read and decode; 0 for one a core")
     add_trust(parser)

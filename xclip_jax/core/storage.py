@@ -20,6 +20,7 @@ from typing import Any
 
 from etils import epath
 
+from xclip_jax.core import web
 from xclip_jax.core.errors import BadSample, UserError, public
 
 REWRITE_SECONDS = 60
@@ -76,8 +77,9 @@ def os_errors(path: str) -> Iterator[None]:
         if getattr(error.__cause__, "status", None):  # fsspec says of any answer that there is no such file
             error = error.__cause__
         status = next((x for key in ("status", "code") if isinstance(x := getattr(error, key, None), int)), 0)
-        lasting = errno.EINVAL if 400 <= status < 500 else errno.EIO
-        number = getattr(error, "errno", None) or _NUMBERS.get(type(error)) or _NUMBERS.get(status, lasting)
+        other = errno.ETIMEDOUT if isinstance(error, TimeoutError) else errno.EIO
+        other = errno.EINVAL if 400 <= status < 500 else other
+        number = getattr(error, "errno", None) or _NUMBERS.get(type(error)) or _NUMBERS.get(status, other)
         message = f"{type(error).__name__}{f', status {status}' if status else ''}: {error}"
         message = getattr(error, "strerror", None) or message
         # For a remote file without the first error, whose traceback may have its address with a password.
@@ -88,12 +90,11 @@ def _read_remote(path: str, offset: int, size: int, *, whole: bool) -> bytes:
     """Return up to `size` bytes from `offset` of the file at a URL; with `whole` the server may send the whole file."""
     system, name = file_system(path)
     options: dict[str, Any] = {"cache_type": "none"} if scheme(path) == "hf" else {}  # else it reads megabytes ahead
-    if scheme(path) in ("http", "https"):
-        # Offsets are meaningless in a compressed answer.
-        headers = system.kwargs.get("headers", {}) | {"Accept-Encoding": "identity"}
-        options = {"headers": headers, "timeout": WEB_SECONDS}
     with os_errors(path):
-        data = system.cat_file(name, start=offset, end=offset + size, **options)
+        if scheme(path) in ("http", "https"):
+            data = web.read(system, name, offset, size, WEB_SECONDS)
+        else:
+            data = system.cat_file(name, start=offset, end=offset + size, **options)
     if len(data) > size and not whole:
         raise OSError(errno.EINVAL, "the server gives whole files only; download the file", public(path))
     return data[:size]
@@ -209,8 +210,7 @@ def json_lines(path: epath.Path, keep: Callable[[dict[str, Any]], bool] = lambda
 
 def _braces(pattern: str) -> Iterator[str]:
     """Yield all strings of a pattern with {a,b} and {000..123}, as a shell does."""
-    match = re.search(r"\{([^{}]*)\}", pattern)
-    if match is None:
+    if (match := re.search(r"\{([^{}]*)\}", pattern)) is None:
         yield pattern
         return
     choices: Iterable[str] = match[1].split(",")
@@ -319,7 +319,7 @@ class File:
             self.size = status.st_size
 
     def read(self, offset: int, size: int) -> bytes:
-        """Read `size` bytes from `offset`, fewer at the end of the file. Transient failures are retried."""
+        """Read `size` bytes from `offset`, fewer at the end. Transient failures are retried, slow answers are not."""
         for wait in WAITS:
             try:
                 return self._read(offset, size)

@@ -8,15 +8,16 @@ import dataclasses
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import IO, Any, ClassVar
 
+from xclip_jax.core import storage
 from xclip_jax.core.errors import BadSample, UserError
 
 Record = dict[str, Any]
 
-# torchvision's ImageFolder reads these, except for GIF and JFIF.
+# torchvision's ImageFolder reads these, except for JPE, JFIF, GIF, AVIF and JP2.
 IMAGE_SUFFIXES = (
-    ".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff",
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".jp2", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff",
 )  # fmt: skip
 # Largest files that are read, in bytes.
 MAX_BYTES = {"image": 1 << 28, "text": 1 << 20, "json": 1 << 24}
@@ -183,8 +184,16 @@ def decode_utf8(data: bytes) -> str:
         raise BadSample("caption is not UTF-8", f"{data[start : error.end + 10]!r}; {remedy}") from error
 
 
+def open_binary(path: str, **options: Any) -> IO[bytes]:
+    """Open a local or remote file to read; `options` are fsspec's for remote ones."""
+    if not storage.is_remote(path):
+        return open(path, "rb")
+    system, name = storage.file_system(path)
+    return system.open(name, "rb", **options)
+
+
 def read_csv(path: str, columns: Sequence[str]) -> Any:
-    """Return a CSV or TSV file in UTF-8 as a `pyarrow.Table` in which `columns` are strings.
+    """Return a local or remote CSV or TSV file in UTF-8 as a `pyarrow.Table` in which `columns` are strings.
 
     Bytes that are not UTF-8 are found on access. Fields are separated by tabs, semicolons or commas, as in the first
     line. With tabs, quotes are ordinary letters, since captions and titles contain single ones; otherwise a field in
@@ -193,21 +202,28 @@ def read_csv(path: str, columns: Sequence[str]) -> Any:
     import pyarrow.compute  # only tables need it
     import pyarrow.csv
 
-    with open(path, "rb") as file:
+    with open_binary(path) as file:
         head = file.readline()
-    # Spreadsheets with decimal commas write semicolons.
-    mark = "\t" if b"\t" in head else ";" if b";" in head and b"," not in head else ","
-    parsing = pyarrow.csv.ParseOptions(
-        delimiter=mark, quote_char=False if mark == "\t" else '"', newlines_in_values=mark != "\t"
-    )
-    strings = dict.fromkeys(columns, pyarrow.string())
-    conversion = pyarrow.csv.ConvertOptions(check_utf8=False, column_types=strings, strings_can_be_null=False)
-    table = pyarrow.csv.read_csv(path, parse_options=parsing, convert_options=conversion)
-    for name in [name for name in columns if name in table.column_names]:
-        line_end = pyarrow.compute.MatchSubstringOptions("\n")
-        ends = pyarrow.compute.call_function("count_substring", [table[name]], line_end)
+        file.seek(0)
+        # Spreadsheets with decimal commas write semicolons.
+        mark = "\t" if b"\t" in head else ";" if b";" in head and b"," not in head else ","
+        parsing = pyarrow.csv.ParseOptions(
+            delimiter=mark, quote_char=False if mark == "\t" else '"', newlines_in_values=mark != "\t"
+        )
+        strings = dict.fromkeys(columns, pyarrow.string())
+        conversion = pyarrow.csv.ConvertOptions(check_utf8=False, column_types=strings, strings_can_be_null=False)
+        place: Any = file if storage.is_remote(path) else path
+        table = pyarrow.csv.read_csv(place, parse_options=parsing, convert_options=conversion)
+    line_end = pyarrow.compute.MatchSubstringOptions("\n")
+    for name, column in zip(table.column_names, table.columns, strict=True):  # an unused one swallows rows, too
+        if not (pyarrow.types.is_string(column.type) or pyarrow.types.is_binary(column.type)):
+            continue
+        ends = pyarrow.compute.call_function("count_substring", [column], line_end)
         if (pyarrow.compute.call_function("max", [ends]).as_py() or 0) >= _MAX_LINES:
-            raise UserError(f"table {path!r}: a field has {_MAX_LINES} lines or more; a quote in it has no partner.")
+            raise UserError(
+                f"table {path!r}: a field of column {name!r} has {_MAX_LINES} lines or more; a quote in it has no "
+                "partner: close it, or remove the column."
+            )
     return table
 
 
@@ -218,13 +234,14 @@ def strip_texts(value: Any) -> list[str]:
 
 
 def json_strings(record: Any, key: str) -> list[str]:
-    """Return the strings at `key` of a JSON object, '/' for nested ones; [] if it is missing.
+    """Return the strings at `key` of a JSON object, '/' for nested ones, also in lists; [] if it is missing.
 
     Half of a surrogate pair, which JSON may contain and UTF-8 cannot express, becomes U+FFFD.
     """
+    values = [record]
     for part in key.split("/"):
-        record = record.get(part) if isinstance(record, dict) else None
-    values = record if isinstance(record, list) else [record]
+        fields = [value.get(part) for value in values if isinstance(value, dict)]
+        values = [item for field in fields for item in (field if isinstance(field, list) else [field])]
     return [text for value in values if isinstance(value, str) and (text := join_surrogates(value.strip()))]
 
 

@@ -13,10 +13,8 @@ from xclip_jax.core.errors import BadSample
 WHITE, DROPPED = "white", "drop_alpha"
 BACKGROUNDS = (WHITE, DROPPED)
 MAX_PIXELS = 1 << 26  # 64 million, 200 MB decoded: more is a decompression bomb, or useless at 224 pixels
-# Pillow also reads EPS, with an external program, and formats that do not occur on the web.
-_FORMATS = (
-    "AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP",
-)  # fmt: skip
+# Pillow also reads EPS, with an external program, ICO, which it decodes when it opens the file, and rare formats.
+_FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 _ORIENTATION = 0x0112
 
 
@@ -46,6 +44,8 @@ def is_jpeg(data: Any) -> TypeGuard[bytes]:
 
 
 def _check_pixels(w: int, h: int) -> None:
+    if not w * h:
+        raise BadSample("image is empty", f"{w} x {h} pixels")
     if w * h > MAX_PIXELS:
         raise BadSample("image too large", f"{w} x {h} pixels, more than {MAX_PIXELS:,}")
 

@@ -16,13 +16,20 @@ def names(source):
 def test_hidden_folders_and_files_are_no_pairs(tmp_path):
     tiny.folder(tmp_path / ".data" / "pairs", n=3)  # above the root a dot means nothing
     root = tmp_path / ".data" / "pairs"
-    before = names(FolderSource(root))
-    for place in (".ipynb_checkpoints/a-checkpoint.jpg", "sub/.thumbs/b.jpg", "._c.jpg", "sub/d/e.JPG", "sub-1/f.png"):
+    before, others = names(FolderSource(root)), ("g.avif", "h.JP2", "i.jpe")
+    for place in (
+        ".ipynb_checkpoints/a-checkpoint.jpg",
+        "sub/.thumbs/b.jpg",
+        "._c.jpg",
+        "sub/d/e.JPG",
+        "sub-1/f.png",
+        *others,
+    ):
         (root / place).parent.mkdir(parents=True, exist_ok=True)
         (root / place).write_bytes(bad_tars.jpeg(0))
     (root / "folder.jpg").mkdir()
     after = names(FolderSource(root))
-    assert sorted(after) == sorted([*before, "sub/d/e.JPG", "sub-1/f.png"])
+    assert sorted(after) == sorted([*before, "sub/d/e.JPG", "sub-1/f.png", *others])
     assert after.index("sub/d/e.JPG") < after.index("sub-1/f.png")  # by folders, not by letters
 
 

@@ -119,7 +119,7 @@ def test_columns_are_those_of_the_config_or_the_only_images(tmp_path):
 
 def test_images_that_are_paths_and_bytes(tmp_path):
     (tmp_path / "a.png").write_bytes(png(1))
-    for i, value in enumerate((str(tmp_path / "a.png"), png(1))):
+    for i, value in enumerate((str(tmp_path / "a.png"), "../a.png", png(1))):
         made = datasets.Dataset.from_dict({"picture": [value, type(value)()], "caption": ["one", "two"]})
         source = sources.open_pairs(
             f"hf:{saved(tmp_path / str(i), made)}", options(image_key="picture", text_keys=("caption",))
@@ -128,6 +128,10 @@ def test_images_that_are_paths_and_bytes(tmp_path):
         with pytest.raises(BadSample, match="no image in the row"):
             source[1]
         assert source.fingerprint()["samples"] == 2
+    (tmp_path / "files").mkdir()
+    made = datasets.Dataset.from_dict({"image": ["../a.png"], "text": ["one"]})
+    made.to_parquet(str(tmp_path / "files" / "train-00000-of-00001.parquet"))
+    assert sources.open_pairs(f"hf:{tmp_path / 'files' / 'train'}")[0]["image"] == png(1)
 
 
 @pytest.mark.parametrize(
@@ -285,6 +289,16 @@ def test_sets_of_the_hub(hub, monkeypatch):
         sources.open_pairs("hf:lab/none/train")
     with pytest.raises(UserError, match="Revision 'v2' doesn't exist"):
         sources.open_pairs("hf:lab/plain@v2/train")
+
+
+def test_a_folder_is_no_set_of_the_hub_and_no_format(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"hf:\./lab/plain/train: "):
+        sources.open_pairs("hf:./lab/plain/train")
+    assert hub.fetched() == []
+    (tmp_path / "parquet").mkdir()
+    rows(3).to_parquet(str(tmp_path / "parquet" / "train-00000-of-00001.parquet"))
+    assert len(sources.open_pairs("hf:./parquet/train")) == 3
 
 
 def test_rows_of_the_hub_name_files_of_the_hub_alone(hub, tmp_path):

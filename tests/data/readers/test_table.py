@@ -2,6 +2,7 @@ import csv
 import os
 import pickle
 
+import fsspec
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -86,12 +87,38 @@ def test_quotes_mean_nothing_between_tabs(tmp_path):
     assert len(open_source(f"csv:{tmp_path}/x.tsv")) == 1001
 
 
-def test_a_quote_without_a_partner_between_commas_swallows_no_rows(tmp_path):
+@pytest.mark.parametrize("column", ["text", "notes"])  # one that is read, and one that is not
+def test_a_quote_without_a_partner_between_commas_swallows_no_rows(tmp_path, column):
     captions = [f"caption {i}" for i in range(100)]
     captions[9] = '"never closed'
-    write(tmp_path / "x.csv", [("image", "text"), *((f"{i}.jpg", text) for i, text in enumerate(captions))])
-    with pytest.raises(UserError, match=r"x\.csv': a field has 20 lines or more; a quote in it has no partner"):
+    rows = [(f"{i}.jpg", "text", text) for i, text in enumerate(captions)]
+    write(tmp_path / "x.csv", [("image", "notes" if column == "text" else "text", column), *rows])
+    message = rf"x\.csv': a field of column '{column}' has 20 lines or more; a quote in it has no partner: close it"
+    with pytest.raises(UserError, match=message):
         open_source(f"csv:{tmp_path}/x.csv")
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_remote_tables_are_read_alike(tmp_path, images, kind):
+    write(tmp_path / "x.csv", [("image", "text"), ("images/0.jpg", "a fox"), ("images/1.jpg", "a dog")])
+    names = ["images/0.jpg", "images/1.jpg"]
+    pyarrow.parquet.write_table(pyarrow.table({"image": names, "text": ["a fox", "a dog"]}), tmp_path / "x.parquet")
+    memory = fsspec.filesystem("memory")
+    for name in (f"x.{kind}", *names):
+        memory.pipe_file(f"/tables/{name}", (tmp_path / name).read_bytes())
+    source = open_source(f"{kind}:memory://tables/x.{kind}")
+    assert [source[i]["image"] for i in (0, 1)] == images[:2] and source[1]["text"] == ["a dog"]
+    assert source.fingerprint()["samples"] == 2
+    assert pickle.loads(pickle.dumps(source))[1] == source[1]
+    memory.pipe_file(f"/tables/{kind}", b"")
+    with pytest.raises(UserError, match=rf"table 'memory://tables/{kind}' cannot be read"):
+        open_source(f"{kind}:memory://tables/{kind}")
+
+
+def test_images_in_the_home(tmp_path, images, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "images"))
+    write(tmp_path / "x.csv", [("image", "text"), ("~/0.jpg", "a fox")])
+    assert open_source(f"csv:{tmp_path}/x.csv")[0]["image"] == images[0]
 
 
 def test_rows_agree_with_the_csv_module_where_quotes_are_in_pairs(tmp_path):
@@ -181,6 +208,9 @@ def test_parquet(tmp_path, images):
     source = open_source(f"parquet:{tmp_path}/1.parquet", tags="tags")
     assert source[0] == {"image": images[1], "text": ["t"], "tags": ["a", "b"], "id": "0"}
     assert pickle.loads(pickle.dumps(source))[0] == source[0]
+    nested = pyarrow.table({"image": [images[1]], "sentences": [[{"raw": "one"}, {"raw": "two"}]]})
+    pyarrow.parquet.write_table(nested, tmp_path / "2.parquet")
+    assert open_source(f"parquet:{tmp_path}/2.parquet", text=("sentences/raw",))[0]["text"] == ["one", "two"]
 
 
 def test_a_table_in_a_bucket_names_no_files_of_this_machine(tmp_path, images):

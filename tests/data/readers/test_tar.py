@@ -167,6 +167,14 @@ def test_captions_from_json(plain):
         sources.open_pairs(spec, base.SourceOptions(text_keys=("title",)))[0]
 
 
+def test_lists_of_objects_and_keywords_between_commas_are_read_as_in_tables(tmp_path):
+    fields = b'{"captions": [{"text": "a fox"}, {"text": "red fur"}], "tags": "cat, dog,, grass", "all": ["a, b", "c"]}'
+    bad_tars.shard(tmp_path / "0.tar", [("a", {"jpg": bad_tars.jpeg(0), "json": fields})])
+    record = TarSource(str(tmp_path / "0.tar"), ("captions/text",), "tags")[0]
+    assert record["text"] == ["a fox", "red fur"] and record["tags"] == ["cat", "dog", "grass"]
+    assert TarSource(str(tmp_path / "0.tar"), ("captions/text",), "all")[0]["tags"] == ["a, b", "c"]
+
+
 def test_json_that_is_nested_or_holds_half_a_letter(tmp_path):
     texts = ['"cut \\ud83d"', '"\\ud83d\\ude00"', '"\\ude00 \\ud83d"', "[" * 100_000, '{"a":' * 100_000]
     image = bad_tars.jpeg(0)

@@ -22,7 +22,7 @@ from xclip_jax.core import hub_client
 from xclip_jax.core.errors import UserError
 from xclip_jax.data import labelled
 from xclip_jax.data.base import Form, Source, SourceKind, SourceOptions, check_columns
-from xclip_jax.data.readers.table import Cells, ColumnSource
+from xclip_jax.data.readers.table import Cells, ColumnSource, path_in
 
 PREFIX = hub_client.PREFIX
 _HUB = re.compile(rf"({hub_client.ID})(?:@([^/]+))?(?:/([^/]+))?/([^/]+)")
@@ -61,8 +61,8 @@ def _message(error: Exception) -> str:
 def _repository(rest: str) -> tuple[str, dict[str, Any], str]:
     """Return repository or folder, the arguments of `datasets` that name a configuration of it, and the split."""
     if rest.startswith(_LOCAL):
-        path = pathlib.Path(rest).expanduser()
-        return str(path.parent), {}, path.name
+        folder, name = os.path.split(os.path.abspath(os.path.expanduser(rest)))  # without ./ it may name a public set
+        return folder, {}, name
     match = _HUB.fullmatch(rest)
     if not match:
         form = "hf:ORG/NAME[@REVISION][/CONFIGURATION]/SPLIT, or hf:/PATH"
@@ -79,9 +79,15 @@ def open_split(rest: str) -> Any:
     """
     place, options, split = _repository(rest)
     with _package(f"{PREFIX}{rest}") as package:
-        if os.path.isfile(os.path.join(place, split, "state.json")):
-            return package.load_from_disk(os.path.join(place, split))
+        if saved := _saved(place, split):
+            return package.load_from_disk(saved)
         return package.load_dataset(place, split=split, **options)
+
+
+def _saved(place: str, split: str) -> str:
+    """Return the folder if `save_to_disk` wrote it, else ""."""
+    folder = os.path.join(place, split)
+    return folder if os.path.isfile(os.path.join(folder, "state.json")) else ""
 
 
 def split_names(rest: str) -> list[str]:
@@ -109,18 +115,24 @@ def image_column(features: Mapping[str, Any], key: str) -> str:
 class _Images(Cells):
     """Images of a split, pickled by reference to its files.
 
-    A set of the Hub may name files in the caches of its packages; other files of this machine are bad samples.
+    Paths of a local set are relative to its folder. A set of the Hub may name files in the caches of its packages;
+    other files of this machine are bad samples.
     """
 
     def __init__(self, rows: Any, column: str, rest: str) -> None:
-        self._arguments, self._rest = (rows, column, rest), rest
+        self._arguments, self._rest, self._folder = (rows, column, rest), rest, ""
+        if rest.startswith(_LOCAL):
+            place, _, split = _repository(split_label(rest)[0])
+            self._folder = _saved(place, split) or place
         super().__init__(_arrow(rows, [column])[column], self._place)
 
     def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
         return _Images, self._arguments
 
     def _place(self, _: int, path: str) -> tuple[str, str]:
-        return path, "" if self._rest.startswith(_LOCAL) or _is_cached(path) else f"{PREFIX}{self._rest}"
+        if self._folder:
+            return path_in(self._folder, path), ""
+        return path, "" if _is_cached(path) else f"{PREFIX}{self._rest}"
 
 
 def _arrow(rows: Any, columns: Iterable[str]) -> Any:

@@ -23,6 +23,7 @@ from xclip_jax.data.base import (
     check_columns,
     decode_utf8,
     json_strings,
+    open_binary,
     read_csv,
     strip_texts,
 )
@@ -145,6 +146,11 @@ class ColumnSource(Source):
         return {"file": path} if path else {"row": str(index)}
 
 
+def path_in(folder: str, path: str) -> str:
+    """Return the place of a file that a table in a local folder names: a URL, or a path, which may begin with ~."""
+    return path if storage.is_remote(path) else str(pathlib.Path(folder, os.path.expanduser(path)))
+
+
 class TableSource(ColumnSource):
     """Rows of files. Paths are relative to the file's folder, unless they are absolute."""
 
@@ -180,7 +186,7 @@ class TableSource(ColumnSource):
     def _locate(self, index: int, path: str) -> tuple[str, str]:
         table = self.tables[int(np.searchsorted(self._ends, index, side="right"))]
         if not storage.is_remote(table):
-            return path if storage.is_remote(path) else str(pathlib.Path(table).parent / path), ""
+            return path_in(os.path.dirname(table), path), ""
         if not storage.is_remote(path) and not path.startswith("/"):
             path = f"{table.rpartition('/')[0]}/{path}"  # a Path would turn the address's // into /
         return path, table if storage.scheme(table) != "file" else ""
@@ -191,9 +197,11 @@ class TableSource(ColumnSource):
 
 
 def read_parquet(path: str, columns: list[str]) -> Any:
-    """Return the columns of a parquet file, or all where one of them is missing, as a `pyarrow.Table`."""
-    missing = set(columns) - set(pyarrow.parquet.read_schema(path).names)
-    return pyarrow.parquet.read_table(path, columns=None if missing else columns)
+    """Return the columns of a local or remote parquet file, or all if it lacks one, as a `pyarrow.Table`."""
+    with open_binary(path) as file:
+        place: Any = file if storage.is_remote(path) else path
+        missing = set(columns) - set(pyarrow.parquet.read_schema(place).names)
+        return pyarrow.parquet.read_table(place, columns=None if missing else columns)
 
 
 def fingerprint(samples: int, paths: Sequence[str], whole: int = 0) -> dict[str, Any]:

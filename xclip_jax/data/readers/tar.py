@@ -17,7 +17,17 @@ import numpy as np
 
 from xclip_jax.core import storage
 from xclip_jax.core.errors import BadSample, UserError, public
-from xclip_jax.data.base import Form, Record, Source, SourceKind, SourceOptions, decode_text, decode_utf8, json_strings
+from xclip_jax.data.base import (
+    Form,
+    Record,
+    Source,
+    SourceKind,
+    SourceOptions,
+    decode_text,
+    decode_utf8,
+    json_strings,
+    strip_texts,
+)
 from xclip_jax.data.readers import tar_index
 
 _GAP = 1 << 16  # one request reads the files of a sample and gaps of up to this size
@@ -29,11 +39,13 @@ class TarSource(Source):
     Each incomplete sample and each unreadable part of a tar has an index of its own, and raises `BadSample`.
     """
 
-    def __init__(self, pattern: str, text_keys: Sequence[str] = ("text",), tags_key: str = "") -> None:
+    def __init__(
+        self, pattern: str, text_keys: Sequence[str] = ("text",), tags_key: str = "", *, captions: bool = True
+    ) -> None:
         """Index the tars that `pattern` names, see `tar_index.find`, and that have no index yet.
 
         "text" in `text_keys` is the .txt file, and any other key is a field of the .json file, as `tags_key` is.
-        `UserError` if files do not exist, or have no sample at all.
+        `UserError` if files do not exist, or have no sample at all; without `captions` an image is one.
         """
         self.pattern, self.text_keys, self.tags_key = pattern, tuple(text_keys), tags_key
         fields = bool(tags_key) or any(key != "text" for key in self.text_keys)
@@ -41,11 +53,12 @@ class TarSource(Source):
         self.tars = tar_index.find(pattern)
         self._index_paths = tar_index.load(self.tars)
         self._map()
-        if not any((rows["fault"] == tar_index.OK).any() for rows in self.rows):
+        whole = [tar_index.OK] if captions else [tar_index.OK, tar_index.NO_TEXT]
+        if not any(np.isin(rows["fault"], whole).any() for rows in self.rows):
             faults = sorted({tar_index.FAULTS[fault] for rows in self.rows for fault in np.unique(rows["fault"])})
             raise UserError(
                 f"{pattern!r} names {len(self.tars)} tars and none contains a whole sample ({', '.join(faults)}); a "
-                "sample is KEY.jpg and KEY.txt, as img2dataset writes them with --output_format webdataset."
+                f"sample is KEY.jpg{' and KEY.txt' * captions}, as img2dataset's --output_format webdataset writes it."
             )
 
     def _map(self) -> None:
@@ -114,7 +127,8 @@ class TarSource(Source):
         if not text:
             some = parts.get("text") is not None or "text" not in self.text_keys
             raise BadSample("caption is empty" if some else tar_index.FAULTS[tar_index.NO_TEXT])
-        return text, json_strings(fields, self.tags_key) if self.tags_key else []
+        tags = json_strings(fields, self.tags_key) if self.tags_key else []
+        return text, strip_texts(tags[0].split(",")) if len(tags) == 1 else tags
 
     def _read(self, tar: str, row: np.void, parts: Sequence[str]) -> dict[str, bytes | None]:
         """Return the content of these files of a sample, None for missing ones."""

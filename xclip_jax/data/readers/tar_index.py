@@ -25,7 +25,7 @@ from etils import epath
 
 from xclip_jax.core import storage
 from xclip_jax.core.errors import Parser, UserError, exit_with_message, public
-from xclip_jax.data.base import IMAGE_SUFFIXES, MAX_BYTES
+from xclip_jax.data.base import IMAGE_SUFFIXES, MAX_BYTES, open_binary
 from xclip_jax.data.records import init_worker, thread_pool
 
 # Faults of a row, by number.
@@ -33,7 +33,7 @@ FAULTS = (
     "", "no caption file", "no image file", "tar cut off", "tar damaged", "tar without samples", "file too large",
 )  # fmt: skip
 OK, NO_TEXT, NO_IMAGE, CUT_OFF, DAMAGED, EMPTY, TOO_LARGE = range(len(FAULTS))
-_VERSION = 1
+_VERSION = 2
 _FOLDER = ".xclip_index"
 _CHUNK = 1 << 20
 _REMOTE_BLOCK = 8 << 20
@@ -41,14 +41,6 @@ _PROGRESS_SECONDS = 10
 _PIPE = re.compile(r"(?:^|,|::)\s*pipe:")
 _FIELDS = [*MAX_BYTES, *(f"{part}_size" for part in MAX_BYTES), "fault"]
 _MOST_REFUSED = 100  # headers of a tar that `tarfile` refuses; behind more of them it is not read
-
-
-def _open(path: str) -> IO[bytes]:
-    """Open a file to read: single blocks from a disk, large pieces from a bucket."""
-    if not storage.is_remote(path):
-        return open(path, "rb")
-    system, name = storage.file_system(path)
-    return system.open(name, "rb", block_size=_REMOTE_BLOCK)
 
 
 class _Tar(tarfile.TarFile):
@@ -72,7 +64,7 @@ def members(path: str, size: int) -> Iterator[tuple[bytes, int, int]]:
 
     Bytes that are no part of a tar are yielded as (b"", their offset, their number). Links and folders are skipped.
     """
-    with storage.os_errors(path), _open(path) as file:
+    with storage.os_errors(path), open_binary(path, block_size=_REMOTE_BLOCK) as file:
         end = 0
         # Without `ignore_zeros` the first damaged header would end the tar without an error.
         with _Tar(fileobj=file, ignore_zeros=True) as tar:
