@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import time
 
+import chex
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -201,6 +202,14 @@ def test_a_checkpoint_comes_back_on_other_meshes(tmp_path):
             restored = checkpointer.restore(shapes)
         check_is(restored, 2)
         assert restored[0].params["img"]["a"].sharding == layout(state.params["img"]["a"])
+
+
+def test_a_reader_leaves_out_parts(tmp_path):
+    save(tmp_path, 2)
+    for left_out in ({"opt_state": None}, {"params": None, "batch_stats": None, "opt_state": None}):
+        with Checkpointer(tmp_path, read_only=True) as checkpointer:
+            state, _ = checkpointer.restore(ABSTRACT.replace(**left_out))
+        chex.assert_trees_all_equal(state, make_state(2).replace(**left_out))
 
 
 def test_orbax_asks_the_preemption_service_nothing(tmp_path, monkeypatch):

@@ -110,6 +110,18 @@ def test_a_mix_is_the_sum_of_given_and_tuned_weights(pairs, tmp_path, capsys):
         weights.read_given(c.run, gone, tuned)
 
 
+@pytest.mark.parametrize("average", [True, False])
+def test_what_is_not_evaluated_is_not_read(average, tmp_path, monkeypatch):
+    run = tiny.untrained(tmp_path / "run", ema__on=True, eval__ema=average)
+    restore, read = Checkpointer.restore, []
+    monkeypatch.setattr(Checkpointer, "restore", lambda *args: read.append(restore(*args)) or read[0])
+    _, _, variables, _ = weights.load(str(run))
+    ((state, _),) = read
+    unread = ("params", "batch_stats") if average else ("ema_params", "ema_batch_stats")
+    assert [getattr(state, name) for name in (*unread, "opt_state", "loss_state")] == [None] * 4
+    chex.assert_trees_all_equal(variables["params"], state.ema_params if average else state.params)
+
+
 def test_average_statistics_and_layout_of_a_start(source):
     c = tiny.config(
         model__img__depth=2, model__txt__scan=True, init__weights=str(source), seed=1, ema__on=True,

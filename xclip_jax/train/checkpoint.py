@@ -79,7 +79,7 @@ class Checkpointer:
           run: the run's folder.
           keep: newest checkpoints that are kept.
           keep_every: checkpoints of multiples of this number of steps are kept as well; 0 for none.
-          read_only: touch nothing, so that a run in progress can be read.
+          read_only: touch nothing, so that a run in progress can be read; parts of a state can be restored.
         """
         checkpoints = RunFolder(run).checkpoints
         # Orbax wants absolute paths; `absolute` would take a URL for a local folder's name.
@@ -101,7 +101,9 @@ class Checkpointer:
                 create_directories_asynchronously=False,
             ),
         )
-        handlers = {"state": ocp.StandardCheckpointHandler(), "position": ocp.JsonCheckpointHandler()}
+        # The second reads parts of what the first writes.
+        handler = ocp.PyTreeCheckpointHandler() if read_only else ocp.StandardCheckpointHandler()
+        handlers, self._read_only = {"state": handler, "position": ocp.JsonCheckpointHandler()}, read_only
         self._saving, self._size, self._failed = -1, 0, False  # of the last save: step, bytes, whether it failed
         self._watcher: threading.Thread | None = None
         self._failure: UserError | None = None
@@ -144,7 +146,10 @@ class Checkpointer:
             raise failure
 
     def restore(self, abstract: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
-        """Restore state and position of `step` (default: the newest) in the shardings of `abstract`; change nothing."""
+        """Restore state and position of `step` (default: the newest) in the shardings of `abstract`; change nothing.
+
+        A `read_only` reader leaves out the parts that are None in `abstract`, which cost neither time nor memory.
+        """
         steps = self._manager.all_steps()
         step = self.latest() if step is None else step
         if step is None or step not in steps:
@@ -241,14 +246,18 @@ class Checkpointer:
             raise _Damaged(fault)
         if not (saved := _shapes(self._manager.item_metadata(step)["state"])):
             raise self._unreadable(step)
+        parts = {name: part for name, part in vars(abstract).items() if not self._read_only or jax.tree.leaves(part)}
+        saved = {name: shape for name, shape in saved.items() if name.partition("/")[0] in parts}
         self._check(_shapes(abstract), saved, step)
-        restored: Any = self._manager.restore(
-            step,
-            args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), position=ocp.args.JsonRestore()),
-        )
+        arguments: Any = ocp.args.StandardRestore(abstract)
+        if self._read_only:
+            places = ocp.checkpoint_utils.construct_restore_args(parts)
+            arguments = ocp.args.PyTreeRestore(parts, restore_args=places, partial_restore=True)
+        composite = ocp.args.Composite(state=arguments, position=ocp.args.JsonRestore())
+        restored: Any = self._manager.restore(step, args=composite)
         if restored.position is None:
             raise self._unreadable(step)
-        return restored.state, restored.position
+        return abstract.replace(**restored.state) if self._read_only else restored.state, restored.position
 
     def _unreadable(self, step: int) -> UserError:
         """Return the error for files that the storage does not list for a moment: to Orbax they were never saved."""

@@ -64,7 +64,7 @@ def load(path: str, step: int | None = None) -> tuple[Config, Experiment, Variab
     if not run.checkpoints.exists():
         raise UserError(f"{run.path} holds no checkpoint; train it first, or name the folder of another run.")
     with Checkpointer(run.path, read_only=True) as checkpointer:
-        state, _ = checkpointer.restore(_whole(experiment), step)
+        state, _ = checkpointer.restore(_evaluated(experiment), step)
     return config, experiment, state.variables(ema=config.eval.ema), int(state.step)
 
 
@@ -165,10 +165,14 @@ def _shape(x: Any) -> tuple[int, ...] | None:
     return None if x is None else tuple(x.shape)
 
 
-def _whole(experiment: Experiment) -> TrainState:
-    """The state's abstract arrays, each whole on all devices: every process can read their values."""
-    whole = replicated(experiment.mesh)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), experiment.abstract)
+def _evaluated(experiment: Experiment) -> TrainState:
+    """The abstract arrays of what is evaluated, each whole on all devices: every process can read their values."""
+    whole, state = replicated(experiment.mesh), experiment.abstract.replace(opt_state=None, loss_state=None)
+    if experiment.config.eval.ema and state.ema_params is not None:
+        state = state.replace(params=None, batch_stats=None)
+    else:
+        state = state.replace(ema_params=None, ema_batch_stats=None)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), state)
 
 
 def read_initial(config: Config, abstract: TrainState, classes: Sequence[str] | None = None) -> dict[str, np.ndarray]:
