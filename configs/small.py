@@ -23,7 +23,7 @@ from xclip_jax.core.errors import UserError, check_choice
 from xclip_jax.train import autosize
 
 ARGUMENTS = {
-    "pairs": "", "weights": "", "objective": "", "image": "image", "text": "text", "tokenizer": "clip", "dir": "",
+    "pairs": "", "weights": "", "objective": "", "image": "image", "text": "text", "tokenizer": "", "dir": "",
     "preset": "", "size": 0, "batch": 0, "epochs": 0.0, "steps": 0, "count": 0, "device": "",
 }  # fmt: skip
 
@@ -44,7 +44,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.init.weights = args.weights
     config.data.sources, config.data.dir = (args.pairs,), args.dir
     config.data.image_key, config.data.text_keys = args.image, tuple(args.text.split(","))
-    config.data.tokenizer = args.tokenizer
+    config.data.tokenizer = args.tokenizer or config.data.tokenizer
     config.optim.lr_start = config.optim.lr_end = 0.0
     config.optim.weight_decay = 0.1
     config.eval.sets = ("retrieval/holdout",)

@@ -273,7 +273,7 @@ class Model:
     def _images(self, images: Sequence[ImageLike] | np.ndarray, keys: Sequence[str]) -> Features:
         if isinstance(images, str | bytes | os.PathLike | Image.Image):
             raise UserError("images is a single image; pass a list.")
-        if not isinstance(images, Sequence | np.ndarray):  # such as a Series, whose rows have labels
+        if hasattr(images, "iloc") or not hasattr(images, "__getitem__"):  # a Series gives rows by their labels
             images = list(images)
 
         def make(i: int) -> np.ndarray:

@@ -61,7 +61,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-hours", type=float, help="save and stop what is running after this time")
     parser.add_argument("--allow-dirty", action="store_true", help="run code that is not committed; records say so")
     parser.add_argument("--home", default=str(HOME), help="folder of the records")
-    parser.add_argument("--docs", default=str(ROOT / "docs"), help="folder of the page")
+    parser.add_argument("--docs", default="", help="folder of the page; docs, or --home where that is another")
     parser.add_argument("--scratch", default=str(ROOT / "runs" / "duel"), help="folder of runs in progress")
     return parser.parse_args(argv)
 
@@ -134,7 +134,8 @@ def _run(home: pathlib.Path, docs: pathlib.Path, flags: argparse.Namespace) -> b
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     flags = _arguments(argv)
-    home, docs = pathlib.Path(flags.home), pathlib.Path(flags.docs)
+    home = pathlib.Path(flags.home)
+    docs = pathlib.Path(flags.docs or (ROOT / "docs" if home.resolve() == HOME else home))
     if flags.workers < 1:
         raise UserError(f"--workers is {flags.workers}; expected at least 1.")
     if flags.list:

@@ -114,8 +114,12 @@ def test_weighted_and_grouped_values_are_resampled(tmp_path):
     weighted = PerExample(np.array([1.0, 0.0]), weights=np.array([3.0, 1.0]))
     assert collect.judge(dataclasses.replace(plain, items=weighted)).resampled
     # Their records, without the values, say that the binomial interval does not hold.
-    for groups, interval in ((None, "39.8 to 60.2"), (concepts, "")):
-        (record,) = from_json(to_json([dataclasses.replace(plain, items=PerExample(values, groups=groups))]))
+    for items, interval in (
+        (PerExample(values), "39.8 to 60.2"),
+        (PerExample(values, groups=concepts), ""),
+        (PerExample(np.ones(100), groups=concepts), ""),  # all right
+    ):
+        (record,) = from_json(to_json([dataclasses.replace(plain, items=items)]))
         assert record.items is None and str(collect.judge(record)) == interval
     correlation = collect.judge(Result("s", "textual", "spearman_all", 50.0, "x 100", n=9))
     assert str(correlation) == correlation.verdict == ""

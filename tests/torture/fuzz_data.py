@@ -55,7 +55,7 @@ def images() -> list[bytes]:
         ("RGB", "TIFF"),
         ("RGB", "WEBP"),
         ("RGBA", "WEBP"),
-        ("RGB", "ICO"),
+        ("RGB", "AVIF"),
         ("RGB", "JPEG2000"),
     )
     return [

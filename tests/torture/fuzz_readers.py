@@ -164,7 +164,14 @@ def _run_files() -> dict[str, bytes]:
     content = (
         {"config": config, "environment": {"jax": "0.10"}, "started": "2026-01-02T03:04:05+00:00", "starts": []},
         [{"samples": 5, "hash": "x", "files": [{"name": "a", "bytes": 3}]}],
-        {"results": values, "records": records, "config": config, "environment": {}, "seconds": 3.0},
+        {
+            "results": values,
+            "records": records,
+            "config": config,
+            "environment": {},
+            "seconds": 3.0,
+            "ended": "2026-01-02T03:04:05+00:00",
+        },
         {"results": [entry], "config": config},
         {"step": 1, "loss": 2.5, "lr": 0.1},
         {"step": 2, "records": records},

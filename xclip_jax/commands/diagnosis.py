@@ -177,14 +177,15 @@ def _diverged(run: Record, folder: RunFolder) -> list[int]:
 
 def _skipped(run: Record, folder: RunFolder) -> Iterator[Finding]:
     """Steps that were skipped because their values were not finite, or spikes."""
-    skipped, row = sum("rewound_to" not in line for line in folder.read_skipped_steps()), _diverged(run, folder)
+    steps = [int(line["step"]) for line in folder.read_skipped_steps() if "rewound_to" not in line]
+    skipped, row, last = len(steps), _diverged(run, folder), max([run.steps, *steps])
     samples = f"look at their samples in {folder.skipped_steps_file}; lower optim.lr"
     if row:
         text = f"the last {len(row):,} steps, to step {row[-1]:,}, were skipped in a row, for which the run stopped"
         remedy = f"{samples}, lengthen optim.warmup or set optim.grad_clip_norm=1, under a different --config.run"
         yield fail("skipped steps", text, remedy, skipped_steps=skipped)
     elif skipped:
-        text = f"{skipped:,} of {run.steps:,} steps were skipped: their loss or gradient was not finite, or a spike"
+        text = f"{skipped:,} of {last:,} steps were skipped: their loss or gradient was not finite, or a spike"
         yield warning("skipped steps", text, f"{samples} or set optim.grad_clip_norm=1", skipped_steps=skipped)
 
 

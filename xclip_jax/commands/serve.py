@@ -156,7 +156,6 @@ def make_index(model: Model, pattern: str, *, cache: str = "") -> Index:
     folder = pathlib.Path(cache).expanduser() if cache else storage.cache_dir() / "search"
     place = pattern if storage.is_remote(pattern) else os.path.abspath(os.path.expanduser(pattern))
     key = hashlib.sha256(json.dumps([model.fingerprint(), place]).encode()).hexdigest()[:16]
-    folder.mkdir(parents=True, exist_ok=True)
     return Index(model, source, embed(model, source, folder / f"{key}.npz"))
 
 
@@ -220,7 +219,8 @@ def _write(path: pathlib.Path, rows: Mapping[str, tuple[str, np.ndarray]]) -> No
     texts, embedded = zip(*rows.values(), strict=True)
     columns = {"kind": ["image"] * len(rows), "id": list(rows), "text": texts, "embedding": np.stack(embedded)}
     try:
-        with embeddings.whole_file(path) as temporary:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with embeddings.whole_file(path, f".{os.getpid()}") as temporary:
             embeddings.Npz().write(temporary, columns)
     except OSError as error:
         log0(f"WARNING: {error.filename}: {error.strerror}; the next start embeds the images again")

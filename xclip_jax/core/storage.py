@@ -77,7 +77,8 @@ def os_errors(path: str) -> Iterator[None]:
         if getattr(error.__cause__, "status", None):  # fsspec says of any answer that there is no such file
             error = error.__cause__
         status = next((x for key in ("status", "code") if isinstance(x := getattr(error, key, None), int)), 0)
-        other = errno.ETIMEDOUT if isinstance(error, TimeoutError) else errno.EIO
+        slow = isinstance(error, TimeoutError) and scheme(path) in ("http", "https")  # after WEB_SECONDS
+        other = errno.ETIMEDOUT if slow else errno.EIO
         other = errno.EINVAL if 400 <= status < 500 else other
         number = getattr(error, "errno", None) or _NUMBERS.get(type(error)) or _NUMBERS.get(status, other)
         message = f"{type(error).__name__}{f', status {status}' if status else ''}: {error}"

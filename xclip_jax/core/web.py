@@ -27,7 +27,7 @@ async def _read(system: Any, address: str, offset: int, size: int, seconds: floa
     session, data = await system.set_session(), bytearray()
     async with session.get(system.encode_url(address), auto_decompress=False, **options) as answer:
         answer.raise_for_status()
-        if encoding := answer.headers.get("Content-Encoding"):
+        if (encoding := answer.headers.get("Content-Encoding", "identity")) not in ("", "identity"):
             raise OSError(errno.EINVAL, f"the server sends it compressed, as {encoding!r}; download the file")
         while len(data) <= size and (chunk := await answer.content.readany()):
             data += chunk

@@ -221,8 +221,8 @@ def read_csv(path: str, columns: Sequence[str]) -> Any:
         ends = pyarrow.compute.call_function("count_substring", [column], line_end)
         if (pyarrow.compute.call_function("max", [ends]).as_py() or 0) >= _MAX_LINES:
             raise UserError(
-                f"table {path!r}: a field of column {name!r} has {_MAX_LINES} lines or more; a quote in it has no "
-                "partner: close it, or remove the column."
+                f"table {path!r}: a field of column {name!r} has {_MAX_LINES} lines or more: a quote in it has no "
+                "partner, or it is a long text; close the quote, or remove the column."
             )
     return table
 

@@ -87,13 +87,17 @@ class Parquet:
 
 
 @contextlib.contextmanager
-def whole_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
+def whole_file(path: pathlib.Path, writer: str = "") -> Iterator[pathlib.Path]:
     """Yield a path to write to, which becomes `path` once its bytes are on the disk, and is deleted after an error.
+
+    Args:
+      path: of the file.
+      writer: ends the temporary name; needed if several processes may write at once.
 
     Raises:
       OSError: with the path, which NumPy's and pyarrow's own errors lack.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}{writer}.tmp")
     try:
         with storage.os_errors(str(path)):
             yield temporary

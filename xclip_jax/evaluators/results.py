@@ -176,7 +176,7 @@ def to_json(results: Iterable[Result]) -> list[dict[str, Any]]:
     for result in results:
         fields = {key: getattr(result, key) for key in _SAVED}
         if result.items is not None:
-            fields["dependent"] = not result.items.trials()
+            fields["dependent"] = result.items.trials() != len(result.items.values)
         protocol = {key: value for key in _PROTOCOL if (value := getattr(result.protocol, key))}
         records.append({key: value for key, value in fields.items() if value != _DEFAULTS[key]} | protocol)
     return records

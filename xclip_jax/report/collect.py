@@ -155,8 +155,15 @@ def _read(run: RunFolder, content: Mapping[str, Any]) -> Record:
         sources=run.read_sources() or [],
         bad=len(run.read_bad_samples()),
         began=datetime.datetime.fromisoformat(content["started"]),
-        ended=datetime.datetime.fromisoformat(final["ended"]) if final else None,
+        ended=_ended(final, run.results_file) if final else None,
     )
+
+
+def _ended(final: Mapping[str, Any], file: epath.Path) -> datetime.datetime:
+    """When a run's last evaluation ended: what results.json says, or the time of the file."""
+    if "ended" in final:
+        return datetime.datetime.fromisoformat(final["ended"])
+    return datetime.datetime.fromtimestamp(file.stat().mtime, datetime.UTC)
 
 
 def _evaluated(entries: Sequence[results.Entry]) -> list[Evaluation]:

@@ -274,7 +274,7 @@ def fill_in(config: ml_collections.ConfigDict, args: ml_collections.ConfigDict) 
 
 def _check_arguments(args: ml_collections.ConfigDict) -> None:
     """Raise `UserError` for arguments that weights decide on."""
-    given = [name for name in ("tokenizer", "preset") if args[name] not in ("", DataConfig.tokenizer)]
+    given = [name for name in ("tokenizer", "preset") if args[name]]
     if args.weights and given:
         listed = ",".join(f"{name}={args[name]}" for name in ("weights", *given))
         raise UserError(f"small:{listed}: weights have a tokenizer and towers; leave {' and '.join(given)} out.")

@@ -1,6 +1,7 @@
 """Checkpoints through Orbax: state and data position, asynchronous, the newest few kept, none used that is damaged."""
 
 import contextlib
+import dataclasses
 import logging
 import os
 import re
@@ -148,7 +149,7 @@ class Checkpointer:
     def restore(self, abstract: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
         """Restore state and position of `step` (default: the newest) in the shardings of `abstract`; change nothing.
 
-        A `read_only` reader leaves out the parts that are None in `abstract`, which cost neither time nor memory.
+        A `read_only` reader leaves out the parts that are None in `abstract`, which take no memory.
         """
         steps = self._manager.all_steps()
         step = self.latest() if step is None else step
@@ -257,7 +258,8 @@ class Checkpointer:
         restored: Any = self._manager.restore(step, args=composite)
         if restored.position is None:
             raise self._unreadable(step)
-        return abstract.replace(**restored.state) if self._read_only else restored.state, restored.position
+        state = dataclasses.replace(abstract, **restored.state) if self._read_only else restored.state
+        return state, restored.position
 
     def _unreadable(self, step: int) -> UserError:
         """Return the error for files that the storage does not list for a moment: to Orbax they were never saved."""

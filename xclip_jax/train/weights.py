@@ -167,11 +167,10 @@ def _shape(x: Any) -> tuple[int, ...] | None:
 
 def _evaluated(experiment: Experiment) -> TrainState:
     """The abstract arrays of what is evaluated, each whole on all devices: every process can read their values."""
-    whole, state = replicated(experiment.mesh), experiment.abstract.replace(opt_state=None, loss_state=None)
-    if experiment.config.eval.ema and state.ema_params is not None:
-        state = state.replace(params=None, batch_stats=None)
-    else:
-        state = state.replace(ema_params=None, ema_batch_stats=None)
+    whole, state = replicated(experiment.mesh), experiment.abstract
+    average = experiment.config.eval.ema and state.ema_params is not None
+    others = ("params", "batch_stats") if average else ("ema_params", "ema_batch_stats")
+    state = dataclasses.replace(state, **dict.fromkeys(("opt_state", "loss_state", *others)))
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), state)
 
 
