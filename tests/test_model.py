@@ -148,6 +148,8 @@ def test_as_a_module_of_nnx_it_is_the_same_model_and_trains():
 class Series(dict):
     """Rows by label in an order of their own, as pandas has them."""
 
+    iloc = None
+
     def __iter__(self):
         return iter(self.values())
 

@@ -78,8 +78,7 @@ def os_errors(path: str) -> Iterator[None]:
             error = error.__cause__
         status = next((x for key in ("status", "code") if isinstance(x := getattr(error, key, None), int)), 0)
         slow = isinstance(error, TimeoutError) and scheme(path) in ("http", "https")  # after WEB_SECONDS
-        other = errno.ETIMEDOUT if slow else errno.EIO
-        other = errno.EINVAL if 400 <= status < 500 else other
+        other = errno.EINVAL if 400 <= status < 500 else errno.ETIMEDOUT if slow else errno.EIO
         number = getattr(error, "errno", None) or _NUMBERS.get(type(error)) or _NUMBERS.get(status, other)
         message = f"{type(error).__name__}{f', status {status}' if status else ''}: {error}"
         message = getattr(error, "strerror", None) or message
