@@ -12,7 +12,7 @@ from etils import epath
 
 from tests.helpers import tiny
 from tests.helpers.pages import ENDED, written
-from tests.report.test_sections import collapsed
+from tests.report.test_health import collapsed
 from xclip_jax.commands import doctor as command
 from xclip_jax.commands.diagnosis import check_run
 from xclip_jax.train import checkpoint_files

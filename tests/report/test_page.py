@@ -10,7 +10,8 @@ from tests.helpers import tiny
 from tests.helpers.browser import SCHEMES, WIDTHS, browser, check_accessible, check_layout, opened  # noqa: F401
 from tests.helpers.pages import page_of, written
 from tests.report.test_collect import judged_results
-from tests.report.test_sections import collapsed, compared, predicted
+from tests.report.test_health import collapsed
+from tests.report.test_sections import compared, predicted
 from xclip_jax.report import examples, page
 
 SCREENS = [(width, scheme) for width in WIDTHS for scheme in SCHEMES]

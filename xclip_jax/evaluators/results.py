@@ -41,7 +41,7 @@ ItemsOf = dict[str, dict[str, PerExample]]  # {an entry's "items": {name of a re
 
 VALIDATION, SHIFTED = "validation", "shifted"
 UNITS = ("%", "x 100", "rank", "")  # units of this package's evaluators
-LAST = "last"
+LAST = "last"  # entry of the per-example values of results.json
 KEY = ("set", "checkpoint", "step", "profile", "changes", "fingerprint")
 _VIEW = KEY[1:]
 # Keys of a run's group `eval` that change the results at one step.
@@ -302,7 +302,7 @@ def items_file(path: epath.Path) -> epath.Path:
 
 
 def write_items(path: epath.Path, items_of: ItemsOf) -> None:
-    """Write the per-example values of all entries of results file `path`; `LAST` is the entry of results.json."""
+    """Write the per-example values of all entries of results file `path`."""
     arrays = {}
     for entry, items in items_of.items():
         for name, item in items.items():

@@ -1,0 +1,97 @@
+"""The training curves and health of one run: lights, their remedies, and charts of terms."""
+
+import dataclasses
+import math
+import re
+
+import pytest
+
+from tests.extension import superclip as extension  # noqa: F401 the files of a run may name its term
+from tests.helpers import tiny
+from tests.helpers.pages import Page, check, page_of, written
+from tests.objectives.test_term import superclip
+from xclip_jax.objectives.nclip import Nclip
+from xclip_jax.report import examples
+
+pytestmark = pytest.mark.long
+
+
+def test_a_run_without_clusters(tmp_path):
+    rows = [{"step": s, "loss": 2 / s, "clip/loss": 2 / s, "clip/ln_b": 2.77, "rank/img": 3.0} for s in (1, 2)]
+    text = page_of(written(tmp_path / "run", tiny.config("clip"), rows), examples.Examples(missing=["nothing"]))
+    words = " ".join(check(text).text)
+    assert "this objective trains no cluster heads" in words and "The value is 0.639; the alarm is below 0.01." in words
+    assert "ln b" in words and "Mutual information" not in words
+
+
+def collapsed(kind):
+    """Metrics of `nclip` with one of its failures, or none."""
+    row = {"nclip/ln_b": math.log(16), "nclip/ln_k": math.log(24), "nclip/agreement": 0.9, "nclip/loss": 0.0}
+    for m in ("img", "txt"):
+        entropy, marginal = {"flat": (2.7, 2.75), "few clusters": (0.1, 0.5)}.get(kind, (0.1, 2.7))
+        row |= {f"nclip/entropy_{m}": entropy, f"nclip/marginal_entropy_{m}": marginal, f"nclip/clusters_{m}": 14.0}
+        row[f"nclip/mutual_information_{m}"] = marginal - entropy
+    return row | ({"nclip/agreement": 0.05} if kind == "disagreement" else {})
+
+
+@pytest.mark.parametrize("kind", ["", "flat", "few clusters", "disagreement"])
+def test_each_failure_has_its_light_and_its_remedy(kind, tmp_path):
+    rows = [{"step": s, "loss": 0.0} | collapsed(kind if s == 2 else "") for s in (1, 2)]
+    run = written(tmp_path / "run", tiny.config("nclip", log__collapse_warmup_steps=1), rows)
+    text = page_of(run, examples.Examples())
+    lights = re.findall(r'<article class="card light (\w*)"><h3>([^<]+)<span>([^<]+)', text)
+    expected = {
+        name: ("alarm", "alarm") if name == kind else ("", "healthy")
+        for name in ("flat", "few clusters", "disagreement")
+    }
+    assert {name.lower(): (state, label) for state, name, label in lights} == expected
+    measures = {key.removeprefix("nclip/"): value for key, value in rows[-1].items()}
+    warnings = Nclip().report.alarms(measures)
+    assert [warning.split(":")[0] for warning in warnings] == ([kind] if kind else [])
+    assert all(warning.partition(": ")[2] in " ".join(Page(text).text) for warning in warnings)
+    late = dataclasses.replace(run.config, log=dataclasses.replace(run.config.log, collapse_warmup_steps=9))
+    early = page_of(dataclasses.replace(run, config=late), examples.Examples())
+    assert early.count("too early") == 3 and "healthy" not in early.partition("<main")[2].partition("<script")[0]
+
+
+@pytest.mark.parametrize(("k", "b"), [(1, 16), (24, 1), (1, 1)])
+def test_one_cluster_or_a_batch_of_one_pair_cannot_be_judged(k, b, tmp_path):
+    """ln 1 = 0 is all the information that there could be."""
+    row = dict.fromkeys(collapsed(""), 0.0) | {"nclip/agreement": 1.0, "nclip/ln_b": math.log(b)}
+    row |= {"step": 1, "loss": 0.0, "nclip/ln_k": math.log(k), "nclip/clusters_img": 1.0, "nclip/clusters_txt": 1.0}
+    changes = {"log__collapse_warmup_steps": 1, "data__batch": b, "model__cluster_head__clusters": k}
+    text = page_of(written(tmp_path / "run", tiny.config("nclip", **changes), [row]), examples.Examples())
+    check(text)
+    assert "card light" not in text
+    assert "nan" not in text.partition("<main")[2].partition("<script")[0]
+
+
+# --- terms of another package
+
+
+def plugin_rows():
+    rows = []
+    for step, loss in ((1, 8.0), (2, 25.0), (3, 6.0)):
+        row = {"step": step, "loss": loss, "clip/loss": 2.0, "clip/ln_b": 2.77, "tokens/loss": loss}
+        rows.append(row | {"tokens/top1": 0.25, "rank/img": 3.0})
+    return rows
+
+
+def test_a_term_of_another_package_has_curves_and_lights(tmp_path):
+    run = written(tmp_path / "run", superclip(log__collapse_warmup_steps=2), plugin_rows())
+    text = page_of(run, examples.Examples())
+    words = " ".join(check(text).text)
+    for sentence in (
+        "What SuperCLIP has learned so far", "SuperCLIP, 1 CLIP + 0.5 token classification",  # head
+        "token classification loss", "Tokens in the caption", "CLIP loss",  # curves
+        "It starts at ln v", "Fails when the head learns nothing.",  # health
+        "Warning at 1 of 2 logged steps from step 2 on, last at 2.",
+    ):  # fmt: skip
+        assert sentence in words, sentence
+    assert re.findall(r'light (\w*)"><h3>(\w+)<span>(\w+)', text) == [
+        ("", "Plateau", "healthy"),
+        ("", "Tokens", "healthy"),
+    ]
+    alarm = page_of(dataclasses.replace(run, training=run.training[:2]), examples.Examples())
+    assert '<article class="card light alarm"><h3>Tokens<span>alarm' in alarm
+    assert "the loss is above 20 nats; lower optim.lr." in alarm
