@@ -112,7 +112,7 @@ def section(snapshot: Snapshot) -> Iterator[str]:
     yield from ["## Verdicts, part by part", ""]
     for number, claim in enumerate(study.claims, 1):
         judged = verdicts.judge(snapshot, claim)
-        yield from [f"### Claim {number}", "", *_table(snapshot, judged)]
+        yield from [f"### Claim {number}", "", *parts_table(snapshot, judged)]
         if claim.all_choices:
             yield from _others(snapshot, claim)
         if claim.tuned_on_seeds:
@@ -193,7 +193,8 @@ def _cells(snapshot: Snapshot, part: verdicts.PartVerdict) -> list[str]:
 _HEAD = ("part", "arms", "measure", "difference, 95 %", "n", "seeds that agree", "p for")
 
 
-def _table(snapshot: Snapshot, claim: verdicts.ClaimVerdict) -> list[str]:
+def parts_table(snapshot: Snapshot, claim: verdicts.ClaimVerdict) -> list[str]:
+    """Return the table of a claim's parts: differences, seeds that agree, p-values and verdicts."""
     rows = []
     for part in claim.parts:
         d = part.difference

@@ -26,9 +26,14 @@ _LABELS = {
     "scripts": "script probe",
     "aliases": "alias to name",
 }
-NAMED = {VALIDATION[0]: "concepts"}
-_BEST = Measure(f"concepts{BEST}", "unseen characters, chosen similarity", TESTS[0])
-MEASURES = (*(Measure(name, _LABELS[name], f"glyphs/test_{name}") for name in recipe.TESTS), _BEST)
+NAMED = dict(zip(VALIDATION, recipe.VALIDATION, strict=True))
+MEASURES = (
+    *(Measure(name, _LABELS[name], f"glyphs/test_{name}") for name in recipe.TESTS),
+    *(
+        Measure(f"{name}{BEST}", f"{_LABELS[name]}, chosen similarity", f"glyphs/test_{name}")
+        for name in NAMED.values()
+    ),
+)
 
 
 def study(duel: stages.Duel) -> Study | None:
@@ -47,7 +52,7 @@ def study(duel: stages.Duel) -> Study | None:
         )
     ours, clip = (arm.name for arm in reversed(arms))
     parts = (
-        ClaimPart("names better", ours, clip, _BEST.name),
+        ClaimPart("names better", ours, clip, f"concepts{BEST}"),
         ClaimPart("has the better probe", ours, clip, "probe"),
     )
     claim = Claim("On glyphs too xCLIP's best names better and has better features than CLIP's best.", parts)
@@ -94,5 +99,5 @@ def section(glyphs: Snapshot | None) -> Iterator[str]:
     yield from tables.table(["arm", "runs", *(m.label for m in MEASURES)], tables.rows_of(glyphs, arms, MEASURES))
     yield from [f"{tables.difference_from(glyphs.study)}:", ""]
     yield from tables.from_baseline(glyphs, list(arms.values()), MEASURES)
-    yield from [claims.sentence(verdicts.judge(glyphs, claim)) for claim in glyphs.study.claims]
-    yield ""
+    for judged in (verdicts.judge(glyphs, claim) for claim in glyphs.study.claims):
+        yield from [claims.sentence(judged), "", *claims.parts_table(glyphs, judged)]

@@ -54,6 +54,11 @@ def pair_losses(z_img: np.ndarray, z_txt: np.ndarray, scale: float, block: int =
     return np.concatenate(losses)
 
 
+def is_due(step: int, steps: int, every: int) -> bool:
+    """Whether a checkpoint is due after this step, not one of an interruption or one just before the last."""
+    return step == steps or (step % every == 0 and steps - step >= every)
+
+
 def suspicions(
     encoder: Encoder, variables: Variables, images: list[np.ndarray], texts: list[str]
 ) -> dict[str, np.ndarray]:
@@ -84,6 +89,8 @@ def measure(folder: str, pairs: int = PAIRS) -> list[dict[str, Any]]:
         config, experiment, variables, _ = weights.load(folder, step)
         if not config.data.caption_noise:
             return []
+        if not is_due(step, config.steps, config.checkpoint.every):
+            continue
         if not images:
             opened = sources.open_sources(config.data)
             source = holdout.apply_controls(opened, config.data, config.seed)[0]

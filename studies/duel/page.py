@@ -15,7 +15,7 @@ from studies.duel.chosen import BEST, Chosen
 from studies.icons import study as icons
 from studies.matrix import Matrix, Snapshot
 from studies.page import write_page
-from studies.statistics import MIN_SEEDS, seeds_needed
+from studies.statistics import MIN_SEEDS, paired, seeds_needed
 from studies.tables import table
 from xclip_jax.config.load import load_config
 
@@ -29,6 +29,7 @@ _MADE = (
     "declared before the runs, and why, is in `studies/duel/study.md`."
 )
 _SHARES = (0.25, 0.5, 0.75, 1.0)
+_AREA = Measure("auc", "AUC", "")
 _DRAWN = ("smoothed", "gce", "distilled", "superclip", "xclip", "oracle")  # as many as there are colours
 _SUSPECTED_BY = (
     ("clip", "loss"),
@@ -75,8 +76,9 @@ def duel_claims(arms: Sequence[Arm]) -> tuple[Claim, ...]:
         if parts := _against(ours, ("shuffled", *stages.RIVALS), names, "final_"):
             text = "xCLIP's gain is more than other terms of equal cost, or shuffled pseudo-labels, give."
             declared.append(Claim(text, parts))
-    for level in stages.LEVELS:
-        if parts := _against(f"wrong{level}_xclip", _OF_OTHERS, names, f"wrong{level}_"):
+    for level, arms_of_level in zip(stages.LEVELS, (len(stages.WRONG_TITLES), stages.BEST_AT_HALF), strict=True):
+        parts = _against(f"wrong{level}_xclip", _OF_OTHERS, names, f"wrong{level}_")
+        if parts and sum(name.startswith(f"wrong{level}_") for name in names) == arms_of_level:
             text = f"With {level} % of captions exchanged xCLIP is better than every rival retuned for it."
             declared.append(Claim(text, parts))
     return tuple(declared)
@@ -118,8 +120,8 @@ def own_charts(snapshot: Chosen, areas: Sequence[Mapping[str, Any]]) -> dict[str
         made[f"wrong{level}"] = charts.in_groups(title, groups, "mean over seeds, 95 %")
         lines = {}
         for name, score in _SUSPECTED_BY:
-            points = _mean_areas(areas, f"{prefix}{name}").get(score, [])
-            lines[f"{stages.WRONG_TITLES[name]} by {score}"] = [(step, mean) for step, mean, _ in points]
+            points = _areas(areas, f"{prefix}{name}").get(score, {})
+            lines[f"{stages.WRONG_TITLES[name]} by {score}"] = [(step, _mean(seeds)) for step, seeds in points.items()]
         title = f"AUC of exchanged against true captions, {level} % exchanged"
         made[f"suspects{level}"] = charts.over_steps(title, lines, "%", ("chance", 50.0))
     return {name: svg for name, svg in made.items() if svg}
@@ -285,6 +287,8 @@ def _wrong(
         yield from ["Missing: no arm is retuned yet.", ""]
         return
     yield from _rows(duel, snapshot, prefix)
+    if level != stages.LEVELS[0] and f"{prefix}xclip" not in {arm.name for arm in arms}:
+        yield from ["xCLIP is not among the arms, which are the best on validation: nothing is claimed.", ""]
     base = _wrong_title(_base([arm.name for arm in arms], prefix))
     yield from tables.shown(drawn, f"wrong{level}", f"Difference from {base} with {level} % of captions exchanged")
     others = {f"{prefix}oracle": "those of clean captions", f"{prefix}shuffled": "those of xCLIP"}
@@ -297,34 +301,64 @@ def _wrong(
     yield "AUC, %, with which a model tells exchanged pairs of its training data from true ones; 50 is chance:"
     yield ""
     rows = []
-    for arm in arms:
-        areas_of_arm = _mean_areas(areas, arm.name)
+    for arm in (arm for arm in arms if arm.name != f"{prefix}oracle"):
+        areas_of_arm = _areas(areas, arm.name)
         for score, points in areas_of_arm.items():
-            rows.append([arm.title, score, ", ".join(f"{mean:.1f} after {step} ({n})" for step, mean, n in points)])
+            texts = (f"{_mean(seeds):.1f} after {step} ({len(seeds)})" for step, seeds in points.items())
+            rows.append([arm.title, score, ", ".join(texts)])
         rows += [] if areas_of_arm else [[arm.title, "missing", "missing"]]
     yield from table(["arm", "suspicion by", "AUC after steps (seeds)"], rows)
+    yield from _suspects(areas, prefix)
     yield from tables.shown(drawn, f"suspects{level}", "AUC of exchanged captions over training")
 
 
-def _mean_areas(areas: Sequence[Mapping[str, Any]], arm: str) -> dict[str, list[tuple[int, float, int]]]:
-    """{score: (step, mean over seeds, seeds) of each checkpoint}."""
-    areas_of_arm: dict[str, list[tuple[int, float, int]]] = {}
-    of_arm = [line for line in areas if line["arm"] == arm]
+Areas = dict[int, dict[int, float]]  # {step: {seed: AUC, %}}
+
+
+def _areas(lines: Sequence[Mapping[str, Any]], arm: str) -> dict[str, Areas]:
+    """{score: its AUC} of an arm, at steps that all of its seeds have."""
+    of_arm = [line for line in lines if line["arm"] == arm]
+    seeds = {line["seed"] for line in of_arm}
+    scores: dict[str, Areas] = {}
     for score in ("loss", "cosine", "clusters"):
-        for step in sorted({line["step"] for line in of_arm if score in line}):
-            values = [line[score] for line in of_arm if line["step"] == step and score in line]
-            areas_of_arm.setdefault(score, []).append((step, float(np.mean(values)), len(values)))
-    return areas_of_arm
+        for step in sorted({line["step"] for line in of_arm}):
+            values = {line["seed"]: line[score] for line in of_arm if line["step"] == step and score in line}
+            if values.keys() == seeds:
+                scores.setdefault(score, {})[step] = values
+    return scores
+
+
+def _mean(by_seed: Mapping[int, float]) -> float:
+    return float(np.mean(list(by_seed.values())))
+
+
+def _suspects(lines: Sequence[Mapping[str, Any]], prefix: str) -> Iterator[str]:
+    """AUC by xCLIP's clusters minus AUC by losses: at the end, and each at the checkpoint with its best mean."""
+    ours = _areas(lines, f"{prefix}xclip").get("clusters")
+    rows = []
+    for rival in ("clip", "smoothed", "xclip") if ours else ():
+        if ours and (losses := _areas(lines, f"{prefix}{rival}").get("loss")):
+            last = paired(ours[max(ours)], losses[max(losses)])
+            best = paired(*(max(areas.values(), key=_mean) for areas in (ours, losses)))
+            title = f"{stages.WRONG_TITLES[rival]}, its loss"
+            rows.append([title, *(tables.difference_text(d, _AREA) for d in (last, best))])
+    if rows:
+        yield from ["AUC by xCLIP's clusters minus AUC by a loss, paired by seed; the end decides:", ""]
+        yield from table(["minus", "at the end", "each at its best checkpoint"], rows)
 
 
 def _losses(snapshot: Chosen, arm: Arm) -> list[str]:
-    """The loss, CLIP's alone where the run has it, at shares of the run; mean over its seeds.
+    """The loss, CLIP's alone where the run has it, around shares of the run: three points of the curve, all seeds.
 
     A schedule of nCLIP's weight changes the sum of the losses when nothing is learned.
     """
-    runs = [record.curve for record in snapshot.finished(arm.name).values()]
+    runs = [record.curve for record in snapshot.finished(arm.name).values() if not record.error]
     curves = [curve for run in runs if (curve := run.get("clip/loss") or run.get("loss"))]
     if not curves:
         return ["missing"] * len(_SHARES)
-    at = [[curve[round(share * (len(curve) - 1))] for curve in curves] for share in _SHARES]
-    return [f"{np.mean([np.nan if x is None else x for x in values]):.3f}" for values in at]
+    losses = []
+    for share in _SHARES:
+        ends = [min(round(share * (len(curve) - 1)) + 2, len(curve)) for curve in curves]
+        near = [x for curve, end in zip(curves, ends, strict=True) for x in curve[max(end - 3, 0) : end]]
+        losses.append(np.mean([np.nan if x is None else x for x in near]))
+    return [f"{loss:.3f}" for loss in losses]

@@ -167,28 +167,37 @@ def rival(name: str, settings: Mapping[str, Any], steps: int, head_name: str) ->
 
 # --- wrong captions: arms, and the key that each has of its own with two values to choose from
 
-RATES, WARM_UPS = (0.5, 1.0), (0.3, 0.6)
+RATES, WARM_UPS = (0.5, 1.0), (0.3, 0.6)  # rates are multiples of the winner's rate of the arm's team
+# Both winners' settings are candidates: warm-up 0.6 with smoothing 0.2, and warm-up 0.3 with tau 0.35.
 WRONG: dict[str, tuple[str, Sequence[Any]]] = {
     "clip": ("", ()),
-    "smoothed": ("smoothing", (0.1, 0.3)),
+    "smoothed": ("smoothing", (0.2, 0.4)),
     "siglip": ("", ()),
     "gce": ("q", (0.3, 0.7)),
     "distilled": ("distill", (0.3, 0.6)),
     "superclip": ("", ()),
-    "nclip": ("tau", (0.35, 0.5)),
-    "xclip": ("tau", (0.35, 0.5)),
+    "nclip": ("tau", (0.5, 0.35)),
+    "xclip": ("tau", (0.5, 0.35)),
 }
 # Arms that take over another's choice: xCLIP with shuffled pseudo-labels, and CLIP on as many clean pairs.
 FOLLOWERS = {"shuffled": "xclip", "oracle": "clip"}
 
 
-def retuned(arm: str) -> list[Settings]:
-    """Return an arm's four candidates: rates and warm-ups, or a half of the eight with two values of its own key."""
+def team_of(arm: str) -> str:
+    """Return the team whose winner an arm under wrong captions starts from."""
+    return "xclip" if arm in ("nclip", "xclip", "shuffled") else "clip"
+
+
+def retuned(arm: str, rate: float) -> list[Settings]:
+    """Return an arm's four candidates: rates and warm-ups, or a half of the eight with two values of its own key.
+
+    Args:
+      arm: of `WRONG`.
+      rate: of its team's winner.
+    """
     own, values = WRONG[arm]
-    if not own:
-        return [{"rate": rate, "warmup": warmup} for rate in RATES for warmup in WARM_UPS]
     return [
-        {"rate": rate, "warmup": warmup, own: values[(i + j) % 2]}
-        for i, rate in enumerate(RATES)
+        {"rate": rate * times, "warmup": warmup} | ({own: values[(i + j) % 2]} if own else {})
+        for i, times in enumerate(RATES)
         for j, warmup in enumerate(WARM_UPS)
     ]

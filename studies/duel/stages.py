@@ -96,7 +96,7 @@ class DuelMatrix(Matrix):
     def config(self, arm: Arm, seed: int, tuned: Mapping[str, Any]) -> ml_collections.ConfigDict:
         """As `Matrix.config`."""
         config = super().config(arm, seed, tuned)
-        config.checkpoint.keep = 5 if arm.name.startswith("wrong") else 1
+        config.checkpoint.keep = 20 if arm.name.startswith("wrong") else 1  # interruptions leave some too
         return config
 
 
@@ -108,7 +108,7 @@ def by_mean_rank(values: Mapping[str, tuple[float, float]]) -> list[str]:
     Args:
       values: {candidate: its two measures}, more is better; minus infinity for a run that diverged.
     """
-    table = np.array(list(values.values()), float).reshape(-1, 2)
+    table = np.round(np.array(list(values.values()), float).reshape(-1, 2), 3)  # records have rounded values
     ranks = np.stack([rankdata(-column) for column in table.T], axis=1)
     order = sorted(range(len(table)), key=lambda i: (ranks[i].mean(), ranks[i, 0], i))
     return [list(values)[i] for i in order]
@@ -315,20 +315,19 @@ class Duel:
         self, arm: str, name: str, level: int, own: spaces.Settings, steps: int, section: str, seeds: Sequence[int]
     ) -> Arm:
         """An arm under wrong captions, `own` being its rate, warm-up and own key."""
-        clip = {**self._settings("clip"), **({"smoothing": 0.0} if arm == "clip" else {}), **own}
-        ours = {**self._settings("xclip"), **own}
+        settings = {**self._settings(spaces.team_of(arm)), **({"smoothing": 0.0} if arm == "clip" else {}), **own}
         objective, noise = "clip", {"data.caption_noise": level / 100}
         if arm in ("xclip", "shuffled"):
-            objective, changes = "xclip", spaces.xclip(ours, steps, self.head, shuffled=arm == "shuffled")
+            objective, changes = "xclip", spaces.xclip(settings, steps, self.head, shuffled=arm == "shuffled")
         elif arm == "nclip":  # a schedule of its weight has no meaning by itself
-            changes = spaces.training(ours, steps) | spaces.clusters({**ours, "schedule": "constant"}, steps)
+            changes = spaces.training(settings, steps) | spaces.clusters({**settings, "schedule": "constant"}, steps)
             objective, changes = "nclip", changes | spaces.head(self.head)
         elif arm in ("gce", "distilled", "superclip"):
-            changes = spaces.rival(arm, clip, steps, self.head)
+            changes = spaces.rival(arm, settings, steps, self.head)
         else:
-            changes = spaces.training(clip, steps)
+            changes = spaces.training(settings, steps)
         if arm == "siglip":
-            objective, changes = "siglip", changes | {"objective.siglip.positives": clip["positives"]}
+            objective, changes = "siglip", changes | {"objective.siglip.positives": settings["positives"]}
         if arm == "oracle":
             # Exchanged pairs are drawn at random, so that any share of clean pairs of this size is as good.
             noise = {"data.subset": 1 - level / 100}
@@ -340,8 +339,8 @@ class Duel:
         clock = self._final("clip", FINAL_STEPS)
         complete, finals = True, {}
         for arm in arms:
-            tried = {}
-            for i, own in enumerate(spaces.retuned(arm), 1):
+            tried, candidates = {}, spaces.retuned(arm, self._settings(spaces.team_of(arm))["rate"])
+            for i, own in enumerate(candidates, 1):
                 name = f"tune{level}_{arm}_{i}"
                 candidate = self._wrong(arm, name, level, own, RETUNING_STEPS, "factors", TUNING_SEEDS[:1])
                 if self._add(candidate):
@@ -353,7 +352,7 @@ class Duel:
             if order is None or ratio is None:
                 complete = False
                 continue
-            own = spaces.retuned(arm)[int(order[0]) - 1]
+            own = candidates[int(order[0]) - 1]
             self.retuned[f"wrong{level}_{arm}"] = own
             followers = [name for name, led in spaces.FOLLOWERS.items() if led == arm and level == LEVELS[0]]
             for name in (arm, *followers):

@@ -39,14 +39,22 @@ def test_teams_have_equally_many_candidates_of_equal_length():
 
 def test_arms_under_wrong_captions_have_four_candidates_each():
     for arm, (own, values) in spaces.WRONG.items():
-        tried = spaces.retuned(arm)
+        tried = spaces.retuned(arm, 2.0)
         assert len({json.dumps(settings) for settings in tried}) == 4
         for name, choices in {
-            "rate": spaces.RATES,
+            "rate": [2 * rate for rate in spaces.RATES],
             "warmup": spaces.WARM_UPS,
             **({own: values} if own else {}),
         }.items():
             assert sorted(settings[name] for settings in tried) == sorted([*choices, *choices])
+
+
+def test_the_settings_of_a_winner_are_among_those_that_are_retuned():
+    duel = command.declared(command.HOME)
+    for team, arm in (("clip", "smoothed"), ("clip", "siglip"), ("xclip", "xclip"), ("xclip", "nclip")):
+        winner = spaces.candidates(team)[duel.winners[team]]
+        tried = spaces.retuned(arm, winner["rate"])
+        assert spaces.team_of(arm) == team and winner in [winner | settings for settings in tried]
 
 
 def test_a_shuffled_target_has_no_gradient():
@@ -141,7 +149,14 @@ def test_the_duel_declares_itself_stage_by_stage():
         made.fill(made.duel(), lambda name: 60.0 if name.partition("_")[2] in better else 40.0 + (name[-2:] == "_1"))
     duel = made.duel()
     check_all_is_declared(duel)
-    areas = [{"arm": "wrong25_xclip", "step": step, "clusters": 61.23} for step in (750, 1500)]
+    # The clusters of all three seeds fall by 2 from one step to the next, and a fourth step is one seed's alone.
+    areas = [
+        {"arm": f"wrong25_{arm}", "seed": seed, "step": step, score: area - step / 375 + seed / 10}
+        for arm, score, area in (("xclip", "clusters", 65.13), ("clip", "loss", 60.0))
+        for seed in (0, 1, 2)
+        for step in (750, 1500)
+    ]
+    areas.append({"arm": "wrong25_xclip", "seed": 1, "step": 900, "clusters": 10.0})
     snapshot = page.snapshot_of(duel)
     drawn = page.own_charts(snapshot, areas)
     assert drawn.keys() == {"wrong25", "wrong50", "suspects25"} and "xCLIP by clusters" in drawn["suspects25"]
@@ -152,7 +167,8 @@ def test_the_duel_declares_itself_stage_by_stage():
     assert "difference from CLIP, tuned smoothing" in page.own_charts(rest, areas)["wrong50"]
     text = page.render(duel, snapshot, areas, drawn)
     assert "What would have changed" in text and "1. names better than clip | " in text
-    assert "61.2 after 750 (1)" in text and "not decided yet" not in text and "4.000" in text
+    assert "63.2 after 750 (3), 61.2 after 1500 (3) |" in text and "not decided yet" not in text
+    assert "| CLIP, its loss | +5.1 [+5.1, +5.1] | +5.1 [+5.1, +5.1] |" in text and "4.500 |" in text
     listed = command.overview(duel, "")
     assert " runs" not in listed.partition("\n")[2] and "the cost of" not in listed
 
