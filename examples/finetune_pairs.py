@@ -1,6 +1,7 @@
 """Fine-tunes a CLIP of open_clip on pairs of another kind in three ways, and mixes each with the given weights.
 
-    pip install '.[demo]' open_clip_torch && python -m examples.finetune_pairs
+    pip install '.[demo]' open_clip_torch transformers
+    python -m examples.finetune_pairs
 
 Takes a quarter of an hour on two cores. torch first trains a small CLIP on one half of the demo's emoji (animals, food,
 things, symbols). It is then fine-tuned on pairs of the other half (people, faces, flags): all weights, the last block

@@ -195,7 +195,7 @@ class Model:
           templates: prompts, with {} for the class.
           by: another score of the model, by the name that evaluations print; the probabilities are its softmax. xCLIP
             has "cosine" and (negative) "cross_entropy" of clusters, and "both", the sum of the cosine of embeddings and
-            the cross-entropy, each over its standard deviation among these images and classes; nCLIP has "cosine".
+            the cross-entropy, each over its standard deviation among these images and classes; nCLIP has the first two.
 
         Raises:
           UserError: as in `encode_image`; no class, a template without {}, a score that the model lacks.

@@ -37,7 +37,7 @@ class Tower(abc.ABC):
     def flops(self, train: bool) -> float | None:
         """FLOPs of one item's forward pass, in training or not; a multiplication and an addition count as two.
 
-        None if they are not counted: runs then have no MFU, and `xclip-jax plan` estimates no time.
+        None if they are not counted: runs then have no MFU, and `xclip-jax plan --mfu` estimates no time.
         """
         return None
 
