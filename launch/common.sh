@@ -288,7 +288,8 @@ tpu_pack() {
   fi
 }
 
-# Puts the archive, and an environment with JAX for TPUs, on all workers. uv, since the images of TPU VMs have Python
+# Puts the archive, and an environment with JAX for TPUs, on all workers. pinned, where it is set, is a file in a bucket
+# with the versions of the packages of the run's first pod, which later pods install again. uv, since the images of TPU VMs have Python
 # 3.10. A .git of an earlier release would name another commit. Where training runs, which reads its code until it ends,
 # nothing is touched; the lock is that of detach.sh.
 tpu_install() {
@@ -298,7 +299,12 @@ tpu_install() {
     tpu_ssh all "mkdir -p xclip_jax && cd xclip_jax && rm -rf .git ${SOURCES[*]} && tar -xzf ../xclip_jax.tar.gz" &&
     tpu_ssh all "[ -x ~/.local/bin/uv ] || curl -LsSf https://astral.sh/uv/install.sh | sh" &&
     tpu_ssh all "cd xclip_jax && { [ -x .venv/bin/python ] || ~/.local/bin/uv venv --quiet --python 3.12 .venv; } &&\
- ~/.local/bin/uv pip install --quiet --python .venv/bin/python --editable '.[$EXTRAS]'" &&
+ { ${pinned:+gcloud storage cat $(quote "$pinned") >pinned.txt 2>/dev/null ||} : >pinned.txt; } &&\
+ ~/.local/bin/uv pip install --quiet --python .venv/bin/python \$([ ! -s pinned.txt ] || echo --constraint=pinned.txt) --editable '.[$EXTRAS]'" &&
+    { [ -z "${pinned:-}" ] ||
+      tpu_ssh 0 "cd xclip_jax && { [ -s pinned.txt ] || ~/.local/bin/uv pip freeze --python .venv/bin/python --exclude-editable |\
+ gcloud storage cp --no-clobber - $(quote "$pinned"); }" ||
+      echo "warning: versions of packages are not kept in $pinned; a pod that is created again may get others" >&2; } &&
     { [ -z "${ENV_FILE:-}" ] || {
       tpu_scp "$ENV_FILE" .xclip_jax.env &&
         tpu_ssh all "chmod 600 .xclip_jax.env"

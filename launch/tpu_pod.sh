@@ -8,8 +8,10 @@
 #   PROJECT=my-project ZONE=us-west4-a bash launch/tpu_pod.sh --dry-run --config configs/pretrain.py --config.run=gs://...
 #
 # The arguments are those of xclip_jax.main; --dry-run before them prints all commands and executes none.
-# Only watching needs this machine: Ctrl-C leaves training alone, and the same command takes up the watch again, or where
-# training has ended starts it once more, which a complete run answers at once.
+# Training does not need this machine: Ctrl-C leaves it alone, and the same command takes up the watch again, or where
+# training has ended starts it once more, which a complete run answers at once. While nothing watches, a pod that is
+# preempted stays down, and one whose run is complete costs money: for a long run watch from a small VM, with a service
+# account, whose login does not expire.
 #
 # PROJECT, ZONE  required
 # NAME           of the queued resource and of its node (default: xclip-jax)
@@ -20,7 +22,8 @@
 # RUNTIME        runtime version (default: the one for JAX on TYPE)
 # SPOT           1 for spot capacity: cheaper, and preempted at any time (default: empty)
 # CREATE_FLAGS   more flags for `gcloud compute tpus queued-resources create`, split at spaces, as in
-#                "--valid-until-duration=6h --service-account=me@my-project.iam.gserviceaccount.com"
+#                "--service-account=me@my-project.iam.gserviceaccount.com"; a pod that waits longer than a
+#                --valid-until-duration has failed
 # EXTRAS         of xclip_jax that the workers install (default: tpu), as in tpu,wandb
 # SETUP          command that each worker executes before each start of training, as in
 #                "mountpoint -q /data || sudo mount -o ro,X-mount.mkdir /dev/sdb /data"
@@ -35,10 +38,14 @@
 # KEEP           1 to keep the pod at the end; the next command with its NAME trains on it (default: empty)
 #
 # What is compiled is kept in `compiled` in the run's folder, so that a pod that is created again need not compile again.
+# Every pod of a run gets the package versions of its first, which are kept in `requirements.txt` in the run's folder;
+# delete that file to go on with newer ones.
 # Input that training refuses before its first step, such as a set that the workers lack, ends the script at once.
 # Where the pod cannot be deleted at the end, the script prints the command that deletes it and exits with 1.
+# The workers' logs are copied to `logs` in the run's folder before a pod is deleted that still answers.
 # Needs the Google Cloud CLI, and the key in an ssh agent: ssh-add ~/.ssh/google_compute_engine. The service account of
-# the pod needs access to the bucket.
+# the pod needs two roles on the bucket: storage.objectUser, and storage.legacyBucketReader, since Orbax asks for the
+# bucket itself when it lists and deletes checkpoints.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/common.sh
@@ -55,6 +62,7 @@ fi
 folder=$(run_folder gs://my-bucket/runs/mine "$@")
 [[ $folder == gs://* ]] || fail "--config.run=$folder would be lost with the pod; give a gs:// folder"
 [ -n "$DRY_RUN" ] || command -v gcloud >/dev/null || fail "gcloud is missing; install the Google Cloud CLI"
+pinned=$folder/requirements.txt
 tpu_check "$folder" "$@"
 tpu_pack
 
@@ -93,9 +101,17 @@ say() {
   echo "$(date +%FT%T) $NAME: $1"
 }
 
+# Copies the logs of the workers of a pod that is about to be deleted.
+keep_logs() {
+  [ "$state" = ACTIVE ] || return 0
+  tpu_ssh all "cd xclip_jax && [ -f train.log ] && \
+gcloud storage cp train.log $(quote "$folder/logs/$(date -u +%Y%m%dT%H%M%S)")-\$(hostname).log" >/dev/null 2>&1 || true
+}
+
 # recreate REASON
 recreate() {
   say "$1; creating it again"
+  keep_logs
   delete || say "it could not be deleted yet"
   misses=0 ended=""
 }
@@ -104,6 +120,7 @@ recreate() {
 finish() {
   local try
   [ -z "${KEEP:-}" ] || exit "$1"
+  keep_logs
   for try in 1 2 3 4 5; do
     [ "$try" = 1 ] || sleep "$POLL"
     if delete || [ "$(tpu_state queued-resources state.state)" = ABSENT ]; then exit "$1"; fi

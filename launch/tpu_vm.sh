@@ -28,8 +28,8 @@
 # POLL           seconds between two attempts to reach a new VM, and between two looks at training (default: 15)
 #
 # What is compiled is kept on the VM, in ~/.cache/xclip_jax/compiled, and is gone with it.
-# Needs the Google Cloud CLI. The service account of the VM needs access to the bucket. A run on the VM's own disk is
-# deleted with it; use gs://.
+# Needs the Google Cloud CLI. The service account of the VM needs the roles storage.objectUser and storage.legacyBucketReader
+# on the bucket. A run on the VM's own disk is deleted with it; use gs://.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/common.sh

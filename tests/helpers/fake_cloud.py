@@ -47,6 +47,8 @@ case "$*" in
       { echo "ERROR: (gcloud.storage.ls) One or more URLs matched no objects." >&2; exit 1; }
     [[ $3 != */ ]] || (cd "$CLOUD/bucket" && printf 'gs://%s\n' "${3#gs://}"*/)
     ;;
+  "storage cp --no-clobber - "*) mkdir -p "$CLOUD/bucket/$(dirname "${5#gs://}")" && cat >"$CLOUD/bucket/${5#gs://}" ;;
+  "storage cp "*) mkdir -p "$CLOUD/bucket/$(dirname "${4#gs://}")" && cp "$3" "$CLOUD/bucket/${4#gs://}" ;;
   "storage cat "*) cat "$CLOUD/bucket/${3#gs://}" ;;
   *) exit 64 ;;
 esac
@@ -55,6 +57,8 @@ esac
 UV = r"""
 echo "uv $(printf '%q ' "$@")" >>"$CLOUD/calls"
 if [ "$1" = venv ]; then mkdir -p .venv/bin; cp "$CLOUD/python" .venv/bin/python; fi
+if [ "$2" = freeze ]; then echo "jax==1.2.3"; fi
+if [[ $* == *--constraint=pinned.txt* ]]; then cat pinned.txt >>"$CLOUD/pinned"; fi
 """
 PYTHON = r"""
 echo "python $(printf '%q ' "$@")" >>"$CLOUD/calls"

@@ -42,7 +42,12 @@ POD = fields(
     nodeSelector=MAP,
     containers=listed(CONTAINER),
     volumes=listed(
-        fields("name csi", name=TEXT, csi=fields("driver", driver=TEXT, readOnly=YES, volumeAttributes=MAP))
+        fields(
+            "name",
+            name=TEXT,
+            csi=fields("driver", driver=TEXT, readOnly=YES, volumeAttributes=MAP),
+            emptyDir=fields("medium", medium={"const": "Memory"}),
+        )
     ),
 )
 ON_EXIT = fields("operator values", containerName=TEXT, operator={"enum": ["In", "NotIn"]}, values=listed(COUNT))

@@ -39,6 +39,7 @@ def test_pod_goes_on_until_the_run_is_complete(cloud):
     assert done.returncode == 0, done.stderr
     assert cloud.verbs() == ["create", "python", "delete"] * 9
     assert cloud.calls.count(["python", *COMMAND]) == 9
+    assert (cloud.path / "pinned").read_text() == "jax==1.2.3\n" * 8  # the packages of the first pod
     reasons = ["the pod is SUSPENDED; ", "exit status 3; ", "exit status 79; ", "exit status 0 and without results; "]
     for reason in (*reasons, "the run is complete"):
         assert reason in done.stdout
@@ -53,6 +54,8 @@ def test_pod_gives_up_on_a_command_that_keeps_failing(cloud):
     assert cloud.verbs() == ["create", "python", "delete"] * 2
     assert "line of the log" in done.stdout
     assert "exit status 1, 2 times in a row; giving up" in done.stdout
+    logs = list((cloud.path / "bucket" / "bucket" / "runs" / "mine" / "logs").iterdir())
+    assert logs and {log.read_text() for log in logs} == {"line of the log\n"}  # the pods with them are deleted
 
 
 def test_pod_gives_up_on_a_queued_resource_that_keeps_failing(cloud):

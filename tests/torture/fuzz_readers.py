@@ -21,7 +21,7 @@ from etils import epath
 
 from tests.torture import fuzz_data, fuzz_inputs
 from xclip_jax.config import load, schema
-from xclip_jax.core import fields, storage
+from xclip_jax.core import fields, json_lines
 from xclip_jax.core.run_folder import RunFolder
 from xclip_jax.data import images, tokenizer
 from xclip_jax.evaluators import results
@@ -200,7 +200,7 @@ def _read_run(data: bytes, folder: Path) -> None:
     _ = read.steps, run.read_classes()
     results.read(run.evaluation_file)
     for file in (run.metrics_file, run.results_log_file, run.bad_samples_file):
-        storage.JsonLines(file, lambda line: True)
+        json_lines.JsonLines(file, lambda line: True)
 
 
 READERS = {

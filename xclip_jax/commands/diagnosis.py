@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from xclip_jax.core.console import command, format_duration
 from xclip_jax.core.run_folder import RunFolder
-from xclip_jax.core.storage import REWRITE_SECONDS, is_remote
+from xclip_jax.core.storage import is_remote
 from xclip_jax.report import collect
 from xclip_jax.report.collect import Record, Warnings, complete_rows
 from xclip_jax.train import checkpoint_files
@@ -65,7 +65,7 @@ def _progress(run: Record, folder: RunFolder, now: float) -> Iterator[Finding]:
     text = f"{at}{remaining}; the last line of metrics is {format_duration(age)} old"
     values |= {"seconds_since_last_line": age}
     every = config.log.every or config.steps
-    due = max(_LATE * every * config.data.batch / speed if speed else 0.0, _STALLED_SECONDS, _LATE * REWRITE_SECONDS)
+    due = max(_LATE * every * config.data.batch / speed if speed else 0.0, _STALLED_SECONDS)
     late = age > due
     if writer and late:
         remedy = "look at its output; stopping it (Ctrl-C) saves a checkpoint, and the same command resumes"

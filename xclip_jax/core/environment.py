@@ -68,6 +68,7 @@ def uptime() -> float:
 
 def capture() -> dict[str, Any]:
     """Return versions, devices, commit and command line of this process."""
+    tpu = _version("libtpu")
     return {
         "command": public(" ".join(sys.argv)),
         "commit": git_commit(_PACKAGE),
@@ -75,7 +76,7 @@ def capture() -> dict[str, Any]:
         "platform": jax.default_backend(),
         "processes": jax.process_count(),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {name: _version(name) for name in PACKAGES} | ({"libtpu": tpu} if tpu != "unknown" else {}),
     }
 
 

@@ -31,7 +31,7 @@ from typing import IO, Any
 
 from etils import epath
 
-from xclip_jax.core import storage
+from xclip_jax.core import json_lines, storage
 from xclip_jax.core.errors import UserError, first_line
 
 # Metrics of metrics.jsonl that measure time: two runs that learn the same differ in them.
@@ -140,21 +140,21 @@ class RunFolder:
 
         A line that is damaged, without a step or only half written is left out.
         """
-        lines = storage.json_lines(self.metrics_file)
+        lines = json_lines.read(self.metrics_file)
         rows = [{key: value for key, value in line.items() if _is_finite(value)} for line in lines]
         return [row for row in rows if "step" in row]
 
     def read_evaluations(self) -> list[dict[str, Any]]:
         """Return the objects of results.jsonl; a line that is damaged or only half written is left out."""
-        return [line for line in storage.json_lines(self.results_log_file) if line.keys() >= {"step", "records"}]
+        return [line for line in json_lines.read(self.results_log_file) if line.keys() >= {"step", "records"}]
 
     def read_bad_samples(self) -> list[dict[str, Any]]:
         """Return the entries of bad_samples.jsonl, see `data.ledger`; a line that is only half written is left out."""
-        return storage.json_lines(self.bad_samples_file)
+        return json_lines.read(self.bad_samples_file)
 
     def read_skipped_steps(self) -> list[dict[str, Any]]:
         """Return the lines of skipped_steps.jsonl, see `train.recovery`; a line that is half written is left out."""
-        return [line for line in storage.json_lines(self.skipped_steps_file) if "step" in line]
+        return [line for line in json_lines.read(self.skipped_steps_file) if "step" in line]
 
     def _read(self, path: epath.Path, remedy: str = "restore it, or name another folder") -> Any:
         try:

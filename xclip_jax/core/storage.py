@@ -15,7 +15,7 @@ import re
 import stat as stat_modes
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from etils import epath
@@ -23,7 +23,6 @@ from etils import epath
 from xclip_jax.core import web
 from xclip_jax.core.errors import BadSample, UserError, public
 
-REWRITE_SECONDS = 60
 MOST_FILES = 1_000_000  # of one pattern
 WEB_SECONDS = 120  # for one answer of a web server
 WAITS = (0.1, 1.0)  # seconds before a failed read is tried again
@@ -149,63 +148,6 @@ def write_json(path: epath.Path, content: Any) -> None:
     Addresses in it are written without passwords and signatures.
     """
     write_whole(path, strict_json(public(content), indent=2, sort_keys=True) + "\n")
-
-
-class JsonLines:
-    """A file of one JSON object a line that a run appends to, and that a resumed run continues.
-
-    Objects in a bucket cannot grow: their lines are kept in memory, and all written again once in a while.
-
-    Attributes:
-      kept: the objects of an existing file that stay.
-    """
-
-    def __init__(self, path: epath.Path, keep: Callable[[dict[str, Any]], bool], *, writes: bool = True) -> None:
-        """Open `path`, without the lines that were written after the point to resume from.
-
-        Args:
-          path: the file; it need not exist.
-          keep: whether an existing object stays. Lines that are not a JSON object, such as half a line of a process
-            that was killed, do not, nor objects that lack a value which `keep` reads, or have another type of it.
-          writes: false for all but one process of a run: they only read.
-        """
-        self.path, self._writes = path, writes
-        old = path.read_bytes() if path.exists() else b""
-        self.kept = json_lines(path, keep)
-        lines = [f"{strict_json(content)}\n" for content in self.kept]
-        if writes and "".join(lines).encode() != old:
-            write_whole(path, "".join(lines))
-        self._lines: list[str] | None = lines if is_remote(str(path)) else None
-        self._written = 0.0
-
-    def append(self, *contents: Mapping[str, Any]) -> None:
-        """Append objects; addresses in them are written without passwords and signatures."""
-        lines = [f"{strict_json(public(content))}\n" for content in contents]
-        if not (self._writes and lines):
-            return
-        if self._lines is None:
-            with os_errors(str(self.path)), self.path.open("a") as file:
-                file.write("".join(lines))
-            return
-        self._lines += lines
-        if time.monotonic() - self._written > REWRITE_SECONDS:
-            self.close()
-
-    def close(self) -> None:
-        """Write what is left; more may be appended."""
-        if self._writes and self._lines:
-            self.path.write_text("".join(self._lines))
-            self._written = time.monotonic()
-
-
-def json_lines(path: epath.Path, keep: Callable[[dict[str, Any]], bool] = lambda _: True) -> list[dict[str, Any]]:
-    """Return the objects of a file of JSON lines that `keep` accepts, none without it; damaged lines are left out."""
-    objects = []
-    for line in path.read_bytes().split(b"\n") if path.exists() else ():
-        with contextlib.suppress(ValueError, RecursionError, KeyError, TypeError):  # brackets without end; `keep`
-            if isinstance(content := json.loads(line), dict) and keep(content):
-                objects.append(content)
-    return objects
 
 
 def _braces(pattern: str) -> Iterator[str]:

@@ -10,9 +10,9 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from xclip_jax.core import storage
 from xclip_jax.core.console import command
 from xclip_jax.core.errors import UserError
+from xclip_jax.core.json_lines import JsonLines
 from xclip_jax.core.run_folder import RunFolder
 
 # The share of bad samples is computed of at least this number, so that the first batch cannot stop a run.
@@ -68,7 +68,7 @@ class Ledger:
         self.counters: dict[str, Any] = {"samples": 0, "tokens": 0, "bad": {}} | dict(counters or {})
         self._pending: collections.deque[tuple[int, int, list[Entry]]] = collections.deque()
         self._part = jax.process_index()
-        self._file = storage.JsonLines(
+        self._file = JsonLines(
             self.path,
             lambda entry: entry["position"] < start and all(isinstance(entry[key], int) for key in ("source", "index")),
             writes=jax.process_index() == 0,

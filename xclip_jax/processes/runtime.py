@@ -37,6 +37,8 @@ _FACTS, _SAME = "xclip_jax/facts/", "xclip_jax/same/"
 _DONE = json.dumps({"status": "done"})
 # How long a process that has done its work waits for the others, when process 0 has done its own.
 _SHUTDOWN_SECONDS = 300
+# How long a process waits for the others to start, where JAX discovers them: slices may start one after the other.
+_JOIN_SECONDS = 1800
 # After the end of its work a process exits within this time, whatever thread hangs.
 _EXIT_SECONDS = 30
 
@@ -210,9 +212,12 @@ def join(distributed: bool, coordinator: str = "", processes: int = 0, process: 
             "device=cpu, gpu or tpu, and call no jax.devices() in your get_config."
         )
     given_or_found = (coordinator, processes, process) if coordinator else ()
+    if not coordinator:
+        print(f"waiting for the other processes, {_JOIN_SECONDS // 60} minutes at most ...", flush=True)
     try:
         jax.distributed.initialize(
             *given_or_found,
+            initialization_timeout=300 if coordinator else _JOIN_SECONDS,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
         )

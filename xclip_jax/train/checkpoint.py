@@ -130,7 +130,8 @@ class Checkpointer:
         self._saving, self._size = step, num_bytes(state)
         arguments = ocp.args.Composite(state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position))
         try:
-            if jax.process_index() == 0 and not self.path.exists():
+            # A bucket has no folders: before the first save it holds nothing of this name.
+            if jax.process_index() == 0 and not (is_remote(str(self.path)) or self.path.exists()):
                 raise FileNotFoundError(2, "the folder no longer exists")
             saved = self._manager.save(step, args=arguments)
         except (OSError, ValueError) as error:

@@ -8,7 +8,7 @@ from jax.experimental import multihost_utils
 
 from xclip_jax.config.schema import Config
 from xclip_jax.core.console import format_duration, log0
-from xclip_jax.core.storage import JsonLines
+from xclip_jax.core.json_lines import JsonLines
 from xclip_jax.data.ledger import Ledger
 from xclip_jax.evaluators.results import Result, flat, to_json
 from xclip_jax.train import cost

@@ -7,7 +7,7 @@ import jax
 
 from xclip_jax.core.console import log0
 from xclip_jax.core.errors import Diverged
-from xclip_jax.core.storage import JsonLines
+from xclip_jax.core.json_lines import JsonLines
 from xclip_jax.data.ledger import Ledger
 from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.job import Job

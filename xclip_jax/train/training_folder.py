@@ -204,6 +204,9 @@ class TrainingFolder(RunFolder):
         before, after = schema.flatten(saved["config"]), schema.flatten(current)
         changed = {key: [before.get(key), value] for key, value in after.items() if before.get(key) != value}
         last = (saved.get("starts") or [saved])[-1].get("environment", {})
+        for name, version in facts["versions"].items():
+            if (old := last.get("versions", {}).get(name, version)) != version:
+                log0(f"WARNING: the run goes on with {name} {version}; so far it was {old}, and numbers may differ")
         # Groups that a config names are for this start only.
         renew = saved.get("text_rows") != chosen["text_rows"] and config.data.length_groups == AUTO
         if changed or renew or {**last, "command": ""} != {**facts, "command": ""}:

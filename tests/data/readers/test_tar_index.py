@@ -9,7 +9,7 @@ import tarfile
 import numpy as np
 import pytest
 
-from tests.helpers import bad_tars
+from tests.helpers import bad_tars, bucket
 from xclip_jax.core import storage
 from xclip_jax.core.errors import UserError
 from xclip_jax.data.readers import tar_index
@@ -73,6 +73,31 @@ def test_index_beside_read_only_data_goes_to_the_cache(tmp_path, monkeypatch):
     assert len(TarSource(str(path))) == 3
     assert list((tmp_path / "data").glob("*/*")) == []
     assert len(list((tmp_path / "cache").rglob("*.npy"))) == 1
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_hosts_share_indexes_in_a_bucket_that_they_may_write(writable, tmp_path, monkeypatch):
+    bucket.register()
+    system, _ = storage.file_system("s3://pairs")
+    monkeypatch.setattr(bucket.Bucket, "writes", 0)
+    for i in range(2):
+        system.pipe_file(f"s3://pairs/{i}.tar", bad_tars.pairs(tmp_path / f"{i}.tar", 0, 3 + i).read_bytes())
+    tars = [f"s3://pairs/{i}.tar" for i in range(2)]
+    monkeypatch.setattr(bucket.Bucket, "away", not writable)
+    monkeypatch.setenv("XCLIP_CACHE", str(tmp_path / "first"))
+    first = tar_index.load(tars)
+    shared = system.glob("s3://pairs/.xclip_index/*.npy")
+    assert len(shared) == (2 if writable else 0)
+    if writable:
+        monkeypatch.setenv("XCLIP_CACHE", str(tmp_path / "second"))
+        system.pipe_file(shared[0], b"damaged")
+        indexed = []
+        monkeypatch.setattr(tar_index, "index", lambda path, real=tar_index.index: indexed.append(path) or real(path))
+        second = tar_index.load(tars)
+        assert indexed == tars[:1] and len(system.cat_file(shared[0])) > 100  # the damaged one is written again
+        for one, other in zip(first, second, strict=True):
+            assert one != other and one.read_bytes() == other.read_bytes()
+    system.rm("s3://pairs", recursive=True)
 
 
 def test_index_in_processes_is_that_of_one(tmp_path, capfd):

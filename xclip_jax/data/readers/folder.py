@@ -10,6 +10,7 @@ from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.data import labelled
 from xclip_jax.data.base import IMAGE_SUFFIXES, MAX_BYTES, Form, Record, Source, SourceKind, SourceOptions, decode_text
 from xclip_jax.data.labelled import file_size
+from xclip_jax.data.records import thread_pool
 
 
 class FolderSource(Source):
@@ -53,10 +54,15 @@ class FolderSource(Source):
         """Return the number of images, and a hash of their relative paths and the sizes of images and captions."""
         digest = hashlib.blake2b(digest_size=16)
         root = len(str(self.path / "x")) - 1
-        for image in map(str, self.images):  # pathlib would take minutes for millions of files
-            sizes = file_size(image), file_size(f"{os.path.splitext(image)[0]}.txt")
-            digest.update(f"{image[root:]}\0{sizes}\n".encode("utf-8", "surrogateescape"))
+        with thread_pool(16) as threads:  # a bucket that is mounted answers in tens of milliseconds
+            for image, sizes in threads.imap(_sizes, map(str, self.images), chunksize=256):
+                digest.update(f"{image[root:]}\0{sizes}\n".encode("utf-8", "surrogateescape"))
         return {"samples": len(self), "hash": digest.hexdigest()}
+
+
+def _sizes(image: str) -> tuple[str, tuple[int, int]]:
+    """Return an image's path, and the sizes of image and caption; pathlib would take minutes for millions of files."""
+    return image, (file_size(image), file_size(f"{os.path.splitext(image)[0]}.txt"))
 
 
 class Folders(SourceKind):

@@ -38,6 +38,7 @@ _FOLDER = ".xclip_index"
 _CHUNK = 1 << 20
 _REMOTE_BLOCK = 8 << 20
 _PROGRESS_SECONDS = 10
+_BUCKETS = ("gs", "gcs", "s3", "az", "abfs")  # stores of the user's own, where an index may lie beside its tar
 _PIPE = re.compile(r"(?:^|,|::)\s*pipe:")
 _FIELDS = [*MAX_BYTES, *(f"{part}_size" for part in MAX_BYTES), "fault"]
 _MOST_REFUSED = 100  # headers of a tar that `tarfile` refuses; behind more of them it is not read
@@ -175,7 +176,25 @@ def read(index_path: pathlib.Path) -> np.ndarray | None:
 
 
 def _cached(path: str) -> pathlib.Path | None:
-    return next((index_path for index_path in index_files(path) if read(index_path) is not None), None)
+    """The path of a tar's stored index, copied from its bucket where another host has left it there; None without."""
+    index_paths = index_files(path)
+    if stored := next((index_path for index_path in index_paths if read(index_path) is not None), None):
+        return stored
+    if (shared := _shared(path, index_paths[-1].name)) is not None:
+        with contextlib.suppress(OSError), storage.os_errors(shared):
+            system, name = storage.file_system(shared)
+            _store(index_paths[-1], system.cat_file(name))
+    return index_paths[-1] if shared and read(index_paths[-1]) is not None else None
+
+
+def _shared(path: str, name: str) -> str | None:
+    """The address of an index beside its tar in a bucket, None for other tars."""
+    return f"{path.rpartition('/')[0]}/{_FOLDER}/{name}" if storage.scheme(path) in _BUCKETS else None
+
+
+def _store(index_path: pathlib.Path, content: bytes) -> None:
+    index_path.parent.mkdir(parents=True, exist_ok=True)
+    storage.write_whole(epath.Path(index_path), content)
 
 
 def build(path: str) -> pathlib.Path:
@@ -193,8 +212,11 @@ def build(path: str) -> pathlib.Path:
         raise UserError(f"{path!r} cannot be read ({error}).") from error
     for index_path in index_paths:
         with contextlib.suppress(OSError):  # a disk that is full or read-only
-            index_path.parent.mkdir(parents=True, exist_ok=True)
-            storage.write_whole(epath.Path(index_path), content.getvalue())
+            _store(index_path, content.getvalue())
+            if shared := _shared(path, index_path.name):
+                with contextlib.suppress(OSError), storage.os_errors(shared):  # a bucket that may only be read
+                    system, name = storage.file_system(shared)
+                    system.pipe_file(name, content.getvalue())
             return index_path
     raise UserError(f"the index of {path!r} cannot be stored: set XCLIP_CACHE to a folder that can be written.")
 
