@@ -19,6 +19,7 @@ import pytest
 from tests.data.test_tokenizer import save_words
 from tests.helpers import tiny
 from xclip_jax.config import schema
+from xclip_jax.core import environment
 from xclip_jax.core.errors import UserError
 from xclip_jax.core.run_folder import RunFolder
 from xclip_jax.data import loader
@@ -148,6 +149,18 @@ def test_free_keys_are_written_and_earlier_starts_are_kept(pairs, run):
     assert start["step"] == 4
     assert start["changed"]["eval.ema"] == [False, True]
     assert start["environment"]["versions"].keys() == content["environment"]["versions"].keys()
+
+
+def test_other_versions_of_packages_are_a_warning(pairs, run, capsys, monkeypatch):
+    facts = environment.capture()
+    facts["versions"] = facts["versions"] | {"grain": "99.0"}
+    monkeypatch.setattr(environment, "capture", lambda: facts)
+    config = build.build(tiny.short(pairs, run)).config
+    for _ in range(2):
+        with TrainingFolder(config.run).claimed(config, []):
+            pass
+    out = capsys.readouterr().out
+    assert out.count("WARNING: the run goes on with grain 99.0; so far it was ") == out.count("WARNING") == 1
 
 
 def test_options_of_terms_that_neither_has_may_differ(pairs, run):
