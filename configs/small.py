@@ -7,7 +7,7 @@ pairs is a folder of images with .txt files next to them, a table, tars, or any 
 the pairs are read to choose towers, image size, context, batch, cluster head, learning rate, steps and intervals
 (xclip_jax/train/autosize.py). A share of the pairs is held out by content, evaluated on the way (retrieval/holdout, and
 zeroshot/holdout if sub-folders, or a column "label" of some sources, name one class an image) and shown in
-RUN/report.html. A line says what was chosen, and if held-out images have names of fewer than two classes.
+RUN/report.html. Lines say what was chosen, and why held-out images of such a source are not classified.
 
 The argument's keys, all but pairs optional: weights (to start from, instead of random parameters), objective (clip,
 siglip, nclip, xclip, superclip; by default clip, or the objective of the weights), image and text (columns or

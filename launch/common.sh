@@ -289,18 +289,25 @@ tpu_pack() {
 }
 
 # Puts the archive, and an environment with JAX for TPUs, on all workers. pinned, where it is set, is a file in a bucket
-# with the versions of the packages of the run's first pod, which later pods install again. uv, since the images of TPU VMs have Python
+# with the package versions of the run's first pod, which later pods get too. uv, since the images of TPU VMs have Python
 # 3.10. A .git of an earlier release would name another commit. Where training runs, which reads its code until it ends,
 # nothing is touched; the lock is that of detach.sh.
 tpu_install() {
+  local pins=": >pinned.txt" conflict=""
+  if [ -n "${pinned:-}" ]; then
+    pins="gcloud storage cat $(quote "$pinned") >pinned.txt 2>pinned.err ||\
+ { grep -q 'matched no objects' pinned.err && : >pinned.txt; }"
+    conflict=$(quote "error: packages have the versions in $pinned; remove it if this commit needs newer ones")
+  fi
   tpu_ssh all "[ ! -f xclip_jax/train.lock ] || flock -n xclip_jax/train.lock true ||\
  { echo \"error: training runs already, as process \$(cat xclip_jax/train.pid); stop it with kill\" >&2; exit 1; }" &&
     tpu_scp "$ARCHIVE" xclip_jax.tar.gz &&
     tpu_ssh all "mkdir -p xclip_jax && cd xclip_jax && rm -rf .git ${SOURCES[*]} && tar -xzf ../xclip_jax.tar.gz" &&
     tpu_ssh all "[ -x ~/.local/bin/uv ] || curl -LsSf https://astral.sh/uv/install.sh | sh" &&
     tpu_ssh all "cd xclip_jax && { [ -x .venv/bin/python ] || ~/.local/bin/uv venv --quiet --python 3.12 .venv; } &&\
- { ${pinned:+gcloud storage cat $(quote "$pinned") >pinned.txt 2>/dev/null ||} : >pinned.txt; } &&\
- ~/.local/bin/uv pip install --quiet --python .venv/bin/python \$([ ! -s pinned.txt ] || echo --constraint=pinned.txt) --editable '.[$EXTRAS]'" &&
+ { $pins; } &&\
+ { ~/.local/bin/uv pip install --quiet --python .venv/bin/python \$([ ! -s pinned.txt ] || echo --constraint=pinned.txt) --editable '.[$EXTRAS]' ||\
+ { [ ! -s pinned.txt ] || echo $conflict >&2; false; }; }" &&
     { [ -z "${pinned:-}" ] ||
       tpu_ssh 0 "cd xclip_jax && { [ -s pinned.txt ] || ~/.local/bin/uv pip freeze --python .venv/bin/python --exclude-editable |\
  gcloud storage cp --no-clobber - $(quote "$pinned"); }" ||

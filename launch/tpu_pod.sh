@@ -103,9 +103,13 @@ say() {
 
 # Copies the logs of the workers of a pod that is about to be deleted.
 keep_logs() {
+  local node to
+  to=$(quote "$folder/logs/$(date -u +%Y%m%dT%H%M%S)")
   [ "$state" = ACTIVE ] || return 0
-  tpu_ssh all "cd xclip_jax && [ -f train.log ] && \
-gcloud storage cp train.log $(quote "$folder/logs/$(date -u +%Y%m%dT%H%M%S)")-\$(hostname).log" >/dev/null 2>&1 || true
+  for node in "${NODES[@]}"; do  # one slice that does not answer must not hide the others
+    (NODES=("$node") && tpu_ssh all "cd xclip_jax && [ -f train.log ] && \
+timeout 120 gcloud storage cp train.log $to-\$(hostname).log") >/dev/null 2>&1 || true
+  done
 }
 
 # recreate REASON

@@ -49,7 +49,11 @@ case "$*" in
     ;;
   "storage cp --no-clobber - "*) mkdir -p "$CLOUD/bucket/$(dirname "${5#gs://}")" && cat >"$CLOUD/bucket/${5#gs://}" ;;
   "storage cp "*) mkdir -p "$CLOUD/bucket/$(dirname "${4#gs://}")" && cp "$3" "$CLOUD/bucket/${4#gs://}" ;;
-  "storage cat "*) cat "$CLOUD/bucket/${3#gs://}" ;;
+  "storage cat "*)
+    [ -e "$CLOUD/bucket/${3#gs://}" ] ||
+      { echo "ERROR: (gcloud.storage.cat) The following URLs matched no objects or files:" >&2; exit 1; }
+    cat "$CLOUD/bucket/${3#gs://}"
+    ;;
   *) exit 64 ;;
 esac
 """

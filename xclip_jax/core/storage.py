@@ -173,7 +173,9 @@ def _glob(pattern: str) -> list[str]:
     if is_remote(pattern):
         system, path = file_system(pattern)
         with os_errors(pattern):
-            return sorted(map(system.unstrip_protocol, system.glob(path)))
+            files = [name for name, info in system.glob(path, detail=True).items() if info.get("type") != "directory"]
+        # As on a disk a glob passes over hidden names, such as the index of a tar, unless it asks for them.
+        return sorted(system.unstrip_protocol(name) for name in files if "/." in path or "/." not in name)
     return sorted(path for path in glob.glob(pattern, recursive=True) if not os.path.isdir(path))
 
 

@@ -38,7 +38,7 @@ _DONE = json.dumps({"status": "done"})
 # How long a process that has done its work waits for the others, when process 0 has done its own.
 _SHUTDOWN_SECONDS = 300
 # How long a process waits for the others to start, where JAX discovers them: slices may start one after the other.
-_JOIN_SECONDS = 1800
+_JOIN_SECONDS = 900
 # After the end of its work a process exits within this time, whatever thread hangs.
 _EXIT_SECONDS = 30
 

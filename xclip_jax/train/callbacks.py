@@ -89,9 +89,7 @@ class TensorBoard:
         del config, run_id
         tensorboardx = importlib.import_module("tensorboardX")
         # A bounded queue blocks for ever, at exit too, when an error of the disk has ended the thread that empties it.
-        path = str(folder.tensorboard)
-        seconds = 600 if is_remote(path) else 120  # to a bucket it sends all events again
-        self._writer = tensorboardx.SummaryWriter(path, purge_step=step + 1, max_queue=0, flush_secs=seconds)
+        self._writer = tensorboardx.SummaryWriter(str(folder.tensorboard), purge_step=step + 1, max_queue=0)
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         self._check()

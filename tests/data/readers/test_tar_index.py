@@ -76,7 +76,7 @@ def test_index_beside_read_only_data_goes_to_the_cache(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("writable", [True, False])
-def test_hosts_share_indexes_in_a_bucket_that_they_may_write(writable, tmp_path, monkeypatch):
+def test_hosts_share_indexes_in_a_bucket_that_they_may_write(writable, tmp_path, monkeypatch, capsys):
     bucket.register()
     system, _ = storage.file_system("s3://pairs")
     monkeypatch.setattr(bucket.Bucket, "writes", 0)
@@ -86,8 +86,12 @@ def test_hosts_share_indexes_in_a_bucket_that_they_may_write(writable, tmp_path,
     monkeypatch.setattr(bucket.Bucket, "away", not writable)
     monkeypatch.setenv("XCLIP_CACHE", str(tmp_path / "first"))
     first = tar_index.load(tars)
+    for pattern in ("s3://pairs/*", "s3://pairs/**"):  # passes over the indexes
+        assert [name.replace(":///", "://") for name in tar_index.find(pattern)] == tars
     shared = system.glob("s3://pairs/.xclip_index/*.npy")
     assert len(shared) == (2 if writable else 0)
+    tar_index.main(["s3://pairs/*.tar"])
+    assert ("2 indexes could not be stored" in capsys.readouterr().out) is not writable
     if writable:
         monkeypatch.setenv("XCLIP_CACHE", str(tmp_path / "second"))
         system.pipe_file(shared[0], b"damaged")

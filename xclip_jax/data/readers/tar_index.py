@@ -189,7 +189,20 @@ def _cached(path: str) -> pathlib.Path | None:
 
 def _shared(path: str, name: str) -> str | None:
     """The address of an index beside its tar in a bucket, None for other tars."""
-    return f"{path.rpartition('/')[0]}/{_FOLDER}/{name}" if storage.scheme(path) in _BUCKETS else None
+    return f"{public(path).rpartition('/')[0]}/{_FOLDER}/{name}" if storage.scheme(path) in _BUCKETS else None
+
+
+def _share(path: str, index_path: pathlib.Path, *, again: bool = True) -> bool:
+    """Store an index beside its tar in a bucket, with `again` also over another; false if the bucket refuses it."""
+    try:
+        if shared := _shared(path, index_path.name):
+            with storage.os_errors(shared):
+                system, name = storage.file_system(shared)
+                if again or not system.exists(name):
+                    system.pipe_file(name, index_path.read_bytes())
+    except OSError:
+        return False
+    return True
 
 
 def _store(index_path: pathlib.Path, content: bytes) -> None:
@@ -213,10 +226,7 @@ def build(path: str) -> pathlib.Path:
     for index_path in index_paths:
         with contextlib.suppress(OSError):  # a disk that is full or read-only
             _store(index_path, content.getvalue())
-            if shared := _shared(path, index_path.name):
-                with contextlib.suppress(OSError), storage.os_errors(shared):  # a bucket that may only be read
-                    system, name = storage.file_system(shared)
-                    system.pipe_file(name, content.getvalue())
+            _share(path, index_path)
             return index_path
     raise UserError(f"the index of {path!r} cannot be stored: set XCLIP_CACHE to a folder that can be written.")
 
@@ -272,7 +282,12 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("pattern", help="a folder of tars; or paths, ranges as {00000..01242}.tar and globs")
     options = parser.parse_args(arguments)
     with exit_with_message():
-        load(find(options.pattern.removeprefix("tar:")))
+        tars = find(options.pattern.removeprefix("tar:"))
+        index_paths = load(tars)
+        with thread_pool(16) as threads:
+            stored = threads.starmap(lambda *pair: _share(*pair, again=False), zip(tars, index_paths, strict=True))
+        if refused := stored.count(False):
+            print(f"{refused:,} indexes could not be stored beside their tars; a new machine indexes these again")
 
 
 if __name__ == "__main__":
