@@ -38,7 +38,7 @@ _FOLDER = ".xclip_index"
 _CHUNK = 1 << 20
 _REMOTE_BLOCK = 8 << 20
 _PROGRESS_SECONDS = 10
-_BUCKETS = ("gs", "gcs", "s3", "az", "abfs")  # stores of the user's own, where an index may lie beside its tar
+_BUCKETS = ("gs", "gcs", "s3", "az", "abfs")  # the user's own stores, which may keep an index next to its tar
 _PIPE = re.compile(r"(?:^|,|::)\s*pipe:")
 _FIELDS = [*MAX_BYTES, *(f"{part}_size" for part in MAX_BYTES), "fault"]
 _MOST_REFUSED = 100  # headers of a tar that `tarfile` refuses; behind more of them it is not read
@@ -176,7 +176,7 @@ def read(index_path: pathlib.Path) -> np.ndarray | None:
 
 
 def _cached(path: str) -> pathlib.Path | None:
-    """The path of a tar's stored index, copied from its bucket where another host has left it there; None without."""
+    """Return the path of a tar's stored index, copied from the bucket if another host stored it there; None without."""
     index_paths = index_files(path)
     if stored := next((index_path for index_path in index_paths if read(index_path) is not None), None):
         return stored
@@ -188,12 +188,12 @@ def _cached(path: str) -> pathlib.Path | None:
 
 
 def _shared(path: str, name: str) -> str | None:
-    """The address of an index beside its tar in a bucket, None for other tars."""
+    """Return the address of the index next to a tar in a bucket; None for other tars."""
     return f"{public(path).rpartition('/')[0]}/{_FOLDER}/{name}" if storage.scheme(path) in _BUCKETS else None
 
 
 def _share(path: str, index_path: pathlib.Path, *, again: bool = True) -> bool:
-    """Store an index beside its tar in a bucket, with `again` also over another; false if the bucket refuses it."""
+    """Store an index next to its tar in a bucket, by default over an older one; return false if the bucket refuses."""
     try:
         if shared := _shared(path, index_path.name):
             with storage.os_errors(shared):
@@ -287,7 +287,7 @@ def main(arguments: Sequence[str]) -> None:
         with thread_pool(16) as threads:
             stored = threads.starmap(lambda *pair: _share(*pair, again=False), zip(tars, index_paths, strict=True))
         if refused := stored.count(False):
-            print(f"{refused:,} indexes could not be stored beside their tars; a new machine indexes these again")
+            print(f"{refused:,} indexes could not be stored next to their tars; a new machine indexes these tars again")
 
 
 if __name__ == "__main__":
