@@ -56,8 +56,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.model.img.scan = config.model.txt.scan = False
     config.model.cluster_head.update(clusters=1024, hidden=1024)
 
-    # The learning rate and half of the steps as warm-up are the best on validation: docs/demo.md.
-    config.optim.lr = 2e-3
+    # The optimizer, its rate and half of the steps as warm-up are the best on validation: docs/demo.md.
+    config.optim.name, config.optim.lr = "muon", 4e-3
     config.optim.lr_start = config.optim.lr_end = 0.0
     config.optim.warmup = round(args.steps / 2)
     config.optim.weight_decay = 0.1

@@ -2,7 +2,8 @@
 
 CLIP for 500 steps of 256 pairs with one seed. The learning rate is chosen on validation, by the share of drawings of
 unseen concepts that are named right; the test set is read once, by the chosen run. Finished runs are lines of
-studies/optimizers.jsonl, and the command goes on from there; `--table` prints the table of docs/train.md.
+studies/optimizers.jsonl, and the command goes on from there; `--table` prints the table of docs/train.md. `--cost`
+prints how long a step takes over AdamW's, and does nothing else.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from typing import Any
 import jax
 from absl import logging
 
+from studies.duel import cost
 from studies.icons.recipe import SET
 from xclip_jax.commands.evaluate import evaluate
 from xclip_jax.config import schema
@@ -107,14 +109,26 @@ def table(steps: int) -> str:
     return "\n".join(rows)
 
 
+def print_costs(names: Sequence[str]) -> None:
+    """Print each optimizer's step over AdamW's: the median of turns, and quartiles."""
+    clock = make_config("adamw", RATES["adamw"][0], 9)
+    for name in names:
+        measured = cost.measure(make_config(name, RATES[name][0], 9), clock)
+        print("{}: {ratio:.3f} [{low:.3f}, {high:.3f}], {turns} turns".format(name, **measured), flush=True)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The comparison; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--steps", type=int, default=500, help="of each run")
     parser.add_argument("--only", default=",".join(RATES), help="names of optimizers, joined by commas")
     parser.add_argument("--table", action="store_true", help="print the table of finished runs")
+    parser.add_argument("--cost", action="store_true", help="measure steps over AdamW's, on an idle machine")
     options = parser.parse_args(argv)
     logging.set_verbosity(logging.ERROR)
+    if options.cost:
+        print_costs([name for name in options.only.split(",") if name != "adamw"])
+        return
     if not options.table:
         compiler.enable_cache()
         run(options.steps, options.only.split(","))

@@ -66,16 +66,26 @@ def test_sizes_follow_from_the_number_of_pairs(count, device, preset, batch, clu
     assert 24 <= c.steps * batch / trained <= 101  # epochs
     assert batch <= trained / 2
     if preset == "Ti/12":
-        assert c.optim.warmup == round(min(c.steps, 1000) / 2)
-        assert c.optim.lr <= 2e-3 * math.sqrt(batch / 256) * 1.01
-        assert c.optim.lr / c.optim.warmup <= 2e-3 / 300 * 1.01  # as slowly as where it was tuned
+        assert c.optim.name == "muon" and c.optim.warmup == int(0.6 * min(c.steps, 4000))
+        assert c.optim.lr <= 8e-3 * math.sqrt(batch / 256) * 1.01
+        assert c.optim.lr / c.optim.warmup <= 8e-3 / 300 * 1.01  # as slowly as where it was tuned
+        assert (c.objective.clip.label_smoothing, c.eval.ema, c.ema.on) == (0.2, True, True)
+        assert 1 / (1 - c.ema.momentum) == pytest.approx(min(100, c.steps // 5), rel=0.01)
     else:
+        assert c.optim.name == "adamw" and not c.eval.ema and c.objective.clip.label_smoothing == 0
         assert c.optim.warmup < c.steps / 5 and c.optim.lr == (1e-3 if preset == "S/16" else 5e-4)
+        assert resolved.optim.lr <= 8.1e-3 * math.sqrt(resolved.data.batch / 4096)  # of ViT-B's 1e-3 at 4,096
     assert c.log.collapse_warmup_steps == min(c.steps // 2, 500)  # so short runs are warned of a plateau too
     assert 3 * resolved.optim.warmup <= 2 * resolved.steps
-    assert resolved.optim.lr <= 8.1e-3 * math.sqrt(resolved.data.batch / 4096)  # of ViT-B's 1e-3 at 4,096
     assert c.steps >= 10 * c.checkpoint.every or c.checkpoint.every == min(200, c.steps)
     assert 8 <= c.steps / c.eval.every < 17 and resolved.eval.sets == ("retrieval/holdout",)
+
+
+@pytest.mark.parametrize("objective", ["nclip", "xclip", "siglip"])
+def test_other_objectives_of_small_towers_keep_the_last_parameters(objective):
+    c = config(20_000, objective=objective)
+    assert (c.optim.name, c.optim.lr, c.optim.warmup) == ("muon", 4e-3, min(c.steps, 4000) // 2)
+    assert (c.objective.clip.label_smoothing, c.eval.ema, c.ema.on, c.optim.weight_decay) == (0.0, False, False, 0.1)
 
 
 def test_warm_up_and_intervals_follow_from_steps_and_parts_of_epochs():
@@ -83,7 +93,7 @@ def test_warm_up_and_intervals_follow_from_steps_and_parts_of_epochs():
         c = load.load_config(f"small:pairs=folder:x,count=1000,device=cpu,steps={steps}")
         schema.resolve(c)
         assert (c.steps, c.eval.every, c.log.every) == (steps, max(steps // 8, 1), max(steps // 20, 1))
-        assert c.optim.warmup == steps // 2
+        assert c.optim.warmup == int(0.6 * steps)
     whole, half = (load.load_config(f"small:pairs=folder:x,count=5000,device=cpu,epochs={n}").steps for n in (1, 0.5))
     assert (whole, half) == (19, 9)
     for given in ("epochs=-1", "epochs=nan", "epochs=inf", "steps=-1"):

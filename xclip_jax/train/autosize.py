@@ -28,10 +28,12 @@ HELD_OUT = (20, 0.05, 5000)  # at least so many pairs, this share, at most so ma
 LARGEST_SHARE = 0.2
 # FLOP/s of a core, measured with these towers, and the seconds that a run on a CPU may take at this speed.
 CORE, LONGEST = 4e10, 1800
-# Small towers from random parameters: the learning rate at batch 256, the share of the first 1,000 steps that is
-# warm-up, and the shortest warm-up for this rate. A shorter warm-up gets a lower rate, so that the rate rises no faster
-# than where it was tuned: on the demo's validation sets (docs/demo.md), and about so on the icons (docs/study.md).
-SMALL_TOWERS = (2e-3, 0.5, 1000, 300)
+# Small towers from random parameters train with Muon: the learning rate at batch 256 and the share of the first
+# MOST steps that is warm-up, for CLIP and for other objectives; and the shortest warm-up for these rates. A shorter
+# warm-up gets a lower rate, so that the rate rises no faster than where it was tuned: on validation of the icons
+# (docs/duel.md) and of the demo (docs/demo.md).
+CLIPS_RATE, OTHER_RATE = (8e-3, 0.6), (4e-3, 0.5)
+MOST, LEAST = 4000, 300
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,14 +171,29 @@ def _schedule(config: ml_collections.ConfigDict, machine: Machine, trained: int,
     config.optim.lr = 2e-5 if pretrained else 1e-3 if config.model.img.width < 768 else 5e-4
     config.optim.warmup = min(max(trained // batch, 1) * 2, steps // 10)
     if not pretrained and _is_small(config):
-        lr, share, most, least = SMALL_TOWERS
-        config.optim.warmup = max(config.optim.warmup, round(share * min(steps, most)))
-        config.optim.lr = float(f"{lr * min(math.sqrt(batch / 256), max(config.optim.warmup, 1) / least, 1):.3g}")
+        _small_towers(config)
     config.log.collapse_warmup_steps = min(config.log.collapse_warmup_steps, max(steps // 2, 1))
     config.eval.every = max(steps // 8, 1)
     # A run of few steps is soon trained again, and a checkpoint is three times the model.
     config.checkpoint.every = max(steps // 10, min(200, steps))
     config.log.every = max(min(20, steps // 20), 1)
+
+
+def _small_towers(config: ml_collections.ConfigDict) -> None:
+    """Set the optimizer of small towers from random parameters; CLIP's other settings won the same search."""
+    optim, steps = config.optim, config.steps
+    contrastive = config.objective.name in ("clip", "superclip")
+    rate, share = CLIPS_RATE if contrastive else OTHER_RATE
+    optim.name = "muon"
+    optim.warmup = max(optim.warmup, int(share * min(steps, MOST)))
+    optim.lr = float(f"{rate * min(math.sqrt(config.data.batch / 256), max(optim.warmup, 1) / LEAST, 1):.3g}")
+    if contrastive:
+        optim.weight_decay = 0.05
+        config.objective.clip.label_smoothing = 0.2
+        # An average over 100 steps, fewer in short runs, so that it holds nothing of their start.
+        momentum = 1 - 1 / min(100, max(steps // 5, 1))
+        config.ema.update(on=True, momentum=float(f"{momentum:.4g}"), schedule="constant")
+        config.eval.ema = True
 
 
 def _data(config: ml_collections.ConfigDict, counts: Counts, machine: Machine) -> None:
