@@ -75,4 +75,4 @@ def test_a_run_is_evaluated_again_to_the_same_numbers(run):
     # Even towers that saw eight batches know more than the largest category.
     assert probe["metrics"]["category/linear/top1"] > probe["metrics"]["category/majority"]
     assert aliases["metrics"]["texts"] == 200
-    assert "visual representation" in done.stdout and "textual representation" in done.stdout
+    assert "frozen features, %" in done.stdout and "texts by texts, recall %" in done.stdout

@@ -162,7 +162,10 @@ class Config:
         if self.finetune.lora.rank and not self.init.weights:
             yield "finetune.lora.rank adapts given weights, and init.weights is empty; name weights, or set it to 0"
         if self.finetune.lora.rank and optim.name == "muon":
-            yield "optim.name is 'muon', and finetune.lora.rank freezes all kernels that it takes; set it to 'adamw'"
+            yield (
+                "optim.name is 'muon', and finetune.lora.rank freezes all kernels that it takes; set it to 'adamw', "
+                "and lower optim.lr"
+            )
 
 
 def default() -> ml_collections.ConfigDict:

@@ -34,6 +34,7 @@ CORE, LONGEST = 4e10, 1800
 # (docs/duel.md) and of the demo (docs/demo.md).
 CLIPS_RATE, OTHER_RATE = (8e-3, 0.6), (4e-3, 0.5)
 MOST, LEAST = 4000, 300
+MUONS_FLOPS = 300  # a step and block, times width^3: five iterations of three products for each of its six matrices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,18 +161,21 @@ def _schedule(config: ml_collections.ConfigDict, machine: Machine, trained: int,
     """Set the number of steps, from `steps` or `epochs` if one is not 0, and the keys that follow from it."""
     batch, asked = config.data.batch, bool(epochs or steps)
     pretrained = bool(config.init.weights)
+    muon = not pretrained and _is_small(config)
     usual = min(max(30_000 / trained, 25), 100) / (5 if pretrained else 1)
     steps = steps or max(round(trained * (epochs or usual) / batch), 2)
     config.steps = steps
     # A tower of another package may not count its FLOPs.
     if machine.platform == "cpu" and not asked and (step := cost.step_flops(schema.resolve(config))):
-        affordable = int(LONGEST * CORE * machine.cores / step)
+        towers = (config.model.img, config.model.txt)
+        updates = sum(MUONS_FLOPS * tower.depth * tower.width**3 for tower in towers) if muon else 0.0
+        affordable = int(LONGEST * CORE * machine.cores / (step + updates))
         steps = min(steps, max(affordable, trained // batch, 2))
     config.steps = steps
     config.optim.lr = 2e-5 if pretrained else 1e-3 if config.model.img.width < 768 else 5e-4
     config.optim.warmup = min(max(trained // batch, 1) * 2, steps // 10)
-    if not pretrained and _is_small(config):
-        _small_towers(config)
+    if muon:
+        _set_muon(config)
     config.log.collapse_warmup_steps = min(config.log.collapse_warmup_steps, max(steps // 2, 1))
     config.eval.every = max(steps // 8, 1)
     # A run of few steps is soon trained again, and a checkpoint is three times the model.
@@ -179,21 +183,15 @@ def _schedule(config: ml_collections.ConfigDict, machine: Machine, trained: int,
     config.log.every = max(min(20, steps // 20), 1)
 
 
-def _small_towers(config: ml_collections.ConfigDict) -> None:
-    """Set the optimizer of small towers from random parameters; CLIP's other settings won the same search."""
-    optim, steps = config.optim, config.steps
-    contrastive = config.objective.name in ("clip", "superclip")
+def _set_muon(config: ml_collections.ConfigDict) -> None:
+    """Set the optimizer of small towers from random parameters, and for CLIP what won the same search."""
+    optim, contrastive = config.optim, config.objective.name in ("clip", "superclip")
     rate, share = CLIPS_RATE if contrastive else OTHER_RATE
     optim.name = "muon"
-    optim.warmup = max(optim.warmup, int(share * min(steps, MOST)))
+    optim.warmup = max(optim.warmup, int(share * min(config.steps, MOST)))
     optim.lr = float(f"{rate * min(math.sqrt(config.data.batch / 256), max(optim.warmup, 1) / LEAST, 1):.3g}")
     if contrastive:
-        optim.weight_decay = 0.05
-        config.objective.clip.label_smoothing = 0.2
-        # An average over 100 steps, fewer in short runs, so that it holds nothing of their start.
-        momentum = 1 - 1 / min(100, max(steps // 5, 1))
-        config.ema.update(on=True, momentum=float(f"{momentum:.4g}"), schedule="constant")
-        config.eval.ema = True
+        optim.weight_decay, config.objective.clip.label_smoothing = 0.05, 0.2
 
 
 def _data(config: ml_collections.ConfigDict, counts: Counts, machine: Machine) -> None:
@@ -238,7 +236,7 @@ def summary(config: ml_collections.ConfigDict, pairs: int, preset: str) -> str:
         f"small: {pairs:,} pairs, {100 * share:.2g} % of them held out; {config.objective.name}, "
         f"{f'towers of {initial}' if initial else preset}, {model.img.image_size} px, {model.txt.context_length} "
         f"tokens, batch {batch}{parts}, {config.steps:,} steps "
-        f"({config.steps * batch / (pairs * (1 - share)):.3g} epochs)"
+        f"({config.steps * batch / (pairs * (1 - share)):.3g} epochs), {config.optim.name} at {config.optim.lr:g}"
     )
 
 
