@@ -44,10 +44,10 @@ class OptimConfig:
     b1: float = key(0.9, "decay of the first moment; adafactor keeps none if it is 0", fraction_below_one())
     b2: float = key(
         0.98,
-        "decay of the second moment, adafactor has its own; lion's second decay of the first",
+        "decay of the second moment; of the momentum for lion; unused by adafactor",
         fraction_below_one(),
     )
-    eps: float = key(1e-8, "added to the root of the second moment, but for adafactor", at_least(1e-15))
+    eps: float = key(1e-8, "added to the second moment's root, except in adafactor", at_least(1e-15))
     layer_decay: float = key(1.0, "updates of a layer over updates of the layer above; 1 for none", _SHARE)
     grad_clip_norm: float = key(0.0, "bound on the global norm of the gradient; 0 for none", at_least(0))
     mu_dtype: str = key("float32", "dtype of the first moment; the second is float32", choice(("float32", "bfloat16")))
@@ -130,13 +130,9 @@ def layer_scales(params: dict[str, Any], decay: float, towers: Mapping[str, Towe
 
 def _scale_updates(scales: Callable[[Any], Any]) -> optax.GradientTransformation:
     """Multiply updates by `scales` of their tree."""
-
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        del params
-        scaled = jax.tree.map(lambda x, scale: x if scale is True else x * scale, updates, scales(updates))
-        return scaled, state
-
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+    return optax.stateless(
+        lambda updates, _: jax.tree.map(lambda x, scale: x if scale is True else x * scale, updates, scales(updates))
+    )
 
 
 def trained(params: Any, frozen: Collection[str], towers: Mapping[str, Tower]) -> Any:
@@ -202,7 +198,7 @@ def _lion(config: OptimConfig, rate: Schedule, towers: Mapping[str, Tower]) -> o
 
 
 def _lamb(config: OptimConfig, rate: Schedule, towers: Mapping[str, Tower]) -> optax.GradientTransformation:
-    """arXiv 1904.00962: AdamW with updates as long as the parameter. Stacked blocks have one length together."""
+    """arXiv 1904.00962: AdamW with updates scaled to the parameter's norm. Stacked blocks share one norm."""
     return optax.lamb(rate, config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=decay_mask)
 
 
@@ -219,7 +215,7 @@ def _adafactor(config: OptimConfig, rate: Schedule, towers: Mapping[str, Tower])
 
 
 def _muon(config: OptimConfig, rate: Schedule, towers: Mapping[str, Tower]) -> optax.GradientTransformation:
-    """Orthogonal updates for the kernels of blocks, as long as AdamW's (arXiv 2502.16982); AdamW for the rest."""
+    """Orthogonalised updates of AdamW's RMS (arXiv 2502.16982) for the kernels of blocks; AdamW for the rest."""
     muon = optax.contrib.muon(
         rate,
         beta=config.b1,

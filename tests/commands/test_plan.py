@@ -129,7 +129,7 @@ def test_a_step_that_is_too_large_is_found_and_mended():
         ("v9:2x2", "must be one of 'v4'"),
         ("v5e-32", "write CHIP:GRID, such as v5e:4x8"),
         ("v5e:32", "write CHIP:GRID"),
-        ("v5e:3x5", "is none that v5e comes in"),
+        ("v5e:3x5", "is not a topology of v5e"),
     ],
 )
 def test_bad_topologies_are_one_sentence(topology, message):

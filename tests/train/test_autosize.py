@@ -149,7 +149,7 @@ def test_a_cpu_is_not_asked_for_days():
 
 def test_updates_of_muon_count_where_a_cpu_has_little_time(monkeypatch):
     whole = config(100_000, batch=32, size=36)
-    monkeypatch.setattr(autosize, "MUONS_FLOPS", 0)
+    monkeypatch.setattr(autosize, "MUON_FLOPS", 0)
     assert whole.steps < 0.6 * config(100_000, batch=32, size=36).steps
 
 

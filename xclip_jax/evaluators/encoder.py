@@ -16,7 +16,7 @@ from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.data.transforms import normalize
 from xclip_jax.models.two_towers import TwoTowers, Variables
 from xclip_jax.objectives.similarity import Similarity
-from xclip_jax.parallel.mesh import BATCH_AXES, batch_sharding, replicated
+from xclip_jax.parallel.mesh import batch_sharding, batch_shards, replicated
 
 Features = dict[str, np.ndarray]
 Rows = Sequence[np.ndarray] | np.ndarray
@@ -57,7 +57,7 @@ class Encoder:
     ) -> None:
         if (least := min((batch, *smaller))) < 1:
             raise UserError(f"expected evaluation batches of 1 item or more (eval.batch); got {least}.")
-        shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+        shards = batch_shards(mesh)
         self.sizes = sorted({math.ceil(size / shards) * shards for size in (batch, *smaller)})
         self.batch, self.similarities = self.sizes[-1], tuple(similarities)
         self._default = ("features", *(similarity.feature for similarity in similarities))

@@ -128,7 +128,7 @@ def _teacher_margin(logits: jax.Array, matching: jax.Array, teacher: Teacher) ->
 def target_margin(
     z_img: jax.Array, z_txt: jax.Array, scale: ArrayLike, label_smoothing: float, keys: jax.Array | None
 ) -> jax.Array:
-    """Return what a spread target adds to the cross-entropy: the mean logit of pairs less that of their targets.
+    """Return the increase of the cross-entropy by a spread target: mean matching logit minus mean target logit.
 
     fp32 scalar, the same in both directions; arguments as in `softmax`.
     """
@@ -198,7 +198,7 @@ def sigmoid(
 def other_positives(
     z_img: jax.Array, z_txt: jax.Array, scale: ArrayLike, bias: ArrayLike, keys: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the sum of the logits of pairs i != j with equal keys over b, and the mean number of equal keys of a row.
+    """Return 1/b times the summed logits of pairs i != j with equal keys, and the mean number of positives of a row.
 
     fp32 scalars; arguments as in `sigmoid`. A positive in place of a negative takes its logit off the loss, as
     log sigmoid(x) - log sigmoid(-x) = x.

@@ -46,8 +46,7 @@ def softmax(
     Arguments, results and errors are the same.
     """
     contrastive.check(z_img, z_txt, scale)
-    form = _robust(q, reverse) if q or reverse else _SOFTMAX
-    loss, metrics = _compare(form, mesh, z_img, z_txt, scale, 0.0)
+    loss, metrics = _compare(_softmax(q, reverse), mesh, z_img, z_txt, scale, 0.0)
     metrics = contrastive.with_blind_guess(metrics, q, reverse)
     if label_smoothing or keys is not None:
         loss = loss + contrastive.target_margin(z_img, z_txt, scale, label_smoothing, keys)
@@ -120,7 +119,7 @@ _loss.defvjp(_forward, _backward)
 
 
 def _sums(form: Form, order: list[int], z_img: Array, z_txt: Array, bias: Array) -> tuple[Array, Array]:
-    """Return the sums of the loss and of right best matches, and a column for each pair that `_gradients` needs."""
+    """Return summed loss and correct matches of both directions, (3,), and the residuals of each pair, (4, b)."""
     mine = jax.lax.axis_index(BATCH_AXES)
     zeros = jnp.zeros_like(z_img[:, 0])
     fresh = Sums(best=zeros - jnp.inf, shard=zeros, total=zeros)
@@ -220,27 +219,17 @@ def _softmax_total(sums: Sums, best: Array, logits: Array, matching: Array) -> A
     return sums.total * jnp.exp(sums.best - best) + jnp.sum(jnp.exp(logits - best[:, None]), axis=1)
 
 
-# All relative to the own pair, as in `contrastive.softmax`: a small loss keeps its digits, and so does its gradient.
-def _softmax_end(rows: Sums, columns: Sums, own: Array) -> tuple[Array, Array, Array, Array]:
-    to_txt, to_img = ((sums.best - own) + jnp.log(sums.total) for sums in (rows, columns))
-    return 0.5 * (to_txt + to_img), 0.5 * (jnp.expm1(-to_txt) + jnp.expm1(-to_img)), to_txt, to_img
-
-
-def _softmax_derivative(logits: Array, rows: Pair, columns: Pair) -> Array:
-    to_txt, to_img = (jnp.exp((logits - own) - log_sum) for own, log_sum in (rows, columns))
-    return 0.5 * (to_txt + to_img)
-
-
 @cache  # one object, and so one program, for equal arguments
-def _robust(q: float, reverse: float) -> Form:
-    """The softmax loss with `contrastive.robust` of the cross-entropies."""
+def _softmax(q: float, reverse: float) -> Form:
+    """The softmax loss with `contrastive.robust` of the cross-entropies, which leaves them as they are for 0 and 0."""
 
     def slope(cross_entropy: Array) -> tuple[Array, Array]:
         """Return the robust loss and its derivative."""
         return jax.jvp(lambda x: contrastive.robust(x, q, reverse), (cross_entropy,), (jnp.ones_like(cross_entropy),))
 
     def end(rows: Sums, columns: Sums, own: Array) -> tuple[Array, Array, Array, Array]:
-        _, _, to_txt, to_img = _softmax_end(rows, columns, own)
+        # Relative to the own pair, as in `contrastive.softmax`: a small loss and its gradient keep their digits.
+        to_txt, to_img = ((sums.best - own) + jnp.log(sums.total) for sums in (rows, columns))
         (loss_txt, slope_txt), (loss_img, slope_img) = slope(to_txt), slope(to_img)
         by_match = slope_txt * jnp.expm1(-to_txt) + slope_img * jnp.expm1(-to_img)
         return 0.5 * (loss_txt + loss_img), 0.5 * by_match, to_txt, to_img
@@ -256,7 +245,6 @@ def _sigmoid_total(sums: Sums, best: Array, logits: Array, matching: Array) -> A
     return sums.total + jnp.sum(jax.nn.softplus(jnp.where(matching, -logits, logits)), axis=1)
 
 
-_SOFTMAX = Form((_softmax_total, _softmax_total), _softmax_end, _softmax_derivative)
 _SIGMOID = Form(
     (_sigmoid_total, lambda sums, *_: sums.total),  # every pair is counted once, by its image
     lambda rows, columns, own: (rows.total, -jax.nn.sigmoid(-own), own, own),

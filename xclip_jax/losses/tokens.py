@@ -56,7 +56,7 @@ def classify(logits: Array, text: Array, end: Array, state: State) -> tuple[Arra
 
 
 def first_uses(text: Array, end: Array) -> Array:
-    """Return which tokens stand before their row's `end` (b,) and for the first time, bool, `text`'s shape (b, n)."""
+    """Return a mask of the tokens before their row's `end` (b,), first occurrences only, bool (b, n)."""
     n = text.shape[1]
     repeated = jnp.any((text[:, :, None] == text[:, None, :]) & jnp.tri(n, k=-1, dtype=bool), axis=2)
     return ~repeated & (jnp.arange(n) < end[:, None])

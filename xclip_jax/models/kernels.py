@@ -57,7 +57,7 @@ def attention(qkv: Array, bias: Array, kv: int, tokens: int, causal: bool, inter
       qkv: queries, keys and values without their bias, (b, n, 3 * d), ordered by `group_heads`.
       bias: of queries, keys and values in the same order, fp32 (1, 3 * d).
       kv: channels of a head, one of `HEADS`.
-      tokens: number of tokens that count; no token attends to later ones, whose rows are meaningless and finite.
+      tokens: number of real tokens; they ignore the padding after them, whose rows are arbitrary but finite.
       causal: whether a token only attends to itself and earlier tokens.
       interpret: run as plain JAX operations, on any platform.
     """
@@ -75,14 +75,12 @@ def _forward(
 
 def _backward(
     kv: int, tokens: int, causal: bool, interpret: bool, residuals: tuple[Array, Array, Array], g: Array
-) -> tuple[Array, Array]:
+) -> tuple[Array, ...]:
     kernel = functools.partial(_backward_kernel, kv=kv, tokens=tokens, causal=causal)
     qkv, bias, out = residuals
     outputs = (_like(qkv), _like(bias))
-    of_qkv, of_bias = _call(
-        kernel, (qkv, bias, out, g), outputs, BACKWARD_TOKENS, 5, kv, interpret, "attention_gradient"
-    )
-    return of_qkv, of_bias
+    gradients = _call(kernel, (qkv, bias, out, g), outputs, BACKWARD_TOKENS, 5, kv, interpret, "attention_gradient")
+    return tuple(gradients)
 
 
 attention.defvjp(_forward, _backward)

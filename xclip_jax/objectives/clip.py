@@ -37,7 +37,7 @@ class Contrastive(Term):
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """Images and texts, and the hash that tells which pairs match, if they are not alone."""
+        """Images, texts and, unless a pair matches only itself, the hash of matching pairs."""
         return (*super().fields, _KEYS[self.positives]) if _KEYS[self.positives] else super().fields
 
     @property
@@ -98,7 +98,7 @@ class Contrastive(Term):
         return 2 * batch * model.embed
 
     def blind_loss(self, metrics: Mapping[str, float], less: float = 0.0) -> float:
-        """Return the loss of the best guess that does not depend on the inputs, its nats lower by the share `less`."""
+        """Return the loss of the best input-independent guess, its cross-entropy reduced by the share `less`."""
         return (1 - less) * metrics["ln_b"]
 
     @property

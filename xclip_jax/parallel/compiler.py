@@ -32,16 +32,16 @@ _TPU: Options = {
     # into one slice a chip and passes partial sums round a ring: slices of 24 rows leave a matrix unit mostly idle.
     "xla_tpu_reduce_scatter_collective_matmul_mode": "none",
 }
-# Gradients are summed over the chips by operations that compute others: products, loops, and kernels.
+# All-reduces of gradients overlap with operations on other gradients: products, loops and kernels.
 _TPU_OVERLAP: Options = {
     "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": True,
     "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
     "xla_tpu_enable_async_collective_fusion_fuse_kloop_fusions": True,
     "xla_tpu_enable_async_collective_fusion_with_mosaic_custom_call": True,
-    # Sums of larger gradients stay apart. By default the compiler joins all of them, and no product hides that sum.
+    # Larger all-reduces are not combined. By default all are, and no product is left to hide the combined one.
     "xla_jf_crs_combiner_threshold_in_bytes": str(256 * 1024),
 }
-# Gradients are summed over GPUs behind the backward pass. Off by default; NVIDIA's JAX image sets it, and no other:
+# All-reduces overlap with the backward pass. Off by default, and the only flag that NVIDIA's JAX image sets:
 # docs.nvidia.com/jax-toolbox/environment-variables.
 _GPUS: Options = {"xla_gpu_enable_latency_hiding_scheduler": True}
 _FLAGS = {"tpu": "LIBTPU_INIT_ARGS", "gpu": "XLA_FLAGS"}

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from xclip_jax.core.errors import UserError
 
@@ -53,6 +53,11 @@ def num_slices(devices: list[jax.Device]) -> int:
     return len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}) or 1
 
 
+def batch_shards(mesh: Mesh | AbstractMesh) -> int:
+    """Return the number of shards of the batch."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Sharding of an array whose first dimension is the global batch."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
@@ -64,7 +69,7 @@ def ring_order(mesh: Mesh) -> list[int]:
     A hop between neighbours takes one link; a v5e computes during a hop only if all hops are between neighbours.
     Shards that do not fill a grid, as on other platforms, keep their order.
     """
-    shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    shards = batch_shards(mesh)
     devices = mesh.devices.reshape(shards, -1)[:, 0]
     if devices[0].platform != "tpu":
         return list(range(shards))
@@ -106,7 +111,7 @@ def batch_parts(mesh: Mesh) -> dict[int, BatchPart]:
     Processes whose devices hold the same rows, such as processes along the model axis, load the same part. `UserError`
     if two processes hold some rows in common and others not, or different numbers of rows.
     """
-    shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    shards = batch_shards(mesh)
     rows: dict[int, set[int]] = {}
     for device, index in batch_sharding(mesh).devices_indices_map((shards,)).items():
         rows.setdefault(device.process_index, set()).add(index[0].indices(shards)[0])
@@ -137,7 +142,7 @@ def check_batch(batch: int, mesh: Mesh, key: str = "data.batch", microbatches: i
     Processes must be able to load the batch in equal parts, see `batch_parts`.
     """
     batch_parts(mesh)
-    shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    shards = batch_shards(mesh)
     if batch % (shards * microbatches):
         parts = f" in {microbatches} microbatches (optim.microbatches)" if microbatches > 1 else ""
         raise UserError(

@@ -1,8 +1,8 @@
 """Which mesh axis each logical axis lives on, for each strategy. Models name axes; only this file knows what they mean.
 
     dp       every parameter on every device; gradients are summed once
-    zero1    as dp, with the optimizer's moments (and the moving average) split over all batch shards, or over one of
-             the mesh's batch axes what these do not divide
+    zero1    as dp, with the optimizer's moments (and the moving average) split over all batch shards; arrays that
+             these do not divide are split over one batch axis
     fsdp     kernels of matrix products split over "fsdp", gathered where they are used
     fsdp_tp  as fsdp, with heads and MLPs split over "model" as well
 
@@ -34,7 +34,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from xclip_jax.core.console import setting
 from xclip_jax.core.errors import UserError
 from xclip_jax.core.fields import Check, choice, key
-from xclip_jax.parallel.mesh import AXES, BATCH_AXES, num_slices
+from xclip_jax.parallel.mesh import AXES, BATCH_AXES, batch_shards, num_slices
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
 # "row" is the batch of cluster logits. Axes without a rule are never split: kv, layers, norm, patch, table, vocab.
@@ -60,7 +60,7 @@ class MeshConfig:
     """Config group `mesh`: sizes of the device mesh's axes, and what is split over them."""
 
     data: int = key(-1, "copies of the model, each with a share of the batch", _SIZE)
-    fsdp: int = key(1, "devices that share a batch and parameters (fsdp), or what all do not divide (zero1)", _SIZE)
+    fsdp: int = key(1, "shards of the batch and, by strategy, of parameters (fsdp) or moments (zero1)", _SIZE)
     model: int = key(1, "devices that share clusters and, with fsdp_tp, heads and MLPs", _SIZE)
     strategy: str = key("dp", "what is split in addition to the batch", choice(STRATEGIES))
 
@@ -251,7 +251,7 @@ def shardings(boxed: Any, layout: MeshLayout) -> Any:
 
 def _without_batch(x: Any, sharding: NamedSharding) -> NamedSharding:
     """Return `sharding` without splits over all batch shards that are impossible, or not worth their collectives."""
-    shards = math.prod(sharding.mesh.shape[axis] for axis in BATCH_AXES)
+    shards = batch_shards(sharding.mesh)
     spec = [
         None if part == BATCH_AXES and (size % shards or x.size < ZERO1_ELEMENTS) else part
         for size, part in zip(x.shape, sharding.spec, strict=False)

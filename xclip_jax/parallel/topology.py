@@ -89,7 +89,7 @@ def devices_of(topology: str, slices: int = 1) -> tuple[list[Any], Chip]:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices, CHIPS[chip]
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"--topology={topology!r} is none that {chip} comes in ({reason}).") from error
+        raise UserError(f"--topology={topology!r} is not a topology of {chip} ({reason}).") from error
 
 
 # Operations that take no time.

@@ -24,17 +24,16 @@ from xclip_jax.objectives.clip import Clip
 from xclip_jax.train import cost, weights
 
 SAMPLE = 512  # pairs that are read to learn their sizes
-HELD_OUT = (20, 0.05, 5000)  # at least so many pairs, this share, at most so many: scores are a square matrix
+HELD_OUT = (20, 0.05, 5000)  # minimum, share and maximum of held-out pairs; scores grow with their square
 LARGEST_SHARE = 0.2
 # FLOP/s of a core, measured with these towers, and the seconds that a run on a CPU may take at this speed.
-CORE, LONGEST = 4e10, 1800
-# Small towers from random parameters train with Muon: the learning rate at batch 256 and the share of the first
-# MOST steps that is warm-up, for CLIP and for other objectives; and the shortest warm-up for these rates. A shorter
-# warm-up gets a lower rate, so that the rate rises no faster than where it was tuned: on validation of the icons
-# (docs/duel.md) and of the demo (docs/demo.md).
-CLIPS_RATE, OTHER_RATE = (8e-3, 0.6), (4e-3, 0.5)
-MOST, LEAST = 4000, 300
-MUONS_FLOPS = 300  # a step and block, times width^3: five iterations of three products for each of its six matrices
+CORE_FLOPS, CPU_SECONDS = 4e10, 1800
+# Muon trains small towers from random parameters. (Learning rate at batch 256, warm-up as a share of the first
+# WARMUP_BASE steps) for CLIP and for other objectives. A warm-up below FULL_RATE_WARMUP lowers the rate in proportion:
+# it rises no faster than where it was tuned, on validation of the icons and of the demo (docs/duel.md, docs/demo.md).
+CLIP_RATE, OTHER_RATE = (8e-3, 0.6), (4e-3, 0.5)
+WARMUP_BASE, FULL_RATE_WARMUP = 4000, 300
+MUON_FLOPS = 300  # per block and step, times width^3: five iterations of three products for each of six matrices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,8 +167,8 @@ def _schedule(config: ml_collections.ConfigDict, machine: Machine, trained: int,
     # A tower of another package may not count its FLOPs.
     if machine.platform == "cpu" and not asked and (step := cost.step_flops(schema.resolve(config))):
         towers = (config.model.img, config.model.txt)
-        updates = sum(MUONS_FLOPS * tower.depth * tower.width**3 for tower in towers) if muon else 0.0
-        affordable = int(LONGEST * CORE * machine.cores / (step + updates))
+        updates = sum(MUON_FLOPS * tower.depth * tower.width**3 for tower in towers) if muon else 0.0
+        affordable = int(CPU_SECONDS * CORE_FLOPS * machine.cores / (step + updates))
         steps = min(steps, max(affordable, trained // batch, 2))
     config.steps = steps
     config.optim.lr = 2e-5 if pretrained else 1e-3 if config.model.img.width < 768 else 5e-4
@@ -186,10 +185,12 @@ def _schedule(config: ml_collections.ConfigDict, machine: Machine, trained: int,
 def _set_muon(config: ml_collections.ConfigDict) -> None:
     """Set the optimizer of small towers from random parameters, and for CLIP what won the same search."""
     optim, contrastive = config.optim, config.objective.name in ("clip", "superclip")
-    rate, share = CLIPS_RATE if contrastive else OTHER_RATE
+    rate, share = CLIP_RATE if contrastive else OTHER_RATE
     optim.name = "muon"
-    optim.warmup = max(optim.warmup, int(share * min(config.steps, MOST)))
-    optim.lr = float(f"{rate * min(math.sqrt(config.data.batch / 256), max(optim.warmup, 1) / LEAST, 1):.3g}")
+    optim.warmup = max(optim.warmup, int(share * min(config.steps, WARMUP_BASE)))
+    optim.lr = float(
+        f"{rate * min(math.sqrt(config.data.batch / 256), max(optim.warmup, 1) / FULL_RATE_WARMUP, 1):.3g}"
+    )
     if contrastive:
         optim.weight_decay, config.objective.clip.label_smoothing = 0.05, 0.2
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +26,7 @@ from xclip_jax.models import lora
 from xclip_jax.models.two_towers import TOWERS, TwoTowers
 from xclip_jax.objectives import Objective, make_objective
 from xclip_jax.parallel import sharding
-from xclip_jax.parallel.mesh import AXES, BATCH_AXES, check_batch, make_mesh
+from xclip_jax.parallel.mesh import AXES, batch_shards, check_batch, make_mesh
 from xclip_jax.train import state
 from xclip_jax.train.step import Augment, SpikeFilter, TrainStep, compile_step
 
@@ -70,7 +69,7 @@ class Experiment:
     @property
     def text_rows(self) -> tuple[int, int]:
         """(texts per device and microbatch, number of such groups in a step)."""
-        draws = math.prod(self.mesh.shape[axis] for axis in BATCH_AXES) * self.config.optim.microbatches
+        draws = batch_shards(self.mesh) * self.config.optim.microbatches
         return self.config.data.batch // draws, draws
 
     def transform(self, fields: Sequence[str] = ()) -> "Transform":
@@ -117,8 +116,8 @@ def _length_groups(config: Config, model: TwoTowers) -> LengthGroups:
     groups = LengthGroups.parse(config.data.length_groups)
     if groups.cuts and ("txt" not in model.towers or not model.txt.cuttable):
         raise UserError(
-            f"data.length_groups={config.data.length_groups!r} cuts texts, and the text tower reads what follows their "
-            "end, or there is none; set it to 'full'."
+            f"data.length_groups={config.data.length_groups!r} cuts texts, but the text tower reads their padding, or "
+            "there is no text tower; set it to 'full'."
         )
     return groups
 
@@ -140,7 +139,7 @@ def _make_step(
         return optim.stop_frozen(lora.merged(params), frozen, towers) if frozen else lora.merged(params)
 
     microbatches = config.optim.microbatches
-    shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    shards = batch_shards(mesh)
     shardings = jax.tree.map(lambda x: x.sharding, abstract.params)
     if layout.strategy == "zero1":
         shardings = sharding.zero1_shardings(abstract.params, shardings, mesh)
@@ -182,8 +181,6 @@ def build(config: ml_collections.ConfigDict | Config, devices: list[jax.Device] 
     init = state.init_fn(
         model,
         tx,
-        image_size=model.img.image_size,
-        text_length=model.txt.context_length,
         loss_state=objective.initial_state(config.model, tokens.vocab_size)
         | (spikes.initial_state() if spikes else {}),
         ema=config.ema.on or objective.teacher,

@@ -49,16 +49,16 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:_REASON]}"
 
 
-def _is_new(record: logging.LogRecord) -> bool:
-    """Whether a log record says more than the exceptions that Orbax raises, or that a folder is only read."""
+def _keep_record(record: logging.LogRecord) -> bool:
+    """Logging filter: drop Orbax's records of exceptions that it also raises, and of read-only folders."""
     return "orbax" not in record.pathname or not (record.exc_info or "read only" in record.getMessage())
 
 
 class _Manager(ocp.CheckpointManager):
-    """Saves when it is told to. Orbax also asks JAX's preemption service whether to, by the step's number.
+    """Checkpoint manager that does not ask JAX's preemption service: the training loop saves at a signal by itself.
 
-    The service knows one count, of `interrupt.PreemptionHandler.requested`: a signal after a number that is far ahead
-    of it would be heard when the count comes there, which is never.
+    The service stops all processes at one more than the largest number asked about. Orbax would ask with step numbers,
+    which the count of calls in `interrupt.PreemptionHandler.requested` never reaches.
     """
 
     def reached_preemption(self, step: int) -> bool:
@@ -102,13 +102,13 @@ class Checkpointer:
                 create_directories_asynchronously=False,
             ),
         )
-        # The second reads parts of what the first writes.
+        # The PyTree handler can restore parts of what the standard handler writes.
         handler = ocp.PyTreeCheckpointHandler() if read_only else ocp.StandardCheckpointHandler()
         handlers, self._read_only = {"state": handler, "position": ocp.JsonCheckpointHandler()}, read_only
         self._saving, self._size, self._failed = -1, 0, False  # of the last save: step, bytes, whether it failed
         self._watcher: threading.Thread | None = None
         self._failure: UserError | None = None
-        logging.getLogger("absl").addFilter(_is_new)
+        logging.getLogger("absl").addFilter(_keep_record)
         self._manager = _Manager(self.path, options=options, item_handlers=handlers)
 
     def latest(self) -> int | None:

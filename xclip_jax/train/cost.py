@@ -1,4 +1,4 @@
-"""What a train step costs: floating point operations, what MFU is measured against, and memory, and what needs less.
+"""Cost of a train step: FLOPs, the peak FLOP/s that MFU is relative to, and memory, with flags that reduce it.
 
 FLOPs are analytic. A multiplication and an addition count as two. Only matrix products count, as is the custom; XLA's
 own cost analysis counts the body of a loop over layers once. Causal attention counts in full, since it is computed in
@@ -22,7 +22,7 @@ from xclip_jax.data.length_groups import LengthGroups
 from xclip_jax.models.tower import TextTower
 from xclip_jax.models.two_towers import TOWERS
 from xclip_jax.objectives import make_objective
-from xclip_jax.parallel.mesh import BATCH_AXES, batch_sharding
+from xclip_jax.parallel.mesh import batch_sharding, batch_shards
 from xclip_jax.parallel.topology import CHIPS
 from xclip_jax.train.build import Experiment, build
 
@@ -74,8 +74,8 @@ def step_flops(config: Config, groups: LengthGroups | None = None, rows: int | N
     Args:
       config: of a run.
       groups: groups of its texts; None for the config's own groups.
-      rows: texts that a device orders together (`Experiment.text_rows`), in whole numbers of which they are cut; None
-        for the shares of the groups as they are.
+      rows: texts per device and microbatch (`Experiment.text_rows`), to round groups to whole texts; None for exact
+        shares.
     """
     parts = forward_flops(config)
     tower, groups = config.model.tower("txt"), groups or LengthGroups.parse(config.data.length_groups)
@@ -211,7 +211,7 @@ def fits_by_far(experiment: Experiment, limit: float) -> bool:
     if config.model.plugins:
         return False  # towers of another package
     # Devices along the model axis hold the same activations of the towers.
-    rows = config.data.batch / math.prod(experiment.mesh.shape[axis] for axis in BATCH_AXES)
+    rows = config.data.batch / batch_shards(experiment.mesh)
     classes = experiment.tokenizer.vocab_size if "tokens" in experiment.model.outputs else 0
     logits = 24 * rows * max(config.data.batch, config.model.cluster_head.clusters, classes)
     activations = rows / config.optim.microbatches * activation_bytes(config)

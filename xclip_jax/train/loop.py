@@ -13,7 +13,7 @@ from xclip_jax.core.console import log0
 from xclip_jax.core.errors import describe, public
 from xclip_jax.core.run_folder import RunFolder
 from xclip_jax.data import loader
-from xclip_jax.data.ledger import Ledger, TooManyBadSamples
+from xclip_jax.data.ledger import TooManyBadSamples
 from xclip_jax.data.records import interruptible_iterator
 from xclip_jax.evaluators import registry, tables
 from xclip_jax.evaluators.base import Evaluator
@@ -41,7 +41,9 @@ def train(
         # Skipped steps change no parameters, and their checkpoints would push out earlier ones.
         if not (regular and log.skipped.in_a_row):
             with log.clock.stall():
-                checkpointer.save(state, _position(job, step, log.ledger))
+                b = job.config.data.batch
+                position = {"samples": step * b, "batch": b, "seed": job.config.seed, "counters": log.ledger.counters}
+                checkpointer.save(state, position)
             watch.saved = step
 
     try:
@@ -110,12 +112,6 @@ def batches(
         # Steps are dispatched without waiting: this batch travels to the devices while they compute the last step.
         yield loader.to_global(local, experiment.mesh)
         watch.enter(DATA, sources)
-
-
-def _position(job: Job, step: int, ledger: Ledger) -> dict[str, Any]:
-    """Return the position in the data after `step`, for a checkpoint."""
-    b = job.config.data.batch
-    return {"samples": step * b, "batch": b, "seed": job.config.seed, "counters": ledger.counters}
 
 
 def _can_save_after(error: Exception, phase: str) -> bool:

@@ -80,7 +80,7 @@ class SkippedSteps:
         return self._skipped
 
     def rewind(self, state: TrainState) -> TrainState:
-        """Return the state of the newest checkpoint before the skipped steps, at the step of `state`, which is deleted.
+        """Restore the newest checkpoint before the skipped steps with the step number of `state`; `state` is deleted.
 
         The steps since then are undone, and their samples are not read again: step, learning rate, samples and random
         numbers go on. A run that is killed before or after this resumes to the same end.

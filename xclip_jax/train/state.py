@@ -11,6 +11,7 @@ import optax
 from flax.traverse_util import flatten_dict
 
 from xclip_jax.models import lora
+from xclip_jax.models.two_towers import TwoTowers
 from xclip_jax.parallel import sharding
 
 
@@ -46,11 +47,9 @@ class TrainState:
 
 
 def init_fn(
-    model: nn.Module,
+    model: TwoTowers,
     tx: optax.GradientTransformation,
     *,
-    image_size: int,
-    text_length: int,
     loss_state: dict[str, Any],
     ema: bool,
     seed: int,
@@ -59,8 +58,8 @@ def init_fn(
     """A function of no arguments that makes a boxed `TrainState`, to be traced by `create` and `abstract`."""
 
     def init() -> TrainState:
-        image = jnp.zeros((2, image_size, image_size, 3))
-        text = jnp.zeros((2, text_length), jnp.int32)
+        size = model.img.image_size
+        image, text = jnp.zeros((2, size, size, 3)), jnp.zeros((2, model.txt.context_length), jnp.int32)
         variables = model.init(jax.random.key(seed), image, text)
         params, batch_stats = variables["params"], variables.get("batch_stats", {})
         if adapters.rank:
@@ -83,7 +82,7 @@ def init_fn(
 
 
 def abstract(boxed: Any, layout: sharding.MeshLayout) -> TrainState:
-    """Shapes, dtypes and shardings in `layout` of the state that `jax.eval_shape` of an `init_fn` returns, `boxed`."""
+    """Return the abstract state: shapes, dtypes and shardings in `layout`; `boxed` is `jax.eval_shape` of `init_fn`."""
     shapes, specs = nn.unbox(boxed), sharding.shardings(boxed, layout)
     specs = specs.replace(opt_state=_as_parameters(shapes, specs))
     if layout.strategy == "zero1":
@@ -95,9 +94,9 @@ def abstract(boxed: Any, layout: sharding.MeshLayout) -> TrainState:
 
 
 def _as_parameters(shapes: TrainState, specs: TrainState) -> Any:
-    """Shardings of the optimizer's state: of a moment as of its parameter, of sums over an axis and of counters none.
+    """Return shardings of the optimizer's state: moments like their parameters, factored sums and counters whole.
 
-    An array belongs to the parameter whose path its own ends with, whatever the optimizer wraps around it.
+    An array belongs to the parameter whose path is a suffix of its own, however the optimizer nests it.
     """
     parameters = flatten_dict(shapes.params)
     of_parameters = flatten_dict(specs.params)

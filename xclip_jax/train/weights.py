@@ -153,16 +153,11 @@ def _device_put_checked(variables: Variables, experiment: Experiment, path: str)
     """`variables` on the devices, checked against the model that their config describes."""
     expected = flatten_dict(experiment.abstract.variables(), sep="/")
     tensors = flatten_dict(dict(variables), sep="/")
-    names = expected.keys() | tensors.keys()
-    differing = sorted(name for name in names if _shape(expected.get(name)) != _shape(tensors.get(name)))
-    if differing:
+    shapes = [{name: tuple(x.shape) for name, x in part.items()} for part in (expected, tensors)]
+    if differing := sorted({name for name, _ in shapes[0].items() ^ shapes[1].items()}):
         raise UserError(f"{path}: tensors do not match its config: {_listed(differing)}.")
     put = {name: jax.device_put(tensors[name], replicated(experiment.mesh)) for name in expected}
     return {"params": {}, "batch_stats": {}} | unflatten_dict(put, sep="/")
-
-
-def _shape(x: Any) -> tuple[int, ...] | None:
-    return None if x is None else tuple(x.shape)
 
 
 def _evaluated(experiment: Experiment) -> TrainState:
@@ -201,7 +196,7 @@ def read_initial(config: Config, abstract: TrainState, classes: Sequence[str] | 
 def _convert_given(
     config: Config, target: Variables, classes: Sequence[str] | None
 ) -> tuple[dict[str, np.ndarray], list[str], Config, int]:
-    """Return what `convert_params` does of `config.init.weights`, and the config and the step of these weights."""
+    """Return `convert_params` of `config.init.weights`, with the config and step of these weights."""
     where = config.init.weights
     pinned = hub.pin(where)
     source_config, source, variables, step = load(pinned)
@@ -257,9 +252,9 @@ def mix(given: Mapping[str, np.ndarray], tuned: Variables, share: float) -> Vari
     """Return (1 - share) * given + share * tuned of every tensor, as WiSE-FT does (arXiv 2109.01903).
 
     Args:
-      given: of `read_given`; a tensor that it lacks stays tuned. 0 is given exactly, and 1 is tuned.
+      given: result of `read_given`; tensors that it lacks stay tuned.
       tuned: variables of the run.
-      share: of the tuned weights, from 0 to 1.
+      share: of the tuned weights, from 0 (exactly given) to 1 (exactly tuned).
     """
     if share == 1:
         return tuned
