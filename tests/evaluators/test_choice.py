@@ -101,6 +101,14 @@ def test_equal_scores_are_wrong():
     assert choice._right([np.array([[np.nan, 0.1]]), np.array([[-np.inf, -np.inf]])])["accuracy"].tolist() == [0, 0]
 
 
+def test_a_right_text_that_stands_among_the_wrong_ones_is_wrong():
+    """Rows of one matrix product may differ in their last bits though their texts are equal."""
+    pictures, texts = noise(200), words(400)
+    items = [[right, other, right] for right, other in zip(texts[::2], texts[1::2], strict=True)]
+    metrics = by_name(measured(ChoiceSet("set", pictures, np.arange(200)[:, None], items), embed=512))[0]
+    assert [x for name, x in metrics.items() if name.endswith("accuracy")] == [0, 0, 0, 0]
+
+
 def test_all_scores_of_a_model_with_two_similarities():
     """ "both" is the sum of the two logits, each over its deviation among the pairs that items have."""
     data = single(2)

@@ -31,6 +31,7 @@ class ChoiceSet:
       texts: texts of each item; the first is right for the first image, and the second for the second image if there is
         one. All others are wrong.
       groups: bool (n,) of named parts, such as relations; "macro_accuracy" is the unweighted mean over parts.
+      files: number of the file of each item's first image, int (n,), where several images are cut from one file.
     """
 
     evaluator: ClassVar[str] = "choice"
@@ -41,6 +42,7 @@ class ChoiceSet:
     texts: Sequence[Sequence[str]]
     groups: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     card: Provenance = dataclasses.field(default_factory=Provenance)
+    files: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         paired = np.shape(self.pictures)[1:] == (2,)
@@ -55,8 +57,8 @@ class ChoiceSet:
 
     @property
     def together(self) -> np.ndarray | None:
-        """First image of each item, int (n,), if items have one in common."""
-        first = self.pictures[:, 0]
+        """First image or file of each item, int (n,), if items have one in common."""
+        first = self.pictures[:, 0] if self.files is None else self.files
         return first if len(set(first)) < len(first) else None
 
 
@@ -95,7 +97,8 @@ class Choice(Evaluator):
 
     def scores(self, variables: Variables) -> dict[str, list[np.ndarray]]:
         """Return {score: (images, texts) of each item}."""
-        texts, similarities = self.data.texts, self.encoder.similarities
+        # Equal texts of an item are scored once: columns of one product may differ in their last bits.
+        texts, similarities = [list(dict.fromkeys(item)) for item in self.data.texts], self.encoder.similarities
         img, rows = zeroshot.encode_pairs(
             self.encoder, variables, self.data.images, [text for item in texts for text in item]
         )
@@ -108,7 +111,11 @@ class Choice(Evaluator):
             values = np.concatenate([own.scores(x[own.feature], y[i])[own.logits].ravel() for x, y in parts])
             spreads.append(float(values[np.isfinite(values)].std()) if np.isfinite(values).any() else 1.0)
         compared = [zeroshot.compare(similarities, x, y, spreads) for x, y in parts]
-        return {score: [scores[score] for scores in compared] for score in compared[0]}
+        columns = [[own.index(text) for text in item] for own, item in zip(texts, self.data.texts, strict=True)]
+        return {
+            score: [scores[score][:, places] for scores, places in zip(compared, columns, strict=True)]
+            for score in compared[0]
+        }
 
     def measure(self, variables: Variables) -> list[Result]:
         """Return the results that the class docstring lists; items with a common image are resampled together."""

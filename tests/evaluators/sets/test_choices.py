@@ -120,6 +120,16 @@ def test_the_box_belongs_to_the_identity(tmp_path):
     assert load(f"aro/vg_relation@{tmp_path}").card.split_hash != before
 
 
+def test_boxes_of_one_image_are_resampled_together(tmp_path):
+    aro(tmp_path, "relation")
+    path = tmp_path / "visual_genome_relation.json"
+    path.write_text(path.read_text().replace('"image_path": "1.jpg"', '"image_path": "0.jpg"'))
+    data = load(f"aro/vg_relation@{tmp_path}")
+    assert len(data.images) == 30 and data.together[:3].tolist() == [0, 0, 1]
+    aro(tmp_path, "relation")
+    assert load(f"aro/vg_relation@{tmp_path}").together is None
+
+
 def test_damaged_layouts(sugarcrepe, tmp_path):
     (sugarcrepe / "val2017" / f"{1:012}.jpg").unlink()
     with pytest.raises(UserError, match=r"sugarcrepe: .* is not in the published layout .*000000000001\.jpg"):
@@ -170,6 +180,14 @@ def test_rows_that_name_one_file_are_resampled_together(table):
     results = registry.measure(registry.evaluator(make_encoder(), data), small_model()[1])
     (accuracy,) = (result for result in results if result.key == "accuracy")
     assert accuracy.items.groups.tolist() == [0, 1, 0]
+
+
+def test_a_file_that_is_exchanged_changes_the_identity(table):
+    spec = f"choice/csv:{table}?image=file&text=good&text=bad"
+    before = load(spec).card.split_hash
+    assert load(spec).card.split_hash == before
+    (table.parent / "0.png").write_bytes((table.parent / "1.png").read_bytes() + b"more")
+    assert load(spec).card.split_hash != before
 
 
 def test_a_right_text_is_one(table):

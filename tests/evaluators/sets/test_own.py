@@ -80,6 +80,11 @@ def test_rows_of_one_image_are_one_item_with_all_their_captions(tmp_path):
     assert list(captions.values()) == parts[0].captions
 
 
+def test_an_image_without_captions_is_named():
+    with pytest.raises(UserError, match=r"^set: record 1 has no caption; add one, or leave the image out\.$"):
+        own.captioned("set", [b"", b""], [["a"], []], ["a", "b"], SIZE, PROFILES["openai"])
+
+
 def test_captions_of_own_pairs_follow_the_profile_but_for_its_prefix(pairs):
     spec = f"retrieval/folder:{pairs}"
     plain = registry.load(spec, SIZE)

@@ -20,7 +20,7 @@ from xclip_jax.core.errors import UserError, describe
 from xclip_jax.data import images, sources
 from xclip_jax.data.base import MissingColumnError
 from xclip_jax.data.config import DataConfig
-from xclip_jax.data.labelled import Paths
+from xclip_jax.data.labelled import Paths, file_size
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.data.readers.table import ColumnSource
 from xclip_jax.evaluators.base import Joined, Pictures, SetKind
@@ -47,6 +47,11 @@ class Crops(Paths):
     def __init__(self, paths: Sequence[pathlib.Path], boxes: Sequence[Sequence[float]]) -> None:
         super().__init__(paths)
         self._boxes = boxes
+
+    def files(self) -> np.ndarray:
+        """Return the number of each rectangle's file, int (n,)."""
+        number = {path: i for i, path in enumerate(dict.fromkeys(self.paths))}
+        return np.array([number[path] for path in self.paths])
 
     def __getitem__(self, index: int) -> Any:
         left, top, width, height = self._boxes[index]
@@ -120,7 +125,9 @@ def read_rows(spec: str, data: DataConfig) -> Loaded:
     texts = [[text for cell in row[: len(keys)] for text in cell] for row in rows]
     parts = [", ".join(row[-1]) if groups else "" for row in rows]
     cells = [table.images for table in tables]
-    return Joined(cells), pictures, texts, parts, [size for column in cells for size in column.sizes()]
+    sizes = [size for column in cells for size in column.sizes()]
+    ids = [(size[0], file_size(path)) if path else size for size, path in zip(sizes, named, strict=True)]
+    return Joined(cells), pictures, texts, parts, ids
 
 
 def load(spec: str, prepare: Preprocessing | int, data: DataConfig, profile: Profile) -> ChoiceSet:
@@ -147,7 +154,8 @@ def load(spec: str, prepare: Preprocessing | int, data: DataConfig, profile: Pro
         metric="group_score" if paired else "macro_accuracy" if name in _ARO else "accuracy",
     )
     groups = {part: parts == part for part in dict.fromkeys(of_items) if part}
-    return ChoiceSet(spec, Pictures(items[0], prepare), pictures, texts, groups, card)
+    files = items[0].files() if isinstance(items[0], Crops) else None
+    return ChoiceSet(spec, Pictures(items[0], prepare), pictures, texts, groups, card, files)
 
 
 class ChoiceSets(SetKind):

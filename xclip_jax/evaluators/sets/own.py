@@ -22,7 +22,7 @@ from xclip_jax.data import holdout, sources
 from xclip_jax.data.base import MissingColumnError
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.holdout import Subset
-from xclip_jax.data.labelled import Field
+from xclip_jax.data.labelled import Field, item_name
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.evaluators.base import HELD_OUT, Joined, Pictures, SetKind
 from xclip_jax.evaluators.prompts import Profile
@@ -128,6 +128,9 @@ def captioned(
 ) -> RetrievalSet:
     """Return a retrieval set of encoded images, identified by `ids`, and their captions as the profile changes them."""
     prepare, texts = profile.preprocessing(prepare), [profile.texts(of_image) for of_image in captions]
+    for i, of_image in enumerate(texts):
+        if not of_image:
+            raise UserError(f"{name}: {item_name(images, i)} has no caption; add one, or leave the image out.")
     kept = f"first {profile.captions}" if profile.captions else "all"
     card = Provenance(
         **origin,
