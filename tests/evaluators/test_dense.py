@@ -3,21 +3,25 @@
 import dataclasses
 import functools
 import io
+import types
 
+import jax
 import numpy as np
 import PIL.Image
 import pytest
 import tensorflow_datasets as tfds
+from etils import epath
 from sklearn.linear_model import LogisticRegression
 
 from tests.extension.conv_mixer import ConvMixer
 from tests.helpers.encoding import PREPARE, SIZE, build_encoder, by_name, make_encoder, small_model
+from tests.helpers.made_results import entry
 from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.evaluators import dense, registry, tables
 from xclip_jax.evaluators.dense import DenseProbe, DenseSet, MaskedImages
 from xclip_jax.evaluators.feature_classifiers import Sweep
-from xclip_jax.evaluators.results import flat
+from xclip_jax.evaluators.results import Provenance, add, flat, make_entry
 from xclip_jax.evaluators.statistics import bootstrap
 
 GRID = 2  # of the small model, whose patches have 4 x 4 pixels
@@ -55,7 +59,7 @@ def shares(mask):
 def test_areas_are_shares_of_the_labelled_part_of_a_patch():
     mask = np.array([[0, 0, 1, 1], [0, 1, 1, 1], [255, 255, 2, 2], [255, 0, 255, 0]], np.uint8)
     expected = [[[0.75, 0.25, 0], [0, 1, 0]], [[0, 0, 0], [1 / 3, 0, 2 / 3]]]  # of the third a quarter is labelled
-    np.testing.assert_allclose(dense.areas(mask, 3, 2, Preprocessing(4)), expected, atol=1e-6)
+    np.testing.assert_allclose(dense.areas(mask, 3, 2, 2, Preprocessing(4)), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +73,7 @@ def test_a_mask_is_cut_as_its_image_is(options, shape):
     y, x = np.indices(shape)
     mask = ((y > 0.4 * x + 20).astype(np.uint8) + 2 * (x > 90)).astype(np.uint8)
     prepare = Preprocessing(64, **options)
-    found = dense.areas(mask, 4, 4, prepare)
+    found = dense.areas(mask, 4, 4, 16, prepare)
     image = prepare(np.stack([np.where(mask == c, 255, 0) for c in (1, 2, 3)], axis=-1).astype(np.uint8))
     expected = image.reshape(4, 16, 4, 16, 3).mean(axis=(1, 3)) / 255
     if "longest" in options.values():  # its borders have no class, and fill most of eight patches
@@ -79,7 +83,36 @@ def test_a_mask_is_cut_as_its_image_is(options, shape):
     np.testing.assert_allclose(found[..., 1:], expected, atol=0.04)
 
 
+@pytest.mark.parametrize(("size", "patch"), [(384, 14), (223, 16), (10, 4)])
+def test_pixels_beside_the_last_patch_are_in_no_area(size, patch):
+    """Patches of one class each, and another one on the pixels that the tower ignores."""
+    grid = size // patch
+    labels = np.random.default_rng(0).integers(0, 2, (grid, grid))
+    mask = np.full((size, size), 2, np.uint8)
+    mask[: grid * patch, : grid * patch] = labels.repeat(patch, axis=0).repeat(patch, axis=1)
+    found = dense.areas(mask, 3, grid, patch, Preprocessing(size))
+    # The mask is sampled: a sample near a patch's side may be of the next patch.
+    np.testing.assert_allclose(found, np.eye(3)[labels], atol=0.13)
+    assert not found[..., 2].any()
+
+
 # The probe.
+
+
+def test_masks_and_pixels_are_those_of_patches_where_an_image_has_a_remainder():
+    """SigLIP's 384 pixels in patches of 14, on a small scale: of 9 pixels the tower sees 8."""
+    size = 9
+    img = dataclasses.replace(small_model()[0].img, image_size=size, patch=4, pool="map")
+    assert not list(img.conflicts())
+    encoder = types.SimpleNamespace(grid=img.grid, image_size=size)
+    rng = np.random.default_rng(0)
+    masks = [rng.integers(0, 3, (size, size), np.uint8) for _ in range(6)]
+    images = [rng.integers(0, 256, (size, size, 3), np.uint8) for _ in range(6)]
+    part = MaskedImages(images, masks)
+    probe = DenseProbe(encoder, DenseSet("set", ("a", "b", "c"), part, NONE, part, PREPARE.with_size(size)))
+    np.testing.assert_allclose(probe._labels[1], [shares(mask[:8, :8]) for mask in masks], atol=1e-6)
+    ((_, pixels),) = probe._pixels(images, 0)
+    np.testing.assert_allclose(pixels[2, 1, 0, :48], images[2][4:8, :4].ravel() / 255)
 
 
 def test_it_is_scikit_learns_regression_and_loops_over_patches(monkeypatch):
@@ -150,6 +183,34 @@ def test_1_and_8_devices_give_the_same():
     assert one == pytest.approx(flat(measured()), abs=1e-2)
 
 
+def test_probes_of_other_patches_or_views_are_not_compared(tmp_path):
+    """Their targets differ; how an image's pixels are interpolated does not change the target."""
+    model = small_model()[0]
+    small = build_encoder(model.clone(img=dataclasses.replace(model.img, patch=2)))
+    data, files = random_set(card=Provenance(protocol="p; q", metric="miou")), {}
+    squash = dataclasses.replace(data, prepare=dataclasses.replace(PREPARE, resize_mode="squash"))
+    bilinear = dataclasses.replace(data, prepare=dataclasses.replace(PREPARE, interpolation="bilinear"))
+    for name, encoder, part in (
+        ("first", make_encoder(), data),
+        ("bilinear", make_encoder(), bilinear),
+        ("patches", small, data),
+        ("view", make_encoder(), squash),
+    ):
+        probe = DenseProbe(encoder, part)
+        fields = entry("dense/set") | make_entry("set", probe.name, [probe.result("miou", 50.0)], PREPARE)
+        files[name] = str(tmp_path / name)
+        add(epath.Path(files[name]), fields, {}, {}, own=True)
+    assert tables.compare(files["first"], files["bilinear"])[0]["difference"] == 0
+    for name, (left, right) in {
+        "patches": ("2 x 2 patches of 4 px in images of 8 px", "4 x 4 patches of 2 px in images of 8 px"),
+        "view": (r"2 x 2 .*\(shorter side, central crop\)", r"2 x 2 .*\(each side\)"),
+    }.items():
+        with pytest.raises(
+            UserError, match=f"set is not the same in .* protocol is '{left}.*' and '{right}[^;]*'; eva"
+        ):
+            tables.compare(files["first"], files[name])
+
+
 class Searched(Exception):
     pass
 
@@ -202,6 +263,14 @@ def test_an_unreadable_test_image_is_wrong_and_one_of_training_left_out():
     )
     counts = [by_name(r)[0]["dense/set/unreadable"] for r in (results, both)]
     assert counts == [1, 2]
+
+
+def test_a_model_that_diverged_is_wrong_everywhere():
+    nans = jax.tree.map(lambda x: np.full(x.shape, np.nan, x.dtype), small_model()[1])
+    metrics = DenseProbe(make_encoder(), random_set(prompts=[["a"], ["b"], ["c"]])).run(nans)
+    for key in ("miou", "accuracy", "zeroshot/miou"):
+        assert metrics[f"dense/set/{key}"] == 0, key
+    assert metrics["dense/set/pixels/miou"] > 0 and "dense/set/log10_c" not in metrics
 
 
 def test_groups_are_resampled_together_and_classes_that_the_test_lacks_do_not_count():

@@ -43,6 +43,52 @@ def test_a_probe_gives_the_same_on_1_and_8_devices():
     assert one == pytest.approx(eight, abs=1e-3)
 
 
+def test_a_class_that_training_lacks_counts():
+    """With the first two of three classes in training, the answers are not those of two classes."""
+    labels = np.arange(40) % 2, np.array([], int), np.array([0, 1, 2, 0, 1, 2])
+    data = ProbeSet("set", *map(images, labels), {"": labels}, Sweep((1.0,), 0))
+    metrics, items = by_name(Probe(make_encoder(), data).measure(small_model()[1]))
+    assert metrics["visual/set/ways"] == 3
+    for way in ("linear", "knn"):
+        assert items[f"visual/set/{way}/top1"].values.tolist() == [1, 1, 0] * 2
+        assert not {f"visual/set/{way}/f1", f"visual/set/{way}/matthews"} & set(metrics)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize(("folds", "tested"), [(0, True), (3, True), (3, False)])
+def test_a_model_that_diverged_is_wrong_everywhere(value, folds, tested):
+    """Also where validation chooses C, and in SentEval's folds."""
+
+    class Encoder:
+        def texts(self, variables, texts, features):
+            return {"features": np.full((len(texts), 3), value, np.float32)}
+
+    texts, y = ["a"] * 12, np.arange(12) % 2
+    sides = [texts, texts[:0] if folds else texts, texts if tested else texts[:0]]
+    data = ProbeSet("set", *sides, {"": [y[: len(side)] for side in sides]}, folds=folds)
+    metrics, items = by_name(Probe(Encoder(), data).measure(None))
+    ways = ("linear", "knn") if tested else ("linear",)
+    assert {key for key in metrics if key.endswith("top1")} == {f"textual/set/{way}/top1" for way in ways}
+    assert all(not item.values.any() for key, item in items.items() if key.endswith("top1"))
+    assert metrics["textual/set/linear/mean_per_class"] == 0 and "textual/set/linear/log10_c" not in metrics
+
+
+def test_rows_that_are_not_finite_are_wrong_and_not_trained_on():
+    """In each of SentEval's folds."""
+
+    class Encoder:
+        def texts(self, variables, texts, features):
+            rows = np.array([[float(text in "bd"), 1.0] for text in texts], np.float32)
+            rows[[text in "cd" for text in texts], 1] = np.inf
+            return {"features": rows}
+
+    texts = list("ab" * 10 + "cd")
+    y = np.arange(22) % 2
+    data = ProbeSet("set", texts, [], [], {"": (y, y[:0], y[:0])}, Sweep((1.0,), 0), folds=2)
+    _, items = by_name(Probe(Encoder(), data).measure(None))
+    assert items["textual/set/linear/top1"].values.tolist() == [1.0] * 20 + [0.0] * 2
+
+
 def test_a_text_probe():
     texts, labels = ["aaaa", "zzzz", "aaa", "zzz"] * 5, np.array([0, 1, 0, 1] * 5)
     data = ProbeSet("set", texts, [], texts[:4], {"": (labels, labels[:0], labels[:4])}, sweep=Sweep((1.0,)))

@@ -197,6 +197,9 @@ def test_results_of_other_profiles_or_templates_are_not_compared(tmp_path):
     (tmp_path / "z").mkdir()
     with pytest.raises(UserError, match=r"templates is 'a' and 'b'"):
         compared(tmp_path / "z", [entry(set="z", templates="a")], [entry(set="z", templates="b")])
+    (tmp_path / "w").mkdir()
+    with pytest.raises(UserError, match=r"protocol is 'of 4 px' and 'of 2 px'; evaluate both again alike, or without"):
+        compared(tmp_path / "w", [entry(set="w", protocol="of 4 px; p")], [entry(set="w", protocol="of 2 px; p")])
 
 
 def test_the_columns_of_a_comparison_are_as_wide_as_their_cells(tmp_path):

@@ -91,15 +91,18 @@ class DenseSet:
         return self.test.groups
 
 
-def areas(mask: np.ndarray, classes: int, grid: int, prepare: Preprocessing) -> np.ndarray:
+def areas(mask: np.ndarray, classes: int, grid: int, patch: int, prepare: Preprocessing) -> np.ndarray:
     """Return the share of each class in the labelled area of each patch, fp32 (grid, grid, classes).
 
-    `prepare` is the preprocessing of the image. A patch has zeros if less than half of it is labelled.
+    `prepare` is the preprocessing of the image, and `patch` the side of a patch of its result, pixels. What remains at
+    the right and at the bottom is in no patch. A patch has zeros if less than half of it is labelled.
     """
-    view = prepare.with_size(grid * _SAMPLES).mask(mask)
-    position = np.arange(grid * _SAMPLES) // _SAMPLES
-    patch = position[:, None] * grid + position
-    counts = np.bincount((patch * 256 + view).ravel(), minlength=grid**2 * 256).reshape(grid, grid, 256)[..., :classes]
+    # The view of the whole image, as the patches cut it; rounding its side shifts no sample by more than half of one.
+    side = grid * _SAMPLES
+    view = prepare.with_size(round(prepare.size * _SAMPLES / patch)).mask(mask)[:side, :side]
+    position = np.arange(side) // _SAMPLES
+    number = position[:, None] * grid + position
+    counts = np.bincount((number * 256 + view).ravel(), minlength=grid**2 * 256).reshape(grid, grid, 256)[..., :classes]
     labelled = counts.sum(axis=-1, keepdims=True)
     return np.where(2 * labelled >= _SAMPLES**2, counts / np.maximum(labelled, 1), 0).astype(np.float32)
 
@@ -138,6 +141,23 @@ class DenseProbe(Evaluator):
                 "xclip_jax.models.tower.ImageTower); leave this set out."
             )
         super().__init__(encoder, data)
+        # Patches are the model's: `tables.compare` refuses results of others, whose targets are easier or harder.
+        protocol = "; ".join(filter(None, (self._target, data.card.protocol)))
+        self.data = dataclasses.replace(data, card=dataclasses.replace(data.card, protocol=protocol))
+
+    @property
+    def _patch(self) -> int:
+        """Side of a patch, pixels."""
+        # The encoder has the grid alone. It leaves no doubt unless as many pixels remain as there are patches along a
+        # side, as of 223 pixels in patches of 16.
+        return self.encoder.image_size // self.encoder.grid
+
+    @property
+    def _target(self) -> str:
+        """In words, what decides the target of a patch beside the masks."""
+        grid, prepare = self.encoder.grid, self.data.prepare
+        view = prepare.resizing.replace(f" {prepare.interpolation}", "")  # masks take the nearest pixel
+        return f"{grid} x {grid} patches of {self._patch} px in images of {prepare.size} px ({view})"
 
     def measure(self, variables: Variables) -> list[Result]:
         """Return the results listed in the class docstring."""
@@ -158,16 +178,17 @@ class DenseProbe(Evaluator):
                 item = PerExample(areas_of[0][:, some], other=areas_of[1][:, some], statistic="iou")
                 results.append(self.result(f"zeroshot/{key}", item.value(), unit="x 100", n=len(predicted), items=item))
         counts = {"n": len(predicted), "train": sum(len(part.images) for part in self.data.parts[:2])}
-        counts |= {"ways": len(self.data.classes), "patches": self.encoder.grid**2, "log10_c": np.log10(c)}
+        counts |= {"ways": len(self.data.classes), "patches": self.encoder.grid**2}
+        counts |= {} if c is None else {"log10_c": np.log10(c)}
         return [*results, *(self.count(key, value) for key, value in counts.items())]
 
     @functools.cached_property
     def _labels(self) -> tuple[np.ndarray, np.ndarray]:
         """Shares of classes in patches, fp32 (n, grid, grid, classes), of training and validation, and of test."""
-        classes, grid, prepare = len(self.data.classes), self.encoder.grid, self.data.prepare
+        arguments = len(self.data.classes), self.encoder.grid, self._patch, self.data.prepare
 
         def shares(*parts: MaskedImages) -> np.ndarray:
-            return np.stack([areas(mask, classes, grid, prepare) for part in parts for mask in part.masks])
+            return np.stack([areas(mask, *arguments) for part in parts for mask in part.masks])
 
         return shares(*self.data.parts[:2]), shares(self.data.test)
 
@@ -185,8 +206,11 @@ class DenseProbe(Evaluator):
             chosen.append(np.sort(rng.permutation(members)[:most]))
         return chosen[0], chosen[1]
 
-    def _predict(self, encode: _Encode) -> tuple[np.ndarray, float]:
-        """Return predicted shares of test patches, fp32 (n, grid, grid, classes), 0 where unreadable; and the C."""
+    def _predict(self, encode: _Encode) -> tuple[np.ndarray, float | None]:
+        """Return predicted shares of test patches, fp32 (n, grid, grid, classes), 0 where unreadable; and the C.
+
+        All are 0 without a C if no feature is finite: the model diverged, and all answers are wrong.
+        """
         classes, chosen = len(self.data.classes), np.concatenate(self._chosen)
         order = np.sort(chosen)
         rows = []
@@ -197,9 +221,11 @@ class DenseProbe(Evaluator):
         x = np.concatenate(rows)[np.searchsorted(order, chosen)]
         y = self._labels[0].reshape(-1, classes)[chosen]
         fitted = np.arange(len(x)) < len(self._chosen[0])
-        readable = ~np.isnan(x).any(axis=1)
-        if (readable & fitted).any() and (readable & ~fitted).any():  # else logistic.fit reports NaN
-            x, y, fitted = x[readable], y[readable], fitted[readable]
+        finite = np.isfinite(x).all(axis=1)
+        if not finite.any():
+            return np.zeros_like(self._labels[1]), None
+        if (finite & fitted).any() and (finite & ~fitted).any():  # else logistic.fit reports NaN
+            x, y, fitted = x[finite], y[finite], fitted[finite]
         mean, deviation = x.mean(axis=0), np.maximum(x.std(axis=0), 1e-6)
         x = (x - mean) / deviation
         c, _ = search((x[fitted], y[fitted]), (x[~fitted], y[~fitted]), classes, _SWEEP, _score)
@@ -236,7 +262,7 @@ class DenseProbe(Evaluator):
         own, encoder, prompts = self.encoder.similarities[:1], self.encoder, self.data.prompts
         txt = encoder.texts(variables, [text for texts in prompts for text in texts], (own[0].feature,))
         pixels = np.arange(encoder.image_size) + 0.5  # scores are constant beyond the outermost patches' centres
-        centres = (np.arange(encoder.grid) + 0.5) * (encoder.image_size // encoder.grid)
+        centres = (np.arange(encoder.grid) + 0.5) * self._patch
         weights = np.stack([np.interp(pixels, centres, row) for row in np.eye(encoder.grid)])
         classes, masks, confusions = len(prompts), self.data.test.masks, []
         for start, z in encoder.patches(variables, self.data.test.images, len(self._labels[0]), projected=True):
@@ -266,8 +292,7 @@ class DenseProbe(Evaluator):
 
     def _pixels(self, images: Sequence[np.ndarray], _: int) -> Iterator[tuple[int, np.ndarray]]:
         """Yield pixels of each patch, between 0 and 1, and its one-hot position, as `Encoder.patches` does."""
-        grid, size = self.encoder.grid, self.encoder.image_size
-        side = size // grid
+        grid, side = self.encoder.grid, self._patch
         position = np.eye(grid**2, dtype=np.float32).reshape(grid, grid, -1)
         for start in range(0, len(images), _BATCH):
             block = np.full((min(_BATCH, len(images) - start), grid, grid, 3 * side**2), np.nan, np.float32)

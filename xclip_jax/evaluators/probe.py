@@ -81,7 +81,7 @@ class Probe(Evaluator):
         """Return the results listed in the class docstring."""
         features, results, others = self._features(variables), [], []
         for task, labels in self.data.tasks.items():
-            tested, num_classes = labels[2] if len(labels[2]) else labels[0], int(labels[0].max()) + 1
+            tested, num_classes = labels[2] if len(labels[2]) else labels[0], _num_classes(labels)
             n, majority = len(tested), 100 * float(np.mean(tested == np.bincount(labels[0]).argmax()))
             chance = {"top1": majority, "mean_per_class": 100 / len(np.unique(tested))}  # of one answer to all
             for probe, (values, extra) in self._task(features, labels).items():
@@ -111,14 +111,18 @@ class Probe(Evaluator):
 
     def _task(self, features: Sequence[np.ndarray], labels: Sequence[np.ndarray]) -> dict[str, Fit]:
         """Return {"linear": fit, "knn": fit, ...} of one task."""
-        classes, sweep, count = int(labels[0].max()) + 1, self.data.sweep, self.data.folds
+        classes, sweep, count = _num_classes(labels), self.data.sweep, self.data.folds
         train, validation, test = ((x, y) for x, y in zip(features, labels, strict=True))
-        readable = [~np.isnan(x).any(axis=1) for x in features[:2]]
-        # Unreadable images are not trained on. If the model diverged all rows are NaN, and all answers are wrong.
-        if readable[0].any() and not np.concatenate(readable).all():
-            train, validation = ((x[keep], y[keep]) for (x, y), keep in zip((train, validation), readable, strict=True))
+        finite = [np.isfinite(x).all(axis=1) for x in features[:2]]
+        if not finite[0].any():  # the model diverged: nothing can be fitted, and all answers are wrong
+            wrong = np.zeros(len(test[1]) or len(train[1])), {}
+            return {"linear": wrong} | ({"knn": wrong} if self.data.neighbours and len(test[1]) else {})
+        if not np.concatenate(finite).all():  # unreadable images are not trained on
+            train, validation = ((x[keep], y[keep]) for (x, y), keep in zip((train, validation), finite, strict=True))
         if count and not len(test[1]):
-            return {"linear": nested(*train, classes, sweep.coarse, count, sweep.tolerance)}
+            right = np.zeros(len(labels[0]))
+            right[finite[0]], extra = nested(*train, classes, sweep.coarse, count, sweep.tolerance)
+            return {"linear": (right, extra)}
         if count:
             sweep = Sweep((choose(*train, classes, sweep.coarse, count, sweep.tolerance),), 0, sweep.tolerance)
         fits = {"linear": linear(train, validation, test, classes, sweep, self._score)}
@@ -138,6 +142,11 @@ def _are_texts(items: Sequence[Any]) -> bool:
         return isinstance(items[0], (str, tuple))
     except BadSample:
         return False
+
+
+def _num_classes(labels: Sequence[np.ndarray]) -> int:
+    """Return the number of classes; training items may lack some that others have."""
+    return int(np.concatenate(labels).max()) + 1
 
 
 def _items(values: np.ndarray, labels: np.ndarray, classes: int) -> dict[str, PerExample]:

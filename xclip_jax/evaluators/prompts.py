@@ -16,6 +16,14 @@ from xclip_jax.core.errors import UserError
 from xclip_jax.data.preprocessing import Preprocessing
 
 
+def check_templates(texts: Sequence[str], origin: str = "") -> None:
+    """Raise `UserError` if a template lacks {c}: it would be the same for all classes. `origin` is their file."""
+    for line, text in enumerate(texts, 1):
+        if "{c}" not in text:
+            place = f"{origin}, line {line}: " if origin else ""
+            raise UserError(f"{place}template {text!r} has no {{c}}, where the name of the class goes; add it.")
+
+
 @dataclasses.dataclass(frozen=True)
 class Profile:
     """A project's protocol, for numbers that can be compared with its tables.
@@ -45,8 +53,7 @@ class Profile:
     names: Mapping[str, str | Sequence[str]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if wrong := [template for template in self.templates if "{c}" not in template]:
-            raise UserError(f"template {wrong[0]!r} has no {{c}}, where the name of the class goes; add it.")
+        check_templates(self.templates)
 
     def preprocessing(self, prepare: Preprocessing | int) -> Preprocessing:
         """Return the model's preprocessing with the protocol's resizing; a number is CLIP's at that size."""

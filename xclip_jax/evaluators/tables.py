@@ -264,8 +264,11 @@ def compare(
         same = [(x, y) for x in of_a for y in of_b if all(x[key] == y[key] for key in ("profile", "changes"))]
         left, right = same[-1] if same else (of_a[-1], of_b[-1])
         if different := [key for key in _COMPARED_KEYS if left.get(key) != right.get(key)]:
-            values = " and ".join(repr(side.get(different[0])) for side in (left, right))
-            fault = f"{name} is not the same in {a} and {b}: {different[0]} is {values}; evaluate both again alike."
+            values = " and ".join(map(repr, _different_parts(left.get(different[0]), right.get(different[0]))))
+            fault = (
+                f"{name} is not the same in {a} and {b}: {different[0]} is {values}; evaluate both again alike, or "
+                "without it and with another --output."
+            )
             if refused is None:
                 raise UserError(fault)
             refused.append(fault)
@@ -285,6 +288,14 @@ def compare(
     if not compared and not refused:
         raise UserError(f"{a} and {b} have no set in common; evaluate both with the same --suite.")
     return compared
+
+
+def _different_parts(a: str | None, b: str | None) -> tuple[str | None, str | None]:
+    """Return two values of entries without the parts, between semicolons, that both have: a reason is then short."""
+    if a is None or b is None:
+        return a, b
+    parts = a.split("; "), b.split("; ")
+    return "; ".join(x for x in parts[0] if x not in parts[1]), "; ".join(x for x in parts[1] if x not in parts[0])
 
 
 def _select(path: str, step: int | None, profile: str | None, share: float) -> tuple[list[Entry], ItemsOf]:

@@ -179,9 +179,9 @@ def results(runs: Sequence[Run]) -> Section:
 
 
 def _of_same_data(a: Result, b: Result) -> bool:
-    """Whether two results of a set have equal data, as far as their number and hash say."""
+    """Whether two results of a set have equal data and protocol, as far as their number, hash and words say."""
     hashes = {a.protocol.split_hash, b.protocol.split_hash} - {""}
-    return a.n == b.n and len(hashes) < 2
+    return a.n == b.n and len(hashes) < 2 and a.protocol.protocol == b.protocol.protocol
 
 
 def _differences(

@@ -169,8 +169,7 @@ def test_a_csv_file(tmp_path):
     assert several.labels.tolist() == [[True, True, False], [False, False, True]]
     rows = [["path", "label"], *([f"images/{i}.png", str(i % 2)] for i in range(3))]
     memes = registry.load(f"hatefulmemes@{table(tmp_path / 'c.csv', rows)}", SIZE, None, OPENAI)
-    metrics = evaluate(memes)
-    assert 0 <= metrics[f"zeroshot/{memes.name}/roc_auc"] <= 100
+    assert 0 <= evaluate(memes)[f"zeroshot/{memes.name}/roc_auc"] <= 100
 
 
 @pytest.mark.parametrize(
@@ -198,9 +197,9 @@ def test_unknown_profiles_list_the_known():
 
 def test_top1_top5_is_their_mean(tmp_path):
     for i in range(12):
-        write(tmp_path / f"{i:02d}" / "x.png", 20 * i)
-    metrics = evaluate(registry.load(f"kinetics700@{tmp_path}", SIZE, None, OPENAI))
+        write(tmp_path / f"act {i:02d}" / "x.png", 20 * i)
     of = f"zeroshot/kinetics700@{tmp_path}"
+    metrics = evaluate(load(f"kinetics700@{tmp_path}"))
     assert metrics[f"{of}/top1_top5"] == pytest.approx((metrics[f"{of}/top1"] + metrics[f"{of}/top5"]) / 2)
 
 
@@ -260,14 +259,39 @@ def test_a_folder_of_the_200_has_their_names(tmp_path):
     wnids = tfds.builder("imagenet_a").info.features["label"].names
     for i, number in enumerate(prompts.IMAGENET_A):
         write(tmp_path / wnids[number] / "x.png", i)
-    data = registry.load(f"imagenet_a@{tmp_path}", SIZE, None, OPENAI)
-    whole = prompts.class_names("imagenet1k", [str(i) for i in range(1000)])
+    data = load(f"imagenet_a@{tmp_path}")
+    whole = prompts.published("imagenet1k")
     assert data.names == [whole[i] for i in prompts.IMAGENET_A] and data.labels.tolist() == list(range(200))
 
 
 def test_labels_of_tfds(tmp_path):
     data = load(f"eurosat@{folder(tmp_path / 'land', ['SeaLake', 'AnnualCrop'])}")
     assert named(data) == {0: "lake or sea", 1: "annual crop land"}
+
+
+def test_labels_that_tfds_knows_once_it_has_prepared_the_set(tmp_path):
+    names = ["plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    builder = tfds.builder("cifar10:3.0.2", data_dir=tmp_path / "tfds")
+    builder.info.features["label"].names = names
+    builder.data_path.mkdir(parents=True)
+    builder.info.write_to_directory(builder.data_path)
+    for classes in (["0", "3"], ["plane", "cat"]):
+        path = folder(tmp_path / classes[0], classes)
+        data = registry.load(f"cifar10@{path}", SIZE, str(tmp_path / "tfds"))
+        assert named(data) == {0: "plane", 1: "cat"} and data.names == names
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "message"),
+    [
+        ("cifar10", list("0123456789"), "has a class '0', a number, .*prepare cifar10:3.0.2 with TFDS"),
+        ("cifar100", list("abcdefghijklmnopqrst"), "has 20 classes, not 100, .*prepare cifar100:3.0.2"),
+        ("ucf101", ["Archery", "7"], "has a class '7', a number, .* as published, or evaluate folder:PATH"),
+    ],
+)
+def test_numbers_and_missing_classes_are_refused_where_names_are_not_known(name, classes, message, tmp_path):
+    with pytest.raises(UserError, match=f"{name}: '{tmp_path}' {message}"):
+        registry.load(f"{name}@{folder(tmp_path, classes)}", SIZE, str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -280,6 +304,7 @@ def test_labels_of_tfds(tmp_path):
         ("pets", [f"class {i}" for i in range(37)], "'class 0'"),
         ("imagenet", ["missile", "tench"], "'missile'"),  # two classes have this name
         ("country211", ["AD", "AE"], "'AD'"),
+        ("dtd", ["banded", "cat"], "'cat'"),
     ],
 )
 def test_classes_that_would_have_to_be_guessed_are_refused(name, classes, strange, tmp_path):
@@ -295,13 +320,15 @@ def test_own_labels_are_names_as_they_are(tmp_path):
     assert data.prompts[data.names.index("red_fox")] == ["a photo of a red fox"]
     rows = [[f"folder/{name}/x.png", name] for name in own]
     assert named(load(f"csv:{labelled_table(tmp_path / 'a.csv', rows)}")) == dict(enumerate(own))
-    cars = load(f"cars@{folder(tmp_path / 'cars', ['McLaren MP4-12C Coupe 2012'])}")
-    assert cars.names == ["McLaren MP4-12C Coupe 2012"]
+    name = "McLaren MP4-12C Coupe 2012"
+    assert named(load(f"cars@{folder(tmp_path / 'cars', [name])}")) == {0: name}
 
 
 def test_labels_of_three_sets_are_made_readable(tmp_path):
-    data = load(f"cub200@{folder(tmp_path / 'birds', ['001.Black_footed_Albatross'])}")
-    assert data.names == ["Black footed Albatross"] and published.ENTRIES["sun397"].readable
+    path = folder(tmp_path / "birds", [f"{i + 1:03}.Black_footed_Bird{i}" for i in range(200)])
+    assert registry.load(f"cub200@{path}", SIZE, str(tmp_path)).names[0] == "Black footed Bird0"
+    data = load(f"sun397@{folder(tmp_path / 'sun', ['airplane_cabin', 'bakery shop'])}")
+    assert named(data) == {0: "airplane cabin", 1: "bakery shop"} and len(data.prompts) == 397
     assert load(f"ucf101@{folder(tmp_path / 'acts', ['ApplyEyeMakeup'])}").names == ["Apply Eye Makeup"]
 
 
@@ -337,7 +364,7 @@ def test_other_images_with_the_same_labels_have_another_hash(tmp_path):
     assert load(f"csv:{tmp_path / '0.csv'}").card.split_hash != one.split_hash
 
 
-@pytest.mark.parametrize("spec", ["folder:{}", "cub200@{}", "finetuned/folder:{}"])
+@pytest.mark.parametrize("spec", ["folder:{}", "ucf101@{}", "finetuned/folder:{}"])
 def test_the_place_of_a_set_and_its_times_are_not_in_the_hash(spec, tmp_path):
     path = folder(tmp_path / "one", ["cat", "dog"])
     copy = tmp_path / "far" / "away" / "two"

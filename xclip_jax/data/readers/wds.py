@@ -26,6 +26,7 @@ CLASSES, SEVERAL, CAPTIONS = "classification", "multilabel", "retrieval"
 _ANSWERS = {CLASSES: ".cls", SEVERAL: ".npy", CAPTIONS: ".txt"}
 _IMAGES = (".webp", ".png", ".jpg", ".jpeg")  # the first of several counts
 _SHARDS = "nshards.txt"
+TEMPLATES = "zeroshot_classification_templates.txt"
 _HUB = re.compile(rf"({hub_client.ID})(?:@([^/]+))?(?:/([\w.-]+))?")
 
 
@@ -169,7 +170,7 @@ def open_labelled(split: Split) -> labelled.Labelled:
                 f"{split.spec}: {images.name(i)!r} has the label {answer[:20]!r}; expected {expected}."
             ) from None
     source = labelled.Labelled("image", images, labels.astype(bool) if split.type == SEVERAL else labels, names)
-    source.templates = split.lines("zeroshot_classification_templates.txt", optional=True)
+    source.templates = split.lines(TEMPLATES, optional=True)
     source.version = split.version
     return source
 

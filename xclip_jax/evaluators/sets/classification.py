@@ -10,6 +10,7 @@ finetuned/SOURCE                labelled items for a model with a classifier
 import dataclasses
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -118,7 +119,7 @@ def load(spec: str, prepare: Preprocessing | int, data: DataConfig, profile: Pro
         return own_set(name, read_source(name, data.dir or None), prepare, profile)
     if name.startswith(BABEL):
         content = read_babel(name, data.dir or None)
-        texts, used = prompts.prompts(content.classes, content.templates), f"translated ({len(content.templates)})"
+        texts, used = prompts.prompts(content.classes, content.templates), _described("translated", content.templates)
         return _make(name, content, Entry(), texts, used, profile.preprocessing(prepare))
     key, entry, content = read(name, data.dir or None)
     classes = content.classes
@@ -144,6 +145,7 @@ def own_set(name: str, content: Content, prepare: Preprocessing | int, profile: 
     A data set with its own templates keeps them and its names. Class names for unknown classes are ignored.
     """
     if content.templates:
+        prompts.check_templates(content.templates, f"{name}: {wds.TEMPLATES if name.startswith(WDS) else 'templates'}")
         profile = dataclasses.replace(profile, templates=(), names={})
     if profile.names and not set(profile.names) & set(content.classes):
         raise UserError(
@@ -154,7 +156,7 @@ def own_set(name: str, content: Content, prepare: Preprocessing | int, profile: 
     spaced = [label if content.templates else prompts.spaced(label) for label in content.classes]
     words = [profile.names.get(label, word) for label, word in zip(content.classes, spaced, strict=True)]
     templates = profile.templates or content.templates or "dummy"
-    description = f"the data set's ({len(content.templates)})" if content.templates else "dummy (1)"
+    description = _described("the data set's", content.templates) if content.templates else "dummy (1)"
     if profile.templates:
         description = " | ".join(profile.templates)
     if profile.names:
@@ -162,6 +164,11 @@ def own_set(name: str, content: Content, prepare: Preprocessing | int, profile: 
     entry = Entry(metric="map" if np.ndim(content.labels) == 2 else "top1")
     texts = prompts.prompts(words, templates)
     return _make(name, content, entry, texts, description, profile.preprocessing(prepare))
+
+
+def _described(whose: str, templates: Sequence[str]) -> str:
+    """Return words for a set's own templates, with a digest so that --compare refuses results by edited ones."""
+    return f"{whose} ({len(templates)}) {digest(templates)}"
 
 
 def _make(

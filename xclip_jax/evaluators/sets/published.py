@@ -1,9 +1,10 @@
 """Table of the published sets of labelled images, and their readers: TFDS, a folder, a CSV file; and `dense/pets`.
 
-The table has the origin, templates, class names and metric of each set. If clip-benchmark names a set's classes, the
-folders and CSV labels of `NAME@PATH` must match those names: by a published name, a label of the TFDS data set (a
-WordNet id for ImageNet), or the class number from 0. Other labels are refused because their order would be a guess. All
-published classes are possible answers, including classes without images.
+The table has the origin, templates, class names and metric of each set. If clip-benchmark or TFDS names a set's
+classes, the folders and CSV labels of `NAME@PATH` must match those names: by a published name, a label of the TFDS data
+set (a WordNet id for ImageNet), or the class number from 0. Other labels are refused because their order would be a
+guess. All published classes are possible answers, including classes without images. If the names are not known, the
+labels in PATH are the names, see `_check_unknown`.
 """
 
 import dataclasses
@@ -148,8 +149,7 @@ def read(spec: str, data_dir: str | None) -> tuple[str, Entry, Content]:
         raise UserError(f"{name} is not in TFDS; write {name}@PATH, a folder of one sub-folder a class or a CSV file.")
     if path:
         images, labels, classes = read_files(name, pathlib.Path(path))
-        if entry.names:
-            labels, classes = _published(name, entry, labels, classes)
+        labels, classes = _published(spec, labels, classes, data_dir)
         return name, entry, Content(images, labels, classes, path)
     content = read_tfds(name, entry, entry.split, data_dir)
     labels = content.labels
@@ -174,14 +174,24 @@ def read_tfds(name: str, entry: Entry, split: str, data_dir: str | None) -> Cont
     return Content(Field(source, "image"), labels, classes, data, version, entry.split, [data, version, split])
 
 
-def _published(name: str, entry: Entry, labels: np.ndarray, classes: Sequence[str]) -> tuple[np.ndarray, list[str]]:
-    """Return labels and names of the published classes, from labels whose classes are called `classes`."""
-    whole = prompts.published(entry.names)
+def _published(
+    spec: str, labels: np.ndarray, classes: Sequence[str], data_dir: str | None
+) -> tuple[np.ndarray, list[str]]:
+    """Return labels and names of the published classes, from the labels of NAME@PATH whose classes are `classes`."""
+    name = spec.partition("@")[0]
+    entry = ENTRIES[name]
+    tfds_labels = _tfds_labels(entry.tfds, entry.label, data_dir) if entry.tfds else []
+    if entry.names:
+        whole = prompts.published(entry.names)
+    elif all(map(_is_number, tfds_labels)):  # TFDS has numbers for names that come with the images
+        _check_unknown(spec, classes, len(tfds_labels))
+        return labels, list(classes)
+    else:
+        whole = [prompts.readable(label) for label in tfds_labels] if entry.readable else tfds_labels
     kept = entry.classes or range(len(whole))
     published = [whole[i] for i in kept]
-    tfds_labels = _tfds_labels(entry.tfds, entry.label) if entry.tfds else []
     # Without 0 among them, numbers may well begin at 1.
-    from_zero = any(label.isascii() and label.isdigit() and int(label) == 0 for label in classes)
+    from_zero = any(_is_number(label) and int(label) == 0 for label in classes)
     numbers = [str(i) for i in range(len(published))] if from_zero else []
     try:
         of_tfds = [tfds_labels[i] for i in kept] if tfds_labels else []
@@ -199,11 +209,32 @@ def _published(name: str, entry: Entry, labels: np.ndarray, classes: Sequence[st
     return several, published
 
 
+def _is_number(label: str) -> bool:
+    return label.isascii() and label.isdigit()
+
+
+def _check_unknown(spec: str, classes: Sequence[str], expected: int) -> None:
+    """Check the classes of NAME@PATH, whose names are not known: no numbers, and `expected` of them unless it is 0.
+
+    A number would become the prompt, and classes that are missing could not be answers.
+    """
+    name, _, path = spec.partition("@")
+    number = next(filter(_is_number, classes), None)
+    if number is None and expected in (0, len(classes)):
+        return
+    fault = f"has {len(classes)} classes, not {expected}" if number is None else f"has a class {number!r}, a number"
+    known = f"prepare {ENTRIES[name].tfds} with TFDS, which knows their names, " if expected else ""
+    raise UserError(
+        f"{name}: {path!r} {fault}, and the names of {name}'s classes are not known here. Name all of the set's "
+        f"classes as published, {known}or evaluate folder:PATH or csv:PATH with --class-names FILE."
+    )
+
+
 @functools.cache
-def _tfds_labels(name: str, feature: str) -> list[str]:
+def _tfds_labels(name: str, feature: str, data_dir: str | None) -> list[str]:
     """Return the labels of a TFDS data set, prepared or not; [] if this version of TFDS lacks it."""
     try:
-        return list(tfds.builder(name).info.features[feature].names)
+        return list(tfds.builder(name, data_dir=data_dir).info.features[feature].names)
     except Exception:  # files can be read without TFDS
         return []
 
