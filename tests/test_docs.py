@@ -40,3 +40,16 @@ def test_the_page_of_extensions_has_their_code(name):
 def test_pages_include_no_files():
     for path in [*(ROOT / "docs").rglob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]:
         assert "--8<--" not in path.read_text(), path
+
+
+@pytest.mark.parametrize("name", ["docs/verdicts.md", "README.md"])
+def test_intervals_of_the_answer_are_in_the_tables_of_the_studies(name):
+    """A difference may be stated from either side."""
+
+    def intervals(page):
+        rows = re.findall(r"([+-]?\d+\.\d) \[([+-]?\d+\.\d),\s([+-]?\d+\.\d)\]", (ROOT / page).read_text())
+        numbers = [tuple(map(float, row)) for row in rows]
+        return {min((mean, low, high), (-mean, -high, -low)) for mean, low, high in numbers}
+
+    stated = intervals(name)
+    assert stated and stated <= intervals("docs/study.md") | intervals("docs/duel.md")
