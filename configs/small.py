@@ -4,7 +4,7 @@
     xclip-jax train --config small:pairs=/my/pairs.csv,image=path,text=caption,weights=hf:ORG/NAME
 
 pairs is a folder of images with .txt files next to them, a table, tars, or any spec of data.sources. Some hundred of
-the pairs are read to choose towers, image size, context, batch, cluster head, learning rate, steps and intervals
+the pairs are read to choose towers, image size, context, batch, cluster head, optimizer, its rate, steps and intervals
 (xclip_jax/train/autosize.py). A share of the pairs is held out by content, evaluated on the way (retrieval/holdout, and
 zeroshot/holdout if sub-folders, or a column "label" of some sources, name one class an image) and shown in
 RUN/report.html. Lines say what was chosen, and why held-out images of such a source are not classified.
