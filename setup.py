@@ -84,6 +84,7 @@ setup(
         "orbax-checkpoint>=0.11.30,<0.13",
         "packaging>=22",
         "pillow>=10.3",
+        "protobuf>=5",
         "pyarrow>=16",
         "safetensors>=0.4",
         "simplejpeg>=1.8",

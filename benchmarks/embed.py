@@ -157,8 +157,6 @@ def compare(options: argparse.Namespace) -> None:
     for side, median in medians.items():
         print(f"| {side} | {median:.1f} |")
     print(f"\nxclip_jax / open_clip: {medians['xclip_jax'] / medians['open_clip']:.2f}")
-    if options.out:
-        pathlib.Path(options.out).write_text(json.dumps({"medians": medians, "runs": runs}, indent=2) + "\n")
 
 
 def main() -> None:
@@ -171,7 +169,6 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=384)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", default="", help="JSON file to write")
     parser.add_argument("--side", choices=("xclip_jax", "open_clip"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:

@@ -9,7 +9,6 @@ for. Takes a minute or two a chip on two cores.
 import argparse
 import importlib.metadata
 import itertools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,27 +19,16 @@ from xclip_jax.models import kernels
 from xclip_jax.parallel import hlo
 from xclip_jax.parallel.topology import CHIPS, devices_of
 
-
-class Shape(NamedTuple):
-    """Sizes of the kernel: channels of a head, sequences, rows of each, those that count, channels, causal or not."""
-
-    kv: int
-    b: int
-    n: int
-    tokens: int
-    d: int
-    causal: bool
-
-
+# Channels of a head, sequences, rows of each, tokens among them, channels, causal or not.
 SHAPES = {
-    "B/16 images": Shape(64, 128, 200, 197, 768, False),
-    "B/16 texts": Shape(64, 128, 80, 77, 512, True),
-    "L/14 images": Shape(64, 128, 264, 257, 1024, False),
+    "B/16 images": (64, 128, 200, 197, 768, False),
+    "B/16 texts": (64, 128, 80, 77, 512, True),
+    "L/14 images": (64, 128, 264, 257, 1024, False),
 }
 
 
-def compiled(chip: str, shape: Shape) -> tuple[Kernel, Kernel]:
-    """Return the kernel and its gradient as a program for one device has them."""
+def compiled(chip: str, shape: tuple[int, int, int, int, int, bool]) -> tuple[Kernel, Kernel]:
+    """Return the kernel and its gradient as a program for one device has them; `shape` is as in `SHAPES`."""
     where = jax.sharding.SingleDeviceSharding(devices_of(CHIPS[chip].smallest)[0][0])
     kv, b, n, tokens, d, causal = shape
     arrays = [((b, n, 3 * d), jnp.bfloat16), ((1, 3 * d), jnp.float32), ((b, n, d), jnp.bfloat16)]

@@ -22,7 +22,6 @@ import contextlib
 import functools
 import io
 import itertools
-import json
 import math
 import multiprocessing
 import os
@@ -232,7 +231,6 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--index", type=int, default=100_000)
     parser.add_argument("--quick", action="store_true", help="2,000 images once, an index of 10,000: for a first look")
-    parser.add_argument("--out", default="", help="JSON file to write")
     options = parser.parse_args()
     if options.quick:
         options.images, options.repeats, options.index = 2000, 1, 10_000
@@ -266,8 +264,6 @@ def main() -> None:
         f"index of a million samples: {result['index_seconds_1M']:.0f} s on one core, "
         f"{result['index_bytes_1M'] / 1e6:.0f} MB (from {options.index:,})"
     )
-    if options.out:
-        pathlib.Path(options.out).write_text(json.dumps({"medians": result, "runs": runs}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -54,12 +54,6 @@ class Kernel:
         """Bytes of operands and results."""
         return sum(array.bytes for text in (*self.operands, *self.results) for array in hlo.arrays(text))
 
-    @property
-    def flops(self) -> float:
-        """FLOPs by its author's estimate, 0 without one."""
-        estimate = json.loads(self.config)["custom_call_config"].get("cost_estimate", {})
-        return float(estimate.get("flops", 0))
-
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:

@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if flags.workers < 1:
             raise UserError(f"--workers is {flags.workers}; expected at least 1.")
         if flags.dry_run:
-            print(overview(matrix, Snapshot(matrix, records.read_all(runs)), only))
+            print(overview(Snapshot(matrix, records.read_all(runs)), only))
             return
         if study.recipe and study.name == DEFAULT and not flags.docs:
             raise UserError(

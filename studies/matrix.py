@@ -227,35 +227,22 @@ def _set(config: ml_collections.ConfigDict, name: str, value: Any) -> None:
 _EVALUATION = 60.0  # seconds, before any is measured
 
 
-class Clock:
-    """Estimates seconds of runs from the records of others: of the same arm, else of the same objective and batch."""
-
-    def __init__(self, matrix: Matrix, snapshot: Snapshot) -> None:
-        self._guess = matrix.study.seconds_per_pair
-        self._records = [record for record in snapshot.records.values() if not record.error]
-
-    def seconds(self, run: Run) -> float:
-        """Return the estimate for a run, also for one that waits for its recipe."""
-        config = run.config
-        groups = (
-            [r for r in self._records if r.arm == run.arm.name],
-            [r for r in self._records if self._alike(r) == (config.objective.name, config.data.batch)],
-            self._records,
-        )
-        speeds = next(
-            (s for group in groups if (s := [v for r in group if (v := _per_pair(r)) is not None])), [self._guess]
-        )
-        sets = len({*config.eval.sets, *config.eval.final_sets})
-        measured = [
-            (len(_sets(r)), r.seconds["evaluation"]) for r in self._records if r.seconds["evaluation"] is not None
-        ]
-        same = [seconds for count, seconds in measured if count == sets] or [seconds for _, seconds in measured]
-        evaluation = sum(same) / len(same) if same else _EVALUATION
-        return config.steps * config.data.batch * sum(speeds) / len(speeds) + evaluation
-
-    @staticmethod
-    def _alike(record: RunRecord) -> tuple[str, int]:
-        return record.config["objective.name"], record.config["data.batch"]
+def seconds_left(snapshot: Snapshot, run: Run) -> float:
+    """Estimate a run by records of the same arm, else of the same objective and batch; it may wait for its recipe."""
+    config, known = run.config, [record for record in snapshot.records.values() if not record.error]
+    kind = config.objective.name, config.data.batch
+    groups = (
+        [r for r in known if r.arm == run.arm.name],
+        [r for r in known if (r.config["objective.name"], r.config["data.batch"]) == kind],
+        known,
+    )
+    measured = ([v for r in group if (v := _per_pair(r)) is not None] for group in groups)
+    speeds = next(filter(None, measured), [snapshot.study.seconds_per_pair])
+    sets = len({*config.eval.sets, *config.eval.final_sets})
+    spent = [(len(_sets(r)), r.seconds["evaluation"]) for r in known if r.seconds["evaluation"] is not None]
+    same = [seconds for count, seconds in spent if count == sets] or [seconds for _, seconds in spent]
+    evaluation = sum(same) / len(same) if same else _EVALUATION
+    return config.steps * config.data.batch * sum(speeds) / len(speeds) + evaluation
 
 
 def _sets(record: RunRecord) -> set[str]:
@@ -274,9 +261,9 @@ def selected(snapshot: Snapshot, only: Collection[str]) -> list[Run]:
     return [run for run in runs if first[run.config_group] is run]
 
 
-def overview(matrix: Matrix, snapshot: Snapshot, only: Collection[str]) -> str:
+def overview(snapshot: Snapshot, only: Collection[str]) -> str:
     """Return what --dry-run prints: a line for each arm with finished and missing runs and the hours of the latter."""
-    clock, runs = Clock(matrix, snapshot), selected(snapshot, only)
+    runs = selected(snapshot, only)
     width = max((len(run.arm.name) for run in runs), default=4)
     lines = [f"{'arm':<{width}}  {'section':<9}{'runs':>5}{'done':>6}{'hours left':>12}"]
     total = dict.fromkeys(SECTIONS, 0.0)
@@ -284,7 +271,7 @@ def overview(matrix: Matrix, snapshot: Snapshot, only: Collection[str]) -> str:
         of_arm = [run for run in runs if run.arm.name == name]
         arm = of_arm[0].arm
         left = [run for run in of_arm if run.key not in snapshot.records]
-        hours = sum(map(clock.seconds, left)) / 3600
+        hours = sum(seconds_left(snapshot, run) for run in left) / 3600
         total[arm.section] += hours
         waits = f"  waits for tuning of {arm.tuned}" if any(not run.key for run in left) else ""
         lines.append(

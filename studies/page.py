@@ -126,13 +126,8 @@ def _tuning(snapshot: Snapshot) -> Iterator[str]:
             value = estimate_text(mean_of(snapshot, arm.name, study.choose), study.choose)
             rows.append([arm.title + mark, runs_text(snapshot, arm.name), value])
         yield from [f"### {objective}", "", *table(["candidate", "runs", study.choose.label], rows)]
-        if best and (edges := _edges(best, arms)):
+        if best and (edges := _extremes(best.changes, [arm.changes for arm in arms])):
             yield from [f"At the edge of what was tried: {', '.join(edges)}.", ""]
-
-
-def _edges(best: Arm, arms: Sequence[Arm]) -> list[str]:
-    """Keys for which the best candidate has the smallest or the largest of at least three values."""
-    return _extremes(best.changes, [arm.changes for arm in arms])
 
 
 def _extremes(changes: Mapping[str, Any], tried: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -9,6 +9,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from flax.traverse_util import unflatten_dict
+
 from studies.declaration import ON_VALIDATION
 from xclip_jax.config import schema
 from xclip_jax.core.errors import UserError
@@ -69,7 +71,7 @@ class RunRecord:
     @property
     def key(self) -> str:
         """Identity of what was run, see `config_key`."""
-        return config_key(nest(self.config))
+        return config_key(unflatten_dict(dict(self.config), sep="."))
 
     @property
     def name(self) -> str:
@@ -88,18 +90,6 @@ class RunRecord:
         of_set = [result for result in self.results if result.set == set_name and not result.group]
         headlines = [(result.task, result.metric) for result in of_set if result.headline]
         return {r.score: r.key for r in of_set if headlines and (r.task, r.metric) == headlines[0]}
-
-
-def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """{"optim.lr": 1} -> {"optim": {"lr": 1}}."""
-    nested: dict[str, Any] = {}
-    for name, value in flat.items():
-        *path, last = name.split(".")
-        group = nested
-        for part in path:
-            group = group.setdefault(part, {})
-        group[last] = value
-    return nested
 
 
 def short(value: Any) -> Any:

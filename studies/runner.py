@@ -17,7 +17,7 @@ from typing import Any
 from etils import epath
 
 from studies import records
-from studies.matrix import Clock, Matrix, Run, Snapshot, selected
+from studies.matrix import Matrix, Run, Snapshot, seconds_left, selected
 from studies.worker import DIVERGED, REQUEST
 from xclip_jax.config import schema
 from xclip_jax.core import environment
@@ -252,9 +252,8 @@ class Runner:
         now = time.monotonic()
         if not (due := [active for active in self._active.values() if now - active.shown > _SHOWN_EVERY]):
             return
-        clock = Clock(self.matrix, snapshot)
         total = len(selected(snapshot, self.only))
-        left = sum(map(clock.seconds, todo)) / self.workers
+        left = sum(seconds_left(snapshot, run) for run in todo) / self.workers
         for active in due:
             active.shown = now
             with open(active.folder / "output.log", "rb") as log:

@@ -176,14 +176,6 @@ def _differences_of(snapshot: Snapshot, a: str | None, b: str | None, measures: 
     return [signed_text(d, m) for d, m in zip(pairs, measures, strict=True)]
 
 
-def _dose_controls(snapshot: Snapshot, dose: DoseResponse) -> list[str]:
-    """Return the differences from the controls of a dose, none without any."""
-    if not dose.controls:
-        return []
-    measures = [snapshot.study.measure(name) for name in dose.measures]
-    return ["Against controls:", "", *_differences(snapshot, dose.controls, measures, unpaired=True)]
-
-
 def _differences(
     snapshot: Snapshot,
     contrasts: Sequence[verdicts.Contrast],
@@ -261,7 +253,9 @@ def doses(snapshot: Snapshot, drawn: Mapping[str, str]) -> Iterator[str]:
                 welch = [verdicts.unpaired(snapshot, [y, x0], [x, y0], measure) for x, y in others]
                 rows += _difference_rows(f"its change from {dose.levels[0]}", [None, *by_seed], [None, *welch], measure)
             yield from table([f"{measure.label}; {dose.axis}", *dose.levels], rows)
-        yield from _dose_controls(snapshot, dose)
+        if dose.controls:
+            measures = [snapshot.study.measure(name) for name in dose.measures]
+            yield from ["Against controls:", "", *_differences(snapshot, dose.controls, measures, unpaired=True)]
         yield from shown(drawn, f"dose_{dose.name}", dose.title)
 
 

@@ -6,11 +6,6 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# Keys of the package's terms that the duel uses: change their names here.
-KEYS = {
-    "q": "objective.clip.q",  # of the generalised cross-entropy
-    "distill": "objective.clip.distill",  # last share of the teacher's targets
-}
 SUPERCLIP = {"objective.name": "superclip", "objective.terms": {"clip": 1.0, "tokens": 1.0}}
 
 Settings = dict[str, Any]
@@ -159,8 +154,8 @@ def rival(name: str, settings: Mapping[str, Any], steps: int, head_name: str) ->
             "objective.plugins": {"second": second},
             **head(head_name),
         },
-        "distilled": {KEYS["distill"]: settings.get("distill", 0.5), **_AVERAGED},
-        "gce": {KEYS["q"]: settings.get("q", 0.5)},
+        "distilled": {"objective.clip.distill": settings.get("distill", 0.5), **_AVERAGED},
+        "gce": {"objective.clip.q": settings.get("q", 0.5)},
     }
     return {**base, **own[name]}
 

@@ -94,10 +94,9 @@ def build(source: Source) -> Built:
     counts["blank, full or broken"] = len(candidates) - len(glyphs)
     corpus.step("looking for duplicates", WHAT)
     made = splits.assign(glyphs, signatures, source.families)
-    names = {glyph.concept: glyph.caption for glyph in glyphs}
     title = f"{characters.UCD.name} {characters.UCD.version}, {len(source.sets)} packages of fonts"
     report = corpus.make_report(glyphs, made, counts, source.sets, title, source.families.__getitem__)
-    return Built(glyphs, pictures, made, names, report, source.sets)
+    return Built(glyphs, pictures, made, report, source.sets)
 
 
 class GlyphPairs(IconPairs):

@@ -58,7 +58,6 @@ class Built:
     icons: Sequence[Icon]
     pictures: Sequence[Picture]
     corpus: splits.Corpus
-    names: Mapping[str, str]
     report: Mapping[str, Any]
     sets: Sequence[Mapping[str, str]]
 
@@ -97,9 +96,8 @@ def build(source: Source) -> Built:
     counts["blank, full or broken"] = len(candidates) - len(icons)
     step("looking for duplicates")
     corpus = splits.assign(icons, signatures)
-    names = splits.name_concepts(icons[i] for i in sorted(j for split in corpus.splits.values() for j in split))
     report = make_report(icons, corpus, counts, source.sets, f"{package.ICONIFY.name} {source.version}")
-    return Built(icons, pictures, corpus, names, report, source.sets)
+    return Built(icons, pictures, corpus, report, source.sets)
 
 
 def draw(
@@ -160,7 +158,7 @@ def make_report(
                 "drawings": len(members),
                 "concepts": len({icons[i].concept for i in members}),
                 "families": len({family_of(icons[i].icon_set) for i in members}),
-                "hash": split_hash(icons, members),
+                "hash": splits.digest(icons[i].id for i in members),
             }
             for split, members in corpus.splits.items()
         },
@@ -170,11 +168,6 @@ def make_report(
         "with an alias": sum(map(bool, corpus.aliases.values())),
         "words of a caption": dict(sorted(collections.Counter(len(x.caption.split()) for x in everything).items())),
     }
-
-
-def split_hash(icons: Sequence[Icon], members: Sequence[int]) -> str:
-    """Hex sha256 of the ids of a split's icons, one a line."""
-    return splits.digest(icons[i].id for i in members)
 
 
 def resvg_version() -> str:
@@ -195,11 +188,12 @@ def _concepts(built: Built) -> list[dict[str, Any]]:
         captions[icon.concept][icon.caption] += 1
         aliases[icon.concept] |= dict.fromkeys(built.corpus.aliases[i])
         categories[icon.concept].update(icon.categories)
+    ordered = {concept: sorted(count, key=lambda text: (-count[text], text)) for concept, count in captions.items()}
     return [
         {
             "id": concept,
-            "name": built.names[concept],
-            "captions": sorted(captions[concept], key=lambda text: (-captions[concept][text], text)),
+            "name": ordered[concept][0],
+            "captions": ordered[concept],
             "aliases": sorted(aliases[concept]),
             "category": min(categories[concept], key=lambda text: (-categories[concept][text], text), default=""),
             "role": role,

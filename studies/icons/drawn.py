@@ -43,16 +43,6 @@ class Drawn:
     version: str
     prepare: Callable[[str | None], tfds.core.DatasetBuilder]
 
-    def records(self, split: str, data_dir: str | None) -> tuple[list[bytes], list[Record]]:
-        """PNG images and the rest of the records of a split, in order of id; kept, because several sets share them."""
-        return _records(self, split, data_dir)
-
-    def drawings(
-        self, split: str, prepare: Preprocessing, data_dir: str | None
-    ) -> tuple[list[np.ndarray], list[Record]]:
-        """Images of `records`, preprocessed; kept as well."""
-        return _drawings(self, split, prepare, data_dir)
-
     def concepts(self, data_dir: str | None, *roles: str) -> list[Record]:
         """Concepts that have one of `roles`, see `corpus.concepts`."""
         return [c for c in corpus.concepts(self.prepare(data_dir)) if c["role"] in roles]
@@ -79,9 +69,9 @@ class DrawnSets(SetKind):
         return spec in cls.makers
 
     @classmethod
-    def load(cls, spec: str, prepare: Preprocessing | int, data: DataConfig, profile: Profile) -> Any:
+    def load(cls, spec: str, prepare: Preprocessing, data: DataConfig, profile: Profile) -> Any:
         """Open the set `spec`; the profile, which changes published sets only, is ignored."""
-        return cls.makers[spec](spec, Profile().preprocessing(prepare), data.dir or None)
+        return cls.makers[spec](spec, prepare, data.dir or None)
 
     @classmethod
     def shows(cls, spec: str) -> str:
@@ -90,17 +80,19 @@ class DrawnSets(SetKind):
 
 
 @functools.lru_cache(maxsize=8)
-def _records(home: Drawn, split: str, data_dir: str | None) -> tuple[list[bytes], list[Record]]:
+def records(home: Drawn, split: str, data_dir: str | None) -> tuple[list[bytes], list[Record]]:
+    """PNG images and the rest of the records of a split, in order of id; kept, because several sets share them."""
     items = sorted(encoded_records(home.prepare(data_dir), split), key=lambda item: item[1]["id"])
     return [image for image, _ in items], [record for _, record in items]
 
 
 @functools.lru_cache(maxsize=8)
-def _drawings(
+def drawings(
     home: Drawn, split: str, prepare: Preprocessing, data_dir: str | None
 ) -> tuple[list[np.ndarray], list[Record]]:
-    images, records = home.records(split, data_dir)
-    return [prepare(image) for image in images], records
+    """Images of `records`, preprocessed, and the rest of the records; kept as well."""
+    images, others = records(home, split, data_dir)
+    return [prepare(image) for image in images], others
 
 
 def zeroshot(
@@ -109,7 +101,7 @@ def zeroshot(
     """The images of `split` among the names of the concepts that have one of `roles`."""
     classes = home.concepts(data_dir, *roles)
     index = {concept["id"]: i for i, concept in enumerate(classes)}
-    images, records = home.drawings(split, prepare, data_dir)
+    images, records = drawings(home, split, prepare, data_dir)
     names = [concept["name"] for concept in classes]
     card = home.card(
         split,
@@ -121,14 +113,13 @@ def zeroshot(
         **({"role": SHIFTED} if split == "test_rendering" else {}),
     )
     labels = np.array([index[record["concept"]] for record in records])
-    coarse = [concept["category"] or "none" for concept in classes]
-    return ClusteredZeroShotSet(name, images, labels, [[n] for n in names], {}, names, card, coarse, together=labels)
+    return ClusteredZeroShotSet(name, images, labels, [[n] for n in names], {}, names, card, together=labels)
 
 
 def retrieval(name: str, prepare: Preprocessing, data_dir: str | None, home: Drawn, part: str) -> RetrievalSet:
     """One drawing of each concept of a rendering split, the first by id, with all names of its concept."""
     split = f"{part}_rendering"
-    images, records = home.drawings(split, prepare, data_dir)
+    images, records = drawings(home, split, prepare, data_dir)
     concepts = {concept["id"]: concept for concept in home.concepts(data_dir, "train")}
     first = {record["concept"]: i for i, record in reversed(list(enumerate(records)))}
     chosen = sorted(first.values())
@@ -178,7 +169,7 @@ def _task(images: list[np.ndarray], records: list[Record], concepts: list[str]) 
 
 def probe(name: str, prepare: Preprocessing, data_dir: str | None, home: Drawn, part: str) -> TransferProbeSet:
     """Concepts without training drawings, learned from some families and recognised in drawings by others."""
-    images, records = home.drawings("validation_concepts", prepare, data_dir)
+    images, records = drawings(home, "validation_concepts", prepare, data_dir)
     tuning = probe_concepts(records, PROBE_CLASSES["validation"])
     split, measured = "validation_concepts", tuning
     if part == "validation":
@@ -186,7 +177,7 @@ def probe(name: str, prepare: Preprocessing, data_dir: str | None, home: Drawn, 
     tuning_task = _task(images, records, tuning)
     if part == "test":
         split = "test_concepts"
-        images, records = home.drawings(split, prepare, data_dir)
+        images, records = drawings(home, split, prepare, data_dir)
         measured = probe_concepts(records, PROBE_CLASSES["test"])
     card = home.card(
         split,

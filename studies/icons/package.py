@@ -41,11 +41,6 @@ class Package:
     version: str
     integrity: str
 
-    @property
-    def file_name(self) -> str:
-        """Name of the .tgz in the registry."""
-        return f"{self.name.rpartition('/')[2]}-{self.version}.tgz"
-
 
 ICONIFY = Package(
     "@iconify/json",
@@ -113,7 +108,7 @@ def fetch(package: Package = ICONIFY) -> pathlib.Path:
         return path
     folder.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    url = f"{registry()}/{package.name}/-/{package.file_name}"
+    url = f"{registry()}/{package.name}/-/{package.name.rpartition('/')[2]}-{package.version}.tgz"
     print(f"downloading {package.name} {package.version} ...", flush=True)
     try:
         _download(url, part)

@@ -117,14 +117,6 @@ def first_drawings(icons: Sequence[Icon], signatures: np.ndarray) -> list[int]:
     return sorted(kept)
 
 
-def name_concepts(icons: Iterable[Icon]) -> dict[str, str]:
-    """Concept -> its commonest caption, of equally common ones the first in alphabetical order."""
-    captions: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
-    for icon in icons:
-        captions[icon.concept][icon.caption] += 1
-    return {concept: min(count, key=lambda text: (-count[text], text)) for concept, count in captions.items()}
-
-
 def first_by_hash(names: Iterable[str], what: str, roles: Mapping[str, int]) -> dict[str, str]:
     """Name -> role of the first names by hash, as many of each role as `roles` has."""
     order, assigned = sorted(names, key=lambda name: hash_rank(what, name)), {}

@@ -43,11 +43,11 @@ def test_embeddings_are_those_of_the_last_run(tmp_path):
 
 def test_the_kernel_and_its_gradient_move_queries_keys_values_and_outputs_once_each():
     pytest.importorskip("libtpu")
-    forward, backward = kernel.compiled("v5e", kernel.Shape(64, 4, 16, 13, 128, True))
+    forward, backward = kernel.compiled("v5e", (64, 4, 16, 13, 128, True))
     assert (forward.name, backward.name) == ("attention", "attention_gradient")
     bias, array = 4 * 3 * 128, 2 * 4 * 16 * 128
     assert (forward.bytes, backward.bytes) == (4 * array + bias, 8 * array + 2 * bias)
-    other, _ = kernel.compiled("v5e", kernel.Shape(64, 4, 16, 13, 128, False))
+    other, _ = kernel.compiled("v5e", (64, 4, 16, 13, 128, False))
     assert forward != other and forward.operands == other.operands  # their code differs
 
 

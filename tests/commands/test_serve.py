@@ -70,6 +70,7 @@ def test_answers_are_those_of_the_model(client, index, model, pictures):
     [
         ("/names", b"fox\n\nno image", 400, "not an image"),
         ("/names?image=99", b"", 404, "99"),
+        ("/names?image=-1", b"", 404, "-1"),
         ("/names?image=x", b"", 400, "x"),
         ("/names", bytes((20 << 20) + 1), 413, "too large"),
         ("/names", [b"of unknown length"], 413, "too large"),

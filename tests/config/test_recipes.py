@@ -28,9 +28,9 @@ def test_a_recipe_opens_no_data_and_no_weights(spec, monkeypatch):
 
 
 def test_parse_arg():
-    parsed = recipes.parse_arg("steps=5,flag,rate=0.5", steps=1, flag=False, rate=1.0, name="x")
-    assert parsed.to_dict() == {"steps": 5, "flag": True, "rate": 0.5, "name": "x"}
-    assert recipes.parse_arg("name=a,b,flag,steps=5", steps=1, flag=False, name="x").name == "a,b"
+    parsed = recipes.parse_arg("steps=5,rate=0.5", steps=1, rate=1.0, name="x")
+    assert parsed.to_dict() == {"steps": 5, "rate": 0.5, "name": "x"}
+    assert recipes.parse_arg("name=a,b,steps=5", steps=1, name="x").name == "a,b"
     with pytest.raises(UserError, match="'b' is unknown"):
         recipes.parse_arg("steps=5,b", steps=1, name="x")
     with pytest.raises(UserError, match="'stpes' is unknown; did you mean 'steps'"):

@@ -107,13 +107,14 @@ def test_commands_take_trust(name, root, tmp_path):
         serve([name, "--images", "pairs", "--port", "0"])
 
 
-def test_a_recipe_that_reads_weights_takes_trust(root):
+@pytest.mark.parametrize("flag", ["--trust", "--trust=True"])
+def test_a_recipe_that_reads_weights_takes_trust(root, flag):
     argv = ["train", "--config", "finetune:weights=weights,data=folder:none"]
     with pytest.raises(SystemExit, match=REFUSED):
         config_file.parse(argv)
     assert not executed(root)
     with pytest.raises(SystemExit, match="'none/train' does not exist"):  # what the recipe reads next
-        config_file.parse([*argv, "--trust"])
+        config_file.parse([*argv, flag])
     assert executed(root)
 
 

@@ -16,6 +16,7 @@ class Slow(base.Source):
 
     def __init__(self, n, hangs=-1, fails=-1):
         self.n, self.hangs, self.fails, self.released = n, hangs, fails, threading.Event()
+        self.asked = []
 
     def __len__(self):
         return self.n
@@ -24,6 +25,7 @@ class Slow(base.Source):
         return {"samples": self.n, "hash": "slow"}
 
     def __getitem__(self, i):
+        self.asked.append(i)
         if i % 32 == 0:
             time.sleep(0.02 * (3 - i // 32 % 4))
         if i == self.hangs:
@@ -55,8 +57,11 @@ def test_results_are_in_order_whatever_the_threads():
 def test_a_record_that_hangs_is_bad():
     source = Slow(100, hangs=40)
     results = list(read(source, threads=2, timeout=0.2))
-    source.released.set()
     assert results[40].reason == "read takes too long" and results[41] == 20.5 and len(results) == 100
+    source.released.set()
+    for thread in [thread for thread in threading.enumerate() if thread.name == "read"]:
+        thread.join(60)
+    assert sorted(source.asked) == list(range(100))  # what comes after the slow record is not read twice
 
 
 def test_an_error_of_all_records_is_raised():

@@ -276,8 +276,9 @@ def test_a_model_that_diverged_is_wrong_everywhere():
 def test_groups_are_resampled_together_and_classes_that_the_test_lacks_do_not_count():
     data = random_set()
     groups = np.arange(30) // 5
-    test = dataclasses.replace(data.test, masks=[np.minimum(m, 1) for m in data.test.masks], groups=groups)
-    metrics, items = by_name(DenseProbe(make_encoder(), dataclasses.replace(data, test=test)).measure(small_model()[1]))
+    test = dataclasses.replace(data.test, masks=[np.minimum(m, 1) for m in data.test.masks])
+    data = dataclasses.replace(data, test=test, together=groups)
+    metrics, items = by_name(DenseProbe(make_encoder(), data).measure(small_model()[1]))
     assert "dense/set/iou/c" not in metrics
     assert metrics["dense/set/miou"] == pytest.approx((metrics["dense/set/iou/a"] + metrics["dense/set/iou/b"]) / 2)
     assert all((item.groups == groups).all() for item in items.values())

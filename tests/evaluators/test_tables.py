@@ -92,9 +92,10 @@ def pets():
     """Results of `pets`: top-1 is not the number to report."""
     fields = {"n": 3669, "evaluator": "zeroshot"}
     values = {"top1": 90.1, "top5": 99.0, "mean_per_class": 71.2}
-    results = [
-        Result("pets", "zeroshot", key, x, headline=key == "mean_per_class", **fields) for key, x in values.items()
-    ]
+    results = []
+    for key, x in values.items():
+        own = key == "mean_per_class"
+        results.append(Result("pets", "zeroshot", key, x, headline=own, dependent=own, **fields))
     return [*results, Result("pets", "zeroshot", "ways", 37, unit="", evaluator="zeroshot")]
 
 
@@ -135,7 +136,7 @@ def test_metrics_of_published_sets_are_shown(metric):
 def test_the_headline_is_shown_before_other_columns():
     parts = (
         {"metric": "accuracy", "value": 60.0, "n": 50},
-        {"metric": "macro_accuracy", "value": 55.0, "headline": True},
+        {"metric": "macro_accuracy", "value": 55.0, "headline": True, "dependent": True},
     )
     results = [Result(**{"set": "aro", "family": "choice", "evaluator": "choice", "n": 50} | part) for part in parts]
     (row,) = tables.rows(results)
@@ -158,7 +159,7 @@ def test_a_page_is_about_the_sets_own_metric(tmp_path):
     (judged,) = (collect.judge(row.shown[0][1]) for row in tables.rows(results))
     assert judged.resampled and judged.verdict == "above chance"
     assert f"|71.2|{judged}|above chance|" in words
-    # Without values of items there is none: a mean per class is no share of the images.
+    # Without values of items there is none: in a mean per class images of rare ones weigh more.
     assert [str(collect.judge(row.shown[0][1])) for row in tables.rows(pets())] == [""]
 
 

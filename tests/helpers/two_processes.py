@@ -4,6 +4,7 @@ python -m tests.helpers.two_processes FOLDER OUT [COORDINATOR PROCESSES PROCESS]
 python -m tests.helpers.two_processes run FOLDER OUT DATA MODEL [COORDINATOR PROCESSES PROCESS]
 """
 
+import dataclasses
 import sys
 
 import jax
@@ -47,7 +48,7 @@ def main(folder, out, *others):
     batches = loader.batches(order, transform, batch=BATCH, start=0, stop=STEPS, seed=0, **hosts)
     s, losses, rows = state.create(p.init, p.abstract), [], []
     catch = optax.GradientTransformation(lambda params: params, lambda grads, _, params=None: (grads, grads))
-    gradients = jax.jit(p.make_step(catch))
+    gradients = jax.jit(dataclasses.replace(p, tx=catch).step)
     for i, local in enumerate(batches):
         rows.append(len(local["text"]))
         batch = loader.to_global(local, p.mesh)

@@ -1,5 +1,6 @@
 """Fine-tuning, the mathematics: soft targets, mixing, layer decay, and the objective on several devices."""
 
+import dataclasses
 import functools
 
 import chex
@@ -148,7 +149,7 @@ def gradients(p):
     catch = optax.GradientTransformation(
         lambda params: jax.tree.map(jnp.zeros_like, params), lambda grads, _, params=None: (grads, grads)
     )
-    step = p.make_step(catch)
+    step = dataclasses.replace(p, tx=catch).step
     s = state.create(p.init, p.abstract)
     s = s.replace(opt_state=catch.init(s.params))
     s, metrics = jax.jit(step)(s, loader.to_global(batch(p), p.mesh))

@@ -111,6 +111,8 @@ def test_weighted_and_grouped_values_are_resampled(tmp_path):
     assert (of_items.verdict, of_items.resampled, str(of_items)) == ("above chance", False, "39.8 to 60.2")
     assert (of_concepts.verdict, of_concepts.resampled) == ("not distinguishable from chance", True)
     assert of_concepts.low == 0 and of_concepts.high == 100
+    balanced = PerExample(values, weights=np.full(100, 1 / 50))  # a mean over two classes of 50
+    assert collect.judge(dataclasses.replace(plain, metric="mean_per_class", items=balanced)) == of_items
     weighted = PerExample(np.array([1.0, 0.0]), weights=np.array([3.0, 1.0]))
     assert collect.judge(dataclasses.replace(plain, items=weighted)).resampled
     # Their records, without the values, say that the binomial interval does not hold.

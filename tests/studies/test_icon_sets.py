@@ -122,11 +122,11 @@ def test_dense_parts_have_different_concepts(load, icon_builder):
         assert data.classes == ("outside", "drawn", "enclosed") and data.card.metric == "miou"
         masks = [mask.tobytes() for side in data.parts for mask in side.masks]
         assert len(set(masks)) == len(masks)  # no drawing is in two parts, or twice in one
-        images, drawn = np.stack(list(data.test.images)), np.stack(list(data.test.masks)) == 1
-        assert images.shape == (20, PREPARE.size, PREPARE.size, 3) and drawn.shape == (20, 64, 64)
-        ink = drawn[:, 4::8, 4::8]
+        images, inside = np.stack(list(data.test.images)), np.stack(list(data.test.masks)) == 1
+        assert images.shape == (20, PREPARE.size, PREPARE.size, 3) and inside.shape == (20, 64, 64)
+        ink = inside[:, 4::8, 4::8]
         assert images[ink].mean() < images[~ink].mean()
-    records = icon_sets.ICONS.records("validation_concepts", str(icon_builder.data_path.parents[1]))[1]
+    records = drawn.records(icon_sets.ICONS, "validation_concepts", str(icon_builder.data_path.parents[1]))[1]
     for part in ("validation", "test"):
         sides = icon_sets.dense_sides([record["concept"] for record in records], part)
         assert not set(sides[0]) & set(sides[1])

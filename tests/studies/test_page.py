@@ -15,7 +15,7 @@ from studies import page, records, tables, verdicts
 from studies.cc12m import study as cc12m
 from studies.declaration import Arm, Claim, ClaimPart, DoseResponse, ExtraComparisons, Measure
 from studies.icons import study as icons
-from studies.matrix import Clock, Matrix, Snapshot, overview
+from studies.matrix import Matrix, Snapshot, overview, seconds_left
 from tests.studies import tiny_study
 from tests.studies.greys import TEST_SET, VALIDATION_SET
 from tests.studies.made_records import CORE, TUNED, finished, record
@@ -215,12 +215,14 @@ def test_the_similarity_is_chosen_on_validation():
 
 def test_estimates_follow_measured_runs():
     m = tiny_study.matrix(tuned=False)
-    runs = Snapshot(m, {}).runs
-    assert Clock(m, Snapshot(m, {})).seconds(runs[0]) == 4 * 16 * m.study.seconds_per_pair + 60
+    nothing = Snapshot(m, {})
+    runs = nothing.runs
+    assert seconds_left(nothing, runs[0]) == 4 * 16 * m.study.seconds_per_pair + 60
     made = record(runs[0], 1.0, seconds=50.0)
-    clock = Clock(m, Snapshot(m, {made.key: made}))
-    assert clock.seconds(runs[1]) == 55.0 == clock.seconds(next(r for r in runs if r.arm.name == "xclip"))
-    table = overview(m, Snapshot(m, {made.key: made}), ("core",))
+    snapshot = Snapshot(m, {made.key: made})
+    xclip = next(run for run in runs if run.arm.name == "xclip")
+    assert seconds_left(snapshot, runs[1]) == 55.0 == seconds_left(snapshot, xclip)
+    table = overview(snapshot, ("core",))
     assert "clip   core         2     1        0.02" in table and "clip_again" not in table
 
 

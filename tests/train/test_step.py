@@ -1,3 +1,4 @@
+import dataclasses
 import types
 
 import chex
@@ -48,7 +49,7 @@ def catching(p):
         lambda params: jax.tree.map(jnp.zeros_like, params), lambda grads, _, params=None: (grads, grads)
     )
     s = state.create(p.init, p.abstract)
-    return jax.jit(p.make_step(catch, p.length_groups)), s.replace(opt_state=catch.init(s.params))
+    return jax.jit(dataclasses.replace(p, tx=catch).step), s.replace(opt_state=catch.init(s.params))
 
 
 def gradients(p, batch=None):

@@ -5,7 +5,7 @@ import statistics
 import time
 from collections.abc import Iterator
 
-from xclip_jax.core.console import command, format_duration
+from xclip_jax.core.console import format_duration
 from xclip_jax.core.run_folder import RunFolder
 from xclip_jax.core.storage import is_remote
 from xclip_jax.report import collect
@@ -125,7 +125,7 @@ def _health(run: Record, name: str) -> Iterator[Finding]:
             text = f"{last.partition(': ')[2]}{f' {history}' if warnings.steps else ''}"
             yield fail("objective", f"{label}: {text}".rstrip("."))
         elif check.name in warnings.names:
-            remedy = f"look at its chart, {command('report')} RUN"
+            remedy = "look at its chart, xclip-jax report RUN"
             yield warning("objective", f"{label}: not at the last step; {history}".rstrip("."), remedy)
         else:
             judged = f"no. {check.measurement}" if warnings.steps else "not judged yet."

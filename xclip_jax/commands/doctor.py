@@ -25,7 +25,7 @@ from absl import flags, logging
 from xclip_jax.commands.diagnosis import check_run
 from xclip_jax.config import load
 from xclip_jax.config.schema import Config, resolve
-from xclip_jax.core.console import command, format_bytes, format_duration
+from xclip_jax.core.console import format_bytes, format_duration
 from xclip_jax.core.errors import Parser, exit_with_message, public
 from xclip_jax.core.imports import add_trust, trusting
 from xclip_jax.core.storage import strict_json
@@ -135,7 +135,7 @@ def _bad_samples(sample: LoaderSample, start: Job) -> Finding:
     if sample.example:
         reasons = ", ".join(f"{reason}: {count:,}" for reason, count in sample.bad.items())
         text += f" ({reasons}; the first is {sample.example.strip()})"
-    remedy = f"list them with {command('check')} SOURCE and repair the data, or raise data.max_bad_fraction"
+    remedy = "list them with xclip-jax check SOURCE and repair the data, or raise data.max_bad_fraction"
     if share > allowed:
         return fail("samples", f"{text}; the run stops", remedy, **values)
     return Finding("samples", text, values=values)

@@ -280,7 +280,7 @@ def _embed(
         kept = [row for row in range(len(names)) if modality == "text" or row not in part.bad]
         columns = {"kind": [modality] * len(kept), "embedding": part.rows[kept]}
         columns |= {"id": [names[row] for row in kept], "text": [part.texts[row] for row in kept]}
-        with embeddings.whole_file(file) as temporary:  # a part of this name is complete
+        with storage.whole_file(file) as temporary:  # a part of this name is complete
             embeddings.format_of(out).write(temporary, columns)
         progress.after(start + len(names), len(lines))
     return files
@@ -299,7 +299,7 @@ def _join(files: Sequence[pathlib.Path], out: pathlib.Path, about: dict[str, Any
         raise UserError(f"nothing could be embedded; the reasons are in {ledger}.")
     rows = total - sum(json.loads(line)["kind"] == "image" for line in bad)
     about |= {"rows": rows, "bad": len(bad), "environment": environment.capture()}
-    with embeddings.whole_file(out) as temporary:
+    with storage.whole_file(out) as temporary:
         embeddings.format_of(out).join(files, temporary, about)
     shutil.rmtree(f"{out}.parts")
     log0(f"{rows:,} embeddings: {out}")

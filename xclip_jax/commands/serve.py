@@ -118,6 +118,8 @@ class Index:
           UserError: content that is not an image.
           IndexError: no image of that number.
         """
+        if isinstance(image, int) and not 0 <= image < len(self):
+            raise IndexError(f"no image {image}")
         names = list(names or self.names)
         prepared = [] if isinstance(image, int) else [self._model.prepare(image)]
         with self._lock:
@@ -220,7 +222,7 @@ def _write(path: pathlib.Path, rows: Mapping[str, tuple[str, np.ndarray]]) -> No
     columns = {"kind": ["image"] * len(rows), "id": list(rows), "text": texts, "embedding": np.stack(embedded)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with embeddings.whole_file(path, f".{os.getpid()}") as temporary:
+        with storage.whole_file(path, f".{os.getpid()}") as temporary:
             embeddings.Npz().write(temporary, columns)
     except OSError as error:
         log0(f"WARNING: {error.filename}: {error.strerror}; the next start embeds the images again")

@@ -10,7 +10,7 @@ from absl import app, flags, logging
 from xclip_jax import report
 from xclip_jax.config import load
 from xclip_jax.core import environment, errors, imports
-from xclip_jax.core.console import command, log0
+from xclip_jax.core.console import log0
 from xclip_jax.core.errors import exit_with_message
 from xclip_jax.parallel import compiler
 from xclip_jax.processes import runtime
@@ -40,7 +40,7 @@ def main(_: list[str]) -> None:
             log0("the config, and the names of its sources and evaluation sets, are valid")
             if extras := job.extras(config):
                 log0(f"extras: {','.join(extras)}")  # launch/common.sh reads it
-            log0(f"not looked at: data, weights and disk; {command('doctor')} does that")
+            log0("not looked at: data, weights and disk; xclip-jax doctor does that")
             return
         runtime.join(_DISTRIBUTED.value, _COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
         compiler.enable_cache(str(flags.FLAGS.config.run) if runtime.peers() else "")

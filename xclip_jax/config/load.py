@@ -127,7 +127,7 @@ def parse(argv: list[str]) -> list[str]:
             if not spec:
                 raise UserError("--config has no value; start with --config demo")
             argv = argv[:at] + argv[at + (1 if "=" in argv[at] else 2) :]
-            with imports.trusting(bool({"--trust", "-trust", "--trust=true"} & set(argv))):  # it may read weights
+            with imports.trusting(any(re.fullmatch(r"--?trust(=(true|t|1))?", arg, re.IGNORECASE) for arg in argv)):
                 config = load_config(spec)
             check_keys(config, argv)
             config_flags.DEFINE_config_dict("config", config, "Keys of the config.", sys_argv=argv)

@@ -18,8 +18,7 @@ def parse_arg(arg: str | None, **defaults: Any) -> ml_collections.ConfigDict:
     """Parse a recipe's argument, as in `--config RECIPE:a=1,b=x`.
 
     Args:
-      arg: "KEY=VALUE,KEY=VALUE". A part without "=" is a flag if its default is a bool. After a string any other part
-        without "=" continues the string, so that paths may have commas.
+      arg: "KEY=VALUE,KEY=VALUE". After a string, a part without "=" continues it, so that paths may have commas.
       **defaults: the keys that exist, with their default values. A value has the type of its default.
 
     Returns:
@@ -31,8 +30,7 @@ def parse_arg(arg: str | None, **defaults: Any) -> ml_collections.ConfigDict:
     items: list[tuple[str, str]] = []
     for item in filter(None, (arg or "").split(",")):
         key, equals, text = item.partition("=")
-        flag = isinstance(defaults.get(key), bool)
-        if items and not equals and not flag and isinstance(defaults.get(items[-1][0]), str):
+        if items and not equals and isinstance(defaults.get(items[-1][0]), str):
             items[-1] = (items[-1][0], f"{items[-1][1]},{item}")
         else:
             items.append((key, text))
@@ -53,8 +51,6 @@ def parse_arg(arg: str | None, **defaults: Any) -> ml_collections.ConfigDict:
 def _convert(key: str, text: str, default: Any) -> Any:
     """Return `text` as a value of the type of `default`."""
     kind = type(default)
-    if kind is bool:
-        return text.lower() in ("", "1", "true", "yes")
     try:
         value = kind(text)
     except ValueError as error:

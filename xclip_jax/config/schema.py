@@ -170,7 +170,7 @@ class Config:
 
 def default() -> ml_collections.ConfigDict:
     """Return every key with its default, locked: a key that does not exist cannot be set."""
-    return ml_collections.ConfigDict(fields.default(Config)).lock()
+    return ml_collections.ConfigDict(dataclasses.asdict(Config())).lock()
 
 
 def resolve(config: ml_collections.ConfigDict | Mapping[str, Any] | Config) -> Config:
@@ -200,7 +200,7 @@ def complete(values: Mapping[str, Any]) -> ml_collections.ConfigDict:
         if not isinstance(given, Mapping):
             return fields.with_tuples(given)
         group = dataclasses.is_dataclass(expected)
-        hints, defaults = (typing.get_type_hints(expected), fields.default(expected)) if group else ({}, {})
+        hints, defaults = (typing.get_type_hints(expected), dataclasses.asdict(expected())) if group else ({}, {})
         return defaults | {name: fill(hints.get(name), value) for name, value in given.items()}
 
     if isinstance(values.get("objective"), Mapping):

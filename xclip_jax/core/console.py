@@ -59,8 +59,3 @@ def report_progress(*, all_processes: bool = True) -> None:
       all_processes: whether every process of a run calls this equally often, so that all can stop together.
     """
     _observer.get()(all_processes)
-
-
-def command(name: str) -> str:
-    """Return "xclip-jax NAME", for messages."""
-    return f"xclip-jax {name}"

@@ -1,7 +1,6 @@
 """Versions, devices and commit that a result was computed with, and the memory of this machine."""
 
 import functools
-import math
 import os
 import pathlib
 import platform
@@ -80,28 +79,10 @@ def capture() -> dict[str, Any]:
     }
 
 
-def host_memory(field: str = "MemAvailable") -> float:
-    """Return the bytes of memory that a process can still take on this machine, or in this container.
-
-    Args:
-      field: of /proc/meminfo; "MemTotal" for what the machine or container has altogether.
-    """
+def host_memory() -> float:
+    """Return the bytes of memory of this machine, or of the container that this process runs in."""
+    machine = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     try:
-        lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
-        available = next(float(line.split()[1]) * 1024 for line in lines if line.startswith(field))
-    except (OSError, StopIteration):
-        available = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    return min(available, _container_memory(free=field == "MemAvailable"))
-
-
-def _container_memory(*, free: bool) -> float:
-    """Return the bytes that this container may take, or with `free` can still take; infinity without a limit."""
-    try:
-        left = float((_CGROUP / "memory.max").read_text())
-        if free:
-            facts = dict(map(str.split, (_CGROUP / "memory.stat").read_text().splitlines()))
-            # Inactive page cache counts as used, and is given up when memory is short.
-            left += float(facts["inactive_file"]) - float((_CGROUP / "memory.current").read_text())
-        return max(left, 0.0)
+        return min(machine, float((_CGROUP / "memory.max").read_text()))
     except (OSError, ValueError):  # "max" is no number
-        return math.inf
+        return machine

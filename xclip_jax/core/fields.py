@@ -80,15 +80,6 @@ def key(default: Any, doc: str, *checks: Check) -> Any:
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def default(group: Any) -> dict[str, Any]:
-    """Nested dict of a config dataclass, or of an instance of one. Tuples stay tuples."""
-    group = group() if isinstance(group, type) else group
-    return {
-        field.name: default(value) if dataclasses.is_dataclass(value := getattr(group, field.name)) else value
-        for field in dataclasses.fields(group)
-    }
-
-
 def _type_name(expected: Any) -> str:
     if expected in _TYPE_NAMES:
         return _TYPE_NAMES[expected]
@@ -140,9 +131,9 @@ def _value_fault(path: str, value: Any, expected: Any, checks: Sequence[Check]) 
     return None
 
 
-def nearest(name: str, names: Iterable[str], cutoff: float = 0.0) -> str | None:
-    """The most similar of `names`, if it is as similar as `cutoff`, up to 1."""
-    return next(iter(difflib.get_close_matches(name, list(names), n=1, cutoff=cutoff)), None)
+def nearest(name: str, names: Iterable[str]) -> str | None:
+    """Return the most similar of `names`, or None if there are none."""
+    return next(iter(difflib.get_close_matches(name, list(names), n=1, cutoff=0.0)), None)
 
 
 def sentence(fault: str) -> str:

@@ -1,8 +1,7 @@
-"""The client of the Hugging Face Hub: its import, its errors as sentences, and folders of data sets."""
+"""The client of the Hugging Face Hub: its import, and its errors as sentences."""
 
 import contextlib
-import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from xclip_jax.core.errors import UserError, first_line
@@ -66,16 +65,3 @@ def sentences(what: str, repository: str, revision: str | None = None) -> Iterat
             raise
         text = f"the exchange with the Hub failed: {first_line(error).rstrip('.')}"
     raise UserError(f"{what}: {text}.") from None  # the client's own tracebacks fill a screen
-
-
-def dataset_folder(spec: str, repository: str, revision: str | None, patterns: Sequence[str]) -> pathlib.Path:
-    """Return the folder, in the Hub's cache, of a repository of data with the files that match `patterns`.
-
-    Missing files are fetched; only the cache is used if the Hub cannot be reached or HF_HUB_OFFLINE is set. Messages
-    begin with `spec`.
-    """
-    hub = load(spec)
-    with sentences(spec, repository, revision):
-        return pathlib.Path(
-            hub.snapshot_download(repository, repo_type="dataset", revision=revision, allow_patterns=patterns)
-        )

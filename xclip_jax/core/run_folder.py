@@ -174,13 +174,6 @@ def evaluation_file(path: str | epath.Path) -> epath.Path:
     return file if weights.is_dir() else weights.with_name(f"{weights.name}.{file.name}")
 
 
-class HeldError(UserError):
-    """Another process holds the lock."""
-
-    def __init__(self, path: object, holder: str) -> None:
-        super().__init__(f"{path} is in use by {holder or 'another process'}; wait for it, or name another path.")
-
-
 def _flock(content: IO[str], how: int) -> None:
     try:
         fcntl.flock(content, how)
@@ -194,7 +187,7 @@ def lock(path: str | os.PathLike, *, blocking: bool, file: str | os.PathLike = "
     """Hold a lock on `path`, by a hidden file in its folder, or by `file`, which names this process meanwhile.
 
     Raises:
-      HeldError: another process holds it, unless `blocking`.
+      UserError: another process holds it, unless `blocking`.
     """
     if storage.is_remote(os.fspath(path)):
         yield
@@ -208,7 +201,8 @@ def lock(path: str | os.PathLike, *, blocking: bool, file: str | os.PathLike = "
                 _flock(content, fcntl.LOCK_EX | (0 if blocking else fcntl.LOCK_NB))
             except BlockingIOError as error:
                 content.seek(0)
-                raise HeldError(path, content.read().strip()) from error
+                other = content.read().strip() or "another process"
+                raise UserError(f"{path} is in use by {other}; wait for it, or name another path.") from error
             # The previous holder unlinked the file, so this may lock a deleted inode: retry.
             with contextlib.suppress(FileNotFoundError):
                 locked = os.path.samestat(os.stat(file), os.fstat(content.fileno()))

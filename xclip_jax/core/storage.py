@@ -124,22 +124,38 @@ def strict_json(content: Any, **options: Any) -> str:
     return json.dumps(_finite(content), allow_nan=False, **options)
 
 
-def write_whole(path: epath.Path, content: str | bytes) -> None:
-    """Write a file, text in UTF-8, whole or not at all, even if the machine stops, or another process writes it too."""
-    data = content.encode() if isinstance(content, str) else content
-    if is_remote(str(path)):
-        path.write_bytes(data)  # an object in a bucket appears when it is complete
-        return
-    temporary = path.parent / f".{path.name}.{platform.node()}.{os.getpid()}.tmp"
+@contextlib.contextmanager
+def whole_file(path: pathlib.Path, writer: str = "") -> Iterator[pathlib.Path]:
+    """Yield a path to write to, which becomes `path` once its bytes are on the disk, and is deleted after an error.
+
+    Args:
+      path: of the file.
+      writer: ends the temporary name; needed if several processes may write at once.
+
+    Raises:
+      OSError: with the path, which NumPy's and pyarrow's own errors lack.
+    """
+    temporary = path.with_name(f".{path.name}{writer}.tmp")
     try:
-        with os_errors(str(path)), temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        with os_errors(str(path)):
+            yield temporary
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_whole(path: epath.Path, content: str | bytes) -> None:
+    """Write a file, text in UTF-8, whole or not at all, even if the machine stops, or another process writes it too."""
+    data = content.encode() if isinstance(content, str) else content
+    if is_remote(str(path)):
+        with os_errors(str(path)):
+            path.write_bytes(data)  # an object in a bucket appears when it is complete
+        return
+    with whole_file(pathlib.Path(path), f".{platform.node()}.{os.getpid()}") as temporary:
+        temporary.write_bytes(data)
 
 
 def write_json(path: epath.Path, content: Any) -> None:

@@ -90,10 +90,10 @@ class MissingColumnError(UserError):
 
 
 def check_columns(what: str, names: Iterable[str], keys: Iterable[str]) -> None:
-    """Raise an error that lists the columns of `what` if a key is neither a column nor COLUMN/FIELD of one."""
+    """Raise an error that lists the columns of `what` if one of `keys` is not among them."""
     names = list(names)
     for key in keys:
-        if key not in names and key.partition("/")[0] not in names:
+        if key not in names:
             fault = f"{what} has no column {key!r}; its columns are {', '.join(map(repr, names))}"
             raise MissingColumnError(fault, "data.image_key, data.text_keys and data.tags_key")
 
@@ -108,9 +108,10 @@ class SourceOptions:
     tags_key: str = ""
 
     @property
-    def keys(self) -> list[str]:
-        """All columns or features that are read."""
-        return [self.image_key, *self.text_keys, *filter(None, [self.tags_key])]
+    def columns(self) -> list[str]:
+        """All columns or features that are read, the image's first; the text key COLUMN/FIELD reads COLUMN."""
+        texts = [*self.text_keys, *filter(None, [self.tags_key])]
+        return list(dict.fromkeys([self.image_key, *(key.partition("/")[0] for key in texts)]))
 
 
 @dataclasses.dataclass(frozen=True)

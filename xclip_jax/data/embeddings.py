@@ -5,19 +5,17 @@ files are joined part by part; .npz files are joined in memory, and their "id" a
 strings to the longest: json.loads(np.load("captions.npz")["text"].tobytes()).
 """
 
-import contextlib
 import itertools
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from xclip_jax.core import storage
 from xclip_jax.core.errors import UserError, check_choice, first_line
 
 COLUMNS = ("kind", "id", "text", "embedding")
@@ -84,29 +82,6 @@ class Parquet:
         size = table.schema.field("embedding").type.list_size
         rows = np.concatenate([np.empty(0, np.float32), *vectors]).reshape(-1, size)
         return {column: table[column].to_pylist() for column in COLUMNS[:-1]} | {"embedding": rows}
-
-
-@contextlib.contextmanager
-def whole_file(path: pathlib.Path, writer: str = "") -> Iterator[pathlib.Path]:
-    """Yield a path to write to, which becomes `path` once its bytes are on the disk, and is deleted after an error.
-
-    Args:
-      path: of the file.
-      writer: ends the temporary name; needed if several processes may write at once.
-
-    Raises:
-      OSError: with the path, which NumPy's and pyarrow's own errors lack.
-    """
-    temporary = path.with_name(f".{path.name}{writer}.tmp")
-    try:
-        with storage.os_errors(str(path)):
-            yield temporary
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 FORMATS = {".parquet": Parquet, ".npz": Npz}

@@ -63,11 +63,6 @@ class NoisyCaptions(WrappedSource):
         return record | {"text": other["text"], "tags": other["tags"]}
 
 
-def kept_indices(n: int, share: float, rng: np.random.Generator) -> np.ndarray:
-    """Return the indices of `share` of `n` records, sorted; for one seed, smaller shares are parts of larger ones."""
-    return np.sort(rng.permutation(n)[: max(round(share * n), 1)])
-
-
 def caption_donors(n: int, share: float, rng: np.random.Generator) -> np.ndarray:
     """Return the record whose captions each of `n` records gets, int (n,); `share` of them get another record's.
 
@@ -92,7 +87,8 @@ def apply_controls(opened: Sequence[Source], config: DataConfig, seed: int, *, l
     for number, source in enumerate(result):
         if config.subset < 1:
             rng = np.random.default_rng((seed, number, _SUBSET))
-            source = Subset(source, kept_indices(len(source), config.subset, rng))
+            kept = rng.permutation(len(source))[: max(round(config.subset * len(source)), 1)]
+            source = Subset(source, np.sort(kept))  # for one seed, smaller shares are parts of larger ones
         if config.caption_noise:
             if round(config.caption_noise * len(source)) < 2:
                 raise UserError(

@@ -10,7 +10,6 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from xclip_jax.core.console import command
 from xclip_jax.core.errors import UserError
 from xclip_jax.core.json_lines import JsonLines
 from xclip_jax.core.run_folder import RunFolder
@@ -88,7 +87,7 @@ class Ledger:
             if entry.get("last"):
                 raise UserError(
                     f"source {entry['source']} gave {entry['last']} bad samples in a row, the last for "
-                    f"{entry['reason']!r}; run {command('check')} on it."
+                    f"{entry['reason']!r}; run xclip-jax check on it."
                 )
         self._part = self._part if part is None else part
         self._pending.append((end, tokens, list(bad)))

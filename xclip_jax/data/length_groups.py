@@ -79,10 +79,8 @@ class LengthGroups:
 WHOLE = LengthGroups()
 
 
-def choose(
-    counts: np.ndarray, *, rows: int, draws: int, flops_of: Callable[[int], float], groups: int = MAX_GROUPS
-) -> LengthGroups:
-    """Return the groups with the fewest FLOPs that all but a few batches fit, at most `groups` with the whole context.
+def choose(counts: np.ndarray, *, rows: int, draws: int, flops_of: Callable[[int], float]) -> LengthGroups:
+    """Return the groups with the fewest FLOPs that all but a few batches fit, at most four with the whole context.
 
     `counts` (context + 1,) has the number of sampled texts by length in tokens; a device orders `rows` texts together,
     and a step does so `draws` times on all devices. `flops_of` returns the FLOPs of a text with a number of tokens.
@@ -93,11 +91,11 @@ def choose(
         # Longer texts in the sample, and as many more as chance may have kept out of it.
         longer = counts[tokens + 1 :].sum()
         p = min((longer + 2 * longer**0.5 + 1) / counts.sum(), 1)
-        most = scipy.stats.binom.isf(_MISFITS / draws / groups, rows, p)
+        most = scipy.stats.binom.isf(_MISFITS / draws / MAX_GROUPS, rows, p)
         if (fitting := rows - int(most)) > 0:
             ends[tokens] = fitting
     best = WHOLE
-    for n in range(1, groups):
+    for n in range(1, MAX_GROUPS):
         for lengths in itertools.combinations(ends, n):
             # Shares in millionths, as in a config, are rounded up: rounded down, `sizes` would lose a row.
             cuts = tuple((tokens, -(-ends[tokens] * 10**6 // rows) / 10**6) for tokens in lengths)

@@ -50,7 +50,8 @@ def read_all(places: Sequence[tuple[Source, int]], timeout: float) -> list[Recor
     done: list[Record | BadSample] = []
     while len(done) < len(places):
         results: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        arguments = results, places[len(done) :]
+        given_up = threading.Event()
+        arguments = results, places[len(done) :], given_up
         threading.Thread(target=_read_into, args=arguments, daemon=True, name="read").start()
         try:
             while len(done) < len(places):
@@ -59,14 +60,19 @@ def read_all(places: Sequence[tuple[Source, int]], timeout: float) -> list[Recor
                     raise result
                 done.append(result)
         except queue.Empty:
+            given_up.set()
             done.append(BadSample("read takes too long", f"more than {timeout:g} s"))
     return done
 
 
-def _read_into(results: queue.SimpleQueue[Any], places: Sequence[tuple[Source, int]]) -> None:
+def _read_into(
+    results: queue.SimpleQueue[Any], places: Sequence[tuple[Source, int]], given_up: threading.Event
+) -> None:
     try:
         for source, index in places:
             results.put(read(source, index))
+            if given_up.is_set():
+                return
     except BaseException as error:  # raised in the thread that waits
         results.put(error)
 
@@ -175,8 +181,8 @@ def _next(elements: Iterator[T]) -> tuple[list[T], BaseException | None]:
         return [], error
 
 
-def interruptible_iterator(elements: Iterator[T], check: Callable[[], None], seconds: float = 0.2) -> Iterator[T]:
-    """Yield `elements`, which a thread requests, and call `check` every `seconds` while waiting for the next one.
+def interruptible_iterator(elements: Iterator[T], check: Callable[[], None]) -> Iterator[T]:
+    """Yield `elements`, which a thread requests, and call `check` five times a second while waiting for the next one.
 
     If `check` raises, the thread is abandoned; otherwise `elements` is closed at the end.
     """
@@ -185,7 +191,7 @@ def interruptible_iterator(elements: Iterator[T], check: Callable[[], None], sec
         try:
             while True:
                 while not request.ready():
-                    request.wait(seconds)
+                    request.wait(0.2)
                     if not request.ready():
                         check()
                 following, error = request.get()

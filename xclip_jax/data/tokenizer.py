@@ -31,7 +31,6 @@ _MOST_LETTERS = 1 << 16  # letters of a text that are read, at least; megabytes 
 _CLIP_MERGES = 48894
 _CLIP_START, _CLIP_END = "<start_of_text>", "<end_of_text>"
 _WORD_END = "</w>"  # at the end of words in CLIP's vocabulary
-_PRINTABLE = 188  # letters at its beginning that stand for the byte of their own number
 # \p{L} has no brackets: in a class that ignores case, U+0345 would count as a letter, since it equals iota; open_clip
 # drops that mark.
 _CLIP_WORDS = rf"(?i){_CLIP_START}|{_CLIP_END}|'s|'t|'re|'ve|'m|'ll|'d|\p{{L}}+|\p{{N}}|[^\s\p{{L}}\p{{N}}]+"
@@ -141,6 +140,7 @@ def with_conventions(content: str, *, end: str, pad: str, size: int, cleaning: s
     return json.dumps({_CONVENTIONS: conventions, "tokenizer": json.loads(content)}, ensure_ascii=False)
 
 
+@functools.cache
 def clip_vocabulary() -> tuple[list[str], list[tuple[str, str]]]:
     """Return the words of CLIP's vocabulary in the order of their ids, without the start and end tokens; and merges."""
     lines = gzip.decompress(storage.third_party("bpe_simple_vocab_16e6.txt.gz")).decode("utf-8").split("\n")
@@ -159,27 +159,18 @@ def clip_captions(ids: Sequence[float]) -> list[str]:
     Raises:
       BadSample: ids that the tokenizer lacks.
     """
-    words, captions = _clip_bytes(), []
+    words, captions = clip_vocabulary()[0], []
     for i in map(int, ids):
         if not 0 <= i < len(words) + 2:
             raise BadSample("caption has ids that CLIP's tokenizer lacks", str(i))
         if i == len(words):
-            captions.append(inside := bytearray())
+            captions.append(inside := [])
         elif i > len(words):
-            inside = bytearray()
+            inside = []
         elif captions:
-            inside += words[i]
-    return [caption.decode("utf-8", "replace").strip() for caption in captions]
-
-
-@functools.cache
-def _clip_bytes() -> list[bytes]:
-    """Return the words of CLIP's vocabulary as bytes of UTF-8, with a space after those that end a word."""
-    words, _ = clip_vocabulary()
-    printable = [ord(letter) for letter in words[:_PRINTABLE]]
-    byte = dict(zip(words[:256], [*printable, *sorted(set(range(256)) - set(printable))], strict=True))
-    spelled = ((word.removesuffix(_WORD_END), word.endswith(_WORD_END)) for word in words)
-    return [bytes(byte[letter] for letter in word) + b" " * end for word, end in spelled]
+            inside.append(words[i])
+    spelling = tokenizers.decoders.ByteLevel()
+    return [spelling.decode(caption).replace(_WORD_END, " ").strip() for caption in captions]
 
 
 @functools.cache

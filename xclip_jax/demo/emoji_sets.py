@@ -39,7 +39,6 @@ Record = dict[str, Any]
 EmojiSet = ZeroShotSet | RetrievalSet | ProbeSet | TextRetrievalSet
 Maker = Callable[[str, Preprocessing, str | None], EmojiSet]
 
-_UNCATEGORISED = {"flags": "Flags"}  # the newest flags have no category in Unicode's table
 _SWEEP = Sweep(halvings=0, tolerance=1e-4)  # only 7 values of C: the demo is short
 
 
@@ -100,7 +99,6 @@ def _classify(
                 prompts, "name"
             ),
         ),
-        [c["category"] or _UNCATEGORISED.get(c["group"], "Other") for c in classes.values()],
         together=labels,
     )
 
@@ -274,9 +272,9 @@ class EmojiSets(SetKind):
         return spec in _MAKERS
 
     @classmethod
-    def load(cls, spec: str, prepare: Preprocessing | int, data: DataConfig, profile: Profile) -> EmojiSet:
+    def load(cls, spec: str, prepare: Preprocessing, data: DataConfig, profile: Profile) -> EmojiSet:
         """Open the set `spec`; the profile, which changes published sets only, is ignored."""
-        return _MAKERS[spec](spec, Profile().preprocessing(prepare), data.dir or None)
+        return _MAKERS[spec](spec, prepare, data.dir or None)
 
     @classmethod
     def shows(cls, spec: str) -> str:

@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 import numpy as np
 
 from xclip_jax.core.errors import BadSample, public
-from xclip_jax.data import images
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.labelled import item_name
 from xclip_jax.data.preprocessing import Preprocessing
@@ -140,12 +139,12 @@ class SetKind(abc.ABC):
 
     @classmethod
     @abc.abstractmethod
-    def load(cls, spec: str, prepare: Preprocessing | int, data: DataConfig, profile: Profile) -> Any:
+    def load(cls, spec: str, prepare: Preprocessing, data: DataConfig, profile: Profile) -> Any:
         """Open the set `spec`, its images square and uint8.
 
         Args:
           spec: name of the set.
-          prepare: preprocessing of the model's images; a number for CLIP's at that size.
+          prepare: preprocessing of the model's images.
           data: the group that `data_of` returns, with the command's root of TFDS data sets in `data.dir`.
           profile: protocol of the published sets.
         """
@@ -172,10 +171,7 @@ class Pictures(Sequence):
 
     def __getitem__(self, index: int) -> np.ndarray:  # ty: ignore[incompatible-method-override] no slices
         try:
-            image = self._images[index]
-            if not isinstance(image, bytes):
-                image = images.decode(image, background=self._prepare.background)
-            return self._prepare(image)
+            return self._prepare(self._images[index])
         except BadSample as error:
             error.add_note(f"image {item_name(self._images, index)!r}")
             raise

@@ -49,12 +49,10 @@ class MaskedImages:
     Attributes:
       images: as `Encoder.images` takes them.
       masks: uint8 (h, w), class of each pixel of the image before preprocessing, or `NO_CLASS`.
-      groups: int (n,), equal for dependent images; None if all are independent.
     """
 
     images: Sequence[np.ndarray]
     masks: Sequence[np.ndarray]
-    groups: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -67,6 +65,7 @@ class DenseSet:
         random with seed 0.
       prepare: preprocessing already applied to images, but not to masks.
       prompts: texts of each class for zero-shot segmentation; empty for none.
+      together: int (n,), equal for dependent test images; None if all are independent.
     """
 
     evaluator: ClassVar[str] = "dense"
@@ -79,16 +78,12 @@ class DenseSet:
     prepare: Preprocessing
     card: Provenance = dataclasses.field(default_factory=Provenance)
     prompts: Sequence[Sequence[str]] = ()
+    together: np.ndarray | None = None
 
     @property
     def parts(self) -> tuple[MaskedImages, MaskedImages, MaskedImages]:
         """Training, validation and test."""
         return self.train, self.validation, self.test
-
-    @property
-    def together(self) -> np.ndarray | None:
-        """Groups of the test images."""
-        return self.test.groups
 
 
 def areas(mask: np.ndarray, classes: int, grid: int, patch: int, prepare: Preprocessing) -> np.ndarray:
@@ -269,7 +264,7 @@ class DenseProbe(Evaluator):
             for i, image in enumerate(z):
                 img = {own[0].feature: image.reshape(-1, z.shape[-1])}
                 cosines = class_scores(own, img, txt, list(map(len, prompts)))[""].reshape(*image.shape[:2], classes)
-                predicted = np.einsum("ip,ijc,jq->pqc", weights, cosines, weights).argmax(axis=-1)
+                predicted = np.einsum("ip,ijc,jq->pqc", weights, cosines, weights, optimize=True).argmax(axis=-1)
                 predicted = predicted if np.isfinite(cosines).all() else np.full_like(predicted, classes)
                 mask = self.data.prepare.mask(masks[start + i]).astype(int)
                 pairs = (mask * (classes + 1) + predicted)[mask < classes]

@@ -10,7 +10,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from xclip_jax.core import console
-from xclip_jax.core.console import command
 from xclip_jax.core.errors import BadSample, UserError, describe
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.data.transforms import normalize
@@ -152,7 +151,7 @@ class Encoder:
             first = self._reasons.get(unreadable[0], f"image {unreadable[0]}")
             raise UserError(
                 f"{len(unreadable)} of {len(valid)} images cannot be read, more than {MAX_UNREADABLE:.0%}; "
-                f"the first is: {first}; see {command('check')}"
+                f"the first is: {first}; see xclip-jax check"
             )
 
     def texts(self, variables: Variables, texts: Sequence[str], features: Sequence[str] | None = None) -> Features:

@@ -55,9 +55,8 @@ class Profile:
     def __post_init__(self) -> None:
         check_templates(self.templates)
 
-    def preprocessing(self, prepare: Preprocessing | int) -> Preprocessing:
-        """Return the model's preprocessing with the protocol's resizing; a number is CLIP's at that size."""
-        prepare = Preprocessing(prepare) if isinstance(prepare, int) else prepare
+    def preprocessing(self, prepare: Preprocessing) -> Preprocessing:
+        """Return the model's preprocessing with the protocol's resizing."""
         changed = {"resize_mode": "shortest", "resize_size": 0, "interpolation": self.resample} if self.resample else {}
         return dataclasses.replace(prepare, **changed)
 

@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from xclip_jax.core.console import command, log0
+from xclip_jax.core.console import log0
 from xclip_jax.core.errors import UserError, check_choice, describe
 from xclip_jax.core.imports import Classes, class_name, import_class, is_imported
 from xclip_jax.data.config import DataConfig
@@ -71,6 +71,7 @@ def load(
     """
     kind = check(spec)
     data = kind.data_of(spec, data or DataConfig())
+    prepare = Preprocessing(prepare) if isinstance(prepare, int) else prepare
     return kind.load(spec, prepare, dataclasses.replace(data, dir=data_dir or data.dir), profile)
 
 
@@ -83,7 +84,7 @@ def check(spec: str) -> type[SetKind]:
     if kind and kind.knows(spec):
         return kind
     raise UserError(
-        f"unknown evaluation set {spec!r}. {command('evaluate')} --help lists the names; your own images are "
+        f"unknown evaluation set {spec!r}. xclip-jax evaluate --help lists the names; your own images are "
         "folder:PATH, csv:PATH or probe/folder:PATH, your own pairs retrieval/PATH, if the path exists."
     )
 

@@ -28,7 +28,6 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from xclip_jax.core.console import command
 from xclip_jax.core.errors import UserError, public
 from xclip_jax.core.run_folder import lock
 from xclip_jax.core.storage import write_json, write_whole
@@ -162,19 +161,15 @@ def items(results: Iterable[Result]) -> dict[str, PerExample]:
     return {result.name: result.items for result in results if result.items is not None}
 
 
-_SAVED = (
-    "set", "family", "metric", "value", "unit", "n", "chance", "task", "score", "group", "headline", "evaluator",
-    "dependent",
-)  # fmt: skip
 _PROTOCOL = ("role", "split_hash")
-_DEFAULTS = {field.name: field.default for field in dataclasses.fields(Result)}
+_DEFAULTS = {x.name: x.default for x in dataclasses.fields(Result) if x.name not in ("protocol", "items")}
 
 
 def to_json(results: Iterable[Result]) -> list[dict[str, Any]]:
     """Return JSON records without fields that have their default, per-example values, and most of the protocol."""
     records = []
     for result in results:
-        fields = {key: getattr(result, key) for key in _SAVED}
+        fields = {key: getattr(result, key) for key in _DEFAULTS}
         if result.items is not None:
             fields["dependent"] = result.items.trials() != len(result.items.values)
         protocol = {key: value for key in _PROTOCOL if (value := getattr(result.protocol, key))}
@@ -186,7 +181,7 @@ def from_json(records: Iterable[Mapping[str, Any]]) -> list[Result]:
     """Return the results that `to_json` wrote; keys of later versions are ignored."""
     results = []
     for record in records:
-        fields = {key: record[key] for key in _SAVED if key in record}
+        fields = {key: record[key] for key in _DEFAULTS if key in record}
         if record["value"] is None:  # JSON has no NaN
             fields["value"] = math.nan
         results.append(Result(**fields, protocol=Provenance(**{key: record.get(key, "") for key in _PROTOCOL})))
@@ -202,7 +197,7 @@ def read(path: epath.Path) -> tuple[list[Entry], ItemsOf]:
     """Return all entries of a results file, oldest first and the entries of "results" last, and their items."""
     if not path.exists():
         run = shlex.quote(str(path.parent)) if path.name == "evaluation.json" else "RUN"
-        raise UserError(f"{path} does not exist; make it with {command('evaluate')} --checkpoint {run} --suite NAME.")
+        raise UserError(f"{path} does not exist; make it with xclip-jax evaluate --checkpoint {run} --suite NAME.")
     try:
         record = json.loads(path.read_text())
         # JSON has no NaN: it is null.
@@ -277,18 +272,17 @@ def add(
         entry = entry | {"items": digest([entry[key] for key in KEY])}
         items_of = {old["items"]: items_of[old["items"]] for old in entries if old["items"] in items_of}
         write_items(path, items_of | {entry["items"]: dict(items)})
-        shown, others = latest([*entries, entry], entry["checkpoint"])
+        shown, others = latest([*entries, entry])
         view = {key: shown[-1][key] for key in _VIEW}
         write_json(path, {**command, **view, "results": shown, "other_results": others})
 
 
-def latest(entries: Sequence[Entry], checkpoint: str | None = None) -> tuple[list[Entry], list[Entry]]:
+def latest(entries: Sequence[Entry]) -> tuple[list[Entry], list[Entry]]:
     """Return the entries of the newest step, of the model and profile evaluated last at this step; and all others.
 
-    `entries` are oldest first; the first list is of `checkpoint`, by default the last entry's.
+    `entries` are oldest first; the first list is of the last one's checkpoint.
     """
-    checkpoint = entries[-1]["checkpoint"] if checkpoint is None else checkpoint
-    of_checkpoint = [entry for entry in entries if entry["checkpoint"] == checkpoint]
+    of_checkpoint = [entry for entry in entries if entry["checkpoint"] == entries[-1]["checkpoint"]]
     of_checkpoint = [entry for entry in of_checkpoint if share_of(entry) == 1] or of_checkpoint
     newest = max(entry["step"] for entry in of_checkpoint)
     last = next(entry for entry in reversed(of_checkpoint) if entry["step"] == newest)

@@ -63,10 +63,9 @@ def eleven_point(scores: np.ndarray, positives: np.ndarray) -> np.ndarray:
     """
     hits, precision = _ranked(scores, positives)
     total = np.maximum(hits.sum(axis=0), 1)
-    recall = hits.cumsum(axis=0) / total
     # Ten times the recall is compared, in integers: a recall of 3 in 10 must reach 0.3.
     best = [np.where(10 * hits.cumsum(axis=0) >= point * total, precision, 0).max(axis=0) for point in range(11)]
-    return np.where(recall[-1] > 0, np.mean(best, axis=0), 0)
+    return np.mean(best, axis=0)
 
 
 def _ranked(scores: np.ndarray, positives: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -46,12 +46,8 @@ def accuracy(logits: np.ndarray, labels: np.ndarray, k: int) -> float:
 def mean_per_class(logits: np.ndarray, labels: np.ndarray) -> float:
     """Return balanced accuracy: the mean accuracy over the classes that occur."""
     labels = np.asarray(labels)
-    return _mean_per_class(ranks(np.asarray(logits), labels), labels)
-
-
-def _mean_per_class(rank: np.ndarray, labels: np.ndarray) -> float:
-    right, count = np.bincount(labels, weights=rank < 1), np.bincount(labels)
-    return float((right[count > 0] / count[count > 0]).mean())
+    right = ranks(np.asarray(logits), labels) < 1
+    return float(np.average(right, weights=class_weights(labels)))
 
 
 def compare(
@@ -152,7 +148,6 @@ class ZeroShotSet:
       groups: bool (n,) of named parts, such as vendors; the set's value is then their unweighted mean.
       names: readable names of the classes; by default their first prompts.
       card: provenance; `card.metric` "roc_auc" (two classes) or "top1_top5" adds that metric.
-      coarse: readable coarser class of each class; may be empty.
       together: int (n,), equal for dependent images, such as drawings of one concept; None if all are independent.
     """
 
@@ -165,7 +160,6 @@ class ZeroShotSet:
     groups: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     names: Sequence[str] = ()
     card: Provenance = dataclasses.field(default_factory=Provenance)
-    coarse: Sequence[str] = ()
     together: np.ndarray | None = None
 
     def __post_init__(self) -> None:
@@ -244,19 +238,14 @@ class ZeroShot(Evaluator):
                     items["roc_auc"] = PerExample(scores[:, 1] - scores[:, 0], other=labels == 1, statistic="roc_auc")
             if self.data.card.metric == "top1_top5":
                 items["top1_top5"] = PerExample((items["top1"].values + items["top5"].values) / 2)
-            parts = {group: _metrics(rank[mask], labels[mask]) for group, mask in groups.items()}
-            whole = _metrics(rank, labels)
-            if parts:
-                whole = {key: float(np.mean([part[key] for part in parts.values()])) for key in whole}
-            whole |= {key: items[key].value() for key in items if key not in whole}
             chance = {f"top{k}": 100 * min(k / num_classes, 1) for k in (1, 5)}
             chance |= {"mean_per_class": chance["top1"], "top1_top5": (chance["top1"] + chance["top5"]) / 2}
-            for key, value in whole.items():
-                results.append(self.result(key, value, n=n, chance=chance.get(key), items=items.get(key), score=score))
-            for group, metrics in parts.items():
-                size = int(np.sum(groups[group]))
-                for key, value in metrics.items():
-                    results.append(self.result(key, value, n=size, chance=chance.get(key), score=score, group=group))
+            for key, item in items.items():
+                results.append(self.result(key, item.value(), n=n, chance=chance.get(key), items=item, score=score))
+            for group, mask in groups.items():
+                fields = {"n": int(np.sum(mask)), "score": score, "group": group}
+                for key, item in _items(rank[mask], labels[mask], {}).items():
+                    results.append(self.result(key, item.value(), chance=chance.get(key), **fields))
             results += self.results_of_ranks(score, rank)
         return results
 
@@ -267,10 +256,10 @@ class ZeroShot(Evaluator):
 
 def _items(rank: np.ndarray, labels: np.ndarray, groups: Mapping[str, np.ndarray]) -> dict[str, PerExample]:
     """Return the per-image values of the set's metrics, with equal weight for each group."""
-    masks = list(groups.values()) or [np.ones(len(labels), bool)]
-    even, classes = np.zeros(len(labels)), np.zeros(len(labels))
-    for mask in masks:
-        even[mask] += 1 / mask.sum()
+    even, classes = None, class_weights(labels)
+    if groups:
+        even, classes = sum(mask / mask.sum() for mask in groups.values()), np.zeros(len(labels))
+    for mask in groups.values():
         of_class = class_weights(labels[mask])
         classes[mask] += of_class / of_class.sum()
     return {
@@ -278,8 +267,3 @@ def _items(rank: np.ndarray, labels: np.ndarray, groups: Mapping[str, np.ndarray
         "top5": PerExample((rank < 5).astype(float), even),
         "mean_per_class": PerExample((rank < 1).astype(float), classes),
     }
-
-
-def _metrics(rank: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    shares = {"top1": (rank < 1).mean(), "top5": (rank < 5).mean(), "mean_per_class": _mean_per_class(rank, labels)}
-    return {key: 100 * float(value) for key, value in shares.items()}

@@ -95,11 +95,6 @@ def pin(path: str) -> str:
     return f"{PREFIX}{repository}@{pinned}"
 
 
-def commit(pinned: str) -> str:
-    """Return the commit of a result of `pin`."""
-    return pinned.rpartition("@")[2]
-
-
 def check_push(repository: str) -> None:
     """Check, without writing anything, that this account can upload to `repository`.
 

@@ -45,7 +45,7 @@ def model(
     img: Mapping[str, Any], txt: Mapping[str, Any], embed: int, *, log_scale: float, bias: float | None
 ) -> dict[str, Any]:
     """Return config group `model` of a CLIP, computed in fp32, with defaults for keys that weights do not have."""
-    defaults = fields.default(ModelConfig)
+    defaults = dataclasses.asdict(ModelConfig())
     # The parameter itself is read from the tensors, and may be above CLIP's bound of a new run.
     scale = math.exp(log_scale)
     scalars = {"scale_init": min(scale, Clip.max_scale)} if bias is None else {"scale_init": scale, "bias_init": bias}

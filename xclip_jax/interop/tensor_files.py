@@ -14,7 +14,6 @@ import safetensors
 import safetensors.numpy
 from etils import epath
 
-from xclip_jax.core.console import command
 from xclip_jax.core.errors import UserError, first_line
 from xclip_jax.core.run_folder import RunFolder
 
@@ -46,7 +45,7 @@ def find(path: str) -> epath.Path:
             return folder
         raise UserError(f"{path!r} is not a folder or a file of weights ({', '.join(SUFFIXES)}); name one that exists.")
     if RunFolder(path).is_run():
-        raise UserError(f"{path!r} is a run directory; write its weights with {command('export')}.")
+        raise UserError(f"{path!r} is a run directory; write its weights with xclip-jax export.")
     return folder / choose([file.name for file in folder.iterdir()], f"folder {path!r}")
 
 

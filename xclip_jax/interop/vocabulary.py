@@ -1,14 +1,13 @@
 """Tokenizers of weights: identify the tokenizer of a folder, and write files for transformers and open_clip."""
 
 import hashlib
-import io
 import json
 import struct
-from collections.abc import Iterator
 from typing import Any
 
 import tokenizers
 from etils import epath
+from google.protobuf import empty_pb2, unknown_fields
 from tokenizers import models, normalizers, pre_tokenizers, processors
 
 from xclip_jax.core import storage
@@ -182,13 +181,14 @@ def read_sentencepiece(data: bytes, where: str) -> tokenizers.Tokenizer:
       UserError: another or a damaged file, or another kind of model; the message begins with `where`.
     """
     try:
-        fields = list(_fields(data))
+        fields = _fields(data)
         pieces = [dict(_fields(value)) for number, value in fields if number == _PIECES]
         trainer, normalizer = (
             dict(_fields(b"".join(value for number, value in fields if number == group)))
             for group in (_TRAINER, _NORMALIZER)
         )
-        vocabulary = [(piece[_TEXT].decode(), *struct.unpack("<f", piece.get(_SCORE, bytes(4)))) for piece in pieces]
+        scores = [struct.unpack("<f", struct.pack("<I", piece.get(_SCORE, 0)))[0] for piece in pieces]
+        vocabulary = [(piece[_TEXT].decode(), score) for piece, score in zip(pieces, scores, strict=True)]
         unknown = next(i for i, piece in enumerate(pieces) if piece.get(_TYPE) == _UNKNOWN)
         model = tokenizers.Tokenizer(models.Unigram(vocabulary, unknown, bool(trainer.get(_BYTE_FALLBACK))))
         steps = [normalizers.Precompiled(normalizer[_CHARACTER_MAP])] if normalizer.get(_CHARACTER_MAP) else []
@@ -201,25 +201,7 @@ def read_sentencepiece(data: bytes, where: str) -> tokenizers.Tokenizer:
     return model
 
 
-def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """Yield (number, value) of a message's fields; a value is an integer for a varint, else bytes."""
-    stream = io.BytesIO(data)
-
-    def varint() -> int:
-        value = shift = 0
-        while (byte := stream.read(1)[0]) > 127:
-            value |= (byte & 127) << shift
-            shift += 7
-        return value | byte << shift
-
-    while stream.tell() < len(data):
-        key = varint()
-        kind = key & 7
-        if kind == 0:
-            yield key >> 3, varint()
-        else:
-            length = varint() if kind == 2 else {1: 8, 5: 4}[kind]
-            value = stream.read(length)
-            if len(value) < length:
-                raise ValueError("a field beyond the end")
-            yield key >> 3, value
+def _fields(data: bytes) -> list[tuple[int, Any]]:
+    """Return (number, value) of a message's fields; a value is an integer for a number, else bytes."""
+    message = empty_pb2.Empty.FromString(data)  # ty: ignore[missing-attribute] no field is known
+    return [(field.field_number, field.data) for field in unknown_fields.UnknownFieldSet(message)]

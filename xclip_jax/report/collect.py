@@ -24,7 +24,6 @@ from xclip_jax.report.examples import Examples
 
 LEVEL = 0.95  # of intervals
 ABOVE, BELOW, UNDECIDED = "above chance", "below chance", "not distinguishable from chance"
-_OVER_PARTS = ("mean_per_class", "macro_accuracy")
 _SAMPLES = 1000  # a resample of average precision takes milliseconds
 
 Row = dict[str, float]
@@ -138,7 +137,9 @@ def _read(run: RunFolder, content: Mapping[str, Any]) -> Record:
     last = [(config.steps, results.from_json(final["records"]))] if final else []
     # A diverged evaluation leaves the one before as the newest.
     evaluations = by_step((step, [x for x in own if math.isfinite(x.value)]) for step, own in [*logged, *last])
-    evaluated = results.read(run.evaluation_file)[0] if run.evaluation_file.exists() else []
+    evaluated, items_of = results.read(run.evaluation_file) if run.evaluation_file.exists() else ([], {})
+    made = [(own, results.read_items(run.results_file).get(results.LAST, {})) for _, own in last]
+    made += [(results.of_entries([x]), items_of.get(x["items"], {})) for x in evaluated if "mix" not in x]
     known, steps_of = newest([*last, *evaluations, *_evaluated(results.of_group(evaluated, config.eval))])
     if final:
         steps_of = {key: step for key, step in steps_of.items() if step != config.steps}
@@ -149,21 +150,14 @@ def _read(run: RunFolder, content: Mapping[str, Any]) -> Record:
         environment=(final or {}).get("environment") or content.get("environment") or {},
         training=[row for row in run.read_metrics() if "loss" in row],
         evaluations=evaluations,
-        results=_with_items(known, last[0][1] if last else [], run),
+        results=_with_items(known, made),
         mixes=results.by_mix(evaluated),
         steps_of=steps_of,
         sources=run.read_sources() or [],
         bad=len(run.read_bad_samples()),
         began=datetime.datetime.fromisoformat(content["started"]),
-        ended=_ended(final, run.results_file) if final else None,
+        ended=datetime.datetime.fromisoformat(final["ended"]) if final else None,
     )
-
-
-def _ended(final: Mapping[str, Any], file: epath.Path) -> datetime.datetime:
-    """When a run's last evaluation ended: what results.json says, or the time of the file."""
-    if "ended" in final:
-        return datetime.datetime.fromisoformat(final["ended"])
-    return datetime.datetime.fromtimestamp(file.stat().mtime, datetime.UTC)
 
 
 def _evaluated(entries: Sequence[results.Entry]) -> list[Evaluation]:
@@ -172,17 +166,11 @@ def _evaluated(entries: Sequence[results.Entry]) -> list[Evaluation]:
     return [(int(shown[-1]["step"]), results.of_entries(shown))] if shown else []
 
 
-def _with_items(known: Sequence[Result], last: Sequence[Result], run: RunFolder) -> list[Result]:
-    """Return results with the per-example values that the run's files have of a result of equal name and value.
+def _with_items(known: Sequence[Result], made: Sequence[tuple[list[Result], Mapping[str, Any]]]) -> list[Result]:
+    """Return results with the per-example values that `made` has of a result of equal name and value.
 
-    Args:
-      known: the results.
-      last: those of results.json.
-      run: the run's folder.
+    `made` has results as the run's files have them, each list with {name: per-example values}.
     """
-    entries, items_of = results.read(run.evaluation_file) if run.evaluation_file.exists() else ([], {})
-    made = [(last, results.read_items(run.results_file).get(results.LAST, {}))]
-    made += [(results.of_entries([x]), items_of.get(x["items"], {})) for x in entries if "mix" not in x]
     items = {(r.name, round(r.value, 4)): own[r.name] for of_set, own in made for r in of_set if r.name in own}
     return [dataclasses.replace(result, items=items.get((result.name, round(result.value, 4)))) for result in known]
 
@@ -257,17 +245,16 @@ class Judgement(NamedTuple):
 def judge(result: Result) -> Judgement:
     """Return the interval of a result and its verdict.
 
-    A share of items has Clopper and Pearson's binomial interval, which assumes independent items of equal weight; a
-    mean over classes or parts, in which items of rare ones weigh more, has none. Per-example values with unequal
-    weights, groups or another statistic than a mean of zeros and ones are resampled. Resamples of values that are all
-    right or all wrong cannot differ: these have the binomial interval of their effective number, see
-    `PerExample.trials`. Without per-example values dependent items have no interval.
+    A share of items has Clopper and Pearson's binomial interval, which assumes independent items of equal weight.
+    Per-example values with unequal weights, groups or another statistic than a mean of zeros and ones are resampled.
+    Resamples of values that are all right or all wrong cannot differ: these have the binomial interval of their
+    effective number, see `PerExample.trials`. Without per-example values dependent items have no interval.
     """
     low, high, items = math.nan, math.nan, result.items
     n = (0 if result.dependent else result.n) if items is None else items.trials()
     if items is not None and not n:
         low, high = bootstrap(items, samples=_SAMPLES)
-    elif result.unit == "%" and n and math.isfinite(result.value) and not result.metric.endswith(_OVER_PARTS):
+    elif result.unit == "%" and n and math.isfinite(result.value):
         right = min(max(round(n * result.value / 100), 0), n)
         exact = scipy.stats.binomtest(right, n).proportion_ci(LEVEL)
         low, high = 100 * exact.low, 100 * exact.high

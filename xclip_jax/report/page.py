@@ -16,7 +16,7 @@ from markupsafe import Markup, escape
 from PIL import Image
 
 from xclip_jax.config.schema import Config
-from xclip_jax.core.console import command, log0
+from xclip_jax.core.console import log0
 from xclip_jax.core.errors import public
 from xclip_jax.evaluators import tables
 from xclip_jax.evaluators.encoder import Encoder
@@ -138,7 +138,7 @@ def environment() -> jinja2.Environment:
         finalize=lambda value: value if isinstance(value, Markup) else public(str(value)),
     )
     made.filters |= {"breakable": _breakable, "comma": "{:,}".format, "decimals": decimals}
-    made.filters |= {"command": command, "data_uri": data_uri, "done": _done, "file": file, "judge": judge}
+    made.filters |= {"data_uri": data_uri, "done": _done, "file": file, "judge": judge}
     made.filters["at"] = lambda names, indices: " ".join(names[i] for i in indices)
     return made
 
@@ -243,7 +243,7 @@ class ReportWriter(Callback):
         except Exception as error:
             if jax.process_count() > 1:
                 raise  # the others would wait for this process in the next batch
-            again = f"{command('report')} {job.config.run} tries again"
+            again = f"xclip-jax report {job.config.run} tries again"
             log0(f"no report: {type(error).__name__}: {error}; {again}")
 
 

@@ -9,7 +9,6 @@ import numpy as np
 from PIL import Image
 
 from xclip_jax.config import schema
-from xclip_jax.core.console import command
 from xclip_jax.core.errors import UserError
 from xclip_jax.evaluators import tables
 from xclip_jax.evaluators.results import Result
@@ -68,7 +67,7 @@ def _reason(runs: Sequence[Run]) -> str:
     if sentences := dict.fromkeys(sentence for run in runs for sentence in run.examples.missing):
         return " ".join(sentences)
     folders = " ".join(str(run.record.folder) for run in runs)
-    remedy = f"Add some to eval.final_sets, or run: {command('report')} {folders} --sets NAME,NAME"
+    remedy = f"Add some to eval.final_sets, or run: xclip-jax report {folders} --sets NAME,NAME"
     return f"there is no evaluation set of images and texts. {remedy}"
 
 
@@ -155,7 +154,7 @@ def results(runs: Sequence[Run]) -> Section:
     keys = list(dict.fromkeys(key for results in of_runs for key in results))
     if not keys:
         folder = runs[0].record.folder if len(runs) == 1 else "RUN"
-        reason = f"there are none yet; evaluate with {command('evaluate')} --checkpoint {folder} --suite NAME."
+        reason = f"there are none yet; evaluate with xclip-jax evaluate --checkpoint {folder} --suite NAME."
         return Section("results", "Results", missing=reason)
     short, rows = labels(rows_of(runs)), []
     for key in keys:

@@ -12,7 +12,6 @@ import ml_collections
 import numpy as np
 
 from xclip_jax.config import recipes, schema
-from xclip_jax.core.console import command
 from xclip_jax.core.errors import UserError
 from xclip_jax.data import holdout, inspect, labelled, sources, tokenizer
 from xclip_jax.data.base import MissingColumnError, Source, SourceOptions, name_of
@@ -82,7 +81,7 @@ def measure(source: Source, tokens: tokenizer.Tokenizer) -> Counts:
         first = f"{name_of(source, bad[0].index)!r} ({bad[0].reason})"
         raise UserError(
             f"{len(bad)} of {len(samples)} pairs that were read cannot be used, the first is {first}; see "
-            f"{command('check')}, or pass count={n}, with which none is read here, and raise data.max_bad_fraction."
+            f"xclip-jax check, or pass count={n}, with which none is read here, and raise data.max_bad_fraction."
         )
     captions = [sample.caption for sample in good]
     if len(set(captions)) == 1 < len(good):

@@ -48,7 +48,8 @@ class Experiment:
     init: Callable[[], state.TrainState]
     abstract: state.TrainState
     tx: optax.GradientTransformation
-    make_step: Callable[[optax.GradientTransformation, LengthGroups], Callable[..., Any]]
+    augment: Augment
+    spikes: SpikeFilter | None
     length_groups: LengthGroups = WHOLE
 
     @property
@@ -59,7 +60,30 @@ class Experiment:
     @functools.cached_property
     def step(self) -> Callable[..., Any]:
         """(state, batch) -> (state, metrics), as a pure function."""
-        return self.make_step(self.tx, self.length_groups)
+        config, ema, frozen = self.config, self.config.ema, tuple(self.config.init.frozen)
+        shardings = jax.tree.map(lambda x: x.sharding, self.abstract.params)
+        if self.layout.strategy == "zero1":
+            shardings = sharding.zero1_shardings(self.abstract.params, shardings, self.mesh)
+
+        def hold(params: Any) -> Any:
+            params = lora.merged(params)
+            return optim.stop_frozen(params, frozen, self.augment.towers) if frozen else params
+
+        made = TrainStep(
+            self.model,
+            self.tx,
+            self.objective,
+            self.augment,
+            lambda step: optim.ema_momentum(step, config.steps, ema.momentum, ema.schedule),
+            config.optim.microbatches,
+            lambda grads: jax.lax.with_sharding_constraint(grads, shardings),
+            frozen,
+            hold,
+            spikes=self.spikes,
+            text_groups=self.length_groups.sizes(self.text_rows[0], self.context_length),
+            steps=config.steps,
+        )
+        return sharding.layout_scope(self.layout)(made.step)
 
     @functools.cached_property
     def compiled(self) -> Any:
@@ -122,43 +146,6 @@ def _length_groups(config: Config, model: TwoTowers) -> LengthGroups:
     return groups
 
 
-def _make_step(
-    config: Config,
-    layout: sharding.MeshLayout,
-    model: TwoTowers,
-    objective: Objective,
-    augment: Augment,
-    abstract: state.TrainState,
-    spikes: SpikeFilter | None,
-) -> Callable[[optax.GradientTransformation, LengthGroups], Callable[..., Any]]:
-    """(optimizer, groups of texts) -> the step as a pure function."""
-    mesh, ema, frozen = layout.mesh, config.ema, tuple(config.init.frozen)
-    towers = {name: getattr(model, name) for name in TOWERS}
-
-    def hold(params: Any) -> Any:
-        return optim.stop_frozen(lora.merged(params), frozen, towers) if frozen else lora.merged(params)
-
-    microbatches = config.optim.microbatches
-    shards = batch_shards(mesh)
-    shardings = jax.tree.map(lambda x: x.sharding, abstract.params)
-    if layout.strategy == "zero1":
-        shardings = sharding.zero1_shardings(abstract.params, shardings, mesh)
-
-    def momentum(step: jax.Array) -> Any:
-        return optim.ema_momentum(step, config.steps, ema.momentum, ema.schedule)
-
-    def constrain(grads: Any) -> Any:
-        return jax.lax.with_sharding_constraint(grads, shardings)
-
-    def make(tx: optax.GradientTransformation, groups: LengthGroups = WHOLE) -> Callable[..., Any]:
-        sizes = groups.sizes(config.data.batch // (shards * microbatches), model.txt.context_length)
-        options = {"spikes": spikes, "text_groups": sizes, "steps": config.steps}
-        made = TrainStep(model, tx, objective, augment, momentum, microbatches, constrain, frozen, hold, **options)
-        return sharding.layout_scope(layout)(made.step)
-
-    return make
-
-
 def build(config: ml_collections.ConfigDict | Config, devices: list[jax.Device] | None = None) -> Experiment:
     """Build an experiment on `devices` (default: all). Nothing is computed but shapes.
 
@@ -191,7 +178,6 @@ def build(config: ml_collections.ConfigDict | Config, devices: list[jax.Device] 
     layout = sharding.make_layout(boxed, mesh, config.mesh.strategy, config.data.batch)
     abstract = state.abstract(boxed, layout)
     optim.trained(abstract.params, config.init.frozen, towers)  # says which blocks there are
-    augment = Augment(config.data, preprocessing, objective, towers)
     return Experiment(
         config=config,
         layout=layout,
@@ -203,7 +189,8 @@ def build(config: ml_collections.ConfigDict | Config, devices: list[jax.Device] 
         init=init,
         abstract=abstract,
         tx=tx,
-        make_step=_make_step(config, layout, model, objective, augment, abstract, spikes),
+        augment=Augment(config.data, preprocessing, objective, towers),
+        spikes=spikes,
         length_groups=_length_groups(config, model),
     )
 

@@ -12,7 +12,7 @@ from etils import epath
 from xclip_jax.config import schema
 from xclip_jax.config.schema import Config
 from xclip_jax.core import environment
-from xclip_jax.core.console import command, format_bytes, log0
+from xclip_jax.core.console import format_bytes, log0
 from xclip_jax.core.errors import UserError, describe
 from xclip_jax.data import tokenizer
 from xclip_jax.processes import runtime
@@ -198,7 +198,7 @@ def check_memory(job: Job) -> Iterator[Finding]:
         remedy = f"shard it over {n} devices, {flags}, or use a smaller model"
         yield fail("memory", takes, f"{remedy}{small}", **values)
     elif not job.compiles:
-        step = f"the step is not compiled here: --step=always does, {command('plan')} for TPUs"
+        step = "the step is not compiled here: --step=always does, xclip-jax plan for TPUs"
         yield Finding("memory", f"{takes}; {step}", values=values)
     elif cost.fits_by_far(experiment, limit):
         yield Finding("memory", f"{takes}; the step needs far less", values=values)

@@ -105,7 +105,7 @@ def cut_flops(tower: TextTower) -> Callable[[int], float] | None:
 def device_memory(device: jax.Device) -> float:
     """Return the bytes of memory of a device; all devices of a CPU share the memory of its machine."""
     limit = (device.memory_stats() or {}).get("bytes_limit")
-    return float(limit) if limit else host_memory("MemTotal")
+    return float(limit) if limit else host_memory()
 
 
 def bytes_on_device(tree: Any) -> float:

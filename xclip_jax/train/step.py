@@ -61,38 +61,6 @@ class Augment:
         return transforms.mix(images, self.apply(inputs["other"]), inputs) if "other" in inputs else images
 
 
-def gradcache(
-    encode: Callable[[Any, Any], Any], loss: Callable[[Any, Any], tuple[jax.Array, Any]], microbatches: int
-) -> Callable[[Any, Any], tuple[tuple[jax.Array, Any], Any]]:
-    """`jax.value_and_grad` of loss(params, encode(params, inputs)) in little memory: GradCache (arXiv 2101.06983).
-
-    The encoders run on parts of the batch, and only their features are kept; heads, with BatchNorm over the global
-    batch, and losses see all features at once. The backward pass runs the encoders of each part again. The result is
-    the gradient of the whole batch up to rounding. An average of the gradients of each part's own loss would be another
-    objective: contrastive losses compare pairs across parts, and nCLIP's smoothness is the entropy of a mean.
-
-    Args:
-      encode: (params, inputs) -> features, row by row: all randomness must be in `inputs`.
-      loss: (params, features of the global batch) -> (value, aux).
-      microbatches: parts of the batch to encode one after the other; 1 keeps all activations.
-
-    Returns:
-      (params, inputs) -> ((value, aux), grads).
-    """
-
-    def whole(params: Any, inputs: Any) -> tuple[jax.Array, Any]:
-        return loss(params, encode_microbatches(encode, params, inputs, microbatches))
-
-    return jax.value_and_grad(whole, has_aux=True)
-
-
-def encode_microbatches(encode: Callable[[Any, Any], Any], params: Any, inputs: Any, microbatches: int) -> Any:
-    """Return encode(params, inputs), computed in parts of the rows; the derivative computes each part once more."""
-    if microbatches == 1:
-        return encode(params, inputs)
-    return sharding.map_microbatches(encode, params, inputs, microbatches, stack=False)
-
-
 # Running mean of the gradient norm: decay per step, and number of warm-up steps.
 DECAY = 0.99
 WARMUP = 100
@@ -165,7 +133,7 @@ class TrainStep:
       objective: what is minimised.
       augment: samples what is random in a batch.
       momentum: of the parameters' moving average, as a function of the step; needed where the state has one.
-      microbatches: see `gradcache`.
+      microbatches: see `_features`.
       constrain_grads: holds gradients to the layout that the optimizer works in.
       frozen: towers, or parts of them, that do not change.
       hold: returns the towers' parameters in use: with adapters, and without gradients of what is frozen.
@@ -246,8 +214,8 @@ class TrainStep:
 
         # Encoders and heads are applied apart: the heads, with BatchNorm, and the losses are defined on the whole
         # batch, while the encoders may be run on parts of it.
-        def loss(params: Any, h: Features) -> tuple[jax.Array, Any]:
-            h = _joined(h, order)
+        def loss(params: Any) -> tuple[jax.Array, Any]:
+            h = self._features(params, inputs, order)
             out, batch_stats = self._project(params, state.batch_stats, h)
             features = {name: x for name, x in zip(("img", "txt"), h, strict=True) if x is not None}
             out |= {f"h_{name}": x for name, x in features.items()}
@@ -255,13 +223,27 @@ class TrainStep:
             metrics |= {f"rank/{name}": effective_rank(x) for name, x in features.items()}
             return value, (metrics, batch_stats, ema_batch_stats, loss_state)
 
-        value_and_grad = gradcache(self._encode, loss, self.microbatches)
-        return value_and_grad(state.params, _grouped(inputs, order))
+        return jax.value_and_grad(loss, has_aux=True)(state.params)
 
     def _batch(self, state: TrainState, inputs: Inputs) -> Inputs:
         """Inputs of the terms, see `Term.__call__`; what none of them reads is not computed."""
         ends = {"text_end": jnp.argmax(inputs["text"] == self.model.eot_id, axis=1)} if "text" in inputs else {}
         return inputs | ends | {"progress": state.step / self.steps}
+
+    def _features(self, params: Any, inputs: Inputs, order: LengthOrder | None) -> Features:
+        """Return the features of the whole batch, encoded in `microbatches` parts: GradCache (arXiv 2101.06983).
+
+        Only the features of the parts are kept, and the backward pass encodes each part again; heads, with BatchNorm
+        over the global batch, and losses see all features at once. The gradient is the gradient of the whole batch up
+        to rounding. An average of the gradients of each part's own loss would be another objective: contrastive losses
+        compare pairs across parts, and nCLIP's smoothness is the entropy of a mean. All randomness is in `inputs`.
+        """
+        inputs = _grouped(inputs, order)
+        if self.microbatches > 1:
+            h_img, h_txt = sharding.map_microbatches(self._encode, params, inputs, self.microbatches, stack=False)
+        else:
+            h_img, h_txt = self._encode(params, inputs)
+        return h_img, h_txt if order is None else order.join(h_txt)
 
     def _encode(self, params: Any, inputs: Inputs) -> Features:
         """Return the features (h_img, h_txt); h_txt is a tuple if the texts are in groups."""
@@ -300,8 +282,7 @@ class TrainStep:
         """Teacher outputs: EMA parameters and EMA batch statistics, without dropout noise."""
         params = jax.lax.stop_gradient(state.ema_params)
         inputs = {key: value for key, value in inputs.items() if key != NOISE}
-        h = encode_microbatches(self._encode, params, _grouped(inputs, order), self.microbatches)
-        return self._project(params, state.ema_batch_stats, _joined(h, order))
+        return self._project(params, state.ema_batch_stats, self._features(params, inputs, order))
 
     def _average(self, state: TrainState, params: Any, batch_stats: Any, ema_batch_stats: Any) -> tuple[Any, Any]:
         """Update the EMA parameters, and the EMA batch statistics unless the teacher pass has already updated them."""
@@ -321,11 +302,6 @@ def _grouped(inputs: Inputs, order: LengthOrder | None) -> Inputs:
     noise = inputs.get(NOISE, {})
     split = {name: order.split(x) for name, x in noise.get("txt", {}).items()}
     return inputs | {"text": order.split(inputs["text"], cut=True), NOISE: noise | {"txt": split}}
-
-
-def _joined(h: Features, order: LengthOrder | None) -> Features:
-    """Join the groups of h_txt in the order of the batch."""
-    return h if order is None else (h[0], order.join(h[1]))
 
 
 def compile_step(

@@ -9,7 +9,7 @@ import jax
 import ml_collections
 
 from xclip_jax.config.schema import Config, resolve
-from xclip_jax.core.console import command, log0
+from xclip_jax.core.console import log0
 from xclip_jax.core.errors import EXIT_RESUMABLE, UserError, describe
 from xclip_jax.data.ledger import Ledger
 from xclip_jax.evaluators import tables
@@ -181,7 +181,7 @@ def _finish(
             with evaluating(watch, stop, ""):
                 callback.on_end(job, variables, results)
     except Interrupted:
-        log0(f"the report was interrupted; {command('report')} {config.run} makes it")
+        log0(f"the report was interrupted; xclip-jax report {config.run} makes it")
         raise
     log.show_report(step)
     log0(f"model: {config.run}; load it with xclip_jax.load({config.run!r}), see README for evaluate, embed and export")

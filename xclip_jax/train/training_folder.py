@@ -198,7 +198,7 @@ class TrainingFolder(RunFolder):
             self._forget_evaluations(saved, config)
             content = {"config": current, "environment": facts, "started": now, **chosen}
             if hub.is_hub(pinned := hub.pin(config.init.weights)):
-                content["init_commit"] = hub.commit(pinned)
+                content["init_commit"] = pinned.rpartition("@")[2]
             write_json(self.config_file, content)
             return
         before, after = schema.flatten(saved["config"]), schema.flatten(current)

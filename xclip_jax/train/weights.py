@@ -71,7 +71,7 @@ def load(path: str, step: int | None = None) -> tuple[Config, Experiment, Variab
 def pin(path: str) -> tuple[str, dict[str, str]]:
     """Return the path of `hub.pin`, and {"commit": its commit} for records of what is computed with the weights."""
     pinned = hub.pin(path)
-    return pinned, {"commit": hub.commit(pinned)} if hub.is_hub(pinned) else {}
+    return pinned, {"commit": pinned.rpartition("@")[2]} if hub.is_hub(pinned) else {}
 
 
 def adopt(config: ml_collections.ConfigDict, path: str) -> Config | None:

@@ -65,6 +65,8 @@ def test_csv(tmp_path, images, tab, first):
         UserError, match=r"has no column 'image'; its columns are 'title', 'filepath', 'words'; set data\.image_key"
     ):
         open_source(f"csv:{tmp_path}/pairs.csv")
+    with pytest.raises(UserError, match="has no column 'filepath/bytes'"):  # only texts have fields
+        open_source(f"csv:{tmp_path}/pairs.csv", "filepath/bytes", ("title",))
     (tmp_path / "empty.csv").write_text("image,text\n")
     with pytest.raises(UserError, match="has no row"):
         open_source(f"csv:{tmp_path}/empty.csv")

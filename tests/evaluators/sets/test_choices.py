@@ -11,6 +11,7 @@ import pytest
 from tests.helpers.encoding import SIZE, make_encoder, small_model
 from xclip_jax.core.errors import UserError
 from xclip_jax.data.config import DataConfig
+from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.evaluators import registry
 from xclip_jax.evaluators.prompts import PROFILES, Profile
 from xclip_jax.evaluators.sets import choices
@@ -97,7 +98,8 @@ def test_aros_relations(tmp_path):
     for i in (0, 1):  # the second box reaches beyond the image
         with PIL.Image.open(tmp_path / "images" / f"{i}.jpg") as image:
             part = image.crop((3 + 10 * i, 2, 12 + 10 * i, 10))
-        np.testing.assert_array_equal(data.images[i], PROFILES["openai"].preprocessing(SIZE)(np.asarray(part)))
+        prepare = PROFILES["openai"].preprocessing(Preprocessing(SIZE))
+        np.testing.assert_array_equal(data.images[i], prepare(np.asarray(part)))
     results = registry.measure(registry.evaluator(make_encoder(), data), small_model()[1])
     by_key = {result.key: result for result in results}
     right = by_key["accuracy"].items.values
@@ -136,6 +138,9 @@ def test_damaged_layouts(sugarcrepe, tmp_path):
         load(f"sugarcrepe@{sugarcrepe}")
     (sugarcrepe / "add_att.json").write_text("[]")
     with pytest.raises(UserError, match=r"sugarcrepe/add_att: .* is not in the published layout"):
+        load(f"sugarcrepe/add_att@{sugarcrepe}")
+    (sugarcrepe / "add_att.json").write_text("{}")
+    with pytest.raises(UserError, match=r"sugarcrepe/add_att"):
         load(f"sugarcrepe/add_att@{sugarcrepe}")
     with pytest.raises(UserError, match=r"aro/vg_relation: .*visual_genome_relation\.json"):
         load(f"aro/vg_relation@{tmp_path}")
@@ -265,7 +270,7 @@ def test_winoground_of_the_hub_and_of_a_file(winoground, server, monkeypatch):
     for i in range(5):
         for j in (0, 1):
             with PIL.Image.open(winoground.parent / f"ex_{i}_img_{j}.png") as image:
-                expected = PROFILES["openai"].preprocessing(SIZE)(np.asarray(image))
+                expected = PROFILES["openai"].preprocessing(Preprocessing(SIZE))(np.asarray(image))
             np.testing.assert_array_equal(of_hub.images[of_hub.pictures[i, j]], expected)
             np.testing.assert_array_equal(of_file.images[of_file.pictures[i, j]], expected)
     assert of_hub.card.split_hash == of_file.card.split_hash

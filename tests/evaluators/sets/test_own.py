@@ -14,6 +14,7 @@ from xclip_jax.commands import evaluate
 from xclip_jax.core.errors import UserError
 from xclip_jax.data import holdout, sources, transforms
 from xclip_jax.data.config import DataConfig
+from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.evaluators import registry, retrieval
 from xclip_jax.evaluators.prompts import PROFILES, with_own
 from xclip_jax.evaluators.sets import own
@@ -82,7 +83,7 @@ def test_rows_of_one_image_are_one_item_with_all_their_captions(tmp_path):
 
 def test_an_image_without_captions_is_named():
     with pytest.raises(UserError, match=r"^set: record 1 has no caption; add one, or leave the image out\.$"):
-        own.captioned("set", [b"", b""], [["a"], []], ["a", "b"], SIZE, PROFILES["openai"])
+        own.captioned("set", [b"", b""], [["a"], []], ["a", "b"], Preprocessing(SIZE), PROFILES["openai"])
 
 
 def test_captions_of_own_pairs_follow_the_profile_but_for_its_prefix(pairs):

@@ -161,8 +161,8 @@ class HubPairs(ColumnSource):
         self._arguments = rest, options, rows
         self._fingerprint: dict[str, Any] = {}
         options = dataclasses.replace(options, image_key=image_column(rows.features, options.image_key))
-        check_columns(spec, rows.features, options.keys)
-        self._texts_table = _arrow(rows, dict.fromkeys(key.partition("/")[0] for key in options.keys[1:]))
+        check_columns(spec, rows.features, options.columns)
+        self._texts_table = _arrow(rows, options.columns[1:])
         texts = dict(zip(self._texts_table.column_names, self._texts_table.columns, strict=True))
         super().__init__(_Images(rows, options.image_key, rest), texts, options)
         if not len(self):

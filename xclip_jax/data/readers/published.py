@@ -97,7 +97,7 @@ class PublishedPairs(SourceKind):
         try:
             return sources.open_pairs(row.spec, dataclasses.replace(options, **columns))
         except (UserError, OSError) as error:
-            reason = first_line(error).rstrip(".")
+            reason = (str(error) if isinstance(error, UserError) else first_line(error)).rstrip(".")
             raise UserError(
                 f"published:{rest} cannot be read: {reason}. If the copy is gone, {_remedy(rest)}."
             ) from error

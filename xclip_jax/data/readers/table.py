@@ -157,7 +157,7 @@ class TableSource(ColumnSource):
     def __init__(self, pattern: str, options: SourceOptions, read: Callable[[str, list[str]], Any]) -> None:
         """Read the columns that `options` names into memory; `read` is `read_csv` or `read_parquet`."""
         self.pattern, self.tables, self._read = pattern, storage.expand(pattern), read
-        keys = list(dict.fromkeys(key.partition("/")[0] for key in options.keys))
+        keys = options.columns
         tables = []
         for path in self.tables:
             try:

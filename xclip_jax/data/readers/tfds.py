@@ -64,7 +64,7 @@ class TfdsSource(Source):
     def __init__(self, data: Any, info: tfds.core.DatasetInfo, split: str, options: SourceOptions) -> None:
         """`data` and `info` are from `open_tfds`; keys of features are as for `lookup`."""
         self.data, self.options = data, options
-        check_columns(info.full_name, sorted(info.features), options.keys)
+        check_columns(info.full_name, sorted(info.features), options.columns)
         shards = [(name, part.num_bytes, list(part.shard_lengths)) for name, part in sorted(info.splits.items())]
         content = json.dumps([info.full_name, split, len(data), shards]).encode()
         self._fingerprint = {

@@ -106,7 +106,7 @@ def locate(rest: str, *, fetch: bool = True) -> Split:
     """Find the split that the spec "wds:" + `rest` names, "test" where it names none.
 
     `rest` is the path of a data set or of a split in it, or "hf:ORG/NAME[@REVISION][/SPLIT]"; without `fetch` only its
-    text files are fetched. Errors are as for `hub_client.dataset_folder`.
+    text files are fetched, from the cache if the Hub cannot be reached. Errors are as for `hub_client.sentences`.
     """
     spec = f"wds:{rest}"
     if not rest.startswith(hub_client.PREFIX):
@@ -118,8 +118,10 @@ def locate(rest: str, *, fetch: bool = True) -> Split:
         raise UserError(f"{spec!r} names no data set of the Hub; write wds:hf:ORG/NAME[@REVISION][/SPLIT].")
     repository, revision, split = match[1], match[2], match[3] or "test"
     patterns = ["*.txt", *[f"{split}/*.tar"] * fetch]
-    folder = hub_client.dataset_folder(spec, repository, revision, patterns)
-    return Split(spec, folder, split, folder.name)
+    hub = hub_client.load(spec)
+    with hub_client.sentences(spec, repository, revision):
+        place = hub.snapshot_download(repository, repo_type="dataset", revision=revision, allow_patterns=patterns)
+    return Split(spec, pathlib.Path(place), split, pathlib.Path(place).name)
 
 
 def read(split: Split) -> tuple[Members, list[bytes]]:

@@ -65,7 +65,7 @@ def sugarcrepe(name: str, folder: pathlib.Path) -> Loaded:
     records = [(part, record) for part in named for record in _read_json(folder / f"{part}.json").values()]
     number = {file: i for i, file in enumerate(dict.fromkeys(record["filename"] for _, record in records))}
     paths = Paths([folder / "val2017" / file for file in number])
-    pictures = np.array([[number[record["filename"]]] for _, record in records])
+    pictures = np.array([number[record["filename"]] for _, record in records], int)[:, None]
     texts = [[record["caption"], record["negative_caption"]] for _, record in records]
     return paths, pictures, texts, [part if len(named) > 1 else "" for part, _ in records], contents(paths)
 
@@ -130,7 +130,7 @@ def read_rows(spec: str, data: DataConfig) -> Loaded:
     return Joined(cells), pictures, texts, parts, ids
 
 
-def load(spec: str, prepare: Preprocessing | int, data: DataConfig, profile: Profile) -> ChoiceSet:
+def load(spec: str, prepare: Preprocessing, data: DataConfig, profile: Profile) -> ChoiceSet:
     """Open the set `spec`, see the module's docstring; texts have the prefix of the command, not the profile's."""
     name, _, location = spec.partition("@")
     if name == "winoground" or spec.startswith(PREFIX):

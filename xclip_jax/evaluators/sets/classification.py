@@ -104,7 +104,7 @@ def read_babel(spec: str, data_dir: str | None) -> Content:
     )
 
 
-def load(spec: str, prepare: Preprocessing | int, data: DataConfig, profile: Profile) -> ZeroShotSet | RetrievalSet:
+def load(spec: str, prepare: Preprocessing, data: DataConfig, profile: Profile) -> ZeroShotSet | RetrievalSet:
     """Open a zero-shot set, or captions in clip_benchmark's layout; images are decoded and preprocessed on access."""
     if spec.startswith(WDS) and _type_of(spec) == wds.CAPTIONS:
         split = wds.locate(spec.removeprefix(WDS))
@@ -139,7 +139,7 @@ def _type_of(spec: str) -> str:
     return wds.locate(spec.removeprefix(WDS), fetch=False).type
 
 
-def own_set(name: str, content: Content, prepare: Preprocessing | int, profile: Profile) -> ZeroShotSet:
+def own_set(name: str, content: Content, prepare: Preprocessing, profile: Profile) -> ZeroShotSet:
     """Return the set `name` of labelled images, with the templates and class names of the profile.
 
     A data set with its own templates keeps them and its names. Class names for unknown classes are ignored.
@@ -211,7 +211,7 @@ def _read_splits(spec: str, data_dir: str | None) -> tuple[Entry, list[Content],
     return entry, parts, [parts[0].data, parts[0].version, *splits]
 
 
-def load_probe(spec: str, prepare: Preprocessing | int, data: DataConfig, profile: Profile) -> ProbeSet:
+def load_probe(spec: str, prepare: Preprocessing, data: DataConfig, profile: Profile) -> ProbeSet:
     """Open `probe/NAME`."""
     entry, content, identity_of_splits = _read_splits(spec, data.dir or None)
     first = content[0]
@@ -243,7 +243,7 @@ def load_probe(spec: str, prepare: Preprocessing | int, data: DataConfig, profil
     return ProbeSet(spec, train, validation, test, {"": [part.labels for part in content]}, card=card)
 
 
-def load_finetuned(spec: str, prepare: Preprocessing | int, data: DataConfig, profile: Profile) -> ClassificationSet:
+def load_finetuned(spec: str, prepare: Preprocessing, data: DataConfig, profile: Profile) -> ClassificationSet:
     """Open `finetuned/SOURCE`."""
     source_spec = spec.removeprefix(FINETUNED)
     source = sources.open_labelled(source_spec, SourceOptions(data.dir))

@@ -208,7 +208,7 @@ def glue(name: str, folder: str, data_dir: str | None) -> ProbeSet | SimilarityS
     return ProbeSet(spec, train, [], test, labels, _SWEEP, neighbours=False, pairs=pairs, card=card)
 
 
-def karpathy(name: str, path: pathlib.Path, prepare: Preprocessing | int, profile: Profile) -> RetrievalSet:
+def karpathy(name: str, path: pathlib.Path, prepare: Preprocessing, profile: Profile) -> RetrievalSet:
     """Read the test split of COCO or Flickr30k from {"images": [{"filename", "filepath"?, "split", "sentences"}]}.
 
     Images are in the JSON's folder, or in its sub-folder "filepath". All captions of an image count unless the profile
@@ -242,7 +242,7 @@ def multi30k(language: str, path: pathlib.Path) -> tuple[Paths, list[list[str]]]
     return images, [list(texts) for _, *texts in zip(images.paths, *columns, strict=True)]
 
 
-def coco_captions(name: str, data_dir: str | None, prepare: Preprocessing | int, profile: Profile) -> RetrievalSet:
+def coco_captions(name: str, data_dir: str | None, prepare: Preprocessing, profile: Profile) -> RetrievalSet:
     """Read Karpathy's test split of COCO from TFDS."""
     source, info = open_tfds("coco_captions", "test", data_dir)
     records = [source[i] for i in range(len(source))]
@@ -264,7 +264,7 @@ LANGUAGES = {"xm3600": xm3600, "multi30k": multi30k}
 
 
 def load(
-    spec: str, prepare: Preprocessing | int, data: DataConfig, profile: Profile
+    spec: str, prepare: Preprocessing, data: DataConfig, profile: Profile
 ) -> SimilaritySet | ProbeSet | RetrievalSet:
     """Open the set `spec`, see the module's docstring."""
     name, _, location = spec.partition("@")

@@ -88,7 +88,7 @@ def captions_by_image(parts: Sequence[holdout.Pairs]) -> tuple[dict[str, list[st
     return {digits: list(texts) for digits, texts in captions.items()}, positions
 
 
-def load_pairs(spec: str, prepare: Preprocessing | int, data: DataConfig, profile: Profile) -> RetrievalSet:
+def load_pairs(spec: str, prepare: Preprocessing, data: DataConfig, profile: Profile) -> RetrievalSet:
     """Open the set `spec`; its captions have the prefix of the command, not the one of the published sets."""
     name = spec.removeprefix(PREFIX)
     if is_holdout(spec, PREFIX):
@@ -122,7 +122,7 @@ def captioned(
     images: Sequence[Any],
     captions: Sequence[Sequence[str]],
     ids: Sequence[Any],
-    prepare: Preprocessing | int,
+    prepare: Preprocessing,
     profile: Profile,
     **origin: str,
 ) -> RetrievalSet:

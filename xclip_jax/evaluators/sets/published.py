@@ -277,7 +277,7 @@ class DenseSets(SetKind):
         return spec in cls.names
 
     @classmethod
-    def load(cls, spec: str, prepare: Preprocessing | int, data: DataConfig, profile: Profile) -> DenseSet:
+    def load(cls, spec: str, prepare: Preprocessing, data: DataConfig, profile: Profile) -> DenseSet:
         """Open the set."""
         name, prepare = "oxford_iiit_pet", profile.preprocessing(prepare)
         (train, info), (test, _) = (open_tfds(name, split, data.dir or None) for split in ("train", "test"))
