@@ -227,8 +227,8 @@ def _set(config: ml_collections.ConfigDict, name: str, value: Any) -> None:
 _EVALUATION = 60.0  # seconds, before any is measured
 
 
-def seconds_left(snapshot: Snapshot, run: Run) -> float:
-    """Estimate a run by records of the same arm, else of the same objective and batch; it may wait for its recipe."""
+def seconds_of(snapshot: Snapshot, run: Run) -> float:
+    """Estimate how long a run takes by records of the same arm, else of the same objective and batch, in seconds."""
     config, known = run.config, [record for record in snapshot.records.values() if not record.error]
     kind = config.objective.name, config.data.batch
     groups = (
@@ -271,7 +271,7 @@ def overview(snapshot: Snapshot, only: Collection[str]) -> str:
         of_arm = [run for run in runs if run.arm.name == name]
         arm = of_arm[0].arm
         left = [run for run in of_arm if run.key not in snapshot.records]
-        hours = sum(seconds_left(snapshot, run) for run in left) / 3600
+        hours = sum(seconds_of(snapshot, run) for run in left) / 3600
         total[arm.section] += hours
         waits = f"  waits for tuning of {arm.tuned}" if any(not run.key for run in left) else ""
         lines.append(

@@ -17,7 +17,7 @@ from typing import Any
 from etils import epath
 
 from studies import records
-from studies.matrix import Matrix, Run, Snapshot, seconds_left, selected
+from studies.matrix import Matrix, Run, Snapshot, seconds_of, selected
 from studies.worker import DIVERGED, REQUEST
 from xclip_jax.config import schema
 from xclip_jax.core import environment
@@ -253,7 +253,7 @@ class Runner:
         if not (due := [active for active in self._active.values() if now - active.shown > _SHOWN_EVERY]):
             return
         total = len(selected(snapshot, self.only))
-        left = sum(seconds_left(snapshot, run) for run in todo) / self.workers
+        left = sum(seconds_of(snapshot, run) for run in todo) / self.workers
         for active in due:
             active.shown = now
             with open(active.folder / "output.log", "rb") as log:

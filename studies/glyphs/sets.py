@@ -47,7 +47,9 @@ def script_classes(records: list[Record]) -> list[str]:
 
 
 def _scripts(name: str, prepare: Preprocessing, data_dir: str | None, part: str) -> ProbeSet:
-    sides = [drawn.records(GLYPHS, split, data_dir) for split in ("train", "validation_concepts", f"{part}_concepts")]
+    sides = [
+        drawn.records_of(GLYPHS, split, data_dir) for split in ("train", "validation_concepts", f"{part}_concepts")
+    ]
     classes = script_classes(sides[0][1])
 
     def has_class(i: int, records: list[Record]) -> bool:

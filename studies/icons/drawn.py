@@ -80,18 +80,18 @@ class DrawnSets(SetKind):
 
 
 @functools.lru_cache(maxsize=8)
-def records(home: Drawn, split: str, data_dir: str | None) -> tuple[list[bytes], list[Record]]:
+def records_of(home: Drawn, split: str, data_dir: str | None) -> tuple[list[bytes], list[Record]]:
     """PNG images and the rest of the records of a split, in order of id; kept, because several sets share them."""
     items = sorted(encoded_records(home.prepare(data_dir), split), key=lambda item: item[1]["id"])
     return [image for image, _ in items], [record for _, record in items]
 
 
 @functools.lru_cache(maxsize=8)
-def drawings(
+def drawings_of(
     home: Drawn, split: str, prepare: Preprocessing, data_dir: str | None
 ) -> tuple[list[np.ndarray], list[Record]]:
-    """Images of `records`, preprocessed, and the rest of the records; kept as well."""
-    images, others = records(home, split, data_dir)
+    """Images of `records_of`, preprocessed, and the rest of the records; kept as well."""
+    images, others = records_of(home, split, data_dir)
     return [prepare(image) for image in images], others
 
 
@@ -101,7 +101,7 @@ def zeroshot(
     """The images of `split` among the names of the concepts that have one of `roles`."""
     classes = home.concepts(data_dir, *roles)
     index = {concept["id"]: i for i, concept in enumerate(classes)}
-    images, records = drawings(home, split, prepare, data_dir)
+    images, records = drawings_of(home, split, prepare, data_dir)
     names = [concept["name"] for concept in classes]
     card = home.card(
         split,
@@ -119,7 +119,7 @@ def zeroshot(
 def retrieval(name: str, prepare: Preprocessing, data_dir: str | None, home: Drawn, part: str) -> RetrievalSet:
     """One drawing of each concept of a rendering split, the first by id, with all names of its concept."""
     split = f"{part}_rendering"
-    images, records = drawings(home, split, prepare, data_dir)
+    images, records = drawings_of(home, split, prepare, data_dir)
     concepts = {concept["id"]: concept for concept in home.concepts(data_dir, "train")}
     first = {record["concept"]: i for i, record in reversed(list(enumerate(records)))}
     chosen = sorted(first.values())
@@ -169,7 +169,7 @@ def _task(images: list[np.ndarray], records: list[Record], concepts: list[str]) 
 
 def probe(name: str, prepare: Preprocessing, data_dir: str | None, home: Drawn, part: str) -> TransferProbeSet:
     """Concepts without training drawings, learned from some families and recognised in drawings by others."""
-    images, records = drawings(home, "validation_concepts", prepare, data_dir)
+    images, records = drawings_of(home, "validation_concepts", prepare, data_dir)
     tuning = probe_concepts(records, PROBE_CLASSES["validation"])
     split, measured = "validation_concepts", tuning
     if part == "validation":
@@ -177,7 +177,7 @@ def probe(name: str, prepare: Preprocessing, data_dir: str | None, home: Drawn, 
     tuning_task = _task(images, records, tuning)
     if part == "test":
         split = "test_concepts"
-        images, records = drawings(home, split, prepare, data_dir)
+        images, records = drawings_of(home, split, prepare, data_dir)
         measured = probe_concepts(records, PROBE_CLASSES["test"])
     card = home.card(
         split,

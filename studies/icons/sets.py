@@ -110,7 +110,7 @@ def dense_sides(concepts: Sequence[str], part: str) -> list[set[str]]:
 
 def _dense(name: str, prepare: Preprocessing, data_dir: str | None, part: str) -> DenseSet:
     """Drawings and their regions; fitting, the choice of C and the test use different concepts."""
-    learned, tested = (drawn.records(ICONS, f"{name}_concepts", data_dir) for name in ("validation", part))
+    learned, tested = (drawn.records_of(ICONS, f"{name}_concepts", data_dir) for name in ("validation", part))
     sides = dense_sides([record["concept"] for record in learned[1]], part)
     if part == "test":
         sides[2] = {record["concept"] for record in tested[1]}
@@ -118,10 +118,10 @@ def _dense(name: str, prepare: Preprocessing, data_dir: str | None, part: str) -
     for (images, records), number, side in zip((learned, learned, tested), DENSE_DRAWINGS, sides, strict=True):
         some = [i for i, record in enumerate(records) if record["concept"] in side]
         some = sorted(some, key=lambda i: hash_rank("dense drawing", records[i]["id"]))[:number]
+        groups = np.unique([records[i]["concept"] for i in some], return_inverse=True)[1]  # last of all the test's
         pngs = [images[i] for i in some]
         parts.append(MaskedImages(Pictures(pngs, prepare), Regions(pngs)))
         ids.append([records[i]["id"] for i in some])
-    groups = np.unique([records[i]["concept"] for i in some], return_inverse=True)[1]  # of the test
     card = ICONS.card(
         f"{part}_concepts",
         *ids,

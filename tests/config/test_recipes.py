@@ -31,6 +31,8 @@ def test_parse_arg():
     parsed = recipes.parse_arg("steps=5,rate=0.5", steps=1, rate=1.0, name="x")
     assert parsed.to_dict() == {"steps": 5, "rate": 0.5, "name": "x"}
     assert recipes.parse_arg("name=a,b,steps=5", steps=1, name="x").name == "a,b"
+    with pytest.raises(TypeError, match="'flag' is False; it must be a string, integer or number"):
+        recipes.parse_arg("flag=yes", flag=False)
     with pytest.raises(UserError, match="'b' is unknown"):
         recipes.parse_arg("steps=5,b", steps=1, name="x")
     with pytest.raises(UserError, match="'stpes' is unknown; did you mean 'steps'"):

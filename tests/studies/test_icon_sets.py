@@ -126,7 +126,7 @@ def test_dense_parts_have_different_concepts(load, icon_builder):
         assert images.shape == (20, PREPARE.size, PREPARE.size, 3) and inside.shape == (20, 64, 64)
         ink = inside[:, 4::8, 4::8]
         assert images[ink].mean() < images[~ink].mean()
-    records = drawn.records(icon_sets.ICONS, "validation_concepts", str(icon_builder.data_path.parents[1]))[1]
+    records = drawn.records_of(icon_sets.ICONS, "validation_concepts", str(icon_builder.data_path.parents[1]))[1]
     for part in ("validation", "test"):
         sides = icon_sets.dense_sides([record["concept"] for record in records], part)
         assert not set(sides[0]) & set(sides[1])

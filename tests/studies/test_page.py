@@ -15,7 +15,7 @@ from studies import page, records, tables, verdicts
 from studies.cc12m import study as cc12m
 from studies.declaration import Arm, Claim, ClaimPart, DoseResponse, ExtraComparisons, Measure
 from studies.icons import study as icons
-from studies.matrix import Matrix, Snapshot, overview, seconds_left
+from studies.matrix import Matrix, Snapshot, overview, seconds_of
 from tests.studies import tiny_study
 from tests.studies.greys import TEST_SET, VALIDATION_SET
 from tests.studies.made_records import CORE, TUNED, finished, record
@@ -217,11 +217,11 @@ def test_estimates_follow_measured_runs():
     m = tiny_study.matrix(tuned=False)
     nothing = Snapshot(m, {})
     runs = nothing.runs
-    assert seconds_left(nothing, runs[0]) == 4 * 16 * m.study.seconds_per_pair + 60
+    assert seconds_of(nothing, runs[0]) == 4 * 16 * m.study.seconds_per_pair + 60
     made = record(runs[0], 1.0, seconds=50.0)
     snapshot = Snapshot(m, {made.key: made})
     xclip = next(run for run in runs if run.arm.name == "xclip")
-    assert seconds_left(snapshot, runs[1]) == 55.0 == seconds_left(snapshot, xclip)
+    assert seconds_of(snapshot, runs[1]) == 55.0 == seconds_of(snapshot, xclip)
     table = overview(snapshot, ("core",))
     assert "clip   core         2     1        0.02" in table and "clip_again" not in table
 

@@ -19,7 +19,8 @@ def parse_arg(arg: str | None, **defaults: Any) -> ml_collections.ConfigDict:
 
     Args:
       arg: "KEY=VALUE,KEY=VALUE". After a string, a part without "=" continues it, so that paths may have commas.
-      **defaults: the keys that exist, with their default values. A value has the type of its default.
+      **defaults: the keys that exist, with their default values: strings, integers or numbers. A value has the type of
+        its default.
 
     Returns:
       The defaults, updated with the values of `arg`.
@@ -51,6 +52,10 @@ def parse_arg(arg: str | None, **defaults: Any) -> ml_collections.ConfigDict:
 def _convert(key: str, text: str, default: Any) -> Any:
     """Return `text` as a value of the type of `default`."""
     kind = type(default)
+    if kind not in (str, *_KINDS):
+        raise TypeError(
+            f"the default of config argument {key!r} is {default!r}; it must be a string, integer or number"
+        )
     try:
         value = kind(text)
     except ValueError as error:

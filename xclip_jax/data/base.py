@@ -108,10 +108,15 @@ class SourceOptions:
     tags_key: str = ""
 
     @property
+    def text_columns(self) -> list[str]:
+        """Columns or features with captions and keywords; the key COLUMN/FIELD reads COLUMN."""
+        keys = [*self.text_keys, *filter(None, [self.tags_key])]
+        return list(dict.fromkeys(key.partition("/")[0] for key in keys))
+
+    @property
     def columns(self) -> list[str]:
-        """All columns or features that are read, the image's first; the text key COLUMN/FIELD reads COLUMN."""
-        texts = [*self.text_keys, *filter(None, [self.tags_key])]
-        return list(dict.fromkeys([self.image_key, *(key.partition("/")[0] for key in texts)]))
+        """All columns or features that are read."""
+        return list(dict.fromkeys([self.image_key, *self.text_columns]))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -167,6 +167,8 @@ class ZeroShotSet:
         several = np.ndim(self.labels) == 2
         if not n or np.shape(self.labels) != ((n, num_classes) if several else (n,)):
             raise UserError(f"{self.name}: {n} images, {np.size(self.labels)} labels; give one label for each image.")
+        if empty := [name for name, mask in self.groups.items() if not np.any(mask)]:
+            raise UserError(f"{self.name}: no image is in the group {empty[0]!r}; leave it out.")
         object.__setattr__(self, "names", list(self.names) or [prompts[0] for prompts in self.prompts])
 
 

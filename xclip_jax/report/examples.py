@@ -188,14 +188,14 @@ def _add_names(
     rng = np.random.default_rng(examples.seed)
     order, searched = rng.permutation(len(zeroshot.labels)), len(examples.named) < 2
 
-    def of_classes(order: np.ndarray) -> np.ndarray:
-        return order[np.sort(np.unique(np.asarray(zeroshot.labels)[order], return_index=True)[1])][:NUM_IMAGES]
+    def of_classes(some: np.ndarray) -> np.ndarray:
+        return some[np.sort(np.unique(np.asarray(zeroshot.labels)[some], return_index=True)[1])][:NUM_IMAGES]
 
     first = of_classes(order)
     # Other sets than the first two encode only the images that they show.
     pool = rng.permutation(len(zeroshot.labels))[:POOL] if searched else []
     keep = readable(shown, np.unique([*first, *pool]).astype(int), examples.missing)
-    first = of_classes(order[np.isin(order, keep)])  # another image of a class whose first one is unreadable
+    first = of_classes(order[np.isin(order, keep)])  # others of the pool where the first are unreadable
     zeroshot, shown = _subset(zeroshot, keep), _subset(shown, keep)
     scores = ZeroShot(encoder, zeroshot).scores(variables)
     indices = np.searchsorted(keep, first)

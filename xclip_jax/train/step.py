@@ -233,10 +233,11 @@ class TrainStep:
     def _features(self, params: Any, inputs: Inputs, order: LengthOrder | None) -> Features:
         """Return the features of the whole batch, encoded in `microbatches` parts: GradCache (arXiv 2101.06983).
 
-        Only the features of the parts are kept, and the backward pass encodes each part again; heads, with BatchNorm
-        over the global batch, and losses see all features at once. The gradient is the gradient of the whole batch up
-        to rounding. An average of the gradients of each part's own loss would be another objective: contrastive losses
-        compare pairs across parts, and nCLIP's smoothness is the entropy of a mean. All randomness is in `inputs`.
+        Of several parts only the features are kept, and the backward pass encodes each part again; one part keeps all
+        activations. Heads, with BatchNorm over the global batch, and losses see all features at once. The gradient is
+        the gradient of the whole batch up to rounding. An average of the gradients of each part's own loss would be
+        another objective: contrastive losses compare pairs across parts, and nCLIP's smoothness is the entropy of a
+        mean. All randomness is in `inputs`.
         """
         inputs = _grouped(inputs, order)
         if self.microbatches > 1:

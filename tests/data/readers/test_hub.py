@@ -115,6 +115,9 @@ def test_columns_are_those_of_the_config_or_the_only_images(tmp_path):
     keys = options(text_keys=("text", "json/alt", "json/words"), tags_key="tags")
     record = sources.open_pairs(f"hf:{path}", keys)[5]
     assert record["text"] == ["picture 5", "alt 5", "a", "b"] and record["tags"] == ["red", "blue"]
+    features = datasets.Features({"image": datasets.Image()})
+    named = datasets.Dataset.from_dict({"image": [{"bytes": png(0), "path": "a fox.png"}]}, features)
+    assert HubPairs("ORG/NAME/train", options(text_keys=("image/path",)), named)[0]["text"] == ["a fox.png"]
 
 
 def test_images_that_are_paths_and_bytes(tmp_path):

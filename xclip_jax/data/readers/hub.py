@@ -162,7 +162,7 @@ class HubPairs(ColumnSource):
         self._fingerprint: dict[str, Any] = {}
         options = dataclasses.replace(options, image_key=image_column(rows.features, options.image_key))
         check_columns(spec, rows.features, options.columns)
-        self._texts_table = _arrow(rows, options.columns[1:])
+        self._texts_table = _arrow(rows, options.text_columns)
         texts = dict(zip(self._texts_table.column_names, self._texts_table.columns, strict=True))
         super().__init__(_Images(rows, options.image_key, rest), texts, options)
         if not len(self):
