@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains on one Cloud TPU VM: creates it unless it exists, installs this commit, starts training there, waits until it
 # trains, two minutes at most, and returns. Training goes on without this machine. The VM costs money until it is
-# deleted, also after the run. The same command again installs the commit of the day and resumes the run.
+# deleted, also after the run. Once training has ended, the same command installs the commit of the day and resumes the run.
 #
 #   PROJECT=my-project ZONE=us-west4-a bash launch/tpu_vm.sh --config configs/pretrain.py:preset=B/32,batch=1024 \
 #       --config.run=gs://my-bucket/runs/mine --config.data.sources='("tar:gs://my-bucket/pairs/{00000..00999}.tar",)'

@@ -31,7 +31,7 @@ PROMISES = (
     Promise(
         "kills",
         "a process that reads data is killed",
-        "the last step is saved; one sentence, most often too little memory",
+        "a run of one process saves the last step, several end; one sentence, most often too little memory",
         ("processes/interrupt::a_killed_worker_is_one_sentence",),
     ),
     Promise(
@@ -166,7 +166,7 @@ PROMISES = (
     ),
     Promise(
         "processes",
-        "one of several processes is killed or hangs",
+        "one of several processes is killed, or hangs for `log.stall_limit`",
         "the others end within 30 s; one that hangs is named, and JAX reports one that is killed",
         (
             "torture/faulty_processes::the_end_of_a_killed_process_ends_the_other",

@@ -227,7 +227,7 @@ def read_csv(path: str, columns: Sequence[str]) -> Any:
         ends = pyarrow.compute.call_function("count_substring", [column], line_end)
         if (pyarrow.compute.call_function("max", [ends]).as_py() or 0) >= _MAX_LINES:
             raise UserError(
-                f"table {path!r}: a field of column {name!r} has {_MAX_LINES} lines or more: a quote in it has no "
+                f"table {path!r}: a field of column {name!r} has more than {_MAX_LINES} lines: a quote in it has no "
                 "partner, or it is a long text; close the quote, or remove the column."
             )
     return table

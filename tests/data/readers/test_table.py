@@ -95,7 +95,7 @@ def test_a_quote_without_a_partner_between_commas_swallows_no_rows(tmp_path, col
     captions[9] = '"never closed'
     rows = [(f"{i}.jpg", "text", text) for i, text in enumerate(captions)]
     write(tmp_path / "x.csv", [("image", "notes" if column == "text" else "text", column), *rows])
-    message = rf"x\.csv': a field of column '{column}' has 20 lines or more: a quote in it has no partner, or"
+    message = rf"x\.csv': a field of column '{column}' has more than 20 lines: a quote in it has no partner, or"
     with pytest.raises(UserError, match=message):
         open_source(f"csv:{tmp_path}/x.csv")
 
