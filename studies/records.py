@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import pathlib
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -221,7 +222,7 @@ def collect(
         environment.pop(name, None)
     flat, last = schema.flatten(config["config"]), lines[-1] if lines else {}
     speeds = [line["samples_per_second"] for line in lines if line.get("samples_per_second")]
-    training = flat["steps"] * flat["data.batch"] / speeds[-1] if speeds else None
+    training = flat["steps"] * flat["data.batch"] * statistics.fmean(1 / speed for speed in speeds) if speeds else None
     evaluation = (saved or {}).get("seconds")
     return RunRecord(
         arm=arm,
