@@ -85,6 +85,8 @@ def test_lines_in_a_bucket_are_written_rarely_and_an_outage_loses_none(monkeypat
     assert after(61) == 4 and "WARNING: [Errno 5] away" in capsys.readouterr().out
     with pytest.raises(OSError, match="away"):
         lines.close()
+    lines.flush()
+    assert "WARNING: [Errno 5] away" in capsys.readouterr().out
     monkeypatch.setattr(Bucket, "away", False)
     assert [after(59), after(2)] == [4, 7]
     written = Bucket.writes

@@ -139,6 +139,24 @@ def test_only_regular_files_are_read(tmp_path):
     assert storage.unreadable(error.value).reason == "file too large"
 
 
+def test_a_file_that_a_server_forgot_is_opened_again(tmp_path, monkeypatch):
+    """A network file system answers ESTALE for a file that was replaced, and for all files after its restart."""
+    (tmp_path / "a").write_bytes(b"0123456789")
+    file, pread = storage.File(str(tmp_path / "a")), os.pread
+    forgotten = {file._fd}
+
+    def stale(descriptor, size, offset):
+        if descriptor in forgotten:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return pread(descriptor, size, offset)
+
+    monkeypatch.setattr(os, "pread", stale)
+    assert [file.read(2, 3), file.read(8, 5)] == [b"234", b"89"]
+    (tmp_path / "a").unlink()
+    with pytest.raises(FileNotFoundError):
+        file.read(2, 3)
+
+
 def test_strict_json_has_null_for_numbers_that_json_lacks():
     content = {"a": [1.5, float("nan")], "b": {"c": (-float("inf"), 2)}, "d": "NaN", "e": np.float64("inf")}
     assert json.loads(storage.strict_json(content)) == {"a": [1.5, None], "b": {"c": [None, 2]}, "d": "NaN", "e": None}

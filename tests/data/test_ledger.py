@@ -130,6 +130,37 @@ def test_share_is_of_a_thousand_at_least(tmp_path):
         book.check()
 
 
+def test_a_failure_after_long_good_data_is_noticed(tmp_path, monkeypatch):
+    monkeypatch.setattr(ledger, "_WINDOW", 2000)
+    book = ledger.Ledger(epath.Path(tmp_path), max_bad_fraction=0.05, start=100_000, counters={"samples": 100_000})
+    for end in range(101_000, 105_000, 1000):  # 100 of 2,100 are not too many
+        book.add(end, 0, [entry(end - i) for i in range(1, 51)])
+        book.sync(end)
+        book.check()
+    book.add(105_000, 0, [entry(105_000 - i) for i in range(1, 101)])
+    book.sync(105_000)
+    book.check()
+    book.add(106_000, 0, [entry(106_000 - i) for i in range(1, 51)])
+    book.sync(106_000)
+    with pytest.raises(
+        ledger.TooManyBadSamples, match=r"^150 of the last 2,150 samples are bad, .* \(in all not an image: 350\)"
+    ):
+        book.check()
+    assert book.share < 0.01
+
+
+def test_the_first_bad_samples_are_listed_and_all_are_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(ledger, "_MOST_LISTED", 3)
+    for start in (0, 16):  # a run that resumes knows what is listed
+        counters = {"samples": start, "bad": {"not an image": start // 2}}
+        book = ledger.Ledger(epath.Path(tmp_path), max_bad_fraction=1.0, start=start, counters=counters)
+        for end in (start + 8, start + 16):
+            book.add(end, 0, [entry(end - 2), entry(end - 1), entry(end - 3, index=6), entry(end - 4)])
+            book.sync(end)
+    assert [line["position"] for line in lines(tmp_path)] == [4, 5, 7]
+    assert book.bad == 8 + 8
+
+
 def test_in_a_bucket_the_file_is_written_anew(tmp_path, monkeypatch):
     monkeypatch.setattr(storage, "is_remote", lambda _: True)
     book = ledger.Ledger(epath.Path(tmp_path), max_bad_fraction=1.0)
@@ -137,13 +168,13 @@ def test_in_a_bucket_the_file_is_written_anew(tmp_path, monkeypatch):
     book.add(16, 0, [entry(9)])
     book.sync(8)
     book.sync(16)
-    book.close()
+    book.file.close()
     assert [line["position"] for line in lines(tmp_path)] == [1, 9]
     counters = {"samples": 8, "bad": {"not an image": 1}}
     again = ledger.Ledger(epath.Path(tmp_path), max_bad_fraction=1.0, start=8, counters=counters)
     assert [line["position"] for line in lines(tmp_path)] == [1]
     again.add(16, 0, [entry(9)])
     again.sync(16)
-    again.close()
+    again.file.close()
     assert [line["position"] for line in lines(tmp_path)] == [1, 9]
     assert again.bad == 2

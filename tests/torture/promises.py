@@ -231,6 +231,7 @@ PROMISES = (
             "train/checkpoint::a_read_only_disk",
             "train/checkpoint::a_folder_that_vanished_is_not_made_again",
             "train/checkpoint::a_save_that_fails_is_reported_at_once_and_costs_no_other",
+            "train/checkpoint::an_old_checkpoint_that_cannot_be_deleted_is_a_warning",
             "train/training_folder::a_disk_that_is_too_small_is_an_error_before_anything_is_written",
             "train/training_folder::folders_that_cannot_be_written",
         ),
@@ -304,6 +305,7 @@ PROMISES = (
             "data/base::any_exception_of_a_sample_makes_it_a_bad_one",
             "data/readers/tar::every_case_is_read_or_has_its_reason",
             "data/readers/tar::too_many_bad_samples_stop_the_run",
+            "data/ledger::a_failure_after_long_good_data_is_noticed",
         ),
     ),
     Promise(
@@ -349,17 +351,20 @@ PROMISES = (
             "data/readers/tar::a_tar_that_is_replaced_while_it_is_read_is_read_on",
             "data/readers/tar::a_tar_that_shrinks_while_it_is_read",
             "data/readers/tar::a_tar_that_is_overwritten_while_it_is_read_gives_reasons",
+            "core/storage::a_file_that_a_server_forgot_is_opened_again",
         ),
     ),
     Promise(
         "data",
         "an image of an evaluation set cannot be read, or a set fails",
-        "it counts as wrong; the other sets are evaluated; all sets are opened before the first step",
+        "it counts as wrong; the other sets are evaluated; all sets are opened before the first step, and one "
+        "whose images cannot be read for a while is left out with a warning",
         (
             "train/loop::all_sets_are_opened_before_the_first_step",
             "evaluators/registry::an_unreadable_image_counts_as_wrong_and_changes_no_other",
             "processes/runtime::every_process_knows_what_one_could_not_read",
             "train/loop::a_set_that_fails_at_the_end_does_not_cost_the_others",
+            "train/loop::images_that_cannot_be_read_for_a_while_do_not_end_a_run",
         ),
     ),
     Promise(

@@ -100,6 +100,7 @@ def child(run: str, pairs: str, classes: str) -> None:
     """Train, or resume, and say on stdout which phase begins."""
     print("start", flush=True)
     from xclip_jax.core.errors import exit_with_message
+    from xclip_jax.evaluators import registry
     from xclip_jax.train import loop, trainer
     from xclip_jax.train.checkpoint import Checkpointer
 
@@ -112,8 +113,7 @@ def child(run: str, pairs: str, classes: str) -> None:
 
     save: Any = Checkpointer.save
     Checkpointer.save = announced("checkpoint", save)
-    loop._evaluate = announced("evaluation", loop._evaluate)
-    trainer.run_evaluators = announced("evaluation", trainer.run_evaluators)
+    registry.measure = announced("evaluation", registry.measure)
     first, place = [True], loop.loader.to_global
 
     def to_global(*args: Any) -> Any:

@@ -16,7 +16,8 @@ ROOT = pathlib.Path(__file__).parents[2]
 # `python -m tests.torture.faults` tries them.
 SLOW = {
     "the run is killed and has processes that read",  # the run is a process of its own, with workers of its own
-    "one of several processes is killed or hangs",  # one that fails is in the suite; these take seconds of silence too
+    # One that fails is in the suite; these take seconds of silence too.
+    "one of several processes is killed, or hangs for `log.stall_limit`",
     "a signal to one of several processes",  # the suite has signals to one alone, and who agrees on them in parts
 }
 

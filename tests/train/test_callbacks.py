@@ -3,6 +3,7 @@
 import importlib.machinery
 import json
 import signal
+import struct
 import sys
 import threading
 import types
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from tensorboardX import event_file_writer
+from tensorboardX.proto import event_pb2
 
 from tests.helpers import tiny
 from xclip_jax.config import schema
@@ -194,6 +196,33 @@ def test_no_trackers(tmp_path):
     opened.log(1, {"loss": 1.0})
     opened.close()
     assert not list(tmp_path.iterdir())
+
+
+def test_event_files_of_a_bucket_stay_small(tmp_path, monkeypatch):
+    """Every two minutes tensorboardX uploads the whole file."""
+    folder = RunFolder(tmp_path)
+    monkeypatch.setattr(callbacks, "_MOST_EVENTS", 4)
+    for remote, files in ((False, 1), (True, 3)):
+        monkeypatch.setattr(callbacks, "is_remote", lambda _, remote=remote: remote)
+        folder.tensorboard = folder.path / str(remote)
+        writer = callbacks.TensorBoard(folder, resolve(tiny.config(run=tmp_path)), 0, "")
+        for step in range(5):
+            writer.log(step, {"a": step, "b": 10.0 * step})
+        writer.close()
+        paths = list(folder.tensorboard.iterdir())
+        assert len(paths) == files
+        events = [event for path in paths for event in event_file_loader(path)]
+        values = [(event.step, v.tag, v.simple_value) for event in events for v in event.summary.value]
+        assert sorted(values) == [(step, name, k * step) for step in range(5) for name, k in (("a", 1.0), ("b", 10.0))]
+
+
+def event_file_loader(path):
+    """Events of a file of tensorboardX: records of a length (8 bytes), its checksum (4), data, and theirs (4)."""
+    content = path.read_bytes()
+    while content:
+        (length,) = struct.unpack("<Q", content[:8])
+        yield event_pb2.Event.FromString(content[12 : 12 + length])
+        content = content[16 + length :]
 
 
 def test_a_disk_that_fails_under_tensorboard_does_not_block_the_run(tmp_path, monkeypatch, capsys):

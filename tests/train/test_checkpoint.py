@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from orbax.checkpoint._src.path.deleter import StandardCheckpointDeleter
 
 from tests.helpers import checkpoints
 from tests.helpers.checkpoints import (
@@ -240,6 +241,24 @@ def test_keys_that_do_not_go_together():
 def test_a_later_checkpoint_is_not_taken_for_a_save(run):
     with Checkpointer(run) as checkpointer, pytest.raises(UserError, match="has a checkpoint of a later step than 3"):
         checkpointer.save(make_state(3), {"samples": 24, "batch": 8})
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_is_a_warning(run, monkeypatch, capsys):
+    """The new one is complete by then; a store may refuse for a moment, or for good."""
+
+    def refused(self, step):
+        raise PermissionError(13, "Permission denied")
+
+    with Checkpointer(run, keep=2) as checkpointer:
+        with monkeypatch.context() as patch:
+            patch.setattr(StandardCheckpointDeleter, "delete", refused)
+            checkpointer.save(make_state(6), {"samples": 48, "batch": 8})
+            assert checkpointer.steps() == [4, 6] and RunFolder(run).steps() == [2, 4, 6]
+        said = capsys.readouterr().out
+        assert said == "WARNING: the old checkpoint of step 2 could not be deleted (Permission denied)\n"
+        checkpointer.save(make_state(8), {"samples": 64, "batch": 8})
+        assert checkpointer.steps() == RunFolder(run).steps() == [6, 8]
+    check_is(restore(run), 8)
 
 
 # When it cannot be written

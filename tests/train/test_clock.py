@@ -98,9 +98,10 @@ def test_speed_leaves_out_pauses_and_the_first_step(now):
     with count.pause():
         now.now = 65.0
     assert count.steps_per_second() == 1 / 5
-    now.now = 70.0
+    now.now = 75.0
     count.step_ended()
-    assert count.steps_per_second() == 2 / 10
+    assert count.steps_per_second() == 1 / 10  # since the last call
+    assert count.steps_per_second() == 1 / 10  # no step has ended since
 
 
 class Step:

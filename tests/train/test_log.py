@@ -40,7 +40,7 @@ def test_wasted_steps_are_those_skipped_and_those_undone(tmp_path, monkeypatch):
     assert skipped.exceeded and skipped.wasted == 3
     skipped.rewind({})
     assert skipped.wasted == 5  # 2, and 5 to 8
-    skipped.close()
+    skipped.file.close()
 
 
 def test_a_run_logs_what_it_makes_of_its_time(tmp_path, monkeypatch, capsys):

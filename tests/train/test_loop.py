@@ -20,6 +20,7 @@ from xclip_jax.core.errors import EXIT_RESUMABLE, UserError, describe
 from xclip_jax.core.run_folder import RunFolder
 from xclip_jax.data import loader
 from xclip_jax.evaluators import registry
+from xclip_jax.evaluators.encoder import TooManyUnreadable
 from xclip_jax.evaluators.results import Result, flat
 from xclip_jax.processes import interrupt
 from xclip_jax.train import build, loop, trainer, weights
@@ -166,6 +167,26 @@ def test_a_set_that_fails_at_the_end_does_not_cost_the_others(pairs, tmp_path, e
         {"step": 4, "a/top1": 12.5},
         {"step": 4, "b/top1": 12.5},
     ]
+
+
+def test_images_that_cannot_be_read_for_a_while_do_not_end_a_run(pairs, tmp_path, evaluators, monkeypatch, capsys):
+    c = tiny.short(pairs, tmp_path / "run", eval__sets=("a", "b"), eval__every=1)
+    measure, times = evaluators["a"].measure, itertools.count(1)
+
+    def away(variables):
+        if next(times) in (2, 4):
+            raise TooManyUnreadable("40 of 40 images cannot be read")
+        return measure(variables)
+
+    monkeypatch.setattr(evaluators["a"], "measure", away)
+    with pytest.raises(UserError, match=r"1 of 2 evaluation sets failed \(a\)"):
+        trainer.run(c)
+    assert "WARNING: a has no result of step 2: 40 of 40 images cannot be read" in capsys.readouterr().out
+    evaluations = [line for line in tiny.lines(tmp_path / "run") if "loss" not in line]
+    whole = {"a/top1": 12.5, "b/top1": 12.5}
+    without = {"b/top1": 12.5}
+    assert evaluations == [{"step": 1} | whole, {"step": 2} | without, {"step": 3} | whole, {"step": 4} | without]
+    assert trainer.run(c) == whole
 
 
 def test_other_sets_on_a_complete_run_are_evaluated(pairs, run, evaluators):

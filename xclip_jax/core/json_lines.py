@@ -23,7 +23,7 @@ class JsonLines:
     the longer that takes.
 
     Attributes:
-      kept: the objects of an existing file that stay.
+      kept: the objects of an existing file that stay, if this process writes; they may be many.
     """
 
     def __init__(self, path: epath.Path, keep: Callable[[dict[str, Any]], bool], *, writes: bool = True) -> None:
@@ -33,11 +33,11 @@ class JsonLines:
           path: the file; it need not exist.
           keep: whether an existing object stays. Lines that are not a JSON object, such as half a line of a process
             that was killed, do not, nor objects that lack a value which `keep` reads, or have another type of it.
-          writes: false for all but one process of a run: they only read.
+          writes: false for all but one process of a run, which read and write nothing.
         """
         self.path, self._writes = path, writes
-        old = path.read_bytes() if path.exists() else b""
-        self.kept = read(path, keep)
+        old = path.read_bytes() if writes and path.exists() else b""
+        self.kept = read(path, keep) if writes else []
         lines = [f"{strict_json(content)}\n" for content in self.kept]
         if writes and "".join(lines).encode() != old:
             write_whole(path, "".join(lines))
@@ -56,10 +56,14 @@ class JsonLines:
         self._lines += lines
         self._changed = True
         if time.monotonic() > self._next:
-            try:
-                self.close()
-            except OSError as error:
-                log0(f"WARNING: {error}; its lines are kept, and written later")
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is left; lines that a store refuses are kept, with a warning, and written later."""
+        try:
+            self.close()
+        except OSError as error:
+            log0(f"WARNING: {error}; its lines are kept, and written later")
 
     def close(self) -> None:
         """Write what is left; more may be appended. Raises `OSError` if a store refuses it."""

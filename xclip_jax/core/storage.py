@@ -284,6 +284,8 @@ class File:
             try:
                 return self._read(offset, size)
             except OSError as error:
+                if error.errno == errno.ESTALE:  # a network file system knows the path, and no more the open file
+                    return File(self.path)._read(offset, size)
                 if error.errno != errno.EIO:
                     raise
                 time.sleep(wait)

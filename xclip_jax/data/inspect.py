@@ -106,7 +106,7 @@ def read_batches(
                     break
             elapsed = time.perf_counter() - start  # processes take seconds to end
         ledger.sync(count * rows)
-        ledger.close()
+        ledger.file.close()
         lines = ledger.path.read_text().splitlines() if ledger.path.exists() else []
     speed = (count - first) * rows / elapsed
     text = np.concatenate(texts) if texts else None

@@ -1,6 +1,7 @@
 """Ledger of bad samples: each is recorded with its reason, and too many of them stop the run."""
 
 import collections
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,6 +17,9 @@ from xclip_jax.core.run_folder import RunFolder
 
 # The share of bad samples is computed of at least this number, so that the first batch cannot stop a run.
 _MIN_SAMPLES = 1000
+# It is also computed of each so many samples: after weeks of good data a failure would hardly change the run's share.
+_WINDOW = 100_000
+_MOST_LISTED = 100_000  # lines of bad_samples.jsonl
 _MIN_GATHERED = 1024  # bytes
 
 Entry = dict[str, Any]
@@ -52,7 +56,11 @@ class Ledger:
 
     A line is {"position": in the run's order, "reason", "detail", "source": its number, "index"} and the source's
     description of the sample, such as "tar" and "key". The `counters` {"samples": delivered, "tokens": in their texts,
-    "bad": {reason: replaced samples}} are over all processes, as of the last `sync`; a checkpoint keeps them.
+    "bad": {reason: replaced samples}} are over all processes, as of the last `sync`; a checkpoint keeps them. Only the
+    first `_MOST_LISTED` bad samples have a line.
+
+    Attributes:
+      file: bad_samples.jsonl.
     """
 
     def __init__(
@@ -67,12 +75,15 @@ class Ledger:
         self.counters: dict[str, Any] = {"samples": 0, "tokens": 0, "bad": {}} | dict(counters or {})
         self._pending: collections.deque[tuple[int, int, list[Entry]]] = collections.deque()
         self._part = jax.process_index()
-        self._file = JsonLines(
+        self.file = JsonLines(
             self.path,
             lambda entry: entry["position"] < start and all(isinstance(entry[key], int) for key in ("source", "index")),
             writes=jax.process_index() == 0,
         )
-        self._known = {(entry["source"], entry["index"]) for entry in self._file.kept}
+        self._known = {(entry["source"], entry["index"]) for entry in self.file.kept}
+        del self.file.kept
+        self._window = (self.counters["samples"], self.bad)  # counters at its beginning
+        self._last_window = (0, 0)  # bad samples of the last whole window, of how many that were read
 
     def add(self, end: int, tokens: int, bad: Sequence[Entry], part: int | None = None) -> None:
         """Record a batch of this process, whose global batch ends before sample `end`.
@@ -111,8 +122,14 @@ class Ledger:
         new: dict[tuple[int, int], Entry] = {}
         for entry in entries:
             new.setdefault((entry["source"], entry["index"]), entry)
-        self._file.append(*(entry for sample, entry in new.items() if sample not in self._known))
-        self._known |= new.keys()
+        unknown = {sample: entry for sample, entry in new.items() if sample not in self._known}
+        listed = dict(itertools.islice(unknown.items(), _MOST_LISTED - len(self._known)))
+        self.file.append(*listed.values())
+        self._known |= listed.keys()
+        first, bad_before = self._window
+        if samples - first >= _WINDOW:
+            self._last_window = (self.bad - bad_before, samples - first + self.bad - bad_before)
+            self._window = (samples, self.bad)
 
     @property
     def bad(self) -> int:
@@ -125,16 +142,17 @@ class Ledger:
         return self.bad / max(self.counters["samples"] + self.bad, 1)
 
     def check(self) -> None:
-        """Raise `TooManyBadSamples` if more than `max_bad_fraction` of the samples counted by `sync` are bad."""
-        read = self.counters["samples"] + self.bad
-        if self.bad > self.max_bad_fraction * max(read, _MIN_SAMPLES):
-            reasons = sorted(self.counters["bad"].items(), key=lambda item: -item[1])
-            raise TooManyBadSamples(
-                f"{self.bad:,} of {read:,} samples are bad, more than data.max_bad_fraction={self.max_bad_fraction:g} "
-                f"allows ({', '.join(f'{reason}: {count:,}' for reason, count in reasons)}); {self.path} lists them. "
-                "Fix the data, or raise data.max_bad_fraction."
-            )
+        """Raise `TooManyBadSamples` if more than `max_bad_fraction` of the samples counted by `sync` are bad.
 
-    def close(self) -> None:
-        """Write the remaining lines; more samples may be recorded."""
-        self._file.close()
+        It holds for all samples of the run, and for the last window of `_WINDOW`.
+        """
+        whole = (self.bad, self.counters["samples"] + self.bad)
+        for (bad, read), last, of_run in ((whole, "", ""), (self._last_window, "the last ", "in all ")):
+            if bad > self.max_bad_fraction * max(read, _MIN_SAMPLES):
+                counts = sorted(self.counters["bad"].items(), key=lambda item: -item[1])
+                reasons = ", ".join(f"{reason}: {count:,}" for reason, count in counts)
+                raise TooManyBadSamples(
+                    f"{bad:,} of {last}{read:,} samples are bad, more than data.max_bad_fraction="
+                    f"{self.max_bad_fraction:g} allows ({of_run}{reasons}); {self.path} lists them. Fix the data, or "
+                    "raise data.max_bad_fraction."
+                )

@@ -26,6 +26,10 @@ _LENGTHS, _BATCHES = 16, 4
 MAX_UNREADABLE = 0.05  # share of a set's images; above it the result would describe the set, not the model
 
 
+class TooManyUnreadable(UserError):
+    """More images of a set cannot be read than `MAX_UNREADABLE` allows; all processes of a run raise it together."""
+
+
 class Encoder:
     """Encode images and texts in batches of one or a few fixed shapes, each compiled once per modality.
 
@@ -144,12 +148,12 @@ class Encoder:
         return jax.ShapeDtypeStruct((self.image_size, self.image_size, 3), dtype)
 
     def _count_unreadable(self, valid: np.ndarray, offset: int = 0) -> None:
-        """Record the unreadable images of the last pass; raise `UserError` if there are too many."""
+        """Record the unreadable images of the last pass; raise `TooManyUnreadable` above `MAX_UNREADABLE`."""
         unreadable = np.flatnonzero(~valid).tolist()
         self.unreadable |= {i + offset: self._reasons.get(i, "") for i in unreadable}
         if len(unreadable) > MAX_UNREADABLE * len(valid):
             first = self._reasons.get(unreadable[0], f"image {unreadable[0]}")
-            raise UserError(
+            raise TooManyUnreadable(
                 f"{len(unreadable)} of {len(valid)} images cannot be read, more than {MAX_UNREADABLE:.0%}; "
                 f"the first is: {first}; see xclip-jax check"
             )

@@ -10,6 +10,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from xclip_jax.core import console
 from xclip_jax.core.console import log0
 from xclip_jax.core.errors import UserError, check_choice, describe
 from xclip_jax.core.imports import Classes, class_name, import_class, is_imported
@@ -157,6 +158,7 @@ def measure(evaluator: Evaluator, variables: Variables) -> list[Result]:
     Unreadable images count as wrong, and probes are not trained on them; the log names the first few. An exception has
     a note with the evaluator's name.
     """
+    console.report_progress()
     encoder = evaluator.encoder
     encoder.unreadable.clear()
     try:

@@ -1,10 +1,12 @@
 """Callbacks of a run, and trackers: TensorBoard, Weights & Biases, Trackio and others, as `log.to` names them."""
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import io
 import json
+import math
 import os
 import secrets
 import sys
@@ -24,6 +26,9 @@ from xclip_jax.core.storage import is_remote, write_json
 from xclip_jax.evaluators.results import Result
 from xclip_jax.models.two_towers import Variables
 from xclip_jax.train.job import Job
+
+# Scalars in an event file of a run in a bucket: every two minutes tensorboardX uploads the whole file again.
+_MOST_EVENTS = 50_000
 
 
 class Callback:
@@ -89,10 +94,16 @@ class TensorBoard:
         del config, run_id
         tensorboardx = importlib.import_module("tensorboardX")
         # A bounded queue blocks for ever, at exit too, when an error of the disk has ended the thread that empties it.
-        self._writer = tensorboardx.SummaryWriter(str(folder.tensorboard), purge_step=step + 1, max_queue=0)
+        self._open = functools.partial(tensorboardx.SummaryWriter, str(folder.tensorboard), max_queue=0)
+        self._writer, self._events = self._open(purge_step=step + 1), 0
+        self._most = _MOST_EVENTS if is_remote(str(folder.path)) else math.inf
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         self._check()
+        if self._events + len(scalars) > self._most:
+            self._writer.close()
+            self._writer, self._events = self._open(filename_suffix=f".{step}"), 0
+        self._events += len(scalars)
         for name, value in scalars.items():
             self._writer.add_scalar(name, value, step)
 

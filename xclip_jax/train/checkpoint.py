@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -54,12 +55,39 @@ def _keep_record(record: logging.LogRecord) -> bool:
     return "orbax" not in record.pathname or not (record.exc_info or "read only" in record.getMessage())
 
 
+class _Deleter:
+    """Deletes old checkpoints. One that a store does not let go is a warning, and is tried again after the next save.
+
+    To Orbax that is a failure of the new checkpoint, which is complete by then.
+    """
+
+    def __init__(self, deleter: Any) -> None:
+        self._deleter, self._left = deleter, list[int]()
+
+    def delete_steps(self, steps: Sequence[int]) -> None:
+        """Delete checkpoints, and those that could not be deleted before."""
+        steps, self._left = [*self._left, *steps], []
+        for step in steps:
+            try:
+                self._deleter.delete(step)
+            except Exception as error:
+                self._left.append(step)
+                log0(f"WARNING: the old checkpoint of step {step} could not be deleted ({_reason(error)})")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._deleter, name)
+
+
 class _Manager(ocp.CheckpointManager):
     """Checkpoint manager that does not ask JAX's preemption service: the training loop saves at a signal by itself.
 
     The service stops all processes at one more than the largest number asked about. Orbax would ask with step numbers,
     which the count of calls in `interrupt.PreemptionHandler.requested` never reaches.
     """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._checkpoint_deleter: Any = _Deleter(self._checkpoint_deleter)
 
     def reached_preemption(self, step: int) -> bool:
         """Never: the training loop stops, and saves, by itself."""

@@ -51,7 +51,8 @@ class Clock:
         self._lost = self._paused = self._waited = self._waited_lately = 0.0
         self._started = self._ended = 0
         self._since = self._ended_at = time.perf_counter()
-        self._first_end = self._last_end = 0.0  # of steps, without pauses
+        self._last_end = 0.0  # of a step, without pauses
+        self._speed, self._measured = 0.0, (1, 0.0)  # steps and time at the last measurement of the speed
         self._steps: queue.Queue[jax.Array | None] = queue.Queue()
         threading.Thread(target=self._watch, daemon=True).start()
 
@@ -68,7 +69,7 @@ class Clock:
         self._ended_at = time.perf_counter()
         self._last_end = self._ended_at - self._paused
         if not self._ended:
-            self._first_end = self._last_end
+            self._measured = (1, self._last_end)
         self._ended += 1
         self._on_step_end()
 
@@ -123,9 +124,12 @@ class Clock:
             self.wait_share()
 
     def steps_per_second(self) -> float:
-        """Return the speed since the first step of this process has ended, 0 until the second has."""
-        elapsed = self._last_end - self._first_end
-        return (self._ended - 1) / elapsed if self._ended > 1 and elapsed > 0 else 0.0
+        """Return the speed since the last call, at first since this process's first step; 0 until the second ends."""
+        steps, time_before = self._measured
+        if self._ended > steps and self._last_end > time_before:
+            self._speed = (self._ended - steps) / (self._last_end - time_before)
+            self._measured = (self._ended, self._last_end)
+        return self._speed
 
     def goodput(self, step: int, wasted: int) -> dict[str, float]:
         """Return "goodput", and its parts, "wall_seconds" and "useful_seconds", up to `step`.

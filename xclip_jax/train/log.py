@@ -78,6 +78,7 @@ class MetricLogger:
         )
         self._results = JsonLines(job.folder.results_log_file, lambda line: line["step"] <= last, writes=first)
         self._evaluated = {line["step"] for line in self._metrics.kept if "loss" not in line}
+        del self._metrics.kept, self._results.kept  # of a long run they are large
         self._trackers = Trackers(job.folder, job.config, start) if first else None
         self.clock = Clock(began, start, before, on_step_end)
 
@@ -167,17 +168,21 @@ class MetricLogger:
         for callback in self._callbacks:
             callback.on_evaluation(step, results)
 
+    @property
+    def _files(self) -> Sequence[JsonLines]:
+        return self.ledger.file, self.skipped.file, self._results, self._metrics
+
     def write(self) -> None:
-        """Log the last step, and write buffered lines, as files in a bucket have."""
+        """Log the last step, and write buffered lines, as files in a bucket have; a refusal is a warning."""
         self.flush()
-        self.ledger.close()
-        self.skipped.close()
-        self._results.close()
-        self._metrics.close()
+        for file in self._files:
+            file.flush()
 
     def close(self) -> None:
-        """Log and write what is left, and end the thread of the clock."""
-        self.write()
+        """Log and write what is left, and end the thread of the clock. Raises `OSError` if a store refuses a file."""
+        self.flush()
+        for file in self._files:
+            file.close()
         self.clock.close()
         if self.ledger.bad:
             counts = ", ".join(f"{reason}: {count:,}" for reason, count in self.ledger.counters["bad"].items())

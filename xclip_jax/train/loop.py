@@ -17,6 +17,7 @@ from xclip_jax.data.ledger import TooManyBadSamples
 from xclip_jax.data.records import interruptible_iterator
 from xclip_jax.evaluators import registry, tables
 from xclip_jax.evaluators.base import Evaluator
+from xclip_jax.evaluators.encoder import TooManyUnreadable
 from xclip_jax.evaluators.results import Result
 from xclip_jax.models.two_towers import Variables
 from xclip_jax.processes.interrupt import Interrupted, PreemptionHandler
@@ -122,15 +123,6 @@ def _can_save_after(error: Exception, phase: str) -> bool:
     return isinstance(error, TooManyBadSamples) or (alone and phase in (DATA, EVALUATION))
 
 
-def run_evaluators(evaluators: Sequence[Evaluator], variables: Variables) -> list[Result]:
-    """Return the results of all evaluators; an exception names the evaluator that raised it."""
-    results: list[Result] = []
-    for evaluator in evaluators:
-        console.report_progress()
-        results += registry.measure(evaluator, variables)
-    return results
-
-
 @contextlib.contextmanager
 def evaluating(watch: Watchdog, stop: PreemptionHandler, phase: str = EVALUATION) -> Iterator[None]:
     """Evaluate in this context: an interrupt leaves it between two batches, a signal to a single process at once."""
@@ -160,14 +152,23 @@ def _evaluate(
     watch: Watchdog,
     stop: PreemptionHandler,
 ) -> None:
-    """Evaluate before or during training; the speed excludes the time that it takes."""
+    """Evaluate before or during training; the speed excludes the time that it takes.
+
+    A set whose images cannot be read now is a warning: the same set at the end of the run may be readable again.
+    """
     log.flush()
+    results: list[Result] = []
     with log.clock.pause():
         with evaluating(watch, stop):
-            results = run_evaluators(evaluators, variables)
+            for evaluator in evaluators:
+                try:
+                    results += registry.measure(evaluator, variables)
+                except TooManyUnreadable as error:
+                    log0(f"WARNING: {evaluator.name} has no result of step {step}: {error}")
         log.write_results(step, results)
         log.end_evaluation(step, results)
-        log0(f"step {step}: {tables.headlines(results)}")
+        if results:
+            log0(f"step {step}: {tables.headlines(results)}")
 
 
 class StepTracer:

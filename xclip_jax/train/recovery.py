@@ -34,13 +34,16 @@ class SkippedSteps:
     A line is {"step", "position": of its first sample in the run's order, "samples": their number, "loss", "grad_norm",
     "param_norm", maybe "grad_norm_mean"}, with null for values that are not finite, or {"step", "rewound_to": a
     checkpoint's step}. The counters are "skipped" in `Ledger.counters`, which every checkpoint has.
+
+    Attributes:
+      file: skipped_steps.jsonl.
     """
 
     def __init__(self, job: Job, start: int, ledger: Ledger, checkpointer: Checkpointer) -> None:
         """Open the file of a run that starts or resumes at step `start`, with the counters of `ledger`."""
         self._job, self._ledger, self._checkpointer = job, ledger, checkpointer
         self.path = job.folder.skipped_steps_file
-        self._file = JsonLines(self.path, lambda line: line["step"] <= start, writes=jax.process_index() == 0)
+        self.file = JsonLines(self.path, lambda line: line["step"] <= start, writes=jax.process_index() == 0)
         self._checked, self._skipped = start, False
         self._wasted: set[int] = set()
 
@@ -90,7 +93,7 @@ class SkippedSteps:
         for x in jax.tree.leaves(state):
             x.delete()  # two states need not fit into the devices
         restored, _ = self._checkpointer.restore(self._job.experiment.abstract, target)
-        self._file.append({"step": step, "rewound_to": target})
+        self.file.append({"step": step, "rewound_to": target})
         log0(
             f"WARNING: {self.in_a_row} steps in a row were skipped; rewinding to the checkpoint of step {target}, and "
             f"going on with the samples of step {step + 1}"
@@ -110,16 +113,12 @@ class SkippedSteps:
             self._stop(f"steps {failed + 1} to {self._checked} are skipped, and no checkpoint is left to rewind to")
         return max([step for step in usable if every and step % every == 0] or usable)
 
-    def close(self) -> None:
-        """Write what is left; more may be counted."""
-        self._file.close()
-
     def _add(self, step: int, values: dict[str, float]) -> None:
         config = self._job.config
         self._count(total=self.total + 1, in_a_row=self.in_a_row + 1)
         self._wasted.add(step)
         b = config.data.batch
-        self._file.append({"step": step, "position": (step - 1) * b, "samples": b} | values)
+        self.file.append({"step": step, "position": (step - 1) * b, "samples": b} | values)
         fault = _fault(step, values)
         if self.in_a_row == config.steps or (self.exceeded and not config.optim.rewind):
             self._stop(f"{fault}, after {self.in_a_row - 1} skipped steps in a row, and is not saved")
@@ -128,7 +127,7 @@ class SkippedSteps:
     def _stop(self, reason: str) -> None:
         saved = self._checkpointer.steps()
         last = f"the last checkpoint has step {saved[-1]}" if saved else "there is no checkpoint yet"
-        self.close()
+        self.file.close()
         raise Diverged(
             f"{reason}; {last}. Lower optim.lr, lengthen optim.warmup or set optim.grad_clip_norm=1, under a different "
             "--config.run."

@@ -12,7 +12,8 @@ from xclip_jax.config.schema import Config, resolve
 from xclip_jax.core.console import log0
 from xclip_jax.core.errors import EXIT_RESUMABLE, UserError, describe
 from xclip_jax.data.ledger import Ledger
-from xclip_jax.evaluators import tables
+from xclip_jax.evaluators import registry, tables
+from xclip_jax.evaluators.encoder import TooManyUnreadable
 from xclip_jax.evaluators.results import Result, flat, from_json
 from xclip_jax.models.two_towers import Variables
 from xclip_jax.processes import runtime
@@ -23,7 +24,7 @@ from xclip_jax.train.callbacks import Callback, classes
 from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.job import Job
 from xclip_jax.train.log import MetricLogger
-from xclip_jax.train.loop import evaluating, run_evaluators, train
+from xclip_jax.train.loop import evaluating, train
 from xclip_jax.train.recovery import SkippedSteps
 from xclip_jax.train.state import TrainState, create
 from xclip_jax.train.training_folder import TrainingFolder
@@ -197,9 +198,9 @@ def _evaluate(
     for evaluator in job.final:
         try:
             with evaluating(watch, stop):
-                values = run_evaluators([evaluator], variables)
+                values = registry.measure(evaluator, variables)
         except Exception as error:
-            if jax.process_count() > 1:
+            if jax.process_count() > 1 and not isinstance(error, TooManyUnreadable):
                 raise  # the others would wait for this process in the next set
             failed[evaluator.name] = describe(error)
             log0(f"{evaluator.name} failed: {type(error).__name__}: {describe(error)}")
