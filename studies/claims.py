@@ -139,11 +139,12 @@ def sentence(claim: verdicts.ClaimVerdict) -> str:
     """The sentence on a claim: its words, its verdict and what its parts show, by verdict where these differ."""
     if not any(part.difference for part in claim.parts):
         return f"*{claim.claim.text}* **{_NOTHING}.**"
-    groups = {}
+    groups, labels = {}, [part.measure.label for part in claim.parts]
     for verdict, word in _SHOWN.items():
-        # "Against the claim: xCLIP gains at retrieval" would read as if it did.
-        name = verdict == verdicts.OPPOSED
-        texts = [_numbers(part, name=name) for part in claim.parts if part.verdict == verdict]
+        # "Against the claim: xCLIP gains at retrieval" would read as if it did; one measure may be of several parts.
+        named = [verdict == verdicts.OPPOSED and labels.count(label) == 1 for label in labels]
+        parts = zip(claim.parts, named, strict=True)
+        texts = [_numbers(part, name=name) for part, name in parts if part.verdict == verdict]
         groups |= {word: "; ".join(texts)} if texts else {}
     verdict = (_OPEN_CLAIM if claim.verdict == verdicts.UNDECIDED else claim.verdict).capitalize()
     if {part.verdict for part in claim.parts} == {claim.verdict}:
