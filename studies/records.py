@@ -3,10 +3,10 @@
 import dataclasses
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import pathlib
-import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -221,8 +221,10 @@ def collect(
     for name in ("command", "commit"):
         environment.pop(name, None)
     flat, last = schema.flatten(config["config"]), lines[-1] if lines else {}
-    speeds = [line["samples_per_second"] for line in lines if line.get("samples_per_second")]
-    training = flat["steps"] * flat["data.batch"] * statistics.fmean(1 / speed for speed in speeds) if speeds else None
+    timed = [(line["step"] - before["step"], speed) for before, line in itertools.pairwise(lines)
+             if (speed := line.get("samples_per_second"))]  # fmt: skip
+    seconds = sum(steps / speed for steps, speed in timed) / max(sum(steps for steps, _ in timed), 1)  # a sample
+    training = flat["steps"] * flat["data.batch"] * seconds if timed else None
     evaluation = (saved or {}).get("seconds")
     return RunRecord(
         arm=arm,

@@ -159,6 +159,11 @@ def test_the_first_bad_samples_are_listed_and_all_are_counted(tmp_path, monkeypa
             book.sync(end)
     assert [line["position"] for line in lines(tmp_path)] == [4, 5, 7]
     assert book.bad == 8 + 8
+    monkeypatch.setattr(ledger, "_MOST_LISTED", 2)  # a file of an earlier version, without this limit
+    again = ledger.Ledger(epath.Path(tmp_path), max_bad_fraction=1.0, start=32)
+    again.add(40, 0, [entry(33)])
+    again.sync(40)
+    assert [line["position"] for line in lines(tmp_path)] == [4, 5, 7]
 
 
 def test_in_a_bucket_the_file_is_written_anew(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import pytest
 from tests.helpers.encoding import SIZE, by_name, make_encoder, small_model
 from xclip_jax.core.errors import UserError
 from xclip_jax.evaluators import registry, statistics
+from xclip_jax.evaluators.encoder import TooManyUnreadable
 from xclip_jax.evaluators.probe import ClassifierEvaluator, Sweep
 
 BROKEN = (3, 30)  # of 50 images a class
@@ -82,6 +83,29 @@ def test_more_than_a_twentieth_is_an_error_that_names_the_set_and_the_first(tmp_
         measure(spec)
     assert str(error.value).endswith(f"{first}'; see xclip-jax check")
     assert error.value.__notes__ == [f"in evaluator zeroshot/{spec}"]
+
+
+class Images:
+    """Images in a store, of which some do not come."""
+
+    def __init__(self, size, away):
+        self.size, self.away = size, away
+
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, index):
+        if index < self.away:
+            raise TimeoutError(110, "the store is away")
+        return np.full((self.size, self.size, 3), index, np.uint8)
+
+
+def test_a_store_that_does_not_answer_counts_as_unreadable():
+    encoder, variables = make_encoder(), small_model()[1]
+    features = encoder.images(variables, Images(encoder.image_size, away=2))["features"]
+    assert np.isnan(features[:2]).all() and not np.isnan(features[2:]).any()
+    with pytest.raises(TooManyUnreadable, match=r"3 of 40 images cannot be read, .* the store is away"):
+        encoder.images(variables, Images(encoder.image_size, away=3))
 
 
 def test_a_query_whose_image_is_unreadable_misses_in_both_directions(tmp_path):

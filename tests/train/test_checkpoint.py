@@ -255,7 +255,7 @@ def test_an_old_checkpoint_that_cannot_be_deleted_is_a_warning(run, monkeypatch,
             checkpointer.save(make_state(6), {"samples": 48, "batch": 8})
             assert checkpointer.steps() == [4, 6] and RunFolder(run).steps() == [2, 4, 6]
         said = capsys.readouterr().out
-        assert said == "WARNING: the old checkpoint of step 2 could not be deleted (Permission denied)\n"
+        assert said == "WARNING: old checkpoints could not be deleted, of step 2 (Permission denied)\n"
         checkpointer.save(make_state(8), {"samples": 64, "batch": 8})
         assert checkpointer.steps() == RunFolder(run).steps() == [6, 8]
     check_is(restore(run), 8)

@@ -285,7 +285,10 @@ class File:
                 return self._read(offset, size)
             except OSError as error:
                 if error.errno == errno.ESTALE:  # a network file system knows the path, and no more the open file
-                    return File(self.path)._read(offset, size)
+                    again = File(self.path)
+                    if again.size != self.size:
+                        raise
+                    return again._read(offset, size)
                 if error.errno != errno.EIO:
                     raise
                 time.sleep(wait)

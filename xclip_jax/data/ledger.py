@@ -17,7 +17,8 @@ from xclip_jax.core.run_folder import RunFolder
 
 # The share of bad samples is computed of at least this number, so that the first batch cannot stop a run.
 _MIN_SAMPLES = 1000
-# It is also computed of each so many samples: after weeks of good data a failure would hardly change the run's share.
+# It is also computed of so many samples or more, from one `sync` to a later one: after weeks of good data a failure
+# would hardly change the run's share.
 _WINDOW = 100_000
 _MOST_LISTED = 100_000  # lines of bad_samples.jsonl
 _MIN_GATHERED = 1024  # bytes
@@ -123,7 +124,7 @@ class Ledger:
         for entry in entries:
             new.setdefault((entry["source"], entry["index"]), entry)
         unknown = {sample: entry for sample, entry in new.items() if sample not in self._known}
-        listed = dict(itertools.islice(unknown.items(), _MOST_LISTED - len(self._known)))
+        listed = dict(itertools.islice(unknown.items(), max(_MOST_LISTED - len(self._known), 0)))
         self.file.append(*listed.values())
         self._known |= listed.keys()
         first, bad_before = self._window
@@ -153,6 +154,6 @@ class Ledger:
                 reasons = ", ".join(f"{reason}: {count:,}" for reason, count in counts)
                 raise TooManyBadSamples(
                     f"{bad:,} of {last}{read:,} samples are bad, more than data.max_bad_fraction="
-                    f"{self.max_bad_fraction:g} allows ({of_run}{reasons}); {self.path} lists them. Fix the data, or "
-                    "raise data.max_bad_fraction."
+                    f"{self.max_bad_fraction:g} allows ({of_run}{reasons}); see {self.path}. Fix the data, or raise "
+                    "data.max_bad_fraction."
                 )

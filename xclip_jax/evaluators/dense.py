@@ -285,7 +285,7 @@ class DenseProbe(Evaluator):
         """{metric: value} of the probe of pixels and positions, which is independent of the model."""
         return {key: item.value() for key, item in self._items(self._predict(self._pixels)[0]).items()}
 
-    def _pixels(self, images: Sequence[np.ndarray], _: int) -> Iterator[tuple[int, np.ndarray]]:
+    def _pixels(self, images: Sequence[np.ndarray], first: int) -> Iterator[tuple[int, np.ndarray]]:
         """Yield pixels of each patch, between 0 and 1, and its one-hot position, as `Encoder.patches` does."""
         grid, side = self.encoder.grid, self._patch
         position = np.eye(grid**2, dtype=np.float32).reshape(grid, grid, -1)
@@ -294,7 +294,9 @@ class DenseProbe(Evaluator):
             for i in range(len(block)):
                 try:
                     image = images[start + i][: grid * side, : grid * side]
-                except BadSample:  # the encoder counts it
+                except BadSample:
+                    if first + start + i not in self.encoder.unreadable:
+                        raise  # the encoder could read it, and what is measured here is kept
                     continue
                 block[i] = image.reshape(grid, side, grid, side, 3).swapaxes(1, 2).reshape(grid, grid, -1) / 255
             yield start, np.concatenate([block, np.broadcast_to(position, (len(block), *position.shape))], axis=-1)

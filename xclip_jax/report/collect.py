@@ -132,6 +132,7 @@ def read(path: str | epath.Path) -> Record:
 def _read(run: RunFolder, content: Mapping[str, Any]) -> Record:
     with imports.named_by(run.config_file):
         config = schema.resolve(schema.complete(content["config"]))
+    training = [row for row in run.read_metrics() if "loss" in row]
     final = run.read_results()
     logged = [(int(line["step"]), results.from_json(line["records"])) for line in run.read_evaluations()]
     last = [(config.steps, results.from_json(final["records"]))] if final else []
@@ -148,13 +149,13 @@ def _read(run: RunFolder, content: Mapping[str, Any]) -> Record:
         config=config,
         objective=make_objective(config.objective),
         environment=(final or {}).get("environment") or content.get("environment") or {},
-        training=[row for row in run.read_metrics() if "loss" in row],
+        training=training,
         evaluations=evaluations,
         results=_with_items(known, made),
         mixes=results.by_mix(evaluated),
         steps_of=steps_of,
         sources=run.read_sources() or [],
-        bad=len(run.read_bad_samples()),
+        bad=int(training[-1].get("data/bad", 0)) if training else 0,
         began=datetime.datetime.fromisoformat(content["started"]),
         ended=datetime.datetime.fromisoformat(final["ended"]) if final else None,
     )

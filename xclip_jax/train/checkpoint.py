@@ -51,12 +51,13 @@ def _reason(error: BaseException) -> str:
 
 
 def _keep_record(record: logging.LogRecord) -> bool:
-    """Logging filter: drop Orbax's records of exceptions that it also raises, and of read-only folders."""
-    return "orbax" not in record.pathname or not (record.exc_info or "read only" in record.getMessage())
+    """Logging filter: drop Orbax's records of errors that it also raises, and of read-only folders."""
+    raised = record.exc_info or record.getMessage().startswith("Failed to delete")
+    return "orbax" not in record.pathname or not (raised or "read only" in record.getMessage())
 
 
 class _Deleter:
-    """Deletes old checkpoints. One that a store does not let go is a warning, and is tried again after the next save.
+    """Deletes old checkpoints. A store that refuses is a warning, and is asked again after the next save.
 
     To Orbax that is a failure of the new checkpoint, which is complete by then.
     """
@@ -66,13 +67,14 @@ class _Deleter:
 
     def delete_steps(self, steps: Sequence[int]) -> None:
         """Delete checkpoints, and those that could not be deleted before."""
-        steps, self._left = [*self._left, *steps], []
-        for step in steps:
-            try:
-                self._deleter.delete(step)
-            except Exception as error:
-                self._left.append(step)
-                log0(f"WARNING: the old checkpoint of step {step} could not be deleted ({_reason(error)})")
+        self._left += steps
+        try:
+            while self._left:
+                self._deleter.delete(self._left[0])
+                self._left.pop(0)
+        except Exception as error:
+            listed = ", ".join(map(str, self._left[:_SHOWN])) + (", ..." if len(self._left) > _SHOWN else "")
+            log0(f"WARNING: old checkpoints could not be deleted, of step {listed} ({_reason(error)})")
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._deleter, name)

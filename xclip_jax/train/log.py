@@ -180,7 +180,7 @@ class MetricLogger:
 
     def close(self) -> None:
         """Log and write what is left, and end the thread of the clock. Raises `OSError` if a store refuses a file."""
-        self.flush()
+        self.write()
         for file in self._files:
             file.close()
         self.clock.close()

@@ -154,7 +154,7 @@ def _evaluate(
 ) -> None:
     """Evaluate before or during training; the speed excludes the time that it takes.
 
-    A set whose images cannot be read now is a warning: the same set at the end of the run may be readable again.
+    A set whose images cannot be read during training is a warning: at the end of the run they may be readable again.
     """
     log.flush()
     results: list[Result] = []
@@ -164,10 +164,12 @@ def _evaluate(
                 try:
                     results += registry.measure(evaluator, variables)
                 except TooManyUnreadable as error:
+                    if step == 0:
+                        raise
                     log0(f"WARNING: {evaluator.name} has no result of step {step}: {error}")
-        log.write_results(step, results)
-        log.end_evaluation(step, results)
         if results:
+            log.write_results(step, results)
+            log.end_evaluation(step, results)
             log0(f"step {step}: {tables.headlines(results)}")
 
 

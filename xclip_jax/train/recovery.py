@@ -127,7 +127,7 @@ class SkippedSteps:
     def _stop(self, reason: str) -> None:
         saved = self._checkpointer.steps()
         last = f"the last checkpoint has step {saved[-1]}" if saved else "there is no checkpoint yet"
-        self.file.close()
+        self.file.flush()
         raise Diverged(
             f"{reason}; {last}. Lower optim.lr, lengthen optim.warmup or set optim.grad_clip_norm=1, under a different "
             "--config.run."

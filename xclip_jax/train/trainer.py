@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import ml_collections
+from jax.experimental import multihost_utils
 
 from xclip_jax.config.schema import Config, resolve
 from xclip_jax.core.console import log0
@@ -171,6 +172,7 @@ def _finish(
     if before := [record for line in earlier if line["step"] == 0 for record in line["records"]]:
         log0(f"before -> after: {tables.headlines(results, from_json(before))}")
     if failed:
+        multihost_utils.sync_global_devices("results are written")  # process 0 ends soon after the others
         raise UserError(
             f"{len(failed)} of {len(job.final)} evaluation sets failed ({', '.join(failed)}); "
             f"{job.folder.results_file} has the others. Run the same command to evaluate again."
