@@ -150,8 +150,13 @@ def test_a_file_that_a_server_forgot_is_opened_again(tmp_path, monkeypatch):
             raise OSError(errno.ESTALE, "Stale file handle")
         return pread(descriptor, size, offset)
 
+    duplicate = os.dup2
+    monkeypatch.setattr(
+        os, "dup2", lambda new, old, **options: forgotten.discard(old) or duplicate(new, old, **options)
+    )
     monkeypatch.setattr(os, "pread", stale)
     assert [file.read(2, 3), file.read(8, 5)] == [b"234", b"89"]
+    forgotten.add(file._fd)
     (tmp_path / "a").write_bytes(b"another file")
     with pytest.raises(OSError, match="Stale"):
         file.read(2, 3)

@@ -10,7 +10,9 @@ import pytest
 
 from tests.helpers.encoding import SIZE, by_name, make_encoder, small_model
 from xclip_jax.core.errors import UserError
+from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.evaluators import registry, statistics
+from xclip_jax.evaluators.base import Pictures
 from xclip_jax.evaluators.encoder import TooManyUnreadable
 from xclip_jax.evaluators.probe import ClassifierEvaluator, Sweep
 
@@ -102,10 +104,11 @@ class Images:
 
 def test_a_store_that_does_not_answer_counts_as_unreadable():
     encoder, variables = make_encoder(), small_model()[1]
-    features = encoder.images(variables, Images(encoder.image_size, away=2))["features"]
+    prepare = Preprocessing(encoder.image_size)
+    features = encoder.images(variables, Pictures(Images(encoder.image_size, away=2), prepare))["features"]
     assert np.isnan(features[:2]).all() and not np.isnan(features[2:]).any()
     with pytest.raises(TooManyUnreadable, match=r"3 of 40 images cannot be read, .* the store is away"):
-        encoder.images(variables, Images(encoder.image_size, away=3))
+        encoder.images(variables, Pictures(Images(encoder.image_size, away=3), prepare))
 
 
 def test_a_query_whose_image_is_unreadable_misses_in_both_directions(tmp_path):

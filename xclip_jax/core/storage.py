@@ -286,9 +286,10 @@ class File:
             except OSError as error:
                 if error.errno == errno.ESTALE:  # a network file system knows the path, and no more the open file
                     again = File(self.path)
-                    if again.size != self.size:
+                    if self._fd is None or again._fd is None or again.size != self.size:
                         raise
-                    return again._read(offset, size)
+                    os.dup2(again._fd, self._fd, inheritable=False)  # other threads may be reading
+                    continue
                 if error.errno != errno.EIO:
                     raise
                 time.sleep(wait)

@@ -1,7 +1,6 @@
 """Ledger of bad samples: each is recorded with its reason, and too many of them stop the run."""
 
 import collections
-import itertools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -120,13 +119,13 @@ class Ledger:
         counts.update(entry["reason"] for entry in entries)
         tokens = self.counters["tokens"] + sum(tokens for tokens, _ in records)
         self.counters = self.counters | {"samples": samples, "tokens": tokens, "bad": dict(sorted(counts.items()))}
-        new: dict[tuple[int, int], Entry] = {}
+        new: list[Entry] = []
         for entry in entries:
-            new.setdefault((entry["source"], entry["index"]), entry)
-        unknown = {sample: entry for sample, entry in new.items() if sample not in self._known}
-        listed = dict(itertools.islice(unknown.items(), max(_MOST_LISTED - len(self._known), 0)))
-        self.file.append(*listed.values())
-        self._known |= listed.keys()
+            sample = (entry["source"], entry["index"])
+            if sample not in self._known and len(self._known) < _MOST_LISTED:
+                self._known.add(sample)
+                new.append(entry)
+        self.file.append(*new)
         first, bad_before = self._window
         if samples - first >= _WINDOW:
             self._last_window = (self.bad - bad_before, samples - first + self.bad - bad_before)

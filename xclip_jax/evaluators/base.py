@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from xclip_jax.core import storage
 from xclip_jax.core.errors import BadSample, public
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.labelled import item_name
@@ -171,7 +172,11 @@ class Pictures(Sequence):
 
     def __getitem__(self, index: int) -> np.ndarray:  # ty: ignore[incompatible-method-override] no slices
         try:
-            return self._prepare(self._images[index])
+            try:
+                image = self._images[index]
+            except OSError as error:  # readers of other packages raise their own, such as of a store that is away
+                raise storage.unreadable(error) from error
+            return self._prepare(image)
         except BadSample as error:
             error.add_note(f"image {item_name(self._images, index)!r}")
             raise

@@ -244,7 +244,7 @@ class Encoder:
                         if item.shape != form.shape or item.dtype != form.dtype:
                             raise UserError(f"item {i} is {item.dtype} {item.shape}, not {form.dtype} {form.shape}.")
                         block[i - start - first] = item
-                    except (BadSample, OSError) as error:  # a store may be away
+                    except BadSample as error:
                         self._reasons[i] = describe(error)
             return blocks[first]
 

@@ -172,7 +172,7 @@ def _finish(
     if before := [record for line in earlier if line["step"] == 0 for record in line["records"]]:
         log0(f"before -> after: {tables.headlines(results, from_json(before))}")
     if failed:
-        multihost_utils.sync_global_devices("results are written")  # process 0 ends soon after the others
+        multihost_utils.sync_global_devices("results are written")  # the error of another process would end process 0
         raise UserError(
             f"{len(failed)} of {len(job.final)} evaluation sets failed ({', '.join(failed)}); "
             f"{job.folder.results_file} has the others. Run the same command to evaluate again."
