@@ -20,7 +20,7 @@ from typing import Any
 
 from studies import records
 from studies.declaration import Study
-from studies.duel import cost, glyphs, page, stages
+from studies.duel import cost, glyphs, page, stages, wrong
 from studies.runner import ROOT, Runner, code_version
 from studies.worker import DIVERGED
 from xclip_jax.config.load import load_config
@@ -77,7 +77,15 @@ def overview(duel: stages.Duel, only: str) -> str:
     rows = [row for row in every if row[0].prefix.startswith(only) or only.startswith(row[0].prefix)]
     lines = [f"{'stage':<34}{'runs':>6}{'done':>6}{'hours left':>12}"]
     lines += [f"{stage.title:<34}{stage.runs:>6}{done:>6}{hours:>12.1f}" for stage, done, hours in rows]
-    return "\n".join([*lines, f"{'all':<34}{sum(hours for *_, hours in rows):>24.1f}", "", *duel.missing(only)])
+    return "\n".join(
+        [
+            *lines,
+            f"{'all':<34}{sum(hours for *_, hours in rows):>24.1f}",
+            "",
+            *duel.missing(only),
+            *glyphs.missing(duel, only),
+        ]
+    )
 
 
 def _measure(duel: stages.Duel, home: pathlib.Path) -> None:
@@ -100,7 +108,7 @@ def _next(duel: stages.Duel, only: str) -> tuple[Study, list[str]]:
 
 
 def _page(home: pathlib.Path, docs: pathlib.Path) -> pathlib.Path:
-    return page.write(docs, declared(home), page.read_areas(home))
+    return page.write(docs, declared(home), wrong.read_areas(home))
 
 
 def _run(home: pathlib.Path, docs: pathlib.Path, flags: argparse.Namespace) -> bool:

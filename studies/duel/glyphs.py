@@ -89,6 +89,17 @@ def progress(duel: stages.Duel) -> tuple[stages.Stage, int, float]:
     return STAGE, done, STAGE.hours(STAGE.runs - done)
 
 
+def missing(duel: stages.Duel, only: str = "") -> list[str]:
+    """Return a line for each arm with runs missing, of arms whose names begin with `only`."""
+    glyphs = snapshot(duel)
+    runs = {arm.name: (len(glyphs.finished(arm.name)), len(arm.seeds)) for arm in glyphs.study.arms} if glyphs else {}
+    return [
+        f"{name}: {planned - done} of {planned} runs"
+        for name, (done, planned) in runs.items()
+        if done < planned and name.startswith(only)
+    ]
+
+
 def section(glyphs: Snapshot | None) -> Iterator[str]:
     """Yield the section of the page."""
     yield from ["## A second corpus: glyphs", ""]

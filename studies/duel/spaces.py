@@ -160,6 +160,20 @@ def rival(name: str, settings: Mapping[str, Any], steps: int, head_name: str) ->
     return {**base, **own[name]}
 
 
+# --- titles of arms
+
+RIVALS = {
+    "superclip": "SuperCLIP's tokens",
+    "second": "second contrastive head",
+    "distilled": "self-distilled targets",
+}
+WRONG_TITLES = {
+    "clip": "CLIP", "smoothed": "CLIP, tuned smoothing", "siglip": "SigLIP", "gce": "generalised cross-entropy",
+    "distilled": "self-distilled targets", "superclip": "SuperCLIP's tokens", "nclip": "nCLIP", "xclip": "xCLIP",
+    "shuffled": "xCLIP, shuffled pseudo-labels", "oracle": "CLIP on clean pairs only",
+}  # fmt: skip
+
+
 # --- wrong captions: arms, and the key that each has of its own with two values to choose from
 
 RATES, WARM_UPS = (0.5, 1.0), (0.3, 0.6)  # rates are multiples of the winner's rate of the arm's team

@@ -26,16 +26,8 @@ MOST_COST = 1.03  # of a step of xCLIP over CLIP's
 TUNING_SEEDS, SEEDS, WRONG_SEEDS = (100, 101), (0, 1, 2, 3, 4), (0, 1, 2)
 HEAD_STEPS, FINAL_STEPS, RETUNING_STEPS, WRONG_STEPS = 500, 4000, 750, 3000
 LEVELS, BEST_AT_HALF = (25, 50), 4  # % of captions exchanged; arms at the second level
-RIVALS = {
-    "superclip": "SuperCLIP's tokens",
-    "second": "second contrastive head",
-    "distilled": "self-distilled targets",
-}
-WRONG_TITLES = {
-    "clip": "CLIP", "smoothed": "CLIP, tuned smoothing", "siglip": "SigLIP", "gce": "generalised cross-entropy",
-    "distilled": "self-distilled targets", "superclip": "SuperCLIP's tokens", "nclip": "nCLIP", "xclip": "xCLIP",
-    "shuffled": "xCLIP, shuffled pseudo-labels", "oracle": "CLIP on clean pairs only",
-}  # fmt: skip
+# Arms with all of SEEDS at the first level; others have WRONG_SEEDS, by which the second level's are chosen.
+FIVE_SEEDS = ("clip", "smoothed", "gce", "distilled", "superclip", "xclip")
 _CLIPS_STEP = ("clip", "smoothed")  # take as long as CLIP's
 _SECONDS, _VALIDATED, _TESTED = 0.35, 20.0, 75.0  # of a step on two cores, and of evaluations
 
@@ -79,8 +71,9 @@ def stages() -> tuple[Stage, ...]:
     for level, number, more in zip(LEVELS, arms, followers, strict=True):
         wrong.append(Stage(f"tune{level}", f"{level} % wrong captions, retuning", 4 * number, RETUNING_STEPS))
         runs = (number + more) * len(WRONG_SEEDS)
+        runs += len(FIVE_SEEDS) * (len(SEEDS) - len(WRONG_SEEDS)) if level == LEVELS[0] else 0
         wrong.append(Stage(f"wrong{level}", f"{level} % wrong captions", runs, WRONG_STEPS, tested=True))
-    finals = (3 + len(RIVALS)) * len(SEEDS)
+    finals = (3 + len(spaces.RIVALS)) * len(SEEDS)
     heads = len(spaces.HEADS) * len(TUNING_SEEDS)
     return (
         Stage("heads", "cheap clusters", heads, HEAD_STEPS),
@@ -287,12 +280,12 @@ class Duel:
             changes = spaces.xclip(ours, steps, self.head, shuffled=True)
             return arm_of("final_shuffled", "xCLIP, shuffled pseudo-labels", "controls", "xclip", changes, SEEDS)
         changes = spaces.rival(name, clip, steps, self.head)
-        return arm_of(f"final_{name}", f"CLIP, {RIVALS[name]}", "controls", "clip", changes, SEEDS)
+        return arm_of(f"final_{name}", f"CLIP, {spaces.RIVALS[name]}", "controls", "clip", changes, SEEDS)
 
     def _declare_finals(self) -> bool:
         """Declare finalists and controls at equal cost; returns whether their costs are known."""
         clock, complete = self._final("clip", FINAL_STEPS), True
-        for name in ("clip", "xclip", "shuffled", *RIVALS):
+        for name in ("clip", "xclip", "shuffled", *spaces.RIVALS):
             arm = self._final(name, FINAL_STEPS)
             if not self._possible(arm):
                 continue
@@ -331,7 +324,7 @@ class Duel:
         if arm == "oracle":
             # Exchanged pairs are drawn at random, so that any share of clean pairs of this size is as good.
             noise = {"data.subset": 1 - level / 100}
-        title = f"{WRONG_TITLES[arm]}, {level} %"
+        title = f"{spaces.WRONG_TITLES[arm]}, {level} %"
         return arm_of(name, title, section, objective, changes | noise, seeds)
 
     def _declare_wrong(self, level: int, arms: Sequence[str]) -> Sequence[str] | None:
@@ -358,11 +351,13 @@ class Duel:
             for name in (arm, *followers):
                 settings = {} if name == "oracle" else own  # clean pairs have the recipe of clean pairs
                 steps = round(WRONG_STEPS / ratio)
-                finals[name] = self._wrong(name, f"wrong{level}_{name}", level, settings, steps, "dose", WRONG_SEEDS)
+                seeds = SEEDS if name in FIVE_SEEDS and level == LEVELS[0] else WRONG_SEEDS
+                finals[name] = self._wrong(name, f"wrong{level}_{name}", level, settings, steps, "dose", seeds)
                 self._add(finals[name])
         if not complete:
             return None
-        order = self._best({arm: final for arm, final in finals.items() if arm in spaces.WRONG})
+        compared = {arm: dataclasses.replace(final, seeds=WRONG_SEEDS) for arm, final in finals.items()}
+        order = self._best({arm: final for arm, final in compared.items() if arm in spaces.WRONG})
         return None if order is None else order[:BEST_AT_HALF]
 
     @staticmethod

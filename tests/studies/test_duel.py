@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from studies.declaration import Arm
-from studies.duel import command, cost, mechanism, page, spaces, stages, terms
+from studies.duel import command, cost, mechanism, page, spaces, stages, terms, wrong
 from studies.runner import ROOT
 from tests.helpers import tiny
 from tests.studies import made_records, tiny_study
@@ -152,25 +152,27 @@ def test_the_duel_declares_itself_stage_by_stage():
     # The clusters of all three seeds fall by 2 from one step to the next, and a fourth step is one seed's alone.
     areas = [
         {"arm": f"wrong25_{arm}", "seed": seed, "step": step, score: area - step / 375 + seed / 10}
-        for arm, score, area in (("xclip", "clusters", 65.13), ("clip", "loss", 60.0))
+        for arm, score, area in (("xclip", "clusters", 65.13), ("clip", "loss", 60.0), ("smoothed", "loss", 62.0))
         for seed in (0, 1, 2)
         for step in (750, 1500)
     ]
     areas.append({"arm": "wrong25_xclip", "seed": 1, "step": 900, "clusters": 10.0})
     snapshot = page.snapshot_of(duel)
-    drawn = page.own_charts(snapshot, areas)
+    drawn = wrong.own_charts(snapshot, areas)
     assert drawn.keys() == {"wrong25", "wrong50", "suspects25"} and "xCLIP by clusters" in drawn["suspects25"]
     # At 50 % CLIP need not be among the best.
     fewer = [arm for arm in duel.arms if arm.name != "wrong50_clip"]
     study = stages.study_of(fewer, measures=page.measures(), named=page.NAMED)
     rest = page.Chosen(stages.DuelMatrix(study, stages.load_config), duel.records)
-    assert "difference from CLIP, tuned smoothing" in page.own_charts(rest, areas)["wrong50"]
+    assert "difference from CLIP, tuned smoothing" in wrong.own_charts(rest, areas)["wrong50"]
     text = page.render(duel, snapshot, areas, drawn)
-    assert "What would have changed" in text and "1. names better than clip | " in text
+    assert "What would have changed" in text and "1. names better than CLIP | " in text
     assert "63.2 after 750 (3), 61.2 after 1500 (3) |" in text and "not decided yet" not in text
     assert "| CLIP, its loss | +5.1 [+5.1, +5.1] | +5.1 [+5.1, +5.1] |" in text and "4.500 |" in text
-    listed = command.overview(duel, "")
-    assert " runs" not in listed.partition("\n")[2] and "the cost of" not in listed
+    assert "of CLIP with tuned smoothing.* **Shown**" in text and "**Open**" not in text
+    assert [claim.text for claim in snapshot.study.claims[4:]] == [page._EACH_RIVAL, page._SMOOTHED, page._AT_HALF]
+    left = [line for line in command.overview(duel, "").splitlines() if line.endswith(" runs")]
+    assert left == ["glyphs_clip: 3 of 3 runs", "glyphs_xclip: 3 of 3 runs"]
 
     # At the end both winners are trained on the second corpus, with the settings of the finals.
     study, names = command._next(duel, "")
@@ -198,7 +200,7 @@ def check_all_is_declared(duel):
     assert steps["wrong25_shuffled"] == steps["wrong25_xclip"] == 2400
     for stage, _, _ in duel.progress():
         arms = [arm for arm in duel.arms if arm.name.startswith(f"{stage.prefix}_")]
-        each = {"tune25": 4, "wrong25": 3, "final": 5}.get(stage.prefix, 0)
+        each = {"tune25": 4, "wrong25": 5, "final": 5}.get(stage.prefix, 0)
         absent = lacks - {"gce"} if stage.prefix == "final" else lacks
         assert sum(len(arm.seeds) for arm in arms) == stage.runs - each * len(absent)
 
@@ -206,13 +208,24 @@ def check_all_is_declared(duel):
 def test_the_whole_costs_what_is_declared():
     hours = {stage.prefix: stage.hours(stage.runs) for stage in stages.stages()}
     assert hours["final"] == pytest.approx(30 * (4000 * 0.35 + 75) / 3600)
-    assert 30 < sum(hours.values()) < 40
+    assert 30 < sum(hours.values()) < 42
+
+
+def test_naming_and_rank_are_read_by_the_similarity_that_names_best_on_validation():
+    snapshot = page.snapshot_of(command.declared(command.HOME))
+    for arm, similarity in (("final_xclip", "both/"), ("final_clip", "")):
+        for name, metric in (("rank_best", "rank_gmean"), ("zeroshot_best", "top1")):
+            values = snapshot.values(arm, snapshot.study.measure(name))
+            finished = snapshot.finished(arm).items()
+            assert values == {
+                seed: record.value("icons/test_concepts", similarity + metric) for seed, record in finished
+            }
 
 
 def test_the_committed_page_is_that_of_the_committed_files(tmp_path):
     """Byte for byte; python -m studies duel --page writes it."""
     docs = ROOT / "docs"
-    page.write(tmp_path, command.declared(command.HOME), page.read_areas(command.HOME))
+    page.write(tmp_path, command.declared(command.HOME), wrong.read_areas(command.HOME))
     made = {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     committed = [docs / "duel.md", *docs.glob("duel/*.svg")]
     assert made == {path.relative_to(docs): path.read_bytes() for path in committed}
