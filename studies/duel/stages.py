@@ -73,7 +73,7 @@ def stages() -> tuple[Stage, ...]:
         runs = (number + more) * len(WRONG_SEEDS)
         runs += len(FIVE_SEEDS) * (len(SEEDS) - len(WRONG_SEEDS)) if level == LEVELS[0] else 0
         wrong.append(Stage(f"wrong{level}", f"{level} % wrong captions", runs, WRONG_STEPS, tested=True))
-    finals = (3 + len(spaces.RIVALS)) * len(SEEDS)
+    finals = (4 + len(spaces.RIVALS)) * len(SEEDS)
     heads = len(spaces.HEADS) * len(TUNING_SEEDS)
     return (
         Stage("heads", "cheap clusters", heads, HEAD_STEPS),
@@ -147,6 +147,7 @@ class Duel:
         self.impossible: dict[str, str] = {}
         self._most_cost = MOST_COST
         self.head, self.winners, self.retuned = "", dict[str, int](), dict[str, spaces.Settings]()
+        self._cheaper: spaces.Settings | None = None  # the best xCLIP of the last rung without a teacher
         self._declare_heads()
         self._matrix = DuelMatrix(study_of(self.arms), load)
         if (head := self._choose_head()) is None:
@@ -266,6 +267,8 @@ class Duel:
             if (order := self._best(arms)) is None:
                 return None
             left = order
+        if team == "xclip":
+            self._cheaper = next((drawn[int(i)] for i in left if drawn[int(i)]["target"] != "ema"), None)
         return int(left[0])
 
     def _final(self, name: str, steps: int) -> Arm:
@@ -276,6 +279,9 @@ class Duel:
         if name == "xclip":
             changes = spaces.xclip(ours, steps, self.head)
             return arm_of("final_xclip", "xCLIP", "core", "xclip", changes, SEEDS)
+        if name == "cheaper":
+            changes = spaces.xclip(self._cheaper or ours, steps, self.head)
+            return arm_of("final_cheaper", "xCLIP without a teacher", "controls", "xclip", changes, SEEDS)
         if name == "shuffled":
             changes = spaces.xclip(ours, steps, self.head, shuffled=True)
             return arm_of("final_shuffled", "xCLIP, shuffled pseudo-labels", "controls", "xclip", changes, SEEDS)
@@ -285,16 +291,16 @@ class Duel:
     def _declare_finals(self) -> bool:
         """Declare finalists and controls at equal cost; returns whether their costs are known."""
         clock, complete = self._final("clip", FINAL_STEPS), True
-        for name in ("clip", "xclip", "shuffled", *spaces.RIVALS):
+        more = ("cheaper",) if self._cheaper not in (None, self._settings("xclip")) else ()
+        for name in ("clip", "xclip", "shuffled", *spaces.RIVALS, *more):
             arm = self._final(name, FINAL_STEPS)
             if not self._possible(arm):
                 continue
             measured = self._final("xclip", FINAL_STEPS) if name == "shuffled" else arm
             ratio = self._ratio(measured, clock)
-            if ratio is None:
-                complete = False
-            else:
+            if ratio is not None:
                 self._add(self._final(name, round(FINAL_STEPS / ratio)))
+            complete = complete and (ratio is not None or name in more)  # nothing waits for an arm that no claim has
         self.to_measure = list({arm.name: (arm, against) for arm, against in self.to_measure}.values())
         return complete
 
