@@ -11,6 +11,7 @@ from PIL import Image
 import xclip_jax
 from tests.helpers import bad_tars, tiny
 from xclip_jax.commands import check
+from xclip_jax.data import inspect
 from xclip_jax.data.readers import folder
 from xclip_jax.model import ZeroShotResult
 from xclip_jax.objectives.similarity import CosineSimilarity
@@ -125,6 +126,23 @@ def test_a_sheet_is_written_where_it_is_asked_for_alone(tmp_path, capsys, monkey
         assert page.format == "PNG"
     (tmp_path / "file").touch()
     assert re.search(r"--sheet: '.*/file' is not a folder", run(capsys, "folder:pairs", "--sheet", "file/x/y.png")[2])
+
+
+def test_a_sheet_of_images_of_which_one_vanished(tmp_path, capsys, monkeypatch):
+    """The verdict comes all the same; a shell leaves the ~ in --sheet=~/x.png as it is."""
+    pairs, original = tiny.folder(tmp_path / "pairs", n=3), inspect.read
+
+    def read(*arguments):
+        done = original(*arguments)
+        (pairs / "001.png").unlink()
+        return done
+
+    monkeypatch.setattr(inspect, "read", read)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = run(capsys, f"folder:{pairs}", "--sheet=~/x.png")
+    assert code == 0 and "2 pairs in" in out and out.splitlines()[-1].startswith("bad: 0.00%")
+    assert (tmp_path / "x.png").is_file() and not (tmp_path / "~").exists()
 
 
 def test_one_caption_for_all_images_is_nothing_to_learn_from(tmp_path, capsys):

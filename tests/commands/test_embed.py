@@ -11,7 +11,7 @@ import pytest
 import xclip_jax
 from tests.helpers import bad_tars, tiny
 from xclip_jax.commands import embed
-from xclip_jax.core.errors import UserError
+from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.core.run_folder import lock
 from xclip_jax.data import embeddings, sources
 
@@ -110,6 +110,58 @@ def test_a_kill_loses_nothing_and_repeats_nothing(root, straight, capsys, monkey
     assert (root / "killed.parquet.bad.jsonl").read_text() == bad
     embed.main(flags(root, out))
     assert "is complete" in capsys.readouterr().out and len(decoded) == 26
+
+
+@pytest.mark.parametrize(
+    "fault", [BadSample("file cannot be read", "[Errno 5] I/O error"), BadSample("file does not exist")]
+)
+def test_a_disk_that_fails_is_no_set_of_bad_images(fault, root, straight, tmp_path, monkeypatch):
+    """Nothing is stored of a part that it refused, and the same command goes on."""
+    monkeypatch.setattr(embed, "_FEW", 3)
+    original, out = embed.inference.read, tmp_path / "x.parquet"
+
+    def failing(path):
+        if pathlib.Path(path).stem > "018":
+            raise fault
+        return original(path)
+
+    monkeypatch.setattr(embed.inference, "read", failing)
+    with pytest.raises(SystemExit, match=r"4 of 8 items cannot be read, more than 5%; the first is '.*019\.png' .*"
+                       r"The same command resumes after 16 items"):  # fmt: skip
+        embed.main(flags(root, out))
+    assert not out.exists()
+    monkeypatch.setattr(embed.inference, "read", original)
+    embed.main(flags(root, out))
+    np.testing.assert_array_equal(read(out)[0]["embedding"], read(straight)[0]["embedding"])
+
+
+def test_a_caption_that_the_disk_refuses_is_not_empty(root, monkeypatch):
+    source, original = embed.open_images(str(root / "pictures")), embed.storage.read
+
+    def read(path, *arguments):
+        if path.endswith(".txt"):
+            raise OSError(5, "I/O error", path)
+        return original(path, *arguments)
+
+    monkeypatch.setattr(embed.storage, "read", read)
+    with pytest.raises(BadSample, match=r"file cannot be read: .*000\.txt"):
+        source.read(0)
+    tars = embed.open_images(f"{root}/*.tar")
+
+    def refuse(*_):
+        raise BadSample("tar cannot be read", "I/O error")
+
+    monkeypatch.setattr(type(tars.source), "__getitem__", refuse)
+    with pytest.raises(BadSample, match="tar cannot be read"):
+        tars.read(0)
+
+
+def test_a_kill_after_the_end_leaves_the_file_complete(root, straight, capsys):
+    left = root / "straight.parquet.parts"
+    left.mkdir()
+    (left / "image-000000008.parquet").write_bytes(b"the rest")
+    embed.main(flags(root, straight))
+    assert "is complete" in capsys.readouterr().out and not left.exists()
 
 
 def test_texts_beside_images_as_npz(root, model, straight):
@@ -307,6 +359,24 @@ def test_a_folder_that_cannot_be_written_to_is_named_before_the_model_is_loaded(
     )
     with pytest.raises(SystemExit, match=r"the ending of '.*x\.txt' is '\.txt'"):
         embed.main(flags(root, tmp_path / "x.txt"))
+
+
+def test_folders_that_are_linked_or_have_tars_in_them(tmp_path):
+    pictures, tars = tiny.folder(tmp_path / "elsewhere", 2), tmp_path / "tars"
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "linked").symlink_to(pictures)
+    assert len(embed.open_images(str(tmp_path / "images"))) == 2
+    for i, folder in enumerate((tars / "a", tars / "b" / "c")):
+        folder.mkdir(parents=True)
+        bad_tars.pairs(folder / f"{i}.tar", 3 * i, 3)
+    assert len(embed.open_images(str(tars))) == 6
+    shutil.copy(tars / "a" / "0.tar", tars)
+    assert len(embed.open_images(str(tars))) == 9
+    shutil.copy(pictures / "000.png", tars / "preview.png")
+    with pytest.raises(
+        UserError, match=r"has 1 images and 3 tars; embed them separately, the tars as '.*/\*\*/\*\.tar'"
+    ):
+        embed.open_images(str(tars))
 
 
 def test_hidden_folders_and_files_are_left_out(tmp_path):

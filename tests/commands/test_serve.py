@@ -375,6 +375,15 @@ def test_an_interruption_loses_one_part(fake, images, tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache.npz", "images"]
 
 
+def test_a_power_cut_loses_what_was_not_stored_yet(fake, images, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "_PART", 8)
+    monkeypatch.setattr(command, "_STORE_SECONDS", 0)
+    write, sizes = command._write, []
+    monkeypatch.setattr(command, "_write", lambda path, rows: sizes.append(len(rows)) or write(path, rows))
+    assert embedded(fake, images, tmp_path / "cache.npz")[0] == 20
+    assert sizes[0] == 8 and sizes[-1] == 20
+
+
 def test_samples_of_tars_follow_their_tar(fake, tmp_path):
     def write(name, colors):
         made = [bad_tars.encode(Image.new("RGB", (8, 8), (color, 0, 0)), "PNG") for color in colors]

@@ -1,4 +1,7 @@
+import threading
+import time
 import tracemalloc
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -159,6 +162,25 @@ def test_patches_come_batch_by_batch_on_any_mesh():
         assert h.dtype == np.float32 and np.isnan(h[17]).all() and list(encoder.unreadable) == [117]
         readable = np.arange(21) != 17
         np.testing.assert_allclose(h[readable], expected[readable], atol=2e-5, rtol=1e-5)
+
+
+def test_images_are_decoded_in_threads_and_keep_their_places():
+    encoder, variables = make_encoder(), small_model()[1]
+    images, both = pictures(9), threading.Barrier(2)
+
+    class Slow:
+        def __len__(self):
+            return 9
+
+        def __getitem__(self, i):
+            if i < 2:
+                both.wait(30)  # only two threads together get past
+            time.sleep(0.01 * (i % 3))
+            return images[i]
+
+    with mock.patch("os.cpu_count", lambda: 4):
+        features = encoder.images(variables, Slow())["features"]
+    np.testing.assert_array_equal(features, encoder.images(variables, images)["features"])
 
 
 def test_features_are_held_once():

@@ -107,8 +107,26 @@ def test_a_store_that_does_not_answer_counts_as_unreadable():
     prepare = Preprocessing(encoder.image_size)
     features = encoder.images(variables, Pictures(Images(encoder.image_size, away=2), prepare))["features"]
     assert np.isnan(features[:2]).all() and not np.isnan(features[2:]).any()
-    with pytest.raises(TooManyUnreadable, match=r"3 of 40 images cannot be read, .* the store is away"):
+    with pytest.raises(TooManyUnreadable, match=r"3 of .*40 images cannot be read, .* the store is away"):
         encoder.images(variables, Pictures(Images(encoder.image_size, away=3), prepare))
+
+
+def test_a_store_that_is_away_is_given_up_before_the_end_of_a_set():
+    encoder, variables, tried = make_encoder(), small_model()[1], []
+    encoder.unreadable.clear()
+
+    class Many(Images):
+        def __len__(self):
+            return 10_000
+
+        def __getitem__(self, index):
+            tried.append(index)
+            return super().__getitem__(index)
+
+    images = Pictures(Many(encoder.image_size, away=9_000), Preprocessing(encoder.image_size))
+    with pytest.raises(TooManyUnreadable, match=r"5\d\d of the first 5\d\d of 10000 images cannot be read"):
+        encoder.images(variables, images)
+    assert len(tried) < 600 and not encoder.unreadable
 
 
 def test_a_query_whose_image_is_unreadable_misses_in_both_directions(tmp_path):

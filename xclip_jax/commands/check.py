@@ -183,10 +183,14 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--max_bad_fraction", type=float, default=fraction, help="data.max_bad_fraction of the run")
     parser.add_argument("--by", default="", metavar="RUN", help="a run or weights that judge how captions fit")
     parser.add_argument(
-        "--suspects", default="", metavar="FILE", help="JSON lines of --by, the least likely pair first"
+        "--suspects",
+        default="",
+        type=os.path.expanduser,
+        metavar="FILE",
+        help="JSON lines of --by, the least likely pair first",
     )
     sheet = "PNG file to write, of random pairs, or with --by of the least likely ones; its folder is created"
-    parser.add_argument("--sheet", default="", help=sheet)
+    parser.add_argument("--sheet", default="", type=os.path.expanduser, help=sheet)
     add_trust(parser)
     return parser.parse_args(arguments)
 

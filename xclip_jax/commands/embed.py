@@ -37,15 +37,18 @@ from xclip_jax.core.errors import BadSample, Parser, UserError, check_count, che
 from xclip_jax.core.imports import add_trust
 from xclip_jax.core.run_folder import lock
 from xclip_jax.core.storage import write_json
-from xclip_jax.data import embeddings
+from xclip_jax.data import embeddings, labelled
 from xclip_jax.data.base import IMAGE_SUFFIXES, MAX_BYTES, decode_text
 from xclip_jax.data.readers.folder import file_size
 from xclip_jax.data.readers.tar import TarSource
 from xclip_jax.data.records import ThreadPrefetcher
+from xclip_jax.evaluators.encoder import MAX_UNREADABLE
 from xclip_jax.parallel import compiler
 
 PART = 4096  # rows that an interruption may lose
 _PROGRESS_SECONDS = 5
+_REFUSED = ("file cannot be read", "tar cannot be read")  # by a disk or store, whatever the content
+_FEW = 10  # items of a part that may be refused, whatever their share
 
 
 class Images:
@@ -65,12 +68,21 @@ class Images:
         return inference.read(self.paths[index]), self.caption(index)
 
     def caption(self, index: int) -> str:
-        """Return the first line of a caption; "" for a missing or unreadable one, and for images in buckets."""
+        """Return the first line of a caption; "" for a missing or unusable one, and for images in buckets.
+
+        Raises:
+          BadSample: the disk does not give it.
+        """
         path = pathlib.Path(self.paths[index]).with_suffix(".txt")
         try:
-            content = b"" if storage.is_remote(self.paths[index]) else storage.read(str(path), MAX_BYTES["text"])
+            if storage.is_remote(self.paths[index]) or not path.is_file():
+                return ""
+            content = storage.read(str(path), MAX_BYTES["text"])
+        except OSError as error:
+            raise storage.unreadable(error) from error
+        try:
             return decode_text(content).strip().partition("\n")[0].strip()
-        except (OSError, BadSample):
+        except BadSample:
             return ""
 
     def digest(self) -> str:
@@ -99,7 +111,9 @@ class Tars:
     def read(self, index: int) -> tuple[bytes, str]:
         try:
             record = self.source[index]
-        except BadSample:
+        except BadSample as error:
+            if error.reason in _REFUSED:
+                raise
             return self.source.image(index), ""
         return record["image"], record["text"][0]
 
@@ -151,13 +165,18 @@ def open_images(pattern: str) -> Images | Tars:
         if 0 < tars < len(paths):
             raise UserError(f"--images {pattern!r} names {tars} tars among {len(paths)} files; embed them separately.")
         return Tars(pattern) if tars else Images(paths)
-    root = pathlib.Path(pattern)
-    visible = (x for x in root.rglob("*") if not any(part[0] == "." for part in x.relative_to(root).parts))
-    files = sorted(map(str, visible))
-    if images := [path for path in files if path.lower().endswith(IMAGE_SUFFIXES)]:
-        return Images(images)
-    if any(path.endswith(".tar") for path in files):
-        return Tars(pattern)
+    images = labelled.images_in(pathlib.Path(pattern))
+    tars = labelled.images_in(pathlib.Path(pattern), (".tar",))
+    glob_of_tars = os.path.join(pattern, "**", "*.tar")
+    if images and tars:
+        raise UserError(
+            f"--images {pattern!r} has {len(images)} images and {len(tars)} tars; embed them separately, the tars as "
+            f"{glob_of_tars!r}."
+        )
+    if tars:
+        return Tars(pattern if all(tar.parent == pathlib.Path(pattern) for tar in tars) else glob_of_tars)
+    if images:
+        return Images(list(map(str, images)))
     raise UserError(f"--images {pattern!r} contains no image ({', '.join(IMAGE_SUFFIXES)}); name a glob of files.")
 
 
@@ -229,8 +248,8 @@ def embed(model: inference.Model, sources: Mapping[str, Source], out: str, *, th
       threads: number of threads that read and decode; 0 for one a core.
 
     Raises:
-      UserError: the file or its parts belong to other items or weights; another process writes the file; nothing
-        could be embedded.
+      UserError: the file or its parts belong to other items or weights; another process writes the file; the disk or
+        store refuses too many items; nothing could be embedded.
     """
     path, folder = pathlib.Path(out), pathlib.Path(f"{out}.parts")
     plan = {key: value for key, value in model.card.items() if key not in ("checkpoint", "step", "commit")}
@@ -244,9 +263,10 @@ def embed(model: inference.Model, sources: Mapping[str, Source], out: str, *, th
         elif path.exists():
             saved = embeddings.about(path).get("plan", {})
         if differing := sorted(key for key in plan.keys() | saved.keys() if plan.get(key) != saved.get(key)):
-            where = folder if folder.exists() else path
+            where = folder if (folder / "plan.json").exists() else path
             raise UserError(f"{where} has other embeddings: {', '.join(differing)} differ; delete it, or set --out.")
-        if path.exists() and not folder.exists():
+        if path.exists() and not (folder / "plan.json").exists():
+            shutil.rmtree(folder, ignore_errors=True)  # what an interrupted end of `_join` left
             log0(f"{path} is complete; delete it to embed again.")
             return embeddings.about(path)
         folder.mkdir(exist_ok=True)
@@ -272,6 +292,7 @@ def _embed(
     progress = Progress(f"{modality}s", first, len(source))
     for file, start, part in zip(files[done:], starts[done:], parts, strict=True):
         names = [source.name(start + row) for row in range(len(part.texts))]
+        _check_refused(names, part.bad, start)
         lines = [
             {"kind": modality, "id": names[row], "reason": error.reason, "detail": public(error.detail)}
             for row, error in sorted(part.bad.items())
@@ -284,6 +305,22 @@ def _embed(
             embeddings.format_of(out).write(temporary, columns)
         progress.after(start + len(names), len(lines))
     return files
+
+
+def _check_refused(names: Sequence[str], bad: Mapping[int, BadSample], start: int) -> None:
+    """Raise `UserError` if the disk or store refuses many items of a part, which begins at the number `start`."""
+    refused = {
+        row: error
+        for row, error in bad.items()
+        # A local file that was listed does not vanish from a disk that answers.
+        if error.reason in _REFUSED or (error.reason == "file does not exist" and not storage.is_remote(names[row]))
+    }
+    if len(refused) > max(MAX_UNREADABLE * len(names), _FEW):
+        row, error = next(iter(refused.items()))
+        raise UserError(
+            f"{len(refused)} of {len(names)} items cannot be read, more than {MAX_UNREADABLE:.0%}; the first is "
+            f"{names[row]!r} ({error}). The same command resumes after {start:,} items."
+        )
 
 
 def _join(files: Sequence[pathlib.Path], out: pathlib.Path, about: dict[str, Any]) -> dict[str, Any]:
@@ -301,7 +338,9 @@ def _join(files: Sequence[pathlib.Path], out: pathlib.Path, about: dict[str, Any
     about |= {"rows": rows, "bad": len(bad), "environment": environment.capture()}
     with storage.whole_file(out) as temporary:
         embeddings.format_of(out).join(files, temporary, about)
-    shutil.rmtree(f"{out}.parts")
+    parts = pathlib.Path(f"{out}.parts")
+    (parts / "plan.json").unlink()  # first: without it the rest says nothing
+    shutil.rmtree(parts, ignore_errors=True)
     log0(f"{rows:,} embeddings: {out}")
     return about
 

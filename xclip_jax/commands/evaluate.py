@@ -24,6 +24,7 @@ set are an error.
 import argparse
 import dataclasses
 import json
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -35,12 +36,13 @@ from etils import epath
 from xclip_jax.config import schema
 from xclip_jax.core import environment
 from xclip_jax.core.console import log0
-from xclip_jax.core.errors import Parser, check_count, check_writable, exit_with_message, public
+from xclip_jax.core.errors import Parser, UserError, check_count, check_writable, describe, exit_with_message, public
 from xclip_jax.core.imports import add_trust, trusting
 from xclip_jax.core.run_folder import evaluation_file
 from xclip_jax.core.storage import is_remote, write_json
 from xclip_jax.evaluators import registry, results, tables
 from xclip_jax.evaluators.base import Evaluator
+from xclip_jax.evaluators.encoder import TooManyUnreadable
 from xclip_jax.evaluators.prompts import read_class_names
 from xclip_jax.evaluators.results import Result
 from xclip_jax.evaluators.tables import compare, render_comparison
@@ -79,7 +81,7 @@ def evaluate(
       What this call added: its entries are "results".
 
     Raises:
-      UserError: bad input. All sets are opened before the first one is evaluated.
+      UserError: bad input, before the first set is evaluated; or sets that failed, after the others.
     """
     began, names = time.perf_counter(), registry.expand_suites(suite)
     changes = json.loads(json.dumps(changes or {}))  # as the file has them
@@ -97,22 +99,28 @@ def evaluate(
     shared = {"checkpoint": str(run), "step": loaded_step, "profile": profile, "changes": changes}
     model: dict[str, Any] = {"tokenizer": config.data.tokenizer, "text_length": experiment.context_length}
     model |= {"eval": results.settings(config.eval)} | origin | shared
-    entries, lines, all_results = [], list[str](), list[Result]()
+    entries, lines, all_results, failed = [], list[str](), list[Result](), dict[str, str]()
     for share in mixes:
         variables = weights.mix(given, tuned, share)
         model["fingerprint"] = weights.fingerprint(experiment, variables)
         mixed = {"mix": share, "tuned": weights.fingerprint(experiment, tuned)} if share != 1 else {}
         all_results.clear()
-        for entry, of_set in _entries(dict(zip(names, opened, strict=True)), variables, model | mixed):
+        for entry, of_set in _entries(dict(zip(names, opened, strict=True)), variables, model | mixed, failed):
             command["seconds"] = time.perf_counter() - began
             if jax.process_index() == 0:
                 results.add(path, public(entry), results.items(of_set), command, own=not output)
             entries.append(entry)
             all_results += of_set
-        lines.append(f"mix {share:g}: {tables.headlines(all_results)}")
-    lines = lines if mixes != [1] else [tables.render(all_results)]
+        lines.append(f"mix {share:g}: {tables.headlines(all_results)}" if mixes != [1] else tables.render(all_results))
     log0("\n".join([f"{run}, step {loaded_step}, profile {profile}", *lines, f"results: {path}"]))
+    _check_failed(failed, len(names), path)
     return {**shared, **command, "results": entries}
+
+
+def _check_failed(failed: Mapping[str, str], n: int, path: epath.Path) -> None:
+    if failed:
+        reasons = "".join(f"\n  {name}: {reason}" for name, reason in failed.items())
+        raise UserError(f"{len(failed)} of {n} evaluation sets failed; {path} has the others.{reasons}")
 
 
 def _check_output(path: epath.Path) -> None:
@@ -123,12 +131,26 @@ def _check_output(path: epath.Path) -> None:
 
 
 def _entries(
-    evaluators: Mapping[str, Evaluator], variables: Variables, facts: dict[str, Any]
+    evaluators: Mapping[str, Evaluator], variables: Variables, facts: dict[str, Any], failed: dict[str, str]
 ) -> Iterator[tuple[results.Entry, list[Result]]]:
-    """Run evaluators, {set: evaluator}; yield the entry of each set, with the facts of the model, and its results."""
+    """Run evaluators, {set: evaluator}; yield the entry of each set, with the facts of the model, and its results.
+
+    Sets that fail are put into `failed`, {set: reason}, if there are others; a set that is there already is left out.
+    """
     for name, evaluator in evaluators.items():
+        if name in failed:
+            continue
         started = time.perf_counter()
-        of_set = registry.measure(evaluator, variables)
+        try:
+            of_set = registry.measure(evaluator, variables)
+        except Exception as error:
+            # The other processes would wait for this one in the next set.
+            alone = jax.process_count() > 1 and not isinstance(error, TooManyUnreadable)
+            if alone or len(evaluators) == 1:
+                raise
+            failed[name] = describe(error)
+            log0(f"{evaluator.name} failed: {type(error).__name__}: {describe(error)}")
+            continue
         entry = results.make_entry(name, evaluator.name, of_set, evaluator.encoder.preprocessing) | facts
         yield entry | {"seconds": time.perf_counter() - started}, of_set
 
@@ -152,7 +174,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="shares of the tuned weights, joined by commas, as in 0,0.5,1; of --compare one or two",
     )
     add("--data-dir", default="", help="root of the data sets")
-    add("--output", default="", help="file of the results")
+    add("--output", default="", type=os.path.expanduser, help="file of the results")
     add("--compare", nargs=2, metavar=("A", "B"), help="runs' folders, weights, or files of results")
     add_trust(parser)
     flags = parser.parse_args(argv)

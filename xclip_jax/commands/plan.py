@@ -56,7 +56,7 @@ def plan(
     """
     if mfu is not None and not 0 < mfu <= 1:
         raise UserError(f"--mfu is {mfu}; expected a share of the chips' peak, above 0 and at most 1, such as 0.4.")
-    if hlo:  # before the compilation, which takes minutes
+    if hlo := os.path.expanduser(hlo):  # checked before the compilation, which takes minutes
         check_file("--hlo", hlo)
     devices, chip = devices_of(topology, slices)
     began = time.perf_counter()

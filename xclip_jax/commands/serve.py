@@ -22,6 +22,7 @@ import os
 import pathlib
 import socket
 import threading
+import time
 import urllib.parse
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -34,7 +35,7 @@ from xclip_jax import model as inference
 from xclip_jax.commands.embed import Images, Progress, Tars, embed_images, open_images
 from xclip_jax.core import storage
 from xclip_jax.core.console import log0
-from xclip_jax.core.errors import Parser, UserError, check_count, exit_with_message
+from xclip_jax.core.errors import BadSample, Parser, UserError, check_count, exit_with_message
 from xclip_jax.core.imports import add_trust
 from xclip_jax.data import embeddings, images
 from xclip_jax.model import TEMPLATES, Model
@@ -58,6 +59,7 @@ _HEADERS = {
 }
 _DEFAULT_NAMES = 100
 _PART = 256  # images between two lines of progress
+_STORE_SECONDS = 60.0  # of work that a crash may lose, more where storing takes long
 
 
 class Match(NamedTuple):
@@ -174,6 +176,12 @@ def embed(model: Model, source: Images | Tars, file: pathlib.Path) -> Embedded:
     ids = list(_ids(source))
     missing, bad, done = [i for i, image in enumerate(ids) if image not in known], list[str](), 0
     progress = Progress("images", 0, len(missing))
+
+    def store() -> None:
+        if missing and (rows := {image: known[image] for image in ids if image in known}):
+            _write(file, rows)
+
+    stored, wait = time.monotonic(), _STORE_SECONDS
     try:
         for part in embed_images(model, lambda n: source.read(missing[n]), len(missing), _PART):
             for row, i in enumerate(missing[done : done + len(part.rows)]):
@@ -183,18 +191,27 @@ def embed(model: Model, source: Images | Tars, file: pathlib.Path) -> Embedded:
                     known[ids[i]] = part.texts[row], part.rows[row]
             done += len(part.rows)
             progress.after(done, len(part.bad))
+            if (began := time.monotonic()) - stored > wait:
+                store()
+                stored = time.monotonic()
+                wait = max(_STORE_SECONDS, 20 * (stored - began))  # the whole file is written each time
     finally:  # also of Ctrl-C
-        rows = {image: known[image] for image in ids if image in known}
-        if missing and rows:
-            _write(file, rows)
+        store()
     if bad:
         log0(f"{len(bad):,} images cannot be read; the first is {bad[0]}")
     good = [i for i, image in enumerate(ids) if image in known]
     if not good:
         raise UserError(f"no image can be read; the first is {bad[0]}.")
-    # Captions of files are read at each start; in a tar they change with the tar.
-    texts = [source.caption(i) if isinstance(source, Images) else known[ids[i]][0] for i in good]
+    texts = [_caption(source, i, known[ids[i]][0]) for i in good]
     return Embedded(good, texts, np.stack([known[ids[i]][1] for i in good]))
+
+
+def _caption(source: Images | Tars, index: int, known: str) -> str:
+    """Return a caption, of a file as it is now; in a tar it changes with the tar."""
+    try:
+        return source.caption(index) if isinstance(source, Images) else known
+    except BadSample:
+        return known
 
 
 def _ids(source: Images | Tars) -> Iterator[str]:

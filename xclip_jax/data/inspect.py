@@ -120,16 +120,21 @@ def repeated_share(values: np.ndarray) -> float:
 
 
 def write_sheet(samples: Sequence[Sample], source: Source, path: str) -> int:
-    """Write a PNG of the first good pairs, and return their number."""
-    chosen = [sample for sample in samples if not sample.reason][: _COLUMNS * _ROWS]
+    """Write a PNG of the first good pairs that are still readable, and return their number."""
+    chosen = []
+    for sample in (sample for sample in samples if not sample.reason):
+        with contextlib.suppress(BadSample):
+            picture = transforms.evaluation_image(images.decode(source[sample.index]["image"]), _TILE - 4)
+            chosen.append((sample, Image.fromarray(picture)))
+        if len(chosen) == _COLUMNS * _ROWS:
+            break
     line = 13
     height = _TILE + _LINES * line + 8
     page = Image.new("RGB", (_COLUMNS * _TILE, -(-len(chosen) // _COLUMNS) * height), "white")
     pen, font = ImageDraw.Draw(page), ImageFont.load_default(10)
-    for i, sample in enumerate(chosen):
+    for i, (sample, picture) in enumerate(chosen):
         x, y = i % _COLUMNS * _TILE, i // _COLUMNS * height
-        picture = transforms.evaluation_image(images.decode(source[sample.index]["image"]), _TILE - 4)
-        page.paste(Image.fromarray(picture), (x + 2, y + 2))
+        page.paste(picture, (x + 2, y + 2))
         for j, text in enumerate(textwrap.wrap(sample.caption, 30)[:_LINES]):
             pen.text((x + 4, y + _TILE + j * line), text, fill="black", font=font)
     page.save(path, format="PNG")

@@ -116,12 +116,12 @@ def _read_folder(name: str, path: pathlib.Path) -> tuple[Paths, np.ndarray, list
     return Paths([image for inside in images for image in inside], path), labels, names
 
 
-def images_in(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Return the images in `folder` and the folders below it that are not hidden, in ImageFolder's order."""
+def images_in(folder: pathlib.Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> list[pathlib.Path]:
+    """Return the files with these suffixes in `folder` and visible folders below it, in ImageFolder's order."""
     inside = []
     for root, folders, files in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        inside.append((root, sorted(n for n in files if n.lower().endswith(IMAGE_SUFFIXES) and not n.startswith("."))))
+        inside.append((root, sorted(n for n in files if n.lower().endswith(suffixes) and not n.startswith("."))))
     return [pathlib.Path(root, file) for root, files in sorted(inside) for file in files]
 
 

@@ -1,7 +1,8 @@
 """The encoder shared by all evaluators: images and texts to features, in batches of a few fixed shapes."""
 
+import contextlib
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from jax.sharding import Mesh
 from xclip_jax.core import console
 from xclip_jax.core.errors import BadSample, UserError, describe
 from xclip_jax.data.preprocessing import Preprocessing
+from xclip_jax.data.records import thread_pool
 from xclip_jax.data.transforms import normalize
 from xclip_jax.models.two_towers import TwoTowers, Variables
 from xclip_jax.objectives.similarity import Similarity
@@ -148,13 +150,20 @@ class Encoder:
         return jax.ShapeDtypeStruct((self.image_size, self.image_size, 3), dtype)
 
     def _count_unreadable(self, valid: np.ndarray, offset: int = 0) -> None:
-        """Record the unreadable images of the last pass; raise `TooManyUnreadable` above `MAX_UNREADABLE`."""
+        """Record the unreadable images of the last pass."""
+        self.unreadable |= {i + offset: self._reasons.get(i, "") for i in np.flatnonzero(~valid).tolist()}
+
+    def _check_readable(self, valid: np.ndarray, n: int) -> None:
+        """Raise `TooManyUnreadable` if more than `MAX_UNREADABLE` of `n` images are unreadable among the first ones.
+
+        A store that is away would keep all devices waiting for each of its images otherwise.
+        """
         unreadable = np.flatnonzero(~valid).tolist()
-        self.unreadable |= {i + offset: self._reasons.get(i, "") for i in unreadable}
-        if len(unreadable) > MAX_UNREADABLE * len(valid):
+        if len(unreadable) > MAX_UNREADABLE * n:
             first = self._reasons.get(unreadable[0], f"image {unreadable[0]}")
+            read = f"{n}" if len(valid) == n else f"the first {len(valid)} of {n}"
             raise TooManyUnreadable(
-                f"{len(unreadable)} of {len(valid)} images cannot be read, more than {MAX_UNREADABLE:.0%}; "
+                f"{len(unreadable)} of {read} images cannot be read, more than {MAX_UNREADABLE:.0%}; "
                 f"the first is: {first}; see xclip-jax check"
             )
 
@@ -204,48 +213,64 @@ class Encoder:
     ) -> Iterator[tuple[int, Features]]:
         """Yield the first index and the features `keys` of each batch, without padding; one empty batch of no items."""
 
-        def fetch(out: dict[str, jax.Array], start: int) -> tuple[int, Features]:
-            return start, {key: np.asarray(value)[: len(items) - start] for key, value in out.items()}
-
         self._reasons: dict[int, str] = {}
+        valid = np.zeros(0, bool)
+
+        def fetch(out: dict[str, jax.Array], start: int) -> tuple[int, Features]:
+            nonlocal valid
+            fetched = {key: np.asarray(value)[: len(items) - start] for key, value in out.items()}
+            valid = np.concatenate([valid, fetched.get("valid", valid[:0])])
+            self._check_readable(valid, len(items))
+            return start, fetched
+
         pending: tuple[dict[str, jax.Array], int] = {}, 0
         start = 0
-        while start < max(len(items), 1):
-            console.report_progress()
-            size = self._size(len(items) - start)
-            out = encode(variables, *self._place(items, start, size, form))
-            # One batch behind: the device works while the host fetches and loads.
-            if pending[0]:
-                yield fetch(*pending)
-            pending = {key: x for key, x in out.items() if key in keys}, start
-            start += size
-        yield fetch(*pending)
+        with _reading(items) as each:
+            while start < max(len(items), 1):
+                console.report_progress()
+                size = self._size(len(items) - start)
+                out = encode(variables, *self._place(items, each, start, size, form))
+                # One batch behind: the device works while the host fetches and loads.
+                if pending[0]:
+                    yield fetch(*pending)
+                pending = {key: x for key, x in out.items() if key in keys}, start
+                start += size
+            yield fetch(*pending)
 
     def _size(self, left: int) -> int:
         """Return the largest batch that `left` items fill at least half, or the smallest batch."""
         return next((size for size in reversed(self.sizes) if left > size // 2), self.sizes[0])
 
-    def _place(self, items: Rows, start: int, size: int, form: jax.ShapeDtypeStruct) -> tuple[jax.Array, jax.Array]:
+    def _place(
+        self, items: Rows, each: Callable[..., Iterable], start: int, size: int, form: jax.ShapeDtypeStruct
+    ) -> tuple[jax.Array, jax.Array]:
         """Return the global batch of `size` items from `start`, padded with zeros, and bool (size,) of readable items.
 
-        Each process loads its own rows.
+        Each process loads its own rows, by `each`, see `_reading`.
         """
         blocks: dict[int, np.ndarray] = {}
+
+        def read(i: int) -> np.ndarray | BadSample:
+            try:
+                item = items[i]
+            except BadSample as error:
+                return error
+            # NumPy would cast and broadcast a wrong one silently.
+            if item.shape != form.shape or item.dtype != form.dtype:
+                raise UserError(f"item {i} is {item.dtype} {item.shape}, not {form.dtype} {form.shape}.")
+            return item
 
         def rows(index: Any) -> np.ndarray:
             first, stop, _ = index[0].indices(size)
             # Devices along the mesh's model axis share rows: load them once.
             if first not in blocks:
                 block = blocks[first] = np.zeros((stop - first, *form.shape), form.dtype)
-                for i in range(start + first, min(start + stop, len(items))):
-                    try:
-                        item = items[i]
-                        # NumPy would cast and broadcast a wrong one silently.
-                        if item.shape != form.shape or item.dtype != form.dtype:
-                            raise UserError(f"item {i} is {item.dtype} {item.shape}, not {form.dtype} {form.shape}.")
-                        block[i - start - first] = item
-                    except BadSample as error:
-                        self._reasons[i] = describe(error)
+                indices = range(start + first, min(start + stop, len(items)))
+                for row, (i, item) in enumerate(zip(indices, each(read, indices), strict=True)):
+                    if isinstance(item, BadSample):
+                        self._reasons[i] = describe(item)
+                    else:
+                        block[row] = item
             return blocks[first]
 
         def valid(index: Any) -> np.ndarray:
@@ -253,3 +278,13 @@ class Encoder:
 
         batch = jax.make_array_from_callback((size, *form.shape), self._sharding, rows)
         return batch, jax.make_array_from_callback((size,), self._sharding, valid)
+
+
+@contextlib.contextmanager
+def _reading(items: Rows) -> Iterator[Callable[..., Iterable]]:
+    """Give a `map` for reading `items`: in threads, one a core, if they are decoded on access."""
+    if isinstance(items, (np.ndarray, list, tuple)):
+        yield map
+        return
+    with thread_pool() as threads:
+        yield threads.imap

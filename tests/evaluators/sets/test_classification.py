@@ -374,6 +374,12 @@ def test_babel_imagenet_has_the_classes_of_a_language(babel):
     assert edited.card == dataclasses.replace(data.card, templates=edited.card.templates) != data.card
 
 
+def test_babel_imagenet_with_a_number_that_is_no_class(babel):
+    babel.write_text(json.dumps({"DE": [[1, 1000], ["Goldfisch", "Einhorn"]]}))
+    with pytest.raises(UserError, match=r"has numbers that are no class of ImageNet \(index 1000 is out of bounds"):
+        registry.load(f"babel/de@{babel}", SIZE)
+
+
 def test_babel_imagenet_of_tfds(babel):
     with tfds.testing.mock_data(as_data_source_fn=records):
         names = {"DE": [[1, 999], ["Goldfisch", "Klopapier"]]}

@@ -279,3 +279,8 @@ def test_multi30k(tmp_path):
     assert evaluate(german)[f"retrieval/multi30k/de@{tmp_path}/captions"] == 10
     with pytest.raises(UserError, match=r"multi30k/cs: .* is not in the published layout .*test_2016_flickr\.cs\.gz"):
         load(f"multi30k/cs@{tmp_path}")
+    whole = gzip.compress(b"Un homme.\nDeux hommes.\n")
+    for damaged in (whole[:-12], whole[:12] + b"x" + whole[13:]):
+        (tmp_path / "task1/raw/test_2016_flickr.fr.gz").write_bytes(damaged)
+        with pytest.raises(UserError, match=r"multi30k/fr: .* is not in the published layout"):
+            load(f"multi30k/fr@{tmp_path}")

@@ -91,7 +91,10 @@ def read_babel(spec: str, data_dir: str | None) -> Content:
         raise UserError(f"{spec}: {location!r} is not Babel-ImageNet's file of names ({describe(error)}).") from error
     _, _, content = read(f"imagenet@{images}" if images.is_dir() else "imagenet", data_dir)
     position = np.full(len(content.classes), -1)
-    position[numbers] = np.arange(len(numbers))
+    try:
+        position[numbers] = np.arange(len(numbers))
+    except IndexError as error:
+        raise UserError(f"{spec}: {location!r} has numbers that are no class of ImageNet ({error}).") from error
     kept = np.flatnonzero(position[content.labels] >= 0)
     templates = [text.replace("{}", "{c}") for text in translated.get(language.upper(), ["{}"])]
     return dataclasses.replace(

@@ -17,6 +17,7 @@ import gzip
 import json
 import math
 import pathlib
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -245,10 +246,10 @@ def multi30k(language: str, path: pathlib.Path) -> tuple[Paths, list[list[str]]]
 def coco_captions(name: str, data_dir: str | None, prepare: Preprocessing, profile: Profile) -> RetrievalSet:
     """Read Karpathy's test split of COCO from TFDS."""
     source, info = open_tfds("coco_captions", "test", data_dir)
-    records = [source[i] for i in range(len(source))]
-    captions, ids = [lookup(r, "captions/text") for r in records], [int(r["image/id"]) for r in records]
+    records = (source[i] for i in range(len(source)))  # each has its image: all would be gigabytes
+    captions, ids = zip(*((lookup(r, "captions/text"), int(r["image/id"])) for r in records), strict=True)
     origin = {"data": name, "split": "test", "version": str(info.version)}
-    return captioned(name, Field(source, "image"), captions, ids, prepare, profile, **origin)
+    return captioned(name, Field(source, "image"), list(captions), list(ids), prepare, profile, **origin)
 
 
 READERS: Mapping[str, Callable[[str, pathlib.Path], SimilaritySet | ProbeSet]] = {
@@ -284,7 +285,9 @@ def load(
         if name in RETRIEVAL:
             return coco_captions(name, data_dir, prepare, profile)
         return READERS[name](name, path)
-    except (OSError, ValueError, IndexError, KeyError, TypeError) as error:
+    except (
+        OSError, ValueError, IndexError, KeyError, TypeError, AttributeError, EOFError, csv.Error, zlib.error
+    ) as error:  # fmt: skip
         if isinstance(error, UserError):
             raise
         raise UserError(f"{name}: {location!r} is not in the published layout ({describe(error)}).") from error
