@@ -157,6 +157,8 @@ def trained(params: Any, frozen: Collection[str], towers: Mapping[str, Tower]) -
             if numbers.stop > last or not numbers:
                 have = f"blocks of {name} are 0 to {last - 2}" if last > 1 else f"{name} has no blocks"
                 raise UserError(f"init.frozen has {part!r}; {have}.")
+        if place and last < 1:  # a tower of another package without numbered layers: all is one
+            raise UserError(f"init.frozen has {part!r}; {name} has no blocks, name the whole tower: {name!r}.")
         layers.setdefault(name, set()).update(numbers)
 
     def trains(path: tuple[Any, ...], x: Any) -> Any:

@@ -208,7 +208,7 @@ def test_a_new_run_starts_from_an_export(run, tmp_path, capsys):
     export.export(str(run), str(tmp_path / "hf"))
     c = tiny.config("clip", data__tokenizer="clip", model__txt__scan=True, seed=3, init__weights=str(tmp_path / "hf"))
     p = build.build(c)
-    begun = weights.init_from_weights(weights.read_initial(p.config, p.abstract), state.create(p.init, p.abstract))
+    begun = weights.init_from_weights(weights.read_initial(p.config, p.abstract)[0], state.create(p.init, p.abstract))
     assert f"starting from {tmp_path / 'hf'}, step 0" in capsys.readouterr().out
     found = interop.read(str(tmp_path / "hf"))[1]["params"]
     found["txt"]["transformer"] = stack_blocks(found["txt"]["transformer"], 1)

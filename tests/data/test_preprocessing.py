@@ -259,7 +259,7 @@ def test_runs_that_start_from_weights_with_another_preprocessing_say_so(tmp_path
     c = tiny.config("clip", data__tokenizer="clip", init__weights=str(there), **model)
     made = build.build(c)
     state = create(made.init, made.abstract)
-    weights.init_from_weights(weights.read_initial(made.config, made.abstract), state)
+    weights.init_from_weights(weights.read_initial(made.config, made.abstract)[0], state)
     out = capsys.readouterr().out
     assert f"data.normalization ({(MEAN, STD)}, 'imagenet' in this run)" in out
     assert "eval.resize ('squash', 'shortest' in this run)" in out

@@ -199,7 +199,9 @@ def test_export_keeps_the_classes(images, pretrained, tmp_path):
     config = small(load_config(f"finetune:data=folder:{images},batch={tiny.BATCH},weights={run}"), tmp_path / "new", 5)
     abstract = build.build(schema.resolve(config), jax.devices()[:1]).abstract
     heads = {
-        classes: [name for name in weights.read_initial(schema.resolve(config), abstract, classes) if "classif" in name]
+        classes: [
+            name for name in weights.read_initial(schema.resolve(config), abstract, classes)[0] if "classif" in name
+        ]
         for classes in (("bright", "dark", "grey"), ("bright", "dark", "white"), None)
     }
     assert list(map(len, heads.values())) == [2, 0, 0]

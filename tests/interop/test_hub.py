@@ -228,7 +228,7 @@ def test_training_starts_from_the_hub(server, folders, tmp_path, capsys):
     model = {f"model__{key}": value for key, value in interop.read("hf:lab/x")[0]["model"].items()}
     changes = {"data__tokenizer": "clip", "init__weights": "hf:lab/x"} | model
     p = build.build(tiny.config("clip", **changes))
-    tensors = weights.read_initial(p.config, p.abstract)
+    tensors, _ = weights.read_initial(p.config, p.abstract)
     assert "starting from hf:lab/x, step 0" in capsys.readouterr().out
     positions = interop.read(str(folders["hf"]))[1]["params"]["txt"]["positions"]
     np.testing.assert_array_equal(tensors["params/txt/positions"], positions)

@@ -150,6 +150,23 @@ def test_a_pickle_that_asks_for_anything_else_is_refused(tmp_path):
     torch.save({"x": torch.zeros(1)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     with pytest.raises(UserError, match=r"is not a zip of torch.save, which has written such since version 1\.6"):
         interop.read(str(tmp_path / "old.pt"))
+    torch.save({"x": torch.zeros(100)}, tmp_path / "cut.pt")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "cut.pt").read_bytes()[:-40])
+    with pytest.raises(UserError, match=r"cut\.pt is incomplete or no file of torch\.save \(.*\); download it again"):
+        interop.read(str(tmp_path / "cut.pt"))
+
+
+def test_files_of_an_index_that_are_missing_are_named(tmp_path):
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}))
+    tensor_files.write(epath.Path(tmp_path / "a.safetensors"), {"x": np.zeros(3, np.float32)})
+    with pytest.raises(UserError, match=r"index\.json names b\.safetensors, not in its folder"):
+        tensor_files.tensors(epath.Path(index))
+    tensor_files.write(epath.Path(tmp_path / "b.safetensors"), {"y": np.ones(2, np.float16)})
+    found = tensor_files.tensors(epath.Path(index))
+    assert {name: (x.dtype, x.tolist()) for name, x in found.items()} == {
+        "x": (np.float32, [0, 0, 0]), "y": (np.float32, [1, 1])
+    }  # fmt: skip
 
 
 STORAGE = object()

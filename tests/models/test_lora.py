@@ -1,5 +1,7 @@
 """Adapters: against products in NumPy, and in a step, where they are all that changes in the towers."""
 
+import types
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import tiny
+from xclip_jax import optim
 from xclip_jax.core.errors import UserError
 from xclip_jax.data import loader
 from xclip_jax.models import lora
@@ -91,3 +94,6 @@ def test_frozen_layers_stay_bit_for_bit(scan):
 def test_blocks_that_a_tower_lacks_are_named():
     with pytest.raises(UserError, match=r"init\.frozen has 'img\.blocks\.0-5'; blocks of img are 0 to 0\."):
         build.build(tiny.config("clip", init__frozen=("img.blocks.0-5",)))
+    for place in ("embed", "blocks.0"):
+        with pytest.raises(UserError, match="img has no blocks"):
+            optim.trained({"img": {}}, (f"img.{place}",), {"img": types.SimpleNamespace(num_layers=1)})

@@ -151,13 +151,13 @@ def test_a_tower_need_not_count_its_flops(tmp_path, monkeypatch, capsys):
 
 def test_a_new_run_starts_from_its_weights(run, data, tmp_path, capsys):
     p = build.build(config(tmp_path / "run", init__weights=run.run, **data))
-    tensors = weights.read_initial(p.config, p.abstract)
+    tensors, _ = weights.read_initial(p.config, p.abstract)
     assert "initialised at random" not in capsys.readouterr().out
     np.testing.assert_array_equal(
         tensors["params/img/Conv_0/kernel"], last_state(run).params["img"]["Conv_0"]["kernel"]
     )
     p = build.build(tiny.config(init__weights=run.run, model__img__width=20))
-    tensors = weights.read_initial(p.config, p.abstract)
+    tensors, _ = weights.read_initial(p.config, p.abstract)
     assert "params/txt/tokens" in tensors and not [name for name in tensors if name.startswith("params/img")]
     assert "img is another tower: ConvMixer of width 20 in" in capsys.readouterr().out
 

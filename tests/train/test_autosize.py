@@ -241,17 +241,24 @@ def test_arguments_that_weights_decide_on_are_refused(discs, run):
         load.load_config(f"small:pairs={discs},weights={run},tokenizer=bytes,preset=S/16")
 
 
+def test_weights_that_are_gone_are_named(discs, tmp_path):
+    with pytest.raises(
+        UserError, match=r"weights=.*gone does not exist; the recipe takes its towers from there, also when"
+    ):
+        load.load_config(f"small:pairs={discs},weights={tmp_path / 'gone'}")
+
+
 def test_a_cluster_head_of_weights_keeps_its_size(discs, run):
     c = load.load_config(f"small:pairs={discs},weights={run}")
     shapes = build.build(c).abstract
-    tensors = weights.read_initial(schema.resolve(c), shapes)
+    tensors, _ = weights.read_initial(schema.resolve(c), shapes)
     heads = {name for name in flatten_dict(shapes.variables(), sep="/") if "/clusters_" in name}
     assert heads and heads <= tensors.keys() and c.model.cluster_head.clusters == 24
 
 
 def test_weights_without_a_cluster_head_get_one_by_the_pairs(discs, tmp_path):
     c = load.load_config(f"small:pairs={discs},weights={tiny.untrained(tmp_path / 'clip', 'clip')},objective=xclip")
-    tensors = weights.read_initial(schema.resolve(c), build.build(c).abstract)
+    tensors, _ = weights.read_initial(schema.resolve(c), build.build(c).abstract)
     assert c.model.cluster_head.clusters == 256
     assert tensors and not any("/clusters_" in name for name in tensors)
 

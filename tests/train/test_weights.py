@@ -74,6 +74,23 @@ def test_a_run_starts_from_another_and_resumes_without_it(source, pairs, tmp_pat
 
 
 @pytest.mark.slow  # a run
+def test_a_mix_is_of_the_step_that_the_run_started_from(pairs, tmp_path):
+    """Which is another one than the newest by then."""
+    source, data = tmp_path / "source", {"data__sources": (f"folder:{pairs}",)}
+    trainer.run(
+        tiny.config("clip", run=source, steps=2, optim__lr=0.01, checkpoint__every=1, checkpoint__keep=2, **data)
+    )
+    (source / "checkpoints" / "2").rename(tmp_path / "later")
+    c = tiny.config("clip", run=tmp_path / "run", steps=1, init__weights=str(source), **data)
+    trainer.run(c)
+    (tmp_path / "later").rename(source / "checkpoints" / "2")
+    config, _, tuned, _ = weights.load(c.run)
+    given = weights.read_given(c.run, config, tuned)["params/txt/positions"]
+    first, second = (weights.load(str(source), step)[2]["params"]["txt"]["positions"] for step in (1, 2))
+    np.testing.assert_array_equal(given, first)
+    assert np.abs(given - second).max() > 1e-4
+
+
 def test_a_mix_is_the_sum_of_given_and_tuned_weights(pairs, tmp_path, capsys):
     """The given weights lack the projections, their blocks are stacked and their positions cut."""
     source = tiny.untrained(tmp_path / "source", "nclip", noise=0.1, model__img__depth=2)
@@ -129,7 +146,7 @@ def test_average_statistics_and_layout_of_a_start(source):
     )  # fmt: skip
     p = build.build(c)
     fresh = state.create(p.init, p.abstract)
-    begun = weights.init_from_weights(weights.read_initial(build.build(c).config, fresh), fresh)
+    begun = weights.init_from_weights(weights.read_initial(build.build(c).config, fresh)[0], fresh)
     assert jax.tree.map(lambda x: x.sharding, begun) == jax.tree.map(lambda x: x.sharding, p.abstract)
     there = jax.device_get(weights.load(str(source))[2])
     for statistics in (begun.batch_stats, begun.ema_batch_stats):

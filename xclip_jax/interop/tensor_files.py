@@ -81,23 +81,30 @@ def read_json(path: epath.Path) -> dict[str, Any]:
 def tensors(file: epath.Path) -> Tensors:
     """Read all tensors of a file, or of the files of an index, in fp32, by name."""
     if file.name.endswith(".index.json"):
-        return {name: x for shard in files_of(file) for name, x in tensors(file.parent / shard).items()}
+        shards = [file.parent / name for name in files_of(file)]
+        if missing := [shard.name for shard in shards if not shard.exists()]:
+            raise UserError(f"{file} names {', '.join(missing[:4])}, not in its folder; download all of its files.")
+        return {name: x for shard in shards for name, x in tensors(shard).items()}
     if file.suffix == ".safetensors":
         try:
             content = safetensors.deserialize(file.read_bytes())
         except safetensors.SafetensorError as error:
             raise UserError(f"{file} is a damaged or incomplete safetensors file: {error}.") from error
-        return {name: _array(info, name, file) for name, info in content}
+        # Taken out one by one, so that no tensor is there in two dtypes at once with all others.
+        return {name: _array(info, name, file) for name, info in (content.pop() for _ in range(len(content)))}
     data = file.read_bytes()
     content, scripted = load_torch(data, str(file))
+    size = len(data)
+    del data
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     if not isinstance(content, dict) or not any(isinstance(x, np.ndarray) for x in content.values()):
         raise UserError(f"{file} contains no dict of tensors and none under 'state_dict'; name a file of weights.")
     arrays = {str(name): x for name, x in content.items() if isinstance(x, np.ndarray)}
-    if sum(x.size for x in arrays.values()) > _MOST_VIEWS * len(data):
+    if sum(x.size for x in arrays.values()) > _MOST_VIEWS * size:
         raise UserError(f"{file} has the same numbers in too many tensors. Convert it: {REMEDY}.")
-    by_name = {name: x.astype(np.float32) for name, x in arrays.items()}
+    del content
+    by_name = {name: arrays.pop(name).astype(np.float32, copy=False) for name in list(arrays)}
     for prefix in ("module.", "_orig_mod."):  # prefixes of distributed and compiled models
         if all(name.startswith(prefix) for name in by_name):
             by_name = {name.removeprefix(prefix): x for name, x in by_name.items()}
@@ -119,7 +126,7 @@ def files_of(file: epath.Path) -> list[str]:
 def _array(info: Mapping[str, Any], name: str, file: epath.Path) -> np.ndarray:
     if info["dtype"] not in _DTYPES:
         raise UserError(f"{file}: tensor {name} is of type {info['dtype']}; convert it to F32.")
-    return np.frombuffer(info["data"], _DTYPES[info["dtype"]]).reshape(info["shape"]).astype(np.float32)
+    return np.frombuffer(info["data"], _DTYPES[info["dtype"]]).reshape(info["shape"]).astype(np.float32, copy=False)
 
 
 def write(path: epath.Path, by_name: Mapping[str, np.ndarray]) -> None:
@@ -180,6 +187,8 @@ def load_torch(data: bytes, where: str) -> tuple[Any, bool]:
         content = _Unpickler(archive, root, scripted).load()
         return (_flat(content) if scripted else content), scripted
     except (zipfile.BadZipFile, StopIteration) as error:
+        if data.startswith(b"PK\x03\x04"):
+            raise UserError(f"{where} is incomplete or no file of torch.save ({error}); download it again.") from error
         raise UserError(
             f"{where} is not a zip of torch.save, which has written such since version 1.6; older files cannot be read "
             f"safely. Convert it: {REMEDY}."

@@ -21,6 +21,7 @@ FILE = "tokenizer.json"
 SENTENCEPIECE = "spiece.model"
 CLIP_FILES = ("vocab.json", "merges.txt")
 OPTIONS = "tokenizer_config.json"
+_END_OF_SIGLIP2 = "<eos>"  # Gemma's
 SPECIAL = "special_tokens_map.json"
 # Field numbers and values of SentencePiece's messages.
 _PIECES, _TRAINER, _NORMALIZER = 1, 2, 3  # of ModelProto
@@ -77,9 +78,13 @@ def siglip(folder: epath.Path, size: int, where: str) -> str:
         model = _read(str(file))
     else:
         raise UserError(
-            f"{where} has no {FILE} or {SENTENCEPIECE} in its folder; copy the file of its tokenizer there."
+            f"{where} has no {FILE} or {SENTENCEPIECE} in its folder; copy its tokenizer's file there, and {OPTIONS}."
         )
     options = read_json(folder / OPTIONS) if (folder / OPTIONS).exists() else {}
+    if not options and model.token_to_id(_END_OF_SIGLIP2) is not None:
+        raise UserError(
+            f"{file} is a tokenizer of SigLIP 2, and {OPTIONS}, which names its padding, is not beside it; copy it."
+        )
     model.no_padding()
     model.no_truncation()
     added = model.encode("").ids  # tokens of the file's template

@@ -155,8 +155,9 @@ def check_sets(job: Job) -> Iterator[Finding]:
 
 def check_weights(job: Job) -> Iterator[Finding]:
     """Yield how much of a new model `init.weights` has."""
-    if job.initial:
-        count = sum(x.size for x in job.initial.values())
+    tensors, _ = job.initial
+    if tensors:
+        count = sum(x.size for x in tensors.values())
         total = sum(x.size for x in jax.tree.leaves(job.experiment.abstract.variables()))
         text = f"{job.config.init.weights}: {count / total:.0%} of the model's values are read from it"
         yield Finding("weights", text, values={"initial_values": count, "model_values": total})

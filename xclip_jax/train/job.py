@@ -118,10 +118,10 @@ class Job:
         return cost.compile_if_fits(self.grouped)
 
     @functools.cached_property
-    def initial(self) -> Mapping[str, np.ndarray]:
-        """Tensors of `init.weights`, for a run that does not resume."""
+    def initial(self) -> tuple[Mapping[str, np.ndarray], int]:
+        """Tensors of `init.weights` and their step, for a run that does not resume; once used they are deleted."""
         if not self.config.init.weights or self.resumes:
-            return {}
+            return {}, 0
         return read_initial(self.config, self.experiment.abstract, self.classes)
 
     @functools.cached_property

@@ -70,8 +70,8 @@ def run(
         job.prepare()
         checks.check_same_data(job)
         keep, keep_every = config.checkpoint.keep, config.checkpoint.keep_every
-        groups = (job.experiment.length_groups, job.experiment.text_rows)
-        with folder.claimed(config, job.fingerprints, *groups), Watchdog(folder, stop, **limits) as watch:
+        facts = (job.experiment.length_groups, job.experiment.text_rows, job.initial[1])
+        with folder.claimed(config, job.fingerprints, *facts), Watchdog(folder, stop, **limits) as watch:
             # A process that fails ends before its checkpointer is closed, which would wait for the others.
             checkpoints = Checkpointer(folder.path, keep=keep, keep_every=keep_every)
             with checkpoints as checkpointer, runtime.ends_all():
@@ -112,8 +112,9 @@ def _train(
         if step := job.folder.last_logged_step():
             log0(f"WARNING: there is no checkpoint, so the run starts again; metrics up to step {step} are dropped")
         state = create(experiment.init, experiment.abstract)
-        if job.initial:
-            state = init_from_weights(job.initial, state)
+        if job.initial[0]:
+            state = init_from_weights(job.initial[0], state)
+        del job.initial  # as large as the model
     else:
         watch.enter(RESTORE)
         state, position = checkpointer.restore_good(experiment.abstract)

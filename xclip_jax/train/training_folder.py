@@ -141,10 +141,11 @@ class TrainingFolder(RunFolder):
         fingerprints: Sequence[Mapping[str, Any]],
         groups: LengthGroups = WHOLE,
         text_rows: tuple[int, int] | None = None,
+        init_step: int = 0,
     ) -> Iterator[None]:
         """Keep other runs out of the folder, write config.json, data.json and the tokenizer, and delete old results.
 
-        `groups` are of the run's texts, for the `Experiment.text_rows`.
+        `groups` are of the run's texts, for the `Experiment.text_rows`; `init_step` is of the run that it starts from.
         """
         if jax.process_index() != 0:
             yield
@@ -154,7 +155,7 @@ class TrainingFolder(RunFolder):
             self.check(config)  # another run may have come and gone
             for file in (self.results_file, items_file(self.results_file)):  # of an earlier evaluation
                 file.unlink(missing_ok=True)  # a launcher waits for the first
-            self._write_config(config, groups, text_rows)
+            self._write_config(config, groups, text_rows, init_step)
             write_json(self.data_file, list(fingerprints))
             starts, named = self.latest_step() is None, config.data.tokenizer in tokenizer.NAMES
             if starts and named:
@@ -190,15 +191,19 @@ class TrainingFolder(RunFolder):
                 step = max(step, int(line["step"]))
         return step
 
-    def _write_config(self, config: Config, groups: LengthGroups, text_rows: tuple[int, int] | None) -> None:
+    def _write_config(
+        self, config: Config, groups: LengthGroups, text_rows: tuple[int, int] | None, init_step: int
+    ) -> None:
         saved, current = self.read_config(), schema.to_dict(config)
         facts, now = environment.capture(), datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         chosen = {"length_groups": str(groups), "text_rows": text_rows and list(text_rows)}
         if saved is None or self.latest_step() is None:
             self._forget_evaluations(saved, config)
-            content = {"config": current, "environment": facts, "started": now, **chosen}
+            content: dict[str, Any] = {"config": current, "environment": facts, "started": now, **chosen}
             if hub.is_hub(pinned := hub.pin(config.init.weights)):
                 content["init_commit"] = pinned.rpartition("@")[2]
+            if init_step:
+                content["init_step"] = init_step
             write_json(self.config_file, content)
             return
         before, after = schema.flatten(saved["config"]), schema.flatten(current)

@@ -74,15 +74,21 @@ def pin(path: str) -> tuple[str, dict[str, str]]:
     return pinned, {"commit": pinned.rpartition("@")[2]} if hub.is_hub(pinned) else {}
 
 
-def adopt(config: ml_collections.ConfigDict, path: str) -> Config | None:
+def adopt(config: ml_collections.ConfigDict, path: str) -> Config:
     """Set the towers, tokenizer and preprocessing of a config to those that weights were trained with.
 
     Returns:
-      The config of the weights; None if they are not on this machine, which the trainer reports.
+      The config of the weights.
+
+    Raises:
+      UserError: no weights, or ones that cannot be read.
     """
     place = epath.Path(hub.resolve(path))
     if not place.exists():
-        return None
+        raise UserError(
+            f"weights={path} does not exist; the recipe takes its towers from there, also when its run resumes. Put "
+            "the weights back, or name another place of the same ones."
+        )
     run = RunFolder(str(place))
     source = _completed(run).to_dict() if run.is_run() else interop.read(path)[0]
     groups = {name: source[name] for name in ("model", "objective", "data", "eval") if name in source}
@@ -169,7 +175,9 @@ def _evaluated(experiment: Experiment) -> TrainState:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), state)
 
 
-def read_initial(config: Config, abstract: TrainState, classes: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+def read_initial(
+    config: Config, abstract: TrainState, classes: Sequence[str] | None = None
+) -> tuple[dict[str, np.ndarray], int]:
     """Read the tensors of `config.init.weights` that a new run's state has, and print what is left out or converted.
 
     Args:
@@ -178,7 +186,7 @@ def read_initial(config: Config, abstract: TrainState, classes: Sequence[str] | 
       classes: classes of its labelled data; a classifier of other classes is left out.
 
     Returns:
-      Flat {"params/img/...": array}.
+      Flat {"params/img/...": array}, and the step of the run that these are from, 0 for other weights.
     """
     where, target = config.init.weights, abstract.variables()
     tensors, notes, source_config, step = _convert_given(config, target, classes)
@@ -190,16 +198,16 @@ def read_initial(config: Config, abstract: TrainState, classes: Sequence[str] | 
     if differing:
         settings = ", ".join(f"{key} ({saved[key]!r}, {current[key]!r} in this run)" for key in differing)
         log0(f"WARNING: the weights of {where} were trained with different settings: {settings}")
-    return tensors
+    return tensors, step
 
 
 def _convert_given(
-    config: Config, target: Variables, classes: Sequence[str] | None
+    config: Config, target: Variables, classes: Sequence[str] | None, step: int | None = None
 ) -> tuple[dict[str, np.ndarray], list[str], Config, int]:
-    """Return `convert_params` of `config.init.weights`, with the config and step of these weights."""
+    """Return `convert_params` of `config.init.weights`, of `step` or the newest, with the weights' config and step."""
     where = config.init.weights
     pinned = hub.pin(where)
-    source_config, source, variables, step = load(pinned)
+    source_config, source, variables, step = load(pinned, step)
     towers = {name: (getattr(source.model, name), config.model.tower(name)) for name in source.objective.towers}
     variables = jax.device_get(variables)
     if "classifier" in target["params"].keys() & variables["params"] and read_classes(pinned) != tuple(classes or ()):
@@ -228,12 +236,12 @@ def read_given(path: str, config: Config, tuned: Variables) -> dict[str, np.ndar
             f"{path} did not start from given weights (init.weights is empty), so there is nothing to mix; leave "
             "--mix out."
         )
-    record = None if hub.is_hub(path) else RunFolder(path).read_config()
-    if record and "init_commit" in record:  # a branch of the Hub may have moved since
+    record = (None if hub.is_hub(path) else RunFolder(path).read_config()) or {}
+    if "init_commit" in record:  # a branch of the Hub may have moved since, and a run gone on
         pinned = f"{where.partition('@')[0]}@{record['init_commit']}"
         config = dataclasses.replace(config, init=dataclasses.replace(config.init, weights=pinned))
     try:
-        tensors, *_ = _convert_given(config, tuned, read_classes(hub.pin(path)))
+        tensors, *_ = _convert_given(config, tuned, read_classes(hub.pin(path)), record.get("init_step"))
     except UserError as error:
         raise UserError(f"--mix needs the weights that {path} started from: {error}") from error
     if missing := sorted(flatten_dict(dict(tuned), sep="/").keys() - tensors.keys()):
