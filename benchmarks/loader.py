@@ -104,8 +104,8 @@ def bare(pattern: str, n: int) -> float:
     source = TarSource(pattern)
     places = [
         (os.open(tar, os.O_RDONLY), int(row["image_size"]), int(row["image"]))
-        for tar, rows in zip(source.tars, source.rows, strict=True)
-        for row in rows
+        for tar, index in zip(source.tars, tar_index.load(source.tars), strict=True)
+        for row in np.load(index)
     ]
     rng = np.random.default_rng(0)
     chosen = [places[i % len(places)] for i in rng.permutation(n)]

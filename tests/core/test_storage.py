@@ -123,6 +123,22 @@ def test_a_change_of_any_part_of_a_tag_is_seen(monkeypatch):
     assert len(found) == len(tags)
 
 
+@pytest.mark.parametrize(("key", "values"), [
+    ("blob_id", ("3ac1", "77b0")),  # the Hub's, of a repository's file
+    ("Last-Modified", ("Wed, 21 Oct 2026 07:28:00 GMT", "Thu, 22 Oct 2026 07:28:00 GMT")),  # of a plain web server
+])  # fmt: skip
+def test_a_file_that_changes_and_keeps_its_size_is_seen_without_a_tag(key, values, monkeypatch):
+    found = set()
+    for value in values:
+        storage._remote_stat.cache_clear()
+        info = {"name": "0.tar", "size": 512, "type": "file", "lfs": None, "security": None, key: value}
+        system = type("System", (), {"info": lambda _, name, info=info: info})()
+        monkeypatch.setattr(storage, "file_system", lambda path, system=system: (system, path))
+        found.add(storage.stat("https://host/0.tar"))
+    storage._remote_stat.cache_clear()
+    assert len(found) == 2
+
+
 def test_sizes_of_remote_files_are_not_remembered_for_ever():
     assert 0 < storage._remote_stat.cache_info().maxsize <= 1 << 20
 

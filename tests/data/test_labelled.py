@@ -56,6 +56,19 @@ def test_a_folder_of_classes_is_torchvisions(tmp_path):
     assert len(as_ours(root)[1]) == 7
 
 
+def test_links_that_lead_back_are_not_followed(tmp_path):
+    root = tree(tmp_path / "set")
+    expected = sorted(labelled.images_in(root))
+    (root / "all").symlink_to(root)
+    (root / "ant" / "above").symlink_to(tmp_path)
+    assert sorted(labelled.images_in(root)) == expected
+    (tmp_path / "other").mkdir()
+    picture(tmp_path / "other" / "c.png")
+    (tmp_path / "other" / "back").symlink_to(root / "ant")  # from ant to other and back
+    (root / "ant" / "other").symlink_to(tmp_path / "other")
+    assert sorted(labelled.images_in(root)) == sorted([*expected, root / "ant" / "other" / "c.png"])
+
+
 def test_hidden_folders_and_files_are_not_of_the_set(tmp_path):
     root = tree(tmp_path / "set")
     expected = as_torchvision(root)
@@ -211,6 +224,20 @@ class Info:
 @dataclasses.dataclass
 class Label:
     names: list
+
+
+def test_a_record_is_read_once_for_its_item_and_label():
+    class Records(list):
+        reads = 0
+
+        def __getitem__(self, index):
+            Records.reads += 1
+            return super().__getitem__(index)
+
+    records = Records([{"image": b"x", "label": 1}, {"image": b"y", "label": 0}])
+    fields = labelled.Field(records, "image"), labelled.Field(records, "label")
+    source = labelled.Labelled("image", *fields, ["a", "b"], identity=("set",))
+    assert [(source[i]["image"], source[i]["label"]) for i in (0, 1)] == [(b"x", 1), (b"y", 0)] and Records.reads == 4
 
 
 def test_a_card_of_tfds(monkeypatch):

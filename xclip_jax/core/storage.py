@@ -254,7 +254,10 @@ def _remote_stat(path: str) -> tuple[int, int]:
         info = system.info(name)
     if info.get("size") is None:
         raise OSError(errno.EINVAL, "the server does not report the file's size; download the file", path)
-    keys = ("etag", "ETag", "md5Hash", "Content-MD5", "generation", "mtime", "LastModified", "updated", "created")
+    keys = (
+        "etag", "ETag", "md5Hash", "Content-MD5", "generation", "xet_hash", "blob_id", "mtime", "LastModified",
+        "Last-Modified", "updated", "created",
+    )  # fmt: skip
     changed = str(next((info[key] for key in keys if info.get(key)), "")).encode()
     return info["size"], int.from_bytes(hashlib.blake2b(changed, digest_size=8).digest(), "big")
 

@@ -6,6 +6,7 @@ Texts come from files, tables and JSON, in encodings, in quotes, and with string
 import abc
 import dataclasses
 import os
+import pathlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import IO, Any, ClassVar
@@ -96,6 +97,8 @@ def check_columns(what: str, names: Iterable[str], keys: Iterable[str]) -> None:
         if key not in names:
             fault = f"{what} has no column {key!r}; its columns are {', '.join(map(repr, names))}"
             raise MissingColumnError(fault, "data.image_key, data.text_keys and data.tags_key")
+        if (count := names.count(key)) > 1:
+            raise UserError(f"{what} has {count} columns {key!r}; rename all but one.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,14 +183,24 @@ def decode_text(data: bytes) -> str:
     return text
 
 
+_TO_UTF8 = "convert the file, as with iconv -f latin1 -t utf-8 FILE > NEW"
+
+
 def decode_utf8(data: bytes) -> str:
     """Decode UTF-8 or raise `BadSample`; no other encoding is tried, since wrong ones give text, too."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         start = max(error.start - 20, 0)
-        remedy = "convert the file, as with iconv -f latin1 -t utf-8 FILE > NEW"
-        raise BadSample("caption is not UTF-8", f"{data[start : error.end + 10]!r}; {remedy}") from error
+        raise BadSample("caption is not UTF-8", f"{data[start : error.end + 10]!r}; {_TO_UTF8}") from error
+
+
+def read_text(path: pathlib.Path) -> str:
+    """Return a text file in UTF-8, without a byte order mark; raise `UserError` for another encoding."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{str(path)!r} is not UTF-8 ({error}); {_TO_UTF8}.") from error
 
 
 def open_binary(path: str, **options: Any) -> IO[bytes]:

@@ -59,10 +59,18 @@ def formats() -> list[str]:
 
 def _is_rotated(data: bytes) -> bool:
     try:
-        with Image.open(io.BytesIO(data), formats=formats()) as image:
-            return image.getexif().get(_ORIENTATION, 1) != 1
+        image = Image.open(io.BytesIO(data), formats=formats())
     except Exception:
         return True  # Pillow raises the error
+    return _has_orientation(image)
+
+
+def _has_orientation(image: Image.Image) -> bool:
+    """Whether EXIF says that the image is to be rotated or mirrored."""
+    try:
+        return image.getexif().get(_ORIENTATION, 1) != 1
+    except Exception:  # no TIFF, as where a program has overwritten it: browsers show the image as it is
+        return False
 
 
 def _decode_jpeg(data: bytes, scaled_to: int) -> np.ndarray | None:
@@ -87,7 +95,8 @@ def open_image(data: bytes | Image.Image) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=formats()) if isinstance(data, bytes) else data
         _check_pixels(*image.size)
-        return ImageOps.exif_transpose(image)
+        image.load()
+        return ImageOps.exif_transpose(image) if _has_orientation(image) else image
     except (BadSample, MemoryError):
         raise
     except Image.DecompressionBombError as error:  # Pillow's own bound, raised before the size is known

@@ -32,6 +32,13 @@ class Field(Sequence):
     def __getitem__(self, index: int) -> Any:  # ty: ignore[incompatible-method-override] no slices
         return self._source[index][self._key]
 
+    def with_other(self, other: "Field", index: int) -> tuple[Any, Any]:
+        """Return the item and the one of another feature, of one record if both are of one source."""
+        if self._source is not other._source:
+            return self[index], other[index]
+        record = self._source[index]
+        return record[self._key], record[other._key]
+
     def name(self, index: int) -> str:
         """Return what names the record to a person."""
         return name_of(self._source, index) if isinstance(self._source, Source) else f"record {index}"
@@ -120,9 +127,18 @@ def images_in(folder: pathlib.Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) 
     """Return the files with these suffixes in `folder` and visible folders below it, in ImageFolder's order."""
     inside = []
     for root, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = [name for name in folders if not (name.startswith(".") or _leads_back(folder, root, name))]
         inside.append((root, sorted(n for n in files if n.lower().endswith(suffixes) and not n.startswith("."))))
     return [pathlib.Path(root, file) for root, files in sorted(inside) for file in files]
+
+
+def _leads_back(folder: pathlib.Path, root: str, name: str) -> bool:
+    """Whether a folder in `root` is a link back, on the way from `folder` or above it: its files would come again."""
+    if not os.path.islink(os.path.join(root, name)):
+        return False
+    real, path = os.path.realpath(os.path.join(root, name)), pathlib.Path(root)
+    way = [path, *(parent for parent in path.parents if parent == folder or folder in parent.parents)]
+    return any(os.path.commonpath([real, os.path.realpath(place)]) == real for place in way)
 
 
 def _read_table(name: str, path: pathlib.Path) -> tuple[Paths, np.ndarray, list[str]]:
@@ -217,7 +233,10 @@ class Labelled(Source):
         return "" if isinstance(self.items, Paths) or self.key == "text" else self.fingerprint()["hash"]
 
     def __getitem__(self, index: int) -> Record:
-        item, label = self.items[index], self._labels[index]
+        if isinstance(self.items, Field) and isinstance(self._labels, Field):
+            item, label = self.items.with_other(self._labels, index)
+        else:
+            item, label = self.items[index], self._labels[index]
         fields = {"image": item} if self.key == "image" else {"text": [item], "tags": []}
         return fields | {"label": label, "id": str(index)}
 

@@ -290,3 +290,17 @@ def test_array_record(tmp_path, images):
     (tmp_path / "b.array_record").write_bytes(b"rubbish" * 100)
     with pytest.raises(UserError, match="cannot be read as ArrayRecord"):
         ArrayRecordSource(f"{tmp_path}/b.array_record", base.SourceOptions())
+
+
+def test_a_column_that_a_table_has_twice_is_named(tmp_path, images):
+    write(tmp_path / "a.csv", [("image", "text", "text"), ("images/0.jpg", "a fox", "a hen")])
+    with pytest.raises(UserError, match=r"table '.*a\.csv' has 2 columns 'text'; rename all but one"):
+        open_source(f"csv:{tmp_path}/a.csv")
+
+
+def test_texts_of_another_encoding_are_bad_samples_without_their_image_too(tmp_path, images):
+    (tmp_path / "a.csv").write_bytes("image,text\nimages/0.jpg,Füchse\n".encode("latin-1"))
+    source = open_source(f"csv:{tmp_path}/a.csv")
+    for read in (source.texts, source.__getitem__):
+        with pytest.raises(BadSample, match="caption is not UTF-8"):
+            read(0)

@@ -1,7 +1,9 @@
 """The index of a tar: what it holds, where it is stored, and when it is not believed."""
 
+import functools
 import itertools
 import os
+import pickle
 import subprocess
 import sys
 import tarfile
@@ -11,7 +13,8 @@ import pytest
 
 from tests.helpers import bad_tars, bucket
 from xclip_jax.core import storage
-from xclip_jax.core.errors import UserError
+from xclip_jax.core.errors import BadSample, UserError
+from xclip_jax.data.readers import tar as tar_reader
 from xclip_jax.data.readers import tar_index
 from xclip_jax.data.readers.tar import TarSource
 
@@ -226,3 +229,34 @@ def test_commands_are_refused_with_what_to_write(pattern):
     with pytest.raises(UserError, match=r"has a command after pipe:.* write the address .* s3://") as caught:
         tar_index.find(pattern)
     assert "secret" not in str(caught.value)
+
+
+def test_a_name_without_end_makes_no_row_as_wide(tmp_path):
+    path = tmp_path / "a.tar"
+    bad_tars.pairs(path, 0, 2)
+    with tarfile.open(path, "a", format=tarfile.GNU_FORMAT) as tar:
+        bad_tars.add(tar, f"{'a' * 100_000}.jpg", b"x")
+    rows = tar_index.index(str(path))
+    assert len(rows) == 3 and rows.dtype["key"].itemsize < 100 and rows["fault"][2] == tar_index.DAMAGED
+
+
+def test_keys_do_not_depend_on_the_locale(tmp_path, monkeypatch):
+    bad_tars.shard(tmp_path / "a.tar", [("füchse", {"jpg": bad_tars.jpeg(0), "txt": b"a fox"})])
+    keys = []
+    for encoding in ("utf-8", "iso8859-1"):
+        monkeypatch.setattr(tarfile, "ENCODING", encoding)
+        keys.append(tar_index.index(str(tmp_path / "a.tar"))["key"][0])
+    assert keys == ["füchse".encode()] * 2
+
+
+def test_a_set_may_have_more_tars_than_maps_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(tar_reader, "_mapped", functools.lru_cache(maxsize=2)(tar_reader._mapped.__wrapped__))
+    for i in range(5):
+        bad_tars.pairs(tmp_path / f"{i}.tar", 3 * i, 3)
+    source = TarSource(str(tmp_path))
+    again = pickle.loads(pickle.dumps(source))
+    assert [source[i]["text"] for i in range(15)] == [again[i]["text"] for i in range(15)]
+    assert source.fingerprint()["samples"] == 15 and tar_reader._mapped.cache_info().currsize == 2
+    source._index_paths[0].unlink()
+    with pytest.raises(BadSample, match=r"tar cannot be read: its index: .*No such file"):
+        source[0]

@@ -69,3 +69,10 @@ def test_one_class_several_classes_and_captions(tmp_path):
 def test_faulty_samples_are_named(tmp_path, sample, message):
     with pytest.raises(UserError, match=message):
         wds.open_labelled(wds.locate(str(write(tmp_path, [sample]))))
+
+
+def test_a_text_file_of_another_encoding_is_named(tmp_path):
+    root = write(tmp_path / "set", [{"jpg": IMAGE, "cls": b"1"}])
+    (root / "classnames.txt").write_bytes("caf\xe9\nfox".encode("latin-1"))
+    with pytest.raises(UserError, match=r"classnames\.txt' is not UTF-8 \(.*\); convert the file, as with iconv"):
+        wds.open_labelled(wds.locate(str(root)))

@@ -14,7 +14,7 @@ from typing import ClassVar
 import numpy as np
 
 from xclip_jax.core.errors import UserError, check_choice
-from xclip_jax.data.base import Form, Source, SourceKind, SourceOptions
+from xclip_jax.data.base import Form, Source, SourceKind, SourceOptions, read_text
 from xclip_jax.data.labelled import Labelled
 from xclip_jax.data.readers.tfds import lookup, open_tfds
 
@@ -62,7 +62,7 @@ def _from_files(path: pathlib.Path, task: Task) -> tuple[list[list[str]], list[s
     if not path.is_file():
         raise UserError(f"{str(path)!r} does not exist; it is a file of GLUE's published layout.")
     # Sentences contain separators at which splitlines() would break, and unpaired quotes.
-    lines = [line.rstrip("\r") for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+    lines = [line.rstrip("\r") for line in read_text(path).split("\n") if line.strip()]
     names = [str(i) for i in range(lines[0].count("\t") + 1)] if lines and task.label.isdigit() else None
     rows = list(csv.DictReader(lines, names, delimiter="\t", quoting=csv.QUOTE_NONE))
     columns = (*task.columns, task.label)

@@ -1,5 +1,6 @@
 """Pairs in tables: CSV, TSV or parquet files of image paths or images, and captions; and ArrayRecord files."""
 
+import contextlib
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -106,6 +107,16 @@ class Cells(Sequence):
         return self.read(index)[0]
 
 
+@contextlib.contextmanager
+def _utf8() -> Iterator[None]:
+    """Raise the error of a cell in another encoding as `BadSample`."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        decode_utf8(error.object)
+        raise
+
+
 class ColumnSource(Source):
     """Rows of Arrow columns: an image, or its path or URL, captions, and keywords with commas between them."""
 
@@ -126,17 +137,15 @@ class ColumnSource(Source):
 
     def texts(self, index: int) -> list[list[str]]:
         """Return the strings of a row in each column of captions, without reading its image."""
-        return [strip_texts(self._texts(key, index)) for key in self.options.text_keys]
+        with _utf8():
+            return [strip_texts(self._texts(key, index)) for key in self.options.text_keys]
 
     def __getitem__(self, index: int) -> Record:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        try:
+        with _utf8():
             image, name = self.images.read(index)
             return pair(image, name, self.options, lambda key: self._texts(key, index))
-        except UnicodeDecodeError as error:
-            decode_utf8(error.object)
-            raise
 
     def describe(self, index: int) -> dict[str, str]:
         try:

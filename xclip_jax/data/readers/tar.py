@@ -5,6 +5,7 @@ The shuffle is global and exact, a run resumes anywhere, and shards need not be 
 
 import bisect
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -33,6 +34,12 @@ from xclip_jax.data.readers import tar_index
 _GAP = 1 << 16  # one request reads the files of a sample and gaps of up to this size
 
 
+@functools.lru_cache(maxsize=2048)  # each holds a file open, and a set may have more tars than a process may have files
+def _mapped(index_path: pathlib.Path) -> np.ndarray:
+    """Return the rows of an index, mapped: all processes of a machine share one copy, which may have gigabytes."""
+    return np.load(index_path, mmap_mode="r").view(np.ndarray)
+
+
 class TarSource(Source):
     """Samples of tars: `{key}.jpg` (or another image), `{key}.txt`, `{key}.json`.
 
@@ -52,31 +59,22 @@ class TarSource(Source):
         self._parts = ("image", *["text"] * ("text" in self.text_keys), *["json"] * fields)
         self.tars = tar_index.find(pattern)
         self._index_paths = tar_index.load(self.tars)
-        self._map()
-        whole = [tar_index.OK] if captions else [tar_index.OK, tar_index.NO_TEXT]
-        if not any(np.isin(rows["fault"], whole).any() for rows in self.rows):
-            faults = sorted({tar_index.FAULTS[fault] for rows in self.rows for fault in np.unique(rows["fault"])})
-            raise UserError(
-                f"{pattern!r} names {len(self.tars)} tars and none contains a whole sample ({', '.join(faults)}); a "
-                f"sample is KEY.jpg{' and KEY.txt' * captions}, as img2dataset's --output_format webdataset writes it."
-            )
-
-    def _map(self) -> None:
         # Each map holds a file open, and the soft limit of a process is often 1,024.
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        # Mapped, so that all worker processes share one copy, which may have gigabytes.
-        self.rows = [np.load(path, mmap_mode="r").view(np.ndarray) for path in self._index_paths]
-        self._ends = list(itertools.accumulate(map(len, self.rows)))
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Pickle without the arrays; a worker process maps the same indexes, also if tars were added meanwhile."""
-        return {key: value for key, value in vars(self).items() if key not in ("rows", "_ends")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ |= state
-        self._map()
+        _mapped.cache_clear()  # an index may have been made anew
+        sizes, kinds = [], set[int]()
+        for path in self._index_paths:
+            sizes.append(len(_mapped(path)))
+            kinds.update(np.unique(_mapped(path)["fault"]).tolist())
+        self._ends = list(itertools.accumulate(sizes))
+        if not kinds & {tar_index.OK, *([] if captions else [tar_index.NO_TEXT])}:
+            faults = sorted(tar_index.FAULTS[kind] for kind in kinds)
+            raise UserError(
+                f"{pattern!r} names {len(self.tars)} tars and none contains a whole sample ({', '.join(faults)}); a "
+                f"sample is KEY.jpg{' and KEY.txt' * captions}, as img2dataset's --output_format webdataset writes it."
+            )
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -85,7 +83,10 @@ class TarSource(Source):
         if not 0 <= index < len(self):
             raise IndexError(index)
         shard = bisect.bisect_right(self._ends, index)
-        rows = self.rows[shard]
+        try:
+            rows = _mapped(self._index_paths[shard])
+        except (OSError, ValueError) as error:  # it was evicted, and its file is gone since
+            raise BadSample("tar cannot be read", f"its index: {error}") from error
         return self.tars[shard], rows[index - self._ends[shard] + len(rows)]
 
     def describe(self, index: int) -> dict[str, str]:
@@ -151,12 +152,12 @@ class TarSource(Source):
     def fingerprint(self) -> dict[str, Any]:
         """Return the number of samples, a hash of the indexes, and names and sizes of the tars."""
         digest = hashlib.blake2b(digest_size=16)
-        for rows in self.rows:
+        tars = []
+        for tar, path in zip(self.tars, self._index_paths, strict=True):
+            rows = _mapped(path)
             digest.update(rows.tobytes())
-        tars = [
-            {"name": pathlib.PurePosixPath(public(tar)).name, "bytes": storage.stat(tar)[0], "samples": len(rows)}
-            for tar, rows in zip(self.tars, self.rows, strict=True)
-        ]
+            name = pathlib.PurePosixPath(public(tar)).name
+            tars.append({"name": name, "bytes": storage.stat(tar)[0], "samples": len(rows)})
         return {"samples": len(self), "hash": digest.hexdigest(), "tars": tars}
 
 

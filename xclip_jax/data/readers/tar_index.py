@@ -41,6 +41,7 @@ _PROGRESS_SECONDS = 10
 _BUCKETS = ("gs", "gcs", "s3", "az", "abfs")  # the user's own stores, which may keep an index next to its tar
 _PIPE = re.compile(r"(?:^|,|::)\s*pipe:")
 _FIELDS = [*MAX_BYTES, *(f"{part}_size" for part in MAX_BYTES), "fault"]
+_LONGEST = 4096  # bytes of a name
 _MOST_REFUSED = 100  # headers of a tar that `tarfile` refuses; behind more of them it is not read
 
 
@@ -68,7 +69,7 @@ def members(path: str, size: int) -> Iterator[tuple[bytes, int, int]]:
     with storage.os_errors(path), open_binary(path, block_size=_REMOTE_BLOCK) as file:
         end = 0
         # Without `ignore_zeros` the first damaged header would end the tar without an error.
-        with _Tar(fileobj=file, ignore_zeros=True) as tar:
+        with _Tar(fileobj=file, ignore_zeros=True, encoding="utf-8") as tar:  # not the locale's
             # A negative size in an extended header would lead back, and the walk would never end.
             while (member := tar.next()) is not None and member.size >= 0 and tar.offset > end:
                 if _is_damaged(file, end, member.offset):
@@ -118,7 +119,7 @@ def index(path: str) -> np.ndarray:
     rows: list[dict[str, Any]] = []
     latest: dict[bytes, dict[str, Any]] = {}
     for name, offset, length in members(path, size):
-        if not name:
+        if not name or len(name) > _LONGEST:  # the rows of a table are as wide as its longest key
             rows.append({"fault": DAMAGED, "image": offset, "key": b"byte %d" % offset})
             continue
         key, suffix = split_name(name)

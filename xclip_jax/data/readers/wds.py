@@ -18,7 +18,7 @@ import numpy as np
 from xclip_jax.core import hub_client, storage
 from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.data import labelled
-from xclip_jax.data.base import MAX_BYTES, Form, SourceKind, SourceOptions, decode_utf8
+from xclip_jax.data.base import MAX_BYTES, Form, SourceKind, SourceOptions, decode_utf8, read_text
 from xclip_jax.data.readers import tar_index
 
 CLASSES, SEVERAL, CAPTIONS = "classification", "multilabel", "retrieval"
@@ -57,7 +57,7 @@ class Split:
             known = f"; its splits are {', '.join(splits)}" if splits else ""
             expected = f"(classnames.txt, {self.name}/{_SHARDS}, {self.name}/0.tar){known}"
             raise UserError(f"{self.spec}: no file {str(path)!r}; expected clip_benchmark's layout {expected}.")
-        return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+        return [line.strip() for line in read_text(path).splitlines()]
 
     def tars(self) -> list[str]:
         """Return the paths of the tars."""
