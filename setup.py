@@ -82,7 +82,6 @@ setup(
         "opencv-python-headless>=4.10.0.84",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.11.30,<0.13",
-        "packaging>=22",
         "pillow>=10.3",
         "protobuf>=5",
         "pyarrow>=16",

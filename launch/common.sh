@@ -132,6 +132,25 @@ refuse_check() {
   done
 }
 
+# check_recipe ARGUMENTS: a recipe by its file has to be in what `tpu_pack` packs.
+check_recipe() {
+  local word file="" next=""
+  for word; do
+    [ -z "$next" ] || file=$word
+    next=""
+    case $word in
+      -config=* | --config=*) file=${word#*=} ;;
+      -config | --config) next=1 ;;
+    esac
+  done
+  file=${file%%:*}
+  [[ $file == *.py ]] || return 0
+  [[ $file != [/~]* ]] || fail "--config=$file is outside the checkout, which is all that the workers get; put it into configs/"
+  git cat-file -e HEAD 2>/dev/null || return 0  # no checkout, or a damaged one, of which `tpu_pack` says so
+  git cat-file -e "HEAD:${file#./}" 2>/dev/null ||
+    fail "--config=$file is not committed, and the workers get the last commit; commit it"
+}
+
 # newest_step: of the checkpoints whose paths are on standard input, 0 where there is none.
 newest_step() {
   awk '{ sub("/$", ""); sub(".*/", "") } /^[0-9]+$/ && $0 + 0 > newest { newest = $0 + 0 } END { print newest + 0 }'
@@ -183,6 +202,7 @@ tpu_check() {
   local folder=$1 tracker bucket said extra extras="" missing="" python=${PYTHON:-python3}
   shift
   refuse_check "$@"
+  check_recipe "$@"
   for tracker in wandb trackio; do
     ! logs_to "$tracker" "$@" || [[ ,$EXTRAS, == *,$tracker,* ]] ||
       fail "log.to names $tracker, which the workers would lack; set EXTRAS=$EXTRAS,$tracker"
@@ -202,6 +222,9 @@ tpu_check() {
   fi
   tpu_keys "$extras" "$@"
   [[ $folder == gs://* ]] || return 0
+  if { [[ ,$extras, == *,wandb,* ]] || logs_to wandb "$@"; } && [ -n "${ENV_FILE:-}" ] && grep -qixe WANDB_MODE=offline "$ENV_FILE"; then
+    fail "log.to names wandb, and WANDB_MODE=offline in ENV_FILE=$ENV_FILE would keep the metrics on the workers' disks, which go with them; give WANDB_API_KEY=..."
+  fi
   bucket=${folder#gs://} bucket=gs://${bucket%%/*}
   if [ -n "$DRY_RUN" ]; then
     quote gcloud storage ls "$bucket"
@@ -225,7 +248,10 @@ tpu_keys() {
     names=$(sed -n '/^#/d; s/=.*//p' "$ENV_FILE")
   fi
   if { [[ $extras == *,wandb,* ]] || logs_to wandb "$@"; } && ! grep -qxe WANDB_API_KEY -e WANDB_MODE <<<"$names"; then
-    fail "log.to names wandb, for which the workers have no key; write WANDB_API_KEY=... (or WANDB_MODE=offline) into a file of mode 600, and set ENV_FILE=FILE"
+    fail "log.to names wandb, for which the workers have no key; write WANDB_API_KEY=... into a file of mode 600, and set ENV_FILE=FILE"
+  fi
+  if { [[ $extras == *,trackio,* ]] || logs_to trackio "$@"; } && ! grep -q ^TRACKIO_ <<<"$names"; then
+    echo "warning: trackio's database is on the first worker and goes with it; name a Space by TRACKIO_SPACE_ID=... in the file ENV_FILE" >&2
   fi
   if [[ $extras =~ ,(hub|datasets), || "$*" == *hf:* || "$*" == *hf-hub:* ]] && ! grep -qxe HF_TOKEN <<<"$names"; then
     echo "warning: repositories of the Hugging Face Hub that are gated or private need HF_TOKEN=... in the file ENV_FILE" >&2

@@ -116,8 +116,13 @@ timeout 120 gcloud storage cp train.log $to-\$(hostname).log") >/dev/null 2>&1 |
 recreate() {
   say "$1; creating it again"
   keep_logs
-  delete || say "it could not be deleted yet"
-  misses=0 ended=""
+  created=1 misses=0 ended="" doomed=1
+  delete_again
+}
+
+# Deletes a pod of which nothing else is to be asked.
+delete_again() {
+  if delete; then doomed=""; else say "it could not be deleted yet"; fi
 }
 
 # finish STATUS: deletes the pod and exits. One call that fails must not leave it on.
@@ -182,9 +187,9 @@ tend() {
       ;;
     "") missed "the first worker does not answer" ;;
     *)
-      # Results may be an earlier command's, with fewer sets: where this start failed (1) or was stopped (75, 130, 143), and
-      # on a pod that was kept. Training, started once more, knows whether the run is complete.
-      if [[ ! $training =~ ^(1|75|130|143)$ ]] && [ -n "$watched" ] && complete >/dev/null 2>&1; then
+      # Results may be an earlier command's, with fewer sets, where this start did not end well, and on a pod that was kept.
+      # Training, started once more, knows whether the run is complete.
+      if [ "$training" = 0 ] && [ -n "$watched" ] && complete >/dev/null 2>&1; then
         say "the run is complete"
         finish 0
       elif [ -z "$watched" ] && [ "$training" != lost ]; then
@@ -218,8 +223,9 @@ if [ -n "$DRY_RUN" ]; then
   exit 0
 fi
 
-# watched: whether this command has seen training run, or started it. reached: step of the newest checkpoint it has seen.
-created="" last="" ended="" watched="" misses=0 failures=0 reached=0
+# created: whether a pod was there. watched: whether this command has seen training run, or started it. doomed: whether the
+# pod could not be deleted. reached: step of the newest checkpoint it has seen.
+created="" last="" ended="" watched="" doomed="" misses=0 failures=0 reached=0
 while :; do
   state=$(tpu_state queued-resources state.state)
   [ "$state" = "$last" ] || say "$state"
@@ -228,11 +234,19 @@ while :; do
     ABSENT)
       # Later on it may be a passing fault; the first time it is a wrong flag or no quota.
       create || [ -n "$created" ] || exit 1
-      created=1
+      created=1 doomed=""
       ;;
-    SUSPENDED) recreate "the pod is $state" ;;
-    FAILED) failed "the pod is $state" ;;
-    ACTIVE) tend "$@" ;;
+    SUSPENDED | FAILED | ACTIVE)
+      if [ -n "$doomed" ]; then
+        delete_again
+      elif [ "$state" = ACTIVE ]; then
+        tend "$@"
+      elif [ "$state" = FAILED ]; then
+        failed "the pod is $state"
+      else
+        recreate "the pod is $state"
+      fi
+      ;;
   esac
   sleep "$POLL"
 done

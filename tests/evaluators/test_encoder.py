@@ -178,7 +178,7 @@ def test_images_are_decoded_in_threads_and_keep_their_places():
             time.sleep(0.01 * (i % 3))
             return images[i]
 
-    with mock.patch("os.cpu_count", lambda: 4):
+    with mock.patch("xclip_jax.data.records.cores", lambda: 4):
         features = encoder.images(variables, Slow())["features"]
     np.testing.assert_array_equal(features, encoder.images(variables, images)["features"])
 

@@ -20,6 +20,9 @@ def test_extras_that_the_config_needs_are_enough(cloud):
     without = cloud.launch("tpu_vm.sh", *TRAINING, **extras)
     assert without.returncode == 2 and "the workers have no key" in without.stderr and cloud.verbs() == []
     extras["ENV_FILE"] = str(keys(cloud.path, "WANDB_MODE=offline\n"))
+    offline = cloud.launch("tpu_vm.sh", *TRAINING, **extras)
+    assert offline.returncode == 2 and "would keep the metrics on the workers' disks" in offline.stderr
+    extras["ENV_FILE"] = str(keys(cloud.path, "WANDB_API_KEY=x\n"))
     done = cloud.launch("tpu_vm.sh", *TRAINING, born="READY", **extras)
     assert done.returncode == 0, done.stderr
     assert "extras: hub,wandb\n" in done.stdout and cloud.verbs()[0] == "create"
@@ -69,6 +72,32 @@ def test_a_file_of_keys_that_is_not_safe_is_one_sentence(text, mode, message, cl
     assert cloud.verbs() == []
 
 
+def test_a_database_on_a_worker_is_warned_of(cloud):
+    for text, warned in (("", True), ("TRACKIO_SPACE_ID=me/mine\n", False)):
+        env = {"EXTRAS": "tpu,trackio", "ENV_FILE": str(keys(cloud.path, text))}
+        done = cloud.launch("tpu_pod.sh", "--dry-run", *TRAINING, "--config.log.to=trackio", **env)
+        assert done.returncode == 0 and ("warning: trackio's database is on the first worker" in done.stderr) == warned
+
+
+@pytest.mark.parametrize("script", ["tpu_vm.sh", "tpu_pod.sh"])
+def test_a_recipe_that_the_workers_will_not_have_is_refused(script, cloud):
+    (cloud.checkout / "configs" / "mine.py").write_text("")
+    try:
+        for file, message in (
+            ("/elsewhere/mine.py:a=b", "outside the checkout"),
+            ("configs/mine.py", "is not committed"),
+        ):
+            for form in ([f"--config={file}"], ["--config", file]):
+                done = cloud.launch(script, "--dry-run", *TRAINING, *form)
+                assert done.returncode == 2 and message in done.stderr, done.stderr
+        assert (
+            cloud.launch(script, "--dry-run", *TRAINING, "--config=./configs/pretrain.py:objective=clip").returncode
+            == 0
+        )
+    finally:
+        (cloud.checkout / "configs" / "mine.py").unlink()
+
+
 @pytest.mark.parametrize(
     ("text", "more", "message"),
     [
@@ -77,6 +106,7 @@ def test_a_file_of_keys_that_is_not_safe_is_one_sentence(text, mode, message, cl
         ("", ["--config.log.to", '("tensorboard", "trackio")'], "names trackio, which the workers would lack; set EX"),
         ("OLD_WANDB_API_KEY=x\n", ["--config.log.to=wandb"], "names wandb, for which the workers have no key"),
         ("WANDB_API_KEY=x\n", ["--config.log.to=wandb"], ""),
+        ("WANDB_MODE=offline\n", ["--config.log.to=wandb"], "would keep the metrics on the workers' disks"),
         ("MY_HF_TOKEN=x\n", ["--config.init.weights=hf-hub:org/name"], "need HF_TOKEN=... in the file ENV_FILE"),
     ],
 )

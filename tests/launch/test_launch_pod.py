@@ -130,6 +130,34 @@ def test_pod_that_cannot_be_created_is_an_error(cloud):
     assert cloud.launch("tpu_pod.sh", *TRAINING).returncode == 1
 
 
+def test_pod_that_cannot_be_deleted_at_first_has_failed_once(cloud):
+    failing = """*" delete "*)
+    n=$(($(cat "$CLOUD/deletes" 2>/dev/null || echo 0) + 1)); echo "$n" >"$CLOUD/deletes"
+    [ "$n" -gt 3 ] || { echo "ERROR: try again" >&2; exit 1; }"""
+    executable(cloud.path / "bin" / "gcloud", GCLOUD.replace('*" delete "*)', failing))
+    done = cloud.launch("tpu_pod.sh", *TRAINING, scenario=["exit 3", "finish; exit 0"], FAILURES="2")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("it could not be deleted yet") == 3 and "2 times in a row" not in done.stdout
+    assert cloud.verbs() == ["create", "python", *["delete"] * 4, "create", "python", "delete"]
+
+
+def test_pod_watch_that_is_taken_up_again_creates_a_pod_more_than_once(cloud):
+    (cloud.path / "state").write_text("SUSPENDED\n")
+    failing = """*" create "*)
+    n=$(($(cat "$CLOUD/creates" 2>/dev/null || echo 0) + 1)); echo "$n" >"$CLOUD/creates"
+    [ "$n" -gt 2 ] || { echo "ERROR: no capacity" >&2; exit 1; }"""
+    executable(cloud.path / "bin" / "gcloud", GCLOUD.replace('*" create "*)', failing))
+    done = cloud.launch("tpu_pod.sh", *TRAINING, scenario=["finish; exit 0"])
+    assert done.returncode == 0, done.stderr
+    assert cloud.verbs() == ["delete", *["create"] * 3, "python", "delete"]
+
+
+def test_pod_is_not_complete_by_older_results_where_a_host_is_lost(cloud):
+    done = cloud.launch("tpu_pod.sh", *TRAINING, scenario=["finish; exit 79", "exit 0"])
+    assert done.returncode == 0, done.stderr
+    assert cloud.verbs() == ["create", "python", "delete"] * 2
+
+
 def test_pod_watch_is_taken_up_again(cloud):
     """A second watch, over a pod on which training is under way, starts nothing and sees it through."""
     watched = """until [ "$(grep -c 'queued-resources describe' "$CLOUD/calls")" -ge 2 ]; do sleep 0.05; done; finish"""

@@ -64,7 +64,7 @@ def report(source: Source, options: argparse.Namespace) -> Iterator[str]:
     yield f"samples: {n:,}{of_files}, index {fingerprint['hash']}"
     count = min(options.samples or n, n)
     chosen = np.random.default_rng(0).choice(n, count, replace=False)
-    threads = os.cpu_count() or 1
+    threads = records.cores()
     samples, seconds = inspect.read(source, chosen.tolist(), threads, _SIZE)
     good, bad = [s for s in samples if not s.reason], [s for s in samples if s.reason]
     yield f"read: {count:,} at random"
@@ -123,7 +123,7 @@ def _suspects(
     blocks = -(-len(good) // _BLOCK)
     for block in (good[i::blocks] for i in range(blocks)):
         places = [(source, sample.index) for sample in block]
-        results = records.read_each(places, _image, timeout=loader.DataConfig.read_timeout, threads=os.cpu_count() or 1)
+        results = records.read_each(places, _image, timeout=loader.DataConfig.read_timeout, threads=records.cores())
         # What was read a moment ago may be out of reach now.
         read = [
             (image, sample) for image, sample in zip(results, block, strict=True) if not isinstance(image, BadSample)

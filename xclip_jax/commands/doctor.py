@@ -10,7 +10,6 @@ is written to the run's folder. Keys of a config are listed by xclip-jax train -
 import contextlib
 import dataclasses
 import functools
-import os
 import re
 import sys
 import time
@@ -29,7 +28,7 @@ from xclip_jax.core.console import format_bytes, format_duration
 from xclip_jax.core.errors import Parser, exit_with_message, public
 from xclip_jax.core.imports import add_trust, trusting
 from xclip_jax.core.storage import strict_json
-from xclip_jax.data import inspect, loader
+from xclip_jax.data import inspect, loader, records
 from xclip_jax.data.inspect import LoaderSample
 from xclip_jax.objectives.clip import Contrastive
 from xclip_jax.parallel.mesh import batch_part
@@ -162,7 +161,7 @@ def _texts(text: np.ndarray, experiment: Experiment) -> Finding:
 def _speed(sample: LoaderSample, experiment: Experiment, step_seconds: float | None) -> Finding:
     data = experiment.config.data
     readers = f"data.workers={data.workers}" if data.workers else f"data.threads={data.threads}"
-    text = f"{sample.speed:,.0f} samples/s with {readers} on {os.cpu_count()} cores"
+    text = f"{sample.speed:,.0f} samples/s with {readers} on {records.cores()} cores"
     values = {"reading_samples_per_second": sample.speed}
     if not step_seconds:
         return Finding("reading", f"{text}; whether that is enough is unknown without a step", values=values)

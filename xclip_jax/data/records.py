@@ -131,12 +131,17 @@ def as_bad_sample(error: Exception) -> BadSample:
     return BadSample(type(error).__name__, str(error))
 
 
+def cores() -> int:
+    """Return the number of cores that this process may use, of a machine that may have more."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def thread_pool(threads: int = 0) -> multiprocessing.pool.ThreadPool:
     """Return a pool of `threads`, 0 for one a core, for which Python's exit does not wait.
 
     It does wait for the threads of concurrent.futures, forever if a disk does not answer.
     """
-    return multiprocessing.pool.ThreadPool(threads or os.cpu_count())
+    return multiprocessing.pool.ThreadPool(threads or cores())
 
 
 class ThreadPrefetcher(Sequence):

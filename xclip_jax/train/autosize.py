@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import math
-import os
 import re
 import sys
 
@@ -12,8 +11,8 @@ import ml_collections
 import numpy as np
 
 from xclip_jax.config import recipes, schema
-from xclip_jax.core.errors import UserError
-from xclip_jax.data import holdout, inspect, labelled, sources, tokenizer
+from xclip_jax.core.errors import UserError, public
+from xclip_jax.data import holdout, inspect, labelled, records, sources, tokenizer
 from xclip_jax.data.base import MissingColumnError, Source, SourceOptions, name_of
 from xclip_jax.data.config import DataConfig
 from xclip_jax.evaluators.sets import classification
@@ -63,7 +62,7 @@ def this_machine() -> Machine:
     """Return the devices of this process, with their whole memory, free or not."""
     device = jax.devices()[0]
     platform = "gpu" if device.platform in ("cuda", "rocm") else device.platform
-    return Machine(platform, jax.device_count(), cost.device_memory(device), os.cpu_count() or 1)
+    return Machine(platform, jax.device_count(), cost.device_memory(device), records.cores())
 
 
 def measure(source: Source, tokens: tokenizer.Tokenizer) -> Counts:
@@ -74,7 +73,7 @@ def measure(source: Source, tokens: tokenizer.Tokenizer) -> Counts:
     """
     n = len(source)
     chosen = np.random.default_rng(0).choice(n, min(SAMPLE, n), replace=False)
-    samples, _ = inspect.read(source, sorted(chosen.tolist()), os.cpu_count() or 1, 32)
+    samples, _ = inspect.read(source, sorted(chosen.tolist()), records.cores(), 32)
     good = [sample for sample in samples if not sample.reason]
     bad = [sample for sample in samples if sample.reason]
     if not good or len(bad) > DataConfig.max_bad_fraction * len(samples):
@@ -282,7 +281,8 @@ def fill_in(config: ml_collections.ConfigDict, args: ml_collections.ConfigDict) 
         else:
             note = " (no zero-shot classification: it needs images of two classes that are held out, with names)"
     _schedule(config, machine, trained, args.epochs, args.steps)
-    config.optim.microbatches = microbatches(config, machine)
+    # How many chips others will have is not known; `checks.check_memory` names the key where a batch does not fit.
+    config.optim.microbatches = 1 if args.device in ("gpu", "tpu") else microbatches(config, machine)
     # Not log0: the processes of a run may not have joined yet. Not to stdout: commands print JSON there.
     print(summary(config, pairs, preset) + note, file=sys.stderr)
 
@@ -296,7 +296,8 @@ def _check_arguments(args: ml_collections.ConfigDict) -> None:
 
 
 def run_name(spec: str) -> str:
-    """Return a folder's name for the pairs of `spec`: the path or, if it is long, its end and a hash."""
+    """Return a folder's name for the pairs of `spec`: the path or, if it is long, its end and a hash; no secrets."""
+    spec = public(spec)
     name = re.sub(r"[^\w.-]+", "-", spec.partition(":")[2].rstrip("/*")).strip("-.")
     if 0 < len(name) <= 40:
         return name

@@ -26,7 +26,7 @@ from etils import epath
 from xclip_jax.core import storage
 from xclip_jax.core.errors import Parser, UserError, exit_with_message, public
 from xclip_jax.data.base import IMAGE_SUFFIXES, MAX_BYTES, open_binary
-from xclip_jax.data.records import init_worker, thread_pool
+from xclip_jax.data.records import cores, init_worker, thread_pool
 
 # Faults of a row, by number.
 FAULTS = (
@@ -241,7 +241,7 @@ def load(tars: Sequence[str], *, processes: int | None = None) -> list[pathlib.P
         index_paths = dict(zip(tars, threads.map(_cached, tars), strict=True))
     if todo := [path for path, index_path in index_paths.items() if index_path is None]:
         if processes is None:
-            processes = min(os.cpu_count() or 1, 16, len(todo) // 4)
+            processes = min(cores(), 16, len(todo) // 4)
         began = reported = time.monotonic()
         print(f"indexing {len(todo):,} tars, once ...", flush=True)
         todo = random.sample(todo, len(todo))  # hosts that begin together share the work if their orders differ
