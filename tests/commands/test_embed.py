@@ -302,6 +302,11 @@ def test_a_folder_of_tars_whose_name_is_a_pattern(name, root, tmp_path):
     for folder, tar in ((name, "0.tar"), ("p 2", "1.tar"), ("q1", "1.tar"), ("rxy", "1.tar")):
         (tmp_path / folder).mkdir()
         shutil.copy(root / tar, tmp_path / folder)
+    below = tmp_path / name / "b"
+    below.mkdir()
+    shutil.copy(root / "1.tar", below)
+    assert len(embed.open_images(f"{tmp_path}/{name}")) == 21
+    shutil.rmtree(below)
     images, pairs = (
         embed.open_images(f"{tmp_path}/{name}"),
         sources.open_pairs(sources.spec_from_path(f"{tmp_path}/{name}")),

@@ -21,6 +21,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -165,18 +166,18 @@ def open_images(pattern: str) -> Images | Tars:
         if 0 < tars < len(paths):
             raise UserError(f"--images {pattern!r} names {tars} tars among {len(paths)} files; embed them separately.")
         return Tars(pattern) if tars else Images(paths)
-    images = labelled.images_in(pathlib.Path(pattern))
-    tars = labelled.images_in(pathlib.Path(pattern), (".tar",))
-    glob_of_tars = os.path.join(pattern, "**", "*.tar")
-    if images and tars:
+    files = labelled.images_in(pathlib.Path(pattern), (*IMAGE_SUFFIXES, ".tar"))
+    tars = [file for file in files if file.suffix.lower() == ".tar"]
+    glob_of_tars = os.path.join(re.sub("[{},]", "?", glob.escape(pattern)), "**", "*.tar")
+    if 0 < len(tars) < len(files):
         raise UserError(
-            f"--images {pattern!r} has {len(images)} images and {len(tars)} tars; embed them separately, the tars as "
-            f"{glob_of_tars!r}."
+            f"--images {pattern!r} has {len(files) - len(tars)} images and {len(tars)} tars; embed them separately, "
+            f"the tars as {glob_of_tars!r}."
         )
     if tars:
         return Tars(pattern if all(tar.parent == pathlib.Path(pattern) for tar in tars) else glob_of_tars)
-    if images:
-        return Images(list(map(str, images)))
+    if files:
+        return Images(list(map(str, files)))
     raise UserError(f"--images {pattern!r} contains no image ({', '.join(IMAGE_SUFFIXES)}); name a glob of files.")
 
 

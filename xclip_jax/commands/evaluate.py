@@ -118,6 +118,7 @@ def evaluate(
 
 
 def _check_failed(failed: Mapping[str, str], n: int, path: epath.Path) -> None:
+    """Raise an error if sets failed, {set: reason}, of `n`; `path` has the results of the others."""
     if failed:
         reasons = "".join(f"\n  {name}: {reason}" for name, reason in failed.items())
         raise UserError(f"{len(failed)} of {n} evaluation sets failed; {path} has the others.{reasons}")
@@ -144,9 +145,9 @@ def _entries(
         try:
             of_set = registry.measure(evaluator, variables)
         except Exception as error:
-            # The other processes would wait for this one in the next set.
-            alone = jax.process_count() > 1 and not isinstance(error, TooManyUnreadable)
-            if alone or len(evaluators) == 1:
+            # Of several processes the others would wait for this one in the next set.
+            in_all = jax.process_count() == 1 or isinstance(error, TooManyUnreadable)
+            if not in_all or len(evaluators) == 1:
                 raise
             failed[name] = describe(error)
             log0(f"{evaluator.name} failed: {type(error).__name__}: {describe(error)}")

@@ -153,15 +153,14 @@ class Encoder:
         """Record the unreadable images of the last pass."""
         self.unreadable |= {i + offset: self._reasons.get(i, "") for i in np.flatnonzero(~valid).tolist()}
 
-    def _check_readable(self, valid: np.ndarray, n: int) -> None:
-        """Raise `TooManyUnreadable` if more than `MAX_UNREADABLE` of `n` images are unreadable among the first ones.
+    def _check_readable(self, unreadable: Sequence[int], tried: int, n: int) -> None:
+        """Raise `TooManyUnreadable` if more than `MAX_UNREADABLE` of `n` images are unreadable among those `tried`.
 
         A store that is away would keep all devices waiting for each of its images otherwise.
         """
-        unreadable = np.flatnonzero(~valid).tolist()
         if len(unreadable) > MAX_UNREADABLE * n:
             first = self._reasons.get(unreadable[0], f"image {unreadable[0]}")
-            read = f"{n}" if len(valid) == n else f"the first {len(valid)} of {n}"
+            read = f"{n}" if tried == n else f"the first {tried} of {n}"
             raise TooManyUnreadable(
                 f"{len(unreadable)} of {read} images cannot be read, more than {MAX_UNREADABLE:.0%}; "
                 f"the first is: {first}; see xclip-jax check"
@@ -214,13 +213,13 @@ class Encoder:
         """Yield the first index and the features `keys` of each batch, without padding; one empty batch of no items."""
 
         self._reasons: dict[int, str] = {}
-        valid = np.zeros(0, bool)
+        unreadable: list[int] = []
 
         def fetch(out: dict[str, jax.Array], start: int) -> tuple[int, Features]:
-            nonlocal valid
             fetched = {key: np.asarray(value)[: len(items) - start] for key, value in out.items()}
-            valid = np.concatenate([valid, fetched.get("valid", valid[:0])])
-            self._check_readable(valid, len(items))
+            valid = fetched.get("valid", np.ones(0, bool))
+            unreadable.extend((start + np.flatnonzero(~valid)).tolist())
+            self._check_readable(unreadable, start + len(valid), len(items))
             return start, fetched
 
         pending: tuple[dict[str, jax.Array], int] = {}, 0
