@@ -17,6 +17,7 @@ and repeats no part. It stops with an error when the weights, the text file, or 
 changed. An image of other content and equal size is not detected, nor is any change of image files in a bucket.
 """
 
+import glob
 import hashlib
 import json
 import os
@@ -160,25 +161,17 @@ def open_images(pattern: str) -> Images | Tars:
       UserError: no images.
     """
     pattern = pattern if storage.is_remote(pattern) else os.path.expanduser(pattern)
-    if not os.path.isdir(pattern):
-        paths = storage.expand(pattern)
-        tars = sum(public(path).endswith(".tar") for path in paths)
-        if 0 < tars < len(paths):
-            raise UserError(f"--images {pattern!r} names {tars} tars among {len(paths)} files; embed them separately.")
-        return Tars(pattern) if tars else Images(paths)
-    files = labelled.images_in(pathlib.Path(pattern), (*IMAGE_SUFFIXES, ".tar"))
-    tars = [file for file in files if file.suffix.lower() == ".tar"]
-    glob_of_tars = os.path.join(re.sub("[{},]", "?", glob.escape(pattern)), "**", "*.tar")
-    if 0 < len(tars) < len(files):
-        raise UserError(
-            f"--images {pattern!r} has {len(files) - len(tars)} images and {len(tars)} tars; embed them separately, "
-            f"the tars as {glob_of_tars!r}."
-        )
-    if tars:
-        return Tars(pattern if all(tar.parent == pathlib.Path(pattern) for tar in tars) else glob_of_tars)
-    if files:
-        return Images(list(map(str, files)))
-    raise UserError(f"--images {pattern!r} contains no image ({', '.join(IMAGE_SUFFIXES)}); name a glob of files.")
+    folder = os.path.isdir(pattern)
+    files = labelled.images_in(pathlib.Path(pattern), (*IMAGE_SUFFIXES, ".tar")) if folder else storage.expand(pattern)
+    paths = list(map(str, files))
+    tars = sum(public(path).lower().endswith(".tar") for path in paths)
+    if not paths:
+        raise UserError(f"--images {pattern!r} contains no image ({', '.join(IMAGE_SUFFIXES)}); name a glob of files.")
+    if 0 < tars < len(paths):
+        raise UserError(f"--images {pattern!r} names {tars} tars among {len(paths)} files; embed them separately.")
+    if folder and tars and any(os.path.dirname(path) != str(pathlib.Path(pattern)) for path in paths):
+        pattern = os.path.join(re.sub("[{},]", "?", glob.escape(pattern)), "**", "*.tar")
+    return Tars(pattern) if tars else Images(paths)
 
 
 class Part(NamedTuple):
