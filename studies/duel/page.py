@@ -187,7 +187,7 @@ def _finals(duel: stages.Duel, snapshot: Chosen, drawn: Mapping[str, str]) -> It
 
 
 def _times(snapshot: Chosen) -> Iterator[str]:
-    """How long finals that ran side by side trained, over each other; those of a seed had the same machine."""
+    """How long finals that ran side by side trained, over each other, by seed: neighbours shared the machine."""
     rows = []
     for a, b in _NEIGHBOURS:
         sides = [snapshot.finished(f"final_{name}") for name in (a, b)]

@@ -167,7 +167,7 @@ def test_the_second_siglip_has_texts_in_lower_case(tmp_path):
     library.train_from_iterator(CORPUS, trainer)
     library.post_processor = tokenizers.processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
     library.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(UserError, match=r"is a tokenizer of SigLIP 2, and tokenizer_config\.json, .* is not beside it"):
+    with pytest.raises(UserError, match=r"is a tokenizer of SigLIP 2, and tokenizer_config\.json, .* is missing"):
         vocabulary.siglip(epath.Path(tmp_path), 200, "x")
     options = {"tokenizer_class": "GemmaTokenizer", "eos_token": "<eos>", "pad_token": {"content": "<pad>"}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(options))

@@ -36,13 +36,12 @@ from etils import epath
 from xclip_jax.config import schema
 from xclip_jax.core import environment
 from xclip_jax.core.console import log0
-from xclip_jax.core.errors import Parser, UserError, check_count, check_writable, describe, exit_with_message, public
+from xclip_jax.core.errors import Parser, UserError, check_count, check_writable, exit_with_message, public
 from xclip_jax.core.imports import add_trust, trusting
 from xclip_jax.core.run_folder import evaluation_file
 from xclip_jax.core.storage import is_remote, write_json
 from xclip_jax.evaluators import registry, results, tables
 from xclip_jax.evaluators.base import Evaluator
-from xclip_jax.evaluators.encoder import TooManyUnreadable
 from xclip_jax.evaluators.prompts import read_class_names
 from xclip_jax.evaluators.results import Result
 from xclip_jax.evaluators.tables import compare, render_comparison
@@ -145,12 +144,9 @@ def _entries(
         try:
             of_set = registry.measure(evaluator, variables)
         except Exception as error:
-            # Of several processes the others would wait for this one in the next set.
-            in_all = jax.process_count() == 1 or isinstance(error, TooManyUnreadable)
-            if not in_all or len(evaluators) == 1:
+            if len(evaluators) == 1:
                 raise
-            failed[name] = describe(error)
-            log0(f"{evaluator.name} failed: {type(error).__name__}: {describe(error)}")
+            failed[name] = registry.note_failure(evaluator, error)
             continue
         entry = results.make_entry(name, evaluator.name, of_set, evaluator.encoder.preprocessing) | facts
         yield entry | {"seconds": time.perf_counter() - started}, of_set

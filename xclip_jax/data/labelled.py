@@ -33,7 +33,7 @@ class Field(Sequence):
         return self._source[index][self._key]
 
     def with_other(self, other: "Field", index: int) -> tuple[Any, Any]:
-        """Return the item and the one of another feature, of one record if both are of one source."""
+        """Return an item and the same record's `other` feature; a record is read once if both share a source."""
         if self._source is not other._source:
             return self[index], other[index]
         record = self._source[index]

@@ -10,6 +10,8 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
+
 from xclip_jax.core import console
 from xclip_jax.core.console import log0
 from xclip_jax.core.errors import UserError, check_choice, describe
@@ -17,7 +19,7 @@ from xclip_jax.core.imports import Classes, class_name, import_class, is_importe
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.evaluators.base import Evaluator, Layout, SetKind
-from xclip_jax.evaluators.encoder import Encoder
+from xclip_jax.evaluators.encoder import Encoder, TooManyUnreadable
 from xclip_jax.evaluators.prompts import PROFILES, Profile
 from xclip_jax.evaluators.results import Result
 from xclip_jax.models.two_towers import Variables
@@ -150,6 +152,18 @@ def open_all(
     if faults:
         raise UserError("\n  ".join(faults))
     return evaluators
+
+
+def note_failure(evaluator: Evaluator, error: Exception) -> str:
+    """Print that `measure` failed, and return the reason, for a caller that goes on with the next set.
+
+    Raises:
+      Exception: `error` itself, where other processes would wait for this one in the next set.
+    """
+    if jax.process_count() > 1 and not isinstance(error, TooManyUnreadable):
+        raise error
+    log0(f"{evaluator.name} failed: {type(error).__name__}: {describe(error)}")
+    return describe(error)
 
 
 def measure(evaluator: Evaluator, variables: Variables) -> list[Result]:

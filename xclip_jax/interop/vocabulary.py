@@ -83,7 +83,7 @@ def siglip(folder: epath.Path, size: int, where: str) -> str:
     options = read_json(folder / OPTIONS) if (folder / OPTIONS).exists() else {}
     if not options and model.token_to_id(_END_OF_SIGLIP2) is not None:
         raise UserError(
-            f"{file} is a tokenizer of SigLIP 2, and {OPTIONS}, which names its padding, is not beside it; copy it."
+            f"{file} is a tokenizer of SigLIP 2, and {OPTIONS}, which names its padding, is missing in its folder."
         )
     model.no_padding()
     model.no_truncation()

@@ -11,10 +11,9 @@ from jax.experimental import multihost_utils
 
 from xclip_jax.config.schema import Config, resolve
 from xclip_jax.core.console import log0
-from xclip_jax.core.errors import EXIT_RESUMABLE, UserError, describe
+from xclip_jax.core.errors import EXIT_RESUMABLE, UserError
 from xclip_jax.data.ledger import Ledger
 from xclip_jax.evaluators import registry, tables
-from xclip_jax.evaluators.encoder import TooManyUnreadable
 from xclip_jax.evaluators.results import Result, flat, from_json
 from xclip_jax.models.two_towers import Variables
 from xclip_jax.processes import runtime
@@ -203,10 +202,7 @@ def _evaluate(
             with evaluating(watch, stop):
                 values = registry.measure(evaluator, variables)
         except Exception as error:
-            if jax.process_count() > 1 and not isinstance(error, TooManyUnreadable):
-                raise  # the others would wait for this process in the next set
-            failed[evaluator.name] = describe(error)
-            log0(f"{evaluator.name} failed: {type(error).__name__}: {describe(error)}")
+            failed[evaluator.name] = registry.note_failure(evaluator, error)
         else:
             results += values
             log.write_results(step, values)
