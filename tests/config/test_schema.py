@@ -28,7 +28,7 @@ CONFIGS = {
     "finetune": ("finetune", None),
     "finetune_L16": ("finetune", "preset=L/16,epochs=50"),
     "finetune_small": ("finetune", "data=folder:/my/set,examples=900,classes=3"),
-    "finetune_glue": ("finetune", "data=glue:cola@/data/CoLA,examples=8551,classes=2,weights=runs/mine"),
+    "finetune_glue": ("finetune", "data=glue:cola@/data/CoLA,examples=8551,classes=2"),
     "demo": ("demo", None),
     "demo_clip": ("demo", "objective=clip"),
     "demo_siglip": ("demo", "objective=siglip"),
