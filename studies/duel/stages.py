@@ -28,7 +28,7 @@ HEAD_STEPS, FINAL_STEPS, RETUNING_STEPS, WRONG_STEPS = 500, 4000, 750, 3000
 LEVELS, BEST_AT_HALF = (25, 50), 4  # % of captions exchanged; arms at the second level
 # Arms with all of SEEDS at the first level; others have WRONG_SEEDS, by which the second level's are chosen.
 FIVE_SEEDS = ("clip", "smoothed", "gce", "distilled", "superclip", "xclip")
-_CLIPS_STEP = ("clip", "smoothed")  # take as long as CLIP's
+_CLIPS_STEP = ("clip", "smoothed", "positives")  # take as long as CLIP's
 _SECONDS, _VALIDATED, _TESTED = 0.35, 20.0, 75.0  # of a step on two cores, and of evaluations
 
 
@@ -73,7 +73,7 @@ def stages() -> tuple[Stage, ...]:
         runs = (number + more) * len(WRONG_SEEDS)
         runs += len(FIVE_SEEDS) * (len(SEEDS) - len(WRONG_SEEDS)) if level == LEVELS[0] else 0
         wrong.append(Stage(f"wrong{level}", f"{level} % wrong captions", runs, WRONG_STEPS, tested=True))
-    finals = (4 + len(spaces.RIVALS)) * len(SEEDS)
+    finals = (5 + len(spaces.RIVALS)) * len(SEEDS)
     heads = len(spaces.HEADS) * len(TUNING_SEEDS)
     return (
         Stage("heads", "cheap clusters", heads, HEAD_STEPS),
@@ -274,17 +274,18 @@ class Duel:
     def _final(self, name: str, steps: int) -> Arm:
         """A finalist or a control that takes `steps` steps."""
         clip, ours = self._settings("clip"), self._settings("xclip")
-        if name == "clip":
-            return arm_of("final_clip", "CLIP", "core", "clip", spaces.training(clip, steps), SEEDS)
-        if name == "xclip":
-            changes = spaces.xclip(ours, steps, self.head)
-            return arm_of("final_xclip", "xCLIP", "core", "xclip", changes, SEEDS)
-        if name == "cheaper":
-            changes = spaces.xclip(self._cheaper or ours, steps, self.head)
-            return arm_of("final_cheaper", "xCLIP without a teacher", "controls", "xclip", changes, SEEDS)
-        if name == "shuffled":
-            changes = spaces.xclip(ours, steps, self.head, shuffled=True)
-            return arm_of("final_shuffled", "xCLIP, shuffled pseudo-labels", "controls", "xclip", changes, SEEDS)
+        trained, without = spaces.training(clip, steps), self._cheaper or ours
+        equal = {"objective.clip.positives": "caption", "data.spread_duplicate_captions": False}
+        shuffled = spaces.xclip(ours, steps, self.head, shuffled=True)
+        known = {
+            "clip": ("CLIP", "core", "clip", trained),
+            "positives": ("CLIP, equal captions match", "controls", "clip", trained | equal),
+            "xclip": ("xCLIP", "core", "xclip", spaces.xclip(ours, steps, self.head)),
+            "cheaper": ("xCLIP without a teacher", "controls", "xclip", spaces.xclip(without, steps, self.head)),
+            "shuffled": ("xCLIP, shuffled pseudo-labels", "controls", "xclip", shuffled),
+        }
+        if name in known:
+            return arm_of(f"final_{name}", *known[name], SEEDS)
         changes = spaces.rival(name, clip, steps, self.head)
         return arm_of(f"final_{name}", f"CLIP, {spaces.RIVALS[name]}", "controls", "clip", changes, SEEDS)
 
@@ -292,12 +293,12 @@ class Duel:
         """Declare finalists and controls at equal cost; returns whether their costs are known."""
         clock, complete = self._final("clip", FINAL_STEPS), True
         more = ("cheaper",) if self._cheaper not in (None, self._settings("xclip")) else ()
-        for name in ("clip", "xclip", "shuffled", *spaces.RIVALS, *more):
+        for name in ("clip", "xclip", "shuffled", *spaces.RIVALS, *more, "positives"):
             arm = self._final(name, FINAL_STEPS)
             if not self._possible(arm):
                 continue
             measured = self._final("xclip", FINAL_STEPS) if name == "shuffled" else arm
-            ratio = self._ratio(measured, clock)
+            ratio = 1.0 if name in _CLIPS_STEP else self._ratio(measured, clock)
             if ratio is not None:
                 self._add(self._final(name, round(FINAL_STEPS / ratio)))
             complete = complete and (ratio is not None or name in more)  # nothing waits for an arm that no claim has

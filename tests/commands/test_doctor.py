@@ -184,6 +184,10 @@ def test_equal_captions_are_false_negatives(tmp_path):
     assert "which makes them false negatives" in finding.text
     assert finding.values["full_share"] == 1
     assert only(sample_findings(pairs, data__spread_duplicate_captions=True), "texts", OK)
+    matched = {"objective__clip__positives": "caption"}
+    assert only(sample_findings(pairs, **matched), "texts", OK)
+    finding = only(sample_findings(pairs, **matched, data__spread_duplicate_captions=True), "texts", WARNING)
+    assert finding.remedy == "set data.spread_duplicate_captions=False"
 
 
 def test_a_missing_extra_is_one_failure(tmp_path, monkeypatch, capfd):

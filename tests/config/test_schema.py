@@ -72,6 +72,10 @@ def test_pages_made_from_the_code_are_current(name):
             {"optim__name": "muon", "finetune__lora__rank": 2, "init__weights": "x"},
             r"optim\.name is 'muon', and finetune\.lora\.rank freezes .*; set it to 'adamw', and lower optim\.lr",
         ),
+        (
+            {"optim__name": "muon", "init__frozen": ("img", "txt")},
+            r"optim\.name is 'muon', and init\.frozen freezes all",
+        ),
     ],
 )
 def test_values_that_cancel_each_other_are_refused(changes, message):

@@ -1,5 +1,6 @@
 """Objectives as sums of terms: terms of other packages, configs, and what other modules ask."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -10,6 +11,7 @@ import pytest
 from tests.helpers import tiny
 from tests.objectives.test_term import SUPERCLIP, superclip
 from xclip_jax.config import recipes, schema
+from xclip_jax.core.errors import UserError
 from xclip_jax.data import loader
 from xclip_jax.objectives import (
     RECIPES,
@@ -18,6 +20,7 @@ from xclip_jax.objectives import (
     make_objective,
     read_objective,
 )
+from xclip_jax.objectives.nclip import Nclip
 from xclip_jax.objectives.similarity import ClusterSimilarity, CosineSimilarity
 from xclip_jax.train import build, state
 
@@ -153,6 +156,42 @@ def test_a_term_of_weight_0_neither_speaks_for_the_model_nor_warns(idle, own, al
         both |= {f"nclip/mutual_information_{m}": 0.0, f"nclip/clusters_{m}": 9.0}
         both |= {f"nclip/{key}_{m}": 3.1 for key in ("marginal_entropy", "entropy")}
     assert [text.partition(":")[0] for text in objective.alarms(both)] == (alarms or ["plateau", "flat"])
+
+
+def two_nclips(**second):
+    config = tiny.config("nclip")
+    config.objective.terms, config.objective.name = {"nclip": 0.5, "sharp": 0.5}, "two"
+    config.objective.nclip.balance = "center"
+    config.objective.plugins = {"sharp": {"type": "xclip_jax.objectives.nclip:Nclip", **second}}
+    config = schema.resolve(config)
+    return make_objective(config.objective), config.model
+
+
+def test_a_term_without_centers_leaves_another_term_its_own():
+    objective, model = two_nclips(balance="none")
+    state = objective.initial_state(model, vocab=8)
+    logits = {name: jax.random.normal(jax.random.key(i), (6, model.cluster_head.clusters))
+              for i, name in enumerate(("s_img", "s_txt"))}  # fmt: skip
+    _, metrics, new_state = objective(logits, None, state, {})
+    assert new_state.keys() == state.keys() == {"center_img", "center_txt"}
+    far = jax.tree.map(lambda center: center + 5 * jax.numpy.arange(center.size), state)
+    _, with_far, _ = objective(logits, None, far, {})
+    assert with_far["sharp/loss"] == metrics["sharp/loss"] and with_far["nclip/loss"] != metrics["nclip/loss"]
+
+
+def test_terms_that_overwrite_each_other_are_refused():
+    objective, model = two_nclips(balance="center")
+    with pytest.raises(UserError, match=r"'sharp' carries 'center_img', as a term before it does"):
+        objective.initial_state(model, vocab=8)
+
+    @dataclasses.dataclass(frozen=True)
+    class Renamed(Nclip):
+        def heads(self, model, vocab):
+            return {f"own_{name}": head for name, head in super().heads(model, vocab).items()}
+
+    clashing = dataclasses.replace(objective, terms=objective.terms | {"sharp": Renamed()})
+    with pytest.raises(UserError, match=r"'own_clusters_img' writes 's_img', which head 'clusters_img' of a term"):
+        clashing.heads(model, vocab=8)
 
 
 def metrics_of_a_step(p):

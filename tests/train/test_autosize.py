@@ -277,6 +277,12 @@ def test_the_objective_of_weights_is_taken_over_with_its_terms(discs, tmp_path):
     assert (taken.terms.to_dict(), taken.nclip.tau) == (own, 2.0)
     c = load.load_config(f"small:pairs={discs},weights={run},objective=xclip")
     assert (c.objective.terms.to_dict(), c.objective.nclip.tau) == ({"clip": 0.5, "nclip": 0.5}, 0.5)
+    own = {"clip": 1.0, "sharp": 0.2}
+    plugins = {"sharp": {"type": "xclip_jax.objectives.nclip:Nclip", "tau": 0.1}}
+    more = {"objective__name": "sharper", "objective__terms": own, "objective__plugins": plugins}
+    c = load.load_config(f"small:pairs={discs},weights={tiny.untrained(tmp_path / 'more', **more)}")
+    taken = schema.resolve(c).objective
+    assert (taken.name, taken.terms, taken.plugins) == ("sharper", own, plugins)
     fine_tuned = json.loads((run / "config.json").read_text())
     terms = {"name": "classify", "terms": {"classify": 1.0}, "classify": {"classes": 3}}
     fine_tuned["config"]["objective"] |= terms
@@ -290,6 +296,8 @@ def test_the_scale_of_siglip_weights_is_kept_and_bounded_for_clip(discs, tmp_pat
     assert load.load_config(f"small:pairs={discs},weights={run}").objective.siglip.positives == "caption"
     assert load.load_config(f"small:pairs={discs},weights={run}").model.scale_init == 117.33
     assert load.load_config(f"small:pairs={discs},weights={run},objective=clip").model.scale_init == 100
+    other = tiny.untrained(tmp_path / "nclip", "nclip", model__scale_init=14.0)
+    assert load.load_config(f"small:pairs={discs},weights={other},objective=siglip").model.scale_init == 10
 
 
 def all_trained(folder, n):

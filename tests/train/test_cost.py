@@ -1,5 +1,6 @@
 """What a train step costs: memory, which is known to fit before the first step, and FLOPs, by hand and by XLA."""
 
+import dataclasses
 import os
 
 import flax.linen as nn
@@ -98,6 +99,9 @@ def test_nothing_fits_a_state_that_is_too_large(experiment, monkeypatch):
     finding = check(experiment)
     assert finding.mark == FAIL and finding.text.startswith("the state takes")
     assert "shard it over 8 devices, --config.mesh.strategy=fsdp --config.mesh.fsdp=8, or use" in finding.remedy
+    fixed = dataclasses.replace(experiment.config, mesh=dataclasses.replace(experiment.config.mesh, data=8))
+    finding = check(dataclasses.replace(experiment, config=fixed))
+    assert "--config.mesh.fsdp=8 --config.mesh.data=-1, or use" in finding.remedy
 
 
 def remedies(**changes):
@@ -110,6 +114,8 @@ def test_remedies_are_in_the_order_of_their_cost_and_take_nothing_back():
         "--config.model.img.remat=full --config.model.txt.remat=full",
         "--config.optim.microbatches=4",
     ]
+    c = schema.resolve(tiny.config("clip"))
+    assert cost.remedies(c, devices=1) == remedies()[1:]  # one device has nothing to split
     most = {"mesh__strategy": "fsdp", "model__img__remat": "full", "optim__microbatches": 2}
     assert remedies(**most) == ["--config.model.txt.remat=full", "--config.optim.microbatches=8"]
 

@@ -25,7 +25,7 @@ def test_wasted_steps_are_those_skipped_and_those_undone(tmp_path, monkeypatch):
     """Steps 2, 7 and 8 are skipped; a rewind to the checkpoint of step 4 undoes 5 and 6 as well."""
     config = types.SimpleNamespace(
         data=types.SimpleNamespace(batch=8),
-        optim=types.SimpleNamespace(max_skipped_steps=1, rewind=True),
+        optim=types.SimpleNamespace(max_skipped_steps=1, rewind=True, max_grad_norm_ratio=0.0),
         steps=100,
         checkpoint=types.SimpleNamespace(every=4),
     )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import re
 import shutil
 from typing import ClassVar
 
@@ -19,7 +20,7 @@ from xclip_jax.core.errors import Diverged, UserError
 from xclip_jax.core.run_folder import CLOCKS, RunFolder
 from xclip_jax.data import loader
 from xclip_jax.objectives import Term
-from xclip_jax.train import build, state, trainer
+from xclip_jax.train import build, recovery, state, trainer
 from xclip_jax.train import step as train_step
 from xclip_jax.train.checkpoint import Checkpointer
 
@@ -149,6 +150,9 @@ def test_a_spike_of_the_gradient_is_skipped_once_its_mean_is_known(monkeypatch):
         else:
             assert_same(s, train_step.at_step(state_like(before, p), 5))
             assert metrics["grad_norm"] > 20 * mean
+            values = {name: float(metrics[name]) for name in ("loss", "grad_norm", "grad_norm_mean")}
+            assert re.fullmatch(r"grad norm of step 5 is \S+ \(running mean [\d.]+\)", recovery.fault(5, values, 20.0))
+            assert recovery.fault(5, values, 1e9) == "a running value of step 5 is not finite"
 
 
 # A run

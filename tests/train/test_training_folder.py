@@ -105,7 +105,16 @@ def test_a_run_may_be_moved_with_its_data_and_its_tokenizer(pairs, tmp_path, cap
         trainer.run(tiny.short(there / "data", there / "run", data__tokenizer=str(there / "words.json")))
 
 
-def test_the_tokenizer_is_that_of_the_start(pairs, tmp_path):
+def test_checkpoints_without_a_config_are_not_taken_for_those_of_any_run(pairs, run):
+    (run / "config.json").unlink()
+    with pytest.raises(
+        UserError, match=r"has checkpoints and no config\.json, .*; restore the file, or use a different"
+    ):
+        trainer.run(tiny.short(pairs, run, data__batch=8))
+    assert not (run / "config.json").exists()
+
+
+def test_the_tokenizer_is_that_of_the_start(pairs, tmp_path, monkeypatch):
     """What a start that came to nothing has left is not read; a run with a checkpoint keeps its own."""
     words = [tmp_path / "first.json", tmp_path / "second.json"]
     for path, more in zip(words, ([], ["more"]), strict=True):
@@ -116,7 +125,8 @@ def test_the_tokenizer_is_that_of_the_start(pairs, tmp_path):
         return schema.resolve(tiny.short(pairs, run, data__tokenizer=str(name)))
 
     folder = TrainingFolder(str(run))
-    for name in (words[0], words[1], "bytes", words[1]):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in (words[0], words[1], "bytes", "~/second.json"):
         c = resolved(name)
         assert folder.tokenizer(c) == str(name)
         with folder.claimed(c, []):

@@ -141,7 +141,7 @@ def _bad_samples(sample: LoaderSample, start: Job) -> Finding:
 
 
 def _texts(text: np.ndarray, experiment: Experiment) -> Finding:
-    """Return the lengths of texts, and the share of equal ones, which are false negatives of a contrastive loss."""
+    """Return the lengths of texts, and the share of equal ones, which a contrastive loss takes for negatives."""
     objective, length, rows = experiment.objective, experiment.context_length, text[: experiment.config.data.batch]
     twins = inspect.repeated_share(rows)
     full = float(np.mean(experiment.tokenizer.lengths(text) == text.shape[1]))
@@ -151,10 +151,12 @@ def _texts(text: np.ndarray, experiment: Experiment) -> Finding:
         return fail("texts", fault, "give each image a caption of its own", **values)
     described = f"{full:.0%} of the texts fill all {length} tokens"
     equal = f"{twins:.0%} of {len(rows)} pairs have the text of another one"
-    contrastive = any(isinstance(x, Contrastive) and objective.weights[name] for name, x in objective.terms.items())
-    if contrastive and twins > _MANY_TWINS and not experiment.config.data.spread_duplicate_captions:
-        text_ = f"{described}; {equal}, which makes them false negatives"
-        return warning("texts", text_, "set data.spread_duplicate_captions=True", **values)
+    terms = [x for name, x in objective.terms.items() if isinstance(x, Contrastive) and objective.weights[name]]
+    matched = any(term.positives == "caption" for term in terms)
+    if terms and twins > _MANY_TWINS and matched == experiment.config.data.spread_duplicate_captions:
+        fault = "which data.spread_duplicate_captions keeps apart" if matched else "which makes them false negatives"
+        remedy = f"set data.spread_duplicate_captions={not matched}"
+        return warning("texts", f"{described}; {equal}, {fault}", remedy, **values)
     return Finding("texts", f"{described}; {equal}", values=values)
 
 

@@ -75,7 +75,9 @@ def plan(
         "model_parameters": experiment.num_parameters,
         "fits": compiled is not None,
         "trouble": trouble,
-        "remedies": cost.remedies(experiment.config, experiment.text_rows[0]) if compiled is None else [],
+        "remedies": cost.remedies(experiment.config, experiment.text_rows[0], experiment.mesh.size)
+        if compiled is None
+        else [],
         "compile_seconds": time.perf_counter() - began,
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
         "capacity": chip.memory,

@@ -161,9 +161,10 @@ class Config:
             yield f"init.frozen is {self.init.frozen}; the model only has the {objective.towers[0]} tower"
         if self.finetune.lora.rank and not self.init.weights:
             yield "finetune.lora.rank adapts given weights, and init.weights is empty; name weights, or set it to 0"
-        if self.finetune.lora.rank and optim.name == "muon":
+        freezing = "finetune.lora.rank" if self.finetune.lora.rank else "init.frozen"
+        if optim.name == "muon" and (self.finetune.lora.rank or {*objective.towers} <= {*self.init.frozen}):
             yield (
-                "optim.name is 'muon', and finetune.lora.rank freezes all kernels that it takes; set it to 'adamw', "
+                f"optim.name is 'muon', and {freezing} freezes all kernels that it takes; set it to 'adamw', "
                 "and lower optim.lr"
             )
 

@@ -153,6 +153,7 @@ class Ledger:
                 reasons = ", ".join(f"{reason}: {count:,}" for reason, count in counts)
                 raise TooManyBadSamples(
                     f"{bad:,} of {last}{read:,} samples are bad, more than data.max_bad_fraction="
-                    f"{self.max_bad_fraction:g} allows ({of_run}{reasons}); see {self.path}. Fix the data, or raise "
-                    "data.max_bad_fraction."
+                    f"{self.max_bad_fraction:g} allows ({of_run}{reasons}); see {self.path}. Repair the data; "
+                    f"this run has read them already, so resume it with --config.data.max_bad_fraction above "
+                    f"{bad / max(read, 1):.2g}, or start a new one."
                 )

@@ -100,8 +100,8 @@ def load(name: str) -> Tokenizer:
         return _clip()
     if name == "bytes":
         return _bytes()
-    if (path := epath.Path(name)).is_file():
-        return _from_file(name, path.stat().mtime)
+    if (path := epath.Path(name).expanduser()).is_file():
+        return _from_file(str(path), path.stat().mtime)
     raise UserError(f"tokenizer {name!r} must be one of {', '.join(map(repr, NAMES))} or the path of a tokenizer.json.")
 
 

@@ -100,7 +100,8 @@ class Nclip(Term):
             options |= {f"teacher_{m}": _rows(logits[f"s_{m}"], batch["target_order"]) for m in self.towers}
         elif self.teacher:
             options |= {"teacher_img": teacher["s_img"], "teacher_txt": teacher["s_txt"]}
-        centers = {name: state[name] for name in ("center_img", "center_txt") if name in state}
+        own = self.balance == "center"  # state has the arrays of all terms
+        centers = {name: state[name] for name in ("center_img", "center_txt") if own}
         loss, metrics = noncontrastive.nclip(out["s_img"], out["s_txt"], chunk=chunk, **options, **centers)
         target = teacher if self.teacher else out
         new_centers = {

@@ -103,12 +103,18 @@ class Objective:
         return tuple(by_name.values())
 
     def heads(self, model: ModelConfig, vocab: int) -> Heads:
-        """{name: `Head` or `Scalar`} of all terms; `UserError` if two need different heads under one name."""
+        """{name: `Head` or `Scalar`} of all terms; `UserError` if two terms' heads have one name or output."""
         heads: dict[str, Head | Scalar] = {}
+        writers: dict[str, str] = {}
         for name, term in self.terms.items():
             for head_name, head in term.heads(model, vocab).items():
                 if heads.setdefault(head_name, head) != head:
                     raise UserError(f"objective term {name!r} needs another head {head_name!r} than a term before it.")
+                if writers.setdefault(head.writes, head_name) != head_name:
+                    raise UserError(
+                        f"objective term {name!r}: its head {head_name!r} writes {head.writes!r}, which head "
+                        f"{writers[head.writes]!r} of a term before it writes too; rename one output."
+                    )
         return heads
 
     def outputs(self, model: ModelConfig) -> frozenset[str]:
@@ -116,10 +122,15 @@ class Objective:
         return frozenset(head.writes for head in self.heads(model, vocab=1).values())  # a vocabulary changes no name
 
     def initial_state(self, model: ModelConfig, vocab: int) -> dict[str, Array]:
-        """Arrays of all terms that are carried from step to step."""
+        """Arrays of all terms that are carried from step to step; `UserError` if two terms carry one name."""
         state: dict[str, Array] = {}
-        for term in self.terms.values():
-            state |= term.initial_state(model, vocab)
+        for name, term in self.terms.items():
+            own = term.initial_state(model, vocab)
+            if shared := state.keys() & own:
+                raise UserError(
+                    f"objective term {name!r} carries {min(shared)!r}, as a term before it does; leave one of them out."
+                )
+            state |= own
         return state
 
     def draw(self, random_key: Array, inputs: dict[str, Any], size: int) -> dict[str, Any]:

@@ -244,7 +244,7 @@ def shardings(boxed: Any, layout: MeshLayout) -> Any:
             if isinstance(axis, str) and size % mesh.shape[axis]:
                 raise UserError(
                     f"mesh axis {axis!r} of size {mesh.shape[axis]} cannot divide a dimension of {size} of "
-                    f"{jax.tree_util.keystr(path, simple=True, separator='/')}; change one, or mesh.strategy."
+                    f"{jax.tree_util.keystr(path, simple=True, separator='/')}; change one of the two."
                 )
     return shardings_of
 

@@ -17,7 +17,7 @@ from xclip_jax.data.base import MissingColumnError, Source, SourceOptions, name_
 from xclip_jax.data.config import DataConfig
 from xclip_jax.evaluators.sets import classification
 from xclip_jax.models.heads import ClusterHead, Head
-from xclip_jax.objectives import OBJECTIVES, RECIPES, make_objective
+from xclip_jax.objectives import RECIPES, make_objective
 from xclip_jax.objectives.clip import Clip
 from xclip_jax.train import cost, weights
 
@@ -309,9 +309,11 @@ def _adopt_objective(config: ml_collections.ConfigDict, saved: schema.Config, ob
     """Take over the heads of the weights, and their objective unless another one is given."""
     model = dataclasses.asdict(saved.model)
     config.model.update({name: model[name] for name in ("embed", "project_img", "project_bias")})
-    config.model.update({name: model[name] for name in ("scale_init", "bias_init")})
-    if not objective and saved.objective.name in OBJECTIVES:
+    if saved.objective.terms.keys() & {"clip", "siglip"}:  # others have no scale of their own
+        config.model.update({name: model[name] for name in ("scale_init", "bias_init")})
+    if not objective and not make_objective(saved.objective).labelled:
         config.objective.name, config.objective.terms = saved.objective.name, dict(saved.objective.terms)
+        config.objective.plugins = {name: dict(plugin) for name, plugin in saved.objective.plugins.items()}
         for term in ("clip", "siglip", "nclip"):
             config.objective[term].update(dataclasses.asdict(getattr(saved.objective, term)))
     else:

@@ -130,7 +130,12 @@ def check_model(job: Job) -> Iterator[Finding]:
     splits = axes["fsdp"] * (axes["model"] if strategy == "fsdp_tp" else 1)
     if strategy.startswith("fsdp") and splits == 1 < axes["data"]:
         text = f"mesh.strategy={strategy!r} splits no parameters while mesh.fsdp is 1"
-        yield warning("mesh", text, f"set --config.mesh.fsdp={axes['data']}, or mesh.strategy to 'dp'")
+        yield warning("mesh", text, f"set {_split(config, axes['data'])}, or mesh.strategy to 'dp'")
+
+
+def _split(config: Config, devices: int | str) -> str:
+    """Return the flags that split parameters over devices, of which the axis data leaves none otherwise."""
+    return f"--config.mesh.fsdp={devices}" + ("" if config.mesh.data == -1 else " --config.mesh.data=-1")
 
 
 def check_data(job: Job) -> Iterator[Finding]:
@@ -177,13 +182,14 @@ def check_disk(job: Job) -> Iterator[Finding]:
         return
     text = f"the disk of {str(folder.path)!r} has {format_bytes(free)} free, and {needs}"
     mark = FAIL if free < least * size else WARNING if free < most * size else OK
-    remedy = "make room, lower checkpoint.keep or raise checkpoint.keep_every, or use another --config.run"
+    fewer = "" if mark == FAIL else "lower checkpoint.keep, save less often by checkpoint.keep_every, "
+    remedy = f"make room, {fewer}or use another --config.run"
     yield Finding("disk", text, mark, "" if mark == OK else remedy, values | {"free_bytes": free})
 
 
 def check_memory(job: Job) -> Iterator[Finding]:
     """Yield whether state and step fit the devices; a step is compiled only if it may come near their memory."""
-    device, experiment = jax.local_devices()[0], job.experiment
+    device, experiment, config = jax.local_devices()[0], job.experiment, job.config
     on_cpu = device.platform == "cpu"
     if on_cpu and jax.process_count() > 1:
         return  # the processes may share a machine, unknown to each other
@@ -195,7 +201,7 @@ def check_memory(job: Job) -> Iterator[Finding]:
     if state > limit:
         axes = experiment.mesh.shape
         n = axes["data"] * axes["fsdp"] if axes["data"] > 1 else "N"
-        flags = f"--config.mesh.strategy=fsdp --config.mesh.fsdp={n}"
+        flags = f"--config.mesh.strategy=fsdp {_split(config, n)}"
         remedy = f"shard it over {n} devices, {flags}, or use a smaller model"
         yield fail("memory", takes, f"{remedy}{small}", **values)
     elif not job.compiles:

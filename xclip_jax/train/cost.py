@@ -167,16 +167,17 @@ def compile_config(config: ml_collections.ConfigDict, devices: list[Any]) -> tup
     return experiment, *compile_if_fits(experiment)
 
 
-def remedies(config: Config, rows: int = 0) -> list[str]:
+def remedies(config: Config, rows: int = 0, devices: int = 2) -> list[str]:
     """Return flags with which the step of `config` needs less memory, in the order of what they cost.
 
     Args:
       config: of a run.
       rows: pairs of a microbatch on each device (`Experiment.text_rows`), which more microbatches split; 0 for one
         device.
+      devices: number of devices of the mesh.
     """
     steps = []
-    if config.mesh.strategy == "dp":
+    if config.mesh.strategy == "dp" and devices > 1:
         steps.append("--config.mesh.strategy=zero1")
     towers = [name for name in TOWERS if name not in config.model.plugins]  # another package's may have no remat
     towers = [name for name in towers if getattr(config.model.tower(name), "remat", "full") != "full"]
@@ -190,7 +191,7 @@ def remedies(config: Config, rows: int = 0) -> list[str]:
 
 def too_large(experiment: Experiment, limit: float, needs: str) -> tuple[str, str]:
     """Return a sentence about a step that does not fit a device of `limit` bytes, and the remedies in one."""
-    flags = ", ".join(remedies(experiment.config, experiment.text_rows[0]))
+    flags = ", ".join(remedies(experiment.config, experiment.text_rows[0], experiment.mesh.size))
     remedy = f"add one after the other until it fits: {flags}; or take more devices" if flags else "take more devices"
     return f"the step does not fit a device's {format_bytes(limit)}: {needs}", remedy
 

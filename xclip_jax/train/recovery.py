@@ -18,13 +18,13 @@ from xclip_jax.train.step import at_step
 _VALUES = ("loss", "grad_norm", "param_norm", "grad_norm_mean")
 
 
-def _fault(step: int, values: Mapping[str, float]) -> str:
-    """Return what was wrong with a step."""
+def fault(step: int, values: Mapping[str, float], most: float) -> str:
+    """Return what was wrong with a step; `most` is `optim.max_grad_norm_ratio`."""
     for name, value in values.items():
         if not math.isfinite(value):
             return f"{name.replace('_', ' ')} of step {step} is {value}"
-    if (mean := values.get("grad_norm_mean")) is not None and values["grad_norm"] > mean:
-        return f"grad norm of step {step} is {values['grad_norm']:.3g}, with a running mean of {mean:.3g},"
+    if values.get("grad_norm", 0.0) > most * (mean := values.get("grad_norm_mean", math.inf)):
+        return f"grad norm of step {step} is {values['grad_norm']:.3g} (running mean {mean:.3g})"
     return f"a running value of step {step} is not finite"
 
 
@@ -119,10 +119,10 @@ class SkippedSteps:
         self._wasted.add(step)
         b = config.data.batch
         self.file.append({"step": step, "position": (step - 1) * b, "samples": b} | values)
-        fault = _fault(step, values)
+        reason = fault(step, values, config.optim.max_grad_norm_ratio)
         if self.in_a_row == config.steps or (self.exceeded and not config.optim.rewind):
-            self._stop(f"{fault}, after {self.in_a_row - 1} skipped steps in a row, and is not saved")
-        log0(f"WARNING: {fault}; the step is skipped, {self.in_a_row} in a row, {self.total} in all, see {self.path}")
+            self._stop(f"{reason}, after {self.in_a_row - 1} skipped steps in a row, and is not saved")
+        log0(f"WARNING: {reason}; the step is skipped, {self.in_a_row} in a row, {self.total} in all, see {self.path}")
 
     def _stop(self, reason: str) -> None:
         saved = self._checkpointer.steps()

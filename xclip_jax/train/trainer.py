@@ -144,8 +144,8 @@ def warn_of_epochs(job: Job) -> None:
     if expected and not 1 / _FAR < job.epochs / expected < _FAR:
         log0(
             f"WARNING: {job.config.steps:,} steps are {job.epochs:.3g} epochs of these {n:,} samples, and the recipe "
-            f"is meant for {expected:g}: give it their number, --config RECIPE:{counted}={n}, "
-            "or set log.expected_epochs=0"
+            f"is meant for {expected:g}: give it their number and the batch, --config "
+            f"RECIPE:{counted}={n},batch={job.config.data.batch}, or its epochs=, or set log.expected_epochs=0"
         )
 
 

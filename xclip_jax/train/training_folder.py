@@ -47,6 +47,11 @@ class TrainingFolder(RunFolder):
         for path in () if is_remote(str(self.path)) else (self.path, self.checkpoints):  # may be a link to another disk
             check_writable(f"--config.run={str(self.path)!r}", path)
         if (saved := self.read_config()) is None:
+            if self.latest_step() is not None:
+                raise UserError(
+                    f"{self.path} has checkpoints and no config.json, so that nothing says what they are of; restore "
+                    "the file, or use a different --config.run."
+                )
             return
         if self.latest_step() is None:
             self._check_not_lost(saved)
@@ -91,7 +96,7 @@ class TrainingFolder(RunFolder):
         if {name, was} & set(tokenizer.NAMES):
             same, known = name == was, name
         else:
-            given = epath.Path(name)
+            given = epath.Path(name).expanduser()
             same = not (given.exists() and copy.exists()) or given.read_bytes() == copy.read_bytes()
             known = str(copy) if copy.exists() else name
         if not same:
@@ -162,7 +167,7 @@ class TrainingFolder(RunFolder):
             if starts and named:
                 self.tokenizer_file.unlink(missing_ok=True)  # left by a start that failed
             elif not named and (starts or not self.tokenizer_file.exists()):
-                write_whole(self.tokenizer_file, epath.Path(config.data.tokenizer).read_bytes())
+                write_whole(self.tokenizer_file, epath.Path(config.data.tokenizer).expanduser().read_bytes())
             yield
 
     def write_results(self, config: Config, results: Sequence[Result], **details: Any) -> None:

@@ -87,7 +87,7 @@ def adopt(config: ml_collections.ConfigDict, path: str) -> Config:
     if not place.exists():
         raise UserError(
             f"weights={path} does not exist; the recipe takes its towers from there, also when its run resumes. Put "
-            "the weights back, or name another place of the same ones."
+            f"the weights back; a run that resumes may have them elsewhere, with --config.init.weights={path}."
         )
     run = RunFolder(str(place))
     source = _completed(run).to_dict() if run.is_run() else interop.read(path)[0]
