@@ -1,6 +1,8 @@
 """The config of a command: loads the recipe, checks the overrides, and reports what is wrong in one sentence."""
 
+import functools
 import importlib.util
+import operator
 import pathlib
 import re
 import sys
@@ -101,6 +103,14 @@ def check_keys(config: ml_collections.ConfigDict, overrides: list[str]) -> None:
             node = node[part]
 
 
+def quote_list(config: ml_collections.ConfigDict, override: str) -> str:
+    """Return --config.KEY=a,b of a key that has a list as --config.KEY=('a','b'), and any other argument as it is."""
+    match = re.fullmatch(r"(--?config\.([\w.-]+)=)([a-zA-Z][\w./@-]*(?:,[a-zA-Z][\w./@-]*)+)", override)
+    if match is None or not isinstance(functools.reduce(operator.getitem, match[2].split("."), config), tuple):
+        return override
+    return f"{match[1]}{tuple(match[3].split(','))}"
+
+
 def help_text() -> str:
     """Return one line for each key of a config, with its default."""
     rows = [(f"--config.{name}={value!r}", doc) for name, value, _, doc in fields.describe(schema.Config)]
@@ -130,6 +140,7 @@ def parse(argv: list[str]) -> list[str]:
             with imports.trusting(any(re.fullmatch(r"--?trust(=(true|t|1))?", arg, re.IGNORECASE) for arg in argv)):
                 config = load_config(spec)
             check_keys(config, argv)
+            argv = [quote_list(config, arg) for arg in argv]
             config_flags.DEFINE_config_dict("config", config, "Keys of the config.", sys_argv=argv)
         unparsed = flags.FLAGS(argv)
         if len(unparsed) > 1:
