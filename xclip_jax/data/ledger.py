@@ -2,6 +2,7 @@
 
 import collections
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -151,9 +152,11 @@ class Ledger:
             if bad > self.max_bad_fraction * max(read, _MIN_SAMPLES):
                 counts = sorted(self.counters["bad"].items(), key=lambda item: -item[1])
                 reasons = ", ".join(f"{reason}: {count:,}" for reason, count in counts)
+                needed = math.ceil(100 * bad / max(read, _MIN_SAMPLES)) / 100
+                remedy = "Repair the data, or raise data.max_bad_fraction."
+                if not last:  # a resumed run has read them already
+                    remedy = f"Repair the data, and start a new run, or resume with data.max_bad_fraction={needed:g}."
                 raise TooManyBadSamples(
                     f"{bad:,} of {last}{read:,} samples are bad, more than data.max_bad_fraction="
-                    f"{self.max_bad_fraction:g} allows ({of_run}{reasons}); see {self.path}. Repair the data; "
-                    f"this run has read them already, so resume it with --config.data.max_bad_fraction above "
-                    f"{bad / max(read, 1):.2g}, or start a new one."
+                    f"{self.max_bad_fraction:g} allows ({of_run}{reasons}); see {self.path}. {remedy}"
                 )

@@ -309,9 +309,10 @@ def _adopt_objective(config: ml_collections.ConfigDict, saved: schema.Config, ob
     """Take over the heads of the weights, and their objective unless another one is given."""
     model = dataclasses.asdict(saved.model)
     config.model.update({name: model[name] for name in ("embed", "project_img", "project_bias")})
-    if saved.objective.terms.keys() & {"clip", "siglip"}:  # others have no scale of their own
+    trained = make_objective(saved.objective)
+    if "scale" in trained.outputs(saved.model):
         config.model.update({name: model[name] for name in ("scale_init", "bias_init")})
-    if not objective and not make_objective(saved.objective).labelled:
+    if not objective and not trained.labelled:
         config.objective.name, config.objective.terms = saved.objective.name, dict(saved.objective.terms)
         config.objective.plugins = {name: dict(plugin) for name, plugin in saved.objective.plugins.items()}
         for term in ("clip", "siglip", "nclip"):

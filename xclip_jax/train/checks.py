@@ -134,7 +134,7 @@ def check_model(job: Job) -> Iterator[Finding]:
 
 
 def _split(config: Config, devices: int | str) -> str:
-    """Return the flags that split parameters over devices, of which the axis data leaves none otherwise."""
+    """Return the flags that split parameters over `devices`; a fixed mesh.data would leave none of them."""
     return f"--config.mesh.fsdp={devices}" + ("" if config.mesh.data == -1 else " --config.mesh.data=-1")
 
 

@@ -167,17 +167,17 @@ def compile_config(config: ml_collections.ConfigDict, devices: list[Any]) -> tup
     return experiment, *compile_if_fits(experiment)
 
 
-def remedies(config: Config, rows: int = 0, devices: int = 2) -> list[str]:
+def remedies(config: Config, rows: int = 0, devices: int = 0) -> list[str]:
     """Return flags with which the step of `config` needs less memory, in the order of what they cost.
 
     Args:
       config: of a run.
       rows: pairs of a microbatch on each device (`Experiment.text_rows`), which more microbatches split; 0 for one
         device.
-      devices: number of devices of the mesh.
+      devices: number of devices of the mesh; 0 if it is not known.
     """
     steps = []
-    if config.mesh.strategy == "dp" and devices > 1:
+    if config.mesh.strategy == "dp" and devices != 1:
         steps.append("--config.mesh.strategy=zero1")
     towers = [name for name in TOWERS if name not in config.model.plugins]  # another package's may have no remat
     towers = [name for name in towers if getattr(config.model.tower(name), "remat", "full") != "full"]

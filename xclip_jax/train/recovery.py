@@ -23,7 +23,7 @@ def fault(step: int, values: Mapping[str, float], most: float) -> str:
     for name, value in values.items():
         if not math.isfinite(value):
             return f"{name.replace('_', ' ')} of step {step} is {value}"
-    if values.get("grad_norm", 0.0) > most * (mean := values.get("grad_norm_mean", math.inf)):
+    if (mean := values.get("grad_norm_mean")) is not None and values["grad_norm"] > most * mean:
         return f"grad norm of step {step} is {values['grad_norm']:.3g} (running mean {mean:.3g})"
     return f"a running value of step {step} is not finite"
 

@@ -87,7 +87,7 @@ def adopt(config: ml_collections.ConfigDict, path: str) -> Config:
     if not place.exists():
         raise UserError(
             f"weights={path} does not exist; the recipe takes its towers from there, also when its run resumes. Put "
-            f"the weights back; a run that resumes may have them elsewhere, with --config.init.weights={path}."
+            f"the weights back; to resume with another copy, name it here and add --config.init.weights={path}."
         )
     run = RunFolder(str(place))
     source = _completed(run).to_dict() if run.is_run() else interop.read(path)[0]
