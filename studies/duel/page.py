@@ -23,7 +23,7 @@ NAMED = dict(zip(icons.VALIDATION, ("zeroshot", "rendering"), strict=True))
 _OLD_RUNS = pathlib.Path(icons.__file__).with_name("runs.jsonl")
 _OLD = ("clip_steps4000", "clip_steps4000_longer", "xclip_steps4000")
 # Finals that ran side by side, a core each.
-_NEIGHBOURS = (("xclip", "clip"), ("distilled", "second"), ("superclip", "shuffled"))
+_NEIGHBOURS = (("xclip", "clip"), ("distilled", "second"), ("superclip", "shuffled"), ("cheaper", "positives"))
 MOST_SEEDS = 100
 _EACH_RIVAL = "With 25 % of captions exchanged xCLIP is better than each rival retuned for it."
 _SMOOTHED = "With 25 % of captions exchanged xCLIP is better than CLIP with label smoothing."
@@ -71,9 +71,9 @@ def duel_claims(arms: Sequence[Arm]) -> tuple[Claim, ...]:
         if parts := _against(ours, ("shuffled", *spaces.RIVALS), names, "final_"):
             text = "xCLIP's gain is more than other terms of equal cost, or shuffled pseudo-labels, give."
             declared.append(Claim(text, parts))
-    for level, count in zip(stages.LEVELS, (len(spaces.WRONG_TITLES), stages.BEST_AT_HALF), strict=True):
+    for level, count in zip(stages.LEVELS, (1 + len(wrong.RIVALS), stages.BEST_AT_HALF), strict=True):
         ours, prefix = f"wrong{level}_xclip", f"wrong{level}_"
-        if ours in names and sum(name.startswith(prefix) for name in names) == count:
+        if ours in names and len({ours, *(prefix + name for name in wrong.RIVALS)} & {*names}) == count:
             texts = (
                 {_EACH_RIVAL: wrong.RIVALS, _SMOOTHED: ("smoothed",)}
                 if level == stages.LEVELS[0]
@@ -188,14 +188,16 @@ def _finals(duel: stages.Duel, snapshot: Chosen, drawn: Mapping[str, str]) -> It
 
 def _times(snapshot: Chosen) -> Iterator[str]:
     """How long finals that ran side by side trained, over each other, by seed: neighbours shared the machine."""
-    rows = []
-    for a, b in _NEIGHBOURS:
-        sides = [snapshot.finished(f"final_{name}") for name in (a, b)]
-        seconds = [{seed: record.seconds["training"] for seed, record in side.items()} for side in sides]
+    rows, titles = [], {arm.name: arm.title for arm in snapshot.study.arms}
+    for names in _NEIGHBOURS:
+        pair = [f"final_{name}" for name in names]
+        if not titles.keys() >= {*pair}:
+            continue
+        seconds = [{seed: run.seconds["training"] for seed, run in snapshot.finished(arm).items()} for arm in pair]
         ratios = [x / y for seed, x in seconds[0].items() if x and (y := seconds[1].get(seed))]
         if ratios:
-            titles = [snapshot.study.arm(f"final_{name}").title for name in (a, b)]
-            rows.append([*titles, f"{np.median(ratios):.3f}", f"{min(ratios):.3f}, {max(ratios):.3f}"])
+            spread = f"{min(ratios):.3f}, {max(ratios):.3f}"
+            rows.append([*(titles[arm] for arm in pair), f"{np.median(ratios):.3f}", spread])
     if rows:
         yield from ["Equal time, checked: training time of runs that ran beside each other, a core each.", ""]
         yield from table(["arm", "beside", "time over its neighbour's: median", "least and most"], rows)

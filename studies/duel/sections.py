@@ -128,7 +128,9 @@ def retuning(duel: stages.Duel, level: int) -> Iterator[str]:
             rows.append([title, f"{settings_text(settings)}{mark}", *_cells(duel, candidate)])
     yield from [f"Retuning, {stages.RETUNING_STEPS} steps of each candidate:", ""]
     yield from table(["arm", "settings", *_HEAD], rows)
-    followers = [name for name in spaces.FOLLOWERS if level == stages.LEVELS[0]]
-    of = {"shuffled": "those of xCLIP", "oracle": "CLIP's winner's, of right captions"}
+    declared = {arm.name for arm in duel.arms}
+    followers = [name for name in spaces.FOLLOWERS if f"{prefix}{name}" in declared]
+    of = {"shuffled": "as xCLIP", "oracle": "as CLIP's winner with right captions",
+          "cheaper": "rate, warm-up and tau of xCLIP, the rest of its runner-up"}  # fmt: skip
     texts: Sequence[str] = [f"{spaces.WRONG_TITLES[name]}: {of[name]}" for name in followers]
     yield from [f"Not searched for: {'; '.join(texts)}.", ""] if texts else []

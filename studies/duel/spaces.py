@@ -171,6 +171,7 @@ WRONG_TITLES = {
     "clip": "CLIP", "smoothed": "CLIP, tuned smoothing", "siglip": "SigLIP", "gce": "generalised cross-entropy",
     "distilled": "self-distilled targets", "superclip": "SuperCLIP's tokens", "nclip": "nCLIP", "xclip": "xCLIP",
     "shuffled": "xCLIP, shuffled pseudo-labels", "oracle": "CLIP on clean pairs only",
+    "cheaper": "xCLIP without a teacher",
 }  # fmt: skip
 
 
@@ -188,13 +189,13 @@ WRONG: dict[str, tuple[str, Sequence[Any]]] = {
     "nclip": ("tau", (0.5, 0.35)),
     "xclip": ("tau", (0.5, 0.35)),
 }
-# Arms that take over another's choice: xCLIP with shuffled pseudo-labels, and CLIP on as many clean pairs.
-FOLLOWERS = {"shuffled": "xclip", "oracle": "clip"}
+# Arms that take over another's choice: xCLIP with shuffled pseudo-labels or without a teacher, CLIP on clean pairs.
+FOLLOWERS = {"shuffled": "xclip", "oracle": "clip", "cheaper": "xclip"}
 
 
 def team_of(arm: str) -> str:
-    """Return the team whose winner an arm under wrong captions starts from."""
-    return "xclip" if arm in ("nclip", "xclip", "shuffled") else "clip"
+    """Return the team whose winner an arm under wrong captions starts from; "cheaper" is xCLIP's runner-up."""
+    return arm if arm == "cheaper" else "xclip" if arm in ("nclip", "xclip", "shuffled") else "clip"
 
 
 def retuned(arm: str, rate: float) -> list[Settings]:

@@ -248,7 +248,7 @@ class Duel:
         return next((name for name in order or () if costs[name] <= self._most_cost), None)
 
     def _settings(self, team: str) -> spaces.Settings:
-        return spaces.candidates(team)[self.winners[team]]
+        return self._cheaper if self._cheaper and team == "cheaper" else spaces.candidates(team)[self.winners[team]]
 
     def _halve(self, team: str) -> int | None:
         """Declare the rungs of a team as far as they are decided, and return its winner."""
@@ -317,7 +317,7 @@ class Duel:
         """An arm under wrong captions, `own` being its rate, warm-up and own key."""
         settings = {**self._settings(spaces.team_of(arm)), **({"smoothing": 0.0} if arm == "clip" else {}), **own}
         objective, noise = "clip", {"data.caption_noise": level / 100}
-        if arm in ("xclip", "shuffled"):
+        if arm in ("xclip", "shuffled", "cheaper"):
             objective, changes = "xclip", spaces.xclip(settings, steps, self.head, shuffled=arm == "shuffled")
         elif arm == "nclip":  # a schedule of its weight has no meaning by itself
             changes = spaces.training(settings, steps) | spaces.clusters({**settings, "schedule": "constant"}, steps)
@@ -357,10 +357,11 @@ class Duel:
             followers = [name for name, led in spaces.FOLLOWERS.items() if led == arm and level == LEVELS[0]]
             for name in (arm, *followers):
                 settings = {} if name == "oracle" else own  # clean pairs have the recipe of clean pairs
-                steps = round(WRONG_STEPS / ratio)
                 seeds = SEEDS if name in FIVE_SEEDS and level == LEVELS[0] else WRONG_SEEDS
-                finals[name] = self._wrong(name, f"wrong{level}_{name}", level, settings, steps, "dose", seeds)
-                self._add(finals[name])
+                if cost := self.costs.get("final_cheaper") if name == "cheaper" else ratio:
+                    steps = round(WRONG_STEPS / cost)
+                    finals[name] = self._wrong(name, f"wrong{level}_{name}", level, settings, steps, "dose", seeds)
+                    self._add(finals[name])
         if not complete:
             return None
         compared = {arm: dataclasses.replace(final, seeds=WRONG_SEEDS) for arm, final in finals.items()}
