@@ -79,12 +79,15 @@ def test_the_text_has_it_all(found):
 
 
 @pytest.mark.slow
-def test_several_slices(found):
-    two = plan.plan(config(), "v5e:2x4", slices=2)
+def test_several_slices():
+    pytest.importorskip("libtpu")
+    # Arrays narrower than a chip's 128 lanes are padded before they are sent to another slice.
+    wide = config(model__img__width=128, model__txt__width=128)
+    one, two = (plan.plan(wide, "v5e:2x4", slices=slices) for slices in (1, 2))
     assert (two["chips"], two["hosts"], two["mesh"]["data"]) == (16, 4, 16)
     # Each chip sends an eighth of large gradients to the other slice, and small ones whole.
-    assert 1 / 8 < two["sent"]["all-reduce between slices"] / found["sent"]["all-reduce"] < 1 / 2
-    assert two["roofline"]["exposed_ms"] > found["roofline"]["exposed_ms"]
+    assert 1 / 8 < two["sent"]["all-reduce between slices"] / one["sent"]["all-reduce"] < 1 / 2
+    assert two["roofline"]["exposed_ms"] > one["roofline"]["exposed_ms"]
 
 
 def test_mesh_axes_may_share_an_axis_of_the_torus():
@@ -115,7 +118,7 @@ def test_slices_are_one_or_more():
 @pytest.mark.slow
 def test_a_step_that_is_too_large_is_found_and_mended():
     pytest.importorskip("libtpu")
-    large = config_file.load_config("pretrain:objective=clip,batch=2048")
+    large = config_file.load_config("pretrain:objective=clip,batch=4096")
     large.model.img.remat = large.model.txt.remat = "none"
     found = plan.plan(large, "v5e:2x2")
     assert not found["fits"]
