@@ -139,7 +139,11 @@ def config(pairs, run, **changes):
             marks=pytest.mark.slow,
         ),
         # A head that starts sharp and has no time to agree.
-        pytest.param("disagreement", {"objective__nclip__tau": 0.01, "optim__lr": 1e-12}, marks=pytest.mark.slow),
+        pytest.param(
+            "disagreement",
+            {"objective__nclip__tau": 0.01, "optim__lr": 1e-12, "optim__lr_start": 0.0, "optim__lr_end": 0.0},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_each_collapse_is_provoked_and_said_once(pairs, tmp_path, capsys, failure, changes):

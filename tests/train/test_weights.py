@@ -81,7 +81,7 @@ def test_a_mix_is_of_the_step_that_the_run_started_from(pairs, tmp_path):
         tiny.config("clip", run=source, steps=2, optim__lr=0.01, checkpoint__every=1, checkpoint__keep=2, **data)
     )
     (source / "checkpoints" / "2").rename(tmp_path / "later")
-    c = tiny.config("clip", run=tmp_path / "run", steps=1, init__weights=str(source), **data)
+    c = tiny.config("clip", run=tmp_path / "run", steps=1, init__weights=str(source), optim__warmup=0, **data)
     trainer.run(c)
     (tmp_path / "later").rename(source / "checkpoints" / "2")
     config, _, tuned, _ = weights.load(c.run)
