@@ -121,7 +121,10 @@ def test_weights_of_open_clip_own_pairs_and_the_hub(installed, tmp_path):
     """Name pictures by a checkpoint of open_clip, train on 200 own pairs, push the model, and load it by its name."""
     run, xclip_jax, work = installed.run, installed.command, installed.work
     model = foreign.make_open_clip("erf_b16")
-    torch.save(model.state_dict(), work / "theirs.bin")
+    (work / "theirs").mkdir()
+    torch.save(model.state_dict(), work / "theirs" / "open_clip_pytorch_model.bin")
+    content = {"model_cfg": foreign.MODELS["erf_b16"] | {"embed_dim": 48}}
+    (work / "theirs" / "open_clip_config.json").write_text(json.dumps(content))
     tiny.folder(work / "pairs", 200)
     pictures = sorted(path.name for path in (work / "pairs").glob("*.*") if path.suffix != ".txt")[:10]
     program = (
@@ -134,7 +137,7 @@ def test_weights_of_open_clip_own_pairs_and_the_hub(installed, tmp_path):
     def named(weights, **environment):
         return json.loads(run(installed.python, "-c", program, weights, **environment).splitlines()[-1])
 
-    labels, _ = named("theirs.bin")
+    labels, _ = named("theirs")
     assert len(labels) == 10 and set(labels) <= {"red", "blue"}
     training = ["--config", "small:pairs=pairs,epochs=2,size=24", "--config.run=own"]
     run(xclip_jax, "train", *training, "--config.model.img.depth=1")
