@@ -11,6 +11,7 @@ from tests.train.test_callbacks import calls  # noqa: F401 a fixture
 from xclip_jax import report
 from xclip_jax.commands import check, doctor, embed, evaluate, export
 from xclip_jax.commands import report as page
+from xclip_jax.core.errors import UserError
 from xclip_jax.train import trainer
 
 pytestmark = pytest.mark.long
@@ -73,7 +74,7 @@ def test_secrets_are_in_nothing_that_is_written_shown_or_uploaded(site, server, 
     embed.main(["--checkpoint", str(run), "--images", address, "--out", str(tmp_path / "rows.npz")])
     export.main(["--checkpoint", str(run), str(tmp_path / "out"), "--to", "safetensors", "--push", "lab/mine"])
     uploaded = repr(server.repositories["lab/mine"])
-    with pytest.raises(OSError) as refused:
+    with pytest.raises(UserError) as refused:
         trainer.run(config(site, tmp_path / "refused", address=f"{address}-old"))
     output = "".join(capfd.readouterr())
 
