@@ -1,7 +1,7 @@
 """A signal at every second of a run's start, each in a new process with an empty compilation cache.
 
     JAX_PLATFORMS=cpu python -m tests.torture.signals                  60 processes, about 20 minutes on two cores
-    JAX_PLATFORMS=cpu python -m tests.torture.signals --seconds 0 8 16
+    JAX_PLATFORMS=cpu python -m tests.torture.signals --seconds 0.5 8 16
 
 Prints for each signal what the run was doing by its last line, the exit status, the step of the checkpoint that it
 left, and the seconds from the signal to its end. Status 1 if one ended in any other way than docs/train.md says.
@@ -26,7 +26,7 @@ from xclip_jax.core.errors import EXIT_INTERRUPTED, EXIT_RESUMABLE
 from xclip_jax.core.run_folder import RunFolder
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-SECONDS = tuple(range(30))
+SECONDS = tuple(0.5 + second for second in range(30))  # the interpreter itself starts in the first half second
 # Statuses of a process that ends before the run handles signals.
 _EARLY = {signal.SIGINT: EXIT_INTERRUPTED, signal.SIGTERM: 128 + signal.SIGTERM}
 _LIMIT = 120  # seconds in which a process has to end
@@ -131,7 +131,9 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--seconds", type=float, nargs="+", default=SECONDS, help="after the start (default: 0 to 29)")
+    parser.add_argument(
+        "--seconds", type=float, nargs="+", default=SECONDS, help="after the start (default: 0.5 to 29.5)"
+    )
     parser.add_argument("--at-once", type=int, default=2, help="processes (default: %(default)s)")
     flags = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
