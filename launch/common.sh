@@ -122,12 +122,14 @@ run_folder() {
   sed -E 's#([^:/])/(\.?/)+#\1/#g; s#:///+#://#; s#([^:/])/\.?$#\1#' <<<"$folder"
 }
 
-# refuse_check ARGUMENTS: --check ends with status 0 and without results, for which the scripts would wait.
-refuse_check() {
+# refuse_flags ARGUMENTS: --check ends with status 0 and without results, for which the scripts would wait; and a
+# --dry-run that is not the first argument would not be seen.
+refuse_flags() {
   local word
   for word; do
     case $word in
       -check | --check | -check=* | --check=*) fail "$word trains nothing; leave it out, or use xclip-jax train --check" ;;
+      --dry-run) fail "--dry-run is not the first argument; write it before the others" ;;
     esac
   done
 }
@@ -201,7 +203,7 @@ tpu_flags() {
 tpu_check() {
   local folder=$1 tracker bucket said extra extras="" missing="" python=${PYTHON:-python3}
   shift
-  refuse_check "$@"
+  refuse_flags "$@"
   check_recipe "$@"
   for tracker in wandb trackio; do
     ! logs_to "$tracker" "$@" || [[ ,$EXTRAS, == *,$tracker,* ]] ||

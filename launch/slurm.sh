@@ -44,7 +44,7 @@ FAILURES=${FAILURES:-5}
 folder=$(run_folder /shared/runs/mine "$@")
 # Whether it is complete could not be seen below, so that the job would be requeued for ever.
 [[ $folder != *://* ]] || fail "--config.run=$folder is no path; give a folder on a file system that all nodes share"
-refuse_check "$@"
+refuse_flags "$@"
 
 # JAX gives task i of a node the i-th GPU that it sees, so each task has to see all of them. srun does not inherit
 # --cpus-per-task from sbatch.

@@ -31,6 +31,16 @@ def test_check_among_the_arguments_costs_nothing(script, cloud):
     assert cloud.calls == []
 
 
+@pytest.mark.parametrize("script", ["tpu_vm.sh", "tpu_pod.sh"])
+def test_dry_run_after_the_other_arguments_costs_nothing(script, cloud):
+    done = cloud.launch(script, *TRAINING, "--dry-run")
+    assert (
+        done.returncode == 2
+        and done.stderr == "error: --dry-run is not the first argument; write it before the others\n"
+    )
+    assert cloud.calls == []
+
+
 def test_pod_counts_an_end_without_results(cloud):
     done = cloud.launch("tpu_pod.sh", *TRAINING, scenario=["exit 0", "finish"], FAILURES="1")
     assert done.returncode == 1

@@ -35,6 +35,12 @@ def test_check_needs_neither_data_nor_a_folder(tmp_path):
         ({"data__sources": ("tfds:x/train", "folder:/x"), "log__to": ("tensorboard",)}, []),
         ({"data__sources": ("hf:org/name/train",), "log__to": ("tensorboard", "trackio")}, ["datasets", "trackio"]),
         ({"data__sources": ("parquet:/x", "demo:train")}, ["demo"]),
+        ({"data__sources": ("tar:hf://datasets/org/name/*.tar",)}, ["hub"]),
+        (
+            {"eval__sets": ("winoground",), "eval__final_sets": ("retrieval/parquet:hf://datasets/o/n/x",)},
+            ["datasets", "hub"],
+        ),
+        ({"eval__sets": ("winoground@parquet:/x",)}, []),
         ({"init__weights": "hf:org/name"}, ["hub"]),
         ({"eval__sets": ("wds:/x", "imagenet", "probe/wds:/x")}, []),
         ({"eval__sets": ("probe/wds:/x",), "eval__final_sets": ("wds:hf:org/name",)}, ["hub"]),

@@ -162,7 +162,7 @@ class SourceKind:
     @classmethod
     def extras(cls, rest: str) -> tuple[str, ...]:
         """Return the extras of this package (setup.py) that the source `rest` needs; nothing is opened."""
-        return ()
+        return ("hub",) if "hf://" in rest else ()
 
     @classmethod
     def has_split(cls, rest: str, split: str, options: SourceOptions) -> bool:

@@ -264,12 +264,16 @@ class EmojiSets(SetKind):
     panels = _PANELS
     queries = _QUERIES
     credit = _CREDIT
-    sources = ("demo",)
 
     @classmethod
     def knows(cls, spec: str) -> bool:
         """Return whether the demo has a set of this name."""
         return spec in _MAKERS
+
+    @classmethod
+    def extras(cls, spec: str) -> tuple[str, ...]:
+        """Return the packages that draw the demo."""
+        return ("demo",)
 
     @classmethod
     def load(cls, spec: str, prepare: Preprocessing, data: DataConfig, profile: Profile) -> EmojiSet:

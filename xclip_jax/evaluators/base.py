@@ -120,7 +120,6 @@ class SetKind(abc.ABC):
       panels: {set: (title, sentence)} for sets that a report shows first; {num_classes} in the sentence is replaced.
       queries: texts with which a report searches the images.
       credit: authors and licence of the images, for pages that show some.
-      sources: kinds of training sources with the same images, such as "demo".
     """
 
     prefixes: ClassVar[Sequence[str]] = ()
@@ -131,7 +130,6 @@ class SetKind(abc.ABC):
     panels: ClassVar[Mapping[str, tuple[str, str]]] = {}
     queries: ClassVar[Sequence[str]] = ()
     credit: ClassVar[str] = ""
-    sources: ClassVar[Sequence[str]] = ()
 
     @classmethod
     def knows(cls, spec: str) -> bool:
@@ -149,6 +147,11 @@ class SetKind(abc.ABC):
           data: the group that `data_of` returns, with the command's root of TFDS data sets in `data.dir`.
           profile: protocol of the published sets.
         """
+
+    @classmethod
+    def extras(cls, spec: str) -> tuple[str, ...]:
+        """Return the extras of this package (setup.py) that the set `spec` needs; nothing is opened."""
+        return ()
 
     @classmethod
     def data_of(cls, spec: str, data: DataConfig) -> DataConfig:

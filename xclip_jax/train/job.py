@@ -175,8 +175,7 @@ def extras(config: Config) -> list[str]:
     for source in map(sources.parse, config.data.sources):
         names.update(source.kind.extras(source.rest))
     for spec in (*config.eval.sets, *config.eval.final_sets):
-        for name in registry.check(spec).sources:
-            names.update(sources.SOURCES[name].extras(""))
+        names.update(registry.check(spec).extras(spec))
         for text in (spec, spec.partition("/")[2]):  # wds:PATH, and probe/wds:PATH
             prefix, _, rest = text.partition(":")
             if prefix in sources.SOURCES:

@@ -203,7 +203,7 @@ class Wds(SourceKind):
 
     @classmethod
     def extras(cls, rest: str) -> tuple[str, ...]:
-        return ("hub",) if rest.startswith(hub_client.PREFIX) else ()
+        return ("hub",) if rest.startswith(hub_client.PREFIX) else super().extras(rest)
 
     @classmethod
     def open(cls, rest: str, options: SourceOptions, labels: bool = False) -> labelled.Labelled:

@@ -174,3 +174,8 @@ class ChoiceSets(SetKind):
             return bool(sources.spec_from_path(query_columns(spec.removeprefix(PREFIX))[0]))
         name, _, path = spec.partition("@")
         return spec in cls.names or (bool(path) and name in _AT_PATH)
+
+    @classmethod
+    def extras(cls, spec: str) -> tuple[str, ...]:
+        """Return the package that reads Winoground's copy on the Hub."""
+        return ("datasets",) if spec == "winoground" else ()
