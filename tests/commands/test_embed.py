@@ -272,6 +272,23 @@ def test_a_pipe_in_place_of_a_caption_is_none(tmp_path):
     assert [source.read(i)[1] for i in range(2)] == ["", "picture 1"]
 
 
+def test_a_file_that_is_too_large_for_a_caption_is_none(tmp_path):
+    pictures = tiny.folder(tmp_path / "pictures", 1)
+    (pictures / "000.txt").write_bytes(b"x" * (embed.MAX_BYTES["text"] + 1))
+    assert embed.open_images(str(pictures)).read(0)[1] == ""
+
+
+def test_names_are_utf8_where_paths_are_not(tmp_path):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    bad_tars.pairs(folder / "0.tar", 0, 1)
+    shutil.copy(folder / "0.tar", folder / "1.TAR")
+    (folder / "lines.txt").write_text("one\n")
+    named = [embed.open_images(str(folder)), embed.Lines(str(folder / "lines.txt"))]
+    assert list(map(len, named)) == [2, 1]
+    assert all("caf\N{REPLACEMENT CHARACTER}" in each.name(0).encode().decode() for each in named)
+
+
 def test_what_is_in_the_way_is_named(root, straight, model, tmp_path, capsys):
     sources, out = {"image": embed.open_images(str(root / "pictures"))}, tmp_path / "x.parquet"
     shutil.copy(straight, out)

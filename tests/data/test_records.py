@@ -113,3 +113,14 @@ def test_an_error_of_a_prefetched_item_is_raised_where_it_is_read():
         with pytest.raises(ValueError, match="item 2"):
             ahead[2]
         assert ahead[4] == 40
+
+
+def test_prefetched_items_are_read_by_several_threads_in_their_places():
+    """A switch between the choice of an item and of its place would exchange two of them."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with records.ThreadPrefetcher(lambda i: i, 5000, threads=4) as ahead, records.thread_pool(4) as threads:
+            assert list(threads.imap(ahead.__getitem__, range(5000))) == list(range(5000))
+    finally:
+        sys.setswitchinterval(interval)

@@ -187,3 +187,8 @@ def test_a_table_of_each_form():
 def test_what_is_no_item(pictures, texts, message):
     with pytest.raises(UserError, match=f"set: {message}"):
         ChoiceSet("set", noise(3), np.array(pictures), texts)
+
+
+def test_a_part_with_the_name_of_a_score_is_refused():
+    with pytest.raises(UserError, match="the part 'both' has the name of a score; give it another name"):
+        measured(single(2, groups={"both": np.arange(N) < 4}))

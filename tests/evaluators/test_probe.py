@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from tests.helpers.encoding import SIZE, by_name, make_encoder, small_model
+from xclip_jax.core.errors import UserError
 from xclip_jax.evaluators.feature_classifiers import Sweep
-from xclip_jax.evaluators.probe import Probe, ProbeSet
+from xclip_jax.evaluators.probe import ClassificationSet, Probe, ProbeSet, renumber
 from xclip_jax.evaluators.results import Provenance
 
 
@@ -141,3 +142,15 @@ def test_a_probe_of_pairs():
         expected = np.concatenate([*([u, v] if kind == "all" else []), np.abs(u - v), u * v])
         assert found[0].shape == (2, width)
         np.testing.assert_allclose(found[2][1], expected)
+
+
+def test_classes_are_their_numbers_where_two_have_one_name():
+    names, labels = ["a", "crane", "b", "crane"], np.arange(4)
+    assert renumber(labels, names, names, "set").tolist() == [0, 1, 2, 3]
+    assert renumber(np.array([1, 0]), ["b", "a"], ["a", "b", "c"], "set").tolist() == [0, 1]
+    data = ClassificationSet("set", ["x"] * 4, labels, 4, names=names)
+    assert data.renumbered(names).labels.tolist() == [0, 1, 2, 3]
+    with pytest.raises(UserError, match="set: two classes are named 'crane', and splits differ in their classes"):
+        renumber(np.array([1, 0]), ["b", "a"], names, "set")
+    with pytest.raises(UserError, match="class 'crane' is not among the 2 classes"):
+        data.renumbered(["a", "b"])

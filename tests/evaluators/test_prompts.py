@@ -131,3 +131,12 @@ def test_a_profiles_captions():
 
 def test_class_names_are_those_of_clip_benchmark():
     assert len(json.loads(storage.third_party("en_classnames.json"))["imagenet1k"]) == 1000
+
+
+@pytest.mark.parametrize(
+    "content", ['{"0": ["cat", 7]}', '{"0": ["cat", ""]}', '{"0": []}', '{"0": ""}', '["cat"]', '{"0": 7}']
+)
+def test_class_names_that_are_none(content, tmp_path):
+    (tmp_path / "names.json").write_text(content)
+    with pytest.raises(UserError, match=r"are not \{label: name\}"):
+        prompts.read_class_names(str(tmp_path / "names.json"))

@@ -8,6 +8,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import zlib
 
 import numpy as np
 import PIL.Image
@@ -196,6 +197,14 @@ def test_damaged_items_are_one_sentence(tmp_path):
     results.add(epath.Path(tmp_path / "x.json"), entry(), ITEMS, {}, own=True)
     whole = (tmp_path / "x.json.items.npz").read_bytes()
     (tmp_path / "x.json.items.npz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"x\.json\.items\.npz is damaged"):
+        results.read(epath.Path(tmp_path / "x.json"))
+
+
+@pytest.mark.parametrize("error", [zlib.error("x"), NotImplementedError("x"), TypeError("x")])
+def test_items_in_which_a_bit_is_wrong_are_one_sentence(error, tmp_path, monkeypatch):
+    results.add(epath.Path(tmp_path / "x.json"), entry(), ITEMS, {}, own=True)
+    monkeypatch.setattr(results.np, "load", lambda _: (_ for _ in ()).throw(error))
     with pytest.raises(UserError, match=r"x\.json\.items\.npz is damaged"):
         results.read(epath.Path(tmp_path / "x.json"))
 

@@ -152,3 +152,8 @@ def test_scores_that_are_not_numbers_have_no_precision():
         assert first > 0.8 and second == 0
     excluded = statistics.average_precision(np.array([[3.0], [-np.inf], [1]]), y[:, :1])
     assert excluded == [1.0]  # minus infinity is the lowest score
+
+
+def test_the_bootstrap_leaves_out_draws_of_items_without_weight():
+    items = statistics.PerExample(np.array([1.0, 0, 1, 0, 1]), weights=np.array([1.0, 0, 0, 0, 1]))
+    assert statistics.bootstrap(items) == (100, 100)

@@ -40,3 +40,9 @@ def test_selected_sets(monkeypatch):
         "emoji/test_line",
     ] and selected.kinds[0].credit
     assert "emoji/test_rendering_rest" not in loaded
+
+
+def test_a_set_whose_folder_has_moved_is_named_and_the_others_are_shown(monkeypatch):
+    monkeypatch.setattr(selection.registry, "load", lambda spec, *_: selection.RetrievalSet(spec, [], []))
+    selected = selection.select(["retrieval/moved", "coco_retrieval"], Preprocessing(4), None, None)
+    assert "'moved'" in selected.missing[0] and selected.retrieval[0].name == "coco_retrieval"

@@ -17,6 +17,7 @@ and repeats no part. It stops with an error when the weights, the text file, or 
 changed. An image of other content and equal size is not detected, nor is any change of image files in a bucket.
 """
 
+import errno
 import glob
 import hashlib
 import json
@@ -53,6 +54,11 @@ _REFUSED = ("file cannot be read", "tar cannot be read")  # by a disk or store, 
 _FEW = 10  # items of a part that may be refused, whatever their share
 
 
+def _readable(path: str) -> str:
+    """Return a path as valid UTF-8, which a file system does not ask for, and an address without its secrets."""
+    return public(os.fsencode(path).decode("utf-8", "replace"))
+
+
 class Images:
     """Image files, each with the first line of a .txt file of the same name, if there is one."""
 
@@ -63,8 +69,7 @@ class Images:
         return len(self.paths)
 
     def name(self, index: int) -> str:
-        # A name need not be UTF-8 to a file system.
-        return public(os.fsencode(self.paths[index]).decode("utf-8", "replace"))
+        return _readable(self.paths[index])
 
     def read(self, index: int) -> tuple[bytes, str]:
         return inference.read(self.paths[index]), self.caption(index)
@@ -81,6 +86,8 @@ class Images:
                 return ""
             content = storage.read(str(path), MAX_BYTES["text"])
         except OSError as error:
+            if error.errno == errno.EFBIG:
+                return ""
             raise storage.unreadable(error) from error
         try:
             return decode_text(content).strip().partition("\n")[0].strip()
@@ -108,7 +115,7 @@ class Tars:
 
     def name(self, index: int) -> str:
         tar, key = self.source.describe(index).values()
-        return f"{public(tar)}#{key}"
+        return f"{_readable(tar)}#{key}"
 
     def read(self, index: int) -> tuple[bytes, str]:
         try:
@@ -139,7 +146,7 @@ class Lines:
         return len(self._lines)
 
     def name(self, index: int) -> str:
-        return f"{self.path}#{index + 1}"
+        return f"{_readable(self.path)}#{index + 1}"
 
     def read(self, index: int) -> tuple[str, str]:
         text = decode_text(self._lines[index]).strip()
@@ -169,8 +176,8 @@ def open_images(pattern: str) -> Images | Tars:
         raise UserError(f"--images {pattern!r} contains no image ({', '.join(IMAGE_SUFFIXES)}); name a glob of files.")
     if 0 < tars < len(paths):
         raise UserError(f"--images {pattern!r} names {tars} tars among {len(paths)} files; embed them separately.")
-    if folder and tars and any(os.path.dirname(path) != str(pathlib.Path(pattern)) for path in paths):
-        pattern = os.path.join(re.sub("[{},]", "?", glob.escape(pattern)), "**", "*.tar")
+    if folder and tars:
+        pattern = os.path.join(re.sub("[{},]", "?", glob.escape(pattern)), "**", "*.[tT][aA][rR]")
     return Tars(pattern) if tars else Images(paths)
 
 

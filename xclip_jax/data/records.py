@@ -145,7 +145,7 @@ def thread_pool(threads: int = 0) -> multiprocessing.pool.ThreadPool:
 
 
 class ThreadPrefetcher(Sequence):
-    """Sequence of make(0), make(1), ..., computed ahead in threads; each item may be read once.
+    """Sequence of make(0), make(1), ..., computed ahead in threads; each item may be read once, by any thread.
 
     An error of `make` is raised when its item is read. The end of a `with` block ends the threads.
     """
@@ -158,7 +158,7 @@ class ThreadPrefetcher(Sequence):
         self._make, self._n, self._window = make, n, window
         self._pool = thread_pool(threads)
         self._results: dict[int, multiprocessing.pool.AsyncResult[Any]] = {}
-        self._next = 0
+        self._next, self._lock = 0, threading.Lock()
 
     def __len__(self) -> int:
         return self._n
@@ -166,10 +166,12 @@ class ThreadPrefetcher(Sequence):
     def __getitem__(self, index: int) -> Any:  # ty: ignore[incompatible-method-override] no slices
         if not 0 <= index < self._n:
             raise IndexError(index)
-        while self._next < min(self._n, index + 1 + self._window):
-            self._results[self._next] = self._pool.apply_async(self._make, (self._next,))
-            self._next += 1
-        return self._results.pop(index).get()
+        with self._lock:
+            while self._next < min(self._n, index + 1 + self._window):
+                self._results[self._next] = self._pool.apply_async(self._make, (self._next,))
+                self._next += 1
+            result = self._results.pop(index)
+        return result.get()
 
     def __enter__(self) -> "ThreadPrefetcher":
         return self

@@ -122,7 +122,10 @@ class Choice(Evaluator):
         n, groups, ways = len(self.data.texts), self.data.groups, np.array([len(item) for item in self.data.texts])
         results = [self.count("n", n), self.count("ways", ways.mean())]
         even = {"macro_accuracy": np.sum([mask / mask.sum() for mask in groups.values()], axis=0)} if groups else {}
-        for score, scores in self.scores(variables).items():
+        compared = self.scores(variables)
+        if same := sorted({*groups} & {*compared}):
+            raise UserError(f"{self.data.name}: the part {same[0]!r} has the name of a score; give it another name.")
+        for score, scores in compared.items():
             for metric, right in _right(scores).items():
                 level = np.full(n, PAIRED[metric]) if metric in PAIRED else 100 / ways
                 for key, weights in ({metric: None} | (even if metric == "accuracy" else {})).items():

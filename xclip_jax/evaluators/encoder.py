@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from xclip_jax.core import console
 from xclip_jax.core.errors import BadSample, UserError, describe
 from xclip_jax.data.preprocessing import Preprocessing
-from xclip_jax.data.records import thread_pool
+from xclip_jax.data.records import ThreadPrefetcher, thread_pool
 from xclip_jax.data.transforms import normalize
 from xclip_jax.models.two_towers import TwoTowers, Variables
 from xclip_jax.objectives.similarity import Similarity
@@ -281,8 +281,8 @@ class Encoder:
 
 @contextlib.contextmanager
 def _reading(items: Rows) -> Iterator[Callable[..., Iterable]]:
-    """Give a `map` for reading `items`: in threads, one a core, if they are decoded on access."""
-    if isinstance(items, (np.ndarray, list, tuple)):
+    """Give a `map` for reading `items`: in threads, one a core, if they are decoded on access and not ahead."""
+    if isinstance(items, (np.ndarray, list, tuple, ThreadPrefetcher)):
         yield map
         return
     with thread_pool() as threads:

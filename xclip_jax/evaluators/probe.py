@@ -158,6 +158,21 @@ def _items(values: np.ndarray, labels: np.ndarray, classes: int) -> dict[str, Pe
     return items
 
 
+def renumber(labels: np.ndarray, names: Sequence[str], to: Sequence[str], spec: str) -> np.ndarray:
+    """Return the numbers in `to` of classes that `labels`, int (n,), number in `names`, which may lack some.
+
+    Raises:
+      UserError: two classes have one name, and the lists differ; `spec` begins the message.
+    """
+    if list(names) == list(to):
+        return labels
+    number = {name: i for i, name in enumerate(to)}
+    if len(number) < len(to):
+        twice = next(name for i, name in enumerate(to) if number[name] != i)
+        raise UserError(f"{spec}: two classes are named {twice!r}, and splits differ in their classes; rename one.")
+    return np.array([number[name] for name in names])[labels]
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class ClassificationSet:
     """Labelled items for the classifier of a fine-tuned model.
@@ -180,13 +195,12 @@ class ClassificationSet:
 
     def renumbered(self, names: Sequence[str]) -> "ClassificationSet":
         """Return the set with `names` as its classes; some of them may have no item."""
-        number = {name: i for i, name in enumerate(names)}
-        if unknown := [name for name in self.names if name not in number]:
+        if unknown := [name for name in self.names if name not in names]:
             raise UserError(
                 f"{self.name}: class {unknown[0]!r} is not among the {len(names)} classes that the model was "
                 f"fine-tuned on, such as {names[0]!r}; test it on items of those classes."
             )
-        labels = np.array([number[name] for name in self.names])[self.labels]
+        labels = renumber(self.labels, self.names, names, self.name)
         return dataclasses.replace(self, labels=labels, classes=len(names), names=tuple(names))
 
 

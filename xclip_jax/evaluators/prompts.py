@@ -153,7 +153,8 @@ def read_class_names(path: str) -> dict[str, str | list[str]]:
         content = json.loads(pathlib.Path(path).expanduser().read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"class names {path!r} cannot be read ({error}); expected JSON, {{label: name}}.") from error
-    if not isinstance(content, dict) or not all(words and isinstance(words, (str, list)) for words in content.values()):
+    words = [x if isinstance(x, list) else [x] for x in content.values()] if isinstance(content, dict) else [[]]
+    if not all(names and all(name and isinstance(name, str) for name in names) for names in words):
         raise UserError(f"class names {path!r} are not {{label: name}} or {{label: [name, synonym, ...]}}.")
     return content
 

@@ -21,14 +21,13 @@ import math
 import os
 import shlex
 import urllib.parse
-import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
 
-from xclip_jax.core.errors import UserError, public
+from xclip_jax.core.errors import UserError, describe, public
 from xclip_jax.core.run_folder import lock
 from xclip_jax.core.storage import write_json, write_whole
 from xclip_jax.data.labelled import Paths
@@ -315,9 +314,11 @@ def read_items(path: epath.Path) -> ItemsOf:
         for key, array in np.load(io.BytesIO(file.read_bytes())).items() if file.exists() else ():
             statistic, part, entry, name = key.split(":", 3)
             parts.setdefault((entry, urllib.parse.unquote(name)), {"statistic": statistic})[part] = array
-    except (ValueError, KeyError, AttributeError, EOFError, MemoryError, zipfile.BadZipFile) as error:
-        raise UserError(f"{file} is damaged ({error}); delete it, --compare then gives no intervals.") from error
-    items_of: ItemsOf = {}
-    for (entry, name), fields in parts.items():
-        items_of.setdefault(entry, {})[name] = PerExample(**fields)
+        items_of: ItemsOf = {}
+        for (entry, name), fields in parts.items():
+            items_of.setdefault(entry, {})[name] = PerExample(**fields)
+    except Exception as error:  # one wrong bit can fail anywhere in zipfile, zlib and NumPy
+        raise UserError(
+            f"{file} is damaged ({describe(error)}); delete it, --compare then gives no intervals."
+        ) from error
     return items_of

@@ -185,7 +185,8 @@ def bootstrap(
     """Return the 95 % percentile interval of a's value, or of the difference b - a of two models, by resampling items.
 
     Items with `groups` are resampled by whole groups, the groups of `a`. Resamples with an undefined statistic, such as
-    ROC AUC of positive items only, are left out. The interval is NaN if no resample defines it.
+    ROC AUC of positive items only or a mean whose weights are all 0, are left out. The interval is NaN if no resample
+    defines it.
 
     Both have the same items, in the same order. With `ratio` the interval is of b / a, for geometric means.
     """
@@ -196,7 +197,7 @@ def bootstrap(
     rng, draw, defined = np.random.default_rng(0), _resampler(a), []
     for _ in range(samples):
         chosen = draw(rng)
-        with contextlib.suppress(UserError):
+        with contextlib.suppress(UserError, ZeroDivisionError):
             value = a.value(chosen)
             other = None if b is None else b.value(chosen)
             defined.append(value if other is None else other / value if ratio else other - value)

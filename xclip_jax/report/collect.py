@@ -216,8 +216,9 @@ def labels(rows: Iterable[tables.Row]) -> dict[Key, str]:
 
 def rows_of(runs: Sequence[Run]) -> list[tables.Row]:
     """Return the rows of all sets that runs have results of."""
-    evaluations = [x for run in runs for x in (run.record.results, *(own for _, own in run.record.evaluations))]
-    return [row for of_step in evaluations for row in tables.rows(of_step)]
+    records = [run.record for run in runs]
+    measured = [x for each in records for x in (each.results, *(own for _, own in (*each.evaluations, *each.mixes)))]
+    return [row for results in measured for row in tables.rows(results)]
 
 
 # Intervals of results, and tests whether results are above chance.

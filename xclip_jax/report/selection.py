@@ -56,8 +56,12 @@ def select(
       data: of the training pairs, for held-out ones.
       profile: templates and class names.
     """
-    selection = Selection()
-    kinds = {spec: registry.check(spec) for spec in dict.fromkeys(specs)}
+    selection, kinds = Selection(), dict[str, type[SetKind]]()
+    for spec in dict.fromkeys(specs):
+        try:
+            kinds[spec] = registry.check(spec)
+        except UserError as error:  # such as pairs in a folder that has moved
+            selection.missing.append(str(error))
     panels = {spec: panel for kind in kinds.values() for spec, panel in kind.panels.items() if spec in kinds}
     shows = {spec: kind.shows(spec) for spec, kind in kinds.items()}
     for spec in [*panels, *(spec for spec in kinds if spec not in panels and shows[spec])]:

@@ -163,7 +163,7 @@ def index_files(path: str) -> list[pathlib.Path]:
     address = public(path) if storage.is_remote(path) else os.path.abspath(path)
     folder, _, name = address.rpartition("/")
     file = f"{name}-{size:x}-{changed:x}-v{_VERSION}.npy"
-    cached = storage.cache_dir() / "tar_index" / hashlib.sha256(folder.encode()).hexdigest()[:16] / file
+    cached = storage.cache_dir() / "tar_index" / hashlib.sha256(os.fsencode(folder)).hexdigest()[:16] / file
     return [cached] if storage.is_remote(path) else [pathlib.Path(folder) / _FOLDER / file, cached]
 
 

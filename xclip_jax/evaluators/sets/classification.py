@@ -25,7 +25,7 @@ from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.data.readers import wds
 from xclip_jax.evaluators import prompts
 from xclip_jax.evaluators.base import HELD_OUT, Joined, Pictures, SetKind
-from xclip_jax.evaluators.probe import ClassificationSet, ProbeSet
+from xclip_jax.evaluators.probe import ClassificationSet, ProbeSet, renumber
 from xclip_jax.evaluators.prompts import Profile
 from xclip_jax.evaluators.results import Provenance, contents, digest
 from xclip_jax.evaluators.retrieval import RetrievalSet
@@ -221,10 +221,8 @@ def load_probe(spec: str, prepare: Preprocessing, data: DataConfig, profile: Pro
     if any(set(part.classes) - set(first.classes) or np.ndim(part.labels) != 1 for part in content):
         raise UserError(f"{spec}: the splits must have the same classes, and each image one of them.")
     # A split may lack a class: number them as the training split does.
-    numbers = {name: i for i, name in enumerate(first.classes)}
     content = [
-        dataclasses.replace(part, labels=np.array([numbers[name] for name in part.classes])[part.labels])
-        for part in content
+        dataclasses.replace(part, labels=renumber(part.labels, part.classes, first.classes, spec)) for part in content
     ]
     if len(content) == 2:
         content.insert(1, Content([], np.array([], int), first.classes, first.data))
