@@ -19,12 +19,13 @@ been published, and they have no dropout. No run of full size has been made and 
 import ml_collections
 
 from xclip_jax.config import recipes
-from xclip_jax.data import sources
+from xclip_jax.core.errors import UserError
+from xclip_jax.data import labelled, sources
 from xclip_jax.data.base import SourceOptions
 from xclip_jax.train import weights
 
 ARGUMENTS = {
-    "data": "tfds:imagenet2012", "train": "train", "test": "validation", "dir": "", "weights": "", "preset": "B/16",
+    "data": "tfds:imagenet2012", "train": "train", "test": "validation", "dir": "", "weights": "", "preset": "",
     "batch": 0, "epochs": 0, "examples": 0, "classes": 0,
 }  # fmt: skip
 # Training examples and classes, so that a config can be read where the data are not.
@@ -34,7 +35,9 @@ KNOWN = {"tfds:imagenet2012/train": (1_281_167, 1000)}
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """See the module's docstring."""
     args = recipes.parse_arg(arg, **ARGUMENTS)
-    config = recipes.base("classify", args.preset)
+    if args.weights and args.preset:
+        raise UserError(f"finetune: weights have towers of their own; leave preset={args.preset} out.")
+    config = recipes.base("classify", args.preset or "B/16")
     name = args.data.partition(":")[2].partition("@")[0].partition("?")[0].strip("/").replace("/", "-")
     config.run = f"runs/finetune-{name}"
     config.init.weights = args.weights
@@ -68,7 +71,7 @@ def fill_in(config: ml_collections.ConfigDict, arg: str | None = None) -> None:
             counted = KNOWN[config.data.sources[0]]
         else:
             source = sources.open_labelled(config.data.sources[0], SourceOptions(args.dir))
-            counted = len(source), len(source.names or ()) or 1
+            counted = len(source), labelled.count_classes(config.data.sources[0], source)
         examples, classes = examples or counted[0], classes or counted[1]
     img, text = config.model.img, config.objective.classify.tower == "txt"
     epochs, batch = args.epochs or (3 if text else 100), config.data.batch

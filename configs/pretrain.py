@@ -46,6 +46,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     args = recipes.parse_arg(arg, objective="xclip", data="", root="", preset="B/16", batch=4096, epochs=0, pairs=0)
     if args.data:
         check_choice("config argument data", args.data, PAIRS)
+    elif args.root:
+        raise UserError(f"config argument root={args.root} is the folder of a set; name the set, data=NAME.")
     epochs = args.epochs or (32 if args.data == "yfcc15m" else 25)
     epoch = max((args.pairs or PAIRS.get(args.data, OWN_PAIRS)) // args.batch, 1)  # steps
 

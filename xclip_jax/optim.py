@@ -138,8 +138,25 @@ def _scale_updates(scales: Callable[[Any], Any]) -> optax.GradientTransformation
 def trained(params: Any, frozen: Collection[str], towers: Mapping[str, Tower]) -> Any:
     """Return which parameters are trained: True or False, or a bool for each of stacked layers, that broadcasts.
 
+    `params` are the model's, by tower and head; for the others and errors see `frozen_layers`.
+    """
+    layers = frozen_layers(frozen, towers)
+
+    def trains(path: tuple[Any, ...], x: Any) -> Any:
+        name, *rest = (key.key for key in path)
+        if name not in layers:
+            return True
+        at = np.asarray(towers[name].layer_of(tuple(rest)))
+        free = ~np.isin(at, list(layers[name]))
+        return bool(free.all()) if free.all() or not free.any() else free.reshape(-1, *[1] * (x.ndim - 1))
+
+    return jax.tree_util.tree_map_with_path(trains, params)
+
+
+def frozen_layers(frozen: Collection[str], towers: Mapping[str, Tower]) -> dict[str, set[int]]:
+    """Return the frozen layers by tower, numbered as `Tower.layer_of` numbers them: blocks are between first and last.
+
     Args:
-      params: the model's, by tower and head.
       frozen: towers, their input ("img.embed") or ranges of blocks ("img.blocks.0-8", both ends included).
       towers: {"img", "txt"}.
 
@@ -160,16 +177,7 @@ def trained(params: Any, frozen: Collection[str], towers: Mapping[str, Tower]) -
         if place and last < 1:  # a tower of another package without numbered layers: all is one
             raise UserError(f"init.frozen has {part!r}; {name} has no blocks, name the whole tower: {name!r}.")
         layers.setdefault(name, set()).update(numbers)
-
-    def trains(path: tuple[Any, ...], x: Any) -> Any:
-        name, *rest = (key.key for key in path)
-        if name not in layers:
-            return True
-        at = np.asarray(towers[name].layer_of(tuple(rest)))
-        free = ~np.isin(at, list(layers[name]))
-        return bool(free.all()) if free.all() or not free.any() else free.reshape(-1, *[1] * (x.ndim - 1))
-
-    return jax.tree_util.tree_map_with_path(trains, params)
+    return layers
 
 
 def stop_frozen(params: Any, frozen: Collection[str], towers: Mapping[str, Tower]) -> Any:

@@ -6,6 +6,7 @@ import jax
 import pytest
 from flax.traverse_util import flatten_dict
 
+from tests.helpers import tiny
 from xclip_jax.config import load, recipes
 from xclip_jax.core.errors import UserError
 from xclip_jax.data import sources
@@ -51,6 +52,19 @@ def test_every_preset_of_the_full_size_recipe_builds(size):
     assert 0 < heads < 5 * (sum(x.size for x in params.values()) - heads)
     assert config.model.img.image_size == {"Ti/12": 216}.get(size, 224)
     assert (config.steps, config.checkpoint.every, config.log.expected_epochs) == (250, 200, 25)
+
+
+def test_arguments_that_would_have_no_effect_are_refused():
+    with pytest.raises(UserError, match="root=/data is the folder of a set; name the set, data=NAME"):
+        load.load_config("pretrain:root=/data")
+    with pytest.raises(UserError, match="weights have towers of their own; leave preset=L/14 out"):
+        load.load_config("finetune:weights=run,preset=L/14,examples=10,classes=2")
+
+
+def test_one_class_is_nothing_to_learn(tmp_path):
+    tiny.folder(tmp_path / "train" / "cats", 3)
+    with pytest.raises(UserError, match=r"folder:.*/train has one class, 'cats'; a classifier learns from two or more"):
+        load.load_config(f"finetune:data=folder:{tmp_path}")
 
 
 def test_unknown_preset():

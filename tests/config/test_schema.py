@@ -76,11 +76,24 @@ def test_pages_made_from_the_code_are_current(name):
             {"optim__name": "muon", "init__frozen": ("img", "txt")},
             r"optim\.name is 'muon', and init\.frozen freezes all",
         ),
+        (
+            {"optim__name": "muon", "init__frozen": ("img.blocks.0", "txt")},
+            r"optim\.name is 'muon', and init\.frozen freezes all",
+        ),
+        (
+            {"finetune__lora__rank": 2, "init__weights": "x", "init__frozen": ("img", "txt")},
+            r"finetune\.lora\.rank adapts towers, and init\.frozen freezes all of them",
+        ),
     ],
 )
 def test_values_that_cancel_each_other_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
         schema.resolve(tiny.config("clip", **changes))
+
+
+def test_muon_takes_the_blocks_that_are_not_frozen():
+    changes = {"optim__name": "muon", "init__frozen": ("img.blocks.0", "txt"), "model__img__depth": 2}
+    assert schema.resolve(tiny.config("clip", **changes)).init.frozen == ("img.blocks.0", "txt")
 
 
 def test_a_key_that_does_not_exist_is_named_with_the_nearest():

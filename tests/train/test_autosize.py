@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -238,6 +239,17 @@ def test_sizes_of_weights_are_taken_over(discs, run):
     assert load.load_config(f"small:pairs={discs},weights={run},objective=clip").objective.terms.to_dict() == {
         "clip": 1.0
     }
+    schema.resolve(c)
+
+
+def test_another_size_than_the_weights_shows_the_same_view(discs, run, tmp_path):
+    changed = shutil.copytree(run, tmp_path / "run")
+    record = json.loads((changed / "config.json").read_text())
+    size = record["config"]["model"]["img"]["image_size"]
+    record["config"]["eval"] |= {"resize_size": 2 * size, "interpolation": "bilinear"}
+    (changed / "config.json").write_text(json.dumps(record))
+    c = load.load_config(f"small:pairs={discs},weights={changed},size={2 * size}")
+    assert (c.model.img.image_size, c.eval.resize_size, c.eval.interpolation) == (2 * size, 4 * size, "bilinear")
     schema.resolve(c)
 
 

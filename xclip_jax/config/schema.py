@@ -19,9 +19,9 @@ from xclip_jax.core.imports import class_name
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.transforms import INTERPOLATIONS, RESIZE_MODES
 from xclip_jax.models.lora import LoraConfig
-from xclip_jax.models.two_towers import ModelConfig
+from xclip_jax.models.two_towers import TOWERS, ModelConfig
 from xclip_jax.objectives import LossConfig, ObjectiveConfig, make_objective, with_terms
-from xclip_jax.optim import EmaConfig, OptimConfig
+from xclip_jax.optim import EmaConfig, OptimConfig, frozen_layers
 from xclip_jax.parallel.sharding import MeshConfig
 
 _STEPS = Check(
@@ -161,12 +161,21 @@ class Config:
             yield f"init.frozen is {self.init.frozen}; the model only has the {objective.towers[0]} tower"
         if self.finetune.lora.rank and not self.init.weights:
             yield "finetune.lora.rank adapts given weights, and init.weights is empty; name weights, or set it to 0"
+        if self.finetune.lora.rank and {*objective.towers} <= {*self.init.frozen}:
+            yield "finetune.lora.rank adapts towers, and init.frozen freezes all of them; leave one of the two out"
         freezing = "finetune.lora.rank" if self.finetune.lora.rank else "init.frozen"
-        if optim.name == "muon" and (self.finetune.lora.rank or {*objective.towers} <= {*self.init.frozen}):
+        if optim.name == "muon" and (self.finetune.lora.rank or not self._trained_towers(objective.towers)):
             yield (
                 f"optim.name is 'muon', and {freezing} freezes all kernels that it takes; set it to 'adamw', "
                 "and lower optim.lr"
             )
+
+    def _trained_towers(self, names: Sequence[str]) -> list[str]:
+        """Return the towers `names` of which a block is trained, or all, where it has no blocks."""
+        towers = {name: self.model.tower(name) for name in TOWERS}
+        frozen = frozen_layers(self.init.frozen, towers)
+        blocks = {name: {*range(1, tower.num_layers - 1)} or {0} for name, tower in towers.items()}
+        return [name for name in names if blocks[name] - frozen.get(name, set())]
 
 
 def default() -> ml_collections.ConfigDict:

@@ -253,6 +253,13 @@ def check_one_class(spec: str, source: Labelled) -> None:
         raise UserError(f"{spec}: images have several labels; give each one class.")
 
 
+def count_classes(spec: str, source: Labelled) -> int:
+    """Return the number of classes, 1 for labels that are numbers; raise `UserError` if there is only one class."""
+    if source.names and len(source.names) == 1:
+        raise UserError(f"{spec} has one class, {source.names[0]!r}; a classifier learns from two or more.")
+    return len(source.names or ()) or 1
+
+
 class MismatchError(UserError):
     """Labelled items from which a model cannot learn."""
 
@@ -269,14 +276,14 @@ def check_sources(
 
     Raises:
       MismatchError: another number of classes, or the other modality.
-      UserError: several classes an image, or classes that differ between sources.
+      UserError: one class, several classes an image, or classes that differ between sources.
     """
     for spec, source in zip(specs, sources, strict=True):
         check_one_class(spec, source)
         if fields is not None and source.key not in fields:
             expected = next(key for key in ("image", "text") if key in fields)
             raise MismatchError(f"source {spec!r} has {source.key}s and the model learns from {expected}s")
-        if len(source.names or ["a number"]) != classes:
+        if count_classes(spec, source) != classes:
             raise MismatchError(f"source {spec!r} has {len(source.names)} classes, expected {classes}")
         if list(source.names) != list(sources[0].names):
             raise UserError(

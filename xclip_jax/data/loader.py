@@ -192,7 +192,7 @@ def sample_order(opened: Sequence[Source], config: DataConfig, seed: int) -> Sam
 
     if config.weights and len(opened) > 1:
         orders = [
-            shuffled([source], seed + number).map(lambda index, number=number: (number, int(index)))
+            shuffled([source], (seed + number) % 2**32).map(lambda index, number=number: (number, int(index)))
             for number, source in enumerate(opened)
         ]
         return SampleOrder(read, grain.MapDataset.mix(orders, list(config.weights)), outcomes)
