@@ -128,6 +128,20 @@ def test_a_sheet_is_written_where_it_is_asked_for_alone(tmp_path, capsys, monkey
     assert re.search(r"--sheet: '.*/file' is not a folder", run(capsys, "folder:pairs", "--sheet", "file/x/y.png")[2])
 
 
+def test_a_sheet_of_no_pair_does_not_cost_the_verdict(tmp_path, capsys, monkeypatch):
+    pairs, original = tiny.folder(tmp_path / "pairs", n=3), inspect.read
+
+    def read(*arguments):
+        done = original(*arguments)
+        for file in pairs.glob("*.png"):
+            file.unlink()
+        return done
+
+    monkeypatch.setattr(inspect, "read", read)
+    code, out, _ = run(capsys, f"folder:{pairs}", "--sheet", tmp_path / "x.png")
+    assert code == 0 and "0 pairs in" in out and not (tmp_path / "x.png").exists()
+
+
 def test_a_sheet_of_images_of_which_one_vanished(tmp_path, capsys, monkeypatch):
     """The verdict comes all the same; a shell leaves the ~ in --sheet=~/x.png as it is."""
     pairs, original = tiny.folder(tmp_path / "pairs", n=3), inspect.read

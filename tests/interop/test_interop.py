@@ -170,6 +170,12 @@ def test_a_model_of_the_demo_goes_to_every_format(tmp_path):
             "hf",
             "objective 'nclip' has no shared embedding space.* lacks log_scale, proj_img.*'safetensors'",
         ),
+        (
+            "xclip",
+            {"objective__terms": {"clip": 0.0, "nclip": 1.0}},
+            "open_clip",
+            "weight above 0 train no shared embedding space.*'safetensors'",
+        ),
         ("clip", {"model__img__pool": "mean"}, "open_clip", r"model\.img\.pool is 'mean'"),
         ("clip", {"model__img__stem": "hmlp"}, "hf", r"model\.img\.stem is 'hmlp'"),
         ("clip", {"model__img__pre_norm": False}, "hf", "norm before the first block"),

@@ -154,7 +154,8 @@ def test_process_0_alone_writes(process, calls, pairs, tmp_path, monkeypatch):
     (tmp_path / "run").mkdir()
     monkeypatch.setattr(jax, "process_index", lambda: process)
     ledger = Ledger(tmp_path / "run", max_bad_fraction=1.0, start=0, counters=None)
-    logger = log.MetricLogger(prepared, 0, ledger, None, began=0.0)
+    skipped = types.SimpleNamespace(file=ledger.file)
+    logger = log.MetricLogger(prepared, 0, ledger, skipped, began=0.0)
     logger.show_report(0)
     logger.end()
     assert [(name, call) for name, call, _ in calls if call == "init"] == [

@@ -261,6 +261,22 @@ def test_an_old_checkpoint_that_cannot_be_deleted_is_a_warning(run, monkeypatch,
     check_is(restore(run), 8)
 
 
+def test_one_that_is_protected_for_good_keeps_no_others(run, monkeypatch, capsys):
+    delete = StandardCheckpointDeleter.delete
+
+    def protected(self, step):
+        if step == 2:
+            raise PermissionError(13, "Permission denied")
+        delete(self, step)
+
+    monkeypatch.setattr(StandardCheckpointDeleter, "delete", protected)
+    with Checkpointer(run, keep=2) as checkpointer:
+        for step in (6, 8, 10):
+            checkpointer.save(make_state(step), {"samples": 8 * step, "batch": 8})
+            checkpointer.steps()
+        assert RunFolder(run).steps() == [2, 8, 10]
+
+
 # When it cannot be written
 
 

@@ -31,7 +31,7 @@ def test_wasted_steps_are_those_skipped_and_those_undone(tmp_path, monkeypatch):
     )
     folder = types.SimpleNamespace(skipped_steps_file=tmp_path / "skipped_steps.jsonl")
     job = types.SimpleNamespace(config=config, folder=folder, experiment=types.SimpleNamespace(abstract=None))
-    checkpointer = types.SimpleNamespace(steps=lambda: [4], restore=lambda *_: ({}, {}))
+    checkpointer = types.SimpleNamespace(steps=lambda: [4], is_whole=bool, restore=lambda *_: ({}, {}))
     monkeypatch.setattr(recovery, "at_step", lambda state, step: state)
     skipped = recovery.SkippedSteps(job, 0, types.SimpleNamespace(counters={}), checkpointer)
     assert skipped.wasted == 0

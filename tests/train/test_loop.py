@@ -1,5 +1,6 @@
 """The training loop: evaluations over several starts of a run, and traces of its steps."""
 
+import errno
 import gzip
 import itertools
 import json
@@ -26,6 +27,7 @@ from xclip_jax.processes import interrupt
 from xclip_jax.train import build, loop, trainer, weights
 from xclip_jax.train.callbacks import Callback
 from xclip_jax.train.checkpoint import Checkpointer
+from xclip_jax.train.log import MetricLogger
 
 pytestmark = pytest.mark.long
 
@@ -344,6 +346,20 @@ def test_data_that_fail_do_not_cost_the_steps_before(pairs, tmp_path, feed):
     with pytest.raises(UserError, match="the disk is gone") as raised:
         trainer.run(c)
     assert describe(raised.value).endswith("the state of step 2 is saved")
+    assert RunFolder(c.run).latest_step() == 2
+
+
+def test_a_log_that_a_disk_refuses_costs_no_checkpoint(pairs, tmp_path, monkeypatch):
+    original = MetricLogger.write
+
+    def refuse(self):
+        original(self)
+        raise OSError(errno.EDQUOT, "Disk quota exceeded", "metrics.jsonl")
+
+    monkeypatch.setattr(MetricLogger, "write", refuse)
+    c = tiny.short(pairs, tmp_path / "run")
+    with pytest.raises(OSError, match="Disk quota exceeded"):
+        trainer.run(c)
     assert RunFolder(c.run).latest_step() == 2
 
 

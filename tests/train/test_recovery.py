@@ -4,6 +4,7 @@ import dataclasses
 import pathlib
 import re
 import shutil
+import types
 from typing import ClassVar
 
 import chex
@@ -287,6 +288,17 @@ def test_a_run_killed_near_a_rewind_resumes_bit_exactly(pairs, tmp_path, monkeyp
         train(c, monkeypatch, POISONED, kill=kill)
     train(c, monkeypatch, POISONED, start=resume)
     assert_same_run(rewound[0], c, steps=[8, 12])
+
+
+def test_a_rewind_passes_over_a_damaged_checkpoint(capsys):
+    found = types.SimpleNamespace(steps=lambda: [2, 4, 5], is_whole=lambda step: step != 4)
+    config = types.SimpleNamespace(checkpoint=types.SimpleNamespace(every=2))
+    skipped = recovery.SkippedSteps.__new__(recovery.SkippedSteps)
+    skipped._checkpointer, skipped._job = found, types.SimpleNamespace(config=config)
+    assert skipped._checkpoint_before(6, 0) == 2
+    assert capsys.readouterr().out == "WARNING: the checkpoint of step 4 is damaged, and an older one is used\n"
+    found.is_whole = lambda step: step == 5
+    assert skipped._checkpoint_before(6, 0) == 5
 
 
 def test_a_rewind_that_did_not_help_is_the_last(pairs, tmp_path, monkeypatch):

@@ -25,6 +25,7 @@ from xclip_jax.core.console import log0
 from xclip_jax.core.errors import Parser, UserError, exit_with_message
 from xclip_jax.core.imports import add_trust, trusting
 from xclip_jax.core.run_folder import RunFolder
+from xclip_jax.core.storage import write_whole
 from xclip_jax.interop import hub
 from xclip_jax.report import card as model_card
 from xclip_jax.train import weights
@@ -85,7 +86,7 @@ def export(
         )
         about = {"run": RunFolder(path).is_run(), "repository": push, "mix": mix}
         card = model_card.render(pinned, out, to, experiment, loaded_step, notes, **about)
-        (folder / CARD).write_text(card)
+        write_whole(folder / CARD, card)
         for note in notes:
             log0(note)
     log0(f"{path}, step {loaded_step}{'' if mix == 1 else f', mix {mix:g}'}, as {to}: {out}")

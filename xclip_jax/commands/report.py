@@ -15,6 +15,7 @@ run.
 """
 
 import argparse
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ from absl import logging
 from etils import epath
 
 from xclip_jax.core.console import log0
-from xclip_jax.core.errors import Parser, UserError, check_writable, exit_with_message
+from xclip_jax.core.errors import Parser, UserError, check_file, check_writable, exit_with_message
 from xclip_jax.core.imports import add_trust, named_by, trusting
 from xclip_jax.core.run_folder import RunFolder
 from xclip_jax.core.storage import is_remote
@@ -43,8 +44,15 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--step", type=int, help="step of the checkpoint; the newest by default")
     parser.add_argument("--data-dir", default="", help="root of the data sets")
     parser.add_argument("--seed", type=int, default=0, help="decides which examples are shown")
-    parser.add_argument("--output", default="", help="file of the page, by default RUN/report.html")
-    parser.add_argument("--strip", default="", help="PNG file for a strip: four names, a search and a cluster of RUN")
+    parser.add_argument(
+        "--output", type=os.path.expanduser, default="", help="file of the page, by default RUN/report.html"
+    )
+    parser.add_argument(
+        "--strip",
+        type=os.path.expanduser,
+        default="",
+        help="PNG file for a strip: four names, a search and a cluster of RUN",
+    )
     add_trust(parser)
     flags = parser.parse_args(argv)
     if flags.strip and len(flags.runs) > 1:
@@ -62,6 +70,8 @@ def make(flags: argparse.Namespace) -> epath.Path:
         if path.is_dir() or not path.parent.is_dir():
             raise UserError(f"--output {str(path)!r} is not a file in a folder that exists; name one.")
         check_writable("--output", path.parent)
+    if flags.strip:
+        check_file("--strip", flags.strip)
     specs = tuple(filter(None, map(str.strip, flags.sets.split(","))))
     for spec in specs:
         registry.check(spec)
@@ -72,7 +82,7 @@ def make(flags: argparse.Namespace) -> epath.Path:
         if several:
             log0(f"predictions of {name}")
         runs.append(Run(name, color, record, *_predict(flags, record, specs, first)))
-    path.write_text(page.render(runs, step=flags.step))
+    path.write_bytes(page.render(runs, step=flags.step).encode("utf-8", "replace"))
     if flags.strip:
         picture.strip(flags.strip, runs[0].examples)
         log0(f"strip: {flags.strip}")

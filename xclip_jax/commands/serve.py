@@ -278,7 +278,8 @@ def make_app(index: Index) -> Any:
         origin = request.headers.get("origin")  # of the page that asks
         if origin is not None and urllib.parse.urlsplit(origin).netloc != request.headers["host"]:
             raise HTTPException(403, "Questions of other sites' pages are not answered.")
-        if int(request.headers.get("content-length", MAX_UPLOAD + 1)) > MAX_UPLOAD:  # without one it may have any size
+        length = int(request.headers.get("content-length", MAX_UPLOAD + 1))
+        if length > MAX_UPLOAD or "transfer-encoding" in request.headers:  # of chunks there may be any number
             raise HTTPException(413, f"The image is too large; send at most {MAX_UPLOAD >> 20} MiB.")
         lines, _, content = (await request.body()).partition(b"\n\n")
         image = int(request.query_params["image"]) if "image" in request.query_params else content

@@ -9,11 +9,14 @@ from xclip_jax.core.errors import public
 
 
 def log0(message: str) -> None:
-    """Print to standard output from process 0, with addresses as `errors.public` shows them."""
+    """Print to standard output from process 0, with addresses as `errors.public` shows them.
+
+    Of a path that is not UTF-8 the letters that cannot be printed become "?".
+    """
     import jax  # takes a second, which names of commands need not wait for
 
     if jax.process_index() == 0:
-        print(public(message), flush=True)
+        print(public(message).encode("utf-8", "replace").decode(), flush=True)
 
 
 def format_duration(seconds: float) -> str:

@@ -148,8 +148,11 @@ def whole_file(path: pathlib.Path, writer: str = "") -> Iterator[pathlib.Path]:
 
 
 def write_whole(path: epath.Path, content: str | bytes) -> None:
-    """Write a file, text in UTF-8, whole or not at all, even if the machine stops, or another process writes it too."""
-    data = content.encode() if isinstance(content, str) else content
+    """Write a file, text in UTF-8, whole or not at all, even if the machine stops, or another process writes it too.
+
+    Letters that UTF-8 does not have, such as of another file system's names, become "?".
+    """
+    data = content.encode("utf-8", "replace") if isinstance(content, str) else content
     if is_remote(str(path)):
         with os_errors(str(path)):
             path.write_bytes(data)  # an object in a bucket appears when it is complete
@@ -354,8 +357,11 @@ def fingerprint(paths: Iterable[str], *, whole: int = 0) -> str:
 
 
 @functools.lru_cache(maxsize=256)  # the soft limit of open files is often 1024
-def open_file(path: str) -> File:
-    """Open the file `path`, or return it if it is one of the last that this process used."""
+def open_file(path: str, version: object = None) -> File:
+    """Open the file `path`, or return it if it is one of the last that this process used, by the same `version`.
+
+    A caller who knows offsets in a file names its version, since another file may take the place of an open one.
+    """
     return File(path)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import IO, Any, ClassVar
 
 from xclip_jax.core import storage
-from xclip_jax.core.errors import BadSample, UserError
+from xclip_jax.core.errors import BadSample, UserError, public
 
 Record = dict[str, Any]
 
@@ -172,7 +172,7 @@ class SourceKind:
     @classmethod
     def reads(cls, path: str) -> bool:
         """Whether a path without a prefix is most likely of this kind."""
-        return path.endswith(cls.suffixes) and not os.path.isdir(path)
+        return public(path).lower().endswith(cls.suffixes) and not os.path.isdir(path)
 
 
 def decode_text(data: bytes) -> str:

@@ -120,7 +120,7 @@ def repeated_share(values: np.ndarray) -> float:
 
 
 def write_sheet(samples: Sequence[Sample], source: Source, path: str) -> int:
-    """Write a PNG of the first good pairs that are still readable, and return their number."""
+    """Write a PNG of the first good pairs that are still readable, if there are any, and return their number."""
     chosen = []
     for sample in (sample for sample in samples if not sample.reason):
         with contextlib.suppress(BadSample):
@@ -128,6 +128,8 @@ def write_sheet(samples: Sequence[Sample], source: Source, path: str) -> int:
             chosen.append((sample, Image.fromarray(picture)))
         if len(chosen) == _COLUMNS * _ROWS:
             break
+    if not chosen:
+        return 0
     line = 13
     height = _TILE + _LINES * line + 8
     page = Image.new("RGB", (_COLUMNS * _TILE, -(-len(chosen) // _COLUMNS) * height), "white")

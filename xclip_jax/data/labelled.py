@@ -124,9 +124,17 @@ def _read_folder(name: str, path: pathlib.Path) -> tuple[Paths, np.ndarray, list
 
 
 def images_in(folder: pathlib.Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> list[pathlib.Path]:
-    """Return the files with these suffixes in `folder` and visible folders below it, in ImageFolder's order."""
+    """Return the files with these suffixes in `folder` and visible folders below it, in ImageFolder's order.
+
+    Raises `OSError` where a folder cannot be listed: without its images the set would be another.
+    """
+
+    def refuse(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise error
+
     inside = []
-    for root, folders, files in os.walk(folder, followlinks=True):
+    for root, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
         folders[:] = [name for name in folders if not (name.startswith(".") or _leads_back(folder, root, name))]
         inside.append((root, sorted(n for n in files if n.lower().endswith(suffixes) and not n.startswith("."))))
     return [pathlib.Path(root, file) for root, files in sorted(inside) for file in files]

@@ -77,6 +77,8 @@ def parse(text: str) -> SourceSpec:
     if colon and prefix in SOURCES:
         if not rest:
             raise UserError(f"source {text!r} ends after its type; write {', '.join(SOURCES[prefix].forms)}.")
+        if prefix == "hf" and rest.startswith("//"):
+            raise UserError(f"source {text!r} is an address of files; write tar:{text} or parquet:{text}.")
         return SourceSpec(SOURCES[prefix], rest)
     if match := _IMPORTED.fullmatch(text):
         return SourceSpec(_import(text, match["class"]), match["rest"] or "")

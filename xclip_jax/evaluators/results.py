@@ -301,7 +301,7 @@ def write_items(path: epath.Path, items_of: ItemsOf) -> None:
         for name, item in items.items():
             for part in ("values", "weights", "other", "groups"):
                 if (array := getattr(item, part)) is not None:
-                    arrays[f"{item.statistic}:{part}:{entry}:{urllib.parse.quote(name, safe='')}"] = array
+                    arrays[f"{item.statistic}:{part}:{entry}:{urllib.parse.quote(os.fsencode(name), safe='')}"] = array
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
     write_whole(items_file(path), buffer.getvalue())
@@ -313,7 +313,9 @@ def read_items(path: epath.Path) -> ItemsOf:
     try:
         for key, array in np.load(io.BytesIO(file.read_bytes())).items() if file.exists() else ():
             statistic, part, entry, name = key.split(":", 3)
-            parts.setdefault((entry, urllib.parse.unquote(name)), {"statistic": statistic})[part] = array
+            parts.setdefault((entry, urllib.parse.unquote(name, errors="surrogateescape")), {"statistic": statistic})[
+                part
+            ] = array
         items_of: ItemsOf = {}
         for (entry, name), fields in parts.items():
             items_of.setdefault(entry, {})[name] = PerExample(**fields)

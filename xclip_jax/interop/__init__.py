@@ -189,7 +189,7 @@ def _own_config(
     keys = Preprocessing.from_dict(config, _image_tower(config).image_size).to_config()
     name, texts, notes = config["data"]["tokenizer"], {}, []
     if name not in tokenizer.NAMES:
-        texts[vocabulary.FILE], name = epath.Path(name).read_bytes().decode(), vocabulary.FILE
+        texts[vocabulary.FILE], name = epath.Path(name).expanduser().read_text(), vocabulary.FILE
     group = config.get("eval", {})
     prompts: dict[str, Any] = {"templates": list(group["templates"])} if group.get("templates") else {}
     if group.get("class_names"):
@@ -229,6 +229,11 @@ def _expressible(
         raise UserError(
             f"a model of objective {objective.name!r} has no shared embedding space, which {to!r} needs: it lacks "
             f"{', '.join(lacking)}; write to 'safetensors'."
+        )
+    if not objective.similarities or objective.similarities[0].is_distribution:  # its projections are not trained
+        raise UserError(
+            f"the terms of {objective.name!r} with a weight above 0 train no shared embedding space, which {to!r} "
+            "needs; write to 'safetensors'."
         )
     for tower in ("img", "txt"):
         blocks = params[tower]["transformer"]

@@ -105,7 +105,7 @@ def tensors(file: epath.Path) -> Tensors:
         raise UserError(f"{file} has the same numbers in too many tensors. Convert it: {REMEDY}.")
     del content
     by_name = {name: arrays.pop(name).astype(np.float32, copy=False) for name in list(arrays)}
-    for prefix in ("module.", "_orig_mod."):  # prefixes of distributed and compiled models
+    for prefix in ("module.", "_orig_mod.", "module."):  # prefixes of distributed and compiled models, in any order
         if all(name.startswith(prefix) for name in by_name):
             by_name = {name.removeprefix(prefix): x for name, x in by_name.items()}
     return by_name | ({OPENAI: np.zeros((), np.float32)} if scripted else {})

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import functools
 import signal
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -99,6 +100,7 @@ class PreemptionHandler:
             self._leaves = False
 
 
+@functools.cache  # for later runs of this process, which find only Python's
 def _handler_below_python(number: int) -> Callable[[int], None] | None:
     """The C handler of a signal, taken out, or None: JAX's service installs one, which Python's would replace."""
     try:

@@ -133,11 +133,12 @@ class Peers:
             time.sleep(_LINGER_SECONDS)
         status = EXIT_RESTART if lost else 1
         sentence = describe(error) if isinstance(error, (UserError, SystemExit)) else public(repr(error))
-        if not isinstance(error, (UserError, SystemExit)):
-            print(public("".join(traceback.format_exception(error))), end="", file=sys.stderr)
         gone = " (another process may be gone; start all of them again)" if lost else ""
         own = f"process {self.index} of {self.count}"
-        print(f"error: {own}: {sentence.removeprefix('error: ')}{gone}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # a full disk or a closed pipe
+            if not isinstance(error, (UserError, SystemExit)):
+                print(public("".join(traceback.format_exception(error))), end="", file=sys.stderr)
+            print(f"error: {own}: {sentence.removeprefix('error: ')}{gone}", file=sys.stderr)
         self.leave(sentence.removeprefix("error: ").splitlines()[0], status)
 
     def _watch(self) -> None:
@@ -169,9 +170,11 @@ class Peers:
         if not self._ending.acquire(blocking=False):
             return
         advice = f"Process {self.index} ends too; start all of them again."
-        print(f"error: {sentence.rstrip('.')}. {advice}", file=sys.stderr)
-        self._linger()
-        exit_now(status)
+        try:
+            print(f"error: {sentence.rstrip('.')}. {advice}", file=sys.stderr)
+            self._linger()
+        finally:  # also where nothing can be printed
+            exit_now(status)
 
     def _linger(self) -> None:
         """In process 0: give the others time to read why all end."""

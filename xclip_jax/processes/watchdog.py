@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 
@@ -84,6 +84,15 @@ class Watchdog:
         self.beat()
         self.phase, self._detail = phase, detail
 
+    @contextlib.contextmanager
+    def compiling(self) -> Iterator[None]:
+        """Compile in this context, before the run trains."""
+        self.enter(COMPILATION)
+        try:
+            yield
+        finally:
+            self.enter("")
+
     def beat(self) -> None:
         """Mark progress within the phase."""
         now = self._clock()
@@ -148,7 +157,8 @@ class Watchdog:
         if warns and now - since > max(self._warning, _SLOWER * self._longest.get(phase, 0.0)):
             self._warned_of = since
             limit = f"; the run ends after {self._limit:.0f} s (log.stall_limit)" if self._limit else ""
-            print(f"WARNING: {self._who()}no progress: {self.status()}{self._others()}{limit}", flush=True)
+            with contextlib.suppress(OSError):  # a full disk or a closed pipe, which must not end this thread
+                print(f"WARNING: {self._who()}no progress: {self.status()}{self._others()}{limit}", flush=True)
 
     def _others(self) -> str:
         if (peers := runtime.peers()) is None:
@@ -161,11 +171,13 @@ class Watchdog:
         return f"process {jax.process_index()}: " if jax.process_count() > 1 else ""
 
     def _end(self, sentence: str, status: int, *, stacks: bool = True) -> None:
-        where = self._dump_stacks() if stacks else ""
-        print(f"error: {self._who()}{sentence}{where}; run the same command to resume", file=sys.stderr, flush=True)
-        if (peers := runtime.peers()) is not None:
-            peers.leave(sentence, status)
-        exit_now(status)
+        try:
+            where = self._dump_stacks() if stacks else ""
+            print(f"error: {self._who()}{sentence}{where}; run the same command to resume", file=sys.stderr, flush=True)
+        finally:  # also where nothing can be written
+            if (peers := runtime.peers()) is not None:
+                peers.leave(sentence, status)
+            exit_now(status)
 
     def _dump_stacks(self) -> str:
         """Write the stacks of all threads to standard error and to the run's folder, and return where they are."""

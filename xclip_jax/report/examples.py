@@ -3,13 +3,15 @@
 Examples are drawn by a seed, never selected by hand.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from xclip_jax.core.errors import UserError
 from xclip_jax.data import loader
 from xclip_jax.data.transforms import normalize
 from xclip_jax.evaluators import tables
@@ -134,6 +136,15 @@ class Examples:
     missing: list[str] = dataclasses.field(default_factory=list)
 
 
+@contextlib.contextmanager
+def _named_if_unreadable(examples: Examples) -> Iterator[None]:
+    """Add the `UserError` of a set of which no image can be read to `missing`: the page has the other sets."""
+    try:
+        yield
+    except UserError as error:
+        examples.missing.append(str(error))
+
+
 def collect_examples(
     encoder: Encoder,
     variables: Variables,
@@ -163,12 +174,14 @@ def collect_examples(
     examples = Examples(seed, credits=credits, missing=selection.missing)
     words: Sequence[str] = [name for _, _, zeroshot, _ in selection.zeroshot for name in zeroshot.names]
     for title, sentence, zeroshot, shown in selection.zeroshot:
-        _add_names(examples, encoder, variables, title, sentence, zeroshot, shown)
+        with _named_if_unreadable(examples):
+            _add_names(examples, encoder, variables, title, sentence, zeroshot, shown)
     if selection.retrieval:
         rng = np.random.default_rng(seed)
-        examples.retrieved, captions = _retrieved(encoder, variables, *selection.retrieval, rng, examples.missing)
-        if not selection.zeroshot:
-            examples.gallery, words = examples.retrieved.gallery, captions
+        with _named_if_unreadable(examples):
+            examples.retrieved, captions = _retrieved(encoder, variables, *selection.retrieval, rng, examples.missing)
+            if not examples.named:
+                examples.gallery, words = examples.retrieved.gallery, captions
     if examples.gallery.images:
         queries = list(dict.fromkeys(query for kind in kinds for query in kind.queries))
         _search_and_cluster(examples, encoder, variables, queries, list(dict.fromkeys(words)))
@@ -270,15 +283,19 @@ def _retrieved(
     scores, bars = by_score[""], _bars(encoder, variables, by_score)
     matches = Matches(captions).of_images()
     by_text, by_image = [], []
-    _, first = np.unique(texts, return_index=True)
+    # In dicts: in an array of NumPy each text would take as much memory as the longest.
+    places = {text: t for t, text in reversed(list(enumerate(texts)))}
+    first = np.array([places[text] for text in sorted(places)])
     for t in rng.permutation(first)[:NUM_QUERIES]:
         best = np.argsort(-scores[:, t], kind="stable")[:TOP]
         rank = int(ranks_of(scores[:, t][None], matches[:, t][None])[0]) + 1
         by_text.append(SearchResult(texts[t], best.tolist(), matches[best, t].tolist(), rank))
     for i in rng.permutation(len(gallery.images))[:NUM_IMAGES]:
         order = np.argsort(-scores[i], kind="stable")
-        _, once = np.unique([texts[t] for t in order], return_index=True)  # a text of several images is shown once
-        choices = [bars.label(i, t, texts[t], bool(matches[i, t])) for t in order[np.sort(once)][:5]]
+        once: dict[str, int] = {}  # a text of several images is shown once
+        for t in order:
+            once.setdefault(texts[t], t)
+        choices = [bars.label(i, t, text, bool(matches[i, t])) for text, t in list(once.items())[:5]]
         rank = int(ranks_of(scores[i][None], matches[i][None])[0]) + 1
         by_image.append(Prediction(gallery.shown[i], captions[i][0], rank, choices))
     title = tables.shorten([data.name])[data.name]

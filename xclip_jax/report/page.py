@@ -18,6 +18,7 @@ from PIL import Image
 from xclip_jax.config.schema import Config
 from xclip_jax.core.console import log0
 from xclip_jax.core.errors import public
+from xclip_jax.core.storage import write_whole
 from xclip_jax.evaluators import tables
 from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.evaluators.prompts import Profile
@@ -256,7 +257,7 @@ def _write(job: Job, variables: Variables) -> None:
         return
     record = collect.read(folder.path)
     run = Run(folder.path.name, 0, record, examples, experiment.num_parameters)
-    folder.report_file.write_text(render([run]))
+    write_whole(folder.report_file, render([run]))
     log0(f"report: {folder.report_file}")
     if examples.named or examples.clusters:
         title = f"What {record.objective.title} learned in {config.steps} steps of {config.data.batch} pairs"

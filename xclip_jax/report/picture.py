@@ -46,7 +46,7 @@ def printable(text: str) -> str:
 
 def fit(text: str, size: int, width: float) -> str:
     """Return `text`, printable and cut with an ellipsis so that it is at most `width` pixels wide at font `size`."""
-    text = printable(text)
+    text = printable(text[:500])  # more is wider than a picture, and is cut letter by letter
     if _font(size).getlength(text) <= width * _SCALE:
         return text
     while text and _font(size).getlength(text + "…") > width * _SCALE:

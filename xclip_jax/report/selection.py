@@ -76,8 +76,9 @@ def select(
         if shows[spec] == "captions":
             selection.retrieval = sets[0], sets[1]
         elif np.ndim(sets[0].labels) == 1:
-            name = spec.removeprefix("zeroshot/")
-            title = f"{tables.shorten([name])[name]}: which class" if is_holdout(spec, "zeroshot/") else spec
+            name, held_out = spec.removeprefix("zeroshot/"), [x for x in kinds if is_holdout(x, "zeroshot/")]
+            short = tables.shorten(x.removeprefix("zeroshot/") for x in held_out)
+            title = f"{short[name]}: which class" if spec in held_out else spec
             title, sentence = panels.get(spec) or (title, "The model chooses among {num_classes} names.")
             selection.zeroshot.append((title, sentence, _few_prompts(sets[0]), sets[1]))
         selection.kinds.append(kinds[spec])

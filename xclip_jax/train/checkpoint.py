@@ -67,14 +67,16 @@ class _Deleter:
 
     def delete_steps(self, steps: Sequence[int]) -> None:
         """Delete checkpoints, and those that could not be deleted before."""
-        self._left += steps
-        try:
-            while self._left:
-                self._deleter.delete(self._left[0])
-                self._left.pop(0)
-        except Exception as error:
+        steps, self._left, reason = [*self._left, *steps], [], ""
+        for step in steps:
+            try:
+                self._deleter.delete(step)
+            except Exception as error:
+                self._left.append(step)
+                reason = _reason(error)
+        if self._left:
             listed = ", ".join(map(str, self._left[:_SHOWN])) + (", ..." if len(self._left) > _SHOWN else "")
-            log0(f"WARNING: old checkpoints could not be deleted, of step {listed} ({_reason(error)})")
+            log0(f"WARNING: old checkpoints could not be deleted, of step {listed} ({reason})")
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._deleter, name)
@@ -265,6 +267,10 @@ class Checkpointer:
         if not folder.exists():  # in a bucket it has its final name from the start
             folder = max(self.path.glob(f"{self._saving}.orbax-checkpoint-tmp*"))
         checkpoint_files.write_digest(folder, self._saving)
+
+    def is_whole(self, step: int) -> bool:
+        """Whether the files of `step` are as they were saved, the same on all processes."""
+        return self._find_fault(step) is None
 
     def _find_fault(self, step: int) -> str | None:
         """Return the fault that process 0 finds in the files of `step`, or None, the same on all processes."""

@@ -277,7 +277,7 @@ def check_same_data(job: Job) -> None:
         return
     facts: dict[str, Any] = {}
     if (name := job.experiment.config.data.tokenizer) not in tokenizer.NAMES:
-        facts["tokenizer file"] = _hash(epath.Path(name).read_bytes())
+        facts["tokenizer file"] = _hash(epath.Path(name).expanduser().read_bytes())
     for number, fingerprint in enumerate(job.fingerprints):
         whole = {key: value for key, value in fingerprint.items() if key not in OUTCOMES}
         for key in OUTCOMES.keys() & fingerprint.keys():

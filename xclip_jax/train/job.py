@@ -1,8 +1,9 @@
 """A run before its first step: its parts are opened and checked before anything is written."""
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -38,11 +39,13 @@ class Job:
     Attributes:
       config, folder: config and folder of the run.
       compiles: whether checks may compile the step, which may take minutes.
+      compiling: context in which they do.
     """
 
     def __init__(self, config: Config, folder: TrainingFolder) -> None:
         self.config, self.folder = config, folder
         self.compiles = True
+        self.compiling: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
 
     @functools.cached_property
     def experiment(self) -> Experiment:
@@ -115,7 +118,9 @@ class Job:
     @functools.cached_property
     def compiled(self) -> tuple[Any, str]:
         """The compiled step, or None and the reason why it does not fit, see `cost.compile_if_fits`."""
-        return cost.compile_if_fits(self.grouped)
+        grouped = self.grouped  # reads captions
+        with self.compiling():
+            return cost.compile_if_fits(grouped)
 
     @functools.cached_property
     def initial(self) -> tuple[Mapping[str, np.ndarray], int]:

@@ -194,7 +194,9 @@ class MetricLogger:
             self._trackers.show_report(step)
 
     def end(self) -> None:
-        """Close the trackers, after an error too, as the process may end without their own exit."""
+        """Write buffered lines and close the trackers, after an error too: the process may end without exit."""
+        for file in self._files:
+            file.flush()
         if self._trackers:
             self._trackers.close()
 

@@ -27,6 +27,8 @@ from xclip_jax.train.job import Job
 from xclip_jax.train.log import MetricLogger, is_due
 from xclip_jax.train.state import TrainState
 
+_PERFETTO = "perfetto_trace.json.gz"
+
 
 def train(
     job: Job, state: TrainState, log: MetricLogger, checkpointer: Checkpointer, watch: Watchdog, stop: PreemptionHandler
@@ -38,9 +40,10 @@ def train(
 
     def save(*, regular: bool = False) -> None:
         watch.enter(CHECKPOINT)
-        log.write()  # a run that resumes does not log steps before the checkpoint again
-        # Skipped steps change no parameters, and their checkpoints would push out earlier ones.
-        if not (regular and log.skipped.in_a_row):
+        with _logged(log, checkpointer):
+            # Skipped steps change no parameters, and their checkpoints would push out earlier ones.
+            if regular and log.skipped.in_a_row:
+                return
             with log.clock.stall():
                 b = job.config.data.batch
                 position = {"samples": step * b, "batch": b, "seed": job.config.seed, "counters": log.ledger.counters}
@@ -77,12 +80,27 @@ def train(
     except Exception as error:
         if step > start and _can_save_after(error, watch.phase):
             save()
-            checkpointer.steps()  # waits for the save: each of several processes ends as soon as it raises
-            error.add_note(f"the state of step {step} is saved")
+            if step in checkpointer.steps():  # waits for the save: each of several processes ends as soon as it raises
+                error.add_note(f"the state of step {step} is saved")
         raise
     finally:
         watch.enter(CHECKPOINT)  # closing the checkpointer waits for a save
         tracer.close()
+
+
+@contextlib.contextmanager
+def _logged(log: MetricLogger, checkpointer: Checkpointer) -> Iterator[None]:
+    """Log the last step before a save in this context: a run that resumes does not log the steps before it again.
+
+    The error of a disk that refuses the log is raised after the save, which may go to another disk.
+    """
+    try:
+        log.write()
+    except OSError:
+        yield
+        checkpointer.steps()  # waits for the save
+        raise
+    yield
 
 
 def batches(
@@ -216,11 +234,13 @@ class StepTracer:
                 jax.profiler.stop_trace()
                 for file in filter(pathlib.Path.is_file, pathlib.Path(local).rglob("*")):
                     copy = self._path / file.relative_to(local)
+                    if jax.process_count() > 1 and copy.name == _PERFETTO:  # without a host in its name
+                        copy = copy.with_name(f"process-{jax.process_index()}.{copy.name}")
                     copy.parent.mkdir(parents=True, exist_ok=True)
                     copy.write_bytes(file.read_bytes())
                 log0(
                     f"profile of steps {steps[0]} to {steps[-1]}: {self._path}; open it with xprof --logdir "
-                    f"{self._path} (pip install xprof), or its perfetto_trace.json.gz at https://ui.perfetto.dev"
+                    f"{self._path} (pip install xprof), or its {_PERFETTO} at https://ui.perfetto.dev"
                 )
 
     @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from typing import NoReturn
 
 import jax
 
@@ -103,15 +104,17 @@ class SkippedSteps:
         return at_step(restored, step)
 
     def _checkpoint_before(self, failed: int, rewound: int) -> int:
-        """Return the newest checkpoint between two steps, a regular one if possible.
+        """Return the newest whole checkpoint between two steps, a regular one if possible.
 
         Interrupts make no difference as long as those that they save leave a regular one among `checkpoint.keep`.
         """
         every = self._job.config.checkpoint.every
         usable = [step for step in self._checkpointer.steps() if rewound < step < failed]
-        if not usable:
-            self._stop(f"steps {failed + 1} to {self._checked} are skipped, and no checkpoint is left to rewind to")
-        return max([step for step in usable if every and step % every == 0] or usable)
+        for step in sorted(usable, key=lambda step: (bool(every) and step % every == 0, step), reverse=True):
+            if self._checkpointer.is_whole(step):
+                return step
+            log0(f"WARNING: the checkpoint of step {step} is damaged, and an older one is used")
+        self._stop(f"steps {failed + 1} to {self._checked} are skipped, and no checkpoint is left to rewind to")
 
     def _add(self, step: int, values: dict[str, float]) -> None:
         config = self._job.config
@@ -124,7 +127,7 @@ class SkippedSteps:
             self._stop(f"{reason}, after {self.in_a_row - 1} skipped steps in a row, and is not saved")
         log0(f"WARNING: {reason}; the step is skipped, {self.in_a_row} in a row, {self.total} in all, see {self.path}")
 
-    def _stop(self, reason: str) -> None:
+    def _stop(self, reason: str) -> NoReturn:
         saved = self._checkpointer.steps()
         last = f"the last checkpoint has step {saved[-1]}" if saved else "there is no checkpoint yet"
         self.file.flush()

@@ -56,7 +56,7 @@ def run(
     folder = TrainingFolder(config.run)
     folder.check(config)
     limits = {"warning": config.log.stall_warning, "limit": config.log.stall_limit}
-    with PreemptionHandler() as stop:
+    with PreemptionHandler() as stop, Watchdog(folder, stop, **limits) as watch:
         checks.check_same_config(config, folder)
         if (results := folder.completed(config)) is not None:
             if folder.moved_sources(config):  # two recipes may have one folder
@@ -64,13 +64,15 @@ def run(
             log0(f"{folder.path} is complete at step {config.steps}; to train again, use a different --config.run")
             return results
         job = Job(config, folder)
+        job.compiling = watch.compiling
+        watch.step = watch.saved = folder.latest_step() or 0
         checks.require(job)
         callbacks = [*callbacks, *(made() for made in classes(config))]
         job.prepare()
         checks.check_same_data(job)
         keep, keep_every = config.checkpoint.keep, config.checkpoint.keep_every
         facts = (job.experiment.length_groups, job.experiment.text_rows, job.initial[1])
-        with folder.claimed(config, job.fingerprints, *facts), Watchdog(folder, stop, **limits) as watch:
+        with folder.claimed(config, job.fingerprints, *facts):
             # A process that fails ends before its checkpointer is closed, which would wait for the others.
             checkpoints = Checkpointer(folder.path, keep=keep, keep_every=keep_every)
             with checkpoints as checkpointer, runtime.ends_all():
@@ -163,6 +165,8 @@ def _finish(
     results, failed = _evaluate(job, variables, step, log, watch, stop)
     watch.enter("")
     log.close()
+    if results and not failed:  # before the run is complete: one that ends in a callback is evaluated again
+        log.end_evaluation(step, results)
     if jax.process_index() == 0:
         details = {"failed": failed} if failed else {}
         job.folder.write_results(config, results, seconds=time.perf_counter() - began, **details)
@@ -177,8 +181,6 @@ def _finish(
             f"{len(failed)} of {len(job.final)} evaluation sets failed ({', '.join(failed)}); "
             f"{job.folder.results_file} has the others. Run the same command to evaluate again."
         )
-    if results:
-        log.end_evaluation(step, results)
     try:
         for callback in callbacks:
             with evaluating(watch, stop, ""):

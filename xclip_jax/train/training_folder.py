@@ -204,7 +204,7 @@ class TrainingFolder(RunFolder):
         facts, now = environment.capture(), datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         chosen = {"length_groups": str(groups), "text_rows": text_rows and list(text_rows)}
         if saved is None or self.latest_step() is None:
-            self._forget_evaluations(saved, config)
+            self._forget_evaluations(saved, config, init_step)
             content: dict[str, Any] = {"config": current, "environment": facts, "started": now, **chosen}
             if hub.is_hub(pinned := hub.pin(config.init.weights)):
                 content["init_commit"] = pinned.rpartition("@")[2]
@@ -225,14 +225,16 @@ class TrainingFolder(RunFolder):
             saved |= {"config": current, "starts": [*saved.get("starts", []), start]}
             write_json(self.config_file, saved | chosen if renew else saved)
 
-    def _forget_evaluations(self, saved: Mapping[str, Any] | None, config: Config) -> None:
+    def _forget_evaluations(self, saved: Mapping[str, Any] | None, config: Config, init_step: int) -> None:
         """Delete evaluations of a run without a checkpoint that were not of these weights or not of these sets."""
         if saved is None:
             return
         if differing := _differences(saved["config"], config):
             log0(f"{self.path} has no checkpoint, so the run starts with its new config: {', '.join(differing)}")
         before, after = schema.flatten(saved["config"]), schema.flatten(schema.to_dict(config))
-        if differing or any(before.get(key) != after.get(key) for key in ("eval.before", *_EVALUATION_KEYS)):
+        keys = ("eval.before", "data.tokenizer", *_EVALUATION_KEYS)
+        others = any(before.get(key) != after.get(key) for key in keys) or saved.get("init_step", 0) != init_step
+        if differing or others:
             self.metrics_file.unlink(missing_ok=True)
             self.results_log_file.unlink(missing_ok=True)
 

@@ -3,6 +3,8 @@
 import os
 import shutil
 
+import pytest
+
 from tests.helpers import bad_tars, tiny
 from xclip_jax.core.errors import BadSample
 from xclip_jax.data import base, sources
@@ -93,3 +95,24 @@ def test_card_of_a_folder_takes_names_that_are_not_utf8(tmp_path):
         file.write(bad_tars.jpeg(0))
     (tmp_path / "\udcff.txt").write_text("x")
     assert FolderSource(tmp_path).fingerprint()["samples"] == 1
+
+
+def test_lines_of_a_caption_end_where_lines_do(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(bad_tars.jpeg(0))
+    (tmp_path / "a.txt").write_text("a dog\u2028on the beach, wait\x85 what\r\n\nanother\n", newline="")
+    assert FolderSource(tmp_path)[0]["text"] == ["a dog\u2028on the beach, wait\x85 what", "another"]
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):
+    tiny.folder(tmp_path / "pairs" / "sub", n=2)
+    tiny.folder(tmp_path / "pairs" / "other", n=2)
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("sub"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match="sub"):
+        FolderSource(tmp_path / "pairs")

@@ -14,7 +14,7 @@ from tests.helpers import bad_tars
 from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.data import base, sources
 from xclip_jax.data.base import read_csv
-from xclip_jax.data.readers.table import ArrayRecordSource
+from xclip_jax.data.readers.table import ArrayRecordSource, Cells
 
 
 def open_source(spec, image="image", text=("text",), tags=""):
@@ -304,3 +304,15 @@ def test_texts_of_another_encoding_are_bad_samples_without_their_image_too(tmp_p
     for read in (source.texts, source.__getitem__):
         with pytest.raises(BadSample, match="caption is not UTF-8"):
             read(0)
+
+
+def test_files_that_a_column_of_bytes_names_are_told_apart():
+    def column(*names):
+        return pyarrow.chunked_array([pyarrow.array([{"bytes": None, "path": f"/x/{name}"} for name in names])])
+
+    def sizes(*names):
+        return list(Cells(column(*names), lambda index, name: (name, "")).sizes())
+
+    assert sizes("cat1.jpg", "cat2.jpg") == [("cat1.jpg", 0), ("cat2.jpg", 0)] != sizes("dog7.jpg", "dog8.jpg")
+    whole = pyarrow.chunked_array([pyarrow.array([{"bytes": b"abc", "path": "x.jpg"}])])
+    assert list(Cells(whole, lambda index, name: (name, "")).sizes()) == [("0", 3)]

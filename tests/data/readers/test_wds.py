@@ -76,3 +76,11 @@ def test_a_text_file_of_another_encoding_is_named(tmp_path):
     (root / "classnames.txt").write_bytes("caf\xe9\nfox".encode("latin-1"))
     with pytest.raises(UserError, match=r"classnames\.txt' is not UTF-8 \(.*\); convert the file, as with iconv"):
         wds.open_labelled(wds.locate(str(root)))
+
+
+def test_a_key_that_a_tar_has_twice_is_named(tmp_path):
+    root = write(tmp_path, [{"jpg": IMAGE, "cls": b"0"}])
+    with tarfile.open(root / "test" / "0.tar", "a") as tar:
+        bad_tars.add(tar, "s0.jpg", IMAGE)
+    with pytest.raises(UserError, match=r"0\.tar' has 's0\.\.?jpg' twice; each sample needs a key of its own"):
+        wds.open_labelled(wds.locate(str(root)))

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import pathlib
+import re
 from typing import Any, ClassVar
 
 from xclip_jax.core import storage
@@ -42,7 +43,8 @@ class FolderSource(Source):
             raise BadSample("no caption file" if path.exists() else "no image file") from error
         except OSError as error:
             raise storage.unreadable(error) from error
-        text = [line.strip() for line in decode_text(caption).splitlines() if line.strip()]
+        # str.splitlines() would also cut at letters of damaged texts, such as U+0085.
+        text = [line.strip() for line in re.split(r"[\r\n]+", decode_text(caption)) if line.strip()]
         if not text:
             raise BadSample("caption is empty", f"{str(path.with_suffix('.txt'))!r}")
         return {"image": image, "text": text, "tags": [], "id": str(path)}

@@ -76,15 +76,21 @@ class Cells(Sequence):
 
     def sizes(self) -> Iterator[tuple[str, int]]:
         """Yield the number and size in bytes of each image, or its file name and 0."""
-        column = self.column
+        column, paths = self.column, None
         if pyarrow.types.is_struct(column.type) and column.type.get_field_index("bytes") >= 0:
-            content = pyarrow.compute.StructFieldOptions("bytes")
-            column = pyarrow.compute.call_function("struct_field", [column], content)
+            paths = self._field("path") if column.type.get_field_index("path") >= 0 else None
+            column = self._field("bytes")
         if pyarrow.types.is_binary(column.type) or pyarrow.types.is_large_binary(column.type):
             column = pyarrow.compute.call_function("binary_length", [column])
         for index, value in enumerate(value for chunk in column.chunks for value in chunk.to_pylist()):
             size = value if isinstance(value, int) else 0
+            if not size and paths is not None:
+                value = paths[index].as_py()
             yield (value.rpartition("/")[2], 0) if isinstance(value, str) else (str(index), size)
+
+    def _field(self, name: str) -> Any:
+        options = pyarrow.compute.StructFieldOptions(name)
+        return pyarrow.compute.call_function("struct_field", [self.column], options)
 
     def read(self, index: int) -> tuple[bytes, str]:
         """Return an image, and its path or URL, or the number of its row.

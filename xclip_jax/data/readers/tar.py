@@ -59,6 +59,7 @@ class TarSource(Source):
         self._parts = ("image", *["text"] * ("text" in self.text_keys), *["json"] * fields)
         self.tars = tar_index.find(pattern)
         self._index_paths = tar_index.load(self.tars)
+        self._version = hash(tuple(map(str, self._index_paths)))  # their names have sizes and times of the tars
         # Each map holds a file open, and the soft limit of a process is often 1,024.
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         with contextlib.suppress(ValueError, OSError):
@@ -79,10 +80,13 @@ class TarSource(Source):
     def __len__(self) -> int:
         return self._ends[-1]
 
-    def _row(self, index: int) -> tuple[str, np.void]:
+    def _shard(self, index: int) -> int:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        shard = bisect.bisect_right(self._ends, index)
+        return bisect.bisect_right(self._ends, index)
+
+    def _row(self, index: int) -> tuple[str, np.void]:
+        shard = self._shard(index)
         try:
             rows = _mapped(self._index_paths[shard])
         except (OSError, ValueError) as error:  # it was evicted, and its file is gone since
@@ -90,7 +94,10 @@ class TarSource(Source):
         return self.tars[shard], rows[index - self._ends[shard] + len(rows)]
 
     def describe(self, index: int) -> dict[str, str]:
-        tar, row = self._row(index)
+        try:
+            tar, row = self._row(index)
+        except BadSample:  # without its index
+            return {"tar": self.tars[self._shard(index)], "key": ""}
         return {"tar": tar, "key": row["key"].decode("utf-8", "replace")}
 
     def __getitem__(self, index: int) -> Record:
@@ -137,7 +144,7 @@ class TarSource(Source):
         spans = {part: (start, int(row[f"{part}_size"])) for part in parts if (start := int(row[part]))}
         first, end = min(start for start, _ in spans.values()), max(start + size for start, size in spans.values())
         try:
-            file = storage.open_file(tar)
+            file = storage.open_file(tar, self._version)
             if end - first <= sum(size for _, size in spans.values()) + _GAP:
                 whole = file.read(first, end - first)
                 contents |= {part: whole[start - first : start - first + size] for part, (start, size) in spans.items()}

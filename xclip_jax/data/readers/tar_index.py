@@ -18,6 +18,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from typing import IO, Any
 
 import numpy as np
@@ -89,7 +90,8 @@ def _is_damaged(file: IO[bytes], start: int, end: int) -> bool:
     for offset in range(start, end, _CHUNK):
         chunk = file.read(min(_CHUNK, end - offset))
         if chunk.count(0) != len(chunk):
-            return chunk[156:157] != b"g"
+            header = (len(chunk) - len(chunk.lstrip(b"\0"))) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
+            return chunk[header + 156 : header + 157] != b"g"
     return False
 
 
@@ -164,7 +166,7 @@ def index_files(path: str) -> list[pathlib.Path]:
     folder, _, name = address.rpartition("/")
     file = f"{name}-{size:x}-{changed:x}-v{_VERSION}.npy"
     cached = storage.cache_dir() / "tar_index" / hashlib.sha256(os.fsencode(folder)).hexdigest()[:16] / file
-    return [cached] if storage.is_remote(path) else [pathlib.Path(folder) / _FOLDER / file, cached]
+    return [cached] if storage.is_remote(path) else [pathlib.Path(folder or "/") / _FOLDER / file, cached]
 
 
 def read(index_path: pathlib.Path) -> np.ndarray | None:
@@ -251,6 +253,7 @@ def load(tars: Sequence[str], *, processes: int | None = None) -> list[pathlib.P
                 context = multiprocessing.get_context("spawn")
                 pool = concurrent.futures.ProcessPoolExecutor(processes, context, init_worker)
                 built = stack.enter_context(pool).map(build, todo)
+            stack.enter_context(_ended_process())
             for done, index_path in enumerate(built):
                 index_paths[todo[done]] = index_path
                 if time.monotonic() - reported > _PROGRESS_SECONDS:
@@ -258,6 +261,17 @@ def load(tars: Sequence[str], *, processes: int | None = None) -> list[pathlib.P
                     print(f"indexed {done + 1:,} of {len(todo):,} tars", flush=True)
         print(f"indexed {len(todo):,} tars in {time.monotonic() - began:.1f} s", flush=True)
     return [index_path for path in tars if (index_path := index_paths[path])]
+
+
+@contextlib.contextmanager
+def _ended_process() -> Iterator[None]:
+    try:
+        yield
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a process that indexes tars was ended by the system, most likely for want of memory; start again, on a "
+            "machine with more of it if it happens again. Tars that are indexed stay so."
+        ) from error
 
 
 def find(pattern: str) -> list[str]:

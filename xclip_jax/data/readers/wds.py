@@ -76,6 +76,7 @@ class Members(Sequence):
     def __init__(self, tars: Sequence[str], rows: Sequence[tuple[int, bytes, int, int]]) -> None:
         """`rows` has the number of the tar, the key, the offset and the size in bytes for each image."""
         self.tars, self.rows = list(tars), list(rows)
+        self._versions = list(map(storage.stat, self.tars))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -94,7 +95,7 @@ class Members(Sequence):
         if size > MAX_BYTES["image"]:
             raise BadSample("file too large", self.name(index))
         try:
-            data = storage.open_file(self.tars[number]).read(offset, size)
+            data = storage.open_file(self.tars[number], self._versions[number]).read(offset, size)
         except OSError as error:
             raise BadSample("tar cannot be read", str(error)) from error
         if len(data) < size:
@@ -132,13 +133,18 @@ def read(split: Split) -> tuple[Members, list[bytes]]:
     """
     tars, suffix, rows, answers = split.tars(), _ANSWERS[split.type], [], []
     for number, tar in enumerate(tars):
-        size, file = storage.stat(tar)[0], storage.open_file(tar)
+        version = size, _ = storage.stat(tar)
+        file = storage.open_file(tar, version)
         samples: dict[bytes, dict[str, tuple[int, int]]] = {}
         for name, offset, length in tar_index.members(tar, size):
             if not name or offset + length > size:
                 raise UserError(f"{split.spec}: tar {tar!r} is damaged at byte {offset:,} or cut off; get it again.")
             key, ending = tar_index.split_name(name)
-            samples.setdefault(key, {})[ending] = offset, length
+            files = samples.setdefault(key, {})
+            if ending in files:
+                sample = f"{key.decode('utf-8', 'replace')}.{ending}"
+                raise UserError(f"{split.spec}: tar {tar!r} has {sample!r} twice; each sample needs a key of its own.")
+            files[ending] = offset, length
         for key, files in samples.items():
             image = next((files[ending] for ending in _IMAGES if ending in files), None)
             if image is None or suffix not in files or files[suffix][1] > MAX_BYTES["text"]:
