@@ -105,6 +105,11 @@ def load(name: str) -> Tokenizer:
     raise UserError(f"tokenizer {name!r} must be one of {', '.join(map(repr, NAMES))} or the path of a tokenizer.json.")
 
 
+def read_file(name: str) -> bytes:
+    """Return the content of the file `name` of a tokenizer that is none of `NAMES`; "~" is the home folder."""
+    return epath.Path(name).expanduser().read_bytes()
+
+
 def clean(text: str) -> str:
     """CLIP's cleaning: broken encodings repaired, HTML entities resolved twice, white space folded, lower case."""
     return " ".join(_repaired(text).split()).lower()

@@ -189,7 +189,7 @@ def _own_config(
     keys = Preprocessing.from_dict(config, _image_tower(config).image_size).to_config()
     name, texts, notes = config["data"]["tokenizer"], {}, []
     if name not in tokenizer.NAMES:
-        texts[vocabulary.FILE], name = epath.Path(name).expanduser().read_text(), vocabulary.FILE
+        texts[vocabulary.FILE], name = tokenizer.read_file(name).decode(), vocabulary.FILE
     group = config.get("eval", {})
     prompts: dict[str, Any] = {"templates": list(group["templates"])} if group.get("templates") else {}
     if group.get("class_names"):

@@ -163,9 +163,8 @@ def own_files(path: str, length: int) -> dict[str, str]:
 
 def _read(path: str) -> tokenizers.Tokenizer:
     try:
-        return tokenizers.Tokenizer.from_str(
-            epath.Path(path).expanduser().read_text()
-        )  # the library only reads local disks
+        # From memory, since the library only reads local disks.
+        return tokenizers.Tokenizer.from_str(tokenizer.read_file(path).decode())
     except Exception as error:  # The library raises bare `Exception`.
         raise UserError(f"{path} is not a Hugging Face tokenizers JSON: {error}") from error
 

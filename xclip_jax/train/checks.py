@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
-from etils import epath
 
 from xclip_jax.config import schema
 from xclip_jax.config.schema import Config
@@ -277,7 +276,7 @@ def check_same_data(job: Job) -> None:
         return
     facts: dict[str, Any] = {}
     if (name := job.experiment.config.data.tokenizer) not in tokenizer.NAMES:
-        facts["tokenizer file"] = _hash(epath.Path(name).expanduser().read_bytes())
+        facts["tokenizer file"] = _hash(tokenizer.read_file(name))
     for number, fingerprint in enumerate(job.fingerprints):
         whole = {key: value for key, value in fingerprint.items() if key not in OUTCOMES}
         for key in OUTCOMES.keys() & fingerprint.keys():

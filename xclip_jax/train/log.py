@@ -194,7 +194,7 @@ class MetricLogger:
             self._trackers.show_report(step)
 
     def end(self) -> None:
-        """Write buffered lines and close the trackers, after an error too: the process may end without exit."""
+        """Write buffered lines and close the trackers, also after an error."""
         for file in self._files:
             file.flush()
         if self._trackers:

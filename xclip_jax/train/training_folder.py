@@ -167,7 +167,7 @@ class TrainingFolder(RunFolder):
             if starts and named:
                 self.tokenizer_file.unlink(missing_ok=True)  # left by a start that failed
             elif not named and (starts or not self.tokenizer_file.exists()):
-                write_whole(self.tokenizer_file, epath.Path(config.data.tokenizer).expanduser().read_bytes())
+                write_whole(self.tokenizer_file, tokenizer.read_file(config.data.tokenizer))
             yield
 
     def write_results(self, config: Config, results: Sequence[Result], **details: Any) -> None:

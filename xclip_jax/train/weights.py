@@ -307,7 +307,7 @@ def _meaning(config: Config) -> dict[str, Any]:
     towers = {name: config.model.tower(name) for name in TOWERS}
     keys = {f"model.{name}.{key}": getattr(tower, key) for name, tower in towers.items() for key in tower.meaning_keys}
     if (tokens := config.data.tokenizer) not in tokenizer.NAMES:
-        tokens = hashlib.sha256(epath.Path(tokens).expanduser().read_bytes()).hexdigest()
+        tokens = hashlib.sha256(tokenizer.read_file(tokens)).hexdigest()
     preprocessing = flatten_dict(Preprocessing.from_config(config).to_config(), sep=".")
     return keys | {"data.tokenizer": tokens} | preprocessing
 

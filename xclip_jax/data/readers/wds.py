@@ -73,10 +73,11 @@ class Split:
 class Members(Sequence):
     """Images that are files in tars."""
 
-    def __init__(self, tars: Sequence[str], rows: Sequence[tuple[int, bytes, int, int]]) -> None:
+    def __init__(
+        self, tars: Sequence[str], versions: Sequence[object], rows: Sequence[tuple[int, bytes, int, int]]
+    ) -> None:
         """`rows` has the number of the tar, the key, the offset and the size in bytes for each image."""
-        self.tars, self.rows = list(tars), list(rows)
-        self._versions = list(map(storage.stat, self.tars))
+        self.tars, self._versions, self.rows = list(tars), list(versions), list(rows)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -132,9 +133,9 @@ def read(split: Split) -> tuple[Members, list[bytes]]:
       UserError: missing files, damaged tars, images without labels or labels without images.
     """
     tars, suffix, rows, answers = split.tars(), _ANSWERS[split.type], [], []
-    for number, tar in enumerate(tars):
-        version = size, _ = storage.stat(tar)
-        file = storage.open_file(tar, version)
+    versions = list(map(storage.stat, tars))
+    for number, (tar, version) in enumerate(zip(tars, versions, strict=True)):
+        size, file = version[0], storage.open_file(tar, version)
         samples: dict[bytes, dict[str, tuple[int, int]]] = {}
         for name, offset, length in tar_index.members(tar, size):
             if not name or offset + length > size:
@@ -154,7 +155,7 @@ def read(split: Split) -> tuple[Members, list[bytes]]:
                 )
             rows.append((number, key, *image))
             answers.append(file.read(*files[suffix]))
-    return Members(tars, rows), answers
+    return Members(tars, versions, rows), answers
 
 
 def open_labelled(split: Split) -> labelled.Labelled:
