@@ -276,7 +276,8 @@ def make_optimizer(
     Weight decay is decoupled: the learning rate times `weight_decay` times the parameter, and with lamb also times the
     trust ratio of the update.
 
-    `steps` are of the whole run; what is `frozen` (see `trained`) has no updates, weight decay and moments.
+    The schedule covers `steps`, the length of the whole run. Parameters that are `frozen` (see `trained`) have no
+    updates, weight decay or moments.
     """
     tx = _OPTIMIZERS[config.name](config, schedule(config, steps), towers)
     if config.layer_decay != 1:

@@ -111,7 +111,7 @@ def _predict(
 ) -> tuple[Examples, int | None, int | None]:
     """Return predictions of a run's model, or why it has none yet, its number of parameters, and its step.
 
-    The config and profile `first` are of the first run: which pairs are held out, the templates and class names.
+    `first` is the config and profile of the first run, which decide the held-out pairs, templates and class names.
     """
     try:
         _, experiment, variables, step = load(str(record.folder), flags.step)

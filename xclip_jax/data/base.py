@@ -126,7 +126,8 @@ class SourceOptions:
 class Form:
     """What specs of one form read, in words for error messages and --help; "" for nothing.
 
-    `pairs` are of images and texts, `labels` labelled items, and `splits` these in several splits, named SPEC/SPLIT.
+    `pairs` describes sources of images with texts, `labels` sources of labelled items, and `splits` sources of labelled
+    items in several splits, each named SPEC/SPLIT.
     """
 
     pairs: str = ""

@@ -109,8 +109,8 @@ class DenseProbe(Evaluator):
     mean shares of the training patches everywhere. Metrics of the probe of pixels and positions begin with "pixels/".
     Further results are n, train, ways (number of classes), patches (per image) and log10_c. Patches without a label are
     ignored; patches of an unreadable test image count as wrong.
-    "zeroshot/miou" and "zeroshot/iou/<class>" are of pixels, if the model's own similarity is of embeddings: cosines of
-    patches with the classes' texts are interpolated bilinearly, and the largest is compared with the mask.
+    A model whose own similarity compares embeddings also has "zeroshot/miou" and "zeroshot/iou/<class>", which count
+    pixels: cosines of patches with the classes' texts are interpolated bilinearly, and the largest names the pixel.
     """
 
     family = "dense"

@@ -148,8 +148,8 @@ def linear(
 ) -> Fit:
     """Run CLIP's linear probe: C by `search` on validation items, then one fit that is tested once.
 
-    The fit is of training items, and of validation items too if `sweep.refit`. Without validation items a tenth of
-    `train`, at least one item, is held out for the search. `score` of (logits, labels) chooses C.
+    The last fit reads the training items, and with `sweep.refit` the validation items too. Without validation items a
+    tenth of `train`, at least one item, is held out for the search. `score` of (logits, labels) chooses C.
     Returns whether each test item is right, 0.0 or 1.0 (n,), and {"log10_c": the choice}.
     """
     whole, given = train, len(validation[1]) > 0

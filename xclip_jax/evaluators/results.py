@@ -279,7 +279,7 @@ def add(
 def latest(entries: Sequence[Entry]) -> tuple[list[Entry], list[Entry]]:
     """Return the entries of the newest step, of the model and profile evaluated last at this step; and all others.
 
-    `entries` are oldest first; the first list is of the last one's checkpoint.
+    `entries` are ordered by age, the newest last, whose checkpoint all entries of the first list share.
     """
     of_checkpoint = [entry for entry in entries if entry["checkpoint"] == entries[-1]["checkpoint"]]
     of_checkpoint = [entry for entry in of_checkpoint if share_of(entry) == 1] or of_checkpoint

@@ -188,7 +188,8 @@ def bootstrap(
     ROC AUC of positive items only or a mean whose weights are all 0, are left out. The interval is NaN if no resample
     defines it.
 
-    Both have the same items, in the same order. With `ratio` the interval is of b / a, for geometric means.
+    Both have the same items, in the same order. With `ratio` the interval covers the quotient b / a, for geometric
+    means, and else the difference b - a.
     """
     if b is not None and (a.statistic != b.statistic or len(a.values) != len(b.values)):
         raise UserError(

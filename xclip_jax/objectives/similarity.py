@@ -92,7 +92,8 @@ class ClusterSimilarity(Similarity):
     def scores(self, img: np.ndarray, txt: np.ndarray) -> dict[str, np.ndarray]:
         """Compare cluster logits of images (n, k) with distributions of texts (m, k).
 
-        "cosine" is of p and q, "cross_entropy" the negative symmetric 1/2 sum_k (p log q + q log p) in nats.
+        For distributions p of an image and q of a text, "cosine" is their cosine, and "cross_entropy" the negative
+        symmetric cross-entropy, 1/2 sum_k (p log q + q log p), in nats. Both are fp32 (n, m), larger for likely pairs.
         """
         (n, k), m = img.shape, len(txt)
         scores = {key: np.empty((n, m), np.float32) for key in ("cosine", "cross_entropy")}

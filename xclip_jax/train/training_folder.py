@@ -150,8 +150,8 @@ class TrainingFolder(RunFolder):
     ) -> Iterator[None]:
         """Keep other runs out of the folder, write config.json, data.json and the tokenizer, and delete old results.
 
-        `groups` are of the run's texts, for the `Experiment.text_rows`; `init_step` is the step of another run that
-        it starts from, 0 for none.
+        config.json keeps the length `groups` of the run's texts and the `Experiment.text_rows` that they were made for.
+        `init_step` is the step of the other run that this one starts from, 0 for none.
         """
         if jax.process_index() != 0:
             yield
