@@ -1,5 +1,6 @@
 """The search page: embeddings that are kept in a file, answers, the command, and the page in a browser."""
 
+import asyncio
 import errno
 import io
 import os
@@ -102,6 +103,22 @@ def test_the_page_escapes_names_and_loads_nothing_from_elsewhere(client):
 def test_pages_of_other_sites_are_not_answered(client):
     for origin, status in (("http://evil.example", 403), ("null", 403), (str(client.base_url), 200)):
         assert client.post("/names?image=0", content=b"fox", headers={"origin": origin}).status_code == status
+
+
+def test_browser_that_leaves_during_an_upload_is_no_error(index):
+    """Without a handler the server would print a traceback for it."""
+    parts = iter([{"type": "http.request", "body": b"fox", "more_body": True}, {"type": "http.disconnect"}])
+    headers = [(b"host", b"localhost"), (b"content-length", b"100")]
+    scope = {"type": "http", "method": "POST", "path": "/names", "query_string": b"", "headers": headers}
+
+    async def receive():
+        return next(parts)
+
+    async def send(message):
+        pass
+
+    asyncio.run(command.make_app(index)(scope, receive, send))
+    assert not list(parts)
 
 
 def test_embeddings_that_cannot_be_stored_are_served(fake, images, tmp_path, monkeypatch, capsys):

@@ -252,7 +252,7 @@ def make_app(index: Index) -> Any:
     from starlette.exceptions import HTTPException
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
-    from starlette.requests import Request
+    from starlette.requests import ClientDisconnect, Request
     from starlette.responses import HTMLResponse, JSONResponse, Response
     from starlette.routing import Route
 
@@ -303,7 +303,7 @@ def make_app(index: Index) -> Any:
             Route("/thumbnail/{image:int}", small),
         ],
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=_HOSTS)],
-        exception_handlers=dict.fromkeys((ValueError, IndexError, HTTPException), fault),
+        exception_handlers=dict.fromkeys((ValueError, IndexError, HTTPException, ClientDisconnect), fault),
     )
 
 
