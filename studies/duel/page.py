@@ -89,9 +89,10 @@ def snapshot_of(duel: stages.Duel, load: Any = load_config) -> Chosen:
     finals = [name for name in names if name.startswith("final_")]
     shown = ([name for name in finals if name != "final_clip"], ("zeroshot_best", "rendering_best", "probe"))
     baseline = "final_clip" if finals else names[0]
+    added = {f"wrong{stages.LEVELS[-1]}_{arm}" for arm in duel.added}
     study = stages.study_of(
-        duel.arms, measures=measures(), named=NAMED, claims=duel_claims(duel.arms), baseline=baseline,
-        shown=shown if finals else ((), ()),
+        duel.arms, measures=measures(), named=NAMED, baseline=baseline, shown=shown if finals else ((), ()),
+        claims=duel_claims([arm for arm in duel.arms if arm.name not in added]),
     )  # fmt: skip
     return Chosen(stages.DuelMatrix(study, load), duel.records)
 

@@ -25,7 +25,8 @@ CHANGES = {"log.every": 20, "data.cache": True}
 MOST_COST = 1.03  # of a step of xCLIP over CLIP's
 TUNING_SEEDS, SEEDS, WRONG_SEEDS = (100, 101), (0, 1, 2, 3, 4), (0, 1, 2)
 HEAD_STEPS, FINAL_STEPS, RETUNING_STEPS, WRONG_STEPS = 500, 4000, 750, 3000
-LEVELS, BEST_AT_HALF = (25, 50), 4  # % of captions exchanged; arms at the second level
+LEVELS, BEST_AT_HALF = (25, 50), 4  # % of captions exchanged; arms that the rule chooses for the second level
+ADDED_AT_HALF = ("gce", "cheaper")  # also run at the second level; in no claim, unless they are among the best
 # Arms with all of SEEDS at the first level; others have WRONG_SEEDS, by which the second level's are chosen.
 FIVE_SEEDS = ("clip", "smoothed", "gce", "distilled", "superclip", "xclip")
 _CLIPS_STEP = ("clip", "smoothed", "positives")  # take as long as CLIP's
@@ -65,9 +66,9 @@ def stages() -> tuple[Stage, ...]:
         Stage(f"rung{i}", f"two teams, rung {i}", 2 * rung.kept * len(rung.seeds), rung.steps)
         for i, rung in enumerate(RUNGS, 1)
     )
-    wrong = []
-    arms = (len(spaces.WRONG), BEST_AT_HALF)
-    followers = (len(spaces.FOLLOWERS), 0)
+    wrong, added = [], {*ADDED_AT_HALF}
+    arms = (len(spaces.WRONG), BEST_AT_HALF + len(added & spaces.WRONG.keys()))
+    followers = (len(spaces.FOLLOWERS), len(added & spaces.FOLLOWERS.keys()))
     for level, number, more in zip(LEVELS, arms, followers, strict=True):
         wrong.append(Stage(f"tune{level}", f"{level} % wrong captions, retuning", 4 * number, RETUNING_STEPS))
         runs = (number + more) * len(WRONG_SEEDS)
@@ -147,6 +148,7 @@ class Duel:
         self.impossible: dict[str, str] = {}
         self._most_cost = MOST_COST
         self.head, self.winners, self.retuned = "", dict[str, int](), dict[str, spaces.Settings]()
+        self.added: Sequence[str] = ()  # arms of `ADDED_AT_HALF` that are not among the best
         self._cheaper: spaces.Settings | None = None  # the best xCLIP of the last rung without a teacher
         self._declare_heads()
         self._matrix = DuelMatrix(study_of(self.arms), load)
@@ -156,11 +158,10 @@ class Duel:
         halved = {team: self._halve(team) for team in spaces.SPACES}
         self.winners = {team: index for team, index in halved.items() if index is not None}
         if len(self.winners) == len(halved) and self._declare_finals():
-            chosen: Sequence[str] | None = tuple(spaces.WRONG)
-            for level in LEVELS:
-                chosen = self._declare_wrong(level, chosen)
-                if chosen is None:
-                    break
+            best = self._declare_wrong(LEVELS[0], tuple(spaces.WRONG))
+            if best is not None:
+                self.added = tuple(arm for arm in ADDED_AT_HALF if arm in spaces.WRONG and arm not in best)
+                self._declare_wrong(LEVELS[1], (*best, *self.added))
 
     # --- what records say
 
@@ -354,18 +355,16 @@ class Duel:
                 continue
             own = candidates[int(order[0]) - 1]
             self.retuned[f"wrong{level}_{arm}"] = own
-            followers = [name for name, led in spaces.FOLLOWERS.items() if led == arm and level == LEVELS[0]]
-            for name in (arm, *followers):
+            followers = [name for name, led in spaces.FOLLOWERS.items() if led == arm]
+            for name in (arm, *(name for name in followers if level == LEVELS[0] or name in ADDED_AT_HALF)):
                 settings = {} if name == "oracle" else own  # clean pairs have the recipe of clean pairs
                 seeds = SEEDS if name in FIVE_SEEDS and level == LEVELS[0] else WRONG_SEEDS
                 if cost := self.costs.get("final_cheaper") if name == "cheaper" else ratio:
                     steps = round(WRONG_STEPS / cost)
                     finals[name] = self._wrong(name, f"wrong{level}_{name}", level, settings, steps, "dose", seeds)
                     self._add(finals[name])
-        if not complete:
-            return None
-        compared = {arm: dataclasses.replace(final, seeds=WRONG_SEEDS) for arm, final in finals.items()}
-        order = self._best({arm: final for arm, final in compared.items() if arm in spaces.WRONG})
+        compared = {arm: dataclasses.replace(finals[arm], seeds=WRONG_SEEDS) for arm in arms if arm in finals}
+        order = self._best(compared) if complete else None
         return None if order is None else order[:BEST_AT_HALF]
 
     @staticmethod
