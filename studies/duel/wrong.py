@@ -1,5 +1,6 @@
 """The sections of the duel's page on wrong captions, with their charts."""
 
+import itertools
 import json
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,13 +18,14 @@ from studies.tables import table
 RIVALS = ("smoothed", "gce", "distilled", "superclip", "siglip", "clip", "nclip", "shuffled")
 _SHARES = (0.25, 0.5, 0.75, 1.0)
 _AREA = Measure("auc", "AUC", "")
-_DRAWN = ("smoothed", "gce", "distilled", "superclip", "xclip", "oracle")  # as many as there are colours
+_DRAWN = ("smoothed", "gce", "distilled", "superclip", "xclip", "oracle", "cheaper")  # the first six at a level
 _SUSPECTED_BY = (
     ("clip", "loss"),
     ("smoothed", "loss"),
     ("xclip", "loss"),
     ("xclip", "clusters"),
     ("nclip", "clusters"),
+    ("cheaper", "clusters"),
 )
 
 
@@ -34,6 +36,7 @@ def own_charts(snapshot: Chosen, areas: Sequence[Mapping[str, Any]]) -> dict[str
     for level in stages.LEVELS:
         prefix = f"wrong{level}_"
         arms = [f"{prefix}{name}" for name in ("clip", *_DRAWN) if f"{prefix}{name}" in names]
+        arms = arms[: len(charts.COLORS) + 1]
         groups = {}
         base = _base(arms, prefix)
         for measure in (study.measure("zeroshot_best"), study.measure("probe")) if base else ():
@@ -130,24 +133,25 @@ def _mean(by_seed: Mapping[int, float]) -> float:
 
 
 def _suspects(lines: Sequence[Mapping[str, Any]], level: int) -> Iterator[str]:
-    """AUC by xCLIP's clusters minus AUC by losses: at the end, and each at the checkpoint with its best mean."""
-    ours = _areas(lines, f"wrong{level}_xclip").get("clusters")
+    """AUC by clusters minus AUC by losses: at the end, and each at the checkpoint with its best mean."""
     rows, ends = [], {}
-    for rival in ("clip", "smoothed", "xclip") if ours else ():
-        if ours and (losses := _areas(lines, f"wrong{level}_{rival}").get("loss")):
+    for arm, rival in itertools.product(("xclip", "cheaper"), ("clip", "smoothed", "xclip")):
+        ours = _areas(lines, f"wrong{level}_{arm}").get("clusters")
+        losses = _areas(lines, f"wrong{level}_{rival}").get("loss")
+        if ours and losses:
             last = paired(ours[max(ours)], losses[max(losses)])
             best = paired(*(max(areas.values(), key=_mean) for areas in (ours, losses)))
-            title = f"{spaces.WRONG_TITLES[rival]}, its loss"
-            rows.append([title, *(tables.difference_text(d, _AREA) for d in (last, best))])
-            ends |= {rival: last} if last and last.n >= MIN_SEEDS else {}
+            titles = [spaces.WRONG_TITLES[arm], f"{spaces.WRONG_TITLES[rival]}, its loss"]
+            rows.append([*titles, *(tables.difference_text(d, _AREA) for d in (last, best))])
+            ends |= {rival: last} if arm == "xclip" and last and last.n >= MIN_SEEDS else {}
     if rows:
-        yield from ["AUC by xCLIP's clusters minus AUC by a loss, paired by seed:", ""]
-        yield from table(["minus", "at the end", "each at its best checkpoint"], rows)
+        yield from ["AUC by clusters minus AUC by a loss, paired by seed:", ""]
+        yield from table(["clusters of", "minus", "at the end", "each at its best checkpoint"], rows)
     if level == stages.LEVELS[0] and {"clip", "smoothed"} <= ends.keys():
         better = all(ends[rival].low > 0 for rival in ("clip", "smoothed"))
         worse = any(ends[rival].high < 0 for rival in ("clip", "smoothed"))
         verdict = "Shown" if better else "Refuted" if worse else "Undecided"
-        claim = "Clusters find wrong captions better than the loss of CLIP and of CLIP with tuned smoothing."
+        claim = "xCLIP's clusters find wrong captions better than the loss of CLIP and of CLIP with tuned smoothing."
         yield from [f"*{claim}* **{verdict}** at the end of training, as declared.", ""]
 
 

@@ -163,7 +163,12 @@ def test_the_duel_declares_itself_stage_by_stage():
     # The clusters of all three seeds fall by 2 from one step to the next, and a fourth step is one seed's alone.
     areas = [
         {"arm": f"wrong25_{arm}", "seed": seed, "step": step, score: area - step / 375 + seed / 10}
-        for arm, score, area in (("xclip", "clusters", 65.13), ("clip", "loss", 60.0), ("smoothed", "loss", 62.0))
+        for arm, score, area in (
+            ("xclip", "clusters", 65.13),
+            ("cheaper", "clusters", 67.13),
+            ("clip", "loss", 60.0),
+            ("smoothed", "loss", 62.0),
+        )
         for seed in (0, 1, 2)
         for step in (750, 1500)
     ]
@@ -179,7 +184,8 @@ def test_the_duel_declares_itself_stage_by_stage():
     text = page.render(duel, snapshot, areas, drawn)
     assert "What would have changed" in text and "1. names better than CLIP | " in text
     assert "63.2 after 750 (3), 61.2 after 1500 (3) |" in text and "not decided yet" not in text
-    assert "| CLIP, its loss | +5.1 [+5.1, +5.1] | +5.1 [+5.1, +5.1] |" in text and "4.500 |" in text
+    assert "| xCLIP | CLIP, its loss | +5.1 [+5.1, +5.1] | +5.1 [+5.1, +5.1] |" in text and "4.500 |" in text
+    assert "| xCLIP without a teacher | CLIP, its loss | +7.1 [+7.1, +7.1] |" in text
     assert "of CLIP with tuned smoothing.* **Shown**" in text and "**Open**" not in text
     assert [claim.text for claim in snapshot.study.claims[4:]] == [page._EACH_RIVAL, page._SMOOTHED, page._AT_HALF]
     left = [line for line in command.overview(duel, "").splitlines() if line.endswith(" runs")]
