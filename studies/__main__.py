@@ -6,6 +6,7 @@
     python -m studies --page                 docs/study.md and its charts, from the records
     python -m studies --study cc12m --collect RUN ...   records of runs that were made elsewhere
     python -m studies duel --list            the duel of two teams at equal cost, which has a command of its own
+    python -m studies photographs --list     photographs with loose titles, which have one too
 
 Each finished run is a line of studies/icons/runs.jsonl, which is recognised by its config; commit that file. After a
 kill, or in another checkout that has the file, the same command goes on. Recipes are tuned on validation sets; test
@@ -25,6 +26,7 @@ from studies.declaration import DEFAULT, SECTIONS
 from studies.duel import command as duel
 from studies.icons import study as icons
 from studies.matrix import Matrix, Snapshot, overview
+from studies.photographs import command as photographs
 from studies.runner import ROOT, Runner, collect
 from xclip_jax.config.load import load_config
 from xclip_jax.core.errors import Parser, UserError, exit_with_message
@@ -66,9 +68,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     words = sys.argv[1:] if argv is None else list(argv)
     logging.set_verbosity(logging.ERROR)
-    if words[:1] == ["duel"]:
+    if words[:1] in (["duel"], ["photographs"]):
         with exit_with_message():
-            duel.main(words[1:])
+            {"duel": duel, "photographs": photographs}[words[0]].main(words[1:])
         return
     flags = _arguments(words)
     with exit_with_message():

@@ -27,6 +27,8 @@ FREE_KEYS = (
 # What begins names of sets and sources in a config, and what stands for it in records and in declarations: a run is the
 # same wherever the code of its data is.
 SHORT_NAMES = {
+    "studies.photographs.sets:PhotographSets/": "photographs/",
+    "studies.photographs.corpus:PhotographSplits:": "photographs:",
     "studies.icons.sets:IconSets/": "icons/",
     "studies.icons.sources:IconSplits:": "icons:",
     "studies.glyphs.sets:GlyphSets/": "glyphs/",
@@ -55,6 +57,7 @@ class RunRecord:
       curve: {metric: values at about `CURVE_POINTS` steps}, with "step".
       results: of the last evaluation, without results on parts of a set.
       error: why the run has no results: its loss was not finite. Else "".
+      evaluations: headlines of the evaluations during the run and at its end, {"step": step, "SET KEY": value}.
     """
 
     arm: str
@@ -68,6 +71,7 @@ class RunRecord:
     curve: Mapping[str, Sequence[float | None]]
     results: Sequence[Result]
     error: str = ""
+    evaluations: Sequence[Mapping[str, float]] = ()
 
     @property
     def key(self) -> str:
@@ -131,7 +135,7 @@ def read(line: str) -> RunRecord:
     """
     content = json.loads(line)
     fields: dict[str, Any] = {name: content[name] for name in _FIELDS} | {"results": from_json(content["results"])}
-    record = RunRecord(**fields, error=content.get("error", ""))
+    record = RunRecord(**fields, error=content.get("error", ""), evaluations=content.get("evaluations", ()))
     if record.config["seed"] != record.seed or not record.key:
         raise ValueError("the seed is not that of the config")
     return record
@@ -181,6 +185,8 @@ def render(record: RunRecord) -> str:
     content: dict[str, Any] = {name: getattr(record, name) for name in _FIELDS} | {"results": to_json(record.results)}
     if record.error:
         content["error"] = record.error
+    if record.evaluations:
+        content["evaluations"] = record.evaluations
     return f"{strict_json(content, sort_keys=True)}\n"
 
 
@@ -245,4 +251,14 @@ def collect(
             if not r.group or r.headline
         ],
         error=error,
+        evaluations=_evaluations(run, flat["eval.every"]),
     )
+
+
+def _evaluations(run: RunFolder, every: int) -> list[dict[str, float]]:
+    """Return the headlines of a run's evaluations, for runs that evaluate on the way."""
+    lines = []
+    for line in run.read_evaluations() if every else ():
+        values = {f"{short(r.set)} {r.key}": rounded(r.value) for r in from_json(line["records"]) if r.headline}
+        lines.append({"step": line["step"]} | {name: value for name, value in values.items() if value is not None})
+    return lines

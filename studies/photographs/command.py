@@ -1,0 +1,103 @@
+"""Runs the study of photographs: python -m studies photographs.
+
+    PHOTOGRAPHS=FOLDER python -m studies photographs --list             what is done, and what is missing
+    PHOTOGRAPHS=FOLDER python -m studies photographs --run --workers 2  the next missing runs, stage by stage
+    PHOTOGRAPHS=FOLDER python -m studies photographs --run --only search
+
+A finished run is a line of studies/photographs/runs.jsonl, recognised by its config; interrupted runs go on from their
+last checkpoint. Costs of steps are measured between stages, when nothing else runs, and stand in costs.jsonl. Commit
+these files.
+"""
+
+import argparse
+import pathlib
+import sys
+import time
+from collections.abc import Sequence
+
+from studies import records
+from studies.duel import cost
+from studies.duel.stages import read_costs
+from studies.photographs import stages
+from studies.runner import ROOT, Runner, code_version
+from xclip_jax.config.load import load_config
+from xclip_jax.core.errors import Parser, UserError
+from xclip_jax.processes.interrupt import EXIT_RESUMABLE
+
+HOME = pathlib.Path(__file__).parent
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="python -m studies photographs", description=__doc__)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--list", action="store_true", help="print the arms and run nothing")
+    what.add_argument("--run", action="store_true", help="run what is missing, stage by stage")
+    parser.add_argument("--only", default="", metavar="PREFIX", help="arms whose names begin so")
+    parser.add_argument("--workers", type=int, default=1, help="runs at the same time, each on its share of the cores")
+    parser.add_argument("--max-hours", type=float, help="save and stop what is running after this time")
+    parser.add_argument("--allow-dirty", action="store_true", help="run code that is not committed; records say so")
+    parser.add_argument("--home", default=str(HOME), help="folder of the records")
+    parser.add_argument("--scratch", default=str(ROOT / "runs" / "photographs"), help="folder of runs in progress")
+    return parser.parse_args(argv)
+
+
+def declared(home: pathlib.Path) -> stages.Photographs:
+    """Return the study as the records and costs in a folder decide it."""
+    return stages.Photographs(records.read_all(home / "runs.jsonl"), read_costs(home / "costs.jsonl"))
+
+
+def overview(study: stages.Photographs) -> str:
+    """Return what --list prints: a line for each arm, and what is decided."""
+    width = max(len(arm.name) for arm in study.arms)
+    lines = [f"{arm.name:<{width}}  {study.done(arm)} of {len(arm.seeds)}  {arm.title}" for arm in study.arms]
+    lines += [f"{arm.name}: the cost of its step is not measured" for arm, _ in study.to_measure]
+    lines.append(f"length of finals: {study.length or 'open'}")
+    lines += [f"{team}: {study.chosen.get(team, 'open')}" for team in stages.TEAMS]
+    return "\n".join(lines)
+
+
+def _measure(study: stages.Photographs, home: pathlib.Path) -> None:
+    """Measure the costs that are missing, while no run is in progress."""
+    for arm, clock in study.to_measure:
+        matrix = stages.PhotographsMatrix(stages.study_of([arm, clock]), load_config)
+        measured = cost.measure(*(matrix.config(side, 0, {}) for side in (arm, clock)))
+        cost.write(home / "costs.jsonl", arm.name, clock.name, code_version(), measured)
+        print(
+            f"cost of {arm.name}: {measured['ratio']:.3f} [{measured['low']:.3f}, {measured['high']:.3f}]", flush=True
+        )
+
+
+def _run(home: pathlib.Path, flags: argparse.Namespace) -> bool:
+    """Run stage after stage; returns whether nothing is left that can be run."""
+    began = time.monotonic()
+    while True:
+        study = declared(home)
+        names = [arm.name for arm in study.arms if arm.name.startswith(flags.only) and study.done(arm) < len(arm.seeds)]
+        left = None if flags.max_hours is None else max(flags.max_hours - (time.monotonic() - began) / 3600, 0)
+        # All runs of one stage, then the records are read again: they decide the next one.
+        stage = names[0].partition("_")[0] if names else ""
+        runner = Runner(
+            stages.PhotographsMatrix(stages.study_of(study.arms), load_config), home / "runs.jsonl",
+            pathlib.Path(flags.scratch), only=[name for name in names if name.partition("_")[0] == stage],
+            max_hours=left, workers=flags.workers, allow_dirty=flags.allow_dirty,
+        )  # fmt: skip
+        if names:
+            runner.check()
+            if not runner.run():
+                return False
+        elif study.to_measure and not flags.only:
+            _measure(study, home)
+        else:
+            return True
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command."""
+    flags = _arguments(argv)
+    home = pathlib.Path(flags.home)
+    if flags.workers < 1:
+        raise UserError(f"--workers is {flags.workers}; expected at least 1.")
+    if flags.list:
+        print(overview(declared(home)))
+    elif not _run(home, flags):
+        sys.exit(EXIT_RESUMABLE)

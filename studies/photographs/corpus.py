@@ -1,0 +1,166 @@
+"""Photographs of products with a shop's titles: splits, captions, and the source of training pairs.
+
+The files are not part of this project: docs/photographs.md has their origin and hashes. Name their folder by the
+recipe's argument root=FOLDER, or by the environment variable PHOTOGRAPHS.
+
+Splits are rows of the files:
+
+    train               train-*.parquet
+    choice              the same without the kinds of `held_kinds`: what runs train on whose results decide something
+    validation_unseen   the kinds of `held_kinds` in train-*.parquet
+    validation, test    the files of these names; equal titles are in one file
+    test_unseen         unseen_types/test-*.parquet, kinds that no other file has
+
+Captions are the shop's titles ("loose"), or made of the columns of audience, colour and kind ("tight"): "men's navy
+blue shirts". With "half" a hash of the photograph decides which of the two a photograph has.
+"""
+
+import functools
+import glob
+import hashlib
+import os
+import pathlib
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import pyarrow
+import pyarrow.compute
+import pyarrow.parquet
+
+from xclip_jax.core.errors import UserError
+from xclip_jax.data.base import Form, SourceKind, SourceOptions
+from xclip_jax.data.readers.table import Cells, ColumnSource
+
+KIND = "studies.photographs.corpus:PhotographSplits"
+FOLDER = "PHOTOGRAPHS"  # environment variable
+FILES = {
+    "train": "train-*.parquet",
+    "validation": "validation-*.parquet",
+    "test": "test-*.parquet",
+    "test_unseen": "unseen_types/test-*.parquet",
+}
+SPLITS = (*FILES, "choice", "validation_unseen")
+ROWS = {"train": 34_296, "validation": 1_918, "test": 3_061, "test_unseen": 4_386}
+TITLE, KIND_COLUMN = "productDisplayName", "articleType"
+HELD_KINDS, HELD_SIZES = 20, (40, 800)  # number of kinds held out for choices; fewest and most photographs of each
+CAPTIONS = ("loose", "tight", "half")
+_AUDIENCES = {"Men": "men's", "Women": "women's", "Boys": "boys'", "Girls": "girls'", "Unisex": "unisex"}
+
+Row = dict[str, Any]
+
+
+def hash_rank(*words: str) -> str:
+    """Return a hash by which things are put in an order that no result can influence."""
+    return hashlib.sha256(" ".join(words).encode()).hexdigest()
+
+
+def folder(data_dir: str | None) -> str:
+    """Return the folder of the files: `data_dir`, or the environment variable.
+
+    Raises:
+      UserError: neither names a folder with the files.
+    """
+    name = data_dir or os.environ.get(FOLDER, "")
+    if not name or not glob.glob(os.path.join(name, FILES["train"])):
+        raise UserError(
+            f"the photographs are not in {name!r}; docs/photographs.md says where they come from. Name their folder by "
+            f"root=FOLDER in the recipe's argument, or by the environment variable {FOLDER}."
+        )
+    return str(pathlib.Path(name).resolve())
+
+
+@functools.lru_cache(maxsize=len(FILES))
+def _file(root: str, split: str) -> Any:
+    pattern = os.path.join(root, FILES[split])
+    table = pyarrow.concat_tables(pyarrow.parquet.read_table(path) for path in sorted(glob.glob(pattern)))
+    if len(table) != ROWS[split]:
+        raise UserError(f"{pattern} has {len(table)} rows; expected {ROWS[split]}, those of the study.")
+    return table
+
+
+@functools.lru_cache(maxsize=1)
+def held_kinds(root: str) -> tuple[str, ...]:
+    """Return the kinds that are held out of training for choices: the first by hash among those of middle size."""
+    counts = Counter(_file(root, "train")[KIND_COLUMN].to_pylist())
+    least, most = HELD_SIZES
+    middle = [kind for kind, n in counts.items() if least <= n <= most]
+    return tuple(sorted(sorted(middle, key=lambda kind: hash_rank("held kind", kind))[:HELD_KINDS]))
+
+
+@functools.lru_cache(maxsize=len(SPLITS))
+def table(root: str, split: str) -> Any:
+    """Return the rows of a split, a `pyarrow.Table`."""
+    if split in FILES:
+        return _file(root, split)
+    whole = _file(root, "train")
+    held = pyarrow.compute.call_function(
+        "is_in", [whole[KIND_COLUMN]], pyarrow.compute.SetLookupOptions(pyarrow.array(held_kinds(root)))
+    )
+    return whole.filter(held if split == "validation_unseen" else pyarrow.compute.call_function("invert", [held]))
+
+
+@functools.lru_cache(maxsize=len(SPLITS))
+def rows(root: str, split: str) -> list[Row]:
+    """Return the columns of a split but its images, a dictionary for each row."""
+    return table(root, split).drop_columns(["image"]).to_pylist()
+
+
+def tight(row: Row) -> str:
+    """Return the caption that names what the photograph shows: audience, colour and kind."""
+    colour = "" if row["baseColour"] in ("", "NA", None) else row["baseColour"].lower()
+    return " ".join(filter(None, (_AUDIENCES[row["gender"]], colour, row[KIND_COLUMN].lower())))
+
+
+def has_tight_half(row: Row) -> bool:
+    """Whether the photograph is in the half that has tight captions."""
+    return int(hash_rank("half", str(row["id"]))[-1], 16) % 2 == 0
+
+
+_MAKERS: dict[str, Callable[[Row], str]] = {
+    "loose": lambda row: row[TITLE],
+    "tight": tight,
+    "half": lambda row: tight(row) if has_tight_half(row) else row[TITLE],
+}
+
+
+def captions(root: str, split: str, kind: str = "loose") -> list[str]:
+    """Return the caption of each row of a split; `kind` is one of `CAPTIONS`."""
+    return [_MAKERS[kind](row) for row in rows(root, split)]
+
+
+class Photographs(ColumnSource):
+    """Photographs of a split with one kind of captions."""
+
+    def __init__(self, root: str, split: str, kind: str) -> None:
+        texts = captions(root, split, kind)
+        images = Cells(table(root, split)["image"], lambda index, path: (path, ""))
+        super().__init__(images, {"text": pyarrow.chunked_array([texts])}, SourceOptions())
+        self._arguments = root, split, kind
+        identity = [f"{row['id']} {text}" for row, text in zip(rows(root, split), texts, strict=True)]
+        self._hash = hashlib.sha256("\n".join(identity).encode()).hexdigest()
+
+    def __reduce__(self) -> tuple[type, tuple[str, ...]]:
+        """Pickle the arguments; a worker process reads the files itself."""
+        return type(self), self._arguments
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return the number of rows and a hash of their numbers and captions."""
+        return {"samples": len(self), "hash": self._hash}
+
+
+class PhotographSplits(SourceKind):
+    """A split of the photographs with one kind of captions, `KIND:SPLIT/CAPTIONS`."""
+
+    forms: ClassVar = {
+        f"{KIND}:SPLIT/CAPTIONS": Form(pairs="a split of the photographs; captions loose, tight or half")
+    }
+
+    @classmethod
+    def open(cls, rest: str, options: SourceOptions, labels: bool = False) -> Photographs:
+        """Open the split and captions `rest`."""
+        split, _, kind = rest.partition("/")
+        if split not in SPLITS or kind not in CAPTIONS:
+            raise UserError(f"{KIND}:{rest} is not SPLIT/CAPTIONS; splits are {', '.join(SPLITS)}, captions "
+                            f"{', '.join(CAPTIONS)}.")  # fmt: skip
+        return Photographs(folder(options.dir), split, kind)

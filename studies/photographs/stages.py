@@ -1,0 +1,452 @@
+"""The study of photographs in stages; each is declared as soon as records and measured costs decide its arms.
+
+study.md is the declaration. Names of arms begin with their stage: "defaults_", "pilot_", "search1_", "search2_",
+"final_", "control_", "captions_", "batch_".
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ml_collections
+import numpy as np
+from scipy.stats import rankdata
+
+from studies.declaration import ON_VALIDATION, Arm, Measure, Study
+from studies.matrix import LoadConfig, Matrix
+from studies.records import RunRecord
+from xclip_jax.config.load import load_config
+
+RECIPE, ICONS = "studies/photographs/recipe.py", "studies/icons/recipe.py"
+SEEDS, CONTROL_SEEDS, TUNING_SEEDS = (0, 1, 2, 3, 4), (0, 1, 2), (100, 101, 102)
+DEFAULT_STEPS, ICON_STEPS = 800, 1000
+LENGTHS, FALLBACK, SETTLED = (800, 1600, 3200), 1600, 1.0  # steps of pilots; without an answer; points
+EIGHTHS = 8  # evaluations of a run whose curve is kept
+RATES, SMOOTHINGS = (4e-3, 8e-3), (0.0, 0.1, 0.2)
+BATCHES = (64, 512)
+KEPT = 4  # candidates of each team in the second round
+
+Settings = dict[str, Any]
+# Every rate stands twice in each team, with both warm-ups, and each value of another key stands four times.
+TEAMS: dict[str, list[Settings]] = {
+    "clip": [
+        {"lr": lr, "warmup": warmup, "smoothing": smoothing}
+        for lr, of_rate in (
+            (1e-3, ((0.3, 0.0), (0.6, 0.1))),
+            (2e-3, ((0.3, 0.1), (0.6, 0.0))),
+            (4e-3, ((0.3, 0.0), (0.6, 0.1))),
+            (8e-3, ((0.3, 0.1), (0.6, 0.0))),
+        )
+        for warmup, smoothing in of_rate
+    ],
+    "xclip": [
+        {"lr": lr, "warmup": warmup, "tau": tau, "weight": weight}
+        for lr, of_rate in (
+            (1e-3, ((0.3, 0.35, 0.3), (0.6, 0.5, 0.5))),
+            (2e-3, ((0.3, 0.5, 0.3), (0.6, 0.35, 0.5))),
+            (4e-3, ((0.3, 0.35, 0.5), (0.6, 0.5, 0.3))),
+            (8e-3, ((0.3, 0.5, 0.5), (0.6, 0.35, 0.3))),
+        )
+        for warmup, tau, weight in of_rate
+    ],
+}
+
+VALIDATION = tuple(f"photographs/validation_{name}" for name in ("unseen", "known", "retrieval", "probe"))
+ICON_VALIDATION = tuple(f"icons/validation_{name}" for name in ("concepts", "retrieval", "probe"))
+CURVES = VALIDATION[1:3]  # of runs that train on all kinds
+TESTS = tuple(
+    f"photographs/test_{name}"
+    for name in (
+        "unseen", "unseen_templates", "unseen_titles", "known", "known_templates", "known_titles", "colours",
+        "retrieval", "retrieval_tight", "probe", "geometry",
+    )
+)  # fmt: skip
+MEASURES = (
+    Measure("unseen", "unseen kinds", "photographs/test_unseen"),
+    Measure("unseen_templates", "unseen kinds, three templates", "photographs/test_unseen_templates"),
+    Measure("unseen_titles", "unseen kinds, ten titles", "photographs/test_unseen_titles"),
+    Measure("known", "known kinds", "photographs/test_known"),
+    Measure("known_templates", "known kinds, three templates", "photographs/test_known_templates"),
+    Measure("known_titles", "known kinds, ten titles", "photographs/test_known_titles"),
+    Measure("colours", "colours", "photographs/test_colours"),
+    Measure("to_text", "image to title, R@1", "photographs/test_retrieval", "image_to_text/r1"),
+    Measure("to_image", "title to image, R@1", "photographs/test_retrieval", "text_to_image/r1"),
+    Measure("kind", "probe of kind", "photographs/test_probe", "kind/linear/top1"),
+    Measure("season", "probe of season", "photographs/test_probe", "season/linear/top1"),
+    Measure("audience", "probe of audience", "photographs/test_probe", "audience/linear/top1"),
+    Measure("knn", "neighbours, kind", "photographs/test_probe", "kind/knn/top1"),
+    Measure("rank", "effective rank of features", "photographs/test_geometry", "rank"),
+    Measure("clusters", "kind by cluster", "photographs/test_geometry", "clusters/kind"),
+    Measure("kmeans", "kind by k-means of features", "photographs/test_geometry", "kmeans/kind"),
+)
+
+
+# --- settings as changes of a config
+
+
+def training(settings: Settings, steps: int) -> Settings:
+    """Return the changes of any arm: steps, rate, warm-up and CLIP's smoothing."""
+    return {
+        "steps": steps,
+        "optim.lr": settings["lr"],
+        "optim.warmup": round(settings["warmup"] * steps),
+        "objective.clip.label_smoothing": settings.get("smoothing", 0.0),
+    }
+
+
+def clusters(settings: Settings, shuffled: bool = False) -> Settings:
+    """Return the changes of nCLIP's term: its temperature, and targets without a teacher."""
+    return {
+        "objective.nclip.tau": settings["tau"],
+        "objective.nclip.target": "detach",
+        "objective.nclip.shuffle_targets": shuffled,
+    }
+
+
+def xclip(settings: Settings, steps: int, **more: Any) -> Settings:
+    """Return the changes of xCLIP; `more` are arguments of `clusters`."""
+    weights = {"clip": round(1 - settings["weight"], 6), "nclip": settings["weight"]}
+    return {**training(settings, steps), **clusters(settings, **more), "objective.terms": weights}
+
+
+def changes_of(team: str, settings: Settings, steps: int) -> Settings:
+    """Return the changes of a team's candidate."""
+    return training(settings, steps) if team == "clip" else xclip(settings, steps)
+
+
+_SECOND = {
+    "objective.name": "second",
+    "objective.terms": {"clip": 0.5, "second": 0.5},
+    "objective.plugins": {"second": {"type": "studies.duel.terms:SecondHead"}},
+}
+_TOKENS = {
+    "objective.name": "common",
+    "objective.terms": {"clip": 1.0, "common": 1.0},
+    "objective.plugins": {"common": {"type": "studies.photographs.terms:CommonTokens"}},
+}
+# Control: (title, objective of its recipe, team whose settings it has, changes).
+CONTROLS: dict[str, tuple[str, str, str, Settings]] = {
+    "same_optimizer": ("CLIP at xCLIP's rate and warm-up", "clip", "xclip", {}),
+    "untrained_head": (
+        "CLIP, untrained cluster head", "xclip", "clip", {"objective.terms": {"clip": 1.0, "nclip": 0.0}},
+    ),
+    "shuffled": ("xCLIP, shuffled pseudo-labels", "xclip", "xclip", {}),
+    "second_head": ("CLIP, second contrastive head", "clip", "clip", _SECOND),
+    "positives": ("CLIP, equal captions match", "clip", "clip", {"objective.clip.positives": "caption"}),
+    "smoothing_0.1": ("CLIP, smoothing 0.1", "clip", "clip", {"objective.clip.label_smoothing": 0.1}),
+    "smoothing_0.2": ("CLIP, smoothing 0.2", "clip", "clip", {"objective.clip.label_smoothing": 0.2}),
+    "siglip": ("SigLIP", "siglip", "clip", {}),
+    "nclip": ("nCLIP", "nclip", "xclip", {}),
+    "gce": (
+        "CLIP, generalised cross-entropy", "clip", "clip",
+        {"objective.clip.label_smoothing": 0.0, "objective.clip.q": 0.3},
+    ),
+    "tokens": ("CLIP, tokens of SuperCLIP", "clip", "clip", _TOKENS),
+}  # fmt: skip
+TIMED = ("shuffled", "second_head", "siglip", "nclip", "tokens")  # controls whose step is not CLIP's
+
+
+class PhotographsStudy(Study):
+    """A study whose validation sets depend on what an arm is trained on."""
+
+    def sets_of(self, arm: Arm) -> tuple[str, ...]:
+        """As `Study.sets_of`."""
+        if arm.recipe.startswith(ICONS):
+            return ICON_VALIDATION
+        return VALIDATION if arm.section in ON_VALIDATION else CURVES
+
+
+class PhotographsMatrix(Matrix):
+    """Runs of the study; probes of validation are evaluated only at the end of runs."""
+
+    def config(self, arm: Arm, seed: int, tuned: Mapping[str, Any]) -> ml_collections.ConfigDict:
+        """As `Matrix.config`."""
+        config = super().config(arm, seed, tuned)
+        probes = tuple(name for name in config.eval.sets if name.endswith("_probe"))
+        config.eval.sets = tuple(name for name in config.eval.sets if name not in probes)
+        config.eval.final_sets = (*config.eval.final_sets, *probes)
+        if not arm.name.startswith(("defaults_", "search")):
+            config.eval.every = config.steps // EIGHTHS
+        return config
+
+
+def study_of(arms: Sequence[Arm]) -> PhotographsStudy:
+    """Return a study of these arms."""
+    return PhotographsStudy(
+        title="Photographs with loose titles",
+        about=(),
+        arms=tuple(arms),
+        changes={"log.every": 20},
+        validation=VALIDATION,
+        tests=TESTS,
+        choose=Measure("choose", "rank among kinds", VALIDATION[0], "rank_gmean", higher=False, ratio=True),
+        measures=MEASURES,
+        claims=(),
+        baseline=arms[0].name,
+        name="photographs",
+        seconds_per_pair=2e-3,
+    )
+
+
+def arm_of(
+    name: str, title: str, section: str, objective: str, changes: Settings, seeds: Sequence[int], data: str = ""
+) -> Arm:
+    """Return an arm on the photographs; `data` are further arguments of the recipe, "split=train,captions=tight"."""
+    recipe = f"{RECIPE}:objective={objective}{',' if data else ''}{data}"
+    return Arm(name, title, section, recipe, changes, seeds)
+
+
+# --- what records say
+
+
+def naming(record: RunRecord, name: str) -> float:
+    """Return minus the logarithm of the mean rank of the right name, by the best of the model's similarities."""
+    ranks = [r.value for r in record.results if (r.set, r.metric) == (name, "rank_gmean") and not r.group]
+    return -math.log(min(ranks)) if ranks else -math.inf
+
+
+def retrieval(record: RunRecord, name: str) -> float:
+    """Return the mean of the recalls at 1 of both directions."""
+    values = [record.value(name, f"{direction}/r1") for direction in ("image_to_text", "text_to_image")]
+    return -math.inf if None in values else float(np.mean(values))  # ty: ignore[no-matching-overload]
+
+
+def values_of(record: RunRecord) -> tuple[float, ...]:
+    """Return what candidates are compared by: naming of unseen and known kinds, retrieval, probe of kind."""
+    probe = record.value(VALIDATION[3], "kind/linear/top1")
+    values = naming(record, VALIDATION[0]), naming(record, VALIDATION[1]), retrieval(record, VALIDATION[2])
+    return (*values, -math.inf if probe is None else probe)
+
+
+def by_mean_rank(values: Mapping[str, Sequence[float]]) -> list[str]:
+    """Order candidates by the mean of their ranks at all measures, best first; equal ones as they come.
+
+    Args:
+      values: {candidate: its measures}, more is better; minus infinity for a run that diverged.
+    """
+    table = np.round(np.array(list(values.values()), float), 3)
+    mean = np.stack([rankdata(-column) for column in table.T], axis=1).mean(axis=1)
+    return [list(values)[i] for i in np.argsort(mean, kind="stable")]
+
+
+def settles(record: RunRecord) -> bool:
+    """Whether a run's validation moves by less than `SETTLED` points over its last quarter."""
+    evaluations, steps = record.evaluations, record.config["steps"]
+    before = next((line for line in evaluations if line["step"] == steps * 6 // EIGHTHS), None)
+    last = next((line for line in evaluations if line["step"] == steps), None)
+    if before is None or last is None:
+        return False
+    names = [name for name in before if name != "step" and name in last]
+    return bool(names) and all(abs(last[name] - before[name]) < SETTLED for name in names)
+
+
+class Photographs:
+    """What is declared so far.
+
+    Attributes:
+      arms: all arms that are decided, in the order of the stages.
+      to_measure: (arm, arm that it is compared with) whose costs decide what comes next.
+      length: steps of CLIP in finals; 0 while open.
+      chosen: {team: settings of its winner}, as far as they are known.
+    """
+
+    def __init__(
+        self, records: Mapping[str, RunRecord], costs: Mapping[str, float], load: LoadConfig = load_config
+    ) -> None:
+        """Declare all that `records` {key: run} and `costs` {arm: ratio of its step to CLIP's} decide."""
+        self.records, self.costs = records, costs
+        self.arms: list[Arm] = [*_defaults(), *_pilots()]
+        self.to_measure: list[tuple[Arm, Arm]] = []
+        self.length, self.chosen = 0, dict[str, Settings]()
+        self._matrix = PhotographsMatrix(study_of(self.arms), load)
+        self.length = self._pilot_length()
+        if not self.length:
+            return
+        for team in TEAMS:
+            if (winner := self._search(team)) is not None:
+                self.chosen[team] = winner
+        if len(self.chosen) == len(TEAMS):
+            self._declare_tested()
+
+    def record(self, arm: Arm, seed: int) -> RunRecord | None:
+        """Return the finished run of an arm, or None."""
+        return self.records.get(self._matrix.run(arm, seed).key)
+
+    def done(self, arm: Arm) -> int:
+        """Return the number of an arm's finished runs."""
+        return sum(self.record(arm, seed) is not None for seed in arm.seeds)
+
+    def finished(self, arm: Arm) -> list[RunRecord] | None:
+        """Return the runs of an arm, or None while some are missing."""
+        runs = [record for seed in arm.seeds if (record := self.record(arm, seed)) is not None]
+        return runs if len(runs) == len(arm.seeds) else None
+
+    def _best(self, arms: Mapping[str, Arm]) -> list[str] | None:
+        """Return the keys of `arms` by `by_mean_rank`; None while a run is missing."""
+        means = {}
+        for key, arm in arms.items():
+            if (runs := self.finished(arm)) is None:
+                return None
+            means[key] = np.mean([values_of(run) for run in runs], axis=0)
+        return by_mean_rank(means)
+
+    def _pilot_length(self) -> int:
+        """Return the shortest length at which a pilot settles, `FALLBACK` if none does, 0 while pilots are missing."""
+        for arm, steps in zip(_pilots(), LENGTHS, strict=True):
+            runs = self.finished(arm)
+            if runs is None:
+                return 0
+            if all(map(settles, runs)):
+                return steps
+        return FALLBACK
+
+    def _search(self, team: str) -> Settings | None:
+        """Declare both rounds of a team as far as they are decided, and return the winner's settings."""
+        left = [str(i) for i in range(len(TEAMS[team]))]
+        rounds = ((1, len(left), self.length // 2, TUNING_SEEDS[:1]), (2, KEPT, self.length, TUNING_SEEDS[1:]))
+        for number, kept, steps, seeds in rounds:
+            arms = {}
+            for i in left[:kept]:
+                changes = changes_of(team, TEAMS[team][int(i)], steps)
+                name = f"search{number}_{team}_{int(i) + 1}"
+                arms[i] = arm_of(name, f"{team} {int(i) + 1}", "factors", team, changes, seeds)
+            self.arms += arms.values()
+            order = self._best(arms)
+            if order is None:
+                return None
+            left = order
+        return TEAMS[team][int(left[0])]
+
+    def _steps(self, name: str, make: Any) -> int | None:
+        """Return the steps of an arm that takes as long as CLIP; None, and a note, while its cost is not measured."""
+        if name not in self.costs:
+            self.to_measure.append((make(self.length), self._clip(self.length)))
+            return None
+        return round(self.length / self.costs[name])
+
+    def _clip(self, steps: int) -> Arm:
+        return arm_of("final_clip", "CLIP", "core", "clip", training(self.chosen["clip"], steps), SEEDS, "split=train")
+
+    def _xclip(self, steps: int) -> Arm:
+        changes = xclip(self.chosen["xclip"], steps)
+        return arm_of("final_xclip", "xCLIP", "core", "xclip", changes, SEEDS, "split=train")
+
+    def _control(self, name: str, steps: int) -> Arm:
+        title, objective, team, own = CONTROLS[name]
+        settings = self.chosen[team]
+        changes = training(settings, steps)
+        if name in ("shuffled", "nclip"):
+            changes |= clusters(settings, shuffled=name == "shuffled")
+        if name == "shuffled":
+            changes = xclip(settings, steps, shuffled=True)
+        if name == "second_head":
+            options = {"label_smoothing": settings["smoothing"]}
+            plugin = own["objective.plugins"]["second"] | options
+            own = own | {"objective.plugins": {"second": plugin}}
+        return arm_of(f"control_{name}", title, "controls", objective, changes | own, CONTROL_SEEDS, "split=train")
+
+    def _declare_tested(self) -> None:
+        """Declare the arms that are tested, as far as their costs are known."""
+        steps = self._steps("final_xclip", self._xclip)
+        self.arms.append(self._clip(self.length))
+        if steps is not None:
+            self.arms.append(self._xclip(steps))
+        for name in CONTROLS:
+            of_control = self.length
+            if name in TIMED:
+                measured = self._steps(f"control_{name}", lambda n, name=name: self._control(name, n))
+                if measured is None:
+                    continue
+                of_control = measured
+            self.arms.append(self._control(name, of_control))
+        if steps is None:
+            return
+        team_steps = {"clip": self.length, "xclip": steps}
+        self.arms += self._captions(team_steps)
+        self.arms += self._batches(team_steps)
+
+    def _captions(self, steps: Mapping[str, int]) -> list[Arm]:
+        """Arms on tight captions and on half of them tight; equal captions match, since most are repeated."""
+        arms = []
+        equal = {"objective.clip.positives": "caption"}
+        cases = (("tight", SEEDS, equal), ("half", CONTROL_SEEDS, equal), ("tight", CONTROL_SEEDS, {}))
+        for captions, seeds, own in cases:
+            for team in TEAMS:
+                name = f"captions_{captions}{'' if own else '_pairs'}_{team}"
+                changes = changes_of(team, self.chosen[team], steps[team]) | own
+                data = f"split=train,captions={captions}"
+                arms.append(arm_of(name, f"{team}, {captions}", "dose", team, changes, seeds, data))
+        return arms
+
+    def _batches(self, steps: Mapping[str, int]) -> list[Arm]:
+        """Arms of other batches at equal samples; the rate grows with the root of the batch."""
+        arms = []
+        for batch in BATCHES:
+            for team in TEAMS:
+                settings = self.chosen[team]
+                scaled = settings | {"lr": settings["lr"] * math.sqrt(batch / 256)}
+                changes = changes_of(team, scaled, round(steps[team] * 256 / batch)) | {"data.batch": batch}
+                name = f"batch_{batch}_{team}"
+                arms.append(arm_of(name, f"{team}, batch {batch}", "dose", team, changes, CONTROL_SEEDS, "split=train"))
+        return arms
+
+
+def _defaults() -> list[Arm]:
+    """Return CLIP at rates and smoothings that `small` may choose, on both corpora."""
+    arms = []
+    for lr in RATES:
+        for smoothing in SMOOTHINGS:
+            own = {"lr": lr, "warmup": 0.6, "smoothing": smoothing}
+            name = f"{lr:g}_{smoothing:g}"
+            title = f"rate {lr:g}, smoothing {smoothing:g}"
+            changes = training(own, DEFAULT_STEPS)
+            arms.append(arm_of(f"defaults_photographs_{name}", title, "factors", "clip", changes, TUNING_SEEDS))
+            icons = training(own, ICON_STEPS) | {"optim.name": "muon", "optim.weight_decay": 0.05}
+            recipe = f"{ICONS}:objective=clip"
+            arms.append(Arm(f"defaults_icons_{name}", title, "factors", recipe, icons, TUNING_SEEDS))
+    return arms
+
+
+def _pilots() -> list[Arm]:
+    """Return CLIP at the trial's better settings, of several lengths."""
+    own = {"lr": 4e-3, "warmup": 0.6}
+    return [
+        arm_of(f"pilot_{steps}", f"CLIP, {steps:,} steps", "factors", "clip", training(own, steps), TUNING_SEEDS[:1])
+        for steps in LENGTHS
+    ]
+
+
+def regrets(records: Mapping[str, Sequence[RunRecord]]) -> dict[str, dict[str, float]]:
+    """Return, for each setting of `_defaults` and each measure, how many points it is behind the best setting.
+
+    Args:
+      records: {name of an arm of `_defaults`: its runs}.
+
+    Returns:
+      {"0.004_0": {"photographs, unseen kinds": points, ...}}.
+    """
+    of_corpus = {
+        "photographs": {
+            "unseen kinds": (VALIDATION[0], ("top1",)),
+            "known kinds": (VALIDATION[1], ("top1",)),
+            "retrieval": (VALIDATION[2], ("image_to_text/r1", "text_to_image/r1")),
+            "probe of kind": (VALIDATION[3], ("kind/linear/top1",)),
+        },
+        "icons": {
+            "unseen concepts": (ICON_VALIDATION[0], ("top1",)),
+            "retrieval": (ICON_VALIDATION[1], ("image_to_text/r1", "text_to_image/r1")),
+            "probe": (ICON_VALIDATION[2], ("",)),
+        },
+    }
+    behind: dict[str, dict[str, float]] = {}
+    for corpus, measures in of_corpus.items():
+        names = [name for name in records if name.startswith(f"defaults_{corpus}_")]
+        for measure, (set_name, metrics) in measures.items():
+            means = {
+                name: float(np.mean([run.value(set_name, metric) for run in records[name] for metric in metrics]))
+                for name in names
+            }
+            for name, mean in means.items():
+                setting = name.removeprefix(f"defaults_{corpus}_")
+                behind.setdefault(setting, {})[f"{corpus}, {measure}"] = max(means.values()) - mean
+    return behind
