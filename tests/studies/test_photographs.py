@@ -1,0 +1,202 @@
+"""The study of photographs: splits and captions of a made shop, geometry against scikit-learn, stages by records."""
+
+import dataclasses
+import math
+
+import cv2
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import sklearn.metrics
+
+from studies.photographs import corpus, geometry, sets, stages, terms
+from xclip_jax.core.errors import UserError
+from xclip_jax.data.base import SourceOptions
+from xclip_jax.data.config import DataConfig
+from xclip_jax.data.preprocessing import Preprocessing
+from xclip_jax.evaluators.results import Result
+
+KINDS = [f"Kind {i}" for i in range(30)]
+FILES = {"train": "train-0.parquet", "validation": "validation-0.parquet", "test": "test-0.parquet"}
+
+
+def _write(path, kinds, offset):
+    rng = np.random.default_rng(offset)
+    image = cv2.imencode(".png", rng.integers(0, 255, (8, 6, 3), np.uint8))[1].tobytes()
+    n = len(kinds)
+    columns = {
+        "id": list(range(offset, offset + n)),
+        corpus.TITLE: [f"Brand {(i // 30 * 7 + i) % 25} Men Blue {kind}" for i, kind in enumerate(kinds)],
+        "gender": ["Men", "Girls"] * (n // 2),
+        corpus.KIND_COLUMN: kinds,
+        "baseColour": ["Navy Blue", "NA"] * (n // 2),
+        "season": ["Summer", "Winter"] * (n // 2),
+        "image": [{"bytes": image, "path": None}] * n,
+    }
+    path.parent.mkdir(exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    return n
+
+
+@pytest.fixture
+def shop(tmp_path, monkeypatch):
+    """A folder of files like the study's: 30 kinds of 100 photographs, and two further ones."""
+    rows = {
+        "train": _write(tmp_path / FILES["train"], KINDS * 100, 0),
+        "validation": _write(tmp_path / FILES["validation"], KINDS * 4, 10_000),
+        "test": _write(tmp_path / FILES["test"], KINDS * 6, 20_000),
+        "test_unseen": _write(tmp_path / "unseen_types" / "test-0.parquet", ["New", "Newer"] * 30, 30_000),
+    }
+    monkeypatch.setattr(corpus, "ROWS", rows)
+    monkeypatch.setattr(sets, "PROBED", 400)
+    for cached in (corpus._file, corpus.table, corpus.rows, corpus.held_kinds):
+        cached.cache_clear()
+    return str(tmp_path)
+
+
+def test_splits_and_captions(shop):
+    held = corpus.held_kinds(shop)
+    assert len(held) == corpus.HELD_KINDS
+    choice, unseen = (corpus.rows(shop, split) for split in ("choice", "validation_unseen"))
+    assert {row[corpus.KIND_COLUMN] for row in unseen} == set(held)
+    assert not {row[corpus.KIND_COLUMN] for row in choice} & set(held)
+    assert sorted(row["id"] for row in (*choice, *unseen)) == list(range(3000))
+    first, second = corpus.rows(shop, "test")[:2]
+    assert (corpus.tight(first), corpus.tight(second)) == ("men's navy blue kind 0", "girls' kind 1")
+    half = corpus.captions(shop, "train", "half")
+    titles = sum(caption.startswith("Brand") for caption in half)
+    assert 0.45 < titles / len(half) < 0.55
+
+    source = corpus.PhotographSplits.open("choice/tight", SourceOptions(dir=shop))
+    assert source[0]["text"] == [corpus.captions(shop, "choice", "tight")[0]]
+    loose = corpus.PhotographSplits.open("choice/loose", SourceOptions(dir=shop))
+    assert source.fingerprint() != loose.fingerprint()
+    for rest in ("choice", "choice/long", "all/loose"):
+        with pytest.raises(UserError, match="SPLIT/CAPTIONS"):
+            corpus.PhotographSplits.open(rest, SourceOptions(dir=shop))
+    with pytest.raises(UserError, match="PHOTOGRAPHS"):
+        corpus.folder(shop + "/nowhere")
+
+
+def test_sets(shop):
+    data = DataConfig(dir=shop)
+    for name in sets.PhotographSets.names:
+        made = sets.PhotographSets.load(name, Preprocessing(8), data, None)
+        is_validation = "/validation_" in name
+        assert (made.card.role == "validation") == is_validation
+    titled = sets.PhotographSets.load(f"{sets.KIND}/validation_unseen_titles", Preprocessing(8), data, None)
+    prompts = {prompt for of_class in titled.prompts for prompt in of_class}
+    assert len(prompts) == sets.TITLES * len(titled.prompts)
+    rows = corpus.rows(shop, "validation_unseen")
+    assert len(titled.images) == sum(row[corpus.TITLE] not in prompts for row in rows) > 0
+
+
+@pytest.fixture
+def labels():
+    rng = np.random.default_rng(0)
+    return rng.integers(0, 7, 300), rng.integers(0, 5, 300)
+
+
+def test_geometry(labels):
+    a, b = labels
+    expected = sklearn.metrics.normalized_mutual_info_score(a, b)
+    assert geometry.normalised_information(a, b) == pytest.approx(expected, abs=1e-12)
+    assert geometry.normalised_information(a, a) == pytest.approx(1)
+    assert geometry.majority(np.array([0, 0, 0, 2]), np.array([1, 1, 0, 3])) == {0: 1, 2: 3}
+    # Orthogonal columns of one length have an even spectrum: the rank is their number.
+    even = np.concatenate([np.eye(6), -np.eye(6)])
+    assert geometry.effective_rank(even) == pytest.approx(6)
+    points = np.repeat(np.eye(4), 20, axis=0) + np.random.default_rng(0).normal(0, 0.01, (80, 4))
+    fitted, tested = geometry.kmeans(points, points, 4)
+    np.testing.assert_array_equal(fitted, tested)
+
+
+def test_common_tokens_have_one_class_each():
+    known = terms.common_tokens()
+    assert len(known) == len(set(known.tolist())) == terms.MOST
+
+
+def test_candidates_are_balanced():
+    for candidates in stages.TEAMS.values():
+        assert len(candidates) == 8
+        assert all([c["lr"] for c in candidates].count(lr) == 2 for lr in (1e-3, 2e-3, 4e-3, 8e-3))
+        for name in candidates[0].keys() - {"lr"}:
+            values = [candidate[name] for candidate in candidates]
+            assert all(values.count(value) == 4 for value in set(values))
+
+
+def _record(arm, values, evaluations=()):
+    """A run with these four measures of validation."""
+    unseen, known, retrieval, probe = values
+    names = stages.VALIDATION
+    results = [
+        Result(names[0], "zeroshot", "rank_gmean", math.exp(-unseen)),
+        Result(names[1], "zeroshot", "rank_gmean", math.exp(-known)),
+        *(Result(names[2], "retrieval", f"{d}/r1", retrieval) for d in ("image_to_text", "text_to_image")),
+        Result(names[3], "visual", "linear/top1", probe, task="kind"),
+    ]
+    return dataclasses.make_dataclass("Run", ["results", "evaluations", "config", "value"])(
+        results, evaluations, {"steps": arm.changes["steps"]},
+        lambda name, metric: next((r.value for r in results if (r.set, r.key) == (name, metric)), None),
+    )  # fmt: skip
+
+
+class _Records(dict):
+    """Finished runs by key, made when they are asked for; candidate 3 of each team is the best."""
+
+    def __init__(self, study, settled):
+        super().__init__()
+        self.study, self.settled = study, settled
+
+    def record(self, arm, seed):
+        if arm.name.startswith("pilot"):
+            steps = arm.changes["steps"]
+            moved = 0.5 if steps >= self.settled else 2.0
+            lines = [{"step": steps * 6 // 8, "set top1": 50.0}, {"step": steps, "set top1": 50.0 + moved}]
+            return _record(arm, (0, 0, 0, 0), lines)
+        if arm.name.startswith("search"):
+            best = float(arm.name.endswith("_3"))
+            return _record(arm, (best, best, 10 * best, 10 * best))
+        return None
+
+
+@pytest.mark.parametrize(("settled", "length"), [(800, 800), (3200, 3200), (9999, stages.FALLBACK)])
+def test_stages_follow_from_records(monkeypatch, settled, length):
+    made = _Records(None, settled)
+    monkeypatch.setattr(stages.Photographs, "record", lambda self, arm, seed: made.record(arm, seed))
+    study = stages.Photographs({}, {})
+    assert study.length == length
+    assert study.chosen == {team: candidates[2] for team, candidates in stages.TEAMS.items()}
+    assert {arm.name for arm, _ in study.to_measure} == {"final_xclip", *(f"control_{name}" for name in stages.TIMED)}
+    tested = [arm for arm in study.arms if not arm.name.startswith(("defaults", "pilot", "search"))]
+    assert "final_xclip" not in {arm.name for arm in tested}
+
+    costs = {arm.name: 1.25 for arm, _ in study.to_measure}
+    study = stages.Photographs({}, costs)
+    arms = {arm.name: arm for arm in study.arms}
+    assert not study.to_measure and arms["final_xclip"].changes["steps"] == round(length / 1.25)
+    assert {f"control_{name}" for name in stages.CONTROLS} <= arms.keys()
+    assert arms["batch_64_clip"].changes["steps"] == 4 * length
+    matrix = stages.PhotographsMatrix(stages.study_of(study.arms), stages.load_config)
+    for arm in study.arms:  # every arm is a config of the package
+        config = matrix.config(arm, 0, {})
+        during = {*config.eval.sets, *config.eval.final_sets}
+        on_tests = any("/test_" in name for name in during)
+        assert on_tests == (arm in tested or arm.section not in ("tuning", "factors"))
+        if on_tests:
+            assert config.data.sources[0].split(":")[2].startswith("train/")
+
+
+def test_regrets():
+    def run(**points):
+        return dataclasses.make_dataclass("Run", ["value"])(lambda name, metric: points.get(name.split("_")[1], 50.0))
+
+    records = {}
+    for corpus_name in ("photographs", "icons"):
+        records[f"defaults_{corpus_name}_0.004_0"] = [run(unseen=60.0)]
+        records[f"defaults_{corpus_name}_0.008_0.2"] = [run(retrieval=53.0)]
+    behind = stages.regrets(records)
+    assert behind["0.004_0"]["photographs, unseen kinds"] == 0
+    assert behind["0.008_0.2"]["photographs, unseen kinds"] == 10
+    assert behind["0.004_0"]["icons, retrieval"] == 3
