@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from studies import records
 from studies.duel import cost
 from studies.duel.stages import read_costs
-from studies.photographs import stages
+from studies.photographs import spaces, stages
 from studies.runner import ROOT, Runner, code_version
 from xclip_jax.config.load import load_config
 from xclip_jax.core.errors import Parser, UserError
@@ -52,7 +52,7 @@ def overview(study: stages.Photographs) -> str:
     lines = [f"{arm.name:<{width}}  {study.done(arm)} of {len(arm.seeds)}  {arm.title}" for arm in study.arms]
     lines += [f"{arm.name}: the cost of its step is not measured" for arm, _ in study.to_measure]
     lines.append(f"length of finals: {study.length or 'open'}")
-    lines += [f"{team}: {study.chosen.get(team, 'open')}" for team in stages.TEAMS]
+    lines += [f"{team}: {study.chosen.get(team, 'open')}" for team in spaces.TEAMS]
     return "\n".join(lines)
 
 

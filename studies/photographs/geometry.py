@@ -43,8 +43,8 @@ class Geometry(Evaluator):
 
     def measure(self, variables: Variables) -> list[Result]:
         """Return the results that the class docstring lists."""
-        wanted = ("features", *(similarity.feature for similarity in self.encoder.similarities))
-        fitted, tested = (self.encoder.images(variables, x, wanted) for x in (self.data.fitted, self.data.tested))
+        names = ("features", *(similarity.feature for similarity in self.encoder.similarities))
+        fitted, tested = (self.encoder.images(variables, x, names) for x in (self.data.fitted, self.data.tested))
         results = [self.count("rank", effective_rank(tested["features"]))]
         if "embedding" in tested:
             results.append(self.count("embedding_rank", effective_rank(tested["embedding"])))

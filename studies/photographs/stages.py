@@ -14,6 +14,7 @@ from scipy.stats import rankdata
 
 from studies.declaration import ON_VALIDATION, Arm, Measure, Study
 from studies.matrix import LoadConfig, Matrix
+from studies.photographs.spaces import CONTROLS, TEAMS, TIMED, Settings, changes_of, clusters, training, xclip
 from studies.records import RunRecord
 from xclip_jax.config.load import load_config
 
@@ -25,31 +26,6 @@ EIGHTHS = 8  # evaluations of a run whose curve is kept
 RATES, SMOOTHINGS = (4e-3, 8e-3), (0.0, 0.1, 0.2)
 BATCHES = (64, 512)
 KEPT = 4  # candidates of each team in the second round
-
-Settings = dict[str, Any]
-# Every rate stands twice in each team, with both warm-ups, and each value of another key stands four times.
-TEAMS: dict[str, list[Settings]] = {
-    "clip": [
-        {"lr": lr, "warmup": warmup, "smoothing": smoothing}
-        for lr, of_rate in (
-            (1e-3, ((0.3, 0.0), (0.6, 0.1))),
-            (2e-3, ((0.3, 0.1), (0.6, 0.0))),
-            (4e-3, ((0.3, 0.0), (0.6, 0.1))),
-            (8e-3, ((0.3, 0.1), (0.6, 0.0))),
-        )
-        for warmup, smoothing in of_rate
-    ],
-    "xclip": [
-        {"lr": lr, "warmup": warmup, "tau": tau, "weight": weight}
-        for lr, of_rate in (
-            (1e-3, ((0.3, 0.35, 0.3), (0.6, 0.5, 0.5))),
-            (2e-3, ((0.3, 0.5, 0.3), (0.6, 0.35, 0.5))),
-            (4e-3, ((0.3, 0.35, 0.5), (0.6, 0.5, 0.3))),
-            (8e-3, ((0.3, 0.5, 0.5), (0.6, 0.35, 0.3))),
-        )
-        for warmup, tau, weight in of_rate
-    ],
-}
 
 VALIDATION = tuple(f"photographs/validation_{name}" for name in ("unseen", "known", "retrieval", "probe"))
 ICON_VALIDATION = tuple(f"icons/validation_{name}" for name in ("concepts", "retrieval", "probe"))
@@ -79,71 +55,6 @@ MEASURES = (
     Measure("clusters", "kind by cluster", "photographs/test_geometry", "clusters/kind"),
     Measure("kmeans", "kind by k-means of features", "photographs/test_geometry", "kmeans/kind"),
 )
-
-
-# --- settings as changes of a config
-
-
-def training(settings: Settings, steps: int) -> Settings:
-    """Return the changes of any arm: steps, rate, warm-up and CLIP's smoothing."""
-    return {
-        "steps": steps,
-        "optim.lr": settings["lr"],
-        "optim.warmup": round(settings["warmup"] * steps),
-        "objective.clip.label_smoothing": settings.get("smoothing", 0.0),
-    }
-
-
-def clusters(settings: Settings, shuffled: bool = False) -> Settings:
-    """Return the changes of nCLIP's term: its temperature, and targets without a teacher."""
-    return {
-        "objective.nclip.tau": settings["tau"],
-        "objective.nclip.target": "detach",
-        "objective.nclip.shuffle_targets": shuffled,
-    }
-
-
-def xclip(settings: Settings, steps: int, **more: Any) -> Settings:
-    """Return the changes of xCLIP; `more` are arguments of `clusters`."""
-    weights = {"clip": round(1 - settings["weight"], 6), "nclip": settings["weight"]}
-    return {**training(settings, steps), **clusters(settings, **more), "objective.terms": weights}
-
-
-def changes_of(team: str, settings: Settings, steps: int) -> Settings:
-    """Return the changes of a team's candidate."""
-    return training(settings, steps) if team == "clip" else xclip(settings, steps)
-
-
-_SECOND = {
-    "objective.name": "second",
-    "objective.terms": {"clip": 0.5, "second": 0.5},
-    "objective.plugins": {"second": {"type": "studies.duel.terms:SecondHead"}},
-}
-_TOKENS = {
-    "objective.name": "common",
-    "objective.terms": {"clip": 1.0, "common": 1.0},
-    "objective.plugins": {"common": {"type": "studies.photographs.terms:CommonTokens"}},
-}
-# Control: (title, objective of its recipe, team whose settings it has, changes).
-CONTROLS: dict[str, tuple[str, str, str, Settings]] = {
-    "same_optimizer": ("CLIP at xCLIP's rate and warm-up", "clip", "xclip", {}),
-    "untrained_head": (
-        "CLIP, untrained cluster head", "xclip", "clip", {"objective.terms": {"clip": 1.0, "nclip": 0.0}},
-    ),
-    "shuffled": ("xCLIP, shuffled pseudo-labels", "xclip", "xclip", {}),
-    "second_head": ("CLIP, second contrastive head", "clip", "clip", _SECOND),
-    "positives": ("CLIP, equal captions match", "clip", "clip", {"objective.clip.positives": "caption"}),
-    "smoothing_0.1": ("CLIP, smoothing 0.1", "clip", "clip", {"objective.clip.label_smoothing": 0.1}),
-    "smoothing_0.2": ("CLIP, smoothing 0.2", "clip", "clip", {"objective.clip.label_smoothing": 0.2}),
-    "siglip": ("SigLIP", "siglip", "clip", {}),
-    "nclip": ("nCLIP", "nclip", "xclip", {}),
-    "gce": (
-        "CLIP, generalised cross-entropy", "clip", "clip",
-        {"objective.clip.label_smoothing": 0.0, "objective.clip.q": 0.3},
-    ),
-    "tokens": ("CLIP, tokens of SuperCLIP", "clip", "clip", _TOKENS),
-}  # fmt: skip
-TIMED = ("shuffled", "second_head", "siglip", "nclip", "tokens")  # controls whose step is not CLIP's
 
 
 class PhotographsStudy(Study):

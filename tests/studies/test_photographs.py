@@ -10,7 +10,7 @@ import pyarrow.parquet
 import pytest
 import sklearn.metrics
 
-from studies.photographs import corpus, geometry, sets, stages, terms
+from studies.photographs import corpus, geometry, sets, spaces, stages, terms
 from xclip_jax.core.errors import UserError
 from xclip_jax.data.base import SourceOptions
 from xclip_jax.data.config import DataConfig
@@ -118,7 +118,7 @@ def test_common_tokens_have_one_class_each():
 
 
 def test_candidates_are_balanced():
-    for candidates in stages.TEAMS.values():
+    for candidates in spaces.TEAMS.values():
         assert len(candidates) == 8
         assert all([c["lr"] for c in candidates].count(lr) == 2 for lr in (1e-3, 2e-3, 4e-3, 8e-3))
         for name in candidates[0].keys() - {"lr"}:
@@ -167,8 +167,8 @@ def test_stages_follow_from_records(monkeypatch, settled, length):
     monkeypatch.setattr(stages.Photographs, "record", lambda self, arm, seed: made.record(arm, seed))
     study = stages.Photographs({}, {})
     assert study.length == length
-    assert study.chosen == {team: candidates[2] for team, candidates in stages.TEAMS.items()}
-    assert {arm.name for arm, _ in study.to_measure} == {"final_xclip", *(f"control_{name}" for name in stages.TIMED)}
+    assert study.chosen == {team: candidates[2] for team, candidates in spaces.TEAMS.items()}
+    assert {arm.name for arm, _ in study.to_measure} == {"final_xclip", *(f"control_{name}" for name in spaces.TIMED)}
     tested = [arm for arm in study.arms if not arm.name.startswith(("defaults", "pilot", "search"))]
     assert "final_xclip" not in {arm.name for arm in tested}
 
@@ -176,7 +176,7 @@ def test_stages_follow_from_records(monkeypatch, settled, length):
     study = stages.Photographs({}, costs)
     arms = {arm.name: arm for arm in study.arms}
     assert not study.to_measure and arms["final_xclip"].changes["steps"] == round(length / 1.25)
-    assert {f"control_{name}" for name in stages.CONTROLS} <= arms.keys()
+    assert {f"control_{name}" for name in spaces.CONTROLS} <= arms.keys()
     assert arms["batch_64_clip"].changes["steps"] == 4 * length
     matrix = stages.PhotographsMatrix(stages.study_of(study.arms), stages.load_config)
     for arm in study.arms:  # every arm is a config of the package

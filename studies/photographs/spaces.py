@@ -1,0 +1,90 @@
+"""What the study of photographs tries: candidates of each team, controls, and both as changes of a config."""
+
+from typing import Any
+
+Settings = dict[str, Any]
+# Every rate stands twice in each team, with both warm-ups, and each value of another key stands four times.
+TEAMS: dict[str, list[Settings]] = {
+    "clip": [
+        {"lr": lr, "warmup": warmup, "smoothing": smoothing}
+        for lr, of_rate in (
+            (1e-3, ((0.3, 0.0), (0.6, 0.1))),
+            (2e-3, ((0.3, 0.1), (0.6, 0.0))),
+            (4e-3, ((0.3, 0.0), (0.6, 0.1))),
+            (8e-3, ((0.3, 0.1), (0.6, 0.0))),
+        )
+        for warmup, smoothing in of_rate
+    ],
+    "xclip": [
+        {"lr": lr, "warmup": warmup, "tau": tau, "weight": weight}
+        for lr, of_rate in (
+            (1e-3, ((0.3, 0.35, 0.3), (0.6, 0.5, 0.5))),
+            (2e-3, ((0.3, 0.5, 0.3), (0.6, 0.35, 0.5))),
+            (4e-3, ((0.3, 0.35, 0.5), (0.6, 0.5, 0.3))),
+            (8e-3, ((0.3, 0.5, 0.5), (0.6, 0.35, 0.3))),
+        )
+        for warmup, tau, weight in of_rate
+    ],
+}
+
+
+def training(settings: Settings, steps: int) -> Settings:
+    """Return the changes of any arm: steps, rate, warm-up and CLIP's smoothing."""
+    return {
+        "steps": steps,
+        "optim.lr": settings["lr"],
+        "optim.warmup": round(settings["warmup"] * steps),
+        "objective.clip.label_smoothing": settings.get("smoothing", 0.0),
+    }
+
+
+def clusters(settings: Settings, shuffled: bool = False) -> Settings:
+    """Return the changes of nCLIP's term: its temperature, and targets without a teacher."""
+    return {
+        "objective.nclip.tau": settings["tau"],
+        "objective.nclip.target": "detach",
+        "objective.nclip.shuffle_targets": shuffled,
+    }
+
+
+def xclip(settings: Settings, steps: int, **more: Any) -> Settings:
+    """Return the changes of xCLIP; `more` are arguments of `clusters`."""
+    weights = {"clip": round(1 - settings["weight"], 6), "nclip": settings["weight"]}
+    return {**training(settings, steps), **clusters(settings, **more), "objective.terms": weights}
+
+
+def changes_of(team: str, settings: Settings, steps: int) -> Settings:
+    """Return the changes of a team's candidate."""
+    return training(settings, steps) if team == "clip" else xclip(settings, steps)
+
+
+_SECOND = {
+    "objective.name": "second",
+    "objective.terms": {"clip": 0.5, "second": 0.5},
+    "objective.plugins": {"second": {"type": "studies.duel.terms:SecondHead"}},
+}
+_TOKENS = {
+    "objective.name": "common",
+    "objective.terms": {"clip": 1.0, "common": 1.0},
+    "objective.plugins": {"common": {"type": "studies.photographs.terms:CommonTokens"}},
+}
+# Control: (title, objective of its recipe, team whose settings it has, changes).
+CONTROLS: dict[str, tuple[str, str, str, Settings]] = {
+    "same_optimizer": ("CLIP at xCLIP's rate and warm-up", "clip", "xclip", {}),
+    "untrained_head": (
+        "CLIP, untrained cluster head", "xclip", "clip", {"objective.terms": {"clip": 1.0, "nclip": 0.0}},
+    ),
+    "shuffled": ("xCLIP, shuffled pseudo-labels", "xclip", "xclip", {}),
+    "second_head": ("CLIP, second contrastive head", "clip", "clip", _SECOND),
+    "positives": ("CLIP, equal captions match", "clip", "clip", {"objective.clip.positives": "caption"}),
+    "smoothing_0.1": ("CLIP, smoothing 0.1", "clip", "clip", {"objective.clip.label_smoothing": 0.1}),
+    "smoothing_0.2": ("CLIP, smoothing 0.2", "clip", "clip", {"objective.clip.label_smoothing": 0.2}),
+    "siglip": ("SigLIP", "siglip", "clip", {}),
+    "nclip": ("nCLIP", "nclip", "xclip", {}),
+    "gce": (
+        "CLIP, generalised cross-entropy", "clip", "clip",
+        {"objective.clip.label_smoothing": 0.0, "objective.clip.q": 0.3},
+    ),
+    "tokens": ("CLIP, tokens of SuperCLIP", "clip", "clip", _TOKENS),
+}  # fmt: skip
+TIMED = ("shuffled", "second_head", "siglip", "nclip", "tokens")  # controls whose step is not CLIP's
