@@ -181,23 +181,40 @@ def test_duplicate_captions_match_all_their_images():
     np.testing.assert_array_equal(retrieval.Matches([["a", "b"], ["b"], ["c"]]).of_images(), expected)
 
 
-def chance(positives, k):
-    return retrieval.chance(positives.sum(axis=1), positives.shape[1], k)
-
-
 @pytest.mark.parametrize("k", [1, 5, 10, 50])
-def test_chance_of_recall_equals_random_rankings(k):
-    """Images with 1 to 7 captions, two of which other images share."""
-    captions = [[f"{i}/{j}" for j in range(1 + i % 7)] for i in range(9)]
-    captions[3][0], captions[5][1] = captions[6][0], captions[6][1]
-    match = retrieval.Matches(captions).of_images()
-    for m in (match, match.T):
-        draws = [retrieval.recall_at_k(rng(i).random(m.shape), m, k) for i in range(3000)]
-        error = np.std(draws) / np.sqrt(len(draws))
-        assert chance(m, k) == pytest.approx(np.mean(draws), abs=max(4 * error, 1e-12))
-    counts = retrieval.Matches(captions).counts()
-    np.testing.assert_array_equal(counts["image_to_text"], match.sum(axis=1))
-    np.testing.assert_array_equal(counts["text_to_image"], match.sum(axis=0))
+@pytest.mark.parametrize(
+    "captions",
+    [
+        [[f"{i}/{j}" if i % 4 else f"{i % 3}" for j in range(1 + i % 7)] for i in range(9)],  # 1 to 7, some shared
+        [[f"{i // 9}", f"{i * i % 12}"] for i in range(84)],  # 12 texts, some twice for an image
+        [["the same" if i < 6 else f"{i}"] for i in range(40)],
+        [["a", "a"], ["a"]],
+    ],
+)
+def test_chance_of_recall_equals_random_orders(k, captions):
+    """A random score for each text, which its copies share, and for each image."""
+    matches = retrieval.Matches(captions)
+    positive = matches.of_images()
+    texts, places = np.unique([text for of_image in captions for text in of_image], return_inverse=True)
+    draws = {
+        "image_to_text": (positive, lambda i: rng(i).random((len(captions), len(texts)))[:, places]),
+        "text_to_image": (positive.T, lambda i: rng(i).random(positive.T.shape)),
+    }
+    for direction, (m, scores) in draws.items():
+        recalls = [retrieval.recall_at_k(scores(i), m, k) for i in range(2000)]
+        error = np.std(recalls) / np.sqrt(len(recalls))
+        assert matches.chance(k)[direction] == pytest.approx(np.mean(recalls), abs=max(4 * error, 1e-12)), direction
+
+
+def test_chance_of_recall_with_copies():
+    share = [["the same" if i < 100 else f"{i}"] for i in range(1000)]
+    assert retrieval.Matches(share).chance(5)["image_to_text"] == pytest.approx(5 / 901, rel=1e-2)
+    twice = [[f"{i % 12}", f"{(i + 1) % 12}"] for i in range(84)]  # 14 copies each: only the first text counts
+    assert retrieval.Matches(twice).chance(10)["image_to_text"] == pytest.approx(2 / 12)
+
+
+def chance(positives, k):
+    return retrieval.chance(positives, np.ones(positives.shape[1], int), k)
 
 
 def test_chance_of_recall_in_closed_form():
@@ -205,7 +222,7 @@ def test_chance_of_recall_in_closed_form():
     assert chance(five, 1) == pytest.approx(1 / 20)
     assert chance(five, 5) == pytest.approx(1 - scipy.special.comb(95, 5) / scipy.special.comb(100, 5))
     assert chance(five.T, 5) == pytest.approx(5 / 20)
-    assert chance(five, 96) == chance(five, 1000) == 1
+    assert chance(five, 96) == chance(five, 1000) == pytest.approx(1)
 
 
 # Evaluators on an encoder with known answers.

@@ -89,15 +89,32 @@ def ranks_by_score(
     }
 
 
-def chance(matches: np.ndarray, items: int, k: int) -> float:
-    """Return the expected recall at k of a random ranking: the mean over queries of 1 - C(n - m, k) / C(n, k).
+def chance(right: Any, copies: np.ndarray, k: int) -> float:
+    """Return the expected recall at k of a random order of distinct items, whose copies rank together.
 
-    `matches` has the number m of right items for each query, int (queries,); `items` is n.
+    A query is right if fewer than k places precede the first of its right items. If r of n items are right, the
+    probability is r / n times the sum over j of w(j) / C(n - 1, j), where w(j) counts the sets of j wrong items that
+    take fewer than k places. If no item has copies it equals 1 - C(n - r, k) / C(n, k).
+
+    Args:
+      right: which items are right for each query, a bool array (queries, items), dense or sparse.
+      copies: places that each item takes, int (items,).
+      k: places that count.
     """
-    missed = np.ones(len(matches))
-    for i in range(min(k, items)):  # item i + 1 of the ranking is drawn from the n - i that are left
-        missed *= np.maximum(items - matches - i, 0) / (items - i)
-    return float(1 - missed.mean())
+    n, k = len(copies), min(k, int(copies.sum()))
+    sizes = np.eye(k)[np.minimum(copies, k) - 1]  # one-hot: 1, 2, ... k or more places
+    kinds, counts = np.unique(right @ sizes, axis=0, return_counts=True)  # right items of each size
+    wrong = sizes.sum(axis=0) - kinds
+    ways = np.zeros((len(kinds), k, k))  # sets of wrong items, by the number of items and of places
+    ways[:, 0, 0] = 1
+    for size in range(1, k):
+        smaller = ways.copy()
+        for m in range(1, (k - 1) // size + 1):
+            chosen = scipy.special.comb(wrong[:, size - 1], m)
+            ways[:, m:, m * size :] += chosen[:, None, None] * smaller[:, :-m, : -m * size]
+    j = np.arange(min(k, n))
+    recall = kinds.sum(axis=1) / n * (ways.sum(axis=2)[:, j] / scipy.special.comb(n - 1, j)).sum(axis=1)
+    return min(float(np.average(recall, weights=counts)), 1.0)  # rounding
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -134,7 +151,7 @@ class Retrieval(Evaluator):
     """r1, r5 and r10 in percent, named "retrieval/<set>[/<score>]/image_to_text/r1" and ".../text_to_image/r1".
 
     Every caption is an item and a query, repeated ones too, as in Flickr30k and COCO. `zeroshot.compare` names the
-    scores; "retrieval/<set>/chance/image_to_text/r1" and so on are the recalls of a random ranking.
+    scores; "retrieval/<set>/chance/image_to_text/r1" and so on are the recalls of a random order, see `chance`.
     """
 
     family = "retrieval"
@@ -146,12 +163,8 @@ class Retrieval(Evaluator):
         texts = [caption for of_image in captions for caption in of_image]
         img, rows = encode_pairs(self.encoder, variables, self.data.images, texts)
         by_score = ranks_by_score(self.encoder.similarities, img, rows, captions)
-        counts, sizes = Matches(captions).counts(), (len(texts), len(captions))
-        levels = {
-            f"{direction}/r{k}": 100 * chance(matches, items, k)
-            for (direction, matches), items in zip(counts.items(), sizes, strict=True)
-            for k in KS
-        }
+        matches = Matches(captions)
+        levels = {f"{direction}/r{k}": 100 * level for k in KS for direction, level in matches.chance(k).items()}
         of_caption = np.repeat(np.arange(len(captions)), [len(of_image) for of_image in captions])
         groups = {"text_to_image": of_caption if len(texts) > len(captions) else None}
         results = [self.count("images", len(captions)), self.count("captions", len(texts))]
@@ -185,10 +198,13 @@ class Matches:
         """Return bool (captions of the part, images)."""
         return self._has.T.tocsr()[self._text[part]].toarray()
 
-    def counts(self) -> dict[str, np.ndarray]:
-        """Return the number of right captions of each image, and of right images of each caption, by direction."""
-        images = np.bincount(self._has.indices, minlength=self._has.shape[1])
-        return {"image_to_text": self._has @ np.bincount(self._text), "text_to_image": images[self._text]}
+    def chance(self, k: int) -> dict[str, float]:
+        """Return `chance` by direction; equal captions are copies of one text, and images are all distinct."""
+        images = self._has.T.tocsr()[self._text]
+        return {
+            "image_to_text": chance(self._has, np.bincount(self._text), k),
+            "text_to_image": chance(images, np.ones(images.shape[1], int), k),
+        }
 
 
 def embeddings(encoder: Encoder, variables: Variables, texts: Sequence[str]) -> np.ndarray:
