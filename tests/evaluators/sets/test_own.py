@@ -61,24 +61,26 @@ def test_a_set_of_pairs_names_its_columns(table, run):
 
 
 def test_rows_of_one_image_are_one_item_with_all_their_captions(tmp_path):
-    """As Flickr8k's: a row a caption. A perfect ranking finds all, with as many captions as there are rows."""
+    """As Flickr8k's: a row a caption, all of which count, equal ones too."""
     folder, again = tiny.folder(tmp_path / "pairs", 6), tmp_path / "again.csv"
     images = sorted(folder.glob("*.png"))
     rows = [f"{image},{words} of {i % 6}" for words in ("side", "top") for i, image in enumerate(images)]
     again.write_text("\n".join(["image,text", *rows, rows[0]]) + "\n")
     data = registry.load(f"retrieval/csv:{again}", SIZE)
-    assert data.captions == [[f"side of {i}", f"top of {i}"] for i in range(6)] and len(data.images) == 6
+    expected = [[f"side of {i}", f"top of {i}"] for i in range(6)]
+    expected[0].append("side of 0")
+    assert data.captions == expected and len(data.images) == 6
     first = transforms.evaluation_image(images[1].read_bytes(), SIZE)
     np.testing.assert_array_equal(data.images[1], first)
     match = retrieval.Matches(data.captions).of_images()
-    assert match.shape == (6, 12) and (match.sum(axis=0) == 1).all() and (match.sum(axis=1) == 2).all()
+    assert match.shape == (6, 13) and (match.sum(axis=0) == 1).all() and match.sum(axis=1).tolist() == [3, *[2] * 5]
     copied = shutil.copytree(folder, tmp_path / "copied")  # the same images in another source of the same run
     parts = [
         holdout.find(s, sources.open_pairs(s), 1.0, DataConfig()) for s in (f"folder:{folder}", f"folder:{copied}")
     ]
     captions, positions = own.captions_by_image(parts)
     assert [x.tolist() for x in positions] == [[0, 1, 2, 3, 4, 5], []]
-    assert list(captions.values()) == parts[0].captions
+    assert list(captions.values()) == [2 * texts for texts in parts[0].captions]
 
 
 def test_an_image_without_captions_is_named():

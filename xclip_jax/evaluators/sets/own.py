@@ -3,7 +3,7 @@
 retrieval/SOURCE[?image=COLUMN&text=COLUMN]     all pairs of a source or path, from these columns instead of the run's
 retrieval/holdout[@RUN]                         the pairs that `data.holdout` of the model's run, or another, keeps out
 
-Pairs whose images have the same bytes are one item with all of their captions.
+Pairs whose images have the same bytes are one item with all of their captions, equal ones too.
 """
 
 import contextlib
@@ -72,20 +72,21 @@ def named_columns(name: str, data: DataConfig) -> tuple[str, DataConfig]:
 
 
 def captions_by_image(parts: Sequence[holdout.Pairs]) -> tuple[dict[str, list[str]], list[np.ndarray]]:
-    """Return {hash of an image: its distinct captions}, and for each part the positions of images that are new.
+    """Return {hash of an image: its captions}, and for each part the positions of images that are new.
 
-    Captions of one image are often separate pairs, such as rows of a CSV file; all of them are right answers.
+    Captions of one image are often separate pairs, such as rows of a CSV file. All of them are right answers and
+    queries, equal ones too, as in Flickr8k and COCO.
     """
-    captions: dict[str, dict[str, None]] = {}
+    captions: dict[str, list[str]] = {}
     positions = []
     for part in parts:
         new = []
         for i, (digits, texts) in enumerate(zip(part.hashes, part.captions, strict=True)):
             if digits not in captions:
                 new.append(i)
-            captions.setdefault(digits, {}).update(dict.fromkeys(texts))
+            captions.setdefault(digits, []).extend(texts)
         positions.append(np.array(new, int))
-    return {digits: list(texts) for digits, texts in captions.items()}, positions
+    return captions, positions
 
 
 def load_pairs(spec: str, prepare: Preprocessing, data: DataConfig, profile: Profile) -> RetrievalSet:
