@@ -79,6 +79,23 @@ def test_folder_and_errors(tmp_path, capsys):
     assert err == "error: no file matches '/nowhere/*.tar'; check the path, or list the folder."
 
 
+def test_options_are_refused_before_anything_is_read(tmp_path, capsys, monkeypatch):
+    tiny.folder(tmp_path, n=3)
+    monkeypatch.setattr(inspect, "read", None)
+    code, out, error = run(capsys, tmp_path, "--length", 1)
+    assert (code, out, error) == (1, "", "error: --length is 1; expected an integer of at least 2.")
+    with pytest.raises(SystemExit, match="tokenizer 'clap' must be one of 'clip', 'bytes' or the path of"):
+        check.main([str(tmp_path), "--tokenizer", "clap"])
+    assert not capsys.readouterr().out
+
+
+def test_no_speed_where_no_image_could_be_read(tmp_path, capsys):
+    for image in tiny.folder(tmp_path, n=3).glob("*.png"):
+        image.write_bytes(b"<html>")
+    code, out, _ = run(capsys, tmp_path)
+    assert code == 1 and "bad: 100.00%" in out and "images/s" not in out
+
+
 def test_paths_without_a_prefix(tmp_path, capsys):
     tiny.folder(tmp_path / "pairs", n=3)
     (tmp_path / "table.csv").write_text("image,text\npairs/000.png,one\npairs/001.png,two\n")

@@ -70,8 +70,8 @@ def report(source: Source, options: argparse.Namespace) -> Iterator[str]:
     yield f"read: {count:,} at random"
     if good:
         yield from _statistics(good, options)
-    rate = count / seconds
-    yield f"speed: {rate:,.0f} images/s to {_SIZE} px on {threads} cores, an epoch in {n / rate / 3600:,.1f} h"
+        rate = count / seconds
+        yield f"speed: {rate:,.0f} images/s to {_SIZE} px on {threads} cores, an epoch in {n / rate / 3600:,.1f} h"
     yield from _about_bad(source, bad, count)
     shown = good
     if options.model and good:
@@ -90,8 +90,8 @@ def report(source: Source, options: argparse.Namespace) -> Iterator[str]:
 
 def _statistics(good: Sequence[Sample], options: argparse.Namespace) -> Iterator[str]:
     """Yield lines about the good samples."""
-    tokens = tokenizer.load(options.tokenizer)
-    lengths = tokens.lengths(tokens([s.caption for s in good], options.length))
+    tokens = options.tokens([s.caption for s in good], options.length)
+    lengths = options.tokens.lengths(tokens)
     full = np.mean(lengths >= options.length)
     yield f"width, 5/50/95 %: {_percentiles([s.size[0] for s in good])}"
     yield f"height, 5/50/95 %: {_percentiles([s.size[1] for s in good])}"
@@ -218,6 +218,8 @@ def main(arguments: Sequence[str]) -> int:
     options = _options(arguments)
     with exit_with_message():
         check_count("--samples", options.samples, 0)
+        check_count("--length", options.length, 2)  # a start and an end
+        options.tokens = tokenizer.load(options.tokenizer)
         if options.suspects and not options.by:
             raise UserError("--suspects needs a model that judges the pairs; name one with --by RUN.")
         for option, path in (("--sheet", options.sheet), ("--suspects", options.suspects)):
