@@ -349,6 +349,7 @@ def babel(tmp_path):
         for j in range(1 + i):
             (tmp_path / "val" / wnid / f"ILSVRC2012_val_{j:08}.JPEG").write_bytes(picture(rng, "jpg"))
     names = {"DE": [[3, 1, 2], ["Tigerhai", "Goldfisch", "Weißer Hai"]], "NE": [[1], ["सुनौलो माछा"]]}
+    names["EN"] = [list(range(1000)), ["Tinca tinca", *(f"of BabelNet {i}" for i in range(999))]]
     (tmp_path / "babel_imagenet.json").write_text(json.dumps(names))
     (tmp_path / "nllb_dist13b_prompts.json").write_text(json.dumps({"DE": ["ein Foto von {}.", " {} "]}))
     return tmp_path / "babel_imagenet.json"
@@ -374,6 +375,16 @@ def test_babel_imagenet_has_the_classes_of_a_language(babel):
     assert edited.card == dataclasses.replace(data.card, templates=edited.card.templates) != data.card
 
 
+def test_babel_imagenet_in_english_is_imagenet_of_openai(babel):
+    """The authors' code has their names and prompts, whatever the files contain."""
+    english, whole = registry.load(f"babel/en@{babel}", SIZE), registry.load(f"imagenet@{babel.parent / 'val'}", SIZE)
+    assert english.names == whole.names and english.prompts == whole.prompts and english.names[0] == "tench"
+    assert english.labels.tolist() == whole.labels.tolist() and english.card.templates.startswith("OpenAI's (80) ")
+    np.testing.assert_array_equal(english.images[9], whole.images[9])
+    slip = registry.load(f"babel/en@{babel}", SIZE, profile=PROFILES["slip"])
+    assert slip.prompts == english.prompts
+
+
 def test_babel_imagenet_with_a_number_that_is_no_class(babel):
     babel.write_text(json.dumps({"DE": [[1, 1000], ["Goldfisch", "Einhorn"]]}))
     with pytest.raises(UserError, match=r"has numbers that are no class of ImageNet \(index 1000 is out of bounds"):
@@ -393,7 +404,7 @@ def test_babel_imagenet_of_tfds(babel):
 @pytest.mark.parametrize(
     "language, change, message",
     [
-        ("fr", None, r"it has no language 'fr'; its languages are DE, NE"),
+        ("fr", None, r"it has no language 'fr'; its languages are DE, EN, NE"),
         ("de", "[1]", r"is not Babel-ImageNet's file of names"),
         ("de", '{"DE": 5}', r"is not Babel-ImageNet's file of names"),
         ("de", "{", r"is not Babel-ImageNet's file of names"),

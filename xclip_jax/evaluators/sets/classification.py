@@ -72,11 +72,13 @@ def read_held_out(spec: str, data: DataConfig) -> Content:
     )
 
 
-def read_babel(spec: str, data_dir: str | None) -> Content:
+def read_babel(spec: str, data_dir: str | None) -> tuple[Content, str]:
     """Read `babel/LANGUAGE@FILE`: the classes of ImageNet that Babel-ImageNet (arXiv 2306.08658) has in a language.
 
     FILE is babel_imagenet.json, {language: [numbers of classes, names]}. Beside it are nllb_dist13b_prompts.json, or a
-    prompt is the name alone, and ImageNet's folder `val`, or the images are read from TFDS.
+    prompt is the name alone, and ImageNet's folder `val`, or the images are read from TFDS. English has OpenAI's names
+    and prompts, as in the authors' code; the file's English names are BabelNet's. The second result says whose prompts
+    these are.
     """
     language, _, location = spec.removeprefix(BABEL).partition("@")
     path = pathlib.Path(location).expanduser()
@@ -90,14 +92,17 @@ def read_babel(spec: str, data_dir: str | None) -> Content:
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{spec}: {location!r} is not Babel-ImageNet's file of names ({describe(error)}).") from error
     _, _, content = read(f"imagenet@{images}" if images.is_dir() else "imagenet", data_dir)
+    whose, templates = "translated", [text.replace("{}", "{c}") for text in translated.get(language.upper(), ["{}"])]
+    if language.upper() == "EN":
+        whose, templates = "OpenAI's", prompts.templates("openai80")
+        numbers, classes = list(range(len(content.classes))), content.classes
     position = np.full(len(content.classes), -1)
     try:
         position[numbers] = np.arange(len(numbers))
     except IndexError as error:
         raise UserError(f"{spec}: {location!r} has numbers that are no class of ImageNet ({error}).") from error
     kept = np.flatnonzero(position[content.labels] >= 0)
-    templates = [text.replace("{}", "{c}") for text in translated.get(language.upper(), ["{}"])]
-    return dataclasses.replace(
+    content = dataclasses.replace(
         content,
         images=Chosen(content.images, kept.tolist()),
         labels=position[content.labels][kept],
@@ -105,6 +110,7 @@ def read_babel(spec: str, data_dir: str | None) -> Content:
         identity=[content.identity, *contents(content.images)],
         templates=templates,
     )
+    return content, whose
 
 
 def load(spec: str, prepare: Preprocessing, data: DataConfig, profile: Profile) -> ZeroShotSet | RetrievalSet:
@@ -121,8 +127,8 @@ def load(spec: str, prepare: Preprocessing, data: DataConfig, profile: Profile) 
     if sources.has_labels(name, "image"):
         return own_set(name, read_source(name, data.dir or None), prepare, profile)
     if name.startswith(BABEL):
-        content = read_babel(name, data.dir or None)
-        texts, used = prompts.prompts(content.classes, content.templates), _described("translated", content.templates)
+        content, whose = read_babel(name, data.dir or None)
+        texts, used = prompts.prompts(content.classes, content.templates), _described(whose, content.templates)
         return _make(name, content, Entry(), texts, used, profile.preprocessing(prepare))
     key, entry, content = read(name, data.dir or None)
     classes = content.classes
