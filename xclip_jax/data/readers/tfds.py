@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from xclip_jax.core import storage
-from xclip_jax.core.errors import UserError, first_line
+from xclip_jax.core.errors import UserError
 from xclip_jax.data import labelled
 from xclip_jax.data.base import Form, Record, Source, SourceKind, SourceOptions, check_columns, decode_utf8
 from xclip_jax.data.readers.table import pair
@@ -52,9 +52,10 @@ def open_tfds(
     except tfds.core.DatasetNotFoundError as error:
         raise UserError(f"unknown TFDS data set {spec!r}; see https://www.tensorflow.org/datasets/catalog.") from error
     except Exception as error:  # not prepared, prepared without random access, an unknown split, ...
+        reason = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")  # it may have several lines
         raise UserError(
-            f"TFDS data set {spec!r}, split {split!r}, cannot be read from {folder} ({first_line(error)}). Is the "
-            f"split right? A set that is not prepared there as array_record is prepared once with {prepare}."
+            f"TFDS data set {spec!r}, split {split!r}, cannot be read from {folder} ({reason}). Is the split right? A "
+            f"set that is not prepared there as array_record is prepared once with {prepare}."
         ) from error
 
 
