@@ -155,7 +155,7 @@ def test_labelled_images_of_tfds(tmp_path):
 
 
 def test_tfds_that_is_not_there_or_in_another_format(tmp_path):
-    causes = r"\(NotImplementedError: .*root causes: .* file_format=.* or array_record\. .* delete the data\)\."
+    causes = r"\(NotImplementedError: .*root causes: .* file_format=.*array_record.* delete the data\)\."
     command = causes + r" Is .* prepared .*`tfds build numbers --file_format=array_record --data_dir=.*`\.$"
     with pytest.raises(
         UserError, match=r"^TFDS data set 'numbers', split 'train', cannot be read from .*/x " + command
