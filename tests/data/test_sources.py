@@ -1,8 +1,13 @@
 """Folders, TFDS data sets, specs of sources, and the cards that say which data a run reads."""
 
+import json
+
+import pyarrow
+import pyarrow.parquet
 import pytest
 
-from xclip_jax.core.errors import UserError
+from tests.helpers import bad_tars
+from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.data import base, sources
 
 
@@ -29,3 +34,28 @@ def test_a_path_of_nothing_that_is_read(tmp_path):
         sources.spec_from_path(f"{tmp_path}/sheet.png")
     with pytest.raises(UserError, match=r"^no file or folder 'falt'; check the path, or write KIND:REST, as in hf:"):
         sources.spec_from_path("falt")
+
+
+@pytest.mark.parametrize("kind", ["parquet", "hf", "tar"])
+@pytest.mark.parametrize(
+    "value, reason",
+    [
+        (7, r"^caption is not text: 'n' has the type int; name a column or field of strings, or convert it$"),
+        (2.5, r"^caption is not text: 'n' has the type float; "),
+        (float("nan"), r"^caption is empty$"),  # a missing value
+        (None, r"^caption is empty$"),
+    ],
+)
+def test_a_number_is_not_a_caption_in_any_kind_of_source(tmp_path, kind, value, reason):
+    path, image = tmp_path / "pairs", bad_tars.jpeg(0)
+    columns = {"image": [{"bytes": image, "path": "0.jpg"}], "n": [value], "text": ["a fox"]}
+    if kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    elif kind == "hf":
+        pytest.importorskip("datasets").Dataset.from_dict(columns).save_to_disk(str(path))
+    else:
+        fields = json.dumps({"n": value, "text": "a fox"}).encode()
+        bad_tars.shard(path, [("0", {"jpg": image, "json": fields, "txt": b"a hen"})])
+    with pytest.raises(BadSample, match=reason):
+        open_source(f"{kind}:{path}", text_keys=("n",))[0]
+    assert len(open_source(f"{kind}:{path}", text_keys=("n", "text"))[0]["text"]) == 1

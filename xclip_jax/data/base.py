@@ -5,6 +5,7 @@ Texts come from files, tables and JSON, in encodings, in quotes, and with string
 
 import abc
 import dataclasses
+import math
 import os
 import pathlib
 import re
@@ -248,21 +249,37 @@ def read_csv(path: str, columns: Sequence[str]) -> Any:
 
 
 def strip_texts(value: Any) -> list[str]:
-    """Return the strings in a string or a list, without surrounding white space and without empty ones."""
-    values = value if isinstance(value, list) else [value]
-    return [text for item in values if isinstance(item, str) and (text := item.strip())]
-
-
-def json_strings(record: Any, key: str) -> list[str]:
-    """Return the strings at `key` of a JSON object, '/' for nested ones, also in lists; [] if it is missing.
+    """Return the strings in a string or a list, without surrounding white space and without empty ones.
 
     Half of a surrogate pair, which JSON may contain and UTF-8 cannot express, becomes U+FFFD.
     """
+    values = value if isinstance(value, list) else [value]
+    return [text for item in values if isinstance(item, str) and (text := join_surrogates(item.strip()))]
+
+
+def no_caption(columns: Mapping[str, Any]) -> BadSample:
+    """Return why columns or fields, {key: value or list of values}, have no text: no value, or one of another type."""
+    for key, values in columns.items():
+        for value in values if isinstance(values, list) else [values]:
+            missing = value is None or (isinstance(value, float) and math.isnan(value))
+            if not missing and not isinstance(value, str):
+                remedy = "name a column or field of strings, or convert it"
+                return BadSample("caption is not text", f"{key!r} has the type {type(value).__name__}; {remedy}")
+    return BadSample("caption is empty")
+
+
+def json_values(record: Any, key: str) -> list[Any]:
+    """Return the values at `key` of a JSON object, '/' for nested ones, also in lists; [] if it is missing."""
     values = [record]
     for part in key.split("/"):
         fields = [value.get(part) for value in values if isinstance(value, dict)]
         values = [item for field in fields for item in (field if isinstance(field, list) else [field])]
-    return [text for value in values if isinstance(value, str) and (text := join_surrogates(value.strip()))]
+    return values
+
+
+def json_strings(record: Any, key: str) -> list[str]:
+    """Return the strings among `json_values`, see `strip_texts`."""
+    return strip_texts(json_values(record, key))
 
 
 def join_surrogates(text: str) -> str:

@@ -23,7 +23,8 @@ from xclip_jax.data.base import (
     SourceOptions,
     check_columns,
     decode_utf8,
-    json_strings,
+    json_values,
+    no_caption,
     open_binary,
     read_csv,
     strip_texts,
@@ -37,12 +38,13 @@ _HASHED_WHOLE = 1 << 30
 def pair(image: Any, name: str, options: SourceOptions, read: Callable[[str], Any]) -> Record:
     """Return a record of pairs; `name` is its "id".
 
-    `read` returns the strings, or one string, of a column that `options` names; one string of keywords is split at
+    `read` returns the values, or one value, of a column that `options` names; one string of keywords is split at
     commas. `BadSample` if there is no caption.
     """
-    text = [caption for key in options.text_keys for caption in strip_texts(read(key))]
+    columns = {key: read(key) for key in options.text_keys}
+    text = [caption for values in columns.values() for caption in strip_texts(values)]
     if not text:
-        raise BadSample("caption is empty")
+        raise no_caption(columns)
     tags = read(options.tags_key) if options.tags_key else []
     tags = strip_texts(tags.split(",") if isinstance(tags, str) else tags)
     return {"image": image, "text": text, "tags": tags, "id": name}
@@ -133,25 +135,25 @@ class ColumnSource(Source):
     def __len__(self) -> int:
         return len(self.images)
 
-    def _texts(self, key: str, index: int) -> str | list[str]:
+    def _values(self, key: str, index: int) -> Any:
         name = key.partition("/")[0]
         value = self.columns[name][index].as_py()
         if isinstance(value, list) and value and isinstance(value[0], int | float):
             return clip_captions(value)
-        values = json_strings({name: value}, key)
+        values = json_values({name: value}, key)
         return values[0] if len(values) == 1 else values
 
     def texts(self, index: int) -> list[list[str]]:
         """Return the strings of a row in each column of captions, without reading its image."""
         with _utf8():
-            return [strip_texts(self._texts(key, index)) for key in self.options.text_keys]
+            return [strip_texts(self._values(key, index)) for key in self.options.text_keys]
 
     def __getitem__(self, index: int) -> Record:
         if not 0 <= index < len(self):
             raise IndexError(index)
         with _utf8():
             image, name = self.images.read(index)
-            return pair(image, name, self.options, lambda key: self._texts(key, index))
+            return pair(image, name, self.options, lambda key: self._values(key, index))
 
     def describe(self, index: int) -> dict[str, str]:
         try:

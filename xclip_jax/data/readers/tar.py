@@ -27,6 +27,8 @@ from xclip_jax.data.base import (
     decode_text,
     decode_utf8,
     json_strings,
+    json_values,
+    no_caption,
     strip_texts,
 )
 from xclip_jax.data.readers import tar_index
@@ -133,8 +135,9 @@ class TarSource(Source):
             elif parts["text"] is not None and (caption := decode_text(parts["text"]).strip()):
                 text.append(caption)
         if not text:
-            some = parts.get("text") is not None or "text" not in self.text_keys
-            raise BadSample("caption is empty" if some else tar_index.FAULTS[tar_index.NO_TEXT])
+            if parts.get("text") is None and "text" in self.text_keys:
+                raise BadSample(tar_index.FAULTS[tar_index.NO_TEXT])
+            raise no_caption({key: json_values(fields, key) for key in self.text_keys if key != "text"})
         tags = json_strings(fields, self.tags_key) if self.tags_key else []
         return text, strip_texts(tags[0].split(",")) if len(tags) == 1 else tags
 
