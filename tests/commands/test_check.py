@@ -2,7 +2,9 @@ import collections
 import io
 import json
 import os
+import pathlib
 import re
+import subprocess
 
 import numpy as np
 import pytest
@@ -105,12 +107,37 @@ def test_paths_without_a_prefix(tmp_path, capsys):
         assert code == 0 and f"samples: {samples}" in out, path
         assert out.endswith(": training would run\n")
     (tmp_path / "notes.txt").write_text("x")
-    fault = f"error: '{tmp_path}/notes.txt' is a file of no known kind; name its folder or a table."
-    assert run(capsys, tmp_path / "notes.txt")[2] == fault
+    fault = f"error: '{tmp_path}/notes.txt' is a file of no known kind; name its folder, or write csv:FILE for "
+    assert run(capsys, tmp_path / "notes.txt")[2].startswith(fault)
     for path in ("/data/{00..12}", "gs://data/x*", "tars:x*", "/nowhere/x"):
         fault = f"error: no file or folder '{path}'; check the path, or write KIND:REST, as in hf:ORG/NAME/train."
         assert run(capsys, path)[2] == fault
     assert run(capsys, "folder:/nowhere/x")[2].startswith("error: data folder '/nowhere/x' does not exist")
+
+
+def test_five_rows_of_one_image_as_flickr8k_has_them(tmp_path, capsys):
+    """Kaggle's copy has a table captions.txt, the original one lines "NAME.jpg#0", a tab and a caption."""
+    images = [path.rename(tmp_path / path.name) for path in sorted(tiny.folder(tmp_path / "pairs", n=4).glob("*.png"))]
+    assert "; if a table has the captions, name it, csv:FILE." in run(capsys, tmp_path)[2]
+    captions = tmp_path / "captions.txt"
+    rows = [f'{x.name},"a dog, view {i}"\n' for x in images for i in range(5)]
+    captions.write_text("".join(["image,caption\n", *rows]))
+    code, out, _ = run(capsys, f"csv:{captions},text=caption")
+    several = "16; in one batch they would count as false negatives, objective.clip.positives=image makes captions"
+    assert code == 0 and "samples: 20 in 1 file" in out and f"\nrepeated images: {several}" in out
+    lines = [f"{x.name}#{i}\ta dog , view {i} .\n" for x in images for i in range(5)]
+    (tmp_path / "token.txt").write_text("".join(lines))
+    error = run(capsys, f"csv:{tmp_path}/token.txt")[2]
+    assert f"the image '{images[0].name}#0' in its first line" in error and "such as image,text, with" in error
+    page = pathlib.Path(__file__).parents[2] / "docs" / "data.md"
+    command = next(line for line in page.read_text().splitlines() if "Flickr8k.token.txt" in line)
+    (tmp_path / "Flicker8k_Dataset").mkdir()
+    (tmp_path / "token.txt").rename(tmp_path / "Flickr8k.token.txt")
+    subprocess.run(command, shell=True, check=True, cwd=tmp_path)
+    for image in images:
+        image.rename(tmp_path / "Flicker8k_Dataset" / image.name)
+    code, out, _ = run(capsys, tmp_path / "Flicker8k_Dataset" / "pairs.tsv")
+    assert code == 0 and "samples: 20 in 1 file" in out and "repeated images: 16" in out
 
 
 def test_columns_are_named_after_the_source_as_the_recipe_small_has_them(tmp_path, capsys):

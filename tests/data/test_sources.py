@@ -30,7 +30,7 @@ def test_a_path_without_its_prefix(tmp_path):
 
 def test_a_path_of_nothing_that_is_read(tmp_path):
     (tmp_path / "sheet.png").touch()
-    with pytest.raises(UserError, match=r"^'.*sheet\.png' is a file of no known kind; name its folder or a table\.$"):
+    with pytest.raises(UserError, match=r"^'.*sheet\.png' is a file of no known kind; name its folder, or write csv:"):
         sources.spec_from_path(f"{tmp_path}/sheet.png")
     with pytest.raises(UserError, match=r"^no file or folder 'falt'; check the path, or write KIND:REST, as in hf:"):
         sources.spec_from_path("falt")

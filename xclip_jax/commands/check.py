@@ -40,6 +40,7 @@ from xclip_jax.data.inspect import Sample
 from xclip_jax.objectives.similarity import features
 
 _EXAMPLES, _SUSPECTS = 3, 10
+_NEGATIVES = "; in one batch they would count as false negatives"
 _BLOCK = 256  # pairs whose captions a model compares with each other
 _SIZE = 224  # of the crop, pixels
 _COLUMNS_OF = ("image", "text", "tags", "dir")  # arguments after a source
@@ -99,10 +100,12 @@ def _statistics(good: Sequence[Sample], options: argparse.Namespace) -> Iterator
     yield f"captions, 5/50/95 %: {_percentiles([len(s.caption) for s in good])} characters"
     yield f"tokens, 5/50/95 %: {_percentiles(lengths)}, {full:.1%} of the captions fill all {options.length}"
     yield f"captions of one image: {np.mean([len(s.captions) for s in good]):.2f}"
-    yield f"repeated images: {_duplicates([s.digest for s in good]):,}"
-    same = _duplicates([s.caption for s in good])
-    remedy = "; in one batch they would count as false negatives, data.spread_duplicate_captions=True keeps them apart"
-    yield f"repeated captions: {same:,}{remedy if same else ''}"
+    for what, keys, remedy in (
+        ("images", [s.digest for s in good], "objective.clip.positives=image makes captions of one image positives"),
+        ("captions", [s.caption for s in good], "data.spread_duplicate_captions=True keeps them apart"),
+    ):
+        same = _duplicates(keys)
+        yield f"repeated {what}: {same:,}{f'{_NEGATIVES}, {remedy}' if same else ''}"
 
 
 def _about_bad(source: Source, bad: Sequence[Sample], count: int) -> Iterator[str]:

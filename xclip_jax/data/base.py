@@ -235,6 +235,12 @@ def read_csv(path: str, columns: Sequence[str]) -> Any:
         conversion = pyarrow.csv.ConvertOptions(check_utf8=False, column_types=strings, strings_can_be_null=False)
         place: Any = file if storage.is_remote(path) else path
         table = pyarrow.csv.read_csv(place, parse_options=parsing, convert_options=conversion)
+    images = [name for name in table.column_names if name.partition("#")[0].lower().endswith(IMAGE_SUFFIXES)]
+    if images and not set(columns) <= set(table.column_names):
+        raise UserError(
+            f"table {path!r} has the image {images[0]!r} in its first line, in place of names of columns; put a line "
+            f"before it, such as {','.join(columns)}, with the table's separator."
+        )
     line_end = pyarrow.compute.MatchSubstringOptions("\n")
     for name, column in zip(table.column_names, table.columns, strict=True):  # an unused one swallows rows, too
         if not (pyarrow.types.is_string(column.type) or pyarrow.types.is_binary(column.type)):

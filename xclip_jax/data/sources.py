@@ -63,7 +63,10 @@ def spec_from_path(text: str) -> str:
     if kinds := [name for name, kind in SOURCES.items() if kind.reads(path)]:
         return f"{kinds[0]}:{text}"
     if os.path.exists(path):
-        raise UserError(f"{text!r} is a file of no known kind; name its folder or a table.")
+        raise UserError(
+            f"{text!r} is a file of no known kind; name its folder, or write csv:FILE for a table of image "
+            "names and captions, with a row for each caption."
+        )
     raise UserError(f"no file or folder {text!r}; check the path, or write KIND:REST, as in hf:ORG/NAME/train.")
 
 

@@ -28,7 +28,8 @@ class FolderSource(Source):
         if not any(p.with_suffix(".txt").is_file() for p in self.images):
             raise UserError(
                 f"data folder {str(path)!r} and its sub-folders contain {len(self.images)} images "
-                f"({', '.join(IMAGE_SUFFIXES)}), and none has a caption, a .txt file of the same name."
+                f"({', '.join(IMAGE_SUFFIXES)}), and none has a caption, a .txt file of the same name; if a table has "
+                "the captions, name it, csv:FILE."
             )
 
     def __len__(self) -> int:

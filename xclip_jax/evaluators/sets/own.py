@@ -107,7 +107,10 @@ def load_pairs(spec: str, prepare: Preprocessing, data: DataConfig, profile: Pro
             raise
         raise UserError(f"{spec}: {error.fault}; name its columns, {PREFIX}SOURCE{_COLUMNS}.") from error
     if not any(part.captions for part in parts):
-        raise UserError(f"{spec}: none of the {sum(map(len, opened))} pairs of {', '.join(specs)} can be used.")
+        raise UserError(
+            f"{spec}: none of the {sum(map(len, opened))} pairs of {', '.join(specs)} can be used; `xclip-jax check` "
+            "says why."
+        )
     if bad := sum(part.bad for part in parts):
         log0(f"WARNING: {spec}: {bad:,} of the {sum(map(len, opened)):,} pairs cannot be read and are left out")
     profile = dataclasses.replace(profile, prefix=profile.prefix or "")
