@@ -50,9 +50,9 @@ def discs(tmp_path_factory):
         (20, "cpu", "Ti/12", 8, 256, 0.2),
         (200, "cpu", "Ti/12", 64, 256, 0.1),
         (1_000, "cpu", "Ti/12", 256, 1024, 0.05),
-        (5_000, "cpu", "Ti/12", 256, 4096, 0.05),
-        (5_000, "gpu", "Ti/12", 1024, 4096, 0.05),
-        (200_000, "gpu", "S/16", 2048, 32_768, 0.025),
+        (5_000, "cpu", "Ti/12", 256, 1024, 0.05),
+        (5_000, "gpu", "Ti/12", 1024, 1024, 0.05),
+        (200_000, "gpu", "S/16", 2048, 4096, 0.025),
         (10_000_000, "tpu", "B/16", 4096, 32_768, 0.0005),
     ],
 )
@@ -79,6 +79,25 @@ def test_sizes_follow_from_the_number_of_pairs(count, device, preset, batch, clu
     assert 3 * resolved.optim.warmup <= 2 * resolved.steps
     assert c.steps >= 10 * c.checkpoint.every or c.checkpoint.every == min(200, c.steps)
     assert 8 <= c.steps / c.eval.every < 17 and resolved.eval.sets == ("retrieval/holdout",)
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+@pytest.mark.parametrize("preset", ["", "Ti/12", "S/16", "B/16"])
+def test_cluster_heads_are_cheap_beside_any_towers(preset, device):
+    """At most a twentieth of a step, no more clusters than pairs, and never larger than the towers."""
+    clusters, patch = {}, preset.partition("/")[2]
+    sizes = [{"preset": preset}, {"preset": preset, "size": patch}] if preset else [{}]  # a patch alone is cheapest
+    for count, size in itertools.product((100, 1_500, 33_000, 200_000, 3_000_000), sizes):
+        c = schema.resolve(config(count, device, objective="xclip", **size))
+        head, widths = c.model.cluster_head, c.model.widths
+        blocks = sum(12 * tower.depth * tower.width**2 for tower in (c.model.img, c.model.txt))  # their kernels
+        assert head.layers == 0 and sum(widths.values()) * head.clusters < blocks
+        small = c.model.img.width == 192
+        assert 256 <= head.clusters <= (1024 if small else min(max(count, 256), 32_768))
+        flops = cost.forward_flops(c)
+        assert flops["heads"] <= 0.05 * sum(flops.values())
+        clusters.setdefault(count, head.clusters)
+    assert (clusters[100], clusters[33_000]) == (256, 1024) and clusters[3_000_000] == (1024 if small else 32_768)
 
 
 @pytest.mark.parametrize("objective", ["nclip", "xclip", "siglip"])
