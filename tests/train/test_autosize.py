@@ -191,7 +191,7 @@ def test_counts_are_those_of_the_pairs(tmp_path):
     for i in range(4):
         (folder / f"{i:03d}.txt").write_text("the same")
     counts = autosize.measure(sources.open_pairs(f"folder:{folder}"), tokenizer.load("bytes"))
-    assert counts == autosize.Counts(10, 24, 22, tokens=11, repeats=0.4)
+    assert counts == autosize.Counts(10, 24, 22, tokens=11)
     (folder / "007.png").write_bytes(b"no image")
     fault = (
         r"^1 of 10 pairs that were read cannot be used, the first is .*/007\.png' \(not an image.*\); see xclip-jax "
@@ -207,6 +207,39 @@ def test_counts_are_those_of_the_pairs(tmp_path):
         file.write_text("")
     with pytest.raises(UserError, match="10 of 10 pairs that were read cannot be used"):
         autosize.measure(sources.open_pairs(f"folder:{folder}"), tokenizer.load("bytes"))
+
+
+def table(folder, name, **columns):
+    """A table of captions in named columns, on a few images."""
+    tiny.folder(folder / "images", 40)
+    rows = [["image", *columns]]
+    rows += ([f"images/{i % 40:03d}.png", *texts] for i, texts in enumerate(zip(*columns.values(), strict=True)))
+    (folder / name).write_text("".join("\t".join(row) + "\n" for row in rows))
+    return f"csv:{folder / name},text={','.join(columns)},tokenizer=bytes"
+
+
+def test_repeats_are_counted_in_all_pairs(tmp_path, monkeypatch):
+    """A tenth of the pairs are twins, of which 512 pairs at random show an eighth."""
+    titles = [f"title {i // 2 if i < 400 else i}" for i in range(4000)]
+    chosen = np.random.default_rng(0).choice(4000, autosize.SAMPLE, replace=False)
+    sample = [titles[i] for i in chosen]
+    assert sum(sample.count(title) > 1 for title in sample) < 0.02 * len(sample)
+    c = load.load_config(f"small:pairs={table(tmp_path, 'twins.tsv', text=titles)}")
+    assert c.data.spread_duplicate_captions
+    few = table(tmp_path, "few.tsv", text=[*titles[330:], *map(str, range(330))])  # 70 of 4,000
+    assert not load.load_config(f"small:pairs={few}").data.spread_duplicate_captions
+    # Captions differ if one of them does, as in the order of a run.
+    both = table(tmp_path, "both.tsv", text=titles, other=[f"photo {i}" for i in range(4000)])
+    assert not load.load_config(f"small:pairs={both}").data.spread_duplicate_captions
+    # The pairs are not read again to train.
+    monkeypatch.setattr(holdout.records, "read_each", lambda *_, **__: pytest.fail("read again"))
+    assert sources.open_sources(schema.resolve(c).data, fields=("image", "text"))
+
+
+def test_the_context_is_long_enough_for_every_column(tmp_path):
+    others = [f"number {i} of the captions in another column" for i in range(40)]
+    c = load.load_config(f"small:pairs={table(tmp_path, 'x.tsv', text=['a'] * 40, other=others)}")
+    assert c.model.txt.context_length == 48 and not c.data.spread_duplicate_captions
 
 
 def test_the_pairs_decide_on_size_context_and_captions_apart(discs, capsys):

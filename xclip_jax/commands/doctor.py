@@ -144,7 +144,7 @@ def _bad_samples(sample: LoaderSample, start: Job) -> Finding:
 def _texts(text: np.ndarray, experiment: Experiment) -> Finding:
     """Return the lengths of texts, and the share of equal ones, which a contrastive loss takes for negatives."""
     objective, length, rows = experiment.objective, experiment.context_length, text[: experiment.config.data.batch]
-    twins = inspect.repeated_share(rows)
+    twins = records.repeated_share(rows)
     full = float(np.mean(experiment.tokenizer.lengths(text) == text.shape[1]))
     values = {"full_share": full, "duplicate_share": twins}
     if len(text) > 1 and (text == text[0]).all():

@@ -24,6 +24,7 @@ from xclip_jax.train import cost, weights
 SAMPLE = 512  # pairs that are read to learn their sizes
 HELD_OUT = (20, 0.05, 5000)  # minimum, share and maximum of held-out pairs; scores grow with their square
 LARGEST_SHARE = 0.2
+MANY_REPEATS = 0.02  # share of the pairs that have the captions of another one
 # Fewest clusters, and the share of a step's FLOPs that all heads may take.
 FEWEST_CLUSTERS, HEADS_SHARE = 256, 0.05
 # FLOP/s of a core, measured with these towers, and the seconds that a run on a CPU may take at this speed.
@@ -38,13 +39,12 @@ MUON_FLOPS = 300  # per block and step, times width^3: five iterations of three 
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """Number of pairs, median sides in pixels, tokens at the 95th percentile, share of repeated captions."""
+    """Number of pairs, median sides in pixels, tokens of a caption at the 95th percentile."""
 
     pairs: int
     width: int = 512
     height: int = 512
     tokens: int = 32
-    repeats: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,14 +84,13 @@ def measure(source: Source, tokens: tokenizer.Tokenizer) -> Counts:
             f"{len(bad)} of {len(samples)} pairs that were read cannot be used, the first is {first}; see "
             f"xclip-jax check, or pass count={n}, with which none is read here, and raise data.max_bad_fraction."
         )
-    captions = [sample.caption for sample in good]
+    captions = [caption for sample in good for caption in sample.captions]
     if len(set(captions)) == 1 < len(good):
-        raise UserError(f"all {len(good)} captions that were read are {captions[0]!r}: there is nothing to learn.")
+        raise UserError(f"all {len(captions)} captions that were read are {captions[0]!r}: there is nothing to learn.")
     return Counts(
         n,
         *(int(np.median([sample.size[axis] for sample in good])) for axis in (0, 1)),
         tokens=int(np.percentile(tokens.lengths(tokens(captions, 77)), 95)),
-        repeats=inspect.repeated_share(np.array(captions)),
     )
 
 
@@ -205,12 +204,14 @@ def _set_muon(config: ml_collections.ConfigDict) -> None:
         optim.weight_decay, config.objective.clip.label_smoothing = 0.05, 0.2
 
 
-def _data(config: ml_collections.ConfigDict, counts: Counts, machine: Machine) -> None:
+def _data(config: ml_collections.ConfigDict, counts: Counts, machine: Machine, source: Source | None) -> None:
     data = config.data
-    data.spread_duplicate_captions = counts.repeats > 0.02
     data.threads = max(min(machine.cores, 16), 2)
     data.cache = 3.0 * counts.pairs * counts.width * counts.height < min(machine.memory / 8, 2**31)
     data.holdout = held_out_share(counts.pairs)
+    if source is not None:  # training needs the same reading of all pairs, and does not repeat it
+        pairs = holdout.find(data.sources[0], source, data.holdout, DataConfig(**data))
+        data.spread_duplicate_captions = pairs.repeats > MANY_REPEATS
     config.eval.batch = min(256, 8 * max(data.batch // 8, machine.devices))
 
 
@@ -287,7 +288,7 @@ def fill_in(config: ml_collections.ConfigDict, args: ml_collections.ConfigDict) 
         config.model.txt.context_length = min(max(8 * math.ceil(counts.tokens / 8), 16), 77)
     config.data.batch = args.batch or batch_size(trained, preset, machine)
     _model(config, saved, machine, trained)
-    _data(config, counts, machine)
+    _data(config, counts, machine, source)
     note = ""
     if source is not None and sources.has_labels(spec, "image"):
         if classifies(spec, args.dir, args.image, config.data.holdout):
