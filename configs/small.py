@@ -20,6 +20,7 @@ gpu, tpu: sizes for an ordinary one instead of this machine; needed if several p
 import ml_collections
 
 from xclip_jax.config import recipes
+from xclip_jax.config.recipes import Describe
 from xclip_jax.core.errors import UserError, check_choice
 from xclip_jax.train import autosize
 
@@ -55,6 +56,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     return config
 
 
-def fill_in(config: ml_collections.ConfigDict, arg: str | None = None) -> None:
-    """Choose what follows from the pairs, the weights and this machine, and print a line about it."""
-    autosize.fill_in(config, recipes.parse_arg(arg, **ARGUMENTS))
+def fill_in(config: ml_collections.ConfigDict, arg: str | None = None) -> Describe:
+    """Choose what follows from the pairs, the weights and this machine; return a function that describes a config."""
+    return autosize.fill_in(config, recipes.parse_arg(arg, **ARGUMENTS))

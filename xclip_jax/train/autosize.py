@@ -1,16 +1,17 @@
 """Sizes of a run that follow from its pairs, its initial weights and the machine: the recipe `small`."""
 
 import dataclasses
+import functools
 import hashlib
 import math
 import re
-import sys
 
 import jax
 import ml_collections
 import numpy as np
 
 from xclip_jax.config import recipes, schema
+from xclip_jax.config.recipes import Describe
 from xclip_jax.core.errors import UserError, public
 from xclip_jax.data import holdout, inspect, labelled, records, sources, tokenizer
 from xclip_jax.data.base import MissingColumnError, Source, SourceOptions, name_of
@@ -185,7 +186,7 @@ def _schedule(config: ml_collections.ConfigDict, machine: Machine, trained: int,
     if muon:
         _set_muon(config)
     config.log.collapse_warmup_steps = min(config.log.collapse_warmup_steps, max(steps // 2, 1))
-    config.eval.every = max(steps // 8, 1)
+    config.eval.every = max(steps // 8, min(20, steps))  # at `steps` only the last evaluation is left
     # A run of few steps is soon trained again, and a checkpoint is three times the model.
     config.checkpoint.every = max(steps // 10, min(200, steps))
     config.log.every = max(min(20, steps // 20), 1)
@@ -240,20 +241,27 @@ def _open(spec: str, options: SourceOptions) -> Source:
         raise UserError(f"{error.fault}; name its columns, small:pairs=PATH,image=COLUMN,text=COLUMN.") from error
 
 
-def summary(config: ml_collections.ConfigDict, pairs: int, preset: str) -> str:
-    """Return the sentence about the choices."""
+def summary(config: ml_collections.ConfigDict, pairs: int, note: str = "") -> str:
+    """Return a sentence about a run of `config` on this number of pairs, and a note."""
     share, batch, model, initial = config.data.holdout, config.data.batch, config.model, config.init.weights
     parts = f" in {config.optim.microbatches} parts" if config.optim.microbatches > 1 else ""
+    terms = " + ".join(f"{weight:g} {name}" for name, weight in config.objective.terms.items())
+    objective = config.objective.name
+    if len(config.objective.terms) > 1:
+        objective += f" ({terms})"
+    if "nclip" in config.objective.terms:
+        objective += f", {model.cluster_head.clusters:,} clusters"
+    trained = max(pairs * (1 - share) * config.data.subset, 1)
     return (
-        f"small: {pairs:,} pairs, {100 * share:.2g} % of them held out; {config.objective.name}, "
-        f"{f'towers of {initial}' if initial else preset}, {model.img.image_size} px, {model.txt.context_length} "
-        f"tokens, batch {batch}{parts}, {config.steps:,} steps "
-        f"({config.steps * batch / (pairs * (1 - share)):.3g} epochs), {config.optim.name} at {config.optim.lr:g}"
+        f"small: {pairs:,} pairs, {100 * share:.2g} % of them held out; {objective}, "
+        f"{f'towers of {initial}' if initial else recipes.size_of(model)}, {model.img.image_size} px, "
+        f"{model.txt.context_length} tokens, batch {batch}{parts}, {config.steps:,} steps "
+        f"({config.steps * batch / trained:.3g} epochs), {config.optim.name} at {config.optim.lr:g}{note}"
     )
 
 
-def fill_in(config: ml_collections.ConfigDict, args: ml_collections.ConfigDict) -> None:
-    """Choose the sizes of a run on own pairs, and print a line about them.
+def fill_in(config: ml_collections.ConfigDict, args: ml_collections.ConfigDict) -> Describe:
+    """Choose the sizes of a run on a user's pairs; return a function that describes a config of such a run.
 
     Args:
       config: from `get_config` of configs/small.py; is changed.
@@ -298,8 +306,7 @@ def fill_in(config: ml_collections.ConfigDict, args: ml_collections.ConfigDict) 
     _schedule(config, machine, trained, args.epochs, args.steps)
     # How many chips others will have is not known; `checks.check_memory` names the key where a batch does not fit.
     config.optim.microbatches = 1 if args.device in ("gpu", "tpu") else microbatches(config, machine)
-    # Not log0: the processes of a run may not have joined yet. Not to stdout: commands print JSON there.
-    print(summary(config, pairs, preset) + note, file=sys.stderr)
+    return functools.partial(summary, pairs=pairs, note=note)
 
 
 def _check_arguments(args: ml_collections.ConfigDict) -> None:
