@@ -5,9 +5,10 @@
 
 pairs is a folder of images with .txt files next to them, a table, tars, or any spec of data.sources. Some hundred of
 the pairs are read to choose towers, image size, context, batch, cluster head, optimizer, its rate, steps and intervals
-(xclip_jax/train/autosize.py). A share of the pairs is held out by content, evaluated on the way (retrieval/holdout, and
-zeroshot/holdout if sub-folders, or a column "label" of some sources, name one class an image) and shown in
-RUN/report.html. Lines say what was chosen, and why held-out images of such a source are not classified.
+(xclip_jax/train/autosize.py). Then all are read: a share is held out by content, and equal captions are counted. The
+held-out pairs are evaluated on the way (retrieval/holdout, and zeroshot/holdout if sub-folders, or a column "label" of
+some sources, name one class an image) and shown in RUN/report.html. Lines say what was chosen, and why held-out images
+of such a source are not classified.
 
 The argument's keys, all but pairs optional: weights (to start from, instead of random parameters), objective (clip,
 siglip, nclip, xclip, superclip; by default clip, or the objective of the weights), image and text (columns or
@@ -19,6 +20,7 @@ gpu, tpu: sizes for an ordinary one instead of this machine; needed if several p
 import ml_collections
 
 from xclip_jax.config import recipes
+from xclip_jax.config.recipes import Describe
 from xclip_jax.core.errors import UserError, check_choice
 from xclip_jax.train import autosize
 
@@ -54,6 +56,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     return config
 
 
-def fill_in(config: ml_collections.ConfigDict, arg: str | None = None) -> None:
-    """Choose what follows from the pairs, the weights and this machine, and print a line about it."""
-    autosize.fill_in(config, recipes.parse_arg(arg, **ARGUMENTS))
+def fill_in(config: ml_collections.ConfigDict, arg: str | None = None) -> Describe:
+    """Choose what follows from the pairs, the weights and this machine; return a function that describes a config."""
+    return autosize.fill_in(config, recipes.parse_arg(arg, **ARGUMENTS))

@@ -74,7 +74,7 @@ def test_folder_and_errors(tmp_path, capsys):
     tiny.folder(tmp_path / "pairs", n=10)
     code, out, _ = run(capsys, f"folder:{tmp_path / 'pairs'}", "--sheet", tmp_path / "x.png", "--samples", 4)
     assert code == 0
-    assert "read: 4 at random" in out
+    assert "read: 4 at random; more repeats show with --samples 0, which reads all\n" in out
     assert "repeated captions: 0\n" in out
     code, _, err = run(capsys, "/nowhere/*.tar")
     assert code == 1
@@ -151,6 +151,22 @@ def test_columns_are_named_after_the_source_as_the_recipe_small_has_them(tmp_pat
     (tmp_path / "b,text.csv").write_text("path,a,b,words\npairs/000.png,one,two,x\npairs/001.png,two,three,y\n")
     out = run(capsys, f"csv:{tmp_path}/b,text.csv,image=path,text=a,b,tags=words", "--length", 12)[1]
     assert "captions of one image: 2.00" in out
+
+
+def test_captions_of_all_columns_count(tmp_path, capsys):
+    """The first alone would have 4 repeats, one letter, and nothing to learn."""
+    tiny.folder(tmp_path / "pairs", n=5)
+    rows = [f"pairs/{i:03d}.png,a,{'a' if i == 4 else f'number {i}'}" for i in range(5)]
+    (tmp_path / "table.csv").write_text("\n".join(["image,text,alt", *rows]))
+    code, out, _ = run(capsys, f"{tmp_path / 'table.csv'},text=text,alt")
+    assert code == 0 and "read: 5 at random\n" in out
+    assert "captions, 5/50/95 %: 1 / 1 / 8 characters\n" in out and "tokens, 5/50/95 %: 3 / 3 / 10, 0.0%" in out
+    assert "repeated captions: 4; in one batch they would count as false negatives, objective.clip.positives=" in out
+    out = run(capsys, f"{tmp_path / 'table.csv'},text=alt")[1]
+    assert "repeated captions: 0\n" in out
+    (tmp_path / "table.csv").write_text("\n".join(["image,text,alt", *rows, "pairs/000.png,a,number 0"]))
+    out = run(capsys, f"{tmp_path / 'table.csv'},text=text,alt")[1]
+    assert "repeated captions: 6; in one batch they would count as false negatives, data.spread_duplicate_" in out
 
 
 def test_a_bad_sample_whose_name_is_not_utf8(tmp_path, capsys):

@@ -9,11 +9,13 @@ import pytest
 
 from tests.helpers import tiny
 from tests.helpers.findings import only
+from tests.helpers.pages import written
 from xclip_jax.commands import doctor
+from xclip_jax.commands.diagnosis import check_run
 from xclip_jax.commands.doctor import check_config
 from xclip_jax.config import schema
 from xclip_jax.demo import emoji
-from xclip_jax.train import cost
+from xclip_jax.train import build, cost
 from xclip_jax.train.checks import FAIL, OK, WARNING
 from xclip_jax.train.job import Job
 from xclip_jax.train.training_folder import TrainingFolder
@@ -104,6 +106,23 @@ def test_a_damaged_folder_of_the_run_is_one_finding(tmp_path):
     findings = list(check_config(tiny.config("clip", run=tmp_path), "never"))
     assert "config.json is damaged" in only(findings, "folder", FAIL).text
     assert [finding.check for finding in findings] == ["devices", "folder"]
+
+
+def test_cluster_heads_that_outweigh_the_towers(pairs, tmp_path):
+    """Before a run and in its folder; the count is that of kernels, norms and biases by hand."""
+    changes = {"run": tmp_path / "run", "data__sources": (f"folder:{pairs}",)}
+    large = tiny.config("xclip", **changes, model__cluster_head__clusters=4096, model__cluster_head__hidden=512)
+    finding = only(check_config(large, "never"), "heads", WARNING)
+    heads = 2 * (32 * 512 + 2 * 512 + 512 * 4096 + 4096)
+    assert finding.values["cluster_heads"] == heads > 20 * finding.values["towers"]
+    assert f"the cluster heads have {heads:,} parameters, and the towers" in finding.text
+    assert finding.values["flops_share"] > 0.9 and "model.cluster_head.layers=0" in finding.remedy
+    total = build.build(large).num_parameters
+    assert total == heads + finding.values["towers"] + 2 * 32 * 16 + 1  # projections and the scale
+    written(tmp_path / "run", large, [])
+    assert only(check_run(str(tmp_path / "run")), "heads", WARNING).values == finding.values
+    for small in (tiny.config("xclip", **changes), tiny.config("clip", **changes, model__cluster_head__hidden=4096)):
+        assert not [x for x in check_config(small, "never") if x.check == "heads"]
 
 
 def start_of(objective="clip", **changes):

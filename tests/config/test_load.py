@@ -3,6 +3,7 @@
 import functools
 import operator
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -80,6 +81,14 @@ def test_a_list_of_names_needs_no_quotes(flag, value, own_flags, monkeypatch):
     monkeypatch.chdir(ROOT)
     load.parse(["xclip-jax", "--config", "demo", f"--config.{flag}"])
     assert functools.reduce(operator.getitem, flag.partition("=")[0].split("."), flags.FLAGS.config) == value
+
+
+def test_a_recipe_is_described_with_its_flags(own_flags, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    flag = ["--config.steps=20", "--config.data.batch", "8"]
+    load.parse(["xclip-jax", "--config", "small:pairs=folder:x,count=100,device=cpu", *flag])
+    out, err = capsys.readouterr()
+    assert out == "" and re.fullmatch(r"small: 100 pairs, .*, batch 8, 20 steps \(2 epochs\), .*\n", err)
 
 
 @pytest.mark.parametrize(

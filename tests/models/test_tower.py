@@ -221,6 +221,15 @@ def test_wrong_plugins_are_one_sentence(plugins, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(("side", "nearest"), [(100, "96 or 108"), (5, "12")])
+def test_a_side_that_is_no_multiple_of_the_patch_has_its_neighbours(side, nearest):
+    fault = rf"^model\.img\.image_size {side} must be a multiple of patch 12; set it to {nearest}\.$"
+    with pytest.raises(UserError, match=fault):
+        schema.resolve(tiny.config(model__img__image_size=side, model__img__patch=12))
+    with pytest.raises(UserError, match=fault):
+        load_config(f"small:pairs=folder:x,count=100,device=cpu,size={side}")
+
+
 def test_a_built_in_type_may_be_named():
     tower = schema.resolve(tiny.config(model__plugins={"img": {"type": "vit", "width": 48, "heads": 4}})).model.tower(
         "img"

@@ -50,9 +50,9 @@ def discs(tmp_path_factory):
         (20, "cpu", "Ti/12", 8, 256, 0.2),
         (200, "cpu", "Ti/12", 64, 256, 0.1),
         (1_000, "cpu", "Ti/12", 256, 1024, 0.05),
-        (5_000, "cpu", "Ti/12", 256, 4096, 0.05),
-        (5_000, "gpu", "Ti/12", 1024, 4096, 0.05),
-        (200_000, "gpu", "S/16", 2048, 32_768, 0.025),
+        (5_000, "cpu", "Ti/12", 256, 1024, 0.05),
+        (5_000, "gpu", "Ti/12", 1024, 1024, 0.05),
+        (200_000, "gpu", "S/16", 2048, 4096, 0.025),
         (10_000_000, "tpu", "B/16", 4096, 32_768, 0.0005),
     ],
 )
@@ -78,7 +78,27 @@ def test_sizes_follow_from_the_number_of_pairs(count, device, preset, batch, clu
     assert c.log.collapse_warmup_steps == min(c.steps // 2, 500)  # so short runs are warned of a plateau too
     assert 3 * resolved.optim.warmup <= 2 * resolved.steps
     assert c.steps >= 10 * c.checkpoint.every or c.checkpoint.every == min(200, c.steps)
-    assert 8 <= c.steps / c.eval.every < 17 and resolved.eval.sets == ("retrieval/holdout",)
+    assert c.steps / c.eval.every < 17 and (c.steps / c.eval.every >= 8 or c.eval.every == 20)
+    assert resolved.eval.sets == ("retrieval/holdout",)
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+@pytest.mark.parametrize("preset", ["", "Ti/12", "S/16", "B/16"])
+def test_cluster_heads_are_cheap_beside_any_towers(preset, device):
+    """At most a twentieth of a step, no more clusters than pairs, and never larger than the towers."""
+    clusters, patch = {}, preset.partition("/")[2]
+    sizes = [{"preset": preset}, {"preset": preset, "size": patch}] if preset else [{}]  # a patch alone is cheapest
+    for count, size in itertools.product((100, 1_500, 33_000, 200_000, 3_000_000), sizes):
+        c = schema.resolve(config(count, device, objective="xclip", **size))
+        head, widths = c.model.cluster_head, c.model.widths
+        blocks = sum(12 * tower.depth * tower.width**2 for tower in (c.model.img, c.model.txt))  # their kernels
+        assert head.layers == 0 and sum(widths.values()) * head.clusters < blocks
+        small = c.model.img.width == 192
+        assert 256 <= head.clusters <= (1024 if small else min(max(count, 256), 32_768))
+        flops = cost.forward_flops(c)
+        assert flops["heads"] <= 0.05 * sum(flops.values())
+        clusters.setdefault(count, head.clusters)
+    assert (clusters[100], clusters[33_000]) == (256, 1024) and clusters[3_000_000] == (1024 if small else 32_768)
 
 
 @pytest.mark.parametrize("objective", ["nclip", "xclip", "siglip"])
@@ -92,7 +112,7 @@ def test_warm_up_and_intervals_follow_from_steps_and_parts_of_epochs():
     for steps in (1, 2, 10, 40):
         c = load.load_config(f"small:pairs=folder:x,count=1000,device=cpu,steps={steps}")
         schema.resolve(c)
-        assert (c.steps, c.eval.every, c.log.every) == (steps, max(steps // 8, 1), max(steps // 20, 1))
+        assert (c.steps, c.eval.every, c.log.every) == (steps, min(steps, 20), max(steps // 20, 1))
         assert c.optim.warmup == int(0.6 * steps)
     whole, half = (load.load_config(f"small:pairs=folder:x,count=5000,device=cpu,epochs={n}").steps for n in (1, 0.5))
     assert (whole, half) == (19, 9)
@@ -172,7 +192,7 @@ def test_counts_are_those_of_the_pairs(tmp_path):
     for i in range(4):
         (folder / f"{i:03d}.txt").write_text("the same")
     counts = autosize.measure(sources.open_pairs(f"folder:{folder}"), tokenizer.load("bytes"))
-    assert counts == autosize.Counts(10, 24, 22, tokens=11, repeats=0.4)
+    assert counts == autosize.Counts(10, 24, 22, tokens=11)
     (folder / "007.png").write_bytes(b"no image")
     fault = (
         r"^1 of 10 pairs that were read cannot be used, the first is .*/007\.png' \(not an image.*\); see xclip-jax "
@@ -190,11 +210,44 @@ def test_counts_are_those_of_the_pairs(tmp_path):
         autosize.measure(sources.open_pairs(f"folder:{folder}"), tokenizer.load("bytes"))
 
 
-def test_the_pairs_decide_on_size_context_and_captions_apart(discs, capsys):
-    c = load.load_config(f"small:pairs={discs},tokenizer=bytes")
-    assert capsys.readouterr().err == (
+def table(folder, name, **columns):
+    """A table of captions in named columns, on a few images."""
+    tiny.folder(folder / "images", 40)
+    rows = [["image", *columns]]
+    rows += ([f"images/{i % 40:03d}.png", *texts] for i, texts in enumerate(zip(*columns.values(), strict=True)))
+    (folder / name).write_text("".join("\t".join(row) + "\n" for row in rows))
+    return f"csv:{folder / name},text={','.join(columns)},tokenizer=bytes"
+
+
+def test_repeats_are_counted_in_all_pairs(tmp_path, monkeypatch):
+    """A tenth of the pairs are twins, of which 512 pairs at random show an eighth."""
+    titles = [f"title {i // 2 if i < 400 else i}" for i in range(4000)]
+    chosen = np.random.default_rng(0).choice(4000, autosize.SAMPLE, replace=False)
+    sample = [titles[i] for i in chosen]
+    assert sum(sample.count(title) > 1 for title in sample) < 0.02 * len(sample)
+    c = load.load_config(f"small:pairs={table(tmp_path, 'twins.tsv', text=titles)}")
+    assert c.data.spread_duplicate_captions
+    few = table(tmp_path, "few.tsv", text=[*titles[330:], *map(str, range(330))])  # 70 of 4,000
+    assert not load.load_config(f"small:pairs={few}").data.spread_duplicate_captions
+    # Captions differ if one of them does, as in the order of a run.
+    both = table(tmp_path, "both.tsv", text=titles, other=[f"photo {i}" for i in range(4000)])
+    assert not load.load_config(f"small:pairs={both}").data.spread_duplicate_captions
+    # The pairs are not read again to train.
+    monkeypatch.setattr(holdout.records, "read_each", lambda *_, **__: pytest.fail("read again"))
+    assert sources.open_sources(schema.resolve(c).data, fields=("image", "text"))
+
+
+def test_the_context_is_long_enough_for_every_column(tmp_path):
+    others = [f"number {i} of the captions in another column" for i in range(40)]
+    c = load.load_config(f"small:pairs={table(tmp_path, 'x.tsv', text=['a'] * 40, other=others)}")
+    assert c.model.txt.context_length == 48 and not c.data.spread_duplicate_captions
+
+
+def test_the_pairs_decide_on_size_context_and_captions_apart(discs):
+    c, describe = load.load_recipe(f"small:pairs={discs},tokenizer=bytes")
+    assert describe(c) == (
         f"small: 128 pairs, 16 % of them held out; clip, Ti/12, 36 px, 24 tokens, batch {c.data.batch}, {c.steps} "
-        f"steps ({c.steps * c.data.batch / (0.84 * 128):.3g} epochs), muon at {c.optim.lr:g}\n"
+        f"steps ({c.steps * c.data.batch / (0.84 * 128):.3g} epochs), muon at {c.optim.lr:g}"
     )
     assert c.data.sources == (f"folder:{discs}",) and re.fullmatch(r"runs/small-.*pairs-[0-9a-f]{6}", c.run)
     assert (c.model.img.image_size, c.model.txt.context_length) == (36, 24)
@@ -346,10 +399,24 @@ def one_class_held_out(folder):
     "make",
     [sub_folders, several_labels, one_class_held_out, lambda folder: tiny.folder(folder / "12").parent],
 )
-def test_held_out_classes_are_left_out_where_they_cannot_be_evaluated(make, tmp_path, capsys):
-    c = load.load_config(f"small:pairs={make(tmp_path / 'pairs')},tokenizer=bytes")
+def test_held_out_classes_are_left_out_where_they_cannot_be_evaluated(make, tmp_path):
+    c, describe = load.load_recipe(f"small:pairs={make(tmp_path / 'pairs')},tokenizer=bytes")
     assert c.eval.sets == ("retrieval/holdout",)
-    assert "(no zero-shot classification: it needs" in capsys.readouterr().err
+    assert "(no zero-shot classification: it needs" in describe(c)
+
+
+def test_the_description_is_that_of_the_config_with_its_flags():
+    c, describe = load.load_recipe("small:pairs=folder:x,count=1000,device=cpu,objective=xclip")
+    assert "; xclip (0.5 clip + 0.5 nclip), 1,024 clusters, Ti/12, 96 px, 32 tokens, batch 256, " in describe(c)
+    c.unlock()
+    c.objective.terms.nclip, c.model.cluster_head.clusters, c.model.img.depth = 0.25, 512, 6
+    c.steps, c.data.batch, c.data.holdout, c.optim.name, c.optim.lr = 30, 16, 0.2, "adamw", 2e-3
+    assert describe(c) == (
+        "small: 1,000 pairs, 20 % of them held out; xclip (0.5 clip + 0.25 nclip), 512 clusters, towers of other sizes "
+        "than a preset, 96 px, 32 tokens, batch 16, 30 steps (0.6 epochs), adamw at 0.002"
+    )
+    c.data.holdout = 1.0  # refused later, in a sentence
+    assert describe(c)
 
 
 @pytest.mark.slow

@@ -68,7 +68,7 @@ def report(source: Source, options: argparse.Namespace) -> Iterator[str]:
     threads = records.cores()
     samples, seconds = inspect.read(source, chosen.tolist(), threads, _SIZE)
     good, bad = [s for s in samples if not s.reason], [s for s in samples if s.reason]
-    yield f"read: {count:,} at random"
+    yield f"read: {count:,} at random" + ("; more repeats show with --samples 0, which reads all" if count < n else "")
     if good:
         yield from _statistics(good, options)
         rate = count / seconds
@@ -83,7 +83,7 @@ def report(source: Source, options: argparse.Namespace) -> Iterator[str]:
     verdict = "training would run"
     if share > options.max_bad_fraction:
         verdict = "training would stop; fix the data or raise data.max_bad_fraction"
-    elif len(good) > 1 and len({sample.caption for sample in good}) == 1:
+    elif len(good) > 1 and len({caption for sample in good for caption in sample.captions}) == 1:
         verdict = "training would learn nothing; give each image a caption of its own"
     options.passed = verdict == "training would run"
     yield f"bad: {share:.2%}, allowed {options.max_bad_fraction:.2%}: {verdict}"
@@ -91,21 +91,27 @@ def report(source: Source, options: argparse.Namespace) -> Iterator[str]:
 
 def _statistics(good: Sequence[Sample], options: argparse.Namespace) -> Iterator[str]:
     """Yield lines about the good samples."""
-    tokens = options.tokens([s.caption for s in good], options.length)
-    lengths = options.tokens.lengths(tokens)
+    captions = [caption for s in good for caption in s.captions]
+    lengths = options.tokens.lengths(options.tokens(captions, options.length))
     full = np.mean(lengths >= options.length)
     yield f"width, 5/50/95 %: {_percentiles([s.size[0] for s in good])}"
     yield f"height, 5/50/95 %: {_percentiles([s.size[1] for s in good])}"
     yield f"image files, 5/50/95 %: {_percentiles([s.file_bytes for s in good])} bytes"
-    yield f"captions, 5/50/95 %: {_percentiles([len(s.caption) for s in good])} characters"
+    yield f"captions, 5/50/95 %: {_percentiles([*map(len, captions)])} characters"
     yield f"tokens, 5/50/95 %: {_percentiles(lengths)}, {full:.1%} of the captions fill all {options.length}"
     yield f"captions of one image: {np.mean([len(s.captions) for s in good]):.2f}"
-    for what, keys, remedy in (
-        ("images", [s.digest for s in good], "objective.clip.positives=image makes captions of one image positives"),
-        ("captions", [s.caption for s in good], "data.spread_duplicate_captions=True keeps them apart"),
-    ):
-        same = _duplicates(keys)
-        yield f"repeated {what}: {same:,}{f'{_NEGATIVES}, {remedy}' if same else ''}"
+    remedies = {
+        "images": "objective.clip.positives=image makes captions of one image positives",
+        "captions": "objective.clip.positives=caption makes them positives",
+    }
+    if _duplicates([s.captions for s in good]):  # all captions of a pair are another's
+        remedies["captions"] = "data.spread_duplicate_captions=True keeps them apart"
+    repeated = {
+        "images": _duplicates([s.digest for s in good]),
+        "captions": _duplicates([caption for s in good for caption in dict.fromkeys(s.captions)]),
+    }
+    for what, number in repeated.items():
+        yield f"repeated {what}: {number:,}" + (f"{_NEGATIVES}, {remedies[what]}" if number else "")
 
 
 def _about_bad(source: Source, bad: Sequence[Sample], count: int) -> Iterator[str]:

@@ -5,13 +5,15 @@ import statistics
 import time
 from collections.abc import Iterator
 
+from xclip_jax.config.schema import Config
 from xclip_jax.core.console import format_duration
 from xclip_jax.core.run_folder import RunFolder
 from xclip_jax.core.storage import is_remote
+from xclip_jax.models.two_towers import TOWERS
 from xclip_jax.report import collect
 from xclip_jax.report.collect import Record, Warnings, complete_rows
-from xclip_jax.train import checkpoint_files
-from xclip_jax.train.checks import Finding, fail, warning
+from xclip_jax.train import checkpoint_files, cost, weights
+from xclip_jax.train.checks import Finding, attempt, fail, warning
 from xclip_jax.train.clock import INPUT_BOUND
 
 # A run counts as stalled after this many times the usual time between lines of metrics, and after these seconds at
@@ -33,6 +35,8 @@ def check_run(path: str, now: float | None = None) -> Iterator[Finding]:
     run, folder = collect.read(path), RunFolder(path)
     yield from _progress(run, folder, time.time() if now is None else now)
     yield from _checkpoints(run, folder)
+    heads, problem = attempt("heads", lambda: list(check_heads(weights.run_config(folder))))
+    yield from heads or filter(None, [problem])
     if run.training:
         for name in run.objective.terms:
             yield from _health(run, name)
@@ -43,6 +47,20 @@ def check_run(path: str, now: float | None = None) -> Iterator[Finding]:
         yield from _samples(run, folder)
     yield from _skipped(run, folder)
     yield from _results(run, folder)
+
+
+def check_heads(config: Config) -> Iterator[Finding]:
+    """Yield a warning if the cluster heads of a run have more parameters than its towers, and a price in time."""
+    if not (names := cost.cluster_heads(config)):
+        return
+    counts, share = cost.num_parameters(config), cost.heads_share(config)
+    heads = sum(counts[name] for name in names)
+    towers = sum(counts.get(name, 0) for name in TOWERS)
+    if heads > towers and (share is None or share > cost.HEADS_SHARE):
+        text = f"the cluster heads have {heads:,} parameters, and the towers {towers:,}"
+        text += f"; all heads take {share:.1%} of a step's FLOPs" if share else ""
+        remedy = "lower model.cluster_head.clusters and .hidden, or set model.cluster_head.layers=0 for linear heads"
+        yield warning("heads", text, remedy, cluster_heads=heads, towers=towers, flops_share=share)
 
 
 def _speed(run: Record) -> float:

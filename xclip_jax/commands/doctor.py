@@ -21,7 +21,7 @@ import ml_collections
 import numpy as np
 from absl import flags, logging
 
-from xclip_jax.commands.diagnosis import check_run
+from xclip_jax.commands.diagnosis import check_heads, check_run
 from xclip_jax.config import load
 from xclip_jax.config.schema import Config, resolve
 from xclip_jax.core.console import format_bytes, format_duration
@@ -74,6 +74,7 @@ def check_config(
         yield finding
     if FAIL in (marks.get("model", FAIL), marks.get("data")):
         return
+    yield from check_heads(resolved)
     seconds = None
     if start.compiles and marks.get("memory") != FAIL:
         yield (timed := time_step(start, operations))
@@ -143,7 +144,7 @@ def _bad_samples(sample: LoaderSample, start: Job) -> Finding:
 def _texts(text: np.ndarray, experiment: Experiment) -> Finding:
     """Return the lengths of texts, and the share of equal ones, which a contrastive loss takes for negatives."""
     objective, length, rows = experiment.objective, experiment.context_length, text[: experiment.config.data.batch]
-    twins = inspect.repeated_share(rows)
+    twins = records.repeated_share(rows)
     full = float(np.mean(experiment.tokenizer.lengths(text) == text.shape[1]))
     values = {"full_share": full, "duplicate_share": twins}
     if len(text) > 1 and (text == text[0]).all():

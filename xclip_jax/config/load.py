@@ -14,8 +14,9 @@ from absl import flags
 from ml_collections import config_flags
 
 from xclip_jax.config import schema
+from xclip_jax.config.recipes import Describe
 from xclip_jax.core import fields, imports
-from xclip_jax.core.errors import UserError, exit_with_message
+from xclip_jax.core.errors import UserError, exit_with_message, public
 
 TRUST = flags.DEFINE_bool(
     "trust", False, "Import the modules of other packages that files of weights name, which runs their code."
@@ -64,10 +65,16 @@ def _place(error: Exception, file: str, origin: str) -> str:
 
 
 def load_config(spec: str) -> ml_collections.ConfigDict:
-    """Return the config of the recipe in "NAME:arg" or "FILE.py:arg", locked.
+    """Return the config of the recipe in "NAME:arg" or "FILE.py:arg", locked; see `load_recipe`."""
+    return load_recipe(spec)[0]
+
+
+def load_recipe(spec: str) -> tuple[ml_collections.ConfigDict, Describe | None]:
+    """Return the config of the recipe in "NAME:arg" or "FILE.py:arg", locked, and a function that describes it.
 
     A recipe is a file with the function `get_config(arg)`, which opens no data and no weights. What depends on those
-    and on the machine is set by its function `fill_in(config, arg)`, if it has one.
+    and on the machine is set by its function `fill_in(config, arg)`, if it has one. It may return a function of a
+    config, whose sentence commands print once their flags are set.
 
     Raises:
       UserError: no such recipe, or an error in it, with its line.
@@ -81,14 +88,14 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
         config = module.get_config(arg or None)
         if not isinstance(config, ml_collections.ConfigDict):
             raise UserError(f"{file}: get_config returns {type(config).__name__}, not a ConfigDict.")
-        if fill_in := getattr(module, "fill_in", None):
-            fill_in(config, arg or None)
+        fill_in = getattr(module, "fill_in", None)
+        describe = fill_in(config, arg or None) if fill_in else None
     except UserError:
         raise
     except Exception as error:
         text = " ".join(str(error.msg if isinstance(error, SyntaxError) else error).split())
         raise UserError(f"{_place(error, file, module_spec.origin)}: {type(error).__name__}: {text}") from error
-    return config.lock()
+    return config.lock(), describe
 
 
 def check_keys(config: ml_collections.ConfigDict, overrides: list[str]) -> None:
@@ -124,6 +131,7 @@ def parse(argv: list[str]) -> list[str]:
     Bad input ends the process with one sentence.
     """
     # config_flags can load the file itself, but shows an error in the file only below two tracebacks.
+    describe = None
     at = next((i for i, arg in enumerate(argv) if re.fullmatch(r"--?config(=.*)?", arg)), None)
     try:
         if {"--help", "-help", "-h"} & set(argv):
@@ -138,13 +146,16 @@ def parse(argv: list[str]) -> list[str]:
                 raise UserError("--config has no value; start with --config demo")
             argv = argv[:at] + argv[at + (1 if "=" in argv[at] else 2) :]
             with imports.trusting(any(re.fullmatch(r"--?trust(=(true|t|1))?", arg, re.IGNORECASE) for arg in argv)):
-                config = load_config(spec)
+                config, describe = load_recipe(spec)
             check_keys(config, argv)
             argv = [quote_list(config, arg) for arg in argv]
             config_flags.DEFINE_config_dict("config", config, "Keys of the config.", sys_argv=argv)
         unparsed = flags.FLAGS(argv)
         if len(unparsed) > 1:
             raise UserError(f"unknown argument {unparsed[1]!r}; set config keys with --config.KEY=VALUE")
+        if describe:
+            # Not log0: the processes of a run may not have joined yet. Not to stdout: commands print JSON there.
+            print(public(describe(flags.FLAGS.config)), file=sys.stderr)
         return unparsed
     except (UserError, flags.UnrecognizedFlagError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")

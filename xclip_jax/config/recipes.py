@@ -1,6 +1,7 @@
 """Where a recipe starts: its argument, "a=1,b=x", and the defaults of all keys for an objective and a size."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import ml_collections
@@ -8,9 +9,10 @@ import ml_collections
 from xclip_jax.config import schema
 from xclip_jax.core.errors import UserError
 from xclip_jax.core.fields import nearest
-from xclip_jax.models.two_towers import preset
+from xclip_jax.models.two_towers import PRESETS, TOWERS, preset
 from xclip_jax.objectives import OBJECTIVES, RECIPES
 
+Describe = Callable[[ml_collections.ConfigDict], str]  # returns a sentence about a config
 _KINDS = {int: "an integer", float: "a number"}
 
 
@@ -89,3 +91,13 @@ def set_towers(config: ml_collections.ConfigDict, size: str) -> None:
     config.model.embed = sizes["embed"]
     side = schema.Config().model.img.image_size
     config.model.img.image_size = side - side % config.model.img.patch  # 216 for Ti/12
+
+
+def size_of(model: ml_collections.ConfigDict) -> str:
+    """Return the preset whose sizes the towers of config group `model` have, or say that none has."""
+    for name in PRESETS:
+        sizes = preset(name)
+        towers = all(model[tower][key] == value for tower in TOWERS for key, value in sizes[tower].items())
+        if towers and model.embed == sizes["embed"] and not model.plugins:
+            return name
+    return "towers of other sizes than a preset"

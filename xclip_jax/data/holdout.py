@@ -4,17 +4,18 @@ A pair is held out by a hash of its image's bytes. So it stays on its side in an
 any number of hosts, and all pairs with one image are on one side.
 """
 
+import array
 import contextlib
 import dataclasses
 import hashlib
 import json
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-from xclip_jax.core.console import log0
-from xclip_jax.core.errors import BadSample, UserError
+from xclip_jax.core.errors import BadSample, UserError, public
 from xclip_jax.data import records
 from xclip_jax.data.base import Record, Source, WrappedSource, name_of
 from xclip_jax.data.config import DataConfig
@@ -110,13 +111,15 @@ def apply_controls(opened: Sequence[Source], config: DataConfig, seed: int, *, l
 class Pairs:
     """Some readable pairs of a source: `indices` of the records, int (n,), captions, and hexadecimal image hashes.
 
-    `bad` is the number of the source's records that cannot be read, which are not held out.
+    `bad` is the number of the source's records that cannot be read, which are not held out, and `repeats` the share of
+    its readable records whose captions another one has too, each of them.
     """
 
     indices: np.ndarray
     captions: list[list[str]]
     hashes: list[str]
     bad: int
+    repeats: float
 
 
 def image_hash(image: bytes | np.ndarray) -> str:
@@ -137,18 +140,26 @@ def find(spec: str, source: Source, share: float, config: DataConfig) -> Pairs:
     key = json.dumps([spec, share, config.image_key, config.text_keys, source.fingerprint()], default=str)
     if key not in _known:
         if len(source) > _MANY:
-            log0(f"reading the {len(source):,} pairs of {spec} to find those that are held out or evaluated")
+            # Not log0: the processes of a run may not have joined yet.
+            line = f"reading the {len(source):,} pairs of {spec} to find those that are held out or evaluated"
+            print(public(line), file=sys.stderr, flush=True)
 
-        def take(record: Record) -> tuple[list[str], str] | None:
+        def take(record: Record) -> tuple[int, tuple[list[str], str] | None]:
             digits = image_hash(record["image"])
-            return (record["text"], digits) if is_held_out(digits, share) else None
+            held = (record["text"], digits) if is_held_out(digits, share) else None
+            return hash(tuple(record["text"])), held
 
         places, threads = ((source, index) for index in range(len(source))), min(config.threads, records.MAX_THREADS)
-        read = list(records.read_each(places, take, timeout=config.read_timeout, threads=threads))
-        held = [(i, *pair) for i, pair in enumerate(read) if isinstance(pair, tuple)]
+        captions_of, held = array.array("q"), []
+        for index, result in enumerate(records.read_each(places, take, timeout=config.read_timeout, threads=threads)):
+            if isinstance(result, BadSample):
+                continue
+            captions_of.append(result[0])
+            if result[1] is not None:
+                held.append((index, *result[1]))
         captions, hashes = [texts for _, texts, _ in held], [digits for *_, digits in held]
-        bad = sum(isinstance(pair, BadSample) for pair in read)
-        _known[key] = Pairs(np.array([i for i, *_ in held], int), captions, hashes, bad)
+        bad, repeats = len(source) - len(captions_of), records.repeated_share(np.array(captions_of))
+        _known[key] = Pairs(np.array([i for i, *_ in held], int), captions, hashes, bad, repeats)
     return _known[key]
 
 

@@ -113,12 +113,6 @@ def read_batches(
     return LoaderSample(count * rows, speed, ledger.counters["bad"], lines[0] if lines else "", text)
 
 
-def repeated_share(values: np.ndarray) -> float:
-    """Return the share of strings (n,) or rows of tokens (n, m) that occur more than once."""
-    _, counts = np.unique(values, axis=0, return_counts=True)
-    return float(counts[counts > 1].sum() / counts.sum())
-
-
 def write_sheet(samples: Sequence[Sample], source: Source, path: str) -> int:
     """Write a PNG of the first good pairs that are still readable, if there are any, and return their number."""
     chosen = []

@@ -116,6 +116,12 @@ def outcome(numbers: np.ndarray, unreadable: int) -> dict[str, Any]:
     return {"digest": digest, "unreadable": unreadable}
 
 
+def repeated_share(values: np.ndarray) -> float:
+    """Return the share of numbers (n,) or rows of tokens (n, m) that occur more than once; 0 if there is none."""
+    _, counts = np.unique(values, axis=0, return_counts=True)
+    return float(counts[counts > 1].sum() / max(counts.sum(), 1))
+
+
 def as_bad_sample(error: Exception) -> BadSample:
     """Return any error of reading or decoding one record as a `BadSample`, with the error's class as its reason.
 

@@ -114,7 +114,9 @@ class ImageTowerConfig(TransformerConfig, ImageTower):
         """Yield values that contradict each other."""
         # Published SigLIPs have 384 pixels in patches of 14 and ignore the border; elsewhere it is likely a mistake.
         if self.image_size % self.patch and (self.pool != "map" or not self.grid):
-            yield f"image_size {self.image_size} must be a multiple of patch {self.patch}"
+            sides = [side for side in (self.grid * self.patch, (self.grid + 1) * self.patch) if side]
+            nearest = f"set it to {' or '.join(map(str, sides))}"
+            yield f"image_size {self.image_size} must be a multiple of patch {self.patch}; {nearest}"
         if self.stem == "hmlp" and (self.patch % 4 or self.width % 4):
             yield f"stem 'hmlp' needs multiples of 4, and patch is {self.patch}, width {self.width}"
         if self.stem == "hmlp" and self.patch_bias:

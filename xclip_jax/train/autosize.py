@@ -1,23 +1,23 @@
 """Sizes of a run that follow from its pairs, its initial weights and the machine: the recipe `small`."""
 
 import dataclasses
+import functools
 import hashlib
 import math
 import re
-import sys
 
 import jax
 import ml_collections
 import numpy as np
 
 from xclip_jax.config import recipes, schema
+from xclip_jax.config.recipes import Describe
 from xclip_jax.core.errors import UserError, public
 from xclip_jax.data import holdout, inspect, labelled, records, sources, tokenizer
 from xclip_jax.data.base import MissingColumnError, Source, SourceOptions, name_of
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.evaluators.sets import classification
-from xclip_jax.models.heads import ClusterHead, Head
 from xclip_jax.objectives import RECIPES, make_objective
 from xclip_jax.objectives.clip import Clip
 from xclip_jax.train import cost, weights
@@ -25,6 +25,8 @@ from xclip_jax.train import cost, weights
 SAMPLE = 512  # pairs that are read to learn their sizes
 HELD_OUT = (20, 0.05, 5000)  # minimum, share and maximum of held-out pairs; scores grow with their square
 LARGEST_SHARE = 0.2
+MANY_REPEATS = 0.02  # share of the pairs that have the captions of another one
+FEWEST_CLUSTERS = 256
 # FLOP/s of a core, measured with these towers, and the seconds that a run on a CPU may take at this speed.
 CORE_FLOPS, CPU_SECONDS = 4e10, 1800
 # Muon trains small towers from random parameters. (Learning rate at batch 256, warm-up as a share of the first
@@ -37,13 +39,12 @@ MUON_FLOPS = 300  # per block and step, times width^3: five iterations of three 
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """Number of pairs, median sides in pixels, tokens at the 95th percentile, share of repeated captions."""
+    """Number of pairs, median sides in pixels, tokens of a caption at the 95th percentile."""
 
     pairs: int
     width: int = 512
     height: int = 512
     tokens: int = 32
-    repeats: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,14 +84,13 @@ def measure(source: Source, tokens: tokenizer.Tokenizer) -> Counts:
             f"{len(bad)} of {len(samples)} pairs that were read cannot be used, the first is {first}; see "
             f"xclip-jax check, or pass count={n}, with which none is read here, and raise data.max_bad_fraction."
         )
-    captions = [sample.caption for sample in good]
+    captions = [caption for sample in good for caption in sample.captions]
     if len(set(captions)) == 1 < len(good):
-        raise UserError(f"all {len(good)} captions that were read are {captions[0]!r}: there is nothing to learn.")
+        raise UserError(f"all {len(captions)} captions that were read are {captions[0]!r}: there is nothing to learn.")
     return Counts(
         n,
         *(int(np.median([sample.size[axis] for sample in good])) for axis in (0, 1)),
         tokens=int(np.percentile(tokens.lengths(tokens(captions, 77)), 95)),
-        repeats=inspect.repeated_share(np.array(captions)),
     )
 
 
@@ -143,16 +143,26 @@ def _model(config: ml_collections.ConfigDict, saved: schema.Config | None, machi
     model.dtype = "float32" if cpu else "bfloat16"
     for tower in (model.img, model.txt):
         tower.scan, tower.remat = not plain, "none" if plain else "dots"
-    if saved is not None and _has_clusters(saved):
+    if saved is not None and cost.cluster_heads(saved):
         model.cluster_head.update(dataclasses.asdict(saved.model.cluster_head))
     else:
-        clusters = 2 ** round(math.log2(min(max(trained, 256), 32_768)))
-        model.cluster_head.update(clusters=clusters, hidden=min(max(clusters // 2, 256), 4096))
+        _set_clusters(config, trained)
 
 
-def _has_clusters(config: schema.Config) -> bool:
-    heads = make_objective(config.objective).heads(config.model, vocab=1)  # the vocabulary changes no kind of head
-    return any(isinstance(head, Head) and isinstance(head.module, ClusterHead) for head in heads.values())
+def _set_clusters(config: ml_collections.ConfigDict, trained: int) -> None:
+    """Set a linear cluster head, the choice of a study of small towers (docs/duel.md, "Cheap clusters").
+
+    It chose 1,024 clusters on 71,000 pairs; larger towers get more clusters if there are more pairs for each.
+    """
+    most = 1024 if _is_small(config) else 32_768
+    clusters = 2 ** round(math.log2(min(max(min(trained, 1024), trained / 64, FEWEST_CLUSTERS), most)))
+    head = config.model.cluster_head
+    head.update(clusters=clusters, layers=0, hidden=config.model.img.width)
+    # A tower of another package may not count its FLOPs.
+    while (cost.heads_share(schema.resolve(config.to_dict() | {"steps": 1})) or 0.0) > cost.HEADS_SHARE:
+        if head.clusters <= FEWEST_CLUSTERS:
+            break
+        head.clusters //= 2
 
 
 def _schedule(config: ml_collections.ConfigDict, machine: Machine, trained: int, epochs: float, steps: int) -> None:
@@ -175,7 +185,7 @@ def _schedule(config: ml_collections.ConfigDict, machine: Machine, trained: int,
     if muon:
         _set_muon(config)
     config.log.collapse_warmup_steps = min(config.log.collapse_warmup_steps, max(steps // 2, 1))
-    config.eval.every = max(steps // 8, 1)
+    config.eval.every = max(steps // 8, min(20, steps))  # at `steps` only the last evaluation is left
     # A run of few steps is soon trained again, and a checkpoint is three times the model.
     config.checkpoint.every = max(steps // 10, min(200, steps))
     config.log.every = max(min(20, steps // 20), 1)
@@ -194,12 +204,14 @@ def _set_muon(config: ml_collections.ConfigDict) -> None:
         optim.weight_decay, config.objective.clip.label_smoothing = 0.05, 0.2
 
 
-def _data(config: ml_collections.ConfigDict, counts: Counts, machine: Machine) -> None:
+def _data(config: ml_collections.ConfigDict, counts: Counts, machine: Machine, source: Source | None) -> None:
     data = config.data
-    data.spread_duplicate_captions = counts.repeats > 0.02
     data.threads = max(min(machine.cores, 16), 2)
     data.cache = 3.0 * counts.pairs * counts.width * counts.height < min(machine.memory / 8, 2**31)
     data.holdout = held_out_share(counts.pairs)
+    if source is not None:  # training needs the same reading of all pairs, and does not repeat it
+        pairs = holdout.find(data.sources[0], source, data.holdout, DataConfig(**data))
+        data.spread_duplicate_captions = pairs.repeats > MANY_REPEATS
     config.eval.batch = min(256, 8 * max(data.batch // 8, machine.devices))
 
 
@@ -228,20 +240,27 @@ def _open(spec: str, options: SourceOptions) -> Source:
         raise UserError(f"{error.fault}; name its columns, small:pairs=PATH,image=COLUMN,text=COLUMN.") from error
 
 
-def summary(config: ml_collections.ConfigDict, pairs: int, preset: str) -> str:
-    """Return the sentence about the choices."""
+def summary(config: ml_collections.ConfigDict, pairs: int, note: str = "") -> str:
+    """Return a sentence about a run of `config` on this number of pairs, and a note."""
     share, batch, model, initial = config.data.holdout, config.data.batch, config.model, config.init.weights
     parts = f" in {config.optim.microbatches} parts" if config.optim.microbatches > 1 else ""
+    terms = " + ".join(f"{weight:g} {name}" for name, weight in config.objective.terms.items())
+    objective = config.objective.name
+    if len(config.objective.terms) > 1:
+        objective += f" ({terms})"
+    if "nclip" in config.objective.terms:
+        objective += f", {model.cluster_head.clusters:,} clusters"
+    trained = max(pairs * (1 - share) * config.data.subset, 1)
     return (
-        f"small: {pairs:,} pairs, {100 * share:.2g} % of them held out; {config.objective.name}, "
-        f"{f'towers of {initial}' if initial else preset}, {model.img.image_size} px, {model.txt.context_length} "
-        f"tokens, batch {batch}{parts}, {config.steps:,} steps "
-        f"({config.steps * batch / (pairs * (1 - share)):.3g} epochs), {config.optim.name} at {config.optim.lr:g}"
+        f"small: {pairs:,} pairs, {100 * share:.2g} % of them held out; {objective}, "
+        f"{f'towers of {initial}' if initial else recipes.size_of(model)}, {model.img.image_size} px, "
+        f"{model.txt.context_length} tokens, batch {batch}{parts}, {config.steps:,} steps "
+        f"({config.steps * batch / trained:.3g} epochs), {config.optim.name} at {config.optim.lr:g}{note}"
     )
 
 
-def fill_in(config: ml_collections.ConfigDict, args: ml_collections.ConfigDict) -> None:
-    """Choose the sizes of a run on own pairs, and print a line about them.
+def fill_in(config: ml_collections.ConfigDict, args: ml_collections.ConfigDict) -> Describe:
+    """Choose the sizes of a run on a user's pairs; return a function that describes a config of such a run.
 
     Args:
       config: from `get_config` of configs/small.py; is changed.
@@ -276,7 +295,7 @@ def fill_in(config: ml_collections.ConfigDict, args: ml_collections.ConfigDict) 
         config.model.txt.context_length = min(max(8 * math.ceil(counts.tokens / 8), 16), 77)
     config.data.batch = args.batch or batch_size(trained, preset, machine)
     _model(config, saved, machine, trained)
-    _data(config, counts, machine)
+    _data(config, counts, machine, source)
     note = ""
     if source is not None and sources.has_labels(spec, "image"):
         if classifies(spec, args.dir, args.image, config.data.holdout):
@@ -286,8 +305,7 @@ def fill_in(config: ml_collections.ConfigDict, args: ml_collections.ConfigDict) 
     _schedule(config, machine, trained, args.epochs, args.steps)
     # How many chips others will have is not known; `checks.check_memory` names the key where a batch does not fit.
     config.optim.microbatches = 1 if args.device in ("gpu", "tpu") else microbatches(config, machine)
-    # Not log0: the processes of a run may not have joined yet. Not to stdout: commands print JSON there.
-    print(summary(config, pairs, preset) + note, file=sys.stderr)
+    return functools.partial(summary, pairs=pairs, note=note)
 
 
 def _check_arguments(args: ml_collections.ConfigDict) -> None:

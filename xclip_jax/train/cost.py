@@ -13,18 +13,22 @@ from typing import Any, cast
 
 import jax
 import ml_collections
+import optax
 
 from xclip_jax.config.schema import Config
 from xclip_jax.core.console import format_bytes
 from xclip_jax.core.environment import host_memory
 from xclip_jax.data import tokenizer
 from xclip_jax.data.length_groups import LengthGroups
+from xclip_jax.models.heads import ClusterHead, Head
+from xclip_jax.models.lora import LoraConfig
 from xclip_jax.models.tower import TextTower
 from xclip_jax.models.two_towers import TOWERS
 from xclip_jax.objectives import make_objective
 from xclip_jax.parallel.mesh import batch_sharding, batch_shards
 from xclip_jax.parallel.topology import CHIPS
-from xclip_jax.train.build import Experiment, build
+from xclip_jax.train.build import Experiment, build, make_model
+from xclip_jax.train.state import init_fn
 
 # Dense bf16 FLOP/s of one device, by JAX's name of its kind. Sources: cloud.google.com/tpu/docs, and NVIDIA's data
 # sheets, which from H100 on state twice as much, with sparsity.
@@ -49,6 +53,7 @@ PEAK_FLOPS = {
     "NVIDIA A10": 125e12,
     "NVIDIA L4": 121e12,
 }
+HEADS_SHARE = 0.05  # of a step's FLOPs; above it the heads cost more than they should
 UNCOUNTED = "FLOPs are not known, as a tower does not count its own"
 
 
@@ -63,6 +68,26 @@ def forward_flops(config: Config, *, train: bool = True) -> dict[str, float] | N
     towers = {name: model.tower(name).flops(train) if name in objective.towers else 0.0 for name in TOWERS}
     counted = {name: operations for name, operations in towers.items() if operations is not None}
     return counted | rest if counted.keys() == towers.keys() else None
+
+
+def num_parameters(config: Config) -> dict[str, int]:
+    """Return the parameters of each tower and head, from their shapes: no device is used."""
+    objective, tokens = make_objective(config.objective), tokenizer.load(config.data.tokenizer)
+    model = make_model(config, objective, tokens)
+    init = init_fn(model, optax.identity(), loss_state={}, ema=False, seed=0, adapters=LoraConfig())
+    return {name: sum(x.size for x in jax.tree.leaves(part)) for name, part in jax.eval_shape(init).params.items()}
+
+
+def cluster_heads(config: Config) -> list[str]:
+    """Return the names of the objective's cluster heads."""
+    heads = make_objective(config.objective).heads(config.model, vocab=1)  # the vocabulary changes no kind of head
+    return [name for name, head in heads.items() if isinstance(head, Head) and isinstance(head.module, ClusterHead)]
+
+
+def heads_share(config: Config) -> float | None:
+    """Return the heads' share of a forward pass's FLOPs in training; None if a tower does not count its own."""
+    parts = forward_flops(config)
+    return parts["heads"] / sum(parts.values()) if parts else None
 
 
 def step_flops(config: Config, groups: LengthGroups | None = None, rows: int | None = None) -> float | None:

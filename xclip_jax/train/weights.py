@@ -49,7 +49,7 @@ def load(path: str, step: int | None = None) -> tuple[Config, Experiment, Variab
         remedy = "name the folder of a run, a folder or file of weights, or hf:ORG/NAME of the Hub"
         raise UserError(f"{str(path)!r} does not exist; {remedy}.")
     run = RunFolder(place)
-    config, variables = (_run_config(run), None) if run.is_run() else _read_foreign(path, place, step)
+    config, variables = (run_config(run), None) if run.is_run() else _read_foreign(path, place, step)
     # Layout and batch belong to the machine that trained, not to what was learned.
     config = dataclasses.replace(
         config,
@@ -136,7 +136,8 @@ def _completed(run: RunFolder) -> ml_collections.ConfigDict:
     return config
 
 
-def _run_config(run: RunFolder) -> Config:
+def run_config(run: RunFolder) -> Config:
+    """Return the config in a run's folder, with the folder's copy of a tokenizer file; raise `UserError`."""
     config = _completed(run)
     with imports.named_by(run.config_file):
         try:
