@@ -1,4 +1,4 @@
-"""Chromium for the tests of pages: that in $CHROMIUM, or else one that is installed; without any they are skipped."""
+"""Chromium for the tests of pages: $CHROMIUM, or else one that is installed."""
 
 import contextlib
 import os
@@ -20,7 +20,7 @@ def browser():
     with sync_api.sync_playwright() as playwright:
         path = path or playwright.chromium.executable_path
         if not pathlib.Path(path).exists():
-            pytest.skip("no Chromium; install one, or name it by the environment variable CHROMIUM")
+            pytest.skip("Chromium is missing: apt install chromium, or CHROMIUM=/path/to/chromium")
         # As root, as in containers, Chromium has no sandbox.
         started = playwright.chromium.launch(executable_path=path, chromium_sandbox=False)
         yield started
