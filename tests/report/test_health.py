@@ -34,11 +34,11 @@ def collapsed(kind):
     return row | ({"nclip/agreement": 0.05} if kind == "disagreement" else {})
 
 
-def test_a_term_of_weight_0_has_no_lights(tmp_path):
+def test_a_term_of_weight_0_has_no_lights_and_no_clusters(tmp_path):
     rows = [{"step": s, "loss": 0.0} | collapsed("flat") for s in (1, 2)]
     config = tiny.config("xclip", log__collapse_warmup_steps=1, objective__terms={"clip": 1.0, "nclip": 0.0})
     text = page_of(written(tmp_path / "run", config, rows), examples.Examples(missing=["nothing"]))
-    assert 'class="card light' not in text
+    assert 'class="card light' not in text and "this objective trains no cluster heads" in text
 
 
 @pytest.mark.parametrize("kind", ["", "flat", "few clusters", "disagreement"])

@@ -13,6 +13,7 @@ from xclip_jax.core.errors import UserError
 from xclip_jax.evaluators import tables
 from xclip_jax.evaluators.results import Result
 from xclip_jax.objectives import Check, Health
+from xclip_jax.objectives.similarity import cluster_similarity
 from xclip_jax.report import charts
 from xclip_jax.report.charts import chart, decimals, metric_lines, term_chart
 from xclip_jax.report.collect import ABOVE, Record, Run, Warnings, complete_rows, labels, rows_of, verdicts
@@ -54,7 +55,7 @@ def sections(runs: Sequence[Run], step: int | None) -> list[Section]:
         differences = Section("differences", "Differences", compared)
         return [results(runs), differences, *shown, training(runs), settings(runs)]
     record, examples = first.record, first.examples
-    has_clusters = "s_img" in record.objective.outputs(record.config.model)
+    has_clusters = cluster_similarity(record.objective.similarities) is not None
     no_clusters = _reason(runs) if has_clusters else "this objective trains no cluster heads."
     no_maps = "The image tower of this model has no attention maps." if examples.gallery.images else _reason(runs)
     clusters = Section("clusters", "Clusters", examples.clusters, "" if examples.clusters else no_clusters)
