@@ -12,9 +12,9 @@ WIDTHS = (360, 1400)  # a narrow phone, and a desk
 SCHEMES = ("light", "dark")
 
 
-@pytest.fixture(scope="module")
-def browser():
-    """Chromium without a window."""
+@contextlib.contextmanager
+def chromium():
+    """Chromium without a window; without any a test is skipped."""
     sync_api = pytest.importorskip("playwright.sync_api")
     path = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
     with sync_api.sync_playwright() as playwright:
@@ -25,6 +25,12 @@ def browser():
         started = playwright.chromium.launch(executable_path=path, chromium_sandbox=False)
         yield started
         started.close()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as started:
+        yield started
 
 
 @contextlib.contextmanager
