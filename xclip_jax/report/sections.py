@@ -68,7 +68,7 @@ def _reason(runs: Sequence[Run]) -> str:
         return " ".join(sentences)
     folders = " ".join(str(run.record.folder) for run in runs)
     remedy = f"Add some to eval.final_sets, or run: xclip-jax report {folders} --sets NAME,NAME"
-    return f"There is no evaluation set of images and texts. {remedy}"
+    return f"No evaluation set has images and texts. {remedy}"
 
 
 # Predictions on images and texts.
@@ -154,7 +154,7 @@ def results(runs: Sequence[Run]) -> Section:
     keys = list(dict.fromkeys(key for results in of_runs for key in results))
     if not keys:
         folder = runs[0].record.folder if len(runs) == 1 else "RUN"
-        reason = f"There are none yet; evaluate with xclip-jax evaluate --checkpoint {folder} --suite NAME."
+        reason = f"None yet; evaluate with xclip-jax evaluate --checkpoint {folder} --suite NAME."
         return Section("results", "Results", missing=reason)
     short, rows = labels(rows_of(runs)), []
     for key in keys:
