@@ -101,13 +101,14 @@ setup(
             *DOCS,
             *GLYPHS,
             "aiohttp>=3.12",  # of fsspec's http:// files
-            "axe-playwright-python>=0.1.4",  # axe-core, for the pages; they are tested where there is a Chromium
+            "axe-playwright-python>=0.1.4",  # axe-core, for the pages
             "clip-benchmark>=1.6.2",
             "datasets>=4.5",
             "httpx2",  # of starlette's test client
             "huggingface_hub>=0.34",
             "jax[tpu]>=0.10,<0.13; platform_system == 'Linux' and platform_machine == 'x86_64'",  # libtpu, for plans
             "jsonschema>=4.20",
+            "mteb>=2.10,<3",
             "open_clip_torch>=3.1",
             "playwright>=1.45",
             "pytest>=8",

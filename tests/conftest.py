@@ -31,6 +31,27 @@ os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
 gc.set_threshold(100_000, 10, 10)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--no-skips", action="store_true", help="a test that would be skipped fails, as in .ci/run")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):
+    return _without_skips((yield), item.config)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    return _without_skips((yield), collector.config)
+
+
+def _without_skips(report, config):
+    """Return the report of a test or a file; with `--no-skips` a skipped one fails, unless it lacks a permission."""
+    if report.skipped and config.option.no_skips and "is not permitted" not in report.longrepr[2]:
+        report.outcome, report.longrepr = "failed", report.longrepr[2]
+    return report
+
+
 @pytest.fixture(scope="session")
 def run(tmp_path_factory):
     """What a run of xCLIP with stacked blocks leaves, but for the training; to be read only."""

@@ -4,7 +4,10 @@ import pathlib
 import re
 
 import pytest
+from PIL import Image
 
+from docs import pictures
+from tests.helpers import tiny
 from xclip_jax import main as cli
 from xclip_jax.config import load
 
@@ -53,3 +56,13 @@ def test_intervals_of_the_answer_are_in_the_tables_of_the_studies(name):
 
     stated = intervals(name)
     assert stated and stated <= intervals("docs/study.md") | intervals("docs/duel.md")
+
+
+@pytest.mark.slow
+def test_pictures_of_the_demo(tmp_path):
+    runs = [tiny.untrained(tmp_path / name, name) for name in ("clip", "xclip")]
+    pictures.comparison(list(map(str, runs)), tmp_path / "comparison.png")
+    pictures.search(str(runs[1]), tmp_path / "search.png")
+    for name, width in (("comparison", 1180), ("search", 1020)):
+        with Image.open(tmp_path / f"{name}.png") as picture:
+            assert picture.width == width and 1300 < picture.height < 2100

@@ -241,7 +241,7 @@ class Model:
         """
         similarity = cluster_similarity(self._similarities)
         if similarity is None:
-            raise UserError("this model has no cluster heads; clusters needs one that was trained with them.")
+            raise UserError("this model has no cluster heads that were trained; use a model of nclip or xclip.")
         keys = (similarity.feature,)
         if texts is not None and images is None:
             outputs = self._texts(texts, keys)

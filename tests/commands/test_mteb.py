@@ -1,4 +1,4 @@
-"""A model on tasks of mteb made here, against direct computations; skipped where mteb is not installed."""
+"""A model on tasks of mteb made here, against direct computations."""
 
 import numpy as np
 import pytest

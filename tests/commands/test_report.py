@@ -55,7 +55,7 @@ def test_a_run_that_names_no_set_says_how_to_add_some(run, tmp_path):
     (tmp_path / "run" / "config.json").write_text(json.dumps(written))
     command.main([str(tmp_path / "run"), "--output", str(tmp_path / "x.html"), "--seed", "3"])
     words = " ".join(check((tmp_path / "x.html").read_text()).text)
-    assert "there is no evaluation set of images and texts. Add some to eval.final_sets" in words
+    assert "No evaluation set has images and texts. Add some to eval.final_sets" in words
 
 
 def test_a_run_in_progress(run, tmp_path):
@@ -72,7 +72,7 @@ def test_a_run_in_progress(run, tmp_path):
     page = check(RunFolder(folder).report_file.read_text())
     words = " ".join(page.text)
     assert "What xCLIP has learned so far" in words and "holds no checkpoint" in words
-    assert "2 of 4 steps" in words and "there are none yet; evaluate with" in words
+    assert "2 of 4 steps" in words and "None yet; evaluate with" in words
     (folder / "metrics.jsonl").unlink()
     shutil.rmtree(folder / "checkpoints")
     command.main([str(folder)])

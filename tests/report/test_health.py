@@ -20,7 +20,7 @@ def test_a_run_without_clusters(tmp_path):
     rows = [{"step": s, "loss": 2 / s, "clip/loss": 2 / s, "clip/ln_b": 2.77, "rank/img": 3.0} for s in (1, 2)]
     text = page_of(written(tmp_path / "run", tiny.config("clip"), rows), examples.Examples(missing=["nothing"]))
     words = " ".join(check(text).text)
-    assert "this objective trains no cluster heads" in words and "The value is 0.639; the alarm is below 0.01." in words
+    assert "Clusters" not in words and "The value is 0.639; the alarm is below 0.01." in words
     assert "ln b" in words and "Mutual information" not in words
 
 
@@ -34,11 +34,11 @@ def collapsed(kind):
     return row | ({"nclip/agreement": 0.05} if kind == "disagreement" else {})
 
 
-def test_a_term_of_weight_0_has_no_lights(tmp_path):
+def test_a_term_of_weight_0_has_no_lights_and_no_clusters(tmp_path):
     rows = [{"step": s, "loss": 0.0} | collapsed("flat") for s in (1, 2)]
     config = tiny.config("xclip", log__collapse_warmup_steps=1, objective__terms={"clip": 1.0, "nclip": 0.0})
     text = page_of(written(tmp_path / "run", config, rows), examples.Examples(missing=["nothing"]))
-    assert 'class="card light' not in text
+    assert 'class="card light' not in text and 'id="clusters"' not in text
 
 
 @pytest.mark.parametrize("kind", ["", "flat", "few clusters", "disagreement"])

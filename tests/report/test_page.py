@@ -99,7 +99,7 @@ def test_charts_are_read_with_the_mouse_and_with_keys(width, browser, pages):  #
         assert inside["x"] >= 0 and inside["x"] + inside["width"] <= width
         page.mouse.move(0, 0)
         assert tip.count() == 0
-        page.locator(".chart").first.focus()
+        page.get_by_role("group", name="x, top-1").focus()
         page.keyboard.press("Home")
         assert tip.locator("div").first.inner_text() == "step 2"  # of the first evaluation
         page.keyboard.press("Escape")

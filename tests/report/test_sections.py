@@ -107,7 +107,7 @@ def test_what_differs_is_listed_and_what_cannot_be_compared_is_said(tmp_path):
     assert rows["optim.lr"] == "<td>0.001</td><td>0.001001</td>" and rows["data.batch"] == "<td>16</td><td>8</td>"
     assert "Predictions of b are by the checkpoint of step 2." in words and "Predictions of a" not in words
     assert "Batches differ, and so does what a step is: a 16, b 8." in words
-    assert "there is no evaluation set of images and texts" in words
+    assert "No evaluation set has images and texts" in words
     RunFolder(tmp_path / "b").evaluation_file.unlink()
     assert (
         f"evaluation.json does not exist; make it with xclip-jax evaluate --checkpoint {tmp_path / 'b'} --suite NAME"
@@ -302,7 +302,7 @@ def test_the_command_writes_a_page_of_trained_runs(tmp_path, monkeypatch, capsys
     assert "report: comparison.html" in capsys.readouterr().out
     text = (tmp_path / "comparison.html").read_text()
     words = " ".join(check(text, SECTIONS).text)
-    assert text.count('<div class="by">') == 2 * 2 and "there are none yet; evaluate with" in words
+    assert text.count('<div class="by">') == 2 * 2 and "None yet; evaluate with" in words
     assert "objective.terms" in words.replace("\u200b", "")
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "config.json").write_text((tmp_path / "a" / "config.json").read_text())

@@ -93,12 +93,13 @@ class Objective:
         """How to compare images with texts: the first term's similarity of each name.
 
         The first is the model's own, whose embeddings it returns. Distributions over clusters come after embeddings
-        that are trained to be compared, and similarities of terms with weight 0, whose heads learn nothing, last.
+        that are trained to be compared. A term with weight 0, whose heads learn nothing, counts only if no other term
+        has a similarity.
         """
-        known = [(not self.weights[name], term.similarity) for name, term in self.terms.items() if term.similarity]
-        known.sort(key=lambda entry: (entry[0], entry[1].is_distribution))
+        known = {name: term.similarity for name, term in self.terms.items() if term.similarity}
+        trained = [similarity for name, similarity in known.items() if self.weights[name]]
         by_name: dict[str, Similarity] = {}
-        for _, similarity in known:
+        for similarity in sorted(trained or known.values(), key=lambda similarity: similarity.is_distribution):
             by_name.setdefault(similarity.name, similarity)
         return tuple(by_name.values())
 

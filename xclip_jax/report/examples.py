@@ -31,7 +31,7 @@ NUM_QUERIES = 8  # texts that are searched for
 TOP = 6  # images in a row
 CLUSTERS = 96
 _NO_SIMILARITY = (
-    "the model does not compare images with texts (no term of its objective has a similarity), so no examples of its "
+    "The model does not compare images with texts (no term of its objective has a similarity), so no examples of its "
     "predictions are shown."
 )
 

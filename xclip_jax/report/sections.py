@@ -13,6 +13,7 @@ from xclip_jax.core.errors import UserError
 from xclip_jax.evaluators import tables
 from xclip_jax.evaluators.results import Result
 from xclip_jax.objectives import Check, Health
+from xclip_jax.objectives.similarity import cluster_similarity
 from xclip_jax.report import charts
 from xclip_jax.report.charts import chart, decimals, metric_lines, term_chart
 from xclip_jax.report.collect import ABOVE, Record, Run, Warnings, complete_rows, labels, rows_of, verdicts
@@ -54,12 +55,11 @@ def sections(runs: Sequence[Run], step: int | None) -> list[Section]:
         differences = Section("differences", "Differences", compared)
         return [results(runs), differences, *shown, training(runs), settings(runs)]
     record, examples = first.record, first.examples
-    has_clusters = "s_img" in record.objective.outputs(record.config.model)
-    no_clusters = _reason(runs) if has_clusters else "this objective trains no cluster heads."
+    if cluster_similarity(record.objective.similarities):
+        shown.append(Section("clusters", "Clusters", examples.clusters, "" if examples.clusters else _reason(runs)))
     no_maps = "The image tower of this model has no attention maps." if examples.gallery.images else _reason(runs)
-    clusters = Section("clusters", "Clusters", examples.clusters, "" if examples.clusters else no_clusters)
     maps = Section("attention", "Attention", _attention(examples), "" if examples.maps else no_maps)
-    return [*shown, clusters, maps, results(runs), training(runs), health(record), about(record)]
+    return [*shown, maps, results(runs), training(runs), health(record), about(record)]
 
 
 def _reason(runs: Sequence[Run]) -> str:
@@ -68,7 +68,7 @@ def _reason(runs: Sequence[Run]) -> str:
         return " ".join(sentences)
     folders = " ".join(str(run.record.folder) for run in runs)
     remedy = f"Add some to eval.final_sets, or run: xclip-jax report {folders} --sets NAME,NAME"
-    return f"there is no evaluation set of images and texts. {remedy}"
+    return f"No evaluation set has images and texts. {remedy}"
 
 
 # Predictions on images and texts.
@@ -81,7 +81,7 @@ def names(runs: Sequence[Run]) -> Section:
         same = [(run, named) for run in runs for named in run.examples.named if named.title == first.title]
         cards = _cards([(run, named.guesses, named.num_classes) for run, named in same])
         panels.append(Panel(first.title, first.sentence, cards))
-    reason = "" if panels else f"No zero-shot set was evaluated for this page: {_reason(runs)}"
+    reason = "" if panels else f"No zero-shot set was evaluated for this page. {_reason(runs)}"
     return Section("names", "Zero-shot classification", panels, reason)
 
 
@@ -103,7 +103,7 @@ def search(runs: Sequence[Run]) -> Section:
         text = f"The same queries for every run, with the top of {n:,} test images, best first."
         cards = _searches([(run, run.examples.searches, run.examples.gallery) for run in runs])
         panels.append(Panel("Search by words", text, cards, searches=True))
-    reason = "" if panels else f"No retrieval set was evaluated for this page: {_reason(runs)}"
+    reason = "" if panels else f"No retrieval set was evaluated for this page. {_reason(runs)}"
     return Section("search", "Retrieval", panels, reason)
 
 
@@ -154,7 +154,7 @@ def results(runs: Sequence[Run]) -> Section:
     keys = list(dict.fromkeys(key for results in of_runs for key in results))
     if not keys:
         folder = runs[0].record.folder if len(runs) == 1 else "RUN"
-        reason = f"there are none yet; evaluate with xclip-jax evaluate --checkpoint {folder} --suite NAME."
+        reason = f"None yet; evaluate with xclip-jax evaluate --checkpoint {folder} --suite NAME."
         return Section("results", "Results", missing=reason)
     short, rows = labels(rows_of(runs)), []
     for key in keys:
