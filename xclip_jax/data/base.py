@@ -253,15 +253,18 @@ def strip_texts(value: Any) -> list[str]:
     return [text for item in values if isinstance(item, str) and (text := item.strip())]
 
 
-def json_strings(record: Any, key: str) -> list[str]:
+def json_strings(record: Any, key: str, *, scalars: bool = False) -> list[str]:
     """Return the strings at `key` of a JSON object, '/' for nested ones, also in lists; [] if it is missing.
 
+    With `scalars` other values than strings, such as numbers and booleans, give their texts.
     Half of a surrogate pair, which JSON may contain and UTF-8 cannot express, becomes U+FFFD.
     """
     values = [record]
     for part in key.split("/"):
         fields = [value.get(part) for value in values if isinstance(value, dict)]
         values = [item for field in fields for item in (field if isinstance(field, list) else [field])]
+    if scalars:
+        values = [str(value) for value in values if value is not None]
     return [text for value in values if isinstance(value, str) and (text := join_surrogates(value.strip()))]
 
 
