@@ -206,13 +206,17 @@ def test_a_part_in_another_encoding(table):
         load(f"choice/csv:{table}?image=file&text=good&text=bad&group=kind")
 
 
-def test_rows_that_name_one_file_are_resampled_together(table):
-    table.write_text("file,good,bad\n0.png,a 0,c 0\n1.png,a 1,c 1\n0.png,a 2,c 2\n")
+def test_rows_that_name_one_file_are_resampled_together_and_encode_it_once(table):
+    table.write_text("file,good,bad\n0.png,a 0,c 0\n0.png,a 2,c 2\n1.png,a 1,c 1\n")
     data = load(f"choice/csv:{table}?image=file&text=good&text=bad")
-    assert data.pictures.tolist() == [[0], [1], [0]]
+    assert data.pictures.tolist() == [[0], [0], [1]] and len(data.images) == 2
+    for number in (0, 1):
+        with PIL.Image.open(table.parent / f"{number}.png") as image:
+            expected = PROFILES["openai"].preprocessing(Preprocessing(SIZE))(np.asarray(image))
+        np.testing.assert_array_equal(data.images[number], expected)
     results = registry.measure(registry.evaluator(make_encoder(), data), small_model()[1])
     (accuracy,) = (result for result in results if result.key == "accuracy")
-    assert accuracy.items.groups.tolist() == [0, 1, 0]
+    assert accuracy.items.groups.tolist() == [0, 0, 1]
 
 
 def test_rows_without_a_right_answer_are_left_out(table, capsys):

@@ -21,7 +21,7 @@ from xclip_jax.core.errors import UserError, describe
 from xclip_jax.data import images, sources
 from xclip_jax.data.base import MissingColumnError
 from xclip_jax.data.config import DataConfig
-from xclip_jax.data.labelled import Paths, file_size
+from xclip_jax.data.labelled import Chosen, Paths, file_size
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.data.readers.table import ColumnSource
 from xclip_jax.evaluators.base import Joined, Pictures, SetKind
@@ -125,13 +125,13 @@ def read_rows(spec: str, data: DataConfig) -> Loaded:
         )
     named = [table.images.path(i) for table in tables for i in range(len(rows))]
     first = {name: i for i, name in reversed(list(enumerate(named)))}  # rows may share the file of an image
-    pictures = np.array([first[name] if name else i for i, name in enumerate(named)]).reshape(len(tables), -1).T
+    used, pictures = np.unique([first[name] if name else i for i, name in enumerate(named)], return_inverse=True)
     texts = [[text for cell in row for text in cell] for row in rows]
     parts = [", ".join(tables[0].values(group, i)) if group else "" for i in range(len(rows))]
     cells = [table.images for table in tables]
     sizes = [size for column in cells for size in column.sizes()]
     ids = [(size[0], file_size(path)) if path else size for size, path in zip(sizes, named, strict=True)]
-    return Joined(cells), pictures, texts, parts, ids
+    return Chosen(Joined(cells), used.tolist()), pictures.reshape(len(tables), -1).T, texts, parts, ids
 
 
 def load(spec: str, prepare: Preprocessing, data: DataConfig, profile: Profile) -> ChoiceSet:
