@@ -289,6 +289,16 @@ def test_names_are_utf8_where_paths_are_not(tmp_path):
     assert all("caf\N{REPLACEMENT CHARACTER}" in each.name(0).encode().decode() for each in named)
 
 
+def test_a_command_that_embedded_nothing_is_in_the_way_of_none(root, tmp_path):
+    """Its images may be readable at the next attempt, or a mistake."""
+    (tmp_path / "a.png").write_bytes(b"<html>")
+    with pytest.raises(SystemExit, match="nothing could be embedded"):
+        embed.main(flags(root, tmp_path / "x.npz", images=tmp_path / "a.png"))
+    shutil.copy(root / "pictures" / "003.png", tmp_path / "a.png")
+    embed.main(flags(root, tmp_path / "x.npz", images=tmp_path / "a.png"))
+    assert len(embeddings.read(tmp_path / "x.npz")["id"]) == 1
+
+
 def test_what_is_in_the_way_is_named(root, straight, model, tmp_path, capsys):
     sources, out = {"image": embed.open_images(str(root / "pictures"))}, tmp_path / "x.parquet"
     shutil.copy(straight, out)
@@ -346,7 +356,7 @@ def test_a_folder_of_tars_whose_name_is_a_pattern(name, root, tmp_path):
         ({"out": "{}/x.csv"}, "x.csv' is '.csv'; it must be one of '.parquet', '.npz'"),
         ({"out": "gs://bucket/x.parquet"}, "--out 'gs://bucket/x.parquet' is in a bucket; name a local file"),
         ({"step": 9}, "no checkpoint of step 9"),
-        ({"images": "{}/pictures/*b.*", "out": "{}/bad.npz"}, "nothing could be embedded"),
+        ({"images": "{}/texts.txt", "out": "{}/bad.npz"}, "nothing could be embedded, first: not an image; see "),
         ({"imagess": "x"}, "unrecognized arguments"),
     ],
 )

@@ -107,6 +107,16 @@ def test_folds_are_even_and_stratified():
         assert inside.sum() == count and inside.max() - inside.min() <= 1
 
 
+@pytest.mark.filterwarnings("error")
+def test_fewer_items_than_folds():
+    """Empty folds are left out, so that C is chosen among numbers: here the smallest of equals."""
+    y = np.repeat([0, 1], 4)
+    x = 10 * np.eye(2, dtype=np.float32)[y]
+    assert feature_classifiers.choose(x, y, 2, [0.1, 1.0], 10, 1e-5) == 0.1
+    right, extra = feature_classifiers.nested(x, y, 2, [0.1, 1.0], 10, 1e-5)
+    assert right.tolist() == [1] * 8 and extra["log10_c"] == -1
+
+
 def test_nested_folds_equal_sklearns():
     """scikit-learn's grid search inside of its cross-validation, on the same folds."""
     from sklearn.model_selection import GridSearchCV, PredefinedSplit

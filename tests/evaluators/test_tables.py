@@ -184,9 +184,9 @@ def test_the_newest_steps_of_one_profile_are_compared(tmp_path):
     assert row["profile"] == "slip"
     (row,) = evaluate.compare(str(tmp_path / "a.json"), str(tmp_path / "b.json"), step=3)
     assert row["difference"] == -50 and row["step_a"] == 3
-    with pytest.raises(UserError, match="no results of step 4 and profile any, only of steps 3, 9"):
+    with pytest.raises(UserError, match="step 4, only of step 3 with openai, step 9 with openai, step 9 with slip"):
         evaluate.compare(str(tmp_path / "a.json"), str(tmp_path / "b.json"), step=4)
-    with pytest.raises(UserError, match="of step 9 and profile open_clip"):
+    with pytest.raises(UserError, match="of step 9 with profile open_clip, only of step 3 with openai"):
         evaluate.compare(str(tmp_path / "a.json"), str(tmp_path / "b.json"), profile="open_clip")
     assert "a.json, step 9" in tables.render_comparison([row | {"step_a": 9}], str(tmp_path / "a.json"), "b")
 

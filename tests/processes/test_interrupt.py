@@ -73,10 +73,10 @@ def test_an_evaluation_that_fails_does_not_cost_the_steps_before(pairs, tmp_path
     monkeypatch.setattr(registry, "open_all", lambda specs, *_: [evaluated for _ in specs])
     c = config(pairs, tmp_path / "run", eval__sets=("a",), eval__every=3)
     with monkeypatch.context() as patch:
-        patch.setattr(evaluated, "measure", lambda _: (_ for _ in ()).throw(UserError("too many unreadable")))
+        patch.setattr(evaluated, "measure", lambda _: (_ for _ in ()).throw(UserError("too many unreadable.")))
         with pytest.raises(UserError, match="too many unreadable") as raised:
             trainer.run(c)
-    assert describe(raised.value).endswith("in evaluator a; the state of step 3 is saved")
+    assert describe(raised.value) == "too many unreadable; in evaluator a; the state of step 3 is saved"
     assert RunFolder(c.run).latest_step() == 3
     trainer.run(c)
     assert evaluated.batches == 4  # of step 3 and at the end

@@ -333,15 +333,15 @@ def _join(files: Sequence[pathlib.Path], out: pathlib.Path, about: dict[str, Any
     if bad:
         ledger.write_text("\n".join(bad) + "\n")
         log0(f"{len(bad):,} of {total:,} could not be used; they are listed in {ledger}")
-    if len(bad) == total:
-        raise UserError(f"nothing could be embedded; the reasons are in {ledger}.")
     rows = total - sum(json.loads(line)["kind"] == "image" for line in bad)
     about |= {"rows": rows, "bad": len(bad), "environment": environment.capture()}
-    with storage.whole_file(out) as temporary:
-        embeddings.format_of(out).join(files, temporary, about)
-    parts = pathlib.Path(f"{out}.parts")
-    (parts / "plan.json").unlink()  # first: without it the rest says nothing
-    shutil.rmtree(parts, ignore_errors=True)
+    if len(bad) < total:
+        with storage.whole_file(out) as temporary:
+            embeddings.format_of(out).join(files, temporary, about)
+    (files[0].parent / "plan.json").unlink()  # first: without it the rest says nothing
+    shutil.rmtree(files[0].parent, ignore_errors=True)
+    if len(bad) == total:
+        raise UserError(f"nothing could be embedded, first: {json.loads(bad[0])['reason']}; see {ledger}.")
     log0(f"{rows:,} embeddings: {out}")
     return about
 

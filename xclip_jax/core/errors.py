@@ -145,7 +145,8 @@ class Diverged(UserError):
 
 def describe(error: BaseException) -> str:
     """Return the message of an exception with its notes, such as the set or file in which it was raised."""
-    return public("; ".join([str(error), *getattr(error, "__notes__", ())]))
+    notes = getattr(error, "__notes__", ())
+    return public("; ".join([str(error).removesuffix(".") if notes else str(error), *notes]))
 
 
 def first_line(error: BaseException) -> str:

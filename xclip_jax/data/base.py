@@ -283,9 +283,15 @@ def json_values(record: Any, key: str) -> list[Any]:
     return values
 
 
-def json_strings(record: Any, key: str) -> list[str]:
-    """Return the strings among `json_values`, see `strip_texts`."""
-    return strip_texts(json_values(record, key))
+def json_strings(record: Any, key: str, *, scalars: bool = False) -> list[str]:
+    """Return the strings among `json_values`, see `strip_texts`.
+
+    With `scalars` other values than strings, such as numbers and booleans, give their texts.
+    """
+    values = json_values(record, key)
+    if scalars:
+        values = [str(value) for value in values if value is not None]
+    return strip_texts(values)
 
 
 def join_surrogates(text: str) -> str:

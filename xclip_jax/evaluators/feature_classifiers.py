@@ -120,7 +120,7 @@ def folds(labels: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
 def choose(x: np.ndarray, y: np.ndarray, classes: int, cs: Sequence[float], count: int, tolerance: float) -> float:
     """Return the C of `cs` with the best mean accuracy over `count` folds, the smallest of equals."""
     fold_of, accuracy = folds(y, count), np.zeros(len(cs))
-    for fold in range(count):
+    for fold in np.unique(fold_of):  # fewer than `count` with fewer items
         train, test = fold_of != fold, fold_of == fold
         fit = logistic.fit(x[train], y[train], cs, classes, tolerance=tolerance)
         accuracy += [is_right(logits, y[test]).mean() for logits in fit.logits(x[test])]
@@ -130,7 +130,7 @@ def choose(x: np.ndarray, y: np.ndarray, classes: int, cs: Sequence[float], coun
 def nested(x: np.ndarray, y: np.ndarray, classes: int, cs: Sequence[float], count: int, tolerance: float) -> Fit:
     """Run SentEval's nested cross-validation: test each fold once, with C chosen by folds of the other items."""
     fold_of, right, chosen = folds(y, count), np.zeros(len(y)), []
-    for fold in range(count):
+    for fold in np.unique(fold_of):
         train, test = fold_of != fold, fold_of == fold
         chosen.append(choose(x[train], y[train], classes, cs, count, tolerance))
         fit = logistic.fit(x[train], y[train], [chosen[-1]], classes, tolerance=tolerance)

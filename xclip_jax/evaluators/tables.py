@@ -313,15 +313,14 @@ def _select(path: str, step: int | None, profile: str | None, share: float) -> t
     if not (mixed := [entry for entry in entries if share_of(entry) == share]):
         raise UserError(f"{file} has no results of mix {share:g}; evaluate its run with --mix {share:g}.")
     entries = mixed
-    steps = sorted({entry["step"] for entry in entries})
-    selected = steps[-1] if step is None else step
+    known = sorted({(entry["step"], entry["profile"]) for entry in entries})
+    selected = known[-1][0] if step is None else step
     entries = [entry for entry in entries if entry["step"] == selected]
     entries = [e for e in entries if e["fingerprint"] == entries[-1]["fingerprint"] and profile in (None, e["profile"])]
     if not entries:
-        known = ", ".join(map(str, steps))
-        raise UserError(
-            f"{file} has no results of step {selected} and profile {profile or 'any'}, only of steps {known}."
-        )
+        missing = f"step {selected}" + (f" with profile {profile}" if profile else "")
+        existing = ", ".join(f"step {step} with {profile}" for step, profile in known)
+        raise UserError(f"{file} has no results of {missing}, only of {existing}; name one of these, or evaluate it.")
     return entries, items
 
 

@@ -1,5 +1,6 @@
 """Sets of texts to choose from, in the layouts of their authors, and from tables and the Hub."""
 
+import datetime
 import json
 
 import numpy as np
@@ -9,7 +10,7 @@ import pyarrow.parquet
 import pytest
 
 from tests.helpers.encoding import SIZE, make_encoder, small_model
-from xclip_jax.core.errors import UserError
+from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.evaluators import registry
@@ -178,13 +179,68 @@ def test_rows_of_a_table(table):
     assert of_keys.texts[3] == ["a 3, b", "c 3"] and not of_keys.groups
 
 
-def test_rows_that_name_one_file_are_resampled_together(table):
-    table.write_text("file,good,bad\n0.png,a 0,c 0\n1.png,a 1,c 1\n0.png,a 2,c 2\n")
+@pytest.mark.parametrize(
+    "values, parts",
+    [
+        ([3, 1, 3, None], {"3": [0, 2], "1": [1]}),
+        ([True, False, True, None], {"True": [0, 2], "False": [1]}),
+        ([0.5, 1.0, None, 0.5], {"0.5": [0, 3], "1.0": [1]}),
+        ([datetime.date(2024, 1, 2)] * 3 + [None], {"2024-01-02": [0, 1, 2]}),
+        ([["b", "a"], [], ["b", "a"], None], {"b, a": [0, 2]}),
+        ([[1, 2], [1], [1, 2], None], {"1, 2": [0, 2], "1": [1]}),
+        ([{"of": 1}, {"of": 2}, {"of": None}, None], {"1": [0], "2": [1]}),
+    ],
+)
+def test_parts_are_the_texts_of_any_values(table, values, parts):
+    columns = {"image": [str(table.parent / f"{i}.png") for i in range(4)], "good": list("abcd"), "bad": list("efgh")}
+    path = table.with_name("items.parquet")
+    pyarrow.parquet.write_table(pyarrow.table(columns | {"kind": values}), path)
+    key = "kind/of" if isinstance(values[0], dict) else "kind"
+    data = load(f"choice/parquet:{path}?image=image&text=good&text=bad&group={key}")
+    assert {part: np.flatnonzero(mask).tolist() for part, mask in data.groups.items()} == parts
+
+
+def test_a_part_in_another_encoding(table):
+    table.write_bytes("file,good,bad,kind\n0.png,a,b,é\n".encode("latin-1"))
+    with pytest.raises(BadSample, match="not UTF-8"):
+        load(f"choice/csv:{table}?image=file&text=good&text=bad&group=kind")
+
+
+def test_rows_that_name_one_file_are_resampled_together_and_encode_it_once(table):
+    table.write_text("file,good,bad\n0.png,a 0,c 0\n0.png,a 2,c 2\n1.png,a 1,c 1\n")
     data = load(f"choice/csv:{table}?image=file&text=good&text=bad")
-    assert data.pictures.tolist() == [[0], [1], [0]]
+    assert data.pictures.tolist() == [[0], [0], [1]] and len(data.images) == 2
+    for number in (0, 1):
+        with PIL.Image.open(table.parent / f"{number}.png") as image:
+            expected = PROFILES["openai"].preprocessing(Preprocessing(SIZE))(np.asarray(image))
+        np.testing.assert_array_equal(data.images[number], expected)
     results = registry.measure(registry.evaluator(make_encoder(), data), small_model()[1])
     (accuracy,) = (result for result in results if result.key == "accuracy")
-    assert accuracy.items.groups.tolist() == [0, 1, 0]
+    assert accuracy.items.groups.tolist() == [0, 0, 1]
+
+
+def test_rows_without_a_right_answer_are_left_out(table, capsys):
+    """The wrong text equals the right one; with --lower also if it differs in capitals. Published sets keep theirs."""
+    table.write_text("file,good,bad,worse,kind\n0.png,a,b,a,x\n1.png,c,d,,y\n2.png,E,e,f,y\n3.png,g,h,i,y\n")
+    spec = f"choice/csv:{table}?image=file&text=good&text=bad&text=worse&group=kind"
+    data = load(spec)
+    said = "1 of the 4 rows left out: the right text is among the wrong ones, first in row 0, 'a'"
+    assert said in capsys.readouterr().out
+    assert [texts[0] for texts in data.texts] == ["c", "E", "g"] and data.pictures.tolist() == [[1], [2], [3]]
+    assert {part: mask.tolist() for part, mask in data.groups.items()} == {"y": [True] * 3}
+    results = registry.measure(registry.evaluator(make_encoder(), data), small_model()[1])
+    assert {result.n for result in results if result.key == "accuracy"} == {3}
+    lower = load(spec, profile=Profile(prefix="", lower=True))
+    assert [texts[0] for texts in lower.texts] == ["c", "g"] and lower.card.split_hash != data.card.split_hash
+    with pytest.raises(UserError, match="each row has its right text among the wrong ones; name other columns"):
+        load(f"choice/csv:{table}?image=file&text=good&text=good")
+
+
+def test_published_items_without_a_right_answer_count_as_wrong(sugarcrepe, capsys):
+    record = {"filename": "000000000001.jpg", "caption": "same", "negative_caption": "same"}
+    (sugarcrepe / "add_obj.json").write_text(json.dumps({"0": record}))
+    data = load(f"sugarcrepe/add_obj@{sugarcrepe}")
+    assert evaluate(data)[f"choice/{data.name}/accuracy"] == 0 and "left out" not in capsys.readouterr().out
 
 
 def test_a_file_that_is_exchanged_changes_the_identity(table):
@@ -218,6 +274,8 @@ def test_an_image_that_is_missing_counts_as_wrong(table, monkeypatch):
     [
         ("?image=file&text=worse&text=bad", "row 2 has no text in column 'worse'; add it, or delete the row"),
         ("?image=file&text=right", r"no column 'right'; .*; name its columns, choice/SOURCE\?image=COLUMN&text=RIGHT"),
+        ("?image=file&text=good&text=bad&grup=kind", "its keys are image=COLUMN, text=COLUMN and one group=COLUMN"),
+        ("?image=file&text=good&text=bad&group=kind&group=worse", "one group=COLUMN; remove all others"),
         ("?image=file&text=good", "item 0 has 1 texts; an image needs two or more"),
         ("?image=file&image=file&text=good&text=bad&text=worse", "item 0 has 3 texts; two images need two texts"),
     ],

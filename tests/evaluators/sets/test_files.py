@@ -210,6 +210,7 @@ def test_coco_of_tfds(monkeypatch):
         ("stsb@{}/x", "a\tb\n", "is not in the published layout"),
         ("stsb@{}/x", "a\tb\tc\td\tfive\tf\tg\n", "could not convert string to float: 'five'"),
         ("stsb@{}/x", "a\tb\tc\td\tnan\tf\tg\n", "a similarity that is not a number"),
+        ("stsb@{}/x", "a\tb\tc\td\t2.5\tf\tg\n", "all of its similarities are equal"),
         ("stsb@{}/y", "", "No such file"),
         ("sickr@{}/x", "a\tb\n1\t2\n", "'sentence_A'"),
         ("mr@{}", None, "No such file .*rt-polarity.neg"),

@@ -23,6 +23,7 @@ from xclip_jax.data.base import (
     SourceOptions,
     check_columns,
     decode_utf8,
+    json_strings,
     json_values,
     no_caption,
     open_binary,
@@ -147,6 +148,12 @@ class ColumnSource(Source):
         """Return the strings of a row in each column of captions, without reading its image."""
         with _utf8():
             return [strip_texts(self._values(key, index)) for key in self.options.text_keys]
+
+    def values(self, key: str, index: int) -> list[str]:
+        """Return the texts of a row's values in a column that the options name, also of numbers and booleans."""
+        name = key.partition("/")[0]
+        with _utf8():
+            return json_strings({name: self.columns[name][index].as_py()}, key, scalars=True)
 
     def __getitem__(self, index: int) -> Record:
         if not 0 <= index < len(self):

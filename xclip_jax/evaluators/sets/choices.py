@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
+from xclip_jax.core.console import log0
 from xclip_jax.core.errors import UserError, describe
 from xclip_jax.data import images, sources
 from xclip_jax.data.base import MissingColumnError
 from xclip_jax.data.config import DataConfig
-from xclip_jax.data.labelled import Paths, file_size
+from xclip_jax.data.labelled import Chosen, Paths, file_size
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.data.readers.table import ColumnSource
 from xclip_jax.evaluators.base import Joined, Pictures, SetKind
@@ -94,14 +95,17 @@ def _read_json(path: pathlib.Path) -> Any:
 
 
 def read_rows(spec: str, data: DataConfig) -> Loaded:
-    """Read "SOURCE?image=COLUMN&text=RIGHT&text=WRONG", where &group=COLUMN names the part of each row.
+    """Read "SOURCE?image=COLUMN&text=RIGHT&text=WRONG"; with &group=COLUMN a row's part is the text of its value there.
 
     Raises:
-      UserError: a source without columns or without these, or a row that has no right text or several.
+      UserError: another key, a source without columns or without these, or a row that has no right text or several.
     """
     name, columns = query_columns(spec)
-    keys, groups = columns.get("text") or list(data.text_keys), columns.get("group", [])[:1]
-    options = dataclasses.replace(sources.source_options(data), text_keys=(*keys, *groups), tags_key="")
+    keys = columns.get("text") or list(data.text_keys)
+    group, *others = columns.get("group", [""])
+    if others or columns.keys() - {"image", "text", "group"}:
+        raise UserError(f"{spec}: its keys are image=COLUMN, text=COLUMN and one group=COLUMN; remove all others.")
+    options = dataclasses.replace(sources.source_options(data), text_keys=tuple(keys), tags_key=group)
     tables = []
     for key in columns.get("image") or [data.image_key]:
         try:
@@ -121,13 +125,13 @@ def read_rows(spec: str, data: DataConfig) -> Loaded:
         )
     named = [table.images.path(i) for table in tables for i in range(len(rows))]
     first = {name: i for i, name in reversed(list(enumerate(named)))}  # rows may share the file of an image
-    pictures = np.array([first[name] if name else i for i, name in enumerate(named)]).reshape(len(tables), -1).T
-    texts = [[text for cell in row[: len(keys)] for text in cell] for row in rows]
-    parts = [", ".join(row[-1]) if groups else "" for row in rows]
+    used, pictures = np.unique([first[name] if name else i for i, name in enumerate(named)], return_inverse=True)
+    texts = [[text for cell in row for text in cell] for row in rows]
+    parts = [", ".join(tables[0].values(group, i)) if group else "" for i in range(len(rows))]
     cells = [table.images for table in tables]
     sizes = [size for column in cells for size in column.sizes()]
     ids = [(size[0], file_size(path)) if path else size for size, path in zip(sizes, named, strict=True)]
-    return Joined(cells), pictures, texts, parts, ids
+    return Chosen(Joined(cells), used.tolist()), pictures.reshape(len(tables), -1).T, texts, parts, ids
 
 
 def load(spec: str, prepare: Preprocessing, data: DataConfig, profile: Profile) -> ChoiceSet:
@@ -155,7 +159,27 @@ def load(spec: str, prepare: Preprocessing, data: DataConfig, profile: Profile) 
     )
     groups = {part: parts == part for part in dict.fromkeys(of_items) if part}
     files = items[0].files() if isinstance(items[0], Crops) else None
-    return ChoiceSet(spec, Pictures(items[0], prepare), pictures, texts, groups, card, files)
+    loaded = ChoiceSet(spec, Pictures(items[0], prepare), pictures, texts, groups, card, files)
+    return _answerable(loaded) if spec.startswith(PREFIX) else loaded
+
+
+def _answerable(data: ChoiceSet) -> ChoiceSet:
+    """Return the items whose right text is not among the wrong ones, with a warning if there are others."""
+    kept = [i for i, (right, *wrong) in enumerate(data.texts) if right not in wrong]
+    n = len(data.texts)
+    if len(kept) == n:
+        return data
+    if not kept:
+        raise UserError(f"{data.name}: each row has its right text among the wrong ones; name other columns.")
+    first = min(set(range(n)).difference(kept))
+    log0(
+        f"WARNING: {data.name}: {n - len(kept):,} of the {n:,} rows left out: the right text is among the wrong ones, "
+        f"first in row {first}, {data.texts[first][0]!r}"
+    )
+    card = dataclasses.replace(data.card, split_hash=digest([data.card.split_hash, *kept]))
+    groups = {part: mask[kept] for part, mask in data.groups.items() if mask[kept].any()}
+    texts = [data.texts[i] for i in kept]
+    return dataclasses.replace(data, pictures=data.pictures[kept], texts=texts, groups=groups, card=card)
 
 
 class ChoiceSets(SetKind):

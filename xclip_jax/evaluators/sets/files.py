@@ -94,8 +94,11 @@ def sick(name: str, path: pathlib.Path) -> SimilaritySet:
 
 def _similarity(spec: str, split: str, subsets: Mapping[str, Sequence[Pair]], split_hash: str = "") -> SimilaritySet:
     """Return the pairs of each subset, whose similarities people rated."""
-    if not subsets or not all(math.isfinite(rating) for pairs in subsets.values() for *_, rating in pairs):
+    ratings = {rating for pairs in subsets.values() for *_, rating in pairs}
+    if not ratings or not all(map(math.isfinite, ratings)):
         raise ValueError("it has no pairs, or a similarity that is not a number")
+    if len(ratings) == 1:
+        raise ValueError("all of its similarities are equal, so that nothing correlates with them")
     name = spec.partition("@")[0]
     card = Provenance(
         data=name,
