@@ -100,10 +100,10 @@ def read_rows(spec: str, data: DataConfig) -> Loaded:
       UserError: a source without columns or without these, or a row that has no right text or several.
     """
     name, columns = query_columns(spec)
-    keys, groups = columns.get("text") or list(data.text_keys), columns.get("group", [])[:1]
+    keys, groups = columns.get("text", list(DataConfig.text_keys)), columns.get("group", [])[:1]
     options = dataclasses.replace(sources.source_options(data), text_keys=(*keys, *groups), tags_key="")
     tables = []
-    for key in columns.get("image") or [data.image_key]:
+    for key in columns.get("image", [DataConfig.image_key]):
         try:
             table = sources.open_pairs(sources.spec_from_path(name), dataclasses.replace(options, image_key=key))
         except MissingColumnError as error:
