@@ -246,7 +246,7 @@ def test_a_run_has_a_preprocessing_of_its_own(pictures, tmp_path):
     for _ in range(2):
         with TrainingFolder(c.run).claimed(resolve(c), []):
             pass
-    assert build.build(weights._run_config(RunFolder(c.run))).preprocessing == Preprocessing(
+    assert build.build(weights.run_config(RunFolder(c.run))).preprocessing == Preprocessing(
         tiny.SIZE, *pair, background="white"
     )
 

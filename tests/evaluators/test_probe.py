@@ -146,11 +146,27 @@ def test_a_probe_of_pairs():
 
 def test_classes_are_their_numbers_where_two_have_one_name():
     names, labels = ["a", "crane", "b", "crane"], np.arange(4)
-    assert renumber(labels, names, names, "set").tolist() == [0, 1, 2, 3]
-    assert renumber(np.array([1, 0]), ["b", "a"], ["a", "b", "c"], "set").tolist() == [0, 1]
+    assert renumber(labels, names, names, "set")[0].tolist() == [0, 1, 2, 3]
+    assert renumber(np.array([1, 0]), ["b", "a"], ["a", "b", "c"], "set")[0].tolist() == [0, 1]
     data = ClassificationSet("set", ["x"] * 4, labels, 4, names=names)
     assert data.renumbered(names).labels.tolist() == [0, 1, 2, 3]
     with pytest.raises(UserError, match="set: two classes are named 'crane', and splits differ in their classes"):
         renumber(np.array([1, 0]), ["b", "a"], names, "set")
     with pytest.raises(UserError, match="class 'crane' is not among the 2 classes"):
-        data.renumbered(["a", "b"])
+        ClassificationSet("set", ["x"] * 2, np.array([0, 1]), 2, names=["a", "crane"]).renumbered(["a", "b"])
+
+
+def test_a_few_items_may_have_a_class_that_training_lacks_and_are_wrong(capsys):
+    names, labels = ["b", "new", "a"], np.array([2, 1, *[0, 2] * 9])
+    numbers, every = renumber(labels, names, ["a", "b"], "set")
+    assert numbers.tolist() == [0, 2, *[1, 0] * 9] and list(every) == ["a", "b", "new"]
+    message = "set: class 'new' is not among the 2 classes of the training items, such as 'a'; 1 of 20 items have such"
+    assert f"WARNING: {message} a class and count as wrong" in capsys.readouterr().out
+    with pytest.raises(UserError, match="1 of 19 items have such a class, more than 5%: test on items of the same cl"):
+        renumber(labels[:-1], names, ["a", "b"], "set")
+    train = np.array([[0.0, 1.0], [1.0, 0.0]] * 6)
+    test = np.array([[0.0, 1.0], [0.0, 1.0], *[[1.0, 0.0], [0.0, 1.0]] * 9])
+    labels = (np.array([0, 1] * 6), np.array([], int), numbers)
+    data = ProbeSet("set", [""] * 12, [], [""] * 20, {"": labels}, Sweep((1.0,), 0))
+    for values, _ in Probe(make_encoder(), data)._task((train, train[:0], test), labels).values():
+        assert values.tolist() == [1, 0, *[1] * 18]

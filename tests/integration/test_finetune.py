@@ -6,6 +6,8 @@ import json
 import jax
 import numpy as np
 import PIL.Image
+import pyarrow
+import pyarrow.parquet
 import pytest
 import sklearn.metrics
 from etils import epath
@@ -153,6 +155,18 @@ def test_sizes_are_taken_over_from_weights(pretrained, tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json is damaged and cannot be read"):
         load_config(f"finetune:weights={tmp_path}")
+
+
+def test_a_column_of_strings_is_learned(images, pretrained, tmp_path):
+    for split in ("train", "validation"):
+        files = sorted((images / split).glob("*/*.png"))[:: 1 if split == "train" else 2]
+        columns = {"picture": [file.read_bytes() for file in files], "kind": [file.parent.name for file in files]}
+        pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / f"{split}-00000-of-00001.parquet")
+    data = f"parquet:{tmp_path}?image=picture&label=kind"
+    c = small(load_config(f"finetune:data={data},batch={tiny.BATCH},weights={pretrained}"), tmp_path / "run", 4)
+    assert c.objective.classify.classes == 3 and c.data.sources == (f"{data}/train",)
+    assert trainer.run(c)[f"visual/finetuned/{data}/validation/n"] == 8
+    assert weights.read_classes(str(c.run)) == ("bright", "dark", "grey")
 
 
 def test_images_are_learned_and_evaluated(images, pretrained, tmp_path, capsys):

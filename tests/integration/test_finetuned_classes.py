@@ -55,7 +55,17 @@ def test_classes_of_the_set_are_numbered_as_those_of_the_model():
 )
 def test_a_class_that_the_model_did_not_learn_is_refused(names, first):
     with pytest.raises(UserError, match=f"class '{first}' is not among the 3 classes .*such as 'ant'"):
-        ClassifierEvaluator(encoder(("ant", "bee", "cat")), labelled(names, [0]))
+        ClassifierEvaluator(encoder(("ant", "bee", "cat")), labelled(names, [len(names) - 1]))
+
+
+def test_a_few_items_of_a_class_that_the_model_did_not_learn_are_wrong():
+    fake = encoder(("ant", "bee"))
+    fake.logits = np.eye(2)[[0, 1] * 10 + [1]]
+    evaluator = ClassifierEvaluator(fake, labelled(("ant", "bee", "cow"), [0, 1] * 10 + [2]))
+    metrics, items = by_name(evaluator.measure(None))
+    assert items["textual/finetuned/x/finetuned/top1"].values.tolist() == [1] * 20 + [0]
+    assert metrics["textual/finetuned/x/finetuned/top5"] == pytest.approx(100 * 20 / 21)
+    assert metrics["textual/finetuned/x/ways"] == 3
 
 
 def test_runs_that_do_not_say_their_classes_are_tested_by_number():

@@ -9,6 +9,8 @@ import re
 import shutil
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from flax.traverse_util import flatten_dict
 from PIL import Image
@@ -389,6 +391,14 @@ def several_labels(folder):
     return f"{table},image=path"
 
 
+def a_label_for_each_image(folder):
+    """Which is a caption rather than a class."""
+    rows = {"image": [file.read_bytes() for file in sorted(tiny.folder(folder).glob("*.png"))]}
+    labels = [f"picture {i}" for i in range(len(rows["image"]))]
+    pyarrow.parquet.write_table(pyarrow.table(rows | {"label": labels}), folder / "train.parquet")
+    return f"parquet:{folder}/train,text=label"
+
+
 def one_class_held_out(folder):
     tiny.folder(folder / "cat", 40)
     all_trained(folder / "dog", 1)
@@ -397,7 +407,13 @@ def one_class_held_out(folder):
 
 @pytest.mark.parametrize(
     "make",
-    [sub_folders, several_labels, one_class_held_out, lambda folder: tiny.folder(folder / "12").parent],
+    [
+        sub_folders,
+        several_labels,
+        a_label_for_each_image,
+        one_class_held_out,
+        lambda folder: tiny.folder(folder / "12").parent,
+    ],
 )
 def test_held_out_classes_are_left_out_where_they_cannot_be_evaluated(make, tmp_path):
     c, describe = load.load_recipe(f"small:pairs={make(tmp_path / 'pairs')},tokenizer=bytes")

@@ -24,6 +24,7 @@ from xclip_jax.core import web
 from xclip_jax.core.errors import BadSample, UserError, public
 
 MOST_FILES = 1_000_000  # of one pattern
+_LISTED = 8  # files that a message names
 WEB_SECONDS = 120  # for one answer of a web server
 WAITS = (0.1, 1.0)  # seconds before a failed read is tried again
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
@@ -217,7 +218,10 @@ def expand(pattern: str) -> list[str]:
             exists = os.path.isfile(name)
             if glob.has_magic(public(name)) and not exists:  # a query is not a glob
                 if not (matches := _glob(name)):
-                    raise UserError(f"no file matches {name!r}; check the path, or list the folder.")
+                    folder = os.path.dirname(name)
+                    files = ", ".join(sorted(os.listdir(folder))[:_LISTED]) if os.path.isdir(folder) else ""
+                    content = f"its folder has {files}" if files else "check the path, or list the folder"
+                    raise UserError(f"no file matches {name!r}; {content}.")
                 names |= dict.fromkeys(matches)
             else:
                 names[name] = None

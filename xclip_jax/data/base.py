@@ -9,6 +9,7 @@ import math
 import os
 import pathlib
 import re
+import urllib.parse
 from collections.abc import Iterable, Mapping, Sequence
 from typing import IO, Any, ClassVar
 
@@ -25,6 +26,9 @@ IMAGE_SUFFIXES = (
 MAX_BYTES = {"image": 1 << 28, "text": 1 << 20, "json": 1 << 24}
 _MAX_LINES = 20  # a longer field more likely begins with a quote that has no partner
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f]")
+# Columns that a spec names at its end, or before the split that a probe adds.
+_COLUMN = "(?:image|label)=[^/?&]+"
+_COLUMNS = re.compile(rf"\?({_COLUMN}(?:&{_COLUMN})*)(?=/[^/]*$|$)")
 
 
 class Source(abc.ABC):
@@ -100,6 +104,17 @@ def check_columns(what: str, names: Iterable[str], keys: Iterable[str]) -> None:
             raise MissingColumnError(fault, "data.image_key, data.text_keys and data.tags_key")
         if (count := names.count(key)) > 1:
             raise UserError(f"{what} has {count} columns {key!r}; rename all but one.")
+
+
+def split_columns(rest: str) -> tuple[str, dict[str, str]]:
+    """Split "?image=COLUMN&label=COLUMN" off a spec; return the spec without it, and the columns that it names.
+
+    Both are optional; in names %2F is a / and %26 is &.
+    """
+    match = _COLUMNS.search(rest)
+    if not match:
+        return rest, {}
+    return rest[: match.start()] + rest[match.end() :], dict(urllib.parse.parse_qsl(match[1]))
 
 
 @dataclasses.dataclass(frozen=True)

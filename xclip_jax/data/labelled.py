@@ -47,7 +47,7 @@ class Field(Sequence):
 class Chosen(Sequence):
     """The items at some positions of a sequence, read on access."""
 
-    def __init__(self, items: Sequence[Any], positions: Sequence[int]) -> None:
+    def __init__(self, items: Sequence[Any], positions: Sequence[int] | np.ndarray) -> None:
         self._items, self._positions = items, positions
 
     def __len__(self) -> int:
@@ -59,6 +59,12 @@ class Chosen(Sequence):
     def name(self, index: int) -> str:
         """Return what names the item to a person."""
         return item_name(self._items, self._positions[index])
+
+    def sizes(self) -> Iterator[tuple[str, int]]:
+        """Yield the name and size of each item, if the sequence yields those of its items."""
+        items: Any = self._items
+        sizes = list(items.sizes())
+        return (sizes[position] for position in self._positions)
 
 
 def file_size(path: str | os.PathLike) -> int:

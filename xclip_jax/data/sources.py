@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, cast
 from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.core.imports import Classes, import_class
 from xclip_jax.data import holdout, images, labelled
-from xclip_jax.data.base import Record, Source, SourceKind, SourceOptions, WrappedSource
+from xclip_jax.data.base import MissingColumnError, Record, Source, SourceKind, SourceOptions, WrappedSource
 from xclip_jax.data.config import DataConfig
 
 READERS = "xclip_jax.data.readers"
@@ -139,7 +139,12 @@ def _open(spec: str, options: SourceOptions | None, labels: bool) -> Source:
     if not parsed.kind.opens(what):
         items = "labelled items" if labels else "image-text pairs"
         raise UserError(f"source {spec!r} has no {items}; write {_either({**usage(what), OF_ANOTHER_PACKAGE: ''})}.")
-    return parsed.kind.open(parsed.rest, options or SourceOptions(), labels)
+    try:
+        return parsed.kind.open(parsed.rest, options or SourceOptions(), labels)
+    except MissingColumnError as error:
+        if not labels:
+            raise
+        raise UserError(f"{error.fault}; name its columns, SOURCE?image=COLUMN&label=COLUMN.") from error
 
 
 def open_pairs(spec: str, options: SourceOptions | None = None) -> Source:

@@ -10,9 +10,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from xclip_jax.core.console import log0
 from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.evaluators.base import Column, Evaluator, Joined, Layout
-from xclip_jax.evaluators.encoder import Encoder
+from xclip_jax.evaluators.encoder import MAX_UNREADABLE, Encoder
 from xclip_jax.evaluators.feature_classifiers import Fit, Sweep, choose, is_right, knn, linear, nested, together
 from xclip_jax.evaluators.results import Provenance, Result
 from xclip_jax.evaluators.statistics import PerExample, class_weights, ranks
@@ -158,19 +159,35 @@ def _items(values: np.ndarray, labels: np.ndarray, classes: int) -> dict[str, Pe
     return items
 
 
-def renumber(labels: np.ndarray, names: Sequence[str], to: Sequence[str], spec: str) -> np.ndarray:
-    """Return the numbers in `to` of classes that `labels`, int (n,), number in `names`, which may lack some.
+def renumber(
+    labels: np.ndarray, names: Sequence[str], to: Sequence[str], spec: str
+) -> tuple[np.ndarray, Sequence[str]]:
+    """Return the numbers in `to`, the classes of training, of classes that `labels`, int (n,), number in `names`.
+
+    Also return `to`, extended by the classes that it lacks. Their items count as wrong, with a warning.
 
     Raises:
-      UserError: two classes have one name, and the lists differ; `spec` begins the message.
+      UserError: more than `MAX_UNREADABLE` of the items have such a class, or two classes have one name, and the lists
+        differ; `spec` begins the message.
     """
     if list(names) == list(to):
-        return labels
-    number = {name: i for i, name in enumerate(to)}
-    if len(number) < len(to):
-        twice = next(name for i, name in enumerate(to) if number[name] != i)
+        return labels, to
+    known = set(to)
+    every = [*to, *(name for name in names if name not in known)]
+    number = {name: i for i, name in enumerate(every)}
+    if len(number) < len(every):
+        twice = next(name for i, name in enumerate(every) if number[name] != i)
         raise UserError(f"{spec}: two classes are named {twice!r}, and splits differ in their classes; rename one.")
-    return np.array([number[name] for name in names])[labels]
+    numbers = np.array([number[name] for name in names])[labels]
+    if len(unknown := numbers[numbers >= len(to)]):
+        fault = (
+            f"{spec}: class {every[unknown.min()]!r} is not among the {len(to)} classes of the training items, such as "
+            f"{to[0]!r}; {len(unknown):,} of {len(labels):,} items have such a class"
+        )
+        if len(unknown) > MAX_UNREADABLE * len(labels):
+            raise UserError(f"{fault}, more than {MAX_UNREADABLE:.0%}: test on items of the same classes.")
+        log0(f"WARNING: {fault} and count as wrong")
+    return numbers, every
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -182,6 +199,7 @@ class ClassificationSet:
       labels: classes int (n,), or targets of a regression fp32 (n,).
       classes: number of classes; 1 for a regression.
       names: names of the classes; empty for a regression.
+      unknown: number of the last classes, which the model's classifier lacks.
     """
 
     evaluator: ClassVar[str] = "classifier"
@@ -192,16 +210,13 @@ class ClassificationSet:
     classes: int
     card: Provenance = dataclasses.field(default_factory=Provenance)
     names: Sequence[str] = ()
+    unknown: int = 0
 
     def renumbered(self, names: Sequence[str]) -> "ClassificationSet":
-        """Return the set with `names` as its classes; some of them may have no item."""
-        if unknown := [name for name in self.names if name not in names]:
-            raise UserError(
-                f"{self.name}: class {unknown[0]!r} is not among the {len(names)} classes that the model was "
-                f"fine-tuned on, such as {names[0]!r}; test it on items of those classes."
-            )
-        labels = renumber(self.labels, self.names, names, self.name)
-        return dataclasses.replace(self, labels=labels, classes=len(names), names=tuple(names))
+        """Return the set with `names` as its first classes, see `renumber`; some of them may have no item."""
+        labels, every = renumber(self.labels, self.names, names, self.name)
+        unknown = len(every) - len(names)
+        return dataclasses.replace(self, labels=labels, classes=len(every), names=tuple(every), unknown=unknown)
 
 
 class ClassifierEvaluator(Evaluator):
@@ -222,7 +237,7 @@ class ClassifierEvaluator(Evaluator):
     )
 
     def __init__(self, encoder: Encoder, data: ClassificationSet) -> None:
-        """Raise `UserError` if the set has a class that the model's classifier lacks."""
+        """Raise `UserError` if too many items have a class that the model's classifier lacks, see `renumber`."""
         super().__init__(encoder, data.renumbered(encoder.classes) if encoder.classes and data.names else data)
         self.images = not _are_texts(data.items)
         self.family = "visual" if self.images else "textual"
@@ -231,9 +246,11 @@ class ClassifierEvaluator(Evaluator):
         """Return the results listed in the class docstring."""
         encode = self.encoder.images if self.images else self.encoder.texts
         logits = encode(variables, self.data.items, ("class_logits",)).get("class_logits")
-        if logits is None or logits.shape[1] != self.data.classes:
+        known = self.data.classes - self.data.unknown
+        if logits is None or logits.shape[1] != known:
             model = "no classifier" if logits is None else f"a classifier of {logits.shape[1]} classes"
-            raise UserError(f"{self.data.name} has {self.data.classes} classes and the model {model}; see finetune.py.")
+            raise UserError(f"{self.data.name} has {known} classes and the model {model}; see finetune.py.")
+        logits = np.pad(logits, ((0, 0), (0, self.data.unknown)), constant_values=-np.inf)
         labels, n = self.data.labels, len(self.data.labels)
         if self.data.classes == 1:
             items = {key: PerExample(logits[:, 0], other=labels, statistic=key) for key in ("spearman", "pearson")}

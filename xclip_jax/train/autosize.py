@@ -216,12 +216,13 @@ def _data(config: ml_collections.ConfigDict, counts: Counts, machine: Machine, s
 
 
 def classifies(spec: str, data_dir: str, image_key: str, share: float) -> bool:
-    """Whether held-out images of a source can be classified: labels are words, and two of them are held out."""
+    """Whether held-out images of a source can be classified: labels are words that repeat, and two are held out."""
     try:
         content = classification.read_source(spec, data_dir or None, image_key)
     except UserError:
         return False
-    if np.ndim(content.labels) != 1 or all(re.fullmatch(r"\d+", name) for name in content.classes):
+    captions = 2 * len(np.unique(content.labels)) > len(content.labels)  # rather than classes
+    if captions or np.ndim(content.labels) != 1 or all(re.fullmatch(r"\d+", name) for name in content.classes):
         return False
     held_out = 0
     for label in range(len(content.classes)):  # one class after the other, which reads few of many images

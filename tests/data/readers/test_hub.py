@@ -17,6 +17,7 @@ from xclip_jax.data.base import SourceOptions
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.readers.hub import HubPairs
 from xclip_jax.evaluators import registry
+from xclip_jax.evaluators.prompts import PROFILES, with_own
 from xclip_jax.train import trainer
 
 datasets = pytest.importorskip("datasets")
@@ -179,11 +180,11 @@ def test_classes_are_evaluation_sets(tmp_path):
     assert loaded.images[0].shape == (8, 8, 3) and loaded.card.split_hash
     probe = registry.load(f"probe/hf:{tmp_path / 'set'}", PREPARE)
     assert (len(probe.train), len(probe.validation), len(probe.test)) == (9, 0, 6)
-    with pytest.raises(UserError, match="has no column 'label' of classes; its columns are image"):
+    with pytest.raises(UserError, match=r"has no column 'label'; its columns are 'image', 'text'; name its columns, "):
         registry.load(f"hf:{saved(tmp_path / 'none', rows().remove_columns('label'))}", PREPARE)
     missing = rows().cast_column("label", datasets.Value("int64")).map(lambda row: {"label": -1})
     missing = missing.cast_column("label", datasets.ClassLabel(names=NAMES))
-    with pytest.raises(UserError, match="has rows without a label"):
+    with pytest.raises(UserError, match="no row has a label in column 'label'"):
         registry.load(f"hf:{saved(tmp_path / 'minus', missing)}", PREPARE)
 
 
@@ -203,12 +204,46 @@ def test_a_column_of_classes_is_named_in_the_spec(tmp_path):
     assert source.labels().tolist() == [0, 1, 2] * 2 and source[1]["image"] == png(1)
     probe = registry.load(f"probe/hf:{tmp_path / 'set'}?label=fine", PREPARE)
     assert (len(probe.train), len(probe.validation), len(probe.test)) == (9, 0, 6)
-    for end, message in {
-        "": r"has no column 'label' of classes; add \?label= and one of fine, coarse/label to the spec; its columns",
-        "?label=text": "has no column 'text' of classes; add",
-    }.items():
-        with pytest.raises(UserError, match=message):
-            registry.load(f"{spec}{end}", PREPARE)
+    with pytest.raises(UserError, match=r"no column 'label'; its columns are .*'fine', 'coarse/label'; name its"):
+        registry.load(spec, PREPARE)
+
+
+def test_columns_of_strings_and_integers_are_classes(tmp_path, capsys):
+    """The training split gives the classes of a probe their numbers."""
+    for split, colours in {"train": ["red", "Navy Blue", "red", "tan"], "test": ["Navy Blue", "tan", ""]}.items():
+        sizes = [10, 9, 9, 10][: len(colours)]
+        made = rows(len(colours)).remove_columns("label").add_column("colour", colours).add_column("size", sizes)
+        made.to_parquet(str(tmp_path / f"{split}.parquet"))
+    zeroshot = registry.load(f"hf:{tmp_path}/test?label=colour", PREPARE)
+    assert list(zeroshot.names) == ["Navy Blue", "tan"] and zeroshot.labels.tolist() == [0, 1]
+    assert zeroshot.prompts == [["a photo of a Navy Blue"], ["a photo of a tan"]]
+    assert "1 of 3 rows have no 'colour' and are left out, row 2 first" in capsys.readouterr().out
+    for kind in ("hf", "parquet"):
+        probe = registry.load(f"probe/{kind}:{tmp_path}?label=colour", PREPARE)
+        assert [part.tolist() for part in probe.tasks[""]] == [[1, 0, 1, 2], [], [0, 2]]
+    (tmp_path / "names.json").write_text('{"9": "small", "10": "large"}')
+    profile = with_own(PROFILES["openai"], ["a {c} thing"], str(tmp_path / "names.json"))
+    sizes = registry.load(f"hf:{tmp_path}/test?label=size", PREPARE, profile=profile)
+    assert sizes.prompts == [["a small thing"], ["a large thing"]] and sizes.labels.tolist() == [1, 0, 0]
+
+
+def test_splits_are_the_files_of_their_name(tmp_path):
+    """By itself `datasets` reads test files of sub-folders too, and all files of a folder "test_set" as its test."""
+    folder = tmp_path / "test_set"
+    (folder / "other").mkdir(parents=True)
+    names = ("train", "validation", "test-00000-of-00001", "unseen_types-00000-of-00001", "other/test")
+    for n, name in enumerate(names, 3):
+        rows(n).to_parquet(str(folder / f"{name}.parquet"))
+    sizes = {"train": 3, "validation": 4, "test": 5, "unseen_types": 6, "other/test": 7}
+    assert {split: len(sources.open_pairs(f"hf:{folder}/{split}")) for split in sizes} == sizes
+    probe = registry.load(f"probe/hf:{folder}", PREPARE)
+    assert (len(probe.train), len(probe.validation), len(probe.test)) == (3, 4, 5)
+    with pytest.raises(UserError, match=r'Unknown split "none"\. Should be one of \['):
+        sources.open_pairs(f"hf:{folder}/none")
+    datasets.DatasetDict({"train": rows(3), "mine": rows(2)}).save_to_disk(str(tmp_path / "saved"))
+    assert len(sources.open_pairs(f"hf:{tmp_path}/saved/mine")) == 2
+    with pytest.raises(UserError, match=r"Unknown split 'none'\. Should be one of \['train', 'mine'\]"):
+        sources.open_pairs(f"hf:{tmp_path}/saved/none")
 
 
 def test_held_out_pairs_of_several_columns_have_labels(tmp_path):

@@ -1,4 +1,5 @@
 import csv
+import json
 import os
 import pickle
 
@@ -221,10 +222,86 @@ def test_a_table_in_a_bucket_names_no_files_of_this_machine(tmp_path, images):
     pyarrow.parquet.write_table(pyarrow.table({"image": names, "text": ["x", "y"]}), tmp_path / "0.parquet")
     source = open_source(f"parquet:{tmp_path}/0.parquet")
     assert source[0]["image"] == images[0]
-    source.tables = ["gs://bucket/tables/0.parquet"]
+    source.tables[:] = ["gs://bucket/tables/0.parquet"]
     assert source.describe(1) == {"file": "gs://bucket/tables/../images/0.jpg"}
     with pytest.raises(BadSample, match="it is not on the web: a table that is not on this machine"):
         source[0]
+
+
+def write_classes(path, images, labels, metadata=None, **columns):
+    """A parquet file of images and the column "kind"."""
+    table = pyarrow.table({"image": images[: len(labels)], "kind": labels, **columns})
+    pyarrow.parquet.write_table(table.replace_schema_metadata(metadata), path)
+    return f"parquet:{path}?label=kind"
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "expected"),
+    [
+        (["Navy Blue", "red", " red "], ["Navy Blue", "red"], [0, 1, 1]),
+        ([10, 9, -1], ["-1", "9", "10"], [2, 1, 0]),
+        ([True, False, True], ["False", "True"], [1, 0, 1]),
+        (pyarrow.array(["b", "a", "b"]).dictionary_encode(), ["a", "b"], [1, 0, 1]),
+    ],
+)
+def test_a_column_of_classes(tmp_path, images, labels, names, expected):
+    source = sources.open_labelled(write_classes(tmp_path / "x.parquet", images, labels))
+    assert source.names == names and source.labels().tolist() == expected
+    assert source[1] == {"image": images[1], "label": expected[1], "id": "1"}
+    again = pickle.loads(pickle.dumps(source))
+    assert again[2] == source[2] and again.fingerprint() == source.fingerprint()
+
+
+def test_rows_without_a_label_are_left_out_and_counted(tmp_path, images, capsys):
+    for i, empty in enumerate((None, "", " ")):
+        spec = write_classes(tmp_path / f"{i}.parquet", images, ["b", empty, "a"])
+        source = sources.open_labelled(spec)
+        assert [source[j]["image"] for j in range(len(source))] == [images[0], images[2]]
+        assert source.labels().tolist() == [1, 0] and source.describe(1) == {"file": "row 2"}
+        assert f"{spec}: 1 of 3 rows have no 'kind' and are left out, row 1 first" in capsys.readouterr().out
+        other = sources.open_labelled(write_classes(tmp_path / "x.parquet", images, ["b", "a", empty]))
+        assert other.labels().tolist() == [1, 0] and other.fingerprint() != source.fingerprint()
+    for labels, message in (
+        ([None, None], "no row has a label in column 'kind'; name another split or column"),
+        ([0.5, 1.0], "column 'kind' has values of type double, and classes are strings in UTF-8 or integers; name"),
+        ([["a"], ["b"]], "column 'kind' has values of type list"),
+        (
+            pyarrow.array([b"\xff", b"a"]).cast(pyarrow.string(), safe=False),
+            "column 'kind' has values of type string, and classes are strings in",
+        ),
+    ):
+        with pytest.raises(UserError, match=message):
+            sources.open_labelled(write_classes(tmp_path / "x.parquet", images, labels))
+
+
+def test_classes_and_images_are_named_in_the_spec(tmp_path, images):
+    names = {"info": {"features": {"kind": {"names": ["fox", "dog"], "_type": "ClassLabel"}}}}
+    spec = write_classes(tmp_path / "x.parquet", images, [1, 0, -1], {"huggingface": json.dumps(names)}, text=["a"] * 3)
+    source = sources.open_labelled(spec)
+    assert source.names == ["fox", "dog"] and source.labels().tolist() == [1, 0]
+    assert open_source(spec)[2]["image"] == images[2]  # pairs need no label
+    picture = pyarrow.parquet.read_table(tmp_path / "x.parquet").rename_columns(["my/picture", "kind", "text"])
+    pyarrow.parquet.write_table(picture, tmp_path / "y.parquet")
+    spec = f"parquet:{tmp_path}/y.parquet?image=my%2Fpicture&label=kind"
+    assert sources.open_labelled(spec)[1]["image"] == open_source(spec)[1]["image"] == images[1]
+    with pytest.raises(UserError, match=r"no column 'label'; its columns are .*, SOURCE\?image=COLUMN&label=COLUMN"):
+        sources.open_labelled(f"parquet:{tmp_path}/y.parquet?image=my%2Fpicture")
+
+
+def test_tables_of_a_split(tmp_path, images):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for name, labels in (("train-0", ["b", "a"]), ("train-1", ["a"]), ("my_own", ["a"]), ("trainer", ["x"])):
+        write_classes(folder / f"{name}.parquet", images, labels)
+    (folder / "train-0.parquet").rename(folder / "train-00000-of-00002.parquet")
+    kind = sources.SOURCES["parquet"]
+    assert [kind.has_split(f"{folder}?label=kind", x, base.SourceOptions()) for x in ("train", "my_own", "test")] == [
+        True, True, False
+    ]  # fmt: skip
+    assert sources.open_labelled(f"parquet:{folder}?label=kind/train").labels().tolist() == [1, 0, 0]
+    assert sources.open_labelled(f"parquet:{folder}/my_own?label=kind").names == ["a"]
+    with pytest.raises(UserError, match=r"no file matches .*test.*; its folder has my_own\.parquet, train-00000-of"):
+        sources.open_labelled(f"parquet:{folder}/test?label=kind")
 
 
 def test_damaged_parquet_is_a_sentence(tmp_path):

@@ -38,26 +38,32 @@ def test_retrieval_on_own_pairs(pairs, table):
     metrics = plain.run(variables)
     name = f"retrieval/folder:{pairs}"
     assert metrics[f"{name}/captions"] == 54 and 0 <= metrics[f"{name}/image_to_text/r1"] <= 100
-    data = DataConfig(image_key="file", text_keys=("words",))
-    (of_table,) = registry.open_all([f"retrieval/csv:{table}"], encoder, data=data)
+    (of_table,) = registry.open_all([f"retrieval/csv:{table}?image=file&text=words"], encoder)
     assert [x[0] for x in of_table.data.captions] == [x[0] for x in plain.data.captions][::-1]
     np.testing.assert_array_equal(of_table.data.images[0], plain.data.images[39])
 
 
 def test_a_set_of_pairs_names_its_columns(table, run):
-    data = DataConfig(image_key="file", text_keys=("words",))
-    of_keys = registry.load(f"retrieval/csv:{table}", SIZE, data=data)
     spec = f"retrieval/csv:{table}?image=file&text=words"
+    of_keys = registry.load(spec, SIZE)
     evaluate.main(["--checkpoint", str(run), "--suite", spec, "--output", str(table.parent / "results.json")])
     (entry,) = json.loads((table.parent / "results.json").read_text())["results"]
     assert entry["split_hash"] == of_keys.card.split_hash and entry["data"] == of_keys.card.data == f"csv:{table}"
     both = registry.load(f"retrieval/csv:{table}?image=file&text=words&text=fi%6Ce", SIZE)
     assert len(both.captions[0]) == 2 and both.captions[0][0] == of_keys.captions[0][0]
-    pattern = registry.load(f"retrieval/csv:{str(table)[:-5]}?.csv?image=file", SIZE, data=data)
+    pattern = registry.load(f"retrieval/csv:{str(table)[:-5]}?.csv?image=file&text=words", SIZE)
     assert pattern.captions == of_keys.captions
     remedy = r"no column 'image'; its columns are 'file', 'words'; name its .*/SOURCE\?image=COLUMN&text=COLUMN\.$"
     with pytest.raises(SystemExit, match=remedy):
         evaluate.main(["--checkpoint", str(run), "--suite", f"retrieval/csv:{table}"])
+
+
+def test_a_set_of_pairs_has_the_same_columns_for_every_model(pairs, tmp_path):
+    """Keywords and columns of the training pairs, as the demo has them, are not those of the set."""
+    (tmp_path / "mine.csv").write_text(f"image,text,a\n{pairs / '000.png'},a picture,another\n")
+    data = DataConfig(image_key="drawing", text_keys=("title", "a"), tags_key="tags")
+    for columns, captions in {"": ["a picture"], "?text=a": ["another"], "?image=image&text=a": ["another"]}.items():
+        assert registry.load(f"retrieval/csv:{tmp_path}/mine.csv{columns}", SIZE, data=data).captions == [captions]
 
 
 def test_rows_of_one_image_are_one_item_with_all_their_captions(tmp_path):

@@ -6,30 +6,27 @@ environment configures the package and the client of the Hub: HF_HOME, HF_TOKEN,
 
 import contextlib
 import dataclasses
+import glob
 import hashlib
 import json
 import os
 import pathlib
 import re
-import urllib.parse
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
-import numpy as np
 import pyarrow
 
 from xclip_jax.core import hub_client
 from xclip_jax.core.errors import UserError
 from xclip_jax.data import labelled
-from xclip_jax.data.base import Form, Source, SourceKind, SourceOptions, check_columns
-from xclip_jax.data.readers.table import Cells, ColumnSource, path_in
+from xclip_jax.data.base import Form, Source, SourceKind, SourceOptions, check_columns, split_columns
+from xclip_jax.data.readers.table import Cells, ColumnSource, in_classes, path_in
 
 PREFIX = hub_client.PREFIX
 _HUB = re.compile(rf"({hub_client.ID})(?:@([^/]+))?(?:/([^/]+))?/([^/]+)")
 _LOCAL = ("/", "./", "../", "~")
 _LIST = "dataset_dict.json"  # lists the splits that `DatasetDict.save_to_disk` wrote
-# A column that a spec names at its end, or before the split that a probe adds.
-_LABEL = re.compile(r"\?label=([^/?]+)(?=/[^/]*$|$)")
 _MAX_MESSAGE = 300  # letters of an error message of `datasets`
 
 
@@ -81,6 +78,10 @@ def open_split(rest: str) -> Any:
     with _package(f"{PREFIX}{rest}") as package:
         if saved := _saved(place, split):
             return package.load_from_disk(saved)
+        if splits := _saved_splits(place):
+            raise ValueError(f"Unknown split {split!r}. Should be one of {splits}")
+        if files := _files(place, split):
+            options["data_files"] = {split: files}
         return package.load_dataset(place, split=split, **options)
 
 
@@ -90,20 +91,29 @@ def _saved(place: str, split: str) -> str:
     return folder if os.path.isfile(os.path.join(folder, "state.json")) else ""
 
 
+def _files(place: str, split: str) -> str:
+    """Return a pattern of the files SPLIT.* and SPLIT-* in a local folder, "" if it has none.
+
+    By itself `datasets` looks for few names of splits, and for these in sub-folders and in the folder's name too.
+    """
+    pattern = f"{glob.escape(split)}[.-]*"
+    return pattern if os.path.isabs(place) and glob.glob(pattern, root_dir=place) else ""
+
+
+def _saved_splits(place: str) -> list[str]:
+    """Return the splits of a folder that `DatasetDict.save_to_disk` wrote, [] for another place."""
+    path = pathlib.Path(place, _LIST)
+    return list(json.loads(path.read_text())["splits"]) if path.is_file() else []
+
+
 def split_names(rest: str) -> list[str]:
     """Return the splits of "hf:" + `rest`, a spec without a split, unread. Raises `UserError` as `open_split` does."""
     place, options, _ = _repository(f"{rest}/train")
     with _package(f"{PREFIX}{rest}") as package:
-        if os.path.isfile(saved := os.path.join(place, _LIST)):
-            return list(json.loads(pathlib.Path(saved).read_text())["splits"])
+        if splits := _saved_splits(place):
+            return splits
         configuration = options.pop("name", None)
         return package.get_dataset_split_names(place, configuration, **options)
-
-
-def split_label(rest: str) -> tuple[str, str]:
-    """Split "?label=COLUMN" off `rest`, in which %2F is a /; return the rest, and the column or ""."""
-    match = _LABEL.search(rest)
-    return (rest[: match.start()] + rest[match.end() :], urllib.parse.unquote(match[1])) if match else (rest, "")
 
 
 def image_column(features: Mapping[str, Any], key: str) -> str:
@@ -122,7 +132,7 @@ class _Images(Cells):
     def __init__(self, rows: Any, column: str, rest: str) -> None:
         self._arguments, self._rest, self._folder = (rows, column, rest), rest, ""
         if rest.startswith(_LOCAL):
-            place, _, split = _repository(split_label(rest)[0])
+            place, _, split = _repository(split_columns(rest)[0])
             self._folder = _saved(place, split) or place
         super().__init__(_arrow(rows, [column])[column], self._place)
 
@@ -155,16 +165,18 @@ class HubPairs(ColumnSource):
     def __init__(self, rest: str, options: SourceOptions, rows: Any = None) -> None:
         """Open the split, see `open_split`, or raise `UserError` if it has no rows or no columns of these names.
 
-        "?label=COLUMN" at the end of `rest` is for evaluating pairs by labels. `rows` is the split if it is open.
+        "?image=COLUMN" at the end of `rest` names the images, and "?label=COLUMN" is for evaluating pairs by labels.
+        `rows` is the split if it is open.
         """
-        spec, rows = f"{PREFIX}{rest}", open_split(split_label(rest)[0]) if rows is None else rows
+        place, columns = split_columns(rest)
+        spec, rows = f"{PREFIX}{rest}", open_split(place) if rows is None else rows
         self._arguments = rest, options, rows
         self._fingerprint: dict[str, Any] = {}
-        options = dataclasses.replace(options, image_key=image_column(rows.features, options.image_key))
+        key = image_column(rows.features, columns.get("image", options.image_key))
+        options = dataclasses.replace(options, image_key=key)
         check_columns(spec, rows.features, options.columns)
         self._texts_table = _arrow(rows, options.text_columns)
-        texts = dict(zip(self._texts_table.column_names, self._texts_table.columns, strict=True))
-        super().__init__(_Images(rows, options.image_key, rest), texts, options)
+        super().__init__(_Images(rows, options.image_key, rest), self._texts_table, options)
         if not len(self):
             raise UserError(f"{spec} has no rows; name another split.")
 
@@ -193,38 +205,28 @@ class HubPairs(ColumnSource):
 
 
 def open_labelled(rest: str, image_key: str = SourceOptions.image_key) -> labelled.Labelled:
-    """Open the images of a split, in the classes of column "label" or of the only column of type ClassLabel.
+    """Open the images of a split in classes, see `in_classes`, by column "label" or the only one of type ClassLabel.
 
-    "?label=COLUMN" at the end of `rest` names the column of classes; images are in `image_key`. `UserError` if there
-    are no such columns, or rows without a label.
+    "?image=COLUMN&label=COLUMN" at the end of `rest` names both columns. `UserError` if there are no such columns.
     """
-    place, column = split_label(rest)
-    spec, rows = f"{PREFIX}{rest}", open_split(place)
+    place, columns = split_columns(rest)
+    rows = open_split(place)
     classes = [name for name, feature in rows.features.items() if hasattr(feature, "names")]
-    column = column or ("label" if "label" in classes or len(classes) != 1 else classes[0])
-    if column not in classes:
-        several = f"; add ?label= and one of {', '.join(classes)} to the spec" if classes else ""
-        raise UserError(
-            f"{spec} has no column {column!r} of classes{several}; its columns are {', '.join(rows.features)}."
-        )
-    names = list(rows.features[column].names)
-    key = image_column(rows.features, image_key)
-    check_columns(spec, rows.features, [key])
-    labels = np.array(_arrow(rows, [column])[column].fill_null(-1), np.int64)
-    if not len(labels) or labels.min() < 0 or labels.max() >= len(names):
-        raise UserError(f"{spec} has rows without a label, or none at all; name another split.")
-    return labelled.Labelled("image", _Images(rows, key, rest), labels, names)
+    only = "label" if "label" in classes or len(classes) != 1 else classes[0]
+    label, key = columns.get("label", only), image_column(rows.features, columns.get("image", image_key))
+    check_columns(f"{PREFIX}{rest}", rows.features, [key, label])
+    return in_classes(f"{PREFIX}{rest}", _Images(rows, key, rest), _arrow(rows, [label]), label)
 
 
 class HubSets(SourceKind):
-    """`hf:ORG/NAME[@REVISION][/CONFIGURATION]/SPLIT` and `hf:/PATH`, for labels with ?label=COLUMN."""
+    """`hf:ORG/NAME[@REVISION][/CONFIGURATION]/SPLIT` and `hf:/PATH`, with ?image=COLUMN&label=COLUMN."""
 
     forms: ClassVar = {
         "hf:ORG/NAME/SPLIT": Form(
             pairs="a data set of the Hugging Face Hub, columns of images and captions",
-            labels="a data set of the Hugging Face Hub, columns of images and labels of classes",
+            labels="a data set of the Hugging Face Hub, columns of images and classes",
         ),
-        "hf:ORG/NAME": Form(splits="a data set of the Hugging Face Hub, columns of images and labels of classes"),
+        "hf:ORG/NAME": Form(splits="a data set of the Hugging Face Hub, columns of images and classes"),
     }
 
     @classmethod
@@ -238,4 +240,6 @@ class HubSets(SourceKind):
     @classmethod
     def has_split(cls, rest: str, split: str, options: SourceOptions) -> bool:
         """Whether the data set lists the split; a damaged split is an error when it is opened."""
-        return split in split_names(split_label(f"{rest}/{split}")[0].removesuffix(f"/{split}"))
+        rest = split_columns(f"{rest}/{split}")[0]
+        listed = split in split_names(rest.removesuffix(f"/{split}"))
+        return listed or bool(_files(_repository(rest)[0], split))

@@ -1,9 +1,14 @@
 """Pairs in tables: CSV, TSV or parquet files of image paths or images, and captions; and ArrayRecord files."""
 
 import contextlib
+import dataclasses
+import functools
+import glob
+import json
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,6 +17,7 @@ import pyarrow.compute
 import pyarrow.parquet
 
 from xclip_jax.core import storage
+from xclip_jax.core.console import log0
 from xclip_jax.core.errors import BadSample, UserError, first_line, public
 from xclip_jax.data import labelled
 from xclip_jax.data.base import (
@@ -28,6 +34,7 @@ from xclip_jax.data.base import (
     no_caption,
     open_binary,
     read_csv,
+    split_columns,
     strip_texts,
 )
 from xclip_jax.data.tokenizer import clip_captions
@@ -129,8 +136,8 @@ def _utf8() -> Iterator[None]:
 class ColumnSource(Source):
     """Rows of Arrow columns: an image, or its path or URL, captions, and keywords with commas between them."""
 
-    def __init__(self, images: Cells, columns: Mapping[str, Any], options: SourceOptions) -> None:
-        """`columns` has the columns of captions and keywords, which `options` names."""
+    def __init__(self, images: Cells, columns: Any, options: SourceOptions) -> None:
+        """`columns` is a `pyarrow.Table` with the columns of captions and keywords, which `options` names."""
         self.images, self.columns, self.options = images, columns, options
 
     def __len__(self) -> int:
@@ -170,9 +177,60 @@ class ColumnSource(Source):
         return {"file": path} if path else {"row": str(index)}
 
 
+def in_classes(spec: str, images: Cells, table: Any, label: str) -> labelled.Labelled:
+    """Return the images of a `pyarrow.Table` in the classes of its column `label`, without rows that have none.
+
+    A ClassLabel of the package `datasets` keeps its names and their order; -1 stands for none. In another column the
+    distinct strings or integers, sorted, are the classes, and an empty cell has none.
+
+    Raises:
+      UserError: a column of other values, or no row with a class; `spec` begins the message.
+    """
+    column, names = table[label], _stored_names(table, label)
+    try:
+        cells = [x.strip() if isinstance(x, str) else x for chunk in column.chunks for x in chunk.to_pylist()]
+        values = range(len(names)) or sorted(set(cells) - {None, ""})
+    except (TypeError, UnicodeDecodeError):  # lists, structs or invalid strings
+        values = [b""]
+    if not all(isinstance(value, str | int) for value in values):
+        raise UserError(
+            f"{spec}: column {label!r} has values of type {column.type}, and classes are strings in UTF-8 or integers; "
+            "name another one, ?label=COLUMN."
+        )
+    number = {value: i for i, value in enumerate(values)}
+    classes = np.array([number.get(cell, -1) for cell in cells], np.int64)
+    kept = np.flatnonzero(classes >= 0)
+    if not len(kept):
+        raise UserError(f"{spec}: no row has a label in column {label!r}; name another split or column.")
+    names = names or [str(value) for value in values]
+    if len(kept) == len(classes):
+        return labelled.Labelled("image", images, classes, names)
+    missing, first = len(classes) - len(kept), np.argmin(classes)
+    log0(f"WARNING: {spec}: {missing:,} of {len(classes):,} rows have no {label!r} and are left out, row {first} first")
+    return labelled.Labelled("image", labelled.Chosen(images, kept), classes[kept], names)
+
+
+def _stored_names(table: Any, column: str) -> list[str]:
+    """Return the names of a column that the package `datasets` wrote as ClassLabel, [] for another column."""
+    with contextlib.suppress(KeyError, TypeError, ValueError):
+        feature = json.loads(table.schema.metadata[b"huggingface"])["info"]["features"][column]
+        return list(feature["names"]) if feature["_type"] == "ClassLabel" else []
+    return []
+
+
 def path_in(folder: str, path: str) -> str:
     """Return the place of a file that a table in a local folder names: a URL, or a path, which may begin with ~."""
     return path if storage.is_remote(path) else str(pathlib.Path(folder, os.path.expanduser(path)))
+
+
+def _locate(tables: Sequence[str], ends: np.ndarray, index: int, path: str) -> tuple[str, str]:
+    """Return the place of a file that a row of `tables` names, see `Cells`; `ends` are their last rows, plus 1."""
+    table = tables[int(np.searchsorted(ends, index, side="right"))]
+    if not storage.is_remote(table):
+        return path_in(os.path.dirname(table), path), ""
+    if not storage.is_remote(path) and not path.startswith("/"):
+        path = f"{table.rpartition('/')[0]}/{path}"  # a Path would turn the address's // into /
+    return path, table if storage.scheme(table) != "file" else ""
 
 
 class TableSource(ColumnSource):
@@ -199,21 +257,13 @@ class TableSource(ColumnSource):
             raise UserError(f"the tables of {pattern!r} have columns of other types ({first_line(error)}).") from error
         if not len(joined):
             raise UserError(f"{pattern!r} has no row; pass a table of paths and captions.")
-        self._ends = np.cumsum([len(table) for table in tables])
-        images = Cells(joined[options.image_key], self._locate)
-        super().__init__(images, {key: joined[key] for key in keys}, options)
+        ends = np.cumsum([len(table) for table in tables])
+        images = Cells(joined[options.image_key], functools.partial(_locate, self.tables, ends))
+        super().__init__(images, joined, options)
 
     def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
         """Pickle the arguments; a worker process reads the tables itself."""
         return type(self), (self.pattern, self.options, self._read)
-
-    def _locate(self, index: int, path: str) -> tuple[str, str]:
-        table = self.tables[int(np.searchsorted(self._ends, index, side="right"))]
-        if not storage.is_remote(table):
-            return path_in(os.path.dirname(table), path), ""
-        if not storage.is_remote(path) and not path.startswith("/"):
-            path = f"{table.rpartition('/')[0]}/{path}"  # a Path would turn the address's // into /
-        return path, table if storage.scheme(table) != "file" else ""
 
     def fingerprint(self) -> dict[str, Any]:
         """Return the number of rows, a hash of the tables (see `storage.fingerprint`), and their names and sizes."""
@@ -289,14 +339,34 @@ class CsvTables(SourceKind):
 
 
 class ParquetTables(SourceKind):
-    """`parquet:PATTERN`."""
+    """`parquet:PATTERN` and `parquet:FOLDER/SPLIT`, for labels with ?label=COLUMN, and for both ?image=COLUMN."""
 
-    forms: ClassVar = {"parquet:PATTERN": Form(pairs="tables with columns of images, or of their paths, and captions")}
+    forms: ClassVar = {
+        "parquet:PATTERN": Form(pairs="tables of images or paths and captions", labels="tables of images and classes"),
+        "parquet:FOLDER": Form(splits="tables of images and classes, SPLIT.parquet or SPLIT-*.parquet"),
+    }
     suffixes = (".parquet",)
 
     @classmethod
-    def open(cls, rest: str, options: SourceOptions, labels: bool = False) -> TableSource:
-        return TableSource(rest, options, read_parquet)
+    def open(cls, rest: str, options: SourceOptions, labels: bool = False) -> Source:
+        place, columns = split_columns(rest)
+        options = dataclasses.replace(options, image_key=columns.get("image", options.image_key))
+        label = columns.get("label", "label")
+        if labels:
+            options = dataclasses.replace(options, text_keys=(label,), tags_key="")
+        table = TableSource(_files(place), options, read_parquet)
+        return in_classes(f"parquet:{rest}", table.images, table.columns, label) if labels else table
+
+    @classmethod
+    def has_split(cls, rest: str, split: str, options: SourceOptions) -> bool:
+        return bool(glob.glob(_files(split_columns(f"{rest}/{split}")[0])))
+
+
+def _files(place: str) -> str:
+    """Return the pattern that `place` is, or that of the tables SPLIT.parquet and SPLIT-*.parquet of FOLDER/SPLIT."""
+    folder, split = os.path.split(os.path.expanduser(place))
+    is_pattern = re.search(r"[^\w-]", split) or os.path.exists(place) or not os.path.isdir(folder)
+    return place if is_pattern else f"{glob.escape(folder)}/{split}[.-]*parquet"
 
 
 class ArrayRecords(SourceKind):

@@ -101,13 +101,13 @@ def read_rows(spec: str, data: DataConfig) -> Loaded:
       UserError: another key, a source without columns or without these, or a row that has no right text or several.
     """
     name, columns = query_columns(spec)
-    keys = columns.get("text") or list(data.text_keys)
+    keys = columns.get("text", list(DataConfig.text_keys))
     group, *others = columns.get("group", [""])
     if others or columns.keys() - {"image", "text", "group"}:
         raise UserError(f"{spec}: its keys are image=COLUMN, text=COLUMN and one group=COLUMN; remove all others.")
     options = dataclasses.replace(sources.source_options(data), text_keys=tuple(keys), tags_key=group)
     tables = []
-    for key in columns.get("image") or [data.image_key]:
+    for key in columns.get("image", [DataConfig.image_key]):
         try:
             table = sources.open_pairs(sources.spec_from_path(name), dataclasses.replace(options, image_key=key))
         except MissingColumnError as error:

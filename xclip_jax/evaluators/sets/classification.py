@@ -224,12 +224,12 @@ def load_probe(spec: str, prepare: Preprocessing, data: DataConfig, profile: Pro
     """Open `probe/NAME`."""
     entry, content, identity_of_splits = _read_splits(spec, data.dir or None)
     first = content[0]
-    if any(set(part.classes) - set(first.classes) or np.ndim(part.labels) != 1 for part in content):
-        raise UserError(f"{spec}: the splits must have the same classes, and each image one of them.")
-    # A split may lack a class: number them as the training split does.
-    content = [
-        dataclasses.replace(part, labels=renumber(part.labels, part.classes, first.classes, spec)) for part in content
-    ]
+    if any(np.ndim(part.labels) != 1 for part in content):
+        raise UserError(f"{spec}: images have several labels; give each one class.")
+    classes: Sequence[str] = first.classes
+    for i, part in enumerate(content):  # a split may lack a class, and a later one have another
+        labels, classes = renumber(part.labels, part.classes, classes, spec)
+        content[i] = dataclasses.replace(part, labels=labels)
     if len(content) == 2:
         content.insert(1, Content([], np.array([], int), first.classes, first.data))
     metric = entry.metric if entry.metric == "mean_per_class" else "top1"

@@ -1,6 +1,6 @@
 """Retrieval on your own image-text pairs: a source, or the pairs that a run holds out of its training.
 
-retrieval/SOURCE[?image=COLUMN&text=COLUMN]     all pairs of a source or path, from these columns instead of the run's
+retrieval/SOURCE[?image=COLUMN&text=COLUMN]     all pairs of a source or path; the columns image and text by default
 retrieval/holdout[@RUN]                         the pairs that `data.holdout` of the model's run, or another, keeps out
 
 Pairs whose images have the same bytes are one item with all of their captions, equal ones too.
@@ -63,12 +63,16 @@ def query_columns(name: str) -> tuple[str, dict[str, list[str]]]:
 
 
 def named_columns(name: str, data: DataConfig) -> tuple[str, DataConfig]:
-    """Return the spec of `query_columns`, and `data` with its columns; both keys are optional, `text` is repeatable."""
+    """Return the spec of `query_columns`, and `data` with its columns: image and text unless the spec names others.
+
+    The columns of the model's training pairs do not matter, so that every model is evaluated on the same pairs.
+    """
     source_name, columns = query_columns(name)
     if columns.keys() - {"image", "text"}:
-        return name, data
-    columns = {"image": [data.image_key], "text": data.text_keys} | columns
-    return source_name, dataclasses.replace(data, image_key=columns["image"][0], text_keys=tuple(columns["text"]))
+        source_name, columns = name, {}
+    image_key = columns.get("image", [DataConfig.image_key])[0]
+    text_keys = tuple(columns.get("text", DataConfig.text_keys))
+    return source_name, dataclasses.replace(data, image_key=image_key, text_keys=text_keys, tags_key="")
 
 
 def captions_by_image(parts: Sequence[holdout.Pairs]) -> tuple[dict[str, list[str]], list[np.ndarray]]:
