@@ -61,6 +61,7 @@ def test_open_clip_there_and_back(name, file, tmp_path):
     config, variables = interop.read(str(there))
     assert config["data"] == {
         "tokenizer": "clip", "normalization": "half", "resample": "bicubic", "background": "drop_alpha",
+        "exif_rotation": False,
     }  # fmt: skip
     pixels, tokens = images(28), clip_tokens(12)
     expected = theirs_open_clip(model, pixels, tokens)
@@ -123,24 +124,29 @@ def test_own_form_brings_its_tokenizer(tmp_path):
 
 
 def test_notes_on_what_a_format_cannot_hold(tmp_path):
-    config, variables = our_model("xclip", model__img__scan=True, data__background="drop_alpha")
+    config, variables = our_model(
+        "xclip", model__img__scan=True, data__background="drop_alpha", data__exif_rotation=False
+    )
     assert interop.write(variables, config, str(tmp_path / "hf"), "hf") == [
         "left out, since 'hf' has no place for them: clusters_img, clusters_txt",
     ]
     config, variables = our_model("siglip")
     white = "has no place for it: data.background='white'; lay transparent images on white before they are resized"
+    upright = "has no place for it: data.exif_rotation=True; rotate images by their EXIF tag before they are resized, "
+    upright += "as PIL.ImageOps.exif_transpose does"
     assert interop.write(variables, config, str(tmp_path / "hf"), "hf") == [
         "left out, since 'hf' has no place for them: bias", f"left out, since 'hf' {white}",
+        f"left out, since 'hf' {upright}",
     ]  # fmt: skip
     assert interop.write(variables, config, str(tmp_path / "oc"), "open_clip") == [
-        f"left out, since 'open_clip' {white}"
-    ]
+        f"left out, since 'open_clip' {white}", f"left out, since 'open_clip' {upright}",
+    ]  # fmt: skip
     assert interop.read(str(tmp_path / "oc"))[0]["objective"]["name"] == "siglip"
 
 
 def test_heads_of_another_package_are_left_out_by_name(tmp_path):
     config, variables = model_of(superclip(data__tokenizer="clip", model__img__heads=1, model__txt__heads=1))
-    note, _ = interop.write(variables, config, str(tmp_path / "hf"), "hf")
+    note, *_ = interop.write(variables, config, str(tmp_path / "hf"), "hf")
     assert note == "left out, since 'hf' has no place for them: token_classifier"
     assert interop.read(str(tmp_path / "hf"))[0]["objective"] == {"name": "clip"}
     assert interop.write(variables, config, str(tmp_path / "own")) == []
