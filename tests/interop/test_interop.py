@@ -92,6 +92,45 @@ def test_openai_weights_need_no_config(scripted, tmp_path):
     assert_same(ours(config, variables, pixels, tokens), theirs_open_clip(model, pixels, tokens))
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("kind", ["openai", "scripted"])
+@pytest.mark.parametrize(
+    ("changes", "ignored"),
+    [
+        ({}, ""),
+        ({"quick_gelu": False}, "vision act is gelu, here quick_gelu"),
+        ({"vision_cfg": {"width": 64}}, "vision width is 64, here 128"),
+        ({"vision_cfg": {"layers": 3}}, "vision depth is 3, here 2"),
+        ({"vision_cfg": {"image_size": 56}}, "vision image_size is 56, here 28"),
+        ({"text_cfg": {"context_length": 77}}, "text context_length is 77, here 12"),
+        ({"text_cfg": {"mlp_ratio": 2.0}}, "text hidden width is 128, here 256"),
+        ({"text_cfg": {"vocab_size": 100}}, "text vocab_size is 100, here 49408"),
+        ({"embed_dim": 32}, "embed_dim is 32, here 48"),
+    ],
+)
+def test_the_config_of_another_model_beside_an_archive_is_ignored(changes, ignored, kind, tmp_path):
+    """An activation has no shape: only an archive of OpenAI's is known to have quick-GELU."""
+    ignored = "" if kind == "scripted" and "act" in ignored else ignored
+    true = {"vision_cfg": B32, "text_cfg": TEXT, "quick_gelu": bool(ignored) or changes == {}}
+    changed = {key: true[key] | x if isinstance(x, dict) else x for key, x in changes.items()}
+    half = {"mean": [0.5] * 3, "std": [0.5] * 3}
+    (tmp_path / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": true | {"embed_dim": 48} | changed, "preprocess_cfg": half})
+    )
+    model = shaken(open_clip.model.CLIP(48, **true))
+    if kind == "scripted":
+        torch.jit.save(torch.jit.script(model), tmp_path / "ViT.pt")
+    else:
+        sizes = {"input_resolution": 28, "context_length": 12, "vocab_size": 49408}
+        torch.save(model.state_dict() | {key: torch.tensor(x) for key, x in sizes.items()}, tmp_path / "ViT.pt")
+    config, variables = interop.read(str(tmp_path / "ViT.pt"))
+    expected = (f"open_clip_config.json in its folder is of another model and ignored: {ignored}",) if ignored else ()
+    assert config["source"]["notes"] == expected
+    assert config["data"]["normalization"] == ("clip" if ignored else "half")
+    pixels, tokens = images(28), clip_tokens(12)
+    assert_same(ours(config, variables, pixels, tokens), theirs_open_clip(model, pixels, tokens))
+
+
 def test_own_form_is_bit_exact(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     config, variables = our_model("xclip", model__img__scan=True, model__img__depth=3, model__img__pool="map")
