@@ -19,10 +19,10 @@ from xclip_jax.core.run_folder import CLOCKS, RunFolder
 from xclip_jax.core.storage import strict_json
 from xclip_jax.evaluators.results import VALIDATION, Result, from_json, to_json
 
-# Keys that do not change what is learned or measured, only where and how fast; all images of a study are opaque.
+# Keys that do not change what is learned or measured, only where and how fast; a study's images are opaque and upright.
 FREE_KEYS = (
-    "run", "checkpoint.", "data.background", "data.buffer", "data.cache", "data.dir", "data.threads", "data.workers",
-    "eval.batch", "eval.every", "eval.report", "log.", "loss.", "mesh.",
+    "run", "checkpoint.", "data.background", "data.buffer", "data.cache", "data.dir", "data.exif_rotation",
+    "data.threads", "data.workers", "eval.batch", "eval.every", "eval.report", "log.", "loss.", "mesh.",
 )  # fmt: skip
 # What begins names of sets and sources in a config, and what stands for it in records and in declarations: a run is the
 # same wherever the code of its data is.

@@ -7,6 +7,7 @@ import pytest
 
 from tests.helpers import tiny
 from xclip_jax import optim
+from xclip_jax.models.transformer import unstack_blocks
 from xclip_jax.train import build
 
 
@@ -158,6 +159,32 @@ def test_optimizers_equal_optax(name, strategy):
         ends.append(p)
     chex.assert_trees_all_close(*ends, rtol=1e-3, atol=1e-4)
     assert max(jax.tree.leaves(jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), ends[0], params))) > 0.1
+
+
+@pytest.mark.parametrize("name", [name for name in optim.NAMES if name != "lamb"])
+def test_stacked_blocks_are_updated_as_unrolled_ones(name):
+    """Over three steps in which gradients grow, in the second block the most."""
+    config = optim.OptimConfig(name=name, lr=0.1, schedule="constant", weight_decay=0.2, b1=0.5)
+    tx = optim.make_optimizer(config, 9, {"img": build.build(tiny.config()).model.img})
+    rng = np.random.default_rng(0)
+    growth = np.array([1.0, 5.0], np.float32)
+    steps = [
+        {"kernel": rng.normal(size=(2, 130, 160)) * growth[:, None, None] ** i,
+         "bias": rng.normal(size=(2, 160)) * growth[:, None] ** i}
+        for i in range(4)
+    ]  # fmt: skip
+    ends = []
+    for stacked in (True, False):
+        trees = [{"blocks": {"mlp": jax.tree.map(jnp.float32, tree)}} for tree in steps]
+        trees = trees if stacked else [unstack_blocks(tree, 2) for tree in trees]
+        params, *grads = [{"img": {"transformer": tree}} for tree in trees]
+        state = tx.init(params)
+        for grad in grads:
+            updates, state = tx.update(grad, state, params)
+            params = optax.apply_updates(params, updates)
+        blocks = params["img"]["transformer"]
+        ends.append(unstack_blocks(blocks, 2) if stacked else blocks)
+    chex.assert_trees_all_close(*ends, rtol=1e-5, atol=1e-6)
 
 
 def test_muon_takes_each_matrix_of_a_kernel_by_itself():

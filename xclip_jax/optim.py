@@ -213,15 +213,30 @@ def _lamb(config: OptimConfig, rate: Schedule, towers: Mapping[str, Tower]) -> o
 
 
 def _adafactor(config: OptimConfig, rate: Schedule, towers: Mapping[str, Tower]) -> optax.GradientTransformation:
-    """arXiv 1804.04235 as arXiv 2106.04560 uses it: second moments as sums of rows and columns, no relative steps."""
-    return optax.adafactor(
-        rate,
-        multiply_by_parameter_scale=False,
-        momentum=config.b1 or None,
-        dtype_momentum=jnp.dtype(config.mu_dtype),
-        weight_decay_rate=lambda step: rate(step) * config.weight_decay,
-        weight_decay_mask=decay_mask,
+    """arXiv 1804.04235 as arXiv 2106.04560 uses it: second moments as sums of rows and columns, no relative steps.
+
+    `optax.adafactor`, whose clipping takes stacked blocks as one tensor.
+    """
+    dtype = jnp.dtype(config.mu_dtype)
+    return optax.chain(
+        optax.scale_by_factored_rms(),
+        optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(_clip_rms, updates)),
+        optax.scale_by_learning_rate(rate, flip_sign=False),
+        *([optax.ema(config.b1, debias=False, accumulator_dtype=dtype)] if config.b1 else []),
+        optax.add_decayed_weights(lambda step: rate(step) * config.weight_decay, mask=decay_mask),
+        optax.scale(-1),
     )
+
+
+def _clip_rms(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
+    """Return an update with a root mean square of at most 1, each of stacked blocks by itself."""
+    axes = tuple(range(_is_stacked(path), x.ndim))
+    return x / jnp.maximum(1, jnp.sqrt(jnp.mean(x**2, axis=axes, keepdims=True)))
+
+
+def _is_stacked(path: tuple[Any, ...]) -> bool:
+    """Whether the first axis of the parameter at `path` counts blocks."""
+    return any(key.key == "blocks" for key in path)
 
 
 def _muon(config: OptimConfig, rate: Schedule, towers: Mapping[str, Tower]) -> optax.GradientTransformation:
@@ -252,7 +267,7 @@ def _muon_dimensions(kernels: Any) -> Any:
 
     def dimensions(path: tuple[Any, ...], x: Any) -> Any:
         names = [key.key for key in path]
-        axes = tuple(range(int("blocks" in names), x.ndim))
+        axes = tuple(range(_is_stacked(path), x.ndim))
         inputs, outputs = (axes[:1], axes[2:]) if "qkv" in names else (axes[:-1], axes[-1:])
         return optax.contrib.MuonDimensionNumbers(inputs, outputs)
 

@@ -19,11 +19,6 @@ from xclip_jax.model import ZeroShotResult
 from xclip_jax.objectives.similarity import CosineSimilarity
 
 
-@pytest.fixture
-def checkpoint(request):
-    return request.getfixturevalue("run")
-
-
 def run(capsys, *arguments):
     """Exit code, output and the sentence of an error."""
     error = ""
@@ -240,8 +235,8 @@ class Greys:
 
     similarities = (CosineSimilarity(),)
 
-    def zero_shot(self, images, names, templates):
-        assert templates == ["{}"] and len(set(names)) == len(names)
+    def zero_shot(self, images, names, templates, by):
+        assert templates == ["{}"] and not by and len(set(names)) == len(names)
         values = [Image.open(io.BytesIO(image)).convert("L").getpixel((0, 0)) for image in images]
         p = np.array([[0.9 if name == f"grey {value}" else 0.1 / len(names) for name in names] for value in values])
         return ZeroShotResult([names[i] for i in p.argmax(axis=1)], p, p)
@@ -257,7 +252,10 @@ def test_wrong_captions_are_the_least_likely(tmp_path, capsys, monkeypatch):
         (tmp_path / "pairs" / f"{i:03d}.txt").write_text("grey 250" if i in (5, 30) else f"grey {grey}")
     files = "--suspects", tmp_path / "new" / "wrong.jsonl", "--sheet", tmp_path / "sheet.png"
     code, out, _ = run(capsys, tmp_path / "pairs", "--samples", 0, "--by", "a/run", *files)
-    assert code == 0 and "by a/run: 95.0% of images have their own caption as the likeliest of about 13" in out
+    assert (
+        code == 0
+        and "by a/run, by probability: 95.0% of images have their own caption as the likeliest of about 13" in out
+    )
     lines = [json.loads(line) for line in (tmp_path / "new" / "wrong.jsonl").read_text().splitlines()]
     assert len(lines) == 40 and {line["file"][-7:] for line in lines[:2]} == {"005.png", "030.png"}
     assert [line["caption"] for line in lines[:3]][:2] == ["grey 250"] * 2 and lines[2]["probability"] == 0.9
@@ -294,8 +292,41 @@ def test_every_caption_of_an_image_is_judged(tmp_path, capsys, monkeypatch):
         assert line["likeliest"] == f"grey {line['caption'].split()[1]}"
 
 
+@pytest.mark.parametrize("objective", ["xclip", "nclip"])
+def test_a_model_with_clusters_judges_by_their_cross_entropy(objective, tmp_path, capsys):
+    """Of the pair alone, as in the duel; `clusters` gives the distributions."""
+    checkpoint = tiny.untrained(tmp_path / "run", objective, noise=0.3)
+    tiny.folder(tmp_path / "pairs", n=9)
+    written = tmp_path / "all.jsonl"
+    code, out, _ = run(capsys, tmp_path / "pairs", "--by", checkpoint, "--suspects", written)
+    assert code == 0 and f"by {checkpoint}, by cross-entropy of clusters: " in out
+    assert "least likely captions, with their cross-entropy of clusters:\n" in out
+    model, lines = xclip_jax.load(checkpoint), [json.loads(line) for line in written.read_text().splitlines()]
+    files = sorted((tmp_path / "pairs").glob("*.png"))
+    captions = sorted({line["caption"] for line in lines})
+
+    def distributions(**items):
+        found = model.clusters(**items, top=24)
+        return np.take_along_axis(found.probabilities.astype(float), np.argsort(found.ids, axis=1), axis=1)
+
+    p, q = distributions(images=files), distributions(texts=captions)
+    between = -0.5 * (p @ np.log(q).T + np.log(p) @ q.T)
+    expected = {
+        (file.name, caption): between[i, captions.index(caption)]
+        for i, file in enumerate(files)
+        for caption in file.with_suffix(".txt").read_text().splitlines()
+    }
+    found = {(os.path.basename(line["file"]), line["caption"]): line["cross_entropy"] for line in lines}
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert list(found.values()) == sorted(found.values(), reverse=True) and len(set(found.values())) > 5
+    for line in lines:
+        nearest = between[[file.name for file in files].index(os.path.basename(line["file"]))].argmin()
+        assert line["likeliest"] == captions[nearest]
+
+
 @pytest.mark.long
-def test_probabilities_are_those_of_the_contrastive_loss(checkpoint, tmp_path, capsys):
+def test_probabilities_are_those_of_the_contrastive_loss(tmp_path, capsys):
+    checkpoint = tiny.untrained(tmp_path / "run", "clip", noise=0.3)
     tiny.folder(tmp_path / "pairs", n=9)
     written = tmp_path / "all.jsonl"
     assert run(capsys, tmp_path / "pairs", "--by", checkpoint, "--suspects", written)[0] == 0

@@ -5,6 +5,7 @@ UPDATE_GOLDEN=1 python -m pytest tests/config/test_schema.py
 
 import os
 import pathlib
+import re
 
 import pytest
 
@@ -89,6 +90,33 @@ def test_pages_made_from_the_code_are_current(name):
 def test_values_that_cancel_each_other_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
         schema.resolve(tiny.config("clip", **changes))
+
+
+def test_what_the_model_cannot_have_is_refused_at_once():
+    """Sizes of images, blocks and adapters are checked with all other values, before anything is built."""
+    changes = {
+        "eval__resize_size": 3, "init__frozen": ("img.blocks.0-9", "txt.blocks.4", "txt.blocks.1-0"),
+        "init__weights": "x", "finetune__lora__rank": 40, "optim__name": "muon",
+    }  # fmt: skip
+    with pytest.raises(UserError) as error:
+        schema.resolve(tiny.config("clip", **changes))
+    lines = [
+        r"eval\.resize_size is 3, less than the model's image size 16",
+        r"init\.frozen has 'img\.blocks\.0-9'; blocks of img are 0 to 0",
+        r"init\.frozen has 'txt\.blocks\.4'; blocks of txt are 0 to 0",
+        r"init\.frozen has 'txt\.blocks\.1-0'; blocks of txt are 0 to 0",
+        r"finetune\.lora\.rank is 40, above the size of the kernel img qkv, 32 x 96; lower it to 32 or less",
+        r"optim\.name is 'muon', and finetune\.lora\.rank freezes all",
+    ]  # fmt: skip
+    for line in lines:
+        assert re.search(line, str(error.value)), (line, str(error.value))
+    longest = {"eval__resize": "longest", "eval__resize_size": 32}
+    with pytest.raises(UserError, match=r"eval\.resize_size is 32; with eval\.resize='longest' it must be 0\."):
+        schema.resolve(tiny.config("clip", **longest))
+    with pytest.raises(
+        UserError, match=r"finetune\.lora\.rank is 2, and kernels is empty; name kernels among qkv, out"
+    ):
+        schema.resolve(tiny.config("clip", init__weights="x", finetune__lora={"rank": 2, "kernels": ()}))
 
 
 def test_muon_takes_the_blocks_that_are_not_frozen():

@@ -1,4 +1,4 @@
-"""Transparent images: what they lie on is the same wherever a model is used, and is named before and after training."""
+"""Transparent and rotated images: they are read alike wherever a model is used, and exports say how."""
 
 import io
 import struct
@@ -7,7 +7,7 @@ import zlib
 import cv2
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 import xclip_jax
 from tests.helpers import bad_tars, tiny
@@ -16,6 +16,7 @@ from xclip_jax import interop
 from xclip_jax.commands import embed
 from xclip_jax.commands.export import export
 from xclip_jax.config import recipes
+from xclip_jax.config.schema import resolve
 from xclip_jax.data import images, loader, tokenizer, transforms
 from xclip_jax.data.embeddings import read as read_embeddings
 from xclip_jax.data.preprocessing import Preprocessing
@@ -126,26 +127,59 @@ def test_a_transparent_file_has_the_same_features_everywhere(background, cache, 
     capsys.readouterr()
 
 
+@pytest.mark.parametrize("rotation", [True, False])
+@pytest.mark.parametrize("cache", [False, True])
+def test_a_photograph_is_upright_everywhere_or_nowhere(rotation, cache, tmp_path, capsys):
+    """In training, from a path, bytes and Pillow, and in the file that embed writes; the pixels are Pillow's."""
+    picture = bad_tars.picture(5, w=tiny.SIZE, h=tiny.SIZE)  # neither resized nor cropped
+    (tmp_path / "pairs").mkdir()
+    path = tmp_path / "pairs" / "0.jpg"
+    path.write_bytes(bad_tars.encode(picture, quality=98, exif=bad_tars.exif(6)))
+    path.with_suffix(".txt").write_text("a photograph")
+    stored = Image.open(path)
+    expected = np.asarray(ImageOps.exif_transpose(stored) if rotation else stored).astype(int)
+    assert np.abs(expected - np.rot90(stored, -1 if rotation else 0)).max() == 0
+    run = tiny.untrained(tmp_path / "run", "clip", data__exif_rotation=rotation)
+    model = xclip_jax.load(run)
+    for image in (path, path.read_bytes(), Image.open(path)):
+        assert np.abs(model.prepare(image) - expected).max() <= 2
+    embed.embed(model, {"image": embed.open_images(str(tmp_path / "pairs"))}, str(tmp_path / "x.npz"))
+    found = read_embeddings(tmp_path / "x.npz")["embedding"]
+    np.testing.assert_allclose(found, model.encode_image([path]), atol=1e-6)
+    config = tiny.config("clip", data__exif_rotation=rotation, data__cache=cache, data__crop_scale=(1.0, 1.0),
+                         data__sources=(f"folder:{path.parent}",), data__resample="bicubic", data__batch=8)  # fmt: skip
+    config = resolve(config)
+    order = loader.sample_order(job.sources.open_sources(config.data), config.data, 0)
+    transform = loader.Transform(config.data, tiny.SIZE, tokenizer.load("bytes"), tiny.LENGTH)
+    row = next(iter(loader.batches(order, transform, batch=1, start=0, stop=1, seed=0)))["image"][0]
+    assert np.abs(row - expected).max() <= 2
+    capsys.readouterr()
+
+
 def test_weights_of_others_keep_their_own_way(tmp_path):
     make_hf("gelu", 1e-5, 49407, 4).save_pretrained(tmp_path / "hf")
-    assert xclip_jax.load(tmp_path / "hf").preprocessing.background == images.DROPPED
+    there = xclip_jax.load(tmp_path / "hf").preprocessing
+    assert (there.background, there.exif_rotation) == (images.DROPPED, False)
     config = recipes.base("clip", "Ti/12")
-    assert config.data.background == images.WHITE
+    assert (config.data.background, config.data.exif_rotation) == (images.WHITE, True)
     weights.adopt(config, str(tmp_path / "hf"))
-    assert config.data.background == images.DROPPED
+    assert (config.data.background, config.data.exif_rotation) == (images.DROPPED, False)
 
 
 def test_exports_keep_it_or_say_that_they_cannot(tmp_path):
     config, variables = our_model("clip")
-    assert config["data"]["background"] == images.WHITE
+    assert config["data"]["background"] == images.WHITE and config["data"]["exif_rotation"]
     for to in ("safetensors", "hf", "open_clip"):
         interop.write(variables, config, str(tmp_path / "from"))
         export(str(tmp_path / "from"), str(tmp_path / to), to=to)
         card = (tmp_path / to / "README.md").read_text()
         assert "Transparent images are laid on white before they are resized" in card
         assert ("does not do: do so before." in card) == (to != "safetensors")
-        again = interop.read(str(tmp_path / to))[0]["data"]["background"]
-        assert again == (images.WHITE if to == "safetensors" else images.DROPPED)
+        assert "Images are rotated by their EXIF tag" in card
+        assert ("do so before, as PIL.ImageOps.exif_transpose does" in card) == (to != "safetensors")
+        again = interop.read(str(tmp_path / to))[0]["data"]
+        assert again["background"] == (images.WHITE if to == "safetensors" else images.DROPPED)
+        assert again["exif_rotation"] == (to == "safetensors")
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])

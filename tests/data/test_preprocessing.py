@@ -41,7 +41,7 @@ WAYS = [("shortest", "bicubic"), ("shortest", "bilinear"), ("squash", "bicubic")
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """Paths of photographs of several shapes, as JPEG and PNG, one of them grey, one with a palette."""
+    """Paths of photographs of several shapes, as JPEG and PNG, grey, with a palette, with an EXIF tag of rotation."""
     folder = tmp_path_factory.mktemp("pictures")
     encode, picture = bad_tars.encode, bad_tars.picture
     content = {
@@ -50,6 +50,7 @@ def pictures(tmp_path_factory):
         "odd.png": encode(picture(2, w=61, h=45), "PNG"), "grey.jpg": encode(picture(3, w=90, h=90, mode="L")),
         "small.png": encode(picture(4, w=13, h=20), "PNG"), "line.png": encode(picture(6, w=150, h=12), "PNG"),
         "palette.png": encode(picture(5, w=120, h=80).quantize(32), "PNG"),
+        "turned.jpg": encode(picture(7, w=120, h=80), quality=95, exif=bad_tars.exif(6)),
     }  # fmt: skip
     for name, data in content.items():
         (folder / name).write_bytes(data)
@@ -105,8 +106,10 @@ def test_a_larger_size_before_the_crop_is_torchvisions(mode, interpolation, pict
     how = tv.InterpolationMode(interpolation)
     theirs = tv.Compose([tv.Resize(side, interpolation=how), tv.CenterCrop(SIZE)])
     ours = Preprocessing(SIZE, resize_mode=mode, resize_size=33, interpolation=interpolation)
+    assert ours.resizing.endswith(", not rotated by EXIF")
     sides = {"shortest": "shorter side", "squash": "each side"}[mode]
-    assert ours.resizing == f"{sides} to 33 {interpolation}, central crop"
+    upright = dataclasses.replace(ours, exif_rotation=True)
+    assert upright.resizing == f"{sides} to 33 {interpolation}, central crop"
     for path in pictures:
         np.testing.assert_array_equal(ours(path.read_bytes()), np.asarray(theirs(Image.open(path)).convert("RGB")))
 
@@ -221,9 +224,9 @@ def test_evaluations_and_embeddings_are_prepared_as_the_model_says(pictures, tmp
     there = open_clip_folder(tmp_path / "there", {"mean": MEAN, "std": STD, "resize_mode": "squash"})
     suite = f"folder:{tmp_path / 'set'}"
     own = evaluate.evaluate(str(there), suite)["results"][0]["preprocessing"]
-    assert own == f"each side bicubic, {SIZE} px, mean {MEAN}, deviation {STD}"
+    assert own == f"each side bicubic, not rotated by EXIF, {SIZE} px, mean {MEAN}, deviation {STD}"
     slip = evaluate.evaluate(str(there), suite, profile="slip")["results"][0]["preprocessing"]
-    assert slip == f"shorter side bilinear, central crop, {SIZE} px, mean {MEAN}, deviation {STD}"
+    assert slip == f"shorter side bilinear, central crop, not rotated by EXIF, {SIZE} px, mean {MEAN}, deviation {STD}"
     _, made, *_ = weights.load(str(there))
     data = registry.load(suite, make_encoder(made).preprocessing)
     model = xclip_jax.load(there)
@@ -237,7 +240,12 @@ def test_a_run_has_a_preprocessing_of_its_own(pictures, tmp_path):
     pair = (MEAN, STD)
     run = tiny.untrained(tmp_path / "run", "clip", eval__resize="squash", eval__interpolation="bilinear")
     assert xclip_jax.load(run).preprocessing == Preprocessing(
-        tiny.SIZE, *mean_std("imagenet"), resize_mode="squash", interpolation="bilinear", background="white"
+        tiny.SIZE,
+        *mean_std("imagenet"),
+        resize_mode="squash",
+        interpolation="bilinear",
+        background="white",
+        exif_rotation=True,
     )
     # Numbers survive config.json, and a resumed run takes them for the same.
     c = tiny.config("clip", run=tmp_path / "other")
@@ -247,7 +255,7 @@ def test_a_run_has_a_preprocessing_of_its_own(pictures, tmp_path):
         with TrainingFolder(c.run).claimed(resolve(c), []):
             pass
     assert build.build(weights.run_config(RunFolder(c.run))).preprocessing == Preprocessing(
-        tiny.SIZE, *pair, background="white"
+        tiny.SIZE, *pair, background="white", exif_rotation=True
     )
 
 
@@ -266,8 +274,10 @@ def test_runs_that_start_from_weights_with_another_preprocessing_say_so(tmp_path
     # The values may be pasted behind --config.KEY=.
     c.data.normalization, c.eval.resize = str((MEAN, STD)), "squash"
     made = build.build(c)
-    assert made.preprocessing == Preprocessing(SIZE, MEAN, STD, resize_mode="squash", background="white")
-    c.data.background = "drop_alpha"
+    assert made.preprocessing == Preprocessing(
+        SIZE, MEAN, STD, resize_mode="squash", background="white", exif_rotation=True
+    )
+    c.data.background, c.data.exif_rotation = "drop_alpha", False
     made = build.build(c)
     weights.read_initial(made.config, made.abstract)
     assert "different settings" not in capsys.readouterr().out

@@ -1,15 +1,21 @@
 """Class names, prompt templates, class subsets and profiles."""
 
 import dataclasses
+import io
 import json
 import re
 
+import numpy as np
 import pytest
+from PIL import Image, ImageOps
 
+from tests.data.readers import test_wds as wds
 from tests.evaluators.sets.test_published import write
+from tests.helpers import bad_tars
 from tests.helpers.encoding import SIZE
 from xclip_jax.core import storage
 from xclip_jax.core.errors import UserError
+from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.evaluators import prompts, registry
 from xclip_jax.evaluators.prompts import PROFILES, Profile
 
@@ -140,3 +146,46 @@ def test_class_names_that_are_none(content, tmp_path):
     (tmp_path / "names.json").write_text(content)
     with pytest.raises(UserError, match=r"are not \{label: name\}"):
         prompts.read_class_names(str(tmp_path / "names.json"))
+
+
+@pytest.fixture(scope="module")
+def turned(tmp_path_factory):
+    """A photograph with an EXIF tag of rotation in sets of many kinds: {set: whether it is data of one's own}."""
+    root = tmp_path_factory.mktemp("turned")
+    picture = bad_tars.picture(3, w=SIZE, h=SIZE)  # neither resized nor cropped
+    data = bad_tars.encode(picture, quality=98, exif=bad_tars.exif(6))
+    for name in ("test/angry", "test/happy", "train/angry", "train/happy", "pairs", "val2017", "images"):
+        (root / name).mkdir(parents=True)
+        (root / name / "0.jpg").write_bytes(data)
+    (root / "pairs" / "0.txt").write_text("a fox")
+    split = {"images": [{"filename": "0.jpg", "filepath": "pairs", "split": "test", "sentences": [{"raw": "a fox"}]}]}
+    (root / "split.json").write_text(json.dumps(split))
+    item = {"filename": "0.jpg", "caption": "a fox", "negative_caption": "a hen"}
+    (root / "add_att.json").write_text(json.dumps({"0": item}))
+    (root / "rows.csv").write_text("image,right,wrong\nval2017/0.jpg,a fox,a hen\n")
+    box = {"bbox_x": 0, "bbox_y": 0, "bbox_w": SIZE, "bbox_h": SIZE, "image_path": "0.jpg", "relation_name": "on"}
+    texts = {"true_caption": "a fox on a hen", "false_caption": "a hen on a fox"}
+    (root / "visual_genome_relation.json").write_text(json.dumps([box | texts]))
+    wds.write(root / "classes", [{"jpg": data, "cls": b"1"}])
+    wds.write(root / "captions", [{"jpg": data, "txt": b"a fox"}], dataset_type=["retrieval"])
+    names = ("angry", "disgusted", "fearful", "happy", "neutral", "sad", "surprised")
+    (root / "fer.csv").write_text("path,label\n" + "".join(f"images/0.jpg,{name}\n" for name in names))
+    published = [f"fer2013@{root / 'fer.csv'}", f"coco_retrieval@{root / 'split.json'}", f"aro/vg_relation@{root}",
+                 f"sugarcrepe/add_att@{root}", f"wds:{root / 'classes'}", f"wds:{root / 'captions'}"]  # fmt: skip
+    own = [f"folder:{root / 'test'}", f"probe/folder:{root}", f"retrieval/{root / 'pairs'}",
+           f"choice/{root / 'rows.csv'}?text=right&text=wrong"]  # fmt: skip
+    return data, dict.fromkeys(published, False) | dict.fromkeys(own, True)
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("rotation", [True, False])
+def test_only_images_of_ones_own_are_rotated_and_only_if_the_models_are(profile, rotation, turned):
+    """The pixels are Pillow's, which open_clip, clip_benchmark and torchvision leave as they are stored."""
+    data, sets = turned
+    stored = Image.open(io.BytesIO(data))
+    for spec, own in sets.items():
+        found = registry.load(spec, Preprocessing(SIZE, exif_rotation=rotation), profile=PROFILES[profile])
+        expected = np.asarray(ImageOps.exif_transpose(stored) if own and rotation else stored).astype(int)
+        image = (found.test if spec.startswith("probe/") else found.images)[0]
+        assert np.abs(image - expected).max() <= 2, spec
+        assert found.card.preprocessing.endswith(", not rotated by EXIF") != (own and rotation), spec

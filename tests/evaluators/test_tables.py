@@ -192,7 +192,8 @@ def test_the_newest_steps_of_one_profile_are_compared(tmp_path):
 
 
 def test_results_of_other_profiles_or_templates_are_not_compared(tmp_path):
-    assert compared(tmp_path, [entry(preprocessing="224 px")], [entry(preprocessing="336 px")])
+    rows = compared(tmp_path, [entry(preprocessing="224 px")], [entry(preprocessing="336 px")])
+    assert tables.render_comparison(rows, "a", "b").endswith("x: images in A: 224 px; in B: 336 px")
     with pytest.raises(UserError, match=r"profile is 'openai' and 'slip'; evaluate both again"):
         compared(tmp_path, [entry(set="y")], [entry(set="y", profile="slip")])
     (tmp_path / "z").mkdir()

@@ -61,6 +61,7 @@ def test_open_clip_there_and_back(name, file, tmp_path):
     config, variables = interop.read(str(there))
     assert config["data"] == {
         "tokenizer": "clip", "normalization": "half", "resample": "bicubic", "background": "drop_alpha",
+        "exif_rotation": False,
     }  # fmt: skip
     pixels, tokens = images(28), clip_tokens(12)
     expected = theirs_open_clip(model, pixels, tokens)
@@ -87,6 +88,45 @@ def test_openai_weights_need_no_config(scripted, tmp_path):
     config, variables = interop.read(str(tmp_path / "ViT.pt"))
     assert config["model"]["img"]["act"] == "quick_gelu" and config["source"]["notes"] == ()
     assert config["data"]["normalization"] == "clip"
+    pixels, tokens = images(28), clip_tokens(12)
+    assert_same(ours(config, variables, pixels, tokens), theirs_open_clip(model, pixels, tokens))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("kind", ["openai", "scripted"])
+@pytest.mark.parametrize(
+    ("changes", "ignored"),
+    [
+        ({}, ""),
+        ({"quick_gelu": False}, "vision act is gelu, here quick_gelu"),
+        ({"vision_cfg": {"width": 64}}, "vision width is 64, here 128"),
+        ({"vision_cfg": {"layers": 3}}, "vision depth is 3, here 2"),
+        ({"vision_cfg": {"image_size": 56}}, "vision image_size is 56, here 28"),
+        ({"text_cfg": {"context_length": 77}}, "text context_length is 77, here 12"),
+        ({"text_cfg": {"mlp_ratio": 2.0}}, "text hidden width is 128, here 256"),
+        ({"text_cfg": {"vocab_size": 100}}, "text vocab_size is 100, here 49408"),
+        ({"embed_dim": 32}, "embed_dim is 32, here 48"),
+    ],
+)
+def test_the_config_of_another_model_beside_an_archive_is_ignored(changes, ignored, kind, tmp_path):
+    """An activation has no shape: only an archive of OpenAI's is known to have quick-GELU."""
+    ignored = "" if kind == "scripted" and "act" in ignored else ignored
+    true = {"vision_cfg": B32, "text_cfg": TEXT, "quick_gelu": bool(ignored) or changes == {}}
+    changed = {key: true[key] | x if isinstance(x, dict) else x for key, x in changes.items()}
+    half = {"mean": [0.5] * 3, "std": [0.5] * 3}
+    (tmp_path / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": true | {"embed_dim": 48} | changed, "preprocess_cfg": half})
+    )
+    model = shaken(open_clip.model.CLIP(48, **true))
+    if kind == "scripted":
+        torch.jit.save(torch.jit.script(model), tmp_path / "ViT.pt")
+    else:
+        sizes = {"input_resolution": 28, "context_length": 12, "vocab_size": 49408}
+        torch.save(model.state_dict() | {key: torch.tensor(x) for key, x in sizes.items()}, tmp_path / "ViT.pt")
+    config, variables = interop.read(str(tmp_path / "ViT.pt"))
+    expected = (f"open_clip_config.json in its folder is of another model and ignored: {ignored}",) if ignored else ()
+    assert config["source"]["notes"] == expected
+    assert config["data"]["normalization"] == ("clip" if ignored else "half")
     pixels, tokens = images(28), clip_tokens(12)
     assert_same(ours(config, variables, pixels, tokens), theirs_open_clip(model, pixels, tokens))
 
@@ -123,24 +163,29 @@ def test_own_form_brings_its_tokenizer(tmp_path):
 
 
 def test_notes_on_what_a_format_cannot_hold(tmp_path):
-    config, variables = our_model("xclip", model__img__scan=True, data__background="drop_alpha")
+    config, variables = our_model(
+        "xclip", model__img__scan=True, data__background="drop_alpha", data__exif_rotation=False
+    )
     assert interop.write(variables, config, str(tmp_path / "hf"), "hf") == [
         "left out, since 'hf' has no place for them: clusters_img, clusters_txt",
     ]
     config, variables = our_model("siglip")
     white = "has no place for it: data.background='white'; lay transparent images on white before they are resized"
+    upright = "has no place for it: data.exif_rotation=True; rotate images by their EXIF tag before they are resized, "
+    upright += "as PIL.ImageOps.exif_transpose does"
     assert interop.write(variables, config, str(tmp_path / "hf"), "hf") == [
         "left out, since 'hf' has no place for them: bias", f"left out, since 'hf' {white}",
+        f"left out, since 'hf' {upright}",
     ]  # fmt: skip
     assert interop.write(variables, config, str(tmp_path / "oc"), "open_clip") == [
-        f"left out, since 'open_clip' {white}"
-    ]
+        f"left out, since 'open_clip' {white}", f"left out, since 'open_clip' {upright}",
+    ]  # fmt: skip
     assert interop.read(str(tmp_path / "oc"))[0]["objective"]["name"] == "siglip"
 
 
 def test_heads_of_another_package_are_left_out_by_name(tmp_path):
     config, variables = model_of(superclip(data__tokenizer="clip", model__img__heads=1, model__txt__heads=1))
-    note, _ = interop.write(variables, config, str(tmp_path / "hf"), "hf")
+    note, *_ = interop.write(variables, config, str(tmp_path / "hf"), "hf")
     assert note == "left out, since 'hf' has no place for them: token_classifier"
     assert interop.read(str(tmp_path / "hf"))[0]["objective"] == {"name": "clip"}
     assert interop.write(variables, config, str(tmp_path / "own")) == []

@@ -10,6 +10,7 @@ import pytest
 
 from tests.helpers import tiny
 from xclip_jax import optim
+from xclip_jax.config.schema import resolve
 from xclip_jax.core.errors import UserError
 from xclip_jax.data import loader
 from xclip_jax.models import lora
@@ -56,10 +57,23 @@ def test_merged_kernels_are_sums_of_products():
 
 
 def test_a_tower_without_adapters_and_a_block_that_is_not_there_are_refused():
-    with pytest.raises(UserError, match=r"tower 'img' has none of the kernels .none named."):
-        build.build(tiny.config("clip", init__weights="x", finetune__lora={"rank": 2, "kernels": ()}))
-    with pytest.raises(UserError, match=r"'img\.blocks\.0-9'; blocks of img are 0 to 0"):
-        build.build(tiny.config("clip", init__weights="x", init__frozen=("img.blocks.0-9",), finetune__lora__rank=2))
+    params = {"img": {"convolutions": {"mlp": {"up": {"kernel": jnp.ones((8, 8))}}}}}
+    with pytest.raises(UserError, match=r"tower 'img' has none of the kernels qkv, out, up, down in a transformer"):
+        lora.initial(params, lora.LoraConfig(rank=2), jax.random.key(0))
+
+
+def test_an_adapter_larger_than_its_kernel_is_refused():
+    """From the config, and by the shapes of a tower whose config does not say them; full rank is allowed."""
+    keys = {"init__weights": "x", "finetune__lora__rank": 32}
+    resolve(tiny.config("clip", **keys))
+    keys["finetune__lora__rank"] = 33
+    with pytest.raises(UserError, match=r"kernel img qkv, 32 x 96; lower it to 32 or less\."):
+        resolve(tiny.config("clip", **keys))
+    resolve(tiny.config("clip", **keys, model__img__width=64, model__txt__width=64))
+    params = {"img": {"transformer": {"block_0": {"mlp": {"up": {"kernel": jnp.ones((8, 16))}}}}}}
+    lora.initial(params, lora.LoraConfig(rank=8), jax.random.key(0))
+    with pytest.raises(UserError, match=r"rank is 9, above the size of the kernel img/transformer/block_0/mlp/up, 8 x"):
+        lora.initial(params, lora.LoraConfig(rank=9), jax.random.key(0))
 
 
 def test_some_kernels_have_adapters():

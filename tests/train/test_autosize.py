@@ -306,6 +306,13 @@ def test_another_size_than_the_weights_shows_the_same_view(discs, run, tmp_path)
     c = load.load_config(f"small:pairs={discs},weights={changed},size={2 * size}")
     assert (c.model.img.image_size, c.eval.resize_size, c.eval.interpolation) == (2 * size, 4 * size, "bilinear")
     schema.resolve(c)
+    # As a flag sets it, after the recipe was read, of this recipe and of another.
+    tuned = load.load_config(f"finetune:data=folder:{tmp_path},weights={changed},examples=8,classes=2")
+    for config in (c, tuned):
+        config.model.img.image_size = 3 * size
+        assert schema.resolve(config).eval.resize_size == 6 * size
+        config.eval.resize_size = 7 * size
+        assert schema.resolve(config).eval.resize_size == 7 * size
 
 
 def test_arguments_that_weights_decide_on_are_refused(discs, run):

@@ -37,7 +37,7 @@ from xclip_jax.core.imports import add_trust
 from xclip_jax.data import images, inspect, loader, records, sources, tokenizer
 from xclip_jax.data.base import MissingColumnError, Record, Source, SourceOptions
 from xclip_jax.data.inspect import Sample
-from xclip_jax.objectives.similarity import features
+from xclip_jax.objectives.similarity import ClusterSimilarity, features
 
 _EXAMPLES, _SUSPECTS = 3, 10
 _NEGATIVES = "; in one batch they would count as false negatives"
@@ -127,7 +127,10 @@ def _suspects(
     source: Source, good: Sequence[Sample], options: argparse.Namespace
 ) -> Generator[str, None, Sequence[Sample]]:
     """Yield lines about the captions that a model finds least likely; return samples for a sheet, these first."""
-    judged: list[tuple[float, str, str, Sample]] = []  # probability of a caption, the caption, the likeliest one
+    # Clusters find wrong captions better than embeddings (docs/verdicts.md), by their cross-entropy without rivals.
+    clusters = any(isinstance(similarity, ClusterSimilarity) for similarity in options.model.similarities)
+    score = ClusterSimilarity.logits if clusters else ""
+    judged: list[tuple[float, str, str, Sample]] = []  # likelihood of a caption, the caption, the likeliest one
     right: list[bool] = []  # by image
     blocks = -(-len(good) // _BLOCK)
     for block in (good[i::blocks] for i in range(blocks)):
@@ -140,25 +143,28 @@ def _suspects(
         names = list(dict.fromkeys(caption for _, sample in read for caption in sample.captions))
         if not read:
             continue
-        answer = options.model.zero_shot([image for image, _ in read], names, ["{}"])
+        answer = options.model.zero_shot([image for image, _ in read], names, ["{}"], by=score)
         right += [label in sample.captions for label, (_, sample) in zip(answer.labels, read, strict=True)]
         place = {name: i for i, name in enumerate(names)}
         for i, (_, sample) in enumerate(read):
-            own = {caption: float(answer.probabilities[i, place[caption]]) for caption in sample.captions}
-            # An image's captions compete with other images' captions and not with each other.
-            foreign = max(1 - sum(own.values()), 0)
-            judged += [(p / max(p + foreign, 1e-30), caption, answer.labels[i], sample) for caption, p in own.items()]
+            likelihoods = answer.scores if clusters else answer.probabilities
+            own = {caption: float(likelihoods[i, place[caption]]) for caption in sample.captions}
+            if not clusters:  # an image's captions compete with other images' captions and not with each other
+                foreign = max(1 - sum(own.values()), 0)
+                own = {caption: p / max(p + foreign, 1e-30) for caption, p in own.items()}
+            judged += [(likelihood, caption, answer.labels[i], sample) for caption, likelihood in own.items()]
     if not judged:
         yield f"by {options.by}: no image could be read again"
         return good
     judged.sort(key=lambda row: row[0])
     among = f"the likeliest of about {len(judged) // blocks}"
-    yield f"by {options.by}: {np.mean(right):.1%} of images have their own caption as {among}"
-    yield "least likely captions, with their probability:"
+    way = "cross-entropy of clusters" if clusters else "probability"
+    yield f"by {options.by}, by {way}: {np.mean(right):.1%} of images have their own caption as {among}"
+    yield f"least likely captions, with their {way}:"
     entries = [
         {"index": sample.index, **source.describe(sample.index), "caption": caption}
-        | {"probability": round(p, 6), "likeliest": label}
-        for p, caption, label, sample in judged
+        | {score or "probability": round(abs(likelihood), 6), "likeliest": label}
+        for likelihood, caption, label, sample in judged
     ]
     yield from (f"    {json.dumps(entry, ensure_ascii=False)}" for entry in entries[:_SUSPECTS])
     if options.suspects:

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import re
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -17,6 +17,7 @@ from xclip_jax.core.errors import UserError, public
 from xclip_jax.core.fields import Check, at_least, between, choice, key, not_empty
 from xclip_jax.core.imports import class_name
 from xclip_jax.data.config import DataConfig
+from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.data.transforms import INTERPOLATIONS, RESIZE_MODES
 from xclip_jax.models.lora import LoraConfig
 from xclip_jax.models.two_towers import TOWERS, ModelConfig
@@ -157,14 +158,25 @@ class Config:
         if self.optim.layer_decay != 1 and all(tower.num_layers == 1 for tower in towers):
             types = " and ".join(type(tower).__name__ for tower in towers)
             yield f"optim.layer_decay is {self.optim.layer_decay}, and {types} has no layers to tell apart; set it to 1"
-        if {part.partition(".")[0] for part in self.init.frozen} - set(objective.towers):
-            yield f"init.frozen is {self.init.frozen}; the model only has the {objective.towers[0]} tower"
-        if self.finetune.lora.rank and not self.init.weights:
+        yield from _refusal(lambda: Preprocessing.from_config(self))
+        yield from self._tuning_conflicts(objective.towers)
+
+    def _tuning_conflicts(self, names: Sequence[str]) -> Iterator[str]:
+        """Values on how given weights change that do not go together, for an objective with the towers `names`."""
+        frozen, lora = self.init.frozen, self.finetune.lora
+        if {part.partition(".")[0] for part in frozen} - set(names):
+            yield f"init.frozen is {frozen}; the model only has the {names[0]} tower"
+        towers = {name: self.model.tower(name) for name in TOWERS}
+        missing = [fault for part in frozen for fault in _refusal(lambda part=part: frozen_layers((part,), towers))]
+        yield from missing
+        if lora.rank and not self.init.weights:
             yield "finetune.lora.rank adapts given weights, and init.weights is empty; name weights, or set it to 0"
-        if self.finetune.lora.rank and {*objective.towers} <= {*self.init.frozen}:
+        if lora.rank and {*names} <= {*frozen}:
             yield "finetune.lora.rank adapts towers, and init.frozen freezes all of them; leave one of the two out"
-        freezing = "finetune.lora.rank" if self.finetune.lora.rank else "init.frozen"
-        if optim.name == "muon" and (self.finetune.lora.rank or not self._trained_towers(objective.towers)):
+        known = [(name, kernel) for name in names for kernel in lora.kernels if kernel in towers[name].kernel_sizes]
+        yield from lora.too_large({f"{name} {kernel}": towers[name].kernel_sizes[kernel] for name, kernel in known})
+        freezing = "finetune.lora.rank" if lora.rank else "init.frozen"
+        if self.optim.name == "muon" and (lora.rank or not (missing or self._trained_towers(names))):
             yield (
                 f"optim.name is 'muon', and {freezing} freezes all kernels that it takes; set it to 'adamw', "
                 "and lower optim.lr"
@@ -176,6 +188,14 @@ class Config:
         frozen = frozen_layers(self.init.frozen, towers)
         blocks = {name: {*range(1, tower.num_layers - 1)} or {0} for name, tower in towers.items()}
         return [name for name in names if blocks[name] - frozen.get(name, set())]
+
+
+def _refusal(check: Callable[[], object]) -> Iterator[str]:
+    """Yield the sentence with which `check` refuses values, without its stop."""
+    try:
+        check()
+    except UserError as error:
+        yield str(error).removesuffix(".")
 
 
 def default() -> ml_collections.ConfigDict:

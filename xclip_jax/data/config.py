@@ -81,6 +81,9 @@ class DataConfig:
         "transparency, as open_clip does, and resizes evaluated images first",
         choice(images.BACKGROUNDS),
     )
+    exif_rotation: bool = key(
+        True, "turn images as their EXIF tag says wherever the model is used; open_clip and transformers do not"
+    )
     cache: bool = key(False, "keep decoded images in memory")
     threads: int = key(16, "batches that this process reads at once, where workers is 0", at_least(1))
     buffer: int = key(

@@ -73,13 +73,13 @@ def _has_orientation(image: Image.Image) -> bool:
         return False
 
 
-def _decode_jpeg(data: bytes, scaled_to: int) -> np.ndarray | None:
+def _decode_jpeg(data: bytes, scaled_to: int, rotate: bool) -> np.ndarray | None:
     """Decode a JPEG by libjpeg-turbo; return None if Pillow has to decode it, or to say what is wrong."""
     try:
         header: Any = simplejpeg.decode_jpeg_header(data, strict=False)
         h, w, colors, _ = header
         _check_pixels(w, h)
-        if colors in ("CMYK", "YCCK") or (b"Exif" in data and _is_rotated(data)):
+        if colors in ("CMYK", "YCCK") or (rotate and b"Exif" in data and _is_rotated(data)):
             return None
         if not scaled_to:
             return simplejpeg.decode_jpeg(data, "RGB")
@@ -89,14 +89,14 @@ def _decode_jpeg(data: bytes, scaled_to: int) -> np.ndarray | None:
         return None
 
 
-def open_image(data: bytes | Image.Image) -> Image.Image:
-    """Open an image in its own mode, rotated by its EXIF tag. Raises `BadSample` as `decode` does."""
+def open_image(data: bytes | Image.Image, *, rotate: bool = True) -> Image.Image:
+    """Open an image in its own mode; `rotate` and errors are as for `decode`."""
     about = f"{len(data)} bytes that begin with {data[:8]!r}" if isinstance(data, bytes) else "a Pillow image"
     try:
         image = Image.open(io.BytesIO(data), formats=formats()) if isinstance(data, bytes) else data
         _check_pixels(*image.size)
         image.load()
-        return ImageOps.exif_transpose(image) if _has_orientation(image) else image
+        return ImageOps.exif_transpose(image) if rotate and _has_orientation(image) else image
     except (BadSample, MemoryError):
         raise
     except Image.DecompressionBombError as error:  # Pillow's own bound, raised before the size is known
@@ -108,12 +108,15 @@ def open_image(data: bytes | Image.Image) -> Image.Image:
         raise BadSample(reason, f"{about} ({error})") from error
 
 
-def decode(data: bytes | np.ndarray | Image.Image, *, scaled_to: int = 0, background: str = WHITE) -> np.ndarray:
-    """Decode an image to uint8 RGB (h, w, 3), rotated by its EXIF tag. Arrays (h, w, 3) and grey (h, w, 1) pass.
+def decode(
+    data: bytes | np.ndarray | Image.Image, *, scaled_to: int = 0, background: str = WHITE, rotate: bool = True
+) -> np.ndarray:
+    """Decode an image to uint8 RGB (h, w, 3). Arrays (h, w, 3) and grey (h, w, 1) pass.
 
     libjpeg-turbo decodes JPEGs, except for CMYK and rotated ones, and Pillow the first frame of other formats. For
     training a JPEG may be decoded to a half, a quarter or an eighth of its size, no side below `scaled_to` pixels, and
-    slightly less exactly. `background` is one of `BACKGROUNDS`.
+    slightly less exactly. `background` is one of `BACKGROUNDS`, and `rotate` says whether the image is turned and
+    mirrored as its EXIF tag says.
 
     Raises:
       BadSample: not an image, a damaged one, another array, or more than `MAX_PIXELS`, checked before decoding.
@@ -122,6 +125,6 @@ def decode(data: bytes | np.ndarray | Image.Image, *, scaled_to: int = 0, backgr
         if data.dtype != np.uint8 or data.shape[2:] not in ((1,), (3,)) or not data.size:
             raise BadSample("image is not uint8 (h, w, 3)", f"an array of {data.dtype}, {data.shape}")
         return data if data.shape[2] == 3 else data.repeat(3, axis=2)
-    if is_jpeg(data) and (image := _decode_jpeg(data, scaled_to)) is not None:
+    if is_jpeg(data) and (image := _decode_jpeg(data, scaled_to, rotate)) is not None:
         return image
-    return np.array(to_rgb(open_image(data), background))
+    return np.array(to_rgb(open_image(data, rotate=rotate), background))

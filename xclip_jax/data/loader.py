@@ -54,7 +54,9 @@ class Transform:
             config, scale = self.config, self.config.crop_scale
             # Large enough that not even the smallest square crop is enlarged.
             scaled_to = math.ceil(self.size / scale[0] ** 0.5) if config.resample == "area" else 0
-            image = images.decode(record["image"], scaled_to=scaled_to, background=config.background)
+            image = images.decode(
+                record["image"], scaled_to=scaled_to, background=config.background, rotate=config.exif_rotation
+            )
             out = row["image"][0]
             transforms.random_resized_crop(image, self.size, rng, scale, resample=config.resample, out=out)
         if "image_key" in row:
@@ -180,7 +182,8 @@ def sample_order(opened: Sequence[Source], config: DataConfig, seed: int) -> Sam
     """
     outcomes: list[dict[str, Any]] = []
     # Images are decoded on use; captions are read from the sources themselves.
-    read = [sources.Decoded(source, config.background) for source in opened] if config.cache else opened
+    how = (config.background, config.exif_rotation)
+    read = [sources.Decoded(source, *how) for source in opened] if config.cache else opened
 
     def shuffled(parts: Sequence[Source], seed: int) -> grain.MapDataset:
         places = grain.MapDataset.range(sum(map(len, parts)))

@@ -43,8 +43,8 @@ class Preprocessing:
     """Resizes an image to a square on the host, and has the arguments of `transforms.normalize` for the device.
 
     The defaults are OpenAI CLIP's, also in open_clip. The result has `size` pixels a side; `mean` and `std` are for
-    each channel, for pixels between 0 and 1; the other fields are config keys of `eval` and `data.background`,
-    explained by `transforms.evaluation_image`. `UserError` for a value that does not fit.
+    each channel, for pixels between 0 and 1; the other fields are config keys of `eval`, `data.background`
+    and `data.exif_rotation`, explained by `transforms.evaluation_image`. `UserError` for a value that does not fit.
     """
 
     size: int
@@ -54,6 +54,7 @@ class Preprocessing:
     resize_size: int = 0
     interpolation: str = "bicubic"
     background: str = images.DROPPED
+    exif_rotation: bool = False
 
     def __post_init__(self) -> None:
         check_choice("eval.resize", self.resize_mode, RESIZE_MODES)
@@ -75,10 +76,14 @@ class Preprocessing:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], size: int) -> "Preprocessing":
-        """Return the preprocessing for groups "data" and "eval" of a nested dict, without which keys have defaults."""
+        """Return the preprocessing for groups "data" and "eval" of a nested dict, without which keys have defaults.
+
+        A dict without "exif_rotation" is of a version that rotated all images.
+        """
         mean, std = mean_std(config["data"]["normalization"])
-        group = {**config.get("eval", {}), "background": config["data"].get("background", cls.background)}
-        fields = {"resize": "resize_mode"} | {key: key for key in ("resize_size", "interpolation", "background")}
+        group: dict[str, Any] = {"exif_rotation": True, **config["data"], **config.get("eval", {})}
+        same = ("resize_size", "interpolation", "background", "exif_rotation")
+        fields = {"resize": "resize_mode"} | {key: key for key in same}
         return cls(size, mean, std, **{field: group[key] for key, field in fields.items() if key in group})
 
     def to_config(self) -> dict[str, dict[str, Any]]:
@@ -87,7 +92,7 @@ class Preprocessing:
         return {
             "data": {
                 "normalization": next((name for name, known in STATISTICS.items() if known == pair), pair),
-                "background": self.background,
+                "background": self.background, "exif_rotation": self.exif_rotation,
             },
             "eval": {
                 "resize": self.resize_mode, "resize_size": self.resize_size, "interpolation": self.interpolation,
@@ -100,13 +105,14 @@ class Preprocessing:
 
     @property
     def resizing(self) -> str:
-        """Resizing in words, without sizes that equal the result's."""
+        """Resizing in words, without sizes that equal the result's, and whether EXIF is ignored."""
         side = {"shortest": "shorter side", "squash": "each side", "longest": "longer side"}[self.resize_mode]
         crop = ", black borders" if self.resize_mode == "longest" else ", central crop"
         if self.resize_mode == "squash" and self.resize_size in (0, self.size):
             crop = ""
         to = f" to {self.resize_size}" if self.resize_size not in (0, self.size) else ""
-        return f"{side}{to} {self.interpolation}{crop}"
+        exif = "" if self.exif_rotation else ", not rotated by EXIF"
+        return f"{side}{to} {self.interpolation}{crop}{exif}"
 
     @property
     def normalization(self) -> str:
@@ -128,7 +134,13 @@ class Preprocessing:
           BadSample: it cannot be decoded.
         """
         return evaluation_image(
-            data, self.size, self.interpolation, self.resize_mode, self.resize_size, self.background
+            data,
+            self.size,
+            self.interpolation,
+            self.resize_mode,
+            self.resize_size,
+            self.background,
+            self.exif_rotation,
         )
 
     def mask(self, mask: np.ndarray) -> np.ndarray:

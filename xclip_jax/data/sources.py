@@ -216,15 +216,15 @@ class Decoded(WrappedSource):
     An image that cannot be decoded stays encoded, so that only uses of the image make its record a bad one.
     """
 
-    def __init__(self, source: Source, background: str = images.WHITE) -> None:
+    def __init__(self, source: Source, background: str = images.WHITE, rotate: bool = True) -> None:
         super().__init__(source)
-        self._background = background
+        self._options: dict[str, Any] = {"background": background, "rotate": rotate}
         self._records: dict[int, Record] = {}
 
     def __getitem__(self, index: int) -> Record:
         if index not in self._records:
             record = self.source[index]
             with contextlib.suppress(BadSample, KeyError):  # labelled texts have no image
-                record = record | {"image": images.decode(record["image"], background=self._background)}
+                record = record | {"image": images.decode(record["image"], **self._options)}
             self._records[index] = record
         return self._records[index]

@@ -57,12 +57,13 @@ def evaluation_image(
     mode: str = "shortest",
     resize_size: int = 0,
     background: str = DROPPED,
+    exif_rotation: bool = False,
 ) -> np.ndarray:
     """Resize and crop an image, a file's content, an RGB array or a Pillow image, to uint8 (size, size, 3).
 
-    With a white background, the result of `decode` is resized. With transparency dropped, the pixels equal open_clip's
-    evaluation transform, which resizes before it converts to RGB. Unlike it, this rotates images by EXIF and scales 16
-    bits. Errors are as for `decode`.
+    With a white background, the result of `decode` is resized. With transparency dropped and without rotation,
+    the pixels equal open_clip's evaluation transform, which resizes before it converts to RGB, except for images of 16
+    bits, which are scaled to 8. Errors are as for `decode`.
 
     Args:
       data: the image.
@@ -72,10 +73,11 @@ def evaluation_image(
         length, "longest" resizes the longer side and pads with black.
       resize_size: side after resizing, before the central `size` pixels are cropped; 0 for `size`.
       background: one of `images.BACKGROUNDS`.
+      exif_rotation: whether the image is turned and mirrored as its EXIF tag says.
     """
     if isinstance(data, np.ndarray) or is_jpeg(data) or background == WHITE:
-        image = Image.fromarray(decode(data, background=background))
-    elif (image := open_image(data)).mode.startswith("I"):
+        image = Image.fromarray(decode(data, background=background, rotate=exif_rotation))
+    elif (image := open_image(data, rotate=exif_rotation)).mode.startswith("I"):
         image = to_rgb(image, background)
     return np.asarray(to_rgb(_fit(image, size, resample, mode, resize_size), background))
 

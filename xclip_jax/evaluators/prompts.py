@@ -10,6 +10,7 @@ import json
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from xclip_jax.core import storage
 from xclip_jax.core.errors import UserError
@@ -40,6 +41,8 @@ class Profile:
       captions: number of captions of each image to keep; 0 for all.
       templates: prompts for your own labelled images, with {c} for the class; empty for "a photo of a {c}".
       names: {label: name, or synonyms} of their classes; other labels are their own names.
+      exif_rotation: whether images are rotated by their EXIF tag if the model's are, as for data of your own; no
+        published number is of rotated images.
     """
 
     imagenet: str = "openai80"
@@ -51,13 +54,16 @@ class Profile:
     captions: int = 0
     templates: Sequence[str] = ()
     names: Mapping[str, str | Sequence[str]] = dataclasses.field(default_factory=dict)
+    exif_rotation: bool = False
 
     def __post_init__(self) -> None:
         check_templates(self.templates)
 
     def preprocessing(self, prepare: Preprocessing) -> Preprocessing:
-        """Return the model's preprocessing with the protocol's resizing."""
-        changed = {"resize_mode": "shortest", "resize_size": 0, "interpolation": self.resample} if self.resample else {}
+        """Return the model's preprocessing with the protocol's resizing and rotation."""
+        changed: dict[str, Any] = {"exif_rotation": prepare.exif_rotation and self.exif_rotation}
+        if self.resample:
+            changed |= {"resize_mode": "shortest", "resize_size": 0, "interpolation": self.resample}
         return dataclasses.replace(prepare, **changed)
 
     @property

@@ -240,10 +240,10 @@ def compare(
 ) -> list[dict[str, Any]]:
     """Compare two evaluations set by set.
 
-    Returns for each set {set, metric, unit, a, b, difference, low, high, step_a, step_b, profile}, with mix_a and mix_b
-    for mixes; the unit is `Result.unit`. Ranks have "ratio", b / a, instead of the difference b - a. The interval, low
-    to high, is the 95 % percentile bootstrap of the paired difference or ratio; absent for metrics that cannot be
-    resampled.
+    Returns for each set {set, metric, unit, a, b, difference, low, high, step_a, step_b, profile, preprocessing_a,
+    preprocessing_b}, with mix_a and mix_b for mixes; the unit is `Result.unit`. Ranks have "ratio", b / a, instead of
+    the difference b - a. The interval, low to high, is the 95 % percentile bootstrap of the paired difference or ratio;
+    absent for metrics that cannot be resampled.
 
     Args:
       a, b: runs' folders, weights that were evaluated, or results files.
@@ -278,6 +278,7 @@ def compare(
         row = {"set": name, "metric": left["metric"], "unit": unit, "a": left["value"], "b": right["value"]}
         row |= {"step_a": left["step"], "step_b": right["step"], "profile": left["profile"]}
         row |= dict(zip(("mix_a", "mix_b"), mixes, strict=True)) if mixes != (1, 1) else {}
+        row |= {f"preprocessing_{side}": x.get("preprocessing", "") for side, x in (("a", left), ("b", right))}
         row |= {"ratio": right["value"] / left["value"]} if ratio else {"difference": right["value"] - left["value"]}
         key = f"{left['name']}/{left['metric']}"
         of_a, of_b = items_a.get(left["items"], {}), items_b.get(right["items"], {})
@@ -346,4 +347,17 @@ def render_comparison(compared: Sequence[Mapping[str, Any]], a: str, b: str) -> 
     lines += _align(texts, ("<36", "<24", "<6", ">8", ">8", ">8", "<0"), (2,) * 7)
     if any("ratio" in row for row in compared):
         lines.append("x: B / A, of ranks from 1; less is better")
-    return "\n".join(lines)
+    return "\n".join([*lines, *prepared_differently(compared, "A", "B")])
+
+
+def prepared_differently(compared: Sequence[Mapping[str, Any]], a: str, b: str) -> list[str]:
+    """Return a line for each way in which sides `a` and `b` of rows of `compare` differ in preprocessing."""
+    sets: dict[tuple[str, str], list[str]] = {}
+    for row in compared:
+        sets.setdefault((row.get("preprocessing_a", ""), row.get("preprocessing_b", "")), []).append(row["set"])
+    short = shorten(row["set"] for row in compared)
+    return [
+        f"{', '.join(short[name] for name in names)}: images in {a}: {of_a}; in {b}: {of_b}"
+        for (of_a, of_b), names in sets.items()
+        if of_a != of_b
+    ]

@@ -247,5 +247,10 @@ def _expressible(
             f"left out, since {to!r} has no place for it: data.background={WHITE!r}; lay transparent images on white "
             "before they are resized"
         )
+    if config["data"].get("exif_rotation"):
+        notes.append(
+            f"left out, since {to!r} has no place for it: data.exif_rotation=True; rotate images by their EXIF tag "
+            "before they are resized, as PIL.ImageOps.exif_transpose does"
+        )
     flat = flatten_dict({name: tree for name, tree in params.items() if name in held}, sep="/")
     return {name: np.asarray(x) for name, x in flat.items()}, notes

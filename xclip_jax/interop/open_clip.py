@@ -33,6 +33,8 @@ _IMAGE = ("layers", "width", "head_width", "mlp_ratio", "patch_size", "image_siz
 _TEXT = ("context_length", "vocab_size", "hf_tokenizer_name", "width", "heads", "layers", "mlp_ratio", "pad_id",
          "eos_id", "final_ln_after_pool", "output_tokens", "act_kwargs", "norm_kwargs", "pool_type", "proj_type",
          "proj_bias")  # fmt: skip
+# Keys of towers that tensors do not show.
+_WITHOUT_SHAPE = ("act", "eps", "heads", "pre_norm")
 _HARMLESS = ("timm_pool", "timm_proj", "hf_proj_type", "hf_pooler_type", "hf_model_pretrained", "timm_model_pretrained")
 
 
@@ -64,7 +66,8 @@ def read(
 ) -> tuple[dict[str, Any], Flat]:
     """Return config and flat parameters of tensors with open_clip's names.
 
-    `content` is the folder's open_clip_config.json, or None for OpenAI's archives: then sizes follow from shapes.
+    `content` is the folder's open_clip_config.json, or None for OpenAI's archives: then sizes follow from shapes. An
+    archive beside the config of another model is read without it.
     """
     if content is not None:
         _check_config(content.get("model_cfg", content), where)
@@ -74,15 +77,20 @@ def read(
         )
     if content is None and OPENAI not in tensors:
         raise UserError(f"{where} has no {CONFIG} in its folder, which says what the tensors do not; put it there.")
+    archive = tensors.get(OPENAI)
     tensors = {name: x for name, x in tensors.items() if name not in _IGNORED and not name.endswith(_IGNORED_ENDS)}
     prefix = "text." if "text.token_embedding.weight" in tensors else ""
     linear, vocab = f"{prefix}text_projection.weight" in tensors, len(tensors[f"{prefix}token_embedding.weight"])
     notes: list[str] = []
+    if content is not None and archive is not None:
+        notes = _contradiction(content.get("model_cfg", content), tensors, prefix, where, openai=bool(archive))
+        content = None if notes else content
     if content is None:
-        img, txt, embed = _inferred(tensors)
+        img, txt, embed = _inferred(tensors, prefix)
         tokens = vocabulary.identify(folder, vocab, None, where)
     else:
-        img, txt, embed, tokens, notes = _from_config(content.get("model_cfg", content), folder, where)
+        img, txt, embed = _towers(content.get("model_cfg", content), where)
+        tokens, notes = _tokens(content.get("model_cfg", content), folder, where)
     bias = float(tensors["logit_bias"].reshape(())) if "logit_bias" in tensors else None
     group = names.model(img, txt, embed, log_scale=float(tensors["logit_scale"].reshape(())), bias=bias)
     projection = f"{prefix}text_projection.bias"
@@ -106,7 +114,28 @@ def _preprocessing(content: Mapping[str, Any], size: int, where: str) -> Preproc
     return names.preprocessing(size, mean, std, where, resize_mode=mode, interpolation=interpolation)
 
 
-def _inferred(tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, Any], dict[str, Any], int]:
+def _contradiction(
+    content: Mapping[str, Any], tensors: Mapping[str, np.ndarray], prefix: str, where: str, *, openai: bool
+) -> list[str]:
+    """Return a note if a config is not an archive's: by shapes, and if it is OpenAI's also by what they do not show."""
+    sides = []
+    vocab = content["text_cfg"].get("vocab_size", vocabulary.CLIP_SIZE), len(tensors[f"{prefix}token_embedding.weight"])
+    for (img, txt, embed), tokens in zip((_towers(content, where), _inferred(tensors, prefix)), vocab, strict=True):
+        sizes: dict[str, Any] = {"embed_dim": embed, "text vocab_size": tokens}
+        for name, tower in (("vision", img), ("text", txt)):
+            hidden = int(tower["mlp_ratio"] * tower["width"])  # configs round the ratio
+            known = {key: value for key, value in tower.items() if key != "mlp_ratio"} | {"hidden width": hidden}
+            sizes |= {f"{name} {key}": value for key, value in known.items()}
+        sides.append(sizes)
+    stated, stored = sides
+    unseen = () if openai else _WITHOUT_SHAPE
+    for key, value in stored.items():
+        if stated[key] != value and not key.endswith(unseen):
+            return [f"{CONFIG} in its folder is of another model and ignored: {key} is {stated[key]}, here {value}"]
+    return []
+
+
+def _inferred(tensors: Mapping[str, np.ndarray], prefix: str) -> tuple[dict[str, Any], dict[str, Any], int]:
     """Infer the sizes of OpenAI's towers, whose heads are 64 wide, from shapes."""
 
     def tower(start: str, width: int) -> dict[str, Any]:
@@ -114,12 +143,12 @@ def _inferred(tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, Any], dict[s
         ratio = names.mlp_ratio(len(tensors[f"{start}0.mlp.c_fc.weight"]), width)
         return {"width": width, "depth": depth, "heads": width // 64, "mlp_ratio": ratio, "act": "quick_gelu"}
 
-    conv, texts = tensors["visual.conv1.weight"], tensors["positional_embedding"]
+    conv, texts = tensors["visual.conv1.weight"], tensors[f"{prefix}positional_embedding"]
     grid = round((len(tensors["visual.positional_embedding"]) - 1) ** 0.5)
     img = {"patch": conv.shape[-1], "image_size": grid * conv.shape[-1], "pre_norm": True, "eps": 1e-5}
     return (
         tower("visual.transformer.resblocks.", len(conv)) | img,
-        tower("transformer.resblocks.", texts.shape[1]) | {"context_length": len(texts), "eps": 1e-5},
+        tower(f"{prefix}transformer.resblocks.", texts.shape[1]) | {"context_length": len(texts), "eps": 1e-5},
         tensors["visual.proj"].shape[1],
     )
 
@@ -139,9 +168,8 @@ def _check_config(content: Mapping[str, Any], where: str) -> None:
     _check_known("text_cfg", content["text_cfg"], _TEXT, where, pool_type=pool, proj_type="linear")
 
 
-def _from_config(
-    content: Mapping[str, Any], folder: epath.Path, where: str
-) -> tuple[dict[str, Any], dict[str, Any], int, str, list[str]]:
+def _towers(content: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict[str, Any], int]:
+    """Return both towers and the embedding of model_cfg."""
     vision, text, embed = content["vision_cfg"], content["text_cfg"], content["embed_dim"]
     quick = content.get("quick_gelu", False)
     width = vision.get("width", 768)
@@ -152,6 +180,12 @@ def _from_config(
     }
     txt = _tower(text, text.get("width", 512), text.get("heads", 8), quick)
     txt["context_length"] = text.get("context_length", 77)
+    return img, txt, embed
+
+
+def _tokens(content: Mapping[str, Any], folder: epath.Path, where: str) -> tuple[str, list[str]]:
+    """Return the tokenizer of model_cfg, and notes on it."""
+    text = content["text_cfg"]
     vocab = text.get("vocab_size", vocabulary.CLIP_SIZE)
     eot = text.get("eos_id", 2) if text.get("pool_type") == "eos" else None
     tokens = vocabulary.identify(folder, vocab, eot, where)
@@ -160,7 +194,7 @@ def _from_config(
         notes.append("open_clip cleans texts before this tokenizer (HTML entities, white space); xclip_jax does not")
     if text.get("hf_tokenizer_name") and tokens == "clip":
         notes.append(f"its tokenizer {text['hf_tokenizer_name']!r} is assumed to be CLIP's")
-    return img, txt, embed, tokens, notes
+    return tokens, notes
 
 
 def _tower(cfg: Mapping[str, Any], width: int, heads: int, quick: bool) -> dict[str, Any]:

@@ -25,7 +25,7 @@ NAMES = (
     "model.safetensors", "model.safetensors.index.json", "open_clip_pytorch_model.bin", "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )  # fmt: skip
-OPENAI = "input_resolution"  # an entry of OpenAI's archives, which need no config
+OPENAI = "input_resolution"  # an entry of OpenAI's archives, which need no config; 0 for others of TorchScript
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 _DTYPES = {
     "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F64": np.float64, "I64": np.int64,
@@ -108,7 +108,7 @@ def tensors(file: epath.Path) -> Tensors:
     for prefix in ("module.", "_orig_mod.", "module."):  # prefixes of distributed and compiled models, in any order
         if all(name.startswith(prefix) for name in by_name):
             by_name = {name.removeprefix(prefix): x for name, x in by_name.items()}
-    return by_name | ({OPENAI: np.zeros((), np.float32)} if scripted else {})
+    return ({OPENAI: np.zeros((), np.float32)} if scripted else {}) | by_name
 
 
 def files_of(file: epath.Path) -> list[str]:

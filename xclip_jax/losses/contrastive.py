@@ -11,8 +11,7 @@ arXiv 2303.15343 (sigmoid [ours]); Yang et al., arXiv 2204.03610 (UniCL: several
 `Teacher` name theirs.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import chex
 import jax
@@ -87,7 +86,7 @@ def softmax(
     return loss, metrics | with_blind_guess(_metrics(loss, logits), q, reverse)
 
 
-def robust(cross_entropy: Any, q: float, reverse: float, exp: Callable[[Any], Any] = jnp.exp) -> Any:
+def robust(cross_entropy: ArrayLike, q: float, reverse: float) -> jax.Array:
     """Return losses for wrong targets, (1 - p^q) / q + reverse (1 - p), of cross-entropies -ln p.
 
     The first part is generalised cross-entropy (arXiv 1805.07836), at most 1 / q; q = 0 is its limit, -ln p, and q = 1
@@ -96,16 +95,28 @@ def robust(cross_entropy: Any, q: float, reverse: float, exp: Callable[[Any], An
     reverse = b A / a. A sum with another q is [ours]. The derivative by the cross-entropy is p^q + reverse p.
 
     Args:
-        cross_entropy: array of any shape or float, nats.
+        cross_entropy: array of any shape, nats.
         q: from 0 to 1.
         reverse: at least 0.
-        exp: `math.exp` for a float.
 
     Returns:
-        The losses, of the type and shape of `cross_entropy`.
+        The losses, of the shape of `cross_entropy`.
     """
-    loss = (1 - exp(-q * cross_entropy)) / q if q else cross_entropy
-    return loss + reverse * (1 - exp(-cross_entropy)) if reverse else loss
+    x = jnp.asarray(cross_entropy)
+    loss = _missing(q * x) / q if q else x
+    return loss + reverse * _missing(x) if reverse else loss
+
+
+@jax.custom_jvp
+def _missing(x: jax.Array) -> jax.Array:
+    """Return 1 - exp(-x) with all digits of the value near 0 and of the derivative far from it."""
+    return -jnp.expm1(-x)
+
+
+@_missing.defjvp
+def _(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    # JAX's derivative of expm1 is expm1(-x) + 1, which is 0 where exp(-x) is below 6e-8.
+    return _missing(*primals), jnp.exp(-primals[0]) * tangents[0]
 
 
 def with_blind_guess(metrics: Metrics, q: float, reverse: float) -> Metrics:

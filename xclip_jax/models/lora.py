@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,20 @@ class LoraConfig:
         KERNELS, "kernels of blocks that have adapters", Check(f"names among {KERNELS}", lambda x: set(x) <= {*KERNELS})
     )
 
+    def conflicts(self) -> Iterator[str]:
+        """Yield values that contradict each other."""
+        if self.rank and not self.kernels:
+            yield f"rank is {self.rank}, and kernels is empty; name kernels among {', '.join(KERNELS)}, or set it to 0"
+
+    def too_large(self, sizes: Mapping[str, tuple[int, int]]) -> Iterator[str]:
+        """Yield a fault if the smallest of kernels is smaller than the rank; `sizes` are their inputs and outputs."""
+        for name, size in sorted(sizes.items(), key=lambda item: min(item[1]))[:1]:
+            if self.rank > min(size):
+                yield (
+                    f"finetune.lora.rank is {self.rank}, above the size of the kernel {name}, {size[0]} x {size[1]}; "
+                    f"lower it to {min(size)} or less"
+                )
+
 
 def initial(params: Params, config: LoraConfig, random_key: jax.Array) -> Params:
     """Return adapters that change nothing yet: the input factor is random, the output factor zero.
@@ -40,7 +54,7 @@ def initial(params: Params, config: LoraConfig, random_key: jax.Array) -> Params
       random_key: a key.
 
     Raises:
-      UserError: a tower would have no adapters.
+      UserError: a tower would have no adapters, or a kernel is smaller than the rank.
 
     Returns:
       At the path of each kernel, a matrix (i, o): {"inputs": (..., i, rank), "outputs": (..., rank, o)}.
@@ -53,6 +67,8 @@ def initial(params: Params, config: LoraConfig, random_key: jax.Array) -> Params
         split = first + 1 if path[-2] == "qkv" else kernel.ndim - 1  # axes before it are inputs
         stacked = kernel.shape[:first]
         rows, columns = math.prod(kernel.shape[first:split]), math.prod(kernel.shape[split:])
+        for fault in config.too_large({"/".join(path[:-1]): (rows, columns)}):
+            raise UserError(f"{fault}.")
         random_key, own = jax.random.split(random_key)
         inputs = jax.random.normal(own, (*stacked, rows, config.rank)) * rows**-0.5
         adapters |= {(*path, "inputs"): inputs, (*path, "outputs"): jnp.zeros((*stacked, config.rank, columns))}

@@ -49,6 +49,11 @@ class Tower(abc.ABC):
         return {}
 
     @property
+    def kernel_sizes(self) -> Mapping[str, tuple[int, int]]:
+        """Inputs and outputs of a block's kernels that adapters may change, by name, if the config says them."""
+        return {}
+
+    @property
     def num_layers(self) -> int:
         """Number of layers that layer decay distinguishes; 1 for none."""
         return 1

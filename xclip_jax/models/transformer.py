@@ -76,6 +76,12 @@ class TransformerConfig(Tower):
         return self.depth * tokens * keys_values + other_tokens * rest
 
     @property
+    def kernel_sizes(self) -> dict[str, tuple[int, int]]:
+        """Inputs and outputs of a block's kernels."""
+        d, hidden = self.width, self.hidden
+        return {"qkv": (d, 3 * d), "out": (d, d), "up": (d, hidden), "down": (hidden, d)}
+
+    @property
     def num_layers(self) -> int:
         """Number of layers: the blocks, one before them and one after them (BEiT, arXiv 2106.08254)."""
         return self.depth + 2

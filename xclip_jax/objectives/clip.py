@@ -192,7 +192,7 @@ class Clip(Contrastive):
 
     def blind_loss(self, metrics: Mapping[str, float], less: float = 0.0) -> float:
         """Loss of equal logits: ln b, or its `contrastive.robust`."""
-        return float(contrastive.robust(super().blind_loss(metrics, less), self.q, self.reverse, math.exp))
+        return float(contrastive.robust(super().blind_loss(metrics, less), self.q, self.reverse))
 
     def _options(self, teacher: Arrays | None, batch: Mapping[str, Any]) -> dict[str, Any]:
         options = super()._options(teacher, batch)

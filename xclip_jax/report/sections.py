@@ -186,7 +186,7 @@ def _of_same_data(a: Result, b: Result) -> bool:
 def _differences(
     first: Run, run: Run, runs: Sequence[Run], step: int | None
 ) -> tuple[list[dict[str, Any]], Sequence[str]]:
-    """Return the rows of a run's paired differences to the first, and sentences on sets that cannot be compared."""
+    """Return the rows of a run's paired differences to the first, and sentences on sets that differ in more."""
     refused: list[str] = []
     try:
         rows = tables.compare(str(first.record.folder), str(run.record.folder), step=step, refused=refused)
@@ -196,6 +196,7 @@ def _differences(
     ends = [row.get(key, math.nan) for row in rows if "ratio" not in row for key in ("difference", "low", "high")]
     end = max((abs(value) for value in ends if math.isfinite(value)), default=0.0)
     last = (first.record.steps, run.record.steps)
+    refused += tables.prepared_differently(rows, first.name, run.name)
     return [_difference(row, short[row["set"]], end, last) for row in rows], refused
 
 

@@ -16,7 +16,6 @@ from xclip_jax.core.errors import UserError, public
 from xclip_jax.data import holdout, inspect, labelled, records, sources, tokenizer
 from xclip_jax.data.base import MissingColumnError, Source, SourceOptions, name_of
 from xclip_jax.data.config import DataConfig
-from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.evaluators.sets import classification
 from xclip_jax.objectives import RECIPES, make_objective
 from xclip_jax.objectives.clip import Clip
@@ -290,8 +289,6 @@ def fill_in(config: ml_collections.ConfigDict, args: ml_collections.ConfigDict) 
     trained = max(round(pairs * (1 - held_out_share(pairs))), 1)
     if saved is None or args.size:
         config.model.img.image_size = args.size or image_size(preset, counts, machine)
-    if saved is not None and args.size:  # the same view of an image at the other size
-        config.eval.update(Preprocessing.from_config(saved).with_size(args.size).to_config()["eval"])
     if saved is None:
         config.model.txt.context_length = min(max(8 * math.ceil(counts.tokens / 8), 16), 77)
     config.data.batch = args.batch or batch_size(trained, preset, machine)

@@ -177,7 +177,6 @@ def build(config: ml_collections.ConfigDict | Config, devices: list[jax.Device] 
     boxed = jax.eval_shape(init)
     layout = sharding.make_layout(boxed, mesh, config.mesh.strategy, config.data.batch)
     abstract = state.abstract(boxed, layout)
-    optim.trained(abstract.params, config.init.frozen, towers)  # says which blocks there are
     return Experiment(
         config=config,
         layout=layout,

@@ -102,6 +102,10 @@ def adopt(config: ml_collections.ConfigDict, path: str) -> Config:
     config.model.img.patch_dropout = config.model.img.drop_path = 0.0
     prepare = Preprocessing.from_config(saved).to_config()
     config.eval.update(prepare["eval"])
+    if saved.eval.resize_size and not saved.model.plugins:
+        # The same view of an image at a size that an argument or a flag may set later, rounded up.
+        size = config.model.img.get_ref("image_size")
+        config.eval.resize_size = -(-size * saved.eval.resize_size // saved.model.img.image_size)
     with config.ignore_type():  # a name, or a pair
         config.data.update(prepare["data"] | {"tokenizer": saved.data.tokenizer})
     return saved

@@ -56,7 +56,7 @@ class Crops(Paths):
 
     def __getitem__(self, index: int) -> Any:
         left, top, width, height = self._boxes[index]
-        image = PIL.Image.fromarray(images.decode(super().__getitem__(index)))
+        image = PIL.Image.fromarray(images.decode(super().__getitem__(index), rotate=False))
         return np.asarray(image.crop((left, top, left + width, top + height)))
 
 
@@ -146,8 +146,10 @@ def load(spec: str, prepare: Preprocessing, data: DataConfig, profile: Profile) 
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{name}: {location!r} is not in the published layout ({describe(error)}).") from error
     pictures, plain, of_items, ids = items[1:]
+    profile = dataclasses.replace(
+        profile, prefix=profile.prefix or "", captions=0, exif_rotation=spec.startswith(PREFIX)
+    )
     prepare, paired = profile.preprocessing(prepare), pictures.shape[1] == 2
-    profile = dataclasses.replace(profile, prefix=profile.prefix or "", captions=0)
     texts, parts = [profile.texts(item) for item in plain], np.array(of_items, object)
     card = Provenance(
         data=name.removeprefix(PREFIX),

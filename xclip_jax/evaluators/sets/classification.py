@@ -153,6 +153,7 @@ def own_set(name: str, content: Content, prepare: Preprocessing, profile: Profil
 
     A data set with its own templates keeps them and its names. Class names for unknown classes are ignored.
     """
+    profile = dataclasses.replace(profile, exif_rotation=not name.startswith(WDS))
     if content.templates:
         prompts.check_templates(content.templates, f"{name}: {wds.TEMPLATES if name.startswith(WDS) else 'templates'}")
         profile = dataclasses.replace(profile, templates=(), names={})
@@ -233,7 +234,9 @@ def load_probe(spec: str, prepare: Preprocessing, data: DataConfig, profile: Pro
     if len(content) == 2:
         content.insert(1, Content([], np.array([], int), first.classes, first.data))
     metric = entry.metric if entry.metric == "mean_per_class" else "top1"
-    prepare = profile.preprocessing(prepare)
+    name = spec.partition("/")[2]
+    own = sources.has_labels(name, "image") and not name.startswith(WDS)
+    prepare = dataclasses.replace(profile, exif_rotation=own).preprocessing(prepare)
     card = Provenance(
         data=first.data,
         version=first.version,
@@ -255,7 +258,8 @@ def load_finetuned(spec: str, prepare: Preprocessing, data: DataConfig, profile:
     source_spec = spec.removeprefix(FINETUNED)
     source = sources.open_labelled(source_spec, SourceOptions(data.dir))
     check_one_class(source_spec, source)
-    labels, images, prepare = source.labels(), source.key == "image", profile.preprocessing(prepare)
+    labels, images = source.labels(), source.key == "image"
+    prepare = dataclasses.replace(profile, exif_rotation=True).preprocessing(prepare)
     card = Provenance(
         data=source_spec,
         version=source.version,

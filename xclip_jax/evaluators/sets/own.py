@@ -117,7 +117,7 @@ def load_pairs(spec: str, prepare: Preprocessing, data: DataConfig, profile: Pro
         )
     if bad := sum(part.bad for part in parts):
         log0(f"WARNING: {spec}: {bad:,} of the {sum(map(len, opened)):,} pairs cannot be read and are left out")
-    profile = dataclasses.replace(profile, prefix=profile.prefix or "")
+    profile = dataclasses.replace(profile, prefix=profile.prefix or "", exif_rotation=True)
     by_image, positions = captions_by_image(parts)
     each = zip(opened, parts, positions, strict=True)
     images: list[Any] = [Field(Subset(source, part.indices[new]), "image") for source, part, new in each]
