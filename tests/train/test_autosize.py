@@ -249,7 +249,8 @@ def test_the_pairs_decide_on_size_context_and_captions_apart(discs):
     c, describe = load.load_recipe(f"small:pairs={discs},tokenizer=bytes")
     assert describe(c) == (
         f"small: 128 pairs, 16 % of them held out; clip, Ti/12, 36 px, 24 tokens, batch {c.data.batch}, {c.steps} "
-        f"steps ({c.steps * c.data.batch / (0.84 * 128):.3g} epochs), muon at {c.optim.lr:g}"
+        f"steps ({c.steps * c.data.batch / (0.84 * 128):.3g} epochs), muon at {c.optim.lr:g}, "
+        "tuned on drawings of icons"
     )
     assert c.data.sources == (f"folder:{discs}",) and re.fullmatch(r"runs/small-.*pairs-[0-9a-f]{6}", c.run)
     assert (c.model.img.image_size, c.model.txt.context_length) == (36, 24)
