@@ -5,12 +5,14 @@ import os
 import pathlib
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from PIL import Image
 
 from tests.helpers import bad_tars
 from xclip_jax.commands import serve as command
-from xclip_jax.commands.embed import open_images
+from xclip_jax.commands.items import open_images
 from xclip_jax.commands.serve import Embedded, Index
 from xclip_jax.core.errors import UserError
 from xclip_jax.data.images import decode
@@ -172,3 +174,19 @@ def test_embeddings_that_cannot_be_stored_are_served(fake, images, tmp_path, mon
     made, _ = embedded(fake, images, tmp_path / "cache.npz")
     assert made == 20 and f"{tmp_path / 'cache.npz'}: No space left on device" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["images"]
+
+
+def test_rows_of_a_table_are_embedded_again_if_it_changes(fake, tmp_path):
+    """An index of a table has its captions; a changed table is embedded anew, an unchanged one is not."""
+    path, spec = tmp_path / "shop.parquet", f"parquet:{tmp_path}/shop.parquet?text=title"
+
+    def write(titles):
+        images = [{"bytes": bad_tars.jpeg(i), "path": None} for i in range(len(titles))]
+        pyarrow.parquet.write_table(pyarrow.table({"image": images, "title": titles}), path)
+
+    write(["red shirt", "blue shoe"])
+    for _ in range(2):
+        index = command.make_index(fake, spec, cache=str(tmp_path / "cache"))
+        assert fake.embedded == 2 and index.names == ["red shirt", "blue shoe"]
+    write(["red shirt", "blue shoe", "hat"])
+    assert len(command.make_index(fake, spec, cache=str(tmp_path / "cache"))) == 3 and fake.embedded == 5

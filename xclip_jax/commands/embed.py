@@ -2,10 +2,12 @@
 
     xclip-jax embed --checkpoint RUN --images '/data/photos/**/*.jpg' --out photos.parquet
     xclip-jax embed --checkpoint RUN --images '/data/cc12m/{00000..01242}.tar' --out cc12m.parquet
+    xclip-jax embed --checkpoint RUN --images 'parquet:/data/shop/test?image=photo&text=title' --out shop.parquet
     xclip-jax embed --checkpoint RUN --texts captions.txt --out captions.npz
 
-A row is an image or a text: "kind" (image or text), "id" (path, TAR#KEY or FILE#LINE), "text" (an image's first
-caption, if it has one in its tar or in a .txt file of its name; or the text) and "embedding", float32, of unit length.
+A row is an image or a text: "kind" (image or text), "id" (path, TAR#KEY, TABLE#ROW or FILE#LINE), "text" (an image's
+first caption, in its tar, in a .txt file of its name, or in the column ?text= of its table; or the text) and
+"embedding", float32, of unit length.
 The file's metadata, "xclip_jax" (an array of that name in .npz), is JSON: checkpoint, preprocessing, commit, versions.
 In .npz ids and texts are lists in JSON (see `xclip_jax.data.embeddings`, whose `read` reads both file formats).
 
@@ -17,13 +19,9 @@ and repeats no part. It stops with an error when the weights, the text file, or 
 changed. An image of other content and equal size is not detected, nor is any change of image files in a bucket.
 """
 
-import errno
-import glob
-import hashlib
 import json
 import os
 import pathlib
-import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,151 +32,21 @@ from absl import logging
 from etils import epath
 
 from xclip_jax import model as inference
+from xclip_jax.commands.items import IMAGES, REFUSED, Items, Lines, open_images
 from xclip_jax.core import environment, storage
 from xclip_jax.core.console import format_duration, log0
 from xclip_jax.core.errors import BadSample, Parser, UserError, check_count, check_writable, exit_with_message, public
 from xclip_jax.core.imports import add_trust
 from xclip_jax.core.run_folder import lock
 from xclip_jax.core.storage import write_json
-from xclip_jax.data import embeddings, labelled
-from xclip_jax.data.base import IMAGE_SUFFIXES, MAX_BYTES, decode_text
-from xclip_jax.data.readers.folder import file_size
-from xclip_jax.data.readers.tar import TarSource
+from xclip_jax.data import embeddings
 from xclip_jax.data.records import ThreadPrefetcher
 from xclip_jax.evaluators.encoder import MAX_UNREADABLE
 from xclip_jax.parallel import compiler
 
 PART = 4096  # rows that an interruption may lose
 _PROGRESS_SECONDS = 5
-_REFUSED = ("file cannot be read", "tar cannot be read")  # by a disk or store, whatever the content
 _FEW = 10  # items of a part that may be refused, whatever their share
-
-
-def _readable(path: str) -> str:
-    """Return a path as valid UTF-8, which a file system does not ask for, and an address without its secrets."""
-    return public(os.fsencode(path).decode("utf-8", "replace"))
-
-
-class Images:
-    """Image files, each with the first line of a .txt file of the same name, if there is one."""
-
-    def __init__(self, paths: Sequence[str]) -> None:
-        self.paths = list(paths)
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def name(self, index: int) -> str:
-        return _readable(self.paths[index])
-
-    def read(self, index: int) -> tuple[bytes, str]:
-        return inference.read(self.paths[index]), self.caption(index)
-
-    def caption(self, index: int) -> str:
-        """Return the first line of a caption; "" for a missing or unusable one, and for images in buckets.
-
-        Raises:
-          BadSample: the disk does not give it.
-        """
-        path = pathlib.Path(self.paths[index]).with_suffix(".txt")
-        try:
-            if storage.is_remote(self.paths[index]) or not path.is_file():
-                return ""
-            content = storage.read(str(path), MAX_BYTES["text"])
-        except OSError as error:
-            if error.errno == errno.EFBIG:
-                return ""
-            raise storage.unreadable(error) from error
-        try:
-            return decode_text(content).strip().partition("\n")[0].strip()
-        except BadSample:
-            return ""
-
-    def digest(self) -> str:
-        """Return a hash of names and sizes, also of captions; without times, which change when files are copied."""
-        digest = hashlib.blake2b(digest_size=16)
-        for path in self.paths:
-            files = path, pathlib.Path(path).with_suffix(".txt")
-            sizes = (0, 0) if storage.is_remote(path) else map(file_size, files)
-            digest.update(b"%s\n%d %d\n" % (os.fsencode(public(path)), *sizes))
-        return digest.hexdigest()
-
-
-class Tars:
-    """Images in tars as img2dataset writes them, with their captions, if any."""
-
-    def __init__(self, pattern: str) -> None:
-        self.source = TarSource(pattern, captions=False)
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def name(self, index: int) -> str:
-        tar, key = self.source.describe(index).values()
-        return f"{_readable(tar)}#{key}"
-
-    def read(self, index: int) -> tuple[bytes, str]:
-        try:
-            record = self.source[index]
-        except BadSample as error:
-            if error.reason in _REFUSED:
-                raise
-            return self.source.image(index), ""
-        return record["image"], record["text"][0]
-
-    def digest(self) -> str:
-        return self.source.fingerprint()["hash"]
-
-
-class Lines:
-    """The lines of a local text file in UTF-8."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-        try:
-            content = pathlib.Path(path).read_bytes()
-        except OSError as error:
-            raise UserError(f"--texts {path!r} cannot be read ({error}).") from error
-        self._lines = content.removesuffix(b"\n").split(b"\n") if content else []
-        self._digest = hashlib.blake2b(content, digest_size=16).hexdigest()
-
-    def __len__(self) -> int:
-        return len(self._lines)
-
-    def name(self, index: int) -> str:
-        return f"{_readable(self.path)}#{index + 1}"
-
-    def read(self, index: int) -> tuple[str, str]:
-        text = decode_text(self._lines[index]).strip()
-        if not text:
-            raise BadSample("line is empty")
-        return text, text
-
-    def digest(self) -> str:
-        return self._digest
-
-
-Source = Images | Tars | Lines  # `read` returns content and text of an item, or raises `BadSample`
-
-
-def open_images(pattern: str) -> Images | Tars:
-    """Open the images of a folder, or files that `storage.expand` lists: only tars, or no tars.
-
-    Raises:
-      UserError: no images.
-    """
-    pattern = pattern if storage.is_remote(pattern) else os.path.expanduser(pattern)
-    folder = os.path.isdir(pattern)
-    files = labelled.images_in(pathlib.Path(pattern), (*IMAGE_SUFFIXES, ".tar")) if folder else storage.expand(pattern)
-    paths = list(map(str, files))
-    tars = sum(public(path).lower().endswith(".tar") for path in paths)
-    if not paths:
-        raise UserError(f"--images {pattern!r} contains no image ({', '.join(IMAGE_SUFFIXES)}); name a glob of files.")
-    if 0 < tars < len(paths):
-        raise UserError(f"--images {pattern!r} names {tars} tars among {len(paths)} files; embed them separately.")
-    if folder and tars:
-        pattern = os.path.join(re.sub("[{},]", "?", glob.escape(pattern)), "**", "*.[tT][aA][rR]")
-    return Tars(pattern) if tars else Images(paths)
 
 
 class Part(NamedTuple):
@@ -222,7 +90,7 @@ def embed_images(
             yield Part(np.concatenate(rows), [text for text, _ in made], bad)
 
 
-def embed_texts(model: inference.Model, source: Source, first: int, size: int) -> Iterator[Part]:
+def embed_texts(model: inference.Model, source: Items, first: int, size: int) -> Iterator[Part]:
     """Yield the embedded texts of a source in parts, from the number `first` on; a bad one has zeros."""
     for start in range(first, len(source), size):
         texts, bad = [], {}
@@ -239,7 +107,7 @@ def embed_texts(model: inference.Model, source: Source, first: int, size: int) -
         yield Part(rows, texts, bad)
 
 
-def embed(model: inference.Model, sources: Mapping[str, Source], out: str, *, threads: int = 0) -> dict[str, Any]:
+def embed(model: inference.Model, sources: Mapping[str, Items], out: str, *, threads: int = 0) -> dict[str, Any]:
     """Embed all items into one file, or the remaining parts after an interruption; return the file's metadata.
 
     Args:
@@ -276,9 +144,7 @@ def embed(model: inference.Model, sources: Mapping[str, Source], out: str, *, th
         return _join(files, path, model.card | {"plan": plan})
 
 
-def _embed(
-    model: inference.Model, modality: str, source: Source, out: pathlib.Path, threads: int
-) -> list[pathlib.Path]:
+def _embed(model: inference.Model, modality: str, source: Items, out: pathlib.Path, threads: int) -> list[pathlib.Path]:
     """Write the parts of a source that are missing; return the files of all."""
     folder, starts = pathlib.Path(f"{out}.parts"), range(0, len(source), PART)
     files = [folder / f"{modality}-{start:09d}{out.suffix}" for start in starts]
@@ -314,7 +180,7 @@ def _check_refused(names: Sequence[str], bad: Mapping[int, BadSample], start: in
         row: error
         for row, error in bad.items()
         # A local file that was listed does not vanish from a disk that answers.
-        if error.reason in _REFUSED or (error.reason == "file does not exist" and not storage.is_remote(names[row]))
+        if error.reason in REFUSED or (error.reason == "file does not exist" and not storage.is_remote(names[row]))
     }
     if len(refused) > max(MAX_UNREADABLE * len(names), _FEW):
         row, error = next(iter(refused.items()))
@@ -368,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(prog="xclip-jax embed", description=__doc__)
     parser.add_argument("--checkpoint", required=True, metavar="RUN", help="run directory, or weights")
     parser.add_argument("--step", type=int, help="step of a run's checkpoint; the newest by default")
-    parser.add_argument("--images", help="a folder, or files: globs, ranges {00..12}, lists; or tars")
+    parser.add_argument("--images", help=IMAGES)
     home = os.path.expanduser  # a shell leaves the ~ in --out=~/x.npz
     parser.add_argument("--texts", type=home, metavar="FILE", help="file with a text in each line")
     parser.add_argument("--out", type=home, required=True, help="local file to write, .parquet or .npz")
@@ -384,7 +250,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError(f"--out {options.out!r} is in a bucket; name a local file, and copy it there afterwards.")
         embeddings.format_of(pathlib.Path(options.out))
         check_writable(f"--out {options.out!r}", pathlib.Path(options.out).parent)
-        sources: dict[str, Source] = {}
+        sources: dict[str, Items] = {}
         if options.images:
             sources["image"] = open_images(options.images)
         if options.texts:

@@ -2,6 +2,7 @@
 
     xclip-jax serve RUN --images FOLDER
     xclip-jax serve ViT-B-32.pt --images '/data/photos/**/*.jpg' --port 8080
+    xclip-jax serve RUN --images 'parquet:/data/shop/test?image=photo&text=title'
 
 A text finds the images that fit it best. An image of the folder, or one uploaded on the page, gets the best of the
 labels and the most similar images. Labels are typed on the page; by default they are the images' captions, or else the
@@ -32,7 +33,8 @@ from absl import logging
 from PIL import Image
 
 from xclip_jax import model as inference
-from xclip_jax.commands.embed import Images, Progress, Tars, embed_images, open_images
+from xclip_jax.commands.embed import Progress, embed_images
+from xclip_jax.commands.items import IMAGES, Images, Rows, Tars, open_images
 from xclip_jax.core import storage
 from xclip_jax.core.console import log0
 from xclip_jax.core.errors import BadSample, Parser, UserError, check_count, exit_with_message
@@ -86,7 +88,7 @@ class Index:
       names: labels for questions that have none: the images' captions, or else the names of their folders.
     """
 
-    def __init__(self, model: Model, source: Images | Tars, embedded: Embedded) -> None:
+    def __init__(self, model: Model, source: Images | Tars | Rows, embedded: Embedded) -> None:
         self._model, self._source, self._lock = model, source, threading.Lock()
         self._numbers, self._texts, self._rows = embedded
         paths = [source.name(i) for i in self._numbers]
@@ -163,7 +165,7 @@ def make_index(model: Model, pattern: str, *, cache: str = "") -> Index:
     return Index(model, source, embed(model, source, folder / f"{key}.npz"))
 
 
-def embed(model: Model, source: Images | Tars, file: pathlib.Path) -> Embedded:
+def embed(model: Model, source: Images | Tars | Rows, file: pathlib.Path) -> Embedded:
     """Return the embeddings of images; compute the ones that `file` lacks, and store all.
 
     Raises:
@@ -206,7 +208,7 @@ def embed(model: Model, source: Images | Tars, file: pathlib.Path) -> Embedded:
     return Embedded(good, texts, np.stack([known[ids[i]][1] for i in good]))
 
 
-def _caption(source: Images | Tars, index: int, known: str) -> str:
+def _caption(source: Images | Tars | Rows, index: int, known: str) -> str:
     """Return a caption, of a file as it is now; in a tar it changes with the tar."""
     try:
         return source.caption(index) if isinstance(source, Images) else known
@@ -214,23 +216,13 @@ def _caption(source: Images | Tars, index: int, known: str) -> str:
         return known
 
 
-def _ids(source: Images | Tars) -> Iterator[str]:
+def _ids(source: Images | Tars | Rows) -> Iterator[str]:
     """Yield name, size and time of the file of each image, all different."""
     counts: collections.Counter = collections.Counter()
-    stamp = functools.cache(_stamp)
     for i in range(len(source)):
         name = source.name(i)
         counts[name] += 1  # a tar may have a key several times
-        path = source.paths[i] if isinstance(source, Images) else source.source.describe(i)["tar"]
-        yield f"{name}\t{counts[name]} {stamp(path)}"
-
-
-def _stamp(path: str) -> str:
-    """Return size and time of a local file; "" for a missing one, and in buckets, where each costs a request."""
-    try:
-        return "" if storage.is_remote(path) else "{} {}".format(*storage.stat(path))
-    except OSError:
-        return ""
+        yield f"{name}\t{counts[name]} {source.stamp(i)}"
 
 
 def _write(path: pathlib.Path, rows: Mapping[str, tuple[str, np.ndarray]]) -> None:
@@ -320,7 +312,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     parser = Parser(prog="xclip-jax serve", description=__doc__)
     parser.add_argument("checkpoint", metavar="RUN", help="run directory, or weights")
-    parser.add_argument("--images", required=True, help="a folder, or files: globs, ranges {00..12}, lists; or tars")
+    parser.add_argument("--images", required=True, help=IMAGES)
     parser.add_argument("--cache", default="", metavar="FOLDER", help="folder for embeddings")
     parser.add_argument("--step", type=int, help="step of a run's checkpoint; the newest by default")
     parser.add_argument("--port", type=int, default=8000, help="8000 by default; 0 for any that is free")
