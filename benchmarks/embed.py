@@ -102,7 +102,7 @@ def open_clips(options: argparse.Namespace) -> dict[str, float]:
 def ours(options: argparse.Namespace) -> dict[str, float]:
     """This project's side."""
     import xclip_jax
-    from xclip_jax.commands import embed, items
+    from xclip_jax.commands import embed, inputs
 
     began = time.perf_counter()
     model = xclip_jax.load(options.folder, batch=options.batch)
@@ -110,7 +110,7 @@ def ours(options: argparse.Namespace) -> dict[str, float]:
         model.encode_prepared(np.zeros((n, 224, 224, 3), np.uint8))
     ready, cpu = time.perf_counter(), cpu_seconds()
     out = options.folder / f"ours-{time.time_ns()}.parquet"
-    images = items.Images(paths(options.folder, options.images))
+    images = inputs.Images(paths(options.folder, options.images))
     embed.embed(model, {"image": images}, str(out), threads=options.workers)
     return {"seconds": time.perf_counter() - ready, "cpu": cpu_seconds() - cpu, "before": ready - began}
 

@@ -12,7 +12,7 @@ import pytest
 
 import xclip_jax
 from tests.helpers import bad_tars, tiny
-from xclip_jax.commands import embed, items
+from xclip_jax.commands import embed, inputs
 from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.core.run_folder import lock
 from xclip_jax.data import embeddings, sources
@@ -30,7 +30,7 @@ def small_parts():
 
 KILL = """
 import os, pathlib, signal, sys
-from xclip_jax.commands import embed, items
+from xclip_jax.commands import embed, inputs
 embed.PART = 8
 replace = pathlib.Path.replace
 def kill(self, target):
@@ -100,8 +100,8 @@ def test_a_kill_loses_nothing_and_repeats_nothing(root, straight, capsys, monkey
     assert subprocess.run(command, capture_output=True).returncode == -9
     there = sorted(path.name for path in (root / "killed.parquet.parts").glob("*.parquet"))
     assert there == ["image-000000000.parquet", "image-000000008.parquet"] and not out.exists()
-    decoded, original = [], items.Images.read
-    monkeypatch.setattr(items.Images, "read", lambda self, i: decoded.append(i) or original(self, i))
+    decoded, original = [], inputs.Images.read
+    monkeypatch.setattr(inputs.Images, "read", lambda self, i: decoded.append(i) or original(self, i))
     embed.main(flags(root, out))
     assert "resuming after part 2 of 6 of images" in capsys.readouterr().out
     assert sorted(decoded) == list(range(16, 42))
@@ -139,7 +139,7 @@ def test_a_disk_that_fails_is_no_set_of_bad_images(fault, root, straight, tmp_pa
 
 
 def test_a_caption_that_the_disk_refuses_is_not_empty(root, monkeypatch):
-    source, original = items.open_images(str(root / "pictures")), items.storage.read
+    source, original = inputs.open_images(str(root / "pictures")), inputs.storage.read
 
     def read(path, *arguments):
         if path.endswith(".txt"):
@@ -149,7 +149,7 @@ def test_a_caption_that_the_disk_refuses_is_not_empty(root, monkeypatch):
     monkeypatch.setattr(embed.storage, "read", read)
     with pytest.raises(BadSample, match=r"file cannot be read: .*000\.txt"):
         source.read(0)
-    tars = items.open_images(f"{root}/*.tar")
+    tars = inputs.open_images(f"{root}/*.tar")
 
     def refuse(*_):
         raise BadSample("tar cannot be read", "I/O error")
@@ -226,7 +226,7 @@ def test_tars(root, model):
     out = root / "tars.npz"
     embed.main(flags(root, out, images=f"{root}/{{0..1}}.tar"))
     columns, _ = read(out)
-    source = items.open_images(f"{root}/*.tar")
+    source = inputs.open_images(f"{root}/*.tar")
     assert len(source) == 21 == len(columns["id"])
     content = [source.read(i) for i in range(21)]
     assert list(columns["text"]) == [text for _, text in content] and all(columns["text"])
@@ -248,12 +248,12 @@ def test_damaged_tars_give_all_that_is_whole(tmp_path, root):
 
 def test_tars_need_no_captions(tmp_path):
     bad_tars.shard(tmp_path / "0.tar", [("a", {"jpg": bad_tars.jpeg(0)})])
-    assert items.open_images(str(tmp_path)).read(0) == (bad_tars.jpeg(0), "")
+    assert inputs.open_images(str(tmp_path)).read(0) == (bad_tars.jpeg(0), "")
     with pytest.raises(UserError, match=r"\(no caption file\); a sample is KEY\.jpg and KEY\.txt, as"):
         sources.open_pairs(f"tar:{tmp_path}")
     bad_tars.shard(tmp_path / "0.tar", [("a", {"txt": b"a fox"})])
     with pytest.raises(UserError, match=r"\(no image file\); a sample is KEY\.jpg, as"):
-        items.open_images(str(tmp_path))
+        inputs.open_images(str(tmp_path))
 
 
 def test_files_in_the_home(tmp_path, monkeypatch):
@@ -271,14 +271,14 @@ def test_a_pipe_in_place_of_a_caption_is_none(tmp_path):
     pictures = tiny.folder(tmp_path / "pictures", 2)
     (pictures / "000.txt").unlink()
     os.mkfifo(pictures / "000.txt")
-    source = items.open_images(str(pictures))
+    source = inputs.open_images(str(pictures))
     assert [source.read(i)[1] for i in range(2)] == ["", "picture 1"]
 
 
 def test_a_file_that_is_too_large_for_a_caption_is_none(tmp_path):
     pictures = tiny.folder(tmp_path / "pictures", 1)
-    (pictures / "000.txt").write_bytes(b"x" * (items.MAX_BYTES["text"] + 1))
-    assert items.open_images(str(pictures)).read(0)[1] == ""
+    (pictures / "000.txt").write_bytes(b"x" * (inputs.MAX_BYTES["text"] + 1))
+    assert inputs.open_images(str(pictures)).read(0)[1] == ""
 
 
 def test_names_are_utf8_where_paths_are_not(tmp_path):
@@ -287,7 +287,7 @@ def test_names_are_utf8_where_paths_are_not(tmp_path):
     bad_tars.pairs(folder / "0.tar", 0, 1)
     shutil.copy(folder / "0.tar", folder / "1.TAR")
     (folder / "lines.txt").write_text("one\n")
-    named = [items.open_images(str(folder)), items.Lines(str(folder / "lines.txt"))]
+    named = [inputs.open_images(str(folder)), inputs.Lines(str(folder / "lines.txt"))]
     assert list(map(len, named)) == [2, 1]
     assert all("caf\N{REPLACEMENT CHARACTER}" in each.name(0).encode().decode() for each in named)
 
@@ -303,7 +303,7 @@ def test_a_command_that_embedded_nothing_is_in_the_way_of_none(root, tmp_path):
 
 
 def test_what_is_in_the_way_is_named(root, straight, model, tmp_path, capsys):
-    sources, out = {"image": items.open_images(str(root / "pictures"))}, tmp_path / "x.parquet"
+    sources, out = {"image": inputs.open_images(str(root / "pictures"))}, tmp_path / "x.parquet"
     shutil.copy(straight, out)
     assert embed.embed(model, sources, str(out))["rows"] == 40 and "is complete" in capsys.readouterr().out
     plan = embeddings.about(out)["plan"]
@@ -321,7 +321,7 @@ def test_a_damaged_file_is_named(suffix, content, root, model, tmp_path):
     (tmp_path / f"x{suffix}").write_bytes(content)
     message = rf"x\{suffix} is damaged or another program's .*; delete it, or name another file"
     with pytest.raises(UserError, match=message):
-        embed.embed(model, {"image": items.open_images(str(root / "pictures"))}, str(tmp_path / f"x{suffix}"))
+        embed.embed(model, {"image": inputs.open_images(str(root / "pictures"))}, str(tmp_path / f"x{suffix}"))
     with pytest.raises(UserError, match=message):
         embeddings.read(tmp_path / f"x{suffix}")
 
@@ -335,10 +335,10 @@ def test_a_folder_of_tars_whose_name_is_a_pattern(name, root, tmp_path):
     below = tmp_path / name / "b"
     below.mkdir()
     shutil.copy(root / "1.tar", below)
-    assert len(items.open_images(f"{tmp_path}/{name}")) == 21
+    assert len(inputs.open_images(f"{tmp_path}/{name}")) == 21
     shutil.rmtree(below)
     images, pairs = (
-        items.open_images(f"{tmp_path}/{name}"),
+        inputs.open_images(f"{tmp_path}/{name}"),
         sources.open_pairs(sources.spec_from_path(f"{tmp_path}/{name}")),
     )
     assert images.name(0).startswith(f"{tmp_path}/{name}/0.tar#") and pairs[0]["id"] == images.name(0)
@@ -400,16 +400,16 @@ def test_folders_that_are_linked_or_have_tars_in_them(tmp_path):
     pictures, tars = tiny.folder(tmp_path / "elsewhere", 2), tmp_path / "tars"
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "linked").symlink_to(pictures)
-    assert len(items.open_images(str(tmp_path / "images"))) == 2
+    assert len(inputs.open_images(str(tmp_path / "images"))) == 2
     for i, folder in enumerate((tars / "a", tars / "b" / "c")):
         folder.mkdir(parents=True)
         bad_tars.pairs(folder / f"{i}.tar", 3 * i, 3)
-    assert len(items.open_images(str(tars))) == 6
+    assert len(inputs.open_images(str(tars))) == 6
     shutil.copy(tars / "a" / "0.tar", tars)
-    assert len(items.open_images(str(tars))) == 9
+    assert len(inputs.open_images(str(tars))) == 9
     shutil.copy(pictures / "000.png", tars / "preview.png")
     with pytest.raises(UserError, match=r"names 3 tars among 4 files; embed them separately"):
-        items.open_images(str(tars))
+        inputs.open_images(str(tars))
 
 
 def test_hidden_folders_and_files_are_left_out(tmp_path):
@@ -417,7 +417,7 @@ def test_hidden_folders_and_files_are_left_out(tmp_path):
     for place in ("a.png", ".b.png", ".thumbnails/large/c.png", "sub/.cache/d.png", "sub/e.png"):
         (pictures / place).parent.mkdir(parents=True, exist_ok=True)
         (pictures / place).write_bytes(b"x")
-    source = items.open_images(str(pictures))
+    source = inputs.open_images(str(pictures))
     assert [source.name(i) for i in range(len(source))] == [str(pictures / name) for name in ("a.png", "sub/e.png")]
 
 
@@ -439,4 +439,4 @@ def test_images_in_a_table(root, tmp_path):
     embed.main([*flags, f"{tmp_path}/shop.parquet?image=photo"])
     assert embeddings.read(out)["text"] == ["", ""]
     with pytest.raises(UserError, match="no column 'image'"):
-        items.open_images(table)
+        inputs.open_images(table)

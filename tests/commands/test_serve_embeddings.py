@@ -12,7 +12,7 @@ from PIL import Image
 
 from tests.helpers import bad_tars
 from xclip_jax.commands import serve as command
-from xclip_jax.commands.items import open_images
+from xclip_jax.commands.inputs import open_images
 from xclip_jax.commands.serve import Embedded, Index
 from xclip_jax.core.errors import UserError
 from xclip_jax.data.images import decode

@@ -13,7 +13,7 @@ import xclip_jax
 from tests.helpers import bad_tars, tiny
 from tests.helpers.foreign import make_hf, our_model
 from xclip_jax import interop
-from xclip_jax.commands import embed, items
+from xclip_jax.commands import embed, inputs
 from xclip_jax.commands.export import export
 from xclip_jax.config import recipes
 from xclip_jax.config.schema import resolve
@@ -106,7 +106,7 @@ def test_a_transparent_file_has_the_same_features_everywhere(background, cache, 
     features = model.encode_image(paths)
     np.testing.assert_array_equal(model.encode_image([path.read_bytes() for path in paths]), features)
     np.testing.assert_array_equal(model.encode_image([Image.open(path) for path in paths]), features)
-    source = items.open_images(str(pairs))
+    source = inputs.open_images(str(pairs))
     embed.embed(model, {"image": source}, str(tmp_path / "x.npz"))
     np.testing.assert_allclose(read_embeddings(tmp_path / "x.npz")["embedding"], features, atol=1e-6)
     # A training crop of the whole image, bicubic, is what evaluation sees.
@@ -143,7 +143,7 @@ def test_a_photograph_is_upright_everywhere_or_nowhere(rotation, cache, tmp_path
     model = xclip_jax.load(run)
     for image in (path, path.read_bytes(), Image.open(path)):
         assert np.abs(model.prepare(image) - expected).max() <= 2
-    embed.embed(model, {"image": items.open_images(str(tmp_path / "pairs"))}, str(tmp_path / "x.npz"))
+    embed.embed(model, {"image": inputs.open_images(str(tmp_path / "pairs"))}, str(tmp_path / "x.npz"))
     found = read_embeddings(tmp_path / "x.npz")["embedding"]
     np.testing.assert_allclose(found, model.encode_image([path]), atol=1e-6)
     config = tiny.config("clip", data__exif_rotation=rotation, data__cache=cache, data__crop_scale=(1.0, 1.0),

@@ -32,7 +32,7 @@ from absl import logging
 from etils import epath
 
 from xclip_jax import model as inference
-from xclip_jax.commands.items import IMAGES, REFUSED, Items, Lines, open_images
+from xclip_jax.commands.inputs import IMAGES, REFUSED, Inputs, Lines, open_images
 from xclip_jax.core import environment, storage
 from xclip_jax.core.console import format_duration, log0
 from xclip_jax.core.errors import BadSample, Parser, UserError, check_count, check_writable, exit_with_message, public
@@ -90,7 +90,7 @@ def embed_images(
             yield Part(np.concatenate(rows), [text for text, _ in made], bad)
 
 
-def embed_texts(model: inference.Model, source: Items, first: int, size: int) -> Iterator[Part]:
+def embed_texts(model: inference.Model, source: Inputs, first: int, size: int) -> Iterator[Part]:
     """Yield the embedded texts of a source in parts, from the number `first` on; a bad one has zeros."""
     for start in range(first, len(source), size):
         texts, bad = [], {}
@@ -107,7 +107,7 @@ def embed_texts(model: inference.Model, source: Items, first: int, size: int) ->
         yield Part(rows, texts, bad)
 
 
-def embed(model: inference.Model, sources: Mapping[str, Items], out: str, *, threads: int = 0) -> dict[str, Any]:
+def embed(model: inference.Model, sources: Mapping[str, Inputs], out: str, *, threads: int = 0) -> dict[str, Any]:
     """Embed all items into one file, or the remaining parts after an interruption; return the file's metadata.
 
     Args:
@@ -144,7 +144,9 @@ def embed(model: inference.Model, sources: Mapping[str, Items], out: str, *, thr
         return _join(files, path, model.card | {"plan": plan})
 
 
-def _embed(model: inference.Model, modality: str, source: Items, out: pathlib.Path, threads: int) -> list[pathlib.Path]:
+def _embed(
+    model: inference.Model, modality: str, source: Inputs, out: pathlib.Path, threads: int
+) -> list[pathlib.Path]:
     """Write the parts of a source that are missing; return the files of all."""
     folder, starts = pathlib.Path(f"{out}.parts"), range(0, len(source), PART)
     files = [folder / f"{modality}-{start:09d}{out.suffix}" for start in starts]
@@ -250,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError(f"--out {options.out!r} is in a bucket; name a local file, and copy it there afterwards.")
         embeddings.format_of(pathlib.Path(options.out))
         check_writable(f"--out {options.out!r}", pathlib.Path(options.out).parent)
-        sources: dict[str, Items] = {}
+        sources: dict[str, Inputs] = {}
         if options.images:
             sources["image"] = open_images(options.images)
         if options.texts:

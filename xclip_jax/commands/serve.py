@@ -34,7 +34,7 @@ from PIL import Image
 
 from xclip_jax import model as inference
 from xclip_jax.commands.embed import Progress, embed_images
-from xclip_jax.commands.items import IMAGES, Images, Rows, Tars, open_images
+from xclip_jax.commands.inputs import IMAGES, Images, Rows, Tars, open_images
 from xclip_jax.core import storage
 from xclip_jax.core.console import log0
 from xclip_jax.core.errors import BadSample, Parser, UserError, check_count, exit_with_message

@@ -205,4 +205,4 @@ def _stamp(path: str) -> str:
         return ""
 
 
-Items = Images | Tars | Rows | Lines  # `read` returns content and text of an item, or raises `BadSample`
+Inputs = Images | Tars | Rows | Lines  # `read` returns content and text of an item, or raises `BadSample`
