@@ -1,23 +1,23 @@
 """Training speed on a GPU or TPU, in one command and under ten minutes: a table ready to paste.
 
-    python -m benchmarks.accelerator                   # ViT-B/16, CLIP and xCLIP, and open_clip where torch has CUDA
+    python -m benchmarks.accelerator                   # ViT-B/16, CLIP and xCLIP, and open_clip if torch has CUDA
     python -m benchmarks.accelerator --trace traces
-    JAX_PLATFORMS=cpu python -m benchmarks.accelerator --small      # what the tests run; its figures mean nothing
+    JAX_PLATFORMS=cpu python -m benchmarks.accelerator --small      # for tests; its figures mean nothing
 
-Each row is a process of its own, and so is each attempt at it: one that ran out of memory would leave its peak and what
-it compiled to the next. Ours, with the rematerialisation of the recipes (remat=dots), compiles the step of two small
-batches, takes the largest multiple of 128 pairs a device whose memory fits by what the compiler says of these (less, if
-the device disagrees), and takes --steps steps, whose median counts. Images are random uint8, texts as long as those of
-CC12M (`benchmarks.captions`) and whole unless --groups. MFU is the model's FLOPs (`xclip_jax.train.cost`, three
-forward passes, of what is cut from texts none) over the devices' dense bf16 peak. open_clip runs on one GPU, without
-rematerialisation, with torch.compile, bf16 autocast and fused AdamW, at the pairs of one of our devices or the largest
-half, quarter ... of these that fits; its texts are always whole.
+Each attempt at a row is a separate process, so that memory and compiled programs of one do not count for the next. Ours
+uses the recipes' rematerialisation (remat=dots). It compiles the step for two small batches, derives from their memory
+the largest multiple of 128 pairs per device that fits (or less, if the device disagrees), and prints the median of
+--steps steps. Images are random uint8, texts as long as those of CC12M (`benchmarks.step`) and whole without --groups.
+MFU is the model's FLOPs (`xclip_jax.train.cost`, three forward passes, nothing for cut tokens) over the devices' dense
+bf16 peak. open_clip runs on one GPU, without rematerialisation, with torch.compile, bf16 autocast, fused AdamW and
+whole texts, with as many pairs as one of our devices, or the largest half, quarter ... of these that fits.
 """
 
 import argparse
 import contextlib
 import json
 import pathlib
+import re
 import statistics
 import subprocess
 import sys
@@ -27,35 +27,35 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import captions
+from benchmarks import step as cpu
 
 PRESET, CLUSTERS = "B/16", 32768
 MULTIPLE = 128  # pairs of a device
-LARGEST = 3 * MULTIPLE  # pairs of a device, of the steps that are compiled for their memory alone
-FREE = 0.92  # share of a device's memory that a step may take
+LARGEST = 3 * MULTIPLE  # pairs of a device in the larger of the two steps that are compiled for their memory alone
+FREE = 0.92  # fraction of a device's memory that a step may take
 WARM_UP = 3
 
 
 def config_of(objective: str, batch: int, small: bool, groups: bool) -> Any:
-    """The recipe's config with a batch of `batch` pairs; with `small` of towers that a CPU computes in a moment."""
+    """The recipe's config with a batch of `batch` pairs; if `small`, with towers that a CPU computes in a moment."""
     import jax
 
     from xclip_jax.config import recipes
+    from xclip_jax.config.schema import resolve
 
     config = recipes.base(objective, "Ti/12" if small else PRESET)
+    config.update(run="runs/none", steps=1000)
+    config.optim.warmup = 0
+    config.data.batch = batch
     config.model.img.remat = config.model.txt.remat = "dots"
-    config.run, config.steps, config.data.batch, config.optim.warmup = "runs/none", 1000, batch, 0
+    config.model.cluster_head.update(clusters=CLUSTERS)
     if small:
         config.model.img.update(image_size=24, depth=1, scan=False)
         config.model.txt.update(depth=1, scan=False)
         config.model.cluster_head.update(clusters=64, hidden=32)
-    else:
-        config.model.cluster_head.update(clusters=CLUSTERS)
     if groups:
-        from xclip_jax.config.schema import resolve
-
         devices = jax.device_count()
-        config.data.length_groups = str(captions.groups_for(batch // devices, devices, resolve(config).model.txt))
+        config.data.length_groups = cpu.groups_for(batch // devices, devices, resolve(config).model.txt)
     return config
 
 
@@ -65,7 +65,7 @@ def rounded(pairs: float) -> int:
 
 
 def fitting_batch(objective: str, small: bool, groups: bool) -> int:
-    """The largest batch of one device's share times the devices, by the memory of the steps of two small ones."""
+    """The largest batch that fits the devices, extrapolated from the memory of the steps of two small batches."""
     import jax
 
     from xclip_jax.train import cost
@@ -79,32 +79,37 @@ def fitting_batch(objective: str, small: bool, groups: bool) -> int:
     size = LARGEST
     while size and len(peaks) < 2:
         experiment = build(config_of(objective, size * len(devices), small, groups))
-        compiled, trouble = cost.compile_if_fits(experiment)  # compilers of TPUs refuse what does not fit
+        compiled, trouble = cost.compile_if_fits(experiment)  # compilers of TPUs refuse a step that does not fit
         if compiled is not None:
             peaks[size] = cost.memory_usage(experiment, compiled)["peak"]
         size //= 2
     if len(peaks) < 2:
-        raise SystemExit(f"not even two pairs a device fit: {trouble}")
-    large, small_one = peaks
-    slope = (peaks[large] - peaks[small_one]) / (large - small_one)
+        raise SystemExit(f"not even two pairs per device fit: {trouble}")
+    large, less = peaks
+    slope = (peaks[large] - peaks[less]) / (large - less)
     return rounded(large + (FREE * limit - peaks[large]) / slope) * len(devices)
 
 
-def ours(flags: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of a step, in --batch or the batch that should fit; {"retry": smaller batch} where it does not."""
-    import jax
+def attempt(flags: argparse.Namespace) -> dict[str, Any]:
+    """Measure with --batch or the batch that should fit; {"retry": smaller batch} if it does not."""
+    if flags.child == "open_clip":
+        run, batch, devices, fewer = open_clip, flags.batch, MULTIPLE, flags.batch // 2
+    else:
+        import jax
 
-    batch = flags.batch or fitting_batch(flags.child, flags.small, flags.groups)
-    devices = jax.device_count()
+        run, devices = ours, jax.device_count()
+        batch = flags.batch or fitting_batch(flags.child, flags.small, flags.groups)
+        fewer = rounded(0.9 * batch / devices) * devices
     try:
-        return _ours(flags, batch)
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error) or batch <= devices:
+        return run(flags, batch)
+    except RuntimeError as error:
+        if not re.search("RESOURCE_EXHAUSTED|out of memory", str(error)) or batch <= devices:
             raise
-        return {"retry": rounded(0.9 * batch / devices) * devices}
+        return {"retry": fewer}
 
 
-def _ours(flags: argparse.Namespace, batch: int) -> dict[str, Any]:
+def ours(flags: argparse.Namespace, batch: int) -> dict[str, Any]:
+    """The row of an objective."""
     import jax
 
     from xclip_jax.data import loader
@@ -113,66 +118,50 @@ def _ours(flags: argparse.Namespace, batch: int) -> dict[str, Any]:
 
     experiment = build.build(config_of(flags.child, batch, flags.small, flags.groups))
     current = state.create(experiment.init, experiment.abstract)
-    rng, size, context = np.random.default_rng(0), experiment.image_size, experiment.context_length
-    ends = np.minimum(captions.lengths(batch), context)
+    size, context = experiment.image_size, experiment.context_length
+    ends = np.minimum(cpu.caption_lengths(batch), context)
     data = {
-        "image": rng.integers(0, 256, (batch, size, size, 3), np.uint8),
-        "text": captions.tokens(ends, context, experiment.tokenizer.vocab_size),
+        "image": np.random.default_rng(0).integers(0, 256, (batch, size, size, 3), np.uint8),
+        "text": cpu.random_tokens(ends, context, experiment.tokenizer.vocab_size),
     }
     assert experiment.tokenizer.eot_id == experiment.tokenizer.vocab_size - 1
     batch_on_devices = loader.to_global(data, experiment.mesh)
-    began, metrics = time.perf_counter(), {}
+    metrics: dict[str, Any] = {}
 
     def step() -> None:
         nonlocal current, metrics
         current, metrics = experiment.compiled(current, batch_on_devices)
         float(metrics["loss"])
 
-    step()
-    first = time.perf_counter() - began
-    seconds = measured(step, flags.steps)
+    times = measured(step, flags.steps)
     if flags.trace:
         with jax.profiler.trace(flags.trace):
             for _ in range(3):
                 step()
-    device = jax.devices()[0]
-    used = (device.memory_stats() or {}).get("peak_bytes_in_use", 0)
-    peak = cost.PEAK_FLOPS.get(device.device_kind, 0) * jax.device_count()
-    cut = bool(metrics.get("text/cut", 0))
+    device, devices = jax.devices()[0], jax.device_count()
     whole = cost.step_flops(experiment.config, WHOLE)
-    counted = cost.step_flops(experiment.config, rows=experiment.text_rows[0]) if cut else whole
-    return {
-        "program": "xclip_jax", "objective": flags.child, "batch": batch, "seconds": seconds, "first": first,
-        "flops": counted, "whole": whole, "cut": cut, "peak": peak,
-        "memory": used, "device_count": jax.device_count(), "devices": f"{jax.device_count()} {device.device_kind}",
-        "loss": float(metrics["loss"]),
+    cut = bool(metrics.get("text/cut", 0))
+    return times | {
+        "program": "xclip_jax", "objective": flags.child, "batch": batch, "whole": whole, "cut": cut,
+        "flops": cost.step_flops(experiment.config, rows=experiment.text_rows[0]) if cut else whole,
+        "peak": cost.PEAK_FLOPS.get(device.device_kind, 0) * devices, "loss": float(metrics["loss"]),
+        "memory": (device.memory_stats() or {}).get("peak_bytes_in_use", 0),
+        "device_count": devices, "devices": f"{devices} {device.device_kind}",
     }  # fmt: skip
 
 
-def measured(step: Callable[[], None], steps: int) -> float:
-    """Median seconds of `steps` steps, after a warm-up."""
+def measured(step: Callable[[], None], steps: int) -> dict[str, float]:
+    """Seconds of the first step, and median seconds of `steps` steps after a warm-up."""
     seconds = []
-    for i in range(WARM_UP + steps):
+    for _ in range(1 + WARM_UP + steps):
         began = time.perf_counter()
         step()
-        if i >= WARM_UP:
-            seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds)
+        seconds.append(time.perf_counter() - began)
+    return {"first": seconds[0], "seconds": statistics.median(seconds[1 + WARM_UP :])}
 
 
-def open_clip(flags: argparse.Namespace) -> dict[str, Any]:
-    """The same of open_clip's ViT-B-16 on one GPU, in --batch."""
-    import torch
-
-    try:
-        return _open_clip(flags, flags.batch)
-    except torch.OutOfMemoryError:
-        if flags.batch <= MULTIPLE:
-            raise
-        return {"retry": flags.batch // 2}
-
-
-def _open_clip(flags: argparse.Namespace, batch: int) -> dict[str, Any]:
+def open_clip(flags: argparse.Namespace, batch: int) -> dict[str, Any]:
+    """The row of open_clip's ViT-B-16 on one GPU."""
     import open_clip as peer
     import torch
 
@@ -182,11 +171,11 @@ def _open_clip(flags: argparse.Namespace, batch: int) -> dict[str, Any]:
     compiled = torch.compile(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, betas=(0.9, 0.98), weight_decay=0.2, fused=True)
     loss_of = peer.ClipLoss()
-    rng = np.random.default_rng(0)
-    images = torch.from_numpy(rng.integers(0, 256, (batch, 3, 224, 224), np.uint8)).cuda()
-    rows = captions.tokens(captions.lengths(batch), captions.CONTEXT, 49408)
+    images = np.random.default_rng(0).integers(0, 256, (batch, 3, 224, 224), np.uint8)
+    images = torch.from_numpy(images).cuda()
+    rows = cpu.random_tokens(cpu.caption_lengths(batch), cpu.CONTEXT["natural"], cpu.VOCAB)
     texts = torch.from_numpy(rows.astype(np.int64)).cuda()
-    began, value = time.perf_counter(), 0.0
+    value = 0.0
 
     def step() -> None:
         nonlocal value
@@ -197,23 +186,20 @@ def _open_clip(flags: argparse.Namespace, batch: int) -> dict[str, Any]:
         optimizer.step()
         value = loss.item()
 
-    step()
-    first = time.perf_counter() - began
-    return {
-        "program": "open_clip", "objective": "clip", "batch": batch, "seconds": measured(step, flags.steps),
-        "first": first, "memory": torch.cuda.max_memory_allocated(), "loss": value,
-        "devices": f"1 {torch.cuda.get_device_name()}",
+    return measured(step, flags.steps) | {
+        "program": "open_clip", "objective": "clip", "batch": batch, "loss": value, "cut": False,
+        "memory": torch.cuda.max_memory_allocated(), "devices": f"1 {torch.cuda.get_device_name()}",
     }  # fmt: skip
 
 
 def torch_has_cuda() -> bool:
-    """Whether open_clip can run here, asked in a process of its own: torch would keep memory of the GPU."""
+    """Whether open_clip can run here; a separate process finds out, since torch would keep memory of the GPU."""
     code = "import open_clip, torch; raise SystemExit(not torch.cuda.is_available())"
     return subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
 
 
 def measure(child: str, flags: argparse.Namespace, batch: int = 0) -> dict[str, Any] | None:
-    """What a process of its own measured, of the first batch that fits, or None where it failed."""
+    """The row from the first batch that fits, or None if the process failed."""
     command = [sys.executable, "-m", "benchmarks.accelerator", "--child", child, "--steps", str(flags.steps)]
     command += ["--small"] * flags.small + ["--groups"] * flags.groups
     command += ["--trace", str(pathlib.Path(flags.trace) / child)] if flags.trace else []
@@ -247,8 +233,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def of_one_device(ours: dict[str, Any], peer: dict[str, Any]) -> dict[str, Any]:
     """open_clip's row, with the FLOPs of our pairs with whole texts, and the peak of one of our devices."""
-    work, peak = ours["whole"] / ours["batch"] * peer["batch"], ours["peak"] / ours["device_count"]
-    return peer | {"flops": work, "peak": peak, "cut": False}
+    flops = ours["whole"] / ours["batch"] * peer["batch"]
+    return peer | {"flops": flops, "peak": ours["peak"] / ours["device_count"]}
 
 
 def texts(row: dict[str, Any]) -> str:
@@ -270,22 +256,22 @@ def main() -> None:
     parser.add_argument("--child", default="", help=argparse.SUPPRESS)
     flags = parser.parse_args()
     if flags.child:
-        with contextlib.redirect_stdout(sys.stderr):  # libraries' own lines
-            result = open_clip(flags) if flags.child == "open_clip" else ours(flags)
+        with contextlib.redirect_stdout(sys.stderr):  # output of libraries
+            result = attempt(flags)
         print(json.dumps(result))
         return
     rows = [row for objective in flags.objectives.split(",") if (row := measure(objective, flags))]
     clip = next((row for row in rows if row["objective"] == "clip"), None)
-    share = clip and clip["batch"] // clip["device_count"]
-    if clip and not flags.small and torch_has_cuda() and (peer := measure("open_clip", flags, share)):
-        rows.append(of_one_device(clip, peer))
+    if clip and not flags.small and torch_has_cuda():
+        peer = measure("open_clip", flags, clip["batch"] // clip["device_count"])
+        rows += [of_one_device(clip, peer)] if peer else []
     if not rows:
         raise SystemExit(1)
     from xclip_jax.core import environment
 
     facts = environment.capture()
-    versions = ", ".join(f"{name} {facts['versions'][name]}" for name in ("jax", "flax") if name in facts["versions"])
-    print(f"ViT-{PRESET if not flags.small else 'tiny'}, bf16, commit {facts['commit']}, {versions}\n")
+    versions = ", ".join(f"{name} {facts['versions'][name]}" for name in ("jax", "flax"))
+    print(f"ViT-{'tiny' if flags.small else PRESET}, bf16, commit {facts['commit']}, {versions}\n")
     print(table(rows))
     if flags.groups:
         print("\n" + "\n".join(f"{row['program']}, {row['objective']}: {texts(row)}." for row in rows))

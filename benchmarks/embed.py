@@ -1,13 +1,13 @@
-"""Images a second from JPEG files to embeddings: xclip_jax.commands.embed and open_clip with the same weights.
+"""Images per second from JPEG files to embeddings: xclip_jax.commands.embed and open_clip with the same weights.
 
     pip install '.[bench]' && JAX_PLATFORMS=cpu python -m benchmarks.embed
 
-Writes 5,000 JPEGs of about 500 x 375, then lets each side embed all of them in turn, --repeats times, each time in a
-process of its own, with random weights of a ViT-S/32 (12 layers of width 384, 224 pixels): both in float32, with equal
-batch, workers and threads. Ours is the command's own work, from the list of paths to the parquet file; open_clip's is
-its preprocessing in a DataLoader, `encode_image`, and a .npy file. Prints medians, their ratio, and how near the
-embeddings are. Importing, making the model and the first batches, in which XLA compiles, count for neither; what they
-took is printed beside, and so are the seconds of all cores together, which other work on the machine disturbs less.
+Writes 5,000 JPEGs of about 500 x 375, then each side embeds all of them in turn, --repeats times, in a new process each
+time, with random weights of a ViT-S/32 (12 layers of width 384, 224 pixels) in float32, with equal batch, workers and
+threads. Ours is the work of the command, from the list of paths to the parquet file; open_clip's is its preprocessing
+in a DataLoader, `encode_image`, and a .npy file. Prints medians, their ratio, and the smallest cosine between both
+sides' embeddings. Imports, making the model and the first batches, in which XLA compiles, do not count; their time is
+printed too, and so are the seconds of all cores together, which other work on the machine disturbs less.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 
 import numpy as np
 
@@ -26,38 +27,33 @@ KINDS = 200  # different pictures; they repeat, so that making them takes no tim
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1}  # not used
 
 
-def paths(folder: pathlib.Path, n: int) -> list[str]:
-    """Where `n` JPEGs go, in folders of 1,000: of these alone, as a kept folder may have those of a larger run."""
-    return [str(folder / "images" / f"{i // 1000:03d}" / f"{i:06d}.jpg") for i in range(n)]
-
-
 def write(folder: pathlib.Path, n: int) -> None:
-    """The JPEGs of `paths`."""
+    """Write `n` JPEGs in folders of 1,000."""
     from benchmarks.loader import picture
 
     rng = np.random.default_rng(0)
     images = [picture(rng) for _ in range(min(KINDS, n))]
-    for i, path in enumerate(map(pathlib.Path, paths(folder, n))):
+    for i in range(n):
+        path = folder / "images" / f"{i // 1000:03d}" / f"{i:06d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(images[i % len(images)])
 
 
+def paths(folder: pathlib.Path) -> list[str]:
+    """Paths of all JPEGs, in order."""
+    return sorted(map(str, (folder / "images").rglob("*.jpg")))
+
+
 def embeddings(folder: pathlib.Path) -> np.ndarray:
-    """Those that our side wrote last: a kept folder has those of earlier runs too."""
+    """Our embeddings."""
     import pyarrow.parquet
 
-    newest = max(folder.glob("ours-*.parquet"))  # their names are times
-    rows = pyarrow.parquet.read_table(newest)["embedding"].combine_chunks()
+    rows = pyarrow.parquet.read_table(folder / "ours.parquet")["embedding"].combine_chunks()
     return rows.flatten().to_numpy().reshape(len(rows), -1)
 
 
-def cpu_seconds() -> float:
-    """Of all threads of this process, and of workers that have ended."""
-    return sum(os.times()[:4])
-
-
 def peer(options: argparse.Namespace):
-    """open_clip's model, with weights that depend on the seed alone, and its config."""
+    """open_clip's model, with the same random weights each time, and its config."""
     import open_clip
     import torch
 
@@ -67,15 +63,15 @@ def peer(options: argparse.Namespace):
     return model, {"model_cfg": {"embed_dim": 512, "vision_cfg": vision, "text_cfg": TEXT}}
 
 
-def open_clips(options: argparse.Namespace) -> dict[str, float]:
-    """open_clip's side."""
+def open_clips(options: argparse.Namespace) -> Callable[[], object]:
+    """Return a function that embeds all images with open_clip."""
     import open_clip
     import torch
     from PIL import Image
 
     torch.set_num_threads(os.cpu_count())
-    began = time.perf_counter()
-    (model, _), preprocess = peer(options), open_clip.image_transform(224, is_train=False)
+    model, _ = peer(options)
+    preprocess = open_clip.image_transform(224, is_train=False)
 
     class Files(torch.utils.data.Dataset):
         def __init__(self, files):
@@ -92,34 +88,29 @@ def open_clips(options: argparse.Namespace) -> dict[str, float]:
         with torch.inference_mode():
             return np.concatenate([model.encode_image(x, normalize=True).numpy() for x in loader])
 
-    files = paths(options.folder, options.images)
+    files = paths(options.folder)
     embed(files[: options.batch])
-    ready, cpu = time.perf_counter(), cpu_seconds()
-    np.save(options.folder / "open_clip.npy", embed(files))
-    return {"seconds": time.perf_counter() - ready, "cpu": cpu_seconds() - cpu, "before": ready - began}
+    return lambda: np.save(options.folder / "open_clip.npy", embed(files))
 
 
-def ours(options: argparse.Namespace) -> dict[str, float]:
-    """This project's side."""
+def ours(options: argparse.Namespace) -> Callable[[], object]:
+    """Return a function that embeds all images with this project's command."""
     import xclip_jax
     from xclip_jax.commands import embed, inputs
 
-    began = time.perf_counter()
     model = xclip_jax.load(options.folder, batch=options.batch)
     for n in (options.batch, 8, 1):
         model.encode_prepared(np.zeros((n, 224, 224, 3), np.uint8))
-    ready, cpu = time.perf_counter(), cpu_seconds()
-    out = options.folder / f"ours-{time.time_ns()}.parquet"
-    images = inputs.Images(paths(options.folder, options.images))
-    embed.embed(model, {"image": images}, str(out), threads=options.workers)
-    return {"seconds": time.perf_counter() - ready, "cpu": cpu_seconds() - cpu, "before": ready - began}
+    out = options.folder / "ours.parquet"
+    out.unlink(missing_ok=True)  # from an earlier turn
+    images = inputs.Images(paths(options.folder))
+    return lambda: embed.embed(model, {"image": images}, str(out), threads=options.workers)
 
 
 def measure(side: str, options: argparse.Namespace) -> dict[str, float]:
-    """One side in a process of its own."""
+    """Measure one side in a new process."""
     command = [sys.executable, "-m", "benchmarks.embed", "--side", side, "--folder", str(options.folder)]
-    for key in ("images", "batch", "workers", "width", "layers"):
-        command += [f"--{key}", str(getattr(options, key))]
+    command += [f"--{key}={getattr(options, key)}" for key in ("batch", "workers", "width", "layers")]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{side} failed: {done.stderr}")
@@ -127,10 +118,10 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, float]:
 
 
 def compare(options: argparse.Namespace) -> None:
+    """Write the images and weights, and measure both sides."""
     import open_clip
     import torch
 
-    import xclip_jax
     from xclip_jax.core import environment
 
     write(options.folder, options.images)
@@ -143,42 +134,43 @@ def compare(options: argparse.Namespace) -> None:
             measured = measure(side, options)
             runs[side].append(options.images / measured["seconds"])
             cpu = 1000 * measured["cpu"] / options.images
-            about = f"{cpu:.1f} ms of cores an image, {measured['before']:.1f} s before the first"
+            about = f"{cpu:.1f} ms of cores per image, {measured['before']:.1f} s before the first"
             print(f"{side}: {runs[side][-1]:.1f} images/s, {about}", flush=True)
     cosines = (embeddings(options.folder) * np.load(options.folder / "open_clip.npy")).sum(axis=1)
-    medians = {side: statistics.median(values) for side, values in runs.items()}
-    versions = f"xclip_jax {xclip_jax.__version__}, open_clip {open_clip.__version__}, torch {torch.__version__}"
-    print(f"\n{versions}, {environment.capture()['versions']}")
+    versions = environment.capture()["versions"]
+    print(f"\nopen_clip {open_clip.__version__}, torch {torch.__version__}, {versions}")
     print(
         f"{os.cpu_count()} cores, {options.images:,} JPEGs, {options.layers} layers of width {options.width}, batch "
         f"{options.batch}, {options.workers} workers, medians of {options.repeats}; cosine of both sides' embeddings "
         f"{cosines.min():.6f} at least\n\n| side | images/s |\n|---|---|"
     )
+    medians = {side: statistics.median(values) for side, values in runs.items()}
     for side, median in medians.items():
         print(f"| {side} | {median:.1f} |")
     print(f"\nxclip_jax / open_clip: {medians['xclip_jax'] / medians['open_clip']:.2f}")
 
 
 def main() -> None:
-    """The command; see the module's docstring."""
+    """Measure one side, or compare both."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--folder", type=pathlib.Path, help="where images and embeddings go and stay; else deleted")
-    parser.add_argument("--images", type=int, default=5000)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--workers", type=int, default=os.cpu_count())
-    parser.add_argument("--width", type=int, default=384)
-    parser.add_argument("--layers", type=int, default=12)
+    for flag, default in {"images": 5000, "batch": 32, "workers": os.cpu_count(), "width": 384, "layers": 12}.items():
+        parser.add_argument(f"--{flag}", type=int, default=default)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--folder", type=pathlib.Path, help=argparse.SUPPRESS)
     parser.add_argument("--side", choices=("xclip_jax", "open_clip"), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.side:
-        print(json.dumps({"xclip_jax": ours, "open_clip": open_clips}[options.side](options)))
-    elif options.folder:
-        compare(options)
-    else:
-        with tempfile.TemporaryDirectory() as temporary:
-            options.folder = pathlib.Path(temporary)
+    if not options.side:
+        with tempfile.TemporaryDirectory() as folder:
+            options.folder = pathlib.Path(folder)
             compare(options)
+        return
+    began = time.perf_counter()
+    work = {"xclip_jax": ours, "open_clip": open_clips}[options.side](options)
+    ready = time.perf_counter()
+    cpu = sum(os.times()[:4])  # of all threads and of ended workers
+    work()
+    seconds = time.perf_counter() - ready
+    print(json.dumps({"seconds": seconds, "cpu": sum(os.times()[:4]) - cpu, "before": ready - began}))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Seconds and memory of evaluating given features: our evaluators beside clip_benchmark's functions.
+"""Seconds and memory of evaluating given features: our evaluators and clip_benchmark's functions.
 
     pip install '.[bench]' && JAX_PLATFORMS=cpu python -m benchmarks.evaluation
 
 Zero-shot classification of 50,000 images by 1,000 classes with 80 templates, and retrieval of 5,000 images and 25,010
-captions (COCO's sizes), all of random features of 512 numbers: nothing is encoded, so that only what comes after the
-encoders is compared. Each program is a process of its own, the two in turn, --turns times; it prints medians, the peak
-of resident memory over that with the features alone, and last "zeroshot ratio R" and "retrieval ratio R", ours over
-clip_benchmark's seconds.
+captions (COCO's sizes), with random features of 512 numbers: nothing is encoded, so only the work after the encoders is
+compared. Each program runs in its own process, the two in turn, --turns times. Prints medians, the peak of resident
+memory minus the memory of the features, and finally "zeroshot ratio R" and "retrieval ratio R", our seconds over
+clip_benchmark's. Fails if the results differ.
 """
 
 import argparse
@@ -25,35 +25,35 @@ from typing import Any
 import numpy as np
 
 WIDTH, IMAGES, CLASSES, TEMPLATES = 512, 50_000, 1000, 80
+PROMPTS = {str(c): [str(c * TEMPLATES + t) for t in range(TEMPLATES)] for c in range(CLASSES)}
 PAIRED, CAPTIONS = 5000, 25_010
 BATCH = 256
-TASKS, PROGRAMS = ("zeroshot", "retrieval"), ("ours", "clip_benchmark")
+PROGRAMS = ("ours", "clip_benchmark")
+
+
+def normalised(x: np.ndarray) -> np.ndarray:
+    """Rows of unit length."""
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
 
 
 def features(n: int, seed: int) -> np.ndarray:
     """fp32 (n, WIDTH), rows of unit length."""
-    x = np.random.default_rng(seed).standard_normal((n, WIDTH), np.float32)
-    return x / np.linalg.norm(x, axis=1, keepdims=True)
+    return normalised(np.random.default_rng(seed).standard_normal((n, WIDTH), np.float32))
 
 
 def data_of(task: str) -> tuple[np.ndarray, np.ndarray, Any]:
-    """Features of images and of texts, and labels (n,), or the captions of each image."""
+    """Features of images and of texts, and labels (n,) or the captions of each image."""
     if task == "zeroshot":
         labels = np.random.default_rng(2).integers(0, CLASSES, IMAGES)
         txt = features(CLASSES * TEMPLATES, 1)
-        img = features(IMAGES, 0) + 0.3 * txt[labels * TEMPLATES]
-        return img / np.linalg.norm(img, axis=1, keepdims=True), txt, labels
-    counts = np.full(PAIRED, CAPTIONS // PAIRED)
-    counts[: CAPTIONS - counts.sum()] += 1
-    texts = iter(range(CAPTIONS))
-    captions = [[str(next(texts)) for _ in range(n)] for n in counts]
+        return normalised(features(IMAGES, 0) + 0.3 * txt[labels * TEMPLATES]), txt, labels
+    captions = [list(map(str, part)) for part in np.array_split(np.arange(CAPTIONS), PAIRED)]
     txt = features(CAPTIONS, 1)
-    img = features(PAIRED, 0) + 0.2 * txt[[int(c[0]) for c in captions]]
-    return img / np.linalg.norm(img, axis=1, keepdims=True), txt, captions
+    return normalised(features(PAIRED, 0) + 0.2 * txt[[int(c[0]) for c in captions]]), txt, captions
 
 
 def ours(task: str) -> Callable[[], dict[str, float]]:
-    """An evaluation by our evaluators, as training runs it, with features in place of towers."""
+    """Return an evaluation by our evaluators, as in training, with features instead of towers."""
     from xclip_jax.evaluators.results import flat
     from xclip_jax.evaluators.retrieval import Retrieval, RetrievalSet
     from xclip_jax.evaluators.zeroshot import ZeroShot, ZeroShotSet
@@ -73,8 +73,7 @@ def ours(task: str) -> Callable[[], dict[str, float]]:
     encoder: Any = Encoder()
     images = [np.zeros((1, 1, 3), np.uint8)] * len(img)
     if task == "zeroshot":
-        prompts = [[str(c * TEMPLATES + t) for t in range(TEMPLATES)] for c in range(CLASSES)]
-        evaluator = ZeroShot(encoder, ZeroShotSet("set", images, labels, prompts))
+        evaluator = ZeroShot(encoder, ZeroShotSet("set", images, labels, list(PROMPTS.values())))
         names = {"zeroshot/set/top1": "top1", "zeroshot/set/top5": "top5"}
     else:
         evaluator = Retrieval(encoder, RetrievalSet("set", images, labels))
@@ -88,11 +87,11 @@ def ours(task: str) -> Callable[[], dict[str, float]]:
 
 
 def clip_benchmark(task: str) -> Callable[[], dict[str, float]]:
-    """The same by clip_benchmark's functions, with a model that returns the features."""
+    """Return the same evaluation by clip_benchmark's functions, with a model that returns the features."""
     import torch
     from clip_benchmark.metrics import zeroshot_classification, zeroshot_retrieval
 
-    # Its accuracy converts an array of one number, which NumPy 2.4 no longer does.
+    # Its accuracy converts an array of one number, which NumPy 2.4 refuses.
     zeroshot_classification.float = lambda x: float(np.asarray(x).item())  # ty: ignore[missing-attribute]
     img, txt, labels = data_of(task)
     images, texts = torch.from_numpy(img), torch.from_numpy(txt)
@@ -112,15 +111,14 @@ def clip_benchmark(task: str) -> Callable[[], dict[str, float]]:
             yield images[start : start + BATCH], targets[start : start + BATCH]
 
     def zeroshot() -> dict[str, float]:
-        names, templates = [str(c) for c in range(CLASSES)], {}
-        for c in range(CLASSES):
-            templates[str(c)] = [str(c * TEMPLATES + t) for t in range(TEMPLATES)]
         arguments = ("cpu", False)
-        classifier = zeroshot_classification.zero_shot_classifier(Model(), tokenizer, names, templates, *arguments)
+        classifier = zeroshot_classification.zero_shot_classifier(
+            Model(), tokenizer, list(PROMPTS), PROMPTS, *arguments
+        )
         loader = list(batches(torch.from_numpy(labels)))
         logits, target = zeroshot_classification.run_classification(Model(), classifier, loader, *arguments)
         top1, top5 = zeroshot_classification.accuracy(logits, target, topk=(1, 5))
-        # As its `evaluate`, which reports the mean over classes too.
+        # Its `evaluate` reports the mean over classes too.
         zeroshot_classification.balanced_accuracy_score(target, logits.argmax(axis=1))
         return {"top1": 100 * top1, "top5": 100 * top5}
 
@@ -136,17 +134,12 @@ def clip_benchmark(task: str) -> Callable[[], dict[str, float]]:
     return zeroshot if task == "zeroshot" else retrieval
 
 
-def resident() -> int:
-    """Return the bytes that this process holds now: its peak so far counts what making the features took."""
-    pages = pathlib.Path("/proc/self/statm").read_text().split()[1]
-    return int(pages) * resource.getpagesize()
-
-
 def child(program: str, task: str) -> None:
     """Print seconds, bytes and values of one evaluation."""
     run = {"ours": ours, "clip_benchmark": clip_benchmark}[program](task)
     unit = 1 if sys.platform == "darwin" else 1024
-    before = resident()
+    # The resident bytes now, since the peak so far includes the making of the features.
+    before = int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     began = time.perf_counter()
     with contextlib.redirect_stderr(open(os.devnull, "w")):  # progress bars
         values = run()
@@ -156,7 +149,7 @@ def child(program: str, task: str) -> None:
 
 
 def main() -> None:
-    """Print medians, and fail where the two disagree."""
+    """Print medians, and fail if the two disagree."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
@@ -166,13 +159,12 @@ def main() -> None:
         return
     root = pathlib.Path(__file__).resolve().parents[1]
     ratios = []
-    for task in TASKS:
+    for task in ("zeroshot", "retrieval"):
         measured: dict[str, list[dict[str, Any]]] = {program: [] for program in PROGRAMS}
-        for _ in range(flags.turns):
-            for program in PROGRAMS:
-                command = [sys.executable, "-m", "benchmarks.evaluation", "--child", program, task]
-                done = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, text=True, check=True)
-                measured[program].append(json.loads(done.stdout.splitlines()[-1]))
+        for program in PROGRAMS * flags.turns:
+            command = [sys.executable, "-m", "benchmarks.evaluation", "--child", program, task]
+            done = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, text=True, check=True)
+            measured[program].append(json.loads(done.stdout.splitlines()[-1]))
         medians = {p: statistics.median(x["seconds"] for x in runs) for p, runs in measured.items()}
         for program, runs in measured.items():
             gigabytes = max(x["bytes"] for x in runs) / 2**30

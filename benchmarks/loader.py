@@ -1,24 +1,23 @@
-"""Images a second from tars: a bare decoding loop, this loader and open_clip's, with one worker and with two.
+"""Images per second from tars: a bare decoding loop, this loader and open_clip's, with one worker and with two.
 
     pip install '.[bench]' && JAX_PLATFORMS=cpu python -m benchmarks.loader
 
-takes six minutes on an idle machine, with --quick one. Writes tars of 10,000 JPEGs of about 500 x 375 (0.4 GB), reads
-them once, then measures all readers in turn, --repeats times, and prints medians. All crop between half and all of an
-image to 224 px, read the same tars in random order and make batches of 64.
+takes six minutes on an idle machine, or one with --quick. Writes tars of 10,000 JPEGs of about 500 x 375 (0.4 GB),
+reads them once, then measures all readers in turn, --repeats times, and prints medians. All crop between half and all
+of an image to 224 px, read the same tars in random order and make batches of 64.
 
-- The bare loop is what nobody can do without: it reads a JPEG from a tar at an offset known before, decodes it with
-  simplejpeg and crops and resizes it with OpenCV, with the options of this loader, in one thread of one process. Run
-  twice at once it tells what a second core is worth on this machine.
-- This loader gives uint8 and tokens in the order of a global shuffle, from worker processes or from threads.
-- open_clip's is `open_clip_train.data.get_wds_dataset` with its own defaults: Pillow, bicubic, normalised floats,
-  tokens. Its rows need torch; without it they are left out.
+- The bare loop is the least that any loader must do: it reads a JPEG from a tar at a known offset, decodes it with
+  simplejpeg, and crops and resizes it with OpenCV, with the options of this loader, in one thread of one process. Two
+  of them at once show the worth of a second core on this machine.
+- This loader returns uint8 and tokens in the order of a global shuffle, from worker processes or from threads.
+- open_clip's is `open_clip_train.data.get_wds_dataset` with its defaults: Pillow, bicubic, normalised floats, tokens.
+  Its rows need torch and are left out without it.
 
 Time and size of an index are measured on --index samples and extrapolated to a million.
 """
 
 import argparse
 import concurrent.futures
-import contextlib
 import functools
 import io
 import itertools
@@ -28,10 +27,10 @@ import os
 import pathlib
 import platform
 import statistics
+import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from importlib import metadata
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import cv2
@@ -40,7 +39,7 @@ import simplejpeg
 from absl import flags
 from PIL import Image
 
-from xclip_jax.core import storage
+from xclip_jax.core import environment, storage
 from xclip_jax.data import loader, tokenizer, transforms
 from xclip_jax.data.readers import tar_index
 from xclip_jax.data.readers.tar import TarSource
@@ -48,19 +47,6 @@ from xclip_jax.data.readers.tar import TarSource
 SIZE = 224
 SCALE = (0.5, 1.0)
 KINDS = 200  # different pictures; they repeat, so that making them takes no time
-PACKAGES = (
-    "grain",
-    "jax",
-    "numpy",
-    "opencv-python-headless",
-    "simplejpeg",
-    "tokenizers",
-    "open_clip_torch",
-    "webdataset",
-    "torch",
-    "torchvision",
-    "pillow",
-)
 
 
 def picture(rng: np.random.Generator) -> bytes:
@@ -75,32 +61,22 @@ def picture(rng: np.random.Generator) -> bytes:
     return out.getvalue()
 
 
-def header(name: str, size: int) -> bytes:
-    """A tar header; tarfile's own take longer than all the rest of the index benchmark."""
-    block = bytearray(512)
-    block[:100] = name.encode().ljust(100, b"\0")
-    block[100:108], block[124:136], block[257:265] = b"0000644\0", b"%011o\0" % size, b"ustar\00000"
-    block[148:156], block[156:157] = b" " * 8, b"0"
-    block[148:156] = b"%06o\0 " % sum(block)
-    return bytes(block)
-
-
 def write(folder: pathlib.Path, images: list[bytes], n: int, shard: int) -> str:
-    """Tars of `shard` samples each, `n` in all. Returns the pattern that names these: a kept folder may have more."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write `n` samples in tars of `shard` each, and return their pattern."""
+    folder.mkdir()
     for first in range(0, n, shard):
-        with (folder / f"{first // shard:05d}.tar").open("wb") as tar:
+        with tarfile.open(folder / f"{first // shard:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
             for i in range(first, min(first + shard, n)):
                 caption = f"a photo of thing number {i}, seen from the side".encode()
-                image = images[i % len(images)]
-                for suffix, data in (("jpg", image), ("json", b'{"width": 500}'), ("txt", caption)):
-                    tar.write(header(f"{i:09d}.{suffix}", len(data)) + data + bytes(-len(data) % 512))
-            tar.write(bytes(1024))
-    return f"{folder}/{{00000..{(n - 1) // shard:05d}}}.tar"
+                for suffix, data in (("jpg", images[i % len(images)]), ("json", b'{"width": 500}'), ("txt", caption)):
+                    entry = tarfile.TarInfo(f"{i:09d}.{suffix}")
+                    entry.size = len(data)
+                    tar.addfile(entry, io.BytesIO(data))
+    return f"{folder}/*.tar"
 
 
 def bare(pattern: str, n: int) -> float:
-    """Images/s of what no loader can do without, on one core: read, decode, resize a random part."""
+    """Images/s of a loop that reads, decodes, and resizes a random part, on one core."""
     source = TarSource(pattern)
     places = [
         (os.open(tar, os.O_RDONLY), int(row["image_size"]), int(row["image"]))
@@ -123,15 +99,14 @@ def bare(pattern: str, n: int) -> float:
 
 
 def bare_twice(pattern: str, n: int) -> float:
-    """Images/s of two bare loops at once: of both, while both run."""
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(2, context) as pool:
+    """Images/s of two bare loops together, while both run."""
+    with concurrent.futures.ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         list(pool.map(bare, [pattern] * 2, [64] * 2))  # both have started
         return sum(pool.map(bare, [pattern] * 2, [n // 2] * 2))
 
 
 def rate(batches: Iterator, batch: int, n: int) -> float:
-    """Images/s of `n` images behind the first batches, which wait for workers to start and fill their buffers."""
+    """Images/s of `n` images after the first batches, which wait for workers to start and fill their buffers."""
     for _ in range(16):
         next(batches)
     began = time.perf_counter()
@@ -151,13 +126,12 @@ def ours(pattern: str, workers: int, threads: int, batch: int, n: int) -> float:
 
 
 def open_clips(pattern: str, workers: int, batch: int, n: int) -> float:
-    """Images/s of `open_clip_train.data`, tensors of normalised floats and tokens, as its training reads them."""
+    """Images/s of `open_clip_train.data`: normalised floats and tokens, read like in its training."""
     import open_clip
     from open_clip_train import data
 
-    paths = storage.expand(pattern)
     args = SimpleNamespace(
-        train_data="::".join(paths),
+        train_data="::".join(storage.expand(pattern)),
         train_num_samples=2 * n + 32 * batch,
         train_data_upsampling_factors=None,
         dataset_resampled=True,
@@ -172,17 +146,8 @@ def open_clips(pattern: str, workers: int, batch: int, n: int) -> float:
     return rate(iter(made.dataloader), batch, n)
 
 
-def index(folder: pathlib.Path, n: int) -> dict[str, float]:
-    """Seconds on one core and bytes of the index of a million samples, from `n` of 2 kB in tars of 10,000."""
-    pattern = write(folder, [bytes(2000)], n, 10_000)
-    paths = storage.expand(pattern)
-    began = time.perf_counter()
-    stored = sum(tar_index.build(path).stat().st_size for path in paths)
-    return {"index_seconds_1M": (time.perf_counter() - began) * 1e6 / n, "index_bytes_1M": stored * 1e6 / n}
-
-
 def readers_of(pattern: str, batch: int, n: int) -> dict[str, Callable[[], float]]:
-    """Name -> function that measures images/s."""
+    """Functions that measure images/s, by name."""
     programs = {"bare loop": lambda: bare(pattern, n), "bare loop, twice": lambda: bare_twice(pattern, n)}
     for workers, threads in ((1, 1), (2, 1), (0, 1), (0, 2)):
         name = f"xclip_jax, workers {workers}" if workers else f"xclip_jax, threads {threads}"
@@ -198,34 +163,9 @@ def readers_of(pattern: str, batch: int, n: int) -> dict[str, Callable[[], float
     return programs
 
 
-def verdicts(result: dict[str, float]) -> Iterator[str]:
-    """The ratios that matter, beside what is asked of them."""
-
-    def ratio(above: str, below: str, target: float) -> str:
-        if above not in result or below not in result:
-            return f"{above} / {below}: not measured"
-        return f"{above} / {below}: {result[above] / result[below]:.2f}, target {target}"
-
-    yield ratio("xclip_jax, workers 1", "bare loop", 0.9)
-    yield ratio("xclip_jax, workers 2", "xclip_jax, workers 1", 1.8)
-    yield ratio("bare loop, twice", "bare loop", 2.0)
-    for workers in (1, 2):
-        yield ratio(f"xclip_jax, workers {workers}", f"open_clip, workers {workers}", 1.5)
-
-
-def versions(names: Sequence[str]) -> str:
-    """Name and version of each package that is installed."""
-    installed = []
-    for name in names:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            installed.append(f"{name} {metadata.version(name)}")
-    return ", ".join(installed)
-
-
 def main() -> None:
-    """The command; see the module's docstring."""
+    """Measure and print; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--folder", default="", help="where tars go and stay; else they are deleted")
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
@@ -236,33 +176,36 @@ def main() -> None:
         options.images, options.repeats, options.index = 2000, 1, 10_000
     flags.FLAGS.mark_as_parsed()  # Grain's workers ask absl, which only app.run sets up
     with tempfile.TemporaryDirectory() as temporary:
-        folder = pathlib.Path(options.folder or temporary)
+        folder = pathlib.Path(temporary)
         rng = np.random.default_rng(0)
         images = [picture(rng) for _ in range(KINDS)]
         pattern = write(folder / "images", images, options.images, 1000)
-        for path in storage.expand(pattern):
-            pathlib.Path(path).read_bytes()  # all readers find the tars in memory
+        for path in (folder / "images").iterdir():
+            path.read_bytes()  # all readers find the tars in memory
         readers = readers_of(pattern, options.batch, options.images)
         runs: dict[str, list[float]] = {name: [] for name in readers}
         for _ in range(options.repeats):
             for name, reader in readers.items():
                 runs[name].append(reader())
                 print(f"{name}: {runs[name][-1]:,.0f} images/s", flush=True)
-        result = {name: statistics.median(values) for name, values in runs.items()}
-        result |= index(folder / "index", options.index)
+        paths = storage.expand(write(folder / "index", [bytes(2000)], options.index, 10_000))
+        began = time.perf_counter()
+        stored = sum(tar_index.build(path).stat().st_size for path in paths)
+        indexed = time.perf_counter() - began
     print(
         f"\n{platform.processor() or platform.machine()}, {os.cpu_count()} cores; {options.images:,} JPEGs of "
-        f"{statistics.mean(map(len, images)):,.0f} bytes, batch {options.batch}, medians of {options.repeats}; Python "
-        f"{platform.python_version()}, {versions(PACKAGES)}\n"
+        f"{statistics.mean(map(len, images)):,.0f} bytes, batch {options.batch}, medians of {options.repeats}; "
+        f"{environment.capture()['versions']}\n\n| reader | images/s | lowest to highest | of the bare loop |"
     )
-    print("| reader | images/s | lowest to highest | of the bare loop |\n|---|---|---|---|")
+    print("|---|---|---|---|")
+    bare_rate = statistics.median(runs["bare loop"])
     for name, values in runs.items():
-        spread = f"{min(values):,.0f} to {max(values):,.0f}"
-        print(f"| {name} | {result[name]:,.0f} | {spread} | {result[name] / result['bare loop']:.2f} |")
-    print("", *verdicts(result), sep="\n")
+        median = statistics.median(values)
+        print(f"| {name} | {median:,.0f} | {min(values):,.0f} to {max(values):,.0f} | {median / bare_rate:.2f} |")
+    million = 1e6 / options.index
     print(
-        f"index of a million samples: {result['index_seconds_1M']:.0f} s on one core, "
-        f"{result['index_bytes_1M'] / 1e6:.0f} MB (from {options.index:,})"
+        f"\nindex of a million samples: {indexed * million:.0f} s on one core, {stored * million / 1e6:.0f} MB "
+        f"(from {options.index:,})"
     )
 
 

@@ -1,27 +1,39 @@
-"""Where the time of a step on a TPU goes, part by part, and how long its memory traffic takes; no TPU is used.
+"""Time and memory traffic of a step on a TPU, by part of the step, without a TPU.
 
     xclip-jax plan --config pretrain:objective=clip --topology v5e:4x8 --hlo step.hlo
-    python -m benchmarks.roofline step.hlo v5e:4x8
+    JAX_PLATFORMS=cpu python -m benchmarks.roofline step.hlo v5e:4x8
 
-Times come from `xclip_jax.parallel.topology`, but for Pallas kernels, which take the length of their schedules here.
-"HBM" is a lower bound: bytes that operations read from and write to the chip's memory, in padded layouts, over its
-bandwidth.
+Times come from `xclip_jax.parallel.topology`, except those of Pallas kernels, whose cycles the TPU compiler does not
+estimate. A subprocess compiles each kernel once more and lets the compiler write its final VLIW schedule; the length of
+one block's schedule times the number of blocks is the time, without pauses between blocks or waits for memory. "HBM" is
+a lower bound: the bytes that operations read from and write to the chip's memory, in padded layouts, over bandwidth.
 """
 
 import argparse
+import base64
 import collections
+import contextlib
+import dataclasses
+import json
 import math
+import os
 import pathlib
 import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
 from typing import Any
 
-from benchmarks.schedule import kernel_of, schedules, source
+import jax
+import jax.numpy as jnp
+
 from xclip_jax.core.errors import exit_with_message
 from xclip_jax.parallel import hlo
 from xclip_jax.parallel.hlo import KINDS, Array, Computation, Execution, Instruction, Program
-from xclip_jax.parallel.topology import CHIPS, FREE, cycles, grid_of, roofline, seconds
+from xclip_jax.parallel.topology import CHIPS, FREE, cycles, devices_of, grid_of, roofline, seconds
 
-# The first pattern that matches an operation's name and source decides its part, in a tower and elsewhere.
+# The first pattern in an operation's name and source decides its part, in a tower and elsewhere.
 _TOWER_PARTS = (
     ("MLP", r"/mlp/"),
     ("q, k, v and output products", r"/attention/(qkv|out)/"),
@@ -37,14 +49,22 @@ _OTHER_PARTS = (
     ("other", ""),
 )
 COLUMNS = ("image", "text", "neither")
+_UPDATE = "dynamic-update-slice"
 _SLICES = ("dynamic-slice", "slice", "gather")
-_VIEWS = ("bitcast", "reshape", "transpose", "copy", "convert")  # in a fusion: nothing is written for them
+_VIEWS = ("bitcast", "reshape", "transpose", "copy", "convert")  # a fusion writes nothing for them
+_MATRIX_SLOTS = 4  # per bundle
+_UTILIZATION = "*ffi_call*final_hlo-static-per-bundle-utilization.txt"
+_TYPES = {"pred": "bool", "bf16": "bfloat16", "f16": "float16", "f32": "float32"} | {
+    "s8": "int8", "u8": "uint8", "s16": "int16", "s32": "int32", "u32": "uint32",
+}  # fmt: skip
 
 
 def parts(text: str, topology: str, devices: int) -> list[dict[str, Any]]:
-    """{"part", "image", "text", "neither", "ms", "hbm_ms"} of each part of a compiled step, the longest first."""
-    chip_name, program = grid_of(topology)[0], hlo.parse(text)
-    chip, executions = CHIPS[chip_name], list(program.executions(cycles))
+    """Return {"part", "image", "text", "neither", "ms", "hbm_ms"} of each part of a compiled step, longest first."""
+    chip_name = grid_of(topology)[0]
+    chip = CHIPS[chip_name]
+    program = hlo.parse(text)
+    executions = list(program.executions(cycles))
     kernels = {}
     for execution in executions:
         for each in (execution, *program.inside(execution)):  # a fusion may run a kernel and a piece of a collective
@@ -53,40 +73,39 @@ def parts(text: str, topology: str, devices: int) -> list[dict[str, Any]]:
     known = schedules(chip_name, kernels.values())
     rows: dict[str, dict[str, float]] = collections.defaultdict(lambda: dict.fromkeys((*COLUMNS, "ms", "hbm_ms"), 0.0))
     for execution in executions:
+        opcode = execution.instruction.opcode
         communicates = bool(hlo.inside(program, execution, devices))
         taken = seconds(program, execution, communicates, chip)
         if schedule := known.get(kernels.get(execution.instruction.name)):
             taken = execution.count * schedule.cycles / chip.clock
-        size = 0.0 if not taken and _moves_nothing(execution.instruction, communicates) else traffic(program, execution)
+        moves = taken or not (communicates or opcode in FREE or opcode.endswith("-done"))
+        size = traffic(program, execution) if moves else 0.0
         part, column = part_of(_named(program, execution))
         for key, value in ((column, taken), ("ms", taken), ("hbm_ms", execution.count * size / chip.bandwidth)):
             rows[part][key] += 1e3 * value
     return sorted(({"part": part} | row for part, row in rows.items() if any(row.values())), key=lambda x: -x["ms"])
 
 
-def _moves_nothing(instruction: Instruction, communicates: bool) -> bool:
-    return communicates or instruction.opcode in FREE or instruction.opcode.endswith("-done")
-
-
 def part_of(instruction: Instruction) -> tuple[str, str]:
-    """Return the part of a train step that an instruction belongs to, and one of `COLUMNS`."""
+    """Return an instruction's part of a train step and its column, one of `COLUMNS`."""
     tower = re.search(r"encode_(image|text)", source(instruction))
     column = tower[1] if tower else "neither"
     if instruction.opcode.startswith("copy") or instruction.opcode.endswith("-start"):
         return "copies", column
-    text, patterns = f"{instruction.name} {source(instruction)}", _TOWER_PARTS if tower else _OTHER_PARTS
+    text = f"{instruction.name} {source(instruction)}"
+    patterns = _TOWER_PARTS if tower else _OTHER_PARTS
     return next(part for part, pattern in patterns if re.search(pattern, text)), column
 
 
 def _named(program: Program, execution: Execution) -> Instruction:
-    """Return the instruction, or the last one inside with a source if it has none, like fusions with collectives."""
+    """Return the instruction, or if it has no source, like a fusion with a collective, the last inside with one."""
     inner = () if source(execution.instruction) else program.inside(execution)
     named = [x.instruction for x in inner if source(x.instruction) and x.instruction.opcode not in KINDS]
     return named[-1] if named else execution.instruction
 
 
 def padded_bytes(array: Array) -> float:
-    """Bytes of an array with the padding of its layout: the minor dimensions are whole tiles."""
+    """Bytes of an array, with the padding of its layout to whole tiles."""
     order, _, tiling = array.layout.partition(":")
     tile = re.match(r"T\(([\d,]+)\)", tiling)
     if not (tile and array.shape):
@@ -99,13 +118,14 @@ def padded_bytes(array: Array) -> float:
 
 
 def in_hbm(array: Array) -> bool:
-    """Whether an array is in a chip's main memory, space 0 of a layout."""
+    """Whether an array is in a chip's main memory, memory space 0."""
     return "S(" not in array.layout
 
 
 def traffic(program: Program, execution: Execution) -> float:
-    """Return the bytes of one execution, in padded layouts, without vector memory and without collectives."""
-    instruction, computation = execution.instruction, program.computations[execution.computation]
+    """Return the HBM bytes of one execution, in padded layouts, without collectives."""
+    instruction = execution.instruction
+    computation = program.computations[execution.computation]
     if instruction.opcode.endswith("-start"):
         ends = instruction.arrays[:2]  # a copy or a slice goes between memories, in either direction
         return sum(map(in_hbm, ends)) * min(map(padded_bytes, ends), default=0.0)
@@ -118,20 +138,20 @@ def traffic(program: Program, execution: Execution) -> float:
 
 
 def _read(program: Program, user: Instruction, position: int, whole: float) -> float:
-    """Bytes of its operand at `position`, of `whole` bytes, that an instruction reads."""
+    """Bytes that an instruction reads of its operand at `position`, which has `whole` bytes."""
     if user.opcode in _SLICES and position == 0:
         return min(whole, sum(padded_bytes(x) for x in user.arrays))
-    if user.opcode == "tuple" or user.opcode in KINDS or (_updates(user) and position == 0):
+    if user.opcode == "tuple" or user.opcode in KINDS or (user.opcode == _UPDATE and position == 0):
         return 0.0  # passed on, sent, or changed in place
     if user.opcode != "fusion":
         return whole
     body = program.computations[user.called("calls")[0]]
-    name = next(x.name for x in body.values() if _parameter(x) and x.literal == str(position))
+    name = next(x.name for x in body.values() if x.opcode == "parameter" and x.literal == str(position))
     return _read_by_all(program, body, name, whole)
 
 
 def _read_by_all(program: Program, body: Computation, name: str, whole: float) -> float:
-    """Bytes of a value that the instructions of a fusion read."""
+    """Bytes that the instructions of a fusion read of a value."""
     total = 0.0
     for user in body.values():
         if name in user.operands:
@@ -143,8 +163,9 @@ def _read_by_all(program: Program, body: Computation, name: str, whole: float) -
 
 
 def _written(program: Program, instruction: Instruction, computation: Computation) -> float:
-    """Bytes of an instruction's result that it writes."""
-    body, parts = computation, [instruction]
+    """Bytes that an instruction writes."""
+    body = computation
+    parts = [instruction]
     if instruction.opcode == "fusion":
         body = program.computations[instruction.called("calls")[0]]
         result = hlo.root(body)
@@ -152,42 +173,149 @@ def _written(program: Program, instruction: Instruction, computation: Computatio
     total = 0.0
     for i, array in enumerate(instruction.arrays):
         part = parts[i] if len(parts) == len(instruction.arrays) else instruction
-        if not in_hbm(array) or _parameter(part) or part.opcode in KINDS:
+        if not in_hbm(array) or part.opcode == "parameter" or part.opcode in KINDS:
             continue
         while part.opcode in _VIEWS and part.operands[0] in body and part is not instruction:
             part = body[part.operands[0]]
         whole = padded_bytes(array)
-        total += min(whole, sum(padded_bytes(x) for x in body[part.operands[1]].arrays)) if _updates(part) else whole
+        if part.opcode == _UPDATE:
+            whole = min(whole, sum(padded_bytes(x) for x in body[part.operands[1]].arrays))
+        total += whole
     return total
 
 
-def _updates(instruction: Instruction) -> bool:
-    return instruction.opcode == "dynamic-update-slice"
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A Pallas kernel in a compiled program."""
+
+    name: str
+    operands: tuple[str, ...]  # types and shapes, without layouts
+    results: tuple[str, ...]
+    code: str  # MLIR
+    config: str = dataclasses.field(compare=False)  # of the call, as JSON: has source lines, which differ by call
 
 
-def _parameter(instruction: Instruction) -> bool:
-    return instruction.opcode == "parameter"
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """The schedule of a kernel."""
+
+    blocks: int  # of the kernel's grid
+    bundles: int  # instructions per block; one is issued per cycle
+    matrix: float  # fraction of the matrix units' slots in use
+    cores: int  # that share the blocks
+
+    @property
+    def cycles(self) -> float:
+        """Cycles of all blocks."""
+        return self.blocks * self.bundles / self.cores
+
+
+def source(instruction: Instruction) -> str:
+    """The path of JAX names that an instruction comes from, "" if the compiler kept none."""
+    match = re.search(r'op_name="([^"]*)"', instruction.attributes)
+    return match[1] if match else ""
+
+
+def kernel_of(instruction: Instruction, computation: Computation) -> Kernel | None:
+    """Return the kernel that an instruction calls, None for another instruction."""
+    if 'custom_call_target="tpu_custom_call"' not in instruction.attributes:
+        return None
+    from jaxlib.mlir import ir  # internal to JAX, and only needed here
+    from jaxlib.mosaic.python import tpu
+
+    config = instruction.attributes.partition("backend_config=")[2]
+    with ir.Context() as context:
+        context.allow_unregistered_dialects = True  # the stable form of Mosaic's
+        tpu.register_dialect(context)
+        # In text the code has no source lines.
+        code = str(ir.Module.parse(base64.b64decode(json.loads(config)["custom_call_config"]["body"])))
+    operands = tuple(str(array) for name in instruction.operands for array in computation[name].arrays)
+    names = re.findall(r"\w+", source(instruction).removesuffix("/pallas_call"))
+    return Kernel([instruction.name, *names][-1], operands, tuple(map(str, instruction.arrays)), code, config)
+
+
+def schedules(chip: str, kernels: Iterable[Kernel]) -> dict[Kernel, Schedule | None]:
+    """Return the schedule of each kernel on a chip, None if the compiler writes none.
+
+    A separate process compiles them, since the compiler reads the name of its output folder when it is loaded.
+    """
+    distinct = list(dict.fromkeys(kernels))
+    result: dict[Kernel, Schedule | None] = dict.fromkeys(distinct)
+    if not distinct:
+        return result
+    with tempfile.TemporaryDirectory() as folder:
+        given = os.environ.get("LIBTPU_INIT_ARGS", "")
+        dump = f"{given} --xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+        code = f"from benchmarks import roofline; roofline.compile_kernels({chip!r}, {folder!r})"
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            input=json.dumps([dataclasses.asdict(kernel) for kernel in distinct]),
+            env=os.environ | {"JAX_PLATFORMS": "cpu", "LIBTPU_INIT_ARGS": dump},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith(("{", "null"))]
+    return result | {kernel: Schedule(**line) for kernel, line in zip(distinct, lines, strict=False) if line}
+
+
+def _compile(kernel: Kernel, device: Any) -> None:
+    """Compile a kernel for one device."""
+    where = jax.sharding.SingleDeviceSharding(device)
+    operands, results = (
+        [jax.ShapeDtypeStruct(x.shape, jnp.dtype(_TYPES[x.dtype])) for x in hlo.arrays(" ".join(texts))]
+        for texts in (kernel.operands, kernel.results)
+    )
+    call = jax.ffi.ffi_call("tpu_custom_call", results, custom_call_api_version=1, legacy_backend_config=kernel.config)
+    jax.jit(call, in_shardings=where, out_shardings=where).lower(*operands).compile()
+
+
+def _schedule(folder: pathlib.Path, chip: str, kernel: Kernel) -> Schedule | None:
+    """Read the schedule that the compiler has written, and remove the files."""
+    paths = list(folder.glob(_UTILIZATION))
+    rows = [line.split() for line in paths[0].read_text().splitlines()[4:] if line.strip()] if paths else []
+    for path in folder.iterdir():
+        path.unlink()
+    if not rows:
+        return None
+    bounds = re.search(r"iteration_bounds = array<i64: ([\d, ]+)>", kernel.code)
+    blocks = math.prod(map(int, bounds[1].split(","))) if bounds else 1
+    cores = CHIPS[chip].cores if "dimension_semantics<parallel>" in kernel.code else 1
+    matrix = sum(int(row[0]) for row in rows) / (_MATRIX_SLOTS * len(rows))
+    return Schedule(blocks, len(rows), matrix, cores)
+
+
+def compile_kernels(chip: str, folder: str) -> None:
+    """Print a line of JSON with the schedule of each kernel in stdin's JSON."""
+    device = devices_of(CHIPS[chip].smallest)[0][0]
+    for each in json.load(sys.stdin):
+        kernel = Kernel(**each | {key: tuple(each[key]) for key in ("operands", "results")})
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # without a schedule then
+            _compile(kernel, device)
+        schedule = _schedule(pathlib.Path(folder), chip, kernel)
+        print(json.dumps(schedule and dataclasses.asdict(schedule)), flush=True)
 
 
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("program", type=pathlib.Path, help="file that plan --hlo has written")
+    parser.add_argument("program", type=pathlib.Path, help="file from plan --hlo")
     parser.add_argument("topology")
     parser.add_argument("--slices", type=int, default=1)
     options = parser.parse_args()
     with exit_with_message():
         chip, grid = grid_of(options.topology)
-        text, devices = options.program.read_text(), math.prod(grid) * CHIPS[chip].devices * options.slices
-        account, rows = roofline(text, options.topology, devices), parts(text, options.topology, devices)
+        text = options.program.read_text()
+        devices = math.prod(grid) * CHIPS[chip].devices * options.slices
+        exposed = roofline(text, options.topology, devices).exposed_ms
+        rows = parts(text, options.topology, devices)
     print(f"{'ms of a step':<30}" + "".join(f"{name:>9}" for name in (*COLUMNS, "all", "HBM")))
     for row in rows:
         if max(row["ms"], row["hbm_ms"]) >= 0.05:
-            cells = "".join(f"{row[key]:>9.1f}" for key in (*COLUMNS, "ms", "hbm_ms"))
-            print(f"{row['part']:<30}{cells}")
-    sums = [sum(row[key] for row in rows) for key in ("ms", "hbm_ms")]
-    print(f"{'collectives, exposed':<57}{account.exposed_ms:>9.1f}")
-    print(f"{'sum':<57}{sums[0] + account.exposed_ms:>9.1f}{sums[1]:>9.1f}")
+            print(f"{row['part']:<30}" + "".join(f"{row[key]:>9.1f}" for key in (*COLUMNS, "ms", "hbm_ms")))
+    ms, hbm_ms = (sum(row[key] for row in rows) for key in ("ms", "hbm_ms"))
+    print(f"{'collectives, exposed':<57}{exposed:>9.1f}")
+    print(f"{'sum':<57}{ms + exposed:>9.1f}{hbm_ms:>9.1f}")
 
 
 if __name__ == "__main__":

@@ -1,107 +1,154 @@
-"""Seconds of a training step on this machine: xclip_jax beside open_clip, beside CLIP, or beside another checkout.
+"""Seconds of a training step on this machine, next to those of open_clip, of CLIP or of another checkout.
 
     pip install '.[bench]' && JAX_PLATFORMS=cpu python -m benchmarks.step
     python -m benchmarks.step --captions natural         # context 77, captions as long as those of CC12M
-    python -m benchmarks.step --captions natural --whole # beside itself with texts that are not cut
-    python -m benchmarks.step --objective xclip          # beside CLIP, k = 4096, in place of open_clip
-    python -m benchmarks.step --against ../old-checkout  # the same of another checkout
+    python -m benchmarks.step --captions natural --whole # compared with the same step with whole texts
+    python -m benchmarks.step --objective xclip          # compared with CLIP, k = 4096, instead of open_clip
+    python -m benchmarks.step --against ../old-checkout  # compared with another checkout
+    python -m benchmarks.step --account                  # time by part of the model, of our step alone
 
-Two processes with models of equal size (17,750,401 parameters: image tower 12 x 192, 64 pixels, patch 16; text tower
-6 x 192, 32 tokens; embedding 256), batch 256, float32, texts that fill the context, AdamW (open_clip: fused). With
---captions natural the context is 77 and texts are drawn as `benchmarks.captions` says. Both compile first; then each
-takes --steps steps in turn, --turns times, while the other waits. Prints each turn's median, what the first step took,
-and last "ratio R", the median of the first over that of the second. docs/performance.md names the allocator of its
-figures.
+Two processes train models of equal size (17,750,401 parameters: image tower 12 x 192, 64 pixels, patch 16; text tower
+6 x 192, 32 tokens; embedding 256) with batch 256, float32, texts that fill the context, and AdamW (open_clip: fused).
+Both compile first; then they take --steps steps in turn, --turns times, while the other waits. Prints the median of
+each turn, the time of the first step, and finally "ratio R", the first median over the second. docs/performance.md
+lists the allocator settings of its figures.
+
+With --account five steps run under JAX's profiler. Each instant is divided equally among the operations that run then,
+by the source names that the compiler keeps; the table of ms per step adds up to the wall time.
+
+Captions of CC12M have 20.2 tokens on average, with a standard deviation of 16.3 (Changpinyo et al. 2021, arXiv
+2102.08981, table 1). Natural captions are drawn from the log-normal distribution with these moments, get two more
+tokens for start and end, and are cut at 77.
 """
 
 import argparse
+import collections
 import json
+import math
 import os
 import pathlib
 import platform
+import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from benchmarks import captions
-
 BATCH, IMAGE_SIZE, PATCH, VOCAB, EMBED = 256, 64, 16, 49408, 256
-CONTEXT = {"full": 32, "natural": captions.CONTEXT}
+CONTEXT = {"full": 32, "natural": 77}
 TOWERS = {"img": {"width": 192, "depth": 12, "heads": 3}, "txt": {"width": 192, "depth": 6, "heads": 3}}
 ALLOCATOR = ("GLIBC_TUNABLES", "LD_PRELOAD", "MALLOC_CONF")
-CLUSTERS, HIDDEN = 4096, 1024  # a hidden layer of 4096, as full-size recipes have, would be a fifth of these towers
+CLUSTERS, HIDDEN = 4096, 1024  # the usual hidden layer of 4096 would need a fifth of these small towers' FLOPs
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+_THREAD = "XLAEigen"  # name of the threads of XLA's pool in a trace
+_SOURCE = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = .*?metadata=\{[^}]*?op_name=\"([^\"]*)\"", re.MULTILINE)
+# The first pattern in an operation's source name decides its row.
+_ROWS = {
+    "matrix products of the MLPs": r"/mlp/(up|down)/dot_general",
+    "GELU, biases and residuals of the MLPs": r"/mlp/",
+    "matrix products of q, k, v and output": r"/attention/(qkv|out)/dot_general",
+    "scores, softmax and values of attention": r"/attention/[^/]*bhn|/attention/(reduce_max|exp|sub|div|reduce_sum)",
+    "biases and copies of q, k, v": r"/attention/",
+    "LayerNorm": r"/norm|_norm",
+    "residuals": r"/block_\d+/",
+    "patches, vocabulary, pooling, projections": r"encode_(image|text)",
+}
+OTHER = "loss, gradient norm, optimizer"
+COLUMNS = ("image, forward", "image, backward", "text, forward", "text, backward", "neither")
+
+
+def caption_lengths(n: int, seed: int = 0) -> np.ndarray:
+    """Tokens of `n` captions, int (n,), with start and end."""
+    mean, deviation = 20.2, 16.3
+    variance = math.log(1 + (deviation / mean) ** 2)
+    words = np.random.default_rng(seed).lognormal(math.log(mean) - variance / 2, variance**0.5, n)
+    return np.minimum(np.maximum(words.round(), 1).astype(int) + 2, CONTEXT["natural"])
+
+
+def random_tokens(ends: np.ndarray, context: int, vocab: int) -> np.ndarray:
+    """int32 (n, context): `ends` random tokens per text, ending in the largest token, then zeros."""
+    rows = np.random.default_rng(0).integers(1, vocab - 2, (len(ends), context), np.int32)
+    rows[:, 0] = vocab - 2
+    rows[np.arange(len(ends)), ends - 1] = vocab - 1
+    return np.where(np.arange(context) < ends[:, None], rows, 0)
+
+
+def groups_for(rows: int, draws: int, tower: Any) -> str:
+    """Choose groups like `data.length_groups=auto`, from natural captions and for devices with `rows` rows."""
+    from xclip_jax.data import length_groups
+
+    counts = np.bincount(caption_lengths(1024), minlength=CONTEXT["natural"] + 1)
+    return str(length_groups.choose(counts, rows=rows, draws=draws, flops_of=tower.cut_flops))
 
 
 def batch(kind: str) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 images (b, h, w, 3) and int32 tokens (b, n), of which the largest is the end of the text."""
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (BATCH, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
-    # Others than those that the groups of lengths are chosen by.
-    lengths = captions.lengths(BATCH, seed=1) if kind == "natural" else np.full(BATCH, CONTEXT[kind])
-    return images, captions.tokens(lengths, CONTEXT[kind], VOCAB)
+    """uint8 images (b, h, w, 3) and int32 tokens (b, n); the largest token ends a text."""
+    images = np.random.default_rng(0).integers(0, 256, (BATCH, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
+    # The seed differs from that of the captions for which the groups are chosen.
+    lengths = caption_lengths(BATCH, seed=1) if kind == "natural" else np.full(BATCH, CONTEXT[kind])
+    return images, random_tokens(lengths, CONTEXT[kind], VOCAB)
 
 
 def config_of(objective: str, kind: str, groups: str) -> Any:
-    """Return our config of the model and batch."""
+    """Return the config of our model and batch."""
     from xclip_jax.config import recipes
     from xclip_jax.models.transformer import TextTowerConfig
 
     config = recipes.base(objective, "Ti/12")
-    config.steps, config.optim.warmup, config.data.batch = 1000, 0, BATCH
-    config.model.dtype, config.model.embed = "float32", EMBED
-    config.model.img.image_size, config.model.img.patch = IMAGE_SIZE, PATCH
-    config.model.txt.context_length = CONTEXT[kind]
+    config.update(run="runs/none", steps=1000)
+    config.optim.warmup = 0
+    config.data.batch = BATCH
+    config.model.update(dtype="float32", embed=EMBED)
+    config.model.img.update(TOWERS["img"], image_size=IMAGE_SIZE, patch=PATCH, scan=False)
+    config.model.txt.update(TOWERS["txt"], context_length=CONTEXT[kind], scan=False)
+    config.model.cluster_head.update(clusters=CLUSTERS, hidden=HIDDEN)
     if groups == "auto":
         text = TextTowerConfig(context_length=CONTEXT[kind], width=TOWERS["txt"]["width"], depth=TOWERS["txt"]["depth"])
-        groups = str(captions.groups_for(BATCH, 1, text)) if kind == "natural" else "full"
+        groups = groups_for(BATCH, 1, text) if kind == "natural" else "full"
     config.data.length_groups = groups
-    for tower, sizes in TOWERS.items():
-        config.model[tower].update(sizes, scan=False)
-    config.model.cluster_head.update(clusters=CLUSTERS, hidden=HIDDEN)
     return config
 
 
 def saved_flops() -> float:
-    """Return the share of a CLIP step's FLOPs that groups of lengths save with natural captions."""
+    """Return the fraction of a CLIP step's FLOPs that groups of lengths save with natural captions."""
     from xclip_jax.config.schema import resolve
     from xclip_jax.data import length_groups
     from xclip_jax.train import cost
 
-    config = config_of("clip", "natural", "auto")
-    config.run = "runs/none"
-    return 1 - cost.step_flops(resolve(config)) / cost.step_flops(resolve(config), length_groups.WHOLE)
+    config = resolve(config_of("clip", "natural", "auto"))
+    return 1 - cost.step_flops(config) / cost.step_flops(config, length_groups.WHOLE)
 
 
-def ours(objective: str, kind: str, groups: str) -> Callable[[], float]:
-    """Take one step of xclip_jax and return its loss."""
+def ours(experiment: Any, kind: str) -> Callable[[], float]:
+    """Return a function that takes one step of an experiment and returns its loss."""
     import jax
 
     from xclip_jax.parallel.mesh import batch_sharding
-    from xclip_jax.train import build, state
+    from xclip_jax.train import state
 
-    experiment = build.build(config_of(objective, kind, groups))
-    current = [state.create(experiment.init, experiment.abstract)]
+    current = state.create(experiment.init, experiment.abstract)
     image, text = (jax.device_put(x, batch_sharding(experiment.mesh)) for x in batch(kind))
 
     def step() -> float:
-        current[0], metrics = experiment.compiled(current[0], {"image": image, "text": text})
+        nonlocal current
+        current, metrics = experiment.compiled(current, {"image": image, "text": text})
         assert metrics.get("text/cut", 1) == 1, "the texts of the batch do not fit the groups of lengths"
         return float(metrics["loss"])
 
     return step
 
 
-def open_clip(objective: str, kind: str, groups: str) -> Callable[[], float]:
-    """The same of open_clip."""
+def open_clip(kind: str) -> Callable[[], float]:
+    """Return a function that takes one step of open_clip and returns its loss."""
     import open_clip as peer
     import torch
 
-    del objective, groups
     torch.manual_seed(0)
     img, txt = TOWERS["img"], TOWERS["txt"]
     vision = {
@@ -132,100 +179,184 @@ def open_clip(objective: str, kind: str, groups: str) -> Callable[[], float]:
     return step
 
 
-def child(program: str, objective: str, kind: str, groups: str) -> None:
-    """Print the seconds of the first step, then for each line N of stdin those of N more."""
+def child(flags: argparse.Namespace) -> None:
+    """Print the seconds of the first step, and for each number on stdin those of as many further steps."""
     began = time.perf_counter()
-    step = {"ours": ours, "open_clip": open_clip}[program](objective, kind, groups)
+    if flags.child == "open_clip":
+        step = open_clip(flags.captions)
+    else:
+        from xclip_jax.train import build
+
+        step = ours(build.build(config_of(flags.objective, flags.captions, flags.groups)), flags.captions)
     loss = step()
     print(json.dumps({"first": time.perf_counter() - began, "loss": loss}), flush=True)
     for line in sys.stdin:
         seconds = []
         for _ in range(int(line)):
             began = time.perf_counter()
-            loss = step()
+            step()
             seconds.append(time.perf_counter() - began)
-        print(json.dumps({"seconds": seconds, "loss": loss}), flush=True)
+        print(json.dumps({"seconds": seconds}), flush=True)
 
 
 class Program:
-    """A process that takes steps when it is asked to."""
+    """A process that takes steps on request."""
 
-    def __init__(
-        self, label: str, program: str, objective: str, kind: str, checkout: pathlib.Path, groups: str = "auto"
-    ) -> None:
-        command = [sys.executable, "-m", "benchmarks.step", "--child", program]
-        # Another checkout may be older than a flag.
-        values = {"objective": (objective, "clip"), "captions": (kind, "full"), "groups": (groups, "auto")}
-        command += [f"--{flag}={value}" for flag, (value, default) in values.items() if value != default]
+    def __init__(self, label: str, program: str, flags: list[str], checkout: pathlib.Path = ROOT) -> None:
+        command = [sys.executable, "-m", "benchmarks.step", "--child", program, *flags]
         environment = os.environ | {"PYTHONPATH": str(checkout)}
-        self.label, self.seconds = label, []
+        self.label = label
         self.process = subprocess.Popen(
             command, cwd=checkout, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         first = self._answer()
         print(f"{label}: first step after {first['first']:.1f} s, loss {first['loss']:.4f}", flush=True)
+        self.seconds: list[float] = []
         self.take(2)
         self.seconds.clear()
 
-    def _answer(self) -> dict:
+    def _answer(self) -> dict[str, Any]:
         line = self.process.stdout.readline()
         if not line:
             sys.exit(f"{self.label}: the process ended; see its error above")
         return json.loads(line)
 
     def take(self, steps: int) -> float:
-        """Median seconds of `steps` steps."""
+        """Return the median seconds of `steps` steps."""
         self.process.stdin.write(f"{steps}\n")
         self.process.stdin.flush()
-        answer = self._answer()
-        self.seconds += answer["seconds"]
-        return statistics.median(answer["seconds"])
+        seconds = self._answer()["seconds"]
+        self.seconds += seconds
+        return statistics.median(seconds)
+
+
+def row_of(source: str) -> tuple[str, str]:
+    """Row and column of an operation by its source name, such as
+    "jit(step)/transpose(jvp(TwoTowers.encode_text))/txt/transformer/block_3/mlp/up/dot_general"."""
+    tower = re.search(r"encode_(image|text)", source)
+    if not tower:
+        return OTHER, "neither"
+    row = next(name for name, pattern in _ROWS.items() if re.search(pattern, source))
+    return row, f"{tower[1]}, {'backward' if 'transpose(' in source else 'forward'}"
+
+
+def _spans(trace: pathlib.Path) -> list[tuple[float, float, str]]:
+    """Start and end in ns, and name, of each operation that a thread of XLA's pool began."""
+    import jax
+
+    begins, ends = collections.defaultdict(list), collections.defaultdict(list)
+    planes = jax.profiler.ProfileData.from_file(str(trace)).planes
+    for event in (event for plane in planes for line in plane.lines if _THREAD in line.name for event in line.events):
+        if event.name.startswith("end: "):  # another thread may have finished the operation
+            ends[event.name.removeprefix("end: ")].append(event.start_ns)
+        elif "hlo_op" in dict(event.stats):
+            begins[event.name].append(event.start_ns)
+    return [
+        (begin, end, name)
+        for name, times in begins.items()
+        for begin, end in zip(sorted(times), sorted(ends[name]), strict=True)
+    ]
+
+
+def shares(spans: Sequence[tuple[float, float, str]]) -> dict[str, float]:
+    """Nanoseconds of each name, if all spans that are open at an instant share it."""
+    edges = [edge for begin, end, name in spans if end > begin for edge in ((begin, 1, name), (end, -1, name))]
+    open_now: collections.Counter[str] = collections.Counter()
+    result: dict[str, float] = collections.defaultdict(float)
+    before = 0.0
+    for instant, change, name in sorted(edges):
+        for other, count in open_now.items():
+            result[other] += (instant - before) * count / max(1, open_now.total())
+        open_now[name] += change
+        before = instant
+    return dict(result)
+
+
+def account(objective: str, kind: str, steps: int) -> tuple[dict[tuple[str, str], float], float]:
+    """Milliseconds of a step by (row, column), and its wall time in ms under the profiler."""
+    import jax
+
+    from xclip_jax.train import build
+
+    experiment = build.build(config_of(objective, kind, "auto"))
+    step = ours(experiment, kind)
+    image, text = batch(kind)
+    lowered = experiment.compiled.lower(experiment.abstract, {"image": image, "text": text})
+    sources = dict(_SOURCE.findall(lowered.compile().as_text()))
+    for _ in range(3):
+        step()
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            began = time.perf_counter()
+            for _ in range(steps):
+                step()
+            wall = 1e3 * (time.perf_counter() - began) / steps
+        (trace,) = pathlib.Path(folder).rglob("*.xplane.pb")
+        times = shares(_spans(trace))
+    cells: dict[tuple[str, str], float] = collections.defaultdict(float)
+    for name, ns in times.items():
+        cells[row_of(sources.get(name, ""))] += ns / 1e6 / steps
+    return dict(cells), wall
+
+
+def table(cells: dict[tuple[str, str], float], wall: float) -> str:
+    """A Markdown table of the cells, its rows ordered by their sum, and the time without an operation."""
+    rows = [*_ROWS, OTHER]
+    sums = {row: sum(cells.get((row, column), 0.0) for column in COLUMNS) for row in rows}
+    lines = [f"| ms | {' | '.join(COLUMNS)} | sum |", f"|---|{'---|' * (len(COLUMNS) + 1)}"]
+    for row in sorted(rows, key=lambda name: -sums[name]):
+        values = [cells.get((row, column), 0.0) for column in COLUMNS]
+        lines.append(f"| {row} | {' | '.join(f'{v:.0f}' if v else '' for v in values)} | {sums[row]:.0f} |")
+    lines.append(f"| no operation |{' |' * len(COLUMNS)} {wall - sum(sums.values()):.0f} |")
+    return "\n".join([*lines, f"| a step |{' |' * len(COLUMNS)} {wall:.0f} |"])
 
 
 def main() -> None:
     """Print a line for each turn, then the medians and their ratio."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--objective", choices=("clip", "xclip"), default="clip")
-    parser.add_argument("--captions", choices=tuple(CONTEXT), default="full", help="how long texts are")
-    parser.add_argument("--whole", action="store_true", help="beside itself with texts that are not cut")
+    parser.add_argument("--captions", choices=tuple(CONTEXT), default="full", help="lengths of the texts")
+    parser.add_argument("--whole", action="store_true", help="compare with the same step with whole texts")
     parser.add_argument("--groups", default="auto", help=argparse.SUPPRESS)
-    parser.add_argument("--against", type=pathlib.Path, help="another checkout of xclip_jax, in place of open_clip")
+    parser.add_argument("--against", type=pathlib.Path, help="another checkout of xclip_jax, instead of open_clip")
+    parser.add_argument("--account", action="store_true", help="print the time by part of the model, on a CPU")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--turns", type=int, default=8)
     parser.add_argument("--child", choices=("ours", "open_clip"), help=argparse.SUPPRESS)
     flags = parser.parse_args()
     if flags.child:
-        child(flags.child, flags.objective, flags.captions, flags.groups)
+        child(flags)
         return
-    root = pathlib.Path(__file__).resolve().parents[1]
+    if flags.account:
+        print(table(*account(flags.objective, flags.captions, steps=5)))
+        return
     allocator = " ".join(f"{key}={os.environ[key]}" for key in ALLOCATOR if os.environ.get(key))
-    print(f"{os.cpu_count()} cores, {platform.machine()}, {allocator or 'the allocator as it is'}")
-    kind = flags.captions
-    if kind == "natural":
+    print(f"{os.cpu_count()} cores, {platform.machine()}, {allocator or 'the default allocator'}")
+    if flags.captions == "natural":
         print(f"the FLOPs of a CLIP step fall by {saved_flops():.1%} with texts in groups of their lengths")
-    first = Program(f"xclip_jax {flags.objective}", "ours", flags.objective, kind, root)
+    # Only flags without their default values: another checkout may be older than a flag.
+    captions = ["--captions=natural"] * (flags.captions == "natural")
+    same = captions + ["--objective=xclip"] * (flags.objective == "xclip")
+    first = Program(f"xclip_jax {flags.objective}", "ours", same)
     if flags.against:
-        second = Program(str(flags.against), "ours", flags.objective, kind, flags.against.resolve())
+        second = Program(str(flags.against), "ours", same, flags.against.resolve())
     elif flags.whole:
-        second = Program("with whole texts", "ours", flags.objective, kind, root, "full")
+        second = Program("with whole texts", "ours", [*same, "--groups=full"])
     elif flags.objective == "xclip":
-        second = Program("xclip_jax clip", "ours", "clip", kind, root)
+        second = Program("xclip_jax clip", "ours", captions)
     else:
-        second = Program("open_clip", "open_clip", "clip", kind, root)
-    for turn in range(flags.turns):
+        second = Program("open_clip", "open_clip", captions)
+    for turn in range(1, flags.turns + 1):
+        medians = ", ".join(f"{p.label} {p.take(flags.steps):.3f} s" for p in (first, second))
+        print(f"turn {turn}: {medians}", flush=True)
+    for program in (first, second):
         print(
-            f"turn {turn + 1}: " + ", ".join(f"{p.label} {p.take(flags.steps):.3f} s" for p in (first, second)),
-            flush=True,
-        )
-    medians = [statistics.median(p.seconds) for p in (first, second)]
-    for program, median in zip((first, second), medians, strict=True):
-        print(
-            f"{program.label}: median {median:.3f} s of {len(program.seconds)} steps, "
+            f"{program.label}: median {statistics.median(program.seconds):.3f} s of {len(program.seconds)} steps, "
             f"fastest {min(program.seconds):.3f} s"
         )
         program.process.stdin.close()
         program.process.wait()
-    print(f"ratio {medians[0] / medians[1]:.3f}")
+    print(f"ratio {statistics.median(first.seconds) / statistics.median(second.seconds):.3f}")
 
 
 if __name__ == "__main__":

@@ -9,8 +9,7 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from benchmarks import accelerator, captions
-from xclip_jax.data import length_groups
+from benchmarks import accelerator, step
 from xclip_jax.train import cost
 
 
@@ -81,30 +80,33 @@ def test_each_attempt_is_a_process_of_its_own(monkeypatch):
     assert accelerator.measure("open_clip", flags, 512) == {"batch": 128} and batches == [512, 256, 128]
 
 
-def test_a_batch_that_runs_out_of_memory_names_a_smaller_one(monkeypatch):
-    def refuse(error):
-        def attempt(flags, batch):
-            assert batch == flags.batch, "a second attempt in the same process"
-            raise error
+@pytest.mark.parametrize(
+    ("child", "batch", "message", "fewer"),
+    [
+        ("clip", 8 * 256, "RESOURCE_EXHAUSTED: it needs more", 8 * 128),
+        ("clip", 8, "RESOURCE_EXHAUSTED: it needs more", None),
+        ("open_clip", 512, "CUDA out of memory", 256),
+        ("open_clip", 128, "CUDA out of memory", None),
+        ("open_clip", 512, "another error", None),
+    ],
+)
+def test_a_batch_that_runs_out_of_memory_names_a_smaller_one(child, batch, message, fewer, monkeypatch):
+    def refuse(flags, attempted):
+        assert attempted == batch, "a second attempt in the same process"
+        raise RuntimeError(message)
 
-        return attempt
-
-    monkeypatch.setattr(accelerator, "_ours", refuse(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")))
-    assert accelerator.ours(SimpleNamespace(child="clip", batch=8 * 256)) == {"retry": 8 * 128}
-    with pytest.raises(jax.errors.JaxRuntimeError):
-        accelerator.ours(SimpleNamespace(child="clip", batch=8))
-
-    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(OutOfMemoryError=MemoryError))
-    monkeypatch.setattr(accelerator, "_open_clip", refuse(MemoryError()))
-    assert accelerator.open_clip(SimpleNamespace(batch=512)) == {"retry": 256}
-    with pytest.raises(MemoryError):
-        accelerator.open_clip(SimpleNamespace(batch=128))
+    monkeypatch.setattr(accelerator, "ours", refuse)
+    monkeypatch.setattr(accelerator, "open_clip", refuse)
+    if fewer:
+        assert accelerator.attempt(SimpleNamespace(child=child, batch=batch)) == {"retry": fewer}
+    else:
+        with pytest.raises(RuntimeError, match=message):
+            accelerator.attempt(SimpleNamespace(child=child, batch=batch))
 
 
 def test_groups_are_those_of_a_devices_rows(monkeypatch):
     asked = []
-    groups = length_groups.LengthGroups.parse("24:0.5")
-    monkeypatch.setattr(captions, "groups_for", lambda rows, draws, _: asked.append((rows, draws)) or groups)
+    monkeypatch.setattr(step, "groups_for", lambda rows, draws, _: asked.append((rows, draws)) or "24:0.5")
     config = accelerator.config_of("clip", 512, small=True, groups=True)
     assert asked == [(512 / 8, 8)] and config.data.length_groups == "24:0.5"
 
@@ -115,11 +117,3 @@ def test_the_peer_has_one_device_and_whole_texts():
     assert (row["flops"], row["peak"]) == (8e14 / 16, 1e15)
     assert "whole" in accelerator.texts(row) and "fits no groups" in accelerator.texts(ours)
     assert "in groups" in accelerator.texts(ours | {"cut": True})
-
-
-def test_lengths_have_the_published_moments():
-    drawn = captions.lengths(200_000) - 2
-    assert 19 < drawn.mean() < 20.2  # cut at 77
-    assert drawn.min() >= 1 and drawn.max() == captions.CONTEXT - 2
-    tokens = captions.tokens(captions.lengths(8), captions.CONTEXT, 100)
-    assert (tokens.argmax(axis=1) + 1 == captions.lengths(8)).all()

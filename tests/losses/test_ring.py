@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.ring import compile_loss
 from xclip_jax.commands import plan
 from xclip_jax.losses import contrastive, noncontrastive, ring
+from xclip_jax.parallel import compiler
 from xclip_jax.parallel.mesh import batch_sharding, make_mesh, replicated
 from xclip_jax.parallel.sharding import FactoredLogits, MeshLayout, layout_scope
 
@@ -175,7 +175,14 @@ def test_permutes_of_a_tpu_are_sent_during_products(topology, name):
     pytest.importorskip("libtpu")
     devices, _ = plan.devices_of(topology)
     rows, e = 256, 512
-    compiled = compile_loss(name, "ring", rows * len(devices), e, devices)
+    mesh = make_mesh({"data": len(devices), "fsdp": 1, "model": 1}, list(devices))
+    z = jax.ShapeDtypeStruct((rows * len(devices), e), jnp.float32, sharding=batch_sharding(mesh))
+    scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
+    args = (z, z, scalar) if name == "softmax" else (z, z, scalar, scalar)
+    gradients = jax.value_and_grad(partial(getattr(ring, name), mesh=mesh), tuple(range(len(args))), has_aux=True)
+    out = ((replicated(mesh), replicated(mesh)), tuple(x.sharding for x in args))
+    options = dict(compiler.options(devices))
+    compiled = jax.jit(gradients, out_shardings=out, compiler_options=options).lower(*args).compile()
     program = compiled.as_text()
     assert not re.search(r" collective-permute\(", program)
     loops = [

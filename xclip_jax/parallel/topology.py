@@ -35,7 +35,7 @@ class Chip:
     peak: float  # bf16 FLOP/s
     bandwidth: float  # memory bandwidth, bytes/s
     clock: float  # cycles/s
-    kernels: float  # share of the peak that the attention kernel reaches by its schedule, `benchmarks.kernel`
+    kernels: float  # share of the peak that the attention kernel reaches by its schedule (docs/performance.md)
     link: float  # bytes/s of a link between chips, in one direction
     network: float  # bytes/s between slices; v4 has no published figure and takes v5p's
     wraps: int  # length of an axis of the grid that is a ring; 0: all axes are rings if all are multiples of 4
