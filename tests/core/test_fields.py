@@ -234,6 +234,14 @@ def test_every_key_has_a_doc_string_and_a_default_that_is_allowed():
     }
 
 
+def test_facts_of_a_group_are_those_of_its_keys():
+    logs = [name for name, *_ in schema.fields.describe(schema.Config) if name.startswith("log.")]
+    assert {*logs} < {*schema.keys_where(resume="free")}
+    assert {*logs, "run", "eval.report"} < {*schema.keys_where(resume="free", compared=False)}
+    assert schema.keys_where(resume="free", card="batch") == () and schema.keys_where(card="batch") == ("data.batch",)
+    assert schema.fields.keys_where(schema.DataConfig, card="batch") == ("batch",)
+
+
 @pytest.mark.parametrize("group", ["", *(name for name in schema.default() if hasattr(schema.default()[name], "keys"))])
 def test_a_misspelt_key_cannot_be_set_from_python(group):
     config = schema.default()

@@ -21,10 +21,6 @@ from xclip_jax.train.job import Job
 from xclip_jax.train.training_folder import OUTCOMES, TrainingFolder
 
 OK, WARNING, FAIL = "ok", "warning", "FAIL"
-# Hosts may keep the same files in different places, and differ in how they read them.
-_KEYS_OF_A_HOST = (
-    "data.buffer", "data.dir", "data.sources", "data.threads", "data.tokenizer", "data.workers",
-)  # fmt: skip
 
 T = TypeVar("T")
 
@@ -261,7 +257,8 @@ def check_same_config(config: Config, folder: TrainingFolder) -> None:
     if (peers := runtime.peers()) is None:
         return
     keys = schema.flatten(schema.to_dict(config))
-    facts = {key: value for key, value in keys.items() if key not in _KEYS_OF_A_HOST}
+    of_a_host = schema.keys_where(host="own")
+    facts = {key: value for key, value in keys.items() if key not in of_a_host}
     captured = environment.capture()
     facts |= {f"code's {key}": captured[key] for key in ("commit", "python", "platform")}
     facts |= {f"version of {package}": version for package, version in captured["versions"].items()}
