@@ -58,7 +58,6 @@ class OptimConfig:
     grad_clip_norm: float = key(
         0.0, "bound on the global norm of the gradient; 0 for none", at_least(0), card="optimizer"
     )
-    mu_dtype: str = key("float32", "dtype of the first moment; the second is float32", choice(("float32", "bfloat16")))
     microbatches: int = key(
         1, "parts of the batch that are encoded one after another; exact", at_least(1), resume="free"
     )
@@ -81,8 +80,6 @@ class OptimConfig:
         """Yield values that contradict each other."""
         if self.rewind and not self.max_skipped_steps:
             yield "rewind is True and max_skipped_steps is 0; set it to 1 or more"
-        if self.name == "lamb" and self.mu_dtype != "float32":
-            yield f"mu_dtype is {self.mu_dtype!r}, and lamb keeps its first moment in float32; set it to 'float32'"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,16 +206,12 @@ Make = Callable[[OptimConfig, Schedule, Mapping[str, Tower]], optax.GradientTran
 
 def _adamw(config: OptimConfig, rate: Schedule, towers: Mapping[str, Tower]) -> optax.GradientTransformation:
     """arXiv 1711.05101."""
-    dtype = jnp.dtype(config.mu_dtype)
-    return optax.adamw(
-        rate, config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=decay_mask, mu_dtype=dtype
-    )
+    return optax.adamw(rate, config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=decay_mask)
 
 
 def _lion(config: OptimConfig, rate: Schedule, towers: Mapping[str, Tower]) -> optax.GradientTransformation:
     """arXiv 2302.06675: the sign of a moving average, one moment."""
-    dtype = jnp.dtype(config.mu_dtype)
-    return optax.lion(rate, config.b1, config.b2, dtype, weight_decay=config.weight_decay, mask=decay_mask)
+    return optax.lion(rate, config.b1, config.b2, weight_decay=config.weight_decay, mask=decay_mask)
 
 
 def _lamb(config: OptimConfig, rate: Schedule, towers: Mapping[str, Tower]) -> optax.GradientTransformation:
@@ -231,12 +224,11 @@ def _adafactor(config: OptimConfig, rate: Schedule, towers: Mapping[str, Tower])
 
     `optax.adafactor`, whose clipping takes stacked blocks as one tensor.
     """
-    dtype = jnp.dtype(config.mu_dtype)
     return optax.chain(
         optax.scale_by_factored_rms(),
         optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(_clip_rms, updates)),
         optax.scale_by_learning_rate(rate, flip_sign=False),
-        *([optax.ema(config.b1, debias=False, accumulator_dtype=dtype)] if config.b1 else []),
+        *([optax.ema(config.b1, debias=False)] if config.b1 else []),
         optax.add_decayed_weights(lambda step: rate(step) * config.weight_decay, mask=decay_mask),
         optax.scale(-1),
     )
@@ -260,7 +252,6 @@ def _muon(config: OptimConfig, rate: Schedule, towers: Mapping[str, Tower]) -> o
         beta=config.b1,
         eps=config.eps,
         weight_decay=config.weight_decay,
-        mu_dtype=jnp.dtype(config.mu_dtype),
         muon_weight_dimension_numbers=_muon_dimensions,
         consistent_rms=0.2,
     )

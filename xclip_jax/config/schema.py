@@ -25,6 +25,9 @@ from xclip_jax.objectives import LossConfig, ObjectiveConfig, make_objective, wi
 from xclip_jax.optim import EmaConfig, OptimConfig, frozen_layers
 from xclip_jax.parallel.sharding import MeshConfig
 
+# Keys of earlier versions, which saved configs have: group, name, and the value that now always holds. None: any value,
+# since the key decided nothing that is learned or measured.
+_REMOVED = (("checkpoint", "keep_every", 0), ("log", "project", None), ("optim", "mu_dtype", "float32"))
 _STEPS = Check(
     "() or START,STOP with 0 < START < STOP", lambda value: not value or (len(value) == 2 and 0 < value[0] < value[1])
 )
@@ -92,7 +95,6 @@ class LogConfig:
     """Config group `log`: metrics and warnings."""
 
     to: Sequence[str] = key(("tensorboard",), "trackers that get the metrics, in addition to metrics.jsonl", _TRACKERS)
-    project: str = key("xclip_jax", "the run's project in wandb and Trackio", not_empty())
     callbacks: Sequence[str] = key((), "classes of other packages that the run calls while it trains", _CLASSES)
     every: int = key(
         20,
@@ -114,12 +116,6 @@ class CheckpointConfig:
 
     every: int = key(1000, "steps between two checkpoints; 0: only at the end", at_least(0))
     keep: int = key(3, "number of newest checkpoints to keep", at_least(1))
-    keep_every: int = key(0, "also keep one checkpoint every N steps; 0: none", at_least(0))
-
-    def conflicts(self) -> Iterator[str]:
-        """Yield the faults of values that exclude each other."""
-        if self.keep_every and (not self.every or self.keep_every % self.every):
-            yield f"keep_every={self.keep_every} must be a multiple of checkpoint.every={self.every}, or 0"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +147,7 @@ class Config:
             yield f"optim.lr_end {optim.lr_end:g} is above optim.lr {optim.lr:g}, the peak; lower it, as to 0"
         if optim.warmup and optim.lr_start > optim.lr:
             yield f"optim.lr_start {optim.lr_start:g} is above optim.lr {optim.lr:g}, the peak; lower it, as to 0"
-        if optim.rewind and checkpoint.keep < 2 and not checkpoint.keep_every:
+        if optim.rewind and checkpoint.keep < 2:
             yield "optim.rewind may need the checkpoint before the newest, and checkpoint.keep is 1; raise it to 2"
         if optim.rewind and not checkpoint.every:
             yield "optim.rewind needs checkpoints before the end, and checkpoint.every is 0; set it to 1 or more"
@@ -241,7 +237,8 @@ def resolve(config: ml_collections.ConfigDict | Mapping[str, Any] | Config) -> C
 def complete(values: Mapping[str, Any]) -> ml_collections.ConfigDict:
     """Return a locked config of `values`, for example from a run's config.json, with defaults for all other keys.
 
-    Lists become tuples, because JSON has no tuples and `ConfigDict` keeps types. `resolve` reports unknown keys.
+    Lists become tuples, because JSON has no tuples and `ConfigDict` keeps types. Keys of earlier versions are left out
+    if they had the value that now always holds. `resolve` reports unknown keys.
     """
 
     def fill(expected: Any, given: Any) -> Any:
@@ -251,8 +248,13 @@ def complete(values: Mapping[str, Any]) -> ml_collections.ConfigDict:
         hints, defaults = (typing.get_type_hints(expected), dataclasses.asdict(expected())) if is_group else ({}, {})
         return defaults | {name: fill(hints.get(name), value) for name, value in given.items()}
 
+    values = dict(values)
+    for group_name, name, only in _REMOVED:
+        old = values.get(group_name)
+        if isinstance(old, Mapping) and name in old and only in (None, old[name]):
+            values[group_name] = {key: value for key, value in old.items() if key != name}
     if isinstance(values.get("objective"), Mapping):
-        values = {**values, "objective": with_terms(values["objective"])}
+        values["objective"] = with_terms(values["objective"])
     return ml_collections.ConfigDict(fill(Config, values)).lock()
 
 

@@ -177,7 +177,7 @@ def check_disk(job: Job) -> Iterator[Finding]:
         return
     text = f"the disk of {str(folder.path)!r} has {format_bytes(free)} free, and {needs}"
     mark = FAIL if free < least * size else WARNING if free < most * size else OK
-    fewer = "" if mark == FAIL else "lower checkpoint.keep, save less often by checkpoint.keep_every, "
+    fewer = "" if mark == FAIL else "lower checkpoint.keep, "
     remedy = f"make room, {fewer}or use another --config.run"
     yield Finding("disk", text, mark, "" if mark == OK else remedy, values | {"free_bytes": free})
 
