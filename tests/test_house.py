@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from xclip_jax.config import schema
+
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = "xclip_jax"
 
@@ -204,6 +206,19 @@ def test_no_loop_is_over_a_set(name):
 def test_messages_and_docstrings_are_plain_english(name):
     strings = [node.value for node in ast.walk(tree(ROOT / name)) if isinstance(node, ast.Constant)]
     assert not [text for text in strings if isinstance(text, str) and re.search(RIDDLES, text)]
+
+
+CONFIG_KEYS = {name for name, *_ in schema.fields.describe(schema.Config)}
+CONFIG_GROUPS = {f"{name.rpartition('.')[0]}." for name in CONFIG_KEYS}
+
+
+@pytest.mark.parametrize("name", modules(PACKAGE))
+def test_no_list_of_config_keys(name):
+    """Facts about keys stand in their declarations: who adds a key need not know of a list elsewhere."""
+    lists = [node for node in ast.walk(tree(ROOT / name)) if isinstance(node, ast.Tuple | ast.List | ast.Set)]
+    for node in lists:
+        words = {item.value for item in node.elts if isinstance(item, ast.Constant)}
+        assert len({word for word in words & (CONFIG_KEYS | CONFIG_GROUPS) if "." in word}) < 3, ast.unparse(node)
 
 
 PROSE = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -55,15 +55,6 @@ def test_decay_of_all_parameters_of_a_model():
     assert found == {name: {name in tables} for name in (*tables, "bias", "scale", "log_scale")}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_first_moment_alone_has_a_dtype_of_its_own(dtype):
-    tx = optim.make_optimizer(optim.OptimConfig(lr=0.1, schedule="constant", mu_dtype=dtype), 10, {})
-    params = {"kernel": jnp.ones((2, 2))}
-    state = tx.init(params)
-    for adam in (state[0], tx.update(params, state, params)[1][0]):
-        assert (adam.mu["kernel"].dtype, adam.nu["kernel"].dtype) == (dtype, "float32")
-
-
 def test_adamw_against_its_formula():
     config = optim.OptimConfig(lr=0.01, schedule="constant", weight_decay=0.1, b1=0.8, b2=0.9, eps=1e-3)
     tx, rng = optim.make_optimizer(config, 10, {}), np.random.default_rng(0)

@@ -32,28 +32,40 @@ class OptimConfig:
     they, and the first moment, are then below 2e19, and 1000 * 2e19 / 1e-15 is below the largest float32.
     """
 
-    name: str = key("adamw", "the optimizer", choice(NAMES))
-    lr: float = key(5e-4, "peak learning rate", above(0), at_most(1000))
-    schedule: str = key("cosine", "learning rate after the warm-up", choice(SCHEDULES))
-    warmup: int = key(0, "steps of linear warm-up from lr_start", at_least(0))
+    name: str = key("adamw", "the optimizer", choice(NAMES), card="optimizer")
+    lr: float = key(5e-4, "peak learning rate", above(0), at_most(1000), card="optimizer")
+    schedule: str = key("cosine", "learning rate after the warm-up", choice(SCHEDULES), card="optimizer")
+    warmup: int = key(0, "steps of linear warm-up from lr_start", at_least(0), card="optimizer")
     lr_start: float = key(1e-6, "learning rate of the first step, if there is a warm-up", between(0, 1000))
     lr_end: float = key(1e-5, "learning rate that the schedule reaches after its last step", between(0, 1000))
     weight_decay: float = key(
-        0.5, "decoupled weight decay of kernels and embeddings; none for biases, norms and scale", between(0, 1000)
+        0.5,
+        "decoupled weight decay of kernels and embeddings; none for biases, norms and scale",
+        between(0, 1000),
+        card="optimizer",
     )
-    b1: float = key(0.9, "decay of the first moment; adafactor keeps none if it is 0", fraction_below_one())
+    b1: float = key(
+        0.9, "decay of the first moment; adafactor keeps none if it is 0", fraction_below_one(), card="optimizer"
+    )
     b2: float = key(
         0.98,
         "decay of the second moment; of the momentum for lion; unused by adafactor",
         fraction_below_one(),
+        card="optimizer",
     )
     eps: float = key(1e-8, "added to the second moment's root, except in adafactor", at_least(1e-15))
     layer_decay: float = key(1.0, "updates of a layer over updates of the layer above; 1 for none", _SHARE)
-    grad_clip_norm: float = key(0.0, "bound on the global norm of the gradient; 0 for none", at_least(0))
-    mu_dtype: str = key("float32", "dtype of the first moment; the second is float32", choice(("float32", "bfloat16")))
-    microbatches: int = key(1, "parts of the batch that are encoded one after another; exact", at_least(1))
+    grad_clip_norm: float = key(
+        0.0, "bound on the global norm of the gradient; 0 for none", at_least(0), card="optimizer"
+    )
+    microbatches: int = key(
+        1, "parts of the batch that are encoded one after another; exact", at_least(1), resume="free"
+    )
     max_skipped_steps: int = key(
-        10, "consecutive steps with non-finite values that may be skipped before the run stops", at_least(0)
+        10,
+        "consecutive steps with non-finite values that may be skipped before the run stops",
+        at_least(0),
+        resume="free",
     )
     max_grad_norm_ratio: float = key(
         0.0, "skip steps whose gradient norm is above this multiple of its running mean; 0 for none", _RATIO
@@ -61,14 +73,13 @@ class OptimConfig:
     rewind: bool = key(
         False,
         "instead of stopping, restore the parameters of the previous checkpoint and continue with the next samples",
+        resume="free",
     )
 
     def conflicts(self) -> Iterator[str]:
         """Yield values that contradict each other."""
         if self.rewind and not self.max_skipped_steps:
             yield "rewind is True and max_skipped_steps is 0; set it to 1 or more"
-        if self.name == "lamb" and self.mu_dtype != "float32":
-            yield f"mu_dtype is {self.mu_dtype!r}, and lamb keeps its first moment in float32; set it to 'float32'"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,16 +206,12 @@ Make = Callable[[OptimConfig, Schedule, Mapping[str, Tower]], optax.GradientTran
 
 def _adamw(config: OptimConfig, rate: Schedule, towers: Mapping[str, Tower]) -> optax.GradientTransformation:
     """arXiv 1711.05101."""
-    dtype = jnp.dtype(config.mu_dtype)
-    return optax.adamw(
-        rate, config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=decay_mask, mu_dtype=dtype
-    )
+    return optax.adamw(rate, config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=decay_mask)
 
 
 def _lion(config: OptimConfig, rate: Schedule, towers: Mapping[str, Tower]) -> optax.GradientTransformation:
     """arXiv 2302.06675: the sign of a moving average, one moment."""
-    dtype = jnp.dtype(config.mu_dtype)
-    return optax.lion(rate, config.b1, config.b2, dtype, weight_decay=config.weight_decay, mask=decay_mask)
+    return optax.lion(rate, config.b1, config.b2, weight_decay=config.weight_decay, mask=decay_mask)
 
 
 def _lamb(config: OptimConfig, rate: Schedule, towers: Mapping[str, Tower]) -> optax.GradientTransformation:
@@ -217,12 +224,11 @@ def _adafactor(config: OptimConfig, rate: Schedule, towers: Mapping[str, Tower])
 
     `optax.adafactor`, whose clipping takes stacked blocks as one tensor.
     """
-    dtype = jnp.dtype(config.mu_dtype)
     return optax.chain(
         optax.scale_by_factored_rms(),
         optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(_clip_rms, updates)),
         optax.scale_by_learning_rate(rate, flip_sign=False),
-        *([optax.ema(config.b1, debias=False, accumulator_dtype=dtype)] if config.b1 else []),
+        *([optax.ema(config.b1, debias=False)] if config.b1 else []),
         optax.add_decayed_weights(lambda step: rate(step) * config.weight_decay, mask=decay_mask),
         optax.scale(-1),
     )
@@ -246,7 +252,6 @@ def _muon(config: OptimConfig, rate: Schedule, towers: Mapping[str, Tower]) -> o
         beta=config.b1,
         eps=config.eps,
         weight_decay=config.weight_decay,
-        mu_dtype=jnp.dtype(config.mu_dtype),
         muon_weight_dimension_numbers=_muon_dimensions,
         consistent_rms=0.2,
     )

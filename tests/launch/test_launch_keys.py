@@ -102,7 +102,7 @@ def test_a_recipe_that_the_workers_will_not_have_is_refused(script, cloud):
     ("text", "more", "message"),
     [
         ("", ["--config.log.to=('my_lab.wandb_more:Class',)"], ""),
-        ("", ["--config.log.to=()", "--config.log.project=wandb-x"], ""),
+        ("", ["--config.log.to=()", "--config.data.dir=wandb-x"], ""),
         ("", ["--config.log.to", '("tensorboard", "trackio")'], "names trackio, which the workers would lack; set EX"),
         ("OLD_WANDB_API_KEY=x\n", ["--config.log.to=wandb"], "names wandb, for which the workers have no key"),
         ("WANDB_API_KEY=x\n", ["--config.log.to=wandb"], ""),

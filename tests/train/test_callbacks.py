@@ -72,14 +72,16 @@ class Report(Callback):
         job.folder.report_file.write_text("<p>page")
 
 
-def test_a_run_with_all_trackers(calls, pairs, tmp_path):
+def test_a_run_with_all_trackers(calls, pairs, tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    monkeypatch.setenv("TRACKIO_PROJECT", "birds")
     run = tmp_path / "mine"
-    trainer.run(tiny.short(pairs, run, log__to=("tensorboard", "wandb", "trackio"), log__project="birds"), [Report()])
+    trainer.run(tiny.short(pairs, run, log__to=("tensorboard", "wandb", "trackio")), [Report()])
     run_id = json.loads((run / "trackers.json").read_text())["id"]
-    names = {"wandb": "mine", "trackio": f"mine-{run_id}"}
+    names = {"wandb": ("xclip_jax", "mine"), "trackio": ("birds", f"mine-{run_id}")}
     for name, shown in names.items():
         (init,) = logged(calls, name, "init")
-        assert (init["project"], init["name"], init["resume"]) == ("birds", shown, "allow")
+        assert (init["project"], init["name"], init["resume"]) == (*shown, "allow")
         assert init["config"]["optim"]["lr"] == 1e-3
         media = {"step": 4, "picture": (5, 3), "report": "<p>page"}
         assert logged(calls, name, "log") == [*tiny.lines(run), media]

@@ -25,7 +25,6 @@ from tests.helpers.checkpoints import (
     resume,
     save,
 )
-from xclip_jax.config import schema
 from xclip_jax.core.errors import UserError
 from xclip_jax.core.run_folder import RunFolder
 from xclip_jax.train import checkpoint_files
@@ -221,21 +220,10 @@ def test_orbax_asks_the_preemption_service_nothing(tmp_path, monkeypatch):
 
 
 def test_which_checkpoints_are_kept(tmp_path):
-    save(tmp_path, *range(2, 22, 2), keep=2, keep_every=6)
-    assert RunFolder(tmp_path).steps() == [6, 12, 18, 20]
+    save(tmp_path, *range(2, 22, 2), keep=2)
+    assert RunFolder(tmp_path).steps() == [18, 20]
     for step in RunFolder(tmp_path).steps():
         check_is(restore(tmp_path, step), step)
-
-
-def test_keys_that_do_not_go_together():
-    for every, keep_every in ((0, 10), (4, 10), (10, 4)):
-        with pytest.raises(
-            UserError, match=rf"checkpoint.keep_every={keep_every} must be a multiple of checkpoint.every"
-        ):
-            schema.resolve(
-                {"steps": 100, "optim": {"warmup": 1}, "checkpoint": {"every": every, "keep_every": keep_every}}
-            )
-    schema.resolve({"steps": 100, "optim": {"warmup": 1}, "checkpoint": {"every": 5, "keep_every": 10}})
 
 
 def test_a_later_checkpoint_is_not_taken_for_a_save(run):

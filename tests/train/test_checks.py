@@ -147,13 +147,11 @@ def test_initial_weights(tmp_path, run, pairs):
     assert list(checks.check_weights(start_of(tiny.config("clip")))) == []
 
 
-def space(monkeypatch, run, number, *, keep=3, every=2, keep_every=0, steps=100):
+def space(monkeypatch, run, number, *, keep=3, every=2, steps=100):
     """Check a run on a disk with free space for so many checkpoints."""
     usage = types.SimpleNamespace(free=int(number * SIZE))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    config = schema.resolve(
-        {"steps": steps, "optim": {"warmup": 1}, "checkpoint": {"every": every, "keep": keep, "keep_every": keep_every}}
-    )
+    config = schema.resolve({"steps": steps, "optim": {"warmup": 1}, "checkpoint": {"every": every, "keep": keep}})
     start = Job(config, TrainingFolder(run))
     start.experiment = types.SimpleNamespace(abstract=checkpoints.ABSTRACT)
     (finding,) = checks.check_disk(start)
@@ -167,7 +165,6 @@ def space(monkeypatch, run, number, *, keep=3, every=2, keep_every=0, steps=100)
         ({"keep": 1}, 2, 2),
         ({"every": 0}, 1, 1),  # one, at the end
         ({"steps": 3}, 2, 2),
-        ({"keep_every": 20}, 2, 9),
     ],
 )
 def test_space_for_the_checkpoints(monkeypatch, tmp_path, options, least, most):
@@ -179,15 +176,6 @@ def test_space_for_the_checkpoints(monkeypatch, tmp_path, options, least, most):
         finding = space(monkeypatch, tmp_path / "new", most - 0.01, **options)
         assert finding.mark == WARNING and f"need up to {format_bytes(most * SIZE)} more" in finding.text
     assert space(monkeypatch, tmp_path / "new", most, **options).mark == OK
-
-
-def test_what_is_kept_for_ever_stays_when_a_run_resumes(monkeypatch, tmp_path):
-    for step in (20, 40, 54, 56, 58):
-        (tmp_path / "checkpoints" / str(step)).mkdir(parents=True)
-    # Steps 60, 80 and 100 are kept besides 20 and 40; one of 54 to 58 is deleted for each of the others.
-    finding = space(monkeypatch, tmp_path, 3.9, keep_every=20)
-    assert finding.mark == WARNING and f"need up to {format_bytes(4 * SIZE)} more" in finding.text
-    assert space(monkeypatch, tmp_path, 4, keep_every=20).mark == OK
 
 
 def test_what_is_saved_already_needs_no_space_again(monkeypatch, saved_run):

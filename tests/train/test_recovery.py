@@ -117,13 +117,11 @@ def state_like(host, p):
     return jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), host, p.abstract)
 
 
-@pytest.mark.parametrize("mu_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("b1", "b2"), [(0.0, 0.0), (0.999999, 0.0), (0.0, 0.999999), (0.9999999, 0.9999999)])
-def test_updates_are_finite_within_the_bounds_of_the_optimizer(b1, b2, mu_dtype):
+def test_updates_are_finite_within_the_bounds_of_the_optimizer(b1, b2):
     """So a step can be accepted before its update is known."""
     largest = {"lr": 1000.0, "lr_start": 1000.0, "lr_end": 1000.0, "weight_decay": 1000.0, "eps": 1e-15}
     c = tiny.config(**{f"optim__{key}": value for key, value in (largest | {"b1": b1, "b2": b2}).items()})
-    c.optim.mu_dtype = mu_dtype
     tx = optim.make_optimizer(schema.resolve(c).optim, 10, {})
     values = np.array([0.0, 1e-45, -1e-38, 1e-23, 1e-10, -1.0, 1e10, 1.8e19], np.float32)  # squares that fp32 holds
     params = {"kernel": jnp.asarray(np.repeat(values, len(values)))}
@@ -313,8 +311,6 @@ def test_rewind_without_a_skipped_step_is_refused():
     kept = tiny.config(optim__rewind=True, checkpoint__keep=1)
     with pytest.raises(UserError, match=r"optim\.rewind may need .* checkpoint\.keep is 1; raise it to 2"):
         schema.resolve(kept)
-    kept.checkpoint.keep_every = 100
-    assert schema.resolve(kept)
 
 
 @pytest.fixture

@@ -8,13 +8,13 @@ import json
 import re
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import ml_collections
 
 from xclip_jax.core import fields
 from xclip_jax.core.errors import UserError, public
-from xclip_jax.core.fields import Check, at_least, between, choice, key, not_empty
+from xclip_jax.core.fields import Check, Facts, at_least, between, choice, group, key, not_empty
 from xclip_jax.core.imports import class_name
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.preprocessing import Preprocessing
@@ -25,6 +25,9 @@ from xclip_jax.objectives import LossConfig, ObjectiveConfig, make_objective, wi
 from xclip_jax.optim import EmaConfig, OptimConfig, frozen_layers
 from xclip_jax.parallel.sharding import MeshConfig
 
+# Keys of earlier versions, which saved configs have: group, name, and the value that now always holds. None: any value,
+# since the key decided nothing that is learned or measured.
+_REMOVED = (("checkpoint", "keep_every", 0), ("log", "project", None), ("optim", "mu_dtype", "float32"))
 _STEPS = Check(
     "() or START,STOP with 0 < START < STOP", lambda value: not value or (len(value) == 2 and 0 < value[0] < value[1])
 )
@@ -53,27 +56,38 @@ class InitConfig:
 class FinetuneConfig:
     """Config group `finetune`: how given weights change."""
 
-    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+    lora: LoraConfig = group(LoraConfig)
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
     """Config group `eval`: what is evaluated, and when."""
 
-    sets: Sequence[str] = key((), "sets that are evaluated every `eval.every` steps, and at the end")
-    final_sets: Sequence[str] = key((), "further sets that are evaluated only at the end")
+    sets: Sequence[str] = key((), "sets that are evaluated every `eval.every` steps, and at the end", evaluation="sets")
+    final_sets: Sequence[str] = key((), "further sets that are evaluated only at the end", evaluation="sets")
     every: int = key(0, "steps between two evaluations; 0: only at the end", at_least(0))
     before: bool = key(False, "also evaluate all sets before the first step, as of the given weights")
     batch: int = key(256, "items that are encoded at once", at_least(1))
-    ema: bool = key(False, "evaluate the moving average of the parameters, if the run has one")
-    report: bool = key(False, "make picture.png and report.html at the end")
-    resize: str = key("shortest", "how images are made square wherever the model is used", choice(RESIZE_MODES))
-    resize_size: int = key(0, "side before the central crop, pixels; 0 for model.img.image_size", at_least(0))
-    interpolation: str = key("bicubic", "how images are resized wherever the model is used", choice(INTERPOLATIONS))
-    templates: Sequence[str] = key(
-        (), "prompts for labelled images of your own, with {c} for the class; empty: one", _TEMPLATES
+    ema: bool = key(False, "evaluate the moving average of the parameters, if the run has one", evaluation="model")
+    report: bool = key(False, "make picture.png and report.html at the end", compared=False)
+    resize: str = key(
+        "shortest", "how images are made square wherever the model is used", choice(RESIZE_MODES), evaluation="model"
     )
-    class_names: str = key("", "JSON file {label: name} with the names of your own classes; empty: the labels")
+    resize_size: int = key(
+        0, "side before the central crop, pixels; 0 for model.img.image_size", at_least(0), evaluation="model"
+    )
+    interpolation: str = key(
+        "bicubic", "how images are resized wherever the model is used", choice(INTERPOLATIONS), evaluation="model"
+    )
+    templates: Sequence[str] = key(
+        (),
+        "prompts for labelled images of your own, with {c} for the class; empty: one",
+        _TEMPLATES,
+        evaluation="sets",
+    )
+    class_names: str = key(
+        "", "JSON file {label: name} with the names of your own classes; empty: the labels", evaluation="sets"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +95,6 @@ class LogConfig:
     """Config group `log`: metrics and warnings."""
 
     to: Sequence[str] = key(("tensorboard",), "trackers that get the metrics, in addition to metrics.jsonl", _TRACKERS)
-    project: str = key("xclip_jax", "the run's project in wandb and Trackio", not_empty())
     callbacks: Sequence[str] = key((), "classes of other packages that the run calls while it trains", _CLASSES)
     every: int = key(
         20,
@@ -103,33 +116,29 @@ class CheckpointConfig:
 
     every: int = key(1000, "steps between two checkpoints; 0: only at the end", at_least(0))
     keep: int = key(3, "number of newest checkpoints to keep", at_least(1))
-    keep_every: int = key(0, "also keep one checkpoint every N steps; 0: none", at_least(0))
-
-    def conflicts(self) -> Iterator[str]:
-        """Yield the faults of values that exclude each other."""
-        if self.keep_every and (not self.every or self.keep_every % self.every):
-            yield f"keep_every={self.keep_every} must be a multiple of checkpoint.every={self.every}, or 0"
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """The whole config of a run. Frozen; made by `resolve`."""
 
-    run: str = key("runs/new", "folder of the run, on a disk or in a bucket", not_empty())
-    seed: int = key(0, "seed of initial parameters, data order and augmentation", between(0, 2**32 - 1))
+    run: str = key(
+        "runs/new", "folder of the run, on a disk or in a bucket", not_empty(), resume="free", compared=False
+    )
+    seed: int = key(0, "seed of initial parameters, data order and augmentation", between(0, 2**32 - 1), card="seed")
     steps: int = key(0, "number of updates of the whole run", at_least(1))
-    init: InitConfig = dataclasses.field(default_factory=InitConfig)
-    finetune: FinetuneConfig = dataclasses.field(default_factory=FinetuneConfig)
-    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
-    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
-    objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
-    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
-    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
-    ema: EmaConfig = dataclasses.field(default_factory=EmaConfig)
-    data: DataConfig = dataclasses.field(default_factory=DataConfig)
-    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
-    log: LogConfig = dataclasses.field(default_factory=LogConfig)
-    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    init: InitConfig = group(InitConfig)
+    finetune: FinetuneConfig = group(FinetuneConfig)
+    mesh: MeshConfig = group(MeshConfig, resume="free")
+    model: ModelConfig = group(ModelConfig)
+    objective: ObjectiveConfig = group(ObjectiveConfig)
+    optim: OptimConfig = group(OptimConfig)
+    loss: LossConfig = group(LossConfig, resume="free")
+    ema: EmaConfig = group(EmaConfig)
+    data: DataConfig = group(DataConfig)
+    eval: EvalConfig = group(EvalConfig, resume="free")
+    log: LogConfig = group(LogConfig, resume="free", compared=False)
+    checkpoint: CheckpointConfig = group(CheckpointConfig, resume="free", compared=False)
 
     def conflicts(self) -> Iterator[str]:
         """Values of several groups that do not go together."""
@@ -138,7 +147,7 @@ class Config:
             yield f"optim.lr_end {optim.lr_end:g} is above optim.lr {optim.lr:g}, the peak; lower it, as to 0"
         if optim.warmup and optim.lr_start > optim.lr:
             yield f"optim.lr_start {optim.lr_start:g} is above optim.lr {optim.lr:g}, the peak; lower it, as to 0"
-        if optim.rewind and checkpoint.keep < 2 and not checkpoint.keep_every:
+        if optim.rewind and checkpoint.keep < 2:
             yield "optim.rewind may need the checkpoint before the newest, and checkpoint.keep is 1; raise it to 2"
         if optim.rewind and not checkpoint.every:
             yield "optim.rewind needs checkpoints before the end, and checkpoint.every is 0; set it to 1 or more"
@@ -203,6 +212,11 @@ def default() -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(dataclasses.asdict(Config())).lock()
 
 
+def keys_where(**facts: Unpack[Facts]) -> tuple[str, ...]:
+    """Return the dotted keys of a run's config that have all of `facts`, in the order of their declaration."""
+    return fields.keys_where(Config, **facts)
+
+
 def resolve(config: ml_collections.ConfigDict | Mapping[str, Any] | Config) -> Config:
     """Check a config as a whole and return it as a `Config`. Absent keys have their defaults.
 
@@ -223,18 +237,24 @@ def resolve(config: ml_collections.ConfigDict | Mapping[str, Any] | Config) -> C
 def complete(values: Mapping[str, Any]) -> ml_collections.ConfigDict:
     """Return a locked config of `values`, for example from a run's config.json, with defaults for all other keys.
 
-    Lists become tuples, because JSON has no tuples and `ConfigDict` keeps types. `resolve` reports unknown keys.
+    Lists become tuples, because JSON has no tuples and `ConfigDict` keeps types. Keys of earlier versions are left out
+    if they had the value that now always holds. `resolve` reports unknown keys.
     """
 
     def fill(expected: Any, given: Any) -> Any:
         if not isinstance(given, Mapping):
             return fields.with_tuples(given)
-        group = dataclasses.is_dataclass(expected)
-        hints, defaults = (typing.get_type_hints(expected), dataclasses.asdict(expected())) if group else ({}, {})
+        is_group = dataclasses.is_dataclass(expected)
+        hints, defaults = (typing.get_type_hints(expected), dataclasses.asdict(expected())) if is_group else ({}, {})
         return defaults | {name: fill(hints.get(name), value) for name, value in given.items()}
 
+    values = dict(values)
+    for group_name, name, only in _REMOVED:
+        old = values.get(group_name)
+        if isinstance(old, Mapping) and name in old and only in (None, old[name]):
+            values[group_name] = {key: value for key, value in old.items() if key != name}
     if isinstance(values.get("objective"), Mapping):
-        values = {**values, "objective": with_terms(values["objective"])}
+        values["objective"] = with_terms(values["objective"])
     return ml_collections.ConfigDict(fill(Config, values)).lock()
 
 

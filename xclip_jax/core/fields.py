@@ -6,7 +6,8 @@
 
 Each module defines the group of keys that it reads; `schema` collects them. A group may have a method
 `conflicts() -> Iterable[str]`, which says what is wrong with values that are allowed by themselves, each time
-beginning with the name of a key.
+beginning with the name of a key. `Facts` about a key, such as whether a resumed run may change it, stand in its
+declaration, and `keys_where` finds the keys that have them.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ import math
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypedDict, Unpack
 
 import numpy as np
 
@@ -72,12 +73,37 @@ def choice(valid: Iterable[Any]) -> Check:
     return Check(f"one of {', '.join(map(repr, valid))}", lambda value: value in valid)
 
 
-def key(default: Any, doc: str, *checks: Check) -> Any:
-    """Declare a config key: a dataclass field that knows its doc string and its checks."""
-    metadata = {"doc": doc, "checks": checks}
+class Facts(TypedDict, total=False):
+    """Facts about a config key, or about all keys of a group; each is absent unless it holds.
+
+    Attributes:
+      resume: "free" if a resumed run may have another value: the key does not change what is learned, or other files of
+        the run's folder guard it.
+      host: "own" if the processes of a run may have different values: hosts may keep the same files in different
+        places, and differ in how they read them.
+      evaluation: "model" if the key changes the evaluated model, "sets" if it changes what the model is evaluated on.
+      compared: False if the key changes nothing that a report compares between runs.
+      card: part of the recipe in a model card to which the key belongs.
+    """
+
+    resume: Literal["free"]
+    host: Literal["own"]
+    evaluation: Literal["model", "sets"]
+    compared: Literal[False]
+    card: Literal["batch", "optimizer", "images", "model", "seed"]
+
+
+def key(default: Any, doc: str, *checks: Check, **facts: Unpack[Facts]) -> Any:
+    """Declare a config key: a dataclass field that knows its doc string, its checks and its facts."""
+    metadata = {"doc": doc, "checks": checks, "facts": facts}
     if isinstance(default, Mapping):
         return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def group(config_type: type[Any], **facts: Unpack[Facts]) -> Any:
+    """Declare a group of config keys: a dataclass field that is a config dataclass, with facts about all its keys."""
+    return dataclasses.field(default_factory=config_type, metadata={"facts": facts})
 
 
 def _type_name(expected: Any) -> str:
@@ -186,11 +212,11 @@ def read_plugin(
     return made
 
 
-def read_group(group: type[Any], values: Any, path: str, faults: list[str]) -> Any:
-    """Make an instance of the config dataclass `group` from nested `values`.
+def read_group(config_type: type[Any], values: Any, path: str, faults: list[str]) -> Any:
+    """Make an instance of the config dataclass `config_type` from nested `values`.
 
     Args:
-      group: dataclass whose fields are keys or groups of keys.
+      config_type: dataclass whose fields are keys or groups of keys.
       values: mapping; keys that are absent keep their defaults.
       path: dotted name of the group; "" for the whole config.
       faults: gets a sentence for each unknown key and each value that is not allowed, whose default is taken instead.
@@ -198,12 +224,12 @@ def read_group(group: type[Any], values: Any, path: str, faults: list[str]) -> A
     prefix = f"{path}." if path else ""
     if not isinstance(values, Mapping):
         faults.append(f"{path} is {values!r}; expected a group of keys")
-        return group()
-    fields = {field.name: field for field in dataclasses.fields(group)}
+        return config_type()
+    fields = {field.name: field for field in dataclasses.fields(config_type)}
     for name in values:
         if name not in fields:
             faults.append(unknown_key(f"{prefix}{name}", fields))
-    expected, arguments = typing.get_type_hints(group), {}
+    expected, arguments = typing.get_type_hints(config_type), {}
     for name, field in fields.items():
         if name not in values:
             continue
@@ -215,20 +241,33 @@ def read_group(group: type[Any], values: Any, path: str, faults: list[str]) -> A
             faults.append(fault)
         else:
             arguments[name] = value
-    made, before = group(**arguments), len(faults)
+    made, before = config_type(**arguments), len(faults)
     if hasattr(made, "conflicts") and not any(fault.startswith(path) for fault in faults[:before]):
         faults.extend(f"{path}.{conflict}" if path else conflict for conflict in made.conflicts())
     return made
 
 
-def describe(group: type[Any], path: str = "") -> Iterator[tuple[str, Any, str, str]]:
+def describe(config_type: type[Any]) -> Iterator[tuple[str, Any, str, str]]:
     """(dotted key, default, allowed values, doc string) of each key of a config dataclass."""
-    expected, defaults = typing.get_type_hints(group), group()
-    for field in dataclasses.fields(group):
-        name = f"{path}.{field.name}" if path else field.name
+    for name, field, expected, _ in _keys(config_type):
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        allowed = ", ".join([_type_name(expected), *(check.allowed for check in field.metadata["checks"])])
+        yield name, default, allowed, field.metadata["doc"]
+
+
+def keys_where(config_type: type[Any], **facts: Unpack[Facts]) -> tuple[str, ...]:
+    """Return the dotted keys of a config dataclass that have all of `facts`, in the order of their declaration."""
+    return tuple(name for name, _, _, known in _keys(config_type) if facts.items() <= known.items())
+
+
+def _keys(
+    config_type: type[Any], prefix: str = "", inherited: Mapping[str, Any] = types.MappingProxyType({})
+) -> Iterator[tuple[str, dataclasses.Field[Any], Any, dict[str, Any]]]:
+    """Yield (dotted key, field, type, facts) of each key of a config dataclass, with the facts of its groups."""
+    expected = typing.get_type_hints(config_type)
+    for field in dataclasses.fields(config_type):
+        facts = {**inherited, **field.metadata.get("facts", {})}
         if dataclasses.is_dataclass(expected[field.name]):
-            yield from describe(expected[field.name], name)
+            yield from _keys(expected[field.name], f"{prefix}{field.name}.", facts)
         else:
-            checks = field.metadata["checks"]
-            allowed = ", ".join([_type_name(expected[field.name]), *(check.allowed for check in checks)])
-            yield name, getattr(defaults, field.name), allowed, field.metadata["doc"]
+            yield prefix + field.name, field, expected[field.name], facts

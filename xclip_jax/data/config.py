@@ -36,7 +36,10 @@ class DataConfig:
     """Config group `data`: sources, how images and captions are drawn from them, and how fast they are read."""
 
     sources: Sequence[str] = key(
-        (), "specs of sources, KIND:REST as in folder:PATH, of pairs or for fine-tuning of labelled items; mixed"
+        (),
+        "specs of sources, KIND:REST as in folder:PATH, of pairs or for fine-tuning of labelled items; mixed",
+        resume="free",
+        host="own",
     )
     weights: Sequence[float] = key((), "share of samples from each source; empty to see every sample once an epoch")
     subset: float = key(1.0, "share of each source's samples that is used; chosen by the seed, nested", _SHARE)
@@ -51,14 +54,15 @@ class DataConfig:
     spread_duplicate_captions: bool = key(
         False, "spread records of equal captions, false negatives, over each epoch; reads all captions at the start"
     )
-    dir: str = key("", "root of TFDS data sets; empty for the default")
-    batch: int = key(4096, "b, pairs of the global batch", at_least(1))
-    tokenizer: str = key("clip", "clip, bytes or the path of a tokenizer file", not_empty())
+    dir: str = key("", "root of TFDS data sets; empty for the default", resume="free", host="own")
+    batch: int = key(4096, "b, pairs of the global batch", at_least(1), card="batch")
+    tokenizer: str = key("clip", "clip, bytes or the path of a tokenizer file", not_empty(), resume="free", host="own")
     length_groups: str = key(
         AUTO,
         "TOKENS:SHARE,...: the shortest texts of a device, up to this share of them, are cut to this length, which "
         "changes no result; auto chooses by the data, full cuts none",
         _GROUPS,
+        resume="free",
     )
     image_key: str = key("image", "feature of a record or column of a table; not of tars and folders")
     text_keys: Sequence[str] = key(
@@ -68,10 +72,16 @@ class DataConfig:
     tags: int = key(0, "at most this many keywords, in random order, go into a caption", at_least(0))
     tags_append_prob: float = key(0.5, "share of captions with keywords after them", between(0, 1))
     tags_only_prob: float = key(0.0, "share of captions that consist of keywords only", between(0, 1))
-    crop_scale: tuple[float, float] = key((0.5, 1.0), "smallest and largest area of a training crop over the image's")
-    resample: str = key("area", "how a crop is resized; area is the fast one", choice(transforms.RESAMPLE))
-    flip_prob: float = key(0.0, "probability of a horizontal flip", between(0, 1))
-    color_jitter: float = key(0.0, "strength of random brightness, contrast and saturation", between(0, 1))
+    crop_scale: tuple[float, float] = key(
+        (0.5, 1.0), "smallest and largest area of a training crop over the image's", card="images"
+    )
+    resample: str = key(
+        "area", "how a crop is resized; area is the fast one", choice(transforms.RESAMPLE), card="images"
+    )
+    flip_prob: float = key(0.0, "probability of a horizontal flip", between(0, 1), card="images")
+    color_jitter: float = key(
+        0.0, "strength of random brightness, contrast and saturation", between(0, 1), card="images"
+    )
     normalization: str | tuple[Triple, Triple] = key(
         "imagenet", "name of mean and deviation of pixels, or both by channel, ((r, g, b), (r, g, b))", _STATISTICS
     )
@@ -85,13 +95,25 @@ class DataConfig:
         True, "turn images as their EXIF tag says wherever the model is used; open_clip and transformers do not"
     )
     cache: bool = key(False, "keep decoded images in memory")
-    threads: int = key(16, "batches that this process reads at once, where workers is 0", at_least(1))
-    buffer: int = key(
-        8, "batches that are read ahead, where workers is 0; fewer than threads count as threads", at_least(1)
+    threads: int = key(
+        16, "batches that this process reads at once, where workers is 0", at_least(1), resume="free", host="own"
     )
-    workers: int = key(0, "reading processes, one thread each; for buckets several a core", at_least(0))
-    read_timeout: float = key(300.0, "seconds after which a sample that is not read is a bad one; 0 never", at_least(0))
-    max_bad_fraction: float = key(0.05, "a larger share of samples that cannot be used stops the run", between(0, 1))
+    buffer: int = key(
+        8,
+        "batches that are read ahead, where workers is 0; fewer than threads count as threads",
+        at_least(1),
+        resume="free",
+        host="own",
+    )
+    workers: int = key(
+        0, "reading processes, one thread each; for buckets several a core", at_least(0), resume="free", host="own"
+    )
+    read_timeout: float = key(
+        300.0, "seconds after which a sample that is not read is a bad one; 0 never", at_least(0), resume="free"
+    )
+    max_bad_fraction: float = key(
+        0.05, "a larger share of samples that cannot be used stops the run", between(0, 1), resume="free"
+    )
 
     def conflicts(self) -> Iterator[str]:
         """Yield values that contradict each other."""

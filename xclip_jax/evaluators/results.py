@@ -28,6 +28,7 @@ import numpy as np
 from etils import epath
 
 from xclip_jax.core.errors import UserError, describe, public
+from xclip_jax.core.fields import keys_where
 from xclip_jax.core.run_folder import lock
 from xclip_jax.core.storage import write_json, write_whole
 from xclip_jax.data.labelled import Paths
@@ -42,8 +43,6 @@ UNITS = ("%", "x 100", "rank", "")  # units of this package's evaluators
 LAST = "last"  # entry of the per-example values of results.json
 KEY = ("set", "checkpoint", "step", "profile", "changes", "fingerprint")
 _VIEW = KEY[1:]
-# Keys of a run's group `eval` that change the results at one step.
-_EVAL_KEYS = ("ema", "resize", "resize_size", "interpolation")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,7 +228,7 @@ def make_entry(name: str, evaluator: str, results: Sequence[Result], preprocessi
 
 def settings(group: Any) -> dict[str, Any]:
     """Return an entry's "eval" for the model of a run whose config has the group `eval` of this value."""
-    return {key: getattr(group, key) for key in _EVAL_KEYS}
+    return {key: getattr(group, key) for key in keys_where(type(group), evaluation="model")}
 
 
 def share_of(entry: Entry) -> float:

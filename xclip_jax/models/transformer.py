@@ -45,7 +45,9 @@ class TransformerConfig(Tower):
     act: str = key("gelu", "activation of the MLP", choice(ACTIVATIONS))
     eps: float = key(1e-5, "added to the variance in LayerNorm", above(0))
     scan: bool = key(True, "one compiled block for all of them, with stacked parameters")
-    remat: str = key("none", "what the backward pass recomputes and does not keep in memory", choice(REMAT_POLICIES))
+    remat: str = key(
+        "none", "what the backward pass recomputes and does not keep in memory", choice(REMAT_POLICIES), resume="free"
+    )
 
     def conflicts(self) -> Iterator[str]:
         """Yield values that contradict each other."""

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from xclip_jax.core.errors import UserError, check_choice
-from xclip_jax.core.fields import Check, above, at_least, choice, key, read_plugin
+from xclip_jax.core.fields import Check, above, at_least, choice, group, key, read_plugin
 from xclip_jax.models.heads import ClusterHeadConfig, Head, Heads, Scalar
 from xclip_jax.models.layers import named
 from xclip_jax.models.tower import ImageTower, TextTower
@@ -52,16 +52,19 @@ class ModelConfig:
         config.model.plugins = {"img": {"type": "my_lab.towers:ConvNet", "width": 512}}
     """
 
-    img: ImageTowerConfig = dataclasses.field(default_factory=ImageTowerConfig)
-    txt: TextTowerConfig = dataclasses.field(default_factory=TextTowerConfig)
+    img: ImageTowerConfig = group(ImageTowerConfig)
+    txt: TextTowerConfig = group(TextTowerConfig)
     embed: int = key(512, "e, size of the embedding that images and texts share", at_least(1))
     project_img: bool = key(True, "learned projection of images; without one embed is the image tower's width")
     project_bias: bool = key(False, "bias in projections")
     scale_init: float = key(1 / 0.07, "logit scale at the start; at most 100 for the term clip", above(0))
     bias_init: float = key(-10.0, "logit bias at the start, only for the sigmoid loss")
-    cluster_head: ClusterHeadConfig = dataclasses.field(default_factory=ClusterHeadConfig)
+    cluster_head: ClusterHeadConfig = group(ClusterHeadConfig)
     dtype: str = key(
-        "bfloat16", "computation dtype of towers and heads; parameters stay float32", choice(("float32", "bfloat16"))
+        "bfloat16",
+        "computation dtype of towers and heads; parameters stay float32",
+        choice(("float32", "bfloat16")),
+        card="model",
     )
     plugins: Mapping[str, Mapping[str, Any]] = key(
         {},

@@ -107,7 +107,7 @@ class ImageTowerConfig(TransformerConfig, ImageTower):
     pool: str = key("cls", "class token, mean over patches, or attention pooling", choice(POOLS))
     pre_norm: bool = key(True, "LayerNorm before the first block")
     patch_bias: bool = key(False, "bias of the linear map from patches to tokens")
-    patch_dropout: float = key(0.0, "share of patches left out of a training pass", fraction_below_one())
+    patch_dropout: float = key(0.0, "share of patches left out of a training pass", fraction_below_one(), card="model")
     drop_path: float = key(0.0, "probability that training leaves out a branch of the last block", fraction_below_one())
 
     def conflicts(self) -> Iterator[str]:

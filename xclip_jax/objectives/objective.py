@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from xclip_jax.core import fields
 from xclip_jax.core.errors import UserError
-from xclip_jax.core.fields import Check, find_class, key, not_empty, read_plugin
+from xclip_jax.core.fields import Check, find_class, group, key, not_empty, read_plugin
 from xclip_jax.models.heads import Head, Heads, Scalar
 from xclip_jax.models.two_towers import ModelConfig
 from xclip_jax.objectives.classify import Classify
@@ -201,10 +201,10 @@ class ObjectiveConfig:
 
     name: str = key("clip", "name of the objective", not_empty())
     terms: Mapping[str, float] = key(RECIPES["clip"], "weight of each term of the loss", _WEIGHTS)
-    clip: Clip = dataclasses.field(default_factory=Clip)
-    siglip: Siglip = dataclasses.field(default_factory=Siglip)
-    nclip: Nclip = dataclasses.field(default_factory=Nclip)
-    classify: Classify = dataclasses.field(default_factory=Classify)
+    clip: Clip = group(Clip)
+    siglip: Siglip = group(Siglip)
+    nclip: Nclip = group(Nclip)
+    classify: Classify = group(Classify)
     plugins: Mapping[str, Mapping[str, Any]] = key(
         {}, "terms of other packages: for each name its 'type', 'package.module:Class', and its options"
     )

@@ -32,9 +32,7 @@ _TASKS = {
     "retrieval": "zero-shot-retrieval",
     "visual": "image-classification",
 }
-_RECIPE = ("data.batch", "optim.name", "optim.lr", "optim.schedule", "optim.warmup", "optim.weight_decay", "optim.b1",
-           "optim.b2", "optim.grad_clip_norm", "data.crop_scale", "data.resample", "data.flip_prob",
-           "data.color_jitter", "model.img.patch_dropout", "model.dtype", "seed")  # fmt: skip
+_PARTS = ("batch", "optimizer", "images", "model", "seed")  # of the recipe, in their order
 _SHOWN_CLASSES = 20
 # Paths from a root and addresses of buckets, in specs and in words of a command.
 _PATH = re.compile(r"""(?:^|(?<=[\s=:@,;("'\[]))(?:~[\w.-]*/|/(?![/\s]|$)|(?!https?:)\w+://)[^"',;)\]]*""")
@@ -210,7 +208,8 @@ def _recipe(run: RunFolder, step: int, mix: float) -> Iterator[tuple[str, Any]]:
     rows: dict[str, Any] = {"objective.name": objective.name, **objective.recipe(config.model)}
     rows["step"] = f"{step:,} of {config.steps:,}"
     rows["parameters"] = "their moving average" if averaged else "those of the last update"
-    rows |= {key: values[key] for key in _RECIPE if not key.startswith(tuple(f"model.{name}." for name in plugins))}
+    keys = [key for part in _PARTS for key in schema.keys_where(card=part)]
+    rows |= {key: values[key] for key in keys if not key.startswith(tuple(f"model.{name}." for name in plugins))}
     rows |= {f"model.plugins.{name}.{key}": x for name, options in plugins.items() for key, x in options.items()}
     rows |= {"init.weights": config.init.weights} if config.init.weights else {}
     rows |= {"mix": f"{1 - mix:g} of init.weights + {mix:g} of the parameters"} if mix != 1 else {}

@@ -21,7 +21,6 @@ from xclip_jax.report.examples import Examples, Gallery, Prediction, SearchResul
 
 MAP = 144  # side of an attention map, pixels
 _DARK = np.array([17, 24, 39])
-_OWN = ("run", "log.", "checkpoint.", "eval.report")  # keys that change nothing that is compared
 _RANK = (("rank/img", "images"), ("rank/txt", "texts"))
 
 
@@ -286,7 +285,8 @@ def about(record: Record) -> Section:
 def settings(runs: Sequence[Run]) -> Section:
     """The config keys in which the runs differ, and the devices, commit and logged steps of each."""
     configs = [schema.flatten(schema.to_dict(run.record.config)) for run in runs]
-    keys = sorted({key for config in configs for key in config if not key.startswith(_OWN)})
+    left_out = schema.keys_where(compared=False)
+    keys = sorted({key for config in configs for key in config if key not in left_out})
     differing = {key: [config.get(key) for config in configs] for key in keys}
     differing = {key: values for key, values in differing.items() if any(value != values[0] for value in values)}
     facts = {key: [run.record.environment.get(key) for run in runs] for key in ("devices", "commit")}

@@ -29,6 +29,7 @@ from xclip_jax.train.job import Job
 
 # Scalars in an event file of a run in a bucket: every two minutes tensorboardX uploads the whole file again.
 _MOST_EVENTS = 50_000
+_PROJECT = "xclip_jax"  # in wandb and Trackio, unless WANDB_PROJECT or TRACKIO_PROJECT names another
 
 
 class Callback:
@@ -153,7 +154,7 @@ class WeightsAndBiases(_MediaTracker):
         sys.argv[:] = public(sys.argv)  # wandb uploads the command line
         self._package = wandb = importlib.import_module("wandb")
         self._run = wandb.init(
-            project=config.log.project,
+            project=os.environ.get("WANDB_PROJECT") or _PROJECT,
             id=run_id,
             name=folder.path.name,
             config=schema.to_dict(config),
@@ -176,7 +177,8 @@ class Trackio(_MediaTracker):
         self._package = trackio = importlib.import_module("trackio")
         name = f"{folder.path.name}-{run_id}"
         config_values = schema.to_dict(config)
-        self._run = trackio.init(config.log.project, name=name, config=config_values, resume="allow", embed=False)
+        project = os.environ.get("TRACKIO_PROJECT") or _PROJECT
+        self._run = trackio.init(project, name=name, config=config_values, resume="allow", embed=False)
 
 
 TRACKERS: dict[str, Callable[[RunFolder, Config, int, str], Tracker]] = {

@@ -105,13 +105,12 @@ class Checkpointer:
     checkpoint together, with a digest of their files, by one renaming of their folder.
     """
 
-    def __init__(self, run: str | epath.Path, *, keep: int = 3, keep_every: int = 0, read_only: bool = False) -> None:
+    def __init__(self, run: str | epath.Path, *, keep: int = 3, read_only: bool = False) -> None:
         """Open the checkpoints of the folder `run`.
 
         Args:
           run: the run's folder.
           keep: newest checkpoints that are kept.
-          keep_every: checkpoints of multiples of this number of steps are kept as well; 0 for none.
           read_only: touch nothing, so that a run in progress can be read; parts of a state can be restored.
         """
         checkpoints = RunFolder(run).checkpoints
@@ -119,7 +118,6 @@ class Checkpointer:
         self.path = checkpoints if is_remote(str(checkpoints)) else checkpoints.absolute()
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None if read_only else keep,
-            keep_period=None if read_only else keep_every or None,
             save_interval_steps=0 if read_only else 1,  # Orbax warns of others when it only reads
             step_prefix=None,
             # An interrupted save leaves a temporary folder; it is not a checkpoint. A reader leaves it, since

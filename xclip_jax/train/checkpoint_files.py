@@ -131,5 +131,4 @@ def most_added(config: Config, saved: list[int]) -> int:
     """
     settings, left = config.checkpoint, max(config.steps - max(saved, default=0), 0)
     to_write = -(-left // settings.every) if settings.every else min(left, 1)
-    kept = settings.keep + (config.steps // settings.keep_every if settings.keep_every else 0)
-    return min(to_write, max(kept + 1 - len(saved), 1))
+    return min(to_write, max(settings.keep + 1 - len(saved), 1))

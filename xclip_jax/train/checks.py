@@ -21,10 +21,6 @@ from xclip_jax.train.job import Job
 from xclip_jax.train.training_folder import OUTCOMES, TrainingFolder
 
 OK, WARNING, FAIL = "ok", "warning", "FAIL"
-# Hosts may keep the same files in different places, and differ in how they read them.
-_KEYS_OF_A_HOST = (
-    "data.buffer", "data.dir", "data.sources", "data.threads", "data.tokenizer", "data.workers",
-)  # fmt: skip
 
 T = TypeVar("T")
 
@@ -181,7 +177,7 @@ def check_disk(job: Job) -> Iterator[Finding]:
         return
     text = f"the disk of {str(folder.path)!r} has {format_bytes(free)} free, and {needs}"
     mark = FAIL if free < least * size else WARNING if free < most * size else OK
-    fewer = "" if mark == FAIL else "lower checkpoint.keep, save less often by checkpoint.keep_every, "
+    fewer = "" if mark == FAIL else "lower checkpoint.keep, "
     remedy = f"make room, {fewer}or use another --config.run"
     yield Finding("disk", text, mark, "" if mark == OK else remedy, values | {"free_bytes": free})
 
@@ -261,7 +257,8 @@ def check_same_config(config: Config, folder: TrainingFolder) -> None:
     if (peers := runtime.peers()) is None:
         return
     keys = schema.flatten(schema.to_dict(config))
-    facts = {key: value for key, value in keys.items() if key not in _KEYS_OF_A_HOST}
+    of_a_host = schema.keys_where(host="own")
+    facts = {key: value for key, value in keys.items() if key not in of_a_host}
     captured = environment.capture()
     facts |= {f"code's {key}": captured[key] for key in ("commit", "python", "platform")}
     facts |= {f"version of {package}": version for package, version in captured["versions"].items()}

@@ -70,11 +70,10 @@ def run(
         callbacks = [*callbacks, *(made() for made in classes(config))]
         job.prepare()
         checks.check_same_data(job)
-        keep, keep_every = config.checkpoint.keep, config.checkpoint.keep_every
         facts = (job.experiment.length_groups, job.experiment.text_rows, job.initial[1])
         with folder.claimed(config, job.fingerprints, *facts):
             # A process that fails ends before its checkpointer is closed, which would wait for the others.
-            checkpoints = Checkpointer(folder.path, keep=keep, keep_every=keep_every)
+            checkpoints = Checkpointer(folder.path, keep=config.checkpoint.keep)
             with checkpoints as checkpointer, runtime.ends_all():
                 state, stopped, log = _train(job, checkpointer, watch, stop, callbacks, began)
             stop.saves = False

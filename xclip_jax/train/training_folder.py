@@ -21,16 +21,6 @@ from xclip_jax.evaluators.results import LAST, Result, flat, items, items_file, 
 from xclip_jax.interop import hub
 from xclip_jax.objectives import TERMS
 
-# A resumed run may differ in these: they do not change what is learned, or other files of the folder guard them.
-KEYS_FREE_ON_RESUME = (
-    "checkpoint.", "data.buffer", "data.dir", "data.length_groups", "data.max_bad_fraction", "data.read_timeout",
-    "data.sources", "data.threads", "data.tokenizer", "data.workers", "eval.", "log.", "loss.", "mesh.",
-    "model.img.remat", "model.txt.remat", "optim.max_skipped_steps", "optim.microbatches", "optim.rewind", "run",
-)  # fmt: skip
-_EVALUATION_KEYS = (
-    "eval.sets", "eval.final_sets", "eval.ema", "eval.resize", "eval.resize_size", "eval.interpolation",
-    "eval.templates", "eval.class_names",
-)  # fmt: skip
 # Keys of a fingerprint whose values are digests of `data.records.outcome`, and their names in messages.
 OUTCOMES = {
     "data.holdout": "what data.holdout holds out",
@@ -78,7 +68,7 @@ class TrainingFolder(RunFolder):
             return None
         saved = schema.flatten(schema.complete(record.get("config", {})).to_dict())
         current = schema.flatten(schema.to_dict(config))
-        if record.get("failed") or any(saved[key] != current[key] for key in _EVALUATION_KEYS):
+        if record.get("failed") or any(saved[key] != current[key] for key in _evaluation_keys()):
             return None
         return record["results"]
 
@@ -232,16 +222,22 @@ class TrainingFolder(RunFolder):
         if differing := _differences(saved["config"], config):
             log0(f"{self.path} has no checkpoint, so the run starts with its new config: {', '.join(differing)}")
         before, after = schema.flatten(saved["config"]), schema.flatten(schema.to_dict(config))
-        keys = ("eval.before", "data.tokenizer", *_EVALUATION_KEYS)
+        keys = ("eval.before", "data.tokenizer", *_evaluation_keys())
         others = any(before.get(key) != after.get(key) for key in keys) or saved.get("init_step", 0) != init_step
         if differing or others:
             self.metrics_file.unlink(missing_ok=True)
             self.results_log_file.unlink(missing_ok=True)
 
 
+def _evaluation_keys() -> tuple[str, ...]:
+    """Keys that decide the results of a run's evaluations, given its parameters."""
+    return schema.keys_where(evaluation="model") + schema.keys_where(evaluation="sets")
+
+
 def _differences(saved: Mapping[str, Any], config: Config) -> list[str]:
     """Keys that decide what is learned and differ between a saved config and `config`."""
     before, after = schema.flatten(saved), schema.flatten(schema.to_dict(config))
+    free = schema.keys_where(resume="free")
     # Options of terms that neither has.
     idle = tuple(
         f"objective.{name}."
@@ -251,5 +247,5 @@ def _differences(saved: Mapping[str, Any], config: Config) -> list[str]:
     return [
         f"{key} ({before.get(key)!r} in config.json, {after.get(key)!r} now)"
         for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and not key.startswith((*KEYS_FREE_ON_RESUME, *idle))
+        if before.get(key) != after.get(key) and key not in free and not key.startswith(idle)
     ]
