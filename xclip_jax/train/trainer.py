@@ -171,7 +171,7 @@ def _finish(
         job.folder.write_results(config, results, seconds=time.perf_counter() - began, **details)
     if results:
         log0(tables.render(results))
-    earlier = job.folder.read_evaluations() if results and config.eval.before else []
+    earlier = job.folder.read_evaluations() if results else []
     if before := [record for line in earlier if line["step"] == 0 for record in line["records"]]:
         log0(f"before -> after: {tables.headlines(results, from_json(before))}")
     if failed:
