@@ -30,6 +30,7 @@ from xclip_jax.parallel.sharding import MeshConfig
 _REMOVED = (
     ("checkpoint", "keep_every", 0),
     ("eval", "before", None),
+    ("log", "expected_epochs", None),
     ("log", "project", None),
     ("optim", "mu_dtype", "float32"),
 )
@@ -104,9 +105,6 @@ class LogConfig:
         20,
         "steps between two lines of metrics, apart from step 1, checkpoints, evaluations and the end; 0: only these",
         at_least(0),
-    )
-    expected_epochs: float = key(
-        0.0, "epochs that the recipe's steps are meant for; a run of other epochs warns; 0: unknown", at_least(0)
     )
     collapse_warmup_steps: int = key(500, "first step at which a collapse or a plateau gives a warning", at_least(0))
     stall_warning: float = key(60.0, "seconds without progress until a warning names the phase; 0: never", at_least(0))
