@@ -77,7 +77,6 @@ def fill_in(config: ml_collections.ConfigDict, arg: str | None = None) -> None:
     epochs, batch = args.epochs or (3 if text else 100), config.data.batch
     config.objective.classify.classes = classes
     config.steps = max(examples * epochs // batch, 1)
-    config.log.expected_epochs = float(epochs)
     config.eval.every = max(examples // batch, 1) * max(epochs // 20, 1)
     config.checkpoint.every = min(1000, config.eval.every)
     if text:

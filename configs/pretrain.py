@@ -54,7 +54,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config = recipes.base(args.objective, args.preset)  # terms of the loss, sizes of the towers
     config.run += f"-{args.data}" if args.data else ""
     config.steps = epochs * epoch
-    config.log.expected_epochs = epochs  # compared with the epochs over the pairs that the sources have
 
     config.data.sources = sources(args.data, args.root) if args.data else ()
     config.data.batch = args.batch

@@ -51,7 +51,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.optim.weight_decay = 0.1
     config.eval.sets = ("retrieval/holdout",)
     config.eval.report = True
-    config.eval.before = bool(args.weights)  # what the pairs changed
     config.checkpoint.keep = 2
     return config
 

@@ -81,7 +81,6 @@ class Matrix:
                 config.steps, warmup = round(config.steps * arm.length), round(config.optim.warmup * arm.length)
                 config.optim.warmup = warmup
             config.checkpoint.every, config.checkpoint.keep = max(config.steps // 4, 1), 1
-            config.log.expected_epochs = 0.0  # an arm's length is meant
             schema.resolve(config)
         except UserError as error:
             raise UserError(f"arm {arm.name!r}: {error}") from error

@@ -232,7 +232,12 @@ def test_every_key_has_a_doc_string_and_a_default_that_is_allowed():
 
 
 def test_keys_of_earlier_versions_are_left_out_of_saved_configs():
-    saved = {"checkpoint": {"keep": 5, "keep_every": 0}, "log": {"project": "birds"}, "optim": {"mu_dtype": "float32"}}
+    saved = {
+        "checkpoint": {"keep": 5, "keep_every": 0},
+        "log": {"project": "birds"},
+        "eval": {"before": True},
+        "optim": {"mu_dtype": "float32"},
+    }
     config = schema.complete(saved | {"steps": 1})
     assert schema.resolve(config) == schema.resolve({"steps": 1, "checkpoint": {"keep": 5}})
     assert saved["log"] == {"project": "birds"}

@@ -129,6 +129,9 @@ def test_how_often_a_set_is_evaluated(every, interval, pairs):
     config = tiny.config("clip", data__sources=(f"folder:{pairs}",), eval__sets=sets, eval__every=every)
     (finding,) = checks.check_sets(start_of(config))
     assert finding.mark == OK and finding.text == f"1 set opens; 1 of them every {interval}"
+    config.init.weights = "given"
+    (finding,) = checks.check_sets(start_of(config))
+    assert finding.text == f"1 set opens; 1 of them every {interval}, and all before the first step"
 
 
 def test_evaluation_sets_that_do_not_open(pairs):

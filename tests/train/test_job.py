@@ -6,8 +6,10 @@ import shutil
 import pytest
 
 from tests.helpers import tiny
+from xclip_jax.config import schema
 from xclip_jax.core.errors import UserError
 from xclip_jax.train import job
+from xclip_jax.train.training_folder import TrainingFolder
 
 
 @pytest.fixture
@@ -50,3 +52,13 @@ def test_check_needs_neither_data_nor_a_folder(tmp_path):
 )
 def test_extras_that_a_config_needs(changes, extras):
     assert job.extras(job.check(tiny.config(**({"data__sources": ("folder:x",)} | changes)))) == extras
+
+
+@pytest.mark.parametrize(
+    ("objective", "weights", "evaluated"), [("clip", "given", ["set"]), ("clip", "", []), ("classify", "given", [])]
+)
+def test_given_weights_are_evaluated_but_no_classifier_before_its_training(objective, weights, evaluated, tmp_path):
+    config = tiny.config(objective, run=tmp_path / "run", init__weights=weights, objective__classify__classes=3)
+    start = job.Job(schema.resolve(config), TrainingFolder(config.run))
+    start.evaluators = {"name": "set"}
+    assert start.before == evaluated and start.final == ["set"]

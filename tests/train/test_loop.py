@@ -111,9 +111,7 @@ def test_given_weights_are_evaluated_on_all_sets_before_the_first_step_once(
     pairs, tmp_path, run, evaluators, steps, capsys
 ):
     """However soon the run is cut off: at 0 steps it has no checkpoint, and starts again."""
-    c = tiny.short(
-        pairs, tmp_path / "new", eval__sets=("a",), eval__final_sets=("b",), eval__before=True, init__weights=str(run)
-    )
+    c = tiny.short(pairs, tmp_path / "new", eval__sets=("a",), eval__final_sets=("b",), init__weights=str(run))
     with tiny.cut_off(steps):
         trainer.run(c)
     given = jax.device_get(weights.load(str(run))[2])
@@ -129,7 +127,7 @@ def test_given_weights_are_evaluated_on_all_sets_before_the_first_step_once(
 
 def test_what_was_measured_before_is_of_the_same_weights_and_sets(pairs, tmp_path, run, evaluators):
     """A folder without a checkpoint takes a new config; evaluations of the old one are made again."""
-    given = {"eval__sets": ("a",), "eval__before": True, "init__weights": str(run)}
+    given = {"eval__sets": ("a",), "init__weights": str(run)}
     for changes, calls in (({}, 1), ({"eval__resize": "squash"}, 2), ({"eval__resize": "squash"}, 2)):
         with tiny.cut_off(0):
             trainer.run(tiny.short(pairs, tmp_path / "new", **given, **changes))

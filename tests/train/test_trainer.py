@@ -1,4 +1,3 @@
-import dataclasses
 import json
 import os
 import pathlib
@@ -13,7 +12,6 @@ import jax
 import pytest
 
 from tests.helpers import tiny
-from xclip_jax.config import schema
 from xclip_jax.core import storage
 from xclip_jax.core.errors import UserError
 from xclip_jax.core.run_folder import CLOCKS, RunFolder
@@ -21,7 +19,6 @@ from xclip_jax.processes.interrupt import EXIT_RESUMABLE
 from xclip_jax.train import build, job, trainer
 from xclip_jax.train.callbacks import Callback
 from xclip_jax.train.checkpoint import Checkpointer
-from xclip_jax.train.training_folder import TrainingFolder
 
 pytestmark = pytest.mark.long
 
@@ -83,17 +80,6 @@ def test_callbacks_receive_metrics_and_the_model(straight):
     recorder = straight[3]
     assert recorder.steps == [(step, line["loss"]) for step, line in logged(pathlib.Path(straight[0].run)).items()]
     assert recorder.ends == [({}, ["batch_stats", "params"], [])]
-
-
-@pytest.mark.parametrize(("expected", "warned"), [(0, False), (4, False), (5, False), (7, True), (2.5, True)])
-def test_a_schedule_for_other_data_is_warned_of(expected, warned, straight, capsys):
-    prepared = job.Job(schema.resolve(straight[0]), TrainingFolder(straight[0].run)).prepare()
-    log = dataclasses.replace(prepared.config.log, expected_epochs=expected)
-    prepared.config = dataclasses.replace(prepared.config, log=log)
-    trainer.warn_of_epochs(prepared)
-    line = capsys.readouterr().out  # 10 steps of 16 are 4 epochs of 40 pairs
-    warning = f"WARNING: 10 steps are 4 epochs of these 40 samples, and the recipe is meant for {expected:g}: give it"
-    assert (warning in line) == warned
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(pairs, tmp_path, capsys):

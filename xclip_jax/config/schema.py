@@ -27,7 +27,13 @@ from xclip_jax.parallel.sharding import MeshConfig
 
 # Keys of earlier versions, which saved configs have: group, name, and the value that now always holds. None: any value,
 # since the key decided nothing that is learned or measured.
-_REMOVED = (("checkpoint", "keep_every", 0), ("log", "project", None), ("optim", "mu_dtype", "float32"))
+_REMOVED = (
+    ("checkpoint", "keep_every", 0),
+    ("eval", "before", None),
+    ("log", "expected_epochs", None),
+    ("log", "project", None),
+    ("optim", "mu_dtype", "float32"),
+)
 _STEPS = Check(
     "() or START,STOP with 0 < START < STOP", lambda value: not value or (len(value) == 2 and 0 < value[0] < value[1])
 )
@@ -66,7 +72,6 @@ class EvalConfig:
     sets: Sequence[str] = key((), "sets that are evaluated every `eval.every` steps, and at the end", evaluation="sets")
     final_sets: Sequence[str] = key((), "further sets that are evaluated only at the end", evaluation="sets")
     every: int = key(0, "steps between two evaluations; 0: only at the end", at_least(0))
-    before: bool = key(False, "also evaluate all sets before the first step, as of the given weights")
     batch: int = key(256, "items that are encoded at once", at_least(1))
     ema: bool = key(False, "evaluate the moving average of the parameters, if the run has one", evaluation="model")
     report: bool = key(False, "make picture.png and report.html at the end", compared=False)
@@ -100,9 +105,6 @@ class LogConfig:
         20,
         "steps between two lines of metrics, apart from step 1, checkpoints, evaluations and the end; 0: only these",
         at_least(0),
-    )
-    expected_epochs: float = key(
-        0.0, "epochs that the recipe's steps are meant for; a run of other epochs warns; 0: unknown", at_least(0)
     )
     collapse_warmup_steps: int = key(500, "first step at which a collapse or a plateau gives a warning", at_least(0))
     stall_warning: float = key(60.0, "seconds without progress until a warning names the phase; 0: never", at_least(0))

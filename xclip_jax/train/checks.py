@@ -148,7 +148,7 @@ def check_sets(job: Job) -> Iterator[Finding]:
     if count:
         interval = "step" if group.every == 1 else f"{group.every:,} steps"
         during = f"{len(group.sets)} of them every {interval}" if group.every else "all at the end"
-        during += ", and all before the first step" if group.before else ""
+        during += ", and all before the first step" if job.before else ""
         opens = "1 set opens" if count == 1 else f"{count} sets open"
         yield Finding("evaluation", f"{opens}; {during}", values={"sets": count})
 

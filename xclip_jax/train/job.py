@@ -143,6 +143,11 @@ class Job:
         return dict(zip(specs, opened, strict=True))
 
     @property
+    def before(self) -> list[Evaluator]:
+        """Evaluators of given weights, run before the first step; none for a classifier that is yet to be trained."""
+        return self.final if self.config.init.weights and not self.experiment.objective.labelled else []
+
+    @property
     def during(self) -> list[Evaluator]:
         """Evaluators of `eval.sets`, run every `eval.every` steps."""
         return [self.evaluators[spec] for spec in self.config.eval.sets] if self.config.eval.every else []

@@ -158,7 +158,7 @@ def evaluating(watch: Watchdog, stop: PreemptionHandler, phase: str = EVALUATION
 def _due(job: Job, step: int) -> Sequence[Evaluator]:
     """Return the evaluators that run after `step`, or before the first step if it is 0; the last step has its own."""
     if step == 0:
-        return job.final if job.config.eval.before else ()
+        return job.before
     return job.during if step < job.config.steps and is_due(job.config.eval.every, step) else ()
 
 

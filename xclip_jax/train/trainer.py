@@ -30,9 +30,6 @@ from xclip_jax.train.state import TrainState, create
 from xclip_jax.train.training_folder import TrainingFolder
 from xclip_jax.train.weights import init_from_weights
 
-# Ratio of epochs above which a recipe's schedule is not the intended one.
-_FAR = 1.5
-
 
 def run(
     config: ml_collections.ConfigDict | Config, callbacks: Sequence[Callback] = (), *, uptime: float = 0.0
@@ -105,7 +102,6 @@ def _train(
         f"{'items' if experiment.objective.labelled else 'pairs'}, {config.steps:,} steps of {config.data.batch} "
         f"({job.epochs:.3g} epochs) on {jax.device_count()} {jax.devices()[0].device_kind}, in {job.folder.path}"
     )
-    warn_of_epochs(job)
     position: dict[str, Any] = {"samples": 0}
     watch.enter(COMPILATION)
     if checkpointer.latest() is None:
@@ -138,18 +134,6 @@ def _train(
         raise
 
 
-def warn_of_epochs(job: Job) -> None:
-    """Warn if a recipe expects data of another size, so that its steps are not the intended epochs."""
-    expected, n = job.config.log.expected_epochs, job.num_samples
-    counted = "examples" if job.config.objective.name == "classify" else "pairs"
-    if expected and not 1 / _FAR < job.epochs / expected < _FAR:
-        log0(
-            f"WARNING: {job.config.steps:,} steps are {job.epochs:.3g} epochs of these {n:,} samples, and the recipe "
-            f"is meant for {expected:g}: give it their number and the batch, --config "
-            f"RECIPE:{counted}={n},batch={job.config.data.batch}, or its epochs=, or set log.expected_epochs=0"
-        )
-
-
 def _finish(
     job: Job,
     state: TrainState,
@@ -171,7 +155,7 @@ def _finish(
         job.folder.write_results(config, results, seconds=time.perf_counter() - began, **details)
     if results:
         log0(tables.render(results))
-    earlier = job.folder.read_evaluations() if results and config.eval.before else []
+    earlier = job.folder.read_evaluations() if results else []
     if before := [record for line in earlier if line["step"] == 0 for record in line["records"]]:
         log0(f"before -> after: {tables.headlines(results, from_json(before))}")
     if failed:

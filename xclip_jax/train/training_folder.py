@@ -222,7 +222,7 @@ class TrainingFolder(RunFolder):
         if differing := _differences(saved["config"], config):
             log0(f"{self.path} has no checkpoint, so the run starts with its new config: {', '.join(differing)}")
         before, after = schema.flatten(saved["config"]), schema.flatten(schema.to_dict(config))
-        keys = ("eval.before", "data.tokenizer", *_evaluation_keys())
+        keys = ("data.tokenizer", *_evaluation_keys())
         others = any(before.get(key) != after.get(key) for key in keys) or saved.get("init_step", 0) != init_step
         if differing or others:
             self.metrics_file.unlink(missing_ok=True)
