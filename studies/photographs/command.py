@@ -15,9 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from studies import records
-from studies.duel import cost
-from studies.duel.stages import read_costs
+from studies import cost, records
 from studies.photographs import spaces, stages
 from studies.runner import ROOT, Runner, code_version
 from xclip_jax.config.load import load_config
@@ -43,7 +41,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def declared(home: pathlib.Path) -> stages.Photographs:
     """Return the study as the records and costs in a folder decide it."""
-    return stages.Photographs(records.read_all(home / "runs.jsonl"), read_costs(home / "costs.jsonl"))
+    return stages.Photographs(records.read_all(home / "runs.jsonl"), cost.read(home / "costs.jsonl"))
 
 
 def overview(study: stages.Photographs) -> str:

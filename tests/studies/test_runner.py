@@ -1,16 +1,12 @@
 """The study's command from run to page: a kill in the middle, another checkout, failures, time limits."""
 
 import json
-import os
 import pathlib
-import signal
 import subprocess
-import sys
-import time
 
 import pytest
 
-from studies import __main__, page, records, runner, worker
+from studies import records, runner, worker
 from studies.declaration import Arm
 from studies.matrix import Snapshot
 from tests.helpers import tiny
@@ -18,7 +14,6 @@ from tests.studies import tiny_study
 from tests.studies.greys import TEST_SET
 from tests.studies.made_records import finished, record, write_folder
 from xclip_jax.core.errors import Diverged, UserError
-from xclip_jax.processes.interrupt import EXIT_RESUMABLE
 
 pytestmark = pytest.mark.long
 
@@ -29,59 +24,6 @@ ROOT = pathlib.Path(__file__).parents[2]
 def source(monkeypatch, pairs):
     """The pairs as the source of the recipe "tiny", in this process and in those of runs."""
     monkeypatch.setenv(tiny_study.PAIRS, str(pairs))
-
-
-def command(docs, scratch, *flags):
-    return [sys.executable, "-m", "tests.studies.tiny_study", "--docs", str(docs), "--scratch", str(scratch), *flags]
-
-
-def environment(pairs):
-    return os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", tiny_study.PAIRS: str(pairs)}
-
-
-def files(docs):
-    return {p.relative_to(docs): p.read_bytes() for p in sorted(docs.rglob("*")) if p.is_file()}
-
-
-@pytest.mark.slow
-def test_killed_resumed_and_written_again_byte_for_byte(tmp_path, pairs):
-    docs, scratch = tmp_path / "docs", tmp_path / "scratch"
-    env = environment(pairs) | {"STUDY_STEPS": "40"}
-    line = command(docs, scratch, "--allow-dirty", "--only", "tuning,core")
-    first = subprocess.Popen(line, cwd=ROOT, env=env, stdout=subprocess.DEVNULL)
-    deadline = time.time() + 400
-    logs = scratch / "tuning_0.001-s9-*"
-    while time.time() < deadline and not any(
-        len(path.read_text().splitlines()) >= 3 for path in logs.parent.glob(f"{logs.name}/metrics.jsonl")
-    ):
-        time.sleep(0.1)
-    first.send_signal(signal.SIGKILL)
-    first.wait()
-    assert not list(docs.rglob("*.jsonl"))
-    # The run notices, saves and ends; the same command waits for it and goes on.
-    done = subprocess.run([*line, "--keep"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stdout + done.stderr
-    output = next(scratch.glob("tuning_0.001-s9-*/output.log")).read_text()
-    assert "saving, then stopping" in output and "resuming at step" in output
-    made = records.read_all(docs / "study" / "runs.jsonl")
-    assert sorted(r.name.rpartition("-")[0] for r in made.values()) == [
-        "clip-s0", "clip-s1", "tuning_0.001-s9", "tuning_0.002-s9", "xclip-s0", "xclip-s1",
-    ]  # fmt: skip
-    for r in made.values():
-        assert r.curve["step"][-1] == 40 and len(r.curve["step"]) == records.CURVE_POINTS
-        assert (r.value(TEST_SET, "") is None) == (r.section == "tuning")
-    assert "All 6 runs are finished." in (docs / "study.md").read_text()
-    assert "6 of 6 runs" not in done.stdout and "[1 of 6 runs" in done.stdout
-
-    # In another checkout with the files nothing is left to run, and the page is the same, by either command.
-    before = files(docs)
-    for flags in (["--page"], ["--allow-dirty"]):
-        (docs / "study.md").unlink()
-        again = subprocess.run(
-            command(docs, tmp_path / "elsewhere", *flags), cwd=ROOT, env=env, capture_output=True, text=True
-        )
-        assert again.returncode == 0, again.stderr
-        assert "seed" not in again.stdout and files(docs) == before
 
 
 def small(tmp_path, arms=None, **options):
@@ -265,44 +207,6 @@ def test_commits_with_the_same_code(tmp_path):
     assert not runner.same_code(first, f"{docs}-dirty", tmp_path) and not runner.same_code("unknown", code, tmp_path)
 
 
-def test_after_failed_runs_the_page_is_written(tmp_path, source, monkeypatch, capsys):
-    def fail(self):
-        raise UserError("1 runs failed; the same command tries again.")
-
-    monkeypatch.setattr(__main__.icons, "study", lambda: tiny_study.study())
-    monkeypatch.setattr(__main__, "load_config", tiny_study.load)
-    monkeypatch.setattr(__main__.Runner, "run", fail)
-    docs = tmp_path / "docs"
-    with pytest.raises(SystemExit, match="error: 1 runs failed"):
-        __main__.main(["--allow-dirty", "--docs", str(docs), "--scratch", str(tmp_path / "scratch")])
-    assert (docs / "study.md").exists()
-
-
-def test_a_refused_command_writes_nothing(tmp_path, source, monkeypatch):
-    monkeypatch.setattr(__main__.icons, "study", lambda: tiny_study.study())
-    monkeypatch.setattr(__main__, "load_config", tiny_study.load)
-    monkeypatch.setattr(runner, "code_version", lambda: "unknown")
-    before = sorted(tmp_path.iterdir())
-    with pytest.raises(SystemExit, match=r"error: the code is not that of a commit \(unknown\)"):
-        __main__.main(["--docs", str(tmp_path / "docs"), "--scratch", str(tmp_path / "scratch")])
-    assert sorted(tmp_path.iterdir()) == before
-
-
-def test_another_recipe_does_not_replace_the_page_or_the_finding(tmp_path, monkeypatch):
-    before = (ROOT / "docs" / "study.md").read_bytes()
-    with pytest.raises(SystemExit, match="pass --docs FOLDER for others"):
-        __main__.main(["--page", "--recipe", "icons:steps=9"])
-    assert (ROOT / "docs" / "study.md").read_bytes() == before
-    monkeypatch.setattr(__main__.icons, "study", lambda recipe: tiny_study.study(recipe=recipe))
-    monkeypatch.setattr(__main__, "load_config", tiny_study.load)
-    readme = tmp_path / "README.md"
-    readme.write_text(f"{page.START}\nold\n{page.END}\n")
-    __main__.main(["--page", "--recipe", "icons:steps=9", "--docs", str(tmp_path / "docs")])
-    text = (tmp_path / "docs" / "study.md").read_text()
-    assert "python -m studies --recipe icons:steps=9 --docs FOLDER --page" in text
-    assert "old" in readme.read_text()
-
-
 @pytest.mark.slow
 def test_a_failed_run_is_named_and_the_others_go_on(tmp_path, source, monkeypatch):
     sources = {"data.sources": (f"folder:{tmp_path / 'missing'}",)}
@@ -325,25 +229,6 @@ def test_a_worker_writes_down_that_training_diverged(tmp_path, monkeypatch):
     (tmp_path / worker.REQUEST).write_text(json.dumps({"config": tiny.config("clip").to_dict()}))
     worker.main(str(tmp_path))
     assert json.loads((tmp_path / worker.DIVERGED).read_text()) == {"error": "loss of step 3 is nan"}
-
-
-@pytest.mark.slow
-def test_an_interrupt_stops_the_command(tmp_path, pairs):
-    line = command(tmp_path / "docs", tmp_path / "scratch", "--allow-dirty", "--only", "tuning_0.001")
-    env = environment(pairs) | {"STUDY_STEPS": "100000"}
-    process = subprocess.Popen(line, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
-    deadline = time.time() + 300
-    while time.time() < deadline and not list((tmp_path / "scratch").glob("*/metrics.jsonl")):
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == EXIT_RESUMABLE and "stopping: SIGINT; runs in progress are saved" in output
-    folder = next((tmp_path / "scratch").glob("tuning_0.001-*"))
-    assert list((folder / "checkpoints").iterdir())
-    assert (
-        "**No run has been made yet**: this page declares the study and its 6 runs."
-        in (tmp_path / "docs" / "study.md").read_text()
-    )
 
 
 def test_a_finished_run_is_not_run_again(tmp_path, source):

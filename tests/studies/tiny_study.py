@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import sys
 
 from studies.declaration import Arm, Claim, ClaimPart, DoseResponse, Measure, Study
 from studies.matrix import Matrix
@@ -78,10 +77,3 @@ def four_seeds(*more, **fields):
 
 def over_seeds(*values):
     return dict(enumerate(values))
-
-
-if __name__ == "__main__":
-    from studies import __main__ as door
-
-    door.icons.study, door.load_config = lambda: study(steps=int(os.environ.get("STUDY_STEPS", "4"))), load
-    door.main(sys.argv[1:])

@@ -1,6 +1,6 @@
 """What a training step costs: two configs, each in a process of its own, take steps in turn and wait for each other.
 
-python -m studies.duel.cost CONFIG.json      # the process of one config; reads numbers of steps, prints seconds
+python -m studies.cost CONFIG.json      # the process of one config; reads numbers of steps, prints seconds
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from xclip_jax.parallel.mesh import batch_sharding
 from xclip_jax.train import build, state
 
 STEPS, TURNS = 3, 48
-_ROOT = pathlib.Path(__file__).parents[2]
+_ROOT = pathlib.Path(__file__).parents[1]
 _WORDS = 8  # tokens of a made text, with start and end: names have one to five words
 
 
@@ -66,7 +66,7 @@ class _Stepper:
         path.write_text(json.dumps(config.to_dict()))
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(_ROOT), os.environ.get("PYTHONPATH", "")])}
         self.name, self.process = name, subprocess.Popen(
-            [sys.executable, "-m", "studies.duel.cost", str(path)],
+            [sys.executable, "-m", "studies.cost", str(path)],
             env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         self._answer()
@@ -129,6 +129,13 @@ def write(path: pathlib.Path, arm: str, against: str, commit: str, measured: Map
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as file:
         file.write(f"{strict_json({'arm': arm, 'against': against, 'commit': commit, **measured})}\n")
+
+
+def read(path: pathlib.Path) -> dict[str, float]:
+    """Return {arm: ratio} from a costs.jsonl; of an arm measured twice, the last ratio."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    measured = map(json.loads, lines)
+    return {line["arm"]: line["ratio"] for line in measured}
 
 
 if __name__ == "__main__":
