@@ -1,0 +1,47 @@
+"""Tables and charts of a study."""
+
+import math
+import re
+import xml.etree.ElementTree
+
+from studies import page
+from studies.declaration import Claim, ClaimPart
+from studies.matrix import Snapshot
+from studies.statistics import Estimate
+from tests.studies import made
+
+
+def test_tables():
+    claim = Claim("xCLIP is better.", (ClaimPart("top-1 is higher", "top1", ["xclip"], ["clip"]),))
+    matrix = made.matrix(claims=(claim,))
+    snapshot = Snapshot(matrix, made.finished(matrix, {"clip": {0: 4.0, 1: 6.0}, "xclip": {0: 8.0}}))
+    assert page.arms(snapshot, ["clip", "xclip"]) == [
+        "| arm | runs | top-1 | mean | rank |",
+        "| --- | --- | --- | --- | --- |",
+        "| clip | 2 | 5.0 (n = 2) | 7.5 (n = 2) | 9.8 (n = 2) |",
+        "| xclip | 1 of 2 | 8.0 (n = 1) | 12.0 (n = 1) | 16.0 (n = 1) |",
+        "",
+    ]
+    assert "| xclip | +4.0 (n = 1) | +6.0 (n = 1) | x 2.00 (n = 1) |" in page.differences(snapshot, "clip", ["xclip"])
+    text = "\n".join(page.claims(snapshot))
+    assert "**Undecided.**" in text and "| top-1 is higher | +4.0 (n = 1) | 1 of 1 | 1.0000 |" in text
+    assert "| xclip | `xclip` | 1 |" in page.missing(snapshot)
+    assert page.estimate_text(Estimate(1.0, 0.5, 1.5, 3), made.MEASURES[0]) == "1.0 [0.5, 1.5]"
+
+
+def circles(svg):
+    assert xml.etree.ElementTree.fromstring(svg).get("viewBox").startswith("0 0 720 ") and "nan" not in svg
+    return [tuple(map(float, at)) for at in re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', svg)]
+
+
+def test_charts():
+    few = Estimate(5.0, math.nan, math.nan, 1)
+    groups = {"worse": {"xCLIP": Estimate(-1.0, -2.0, 0.0, 5), "other": few}, "more": {"xCLIP": Estimate(1.0, 0, 2, 5)}}
+    svg = page.chart_of_differences("Difference & more", groups, "points")
+    _, (worse, first), (better, second) = circles(svg)  # the first is the legend's
+    zero = float(re.search(r'<polyline points="([\d.]+),[^"]*" fill="none" stroke="#888888"', svg)[1])
+    assert worse < zero < better and first < second
+    svg = page.chart_of_curves("Loss", {"CLIP": [(1.0, 5.5), (100.0, 2.0)], "flat": [(100.0, 2.0)]}, "nats")
+    assert len(circles(svg)) == 2 and ">100<" in svg
+    assert circles(page.chart_of_curves("Flat", {"CLIP": [(1.0, 5.0), (2.0, 5.0)]}, "nats"))
+    assert page.chart_of_differences("x", {"a": {"b": few}}, "") is None and page.chart_of_curves("x", {}, "") is None
