@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xclip_jax.core.fields import choice, fraction_below_one, key
+from xclip_jax.core.fields import fraction_below_one, key
 from xclip_jax.losses import contrastive, tokens
 from xclip_jax.models.heads import Classifier, ClusterHead, Head, Heads, Scalar, l2_normalize
 from xclip_jax.models.two_towers import ModelConfig
@@ -26,7 +26,6 @@ from xclip_jax.objectives.term import Arrays, Result
 
 FILE = pathlib.Path(__file__).with_name("tokens.txt")
 MOST = 4096
-POSITIVES = ("pair", "caption")
 
 
 @functools.cache
@@ -89,12 +88,6 @@ class SecondHead(Term):
     title: ClassVar[str] = "second contrastive head"
 
     label_smoothing: float = key(0.0, "share of the target that is spread over the batch", fraction_below_one())
-    positives: str = key("pair", "what pairs of a batch match: themselves, or others of one caption", choice(POSITIVES))
-
-    @property
-    def fields(self) -> tuple[str, ...]:
-        """As of CLIP's term."""
-        return (*super().fields, "text_key") if self.positives == "caption" else super().fields
 
     @property
     def similarity(self) -> SecondSimilarity:
@@ -120,7 +113,6 @@ class SecondHead(Term):
     def __call__(self, out: Arrays, teacher: Arrays | None, state: Arrays, batch: Mapping[str, Any]) -> Result:
         """Compute the loss, see `Term.__call__`."""
         z_img, z_txt = (l2_normalize(out[f"second_{tower}"]) for tower in self.towers)
-        keys = batch["text_key"] if self.positives == "caption" else None
-        options: dict[str, Any] = {"label_smoothing": self.label_smoothing, "keys": keys}
-        loss, metrics = contrastive.softmax(z_img, z_txt, out["second_scale"], **options)
+        smoothing = self.label_smoothing
+        loss, metrics = contrastive.softmax(z_img, z_txt, out["second_scale"], label_smoothing=smoothing)
         return loss, metrics, {}

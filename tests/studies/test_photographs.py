@@ -117,6 +117,17 @@ def test_common_tokens_have_one_class_each():
     assert len(known) == len(set(known.tolist())) == terms.MOST
 
 
+def test_the_second_head_against_its_definition():
+    x, y = np.random.default_rng(0).normal(size=(2, 7, 4))
+    loss, _, _ = terms.SecondHead()({"second_img": x, "second_txt": y, "second_scale": 5.0}, None, {}, {})
+    a, b = (z / np.linalg.norm(z, axis=1, keepdims=True) for z in (x, y))
+    s = np.exp(5 * a @ b.T)
+    by_hand = [-np.log(s[i, i] ** 2 / s[i].sum() / s[:, i].sum()) / 2 for i in range(7)]
+    assert float(loss) == pytest.approx(np.mean(by_hand), abs=1e-5)
+    scores = terms.SecondSimilarity()
+    np.testing.assert_allclose(scores.scores(x, scores.rows(y))[""], a @ b.T, atol=1e-6)
+
+
 def test_candidates_are_balanced():
     for candidates in spaces.TEAMS.values():
         assert len(candidates) == 8

@@ -111,16 +111,6 @@ def test_an_old_record_of_the_photographs_is_recognised(monkeypatch):
     assert matrix.run(arm, 3).key == record.key and record.value("photographs/test_unseen", "") == 50.0
 
 
-def test_names_of_sets_and_sources_are_short_in_records():
-    config = load_config("studies/icons/recipe.py")
-    names = (*config.data.sources, *config.eval.sets, "emoji/test_concepts", "folder:icons/a")
-    assert records.short(names)[:2] == ["icons:train", "icons/validation_concepts"]
-    assert [records.full(name) for name in records.short(names)] == list(names)
-    key = records.config_key(config.to_dict())
-    config.data.sources = tuple(records.short(config.data.sources))
-    assert records.config_key(config.to_dict()) == key
-
-
 def test_a_run_is_collected_from_its_folder(tmp_path):
     run = made.matrix().runs()[0]
     config = schema.to_dict(schema.resolve(run.config))
