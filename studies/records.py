@@ -1,9 +1,8 @@
-"""Finished runs of a study, which leave one line each in its runs.jsonl."""
+"""Records of finished runs, one line each in a study's runs.jsonl."""
 
 import dataclasses
 import fcntl
 import hashlib
-import itertools
 import json
 import os
 import pathlib
@@ -12,62 +11,56 @@ from typing import Any
 
 from flax.traverse_util import unflatten_dict
 
-from studies.declaration import ON_VALIDATION
 from xclip_jax.config import schema
 from xclip_jax.core.errors import UserError
-from xclip_jax.core.run_folder import CLOCKS, RunFolder
+from xclip_jax.core.run_folder import RunFolder
 from xclip_jax.core.storage import strict_json
 from xclip_jax.evaluators.results import VALIDATION, Result, from_json, to_json
 
-# Keys that do not change what is learned or measured, only where and how fast; a study's images are opaque and upright.
+# Keys that change neither training nor results, only place and speed; the images of studies are opaque and upright.
 FREE_KEYS = (
     "run", "checkpoint.", "data.background", "data.buffer", "data.cache", "data.dir", "data.exif_rotation",
     "data.threads", "data.workers", "eval.batch", "eval.every", "eval.report", "log.", "loss.", "mesh.",
 )  # fmt: skip
-# What begins names of sets and sources in a config, and what stands for it in records and in declarations: a run is the
-# same wherever the code of its data is.
+# Prefixes of sets and sources in a config, and their short forms in records and declarations, so that moved code leaves
+# a run's identity alone.
 SHORT_NAMES = {
     "studies.photographs.sets:PhotographSets/": "photographs/",
     "studies.photographs.corpus:PhotographSplits:": "photographs:",
     "studies.icons.sets:IconSets/": "icons/",
     "studies.icons.sources:IconSplits:": "icons:",
-    "studies.glyphs.sets:GlyphSets/": "glyphs/",
-    "studies.glyphs.sources:GlyphSplits:": "glyphs:",
 }
+# Keys that configs of earlier commits have, and that no longer exist: all runs had their default.
+REMOVED = ("checkpoint.keep_every", "eval.before", "log.expected_epochs", "log.project", "optim.mu_dtype")
 CURVE_POINTS = 20
-# Logged metrics that a curve keeps, where a run has them.
+# Logged metrics kept in a curve, as far as a run logs them.
 _CURVE = (
     "loss", "clip/loss", "clip/ln_b", "siglip/loss", "siglip/ln_b", "nclip/loss", "nclip/mutual_information_img",
     "nclip/mutual_information_txt", "nclip/clusters_img", "grad_norm",
 )  # fmt: skip
-_FIELDS = ("arm", "section", "seed", "config", "commit", "environment", "seconds", "final", "curve", "results")
+_FIELDS = ("arm", "seed", "config", "commit", "environment", "curve", "results")
 
 
 @dataclasses.dataclass(frozen=True)
 class RunRecord:
-    """What a line of runs.jsonl contains.
+    """A line of runs.jsonl.
 
     Attributes:
-      arm, section, seed: what the run was started as.
+      arm, seed: the arm and the seed that the run was started for.
       config: all keys, flat.
-      commit: of the code, one after the other where it changed, joined by ", "; ends in "-dirty" where it was changed.
-      environment: versions, devices, and "workers", runs at the same time, None where unknown.
-      seconds: "training", without compilation and pauses, and "evaluation"; None where unknown.
-      final: metrics of the last step.
+      commit: commit of the code; several, joined by ", ", if it changed meanwhile; "-dirty" marks uncommitted code.
+      environment: versions, devices, and "workers", the number of simultaneous runs.
       curve: {metric: values at about `CURVE_POINTS` steps}, with "step".
-      results: of the last evaluation, without results on parts of a set.
-      error: why the run has no results: its loss was not finite. Else "".
+      results: results of the last evaluation, except those on parts of a set.
+      error: the message of a run that diverged and so has no results, otherwise "".
       evaluations: headlines of the evaluations during the run and at its end, {"step": step, "SET KEY": value}.
     """
 
     arm: str
-    section: str
     seed: int
     config: Mapping[str, Any]
     commit: str
     environment: Mapping[str, Any]
-    seconds: Mapping[str, float | None]
-    final: Mapping[str, float]
     curve: Mapping[str, Sequence[float | None]]
     results: Sequence[Result]
     error: str = ""
@@ -75,7 +68,7 @@ class RunRecord:
 
     @property
     def key(self) -> str:
-        """Identity of what was run, see `config_key`."""
+        """Identity of the run, see `config_key`."""
         return config_key(unflatten_dict(dict(self.config), sep="."))
 
     @property
@@ -84,21 +77,13 @@ class RunRecord:
         return f"{self.arm}-s{self.seed}-{self.key[:8]}"
 
     def value(self, set_name: str, metric: str) -> float | None:
-        """Return a result, the set's headline for metric ""; with the set "" a metric of the last step."""
-        if not set_name:
-            return self.final.get(metric)
+        """Return a result of a set, for metric "" its headline, or None."""
         of_set = [result for result in self.results if result.set == set_name]
         return next((r.value for r in of_set if (r.key == metric if metric else r.headline)), None)
 
-    def similarities(self, set_name: str) -> dict[str, str]:
-        """Return {similarity, "" the model's own: key of the set's headline by it}."""
-        of_set = [result for result in self.results if result.set == set_name and not result.group]
-        headlines = [(result.task, result.metric) for result in of_set if result.headline]
-        return {r.score: r.key for r in of_set if headlines and (r.task, r.metric) == headlines[0]}
-
 
 def short(value: Any) -> Any:
-    """Return a name, or a list of them, with `SHORT_NAMES`; other values of a config as they are."""
+    """Return a name, or a list of names, shortened by `SHORT_NAMES`; other values of a config unchanged."""
     if isinstance(value, (list, tuple)):
         return [short(item) for item in value]
     if isinstance(value, str):
@@ -109,7 +94,7 @@ def short(value: Any) -> Any:
 
 
 def full(name: str) -> str:
-    """Return the name in a config of a set or source that a declaration calls `name`."""
+    """Return the full name of a set or source for a config, the reverse of `short`."""
     for prefix, replacement in SHORT_NAMES.items():
         if name.startswith(replacement):
             return prefix + name.removeprefix(replacement)
@@ -119,8 +104,8 @@ def full(name: str) -> str:
 def config_key(config: Mapping[str, Any]) -> str:
     """Hash of a nested config without `FREE_KEYS`.
 
-    Keys that are newer than the config have their defaults, and names are short, so that a run is recognised for as
-    long as it would come out the same.
+    Keys newer than the config have their defaults, and names are short, so that a run is recognised as long as a new
+    one would be equal.
     """
     flat = schema.flatten(schema.complete(config).to_dict())
     decisive = {name: short(value) for name, value in flat.items() if not name.startswith(FREE_KEYS)}
@@ -134,6 +119,7 @@ def read(line: str) -> RunRecord:
       ValueError, KeyError, TypeError, AttributeError, UserError: a damaged line.
     """
     content = json.loads(line)
+    content["config"] = {name: value for name, value in content["config"].items() if name not in REMOVED}
     fields: dict[str, Any] = {name: content[name] for name in _FIELDS} | {"results": from_json(content["results"])}
     record = RunRecord(**fields, error=content.get("error", ""), evaluations=content.get("evaluations", ()))
     if record.config["seed"] != record.seed or not record.key:
@@ -142,7 +128,7 @@ def read(line: str) -> RunRecord:
 
 
 def read_all(path: pathlib.Path) -> dict[str, RunRecord]:
-    """Return {key: run} of all lines of a runs.jsonl, in the order of the runs' names; none where it does not exist.
+    """Return {key: run} of a runs.jsonl, ordered by the runs' names; none if the file does not exist.
 
     Raises:
       UserError: a damaged line, or two lines of one run.
@@ -164,10 +150,10 @@ def read_all(path: pathlib.Path) -> dict[str, RunRecord]:
 
 
 def write(path: pathlib.Path, record: RunRecord) -> str:
-    """Add a record to a runs.jsonl, which commands may share, and return its name.
+    """Append a record to a runs.jsonl, which simultaneous commands may share, and return its name.
 
     Raises:
-      UserError: the run has its line: a finished run is not evaluated again.
+      UserError: the run already has a line: a finished run is not evaluated again.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab") as file:
@@ -191,7 +177,7 @@ def render(record: RunRecord) -> str:
 
 
 def rounded(value: float) -> float | None:
-    """Six digits; None for what is not finite, as JSON has it."""
+    """Return a number with six digits; None if it is not finite, for JSON."""
     return float(f"{value:.6g}") if value == value and abs(value) != float("inf") else None
 
 
@@ -205,45 +191,32 @@ def thinned(lines: Sequence[Mapping[str, float]]) -> dict[str, list[float | None
     return {name: [rounded(line.get(name, float("nan"))) for line in chosen] for name in names}
 
 
-def collect(
-    folder: str | pathlib.Path, *, arm: str, section: str, commit: str, workers: int | None, error: str
-) -> RunRecord:
-    """Make the record of a run from its folder; `error` is why a run stopped that has no results.
+def collect(folder: str | pathlib.Path, *, arm: str, tested: bool, commit: str, workers: int, error: str) -> RunRecord:
+    """Make the record of a run from its folder; `error` is the message of a run that diverged.
 
     Raises:
-      UserError: a run that is not finished; results of a set that is not for validation, where the section is one of
-        `ON_VALIDATION`.
+      UserError: an unfinished run; results on a test set, of an arm that is not `tested`.
     """
     run = RunFolder(str(folder))
-    saved, config = run.read_results(), run.read_config()
+    saved = run.read_results()
+    config = run.read_config()
     lines = [line for line in run.read_metrics() if "loss" in line]
     if config is None or (saved is None and not error) or (saved or {}).get("failed"):
         raise UserError(f"{folder} is not a finished run; run the same command to go on.")
     results = from_json((saved or {}).get("records", ()))
     others = sorted({r.set for r in results if r.protocol.role != VALIDATION})
-    if section in ON_VALIDATION and others:
-        raise UserError(f"arm {arm!r} is {section} and was evaluated on {', '.join(others)}, not for validation.")
+    if others and not tested:
+        raise UserError(f"arm {arm!r} is for choices and was evaluated on {', '.join(others)}, not for validation.")
     environment = dict((saved or config)["environment"])
     for name in ("command", "commit"):
         environment.pop(name, None)
-    flat, last = schema.flatten(config["config"]), lines[-1] if lines else {}
-    timed = [(line["step"] - before["step"], speed) for before, line in itertools.pairwise(lines)
-             if (speed := line.get("samples_per_second"))]  # fmt: skip
-    seconds = sum(steps / speed for steps, speed in timed) / max(sum(steps for steps, _ in timed), 1)  # a sample
-    training = flat["steps"] * flat["data.batch"] * seconds if timed else None
-    evaluation = (saved or {}).get("seconds")
+    flat = schema.flatten(config["config"])
     return RunRecord(
         arm=arm,
-        section=section,
         seed=flat["seed"],
         config={name: short(value) for name, value in flat.items() if name != "run"},
         commit=commit,
         environment=environment | {"workers": workers},
-        seconds={
-            "training": None if training is None else round(training, 1),
-            "evaluation": None if evaluation is None else round(evaluation, 1),
-        },
-        final={name: v for name, x in last.items() if name not in ("step", *CLOCKS) and (v := rounded(x)) is not None},
         curve=thinned(lines),
         results=[
             dataclasses.replace(r, set=short(r.set), value=rounded(r.value))
@@ -256,7 +229,7 @@ def collect(
 
 
 def _evaluations(run: RunFolder, every: int) -> list[dict[str, float]]:
-    """Return the headlines of a run's evaluations, for runs that evaluate on the way."""
+    """Return the headlines of a run's evaluations; none if it evaluates only at its end."""
     lines = []
     for line in run.read_evaluations() if every else ():
         values = {f"{short(r.set)} {r.key}": rounded(r.value) for r in from_json(line["records"]) if r.headline}

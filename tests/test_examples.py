@@ -6,10 +6,12 @@ import pathlib
 import re
 
 import pytest
+import scipy.stats
 
-from examples import clusters, compare_objectives, finetune_pairs, use_a_model
+from examples import clusters, compare_objectives, finetune_pairs, study, use_a_model
 from tests.helpers import tiny
 from xclip_jax.config import load
+from xclip_jax.core.errors import UserError
 
 pytestmark = pytest.mark.long
 
@@ -100,6 +102,33 @@ def test_compare_objectives(tmp_path, capsys, monkeypatch):
     assert "95 % interval" in said and f"B: {tmp_path}/nclip-1" in said
     assert not list(tmp_path.glob("*/report.html"))
     assert json.loads((tmp_path / "clip-1" / "config.json").read_text())["config"]["eval"]["report"] is False
+
+
+def test_study(tmp_path, pairs, capsys):
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text(
+        "from tests.helpers import tiny\n\n\ndef get_config(arg=None):\n"
+        f"    return tiny.config(arg, steps=2, data__sources=('folder:{pairs}',))\n"
+    )
+    flags = ["--a", f"{recipe}:clip", "--b", f"{recipe}:nclip", "--sets", "tests.studies.greys:Greys/test"]
+    flags += ["--seeds", "0,1", "--runs", str(tmp_path / "runs")]
+    study.main(flags)
+    first = capsys.readouterr().out.rpartition("\nA: ")[2]
+    assert "Greys/test top1 |" in first and " of 2 |" in first
+    assert len(list((tmp_path / "runs").glob("[ab]-s[01]/results.json"))) == 4
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("metrics.jsonl")}
+    study.main(flags)
+    assert capsys.readouterr().out.rpartition("\nA: ")[2] == first
+    assert all(path.stat().st_mtime_ns == time for path, time in written.items())  # finished runs are not repeated
+    with pytest.raises(UserError, match="--seeds 0 has one seed; an interval needs at least two"):
+        study.main(["--seeds", "0"])
+
+
+def test_a_study_pairs_differences_by_seed():
+    a, b = ({seed: {"top1": value} for seed, value in enumerate(side)} for side in ((1.0, 2.0, 4.0), (2.0, 2.5, 7.0)))
+    expected = scipy.stats.ttest_rel((2.0, 2.5, 7.0), (1.0, 2.0, 4.0)).confidence_interval()
+    text = f"| top1 | 2.3 | 3.8 | +1.5 [{expected.low:+.1f}, {expected.high:+.1f}] | 3 of 3 |"
+    assert text in study.table(a, b | {9: {"top1": 99.0}})
 
 
 def test_headers_name_their_command():

@@ -3,10 +3,11 @@
     PHOTOGRAPHS=FOLDER python -m studies photographs --list             what is done, and what is missing
     PHOTOGRAPHS=FOLDER python -m studies photographs --run --workers 2  the next missing runs, stage by stage
     PHOTOGRAPHS=FOLDER python -m studies photographs --run --only search
+    python -m studies photographs --page                                docs/photographs/tables.md and charts
 
-A finished run is a line of studies/photographs/runs.jsonl, recognised by its config; interrupted runs go on from their
-last checkpoint. Costs of steps are measured between stages, when nothing else runs, and stand in costs.jsonl. Commit
-these files.
+A finished run is a line of studies/photographs/runs.jsonl, recognised by its config; an interrupted run resumes at its
+last checkpoint. Costs of steps are measured between stages, while nothing else runs, and stored in costs.jsonl. Commit
+both files.
 """
 
 import argparse
@@ -15,9 +16,9 @@ import sys
 import time
 from collections.abc import Sequence
 
-from studies import records
-from studies.duel import cost
-from studies.duel.stages import read_costs
+from studies import cost, page, records
+from studies.matrix import Snapshot
+from studies.photographs import page as pages
 from studies.photographs import spaces, stages
 from studies.runner import ROOT, Runner, code_version
 from xclip_jax.config.load import load_config
@@ -31,19 +32,21 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m studies photographs", description=__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--list", action="store_true", help="print the arms and run nothing")
-    what.add_argument("--run", action="store_true", help="run what is missing, stage by stage")
+    what.add_argument("--run", action="store_true", help="run missing runs, stage by stage")
+    what.add_argument("--page", action="store_true", help="write tables and charts, and run nothing")
     parser.add_argument("--only", default="", metavar="PREFIX", help="arms whose names begin so")
-    parser.add_argument("--workers", type=int, default=1, help="runs at the same time, each on its share of the cores")
-    parser.add_argument("--max-hours", type=float, help="save and stop what is running after this time")
-    parser.add_argument("--allow-dirty", action="store_true", help="run code that is not committed; records say so")
+    parser.add_argument("--workers", type=int, default=1, help="simultaneous runs, each on its share of the cores")
+    parser.add_argument("--max-hours", type=float, help="save and stop runs in progress after this time")
+    parser.add_argument("--allow-dirty", action="store_true", help="run uncommitted code; records say so")
     parser.add_argument("--home", default=str(HOME), help="folder of the records")
+    parser.add_argument("--docs", default=str(ROOT / "docs" / "photographs"), help="folder of the page")
     parser.add_argument("--scratch", default=str(ROOT / "runs" / "photographs"), help="folder of runs in progress")
     return parser.parse_args(argv)
 
 
 def declared(home: pathlib.Path) -> stages.Photographs:
     """Return the study as the records and costs in a folder decide it."""
-    return stages.Photographs(records.read_all(home / "runs.jsonl"), read_costs(home / "costs.jsonl"))
+    return stages.Photographs(records.read_all(home / "runs.jsonl"), cost.read(home / "costs.jsonl"))
 
 
 def overview(study: stages.Photographs) -> str:
@@ -60,7 +63,7 @@ def _measure(study: stages.Photographs, home: pathlib.Path) -> None:
     """Measure the costs that are missing, while no run is in progress."""
     for arm, clock in study.to_measure:
         matrix = stages.PhotographsMatrix(stages.study_of([arm, clock]), load_config)
-        measured = cost.measure(*(matrix.config(side, 0, {}) for side in (arm, clock)))
+        measured = cost.measure(matrix.config(arm, 0), matrix.config(clock, 0))
         cost.write(home / "costs.jsonl", arm.name, clock.name, code_version(), measured)
         print(
             f"cost of {arm.name}: {measured['ratio']:.3f} [{measured['low']:.3f}, {measured['high']:.3f}]", flush=True
@@ -82,13 +85,21 @@ def _run(home: pathlib.Path, flags: argparse.Namespace) -> bool:
             max_hours=left, workers=flags.workers, allow_dirty=flags.allow_dirty,
         )  # fmt: skip
         if names:
-            runner.check()
             if not runner.run():
                 return False
         elif study.to_measure and not flags.only:
             _measure(study, home)
         else:
             return True
+
+
+def _write_page(home: pathlib.Path, docs: pathlib.Path) -> None:
+    study = declared(home)
+    matrix = stages.PhotographsMatrix(stages.study_of(study.arms), load_config)
+    snapshot = Snapshot(matrix, study.records)
+    charts = pages.charts_of(snapshot)
+    page.write(docs / "tables.md", pages.lines(study, snapshot, charts), charts)
+    print(f"{docs / 'tables.md'}: {sum(snapshot.missing().values())} runs of the declared arms are missing")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -99,5 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"--workers is {flags.workers}; expected at least 1.")
     if flags.list:
         print(overview(declared(home)))
+    elif flags.page:
+        _write_page(home, pathlib.Path(flags.docs))
     elif not _run(home, flags):
         sys.exit(EXIT_RESUMABLE)

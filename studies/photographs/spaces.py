@@ -61,7 +61,7 @@ def changes_of(team: str, settings: Settings, steps: int) -> Settings:
 _SECOND = {
     "objective.name": "second",
     "objective.terms": {"clip": 0.5, "second": 0.5},
-    "objective.plugins": {"second": {"type": "studies.duel.terms:SecondHead"}},
+    "objective.plugins": {"second": {"type": "studies.photographs.terms:SecondHead"}},
 }
 _TOKENS = {
     "objective.name": "common",

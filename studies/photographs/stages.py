@@ -12,8 +12,9 @@ import ml_collections
 import numpy as np
 from scipy.stats import rankdata
 
-from studies.declaration import ON_VALIDATION, Arm, Measure, Study
+from studies.declaration import Arm, Measure, Study
 from studies.matrix import LoadConfig, Matrix
+from studies.photographs.claims import BOTH_WAYS, CLAIMS
 from studies.photographs.spaces import CONTROLS, TEAMS, TIMED, Settings, changes_of, clusters, training, xclip
 from studies.records import RunRecord
 from xclip_jax.config.load import load_config
@@ -45,15 +46,17 @@ MEASURES = (
     Measure("known_templates", "known kinds, three templates", "photographs/test_known_templates"),
     Measure("known_titles", "known kinds, ten titles", "photographs/test_known_titles"),
     Measure("colours", "colours", "photographs/test_colours"),
-    Measure("to_text", "image to title, R@1", "photographs/test_retrieval", "image_to_text/r1"),
-    Measure("to_image", "title to image, R@1", "photographs/test_retrieval", "text_to_image/r1"),
-    Measure("kind", "probe of kind", "photographs/test_probe", "kind/linear/top1"),
-    Measure("season", "probe of season", "photographs/test_probe", "season/linear/top1"),
-    Measure("audience", "probe of audience", "photographs/test_probe", "audience/linear/top1"),
-    Measure("knn", "neighbours, kind", "photographs/test_probe", "kind/knn/top1"),
-    Measure("rank", "effective rank of features", "photographs/test_geometry", "rank"),
-    Measure("clusters", "kind by cluster", "photographs/test_geometry", "clusters/kind"),
-    Measure("kmeans", "kind by k-means of features", "photographs/test_geometry", "kmeans/kind"),
+    Measure("to_text", "image to title, R@1", "photographs/test_retrieval", BOTH_WAYS[:1]),
+    Measure("to_image", "title to image, R@1", "photographs/test_retrieval", BOTH_WAYS[1:]),
+    Measure("retrieval", "retrieval, mean of both", "photographs/test_retrieval", BOTH_WAYS),
+    Measure("retrieval_tight", "retrieval of tight captions", "photographs/test_retrieval_tight", BOTH_WAYS),
+    Measure("kind", "probe of kind", "photographs/test_probe", ("kind/linear/top1",)),
+    Measure("season", "probe of season", "photographs/test_probe", ("season/linear/top1",)),
+    Measure("audience", "probe of audience", "photographs/test_probe", ("audience/linear/top1",)),
+    Measure("knn", "neighbours, kind", "photographs/test_probe", ("kind/knn/top1",)),
+    Measure("rank", "effective rank of features", "photographs/test_geometry", ("rank",)),
+    Measure("clusters", "kind by cluster", "photographs/test_geometry", ("clusters/kind",)),
+    Measure("kmeans", "kind by k-means of features", "photographs/test_geometry", ("kmeans/kind",)),
 )
 
 
@@ -64,15 +67,15 @@ class PhotographsStudy(Study):
         """As `Study.sets_of`."""
         if arm.recipe.startswith(ICONS):
             return ICON_VALIDATION
-        return VALIDATION if arm.section in ON_VALIDATION else CURVES
+        return CURVES if arm.tested else VALIDATION
 
 
 class PhotographsMatrix(Matrix):
     """Runs of the study; probes of validation are evaluated only at the end of runs."""
 
-    def config(self, arm: Arm, seed: int, tuned: Mapping[str, Any]) -> ml_collections.ConfigDict:
+    def config(self, arm: Arm, seed: int) -> ml_collections.ConfigDict:
         """As `Matrix.config`."""
-        config = super().config(arm, seed, tuned)
+        config = super().config(arm, seed)
         probes = tuple(name for name in config.eval.sets if name.endswith("_probe"))
         config.eval.sets = tuple(name for name in config.eval.sets if name not in probes)
         config.eval.final_sets = (*config.eval.final_sets, *probes)
@@ -85,26 +88,25 @@ def study_of(arms: Sequence[Arm]) -> PhotographsStudy:
     """Return a study of these arms."""
     return PhotographsStudy(
         title="Photographs with loose titles",
-        about=(),
         arms=tuple(arms),
         changes={"log.every": 20},
         validation=VALIDATION,
         tests=TESTS,
-        choose=Measure("choose", "rank among kinds", VALIDATION[0], "rank_gmean", higher=False, ratio=True),
         measures=MEASURES,
-        claims=(),
-        baseline=arms[0].name,
-        name="photographs",
-        seconds_per_pair=2e-3,
+        claims=CLAIMS,
     )
 
 
-def arm_of(
-    name: str, title: str, section: str, objective: str, changes: Settings, seeds: Sequence[int], data: str = ""
-) -> Arm:
-    """Return an arm on the photographs; `data` are further arguments of the recipe, "split=train,captions=tight"."""
+def arm_of(name: str, title: str, objective: str, changes: Settings, seeds: Sequence[int], data: str = "") -> Arm:
+    """Return an arm on the photographs.
+
+    Args:
+      name, title, changes, seeds: attributes of the arm.
+      objective: argument of the recipe.
+      data: further arguments of the recipe, "split=train,captions=tight"; arms that have none are for choices.
+    """
     recipe = f"{RECIPE}:objective={objective}{',' if data else ''}{data}"
-    return Arm(name, title, section, recipe, changes, seeds)
+    return Arm(name, title, recipe, changes, seeds, tested=bool(data))
 
 
 # --- what records say
@@ -118,7 +120,7 @@ def naming(record: RunRecord, name: str) -> float:
 
 def retrieval(record: RunRecord, name: str) -> float:
     """Return the mean of the recalls at 1 of both directions."""
-    values = [record.value(name, f"{direction}/r1") for direction in ("image_to_text", "text_to_image")]
+    values = [record.value(name, metric) for metric in BOTH_WAYS]
     return -math.inf if None in values else float(np.mean(values))  # ty: ignore[no-matching-overload]
 
 
@@ -165,16 +167,19 @@ class Photographs:
         self, records: Mapping[str, RunRecord], costs: Mapping[str, float], load: LoadConfig = load_config
     ) -> None:
         """Declare all that `records` {key: run} and `costs` {arm: ratio of its step to CLIP's} decide."""
-        self.records, self.costs = records, costs
+        self.records = records
+        self.costs = costs
         self.arms: list[Arm] = [*_defaults(), *_pilots()]
         self.to_measure: list[tuple[Arm, Arm]] = []
-        self.length, self.chosen = 0, dict[str, Settings]()
+        self.length = 0
+        self.chosen: dict[str, Settings] = {}
         self._matrix = PhotographsMatrix(study_of(self.arms), load)
         self.length = self._pilot_length()
         if not self.length:
             return
         for team in TEAMS:
-            if (winner := self._search(team)) is not None:
+            winner = self._search(team)
+            if winner is not None:
                 self.chosen[team] = winner
         if len(self.chosen) == len(TEAMS):
             self._declare_tested()
@@ -189,14 +194,16 @@ class Photographs:
 
     def finished(self, arm: Arm) -> list[RunRecord] | None:
         """Return the runs of an arm, or None while some are missing."""
-        runs = [record for seed in arm.seeds if (record := self.record(arm, seed)) is not None]
-        return runs if len(runs) == len(arm.seeds) else None
+        finished = [self.record(arm, seed) for seed in arm.seeds]
+        runs = [record for record in finished if record is not None]
+        return runs if len(runs) == len(finished) else None
 
     def _best(self, arms: Mapping[str, Arm]) -> list[str] | None:
         """Return the keys of `arms` by `by_mean_rank`; None while a run is missing."""
         means = {}
         for key, arm in arms.items():
-            if (runs := self.finished(arm)) is None:
+            runs = self.finished(arm)
+            if runs is None:
                 return None
             means[key] = np.mean([values_of(run) for run in runs], axis=0)
         return by_mean_rank(means)
@@ -220,7 +227,7 @@ class Photographs:
             for i in left[:kept]:
                 changes = changes_of(team, TEAMS[team][int(i)], steps)
                 name = f"search{number}_{team}_{int(i) + 1}"
-                arms[i] = arm_of(name, f"{team} {int(i) + 1}", "factors", team, changes, seeds)
+                arms[i] = arm_of(name, f"{team} {int(i) + 1}", team, changes, seeds)
             self.arms += arms.values()
             order = self._best(arms)
             if order is None:
@@ -236,11 +243,11 @@ class Photographs:
         return round(self.length / self.costs[name])
 
     def _clip(self, steps: int) -> Arm:
-        return arm_of("final_clip", "CLIP", "core", "clip", training(self.chosen["clip"], steps), SEEDS, "split=train")
+        return arm_of("final_clip", "CLIP", "clip", training(self.chosen["clip"], steps), SEEDS, "split=train")
 
     def _xclip(self, steps: int) -> Arm:
         changes = xclip(self.chosen["xclip"], steps)
-        return arm_of("final_xclip", "xCLIP", "core", "xclip", changes, SEEDS, "split=train")
+        return arm_of("final_xclip", "xCLIP", "xclip", changes, SEEDS, "split=train")
 
     def _control(self, name: str, steps: int) -> Arm:
         title, objective, team, own = CONTROLS[name]
@@ -254,7 +261,7 @@ class Photographs:
             options = {"label_smoothing": settings["smoothing"]}
             plugin = own["objective.plugins"]["second"] | options
             own = own | {"objective.plugins": {"second": plugin}}
-        return arm_of(f"control_{name}", title, "controls", objective, changes | own, CONTROL_SEEDS, "split=train")
+        return arm_of(f"control_{name}", title, objective, changes | own, CONTROL_SEEDS, "split=train")
 
     def _declare_tested(self) -> None:
         """Declare the arms that are tested, as far as their costs are known."""
@@ -286,7 +293,7 @@ class Photographs:
                 name = f"captions_{captions}{'' if own else '_pairs'}_{team}"
                 changes = changes_of(team, self.chosen[team], steps[team]) | own
                 data = f"split=train,captions={captions}"
-                arms.append(arm_of(name, f"{team}, {captions}", "dose", team, changes, seeds, data))
+                arms.append(arm_of(name, f"{team}, {captions}", team, changes, seeds, data))
         return arms
 
     def _batches(self, steps: Mapping[str, int]) -> list[Arm]:
@@ -298,7 +305,7 @@ class Photographs:
                 scaled = settings | {"lr": settings["lr"] * math.sqrt(batch / 256)}
                 changes = changes_of(team, scaled, round(steps[team] * 256 / batch)) | {"data.batch": batch}
                 name = f"batch_{batch}_{team}"
-                arms.append(arm_of(name, f"{team}, batch {batch}", "dose", team, changes, CONTROL_SEEDS, "split=train"))
+                arms.append(arm_of(name, f"{team}, batch {batch}", team, changes, CONTROL_SEEDS, "split=train"))
         return arms
 
 
@@ -311,10 +318,10 @@ def _defaults() -> list[Arm]:
             name = f"{lr:g}_{smoothing:g}"
             title = f"rate {lr:g}, smoothing {smoothing:g}"
             changes = training(own, DEFAULT_STEPS)
-            arms.append(arm_of(f"defaults_photographs_{name}", title, "factors", "clip", changes, TUNING_SEEDS))
+            arms.append(arm_of(f"defaults_photographs_{name}", title, "clip", changes, TUNING_SEEDS))
             icons = training(own, ICON_STEPS) | {"optim.name": "muon", "optim.weight_decay": 0.05}
             recipe = f"{ICONS}:objective=clip"
-            arms.append(Arm(f"defaults_icons_{name}", title, "factors", recipe, icons, TUNING_SEEDS))
+            arms.append(Arm(f"defaults_icons_{name}", title, recipe, icons, TUNING_SEEDS, tested=False))
     return arms
 
 
@@ -322,7 +329,7 @@ def _pilots() -> list[Arm]:
     """Return CLIP at the trial's better settings, of several lengths."""
     own = {"lr": 4e-3, "warmup": 0.6}
     return [
-        arm_of(f"pilot_{steps}", f"CLIP, {steps:,} steps", "factors", "clip", training(own, steps), TUNING_SEEDS[:1])
+        arm_of(f"pilot_{steps}", f"CLIP, {steps:,} steps", "clip", training(own, steps), TUNING_SEEDS[:1])
         for steps in LENGTHS
     ]
 
@@ -340,12 +347,12 @@ def regrets(records: Mapping[str, Sequence[RunRecord]]) -> dict[str, dict[str, f
         "photographs": {
             "unseen kinds": (VALIDATION[0], ("top1",)),
             "known kinds": (VALIDATION[1], ("top1",)),
-            "retrieval": (VALIDATION[2], ("image_to_text/r1", "text_to_image/r1")),
+            "retrieval": (VALIDATION[2], BOTH_WAYS),
             "probe of kind": (VALIDATION[3], ("kind/linear/top1",)),
         },
         "icons": {
             "unseen concepts": (ICON_VALIDATION[0], ("top1",)),
-            "retrieval": (ICON_VALIDATION[1], ("image_to_text/r1", "text_to_image/r1")),
+            "retrieval": (ICON_VALIDATION[1], BOTH_WAYS),
             "probe": (ICON_VALIDATION[2], ("",)),
         },
     }

@@ -1,7 +1,12 @@
-"""SuperCLIP's tokens with a head over the tokens that occur: a control whose cost is that of a cluster head."""
+"""Objective terms of two controls: a second contrastive head, and SuperCLIP's tokens over the common tokens alone.
+
+Each head costs about as much as a cluster head.
+"""
 
 import dataclasses
 import functools
+import itertools
+import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -10,9 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xclip_jax.losses import tokens
-from xclip_jax.models.heads import Classifier, Head, Heads
+from xclip_jax.core.fields import fraction_below_one, key
+from xclip_jax.losses import contrastive, tokens
+from xclip_jax.models.heads import Classifier, ClusterHead, Head, Heads, Scalar, l2_normalize
 from xclip_jax.models.two_towers import ModelConfig
+from xclip_jax.objectives import Term
+from xclip_jax.objectives.similarity import CosineSimilarity, unit
 from xclip_jax.objectives.superclip import Tokens
 from xclip_jax.objectives.term import Arrays, Result
 
@@ -55,3 +63,56 @@ class CommonTokens(Tokens):
         text = jnp.asarray(classes)[jnp.minimum(batch["text"], len(classes) - 1)]
         text = jnp.where(batch["text"] < len(classes), text, 0)
         return tokens.classify(out["tokens"], text, batch["text_end"], dict(state))
+
+
+class SecondSimilarity(CosineSimilarity):
+    """The cosine of outputs of the second head, which are normalised first."""
+
+    name: ClassVar[str] = "second"
+    reads: ClassVar[str] = "second"
+    scale: ClassVar[str | None] = "second_scale"
+
+    def rows(self, output: Any) -> Any:
+        """Outputs of unit length, (m, k) -> (m, k)."""
+        return unit(output)
+
+    def scores(self, img: Any, txt: Any) -> dict[str, Any]:
+        """Cosines of outputs (n, k) and rows (m, k)."""
+        return super().scores(unit(img), txt)
+
+
+@dataclasses.dataclass(frozen=True)
+class SecondHead(Term):
+    """A second contrastive loss (arXiv 2103.00020) on MLP heads of the size of cluster heads: a control [ours]."""
+
+    title: ClassVar[str] = "second contrastive head"
+
+    label_smoothing: float = key(0.0, "share of the target that is spread over the batch", fraction_below_one())
+
+    @property
+    def similarity(self) -> SecondSimilarity:
+        return SecondSimilarity()
+
+    def heads(self, model: ModelConfig, vocab: int) -> Heads:
+        """An MLP like a cluster head on each tower, and a logit scale."""
+        options = model.cluster_head
+        module = ClusterHead(**dataclasses.asdict(options), dtype=jnp.dtype(model.dtype))
+        heads: dict[str, Head | Scalar] = {
+            "second_log_scale": Scalar("second_scale", math.log(model.scale_init), jnp.exp)
+        }
+        for tower, width in model.widths.items():
+            layers = [width] + [options.hidden] * options.layers + [options.clusters]
+            flops = 2 * sum(a * b for a, b in itertools.pairwise(layers))
+            heads[f"second_{tower}"] = Head(module, tower, f"second_{tower}", ("train",), flops)
+        return heads
+
+    def constrain(self, params: Any) -> Any:
+        """Hold the logit scale at 100 or below, as CLIP's."""
+        return params | {"second_log_scale": jnp.minimum(params["second_log_scale"], math.log(100.0))}
+
+    def __call__(self, out: Arrays, teacher: Arrays | None, state: Arrays, batch: Mapping[str, Any]) -> Result:
+        """Compute the loss, see `Term.__call__`."""
+        z_img, z_txt = (l2_normalize(out[f"second_{tower}"]) for tower in self.towers)
+        smoothing = self.label_smoothing
+        loss, metrics = contrastive.softmax(z_img, z_txt, out["second_scale"], label_smoothing=smoothing)
+        return loss, metrics, {}

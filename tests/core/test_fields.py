@@ -231,20 +231,6 @@ def test_every_key_has_a_doc_string_and_a_default_that_is_allowed():
     }
 
 
-def test_keys_of_earlier_versions_are_left_out_of_saved_configs():
-    saved = {
-        "checkpoint": {"keep": 5, "keep_every": 0},
-        "log": {"project": "birds"},
-        "eval": {"before": True},
-        "optim": {"mu_dtype": "float32"},
-    }
-    config = schema.complete(saved | {"steps": 1})
-    assert schema.resolve(config) == schema.resolve({"steps": 1, "checkpoint": {"keep": 5}})
-    assert saved["log"] == {"project": "birds"}
-    with pytest.raises(UserError, match=r"config key 'optim\.mu_dtype' is unknown"):
-        schema.resolve(schema.complete({"steps": 1, "optim": {"mu_dtype": "bfloat16"}}))
-
-
 def test_facts_of_a_group_are_those_of_its_keys():
     logs = [name for name, *_ in schema.fields.describe(schema.Config) if name.startswith("log.")]
     assert {*logs} < {*schema.keys_where(resume="free")}

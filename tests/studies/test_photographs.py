@@ -10,7 +10,7 @@ import pyarrow.parquet
 import pytest
 import sklearn.metrics
 
-from studies.photographs import corpus, geometry, sets, spaces, stages, terms
+from studies.photographs import claims, command, corpus, geometry, page, sets, spaces, stages, terms
 from xclip_jax.core.errors import UserError
 from xclip_jax.data.base import SourceOptions
 from xclip_jax.data.config import DataConfig
@@ -117,6 +117,17 @@ def test_common_tokens_have_one_class_each():
     assert len(known) == len(set(known.tolist())) == terms.MOST
 
 
+def test_the_second_head_against_its_definition():
+    x, y = np.random.default_rng(0).normal(size=(2, 7, 4))
+    loss, _, _ = terms.SecondHead()({"second_img": x, "second_txt": y, "second_scale": 5.0}, None, {}, {})
+    a, b = (z / np.linalg.norm(z, axis=1, keepdims=True) for z in (x, y))
+    s = np.exp(5 * a @ b.T)
+    by_hand = [-np.log(s[i, i] ** 2 / s[i].sum() / s[:, i].sum()) / 2 for i in range(7)]
+    assert float(loss) == pytest.approx(np.mean(by_hand), abs=1e-5)
+    scores = terms.SecondSimilarity()
+    np.testing.assert_allclose(scores.scores(x, scores.rows(y))[""], a @ b.T, atol=1e-6)
+
+
 def test_candidates_are_balanced():
     for candidates in spaces.TEAMS.values():
         assert len(candidates) == 8
@@ -136,56 +147,83 @@ def _record(arm, values, evaluations=()):
         *(Result(names[2], "retrieval", f"{d}/r1", retrieval) for d in ("image_to_text", "text_to_image")),
         Result(names[3], "visual", "linear/top1", probe, task="kind"),
     ]
-    return dataclasses.make_dataclass("Run", ["results", "evaluations", "config", "value"])(
-        results, evaluations, {"steps": arm.changes["steps"]},
+    return dataclasses.make_dataclass("Run", ["results", "evaluations", "config", "error", "value"])(
+        results, evaluations, {"steps": arm.changes["steps"]}, "",
         lambda name, metric: next((r.value for r in results if (r.set, r.key) == (name, metric)), None),
     )  # fmt: skip
 
 
-class _Records(dict):
-    """Finished runs by key, made when they are asked for; candidate 3 of each team is the best."""
+@pytest.fixture
+def finish(monkeypatch):
+    """Finishes pilots, which settle from a number of steps on, and searches, in which candidate 3 is the best."""
 
-    def __init__(self, study, settled):
-        super().__init__()
-        self.study, self.settled = study, settled
+    def finish(settled):
+        def record(self, arm, seed):
+            if arm.name.startswith("pilot"):
+                steps = arm.changes["steps"]
+                moved = 0.5 if steps >= settled else 2.0
+                lines = [{"step": steps * 6 // 8, "set top1": 50.0}, {"step": steps, "set top1": 50.0 + moved}]
+                return _record(arm, (0, 0, 0, 0), lines)
+            if arm.name.startswith("search"):
+                best = float(arm.name.endswith("_3"))
+                return _record(arm, (best, best, 10 * best, 10 * best))
+            return None
 
-    def record(self, arm, seed):
-        if arm.name.startswith("pilot"):
-            steps = arm.changes["steps"]
-            moved = 0.5 if steps >= self.settled else 2.0
-            lines = [{"step": steps * 6 // 8, "set top1": 50.0}, {"step": steps, "set top1": 50.0 + moved}]
-            return _record(arm, (0, 0, 0, 0), lines)
-        if arm.name.startswith("search"):
-            best = float(arm.name.endswith("_3"))
-            return _record(arm, (best, best, 10 * best, 10 * best))
-        return None
+        monkeypatch.setattr(stages.Photographs, "record", record)
+
+    return finish
 
 
 @pytest.mark.parametrize(("settled", "length"), [(800, 800), (3200, 3200), (9999, stages.FALLBACK)])
-def test_stages_follow_from_records(monkeypatch, settled, length):
-    made = _Records(None, settled)
-    monkeypatch.setattr(stages.Photographs, "record", lambda self, arm, seed: made.record(arm, seed))
+def test_stages_follow_from_records(finish, settled, length):
+    finish(settled)
     study = stages.Photographs({}, {})
     assert study.length == length
     assert study.chosen == {team: candidates[2] for team, candidates in spaces.TEAMS.items()}
     assert {arm.name for arm, _ in study.to_measure} == {"final_xclip", *(f"control_{name}" for name in spaces.TIMED)}
-    tested = [arm for arm in study.arms if not arm.name.startswith(("defaults", "pilot", "search"))]
-    assert "final_xclip" not in {arm.name for arm in tested}
+    assert {arm.name[:5] for arm in study.arms if not arm.tested} == {"defau", "pilot", "searc"}
+    assert "final_xclip" not in {arm.name for arm in study.arms}
 
-    costs = {arm.name: 1.25 for arm, _ in study.to_measure}
-    study = stages.Photographs({}, costs)
+    study = stages.Photographs({}, {arm.name: 1.25 for arm, _ in study.to_measure})
     arms = {arm.name: arm for arm in study.arms}
     assert not study.to_measure and arms["final_xclip"].changes["steps"] == round(length / 1.25)
     assert {f"control_{name}" for name in spaces.CONTROLS} <= arms.keys()
     assert arms["batch_64_clip"].changes["steps"] == 4 * length
     matrix = stages.PhotographsMatrix(stages.study_of(study.arms), stages.load_config)
     for arm in study.arms:  # every arm is a config of the package
-        config = matrix.config(arm, 0, {})
-        during = {*config.eval.sets, *config.eval.final_sets}
-        on_tests = any("/test_" in name for name in during)
-        assert on_tests == (arm in tested or arm.section not in ("tuning", "factors"))
-        if on_tests:
+        config = matrix.config(arm, 0)
+        assert any("/test_" in name for name in (*config.eval.sets, *config.eval.final_sets)) == arm.tested
+        if arm.tested:
             assert config.data.sources[0].split(":")[2].startswith("train/")
+
+
+def test_claims_are_of_declared_arms_and_the_page_says_what_is_missing(tmp_path, monkeypatch, finish):
+    command.main(["--page", "--home", str(tmp_path), "--docs", str(tmp_path)])
+    text = (tmp_path / "tables.md").read_text()
+    assert "**39 runs are missing.**" in text and "Winner of xclip: open." in text and "Undecided" in text
+    assert [path.name for path in tmp_path.iterdir()] == ["tables.md"]
+
+    finish(800)
+    first = stages.Photographs({}, {})
+    study = stages.Photographs({}, {arm.name: 1.25 for arm, _ in first.to_measure})
+    names = {arm.name for arm in study.arms}
+    for part in (part for claim in claims.CLAIMS for part in claim.parts):
+        assert {arm for side in (part.plus, part.minus) for arm, _ in part.terms(side)} <= names
+
+    # With values, xCLIP a point ahead.
+    monkeypatch.setattr(
+        page.Snapshot, "values", lambda self, name, measure: {i: i + ("xclip" in name) for i in range(3)}
+    )
+    evaluations = [{"step": step, "photographs/validation_known top1": 9.0} for step in (4, 8)]
+    monkeypatch.setattr(page.Snapshot, "finished", lambda *_: {0: _record(study.arms[0], (0, 0, 0, 0), evaluations)})
+    matrix = stages.PhotographsMatrix(stages.study_of(study.arms), stages.load_config)
+    snapshot = page.Snapshot(matrix, {})
+    charts = page.charts_of(snapshot)
+    assert list(charts) == ["differences", "validation_known_top1"]
+    lines = page.lines(study, snapshot, charts)
+    assert any(line.startswith("| xCLIP | +1.0 [+1.0, +1.0] |") for line in lines)
+    verdicts = [line for line in lines if line in ("**Holds.**", "**Undecided.**")]
+    assert verdicts == ["**Holds.**"] * 3 + ["**Undecided.**"] * 2
 
 
 def test_regrets():

@@ -1,5 +1,6 @@
-"""The study's command from run to page: a kill in the middle, another checkout, failures, time limits."""
+"""Runs of a study in their processes: a kill in the middle, failures, limits, and the records that they leave."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -10,137 +11,63 @@ import time
 
 import pytest
 
-from studies import __main__, page, records, runner, worker
+from studies import cost, records, runner, worker
 from studies.declaration import Arm
-from studies.matrix import Snapshot
 from tests.helpers import tiny
-from tests.studies import tiny_study
+from tests.studies import made
 from tests.studies.greys import TEST_SET
-from tests.studies.made_records import finished, record, write_folder
 from xclip_jax.core.errors import Diverged, UserError
-from xclip_jax.processes.interrupt import EXIT_RESUMABLE
 
-pytestmark = pytest.mark.long
-
-ROOT = pathlib.Path(__file__).parents[2]
-
-
-@pytest.fixture
-def source(monkeypatch, pairs):
-    """The pairs as the source of the recipe "tiny", in this process and in those of runs."""
-    monkeypatch.setenv(tiny_study.PAIRS, str(pairs))
-
-
-def command(docs, scratch, *flags):
-    return [sys.executable, "-m", "tests.studies.tiny_study", "--docs", str(docs), "--scratch", str(scratch), *flags]
+ONE = Arm("one", "", "tiny:objective=clip", {}, (0,))
+# Runs an arm of 40 steps in argv[1].
+SCRIPT = """
+import dataclasses, pathlib, sys
+from studies import runner
+from tests.studies import made, test_runner
+arm = dataclasses.replace(test_runner.ONE, changes={"steps": 40})
+folder = pathlib.Path(sys.argv[1])
+runner.Runner(made.matrix(arm), folder / "runs.jsonl", folder / "scratch", allow_dirty=True).run()
+"""
 
 
-def environment(pairs):
-    return os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", tiny_study.PAIRS: str(pairs)}
-
-
-def files(docs):
-    return {p.relative_to(docs): p.read_bytes() for p in sorted(docs.rglob("*")) if p.is_file()}
-
-
+@pytest.mark.long
 @pytest.mark.slow
-def test_killed_resumed_and_written_again_byte_for_byte(tmp_path, pairs):
-    docs, scratch = tmp_path / "docs", tmp_path / "scratch"
-    env = environment(pairs) | {"STUDY_STEPS": "40"}
-    line = command(docs, scratch, "--allow-dirty", "--only", "tuning,core")
-    first = subprocess.Popen(line, cwd=ROOT, env=env, stdout=subprocess.DEVNULL)
+def test_a_killed_run_is_resumed(tmp_path, pairs):
+    env = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "STUDY_PAIRS": str(pairs)}
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path)]
+    options = {"cwd": runner.ROOT, "env": env, "text": True}
+    first = subprocess.Popen(command, **options)
     deadline = time.time() + 400
-    logs = scratch / "tuning_0.001-s9-*"
-    while time.time() < deadline and not any(
-        len(path.read_text().splitlines()) >= 3 for path in logs.parent.glob(f"{logs.name}/metrics.jsonl")
-    ):
+    while time.time() < deadline and not list(tmp_path.glob("scratch/*/metrics.jsonl")):
         time.sleep(0.1)
     first.send_signal(signal.SIGKILL)
     first.wait()
-    assert not list(docs.rglob("*.jsonl"))
-    # The run notices, saves and ends; the same command waits for it and goes on.
-    done = subprocess.run([*line, "--keep"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stdout + done.stderr
-    output = next(scratch.glob("tuning_0.001-s9-*/output.log")).read_text()
-    assert "saving, then stopping" in output and "resuming at step" in output
-    made = records.read_all(docs / "study" / "runs.jsonl")
-    assert sorted(r.name.rpartition("-")[0] for r in made.values()) == [
-        "clip-s0", "clip-s1", "tuning_0.001-s9", "tuning_0.002-s9", "xclip-s0", "xclip-s1",
-    ]  # fmt: skip
-    for r in made.values():
-        assert r.curve["step"][-1] == 40 and len(r.curve["step"]) == records.CURVE_POINTS
-        assert (r.value(TEST_SET, "") is None) == (r.section == "tuning")
-    assert "All 6 runs are finished." in (docs / "study.md").read_text()
-    assert "6 of 6 runs" not in done.stdout and "[1 of 6 runs" in done.stdout
-
-    # In another checkout with the files nothing is left to run, and the page is the same, by either command.
-    before = files(docs)
-    for flags in (["--page"], ["--allow-dirty"]):
-        (docs / "study.md").unlink()
-        again = subprocess.run(
-            command(docs, tmp_path / "elsewhere", *flags), cwd=ROOT, env=env, capture_output=True, text=True
-        )
-        assert again.returncode == 0, again.stderr
-        assert "seed" not in again.stdout and files(docs) == before
-
-
-def small(tmp_path, arms=None, **options):
-    nothing = dict.fromkeys(("claims", "doses", "controls"), ()) | {"choices": {}, "common": {}, "weights": {}}
-    changes = {} if arms is None else {"arms": arms, "baseline": arms[0].name, "shown": ((), ())} | nothing
-    matrix = tiny_study.matrix(tuned=False, **changes)
-    return runner.Runner(matrix, tmp_path / "runs.jsonl", tmp_path / "scratch", **{"allow_dirty": True} | options)
-
-
-def test_uncommitted_code_is_refused(tmp_path, source, monkeypatch):
-    monkeypatch.setattr(runner, "code_version", lambda: "abc-dirty")
-    with pytest.raises(UserError, match=r"the code is not that of a commit \(abc-dirty\)"):
-        small(tmp_path, allow_dirty=False).run()
-    monkeypatch.setattr(runner, "code_version", lambda: "unknown")
-    with pytest.raises(UserError, match="name their commit with --commit"):
-        small(tmp_path, allow_dirty=False).run()
-
-
-def test_code_version(tmp_path):
-    def git(*arguments):
-        subprocess.run(["git", "-C", str(tmp_path), *arguments], check=True, capture_output=True)
-
-    (tmp_path / "xclip_jax").mkdir()
-    (tmp_path / "docs").mkdir()
-    for name in ("xclip_jax/a.py", "docs/study.md"):
-        (tmp_path / name).write_text("")
-    git("init")
-    git("add", ".")
-    git("-c", "user.name=x", "-c", "user.email=x@x", "commit", "-m", "x")
-    (tmp_path / "docs" / "study.md").write_text("results are no change of the code")
-    clean = runner.code_version(tmp_path)
-    assert len(clean) == 40
-    (tmp_path / "xclip_jax" / "new.py").write_text("")
-    assert runner.code_version(tmp_path) == f"{clean}-dirty"
-
-
-def test_nothing_is_started_after_the_time_limit(tmp_path, source, capsys):
-    assert not small(tmp_path, max_hours=0.0).run()
-    assert not list((tmp_path / "scratch").glob("clip*"))
-
-
-def test_another_command_in_the_same_folder_is_refused(tmp_path, source, monkeypatch):
-    monkeypatch.setattr(runner, "_LOCK_SECONDS", 0)
-    first = small(tmp_path)
-    first.scratch.mkdir()
-    with first._locked(), pytest.raises(UserError, match="is in use by another study; wait, or pass --scratch"):
-        small(tmp_path).run()
+    # The run notices, saves and ends; the same command waits for it and resumes.
+    (folder,) = tmp_path.glob("scratch/one-*")
+    second = subprocess.Popen(command, **options)
+    log = ""
+    while second.poll() is None:
+        with contextlib.suppress(FileNotFoundError):
+            log = (folder / "output.log").read_text()
+        time.sleep(0.05)
+    assert second.returncode == 0 and "saving, then stopping" in log and "resuming at step" in log
+    (record,) = records.read_all(tmp_path / "runs.jsonl").values()
+    assert record.curve["step"][-1] == 40 and record.value(TEST_SET, "") is not None
+    assert [path.name for path in (tmp_path / "scratch").iterdir() if path.name != "compiled"] == [".lock"]
 
 
 class Done:
-    """In place of a run's process: has left a finished run, or a status."""
+    """A process that has left a finished run, or a status."""
 
-    status, before, results = 0, None, True
+    status = 0
+    before = None
 
     def __init__(self, command, **_):
-        self.returncode, folder = self.status, pathlib.Path(command[3])
-        config = json.loads((folder / worker.REQUEST).read_text())["config"]
-        if self.status == 0 and not (folder / "results.json").exists():
-            write_folder(folder, config, value=Done.value, results=self.results)
+        self.returncode = self.status
+        folder = pathlib.Path(command[3])
+        (folder / "output.log").write_text("error: killed\n")
+        if self.status == 0:
+            made.write_folder(folder, json.loads((folder / worker.REQUEST).read_text())["config"])
         if self.before:
             self.before(folder)
 
@@ -151,169 +78,80 @@ class Done:
 
 
 @pytest.fixture
-def done(monkeypatch, source):
-    """Processes of runs are `Done`, and the code is of the commits that the list has, the last one for ever."""
-    commits = ["first"]
+def run(tmp_path, monkeypatch):
+    """Run arms as `Done` with code of the commits in `run.commits`, the last one for ever; return their records."""
+
+    def run(*arms, **options):
+        study = runner.Runner(made.matrix(*arms), tmp_path / "runs.jsonl", tmp_path / "scratch", **options)
+        assert study.run() == ("max_hours" not in options)
+        assert [path.name for path in (tmp_path / "scratch").iterdir()] == [".lock"]
+        return list(records.read_all(tmp_path / "runs.jsonl").values())
+
+    run.commits = ["a"]
     monkeypatch.setattr(runner.subprocess, "Popen", Done)
-    monkeypatch.setattr(runner, "code_version", lambda: commits.pop(0) if len(commits) > 1 else commits[0])
-    monkeypatch.setattr(runner, "same_code", lambda a, b: a == b)
+    monkeypatch.setattr(runner, "code_version", lambda: run.commits.pop(0) if run.commits[1:] else run.commits[0])
     monkeypatch.setattr(runner, "_POLL", 0.01)
-    monkeypatch.setattr(Done, "value", 7.0, raising=False)
-    return commits
+    return run
 
 
-ONE = (Arm("one", "", "core", "tiny:objective=clip", {}, (0,)),)
+def test_runs_leave_records_and_are_not_run_again(run, monkeypatch):
+    run.commits = ["a", "a", "b"]  # checked, at its start, at its end
+    (first,) = run(ONE)
+    assert (first.arm, first.seed, first.commit, first.value(TEST_SET, "")) == ("one", 0, "a, b", 7.0)
+    monkeypatch.setattr(Done, "status", 1)
+    assert [record.key for record in run(ONE)] == [first.key]
+    monkeypatch.setattr(Done, "status", 0)
+    shared = [(r.arm, r.seed) for r in run(ONE, *made.ARMS)]  # CLIP's first seed has the config of `ONE`
+    assert shared == [("clip", 1), ("one", 0), ("xclip", 0), ("xclip", 1)]
 
 
-def only_record(tmp_path):
-    (made,) = records.read_all(tmp_path / "runs.jsonl").values()
-    return made
+def test_a_record_of_another_command_stays(run, tmp_path, monkeypatch):
+    (of_run,) = made.matrix(ONE).runs()
+    other = made.record(of_run, 1.0)
+    monkeypatch.setattr(Done, "before", lambda self, folder: records.write(tmp_path / "runs.jsonl", other))
+    assert [record.value(TEST_SET, "") for record in run(ONE)] == [1.0]
 
 
-def test_a_kept_run_without_its_record_is_run_again(tmp_path, done, monkeypatch):
-    small(tmp_path, ONE, keep=True).run()
-    (tmp_path / "runs.jsonl").unlink()
-    monkeypatch.setattr(Done, "value", 8.0)
-    small(tmp_path, ONE).run()
-    assert only_record(tmp_path).value(TEST_SET, "") == 8.0
-    assert [path.name for path in (tmp_path / "scratch").iterdir()] == [".lock"]
-
-
-def test_a_run_that_ended_while_nobody_looked_is_read(tmp_path, done, monkeypatch):
-    """The command was killed between the end of a run and its record: nothing is trained twice."""
-    with monkeypatch.context() as patched:
-        patched.setattr(runner.Runner, "_record", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            small(tmp_path, ONE).run()
-    monkeypatch.setattr(Done, "value", 8.0)
-    small(tmp_path, ONE).run()
-    assert only_record(tmp_path).value(TEST_SET, "") == 7.0
-
-
-def test_a_mark_of_an_earlier_start_does_not_count(tmp_path, done, monkeypatch):
-    def mark(folder):
+def test_failed_runs_are_named(run, monkeypatch):
+    def mark(self, folder):
         (folder / worker.DIVERGED).write_text(json.dumps({"error": "loss of step 3 is nan"}))
 
     with monkeypatch.context() as patched:
-        patched.setattr(Done, "before", staticmethod(mark))
         patched.setattr(Done, "status", 1)
-        patched.setattr(runner.pathlib.Path, "read_text", reading("error: killed"))
-        with pytest.raises(UserError, match="1 runs failed"):
-            small(tmp_path, ONE).run()
-    small(tmp_path, ONE).run()
-    assert not only_record(tmp_path).error
+        patched.setattr(Done, "before", mark)
+        with pytest.raises(UserError, match=r"1 runs failed; .* again. one, seed 0: error: killed \(see .*output.log"):
+            run(ONE)
+    (record,) = run(ONE)
+    assert not record.error  # the mark was of the earlier start
 
 
-def reading(text, original=pathlib.Path.read_text):
-    """Path.read_text, with this text in logs."""
-    return lambda path, *a, **k: text if path.name == "output.log" else original(path, *a, **k)
+def test_commands_that_are_refused(run, tmp_path, monkeypatch):
+    assert run(ONE, max_hours=0.0) == []
+    run.commits = ["abc-dirty"]
+    with pytest.raises(UserError, match=r"the code has no commit \(abc-dirty\)"):
+        run(ONE)
+    monkeypatch.setattr(runner, "_LOCK_SECONDS", 0)
+    first = runner.Runner(made.matrix(ONE), tmp_path / "runs.jsonl", tmp_path / "scratch", allow_dirty=True)
+    with first._locked(), pytest.raises(UserError, match="is in use by another study; wait, or pass --scratch"):
+        run(ONE, allow_dirty=True)
 
 
-@pytest.mark.parametrize(("commits", "recorded"), [(["a", "a", "a"], "a"), (["a", "b"], "a, b")])
-def test_the_commit_is_read_at_both_ends(tmp_path, done, commits, recorded):
-    done[:] = commits
-    small(tmp_path, ONE).run()
-    assert only_record(tmp_path).commit == recorded
-
-
-def test_a_record_that_another_command_wrote_meanwhile_stays(tmp_path, done, monkeypatch, capsys):
-    matrix = small(tmp_path, ONE).matrix
-    (run,) = Snapshot(matrix, {}).runs
-
-    def write(folder):
-        records.write(tmp_path / "runs.jsonl", record(run, 1.0))
-
-    monkeypatch.setattr(Done, "before", staticmethod(write))
-    assert small(tmp_path, ONE).run()
-    assert only_record(tmp_path).value(TEST_SET, "") == 1.0
-    assert "one, seed 0: has a record already" in capsys.readouterr().out
-    assert [path.name for path in (tmp_path / "scratch").iterdir()] == [".lock"]
-
-
-def test_a_run_whose_record_came_meanwhile_is_not_started(tmp_path, done, monkeypatch):
-    """The first run's end finds the second one's record, which another command has written."""
-    two = (*ONE, Arm("two", "", "core", "tiny:objective=nclip", {}, (0,)))
-    second = Snapshot(small(tmp_path, two).matrix, {}).runs[1]
-    started = []
-
-    def write(folder):
-        started.append(folder.name[:3])
-        records.write(tmp_path / "runs.jsonl", record(second, 1.0))
-
-    monkeypatch.setattr(Done, "before", staticmethod(write))
-    assert small(tmp_path, two).run()
-    assert started == ["one"] and len(records.read_all(tmp_path / "runs.jsonl")) == 2
-
-
-def test_commits_with_the_same_code(tmp_path):
+def test_code_version(tmp_path):
     def git(*arguments):
         identity = ("-c", "user.name=x", "-c", "user.email=x@x")
-        return subprocess.run(
-            ["git", "-C", str(tmp_path), *identity, *arguments], check=True, capture_output=True, text=True
-        ).stdout.strip()
+        subprocess.run(["git", "-C", str(tmp_path), *identity, *arguments], check=True, capture_output=True)
 
-    def commit(name):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("x")
-        git("add", ".")
-        git("commit", "-m", "x")
-        return git("rev-parse", "HEAD")
-
+    for name in ("xclip_jax/a.py", "docs/a.md"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("")
     git("init")
-    first, docs, code = commit("xclip_jax/a.py"), commit("docs/a.md"), commit("xclip_jax/b.py")
-    assert runner.same_code(first, docs, tmp_path) and not runner.same_code(docs, code, tmp_path)
-    assert not runner.same_code(first, f"{docs}-dirty", tmp_path) and not runner.same_code("unknown", code, tmp_path)
-
-
-def test_after_failed_runs_the_page_is_written(tmp_path, source, monkeypatch, capsys):
-    def fail(self):
-        raise UserError("1 runs failed; the same command tries again.")
-
-    monkeypatch.setattr(__main__.icons, "study", lambda: tiny_study.study())
-    monkeypatch.setattr(__main__, "load_config", tiny_study.load)
-    monkeypatch.setattr(__main__.Runner, "run", fail)
-    docs = tmp_path / "docs"
-    with pytest.raises(SystemExit, match="error: 1 runs failed"):
-        __main__.main(["--allow-dirty", "--docs", str(docs), "--scratch", str(tmp_path / "scratch")])
-    assert (docs / "study.md").exists()
-
-
-def test_a_refused_command_writes_nothing(tmp_path, source, monkeypatch):
-    monkeypatch.setattr(__main__.icons, "study", lambda: tiny_study.study())
-    monkeypatch.setattr(__main__, "load_config", tiny_study.load)
-    monkeypatch.setattr(runner, "code_version", lambda: "unknown")
-    before = sorted(tmp_path.iterdir())
-    with pytest.raises(SystemExit, match=r"error: the code is not that of a commit \(unknown\)"):
-        __main__.main(["--docs", str(tmp_path / "docs"), "--scratch", str(tmp_path / "scratch")])
-    assert sorted(tmp_path.iterdir()) == before
-
-
-def test_another_recipe_does_not_replace_the_page_or_the_finding(tmp_path, monkeypatch):
-    before = (ROOT / "docs" / "study.md").read_bytes()
-    with pytest.raises(SystemExit, match="pass --docs FOLDER for others"):
-        __main__.main(["--page", "--recipe", "icons:steps=9"])
-    assert (ROOT / "docs" / "study.md").read_bytes() == before
-    monkeypatch.setattr(__main__.icons, "study", lambda recipe: tiny_study.study(recipe=recipe))
-    monkeypatch.setattr(__main__, "load_config", tiny_study.load)
-    readme = tmp_path / "README.md"
-    readme.write_text(f"{page.START}\nold\n{page.END}\n")
-    __main__.main(["--page", "--recipe", "icons:steps=9", "--docs", str(tmp_path / "docs")])
-    text = (tmp_path / "docs" / "study.md").read_text()
-    assert "python -m studies --recipe icons:steps=9 --docs FOLDER --page" in text
-    assert "old" in readme.read_text()
-
-
-@pytest.mark.slow
-def test_a_failed_run_is_named_and_the_others_go_on(tmp_path, source, monkeypatch):
-    sources = {"data.sources": (f"folder:{tmp_path / 'missing'}",)}
-    bad = Arm("bad", "", "core", "tiny:objective=clip", sources, (0,))
-    good = Arm("good", "", "core", "tiny:objective=clip", {}, (0,))
-    with pytest.raises(
-        UserError, match=r"1 runs failed; the same command tries again. bad, seed 0: error: data folder"
-    ):
-        small(tmp_path, arms=(bad, good)).run()
-    assert [r.name[:8] for r in records.read_all(tmp_path / "runs.jsonl").values()] == ["good-s0-"]
-    assert not list((tmp_path / "scratch").glob("good*")) and list((tmp_path / "scratch").glob("bad*"))
+    git("add", ".")
+    git("commit", "-m", "x")
+    (tmp_path / "docs" / "a.md").write_text("is not code")
+    clean = runner.code_version(tmp_path)
+    assert len(clean) == 40
+    (tmp_path / "xclip_jax" / "new.py").write_text("")
+    assert runner.code_version(tmp_path) == f"{clean}-dirty"
 
 
 def test_a_worker_writes_down_that_training_diverged(tmp_path, monkeypatch):
@@ -327,29 +165,15 @@ def test_a_worker_writes_down_that_training_diverged(tmp_path, monkeypatch):
     assert json.loads((tmp_path / worker.DIVERGED).read_text()) == {"error": "loss of step 3 is nan"}
 
 
+def test_costs_are_read_from_their_last_line(tmp_path):
+    assert cost.read(tmp_path / "costs.jsonl") == {}
+    for ratio in (1.2, 1.1):
+        cost.write(tmp_path / "costs.jsonl", "final_xclip", "final_clip", "0" * 40, {"ratio": ratio, "turns": 1})
+    assert cost.read(tmp_path / "costs.jsonl") == {"final_xclip": 1.1}
+
+
+@pytest.mark.long
 @pytest.mark.slow
-def test_an_interrupt_stops_the_command(tmp_path, pairs):
-    line = command(tmp_path / "docs", tmp_path / "scratch", "--allow-dirty", "--only", "tuning_0.001")
-    env = environment(pairs) | {"STUDY_STEPS": "100000"}
-    process = subprocess.Popen(line, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
-    deadline = time.time() + 300
-    while time.time() < deadline and not list((tmp_path / "scratch").glob("*/metrics.jsonl")):
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == EXIT_RESUMABLE and "stopping: SIGINT; runs in progress are saved" in output
-    folder = next((tmp_path / "scratch").glob("tuning_0.001-*"))
-    assert list((folder / "checkpoints").iterdir())
-    assert (
-        "**No run has been made yet**: this page declares the study and its 6 runs."
-        in (tmp_path / "docs" / "study.md").read_text()
-    )
-
-
-def test_a_finished_run_is_not_run_again(tmp_path, source):
-    matrix = tiny_study.matrix(tuned=False)
-    for r in finished(matrix, {"clip": 1.0, "xclip": 2.0}).values():
-        records.write(tmp_path / "runs.jsonl", r)
-    assert small(tmp_path).run()
-    assert not Snapshot(matrix, records.read_all(tmp_path / "runs.jsonl")).missing()
-    assert [path.name for path in (tmp_path / "scratch").iterdir()] == [".lock"]
+def test_two_configs_take_steps_in_turn():
+    measured = cost.measure(tiny.config("xclip"), tiny.config("clip"), turns=1, steps=1)
+    assert 0.05 < measured["ratio"] < 20 and measured["low"] <= measured["ratio"] <= measured["high"]

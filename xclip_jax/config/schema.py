@@ -25,15 +25,6 @@ from xclip_jax.objectives import LossConfig, ObjectiveConfig, make_objective, wi
 from xclip_jax.optim import EmaConfig, OptimConfig, frozen_layers
 from xclip_jax.parallel.sharding import MeshConfig
 
-# Keys of earlier versions, which saved configs have: group, name, and the value that now always holds. None: any value,
-# since the key decided nothing that is learned or measured.
-_REMOVED = (
-    ("checkpoint", "keep_every", 0),
-    ("eval", "before", None),
-    ("log", "expected_epochs", None),
-    ("log", "project", None),
-    ("optim", "mu_dtype", "float32"),
-)
 _STEPS = Check(
     "() or START,STOP with 0 < START < STOP", lambda value: not value or (len(value) == 2 and 0 < value[0] < value[1])
 )
@@ -239,8 +230,7 @@ def resolve(config: ml_collections.ConfigDict | Mapping[str, Any] | Config) -> C
 def complete(values: Mapping[str, Any]) -> ml_collections.ConfigDict:
     """Return a locked config of `values`, for example from a run's config.json, with defaults for all other keys.
 
-    Lists become tuples, because JSON has no tuples and `ConfigDict` keeps types. Keys of earlier versions are left out
-    if they had the value that now always holds. `resolve` reports unknown keys.
+    Lists become tuples, because JSON has no tuples and `ConfigDict` keeps types. `resolve` reports unknown keys.
     """
 
     def fill(expected: Any, given: Any) -> Any:
@@ -250,13 +240,8 @@ def complete(values: Mapping[str, Any]) -> ml_collections.ConfigDict:
         hints, defaults = (typing.get_type_hints(expected), dataclasses.asdict(expected())) if is_group else ({}, {})
         return defaults | {name: fill(hints.get(name), value) for name, value in given.items()}
 
-    values = dict(values)
-    for group_name, name, only in _REMOVED:
-        old = values.get(group_name)
-        if isinstance(old, Mapping) and name in old and only in (None, old[name]):
-            values[group_name] = {key: value for key, value in old.items() if key != name}
     if isinstance(values.get("objective"), Mapping):
-        values["objective"] = with_terms(values["objective"])
+        values = {**values, "objective": with_terms(values["objective"])}
     return ml_collections.ConfigDict(fill(Config, values)).lock()
 
 
