@@ -119,7 +119,7 @@ def test_the_teachers_share_rises_along_its_ramp(progress, share):
     [
         ({"q": 0.5, "label_smoothing": 0.1}, "plain", r"objective\.clip\.q and \.reverse are for one target"),
         ({"reverse": 1.0, "positives": "caption"}, "plain", "set label_smoothing and distill to 0, and positives to"),
-        ({"q": 0.5, "distill": 0.1}, "plain", "are for one target a pair"),
+        ({"q": 0.5, "distill": 0.1}, "plain", "are for one target per pair"),
         (
             {"distill": 0.5},
             "ring",

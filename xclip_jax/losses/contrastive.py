@@ -6,9 +6,8 @@ and gradient do not depend on the number of devices. An average of per-device lo
 Pairs of a batch may share a caption or an image. By default each is a negative of the others; with `keys` they are
 positives of one another, and the target is spread over them.
 
-Sources: Radford et al., arXiv 2103.00020 (softmax, called CLIP in the paper behind nCLIP [paper]); Zhai et al.,
-arXiv 2303.15343 (sigmoid [ours]); Yang et al., arXiv 2204.03610 (UniCL: several positives [ours]); `robust` and
-`Teacher` name theirs.
+Sources: Radford et al., arXiv 2103.00020 (softmax, called CLIP in nCLIP's paper [paper]); Zhai et al., arXiv 2303.15343
+(sigmoid [ours]); Yang et al., arXiv 2204.03610 (UniCL: several positives [ours]); see also `robust` and `Teacher`.
 """
 
 from typing import NamedTuple
@@ -24,10 +23,10 @@ Metrics = dict[str, jax.Array]
 
 
 class Teacher(NamedTuple):
-    """A teacher's embeddings, and the share of the target that its softmax over the batch gives.
+    """A teacher's embeddings, and the weight of its softmax over the batch in the target.
 
-    ALBEF's momentum distillation (arXiv 2107.07651) without its queue; CLIP-PSD (arXiv 2204.04588) gives such targets
-    to a growing part of a batch.
+    ALBEF's momentum distillation (arXiv 2107.07651) without its queue; CLIP-PSD (arXiv 2204.04588) uses such targets
+    for a growing fraction of a batch.
     """
 
     z_img: jax.Array  # (b, e), L2-normalised
@@ -49,28 +48,28 @@ def softmax(
 ) -> tuple[jax.Array, Metrics]:
     """Return CLIP's loss: cross-entropy of the matching pair, image to text and text to image, averaged, in nats.
 
-    With `keys` the target of pair i is 1 / n_i for each of the n_i pairs of the batch that have its key, itself among
-    them (UniCL's bidirectional loss, arXiv 2204.03610, equation 3; SupCon's L_out, arXiv 2004.11362). With a `teacher`
-    the target is (1 - share) times this target and share times the teacher's softmax, without a gradient to it.
+    With `keys` the target of pair i is 1 / n_i for each of the n_i pairs with its key, itself included (UniCL's
+    bidirectional loss, arXiv 2204.03610, equation 3; SupCon's L_out, arXiv 2004.11362). With a `teacher` the target is
+    (1 - share) times this target plus share times the teacher's softmax, without a gradient to the teacher.
 
     Args:
         z_img: image embeddings of the global batch, shape (b, e), L2-normalised; any float type.
         z_txt: text embeddings, shape (b, e), row i paired with row i of `z_img`.
         scale: scalar, exp(log_scale): already exponentiated.
-        label_smoothing: share of the target that is spread evenly over the batch (arXiv 1512.00567).
+        label_smoothing: fraction of the target spread evenly over the batch (arXiv 1512.00567).
         keys: integers (b,) or (b, m); pairs with equal keys match each other. By default each pair matches itself.
-        teacher: gives a part of the target.
-        q, reverse: options of `robust`, which replaces the cross-entropy of each pair; for targets that are not spread.
+        teacher: embeddings for a part of the target.
+        q, reverse: options of `robust`, which replaces the cross-entropy of each pair; for targets of one pair only.
 
     Returns:
         The loss (fp32 scalar) and fp32 scalar metrics: "loss", "ln_b" (the loss of a blind guess), "acc_img" and
-        "acc_txt" (share of images, of texts, whose best match in the batch is their own partner); "blind" (the robust
+        "acc_txt" (fraction of images and of texts whose best match in the batch is their partner); "blind" (the robust
         loss of a blind guess) with `q` or `reverse`, "teacher_share" with a teacher.
     """
     check(z_img, z_txt, scale)
     logits = jnp.asarray(scale, jnp.float32) * dot(z_img, z_txt)
     # A masked sum, since jnp.diagonal gathers, which costs communication if the batch is sharded. It is subtracted
-    # before the log-sum-exp, since a small loss would drown in the rounding of two numbers as large as the scale.
+    # before the log-sum-exp, since a small loss would vanish in the rounding of two numbers as large as the scale.
     matching = jnp.sum(jnp.eye(logits.shape[0]) * logits, axis=1)
     img_to_txt = jax.nn.logsumexp(logits - matching[:, None], axis=1)
     txt_to_img = jax.nn.logsumexp(logits - matching[None, :], axis=0)
@@ -87,12 +86,12 @@ def softmax(
 
 
 def robust(cross_entropy: ArrayLike, q: float, reverse: float) -> jax.Array:
-    """Return losses for wrong targets, (1 - p^q) / q + reverse (1 - p), of cross-entropies -ln p.
+    """Return losses that tolerate wrong targets, (1 - p^q) / q + reverse (1 - p), of cross-entropies -ln p.
 
     The first part is generalised cross-entropy (arXiv 1805.07836), at most 1 / q; q = 0 is its limit, -ln p, and q = 1
     half of the mean absolute error. The second part is reverse cross-entropy, at most `reverse`: symmetric
     cross-entropy (arXiv 1908.06112), a CE + b RCE with ln 0 set to -A, is a times the sum with q = 0 and
-    reverse = b A / a. A sum with another q is [ours]. The derivative by the cross-entropy is p^q + reverse p.
+    reverse = b A / a. The sum with another q is [ours]. The derivative by the cross-entropy is p^q + reverse p.
 
     Args:
         cross_entropy: array of any shape, nats.
@@ -109,30 +108,30 @@ def robust(cross_entropy: ArrayLike, q: float, reverse: float) -> jax.Array:
 
 @jax.custom_jvp
 def _missing(x: jax.Array) -> jax.Array:
-    """Return 1 - exp(-x) with all digits of the value near 0 and of the derivative far from it."""
+    """Return 1 - exp(-x), exact for values near 0 and for derivatives far from it."""
     return -jnp.expm1(-x)
 
 
 @_missing.defjvp
 def _(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    # JAX's derivative of expm1 is expm1(-x) + 1, which is 0 where exp(-x) is below 6e-8.
+    # JAX's derivative of expm1 is expm1(-x) + 1, which is 0 if exp(-x) is below 6e-8.
     return _missing(*primals), jnp.exp(-primals[0]) * tangents[0]
 
 
 def with_blind_guess(metrics: Metrics, q: float, reverse: float) -> Metrics:
-    """Return `metrics` of a `robust` loss with the loss of a blind guess, "blind"."""
+    """Return the metrics of a `robust` loss together with "blind", the loss of a blind guess."""
     return metrics | {"blind": jnp.asarray(robust(metrics["ln_b"], q, reverse))} if q or reverse else metrics
 
 
 def _teacher_margin(logits: jax.Array, matching: jax.Array, teacher: Teacher) -> jax.Array:
-    """Return the mean of matching logits less the mean under the teacher's softmax, averaged over both directions.
+    """Return the mean of matching logits minus the mean under the teacher's softmax, averaged over both directions.
 
-    The share a of the teacher in the target adds a times this to the cross-entropy.
+    A teacher with weight a in the target adds a times this to the cross-entropy.
     """
-    given = jax.lax.stop_gradient(teacher.scale * dot(teacher.z_img, teacher.z_txt))
-    # Differences before the sum, as for the log-sum-exp.
-    rows = jax.nn.softmax(given, axis=1) * (matching[:, None] - logits)
-    columns = jax.nn.softmax(given, axis=0) * (matching[None, :] - logits)
+    target_logits = jax.lax.stop_gradient(teacher.scale * dot(teacher.z_img, teacher.z_txt))
+    # Differences are taken before the sum, like those of the log-sum-exp.
+    rows = jax.nn.softmax(target_logits, axis=1) * (matching[:, None] - logits)
+    columns = jax.nn.softmax(target_logits, axis=0) * (matching[None, :] - logits)
     return 0.5 * jnp.sum(rows + columns) / len(logits)
 
 
@@ -141,13 +140,13 @@ def target_margin(
 ) -> jax.Array:
     """Return the increase of the cross-entropy by a spread target: mean matching logit minus mean target logit.
 
-    fp32 scalar, the same in both directions; arguments as in `softmax`.
+    The result is an fp32 scalar, the same in both directions. For the arguments see `softmax`.
     """
     smoothing = label_smoothing * mean_margin(z_img, z_txt, scale)
     if keys is None:
         return smoothing
     texts, counts = sum_over_equal(keys, z_txt)
-    difference = z_txt.astype(jnp.float32) - texts / counts[:, None]  # exactly 0 for a pair without an equal
+    difference = z_txt.astype(jnp.float32) - texts / counts[:, None]  # exactly 0 for a pair with a unique key
     margin = jnp.mean(jnp.sum(z_img.astype(jnp.float32) * difference, axis=1))
     return smoothing + (1 - label_smoothing) * jnp.asarray(scale, jnp.float32) * margin
 
@@ -160,7 +159,7 @@ def sum_over_equal(keys: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]
         x: (b, e), any float type.
 
     Returns:
-        fp32 (b, e) and (b,). Rows without an equal are returned as they are.
+        The sums, fp32 (b, e), and the numbers, fp32 (b,). A row with a unique key is returned unchanged.
     """
     keys = keys.reshape(len(keys), -1)
     order = jnp.lexsort(keys.T)
@@ -172,12 +171,13 @@ def sum_over_equal(keys: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]
 
 
 def mean_margin(z_img: jax.Array, z_txt: jax.Array, scale: ArrayLike) -> jax.Array:
-    """Return the mean logit of matching pairs less the mean of all pairs, fp32 scalar; arguments as in `softmax`.
+    """Return the mean logit of matching pairs minus the mean of all pairs, fp32 scalar.
 
-    A target with the share s spread over the batch adds s times this to the cross-entropy, in both directions.
+    A target with a fraction s spread over the batch adds s times this to the cross-entropy, in both directions. For the
+    arguments see `softmax`.
     """
     z_img, z_txt = (z.astype(jnp.float32) for z in (z_img, z_txt))
-    # The mean of all products is the product of the means, without (b, b) logits.
+    # The mean of all products is the product of the means, which needs no (b, b) logits.
     return jnp.asarray(scale, jnp.float32) * (
         jnp.mean(jnp.sum(z_img * z_txt, axis=1)) - jnp.sum(jnp.mean(z_img, axis=0) * jnp.mean(z_txt, axis=0))
     )
@@ -188,12 +188,12 @@ def sigmoid(
 ) -> tuple[jax.Array, Metrics]:
     """Return SigLIP's loss: binary cross-entropy of each of the b * b pairs, summed and divided by b, in nats.
 
-    -1/b sum_ij log sigmoid(y_ij (scale <z_img_i, z_txt_j> + bias)), y = +1 for i = j and -1 elsewhere; with `keys`
-    y = +1 for all pairs with equal keys.
+    The loss is -1/b sum_ij log sigmoid(y_ij (scale <z_img_i, z_txt_j> + bias)), with y = +1 for i = j and -1 otherwise;
+    with `keys`, y = +1 for all pairs with equal keys.
 
-    Arguments and metrics are as in `softmax`, with a scalar bias that is added to each logit (SigLIP starts at a
+    Arguments and metrics are those of `softmax`, plus a scalar bias that is added to each logit (SigLIP starts with a
     scale of 10 and a bias of -10). "ln_b" is for comparison with a softmax run and not the loss of a blind guess.
-    "positives" with `keys` is the mean number of positives of an image.
+    "positives", with `keys`, is the mean number of positives per image.
     """
     check(z_img, z_txt, scale, bias)
     logits = jnp.asarray(scale, jnp.float32) * dot(z_img, z_txt) + jnp.asarray(bias, jnp.float32)
@@ -209,10 +209,10 @@ def sigmoid(
 def other_positives(
     z_img: jax.Array, z_txt: jax.Array, scale: ArrayLike, bias: ArrayLike, keys: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Return 1/b times the summed logits of pairs i != j with equal keys, and the mean number of positives of a row.
+    """Return 1/b times the summed logits of pairs i != j with equal keys, and the mean number of positives per row.
 
-    fp32 scalars; arguments as in `sigmoid`. A positive in place of a negative takes its logit off the loss, as
-    log sigmoid(x) - log sigmoid(-x) = x.
+    Both are fp32 scalars. For the arguments see `sigmoid`. If a negative becomes a positive, the loss falls by its
+    logit, since log sigmoid(x) - log sigmoid(-x) = x.
     """
     z_img, z_txt = (z.astype(jnp.float32) for z in (z_img, z_txt))
     texts, counts = sum_over_equal(keys, z_txt)
@@ -221,7 +221,7 @@ def other_positives(
 
 
 def check(z_img: jax.Array, z_txt: jax.Array, *scalars: ArrayLike) -> None:
-    """Raise `AssertionError` unless embeddings are two (b, e) arrays of one shape, and scale and bias are scalars."""
+    """Raise `AssertionError` unless embeddings are two (b, e) arrays of equal shape, and scale and bias are scalars."""
     chex.assert_rank(z_img, 2)
     chex.assert_equal_shape([z_img, z_txt])
     chex.assert_shape([jnp.asarray(x) for x in scalars], ())
@@ -230,7 +230,7 @@ def check(z_img: jax.Array, z_txt: jax.Array, *scalars: ArrayLike) -> None:
 def dot(z_img: jax.Array, z_txt: jax.Array) -> jax.Array:
     """Return the similarities of all pairs, fp32 (b, b), row i for image i."""
     # HIGHEST: the default precision of TPUs and of TF32 rounds fp32 factors to 8 or 10 bits, and the scale (up to 100)
-    # multiplies that error. The product is a small share of a step's FLOPs.
+    # multiplies this error. The product takes few of a step's FLOPs.
     return jnp.matmul(
         z_img.astype(jnp.float32),
         z_txt.astype(jnp.float32).T,

@@ -1,8 +1,8 @@
 """nCLIP's loss over the global batch.
 
-Each modality is projected to a distribution over k clusters that is the pseudo-label of the other, without
-negatives [paper]; a sharpness and a smoothness regulariser hold off the trivial solutions [note]. The targets'
-form, their balancing and all default weights are [ours].
+Each modality is projected to a distribution over k clusters, which is the pseudo-label of the other modality, without
+negatives [paper]; a sharpness and a smoothness regulariser prevent the trivial solutions [note]. The form of the
+targets, their balancing and all default weights are [ours].
 
 With p, q the softmax of image and text logits over tau, a hat for targets and H for (cross-)entropy in nats:
 
@@ -62,21 +62,22 @@ def nclip(
             from the teacher's logits, no gradient). [ours]
         tau: temperature of p and q. target_tau: temperature of the targets, None for tau.
         sharpness, smoothness: the weights lambda_sharp and lambda_smooth.
-        balance: how targets are balanced [ours]: "none", "center" (a center is subtracted from the target logits) or
+        balance: method that balances the targets [ours]: "none", "center" (subtract a center from the target logits) or
             "sinkhorn" (see `sinkhorn`).
-        teacher_img, teacher_txt: teacher logits, shape (b, k); exactly with target "ema".
-        center_img, center_txt: centers, shape (k,), from `update_center`; exactly with balance "center".
-        chunk: pairs of the global batch to process at a time, 0 for all. Logits and distributions of more pairs are
-            then never in memory, also in the backward pass. It needs `FactoredLogits`; the value is the same.
+        teacher_img, teacher_txt: teacher logits, shape (b, k); required for target "ema", not allowed otherwise.
+        center_img, center_txt: centers, shape (k,), from `update_center`; required for balance "center", not allowed
+            otherwise.
+        chunk: pairs of the global batch to process at a time, 0 for all. Memory never holds logits and distributions of
+            more pairs, not even in the backward pass. It needs `FactoredLogits`; the value is the same.
 
     Returns:
         The loss (fp32 scalar, nats) and fp32 scalar metrics: "loss", "align", "sharpness", "smoothness" (unweighted),
-        "agreement" (share of pairs whose image and text have one argmax), "ln_k", "ln_b", and with the suffixes _img
-        and _txt "entropy", "marginal_entropy", "mutual_information" (their difference, at most the smaller of ln b
-        and ln k) and "clusters" (number of clusters that are an argmax in the batch).
+        "agreement" (fraction of pairs whose image and text have the same argmax), "ln_k", "ln_b", and with the suffixes
+        _img and _txt "entropy", "marginal_entropy", "mutual_information" (their difference, at most the smaller of
+        ln b and ln k) and "clusters" (number of clusters that are the argmax of a row).
 
     Raises:
-        ValueError: options that contradict each other.
+        ValueError: options contradict each other.
     """
     logits = {"s_img": s_img, "s_txt": s_txt, "teacher_img": teacher_img, "teacher_txt": teacher_txt}
     logits = {name: value for name, value in logits.items() if value is not None}
@@ -93,8 +94,9 @@ def nclip(
 def sinkhorn(logits: jax.Array, tau: ArrayLike = 1.0, iterations: int = SINKHORN_ITERATIONS) -> jax.Array:
     """Return the log of balanced assignments: exp(logits / tau) with columns and rows normalised in turn, rows last.
 
-    After SwAV (arXiv 2006.09882): rows sum to 1 exactly, columns to b / k as nearly as the iterations reach. Shapes are
-    (b, k), of the global batch; the result is fp32. Without logarithms exp(logits / tau) would overflow at small tau.
+    After SwAV (arXiv 2006.09882): rows sum to 1 exactly, columns to b / k approximately, better with each iteration.
+    Shapes are (b, k), of the global batch; the result is fp32. Without logarithms exp(logits / tau) would overflow at
+    small tau.
     """
     log_a = logits.astype(jnp.float32) / tau
     for _ in range(iterations):
@@ -109,11 +111,11 @@ def update_center(center: jax.Array, target_logits: Logits, momentum: float = 0.
     Args:
         center: shape (k,), zeros at the start.
         target_logits: logits of the targets (the teacher's with target "ema"), shape (b, k), global batch.
-        momentum: the share kept of the old center.
+        momentum: weight of the old center.
     """
     chex.assert_shape(center, target_logits.shape[1:])
     if isinstance(target_logits, FactoredLogits):
-        # The mean of linear logits is the logits of the mean, with the kernel rounded as in the logits.
+        # The mean of linear logits equals the logits of the mean. The kernel is rounded like that of the logits.
         x, kernel = target_logits.x, target_logits.kernel
         kernel = kernel.astype(x.dtype).astype(jnp.float32)
         mean = jnp.matmul(jnp.mean(x.astype(jnp.float32), axis=0), kernel, precision="highest") + target_logits.bias
@@ -123,14 +125,14 @@ def update_center(center: jax.Array, target_logits: Logits, momentum: float = 0.
 
 
 def _check(logits: dict[str, Logits], centers: Centers, target: str, balance: str, chunk: int) -> None:
-    """Raise the errors of `nclip`."""
+    """Check the arguments of `nclip`."""
     b, k = logits["s_img"].shape
     if target not in TARGETS or balance not in BALANCES:
         raise ValueError(f"target is one of {TARGETS}, balance one of {BALANCES}; got {target!r}, {balance!r}")
     if any((f"teacher_{m}" in logits) != (target == "ema") for m in MODALITIES):
-        raise ValueError("target='ema' needs both teacher_img and teacher_txt, and other targets none")
+        raise ValueError("target='ema' needs both teacher_img and teacher_txt, other targets neither")
     if any((center is not None) != (balance == "center") for center in centers.values()):
-        raise ValueError("balance='center' needs both center_img and center_txt, and other balances none")
+        raise ValueError("balance='center' needs both center_img and center_txt, other balances neither")
     chex.assert_equal({x.shape for x in logits.values()}, {(b, k)})
     chex.assert_shape([x for x in centers.values() if x is not None], (k,))
     factored = all(isinstance(x, FactoredLogits) for x in logits.values())
@@ -140,7 +142,7 @@ def _check(logits: dict[str, Logits], centers: Centers, target: str, balance: st
 
 @dataclasses.dataclass(frozen=True)
 class _Options:
-    """Options of `nclip` that decide the distributions."""
+    """Options of `nclip` for its distributions."""
 
     target: str
     balance: str
@@ -148,7 +150,7 @@ class _Options:
     target_tau: ArrayLike
 
     def targets(self, s: jax.Array, teacher: jax.Array | None, center: jax.Array | None) -> jax.Array:
-        """Target probabilities (b, k) of one modality, from its fp32 logits or its teacher's."""
+        """Return the target probabilities (b, k) of one modality, from its fp32 logits or its teacher's."""
         logits = s if teacher is None else teacher.astype(jnp.float32)
         if self.target != "joint":
             logits = jax.lax.stop_gradient(logits)
@@ -160,13 +162,13 @@ class _Options:
 
 
 def _sums_of_batch(logits: dict[str, Logits], centers: Centers, options: _Options, chunk: int) -> Sums:
-    """`_sums` of each chunk of the batch, stacked along a leading axis (chunks,)."""
+    """Return the `_sums` of each chunk of the batch, stacked along a leading axis (chunks,)."""
     if not chunk:
         whole = {
             name: x.logits() if isinstance(x, FactoredLogits) else x.astype(jnp.float32) for name, x in logits.items()
         }
         return jax.tree.map(lambda x: x[None], _sums(whole, centers, options))
-    # Each chunk has its rows of x, and all kernels.
+    # Each chunk takes its rows of x, and all kernels.
     factors: Any = logits
     kernels = {name: (value.kernel, value.bias) for name, value in factors.items()}
 
@@ -180,14 +182,14 @@ def _sums_of_batch(logits: dict[str, Logits], centers: Centers, options: _Option
 
 
 def _sums(s: Mapping[str, jax.Array], centers: Centers, options: _Options) -> Sums:
-    """Sums over rows of the batch for the loss, and for each cluster the log of its summed probability."""
+    """Return sums over rows of the batch for the loss, and the log of each cluster's summed probability."""
     log_p, p_hat, top, sums = {}, {}, {}, {}
     for m in MODALITIES:
         logits = s[f"s_{m}"]
         log_p[m] = jax.nn.log_softmax(logits / options.tau)
         p_hat[m] = options.targets(logits, s.get(f"teacher_{m}"), centers[m])
         sums[f"entropy_{m}"] = -jnp.sum(jnp.exp(log_p[m]) * log_p[m])
-        # The mean's logarithm by log-sum-exp: log(mean(p)) has an infinite gradient where a probability underflows.
+        # The mean's logarithm by log-sum-exp: log(mean(p)) has an infinite gradient if a probability underflows.
         sums[f"log_mass_{m}"] = jax.nn.logsumexp(log_p[m], axis=0)
         top[m] = argmax(logits, 1)
         clusters = constrain(jnp.arange(logits.shape[1]), "cluster")
@@ -198,7 +200,7 @@ def _sums(s: Mapping[str, jax.Array], centers: Centers, options: _Options) -> Su
 
 
 def _metrics(sums: Sums, b: int, k: int) -> Metrics:
-    """Metrics of `nclip` except the loss, from the sums of all chunks."""
+    """Return the metrics of `nclip`, except the loss, from the sums of all chunks."""
     align = jnp.sum(sums["align"]) / b
     clusters = _cluster_metrics("img", sums, b) | _cluster_metrics("txt", sums, b)
     return {
@@ -213,7 +215,7 @@ def _metrics(sums: Sums, b: int, k: int) -> Metrics:
 
 
 def _cluster_metrics(m: str, sums: Sums, b: int) -> Metrics:
-    """Entropies (nats) and clusters in use of modality `m`, "img" or "txt"."""
+    """Return the entropies (nats) and the number of used clusters of modality `m`, "img" or "txt"."""
     log_mean = jax.nn.logsumexp(sums[f"log_mass_{m}"], axis=0) - jnp.log(jnp.float32(b))
     entropy = jnp.sum(sums[f"entropy_{m}"]) / b
     marginal = -jnp.sum(jnp.exp(log_mean) * log_mean)
@@ -226,10 +228,10 @@ def _cluster_metrics(m: str, sums: Sums, b: int) -> Metrics:
 
 
 def effective_rank(h: jax.Array) -> jax.Array:
-    """Return the effective number of directions in which features vary: (tr C)^2 / tr(C^2), C their covariance.
+    """Return the effective number of directions in which features vary: (tr C)^2 / tr(C^2), with their covariance C.
 
-    This is the participation ratio, a lower bound of Roy and Vetterli's effective rank (EUSIPCO 2007), which takes
-    Shannon's entropy and so needs the spectrum. Here one matrix product suffices, of the smaller Gram matrix.
+    This is the participation ratio, a lower bound of Roy and Vetterli's effective rank (EUSIPCO 2007), which uses
+    Shannon's entropy and therefore needs the spectrum. Here one matrix product suffices, for the smaller Gram matrix.
 
     Args:
         h: features, shape (b, d), of the global batch; any float type.
@@ -240,7 +242,7 @@ def effective_rank(h: jax.Array) -> jax.Array:
     h = jax.lax.stop_gradient(h).astype(jnp.float32)
     centred = h - jnp.mean(h, axis=0)
     trace = jnp.sum(centred**2)
-    # Equal features leave the mean's rounding error, a spurious rank of 1: relative 1e-6 at worst, squared.
+    # If all features are equal, the mean's rounding error remains, of rank 1: relative 1e-6 at worst, squared.
     varies = trace > 1e-11 * jnp.sum(h**2)
     unit = centred / jnp.sqrt(jnp.where(varies, trace, 1.0))
     small = unit.T if h.shape[1] <= h.shape[0] else unit

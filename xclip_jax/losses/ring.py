@@ -1,13 +1,13 @@
-"""The contrastive losses on a ring of devices, in memory that grows with the pairs of a device and not with the batch.
+"""The contrastive losses on a ring of devices. Memory grows with the pairs per device, not with the batch.
 
-Each device keeps its images, and the texts travel round the ring: in each of as many hops as there are batch shards a
+Each device keeps its images, and the texts travel round the ring in as many hops as the batch has shards. In each hop a
 device compares its images with one block of texts. The forward pass keeps sums of the rows and columns of logits; the
 backward pass sends the texts round again and computes each block a second time (Inf-CL, arXiv 2410.17243). Values and
-gradients equal `losses.contrastive`, which defines the losses.
+gradients equal those of `losses.contrastive`, which defines the losses.
 
 The plain form holds several arrays of (b / devices, b) and of (b, e), a gigabyte or more from 130,000 pairs on. With
-fewer than about 1,000 pairs a device the fixed costs of a hop outweigh its work. Pairs that share a key
-(`contrastive.sum_over_equal`) are summed over the whole batch: each device then holds the texts' embeddings once.
+fewer than about 1,000 pairs per device the fixed costs of a hop outweigh its work. Pairs with equal keys
+(`contrastive.sum_over_equal`) are summed over the whole batch: each device then holds the embeddings of all texts once.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,9 @@ Array = jax.Array
 Pair = tuple[Array, Array]
 Home = TypeVar("Home")
 
-_WHOLE, _ROWS, _COLUMNS = PartitionSpec(), PartitionSpec(BATCH_AXES), PartitionSpec(None, BATCH_AXES)
+_WHOLE = PartitionSpec()
+_ROWS = PartitionSpec(BATCH_AXES)
+_COLUMNS = PartitionSpec(None, BATCH_AXES)
 
 
 def softmax(
@@ -41,7 +43,7 @@ def softmax(
     q: float = 0.0,
     reverse: float = 0.0,
 ) -> tuple[Array, Metrics]:
-    """`contrastive.softmax`, the batch split over `mesh`'s batch axes, without a teacher.
+    """Return `contrastive.softmax` of a batch split over `mesh`'s batch axes, without a teacher.
 
     Arguments, results and errors are the same.
     """
@@ -57,7 +59,10 @@ def softmax(
 def sigmoid(
     z_img: Array, z_txt: Array, scale: ArrayLike, bias: ArrayLike, *, mesh: Mesh, keys: Array | None = None
 ) -> tuple[Array, Metrics]:
-    """`contrastive.sigmoid`, the batch split over `mesh`'s batch axes; arguments, results and errors are the same."""
+    """Return `contrastive.sigmoid` of a batch split over `mesh`'s batch axes.
+
+    Arguments, results and errors are the same.
+    """
     contrastive.check(z_img, z_txt, scale, bias)
     loss, metrics = _compare(_SIGMOID, mesh, z_img, z_txt, scale, bias)
     if keys is not None:
@@ -68,10 +73,10 @@ def sigmoid(
 
 
 class Sums(NamedTuple):
-    """Reductions of the rows of logits, or of their columns: one fp32 number each."""
+    """Reductions of the rows of logits, or of their columns, to one fp32 number per row or column."""
 
     best: Array  # highest logit
-    shard: Array  # the first shard of the batch with this logit
+    shard: Array  # first shard of the batch with this logit
     total: Array  # sum of the loss's terms
 
 
@@ -81,7 +86,7 @@ class Form(NamedTuple):
     # For rows and for columns, (sums before a block, highest logit after it, logits, matching) -> total.
     totals: tuple[Callable[[Sums, Array, Array, Array], Array], Callable[[Sums, Array, Array, Array], Array]]
     # (sums of rows, sums of columns, logits of matching pairs) -> loss, its derivative by the matching pair's logit,
-    # and log-sum-exp of row and column relative to that logit, each a number a pair.
+    # and log-sum-exp of row and column relative to that logit, one number of each per pair.
     end: Callable[[Sums, Sums, Array], tuple[Array, Array, Array, Array]]
     # (logits, matching pair's logit and relative log-sum-exp of rows, of columns) -> derivative by other pairs' logits.
     derivative: Callable[[Array, Pair, Pair], Array]
@@ -103,13 +108,15 @@ def _loss(form: Form, mesh: Mesh, z_img: Array, z_txt: Array, bias: Array) -> Ar
 
 
 def _forward(form: Form, mesh: Mesh, *args: Array) -> tuple[Array, tuple[Array, ...]]:
-    local, specs = partial(_sums, form, ring_order(mesh)), (_ROWS, _ROWS, _WHOLE)
+    local = partial(_sums, form, ring_order(mesh))
+    specs = (_ROWS, _ROWS, _WHOLE)
     sums, saved = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(_WHOLE, _COLUMNS))(*args)
     return sums / len(args[0]), (*args, saved)
 
 
 def _backward(form: Form, mesh: Mesh, residuals: tuple[Array, ...], cotangent: Array) -> tuple[Array, ...]:
-    local, specs = partial(_gradients, form, ring_order(mesh)), (_ROWS, _ROWS, _WHOLE)
+    local = partial(_gradients, form, ring_order(mesh))
+    specs = (_ROWS, _ROWS, _WHOLE)
     gradients = jax.shard_map(local, mesh=mesh, in_specs=(*specs, _COLUMNS), out_specs=specs)(*residuals)
     factor = cotangent[0] / len(residuals[0])  # accuracies have no gradient
     return tuple(factor * gradient for gradient in gradients)
@@ -155,8 +162,9 @@ def _gradients(
         matching = (source == mine) & jnp.eye(rows, dtype=bool)
         derivative = form.derivative(logits, (own[:, None], of_rows[:, None]), (texts[e], texts[e + 1]))
         d_logits = jnp.where(matching, by_match, derivative)
-        home = d_img + contrastive.dot(d_logits, texts[:e]), d_bias + jnp.sum(d_logits)
-        return home, away + contrastive.dot(z_img.T, d_logits.T)
+        d_img = d_img + contrastive.dot(d_logits, texts[:e])
+        d_bias = d_bias + jnp.sum(d_logits)
+        return (d_img, d_bias), away + contrastive.dot(z_img.T, d_logits.T)
 
     texts = jnp.concatenate([z_txt.T, jnp.stack([own, of_columns])])
     home = (jnp.zeros_like(z_img), jnp.zeros_like(by_match[0]))
@@ -175,14 +183,15 @@ def _send_round(
 
     Each hop sends one array before the block's product, to overlap with it: the texts of this hop and, below them, the
     sums of the previous hop's texts. The receiver already has these texts, and adds its block to the sums when they
-    arrive. Columns are texts, since rows of e and a few more numbers would be padded to whole registers.
+    arrive. Texts are columns, since rows of slightly more than e numbers would be padded to whole registers.
 
     Args:
-      order: the shards of the batch in the order of the ring.
+      order: shards of the batch in the order of the ring.
       block: (shard of the texts, texts, home, away) -> (home, away), the sums with the block added.
       texts, home, away: texts, sums of this device's images, and sums of the texts before any block.
     """
-    shards, height = len(order), len(texts)
+    shards = len(order)
+    height = len(texts)
     following = [(shard, order[(i + 1) % shards]) for i, shard in enumerate(order)]
     position = jnp.asarray(sorted(range(shards), key=order.__getitem__))[jax.lax.axis_index(BATCH_AXES)]
 
@@ -199,7 +208,8 @@ def _send_round(
 
 def _pairs(logits: Array) -> Array:
     """Return the logits of a block's matching pairs, and whether each is first in its row and in its column, (3, b)."""
-    own, diagonal = jnp.arange(len(logits)), jnp.eye(len(logits), dtype=bool)
+    own = jnp.arange(len(logits))
+    diagonal = jnp.eye(len(logits), dtype=bool)
     best = [jnp.argmax(logits, axis=axis) == own for axis in (1, 0)]
     return jnp.stack([jnp.sum(jnp.where(diagonal, logits, 0), axis=1), *(x.astype(jnp.float32) for x in best)])
 
@@ -215,22 +225,23 @@ def _add(
 
 
 def _softmax_total(sums: Sums, best: Array, logits: Array, matching: Array) -> Array:
-    """The sum of exponentials relative to the highest logit."""
+    """Return the sum of exponentials relative to the highest logit."""
     return sums.total * jnp.exp(sums.best - best) + jnp.sum(jnp.exp(logits - best[:, None]), axis=1)
 
 
 @cache  # one object, and so one program, for equal arguments
 def _softmax(q: float, reverse: float) -> Form:
-    """The softmax loss with `contrastive.robust` of the cross-entropies, which leaves them as they are for 0 and 0."""
+    """Return the softmax loss with `contrastive.robust` of the cross-entropies, which is the identity for 0 and 0."""
 
     def slope(cross_entropy: Array) -> tuple[Array, Array]:
         """Return the robust loss and its derivative."""
         return jax.jvp(lambda x: contrastive.robust(x, q, reverse), (cross_entropy,), (jnp.ones_like(cross_entropy),))
 
     def end(rows: Sums, columns: Sums, own: Array) -> tuple[Array, Array, Array, Array]:
-        # Relative to the own pair, as in `contrastive.softmax`: a small loss and its gradient keep their digits.
+        # Relative to the matching pair, like `contrastive.softmax`: a small loss and its gradient keep their digits.
         to_txt, to_img = ((sums.best - own) + jnp.log(sums.total) for sums in (rows, columns))
-        (loss_txt, slope_txt), (loss_img, slope_img) = slope(to_txt), slope(to_img)
+        loss_txt, slope_txt = slope(to_txt)
+        loss_img, slope_img = slope(to_img)
         by_match = slope_txt * jnp.expm1(-to_txt) + slope_img * jnp.expm1(-to_img)
         return 0.5 * (loss_txt + loss_img), 0.5 * by_match, to_txt, to_img
 

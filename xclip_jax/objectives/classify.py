@@ -1,4 +1,4 @@
-"""The term of fine-tuning: cross-entropy with soft targets, or squared error for labels that are numbers."""
+"""The fine-tuning term: cross-entropy with soft targets, or squared error if labels are numbers."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -24,7 +24,7 @@ class Classify(Term):
     title: ClassVar[str] = "fine-tuning"
     labelled: ClassVar[bool] = True
 
-    tower: str = key("img", "the tower that is trained; the model has no other", choice(("img", "txt")))
+    tower: str = key("img", "the tower to train; the model has no other", choice(("img", "txt")))
     classes: int = key(0, "number of classes; 1 fits the label itself, a number, by squared error", at_least(0))
     smoothing: float = key(0.0, "label smoothing", fraction_below_one())
     mixup: float = key(0.0, "parameter of mixup's beta distribution; 0 for none", at_least(0))
@@ -41,7 +41,7 @@ class Classify(Term):
         return {"classifier": Head(Classifier(self.classes, self.head_std), self.tower, "logits", flops=flops)}
 
     def draw(self, random_key: Array, inputs: dict[str, Any], size: int) -> dict[str, Any]:
-        """Add the inputs of mixup and cutmix: the reversed batch as "other", and the "share" that an image keeps."""
+        """Add the inputs of mixup and cutmix: "other", the reversed batch, and "share", the kept part of an image."""
         if not (self.mixup or self.cutmix):
             return inputs
         b = len(inputs["image"])
@@ -49,21 +49,23 @@ class Classify(Term):
         return mixed | transforms.sample_mix(jax.random.fold_in(random_key, 1), b, size, self.mixup, self.cutmix)
 
     def __call__(self, out: Arrays, teacher: Arrays | None, state: Arrays, batch: Mapping[str, Any]) -> Result:
-        """Compute the loss, see `Term.__call__`; `batch` has "label" (b,); mixed images add "share" and "other"."""
-        logits, labels = out["logits"].astype(jnp.float32), batch["label"]
+        """Compute the loss, see `Term.__call__`; `batch` contains "label" (b,) and, if mixed, "share" and "other"."""
+        logits = out["logits"].astype(jnp.float32)
+        labels = batch["label"]
         if self.classes == 1:
             loss = jnp.square(logits[:, 0] - labels).mean()
             return loss, {"loss": loss}, {}
         labels = labels.astype(jnp.int32)
         target = self._target(labels)
         if "other" in batch:
-            other, share = self._target(batch["other"]["label"].astype(jnp.int32)), batch["share"][:, None]
+            other = self._target(batch["other"]["label"].astype(jnp.int32))
+            share = batch["share"][:, None]
             target = share * target + (1 - share) * other
         loss = -jnp.sum(target * jax.nn.log_softmax(logits), axis=-1).mean()
         return loss, {"loss": loss, "top1": (logits.argmax(axis=-1) == labels).mean()}, {}
 
     def _target(self, labels: Array) -> Array:
-        """Class ids (b,) -> smoothed distributions (b, classes)."""
+        """Convert class ids (b,) to smoothed distributions (b, classes)."""
         return optax.smooth_labels(jax.nn.one_hot(labels, self.classes), self.smoothing)
 
     def problems(self, model: ModelConfig, loss: LossConfig) -> Iterator[str]:
@@ -85,7 +87,7 @@ class ClassifyReport(Report[Classify]):
     """Report of fine-tuning."""
 
     def progress(self, metrics: Mapping[str, float]) -> str:
-        """Return the accuracy on the batch; the loss is the run's."""
+        """Return the accuracy on the batch; the progress line shows the loss anyway."""
         return f"top-1 {metrics['top1']:.1%}" if "top1" in metrics else ""
 
     def curves(self) -> tuple[Curve, ...]:

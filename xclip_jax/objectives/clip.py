@@ -16,10 +16,10 @@ from xclip_jax.models.two_towers import ModelConfig
 from xclip_jax.objectives.similarity import CosineSimilarity
 from xclip_jax.objectives.term import Arrays, Check, Curve, Health, Level, LossConfig, Report, Result, Term
 
-# [ours] On the plateau the loss is less than this share below the loss of a blind guess; runs that learn are a tenth
+# [ours] On the plateau the loss is less than this fraction below the loss of a blind guess; successful runs are a tenth
 # below it at the end of the warm-up.
 PLATEAU_SHARE = 0.01
-# Fields of a batch whose equal rows are matching pairs, by the value of `positives`.
+# Batch fields whose equal rows are matching pairs, by the value of `positives`.
 _KEYS = {"pair": "", "caption": "text_key", "image": "image_key"}
 
 
@@ -32,12 +32,12 @@ class Contrastive(Term):
     max_scale: ClassVar[float] = math.inf  # bound of the logit scale
 
     positives: str = key(
-        "pair", "what pairs of a batch match: themselves, or others of one caption or image", choice(_KEYS)
+        "pair", "which pairs of a batch match: each only itself, or those with the same caption or image", choice(_KEYS)
     )
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """Images, texts and, unless a pair matches only itself, the hash of matching pairs."""
+        """Images, texts and, unless a pair matches only itself, the hashes that matching pairs share."""
         return (*super().fields, _KEYS[self.positives]) if _KEYS[self.positives] else super().fields
 
     @property
@@ -46,7 +46,8 @@ class Contrastive(Term):
 
     def heads(self, model: ModelConfig, vocab: int) -> Heads:
         """Projections of the towers, the logit scale and, if the loss takes it, the logit bias."""
-        dtype, e = jax.numpy.dtype(model.dtype), model.embed
+        dtype = jax.numpy.dtype(model.dtype)
+        e = model.embed
         heads: dict[str, Head | Scalar] = {
             f"proj_{tower}": Head(Projection(e, dtype, model.project_bias), tower, f"z_{tower}", flops=2 * e * width)
             for tower, width in model.widths.items()
@@ -59,51 +60,55 @@ class Contrastive(Term):
         return heads
 
     def specialise(self, loss: LossConfig, mesh: Mesh | None) -> Callable[..., Result]:
-        """Return `__call__`, around a ring of devices with `loss.impl` "ring"."""
+        """Return `__call__`, computed on a ring of devices if `loss.impl` is "ring"."""
         return functools.partial(self.__call__, mesh=mesh) if loss.impl == "ring" else self
 
     def __call__(
         self, out: Arrays, teacher: Arrays | None, state: Arrays, batch: Mapping[str, Any], *, mesh: Mesh | None = None
     ) -> Result:
         """Compute the loss, see `Term.__call__`. With a `mesh` the pairs are compared on a ring of its devices."""
-        arguments, options = [out[name] for name in self.outputs], self._options(teacher, batch)
-        module, where = (contrastive, {}) if mesh is None else (ring, {"mesh": mesh})
-        loss, metrics = getattr(module, self.form)(*arguments, **where, **options)
+        arguments = [out[name] for name in self.outputs]
+        options = self._options(teacher, batch)
+        if mesh is None:
+            loss, metrics = getattr(contrastive, self.form)(*arguments, **options)
+        else:
+            loss, metrics = getattr(ring, self.form)(*arguments, mesh=mesh, **options)
         return loss, metrics | {"scale": out["scale"]}, {}
 
     def _options(self, teacher: Arrays | None, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the options of the loss, with the parts of its target that depend on the batch."""
+        """Return the options of the loss, including the parts of its target that depend on the batch."""
         options = dataclasses.asdict(self)
-        if field := _KEYS[options.pop("positives")]:
-            options["keys"] = batch[field]
+        del options["positives"]
+        if _KEYS[self.positives]:
+            options["keys"] = batch[_KEYS[self.positives]]
         return options
 
     def constrain(self, params: Any) -> Any:
-        """Hold the logit scale at `max_scale` or below.
+        """Limit the logit scale to `max_scale`.
 
-        Clipping in the forward pass instead would leave no gradient to come back from the bound.
+        With clipping in the forward pass the gradient would vanish, and the scale could not leave the bound again.
         """
         if self.max_scale == math.inf:
             return params
         return params | {"log_scale": jax.numpy.minimum(params["log_scale"], math.log(self.max_scale))}
 
     def problems(self, model: ModelConfig, loss: LossConfig) -> Iterator[str]:
-        """Yield a logit scale that starts above its bound, with a margin for the fp16 rounding of OpenAI's weights."""
+        """Yield an initial logit scale above its bound, with a margin for the fp16 rounding of OpenAI's weights."""
         if model.scale_init > self.max_scale * (1 + 1e-3):
             bound = f"{self.max_scale:g}, the bound of {self.title}"
             yield f"model.scale_init={model.scale_init:g} is above {bound}; lower it"
 
     def flops(self, model: ModelConfig, batch: int) -> float:
-        """Cost of the comparison of a sample with the batch."""
+        """Cost of comparing an example with the batch."""
         return 2 * batch * model.embed
 
     def blind_loss(self, metrics: Mapping[str, float], less: float = 0.0) -> float:
-        """Return the loss of the best input-independent guess, its cross-entropy reduced by the share `less`."""
+        """Return the loss of the best input-independent guess, its cross-entropy reduced by the fraction `less`."""
         return (1 - less) * metrics["ln_b"]
 
     @property
     def hardness(self) -> float:
-        """Share of the target that belongs to the matching pair at the end of training."""
+        """The matching pair's fraction of the target at the end of training."""
         return 1.0
 
     @property
@@ -118,7 +123,7 @@ class Contrastive(Term):
 
 @dataclasses.dataclass(frozen=True)
 class ContrastiveReport(Report[Contrastive]):
-    """Report of a contrastive term: the loss compared with a blind guess, accuracy, and logit scale."""
+    """Report of a contrastive term: the loss compared with that of a blind guess, accuracy, and logit scale."""
 
     def progress(self, metrics: Mapping[str, float]) -> str:
         """Return the loss, and CLIP's loss of a blind guess."""
@@ -128,10 +133,13 @@ class ContrastiveReport(Report[Contrastive]):
     def curves(self) -> tuple[Curve, ...]:
         """Loss, accuracy within the batch, logit scale."""
         accuracy = (("acc_img", "image to text"), ("acc_txt", "text to image"))
-        unit, level = "nats", Level("ln b", "ln_b")
+        unit = "nats"
+        level = Level("ln b", "ln_b")
         note = "ln b, with b the batch size, is the loss of CLIP for a guess that does not depend on the inputs."
         if self.term.is_robust:
-            unit, level, note = "", Level("blind guess", "blind"), "A blind guess does not depend on the inputs."
+            unit = ""
+            level = Level("blind guess", "blind")
+            note = "A blind guess does not depend on the inputs."
         return (
             Curve(f"{self.term.title} loss", (("loss", "contrastive"),), unit, (level,), note),
             Curve("Accuracy within the batch", accuracy, "%", note="Share whose best match is their own partner."),
@@ -139,11 +147,12 @@ class ContrastiveReport(Report[Contrastive]):
         )
 
     def health(self, metrics: Mapping[str, float]) -> Health:
-        """Whether the loss has left the plateau on which all inputs have one embedding."""
+        """Judge whether the loss has left the plateau on which all inputs have the same embedding."""
         blind = self.term.blind_loss(metrics) if metrics.keys() >= {"loss", "ln_b"} else 0.0
         if not blind:  # a batch of one pair leaves nothing to guess
             return Health()
-        loss, least = metrics["loss"], self.term.blind_loss(metrics, PLATEAU_SHARE * self.term.hardness)
+        loss = metrics["loss"]
+        least = self.term.blind_loss(metrics, PLATEAU_SHARE * self.term.hardness)
         check = Check(
             "plateau",
             max(0.0, 1 - loss / blind),  # 0 for a NaN loss, which fails
@@ -163,18 +172,16 @@ class Clip(Contrastive):
     title: ClassVar[str] = "CLIP"
     max_scale: ClassVar[float] = 100.0  # arXiv 2103.00020, section 2.5
 
-    label_smoothing: float = key(0.0, "share of the target that is spread over the batch", fraction_below_one())
+    label_smoothing: float = key(0.0, "fraction of the target spread over the batch", fraction_below_one())
     q: float = key(
         0.0, "generalised cross-entropy: a pair's loss is (1 - p^q) / q, at most 1 / q; 0 for -ln p", between(0, 1)
     )
     reverse: float = key(
         0.0, "symmetric cross-entropy: weight of 1 - p, added to a pair's loss; 0 for none", at_least(0)
     )
-    distill: float = key(
-        0.0, "share of the target that an EMA teacher gives at the end of its ramp", fraction_below_one()
-    )
+    distill: float = key(0.0, "fraction of the target from an EMA teacher at the end of its ramp", fraction_below_one())
     distill_ramp: float = key(
-        1.0, "share of the run in which the teacher's share rises from 0, linearly", above(0), at_most(1)
+        1.0, "fraction of the run in which the teacher's fraction rises linearly from 0", above(0), at_most(1)
     )
     distill_tau: float = key(1.0, "temperature of the teacher's targets, times the teacher's own", above(0))
 
@@ -191,12 +198,14 @@ class Clip(Contrastive):
         return self.q > 0 or self.reverse > 0
 
     def blind_loss(self, metrics: Mapping[str, float], less: float = 0.0) -> float:
-        """Loss of equal logits: ln b, or its `contrastive.robust`."""
+        """Return the loss of equal logits: ln b, or `contrastive.robust` of it."""
         return float(contrastive.robust(super().blind_loss(metrics, less), self.q, self.reverse))
 
     def _options(self, teacher: Arrays | None, batch: Mapping[str, Any]) -> dict[str, Any]:
         options = super()._options(teacher, batch)
-        share, ramp, tau = (options.pop(name) for name in ("distill", "distill_ramp", "distill_tau"))
+        share = options.pop("distill")
+        ramp = options.pop("distill_ramp")
+        tau = options.pop("distill_tau")
         if share:
             assert teacher is not None
             share *= jax.numpy.minimum(batch["progress"] / ramp, 1.0)
@@ -204,11 +213,11 @@ class Clip(Contrastive):
         return options
 
     def problems(self, model: ModelConfig, loss: LossConfig) -> Iterator[str]:
-        """Yield options that a robust loss or a teacher cannot be combined with."""
+        """Yield options that do not go with a robust loss or a teacher."""
         yield from super().problems(model, loss)
         if self.is_robust and (self.hardness != 1 or self.positives != "pair"):
             yield (
-                "objective.clip.q and .reverse are for one target a pair; set label_smoothing and distill to "
+                "objective.clip.q and .reverse are for one target per pair; set label_smoothing and distill to "
                 "0, and positives to 'pair'"
             )
         if self.distill and loss.impl == "ring":
@@ -217,13 +226,14 @@ class Clip(Contrastive):
 
 @dataclasses.dataclass(frozen=True)
 class Siglip(Contrastive):
-    """Sigmoid contrastive loss, see `losses.contrastive.sigmoid`: CLIP's heads and a logit bias."""
+    """Sigmoid contrastive loss with CLIP's heads and a logit bias, see `losses.contrastive.sigmoid`."""
 
     title: ClassVar[str] = "SigLIP"
     form: ClassVar[str] = "sigmoid"
     outputs: ClassVar[tuple[str, ...]] = ("z_img", "z_txt", "scale", "bias")
 
     def blind_loss(self, metrics: Mapping[str, float], less: float = 0.0) -> float:
-        """Loss of the logit ln(n / (b - n)) for each of b * b pairs, if b * n of them match."""
-        b, n = round(math.exp(metrics["ln_b"])), metrics.get("positives", 1.0)
+        """Return the loss of the logit ln(n / (b - n)) for each of b * b pairs, if b * n of them match."""
+        b = round(math.exp(metrics["ln_b"]))
+        n = metrics.get("positives", 1.0)
         return (1 - less) * (n * math.log(b / n) + (b - n) * math.log(b / (b - n))) if b > n else 0.0

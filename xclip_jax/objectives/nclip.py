@@ -22,33 +22,33 @@ from xclip_jax.parallel.sharding import FactoredLogits, Logits
 Array = jax.Array
 _SHUFFLE = 17  # folded into the step's key
 
-# Thresholds of the checks [ours], read off the trials that chose the defaults (batch 256, k 1024, so ln b = 5.5).
-# Stuck runs had 0.12-0.2 nats of mutual information, 2-4 % of ln b; the slowest run that trained had 0.6, 11 %.
+# Thresholds of the checks [ours], from the trials behind the defaults (batch 256, k 1024, so ln b = 5.5).
+# Stuck runs had 0.12-0.2 nats of mutual information, 2-4 % of ln b; the slowest successful run had 0.6, 11 %.
 FLAT_SHARE = 0.06
 # The run with few clusters (14 of 1024) had H(mean) = 3.1, 56 % of ln b; smooth runs are near or above ln b.
 FEW_CLUSTERS_SHARE = 0.7
-# Sharp: the entropy of single predictions is below this share of their mean's entropy; a fresh model has nearly 1.
+# Predictions are sharp if their entropy is below this fraction of their mean's entropy; it is nearly 1 in a new model.
 SHARP_SHARE = 0.6
-# The run that disagreed had 1 % equal argmax, with 0.5 % by chance. A share of the range from chance to 1.
+# Fraction of the range from chance to 1. The run that disagreed had 1 % equal argmax, with 0.5 % by chance.
 AGREEMENT_ABOVE_CHANCE = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
 class Nclip(Term):
-    """Config group `objective.nclip`: options of `losses.noncontrastive.nclip`; defaults are our choice."""
+    """Config group `objective.nclip`: options of `losses.noncontrastive.nclip`; the defaults are [ours]."""
 
     title: ClassVar[str] = "nCLIP"
 
-    target: str = key("detach", "where pseudo-labels come from", choice(noncontrastive.TARGETS))
+    target: str = key("detach", "source of the pseudo-labels", choice(noncontrastive.TARGETS))
     tau: float = key(noncontrastive.TAU, "temperature of the cluster distributions", above(0))
     target_tau: float = key(0.0, "temperature of the targets; 0 for tau", at_least(0))
     sharpness: float = key(1.0, "weight of the entropy of each pair's distribution", at_least(0))
     smoothness: float = key(2.0, "weight of the entropy of the batch's mean distribution", at_least(0))
-    balance: str = key("none", "how targets are spread over clusters", choice(noncontrastive.BALANCES))
+    balance: str = key("none", "method to spread targets over clusters", choice(noncontrastive.BALANCES))
     center_momentum: float = key(
         0.9, "momentum of the running mean of logits with balance 'center'", fraction_below_one()
     )
-    shuffle_targets: bool = key(False, "a control: each pair gets the pseudo-labels of another pair of its batch")
+    shuffle_targets: bool = key(False, "as a control, give each pair the pseudo-labels of another pair of its batch")
 
     @property
     def similarity(self) -> ClusterSimilarity:
@@ -60,7 +60,8 @@ class Nclip(Term):
 
     def heads(self, model: ModelConfig, vocab: int) -> Heads:
         """A cluster head on each tower."""
-        options, heads = model.cluster_head, {}
+        options = model.cluster_head
+        heads = {}
         module = ClusterHead(**dataclasses.asdict(options), dtype=jnp.dtype(model.dtype))
         for tower, width in model.widths.items():
             layers = [width] + [options.hidden] * options.layers + [options.clusters]
@@ -75,10 +76,10 @@ class Nclip(Term):
         return {f"center_{tower}": jnp.zeros(model.cluster_head.clusters) for tower in self.towers}
 
     def draw(self, random_key: Array, inputs: dict[str, Any], size: int) -> dict[str, Any]:
-        """Add "target_order" (b,), for shuffled targets: the pair whose pseudo-labels each pair gets, never its own."""
+        """Add "target_order" (b,) for shuffled targets: the index of the pair that provides a pair's pseudo-labels."""
         if not self.shuffle_targets:
             return inputs
-        # One cycle through the whole batch, in random order.
+        # One cycle through the whole batch, in random order, so that no pair gets its own.
         order = jax.random.permutation(jax.random.fold_in(random_key, _SHUFFLE), len(inputs["text"]))
         return inputs | {"target_order": jnp.zeros_like(order).at[order].set(jnp.roll(order, 1))}
 
@@ -89,19 +90,21 @@ class Nclip(Term):
     def __call__(
         self, out: Arrays, teacher: Arrays | None, state: Arrays, batch: Mapping[str, Any], *, chunk: int = 0
     ) -> Result:
-        """Compute the loss, see `Term.__call__`. With `chunk` above 0 that number of pairs is processed at a time."""
+        """Compute the loss, see `Term.__call__`, with `chunk` pairs at a time, or all for 0."""
         teacher = {} if teacher is None else teacher
         options = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         momentum = options.pop("center_momentum")
         options["target_tau"] = options["target_tau"] or None
         if options.pop("shuffle_targets"):
-            # Targets of other pairs are like a teacher's, whichever model made them: they get no gradient.
-            logits, options["target"] = teacher if self.teacher else out, "ema"
+            # Targets of other pairs get no gradient, like a teacher's, whichever model made them.
+            options["target"] = "ema"
+            logits = teacher if self.teacher else out
             options |= {f"teacher_{m}": _rows(logits[f"s_{m}"], batch["target_order"]) for m in self.towers}
         elif self.teacher:
             options |= {"teacher_img": teacher["s_img"], "teacher_txt": teacher["s_txt"]}
-        own = self.balance == "center"  # state has the arrays of all terms
-        centers = {name: state[name] for name in ("center_img", "center_txt") if own}
+        # The state contains the arrays of all terms.
+        names = ("center_img", "center_txt") if self.balance == "center" else ()
+        centers = {name: state[name] for name in names}
         loss, metrics = noncontrastive.nclip(out["s_img"], out["s_txt"], chunk=chunk, **options, **centers)
         target = teacher if self.teacher else out
         new_centers = {
@@ -111,7 +114,7 @@ class Nclip(Term):
         return loss, metrics, new_centers
 
     def problems(self, model: ModelConfig, loss: LossConfig) -> Iterator[str]:
-        """Yield options that need the whole batch with a loss in chunks, and shuffled targets with a gradient."""
+        """Yield shuffled targets with a gradient, and options that need the whole batch if the loss is in chunks."""
         if self.shuffle_targets and self.target == "joint":
             yield "objective.nclip.shuffle_targets needs objective.nclip.target 'detach' or 'ema'"
         if loss.chunk_size and self.balance == "sinkhorn":
@@ -125,7 +128,7 @@ class Nclip(Term):
 
 
 def _rows(logits: Logits, order: Array) -> Logits:
-    """Return the rows `order` of logits."""
+    """Return the rows of `logits` with the indices `order`."""
     return dataclasses.replace(logits, x=logits.x[order]) if isinstance(logits, FactoredLogits) else logits[order]
 
 
@@ -155,10 +158,11 @@ class NclipReport(Report[Nclip]):
         if "agreement" not in metrics:
             return Health()
         k, b = (round(math.exp(metrics[f"ln_{name}"])) for name in ("k", "b"))
-        ceiling = min(math.log(k), math.log(b))  # information that a batch can have, nats
+        ceiling = min(math.log(k), math.log(b))  # nats of information that a batch can have
         if not ceiling:  # one cluster, or a batch of one pair, cannot collapse
             return Health()
-        few, agreement = _few_clusters(metrics, k, ceiling), _disagreement(metrics)
+        few = _few_clusters(metrics, k, ceiling)
+        agreement = _disagreement(metrics)
         # One collapsed cluster also has no mutual information, but flat's remedy (sharpen) would be the wrong one.
         flat = dataclasses.replace(_flat(metrics, ceiling), applies=not few.failed)
         note = f"Of {k:,} clusters; a batch of {b:,} can use at most {min(k, b):,}."
@@ -202,18 +206,18 @@ def _few_clusters(metrics: Mapping[str, float], k: int, ceiling: float) -> Check
         FEW_CLUSTERS_SHARE * ceiling,
         "Entropy of the mean prediction in nats; fails when nearly everything goes to a few clusters.",
         f"H(mean) of {modality} is {marginal:.2f} nats of {ceiling:.2f} possible, with "
-        f"{metrics[f'clusters_{modality}']:.0f} of {k} clusters in use. Raise objective.nclip.smoothness (2 where "
+        f"{metrics[f'clusters_{modality}']:.0f} of {k} clusters in use. Raise objective.nclip.smoothness (2 if "
         "objective.nclip.sharpness is 1).",
     )
 
 
 def _disagreement(metrics: Mapping[str, float]) -> Check:
     chance = 1 / max(metrics["clusters_img"], metrics["clusters_txt"], 1)
-    agreement, threshold = metrics["agreement"], chance + AGREEMENT_ABOVE_CHANCE * (1 - chance)
+    agreement = metrics["agreement"]
     return Check(
         "disagreement",
         agreement,
-        threshold,
+        chance + AGREEMENT_ABOVE_CHANCE * (1 - chance),
         "Share of pairs that agree; fails when an image and its text are sharp on different clusters.",
         f"predictions are sharp, yet image and text agree on {100 * agreement:.1f} % of pairs (chance is about "
         f"{100 * chance:.1f} %). Lower optim.lr or objective.nclip.sharpness, and set model.cluster_head.last_norm to "

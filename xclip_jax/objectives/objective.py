@@ -1,4 +1,4 @@
-"""An objective: a weighted sum of terms, and the config group that names them."""
+"""Objectives, weighted sums of terms, and their config group."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -33,11 +33,11 @@ RECIPES: dict[str, dict[str, float]] = {
     "clip": {"clip": 1.0},
     "siglip": {"siglip": 1.0},
     "nclip": {"nclip": 1.0},
-    "xclip": {"clip": 0.5, "nclip": 0.5},  # of three weights the best on validation, docs/study.md
-    "superclip": {"clip": 1.0, "tokens": 1.0},  # the weights of its code
+    "xclip": {"clip": 0.5, "nclip": 0.5},  # the best of three weights on validation, docs/study.md
+    "superclip": {"clip": 1.0, "tokens": 1.0},  # the weights in its code
     "classify": {"classify": 1.0},
 }
-_TITLES = {"xclip": "xCLIP", "superclip": "SuperCLIP"}  # a single term has its own title
+_TITLES = {"xclip": "xCLIP", "superclip": "SuperCLIP"}  # a single term brings its title
 OBJECTIVES = ("clip", "siglip", "nclip", "xclip", "superclip")  # for pre-training
 
 _WEIGHTS = Check("weights of at least 0", lambda weights: all(weight >= 0 for weight in weights.values()))
@@ -45,9 +45,9 @@ _WEIGHTS = Check("weights of at least 0", lambda weights: all(weight >= 0 for we
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """A weighted sum of terms: maps outputs of `TwoTowers.project` to a scalar loss and metrics; pure.
+    """A weighted sum of terms, a pure function from outputs of `TwoTowers.project` to a scalar loss and metrics.
 
-    A term's name is the prefix of its metrics. A weight of 0 keeps the term's heads and does not train them, as a
+    A term's name is the prefix of its metrics. A term with weight 0 keeps its heads but does not train them, as a
     control with equal parameter count; weight decay still shrinks them.
     """
 
@@ -65,7 +65,7 @@ class Objective:
 
     @property
     def towers(self) -> tuple[str, ...]:
-        """Towers that are trained, "img" and "txt"."""
+        """The towers to train, "img" and "txt"."""
         return self._union(("img", "txt"), "towers")
 
     @property
@@ -90,11 +90,11 @@ class Objective:
 
     @property
     def similarities(self) -> tuple[Similarity, ...]:
-        """How to compare images with texts: the first term's similarity of each name.
+        """Ways to compare images with texts: for each name the similarity of the first term that has it.
 
-        The first is the model's own, whose embeddings it returns. Distributions over clusters come after embeddings
-        that are trained to be compared. A term with weight 0, whose heads learn nothing, counts only if no other term
-        has a similarity.
+        The model returns the embeddings of the first similarity. Distributions over clusters come after embeddings
+        trained for comparison. A term with weight 0, whose heads learn nothing, counts only if no other term has a
+        similarity.
         """
         known = {name: term.similarity for name, term in self.terms.items() if term.similarity}
         trained = [similarity for name, similarity in known.items() if self.weights[name]]
@@ -104,7 +104,7 @@ class Objective:
         return tuple(by_name.values())
 
     def heads(self, model: ModelConfig, vocab: int) -> Heads:
-        """{name: `Head` or `Scalar`} of all terms; `UserError` if two terms' heads have one name or output."""
+        """Return {name: `Head` or `Scalar`} of all terms; `UserError` if different heads share a name or an output."""
         heads: dict[str, Head | Scalar] = {}
         writers: dict[str, str] = {}
         for name, term in self.terms.items():
@@ -119,19 +119,19 @@ class Objective:
         return heads
 
     def outputs(self, model: ModelConfig) -> frozenset[str]:
-        """Keys that its heads write, such as "z_img"."""
+        """Return the keys of the heads' outputs, such as "z_img"."""
         return frozenset(head.writes for head in self.heads(model, vocab=1).values())  # a vocabulary changes no name
 
     def initial_state(self, model: ModelConfig, vocab: int) -> dict[str, Array]:
-        """Arrays of all terms that are carried from step to step; `UserError` if two terms carry one name."""
+        """Return the arrays that the terms carry from step to step; `UserError` if two terms use the same name."""
         state: dict[str, Array] = {}
         for name, term in self.terms.items():
-            own = term.initial_state(model, vocab)
-            if shared := state.keys() & own:
+            arrays = term.initial_state(model, vocab)
+            if shared := state.keys() & arrays:
                 raise UserError(
                     f"objective term {name!r} carries {min(shared)!r}, as a term before it does; leave one of them out."
                 )
-            state |= own
+            state |= arrays
         return state
 
     def draw(self, random_key: Array, inputs: dict[str, Any], size: int) -> dict[str, Any]:
@@ -141,29 +141,31 @@ class Objective:
         return inputs
 
     def __call__(self, out: Arrays, teacher: Arrays | None, state: Arrays, batch: Mapping[str, Any]) -> Result:
-        """Compute the loss of one global batch as `Term.__call__`; metrics are named "<term>/<metric>" and "loss"."""
-        losses, metrics, new_state = [], {}, dict(state)
+        """Compute the loss of one global batch, see `Term.__call__`; metrics are "<term>/<metric>" and "loss"."""
+        losses = []
+        metrics = {}
+        new_state = dict(state)
         for name, term in self.terms.items():
             loss, term_metrics, term_state = term.specialise(self.loss, self.mesh)(out, teacher, state, batch)
             losses.append(self.weights[name] * loss)
             metrics |= {f"{name}/{key}": value for key, value in term_metrics.items()}
             new_state |= term_state
-        total = sum(losses)
+        total: Any = sum(losses)
         return total, metrics | {"loss": total}, new_state
 
     def constrain(self, params: Any) -> Any:
-        """Return the model's parameters after an update, held in the bounds of all terms with a weight."""
+        """Return the model's parameters after an update, limited to the bounds of all terms with a weight."""
         for name, term in self.terms.items():
             params = term.constrain(params) if self.weights[name] else params
         return params
 
     def flops(self, model: ModelConfig, vocab: int, batch: int) -> dict[str, float]:
-        """FLOPs of one sample's forward pass: {"heads", "loss"}."""
+        """Return the FLOPs of one example's forward pass, {"heads", "loss"}."""
         heads = sum(head.flops for head in self.heads(model, vocab).values() if isinstance(head, Head))
         return {"heads": float(heads), "loss": sum((t.flops(model, batch) for t in self.terms.values()), 0.0)}
 
     def metrics_of(self, name: str, metrics: Mapping[str, float]) -> dict[str, float]:
-        """Return the metrics of the term `name` from a step's metrics, without their prefix."""
+        """Select the metrics of the term `name` from a step's metrics, without their prefix."""
         prefix = f"{name}/"
         return {key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)}
 
@@ -178,7 +180,7 @@ class Objective:
         return [f"{name} {part}" for name, part in parts.items() if part]
 
     def recipe(self, model: ModelConfig) -> dict[str, Any]:
-        """{full config key: value} that a model card lists: weights, options of the terms, and of cluster heads."""
+        """Return {full config key: value} for a model card: weights, and options of the terms and of cluster heads."""
         rows: dict[str, Any] = {f"objective.terms.{name}": weight for name, weight in self.weights.items()}
         for name, term in self.terms.items():
             group = f"objective.{name}" if type(term) is TERMS.get(name) else f"objective.plugins.{name}"
@@ -192,7 +194,7 @@ class Objective:
 class ObjectiveConfig:
     """Config group `objective`: the loss to minimise.
 
-    The options of a term are in the group of its name, or in `plugins`:
+    The options of a term are in the group with its name, or in `plugins`:
 
         config.objective.name = "cyclip"
         config.objective.terms = {"clip": 1.0, "cyclic": 0.25}
@@ -241,7 +243,7 @@ class ObjectiveConfig:
 
 
 def make_objective(config: ObjectiveConfig, loss: LossConfig | None = None, mesh: Mesh | None = None) -> Objective:
-    """Make the objective of config groups `objective` and `loss`, on `mesh`; terms are in alphabetical order."""
+    """Make the objective of the config groups `objective` and `loss`, with its terms in alphabetical order."""
     terms = {name: config.term(name) for name in sorted(config.terms)}
     single = terms[config.name].title if terms.keys() == {config.name} else ""
     title = single or _TITLES.get(config.name, config.name)
@@ -249,7 +251,7 @@ def make_objective(config: ObjectiveConfig, loss: LossConfig | None = None, mesh
 
 
 def read_objective(values: Mapping[str, Any]) -> Objective:
-    """Make the objective of a config's group `objective` as a dict; `UserError` names wrong keys and values."""
+    """Make an objective from the config group `objective` as a dict; `UserError` lists wrong keys and values."""
     faults: list[str] = []
     config = fields.read_group(ObjectiveConfig, with_terms(values), "objective", faults)
     if faults:
@@ -258,6 +260,6 @@ def read_objective(values: Mapping[str, Any]) -> Objective:
 
 
 def with_terms(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config group `objective`, with the terms of the objective that it names unless it has terms."""
+    """Return a config group `objective`, completed by the terms of the named objective if it lists none."""
     recipe = RECIPES.get(values.get("name", "clip"))
     return ({"terms": dict(recipe)} if recipe else {}) | dict(values)

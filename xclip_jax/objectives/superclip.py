@@ -1,4 +1,4 @@
-"""SuperCLIP's term: a linear head on image features names the tokens of the caption, without negatives."""
+"""SuperCLIP's term: a linear head on image features predicts the tokens of the caption, without negatives."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -18,14 +18,14 @@ Array = jax.Array
 class Tokens(Term):
     """Token classification, see `losses.tokens.classify`; SuperCLIP (arXiv 2512.14480) is the sum of clip and tokens.
 
-    The head reads the pooled features that CLIP projects [ours]; the paper's code has the mean of the patches and a
-    LayerNorm.
+    The head reads the same pooled features as CLIP's projection [ours]; the paper's code uses the mean of the patches
+    and a LayerNorm.
     """
 
     title: ClassVar[str] = "tokens"
 
     def heads(self, model: ModelConfig, vocab: int) -> Heads:
-        """A linear classifier of images with a class for each token."""
+        """A linear classifier of images with one class per token."""
         width = model.widths["img"]
         return {"tokens": Head(Classifier(vocab, width**-0.5), "img", "tokens", flops=2 * vocab * width)}
 
@@ -47,7 +47,7 @@ class TokensReport(Report[Tokens]):
     """Report of token classification."""
 
     def curves(self) -> tuple[Curve, ...]:
-        """Loss, and the share of images whose most probable token is in their caption."""
+        """Loss, and the fraction of images whose most probable token is in their caption."""
         return (
             Curve("Token loss", (("loss", "tokens"),), "nats"),
             Curve("Most probable token in the caption", (("top1", "images"),), "%"),

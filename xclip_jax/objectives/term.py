@@ -1,7 +1,7 @@
-"""A term of an objective: one loss with its options, heads, state, costs and report in one class.
+"""Terms of an objective: one loss with its options, heads, state, costs and report in one class.
 
-A term is a frozen dataclass whose fields are config keys, its group of the config. docs/extend.md has examples of
-another package.
+A term is a frozen dataclass whose fields are the keys of its config group. docs/extend.md shows terms in another
+package.
 """
 
 import abc
@@ -25,21 +25,21 @@ _FIELDS = {"img": "image", "txt": "text"}
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """Config group `loss`: how a loss is computed, which does not change its value."""
+    """Config group `loss`: ways to compute a loss, all with the same value."""
 
-    impl: str = key("plain", "contrastive loss by gathered embeddings, or around a ring", choice(("plain", "ring")))
+    impl: str = key("plain", "contrastive loss from gathered embeddings, or on a ring", choice(("plain", "ring")))
     chunk_size: int = key(0, "pairs that the non-contrastive loss takes at a time; 0 for all", at_least(0))
 
 
 class Term(abc.ABC):
-    """One loss with everything that belongs to it; subclasses are frozen dataclasses of config keys.
+    """One loss with its heads, state and report; subclasses are frozen dataclasses of config keys.
 
     Attributes:
-      title: the term's name in sentences, tables and charts.
+      title: name of the term in sentences, tables and charts.
       labelled: whether the loss takes labelled items instead of image-text pairs.
       classes: number of classes of labelled items; 1 if the label is a number, 0 without labels.
       towers: towers that the term trains.
-      similarity: how to compare images with texts by the outputs that the term trains, or None.
+      similarity: comparison of images with texts by the trained outputs, or None.
       teacher: whether the term needs the outputs of an exponential moving average of the parameters.
     """
 
@@ -64,7 +64,7 @@ class Term(abc.ABC):
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """Inputs that the term reads from a batch: "image", "text", "label"."""
+        """Batch inputs that the term reads: "image", "text", "label"."""
         return (*(_FIELDS[tower] for tower in self.towers), *["label"] * self.labelled)
 
     @property
@@ -73,25 +73,25 @@ class Term(abc.ABC):
         return Report(self)
 
     def heads(self, model: ModelConfig, vocab: int) -> Heads:
-        """{name: `Head` or `Scalar`} that the term needs on towers of `model`, with `vocab` tokens in the tokenizer.
+        """Return the term's {name: `Head` or `Scalar`} for the towers of `model` and a tokenizer of `vocab` tokens.
 
         Terms of one objective share heads of the same name, which must then be equal.
         """
         return {}
 
     def initial_state(self, model: ModelConfig, vocab: int) -> dict[str, Array]:
-        """Arrays that the term carries from step to step, by the names that they have in a checkpoint."""
+        """Return the initial arrays that the term carries from step to step, by their names in a checkpoint."""
         return {}
 
     def draw(self, random_key: Array, inputs: dict[str, Any], size: int) -> dict[str, Any]:
-        """Add the term's random inputs, with one row a sample, to the inputs of a step with images of `size` pixels.
+        """Add the term's random inputs, one row per example, to the inputs of a step with images of `size` pixels.
 
-        Fold a number above 15 that no other term uses into `random_key`, the key of the step.
+        Fold a number above 15, used by no other term, into `random_key`, the key of the step.
         """
         return inputs
 
     def specialise(self, loss: LossConfig, mesh: Mesh | None) -> Callable[..., Result]:
-        """Return `__call__` in the form that the config group `loss` asks for, on `mesh`; the value is the same."""
+        """Return `__call__` computed in the way of the config group `loss`, on `mesh`; the value is the same."""
         return self
 
     @abc.abstractmethod
@@ -99,30 +99,31 @@ class Term(abc.ABC):
         """Compute the loss of one global batch; pure.
 
         Args:
-          out: outputs of the heads, see `TwoTowers.project`, and h_img, h_txt (b, d); rows of the global batch.
+          out: outputs of the heads, see `TwoTowers.project`, and h_img, h_txt (b, d), with rows of the global batch.
           teacher: the teacher's outputs, if the objective has a teacher.
-          state: from `initial_state` of all terms, or from the last step.
-          batch: inputs of the step named by `fields`, "image", "text" (b, n) and "label" (b,); results of `draw`; the
-            position "text_end" (b,) of the end token in each text; "progress" (), the share of the run that is done.
+          state: results of `initial_state` of all terms, or the state after the last step.
+          batch: the step's inputs named by `fields`, "image", "text" (b, n) and "label" (b,); results of `draw`; the
+            position "text_end" (b,) of the end token in each text; "progress" (), the completed fraction of the run.
 
         Returns:
-          fp32 scalar loss; metrics, which the objective prefixes with the term's name; the term's next state.
+          The loss, an fp32 scalar; metrics, to which the objective adds the term's name as a prefix; the term's next
+          state.
         """
 
     def constrain(self, params: Any) -> Any:
-        """Return the model's parameters after an update, with the term's heads held in their bounds; pure."""
+        """Return the model's parameters after an update, with the term's heads limited to their bounds; pure."""
         return params
 
     def problems(self, model: ModelConfig, loss: LossConfig) -> Iterator[str]:
-        """Yield faults of the term's options; each sentence begins with the full name of a key."""
+        """Yield faults of the term's options as sentences that begin with the full name of a key."""
         return iter(())
 
     def flops(self, model: ModelConfig, batch: int) -> float:
-        """FLOPs of the loss without its heads, for one sample of a global batch of `batch`."""
+        """Return the FLOPs of the loss without its heads, for one example of a global batch of `batch`."""
         return 0.0
 
 
-# --- what logs, reports and model cards show of a term
+# --- presentation of a term in logs, reports and model cards
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,32 +131,32 @@ class Level:
     """A horizontal line of a chart."""
 
     label: str
-    value: float | str  # a constant, or the name of a metric without the term's prefix, whose last value is drawn
+    value: float | str  # a constant, or the metric whose last value is drawn, without the term's prefix
     alarm: bool = False  # whether values below the line are a failure
 
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """A chart of a term's metrics over steps, with horizontal lines to compare with and a sentence below."""
+    """A chart of a term's metrics over steps, with horizontal lines for comparison and a sentence below."""
 
     title: str
-    lines: tuple[tuple[str, str], ...]  # (metric without the term's prefix, label) of each
-    unit: str = ""  # "%" draws shares, and their levels, as percentages
+    lines: tuple[tuple[str, str], ...]  # (metric without the term's prefix, label) of each line
+    unit: str = ""  # "%" draws fractions, and their levels, as percentages
     levels: tuple[Level, ...] = ()
     note: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """One possible failure of a term, judged by the metrics of one step.
+    """One possible failure of a term, detected from the metrics of one step.
 
     Attributes:
       name: name of the failure.
       value: the measured value.
       threshold: the check fails if `value` is below it.
-      meaning: a sentence on what fails, for reports.
-      remedy: the warning: what is wrong, and which config keys to change.
-      measured: a sentence with the value and the threshold, for reports; "" for the usual one.
+      meaning: a sentence about the failure, for reports.
+      remedy: the warning: the fault, and the config keys to change.
+      measured: a sentence with the value and the threshold, for reports; "" for the default one.
       above: whether the check fails above the threshold instead.
       applies: whether all other conditions of the failure hold.
     """
@@ -172,7 +173,8 @@ class Check:
     @property
     def failed(self) -> bool:
         """Whether the failure is present; False for NaN."""
-        return self.applies and (self.value > self.threshold if self.above else self.value < self.threshold)
+        exceeds = self.value > self.threshold if self.above else self.value < self.threshold
+        return self.applies and exceeds
 
     @property
     def measurement(self) -> str:
@@ -193,7 +195,7 @@ class Check:
 
 @dataclasses.dataclass(frozen=True)
 class Health:
-    """Whether a term trains well: sentences that introduce its checks, and charts of the values that they measure."""
+    """Checks whether a term trains well, with an introduction, and charts of the values they measure."""
 
     summary: str = ""
     checks: tuple[Check, ...] = ()
@@ -205,7 +207,7 @@ T = TypeVar("T", bound=Term)
 
 @dataclasses.dataclass(frozen=True)
 class Report(Generic[T]):
-    """How logs, reports and model cards present a term; the default shows its loss.
+    """Presentation of a term in logs, reports and model cards; by default its loss.
 
     `metrics` are the metrics of one step as Python floats, without the term's prefix.
     """
@@ -221,7 +223,7 @@ class Report(Generic[T]):
         return (Curve(f"{self.term.title} loss".lstrip(), (("loss", "loss"),)),)
 
     def health(self, metrics: Mapping[str, float]) -> Health:
-        """Judge whether the term trains well; no checks if `metrics` lack what they measure."""
+        """Judge whether the term trains well; without checks if `metrics` lack their values."""
         return Health()
 
     def alarms(self, metrics: Mapping[str, float]) -> list[str]:
