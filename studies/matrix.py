@@ -1,7 +1,9 @@
 """The runs of a declared study with their configs, and the values of finished ones."""
 
 import dataclasses
+import functools
 import math
+import operator
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -10,8 +12,8 @@ import ml_collections
 from studies.declaration import Arm, Measure, Study, check
 from studies.records import RunRecord, config_key, full, short
 from xclip_jax.config import schema
+from xclip_jax.config.load import check_keys
 from xclip_jax.core.errors import UserError
-from xclip_jax.core.fields import unknown_key
 
 LoadConfig = Callable[[str], ml_collections.ConfigDict]
 
@@ -105,13 +107,9 @@ class Matrix:
 
 def _set(config: ml_collections.ConfigDict, name: str, value: Any) -> None:
     """Set a dotted key; groups such as objective.terms are replaced."""
+    check_keys(config, [f"--config.{name}"])
     *path, last = name.split(".")
-    group: Any = config
-    for i, part in enumerate([*path, last]):
-        if not isinstance(group, ml_collections.ConfigDict) or part not in group:
-            known = group if isinstance(group, ml_collections.ConfigDict) else ()
-            raise UserError(f"{unknown_key('.'.join([*path, last][: i + 1]), known)}.")
-        group = group if i == len(path) else group[part]
+    group = functools.reduce(operator.getitem, path, config)
     try:
         group[last] = ml_collections.ConfigDict(value) if isinstance(value, Mapping) else value
     except (TypeError, ValueError) as error:
