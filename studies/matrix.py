@@ -75,7 +75,7 @@ class Matrix:
         """Make the config of a run.
 
         Raises:
-          UserError: an unknown key, a value that is not allowed, or sets that the arm may not see.
+          UserError: an unknown key, a forbidden value, or forbidden sets.
         """
         if arm.recipe not in self._recipes:
             self._recipes[arm.recipe] = self._load(arm.recipe)
@@ -125,7 +125,7 @@ class Snapshot:
         self._matrix = matrix
 
     def finished(self, name: str) -> dict[int, RunRecord]:
-        """Return {seed: record} of an arm; none of an arm that is not declared."""
+        """Return {seed: record} of an arm; none of an undeclared arm."""
         arm = self.study.arm(name)
         keys = {seed: self._matrix.run(arm, seed).key for seed in arm.seeds} if arm else {}
         return {seed: self.records[key] for seed, key in keys.items() if key in self.records}

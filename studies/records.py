@@ -174,7 +174,7 @@ def collect(folder: str | pathlib.Path, *, arm: str, tested: bool, commit: str, 
     """Make the record of a run from its folder; `error` is the message of a run that diverged.
 
     Raises:
-      UserError: an unfinished run; results on a test set, of an arm that is not `tested`.
+      UserError: an unfinished run; results on a test set although the arm is not `tested`.
     """
     run = RunFolder(str(folder))
     saved = run.read_results()

@@ -140,7 +140,7 @@ class Runner:
         """Return the commit of the code.
 
         Raises:
-          UserError: uncommitted code that is not allowed.
+          UserError: uncommitted code without `allow_dirty`.
         """
         commit = code_version()
         if (commit.endswith("-dirty") or commit == "unknown") and not self.allow_dirty:
