@@ -25,8 +25,6 @@ from xclip_jax.core.storage import strict_json
 from xclip_jax.parallel.mesh import batch_sharding
 from xclip_jax.train import build, state
 
-STEPS = 3
-TURNS = 48
 _ROOT = pathlib.Path(__file__).parents[1]
 _WORDS = 8  # tokens of a made text, with start and end: names have one to five words
 
@@ -80,7 +78,7 @@ def _take(process: subprocess.Popen[str], steps: int) -> float:
 
 
 def measure(
-    config: ml_collections.ConfigDict, clock: ml_collections.ConfigDict, *, turns: int = TURNS, steps: int = STEPS
+    config: ml_collections.ConfigDict, clock: ml_collections.ConfigDict, *, turns: int = 48, steps: int = 3
 ) -> dict[str, Any]:
     """Return "ratio", the median over turns of the ratio of the median steps, and its quartiles "low" and "high".
 
@@ -116,8 +114,7 @@ def write(path: pathlib.Path, arm: str, against: str, commit: str, measured: Map
 def read(path: pathlib.Path) -> dict[str, float]:
     """Return {arm: ratio} from a costs.jsonl; the last line of an arm counts."""
     lines = path.read_text().splitlines() if path.exists() else []
-    measured = map(json.loads, lines)
-    return {line["arm"]: line["ratio"] for line in measured}
+    return {line["arm"]: line["ratio"] for line in map(json.loads, lines)}
 
 
 if __name__ == "__main__":

@@ -112,7 +112,6 @@ class Study:
 
     def sets_of(self, arm: Arm) -> tuple[str, ...]:
         """Return the validation sets of an arm."""
-        del arm
         return tuple(self.validation)
 
     def arm(self, name: str) -> Arm | None:

@@ -1,7 +1,9 @@
 """The runs of a declared study with their configs, and the values of finished ones."""
 
 import dataclasses
+import functools
 import math
+import operator
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -10,8 +12,8 @@ import ml_collections
 from studies.declaration import Arm, Measure, Study, check
 from studies.records import RunRecord, config_key, full, short
 from xclip_jax.config import schema
+from xclip_jax.config.load import check_keys
 from xclip_jax.core.errors import UserError
-from xclip_jax.core.fields import unknown_key
 
 LoadConfig = Callable[[str], ml_collections.ConfigDict]
 
@@ -73,7 +75,7 @@ class Matrix:
         """Make the config of a run.
 
         Raises:
-          UserError: an unknown key, a value that is not allowed, or sets that the arm may not see.
+          UserError: an unknown key, a forbidden value, or forbidden sets.
         """
         if arm.recipe not in self._recipes:
             self._recipes[arm.recipe] = self._load(arm.recipe)
@@ -104,13 +106,9 @@ class Matrix:
 
 def _set(config: ml_collections.ConfigDict, name: str, value: Any) -> None:
     """Set a dotted key; groups such as objective.terms are replaced."""
+    check_keys(config, [f"--config.{name}"])
     *path, last = name.split(".")
-    group: Any = config
-    for i, part in enumerate([*path, last]):
-        if not isinstance(group, ml_collections.ConfigDict) or part not in group:
-            known = group if isinstance(group, ml_collections.ConfigDict) else ()
-            raise UserError(f"{unknown_key('.'.join([*path, last][: i + 1]), known)}.")
-        group = group if i == len(path) else group[part]
+    group = functools.reduce(operator.getitem, path, config)
     try:
         group[last] = ml_collections.ConfigDict(value) if isinstance(value, Mapping) else value
     except (TypeError, ValueError) as error:
@@ -126,7 +124,7 @@ class Snapshot:
         self._matrix = matrix
 
     def finished(self, name: str) -> dict[int, RunRecord]:
-        """Return {seed: record} of an arm; none of an arm that is not declared."""
+        """Return {seed: record} of an arm; none of an undeclared arm."""
         arm = self.study.arm(name)
         keys = {seed: self._matrix.run(arm, seed).key for seed in arm.seeds} if arm else {}
         return {seed: self.records[key] for seed, key in keys.items() if key in self.records}

@@ -32,13 +32,7 @@ SHORT_NAMES = {
 }
 # Keys that configs of earlier commits have, and that no longer exist: all runs had their default.
 REMOVED = ("checkpoint.keep_every", "eval.before", "log.expected_epochs", "log.project", "optim.mu_dtype")
-CURVE_POINTS = 20
-# Logged metrics kept in a curve, as far as a run logs them.
-_CURVE = (
-    "loss", "clip/loss", "clip/ln_b", "siglip/loss", "siglip/ln_b", "nclip/loss", "nclip/mutual_information_img",
-    "nclip/mutual_information_txt", "nclip/clusters_img", "grad_norm",
-)  # fmt: skip
-_FIELDS = ("arm", "seed", "config", "commit", "environment", "curve", "results")
+_FIELDS = ("arm", "seed", "config", "commit", "environment", "results")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +44,6 @@ class RunRecord:
       config: all keys, flat.
       commit: commit of the code; several, joined by ", ", if it changed meanwhile; "-dirty" marks uncommitted code.
       environment: versions, devices, and "workers", the number of simultaneous runs.
-      curve: {metric: values at about `CURVE_POINTS` steps}, with "step".
       results: results of the last evaluation, except those on parts of a set.
       error: the message of a run that diverged and so has no results, otherwise "".
       evaluations: headlines of the evaluations during the run and at its end, {"step": step, "SET KEY": value}.
@@ -61,7 +54,6 @@ class RunRecord:
     config: Mapping[str, Any]
     commit: str
     environment: Mapping[str, Any]
-    curve: Mapping[str, Sequence[float | None]]
     results: Sequence[Result]
     error: str = ""
     evaluations: Sequence[Mapping[str, float]] = ()
@@ -181,26 +173,15 @@ def rounded(value: float) -> float | None:
     return float(f"{value:.6g}") if value == value and abs(value) != float("inf") else None
 
 
-def thinned(lines: Sequence[Mapping[str, float]]) -> dict[str, list[float | None]]:
-    """Return {metric: values} of about `CURVE_POINTS` lines of metrics, evenly spaced, with the first and the last."""
-    if not lines:
-        return {}
-    count = min(CURVE_POINTS, len(lines))
-    chosen = [lines[round(i * (len(lines) - 1) / max(count - 1, 1))] for i in range(count)]
-    names = ["step", *(name for name in _CURVE if name in lines[-1])]
-    return {name: [rounded(line.get(name, float("nan"))) for line in chosen] for name in names}
-
-
 def collect(folder: str | pathlib.Path, *, arm: str, tested: bool, commit: str, workers: int, error: str) -> RunRecord:
     """Make the record of a run from its folder; `error` is the message of a run that diverged.
 
     Raises:
-      UserError: an unfinished run; results on a test set, of an arm that is not `tested`.
+      UserError: an unfinished run; results on a test set although the arm is not `tested`.
     """
     run = RunFolder(str(folder))
     saved = run.read_results()
     config = run.read_config()
-    lines = [line for line in run.read_metrics() if "loss" in line]
     if config is None or (saved is None and not error) or (saved or {}).get("failed"):
         raise UserError(f"{folder} is not a finished run; run the same command to go on.")
     results = from_json((saved or {}).get("records", ()))
@@ -217,7 +198,6 @@ def collect(folder: str | pathlib.Path, *, arm: str, tested: bool, commit: str, 
         config={name: short(value) for name, value in flat.items() if name != "run"},
         commit=commit,
         environment=environment | {"workers": workers},
-        curve=thinned(lines),
         results=[
             dataclasses.replace(r, set=short(r.set), value=rounded(r.value))
             for r in results

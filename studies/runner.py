@@ -28,7 +28,6 @@ from xclip_jax.processes.interrupt import EXIT_RESUMABLE
 ROOT = pathlib.Path(__file__).parents[1]
 _CODE = ("xclip_jax", "configs", "studies/*.py", "setup.py")  # git's patterns, which include folders of studies
 _POLL = 0.5  # seconds
-_SHOWN_EVERY = 30.0
 _LOCK_SECONDS = 60
 _MAX_FAILURES = 3  # in a row, after which all would fail
 
@@ -50,14 +49,9 @@ class _Active:
     process: subprocess.Popen[bytes]
     folder: pathlib.Path
     commits: list[str]
-    shown: float = 0.0
 
     def __str__(self) -> str:
         return f"{self.run.arm.name}, seed {self.run.seed}"
-
-    def log(self) -> list[str]:
-        """Return the lines of the process's output."""
-        return (self.folder / "output.log").read_text(errors="replace").strip().splitlines()
 
 
 class Runner:
@@ -129,11 +123,9 @@ class Runner:
             self._stopping = f"{_MAX_FAILURES} runs failed in a row"
         if self._stopping:
             return False
-        missing = self._missing()
-        waiting = [run for run in missing if run.key not in self._active and run.key not in self._failed]
+        waiting = [run for run in self._missing() if run.key not in {**self._active, **self._failed}]
         for run in waiting[: self.workers - len(self._active)]:
             self._start(run)
-        self._show(len(missing))
         return bool(self._active)
 
     def _missing(self) -> list[Run]:
@@ -148,7 +140,7 @@ class Runner:
         """Return the commit of the code.
 
         Raises:
-          UserError: uncommitted code that is not allowed.
+          UserError: uncommitted code without `allow_dirty`.
         """
         commit = code_version()
         if (commit.endswith("-dirty") or commit == "unknown") and not self.allow_dirty:
@@ -191,6 +183,7 @@ class Runner:
                 start_new_session=True,  # Ctrl-C reaches this process alone, which asks once
             )
         self._active[run.key] = _Active(slot, run, process, folder, commits)
+        print(f"{self._active[run.key]}: started, {folder / 'output.log'}", flush=True)
 
     def _end(self, active: _Active) -> None:
         """Record a run whose process ended, or keep the message of its failure."""
@@ -199,8 +192,9 @@ class Runner:
             self._stopping = self._stopping or f"{active} was asked to stop"
             return
         if code != 0:
-            reason = (active.log() or [f"status {code}"])[-1]
-            self._failed[active.run.key] = f"{active}: {reason} (see {active.folder / 'output.log'})."
+            log = active.folder / "output.log"
+            *_, reason = [f"status {code}", *log.read_text(errors="replace").strip().splitlines()]
+            self._failed[active.run.key] = f"{active}: {reason} (see {log})."
             self._failures += 1
             print(f"FAILED: {self._failed[active.run.key]}", flush=True)
             return
@@ -227,15 +221,6 @@ class Runner:
         name = records.write(self.runs, record)
         headlines = ", ".join(f"{r.set} {r.key} {r.value:.1f}" for r in record.results if r.headline)
         print(f"{name}: {record.error or headlines or 'finished'}", flush=True)
-
-    def _show(self, missing: int) -> None:
-        """Print the progress of each run every `_SHOWN_EVERY` seconds."""
-        for active in self._active.values():
-            if time.monotonic() - active.shown > _SHOWN_EVERY:
-                active.shown = time.monotonic()
-                step = next((line for line in reversed(active.log()) if line.startswith("step ")), "starting")
-                done = len(self._planned) - missing
-                print(f"[{done} of {len(self._planned)} runs] {active}: {step}", flush=True)
 
     def _stop(self) -> None:
         """Ask the runs in progress to save, wait for them, and record those that end meanwhile."""

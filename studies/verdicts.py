@@ -88,12 +88,9 @@ def judge(snapshot: Snapshot, claim: Claim) -> ClaimVerdict:
             verdict = FAILS if corrected_against[i] < ALPHA else OPPOSED
         parts[i] = dataclasses.replace(part, p_holm=corrected[i], verdict=verdict)
     verdicts = [part.verdict for part in parts]
-    if FAILS in verdicts:
-        whole = FAILS
-    elif all(verdict == HOLDS for verdict in verdicts):
+    if all(verdict == HOLDS for verdict in verdicts):
         return ClaimVerdict(claim, parts, HOLDS)
-    else:
-        whole = UNDECIDED
+    whole = FAILS if FAILS in verdicts else UNDECIDED
     for i, part in enumerate(parts):
         if part.verdict == HOLDS and part.p_holm >= ALPHA:
             parts[i] = dataclasses.replace(part, verdict=UNCORRECTED)

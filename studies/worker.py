@@ -24,7 +24,7 @@ def _stop_with_parent() -> None:
 
 
 def main(folder: str, *cores: str) -> None:
-    """Train, or resume, the run of the config in FOLDER/study.json, on some of the cores where they are named."""
+    """Train, or resume, the run of the config in FOLDER/study.json, on the named cores, by default on all."""
     if cores:
         os.sched_setaffinity(0, map(int, cores))
     logging.set_verbosity(logging.ERROR)

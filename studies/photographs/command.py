@@ -1,6 +1,6 @@
 """Runs the study of photographs: python -m studies photographs.
 
-    PHOTOGRAPHS=FOLDER python -m studies photographs --list             what is done, and what is missing
+    PHOTOGRAPHS=FOLDER python -m studies photographs --list             finished runs of each arm, and decisions
     PHOTOGRAPHS=FOLDER python -m studies photographs --run --workers 2  the next missing runs, stage by stage
     PHOTOGRAPHS=FOLDER python -m studies photographs --run --only search
     python -m studies photographs --page                                docs/photographs/tables.md and charts
@@ -50,7 +50,7 @@ def declared(home: pathlib.Path) -> stages.Photographs:
 
 
 def overview(study: stages.Photographs) -> str:
-    """Return what --list prints: a line for each arm, and what is decided."""
+    """Return the text of --list: one line for each arm, and the decisions."""
     width = max(len(arm.name) for arm in study.arms)
     lines = [f"{arm.name:<{width}}  {study.done(arm)} of {len(arm.seeds)}  {arm.title}" for arm in study.arms]
     lines += [f"{arm.name}: the cost of its step is not measured" for arm, _ in study.to_measure]
@@ -60,7 +60,7 @@ def overview(study: stages.Photographs) -> str:
 
 
 def _measure(study: stages.Photographs, home: pathlib.Path) -> None:
-    """Measure the costs that are missing, while no run is in progress."""
+    """Measure missing costs, while no run is in progress."""
     for arm, clock in study.to_measure:
         matrix = stages.PhotographsMatrix(stages.study_of([arm, clock]), load_config)
         measured = cost.measure(matrix.config(arm, 0), matrix.config(clock, 0))

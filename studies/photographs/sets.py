@@ -98,7 +98,8 @@ def _images(root: str, split: str, chosen: Sequence[int]) -> list[bytes]:
 
 
 def _retrieval(name: str, prepare: Preprocessing, root: str, part: str, captions: str) -> RetrievalSet:
-    rows, texts = corpus.rows(root, part), corpus.captions(root, part, captions)
+    rows = corpus.rows(root, part)
+    texts = corpus.captions(root, part, captions)
     card = _card(
         part, [row["id"] for row in rows], texts, protocol="recall, any match", preprocessing=prepare.resizing,
         metric="image_to_text/r1",

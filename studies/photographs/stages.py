@@ -61,7 +61,7 @@ MEASURES = (
 
 
 class PhotographsStudy(Study):
-    """A study whose validation sets depend on what an arm is trained on."""
+    """A study whose validation sets depend on an arm's training data."""
 
     def sets_of(self, arm: Arm) -> tuple[str, ...]:
         """As `Study.sets_of`."""
@@ -103,13 +103,13 @@ def arm_of(name: str, title: str, objective: str, changes: Settings, seeds: Sequ
     Args:
       name, title, changes, seeds: attributes of the arm.
       objective: argument of the recipe.
-      data: further arguments of the recipe, "split=train,captions=tight"; arms that have none are for choices.
+      data: further arguments of the recipe, "split=train,captions=tight"; arms without them are for choices.
     """
     recipe = f"{RECIPE}:objective={objective}{',' if data else ''}{data}"
     return Arm(name, title, recipe, changes, seeds, tested=bool(data))
 
 
-# --- what records say
+# --- choices from records
 
 
 def naming(record: RunRecord, name: str) -> float:
@@ -125,7 +125,7 @@ def retrieval(record: RunRecord, name: str) -> float:
 
 
 def values_of(record: RunRecord) -> tuple[float, ...]:
-    """Return what candidates are compared by: naming of unseen and known kinds, retrieval, probe of kind."""
+    """Return the measures for comparing candidates: naming of unseen and known kinds, retrieval, probe of kind."""
     probe = record.value(VALIDATION[3], "kind/linear/top1")
     values = naming(record, VALIDATION[0]), naming(record, VALIDATION[1]), retrieval(record, VALIDATION[2])
     return (*values, -math.inf if probe is None else probe)
@@ -144,7 +144,8 @@ def by_mean_rank(values: Mapping[str, Sequence[float]]) -> list[str]:
 
 def settles(record: RunRecord) -> bool:
     """Whether a run's validation moves by less than `SETTLED` points over its last quarter."""
-    evaluations, steps = record.evaluations, record.config["steps"]
+    evaluations = record.evaluations
+    steps = record.config["steps"]
     before = next((line for line in evaluations if line["step"] == steps * 6 // EIGHTHS), None)
     last = next((line for line in evaluations if line["step"] == steps), None)
     if before is None or last is None:
@@ -157,8 +158,8 @@ class Photographs:
     """What is declared so far.
 
     Attributes:
-      arms: all arms that are decided, in the order of the stages.
-      to_measure: (arm, arm that it is compared with) whose costs decide what comes next.
+      arms: all decided arms, in the order of the stages.
+      to_measure: (arm, arm for comparison) whose costs decide later arms.
       length: steps of CLIP in finals; 0 while open.
       chosen: {team: settings of its winner}, as far as they are known.
     """
@@ -264,7 +265,7 @@ class Photographs:
         return arm_of(f"control_{name}", title, objective, changes | own, CONTROL_SEEDS, "split=train")
 
     def _declare_tested(self) -> None:
-        """Declare the arms that are tested, as far as their costs are known."""
+        """Declare the tested arms, as far as their costs are known."""
         steps = self._steps("final_xclip", self._xclip)
         self.arms.append(self._clip(self.length))
         if steps is not None:

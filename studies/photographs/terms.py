@@ -30,7 +30,7 @@ MOST = 4096
 
 @functools.cache
 def common_tokens() -> np.ndarray:
-    """Return the tokens with a class of their own, int (n,), the start of a text first.
+    """Return the tokens that have their own class, int (n,), the start of a text first.
 
     They are the commonest of the tokenizer "clip" in the titles of the training file.
     """
@@ -48,7 +48,8 @@ class CommonTokens(Tokens):
 
     def heads(self, model: ModelConfig, vocab: int) -> Heads:
         """A linear classifier of images with a class for each common token."""
-        width, classes = model.widths["img"], len(common_tokens())
+        width = model.widths["img"]
+        classes = len(common_tokens())
         return {"tokens": Head(Classifier(classes, width**-0.5), "img", "tokens", flops=2 * classes * width)}
 
     def initial_state(self, model: ModelConfig, vocab: int) -> dict[str, jax.Array]:

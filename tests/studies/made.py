@@ -1,6 +1,5 @@
 """A study of two arms, and records and folders of its runs, made for tests."""
 
-import json
 import os
 
 from studies import records
@@ -59,8 +58,6 @@ def write_folder(path, config, value=7.0, finished=True):
     path.mkdir(exist_ok=True)
     about = {"command": "x", "commit": "y", "versions": {"jax": "1"}}
     write_json(folder.config_file, {"config": config, "environment": about})
-    lines = [{"step": i, "loss": 1 / i, "clip/loss": None} for i in range(1, 101)]
-    folder.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     if finished:
         made = to_json(results(config, value))
         write_json(folder.results_file, {"results": {}, "records": made, "environment": about, "config": config})
@@ -71,7 +68,7 @@ def record(run, value, error=""):
     config = schema.to_dict(schema.resolve(run.config))
     flat = {name: x for name, x in schema.flatten(config).items() if name != "run"}
     made = [] if error else results(config, value)
-    return records.RunRecord(run.arm.name, run.seed, flat, "c", {}, {"step": [1.0, 4.0]}, made, error)
+    return records.RunRecord(run.arm.name, run.seed, flat, "c", {}, made, error)
 
 
 def finished(of, values):

@@ -52,7 +52,7 @@ def test_a_killed_run_is_resumed(tmp_path, pairs):
         time.sleep(0.05)
     assert second.returncode == 0 and "saving, then stopping" in log and "resuming at step" in log
     (record,) = records.read_all(tmp_path / "runs.jsonl").values()
-    assert record.curve["step"][-1] == 40 and record.value(TEST_SET, "") is not None
+    assert record.config["steps"] == 40 and record.value(TEST_SET, "") is not None
     assert [path.name for path in (tmp_path / "scratch").iterdir() if path.name != "compiled"] == [".lock"]
 
 
