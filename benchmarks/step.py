@@ -245,12 +245,13 @@ def _spans(trace: pathlib.Path) -> list[tuple[float, float, str]]:
     import jax
 
     begins, ends = collections.defaultdict(list), collections.defaultdict(list)
-    planes = jax.profiler.ProfileData.from_file(str(trace)).planes
-    for event in (event for plane in planes for line in plane.lines if _THREAD in line.name for event in line.events):
-        if event.name.startswith("end: "):  # another thread may have finished the operation
-            ends[event.name.removeprefix("end: ")].append(event.start_ns)
-        elif "hlo_op" in dict(event.stats):
-            begins[event.name].append(event.start_ns)
+    for plane in jax.profiler.ProfileData.from_file(str(trace)).planes:
+        for line in plane.lines:
+            for event in line.events if _THREAD in line.name else ():
+                if event.name.startswith("end: "):  # another thread may have finished the operation
+                    ends[event.name.removeprefix("end: ")].append(event.start_ns)
+                elif "hlo_op" in dict(event.stats):
+                    begins[event.name].append(event.start_ns)
     return [
         (begin, end, name)
         for name, times in begins.items()
@@ -291,6 +292,7 @@ def account(objective: str, kind: str, steps: int) -> tuple[dict[tuple[str, str]
             for _ in range(steps):
                 step()
             wall = 1e3 * (time.perf_counter() - began) / steps
+            time.sleep(0.5)  # the last operations may end after the loss is known
         (trace,) = pathlib.Path(folder).rglob("*.xplane.pb")
         times = shares(_spans(trace))
     cells: dict[tuple[str, str], float] = collections.defaultdict(float)

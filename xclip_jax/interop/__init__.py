@@ -1,9 +1,9 @@
-"""Weights from and to other projects, in NumPy: OpenAI's CLIP, open_clip, Hugging Face, and our own format.
+"""Weights from and to other projects, in NumPy: OpenAI's CLIP, open_clip, Hugging Face, and our format.
 
-A model is a pair (config, variables). `config` has the groups of a run's config that a model needs, as plain dicts:
-"model", "objective", and from "data" and "eval" the tokenizer, resample ("bicubic", for new training) and the keys of
-`Preprocessing`. Its group "source" has the format of the weights, and "notes" on what was assumed or is ignored.
-`variables` are fp32 and go to `TwoTowers.apply`: "params", and "batch_stats" for heads with BatchNorm.
+A model is a pair (config, variables). `config` contains the required groups of a run's config, as plain dicts: "model",
+"objective", and from "data" and "eval" the tokenizer, resample ("bicubic", for new training) and the keys of
+`Preprocessing`. Its group "source" contains the format of the weights, and notes on assumptions and ignored values.
+`variables`, the input of `TwoTowers.apply`, are fp32: "params", and "batch_stats" for heads with BatchNorm.
 """
 
 import contextlib
@@ -34,13 +34,13 @@ from xclip_jax.objectives import read_objective
 FORMATS = ("hf", "open_clip", "safetensors")
 CONFIG = "xclip_config.json"
 WEIGHTS = "xclip_model.safetensors"
-# All files that `write` may create, and one that transformers would prefer to them.
+# All files that `write` may create, and one that transformers would prefer to those.
 WRITTEN = (
     CONFIG, WEIGHTS, CLASS_NAMES, open_clip.CONFIG, open_clip.WEIGHTS, hf.CONFIG, hf.WEIGHTS, hf.PREPROCESSOR,
     hf.PROCESSOR, vocabulary.FILE, *vocabulary.CLIP_FILES, vocabulary.OPTIONS, vocabulary.SPECIAL,
 )  # fmt: skip
 
-# Keys of `model` with the values that formats of other projects require.
+# Keys of `model` with the values required by the formats of other projects.
 _CLIPS = {
     "img.pool": "cls", "img.stem": "linear", "img.patch_bias": False, "txt.causal": True, "txt.pool": "eot",
     "project_img": True, "project_bias": False,
@@ -51,16 +51,17 @@ def read(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return (config, variables) of weights; see the module's docstring.
 
     Args:
-      path: a folder or a file of weights: .safetensors, or .bin, .pt and .pth as torch.save writes them since 1.6.
+      path: a folder or a file of weights: .safetensors, or .bin, .pt and .pth in the format of torch.save since 1.6.
         Their config is read from the same folder; OpenAI's archives need none. "hf:ORG/NAME[@REVISION]" is a repository
         of the Hugging Face Hub, see `hub.resolve`.
 
     Raises:
-      UserError: nothing to read, files that contain more than tensors, an architecture that is not supported, or
-        tensors that are missing, unknown or of another shape, by name.
+      UserError: nothing to read, files that contain more than tensors, an unsupported architecture, or missing,
+        unknown or misshapen tensors, listed by name.
     """
     file = tensor_files.find(hub.resolve(path))
-    folder, where = file.parent, str(file)
+    folder = file.parent
+    where = str(file)
     tensors = tensor_files.tensors(file)
     if any(name.startswith("params/") for name in tensors):
         with _unusable_values(folder / CONFIG), imports.named_by(folder / CONFIG):
@@ -84,7 +85,7 @@ def read(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 @contextlib.contextmanager
 def _unusable_values(file: epath.Path) -> Iterator[None]:
-    """Raise a `UserError` that names `file` for errors caused by values of another type or out of range."""
+    """Turn errors caused by values of a wrong type or out of range into a `UserError` with the name of `file`."""
     try:
         yield
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
@@ -97,10 +98,10 @@ def _unusable_values(file: epath.Path) -> Iterator[None]:
 
 
 def read_classes(path: str) -> tuple[str, ...] | None:
-    """Return the classes that an exported model was fine-tuned on, or None if its files do not name them.
+    """Return the classes on which an exported model was fine-tuned, or None if its files do not name them.
 
     Args:
-      path: a folder or a file, as in `read`.
+      path: a folder or a file, see `read`.
 
     Raises:
       UserError: nothing to read, or a damaged file.
@@ -117,7 +118,8 @@ def _read_own(tensors: tensor_files.Tensors, folder: epath.Path) -> tuple[dict[s
     if config["data"]["tokenizer"] == vocabulary.FILE:
         config["data"]["tokenizer"] = str(folder / vocabulary.FILE)
     keys = Preprocessing.from_dict(config, _image_tower(config).image_size).to_config()
-    config["data"], stored = config["data"] | keys["data"], config.get("eval", {})
+    config["data"] = config["data"] | keys["data"]
+    stored = config.get("eval", {})
     prompts = {
         "templates": stored.get("templates"), "class_names": stored.get("class_names") and str(folder / CLASS_NAMES),
     }  # fmt: skip
@@ -138,38 +140,43 @@ def write(
     """Write a model into the folder `path`.
 
     Args:
-      variables, config: as `read` returns them; other keys of `config`, such as a run's, are ignored.
-      path: the folder, which is created. Files of an earlier export, in any format, are deleted first.
-      to: "hf" (a CLIPModel with its processor), "open_clip", or "safetensors": ours, which loses nothing.
+      variables: the model's variables, see `read`.
+      config: the model's config, see `read`; other keys, such as a run's, are ignored.
+      path: the folder to create. Files of an earlier export, in any format, are deleted first.
+      to: "hf" (a CLIPModel with its processor), "open_clip", or "safetensors" (our format, which loses nothing).
       repository: the future id of the files on the Hub, "ORG/NAME", or "".
       classes: classes of a fine-tuned model, see `read_classes`.
 
     Returns:
-      Sentences on what the format cannot hold.
+      Sentences about parts of the model that the format cannot hold.
 
     Raises:
-      UserError: a model, tokenizer or preprocessing that the format does not have, or a run directory.
+      UserError: the format does not support the model, tokenizer or preprocessing, or `path` is a run directory.
     """
     check_choice("to", to, FORMATS)
     if RunFolder(path).is_run():
         raise UserError(f"{path!r} is a run directory; name another folder.")
     variables = jax.tree.map(lambda x: np.asarray(x, np.float32), dict(variables))
     folder = epath.Path(path).expanduser()
-    name, plugins = config["data"]["tokenizer"], config["model"].get("plugins", {})
+    name = config["data"]["tokenizer"]
+    plugins = config["model"].get("plugins", {})
     if plugins and to != "safetensors":
         types = ", ".join(f"{tower} {options['type']!r}" for tower, options in plugins.items())
         raise UserError(f"{to!r} cannot hold a tower of another type ({types}); write to 'safetensors'.")
     tokens = tokenizer.load(name)
     content: dict[str, Any]
     if to == "safetensors":
-        file, weights, tensors = CONFIG, WEIGHTS, flatten_dict(variables, sep="/")
+        file = CONFIG
+        weights = WEIGHTS
+        tensors = flatten_dict(variables, sep="/")
         content, texts, notes = _own_config(config, classes)
     else:
         if name == "bytes":
             raise UserError(f"tokenizer 'bytes' has no files that {to!r} could read; write to 'safetensors'.")
         project = hf if to == "hf" else open_clip
         flat, notes = _expressible(variables, config, project.HEADS, to)
-        file, weights = project.CONFIG, project.WEIGHTS
+        file = project.CONFIG
+        weights = project.WEIGHTS
         content, tensors, texts, more = project.write(config, flat, tokens, repository)
         notes += more
     folder.mkdir(parents=True, exist_ok=True)
@@ -185,17 +192,21 @@ def write(
 def _own_config(
     config: Mapping[str, Any], classes: Sequence[str] | None
 ) -> tuple[dict[str, Any], dict[str, str], list[str]]:
-    """Content of our own config file, {file: text} to write with it, and notes, see `write`."""
+    """Return the content of our config file, {file: text} to write with it, and notes, see `write`."""
     keys = Preprocessing.from_dict(config, _image_tower(config).image_size).to_config()
-    name, texts, notes = config["data"]["tokenizer"], {}, []
+    name = config["data"]["tokenizer"]
+    texts = {}
+    notes = []
     if name not in tokenizer.NAMES:
-        texts[vocabulary.FILE], name = tokenizer.read_file(name).decode(), vocabulary.FILE
+        texts[vocabulary.FILE] = tokenizer.read_file(name).decode()
+        name = vocabulary.FILE
     group = config.get("eval", {})
     prompts: dict[str, Any] = {"templates": list(group["templates"])} if group.get("templates") else {}
     if group.get("class_names"):
         names = epath.Path(group["class_names"]).expanduser()
         if names.exists():
-            texts[CLASS_NAMES], prompts["class_names"] = names.read_bytes().decode(), CLASS_NAMES
+            texts[CLASS_NAMES] = names.read_bytes().decode()
+            prompts["class_names"] = CLASS_NAMES
         else:
             notes.append(f"left out, since it does not exist: {names}, the names of own classes (eval.class_names)")
     content = {
@@ -212,20 +223,22 @@ def _image_tower(config: Mapping[str, Any]) -> ImageTower:
 def _expressible(
     variables: Variables, config: Mapping[str, Any], heads: Collection[str], to: str
 ) -> tuple[Flat, list[str]]:
-    """Return the parameters, flat and unrolled, that a format with these heads can hold, and notes on what it cannot.
+    """Return the flat, unrolled parameters that a format with these heads can hold, and notes on the others.
 
     Raises:
-      UserError: the format does not have the model's embedding space or image tower.
+      UserError: the format does not support the model's embedding space or image tower.
     """
-    params, model = dict(variables["params"]), config["model"]
+    params = dict(variables["params"])
+    model = config["model"]
     for key, required in _CLIPS.items():
         node: Any = model
         for part in key.split("."):
-            node = node.get(part, required)  # towers of other packages lack some
+            node = node.get(part, required)  # towers of other packages lack some keys
         if node != required:
             raise UserError(f"model.{key} is {node!r}, which {to!r} does not have; write to 'safetensors'.")
     objective = read_objective(config["objective"])
-    if lacking := sorted(hf.HEADS - params.keys()):
+    lacking = sorted(hf.HEADS - params.keys())
+    if lacking:
         raise UserError(
             f"a model of objective {objective.name!r} has no shared embedding space, which {to!r} needs: it lacks "
             f"{', '.join(lacking)}; write to 'safetensors'."
@@ -239,8 +252,10 @@ def _expressible(
         blocks = params[tower]["transformer"]
         if "blocks" in blocks:
             params[tower] = params[tower] | {"transformer": unstack_blocks(blocks, model[tower]["depth"])}
-    notes, held = [], {"img", "txt", *heads}
-    if missing := sorted(params.keys() - held):
+    held = {"img", "txt", *heads}
+    notes = []
+    missing = sorted(params.keys() - held)
+    if missing:
         notes.append(f"left out, since {to!r} has no place for them: {', '.join(missing)}")
     if config["data"].get("background") == WHITE:
         notes.append(

@@ -1,4 +1,4 @@
-"""Hugging Face transformers: folders of a CLIPModel, and of a SiglipModel to read."""
+"""Folders of Hugging Face transformers: a CLIPModel to read and write, a SiglipModel to read."""
 
 import json
 import math
@@ -21,7 +21,7 @@ PREPROCESSOR = "preprocessor_config.json"
 PROCESSOR = "processor_config.json"
 _ACTS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 _INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
-_LEGACY_EOT = 2  # in configs before 2023; CLIPModel then pools at the largest id
+_LEGACY_EOT = 2  # in configs before 2023, for which CLIPModel pools at the largest id
 _BLOCKS: dict[str, str | tuple[str, ...]] = {
     f"{tower}/transformer/blocks/{ours}": tuple(prefix + x for x in theirs)
     for tower, prefix in (("img", "vision_model.encoder.layers.{}."), ("txt", "text_model.encoder.layers.{}."))
@@ -48,9 +48,9 @@ _SIGLIP = _CLIP | {
     "img/pool_map/norm/norm": f"{_POOL}layernorm.", "img/pool_map/mlp/up": f"{_POOL}mlp.fc1.",
     "img/pool_map/mlp/down": f"{_POOL}mlp.fc2.", "proj_txt/linear": "text_model.head.", "bias": "logit_bias",
 }  # fmt: skip
-_QKV = f"{_POOL}attention.in_proj_"  # queries, keys and values in one tensor; here q and kv are separate
+_QKV = f"{_POOL}attention.in_proj_"  # queries, keys and values in one tensor; our q and kv are separate
 HEADS = frozenset({"proj_img", "proj_txt", "log_scale"})  # heads of a CLIPModel
-# Defaults that the classes of configs and processors do not write to the file.
+# Defaults that the config and processor classes do not write to files.
 _IMAGE: dict[str, Any] = {
     "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
     "image_size": 224, "patch_size": 32, "num_channels": 3,
@@ -79,7 +79,7 @@ _SIGLIP_PROCESSOR: dict[str, Any] = {
 def read(
     tensors: Mapping[str, np.ndarray], folder: epath.Path, content: Mapping[str, Any], where: str
 ) -> tuple[dict[str, Any], Flat]:
-    """Return config and flat parameters of the tensors and config.json of a CLIPModel or a SiglipModel."""
+    """Return config and flat parameters of a CLIPModel or a SiglipModel from its tensors and config.json."""
     kind = content.get("model_type")
     if kind not in _DEFAULTS:
         raise UserError(f"{where} is a model of type {kind!r}, which is not supported; 'clip' and 'siglip' are.")
@@ -108,7 +108,8 @@ def read(
     if kind == "siglip":
         if not cfg_img["vision_use_head"]:
             raise UserError(f"{where}: vision_use_head is false; SigLIPs with a pooling head are supported.")
-        tensors, embed = _split_qkv(tensors), cfg_txt.get("projection_size") or txt["width"]
+        tensors = _split_qkv(tensors)
+        embed = cfg_txt.get("projection_size") or txt["width"]
         if embed != img["width"]:
             raise UserError(f"{where}: texts are projected to {embed} dimensions, and images have {img['width']}.")
         scale, bias = (float(tensors[name].reshape(())) for name in ("logit_scale", "logit_bias"))
@@ -116,14 +117,16 @@ def read(
         txt |= {"causal": False, "pool": "last"}
         group = names.model(img, txt, embed, log_scale=scale, bias=bias) | {"project_img": False, "project_bias": True}
         tokens = vocabulary.siglip(folder, vocab, where)
-        prepare, table = _preprocessing(folder, size, "Siglip"), _SIGLIP
+        prepare = _preprocessing(folder, size, "Siglip")
+        table = _SIGLIP
     else:
         eot: int = cfg_txt["eos_token_id"]
         tokens = vocabulary.identify(folder, vocab, None if eot == _LEGACY_EOT else eot, where)
         log_scale = float(tensors["logit_scale"].reshape(())) if "logit_scale" in tensors else 0.0
         embed = content.get("projection_dim", 512)
         group = names.model(img | {"pre_norm": True}, txt, embed, log_scale=log_scale, bias=None)
-        prepare, table = _preprocessing(folder, size, "CLIP"), _CLIP
+        prepare = _preprocessing(folder, size, "CLIP")
+        table = _CLIP
     config = names.config(group, tokens, prepare, "hf", sigmoid=kind == "siglip")
     return config, names.read(tensors, group, vocab, table, where)
 
@@ -133,7 +136,8 @@ def _split_qkv(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     split: dict[str, np.ndarray] = {}
     for name, x in tensors.items():
         if name.startswith(_QKV) and x.ndim and len(x) % 3 == 0:
-            end, d = name.removeprefix(_QKV), len(x) // 3
+            end = name.removeprefix(_QKV)
+            d = len(x) // 3
             split |= {f"{_POOL}attention.q.{end}": x[:d], f"{_POOL}attention.kv.{end}": x[d:]}
         else:
             split[name] = x
@@ -141,16 +145,16 @@ def _split_qkv(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _given(content: Mapping[str, Any], modality: str) -> Mapping[str, Any]:
-    # Configs of 2022 have a second group, which takes precedence.
+    # Configs of 2022 contain a second group, which takes precedence.
     second = content.get(f"{modality}_config_dict")
     return (content.get(f"{modality}_config") or {}) if second is None else second
 
 
 def _preprocessing(folder: epath.Path, size: int, family: str) -> Preprocessing:
-    """Return the preprocessing of the folder's image processor, or the default of "CLIP" or "Siglip" without a file."""
+    """Return the preprocessing of the folder's image processor, by default that of `family`, "CLIP" or "Siglip"."""
     content: dict[str, Any] = {}
     where = folder
-    for name in (PREPROCESSOR, PROCESSOR):  # transformers prefers the second, where it has an image processor
+    for name in (PREPROCESSOR, PROCESSOR):  # transformers prefers the second if it contains an image processor
         if (folder / name).exists():
             stored = read_json(folder / name)
             stored = stored.get("image_processor") if name == PROCESSOR else stored
@@ -160,7 +164,8 @@ def _preprocessing(folder: epath.Path, size: int, family: str) -> Preprocessing:
     if family == "Siglip":
         content = _SIGLIP_PROCESSOR | {"size": {"height": size, "width": size}} | content
     kind = content.get("image_processor_type") or content.get("feature_extractor_type") or family
-    crops, crop = content.get("do_center_crop", True), _edges(content.get("crop_size", size), "height", "width")
+    crops = content.get("do_center_crop", True)
+    crop = _edges(content.get("crop_size", size), "height", "width")
     edges = _edges(content.get("size", size), "shortest_edge")
     side = next(iter(edges.values()), 0)
     square = edges == {"height": side, "width": side}
@@ -186,15 +191,15 @@ def _preprocessing(folder: epath.Path, size: int, family: str) -> Preprocessing:
 
 
 def _edges(value: Any, *names: str) -> dict[str, Any]:
-    """Return a size as a dict of edges; some files have a number."""
+    """Return a size as a dict of edges; some files contain a number instead."""
     return dict(value) if isinstance(value, dict) else dict.fromkeys(names, value)
 
 
 def write(config: Mapping[str, Any], params: Flat, tokens: Tokenizer, repository: str = "") -> Export:
-    """Return a model as a CLIPModel, from its flat parameters of towers and `HEADS`; `repository` is in no file.
+    """Return a model as a CLIPModel, from the flat parameters of its towers and `HEADS`; no file needs `repository`.
 
     Raises:
-      UserError: a model that CLIPModel cannot represent, or preprocessing that CLIPImageProcessor does not have.
+      UserError: CLIPModel cannot represent the model, or CLIPImageProcessor its preprocessing.
     """
     model = config["model"]
     if not model["img"]["pre_norm"]:
@@ -231,11 +236,13 @@ def write(config: Mapping[str, Any], params: Flat, tokens: Tokenizer, repository
 
 
 def _files(config: Mapping[str, Any]) -> dict[str, str]:
-    """{file: text} of the image processor and the tokenizer."""
-    prepare, tokens = Preprocessing.from_dict(config, config["model"]["img"]["image_size"]), config["data"]["tokenizer"]
+    """Return {file: text} of the image processor and the tokenizer."""
+    prepare = Preprocessing.from_dict(config, config["model"]["img"]["image_size"])
+    tokens = config["data"]["tokenizer"]
     if prepare.resize_mode == "longest":
         raise UserError("CLIPImageProcessor has no eval.resize='longest'; write to 'open_clip' or 'safetensors'.")
-    side, size = prepare.resize_size or prepare.size, prepare.size
+    size = prepare.size
+    side = prepare.resize_size or size
     squash = prepare.resize_mode == "squash"
     resample = {name: number for number, name in _INTERPOLATIONS.items()}[prepare.interpolation]
     processor = {

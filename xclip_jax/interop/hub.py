@@ -1,7 +1,7 @@
 """The Hugging Face Hub: "hf:ORG/NAME" and "hf:ORG/NAME@REVISION" as paths to weights, and uploads.
 
-`huggingface_hub`, the extra `hub`, is imported with the first use. It keeps the files in its own cache and reads its
-own environment variables: HF_HOME, HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE and others.
+`huggingface_hub`, the extra `hub`, is imported on first use. It stores the files in its cache and reads its environment
+variables: HF_HOME, HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE and others.
 """
 
 import functools
@@ -19,22 +19,22 @@ from xclip_jax.core.errors import UserError
 from xclip_jax.core.hub_client import ID, PREFIX
 from xclip_jax.interop import hf, open_clip, tensor_files, vocabulary
 
-CLASS_NAMES = "class_names.json"  # of own exports
+CLASS_NAMES = "class_names.json"  # in our exports
 # Companion files to download if the repository has them.
 _COMPANIONS = (
     "xclip_config.json", CLASS_NAMES, open_clip.CONFIG, hf.CONFIG, hf.PREPROCESSOR, hf.PROCESSOR,
     vocabulary.FILE, vocabulary.CLIP_FILES[0], vocabulary.OPTIONS, vocabulary.SENTENCEPIECE,
 )  # fmt: skip
-_ALIAS = "hf-hub:"  # open_clip's name of `PREFIX`
+_ALIAS = "hf-hub:"  # open_clip's form of `PREFIX`
 
 
 def is_hub(path: str) -> bool:
-    """Whether `path` names a repository of the Hub."""
+    """Return whether `path` names a repository of the Hub."""
     return path.startswith((PREFIX, _ALIAS))
 
 
 def local_name(path: str) -> str:
-    """Name for files about the weights of `path`, in the working directory: "ORG--NAME"; other paths as they are."""
+    """Return a name for local files about the weights of `path`: "ORG--NAME" for the Hub, other paths unchanged."""
     return _repository(path).replace("/", "--") if is_hub(path) else path
 
 
@@ -45,15 +45,15 @@ def _repository(path: str) -> str:
 def resolve(path: str) -> str:
     """Return a local path of weights, after downloading "hf:ORG/NAME[@REVISION]" (or "hf-hub:...") to the Hub's cache.
 
-    Downloads are one file of weights (or the shards of one index), configs, tokenizer and preprocessing. Without a
+    Downloads one file of weights (or the shards of one index), configs, tokenizer and preprocessing. Without a
     connection to the Hub, or with HF_HUB_OFFLINE, the cache is used.
 
     Args:
-      path: other paths are returned with "~" expanded.
+      path: a repository of the Hub; other paths are returned with "~" expanded.
 
     Raises:
       UserError: huggingface_hub is not installed, the repository or revision does not exist, access is refused, the
-        Hub cannot be reached and the cache lacks the weights, or the repository has none that can be read.
+        Hub cannot be reached and the cache lacks the weights, or the repository has no readable weights.
     """
     if not is_hub(path):
         return os.path.expanduser(path)
@@ -70,7 +70,7 @@ def resolve(path: str) -> str:
             if not hub_client.unreachable(error):
                 raise
             get = functools.partial(get, local_files_only=True)
-            names = set(os.listdir(get(allow_patterns=["-"])))  # what the cache has of the repository
+            names = set(os.listdir(get(allow_patterns=["-"])))  # the cached files of the repository
         remedy = "download one with its config into a folder, and name the folder"
         weights = tensor_files.choose(names, path, remedy)
         patterns = [glob.escape(name) for name in (*_COMPANIONS, weights) if name in names]
@@ -82,14 +82,15 @@ def resolve(path: str) -> str:
 
 
 def pin(path: str) -> str:
-    """Return "hf:ORG/NAME@COMMIT" with the present commit of a branch or tag, and print it; other paths unchanged.
+    """Return "hf:ORG/NAME@COMMIT" with the current commit of a branch or tag, and print it; other paths unchanged.
 
-    Later reads of the result belong together, whatever is committed meanwhile. Raises as `resolve` does.
+    Later reads of the result see the same files, whatever is committed meanwhile. For the errors see `resolve`.
     """
     if not is_hub(path):
         return path
     # The folder of a file in the Hub's cache is named after its commit.
-    repository, pinned = _repository(path).partition("@")[0], pathlib.Path(resolve(path)).parent.name
+    repository = _repository(path).partition("@")[0]
+    pinned = pathlib.Path(resolve(path)).parent.name
     if not path.endswith(f"@{pinned}"):
         log0(f"{path} is commit {pinned}")
     return f"{PREFIX}{repository}@{pinned}"
@@ -99,33 +100,33 @@ def check_push(repository: str) -> None:
     """Check, without writing anything, that this account can upload to `repository`.
 
     Raises:
-      UserError: huggingface_hub is not installed, a name that is not ORG/NAME, no account or one without access to ORG,
-        or the Hub cannot be reached.
+      UserError: huggingface_hub is not installed, the name is not of the form ORG/NAME, there is no account or it has
+        no access to ORG, or the Hub cannot be reached.
     """
-    what = f"--push {repository}"
+    flag = f"--push {repository}"
     if not re.fullmatch(ID, repository):
-        raise UserError(f"{what} names no repository of the Hub; expected ORG/NAME.")
-    hub = hub_client.load(what)
-    with hub_client.sentences(what, repository):
+        raise UserError(f"{flag} names no repository of the Hub; expected ORG/NAME.")
+    hub = hub_client.load(flag)
+    with hub_client.sentences(flag, repository):
         account = hub.HfApi().whoami()
-    namespace, names = repository.partition("/")[0], [account["name"]]
-    names += [organization["name"] for organization in account.get("orgs", ())]
+    namespace = repository.partition("/")[0]
+    names = [account["name"], *(organization["name"] for organization in account.get("orgs", ()))]
     if namespace not in names:
-        raise UserError(f"{what}: the account {names[0]} has no access to {namespace}; it has to {', '.join(names)}.")
+        raise UserError(f"{flag}: the account {names[0]} has no access to {namespace}; it has to {', '.join(names)}.")
 
 
 def push(folder: str, names: Sequence[str], repository: str, *, obsolete: Sequence[str], private: bool = False) -> str:
-    """Upload the files `names` of `folder` to `repository`, as one commit, and return its URL.
+    """Upload the files `names` of `folder` to `repository` in one commit, and return the repository's URL.
 
-    The repository is created if it does not exist, a private one with `private`. The files `obsolete` are removed from
-    it unless they are uploaded.
+    A missing repository is created, as a private one with `private`. The files `obsolete` are removed from it unless
+    they are uploaded.
 
     Raises:
-      UserError: the Hub refuses it or cannot be reached.
+      UserError: the Hub refuses the upload or cannot be reached.
     """
-    what = f"--push {repository}"
-    api = hub_client.load(what).HfApi()
-    with hub_client.sentences(f"{what}: {folder} is written", repository):
+    flag = f"--push {repository}"
+    api = hub_client.load(flag).HfApi()
+    with hub_client.sentences(f"{flag}: {folder} is written", repository):
         url = api.create_repo(repository, private=private or None, exist_ok=True)
         api.upload_folder(
             repo_id=repository,

@@ -1,4 +1,4 @@
-"""Config and parameters of this package by the names of other projects, in both directions."""
+"""Conversion of configs and parameters to and from the names of other projects."""
 
 import dataclasses
 import math
@@ -22,7 +22,7 @@ Flat = dict[str, np.ndarray]
 
 
 class Export(NamedTuple):
-    """A model in another project's format: config file, tensors, other files, and notes on what it cannot hold."""
+    """A model in another project's format: config file, tensors, other files, and notes on omissions."""
 
     content: dict[str, Any]
     tensors: Flat
@@ -30,11 +30,11 @@ class Export(NamedTuple):
     notes: list[str]
 
 
-_UNROLLED = {"scan": False}  # as in the weights of other projects
+_UNROLLED = {"scan": False}  # like the weights of other projects
 _SHOWN = 8  # names that an error lists
 
-# {our name: a project's}. Ours is the name of a parameter, whose tensor has the same shape, or of a module: then theirs
-# is the prefix of "weight" and "bias", or several prefixes for one layer of ours. "{}" is the number of a block.
+# {our name: a project's}. Ours is the name of a parameter, whose tensor has the same shape, or of a module; theirs is
+# then the prefix of "weight" and "bias", or several prefixes if our layer joins theirs. "{}" is the number of a block.
 Names = Mapping[str, str | tuple[str, ...]]
 
 
@@ -44,9 +44,9 @@ Names = Mapping[str, str | tuple[str, ...]]
 def model(
     img: Mapping[str, Any], txt: Mapping[str, Any], embed: int, *, log_scale: float, bias: float | None
 ) -> dict[str, Any]:
-    """Return config group `model` of a CLIP, computed in fp32, with defaults for keys that weights do not have."""
+    """Return the config group `model` of a CLIP, computed in fp32, with defaults for keys missing in weights."""
     defaults = dataclasses.asdict(ModelConfig())
-    # The parameter itself is read from the tensors, and may be above CLIP's bound of a new run.
+    # The parameter itself is read from the tensors and may exceed CLIP's bound for a new run.
     scale = math.exp(log_scale)
     scalars = {"scale_init": min(scale, Clip.max_scale)} if bias is None else {"scale_init": scale, "bias_init": bias}
     towers = {"img": defaults["img"] | _UNROLLED | dict(img), "txt": defaults["txt"] | _UNROLLED | dict(txt)}
@@ -56,7 +56,7 @@ def model(
 def config(
     group: dict[str, Any], tokens: str, prepare: Preprocessing, source: str, *, sigmoid: bool, notes: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Return the config that `interop.read` returns, of group `model` and format `source`; `notes` are assumptions."""
+    """Return the config for `interop.read`, with the group `model`, the format `source` and the assumptions `notes`."""
     keys = prepare.to_config()
     return {
         "model": group,
@@ -74,7 +74,7 @@ def mlp_ratio(hidden: int, width: int) -> float:
 
 
 def preprocessing(size: int, mean: Any, std: Any, where: str, **resizing: Any) -> Preprocessing:
-    """Make the preprocessing of images of `size` pixels; `mean` and `std` are a number, three, or None for CLIP's."""
+    """Make the preprocessing for images of `size` pixels; `mean` and `std` are 1 or 3 numbers, or None for CLIP's."""
     try:
         pair = tuple(
             known if value is None else tuple(np.broadcast_to(np.asarray(value, np.float64), 3).tolist())
@@ -86,9 +86,10 @@ def preprocessing(size: int, mean: Any, std: Any, where: str, **resizing: Any) -
 
 
 def square(value: Any, key: str, where: str) -> int:
-    """Return a size that may be written as a pair of equal numbers."""
+    """Return a size that may be given as a pair of equal numbers."""
     sides = set(value) if isinstance(value, (list, tuple)) else {value}
-    if len(sides) != 1 or not isinstance(side := sides.pop(), int):
+    side = next(iter(sides), None)
+    if len(sides) != 1 or not isinstance(side, int):
         raise UserError(f"{where}: {key} is {value}; only square images and patches are supported.")
     return side
 
@@ -97,9 +98,14 @@ def square(value: Any, key: str, where: str) -> int:
 
 
 class Param(NamedTuple):
-    """A parameter of this package and the tensors of another project that hold it, joined along their first axis.
+    """A parameter of this package and its tensors in another project, to be joined along their first axis.
 
-    `axes` is the order of the axes of the `joined` tensors before they are reshaped to `shape`.
+    Attributes:
+      ours: name of the parameter.
+      shape: its shape.
+      theirs: names of the other project's tensors.
+      joined: shape of the joined tensors.
+      axes: order of the axes of the joined tensors before they are reshaped to `shape`.
     """
 
     ours: str
@@ -110,7 +116,7 @@ class Param(NamedTuple):
 
     @property
     def parts(self) -> dict[str, tuple[int, ...]]:
-        """{name: shape} of the other project's tensors."""
+        """Shapes of the other project's tensors, by name."""
         n = len(self.theirs)
         return dict.fromkeys(self.theirs, (self.joined[0] // n, *self.joined[1:]) if n > 1 else self.joined)
 
@@ -127,7 +133,7 @@ class Param(NamedTuple):
 
 
 def _shapes(group: Mapping[str, Any], vocab: int, *, sigmoid: bool) -> dict[str, tuple[int, ...]]:
-    """Shapes of all parameters of a model with scanned blocks, whose first axis is the number of the block."""
+    """Return the shapes of all parameters of a model with scanned blocks, whose first axis counts the blocks."""
     faults: list[str] = []
     config = fields.read_group(ModelConfig, group, "model", faults)
     if faults:
@@ -140,8 +146,9 @@ def _shapes(group: Mapping[str, Any], vocab: int, *, sigmoid: bool) -> dict[str,
 
 
 def _params(group: Mapping[str, Any], vocab: int, names: Names, *, sigmoid: bool) -> list[Param]:
-    """All parameters of a model with unrolled blocks, of config group `model` and `vocab` tokens."""
-    shapes, params = _shapes(group, vocab, sigmoid=sigmoid), []
+    """Return all parameters of a model with unrolled blocks, with the config group `model` and `vocab` tokens."""
+    shapes = _shapes(group, vocab, sigmoid=sigmoid)
+    params = []
     patch = group["img"]["patch"]
     for name, shape in shapes.items():
         module, _, leaf = name.rpartition("/")
@@ -152,10 +159,12 @@ def _params(group: Mapping[str, Any], vocab: int, names: Names, *, sigmoid: bool
         theirs = [f"{prefix}{'bias' if leaf == 'bias' else 'weight'}" for prefix in prefixes]
         blocks = "/blocks/" in name
         shape = shape[1:] if blocks else shape
-        joined, axes = (math.prod(shape),), (0,)
+        joined = (math.prod(shape),)
+        axes = (0,)
         if leaf == "kernel":
             out = math.prod(shapes[f"{module}/bias"][blocks:]) if f"{module}/bias" in shapes else shape[-1]
-            joined, axes = (out, math.prod(shape) // out), (1, 0)
+            joined = (out, math.prod(shape) // out)
+            axes = (1, 0)
         if name == "img/patches/kernel":
             joined, axes = (shape[-1], 3, patch, patch), (2, 3, 1, 0)
         for i in range(group[name[:3]]["depth"] if blocks else 1):
@@ -165,10 +174,10 @@ def _params(group: Mapping[str, Any], vocab: int, names: Names, *, sigmoid: bool
 
 
 def read(tensors: Mapping[str, np.ndarray], group: Mapping[str, Any], vocab: int, names: Names, where: str) -> Flat:
-    """Convert tensors of another project to flat parameters of config group `model`, with `vocab` tokens.
+    """Convert tensors of another project to the flat parameters of a model with config `group` and `vocab` tokens.
 
     Raises:
-      UserError: tensors that are missing, unknown or of another shape; all are listed by name.
+      UserError: missing, unknown or misshapen tensors, listed by name.
     """
     params = _params(group, vocab, names, sigmoid=names.get("bias") in tensors)
     shapes = {name: shape for param in params for name, shape in param.parts.items()}
@@ -178,14 +187,14 @@ def read(tensors: Mapping[str, np.ndarray], group: Mapping[str, Any], vocab: int
 
 
 def write(params: Mapping[str, np.ndarray], group: Mapping[str, Any], vocab: int, names: Names) -> Flat:
-    """Convert flat parameters to tensors of another project, by name; arguments and errors as in `read`."""
+    """Convert flat parameters to tensors of another project, by name; for arguments and errors see `read`."""
     table = _params(group, vocab, names, sigmoid="bias" in params)
     _check(params, {param.ours: param.shape for param in table}, "the model")
     return {name: x for param in table for name, x in param.write(params[param.ours]).items()}
 
 
 def _reshaped(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """`x` in `shape` if the two differ only by axes of length 1."""
+    """Reshape `x` to `shape` if they differ only by axes of length 1, else return it unchanged."""
     same = [n for n in x.shape if n != 1] == [n for n in shape if n != 1]
     return x.reshape(shape) if same else x
 

@@ -1,4 +1,4 @@
-"""Models of open_clip and OpenAI, which share names of tensors, and open_clip_config.json."""
+"""Models of open_clip and OpenAI, which share their tensor names, and open_clip_config.json."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,7 +16,7 @@ from xclip_jax.interop.tensor_files import OPENAI
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = "open_clip_model.safetensors"
-# For a tokenizer other than CLIP's: open_clip loads it from a local folder, or from the Hub's repository of this id.
+# For other tokenizers than CLIP's: open_clip loads them from a local folder, or from the Hub repository with this id.
 HUB_ID = "REPOSITORY/ID"
 _OWN_TOKENIZER = (
     "open_clip cleans texts before its tokenizer (broken encodings, HTML entities, white space), which the model's own "
@@ -33,13 +33,13 @@ _IMAGE = ("layers", "width", "head_width", "mlp_ratio", "patch_size", "image_siz
 _TEXT = ("context_length", "vocab_size", "hf_tokenizer_name", "width", "heads", "layers", "mlp_ratio", "pad_id",
          "eos_id", "final_ln_after_pool", "output_tokens", "act_kwargs", "norm_kwargs", "pool_type", "proj_type",
          "proj_bias")  # fmt: skip
-# Keys of towers that tensors do not show.
+# Keys of towers that do not follow from tensors.
 _WITHOUT_SHAPE = ("act", "eps", "heads", "pre_norm")
 _HARMLESS = ("timm_pool", "timm_proj", "hf_proj_type", "hf_pooler_type", "hf_model_pretrained", "timm_model_pretrained")
 
 
 def _clip(prefix: str = "", *, linear: bool = False) -> Names:
-    """Names of OpenAI's CLIP and of open_clip, whose newer models have the `prefix` "text." in the text tower."""
+    """Return the names of OpenAI's CLIP and open_clip, whose newer models have the `prefix` "text." for texts."""
     names: dict[str, str | tuple[str, ...]] = {
         "img/patches": "visual.conv1.", "img/positions": "visual.positional_embedding",
         "img/cls": "visual.class_embedding", "img/norm_pre/norm": "visual.ln_pre.",
@@ -58,7 +58,7 @@ def _clip(prefix: str = "", *, linear: bool = False) -> Names:
     return names
 
 
-HEADS = frozenset({"proj_img", "proj_txt", "log_scale", "bias"})  # heads that its models can have
+HEADS = frozenset({"proj_img", "proj_txt", "log_scale", "bias"})  # heads that open_clip supports
 
 
 def read(
@@ -66,8 +66,8 @@ def read(
 ) -> tuple[dict[str, Any], Flat]:
     """Return config and flat parameters of tensors with open_clip's names.
 
-    `content` is the folder's open_clip_config.json, or None for OpenAI's archives: then sizes follow from shapes. An
-    archive beside the config of another model is read without it.
+    `content` is the folder's open_clip_config.json, or None for OpenAI's archives, whose sizes follow from shapes. If
+    the config next to an archive belongs to another model, it is ignored.
     """
     if content is not None:
         _check_config(content.get("model_cfg", content), where)
@@ -80,7 +80,8 @@ def read(
     archive = tensors.get(OPENAI)
     tensors = {name: x for name, x in tensors.items() if name not in _IGNORED and not name.endswith(_IGNORED_ENDS)}
     prefix = "text." if "text.token_embedding.weight" in tensors else ""
-    linear, vocab = f"{prefix}text_projection.weight" in tensors, len(tensors[f"{prefix}token_embedding.weight"])
+    linear = f"{prefix}text_projection.weight" in tensors
+    vocab = len(tensors[f"{prefix}token_embedding.weight"])
     notes: list[str] = []
     if content is not None and archive is not None:
         notes = _contradiction(content.get("model_cfg", content), tensors, prefix, where, openai=bool(archive))
@@ -102,25 +103,34 @@ def read(
 
 
 def _preprocessing(content: Mapping[str, Any], size: int, where: str) -> Preprocessing:
-    """Return the preprocessing of preprocess_cfg; its `size` is ignored for the tower's, as in open_clip."""
-    mode, interpolation = content.get("resize_mode") or "shortest", content.get("interpolation") or "bicubic"
+    """Return the preprocessing of preprocess_cfg; like in open_clip, the tower's size replaces its `size`."""
+    mode = content.get("resize_mode") or "shortest"
+    interpolation = content.get("interpolation") or "bicubic"
     check_choice(f"{where}: preprocess_cfg.resize_mode", mode, RESIZE_MODES)
     check_choice(f"{where}: preprocess_cfg.interpolation", interpolation, ("bicubic", "bilinear", "random"))
     if mode == "longest" and content.get("fill_color"):
         raise UserError(f"{where}: preprocess_cfg sets fill_color={content['fill_color']!r}; images are padded with 0.")
     # "random" is for training; open_clip evaluates it as "bicubic".
     interpolation = "bilinear" if interpolation == "bilinear" else "bicubic"
-    mean, std = content.get("mean"), content.get("std")
-    return names.preprocessing(size, mean, std, where, resize_mode=mode, interpolation=interpolation)
+    return names.preprocessing(
+        size, content.get("mean"), content.get("std"), where, resize_mode=mode, interpolation=interpolation
+    )
 
 
 def _contradiction(
     content: Mapping[str, Any], tensors: Mapping[str, np.ndarray], prefix: str, where: str, *, openai: bool
 ) -> list[str]:
-    """Return a note if a config is not an archive's: by shapes, and if it is OpenAI's also by what they do not show."""
+    """Return a note if a config does not belong to an archive.
+
+    Shapes decide, and for OpenAI's archives also the options that do not follow from shapes.
+    """
     sides = []
-    vocab = content["text_cfg"].get("vocab_size", vocabulary.CLIP_SIZE), len(tensors[f"{prefix}token_embedding.weight"])
-    for (img, txt, embed), tokens in zip((_towers(content, where), _inferred(tensors, prefix)), vocab, strict=True):
+    stated_vocab = content["text_cfg"].get("vocab_size", vocabulary.CLIP_SIZE)
+    stored_vocab = len(tensors[f"{prefix}token_embedding.weight"])
+    for (img, txt, embed), tokens in (
+        (_towers(content, where), stated_vocab),
+        (_inferred(tensors, prefix), stored_vocab),
+    ):
         sizes: dict[str, Any] = {"embed_dim": embed, "text vocab_size": tokens}
         for name, tower in (("vision", img), ("text", txt)):
             hidden = int(tower["mlp_ratio"] * tower["width"])  # configs round the ratio
@@ -143,7 +153,8 @@ def _inferred(tensors: Mapping[str, np.ndarray], prefix: str) -> tuple[dict[str,
         ratio = names.mlp_ratio(len(tensors[f"{start}0.mlp.c_fc.weight"]), width)
         return {"width": width, "depth": depth, "heads": width // 64, "mlp_ratio": ratio, "act": "quick_gelu"}
 
-    conv, texts = tensors["visual.conv1.weight"], tensors[f"{prefix}positional_embedding"]
+    conv = tensors["visual.conv1.weight"]
+    texts = tensors[f"{prefix}positional_embedding"]
     grid = round((len(tensors["visual.positional_embedding"]) - 1) ** 0.5)
     img = {"patch": conv.shape[-1], "image_size": grid * conv.shape[-1], "pre_norm": True, "eps": 1e-5}
     return (
@@ -154,22 +165,24 @@ def _inferred(tensors: Mapping[str, np.ndarray], prefix: str) -> tuple[dict[str,
 
 
 def _check_known(group: str, cfg: Mapping[str, Any], known: Sequence[str], where: str, **right: Any) -> None:
-    """Check that a group sets no options but `known`, and that those of `right`, if set, have the values there."""
-    unknown = [key for key, value in cfg.items() if value and key not in (*known, *right, *_HARMLESS)]
-    if wrong := unknown + [key for key, value in right.items() if cfg.get(key, value) != value]:
-        key, expected = wrong[0], f"; expected {right[wrong[0]]!r}" if wrong[0] in right else ""
+    """Check that a group sets only options in `known` and `right`, and the latter only to their values in `right`."""
+    wrong = [key for key, value in cfg.items() if value and key not in (*known, *right, *_HARMLESS)]
+    wrong += [key for key, value in right.items() if cfg.get(key, value) != value]
+    if wrong:
+        key = wrong[0]
+        expected = f"; expected {right[key]!r}" if key in right else ""
         raise UserError(f"{where} is not supported: {CONFIG} sets {group}.{key}={cfg[key]!r}{expected}.")
 
 
 def _check_config(content: Mapping[str, Any], where: str) -> None:
-    """Check that a model has no options but the supported ones, before its tensors are searched for what they lack."""
+    """Check that a model has only supported options, before missing tensors are reported."""
     _check_known("vision_cfg", content["vision_cfg"], _IMAGE, where, pool_type="tok", pos_embed_type="learnable")
     pool = "eos" if content["text_cfg"].get("pool_type") == "eos" else "argmax"
     _check_known("text_cfg", content["text_cfg"], _TEXT, where, pool_type=pool, proj_type="linear")
 
 
 def _towers(content: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict[str, Any], int]:
-    """Return both towers and the embedding of model_cfg."""
+    """Return both towers and the embedding size of model_cfg."""
     vision, text, embed = content["vision_cfg"], content["text_cfg"], content["embed_dim"]
     quick = content.get("quick_gelu", False)
     width = vision.get("width", 768)
@@ -184,7 +197,7 @@ def _towers(content: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dic
 
 
 def _tokens(content: Mapping[str, Any], folder: epath.Path, where: str) -> tuple[str, list[str]]:
-    """Return the tokenizer of model_cfg, and notes on it."""
+    """Return the tokenizer of model_cfg, and notes about it."""
     text = content["text_cfg"]
     vocab = text.get("vocab_size", vocabulary.CLIP_SIZE)
     eot = text.get("eos_id", 2) if text.get("pool_type") == "eos" else None
@@ -207,10 +220,10 @@ def _tower(cfg: Mapping[str, Any], width: int, heads: int, quick: bool) -> dict[
 
 
 def write(config: Mapping[str, Any], params: Flat, tokens: Tokenizer, repository: str = "") -> Export:
-    """Return a model as open_clip's, from its flat parameters; `repository` is its id on the Hub, or "".
+    """Return a model in open_clip's format, from its flat parameters; `repository` is its id on the Hub, or "".
 
     Raises:
-      UserError: a model that open_clip does not have.
+      UserError: open_clip does not support the model.
     """
     model = config["model"]
     vocab, eot = tokens.vocab_size, tokens.eot_id
@@ -251,7 +264,7 @@ def write(config: Mapping[str, Any], params: Flat, tokens: Tokenizer, repository
 
 
 def _preprocess_cfg(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Group "preprocess_cfg" of open_clip_config.json."""
+    """Return the group "preprocess_cfg" of open_clip_config.json."""
     prepare = Preprocessing.from_dict(config, config["model"]["img"]["image_size"])
     if prepare.resize_size not in (0, prepare.size):
         raise UserError(

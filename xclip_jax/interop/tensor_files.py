@@ -19,7 +19,7 @@ from xclip_jax.core.run_folder import RunFolder
 
 Tensors = dict[str, np.ndarray]
 
-# The first of these files in a folder or repository is read.
+# Names of weights, of which the first in a folder or repository is read.
 NAMES = (
     "xclip_model.safetensors", "open_clip_model.safetensors", "open_clip_pytorch_model.safetensors",
     "model.safetensors", "model.safetensors.index.json", "open_clip_pytorch_model.bin", "pytorch_model.bin",
@@ -50,10 +50,10 @@ def find(path: str) -> epath.Path:
 
 
 def choose(names: Collection[str], where: str, remedy: str = "name one") -> str:
-    """Return the file of weights among the files of a folder or repository: by its standard name, else the only one.
+    """Choose the file of weights among the files of a folder or repository: by its standard name, else the only one.
 
     Raises:
-      UserError: none, or several, for which the message has the `remedy`.
+      UserError: no file of weights, or several, with the `remedy` in the message.
     """
     files = sorted(name for name in names if name.endswith(SUFFIXES) and "/" not in name)
     standard = next((name for name in NAMES if name in names), None)
@@ -67,7 +67,7 @@ def read_json(path: epath.Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-      UserError: no such file, or other content.
+      UserError: the file is missing or contains something else.
     """
     try:
         content = json.loads(path.read_text())
@@ -82,7 +82,8 @@ def tensors(file: epath.Path) -> Tensors:
     """Read all tensors of a file, or of the files of an index, in fp32, by name."""
     if file.name.endswith(".index.json"):
         shards = [file.parent / name for name in files_of(file)]
-        if missing := [shard.name for shard in shards if not shard.exists()]:
+        missing = [shard.name for shard in shards if not shard.exists()]
+        if missing:
             raise UserError(f"{file} names {', '.join(missing[:4])}, not in its folder; download all of its files.")
         return {name: x for shard in shards for name, x in tensors(shard).items()}
     if file.suffix == ".safetensors":
@@ -90,7 +91,7 @@ def tensors(file: epath.Path) -> Tensors:
             content = safetensors.deserialize(file.read_bytes())
         except safetensors.SafetensorError as error:
             raise UserError(f"{file} is a damaged or incomplete safetensors file: {error}.") from error
-        # Taken out one by one, so that no tensor is there in two dtypes at once with all others.
+        # Removed one by one, so that memory never holds all tensors in two dtypes.
         return {name: _array(info, name, file) for name, info in (content.pop() for _ in range(len(content)))}
     data = file.read_bytes()
     content, scripted = load_torch(data, str(file))
@@ -112,7 +113,7 @@ def tensors(file: epath.Path) -> Tensors:
 
 
 def files_of(file: epath.Path) -> list[str]:
-    """Return the names of the files of weights that the index `file` names, all in its folder."""
+    """Return the names of the files of weights listed in the index `file`, all in its folder."""
     names = read_json(file).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise UserError(f"{file} has no 'weight_map' of tensors and files; download it again.")
@@ -142,10 +143,10 @@ _STORAGES = {
     "DoubleStorage": np.float64, "LongStorage": np.int64, "IntStorage": np.int32, "ShortStorage": np.int16,
     "CharStorage": np.int8, "ByteStorage": np.uint8, "BoolStorage": np.bool_,
 }  # fmt: skip
-# Limit of elements in all tensors for each byte of the file: tied weights are several views of one storage, and a few
+# Limit on the elements of all tensors per byte of the file: tied weights are several views of one storage, and a few
 # bytes of a pickle can make one more view of a large storage.
 _MOST_VIEWS = 4
-# Limit of letters in all names of a TorchScript archive: in a chain of shared modules each link can double the names.
+# Limit on the letters of all names in a TorchScript archive: in a chain of shared modules each link can double them.
 _MOST_LETTERS = 1 << 24
 REMEDY = (
     "on a machine with torch and a file that you trust: safetensors.torch.save_file(tensors, 'weights.safetensors'), "
@@ -163,22 +164,22 @@ class Scripted:
 
 
 class _Refused(Exception):
-    """A name or object of the pickle that is not allowed."""
+    """The pickle contains a forbidden name or object."""
 
 
 def load_torch(data: bytes, where: str) -> tuple[Any, bool]:
     """Read a file of `torch.save` or `torch.jit.save`, without torch and without running code in it.
 
     Such a file is a zip of raw storages and one pickle. A pickle is a program that may call any function by name; this
-    reader resolves only the names that build tensors, to functions of its own. Memory and time are proportional to the
+    reader resolves only the names that build tensors, to its own functions. Memory and time are proportional to the
     file's size, whatever numbers it contains.
 
     Returns:
-      The saved object, with tensors as NumPy arrays in their own dtype, and whether it is a TorchScript archive, which
-      becomes a flat dict of the tensors of its modules.
+      The saved object, with tensors as NumPy arrays of unchanged dtype, and whether it is a TorchScript archive, which
+      becomes a flat dict of its modules' tensors.
 
     Raises:
-      UserError: another file, a damaged one, or one with other objects than tensors.
+      UserError: the file is of another kind, damaged, or contains other objects than tensors.
     """
     try:
         archive = zipfile.ZipFile(io.BytesIO(data))
@@ -200,10 +201,11 @@ def load_torch(data: bytes, where: str) -> tuple[Any, bool]:
 
 
 def _flat(module: Any) -> dict[str, np.ndarray]:
-    """Tensors of a module and of the modules inside it, by name."""
+    """Return the tensors of a module and of the modules inside it, by name."""
     tensors: dict[str, np.ndarray] = {}
-    modules, letters = [("", module)], 0
-    for prefix, owner in modules:  # which grows
+    modules = [("", module)]
+    letters = 0
+    for prefix, owner in modules:  # the loop appends to it
         for name, value in owner.attributes.items() if isinstance(owner, Scripted) else ():
             full = f"{prefix}{name}"
             letters += len(full) + 1
@@ -216,7 +218,7 @@ def _flat(module: Any) -> dict[str, np.ndarray]:
 
 
 class _Dict(dict):
-    """A dict with strings and numbers as keys: a few tuples, one inside another, can take years to hash."""
+    """A dict with strings and numbers as keys: a few nested tuples can take years to hash."""
 
     def __setitem__(self, key: Any, value: Any) -> None:
         if not isinstance(key, str | int | float):
@@ -231,7 +233,7 @@ def _refuse(unpickler: "_Unpickler") -> None:
 class _Unpickler(pickle._Unpickler):
     """Resolves ordered dicts, storages, and functions that rebuild tensors.
 
-    It derives from pickle's unpickler in Python: the memo of the one in C is as long as the largest index in the file.
+    It derives from pickle's Python unpickler, since the memo of the C one is as long as the largest index in the file.
     """
 
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
@@ -244,7 +246,7 @@ class _Unpickler(pickle._Unpickler):
         self._archive, self._root, self._scripted = archive, root, scripted
         super().__init__(io.BytesIO(self._member("data.pkl")))
         self._storages: dict[str, np.ndarray] = {}
-        # New for each file: a pickle may change attributes of the objects that it gets.
+        # New for each file, since a pickle may change attributes of the objects that it receives.
         self._known: dict[str, Any] = {
             "collections.OrderedDict": lambda: _Dict(),
             "torch._utils._rebuild_tensor_v2": lambda *args: _tensor(*args[:4]),
@@ -256,7 +258,7 @@ class _Unpickler(pickle._Unpickler):
             self._known["torch.jit._pickle.restore_type_tag"] = lambda x, _: x
 
     def _member(self, name: str) -> bytes:
-        """Read a file of the zip, which torch does not compress: compressed data may unpack to any size."""
+        """Read an uncompressed file of the zip, like torch's: compressed data may unpack to any size."""
         info = self._archive.getinfo(self._root + name)
         if info.compress_type != zipfile.ZIP_STORED:
             raise _Refused(f"compressed data, {name!r}")
@@ -283,7 +285,7 @@ class _Unpickler(pickle._Unpickler):
 
 
 def _tensor(storage: np.ndarray, offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> np.ndarray:
-    """View a storage as a tensor. Bounds are checked, so that a file cannot make this process read other memory."""
+    """View a storage as a tensor, within its bounds, so that a file cannot make this process read other memory."""
     if not (isinstance(storage, np.ndarray) and isinstance(storage.base, bytes)):
         raise _Refused("a tensor of another tensor")  # whose length is not its memory
     if not len(size) == len(stride) <= 64 or any(type(n) is not int or n < 0 for n in (offset, *size, *stride)):

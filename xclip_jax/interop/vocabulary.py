@@ -1,4 +1,4 @@
-"""Tokenizers of weights: identify the tokenizer of a folder, and write files for transformers and open_clip."""
+"""Tokenizers of weights: identification of a folder's tokenizer, and files for transformers and open_clip."""
 
 import hashlib
 import json
@@ -26,23 +26,24 @@ SPECIAL = "special_tokens_map.json"
 # Field numbers and values of SentencePiece's messages.
 _PIECES, _TRAINER, _NORMALIZER = 1, 2, 3  # of ModelProto
 _TEXT, _SCORE, _TYPE = 1, 2, 3  # of a piece
-_UNKNOWN = 2  # type of the piece for text that the vocabulary lacks
+_UNKNOWN = 2  # type of the piece for unknown text
 _MODEL_TYPE, _UNIGRAM, _BYTE_FALLBACK = 3, 1, 35  # of the trainer's options
 _CHARACTER_MAP = 2  # of the normalizer's options
 
 
 def identify(folder: epath.Path, size: int, eot: int | None, where: str) -> str:
-    """Return the tokenizer of a text tower of `size` ids that pools at id `eot` (None: the largest id).
+    """Return the tokenizer of a text tower with `size` ids and pooling at id `eot` (None for the largest id).
 
-    It is "clip" if the folder's tokenizer.json has CLIP's vocabulary, or is missing and the sizes are CLIP's; else the
-    path of this file.
+    The result is "clip" if the folder's tokenizer.json contains CLIP's vocabulary, or is missing and the sizes are
+    CLIP's; otherwise it is the path of this file.
 
     Raises:
-      UserError: neither has this number of ids and this end, or the folder has another vocabulary.
+      UserError: neither tokenizer has this number of ids and this end, or the folder contains another vocabulary.
     """
     end = size - 1 if eot is None else eot
     like_clip = (size, end) == (CLIP_SIZE, CLIP_SIZE - 1)
-    file, words = folder / FILE, folder / CLIP_FILES[0]
+    file = folder / FILE
+    words = folder / CLIP_FILES[0]
     if like_clip:
         if file.exists() and _is_clips(read_json(file).get("model", {}).get("vocab")):
             return "clip"
@@ -66,14 +67,16 @@ def siglip(folder: epath.Path, size: int, where: str) -> str:
     """Return the path of a SigLIP tokenizer with `size` ids: no start token, an end token, and padding that counts.
 
     The folder's tokenizer.json or spiece.model defines neither padding nor cleaning of texts, so a complete file is
-    written to the cache. Its tokenizer_config.json names the padding, which is else the end token.
+    written to the cache. Its tokenizer_config.json names the padding token; without it texts are padded with the end.
 
     Raises:
-      UserError: no file, a damaged one, or one of another vocabulary.
+      UserError: the file is missing, damaged, or has another vocabulary.
     """
-    file, pieces = folder / FILE, folder / SENTENCEPIECE
+    file = folder / FILE
+    pieces = folder / SENTENCEPIECE
     if pieces.exists():
-        file, model = pieces, read_sentencepiece(pieces.read_bytes(), str(pieces))
+        file = pieces
+        model = read_sentencepiece(pieces.read_bytes(), str(pieces))
     elif file.exists():
         model = _read(str(file))
     else:
@@ -98,7 +101,7 @@ def siglip(folder: epath.Path, size: int, where: str) -> str:
         )
     if not options.get("do_lower_case", True):
         raise UserError(f"{folder / OPTIONS} sets do_lower_case to false, which is not supported; expected true.")
-    # SigLIP 2 only has texts in lower case.
+    # SigLIP 2 was trained on texts in lower case only.
     cleaning = "lower" if str(options.get("tokenizer_class")).startswith(("Gemma", "Siglip2")) else "canonical"
     model.post_processor = processors.Sequence([])
     content = tokenizer.with_conventions(model.to_str(), end=end, pad=pad, size=size, cleaning=cleaning)
@@ -116,7 +119,7 @@ def _token(value: Any) -> str | None:
 
 
 def _is_clips(vocabulary: Any) -> bool:
-    """Whether {word: id} has CLIP's words; start and end, which have several spellings, are ignored."""
+    """Return whether {word: id} contains CLIP's words, except start and end, which have several spellings."""
     if not isinstance(vocabulary, dict):
         return False
     return all(vocabulary.get(word) == i for i, word in enumerate(tokenizer.clip_vocabulary()[0]))
@@ -137,10 +140,10 @@ def clip_files(length: int) -> dict[str, str]:
 
 
 def own_files(path: str, length: int) -> dict[str, str]:
-    """Return {file: content} for transformers and open_clip that give the same ids as the tokenizer file `path`.
+    """Return {file: content} for transformers and open_clip, which yield the same ids as the tokenizer file `path`.
 
-    Our tokenizer adds start, end and padding itself and reads special tokens in a text as text; the files configure the
-    same for other projects.
+    Our tokenizer adds start, end and padding itself and treats special tokens in a text as text; the files configure
+    other projects likewise.
     """
     ours = tokenizer.load(path)
     if ours.cleaning:
@@ -163,14 +166,14 @@ def own_files(path: str, length: int) -> dict[str, str]:
 
 def _read(path: str) -> tokenizers.Tokenizer:
     try:
-        # From memory, since the library only reads local disks.
+        # From memory, since the library reads only local disks.
         return tokenizers.Tokenizer.from_str(tokenizer.read_file(path).decode())
     except Exception as error:  # The library raises bare `Exception`.
         raise UserError(f"{path} is not a Hugging Face tokenizers JSON: {error}") from error
 
 
 def padding(tokens: tokenizer.Tokenizer) -> int:
-    """Return the id to pad with in other projects: the padding token's, else the end's, after which no tower reads."""
+    """Return the id for padding in other projects: the padding token, else the end, after which no tower reads."""
     if tokens.name in tokenizer.NAMES:
         return tokens.eot_id
     token = _read(tokens.name).id_to_token(tokens.pad_id)
@@ -180,11 +183,11 @@ def padding(tokens: tokenizer.Tokenizer) -> int:
 def read_sentencepiece(data: bytes, where: str) -> tokenizers.Tokenizer:
     """Return the tokenizer of a SentencePiece file (spiece.model) with a unigram model.
 
-    The file is a Protocol Buffers message, `ModelProto` of sentencepiece_model.proto, read here as far as it
-    decides the ids.
+    The file is a Protocol Buffers message, `ModelProto` of sentencepiece_model.proto, of which only the fields for the
+    ids are read.
 
     Raises:
-      UserError: another or a damaged file, or another kind of model; the message begins with `where`.
+      UserError: a damaged or another file, or another kind of model; the message begins with `where`.
     """
     try:
         fields = _fields(data)
@@ -208,6 +211,6 @@ def read_sentencepiece(data: bytes, where: str) -> tokenizers.Tokenizer:
 
 
 def _fields(data: bytes) -> list[tuple[int, Any]]:
-    """Return (number, value) of a message's fields; a value is an integer for a number, else bytes."""
+    """Return (number, value) of each field of a message; a value is an integer or bytes."""
     message = empty_pb2.Empty.FromString(data)  # ty: ignore[missing-attribute] no field is known
     return [(field.field_number, field.data) for field in unknown_fields.UnknownFieldSet(message)]

@@ -1,6 +1,6 @@
-"""Heads on the towers: CLIP's linear projection, nCLIP's cluster head, the classifier of fine-tuning.
+"""Heads on the towers: CLIP's linear projection, nCLIP's cluster head, and the classifier for fine-tuning.
 
-`TwoTowers` takes its heads as a mapping {name: Head or Scalar}, which the terms of an objective make.
+`TwoTowers` takes its heads as a mapping {name: Head or Scalar}, made by the terms of an objective.
 """
 
 import dataclasses
@@ -19,28 +19,28 @@ Array = jax.Array
 
 
 def l2_normalize(x: Array) -> Array:
-    """Rows of unit length, in fp32; an all-zero row stays zero. (..., e) -> (..., e)."""
+    """Normalise rows to unit length in fp32, (..., e) -> (..., e); an all-zero row stays zero."""
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))
 
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """A module on the features (b, d) of one tower. Its name in the model is the name of its parameters."""
+    """A module on the features (b, d) of one tower; its parameters have its name in the model."""
 
     module: nn.Module  # not bound to a parent
     reads: str  # the tower, "img" or "txt"
     writes: str  # key of its output in the result of `TwoTowers.project`
-    takes: tuple[str, ...] = ()  # keyword arguments of `TwoTowers.project` that it takes, "train" and "logits"
-    flops: float = 0.0  # FLOPs of one sample's forward pass; a multiplication and an addition count as two
+    takes: tuple[str, ...] = ()  # its keyword arguments from `TwoTowers.project`, "train" and "logits"
+    flops: float = 0.0  # FLOPs of one example's forward pass; a multiplication and an addition count as two
 
 
 @dataclasses.dataclass(frozen=True)
 class Scalar:
-    """A learned number, such as the logit scale. Its name in the model is the name of the parameter."""
+    """A learned number, such as the logit scale; the parameter has its name in the model."""
 
     writes: str  # key of the value in the result of `TwoTowers.project`
-    initial: float  # value of the parameter at the start
+    initial: float  # initial value of the parameter
     transform: Callable[[Array], Array] | None = None  # parameter -> value
 
 
@@ -48,9 +48,9 @@ Heads = Mapping[str, Head | Scalar]
 
 
 class Projection(nn.Module):
-    """CLIP's linear projection, then L2 normalisation. h (b, d) -> z (b, e) in fp32. CLIP has no `bias`.
+    """CLIP's linear projection and L2 normalisation, h (b, d) -> z (b, e) in fp32; CLIP uses no `bias`.
 
-    With 0 features there is no projection (SigLIP's images). Without `normalize` z keeps its length.
+    With 0 features the projection is left out (SigLIP's images). Without `normalize` z keeps its length.
     """
 
     features: int
@@ -68,9 +68,9 @@ class Projection(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Features (b, d) -> fp32 logits of `classes`, linear. It starts near zero, so that fine-tuning fits it first.
+    """Linear classifier, features (b, d) -> fp32 logits (b, classes), near zero at first so that it is fitted first.
 
-    It computes in fp32 whatever the towers' dtype: bf16 would round a label that is a number to 8 bits.
+    It computes in fp32 whatever the towers' dtype: bf16 would round numeric labels to 8 bits.
     """
 
     classes: int
@@ -85,7 +85,7 @@ class Classifier(nn.Module):
 class ClusterHeadConfig:
     """Config group `model.cluster_head`; see `ClusterHead`."""
 
-    clusters: int = key(32768, "k, clusters that a modality is distributed over", at_least(1))
+    clusters: int = key(32768, "k, number of clusters", at_least(1))
     hidden: int = key(4096, "hidden width of the MLP", at_least(1))
     layers: int = key(1, "hidden layers; 0 for a linear head", at_least(0))
     last_norm: bool = key(False, "BatchNorm of the logits, without scale and bias")
@@ -96,7 +96,7 @@ class ClusterHead(nn.Module):
 
     Linear, BatchNorm and GELU, `layers` times, then a linear map to `clusters` logits. Under `jax.jit` the batch of
     BatchNorm is the global batch, whatever the mesh. With `logits` false the loss applies the last map, see
-    `FactoredLogits`. Fields are described in `ClusterHeadConfig`.
+    `FactoredLogits`. For the fields see `ClusterHeadConfig`.
     """
 
     clusters: int = 32768
@@ -124,7 +124,7 @@ class ClusterHead(nn.Module):
         for i in range(self.layers):
             # BatchNorm subtracts the mean, so a bias before it would do nothing. The hidden width is not split over the
             # mesh's model axis: two ("fsdp", "model") kernels in a row with statistics over the batch after them get
-            # wrong gradients from XLA (jaxlib 0.10.2) where data, fsdp and model are all above 1.
+            # wrong gradients from XLA (jaxlib 0.10.2) if data, fsdp and model are all above 1.
             std = x.shape[-1] ** -0.5
             x = dense(self.hidden, ("embed", None), std=std, dtype=self.dtype, use_bias=False, name=f"hidden_{i}")(x)
             x = ACTIVATIONS["gelu"](batch_norm(f"norm_{i}")(x)).astype(self.dtype)
@@ -137,7 +137,7 @@ class ClusterHead(nn.Module):
 
 
 class _Clusters(nn.Module):
-    """Kernel (d, clusters) and bias of a linear map, which is not applied."""
+    """Kernel (d, clusters) and bias of a linear map, without applying it."""
 
     clusters: int
 

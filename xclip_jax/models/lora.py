@@ -1,4 +1,4 @@
-"""Low-rank adapters: a kernel of given weights changes by the product of two thin matrices (LoRA, arXiv 2106.09685)."""
+"""Low-rank adapters: fine-tuning adds the product of two thin matrices to a fixed kernel (LoRA, arXiv 2106.09685)."""
 
 import dataclasses
 import math
@@ -12,7 +12,7 @@ from xclip_jax.core.errors import UserError
 from xclip_jax.core.fields import Check, at_least, key
 from xclip_jax.models.tower import Params
 
-ADAPTERS = "lora"  # their name among a model's parameters
+ADAPTERS = "lora"  # name of the adapters among a model's parameters
 KERNELS = ("qkv", "out", "up", "down")
 
 
@@ -20,12 +20,12 @@ KERNELS = ("qkv", "out", "up", "down")
 class LoraConfig:
     """Config group `finetune.lora`.
 
-    LoRA's alpha is left out: with AdamW it is a factor of the learning rate.
+    LoRA's alpha is omitted, since with AdamW it is a factor of the learning rate.
     """
 
-    rank: int = key(0, "rank of the adapters in the towers, whose given weights then stay; 0 for none", at_least(0))
+    rank: int = key(0, "rank of the adapters in the towers, whose initial weights stay fixed; 0 for none", at_least(0))
     kernels: Sequence[str] = key(
-        KERNELS, "kernels of blocks that have adapters", Check(f"names among {KERNELS}", lambda x: set(x) <= {*KERNELS})
+        KERNELS, "kernels of blocks with adapters", Check(f"names among {KERNELS}", lambda x: set(x) <= {*KERNELS})
     )
 
     def conflicts(self) -> Iterator[str]:
@@ -34,7 +34,7 @@ class LoraConfig:
             yield f"rank is {self.rank}, and kernels is empty; name kernels among {', '.join(KERNELS)}, or set it to 0"
 
     def too_large(self, sizes: Mapping[str, tuple[int, int]]) -> Iterator[str]:
-        """Yield a fault if the smallest of kernels is smaller than the rank; `sizes` are their inputs and outputs."""
+        """Yield a fault if the rank exceeds the smallest kernel; `sizes` are the inputs and outputs of kernels."""
         for name, size in sorted(sizes.items(), key=lambda item: min(item[1]))[:1]:
             if self.rank > min(size):
                 yield (
@@ -44,20 +44,20 @@ class LoraConfig:
 
 
 def initial(params: Params, config: LoraConfig, random_key: jax.Array) -> Params:
-    """Return adapters that change nothing yet: the input factor is random, the output factor zero.
+    """Return initial adapters, which change nothing: the input factor is random, the output factor zero.
 
-    Queries, keys and values of a block share the input factor; stacked blocks have factors of their own.
+    Queries, keys and values of a block share the input factor; each of stacked blocks has separate factors.
 
     Args:
-      params: the model's, by tower and head.
+      params: parameters of the model, by tower and head.
       config: rank and kernels.
-      random_key: a key.
+      random_key: key of the random factors.
 
     Raises:
       UserError: a tower would have no adapters, or a kernel is smaller than the rank.
 
     Returns:
-      At the path of each kernel, a matrix (i, o): {"inputs": (..., i, rank), "outputs": (..., rank, o)}.
+      For each kernel, a matrix (i, o), at its path: {"inputs": (..., i, rank), "outputs": (..., rank, o)}.
     """
     adapters: dict[tuple[str, ...], jax.Array] = {}
     for path, kernel in flatten_dict(params).items():
@@ -66,13 +66,15 @@ def initial(params: Params, config: LoraConfig, random_key: jax.Array) -> Params
         first = int("blocks" in path)
         split = first + 1 if path[-2] == "qkv" else kernel.ndim - 1  # axes before it are inputs
         stacked = kernel.shape[:first]
-        rows, columns = math.prod(kernel.shape[first:split]), math.prod(kernel.shape[split:])
+        rows = math.prod(kernel.shape[first:split])
+        columns = math.prod(kernel.shape[split:])
         for fault in config.too_large({"/".join(path[:-1]): (rows, columns)}):
             raise UserError(f"{fault}.")
-        random_key, own = jax.random.split(random_key)
-        inputs = jax.random.normal(own, (*stacked, rows, config.rank)) * rows**-0.5
+        random_key, factor_key = jax.random.split(random_key)
+        inputs = jax.random.normal(factor_key, (*stacked, rows, config.rank)) * rows**-0.5
         adapters |= {(*path, "inputs"): inputs, (*path, "outputs"): jnp.zeros((*stacked, config.rank, columns))}
-    if bare := sorted({"img", "txt"} & params.keys() - {path[0] for path in adapters}):
+    bare = sorted({"img", "txt"} & params.keys() - {path[0] for path in adapters})
+    if bare:
         raise UserError(
             f"finetune.lora.rank is {config.rank}, and the tower {bare[0]!r} has none of the kernels "
             f"{', '.join(config.kernels) or '(none named)'} in a transformer, so nothing in it would be trained; set "
@@ -82,9 +84,9 @@ def initial(params: Params, config: LoraConfig, random_key: jax.Array) -> Params
 
 
 def merged(params: Params) -> Params:
-    """Return the parameters with their adapters added to the kernels, which themselves have no gradient.
+    """Return the parameters with their adapters added to the kernels, which get no gradient themselves.
 
-    Shapes in place of arrays, and parameters without adapters, are returned as they are, less the adapters.
+    Shapes instead of arrays, and parameters without adapters, are returned unchanged, but without the adapters.
     """
     adapters = params.get(ADAPTERS)
     params = {name: x for name, x in params.items() if name != ADAPTERS}
@@ -92,7 +94,7 @@ def merged(params: Params) -> Params:
         return params
     kernels = flatten_dict({name: jax.lax.stop_gradient(params[name]) for name in adapters})
     factors = flatten_dict(adapters)
-    for path in dict.fromkeys(path[:-1] for path in factors):  # a set of strings has another order in each process
+    for path in dict.fromkeys(path[:-1] for path in factors):  # a set's order would differ between processes
         inputs, outputs = (factors[*path, name] for name in ("inputs", "outputs"))
         change = jnp.matmul(inputs, outputs, precision=jax.lax.Precision.HIGHEST)
         kernels[path] = kernels[path] + change.reshape(kernels[path].shape)

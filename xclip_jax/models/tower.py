@@ -1,7 +1,7 @@
 """Base classes of towers: a frozen dataclass of config keys that makes the module and describes it.
 
-A config names one of another package: `model.plugins = {"img": {"type": "my_lab.towers:ConvNet", "width": 512}}`.
-docs/extend.md has an example.
+A config can name a tower of another package, see docs/extend.md:
+`model.plugins = {"img": {"type": "my_lab.towers:ConvNet", "width": 512}}`.
 """
 
 import abc
@@ -22,27 +22,27 @@ Params = Mapping[str, Any]
 class Tower(abc.ABC):
     """Base of image and text towers; subclasses are frozen dataclasses of config keys.
 
-    The module has no state but its parameters: all randomness of a training pass is an input from `sample_noise`, and
-    statistics over the batch, such as BatchNorm's, are not defined for a part of the batch.
+    The module has no state except its parameters: all random numbers of a training pass are inputs from `sample_noise`,
+    and statistics over the batch, such as BatchNorm's, are undefined for a part of the batch.
     """
 
-    # Keys that change the meaning of weights and not their shapes; a run that starts from weights warns if they differ.
+    # Keys that change the meaning of weights but not their shapes; a run that starts from weights warns if they differ.
     meaning_keys: ClassVar[tuple[str, ...]] = ()
 
     @property
     @abc.abstractmethod
     def width(self) -> int:
-        """Features of an item, d; usually a key."""
+        """Number of features, d; usually a config key."""
 
     def flops(self, train: bool) -> float | None:
-        """FLOPs of one item's forward pass, in training or not; a multiplication and an addition count as two.
+        """Return the FLOPs of one item's forward pass; a multiplication and an addition count as two.
 
-        None if they are not counted: runs then have no MFU, and `xclip-jax plan --mfu` estimates no time.
+        None if they are unknown: runs then have no MFU, and `xclip-jax plan --mfu` estimates no time.
         """
         return None
 
     def sample_noise(self, random_key: Array, b: int) -> dict[str, Array]:
-        """Random inputs of a training pass on `b` items, keyword arguments of the module: arrays with a row per item.
+        """Return the random inputs of a training pass: keyword arguments of the module, one row for each of `b` items.
 
         Fold a number from 8 to 15 into `random_key`, the key of the step.
         """
@@ -50,16 +50,16 @@ class Tower(abc.ABC):
 
     @property
     def kernel_sizes(self) -> Mapping[str, tuple[int, int]]:
-        """Inputs and outputs of a block's kernels that adapters may change, by name, if the config says them."""
+        """Inputs and outputs, by name, of a block's kernels that may have adapters, if the config determines them."""
         return {}
 
     @property
     def num_layers(self) -> int:
-        """Number of layers that layer decay distinguishes; 1 for none."""
+        """Number of layers for layer decay; 1 for a tower without layers."""
         return 1
 
     def layer_of(self, path: tuple[str, ...]) -> int | np.ndarray:
-        """Layer of the parameter at `path` inside the tower, from 0 for the input; an array for stacked layers."""
+        """Return the layer of the parameter at `path` in the tower, 0 for the input; an array for stacked layers."""
         return self.num_layers - 1
 
     def unrolled(self) -> Self:
@@ -67,9 +67,9 @@ class Tower(abc.ABC):
         return self
 
     def convert(self, params: Params) -> tuple[Params, list[str]]:
-        """Convert parameters of another tower of this type to this tower's layout, and say in sentences what changed.
+        """Convert parameters of another tower of this type to this tower's layout, and return sentences on changes.
 
-        A `UserError` on parameters that cannot be converted begins with the path of one inside the tower.
+        A `UserError` about parameters that cannot be converted begins with the path of one inside the tower.
         """
         return params, []
 
@@ -84,15 +84,15 @@ class ImageTower(Tower):
     @property
     @abc.abstractmethod
     def image_size(self) -> int:
-        """Side of the square image, pixels; usually a key."""
+        """Side of the square image in pixels; usually a config key."""
 
     @abc.abstractmethod
     def module(self, dtype: DTypeLike) -> nn.Module:
-        """Make a module of normalised pixels (b, h, w, 3), and `sample_noise`, to features (b, width)."""
+        """Make a module from normalised pixels (b, h, w, 3), and `sample_noise`, to features (b, width)."""
 
     @property
     def grid(self) -> int:
-        """Patches along each side of `patch_features`; 0 if the tower has none."""
+        """Patches along each side of `patch_features`; 0 for a tower without patches."""
         return 0
 
     def patch_features(self, params: Params, image: Array, dtype: DTypeLike) -> Array:
@@ -101,7 +101,7 @@ class ImageTower(Tower):
 
     @property
     def attention(self) -> str:
-        """Description of the maps of `attention_maps`; "" if the tower has none."""
+        """Description of the maps of `attention_maps`; "" for a tower without maps."""
         return ""
 
     def attention_maps(self, params: Params, image: Array, dtype: DTypeLike) -> Array:
@@ -115,20 +115,20 @@ class TextTower(Tower):
     @property
     @abc.abstractmethod
     def context_length(self) -> int:
-        """Tokens of a text, with its start and end; usually a key."""
+        """Number of tokens of a text, with its start and end; usually a config key."""
 
     @abc.abstractmethod
     def module(self, vocab: int, eot_id: int, dtype: DTypeLike) -> nn.Module:
-        """Make a module of int32 tokens (b, n), and `sample_noise`, to features (b, width).
+        """Make a module from int32 tokens (b, n), and `sample_noise`, to features (b, width).
 
         The tokenizer has `vocab` tokens, and `eot_id` ends each text.
         """
 
     @property
     def cuttable(self) -> bool:
-        """Whether padding after the end of a text does not reach its feature and may be cut off."""
+        """Whether padding after the end of a text does not influence its features and may be cut off."""
         return False
 
     def cut_flops(self, tokens: int) -> float | None:
-        """FLOPs of the forward pass of a text cut to `tokens`, if `cuttable`; None as in `flops`."""
+        """Return the FLOPs of the forward pass of a text cut to `tokens`, if `cuttable`; None if unknown."""
         return None

@@ -19,12 +19,12 @@ from xclip_jax.models.vit import ImageTowerConfig
 from xclip_jax.parallel.sharding import constrain
 
 Array = jax.Array
-Variables = Mapping[str, Any]  # arrays by collection ("params", "batch_stats"), as `TwoTowers.apply` takes them
+Variables = Mapping[str, Any]  # arrays by collection ("params", "batch_stats"), the input of `TwoTowers.apply`
 
 TOWERS = ("img", "txt")
 
-# Sizes of open_clip's models of the same name: (width, depth, heads) of both towers, and the embedding. "Ti" is for the
-# demo on two CPU cores.
+# Sizes of open_clip's models with the same name: (width, depth, heads) of both towers, and the embedding. "Ti" is for
+# the demo on two CPU cores.
 _SIZES = {
     "Ti": ((192, 4, 3), (128, 1, 2), 128),
     "S": ((384, 12, 6), (384, 12, 6), 384),
@@ -35,7 +35,7 @@ PRESETS = ("Ti/12", "S/16", "B/32", "B/16", "L/16", "L/14")
 
 
 def preset(name: str) -> dict[str, Any]:
-    """{"img", "txt", "embed"} sizes of the preset `name`; `UserError` lists the valid names."""
+    """Return the sizes {"img", "txt", "embed"} of the preset `name`; `UserError` lists the valid names."""
     check_choice("preset", name, PRESETS)
     size, patch = name.split("/")
     img, txt, embed = _SIZES[size]
@@ -47,7 +47,7 @@ def preset(name: str) -> dict[str, Any]:
 class ModelConfig:
     """Config group `model`: both towers, their heads and the computation's dtype.
 
-    A tower of another type than `img` and `txt` has its options in `plugins`, which then replace the group:
+    The options of a tower of another type are in `plugins` and replace the group `img` or `txt`:
 
         config.model.plugins = {"img": {"type": "my_lab.towers:ConvNet", "width": 512}}
     """
@@ -76,7 +76,8 @@ class ModelConfig:
         """Return the options of the tower "img" or "txt"; `UserError` for a wrong type or option of a plug-in."""
         if name not in self.plugins:
             return self.img if name == "img" else self.txt
-        path, values = f"model.plugins.{name}", self.plugins[name]
+        path = f"model.plugins.{name}"
+        values = self.plugins[name]
         if name == "img":
             return read_plugin(values, path, {"vit": ImageTowerConfig}, ImageTower, "image tower")
         return read_plugin(values, path, {"transformer": TextTowerConfig}, TextTower, "text tower")
@@ -90,29 +91,30 @@ class ModelConfig:
                 text = str(error).rstrip(".")
                 yield text.removeprefix("model.") if text.startswith("model.") else f"plugins.{name}: {text}"
                 return
-        if not self.project_img and self.embed != (width := self.tower("img").width):
-            yield f"embed {self.embed} must be the image tower's width {width} where project_img is false"
+        width = self.tower("img").width
+        if not self.project_img and self.embed != width:
+            yield f"embed {self.embed} must be the image tower's width {width} if project_img is false"
 
     @property
     def widths(self) -> dict[str, int]:
-        """{"img", "txt"} features of the towers."""
+        """Numbers of features of the towers, {"img", "txt"}."""
         return {name: self.tower(name).width for name in TOWERS}
 
 
 class TwoTowers(nn.Module):
-    """Image and text towers with their heads, which the objective chooses, or one of the towers."""
+    """Image and text towers, or one of them, with the heads of the objective."""
 
     img: ImageTower
     txt: TextTower
     vocab: int  # tokens of the tokenizer
-    eot_id: int  # its end-of-text token
+    eot_id: int  # end-of-text token of the tokenizer
     heads: Heads = dataclasses.field(default_factory=dict)
-    towers: tuple[str, ...] = TOWERS  # towers that the model has
+    towers: tuple[str, ...] = TOWERS  # towers of the model
     dtype: DTypeLike = jnp.float32  # parameters, norms, softmax and logits stay fp32
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """Keys of the result of `project` for features of both modalities."""
+        """Keys in the result of `project` for features of both modalities."""
         return tuple(head.writes for head in self.heads.values())
 
     def setup(self) -> None:
@@ -126,11 +128,11 @@ class TwoTowers(nn.Module):
         }
 
     def encode_image(self, image: Array, **noise: Array) -> Array:
-        """Normalised pixels (b, h, w, 3) -> h_img (b, d); `noise` see `Tower.sample_noise`."""
+        """Encode normalised pixels (b, h, w, 3) as h_img (b, d); for `noise` see `Tower.sample_noise`."""
         return constrain(self.tower_img(image, **noise), "batch", None)
 
     def encode_text(self, text: Array, **noise: Array) -> Array:
-        """int32 tokens (b, n) -> h_txt (b, d); `noise` see `Tower.sample_noise`."""
+        """Encode int32 tokens (b, n) as h_txt (b, d); for `noise` see `Tower.sample_noise`."""
         return constrain(self.tower_txt(text, **noise), "batch", None)
 
     def project(
@@ -138,11 +140,12 @@ class TwoTowers(nn.Module):
     ) -> dict[str, Any]:
         """Apply the heads to features of one or both modalities, for losses and evaluators; all outputs are fp32.
 
-        Contrastive heads give z_img, z_txt (b, e), L2-normalised, `scale` and `bias`; cluster heads s_img, s_txt
+        Contrastive heads return L2-normalised z_img, z_txt (b, e), `scale` and `bias`; cluster heads s_img, s_txt
         (b, k), or their `FactoredLogits` if `logits` is false; a classifier logits (b, classes). With `train` BatchNorm
-        uses the batch's statistics and updates the running ones (collection "batch_stats", to be made mutable).
+        uses the batch's statistics and updates the running ones (collection "batch_stats", which must be mutable).
         """
-        features, options = {"img": h_img, "txt": h_txt}, {"train": train, "logits": logits}
+        features = {"img": h_img, "txt": h_txt}
+        options = {"train": train, "logits": logits}
         out = {}
         for name, head in self.heads.items():
             if isinstance(head, Scalar):
@@ -152,7 +155,7 @@ class TwoTowers(nn.Module):
         return out
 
     def __call__(self, image: Array, text: Array, *, train: bool = False) -> dict[str, Any]:
-        """`project(encode_image(image), encode_text(text))`, with h_img and h_txt among the results."""
+        """Return `project(encode_image(image), encode_text(text))`, with h_img and h_txt among the results."""
         h_img = self.encode_image(image) if "img" in self.towers else None
         h_txt = self.encode_text(text) if "txt" in self.towers else None
         return {"h_img": h_img, "h_txt": h_txt} | self.project(h_img, h_txt, train=train)

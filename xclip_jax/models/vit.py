@@ -28,14 +28,15 @@ _ATTENTION_MEANINGS = {
 
 
 def stem_stages(stem: str, patch: int, width: int) -> list[tuple[int, int]]:
-    """Return (side, features) of each linear map that turns `patch` x `patch` pixels into a token, in order.
+    """Return (side, features) of each linear map from `patch` x `patch` pixels to a token, in order.
 
     A map joins side x side neighbours, pixels at first, to one vector. "linear" is one map; "hmlp" begins with 4 x 4
     pixels and continues with the prime factors of the remaining side.
     """
     sides = [patch]
     if stem == "hmlp":
-        sides, remaining = [4], patch // 4
+        sides = [4]
+        remaining = patch // 4
         while remaining > 1:
             sides.append(next(f for f in range(2, remaining + 1) if remaining % f == 0))
             remaining //= sides[-1]
@@ -43,7 +44,7 @@ def stem_stages(stem: str, patch: int, width: int) -> list[tuple[int, int]]:
 
 
 def _join(x: Array, side: int) -> Array:
-    """Join the vectors of side x side neighbours. (b, h, w, c) -> (b, h / side, w / side, side * side * c)."""
+    """Join the vectors of side x side neighbours, (b, h, w, c) -> (b, h / side, w / side, side * side * c)."""
     return einops.rearrange(x, "b (h p) (w q) c -> b h w (p q c)", p=side, q=side)
 
 
@@ -79,8 +80,10 @@ class AttentionPool(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        (b, _, d), heads = x.shape, self.config.heads
-        std, kv = d**-0.5, d // heads
+        b, _, d = x.shape
+        heads = self.config.heads
+        std = d**-0.5
+        kv = d // heads
         probe = self.param("probe", named(nn.initializers.normal(std), None, None, "table"), (1, 1, d))
         probe = jnp.broadcast_to(probe, (b, 1, d)).astype(self.dtype)
         query = dense((heads, kv), ("embed", "heads", "kv"), std=std, dtype=self.dtype, name="query")(probe)
@@ -107,12 +110,14 @@ class ImageTowerConfig(TransformerConfig, ImageTower):
     pool: str = key("cls", "class token, mean over patches, or attention pooling", choice(POOLS))
     pre_norm: bool = key(True, "LayerNorm before the first block")
     patch_bias: bool = key(False, "bias of the linear map from patches to tokens")
-    patch_dropout: float = key(0.0, "share of patches left out of a training pass", fraction_below_one(), card="model")
+    patch_dropout: float = key(
+        0.0, "fraction of patches left out of a training pass", fraction_below_one(), card="model"
+    )
     drop_path: float = key(0.0, "probability that training leaves out a branch of the last block", fraction_below_one())
 
     def conflicts(self) -> Iterator[str]:
         """Yield values that contradict each other."""
-        # Published SigLIPs have 384 pixels in patches of 14 and ignore the border; elsewhere it is likely a mistake.
+        # Published SigLIPs have 384 pixels in patches of 14 and ignore the border; otherwise it is likely a mistake.
         if self.image_size % self.patch and (self.pool != "map" or not self.grid):
             sides = [side for side in (self.grid * self.patch, (self.grid + 1) * self.patch) if side]
             nearest = f"set it to {' or '.join(map(str, sides))}"
@@ -132,13 +137,15 @@ class ImageTowerConfig(TransformerConfig, ImageTower):
         return VisionTransformer(self, dtype)
 
     def kept(self, patches: int) -> int:
-        """Number of `patches` that a training pass keeps."""
+        """Return how many of `patches` a training pass keeps."""
         return max(1, round(patches * (1 - self.patch_dropout)))
 
     def flops(self, train: bool) -> float:
-        """FLOPs of stem, blocks and pooling; in training without the patches that are dropped."""
+        """Return the FLOPs of stem, blocks and pooling; in training without the dropped patches."""
         kept = self.kept(self.grid**2) if train else self.grid**2
-        embedding, side, channels = 0, self.grid * self.patch, 3
+        embedding = 0
+        side = self.grid * self.patch
+        channels = 3
         for joined, features in stem_stages(self.stem, self.patch, self.width):
             side //= joined
             embedding += 2 * side**2 * joined**2 * channels * features
@@ -258,15 +265,16 @@ class VisionTransformer(nn.Module):
 
 
 def _attention_weights(query: Array, key: Array) -> Array:
-    """Softmax of scaled products, mean over heads: (b, heads, n, kv), (b, heads, m, kv) -> fp32 (b, n, m)."""
-    query, key = query.astype(jnp.float32) * query.shape[-1] ** -0.5, key.astype(jnp.float32)
+    """Return softmax of scaled products, mean over heads: (b, heads, n, kv), (b, heads, m, kv) -> fp32 (b, n, m)."""
+    query = query.astype(jnp.float32) * query.shape[-1] ** -0.5
+    key = key.astype(jnp.float32)
     return jax.nn.softmax(jnp.einsum("bhnd,bhmd->bhnm", query, key)).mean(axis=1)
 
 
 def _attention_map(captured: Mapping[str, Any], last: int, pool: str) -> Array:
     """Return the last attention before the features, fp32 (b, patches) with rows that sum to 1.
 
-    `captured` are intermediates of a tower with unrolled blocks up to number `last`.
+    `captured` contains the intermediates of a tower with unrolled blocks up to number `last`.
     """
     if pool == "map":
         head = captured["pool_map"]

@@ -127,7 +127,8 @@ class Objective:
         state: dict[str, Array] = {}
         for name, term in self.terms.items():
             arrays = term.initial_state(model, vocab)
-            if shared := state.keys() & arrays:
+            shared = state.keys() & arrays
+            if shared:
                 raise UserError(
                     f"objective term {name!r} carries {min(shared)!r}, as a term before it does; leave one of them out."
                 )
@@ -230,7 +231,8 @@ class ObjectiveConfig:
                 f"name is {self.name!r}, whose terms are {', '.join(recipe)}, and terms has {', '.join(self.terms)}; "
                 "set both, or use a recipe's argument objective="
             )
-        if idle := self.plugins.keys() - self.terms.keys():
+        idle = self.plugins.keys() - self.terms.keys()
+        if idle:
             yield f"plugins.{min(idle)} has no weight; set objective.terms.{min(idle)}"
         terms = []
         for name in self.terms:

@@ -1,4 +1,4 @@
-"""Signals: a run saves its state and stops, so that the same command can resume it."""
+"""Signals: a run saves its state and stops, and the same command resumes it."""
 
 import contextlib
 import ctypes
@@ -18,20 +18,20 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Interrupted(BaseException):
-    """Leaves work, such as an evaluation, because the run is to stop; not an `Exception`, which is a fault."""
+    """Raised to abandon work, such as an evaluation, when the run should stop; not an `Exception`, which is a fault."""
 
 
 class PreemptionHandler:
-    """Makes the first SIGTERM or SIGINT a request to save and stop; the second one acts at once.
+    """Treats the first SIGTERM or SIGINT as a request to save and stop; the second one acts at once.
 
-    While `saves` is false nothing can be saved: the first signal leaves an evaluation, and elsewhere ends the process
-    at once with `EXIT_RESUMABLE`, since an exception could be lost in a callback and would leave XLA compiling. Several
-    processes agree on the moment through JAX's preemption service: each calls `requested` equally often, and a signal
-    to one of them stops all.
+    While `saves` is false nothing can be saved: the first signal interrupts an evaluation, and otherwise ends the
+    process at once with `EXIT_RESUMABLE`, since an exception could be lost in a callback and would leave XLA compiling.
+    Several processes agree on the moment through JAX's preemption service: each calls `requested` equally often, and a
+    signal to one of them stops all.
 
     Attributes:
       saves: whether a request leads to a checkpoint; set by the training loop.
-      noticed: whether a signal came.
+      noticed: whether a signal has arrived.
     """
 
     def __init__(self) -> None:
@@ -53,14 +53,15 @@ class PreemptionHandler:
             signal.signal(number, handler)
 
     def _handle(self, number: int, _: Any) -> None:
-        name, previous = signal.Signals(number).name, self._previous[number]
-        # Under nohup the inherited handler ignores SIGINT; the second one must end the process nevertheless. A
-        # command's handler would wait while the main thread is in C code.
+        name = signal.Signals(number).name
+        previous = self._previous[number]
+        # Under nohup the inherited handler ignores SIGINT, but the second one must end the process. A command's handler
+        # would wait while the main thread is in C code.
         signal.signal(number, signal.SIG_DFL if previous in (signal.SIG_IGN, errors.interrupted) else previous)
         self.noticed = True
         alone = jax.process_count() == 1
         stopping = "saving, then stopping; send it again to stop at once"
-        with contextlib.suppress(RuntimeError, OSError):  # it came while a line was printed, or nobody reads them
+        with contextlib.suppress(RuntimeError, OSError):  # the signal interrupted a print, or the output is closed
             log0(f"{name}: {stopping if self.saves else 'stopping; run the same command to resume'}")
         if self._service is not None:
             self._service(signal.SIGTERM)
@@ -71,27 +72,27 @@ class PreemptionHandler:
             errors.exit_now(EXIT_RESUMABLE)
 
     def requested(self) -> bool:
-        """Whether to stop here; the same answer on every process."""
+        """Return whether to stop here; the answer is the same on every process."""
         if jax.process_count() == 1:
             return self.noticed
-        # The service names the question at which all stop, one more than any process has asked. It counts from 1.
+        # All stop at a question chosen by the service, one after the last that any process has asked, from 1.
         self._questions += 1
         self._agreed = self._agreed or multihost_utils.reached_preemption_sync_point(self._questions)
         return self._agreed
 
     def check(self) -> None:
-        """Raises `Interrupted` if the run is to stop here; every process has to call it."""
+        """Raise `Interrupted` if the run should stop here; every process must call it."""
         if self.requested():
             raise Interrupted
 
     def check_alone(self) -> None:
-        """Raises `Interrupted` if a run of one process is to stop; one of several cannot leave the others."""
+        """Raise `Interrupted` if a run of one process should stop; one of several cannot leave the others."""
         if self.noticed and jax.process_count() == 1:
             raise Interrupted
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
-        """In a run of one process, let a signal leave this context at once, with `Interrupted`."""
+        """In a run of one process, let a signal end this context at once, with `Interrupted`."""
         self.check_alone()
         self._leaves = True
         try:
@@ -100,12 +101,13 @@ class PreemptionHandler:
             self._leaves = False
 
 
-@functools.cache  # for later runs of this process, which find only Python's
+@functools.cache  # later runs of this process would find only Python's handler
 def _handler_below_python(number: int) -> Callable[[int], None] | None:
-    """The C handler of a signal, taken out, or None: JAX's service installs one, which Python's would replace."""
+    """Remove and return a signal's C handler, or None: JAX's service installs one, which Python's would replace."""
     try:
         libc = ctypes.CDLL(None)
-        libc.signal.restype, libc.signal.argtypes = ctypes.c_void_p, (ctypes.c_int, ctypes.c_void_p)
+        libc.signal.restype = ctypes.c_void_p
+        libc.signal.argtypes = (ctypes.c_int, ctypes.c_void_p)
         address = libc.signal(number, None)
     except (OSError, AttributeError):
         return None

@@ -1,8 +1,7 @@
-"""Several processes as one run, one for each host, with the host's devices: how they join, and how all end.
+"""Runs of several processes, one per host with its devices: joining at the start, and ending all together.
 
-They exchange messages: that they run, where they wait, why they end. Each writes to the key-value store of JAX's
-coordination service, which process 0 holds. A process that is killed writes nothing, and JAX ends the others after
-`HEARTBEAT_SECONDS`.
+The processes tell each other that they run, where they wait and why they end, through the key-value store of JAX's
+coordination service in process 0. A killed process writes nothing, and JAX ends the others after `HEARTBEAT_SECONDS`.
 """
 
 import atexit
@@ -19,59 +18,62 @@ from typing import Any, NoReturn
 
 import jax
 
-# Not public in JAX: the client that processes talk through, and whether devices are initialised already.
+# Not public in JAX: the client for communication between processes, and whether devices are initialised already.
 from jax._src import distributed as jax_distributed
 from jax._src import xla_bridge
 
 from xclip_jax.core.errors import EXIT_RESTART, EXIT_RESUMABLE, UserError, describe, exit_now, public
 
-# All processes end within 30 s after one of them: JAX counts as dead what sends no heartbeat for so long.
+# All processes end within 30 s after one of them: without a heartbeat for so long JAX takes a process for dead.
 HEARTBEAT_SECONDS = 25
 _POLL_SECONDS = 1.0
-_LINGER_SECONDS = 4.0  # the others read process 0's last words from process 0
+_LINGER_SECONDS = 4.0  # time for the others to read process 0's last message, which is stored in process 0
 _FAILED_READS = 5
-# Errors of XLA's runtime, also those that it raises as ValueError.
+# Errors of XLA's runtime, some of which it raises as ValueError.
 _STATUS = re.compile(r"(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION): ")
 _NOTES, _ALIVE = "xclip_jax/notes/", "xclip_jax/alive/"
 _FACTS, _SAME = "xclip_jax/facts/", "xclip_jax/same/"
 _DONE = json.dumps({"status": "done"})
-# How long a process that has done its work waits for the others, when process 0 has done its own.
+# Time that a finished process waits for the others once process 0 has finished.
 _SHUTDOWN_SECONDS = 300
-# How long a process waits for the others to start, where JAX discovers them: slices may start one after the other.
+# Time that a process waits for the others to start if JAX discovers them: slices may start one after the other.
 _JOIN_SECONDS = 900
-# After the end of its work a process exits within this time, whatever thread hangs.
+# Time within which a finished process exits, even if a thread hangs.
 _EXIT_SECONDS = 30
 
 
 class Peers:
-    """The other processes, watched by a thread that ends this process when one of them ends by a fault.
+    """The other processes, watched by a thread that ends this process when one of them fails.
 
     Attributes:
-      index, count: of this process, and how many there are.
-      status: what this process is doing, reported to the others; set by the watchdog.
+      index: index of this process.
+      count: number of processes.
+      status: returns the current work of this process, for reports to the others; set by the watchdog.
     """
 
     def __init__(self, client: Any, index: int, count: int) -> None:
-        self.index, self.count = index, count
+        self.index = index
+        self.count = count
         self.status: Callable[[], str] = lambda: ""
-        self._client, self._rounds = client, 0
+        self._client = client
+        self._rounds = 0
         self._ending = threading.Lock()
         self._signing = threading.Lock()
         self._done = threading.Event()
         threading.Thread(target=self._watch, daemon=True, name="peers").start()
-        atexit.register(self.stop)  # before JAX's own, which waits for the others
+        atexit.register(self.stop)  # before JAX's function, which waits for the others
 
     def stop(self) -> None:
         """Stop monitoring and mark this process as finished, so that missing heartbeats are not taken for a failure."""
         self._done.set()
-        # After a sign of life that is being sent, which would otherwise overwrite this one.
+        # The lock waits for a sign of life that the thread is sending, which would otherwise overwrite this mark.
         with self._signing, contextlib.suppress(Exception):
             self._client.key_value_set(f"{_ALIVE}{self.index}", _DONE, allow_overwrite=True)
 
     def await_first(self) -> None:
         """Wait, as long as it takes, until process 0, which writes the report, has marked itself as finished.
 
-        JAX's own barrier at the end would end all processes after a while. The thread notices if process 0 dies.
+        JAX's barrier at the end would end all processes after a while. The thread notices if process 0 dies.
         """
         signs: dict[str, str] = {}
         while self.index and signs.get(f"{_ALIVE}0") != _DONE:
@@ -85,24 +87,26 @@ class Peers:
         All processes call it equally often.
 
         Raises:
-          UserError: names what differs.
+          UserError: some facts differ.
         """
         self._rounds += 1
-        own, name = json.loads(json.dumps(facts)), f"{_FACTS}{self._rounds}"
+        mine = json.loads(json.dumps(facts))
+        name = f"{_FACTS}{self._rounds}"
         if self.index == 0:
-            self._client.key_value_set(name, json.dumps(own))
+            self._client.key_value_set(name, json.dumps(mine))
             while len(self._client.key_value_dir_get(f"{_SAME}{self._rounds}/")) < self.count - 1:
-                time.sleep(0.2)  # one that differs ends this process
+                time.sleep(0.2)  # a process with other facts ends this one
             return
         first = json.loads(self._wait_for(name))
-        if different := [key for key in sorted(own | first) if own.get(key) != first.get(key)]:
-            shown = ", ".join(f"{key} ({_short(own.get(key))}, not {_short(first.get(key))})" for key in different[:5])
+        different = [key for key in sorted(mine | first) if mine.get(key) != first.get(key)]
+        if different:
+            shown = ", ".join(f"{key} ({_short(mine.get(key))}, not {_short(first.get(key))})" for key in different[:5])
             more = f" and {len(different) - 5} more" if len(different) > 5 else ""
             raise UserError(f"process {self.index} differs from process 0: {shown}{more}; {remedy}.")
         self._client.key_value_set(f"{_SAME}{self._rounds}/{self.index}", "")
 
     def _wait_for(self, name: str) -> str:
-        while True:  # in short waits, between which signals are handled; the thread watches whether process 0 lives
+        while True:  # signals are handled between these short waits; the thread notices if process 0 dies
             try:
                 return self._client.blocking_key_value_get(name, 2000)
             except Exception as error:
@@ -110,15 +114,15 @@ class Peers:
                     raise
 
     def waiting(self) -> str:
-        """Return what other processes were doing a moment ago, if it differs from this one's work."""
-        own = self.status().partition(" (")[0]
+        """Return the recent work of the other processes, if it differs from that of this process."""
+        mine = self.status().partition(" (")[0]
         others = sorted((int(k.rpartition("/")[2]), v) for k, v in self._client.key_value_dir_get(_ALIVE))
         states = [(k, json.loads(v)["status"]) for k, v in others if k != self.index]
-        return "; ".join(f"process {k}: {s}" for k, s in states if s.partition(" (")[0] not in ("", "done", own))
+        return "; ".join(f"process {k}: {s}" for k, s in states if s.partition(" (")[0] not in ("", "done", mine))
 
     def leave(self, sentence: str, status: int) -> NoReturn:
         """End this process with `status`, after notifying the other processes, which end with the same status."""
-        with self._ending:  # for good: only one thread ends the process
+        with self._ending:  # never released: only one thread ends the process
             try:
                 note = json.dumps({"sentence": sentence, "status": status})
                 self._client.key_value_set(f"{_NOTES}{self.index}", note)
@@ -127,18 +131,19 @@ class Peers:
                 exit_now(status)
 
     def fail(self, error: BaseException) -> NoReturn:
-        """End this process by `error`, or by the end of another process that caused it."""
-        # A process that is gone shows first as a collective that fails. Its last words end this one while it waits.
-        if lost := bool(_STATUS.match(str(error))):
+        """End this process because of `error`, or because of another process's end that caused it."""
+        # The first sign of a lost process is a failed collective. Its last message ends this process during the wait.
+        lost = bool(_STATUS.match(str(error)))
+        if lost:
             time.sleep(_LINGER_SECONDS)
         status = EXIT_RESTART if lost else 1
         sentence = describe(error) if isinstance(error, (UserError, SystemExit)) else public(repr(error))
         gone = " (another process may be gone; start all of them again)" if lost else ""
-        own = f"process {self.index} of {self.count}"
+        name = f"process {self.index} of {self.count}"
         with contextlib.suppress(OSError):  # a full disk or a closed pipe
             if not isinstance(error, (UserError, SystemExit)):
                 print(public("".join(traceback.format_exception(error))), end="", file=sys.stderr)
-            print(f"error: {own}: {sentence.removeprefix('error: ')}{gone}", file=sys.stderr)
+            print(f"error: {name}: {sentence.removeprefix('error: ')}{gone}", file=sys.stderr)
         self.leave(sentence.removeprefix("error: ").splitlines()[0], status)
 
     def _watch(self) -> None:
@@ -156,11 +161,12 @@ class Peers:
                 failed = 0
             except Exception as error:
                 if not _is_of_runtime(error):
-                    raise  # of another version of JAX, say: the run goes on without this watch
+                    raise  # for example from another version of JAX: the run continues without this thread
                 failed += 1
                 continue
             for name, note in notes:
-                if (process := int(name.rpartition("/")[2])) != self.index:
+                process = int(name.rpartition("/")[2])
+                if process != self.index:
                     last = json.loads(note)
                     self._end(f"process {process} of {self.count} has ended: {last['sentence']}", last["status"])
         if not self._done.is_set():
@@ -173,11 +179,11 @@ class Peers:
         try:
             print(f"error: {sentence.rstrip('.')}. {advice}", file=sys.stderr)
             self._linger()
-        finally:  # also where nothing can be printed
+        finally:  # even if printing fails
             exit_now(status)
 
     def _linger(self) -> None:
-        """In process 0: give the others time to read why all end."""
+        """In process 0, give the others time to read the reason."""
         if self.index == 0:
             time.sleep(_LINGER_SECONDS)
 
@@ -198,8 +204,10 @@ def join(distributed: bool, coordinator: str = "", processes: int = 0, process: 
     """Initialise `jax.distributed` if asked to; must be called before the first use of a device.
 
     Args:
-      distributed: let JAX discover the other processes, as it can on TPU pods, GKE, Slurm and MPI.
-      coordinator, processes, process: elsewhere "HOST:PORT" of process 0, their number, and the index of this one.
+      distributed: let JAX discover the other processes, which works on TPU pods, GKE, Slurm and MPI.
+      coordinator: "HOST:PORT" of process 0, if JAX cannot discover the processes.
+      processes: their number.
+      process: the index of this process.
     """
     given = (bool(coordinator), processes > 0, process >= 0)
     if any(given) and (not all(given) or process >= processes):
@@ -214,12 +222,12 @@ def join(distributed: bool, coordinator: str = "", processes: int = 0, process: 
             "the recipe has looked at this machine's devices before the processes joined: give the recipe small "
             "device=cpu, gpu or tpu, and call no jax.devices() in your get_config."
         )
-    given_or_found = (coordinator, processes, process) if coordinator else ()
+    addresses = (coordinator, processes, process) if coordinator else ()
     if not coordinator:
         print(f"waiting for the other processes, {_JOIN_SECONDS // 60} minutes at most ...", flush=True)
     try:
         jax.distributed.initialize(
-            *given_or_found,
+            *addresses,
             initialization_timeout=300 if coordinator else _JOIN_SECONDS,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
@@ -227,7 +235,7 @@ def join(distributed: bool, coordinator: str = "", processes: int = 0, process: 
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"this process cannot join the others ({reason}). Where JAX cannot discover them, start each with "
+            f"this process cannot join the others ({reason}). If JAX cannot discover them, start each with "
             "--coordinator=HOST:PORT --processes=N --process=I."
         ) from error
     global _peers
@@ -237,13 +245,13 @@ def join(distributed: bool, coordinator: str = "", processes: int = 0, process: 
 
 
 def peers() -> Peers | None:
-    """Return the other processes, or None in a run of one process, or before `join`."""
+    """Return the other processes; None in a run of one process, or before `join`."""
     return _peers
 
 
 @contextlib.contextmanager
 def ends_all() -> Iterator[None]:
-    """End all processes, with the reason, if this context fails in one of them."""
+    """If this context fails in one process, end all of them and report the reason."""
     try:
         yield
     except SystemExit as stop:
@@ -260,7 +268,7 @@ def ends_all() -> Iterator[None]:
 def exits() -> Iterator[None]:
     """Run a whole command in `ends_all`; afterwards the process exits in time, even if a thread hangs.
 
-    A single process that was stopped exits at once: XLA may still compile for an evaluation that it has left.
+    A stopped single process exits at once, since XLA may still compile for an abandoned evaluation.
     """
     status = 1
     try:
@@ -280,6 +288,6 @@ def exits() -> Iterator[None]:
 
 
 def _exit_after(seconds: float, status: int) -> None:
-    # Python waits at its exit for threads that read, for ever where a disk does not answer.
+    # At its exit Python waits for reading threads, forever if a disk does not answer.
     time.sleep(seconds)
     os._exit(status)

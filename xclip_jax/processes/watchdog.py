@@ -1,6 +1,7 @@
-"""Watchdog: a thread that names the phase in which a run hangs, and ends a process that hangs for too long.
+"""Watchdog: a thread that reports the phase in which a run hangs, and ends a process that hangs for too long.
 
-It also receives signals while the main thread is in C code, where Python's handlers wait: a compiler, a collective.
+It also receives signals while the main thread is in C code, such as a compiler or a collective, and Python's handlers
+wait.
 """
 
 import contextlib
@@ -24,20 +25,21 @@ from xclip_jax.processes.interrupt import SIGNALS, PreemptionHandler
 
 DATA, COMPILATION, STEP = "waiting for data", "the first step, which compiles", "a step"
 CHECKPOINT, RESTORE, EVALUATION = "a checkpoint", "restoring a checkpoint", "an evaluation"
-_SLOWER = 3  # a wait is long if it takes so many times the longest wait of its phase so far
+_SLOWER = 3  # a wait is long if it exceeds the phase's longest wait so far by this factor
 _POLL_SECONDS = 0.5
-_MOMENT = 2.0  # within which Python's handler runs, unless the main thread is in C code
+_MOMENT = 2.0  # seconds within which Python's handler runs, unless the main thread is in C code
 
 
 class Watchdog:
-    """Watches a run, in a context; outside of phases it does nothing.
+    """Context manager that watches a run; outside of phases it does nothing.
 
-    A process that hangs writes the stacks of its threads to standard error and to the run's folder, and exits with
-    `EXIT_RESTART`.
+    If the process hangs, the watchdog writes the stacks of all threads to standard error and to the run's folder, and
+    exits with `EXIT_RESTART`.
 
     Attributes:
-      phase: the one that was entered last.
-      step, saved: the last step that was begun, and the step of the last checkpoint, 0 for none.
+      phase: the phase entered last.
+      step: the step begun last.
+      saved: the step of the last checkpoint, 0 for none.
     """
 
     def __init__(
@@ -50,11 +52,27 @@ class Watchdog:
         warning: float,
         limit: float,
     ) -> None:
-        """Make a watchdog that names a phase, and ends the process, after seconds without progress; 0 for never."""
-        self._folder, self._preemption, self._warning, self._limit = folder, preemption, warning, limit
-        self._clock, self._last = clock, clock()
-        self.phase, self._detail, self._since, self._warned_of = "", "", clock(), 0.0
-        self._asked_at, self._asked = 0.0, 0
+        """Make a watchdog.
+
+        Args:
+          folder: the run's folder.
+          preemption: handler of the run's signals.
+          clock: returns seconds.
+          warning: seconds without progress after which it warns; 0 for never.
+          limit: seconds without progress after which it ends the process; 0 for never.
+        """
+        self._folder = folder
+        self._preemption = preemption
+        self._warning = warning
+        self._limit = limit
+        self._clock = clock
+        self._last = clock()
+        self.phase = ""
+        self._detail = ""
+        self._since = clock()
+        self._warned_of = 0.0
+        self._asked_at = 0.0
+        self._asked = 0
         self.step = self.saved = 0
         self._longest = {STEP: 0.0, EVALUATION: 0.0}  # seconds without progress
         self._stop = threading.Event()
@@ -65,14 +83,16 @@ class Watchdog:
         for end in (self._read_end, self._write_end):
             end.setblocking(False)
         self._previous = signal.set_wakeup_fd(self._write_end.fileno(), warn_on_full_buffer=False)
-        if (peers := runtime.peers()) is not None:
+        peers = runtime.peers()
+        if peers is not None:
             peers.status = self.status
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         signal.set_wakeup_fd(self._previous)
-        if (peers := runtime.peers()) is not None:
+        peers = runtime.peers()
+        if peers is not None:
             peers.status = lambda: ""
         self._stop.set()
         self._thread.join()
@@ -80,9 +100,10 @@ class Watchdog:
         self._write_end.close()
 
     def enter(self, phase: str, detail: str = "") -> None:
-        """Begin a phase, which is progress; "" for one that may take as long as it likes."""
+        """Begin a phase, which counts as progress; "" begins one without a time limit."""
         self.beat()
-        self.phase, self._detail = phase, detail
+        self.phase = phase
+        self._detail = detail
 
     @contextlib.contextmanager
     def compiling(self) -> Iterator[None]:
@@ -101,16 +122,16 @@ class Watchdog:
         self._since = now
 
     def end_step(self) -> None:
-        """Mark the end of a step on the devices; it is progress for who waits for a step."""
+        """Mark the end of a step on the devices; during the phase `STEP` it counts as progress."""
         if self.phase == STEP:
             self.beat()
 
     def status(self) -> str:
-        """Return the phase of this process and its duration: "a step (3 s)"."""
+        """Return the phase of this process and its duration, such as "a step (3 s)"."""
         return f"{self.phase}{self._detail} ({self._clock() - self._since:.0f} s)" if self.phase else ""
 
     def check(self) -> None:
-        """Warn of a long phase, or end the process; called by the watchdog's thread every moment."""
+        """Warn about a long phase, or end the process; the watchdog's thread calls this every half second."""
         now = self._clock()
         if now - self._last > 10 * _POLL_SECONDS:  # the whole process was suspended
             self._since += now - self._last
@@ -144,13 +165,14 @@ class Watchdog:
             self._end(f"stopping in the compilation: {self._loss()}", EXIT_RESUMABLE, stacks=False)
 
     def _loss(self) -> str:
-        """Which steps are lost with this process."""
+        """Describe the steps lost with this process."""
         if not self.saved:
             return f"there is no checkpoint yet, and {self.step} steps are lost"
         return f"{self.step - self.saved} steps since the last checkpoint are lost"
 
     def _check_progress(self, now: float) -> None:
-        phase, since = self.phase, self._since
+        phase = self.phase
+        since = self._since
         if self._limit and now - since > self._limit:
             self._end(f"no progress: {self.status()}{self._others()}", EXIT_RESTART)
         warns = self._warning and phase != COMPILATION and self._warned_of != since
@@ -161,10 +183,12 @@ class Watchdog:
                 print(f"WARNING: {self._who()}no progress: {self.status()}{self._others()}{limit}", flush=True)
 
     def _others(self) -> str:
-        if (peers := runtime.peers()) is None:
+        peers = runtime.peers()
+        if peers is None:
             return ""
         with contextlib.suppress(Exception):  # process 0 may be gone
-            return f"; {others}" if (others := peers.waiting()) else ""
+            others = peers.waiting()
+            return f"; {others}" if others else ""
         return ""
 
     def _who(self) -> str:
@@ -174,20 +198,21 @@ class Watchdog:
         try:
             where = self._dump_stacks() if stacks else ""
             print(f"error: {self._who()}{sentence}{where}; run the same command to resume", file=sys.stderr, flush=True)
-        finally:  # also where nothing can be written
-            if (peers := runtime.peers()) is not None:
+        finally:  # even if writing fails
+            peers = runtime.peers()
+            if peers is not None:
                 peers.leave(sentence, status)
             exit_now(status)
 
     def _dump_stacks(self) -> str:
-        """Write the stacks of all threads to standard error and to the run's folder, and return where they are."""
+        """Write the stacks of all threads to standard error and to the run's folder, and return a note of the path."""
         with tempfile.TemporaryFile("w+") as file:
             faulthandler.dump_traceback(file)
             file.seek(0)
             text = file.read()
         os.write(2, text.encode())
         path = self._folder.stacks_file(jax.process_index())
-        # In a thread: what hangs may be the run's own disk.
+        # In a thread, since the run's disk may be the one that hangs.
         writer = threading.Thread(target=lambda: path.write_text(text), daemon=True)
         writer.start()
         writer.join(10)
