@@ -246,16 +246,6 @@ def test_damaged_tars_give_all_that_is_whole(tmp_path, root):
     assert not captionless and len(columns["id"]) > len(good)
 
 
-def test_tars_need_no_captions(tmp_path):
-    bad_tars.shard(tmp_path / "0.tar", [("a", {"jpg": bad_tars.jpeg(0)})])
-    assert inputs.open_images(str(tmp_path)).read(0) == (bad_tars.jpeg(0), "")
-    with pytest.raises(UserError, match=r"\(no caption file\); a sample is KEY\.jpg and KEY\.txt, as"):
-        sources.open_pairs(f"tar:{tmp_path}")
-    bad_tars.shard(tmp_path / "0.tar", [("a", {"txt": b"a fox"})])
-    with pytest.raises(UserError, match=r"\(no image file\); a sample is KEY\.jpg, as"):
-        inputs.open_images(str(tmp_path))
-
-
 def test_files_in_the_home(tmp_path, monkeypatch):
     """A shell leaves the ~ in --out=~/x.npz as it is."""
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -265,31 +255,6 @@ def test_files_in_the_home(tmp_path, monkeypatch):
     monkeypatch.setattr(embed, "embed", lambda _, items, out, **__: jobs.append((items["text"].name(0), out)))
     embed.main(["--checkpoint=run", "--texts=~/c.txt", "--out=~/x.npz"])
     assert jobs == [(f"{tmp_path}/c.txt#1", f"{tmp_path}/x.npz")]
-
-
-def test_a_pipe_in_place_of_a_caption_is_none(tmp_path):
-    pictures = tiny.folder(tmp_path / "pictures", 2)
-    (pictures / "000.txt").unlink()
-    os.mkfifo(pictures / "000.txt")
-    source = inputs.open_images(str(pictures))
-    assert [source.read(i)[1] for i in range(2)] == ["", "picture 1"]
-
-
-def test_a_file_that_is_too_large_for_a_caption_is_none(tmp_path):
-    pictures = tiny.folder(tmp_path / "pictures", 1)
-    (pictures / "000.txt").write_bytes(b"x" * (inputs.MAX_BYTES["text"] + 1))
-    assert inputs.open_images(str(pictures)).read(0)[1] == ""
-
-
-def test_names_are_utf8_where_paths_are_not(tmp_path):
-    folder = tmp_path / os.fsdecode(b"caf\xe9")
-    folder.mkdir()
-    bad_tars.pairs(folder / "0.tar", 0, 1)
-    shutil.copy(folder / "0.tar", folder / "1.TAR")
-    (folder / "lines.txt").write_text("one\n")
-    named = [inputs.open_images(str(folder)), inputs.Lines(str(folder / "lines.txt"))]
-    assert list(map(len, named)) == [2, 1]
-    assert all("caf\N{REPLACEMENT CHARACTER}" in each.name(0).encode().decode() for each in named)
 
 
 def test_a_command_that_embedded_nothing_is_in_the_way_of_none(root, tmp_path):
@@ -394,31 +359,6 @@ def test_a_folder_that_cannot_be_written_to_is_named_before_the_model_is_loaded(
     )
     with pytest.raises(SystemExit, match=r"the ending of '.*x\.txt' is '\.txt'"):
         embed.main(flags(root, tmp_path / "x.txt"))
-
-
-def test_folders_that_are_linked_or_have_tars_in_them(tmp_path):
-    pictures, tars = tiny.folder(tmp_path / "elsewhere", 2), tmp_path / "tars"
-    (tmp_path / "images").mkdir()
-    (tmp_path / "images" / "linked").symlink_to(pictures)
-    assert len(inputs.open_images(str(tmp_path / "images"))) == 2
-    for i, folder in enumerate((tars / "a", tars / "b" / "c")):
-        folder.mkdir(parents=True)
-        bad_tars.pairs(folder / f"{i}.tar", 3 * i, 3)
-    assert len(inputs.open_images(str(tars))) == 6
-    shutil.copy(tars / "a" / "0.tar", tars)
-    assert len(inputs.open_images(str(tars))) == 9
-    shutil.copy(pictures / "000.png", tars / "preview.png")
-    with pytest.raises(UserError, match=r"names 3 tars among 4 files; embed them separately"):
-        inputs.open_images(str(tars))
-
-
-def test_hidden_folders_and_files_are_left_out(tmp_path):
-    pictures = tmp_path / ".kept" / "pictures"  # above the folder that is named a dot means nothing
-    for place in ("a.png", ".b.png", ".thumbnails/large/c.png", "sub/.cache/d.png", "sub/e.png"):
-        (pictures / place).parent.mkdir(parents=True, exist_ok=True)
-        (pictures / place).write_bytes(b"x")
-    source = inputs.open_images(str(pictures))
-    assert [source.name(i) for i in range(len(source))] == [str(pictures / name) for name in ("a.png", "sub/e.png")]
 
 
 def test_images_in_a_table(root, tmp_path):

@@ -6,20 +6,18 @@ import itertools
 import json
 import math
 import re
-import shutil
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from flax.traverse_util import flatten_dict
 from PIL import Image
 
 from tests.helpers import tiny
 from xclip_jax.config import load, schema
 from xclip_jax.core.errors import UserError
 from xclip_jax.data import holdout, sources, tokenizer
-from xclip_jax.train import autosize, build, cost, trainer, weights
+from xclip_jax.train import autosize, cost, trainer
 
 
 def config(count, device="cpu", **arguments):
@@ -283,96 +281,6 @@ def test_commas_in_paths_and_several_columns(tmp_path):
     assert c.data.sources == (f"csv:{tmp_path / 'x,y.tsv'}",) and c.data.text_keys == ("text", "objective")
     c = load.load_config(f"small:pairs={tmp_path / 'a, b'},tokenizer=bytes")
     assert c.data.sources == (f"folder:{tmp_path / 'a, b'}",)
-
-
-def test_sizes_of_weights_are_taken_over(discs, run):
-    c = load.load_config(f"small:pairs={discs},weights={run}")
-    saved = json.loads((run / "config.json").read_text())["config"]
-    assert c.model.img.image_size == saved["model"]["img"]["image_size"] and c.model.embed == saved["model"]["embed"]
-    assert c.objective.name == "xclip" and c.data.tokenizer == "bytes" and c.init.weights == str(run)
-    scratch = load.load_config(f"small:pairs={discs},tokenizer=bytes")
-    assert c.optim.lr < scratch.optim.lr / 10 and c.steps * c.data.batch < scratch.steps * scratch.data.batch / 4
-    assert load.load_config(f"small:pairs={discs},weights={run},objective=clip").objective.terms.to_dict() == {
-        "clip": 1.0
-    }
-    schema.resolve(c)
-
-
-def test_another_size_than_the_weights_shows_the_same_view(discs, run, tmp_path):
-    changed = shutil.copytree(run, tmp_path / "run")
-    record = json.loads((changed / "config.json").read_text())
-    size = record["config"]["model"]["img"]["image_size"]
-    record["config"]["eval"] |= {"resize_size": 2 * size, "interpolation": "bilinear"}
-    (changed / "config.json").write_text(json.dumps(record))
-    c = load.load_config(f"small:pairs={discs},weights={changed},size={2 * size}")
-    assert (c.model.img.image_size, c.eval.resize_size, c.eval.interpolation) == (2 * size, 4 * size, "bilinear")
-    schema.resolve(c)
-    # As a flag sets it, after the recipe was read, of this recipe and of another.
-    tuned = load.load_config(f"finetune:data=folder:{tmp_path},weights={changed},examples=8,classes=2")
-    for config in (c, tuned):
-        config.model.img.image_size = 3 * size
-        assert schema.resolve(config).eval.resize_size == 6 * size
-        config.eval.resize_size = 7 * size
-        assert schema.resolve(config).eval.resize_size == 7 * size
-
-
-def test_arguments_that_weights_decide_on_are_refused(discs, run):
-    with pytest.raises(
-        UserError, match=r"^small:weights=.*,tokenizer=bytes,preset=S/16: .* leave tokenizer and preset"
-    ):
-        load.load_config(f"small:pairs={discs},weights={run},tokenizer=bytes,preset=S/16")
-
-
-def test_weights_that_are_gone_are_named(discs, tmp_path):
-    with pytest.raises(
-        UserError, match=r"weights=.*gone does not exist; the recipe takes its towers from there, also when"
-    ):
-        load.load_config(f"small:pairs={discs},weights={tmp_path / 'gone'}")
-
-
-def test_a_cluster_head_of_weights_keeps_its_size(discs, run):
-    c = load.load_config(f"small:pairs={discs},weights={run}")
-    shapes = build.build(c).abstract
-    tensors, _ = weights.read_initial(schema.resolve(c), shapes)
-    heads = {name for name in flatten_dict(shapes.variables(), sep="/") if "/clusters_" in name}
-    assert heads and heads <= tensors.keys() and c.model.cluster_head.clusters == 24
-
-
-def test_weights_without_a_cluster_head_get_one_by_the_pairs(discs, tmp_path):
-    c = load.load_config(f"small:pairs={discs},weights={tiny.untrained(tmp_path / 'clip', 'clip')},objective=xclip")
-    tensors, _ = weights.read_initial(schema.resolve(c), build.build(c).abstract)
-    assert c.model.cluster_head.clusters == 256
-    assert tensors and not any("/clusters_" in name for name in tensors)
-
-
-def test_the_objective_of_weights_is_taken_over_with_its_terms(discs, tmp_path):
-    own = {"clip": 0.7, "nclip": 0.3}
-    run = tiny.untrained(tmp_path / "own", objective__terms=own, objective__nclip__tau=2.0)
-    taken = load.load_config(f"small:pairs={discs},weights={run}").objective
-    assert (taken.terms.to_dict(), taken.nclip.tau) == (own, 2.0)
-    c = load.load_config(f"small:pairs={discs},weights={run},objective=xclip")
-    assert (c.objective.terms.to_dict(), c.objective.nclip.tau) == ({"clip": 0.5, "nclip": 0.5}, 0.5)
-    own = {"clip": 1.0, "sharp": 0.2}
-    plugins = {"sharp": {"type": "xclip_jax.objectives.nclip:Nclip", "tau": 0.1}}
-    more = {"objective__name": "sharper", "objective__terms": own, "objective__plugins": plugins}
-    c = load.load_config(f"small:pairs={discs},weights={tiny.untrained(tmp_path / 'more', **more)}")
-    taken = schema.resolve(c).objective
-    assert (taken.name, taken.terms, taken.plugins) == ("sharper", own, plugins)
-    fine_tuned = json.loads((run / "config.json").read_text())
-    terms = {"name": "classify", "terms": {"classify": 1.0}, "classify": {"classes": 3}}
-    fine_tuned["config"]["objective"] |= terms
-    (run / "config.json").write_text(json.dumps(fine_tuned))
-    assert load.load_config(f"small:pairs={discs},weights={run}").objective.name == "clip"
-
-
-def test_the_scale_of_siglip_weights_is_kept_and_bounded_for_clip(discs, tmp_path):
-    options = {"model__scale_init": 117.33, "objective__siglip__positives": "caption"}
-    run = tiny.untrained(tmp_path / "siglip", "siglip", **options)
-    assert load.load_config(f"small:pairs={discs},weights={run}").objective.siglip.positives == "caption"
-    assert load.load_config(f"small:pairs={discs},weights={run}").model.scale_init == 117.33
-    assert load.load_config(f"small:pairs={discs},weights={run},objective=clip").model.scale_init == 100
-    other = tiny.untrained(tmp_path / "nclip", "nclip", model__scale_init=14.0)
-    assert load.load_config(f"small:pairs={discs},weights={other},objective=siglip").model.scale_init == 10
 
 
 def all_trained(folder, n):

@@ -1,0 +1,73 @@
+"""Inputs of embed and serve: which files a folder or pattern has, their names and captions."""
+
+import os
+import shutil
+
+import pytest
+
+from tests.helpers import bad_tars, tiny
+from xclip_jax.commands import inputs
+from xclip_jax.core.errors import UserError
+from xclip_jax.data import sources
+
+pytestmark = pytest.mark.long
+
+
+def test_tars_need_no_captions(tmp_path):
+    bad_tars.shard(tmp_path / "0.tar", [("a", {"jpg": bad_tars.jpeg(0)})])
+    assert inputs.open_images(str(tmp_path)).read(0) == (bad_tars.jpeg(0), "")
+    with pytest.raises(UserError, match=r"\(no caption file\); a sample is KEY\.jpg and KEY\.txt, as"):
+        sources.open_pairs(f"tar:{tmp_path}")
+    bad_tars.shard(tmp_path / "0.tar", [("a", {"txt": b"a fox"})])
+    with pytest.raises(UserError, match=r"\(no image file\); a sample is KEY\.jpg, as"):
+        inputs.open_images(str(tmp_path))
+
+
+def test_a_pipe_in_place_of_a_caption_is_none(tmp_path):
+    pictures = tiny.folder(tmp_path / "pictures", 2)
+    (pictures / "000.txt").unlink()
+    os.mkfifo(pictures / "000.txt")
+    source = inputs.open_images(str(pictures))
+    assert [source.read(i)[1] for i in range(2)] == ["", "picture 1"]
+
+
+def test_a_file_that_is_too_large_for_a_caption_is_none(tmp_path):
+    pictures = tiny.folder(tmp_path / "pictures", 1)
+    (pictures / "000.txt").write_bytes(b"x" * (inputs.MAX_BYTES["text"] + 1))
+    assert inputs.open_images(str(pictures)).read(0)[1] == ""
+
+
+def test_names_are_utf8_where_paths_are_not(tmp_path):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    bad_tars.pairs(folder / "0.tar", 0, 1)
+    shutil.copy(folder / "0.tar", folder / "1.TAR")
+    (folder / "lines.txt").write_text("one\n")
+    named = [inputs.open_images(str(folder)), inputs.Lines(str(folder / "lines.txt"))]
+    assert list(map(len, named)) == [2, 1]
+    assert all("caf\N{REPLACEMENT CHARACTER}" in each.name(0).encode().decode() for each in named)
+
+
+def test_folders_that_are_linked_or_have_tars_in_them(tmp_path):
+    pictures, tars = tiny.folder(tmp_path / "elsewhere", 2), tmp_path / "tars"
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "linked").symlink_to(pictures)
+    assert len(inputs.open_images(str(tmp_path / "images"))) == 2
+    for i, folder in enumerate((tars / "a", tars / "b" / "c")):
+        folder.mkdir(parents=True)
+        bad_tars.pairs(folder / f"{i}.tar", 3 * i, 3)
+    assert len(inputs.open_images(str(tars))) == 6
+    shutil.copy(tars / "a" / "0.tar", tars)
+    assert len(inputs.open_images(str(tars))) == 9
+    shutil.copy(pictures / "000.png", tars / "preview.png")
+    with pytest.raises(UserError, match=r"names 3 tars among 4 files; embed them separately"):
+        inputs.open_images(str(tars))
+
+
+def test_hidden_folders_and_files_are_left_out(tmp_path):
+    pictures = tmp_path / ".kept" / "pictures"  # above the folder that is named a dot means nothing
+    for place in ("a.png", ".b.png", ".thumbnails/large/c.png", "sub/.cache/d.png", "sub/e.png"):
+        (pictures / place).parent.mkdir(parents=True, exist_ok=True)
+        (pictures / place).write_bytes(b"x")
+    source = inputs.open_images(str(pictures))
+    assert [source.name(i) for i in range(len(source))] == [str(pictures / name) for name in ("a.png", "sub/e.png")]
