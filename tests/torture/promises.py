@@ -143,7 +143,7 @@ PROMISES = (
             "data/readers/folder::what_a_folder_cannot_read_is_a_bad_sample",
             "data/readers/table::rows_whose_image_cannot_be_read_are_bad_samples",
             "data/labelled::a_pipe_and_a_giant_file_are_bad_samples",
-            "commands/embed::a_pipe_in_place_of_a_caption_is_none",
+            "commands/inputs::a_pipe_in_place_of_a_caption_is_none",
         ),
     ),
     Promise(
