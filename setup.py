@@ -102,7 +102,6 @@ setup(
             "httpx2",  # of starlette's test client
             "huggingface_hub>=0.34",
             "jax[tpu]>=0.10,<0.13; platform_system == 'Linux' and platform_machine == 'x86_64'",  # libtpu, for plans
-            "jsonschema>=4.20",
             "mteb>=2.10,<3",
             "open_clip_torch>=3.1",
             "playwright>=1.45",

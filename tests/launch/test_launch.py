@@ -8,7 +8,7 @@ import sys
 import pytest
 from etils import epath
 
-from tests.helpers.launching import LAUNCH, ROOT, executable, launch
+from tests.helpers.launching import LAUNCH, ROOT, executable
 
 SCRIPTS = sorted(path.name for path in LAUNCH.glob("*.sh") if path.name != "common.sh")
 
@@ -116,55 +116,6 @@ def test_environment_whose_creation_failed_is_made_again(half_made, tmp_path):
     assert (made.returncode, made.stderr) == (0, "")
     assert f"making {venv}\n" in made.stdout and "-m pip install" in made.stdout
     assert again.stdout == "ready\n"
-
-
-def test_environment_that_could_not_be_made_leaves_nothing(tmp_path):
-    executable(tmp_path / "python", VENV_MAKER)
-    executable(tmp_path / "python without pip", "exit 1")
-    env = {"HERE": tmp_path, "PYTHON": tmp_path / "python", "VENV": tmp_path / "venv", "FAILS": "1"}
-    assert launch("local.sh", env=env).returncode == 2
-    assert not (tmp_path / "venv").exists()
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="preloads by LD_PRELOAD")
-@pytest.mark.parametrize(
-    ("listed", "chosen_before", "preloaded"),
-    [
-        ("\tlibjemalloc.so.2 (libc6,x86-64) => LIBC", "", "LIBC"),
-        ("\tlibjemalloc.so.2 (libc6) => /nowhere/libjemalloc.so.2", "", ""),  # as one that this system cannot load
-        ("\tlibjemalloc_pic.so (libc6,x86-64) => LIBC", "", ""),
-        ("\tlibjemalloc.so.2 (libc6,x86-64) => LIBC", "LIBC LIBC", "LIBC LIBC"),
-    ],
-    ids=["installed", "other architecture", "not installed", "another was chosen"],
-)
-def test_jemalloc_where_it_is_installed(listed, chosen_before, preloaded, tmp_path):
-    """ldconfig is replaced; what stands for jemalloc is the C library, which every program can load."""
-    libc = re.search(r"/\S+/libc\.so\.6", pathlib.Path("/proc/self/maps").read_text())[0]
-    listed, chosen_before, preloaded = (text.replace("LIBC", libc) for text in (listed, chosen_before, preloaded))
-    executable(tmp_path / "ldconfig", f"echo '{listed}'\n")
-    code = '. launch/common.sh; use_jemalloc; echo "${LD_PRELOAD:-}"; echo "${MALLOC_CONF:-}"'
-    env = {"PATH": f"{tmp_path}:/usr/bin:/bin"} | ({"LD_PRELOAD": chosen_before} if chosen_before else {})
-    done = subprocess.run(["bash", "-euo", "pipefail", "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    used, conf = done.stdout.splitlines()
-    assert used == preloaded
-    assert bool(conf) == (bool(preloaded) and not chosen_before)
-
-
-@pytest.mark.parametrize("present", [True, False])
-def test_ci_runs_the_tests_of_pages(present, tmp_path):
-    """It installs Chromium if there is none, and skips nothing."""
-    (tmp_path / "launch").mkdir()
-    shutil.copytree(ROOT / ".ci", tmp_path / ".ci")
-    for name in ("launch/test.sh", "launch/docs.sh", "apt-get", *(["google-chrome"] if present else [])):
-        executable(tmp_path / name, f'echo {name} "$@" >>{tmp_path}/called\n')
-    executable(tmp_path / "id", "echo 0\n")
-    for name in ("bash", "dirname", "env"):
-        (tmp_path / name).symlink_to(shutil.which(name))
-    subprocess.run([tmp_path / ".ci" / "run"], env={"PATH": str(tmp_path)}, check=True)
-    installed = ["apt-get update -qq", "apt-get install -qq --no-install-recommends chromium"]
-    called = (tmp_path / "called").read_text().splitlines()
-    assert called == [*(() if present else installed), "launch/test.sh -q --no-skips", "launch/docs.sh"]
 
 
 @pytest.mark.long

@@ -5,28 +5,7 @@ import time
 
 import pytest
 
-from tests.helpers.launching import TRAINING, executable, read
-
-CHECK = r"""
-[ "$1" = -c ] || printf 'the config is valid\nextras: hub,wandb\n'
-"""
-
-
-def test_extras_that_the_config_needs_are_enough(cloud):
-    executable(cloud.path / "checks", CHECK)
-    refused = cloud.launch("tpu_vm.sh", *TRAINING, PYTHON=str(cloud.path / "checks"), EXTRAS="tpu,wandb")
-    assert refused.returncode == 2 and "set EXTRAS=tpu,wandb,hub\n" in refused.stderr and cloud.verbs() == []
-    extras = {"PYTHON": str(cloud.path / "checks"), "EXTRAS": "hub,tpu,wandb"}
-    without = cloud.launch("tpu_vm.sh", *TRAINING, **extras)
-    assert without.returncode == 2 and "the workers have no key" in without.stderr and cloud.verbs() == []
-    extras["ENV_FILE"] = str(keys(cloud.path, "WANDB_MODE=offline\n"))
-    offline = cloud.launch("tpu_vm.sh", *TRAINING, **extras)
-    assert offline.returncode == 2 and "would keep the metrics on the workers' disks" in offline.stderr
-    extras["ENV_FILE"] = str(keys(cloud.path, "WANDB_API_KEY=x\n"))
-    done = cloud.launch("tpu_vm.sh", *TRAINING, born="READY", **extras)
-    assert done.returncode == 0, done.stderr
-    assert "extras: hub,wandb\n" in done.stdout and cloud.verbs()[0] == "create"
-    assert "gated or private need HF_TOKEN=" in done.stderr
+from tests.helpers.launching import TRAINING, read
 
 
 def keys(folder, text, mode=0o600):
@@ -70,48 +49,3 @@ def test_a_file_of_keys_that_is_not_safe_is_one_sentence(text, mode, message, cl
     done = cloud.launch("tpu_vm.sh", *TRAINING, ENV_FILE=str(keys(cloud.path, text, mode)))
     assert done.returncode == 2 and re.search(message, done.stderr) and "secret" not in done.stderr
     assert cloud.verbs() == []
-
-
-def test_a_database_on_a_worker_is_warned_of(cloud):
-    for text, warned in (("", True), ("TRACKIO_SPACE_ID=me/mine\n", False)):
-        env = {"EXTRAS": "tpu,trackio", "ENV_FILE": str(keys(cloud.path, text))}
-        done = cloud.launch("tpu_pod.sh", "--dry-run", *TRAINING, "--config.log.to=trackio", **env)
-        assert done.returncode == 0 and ("warning: trackio's database is on the first worker" in done.stderr) == warned
-
-
-@pytest.mark.parametrize("script", ["tpu_vm.sh", "tpu_pod.sh"])
-def test_a_recipe_that_the_workers_will_not_have_is_refused(script, cloud):
-    (cloud.checkout / "configs" / "mine.py").write_text("")
-    try:
-        for file, message in (
-            ("/elsewhere/mine.py:a=b", "outside the checkout"),
-            ("configs/mine.py", "is not committed"),
-        ):
-            for form in ([f"--config={file}"], ["--config", file]):
-                done = cloud.launch(script, "--dry-run", *TRAINING, *form)
-                assert done.returncode == 2 and message in done.stderr, done.stderr
-        assert (
-            cloud.launch(script, "--dry-run", *TRAINING, "--config=./configs/pretrain.py:objective=clip").returncode
-            == 0
-        )
-    finally:
-        (cloud.checkout / "configs" / "mine.py").unlink()
-
-
-@pytest.mark.parametrize(
-    ("text", "more", "message"),
-    [
-        ("", ["--config.log.to=('my_lab.wandb_more:Class',)"], ""),
-        ("", ["--config.log.to=()", "--config.data.dir=wandb-x"], ""),
-        ("", ["--config.log.to", '("tensorboard", "trackio")'], "names trackio, which the workers would lack; set EX"),
-        ("OLD_WANDB_API_KEY=x\n", ["--config.log.to=wandb"], "names wandb, for which the workers have no key"),
-        ("WANDB_API_KEY=x\n", ["--config.log.to=wandb"], ""),
-        ("WANDB_MODE=offline\n", ["--config.log.to=wandb"], "would keep the metrics on the workers' disks"),
-        ("MY_HF_TOKEN=x\n", ["--config.init.weights=hf-hub:org/name"], "need HF_TOKEN=... in the file ENV_FILE"),
-    ],
-)
-def test_what_needs_which_key(text, more, message, cloud):
-    env = {"EXTRAS": "tpu,wandb", "ENV_FILE": str(keys(cloud.path, text))}
-    done = cloud.launch("tpu_vm.sh", "--dry-run", *TRAINING, *more, **env)
-    assert done.returncode == (2 if "workers" in message else 0)
-    assert message in done.stderr and ("log.to" in done.stderr or "HF_TOKEN" in done.stderr) == bool(message)

@@ -15,12 +15,6 @@ def test_slurm_refuses_a_run_in_a_bucket(tmp_path):
     assert done.stderr == f"error: --config.run={RUN} is no path; give a folder on a file system that all nodes share\n"
 
 
-def test_slurm_submitted_from_elsewhere_is_one_sentence(tmp_path):
-    done = launch("slurm.sh", *TRAINING, env={"SLURM_SUBMIT_DIR": str(tmp_path)})
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"error: {tmp_path} is not the root of the checkout")
-
-
 def test_dry_run_of_slurm(tmp_path):
     with untouched(tmp_path) as path:
         done = launch("slurm.sh", "--dry-run", *SHARED, env={"PYTHON": "/my env/bin/python"}, path=[path])
@@ -91,14 +85,6 @@ def test_slurm_requeues_what_was_stopped(training, status, requeued, tmp_path):
     assert rest == ([["scontrol", "requeue", "42"]] if requeued else [])
 
 
-def test_slurm_does_not_take_an_earlier_starts_results_for_its_own(tmp_path):
-    (tmp_path / "results.json").write_text("{}")
-    done = start(tmp_path, "exit 75", f"--config.run={tmp_path}")
-    assert (done.returncode, "scontrol requeue 42" in read(tmp_path / "calls")) == (0, True)
-    done = start(tmp_path, "exit 0", f"--config.run={tmp_path}")  # training says that the run is complete
-    assert (done.returncode, read(tmp_path / "calls").count("scontrol requeue 42")) == (0, 1)
-
-
 def test_slurm_gives_up_on_a_run_that_hangs_at_the_same_place(tmp_path):
     run = tmp_path / "run"
 
@@ -114,10 +100,3 @@ def test_slurm_gives_up_on_a_run_that_hangs_at_the_same_place(tmp_path):
     assert statuses(f"{saves} mkdir -p {run}/checkpoints/110.orbax-checkpoint-tmp; exit 79", 3) == [0, 0, 1]
     assert read(tmp_path / "calls").count("scontrol requeue 42") == 5
     assert statuses("exit 0", 3, SLURM_JOB_ID="43") == [0, 0, 1]  # submitted again
-
-
-@pytest.mark.parametrize("word", ["--check", "-check", "--check=true"])
-def test_slurm_refuses_to_check(word, tmp_path):
-    done = start(tmp_path, "exit 0", f"--config.run={tmp_path}", word)
-    assert done.returncode == 2 and done.stderr.startswith(f"error: {word} trains nothing; leave it out")
-    assert not (tmp_path / "calls").exists()

@@ -2,18 +2,14 @@
 
 import os
 import shlex
-import shutil
 import signal
-import subprocess
 import sys
 import time
 
 import pytest
-from etils import epath
 
-from tests.helpers.fake_cloud import REQUIRED, Cloud
+from tests.helpers.fake_cloud import REQUIRED
 from tests.helpers.launching import COMMAND, TRAINING, commands, launch, read, untouched
-from xclip_jax.core import environment
 
 FIRST_STEP = 'echo "clip: 1,234 parameters, 56 pairs"'
 
@@ -133,13 +129,6 @@ def test_dry_run_reaches_the_workers_of_all_slices(checkout, tmp_path):
     assert [call[5] for call in calls if call[3:5] == ["queued-resources", "delete"]] == ["mine"]
 
 
-@pytest.mark.parametrize("slices", ["0", "two"])
-def test_slices_are_a_number(slices):
-    done = launch("tpu_pod.sh", "--dry-run", *TRAINING, env=REQUIRED | {"SLICES": slices})
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"error: SLICES={slices} is not a number of slices")
-
-
 def test_vm_is_created_and_training_outlives_the_connection(cloud):
     done = cloud.launch(
         "tpu_vm.sh", *TRAINING, born="READY", scenario=[f"{FIRST_STEP}; sleep 1; exit 7"], SETUP="touch 'set up'"
@@ -163,65 +152,6 @@ def test_vm_is_created_and_training_outlives_the_connection(cloud):
     assert "line of the log" in read(checkout / "train.log")
 
 
-def test_vm_whose_training_fails_at_once_is_an_error_with_the_command_that_deletes_it(cloud):
-    """Not so by what an earlier start has left in the log."""
-    worker = cloud.path / "home" / "xclip_jax"
-    worker.mkdir(parents=True)
-    (worker / "train.log").write_text("clip: 1 parameters, 2 pairs\n")
-    refused = "echo \"error: data folder '/data/pairs' does not exist\" >&2; exit 1"
-    done = cloud.launch("tpu_vm.sh", *TRAINING, born="READY", scenario=[refused])
-    assert done.returncode == 1
-    assert done.stdout.splitlines()[-2:] == ["line of the log", "error: data folder '/data/pairs' does not exist"]
-    failed, delete = done.stderr.splitlines()[-2:]
-    assert failed == "error: training has failed with exit status 1, see above"
-    assert delete.startswith(
-        "xclip-jax exists and costs money; to delete it: gcloud compute tpus tpu-vm delete xclip-jax"
-    )
-
-
-def test_vm_that_takes_long_to_its_first_step_is_no_error(cloud):
-    done = cloud.launch("tpu_vm.sh", *TRAINING, born="READY", scenario=["exec sleep 30"])
-    os.kill(int(read(cloud.path / "home" / "xclip_jax" / "train.pid")), signal.SIGTERM)
-    assert done.returncode == 0, done.stderr
-    assert "has started on xclip-jax and has not come to its first step yet" in done.stdout
-
-
-def head(checkout):
-    return subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=checkout, text=True).strip()
-
-
-@pytest.mark.parametrize("source", ["clone", "shallow clone", "git archive", "folder"])
-def test_workers_have_the_code_and_its_commit_from(source, checkout, tmp_path):
-    copy, commit = tmp_path / "source", head(checkout)
-    if source == "shallow clone":
-        subprocess.run(["git", "clone", "--quiet", "--depth=1", f"file://{checkout}", copy], check=True)
-    elif source == "git archive":
-        copy.mkdir()
-        subprocess.run(f"git archive HEAD | tar -x -C {copy}", cwd=checkout, shell=True, check=True)
-    else:
-        shutil.copytree(checkout, copy, ignore=shutil.ignore_patterns(".git" if source == "folder" else "none"))
-    cloud = Cloud(tmp_path, copy)
-    worker = tmp_path / "home" / "xclip_jax"
-    (worker / ".git").mkdir(parents=True)  # of an earlier release
-    (worker / "xclip_jax").mkdir()
-    (worker / "xclip_jax" / "removed_since.py").touch()
-    done = cloud.launch("tpu_vm.sh", *TRAINING, born="READY", scenario=["exit 0"])
-    assert done.returncode == 0, done.stderr
-    assert environment.git_commit(epath.Path(worker / "xclip_jax")) == ("unknown" if source == "folder" else commit)
-    names = ["setup.py", "README.md", "configs/pretrain.py", "launch/detach.sh", "xclip_jax/main.py"]
-    assert [name for name in names if not (worker / name).is_file()] == []
-    assert not (worker / "xclip_jax" / "removed_since.py").exists()
-
-
-@pytest.mark.parametrize("script", ["tpu_vm.sh", "tpu_pod.sh"])
-def test_checkout_that_cannot_be_packed_costs_nothing(script, checkout, tmp_path):
-    shutil.copytree(checkout, tmp_path / "source", ignore=shutil.ignore_patterns("objects"))
-    cloud = Cloud(tmp_path, tmp_path / "source")
-    done = cloud.launch(script, *TRAINING)
-    assert done.returncode != 0 and "fatal: " in done.stderr
-    assert cloud.verbs() == []
-
-
 def test_vm_that_exists_is_used_and_training_not_started_twice(cloud):
     first = cloud.launch("tpu_vm.sh", *TRAINING, born="READY", scenario=["exec sleep 30"])
     assert first.returncode == 0, first.stderr
@@ -243,24 +173,6 @@ def test_vm_that_exists_is_used_and_training_not_started_twice(cloud):
     assert resumed.returncode == 0, resumed.stderr
     assert cloud.verbs() == ["create", "python", "python"]
     assert (home / "runs").is_dir()
-
-
-def test_pid_of_another_process_does_not_count_as_training(cloud):
-    """As after a reboot: train.pid is there, train.exit is not, and the number is that of an unrelated process."""
-    worker = cloud.path / "home" / "xclip_jax"
-    worker.mkdir(parents=True)
-    (worker / "train.pid").write_text(f"{os.getpid()}\n")
-    done = cloud.launch("tpu_vm.sh", *TRAINING, born="READY", scenario=["exit 0"])
-    assert done.returncode == 0, done.stderr
-    assert cloud.verbs() == ["create", "python"]
-
-
-def test_vm_in_another_state_is_one_sentence(cloud):
-    (cloud.path / "state").write_text("PREEMPTED\n")
-    done = cloud.launch("tpu_vm.sh", *TRAINING)
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("error: xclip-jax is PREEMPTED; ")
-    assert cloud.verbs() == []
 
 
 @pytest.mark.parametrize("script", ["tpu_vm.sh", "tpu_pod.sh"])

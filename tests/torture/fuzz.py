@@ -18,14 +18,12 @@ import os
 import pathlib
 import random
 import resource
-import selectors
 import signal
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from tests.torture import fuzz_readers
 from tests.torture.fuzz_readers import READERS
@@ -34,7 +32,6 @@ from xclip_jax.core.errors import UserError
 # Bounds on one input: of processor time, of time, and of memory besides what all readers need.
 CPU_SECONDS, SECONDS, MEMORY = 10, 300, 2 << 30
 BATCH = 250  # inputs of one process
-SHOWN_EVERY = 30.0  # seconds between lines of progress
 READ, REFUSED = "read", "refused"
 
 
@@ -106,17 +103,8 @@ def _serve(name: str, seed: int, numbers: range, pipe: int) -> None:
             os.write(pipe, line.encode() + b"\n")
 
 
-@dataclasses.dataclass
-class _Process:
-    """A process at work on `numbers` of a reader's inputs; `text` is what it has written."""
-
-    name: str
-    numbers: range
-    pid: int
-    text: bytes = b""
-
-
-def _start(name: str, seed: int, numbers: range) -> tuple[int, _Process]:
+def _child(name: str, seed: int, numbers: range, tally: Tally) -> range:
+    """Give inputs to a reader in a process; add what became of them, and return the ones that it has not come to."""
     ours, theirs = os.pipe()
     sys.stdout.flush()
     pid = os.fork()
@@ -127,19 +115,16 @@ def _start(name: str, seed: int, numbers: range) -> tuple[int, _Process]:
         finally:
             os._exit(0)
     os.close(theirs)
-    return ours, _Process(name, numbers, pid)
-
-
-def _finish(process: _Process, tally: Tally) -> range:
-    """Adds what a process has written; returns the inputs that it has not come to."""
-    _, status = os.waitpid(process.pid, 0)
-    lines = [json.loads(line) for line in process.text.splitlines() if line.endswith(b"]")]
+    with open(ours, "rb") as pipe:
+        lines = [json.loads(line) for line in pipe.read().splitlines() if line.endswith(b"]")]
+    _, status = os.waitpid(pid, 0)
     for number, kind, message, peak, seconds in lines:
         tally.outcomes[kind] += 1
-        tally.peak, tally.slowest = max(tally.peak, peak), max(tally.slowest, seconds)
+        tally.peak = max(tally.peak, peak)
+        tally.slowest = max(tally.slowest, seconds)
         if kind not in (READ, REFUSED):
             tally.failures.append((number, f"{kind}: {message}"))
-    left = process.numbers[len(lines) :]
+    left = numbers[len(lines) :]
     if left:
         killed = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
         kind = "hang" if killed in (signal.SIGPROF, signal.SIGALRM) else f"crash by signal {killed}"
@@ -148,34 +133,16 @@ def _finish(process: _Process, tally: Tally) -> range:
     return left[1:]
 
 
-def run(names: Sequence[str], inputs: int, seed: int, processes: int) -> dict[str, Tally]:
+def run(names: Sequence[str], inputs: int, seed: int) -> dict[str, Tally]:
     """Give each of `names` its share of `inputs`."""
-    tallies = {name: Tally() for name in names}
-    todo = []
+    tallies = {}
     for i, name in enumerate(names):
+        tallies[name] = Tally()
         count = inputs // len(names) + (i < inputs % len(names))
-        todo += [(name, range(first, min(first + BATCH, count))) for first in range(0, count, BATCH)]
-    todo.reverse()
-    active, shown = selectors.DefaultSelector(), time.monotonic()
-    while todo or active.get_map():
-        if time.monotonic() - shown > SHOWN_EVERY:
-            shown = time.monotonic()
-            done = sum(sum(tally.outcomes.values()) for tally in tallies.values())
-            faults = sum(len(tally.failures) for tally in tallies.values())
-            print(f"{done:,} of {inputs:,} inputs, {faults} failures", file=sys.stderr, flush=True)
-        while todo and len(active.get_map()) < processes:
-            name, numbers = todo.pop()
-            pipe, process = _start(name, seed, numbers)
-            active.register(pipe, selectors.EVENT_READ, process)
-        for key, _ in active.select():
-            process: Any = key.data
-            if chunk := os.read(key.fd, 1 << 16):
-                process.text += chunk
-                continue
-            active.unregister(key.fd)
-            os.close(key.fd)
-            if left := _finish(process, tallies[process.name]):
-                todo.append((process.name, left))
+        for first in range(0, count, BATCH):
+            numbers = range(first, min(first + BATCH, count))
+            while numbers:
+                numbers = _child(name, seed, numbers, tallies[name])
     return tallies
 
 
@@ -200,11 +167,10 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--inputs", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", action="append", choices=list(READERS), metavar="READER", help=", ".join(READERS))
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--failures", default="fuzz_failures", help="folder for the inputs that fail (%(default)s)")
     options = parser.parse_args(arguments)
     fuzz_readers.prepare()
-    tallies = run(options.only or list(READERS), options.inputs, options.seed, options.processes)
+    tallies = run(options.only or list(READERS), options.inputs, options.seed)
     print("\n".join(table(tallies)))
     failures = [(name, number, what) for name, tally in tallies.items() for number, what in sorted(tally.failures)]
     for name, number, what in failures:

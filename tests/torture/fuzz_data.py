@@ -43,21 +43,10 @@ def images() -> list[bytes]:
     deep = Image.fromarray(np.arange(1200, dtype=np.uint16).reshape(30, 40) * 50)
     frames = [_picture("P"), _picture("P", 40, 30)]
     modes = (
-        ("RGB", "PNG"),
-        ("RGBA", "PNG"),
-        ("P", "PNG"),
-        ("1", "PNG"),
-        ("LA", "PNG"),
-        ("L", "JPEG"),
-        ("CMYK", "JPEG"),
-        ("RGB", "BMP"),
-        ("RGB", "PPM"),
-        ("RGB", "TIFF"),
-        ("RGB", "WEBP"),
-        ("RGBA", "WEBP"),
-        ("RGB", "AVIF"),
+        ("RGB", "PNG"), ("RGBA", "PNG"), ("P", "PNG"), ("1", "PNG"), ("LA", "PNG"), ("L", "JPEG"), ("CMYK", "JPEG"),
+        ("RGB", "BMP"), ("RGB", "PPM"), ("RGB", "TIFF"), ("RGB", "WEBP"), ("RGBA", "WEBP"), ("RGB", "AVIF"),
         ("RGB", "JPEG2000"),
-    )
+    )  # fmt: skip
     return [
         *(_encode(_picture(mode), kind) for mode, kind in modes),
         _encode(_picture(w=200, h=150), "JPEG", quality=80),

@@ -127,23 +127,28 @@ def _read_tensors(name: str) -> Callable[[bytes, Path], object]:
     return read
 
 
+_STORAGE = b"X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpuK\x04tQ"
+_TENSOR = b"ctorch._utils\n_rebuild_tensor_v2\n((" + _STORAGE + b"K\0K\x04\x85K\x01\x85\x89}tR"
+
+
 def _pickled() -> list[bytes]:
     return [
-        b"\x80\x02}q\0(X\x01\0\0\0x" + fuzz_inputs._TENSOR + b"X\x01\0\0\0yccollections\nOrderedDict\n)Ru.",
+        b"\x80\x02}q\0(X\x01\0\0\0x" + _TENSOR + b"X\x01\0\0\0yccollections\nOrderedDict\n)Ru.",
         pickle.dumps({"x": [1]}),
     ]
 
 
 def _torch_files() -> list[bytes]:
-    files = []
-    for pickled in _pickled():
-        out = io.BytesIO()
-        with zipfile.ZipFile(out, "w") as archive:
-            archive.writestr("archive/data.pkl", pickled)
-            archive.writestr("archive/byteorder", "little")
-            archive.writestr("archive/data/0", struct.pack("<4f", 1, 2, 3, 4))
-        files.append(out.getvalue())
-    return files
+    return [_torch_file(pickled) for pickled in _pickled()]
+
+
+def _torch_file(pickled: bytes) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        archive.writestr("archive/data.pkl", pickled)
+        archive.writestr("archive/byteorder", "little")
+        archive.writestr("archive/data/0", struct.pack("<4f", 1, 2, 3, 4))
+    return out.getvalue()
 
 
 _FILES = (
@@ -185,7 +190,7 @@ def _run_files() -> dict[str, bytes]:
 def _make_run_file(rng: random.Random, seeds: Sequence[bytes]) -> bytes:
     name = rng.choice(_FILES)
     lines = [seed.partition(b"\n")[2] for seed in seeds if seed.startswith(name.encode())]
-    made = [fuzz_inputs.json_texts(rng, lines) for _ in range(rng.choice((1, 1, 3)) if name.endswith("l") else 1)]
+    made = [fuzz_inputs.mutated(rng, lines) for _ in range(rng.choice((1, 1, 3)) if name.endswith("l") else 1)]
     return name.encode() + b"\n" + b"\n".join(made)
 
 
@@ -204,31 +209,27 @@ def _read_run(data: bytes, folder: Path) -> None:
 
 
 READERS = {
-    "tar": Reader(fuzz_data.tars, fuzz_data.read_tar, fuzz_inputs.tars),
-    "tar_bytes": Reader(fuzz_data.tars, fuzz_data.read_tar),
-    "wds": Reader(fuzz_data.wds_tars, fuzz_data.read_wds, fuzz_inputs.tars),
-    "image_training": Reader(fuzz_data.images, fuzz_data.read_image, fuzz_inputs.images),
-    "image_evaluation": Reader(fuzz_data.images, fuzz_data.evaluate_image, fuzz_inputs.images),
-    "captions": Reader(lambda: fuzz_data.CAPTION_FILES, fuzz_data.read_captions, fuzz_inputs.json_texts),
-    "folder": Reader(lambda: fuzz_data.CAPTION_FILES, fuzz_data.read_folder, fuzz_inputs.texts),
-    "tokenizer_clip": Reader(
-        lambda: _TEXT_BYTES, lambda data, _: fuzz_data.TOKENIZERS["clip"]([_text(data)], 77), fuzz_inputs.texts
-    ),
-    "tokenizer_bytes": Reader(
-        lambda: _TEXT_BYTES, lambda data, _: fuzz_data.TOKENIZERS["bytes"]([_text(data)], 77), fuzz_inputs.texts
-    ),
-    "tokenizer_file": Reader(_tokenizer_files, _read_tokenizer_file, fuzz_inputs.json_texts),
+    "tar": Reader(fuzz_data.tars, fuzz_data.read_tar),
+    "wds": Reader(fuzz_data.wds_tars, fuzz_data.read_wds),
+    "image_training": Reader(fuzz_data.images, fuzz_data.read_image),
+    "image_evaluation": Reader(fuzz_data.images, fuzz_data.evaluate_image),
+    "captions": Reader(lambda: fuzz_data.CAPTION_FILES, fuzz_data.read_captions),
+    "folder": Reader(lambda: fuzz_data.CAPTION_FILES, fuzz_data.read_folder),
+    "tokenizer_clip": Reader(lambda: _TEXT_BYTES, lambda data, _: fuzz_data.TOKENIZERS["clip"]([_text(data)], 77)),
+    "tokenizer_bytes": Reader(lambda: _TEXT_BYTES, lambda data, _: fuzz_data.TOKENIZERS["bytes"]([_text(data)], 77)),
+    "tokenizer_file": Reader(_tokenizer_files, _read_tokenizer_file),
     "config": Reader(_keys, _read_overrides, fuzz_inputs.overrides),
     "safetensors": Reader(_safetensors, _read_tensors("x.safetensors")),
     "torch": Reader(_torch_files, _read_tensors("x.pt")),
-    "torch_pickle": Reader(_pickled, _read_tensors("x.pt"), fuzz_inputs.pickles),
+    "torch_pickle": Reader(
+        _pickled, _read_tensors("x.pt"), lambda rng, seeds: _torch_file(fuzz_inputs.mutated(rng, seeds))
+    ),
     "weights_index": Reader(
         lambda: [
             b'{"weight_map": {"a": "model.safetensors", "b": "x.bin"}}',
             b'{"weight_map": {"a": "model.safetensors"}}',
         ],
         _read_tensors("model.safetensors.index.json"),
-        fuzz_inputs.json_texts,
     ),
     "csv": Reader(lambda: fuzz_data.CSV, fuzz_data.read_csv),
     "labels": Reader(lambda: fuzz_data.LABELS, fuzz_data.read_labels),

@@ -53,10 +53,7 @@ PROMISES = (
         "signals",
         "a signal in an evaluation",
         "the evaluation is abandoned and the last step saved; the run repeats the evaluation when it resumes",
-        (
-            "processes/interrupt::a_signal_in_an_evaluation_saves_the_last_step_and_the_evaluation_is_made_later",
-            "torture/faulty_processes::a_signal_in_an_evaluation_leaves_it_in_both",
-        ),
+        ("processes/interrupt::a_signal_in_an_evaluation_saves_the_last_step_and_the_evaluation_is_made_later",),
     ),
     Promise(
         "signals",
@@ -79,7 +76,6 @@ PROMISES = (
         "a signal at any second of the start, with an empty compilation cache",
         "status 75; before the run handles signals 143, of Ctrl-C 130",
         (
-            "torture/signals::a_signal_at_any_second_of_the_start_ends_a_run_as_documented",
             "core/errors::ctrl_c_while_a_command_imports_is_one_sentence",
             "core/errors::ctrl_c_in_a_callback_that_drops_exceptions_ends_a_command",
         ),
@@ -97,10 +93,7 @@ PROMISES = (
         "signals",
         "a signal in the report",
         "the report is abandoned, status 75; xclip-jax report makes it",
-        (
-            "train/callbacks::a_signal_in_the_report_leaves_it_and_ends_the_trackers",
-            "torture/faulty_processes::a_signal_in_the_report_leaves_it_in_both",
-        ),
+        ("train/callbacks::a_signal_in_the_report_leaves_it_and_ends_the_trackers",),
     ),
     Promise(
         "signals",
@@ -112,10 +105,7 @@ PROMISES = (
         "signals",
         "a signal to one of several processes",
         "all save the same step",
-        (
-            "torture/faulty_processes::a_signal_to_one_process_saves_in_both",
-            "torture/faulty_processes::a_signal_before_the_first_step_stops_both_after_it",
-        ),
+        ("torture/faulty_processes::a_signal_to_one_process_saves_in_both",),
     ),
     Promise(
         "stalls",
@@ -150,19 +140,13 @@ PROMISES = (
         "processes",
         "one of several processes fails",
         "all end within seconds and report which one failed and why; steps since the last checkpoint are repeated",
-        (
-            "torture/faulty_processes::an_error_in_one_process_ends_both",
-            "torture/faulty_processes::an_error_in_the_report_of_one_process_ends_both",
-        ),
+        ("torture/faulty_processes::an_error_in_one_process_ends_both",),
     ),
     Promise(
         "processes",
         "process 0 takes long for its report or for the end of its trackers",
         "the others wait for it",
-        (
-            "processes/peers::the_others_wait_until_process_0_is_finished",
-            "torture/faulty_processes::a_report_that_takes_longer_than_the_barrier_at_the_end_is_awaited",
-        ),
+        ("processes/peers::the_others_wait_until_process_0_is_finished",),
     ),
     Promise(
         "processes",
@@ -180,7 +164,6 @@ PROMISES = (
         "they refuse to start and report the difference",
         (
             "torture/faulty_processes::processes_with_different_configs_refuse_to_start",
-            "torture/faulty_processes::processes_with_different_data_refuse_to_start",
             "integration/same_data::hosts_compare_their_evaluation_sets",
             "integration/same_data::hosts_compare_their_newest_checkpoints",
         ),
@@ -316,7 +299,6 @@ PROMISES = (
             "train/loop::too_many_bad_samples_do_not_cost_the_steps_before",
             "train/loop::data_that_fail_do_not_cost_the_steps_before",
             "processes/interrupt::an_evaluation_that_fails_does_not_cost_the_steps_before",
-            "torture/faulty_processes::too_many_bad_samples_save_in_both",
         ),
     ),
     Promise(

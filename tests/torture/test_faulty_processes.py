@@ -76,57 +76,6 @@ def test_a_signal_to_one_process_saves_in_both(tmp_path, fault, process):
 
 
 @slow
-def test_a_signal_before_the_first_step_stops_both_after_it(tmp_path):
-    statuses, outputs = both(tmp_path, "sigterm", 1, 1)
-    assert statuses == [EXIT_RESUMABLE] * 2, outputs
-    assert RunFolder(tmp_path / "run").latest_step() in (1, 2, 3)
-
-
-@slow
-def test_a_signal_in_an_evaluation_leaves_it_in_both(tmp_path):
-    statuses, outputs = both(tmp_path, "sigint in evaluation", 0, 1, "eval__sets=('a',)", "eval__every=2")
-    assert statuses == [EXIT_RESUMABLE] * 2, outputs
-    assert RunFolder(tmp_path / "run").latest_step() == 2
-
-
-REPORT = "steps=2", "eval__report=True"
-
-
-@slow
-def test_a_report_that_takes_longer_than_the_barrier_at_the_end_is_awaited(tmp_path):
-    statuses, outputs = both(tmp_path, "slow report", 0, 0, *REPORT)
-    assert statuses == [0, 0], outputs
-    assert RunFolder(tmp_path / "run").report_file.exists()
-
-
-@slow
-def test_an_error_in_the_report_of_one_process_ends_both(tmp_path):
-    statuses, outputs = both(tmp_path, "raise in report", 0, 1, *REPORT)
-    assert statuses == [1, 1], outputs
-    assert "error: process 1 of 2 has ended: ValueError('disk on fire')" in outputs[0]
-
-
-@slow
-def test_a_signal_in_the_report_leaves_it_in_both(tmp_path):
-    statuses, outputs = both(tmp_path, "sigint in report", 0, 1, *REPORT)
-    assert statuses == [EXIT_RESUMABLE] * 2, outputs
-    assert f"the report was interrupted; xclip-jax report {tmp_path / 'run'} makes it" in outputs[0]
-    assert not RunFolder(tmp_path / "run").report_file.exists()
-
-
-@slow
-def test_too_many_bad_samples_save_in_both(tmp_path):
-    """All count them at the same step."""
-    for path in sorted(tiny.folder(tmp_path / "bad").glob("*.png"))[::2]:
-        path.write_bytes(b"<html>")
-    changes = f"data__sources=('folder:{tmp_path / 'bad'}',)", "data__max_bad_fraction=0.002"
-    statuses, outputs = both(tmp_path, "none", 0, 0, *changes)
-    assert statuses == [1, 1], outputs
-    assert all("samples are bad, more than data.max_bad_fraction=0.002 allows" in output for output in outputs)
-    assert RunFolder(tmp_path / "run").latest_step() == 2
-
-
-@slow
 def test_a_process_that_hangs_ends_both_and_is_named(tmp_path):
     limits = "log__stall_warning=5.0", "log__stall_limit=30.0"
     statuses, outputs = both(tmp_path, "hang in data", 4, 1, *limits)
@@ -154,11 +103,3 @@ def test_processes_with_different_configs_refuse_to_start(tmp_path, change, mess
     assert statuses == [1, 1], outputs
     assert all(message in output for output in outputs)
     assert not (tmp_path / "run").exists()
-
-
-@slow
-def test_processes_with_different_data_refuse_to_start(tmp_path):
-    other = tiny.folder(tmp_path / "other", 30, seed=1)
-    statuses, outputs = both(tmp_path, "none", 0, 0, "steps=2", of_second=[f"data__sources=('folder:{other}',)"])
-    assert statuses == [1, 1], outputs
-    assert all("process 1 differs from process 0: source 0" in output for output in outputs)
