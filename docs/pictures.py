@@ -8,6 +8,7 @@ Both runs are evaluated and shown side by side (comparison.png), the second one 
 as a search page (search.png). Screenshots are made in Chromium, as in the tests.
 """
 
+import functools
 import io
 import pathlib
 import sys
@@ -18,8 +19,11 @@ from PIL import Image
 from tests.helpers.browser import chromium, opened
 from tests.helpers.serving import served
 from xclip_jax.commands import evaluate, report
-from xclip_jax.core.run_folder import RunFolder
+from xclip_jax.core.run_folder import RunReader
 from xclip_jax.evaluators import registry
+from xclip_jax.report import collect, page, picture
+from xclip_jax.train.build import make_encoder, profile_of_run
+from xclip_jax.train.weights import load
 
 COMPARED = "emoji/test_concepts,emoji/test_rendering,emoji/test_line,emoji/test_retrieval,emoji/test_aliases"
 SIDE = 72  # of an image on the search page, pixels
@@ -63,13 +67,35 @@ def search(run: str, path: pathlib.Path) -> None:
             write(path, page.screenshot(full_page=True, clip=clip))
 
 
+def strip(run: str, path: pathlib.Path) -> None:
+    """Write 1280 x 360 pixels: four images with names, then the first search and the largest cluster."""
+    config = collect.read(run).config
+    _, experiment, variables, _ = load(run)
+    specs = (*config.eval.final_sets, *config.eval.sets)
+    encoder = make_encoder(experiment)
+    profile = profile_of_run(config)
+    examples = page.predict(experiment, encoder, variables, specs, config=config, profile=profile)
+    if examples.clusters is None:
+        raise ValueError(f"{run} has no clusters; use a run of the demo with xclip or nclip")
+    named = picture.best_first(examples.named)[0]
+    cells = [
+        functools.partial(picture.search_card, examples.gallery, result=examples.searches[0]),
+        functools.partial(picture.cluster_card, examples.gallery, cluster=examples.clusters.most[0]),
+    ]
+    cell = functools.partial(picture.name_card, named.num_classes)
+    rows = picture.grid(named.guesses[: picture.CARDS], picture.CARDS, picture.NAME_HEIGHT, cell)
+    rows += picture.grid(cells, 2, picture.CLUSTER_HEIGHT, lambda row, x, width, draw: draw(row, x, width))
+    # A margin of 18 makes 450 pixels of 1600, which are 360 of 1280; each grid has a gap below its cards.
+    picture.save(path, [picture.Row(18), *rows], width=1280)
+
+
 def main(clip: str, xclip: str, to: str = "docs") -> None:
     """Write the four pictures to a folder."""
     folder = pathlib.Path(to)
     comparison([clip, xclip], folder / "comparison.png")
     search(xclip, folder / "search.png")
-    report.main([xclip, "--strip", str(folder / "strip.png")])
-    write(folder / "demo.png", RunFolder(xclip).picture_file.read_bytes())
+    strip(xclip, folder / "strip.png")
+    write(folder / "demo.png", RunReader(xclip).picture_file.read_bytes())
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import scipy.stats
 
 from xclip_jax.config.load import load_config
 from xclip_jax.core.errors import UserError, exit_with_message
-from xclip_jax.core.run_folder import RunFolder
+from xclip_jax.core.run_folder import RunReader
 from xclip_jax.evaluators.results import from_json
 from xclip_jax.train import trainer
 
@@ -47,7 +47,7 @@ def train(recipe: str, run: str, seed: int, sets: Sequence[str]) -> Values:
     config.eval.every = 0
     config.eval.report = False
     trainer.run(config)  # resumes an interrupted run, and leaves a finished one as it is
-    saved = RunFolder(run).read_results()
+    saved = RunReader(run).read_results()
     if saved is None:
         raise UserError(f"{run} has no results; run the same command again.")
     return {f"{r.set} {r.key}": r.value for r in from_json(saved["records"]) if r.headline}

@@ -13,7 +13,7 @@ from flax.traverse_util import unflatten_dict
 
 from xclip_jax.config import schema
 from xclip_jax.core.errors import UserError
-from xclip_jax.core.run_folder import RunFolder
+from xclip_jax.core.run_folder import RunReader
 from xclip_jax.core.storage import strict_json
 from xclip_jax.evaluators.results import VALIDATION, Result, from_json, to_json
 
@@ -179,7 +179,7 @@ def collect(folder: str | pathlib.Path, *, arm: str, tested: bool, commit: str, 
     Raises:
       UserError: an unfinished run; results on a test set although the arm is not `tested`.
     """
-    run = RunFolder(str(folder))
+    run = RunReader(str(folder))
     saved = run.read_results()
     config = run.read_config()
     if config is None or (saved is None and not error) or (saved or {}).get("failed"):
@@ -208,7 +208,7 @@ def collect(folder: str | pathlib.Path, *, arm: str, tested: bool, commit: str, 
     )
 
 
-def _evaluations(run: RunFolder, every: int) -> list[dict[str, float]]:
+def _evaluations(run: RunReader, every: int) -> list[dict[str, float]]:
     """Return the headlines of a run's evaluations; none if it evaluates only at its end."""
     lines = []
     for line in run.read_evaluations() if every else ():

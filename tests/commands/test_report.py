@@ -13,7 +13,7 @@ from tests.helpers import tiny
 from tests.helpers.pages import HOSTILE, check
 from xclip_jax import report
 from xclip_jax.commands import report as command
-from xclip_jax.core.run_folder import RunFolder
+from xclip_jax.core.run_folder import RunReader
 from xclip_jax.report import page as pages
 from xclip_jax.train import trainer
 from xclip_jax.train.checkpoint import Checkpointer
@@ -38,7 +38,7 @@ def run(tmp_path_factory):
 
 
 def test_the_page_of_a_run_needs_nothing_else_and_escapes_everything(run):
-    text = RunFolder(run / "run").report_file.read_text()
+    text = RunReader(run / "run").report_file.read_text()
     page = check(text)
     assert "alert" not in re.sub(r"&lt;.*?&gt;|alert\(2\)", "", text)
     words = " ".join(page.text)
@@ -69,14 +69,14 @@ def test_a_run_in_progress(run, tmp_path):
     half.mkdir(parents=True)
     command.main([str(folder)])
     assert half.exists()
-    page = check(RunFolder(folder).report_file.read_text())
+    page = check(RunReader(folder).report_file.read_text())
     words = " ".join(page.text)
     assert "What xCLIP has learned so far" in words and "holds no checkpoint" in words
     assert "2 of 4 steps" in words and "None yet; evaluate with" in words
     (folder / "metrics.jsonl").unlink()
     shutil.rmtree(folder / "checkpoints")
     command.main([str(folder)])
-    assert "No step is logged yet" in RunFolder(folder).report_file.read_text()
+    assert "No step is logged yet" in RunReader(folder).report_file.read_text()
 
 
 def test_a_reader_leaves_what_a_writer_has_begun(tmp_path):

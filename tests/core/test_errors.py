@@ -9,7 +9,7 @@ import time
 import pytest
 
 from xclip_jax import main as cli
-from xclip_jax.core.errors import EXIT_INTERRUPTED, EXIT_RESUMABLE, public
+from xclip_jax.core.errors import EXIT_INTERRUPTED, EXIT_RESUMABLE, redact
 
 
 @pytest.mark.parametrize(
@@ -38,8 +38,8 @@ from xclip_jax.core.errors import EXIT_INTERRUPTED, EXIT_RESUMABLE, public
     ],
 )  # fmt: skip
 def test_an_address_is_shown_without_its_secrets(text, shown):
-    assert public(text) == shown
-    assert public(shown) == shown
+    assert redact(text) == shown
+    assert redact(shown) == shown
 
 
 @pytest.mark.parametrize(
@@ -48,14 +48,14 @@ def test_an_address_is_shown_without_its_secrets(text, shown):
 def test_a_long_text_takes_no_long_time(text):
     """Captions of others are shown so too; a quadratic form took 20 to 70 s."""
     began = time.process_time()
-    public(text)
+    redact(text)
     assert time.process_time() - began < 8
 
 
 def test_all_texts_of_json_are_shown_so():
     secret = "https://u:p@h/a?s=1"
     content = {secret: [secret, (secret, 1, None)], "n": {"b": secret}}
-    assert public(content) == {"https://h/a": ["https://h/a", ("https://h/a", 1, None)], "n": {"b": "https://h/a"}}
+    assert redact(content) == {"https://h/a": ["https://h/a", ("https://h/a", 1, None)], "n": {"b": "https://h/a"}}
 
 
 ROOT = pathlib.Path(__file__).parents[2]

@@ -21,7 +21,7 @@ from xclip_jax.commands import evaluate
 from xclip_jax.config.load import load_config
 from xclip_jax.config.schema import resolve
 from xclip_jax.core.errors import UserError
-from xclip_jax.core.run_folder import RunFolder
+from xclip_jax.core.run_folder import RunReader
 from xclip_jax.data import transforms
 from xclip_jax.data.preprocessing import Preprocessing, mean_std
 from xclip_jax.evaluators import registry
@@ -254,7 +254,7 @@ def test_a_run_has_a_preprocessing_of_its_own(pictures, tmp_path):
     for _ in range(2):
         with TrainingFolder(c.run).claimed(resolve(c), []):
             pass
-    assert build.build(weights.run_config(RunFolder(c.run))).preprocessing == Preprocessing(
+    assert build.build(weights.run_config(RunReader(c.run))).preprocessing == Preprocessing(
         tiny.SIZE, *pair, background="white", exif_rotation=True
     )
 

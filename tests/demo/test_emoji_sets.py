@@ -183,14 +183,6 @@ def test_picture_and_page_are_drawn_for_every_kind_of_model(objective, embed, cl
     picture.draw(path, found, title="Test")
     with PIL.Image.open(path) as image:
         assert image.width == 1600 and image.height > 1000
-    strip = tmp_path / "strip.png"
-    if clusters:
-        picture.strip(strip, found)
-        with PIL.Image.open(strip) as image:
-            assert image.size == (1280, 360)
-    else:
-        with pytest.raises(UserError, match="a strip shows names, a search and a cluster"):
-            picture.strip(strip, found)
     config = {"config": demo_config.get_config(f"objective={objective}").to_dict(), "environment": {}}
     config["started"] = "2026-01-02T03:04:05+00:00"
     (tmp_path / "config.json").write_text(json.dumps(config))

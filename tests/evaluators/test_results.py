@@ -20,7 +20,7 @@ from tests.helpers.encoding import make_encoder, small_model
 from tests.helpers.made_results import entry
 from xclip_jax.commands import evaluate
 from xclip_jax.core.errors import UserError
-from xclip_jax.core.run_folder import RunFolder
+from xclip_jax.core.run_folder import RunReader
 from xclip_jax.evaluators import registry, results, tables
 from xclip_jax.evaluators.results import SHIFTED, Provenance, Result, flat, from_json, items, to_json
 from xclip_jax.evaluators.statistics import PerExample
@@ -90,7 +90,7 @@ def test_later_commands_add_to_the_file(root):
     for each in entries_:
         name = f"{each['name']}/{each['metric']}"
         assert items[each["items"]][name].value() == pytest.approx(each["value"])
-    card = model_card.evaluations(RunFolder(run), STEPS, 2)
+    card = model_card.evaluations(RunReader(run), STEPS, 2)
     assert [row[0] for row in card["evaluated"]] == ["`folder:one`"] and card["profile"] == "openai"
 
 

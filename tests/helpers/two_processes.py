@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 
 from tests.helpers import tiny
 from xclip_jax.core.errors import BadSample, UserError
-from xclip_jax.core.run_folder import RunFolder
+from xclip_jax.core.run_folder import RunReader
 from xclip_jax.data import loader, sources
 from xclip_jax.parallel.mesh import replicated
 from xclip_jax.processes import runtime
@@ -95,7 +95,7 @@ def falls_back(run, abstract, s):
     with Checkpointer(run) as checkpointer:
         checkpointer.save(s.replace(step=s.step + 1), {"samples": 0})
     if jax.process_index() == 0:
-        files = (path for path in (RunFolder(run).checkpoints / str(STEPS + 1) / "state" / "d").iterdir())
+        files = (path for path in (RunReader(run).checkpoints / str(STEPS + 1) / "state" / "d").iterdir())
         path = max(files, key=lambda path: path.stat().length)
         path.write_bytes(path.read_bytes()[:-1])
     multihost_utils.sync_global_devices("damaged")

@@ -11,7 +11,7 @@ from tests.data.test_tokenizer import save_words
 from tests.helpers import tiny
 from xclip_jax.config import schema
 from xclip_jax.core.errors import UserError
-from xclip_jax.core.run_folder import RunFolder
+from xclip_jax.core.run_folder import RunReader
 from xclip_jax.train import trainer
 from xclip_jax.train.training_folder import TrainingFolder
 
@@ -44,7 +44,7 @@ def test_a_run_that_starts_again_for_want_of_a_checkpoint_says_so(pairs, run, ca
     trainer.run(tiny.short(pairs, run))
     out = capsys.readouterr().out
     assert "WARNING: there is no checkpoint, so the run starts again; metrics up to step 4 are dropped" in out
-    assert steps(run) == [1, 2, 3, 4] and RunFolder(run).steps() == [2, 4]
+    assert steps(run) == [1, 2, 3, 4] and RunReader(run).steps() == [2, 4]
 
 
 @pytest.mark.parametrize(
@@ -52,8 +52,8 @@ def test_a_run_that_starts_again_for_want_of_a_checkpoint_says_so(pairs, run, ca
     [
         ("config.json", b"{", r"config\.json is damaged"),
         ("config.json", b"\xff\xfe", r"config\.json is damaged"),
-        ("config.json", b'{"model": 1}', r"config\.json is not the config of a run"),
-        ("config.json", b"[]", r"config\.json is not the config of a run"),
+        ("config.json", b'{"model": 1}', r"config\.json is damaged, or another program's"),
+        ("config.json", b"[]", r"config\.json is damaged, or another program's"),
         ("data.json", b"[{]", r"data\.json is damaged"),
         ("data.json", b'{"samples": 3}', r"data\.json is damaged"),
         ("results.json", b"", r"results\.json is damaged"),

@@ -153,7 +153,7 @@ def test_sizes_are_taken_over_from_weights(pretrained, tmp_path):
     with pytest.raises(UserError, match="imagenet2012"):  # a part has another number, which only the data tell
         load_config(f"finetune:data=tfds:imagenet2012,train=train[:1%],dir={tmp_path}")
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"config\.json is damaged and cannot be read"):
+    with pytest.raises(UserError, match=r"config\.json is damaged"):
         load_config(f"finetune:weights={tmp_path}")
 
 

@@ -13,7 +13,7 @@ from tests.integration.test_finetune import FakeEncoder, folder_of_classes
 from xclip_jax.commands import evaluate
 from xclip_jax.config.schema import resolve
 from xclip_jax.core.errors import UserError
-from xclip_jax.core.run_folder import RunFolder
+from xclip_jax.core.run_folder import RunReader
 from xclip_jax.core.storage import write_json
 from xclip_jax.evaluators import registry
 from xclip_jax.evaluators.probe import ClassificationSet, ClassifierEvaluator
@@ -96,7 +96,7 @@ def test_the_runs_data_json_names_its_classes(run, tmp_path, capsys):
     old = evaluate.evaluate(str(run), spec, output=str(tmp_path / "x.json"))["results"][0]
     write_json(epath.Path(run / "data.json"), [{"samples": 6, "hash": "x", "classes": names}])
     new = evaluate.evaluate(str(run), spec, output=str(tmp_path / "x.json"))["results"][0]
-    assert new["metrics"] == old["metrics"] and RunFolder(run).read_classes() == tuple(names)
+    assert new["metrics"] == old["metrics"] and RunReader(run).read_classes() == tuple(names)
     write_json(epath.Path(run / "data.json"), [{"samples": 6, "hash": "x", "classes": ["bright", "grey", "white"]}])
     with pytest.raises(UserError, match="class 'dark' is not among the 3 classes"):
         registry.open_all([spec], make_encoder(weights.load(str(run))[1], ["bright", "grey", "white"]))
@@ -108,10 +108,10 @@ def test_the_runs_data_json_names_its_classes(run, tmp_path, capsys):
 def test_a_damaged_data_json_is_one_sentence(content, tmp_path):
     (tmp_path / "data.json").write_text(content)
     with pytest.raises(UserError, match=r"data\.json is damaged"):
-        RunFolder(tmp_path).read_classes()
+        RunReader(tmp_path).read_classes()
 
 
 def test_no_data_json_and_no_classes_are_none(tmp_path):
-    assert RunFolder(tmp_path).read_classes() is None
+    assert RunReader(tmp_path).read_classes() is None
     (tmp_path / "data.json").write_text(json.dumps([{"samples": 3, "hash": ""}]))
-    assert RunFolder(tmp_path).read_classes() is None
+    assert RunReader(tmp_path).read_classes() is None

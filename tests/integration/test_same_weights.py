@@ -12,7 +12,7 @@ from etils import epath
 import xclip_jax
 from tests.helpers import tiny
 from xclip_jax.commands import evaluate, export
-from xclip_jax.core.run_folder import RunFolder
+from xclip_jax.core.run_folder import RunReader
 from xclip_jax.evaluators import results
 from xclip_jax.report import card, collect
 from xclip_jax.train import trainer
@@ -89,11 +89,11 @@ def test_keys_that_change_the_features_at_the_same_step(key, value, root, tmp_pa
     change(run, **{key: value})
     assert xclip_jax.load(run, batch=8).fingerprint() != before
     # Nothing has been measured with the new value yet.
-    assert not collect.read(run).results and not card.measured(RunFolder(run), STEPS, STEPS)
+    assert not collect.read(run).results and not card.measured(RunReader(run), STEPS, STEPS)
     evaluate.evaluate(str(run), two)
     assert shown(run / "evaluation.json") == ["two"]
     assert {result.set for result in collect.read(run).results} == {two}
-    assert {result.set for result in card.measured(RunFolder(run), STEPS, STEPS)} == {two}
+    assert {result.set for result in card.measured(RunReader(run), STEPS, STEPS)} == {two}
     assert {row["set"] for row in evaluate.compare(str(run), str(run))} == {two}
 
 

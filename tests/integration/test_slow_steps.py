@@ -14,7 +14,7 @@ import pytest
 
 from tests.helpers import tiny
 from xclip_jax.core.errors import EXIT_RESUMABLE
-from xclip_jax.core.run_folder import RunFolder
+from xclip_jax.core.run_folder import RunReader
 
 pytestmark = pytest.mark.long
 
@@ -58,7 +58,7 @@ def test_a_signal_in_a_long_step_saves(seconds, pairs, tmp_path):
         status = process.wait(100 + 3 * seconds)
     said = (tmp_path / "log").read_text()
     assert status == EXIT_RESUMABLE, said
-    saved = RunFolder(run).latest_step()
+    saved = RunReader(run).latest_step()
     assert saved in (2, 3) and f"stopped at step {saved} of 4" in said, said
     # 0 while one step has ended; the last line may be written before the end of its step is noticed.
     speeds = [speed for line in tiny.lines(run) if (speed := line["samples_per_second"])]

@@ -17,7 +17,7 @@ from xclip_jax.commands import evaluate, export, plan
 from xclip_jax.config import schema
 from xclip_jax.config.load import load_config
 from xclip_jax.core.errors import UserError
-from xclip_jax.core.run_folder import RunFolder
+from xclip_jax.core.run_folder import RunReader
 from xclip_jax.data import loader
 from xclip_jax.models.tower import ImageTower, TextTower
 from xclip_jax.parallel import topology
@@ -87,7 +87,7 @@ def test_a_run_resumes_bit_exactly(run, data, tmp_path):
 
 
 def test_the_config_alone_finds_the_tower_again(run):
-    saved = RunFolder(run.run).read_config()["config"]
+    saved = RunReader(run.run).read_config()["config"]
     assert saved["model"]["plugins"]["img"] == OPTIONS
     tower = schema.resolve(schema.complete(json.loads(json.dumps(saved)))).model.tower("img")
     assert (type(tower).__name__, tower.image_size, tower.width) == ("ConvMixer", 24, 20)
@@ -98,7 +98,7 @@ def test_the_config_alone_finds_the_tower_again(run):
 
 
 def test_it_is_evaluated_as_the_run_was_and_has_a_report(run):
-    folder = RunFolder(run.run)
+    folder = RunReader(run.run)
     suite = run.eval.final_sets[0]
     result, results = evaluate.evaluate(run.run, suite)["results"][0], folder.read_results()["results"]
     of_run = {key: results[f"{result['name']}/{key}"] for key in result["metrics"]}

@@ -9,7 +9,7 @@ import pytest
 from tests.helpers import tiny
 from xclip_jax.core import console, errors
 from xclip_jax.core.errors import EXIT_RESUMABLE, UserError, describe
-from xclip_jax.core.run_folder import RunFolder
+from xclip_jax.core.run_folder import RunReader
 from xclip_jax.data import records
 from xclip_jax.evaluators import registry
 from xclip_jax.processes import interrupt
@@ -45,7 +45,7 @@ def test_a_signal_in_an_evaluation_saves_the_last_step_and_the_evaluation_is_mad
     with pytest.raises(SystemExit) as stopped:
         trainer.run(c)
     assert stopped.value.code == EXIT_RESUMABLE
-    assert RunFolder(c.run).latest_step() == 3
+    assert RunReader(c.run).latest_step() == 3
     assert (sets["a"].batches, sets["b"].batches) == (1, 0)
     with pytest.raises(SystemExit) as stopped:  # in the evaluation of step 3, which is made first
         trainer.run(c)
@@ -77,7 +77,7 @@ def test_an_evaluation_that_fails_does_not_cost_the_steps_before(pairs, tmp_path
         with pytest.raises(UserError, match="too many unreadable") as raised:
             trainer.run(c)
     assert describe(raised.value) == "too many unreadable; in evaluator a; the state of step 3 is saved"
-    assert RunFolder(c.run).latest_step() == 3
+    assert RunReader(c.run).latest_step() == 3
     trainer.run(c)
     assert evaluated.batches == 4  # of step 3 and at the end
 
@@ -124,9 +124,9 @@ def test_a_killed_worker_is_one_sentence():
 # The main thread is in C code, and the signal reaches another one, as it may in a compilation.
 COMPILES = """
 import ctypes, signal, sys
-from xclip_jax.core.run_folder import RunFolder
+from xclip_jax.core.run_folder import RunReader
 from xclip_jax.processes import interrupt, watchdog
-with interrupt.PreemptionHandler() as stop, watchdog.Watchdog(RunFolder(sys.argv[1]), stop, warning=0, limit=0) as dog:
+with interrupt.PreemptionHandler() as stop, watchdog.Watchdog(RunReader(sys.argv[1]), stop, warning=0, limit=0) as dog:
     dog.enter(watchdog.COMPILATION)
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     print("compiling", flush=True)

@@ -10,7 +10,7 @@ import pytest
 
 from tests.helpers import tiny
 from xclip_jax.core.errors import EXIT_RESTART
-from xclip_jax.core.run_folder import RunFolder
+from xclip_jax.core.run_folder import RunReader
 from xclip_jax.processes import interrupt, watchdog
 from xclip_jax.train import trainer
 from xclip_jax.train.checkpoint import Checkpointer
@@ -38,7 +38,7 @@ def watch(tmp_path, statuses, monkeypatch):
     def start(limit=0.0):
         handler = interrupt.PreemptionHandler().__enter__()
         handler.saves = True
-        dog = watchdog.Watchdog(RunFolder(tmp_path), handler, warning=0.0, limit=limit).__enter__()
+        dog = watchdog.Watchdog(RunReader(tmp_path), handler, warning=0.0, limit=limit).__enter__()
         running.extend([handler, dog])
         return dog
 
@@ -52,7 +52,7 @@ class Timed(watchdog.Watchdog):
 
     def __init__(self, folder, **limits):
         self.now = 1000.0
-        super().__init__(RunFolder(folder), interrupt.PreemptionHandler(), lambda: self.now, **limits)
+        super().__init__(RunReader(folder), interrupt.PreemptionHandler(), lambda: self.now, **limits)
 
     def ask(self):
         self._asked, self._asked_at = 1, self.now

@@ -9,7 +9,7 @@ import yaml
 
 from tests.helpers import tiny
 from xclip_jax.config import schema
-from xclip_jax.core.run_folder import RunFolder
+from xclip_jax.core.run_folder import RunReader
 from xclip_jax.evaluators.results import Result
 from xclip_jax.report import card
 from xclip_jax.train import build
@@ -24,7 +24,7 @@ def test_names_of_others_are_no_markdown_in_a_card(run):
         "`<b>` www.x.org",
         "a | b",
     ]
-    folder = RunFolder(run)
+    folder = RunReader(run)
     folder.read_classes = lambda: hostile
     config = schema.resolve(schema.complete(folder.read_config()["config"]))
     folder.read_sources = lambda: [{"samples": 1}] * len(config.data.sources)

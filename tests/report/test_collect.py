@@ -17,7 +17,7 @@ from tests.helpers.made_results import retrieval, zero_shot
 from tests.helpers.pages import ENDED, Page, check, page_of, written
 from xclip_jax.config import schema
 from xclip_jax.core.errors import UserError
-from xclip_jax.core.run_folder import RunFolder
+from xclip_jax.core.run_folder import RunReader
 from xclip_jax.core.storage import write_json
 from xclip_jax.evaluators import results as results_files
 from xclip_jax.evaluators import tables
@@ -33,7 +33,7 @@ def test_an_evaluation_is_shown_before_there_are_results(tmp_path):
     entry = {"name": "zeroshot/x", "set": "x", "metric": "top1", "value": 12.5, "step": 1}
     entry |= {"records": to_json(zero_shot("x", 12.5, 50.0, ways=10))}
     keys = dict.fromkeys(results_files.KEY, "") | entry
-    results_files.add(RunFolder(tmp_path / "run").evaluation_file, keys, {}, {}, own=True)
+    results_files.add(RunReader(tmp_path / "run").evaluation_file, keys, {}, {}, own=True)
     words = " ".join(Page(page_of(collect.read(tmp_path / "run"), examples.Examples())).text)
     assert "the newest of its set" in words and "12.5" in words and "(10.0)" in words
 
@@ -170,7 +170,7 @@ def test_per_example_values_of_an_evaluation_serve_the_results_of_the_run(tmp_pa
     entry = {"name": "zeroshot/x", "metrics": {"top1": 50.0}, "set": "x", "metric": "top1", "value": 50.0}
     entry |= {"records": to_json([result]), "checkpoint": "run", "step": 4, "profile": "", "changes": {}}
     items = PerExample(np.array([1.0, 1.0, 0.0, 0.0]), groups=np.array([0, 0, 1, 1]))
-    files = RunFolder(run)
+    files = RunReader(run)
     keys = dict.fromkeys(results_files.KEY, "") | entry
     results_files.add(files.evaluation_file, keys, {result.name: items}, {}, own=True)
     (read,) = collect.read(run).results
@@ -199,7 +199,7 @@ def test_the_last_evaluation_of_a_run_leaves_its_per_example_values(tmp_path):
 
 def test_sets_that_are_evaluated_after_a_run_are_beside_its_own(tmp_path):
     run = written(tmp_path / "run", tiny.config("clip", steps=4), []).folder
-    files = RunFolder(run)
+    files = RunReader(run)
 
     def result(name, value, family="zeroshot"):
         return Result(name, family, "top1", value, n=4, chance=25.0, headline=True, evaluator="zeroshot")
@@ -251,7 +251,7 @@ def evaluate(run, name, top1, step, items=None):
     entry = {"name": f"zeroshot/{name}", "metrics": {"top1": top1}, "set": name, "metric": "top1", "value": top1}
     entry |= {"records": to_json([result]), "checkpoint": "run", "step": step, "profile": "", "changes": {}}
     keys = dict.fromkeys(results_files.KEY, "") | entry
-    results_files.add(RunFolder(run).evaluation_file, keys, {result.name: items} if items else {}, {}, own=True)
+    results_files.add(RunReader(run).evaluation_file, keys, {result.name: items} if items else {}, {}, own=True)
 
 
 def tiles(text):
@@ -288,7 +288,7 @@ def test_a_run_that_is_not_complete_shows_the_newest_result_of_each_set_and_its_
 @pytest.mark.parametrize(("step", "shown"), [(2, "at step 2 "), (4, "x ")])
 def test_a_run_without_sets_that_was_evaluated_at_an_earlier_step_says_so(step, shown, tmp_path):
     run = written(tmp_path / "run", tiny.config("clip", steps=4), []).folder
-    write_json(RunFolder(run).results_file, {"results": {}, "records": [], "config": {}, "ended": ENDED})
+    write_json(RunReader(run).results_file, {"results": {}, "records": [], "config": {}, "ended": ENDED})
     evaluate(run, "x", 40.0, step)
     text = page_of(collect.read(run), examples.Examples())
     ((_, details),) = tiles(text).values()
@@ -324,10 +324,10 @@ def test_each_step_of_an_evaluation_is_one_point(tmp_path):
     run = written(tmp_path / "run", tiny.config("clip", steps=4), rows, evaluations + last).folder
     results = [result for _, of_set in last for result in of_set]
     content = {"results": flat(results), "records": to_json(results), "config": {}, "ended": ENDED}
-    write_json(RunFolder(run).results_file, content)
+    write_json(RunReader(run).results_file, content)
     drawn = lines_of(page_of(collect.read(run), examples.Examples()))
     assert drawn == {"folder:a/val, top-1": ([2, 4], [1, 4]), "folder:b/val, top-1": ([2, 4], [50, 53])}
-    RunFolder(run).results_log_file.write_text(made_results.lines(evaluations))  # results.json has the last
+    RunReader(run).results_log_file.write_text(made_results.lines(evaluations))  # results.json has the last
     assert lines_of(page_of(collect.read(run), examples.Examples())) == drawn
 
 
@@ -358,8 +358,8 @@ def test_a_metric_that_is_not_a_number_is_shown_as_such(tmp_path):
     run = written(tmp_path / "run", tiny.config("clip", steps=4), rows, evaluations).folder
     results = numbers("x", math.nan) + numbers("y", 40.0)
     content = {"results": flat(results), "records": to_json(results), "config": {}, "ended": ENDED}
-    write_json(RunFolder(run).results_file, content)
-    assert '"value": null' in RunFolder(run).results_file.read_text()
+    write_json(RunReader(run).results_file, content)
+    assert '"value": null' in RunReader(run).results_file.read_text()
     evaluate(run, "x", math.nan, 4)
     text = page_of(collect.read(run), examples.Examples())
     check(text)

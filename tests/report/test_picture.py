@@ -11,7 +11,7 @@ def test_the_set_with_the_best_ranks_comes_first():
         return examples.ZeroShotExamples(title, "", num_classes, guesses)
 
     sets = [named("unseen", 10, 1, 5), named("line", 1000, 900), named("known", 1000, 20, 30, 10)]
-    assert [shown.title for shown in picture._best_first(sets)] == ["known", "unseen", "line"]
+    assert [shown.title for shown in picture.best_first(sets)] == ["known", "unseen", "line"]
 
 
 def test_names_are_printable_and_fit():

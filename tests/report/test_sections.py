@@ -15,7 +15,7 @@ from tests.helpers.made_results import retrieval, zero_shot
 from tests.helpers.pages import HOSTILE, check, page_of, written
 from xclip_jax.commands import report as command
 from xclip_jax.core.errors import UserError
-from xclip_jax.core.run_folder import RunFolder
+from xclip_jax.core.run_folder import RunReader
 from xclip_jax.evaluators import registry
 from xclip_jax.evaluators import results as results_files
 from xclip_jax.evaluators.results import Provenance, Result, from_json, to_json
@@ -40,7 +40,7 @@ def run(folder, color, right, *, objective="clip", split="1", **changes):
     entry = {"set": "x", "name": "zeroshot/x", "metric": "top1", "value": float(right), "n": 100, "step": 3}
     entry |= {"records": to_json([result]), "metrics": {"top1": float(right)}, "checkpoint": folder.name}
     entry |= {"profile": "", "changes": {}, "split_hash": split, "fingerprint": folder.name}
-    file = RunFolder(folder).evaluation_file
+    file = RunReader(folder).evaluation_file
     results_files.add(file, entry, {result.name: PerExample(values)}, {}, own=True)
     return Run(folder.name, color, collect.read(folder), examples.Examples())
 
@@ -108,7 +108,7 @@ def test_what_differs_is_listed_and_what_cannot_be_compared_is_said(tmp_path):
     assert "Predictions of b are by the checkpoint of step 2." in words and "Predictions of a" not in words
     assert "Batches differ, and so does what a step is: a 16, b 8." in words
     assert "No evaluation set has images and texts" in words
-    RunFolder(tmp_path / "b").evaluation_file.unlink()
+    RunReader(tmp_path / "b").evaluation_file.unlink()
     assert (
         f"evaluation.json does not exist; make it with xclip-jax evaluate --checkpoint {tmp_path / 'b'} --suite NAME"
         in page.render([a, b])
@@ -129,7 +129,7 @@ def test_differences_of_earlier_steps_name_them(tmp_path):
     """Each was evaluated at step 3, after which the second went on."""
     runs = [run(tmp_path / name, i, right) for i, (name, right) in enumerate((("a", 40), ("b", 70)))]
     assert "<small>step 3</small>" not in page.render(runs).partition('id="differences"')[2].partition("</section>")[0]
-    with RunFolder(tmp_path / "b").metrics_file.open("a") as file:
+    with RunReader(tmp_path / "b").metrics_file.open("a") as file:
         file.write(json.dumps({"step": 4, "loss": 1.0, "clip/loss": 1.0}) + "\n")
     runs[1] = dataclasses.replace(runs[1], record=collect.read(tmp_path / "b"))
     row = page.render(runs).partition('id="differences"')[2].partition("</section>")[0]
@@ -138,7 +138,7 @@ def test_differences_of_earlier_steps_name_them(tmp_path):
 
 def test_differences_without_values_of_items_have_no_interval(tmp_path):
     runs = [run(tmp_path / name, i, right) for i, (name, right) in enumerate((("a", 40), ("b", 70)))]
-    RunFolder(tmp_path / "b").evaluation_file.with_name("evaluation.json.items.npz").unlink()
+    RunReader(tmp_path / "b").evaluation_file.with_name("evaluation.json.items.npz").unlink()
     text = page.render(runs)
     check(text, SECTIONS)
     row = text.partition('id="differences"')[2].partition("</section>")[0]
@@ -154,9 +154,9 @@ def test_sets_whose_paths_end_alike_are_told_apart(tmp_path):
             dataclasses.replace(one.record.results[0], set=f"folder:/data/{of}/test", value=40.0 + i)
             for i, of in enumerate(sets)
         ]
-        entries = json.loads(RunFolder(tmp_path / name).evaluation_file.read_text())
+        entries = json.loads(RunReader(tmp_path / name).evaluation_file.read_text())
         entries["results"][0] |= {"set": "folder:/data/birds/test"}
-        RunFolder(tmp_path / name).evaluation_file.write_text(json.dumps(entries))
+        RunReader(tmp_path / name).evaluation_file.write_text(json.dumps(entries))
         evaluated = [(step, results) for step in (2, 3)]
         record_ = dataclasses.replace(one.record, results=results, evaluations=evaluated)
         runs.append(dataclasses.replace(one, record=record_))
@@ -201,7 +201,7 @@ def test_sets_of_two_families_that_share_a_name_have_a_row_and_a_chart_each(tmp_
 def test_runs_that_are_not_complete_have_the_newest_result_of_each_set_and_its_step(tmp_path):
     """Evaluated at step 3 by the command, at step 5 by the run."""
     a, b = (run(tmp_path / name, i, 40) for i, name in enumerate("ab"))
-    with RunFolder(tmp_path / "b").results_log_file.open("a") as file:
+    with RunReader(tmp_path / "b").results_log_file.open("a") as file:
         file.write(made_results.lines([(5, zero_shot("x", 90.0, None, n=100))]))
     text = page.render([a, dataclasses.replace(b, record=collect.read(b.record.folder))])
     words = " ".join(check(text, SECTIONS).text)
@@ -267,7 +267,7 @@ def test_held_out_pairs_templates_and_names_are_those_of_the_first_run(tmp_path,
     assert capsys.readouterr().out.count("names.json' does not exist; own classes go by their labels") == 1
     command.main([str(tmp_path / "a")])
     assert "names.json' does not exist; own classes go by their labels" in capsys.readouterr().out
-    assert "fox" in RunFolder(tmp_path / "a").report_file.read_text()
+    assert "fox" in RunReader(tmp_path / "a").report_file.read_text()
 
 
 def test_images_that_differ_are_not_put_side_by_side(tmp_path):

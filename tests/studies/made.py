@@ -9,7 +9,7 @@ from tests.helpers import tiny
 from tests.studies.greys import TEST_SET, VALIDATION_SET
 from xclip_jax.config import schema
 from xclip_jax.config.load import load_config
-from xclip_jax.core.run_folder import RunFolder
+from xclip_jax.core.run_folder import RunReader
 from xclip_jax.core.storage import write_json
 from xclip_jax.evaluators.results import VALIDATION, Provenance, Result, to_json
 
@@ -54,7 +54,7 @@ def results(config, value):
 
 def write_folder(path, config, value=7.0, finished=True):
     """Make the folder of a run with this nested config."""
-    folder = RunFolder(str(path))
+    folder = RunReader(str(path))
     path.mkdir(exist_ok=True)
     about = {"command": "x", "commit": "y", "versions": {"jax": "1"}}
     write_json(folder.config_file, {"config": config, "environment": about})

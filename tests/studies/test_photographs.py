@@ -112,11 +112,6 @@ def test_geometry(labels):
     np.testing.assert_array_equal(fitted, tested)
 
 
-def test_common_tokens_have_one_class_each():
-    known = terms.common_tokens()
-    assert len(known) == len(set(known.tolist())) == terms.MOST
-
-
 def test_the_second_head_against_its_definition():
     x, y = np.random.default_rng(0).normal(size=(2, 7, 4))
     loss, _, _ = terms.SecondHead()({"second_img": x, "second_txt": y, "second_scale": 5.0}, None, {}, {})
@@ -126,15 +121,6 @@ def test_the_second_head_against_its_definition():
     assert float(loss) == pytest.approx(np.mean(by_hand), abs=1e-5)
     scores = terms.SecondSimilarity()
     np.testing.assert_allclose(scores.scores(x, scores.rows(y))[""], a @ b.T, atol=1e-6)
-
-
-def test_candidates_are_balanced():
-    for candidates in spaces.TEAMS.values():
-        assert len(candidates) == 8
-        assert all([c["lr"] for c in candidates].count(lr) == 2 for lr in (1e-3, 2e-3, 4e-3, 8e-3))
-        for name in candidates[0].keys() - {"lr"}:
-            values = [candidate[name] for candidate in candidates]
-            assert all(values.count(value) == 4 for value in set(values))
 
 
 def _record(arm, values, evaluations=()):

@@ -11,12 +11,11 @@ import time
 
 import pytest
 
-from studies import cost, records, runner, worker
+from studies import records, runner, worker
 from studies.declaration import Arm
-from tests.helpers import tiny
 from tests.studies import made
 from tests.studies.greys import TEST_SET
-from xclip_jax.core.errors import Diverged, UserError
+from xclip_jax.core.errors import UserError
 
 ONE = Arm("one", "", "tiny:objective=clip", {}, (0,))
 # Runs an arm of 40 steps in argv[1].
@@ -152,28 +151,3 @@ def test_code_version(tmp_path):
     assert len(clean) == 40
     (tmp_path / "xclip_jax" / "new.py").write_text("")
     assert runner.code_version(tmp_path) == f"{clean}-dirty"
-
-
-def test_a_worker_writes_down_that_training_diverged(tmp_path, monkeypatch):
-    def diverge(config):
-        raise Diverged("loss of step 3 is nan")
-
-    monkeypatch.setattr(worker, "_stop_with_parent", lambda: None)  # it would end this process
-    monkeypatch.setattr(worker.trainer, "run", diverge)
-    (tmp_path / worker.REQUEST).write_text(json.dumps({"config": tiny.config("clip").to_dict()}))
-    worker.main(str(tmp_path))
-    assert json.loads((tmp_path / worker.DIVERGED).read_text()) == {"error": "loss of step 3 is nan"}
-
-
-def test_costs_are_read_from_their_last_line(tmp_path):
-    assert cost.read(tmp_path / "costs.jsonl") == {}
-    for ratio in (1.2, 1.1):
-        cost.write(tmp_path / "costs.jsonl", "final_xclip", "final_clip", "0" * 40, {"ratio": ratio, "turns": 1})
-    assert cost.read(tmp_path / "costs.jsonl") == {"final_xclip": 1.1}
-
-
-@pytest.mark.long
-@pytest.mark.slow
-def test_two_configs_take_steps_in_turn():
-    measured = cost.measure(tiny.config("xclip"), tiny.config("clip"), turns=1, steps=1)
-    assert 0.05 < measured["ratio"] < 20 and measured["low"] <= measured["ratio"] <= measured["high"]

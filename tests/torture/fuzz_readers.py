@@ -22,7 +22,7 @@ from etils import epath
 from tests.torture import fuzz_data, fuzz_inputs
 from xclip_jax.config import load, schema
 from xclip_jax.core import fields, json_lines
-from xclip_jax.core.run_folder import RunFolder
+from xclip_jax.core.run_folder import RunReader
 from xclip_jax.data import images, tokenizer
 from xclip_jax.evaluators import results
 from xclip_jax.evaluators.results import Result
@@ -199,7 +199,7 @@ def _read_run(data: bytes, folder: Path) -> None:
     name, _, content = data.partition(b"\n")
     for other, sound in _run_files().items():
         (folder / other).write_bytes(content if other.encode() == name else sound)
-    run = RunFolder(folder)
+    run = RunReader(folder)
     run.is_run()
     read = collect.read(folder)
     _ = read.steps, run.read_classes()

@@ -49,21 +49,3 @@ def test_every_promise_names_tests_that_exist():
 def test_every_promise_has_a_test_in_the_normal_suite():
     slow = {x.fault for x in faults.PROMISES if not any(is_in_the_normal_suite(test) for test in x.tests)}
     assert slow == SLOW
-
-
-@pytest.mark.parametrize(
-    ("body", "holds", "words"), [("assert True", True, "1 passed"), ("assert 1 == 2", False, "FAILED")]
-)
-def test_what_came(body, holds, words, tmp_path, monkeypatch):
-    path = tmp_path / "test_it.py"
-    path.write_text(f"def test_x():\n    {body}\n")
-    monkeypatch.setattr(faults, "node", lambda _: str(path))
-    got, came = faults.run(faults.Promise("area", "fault", "expected", ("it::x",)))
-    assert got == holds and words in came
-
-
-def test_a_promise_without_a_test_that_ran_does_not_hold(tmp_path, monkeypatch):
-    path = tmp_path / "test_it.py"
-    path.write_text("import pytest\n\n\n@pytest.mark.skip\ndef test_x():\n    pass\n")
-    monkeypatch.setattr(faults, "node", lambda _: str(path))
-    assert not faults.run(faults.Promise("area", "fault", "expected", ("it::x",)))[0]

@@ -15,7 +15,7 @@ from tests.helpers import tiny
 from tests.helpers.util import free_address
 from tests.processes.test_runtime import ROOT
 from xclip_jax.core.errors import EXIT_RESTART, EXIT_RESUMABLE
-from xclip_jax.core.run_folder import RunFolder
+from xclip_jax.core.run_folder import RunReader
 
 pytestmark = pytest.mark.long
 
@@ -72,7 +72,7 @@ def test_the_end_of_process_0_ends_the_other(tmp_path):
 def test_a_signal_to_one_process_saves_in_both(tmp_path, fault, process):
     statuses, outputs = both(tmp_path, fault, 3, process)
     assert statuses == [EXIT_RESUMABLE] * 2, outputs
-    assert f"stopped at step {RunFolder(tmp_path / 'run').latest_step()} of 10000" in outputs[0]
+    assert f"stopped at step {RunReader(tmp_path / 'run').latest_step()} of 10000" in outputs[0]
 
 
 @slow

@@ -19,7 +19,7 @@ from tests.helpers import tiny
 from xclip_jax.config import schema
 from xclip_jax.config.schema import resolve
 from xclip_jax.core.errors import EXIT_RESUMABLE, UserError
-from xclip_jax.core.run_folder import RunFolder
+from xclip_jax.core.run_folder import RunReader
 from xclip_jax.data.ledger import Ledger
 from xclip_jax.train import callbacks, job, log, trainer
 from xclip_jax.train.callbacks import Callback, Trackers
@@ -94,7 +94,7 @@ def test_a_run_with_all_trackers(calls, pairs, tmp_path, monkeypatch):
 
 def test_a_resumed_run_goes_on_in_the_same_run(calls, tmp_path):
     def start(step):
-        Trackers(RunFolder(tmp_path), settings(tmp_path), step).close()
+        Trackers(RunReader(tmp_path), settings(tmp_path), step).close()
         return logged(calls, "wandb", "init")[-1]["id"], logged(calls, "trackio", "init")[-1]["name"]
 
     first = start(0)
@@ -114,7 +114,7 @@ def test_one_that_fails_is_one_warning_and_the_others_go_on(call, calls, tmp_pat
     if call in ("init", "Html"):
         monkeypatch.setattr(wandb, call, fail)
     (tmp_path / "report.html").write_text("<p>")
-    opened = Trackers(RunFolder(tmp_path), settings(tmp_path), 0)
+    opened = Trackers(RunReader(tmp_path), settings(tmp_path), 0)
     if call in ("log", "finish"):
         real = getattr(FakeRun, call)
         monkeypatch.setattr(
@@ -191,11 +191,11 @@ def test_a_signal_in_the_report_leaves_it_and_ends_the_trackers(calls, pairs, tm
         trainer.run(tiny.short(pairs, run, log__to=("wandb",)), stops)
     assert stopped.value.code == EXIT_RESUMABLE and not reported and calls[-1] == ("wandb", "finish", None)
     assert f"the report was interrupted; xclip-jax report {run} makes it" in capsys.readouterr().out
-    assert RunFolder(run).results_file.exists()
+    assert RunReader(run).results_file.exists()
 
 
 def test_no_trackers(tmp_path):
-    opened = Trackers(RunFolder(tmp_path), resolve(tiny.config(run=tmp_path, log__to=())), 0)
+    opened = Trackers(RunReader(tmp_path), resolve(tiny.config(run=tmp_path, log__to=())), 0)
     opened.log(1, {"loss": 1.0})
     opened.close()
     assert not list(tmp_path.iterdir())
@@ -203,7 +203,7 @@ def test_no_trackers(tmp_path):
 
 def test_event_files_of_a_bucket_stay_small(tmp_path, monkeypatch):
     """Every two minutes tensorboardX uploads the whole file."""
-    folder = RunFolder(tmp_path)
+    folder = RunReader(tmp_path)
     monkeypatch.setattr(callbacks, "_MOST_EVENTS", 4)
     for remote, files in ((False, 1), (True, 3)):
         monkeypatch.setattr(callbacks, "is_remote", lambda _, remote=remote: remote)
@@ -234,7 +234,7 @@ def test_a_disk_that_fails_under_tensorboard_does_not_block_the_run(tmp_path, mo
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    opened = Trackers(RunFolder(tmp_path), resolve(tiny.config(run=tmp_path)), 0)
+    opened = Trackers(RunReader(tmp_path), resolve(tiny.config(run=tmp_path)), 0)
     opened.log(0, {"a": 0.0})
     monkeypatch.setattr(event_file_writer.EventsWriter, "write_event", full)
     monkeypatch.setattr(threading, "excepthook", lambda _: None)

@@ -26,7 +26,7 @@ from tests.helpers.checkpoints import (
     save,
 )
 from xclip_jax.core.errors import UserError
-from xclip_jax.core.run_folder import RunFolder
+from xclip_jax.core.run_folder import RunReader
 from xclip_jax.train import checkpoint_files
 from xclip_jax.train.checkpoint import Checkpointer
 
@@ -40,7 +40,7 @@ def test_what_orbax_writes_last_is_not_needed_to_resume(run):
             path.unlink() if content is None else path.write_bytes(content)
             check_is(resume(run), 4)
     save(run, 6, 8, keep=2)
-    assert RunFolder(run).steps() == [6, 8]
+    assert RunReader(run).steps() == [6, 8]
 
 
 # Which checkpoint is used instead
@@ -55,7 +55,7 @@ def test_the_newest_whole_checkpoint_is_used_and_the_others_move_aside(run, caps
     assert line.startswith("WARNING: damaged, ") and line.endswith("to step 2, the newest whole one")
     assert all(f"checkpoints/{step} ({name} has other bytes than were written)" in line for step, name in names.items())
     assert sorted(path.name for path in folder.iterdir()) == ["2", "damaged-4", "damaged-6"]
-    assert RunFolder(run).steps() == [2]
+    assert RunReader(run).steps() == [2]
     check_is(restore(run), 2)
     # The run goes on, saves step 4 again, and that one is damaged too.
     save(run, 4, keep=9)
@@ -73,7 +73,7 @@ def test_no_whole_checkpoint_is_one_sentence_and_nothing_is_moved(run):
         resume(run)
     with pytest.raises(UserError, match=rf"checkpoints/4 is damaged: {names[1]} has .*; no other one is whole"):
         restore(run)
-    assert RunFolder(run).steps() == [2, 4]
+    assert RunReader(run).steps() == [2, 4]
 
 
 def test_readers_move_nothing(run):
@@ -99,7 +99,7 @@ def test_readers_move_nothing(run):
 def test_folders_that_are_no_checkpoints(run, make, fault, capsys):
     make(run / "checkpoints")
     if fault is None:  # neither Orbax nor we take it for one
-        assert RunFolder(run).latest_step() == 4
+        assert RunReader(run).latest_step() == 4
         check_is(restore(run), 4)
         return
     with pytest.raises(UserError, match=rf"checkpoints/70 is damaged: {fault}.*the newest whole one is of step 4"):
@@ -116,7 +116,7 @@ def test_another_architecture_is_not_damage(run):
         pytest.raises(UserError, match=r"another architecture: params/img/a has sha"),
     ):
         checkpointer.restore_good(abstract(make_state(0, size=32)))
-    assert RunFolder(run).steps() == [2, 4]
+    assert RunReader(run).steps() == [2, 4]
 
 
 def test_a_file_that_may_not_be_read_is_not_damage(run, monkeypatch):
@@ -128,7 +128,7 @@ def test_a_file_that_may_not_be_read_is_not_damage(run, monkeypatch):
     monkeypatch.setattr(checkpoint_files, "_hash", refused)
     with Checkpointer(run) as checkpointer, pytest.raises(PermissionError):
         checkpointer.restore_good(ABSTRACT)
-    assert RunFolder(run).steps() == [2, 4]
+    assert RunReader(run).steps() == [2, 4]
 
 
 @pytest.mark.parametrize("error", [MemoryError("out of memory"), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")])
@@ -139,7 +139,7 @@ def test_too_little_memory_is_not_damage(run, monkeypatch, error):
     with Checkpointer(run) as checkpointer, pytest.raises(type(error)):
         monkeypatch.setattr(checkpointer._manager, "restore", refused)
         checkpointer.restore_good(ABSTRACT)
-    assert RunFolder(run).steps() == [2, 4]
+    assert RunReader(run).steps() == [2, 4]
 
 
 @pytest.mark.parametrize(
@@ -216,13 +216,13 @@ def test_orbax_asks_the_preemption_service_nothing(tmp_path, monkeypatch):
     """It knows the questions of the training loop alone, see `interrupt.PreemptionHandler`."""
     monkeypatch.setattr(ocp.CheckpointManager, "reached_preemption", lambda _, step: pytest.fail(f"asked {step}"))
     save(tmp_path, 2, 4)
-    assert RunFolder(tmp_path).steps() == [2, 4]
+    assert RunReader(tmp_path).steps() == [2, 4]
 
 
 def test_which_checkpoints_are_kept(tmp_path):
     save(tmp_path, *range(2, 22, 2), keep=2)
-    assert RunFolder(tmp_path).steps() == [18, 20]
-    for step in RunFolder(tmp_path).steps():
+    assert RunReader(tmp_path).steps() == [18, 20]
+    for step in RunReader(tmp_path).steps():
         check_is(restore(tmp_path, step), step)
 
 
@@ -241,11 +241,11 @@ def test_an_old_checkpoint_that_cannot_be_deleted_is_a_warning(run, monkeypatch,
         with monkeypatch.context() as patch:
             patch.setattr(StandardCheckpointDeleter, "delete", refused)
             checkpointer.save(make_state(6), {"samples": 48, "batch": 8})
-            assert checkpointer.steps() == [4, 6] and RunFolder(run).steps() == [2, 4, 6]
+            assert checkpointer.steps() == [4, 6] and RunReader(run).steps() == [2, 4, 6]
         said = capsys.readouterr().out
         assert said == "WARNING: old checkpoints could not be deleted, of step 2 (Permission denied)\n"
         checkpointer.save(make_state(8), {"samples": 64, "batch": 8})
-        assert checkpointer.steps() == RunFolder(run).steps() == [6, 8]
+        assert checkpointer.steps() == RunReader(run).steps() == [6, 8]
     check_is(restore(run), 8)
 
 
@@ -262,7 +262,7 @@ def test_one_that_is_protected_for_good_keeps_no_others(run, monkeypatch, capsys
         for step in (6, 8, 10):
             checkpointer.save(make_state(step), {"samples": 8 * step, "batch": 8})
             checkpointer.steps()
-        assert RunFolder(run).steps() == [2, 8, 10]
+        assert RunReader(run).steps() == [2, 8, 10]
 
 
 # When it cannot be written
@@ -297,7 +297,7 @@ def test_a_save_that_fails_is_reported_at_once_and_costs_no_other(run, no_large_
         assert "File too large" in str(caught.value) and len(str(caught.value).splitlines()) == 1
         assert checkpointer.latest() == 4
     no_large_files()
-    assert RunFolder(run).steps() == [2, 4]
+    assert RunReader(run).steps() == [2, 4]
     check_is(resume(run), 4)
     save(run, 6)
     check_is(restore(run), 6)

@@ -10,7 +10,7 @@ from etils import epath
 from tests.helpers import checkpoints
 from tests.helpers.checkpoints import HARMLESS, check_is, damage, files_of, make_state, restore, save
 from xclip_jax.core.errors import UserError
-from xclip_jax.core.run_folder import RunFolder
+from xclip_jax.core.run_folder import RunReader
 from xclip_jax.train import checkpoint_files
 from xclip_jax.train.checkpoint import Checkpointer
 
@@ -117,7 +117,7 @@ def test_the_digest_is_in_the_checkpoint_before_it_has_its_name(tmp_path, monkey
     with Checkpointer(tmp_path) as checkpointer:
         checkpointer.save(make_state(2), {"samples": 16, "batch": 8})
         assert began.wait(60)
-        assert RunFolder(tmp_path).steps() == []
+        assert RunReader(tmp_path).steps() == []
         with pytest.raises(UserError, match="holds no checkpoint"):
             restore(tmp_path)
         checkpointer.raise_failure()
@@ -136,4 +136,4 @@ def test_a_digest_that_cannot_be_written_leaves_no_checkpoint(run, monkeypatch):
         Checkpointer(run) as checkpointer,
     ):
         checkpointer.save(make_state(6), {"samples": 48, "batch": 8})
-    assert RunFolder(run).steps() == [2, 4]
+    assert RunReader(run).steps() == [2, 4]

@@ -18,7 +18,7 @@ import pytest
 
 from tests.helpers import tiny
 from xclip_jax.core.errors import EXIT_RESUMABLE, UserError, describe
-from xclip_jax.core.run_folder import RunFolder
+from xclip_jax.core.run_folder import RunReader
 from xclip_jax.data import loader
 from xclip_jax.evaluators import registry
 from xclip_jax.evaluators.encoder import TooManyUnreadable
@@ -271,13 +271,13 @@ def test_the_trace_waits_for_the_steps_before_it_and_in_it(tmp_path, monkeypatch
     monkeypatch.setattr(jax, "block_until_ready", lambda x: calls.append(("wait", x)) or x)
     monkeypatch.setattr(jax.profiler, "start_trace", lambda *_, **__: calls.append("start"))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
-    tracer = loop.StepTracer((4, 5), RunFolder(tmp_path))
+    tracer = loop.StepTracer((4, 5), RunReader(tmp_path))
     for step in range(3, 8):
         assert tracer(step, lambda x: calls.append(x) or x + 1, 10 * step) == 10 * step + 1
     tracer.close()
     assert calls == [30, ("wait", (40,)), "start", 40, 50, ("wait", 51), "stop", 60, 70]
     calls.clear()
-    tracer = loop.StepTracer((4, 6), RunFolder(tmp_path))  # of a run that resumed at step 4
+    tracer = loop.StepTracer((4, 6), RunReader(tmp_path))  # of a run that resumed at step 4
     for step in (5, 6, 7):
         tracer(step, calls.append, step)
     assert calls == [("wait", (5,)), "start", 5, 6, ("wait", None), "stop", 7]
@@ -285,13 +285,13 @@ def test_the_trace_waits_for_the_steps_before_it_and_in_it(tmp_path, monkeypatch
 
 def test_a_trace_that_fails_is_a_warning(tmp_path, capsys):
     """Another trace is in progress; the run's folder cannot be written to."""
-    tracer = loop.StepTracer((1, 2), RunFolder(tmp_path / "run"))
+    tracer = loop.StepTracer((1, 2), RunReader(tmp_path / "run"))
     with jax.profiler.trace(tmp_path / "other"):
         assert [tracer(step, lambda x: x, step) for step in (1, 2, 3)] == [1, 2, 3]
     tracer.close()
     assert "WARNING: the steps of log.profile cannot be traced: Profile has already" in capsys.readouterr().out
     (tmp_path / "file").write_text("")
-    tracer = loop.StepTracer((1, 2), RunFolder(tmp_path / "file"))
+    tracer = loop.StepTracer((1, 2), RunReader(tmp_path / "file"))
     assert [tracer(step, lambda x: x, step) for step in (1, 2, 3)] == [1, 2, 3]
     out = capsys.readouterr().out
     assert "WARNING: the steps of log.profile cannot be traced" in out and out.count("\n") == 1
@@ -332,7 +332,7 @@ def test_a_signal_saves_the_last_step_while_data_do_not_come(pairs, tmp_path, fe
     with pytest.raises(SystemExit) as stopped:
         trainer.run(c)
     assert stopped.value.code == EXIT_RESUMABLE
-    assert RunFolder(c.run).latest_step() == 2
+    assert RunReader(c.run).latest_step() == 2
 
 
 def test_data_that_fail_do_not_cost_the_steps_before(pairs, tmp_path, feed):
@@ -344,7 +344,7 @@ def test_data_that_fail_do_not_cost_the_steps_before(pairs, tmp_path, feed):
     with pytest.raises(UserError, match="the disk is gone") as raised:
         trainer.run(c)
     assert describe(raised.value).endswith("the state of step 2 is saved")
-    assert RunFolder(c.run).latest_step() == 2
+    assert RunReader(c.run).latest_step() == 2
 
 
 def test_a_log_that_a_disk_refuses_costs_no_checkpoint(pairs, tmp_path, monkeypatch):
@@ -358,7 +358,7 @@ def test_a_log_that_a_disk_refuses_costs_no_checkpoint(pairs, tmp_path, monkeypa
     c = tiny.short(pairs, tmp_path / "run")
     with pytest.raises(OSError, match="Disk quota exceeded"):
         trainer.run(c)
-    assert RunFolder(c.run).latest_step() == 2
+    assert RunReader(c.run).latest_step() == 2
 
 
 @pytest.mark.slow
@@ -371,11 +371,11 @@ def test_too_many_bad_samples_do_not_cost_the_steps_before(tmp_path):
     for _ in range(2):  # the second is stopped before its first step
         with pytest.raises(UserError, match=r"samples are bad, more than data\.max_bad_fraction=0\.002 allows"):
             trainer.run(c)
-        assert RunFolder(c.run).latest_step() == 2
+        assert RunReader(c.run).latest_step() == 2
     logged = []
     for run in ("run", "straight"):
         c = brief(bad, tmp_path / run, data__max_bad_fraction=1.0)
         trainer.run(c)
         keys = ("step", "loss", "tokens", "data/bad", "samples")
-        logged.append([[line[key] for key in keys] for line in RunFolder(c.run).read_metrics()])
+        logged.append([[line[key] for key in keys] for line in RunReader(c.run).read_metrics()])
     assert logged[0] == logged[1] and len(logged[0]) == 4

@@ -18,7 +18,7 @@ from tests.helpers import tiny
 from xclip_jax import optim
 from xclip_jax.config import schema
 from xclip_jax.core.errors import Diverged, UserError
-from xclip_jax.core.run_folder import CLOCKS, RunFolder
+from xclip_jax.core.run_folder import CLOCKS, RunReader
 from xclip_jax.data import loader
 from xclip_jax.objectives import Term
 from xclip_jax.train import build, recovery, state, trainer
@@ -242,7 +242,7 @@ def test_too_many_in_a_row_stop_the_run(pairs, tmp_path, monkeypatch):
     with pytest.raises(Diverged, match=message):
         train(c, monkeypatch, poisoned={2, 3, 6, 7, 8, 9})
     assert [line["step"] for line in tiny.lines(c.run, "skipped_steps.jsonl")] == [2, 3, 6, 7, 8]
-    assert RunFolder(c.run).latest_step() == 4
+    assert RunReader(c.run).latest_step() == 4
 
 
 def rewind_config(pairs, run):

@@ -14,7 +14,7 @@ import pytest
 from tests.helpers import tiny
 from xclip_jax.core import storage
 from xclip_jax.core.errors import UserError
-from xclip_jax.core.run_folder import CLOCKS, RunFolder
+from xclip_jax.core.run_folder import CLOCKS, RunReader
 from xclip_jax.processes.interrupt import EXIT_RESUMABLE
 from xclip_jax.train import build, job, trainer
 from xclip_jax.train.callbacks import Callback
@@ -95,7 +95,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(pairs, tmp_path, capsys):
         time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == EXIT_RESUMABLE
-    saved = RunFolder(run).latest_step()
+    saved = RunReader(run).latest_step()
     assert saved == tiny.lines(run)[-1]["step"] >= 1
     with tiny.cut_off(2):  # the first step is logged after the second has begun
         trainer.run(config(pairs, run, steps=100_000, checkpoint__every=1000))

@@ -21,7 +21,7 @@ from tests.helpers import tiny
 from xclip_jax.config import schema
 from xclip_jax.core import environment
 from xclip_jax.core.errors import UserError
-from xclip_jax.core.run_folder import RunFolder
+from xclip_jax.core.run_folder import RunReader
 from xclip_jax.data import loader
 from xclip_jax.train import build, checkpoint_files, trainer, weights
 from xclip_jax.train.checkpoint import Checkpointer
@@ -53,7 +53,7 @@ def test_a_checkpoint_that_is_not_finite_is_not_resumed_from(pairs, run, capsys)
     trainer.run(c)
     out = capsys.readouterr().out
     assert "checkpoints/5 (it has values that are not finite); going back to" in out and "resuming at step 4" in out
-    assert RunFolder(run).latest_step() == 8
+    assert RunReader(run).latest_step() == 8
 
 
 # Starting and starting again
@@ -222,8 +222,8 @@ def test_a_file_system_without_locks_is_used(pairs, tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", refused)
     made = build.build(tiny.short(pairs, tmp_path / "run"))
     with TrainingFolder(tmp_path / "run").claimed(made.config, []):
-        assert RunFolder(tmp_path / "run").writer() == ""
-    assert RunFolder(tmp_path / "run").is_run()
+        assert RunReader(tmp_path / "run").writer() == ""
+    assert RunReader(tmp_path / "run").is_run()
 
 
 def test_a_run_goes_back_to_its_newest_whole_checkpoint_and_ends_as_it_would_have(pairs, trained, run, capsys):
@@ -276,7 +276,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_at_the_next_step(pairs
             trainer.run(c)
     assert 8 <= tiny.lines(tmp_path / "run")[-1]["step"] < 16
     trainer.run(c)
-    assert RunFolder(c.run).steps() == [8, 16, 24]
+    assert RunReader(c.run).steps() == [8, 16, 24]
 
 
 def test_a_disk_that_is_too_small_is_an_error_before_anything_is_written(pairs, tmp_path, monkeypatch):

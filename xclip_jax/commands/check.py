@@ -24,16 +24,10 @@ from typing import Any
 import numpy as np
 
 from xclip_jax import model as inference
-from xclip_jax.core.errors import (
-    BadSample,
-    Parser,
-    UserError,
-    check_count,
-    check_file,
-    exit_with_message,
-    public,
-)
+from xclip_jax.core.console import show
+from xclip_jax.core.errors import BadSample, Parser, UserError, check_count, check_file, exit_with_message
 from xclip_jax.core.imports import add_trust
+from xclip_jax.core.storage import strict_json
 from xclip_jax.data import images, inspect, loader, records, sources, tokenizer
 from xclip_jax.data.base import MissingColumnError, Record, Source, SourceOptions
 from xclip_jax.data.inspect import Sample
@@ -168,7 +162,7 @@ def _suspects(
     ]
     yield from (f"    {json.dumps(entry, ensure_ascii=False)}" for entry in entries[:_SUSPECTS])
     if options.suspects:
-        pathlib.Path(options.suspects).write_text("".join(f"{json.dumps(public(entry))}\n" for entry in entries))
+        pathlib.Path(options.suspects).write_text("".join(f"{strict_json(entry)}\n" for entry in entries))
         yield f"all {len(entries):,}, the least likely first: {options.suspects}"
     return [dataclasses.replace(sample, caption=f"{caption} (or {label}?)") for _, caption, label, sample in judged]
 
@@ -245,7 +239,7 @@ def main(arguments: Sequence[str]) -> int:
         if options.model:
             features(options.model.similarities)  # a model that has none cannot judge
         for line in report(source, options):
-            print(public(line).encode("utf-8", "replace").decode(), flush=True)  # names of files need not be UTF-8
+            show(line)
     return 0 if options.passed else 1
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from xclip_jax.config.schema import Config
 from xclip_jax.core.console import format_duration
-from xclip_jax.core.run_folder import RunFolder
+from xclip_jax.core.run_folder import RunReader
 from xclip_jax.core.storage import is_remote
 from xclip_jax.models.two_towers import TOWERS
 from xclip_jax.report import collect
@@ -32,7 +32,7 @@ def check_run(path: str, now: float | None = None) -> Iterator[Finding]:
     Raises:
       UserError: not a run's folder, or a damaged file in it.
     """
-    run, folder = collect.read(path), RunFolder(path)
+    run, folder = collect.read(path), RunReader(path)
     yield from _progress(run, folder, time.time() if now is None else now)
     yield from _checkpoints(run, folder)
     heads, problem = attempt("heads", lambda: list(check_heads(weights.run_config(folder))))
@@ -68,7 +68,7 @@ def _speed(run: Record) -> float:
     return run.training[-1].get("samples_per_second", 0.0) if run.training else 0.0
 
 
-def _progress(run: Record, folder: RunFolder, now: float) -> Iterator[Finding]:
+def _progress(run: Record, folder: RunReader, now: float) -> Iterator[Finding]:
     """Whether the run is complete, in progress, stalled or stopped, and how long it takes until its end."""
     config, step, writer, speed = run.config, run.steps, folder.writer(), _speed(run)
     at = f"step {step:,} of {config.steps:,}"
@@ -97,7 +97,7 @@ def _progress(run: Record, folder: RunFolder, now: float) -> Iterator[Finding]:
         yield Finding("progress", text, values=values)
 
 
-def _checkpoints(run: Record, folder: RunFolder) -> Iterator[Finding]:
+def _checkpoints(run: Record, folder: RunReader) -> Iterator[Finding]:
     """Which checkpoints are whole, and what a kill would lose."""
     faults = _examine(folder)
     newest, speed = folder.latest_step() or 0, _speed(run)
@@ -116,7 +116,7 @@ def _checkpoints(run: Record, folder: RunFolder) -> Iterator[Finding]:
     yield Finding("checkpoints", text, values=values)
 
 
-def _examine(folder: RunFolder) -> dict[int, str]:
+def _examine(folder: RunReader) -> dict[int, str]:
     """The fault of each checkpoint, "" of a whole one.
 
     A run in progress deletes its oldest meanwhile: what is not there any more at the end does not count.
@@ -165,7 +165,7 @@ def _input(run: Record) -> Iterator[Finding]:
         yield Finding("input", text, values={"wait_share": share})
 
 
-def _samples(run: Record, folder: RunFolder) -> Iterator[Finding]:
+def _samples(run: Record, folder: RunReader) -> Iterator[Finding]:
     """The share of bad samples, by reason."""
     last = run.training[-1]
     if "data/bad_share" not in last:
@@ -183,7 +183,7 @@ def _samples(run: Record, folder: RunFolder) -> Iterator[Finding]:
         yield Finding("samples", text, values=values)
 
 
-def _diverged(run: Record, folder: RunFolder) -> list[int]:
+def _diverged(run: Record, folder: RunReader) -> list[int]:
     """The skipped steps in a row at the end of a run that stopped for them; [] if it did not."""
     row: list[int] = []
     for line in folder.read_skipped_steps():  # a rewind begins a new row
@@ -193,7 +193,7 @@ def _diverged(run: Record, folder: RunFolder) -> list[int]:
     return row if row and stops and row[-1] > run.steps else []
 
 
-def _skipped(run: Record, folder: RunFolder) -> Iterator[Finding]:
+def _skipped(run: Record, folder: RunReader) -> Iterator[Finding]:
     """Steps that were skipped because their values were not finite, or spikes."""
     steps = [int(line["step"]) for line in folder.read_skipped_steps() if "rewound_to" not in line]
     skipped, row, last = len(steps), _diverged(run, folder), max([run.steps, *steps])
@@ -207,7 +207,7 @@ def _skipped(run: Record, folder: RunFolder) -> Iterator[Finding]:
         yield warning("skipped steps", text, f"{samples} or set optim.grad_clip_norm=1", skipped_steps=skipped)
 
 
-def _results(run: Record, folder: RunFolder) -> Iterator[Finding]:
+def _results(run: Record, folder: RunReader) -> Iterator[Finding]:
     """Sets that failed, and whether results are above chance."""
     failed = (folder.read_results() or {}).get("failed") or {}
     for name, reason in failed.items():

@@ -24,8 +24,8 @@ from absl import flags, logging
 from xclip_jax.commands.diagnosis import check_heads, check_run
 from xclip_jax.config import load
 from xclip_jax.config.schema import Config, resolve
-from xclip_jax.core.console import format_bytes, format_duration
-from xclip_jax.core.errors import Parser, exit_with_message, public
+from xclip_jax.core.console import format_bytes, format_duration, show
+from xclip_jax.core.errors import Parser, exit_with_message
 from xclip_jax.core.imports import add_trust, trusting
 from xclip_jax.core.storage import strict_json
 from xclip_jax.data import inspect, loader, records
@@ -205,11 +205,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             for finding in check():
                 findings.append(finding)
                 if not options.json:
-                    print(public(finding.line()).encode("utf-8", "replace").decode(), file=out, flush=True)
+                    show(finding.line(), out)
         marks = [finding.mark for finding in findings]
         if options.json:
             rows = [dataclasses.asdict(finding) for finding in findings]
-            print(strict_json(public({"ok": FAIL not in marks, "findings": rows}), indent=2))
+            print(strict_json({"ok": FAIL not in marks, "findings": rows}, indent=2))
         else:
             print(f"{len(marks)} checks: {marks.count(FAIL)} FAIL, {marks.count(WARNING)} warnings")
     return 1 if FAIL in marks else 0

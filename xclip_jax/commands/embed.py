@@ -35,10 +35,10 @@ from xclip_jax import model as inference
 from xclip_jax.commands.inputs import IMAGES, REFUSED, Inputs, Lines, open_images
 from xclip_jax.core import environment, storage
 from xclip_jax.core.console import format_duration, log0
-from xclip_jax.core.errors import BadSample, Parser, UserError, check_count, check_writable, exit_with_message, public
+from xclip_jax.core.errors import BadSample, Parser, UserError, check_count, check_writable, exit_with_message
 from xclip_jax.core.imports import add_trust
 from xclip_jax.core.run_folder import lock
-from xclip_jax.core.storage import write_json
+from xclip_jax.core.storage import strict_json, write_json
 from xclip_jax.data import embeddings
 from xclip_jax.data.records import ThreadPrefetcher
 from xclip_jax.evaluators.encoder import MAX_UNREADABLE
@@ -163,10 +163,10 @@ def _embed(
         names = [source.name(start + row) for row in range(len(part.texts))]
         _check_refused(names, part.bad, start)
         lines = [
-            {"kind": modality, "id": names[row], "reason": error.reason, "detail": public(error.detail)}
+            {"kind": modality, "id": names[row], "reason": error.reason, "detail": error.detail}
             for row, error in sorted(part.bad.items())
         ]
-        file.with_suffix(".bad.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        file.with_suffix(".bad.jsonl").write_text("".join(f"{strict_json(line)}\n" for line in lines))
         kept = [row for row in range(len(names)) if modality == "text" or row not in part.bad]
         columns = {"kind": [modality] * len(kept), "embedding": part.rows[kept]}
         columns |= {"id": [names[row] for row in kept], "text": [part.texts[row] for row in kept]}

@@ -36,7 +36,7 @@ from etils import epath
 from xclip_jax.config import schema
 from xclip_jax.core import environment
 from xclip_jax.core.console import log0
-from xclip_jax.core.errors import Parser, UserError, check_count, check_writable, exit_with_message, public
+from xclip_jax.core.errors import Parser, UserError, check_count, check_writable, exit_with_message, redact
 from xclip_jax.core.imports import add_trust, trusting
 from xclip_jax.core.run_folder import evaluation_file
 from xclip_jax.core.storage import is_remote, write_json
@@ -107,7 +107,7 @@ def evaluate(
         for entry, of_set in _entries(dict(zip(names, opened, strict=True)), variables, model | mixed, failed):
             command["seconds"] = time.perf_counter() - began
             if jax.process_index() == 0:
-                results.add(path, public(entry), results.items(of_set), command, own=not output)
+                results.add(path, redact(entry), results.items(of_set), command, own=not output)
             entries.append(entry)
             all_results += of_set
         lines.append(f"mix {share:g}: {tables.headlines(all_results)}" if mixes != [1] else tables.render(all_results))

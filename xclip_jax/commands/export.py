@@ -24,7 +24,7 @@ from xclip_jax.config import schema
 from xclip_jax.core.console import log0
 from xclip_jax.core.errors import Parser, UserError, exit_with_message
 from xclip_jax.core.imports import add_trust, trusting
-from xclip_jax.core.run_folder import RunFolder
+from xclip_jax.core.run_folder import RunReader
 from xclip_jax.core.storage import write_whole
 from xclip_jax.interop import hub
 from xclip_jax.report import card as model_card
@@ -84,7 +84,7 @@ def export(
         notes = interop.write(
             variables, schema.to_dict(experiment.config), out, to, repository=push, classes=weights.read_classes(pinned)
         )
-        about = {"run": RunFolder(path).is_run(), "repository": push, "mix": mix}
+        about = {"run": RunReader(path).is_run(), "repository": push, "mix": mix}
         card = model_card.render(pinned, out, to, experiment, loaded_step, notes, **about)
         write_whole(folder / CARD, card)
         for note in notes:

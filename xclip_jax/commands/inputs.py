@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from xclip_jax import model as inference
 from xclip_jax.core import storage
-from xclip_jax.core.errors import BadSample, UserError, public
+from xclip_jax.core.errors import BadSample, UserError, redact
 from xclip_jax.data import labelled, sources
 from xclip_jax.data.base import IMAGE_SUFFIXES, MAX_BYTES, SourceOptions, decode_text
 from xclip_jax.data.readers.folder import file_size
@@ -26,7 +26,7 @@ _TABLES = ("csv:", "parquet:", "hf:")
 
 def _readable(path: str) -> str:
     """Return a path as valid UTF-8, which a file system does not ask for, and an address without its secrets."""
-    return public(os.fsencode(path).decode("utf-8", "replace"))
+    return redact(os.fsencode(path).decode("utf-8", "replace"))
 
 
 class Images:
@@ -74,7 +74,7 @@ class Images:
         for path in self.paths:
             files = path, pathlib.Path(path).with_suffix(".txt")
             sizes = (0, 0) if storage.is_remote(path) else map(file_size, files)
-            digest.update(b"%s\n%d %d\n" % (os.fsencode(public(path)), *sizes))
+            digest.update(b"%s\n%d %d\n" % (os.fsencode(redact(path)), *sizes))
         return digest.hexdigest()
 
 
@@ -187,7 +187,7 @@ def open_images(pattern: str) -> Images | Tars | Rows:
     folder = os.path.isdir(pattern)
     files = labelled.images_in(pathlib.Path(pattern), (*IMAGE_SUFFIXES, ".tar")) if folder else storage.expand(pattern)
     paths = list(map(str, files))
-    tars = sum(public(path).lower().endswith(".tar") for path in paths)
+    tars = sum(redact(path).lower().endswith(".tar") for path in paths)
     if not paths:
         raise UserError(f"--images {pattern!r} contains no image ({', '.join(IMAGE_SUFFIXES)}); name a glob of files.")
     if 0 < tars < len(paths):

@@ -2,7 +2,6 @@
 
     xclip-jax report RUN
     xclip-jax report RUN --sets imagenet_v2,coco_retrieval --data-dir /data/tfds
-    xclip-jax report RUN --strip strip.png
     xclip-jax report RUN_A RUN_B RUN_C --output comparison.html
 
 A run in progress has curves, and examples as soon as it has a checkpoint. Where training occupies the accelerators, set
@@ -23,12 +22,12 @@ from absl import logging
 from etils import epath
 
 from xclip_jax.core.console import log0
-from xclip_jax.core.errors import Parser, UserError, check_file, check_writable, exit_with_message
+from xclip_jax.core.errors import Parser, UserError, check_writable, exit_with_message
 from xclip_jax.core.imports import add_trust, named_by, trusting
-from xclip_jax.core.run_folder import RunFolder
+from xclip_jax.core.run_folder import RunReader
 from xclip_jax.core.storage import is_remote
 from xclip_jax.evaluators import registry
-from xclip_jax.report import collect, page, picture
+from xclip_jax.report import collect, page
 from xclip_jax.report.collect import Record, Run
 from xclip_jax.report.examples import Examples
 from xclip_jax.train.build import make_encoder, profile_of_run
@@ -47,17 +46,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--output", type=os.path.expanduser, default="", help="file of the page, by default RUN/report.html"
     )
-    parser.add_argument(
-        "--strip",
-        type=os.path.expanduser,
-        default="",
-        help="PNG file for a strip: four names, a search and a cluster of RUN",
-    )
     add_trust(parser)
-    flags = parser.parse_args(argv)
-    if flags.strip and len(flags.runs) > 1:
-        parser.error("--strip shows one run; name one RUN")
-    return flags
+    return parser.parse_args(argv)
 
 
 def make(flags: argparse.Namespace) -> epath.Path:
@@ -65,13 +55,11 @@ def make(flags: argparse.Namespace) -> epath.Path:
     names = short_names(flags.runs)
     records = [collect.read(run) for run in flags.runs]
     several = len(records) > 1
-    path = epath.Path(flags.output or ("comparison.html" if several else RunFolder(flags.runs[0]).report_file))
+    path = epath.Path(flags.output or ("comparison.html" if several else RunReader(flags.runs[0]).report_file))
     if not is_remote(str(path)):  # before the predictions
         if path.is_dir() or not path.parent.is_dir():
             raise UserError(f"--output {str(path)!r} is not a file in a folder that exists; name one.")
         check_writable("--output", path.parent)
-    if flags.strip:
-        check_file("--strip", flags.strip)
     specs = tuple(filter(None, map(str.strip, flags.sets.split(","))))
     for spec in specs:
         registry.check(spec)
@@ -83,9 +71,6 @@ def make(flags: argparse.Namespace) -> epath.Path:
             log0(f"predictions of {name}")
         runs.append(Run(name, color, record, *_predict(flags, record, specs, first)))
     path.write_bytes(page.render(runs, step=flags.step).encode("utf-8", "replace"))
-    if flags.strip:
-        picture.strip(flags.strip, runs[0].examples)
-        log0(f"strip: {flags.strip}")
     return path
 
 
@@ -116,11 +101,11 @@ def _predict(
     try:
         _, experiment, variables, step = load(str(record.folder), flags.step)
     except UserError as error:
-        if flags.step is not None or flags.strip:
+        if flags.step is not None:
             raise
         return Examples(flags.seed, missing=[str(error)]), None, None
     options = {**first, "data_dir": flags.data_dir, "seed": flags.seed}
-    with named_by(RunFolder(flags.runs[0]).config_file):  # sets and sources; what --sets names has been imported
+    with named_by(RunReader(flags.runs[0]).config_file):  # sets and sources; what --sets names has been imported
         examples = page.predict(experiment, make_encoder(experiment), variables, specs, **options)
     return examples, experiment.num_parameters, step
 

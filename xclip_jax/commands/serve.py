@@ -46,7 +46,8 @@ from xclip_jax.report.page import environment
 
 MAX_UPLOAD = 20 << 20  # bytes of an image
 MOST_NAMES = 10_000  # labels of a question
-COUNT, LABELS = 24, 10  # images and labels of an answer
+COUNT = 24  # images of an answer
+LABELS = 10  # labels, and similar images, of an answer
 SIDE = 280  # of a thumbnail, pixels
 _KEPT = 1024  # thumbnails in memory, 10 kB each
 _HOSTS = ["localhost", "127.0.0.1"]  # a page of another site may give this machine a name of its own
@@ -74,7 +75,7 @@ class Match(NamedTuple):
 
 
 class Embedded(NamedTuple):
-    """The images that could be embedded: their numbers in the source, captions, and embeddings fp32 (n, e)."""
+    """The embedded images: their numbers in the source, captions, and embeddings fp32 (n, e)."""
 
     numbers: list[int]
     texts: list[str]
@@ -82,14 +83,16 @@ class Embedded(NamedTuple):
 
 
 class Index:
-    """A model, images, and their embeddings. Several threads may use it; they wait for one another.
+    """A model, images, and their embeddings, for several threads.
 
     Attributes:
-      names: labels for questions that have none: the images' captions, or else the names of their folders.
+      names: labels for questions without any: the images' captions, or else the names of their folders.
     """
 
     def __init__(self, model: Model, source: Images | Tars | Rows, embedded: Embedded) -> None:
-        self._model, self._source, self._lock = model, source, threading.Lock()
+        self._model = model
+        self._source = source
+        self._lock = threading.Lock()
         self._numbers, self._texts, self._rows = embedded
         paths = [source.name(i) for i in self._numbers]
         start = os.path.commonprefix(paths).rfind("/") + 1  # noqa: RUF071 commonpath changes gs://
@@ -111,25 +114,26 @@ class Index:
     def by_image(
         self, image: int | bytes, names: Sequence[str], count: int
     ) -> tuple[list[tuple[str, float]], list[Match]]:
-        """Return the best names of an image with their cosines, and the most similar images, best first.
+        """Return the best `count` names (default: `self.names`) with their cosines, and the most similar images.
 
         Args:
-          image: number of an image of the folder, or the content of a file.
-          names: to choose from; by default `self.names`.
-          count: how many names and images.
-
-        Raises:
-          UserError: content that is not an image.
-          IndexError: no image of that number.
+          image: number of an image of the folder (`IndexError` without it), or the content of a file.
+          names: labels to choose from.
+          count: number of names and of images.
         """
-        if isinstance(image, int) and not 0 <= image < len(self):
-            raise IndexError(f"no image {image}")
         names = list(names or self.names)
-        prepared = [] if isinstance(image, int) else [self._model.prepare(image)]
-        with self._lock:
-            row = self._rows[image] if isinstance(image, int) else self._model.encode_prepared(prepared)[0]
-            rows = self._model.encode_text([TEMPLATES[0].replace("{}", name) for name in names]) if names else None
-        scores = np.empty(0) if rows is None else rows @ row
+        if isinstance(image, int):
+            if not 0 <= image < len(self):
+                raise IndexError(f"no image {image}")
+            row = self._rows[image]
+        else:
+            prepared = self._model.prepare(image)
+            with self._lock:
+                row = self._model.encode_prepared([prepared])[0]
+        scores = np.empty(0)
+        if names:
+            with self._lock:
+                scores = self._model.encode_text([TEMPLATES[0].replace("{}", name) for name in names]) @ row
         best = [(names[i], float(scores[i])) for i in np.argsort(-scores, kind="stable")[:count]]
         return best, [match for match in self._nearest(row, count + 1) if match.image != image][:count]
 
@@ -152,11 +156,8 @@ def make_index(model: Model, pattern: str, *, cache: str = "") -> Index:
 
     Args:
       model: embeds the images.
-      pattern: a folder, or files as `xclip_jax.commands.embed` names them.
-      cache: folder with a file for each model and `pattern`; by default one in the cache folder.
-
-    Raises:
-      UserError: no images, or the cache cannot be used.
+      pattern: a folder, or files, see `xclip_jax.commands.embed`.
+      cache: folder of one file per model and `pattern`; by default in the cache folder.
     """
     source = open_images(pattern)
     folder = pathlib.Path(cache).expanduser() if cache else storage.cache_dir() / "search"
@@ -176,27 +177,32 @@ def embed(model: Model, source: Images | Tars | Rows, file: pathlib.Path) -> Emb
         columns = embeddings.read(file)
         known = dict(zip(columns["id"], zip(columns["text"], columns["embedding"], strict=True), strict=True))
     ids = list(_ids(source))
-    missing, bad, done = [i for i, image in enumerate(ids) if image not in known], list[str](), 0
+    missing = [i for i, image in enumerate(ids) if image not in known]
+    bad: list[str] = []
+    done = 0
     progress = Progress("images", 0, len(missing))
 
-    def store() -> None:
-        if missing and (rows := {image: known[image] for image in ids if image in known}):
+    def store() -> float:
+        """Write all rows; return when to write again: not soon if it takes long, as the whole file is written."""
+        began = time.monotonic()
+        rows = {image: known[image] for image in ids if image in known}
+        if missing and rows:
             _write(file, rows)
+        ended = time.monotonic()
+        return ended + max(_STORE_SECONDS, 20 * (ended - began))
 
-    stored, wait = time.monotonic(), _STORE_SECONDS
+    due = time.monotonic() + _STORE_SECONDS
     try:
         for part in embed_images(model, lambda n: source.read(missing[n]), len(missing), _PART):
             for row, i in enumerate(missing[done : done + len(part.rows)]):
                 if row in part.bad:
                     bad.append(f"{source.name(i)}: {part.bad[row]}")
                 else:
-                    known[ids[i]] = part.texts[row], part.rows[row]
+                    known[ids[i]] = (part.texts[row], part.rows[row])
             done += len(part.rows)
             progress.after(done, len(part.bad))
-            if (began := time.monotonic()) - stored > wait:
-                store()
-                stored = time.monotonic()
-                wait = max(_STORE_SECONDS, 20 * (stored - began))  # the whole file is written each time
+            if time.monotonic() > due:
+                due = store()
     finally:  # also of Ctrl-C
         store()
     if bad:
@@ -249,6 +255,9 @@ def make_app(index: Index) -> Any:
     from starlette.routing import Route
 
     page = environment().get_template("search.html")
+    thumbnail = functools.lru_cache(_KEPT)(lambda number: shrink(index.content(number)))
+
+    answer = functools.partial(JSONResponse, headers=_HEADERS)
 
     def show(_: Request) -> Response:
         content = page.render(count=len(index), names=index.names, max_upload=MAX_UPLOAD)
@@ -256,17 +265,13 @@ def make_app(index: Index) -> Any:
 
     def search(request: Request) -> Response:
         matches = index.by_text(request.query_params.get("text", ""), COUNT)
-        return JSONResponse({"matches": [match._asdict() for match in matches]}, headers=_HEADERS)
+        return answer({"matches": [match._asdict() for match in matches]})
 
     def small(request: Request) -> Response:
         return Response(thumbnail(request.path_params["image"]), media_type="image/webp", headers=_HEADERS)
 
-    @functools.lru_cache(_KEPT)
-    def thumbnail(number: int) -> bytes:
-        return shrink(index.content(number))
-
     async def label(request: Request) -> Response:
-        """Answer a body of labels, one a line, and for an image's file an empty line and the file."""
+        """Answer a body of labels, one per line, followed for an image's file by an empty line and the file."""
         origin = request.headers.get("origin")  # of the page that asks
         if origin is not None and urllib.parse.urlsplit(origin).netloc != request.headers["host"]:
             raise HTTPException(403, "Questions of other sites' pages are not answered.")
@@ -279,13 +284,13 @@ def make_app(index: Index) -> Any:
         if len(names) > MOST_NAMES:
             raise HTTPException(413, f"{len(names):,} labels are too many; send at most {MOST_NAMES:,}.")
         best, near = await run_in_threadpool(index.by_image, image, names, LABELS)
-        answer = {"names": [{"name": name, "score": score} for name, score in best]}
-        return JSONResponse(answer | {"matches": [match._asdict() for match in near]}, headers=_HEADERS)
+        named = [{"name": name, "score": score} for name, score in best]
+        return answer({"names": named, "matches": [match._asdict() for match in near]})
 
     def fault(_: Request, error: Exception) -> Response:
         if isinstance(error, HTTPException):
-            return JSONResponse({"error": error.detail}, error.status_code, headers=_HEADERS)
-        return JSONResponse({"error": str(error)}, 404 if isinstance(error, IndexError) else 400, headers=_HEADERS)
+            return answer({"error": error.detail}, error.status_code)
+        return answer({"error": str(error)}, 404 if isinstance(error, IndexError) else 400)
 
     return Starlette(
         routes=[

@@ -16,7 +16,8 @@ from ml_collections import config_flags
 from xclip_jax.config import schema
 from xclip_jax.config.recipes import Describe
 from xclip_jax.core import fields, imports
-from xclip_jax.core.errors import UserError, exit_with_message, public
+from xclip_jax.core.console import show
+from xclip_jax.core.errors import UserError, exit_with_message
 
 TRUST = flags.DEFINE_bool(
     "trust", False, "Import the modules of other packages that files of weights name, which runs their code."
@@ -155,7 +156,7 @@ def parse(argv: list[str]) -> list[str]:
             raise UserError(f"unknown argument {unparsed[1]!r}; set config keys with --config.KEY=VALUE")
         if describe:
             # Not log0: the processes of a run may not have joined yet. Not to stdout: commands print JSON there.
-            print(public(describe(flags.FLAGS.config)), file=sys.stderr)
+            show(describe(flags.FLAGS.config), sys.stderr)
         return unparsed
     except (UserError, flags.UnrecognizedFlagError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")

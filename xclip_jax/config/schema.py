@@ -13,7 +13,7 @@ from typing import Any, Unpack
 import ml_collections
 
 from xclip_jax.core import fields
-from xclip_jax.core.errors import UserError, public
+from xclip_jax.core.errors import UserError, redact
 from xclip_jax.core.fields import Check, Facts, at_least, between, choice, group, key, not_empty
 from xclip_jax.core.imports import class_name
 from xclip_jax.data.config import DataConfig
@@ -247,7 +247,7 @@ def complete(values: Mapping[str, Any]) -> ml_collections.ConfigDict:
 
 def to_dict(config: Config) -> dict[str, Any]:
     """Return a nested dict of JSON's types, as it is stored and shown: addresses without passwords and signatures."""
-    return public(json.loads(json.dumps(dataclasses.asdict(config))))
+    return redact(json.loads(json.dumps(dataclasses.asdict(config))))
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

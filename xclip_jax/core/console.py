@@ -3,20 +3,22 @@
 import contextlib
 import contextvars
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
-from xclip_jax.core.errors import public
+from xclip_jax.core.errors import redact
 
 
 def log0(message: str) -> None:
-    """Print to standard output from process 0, with addresses as `errors.public` shows them.
-
-    Of a path that is not UTF-8 the letters that cannot be printed become "?".
-    """
+    """Print to standard output from process 0, see `show`."""
     import jax  # takes a second, which names of commands need not wait for
 
     if jax.process_index() == 0:
-        print(public(message).encode("utf-8", "replace").decode(), flush=True)
+        show(message)
+
+
+def show(message: str, file: TextIO | None = None) -> None:
+    """Print to standard output, or `file`, without the secrets of addresses; undecodable letters become "?"."""
+    print(redact(message).encode("utf-8", "replace").decode(), file=file, flush=True)
 
 
 def format_duration(seconds: float) -> str:

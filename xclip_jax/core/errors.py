@@ -30,7 +30,7 @@ _QUERY = re.compile(
 _COLUMNS = re.compile(r"\?(?:(?:image|text|label)=[^?#&]*(?:&|$))+$")
 
 
-def public(content: Any) -> Any:
+def redact(content: Any) -> Any:
     """Return `content`, a text or JSON, without user information, query and fragment of every URL in it.
 
     A user without password stays in other URLs than http: abfs://container@account names a place. Columns at the end of
@@ -39,8 +39,8 @@ def public(content: Any) -> Any:
     if isinstance(content, str):
         return _QUERY.sub(_without_query, _USER.sub(_without_user, content)) if "://" in content else content
     if isinstance(content, Mapping):
-        return {public(key): public(value) for key, value in content.items()}
-    return type(content)(map(public, content)) if isinstance(content, (list, tuple)) else content
+        return {redact(key): redact(value) for key, value in content.items()}
+    return type(content)(map(redact, content)) if isinstance(content, (list, tuple)) else content
 
 
 def _without_user(match: re.Match[str]) -> str:
@@ -113,13 +113,10 @@ def _unraisable(event: Any) -> None:
 
 
 class UserError(ValueError):
-    """Bad input. The message names the file, key or value that is wrong and what to do about it.
-
-    Addresses in it have no passwords and signatures.
-    """
+    """Bad input. The message names the wrong file, key or value and the remedy, without the secrets of addresses."""
 
     def __init__(self, *parts: Any) -> None:
-        super().__init__(*map(public, parts))
+        super().__init__(*map(redact, parts))
 
 
 class BadSample(UserError):
@@ -132,7 +129,8 @@ class BadSample(UserError):
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason, self.detail = reason, public(detail)
+        self.reason = reason
+        self.detail = detail
 
     def __reduce__(self) -> tuple[type, tuple[str, str]]:
         """Exceptions pickle only their message; this one has two parts."""
@@ -146,7 +144,7 @@ class Diverged(UserError):
 def describe(error: BaseException) -> str:
     """Return the message of an exception with its notes, such as the set or file in which it was raised."""
     notes = getattr(error, "__notes__", ())
-    return public("; ".join([str(error).removesuffix(".") if notes else str(error), *notes]))
+    return "; ".join([str(error).removesuffix(".") if notes else str(error), *notes])
 
 
 def first_line(error: BaseException) -> str:
@@ -155,7 +153,7 @@ def first_line(error: BaseException) -> str:
 
 
 def _print_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    print(public("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
+    print(redact("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -163,8 +161,7 @@ def exit_with_message() -> Iterator[None]:
     """Context of a command: `UserError`, and an `OSError` that names a file, end it with one sentence and status 1.
 
     Ctrl-C ends it with one sentence, which has the notes of the `KeyboardInterrupt`, and `EXIT_INTERRUPTED`. If the
-    reader of its output closes it, as `head` does, it ends silently, with `EXIT_UNREAD`. Tracebacks of other exceptions
-    show addresses without passwords and signatures too.
+    reader closes the output, as `head` does, it ends silently with `EXIT_UNREAD`. Tracebacks are redacted.
     """
     sys.excepthook = _print_exception
     try:
@@ -172,13 +169,13 @@ def exit_with_message() -> Iterator[None]:
             yield
         print(end="", flush=True)  # at Python's own exit an error could not be caught
     except UserError as error:
-        sys.exit(f"error: {describe(error)}")
+        sys.exit(redact(f"error: {describe(error)}"))
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _is_unread():
             sys.exit(EXIT_UNREAD)
         if error.filename is None:
             raise
-        sys.exit(public(f"error: {str(error.filename)!r}: {error.strerror}"))
+        sys.exit(redact(f"error: {str(error.filename)!r}: {error.strerror}"))
 
 
 def _is_unread() -> bool:
@@ -209,7 +206,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=program, description=(description or "").replace(prog, program), **(defaults | options))
 
     def error(self, message: str) -> NoReturn:
-        sys.exit(public(f"error: {message}; see --help"))
+        sys.exit(redact(f"error: {message}; see --help"))
 
 
 def check_choice(key: str, value: object, valid: Iterable[Any]) -> None:
@@ -234,7 +231,7 @@ def check_file(option: str, path: str | os.PathLike) -> None:
 
 
 def check_writable(option: str, folder: str | os.PathLike) -> None:
-    """Raises `UserError`, which begins with `option`, unless `folder` exists or can be made, and can be written to."""
+    """Raises `UserError`, which names `option`, unless files can be written to `folder`, which need not exist yet."""
     parent = pathlib.Path(folder).absolute()
     while not os.path.lexists(parent):
         parent = parent.parent

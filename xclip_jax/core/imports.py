@@ -1,9 +1,8 @@
 """Classes of other packages by their names, "package.module:Class".
 
-Importing a module runs its code. A name that the user wrote, on the command line or in a recipe, is imported. A name
-out of a file, such as a run's config.json or the config of downloaded weights, may be somebody else's: its module must
-be of this package or imported already, or the user must consent, by --trust or trust=True. Files of results import
-nothing.
+Importing a module runs its code. Names that the user wrote, on the command line or in a recipe, are imported. Names
+out of a file, such as the config of downloaded weights, may be somebody else's: their modules must belong to this
+package or be imported already, or the user must consent, by --trust or trust=True.
 """
 
 import argparse
@@ -28,7 +27,7 @@ _trusted = ContextVar("whether names out of files are imported", default=False)
 
 
 def named_by(file: object) -> contextlib.AbstractContextManager[None]:
-    """Treat the names of classes that are imported in this context as the content of `file`."""
+    """Treat the class names that are imported in this context as content of `file`."""
     return setting(_file, str(file))
 
 
@@ -59,26 +58,24 @@ def import_class(name: str, base: type[T], what: str = "class", *, dataclass: bo
     """Import the class `name`, "package.module:Class", a subclass of `base`; messages call it `what`.
 
     Raises:
-      UserError: a name of another form, a module that cannot be imported, no such class in it, no dataclass although
-        `dataclass` is set, or a name out of a file, see `named_by`, without consent.
+      UserError: another form of name, no such class or (`dataclass`) dataclass, or a name in a file without consent.
     """
     match = _CLASS_NAME.fullmatch(name)
     if match is None:
         raise UserError(f"{what} {name!r} is not the name of a class; expected 'package.module:Class'.")
     module_name, attribute = match.groups()
-    if (file := _file.get()) and not _trusted.get() and not is_imported(name):
+    file = _file.get()
+    if file and not _trusted.get() and not is_imported(name):
         raise UserError(
             f"{file} names the {what} {name!r}, of a module that is not part of xclip_jax and would run with your "
             f"rights; if you trust these files, add --trust (in Python trust=True, or import {module_name} first)."
         )
     try:
-        module = importlib.import_module(module_name)
+        value = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
         raise UserError(
             f"{what} {name!r} cannot be imported ({error}); install its package or put its folder on PYTHONPATH."
         ) from error
-    if (value := getattr(module, attribute, None)) is None:
-        raise UserError(f"{what} {name!r} cannot be imported (its module has no attribute {attribute!r}).")
     derived = isinstance(value, type) and issubclass(value, base)
     if not derived or (dataclass and not dataclasses.is_dataclass(value)):
         base_name = f"{base.__module__.removesuffix('.base')}.{base.__qualname__}"
@@ -86,12 +83,13 @@ def import_class(name: str, base: type[T], what: str = "class", *, dataclass: bo
     return value
 
 
-class Classes(Mapping[str, type[T]]):
-    """Built-in classes by name; the module of a class is imported when the class is first used."""
+class LazyClassTable(Mapping[str, type[T]]):
+    """Built-in classes by name, imported at first use: all of them would add a second to every command."""
 
     def __init__(self, base: type[T], places: Mapping[str, str]) -> None:
-        """`places` has the "package.module:Class" of each name; all derive from `base`."""
-        self._base, self._places = base, places
+        """Map names to their "package.module:Class" in `places`; all derive from `base`."""
+        self._base = base
+        self._places = places
 
     def __getitem__(self, name: str) -> type[T]:
         return import_class(self._places[name], self._base)

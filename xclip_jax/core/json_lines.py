@@ -9,7 +9,6 @@ from typing import Any
 from etils import epath
 
 from xclip_jax.core.console import log0
-from xclip_jax.core.errors import public
 from xclip_jax.core.storage import is_remote, os_errors, strict_json, write_whole
 
 # Seconds between two writes of a file in a bucket: 50 times as long as a write took, within limits.
@@ -46,7 +45,7 @@ class JsonLines:
 
     def append(self, *contents: Mapping[str, Any]) -> None:
         """Append objects; addresses in them are written without passwords and signatures."""
-        lines = [f"{strict_json(public(content))}\n" for content in contents]
+        lines = [f"{strict_json(content)}\n" for content in contents]
         if not (self._writes and lines):
             return
         if self._lines is None:

@@ -1,4 +1,4 @@
-"""Reads a run's folder. Names and content of its files, which no other module knows:
+"""Layout of a run folder; the only module that knows its file names and formats:
 
 config.json     {"config", "environment", "started", "length_groups", "text_rows": that these are for,
                  "starts": later starts, where something differed}
@@ -26,7 +26,7 @@ import os
 import pathlib
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import IO, Any
 
 from etils import epath
@@ -43,7 +43,7 @@ CLOCKS = (
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
 
 
-class RunFolder:
+class RunReader:
     """Paths and contents of a run's files, complete or in progress. `train.training_folder` writes them."""
 
     def __init__(self, path: str | epath.Path) -> None:
@@ -76,9 +76,9 @@ class RunFolder:
             return False
         try:
             content = json.loads(self.config_file.read_text())
-            return isinstance(content, dict) and "config" in content
         except (ValueError, RecursionError):
             return True  # damaged: `read_config` raises an error that says so
+        return isinstance(content, dict) and "config" in content
 
     def steps(self) -> list[int]:
         """Steps of all checkpoints, ascending; nothing is opened, so some may be damaged."""
@@ -96,27 +96,15 @@ class RunFolder:
         """Return a description of the process that writes to the folder now, or ""; unknown in a bucket."""
         return holder(self.lock_file)
 
-    def read_config(self) -> dict[str, Any] | None:
-        """Return the content of config.json, or None without a run.
+    # Each returns None without its file, and raises `UserError` if that is damaged.
 
-        Raises:
-          UserError: the file is damaged, or another program's.
-        """
-        content = self._read(self.config_file)
-        if content is None or (isinstance(content, dict) and isinstance(content.get("config"), dict)):
-            return content
-        raise UserError(f"{self.config_file} is not the config of a run; name another folder.")
+    def read_config(self) -> dict[str, Any] | None:
+        """Return the content of config.json."""
+        return self._read(self.config_file, lambda content: isinstance(content["config"], dict))
 
     def read_sources(self) -> list[dict[str, Any]] | None:
-        """Return the fingerprints in data.json, one for each of data.sources, or None without the file.
-
-        Raises:
-          UserError: the file is damaged.
-        """
-        content = self._read(self.data_file)
-        if content is None or (isinstance(content, list) and all(isinstance(item, dict) for item in content)):
-            return content
-        raise UserError(f"{self.data_file} is damaged; restore it, or name another folder.")
+        """Return the fingerprints in data.json, one per source of data.sources."""
+        return self._read(self.data_file, lambda content: all(isinstance(item, dict) for item in content), list)
 
     def read_classes(self) -> tuple[str, ...] | None:
         """Return the classes that a fine-tuning run was trained on, or None if data.json names none."""
@@ -124,43 +112,49 @@ class RunFolder:
         return next((tuple(source["classes"]) for source in sources if source.get("classes")), None)
 
     def read_results(self) -> dict[str, Any] | None:
-        """Return the content of results.json, or None before the last evaluation.
-
-        Raises:
-          UserError: the file is damaged.
-        """
+        """Return the content of results.json."""
         remedy = "delete it and run the same command to evaluate again"
-        content = self._read(self.results_file, remedy)
-        if content is None or (isinstance(content, dict) and content.keys() >= {"results", "records"}):
-            return content
-        raise UserError(f"{self.results_file} is damaged; {remedy}.")
+        return self._read(self.results_file, lambda content: content.keys() >= {"results", "records"}, remedy=remedy)
+
+    # Each leaves damaged and half-written lines out.
 
     def read_metrics(self) -> list[dict[str, float]]:
-        """Return the objects of metrics.jsonl without values that were not finite, or are not numbers.
-
-        A line that is damaged, without a step or only half written is left out.
-        """
+        """Return the objects of metrics.jsonl that have a step, with the values that are finite numbers."""
         lines = json_lines.read(self.metrics_file)
         rows = [{key: value for key, value in line.items() if _is_finite(value)} for line in lines]
         return [row for row in rows if "step" in row]
 
     def read_evaluations(self) -> list[dict[str, Any]]:
-        """Return the objects of results.jsonl; a line that is damaged or only half written is left out."""
+        """Return the objects of results.jsonl."""
         return [line for line in json_lines.read(self.results_log_file) if line.keys() >= {"step", "records"}]
 
     def read_bad_samples(self) -> list[dict[str, Any]]:
-        """Return the entries of bad_samples.jsonl, see `data.ledger`; a line that is only half written is left out."""
+        """Return the entries of bad_samples.jsonl, see `data.ledger`."""
         return json_lines.read(self.bad_samples_file)
 
     def read_skipped_steps(self) -> list[dict[str, Any]]:
-        """Return the lines of skipped_steps.jsonl, see `train.recovery`; a line that is half written is left out."""
+        """Return the lines of skipped_steps.jsonl, see `train.recovery`."""
         return [line for line in json_lines.read(self.skipped_steps_file) if "step" in line]
 
-    def _read(self, path: epath.Path, remedy: str = "restore it, or name another folder") -> Any:
+    def _read(
+        self,
+        path: epath.Path,
+        is_sound: Callable[[Any], bool],
+        kind: type = dict,
+        remedy: str = "restore it, or name another folder",
+    ) -> Any:
+        if not path.exists():
+            return None
+        fault = ""
         try:
-            return json.loads(path.read_text()) if path.exists() else None
+            content = json.loads(path.read_text())
+            if isinstance(content, kind) and is_sound(content):
+                return content
+        except KeyError:
+            pass
         except (ValueError, RecursionError) as error:  # of JSON or of UTF-8
-            raise UserError(f"{path} is damaged and cannot be read ({first_line(error)}); {remedy}.") from error
+            fault = f" ({first_line(error)})"
+        raise UserError(f"{path} is damaged, or another program's{fault}; {remedy}.")
 
 
 def _is_finite(value: Any) -> bool:
@@ -169,9 +163,10 @@ def _is_finite(value: Any) -> bool:
 
 def evaluation_file(path: str | epath.Path) -> epath.Path:
     """Return the file of evaluations of a run or of weights: in a folder, or next to a file and named after it."""
-    run = RunFolder(path)
-    weights, file = run.path, run.evaluation_file
-    return file if weights.is_dir() else weights.with_name(f"{weights.name}.{file.name}")
+    run = RunReader(path)
+    if run.path.is_dir():
+        return run.evaluation_file
+    return run.path.with_name(f"{run.path.name}.{run.evaluation_file.name}")
 
 
 def _flock(content: IO[str], how: int) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 from etils import epath
 
 from xclip_jax.core import web
-from xclip_jax.core.errors import BadSample, UserError, public
+from xclip_jax.core.errors import BadSample, UserError, redact
 
 MOST_FILES = 1_000_000  # of one pattern
 _LISTED = 8  # files that a message names
@@ -83,7 +83,7 @@ def os_errors(path: str) -> Iterator[None]:
         message = f"{type(error).__name__}{f', status {status}' if status else ''}: {error}"
         message = getattr(error, "strerror", None) or message
         # For a remote file without the first error, whose traceback may have its address with a password.
-        raise OSError(number, public(message), public(path)) from (None if "://" in path else error)
+        raise OSError(number, message, path) from (None if "://" in path else error)
 
 
 def _read_remote(path: str, offset: int, size: int, *, whole: bool) -> bytes:
@@ -96,7 +96,7 @@ def _read_remote(path: str, offset: int, size: int, *, whole: bool) -> bytes:
         else:
             data = system.cat_file(name, start=offset, end=offset + size, **options)
     if len(data) > size and not whole:
-        raise OSError(errno.EINVAL, "the server gives whole files only; download the file", public(path))
+        raise OSError(errno.EINVAL, "the server gives whole files only; download the file", path)
     return data[:size]
 
 
@@ -109,7 +109,7 @@ def check_named(path: str, table: str) -> None:
     known = scheme(path) in _PACKAGES and "::" not in path  # which chains file systems
     if not known and path.lower().split("/", 3)[:3] != table.lower().split("/", 3)[:3]:
         message = "it is not on the web: a table that is not on this machine may not name it; download the table"
-        raise PermissionError(errno.EACCES, message, public(path))
+        raise PermissionError(errno.EACCES, message, path)
 
 
 def _finite(content: Any) -> Any:
@@ -121,8 +121,13 @@ def _finite(content: Any) -> Any:
 
 
 def strict_json(content: Any, **options: Any) -> str:
-    """Return `content` as strict JSON, with `options` of `json.dumps`: floats that are not finite become null."""
-    return json.dumps(_finite(content), allow_nan=False, **options)
+    """Return `content` as strict JSON: floats that are not finite become null, addresses lose their secrets.
+
+    Args:
+      content: values that `json.dumps` takes.
+      **options: options of `json.dumps`.
+    """
+    return json.dumps(_finite(redact(content)), allow_nan=False, **options)
 
 
 @contextlib.contextmanager
@@ -163,11 +168,8 @@ def write_whole(path: epath.Path, content: str | bytes) -> None:
 
 
 def write_json(path: epath.Path, content: Any) -> None:
-    """Write JSON whole or not at all: readers never see half a file. Floats that are not finite become null.
-
-    Addresses in it are written without passwords and signatures.
-    """
-    write_whole(path, strict_json(public(content), indent=2, sort_keys=True) + "\n")
+    """Write strict JSON whole or not at all: readers never see half a file."""
+    write_whole(path, strict_json(content, indent=2, sort_keys=True) + "\n")
 
 
 def _braces(pattern: str) -> Iterator[str]:
@@ -216,7 +218,7 @@ def expand(pattern: str) -> list[str]:
     for part in filter(None, map(str.strip, parts)):
         for name in map(os.path.expanduser, [part] if _is_file(part) else _braces(part)):
             exists = os.path.isfile(name)
-            if glob.has_magic(public(name)) and not exists:  # a query is not a glob
+            if glob.has_magic(redact(name)) and not exists:  # a query is not a glob
                 if not (matches := _glob(name)):
                     folder = os.path.dirname(name)
                     files = ", ".join(sorted(os.listdir(folder))[:_LISTED]) if os.path.isdir(folder) else ""
@@ -350,7 +352,7 @@ def fingerprint(paths: Iterable[str], *, whole: int = 0) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for path in paths:
         size, changed = stat(path)
-        digest.update(f"{os.path.basename(public(path))}\0{size}\0".encode("utf-8", "surrogateescape"))
+        digest.update(f"{os.path.basename(redact(path))}\0{size}\0".encode("utf-8", "surrogateescape"))
         if is_remote(path):
             digest.update(str(changed).encode())
             continue

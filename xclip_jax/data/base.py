@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import IO, Any, ClassVar
 
 from xclip_jax.core import storage
-from xclip_jax.core.errors import BadSample, UserError, public
+from xclip_jax.core.errors import BadSample, UserError, redact
 
 Record = dict[str, Any]
 
@@ -189,7 +189,7 @@ class SourceKind:
     @classmethod
     def reads(cls, path: str) -> bool:
         """Whether a path without a prefix is most likely of this kind."""
-        return public(path).lower().endswith(cls.suffixes) and not os.path.isdir(path)
+        return redact(path).lower().endswith(cls.suffixes) and not os.path.isdir(path)
 
 
 def decode_text(data: bytes) -> str:

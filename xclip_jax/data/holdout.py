@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from xclip_jax.core.errors import BadSample, UserError, public
+from xclip_jax.core.console import show
+from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.data import records
 from xclip_jax.data.base import Record, Source, WrappedSource, name_of
 from xclip_jax.data.config import DataConfig
@@ -142,7 +143,7 @@ def find(spec: str, source: Source, share: float, config: DataConfig) -> Pairs:
         if len(source) > _MANY:
             # Not log0: the processes of a run may not have joined yet.
             line = f"reading the {len(source):,} pairs of {spec} to find those that are held out or evaluated"
-            print(public(line), file=sys.stderr, flush=True)
+            show(line, sys.stderr)
 
         def take(record: Record) -> tuple[int, tuple[list[str], str] | None]:
             digits = image_hash(record["image"])

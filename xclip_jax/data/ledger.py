@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 
 from xclip_jax.core.errors import UserError
 from xclip_jax.core.json_lines import JsonLines
-from xclip_jax.core.run_folder import RunFolder
+from xclip_jax.core.run_folder import RunReader
 
 # The share of bad samples is computed of at least this number, so that the first batch cannot stop a run.
 _MIN_SAMPLES = 1000
@@ -72,7 +72,7 @@ class Ledger:
         An interrupted run's lines for later samples are removed. A larger share of bad samples than `max_bad_fraction`
         stops the run.
         """
-        self.path, self.max_bad_fraction = RunFolder(folder).bad_samples_file, max_bad_fraction
+        self.path, self.max_bad_fraction = RunReader(folder).bad_samples_file, max_bad_fraction
         self.counters: dict[str, Any] = {"samples": 0, "tokens": 0, "bad": {}} | dict(counters or {})
         self._pending: collections.deque[tuple[int, int, list[Entry]]] = collections.deque()
         self._part = jax.process_index()

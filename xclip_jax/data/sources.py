@@ -13,13 +13,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 from xclip_jax.core.errors import BadSample, UserError
-from xclip_jax.core.imports import Classes, import_class
+from xclip_jax.core.imports import LazyClassTable, import_class
 from xclip_jax.data import holdout, images, labelled
 from xclip_jax.data.base import MissingColumnError, Record, Source, SourceKind, SourceOptions, WrappedSource
 from xclip_jax.data.config import DataConfig
 
 READERS = "xclip_jax.data.readers"
-SOURCES: Mapping[str, type[SourceKind]] = Classes(
+SOURCES: Mapping[str, type[SourceKind]] = LazyClassTable(
     SourceKind,
     {
         "tar": f"{READERS}.tar:Tars",

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from xclip_jax.core import storage
-from xclip_jax.core.errors import BadSample, public
+from xclip_jax.core.errors import BadSample, redact
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.labelled import item_name
 from xclip_jax.data.preprocessing import Preprocessing
@@ -77,7 +77,7 @@ class Evaluator(abc.ABC):
     @property
     def name(self) -> str:
         """Family and set, with which the names of the results begin."""
-        return public(f"{self.family}/{self.data.name}")
+        return redact(f"{self.family}/{self.data.name}")
 
     @abc.abstractmethod
     def measure(self, variables: Variables) -> list[Result]:

@@ -15,7 +15,7 @@ import jax
 from xclip_jax.core import console
 from xclip_jax.core.console import log0
 from xclip_jax.core.errors import UserError, check_choice, describe
-from xclip_jax.core.imports import Classes, class_name, import_class, is_imported
+from xclip_jax.core.imports import LazyClassTable, class_name, import_class, is_imported
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.evaluators.base import Evaluator, Layout, SetKind
@@ -25,7 +25,7 @@ from xclip_jax.evaluators.results import Result
 from xclip_jax.models.two_towers import Variables
 
 _SETS = "xclip_jax.evaluators.sets"
-KINDS: Mapping[str, type[SetKind]] = Classes(
+KINDS: Mapping[str, type[SetKind]] = LazyClassTable(
     SetKind,
     {
         "emoji": "xclip_jax.demo.emoji_sets:EmojiSets",
@@ -39,7 +39,7 @@ KINDS: Mapping[str, type[SetKind]] = Classes(
     },
 )
 _EVALUATORS = "xclip_jax.evaluators"
-EVALUATORS: Mapping[str, type[Evaluator]] = Classes(
+EVALUATORS: Mapping[str, type[Evaluator]] = LazyClassTable(
     Evaluator,
     {
         "zeroshot": f"{_EVALUATORS}.zeroshot:ZeroShot",

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from xclip_jax.core.errors import UserError, describe, public
+from xclip_jax.core.errors import UserError, describe, redact
 from xclip_jax.core.fields import keys_where
 from xclip_jax.core.run_folder import lock
 from xclip_jax.core.storage import write_json, write_whole
@@ -136,7 +136,7 @@ class Result:
     dependent: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "set", public(self.set))
+        object.__setattr__(self, "set", redact(self.set))
 
     @property
     def key(self) -> str:
@@ -240,17 +240,6 @@ def of_group(entries: Sequence[Entry], group: Any, share: float = 1.0) -> list[E
     """Return the entries of the model, or mix, that a run with the config group `eval` evaluates now."""
     now = settings(group)
     return [entry for entry in entries if entry.get("eval", now) == now and share_of(entry) == share]
-
-
-def by_mix(entries: Sequence[Entry]) -> list[tuple[float, list[Result]]]:
-    """Return (share of tuned weights, results) of the model that was mixed last, by share; [] without a mix."""
-    last = next((entry for entry in reversed(entries) if "mix" in entry), None)
-    if last is None:
-        return []
-    same = [entry for entry in entries if entry.get("tuned", entry["fingerprint"]) == last["tuned"]]
-    same = [entry for entry in same if all(entry[key] == last[key] for key in ("step", "profile", "changes"))]
-    shares = sorted({share_of(entry) for entry in same})
-    return [(share, of_entries(entry for entry in same if share_of(entry) == share)) for share in shares]
 
 
 def add(

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from xclip_jax.core.errors import UserError, public
+from xclip_jax.core.errors import UserError, redact
 from xclip_jax.core.run_folder import evaluation_file
 from xclip_jax.evaluators import registry
 from xclip_jax.evaluators.base import HELD_OUT, Column, Layout
@@ -118,7 +118,7 @@ def shorten(names_of_sets: Iterable[str]) -> dict[str, str]:
 
     The sets "holdout" and "holdout@RUN" are "held-out pairs" and "held-out pairs of RUN".
     """
-    names = {name: public(name) for name in names_of_sets}
+    names = {name: redact(name) for name in names_of_sets}
     paths = {name: match.groups() for name, shown in names.items() if (match := _PATH.fullmatch(shown))}
 
     def end(prefix: str, path: str, depth: int) -> str:

@@ -19,7 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from xclip_jax.core import imports
 from xclip_jax.core.errors import UserError, check_choice
 from xclip_jax.core.fields import read_group
-from xclip_jax.core.run_folder import RunFolder
+from xclip_jax.core.run_folder import RunReader
 from xclip_jax.data import tokenizer
 from xclip_jax.data.images import WHITE
 from xclip_jax.data.preprocessing import Preprocessing
@@ -154,7 +154,7 @@ def write(
       UserError: the format does not support the model, tokenizer or preprocessing, or `path` is a run directory.
     """
     check_choice("to", to, FORMATS)
-    if RunFolder(path).is_run():
+    if RunReader(path).is_run():
         raise UserError(f"{path!r} is a run directory; name another folder.")
     variables = jax.tree.map(lambda x: np.asarray(x, np.float32), dict(variables))
     folder = epath.Path(path).expanduser()

@@ -15,7 +15,7 @@ import safetensors.numpy
 from etils import epath
 
 from xclip_jax.core.errors import UserError, first_line
-from xclip_jax.core.run_folder import RunFolder
+from xclip_jax.core.run_folder import RunReader
 
 Tensors = dict[str, np.ndarray]
 
@@ -44,7 +44,7 @@ def find(path: str) -> epath.Path:
         if folder.exists() and (folder.suffix in SUFFIXES or folder.name in NAMES):
             return folder
         raise UserError(f"{path!r} is not a folder or a file of weights ({', '.join(SUFFIXES)}); name one that exists.")
-    if RunFolder(path).is_run():
+    if RunReader(path).is_run():
         raise UserError(f"{path!r} is a run directory; write its weights with xclip-jax export.")
     return folder / choose([file.name for file in folder.iterdir()], f"folder {path!r}")
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from xclip_jax.core.console import log0
-from xclip_jax.core.run_folder import RunFolder
+from xclip_jax.core.run_folder import RunReader
 from xclip_jax.core.storage import cache_dir, is_remote
 
 CACHE_BYTES = 2 * 2**30
@@ -122,7 +122,7 @@ def enable_cache(run: str = "") -> None:
     if not config.jax_enable_compilation_cache:
         return
     named = config.jax_compilation_cache_dir
-    folder = named or str(RunFolder(run).compiled if run else cache_folder())
+    folder = named or str(RunReader(run).compiled if run else cache_folder())
     try:
         if not is_remote(folder) and (named or not run):  # a run makes its own folder
             os.makedirs(folder, exist_ok=True)

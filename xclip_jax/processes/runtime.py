@@ -22,7 +22,7 @@ import jax
 from jax._src import distributed as jax_distributed
 from jax._src import xla_bridge
 
-from xclip_jax.core.errors import EXIT_RESTART, EXIT_RESUMABLE, UserError, describe, exit_now, public
+from xclip_jax.core.errors import EXIT_RESTART, EXIT_RESUMABLE, UserError, describe, exit_now, redact
 
 # All processes end within 30 s after one of them: without a heartbeat for so long JAX takes a process for dead.
 HEARTBEAT_SECONDS = 25
@@ -137,12 +137,12 @@ class Peers:
         if lost:
             time.sleep(_LINGER_SECONDS)
         status = EXIT_RESTART if lost else 1
-        sentence = describe(error) if isinstance(error, (UserError, SystemExit)) else public(repr(error))
+        sentence = redact(describe(error) if isinstance(error, (UserError, SystemExit)) else repr(error))
         gone = " (another process may be gone; start all of them again)" if lost else ""
         name = f"process {self.index} of {self.count}"
         with contextlib.suppress(OSError):  # a full disk or a closed pipe
             if not isinstance(error, (UserError, SystemExit)):
-                print(public("".join(traceback.format_exception(error))), end="", file=sys.stderr)
+                print(redact("".join(traceback.format_exception(error))), end="", file=sys.stderr)
             print(f"error: {name}: {sentence.removeprefix('error: ')}{gone}", file=sys.stderr)
         self.leave(sentence.removeprefix("error: ").splitlines()[0], status)
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 import jax
 
 from xclip_jax.core.errors import EXIT_RESTART, EXIT_RESUMABLE, exit_now
-from xclip_jax.core.run_folder import RunFolder
+from xclip_jax.core.run_folder import RunReader
 from xclip_jax.processes import runtime
 from xclip_jax.processes.interrupt import SIGNALS, PreemptionHandler
 
@@ -44,7 +44,7 @@ class Watchdog:
 
     def __init__(
         self,
-        folder: RunFolder,
+        folder: RunReader,
         preemption: PreemptionHandler,
         clock: Callable[[], float] = time.monotonic,
         /,

@@ -15,8 +15,8 @@ from etils import epath
 from xclip_jax.config import schema
 from xclip_jax.config.schema import Config
 from xclip_jax.core import environment, hub_client
-from xclip_jax.core.errors import public
-from xclip_jax.core.run_folder import RunFolder
+from xclip_jax.core.errors import redact
+from xclip_jax.core.run_folder import RunReader
 from xclip_jax.data import images
 from xclip_jax.evaluators import results, tables
 from xclip_jax.evaluators.results import Result
@@ -50,20 +50,21 @@ def render(
     repository: str = "",
     mix: float = 1.0,
 ) -> str:
-    """Return the card in Markdown, which has only the last part of paths of this machine.
+    """Return the card in Markdown, with only the last part of this machine's paths.
 
     Args:
       source: path of the exported weights: a run directory (`run`), or weights of another project.
-      out: the folder of the card.
+      out: folder of the card.
       to: format of the weights in it.
-      experiment, step: of the source, as `weights.load` returns them.
-      notes: sentences on what the format cannot hold.
+      experiment, step: the loaded source, see `weights.load`.
+      notes: sentences on facts that the format cannot hold.
       run: whether `source` is a run directory, with data, recipe and results.
-      repository: the card's id on the Hub, "ORG/NAME", or "": the code in it then names the folder.
-      mix: share of the run's own weights in a mix with those that it started from.
+      repository: the card's id on the Hub, "ORG/NAME", or "": its code then names the folder.
+      mix: share of the tuned weights in a mix with the initial ones.
     """
-    config, objective = experiment.config, experiment.objective
-    folder = RunFolder(source) if run else None
+    config = experiment.config
+    objective = experiment.objective
+    folder = RunReader(source) if run else None
     local, remote = _PREFIXES[to]
     trained = (folder.read_config() or {}).get("environment") if folder else None
     context = {
@@ -103,7 +104,7 @@ def shown(text: str) -> str:
         *folders, name = match[0].rstrip("/").split("/")
         return "/".join([*folders[-1:], name] if re.search(r"[*?\[{]", name) and folders[1:] else [name])
 
-    return _PATH.sub(last, public(text))
+    return _PATH.sub(last, redact(text))
 
 
 def names_of_sets(names: Iterable[str]) -> dict[str, str]:
@@ -112,7 +113,7 @@ def names_of_sets(names: Iterable[str]) -> dict[str, str]:
 
 
 def _code(text: str) -> str:
-    """Return text of others, such as the name of a class, as code: Markdown takes nothing in it for HTML or a link."""
+    """Return text of others, such as a class name, as code, in which Markdown finds no HTML or link."""
     return f"`{' '.join(text.split()).replace('`', chr(39))}`"
 
 
@@ -122,7 +123,7 @@ def in_words(text: str) -> str:
 
 
 def metadata(experiment: Experiment, to: str, headlines: Sequence[Result]) -> str:
-    """Return what the Hub reads, in YAML; where huggingface_hub is installed with the results, as its model-index."""
+    """Return the metadata of the Hub in YAML; if huggingface_hub is installed with the results, as a model-index."""
     task = "image-classification" if experiment.objective.labelled else "zero-shot-image-classification"
     names: dict[str, Any] = {"license": "unknown", "library_name": _LIBRARIES[to], "pipeline_tag": task}
     tags = [experiment.config.objective.name, "xclip_jax"]
@@ -148,7 +149,7 @@ def metadata(experiment: Experiment, to: str, headlines: Sequence[Result]) -> st
     return f"{ModelCardData(**names, tags=tags, **index).to_yaml()}\n"
 
 
-def measured(run: RunFolder, steps: int, step: int, mix: float = 1.0) -> list[Result]:
+def measured(run: RunReader, steps: int, step: int, mix: float = 1.0) -> list[Result]:
     """Return the headline results of the checkpoint: by `evaluate` if it has some, else at the end of training."""
     values = results.of_entries(_entries(run, step, mix))
     if not values and step == steps and mix == 1:
@@ -156,14 +157,14 @@ def measured(run: RunFolder, steps: int, step: int, mix: float = 1.0) -> list[Re
     return [result for result in values if result.headline]
 
 
-def _entries(run: RunFolder, step: int, mix: float) -> list[results.Entry]:
+def _entries(run: RunReader, step: int, mix: float) -> list[results.Entry]:
     """Return the entries of evaluation.json for the checkpoint or its mix, with the profile that was evaluated last."""
     entries = results.read(run.evaluation_file)[0] if run.evaluation_file.exists() else []
     entries = [entry for entry in results.of_group(entries, _run_config(run).eval, mix) if entry["step"] == step]
     return results.latest(entries)[0] if entries else []
 
 
-def _run_config(run: RunFolder) -> Config:
+def _run_config(run: RunReader) -> Config:
     return schema.resolve(schema.complete((run.read_config() or {})["config"]))
 
 
@@ -175,9 +176,10 @@ def _towers(experiment: Experiment) -> tuple[list[str], list[list[Any]]]:
     return ["option", *({"img": "image", "txt": "text"}[name] for name in towers)], rows
 
 
-def data(run: RunFolder, experiment: Experiment) -> dict[str, Any]:
+def data(run: RunReader, experiment: Experiment) -> dict[str, Any]:
     """Return the table of the sources, and a sentence on their captions or classes."""
-    config, labelled = experiment.config, experiment.objective.labelled
+    config = experiment.config
+    labelled = experiment.objective.labelled
     sources = run.read_sources()
     if sources is None:
         return {"data": None}
@@ -199,10 +201,11 @@ def data(run: RunFolder, experiment: Experiment) -> dict[str, Any]:
     return {"data": (head, rows), "about_data": text}
 
 
-def _recipe(run: RunFolder, step: int, mix: float) -> Iterator[tuple[str, Any]]:
+def _recipe(run: RunReader, step: int, mix: float) -> Iterator[tuple[str, Any]]:
     """Yield the keys that decide a run, from the run's file: `weights.load` sets batch and layout for this machine."""
     config = _run_config(run)
-    objective, values = make_objective(config.objective), schema.flatten(schema.to_dict(config))
+    objective = make_objective(config.objective)
+    values = schema.flatten(schema.to_dict(config))
     plugins = config.model.plugins
     averaged = config.eval.ema and (config.ema.on or objective.teacher)
     rows: dict[str, Any] = {"objective.name": objective.name, **objective.recipe(config.model)}
@@ -220,9 +223,10 @@ def _recipe(run: RunFolder, step: int, mix: float) -> Iterator[tuple[str, Any]]:
         yield key, in_words(shown(value)) if isinstance(value, str) else value
 
 
-def evaluations(run: RunFolder, steps: int, step: int, mix: float = 1.0) -> dict[str, Any]:
+def evaluations(run: RunReader, steps: int, step: int, mix: float = 1.0) -> dict[str, Any]:
     """Return the results at the end of training as a table of text, and rows of what `evaluate` measured."""
-    final, entries = run.read_results() if mix == 1 else None, _entries(run, step, mix)
+    final = run.read_results() if mix == 1 else None
+    entries = _entries(run, step, mix)
     names = names_of_sets(entry["set"] for entry in entries)
     last = tables.render(results.from_json(final["records"])) if final and final["results"] and step == steps else ""
     rows = []

@@ -44,7 +44,7 @@ class Level(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
-    """A chart with its ranges and ticks, over steps or what `axis` names; `chart` makes it."""
+    """A chart over steps with its ranges and ticks; `chart` makes it."""
 
     title: str
     lines: Sequence[Line]
@@ -53,7 +53,6 @@ class Chart:
     note: str
     x: tuple[float, float]
     y: tuple[float, float]
-    axis: str = "step"
 
     def across(self, x: float) -> float:
         """Return the place of a step, 0 at the left and 1 at the right."""
@@ -70,16 +69,14 @@ class Chart:
 
     def ticks(self, axis: str) -> list[tuple[float, str]]:
         """Return the places of the ticks of axis "x" or "y", from 0 to 1, and their labels."""
-        (low, high), place = (self.x, self.across) if axis == "x" else (self.y, self.up)
-        values = ticks(low, high, 5)
-        return list(zip(map(place, values), tick_labels(values), strict=True))
+        values = ticks(*(self.x if axis == "x" else self.y), 5)
+        return list(zip(map(self.across if axis == "x" else self.up, values), tick_labels(values), strict=True))
 
     @property
     def description(self) -> str:
         """The chart in words, for screen readers."""
         ranges = "; ".join(f"{z.name} from {number(z.y[0])} to {number(z.y[-1])}" for z in self.lines)
-        over = "steps" if self.axis == "step" else self.axis
-        text = f"{self.title}, {over} {number(self.x[0])} to {number(self.x[1])}: {ranges}."
+        text = f"{self.title}, steps {number(self.x[0])} to {number(self.x[1])}: {ranges}."
         if self.levels:
             text += f" Lines at {', '.join(f'{level.name} ({number(level.y)})' for level in self.levels)}."
         return text
@@ -87,45 +84,28 @@ class Chart:
     @property
     def data(self) -> str:
         """The values in JSON, for the page's script."""
-        lines = [
-            {"name": z.name, "color": z.color, "x": z.x, "y": [float(f"{value:.5g}") for value in z.y]}
-            for z in self.lines
-        ]
-        return json.dumps({"x": self.x, "y": self.y, "unit": self.unit, "axis": self.axis, "lines": lines})
+        lines = [line._asdict() | {"y": [float(f"{value:.5g}") for value in line.y]} for line in self.lines]
+        return json.dumps({"x": self.x, "y": self.y, "unit": self.unit, "lines": lines})
 
 
 def chart(
-    title: str,
-    lines: Sequence[Line],
-    levels: Sequence[Level] = (),
-    *,
-    unit: str = "",
-    note: str = "",
-    axis: str = "step",
+    title: str, lines: Sequence[Line], levels: Sequence[Level] = (), *, unit: str = "", note: str = ""
 ) -> Chart | None:
-    """Return a chart of lines over steps; None where no line has a finite value.
-
-    Args:
-      title: of the chart.
-      lines: curves; values that are not finite are left out.
-      levels: dashed lines.
-      unit: of the values.
-      note: a sentence below the chart.
-      axis: what is across.
-    """
+    """Return a chart of the finite values of `lines`, with a sentence `note` below; None without any."""
     drawn = [line for line in map(_short, lines) if line.x]
     if not drawn:
         return None
-    left, right = min(min(line.x) for line in drawn), max(max(line.x) for line in drawn)
+    left = min(min(line.x) for line in drawn)
+    right = max(max(line.x) for line in drawn)
     ends = [*(v for line in drawn for v in line.y), *(level.y for level in levels)]
-    low, high = _range(min(ends), max(ends))
-    right = right if right > left else left + 1
-    return Chart(title, drawn, levels, unit, note, (left, right), (low, high), axis)
+    x = (left, right if right > left else left + 1)
+    return Chart(title, drawn, levels, unit, note, x, _range(min(ends), max(ends)))
 
 
 def metric_lines(rows: Rows, metrics: Sequence[tuple[str, str]], unit: str = "") -> list[Line]:
     """Return lines of `metrics`, (key, label) each, over steps, in percent if `unit` is; none without values."""
-    lines, scale = [], 100.0 if unit == "%" else 1.0
+    lines = []
+    scale = 100.0 if unit == "%" else 1.0
     for color, (key, label) in enumerate(metrics):
         logged = [row for row in rows if isinstance(row.get(key), (int, float))]
         if logged:
@@ -141,7 +121,8 @@ def term_chart(curve: Curve, rows: Rows, term: str) -> Chart | None:
 
 def shown_levels(curve: Curve, rows: Rows, term: str) -> list[Level]:
     """Return the dashed lines of a curve, by the last of one or more rows."""
-    levels, scale = [], 100.0 if curve.unit == "%" else 1.0
+    levels = []
+    scale = 100.0 if curve.unit == "%" else 1.0
     for level in curve.levels:
         value = rows[-1].get(f"{term}/{level.value}") if isinstance(level.value, str) else level.value
         if value is not None:
@@ -188,19 +169,23 @@ def _same(a: float, b: float) -> bool:
 
 
 def _short(line: Line) -> Line:
-    """Return the finite points of a line; means of equal parts where there are more than `POINTS`."""
-    x, y = np.asarray(line.x, float), np.asarray(line.y, float)
-    x, y = x[np.isfinite(y)], y[np.isfinite(y)]
-    if len(x) > POINTS:
-        x, y = ([float(part.mean()) for part in np.array_split(v, POINTS)] for v in (x, y))
-        x = np.round(x)
-    return line._replace(x=list(map(float, x)), y=list(map(float, y)))
+    """Return the finite points of a line, averaged to at most `POINTS`."""
+    points = np.array([line.x, line.y], float)
+    points = points[:, np.isfinite(points[1])]
+    if points.shape[1] > POINTS:
+        points = np.stack([part.mean(axis=1) for part in np.array_split(points, POINTS, axis=1)], axis=1)
+        points[0] = np.round(points[0])
+    x, y = points.tolist()
+    return line._replace(x=x, y=y)
 
 
 def _range(low: float, high: float) -> tuple[float, float]:
     """Return the range of the vertical axis: a margin around low and high, or from 0 where low is near 0."""
     if low == high:
-        low, high = (low - abs(low) / 2, high + abs(high) / 2) if low else (0.0, 1.0)
+        if not low:
+            return 0.0, 1.06
+        low -= abs(low) / 2
+        high += abs(high) / 2
     if 0 <= low < 0.4 * high:
         return 0.0, high + 0.06 * high
     room = 0.08 * (high - low)
@@ -209,11 +194,11 @@ def _range(low: float, high: float) -> tuple[float, float]:
 
 def of_runs(runs: Sequence[Run]) -> list[Chart]:
     """Return charts of all logged metrics: of one run, or with a line for each run."""
-    several, drawn = len(runs) > 1, [_total(runs), *_curves(runs), *_evaluations(runs), *_evaluations(runs, mixes=True)]
+    drawn = [_total(runs), *_curves(runs), *_evaluations(runs)]
     for key, title, unit in _LOGGED:
-        lines = [line for run in runs for line in _lines(run, key, run.name if several else title, unit)]
-        lines = lines if key != "data/bad_share" or any(any(line.y) for line in lines) else []
-        drawn.append(chart(title, lines, unit=unit))
+        lines = [line for run in runs for line in _lines(run, key, run.name if len(runs) > 1 else title, unit)]
+        if key != "data/bad_share" or any(any(line.y) for line in lines):
+            drawn.append(chart(title, lines, unit=unit))
     return list(filter(None, drawn))
 
 
@@ -238,46 +223,41 @@ def _curves(runs: Sequence[Run]) -> Iterator[Chart | None]:
     """Yield charts of the terms' curves: all metrics of a curve of one run, or one metric of several runs."""
     declared: dict[tuple[str, str], tuple[Curve, str]] = {}
     for run in runs:
-        for term, own in run.record.objective.terms.items():
-            for curve in own.report.curves():
+        for name, term in run.record.objective.terms.items():
+            for curve in term.report.curves():
                 if len(runs) == 1 and run.record.training:
-                    yield term_chart(curve, run.record.training, term)
+                    yield term_chart(curve, run.record.training, name)
                 for key, label in curve.lines if len(runs) > 1 else ():
-                    name = f"{curve.title}: {label}" if len(curve.lines) > 1 else curve.title
-                    declared.setdefault((term, key), (curve, name))
-    for (term, key), (curve, name) in declared.items():
-        having = [run.record.training for run in runs if term in run.record.objective.terms and run.record.training]
-        of_runs = [shown_levels(curve, rows, term) for rows in having]
-        levels = of_runs[0] if of_runs and all(own == of_runs[0] for own in of_runs) else []
+                    title = f"{curve.title}: {label}" if len(curve.lines) > 1 else curve.title
+                    declared.setdefault((name, key), (curve, title))
+    for (term, key), (curve, title) in declared.items():
+        rows_of_runs = [run.record.training for run in runs if term in run.record.objective.terms]
+        levels = [shown_levels(curve, rows, term) for rows in rows_of_runs if rows]
+        shared = levels[0] if levels and all(other == levels[0] for other in levels) else []
         lines = [line for run in runs for line in _lines(run, f"{term}/{key}", run.name, curve.unit)]
-        yield chart(name, lines, levels, unit=curve.unit, note=curve.note)
+        yield chart(title, lines, shared, unit=curve.unit, note=curve.note)
 
 
-def _evaluations(runs: Sequence[Run], mixes: bool = False) -> Iterator[Chart | None]:
-    """Yield the first metric of each set that was evaluated at several steps: a chart, or one for each set.
-
-    With `mixes` it is the metric of mixes of given and tuned weights, over the share of the tuned ones.
-    """
+def _evaluations(runs: Sequence[Run]) -> Iterator[Chart | None]:
+    """Yield the first metric of each set that was evaluated at several steps: in one chart per unit, or per set."""
     points: dict[tuple[Key, str, str], dict[int, dict[float, float]]] = {}
-    title, axis = (
-        ("Given to tuned weights", "share of tuned weights") if mixes else ("Evaluation during training", "step")
-    )
     for run in runs:
-        for step, results in run.record.mixes if mixes else run.record.evaluations:
+        for step, results in run.record.evaluations:
             for row in tables.rows(results):
                 metric, result = row.shown[0]
                 key = ((row.family, row.name), metric.label, result.unit)
                 points.setdefault(key, {}).setdefault(run.color, {})[step] = result.value
     short = labels(rows_of(runs))
     names = {run.color: run.name for run in runs}
-    points = {key: of_runs for key, of_runs in points.items() if max(map(len, of_runs.values())) > 1}
-    if len(runs) == 1:
-        lines: dict[str, list[Line]] = {}
-        for (key, label, unit), of_runs in points.items():
-            own, drawn = of_runs[runs[0].color], lines.setdefault(unit, [])
-            drawn.append(Line(f"{short[key]}, {label}", list(own), list(own.values()), len(drawn) % 8))
-        yield from (chart(title, of_unit, unit=unit, axis=axis) for unit, of_unit in lines.items())
-        return
-    for (key, label, unit), of_runs in points.items():
-        lines = [Line(names[color], list(own), list(own.values()), color) for color, own in of_runs.items()]
-        yield chart(f"{short[key]}, {label}{', given to tuned weights' if mixes else ''}", lines, unit=unit, axis=axis)
+    by_unit: dict[str, list[Line]] = {}
+    for (key, label, unit), colors in points.items():
+        if max(map(len, colors.values())) < 2:
+            continue
+        title = f"{short[key]}, {label}"
+        lines = [Line(names[color], list(own), list(own.values()), color) for color, own in colors.items()]
+        if len(runs) > 1:
+            yield chart(title, lines, unit=unit)
+        else:
+            drawn = by_unit.setdefault(unit, [])
+            drawn.append(lines[0]._replace(name=title, color=len(drawn) % 8))
+    yield from (chart("Evaluation during training", lines, unit=unit) for unit, lines in by_unit.items())

@@ -14,8 +14,8 @@ from etils import epath
 from xclip_jax.config import schema
 from xclip_jax.config.schema import Config
 from xclip_jax.core import imports
-from xclip_jax.core.errors import UserError
-from xclip_jax.core.run_folder import RunFolder
+from xclip_jax.core.errors import UserError, first_line
+from xclip_jax.core.run_folder import RunReader
 from xclip_jax.evaluators import results, tables
 from xclip_jax.evaluators.results import Result
 from xclip_jax.evaluators.statistics import bootstrap
@@ -37,16 +37,15 @@ class Record:
 
     Attributes:
       folder: the run directory.
-      config: of the run, with defaults for keys that are newer than the run.
+      config: the run's config, with defaults for keys newer than the run.
       objective: made from the config.
       environment: versions, devices, commit and command.
       training: metrics of the logged steps, in order.
       evaluations: (step, results) of each step with an evaluation during training, including the last one.
-      results: the newest of each set, by the run or by `xclip-jax evaluate`. With per-example values where
-        results.json or evaluation.json has them of the same number.
-      mixes: (share of tuned weights, results) of what `xclip-jax evaluate --mix` evaluated last.
-      steps_of: {(family, set): step} of the results, where it is not the last step of a complete run.
-      sources: fingerprint of each of config's data.sources.
+      results: the newest of each set, by the run or by `xclip-jax evaluate`, with the per-example values that
+        results.json or evaluation.json has for them.
+      steps_of: {(family, set): step} of the results that are not by the last step of a complete run.
+      sources: one fingerprint per source of data.sources.
       bad: number of samples in the ledger of bad samples.
       began, ended: start of the run, and the end of its last evaluation, UTC.
     """
@@ -58,7 +57,6 @@ class Record:
     training: list[Row]
     evaluations: list[Evaluation]
     results: list[Result]
-    mixes: list[tuple[float, list[Result]]]
     steps_of: dict[Key, int]
     sources: list[dict[str, Any]]
     bad: int
@@ -68,7 +66,9 @@ class Record:
     @property
     def steps(self) -> int:
         """The last logged step; of a complete run the last one, which may have been skipped."""
-        return self.config.steps if self.complete else int(self.training[-1]["step"]) if self.training else 0
+        if self.complete:
+            return self.config.steps
+        return int(self.training[-1]["step"]) if self.training else 0
 
     @property
     def complete(self) -> bool:
@@ -80,7 +80,7 @@ class Record:
         return self.steps_of.get((result.family, result.set))
 
     def before(self, result: Result) -> Result | None:
-        """Return the result of equal name before the first step, where the run has one and goes on from it."""
+        """Return the result of equal name before the first step, if the run has gone on from it."""
         step, first = self.evaluations[0] if len(self.evaluations) > 1 else (-1, [])
         return next((x for x in first if step == 0 and x.name == result.name), None)
 
@@ -90,12 +90,12 @@ class Run:
     """A run on a page.
 
     Attributes:
-      name: on the page.
+      name: name on the page.
       color: number of its colour.
       record: contents of its directory.
       examples: predictions of its model; empty without a checkpoint.
       parameters: number of the model's parameters, if known.
-      step: of the checkpoint that made the predictions, if there are any.
+      step: step of the checkpoint that made the predictions, if there are any.
     """
 
     name: str
@@ -107,29 +107,23 @@ class Run:
 
 
 def read(path: str | epath.Path) -> Record:
-    """Read the run directory `path`.
-
-    Raises:
-      UserError: no run directory, or a damaged file in it.
-    """
-    run = RunFolder(path)
+    """Read the run directory `path`; raises `UserError` if it is none, or for a damaged file in it."""
+    run = RunReader(path)
     content = run.read_config()
     if content is None:
-        if not run.path.exists():
-            raise UserError(f"{str(path)!r} does not exist; name the folder of a run.")
-        raise UserError(f"{str(path)!r} is not a run directory: it has no config.json; pass a run directory.")
+        fault = "is not a run directory: it has no config.json" if run.path.exists() else "does not exist"
+        raise UserError(f"{str(path)!r} {fault}; name the folder of a run.")
     try:
         return _read(run, content)
     except UserError:
         raise
     except Exception as error:  # JSON of any other form
-        reason = f"{type(error).__name__}: {error}"
         raise UserError(
-            f"a file of run {str(path)!r} has another form than a run writes ({reason}); restore it."
+            f"a file of run {str(path)!r} has another form than a run writes ({first_line(error)}); restore it."
         ) from error
 
 
-def _read(run: RunFolder, content: Mapping[str, Any]) -> Record:
+def _read(run: RunReader, content: Mapping[str, Any]) -> Record:
     with imports.named_by(run.config_file):
         config = schema.resolve(schema.complete(content["config"]))
     training = [row for row in run.read_metrics() if "loss" in row]
@@ -137,13 +131,20 @@ def _read(run: RunFolder, content: Mapping[str, Any]) -> Record:
     logged = [(int(line["step"]), results.from_json(line["records"])) for line in run.read_evaluations()]
     last = [(config.steps, results.from_json(final["records"]))] if final else []
     # A diverged evaluation leaves the one before as the newest.
-    evaluations = by_step((step, [x for x in own if math.isfinite(x.value)]) for step, own in [*logged, *last])
-    evaluated, items_of = results.read(run.evaluation_file) if run.evaluation_file.exists() else ([], {})
-    made = [(own, results.read_items(run.results_file).get(results.LAST, {})) for _, own in last]
-    made += [(results.of_entries([x]), items_of.get(x["items"], {})) for x in evaluated if "mix" not in x]
-    known, steps_of = newest([*last, *evaluations, *_evaluated(results.of_group(evaluated, config.eval))])
+    evaluations = by_step(
+        (step, [x for x in measured if math.isfinite(x.value)]) for step, measured in [*logged, *last]
+    )
+    entries, items_of = results.read(run.evaluation_file) if run.evaluation_file.exists() else ([], {})
+    made = [(measured, results.read_items(run.results_file).get(results.LAST, {})) for _, measured in last]
+    made += [(results.of_entries([entry]), items_of.get(entry["items"], {})) for entry in entries if "mix" not in entry]
+    entries = results.of_group(entries, config.eval)
+    shown = results.latest(entries)[0] if entries else []
+    evaluated = [(int(shown[-1]["step"]), results.of_entries(shown))] if shown else []
+    known, steps_of = newest([*last, *evaluations, *evaluated])
     if final:
         steps_of = {key: step for key, step in steps_of.items() if step != config.steps}
+    # Of results of equal name and value: a file may have another value than the newest.
+    items = {(x.name, round(x.value, 4)): own[x.name] for measured, own in made for x in measured if x.name in own}
     return Record(
         folder=run.path,
         config=config,
@@ -151,8 +152,7 @@ def _read(run: RunFolder, content: Mapping[str, Any]) -> Record:
         environment=(final or {}).get("environment") or content.get("environment") or {},
         training=training,
         evaluations=evaluations,
-        results=_with_items(known, made),
-        mixes=results.by_mix(evaluated),
+        results=[dataclasses.replace(x, items=items.get((x.name, round(x.value, 4)))) for x in known],
         steps_of=steps_of,
         sources=run.read_sources() or [],
         bad=int(training[-1].get("data/bad", 0)) if training else 0,
@@ -161,29 +161,14 @@ def _read(run: RunFolder, content: Mapping[str, Any]) -> Record:
     )
 
 
-def _evaluated(entries: Sequence[results.Entry]) -> list[Evaluation]:
-    """Return the newest results of entries of evaluation.json with their step, or none."""
-    shown = results.latest(entries)[0] if entries else []
-    return [(int(shown[-1]["step"]), results.of_entries(shown))] if shown else []
-
-
-def _with_items(known: Sequence[Result], made: Sequence[tuple[list[Result], Mapping[str, Any]]]) -> list[Result]:
-    """Return results with the per-example values that `made` has of a result of equal name and value.
-
-    `made` has results as the run's files have them, each list with {name: per-example values}.
-    """
-    items = {(r.name, round(r.value, 4)): own[r.name] for of_set, own in made for r in of_set if r.name in own}
-    return [dataclasses.replace(result, items=items.get((result.name, round(result.value, 4)))) for result in known]
-
-
 # Evaluations: joined by step, the newest of each set, and the names of sets on a page.
 
 
 def by_step(evaluations: Iterable[Evaluation]) -> list[Evaluation]:
-    """Return one evaluation for each step: results.jsonl has the last evaluation set by set."""
+    """Return one evaluation per step: results.jsonl has the last evaluation set by set."""
     joined: dict[int, dict[str, Result]] = {}
-    for step, of_step in evaluations:
-        joined.setdefault(step, {}).update({result.name: result for result in of_step})
+    for step, measured in evaluations:
+        joined.setdefault(step, {}).update({result.name: result for result in measured})
     return [(step, list(joined[step].values())) for step in sorted(joined)]
 
 
@@ -191,20 +176,21 @@ def newest(evaluations: Iterable[Evaluation]) -> tuple[list[Result], dict[Key, i
     """Return the results of each set at the newest step that has it, and {(family, set): that step}.
 
     Args:
-      evaluations: of equal steps the first one counts.
+      evaluations: evaluations of any order; among equal steps the first one counts.
     """
-    of_sets: dict[Key, tuple[int, list[Result]]] = {}
-    for step, of_step in sorted(evaluations, key=lambda evaluation: evaluation[0], reverse=True):
+    newest_of: dict[Key, tuple[int, list[Result]]] = {}
+    for step, measured in sorted(evaluations, key=lambda evaluation: evaluation[0], reverse=True):
         sets: dict[Key, list[Result]] = {}
-        for result in of_step:
+        for result in measured:
             sets.setdefault((result.family, result.set), []).append(result)
         # Metrics that are not numbers are absent: a set without its main metric replaces nothing.
-        of_sets |= {key: (step, own) for key, own in sets.items() if key not in of_sets and tables.rows(own)}
-    return [result for _, own in of_sets.values() for result in own], {key: step for key, (step, _) in of_sets.items()}
+        newest_of |= {key: (step, own) for key, own in sets.items() if key not in newest_of and tables.rows(own)}
+    known = [result for _, measured in newest_of.values() for result in measured]
+    return known, {key: step for key, (step, _) in newest_of.items()}
 
 
 def labels(rows: Iterable[tables.Row]) -> dict[Key, str]:
-    """Return {(family, name) of each row: its short name}, with the family's title where two rows have one name."""
+    """Return {(family, name) of each row: its short name}, with the family's title if two rows share a name."""
     keys = list(dict.fromkeys((row.family, row.name) for row in rows))
     short = tables.shorten(name for _, name in keys)
     counts = collections.Counter(short[name] for _, name in keys)
@@ -217,15 +203,15 @@ def labels(rows: Iterable[tables.Row]) -> dict[Key, str]:
 def rows_of(runs: Sequence[Run]) -> list[tables.Row]:
     """Return the rows of all sets that runs have results of."""
     records = [run.record for run in runs]
-    measured = [x for each in records for x in (each.results, *(own for _, own in (*each.evaluations, *each.mixes)))]
-    return [row for results in measured for row in tables.rows(results)]
+    measured = [each for record in records for each in (record.results, *(own for _, own in record.evaluations))]
+    return [row for each in measured for row in tables.rows(each)]
 
 
 # Intervals of results, and tests whether results are above chance.
 
 
 class Judgement(NamedTuple):
-    """A result's interval in its own unit, NaN where it has none, and the verdict against chance.
+    """A result's interval in the result's unit, NaN without one, and the verdict against chance.
 
     Attributes:
       low, high: ends of the interval of level `LEVEL`.
@@ -252,24 +238,33 @@ def judge(result: Result) -> Judgement:
     Resamples of values that are all right or all wrong cannot differ: these have the binomial interval of their
     effective number, see `PerExample.trials`. Without per-example values dependent items have no interval.
     """
-    low, high, items = math.nan, math.nan, result.items
-    n = (0 if result.dependent else result.n) if items is None else items.trials()
-    if items is not None and not n:
+    low = high = math.nan
+    items = result.items
+    n = 0 if result.dependent else result.n
+    if items is not None:
+        n = items.trials()
+    resampled = items is not None and not n
+    if resampled:
         low, high = bootstrap(items, samples=_SAMPLES)
     elif result.unit == "%" and n and math.isfinite(result.value):
         right = min(max(round(n * result.value / 100), 0), n)
         exact = scipy.stats.binomtest(right, n).proportion_ci(LEVEL)
-        low, high = 100 * exact.low, 100 * exact.high
+        low = 100 * exact.low
+        high = 100 * exact.high
     verdict = ""
     if result.unit == "%" and result.chance is not None and math.isfinite(low):
-        verdict = ABOVE if low > result.chance else BELOW if high < result.chance else UNDECIDED
-    return Judgement(low, high, verdict, resampled=items is not None and not n)
+        verdict = UNDECIDED
+        if low > result.chance:
+            verdict = ABOVE
+        elif high < result.chance:
+            verdict = BELOW
+    return Judgement(low, high, verdict, resampled)
 
 
 def verdicts(known: Sequence[Result]) -> dict[tuple[str, str], str]:
-    """Return {(set and task, metric): verdict} of the first metric of each row of the tables, where it has one."""
+    """Return {(set and task, metric): verdict} of the first metric of each row of the tables, if it has one."""
     first = {(row.name, row.shown[0][0].metric): row.shown[0][1] for row in tables.rows(known)}
-    return {key: verdict for key, result in first.items() if (verdict := judge(result).verdict)}
+    return {key: judge(result).verdict for key, result in first.items() if judge(result).verdict}
 
 
 # Failures that the terms of an objective warn of.
@@ -292,7 +287,8 @@ class Warnings(NamedTuple):
     @classmethod
     def collect(cls, record: Record, name: str, rows: Sequence[Row]) -> "Warnings":
         """Collect the warnings of the term `name` in `complete_rows`."""
-        term, first_step = record.objective.terms[name], record.config.log.collapse_warmup_steps
+        term = record.objective.terms[name]
+        first_step = record.config.log.collapse_warmup_steps
         judged = [row for row in rows if row["step"] >= first_step]
         by_name = [{text.partition(":")[0]: text for text in term.report.alarms(row)} for row in judged]
         return cls(first_step, [int(row["step"]) for row in judged], by_name)

@@ -23,7 +23,7 @@ from xclip_jax.evaluators.zeroshot import ZeroShot, ZeroShotSet, compare, encode
 from xclip_jax.models.two_towers import TwoTowers, Variables
 from xclip_jax.objectives.similarity import Similarity, cluster_similarity, features, softmax
 from xclip_jax.parallel.mesh import replicated
-from xclip_jax.report.selection import readable, select
+from xclip_jax.report.choose_examples import readable, select
 
 POOL = 1000  # images of a set
 NUM_IMAGES = 9  # images that get names, of each set
@@ -136,15 +136,6 @@ class Examples:
     missing: list[str] = dataclasses.field(default_factory=list)
 
 
-@contextlib.contextmanager
-def _named_if_unreadable(examples: Examples) -> Iterator[None]:
-    """Add the `UserError` of a set of which no image can be read to `missing`: the page has the other sets."""
-    try:
-        yield
-    except UserError as error:
-        examples.missing.append(str(error))
-
-
 def collect_examples(
     encoder: Encoder,
     variables: Variables,
@@ -157,35 +148,37 @@ def collect_examples(
 ) -> Examples:
     """Compute all `Examples` but the attention maps. With several processes all call this, and all get the same.
 
-    Args:
-      encoder: of the model.
-      variables: arguments of `TwoTowers.apply`.
-      specs: evaluation sets of the run; `select` chooses some.
-      data: of the training pairs, for held-out ones.
-      data_dir: root of TFDS data sets, None (or "") for the root in `data`.
-      seed: decides which images and texts are shown.
-      profile: templates and class names of the sets.
+    The seed draws images and texts; for the other arguments see `choose_examples.select`.
     """
     if not encoder.similarities:
         return Examples(seed, missing=[_NO_SIMILARITY])
-    selection = select(specs, encoder.preprocessing, data_dir, data, profile)
-    kinds = dict.fromkeys(selection.kinds)
+    chosen = select(specs, encoder.preprocessing, data_dir, data, profile)
+    kinds = dict.fromkeys(chosen.kinds)
     credits = list(dict.fromkeys(kind.credit for kind in kinds if kind.credit))
-    examples = Examples(seed, credits=credits, missing=selection.missing)
-    words: Sequence[str] = [name for _, _, zeroshot, _ in selection.zeroshot for name in zeroshot.names]
-    for title, sentence, zeroshot, shown in selection.zeroshot:
-        with _named_if_unreadable(examples):
+    examples = Examples(seed, credits=credits, missing=chosen.missing)
+    words: Sequence[str] = [name for _, _, zeroshot, _ in chosen.zeroshot for name in zeroshot.names]
+    for title, sentence, zeroshot, shown in chosen.zeroshot:
+        # A set of which no image can be read is named; the page has the other sets.
+        with _errors_to(examples.missing):
             _add_names(examples, encoder, variables, title, sentence, zeroshot, shown)
-    if selection.retrieval:
-        rng = np.random.default_rng(seed)
-        with _named_if_unreadable(examples):
-            examples.retrieved, captions = _retrieved(encoder, variables, *selection.retrieval, rng, examples.missing)
+    if chosen.retrieval:
+        with _errors_to(examples.missing):
+            examples.retrieved, captions = _retrieved(encoder, variables, *chosen.retrieval, seed, examples.missing)
             if not examples.named:
-                examples.gallery, words = examples.retrieved.gallery, captions
+                examples.gallery = examples.retrieved.gallery
+                words = captions
     if examples.gallery.images:
         queries = list(dict.fromkeys(query for kind in kinds for query in kind.queries))
         _search_and_cluster(examples, encoder, variables, queries, list(dict.fromkeys(words)))
     return examples
+
+
+@contextlib.contextmanager
+def _errors_to(missing: list[str]) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        missing.append(str(error))
 
 
 def _add_names(
@@ -199,7 +192,8 @@ def _add_names(
 ) -> None:
     """Add names for images of a set, of different classes; images of the first two sets also to the gallery."""
     rng = np.random.default_rng(examples.seed)
-    order, searched = rng.permutation(len(zeroshot.labels)), len(examples.named) < 2
+    order = rng.permutation(len(zeroshot.labels))
+    searched = len(examples.named) < 2
 
     def of_classes(some: np.ndarray) -> np.ndarray:
         return some[np.sort(np.unique(np.asarray(zeroshot.labels)[some], return_index=True)[1])][:NUM_IMAGES]
@@ -208,12 +202,19 @@ def _add_names(
     # Other sets than the first two encode only the images that they show.
     pool = rng.permutation(len(zeroshot.labels))[:POOL] if searched else []
     keep = readable(shown, np.unique([*first, *pool]).astype(int), examples.missing)
-    first = of_classes(order[np.isin(order, keep)])  # others of the pool where the first are unreadable
-    zeroshot, shown = _subset(zeroshot, keep), _subset(shown, keep)
+    first = of_classes(order[np.isin(order, keep)])  # others of the pool if the first are unreadable
+    zeroshot = _subset(zeroshot, keep)
+    shown = _subset(shown, keep)
     scores = ZeroShot(encoder, zeroshot).scores(variables)
     indices = np.searchsorted(keep, first)
     bars = _bars(encoder, variables, {score: x[indices] for score, x in scores.items()})
-    guesses = _named(zeroshot, shown, indices, scores[""][indices], bars)
+    ranking = np.argsort(-scores[""][indices], axis=1, kind="stable")
+    guesses = []
+    for row, i in enumerate(indices):
+        label = int(zeroshot.labels[i])
+        best = [bars.label(row, k, zeroshot.names[k], k == label) for k in ranking[row, :5]]
+        rank = int(np.flatnonzero(ranking[row] == label)[0]) + 1
+        guesses.append(Prediction(shown.images[i], zeroshot.names[label], rank, best))
     num_classes = len(zeroshot.prompts)
     sentence = f"{sentence.replace('{num_classes}', f'{num_classes:,}')} Bars: {bars.meaning}."
     examples.named.append(ZeroShotExamples(title, sentence, num_classes, guesses))
@@ -250,39 +251,22 @@ def _bars(encoder: Encoder, variables: Variables, scores: Mapping[str, np.ndarra
     return _Bars(probabilities, lambda value: "<1 %" if value < 0.01 else f"{100 * value:.0f} %", "probability")
 
 
-def _named(
-    data: ZeroShotSet, shown: ZeroShotSet, indices: np.ndarray, scores: np.ndarray, bars: _Bars
-) -> list[Prediction]:
-    """Return the images at `indices` with their best names; `scores` (n, classes) and `bars` have a row for each."""
-    ranking = np.argsort(-scores, axis=1, kind="stable")
-    guesses = []
-    for row, i in enumerate(indices):
-        label = int(data.labels[i])
-        best = [bars.label(row, k, data.names[k], k == label) for k in ranking[row, :5]]
-        rank = int(np.flatnonzero(ranking[row] == label)[0]) + 1
-        guesses.append(Prediction(shown.images[i], data.names[label], rank, best))
-    return guesses
-
-
 def _retrieved(
-    encoder: Encoder,
-    variables: Variables,
-    data: RetrievalSet,
-    shown: RetrievalSet,
-    rng: np.random.Generator,
-    missing: list[str],
+    encoder: Encoder, variables: Variables, data: RetrievalSet, shown: RetrievalSet, seed: int, missing: list[str]
 ) -> tuple[RetrievalExamples, list[str]]:
     """Return results for `NUM_QUERIES` texts and `NUM_IMAGES` images, and all texts."""
+    rng = np.random.default_rng(seed)
     keep = readable(shown, np.sort(rng.permutation(len(data.images))[:POOL]), missing)
     captions = [data.captions[i] for i in keep]
     texts = [text for of_image in captions for text in of_image]
-    gallery = Gallery(
-        [data.images[i] for i in keep], [shown.images[i] for i in keep], [of_image[0] for of_image in captions]
-    )
+    names = [of_image[0] for of_image in captions]
+    gallery = Gallery([data.images[i] for i in keep], [shown.images[i] for i in keep], names)
     by_score = compare(encoder.similarities, *encode_pairs(encoder, variables, gallery.images, texts))
-    scores, bars = by_score[""], _bars(encoder, variables, by_score)
+    scores = by_score[""]
+    bars = _bars(encoder, variables, by_score)
     matches = Matches(captions).of_images()
-    by_text, by_image = [], []
+    by_text = []
+    by_image = []
     # In dicts: in an array of NumPy each text would take as much memory as the longest.
     places = {text: t for t, text in reversed(list(enumerate(texts)))}
     first = np.array([places[text] for text in sorted(places)])
@@ -291,13 +275,12 @@ def _retrieved(
         rank = int(ranks_of(scores[:, t][None], matches[:, t][None])[0]) + 1
         by_text.append(SearchResult(texts[t], best.tolist(), matches[best, t].tolist(), rank))
     for i in rng.permutation(len(gallery.images))[:NUM_IMAGES]:
-        order = np.argsort(-scores[i], kind="stable")
         once: dict[str, int] = {}  # a text of several images is shown once
-        for t in order:
+        for t in np.argsort(-scores[i], kind="stable"):
             once.setdefault(texts[t], t)
         choices = [bars.label(i, t, text, bool(matches[i, t])) for text, t in list(once.items())[:5]]
         rank = int(ranks_of(scores[i][None], matches[i][None])[0]) + 1
-        by_image.append(Prediction(gallery.shown[i], captions[i][0], rank, choices))
+        by_image.append(Prediction(gallery.shown[i], names[i], rank, choices))
     title = tables.shorten([data.name])[data.name]
     return RetrievalExamples(title, len(texts), bars.meaning, gallery, by_text, by_image), texts
 
@@ -313,15 +296,18 @@ def _search_and_cluster(
         scores = compare(similarities, img, [similarity.rows(txt[similarity.feature]) for similarity in similarities])
         best = np.argsort(-scores[""].T, axis=1, kind="stable")[:, :TOP]
         examples.searches = [SearchResult(text, row.tolist(), []) for text, row in zip(queries, best, strict=True)]
-    if (similarity := cluster_similarity(similarities)) is not None:
+    similarity = cluster_similarity(similarities)
+    if similarity is not None:
         txt = encoder.texts(variables, words, (similarity.feature,))
         examples.clusters = _clusters(similarity, examples.gallery, img, txt, words)
 
 
 def _clusters(similarity: Similarity, gallery: Gallery, img: Features, txt: Features, words: Sequence[str]) -> Clusters:
     """Return the clusters of the gallery's images and of `words`."""
-    p, q = (similarity.rows(x[similarity.feature]) for x in (img, txt))
-    pictures, texts = (np.bincount(x.argmax(axis=1), minlength=p.shape[1]) for x in (p, q))
+    p = similarity.rows(img[similarity.feature])
+    q = similarity.rows(txt[similarity.feature])
+    pictures = np.bincount(p.argmax(axis=1), minlength=p.shape[1])
+    texts = np.bincount(q.argmax(axis=1), minlength=p.shape[1])
     used = int(np.count_nonzero(pictures))
     most = []
     for k in np.argsort(-pictures, kind="stable")[: min(CLUSTERS, used)]:
@@ -340,14 +326,13 @@ def attention(
     n: int = NUM_IMAGES,
     seed: int = 0,
 ) -> Maps | None:
-    """Return maps of `n` images of `gallery`, uint8 (size, size, 3), drawn by the seed; None where the tower has none.
+    """Return attention maps of `n` images, drawn by the seed; None if the tower has none.
 
     Args:
       model, variables: the towers and the variables of their `apply`.
-      gallery: images to draw from, one or more.
+      gallery: images to draw from, uint8 (size, size, 3).
       statistics: mean and deviation of pixels.
-      mesh: where the parameters are.
-      n, seed: how many images, and which.
+      mesh: mesh of the parameters.
     """
     if not model.img.attention:
         return None

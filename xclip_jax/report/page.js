@@ -32,7 +32,7 @@ const charts = [...document.querySelectorAll("[data-chart]")].map(figure => {
     cross.style.left = across(step) + "%";
     shown.push(cross);
     const box = tip && make("div", "tip", plot);
-    if (tip) { box.setAttribute("role", "status"); make("div", "", box).textContent = data.axis + " " + written(step); }
+    if (tip) { box.setAttribute("role", "status"); make("div", "", box).textContent = "step " + written(step); }
     for (const line of data.lines) {
       if (step < line.x[0] || step > line.x.at(-1)) continue;
       const i = nearest(line.x, step), dot = make("i", "dot c" + line.color, plot);
@@ -51,7 +51,7 @@ const charts = [...document.querySelectorAll("[data-chart]")].map(figure => {
       shown.push(box);
     }
   };
-  const everywhere = x => { for (const chart of charts) if (chart.axis === data.axis) chart.show(x, chart.figure === figure); };
+  const everywhere = x => { for (const chart of charts) chart.show(x, chart.figure === figure); };
   const nowhere = () => { for (const chart of charts) chart.hide(); };
   plot.addEventListener("pointermove", event => {
     const area = plot.getBoundingClientRect();
@@ -66,7 +66,7 @@ const charts = [...document.querySelectorAll("[data-chart]")].map(figure => {
     event.preventDefault();
     everywhere(steps[Math.min(steps.length - 1, Math.max(0, current + move))]);
   });
-  return { figure, axis: data.axis, show, hide };
+  return { figure, show, hide };
 });
 const box = document.getElementById("find");
 if (box) {

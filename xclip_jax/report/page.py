@@ -17,7 +17,7 @@ from PIL import Image
 
 from xclip_jax.config.schema import Config
 from xclip_jax.core.console import log0
-from xclip_jax.core.errors import public
+from xclip_jax.core.errors import redact
 from xclip_jax.core.storage import write_whole
 from xclip_jax.evaluators import tables
 from xclip_jax.evaluators.encoder import Encoder
@@ -38,22 +38,23 @@ THUMB = 72  # side of an image in the page, pixels
 
 
 def render(runs: Sequence[Run], *, step: int | None = None) -> str:
-    """Return the page of runs.
+    """Return the page of one run, or of several, which are compared with the first.
 
     Args:
-      runs: one, or several; the others are compared with the first.
-      step: of the evaluations that are compared; by default the newest that each run has.
+      runs: the runs.
+      step: step of the compared evaluations; by default the newest of each run.
     """
-    first, several = runs[0], len(runs) > 1
+    first = runs[0]
     # Without examples each of their sections of one run has the reasons.
-    with_notes = [run for run in runs if several or run.examples.named or run.examples.retrieved]
-    notes = [*_notes_on_pairs(runs), *_notes_on_steps(with_notes)]
-    notes += [note for run in with_notes for note in run.examples.missing]
+    with_notes = [run for run in runs if len(runs) > 1 or run.examples.named or run.examples.retrieved]
+    notes = [
+        *_notes(runs, with_notes),
+        *(note for run in with_notes for note in run.examples.missing),
+    ]
     tested = set(verdicts(first.record.results).values())
-    shown = sections(runs, step)
     context: dict[str, Any] = {
         "runs": runs,
-        "sections": sorted(shown, key=lambda section: bool(section.missing)),
+        "sections": sorted(sections(runs, step), key=lambda section: bool(section.missing)),
         "images": Images(),
         "notes": dict.fromkeys(notes),
         "credits": dict.fromkeys(credit for run in runs for credit in run.examples.credits),
@@ -66,17 +67,14 @@ def render(runs: Sequence[Run], *, step: int | None = None) -> str:
     return environment().get_template("page.html").render(context)
 
 
-def _notes_on_pairs(runs: Sequence[Run]) -> Iterator[str]:
-    """Yield a sentence where the held-out pairs of the first run, which are shown, may be training pairs of others."""
-    first, *others = ((run.name, run.record.config.data.sources, run.record.config.data.holdout) for run in runs)
-    names = ", ".join(name for name, *own in others if own != [*first[1:]])
+def _notes(runs: Sequence[Run], with_predictions: Sequence[Run]) -> Iterator[str]:
+    """Yield sentences on held-out pairs that others may have learned, and on predictions not by the last step."""
+    data = [(run.record.config.data.sources, run.record.config.data.holdout) for run in runs]
+    names = ", ".join(run.name for run, own in zip(runs, data, strict=True) if own != data[0])
     if names and (runs[0].examples.named or runs[0].examples.retrieved):
-        yield f"Held-out pairs, where shown, come from {first[0]}; {names} learned from data that may contain them."
-
-
-def _notes_on_steps(runs: Sequence[Run]) -> Iterator[str]:
-    """Yield a sentence for each run whose predictions are not by its last step."""
-    for run in runs:
+        source = runs[0].name
+        yield f"Held-out pairs, where shown, come from {source}; {names} learned from data that may contain them."
+    for run in with_predictions:
         if run.step is not None and run.step != run.record.steps:
             yield f"Predictions of {run.name} are by the checkpoint of step {run.step:,}."
 
@@ -86,11 +84,13 @@ def _tiles(record: Record) -> Iterator[dict[str, Any]]:
     short = tables.short_names(record.results)
     for family, row in tables.first_set_of_each_family(record.results).items():
         metric, result = row.shown[0]
-        judged, step = judge(result), record.step_of(result)
+        judged = judge(result)
+        step = record.step_of(result)
+        first = record.before(result)
         unit = result.unit if result.unit not in UNITS or result.unit == "%" else ""
         chance = f"chance {result.chance:.1f}\u00a0{unit or '%'}" if result.chance is not None else ""
         when = "" if step is None else f"at step {step:,}"
-        before = f"before training {decimals(first.value)}" if (first := record.before(result)) else ""
+        before = f"before training {decimals(first.value)}" if first else ""
         yield {
             "family": family,
             "value": decimals(result.value),
@@ -104,7 +104,8 @@ def _tiles(record: Record) -> Iterator[dict[str, Any]]:
 
 def facts(record: Record, parameters: int | None = None) -> dict[str, Any]:
     """Return the facts of a run at the head of its page; "" for unknown ones."""
-    config, objective = record.config, record.objective
+    config = record.config
+    objective = record.objective
     last = record.training[-1] if record.training else {}
     samples = sum(source.get("samples", 0) for source in record.sources)
     unit = "items" if objective.labelled else "pairs"
@@ -131,12 +132,12 @@ def facts(record: Record, parameters: int | None = None) -> dict[str, Any]:
 
 @functools.cache
 def environment() -> jinja2.Environment:
-    """Return the environment of the templates, which escapes all values and removes the secrets of addresses."""
+    """Return the environment of the templates, which escapes and redacts all values."""
     made = jinja2.Environment(
         loader=jinja2.FunctionLoader(_template),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
-        finalize=lambda value: value if isinstance(value, Markup) else public(str(value)),
+        finalize=lambda value: value if isinstance(value, Markup) else redact(str(value)),
     )
     made.filters |= {"breakable": _breakable, "comma": "{:,}".format, "decimals": decimals}
     made.filters |= {"data_uri": data_uri, "done": _done, "file": file, "judge": judge}
@@ -156,11 +157,12 @@ def file(name: str) -> Markup:
 
 def _breakable(name: str) -> Markup:
     """Return a name, escaped, with places where a long one may be broken into lines."""
-    return Markup(str(escape(public(name))).replace("/", "/<wbr>").replace("_", "_<wbr>"))
+    return Markup(str(escape(redact(name))).replace("/", "/<wbr>").replace("_", "_<wbr>"))
 
 
 def _done(run: Run) -> str:
-    steps, all_steps = run.record.steps, run.record.config.steps
+    steps = run.record.steps
+    all_steps = run.record.config.steps
     return f"{steps:,} steps" if steps == all_steps else f"{steps:,} of {all_steps:,} steps"
 
 
@@ -188,7 +190,7 @@ class Images:
             self._classes[key] = f"i{len(self._classes)}"
             self._rules.append(f".{self._classes[key]}{{background-image:url({data_uri(image, THUMB)})}}")
         element = Markup('<span class="im {}" role="img" aria-label="{}"></span>')
-        return element.format(self._classes[key], public(alt))
+        return element.format(self._classes[key], redact(alt))
 
     def css(self) -> Markup:
         """Return the rules of all images that were shown."""
@@ -209,22 +211,15 @@ def predict(
     data_dir: str = "",
     seed: int = 0,
 ) -> Examples:
-    """Return the examples of a model on a page. With several processes all of them call this.
+    """Return the examples of a model on a page, see `collect_examples`. With several processes all call this.
 
-    Args:
-      experiment, encoder, variables: the model.
-      specs: evaluation sets, see `examples.collect_examples`.
-      config: of the run that says which pairs are held out.
-      profile: templates and class names of that run.
-      data_dir: root of the data sets, "" for the run's.
-      seed: decides which examples are shown.
+    `config` and `profile` of a run decide the held-out pairs, templates and class names.
     """
     options = {"data": config.data, "data_dir": data_dir, "seed": seed, "profile": profile}
     examples = collect_examples(encoder, variables, specs, **options)
-    if examples.gallery.images:
+    if images := examples.gallery.images:
         statistics = (experiment.preprocessing.mean, experiment.preprocessing.std)
-        shown = examples.gallery.images
-        examples.maps = attention(experiment.model, variables, shown, statistics, experiment.mesh, seed=seed)
+        examples.maps = attention(experiment.model, variables, images, statistics, experiment.mesh, seed=seed)
     return examples
 
 
@@ -249,7 +244,8 @@ class ReportWriter(Callback):
 
 
 def _write(job: Job, variables: Variables) -> None:
-    folder, experiment = job.folder, job.experiment
+    folder = job.folder
+    experiment = job.experiment
     config = experiment.config
     specs = (*config.eval.final_sets, *config.eval.sets)
     examples = predict(experiment, job.encoder, variables, specs, config=config, profile=profile_of_run(config))

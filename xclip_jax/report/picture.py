@@ -1,11 +1,12 @@
-"""A picture of a model's predictions: images for words, names for images, and clusters; and a strip of it.
+"""A picture of a model's predictions: images for words, names for images, and clusters.
 
-Both are drawn on a canvas on Pillow: rows with text, boxes and images, stacked to one image.
+It is drawn with Pillow: rows with text, boxes and images, stacked to one image.
 """
 
 import functools
 import io
 import os
+import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,21 +15,29 @@ import numpy as np
 from etils import epath
 from PIL import Image, ImageDraw, ImageFont
 
-from xclip_jax.core.errors import UserError
+from xclip_jax.report.choose_examples import SHOWN
 from xclip_jax.report.examples import Cluster, Examples, Gallery, Prediction, SearchResult, ZeroShotExamples
-from xclip_jax.report.selection import SHOWN
 
-WIDTH, MARGIN = 1600, 56  # pixels
-INK, MUTED, PAPER, CARD, EDGE = "#111827", "#6b7280", "#f3f4f6", "#ffffff", "#e5e7eb"
+WIDTH = 1600  # pixels
+MARGIN = 56
+INK = "#111827"
+MUTED = "#6b7280"
+PAPER = "#f3f4f6"
+CARD = "#ffffff"
+EDGE = "#e5e7eb"
+RIGHT = "#a7f3d0"
+RIGHT_INK = "#047857"
+OTHER = "#e0e7ff"
 
 # Drawn at twice the size and halved: Pillow smooths letters, but not the edges of boxes.
 _SCALE = 2
 _GLYPHS = frozenset(map(chr, (*range(32, 127), *map(ord, "©«°±·»‘’“”…"))))
 
-RIGHT, RIGHT_INK, OTHER = "#a7f3d0", "#047857", "#e0e7ff"
 GAP = 20
 CARDS = 4  # in a row
-NAME_HEIGHT, SEARCH_HEIGHT, CLUSTER_HEIGHT = 182, 186, 210  # of a card
+NAME_HEIGHT = 182  # height of a card
+SEARCH_HEIGHT = 186
+CLUSTER_HEIGHT = 210
 VALUE = 46  # width of the number at the end of a bar
 CLUSTERS = 8
 
@@ -40,8 +49,9 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 def printable(text: str) -> str:
     """Return `text` in the glyphs of Pillow's own font: accents are dropped, other characters become "?"."""
-    plain = (c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
-    return "".join(c if c in _GLYPHS else "-" if c in "‐‑–—−" else "?" for c in plain)
+    plain = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+    plain = re.sub("[‐‑–—−]", "-", plain)
+    return "".join(c if c in _GLYPHS else "?" for c in plain)
 
 
 def fit(text: str, size: int, width: float) -> str:
@@ -74,11 +84,9 @@ class Row:
         width: float = WIDTH,
     ) -> None:
         """Draw one line with its baseline at y, from x on ("ls"), to x ("rs") or around x ("ms")."""
-        # The font has one weight; half a pixel of outline makes the other.
-        stroke = size / 36 if bold else 0
-        self._pen.text(
-            (x * _SCALE, y * _SCALE), fit(text, size, width), color, _font(size), anchor, stroke_width=stroke
-        )
+        stroke = size / 36 if bold else 0  # the font has one weight; an outline makes the other
+        place = (x * _SCALE, y * _SCALE)
+        self._pen.text(place, fit(text, size, width), color, _font(size), anchor, stroke_width=stroke)
 
     def box(
         self, x: float, y: float, width: float, height: float, fill: str, *, radius: float = 0, edge: str = ""
@@ -116,41 +124,22 @@ def draw(path: str | os.PathLike, examples: Examples, *, title: str = "Predictio
     rows = [head]
     if examples.searches:
         sentence = f"For each text, the top of {len(examples.gallery.images):,} test images, best first."
-        card = functools.partial(_search_card, examples.gallery)
-        rows += [_section("Search by words", sentence), *_grid(examples.searches, 2, SEARCH_HEIGHT, card)]
-    for named in _best_first(examples.named):
-        card = functools.partial(_name_card, named.num_classes)
-        rows += [_section(named.title, named.sentence), *_grid(named.guesses[: 2 * CARDS], CARDS, NAME_HEIGHT, card)]
+        card = functools.partial(search_card, examples.gallery)
+        rows += [_section("Search by words", sentence), *grid(examples.searches, 2, SEARCH_HEIGHT, card)]
+    for named in best_first(examples.named):
+        card = functools.partial(name_card, named.num_classes)
+        rows += [_section(named.title, named.sentence), *grid(named.guesses[: 2 * CARDS], CARDS, NAME_HEIGHT, card)]
     if clusters := examples.clusters:
         sentence = (
             f"The non-contrastive loss assigns images and texts to {clusters.k:,} clusters without labels, "
             f"{clusters.used:,} of them in use here. Shown are those with the most images; in green, the nearest names."
         )
-        card = functools.partial(_cluster_card, clusters.gallery)
-        rows += [_section("Clusters", sentence), *_grid(clusters.most[:CLUSTERS], 2, CLUSTER_HEIGHT, card)]
+        card = functools.partial(cluster_card, clusters.gallery)
+        rows += [_section("Clusters", sentence), *grid(clusters.most[:CLUSTERS], 2, CLUSTER_HEIGHT, card)]
     save(path, [*rows, Row(MARGIN)])
 
 
-def strip(path: str | os.PathLike, examples: Examples) -> None:
-    """Write a PNG of 1280 x 360 pixels: four images with names, then the first search and the largest cluster.
-
-    Raises:
-      UserError: `examples` lack names, searches or clusters.
-    """
-    if not (examples.named and examples.searches and examples.clusters):
-        raise UserError("a strip shows names, a search and a cluster; use a run of the demo with xclip or nclip.")
-    named, cards = _best_first(examples.named)[0], [examples.searches[0], examples.clusters.most[0]]
-
-    def draw_card(row: Row, x: float, width: float, card: SearchResult | Cluster) -> None:
-        draw_one: Any = _cluster_card if isinstance(card, Cluster) else _search_card
-        draw_one(examples.gallery, row, x, width, card)
-
-    names = _grid(named.guesses[:CARDS], CARDS, NAME_HEIGHT, functools.partial(_name_card, named.num_classes))
-    # A margin of 18 makes 450 pixels of 1600, which are 360 of 1280; each grid has a gap below its cards.
-    save(path, [Row(18), *names, *_grid(cards, 2, CLUSTER_HEIGHT, draw_card)], width=1280)
-
-
-def _best_first(named: Sequence[ZeroShotExamples]) -> list[ZeroShotExamples]:
+def best_first(named: Sequence[ZeroShotExamples]) -> list[ZeroShotExamples]:
     """Sort sets by the mean rank of the right name, as a share of all names."""
     return sorted(
         named, key=lambda shown: sum(guess.rank for guess in shown.guesses) / len(shown.guesses) / shown.num_classes
@@ -164,7 +153,7 @@ def _section(title: str, sentence: str) -> Row:
     return row
 
 
-def _grid(items: Sequence[Any], columns: int, height: int, cell: Callable[[Row, float, float, Any], None]) -> list[Row]:
+def grid(items: Sequence[Any], columns: int, height: int, cell: Callable[[Row, float, float, Any], None]) -> list[Row]:
     """Rows of `columns` cards, `height` pixels high; cell(row, x, width, item) fills one."""
     width = (WIDTH - 2 * MARGIN - GAP * (columns - 1)) / columns
     rows = []
@@ -178,13 +167,15 @@ def _grid(items: Sequence[Any], columns: int, height: int, cell: Callable[[Row, 
     return rows
 
 
-def _name_card(num_classes: int, row: Row, x: float, width: float, prediction: Prediction) -> None:
+def name_card(num_classes: int, row: Row, x: float, width: float, prediction: Prediction) -> None:
+    """Draw an image with its best names as bars."""
     place = "right" if prediction.rank == 1 else f"rank {prediction.rank:,} of {num_classes:,}"
     row.text(x + 16, 31, prediction.name, 17, bold=True, width=width - 152)
     ink = RIGHT_INK if prediction.rank <= 5 else MUTED
     row.text(x + width - 16, 31, place, 14, ink, anchor="rs", bold=prediction.rank == 1)
     row.picture(x + 16, 60, SHOWN, prediction.image)
-    left, room = x + 16 + SHOWN + 16, width - SHOWN - 48
+    left = x + 16 + SHOWN + 16
+    room = width - SHOWN - 48
     for i, label in enumerate(prediction.best):
         y = 46 + i * 25
         length = (room - VALUE) * label.value
@@ -194,7 +185,8 @@ def _name_card(num_classes: int, row: Row, x: float, width: float, prediction: P
         row.text(left + room, y + 16, label.text, 13, MUTED, anchor="rs")
 
 
-def _search_card(gallery: Gallery, row: Row, x: float, width: float, result: SearchResult) -> None:
+def search_card(gallery: Gallery, row: Row, x: float, width: float, result: SearchResult) -> None:
+    """Draw a text with its best images."""
     row.text(x + 20, 38, f"“{result.text}”", 20, bold=True, width=width - 40)
     _images(row, x, width, 56, gallery, result.images)
 
@@ -208,7 +200,8 @@ def _images(row: Row, x: float, width: float, y: float, gallery: Gallery, indice
         row.text(left + SHOWN / 2, y + SHOWN + 19, gallery.names[i], 13, MUTED, anchor="ms", width=step - 10)
 
 
-def _cluster_card(gallery: Gallery, row: Row, x: float, width: float, cluster: Cluster) -> None:
+def cluster_card(gallery: Gallery, row: Row, x: float, width: float, cluster: Cluster) -> None:
+    """Draw a cluster with its nearest names and images."""
     row.text(x + 20, 36, f"cluster {cluster.number}", 17, bold=True)
     row.text(x + width - 20, 36, f"{cluster.pictures} images", 14, MUTED, anchor="rs")
     row.text(x + 20, 62, " · ".join(cluster.words[:4]), 16, RIGHT_INK, width=width - 40)

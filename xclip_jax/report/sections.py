@@ -1,4 +1,4 @@
-"""The sections of a page of one or more runs: what the template `page.html` shows in each."""
+"""The sections of a page of one or more runs: the content of each macro of the template `page.html`."""
 
 import json
 import math
@@ -25,7 +25,7 @@ _RANK = (("rank/img", "images"), ("rank/txt", "texts"))
 
 
 class Section(NamedTuple):
-    """A part of the page: what the template's macro named `id` shows, or the reason why it is missing."""
+    """A part of the page: content for the template's macro named `id`, or the reason why it is missing."""
 
     id: str
     title: str
@@ -34,9 +34,9 @@ class Section(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """Cards below a heading and a text. A card has a block for each run.
+    """Cards below a heading and a text; a card has one block per run.
 
-    Its blocks are (run, `Prediction`, number of names), or for `searches` (run, `SearchResult`, `Gallery`).
+    Blocks are (run, `Prediction`, number of names), or for `searches` (run, `SearchResult`, `Gallery`).
     """
 
     title: str
@@ -51,14 +51,13 @@ def sections(runs: Sequence[Run], step: int | None) -> list[Section]:
     shown = [names(runs), search(runs)]
     if others:
         compared = [(run, *_differences(first, run, runs, step)) for run in others]
-        differences = Section("differences", "Differences", compared)
-        return [results(runs), differences, *shown, training(runs), settings(runs)]
-    record, examples = first.record, first.examples
+        return [results(runs), Section("differences", "Differences", compared), *shown, training(runs), settings(runs)]
+    record = first.record
+    examples = first.examples
     if cluster_similarity(record.objective.similarities):
         shown.append(Section("clusters", "Clusters", examples.clusters, "" if examples.clusters else _reason(runs)))
-    no_maps = "The image tower of this model has no attention maps." if examples.gallery.images else _reason(runs)
-    maps = Section("attention", "Attention", _attention(examples), "" if examples.maps else no_maps)
-    return [*shown, maps, results(runs), training(runs), health(record), about(record)]
+    shown.append(attention(runs))
+    return [*shown, results(runs), training(runs), health(record), about(record)]
 
 
 def _reason(runs: Sequence[Run]) -> str:
@@ -74,7 +73,7 @@ def _reason(runs: Sequence[Run]) -> str:
 
 
 def names(runs: Sequence[Run]) -> Section:
-    """Zero-shot predictions on images, of each set that the first run has."""
+    """Zero-shot predictions on images, for each set of the first run."""
     panels = []
     for first in runs[0].examples.named:
         same = [(run, named) for run in runs for named in run.examples.named if named.title == first.title]
@@ -85,18 +84,18 @@ def names(runs: Sequence[Run]) -> Section:
 
 
 def search(runs: Sequence[Run]) -> Section:
-    """Retrieval in both directions, and the queries of the set, where all runs have them."""
+    """Retrieval in both directions, and the queries of the set, if all runs have them."""
     panels = []
     retrieved = [(run, run.examples.retrieved) for run in runs if run.examples.retrieved]
     if len(retrieved) == len(runs):
         first = retrieved[0][1]
-        text = (
-            f"Captions of {first.title} with the top of {len(first.gallery.images):,} images; a green frame is right."
-        )
-        cards = _searches([(run, own.by_text, own.gallery) for run, own in retrieved])
+        n = len(first.gallery.images)
+        text = f"Captions of {first.title} with the top of {n:,} images; a green frame is right."
+        cards = _searches([(run, predicted.by_text, predicted.gallery) for run, predicted in retrieved])
         panels.append(Panel("Text to image", text, cards, searches=True))
         text = f"Images with the top of {first.texts:,} captions; green is right. Bars: {first.meaning}."
-        panels.append(Panel("Image to text", text, _cards([(run, own.by_image, own.texts) for run, own in retrieved])))
+        cards = _cards([(run, predicted.by_image, predicted.texts) for run, predicted in retrieved])
+        panels.append(Panel("Image to text", text, cards))
     if all(run.examples.searches for run in runs):
         n = len(runs[0].examples.gallery.images)
         text = f"The same queries for every run, with the top of {n:,} test images, best first."
@@ -108,8 +107,9 @@ def search(runs: Sequence[Run]) -> Section:
 
 def _cards(columns: Sequence[tuple[Run, Sequence[Prediction], int]]) -> list[list[tuple[Run, Prediction, int]]]:
     """Return a card for each image, with a block for each run that predicted on the same images as the first."""
-    same = [column for column in columns if [x.name for x in column[1]] == [x.name for x in columns[0][1]]]
-    return [[(run, guesses[i], n) for run, guesses, n in same] for i in range(len(columns[0][1]))]
+    first = columns[0][1]
+    same = [column for column in columns if [x.name for x in column[1]] == [x.name for x in first]]
+    return [[(run, guesses[i], n) for run, guesses, n in same] for i in range(len(first))]
 
 
 def _searches(columns: Sequence[tuple[Run, Sequence[SearchResult], Gallery]]) -> list[list[tuple[Run, Any, Gallery]]]:
@@ -119,67 +119,70 @@ def _searches(columns: Sequence[tuple[Run, Sequence[SearchResult], Gallery]]) ->
     return [[(run, results[text], gallery) for run, results, gallery in by_text] for text in texts]
 
 
-def _attention(examples: Examples) -> list[tuple[str, list[tuple[np.ndarray, str]]]]:
-    """Return (name, [(map laid on the image, description), ...]) of each image with attention maps."""
-    cards, maps = [], examples.maps
-    if maps is None:
-        return cards
-    for i, values in zip(maps.indices, maps.last, strict=True):
-        name, shown = examples.gallery.names[i], examples.gallery.shown[i]
+def attention(runs: Sequence[Run]) -> Section:
+    """(name, [(image, name), (the image dark outside the patches that are read, description)]) of each image."""
+    examples: Examples = runs[0].examples
+    if examples.maps is None:
+        missing = "The image tower of this model has no attention maps." if examples.gallery.images else _reason(runs)
+        return Section("attention", "Attention", missing=missing)
+    cards = []
+    for i, values in zip(examples.maps.indices, examples.maps.last, strict=True):
+        name = examples.gallery.names[i]
+        image = examples.gallery.shown[i]
         row, column = np.unravel_index(values.argmax(), values.shape)
-        most = f"most on row {row + 1}, column {column + 1} of {len(values)} patches"
-        cards.append((name, [(shown, name), (_spotlight(shown, values), f"Attention to {name}: {most}")]))
-    return cards
-
-
-def _spotlight(image: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Return the image, dark where `values` (rows, columns) are small; patches keep their edges."""
-    side = max(1, MAP // len(values)) * len(values)
-    patch = np.arange(side) * len(values) // side
-    light = (0.1 + 0.9 * values / values.max())[patch][:, patch, None]
-    picture = np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.LANCZOS))
-    return (picture * light + _DARK * (1 - light)).astype(np.uint8)
+        most = f"Attention to {name}: most on row {row + 1}, column {column + 1} of {len(values)} patches"
+        side = max(1, MAP // len(values)) * len(values)
+        patch = np.arange(side) * len(values) // side
+        light = (0.1 + 0.9 * values / values.max())[patch][:, patch, None]
+        picture = np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.LANCZOS))
+        lit = (picture * light + _DARK * (1 - light)).astype(np.uint8)
+        cards.append((name, [(image, name), (lit, most)]))
+    return Section("attention", "Attention", cards)
 
 
 # Results.
 
 
 def results(runs: Sequence[Run]) -> Section:
-    """A table with a row for each set and a column for each run, by the first metric of each set; and all metrics."""
-    of_runs = [
-        {(row.family, row.name): (row.shown[0][0].label, row.shown[0][1]) for row in tables.rows(run.record.results)}
-        for run in runs
-    ]
-    keys = list(dict.fromkeys(key for results in of_runs for key in results))
+    """A table of the first metric of each set, with one column per run; and all metrics as text."""
+    measured = [{(row.family, row.name): row.shown[0] for row in tables.rows(run.record.results)} for run in runs]
+    keys = dict.fromkeys(key for of_run in measured for key in of_run)
     if not keys:
         folder = runs[0].record.folder if len(runs) == 1 else "RUN"
         reason = f"None yet; evaluate with xclip-jax evaluate --checkpoint {folder} --suite NAME."
         return Section("results", "Results", missing=reason)
-    short, rows = labels(rows_of(runs)), []
+    short = labels(rows_of(runs))
+    rows = []
     for key in keys:
-        own = [results[key][1] if key in results else None for results in of_runs]
-        label, first = next(results[key] for results in of_runs if key in results)
-        comparable = [result is not None and _of_same_data(result, first) for result in own]
-        values = [result.value for result, is_same in zip(own, comparable, strict=True) if result and is_same]
-        values = [value for value in values if math.isfinite(value)]
-        best = (min if first.unit == "rank" else max)(values, default=math.nan) if len(set(values)) > 1 else math.nan
-        cells = [
-            (result, run.record.step_of(result), is_same, is_same and result.value == best, run.record.before(result))
-            if result
-            else None
-            for run, result, is_same in zip(runs, own, comparable, strict=True)
-        ]
-        rows.append((short[key], label, first.chance, cells))
+        metric, first = next(of_run[key] for of_run in measured if key in of_run)
+        column = [(run, of_run[key][1] if key in of_run else None) for run, of_run in zip(runs, measured, strict=True)]
+        best = _best([result for _, result in column if result and _same_data(result, first)])
+        cells = []
+        for run, result in column:
+            if result is None:
+                cells.append(None)
+                continue
+            same = _same_data(result, first)
+            step = run.record.step_of(result)
+            cells.append((result, step, same, same and result.value == best, run.record.before(result)))
+        rows.append((short[key], metric.label, first.chance, cells))
     tested = [verdict for run in runs for verdict in verdicts(run.record.results).values()]
     counts = f"{tested.count(ABOVE)} of {len(tested)} results are above chance. " if tested else ""
     texts = {run.name: tables.render(run.record.results) for run in runs if run.record.results}
     return Section("results", "Results", (counts, rows, texts))
 
 
-def _of_same_data(a: Result, b: Result) -> bool:
+def _same_data(a: Result, b: Result) -> bool:
     """Whether two results of a set have equal data and protocol, as far as their number, hash and words say."""
     hashes = {a.protocol.split_hash, b.protocol.split_hash} - {""}
     return a.n == b.n and len(hashes) < 2 and a.protocol.protocol == b.protocol.protocol
+
+
+def _best(results: Sequence[Result]) -> float:
+    values = {result.value for result in results if math.isfinite(result.value)}
+    if len(values) < 2:
+        return math.nan  # a tie has no best
+    return min(values) if results[0].unit == "rank" else max(values)
 
 
 def _differences(
@@ -200,19 +203,29 @@ def _differences(
 
 
 def _difference(row: Mapping[str, Any], name: str, end: float, last: tuple[int, int]) -> dict[str, Any]:
-    """Return what the page shows of a difference, or of a ratio of ranks.
+    """Return the cells of a difference, or of a ratio of ranks.
 
     Args:
-      row: of `tables.compare`.
-      name: of the set.
+      row: a row of `tables.compare`.
+      name: name of the set.
       end: the axis of bars goes from -end to end.
-      last: steps of the two runs; results of others are marked with theirs.
+      last: last steps of the two runs; results of other steps are marked with theirs.
     """
-    steps = [row["step_a"], row["step_b"]] if (row["step_a"], row["step_b"]) != last else [None, None]
-    low, high, ratio = row.get("low", math.nan), row.get("high", math.nan), "ratio" in row
-    form, signed = (".2f", ".2f") if ratio else (".1f", "+.1f")
+    ratio = "ratio" in row
     value = row["ratio" if ratio else "difference"]
-    better, worse = (high < 1, low > 1) if ratio else (low > 0, high < 0)
+    low = row.get("low", math.nan)
+    high = row.get("high", math.nan)
+    even = 1 if ratio else 0
+    verdict = "not distinguishable"
+    if low > even:
+        verdict = "worse" if ratio else "better"
+    elif high < even:
+        verdict = "better" if ratio else "worse"
+    steps = [row["step_a"], row["step_b"]]
+    if steps == [*last]:
+        steps = [None, None]
+    form = ".2f" if ratio else ".1f"
+    signed = ".2f" if ratio else "+.1f"
     drawn = end and not ratio
     return {
         "set": name,
@@ -220,8 +233,8 @@ def _difference(row: Mapping[str, Any], name: str, end: float, last: tuple[int, 
         "values": [(decimals(row[side], form), step) for side, step in zip(("a", "b"), steps, strict=True)],
         "change": f"x {value:.2f}" if ratio else decimals(value, "+.1f"),
         "interval": f"{low:{signed}} to {high:{signed}}" if math.isfinite(low) else "",
-        "verdict": "better" if better else "worse" if worse else "not distinguishable",
-        # On an axis 200 units long; None for what has no place on it.
+        "verdict": verdict,
+        # On an axis 200 units long; None without a place on it.
         "bar": [100 + 94 * v / end if drawn and math.isfinite(v) else None for v in (value, low, high)],
     }
 
@@ -246,7 +259,8 @@ def health(record: Record) -> Section:
     """Lights for the failures that the terms of the objective declare, their charts, and the rank of features."""
     if not record.training:
         return Section("health", "Health", missing="No step is logged yet.")
-    terms, drawn = [], []
+    terms = []
+    drawn = []
     for name, term in record.objective.terms.items():
         rows = complete_rows(record.objective, name, record.training)
         # A term of weight 0 trains nothing, so its checks would fail.
@@ -261,12 +275,12 @@ def health(record: Record) -> Section:
 
 
 def _light(check: Check, warnings: Warnings) -> dict[str, Any]:
-    warning, history = warnings.last(check.name), warnings.history(check.name)
-    state, label = ("", "healthy") if warnings.steps else ("early", "too early")
+    warning = warnings.last(check.name)
+    light = {"check": check, "history": warnings.history(check.name)}
     if warning:
-        state, label = "alarm", "alarm"
-    text = warning.partition(": ")[2] if warning else f"{check.meaning} {check.measurement}"
-    return {"check": check, "state": state, "label": label, "text": text, "history": history}
+        return light | {"state": "alarm", "label": "alarm", "text": warning.partition(": ")[2]}
+    light["text"] = f"{check.meaning} {check.measurement}"
+    return light | ({"state": "", "label": "healthy"} if warnings.steps else {"state": "early", "label": "too early"})
 
 
 def about(record: Record) -> Section:
@@ -287,15 +301,16 @@ def settings(runs: Sequence[Run]) -> Section:
     configs = [schema.flatten(schema.to_dict(run.record.config)) for run in runs]
     left_out = schema.keys_where(compared=False)
     keys = sorted({key for config in configs for key in config if key not in left_out})
-    differing = {key: [config.get(key) for config in configs] for key in keys}
-    differing = {key: values for key, values in differing.items() if any(value != values[0] for value in values)}
+    rows = {key: [config.get(key) for config in configs] for key in keys}
+    differing = {key: values for key, values in rows.items() if any(value != values[0] for value in values)}
     facts = {key: [run.record.environment.get(key) for run in runs] for key in ("devices", "commit")}
     facts["steps logged"] = [run.record.steps for run in runs]
     text = f"All of {len(keys):,} config keys are equal."
     if differing:
         text = f"{len(differing)} of {len(keys):,} config keys differ, not counting logs, checkpoints and folders."
-    rows = {key: list(map(_value, values)) for key, values in (facts | differing).items()}
-    return Section("settings", "What differs", (text, rows))
+    return Section(
+        "settings", "What differs", (text, {key: list(map(_value, x)) for key, x in (facts | differing).items()})
+    )
 
 
 def _value(value: Any) -> str:

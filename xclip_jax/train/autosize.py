@@ -12,7 +12,7 @@ import numpy as np
 
 from xclip_jax.config import recipes, schema
 from xclip_jax.config.recipes import Describe
-from xclip_jax.core.errors import UserError, public
+from xclip_jax.core.errors import UserError, redact
 from xclip_jax.data import holdout, inspect, labelled, records, sources, tokenizer
 from xclip_jax.data.base import MissingColumnError, Source, SourceOptions, name_of
 from xclip_jax.data.config import DataConfig
@@ -317,7 +317,7 @@ def _check_arguments(args: ml_collections.ConfigDict) -> None:
 
 def run_name(spec: str) -> str:
     """Return a folder's name for the pairs of `spec`: the path or, if it is long, its end and a hash; no secrets."""
-    spec = public(spec)
+    spec = redact(spec)
     name = re.sub(r"[^\w.-]+", "-", spec.partition(":")[2].rstrip("/*")).strip("-.")
     if 0 < len(name) <= 40:
         return name

@@ -19,9 +19,9 @@ from PIL import Image
 from xclip_jax.config import schema
 from xclip_jax.config.schema import Config
 from xclip_jax.core.console import log0
-from xclip_jax.core.errors import UserError, first_line, public
+from xclip_jax.core.errors import UserError, first_line, redact
 from xclip_jax.core.imports import import_class
-from xclip_jax.core.run_folder import RunFolder
+from xclip_jax.core.run_folder import RunReader
 from xclip_jax.core.storage import is_remote, write_json
 from xclip_jax.evaluators.results import Result
 from xclip_jax.models.two_towers import Variables
@@ -90,7 +90,7 @@ class Tracker(Protocol):
 class TensorBoard:
     """Event files in the run's folder, written by tensorboardX."""
 
-    def __init__(self, folder: RunFolder, config: Config, step: int, run_id: str) -> None:
+    def __init__(self, folder: RunReader, config: Config, step: int, run_id: str) -> None:
         """Write to a file that hides events of steps after `step` that an interrupted run left."""
         del config, run_id
         tensorboardx = importlib.import_module("tensorboardX")
@@ -147,11 +147,11 @@ class _MediaTracker:
 class WeightsAndBiases(_MediaTracker):
     """A run of wandb. Its settings are wandb's own environment variables: WANDB_MODE, WANDB_ENTITY and others."""
 
-    def __init__(self, folder: RunFolder, config: Config, step: int, run_id: str) -> None:
+    def __init__(self, folder: RunReader, config: Config, step: int, run_id: str) -> None:
         """Start or resume the run `run_id`; wandb's local files go to the run's folder, unless that is in a bucket."""
         os.environ.setdefault("WANDB_FINISH_TIMEOUT", "300")  # else it waits for ever for a network that is gone
         os.environ.setdefault("WANDB_LOGIN_TIMEOUT", "60")
-        sys.argv[:] = public(sys.argv)  # wandb uploads the command line
+        sys.argv[:] = redact(sys.argv)  # wandb uploads the command line
         self._package = wandb = importlib.import_module("wandb")
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT") or _PROJECT,
@@ -172,7 +172,7 @@ class WeightsAndBiases(_MediaTracker):
 class Trackio(_MediaTracker):
     """A run of Trackio, on this machine or, by its own environment variables, in a Space or on a server."""
 
-    def __init__(self, folder: RunFolder, config: Config, step: int, run_id: str) -> None:
+    def __init__(self, folder: RunReader, config: Config, step: int, run_id: str) -> None:
         """Start or resume the run that is called after the folder and `run_id`: Trackio has no other identity."""
         self._package = trackio = importlib.import_module("trackio")
         name = f"{folder.path.name}-{run_id}"
@@ -181,7 +181,7 @@ class Trackio(_MediaTracker):
         self._run = trackio.init(project, name=name, config=config_values, resume="allow", embed=False)
 
 
-TRACKERS: dict[str, Callable[[RunFolder, Config, int, str], Tracker]] = {
+TRACKERS: dict[str, Callable[[RunReader, Config, int, str], Tracker]] = {
     "tensorboard": TensorBoard,
     "wandb": WeightsAndBiases,
     "trackio": Trackio,
@@ -208,7 +208,7 @@ def check_trackers(config: Config) -> None:
 class Trackers:
     """All trackers of a run. A tracker that fails is a warning, and is disabled; the run goes on."""
 
-    def __init__(self, folder: RunFolder, config: Config, step: int) -> None:
+    def __init__(self, folder: RunReader, config: Config, step: int) -> None:
         """Open the trackers of `log.to` for a run that starts or resumes at `step`; one from step 0 is a new run."""
         self._folder, self._open = folder, {}
         names = dict.fromkeys(config.log.to)
@@ -252,7 +252,7 @@ class Trackers:
             log0(f"WARNING: {name} failed and is disabled ({first_line(error)}); {where} has all metrics")
 
 
-def _run_id(folder: RunFolder, step: int) -> str:
+def _run_id(folder: RunReader, step: int) -> str:
     """Return the run's id in its trackers, from trackers.json or new; it is kept there."""
     run_id = None
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # absent or damaged

@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 
 from xclip_jax.core.console import format_bytes, log0
 from xclip_jax.core.errors import UserError
-from xclip_jax.core.run_folder import RunFolder
+from xclip_jax.core.run_folder import RunReader
 from xclip_jax.core.storage import is_remote
 from xclip_jax.train import checkpoint_files
 from xclip_jax.train.checkpoint_files import free_bytes, num_bytes
@@ -113,7 +113,7 @@ class Checkpointer:
           keep: newest checkpoints that are kept.
           read_only: touch nothing, so that a run in progress can be read; parts of a state can be restored.
         """
-        checkpoints = RunFolder(run).checkpoints
+        checkpoints = RunReader(run).checkpoints
         # Orbax wants absolute paths; `absolute` would take a URL for a local folder's name.
         self.path = checkpoints if is_remote(str(checkpoints)) else checkpoints.absolute()
         options = ocp.CheckpointManagerOptions(
@@ -304,7 +304,7 @@ class Checkpointer:
         )
 
     def _move_aside(self, faults: dict[int, str], good: int) -> None:
-        """Rename damaged checkpoints so that Orbax and `RunFolder` ignore them, and print a warning."""
+        """Rename damaged checkpoints so that Orbax and `RunReader` ignore them, and print a warning."""
         for step in faults if jax.process_index() == 0 else ():
             target, number = self.path / f"damaged-{step}", 1
             while target.exists():

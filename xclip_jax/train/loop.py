@@ -10,8 +10,8 @@ import jax
 
 from xclip_jax.core import console
 from xclip_jax.core.console import log0
-from xclip_jax.core.errors import describe, public
-from xclip_jax.core.run_folder import RunFolder
+from xclip_jax.core.errors import describe, redact
+from xclip_jax.core.run_folder import RunReader
 from xclip_jax.data import loader
 from xclip_jax.data.ledger import TooManyBadSamples
 from xclip_jax.data.records import interruptible_iterator
@@ -124,7 +124,7 @@ def batches(
         shards=part.shards,
         ledger=log.ledger,
     )
-    sources = public(f" from {', '.join(job.config.data.sources)}")
+    sources = redact(f" from {', '.join(job.config.data.sources)}")
     watch.enter(DATA, sources)
     for local in log.clock.timed(interruptible_iterator(rows, stop.check_alone)):
         watch.enter(STEP if stop.saves else COMPILATION)
@@ -200,7 +200,7 @@ class StepTracer:
     def __init__(
         self,
         steps: Sequence[int],
-        folder: RunFolder,
+        folder: RunReader,
         pause: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> None:
         """Trace from the first to the last of `steps`, or nothing, into `folder`, in the context `pause`."""

@@ -12,8 +12,8 @@ from xclip_jax.config import schema
 from xclip_jax.config.schema import Config
 from xclip_jax.core import environment
 from xclip_jax.core.console import log0
-from xclip_jax.core.errors import UserError, check_writable, public
-from xclip_jax.core.run_folder import RunFolder, lock
+from xclip_jax.core.errors import UserError, check_writable, redact
+from xclip_jax.core.run_folder import RunReader, lock
 from xclip_jax.core.storage import is_remote, write_json, write_whole
 from xclip_jax.data import tokenizer
 from xclip_jax.data.length_groups import AUTO, WHOLE, LengthGroups
@@ -29,7 +29,7 @@ OUTCOMES = {
 _SHOWN = 5  # differences that an error lists
 
 
-class TrainingFolder(RunFolder):
+class TrainingFolder(RunReader):
     """Checks a folder before a run, claims it for the time of the run, and writes its small files."""
 
     def check(self, config: Config) -> None:
@@ -75,7 +75,7 @@ class TrainingFolder(RunFolder):
     def moved_sources(self, config: Config) -> bool:
         """Whether `data.sources` had other names when the run was started."""
         saved = self.read_config()
-        return saved is not None and tuple(saved["config"]["data"]["sources"]) != public(config.data.sources)
+        return saved is not None and tuple(saved["config"]["data"]["sources"]) != redact(config.data.sources)
 
     def tokenizer(self, config: Config) -> str:
         """Value of data.tokenizer to build with: the run's own copy of a tokenizer file, if it has a checkpoint."""

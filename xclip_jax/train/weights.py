@@ -18,7 +18,7 @@ from xclip_jax.config.schema import Config
 from xclip_jax.core import imports
 from xclip_jax.core.console import log0
 from xclip_jax.core.errors import UserError
-from xclip_jax.core.run_folder import RunFolder
+from xclip_jax.core.run_folder import RunReader
 from xclip_jax.data import tokenizer
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.evaluators.results import digest
@@ -48,7 +48,7 @@ def load(path: str, step: int | None = None) -> tuple[Config, Experiment, Variab
     if not epath.Path(place).exists():
         remedy = "name the folder of a run, a folder or file of weights, or hf:ORG/NAME of the Hub"
         raise UserError(f"{str(path)!r} does not exist; {remedy}.")
-    run = RunFolder(place)
+    run = RunReader(place)
     config, variables = (run_config(run), None) if run.is_run() else _read_foreign(path, place, step)
     # Layout and batch belong to the machine that trained, not to what was learned.
     config = dataclasses.replace(
@@ -89,7 +89,7 @@ def adopt(config: ml_collections.ConfigDict, path: str) -> Config:
             f"weights={path} does not exist; the recipe takes its towers from there, also when its run resumes. Put "
             f"the weights back; to resume with another copy, name it here and add --config.init.weights={path}."
         )
-    run = RunFolder(str(place))
+    run = RunReader(str(place))
     source = _completed(run).to_dict() if run.is_run() else interop.read(path)[0]
     groups = {name: source[name] for name in ("model", "objective", "data", "eval") if name in source}
     with imports.named_by(path):
@@ -114,7 +114,7 @@ def adopt(config: ml_collections.ConfigDict, path: str) -> Config:
 def read_classes(path: str) -> tuple[str, ...] | None:
     """Return the classes that a model was fine-tuned on, or None if there are none or they have no names."""
     place = hub.resolve(path)
-    run = RunFolder(place)
+    run = RunReader(place)
     return run.read_classes() if run.is_run() else interop.read_classes(place)
 
 
@@ -132,7 +132,7 @@ def fingerprint(experiment: Experiment, variables: Variables) -> str:
     return digest([number, experiment.context_length, experiment.image_size, _meaning(experiment.config)])
 
 
-def _completed(run: RunFolder) -> ml_collections.ConfigDict:
+def _completed(run: RunReader) -> ml_collections.ConfigDict:
     config = schema.complete((run.read_config() or {})["config"])
     # The file that the config names may be elsewhere now.
     if config.data.tokenizer not in tokenizer.NAMES and run.tokenizer_file.exists():
@@ -140,7 +140,7 @@ def _completed(run: RunFolder) -> ml_collections.ConfigDict:
     return config
 
 
-def run_config(run: RunFolder) -> Config:
+def run_config(run: RunReader) -> Config:
     """Return the config in a run's folder, with the folder's copy of a tokenizer file; raise `UserError`."""
     config = _completed(run)
     with imports.named_by(run.config_file):
@@ -241,7 +241,7 @@ def read_given(path: str, config: Config, tuned: Variables) -> dict[str, np.ndar
             f"{path} did not start from given weights (init.weights is empty), so there is nothing to mix; leave "
             "--mix out."
         )
-    record = (None if hub.is_hub(path) else RunFolder(path).read_config()) or {}
+    record = (None if hub.is_hub(path) else RunReader(path).read_config()) or {}
     if "init_commit" in record:  # a branch of the Hub may have moved since, and a run gone on
         pinned = f"{where.partition('@')[0]}@{record['init_commit']}"
         config = dataclasses.replace(config, init=dataclasses.replace(config.init, weights=pinned))

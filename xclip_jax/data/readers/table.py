@@ -18,7 +18,7 @@ import pyarrow.parquet
 
 from xclip_jax.core import storage
 from xclip_jax.core.console import log0
-from xclip_jax.core.errors import BadSample, UserError, first_line, public
+from xclip_jax.core.errors import BadSample, UserError, first_line, redact
 from xclip_jax.data import labelled
 from xclip_jax.data.base import (
     MAX_BYTES,
@@ -280,7 +280,7 @@ def read_parquet(path: str, columns: list[str]) -> Any:
 
 def fingerprint(samples: int, paths: Sequence[str], whole: int = 0) -> dict[str, Any]:
     """Return the fingerprint of files: `samples`, a hash (`whole` as for `storage.fingerprint`), names and sizes."""
-    sizes = [{"name": os.path.basename(public(path)), "bytes": storage.stat(path)[0]} for path in paths]
+    sizes = [{"name": os.path.basename(redact(path)), "bytes": storage.stat(path)[0]} for path in paths]
     return {"samples": samples, "hash": storage.fingerprint(paths, whole=whole), "files": sizes}
 
 

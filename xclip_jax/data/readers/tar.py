@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from xclip_jax.core import storage
-from xclip_jax.core.errors import BadSample, UserError, public
+from xclip_jax.core.errors import BadSample, UserError, redact
 from xclip_jax.data.base import (
     Form,
     Record,
@@ -110,7 +110,7 @@ class TarSource(Source):
         if not parts["image"]:
             raise BadSample("image file is empty")
         text, tags = self._captions(parts)
-        name = f"{public(tar)}#{row['key'].decode(errors='replace')}"
+        name = f"{redact(tar)}#{row['key'].decode(errors='replace')}"
         return {"image": parts["image"], "text": text, "tags": tags, "id": name}
 
     def image(self, index: int) -> bytes:
@@ -166,7 +166,7 @@ class TarSource(Source):
         for tar, path in zip(self.tars, self._index_paths, strict=True):
             rows = _mapped(path)
             digest.update(rows.tobytes())
-            name = pathlib.PurePosixPath(public(tar)).name
+            name = pathlib.PurePosixPath(redact(tar)).name
             tars.append({"name": name, "bytes": storage.stat(tar)[0], "samples": len(rows)})
         return {"samples": len(self), "hash": digest.hexdigest(), "tars": tars}
 

@@ -25,7 +25,7 @@ import numpy as np
 from etils import epath
 
 from xclip_jax.core import storage
-from xclip_jax.core.errors import Parser, UserError, exit_with_message, public
+from xclip_jax.core.errors import Parser, UserError, exit_with_message, redact
 from xclip_jax.data.base import IMAGE_SUFFIXES, MAX_BYTES, open_binary
 from xclip_jax.data.records import cores, init_worker, thread_pool
 
@@ -162,7 +162,7 @@ def index_files(path: str) -> list[pathlib.Path]:
     """
     size, changed = storage.stat(path)
     # A new signature is no new tar.
-    address = public(path) if storage.is_remote(path) else os.path.abspath(path)
+    address = redact(path) if storage.is_remote(path) else os.path.abspath(path)
     folder, _, name = address.rpartition("/")
     file = f"{name}-{size:x}-{changed:x}-v{_VERSION}.npy"
     cached = storage.cache_dir() / "tar_index" / hashlib.sha256(os.fsencode(folder)).hexdigest()[:16] / file
@@ -192,7 +192,7 @@ def _cached(path: str) -> pathlib.Path | None:
 
 def _shared(path: str, name: str) -> str | None:
     """Return the address of the index next to a tar in a bucket; None for other tars."""
-    return f"{public(path).rpartition('/')[0]}/{_FOLDER}/{name}" if storage.scheme(path) in _BUCKETS else None
+    return f"{redact(path).rpartition('/')[0]}/{_FOLDER}/{name}" if storage.scheme(path) in _BUCKETS else None
 
 
 def _share(path: str, index_path: pathlib.Path, *, again: bool = True) -> bool:
@@ -281,7 +281,7 @@ def find(pattern: str) -> list[str]:
     """
     if _PIPE.search(pattern):
         raise UserError(
-            f"{public(pattern)!r} has a command after pipe:, and tars are read at random, not from beginning to end; "
+            f"{pattern!r} has a command after pipe:, and tars are read at random, not from beginning to end; "
             "write the address that it fetches, https://..., gs://... or s3://..., or download the tars."
         )
     pattern = pattern.replace(".tar::", ".tar,")

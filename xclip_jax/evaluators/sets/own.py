@@ -17,7 +17,7 @@ import numpy as np
 from xclip_jax.core import fields, imports
 from xclip_jax.core.console import log0
 from xclip_jax.core.errors import UserError
-from xclip_jax.core.run_folder import RunFolder
+from xclip_jax.core.run_folder import RunReader
 from xclip_jax.data import holdout, sources
 from xclip_jax.data.base import MissingColumnError
 from xclip_jax.data.config import DataConfig
@@ -42,7 +42,7 @@ def held_out_data(spec: str, data: DataConfig) -> DataConfig:
     """Return the `data` group of the run that holds out the pairs of `spec`: FAMILY/holdout or FAMILY/holdout@RUN."""
     name, at, run = spec.partition("@")
     if at:
-        content = RunFolder(run).read_config() if run else None
+        content = RunReader(run).read_config() if run else None
         if content is None:
             raise UserError(f"{spec}: {run!r} is not the folder of a run; write {name}@RUN.")
         data = fields.read_group(DataConfig, content["config"]["data"], "data", [])

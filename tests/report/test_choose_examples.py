@@ -5,7 +5,7 @@ import numpy as np
 from xclip_jax.core.errors import UserError
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.evaluators.zeroshot import ZeroShotSet
-from xclip_jax.report import selection
+from xclip_jax.report import choose_examples
 
 
 def test_selected_sets(monkeypatch):
@@ -17,19 +17,19 @@ def test_selected_sets(monkeypatch):
             raise UserError("imagenet is not prepared.")
         images = [np.zeros((4, 4, 3), np.uint8)] * 3
         if "retrieval" in spec:
-            return selection.RetrievalSet(spec, images, [["a"]] * 3)
+            return choose_examples.RetrievalSet(spec, images, [["a"]] * 3)
         return ZeroShotSet(spec, images, np.arange(3), [[f"{c} {i}" for i in range(4000)] for c in "abc"])
 
-    monkeypatch.setattr(selection.registry, "load", load)
+    monkeypatch.setattr(choose_examples.registry, "load", load)
     specs = ["imagenet", "probe/cifar10", "folder:x", "sts12@y", "coco_retrieval"]
-    selected = selection.select(specs, Preprocessing(4), None, None)
+    selected = choose_examples.select(specs, Preprocessing(4), None, None)
     assert set(loaded) == {"imagenet", "folder:x", "coco_retrieval"} and selected.missing == [
         "imagenet is not prepared."
     ]
     assert [title for title, *_ in selected.zeroshot] == ["folder:x"] and selected.retrieval[0].name == "coco_retrieval"
-    assert sum(map(len, selected.zeroshot[0][2].prompts)) == selection.PROMPTS and not selected.kinds[0].credit
+    assert sum(map(len, selected.zeroshot[0][2].prompts)) == choose_examples.PROMPTS and not selected.kinds[0].credit
     loaded.clear()
-    selected = selection.select(
+    selected = choose_examples.select(
         ["emoji/test_line", "emoji/test_probe", "emoji/test_concepts", "emoji/test_rendering_rest"],
         Preprocessing(4),
         None,
@@ -43,6 +43,6 @@ def test_selected_sets(monkeypatch):
 
 
 def test_a_set_whose_folder_has_moved_is_named_and_the_others_are_shown(monkeypatch):
-    monkeypatch.setattr(selection.registry, "load", lambda spec, *_: selection.RetrievalSet(spec, [], []))
-    selected = selection.select(["retrieval/moved", "coco_retrieval"], Preprocessing(4), None, None)
+    monkeypatch.setattr(choose_examples.registry, "load", lambda spec, *_: choose_examples.RetrievalSet(spec, [], []))
+    selected = choose_examples.select(["retrieval/moved", "coco_retrieval"], Preprocessing(4), None, None)
     assert "'moved'" in selected.missing[0] and selected.retrieval[0].name == "coco_retrieval"

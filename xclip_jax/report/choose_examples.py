@@ -1,7 +1,4 @@
-"""Selects the evaluation sets that a report shows, and cuts large ones down.
-
-A report takes no longer than the evaluation did.
-"""
+"""Chooses the evaluation sets of a report, and cuts large ones down: it takes no longer than the evaluation did."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -28,10 +25,10 @@ class Selection:
     """Sets to show, each at the model's size and at `SHOWN`.
 
     Attributes:
-      zeroshot: title, sentence, which may have {num_classes}, and both sizes of sets for classification.
-      retrieval: one for retrieval, or None.
-      kinds: of the sets, which have credits and queries.
-      missing: sentences on sets that could not be read, with the remedy.
+      zeroshot: (title, sentence, which may have {num_classes}, set at both sizes) of each set for classification.
+      retrieval: one set for retrieval at both sizes, or None.
+      kinds: kinds of the sets, which have credits and queries.
+      missing: sentences on unreadable sets, with the remedy.
     """
 
     zeroshot: list[tuple[str, str, ZeroShotSet, ZeroShotSet]] = dataclasses.field(default_factory=list)
@@ -47,38 +44,39 @@ def select(
     data: loader.DataConfig | None,
     profile: Profile = PROFILES["openai"],
 ) -> Selection:
-    """Select the sets to show: those with a panel, else the first for classification, and one for retrieval.
+    """Select the sets with a panel, else the first ones for classification, and one for retrieval.
 
     Args:
       specs: names of evaluation sets.
       prepare: preprocessing of the model.
       data_dir: root of TFDS data sets, None (or "") for the root in `data`.
-      data: of the training pairs, for held-out ones.
+      data: config of the training pairs, for held-out ones.
       profile: templates and class names.
     """
-    selection, kinds = Selection(), dict[str, type[SetKind]]()
+    selection = Selection()
+    kinds: dict[str, type[SetKind]] = {}
     for spec in dict.fromkeys(specs):
         try:
             kinds[spec] = registry.check(spec)
-        except UserError as error:  # such as pairs in a folder that has moved
+        except UserError as error:  # such as pairs in a moved folder
             selection.missing.append(str(error))
     panels = {spec: panel for kind in kinds.values() for spec, panel in kind.panels.items() if spec in kinds}
     shows = {spec: kind.shows(spec) for spec, kind in kinds.items()}
     for spec in [*panels, *(spec for spec in kinds if spec not in panels and shows[spec])]:
-        full = len(selection.zeroshot) == (len(panels) or ZEROSHOT_SETS)
-        if selection.retrieval if shows[spec] == "captions" else full:
+        is_retrieval = shows[spec] == "captions"
+        if selection.retrieval if is_retrieval else len(selection.zeroshot) == (len(panels) or ZEROSHOT_SETS):
             continue
         try:
             sets = [registry.load(spec, view, data_dir, profile, data) for view in (prepare, prepare.with_size(SHOWN))]
         except (UserError, OSError) as error:
             selection.missing += [str(error)] if str(error) not in selection.missing else []
             continue
-        if shows[spec] == "captions":
-            selection.retrieval = sets[0], sets[1]
+        if is_retrieval:
+            selection.retrieval = (sets[0], sets[1])
         elif np.ndim(sets[0].labels) == 1:
-            name, held_out = spec.removeprefix("zeroshot/"), [x for x in kinds if is_holdout(x, "zeroshot/")]
-            short = tables.shorten(x.removeprefix("zeroshot/") for x in held_out)
-            title = f"{short[name]}: which class" if spec in held_out else spec
+            held_out = [other for other in kinds if is_holdout(other, "zeroshot/")]
+            short = tables.shorten(other.removeprefix("zeroshot/") for other in held_out)
+            title = f"{short[spec.removeprefix('zeroshot/')]}: which class" if spec in held_out else spec
             title, sentence = panels.get(spec) or (title, "The model chooses among {num_classes} names.")
             selection.zeroshot.append((title, sentence, _few_prompts(sets[0]), sets[1]))
         selection.kinds.append(kinds[spec])
@@ -94,12 +92,13 @@ def _few_prompts(data: ZeroShotSet) -> ZeroShotSet:
 
 
 def readable(data: ZeroShotSet | RetrievalSet, indices: np.ndarray, missing: list[str]) -> np.ndarray:
-    """Return the `indices` of images that can be decoded; a sentence on the others is added to `missing`.
+    """Return the `indices` of decodable images, and add a sentence on the others to `missing`.
 
     Raises:
       UserError: none can be decoded.
     """
-    kept, errors = [], []
+    kept = []
+    errors = []
     for i in indices:
         try:
             data.images[i]
@@ -109,8 +108,6 @@ def readable(data: ZeroShotSet | RetrievalSet, indices: np.ndarray, missing: lis
     if not kept:
         raise UserError(f"none of {len(indices)} images of {data.name} can be read; the first: {errors[0]}.")
     if errors:
-        missing.append(
-            f"{len(errors):,} of {len(indices):,} images drawn from {data.name} cannot be read and are left out; the "
-            f"first: {errors[0]}."
-        )
+        lost = f"{len(errors):,} of {len(indices):,} images drawn from {data.name} cannot be read and are left out"
+        missing.append(f"{lost}; the first: {errors[0]}.")
     return np.array(kept)
