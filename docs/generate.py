@@ -2,9 +2,8 @@
 
 import pathlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from tests.torture import promises
 from xclip_jax.config import schema
 from xclip_jax.core import fields
 from xclip_jax.core.errors import Parser, UserError, exit_with_message
@@ -30,38 +29,14 @@ def config_page() -> str:
 
 def extend_page() -> str:
     """Return docs/extend.md with the code of each file that a line `<!-- file: PATH -->` names."""
-    return _filled("extend.md", r"file: (\S+)", "file", lambda path: f"```python\n{(ROOT / path).read_text()}```\n")
-
-
-def reliability_page() -> str:
-    """Return docs/reliability.md with the table of promises."""
-    table = "\n".join(promises.table(promises.PROMISES))
-    return _filled("reliability.md", "(promises)", "promises", lambda _: table)
-
-
-def _filled(name: str, start: str, end: str, make: Callable[[str], str]) -> str:
-    """Return a page with what `make` returns between its lines `<!-- START -->` and `<!-- /END -->`.
-
-    Args:
-      name: of the page in docs/.
-      start: pattern with one group, the argument of `make`.
-      end: the word of the line behind.
-      make: returns the text between the two lines.
-
-    Raises:
-      UserError: the page has no such lines.
-    """
-    pattern = re.compile(rf"(<!-- {start} -->\n).*?(<!-- /{end} -->)", re.DOTALL)
-    text, count = pattern.subn(lambda m: f"{m[1]}\n{make(m[2])}\n{m[3]}", (ROOT / "docs" / name).read_text())
-    if not count:
-        raise UserError(f"docs/{name} lacks the lines <!-- {start} --> and <!-- /{end} -->; restore them.")
-    return text
+    pattern = re.compile(r"(<!-- file: (\S+) -->\n).*?(<!-- /file -->)", re.DOTALL)
+    page = (ROOT / "docs" / "extend.md").read_text()
+    return pattern.sub(lambda m: f"{m[1]}\n```python\n{(ROOT / m[2]).read_text()}```\n\n{m[3]}", page)
 
 
 PAGES = {
     "docs/config.md": config_page,
     "docs/extend.md": extend_page,
-    "docs/reliability.md": reliability_page,
 }
 
 

@@ -48,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"xclip_jax {__version__}")
         return
     if command.startswith("-"):
-        command, arguments = "train", [command, *arguments]
+        arguments = [command, *arguments]
+        command = "train"
     if command not in COMMANDS:
         (near,) = difflib.get_close_matches(command, COMMANDS, n=1, cutoff=0)
         sys.exit(f"error: unknown command {command!r}; did you mean {near!r}? See xclip-jax --help")

@@ -3,30 +3,48 @@
     python -m tests.torture.faults                    all of them, the slow ones too
     python -m tests.torture.faults --only checkpoints
 
-Each of `tests.torture.promises` has the tests that provoke its faults; this command runs them. The last line is "N of M
+The tables of docs/reliability.md name the tests of each promise; this command runs them. The last line is "N of M
 promises hold"; status 1 if not all do.
 """
 
 import argparse
+import pathlib
 import re
 import subprocess
 import sys
 import time
+from typing import NamedTuple
 
-from tests.torture.promises import PROMISES, Promise
+PAGE = pathlib.Path(__file__).parents[2] / "docs" / "reliability.md"
 
 
-def node(test: str) -> str:
-    """Return pytest's name of "FOLDER/FILE::FUNCTION"."""
-    file, function = test.split("::")
-    folder, _, name = file.rpartition("/")
-    return f"tests/{folder}/test_{name}.py::test_{function}".replace("//", "/")
+class Promise(NamedTuple):
+    """A row of the page: the heading above it, the fault, the expected outcome, and names of tests for pytest."""
+
+    area: str
+    fault: str
+    expected: str
+    tests: list[str]
+
+
+def promises() -> list[Promise]:
+    """Return the rows of the page."""
+    area = ""
+    rows = []
+    for line in PAGE.read_text().splitlines():
+        if line.startswith("### "):
+            area = line.removeprefix("### ").lower()
+        elif match := re.fullmatch(r"\| (.+) \| (.+) \| (`.+::.+`) \|", line):
+            names = [re.fullmatch(r"`(?:(.+)/)?(\w+)::(test_\w+)`", name) for name in match[3].split("<br>")]
+            tests = [f"tests/{name[1]}/test_{name[2]}.py::{name[3]}" for name in names]
+            rows.append(Promise(area, match[1], match[2], tests))
+    return rows
 
 
 def run(promise: Promise) -> tuple[bool, str]:
     """Run the tests of a promise; return whether it holds, and what came."""
     began = time.perf_counter()
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "slow or not slow", "--tb=line", *map(node, promise.tests)]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "slow or not slow", "--tb=line", *promise.tests]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = [line for line in result.stdout.splitlines() if line.strip()]
     counts = re.search(r"\d+ (passed|failed|skipped|error).*", lines[-1] if lines else "")
@@ -38,13 +56,13 @@ def run(promise: Promise) -> tuple[bool, str]:
 
 def main() -> None:
     """Run the command."""
-    areas = list(dict.fromkeys(promise.area for promise in PROMISES))
     parser = argparse.ArgumentParser(
         prog="python -m tests.torture.faults", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    areas = list(dict.fromkeys(promise.area for promise in promises()))
     parser.add_argument("--only", choices=areas, help="one area")
     only = parser.parse_args().only
-    chosen = [promise for promise in PROMISES if only in (None, promise.area)]
+    chosen = [promise for promise in promises() if only in (None, promise.area)]
     held = 0
     for promise in chosen:
         print(f"{promise.area}: {promise.fault}\n  expected: {promise.expected}", flush=True)

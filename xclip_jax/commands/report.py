@@ -65,7 +65,8 @@ def make(flags: argparse.Namespace) -> epath.Path:
         registry.check(spec)
     of_runs = [(*record.config.eval.final_sets, *record.config.eval.sets) for record in records]
     specs = specs or tuple(spec for spec in of_runs[0] if all(spec in own for own in of_runs))
-    runs, first = [], {"config": records[0].config, "profile": profile_of_run(records[0].config)}
+    first = {"config": records[0].config, "profile": profile_of_run(records[0].config)}
+    runs = []
     for color, (name, record) in enumerate(zip(names, records, strict=True)):
         if several:
             log0(f"predictions of {name}")
@@ -75,16 +76,13 @@ def make(flags: argparse.Namespace) -> epath.Path:
 
 
 def short_names(folders: Sequence[str]) -> list[str]:
-    """Return as many last parts of each path as distinguish them.
-
-    Raises:
-      UserError: more runs than the page has colours, or two that are the same.
-    """
+    """Return the shortest ends of the paths that distinguish them; raises `UserError` for too many or equal ones."""
     parts = [folder.rstrip("/").split("/") for folder in folders]
     if len(parts) > _MOST_RUNS:
         raise UserError(f"{len(parts)} runs are named; a page shows at most {_MOST_RUNS}.")
-    if twice := [folder for i, folder in enumerate(folders) if parts[i] in parts[:i]]:
-        raise UserError(f"run {twice[0]!r} is named twice; name different runs.")
+    for i, folder in enumerate(folders):
+        if parts[i] in parts[:i]:
+            raise UserError(f"run {folder!r} is named twice; name different runs.")
     depth = 1
     while len({tuple(p[-depth:]) for p in parts}) < len(parts):
         depth += 1

@@ -5,7 +5,7 @@ Examples are drawn by a seed, never selected by hand.
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -30,6 +30,7 @@ NUM_IMAGES = 9  # images that get names, of each set
 NUM_QUERIES = 8  # texts that are searched for
 TOP = 6  # images in a row
 CLUSTERS = 96
+_PROBABILITY = "probability"
 _NO_SIMILARITY = (
     "The model does not compare images with texts (no term of its objective has a similarity), so no examples of its "
     "predictions are shown."
@@ -231,24 +232,26 @@ def _subset(data: ZeroShotSet, keep: np.ndarray) -> ZeroShotSet:
 
 
 class _Bars(NamedTuple):
-    """Bars for scores (n, m): values from 0 to 1, a function that formats one, and the meaning of the values."""
+    """Bars for scores (n, m): their values from 0 to 1, and the meaning of these."""
 
     values: np.ndarray
-    write: Callable[[float], str]
     meaning: str
 
     def label(self, row: int, column: int, name: str, right: bool) -> ScoredLabel:
         """Return the bar of one score."""
         value = self.values[row, column]
-        return ScoredLabel(name, float(np.clip(value, 0, 1)), self.write(value), right)
+        text = f"{value:.2f}"
+        if self.meaning == _PROBABILITY:
+            text = "<1 %" if value < 0.01 else f"{100 * value:.0f} %"
+        return ScoredLabel(name, float(np.clip(value, 0, 1)), text, right)
 
 
 def _bars(encoder: Encoder, variables: Variables, scores: Mapping[str, np.ndarray]) -> _Bars:
     """Return probabilities of the logits, or the scores themselves if the model's similarity has a label for bars."""
-    if label := encoder.similarities[0].bar_label:
-        return _Bars(scores[""], lambda value: f"{value:.2f}", label)
-    probabilities = softmax(encoder.logits_of(scores, variables))
-    return _Bars(probabilities, lambda value: "<1 %" if value < 0.01 else f"{100 * value:.0f} %", "probability")
+    label = encoder.similarities[0].bar_label
+    if label:
+        return _Bars(scores[""], label)
+    return _Bars(softmax(encoder.logits_of(scores, variables)), _PROBABILITY)
 
 
 def _retrieved(
