@@ -15,7 +15,7 @@ import jax
 from etils import epath
 
 from xclip_jax.core import __version__
-from xclip_jax.core.errors import Parser
+from xclip_jax.core.errors import Parser, redact
 
 _PACKAGE = epath.Path(__file__).parent.parent
 
@@ -69,7 +69,7 @@ def capture() -> dict[str, Any]:
     """Return versions, devices, commit and command line of this process."""
     tpu = _version("libtpu")
     return {
-        "command": " ".join([Parser.program or sys.argv[0], *sys.argv[1:]]),
+        "command": redact(" ".join([Parser.program or sys.argv[0], *sys.argv[1:]])),
         "commit": git_commit(_PACKAGE),
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "platform": jax.default_backend(),
