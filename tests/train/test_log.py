@@ -8,9 +8,9 @@ import pytest
 
 from tests.helpers import tiny
 from tests.helpers.pages import written
+from tests.torture.soak import CLOCKS
 from xclip_jax.config import schema
 from xclip_jax.core import environment
-from xclip_jax.core.run_folder import CLOCKS
 from xclip_jax.report import charts, page
 from xclip_jax.report.collect import Run
 from xclip_jax.report.examples import Examples

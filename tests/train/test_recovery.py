@@ -15,10 +15,11 @@ import optax
 import pytest
 
 from tests.helpers import tiny
+from tests.torture.soak import CLOCKS
 from xclip_jax import optim
 from xclip_jax.config import schema
 from xclip_jax.core.errors import Diverged, UserError
-from xclip_jax.core.run_folder import CLOCKS, RunReader
+from xclip_jax.core.run_folder import RunReader
 from xclip_jax.data import loader
 from xclip_jax.objectives import Term
 from xclip_jax.train import build, recovery, state, trainer

@@ -12,9 +12,10 @@ import jax
 import pytest
 
 from tests.helpers import tiny
+from tests.torture.soak import CLOCKS
 from xclip_jax.core import storage
 from xclip_jax.core.errors import UserError
-from xclip_jax.core.run_folder import CLOCKS, RunReader
+from xclip_jax.core.run_folder import RunReader
 from xclip_jax.processes.interrupt import EXIT_RESUMABLE
 from xclip_jax.train import build, job, trainer
 from xclip_jax.train.callbacks import Callback

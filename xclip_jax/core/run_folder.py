@@ -34,11 +34,6 @@ from etils import epath
 from xclip_jax.core import json_lines, storage
 from xclip_jax.core.errors import UserError, first_line
 
-# Metrics of metrics.jsonl that measure time: two runs that learn the same differ in them.
-CLOCKS = (
-    "samples_per_second", "data/wait_share", "model_flops_per_second", "mfu", "goodput", "wall_seconds",
-    "useful_seconds",
-)  # fmt: skip
 # Errors of network file systems that do not implement flock: nothing is locked there.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
 
