@@ -43,16 +43,26 @@ RUNS = (
 COLUMNS = ("sent, MiB", "ms", "exposed", "HBM floor", "MFU", "pairs/s", "images/s a host", "chip-hours", "commit")
 PAGE = """# What full-size runs need and cost
 
-What full-size runs need: their train steps compiled for TPU topologies, without a TPU. Made by
-`JAX_PLATFORMS=cpu python -m benchmarks.plans` with jax {jax} and libtpu {libtpu}.
-One of them in full:
-`xclip-jax plan --config pretrain:objective=clip --topology v5e:4x8 --config.data.length_groups=full`.
+Memory, traffic and time of full-size steps, compiled for TPU topologies without a TPU. **Times are the TPU compiler's
+estimates, a model and not a measurement**: no run of this size has been made ([readiness](readiness.md)).
 
-**Times are the TPU compiler's estimates, a model and not a measurement**: no run of this size has been made. "ms" is
-the cycles of all operations, one after the other, and "exposed" what collectives take beyond what operations hide; a
-step is their sum, and the MFU follows from it. "HBM floor" is what the operations' bytes take at the bandwidth of the
-memory, in ms. [Plans on pods](pods.md#plans) has more. "Sent" is payload: the array that a group of chips sums or
-gathers, counted once.
+Made by `JAX_PLATFORMS=cpu python -m benchmarks.plans` with jax {jax} and libtpu {libtpu}. One plan in full:
+
+```
+xclip-jax plan --config pretrain:objective=clip --topology v5e:4x8 --config.data.length_groups=full
+```
+
+| column | meaning |
+|---|---|
+| peak | memory of the fullest chip |
+| sent | bytes summed or gathered by a group of chips, counted once |
+| ms | cycles of all operations, one after the other |
+| exposed | ms of collectives that no operation hides; a step is ms plus exposed |
+| HBM floor | ms to move all operands and results through memory |
+| MFU | model FLOPs at the chips' peak over the step's time |
+
+Plan your own size as on [pods](pods.md#plans). The method is in
+[notes](performance_notes.md#how-estimates-come-about).
 """
 
 

@@ -1,5 +1,6 @@
 """Write the pages and parts of pages that are made from the code: python -m docs.generate [--check]."""
 
+import json
 import pathlib
 import re
 from collections.abc import Sequence
@@ -10,6 +11,8 @@ from xclip_jax.core.errors import Parser, UserError, exit_with_message
 
 ROOT = pathlib.Path(__file__).parents[1]
 MADE = "Made by `python -m docs.generate`; a test verifies that it is current."
+CHARTED = "pretrain:objective=clip,preset=B/16,batch=4096 v5e:4x8 data.length_groups=full mesh.strategy=zero1"
+COLORS = {"image": "#0072b2", "text": "#e69f00", "neither": "#999999"}
 
 
 def config_page() -> str:
@@ -34,9 +37,38 @@ def extend_page() -> str:
     return pattern.sub(lambda m: f"{m[1]}\n```python\n{(ROOT / m[2]).read_text()}```\n\n{m[3]}", page)
 
 
+def step_chart() -> str:
+    """Return an SVG with the parts of a planned step as bars, from docs/plans.json."""
+    plan = json.loads((ROOT / "docs" / "plans.json").read_text())[CHARTED]
+    rows = [row for row in plan["roofline"]["parts"] if row["ms"] >= 1]
+    rows.append({"part": "collectives, exposed", "neither": plan["roofline"]["exposed_ms"]})
+    scale, top = 460 / max(row.get("ms", 0) for row in rows), 56
+    height = top + 26 * len(rows) + 8
+    title = f"A step of {plan['step_ms']:.0f} ms by part, the TPU compiler's estimate"
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 {height}" role="img" font-size="13" '
+        f'font-family="system-ui, Segoe UI, Helvetica, Arial, sans-serif" fill="#222222"><title>{title}</title>',
+        f'<rect width="720" height="{height}" fill="#ffffff"/>',
+        f'<text x="12" y="22" font-size="16" font-weight="bold">{title}</text>',
+    ]
+    for i, (name, color) in enumerate(COLORS.items()):
+        lines.append(f'<rect x="{200 + 90 * i}" y="34" width="10" height="10" fill="{color}"/>')
+        lines.append(f'<text x="{215 + 90 * i}" y="44">{name}</text>')
+    for i, row in enumerate(rows):
+        x, y = 200.0, top + 26 * i
+        lines.append(f'<text x="192" y="{y + 14}" text-anchor="end">{row["part"]}</text>')
+        for name, color in COLORS.items():
+            width = scale * row.get(name, 0)
+            lines.append(f'<rect x="{x:.1f}" y="{y}" width="{width:.1f}" height="18" fill="{color}"/>')
+            x += width
+        lines.append(f'<text x="{x + 6:.1f}" y="{y + 14}">{sum(row.get(name, 0) for name in COLORS):.1f}</text>')
+    return "\n".join([*lines, "</svg>"]) + "\n"
+
+
 PAGES = {
     "docs/config.md": config_page,
     "docs/extend.md": extend_page,
+    "docs/performance/step.svg": step_chart,
 }
 
 
