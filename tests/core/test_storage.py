@@ -20,7 +20,7 @@ from tests.helpers import web
 from xclip_jax import data
 from xclip_jax.core import storage
 from xclip_jax.core.errors import BadSample, UserError
-from xclip_jax.data.readers.table import Cells
+from xclip_jax.data.readers.table import ImageColumn
 from xclip_jax.interop import hub
 from xclip_jax.interop import tensor_files as weights
 from xclip_jax.train.training_folder import TrainingFolder
@@ -28,7 +28,7 @@ from xclip_jax.train.training_folder import TrainingFolder
 
 def read_named(path, table=""):
     """The image that a row of a table names."""
-    return Cells(pyarrow.chunked_array([[path]]), lambda _, path: (path, table)).read(0)
+    return ImageColumn(pyarrow.chunked_array([[path]]), lambda _, path: (path, table)).read(0)
 
 
 class HttpError(Exception):

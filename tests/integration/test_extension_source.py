@@ -4,7 +4,6 @@ import base64
 import json
 import pickle
 import shutil
-from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from tests.helpers import bad_tars, tiny
 from xclip_jax.commands import check
 from xclip_jax.core.errors import UserError
 from xclip_jax.data import labelled, sources
-from xclip_jax.data.base import Form, SourceKind, SourceOptions
+from xclip_jax.data.base import SourceKind, SourceOptions
 from xclip_jax.evaluators import registry
 from xclip_jax.train import trainer
 
@@ -117,10 +116,12 @@ def test_keys_are_those_of_the_config(tmp_path):
 class Waves(SourceKind):
     """Labelled images: REST/SPLIT is a split of `REST` classes."""
 
-    forms: ClassVar = {"tests.integration.test_extension_source:Waves:CLASSES": Form(labels="waves", splits="waves")}
+    @classmethod
+    def has_split(cls, rest, split, options):
+        return split in ("train", "test")
 
     @classmethod
-    def open(cls, rest, options, labels=False):
+    def open_labelled(cls, rest, options):
         classes, _, split = rest.partition("/")
         names = [f"wave {i}" for i in range(int(classes))]
         seed = {"": 0, "train": 1, "test": 2, "validation": 3}[split]

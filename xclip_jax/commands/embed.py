@@ -32,7 +32,7 @@ from absl import logging
 from etils import epath
 
 from xclip_jax import model as inference
-from xclip_jax.commands.inputs import IMAGES, REFUSED, Inputs, Lines, open_images
+from xclip_jax.commands.inputs import IMAGES, Inputs, Lines, open_images
 from xclip_jax.core import environment, storage
 from xclip_jax.core.console import format_duration, log0
 from xclip_jax.core.errors import BadSample, Parser, UserError, check_count, check_writable, exit_with_message, public
@@ -46,6 +46,7 @@ from xclip_jax.parallel import compiler
 
 PART = 4096  # rows that an interruption may lose
 _PROGRESS_SECONDS = 5
+_REFUSED = ("file cannot be read", "tar cannot be read")  # by a disk or store, whatever the content
 _FEW = 10  # items of a part that may be refused, whatever their share
 
 
@@ -182,7 +183,7 @@ def _check_refused(names: Sequence[str], bad: Mapping[int, BadSample], start: in
         row: error
         for row, error in bad.items()
         # A local file that was listed does not vanish from a disk that answers.
-        if error.reason in REFUSED or (error.reason == "file does not exist" and not storage.is_remote(names[row]))
+        if error.reason in _REFUSED or (error.reason == "no image file" and not storage.is_remote(names[row]))
     }
     if len(refused) > max(MAX_UNREADABLE * len(names), _FEW):
         row, error = next(iter(refused.items()))

@@ -17,7 +17,7 @@ import numpy as np
 
 from xclip_jax.core.errors import BadSample, UserError, public
 from xclip_jax.data import records
-from xclip_jax.data.base import Record, Source, WrappedSource, name_of
+from xclip_jax.data.base import Record, Source, WrappedSource, display_name
 from xclip_jax.data.config import DataConfig
 
 _MANY = 100_000  # for more pairs, a line announces that they are read
@@ -59,7 +59,7 @@ class NoisyCaptions(WrappedSource):
         try:
             other = self.source[donor]
         except BadSample as error:
-            place = name_of(self.source, donor)
+            place = display_name(self.source, donor)
             raise BadSample("the pair whose captions it has is bad", f"{place}: {error}") from error
         return record | {"text": other["text"], "tags": other["tags"]}
 

@@ -15,7 +15,7 @@ from tests.helpers import bad_tars
 from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.data import base, sources
 from xclip_jax.data.base import read_csv
-from xclip_jax.data.readers.table import ArrayRecordSource, Cells
+from xclip_jax.data.readers.table import ArrayRecordSource, ImageColumn
 
 
 def open_source(spec, image="image", text=("text",), tags=""):
@@ -388,8 +388,8 @@ def test_files_that_a_column_of_bytes_names_are_told_apart():
         return pyarrow.chunked_array([pyarrow.array([{"bytes": None, "path": f"/x/{name}"} for name in names])])
 
     def sizes(*names):
-        return list(Cells(column(*names), lambda index, name: (name, "")).sizes())
+        return list(ImageColumn(column(*names), lambda index, name: (name, "")).sizes())
 
     assert sizes("cat1.jpg", "cat2.jpg") == [("cat1.jpg", 0), ("cat2.jpg", 0)] != sizes("dog7.jpg", "dog8.jpg")
     whole = pyarrow.chunked_array([pyarrow.array([{"bytes": b"abc", "path": "x.jpg"}])])
-    assert list(Cells(whole, lambda index, name: (name, "")).sizes()) == [("0", 3)]
+    assert list(ImageColumn(whole, lambda index, name: (name, "")).sizes()) == [("0", 3)]

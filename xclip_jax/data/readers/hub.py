@@ -13,15 +13,15 @@ import os
 import pathlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import pyarrow
 
 from xclip_jax.core import hub_client
 from xclip_jax.core.errors import UserError
 from xclip_jax.data import labelled
-from xclip_jax.data.base import Form, Source, SourceKind, SourceOptions, check_columns, split_columns
-from xclip_jax.data.readers.table import Cells, ColumnSource, in_classes, path_in
+from xclip_jax.data.base import SourceKind, SourceOptions, check_columns, split_columns
+from xclip_jax.data.readers.table import ColumnSource, ImageColumn, in_classes, path_in
 
 PREFIX = hub_client.PREFIX
 _HUB = re.compile(rf"({hub_client.ID})(?:@([^/]+))?(?:/([^/]+))?/([^/]+)")
@@ -122,7 +122,7 @@ def image_column(features: Mapping[str, Any], key: str) -> str:
     return images[0] if key == SourceOptions.image_key and key not in features and len(images) == 1 else key
 
 
-class _Images(Cells):
+class _Images(ImageColumn):
     """Images of a split, pickled by reference to its files.
 
     Paths of a local set are relative to its folder. A set of the Hub may name files in the caches of its packages;
@@ -221,21 +221,15 @@ def open_labelled(rest: str, image_key: str = SourceOptions.image_key) -> labell
 class HubSets(SourceKind):
     """`hf:ORG/NAME[@REVISION][/CONFIGURATION]/SPLIT` and `hf:/PATH`, with ?image=COLUMN&label=COLUMN."""
 
-    forms: ClassVar = {
-        "hf:ORG/NAME/SPLIT": Form(
-            pairs="a data set of the Hugging Face Hub, columns of images and captions",
-            labels="a data set of the Hugging Face Hub, columns of images and classes",
-        ),
-        "hf:ORG/NAME": Form(splits="a data set of the Hugging Face Hub, columns of images and classes"),
-    }
+    extras = ("datasets",)
 
     @classmethod
-    def extras(cls, rest: str) -> tuple[str, ...]:
-        return ("datasets",)
+    def open(cls, rest: str, options: SourceOptions) -> HubPairs:
+        return HubPairs(rest, options)
 
     @classmethod
-    def open(cls, rest: str, options: SourceOptions, labels: bool = False) -> Source:
-        return open_labelled(rest, options.image_key) if labels else HubPairs(rest, options)
+    def open_labelled(cls, rest: str, options: SourceOptions) -> labelled.Labelled:
+        return open_labelled(rest, options.image_key)
 
     @classmethod
     def has_split(cls, rest: str, split: str, options: SourceOptions) -> bool:
