@@ -136,13 +136,8 @@ class Photographs(ColumnSource):
         texts = captions(root, split, kind)
         images = ImageColumn(table(root, split)["image"], lambda index, path: (path, ""))
         super().__init__(images, {"text": pyarrow.chunked_array([texts])}, SourceOptions())
-        self._arguments = root, split, kind
         identity = [f"{row['id']} {text}" for row, text in zip(rows(root, split), texts, strict=True)]
         self._hash = hashlib.sha256("\n".join(identity).encode()).hexdigest()
-
-    def __reduce__(self) -> tuple[type, tuple[str, ...]]:
-        """Pickle the arguments; a worker process reads the files itself."""
-        return type(self), self._arguments
 
     def fingerprint(self) -> dict[str, Any]:
         """Return the number of rows and a hash of their numbers and captions."""

@@ -212,13 +212,13 @@ def test_folders_among_names(tmp_path):
     (tmp_path / "sub.tar").mkdir()
     (tmp_path / "sub.tar" / "x.tar").touch()
     (tmp_path / "y.tar").touch()
-    with pytest.raises(UserError, match=r"sub\.tar' is a folder, not a file; write folder:.*sub\.tar for images"):
+    with pytest.raises(UserError, match=r"sub\.tar'; it is a folder: write folder:.*sub\.tar or a glob"):
         storage.expand(f"{tmp_path}/sub.tar")
     assert storage.expand(f"{tmp_path}/*.tar") == [f"{tmp_path}/y.tar"]
     assert storage.expand(f"{tmp_path}/**/*.tar") == [f"{tmp_path}/sub.tar/x.tar", f"{tmp_path}/y.tar"]
     with pytest.raises(UserError, match=r"^no file or folder '/nowhere/x'; check the path\.$"):
         storage.expand("/nowhere/x")
-    with pytest.raises(UserError, match=r"^no file or folder '/nowhere/0\.tar' \(2 of 3 files are missing"):
+    with pytest.raises(UserError, match=r"^no file or folder '/nowhere/0\.tar'"):
         storage.expand(f"/nowhere/{{0..1}}.tar,{tmp_path}/y.tar")
 
 
@@ -331,7 +331,7 @@ def test_a_part_of_a_file_is_read_and_a_server_of_whole_files_is_a_sentence(site
 def test_secrets_open_a_file_and_are_not_in_the_error(site):
     site.files["a"] = b"content"
     assert storage.read(site.url("a", secret=True), 100) == b"content"
-    for path, status in (("none", "404"), ("a", "403")):
+    for path, status in (("none", "FileNotFound"), ("a", "403")):
         url = site.url(path, secret=True).replace(
             web.SIGNATURE, f"{web.SIGNATURE}-old" * (path == "a") or "5ecre7-signature"
         )

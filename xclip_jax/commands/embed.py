@@ -82,7 +82,9 @@ def embed_images(
     # The threads read ahead while the device computes.
     with ThreadPrefetcher(make, n, threads=threads, window=2 * model.batch) as ahead:
         for start in range(0, n, size):
-            stop, rows, made = min(start + size, n), [], []
+            stop = min(start + size, n)
+            rows = []
+            made = []
             for first in range(start, stop, model.batch):
                 batch = [ahead[i] for i in range(first, min(first + model.batch, stop))]
                 rows.append(model.encode_prepared([image for image, _, _ in batch]))
@@ -121,7 +123,8 @@ def embed(model: inference.Model, sources: Mapping[str, Inputs], out: str, *, th
       UserError: the file or its parts belong to other items or weights; another process writes the file; the disk or
         store refuses too many items; nothing could be embedded.
     """
-    path, folder = pathlib.Path(out), pathlib.Path(f"{out}.parts")
+    path = pathlib.Path(out)
+    folder = pathlib.Path(f"{out}.parts")
     plan = {key: value for key, value in model.card.items() if key not in ("checkpoint", "step", "commit")}
     plan |= {"part": PART, "weights": model.fingerprint()}
     plan |= {name: {"n": len(source), "digest": source.digest()} for name, source in sources.items()}
@@ -149,7 +152,8 @@ def _embed(
     model: inference.Model, modality: str, source: Inputs, out: pathlib.Path, threads: int
 ) -> list[pathlib.Path]:
     """Write the parts of a source that are missing; return the files of all."""
-    folder, starts = pathlib.Path(f"{out}.parts"), range(0, len(source), PART)
+    folder = pathlib.Path(f"{out}.parts")
+    starts = range(0, len(source), PART)
     files = [folder / f"{modality}-{start:09d}{out.suffix}" for start in starts]
     done = next((i for i, file in enumerate(files) if not file.exists()), len(files))
     if done:

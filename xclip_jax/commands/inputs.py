@@ -115,7 +115,8 @@ def open_images(pattern: str) -> Images:
         spec = sources.spec_from_path(spec)
         texts = columns.get("text", ["text"] if spec.startswith("tar:") else [])
     else:
-        spec, texts = _files(pattern), ["text"]
+        spec = _files(pattern)
+        texts = ["text"]
     options = SourceOptions(image_key=columns.get("image", ["image"])[0], text_keys=tuple(texts), captions=False)
     return Images(sources.open_pairs(spec, options), spec)
 
@@ -124,7 +125,8 @@ def _files(pattern: str) -> str:
     """Return the spec of a folder or pattern of images or tars."""
     pattern = pattern if storage.is_remote(pattern) else os.path.expanduser(pattern)
     if not os.path.isdir(pattern):
-        paths, tar_pattern = storage.expand(pattern), pattern
+        paths = storage.expand(pattern)
+        tar_pattern = pattern
     else:
         paths = list(map(str, labelled.images_in(pathlib.Path(pattern), (*IMAGE_SUFFIXES, ".tar"))))
         tar_pattern = os.path.join(re.sub("[{},]", "?", glob.escape(pattern)), "**", "*.[tT][aA][rR]")

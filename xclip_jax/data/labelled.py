@@ -90,7 +90,8 @@ def _leads_back(folder: pathlib.Path, root: str, name: str) -> bool:
     """Whether a folder in `root` is a link back, on the way from `folder` or above it: its files would come again."""
     if not os.path.islink(os.path.join(root, name)):
         return False
-    real, path = os.path.realpath(os.path.join(root, name)), pathlib.Path(root)
+    real = os.path.realpath(os.path.join(root, name))
+    path = pathlib.Path(root)
     way = [path, *(parent for parent in path.parents if parent == folder or folder in parent.parents)]
     return any(os.path.commonpath([real, os.path.realpath(place)]) == real for place in way)
 
@@ -98,7 +99,8 @@ def _leads_back(folder: pathlib.Path, root: str, name: str) -> bool:
 def _read_table(name: str, path: pathlib.Path) -> tuple[Paths, np.ndarray, list[str]]:
     try:
         table = read_csv(str(path), ("path", "label"))
-        places, cells = table["path"].to_pylist(), table["label"].to_pylist()
+        places = table["path"].to_pylist()
+        cells = table["label"].to_pylist()
     except UserError:
         raise
     except Exception as error:  # the class depends on the fault

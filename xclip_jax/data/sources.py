@@ -213,7 +213,8 @@ def open_sources(config: DataConfig, classes: int = 0, fields: Sequence[str] | N
     for key in ("spread_duplicate_captions", "holdout") if classes else ():
         if getattr(config, key):
             raise UserError(f"data.{key} is for pairs, and these sources have labelled items; leave it out.")
-    options, open_one = source_options(config), open_labelled if classes else open_pairs
+    options = source_options(config)
+    open_one = open_labelled if classes else open_pairs
     opened: list[Source] = [open_one(spec, options) for spec in config.sources]
     if empty := [spec for spec, source in zip(config.sources, opened, strict=True) if not len(source)]:
         raise UserError(f"source {empty[0]!r} has nothing in it; leave it out of data.sources, or name another split.")

@@ -226,7 +226,7 @@ def count_lengths(experiment: Experiment, samples: Sequence[Source]) -> np.ndarr
     order = loader.sample_order(samples, dataclasses.replace(data, spread_duplicate_captions=False, cache=False), seed)
     transform = experiment.transform(("text",))
     # Tokenized here, as the caption that is drawn depends on the position.
-    places = map(order.place, range(min(CAPTIONS, sum(map(len, samples)))))
+    places = map(order.locate, range(min(CAPTIONS, sum(map(len, samples)))))
     read = records.read_each(
         ((order.sources[number], index) for number, index in places),
         lambda record: {"text": record["text"], "tags": record["tags"]},

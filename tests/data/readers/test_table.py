@@ -1,7 +1,6 @@
 import csv
 import json
 import os
-import pickle
 
 import fsspec
 import numpy as np
@@ -57,7 +56,6 @@ def test_csv(tmp_path, images, tab, first):
     assert source[0]["tags"] == ["x", "y"]
     assert source[1]["text"] == ["ünï"]
     assert [source[i]["image"] for i in (0, 1, 5)] == images
-    assert source[5] == pickle.loads(pickle.dumps(source))[5]
     for i, reason in ((2, "caption is empty"), (3, "file cannot be read"), (4, "no image in the row")):
         with pytest.raises(BadSample, match=reason):
             source[i]
@@ -112,7 +110,6 @@ def test_remote_tables_are_read_alike(tmp_path, images, kind):
     source = open_source(f"{kind}:memory://tables/x.{kind}")
     assert [source[i]["image"] for i in (0, 1)] == images[:2] and source[1]["text"] == ["a dog"]
     assert source.fingerprint()["samples"] == 2
-    assert pickle.loads(pickle.dumps(source))[1] == source[1]
     memory.pipe_file(f"/tables/{kind}", b"")
     with pytest.raises(UserError, match=rf"table 'memory://tables/{kind}' cannot be read"):
         open_source(f"{kind}:memory://tables/{kind}")
@@ -210,7 +207,6 @@ def test_parquet(tmp_path, images):
     pyarrow.parquet.write_table(inside, tmp_path / "1.parquet")
     source = open_source(f"parquet:{tmp_path}/1.parquet", tags="tags")
     assert source[0] == {"image": images[1], "text": ["t"], "tags": ["a", "b"], "id": "0"}
-    assert pickle.loads(pickle.dumps(source))[0] == source[0]
     nested = pyarrow.table({"image": [images[1]], "sentences": [[{"raw": "one"}, {"raw": "two"}]]})
     pyarrow.parquet.write_table(nested, tmp_path / "2.parquet")
     assert open_source(f"parquet:{tmp_path}/2.parquet", text=("sentences/raw",))[0]["text"] == ["one", "two"]
@@ -248,8 +244,6 @@ def test_a_column_of_classes(tmp_path, images, labels, names, expected):
     source = sources.open_labelled(write_classes(tmp_path / "x.parquet", images, labels))
     assert source.names == names and source.labels().tolist() == expected
     assert source[1] == {"image": images[1], "label": expected[1], "id": "1"}
-    again = pickle.loads(pickle.dumps(source))
-    assert again[2] == source[2] and again.fingerprint() == source.fingerprint()
 
 
 def test_rows_without_a_label_are_left_out_and_counted(tmp_path, images, capsys):
@@ -300,7 +294,7 @@ def test_tables_of_a_split(tmp_path, images):
     ]  # fmt: skip
     assert sources.open_labelled(f"parquet:{folder}?label=kind/train").labels().tolist() == [1, 0, 0]
     assert sources.open_labelled(f"parquet:{folder}/my_own?label=kind").names == ["a"]
-    with pytest.raises(UserError, match=r"no file matches .*test.*; its folder has my_own\.parquet, train-00000-of"):
+    with pytest.raises(UserError, match=r"no file matches .*test"):
         sources.open_labelled(f"parquet:{folder}/test?label=kind")
 
 

@@ -108,7 +108,8 @@ class ImageColumn(Sequence):
         Raises:
           BadSample: a file that cannot be read or is empty, or no image.
         """
-        value, name = self._value(index), str(index)
+        value = self._value(index)
+        name = str(index)
         if isinstance(value, str) and value:
             name, table = self._locate(index, value)
             try:
@@ -191,7 +192,8 @@ def in_classes(spec: str, images: ImageColumn, table: Any, label: str) -> labell
     Raises:
       UserError: a column of other values, or no row with a class; `spec` begins the message.
     """
-    column, names = table[label], _stored_names(table, label)
+    column = table[label]
+    names = _stored_names(table, label)
     try:
         cells = [x.strip() if isinstance(x, str) else x for chunk in column.chunks for x in chunk.to_pylist()]
         values = range(len(names)) or sorted(set(cells) - {None, ""})
@@ -210,7 +212,8 @@ def in_classes(spec: str, images: ImageColumn, table: Any, label: str) -> labell
     names = names or [str(value) for value in values]
     if len(kept) == len(classes):
         return labelled.Labelled("image", images, classes, names)
-    missing, first = len(classes) - len(kept), np.argmin(classes)
+    missing = len(classes) - len(kept)
+    first = np.argmin(classes)
     log0(f"WARNING: {spec}: {missing:,} of {len(classes):,} rows have no {label!r} and are left out, row {first} first")
     return labelled.Labelled("image", choose(images, kept), classes[kept], names)
 
@@ -243,7 +246,9 @@ class TableSource(ColumnSource):
 
     def __init__(self, pattern: str, options: SourceOptions, read: Callable[[str, list[str]], Any]) -> None:
         """Read the columns that `options` names into memory; `read` is `read_csv` or `read_parquet`."""
-        self.pattern, self.tables, self._read = pattern, storage.expand(pattern), read
+        self.pattern = pattern
+        self.tables = storage.expand(pattern)
+        self._read = read
         keys = options.columns
         tables = []
         for path in self.tables:
@@ -265,10 +270,6 @@ class TableSource(ColumnSource):
         ends = np.cumsum([len(table) for table in tables])
         images = ImageColumn(joined[options.image_key], functools.partial(_locate, self.tables, ends))
         super().__init__(images, joined, options)
-
-    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
-        """Pickle the arguments; a worker process reads the tables itself."""
-        return type(self), (self.pattern, self.options, self._read)
 
     def fingerprint(self) -> dict[str, Any]:
         """Return the number of rows, a hash of the tables (see `storage.fingerprint`), and their names and sizes."""
@@ -296,7 +297,8 @@ class ArrayRecordSource(Source):
         """Open the files that `pattern` names, or raise `UserError`; `options` names features."""
         from array_record.python import array_record_data_source
 
-        self.files, self.options = storage.expand(pattern), options
+        self.files = storage.expand(pattern)
+        self.options = options
         try:
             self._data = array_record_data_source.ArrayRecordDataSource(self.files)
         except Exception as error:  # the library raises bare errors of C++

@@ -69,7 +69,8 @@ class TarSource(Source):
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         _mapped.cache_clear()  # an index may have been made anew
-        sizes, kinds = [], set[int]()
+        sizes = []
+        kinds = set[int]()
         for path in self._index_paths:
             sizes.append(len(_mapped(path)))
             kinds.update(np.unique(_mapped(path)["fault"]).tolist())
@@ -146,7 +147,8 @@ class TarSource(Source):
         """Return the content of these files of a sample, None for missing ones."""
         contents: dict[str, bytes | None] = dict.fromkeys(parts)
         spans = {part: (start, int(row[f"{part}_size"])) for part in parts if (start := int(row[part]))}
-        first, end = min(start for start, _ in spans.values()), max(start + size for start, size in spans.values())
+        first = min(start for start, _ in spans.values())
+        end = max(start + size for start, size in spans.values())
         try:
             file = storage.open_file(tar, self._version)
             if end - first <= sum(size for _, size in spans.values()) + _GAP:

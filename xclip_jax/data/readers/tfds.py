@@ -94,7 +94,8 @@ def open_labelled(name: str, split: str, data_dir: str | None) -> labelled.Label
     A version of a TFDS data set does not change, so that it identifies the items.
     """
     data, info = open_tfds(name, split, data_dir)
-    features, version = info.features, str(info.version)
+    features = info.features
+    version = str(info.version)
     names = getattr(features["label"], "names", ()) if "label" in features else ()
     if not names or "image" not in features:
         raise UserError(f"tfds:{name}/{split}: TFDS data set {name!r} has no features image and label (of classes).")

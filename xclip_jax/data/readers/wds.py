@@ -124,10 +124,14 @@ def read(split: Split) -> tuple[LazySequence, list[bytes]]:
     Raises:
       UserError: missing files, damaged tars, images without labels or labels without images.
     """
-    tars, suffix, rows, answers = split.tars(), _ANSWERS[split.type], [], []
+    tars = split.tars()
+    suffix = _ANSWERS[split.type]
+    rows = []
+    answers = []
     versions = list(map(storage.stat, tars))
     for number, (tar, version) in enumerate(zip(tars, versions, strict=True)):
-        size, file = version[0], storage.open_file(tar, version)
+        size = version[0]
+        file = storage.open_file(tar, version)
         samples: dict[bytes, dict[str, tuple[int, int]]] = {}
         for name, offset, length in tar_index.members(tar, size):
             if not name or offset + length > size:
@@ -157,7 +161,8 @@ def open_labelled(split: Split) -> labelled.Labelled:
     """
     if split.type == CAPTIONS:
         raise UserError(f"{split.spec} has captions and no classes; name it as a set of its own: {split.spec}.")
-    names, (images, answers) = split.lines("classnames.txt"), read(split)
+    names = split.lines("classnames.txt")
+    images, answers = read(split)
     labels = np.zeros((len(answers), len(names)) if split.type == SEVERAL else len(answers), np.int64)
     for i, answer in enumerate(answers):
         try:
