@@ -68,7 +68,7 @@ def embed_images(
       read: returns content and caption of an image by its number, or raises `BadSample`; called in threads.
       n: number of images.
       size: images of a part.
-      threads: number of threads that read and decode; 0 for one a core.
+      threads: number of threads that read and decode; 0 for one per core.
     """
     black = np.zeros((model.size, model.size, 3), np.uint8)
 
@@ -117,7 +117,7 @@ def embed(model: inference.Model, sources: Mapping[str, Inputs], out: str, *, th
       model: embeds the items.
       sources: by modality, "image" or "text".
       out: file to write, .parquet or .npz.
-      threads: number of threads that read and decode; 0 for one a core.
+      threads: number of threads that read and decode; 0 for one per core.
 
     Raises:
       UserError: the file or its parts belong to other items or weights; another process writes the file; the disk or
@@ -246,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--texts", type=home, metavar="FILE", help="file with a text in each line")
     parser.add_argument("--out", type=home, required=True, help="local file to write, .parquet or .npz")
     parser.add_argument("--batch", type=int, default=32, help="items that are encoded at once")
-    parser.add_argument("--threads", type=int, default=0, help="threads that read and decode; 0 for one a core")
+    parser.add_argument("--threads", type=int, default=0, help="threads that read and decode; 0 for one per core")
     add_trust(parser)
     options = parser.parse_args(argv)
     logging.set_verbosity(logging.ERROR)

@@ -42,7 +42,7 @@ class Paths(LazySequence):
 
 
 def read_files(name: str, path: pathlib.Path) -> tuple[Paths, np.ndarray, list[str]]:
-    """Return images, labels and class names of a folder with one sub-folder a class, or a CSV file of path and label.
+    """Return images, labels and class names of a folder with one sub-folder per class, or a CSV file of path and label.
 
     A folder is read as torchvision's ImageFolder reads it. In a CSV file each distinct label is a class, in the order
     of letters or, if all are integers, of numbers. Labels with | between them are several labels of one image; they
@@ -243,7 +243,7 @@ def check_sources(
 
     Raises:
       MismatchError: another number of classes, or the other modality.
-      UserError: one class, several classes an image, or classes that differ between sources.
+      UserError: one class, several classes per image, or classes that differ between sources.
     """
     for spec, source in zip(specs, sources, strict=True):
         check_one_class(spec, source)

@@ -144,7 +144,7 @@ def cores() -> int:
 
 
 def thread_pool(threads: int = 0) -> multiprocessing.pool.ThreadPool:
-    """Return a pool of `threads`, 0 for one a core, for which Python's exit does not wait.
+    """Return a pool of `threads`, 0 for one per core, for which Python's exit does not wait.
 
     It does wait for the threads of concurrent.futures, forever if a disk does not answer.
     """
@@ -158,7 +158,7 @@ class ThreadPrefetcher(Sequence):
     """
 
     def __init__(self, make: Callable[[int], Any], n: int, *, threads: int = 0, window: int = 256) -> None:
-        """Compute `make` of the indices below `n` in threads, 0 for one a core; work starts with the first access.
+        """Compute `make` of the indices below `n` in threads, 0 for one per core; work starts with the first access.
 
         Up to `window` items are computed ahead; accesses within it may be in any order.
         """

@@ -239,7 +239,7 @@ def build(path: str) -> pathlib.Path:
 def load(tars: Sequence[str], *, processes: int | None = None) -> list[pathlib.Path]:
     """Return the path of each tar's stored index; tars that are new or have changed are indexed first, in parallel.
 
-    By default there is an indexing process a core, or none for a few tars. Errors are as for `build`.
+    By default one process per core indexes, or none for a few tars. Errors are as for `build`.
     """
     with thread_pool(16) as threads:  # a store takes long to answer
         index_paths = dict(zip(tars, threads.map(_cached, tars), strict=True))

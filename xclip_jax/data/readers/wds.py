@@ -1,7 +1,7 @@
 """Labelled or captioned images in tars, in the layout of clip_benchmark: `wds:PATH` and `wds:hf:ORG/NAME`.
 
 docs/evaluate.md shows the layout, which `clip_benchmark_export_wds` writes. KEY.cls is the number of a class, KEY.txt
-has the captions of a retrieval set, one a line, and KEY.npy an array of zeros and ones for several classes an image.
+has the captions of a retrieval set, one per line, and KEY.npy zeros and ones for several classes per image.
 Tars are read in place, by `tar_index.members`.
 """
 
@@ -154,7 +154,7 @@ def read(split: Split) -> tuple[LazySequence, list[bytes]]:
 
 
 def open_labelled(split: Split) -> labelled.Labelled:
-    """Open images in classes: one class an image, or any number for the type `SEVERAL`.
+    """Open images in classes: one per image, or any number for the type `SEVERAL`.
 
     Raises:
       UserError: a retrieval set, labels that are not among the classes, or as for `read`.
