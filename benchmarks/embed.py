@@ -103,7 +103,7 @@ def ours(options: argparse.Namespace) -> Callable[[], object]:
         model.encode_prepared(np.zeros((n, 224, 224, 3), np.uint8))
     out = options.folder / "ours.parquet"
     out.unlink(missing_ok=True)  # from an earlier turn
-    images = inputs.Images(paths(options.folder))
+    images = inputs.open_images(f"{options.folder}/images/**/*.jpg")
     return lambda: embed.embed(model, {"image": images}, str(out), threads=options.workers)
 
 

@@ -24,17 +24,18 @@ import ml_collections
 
 from xclip_jax.config import recipes
 from xclip_jax.core.errors import UserError, check_choice
-from xclip_jax.data.readers.published import PUBLISHED
+from xclip_jax.data.readers.known_corpora import CORPORA
 
 MIXTURE = ("cc3m", "cc12m", "yfcc15m", "sbu", "visual_genome")  # folders under `root`
-PAIRS = {name: row.pairs for name, row in PUBLISHED.items()} | {"35m": 35_000_000}
+PAIRS = {name: row.pairs for name, row in CORPORA.items()} | {"35m": 35_000_000}
+FOLDERS = {"datacomp-small": "datacomp-small/shards"}  # of own tars under `root`, if not the set's name
 OWN_PAIRS = 15_000_000  # the sources are set on the command line
 
 
 def sources(data: str, root: str) -> tuple[str, ...]:
     """Return the sources of the set `data`: tars under `root`, or without one a copy on the Hub."""
     if root:
-        folders = MIXTURE if data == "35m" else (PUBLISHED[data].folder,)
+        folders = MIXTURE if data == "35m" else (FOLDERS.get(data, data),)
         return tuple(f"tar:{root}/{folder}/*.tar" for folder in folders)
     if data == "35m":
         raise UserError(f"config argument data=35m needs root=FOLDER, with the folders {', '.join(MIXTURE)} of tars.")

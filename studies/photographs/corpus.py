@@ -22,15 +22,15 @@ import os
 import pathlib
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import pyarrow
 import pyarrow.compute
 import pyarrow.parquet
 
 from xclip_jax.core.errors import UserError
-from xclip_jax.data.base import Form, SourceKind, SourceOptions
-from xclip_jax.data.readers.table import Cells, ColumnSource
+from xclip_jax.data.base import SourceKind, SourceOptions
+from xclip_jax.data.readers.table import ColumnSource, ImageColumn
 
 KIND = "studies.photographs.corpus:PhotographSplits"
 FOLDER = "PHOTOGRAPHS"  # environment variable
@@ -134,15 +134,10 @@ class Photographs(ColumnSource):
 
     def __init__(self, root: str, split: str, kind: str) -> None:
         texts = captions(root, split, kind)
-        images = Cells(table(root, split)["image"], lambda index, path: (path, ""))
+        images = ImageColumn(table(root, split)["image"], lambda index, path: (path, ""))
         super().__init__(images, {"text": pyarrow.chunked_array([texts])}, SourceOptions())
-        self._arguments = root, split, kind
         identity = [f"{row['id']} {text}" for row, text in zip(rows(root, split), texts, strict=True)]
         self._hash = hashlib.sha256("\n".join(identity).encode()).hexdigest()
-
-    def __reduce__(self) -> tuple[type, tuple[str, ...]]:
-        """Pickle the arguments; a worker process reads the files itself."""
-        return type(self), self._arguments
 
     def fingerprint(self) -> dict[str, Any]:
         """Return the number of rows and a hash of their numbers and captions."""
@@ -152,12 +147,8 @@ class Photographs(ColumnSource):
 class PhotographSplits(SourceKind):
     """A split of the photographs with one kind of captions, `KIND:SPLIT/CAPTIONS`."""
 
-    forms: ClassVar = {
-        f"{KIND}:SPLIT/CAPTIONS": Form(pairs="a split of the photographs; captions loose, tight or half")
-    }
-
     @classmethod
-    def open(cls, rest: str, options: SourceOptions, labels: bool = False) -> Photographs:
+    def open(cls, rest: str, options: SourceOptions) -> Photographs:
         """Open the split and captions `rest`."""
         split, _, kind = rest.partition("/")
         if split not in SPLITS or kind not in CAPTIONS:

@@ -17,6 +17,7 @@ from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.core.run_folder import lock
 from xclip_jax.data import embeddings, sources
 from xclip_jax.data.images import decode
+from xclip_jax.data.readers.folder import FolderSource
 
 pytestmark = pytest.mark.long
 
@@ -115,25 +116,23 @@ def test_a_kill_loses_nothing_and_repeats_nothing(root, straight, capsys, monkey
     assert "is complete" in capsys.readouterr().out and len(decoded) == 26
 
 
-@pytest.mark.parametrize(
-    "fault", [BadSample("file cannot be read", "[Errno 5] I/O error"), BadSample("file does not exist")]
-)
+@pytest.mark.parametrize("fault", [BadSample("file cannot be read", "[Errno 5] I/O error"), BadSample("no image file")])
 def test_a_disk_that_fails_is_no_set_of_bad_images(fault, root, straight, tmp_path, monkeypatch):
     """Nothing is stored of a part that it refused, and the same command goes on."""
     monkeypatch.setattr(embed, "_FEW", 3)
-    original, out = embed.inference.read, tmp_path / "x.parquet"
+    original, out = FolderSource.__getitem__, tmp_path / "x.parquet"
 
-    def failing(path):
-        if pathlib.Path(path).stem > "018":
+    def failing(self, index):
+        if pathlib.Path(self.images[index]).stem > "018":
             raise fault
-        return original(path)
+        return original(self, index)
 
-    monkeypatch.setattr(embed.inference, "read", failing)
+    monkeypatch.setattr(FolderSource, "__getitem__", failing)
     with pytest.raises(SystemExit, match=r"4 of 8 items cannot be read, more than 5%; the first is '.*019\.png' .*"
                        r"The same command resumes after 16 items"):  # fmt: skip
         embed.main(flags(root, out))
     assert not out.exists()
-    monkeypatch.setattr(embed.inference, "read", original)
+    monkeypatch.setattr(FolderSource, "__getitem__", original)
     embed.main(flags(root, out))
     np.testing.assert_array_equal(read(out)[0]["embedding"], read(straight)[0]["embedding"])
 
@@ -318,7 +317,7 @@ def test_a_folder_of_tars_whose_name_is_a_pattern(name, root, tmp_path):
         ({"batch": 0}, "--batch is 0; expected an integer of at least 1"),
         ({"batch": -1}, "--batch is -1; expected an integer of at least 1"),
         ({"threads": -1}, "--threads is -1; expected an integer of at least 0"),
-        ({"images": "{}/run"}, "contains no image"),
+        ({"images": "{}/run"}, "has 0 images"),
         ({"images": "{}/*.t*"}, "names 2 tars among 3 files"),
         ({"texts": "{}/none.txt"}, "none.txt' cannot be read"),
         ({"out": "{}/x.csv"}, "x.csv' is '.csv'; it must be one of '.parquet', '.npz'"),

@@ -8,7 +8,7 @@ import pytest
 from tests.helpers import bad_tars, tiny
 from xclip_jax.commands import inputs
 from xclip_jax.core.errors import UserError
-from xclip_jax.data import sources
+from xclip_jax.data import base, sources
 
 pytestmark = pytest.mark.long
 
@@ -33,7 +33,7 @@ def test_a_pipe_in_place_of_a_caption_is_none(tmp_path):
 
 def test_a_file_that_is_too_large_for_a_caption_is_none(tmp_path):
     pictures = tiny.folder(tmp_path / "pictures", 1)
-    (pictures / "000.txt").write_bytes(b"x" * (inputs.MAX_BYTES["text"] + 1))
+    (pictures / "000.txt").write_bytes(b"x" * (base.MAX_BYTES["text"] + 1))
     assert inputs.open_images(str(pictures)).read(0)[1] == ""
 
 

@@ -38,7 +38,7 @@ class Hostile(Numbers):
 
 @pytest.mark.parametrize("apart", [False, True])
 def test_any_exception_of_a_sample_makes_it_a_bad_one(tmp_path, apart):
-    book = ledger.Ledger(epath.Path(tmp_path), max_bad_fraction=1.0)
+    book = ledger.BadSampleLog(epath.Path(tmp_path), max_bad_fraction=1.0)
     c = config(spread_duplicate_captions=apart)
     batches = read([Hostile("a", 16)], c, stop=2, ledger=book)
     book.sync(16)
@@ -64,7 +64,7 @@ class Dead(Numbers):
 
 
 def test_a_sample_that_is_never_read_is_a_bad_one(tmp_path):
-    book = ledger.Ledger(epath.Path(tmp_path), max_bad_fraction=1.0)
+    book = ledger.BadSampleLog(epath.Path(tmp_path), max_bad_fraction=1.0)
     try:
         rows = texts(read([Dead("a", 16)], config(read_timeout=0.2), stop=2, ledger=book))
     finally:
@@ -91,7 +91,7 @@ def picky(name, error):
 
 
 def test_a_text_that_the_tokenizer_cannot_encode_is_a_bad_sample(tmp_path):
-    book = ledger.Ledger(epath.Path(tmp_path), max_bad_fraction=1.0)
+    book = ledger.BadSampleLog(epath.Path(tmp_path), max_bad_fraction=1.0)
     batches = read([Numbers("a", 16)], config(), stop=2, ledger=book, tokens=picky("x", OverflowError("too long")))
     book.sync(16)
     (entry,) = map(json.loads, book.path.read_text().splitlines())
@@ -100,7 +100,7 @@ def test_a_text_that_the_tokenizer_cannot_encode_is_a_bad_sample(tmp_path):
 
 
 def test_a_tokenizer_that_lacks_something_ends_the_run_with_the_sample(tmp_path):
-    book = ledger.Ledger(epath.Path(tmp_path), max_bad_fraction=1.0)
+    book = ledger.BadSampleLog(epath.Path(tmp_path), max_bad_fraction=1.0)
     with pytest.raises(UserError) as error:
         read([Numbers("a", 16)], config(), stop=2, ledger=book, tokens=picky("x", UserError("no unknown token")))
     assert describe(error.value) == 'no unknown token; in sample {"source": 0, "index": 5}.'
@@ -112,7 +112,7 @@ def test_what_concerns_the_whole_run_ends_it(tmp_path, monkeypatch, error, where
     def fail(*_, **__):
         raise error
 
-    book = ledger.Ledger(epath.Path(tmp_path), max_bad_fraction=1.0)
+    book = ledger.BadSampleLog(epath.Path(tmp_path), max_bad_fraction=1.0)
     if where == "record":
         monkeypatch.setattr(Numbers, "__getitem__", fail)
     else:

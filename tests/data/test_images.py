@@ -117,7 +117,7 @@ def test_a_transparent_file_has_the_same_features_everywhere(background, cache, 
     order = loader.sample_order(opened, made.config.data, 0)
     transform = loader.Transform(made.config.data, tiny.SIZE, tokenizer.load("bytes"), tiny.LENGTH)
     rows = next(iter(loader.batches(order, transform, batch=8, start=0, stop=1, seed=0)))["image"]
-    numbers = [order.place(position)[1] for position in range(8)]
+    numbers = [order.locate(position)[1] for position in range(8)]
     expected = np.stack([model.prepare(paths[number]) for number in numbers]).astype(int)
     if background == images.WHITE:
         assert np.array_equal(rows, expected)

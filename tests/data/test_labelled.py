@@ -1,7 +1,7 @@
 import dataclasses
 import json
+import operator
 import os
-import pickle
 
 import numpy as np
 import PIL.Image
@@ -10,7 +10,7 @@ import torchvision
 
 from tests.helpers import tiny
 from xclip_jax.core.errors import BadSample, UserError
-from xclip_jax.data import labelled, loader, sources
+from xclip_jax.data import base, labelled, loader, sources
 from xclip_jax.data.readers import tfds
 from xclip_jax.train import trainer
 
@@ -235,8 +235,9 @@ def test_a_record_is_read_once_for_its_item_and_label():
             return super().__getitem__(index)
 
     records = Records([{"image": b"x", "label": 1}, {"image": b"y", "label": 0}])
-    fields = labelled.Field(records, "image"), labelled.Field(records, "label")
-    source = labelled.Labelled("image", *fields, ["a", "b"], identity=("set",))
+    fields = base.field(records, "image"), base.field(records, "label")
+    both = operator.itemgetter("image", "label")
+    source = labelled.Labelled("image", *fields, ["a", "b"], identity=("set",), read=lambda i: both(records[i]))
     assert [(source[i]["image"], source[i]["label"]) for i in (0, 1)] == [(b"x", 1), (b"y", 0)] and Records.reads == 4
 
 
@@ -288,7 +289,7 @@ def test_the_tower_reads_what_the_source_has(tmp_path):
 
 
 def test_items_of_any_records_have_names():
-    assert labelled.item_name(labelled.Field([{"image": b""}], "image"), 0) == "record 0"
+    assert base.display_name(base.field([{"image": b""}], "image"), 0) == "record 0"
 
 
 def test_a_run_names_the_key_of_the_objective(tmp_path):
@@ -308,5 +309,4 @@ def test_decoded_images_keep_their_fingerprint(tmp_path):
     c = config(spec, cache=True)
     (source,) = loader.sample_order(sources.open_sources(c, 2), c, 0).sources
     assert isinstance(source, sources.Decoded)
-    again = pickle.loads(pickle.dumps(source))
-    assert source.fingerprint() == sources.open_labelled(spec).fingerprint() == again.fingerprint()
+    assert source.fingerprint() == sources.open_labelled(spec).fingerprint()

@@ -22,7 +22,7 @@ from xclip_jax.data import ledger
 from xclip_jax.core.errors import UserError
 from xclip_jax.processes import runtime as processes
 processes.join(False, sys.argv[2], 2, me := int(sys.argv[3]))
-book = ledger.Ledger(epath.Path(sys.argv[1]), max_bad_fraction=0.05)
+book = ledger.BadSampleLog(epath.Path(sys.argv[1]), max_bad_fraction=0.05)
 def entry(i):
     return {"position": i, "reason": "caption is empty", "source": 0, "index": i}
 book.add(8, 10 + me, [entry(5)] * me)
@@ -70,7 +70,7 @@ def test_processes_agree_and_the_first_one_writes(tmp_path):
 
 
 def test_each_bad_sample_is_written_once_and_counted_each_time(tmp_path):
-    book = ledger.Ledger(epath.Path(tmp_path), max_bad_fraction=1.0)
+    book = ledger.BadSampleLog(epath.Path(tmp_path), max_bad_fraction=1.0)
     for epoch in range(3):
         book.add(8 * (epoch + 1), 5, [entry(8 * epoch, index=3), entry(8 * epoch + 1, index=4)])
     book.sync(16)
@@ -86,7 +86,7 @@ def test_what_several_processes_load_counts_once(tmp_path, monkeypatch):
     """Four processes, of which 0 and 1, and 2 and 3, load the same rows."""
     gathered = [[0, 10, [entry(1)]], [0, 10, [entry(1) | {"detail": "here"}]], [1, 7, [entry(6)]], [1, 7, [entry(6)]]]
     monkeypatch.setattr(ledger, "_gather", lambda content: [content, *gathered[1:]])
-    book = ledger.Ledger(epath.Path(tmp_path), max_bad_fraction=1.0)
+    book = ledger.BadSampleLog(epath.Path(tmp_path), max_bad_fraction=1.0)
     book.add(8, 10, [entry(1)], 0)
     book.sync(8)
     assert book.counters == {"samples": 8, "tokens": 17, "bad": {"not an image": 2}}
@@ -118,7 +118,7 @@ def test_messages_of_processes_have_few_lengths(monkeypatch):
 
 
 def test_share_is_of_a_thousand_at_least(tmp_path):
-    book = ledger.Ledger(epath.Path(tmp_path), max_bad_fraction=0.05)
+    book = ledger.BadSampleLog(epath.Path(tmp_path), max_bad_fraction=0.05)
     book.add(8, 0, [entry(i) for i in range(50)])
     book.sync(8)
     book.check()
@@ -132,7 +132,9 @@ def test_share_is_of_a_thousand_at_least(tmp_path):
 
 def test_a_failure_after_long_good_data_is_noticed(tmp_path, monkeypatch):
     monkeypatch.setattr(ledger, "_WINDOW", 2000)
-    book = ledger.Ledger(epath.Path(tmp_path), max_bad_fraction=0.05, start=100_000, counters={"samples": 100_000})
+    book = ledger.BadSampleLog(
+        epath.Path(tmp_path), max_bad_fraction=0.05, start=100_000, counters={"samples": 100_000}
+    )
     for end in range(101_000, 105_000, 1000):  # 100 of 2,100 are not too many
         book.add(end, 0, [entry(end - i) for i in range(1, 51)])
         book.sync(end)
@@ -153,14 +155,14 @@ def test_the_first_bad_samples_are_listed_and_all_are_counted(tmp_path, monkeypa
     monkeypatch.setattr(ledger, "_MOST_LISTED", 3)
     for start in (0, 16):  # a run that resumes knows what is listed
         counters = {"samples": start, "bad": {"not an image": start // 2}}
-        book = ledger.Ledger(epath.Path(tmp_path), max_bad_fraction=1.0, start=start, counters=counters)
+        book = ledger.BadSampleLog(epath.Path(tmp_path), max_bad_fraction=1.0, start=start, counters=counters)
         for end in (start + 8, start + 16):
             book.add(end, 0, [entry(end - 2), entry(end - 1), entry(end - 3, index=6), entry(end - 4)])
             book.sync(end)
     assert [line["position"] for line in lines(tmp_path)] == [4, 5, 7]
     assert book.bad == 8 + 8
     monkeypatch.setattr(ledger, "_MOST_LISTED", 2)  # a file of an earlier version, without this limit
-    again = ledger.Ledger(epath.Path(tmp_path), max_bad_fraction=1.0, start=32)
+    again = ledger.BadSampleLog(epath.Path(tmp_path), max_bad_fraction=1.0, start=32)
     again.add(40, 0, [entry(33)])
     again.sync(40)
     assert [line["position"] for line in lines(tmp_path)] == [4, 5, 7]
@@ -168,7 +170,7 @@ def test_the_first_bad_samples_are_listed_and_all_are_counted(tmp_path, monkeypa
 
 def test_in_a_bucket_the_file_is_written_anew(tmp_path, monkeypatch):
     monkeypatch.setattr(storage, "is_remote", lambda _: True)
-    book = ledger.Ledger(epath.Path(tmp_path), max_bad_fraction=1.0)
+    book = ledger.BadSampleLog(epath.Path(tmp_path), max_bad_fraction=1.0)
     book.add(8, 0, [entry(1)])
     book.add(16, 0, [entry(9)])
     book.sync(8)
@@ -176,7 +178,7 @@ def test_in_a_bucket_the_file_is_written_anew(tmp_path, monkeypatch):
     book.file.close()
     assert [line["position"] for line in lines(tmp_path)] == [1, 9]
     counters = {"samples": 8, "bad": {"not an image": 1}}
-    again = ledger.Ledger(epath.Path(tmp_path), max_bad_fraction=1.0, start=8, counters=counters)
+    again = ledger.BadSampleLog(epath.Path(tmp_path), max_bad_fraction=1.0, start=8, counters=counters)
     assert [line["position"] for line in lines(tmp_path)] == [1]
     again.add(16, 0, [entry(9)])
     again.sync(16)

@@ -265,7 +265,7 @@ def test_folder(tmp_path):
     assert len(FolderSource(tmp_path / "pairs")) == 6  # not passed over, but for the ledger
     assert source.describe(1) == {"file": str(tmp_path / "pairs" / "001.png")}
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="contain 0 images"):
+    with pytest.raises(UserError, match="has 0 images"):
         FolderSource(tmp_path / "empty")
 
 

@@ -51,6 +51,6 @@ class JsonLines(SourceKind):
     """The source `my_lab.json_lines:JsonLines:PATH`."""
 
     @classmethod
-    def open(cls, rest, options, labels=False):
+    def open(cls, rest, options):
         """Open the pairs of the file `rest`."""
         return JsonLinesSource(rest, options)

@@ -66,9 +66,9 @@ def run(tmp_path, monkeypatch):
 
 def test_a_record_that_cannot_be_read_at_a_restart_is_said(run):
     first = run.start()
-    places = [first.order.place(i) for i in range(100)]
+    places = [first.order.locate(i) for i in range(100)]
     again = run.prepare()
-    assert again.fingerprints == first.fingerprints and [again.order.place(i) for i in range(100)] == places
+    assert again.fingerprints == first.fingerprints and [again.order.locate(i) for i in range(100)] == places
     for bad, what in ((run.held_out[1], "holdout holds out"), (run.twins[1], "spread_duplicate_captions spreads")):
         run.bad = bad
         with pytest.raises(
@@ -79,7 +79,7 @@ def test_a_record_that_cannot_be_read_at_a_restart_is_said(run):
             run.prepare()
     run.bad = run.trained[0]  # is in training, and has a caption of its own, in both cases
     again = run.prepare()
-    assert [again.order.place(i) for i in range(100)] == places
+    assert [again.order.locate(i) for i in range(100)] == places
     (fingerprint,) = json.loads(first.folder.data_file.read_text())
     assert fingerprint["samples"] == len(run.trained)  # and not those that are held out
 

@@ -20,7 +20,7 @@ from xclip_jax.config import schema
 from xclip_jax.config.schema import resolve
 from xclip_jax.core.errors import EXIT_RESUMABLE, UserError
 from xclip_jax.core.run_folder import RunReader
-from xclip_jax.data.ledger import Ledger
+from xclip_jax.data.ledger import BadSampleLog
 from xclip_jax.train import callbacks, job, log, trainer
 from xclip_jax.train.callbacks import Callback, Trackers
 from xclip_jax.train.training_folder import TrainingFolder
@@ -155,7 +155,7 @@ def test_process_0_alone_writes(process, calls, pairs, tmp_path, monkeypatch):
     prepared = job.Job(config, TrainingFolder(config.run)).prepare()
     (tmp_path / "run").mkdir()
     monkeypatch.setattr(jax, "process_index", lambda: process)
-    ledger = Ledger(tmp_path / "run", max_bad_fraction=1.0, start=0, counters=None)
+    ledger = BadSampleLog(tmp_path / "run", max_bad_fraction=1.0, start=0, counters=None)
     skipped = types.SimpleNamespace(file=ledger.file)
     logger = log.MetricLogger(prepared, 0, ledger, skipped, began=0.0)
     logger.show_report(0)

@@ -177,7 +177,7 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser = Parser(
         prog="xclip-jax check",
         description=__doc__.split("\n\n")[0],
-        epilog="\n".join(["sources:", *(f"  {spec:23} {meaning}" for spec, meaning in sources.usage().items())]),
+        epilog="\n".join(["sources:", *(f"  {spec:23} {meaning}" for spec, meaning in sources.PAIRS.items())]),
     )
     parser.add_argument(
         "source",

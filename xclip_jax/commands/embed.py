@@ -32,7 +32,7 @@ from absl import logging
 from etils import epath
 
 from xclip_jax import model as inference
-from xclip_jax.commands.inputs import IMAGES, REFUSED, Inputs, Lines, open_images
+from xclip_jax.commands.inputs import IMAGES, Inputs, Lines, open_images
 from xclip_jax.core import environment, storage
 from xclip_jax.core.console import format_duration, log0
 from xclip_jax.core.errors import BadSample, Parser, UserError, check_count, check_writable, exit_with_message
@@ -46,6 +46,7 @@ from xclip_jax.parallel import compiler
 
 PART = 4096  # rows that an interruption may lose
 _PROGRESS_SECONDS = 5
+_REFUSED = ("file cannot be read", "tar cannot be read")  # by a disk or store, whatever the content
 _FEW = 10  # items of a part that may be refused, whatever their share
 
 
@@ -67,7 +68,7 @@ def embed_images(
       read: returns content and caption of an image by its number, or raises `BadSample`; called in threads.
       n: number of images.
       size: images of a part.
-      threads: number of threads that read and decode; 0 for one a core.
+      threads: number of threads that read and decode; 0 for one per core.
     """
     black = np.zeros((model.size, model.size, 3), np.uint8)
 
@@ -81,7 +82,9 @@ def embed_images(
     # The threads read ahead while the device computes.
     with ThreadPrefetcher(make, n, threads=threads, window=2 * model.batch) as ahead:
         for start in range(0, n, size):
-            stop, rows, made = min(start + size, n), [], []
+            stop = min(start + size, n)
+            rows = []
+            made = []
             for first in range(start, stop, model.batch):
                 batch = [ahead[i] for i in range(first, min(first + model.batch, stop))]
                 rows.append(model.encode_prepared([image for image, _, _ in batch]))
@@ -114,13 +117,14 @@ def embed(model: inference.Model, sources: Mapping[str, Inputs], out: str, *, th
       model: embeds the items.
       sources: by modality, "image" or "text".
       out: file to write, .parquet or .npz.
-      threads: number of threads that read and decode; 0 for one a core.
+      threads: number of threads that read and decode; 0 for one per core.
 
     Raises:
       UserError: the file or its parts belong to other items or weights; another process writes the file; the disk or
         store refuses too many items; nothing could be embedded.
     """
-    path, folder = pathlib.Path(out), pathlib.Path(f"{out}.parts")
+    path = pathlib.Path(out)
+    folder = pathlib.Path(f"{out}.parts")
     plan = {key: value for key, value in model.card.items() if key not in ("checkpoint", "step", "commit")}
     plan |= {"part": PART, "weights": model.fingerprint()}
     plan |= {name: {"n": len(source), "digest": source.digest()} for name, source in sources.items()}
@@ -148,7 +152,8 @@ def _embed(
     model: inference.Model, modality: str, source: Inputs, out: pathlib.Path, threads: int
 ) -> list[pathlib.Path]:
     """Write the parts of a source that are missing; return the files of all."""
-    folder, starts = pathlib.Path(f"{out}.parts"), range(0, len(source), PART)
+    folder = pathlib.Path(f"{out}.parts")
+    starts = range(0, len(source), PART)
     files = [folder / f"{modality}-{start:09d}{out.suffix}" for start in starts]
     done = next((i for i, file in enumerate(files) if not file.exists()), len(files))
     if done:
@@ -182,7 +187,7 @@ def _check_refused(names: Sequence[str], bad: Mapping[int, BadSample], start: in
         row: error
         for row, error in bad.items()
         # A local file that was listed does not vanish from a disk that answers.
-        if error.reason in REFUSED or (error.reason == "file does not exist" and not storage.is_remote(names[row]))
+        if error.reason in _REFUSED or (error.reason == "no image file" and not storage.is_remote(names[row]))
     }
     if len(refused) > max(MAX_UNREADABLE * len(names), _FEW):
         row, error = next(iter(refused.items()))
@@ -241,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--texts", type=home, metavar="FILE", help="file with a text in each line")
     parser.add_argument("--out", type=home, required=True, help="local file to write, .parquet or .npz")
     parser.add_argument("--batch", type=int, default=32, help="items that are encoded at once")
-    parser.add_argument("--threads", type=int, default=0, help="threads that read and decode; 0 for one a core")
+    parser.add_argument("--threads", type=int, default=0, help="threads that read and decode; 0 for one per core")
     add_trust(parser)
     options = parser.parse_args(argv)
     logging.set_verbosity(logging.ERROR)

@@ -1,27 +1,21 @@
-"""Images and texts that embed and serve read: files, tars, tables, and lines of text."""
+"""Images and texts that embed and serve read: a source of images whose captions may be missing, and lines of text."""
 
-import errno
 import functools
 import glob
 import hashlib
 import os
 import pathlib
 import re
-from collections.abc import Sequence
 
-from xclip_jax import model as inference
 from xclip_jax.core import storage
 from xclip_jax.core.errors import BadSample, UserError, redact
 from xclip_jax.data import labelled, sources
-from xclip_jax.data.base import IMAGE_SUFFIXES, MAX_BYTES, SourceOptions, decode_text
-from xclip_jax.data.readers.folder import file_size
-from xclip_jax.data.readers.table import ColumnSource
+from xclip_jax.data.base import IMAGE_SUFFIXES, Source, SourceOptions, decode_text
+from xclip_jax.data.readers.folder import FolderSource
 from xclip_jax.data.readers.tar import TarSource
 from xclip_jax.evaluators.sets.own import query_columns
 
-REFUSED = ("file cannot be read", "tar cannot be read")  # by a disk or store, whatever the content
-IMAGES = "a folder; files: globs, ranges {00..12}, lists; tars; or a table: csv:, parquet:, hf:"  # for --help
-_TABLES = ("csv:", "parquet:", "hf:")
+IMAGES = "a folder; files: globs, ranges {00..12}, lists; tars; or a source: csv:, parquet:, hf:, ..."  # for --help
 
 
 def _readable(path: str) -> str:
@@ -30,121 +24,54 @@ def _readable(path: str) -> str:
 
 
 class Images:
-    """Image files, each with the first line of a .txt file of the same name, if there is one."""
+    """Images of a source, each with its first caption, "" for none."""
 
-    def __init__(self, paths: Sequence[str]) -> None:
-        self.paths = list(paths)
+    def __init__(self, source: Source, spec: str) -> None:
+        self.source = source
+        self._spec = spec
+        self._stamp = functools.lru_cache(_stamp)  # thousands of images may be in one tar
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.source)
+
+    @functools.cached_property
+    def _digest(self) -> str:
+        return self.source.fingerprint()["hash"]
 
     def name(self, index: int) -> str:
-        return _readable(self.paths[index])
+        """Return a file's path, TAR#KEY, or SPEC#ROW."""
+        place = self.source.describe(index)
+        if "tar" in place:
+            return f"{_readable(place['tar'])}#{place['key']}"
+        return _readable(place.get("file") or f"{self._spec}#{index}")
 
     def read(self, index: int) -> tuple[bytes, str]:
-        return inference.read(self.paths[index]), self.caption(index)
+        """Return image and caption, or raise `BadSample`."""
+        record = self.source[index]
+        return record["image"], next(iter(record["text"]), "")
 
-    def caption(self, index: int) -> str:
-        """Return the first line of a caption; "" for a missing or unusable one, and for images in buckets.
-
-        Raises:
-          BadSample: the disk does not give it.
-        """
-        path = pathlib.Path(self.paths[index]).with_suffix(".txt")
-        try:
-            if storage.is_remote(self.paths[index]) or not path.is_file():
-                return ""
-            content = storage.read(str(path), MAX_BYTES["text"])
-        except OSError as error:
-            if error.errno == errno.EFBIG:
-                return ""
-            raise storage.unreadable(error) from error
-        try:
-            return decode_text(content).strip().partition("\n")[0].strip()
-        except BadSample:
-            return ""
+    def caption(self, index: int, known: str) -> str:
+        """Return the caption of an image file as it is now; `known` for other sources, which `stamp` covers."""
+        return next(iter(self.source.captions(index)), "") if isinstance(self.source, FolderSource) else known
 
     def stamp(self, index: int) -> str:
-        """Return size and time of the local file of an image, by which a changed one is recognised."""
-        return _stamp(self.paths[index])
+        """Return size and time of the local file that has an image, or the digest of its table, to notice a change."""
+        if not isinstance(self.source, FolderSource | TarSource):
+            return self._digest
+        place = self.source.describe(index)
+        return self._stamp(place.get("tar") or place["file"])
 
     def digest(self) -> str:
         """Return a hash of names and sizes, also of captions; without times, which change when files are copied."""
-        digest = hashlib.blake2b(digest_size=16)
-        for path in self.paths:
-            files = path, pathlib.Path(path).with_suffix(".txt")
-            sizes = (0, 0) if storage.is_remote(path) else map(file_size, files)
-            digest.update(b"%s\n%d %d\n" % (os.fsencode(redact(path)), *sizes))
-        return digest.hexdigest()
-
-
-class Tars:
-    """Images in tars as img2dataset writes them, with their captions, if any."""
-
-    def __init__(self, pattern: str) -> None:
-        self.source = TarSource(pattern, captions=False)
-        self._stamp = functools.cache(_stamp)  # of thousands of images in one file
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def name(self, index: int) -> str:
-        tar, key = self.source.describe(index).values()
-        return f"{_readable(tar)}#{key}"
-
-    def read(self, index: int) -> tuple[bytes, str]:
-        try:
-            record = self.source[index]
-        except BadSample as error:
-            if error.reason in REFUSED:
-                raise
-            return self.source.image(index), ""
-        return record["image"], record["text"][0]
-
-    def stamp(self, index: int) -> str:
-        return self._stamp(self.source.describe(index)["tar"])
-
-    def digest(self) -> str:
-        return self.source.fingerprint()["hash"]
-
-
-class Rows:
-    """Images in a table, `csv:`, `parquet:` or `hf:`, with captions if the spec names their column.
-
-    `spec` is the table's, as in `parquet:/data/shop/test?image=photo&text=title`; images are in the column "image"
-    unless the spec names another one.
-    """
-
-    def __init__(self, spec: str) -> None:
-        self.spec, columns = query_columns(spec)
-        options = SourceOptions(image_key=columns.get("image", ["image"])[0], text_keys=columns.get("text", ()))
-        source = sources.open_pairs(sources.spec_from_path(self.spec), options)
-        if not isinstance(source, ColumnSource):
-            raise UserError(f"--images {spec!r} has no columns; name a table, csv:, parquet: or hf:.")
-        self.source, self._digest = source, source.fingerprint()["hash"]
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def name(self, index: int) -> str:
-        return _readable(self.source.images.path(index) or f"{self.spec}#{index}")
-
-    def read(self, index: int) -> tuple[bytes, str]:
-        return self.source.images.read(index)[0], self.caption(index)
-
-    def caption(self, index: int) -> str:
-        """Return the first caption of a row; "" for a row without captions, or with unusable ones."""
-        try:
-            return next((text for column in self.source.texts(index) for text in column), "")
-        except BadSample:
-            return ""
-
-    def digest(self) -> str:
-        """Return the hash of the table, which also changes with its rows' captions."""
         return self._digest
 
-    def stamp(self, index: int) -> str:
-        return self._digest
+
+def _stamp(path: str) -> str:
+    """Return size and time of a local file; "" for a missing one, and in buckets, where each costs a request."""
+    try:
+        return "" if storage.is_remote(path) else "{} {}".format(*storage.stat(path))
+    except OSError:
+        return ""
 
 
 class Lines:
@@ -175,34 +102,38 @@ class Lines:
         return self._digest
 
 
-def open_images(pattern: str) -> Images | Tars | Rows:
-    """Open the images of a folder or a table, or files that `storage.expand` lists: only tars, or no tars.
+def open_images(pattern: str) -> Images:
+    """Open the images of a source or table, a folder, or files that `storage.expand` lists: only tars, or no tars.
+
+    "?image=COLUMN&text=COLUMN" at the end of a table's name names its columns; without `text` it has no captions.
 
     Raises:
       UserError: no images.
     """
-    if pattern.startswith(_TABLES) or query_columns(pattern)[0].lower().endswith((".csv", ".tsv", ".parquet")):
-        return Rows(pattern)
+    spec, columns = query_columns(pattern)
+    if sources.is_spec(spec) or spec.lower().endswith((".csv", ".tsv", ".parquet")):
+        spec = sources.spec_from_path(spec)
+        texts = columns.get("text", ["text"] if spec.startswith("tar:") else [])
+    else:
+        spec = _files(pattern)
+        texts = ["text"]
+    options = SourceOptions(image_key=columns.get("image", ["image"])[0], text_keys=tuple(texts), captions=False)
+    return Images(sources.open_pairs(spec, options), spec)
+
+
+def _files(pattern: str) -> str:
+    """Return the spec of a folder or pattern of images or tars."""
     pattern = pattern if storage.is_remote(pattern) else os.path.expanduser(pattern)
-    folder = os.path.isdir(pattern)
-    files = labelled.images_in(pathlib.Path(pattern), (*IMAGE_SUFFIXES, ".tar")) if folder else storage.expand(pattern)
-    paths = list(map(str, files))
+    if not os.path.isdir(pattern):
+        paths = storage.expand(pattern)
+        tar_pattern = pattern
+    else:
+        paths = list(map(str, labelled.images_in(pathlib.Path(pattern), (*IMAGE_SUFFIXES, ".tar"))))
+        tar_pattern = os.path.join(re.sub("[{},]", "?", glob.escape(pattern)), "**", "*.[tT][aA][rR]")
     tars = sum(redact(path).lower().endswith(".tar") for path in paths)
-    if not paths:
-        raise UserError(f"--images {pattern!r} contains no image ({', '.join(IMAGE_SUFFIXES)}); name a glob of files.")
     if 0 < tars < len(paths):
         raise UserError(f"--images {pattern!r} names {tars} tars among {len(paths)} files; embed them separately.")
-    if folder and tars:
-        pattern = os.path.join(re.sub("[{},]", "?", glob.escape(pattern)), "**", "*.[tT][aA][rR]")
-    return Tars(pattern) if tars else Images(paths)
+    return f"tar:{tar_pattern}" if tars else f"folder:{pattern}"
 
 
-def _stamp(path: str) -> str:
-    """Return size and time of a local file; "" for a missing one, and in buckets, where each costs a request."""
-    try:
-        return "" if storage.is_remote(path) else "{} {}".format(*storage.stat(path))
-    except OSError:
-        return ""
-
-
-Inputs = Images | Tars | Rows | Lines  # `read` returns content and text of an item, or raises `BadSample`
+Inputs = Images | Lines  # `read` returns content and text of an item, or raises `BadSample`

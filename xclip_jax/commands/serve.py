@@ -34,7 +34,7 @@ from PIL import Image
 
 from xclip_jax import model as inference
 from xclip_jax.commands.embed import Progress, embed_images
-from xclip_jax.commands.inputs import IMAGES, Images, Rows, Tars, open_images
+from xclip_jax.commands.inputs import IMAGES, Images, open_images
 from xclip_jax.core import storage
 from xclip_jax.core.console import log0
 from xclip_jax.core.errors import BadSample, Parser, UserError, check_count, exit_with_message
@@ -89,10 +89,8 @@ class Index:
       names: labels for questions without any: the images' captions, or else the names of their folders.
     """
 
-    def __init__(self, model: Model, source: Images | Tars | Rows, embedded: Embedded) -> None:
-        self._model = model
-        self._source = source
-        self._lock = threading.Lock()
+    def __init__(self, model: Model, source: Images, embedded: Embedded) -> None:
+        self._model, self._source, self._lock = model, source, threading.Lock()
         self._numbers, self._texts, self._rows = embedded
         paths = [source.name(i) for i in self._numbers]
         start = os.path.commonprefix(paths).rfind("/") + 1  # noqa: RUF071 commonpath changes gs://
@@ -166,7 +164,7 @@ def make_index(model: Model, pattern: str, *, cache: str = "") -> Index:
     return Index(model, source, embed(model, source, folder / f"{key}.npz"))
 
 
-def embed(model: Model, source: Images | Tars | Rows, file: pathlib.Path) -> Embedded:
+def embed(model: Model, source: Images, file: pathlib.Path) -> Embedded:
     """Return the embeddings of images; compute the ones that `file` lacks, and store all.
 
     Raises:
@@ -214,15 +212,15 @@ def embed(model: Model, source: Images | Tars | Rows, file: pathlib.Path) -> Emb
     return Embedded(good, texts, np.stack([known[ids[i]][1] for i in good]))
 
 
-def _caption(source: Images | Tars | Rows, index: int, known: str) -> str:
+def _caption(source: Images, index: int, known: str) -> str:
     """Return a caption, of a file as it is now; in a tar it changes with the tar."""
     try:
-        return source.caption(index) if isinstance(source, Images) else known
+        return source.caption(index, known)
     except BadSample:
         return known
 
 
-def _ids(source: Images | Tars | Rows) -> Iterator[str]:
+def _ids(source: Images) -> Iterator[str]:
     """Yield name, size and time of the file of each image, all different."""
     counts: collections.Counter = collections.Counter()
     for i in range(len(source)):

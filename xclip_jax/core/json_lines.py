@@ -1,4 +1,4 @@
-"""Files of one JSON object a line, which a run appends to, and a resumed run continues."""
+"""Files of one JSON object per line, which a run appends to, and a resumed run continues."""
 
 import contextlib
 import json
@@ -16,7 +16,7 @@ _REST, _LEAST_SECONDS, _MOST_SECONDS = 50, 60, 600
 
 
 class JsonLines:
-    """A file of one JSON object a line that a run appends to, and that a resumed run continues.
+    """A file of one JSON object per line that a run appends to, and that a resumed run continues.
 
     Objects in a bucket cannot grow: their lines are kept in memory, and all written again once in a while, more rarely
     the longer that takes.

@@ -20,11 +20,9 @@ from typing import Any
 
 from etils import epath
 
-from xclip_jax.core import web
 from xclip_jax.core.errors import BadSample, UserError, redact
 
 MOST_FILES = 1_000_000  # of one pattern
-_LISTED = 8  # files that a message names
 WEB_SECONDS = 120  # for one answer of a web server
 WAITS = (0.1, 1.0)  # seconds before a failed read is tried again
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
@@ -76,10 +74,14 @@ def os_errors(path: str) -> Iterator[None]:
             raise
         if getattr(error.__cause__, "status", None):  # fsspec says of any answer that there is no such file
             error = error.__cause__
-        status = next((x for key in ("status", "code") if isinstance(x := getattr(error, key, None), int)), 0)
-        slow = isinstance(error, TimeoutError) and scheme(path) in ("http", "https")  # after WEB_SECONDS
-        other = errno.EINVAL if 400 <= status < 500 else errno.ETIMEDOUT if slow else errno.EIO
-        number = getattr(error, "errno", None) or _NUMBERS.get(type(error)) or _NUMBERS.get(status, other)
+        status = getattr(error, "status", None) or getattr(error, "code", None)
+        if not isinstance(status, int):
+            status = 0
+        number = getattr(error, "errno", None) or _NUMBERS.get(type(error)) or _NUMBERS.get(status)
+        if not number and isinstance(error, TimeoutError) and scheme(path) in ("http", "https"):  # after WEB_SECONDS
+            number = errno.ETIMEDOUT
+        if not number:
+            number = errno.EINVAL if 400 <= status < 500 else errno.EIO
         message = f"{type(error).__name__}{f', status {status}' if status else ''}: {error}"
         message = getattr(error, "strerror", None) or message
         # For a remote file without the first error, whose traceback may have its address with a password.
@@ -89,12 +91,14 @@ def os_errors(path: str) -> Iterator[None]:
 def _read_remote(path: str, offset: int, size: int, *, whole: bool) -> bytes:
     """Return up to `size` bytes from `offset` of the file at a URL; with `whole` the server may send the whole file."""
     system, name = file_system(path)
-    options: dict[str, Any] = {"cache_type": "none"} if scheme(path) == "hf" else {}  # else it reads megabytes ahead
+    options: dict[str, Any] = {}
+    if scheme(path) == "hf":
+        options = {"cache_type": "none"}  # else it reads megabytes ahead
+    if scheme(path) in ("http", "https"):
+        headers = getattr(system, "kwargs", {}).get("headers", {}) | {"Accept-Encoding": "identity"}
+        options = {"timeout": WEB_SECONDS, "headers": headers}
     with os_errors(path):
-        if scheme(path) in ("http", "https"):
-            data = web.read(system, name, offset, size, WEB_SECONDS)
-        else:
-            data = system.cat_file(name, start=offset, end=offset + size, **options)
+        data = system.cat_file(name, start=offset, end=offset + size, **options)
     if len(data) > size and not whole:
         raise OSError(errno.EINVAL, "the server gives whole files only; download the file", path)
     return data[:size]
@@ -192,13 +196,19 @@ def _is_file(path: str) -> bool:
 
 
 def _glob(pattern: str) -> list[str]:
+    """Return the files that match, without folders; raise `UserError` for none."""
     if is_remote(pattern):
         system, path = file_system(pattern)
         with os_errors(pattern):
-            files = [name for name, info in system.glob(path, detail=True).items() if info.get("type") != "directory"]
+            infos = system.glob(path, detail=True)
         # As on a disk a glob passes over hidden names, such as the index of a tar, unless it asks for them.
-        return sorted(system.unstrip_protocol(name) for name in files if "/." in path or "/." not in name)
-    return sorted(path for path in glob.glob(pattern, recursive=True) if not os.path.isdir(path))
+        files = [name for name, info in infos.items() if info.get("type") != "directory"]
+        files = [system.unstrip_protocol(name) for name in files if "/." in path or "/." not in name]
+    else:
+        files = [path for path in glob.glob(pattern, recursive=True) if not os.path.isdir(path)]
+    if not files:
+        raise UserError(f"no file matches {pattern!r}; check the path.")
+    return sorted(files)
 
 
 def expand(pattern: str) -> list[str]:
@@ -214,32 +224,19 @@ def expand(pattern: str) -> list[str]:
     # Commas inside braces, which may have others inside, do not split.
     parts = [pattern] if _is_file(pattern) else re.split(r",(?![^{}]*(?:\{[^{}]*\}[^{}]*)*\})", pattern)
     names: dict[str, None] = {}
-    missing = []
     for part in filter(None, map(str.strip, parts)):
         for name in map(os.path.expanduser, [part] if _is_file(part) else _braces(part)):
-            exists = os.path.isfile(name)
-            if glob.has_magic(redact(name)) and not exists:  # a query is not a glob
-                if not (matches := _glob(name)):
-                    folder = os.path.dirname(name)
-                    files = ", ".join(sorted(os.listdir(folder))[:_LISTED]) if os.path.isdir(folder) else ""
-                    content = f"its folder has {files}" if files else "check the path, or list the folder"
-                    raise UserError(f"no file matches {name!r}; {content}.")
-                names |= dict.fromkeys(matches)
+            if glob.has_magic(redact(name)) and not os.path.isfile(name):  # a query is not a glob
+                names |= dict.fromkeys(_glob(name))
             else:
                 names[name] = None
-                if len(names) > MOST_FILES:
-                    raise UserError(f"{part!r} names more than {MOST_FILES:,} files; write a shorter range.")
-                missing += [] if exists or is_remote(name) else [name]
-    if missing and os.path.isdir(missing[0]):
-        raise UserError(
-            f"{missing[0]!r} is a folder, not a file; write folder:{missing[0]} for images with .txt files next "
-            f"to them, or a glob such as {os.path.join(missing[0], '*.tar')!r} for the files in it."
-        )
-    if missing:
-        several = f" ({len(missing)} of {len(names)} files are missing)" if len(names) > 1 else ""
-        raise UserError(f"no file or folder {missing[0]!r}{several}; check the path.")
+            if len(names) > MOST_FILES:
+                raise UserError(f"{part!r} names more than {MOST_FILES:,} files; write a shorter range.")
     if not names:
-        raise UserError(f"pattern {pattern!r} names no file; write a path, a range {{00000..00331}} or a glob.")
+        raise UserError(f"no file matches {pattern!r}; write a path, a range {{00000..00331}} or a glob.")
+    if missing := next((name for name in names if not (is_remote(name) or os.path.isfile(name))), None):
+        hint = f"it is a folder: write folder:{missing} or a glob" if os.path.isdir(missing) else "check the path"
+        raise UserError(f"no file or folder {missing!r}; {hint}.")
     return list(names)
 
 

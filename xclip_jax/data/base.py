@@ -6,15 +6,16 @@ Texts come from files, tables and JSON, in encodings, in quotes, and with string
 import abc
 import dataclasses
 import math
-import os
 import pathlib
 import re
 import urllib.parse
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import IO, Any, ClassVar
 
+import numpy as np
+
 from xclip_jax.core import storage
-from xclip_jax.core.errors import BadSample, UserError, redact
+from xclip_jax.core.errors import BadSample, UserError
 
 Record = dict[str, Any]
 
@@ -32,7 +33,7 @@ _COLUMNS = re.compile(rf"\?({_COLUMN}(?:&{_COLUMN})*)(?=/[^/]*$|$)")
 
 
 class Source(abc.ABC):
-    """Random access to image-text pairs. Several threads read it, and it is pickled for `data.workers`.
+    """Random access to image-text pairs, for several threads.
 
     A record has "image", encoded (bytes) or decoded (uint8 (h, w, 3)), "text", captions to draw from (list of strings,
     at least one), "tags", keywords (list of strings, may be empty), and "id", a name.
@@ -47,7 +48,7 @@ class Source(abc.ABC):
         """Return a record.
 
         Raises:
-          BadSample: it cannot be used. The ledger records it, and a random record of the source replaces it.
+          BadSample: it cannot be used. It is listed, and a random record of the source replaces it.
         """
 
     @abc.abstractmethod
@@ -59,13 +60,66 @@ class Source(abc.ABC):
         """
 
     def describe(self, index: int) -> dict[str, str]:
-        """Return what names a record to a person, such as {"file": its path}, for the ledger. It must not raise."""
+        """Return the record's place for people, such as {"file": its path}; must not raise."""
         return {}
 
 
-def name_of(source: Source, index: int) -> str:
-    """Return what names a record to a person, in one line: its description, or else its number."""
-    return ", ".join(map(str, source.describe(index).values())) or f"record {index}"
+class LazySequence(Sequence):
+    """A sequence of `n` items that `get` reads on access.
+
+    Attributes:
+      name: returns the name of an item for people.
+      sizes: returns name and size in bytes of all items, for fingerprints; None if they are unknown.
+    """
+
+    def __init__(
+        self,
+        n: int,
+        get: Callable[[int], Any],
+        name: Callable[[int], str] = "record {}".format,
+        sizes: Callable[[], Iterable[tuple[str, int]]] | None = None,
+    ) -> None:
+        self._n = n
+        self._get = get
+        self.name = name
+        self.sizes: Any = sizes
+
+    def __len__(self) -> int:
+        return self._n
+
+    def __getitem__(self, index: int) -> Any:  # ty: ignore[incompatible-method-override] no slices
+        if not 0 <= index < self._n:
+            raise IndexError(index)
+        return self._get(index)
+
+
+def display_name(items: Any, index: int) -> str:
+    """Return the name of an item for people: what a source says about the record, or a sequence's own `name`."""
+    if isinstance(items, Source):
+        return ", ".join(map(str, items.describe(index).values())) or f"record {index}"
+    name = getattr(items, "name", None)
+    return name(index) if callable(name) else f"record {index}"
+
+
+def field(source: Any, key: str) -> LazySequence:
+    """Return one feature of each record of a source, read on access."""
+    return LazySequence(len(source), lambda i: source[i][key], lambda i: display_name(source, i))
+
+
+def choose(items: Sequence[Any], positions: Sequence[int] | np.ndarray) -> LazySequence:
+    """Return the items at some positions of a sequence, read on access."""
+    all_sizes: Any = getattr(items, "sizes", None)
+
+    def sizes() -> list[tuple[str, int]]:
+        listed = list(all_sizes())
+        return [listed[position] for position in positions]
+
+    return LazySequence(
+        len(positions),
+        lambda i: items[positions[i]],
+        lambda i: display_name(items, positions[i]),
+        sizes if all_sizes else None,
+    )
 
 
 class WrappedSource(Source):
@@ -119,12 +173,16 @@ def split_columns(rest: str) -> tuple[str, dict[str, str]]:
 
 @dataclasses.dataclass(frozen=True)
 class SourceOptions:
-    """Keys of config group `data` that sources may use."""
+    """Keys of config group `data` that sources may use.
+
+    Without `captions` a source has images whose captions may be missing: "text" of these records is [].
+    """
 
     dir: str = ""
     image_key: str = "image"
     text_keys: Sequence[str] = ("text",)
     tags_key: str = ""
+    captions: bool = True
 
     @property
     def text_columns(self) -> list[str]:
@@ -138,33 +196,25 @@ class SourceOptions:
         return list(dict.fromkeys([self.image_key, *self.text_columns]))
 
 
-@dataclasses.dataclass(frozen=True)
-class Form:
-    """What specs of one form read, in words for error messages and --help; "" for nothing.
-
-    `pairs` describes sources of images with texts, `labels` sources of labelled items, and `splits` sources of labelled
-    items in several splits, each named SPEC/SPLIT.
-    """
-
-    pairs: str = ""
-    labels: str = ""
-    splits: str = ""
-
-
 class SourceKind:
     """A kind of sources, whose specs begin with its key in `sources.SOURCES` or with "package.module:Class".
 
-    `forms` are what specs look like, and what each reads; a kind without forms reads pairs. Labelled items are
-    `labelled_items`, "image" or "text". `suffixes` are endings of files that it reads, to suggest a spec for a path.
+    A kind overrides `open`, `open_labelled` or both, and `has_split` if its labelled items may have several splits,
+    each named SPEC/SPLIT.
+
+    Attributes:
+      extras: optional dependencies of this package (setup.py) that the kind needs.
+      labelled_items: "image" or "text".
+      suffixes: endings of its files, to suggest a spec for a path.
     """
 
-    forms: ClassVar[Mapping[str, Form]] = {}
+    extras: ClassVar[tuple[str, ...]] = ()
     labelled_items: ClassVar[str] = "image"
     suffixes: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
-    def open(cls, rest: str, options: SourceOptions, labels: bool = False) -> Source:
-        """Open image-text pairs, or with `labels` `labelled.Labelled`; `rest` is the spec after the kind's name.
+    def open(cls, rest: str, options: SourceOptions) -> Source:
+        """Open image-text pairs; `rest` is the spec after the kind's name.
 
         Raises:
           UserError: names what is wrong with `rest`, an option or a file.
@@ -172,24 +222,14 @@ class SourceKind:
         raise NotImplementedError
 
     @classmethod
-    def opens(cls, what: str) -> bool:
-        """Whether any form reads `what`: "pairs", "labels" or "splits"."""
-        return any(getattr(form, what) for form in cls.forms.values()) if cls.forms else what == "pairs"
-
-    @classmethod
-    def extras(cls, rest: str) -> tuple[str, ...]:
-        """Return the extras of this package (setup.py) that the source `rest` needs; nothing is opened."""
-        return ("hub",) if "hf://" in rest else ()
+    def open_labelled(cls, rest: str, options: SourceOptions) -> Any:
+        """Open labelled items as `labelled.Labelled`; arguments and errors are those of `open`."""
+        raise NotImplementedError
 
     @classmethod
     def has_split(cls, rest: str, split: str, options: SourceOptions) -> bool:
-        """Whether the source `rest` has a split of this name; called only for kinds that read splits."""
-        return False
-
-    @classmethod
-    def reads(cls, path: str) -> bool:
-        """Whether a path without a prefix is most likely of this kind."""
-        return redact(path).lower().endswith(cls.suffixes) and not os.path.isdir(path)
+        """Whether the source `rest` has a split of this name."""
+        raise NotImplementedError
 
 
 def decode_text(data: bytes) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 from xclip_jax.core.console import show
 from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.data import records
-from xclip_jax.data.base import Record, Source, WrappedSource, name_of
+from xclip_jax.data.base import Record, Source, WrappedSource, display_name
 from xclip_jax.data.config import DataConfig
 
 _MANY = 100_000  # for more pairs, a line announces that they are read
@@ -54,13 +54,14 @@ class NoisyCaptions(WrappedSource):
         self.donors = donors
 
     def __getitem__(self, index: int) -> Record:
-        record, donor = self.source[index], int(self.donors[index])
+        record = self.source[index]
+        donor = int(self.donors[index])
         if donor == index:
             return record
         try:
             other = self.source[donor]
         except BadSample as error:
-            place = name_of(self.source, donor)
+            place = display_name(self.source, donor)
             raise BadSample("the pair whose captions it has is bad", f"{place}: {error}") from error
         return record | {"text": other["text"], "tags": other["tags"]}
 
@@ -150,8 +151,10 @@ def find(spec: str, source: Source, share: float, config: DataConfig) -> Pairs:
             held = (record["text"], digits) if is_held_out(digits, share) else None
             return hash(tuple(record["text"])), held
 
-        places, threads = ((source, index) for index in range(len(source))), min(config.threads, records.MAX_THREADS)
-        captions_of, held = array.array("q"), []
+        places = ((source, index) for index in range(len(source)))
+        threads = min(config.threads, records.MAX_THREADS)
+        captions_of = array.array("q")
+        held = []
         for index, result in enumerate(records.read_each(places, take, timeout=config.read_timeout, threads=threads)):
             if isinstance(result, BadSample):
                 continue
@@ -159,7 +162,8 @@ def find(spec: str, source: Source, share: float, config: DataConfig) -> Pairs:
             if result[1] is not None:
                 held.append((index, *result[1]))
         captions, hashes = [texts for _, texts, _ in held], [digits for *_, digits in held]
-        bad, repeats = len(source) - len(captions_of), records.repeated_share(np.array(captions_of))
+        bad = len(source) - len(captions_of)
+        repeats = records.repeated_share(np.array(captions_of))
         _known[key] = Pairs(np.array([i for i, *_ in held], int), captions, hashes, bad, repeats)
     return _known[key]
 
@@ -169,10 +173,10 @@ class TrainingPart(Subset):
 
     def __init__(self, source: Source, held_out: Pairs) -> None:
         super().__init__(source, np.setdiff1d(np.arange(len(source)), held_out.indices))
-        self._outcome = records.outcome(held_out.indices, held_out.bad)
+        self._outcome = records.reading_digest(held_out.indices, held_out.bad)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return the source's fingerprint with the number of training pairs, and `records.outcome` of the others."""
+        """Return the source's fingerprint with the number of training pairs, and a digest of the others."""
         return super().fingerprint() | {"samples": len(self), "data.holdout": self._outcome}
 
 
@@ -181,7 +185,8 @@ def training_part(specs: Iterable[str], opened: Iterable[Source], config: DataCo
     parts, held_out, total = [], 0, 0
     for spec, source in zip(specs, opened, strict=True):
         pairs = find(spec, source, config.holdout, config)
-        held_out, total = held_out + len(pairs.indices), total + len(source)
+        held_out += len(pairs.indices)
+        total += len(source)
         parts.append(TrainingPart(source, pairs))
     if not held_out or any(not len(part) for part in parts):
         what = "none" if not held_out else "all pairs of a source"

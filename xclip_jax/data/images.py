@@ -30,7 +30,8 @@ def to_rgb(image: Image.Image, background: str) -> Image.Image:
             values[clear] = 255
         return Image.fromarray(values.astype(np.uint8)).convert("RGB")
     if image.has_transparency_data and background == WHITE:
-        image, canvas = image.convert("RGBA"), Image.new("RGB", image.size, "white")
+        image = image.convert("RGBA")
+        canvas = Image.new("RGB", image.size, "white")
         canvas.paste(image, mask=image)
         return canvas
     if image.mode == "P" and "transparency" in image.info:

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from xclip_jax.core.errors import BadSample
 from xclip_jax.data import images, loader, records, transforms
 from xclip_jax.data.base import Record, Source
-from xclip_jax.data.ledger import Ledger
+from xclip_jax.data.ledger import BadSampleLog
 
 FEWEST = 8  # pairs that the recipe small requires
 _BATCH = 32  # rows of the batches that `read_batches` reads: few, so that every thread soon finishes one
@@ -89,7 +89,7 @@ def read_batches(
     busy = 2 * data.workers * loader.WORKER_BUFFER if data.workers else data.threads + data.buffer
     order = loader.sample_order(sources, data, seed)
     with tempfile.TemporaryDirectory() as scratch:
-        ledger = Ledger(epath.Path(scratch), max_bad_fraction=1.0)
+        ledger = BadSampleLog(epath.Path(scratch), max_bad_fraction=1.0)
         batches = loader.batches(order, transform, batch=rows, start=0, stop=1 << 30, seed=seed, ledger=ledger)
         began = start = time.perf_counter()
         first, texts, count = 0, [], 0
@@ -127,7 +127,8 @@ def write_sheet(samples: Sequence[Sample], source: Source, path: str) -> int:
     line = 13
     height = _TILE + _LINES * line + 8
     page = Image.new("RGB", (_COLUMNS * _TILE, -(-len(chosen) // _COLUMNS) * height), "white")
-    pen, font = ImageDraw.Draw(page), ImageFont.load_default(10)
+    pen = ImageDraw.Draw(page)
+    font = ImageFont.load_default(10)
     for i, (sample, picture) in enumerate(chosen):
         x, y = i % _COLUMNS * _TILE, i // _COLUMNS * height
         page.paste(picture, (x + 2, y + 2))

@@ -4,67 +4,14 @@ import hashlib
 import os
 import pathlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from xclip_jax.core import storage
 from xclip_jax.core.errors import UserError, first_line
-from xclip_jax.data.base import IMAGE_SUFFIXES, MAX_BYTES, Record, Source, name_of, read_csv
-
-
-def item_name(items: Sequence[Any], index: int) -> str:
-    """Return what names one of `items` to a person: its file if they know it, else its number."""
-    name = getattr(items, "name", None)
-    return name(index) if callable(name) else f"record {index}"
-
-
-class Field(Sequence):
-    """One feature of each record of a data source."""
-
-    def __init__(self, source: Any, key: str) -> None:
-        self._source, self._key = source, key
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def __getitem__(self, index: int) -> Any:  # ty: ignore[incompatible-method-override] no slices
-        return self._source[index][self._key]
-
-    def with_other(self, other: "Field", index: int) -> tuple[Any, Any]:
-        """Return an item and the same record's `other` feature; a record is read once if both share a source."""
-        if self._source is not other._source:
-            return self[index], other[index]
-        record = self._source[index]
-        return record[self._key], record[other._key]
-
-    def name(self, index: int) -> str:
-        """Return what names the record to a person."""
-        return name_of(self._source, index) if isinstance(self._source, Source) else f"record {index}"
-
-
-class Chosen(Sequence):
-    """The items at some positions of a sequence, read on access."""
-
-    def __init__(self, items: Sequence[Any], positions: Sequence[int] | np.ndarray) -> None:
-        self._items, self._positions = items, positions
-
-    def __len__(self) -> int:
-        return len(self._positions)
-
-    def __getitem__(self, index: int) -> Any:  # ty: ignore[incompatible-method-override] no slices
-        return self._items[self._positions[index]]
-
-    def name(self, index: int) -> str:
-        """Return what names the item to a person."""
-        return item_name(self._items, self._positions[index])
-
-    def sizes(self) -> Iterator[tuple[str, int]]:
-        """Yield the name and size of each item, if the sequence yields those of its items."""
-        items: Any = self._items
-        sizes = list(items.sizes())
-        return (sizes[position] for position in self._positions)
+from xclip_jax.data.base import IMAGE_SUFFIXES, MAX_BYTES, LazySequence, Record, Source, display_name, read_csv
 
 
 def file_size(path: str | os.PathLike) -> int:
@@ -75,26 +22,19 @@ def file_size(path: str | os.PathLike) -> int:
         return -1
 
 
-class Paths(Sequence):
+class Paths(LazySequence):
     """Encoded images in files of this machine, read on access."""
 
     def __init__(self, paths: Sequence[pathlib.Path], root: pathlib.Path | None = None) -> None:
-        """`root` is the folder that the files belong to."""
-        self.paths, self.root = paths, root
+        """Hold the paths; names in fingerprints are relative to `root`."""
+        self.paths = paths
+        self.root = root
+        super().__init__(len(paths), self._image, lambda i: str(paths[i]), self._listed)
 
-    def name(self, index: int) -> str:
-        """Return the path."""
-        return str(self.paths[index])
+    def _listed(self) -> Iterator[tuple[str, int]]:
+        return ((str(path).removeprefix(str(self.root or "")), file_size(path)) for path in self.paths)
 
-    def sizes(self) -> Iterator[tuple[str, int]]:
-        """Yield the path of each file below `root`, and its size in bytes, -1 if it is unreadable."""
-        for path in self.paths:
-            yield str(path).removeprefix(str(self.root or "")), file_size(path)
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> bytes:  # ty: ignore[incompatible-method-override] no slices
+    def _image(self, index: int) -> bytes:
         try:
             return storage.read(str(self.paths[index]), MAX_BYTES["image"])
         except OSError as error:
@@ -102,7 +42,7 @@ class Paths(Sequence):
 
 
 def read_files(name: str, path: pathlib.Path) -> tuple[Paths, np.ndarray, list[str]]:
-    """Return images, labels and class names of a folder with one sub-folder a class, or a CSV file of path and label.
+    """Return images, labels and class names of a folder with one sub-folder per class, or a CSV file of path and label.
 
     A folder is read as torchvision's ImageFolder reads it. In a CSV file each distinct label is a class, in the order
     of letters or, if all are integers, of numbers. Labels with | between them are several labels of one image; they
@@ -150,7 +90,8 @@ def _leads_back(folder: pathlib.Path, root: str, name: str) -> bool:
     """Whether a folder in `root` is a link back, on the way from `folder` or above it: its files would come again."""
     if not os.path.islink(os.path.join(root, name)):
         return False
-    real, path = os.path.realpath(os.path.join(root, name)), pathlib.Path(root)
+    real = os.path.realpath(os.path.join(root, name))
+    path = pathlib.Path(root)
     way = [path, *(parent for parent in path.parents if parent == folder or folder in parent.parents)]
     return any(os.path.commonpath([real, os.path.realpath(place)]) == real for place in way)
 
@@ -158,7 +99,8 @@ def _leads_back(folder: pathlib.Path, root: str, name: str) -> bool:
 def _read_table(name: str, path: pathlib.Path) -> tuple[Paths, np.ndarray, list[str]]:
     try:
         table = read_csv(str(path), ("path", "label"))
-        places, cells = table["path"].to_pylist(), table["label"].to_pylist()
+        places = table["path"].to_pylist()
+        cells = table["label"].to_pylist()
     except UserError:
         raise
     except Exception as error:  # the class depends on the fault
@@ -210,10 +152,23 @@ class Labelled(Source):
         names: Sequence[str],
         metrics: Sequence[str] = ("top1",),
         identity: Sequence[str] = (),
+        read: Callable[[int], tuple[Any, Any]] | None = None,
     ) -> None:
-        """`labels` may read them on access; without `identity` it follows from the items and labels."""
-        self.key, self.items, self.names, self.metrics = key, items, list(names), metrics
-        self._labels, self._identity = labels, list(identity)
+        """Hold the items and labels, which may be read on access.
+
+        Args:
+          key, items, names, metrics: see the attributes.
+          labels: number of each item's class, or bool (n, classes).
+          identity: identifies the items; by default it follows from them and the labels.
+          read: returns an item and its label, if one access gives both.
+        """
+        self.key = key
+        self.items = items
+        self.names = list(names)
+        self.metrics = metrics
+        self._labels = labels
+        self._identity = list(identity)
+        self._read = read
         self.multilabel = isinstance(labels, np.ndarray) and labels.ndim > 1
 
     def __len__(self) -> int:
@@ -226,7 +181,8 @@ class Labelled(Source):
         return self._labels
 
     def describe(self, index: int) -> dict[str, str]:
-        return {"file": item_name(self.items, index)} if hasattr(self.items, "sizes") else {"row": str(index)}
+        in_files = getattr(self.items, "sizes", None)
+        return {"file": display_name(self.items, index)} if in_files else {"row": str(index)}
 
     def fingerprint(self) -> dict[str, Any]:
         """Return a hash of the identity; without one, of labels and texts, or of labels and files' names and sizes."""
@@ -247,10 +203,7 @@ class Labelled(Source):
         return "" if isinstance(self.items, Paths) or self.key == "text" else self.fingerprint()["hash"]
 
     def __getitem__(self, index: int) -> Record:
-        if isinstance(self.items, Field) and isinstance(self._labels, Field):
-            item, label = self.items.with_other(self._labels, index)
-        else:
-            item, label = self.items[index], self._labels[index]
+        item, label = self._read(index) if self._read else (self.items[index], self._labels[index])
         fields = {"image": item} if self.key == "image" else {"text": [item], "tags": []}
         return fields | {"label": label, "id": str(index)}
 
@@ -290,7 +243,7 @@ def check_sources(
 
     Raises:
       MismatchError: another number of classes, or the other modality.
-      UserError: one class, several classes an image, or classes that differ between sources.
+      UserError: one class, several classes per image, or classes that differ between sources.
     """
     for spec, source in zip(specs, sources, strict=True):
         check_one_class(spec, source)

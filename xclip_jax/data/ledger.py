@@ -1,4 +1,4 @@
-"""Ledger of bad samples: each is recorded with its reason, and too many of them stop the run."""
+"""The log of bad samples: each is recorded with its reason, and too many of them stop the run."""
 
 import collections
 import json
@@ -52,7 +52,7 @@ def _distinct(gathered: Sequence[tuple[int, int, list[Entry]]]) -> list[tuple[in
     return list(records.values())
 
 
-class Ledger:
+class BadSampleLog:
     """Counts the samples that a run reads, and writes bad_samples.jsonl: each bad sample once, with its reason.
 
     A line is {"position": in the run's order, "reason", "detail", "source": its number, "index"} and the source's
@@ -72,7 +72,8 @@ class Ledger:
         An interrupted run's lines for later samples are removed. A larger share of bad samples than `max_bad_fraction`
         stops the run.
         """
-        self.path, self.max_bad_fraction = RunReader(folder).bad_samples_file, max_bad_fraction
+        self.path = RunReader(folder).bad_samples_file
+        self.max_bad_fraction = max_bad_fraction
         self.counters: dict[str, Any] = {"samples": 0, "tokens": 0, "bad": {}} | dict(counters or {})
         self._pending: collections.deque[tuple[int, int, list[Entry]]] = collections.deque()
         self._part = jax.process_index()

@@ -72,7 +72,8 @@ class LengthGroups:
         """Return the mean of `of_length` over texts, each as long as its group."""
         total, start = 0.0, 0.0
         for tokens, share in self.cuts:
-            total, start = total + (share - start) * of_length(min(tokens, context)), share
+            total += (share - start) * of_length(min(tokens, context))
+            start = share
         return total + (1 - start) * of_length(context)
 
 

@@ -22,7 +22,7 @@ from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.data import images, records, sources, transforms
 from xclip_jax.data.base import Record, Source
 from xclip_jax.data.config import DataConfig
-from xclip_jax.data.ledger import Entry, Ledger
+from xclip_jax.data.ledger import BadSampleLog, Entry
 from xclip_jax.data.tokenizer import Tokenizer
 from xclip_jax.parallel.mesh import batch_sharding
 
@@ -104,21 +104,21 @@ class SampleOrder:
     """The endless sequence of a run's samples; item i is the record at position i of the run.
 
     Element i of `places` is (number of the source, index in it), and depends only on the seed and i. If equal captions
-    are spread, `captions` has `records.outcome` of each source's groups.
+    are spread, `captions` has `records.reading_digest` of each source's groups.
     """
 
     sources: Sequence[Source]
     places: grain.MapDataset
     captions: Sequence[Mapping[str, Any]] = ()
 
-    def place(self, position: int) -> tuple[int, int]:
+    def locate(self, position: int) -> tuple[int, int]:
         """Return the number of the source, and the index in it, at a position of the run."""
         place = self.places[position]
         assert place is not None  # Grain's None means that an element was filtered out
         return place
 
     def __getitem__(self, position: int) -> Record:
-        number, index = self.place(position)
+        number, index = self.locate(position)
         return self.sources[number][index]
 
 
@@ -133,10 +133,8 @@ class _SpreadDuplicates:
         self.groups, self.seed = groups, seed
         # Threads read batches of several epochs if these are short.
         size = max(2, _CACHED_PLACES // len(groups))
-        self._cached_order, self._lock = functools.lru_cache(maxsize=size)(self._order), threading.Lock()
-
-    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
-        return _SpreadDuplicates, (self.groups, self.seed)
+        self._cached_order = functools.lru_cache(maxsize=size)(self._order)
+        self._lock = threading.Lock()
 
     def __call__(self, position: int, _: Any = None) -> int:
         epoch, offset = divmod(position, len(self.groups))
@@ -144,7 +142,8 @@ class _SpreadDuplicates:
             return int(self._cached_order(epoch)[offset])
 
     def _order(self, epoch: int) -> np.ndarray:
-        n, rng = len(self.groups), np.random.default_rng((self.seed, epoch))
+        n = len(self.groups)
+        rng = np.random.default_rng((self.seed, epoch))
         sizes = np.bincount(self.groups)
         shuffled = rng.permutation(n)
         grouped = shuffled[np.argsort(self.groups[shuffled], kind="stable")]
@@ -154,7 +153,7 @@ class _SpreadDuplicates:
 
 
 def _caption_groups(opened: Sequence[Source], config: DataConfig) -> tuple[np.ndarray, list[dict[str, Any]]]:
-    """Return the group of each record of all sources, int (n,), and `records.outcome` of each source.
+    """Return the group of each record of all sources, int (n,), and `records.reading_digest` of each source.
 
     Records of one group have equal captions.
     """
@@ -170,7 +169,7 @@ def _caption_groups(opened: Sequence[Source], config: DataConfig) -> tuple[np.nd
         key = ("", str(len(groups))) if isinstance(captions, BadSample) else captions
         groups.append(numbers.setdefault(key, len(numbers)))
     ends = list(itertools.accumulate(map(len, opened), initial=0))
-    outcomes = [records.outcome(np.array(groups[a:b]), sum(bad[a:b])) for a, b in itertools.pairwise(ends)]
+    outcomes = [records.reading_digest(np.array(groups[a:b]), sum(bad[a:b])) for a, b in itertools.pairwise(ends)]
     return np.array(groups), outcomes
 
 
@@ -219,10 +218,11 @@ class _Reader:
     rngs: grain.experimental.RngPool
 
     def __call__(self, g: int) -> Batch:
-        batch, bad = self._empty(), []
+        batch = self._empty()
+        bad = []
         for start in range(0, len(self.rows), READ_GROUP):
             positions = [g * self.batch + row for row in self.rows[start : start + READ_GROUP]]
-            places = [self.order.place(position) for position in positions]
+            places = [self.order.locate(position) for position in positions]
             read = self._read(places)
             rngs = [self.rngs.acquire_rng(position) for position in positions]
             for i, (position, place, record, rng) in enumerate(zip(positions, places, read, rngs, strict=True), start):
@@ -260,7 +260,7 @@ class _Reader:
                 bad.append({"reason": reason.reason, "detail": reason.detail} | description)
             index = int(rng.integers(len(source)))
             (record,) = self._read([(number, index)])
-        bad[-1]["last"] = MAX_RESAMPLES  # `Ledger.add` stops the run; a worker's error would be lost
+        bad[-1]["last"] = MAX_RESAMPLES  # `BadSampleLog.add` stops the run; a worker's error would be lost
         for values in row.values():
             values[:] = 0
         return bad
@@ -277,7 +277,7 @@ def batches(
     host: int = 0,
     hosts: int = 1,
     shards: Sequence[int] = (),
-    ledger: Ledger | None = None,
+    ledger: BadSampleLog | None = None,
 ) -> Generator[Batch]:
     """Yield this host's rows of the global batches number `start` to `stop` - 1, with the transform's `fields`.
 

@@ -100,7 +100,8 @@ def read_each(
     def work(chunk: Sequence[tuple[Source, int]]) -> list[T | BadSample]:
         return [taken(record) for record in read_all(chunk, timeout)]
 
-    remaining, waiting = iter(places), collections.deque()
+    remaining = iter(places)
+    waiting = collections.deque()
     with thread_pool(threads) as pool:
         while chunk := list(itertools.islice(remaining, _CHUNK)):
             waiting.append(pool.apply_async(work, (chunk,)))
@@ -110,7 +111,7 @@ def read_each(
             yield from waiting.popleft().get()
 
 
-def outcome(numbers: np.ndarray, unreadable: int) -> dict[str, Any]:
+def reading_digest(numbers: np.ndarray, unreadable: int) -> dict[str, Any]:
     """Return JSON that is equal for two readings of a source whose `numbers` give a run the same order."""
     digest = hashlib.blake2b(np.ascontiguousarray(numbers, "<i8").tobytes(), digest_size=8).hexdigest()
     return {"digest": digest, "unreadable": unreadable}
@@ -143,7 +144,7 @@ def cores() -> int:
 
 
 def thread_pool(threads: int = 0) -> multiprocessing.pool.ThreadPool:
-    """Return a pool of `threads`, 0 for one a core, for which Python's exit does not wait.
+    """Return a pool of `threads`, 0 for one per core, for which Python's exit does not wait.
 
     It does wait for the threads of concurrent.futures, forever if a disk does not answer.
     """
@@ -157,14 +158,15 @@ class ThreadPrefetcher(Sequence):
     """
 
     def __init__(self, make: Callable[[int], Any], n: int, *, threads: int = 0, window: int = 256) -> None:
-        """Compute `make` of the indices below `n` in threads, 0 for one a core; work starts with the first access.
+        """Compute `make` of the indices below `n` in threads, 0 for one per core; work starts with the first access.
 
         Up to `window` items are computed ahead; accesses within it may be in any order.
         """
         self._make, self._n, self._window = make, n, window
         self._pool = thread_pool(threads)
         self._results: dict[int, multiprocessing.pool.AsyncResult[Any]] = {}
-        self._next, self._lock = 0, threading.Lock()
+        self._next = 0
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return self._n

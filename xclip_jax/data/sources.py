@@ -6,14 +6,15 @@ name. A kind of another package is package.module:Class, as in "my_lab.sources:J
 
 import contextlib
 import glob
+import inspect
 import math
 import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
-from xclip_jax.core.errors import BadSample, UserError
-from xclip_jax.core.imports import LazyClassTable, import_class
+from xclip_jax.core.errors import BadSample, UserError, redact
+from xclip_jax.core.imports import LazyClassTable
 from xclip_jax.data import holdout, images, labelled
 from xclip_jax.data.base import MissingColumnError, Record, Source, SourceKind, SourceOptions, WrappedSource
 from xclip_jax.data.config import DataConfig
@@ -32,10 +33,41 @@ SOURCES: Mapping[str, type[SourceKind]] = LazyClassTable(
         "glue": f"{READERS}.glue:GlueTasks",
         "wds": f"{READERS}.wds:Wds",
         "hf": f"{READERS}.hub:HubSets",
-        "published": f"{READERS}.published:PublishedPairs",
+        "published": f"{READERS}.known_corpora:KnownCorpora",
     },
 )
 OF_ANOTHER_PACKAGE = "package.module:Class:REST"
+# {form of spec: what it reads} for messages and --help: image-text pairs, labelled items, and labelled items in several
+# splits, each named SPEC/SPLIT.
+PAIRS = {
+    "tar:PATTERN": "tars of KEY.jpg (or another image) with KEY.txt or KEY.json",
+    "folder:PATH": "images, sub-folders too, each with a .txt file of the same name: one caption per line",
+    "csv:PATTERN": "tables with columns of image paths and captions, between commas, ; or tabs",
+    "parquet:PATTERN": "tables of images or paths and captions",
+    "array_record:PATTERN": "serialized tf.train.Example in ArrayRecord files",
+    "tfds:NAME/SPLIT": "a prepared data set of TensorFlow Datasets",
+    "demo:SPLIT": "a split of the demo's emoji, prepared on first use",
+    "hf:ORG/NAME/SPLIT": "a data set of the Hugging Face Hub, columns of images and captions",
+    "published:NAME": "a copy on the Hugging Face Hub of cc3m, cc12m or yfcc15m",
+}
+LABELS = {
+    "folder:PATH": "images, one sub-folder per class",
+    "csv:PATH": "a table with the columns path and label",
+    "parquet:PATTERN": "tables of images and classes",
+    "tfds:NAME/SPLIT": "a prepared data set of TensorFlow Datasets with features image and label",
+    "glue:TASK/SPLIT": "a task of GLUE, from TFDS",
+    "glue:TASK@FOLDER/SPLIT": "a task of GLUE, from its published files",
+    "wds:PATH": "tars in clip_benchmark's layout",
+    "wds:hf:ORG/NAME": "the same on the Hugging Face Hub",
+    "hf:ORG/NAME/SPLIT": "a data set of the Hugging Face Hub, columns of images and classes",
+}
+SPLITS = {
+    "folder:PATH": "images, one sub-folder per split, in it one per class",
+    "parquet:FOLDER": "tables of images and classes, SPLIT.parquet or SPLIT-*.parquet",
+    "tfds:NAME": LABELS["tfds:NAME/SPLIT"],
+    "wds:PATH": LABELS["wds:PATH"],
+    "hf:ORG/NAME": LABELS["hf:ORG/NAME/SPLIT"],
+}
 
 _IMPORTED = re.compile(r"(?P<class>[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*)(?::(?P<rest>.*))?", re.S)
 
@@ -60,8 +92,11 @@ def spec_from_path(text: str) -> str:
         return text
     if os.path.isdir(path) and glob.glob(os.path.join(glob.escape(path), "*.tar")):
         return f"tar:{text}"
-    if kinds := [name for name, kind in SOURCES.items() if kind.reads(path)]:
-        return f"{kinds[0]}:{text}"
+    if os.path.isdir(path):
+        return f"folder:{text}"
+    for name, kind in SOURCES.items():
+        if redact(path).lower().endswith(kind.suffixes):
+            return f"{name}:{text}"
     if os.path.exists(path):
         raise UserError(
             f"{text!r} is a file of no known kind; name its folder, or write csv:FILE for a table of image "
@@ -79,7 +114,8 @@ def parse(text: str) -> SourceSpec:
     prefix, colon, rest = text.partition(":")
     if colon and prefix in SOURCES:
         if not rest:
-            raise UserError(f"source {text!r} ends after its type; write {', '.join(SOURCES[prefix].forms)}.")
+            forms = [form for form in {**PAIRS, **LABELS} if form.startswith(text)]
+            raise UserError(f"source {text!r} ends after its type; write {', '.join(forms)}.")
         if prefix == "hf" and rest.startswith("//"):
             raise UserError(f"source {text!r} is an address of files; write tar:{text} or parquet:{text}.")
         return SourceSpec(SOURCES[prefix], rest)
@@ -105,7 +141,18 @@ def has_labels(text: str, items: str) -> bool:
     if not is_spec(text) or (prefix in SOURCES and not rest):
         return False
     kind = parse(text).kind
-    return kind.opens("labels") and kind.labelled_items == items
+    return overrides(kind, "open_labelled") and kind.labelled_items == items
+
+
+def overrides(kind: type[SourceKind], method: str) -> bool:
+    """Whether a kind has a method of its own; without one it does not open such sources."""
+    return inspect.getattr_static(kind, method) is not inspect.getattr_static(SourceKind, method)
+
+
+def extras(spec: str) -> set[str]:
+    """Return the extras of this package (setup.py) that a source needs; nothing is opened."""
+    hub = {"hub"} if "hf://" in spec or spec.startswith("wds:hf:") else set()
+    return hub | set(parse(spec).kind.extras)
 
 
 def _import(text: str, name: str) -> type[SourceKind]:
@@ -118,43 +165,31 @@ def _import(text: str, name: str) -> type[SourceKind]:
         raise
 
 
-def usage(what: str = "pairs") -> dict[str, str]:
-    """Return {form of spec: what it reads} of all of `SOURCES` that read `what`: "pairs", "labels" or "splits"."""
-    forms = ((spec, getattr(form, what)) for kind in SOURCES.values() for spec, form in kind.forms.items())
-    return {spec: meaning for spec, meaning in forms if meaning}
-
-
 def _unknown(text: str) -> UserError:
-    specs = dict.fromkeys([*usage(), *usage("labels"), OF_ANOTHER_PACKAGE])
-    return UserError(f"unknown source {text!r}; write {_either(specs)}.")
+    return UserError(f"unknown source {text!r}; write {_forms({**PAIRS, **LABELS})}.")
 
 
-def _either(specs: Mapping[str, Any]) -> str:
-    *first, last = specs
-    return f"{', '.join(first)} or {last}"
-
-
-def _open(spec: str, options: SourceOptions | None, labels: bool) -> Source:
-    parsed, what = parse(spec), "labels" if labels else "pairs"
-    if not parsed.kind.opens(what):
-        items = "labelled items" if labels else "image-text pairs"
-        raise UserError(f"source {spec!r} has no {items}; write {_either({**usage(what), OF_ANOTHER_PACKAGE: ''})}.")
-    try:
-        return parsed.kind.open(parsed.rest, options or SourceOptions(), labels)
-    except MissingColumnError as error:
-        if not labels:
-            raise
-        raise UserError(f"{error.fault}; name its columns, SOURCE?image=COLUMN&label=COLUMN.") from error
+def _forms(forms: Mapping[str, str]) -> str:
+    return f"{', '.join(forms)} or {OF_ANOTHER_PACKAGE}"
 
 
 def open_pairs(spec: str, options: SourceOptions | None = None) -> Source:
     """Open the image-text pairs named by `spec`; raise `UserError` for one that is unknown, missing or not prepared."""
-    return _open(spec, options, labels=False)
+    kind, rest = parse(spec)
+    if not overrides(kind, "open"):
+        raise UserError(f"source {spec!r} has no image-text pairs; write {_forms(PAIRS)}.")
+    return kind.open(rest, options or SourceOptions())
 
 
 def open_labelled(spec: str, options: SourceOptions | None = None) -> labelled.Labelled:
-    """Open the labelled items named by `spec`, see the kinds' forms; errors are as for `open_pairs`."""
-    return cast(labelled.Labelled, _open(spec, options, labels=True))
+    """Open the labelled items named by `spec`, see `LABELS`; errors are those of `open_pairs`."""
+    kind, rest = parse(spec)
+    if not overrides(kind, "open_labelled"):
+        raise UserError(f"source {spec!r} has no labelled items; write {_forms(LABELS)}.")
+    try:
+        return kind.open_labelled(rest, options or SourceOptions())
+    except MissingColumnError as error:
+        raise UserError(f"{error.fault}; name its columns, SOURCE?image=COLUMN&label=COLUMN.") from error
 
 
 def source_options(config: DataConfig) -> SourceOptions:
@@ -178,7 +213,8 @@ def open_sources(config: DataConfig, classes: int = 0, fields: Sequence[str] | N
     for key in ("spread_duplicate_captions", "holdout") if classes else ():
         if getattr(config, key):
             raise UserError(f"data.{key} is for pairs, and these sources have labelled items; leave it out.")
-    options, open_one = source_options(config), open_labelled if classes else open_pairs
+    options = source_options(config)
+    open_one = open_labelled if classes else open_pairs
     opened: list[Source] = [open_one(spec, options) for spec in config.sources]
     if empty := [spec for spec, source in zip(config.sources, opened, strict=True) if not len(source)]:
         raise UserError(f"source {empty[0]!r} has nothing in it; leave it out of data.sources, or name another split.")

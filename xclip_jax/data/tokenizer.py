@@ -164,7 +164,8 @@ def clip_captions(ids: Sequence[float]) -> list[str]:
     Raises:
       BadSample: ids that the tokenizer lacks.
     """
-    words, captions = clip_vocabulary()[0], []
+    words = clip_vocabulary()[0]
+    captions = []
     for i in map(int, ids):
         if not 0 <= i < len(words) + 2:
             raise BadSample("caption has ids that CLIP's tokenizer lacks", str(i))
@@ -221,7 +222,8 @@ def _from_file(path: str, _modified: float) -> Tokenizer:
         content = epath.Path(path).read_bytes().decode()
         if content.startswith(f'{{"{_CONVENTIONS}"'):
             wrapped = json.loads(content)
-            content, own = json.dumps(wrapped["tokenizer"]), wrapped[_CONVENTIONS]
+            content = json.dumps(wrapped["tokenizer"])
+            own = wrapped[_CONVENTIONS]
             end_tokens, pad_tokens, start_tokens = (own["end"],), (own["pad"],), ()
             size, cleaning = own["size"], own["cleaning"]
         cleaned = CLEANINGS[cleaning]

@@ -117,9 +117,11 @@ def random_resized_crop(
     for _ in range(10):
         area = h * w * rng.uniform(*scale)
         aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
-        crop_w, crop_h = math.sqrt(area * aspect), math.sqrt(area / aspect)
+        crop_w = math.sqrt(area * aspect)
+        crop_h = math.sqrt(area / aspect)
         if crop_w <= w and crop_h <= h:
-            left, top = rng.uniform(0, w - crop_w), rng.uniform(0, h - crop_h)
+            left = rng.uniform(0, w - crop_w)
+            top = rng.uniform(0, h - crop_h)
             if resample == "area":
                 _resize_area(image, out, round(left), round(top), round(crop_w), round(crop_h))
             else:
@@ -134,7 +136,8 @@ def random_resized_crop(
 
 def _resize_area(image: np.ndarray, out: np.ndarray, left: int, top: int, w: int, h: int) -> None:
     # Rounding may move a part of less than half a pixel past the edge.
-    top, left = min(top, image.shape[0] - 1), min(left, image.shape[1] - 1)
+    top = min(top, image.shape[0] - 1)
+    left = min(left, image.shape[1] - 1)
     part = image[top : top + max(h, 1), left : left + max(w, 1)]
     shrinks = min(part.shape[:2]) >= len(out)
     cv2.resize(part, out.shape[:2], dst=out, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
@@ -196,7 +199,8 @@ def sample_mix(key: jax.Array, b: int, size: int, mixup: float, cutmix: float) -
     # A box at a random centre, of the size given by the share, cut at the image's borders.
     half = (size * jnp.sqrt(1 - mixed)).astype(jnp.int32) // 2
     centre = jnp.stack([jax.random.randint(k, (), 0, size) for k in (key_y, key_x)])
-    low, high = jnp.clip(centre - half, 0, size), jnp.clip(centre + half, 0, size)
+    low = jnp.clip(centre - half, 0, size)
+    high = jnp.clip(centre + half, 0, size)
     box = jnp.stack([low[0], high[0], low[1], high[1]]) * cut
     area = (high - low).prod() / size**2
     sampled = {"share": jnp.where(cut, 1 - area, mixed), "weight": jnp.where(cut, 1.0, mixed), "box": box}
@@ -206,7 +210,8 @@ def sample_mix(key: jax.Array, b: int, size: int, mixup: float, cutmix: float) -
 def mix(images: jax.Array, others: jax.Array, sampled: Mapping[str, jax.Array]) -> jax.Array:
     """Mix images with `others`, both fp32 (b, h, w, 3), as sampled by `sample_mix`."""
     top, bottom, left, right = (side[:, None] for side in jnp.moveaxis(sampled["box"], 1, 0))
-    y, x = jnp.arange(images.shape[1]), jnp.arange(images.shape[2])
+    y = jnp.arange(images.shape[1])
+    x = jnp.arange(images.shape[2])
     inside = ((y >= top) & (y < bottom))[:, :, None] & ((x >= left) & (x < right))[:, None]  # (b, h, w)
     weight = jnp.where(inside, 0, sampled["weight"][:, None, None])[..., None]
     return weight * images + (1 - weight) * others

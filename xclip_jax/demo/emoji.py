@@ -15,7 +15,7 @@ import pathlib
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 import numpy as np
@@ -23,7 +23,7 @@ import PIL.Image
 import tensorflow_datasets as tfds
 
 from xclip_jax.core.errors import UserError
-from xclip_jax.data.base import Form, SourceKind, SourceOptions
+from xclip_jax.data.base import SourceKind, SourceOptions
 from xclip_jax.data.readers.tfds import TfdsSource, open_prepared, prepare_dataset
 
 VENDORS = ("twemoji", "openmoji", "noto")
@@ -343,14 +343,9 @@ def concepts(builder: tfds.core.DatasetBuilder) -> list[dict[str, Any]]:
 class DemoSplits(SourceKind):
     """`demo:SPLIT`, a split of the emoji, prepared on first use."""
 
-    forms: ClassVar = {"demo:SPLIT": Form(pairs="a split of the demo's emoji, prepared on first use")}
+    extras = ("demo",)
 
     @classmethod
-    def extras(cls, rest: str) -> tuple[str, ...]:
-        """Return the optional dependencies."""
-        return ("demo",)
-
-    @classmethod
-    def open(cls, rest: str, options: SourceOptions, labels: bool = False) -> TfdsSource:
+    def open(cls, rest: str, options: SourceOptions) -> TfdsSource:
         """Open a split of the demo's data set."""
         return open_prepared("demo", prepare(options.dir or None), rest, options)

@@ -9,8 +9,8 @@ import numpy as np
 
 from xclip_jax.core import storage
 from xclip_jax.core.errors import BadSample, redact
+from xclip_jax.data.base import display_name
 from xclip_jax.data.config import DataConfig
-from xclip_jax.data.labelled import item_name
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.evaluators.prompts import Profile
@@ -181,7 +181,7 @@ class Pictures(Sequence):
                 raise storage.unreadable(error) from error
             return self._prepare(image)
         except BadSample as error:
-            error.add_note(f"image {item_name(self._images, index)!r}")
+            error.add_note(f"image {display_name(self._images, index)!r}")
             raise
 
 
@@ -200,7 +200,7 @@ class Joined(Sequence):
 
     def name(self, index: int) -> str:
         """Return the name of an item for people."""
-        return item_name(*self._place(index))
+        return display_name(*self._place(index))
 
     def _place(self, index: int) -> tuple[Sequence[Any], int]:
         part = int(np.searchsorted(self._ends, index, side="right"))

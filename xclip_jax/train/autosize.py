@@ -13,8 +13,8 @@ import numpy as np
 from xclip_jax.config import recipes, schema
 from xclip_jax.config.recipes import Describe
 from xclip_jax.core.errors import UserError, redact
-from xclip_jax.data import holdout, inspect, labelled, records, sources, tokenizer
-from xclip_jax.data.base import MissingColumnError, Source, SourceOptions, name_of
+from xclip_jax.data import holdout, inspect, records, sources, tokenizer
+from xclip_jax.data.base import MissingColumnError, Source, SourceOptions, choose, display_name
 from xclip_jax.data.config import DataConfig
 from xclip_jax.evaluators.sets import classification
 from xclip_jax.objectives import RECIPES, make_objective
@@ -78,7 +78,7 @@ def measure(source: Source, tokens: tokenizer.Tokenizer) -> Counts:
     good = [sample for sample in samples if not sample.reason]
     bad = [sample for sample in samples if sample.reason]
     if not good or len(bad) > DataConfig.max_bad_fraction * len(samples):
-        first = f"{name_of(source, bad[0].index)!r} ({bad[0].reason})"
+        first = f"{display_name(source, bad[0].index)!r} ({bad[0].reason})"
         raise UserError(
             f"{len(bad)} of {len(samples)} pairs that were read cannot be used, the first is {first}; see "
             f"xclip-jax check, or pass count={n}, with which none is read here, and raise data.max_bad_fraction."
@@ -226,7 +226,7 @@ def classifies(spec: str, data_dir: str, image_key: str, share: float) -> bool:
     held_out = 0
     for label in range(len(content.classes)):  # one class after the other, which reads few of many images
         places = np.flatnonzero(np.asarray(content.labels) == label)
-        held_out += any(holdout.selected(labelled.Chosen(content.images, [i]), share) for i in places)
+        held_out += any(holdout.selected(choose(content.images, [i]), share) for i in places)
         if held_out == 2:
             return True
     return False

@@ -182,14 +182,13 @@ def extras(config: Config) -> list[str]:
     names = {name for name in config.log.to if name != "tensorboard" and ":" not in name}
     if hub.is_hub(config.init.weights):
         names.add("hub")
-    for source in map(sources.parse, config.data.sources):
-        names.update(source.kind.extras(source.rest))
+    for source in config.data.sources:
+        names.update(sources.extras(source))
     for spec in (*config.eval.sets, *config.eval.final_sets):
         names.update(registry.check(spec).extras(spec))
         for text in (spec, spec.partition("/")[2]):  # wds:PATH, and probe/wds:PATH
-            prefix, _, rest = text.partition(":")
-            if prefix in sources.SOURCES:
-                names.update(sources.SOURCES[prefix].extras(rest))
+            if text.partition(":")[0] in sources.SOURCES:
+                names.update(sources.extras(text))
     return sorted(names)
 
 
@@ -227,7 +226,7 @@ def count_lengths(experiment: Experiment, samples: Sequence[Source]) -> np.ndarr
     order = loader.sample_order(samples, dataclasses.replace(data, spread_duplicate_captions=False, cache=False), seed)
     transform = experiment.transform(("text",))
     # Tokenized here, as the caption that is drawn depends on the position.
-    places = map(order.place, range(min(CAPTIONS, sum(map(len, samples)))))
+    places = map(order.locate, range(min(CAPTIONS, sum(map(len, samples)))))
     read = records.read_each(
         ((order.sources[number], index) for number, index in places),
         lambda record: {"text": record["text"], "tags": record["tags"]},

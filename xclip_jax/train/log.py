@@ -9,7 +9,7 @@ from jax.experimental import multihost_utils
 from xclip_jax.config.schema import Config
 from xclip_jax.core.console import format_duration, log0
 from xclip_jax.core.json_lines import JsonLines
-from xclip_jax.data.ledger import Ledger
+from xclip_jax.data.ledger import BadSampleLog
 from xclip_jax.evaluators.results import Result, flat, to_json
 from xclip_jax.train import cost
 from xclip_jax.train.build import Experiment
@@ -53,7 +53,7 @@ class MetricLogger:
         self,
         job: Job,
         start: int,
-        ledger: Ledger,
+        ledger: BadSampleLog,
         skipped: SkippedSteps,
         callbacks: Sequence[Callback] = (),
         *,

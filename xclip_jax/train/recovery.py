@@ -9,7 +9,7 @@ import jax
 from xclip_jax.core.console import log0
 from xclip_jax.core.errors import Diverged
 from xclip_jax.core.json_lines import JsonLines
-from xclip_jax.data.ledger import Ledger
+from xclip_jax.data.ledger import BadSampleLog
 from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.job import Job
 from xclip_jax.train.state import TrainState
@@ -34,13 +34,13 @@ class SkippedSteps:
 
     A line is {"step", "position": of its first sample in the run's order, "samples": their number, "loss", "grad_norm",
     "param_norm", maybe "grad_norm_mean"}, with null for values that are not finite, or {"step", "rewound_to": a
-    checkpoint's step}. The counters are "skipped" in `Ledger.counters`, which every checkpoint has.
+    checkpoint's step}. The counters are "skipped" in `BadSampleLog.counters`, which every checkpoint has.
 
     Attributes:
       file: skipped_steps.jsonl.
     """
 
-    def __init__(self, job: Job, start: int, ledger: Ledger, checkpointer: Checkpointer) -> None:
+    def __init__(self, job: Job, start: int, ledger: BadSampleLog, checkpointer: Checkpointer) -> None:
         """Open the file of a run that starts or resumes at step `start`, with the counters of `ledger`."""
         self._job, self._ledger, self._checkpointer = job, ledger, checkpointer
         self.path = job.folder.skipped_steps_file

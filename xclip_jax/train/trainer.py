@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 from xclip_jax.config.schema import Config, resolve
 from xclip_jax.core.console import log0
 from xclip_jax.core.errors import EXIT_RESUMABLE, UserError
-from xclip_jax.data.ledger import Ledger
+from xclip_jax.data.ledger import BadSampleLog
 from xclip_jax.evaluators import registry, tables
 from xclip_jax.evaluators.results import Result, flat, from_json
 from xclip_jax.models.two_towers import Variables
@@ -116,7 +116,7 @@ def _train(
         state, position = checkpointer.restore_good(experiment.abstract)
         watch.enter(COMPILATION)
         log0(f"resuming at step {int(state.step)}, sample {position['samples']:,}")
-    ledger = Ledger(
+    ledger = BadSampleLog(
         job.folder.path,
         max_bad_fraction=experiment.config.data.max_bad_fraction,
         start=position["samples"],

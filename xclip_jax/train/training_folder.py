@@ -21,7 +21,7 @@ from xclip_jax.evaluators.results import LAST, Result, flat, items, items_file, 
 from xclip_jax.interop import hub
 from xclip_jax.objectives import TERMS
 
-# Keys of a fingerprint whose values are digests of `data.records.outcome`, and their names in messages.
+# Keys of a fingerprint whose values are digests of `data.records.reading_digest`, and their names in messages.
 OUTCOMES = {
     "data.holdout": "what data.holdout holds out",
     "data.spread_duplicate_captions": "what data.spread_duplicate_captions spreads",

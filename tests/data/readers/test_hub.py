@@ -2,7 +2,6 @@
 
 import io
 import json
-import pickle
 
 import numpy as np
 import pytest
@@ -59,17 +58,8 @@ def saved(path, made=None):
 def test_a_folder_of_save_to_disk(tmp_path):
     source = sources.open_pairs(f"hf:{saved(tmp_path / 'set')}")
     assert len(source) == 12 and source[3] == {"image": png(3), "text": ["picture 3"], "tags": [], "id": "3"}
-    again = pickle.loads(pickle.dumps(source))
-    assert again[11] == source[11] and again.fingerprint() == source.fingerprint()
     with pytest.raises(IndexError):
         source[12]
-
-
-def test_labelled_images_travel_to_workers_as_names_of_files(tmp_path):
-    source = sources.open_labelled(f"hf:{saved(tmp_path / 'set', rows(300))}")
-    data = pickle.dumps(source)
-    assert len(data) < 10_000 < sum(len(source.items[i]) for i in range(300))
-    assert pickle.loads(data)[7] == source[7]
 
 
 def test_a_column_without_images_has_bad_samples(tmp_path):
@@ -403,10 +393,3 @@ def test_a_run_and_its_check_read_it(tmp_path, capsys):
     assert last["step"] == 2 and last["data/bad"] == 0
     (card,) = json.loads((tmp_path / "run" / "data.json").read_text())
     assert (card["samples"], card["columns"]) == (32, {"image": "image", "text": ["text"]})
-
-
-@pytest.mark.slow  # two runs, and a process that imports all
-def test_processes_read_what_threads_read(tmp_path):
-    path = saved(tmp_path / "set", rows(32))
-    losses = [[m["loss"] for m in run_of(path, tmp_path / f"run{n}", data__workers=n)] for n in (0, 1)]
-    assert losses[0] == losses[1]

@@ -1,7 +1,6 @@
 import csv
 import json
 import os
-import pickle
 
 import fsspec
 import numpy as np
@@ -15,7 +14,7 @@ from tests.helpers import bad_tars
 from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.data import base, sources
 from xclip_jax.data.base import read_csv
-from xclip_jax.data.readers.table import ArrayRecordSource, Cells
+from xclip_jax.data.readers.table import ArrayRecordSource, ImageColumn
 
 
 def open_source(spec, image="image", text=("text",), tags=""):
@@ -57,7 +56,6 @@ def test_csv(tmp_path, images, tab, first):
     assert source[0]["tags"] == ["x", "y"]
     assert source[1]["text"] == ["ünï"]
     assert [source[i]["image"] for i in (0, 1, 5)] == images
-    assert source[5] == pickle.loads(pickle.dumps(source))[5]
     for i, reason in ((2, "caption is empty"), (3, "file cannot be read"), (4, "no image in the row")):
         with pytest.raises(BadSample, match=reason):
             source[i]
@@ -73,11 +71,24 @@ def test_csv(tmp_path, images, tab, first):
         open_source(f"csv:{tmp_path}/empty.csv")
 
 
-@pytest.mark.parametrize("row", [("images/1.jpg", "a fox", " red and small"), ("images/1.jpg",)])
-@pytest.mark.parametrize("tab", [",", "\t"])
-def test_a_row_with_another_number_of_fields_than_columns_is_named(tmp_path, images, tab, row):
-    write(tmp_path / "x.csv", [("image", "text"), ("images/0.jpg", "a fox"), row], tab)
-    with pytest.raises(UserError, match=rf"x\.csv' cannot be read .*Expected 2 columns, got {len(row)}: images/1"):
+UNCLOSED = [("a.jpg", "x", "caption"), ("a.jpg", "x", '"never closed'), *[("a.jpg", "x", "caption")] * 90]
+
+
+@pytest.mark.parametrize(
+    ("rows", "named"),
+    [
+        ([("image", "text"), ("0.jpg", "a fox", "red")], "got 3: 0.jpg"),
+        ([("image", "text"), ("0.jpg",)], "got 1: 0.jpg"),
+        ([], "Empty CSV file"),
+        (["", ""], "Empty CSV file"),
+        ([("image", "text", "text"), ("0.jpg", "a fox", "a hen")], "2 columns 'text'"),
+        ([("image", "notes", "text"), *UNCLOSED], "column 'text'"),
+        ([("image", "text", "notes"), *UNCLOSED], "column 'notes'"),  # one that is not read
+    ],
+)
+def test_open__names_the_table_and_the_fault(tmp_path, rows, named):
+    write(tmp_path / "x.csv", rows)
+    with pytest.raises(UserError, match=rf"x\.csv'.*{named}"):
         open_source(f"csv:{tmp_path}/x.csv")
 
 
@@ -88,17 +99,6 @@ def test_quotes_mean_nothing_between_tabs(tmp_path):
     write(tmp_path / "x.tsv", [("image", "text"), *((f"{i}.jpg", text) for i, text in enumerate(captions))], "\t")
     assert read_csv(f"{tmp_path}/x.tsv", ["text"])["text"].to_pylist() == captions
     assert len(open_source(f"csv:{tmp_path}/x.tsv")) == 1001
-
-
-@pytest.mark.parametrize("column", ["text", "notes"])  # one that is read, and one that is not
-def test_a_quote_without_a_partner_between_commas_swallows_no_rows(tmp_path, column):
-    captions = [f"caption {i}" for i in range(100)]
-    captions[9] = '"never closed'
-    rows = [(f"{i}.jpg", "text", text) for i, text in enumerate(captions)]
-    write(tmp_path / "x.csv", [("image", "notes" if column == "text" else "text", column), *rows])
-    message = rf"x\.csv': a field of column '{column}' has more than 20 lines: a quote in it has no partner, or"
-    with pytest.raises(UserError, match=message):
-        open_source(f"csv:{tmp_path}/x.csv")
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
@@ -112,7 +112,6 @@ def test_remote_tables_are_read_alike(tmp_path, images, kind):
     source = open_source(f"{kind}:memory://tables/x.{kind}")
     assert [source[i]["image"] for i in (0, 1)] == images[:2] and source[1]["text"] == ["a dog"]
     assert source.fingerprint()["samples"] == 2
-    assert pickle.loads(pickle.dumps(source))[1] == source[1]
     memory.pipe_file(f"/tables/{kind}", b"")
     with pytest.raises(UserError, match=rf"table 'memory://tables/{kind}' cannot be read"):
         open_source(f"{kind}:memory://tables/{kind}")
@@ -140,15 +139,6 @@ def test_semicolons_as_spreadsheets_write_them(tmp_path, images):
     assert [source[i]["text"] for i in (0, 1)] == [["a fox; red, and small"], ["a, b"]]
     (tmp_path / "labels.csv").write_text("path;label\nimages/0.jpg;a, b\nimages/1.jpg;c\n")
     assert sources.open_labelled(f"csv:{tmp_path}/labels.csv").names == ["a, b", "c"]
-
-
-@pytest.mark.parametrize("opened", [open_source, sources.open_labelled])
-def test_empty_tables_are_refused_by_a_sentence(tmp_path, opened):
-    path = tmp_path / "x.csv"
-    for nothing in ("", "\n\n"):
-        path.write_text(nothing)
-        with pytest.raises(UserError, match=rf"'{path}' .*Empty CSV file"):
-            opened(f"csv:{path}")
 
 
 def test_rows_whose_image_cannot_be_read_are_bad_samples(tmp_path, images, monkeypatch):
@@ -210,7 +200,6 @@ def test_parquet(tmp_path, images):
     pyarrow.parquet.write_table(inside, tmp_path / "1.parquet")
     source = open_source(f"parquet:{tmp_path}/1.parquet", tags="tags")
     assert source[0] == {"image": images[1], "text": ["t"], "tags": ["a", "b"], "id": "0"}
-    assert pickle.loads(pickle.dumps(source))[0] == source[0]
     nested = pyarrow.table({"image": [images[1]], "sentences": [[{"raw": "one"}, {"raw": "two"}]]})
     pyarrow.parquet.write_table(nested, tmp_path / "2.parquet")
     assert open_source(f"parquet:{tmp_path}/2.parquet", text=("sentences/raw",))[0]["text"] == ["one", "two"]
@@ -248,8 +237,6 @@ def test_a_column_of_classes(tmp_path, images, labels, names, expected):
     source = sources.open_labelled(write_classes(tmp_path / "x.parquet", images, labels))
     assert source.names == names and source.labels().tolist() == expected
     assert source[1] == {"image": images[1], "label": expected[1], "id": "1"}
-    again = pickle.loads(pickle.dumps(source))
-    assert again[2] == source[2] and again.fingerprint() == source.fingerprint()
 
 
 def test_rows_without_a_label_are_left_out_and_counted(tmp_path, images, capsys):
@@ -300,7 +287,7 @@ def test_tables_of_a_split(tmp_path, images):
     ]  # fmt: skip
     assert sources.open_labelled(f"parquet:{folder}?label=kind/train").labels().tolist() == [1, 0, 0]
     assert sources.open_labelled(f"parquet:{folder}/my_own?label=kind").names == ["a"]
-    with pytest.raises(UserError, match=r"no file matches .*test.*; its folder has my_own\.parquet, train-00000-of"):
+    with pytest.raises(UserError, match=r"no file matches .*test"):
         sources.open_labelled(f"parquet:{folder}/test?label=kind")
 
 
@@ -369,12 +356,6 @@ def test_array_record(tmp_path, images):
         ArrayRecordSource(f"{tmp_path}/b.array_record", base.SourceOptions())
 
 
-def test_a_column_that_a_table_has_twice_is_named(tmp_path, images):
-    write(tmp_path / "a.csv", [("image", "text", "text"), ("images/0.jpg", "a fox", "a hen")])
-    with pytest.raises(UserError, match=r"table '.*a\.csv' has 2 columns 'text'; rename all but one"):
-        open_source(f"csv:{tmp_path}/a.csv")
-
-
 def test_texts_of_another_encoding_are_bad_samples_without_their_image_too(tmp_path, images):
     (tmp_path / "a.csv").write_bytes("image,text\nimages/0.jpg,Füchse\n".encode("latin-1"))
     source = open_source(f"csv:{tmp_path}/a.csv")
@@ -388,8 +369,8 @@ def test_files_that_a_column_of_bytes_names_are_told_apart():
         return pyarrow.chunked_array([pyarrow.array([{"bytes": None, "path": f"/x/{name}"} for name in names])])
 
     def sizes(*names):
-        return list(Cells(column(*names), lambda index, name: (name, "")).sizes())
+        return list(ImageColumn(column(*names), lambda index, name: (name, "")).sizes())
 
     assert sizes("cat1.jpg", "cat2.jpg") == [("cat1.jpg", 0), ("cat2.jpg", 0)] != sizes("dog7.jpg", "dog8.jpg")
     whole = pyarrow.chunked_array([pyarrow.array([{"bytes": b"abc", "path": "x.jpg"}])])
-    assert list(Cells(whole, lambda index, name: (name, "")).sizes()) == [("0", 3)]
+    assert list(ImageColumn(whole, lambda index, name: (name, "")).sizes()) == [("0", 3)]

@@ -3,7 +3,6 @@
 import collections
 import os
 import pathlib
-import pickle
 import subprocess
 import sys
 import tarfile
@@ -65,7 +64,7 @@ def test_an_epoch_delivers_each_good_one_once_and_writes_down_each_bad_one(tortu
     source = TarSource(pattern)
     n = len(source)
     c = config(batch=n, workers=workers)
-    book = ledger.Ledger(epath.Path(tmp_path), max_bad_fraction=1.0)
+    book = ledger.BadSampleLog(epath.Path(tmp_path), max_bad_fraction=1.0)
     batches = read([source], c, book, stop=2)
     book.sync(2 * n)
     written = tiny.lines(tmp_path, "bad_samples.jsonl")
@@ -91,7 +90,7 @@ def test_hosts_see_the_same_batches_and_replacements(tortured, plain, hosts):
     for pattern in (tortured[0], plain.replace("{0..1}", "0")):
         source = TarSource(pattern)
         stop = len(source) // 8 + 3
-        book = ledger.Ledger(epath.Path("/nonexistent"), max_bad_fraction=1.0)
+        book = ledger.BadSampleLog(epath.Path("/nonexistent"), max_bad_fraction=1.0)
         whole = read([source], config(), book, stop=stop)
         parts = [read([source], config(), book, stop=stop, host=h, hosts=hosts) for h in range(hosts)]
         for g, batch in enumerate(whole):
@@ -107,10 +106,10 @@ def test_resumed_on_other_hosts_as_if_never_stopped(tortured, tmp_path, hosts):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     whole.mkdir()
     cut.mkdir()
-    book = ledger.Ledger(epath.Path(whole), max_bad_fraction=1.0)
+    book = ledger.BadSampleLog(epath.Path(whole), max_bad_fraction=1.0)
     batches = read([source], config(), book, stop=12)
     book.sync(96)
-    killed = ledger.Ledger(epath.Path(cut), max_bad_fraction=1.0)
+    killed = ledger.BadSampleLog(epath.Path(cut), max_bad_fraction=1.0)
     read([source], config(), killed, stop=at)
     killed.sync(8 * at)
     counters = killed.counters
@@ -118,7 +117,7 @@ def test_resumed_on_other_hosts_as_if_never_stopped(tortured, tmp_path, hosts):
     killed.sync(80)
     with (cut / "bad_samples.jsonl").open("a") as file:
         file.write('{"position": 3')  # killed while it wrote
-    resumed = ledger.Ledger(epath.Path(cut), max_bad_fraction=1.0, start=8 * at, counters=counters)
+    resumed = ledger.BadSampleLog(epath.Path(cut), max_bad_fraction=1.0, start=8 * at, counters=counters)
     parts = [read([source], config(), resumed, start=at, stop=12, host=h, hosts=hosts) for h in range(hosts)]
     resumed._pending = type(resumed._pending)(sorted(resumed._pending, key=lambda noted: noted[0]))
     resumed.sync(96)
@@ -131,7 +130,7 @@ def test_resumed_on_other_hosts_as_if_never_stopped(tortured, tmp_path, hosts):
 
 def test_too_many_bad_samples_stop_the_run(tortured, tmp_path):
     source = TarSource(tortured[0])
-    book = ledger.Ledger(epath.Path(tmp_path), max_bad_fraction=0.01)
+    book = ledger.BadSampleLog(epath.Path(tmp_path), max_bad_fraction=0.01)
     read([source], config(), book)
     message = (
         r"of \d+ samples are bad, more than data\.max_bad_fraction=0\.01 allows \(.*is empty: \d.*bad_samples\.jsonl"
@@ -145,7 +144,7 @@ def test_too_many_bad_samples_stop_the_run(tortured, tmp_path):
 def test_nothing_but_bad_samples_stop_the_run_at_once(tmp_path):
     bad_tars.shard(tmp_path / "0.tar", [(str(i), {"jpg": b"<html>", "txt": b"x"}) for i in range(5)])
     source = TarSource(f"{tmp_path}/0.tar")
-    book = ledger.Ledger(epath.Path(tmp_path), max_bad_fraction=1.0)
+    book = ledger.BadSampleLog(epath.Path(tmp_path), max_bad_fraction=1.0)
     with pytest.raises(UserError, match=r"source 0 gave 100 bad samples in a row.*'not an image'"):
         read([source], config(), book)
 
@@ -222,24 +221,6 @@ def test_names_that_lead_elsewhere_are_names_alone(tmp_path, monkeypatch):
     )
     assert set(map(str, opened)) <= {str(path)}
     assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file() and p.suffix != ".npy") == ["0.tar", "secret.txt"]
-
-
-def test_a_source_travels_to_workers_without_its_arrays(plain):
-    source = TarSource(plain)
-    data = pickle.dumps(source)
-    assert len(data) < 2000
-    assert pickle.loads(data)[20] == source[20]
-    with pytest.raises(IndexError):
-        source[21]
-
-
-def test_a_worker_reads_the_tars_that_the_run_found(tmp_path):
-    bad_tars.pairs(tmp_path / "b.tar", 0, 3)
-    source = TarSource(str(tmp_path))
-    data = pickle.dumps(source)
-    bad_tars.pairs(tmp_path / "a.tar", 7, 2)
-    again = pickle.loads(data)
-    assert len(again) == 3 and again[0] == source[0]
 
 
 def test_a_tar_that_shrinks_while_it_is_read(tmp_path):

@@ -82,5 +82,5 @@ def test_a_key_that_a_tar_has_twice_is_named(tmp_path):
     root = write(tmp_path, [{"jpg": IMAGE, "cls": b"0"}])
     with tarfile.open(root / "test" / "0.tar", "a") as tar:
         bad_tars.add(tar, "s0.jpg", IMAGE)
-    with pytest.raises(UserError, match=r"0\.tar' has 's0\.\.?jpg' twice; each sample needs a key of its own"):
+    with pytest.raises(UserError, match=r"0\.tar' has 's0\.jpg' twice"):
         wds.open_labelled(wds.locate(str(root)))

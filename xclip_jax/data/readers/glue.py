@@ -9,12 +9,11 @@ import dataclasses
 import os
 import pathlib
 from collections.abc import Mapping
-from typing import ClassVar
 
 import numpy as np
 
 from xclip_jax.core.errors import UserError, check_choice
-from xclip_jax.data.base import Form, Source, SourceKind, SourceOptions, read_text
+from xclip_jax.data.base import SourceKind, SourceOptions, read_text
 from xclip_jax.data.labelled import Labelled
 from xclip_jax.data.readers.tfds import lookup, open_tfds
 
@@ -106,17 +105,13 @@ def read_pairs(
 class GlueTasks(SourceKind):
     """`glue:TASK/SPLIT` and `glue:TASK@FOLDER/SPLIT`."""
 
-    forms: ClassVar = {
-        "glue:TASK/SPLIT": Form(labels="a task of GLUE, from TFDS"),
-        "glue:TASK@FOLDER/SPLIT": Form(labels="a task of GLUE, from its published files"),
-    }
     labelled_items = "text"
 
     @classmethod
-    def open(cls, rest: str, options: SourceOptions, labels: bool = False) -> Source:
+    def open_labelled(cls, rest: str, options: SourceOptions) -> Labelled:
         head, _, split = rest.rpartition("/")
         task, _, folder = head.partition("@")
         if not task:
-            raise UserError(f"source 'glue:{rest}' does not name a split; write {' or '.join(cls.forms)}.")
+            raise UserError(f"source 'glue:{rest}' does not name a split; write glue:TASK/SPLIT.")
         texts, values = read_pairs(task, split, os.path.expanduser(folder), options.dir or None)
         return Labelled("text", [" ".join(parts) for parts in texts], values, TASKS[task].labels, TASKS[task].metrics)

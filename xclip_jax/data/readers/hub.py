@@ -13,15 +13,15 @@ import os
 import pathlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import pyarrow
 
 from xclip_jax.core import hub_client
 from xclip_jax.core.errors import UserError
 from xclip_jax.data import labelled
-from xclip_jax.data.base import Form, Source, SourceKind, SourceOptions, check_columns, split_columns
-from xclip_jax.data.readers.table import Cells, ColumnSource, in_classes, path_in
+from xclip_jax.data.base import SourceKind, SourceOptions, check_columns, split_columns
+from xclip_jax.data.readers.table import ColumnSource, ImageColumn, in_classes, path_in
 
 PREFIX = hub_client.PREFIX
 _HUB = re.compile(rf"({hub_client.ID})(?:@([^/]+))?(?:/([^/]+))?/([^/]+)")
@@ -122,27 +122,23 @@ def image_column(features: Mapping[str, Any], key: str) -> str:
     return images[0] if key == SourceOptions.image_key and key not in features and len(images) == 1 else key
 
 
-class _Images(Cells):
-    """Images of a split, pickled by reference to its files.
+def _images(rows: Any, column: str, rest: str) -> ImageColumn:
+    """Return the images of a split.
 
     Paths of a local set are relative to its folder. A set of the Hub may name files in the caches of its packages;
     other files of this machine are bad samples.
     """
+    folder = ""
+    if rest.startswith(_LOCAL):
+        place, _, split = _repository(split_columns(rest)[0])
+        folder = _saved(place, split) or place
 
-    def __init__(self, rows: Any, column: str, rest: str) -> None:
-        self._arguments, self._rest, self._folder = (rows, column, rest), rest, ""
-        if rest.startswith(_LOCAL):
-            place, _, split = _repository(split_columns(rest)[0])
-            self._folder = _saved(place, split) or place
-        super().__init__(_arrow(rows, [column])[column], self._place)
+    def locate(_: int, path: str) -> tuple[str, str]:
+        if folder:
+            return path_in(folder, path), ""
+        return path, "" if _is_cached(path) else f"{PREFIX}{rest}"
 
-    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
-        return _Images, self._arguments
-
-    def _place(self, _: int, path: str) -> tuple[str, str]:
-        if self._folder:
-            return path_in(self._folder, path), ""
-        return path, "" if _is_cached(path) else f"{PREFIX}{self._rest}"
+    return ImageColumn(_arrow(rows, [column])[column], locate)
 
 
 def _arrow(rows: Any, columns: Iterable[str]) -> Any:
@@ -162,27 +158,21 @@ def _is_cached(path: str) -> bool:
 class HubPairs(ColumnSource):
     """Image-text pairs of a split."""
 
-    def __init__(self, rest: str, options: SourceOptions, rows: Any = None) -> None:
-        """Open the split, see `open_split`, or raise `UserError` if it has no rows or no columns of these names.
+    def __init__(self, rest: str, options: SourceOptions, rows: Any) -> None:
+        """Read the `rows` of `open_split`; raise `UserError` if there are none, or no columns of these names.
 
         "?image=COLUMN" at the end of `rest` names the images, and "?label=COLUMN" is for evaluating pairs by labels.
-        `rows` is the split if it is open.
         """
-        place, columns = split_columns(rest)
-        spec, rows = f"{PREFIX}{rest}", open_split(place) if rows is None else rows
-        self._arguments = rest, options, rows
+        columns = split_columns(rest)[1]
+        spec = f"{PREFIX}{rest}"
         self._fingerprint: dict[str, Any] = {}
         key = image_column(rows.features, columns.get("image", options.image_key))
         options = dataclasses.replace(options, image_key=key)
         check_columns(spec, rows.features, options.columns)
         self._texts_table = _arrow(rows, options.text_columns)
-        super().__init__(_Images(rows, options.image_key, rest), self._texts_table, options)
+        super().__init__(_images(rows, options.image_key, rest), self._texts_table, options)
         if not len(self):
             raise UserError(f"{spec} has no rows; name another split.")
-
-    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
-        """Pickle the arguments; a worker process maps the same files."""
-        return HubPairs, self._arguments
 
     def fingerprint(self) -> dict[str, Any]:
         """Return the number of rows, the columns, and a hash of the captions and of the sizes of images."""
@@ -213,29 +203,24 @@ def open_labelled(rest: str, image_key: str = SourceOptions.image_key) -> labell
     rows = open_split(place)
     classes = [name for name, feature in rows.features.items() if hasattr(feature, "names")]
     only = "label" if "label" in classes or len(classes) != 1 else classes[0]
-    label, key = columns.get("label", only), image_column(rows.features, columns.get("image", image_key))
+    label = columns.get("label", only)
+    key = image_column(rows.features, columns.get("image", image_key))
     check_columns(f"{PREFIX}{rest}", rows.features, [key, label])
-    return in_classes(f"{PREFIX}{rest}", _Images(rows, key, rest), _arrow(rows, [label]), label)
+    return in_classes(f"{PREFIX}{rest}", _images(rows, key, rest), _arrow(rows, [label]), label)
 
 
 class HubSets(SourceKind):
     """`hf:ORG/NAME[@REVISION][/CONFIGURATION]/SPLIT` and `hf:/PATH`, with ?image=COLUMN&label=COLUMN."""
 
-    forms: ClassVar = {
-        "hf:ORG/NAME/SPLIT": Form(
-            pairs="a data set of the Hugging Face Hub, columns of images and captions",
-            labels="a data set of the Hugging Face Hub, columns of images and classes",
-        ),
-        "hf:ORG/NAME": Form(splits="a data set of the Hugging Face Hub, columns of images and classes"),
-    }
+    extras = ("datasets",)
 
     @classmethod
-    def extras(cls, rest: str) -> tuple[str, ...]:
-        return ("datasets",)
+    def open(cls, rest: str, options: SourceOptions) -> HubPairs:
+        return HubPairs(rest, options, open_split(split_columns(rest)[0]))
 
     @classmethod
-    def open(cls, rest: str, options: SourceOptions, labels: bool = False) -> Source:
-        return open_labelled(rest, options.image_key) if labels else HubPairs(rest, options)
+    def open_labelled(cls, rest: str, options: SourceOptions) -> labelled.Labelled:
+        return open_labelled(rest, options.image_key)
 
     @classmethod
     def has_split(cls, rest: str, split: str, options: SourceOptions) -> bool:

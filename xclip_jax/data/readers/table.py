@@ -9,7 +9,7 @@ import os
 import pathlib
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -22,12 +22,12 @@ from xclip_jax.core.errors import BadSample, UserError, first_line, redact
 from xclip_jax.data import labelled
 from xclip_jax.data.base import (
     MAX_BYTES,
-    Form,
     Record,
     Source,
     SourceKind,
     SourceOptions,
     check_columns,
+    choose,
     decode_utf8,
     json_strings,
     json_values,
@@ -47,18 +47,18 @@ def pair(image: Any, name: str, options: SourceOptions, read: Callable[[str], An
     """Return a record of pairs; `name` is its "id".
 
     `read` returns the values, or one value, of a column that `options` names; one string of keywords is split at
-    commas. `BadSample` if there is no caption.
+    commas. `BadSample` if there is no caption and the options want one.
     """
     columns = {key: read(key) for key in options.text_keys}
     text = [caption for values in columns.values() for caption in strip_texts(values)]
-    if not text:
+    if options.captions and not text:
         raise no_caption(columns)
     tags = read(options.tags_key) if options.tags_key else []
     tags = strip_texts(tags.split(",") if isinstance(tags, str) else tags)
     return {"image": image, "text": text, "tags": tags, "id": name}
 
 
-class Cells(Sequence):
+class ImageColumn(Sequence):
     """Encoded images in an Arrow column: bytes, paths or URLs, or {"bytes", "path"} as Hugging Face writes them."""
 
     def __init__(self, column: Any, locate: Callable[[int, str], tuple[str, str]]) -> None:
@@ -108,7 +108,8 @@ class Cells(Sequence):
         Raises:
           BadSample: a file that cannot be read or is empty, or no image.
         """
-        value, name = self._value(index), str(index)
+        value = self._value(index)
+        name = str(index)
         if isinstance(value, str) and value:
             name, table = self._locate(index, value)
             try:
@@ -136,7 +137,7 @@ def _utf8() -> Iterator[None]:
 class ColumnSource(Source):
     """Rows of Arrow columns: an image, or its path or URL, captions, and keywords with commas between them."""
 
-    def __init__(self, images: Cells, columns: Any, options: SourceOptions) -> None:
+    def __init__(self, images: ImageColumn, columns: Any, options: SourceOptions) -> None:
         """`columns` is a `pyarrow.Table` with the columns of captions and keywords, which `options` names."""
         self.images, self.columns, self.options = images, columns, options
 
@@ -167,7 +168,12 @@ class ColumnSource(Source):
             raise IndexError(index)
         with _utf8():
             image, name = self.images.read(index)
-            return pair(image, name, self.options, lambda key: self._values(key, index))
+            try:
+                return pair(image, name, self.options, lambda key: self._values(key, index))
+            except (UnicodeDecodeError, BadSample):
+                if self.options.captions:
+                    raise
+                return {"image": image, "text": [], "tags": [], "id": name}
 
     def describe(self, index: int) -> dict[str, str]:
         try:
@@ -177,7 +183,7 @@ class ColumnSource(Source):
         return {"file": path} if path else {"row": str(index)}
 
 
-def in_classes(spec: str, images: Cells, table: Any, label: str) -> labelled.Labelled:
+def in_classes(spec: str, images: ImageColumn, table: Any, label: str) -> labelled.Labelled:
     """Return the images of a `pyarrow.Table` in the classes of its column `label`, without rows that have none.
 
     A ClassLabel of the package `datasets` keeps its names and their order; -1 stands for none. In another column the
@@ -186,7 +192,8 @@ def in_classes(spec: str, images: Cells, table: Any, label: str) -> labelled.Lab
     Raises:
       UserError: a column of other values, or no row with a class; `spec` begins the message.
     """
-    column, names = table[label], _stored_names(table, label)
+    column = table[label]
+    names = _stored_names(table, label)
     try:
         cells = [x.strip() if isinstance(x, str) else x for chunk in column.chunks for x in chunk.to_pylist()]
         values = range(len(names)) or sorted(set(cells) - {None, ""})
@@ -205,9 +212,10 @@ def in_classes(spec: str, images: Cells, table: Any, label: str) -> labelled.Lab
     names = names or [str(value) for value in values]
     if len(kept) == len(classes):
         return labelled.Labelled("image", images, classes, names)
-    missing, first = len(classes) - len(kept), np.argmin(classes)
+    missing = len(classes) - len(kept)
+    first = np.argmin(classes)
     log0(f"WARNING: {spec}: {missing:,} of {len(classes):,} rows have no {label!r} and are left out, row {first} first")
-    return labelled.Labelled("image", labelled.Chosen(images, kept), classes[kept], names)
+    return labelled.Labelled("image", choose(images, kept), classes[kept], names)
 
 
 def _stored_names(table: Any, column: str) -> list[str]:
@@ -224,7 +232,7 @@ def path_in(folder: str, path: str) -> str:
 
 
 def _locate(tables: Sequence[str], ends: np.ndarray, index: int, path: str) -> tuple[str, str]:
-    """Return the place of a file that a row of `tables` names, see `Cells`; `ends` are their last rows, plus 1."""
+    """Return the place of a file that a row of `tables` names; `ends` are their last rows, plus 1."""
     table = tables[int(np.searchsorted(ends, index, side="right"))]
     if not storage.is_remote(table):
         return path_in(os.path.dirname(table), path), ""
@@ -238,7 +246,9 @@ class TableSource(ColumnSource):
 
     def __init__(self, pattern: str, options: SourceOptions, read: Callable[[str, list[str]], Any]) -> None:
         """Read the columns that `options` names into memory; `read` is `read_csv` or `read_parquet`."""
-        self.pattern, self.tables, self._read = pattern, storage.expand(pattern), read
+        self.pattern = pattern
+        self.tables = storage.expand(pattern)
+        self._read = read
         keys = options.columns
         tables = []
         for path in self.tables:
@@ -258,12 +268,8 @@ class TableSource(ColumnSource):
         if not len(joined):
             raise UserError(f"{pattern!r} has no row; pass a table of paths and captions.")
         ends = np.cumsum([len(table) for table in tables])
-        images = Cells(joined[options.image_key], functools.partial(_locate, self.tables, ends))
+        images = ImageColumn(joined[options.image_key], functools.partial(_locate, self.tables, ends))
         super().__init__(images, joined, options)
-
-    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
-        """Pickle the arguments; a worker process reads the tables itself."""
-        return type(self), (self.pattern, self.options, self._read)
 
     def fingerprint(self) -> dict[str, Any]:
         """Return the number of rows, a hash of the tables (see `storage.fingerprint`), and their names and sizes."""
@@ -291,7 +297,8 @@ class ArrayRecordSource(Source):
         """Open the files that `pattern` names, or raise `UserError`; `options` names features."""
         from array_record.python import array_record_data_source
 
-        self.files, self.options = storage.expand(pattern), options
+        self.files = storage.expand(pattern)
+        self.options = options
         try:
             self._data = array_record_data_source.ArrayRecordDataSource(self.files)
         except Exception as error:  # the library raises bare errors of C++
@@ -327,35 +334,33 @@ class ArrayRecordSource(Source):
 class CsvTables(SourceKind):
     """`csv:PATTERN` of pairs, `csv:PATH` of labelled images."""
 
-    forms: ClassVar = {
-        "csv:PATTERN": Form(pairs="tables with columns of image paths and captions, between commas, ; or tabs"),
-        "csv:PATH": Form(labels="a table with the columns path and label"),
-    }
     suffixes = (".csv", ".tsv")
 
     @classmethod
-    def open(cls, rest: str, options: SourceOptions, labels: bool = False) -> Source:
-        return labelled.open_files(f"csv:{rest}", rest) if labels else TableSource(rest, options, read_csv)
+    def open(cls, rest: str, options: SourceOptions) -> TableSource:
+        return TableSource(rest, options, read_csv)
+
+    @classmethod
+    def open_labelled(cls, rest: str, options: SourceOptions) -> labelled.Labelled:
+        return labelled.open_files(f"csv:{rest}", rest)
 
 
 class ParquetTables(SourceKind):
     """`parquet:PATTERN` and `parquet:FOLDER/SPLIT`, for labels with ?label=COLUMN, and for both ?image=COLUMN."""
 
-    forms: ClassVar = {
-        "parquet:PATTERN": Form(pairs="tables of images or paths and captions", labels="tables of images and classes"),
-        "parquet:FOLDER": Form(splits="tables of images and classes, SPLIT.parquet or SPLIT-*.parquet"),
-    }
     suffixes = (".parquet",)
 
     @classmethod
-    def open(cls, rest: str, options: SourceOptions, labels: bool = False) -> Source:
+    def open(cls, rest: str, options: SourceOptions) -> TableSource:
         place, columns = split_columns(rest)
         options = dataclasses.replace(options, image_key=columns.get("image", options.image_key))
-        label = columns.get("label", "label")
-        if labels:
-            options = dataclasses.replace(options, text_keys=(label,), tags_key="")
-        table = TableSource(_files(place), options, read_parquet)
-        return in_classes(f"parquet:{rest}", table.images, table.columns, label) if labels else table
+        return TableSource(_files(place), options, read_parquet)
+
+    @classmethod
+    def open_labelled(cls, rest: str, options: SourceOptions) -> labelled.Labelled:
+        label = split_columns(rest)[1].get("label", "label")
+        table = cls.open(rest, dataclasses.replace(options, text_keys=(label,), tags_key=""))
+        return in_classes(f"parquet:{rest}", table.images, table.columns, label)
 
     @classmethod
     def has_split(cls, rest: str, split: str, options: SourceOptions) -> bool:
@@ -372,9 +377,8 @@ def _files(place: str) -> str:
 class ArrayRecords(SourceKind):
     """`array_record:PATTERN`."""
 
-    forms: ClassVar = {"array_record:PATTERN": Form(pairs="serialized tf.train.Example in ArrayRecord files")}
     suffixes = (".array_record", ".arrayrecord")
 
     @classmethod
-    def open(cls, rest: str, options: SourceOptions, labels: bool = False) -> ArrayRecordSource:
+    def open(cls, rest: str, options: SourceOptions) -> ArrayRecordSource:
         return ArrayRecordSource(rest, options)

@@ -12,14 +12,13 @@ import json
 import pathlib
 import resource
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
 from xclip_jax.core import storage
 from xclip_jax.core.errors import BadSample, UserError, redact
 from xclip_jax.data.base import (
-    Form,
     Record,
     Source,
     SourceKind,
@@ -56,7 +55,10 @@ class TarSource(Source):
         "text" in `text_keys` is the .txt file, and any other key is a field of the .json file, as `tags_key` is.
         `UserError` if files do not exist, or have no sample at all; without `captions` an image is one.
         """
-        self.pattern, self.text_keys, self.tags_key = pattern, tuple(text_keys), tags_key
+        self.pattern = pattern
+        self.text_keys = tuple(text_keys)
+        self.tags_key = tags_key
+        self._captions_needed = captions
         fields = bool(tags_key) or any(key != "text" for key in self.text_keys)
         self._parts = ("image", *["text"] * ("text" in self.text_keys), *["json"] * fields)
         self.tars = tar_index.find(pattern)
@@ -67,7 +69,8 @@ class TarSource(Source):
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         _mapped.cache_clear()  # an index may have been made anew
-        sizes, kinds = [], set[int]()
+        sizes = []
+        kinds = set[int]()
         for path in self._index_paths:
             sizes.append(len(_mapped(path)))
             kinds.update(np.unique(_mapped(path)["fault"]).tolist())
@@ -104,21 +107,20 @@ class TarSource(Source):
 
     def __getitem__(self, index: int) -> Record:
         tar, row = self._row(index)
-        if row["fault"]:
+        optional = not self._captions_needed
+        if row["fault"] and not (optional and row["fault"] == tar_index.NO_TEXT):
             raise BadSample(tar_index.FAULTS[row["fault"]])
         parts = self._read(tar, row, self._parts)
         if not parts["image"]:
             raise BadSample("image file is empty")
-        text, tags = self._captions(parts)
+        try:
+            text, tags = self._captions(parts)
+        except BadSample:
+            if not optional:
+                raise
+            text, tags = [], []
         name = f"{redact(tar)}#{row['key'].decode(errors='replace')}"
         return {"image": parts["image"], "text": text, "tags": tags, "id": name}
-
-    def image(self, index: int) -> bytes:
-        """Return the image of a sample, with or without a caption. Raises `BadSample` if the image is missing."""
-        tar, row = self._row(index)
-        if row["fault"] not in (tar_index.OK, tar_index.NO_TEXT):
-            raise BadSample(tar_index.FAULTS[row["fault"]])
-        return self._read(tar, row, ("image",))["image"] or b""
 
     def _captions(self, parts: dict[str, bytes | None]) -> tuple[list[str], list[str]]:
         fields = {}
@@ -145,7 +147,8 @@ class TarSource(Source):
         """Return the content of these files of a sample, None for missing ones."""
         contents: dict[str, bytes | None] = dict.fromkeys(parts)
         spans = {part: (start, int(row[f"{part}_size"])) for part in parts if (start := int(row[part]))}
-        first, end = min(start for start, _ in spans.values()), max(start + size for start, size in spans.values())
+        first = min(start for start, _ in spans.values())
+        end = max(start + size for start, size in spans.values())
         try:
             file = storage.open_file(tar, self._version)
             if end - first <= sum(size for _, size in spans.values()) + _GAP:
@@ -174,9 +177,8 @@ class TarSource(Source):
 class Tars(SourceKind):
     """`tar:PATTERN`."""
 
-    forms: ClassVar = {"tar:PATTERN": Form(pairs="tars of KEY.jpg (or another image) with KEY.txt or KEY.json")}
     suffixes = (".tar",)
 
     @classmethod
-    def open(cls, rest: str, options: SourceOptions, labels: bool = False) -> TarSource:
-        return TarSource(rest, options.text_keys, options.tags_key)
+    def open(cls, rest: str, options: SourceOptions) -> TarSource:
+        return TarSource(rest, options.text_keys, options.tags_key, captions=options.captions)

@@ -58,7 +58,8 @@ class _Tar(tarfile.TarFile):
             try:
                 return super().next()
             except (tarfile.TarError, ValueError, OverflowError, MemoryError, RecursionError):
-                self.refused, self.offset = self.refused + 1, max(self.offset, start + tarfile.BLOCKSIZE)
+                self.refused += 1
+                self.offset = max(self.offset, start + tarfile.BLOCKSIZE)
         return None
 
 
@@ -222,7 +223,8 @@ def build(path: str) -> pathlib.Path:
     try:
         if cached := _cached(path):
             return cached
-        index_paths, content = index_files(path), io.BytesIO()  # a tar that grows meanwhile is indexed again
+        index_paths = index_files(path)
+        content = io.BytesIO()  # a tar that grows meanwhile is indexed again
         np.save(content, index(path))
     except OSError as error:
         raise UserError(f"{path!r} cannot be read ({error}).") from error
@@ -237,7 +239,7 @@ def build(path: str) -> pathlib.Path:
 def load(tars: Sequence[str], *, processes: int | None = None) -> list[pathlib.Path]:
     """Return the path of each tar's stored index; tars that are new or have changed are indexed first, in parallel.
 
-    By default there is an indexing process a core, or none for a few tars. Errors are as for `build`.
+    By default one process per core indexes, or none for a few tars. Errors are as for `build`.
     """
     with thread_pool(16) as threads:  # a store takes long to answer
         index_paths = dict(zip(tars, threads.map(_cached, tars), strict=True))
@@ -285,7 +287,8 @@ def find(pattern: str) -> list[str]:
             "write the address that it fetches, https://..., gs://... or s3://..., or download the tars."
         )
     pattern = pattern.replace(".tar::", ".tar,")
-    folder, tars = os.path.expanduser(pattern), []
+    folder = os.path.expanduser(pattern)
+    tars: list[str] = []
     if not storage.is_remote(pattern) and os.path.isdir(folder):
         tars = sorted(glob.glob(os.path.join(glob.escape(folder), "*.tar")))
     return tars or storage.expand(pattern)

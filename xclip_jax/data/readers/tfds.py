@@ -4,9 +4,10 @@ import contextlib
 import hashlib
 import io
 import json
+import operator
 import os
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -14,7 +15,7 @@ import tensorflow_datasets as tfds
 from xclip_jax.core import storage
 from xclip_jax.core.errors import UserError
 from xclip_jax.data import labelled
-from xclip_jax.data.base import Form, Record, Source, SourceKind, SourceOptions, check_columns, decode_utf8
+from xclip_jax.data.base import Record, Source, SourceKind, SourceOptions, check_columns, decode_utf8, field
 from xclip_jax.data.readers.table import pair
 
 B = TypeVar("B", bound=tfds.core.DatasetBuilder)
@@ -93,35 +94,41 @@ def open_labelled(name: str, split: str, data_dir: str | None) -> labelled.Label
     A version of a TFDS data set does not change, so that it identifies the items.
     """
     data, info = open_tfds(name, split, data_dir)
-    features, version = info.features, str(info.version)
+    features = info.features
+    version = str(info.version)
     names = getattr(features["label"], "names", ()) if "label" in features else ()
     if not names or "image" not in features:
         raise UserError(f"tfds:{name}/{split}: TFDS data set {name!r} has no features image and label (of classes).")
-    items, labels = labelled.Field(data, "image"), labelled.Field(data, "label")
-    source = labelled.Labelled("image", items, labels, names, identity=[f"tfds:{name}/{split}", version])
+    source = labelled.Labelled(
+        "image",
+        field(data, "image"),
+        field(data, "label"),
+        names,
+        identity=[f"tfds:{name}/{split}", version],
+        read=lambda i: operator.itemgetter("image", "label")(data[i]),
+    )
     source.version = version
     return source
+
+
+def _name_and_split(rest: str) -> tuple[str, str]:
+    name, _, split = rest.rpartition("/")
+    if not name:
+        raise UserError(f"source 'tfds:{rest}' does not name a split; write tfds:NAME/SPLIT.")
+    return name, split
 
 
 class TfdsSplits(SourceKind):
     """`tfds:NAME/SPLIT`, prepared once as array_record files."""
 
-    forms: ClassVar = {
-        "tfds:NAME/SPLIT": Form(
-            pairs="a prepared data set of TensorFlow Datasets",
-            labels="a prepared data set of TensorFlow Datasets with features image and label",
-        ),
-        "tfds:NAME": Form(splits="a prepared data set of TensorFlow Datasets with features image and label"),
-    }
+    @classmethod
+    def open(cls, rest: str, options: SourceOptions) -> TfdsSource:
+        name, split = _name_and_split(rest)
+        return TfdsSource(*open_tfds(name, split, options.dir or None, options.image_key), split, options)
 
     @classmethod
-    def open(cls, rest: str, options: SourceOptions, labels: bool = False) -> Source:
-        name, _, split = rest.rpartition("/")
-        if not name:
-            raise UserError(f"source 'tfds:{rest}' does not name a split; write tfds:NAME/SPLIT.")
-        if labels:
-            return open_labelled(name, split, options.dir or None)
-        return TfdsSource(*open_tfds(name, split, options.dir or None, options.image_key), split, options)
+    def open_labelled(cls, rest: str, options: SourceOptions) -> labelled.Labelled:
+        return open_labelled(*_name_and_split(rest), options.dir or None)
 
     @classmethod
     def has_split(cls, rest: str, split: str, options: SourceOptions) -> bool:

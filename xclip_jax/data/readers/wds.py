@@ -1,7 +1,7 @@
 """Labelled or captioned images in tars, in the layout of clip_benchmark: `wds:PATH` and `wds:hf:ORG/NAME`.
 
 docs/evaluate.md shows the layout, which `clip_benchmark_export_wds` writes. KEY.cls is the number of a class, KEY.txt
-has the captions of a retrieval set, one a line, and KEY.npy an array of zeros and ones for several classes an image.
+has the captions of a retrieval set, one per line, and KEY.npy zeros and ones for several classes per image.
 Tars are read in place, by `tar_index.members`.
 """
 
@@ -10,15 +10,14 @@ import functools
 import io
 import pathlib
 import re
-from collections.abc import Iterator, Sequence
-from typing import ClassVar
+from collections.abc import Sequence
 
 import numpy as np
 
 from xclip_jax.core import hub_client, storage
 from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.data import labelled
-from xclip_jax.data.base import MAX_BYTES, Form, SourceKind, SourceOptions, decode_utf8, read_text
+from xclip_jax.data.base import MAX_BYTES, LazySequence, SourceKind, SourceOptions, decode_utf8, read_text
 from xclip_jax.data.readers import tar_index
 
 CLASSES, SEVERAL, CAPTIONS = "classification", "multilabel", "retrieval"
@@ -27,6 +26,7 @@ _ANSWERS = {CLASSES: ".cls", SEVERAL: ".npy", CAPTIONS: ".txt"}
 _IMAGES = (".webp", ".png", ".jpg", ".jpeg")  # the first of several counts
 _SHARDS = "nshards.txt"
 TEMPLATES = "zeroshot_classification_templates.txt"
+_Row = tuple[int, bytes, int, int]  # number of the tar, key, offset and size in bytes
 _HUB = re.compile(rf"({hub_client.ID})(?:@([^/]+))?(?:/([\w.-]+))?")
 
 
@@ -70,38 +70,30 @@ class Split:
         return tars
 
 
-class Members(Sequence):
-    """Images that are files in tars."""
+def _text(key: bytes) -> str:
+    return key.decode("utf-8", "replace")
 
-    def __init__(
-        self, tars: Sequence[str], versions: Sequence[object], rows: Sequence[tuple[int, bytes, int, int]]
-    ) -> None:
-        """`rows` has the number of the tar, the key, the offset and the size in bytes for each image."""
-        self.tars, self._versions, self.rows = list(tars), list(versions), list(rows)
 
-    def __len__(self) -> int:
-        return len(self.rows)
+def _images(tars: Sequence[str], versions: Sequence[object], rows: Sequence[_Row]) -> LazySequence:
+    """Return images that are files in tars, read on access."""
 
-    def name(self, index: int) -> str:
-        """Return "TAR#KEY"."""
-        number, key, *_ = self.rows[index]
-        return f"{self.tars[number]}#{key.decode('utf-8', 'replace')}"
+    def name(index: int) -> str:
+        number, key, *_ = rows[index]
+        return f"{tars[number]}#{_text(key)}"
 
-    def sizes(self) -> Iterator[tuple[str, int]]:
-        """Key and size of each image."""
-        return ((key.decode("utf-8", "replace"), size) for _, key, _, size in self.rows)
-
-    def __getitem__(self, index: int) -> bytes:  # ty: ignore[incompatible-method-override] no slices
-        number, _, offset, size = self.rows[index]
+    def read(index: int) -> bytes:
+        number, _, offset, size = rows[index]
         if size > MAX_BYTES["image"]:
-            raise BadSample("file too large", self.name(index))
+            raise BadSample("file too large", name(index))
         try:
-            data = storage.open_file(self.tars[number], self._versions[number]).read(offset, size)
+            data = storage.open_file(tars[number], versions[number]).read(offset, size)
         except OSError as error:
             raise BadSample("tar cannot be read", str(error)) from error
         if len(data) < size:
             raise BadSample("tar cut off", "it is shorter than when it was opened")
         return data
+
+    return LazySequence(len(rows), read, name, lambda: ((_text(key), size) for _, key, _, size in rows))
 
 
 def locate(rest: str, *, fetch: bool = True) -> Split:
@@ -126,16 +118,20 @@ def locate(rest: str, *, fetch: bool = True) -> Split:
     return Split(spec, pathlib.Path(place), split, pathlib.Path(place).name)
 
 
-def read(split: Split) -> tuple[Members, list[bytes]]:
+def read(split: Split) -> tuple[LazySequence, list[bytes]]:
     """Return the images of a split, and the content of each image's file with label or captions.
 
     Raises:
       UserError: missing files, damaged tars, images without labels or labels without images.
     """
-    tars, suffix, rows, answers = split.tars(), _ANSWERS[split.type], [], []
+    tars = split.tars()
+    suffix = _ANSWERS[split.type]
+    rows = []
+    answers = []
     versions = list(map(storage.stat, tars))
     for number, (tar, version) in enumerate(zip(tars, versions, strict=True)):
-        size, file = version[0], storage.open_file(tar, version)
+        size = version[0]
+        file = storage.open_file(tar, version)
         samples: dict[bytes, dict[str, tuple[int, int]]] = {}
         for name, offset, length in tar_index.members(tar, size):
             if not name or offset + length > size:
@@ -143,30 +139,30 @@ def read(split: Split) -> tuple[Members, list[bytes]]:
             key, ending = tar_index.split_name(name)
             files = samples.setdefault(key, {})
             if ending in files:
-                sample = f"{key.decode('utf-8', 'replace')}.{ending}"
-                raise UserError(f"{split.spec}: tar {tar!r} has {sample!r} twice; each sample needs a key of its own.")
+                raise UserError(f"{split.spec}: tar {tar!r} has {_text(key) + ending!r} twice; give each sample a key.")
             files[ending] = offset, length
         for key, files in samples.items():
             image = next((files[ending] for ending in _IMAGES if ending in files), None)
             if image is None or suffix not in files or files[suffix][1] > MAX_BYTES["text"]:
                 raise UserError(
-                    f"{split.spec}: sample {key.decode('utf-8', 'replace')!r} of {tar!r} has the files "
+                    f"{split.spec}: sample {_text(key)!r} of {tar!r} has the files "
                     f"{', '.join(files)}; type {split.type} needs {suffix} and one of {', '.join(_IMAGES)}."
                 )
             rows.append((number, key, *image))
             answers.append(file.read(*files[suffix]))
-    return Members(tars, versions, rows), answers
+    return _images(tars, versions, rows), answers
 
 
 def open_labelled(split: Split) -> labelled.Labelled:
-    """Open images in classes: one class an image, or any number for the type `SEVERAL`.
+    """Open images in classes: one per image, or any number for the type `SEVERAL`.
 
     Raises:
       UserError: a retrieval set, labels that are not among the classes, or as for `read`.
     """
     if split.type == CAPTIONS:
         raise UserError(f"{split.spec} has captions and no classes; name it as a set of its own: {split.spec}.")
-    names, (images, answers) = split.lines("classnames.txt"), read(split)
+    names = split.lines("classnames.txt")
+    images, answers = read(split)
     labels = np.zeros((len(answers), len(names)) if split.type == SEVERAL else len(answers), np.int64)
     for i, answer in enumerate(answers):
         try:
@@ -184,7 +180,7 @@ def open_labelled(split: Split) -> labelled.Labelled:
     return source
 
 
-def open_captions(split: Split) -> tuple[Members, list[list[str]]]:
+def open_captions(split: Split) -> tuple[LazySequence, list[list[str]]]:
     """Open images and the captions of each.
 
     Raises:
@@ -203,17 +199,8 @@ def open_captions(split: Split) -> tuple[Members, list[list[str]]]:
 class Wds(SourceKind):
     """`wds:PATH` and `wds:hf:ORG/NAME[@REVISION]`, with or without /SPLIT."""
 
-    forms: ClassVar = {
-        "wds:PATH": Form(labels="tars in clip_benchmark's layout", splits="tars in clip_benchmark's layout"),
-        "wds:hf:ORG/NAME": Form(labels="the same on the Hugging Face Hub"),
-    }
-
     @classmethod
-    def extras(cls, rest: str) -> tuple[str, ...]:
-        return ("hub",) if rest.startswith(hub_client.PREFIX) else super().extras(rest)
-
-    @classmethod
-    def open(cls, rest: str, options: SourceOptions, labels: bool = False) -> labelled.Labelled:
+    def open_labelled(cls, rest: str, options: SourceOptions) -> labelled.Labelled:
         return open_labelled(locate(rest))
 
     @classmethod

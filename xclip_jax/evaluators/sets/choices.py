@@ -19,9 +19,9 @@ import PIL.Image
 from xclip_jax.core.console import log0
 from xclip_jax.core.errors import UserError, describe
 from xclip_jax.data import images, sources
-from xclip_jax.data.base import MissingColumnError
+from xclip_jax.data.base import MissingColumnError, choose
 from xclip_jax.data.config import DataConfig
-from xclip_jax.data.labelled import Chosen, Paths, file_size
+from xclip_jax.data.labelled import Paths, file_size
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.data.readers.table import ColumnSource
 from xclip_jax.evaluators.base import Joined, Pictures, SetKind
@@ -131,7 +131,7 @@ def read_rows(spec: str, data: DataConfig) -> Loaded:
     cells = [table.images for table in tables]
     sizes = [size for column in cells for size in column.sizes()]
     ids = [(size[0], file_size(path)) if path else size for size, path in zip(sizes, named, strict=True)]
-    return Chosen(Joined(cells), used.tolist()), pictures.reshape(len(tables), -1).T, texts, parts, ids
+    return choose(Joined(cells), used.tolist()), pictures.reshape(len(tables), -1).T, texts, parts, ids
 
 
 def load(spec: str, prepare: Preprocessing, data: DataConfig, profile: Profile) -> ChoiceSet:

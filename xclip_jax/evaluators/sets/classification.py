@@ -18,9 +18,9 @@ import numpy as np
 from xclip_jax.core import imports
 from xclip_jax.core.errors import UserError, describe
 from xclip_jax.data import holdout, sources
-from xclip_jax.data.base import SourceOptions
+from xclip_jax.data.base import SourceOptions, choose
 from xclip_jax.data.config import DataConfig
-from xclip_jax.data.labelled import Chosen, check_one_class
+from xclip_jax.data.labelled import check_one_class
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.data.readers import wds
 from xclip_jax.evaluators import prompts
@@ -34,7 +34,7 @@ from xclip_jax.evaluators.sets.published import ENTRIES, PAPER, Content, Entry, 
 from xclip_jax.evaluators.zeroshot import ZeroShotSet
 
 PREFIX, FINETUNED, WDS, BABEL = "zeroshot/", "finetuned/", "wds:", "babel/"
-_IMAGES = [name for name, kind in sources.SOURCES.items() if kind.opens("labels") and kind.labelled_items == "image"]
+_IMAGES = [name for name in sources.SOURCES if sources.has_labels(f"{name}:x", "image")]
 
 
 def read_source(spec: str, data_dir: str | None, image_key: str = SourceOptions.image_key) -> Content:
@@ -56,7 +56,7 @@ def read_held_out(spec: str, data: DataConfig) -> Content:
         positions = holdout.selected(part.images, data.holdout)
         identities += [holdout.image_hash(part.images[i]) for i in positions]
         labels = np.array([part.classes[label] for label in part.labels[positions]], object)
-        parts.append(dataclasses.replace(part, images=Chosen(part.images, positions), labels=labels))
+        parts.append(dataclasses.replace(part, images=choose(part.images, positions), labels=labels))
     classes = sorted({name for part in parts for name in part.classes})
     number = {name: i for i, name in enumerate(classes)}
     names = np.concatenate([part.labels for part in parts])
@@ -104,7 +104,7 @@ def read_babel(spec: str, data_dir: str | None) -> tuple[Content, str]:
     kept = np.flatnonzero(position[content.labels] >= 0)
     content = dataclasses.replace(
         content,
-        images=Chosen(content.images, kept.tolist()),
+        images=choose(content.images, kept.tolist()),
         labels=position[content.labels][kept],
         classes=classes,
         identity=[content.identity, *contents(content.images)],
@@ -283,7 +283,7 @@ class ClassSets(SetKind):
     at_path = (*ENTRIES, f"{BABEL}LANGUAGE")
     suites: ClassVar = {"paper": (*PAPER, "coco_retrieval")}
     usage = "own data: " + "; ".join(
-        [f"{spec}, {what}" for spec, what in sources.usage("labels").items() if spec.partition(":")[0] in _IMAGES]
+        [f"{spec}, {what}" for spec, what in sources.LABELS.items() if spec.partition(":")[0] in _IMAGES]
         + [f"{PREFIX}{sources.OF_ANOTHER_PACKAGE}"]
         + [f"{PREFIX}{HELD_OUT}[@RUN], the held-out pairs of a run whose sources have labels"]
     )
@@ -315,7 +315,7 @@ class ProbeSets(SetKind):
     """`probe/NAME` and `probe/SOURCE`."""
 
     prefixes = ("probe",)
-    usage = f"probes: probe/NAME, {', '.join(f'probe/{spec}' for spec in sources.usage('splits'))}"
+    usage = f"probes: probe/NAME, {', '.join(f'probe/{spec}' for spec in sources.SPLITS)}"
     load = staticmethod(load_probe)
 
     @classmethod
@@ -323,7 +323,7 @@ class ProbeSets(SetKind):
         """Whether the set is known, and a source has splits."""
         name = spec.partition("/")[2]
         if sources.has_labels(name, "image"):
-            return sources.parse(name).kind.opens("splits")
+            return sources.overrides(sources.parse(name).kind, "has_split")
         return name in ENTRIES
 
 

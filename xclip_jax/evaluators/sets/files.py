@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 
 from xclip_jax.core.errors import UserError, describe
-from xclip_jax.data.base import join_surrogates
+from xclip_jax.data.base import field, join_surrogates
 from xclip_jax.data.config import DataConfig
-from xclip_jax.data.labelled import Field, Paths
+from xclip_jax.data.labelled import Paths
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.data.readers import glue as tasks
 from xclip_jax.data.readers.tfds import lookup, open_tfds
@@ -252,7 +252,7 @@ def coco_captions(name: str, data_dir: str | None, prepare: Preprocessing, profi
     records = (source[i] for i in range(len(source)))  # each has its image: all would be gigabytes
     captions, ids = zip(*((lookup(r, "captions/text"), int(r["image/id"])) for r in records), strict=True)
     origin = {"data": name, "split": "test", "version": str(info.version)}
-    return captioned(name, Field(source, "image"), list(captions), list(ids), prepare, profile, **origin)
+    return captioned(name, field(source, "image"), list(captions), list(ids), prepare, profile, **origin)
 
 
 READERS: Mapping[str, Callable[[str, pathlib.Path], SimilaritySet | ProbeSet]] = {

@@ -19,10 +19,9 @@ from xclip_jax.core.console import log0
 from xclip_jax.core.errors import UserError
 from xclip_jax.core.run_folder import RunReader
 from xclip_jax.data import holdout, sources
-from xclip_jax.data.base import MissingColumnError
+from xclip_jax.data.base import MissingColumnError, display_name, field
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.holdout import Subset
-from xclip_jax.data.labelled import Field, item_name
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.evaluators.base import HELD_OUT, Joined, Pictures, SetKind
 from xclip_jax.evaluators.prompts import Profile
@@ -120,7 +119,7 @@ def load_pairs(spec: str, prepare: Preprocessing, data: DataConfig, profile: Pro
     profile = dataclasses.replace(profile, prefix=profile.prefix or "", exif_rotation=True)
     by_image, positions = captions_by_image(parts)
     each = zip(opened, parts, positions, strict=True)
-    images: list[Any] = [Field(Subset(source, part.indices[new]), "image") for source, part, new in each]
+    images: list[Any] = [field(Subset(source, part.indices[new]), "image") for source, part, new in each]
     origin = {"data": ", ".join(specs), "split": f"held out, {share:g}" if share < 1 else ""}
     return captioned(name, Joined(images), list(by_image.values()), list(by_image), prepare, profile, **origin)
 
@@ -138,7 +137,7 @@ def captioned(
     prepare, texts = profile.preprocessing(prepare), [profile.texts(of_image) for of_image in captions]
     for i, of_image in enumerate(texts):
         if not of_image:
-            raise UserError(f"{name}: {item_name(images, i)} has no caption; add one, or leave the image out.")
+            raise UserError(f"{name}: {display_name(images, i)} has no caption; add one, or leave the image out.")
     kept = f"first {profile.captions}" if profile.captions else "all"
     card = Provenance(
         **origin,
@@ -157,7 +156,7 @@ class PairSets(SetKind):
     prefixes = (PREFIX.rstrip("/"),)
     names = (PREFIX + HELD_OUT,)
     usage = (
-        f"own pairs: {', '.join(f'{PREFIX}{spec}' for spec in sources.usage())}, with other columns "
+        f"own pairs: {', '.join(f'{PREFIX}{spec}' for spec in sources.PAIRS)}, with other columns "
         f"{PREFIX}SOURCE{_COLUMNS}; {PREFIX}{HELD_OUT}[@RUN]"
     )
 

@@ -17,8 +17,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from xclip_jax.core.errors import UserError
+from xclip_jax.data.base import field
 from xclip_jax.data.config import DataConfig
-from xclip_jax.data.labelled import Field, read_files
+from xclip_jax.data.labelled import read_files
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.data.readers.tfds import open_tfds
 from xclip_jax.evaluators import prompts
@@ -171,7 +172,7 @@ def read_tfds(name: str, entry: Entry, split: str, data_dir: str | None) -> Cont
         row[np.asarray(value, int)] = True
     version = str(info.version)
     data = entry.tfds.partition(":")[0]
-    return Content(Field(source, "image"), labels, classes, data, version, entry.split, [data, version, split])
+    return Content(field(source, "image"), labels, classes, data, version, entry.split, [data, version, split])
 
 
 def _published(
@@ -282,7 +283,7 @@ class DenseSets(SetKind):
         name, prepare = "oxford_iiit_pet", profile.preprocessing(prepare)
         (train, info), (test, _) = (open_tfds(name, split, data.dir or None) for split in ("train", "test"))
         train, test = (
-            MaskedImages(Pictures(Field(source, "image"), prepare), TrimapMasks(source)) for source in (train, test)
+            MaskedImages(Pictures(field(source, "image"), prepare), TrimapMasks(source)) for source in (train, test)
         )
         version = str(info.version)
         card = Provenance(
