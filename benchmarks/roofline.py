@@ -3,7 +3,7 @@
     xclip-jax plan --config pretrain:objective=clip --topology v5e:4x8 --hlo step.hlo
     JAX_PLATFORMS=cpu python -m benchmarks.roofline step.hlo v5e:4x8
 
-Times come from `xclip_jax.parallel.topology`, except those of Pallas kernels, whose cycles the TPU compiler does not
+Times come from `xclip_jax.plan.roofline`, except those of Pallas kernels, whose cycles the TPU compiler does not
 estimate. A subprocess compiles each kernel once more and lets the compiler write its final VLIW schedule; the length of
 one block's schedule times the number of blocks is the time, without pauses between blocks or waits for memory. "HBM" is
 a lower bound: the bytes that operations read from and write to the chip's memory, in padded layouts, over bandwidth.
@@ -29,9 +29,9 @@ import jax
 import jax.numpy as jnp
 
 from xclip_jax.core.errors import exit_with_message
-from xclip_jax.parallel import hlo
-from xclip_jax.parallel.hlo import KINDS, Array, Computation, Execution, Instruction, Program
-from xclip_jax.parallel.topology import CHIPS, FREE, cycles, devices_of, grid_of, roofline, seconds
+from xclip_jax.plan import hlo
+from xclip_jax.plan.hlo import KINDS, Array, Computation, Execution, Instruction, Program
+from xclip_jax.plan.roofline import CHIPS, FREE, cycles, devices_of, grid_of, roofline, seconds
 
 # The first pattern in an operation's name and source decides its part, in a tower and elsewhere.
 _TOWER_PARTS = (

@@ -20,8 +20,8 @@ from absl import app, flags, logging
 from xclip_jax.config import load as config_file
 from xclip_jax.core.console import format_bytes
 from xclip_jax.core.errors import UserError, check_file, exit_with_message
-from xclip_jax.parallel.hlo import collectives, summary
-from xclip_jax.parallel.topology import devices_of, roofline
+from xclip_jax.plan.hlo import collectives, summary
+from xclip_jax.plan.roofline import devices_of, roofline
 from xclip_jax.train import cost
 from xclip_jax.train.build import Experiment
 

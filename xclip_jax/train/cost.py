@@ -26,7 +26,7 @@ from xclip_jax.models.tower import TextTower
 from xclip_jax.models.two_towers import TOWERS
 from xclip_jax.objectives import make_objective
 from xclip_jax.parallel.mesh import batch_sharding, batch_shards
-from xclip_jax.parallel.topology import CHIPS
+from xclip_jax.plan.roofline import CHIPS
 from xclip_jax.train.build import Experiment, build, make_model
 from xclip_jax.train.state import init_fn
 

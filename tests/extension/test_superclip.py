@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from examples import superclip as tokens
 from tests.helpers.util import assert_close, central_differences
-from xclip_jax.losses import tokens
-from xclip_jax.parallel.hlo import collectives
+from xclip_jax.plan.hlo import collectives
 
 START, END, VOCAB = 1, 2, 19
 

@@ -17,8 +17,8 @@ from typing import Any
 from jax.experimental import topologies
 
 from xclip_jax.core.errors import UserError, check_choice, check_count
-from xclip_jax.parallel import hlo
-from xclip_jax.parallel.hlo import BETWEEN_SLICES, Collective, Execution, Program
+from xclip_jax.plan import hlo
+from xclip_jax.plan.hlo import BETWEEN_SLICES, Collective, Execution, Program
 
 GIB = 2**30
 
