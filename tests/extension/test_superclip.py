@@ -77,15 +77,6 @@ def test_equals_oracle(steps, devices):
     assert float(state["token_batches"]) == steps
 
 
-def test_mean_of_shards_is_another_loss():
-    """Documents are counted over the global batch."""
-    logits = jnp.asarray(np.random.default_rng(7).normal(size=(8, VOCAB)), jnp.float32)
-    arrays, state = (logits, jnp.asarray(captions()), ends(captions())), tokens.initial_state(VOCAB)
-    whole = float(tokens.classify(*arrays, state)[0])
-    halves = [float(tokens.classify(*(x[i : i + 4] for x in arrays), state)[0]) for i in (0, 4)]
-    assert abs(np.mean(halves) - whole) > 1e-3
-
-
 @pytest.mark.parametrize("pad", [0, END, 5])
 def test_starts_ends_and_padding_have_no_weight(pad):
     """Whatever token pads: CLIP pads with the token of an exclamation mark, which counts where a caption has one."""

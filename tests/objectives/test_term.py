@@ -94,7 +94,7 @@ def test_a_term_without_heads_uses_the_embeddings_of_clip():
 
 def test_the_documented_outputs_are_those_of_the_model():
     page = (pathlib.Path(__file__).parents[2] / "docs" / "extend.md").read_text()
-    table = page.partition("| `out[...]` |")[2].partition("| what a head")[0]
+    table = page.partition("| `out[...]` |")[2].partition("| a head's `output`")[0]
     names = "".join(row.partition("|")[2].partition("|")[0] for row in table.splitlines())
     written = {"h_img", "h_txt", "tokens"}  # the last of examples/superclip.py
     classify = {"objective__classify": {"classes": 3}}
@@ -128,8 +128,8 @@ def test_a_heads_flops_count():
     ("plugin", "message"),
     [
         (
-            {"type": SUPERCLIP, "spread": 0.5},
-            "'objective.plugins.tokens.spread' is unknown; did you mean .*spread",
+            {"type": SUPERCLIP, "spraed": 0.5},
+            "'objective.plugins.tokens.spraed' is unknown; did you mean .*spread",
         ),
         ({"type": SUPERCLIP, "spread": 0.0}, r"objective\.plugins\.tokens\.spread is 0\.0; expected .* above 0"),
         ({"type": "examples.superclip:Token"}, r"cannot be imported.* has no attribute 'Token'"),

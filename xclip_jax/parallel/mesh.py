@@ -21,7 +21,8 @@ def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None)
     """
     devices = jax.devices() if devices is None else devices
     shape = [sizes[axis] for axis in AXES]
-    given, remedy = math.prod(n for n in shape if n != -1), ""
+    given = math.prod(n for n in shape if n != -1)
+    remedy = ""
     if shape.count(-1) > 1:
         remedy = "only one size may be -1"
     elif -1 in shape and len(devices) % given:
