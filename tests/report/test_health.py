@@ -89,7 +89,7 @@ def test_a_term_of_another_package_has_curves_and_lights(tmp_path):
     text = page_of(run, examples.Examples())
     words = " ".join(check(text).text)
     for sentence in (
-        "What SuperCLIP has learned so far", "SuperCLIP, 1 CLIP + 0.5 tokens",  # head
+        "What superclip has learned so far", "superclip, 1 CLIP + 0.5 tokens",  # head
         "Token loss", "Most probable token in the caption", "CLIP loss",  # curves
         "names tokens at random", "fails when the head learns nothing.",  # health
         "Warning at 1 of 2 logged steps from step 2 on, last at 2.",
