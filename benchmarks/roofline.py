@@ -3,35 +3,21 @@
     xclip-jax plan --config pretrain:objective=clip --topology v5e:4x8 --hlo step.hlo
     JAX_PLATFORMS=cpu python -m benchmarks.roofline step.hlo v5e:4x8
 
-Times come from `xclip_jax.parallel.topology`, except those of Pallas kernels, whose cycles the TPU compiler does not
-estimate. A subprocess compiles each kernel once more and lets the compiler write its final VLIW schedule; the length of
-one block's schedule times the number of blocks is the time, without pauses between blocks or waits for memory. "HBM" is
-a lower bound: the bytes that operations read from and write to the chip's memory, in padded layouts, over bandwidth.
+Times come from `xclip_jax.plan.roofline`. "HBM" is a lower bound: the bytes that operations read from and write to the
+chip's memory, in padded layouts, over bandwidth.
 """
 
 import argparse
-import base64
 import collections
-import contextlib
-import dataclasses
-import json
 import math
-import os
 import pathlib
 import re
-import subprocess
-import sys
-import tempfile
-from collections.abc import Iterable
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from xclip_jax.core.errors import exit_with_message
-from xclip_jax.parallel import hlo
-from xclip_jax.parallel.hlo import KINDS, Array, Computation, Execution, Instruction, Program
-from xclip_jax.parallel.topology import CHIPS, FREE, cycles, devices_of, grid_of, roofline, seconds
+from xclip_jax.plan import hlo
+from xclip_jax.plan.hlo import KINDS, Array, Computation, Execution, Instruction, Program
+from xclip_jax.plan.roofline import CHIPS, FREE, cycles, grid_of, roofline, seconds
 
 # The first pattern in an operation's name and source decides its part, in a tower and elsewhere.
 _TOWER_PARTS = (
@@ -52,32 +38,17 @@ COLUMNS = ("image", "text", "neither")
 _UPDATE = "dynamic-update-slice"
 _SLICES = ("dynamic-slice", "slice", "gather")
 _VIEWS = ("bitcast", "reshape", "transpose", "copy", "convert")  # a fusion writes nothing for them
-_MATRIX_SLOTS = 4  # per bundle
-_UTILIZATION = "*ffi_call*final_hlo-static-per-bundle-utilization.txt"
-_TYPES = {"pred": "bool", "bf16": "bfloat16", "f16": "float16", "f32": "float32"} | {
-    "s8": "int8", "u8": "uint8", "s16": "int16", "s32": "int32", "u32": "uint32",
-}  # fmt: skip
 
 
 def parts(text: str, topology: str, devices: int) -> list[dict[str, Any]]:
     """Return {"part", "image", "text", "neither", "ms", "hbm_ms"} of each part of a compiled step, longest first."""
-    chip_name = grid_of(topology)[0]
-    chip = CHIPS[chip_name]
+    chip = CHIPS[grid_of(topology)[0]]
     program = hlo.parse(text)
-    executions = list(program.executions(cycles))
-    kernels = {}
-    for execution in executions:
-        for each in (execution, *program.inside(execution)):  # a fusion may run a kernel and a piece of a collective
-            if kernel := kernel_of(each.instruction, program.computations[each.computation]):
-                kernels[execution.instruction.name] = kernel
-    known = schedules(chip_name, kernels.values())
     rows: dict[str, dict[str, float]] = collections.defaultdict(lambda: dict.fromkeys((*COLUMNS, "ms", "hbm_ms"), 0.0))
-    for execution in executions:
+    for execution in program.executions(cycles):
         opcode = execution.instruction.opcode
         communicates = bool(hlo.inside(program, execution, devices))
         taken = seconds(program, execution, communicates, chip)
-        if schedule := known.get(kernels.get(execution.instruction.name)):
-            taken = execution.count * schedule.cycles / chip.clock
         moves = taken or not (communicates or opcode in FREE or opcode.endswith("-done"))
         size = traffic(program, execution) if moves else 0.0
         part, column = part_of(_named(program, execution))
@@ -114,7 +85,7 @@ def padded_bytes(array: Array) -> float:
     for i, n in enumerate(reversed([int(n) for n in tile[1].split(",")])):
         if i < len(sizes):
             sizes[i] = math.ceil(sizes[i] / n) * n
-    return math.prod(sizes) * hlo.BITS.get(array.dtype, 32) / 8
+    return math.prod(sizes) * array.bits / 8
 
 
 def in_hbm(array: Array) -> bool:
@@ -184,116 +155,10 @@ def _written(program: Program, instruction: Instruction, computation: Computatio
     return total
 
 
-@dataclasses.dataclass(frozen=True)
-class Kernel:
-    """A Pallas kernel in a compiled program."""
-
-    name: str
-    operands: tuple[str, ...]  # types and shapes, without layouts
-    results: tuple[str, ...]
-    code: str  # MLIR
-    config: str = dataclasses.field(compare=False)  # of the call, as JSON: has source lines, which differ by call
-
-
-@dataclasses.dataclass(frozen=True)
-class Schedule:
-    """The schedule of a kernel."""
-
-    blocks: int  # of the kernel's grid
-    bundles: int  # instructions per block; one is issued per cycle
-    matrix: float  # fraction of the matrix units' slots in use
-    cores: int  # that share the blocks
-
-    @property
-    def cycles(self) -> float:
-        """Cycles of all blocks."""
-        return self.blocks * self.bundles / self.cores
-
-
 def source(instruction: Instruction) -> str:
     """The path of JAX names that an instruction comes from, "" if the compiler kept none."""
     match = re.search(r'op_name="([^"]*)"', instruction.attributes)
     return match[1] if match else ""
-
-
-def kernel_of(instruction: Instruction, computation: Computation) -> Kernel | None:
-    """Return the kernel that an instruction calls, None for another instruction."""
-    if 'custom_call_target="tpu_custom_call"' not in instruction.attributes:
-        return None
-    from jaxlib.mlir import ir  # internal to JAX, and only needed here
-    from jaxlib.mosaic.python import tpu
-
-    config = instruction.attributes.partition("backend_config=")[2]
-    with ir.Context() as context:
-        context.allow_unregistered_dialects = True  # the stable form of Mosaic's
-        tpu.register_dialect(context)
-        # In text the code has no source lines.
-        code = str(ir.Module.parse(base64.b64decode(json.loads(config)["custom_call_config"]["body"])))
-    operands = tuple(str(array) for name in instruction.operands for array in computation[name].arrays)
-    names = re.findall(r"\w+", source(instruction).removesuffix("/pallas_call"))
-    return Kernel([instruction.name, *names][-1], operands, tuple(map(str, instruction.arrays)), code, config)
-
-
-def schedules(chip: str, kernels: Iterable[Kernel]) -> dict[Kernel, Schedule | None]:
-    """Return the schedule of each kernel on a chip, None if the compiler writes none.
-
-    A separate process compiles them, since the compiler reads the name of its output folder when it is loaded.
-    """
-    distinct = list(dict.fromkeys(kernels))
-    result: dict[Kernel, Schedule | None] = dict.fromkeys(distinct)
-    if not distinct:
-        return result
-    with tempfile.TemporaryDirectory() as folder:
-        given = os.environ.get("LIBTPU_INIT_ARGS", "")
-        dump = f"{given} --xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
-        code = f"from benchmarks import roofline; roofline.compile_kernels({chip!r}, {folder!r})"
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            input=json.dumps([dataclasses.asdict(kernel) for kernel in distinct]),
-            env=os.environ | {"JAX_PLATFORMS": "cpu", "LIBTPU_INIT_ARGS": dump},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith(("{", "null"))]
-    return result | {kernel: Schedule(**line) for kernel, line in zip(distinct, lines, strict=False) if line}
-
-
-def _compile(kernel: Kernel, device: Any) -> None:
-    """Compile a kernel for one device."""
-    where = jax.sharding.SingleDeviceSharding(device)
-    operands, results = (
-        [jax.ShapeDtypeStruct(x.shape, jnp.dtype(_TYPES[x.dtype])) for x in hlo.arrays(" ".join(texts))]
-        for texts in (kernel.operands, kernel.results)
-    )
-    call = jax.ffi.ffi_call("tpu_custom_call", results, custom_call_api_version=1, legacy_backend_config=kernel.config)
-    jax.jit(call, in_shardings=where, out_shardings=where).lower(*operands).compile()
-
-
-def _schedule(folder: pathlib.Path, chip: str, kernel: Kernel) -> Schedule | None:
-    """Read the schedule that the compiler has written, and remove the files."""
-    paths = list(folder.glob(_UTILIZATION))
-    rows = [line.split() for line in paths[0].read_text().splitlines()[4:] if line.strip()] if paths else []
-    for path in folder.iterdir():
-        path.unlink()
-    if not rows:
-        return None
-    bounds = re.search(r"iteration_bounds = array<i64: ([\d, ]+)>", kernel.code)
-    blocks = math.prod(map(int, bounds[1].split(","))) if bounds else 1
-    cores = CHIPS[chip].cores if "dimension_semantics<parallel>" in kernel.code else 1
-    matrix = sum(int(row[0]) for row in rows) / (_MATRIX_SLOTS * len(rows))
-    return Schedule(blocks, len(rows), matrix, cores)
-
-
-def compile_kernels(chip: str, folder: str) -> None:
-    """Print a line of JSON with the schedule of each kernel in stdin's JSON."""
-    device = devices_of(CHIPS[chip].smallest)[0][0]
-    for each in json.load(sys.stdin):
-        kernel = Kernel(**each | {key: tuple(each[key]) for key in ("operands", "results")})
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # without a schedule then
-            _compile(kernel, device)
-        schedule = _schedule(pathlib.Path(folder), chip, kernel)
-        print(json.dumps(schedule and dataclasses.asdict(schedule)), flush=True)
 
 
 def main() -> None:

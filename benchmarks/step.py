@@ -5,7 +5,6 @@
     python -m benchmarks.step --captions natural --whole # compared with the same step with whole texts
     python -m benchmarks.step --objective xclip          # compared with CLIP, k = 4096, instead of open_clip
     python -m benchmarks.step --against ../old-checkout  # compared with another checkout
-    python -m benchmarks.step --account                  # time by part of the model, of our step alone
 
 Two processes train models of equal size (17,750,401 parameters: image tower 12 x 192, 64 pixels, patch 16; text tower
 6 x 192, 32 tokens; embedding 256) with batch 256, float32, texts that fill the context, and AdamW (open_clip: fused).
@@ -13,28 +12,22 @@ Both compile first; then they take --steps steps in turn, --turns times, while t
 each turn, the time of the first step, and finally "ratio R", the first median over the second. docs/performance.md
 lists the allocator settings of its figures.
 
-With --account five steps run under JAX's profiler. Each instant is divided equally among the operations that run then,
-by the source names that the compiler keeps; the table of ms per step adds up to the wall time.
-
 Captions of CC12M have 20.2 tokens on average, with a standard deviation of 16.3 (Changpinyo et al. 2021, arXiv
 2102.08981, table 1). Natural captions are drawn from the log-normal distribution with these moments, get two more
 tokens for start and end, and are cut at 77.
 """
 
 import argparse
-import collections
 import json
 import math
 import os
 import pathlib
 import platform
-import re
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -45,22 +38,6 @@ TOWERS = {"img": {"width": 192, "depth": 12, "heads": 3}, "txt": {"width": 192, 
 ALLOCATOR = ("GLIBC_TUNABLES", "LD_PRELOAD", "MALLOC_CONF")
 CLUSTERS, HIDDEN = 4096, 1024  # the usual hidden layer of 4096 would need a fifth of these small towers' FLOPs
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-
-_THREAD = "XLAEigen"  # name of the threads of XLA's pool in a trace
-_SOURCE = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = .*?metadata=\{[^}]*?op_name=\"([^\"]*)\"", re.MULTILINE)
-# The first pattern in an operation's source name decides its row.
-_ROWS = {
-    "matrix products of the MLPs": r"/mlp/(up|down)/dot_general",
-    "GELU, biases and residuals of the MLPs": r"/mlp/",
-    "matrix products of q, k, v and output": r"/attention/(qkv|out)/dot_general",
-    "scores, softmax and values of attention": r"/attention/[^/]*bhn|/attention/(reduce_max|exp|sub|div|reduce_sum)",
-    "biases and copies of q, k, v": r"/attention/",
-    "LayerNorm": r"/norm|_norm",
-    "residuals": r"/block_\d+/",
-    "patches, vocabulary, pooling, projections": r"encode_(image|text)",
-}
-OTHER = "loss, gradient norm, optimizer"
-COLUMNS = ("image, forward", "image, backward", "text, forward", "text, backward", "neither")
 
 
 def caption_lengths(n: int, seed: int = 0) -> np.ndarray:
@@ -230,89 +207,6 @@ class Program:
         return statistics.median(seconds)
 
 
-def row_of(source: str) -> tuple[str, str]:
-    """Row and column of an operation by its source name, such as
-    "jit(step)/transpose(jvp(TwoTowers.encode_text))/txt/transformer/block_3/mlp/up/dot_general"."""
-    tower = re.search(r"encode_(image|text)", source)
-    if not tower:
-        return OTHER, "neither"
-    row = next(name for name, pattern in _ROWS.items() if re.search(pattern, source))
-    return row, f"{tower[1]}, {'backward' if 'transpose(' in source else 'forward'}"
-
-
-def _spans(trace: pathlib.Path) -> list[tuple[float, float, str]]:
-    """Start and end in ns, and name, of each operation that a thread of XLA's pool began."""
-    import jax
-
-    begins, ends = collections.defaultdict(list), collections.defaultdict(list)
-    for plane in jax.profiler.ProfileData.from_file(str(trace)).planes:
-        for line in plane.lines:
-            for event in line.events if _THREAD in line.name else ():
-                if event.name.startswith("end: "):  # another thread may have finished the operation
-                    ends[event.name.removeprefix("end: ")].append(event.start_ns)
-                elif "hlo_op" in dict(event.stats):
-                    begins[event.name].append(event.start_ns)
-    return [
-        (begin, end, name)
-        for name, times in begins.items()
-        for begin, end in zip(sorted(times), sorted(ends[name]), strict=True)
-    ]
-
-
-def shares(spans: Sequence[tuple[float, float, str]]) -> dict[str, float]:
-    """Nanoseconds of each name, if all spans that are open at an instant share it."""
-    edges = [edge for begin, end, name in spans if end > begin for edge in ((begin, 1, name), (end, -1, name))]
-    open_now: collections.Counter[str] = collections.Counter()
-    result: dict[str, float] = collections.defaultdict(float)
-    before = 0.0
-    for instant, change, name in sorted(edges):
-        for other, count in open_now.items():
-            result[other] += (instant - before) * count / max(1, open_now.total())
-        open_now[name] += change
-        before = instant
-    return dict(result)
-
-
-def account(objective: str, kind: str, steps: int) -> tuple[dict[tuple[str, str], float], float]:
-    """Milliseconds of a step by (row, column), and its wall time in ms under the profiler."""
-    import jax
-
-    from xclip_jax.train import build
-
-    experiment = build.build(config_of(objective, kind, "auto"))
-    step = ours(experiment, kind)
-    image, text = batch(kind)
-    lowered = experiment.compiled.lower(experiment.abstract, {"image": image, "text": text})
-    sources = dict(_SOURCE.findall(lowered.compile().as_text()))
-    for _ in range(3):
-        step()
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            began = time.perf_counter()
-            for _ in range(steps):
-                step()
-            wall = 1e3 * (time.perf_counter() - began) / steps
-            time.sleep(0.5)  # the last operations may end after the loss is known
-        (trace,) = pathlib.Path(folder).rglob("*.xplane.pb")
-        times = shares(_spans(trace))
-    cells: dict[tuple[str, str], float] = collections.defaultdict(float)
-    for name, ns in times.items():
-        cells[row_of(sources.get(name, ""))] += ns / 1e6 / steps
-    return dict(cells), wall
-
-
-def table(cells: dict[tuple[str, str], float], wall: float) -> str:
-    """A Markdown table of the cells, its rows ordered by their sum, and the time without an operation."""
-    rows = [*_ROWS, OTHER]
-    sums = {row: sum(cells.get((row, column), 0.0) for column in COLUMNS) for row in rows}
-    lines = [f"| ms | {' | '.join(COLUMNS)} | sum |", f"|---|{'---|' * (len(COLUMNS) + 1)}"]
-    for row in sorted(rows, key=lambda name: -sums[name]):
-        values = [cells.get((row, column), 0.0) for column in COLUMNS]
-        lines.append(f"| {row} | {' | '.join(f'{v:.0f}' if v else '' for v in values)} | {sums[row]:.0f} |")
-    lines.append(f"| no operation |{' |' * len(COLUMNS)} {wall - sum(sums.values()):.0f} |")
-    return "\n".join([*lines, f"| a step |{' |' * len(COLUMNS)} {wall:.0f} |"])
-
-
 def main() -> None:
     """Print a line for each turn, then the medians and their ratio."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -321,16 +215,12 @@ def main() -> None:
     parser.add_argument("--whole", action="store_true", help="compare with the same step with whole texts")
     parser.add_argument("--groups", default="auto", help=argparse.SUPPRESS)
     parser.add_argument("--against", type=pathlib.Path, help="another checkout of xclip_jax, instead of open_clip")
-    parser.add_argument("--account", action="store_true", help="print the time by part of the model, on a CPU")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--turns", type=int, default=8)
     parser.add_argument("--child", choices=("ours", "open_clip"), help=argparse.SUPPRESS)
     flags = parser.parse_args()
     if flags.child:
         child(flags)
-        return
-    if flags.account:
-        print(table(*account(flags.objective, flags.captions, steps=5)))
         return
     allocator = " ".join(f"{key}={os.environ[key]}" for key in ALLOCATOR if os.environ.get(key))
     print(f"{os.cpu_count()} cores, {platform.machine()}, {allocator or 'the default allocator'}")

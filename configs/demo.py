@@ -3,7 +3,7 @@
     xclip-jax train --config demo
     xclip-jax train --config demo:objective=nclip
 
-The argument's keys: objective (clip, siglip, nclip, xclip, superclip), steps, preset, size (pixels).
+The argument's keys: objective (clip, siglip, nclip, xclip), steps, preset, size (pixels).
 """
 
 import ml_collections

@@ -9,7 +9,7 @@ copy of CC12M on the Hugging Face Hub, and with root=/data own tars, /data/cc12m
 (--output_format webdataset). The third one is the setting of many published methods: ViT-B/32, 32 epochs of YFCC15M,
 batch 4096, 117,664 steps with a warm-up of 3,677; docs/protocols.md has their scores.
 
-The argument's keys, all optional: objective (clip, siglip, nclip, xclip, superclip), data (cc3m, cc12m, yfcc15m,
+The argument's keys, all optional: objective (clip, siglip, nclip, xclip), data (cc3m, cc12m, yfcc15m,
 datacomp-small, 35m), root, preset, batch, epochs (25; 32 of yfcc15m), and pairs, by default as many as the copy has:
 for own tars give the number that `xclip-jax check` counts, because links die. Written for TPU pods; no run of this size
 has been made and no score is claimed.

@@ -11,7 +11,7 @@ some sources, name one class an image) and shown in RUN/report.html. Lines say w
 of such a source are not classified.
 
 The argument's keys, all but pairs optional: weights (to start from, instead of random parameters), objective (clip,
-siglip, nclip, xclip, superclip; by default clip, or the objective of the weights), image and text (columns or
+siglip, nclip, xclip; by default clip, or the objective of the weights), image and text (columns or
 features; several captions are text=title,alt), tokenizer, dir (of TFDS data sets), preset, size (pixels), batch, epochs
 (0.5 too) or steps, from which warm-up and intervals follow, count (number of pairs; then none is read), device (cpu,
 gpu, tpu: sizes for an ordinary one instead of this machine; needed if several processes train).

@@ -31,7 +31,7 @@ SHORT_NAMES = {
     "studies.icons.sources:IconSplits:": "icons:",
 }
 # Keys that configs of earlier commits have, and that no longer exist: all runs had their default.
-REMOVED = ("checkpoint.keep_every", "eval.before", "log.expected_epochs", "log.project", "optim.mu_dtype")
+REMOVED = ("checkpoint.keep_every", "eval.before", "log.expected_epochs", "log.project", "loss.impl", "optim.mu_dtype")
 _FIELDS = ("arm", "seed", "config", "commit", "environment", "results")
 
 

@@ -35,7 +35,9 @@ def test_commands_have_one_form(name):
     assert set(re.findall(r"xclip-jax ([a-z]\w*)", text)) <= set(cli.COMMANDS)
 
 
-@pytest.mark.parametrize("name", names(sorted((ROOT / "tests" / "extension").glob("[a-z]*.py"))))
+@pytest.mark.parametrize(
+    "name", names([*sorted((ROOT / "tests/extension").glob("[a-z]*.py")), ROOT / "examples/superclip.py"])
+)
 def test_the_page_of_extensions_has_their_code(name):
     assert f"```python\n{(ROOT / name).read_text()}```\n" in (ROOT / "docs" / "extend.md").read_text()
 

@@ -17,6 +17,7 @@ PACKAGE = "xclip_jax"
 ROOMS = (
     "core",
     "parallel",
+    "plan",
     "processes",
     "losses",
     "data",

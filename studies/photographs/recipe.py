@@ -2,7 +2,7 @@
 
     PHOTOGRAPHS=FOLDER python -m xclip_jax.main --config studies/photographs/recipe.py:objective=xclip
 
-The argument's keys: objective (clip, siglip, nclip, xclip, superclip), steps, split (choice, train), captions (loose,
+The argument's keys: objective (clip, siglip, nclip, xclip), steps, split (choice, train), captions (loose,
 tight, half), root (folder of the files). Sizes are those that the recipe small chooses for these pairs on two cores.
 """
 

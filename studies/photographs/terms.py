@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from examples.superclip import Tokens, classify, initial_state
 from xclip_jax.core.fields import fraction_below_one, key
-from xclip_jax.losses import contrastive, tokens
+from xclip_jax.losses import contrastive
 from xclip_jax.models.heads import Classifier, ClusterHead, Head, Heads, Scalar, l2_normalize
 from xclip_jax.models.two_towers import ModelConfig
 from xclip_jax.objectives import Term
 from xclip_jax.objectives.similarity import CosineSimilarity, unit
-from xclip_jax.objectives.superclip import Tokens
 from xclip_jax.objectives.term import Arrays, Result
 
 FILE = pathlib.Path(__file__).with_name("tokens.txt")
@@ -54,23 +54,25 @@ class CommonTokens(Tokens):
 
     def initial_state(self, model: ModelConfig, vocab: int) -> dict[str, jax.Array]:
         """Document frequencies of the common tokens."""
-        return tokens.initial_state(len(common_tokens()))
+        return initial_state(len(common_tokens()))
 
-    def __call__(self, out: Arrays, teacher: Arrays | None, state: Arrays, batch: Mapping[str, Any]) -> Result:
+    def __call__(
+        self, out: Arrays, teacher: Arrays | None, state: Arrays, batch: Mapping[str, Any], *, chunk: int = 0
+    ) -> Result:
         """Compute the loss, see `Term.__call__`."""
         known = common_tokens()
         classes = np.zeros(int(known.max()) + 1, np.int32)
         classes[known] = np.arange(len(known))
         text = jnp.asarray(classes)[jnp.minimum(batch["text"], len(classes) - 1)]
         text = jnp.where(batch["text"] < len(classes), text, 0)
-        return tokens.classify(out["tokens"], text, batch["text_end"], dict(state))
+        return classify(out["tokens"], text, batch["text_end"], state)
 
 
 class SecondSimilarity(CosineSimilarity):
     """The cosine of outputs of the second head, which are normalised first."""
 
     name: ClassVar[str] = "second"
-    reads: ClassVar[str] = "second"
+    output: ClassVar[str] = "second"
     scale: ClassVar[str | None] = "second_scale"
 
     def rows(self, output: Any) -> Any:
@@ -111,9 +113,11 @@ class SecondHead(Term):
         """Hold the logit scale at 100 or below, as CLIP's."""
         return params | {"second_log_scale": jnp.minimum(params["second_log_scale"], math.log(100.0))}
 
-    def __call__(self, out: Arrays, teacher: Arrays | None, state: Arrays, batch: Mapping[str, Any]) -> Result:
+    def __call__(
+        self, out: Arrays, teacher: Arrays | None, state: Arrays, batch: Mapping[str, Any], *, chunk: int = 0
+    ) -> Result:
         """Compute the loss, see `Term.__call__`."""
         z_img, z_txt = (l2_normalize(out[f"second_{tower}"]) for tower in self.towers)
         smoothing = self.label_smoothing
-        loss, metrics = contrastive.softmax(z_img, z_txt, out["second_scale"], label_smoothing=smoothing)
+        loss, metrics = contrastive.softmax(z_img, z_txt, out["second_scale"], label_smoothing=smoothing, chunk=chunk)
         return loss, metrics, {}

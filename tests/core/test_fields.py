@@ -85,7 +85,6 @@ BAD = [
     ("optim.weight_decay", -0.1, "from 0 to 1000"),
     ("optim.layer_decay", -1.0, "above 0 and at most 1"),
     ("optim.microbatches", 0, "at least 1"),
-    ("loss.impl", "fast", "'plain', 'ring'"),
     ("loss.chunk_size", -1, "at least 0"),
     ("ema.momentum", -1.0, "below 1"),
     ("ema.momentum", 2.0, "below 1"),

@@ -12,7 +12,7 @@ class Consistency(Term):
 
     title: ClassVar[str] = "consistency"
 
-    def __call__(self, out, teacher, state, batch):
+    def __call__(self, out, teacher, state, batch, *, chunk=0):
         """See `Term.__call__`."""
         img, txt = out["z_img"], out["z_txt"]
         across, within = img @ txt.T, img @ img.T - txt @ txt.T  # (b, b)

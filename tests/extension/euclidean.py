@@ -17,7 +17,7 @@ class Euclidean(Similarity):
     """The negative distance of two points; a class is at the mean of its prompts."""
 
     name = "euclidean"
-    reads = "point"
+    output = "point"
 
     def scores(self, img, txt):
         """See `Similarity.scores`."""
@@ -44,7 +44,7 @@ class Points(Term):
             for tower, width in model.widths.items()
         }
 
-    def __call__(self, out, teacher, state, batch):
+    def __call__(self, out, teacher, state, batch, *, chunk=0):
         """See `Term.__call__`."""
         difference = out["point_img"][:, None] - out["point_txt"]  # (b, b, size)
         logits = -jnp.sqrt((difference**2).sum(axis=2) + 1e-6)

@@ -186,7 +186,7 @@ def test_notes_on_what_a_format_cannot_hold(tmp_path):
 def test_heads_of_another_package_are_left_out_by_name(tmp_path):
     config, variables = model_of(superclip(data__tokenizer="clip", model__img__heads=1, model__txt__heads=1))
     note, *_ = interop.write(variables, config, str(tmp_path / "hf"), "hf")
-    assert note == "left out, since 'hf' has no place for them: token_classifier"
+    assert note == "left out, since 'hf' has no place for them: tokens"
     assert interop.read(str(tmp_path / "hf"))[0]["objective"] == {"name": "clip"}
     assert interop.write(variables, config, str(tmp_path / "own")) == []
     again, params = interop.read(str(tmp_path / "own"))

@@ -20,7 +20,7 @@ from xclip_jax.core.errors import UserError
 from xclip_jax.core.run_folder import RunReader
 from xclip_jax.data import loader
 from xclip_jax.models.tower import ImageTower, TextTower
-from xclip_jax.parallel import topology
+from xclip_jax.plan import roofline as topology
 from xclip_jax.train import build, checks, cost, log, state, trainer, weights
 from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.job import Job

@@ -47,27 +47,27 @@ def contrastive_metrics(term, noise, b=64):
 def test_the_plateau_is_the_loss_of_a_blind_guess(term):
     """The best logit for all pairs, found numerically, gives what the closed form says."""
     metrics = contrastive_metrics(term, 0.0)
-    assert metrics["loss"] == pytest.approx(term.blind_loss(metrics), rel=1e-5)
-    [warning] = term.report.alarms(metrics)
+    assert metrics["loss"] == pytest.approx(term.chance_loss(metrics), rel=1e-5)
+    [warning] = term.alarms(metrics)
     assert warning.startswith("plateau: ") and "Lengthen optim.warmup or lower optim.lr" in warning
-    assert term.report.health(metrics).checks[0].value == pytest.approx(0, abs=1e-5)
+    assert term.health(metrics).checks[0].value == pytest.approx(0, abs=1e-5)
 
 
 @every_term
 def test_no_warning_beyond_the_plateau(term):
     metrics = contrastive_metrics(term, 0.3)
-    assert 0.2 * term.blind_loss(metrics) < metrics["loss"] < term.blind_loss(metrics, PLATEAU_SHARE)
-    assert term.report.alarms(metrics) == []
-    check = term.report.health(metrics).checks[0]
-    assert check.value == pytest.approx(1 - metrics["loss"] / term.blind_loss(metrics))
+    assert 0.2 * term.chance_loss(metrics) < metrics["loss"] < term.chance_loss(metrics, PLATEAU_SHARE)
+    assert term.alarms(metrics) == []
+    check = term.health(metrics).checks[0]
+    assert check.value == pytest.approx(1 - metrics["loss"] / term.chance_loss(metrics))
     assert check.value > check.threshold
 
 
 @every_term
 def test_a_batch_of_one_pair_has_no_plateau(term):
-    one_pair, report = {"loss": 0.0, "ln_b": 0.0}, term.report
-    assert report.alarms(one_pair) == [] and report.health(one_pair) == Health()
-    assert report.alarms({}) == [] and report.health({}) == Health()
+    one_pair = {"loss": 0.0, "ln_b": 0.0}
+    assert term.alarms(one_pair) == [] and term.health(one_pair) == Health()
+    assert term.alarms({}) == [] and term.health({}) == Health()
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_a_loss_that_stays_at_ln_b_is_an_alarm(loss, smoothing, alarm):
     config = tiny.config("clip", objective__clip={"label_smoothing": smoothing})
     clip = make_objective(schema.resolve(config).objective).terms["clip"]
     metrics = {"loss": loss, "ln_b": np.log(256.0)}
-    warnings, (check,) = clip.report.alarms(metrics), clip.report.health(metrics).checks
+    warnings, (check,) = clip.alarms(metrics), clip.health(metrics).checks
     assert [text.partition(":")[0] for text in warnings] == [check.name] * alarm
     assert (check.value < check.threshold) == alarm and all("Lengthen optim.warmup" in text for text in warnings)
 
@@ -89,15 +89,15 @@ def test_a_robust_loss_is_on_the_plateau_where_its_cross_entropy_is(term, share,
     """At 4096 pairs and q = 0.7 the whole way from a blind guess to the bound is less than a percent of the loss."""
     loss = float(contrastive.robust(share * np.log(4096.0), term.q, term.reverse))
     metrics = {"loss": loss, "ln_b": np.log(4096.0)}
-    assert bool(term.report.alarms(metrics)) == alarm
+    assert bool(term.alarms(metrics)) == alarm
 
 
 def test_a_robust_loss_is_shown_with_its_own_blind_guess():
-    (curve, *_), (plain, *_) = (term.report.curves() for term in (Clip(q=0.7), Clip()))
-    assert (curve.levels[0].value, curve.unit, plain.levels[0].value, plain.unit) == ("blind", "", "ln_b", "nats")
+    (curve, *_), (plain, *_) = (term.curves() for term in (Clip(q=0.7), Clip()))
+    assert (curve.levels[0][1], curve.unit, plain.levels[0][1], plain.unit) == ("blind", "", "ln_b", "nats")
     metrics = contrastive_metrics(Clip(q=0.7), 0.3)
-    assert Clip(q=0.7).report.progress(metrics) == f"{metrics['loss']:.3f} (blind 1.35)"
-    assert Clip().report.progress(contrastive_metrics(Clip(), 0.3)).endswith(" (ln b 4.16)")
+    assert Clip(q=0.7).progress(metrics) == f"{metrics['loss']:.3f} (blind 1.35)"
+    assert Clip().progress(contrastive_metrics(Clip(), 0.3)).endswith(" (ln b 4.16)")
 
 
 @pytest.mark.parametrize(("progress", "share"), [(0.0, 0.0), (0.125, 0.1), (0.5, 0.4), (1.0, 0.4)])
@@ -115,21 +115,21 @@ def test_the_teachers_share_rises_along_its_ramp(progress, share):
 
 
 @pytest.mark.parametrize(
-    ("options", "impl", "message"),
+    ("options", "chunk", "message"),
     [
-        ({"q": 0.5, "label_smoothing": 0.1}, "plain", r"objective\.clip\.q and \.reverse are for one target"),
-        ({"reverse": 1.0, "positives": "caption"}, "plain", "set label_smoothing and distill to 0, and positives to"),
-        ({"q": 0.5, "distill": 0.1}, "plain", "are for one target per pair"),
+        ({"q": 0.5, "label_smoothing": 0.1}, 0, r"objective\.clip\.q and \.reverse are for one target"),
+        ({"reverse": 1.0, "positives": "caption"}, 0, "set label_smoothing and distill to 0, and positives to"),
+        ({"q": 0.5, "distill": 0.1}, 0, "are for one target per pair"),
         (
             {"distill": 0.5},
-            "ring",
-            r"objective\.clip\.distill takes targets from the whole batch; set loss.impl='plain'",
+            8,
+            r"objective\.clip\.distill takes targets from the whole batch; set loss.chunk_size=0",
         ),
-        ({"q": 1.5}, "plain", r"objective\.clip\.q is 1\.5; expected a value from 0 to 1"),
-        ({"distill": 0.5, "distill_ramp": 0.0}, "plain", r"objective\.clip\.distill_ramp is 0\.0"),
+        ({"q": 1.5}, 0, r"objective\.clip\.q is 1\.5; expected a value from 0 to 1"),
+        ({"distill": 0.5, "distill_ramp": 0.0}, 0, r"objective\.clip\.distill_ramp is 0\.0"),
     ],
 )
-def test_what_does_not_go_together(options, impl, message):
+def test_what_does_not_go_together(options, chunk, message):
     with pytest.raises(UserError, match=message):
-        schema.resolve(tiny.config("clip", objective__clip=options, loss__impl=impl))
-    schema.resolve(tiny.config("clip", objective__clip={"q": 0.5, "reverse": 1.0}, loss__impl="ring"))
+        schema.resolve(tiny.config("clip", objective__clip=options, loss__chunk_size=chunk))
+    schema.resolve(tiny.config("clip", objective__clip={"q": 0.5, "reverse": 1.0}, loss__chunk_size=8))

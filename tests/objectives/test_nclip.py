@@ -19,7 +19,7 @@ def metrics_of(s_img, s_txt):
 
 
 def diagnose(metrics):
-    return Nclip().report.alarms(metrics)
+    return Nclip().alarms(metrics)
 
 
 def logits_of(name, b=256, k=1024):
@@ -93,5 +93,4 @@ def test_one_cluster_or_a_batch_of_one_pair_gives_no_warning(k, b):
     }
     metrics |= {"clusters_img": 1.0, "clusters_txt": 1.0, "agreement": 0.0}
     metrics |= {"ln_k": np.log(float(k)), "ln_b": np.log(float(b))}
-    report = Nclip().report
-    assert report.alarms(metrics) == [] and not report.health(metrics).checks
+    assert Nclip().alarms(metrics) == [] and not Nclip().health(metrics).checks

@@ -1,32 +1,114 @@
-"""SuperCLIP's term in the objective: heads, costs, similarity and title."""
+"""Token classification against a float64 oracle, finite differences and eight devices."""
 
-from tests.helpers import tiny
-from xclip_jax.config import schema
-from xclip_jax.objectives import make_objective
-from xclip_jax.objectives.similarity import CosineSimilarity
-from xclip_jax.train import cost
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from examples import superclip as tokens
+from tests.helpers.util import assert_close, central_differences
+from xclip_jax.plan.hlo import collectives
 
-def test_superclip_is_clip_and_tokens():
-    config = schema.resolve(tiny.config("superclip"))
-    objective = make_objective(config.objective)
-    assert (objective.title, objective.formula) == ("SuperCLIP", "1 CLIP + 1 tokens")
-    assert objective.similarities == (CosineSimilarity(),) and objective.fields == ("image", "text")
-    assert {name: x.shape for name, x in objective.initial_state(config.model, 259).items()} == {
-        "token_frequency": (259,),
-        "token_batches": (),
-    }
-    assert not objective.teacher and objective.recipe(config.model)["objective.terms.tokens"] == 1.0
+START, END, VOCAB = 1, 2, 19
 
 
-def test_the_heads_flops_count():
-    superclip, clip = (cost.forward_flops(schema.resolve(tiny.config(name))) for name in ("superclip", "clip"))
-    assert superclip["heads"] - clip["heads"] == 2 * 32 * 259 and superclip["loss"] == clip["loss"]
+def captions(b=8, n=9, seed=0, pad=0):
+    """Random rows: start, tokens of which some repeat, end, padding; the first is cut and the second one empty."""
+    rng = np.random.default_rng(seed)
+    text = np.full((b, n), pad, np.int32)
+    for row, length in zip(text, [n - 2, 0, *rng.integers(1, n - 2, b - 2)], strict=True):
+        row[: length + 2] = [START, *rng.integers(3, VOCAB, length), END]
+    return text
 
 
-def test_the_term_of_another_package_comes_first():
-    config = tiny.config("superclip")
-    config.objective.plugins = {"tokens": {"type": "tests.extension.superclip:TokenClassification"}}
-    objective = make_objective(schema.resolve(config).objective)
-    assert objective.formula == "1 CLIP + 1 token classification"
-    assert "objective.plugins.tokens.momentum" in objective.recipe(schema.resolve(config).model)
+def ends(text):
+    return jnp.asarray([list(row).index(END) for row in text])
+
+
+def words(row):
+    """Tokens of a caption, with its start and without its end and padding."""
+    return {int(x) for x in row[: list(row).index(END)]}
+
+
+def oracle(batches, logits):
+    """Loss of the last of `batches` and its targets, from counts of all captions, in float64."""
+    seen = [words(row) for text in batches for row in text]
+    documents = np.array([sum(c in caption for caption in seen) for c in range(VOCAB)])
+    idf = np.log((len(seen) + 1) / (documents + 1))
+    weights = np.array([[idf[c] * (c in words(row)) for c in range(VOCAB)] for row in batches[-1]])
+    totals = weights.sum(axis=1, keepdims=True)
+    target = np.divide(weights, totals, out=np.zeros_like(weights), where=totals > 0)
+    log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    return -(target * log_p).sum(axis=1).mean(), target, documents / len(seen)
+
+
+def given(batches):
+    state = tokens.initial_state(VOCAB)
+    for text in batches:
+        _, _, state = tokens.classify(jnp.zeros((len(text), VOCAB)), jnp.asarray(text), ends(text), state)
+    return state
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("devices", [1, 8])
+def test_equals_oracle(steps, devices):
+    batches = [captions(seed=i) for i in range(steps)]
+    logits = np.random.default_rng(7).normal(size=(8, VOCAB))
+    arrays = [jnp.asarray(logits, jnp.float32), jnp.asarray(batches[-1]), ends(batches[-1])]
+    if devices > 1:
+        mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+        arrays = jax.device_put(arrays, NamedSharding(mesh, PartitionSpec("data")))
+
+    def loss(logits, text, end, state):
+        value, metrics, state = tokens.classify(logits, text, end, state)
+        return value, (metrics, state)
+
+    step = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    (value, (metrics, state)), grad = step(*arrays, given(batches[:-1]))
+    expected, target, frequency = oracle(batches, logits)
+    assert float(value) == pytest.approx(expected, rel=1e-5) and float(metrics["loss"]) == float(value)
+    assert_close([grad], central_differences(lambda x: oracle(batches, x)[0], [logits]), 2e-5)
+    p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    assert_close([grad], [(p * target.sum(axis=1, keepdims=True) - target) / 8], 2e-5)
+    hits = [target[i, row.argmax()] > 0 for i, row in enumerate(logits)]
+    assert float(metrics["top1"]) == pytest.approx(np.mean(hits)) and 0 < np.mean(hits) < 1
+    np.testing.assert_allclose(np.asarray(state["token_frequency"])[3:], frequency[3:], rtol=1e-5)
+    assert float(state["token_batches"]) == steps
+
+
+@pytest.mark.parametrize("pad", [0, END, 5])
+def test_starts_ends_and_padding_have_no_weight(pad):
+    """Whatever token pads: CLIP pads with the token of an exclamation mark, which counts where a caption has one."""
+    text = captions(pad=pad)
+    text[2, :4] = START, 5, 7, END
+    text[2, 4:] = pad
+    counts = np.asarray(tokens.first_uses(jnp.asarray(text), ends(text)))
+    for row, counted in zip(text, counts, strict=True):
+        assert sorted(row[counted]) == sorted(words(row))
+    grads = jax.grad(lambda x: tokens.classify(x, jnp.asarray(text), ends(text), tokens.initial_state(VOCAB))[0])
+    grads = np.asarray(grads(jnp.zeros((8, VOCAB))))
+    blind = np.where([len(words(row)) > 1 for row in text], 1 / VOCAB / 8, 0.0)  # of tokens without a weight
+    assert blind[1] == 0 and (blind[2:] > 0).all() and grads[2, 5] < 0
+    for token in {START, END, pad} - {5}:
+        np.testing.assert_allclose(grads[:, token], blind, rtol=1e-5)
+
+
+def test_rows_stay_on_their_device():
+    """What travels grows with the vocabulary and not with the batch; 8 devices, gradients included."""
+    b, n, vocab = 64, 12, 512
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    rows, whole = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
+    logits = jax.ShapeDtypeStruct((b, vocab), jnp.float32, sharding=rows)
+    text, end = (jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows) for shape in ((b, n), (b,)))
+    state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), tokens.initial_state(vocab))
+
+    def loss(logits, text, end, state):
+        value, metrics, state = tokens.classify(logits, text, end, state)
+        return value, (metrics, state)
+
+    step = jax.jit(jax.value_and_grad(loss, has_aux=True), out_shardings=((whole, (whole, whole)), rows))
+    compiled = step.lower(logits, text, end, state).compile()
+    found = collectives(compiled.as_text(), 8)
+    assert {x.kind for x in found} == {"all-reduce"} and sum(x.total for x in found) < 4 * (vocab + 64)
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * 4 * b // 8 * vocab

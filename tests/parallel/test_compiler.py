@@ -12,8 +12,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from xclip_jax.commands import plan
 from xclip_jax.config import load as config_file
 from xclip_jax.parallel import compiler
-from xclip_jax.parallel.hlo import collectives, summary
-from xclip_jax.parallel.topology import roofline
+from xclip_jax.plan.hlo import collectives, summary
+from xclip_jax.plan.roofline import roofline
 from xclip_jax.train import cost
 
 pytestmark = pytest.mark.long

@@ -1,5 +1,4 @@
 import dataclasses
-import itertools
 
 import jax
 import numpy as np
@@ -7,7 +6,7 @@ import pytest
 from jax.sharding import AxisType, Mesh
 
 from xclip_jax.core.errors import UserError
-from xclip_jax.parallel.mesh import AXES, batch_part, batch_parts, check_batch, make_mesh, ring_order
+from xclip_jax.parallel.mesh import AXES, batch_part, batch_parts, check_batch, make_mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,39 +95,3 @@ def test_sizes_that_do_not_fit_are_refused_with_their_remedy(sizes, remedy):
 def test_one_process_loads_all():
     assert batch_part(make_mesh({"data": 4, "fsdp": 1, "model": 2})) == (0, 1, (0, 1, 2, 3))
     assert jax.process_count() == 1
-
-
-def chips(grid, cores=1, slices=1):
-    places = itertools.product(range(slices), *map(range, grid), range(cores))
-    return [Device(i, 0, "fake", "tpu", piece, tuple(coords), core) for i, (piece, *coords, core) in enumerate(places)]
-
-
-def longest_hops(devices, shape=None):
-    """Steps from each shard to the next in the ring, the most first; every model column takes its own."""
-    grid = np.array(devices, dtype=object).reshape(shape or (len(devices), 1, 1))
-    order = ring_order(Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3))
-    shards = grid.reshape(-1, grid.shape[2])
-    assert sorted(order) == list(range(len(shards)))
-    places = [
-        [(device.slice_index, *device.coords, device.core_on_chip) for device in shards[shard]] for shard in order
-    ]
-    return sorted(np.abs(np.subtract(places, np.roll(places, 1, axis=0))).sum(2).max(1), reverse=True)
-
-
-@pytest.mark.parametrize("grid", [(2, 1, 1), (2, 2, 1), (2, 4, 1), (8, 16, 1), (3, 4, 1), (2, 2, 4), (4, 4, 8)])
-def test_a_ring_runs_from_chip_to_neighbouring_chip(grid):
-    assert set(longest_hops(chips(grid))) == {1}
-    assert set(longest_hops(np.random.default_rng(0).permutation(chips(grid)))) == {1}
-
-
-def test_a_ring_of_cores_slices_and_columns_of_a_model_axis():
-    assert set(longest_hops(chips((2, 2, 1), cores=2))) == {1}
-    assert set(longest_hops(chips((2, 4, 1), slices=2), (4, 4, 1))) == {1}
-    assert longest_hops(chips((4, 4, 1)), (4, 2, 2))[0] == 2  # the columns are two chips apart along one axis
-
-
-def test_a_ring_on_what_has_none():
-    assert longest_hops(chips((3, 3, 1)))[:2] == [4, 1]
-    incomplete = chips((2, 2, 1))[:3]
-    assert ring_order(Mesh(np.array(incomplete).reshape(3, 1, 1), AXES)) == [0, 1, 2]
-    assert ring_order(mesh(4, 1, 2, [0] * 8)) == [0, 1, 2, 3]

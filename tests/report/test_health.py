@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from tests.extension import superclip as extension  # noqa: F401 the files of a run may name its term
+from examples import superclip as extension  # noqa: F401 the files of a run may name its term
 from tests.helpers import tiny
 from tests.helpers.pages import Page, check, page_of, written
 from tests.objectives.test_term import superclip
@@ -53,7 +53,7 @@ def test_each_failure_has_its_light_and_its_remedy(kind, tmp_path):
     }
     assert {name.lower(): (state, label) for state, name, label in lights} == expected
     measures = {key.removeprefix("nclip/"): value for key, value in rows[-1].items()}
-    warnings = Nclip().report.alarms(measures)
+    warnings = Nclip().alarms(measures)
     assert [warning.split(":")[0] for warning in warnings] == ([kind] if kind else [])
     assert all(warning.partition(": ")[2] in " ".join(Page(text).text) for warning in warnings)
     late = dataclasses.replace(run.config, log=dataclasses.replace(run.config.log, collapse_warmup_steps=9))
@@ -78,9 +78,9 @@ def test_one_cluster_or_a_batch_of_one_pair_cannot_be_judged(k, b, tmp_path):
 
 def plugin_rows():
     rows = []
-    for step, loss in ((1, 8.0), (2, 25.0), (3, 6.0)):
-        row = {"step": step, "loss": loss, "clip/loss": 2.0, "clip/ln_b": 2.77, "tokens/loss": loss}
-        rows.append(row | {"tokens/top1": 0.25, "rank/img": 3.0})
+    for step, top1 in ((1, 0.5), (2, 0.0), (3, 0.25)):
+        row = {"step": step, "loss": 8.0, "clip/loss": 2.0, "clip/ln_b": 2.77, "tokens/loss": 6.0}
+        rows.append(row | {"tokens/top1": top1, "rank/img": 3.0})
     return rows
 
 
@@ -89,9 +89,9 @@ def test_a_term_of_another_package_has_curves_and_lights(tmp_path):
     text = page_of(run, examples.Examples())
     words = " ".join(check(text).text)
     for sentence in (
-        "What SuperCLIP has learned so far", "SuperCLIP, 1 CLIP + 0.5 token classification",  # head
-        "token classification loss", "Tokens in the caption", "CLIP loss",  # curves
-        "It starts at ln v", "Fails when the head learns nothing.",  # health
+        "What superclip has learned so far", "superclip, 1 CLIP + 0.5 tokens",  # head
+        "Token loss", "Most probable token in the caption", "CLIP loss",  # curves
+        "names tokens at random", "fails when the head learns nothing.",  # health
         "Warning at 1 of 2 logged steps from step 2 on, last at 2.",
     ):  # fmt: skip
         assert sentence in words, sentence
@@ -101,4 +101,4 @@ def test_a_term_of_another_package_has_curves_and_lights(tmp_path):
     ]
     alarm = page_of(dataclasses.replace(run, training=run.training[:2]), examples.Examples())
     assert '<article class="card light alarm"><h3>Tokens<span>alarm' in alarm
-    assert "the loss is above 20 nats; lower optim.lr." in alarm
+    assert "the most probable token is hardly ever in the caption. Lower optim.lr." in alarm

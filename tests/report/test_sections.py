@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.extension import superclip as extension  # noqa: F401 the files of a run may name its term
+from examples import superclip as extension  # noqa: F401 the files of a run may name its term
 from tests.helpers import made_results, tiny
 from tests.helpers.made_results import retrieval, zero_shot
 from tests.helpers.pages import HOSTILE, check, page_of, written

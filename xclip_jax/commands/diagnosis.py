@@ -135,7 +135,7 @@ def _health(run: Record, name: str) -> Iterator[Finding]:
     term = run.objective.terms[name]
     rows = complete_rows(run.objective, name, run.training) if run.objective.weights[name] else []
     warnings = Warnings.collect(run, name, rows)
-    for check in term.report.health(rows[-1]).checks if rows else ():
+    for check in term.health(rows[-1]).checks if rows else ():
         label, history = f"{name}, {check.name}", warnings.history(check.name)
         # A complete run is judged however short it was.
         last = warnings.last(check.name) or (check.warning if check.failed and run.complete else "")

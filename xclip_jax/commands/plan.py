@@ -20,8 +20,8 @@ from absl import app, flags, logging
 from xclip_jax.config import load as config_file
 from xclip_jax.core.console import format_bytes
 from xclip_jax.core.errors import UserError, check_file, exit_with_message
-from xclip_jax.parallel.hlo import collectives, summary
-from xclip_jax.parallel.topology import devices_of, roofline
+from xclip_jax.plan.hlo import collectives, summary
+from xclip_jax.plan.roofline import devices_of, roofline
 from xclip_jax.train import cost
 from xclip_jax.train.build import Experiment
 
@@ -56,7 +56,8 @@ def plan(
     """
     if mfu is not None and not 0 < mfu <= 1:
         raise UserError(f"--mfu is {mfu}; expected a share of the chips' peak, above 0 and at most 1, such as 0.4.")
-    if hlo := os.path.expanduser(hlo):  # checked before the compilation, which takes minutes
+    hlo = os.path.expanduser(hlo)
+    if hlo:  # checked before the compilation, which takes minutes
         check_file("--hlo", hlo)
     devices, chip = devices_of(topology, slices)
     began = time.perf_counter()
@@ -128,9 +129,11 @@ def render(facts: dict[str, Any]) -> str:
     """Return the plan as text."""
     mesh = " x ".join(f"{axis} {n}" for axis, n in facts["mesh"].items())
     slices = f", {facts['slices']} slices" if facts["slices"] > 1 else ""
-    device, devices = "chip", ""
+    device = "chip"
+    devices = ""
     if facts["devices"] > facts["chips"]:
-        device, devices = "device", f" with {facts['devices'] // facts['chips']} devices each"
+        device = "device"
+        devices = f" with {facts['devices'] // facts['chips']} devices each"
     lines = [
         f"{facts['objective']}, {facts['model_parameters'] / 1e6:.1f} M parameters, batch {facts['batch']:,}, "
         f"on {facts['topology']}{slices}: {facts['chips']} chips{devices}, {facts['hosts']} hosts",

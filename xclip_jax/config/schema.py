@@ -155,7 +155,7 @@ class Config:
                 yield f"{name}={parts} must divide data.batch={batch}"
         objective = make_objective(self.objective)
         for term in objective.terms.values():
-            yield from term.problems(self.model, self.loss)
+            yield from term.conflicts_with(self.model, self.loss)
         towers = [self.model.tower(name) for name in objective.towers]
         if self.optim.layer_decay != 1 and all(tower.num_layers == 1 for tower in towers):
             types = " and ".join(type(tower).__name__ for tower in towers)

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 from xclip_jax.core.errors import BadSample, UserError, redact
-from xclip_jax.core.imports import LazyClassTable
+from xclip_jax.core.imports import LazyClassTable, import_class
 from xclip_jax.data import holdout, images, labelled
 from xclip_jax.data.base import MissingColumnError, Record, Source, SourceKind, SourceOptions, WrappedSource
 from xclip_jax.data.config import DataConfig

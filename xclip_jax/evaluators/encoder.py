@@ -77,7 +77,7 @@ class Encoder:
                 raise UserError(f"the model was fine-tuned and has no {modality} tower; evaluate finetuned/SET.")
             h: Any = model.apply(variables, x, method="encode_image" if modality == "img" else "encode_text")
             heads: Any = model.apply(variables, *((h, None) if modality == "img" else (None, h)), method="project")
-            outputs = {"features": h} | {s.feature: heads[f"{s.reads}_{modality}"] for s in self.similarities}
+            outputs = {"features": h} | {s.feature: heads[f"{s.output}_{modality}"] for s in self.similarities}
             if "logits" in heads:
                 outputs["class_logits"] = heads["logits"]
             return {key: value.astype(jnp.float32) for key, value in outputs.items()}
@@ -94,7 +94,7 @@ class Encoder:
             h = model.img.patch_features(variables["params"]["img"], to_pixels(images), model.dtype)
             if projected:
                 heads: Any = model.apply(variables, h.reshape(-1, h.shape[-1]), None, method="project")
-                h = heads[f"{self.similarities[0].reads}_img"].reshape(*h.shape[:-1], -1)
+                h = heads[f"{self.similarities[0].output}_img"].reshape(*h.shape[:-1], -1)
             return {"patches": jnp.where(valid[:, None, None, None], h.astype(jnp.float32), jnp.nan), "valid": valid}
 
         def encode_texts(variables: Variables, tokens: jax.Array, _: jax.Array) -> dict[str, jax.Array]:

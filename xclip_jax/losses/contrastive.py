@@ -3,6 +3,9 @@
 Both are defined on the global batch: under plain `jax.jit` with a sharded batch XLA inserts the collectives, so value
 and gradient do not depend on the number of devices. An average of per-device losses is a different, wrong loss.
 
+With a `chunk` a loss compares that many texts at a time with all images, and the backward pass computes each chunk
+again, so that memory never holds the logits of more texts (Inf-CL, arXiv 2410.17243). Value and gradient are the same.
+
 Pairs of a batch may share a caption or an image. By default each is a negative of the others; with `keys` they are
 positives of one another, and the target is spread over them.
 
@@ -10,16 +13,18 @@ Sources: Radford et al., arXiv 2103.00020 (softmax, called CLIP in nCLIP's paper
 (sigmoid [ours]); Yang et al., arXiv 2204.03610 (UniCL: several positives [ours]); see also `robust` and `Teacher`.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from xclip_jax.parallel.sharding import argmax
+from xclip_jax.parallel.sharding import argmax, constrain
 
 Metrics = dict[str, jax.Array]
+_LOG_ZERO = -1e30  # finite, and so with a gradient of 0
 
 
 class Teacher(NamedTuple):
@@ -45,6 +50,7 @@ def softmax(
     teacher: Teacher | None = None,
     q: float = 0.0,
     reverse: float = 0.0,
+    chunk: int = 0,
 ) -> tuple[jax.Array, Metrics]:
     """Return CLIP's loss: cross-entropy of the matching pair, image to text and text to image, averaged, in nats.
 
@@ -60,6 +66,7 @@ def softmax(
         keys: integers (b,) or (b, m); pairs with equal keys match each other. By default each pair matches itself.
         teacher: embeddings for a part of the target.
         q, reverse: options of `robust`, which replaces the cross-entropy of each pair; for targets of one pair only.
+        chunk: texts to compare with all images at a time, a divisor of b; 0 for all. Not with a teacher.
 
     Returns:
         The loss (fp32 scalar) and fp32 scalar metrics: "loss", "ln_b" (the loss of a blind guess), "acc_img" and
@@ -67,12 +74,17 @@ def softmax(
         loss of a blind guess) with `q` or `reverse`, "teacher_share" with a teacher.
     """
     check(z_img, z_txt, scale)
-    logits = jnp.asarray(scale, jnp.float32) * dot(z_img, z_txt)
-    # A masked sum, since jnp.diagonal gathers, which costs communication if the batch is sharded. It is subtracted
-    # before the log-sum-exp, since a small loss would vanish in the rounding of two numbers as large as the scale.
-    matching = jnp.sum(jnp.eye(logits.shape[0]) * logits, axis=1)
-    img_to_txt = jax.nn.logsumexp(logits - matching[:, None], axis=1)
-    txt_to_img = jax.nn.logsumexp(logits - matching[None, :], axis=0)
+    if chunk:
+        others, in_chunks = _compare_in_chunks(_log_sums, z_img, z_txt, scale, 0.0, chunk)
+        img_to_txt = jax.nn.softplus(jax.nn.logsumexp(others["img"], axis=0))
+        txt_to_img = jax.nn.softplus(others["txt"].reshape(-1))
+    else:
+        logits = jnp.asarray(scale, jnp.float32) * dot(z_img, z_txt)
+        # A masked sum, since jnp.diagonal gathers, which costs communication if the batch is sharded. It is subtracted
+        # before the log-sum-exp, since a small loss would vanish in the rounding of two numbers as large as the scale.
+        matching = jnp.sum(jnp.eye(logits.shape[0]) * logits, axis=1)
+        img_to_txt = jax.nn.logsumexp(logits - matching[:, None], axis=1)
+        txt_to_img = jax.nn.logsumexp(logits - matching[None, :], axis=0)
     if q or reverse:
         img_to_txt, txt_to_img = (robust(x, q, reverse) for x in (img_to_txt, txt_to_img))
     loss = 0.5 * jnp.mean(img_to_txt + txt_to_img)
@@ -82,7 +94,8 @@ def softmax(
     if teacher is not None:
         loss = loss + teacher.share * _teacher_margin(logits, matching, teacher)
     metrics = {} if teacher is None else {"teacher_share": jnp.asarray(teacher.share, jnp.float32)}
-    return loss, metrics | with_blind_guess(_metrics(loss, logits), q, reverse)
+    metrics |= {"loss": loss, **in_chunks} if chunk else _metrics(loss, logits)
+    return loss, with_blind_guess(metrics, q, reverse)
 
 
 def robust(cross_entropy: ArrayLike, q: float, reverse: float) -> jax.Array:
@@ -184,7 +197,13 @@ def mean_margin(z_img: jax.Array, z_txt: jax.Array, scale: ArrayLike) -> jax.Arr
 
 
 def sigmoid(
-    z_img: jax.Array, z_txt: jax.Array, scale: ArrayLike, bias: ArrayLike, *, keys: jax.Array | None = None
+    z_img: jax.Array,
+    z_txt: jax.Array,
+    scale: ArrayLike,
+    bias: ArrayLike,
+    *,
+    keys: jax.Array | None = None,
+    chunk: int = 0,
 ) -> tuple[jax.Array, Metrics]:
     """Return SigLIP's loss: binary cross-entropy of each of the b * b pairs, summed and divided by b, in nats.
 
@@ -196,14 +215,22 @@ def sigmoid(
     "positives", with `keys`, is the mean number of positives per image.
     """
     check(z_img, z_txt, scale, bias)
-    logits = jnp.asarray(scale, jnp.float32) * dot(z_img, z_txt) + jnp.asarray(bias, jnp.float32)
-    b = logits.shape[0]
-    sign = 2 * jnp.eye(b, dtype=jnp.float32) - 1
-    loss = -jnp.sum(jax.nn.log_sigmoid(sign * logits)) / b
+    b = len(z_img)
+    if chunk:
+        total, in_chunks = _compare_in_chunks(_sigmoid_sum, z_img, z_txt, scale, bias, chunk)
+        loss = jnp.sum(total) / b
+    else:
+        logits = jnp.asarray(scale, jnp.float32) * dot(z_img, z_txt) + jnp.asarray(bias, jnp.float32)
+        sign = 2 * jnp.eye(b, dtype=jnp.float32) - 1
+        loss = -jnp.sum(jax.nn.log_sigmoid(sign * logits)) / b
+
+    def with_loss(loss: jax.Array) -> Metrics:
+        return {"loss": loss, **in_chunks} if chunk else _metrics(loss, logits)
+
     if keys is None:
-        return loss, _metrics(loss, logits)
+        return loss, with_loss(loss)
     others, count = other_positives(z_img, z_txt, scale, bias, keys)
-    return loss - others, _metrics(loss - others, logits) | {"positives": count}
+    return loss - others, with_loss(loss - others) | {"positives": count}
 
 
 def other_positives(
@@ -246,4 +273,60 @@ def _metrics(loss: jax.Array, logits: jax.Array) -> Metrics:
         "ln_b": jnp.log(jnp.float32(logits.shape[0])),
         "acc_img": jnp.mean(argmax(logits, 1) == index, dtype=jnp.float32),
         "acc_txt": jnp.mean(argmax(logits, 0) == index, dtype=jnp.float32),
+    }
+
+
+# --- chunks of texts
+
+
+class _Logits(NamedTuple):
+    """Logits (b, n) of all images and a chunk of n texts."""
+
+    all: jax.Array
+    own: jax.Array  # whether image and text are a pair, bool (b, n)
+    matching_img: jax.Array  # the logit of each image's pair, (b,)
+    matching_txt: jax.Array  # and of each text's, (n,)
+
+
+def _log_sums(logits: _Logits) -> dict[str, jax.Array]:
+    """Return the log-sum-exp of the logits of other pairs, minus the matching one, per image (b,) and per text (n,).
+
+    Its softplus is the cross-entropy, with all digits of a small loss however the matching logit is rounded.
+    """
+    of_imgs = jnp.where(logits.own, _LOG_ZERO, logits.all - logits.matching_img[:, None])
+    of_txts = jnp.where(logits.own, _LOG_ZERO, logits.all - logits.matching_txt[None, :])
+    return {"img": jax.nn.logsumexp(of_imgs, axis=1), "txt": jax.nn.logsumexp(of_txts, axis=0)}
+
+
+def _sigmoid_sum(logits: _Logits) -> jax.Array:
+    """Return the summed binary cross-entropy of all pairs, ()."""
+    return jnp.sum(jax.nn.softplus(jnp.where(logits.own, -logits.all, logits.all)))
+
+
+def _compare_in_chunks(
+    reduce: Callable[[_Logits], Any], z_img: jax.Array, z_txt: jax.Array, scale: ArrayLike, bias: ArrayLike, chunk: int
+) -> tuple[Any, Metrics]:
+    """Return the results of `reduce` stacked over the chunks, and the metrics but the loss."""
+    z_img, z_txt, scale, bias = (jnp.asarray(x, jnp.float32) for x in (z_img, z_txt, scale, bias))
+    b = len(z_img)
+    if b % chunk:
+        raise ValueError(f"chunk={chunk} must divide the batch of {b}")
+    index = jnp.arange(b)
+    matching = scale * jnp.sum(z_img * z_txt, axis=1) + bias
+
+    def compare(texts: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[Any, Any]:
+        z_txt, matching_txt, column = texts
+        logits = constrain(scale * dot(z_img, z_txt) + bias, "batch", None)
+        highest = jax.lax.stop_gradient(jnp.max(logits, axis=1))
+        best = (highest, column[0] + argmax(logits, 1), argmax(logits, 0) == column)
+        return reduce(_Logits(logits, index[:, None] == column, matching, matching_txt)), best
+
+    # Each device holds all texts: slices of an array that is split would be sent one by one.
+    texts = [constrain(x, *[None] * x.ndim).reshape(-1, chunk, *x.shape[1:]) for x in (z_txt, matching, index)]
+    result, (highest, first, right) = jax.lax.map(jax.checkpoint(compare), tuple(texts))
+    chosen = jnp.min(jnp.where(highest == jnp.max(highest, axis=0), first, b), axis=0)  # the first of equal logits
+    return result, {
+        "ln_b": jnp.log(jnp.float32(b)),
+        "acc_img": jnp.mean(chosen == index, dtype=jnp.float32),
+        "acc_txt": jnp.mean(right, dtype=jnp.float32),
     }

@@ -183,7 +183,10 @@ def _sums_of_batch(logits: dict[str, Logits], centers: Centers, options: _Option
 
 def _sums(s: Mapping[str, jax.Array], centers: Centers, options: _Options) -> Sums:
     """Return sums over rows of the batch for the loss, and the log of each cluster's summed probability."""
-    log_p, p_hat, top, sums = {}, {}, {}, {}
+    log_p = {}
+    p_hat = {}
+    top = {}
+    sums = {}
     for m in MODALITIES:
         logits = s[f"s_{m}"]
         log_p[m] = jax.nn.log_softmax(logits / options.tau)

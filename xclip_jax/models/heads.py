@@ -29,9 +29,9 @@ class Head:
     """A module on the features (b, d) of one tower; its parameters have its name in the model."""
 
     module: nn.Module  # not bound to a parent
-    reads: str  # the tower, "img" or "txt"
-    writes: str  # key of its output in the result of `TwoTowers.project`
-    takes: tuple[str, ...] = ()  # its keyword arguments from `TwoTowers.project`, "train" and "logits"
+    input: str  # the tower, "img" or "txt"
+    output: str  # key of its output in the result of `TwoTowers.project`
+    options: tuple[str, ...] = ()  # its keyword arguments from `TwoTowers.project`, "train" and "logits"
     flops: float = 0.0  # FLOPs of one example's forward pass; a multiplication and an addition count as two
 
 
@@ -39,7 +39,7 @@ class Head:
 class Scalar:
     """A learned number, such as the logit scale; the parameter has its name in the model."""
 
-    writes: str  # key of the value in the result of `TwoTowers.project`
+    output: str  # key of the value in the result of `TwoTowers.project`
     initial: float  # initial value of the parameter
     transform: Callable[[Array], Array] | None = None  # parameter -> value
 

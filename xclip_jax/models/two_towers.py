@@ -115,7 +115,7 @@ class TwoTowers(nn.Module):
     @property
     def outputs(self) -> tuple[str, ...]:
         """Keys in the result of `project` for features of both modalities."""
-        return tuple(head.writes for head in self.heads.values())
+        return tuple(head.output for head in self.heads.values())
 
     def setup(self) -> None:
         self.tower_img = self.img.module(self.dtype).clone(parent=self, name="img")
@@ -149,9 +149,9 @@ class TwoTowers(nn.Module):
         out = {}
         for name, head in self.heads.items():
             if isinstance(head, Scalar):
-                out[head.writes] = head.transform(self.made[name]) if head.transform else self.made[name]
-            elif features[head.reads] is not None:
-                out[head.writes] = self.made[name](features[head.reads], **{key: options[key] for key in head.takes})
+                out[head.output] = head.transform(self.made[name]) if head.transform else self.made[name]
+            elif features[head.input] is not None:
+                out[head.output] = self.made[name](features[head.input], **{key: options[key] for key in head.options})
         return out
 
     def __call__(self, image: Array, text: Array, *, train: bool = False) -> dict[str, Any]:

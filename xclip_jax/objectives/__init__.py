@@ -3,7 +3,6 @@
     clip      softmax contrastive
     siglip    sigmoid contrastive
     nclip     non-contrastive; xCLIP is the sum of clip and nclip
-    tokens    classification of the caption's tokens; SuperCLIP is the sum of clip and tokens
     classify  fine-tuning of one tower on labelled items
 
 A term is one class in one file, see `term.Term`. `TERMS` lists the terms of this package; a term of another package is
@@ -22,7 +21,5 @@ from xclip_jax.objectives.similarity import Similarity as Similarity
 from xclip_jax.objectives.term import Check as Check
 from xclip_jax.objectives.term import Curve as Curve
 from xclip_jax.objectives.term import Health as Health
-from xclip_jax.objectives.term import Level as Level
 from xclip_jax.objectives.term import LossConfig as LossConfig
-from xclip_jax.objectives.term import Report as Report
 from xclip_jax.objectives.term import Term as Term

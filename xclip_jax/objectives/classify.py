@@ -12,7 +12,7 @@ from xclip_jax.core.fields import at_least, choice, fraction_below_one, key
 from xclip_jax.data import transforms
 from xclip_jax.models.heads import Classifier, Head, Heads
 from xclip_jax.models.two_towers import ModelConfig
-from xclip_jax.objectives.term import Arrays, Curve, LossConfig, Report, Result, Term
+from xclip_jax.objectives.term import Arrays, Curve, LossConfig, Result, Term
 
 Array = jax.Array
 
@@ -48,7 +48,9 @@ class Classify(Term):
         mixed = inputs | {"other": jax.tree.map(lambda x: x[::-1], inputs)}
         return mixed | transforms.sample_mix(jax.random.fold_in(random_key, 1), b, size, self.mixup, self.cutmix)
 
-    def __call__(self, out: Arrays, teacher: Arrays | None, state: Arrays, batch: Mapping[str, Any]) -> Result:
+    def __call__(
+        self, out: Arrays, teacher: Arrays | None, state: Arrays, batch: Mapping[str, Any], *, chunk: int = 0
+    ) -> Result:
         """Compute the loss, see `Term.__call__`; `batch` contains "label" (b,) and, if mixed, "share" and "other"."""
         logits = out["logits"].astype(jnp.float32)
         labels = batch["label"]
@@ -68,7 +70,7 @@ class Classify(Term):
         """Convert class ids (b,) to smoothed distributions (b, classes)."""
         return optax.smooth_labels(jax.nn.one_hot(labels, self.classes), self.smoothing)
 
-    def problems(self, model: ModelConfig, loss: LossConfig) -> Iterator[str]:
+    def conflicts_with(self, model: ModelConfig, loss: LossConfig) -> Iterator[str]:
         """Yield a missing number of classes, mixing of texts or numbers, and smoothing of numbers."""
         if self.classes < 1:
             yield f"objective.classify.classes is {self.classes}; give the number of classes of the data"
@@ -77,20 +79,11 @@ class Classify(Term):
         if self.smoothing and self.classes == 1:
             yield "objective.classify.smoothing is for classes, and one class is a number; set it to 0"
 
-    @property
-    def report(self) -> Report:
-        return ClassifyReport(self)
-
-
-@dataclasses.dataclass(frozen=True)
-class ClassifyReport(Report[Classify]):
-    """Report of fine-tuning."""
-
     def progress(self, metrics: Mapping[str, float]) -> str:
         """Return the accuracy on the batch; the progress line shows the loss anyway."""
         return f"top-1 {metrics['top1']:.1%}" if "top1" in metrics else ""
 
     def curves(self) -> tuple[Curve, ...]:
         """Loss and accuracy on the batches."""
-        unit = "squared error" if self.term.classes == 1 else "nats"
+        unit = "squared error" if self.classes == 1 else "nats"
         return (Curve("Loss", (("loss", "training"),), unit), Curve("Accuracy", (("top1", "training"),), "%"))

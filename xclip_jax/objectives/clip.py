@@ -1,20 +1,18 @@
 """Contrastive terms: CLIP's softmax and SigLIP's sigmoid loss of all pairs of the batch."""
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import jax
-from jax.sharding import Mesh
 
 from xclip_jax.core.fields import above, at_least, at_most, between, choice, fraction_below_one, key
-from xclip_jax.losses import contrastive, ring
+from xclip_jax.losses import contrastive
 from xclip_jax.models.heads import Head, Heads, Projection, Scalar
 from xclip_jax.models.two_towers import ModelConfig
 from xclip_jax.objectives.similarity import CosineSimilarity
-from xclip_jax.objectives.term import Arrays, Check, Curve, Health, Level, LossConfig, Report, Result, Term
+from xclip_jax.objectives.term import Arrays, Check, Curve, Health, LossConfig, Result, Term
 
 # [ours] On the plateau the loss is less than this fraction below the loss of a blind guess; successful runs are a tenth
 # below it at the end of the warm-up.
@@ -27,7 +25,7 @@ _KEYS = {"pair": "", "caption": "text_key", "image": "image_key"}
 class Contrastive(Term):
     """A loss of all pairs of the batch: the common part of softmax and sigmoid."""
 
-    form: ClassVar[str] = "softmax"  # a function of `losses.contrastive` and `losses.ring`
+    form: ClassVar[str] = "softmax"  # a function of `losses.contrastive`
     outputs: ClassVar[tuple[str, ...]] = ("z_img", "z_txt", "scale")  # its arguments
     max_scale: ClassVar[float] = math.inf  # bound of the logit scale
 
@@ -59,20 +57,13 @@ class Contrastive(Term):
             heads["bias"] = Scalar("bias", model.bias_init)
         return heads
 
-    def specialise(self, loss: LossConfig, mesh: Mesh | None) -> Callable[..., Result]:
-        """Return `__call__`, computed on a ring of devices if `loss.impl` is "ring"."""
-        return functools.partial(self.__call__, mesh=mesh) if loss.impl == "ring" else self
-
     def __call__(
-        self, out: Arrays, teacher: Arrays | None, state: Arrays, batch: Mapping[str, Any], *, mesh: Mesh | None = None
+        self, out: Arrays, teacher: Arrays | None, state: Arrays, batch: Mapping[str, Any], *, chunk: int = 0
     ) -> Result:
-        """Compute the loss, see `Term.__call__`. With a `mesh` the pairs are compared on a ring of its devices."""
+        """Compute the loss, see `Term.__call__`."""
         arguments = [out[name] for name in self.outputs]
-        options = self._options(teacher, batch)
-        if mesh is None:
-            loss, metrics = getattr(contrastive, self.form)(*arguments, **options)
-        else:
-            loss, metrics = getattr(ring, self.form)(*arguments, mesh=mesh, **options)
+        loss_of = getattr(contrastive, self.form)
+        loss, metrics = loss_of(*arguments, **self._options(teacher, batch), chunk=chunk)
         return loss, metrics | {"scale": out["scale"]}, {}
 
     def _options(self, teacher: Arrays | None, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -92,7 +83,7 @@ class Contrastive(Term):
             return params
         return params | {"log_scale": jax.numpy.minimum(params["log_scale"], math.log(self.max_scale))}
 
-    def problems(self, model: ModelConfig, loss: LossConfig) -> Iterator[str]:
+    def conflicts_with(self, model: ModelConfig, loss: LossConfig) -> Iterator[str]:
         """Yield an initial logit scale above its bound, with a margin for the fp16 rounding of OpenAI's weights."""
         if model.scale_init > self.max_scale * (1 + 1e-3):
             bound = f"{self.max_scale:g}, the bound of {self.title}"
@@ -102,7 +93,7 @@ class Contrastive(Term):
         """Cost of comparing an example with the batch."""
         return 2 * batch * model.embed
 
-    def blind_loss(self, metrics: Mapping[str, float], less: float = 0.0) -> float:
+    def chance_loss(self, metrics: Mapping[str, float], less: float = 0.0) -> float:
         """Return the loss of the best input-independent guess, its cross-entropy reduced by the fraction `less`."""
         return (1 - less) * metrics["ln_b"]
 
@@ -116,43 +107,34 @@ class Contrastive(Term):
         """Whether the loss of a pair is `contrastive.robust` of its cross-entropy."""
         return False
 
-    @property
-    def report(self) -> Report:
-        return ContrastiveReport(self)
-
-
-@dataclasses.dataclass(frozen=True)
-class ContrastiveReport(Report[Contrastive]):
-    """Report of a contrastive term: the loss compared with that of a blind guess, accuracy, and logit scale."""
-
     def progress(self, metrics: Mapping[str, float]) -> str:
         """Return the loss, and CLIP's loss of a blind guess."""
         blind = f"blind {metrics['blind']:.2f}" if "blind" in metrics else f"ln b {metrics.get('ln_b', 0):.2f}"
-        return super().progress(metrics) + f" ({blind})" * (self.term.form == "softmax" and "loss" in metrics)
+        return super().progress(metrics) + f" ({blind})" * (self.form == "softmax" and "loss" in metrics)
 
     def curves(self) -> tuple[Curve, ...]:
         """Loss, accuracy within the batch, logit scale."""
         accuracy = (("acc_img", "image to text"), ("acc_txt", "text to image"))
         unit = "nats"
-        level = Level("ln b", "ln_b")
+        level = ("ln b", "ln_b")
         note = "ln b, with b the batch size, is the loss of CLIP for a guess that does not depend on the inputs."
-        if self.term.is_robust:
+        if self.is_robust:
             unit = ""
-            level = Level("blind guess", "blind")
+            level = ("blind guess", "blind")
             note = "A blind guess does not depend on the inputs."
         return (
-            Curve(f"{self.term.title} loss", (("loss", "contrastive"),), unit, (level,), note),
+            Curve(f"{self.title} loss", (("loss", "contrastive"),), unit, (level,), note),
             Curve("Accuracy within the batch", accuracy, "%", note="Share whose best match is their own partner."),
             Curve("Logit scale", (("scale", "scale"),)),
         )
 
     def health(self, metrics: Mapping[str, float]) -> Health:
         """Judge whether the loss has left the plateau on which all inputs have the same embedding."""
-        blind = self.term.blind_loss(metrics) if metrics.keys() >= {"loss", "ln_b"} else 0.0
+        blind = self.chance_loss(metrics) if metrics.keys() >= {"loss", "ln_b"} else 0.0
         if not blind:  # a batch of one pair leaves nothing to guess
             return Health()
         loss = metrics["loss"]
-        least = self.term.blind_loss(metrics, PLATEAU_SHARE * self.term.hardness)
+        least = self.chance_loss(metrics, PLATEAU_SHARE * self.hardness)
         check = Check(
             "plateau",
             max(0.0, 1 - loss / blind),  # 0 for a NaN loss, which fails
@@ -197,9 +179,9 @@ class Clip(Contrastive):
     def is_robust(self) -> bool:
         return self.q > 0 or self.reverse > 0
 
-    def blind_loss(self, metrics: Mapping[str, float], less: float = 0.0) -> float:
+    def chance_loss(self, metrics: Mapping[str, float], less: float = 0.0) -> float:
         """Return the loss of equal logits: ln b, or `contrastive.robust` of it."""
-        return float(contrastive.robust(super().blind_loss(metrics, less), self.q, self.reverse))
+        return float(contrastive.robust(super().chance_loss(metrics, less), self.q, self.reverse))
 
     def _options(self, teacher: Arrays | None, batch: Mapping[str, Any]) -> dict[str, Any]:
         options = super()._options(teacher, batch)
@@ -212,16 +194,16 @@ class Clip(Contrastive):
             options["teacher"] = contrastive.Teacher(teacher["z_img"], teacher["z_txt"], teacher["scale"] / tau, share)
         return options
 
-    def problems(self, model: ModelConfig, loss: LossConfig) -> Iterator[str]:
+    def conflicts_with(self, model: ModelConfig, loss: LossConfig) -> Iterator[str]:
         """Yield options that do not go with a robust loss or a teacher."""
-        yield from super().problems(model, loss)
+        yield from super().conflicts_with(model, loss)
         if self.is_robust and (self.hardness != 1 or self.positives != "pair"):
             yield (
                 "objective.clip.q and .reverse are for one target per pair; set label_smoothing and distill to "
                 "0, and positives to 'pair'"
             )
-        if self.distill and loss.impl == "ring":
-            yield "objective.clip.distill takes targets from the whole batch; set loss.impl='plain'"
+        if self.distill and loss.chunk_size:
+            yield "objective.clip.distill takes targets from the whole batch; set loss.chunk_size=0"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,7 +214,7 @@ class Siglip(Contrastive):
     form: ClassVar[str] = "sigmoid"
     outputs: ClassVar[tuple[str, ...]] = ("z_img", "z_txt", "scale", "bias")
 
-    def blind_loss(self, metrics: Mapping[str, float], less: float = 0.0) -> float:
+    def chance_loss(self, metrics: Mapping[str, float], less: float = 0.0) -> float:
         """Return the loss of the logit ln(n / (b - n)) for each of b * b pairs, if b * n of them match."""
         b = round(math.exp(metrics["ln_b"]))
         n = metrics.get("positives", 1.0)

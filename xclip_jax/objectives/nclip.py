@@ -1,22 +1,20 @@
 """nCLIP's term: each modality's distribution over clusters is the pseudo-label of the other, without negatives."""
 
 import dataclasses
-import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from xclip_jax.core.fields import above, at_least, choice, fraction_below_one, key
 from xclip_jax.losses import noncontrastive
 from xclip_jax.models.heads import ClusterHead, Head, Heads
 from xclip_jax.models.two_towers import ModelConfig
 from xclip_jax.objectives.similarity import ClusterSimilarity
-from xclip_jax.objectives.term import Arrays, Check, Curve, Health, Level, LossConfig, Report, Result, Term
+from xclip_jax.objectives.term import Arrays, Check, Curve, Health, LossConfig, Result, Term
 from xclip_jax.parallel.sharding import FactoredLogits, Logits
 
 Array = jax.Array
@@ -83,14 +81,10 @@ class Nclip(Term):
         order = jax.random.permutation(jax.random.fold_in(random_key, _SHUFFLE), len(inputs["text"]))
         return inputs | {"target_order": jnp.zeros_like(order).at[order].set(jnp.roll(order, 1))}
 
-    def specialise(self, loss: LossConfig, mesh: Mesh | None) -> Callable[..., Result]:
-        """Return `__call__` with `loss.chunk_size` pairs at a time."""
-        return functools.partial(self.__call__, chunk=loss.chunk_size)
-
     def __call__(
         self, out: Arrays, teacher: Arrays | None, state: Arrays, batch: Mapping[str, Any], *, chunk: int = 0
     ) -> Result:
-        """Compute the loss, see `Term.__call__`, with `chunk` pairs at a time, or all for 0."""
+        """Compute the loss, see `Term.__call__`."""
         teacher = {} if teacher is None else teacher
         options = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         momentum = options.pop("center_momentum")
@@ -113,7 +107,7 @@ class Nclip(Term):
         }
         return loss, metrics, new_centers
 
-    def problems(self, model: ModelConfig, loss: LossConfig) -> Iterator[str]:
+    def conflicts_with(self, model: ModelConfig, loss: LossConfig) -> Iterator[str]:
         """Yield shuffled targets with a gradient, and options that need the whole batch if the loss is in chunks."""
         if self.shuffle_targets and self.target == "joint":
             yield "objective.nclip.shuffle_targets needs objective.nclip.target 'detach' or 'ema'"
@@ -121,20 +115,6 @@ class Nclip(Term):
             yield "objective.nclip.balance='sinkhorn' normalises over the whole batch; set loss.chunk_size=0"
         if loss.chunk_size and model.cluster_head.last_norm:
             yield "model.cluster_head.last_norm needs all logits at once; set loss.chunk_size=0, or it to False"
-
-    @property
-    def report(self) -> Report:
-        return NclipReport(self)
-
-
-def _rows(logits: Logits, order: Array) -> Logits:
-    """Return the rows of `logits` with the indices `order`."""
-    return dataclasses.replace(logits, x=logits.x[order]) if isinstance(logits, FactoredLogits) else logits[order]
-
-
-@dataclasses.dataclass(frozen=True)
-class NclipReport(Report[Nclip]):
-    """Report of nCLIP: loss, entropies, and checks of the three ways to collapse."""
 
     def progress(self, metrics: Mapping[str, float]) -> str:
         """Return the loss, mutual information and clusters in use, of the worse modality."""
@@ -146,7 +126,7 @@ class NclipReport(Report[Nclip]):
 
     def curves(self) -> tuple[Curve, ...]:
         """Loss and entropies."""
-        levels = (Level("ln b", "ln_b"), Level("ln k", "ln_k"))
+        levels = (("ln b", "ln_b"), ("ln k", "ln_k"))
         note = "b is the batch size, k the number of clusters."
         return (
             Curve("nCLIP loss", (("loss", "nCLIP"),), "nats"),
@@ -166,14 +146,20 @@ class NclipReport(Report[Nclip]):
         # One collapsed cluster also has no mutual information, but flat's remedy (sharpen) would be the wrong one.
         flat = dataclasses.replace(_flat(metrics, ceiling), applies=not few.failed)
         note = f"Of {k:,} clusters; a batch of {b:,} can use at most {min(k, b):,}."
+        most = (("most", min(k, b)),)
         curves = (
-            Curve("Mutual information", _both("mutual_information"), "nats", (flat.level, Level("most", ceiling))),
-            Curve("Entropy of the mean prediction", _both("marginal_entropy"), "nats", (few.level,)),
-            Curve("Agreement of image and text", (("agreement", "pairs"),), "%", (agreement.level,)),
-            Curve("Clusters in use in a batch", _both("clusters"), levels=(Level("most", min(k, b)),), note=note),
+            Curve("Mutual information", _both("mutual_information"), "nats", (("most", ceiling),), check=flat),
+            Curve("Entropy of the mean prediction", _both("marginal_entropy"), "nats", check=few),
+            Curve("Agreement of image and text", (("agreement", "pairs"),), "%", check=agreement),
+            Curve("Clusters in use in a batch", _both("clusters"), levels=most, note=note),
         )
         summary = "Cluster heads can collapse in three ways. Red zones are the alarms, drawn for the last step."
         return Health(summary, (flat, few, agreement), curves)
+
+
+def _rows(logits: Logits, order: Array) -> Logits:
+    """Return the rows of `logits` with the indices `order`."""
+    return dataclasses.replace(logits, x=logits.x[order]) if isinstance(logits, FactoredLogits) else logits[order]
 
 
 def _both(name: str) -> tuple[tuple[str, str], ...]:

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
 from xclip_jax.core import fields
 from xclip_jax.core.errors import UserError
@@ -16,7 +15,6 @@ from xclip_jax.objectives.classify import Classify
 from xclip_jax.objectives.clip import Clip, Siglip
 from xclip_jax.objectives.nclip import Nclip
 from xclip_jax.objectives.similarity import Similarity
-from xclip_jax.objectives.superclip import Tokens
 from xclip_jax.objectives.term import Arrays, LossConfig, Result, Term
 
 Array = jax.Array
@@ -24,7 +22,6 @@ TERMS: dict[str, type[Term]] = {
     "clip": Clip,
     "siglip": Siglip,
     "nclip": Nclip,
-    "tokens": Tokens,
     "classify": Classify,
 }
 
@@ -34,11 +31,10 @@ RECIPES: dict[str, dict[str, float]] = {
     "siglip": {"siglip": 1.0},
     "nclip": {"nclip": 1.0},
     "xclip": {"clip": 0.5, "nclip": 0.5},  # the best of three weights on validation, docs/study.md
-    "superclip": {"clip": 1.0, "tokens": 1.0},  # the weights in its code
     "classify": {"classify": 1.0},
 }
-_TITLES = {"xclip": "xCLIP", "superclip": "SuperCLIP"}  # a single term brings its title
-OBJECTIVES = ("clip", "siglip", "nclip", "xclip", "superclip")  # for pre-training
+_TITLES = {"xclip": "xCLIP"}  # a single term brings its title
+OBJECTIVES = ("clip", "siglip", "nclip", "xclip")  # for pre-training
 
 _WEIGHTS = Check("weights of at least 0", lambda weights: all(weight >= 0 for weight in weights.values()))
 
@@ -55,7 +51,6 @@ class Objective:
     terms: Mapping[str, Term]
     weights: Mapping[str, float]
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
-    mesh: Mesh | None = None
     title: str = ""
 
     @property
@@ -106,21 +101,21 @@ class Objective:
     def heads(self, model: ModelConfig, vocab: int) -> Heads:
         """Return {name: `Head` or `Scalar`} of all terms; `UserError` if different heads share a name or an output."""
         heads: dict[str, Head | Scalar] = {}
-        writers: dict[str, str] = {}
+        outputs_of: dict[str, str] = {}
         for name, term in self.terms.items():
             for head_name, head in term.heads(model, vocab).items():
                 if heads.setdefault(head_name, head) != head:
                     raise UserError(f"objective term {name!r} needs another head {head_name!r} than a term before it.")
-                if writers.setdefault(head.writes, head_name) != head_name:
+                if outputs_of.setdefault(head.output, head_name) != head_name:
                     raise UserError(
-                        f"objective term {name!r}: its head {head_name!r} writes {head.writes!r}, which head "
-                        f"{writers[head.writes]!r} of a term before it writes too; rename one output."
+                        f"objective term {name!r}: its head {head_name!r} writes {head.output!r}, which head "
+                        f"{outputs_of[head.output]!r} of a term before it writes too; rename one output."
                     )
         return heads
 
     def outputs(self, model: ModelConfig) -> frozenset[str]:
         """Return the keys of the heads' outputs, such as "z_img"."""
-        return frozenset(head.writes for head in self.heads(model, vocab=1).values())  # a vocabulary changes no name
+        return frozenset(head.output for head in self.heads(model, vocab=1).values())  # a vocabulary changes no name
 
     def initial_state(self, model: ModelConfig, vocab: int) -> dict[str, Array]:
         """Return the arrays that the terms carry from step to step; `UserError` if two terms use the same name."""
@@ -147,7 +142,7 @@ class Objective:
         metrics = {}
         new_state = dict(state)
         for name, term in self.terms.items():
-            loss, term_metrics, term_state = term.specialise(self.loss, self.mesh)(out, teacher, state, batch)
+            loss, term_metrics, term_state = term(out, teacher, state, batch, chunk=self.loss.chunk_size)
             losses.append(self.weights[name] * loss)
             metrics |= {f"{name}/{key}": value for key, value in term_metrics.items()}
             new_state |= term_state
@@ -173,11 +168,11 @@ class Objective:
     def alarms(self, metrics: Mapping[str, float]) -> list[str]:
         """Return warnings "NAME: what is wrong and what to change" of terms with a weight, from a step's metrics."""
         terms = {name: term for name, term in self.terms.items() if self.weights[name]}
-        return [text for name, term in terms.items() for text in term.report.alarms(self.metrics_of(name, metrics))]
+        return [text for name, term in terms.items() for text in term.alarms(self.metrics_of(name, metrics))]
 
     def progress(self, metrics: Mapping[str, float]) -> list[str]:
         """Return the terms' parts of the progress line."""
-        parts = {name: term.report.progress(self.metrics_of(name, metrics)) for name, term in self.terms.items()}
+        parts = {name: term.progress(self.metrics_of(name, metrics)) for name, term in self.terms.items()}
         return [f"{name} {part}" for name, part in parts.items() if part]
 
     def recipe(self, model: ModelConfig) -> dict[str, Any]:
@@ -244,12 +239,12 @@ class ObjectiveConfig:
             yield f"terms has {', '.join(self.terms)}, some of labelled items and some of pairs; use one sort"
 
 
-def make_objective(config: ObjectiveConfig, loss: LossConfig | None = None, mesh: Mesh | None = None) -> Objective:
+def make_objective(config: ObjectiveConfig, loss: LossConfig | None = None) -> Objective:
     """Make the objective of the config groups `objective` and `loss`, with its terms in alphabetical order."""
     terms = {name: config.term(name) for name in sorted(config.terms)}
     single = terms[config.name].title if terms.keys() == {config.name} else ""
     title = single or _TITLES.get(config.name, config.name)
-    return Objective(config.name, terms, dict(config.terms), loss or LossConfig(), mesh, title)
+    return Objective(config.name, terms, dict(config.terms), loss or LossConfig(), title)
 
 
 def read_objective(values: Mapping[str, Any]) -> Objective:

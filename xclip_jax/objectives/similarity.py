@@ -24,7 +24,7 @@ class Similarity(abc.ABC):
     """Scores of images against texts, from one output of both towers' heads."""
 
     name: ClassVar[str]  # unique in an objective
-    reads: ClassVar[str]  # output of the heads, without the tower: "z" for z_img (n, e) and z_txt (m, e)
+    output: ClassVar[str]  # output of the heads, without the tower: "z" for z_img (n, e) and z_txt (m, e)
     logits: ClassVar[str] = ""  # the score which, multiplied by `scale`, gives the logits of an image's classes
     scale: ClassVar[str | None] = None  # output of the model with the learned factor of these logits; None for 1
     is_distribution: ClassVar[bool] = False  # whether `rows` are distributions over clusters
@@ -34,7 +34,7 @@ class Similarity(abc.ABC):
     @property
     def feature(self) -> str:
         """Key of the output in the features of `Encoder`."""
-        return _FEATURES.get(self.reads, self.reads)
+        return _FEATURES.get(self.output, self.output)
 
     def rows(self, output: np.ndarray) -> np.ndarray:
         """Convert outputs of the heads (m, d) to rows (m, d) for comparison."""
@@ -65,7 +65,7 @@ class CosineSimilarity(Similarity):
     """Cosine of L2-normalised embeddings z, after CLIP (arXiv 2103.00020); a class is the mean of its prompts."""
 
     name: ClassVar[str] = "embedding"
-    reads: ClassVar[str] = "z"
+    output: ClassVar[str] = "z"
     scale: ClassVar[str | None] = "scale"
 
     def class_row(self, rows: np.ndarray) -> np.ndarray:
@@ -82,7 +82,7 @@ class ClusterSimilarity(Similarity):
     """Similarity of distributions over clusters p = softmax(s / tau) [ours]; a class is the mean of its prompts."""
 
     name: ClassVar[str] = "clusters"
-    reads: ClassVar[str] = "s"
+    output: ClassVar[str] = "s"
     logits: ClassVar[str] = "cross_entropy"
     is_distribution: ClassVar[bool] = True
     bar_label: ClassVar[str] = "likeness of cluster distributions, 0 to 1"

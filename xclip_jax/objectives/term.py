@@ -1,4 +1,4 @@
-"""Terms of an objective: one loss with its options, heads, state, costs and report in one class.
+"""Terms of an objective: one loss with its options, heads, state, costs and charts in one class.
 
 A term is a frozen dataclass whose fields are the keys of its config group. docs/extend.md shows terms in another
 package.
@@ -6,13 +6,12 @@ package.
 
 import abc
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar, Generic, TypeVar
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, NamedTuple
 
 import jax
-from jax.sharding import Mesh
 
-from xclip_jax.core.fields import at_least, choice, key
+from xclip_jax.core.fields import at_least, key
 from xclip_jax.models.heads import Heads
 from xclip_jax.models.two_towers import ModelConfig
 from xclip_jax.objectives.similarity import Similarity
@@ -25,14 +24,13 @@ _FIELDS = {"img": "image", "txt": "text"}
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """Config group `loss`: ways to compute a loss, all with the same value."""
+    """Config group `loss`: ways to compute a loss, with the same value."""
 
-    impl: str = key("plain", "contrastive loss from gathered embeddings, or on a ring", choice(("plain", "ring")))
-    chunk_size: int = key(0, "pairs that the non-contrastive loss takes at a time; 0 for all", at_least(0))
+    chunk_size: int = key(0, "pairs that a loss takes at a time, to need less memory; 0 for all", at_least(0))
 
 
 class Term(abc.ABC):
-    """One loss with its heads, state and report; subclasses are frozen dataclasses of config keys.
+    """One loss with its heads, state and charts; subclasses are frozen dataclasses of config keys.
 
     Attributes:
       title: name of the term in sentences, tables and charts.
@@ -67,11 +65,6 @@ class Term(abc.ABC):
         """Batch inputs that the term reads: "image", "text", "label"."""
         return (*(_FIELDS[tower] for tower in self.towers), *["label"] * self.labelled)
 
-    @property
-    def report(self) -> "Report":
-        """Progress line, charts, checks and model card of the term."""
-        return Report(self)
-
     def heads(self, model: ModelConfig, vocab: int) -> Heads:
         """Return the term's {name: `Head` or `Scalar`} for the towers of `model` and a tokenizer of `vocab` tokens.
 
@@ -90,12 +83,10 @@ class Term(abc.ABC):
         """
         return inputs
 
-    def specialise(self, loss: LossConfig, mesh: Mesh | None) -> Callable[..., Result]:
-        """Return `__call__` computed in the way of the config group `loss`, on `mesh`; the value is the same."""
-        return self
-
     @abc.abstractmethod
-    def __call__(self, out: Arrays, teacher: Arrays | None, state: Arrays, batch: Mapping[str, Any]) -> Result:
+    def __call__(
+        self, out: Arrays, teacher: Arrays | None, state: Arrays, batch: Mapping[str, Any], *, chunk: int = 0
+    ) -> Result:
         """Compute the loss of one global batch; pure.
 
         Args:
@@ -104,6 +95,7 @@ class Term(abc.ABC):
           state: results of `initial_state` of all terms, or the state after the last step.
           batch: the step's inputs named by `fields`, "image", "text" (b, n) and "label" (b,); results of `draw`; the
             position "text_end" (b,) of the end token in each text; "progress" (), the completed fraction of the run.
+          chunk: number of pairs to take at a time, 0 for all; the value is the same, and a term may ignore it.
 
         Returns:
           The loss, an fp32 scalar; metrics, to which the objective adds the term's name as a prefix; the term's next
@@ -114,7 +106,7 @@ class Term(abc.ABC):
         """Return the model's parameters after an update, with the term's heads limited to their bounds; pure."""
         return params
 
-    def problems(self, model: ModelConfig, loss: LossConfig) -> Iterator[str]:
+    def conflicts_with(self, model: ModelConfig, loss: LossConfig) -> Iterator[str]:
         """Yield faults of the term's options as sentences that begin with the full name of a key."""
         return iter(())
 
@@ -122,28 +114,23 @@ class Term(abc.ABC):
         """Return the FLOPs of the loss without its heads, for one example of a global batch of `batch`."""
         return 0.0
 
+    # --- in logs, reports and model cards; `metrics` are those of one step as floats, without the term's prefix
 
-# --- presentation of a term in logs, reports and model cards
+    def progress(self, metrics: Mapping[str, float]) -> str:
+        """Return the term's part of the progress line, or ""."""
+        return f"{metrics['loss']:.3f}" if "loss" in metrics else ""
 
+    def curves(self) -> tuple["Curve", ...]:
+        """Return charts of the term's metrics."""
+        return (Curve(f"{self.title} loss".lstrip(), (("loss", "loss"),)),)
 
-@dataclasses.dataclass(frozen=True)
-class Level:
-    """A horizontal line of a chart."""
+    def health(self, metrics: Mapping[str, float]) -> "Health":
+        """Judge whether the term trains well; without checks if `metrics` lack their values."""
+        return Health()
 
-    label: str
-    value: float | str  # a constant, or the metric whose last value is drawn, without the term's prefix
-    alarm: bool = False  # whether values below the line are a failure
-
-
-@dataclasses.dataclass(frozen=True)
-class Curve:
-    """A chart of a term's metrics over steps, with horizontal lines for comparison and a sentence below."""
-
-    title: str
-    lines: tuple[tuple[str, str], ...]  # (metric without the term's prefix, label) of each line
-    unit: str = ""  # "%" draws fractions, and their levels, as percentages
-    levels: tuple[Level, ...] = ()
-    note: str = ""
+    def alarms(self, metrics: Mapping[str, float]) -> list[str]:
+        """Return the warnings of the checks that fail, "NAME: what is wrong and what to change"."""
+        return [check.warning for check in self.health(metrics).checks if check.failed]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,8 +143,6 @@ class Check:
       threshold: the check fails if `value` is below it.
       meaning: a sentence about the failure, for reports.
       remedy: the warning: the fault, and the config keys to change.
-      measured: a sentence with the value and the threshold, for reports; "" for the default one.
-      above: whether the check fails above the threshold instead.
       applies: whether all other conditions of the failure hold.
     """
 
@@ -166,66 +151,38 @@ class Check:
     threshold: float
     meaning: str
     remedy: str
-    measured: str = ""
-    above: bool = False
     applies: bool = True
 
     @property
     def failed(self) -> bool:
         """Whether the failure is present; False for NaN."""
-        exceeds = self.value > self.threshold if self.above else self.value < self.threshold
-        return self.applies and exceeds
+        return self.applies and self.value < self.threshold
 
     @property
     def measurement(self) -> str:
         """A sentence with the value and the threshold."""
-        side = "above" if self.above else "below"
-        return self.measured or f"The value is {self.value:.3g}; the alarm is {side} {self.threshold:.3g}."
+        return f"The value is {self.value:.3g}; the alarm is below {self.threshold:.3g}."
 
     @property
     def warning(self) -> str:
         """The warning of a failed check, "NAME: what is wrong and what to change"."""
         return f"{self.name}: {self.remedy}"
 
-    @property
-    def level(self) -> Level:
-        """The threshold as a line of a chart."""
-        return Level("alarm", self.threshold, alarm=not self.above)
+
+class Curve(NamedTuple):
+    """A chart of a term's metrics over steps, with horizontal lines for comparison and a sentence below."""
+
+    title: str
+    lines: tuple[tuple[str, str], ...]  # (metric without the term's prefix, label) of each line
+    unit: str = ""  # "%" draws fractions, and their levels, as percentages
+    levels: tuple[tuple[str, float | str], ...] = ()  # (label, constant or metric whose last value is drawn)
+    note: str = ""
+    check: Check | None = None  # whose threshold is drawn
 
 
-@dataclasses.dataclass(frozen=True)
-class Health:
+class Health(NamedTuple):
     """Checks whether a term trains well, with an introduction, and charts of the values they measure."""
 
     summary: str = ""
     checks: tuple[Check, ...] = ()
     curves: tuple[Curve, ...] = ()
-
-
-T = TypeVar("T", bound=Term)
-
-
-@dataclasses.dataclass(frozen=True)
-class Report(Generic[T]):
-    """Presentation of a term in logs, reports and model cards; by default its loss.
-
-    `metrics` are the metrics of one step as Python floats, without the term's prefix.
-    """
-
-    term: T
-
-    def progress(self, metrics: Mapping[str, float]) -> str:
-        """Return the term's part of the progress line, or ""."""
-        return f"{metrics['loss']:.3f}" if "loss" in metrics else ""
-
-    def curves(self) -> tuple[Curve, ...]:
-        """Return charts of the term's metrics."""
-        return (Curve(f"{self.term.title} loss".lstrip(), (("loss", "loss"),)),)
-
-    def health(self, metrics: Mapping[str, float]) -> Health:
-        """Judge whether the term trains well; without checks if `metrics` lack their values."""
-        return Health()
-
-    def alarms(self, metrics: Mapping[str, float]) -> list[str]:
-        """Return the warnings of the checks that fail, "NAME: what is wrong and what to change"."""
-        return [check.warning for check in self.health(metrics).checks if check.failed]

@@ -25,18 +25,24 @@ _SMALL = 1 << 17  # elements: above stacks of biases, below kernels
 
 # Sources: openxla.org/xla/flags_guidance, and MaxText's benchmarks/xla_flags_library.py (CF_FOR_ALL_REDUCE).
 _TPU: Options = {
+    # A collective runs in parts beside the operations that hide it.
     "xla_tpu_enable_async_collective_fusion": True,
+    # A core computes while a collective is on the links.
     "xla_tpu_overlap_compute_collective_tc": True,
+    # An all-reduce has a start and an end, and other operations run between them.
     "xla_enable_async_all_reduce": True,
     # A gradient that ends split over the chips is one product, then scattered. By default the compiler cuts the product
     # into one slice a chip and passes partial sums round a ring: slices of 24 rows leave a matrix unit mostly idle.
     "xla_tpu_reduce_scatter_collective_matmul_mode": "none",
 }
-# All-reduces of gradients overlap with operations on other gradients: products, loops and kernels.
 _TPU_OVERLAP: Options = {
+    # All-reduces, which sum the gradients, are hidden too.
     "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": True,
+    # One collective spans several operations.
     "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
+    # Loops hide collectives, not only products.
     "xla_tpu_enable_async_collective_fusion_fuse_kloop_fusions": True,
+    # Pallas kernels hide them too.
     "xla_tpu_enable_async_collective_fusion_with_mosaic_custom_call": True,
     # Larger all-reduces are not combined. By default all are, and no product is left to hide the combined one.
     "xla_jf_crs_combiner_threshold_in_bytes": str(256 * 1024),

@@ -21,7 +21,8 @@ def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None)
     """
     devices = jax.devices() if devices is None else devices
     shape = [sizes[axis] for axis in AXES]
-    given, remedy = math.prod(n for n in shape if n != -1), ""
+    given = math.prod(n for n in shape if n != -1)
+    remedy = ""
     if shape.count(-1) > 1:
         remedy = "only one size may be -1"
     elif -1 in shape and len(devices) % given:
@@ -61,37 +62,6 @@ def batch_shards(mesh: Mesh | AbstractMesh) -> int:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Sharding of an array whose first dimension is the global batch."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
-
-
-def ring_order(mesh: Mesh) -> list[int]:
-    """Order the shards of the batch in a ring of neighbours on the grid of TPUs.
-
-    A hop between neighbours takes one link; a v5e computes during a hop only if all hops are between neighbours.
-    Shards that do not fill a grid, as on other platforms, keep their order.
-    """
-    shards = batch_shards(mesh)
-    devices = mesh.devices.reshape(shards, -1)[:, 0]
-    if devices[0].platform != "tpu":
-        return list(range(shards))
-    places = [(getattr(device, "slice_index", 0), *device.coords, device.core_on_chip) for device in devices]
-    axes = [sorted(set(values)) for values in zip(*places, strict=True)]
-    if math.prod(map(len, axes)) != shards:
-        return list(range(shards))
-    # Out along all axes but one, at the first position of that axis, and back through its other positions. This ends
-    # next to the start if the way out has an even number of positions; a grid without such an axis leaves one long hop.
-    across = next((i for i, axis in enumerate(axes) if len(axis) > 1 and shards // len(axis) % 2 == 0), 0)
-    line = _snake(*axes[:across], *axes[across + 1 :])
-    loop = _snake(line, axes[across][:1]) + _snake(line[::-1], axes[across][1:])
-    number = {place: i for i, place in enumerate(places)}
-    return [number[*rest[:across], place, *rest[across:]] for rest, place in loop]
-
-
-def _snake(*axes: list[Any]) -> list[tuple[Any, ...]]:
-    """Return the positions of a grid, each one step along one axis from the previous one."""
-    path: list[tuple[Any, ...]] = [()]
-    for axis in axes:
-        path = [(*place, x) for i, place in enumerate(path) for x in (axis if i % 2 == 0 else axis[::-1])]
-    return path
 
 
 class BatchPart(NamedTuple):

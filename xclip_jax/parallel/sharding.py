@@ -233,7 +233,8 @@ def shardings(boxed: Any, layout: MeshLayout) -> Any:
 
     `UserError` names a mesh axis that cannot divide its dimension.
     """
-    mesh, specs = layout.mesh, nn.get_partition_spec(boxed)
+    mesh = layout.mesh
+    specs = nn.get_partition_spec(boxed)
     names = {axis for spec in _leaf_specs(boxed) for axis in spec if axis}
     shardings_of = nn.logical_to_mesh_sharding(specs, mesh, [(name, layout.rules.get(name)) for name in sorted(names)])
     shapes = nn.unbox(boxed)

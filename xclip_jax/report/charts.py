@@ -121,12 +121,13 @@ def term_chart(curve: Curve, rows: Rows, term: str) -> Chart | None:
 
 def shown_levels(curve: Curve, rows: Rows, term: str) -> list[Level]:
     """Return the dashed lines of a curve, by the last of one or more rows."""
-    levels = []
-    scale = 100.0 if curve.unit == "%" else 1.0
-    for level in curve.levels:
-        value = rows[-1].get(f"{term}/{level.value}") if isinstance(level.value, str) else level.value
+    levels, scale = [], 100.0 if curve.unit == "%" else 1.0
+    if curve.check:
+        levels.append(Level("alarm", scale * curve.check.threshold, below=True))
+    for label, source in curve.levels:
+        value = rows[-1].get(f"{term}/{source}") if isinstance(source, str) else source
         if value is not None:
-            levels.append(Level(level.label, scale * value, below=level.alarm))
+            levels.append(Level(label, scale * value))
     return levels
 
 
@@ -223,8 +224,8 @@ def _curves(runs: Sequence[Run]) -> Iterator[Chart | None]:
     """Yield charts of the terms' curves: all metrics of a curve of one run, or one metric of several runs."""
     declared: dict[tuple[str, str], tuple[Curve, str]] = {}
     for run in runs:
-        for name, term in run.record.objective.terms.items():
-            for curve in term.report.curves():
+        for term, own in run.record.objective.terms.items():
+            for curve in own.curves():
                 if len(runs) == 1 and run.record.training:
                     yield term_chart(curve, run.record.training, name)
                 for key, label in curve.lines if len(runs) > 1 else ():

@@ -290,7 +290,7 @@ class Warnings(NamedTuple):
         term = record.objective.terms[name]
         first_step = record.config.log.collapse_warmup_steps
         judged = [row for row in rows if row["step"] >= first_step]
-        by_name = [{text.partition(":")[0]: text for text in term.report.alarms(row)} for row in judged]
+        by_name = [{text.partition(":")[0]: text for text in term.alarms(row)} for row in judged]
         return cls(first_step, [int(row["step"]) for row in judged], by_name)
 
     @property

@@ -264,7 +264,7 @@ def health(record: Record) -> Section:
     for name, term in record.objective.terms.items():
         rows = complete_rows(record.objective, name, record.training)
         # A term of weight 0 trains nothing, so its checks would fail.
-        shown = term.report.health(rows[-1]) if rows and record.objective.weights[name] else Health()
+        shown = term.health(rows[-1]) if rows and record.objective.weights[name] else Health()
         warnings = Warnings.collect(record, name, rows)
         if shown.checks:
             terms.append((shown.summary, [_light(check, warnings) for check in shown.checks]))

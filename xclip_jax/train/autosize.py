@@ -192,7 +192,7 @@ def _schedule(config: ml_collections.ConfigDict, machine: Machine, trained: int,
 
 def _set_muon(config: ml_collections.ConfigDict) -> None:
     """Set the optimizer of small towers from random parameters, and for CLIP what won the same search."""
-    optim, contrastive = config.optim, config.objective.name in ("clip", "superclip")
+    optim, contrastive = config.optim, config.objective.name == "clip"
     rate, share = CLIP_RATE if contrastive else OTHER_RATE
     optim.name = "muon"
     optim.warmup = max(optim.warmup, int(share * min(config.steps, WARMUP_BASE)))

@@ -157,7 +157,7 @@ def build(config: ml_collections.ConfigDict | Config, devices: list[jax.Device] 
     check_batch(config.data.batch, mesh, microbatches=config.optim.microbatches)
     if config.loss.chunk_size:
         check_batch(config.loss.chunk_size, mesh, "loss.chunk_size")
-    objective = make_objective(config.objective, config.loss, mesh)
+    objective = make_objective(config.objective, config.loss)
     preprocessing = Preprocessing.from_config(config)
     tokens = tokenizer.load(config.data.tokenizer)
     model = make_model(config, objective, tokens)

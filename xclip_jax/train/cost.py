@@ -26,7 +26,7 @@ from xclip_jax.models.tower import TextTower
 from xclip_jax.models.two_towers import TOWERS
 from xclip_jax.objectives import make_objective
 from xclip_jax.parallel.mesh import batch_sharding, batch_shards
-from xclip_jax.parallel.topology import CHIPS
+from xclip_jax.plan.roofline import CHIPS
 from xclip_jax.train.build import Experiment, build, make_model
 from xclip_jax.train.state import init_fn
 
@@ -62,7 +62,8 @@ def forward_flops(config: Config, *, train: bool = True) -> dict[str, float] | N
 
     In training with patch dropout, and with the comparison of the batch's pairs.
     """
-    model, objective = config.model, make_objective(config.objective)
+    model = config.model
+    objective = make_objective(config.objective)
     vocab = tokenizer.load(config.data.tokenizer).vocab_size
     rest = objective.flops(model, vocab, config.data.batch if train else 0)
     towers = {name: model.tower(name).flops(train) if name in objective.towers else 0.0 for name in TOWERS}
@@ -72,8 +73,7 @@ def forward_flops(config: Config, *, train: bool = True) -> dict[str, float] | N
 
 def num_parameters(config: Config) -> dict[str, int]:
     """Return the parameters of each tower and head, from their shapes: no device is used."""
-    objective, tokens = make_objective(config.objective), tokenizer.load(config.data.tokenizer)
-    model = make_model(config, objective, tokens)
+    model = make_model(config, make_objective(config.objective), tokenizer.load(config.data.tokenizer))
     init = init_fn(model, optax.identity(), loss_state={}, ema=False, seed=0, adapters=LoraConfig())
     return {name: sum(x.size for x in jax.tree.leaves(part)) for name, part in jax.eval_shape(init).params.items()}
 
@@ -103,22 +103,26 @@ def step_flops(config: Config, groups: LengthGroups | None = None, rows: int | N
         shares.
     """
     parts = forward_flops(config)
-    tower, groups = config.model.tower("txt"), groups or LengthGroups.parse(config.data.length_groups)
     if parts is None:
         return None
+    tower = config.model.tower("txt")
+    groups = groups or LengthGroups.parse(config.data.length_groups)
     if parts["txt"] and groups.cuts:
-        if (cut := cut_flops(tower)) is None:
+        cut = cut_flops(tower)
+        if cut is None:
             return None
+        sizes = None if rows is None else groups.sizes(rows, tower.context_length)
         if rows is None:
             parts["txt"] = groups.mean(cut, tower.context_length)
-        elif sizes := groups.sizes(rows, tower.context_length):
+        elif sizes:
             parts["txt"] = sum(n * cut(tokens) for n, tokens in sizes) / rows
-    objective, teacher = make_objective(config.objective), 0.0
-    if objective.teacher:  # which drops no patches
+    teacher = 0.0
+    if make_objective(config.objective).teacher:  # which drops no patches
         teacher = (forward_flops(config, train=False) or parts)["img"] + parts["txt"] + parts["heads"]
-    # Weights beside adapters have no gradient of their own.
-    trained = 2 if config.finetune.lora.rank else 3
-    passes = {name: 1 if name in config.init.frozen else trained if name in TOWERS else 3 for name in parts}
+    passes = dict.fromkeys(parts, 3)
+    if config.finetune.lora.rank:  # weights beside adapters have no gradient
+        passes |= dict.fromkeys(TOWERS, 2)
+    passes |= dict.fromkeys(config.init.frozen, 1)
     return config.data.batch * (sum(passes[name] * part for name, part in parts.items()) + teacher)
 
 
@@ -156,7 +160,8 @@ def trace(experiment: Experiment) -> Any:
 
 def memory_usage(experiment: Experiment, compiled: Any) -> dict[str, float]:
     """Bytes on each chip: the arrays of the state, temporaries ("activations"), and their sum ("peak")."""
-    usage, state = compiled.memory_analysis(), experiment.abstract
+    usage = compiled.memory_analysis()
+    state = experiment.abstract
     fixed = usage.argument_size_in_bytes + usage.output_size_in_bytes - usage.alias_size_in_bytes
     temporary = usage.temp_size_in_bytes
     # CPUs and GPUs reserve temporaries as one block. TPUs never need all of it at once: the peak is what their compiler
@@ -206,8 +211,8 @@ def remedies(config: Config, rows: int = 0, devices: int = 0) -> list[str]:
         steps.append("--config.mesh.strategy=zero1")
     towers = [name for name in TOWERS if name not in config.model.plugins]  # another package's may have no remat
     towers = [name for name in towers if getattr(config.model.tower(name), "remat", "full") != "full"]
-    if flags := [f"--config.model.{name}.remat=full" for name in towers]:
-        steps.append(" ".join(flags))
+    if towers:
+        steps.append(" ".join(f"--config.model.{name}.remat=full" for name in towers))
     parts = config.optim.microbatches
     rows = rows or config.data.batch // parts
     steps += [f"--config.optim.microbatches={n * parts}" for n in (4, 2) if rows % n == 0][:1]
@@ -223,8 +228,10 @@ def too_large(experiment: Experiment, limit: float, needs: str) -> tuple[str, st
 
 def activation_bytes(config: Config | ml_collections.ConfigDict) -> float:
     """Estimate the bytes that the towers keep for the backward pass of one pair."""
-    img, txt = config.model.img, config.model.txt
-    total, width = 0.0, 4 if config.model.dtype == "float32" else 2
+    img = config.model.img
+    txt = config.model.txt
+    total = 0.0
+    width = 4 if config.model.dtype == "float32" else 2
     for tower, n in ((img, (img.image_size // img.patch) ** 2 + 1), (txt, txt.context_length)):
         kept = {"none": 20 * tower.width + 3 * tower.heads * n, "dots": 9 * tower.width, "full": tower.width}
         total += tower.depth * n * kept[tower.remat] * width
@@ -234,11 +241,10 @@ def activation_bytes(config: Config | ml_collections.ConfigDict) -> float:
 def fits_by_far(experiment: Experiment, limit: float) -> bool:
     """Whether eight times the state and the estimated values of a step fit `limit` bytes of a device."""
     config = experiment.config
-    if config.model.plugins:
-        return False  # towers of another package
+    if config.model.plugins or config.objective.plugins:
+        return False  # sizes of another package's towers and heads are not known
     # Devices along the model axis hold the same activations of the towers.
     rows = config.data.batch / batch_shards(experiment.mesh)
-    classes = experiment.tokenizer.vocab_size if "tokens" in experiment.model.outputs else 0
-    logits = 24 * rows * max(config.data.batch, config.model.cluster_head.clusters, classes)
+    logits = 24 * rows * max(config.data.batch, config.model.cluster_head.clusters)
     activations = rows / config.optim.microbatches * activation_bytes(config)
     return 8 * (bytes_on_device(experiment.abstract) + logits + activations) <= limit

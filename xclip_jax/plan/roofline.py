@@ -17,8 +17,8 @@ from typing import Any
 from jax.experimental import topologies
 
 from xclip_jax.core.errors import UserError, check_choice, check_count
-from xclip_jax.parallel import hlo
-from xclip_jax.parallel.hlo import BETWEEN_SLICES, Collective, Execution, Program
+from xclip_jax.plan import hlo
+from xclip_jax.plan.hlo import BETWEEN_SLICES, Collective, Execution, Program
 
 GIB = 2**30
 
@@ -112,14 +112,15 @@ class Roofline:
 
 def roofline(text: str, topology: str, devices: int) -> Roofline:
     """Return the time of a program, `compiled.as_text()`, for `devices` devices of a topology such as "v5e:4x8"."""
-    (name, grid), program = grid_of(topology), hlo.parse(text)
-    chip, clock, exposed, busy = CHIPS[name], 0.0, 0.0, 0.0
+    name, grid = grid_of(topology)
+    chip = CHIPS[name]
+    program = hlo.parse(text)
+    clock = exposed = busy = ms = 0.0
     executions = list(program.executions(cycles))
     sent = [hlo.inside(program, execution, devices) for execution in executions]
     last = {chain: i for i, pieces in enumerate(sent) for chain, _ in pieces if chain}
     ends: dict[str, float] = {}  # end times of started collectives, by chain or name of their start
     free = {True: 0.0, False: 0.0}  # when the network between slices and the links between chips are free
-    ms = 0.0
     for i, (execution, pieces) in enumerate(zip(executions, sent, strict=True)):
         instruction = execution.instruction
         waits = [instruction.operands[0]] if instruction.opcode.endswith("-done") and instruction.operands else []
@@ -134,9 +135,11 @@ def roofline(text: str, topology: str, devices: int) -> Roofline:
                 waits.append(key)
         for key in waits:
             delay = max(0.0, ends.pop(key, 0.0) - clock)
-            clock, exposed = clock + delay, exposed + delay
+            clock += delay
+            exposed += delay
         taken = seconds(program, execution, bool(pieces), chip)
-        clock, ms = clock + taken, ms + 1e3 * taken
+        clock += taken
+        ms += 1e3 * taken
     return Roofline(ms, 1e3 * exposed, max(0.0, 1e3 * (busy - exposed)), ms + 1e3 * exposed)
 
 
@@ -151,10 +154,12 @@ def seconds(program: Program, execution: Execution, communicates: bool, chip: Ch
     A kernel has no estimate by the compiler and takes the time of its FLOPs. A copy or gather without an estimate moves
     its result twice, or once between memories.
     """
-    instruction, count = execution.instruction, execution.count
+    instruction = execution.instruction
+    count = execution.count
     if instruction.opcode.endswith("-start"):
         return 0.0  # while other operations run
-    if flops := sum(kernel_flops(each.instruction) for each in (execution, *program.inside(execution))):
+    flops = sum(kernel_flops(each.instruction) for each in (execution, *program.inside(execution)))
+    if flops:
         return count * flops / (chip.kernels * chip.peak)
     if instruction.cycles:
         return count * instruction.cycles / chip.clock

@@ -9,10 +9,6 @@ import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-# Bits of a number.
-BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "bf16": 16, "f16": 16, "s32": 32} | {
-    "u32": 32, "f32": 32, "s64": 64, "u64": 64, "f64": 64, "c64": 64, "c128": 128,
-}  # fmt: skip
 _HEAD = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 _INSTRUCTION = re.compile(r"(ROOT )?%?([\w.\-]+) = (.*?[)}\]]) ([a-z][a-z0-9\-]*)\(")
 _ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\](?:\{([^{}]*)\})?")
@@ -31,9 +27,15 @@ class Array(NamedTuple):
         return f"{self.dtype}[{','.join(map(str, self.shape))}]"
 
     @property
+    def bits(self) -> int:
+        """Bits of a number: those in the name of its type, such as "bf16", and 8 for "pred"."""
+        match = re.search(r"\d+", self.dtype)
+        return int(match[0]) if match else 8
+
+    @property
     def bytes(self) -> float:
         """Bytes of the numbers, without padding."""
-        return math.prod(self.shape) * BITS.get(self.dtype, 32) / 8
+        return math.prod(self.shape) * self.bits / 8
 
 
 def arrays(text: str) -> list[Array]:
@@ -125,20 +127,21 @@ class Program:
 
     def _turns(self, loop: Instruction, computation: str) -> int:
         """Trip count of a loop: by the compiler's note, else by its counter's start, step and limit; 1 if neither."""
-        if match := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes):
-            return int(match[1])
+        known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes)
+        if known:
+            return int(known[1])
         body, condition = (self.computations[loop.called(name)[0]] for name in ("body", "condition"))
         test = root(condition)
         counter = next((condition[name] for name in test.operands if _index(condition.get(name)) is not None), None)
-        limit = next((n for name in test.operands if (n := _constant(condition, name)) is not None), None)
+        limits = [n for n in (_constant(condition, name) for name in test.operands) if n is not None]
         index = _index(counter)
-        if index is None or limit is None:
+        if index is None or not limits:
             return 1
         turned = body.get(root(body).operands[index])
-        steps = [n for name in (turned.operands if turned else ()) if (n := _constant(body, name))]
+        steps = [_constant(body, name) for name in turned.operands] if turned else []
         outer = self.computations[computation]
         start = _constant(outer, outer[loop.operands[0]].operands[index]) if loop.operands[0] in outer else None
-        return max(1, math.ceil((limit - (start or 0)) / (steps[0] if steps else 1)))
+        return max(1, math.ceil((limits[0] - (start or 0)) / next(filter(None, steps), 1)))
 
 
 def root(computation: Computation) -> Instruction:
@@ -169,13 +172,15 @@ def parse(text: str) -> Program:
     text = _CONFIG_LINE.sub(" ", text)
     for raw in text.splitlines():
         line = _INDEX.sub("", raw.strip()) if "/*" in raw else raw.strip()
-        if match := _INSTRUCTION.match(line):
-            each = _instruction(match, line[match.end() :])
+        instruction = _INSTRUCTION.match(line)
+        head = None if instruction else _HEAD.match(line)
+        if instruction:
+            each = _instruction(instruction, line[instruction.end() :])
             computations[name][each.name] = each
-        elif match := _HEAD.match(line):
-            name = match[2]
+        elif head:
+            name = head[2]
             computations[name] = {}
-            entry = name if match[1] else entry
+            entry = name if head[1] else entry
     return Program(computations, entry)
 
 
@@ -183,10 +188,10 @@ def _instruction(match: re.Match[str], rest: str) -> Instruction:
     root, name, shape, opcode = match.groups()
     depths = itertools.accumulate(({"(": 1, ")": -1}.get(c, 0) for c in rest), initial=1)
     end = next((i for i, depth in enumerate(depths) if not depth), len(rest) + 1)
-    inner, attributes = rest[: end - 1], rest[end:].lstrip(", ")
+    inner = rest[: end - 1]
     operands = tuple(re.findall(r"%([\w.\-]+)", inner))
     literal = inner if opcode in ("constant", "parameter") else ""
-    return Instruction(name, opcode, shape, operands, literal, attributes, bool(root))
+    return Instruction(name, opcode, shape, operands, literal, rest[end:].lstrip(", "), bool(root))
 
 
 # --- collectives
@@ -246,7 +251,8 @@ def inside(program: Program, execution: Execution, devices: int) -> list[tuple[s
     """
     result = []
     for each in (execution, *program.inside(execution)):
-        if collective := _collective(each, devices):
+        collective = _collective(each, devices)
+        if collective:
             chain = re.search(r'chain_id="(\d+)"', each.instruction.attributes)
             result.append((chain[1] if chain else "", collective))
     return result
@@ -290,18 +296,23 @@ def _between_slices(instruction: Instruction, count: int) -> Collective | None:
     if not (kind and target):
         return None
     slices = {int(n) if target[1] else int(n) // 100_000 for n in (target[1] or target[2]).split(",")}
-    array, name = instruction.arrays[0], kind[1].lower().replace("_", "-")
+    array = instruction.arrays[0]
+    name = kind[1].lower().replace("_", "-")
     size = array.bytes * (len(slices) if name == "reduce-scatter" else 1)
     return Collective(name + BETWEEN_SLICES, (str(array),), size, len(slices), count)
 
 
 def _group(attributes: str, devices: int) -> int:
-    if match := re.search(r"replica_groups=\[(\d+),(\d+)\]", attributes):
-        return int(match[2])
+    """Number of devices in a group."""
+    groups = re.search(r"replica_groups=\[(\d+),(\d+)\]", attributes)
+    if groups:
+        return int(groups[2])
     # Axes of a mesh, whose devices may be in another order, or parts of axes, as 'data':(1)4.
-    if match := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes):
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
-        return math.prod(int(part or sizes[axis]) for axis, part in re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", match[2]))
-    if match := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
-        return match[1].count(",") + 1
+    axes = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes)
+    if axes:
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", axes[1]))
+        return math.prod(int(part or sizes[axis]) for axis, part in re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", axes[2]))
+    members = re.search(r"replica_groups=\{\{([\d,]*)\}", attributes)
+    if members:
+        return members[1].count(",") + 1
     return 1 if "source_target_pairs={}" in attributes else devices

@@ -16,10 +16,10 @@ import pytest
 from tests.helpers import tiny
 from xclip_jax.commands import plan
 from xclip_jax.core.errors import UserError
-from xclip_jax.parallel import hlo
 from xclip_jax.parallel.mesh import num_slices
-from xclip_jax.parallel.topology import CHIPS as KINDS
-from xclip_jax.parallel.topology import devices_of, grid_of, roofline
+from xclip_jax.plan import hlo
+from xclip_jax.plan.roofline import CHIPS as KINDS
+from xclip_jax.plan.roofline import devices_of, grid_of, roofline
 from xclip_jax.train import cost
 
 pytestmark = pytest.mark.long
