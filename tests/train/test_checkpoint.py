@@ -10,7 +10,6 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from orbax.checkpoint._src.path.deleter import StandardCheckpointDeleter
 
 from tests.helpers import checkpoints
 from tests.helpers.checkpoints import (
@@ -229,40 +228,6 @@ def test_which_checkpoints_are_kept(tmp_path):
 def test_a_later_checkpoint_is_not_taken_for_a_save(run):
     with Checkpointer(run) as checkpointer, pytest.raises(UserError, match="has a checkpoint of a later step than 3"):
         checkpointer.save(make_state(3), {"samples": 24, "batch": 8})
-
-
-def test_an_old_checkpoint_that_cannot_be_deleted_is_a_warning(run, monkeypatch, capsys):
-    """The new one is complete by then; a store may refuse for a moment, or for good."""
-
-    def refused(self, step):
-        raise PermissionError(13, "Permission denied")
-
-    with Checkpointer(run, keep=2) as checkpointer:
-        with monkeypatch.context() as patch:
-            patch.setattr(StandardCheckpointDeleter, "delete", refused)
-            checkpointer.save(make_state(6), {"samples": 48, "batch": 8})
-            assert checkpointer.steps() == [4, 6] and RunFolder(run).steps() == [2, 4, 6]
-        said = capsys.readouterr().out
-        assert said == "WARNING: old checkpoints could not be deleted, of step 2 (Permission denied)\n"
-        checkpointer.save(make_state(8), {"samples": 64, "batch": 8})
-        assert checkpointer.steps() == RunFolder(run).steps() == [6, 8]
-    check_is(restore(run), 8)
-
-
-def test_one_that_is_protected_for_good_keeps_no_others(run, monkeypatch, capsys):
-    delete = StandardCheckpointDeleter.delete
-
-    def protected(self, step):
-        if step == 2:
-            raise PermissionError(13, "Permission denied")
-        delete(self, step)
-
-    monkeypatch.setattr(StandardCheckpointDeleter, "delete", protected)
-    with Checkpointer(run, keep=2) as checkpointer:
-        for step in (6, 8, 10):
-            checkpointer.save(make_state(step), {"samples": 8 * step, "batch": 8})
-            checkpointer.steps()
-        assert RunFolder(run).steps() == [2, 8, 10]
 
 
 # When it cannot be written

@@ -16,7 +16,7 @@ from xclip_jax.core import storage
 from xclip_jax.core.errors import UserError
 from xclip_jax.core.run_folder import CLOCKS, RunFolder
 from xclip_jax.processes.interrupt import EXIT_RESUMABLE
-from xclip_jax.train import build, job, trainer
+from xclip_jax.train import build, prepare, trainer
 from xclip_jax.train.callbacks import Callback
 from xclip_jax.train.checkpoint import Checkpointer
 
@@ -46,8 +46,8 @@ class Recorder(Callback):
     def on_log(self, step, metrics):
         self.steps.append((step, metrics["loss"]))
 
-    def on_end(self, job, variables, results):
-        self.ends.append((job.folder.read_results()["results"], sorted(variables), results))
+    def on_end(self, run, variables, results):
+        self.ends.append((run.folder.read_results()["results"], sorted(variables), results))
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(pairs, tmp_path, capsys):
 
 
 def test_complete_run_says_so_and_trains_no_more(straight, capsys, monkeypatch):
-    monkeypatch.setattr(job, "build", lambda _: pytest.fail("a complete run was built again"))
+    monkeypatch.setattr(prepare, "build", lambda _: pytest.fail("a complete run was built again"))
     trainer.run(straight[0])
     assert "is complete at step 10" in capsys.readouterr().out
 

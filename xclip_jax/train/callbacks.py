@@ -1,12 +1,10 @@
 """Callbacks of a run, and trackers: TensorBoard, Weights & Biases, Trackio and others, as `log.to` names them."""
 
 import contextlib
-import functools
 import importlib
 import importlib.util
 import io
 import json
-import math
 import os
 import secrets
 import sys
@@ -25,10 +23,8 @@ from xclip_jax.core.run_folder import RunFolder
 from xclip_jax.core.storage import is_remote, write_json
 from xclip_jax.evaluators.results import Result
 from xclip_jax.models.two_towers import Variables
-from xclip_jax.train.job import Job
+from xclip_jax.train.prepare import Run
 
-# Scalars in an event file of a run in a bucket: every two minutes tensorboardX uploads the whole file again.
-_MOST_EVENTS = 50_000
 _PROJECT = "xclip_jax"  # in wandb and Trackio, unless WANDB_PROJECT or TRACKIO_PROJECT names another
 
 
@@ -38,10 +34,10 @@ class Callback:
     With several processes each calls every method at the same steps, so that a method may compute on all devices.
     """
 
-    def on_start(self, job: Job, step: int) -> None:
+    def on_start(self, run: Run, step: int) -> None:
         """Receive the run before its first step; `step` is the one that it starts or resumes from.
 
-        `job.folder` has its files, and may be written to.
+        `run.folder` has its files, and may be written to.
         """
 
     def on_log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -50,11 +46,11 @@ class Callback:
     def on_evaluation(self, step: int, results: Sequence[Result]) -> None:
         """Receive the results of an evaluation, during training or at the end."""
 
-    def on_end(self, job: Job, variables: Variables, results: Sequence[Result]) -> None:
+    def on_end(self, run: Run, variables: Variables, results: Sequence[Result]) -> None:
         """Receive the trained model, once results.json is written.
 
         Args:
-          job: the run; `job.folder` has its files.
+          run: the run; `run.folder` has its files.
           variables: the parameters that were evaluated, as `TwoTowers.apply` takes them.
           results: of the last evaluation.
         """
@@ -95,16 +91,10 @@ class TensorBoard:
         del config, run_id
         tensorboardx = importlib.import_module("tensorboardX")
         # A bounded queue blocks for ever, at exit too, when an error of the disk has ended the thread that empties it.
-        self._open = functools.partial(tensorboardx.SummaryWriter, str(folder.tensorboard), max_queue=0)
-        self._writer, self._events = self._open(purge_step=step + 1), 0
-        self._most = _MOST_EVENTS if is_remote(str(folder.path)) else math.inf
+        self._writer = tensorboardx.SummaryWriter(str(folder.tensorboard), max_queue=0, purge_step=step + 1)
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         self._check()
-        if self._events + len(scalars) > self._most:
-            self._writer.close()
-            self._writer, self._events = self._open(filename_suffix=f".{step}"), 0
-        self._events += len(scalars)
         for name, value in scalars.items():
             self._writer.add_scalar(name, value, step)
 
@@ -197,8 +187,9 @@ def tracker_classes(config: Config) -> list[type[Tracker]]:
     return [import_class(name, Tracker, "log.to:") for name in config.log.to if ":" in name]
 
 
-def check_trackers(config: Config) -> None:
-    """Raise `UserError` where a package or class of `log.to` is not installed; tensorboardX always is."""
+def check_names(config: Config) -> None:
+    """Raise `UserError` for a name of `log.callbacks` or `log.to` whose class or package is not installed."""
+    classes(config)
     tracker_classes(config)
     for name in config.log.to:
         if ":" not in name and name != "tensorboard" and importlib.util.find_spec(name) is None:
@@ -210,7 +201,8 @@ class Trackers:
 
     def __init__(self, folder: RunFolder, config: Config, step: int) -> None:
         """Open the trackers of `log.to` for a run that starts or resumes at `step`; one from step 0 is a new run."""
-        self._folder, self._open = folder, {}
+        self._folder = folder
+        self._open = {}
         names = dict.fromkeys(config.log.to)
         run_id = _run_id(folder, step) if set(names) - {"tensorboard"} else ""
         for name in names:

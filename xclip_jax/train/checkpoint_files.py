@@ -129,6 +129,7 @@ def most_added(config: Config, saved: list[int]) -> int:
 
     A new checkpoint is complete before the oldest is deleted, so that a run needs space for one more than it keeps.
     """
-    settings, left = config.checkpoint, max(config.steps - max(saved, default=0), 0)
+    settings = config.checkpoint
+    left = max(config.steps - max(saved, default=0), 0)
     to_write = -(-left // settings.every) if settings.every else min(left, 1)
     return min(to_write, max(settings.keep + 1 - len(saved), 1))

@@ -62,7 +62,8 @@ def forward_flops(config: Config, *, train: bool = True) -> dict[str, float] | N
 
     In training with patch dropout, and with the comparison of the batch's pairs.
     """
-    model, objective = config.model, make_objective(config.objective)
+    model = config.model
+    objective = make_objective(config.objective)
     vocab = tokenizer.load(config.data.tokenizer).vocab_size
     rest = objective.flops(model, vocab, config.data.batch if train else 0)
     towers = {name: model.tower(name).flops(train) if name in objective.towers else 0.0 for name in TOWERS}
@@ -72,7 +73,8 @@ def forward_flops(config: Config, *, train: bool = True) -> dict[str, float] | N
 
 def num_parameters(config: Config) -> dict[str, int]:
     """Return the parameters of each tower and head, from their shapes: no device is used."""
-    objective, tokens = make_objective(config.objective), tokenizer.load(config.data.tokenizer)
+    objective = make_objective(config.objective)
+    tokens = tokenizer.load(config.data.tokenizer)
     model = make_model(config, objective, tokens)
     init = init_fn(model, optax.identity(), loss_state={}, ema=False, seed=0, adapters=LoraConfig())
     return {name: sum(x.size for x in jax.tree.leaves(part)) for name, part in jax.eval_shape(init).params.items()}
@@ -103,7 +105,8 @@ def step_flops(config: Config, groups: LengthGroups | None = None, rows: int | N
         shares.
     """
     parts = forward_flops(config)
-    tower, groups = config.model.tower("txt"), groups or LengthGroups.parse(config.data.length_groups)
+    tower = config.model.tower("txt")
+    groups = groups or LengthGroups.parse(config.data.length_groups)
     if parts is None:
         return None
     if parts["txt"] and groups.cuts:
@@ -113,12 +116,13 @@ def step_flops(config: Config, groups: LengthGroups | None = None, rows: int | N
             parts["txt"] = groups.mean(cut, tower.context_length)
         elif sizes := groups.sizes(rows, tower.context_length):
             parts["txt"] = sum(n * cut(tokens) for n, tokens in sizes) / rows
-    objective, teacher = make_objective(config.objective), 0.0
+    objective = make_objective(config.objective)
+    teacher = 0.0
     if objective.teacher:  # which drops no patches
         teacher = (forward_flops(config, train=False) or parts)["img"] + parts["txt"] + parts["heads"]
     # Weights beside adapters have no gradient of their own.
     trained = 2 if config.finetune.lora.rank else 3
-    passes = {name: 1 if name in config.init.frozen else trained if name in TOWERS else 3 for name in parts}
+    passes = dict.fromkeys(parts, 3) | dict.fromkeys(TOWERS, trained) | dict.fromkeys(config.init.frozen, 1)
     return config.data.batch * (sum(passes[name] * part for name, part in parts.items()) + teacher)
 
 
@@ -156,7 +160,8 @@ def trace(experiment: Experiment) -> Any:
 
 def memory_usage(experiment: Experiment, compiled: Any) -> dict[str, float]:
     """Bytes on each chip: the arrays of the state, temporaries ("activations"), and their sum ("peak")."""
-    usage, state = compiled.memory_analysis(), experiment.abstract
+    usage = compiled.memory_analysis()
+    state = experiment.abstract
     fixed = usage.argument_size_in_bytes + usage.output_size_in_bytes - usage.alias_size_in_bytes
     temporary = usage.temp_size_in_bytes
     # CPUs and GPUs reserve temporaries as one block. TPUs never need all of it at once: the peak is what their compiler
@@ -223,8 +228,10 @@ def too_large(experiment: Experiment, limit: float, needs: str) -> tuple[str, st
 
 def activation_bytes(config: Config | ml_collections.ConfigDict) -> float:
     """Estimate the bytes that the towers keep for the backward pass of one pair."""
-    img, txt = config.model.img, config.model.txt
-    total, width = 0.0, 4 if config.model.dtype == "float32" else 2
+    img = config.model.img
+    txt = config.model.txt
+    total = 0.0
+    width = 4 if config.model.dtype == "float32" else 2
     for tower, n in ((img, (img.image_size // img.patch) ** 2 + 1), (txt, txt.context_length)):
         kept = {"none": 20 * tower.width + 3 * tower.heads * n, "dots": 9 * tower.width, "full": tower.width}
         total += tower.depth * n * kept[tower.remat] * width

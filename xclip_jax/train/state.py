@@ -59,9 +59,11 @@ def init_fn(
 
     def init() -> TrainState:
         size = model.img.image_size
-        image, text = jnp.zeros((2, size, size, 3)), jnp.zeros((2, model.txt.context_length), jnp.int32)
+        image = jnp.zeros((2, size, size, 3))
+        text = jnp.zeros((2, model.txt.context_length), jnp.int32)
         variables = model.init(jax.random.key(seed), image, text)
-        params, batch_stats = variables["params"], variables.get("batch_stats", {})
+        params = variables["params"]
+        batch_stats = variables.get("batch_stats", {})
         if adapters.rank:
             random_key = jax.random.fold_in(jax.random.key(seed), 1)
             params = params | {lora.ADAPTERS: lora.initial(nn.unbox(params), adapters, random_key)}
@@ -83,7 +85,8 @@ def init_fn(
 
 def abstract(boxed: Any, layout: sharding.MeshLayout) -> TrainState:
     """Return the abstract state: shapes, dtypes and shardings in `layout`; `boxed` is `jax.eval_shape` of `init_fn`."""
-    shapes, specs = nn.unbox(boxed), sharding.shardings(boxed, layout)
+    shapes = nn.unbox(boxed)
+    specs = sharding.shardings(boxed, layout)
     specs = specs.replace(opt_state=_as_parameters(shapes, specs))
     if layout.strategy == "zero1":
         specs = specs.replace(

@@ -25,7 +25,7 @@ from xclip_jax.core.run_folder import RunFolder
 from xclip_jax.data import loader
 from xclip_jax.train import build, checkpoint_files, trainer, weights
 from xclip_jax.train.checkpoint import Checkpointer
-from xclip_jax.train.training_folder import TrainingFolder
+from xclip_jax.train.run_writer import RunWriter
 
 pytestmark = pytest.mark.long
 
@@ -75,7 +75,7 @@ def test_a_first_command_that_fails_leaves_nothing_and_the_corrected_one_starts(
 
 def test_a_folder_without_a_checkpoint_takes_the_new_config(pairs, tmp_path, capsys):
     first = tiny.short(pairs, tmp_path / "run")
-    with TrainingFolder(first.run).claimed(build.build(first).config, []):
+    with RunWriter(first.run).claimed(build.build(first).config, []):
         pass
     trainer.run(tiny.short(pairs, tmp_path / "run", optim__lr=2e-3))
     assert "no checkpoint, so the run starts with its new config: optim.lr (0.001 in config.json, 0.002 now)" in (
@@ -124,7 +124,7 @@ def test_the_tokenizer_is_that_of_the_start(pairs, tmp_path, monkeypatch):
     def resolved(name):
         return schema.resolve(tiny.short(pairs, run, data__tokenizer=str(name)))
 
-    folder = TrainingFolder(str(run))
+    folder = RunWriter(str(run))
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in (words[0], words[1], "bytes", "~/second.json"):
         c = resolved(name)
@@ -167,7 +167,7 @@ def test_other_versions_of_packages_are_a_warning(pairs, run, capsys, monkeypatc
     monkeypatch.setattr(environment, "capture", lambda: facts)
     config = build.build(tiny.short(pairs, run)).config
     for _ in range(2):
-        with TrainingFolder(config.run).claimed(config, []):
+        with RunWriter(config.run).claimed(config, []):
             pass
     out = capsys.readouterr().out
     assert out.count("WARNING: the run goes on with grain 99.0; so far it was ") == out.count("WARNING") == 1
@@ -179,7 +179,7 @@ def test_options_of_terms_that_neither_has_may_differ(pairs, run):
     content["config"]["objective"] |= {"name": "clip", "terms": {"clip": 1.0}}
     content["config"]["objective"]["nclip"]["tau"] = 0.25
     (run / "config.json").write_text(json.dumps(content))
-    folder, c = TrainingFolder(str(run)), tiny.short(pairs, run, objective="clip")
+    folder, c = RunWriter(str(run)), tiny.short(pairs, run, objective="clip")
     folder.check(schema.resolve(c))
     c.objective.clip.label_smoothing = 0.1
     with pytest.raises(
@@ -221,7 +221,7 @@ def test_a_file_system_without_locks_is_used(pairs, tmp_path, monkeypatch):
 
     monkeypatch.setattr(fcntl, "flock", refused)
     made = build.build(tiny.short(pairs, tmp_path / "run"))
-    with TrainingFolder(tmp_path / "run").claimed(made.config, []):
+    with RunWriter(tmp_path / "run").claimed(made.config, []):
         assert RunFolder(tmp_path / "run").writer() == ""
     assert RunFolder(tmp_path / "run").is_run()
 
