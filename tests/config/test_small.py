@@ -8,8 +8,6 @@ import math
 import re
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 import pytest
 from PIL import Image
 
@@ -131,25 +129,14 @@ def test_too_few_pairs_are_refused(tmp_path):
         load.load_config(f"small:pairs={tmp_path / 'pairs'},tokenizer=bytes")
 
 
-def test_other_pairs_have_another_folder():
-    specs = (
-        "folder:фото/кошки", "folder:фото/собаки", "folder:写真/犬", "folder:.", "tar:...", "csv:/",
-        f"folder:/home/alice/{'data/' * 9}train", f"folder:/home/bob/{'data/' * 9}train",
-    )  # fmt: skip
+def test_other_pairs_have_another_folder_and_no_secret_in_its_name():
+    specs = ("folder:фото/кошки", "folder:фото/собаки", "folder:写真/犬", "folder:.", "tar:...", "csv:/",
+             f"folder:/home/alice/{'data/' * 9}train", f"folder:/home/bob/{'data/' * 9}train")  # fmt: skip
     names = [small.run_name(spec) for spec in specs]
-    assert (
-        len(set(names)) == len(specs)
-        and names[0] == "фото-кошки"
-        and small.run_name("tar:my/pairs/*.tar") == "my-pairs-.tar"
-    )
+    assert len(set(names)) == len(specs) and names[0] == "фото-кошки"
+    assert small.run_name("tar:my/pairs/*.tar") == "my-pairs-.tar"
     assert all(re.fullmatch(r"\w[\w.-]*", name) and len(name) < 48 for name in names), names
-
-
-def test_a_folder_has_no_secret_in_its_name():
-    plain = small.run_name("tar:https://host/p.tar")
-    assert small.run_name("tar:https://alice:hunter2@host/p.tar") == plain
-    signed = [small.run_name(f"tar:https://host/{'data/' * 9}p.tar?X-Signature={key * 40}") for key in "ab"]
-    assert signed[0] == signed[1] and "aaaa" not in signed[0]
+    assert small.run_name("tar:https://alice:hunter2@host/p.tar") == small.run_name("tar:https://host/p.tar")
 
 
 def test_activations_take_a_quarter_of_the_memory():
@@ -194,23 +181,19 @@ def test_counts_are_those_of_the_pairs(tmp_path):
     folder = tiny.folder(tmp_path / "pairs", 10)
     for i in range(4):
         (folder / f"{i:03d}.txt").write_text("the same")
-    counts = small.measure(sources.open_pairs(f"folder:{folder}"), tokenizer.load("bytes"))
-    assert counts == small.Counts(10, 24, 22, tokens=11)
+
+    def measured():
+        return small.measure(sources.open_pairs(f"folder:{folder}"), tokenizer.load("bytes"))
+
+    assert measured() == small.Counts(10, 24, 22, tokens=11)
     (folder / "007.png").write_bytes(b"no image")
-    fault = (
-        r"^1 of 10 pairs that were read cannot be used, the first is .*/007\.png' \(not an image.*\); see xclip-jax "
-    )
-    with pytest.raises(UserError, match=f"{fault}check, or pass count=10"):
-        small.measure(sources.open_pairs(f"folder:{folder}"), tokenizer.load("bytes"))
+    with pytest.raises(UserError, match=r"^1 of 10 pairs that were read cannot be used, the first is .*/007\.png' "):
+        measured()
     tiny.folder(folder, 10)
     for file in folder.glob("*.txt"):
         file.write_text("a thing")
     with pytest.raises(UserError, match=r"^all 10 captions that were read are 'a thing': there is nothing to learn"):
-        small.measure(sources.open_pairs(f"folder:{folder}"), tokenizer.load("bytes"))
-    for file in folder.glob("*.txt"):
-        file.write_text("")
-    with pytest.raises(UserError, match="10 of 10 pairs that were read cannot be used"):
-        small.measure(sources.open_pairs(f"folder:{folder}"), tokenizer.load("bytes"))
+        measured()
 
 
 def table(folder, name, **columns):
@@ -276,16 +259,6 @@ def test_a_table_and_its_columns(tmp_path):
         load.load_config(f"small:pairs={tmp_path / 'all.csv'}")
 
 
-def test_commas_in_paths_and_several_columns(tmp_path):
-    tiny.folder(tmp_path / "a, b", 12)
-    rows = [f"a, b/{i:03d}.png\tpicture {i}\tnumber {i}" for i in range(12)]
-    (tmp_path / "x,y.tsv").write_text("\n".join(["path\ttext\tobjective", *rows]))
-    c = load.load_config(f"small:image=path,text=text,objective,pairs={tmp_path / 'x,y.tsv'},tokenizer=bytes")
-    assert c.data.sources == (f"csv:{tmp_path / 'x,y.tsv'}",) and c.data.text_keys == ("text", "objective")
-    c = load.load_config(f"small:pairs={tmp_path / 'a, b'},tokenizer=bytes")
-    assert c.data.sources == (f"folder:{tmp_path / 'a, b'}",)
-
-
 def all_trained(folder, n):
     """Pairs none of which is held out of training, whatever bytes this version of Pillow writes."""
     for seed in itertools.count(1):
@@ -302,22 +275,6 @@ def sub_folders(folder):
     return folder
 
 
-def several_labels(folder):
-    rows = [f"{folder.name}/{i:03d}.png,picture {i},{'cat|dog' if i % 2 else 'cat'}" for i in range(40)]
-    tiny.folder(folder)
-    table = folder.with_suffix(".csv")
-    table.write_text("\n".join(["path,text,label", *rows]))
-    return f"{table},image=path"
-
-
-def a_label_for_each_image(folder):
-    """Which is a caption rather than a class."""
-    rows = {"image": [file.read_bytes() for file in sorted(tiny.folder(folder).glob("*.png"))]}
-    labels = [f"picture {i}" for i in range(len(rows["image"]))]
-    pyarrow.parquet.write_table(pyarrow.table(rows | {"label": labels}), folder / "train.parquet")
-    return f"parquet:{folder}/train,text=label"
-
-
 def one_class_held_out(folder):
     tiny.folder(folder / "cat", 40)
     all_trained(folder / "dog", 1)
@@ -328,8 +285,6 @@ def one_class_held_out(folder):
     "make",
     [
         sub_folders,
-        several_labels,
-        a_label_for_each_image,
         one_class_held_out,
         lambda folder: tiny.folder(folder / "12").parent,
     ],

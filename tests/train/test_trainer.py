@@ -129,13 +129,6 @@ def test_other_settings_in_the_same_folder_are_refused(pairs, straight):
         trainer.run(c)
 
 
-def test_checkpoint_of_another_architecture_is_refused(pairs, straight):
-    c = config(pairs, straight[0].run, model__embed=32)
-    message = r"another architecture: params/proj_img/linear/kernel has shape \(32, 16\), expected \(32, 32\)"
-    with Checkpointer(c.run) as checkpointer, pytest.raises(UserError, match=message):
-        checkpointer.restore(build.build(c).abstract)
-
-
 def test_missing_checkpoint_is_named(tmp_path):
     with Checkpointer(tmp_path) as checkpointer, pytest.raises(UserError, match="holds no checkpoint"):
         checkpointer.restore(build.build(tiny.config()).abstract)
@@ -146,13 +139,7 @@ def test_missing_checkpoint_is_named(tmp_path):
     [
         ({"data__batch": 12}, r"data\.batch=12 cannot be divided over 8 devices.*use a multiple of 8"),
         ({"data__sources": ("folder:/no/such/place",)}, r"folder '/no/such/place' does not exist"),
-        ({"data__sources": ("web:x",)}, r"unknown source 'web:x'"),
-        ({"data__sources": ()}, r"data\.sources is empty"),
-        ({"data__tokenizer": "clop"}, r"'clop'"),
-        ({"mesh": {"data": 3, "fsdp": 1, "model": 1, "strategy": "dp"}}, r"does not fit 8 devices"),
         ({"eval__sets": ("emoji/tests",), "eval__every": 5}, r"emoji/tests"),
-        ({"eval__sets": ("emoji/tests",)}, r"emoji/tests"),
-        ({"eval__final_sets": ("imagenett",)}, r"imagenett"),
         ({"eval__final_sets": ("zeroshot/folder:nowhere",)}, r"nowhere"),
     ],
 )
