@@ -1,4 +1,4 @@
-"""Check a run before it is started, or look at one that is in progress or has ended.
+"""Check a run before its start, or look at one in progress or ended.
 
     xclip-jax doctor --config RECIPE[:a=1,b=2] [--config.KEY=VALUE ...]
     xclip-jax doctor RUN
@@ -43,7 +43,7 @@ from xclip_jax.train.state import create
 CHEAP_FLOPS = 2e12  # of a step; a CPU takes minutes for more
 SAMPLES, SECONDS = 512, 3.0  # read at least
 _TIMED_STEPS = 2
-_MANY_TWINS = 0.05  # share of a batch's pairs that have the caption of another pair: false negatives
+_MANY_TWINS = 0.05  # share of a batch's pairs with the caption of another pair: false negatives
 
 
 def check_config(
@@ -251,7 +251,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = sys.stdout
     findings = []
     with exit_with_message(), trusting(options.trust):
-        with contextlib.redirect_stdout(sys.stderr):  # what is checked prints lines of its own
+        with contextlib.redirect_stdout(sys.stderr):  # checks print their own lines
             for finding in check():
                 findings.append(finding)
                 if not options.json:

@@ -92,7 +92,7 @@ class Experiment:
         return self.config.data.batch // draws, draws
 
     def transform(self, fields: Sequence[str] = ()) -> "Transform":
-        """Return what makes rows of a batch of records, of the objective's fields by default."""
+        """Return the transform from records to rows of a batch, with the objective's fields by default."""
         fields = fields or self.objective.fields
         from xclip_jax.data.loader import (
             Transform,
@@ -142,10 +142,10 @@ def _length_groups(config: Config, model: TwoTowers) -> LengthGroups:
 
 
 def build(config: ml_collections.ConfigDict | Config, devices: list[jax.Device] | None = None) -> Experiment:
-    """Build an experiment on `devices` (default: all). Nothing is computed but shapes.
+    """Build an experiment on `devices` (default: all); only shapes are computed.
 
     Raises:
-      UserError: names every key whose value is not allowed, or what does not fit the devices.
+      UserError: names every key with a forbidden value, or the part that exceeds the devices.
     """
     config = resolve(config)
     mesh = make_mesh({axis: getattr(config.mesh, axis) for axis in AXES}, devices)

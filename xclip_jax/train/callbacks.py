@@ -29,19 +29,19 @@ _PROJECT = "xclip_jax"  # in wandb and Trackio, unless WANDB_PROJECT or TRACKIO_
 
 
 class Callback:
-    """Base class of callbacks; every method does nothing unless it is overridden.
+    """Base class of callbacks, whose methods do nothing by default.
 
-    With several processes each calls every method at the same steps, so that a method may compute on all devices.
+    Every process calls every method at the same steps, so a method may compute on all devices.
     """
 
     def on_start(self, run: Run, step: int) -> None:
-        """Receive the run before its first step; `step` is the one that it starts or resumes from.
+        """Receive the run before its first step; it starts or resumes from `step`.
 
         `run.folder` has its files, and may be written to.
         """
 
     def on_log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Receive the metrics of a training step, as in a line of metrics.jsonl."""
+        """Receive a training step's metrics, the content of a line of metrics.jsonl."""
 
     def on_evaluation(self, step: int, results: Sequence[Result]) -> None:
         """Receive the results of an evaluation, during training or at the end."""
@@ -51,7 +51,7 @@ class Callback:
 
         Args:
           run: the run; `run.folder` has its files.
-          variables: the parameters that were evaluated, as `TwoTowers.apply` takes them.
+          variables: the evaluated parameters, in the form of `TwoTowers.apply`.
           results: of the last evaluation.
         """
 
@@ -67,20 +67,20 @@ def classes(config: Config) -> list[type[Callback]]:
 
 @runtime_checkable
 class Tracker(Protocol):
-    """One run in a tracker. Any method may raise: `Trackers` prints it and leaves the tracker out from then on.
+    """One run in a tracker. A method may raise: `Trackers` prints the error and drops the tracker.
 
     A class of another package is made with the run's folder, its config, the step that it starts or resumes from, and
     its id in the trackers, only on process 0.
     """
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Add one set of scalars. Steps do not decrease but where a run resumes from an earlier checkpoint."""
+        """Add one set of scalars. Steps decrease only if a run resumes from an earlier checkpoint."""
 
     def show(self, step: int, picture: Image.Image | None, page: str | None) -> None:
         """Show picture.png and report.html, if they exist and the tracker can show them."""
 
     def close(self) -> None:
-        """Write what is buffered, and mark the run as ended."""
+        """Write buffered scalars, and mark the run as ended."""
 
 
 class TensorBoard:
@@ -138,8 +138,8 @@ class WeightsAndBiases(_MediaTracker):
     """A run of wandb. Its settings are wandb's own environment variables: WANDB_MODE, WANDB_ENTITY and others."""
 
     def __init__(self, folder: RunFolder, config: Config, step: int, run_id: str) -> None:
-        """Start or resume the run `run_id`; wandb's local files go to the run's folder, unless that is in a bucket."""
-        os.environ.setdefault("WANDB_FINISH_TIMEOUT", "300")  # else it waits for ever for a network that is gone
+        """Start or resume the run `run_id`; wandb's local files go to the run's folder, except in a bucket."""
+        os.environ.setdefault("WANDB_FINISH_TIMEOUT", "300")  # else it waits for a lost network for ever
         os.environ.setdefault("WANDB_LOGIN_TIMEOUT", "60")
         sys.argv[:] = public(sys.argv)  # wandb uploads the command line
         self._package = wandb = importlib.import_module("wandb")
@@ -163,7 +163,7 @@ class Trackio(_MediaTracker):
     """A run of Trackio, on this machine or, by its own environment variables, in a Space or on a server."""
 
     def __init__(self, folder: RunFolder, config: Config, step: int, run_id: str) -> None:
-        """Start or resume the run that is called after the folder and `run_id`: Trackio has no other identity."""
+        """Start or resume the run named after the folder and `run_id`: Trackio has no other identity."""
         self._package = trackio = importlib.import_module("trackio")
         name = f"{folder.path.name}-{run_id}"
         config_values = schema.to_dict(config)

@@ -1,4 +1,4 @@
-"""Checkpoints through Orbax: state and data position, asynchronous, the newest few kept, none used that is damaged."""
+"""Checkpoints through Orbax: state and data position, asynchronous, the newest few kept, damaged ones never used."""
 
 import contextlib
 import dataclasses
@@ -80,8 +80,8 @@ class Checkpointer:
 
         Args:
           run: the run's folder.
-          keep: newest checkpoints that are kept.
-          read_only: touch nothing, so that a run in progress can be read; parts of a state can be restored.
+          keep: number of newest checkpoints to keep.
+          read_only: touch nothing, to read a run in progress; parts of a state can be restored.
         """
         checkpoints = RunFolder(run).checkpoints
         # Orbax wants absolute paths; `absolute` would take a URL for a local folder's name.
@@ -102,7 +102,7 @@ class Checkpointer:
                 create_directories_asynchronously=False,
             ),
         )
-        # The PyTree handler can restore parts of what the standard handler writes.
+        # The PyTree handler can restore parts of the standard handler's files.
         handler = ocp.PyTreeCheckpointHandler() if read_only else ocp.StandardCheckpointHandler()
         handlers = {"state": handler, "position": ocp.JsonCheckpointHandler()}
         self._read_only = read_only
@@ -120,7 +120,7 @@ class Checkpointer:
         return self._manager.latest_step()
 
     def steps(self) -> list[int]:
-        """Steps of all whole checkpoints, also of one that is being saved, which this waits for."""
+        """Steps of all checkpoints, after waiting for a save in progress."""
         self._wait()
         return sorted(self._manager.all_steps())
 
@@ -155,7 +155,7 @@ class Checkpointer:
     def restore(self, abstract: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
         """Restore state and position of `step` (default: the newest) in the shardings of `abstract`; change nothing.
 
-        A `read_only` reader leaves out the parts that are None in `abstract`, which take no memory.
+        A `read_only` reader leaves out parts that `abstract` sets to None, which take no memory.
         """
         steps = self._manager.all_steps()
         step = self.latest() if step is None else step
@@ -171,7 +171,7 @@ class Checkpointer:
             raise UserError(f"checkpoint {self.path / str(step)} is damaged: {error}; {remedy}.") from error
 
     def restore_good(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """Restore the newest checkpoint that is whole and finite, and move newer ones aside, to `damaged-<step>`."""
+        """Restore the newest whole and finite checkpoint, and move newer ones aside, to `damaged-<step>`."""
         faults: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
@@ -191,7 +191,7 @@ class Checkpointer:
         )
 
     def close(self) -> None:
-        """Wait until everything that was started is on disk; `UserError` if the last one could not be written."""
+        """Wait until every save is on disk; `UserError` if the last one could not be written."""
         self._wait()
         try:
             self._manager.close()
@@ -199,7 +199,7 @@ class Checkpointer:
             if not self._failed:
                 self._failure = self._describe(error)
             with contextlib.suppress(Exception):
-                self._manager.close()  # an error is raised once; now it closes what comes after
+                self._manager.close()  # an error is raised once; now it closes the rest
         self.raise_failure()
 
     def __enter__(self) -> "Checkpointer":

@@ -21,9 +21,9 @@ class Clock:
     A thread notes when the devices have computed a step: a loop that waits for data meanwhile loses nothing.
 
     Goodput is useful time over wall time. Wall time adds up the run's processes, each from its start to its last line
-    of metrics. Useful is the time since the first step was dispatched, without what is lost (evaluations, checkpoints,
-    rewinds, traces), the devices' waits for data, and the shares of steps that were skipped or undone. What earlier
-    processes did after the checkpoint that the run resumed from is not useful.
+    of metrics. Useful is the time since the first step was dispatched, without lost time (evaluations, checkpoints,
+    rewinds, traces), the devices' waits for data, and the shares of skipped or undone steps. Work of
+    earlier processes after the checkpoint that the run resumed from is not useful.
     """
 
     def __init__(
@@ -140,8 +140,8 @@ class Clock:
         """Return "goodput", and its parts, "wall_seconds" and "useful_seconds", up to `step`.
 
         Args:
-          step: the last that has ended.
-          wasted: steps that this process computed in vain, or whose updates it undid.
+          step: the last ended step.
+          wasted: steps that this process skipped, or whose updates it undid.
         """
         now = time.perf_counter()
         computing = 0.0 if self._first is None else max(0.0, now - self._first - self._lost - self._waited)

@@ -2,7 +2,7 @@
 
 FLOPs are analytic. A multiplication and an addition count as two. Only matrix products count, as is the custom; XLA's
 own cost analysis counts the body of a loop over layers once. Causal attention counts in full, since it is computed in
-full. Memory is what the compiled step needs.
+full. Memory is the need of the compiled step.
 """
 
 import functools
@@ -58,7 +58,7 @@ UNCOUNTED = "FLOPs are not known, as a tower does not count its own"
 
 
 def forward_flops(config: Config, *, train: bool = True) -> dict[str, float] | None:
-    """FLOPs of one pair's forward pass: {"img", "txt", "heads", "loss"}; None where a tower does not count its own.
+    """FLOPs of one pair's forward pass: {"img", "txt", "heads", "loss"}; None if a tower does not count its own.
 
     In training with patch dropout, and with the comparison of the batch's pairs.
     """
@@ -95,11 +95,11 @@ def heads_share(config: Config) -> float | None:
 def step_flops(config: Config, groups: LengthGroups | None = None, rows: int | None = None) -> float | None:
     """Model FLOPs of a training step on the whole batch: three forward passes, the teacher's one more.
 
-    None where a tower does not count its own. A frozen tower has no backward pass. What rematerialisation and
-    microbatches compute again does not count, by definition of MFU; nor does what is cut from texts.
+    None if a tower does not count its own. A frozen tower has no backward pass. What rematerialisation and
+    microbatches compute again does not count, by definition of MFU; nor do tokens cut from texts.
 
     Args:
-      config: of a run.
+      config: the run's config.
       groups: groups of its texts; None for the config's own groups.
       rows: texts per device and microbatch (`Experiment.text_rows`), to round groups to whole texts; None for exact
         shares.
@@ -120,14 +120,14 @@ def step_flops(config: Config, groups: LengthGroups | None = None, rows: int | N
     teacher = 0.0
     if objective.teacher:  # which drops no patches
         teacher = (forward_flops(config, train=False) or parts)["img"] + parts["txt"] + parts["heads"]
-    # Weights beside adapters have no gradient of their own.
+    # Weights with adapters have no gradients.
     trained = 2 if config.finetune.lora.rank else 3
     passes = dict.fromkeys(parts, 3) | dict.fromkeys(TOWERS, trained) | dict.fromkeys(config.init.frozen, 1)
     return config.data.batch * (sum(passes[name] * part for name, part in parts.items()) + teacher)
 
 
 def cut_flops(tower: TextTower) -> Callable[[int], float] | None:
-    """Tokens that a text is cut to -> its FLOPs; None where the tower does not count them."""
+    """Tokens that a text is cut to -> its FLOPs; None if the tower does not count them."""
     return None if tower.cut_flops(1) is None else cast("Callable[[int], float]", tower.cut_flops)  # none or all
 
 
@@ -198,10 +198,10 @@ def compile_config(config: ml_collections.ConfigDict, devices: list[Any]) -> tup
 
 
 def remedies(config: Config, rows: int = 0, devices: int = 0) -> list[str]:
-    """Return flags with which the step of `config` needs less memory, in the order of what they cost.
+    """Return flags with which the step of `config` needs less memory, in the order of their cost.
 
     Args:
-      config: of a run.
+      config: the run's config.
       rows: pairs of a microbatch on each device (`Experiment.text_rows`), which more microbatches split; 0 for one
         device.
       devices: number of devices of the mesh; 0 if it is not known.

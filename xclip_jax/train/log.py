@@ -20,7 +20,7 @@ from xclip_jax.train.recovery import SkippedSteps
 
 
 def progress_line(step: int, metrics: Mapping[str, float], config: Config, terms: Sequence[str] = ()) -> str:
-    """Return the line that is printed for a step; `terms` are the objective's parts of it."""
+    """Return the printed line of a step; `terms` are the objective's parts of it."""
     speed = metrics.get("samples_per_second", 0.0)
     parts = [f"step {step}/{config.steps}", f"loss {metrics['loss']:.3f}", *terms]
     if skipped := metrics.get("skipped_steps"):
@@ -36,12 +36,12 @@ def progress_line(step: int, metrics: Mapping[str, float], config: Config, terms
 
 
 class MetricLogger:
-    """Logs metrics one step late, so that the host never waits for the step that it has just dispatched.
+    """Logs metrics one step late, so the host never waits for the step just dispatched.
 
     Attributes:
       ledger: counts samples, and is synchronised between processes at logged steps.
       clock: measures where the time goes.
-      skipped: counts steps whose values were not finite; they have no line of metrics.
+      skipped: counts steps with values that were not finite; they have no line of metrics.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class MetricLogger:
         """Print a warning the first time that each kind of collapse is diagnosed."""
         if step < self._run.config.log.collapse_warmup_steps:
             return
-        for warning in self._run.experiment.objective.alarms(scalars):  # "NAME: what is wrong"
+        for warning in self._run.experiment.objective.alarms(scalars):  # "NAME: fault"
             if (name := warning.split(":")[0]) not in self._warned:
                 self._warned.add(name)
                 log0(f"WARNING, step {step}: {warning}")
@@ -176,7 +176,7 @@ class MetricLogger:
             file.flush()
 
     def close(self) -> None:
-        """Log and write what is left, and end the thread of the clock. Raises `OSError` if a store refuses a file."""
+        """Log and write the rest, and end the clock's thread. Raises `OSError` if a store refuses a file."""
         self.write()
         for file in self._files:
             file.close()
@@ -199,7 +199,7 @@ class MetricLogger:
 
 
 def _flops_and_peak(experiment: Experiment) -> tuple[float, float]:
-    """Model FLOPs of a training sample, and peak FLOP/s of all devices; 0 for what is not known."""
+    """Model FLOPs of a training sample, and peak FLOP/s of all devices; 0 if unknown."""
     devices = experiment.mesh.devices
     device = devices.flat[0]
     peak = cost.PEAK_FLOPS.get(device.device_kind, 0.0) * devices.size

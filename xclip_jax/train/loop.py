@@ -118,7 +118,7 @@ def _can_save_after(error: Exception, phase: str | None) -> bool:
 
 
 class StepTracer:
-    """Runs the steps, and traces the steps of `log.profile` with JAX's profiler; a trace that fails is a warning.
+    """Runs the steps, and traces those of `log.profile` with JAX's profiler; a failed trace is a warning.
 
     The trace starts when the steps before it have ended, and ends when the traced ones have.
     """
@@ -153,7 +153,7 @@ class StepTracer:
         return results
 
     def close(self) -> None:
-        """Write a trace that is in progress, such as one that an interrupt cut short."""
+        """Write a trace in progress, such as one cut short by an interrupt."""
         if self._local is not None:
             folder = self._local
             self._local = None

@@ -1,4 +1,4 @@
-"""Skipped steps: they are counted and recorded, and after too many in a row the run rewinds or stops."""
+"""Skipped steps: counted and recorded; after too many in a row the run rewinds or stops."""
 
 import math
 from collections.abc import Mapping
@@ -15,12 +15,12 @@ from xclip_jax.train.prepare import Run
 from xclip_jax.train.state import TrainState
 from xclip_jax.train.step import with_step
 
-# Values of a skipped step that are recorded, and searched in this order for the reason.
+# Recorded values of a skipped step, searched in this order for the reason.
 _VALUES = ("loss", "grad_norm", "param_norm", "grad_norm_mean")
 
 
 def fault(step: int, values: Mapping[str, float], most: float) -> str:
-    """Return what was wrong with a step; `most` is `optim.max_grad_norm_ratio`."""
+    """Return the fault of a step; `most` is `optim.max_grad_norm_ratio`."""
     for name, value in values.items():
         if not math.isfinite(value):
             return f"{name.replace('_', ' ')} of step {step} is {value}"
@@ -53,7 +53,7 @@ class SkippedSteps:
 
     @property
     def wasted(self) -> int:
-        """Steps that this process skipped, or that it undid in a rewind."""
+        """Steps skipped by this process, or undone in a rewind."""
         return len(self._wasted)
 
     @property
@@ -62,12 +62,12 @@ class SkippedSteps:
 
     @property
     def total(self) -> int:
-        """Steps of the run that were skipped."""
+        """Number of skipped steps of the run."""
         return self._counters.get("total", 0)
 
     @property
     def in_a_row(self) -> int:
-        """Skipped steps since the last step that was not skipped, or the last rewind."""
+        """Skipped steps since the last accepted step, or the last rewind."""
         return self._counters.get("in_a_row", 0)
 
     @property
@@ -76,7 +76,7 @@ class SkippedSteps:
         return self.in_a_row > self._run.config.optim.max_skipped_steps
 
     def check(self, step: int, metrics: Mapping[str, jax.Array]) -> bool:
-        """Wait for `step`, the next or the last one that was checked; count it, and return whether it was skipped."""
+        """Wait for `step`, the next one or the last checked one; count it, and return whether it was skipped."""
         if step == self._checked:
             return self._skipped
         self._checked = step
@@ -91,7 +91,7 @@ class SkippedSteps:
         """Restore the newest checkpoint before the skipped steps with the step number of `state`; `state` is deleted.
 
         The steps since then are undone, and their samples are not read again: step, learning rate, samples and random
-        numbers go on. A run that is killed before or after this resumes to the same end.
+        numbers go on. A run killed before or after this resumes to the same end.
         """
         step = self._checked
         rewound = self._counters.get("rewound", 0)

@@ -21,7 +21,7 @@ from xclip_jax.evaluators.results import LAST, Result, flat, items, items_file, 
 from xclip_jax.interop import hub
 from xclip_jax.objectives import TERMS
 
-# Keys of a fingerprint whose values are digests of `data.records.outcome`, and their names in messages.
+# Keys of a fingerprint with digests of `data.records.outcome`, and their names in messages.
 OUTCOMES = {
     "data.holdout": "what data.holdout holds out",
     "data.spread_duplicate_captions": "what data.spread_duplicate_captions spreads",
@@ -65,11 +65,11 @@ class RunWriter(RunFolder):
         return content and content | {"config": schema.complete(content["config"]).to_dict()}
 
     def _resumed(self) -> dict[str, Any] | None:
-        """Content of config.json of a run that has a checkpoint, else None."""
+        """Content of config.json if the run has a checkpoint, else None."""
         return None if self.latest_step() is None else self.read_config()
 
     def completed(self, config: Config) -> dict[str, float] | None:
-        """Results of a run that is trained to its end and evaluated as `config` asks, else None."""
+        """Results of a run trained to its end and evaluated as `config` asks, else None."""
         if self.latest_step() != config.steps or (record := self.read_results()) is None:
             return None
         saved = schema.flatten(schema.complete(record.get("config", {})).to_dict())
@@ -114,7 +114,7 @@ class RunWriter(RunFolder):
         return LengthGroups.parse(content["length_groups"])
 
     def check_sources(self, config: Config, fingerprints: Sequence[Mapping[str, Any]]) -> None:
-        """Raise `UserError` unless a run that resumes reads the data that it read before, wherever they are now."""
+        """Raise `UserError` unless a resumed run reads the same data as before, wherever they are now."""
         if self._resumed() is None or (saved := self.read_sources()) is None:
             return
         if len(saved) != len(fingerprints):
@@ -231,7 +231,7 @@ def _evaluation_keys() -> tuple[str, ...]:
 
 
 def _differences(saved: Mapping[str, Any], config: Config) -> list[str]:
-    """Keys that decide what is learned and differ between a saved config and `config`."""
+    """Keys on which learning depends and that differ between a saved config and `config`."""
     before = schema.flatten(saved)
     after = schema.flatten(schema.to_dict(config))
     free = schema.keys_where(resume="free")

@@ -88,7 +88,7 @@ class SpikeFilter:
     def __call__(
         self, state: Mapping[str, jax.Array], grad_norm: jax.Array
     ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-        """Return whether to accept a step, bool (), the mean before it, and the state after a step that is accepted."""
+        """Return whether to accept a step, bool (), the mean before it, and the state after an accepted step."""
         total = state["grad_norm_log_sum"]
         weight = state["grad_norm_weight"]
         tiny = float(np.finfo(np.float32).tiny)
@@ -129,19 +129,19 @@ Features = tuple[Any, Any]  # h_img and h_txt; None of a tower that the model do
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TrainStep:
-    """The train step as a pure function, `step`, and everything that it needs besides state and batch.
+    """The train step as a pure function, `step`, and everything it needs besides state and batch.
 
     Attributes:
       model: the towers and heads.
       tx: the optimizer.
-      objective: what is minimised.
+      objective: the minimised loss.
       batch_noise: samples the random inputs of a batch.
       momentum: of the parameters' moving average, as a function of the step; needed where the state has one.
       microbatches: see `_features`.
       constrain_grads: holds gradients to the layout that the optimizer works in.
       frozen: towers, or parts of them, that do not change.
-      spikes: refuses steps of a gradient that is too large, if there is such a bound.
-      steps: updates of the whole run; terms get the share that is done, "progress".
+      spikes: refuses steps with too large a gradient; None without such a bound.
+      steps: updates of the whole run; terms get the fraction done, "progress".
       text_groups: ((rows, tokens), ...) in which a device encodes the texts of a microbatch, see `length_groups`; empty
         if texts are not cut.
     """
@@ -197,7 +197,7 @@ class TrainStep:
         return new, metrics | norms | {"update_norm": update_norm, "skipped": ~accept}
 
     def _gradients(self, state: TrainState, inputs: Inputs) -> tuple[tuple[jax.Array, Any], Any]:
-        """((loss, (metrics, batch_stats, ema_batch_stats, loss_state)), gradients), with texts cut where they fit."""
+        """((loss, (metrics, batch_stats, ema_batch_stats, loss_state)), gradients), with cut texts if they fit."""
         if not self.text_groups:
             return self._differentiate(state, inputs, None)
         order = LengthOrder.from_tokens(inputs["text"], self.model.eot_id, self.text_groups, self.microbatches)
@@ -229,7 +229,7 @@ class TrainStep:
         return jax.value_and_grad(loss, has_aux=True)(state.params)
 
     def _batch(self, state: TrainState, inputs: Inputs) -> Inputs:
-        """Inputs of the terms, see `Term.__call__`; what none of them reads is not computed."""
+        """Inputs of the terms, see `Term.__call__`; unread ones are not computed."""
         ends = {"text_end": jnp.argmax(inputs["text"] == self.model.eot_id, axis=1)} if "text" in inputs else {}
         return inputs | ends | {"progress": state.step / self.steps}
 
