@@ -133,7 +133,13 @@ def test_a_checkpoint_is_restored_in_a_phase_of_its_own(pairs, trained, tmp_path
     run, phases, restore = tmp_path / "run", [], Checkpointer.restore_good
     shutil.copytree(trained, run)
     (run / "results.json").unlink()
-    monkeypatch.setattr(watchdog.Watchdog, "enter", lambda _, phase, detail="": phases.append(phase))
+    enter = watchdog.Watchdog.enter
+
+    def recorded(self, phase, detail=""):
+        phases.append(phase)
+        enter(self, phase, detail)
+
+    monkeypatch.setattr(watchdog.Watchdog, "enter", recorded)
     monkeypatch.setattr(Checkpointer, "restore_good", lambda *args: phases.append("restores") or restore(*args))
     trainer.run(tiny.short(pairs, run))
     compiles = "the first step, which compiles"
