@@ -5,7 +5,7 @@
 
 pairs is a folder of images with .txt files next to them, a table, tars, or any spec of data.sources. Some hundred of
 the pairs are read to choose towers, image size, context, batch, cluster head, optimizer, its rate, steps and intervals
-(xclip_jax/train/autosize.py). Then all are read: a share is held out by content, and equal captions are counted. The
+(`fill_in`). Then all are read: a share is held out by content, and equal captions are counted. The
 held-out pairs are evaluated on the way (retrieval/holdout, and zeroshot/holdout if sub-folders, or a column "label" of
 some sources, name one class an image) and shown in RUN/report.html. Lines say what was chosen, and why held-out images
 of such a source are not classified.
@@ -17,17 +17,87 @@ features; several captions are text=title,alt), tokenizer, dir (of TFDS data set
 gpu, tpu: sizes for an ordinary one instead of this machine; needed if several processes train).
 """
 
-import ml_collections
+import dataclasses
+import functools
+import hashlib
+import math
+import re
 
-from xclip_jax.config import recipes
+import jax
+import ml_collections
+import numpy as np
+
+from xclip_jax.config import recipes, schema
 from xclip_jax.config.recipes import Describe
-from xclip_jax.core.errors import UserError, check_choice
-from xclip_jax.train import autosize
+from xclip_jax.core.errors import UserError, check_choice, redact
+from xclip_jax.data import holdout, inspect, records, sources, tokenizer
+from xclip_jax.data.base import MissingColumnError, Source, SourceOptions, choose, display_name
+from xclip_jax.data.config import DataConfig
+from xclip_jax.evaluators.sets import classification
+from xclip_jax.objectives import RECIPES, make_objective
+from xclip_jax.objectives.clip import Clip
+from xclip_jax.train import cost, weights
 
 ARGUMENTS = {
     "pairs": "", "weights": "", "objective": "", "image": "image", "text": "text", "tokenizer": "", "dir": "",
     "preset": "", "size": 0, "batch": 0, "epochs": 0.0, "steps": 0, "count": 0, "device": "",
 }  # fmt: skip
+SAMPLE = 512  # pairs read to learn their sizes
+LEAST_HELD_OUT, MOST_HELD_OUT = 20, 5000  # pairs; the time of scoring grows with their square
+HELD_OUT_SHARE, LARGEST_SHARE = 0.05, 0.2
+MANY_REPEATS = 0.02  # share of the pairs whose captions another pair has
+# (Pairs, the towers for fewer than these): larger towers would memorise them. A CPU takes the first.
+TOWERS = ((20_000, "Ti/12"), (2_000_000, "S/16"), (math.inf, "B/16"))
+# {Size of the towers: (largest batch, largest side of the images in pixels)} on an accelerator, and on a CPU.
+LIMITS = {"Ti": (1024, 144), "S": (2048, 224)}
+LARGEST = (4096, 224)
+CPU_LIMITS = {"Ti": (256, 96)}
+CPU_LARGEST = (256, 224)
+SMALL_WIDTH = 192  # of the image tower, up to which the studies of small towers decide
+FEWEST_CLUSTERS, MOST_OF_SMALL, MOST_CLUSTERS = 256, 1024, 32_768
+# FLOP/s of a core, measured with these towers, and the seconds that a run on a CPU may take at this speed.
+CORE_FLOPS, CPU_SECONDS = 4e10, 1800
+# Muon trains small towers from random parameters. (Learning rate at batch 256, warm-up as a share of the first
+# WARMUP_BASE steps) for CLIP and for other objectives. A warm-up below FULL_RATE_WARMUP lowers the rate in proportion:
+# it rises no faster than where it was tuned, on validation of the icons and of the demo (docs/duel.md, docs/demo.md).
+CLIP_RATE, OTHER_RATE = (8e-3, 0.6), (4e-3, 0.5)
+WARMUP_BASE, FULL_RATE_WARMUP = 4000, 300
+MUON_FLOPS = 300  # per block and step, times width^3: five iterations of three products for each of six matrices
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """Number of pairs, median sides in pixels, tokens of a caption at the 95th percentile."""
+
+    pairs: int
+    width: int = 512
+    height: int = 512
+    tokens: int = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """Devices that a run may use, with the bytes of memory per device; the devices of a CPU share it."""
+
+    platform: str = "cpu"
+    devices: int = 1
+    memory: float = 8 * 2**30
+    cores: int = 4
+
+    @property
+    def is_cpu(self) -> bool:
+        """Whether the devices are parts of a CPU."""
+        return self.platform == "cpu"
+
+
+ORDINARY = {"cpu": Machine(), "gpu": Machine("gpu", 1, 16 * 2**30, 8), "tpu": Machine("tpu", 1, 16 * 2**30, 8)}
+
+
+def this_machine() -> Machine:
+    """Return the devices of this process, with their whole memory, free or not."""
+    device = jax.devices()[0]
+    platform = "gpu" if device.platform in ("cuda", "rocm") else device.platform
+    return Machine(platform, jax.device_count(), cost.device_memory(device), records.cores())
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
@@ -39,13 +109,15 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             "to them, a table, tars, or a source such as tfds:NAME/SPLIT."
         )
     if args.device:
-        check_choice("config argument device", args.device, autosize.ORDINARY)
+        check_choice("config argument device", args.device, ORDINARY)
     if args.steps and args.epochs:
         raise UserError(f"small:steps={args.steps},epochs={args.epochs:g}: give steps or epochs, not both.")
     config = recipes.base(args.objective or "clip", args.preset or "Ti/12")
     config.init.weights = args.weights
-    config.data.sources, config.data.dir = (args.pairs,), args.dir
-    config.data.image_key, config.data.text_keys = args.image, tuple(args.text.split(","))
+    config.data.sources = (args.pairs,)
+    config.data.dir = args.dir
+    config.data.image_key = args.image
+    config.data.text_keys = tuple(args.text.split(","))
     config.data.tokenizer = args.tokenizer or config.data.tokenizer
     config.optim.lr_start = config.optim.lr_end = 0.0
     config.optim.weight_decay = 0.1
@@ -56,5 +128,261 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
 
 def fill_in(config: ml_collections.ConfigDict, arg: str | None = None) -> Describe:
-    """Choose what follows from the pairs, the weights and this machine; return a function that describes a config."""
-    return autosize.fill_in(config, recipes.parse_arg(arg, **ARGUMENTS))
+    """Choose what follows from the pairs, the weights and this machine; return a function that describes a config.
+
+    Raises:
+      UserError: pairs or weights that cannot be used.
+    """
+    args = recipes.parse_arg(arg, **ARGUMENTS)
+    decided = [name for name in ("tokenizer", "preset") if args[name]]
+    if args.weights and decided:
+        listed = ",".join(f"{name}={args[name]}" for name in ("weights", *decided))
+        raise UserError(f"small:{listed}: weights have a tokenizer and towers; leave {' and '.join(decided)} out.")
+    machine = ORDINARY[args.device] if args.device else this_machine()
+    spec = sources.spec_from_path(args.pairs)
+    source = None if args.count else _open(spec, SourceOptions(args.dir, args.image, config.data.text_keys))
+    pairs = args.count or len(source or ())
+    if pairs < inspect.FEWEST:
+        raise UserError(
+            f"{args.pairs!r} has {pairs} pairs, too few to learn from: the loss compares the pairs of a batch; give "
+            f"{inspect.FEWEST} or more."
+        )
+    config.run = f"runs/small-{run_name(spec)}"
+    config.data.sources = (spec,)
+    preset = args.preset or next(name for most, name in TOWERS if machine.is_cpu or pairs < most)
+    recipes.set_towers(config, preset)
+    saved = weights.adopt(config, args.weights) if args.weights else None
+    if saved is not None:
+        _adopt_objective(config, saved, args.objective)
+    counts = Counts(pairs) if source is None else measure(source, tokenizer.load(config.data.tokenizer))
+    share = held_out_share(pairs)
+    trained = max(round(pairs * (1 - share)), 1)
+    if saved is None or args.size:
+        config.model.img.image_size = args.size or image_size(preset, counts, machine)
+    if saved is None:
+        config.model.txt.context_length = min(max(8 * math.ceil(counts.tokens / 8), 16), 77)
+    config.data.batch = args.batch or batch_size(trained, preset, machine)
+    _set_model(config, saved, machine, trained)
+
+    data = config.data
+    data.threads = max(min(machine.cores, 16), 2)
+    data.cache = 3.0 * pairs * counts.width * counts.height < min(machine.memory / 8, 2**31)
+    data.holdout = share
+    config.eval.batch = min(256, 8 * max(data.batch // 8, machine.devices))
+    note = ""
+    if source is not None:  # training needs the same reading of all pairs, and does not repeat it
+        known = holdout.find(spec, source, share, DataConfig(**data))
+        data.spread_duplicate_captions = known.repeats > MANY_REPEATS
+        if sources.has_labels(spec, "image"):
+            if classifies(spec, args.dir, args.image, share):
+                config.eval.sets = (*config.eval.sets, "zeroshot/holdout")
+            else:
+                note = " (no zero-shot classification: it needs images of two classes that are held out, with names)"
+    set_schedule(config, machine, trained, args.epochs, args.steps)
+    # The number of other people's chips is unknown; `checks.check_memory` names the key if a batch does not fit.
+    config.optim.microbatches = 1 if args.device in ("gpu", "tpu") else microbatches(config, machine)
+    return functools.partial(summary, pairs=pairs, note=note)
+
+
+def _open(spec: str, options: SourceOptions) -> Source:
+    """See `sources.open_pairs`; the remedy for a missing column is an argument of the recipe, as flags come later."""
+    try:
+        return sources.open_pairs(spec, options)
+    except MissingColumnError as error:
+        raise UserError(f"{error.fault}; name its columns, small:pairs=PATH,image=COLUMN,text=COLUMN.") from error
+
+
+def run_name(spec: str) -> str:
+    """Return a folder's name for the pairs of `spec`: the path or, if it is long, its end and a hash; no secrets."""
+    spec = redact(spec)
+    name = re.sub(r"[^\w.-]+", "-", spec.partition(":")[2].rstrip("/*")).strip("-.")
+    if 0 < len(name) <= 40:
+        return name
+    digest = hashlib.blake2b(spec.encode(errors="surrogateescape"), digest_size=3).hexdigest()
+    return f"{name[-40:]}-{digest}".strip("-.")
+
+
+def measure(source: Source, tokens: tokenizer.Tokenizer) -> Counts:
+    """Read a random part of a source's pairs and return their sizes.
+
+    Raises:
+      UserError: too many pairs cannot be used, or all have the same caption.
+    """
+    n = len(source)
+    chosen = np.random.default_rng(0).choice(n, min(SAMPLE, n), replace=False)
+    samples, _ = inspect.read(source, sorted(chosen.tolist()), records.cores(), 32)
+    good = [sample for sample in samples if not sample.reason]
+    bad = [sample for sample in samples if sample.reason]
+    if not good or len(bad) > DataConfig.max_bad_fraction * len(samples):
+        first = f"{display_name(source, bad[0].index)!r} ({bad[0].reason})"
+        raise UserError(
+            f"{len(bad)} of {len(samples)} pairs that were read cannot be used, the first is {first}; see "
+            f"xclip-jax check, or pass count={n}, with which none is read here, and raise data.max_bad_fraction."
+        )
+    captions = [caption for sample in good for caption in sample.captions]
+    if len(set(captions)) == 1 < len(good):
+        raise UserError(f"all {len(captions)} captions that were read are {captions[0]!r}: there is nothing to learn.")
+    width, height = (int(np.median([sample.size[axis] for sample in good])) for axis in (0, 1))
+    return Counts(n, width, height, tokens=int(np.percentile(tokens.lengths(tokens(captions, 77)), 95)))
+
+
+def held_out_share(pairs: int) -> float:
+    """Return the share of held-out pairs: a twentieth, more of few pairs and less of very many."""
+    return float(f"{min(max(HELD_OUT_SHARE, LEAST_HELD_OUT / pairs), MOST_HELD_OUT / pairs, LARGEST_SHARE):.2g}")
+
+
+def _limits(preset: str, machine: Machine) -> tuple[int, int]:
+    """Return the largest batch and the largest side of the images for the towers of a preset."""
+    size = preset.partition("/")[0]
+    return CPU_LIMITS.get(size, CPU_LARGEST) if machine.is_cpu else LIMITS.get(size, LARGEST)
+
+
+def image_size(preset: str, counts: Counts, machine: Machine) -> int:
+    """Return the side of the images in pixels: whole patches, two or more, and not above the pairs' own side."""
+    patch = int(preset.partition("/")[2])
+    side = min(_limits(preset, machine)[1], counts.width, counts.height)
+    return max(math.ceil(side / patch), 2) * patch
+
+
+def batch_size(trained: int, preset: str, machine: Machine) -> int:
+    """Return the batch size: a power of two, at least two batches per epoch, equal parts for the devices."""
+    batch = min(2 ** int(math.log2(max(trained // 2, 1))), _limits(preset, machine)[0])
+    return max(batch - batch % machine.devices, machine.devices)
+
+
+def microbatches(config: ml_collections.ConfigDict, machine: Machine) -> int:
+    """Return the number of microbatches whose activations take at most a quarter of a device's memory."""
+    room = machine.memory / (machine.devices if machine.is_cpu else 1) / 4
+    rows = config.data.batch // machine.devices
+    parts = 1
+    while rows % (2 * parts) == 0 and rows / parts * cost.activation_bytes(config) > room:
+        parts *= 2
+    return parts
+
+
+def _is_small(config: ml_collections.ConfigDict) -> bool:
+    return config.model.img.width <= SMALL_WIDTH
+
+
+def _set_model(config: ml_collections.ConfigDict, saved: schema.Config | None, machine: Machine, trained: int) -> None:
+    """Set how the towers are computed, and the cluster head: that of the weights, or a linear one.
+
+    A study of small towers chose a linear head (docs/duel.md, "Cheap clusters"), with 1,024 clusters for 71,000 pairs;
+    larger towers get more clusters if there are more pairs for each.
+    """
+    model = config.model
+    head = model.cluster_head
+    plain = machine.is_cpu or _is_small(config)
+    model.dtype = "float32" if machine.is_cpu else "bfloat16"
+    for tower in (model.img, model.txt):
+        tower.scan = not plain
+        tower.remat = "none" if plain else "dots"
+    if saved is not None and cost.cluster_heads(saved):
+        head.update(dataclasses.asdict(saved.model.cluster_head))
+        return
+    most = MOST_OF_SMALL if _is_small(config) else MOST_CLUSTERS
+    clusters = 2 ** round(math.log2(min(max(min(trained, 1024), trained / 64, FEWEST_CLUSTERS), most)))
+    head.update(clusters=clusters, layers=0, hidden=model.img.width)
+    # A tower of another package may not count its FLOPs.
+    while (cost.heads_share(schema.resolve(config.to_dict() | {"steps": 1})) or 0.0) > cost.HEADS_SHARE:
+        if head.clusters <= FEWEST_CLUSTERS:
+            break
+        head.clusters //= 2
+
+
+def set_schedule(config: ml_collections.ConfigDict, machine: Machine, trained: int, epochs: float, steps: int) -> None:
+    """Set the number of steps, from `steps` or `epochs` if one is not 0, and the keys that follow from it."""
+    batch = config.data.batch
+    optim = config.optim
+    pretrained = bool(config.init.weights)
+    muon = not pretrained and _is_small(config)
+    usual = min(max(30_000 / trained, 25), 100) / (5 if pretrained else 1)
+    config.steps = steps or max(round(trained * (epochs or usual) / batch), 2)
+    if machine.is_cpu and not (epochs or steps):
+        flops = cost.step_flops(schema.resolve(config))
+        if flops:  # a tower of another package may not count its own
+            towers = (config.model.img, config.model.txt)
+            flops += sum(MUON_FLOPS * tower.depth * tower.width**3 for tower in towers) if muon else 0.0
+            affordable = int(CPU_SECONDS * CORE_FLOPS * machine.cores / flops)
+            config.steps = min(config.steps, max(affordable, trained // batch, 2))
+    steps = config.steps
+    optim.warmup = min(max(trained // batch, 1) * 2, steps // 10)
+    if pretrained:
+        optim.lr = 2e-5
+    elif muon:
+        contrastive = config.objective.name == "clip"
+        rate, share = CLIP_RATE if contrastive else OTHER_RATE
+        optim.name = "muon"
+        optim.warmup = max(optim.warmup, int(share * min(steps, WARMUP_BASE)))
+        optim.lr = float(f"{rate * min(math.sqrt(batch / 256), max(optim.warmup, 1) / FULL_RATE_WARMUP, 1):.3g}")
+        if contrastive:  # won the same search
+            optim.weight_decay = 0.05
+            config.objective.clip.label_smoothing = 0.2
+    else:
+        optim.lr = 1e-3 if config.model.img.width < 768 else 5e-4
+    config.log.collapse_warmup_steps = min(config.log.collapse_warmup_steps, max(steps // 2, 1))
+    config.eval.every = max(steps // 8, min(20, steps))  # at `steps` only the last evaluation is left
+    # A run of few steps is soon trained again, and a checkpoint is three times the model.
+    config.checkpoint.every = max(steps // 10, min(200, steps))
+    config.log.every = max(min(20, steps // 20), 1)
+
+
+def classifies(spec: str, data_dir: str, image_key: str, share: float) -> bool:
+    """Whether held-out images of a source can be classified: repeated words as labels, two of them held out."""
+    try:
+        content = classification.read_source(spec, data_dir or None, image_key)
+    except UserError:
+        return False
+    captions = 2 * len(np.unique(content.labels)) > len(content.labels)  # rather than classes
+    if captions or np.ndim(content.labels) != 1 or all(re.fullmatch(r"\d+", name) for name in content.classes):
+        return False
+    held_out = 0
+    for label in range(len(content.classes)):  # one class after the other, which reads few of many images
+        places = np.flatnonzero(np.asarray(content.labels) == label)
+        held_out += any(holdout.selected(choose(content.images, [i]), share) for i in places)
+        if held_out == 2:
+            return True
+    return False
+
+
+def _adopt_objective(config: ml_collections.ConfigDict, saved: schema.Config, objective: str) -> None:
+    """Take over the heads of the weights, and their objective unless `objective` names another one."""
+    model = dataclasses.asdict(saved.model)
+    config.model.update({name: model[name] for name in ("embed", "project_img", "project_bias")})
+    trained = make_objective(saved.objective)
+    if "scale" in trained.outputs(saved.model):
+        config.model.update({name: model[name] for name in ("scale_init", "bias_init")})
+    if not objective and not trained.labelled:
+        config.objective.name = saved.objective.name
+        config.objective.terms = dict(saved.objective.terms)
+        config.objective.plugins = {name: dict(plugin) for name, plugin in saved.objective.plugins.items()}
+        for term in ("clip", "siglip", "nclip"):
+            config.objective[term].update(dataclasses.asdict(getattr(saved.objective, term)))
+    else:
+        config.objective.name = objective or "clip"
+        config.objective.terms = dict(RECIPES[config.objective.name])
+        if "clip" in config.objective.terms:  # SigLIP's weights may have a larger scale
+            config.model.scale_init = min(config.model.scale_init, Clip.max_scale)
+
+
+def summary(config: ml_collections.ConfigDict, pairs: int, note: str = "") -> str:
+    """Return a sentence about a run of `config` on this number of pairs, with a note."""
+    share = config.data.holdout
+    batch = config.data.batch
+    model = config.model
+    initial = config.init.weights
+    parts = f" in {config.optim.microbatches} parts" if config.optim.microbatches > 1 else ""
+    terms = " + ".join(f"{weight:g} {name}" for name, weight in config.objective.terms.items())
+    objective = config.objective.name
+    if len(config.objective.terms) > 1:
+        objective += f" ({terms})"
+    if "nclip" in config.objective.terms:
+        objective += f", {model.cluster_head.clusters:,} clusters"
+    trained = max(pairs * (1 - share) * config.data.subset, 1)
+    tuned = ", tuned on drawings of icons" if config.optim.name == "muon" else ""
+    return (
+        f"small: {pairs:,} pairs, {100 * share:.2g} % of them held out; {objective}, "
+        f"{f'towers of {initial}' if initial else recipes.size_of(model)}, {model.img.image_size} px, "
+        f"{model.txt.context_length} tokens, batch {batch}{parts}, {config.steps:,} steps "
+        f"({config.steps * batch / trained:.3g} epochs), {config.optim.name} at {config.optim.lr:g}{tuned}{note}"
+    )

@@ -13,12 +13,10 @@ from tests.helpers.pages import written
 from xclip_jax.commands import doctor
 from xclip_jax.commands.diagnosis import check_run
 from xclip_jax.commands.doctor import check_config
-from xclip_jax.config import schema
 from xclip_jax.demo import emoji
-from xclip_jax.train import build, cost
+from xclip_jax.train import build, cost, prepare
 from xclip_jax.train.checks import FAIL, OK, WARNING
-from xclip_jax.train.job import Job
-from xclip_jax.train.training_folder import TrainingFolder
+from xclip_jax.train.run_writer import RunWriter
 
 
 @pytest.fixture(autouse=True)
@@ -125,26 +123,17 @@ def test_cluster_heads_that_outweigh_the_towers(pairs, tmp_path):
         assert not [x for x in check_config(small, "never") if x.check == "heads"]
 
 
-def start_of(objective="clip", **changes):
-    config = schema.resolve(tiny.config(objective, **changes))
-    return Job(config, TrainingFolder(config.run))
-
-
-@pytest.fixture(scope="module")
-def start(pairs):
-    return start_of(data__sources=(f"folder:{pairs}",), run="/nowhere/run")
-
-
 def sample_findings(pairs, step_seconds=None, **changes):
-    start = start_of(data__sources=(f"folder:{pairs}",), run="/nowhere/run", **changes)
-    return list(doctor.check_samples(start, step_seconds))
+    experiment = build.build(tiny.config("clip", data__sources=(f"folder:{pairs}",), run="/nowhere/run", **changes))
+    samples, _ = prepare.open_data(experiment, RunWriter("/nowhere/run"))
+    return list(doctor.check_samples(experiment, samples, step_seconds))
 
 
-def test_the_remaining_steps_are_timed(tmp_path, pairs):
-    start = start_of(data__sources=(f"folder:{pairs}",), run=tmp_path / "run", data__length_groups="full")
-    finding = doctor.time_step(start)
+def test_the_remaining_steps_are_timed():
+    experiment = build.build(tiny.config("clip"))
+    finding = doctor.time_step(experiment, cost.compile_for(experiment), 2)
     assert finding.check == "step" and finding.values["peak_bytes"] > finding.values["activations_bytes"] > 0
-    assert f"{start.config.steps} steps take" in finding.text
+    assert f"{experiment.config.steps - 2} steps take" in finding.text
 
 
 def test_a_step_that_does_not_fit_is_not_run(pairs, tmp_path, monkeypatch):

@@ -109,7 +109,7 @@ with processes.exits(), interrupt.PreemptionHandler() as stop:
     threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
     if sys.argv[1] == "step":
         lowered.compile()
-    stop.saves = True
+    stop.can_save = True
     try:
         with stop.interruptible():
             lowered.compile()

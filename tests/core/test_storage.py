@@ -21,7 +21,7 @@ from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.data.readers.table import ImageColumn
 from xclip_jax.interop import hub
 from xclip_jax.interop import tensor_files as weights
-from xclip_jax.train.training_folder import TrainingFolder
+from xclip_jax.train.run_writer import RunWriter
 
 
 def read_named(path, table=""):
@@ -185,7 +185,7 @@ def test_a_home_is_expanded_wherever_a_path_is_written(tmp_path, monkeypatch):
     """A shell leaves the one in --config.run=~/runs/mine as it is."""
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "a.csv").touch()
-    assert TrainingFolder("~/runs/mine").path == tmp_path / "runs" / "mine"
+    assert RunWriter("~/runs/mine").path == tmp_path / "runs" / "mine"
     assert hub.resolve("~/weights") == str(tmp_path / "weights")
     assert storage.expand("~/a.csv,~/[a].csv") == [str(tmp_path / "a.csv")]
 

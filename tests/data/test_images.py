@@ -17,10 +17,10 @@ from xclip_jax.commands import embed, inputs
 from xclip_jax.commands.export import export
 from xclip_jax.config import recipes
 from xclip_jax.config.schema import resolve
-from xclip_jax.data import images, loader, tokenizer, transforms
+from xclip_jax.data import images, loader, sources, tokenizer, transforms
 from xclip_jax.data.embeddings import read as read_embeddings
 from xclip_jax.data.preprocessing import Preprocessing
-from xclip_jax.train import build, job, weights
+from xclip_jax.train import build, weights
 
 SIDE = 2 * tiny.SIZE
 
@@ -113,7 +113,7 @@ def test_a_transparent_file_has_the_same_features_everywhere(background, cache, 
     c = tiny.config("clip", data__background=background, data__cache=cache, data__sources=(f"folder:{pairs}",),
                     data__crop_scale=(1.0, 1.0), data__resample="bicubic", data__batch=8)  # fmt: skip
     made = build.build(c)
-    opened = job.sources.open_sources(made.config.data)
+    opened = sources.open_sources(made.config.data)
     order = loader.sample_order(opened, made.config.data, 0)
     transform = loader.Transform(made.config.data, tiny.SIZE, tokenizer.load("bytes"), tiny.LENGTH)
     rows = next(iter(loader.batches(order, transform, batch=8, start=0, stop=1, seed=0)))["image"]
@@ -149,7 +149,7 @@ def test_a_photograph_is_upright_everywhere_or_nowhere(rotation, cache, tmp_path
     config = tiny.config("clip", data__exif_rotation=rotation, data__cache=cache, data__crop_scale=(1.0, 1.0),
                          data__sources=(f"folder:{path.parent}",), data__resample="bicubic", data__batch=8)  # fmt: skip
     config = resolve(config)
-    order = loader.sample_order(job.sources.open_sources(config.data), config.data, 0)
+    order = loader.sample_order(sources.open_sources(config.data), config.data, 0)
     transform = loader.Transform(config.data, tiny.SIZE, tokenizer.load("bytes"), tiny.LENGTH)
     row = next(iter(loader.batches(order, transform, batch=1, start=0, stop=1, seed=0)))["image"][0]
     assert np.abs(row - expected).max() <= 2

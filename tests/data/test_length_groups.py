@@ -16,8 +16,8 @@ from xclip_jax.config.schema import resolve
 from xclip_jax.core.errors import UserError
 from xclip_jax.data import length_groups, loader, sources
 from xclip_jax.data.length_groups import LengthGroups
-from xclip_jax.train import build, cost, job, state, trainer
-from xclip_jax.train.training_folder import TrainingFolder
+from xclip_jax.train import build, cost, prepare, state, trainer
+from xclip_jax.train.run_writer import RunWriter
 
 pytestmark = pytest.mark.long
 
@@ -165,11 +165,11 @@ def test_a_run_chooses_groups_and_resumes_with_them_bit_exactly(pairs, tmp_path,
 
     # With other rows a device they are chosen anew.
     config = resolve(tiny.short(pairs, tmp_path / "again", optim__microbatches=2, **options))
-    assert job.Job(config, TrainingFolder(config.run)).prepare().experiment.length_groups == length_groups.WHOLE
+    assert prepare.prepare(config, RunWriter(config.run))[0].experiment.length_groups == length_groups.WHOLE
 
 
 def test_groups_of_a_run_are_kept_for_the_rows_that_they_are_for(tmp_path, capsys):
-    folder = TrainingFolder(tiny.untrained(tmp_path / "run", "clip"))
+    folder = RunWriter(tiny.untrained(tmp_path / "run", "clip"))
     config = resolve(tiny.config("clip", run=tmp_path / "run", data__batch=8))
     old, new = LengthGroups.parse("4:0.5"), LengthGroups.parse("8:0.5")
     content = json.loads(folder.config_file.read_text()) | {"length_groups": str(old)}
@@ -191,7 +191,7 @@ def test_captions_are_counted_by_their_tokens(tmp_path):
         (tmp_path / "pairs" / f"{i:03d}.txt").write_text(words)
     config = tiny.config("clip", data__sources=(f"folder:{tmp_path / 'pairs'}",), model__txt__context_length=12)
     made = build.build(config)
-    counts = job.count_lengths(made, sources.open_sources(made.config.data))
+    counts = prepare.count_lengths(made, sources.open_sources(made.config.data))
     assert (
         made.config.data.tokenizer == "bytes"
         and counts.tolist() == np.bincount([3, 5, 8, 3, 10], minlength=13).tolist()
@@ -200,13 +200,13 @@ def test_captions_are_counted_by_their_tokens(tmp_path):
 
 def test_auto_counts_a_frozen_tower_without_its_backward_pass(monkeypatch, capsys):
     counts = np.bincount([4] * 1024, minlength=41)
-    monkeypatch.setattr(job, "count_lengths", lambda *_: counts)
+    monkeypatch.setattr(prepare, "count_lengths", lambda *_: counts)
     monkeypatch.setattr(length_groups, "_LEAST_STEPS", 1)
     saved = []
     for frozen in (("txt",), (), ("img",)):
         config = tiny.config("clip", data__batch=512, model__txt__context_length=40, init__frozen=frozen)
         made = build.build(config)
-        assert job.choose_length_groups(made, []).cuts
+        assert prepare.choose_length_groups(made, []).cuts
         saved.append(float(capsys.readouterr().out.split("saves ")[1].split("%")[0]))
     assert saved[0] < saved[1] < saved[2]
     whole = sum(cost.forward_flops(made.config).values())
@@ -215,7 +215,7 @@ def test_auto_counts_a_frozen_tower_without_its_backward_pass(monkeypatch, capsy
     for method in ("cut_flops", "flops"):  # not counted
         with monkeypatch.context() as patch:
             patch.setattr(type(made.model.txt), method, lambda *_, **__: None)
-            assert job.choose_length_groups(made, []) == length_groups.WHOLE
+            assert prepare.choose_length_groups(made, []) == length_groups.WHOLE
 
 
 def test_flops_are_those_that_are_computed():

@@ -27,8 +27,8 @@ from xclip_jax.data.preprocessing import Preprocessing, mean_std
 from xclip_jax.evaluators import registry
 from xclip_jax.train import build, weights
 from xclip_jax.train.build import make_encoder
+from xclip_jax.train.run_writer import RunWriter
 from xclip_jax.train.state import create
-from xclip_jax.train.training_folder import TrainingFolder
 
 pytestmark = pytest.mark.long
 
@@ -252,7 +252,7 @@ def test_a_run_has_a_preprocessing_of_its_own(pictures, tmp_path):
     with c.ignore_type():
         c.data.normalization = pair
     for _ in range(2):
-        with TrainingFolder(c.run).claimed(resolve(c), []):
+        with RunWriter(c.run).claimed(resolve(c), []):
             pass
     assert build.build(weights.run_config(RunReader(c.run))).preprocessing == Preprocessing(
         tiny.SIZE, *pair, background="white", exif_rotation=True

@@ -9,9 +9,10 @@ from xclip_jax.train.callbacks import Callback
 class StatusFile(Callback):
     """Keeps RUN/status.json, which a dashboard may poll: step, loss, and headlines of the last evaluation."""
 
-    def on_start(self, job, step):
+    def on_start(self, run, step):
         """A run that resumes begins with the step that it resumes from."""
-        self.job, self.status = job, {"step": step, "steps": job.config.steps}
+        self.run = run
+        self.status = {"step": step, "steps": run.config.steps}
         self.write()
 
     def on_log(self, step, metrics):
@@ -22,12 +23,12 @@ class StatusFile(Callback):
         """The headlines alone."""
         self.write(**{result.name: result.value for result in results if result.headline})
 
-    def on_end(self, job, variables, results):
-        """The model may be used here: `variables` are what `job.encoder` takes."""
+    def on_end(self, run, variables, results):
+        """The model may be used here: `variables` are what `run.encoder` takes."""
         self.write(done=True)
 
     def write(self, **values):
         """Several processes call all methods at the same steps, and one of them writes."""
         self.status |= values
         if jax.process_index() == 0:
-            write_json(self.job.folder.path / "status.json", self.status)
+            write_json(self.run.folder.path / "status.json", self.status)

@@ -13,8 +13,8 @@ from xclip_jax.config import recipes
 from xclip_jax.data import loader
 from xclip_jax.train import build
 from xclip_jax.train.checkpoint import Checkpointer
+from xclip_jax.train.run_writer import RunWriter
 from xclip_jax.train.state import create
-from xclip_jax.train.training_folder import TrainingFolder
 
 BATCH, SIZE, LENGTH = 16, 16, 12
 
@@ -62,7 +62,7 @@ def untrained(run, objective="xclip", noise=0.0, **changes):
     """
     c = config(objective, run=run, data__batch=8, **changes)
     made, rng = build.build(c), np.random.default_rng(0)
-    with TrainingFolder(run).claimed(made.config, []):
+    with RunWriter(run).claimed(made.config, []):
         pass
     state = create(made.init, made.abstract)
     if noise:

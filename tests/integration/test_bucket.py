@@ -15,10 +15,10 @@ from xclip_jax.config import schema
 from xclip_jax.core.errors import UserError
 from xclip_jax.data import tokenizer
 from xclip_jax.processes import runtime
-from xclip_jax.train import checkpoint_files, checks, job, weights
+from xclip_jax.train import checkpoint_files, checks, prepare, weights
 from xclip_jax.train.checkpoint import Checkpointer
+from xclip_jax.train.run_writer import RunWriter
 from xclip_jax.train.state import create
-from xclip_jax.train.training_folder import TrainingFolder
 
 pytestmark = pytest.mark.long
 
@@ -38,8 +38,8 @@ def test_a_run_with_a_tokenizer_file_resumes_and_is_exported(bucket, pairs, tmp_
     expected = tokenizer.load(words)(TEXTS, 6)
     assert expected[0].tolist() == [2, 4, 0, 3, 1, 1]
     config = schema.resolve(tiny.short(pairs, f"{bucket}/runs/mine", data__tokenizer=words))
-    folder = TrainingFolder(config.run)
-    first = job.Job(config, folder).prepare()
+    folder = RunWriter(config.run)
+    first, _ = prepare.prepare(config, folder)
     with folder.claimed(config, first.fingerprints):
         (folder.checkpoints / "2" / "state").mkdir(parents=True)
         (folder.checkpoints / "2" / "state" / "manifest").write_text("")
@@ -47,14 +47,14 @@ def test_a_run_with_a_tokenizer_file_resumes_and_is_exported(bucket, pairs, tmp_
     (tmp_path / "words.json").unlink()  # as on a machine that was made again
 
     folder.check(config)
-    again = job.Job(config, folder).prepare()
+    again, _ = prepare.prepare(config, folder)
     copy = f"{bucket}/runs/mine/tokenizer.json"
     assert again.experiment.tokenizer.name == copy
     assert again.experiment.tokenizer(TEXTS, 6).tolist() == expected.tolist()
     compared = []
     others = types.SimpleNamespace(check_same=lambda facts, _: compared.append(facts))
     monkeypatch.setattr(runtime, "peers", lambda: others)
-    checks.check_same_data(again)
+    checks.check_same_data(again.experiment, again.fingerprints, again.final_evaluators)
     assert "tokenizer file" in compared[0]
 
     # Orbax would read the checkpoint by a client of its own, from the real store.

@@ -13,7 +13,7 @@ from xclip_jax.config import schema
 from xclip_jax.core.errors import UserError
 from xclip_jax.core.run_folder import RunReader
 from xclip_jax.train import trainer
-from xclip_jax.train.training_folder import TrainingFolder
+from xclip_jax.train.run_writer import RunWriter
 
 pytestmark = pytest.mark.long
 
@@ -87,7 +87,7 @@ def test_lines_without_what_they_should_have_are_left_out(pairs, run):
 def test_the_copy_of_the_tokenizer_is_whole_or_missing(pairs, tmp_path, monkeypatch):
     save_words(tmp_path / "words.json", ["?", "<pad>", "<s>", "</s>", "picture", "number"])
     c = schema.resolve(tiny.short(pairs, tmp_path / "run", data__tokenizer=str(tmp_path / "words.json")))
-    folder = TrainingFolder(c.run)
+    folder = RunWriter(c.run)
 
     def fails(_):
         if list((tmp_path / "run").glob(".tokenizer.json.*.tmp")):

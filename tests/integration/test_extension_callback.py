@@ -11,7 +11,7 @@ from tests.helpers import tiny
 from xclip_jax.commands.doctor import check_config
 from xclip_jax.config import schema
 from xclip_jax.core.errors import UserError
-from xclip_jax.train import callbacks, job, trainer
+from xclip_jax.train import callbacks, prepare, trainer
 from xclip_jax.train.checks import FAIL
 
 pytestmark = pytest.mark.long
@@ -65,7 +65,7 @@ def test_a_run_calls_them(pairs, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert f"WARNING: {LIST} failed and is disabled (ConnectionError" in printed
     assert "parameters, 40 pairs, 4 steps of 16 (1.6 epochs) on" in printed
-    assert job.extras(schema.resolve(config)) == []
+    assert prepare.extras(schema.resolve(config)) == []
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,8 @@ from xclip_jax.evaluators.probe import ClassificationSet, ClassifierEvaluator
 from xclip_jax.train import build, weights
 from xclip_jax.train.build import make_encoder
 from xclip_jax.train.checkpoint import Checkpointer
+from xclip_jax.train.run_writer import RunWriter
 from xclip_jax.train.state import create
-from xclip_jax.train.training_folder import TrainingFolder
 
 pytestmark = pytest.mark.long
 
@@ -80,7 +80,7 @@ def run(tmp_path_factory):
     """A run of three classes, saved before its first step."""
     run = tmp_path_factory.mktemp("finetuned") / "run"
     c = tiny.config("classify", run=run, objective__classify__classes=3, data__batch=8)
-    with TrainingFolder(run).claimed(resolve(c), []):
+    with RunWriter(run).claimed(resolve(c), []):
         pass
     p = build.build(c, jax.devices()[:1])
     with Checkpointer(run) as checkpointer:

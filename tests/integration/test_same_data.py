@@ -12,8 +12,8 @@ from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.data import holdout, images, loader, sources, tokenizer
 from xclip_jax.data.readers.folder import FolderSource
 from xclip_jax.processes import runtime
-from xclip_jax.train import checks, job
-from xclip_jax.train.training_folder import TrainingFolder
+from xclip_jax.train import checks, prepare
+from xclip_jax.train.run_writer import RunWriter
 
 pytestmark = pytest.mark.long
 
@@ -49,7 +49,7 @@ class Run:
 
     def prepare(self):
         self.monkeypatch.setattr(holdout, "_known", {})
-        return job.Job(self.config, TrainingFolder(self.config.run)).prepare()
+        return prepare.prepare(self.config, RunWriter(self.config.run))[0]
 
     def start(self):
         """Write what a run leaves that has a checkpoint."""
@@ -102,7 +102,7 @@ def compare(monkeypatch):
 
 def test_hosts_compare_their_newest_checkpoints(run, monkeypatch):
     """Of a folder that they do not share only one has any; each would go on by itself, and wait for the other."""
-    compared, folder = compare(monkeypatch), TrainingFolder(run.config.run)
+    compared, folder = compare(monkeypatch), RunWriter(run.config.run)
     checks.check_same_config(run.config, folder)
     run.start()
     checks.check_same_config(run.config, folder)
@@ -118,7 +118,8 @@ def test_hosts_compare_their_evaluation_sets(tmp_path, monkeypatch):
     config, compared = resolve(tiny.short(pairs, tmp_path / "run", **keys)), compare(monkeypatch)
 
     def check():
-        checks.check_same_data(job.Job(config, TrainingFolder(config.run)).prepare())
+        made, _ = prepare.prepare(config, RunWriter(config.run))
+        checks.check_same_data(made.experiment, made.fingerprints, made.final_evaluators)
         return compared[-1][0]
 
     first, again = check(), check()
@@ -136,7 +137,8 @@ def test_hosts_compare_what_they_could_read(run, monkeypatch):
     compared = compare(monkeypatch)
     for bad in (None, run.held_out[0], run.twins[0], run.trained[0]):
         run.bad = bad
-        checks.check_same_data(run.prepare())
+        made = run.prepare()
+        checks.check_same_data(made.experiment, made.fingerprints, made.final_evaluators)
     (facts, remedy), *others = compared
     assert "and all records" in remedy
     differing = [{key for key in facts if facts[key] != other[key]} for other, _ in others]

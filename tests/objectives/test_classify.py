@@ -17,7 +17,7 @@ from xclip_jax.core.errors import UserError
 from xclip_jax.data import loader, transforms
 from xclip_jax.objectives.classify import Classify
 from xclip_jax.train import build, state
-from xclip_jax.train.step import Augment
+from xclip_jax.train.step import BatchNoise
 
 pytestmark = pytest.mark.long
 
@@ -184,7 +184,7 @@ def test_each_random_input_of_a_step_has_a_key_of_its_own(monkeypatch):
 
     for name in ("split", "uniform", "bernoulli", "beta", "randint"):
         monkeypatch.setattr(jax.random, name, functools.partial(record, getattr(jax.random, name)))
-    inputs = Augment(p.config.data, p.preprocessing, p.objective, {"img": p.model.img}).sample(
+    inputs = BatchNoise(p.config.data, p.preprocessing, p.objective, {"img": p.model.img}).sample(
         jax.random.key(0), batch(p)
     )
     assert {"flip", "color", "share", "noise"} <= inputs.keys() and inputs["noise"]["img"].keys() == {

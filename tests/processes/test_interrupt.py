@@ -1,8 +1,10 @@
 """Signals, data that do not come or fail, and the watchdog, in runs of one process."""
 
+import contextlib
 import signal
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -13,7 +15,8 @@ from xclip_jax.core.run_folder import RunReader
 from xclip_jax.data import records
 from xclip_jax.evaluators import registry
 from xclip_jax.processes import interrupt
-from xclip_jax.train import loop, trainer
+from xclip_jax.train import trainer
+from xclip_jax.train.session import Session
 
 
 def config(pairs, run, **changes):
@@ -56,11 +59,12 @@ def test_a_signal_in_an_evaluation_saves_the_last_step_and_the_evaluation_is_mad
 
 
 def test_several_processes_leave_an_evaluation_between_batches():
-    handler, watch = interrupt.PreemptionHandler(), type("Watch", (), {"enter": print, "beat": lambda self: None})()
+    handler = interrupt.PreemptionHandler()
+    watch = types.SimpleNamespace(phase=contextlib.nullcontext, progress=lambda: None)
     reached = []
-    with pytest.raises(interrupt.Interrupted), loop.evaluating(watch, handler):
+    with pytest.raises(interrupt.Interrupted), Session(None, None, None, watch, handler).phase("an evaluation"):
         console.report_progress()
-        handler.noticed = True
+        handler.signal_received = True
         console.report_progress(all_processes=False)  # a place that others may not reach
         reached.append(True)
         console.report_progress()
@@ -158,7 +162,7 @@ def test_the_second_signal_acts_also_where_the_first_is_ignored_by_inheritance()
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with interrupt.PreemptionHandler() as handler:
-            handler.saves = True
+            handler.can_save = True
             signal.raise_signal(signal.SIGINT)
             assert handler.requested()
             assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL

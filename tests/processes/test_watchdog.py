@@ -37,7 +37,7 @@ def watch(tmp_path, statuses, monkeypatch):
 
     def start(limit=0.0):
         handler = interrupt.PreemptionHandler().__enter__()
-        handler.saves = True
+        handler.can_save = True
         dog = watchdog.Watchdog(RunReader(tmp_path), handler, warning=0.0, limit=limit).__enter__()
         running.extend([handler, dog])
         return dog
@@ -99,7 +99,7 @@ def test_the_watchdog_warns_of_a_stall_that_is_long_for_its_phase_but_not_of_a_c
     assert capfd.readouterr().out == "".join(f"WARNING: no progress: a step ({s} s)\n" for s in (61, 391))
     for _ in range(2):
         dog.wait(100)
-        dog.beat()
+        dog.progress()
     assert capfd.readouterr().out == 2 * "WARNING: no progress: waiting for data (61 s)\n"
 
 
@@ -133,7 +133,13 @@ def test_a_checkpoint_is_restored_in_a_phase_of_its_own(pairs, trained, tmp_path
     run, phases, restore = tmp_path / "run", [], Checkpointer.restore_good
     shutil.copytree(trained, run)
     (run / "results.json").unlink()
-    monkeypatch.setattr(watchdog.Watchdog, "enter", lambda _, phase, detail="": phases.append(phase))
+    enter = watchdog.Watchdog.enter
+
+    def recorded(self, phase, detail=""):
+        phases.append(phase)
+        enter(self, phase, detail)
+
+    monkeypatch.setattr(watchdog.Watchdog, "enter", recorded)
     monkeypatch.setattr(Checkpointer, "restore_good", lambda *args: phases.append("restores") or restore(*args))
     trainer.run(tiny.short(pairs, run))
     compiles = "the first step, which compiles"
@@ -145,5 +151,5 @@ def test_progress_keeps_the_watchdog_quiet(statuses, tmp_path, capfd):
     dog.enter(watchdog.EVALUATION)
     for _ in range(20):
         dog.wait(59)
-        dog.beat()
+        dog.progress()
     assert not statuses and capfd.readouterr().out == ""

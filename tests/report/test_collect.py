@@ -24,7 +24,7 @@ from xclip_jax.evaluators import tables
 from xclip_jax.evaluators.results import Result, flat, from_json, to_json
 from xclip_jax.evaluators.statistics import PerExample
 from xclip_jax.report import collect, examples
-from xclip_jax.train.training_folder import TrainingFolder
+from xclip_jax.train.run_writer import RunWriter
 
 
 def test_an_evaluation_is_shown_before_there_are_results(tmp_path):
@@ -191,7 +191,7 @@ def test_the_last_evaluation_of_a_run_leaves_its_per_example_values(tmp_path):
     written(tmp_path / "run", config.to_dict(), [])
     items = PerExample(np.array([1.0, 1.0, 0.0, 0.0]), groups=np.array([0, 0, 1, 1]))
     result = Result("x", "zeroshot", "top1", 50.0, n=4, chance=25.0, headline=True, items=items)
-    TrainingFolder(tmp_path / "run").write_results(schema.resolve(config), [result])
+    RunWriter(tmp_path / "run").write_results(schema.resolve(config), [result])
     read = collect.read(tmp_path / "run")
     assert read.results[0].items.groups.tolist() == [0, 0, 1, 1] and read.steps == read.config.steps
     assert abs((datetime.datetime.now(datetime.UTC) - read.ended).total_seconds()) < 60

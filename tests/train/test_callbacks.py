@@ -3,7 +3,6 @@
 import importlib.machinery
 import json
 import signal
-import struct
 import sys
 import threading
 import types
@@ -13,7 +12,6 @@ import numpy as np
 import pytest
 from PIL import Image
 from tensorboardX import event_file_writer
-from tensorboardX.proto import event_pb2
 
 from tests.helpers import tiny
 from xclip_jax.config import schema
@@ -21,9 +19,9 @@ from xclip_jax.config.schema import resolve
 from xclip_jax.core.errors import EXIT_RESUMABLE, UserError
 from xclip_jax.core.run_folder import RunReader
 from xclip_jax.data.ledger import BadSampleLog
-from xclip_jax.train import callbacks, job, log, trainer
+from xclip_jax.train import callbacks, log, prepare, trainer
 from xclip_jax.train.callbacks import Callback, Trackers
-from xclip_jax.train.training_folder import TrainingFolder
+from xclip_jax.train.run_writer import RunWriter
 
 
 class FakeRun:
@@ -67,9 +65,9 @@ def logged(calls, tracker, call):
 
 
 class Report(Callback):
-    def on_end(self, job, variables, results):
-        Image.fromarray(np.zeros((3, 5, 4), np.uint8)).save(job.folder.picture_file)
-        job.folder.report_file.write_text("<p>page")
+    def on_end(self, run, variables, results):
+        Image.fromarray(np.zeros((3, 5, 4), np.uint8)).save(run.folder.picture_file)
+        run.folder.report_file.write_text("<p>page")
 
 
 def test_a_run_with_all_trackers(calls, pairs, tmp_path, monkeypatch):
@@ -152,7 +150,7 @@ def test_unknown_trackers_are_named():
 @pytest.mark.parametrize("process", [0, 1])
 def test_process_0_alone_writes(process, calls, pairs, tmp_path, monkeypatch):
     config = resolve(tiny.short(pairs, tmp_path / "run", log__to=("tensorboard", "wandb", "trackio")))
-    prepared = job.Job(config, TrainingFolder(config.run)).prepare()
+    prepared, _ = prepare.prepare(config, RunWriter(config.run))
     (tmp_path / "run").mkdir()
     monkeypatch.setattr(jax, "process_index", lambda: process)
     ledger = BadSampleLog(tmp_path / "run", max_bad_fraction=1.0, start=0, counters=None)
@@ -199,33 +197,6 @@ def test_no_trackers(tmp_path):
     opened.log(1, {"loss": 1.0})
     opened.close()
     assert not list(tmp_path.iterdir())
-
-
-def test_event_files_of_a_bucket_stay_small(tmp_path, monkeypatch):
-    """Every two minutes tensorboardX uploads the whole file."""
-    folder = RunReader(tmp_path)
-    monkeypatch.setattr(callbacks, "_MOST_EVENTS", 4)
-    for remote, files in ((False, 1), (True, 3)):
-        monkeypatch.setattr(callbacks, "is_remote", lambda _, remote=remote: remote)
-        folder.tensorboard = folder.path / str(remote)
-        writer = callbacks.TensorBoard(folder, resolve(tiny.config(run=tmp_path)), 0, "")
-        for step in range(5):
-            writer.log(step, {"a": step, "b": 10.0 * step})
-        writer.close()
-        paths = list(folder.tensorboard.iterdir())
-        assert len(paths) == files
-        events = [event for path in paths for event in event_file_loader(path)]
-        values = [(event.step, v.tag, v.simple_value) for event in events for v in event.summary.value]
-        assert sorted(values) == [(step, name, k * step) for step in range(5) for name, k in (("a", 1.0), ("b", 10.0))]
-
-
-def event_file_loader(path):
-    """Events of a file of tensorboardX: records of a length (8 bytes), its checksum (4), data, and theirs (4)."""
-    content = path.read_bytes()
-    while content:
-        (length,) = struct.unpack("<Q", content[:8])
-        yield event_pb2.Event.FromString(content[12 : 12 + length])
-        content = content[16 + length :]
 
 
 def test_a_disk_that_fails_under_tensorboard_does_not_block_the_run(tmp_path, monkeypatch, capsys):

@@ -10,7 +10,6 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from orbax.checkpoint._src.path.deleter import StandardCheckpointDeleter
 
 from tests.helpers import checkpoints
 from tests.helpers.checkpoints import (
@@ -27,7 +26,6 @@ from tests.helpers.checkpoints import (
 )
 from xclip_jax.core.errors import UserError
 from xclip_jax.core.run_folder import RunReader
-from xclip_jax.train import checkpoint_files
 from xclip_jax.train.checkpoint import Checkpointer
 
 saved, run = checkpoints.saved, checkpoints.run
@@ -119,47 +117,25 @@ def test_another_architecture_is_not_damage(run):
     assert RunReader(run).steps() == [2, 4]
 
 
-def test_a_file_that_may_not_be_read_is_not_damage(run, monkeypatch):
-    """Nothing is moved aside because another user started the command."""
-
-    def refused(*_, **__):
-        raise PermissionError(13, "Permission denied", "x")
-
-    monkeypatch.setattr(checkpoint_files, "_hash", refused)
-    with Checkpointer(run) as checkpointer, pytest.raises(PermissionError):
-        checkpointer.restore_good(ABSTRACT)
-    assert RunReader(run).steps() == [2, 4]
-
-
-@pytest.mark.parametrize("error", [MemoryError("out of memory"), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")])
-def test_too_little_memory_is_not_damage(run, monkeypatch, error):
-    def refused(*_, **__):
-        raise error
-
-    with Checkpointer(run) as checkpointer, pytest.raises(type(error)):
-        monkeypatch.setattr(checkpointer._manager, "restore", refused)
-        checkpointer.restore_good(ABSTRACT)
-    assert RunReader(run).steps() == [2, 4]
-
-
 @pytest.mark.parametrize(
     "error",
-    [OSError(5, "Input/output error"), OSError(116, "Stale file handle"), ValueError("429 Too Many Requests")],
+    [
+        OSError(5, "Input/output error"),
+        PermissionError(13, "Permission denied"),
+        ValueError("429 Too Many Requests"),
+        MemoryError("out of memory"),
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED"),
+    ],
     ids=str,
 )
-@pytest.mark.parametrize("call", ["item_metadata", "restore"])
-def test_a_storage_that_fails_for_a_moment_is_not_damage(run, monkeypatch, call, error):
+def test_a_storage_that_fails_for_a_moment_is_not_damage(run, monkeypatch, error):
     """The digest has shown that all files are whole: the newest checkpoint stays where it is."""
 
+    def fails(*_, **__):
+        raise error
+
     with Checkpointer(run) as checkpointer:
-        original = getattr(checkpointer._manager, call)
-
-        def fails(step, **options):
-            if step == 4:
-                raise error
-            return original(step, **options)
-
-        monkeypatch.setattr(checkpointer._manager, call, fails)
+        monkeypatch.setattr(checkpointer._manager, "restore", fails)
         with pytest.raises(type(error), match=str(error.args[-1])):
             checkpointer.restore_good(ABSTRACT)
     check_is(resume(run), 4)
@@ -229,40 +205,6 @@ def test_which_checkpoints_are_kept(tmp_path):
 def test_a_later_checkpoint_is_not_taken_for_a_save(run):
     with Checkpointer(run) as checkpointer, pytest.raises(UserError, match="has a checkpoint of a later step than 3"):
         checkpointer.save(make_state(3), {"samples": 24, "batch": 8})
-
-
-def test_an_old_checkpoint_that_cannot_be_deleted_is_a_warning(run, monkeypatch, capsys):
-    """The new one is complete by then; a store may refuse for a moment, or for good."""
-
-    def refused(self, step):
-        raise PermissionError(13, "Permission denied")
-
-    with Checkpointer(run, keep=2) as checkpointer:
-        with monkeypatch.context() as patch:
-            patch.setattr(StandardCheckpointDeleter, "delete", refused)
-            checkpointer.save(make_state(6), {"samples": 48, "batch": 8})
-            assert checkpointer.steps() == [4, 6] and RunReader(run).steps() == [2, 4, 6]
-        said = capsys.readouterr().out
-        assert said == "WARNING: old checkpoints could not be deleted, of step 2 (Permission denied)\n"
-        checkpointer.save(make_state(8), {"samples": 64, "batch": 8})
-        assert checkpointer.steps() == RunReader(run).steps() == [6, 8]
-    check_is(restore(run), 8)
-
-
-def test_one_that_is_protected_for_good_keeps_no_others(run, monkeypatch, capsys):
-    delete = StandardCheckpointDeleter.delete
-
-    def protected(self, step):
-        if step == 2:
-            raise PermissionError(13, "Permission denied")
-        delete(self, step)
-
-    monkeypatch.setattr(StandardCheckpointDeleter, "delete", protected)
-    with Checkpointer(run, keep=2) as checkpointer:
-        for step in (6, 8, 10):
-            checkpointer.save(make_state(step), {"samples": 8 * step, "batch": 8})
-            checkpointer.steps()
-        assert RunReader(run).steps() == [2, 8, 10]
 
 
 # When it cannot be written

@@ -12,6 +12,7 @@ import pytest
 
 from tests.helpers import checkpoints, tiny
 from tests.helpers.findings import only
+from xclip_jax.commands import doctor
 from xclip_jax.config import schema
 from xclip_jax.core.console import format_bytes
 from xclip_jax.core.errors import UserError
@@ -19,8 +20,7 @@ from xclip_jax.train import build, checks, trainer
 from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.checkpoint_files import num_bytes
 from xclip_jax.train.checks import FAIL, OK, WARNING
-from xclip_jax.train.job import Job
-from xclip_jax.train.training_folder import TrainingFolder
+from xclip_jax.train.run_writer import RunWriter
 
 saved = checkpoints.saved
 SIZE = num_bytes(checkpoints.ABSTRACT)
@@ -31,9 +31,8 @@ def saved_run(saved, tmp_path):
     return pathlib.Path(shutil.copytree(saved, tmp_path / "run"))
 
 
-def start_of(config):
-    resolved = schema.resolve(config)
-    return Job(resolved, TrainingFolder(resolved.run))
+def all_findings(config):
+    return list(doctor.check_config(config, "never"))
 
 
 def test_devices(monkeypatch):
@@ -47,7 +46,7 @@ def test_devices(monkeypatch):
 
 
 def folder_finding(config, mark):
-    return only(list(checks.run_checks(start_of(config))), "folder", mark)
+    return only(all_findings(config), "folder", mark)
 
 
 def test_the_runs_folder(tmp_path, run):
@@ -72,7 +71,7 @@ def test_the_runs_folder(tmp_path, run):
 def test_a_run_that_is_complete(tmp_path):
     config = tiny.config("clip", run=tmp_path, steps=2)
     experiment = build.build(config)
-    folder = TrainingFolder(tmp_path)
+    folder = RunWriter(tmp_path)
     with folder.claimed(experiment.config, []):
         pass
     state = jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), experiment.abstract)
@@ -85,7 +84,7 @@ def test_a_run_that_is_complete(tmp_path):
 def test_a_fault_is_reported_once_and_stops_the_trainer(tmp_path):
     """The sources are missing, and with them the data of the model's classes; nothing is written."""
     config = tiny.config("clip", run=tmp_path / "run", data__sources=("folder:/nowhere",), eval__sets=("folder:/no",))
-    findings = list(checks.run_checks(start_of(config)))
+    findings = all_findings(config)
     assert [x.check for x in findings if x.mark == FAIL] == ["data", "evaluation"], findings
     with pytest.raises(UserError, match="'/nowhere' does not exist"):
         trainer.run(config)
@@ -93,7 +92,7 @@ def test_a_fault_is_reported_once_and_stops_the_trainer(tmp_path):
 
 
 def findings_of(check, **changes):
-    return [x for x in checks.run_checks(start_of(tiny.config("clip", **changes))) if x.check == check]
+    return [x for x in all_findings(tiny.config("clip", **changes)) if x.check == check]
 
 
 def test_sources_that_do_not_open(pairs):
@@ -108,7 +107,7 @@ def test_a_source_that_has_changed(tmp_path, pairs, run):
     shutil.copytree(run, copy)
     (copy / "data.json").write_text(json.dumps([{"samples": 9, "hash": "x"}]))
     config = tiny.config("xclip", run=copy, data__sources=(f"folder:{pairs}",))
-    findings = [x for x in checks.run_checks(start_of(config)) if x.mark == FAIL]
+    findings = [x for x in all_findings(config) if x.mark == FAIL]
     assert any("has changed since" in x.text for x in findings)
 
 
@@ -117,20 +116,16 @@ def test_a_source_that_has_changed(tmp_path, pairs, run):
 )
 def test_fsdp_that_splits_nothing(sizes, warns):
     mesh = {"data": -1, "fsdp": 1, "model": 1, "strategy": "fsdp"} | sizes
-    _, *warnings = checks.check_model(start_of(tiny.config("clip", mesh=mesh)))
+    _, *warnings = checks.check_model(build.build(tiny.config("clip", mesh=mesh)))
     assert [(finding.mark, "--config.mesh.fsdp=8" in finding.remedy) for finding in warnings] == [
         (WARNING, True)
     ] * warns
 
 
 @pytest.mark.parametrize(("every", "interval"), [(1, "step"), (2, "2 steps")])
-def test_how_often_a_set_is_evaluated(every, interval, pairs):
-    sets = (f"retrieval/folder:{pairs}",)
-    config = tiny.config("clip", data__sources=(f"folder:{pairs}",), eval__sets=sets, eval__every=every)
-    (finding,) = checks.check_sets(start_of(config))
-    assert finding.mark == OK and finding.text == f"1 set opens; 1 of them every {interval}"
-    config.init.weights = "given"
-    (finding,) = checks.check_sets(start_of(config))
+def test_how_often_a_set_is_evaluated(every, interval):
+    experiment = build.build(tiny.config("clip", eval__sets=("retrieval/folder:x",), eval__every=every))
+    (finding,) = checks.check_sets(experiment, 1, before=True)
     assert finding.text == f"1 set opens; 1 of them every {interval}, and all before the first step"
 
 
@@ -143,11 +138,10 @@ def test_evaluation_sets_that_do_not_open(pairs):
 def test_initial_weights(tmp_path, run, pairs):
     changes = {"data__sources": (f"folder:{pairs}",), "init__weights": str(run)}
     config = tiny.config("xclip", run=tmp_path / "new", **changes)
-    finding = only(list(checks.check_weights(start_of(config))), "weights", OK)
+    finding = only(all_findings(config), "weights", OK)
     assert finding.values["initial_values"] == finding.values["model_values"]
     config.model.embed = 24
-    assert "has another architecture" in only(list(checks.run_checks(start_of(config))), "weights", FAIL).text
-    assert list(checks.check_weights(start_of(tiny.config("clip")))) == []
+    assert "has another architecture" in only(all_findings(config), "weights", FAIL).text
 
 
 def space(monkeypatch, run, number, *, keep=3, every=2, steps=100):
@@ -155,9 +149,8 @@ def space(monkeypatch, run, number, *, keep=3, every=2, steps=100):
     usage = types.SimpleNamespace(free=int(number * SIZE))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     config = schema.resolve({"steps": steps, "optim": {"warmup": 1}, "checkpoint": {"every": every, "keep": keep}})
-    start = Job(config, TrainingFolder(run))
-    start.experiment = types.SimpleNamespace(abstract=checkpoints.ABSTRACT)
-    (finding,) = checks.check_disk(start)
+    experiment = types.SimpleNamespace(config=config, abstract=checkpoints.ABSTRACT)
+    (finding,) = checks.check_disk(experiment, RunWriter(run))
     return finding
 
 
@@ -188,8 +181,8 @@ def test_what_is_saved_already_needs_no_space_again(monkeypatch, saved_run):
 
 
 def test_a_bucket_has_room():
-    start = start_of(tiny.config("clip", run="gs://bucket/run", checkpoint__keep=1))
-    start.experiment = types.SimpleNamespace(abstract=checkpoints.ABSTRACT)
-    (finding,) = checks.check_disk(start)
+    config = schema.resolve(tiny.config("clip", checkpoint__keep=1))
+    experiment = types.SimpleNamespace(config=config, abstract=checkpoints.ABSTRACT)
+    (finding,) = checks.check_disk(experiment, RunWriter("gs://bucket/run"))
     assert finding.mark == OK and finding.text.startswith("the run's checkpoints need up to ")
     assert "free_bytes" not in finding.values and finding.values["checkpoints"] == 2

@@ -40,7 +40,7 @@ def values(goodput, wall, useful):
 
 
 def spend(count, now, seconds):
-    with count.stall():
+    with count.exclude_from_goodput():
         now.now += seconds
 
 
@@ -51,13 +51,13 @@ def test_goodput_of_one_process(now):
     spend(count, now, 50.0)  # of the start-up, which is lost anyway
     now.now = 1100.0
     count.step_started(Ended())
-    count.settle()
+    count.wait_for_steps()
 
     def waits():
         now.now += 10.0
         yield
 
-    list(count.timed(waits()))
+    list(count.count_waits(waits()))
     spend(count, now, 12.0)
     spend(count, now, 8.0)
     now.now = 1200.0
@@ -88,14 +88,14 @@ def test_goodput_of_a_run_that_resumes(now):
 
 def test_speed_leaves_out_pauses_and_the_first_step(now):
     count = Clock(0.0)
-    with count.pause():  # an evaluation that a resumed run makes before its first step
+    with count.exclude_from_speed():  # an evaluation that a resumed run makes before its first step
         now.now = 40.0
     now.now = 50.0
     count.step_ended()
     assert count.steps_per_second() == 0
     now.now = 55.0
     count.step_ended()
-    with count.pause():
+    with count.exclude_from_speed():
         now.now = 65.0
     assert count.steps_per_second() == 1 / 5
     now.now = 75.0
@@ -124,7 +124,7 @@ def test_waiting_counts_when_the_devices_are_idle(step, data, share):
             yield i
 
     clock, before = Clock(0.0), None
-    for i, batch in enumerate(clock.timed(batches())):
+    for i, batch in enumerate(clock.count_waits(batches())):
         assert i == batch
         value = Step(step, before)
         clock.step_started(value)

@@ -18,8 +18,7 @@ from xclip_jax.data.length_groups import WHOLE, LengthGroups
 from xclip_jax.train import build, checks, cost, trainer
 from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.checks import FAIL, OK
-from xclip_jax.train.job import Job
-from xclip_jax.train.training_folder import TrainingFolder
+from xclip_jax.train.run_writer import RunWriter
 
 
 @pytest.fixture(scope="module")
@@ -29,11 +28,8 @@ def experiment():
 
 def check(experiment):
     """The finding on the memory of an experiment, raised or printed as the trainer does."""
-    start = Job(experiment.config, TrainingFolder("/nowhere/run"))
-    start.experiment = start.grouped = experiment
-    findings = list(checks.check_memory(start))
-    assert len(findings) == 1
-    return findings[0]
+    (finding,) = checks.check_memory(experiment, lambda: cost.compile_if_fits(experiment))
+    return finding
 
 
 def refusal(message):
@@ -122,7 +118,7 @@ def test_remedies_are_in_the_order_of_their_cost_and_take_nothing_back():
 
 def test_a_run_may_resume_with_every_remedy_for_its_batch(pairs, trained):
     """The folder accepts what an error recommends, and the same state is restored."""
-    folder, flags = TrainingFolder(trained), cost.remedies(schema.resolve(tiny.short(pairs, trained)))
+    folder, flags = RunWriter(trained), cost.remedies(schema.resolve(tiny.short(pairs, trained)))
     changes = dict(flag.removeprefix("--config.").split("=") for line in flags for flag in line.split())
     assert changes.keys() == {"mesh.strategy", "model.img.remat", "model.txt.remat", "optim.microbatches"}
     for key, value in [*changes.items(), ("data.read_timeout", 1.0)]:

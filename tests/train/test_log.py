@@ -32,7 +32,7 @@ def test_wasted_steps_are_those_skipped_and_those_undone(tmp_path, monkeypatch):
     folder = types.SimpleNamespace(skipped_steps_file=tmp_path / "skipped_steps.jsonl")
     job = types.SimpleNamespace(config=config, folder=folder, experiment=types.SimpleNamespace(abstract=None))
     checkpointer = types.SimpleNamespace(steps=lambda: [4], is_whole=bool, restore=lambda *_: ({}, {}))
-    monkeypatch.setattr(recovery, "at_step", lambda state, step: state)
+    monkeypatch.setattr(recovery, "with_step", lambda state, step: state)
     skipped = recovery.SkippedSteps(job, 0, types.SimpleNamespace(counters={}), checkpointer)
     assert skipped.wasted == 0
     for step in range(1, 9):
@@ -48,7 +48,7 @@ def test_a_run_logs_what_it_makes_of_its_time(tmp_path, monkeypatch, capsys):
     pairs = tiny.folder(tmp_path / "pairs")
     changes = {"steps": 6, "checkpoint__every": 3, "data__sources": (f"folder:{pairs}",), "log__to": ()}
     c, lost = tiny.config("clip", run=tmp_path / "run", **changes), []
-    save, stall = Checkpointer.save, Clock.stall
+    save, exclude = Checkpointer.save, Clock.exclude_from_goodput
 
     def slow(*args):
         time.sleep(0.3)
@@ -57,12 +57,12 @@ def test_a_run_logs_what_it_makes_of_its_time(tmp_path, monkeypatch, capsys):
     @contextlib.contextmanager
     def observed(self):
         began = time.perf_counter()
-        with stall(self):
+        with exclude(self):
             yield
         lost.append(time.perf_counter() - began)
 
     monkeypatch.setattr(Checkpointer, "save", slow)
-    monkeypatch.setattr(Clock, "stall", observed)
+    monkeypatch.setattr(Clock, "exclude_from_goodput", observed)
     began = time.perf_counter()
     with tiny.cut_off(5):
         trainer.run(c, uptime=1000.0)

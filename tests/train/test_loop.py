@@ -1,6 +1,5 @@
 """The training loop: evaluations over several starts of a run, and traces of its steps."""
 
-import errno
 import gzip
 import itertools
 import json
@@ -27,7 +26,7 @@ from xclip_jax.processes import interrupt
 from xclip_jax.train import build, loop, trainer, weights
 from xclip_jax.train.callbacks import Callback
 from xclip_jax.train.checkpoint import Checkpointer
-from xclip_jax.train.log import MetricLogger
+from xclip_jax.train.session import Session
 
 pytestmark = pytest.mark.long
 
@@ -62,7 +61,7 @@ def evaluators(monkeypatch):
 def test_all_sets_are_opened_before_the_first_step(pairs, tmp_path, monkeypatch):
     opened = []
     monkeypatch.setattr(registry, "open_all", lambda specs, *_: opened.extend(specs) or list(map(Evaluator, specs)))
-    monkeypatch.setattr(trainer, "_train", lambda *_: (_ for _ in ()).throw(InterruptedError))
+    monkeypatch.setattr(trainer, "train", lambda *_: (_ for _ in ()).throw(InterruptedError))
     with pytest.raises(InterruptedError):
         trainer.run(tiny.short(pairs, tmp_path / "run", eval__sets=("a",), eval__final_sets=("b",), eval__every=2))
     assert opened == ["a", "b"]
@@ -80,7 +79,7 @@ def test_the_evaluation_of_a_step_that_was_cut_off_is_made_after_all(pairs, tmp_
     c = tiny.short(pairs, tmp_path / "run", eval__sets=("a",), eval__every=2)
     with monkeypatch.context() as patch:
         if stop == "kill":
-            patch.setattr(loop, "_evaluate", lambda *_: (_ for _ in ()).throw(InterruptedError))
+            patch.setattr(Session, "evaluate", lambda *_: (_ for _ in ()).throw(InterruptedError))
         else:
             patch.setattr(interrupt.PreemptionHandler, "requested", stop_after(2))
         with pytest.raises(InterruptedError if stop == "kill" else SystemExit):
@@ -163,10 +162,8 @@ def test_a_set_that_fails_at_the_end_does_not_cost_the_others(pairs, tmp_path, e
     assert record["failed"] == {"a": "disk of a is gone; in evaluator a"}
     evaluators["a"].fails = False
     assert trainer.run(c) == {"a/top1": 12.5, "b/top1": 12.5}
-    assert [line for line in tiny.lines(tmp_path / "run") if line["step"] == 4 and "loss" not in line] == [
-        {"step": 4, "a/top1": 12.5},
-        {"step": 4, "b/top1": 12.5},
-    ]
+    (line,) = [line for line in tiny.lines(tmp_path / "run") if line["step"] == 4 and "loss" not in line]
+    assert line == {"step": 4, "a/top1": 12.5, "b/top1": 12.5}
 
 
 def test_images_that_cannot_be_read_for_a_while_do_not_end_a_run(pairs, tmp_path, evaluators, monkeypatch, capsys):
@@ -344,20 +341,6 @@ def test_data_that_fail_do_not_cost_the_steps_before(pairs, tmp_path, feed):
     with pytest.raises(UserError, match="the disk is gone") as raised:
         trainer.run(c)
     assert describe(raised.value).endswith("the state of step 2 is saved")
-    assert RunReader(c.run).latest_step() == 2
-
-
-def test_a_log_that_a_disk_refuses_costs_no_checkpoint(pairs, tmp_path, monkeypatch):
-    original = MetricLogger.write
-
-    def refuse(self):
-        original(self)
-        raise OSError(errno.EDQUOT, "Disk quota exceeded", "metrics.jsonl")
-
-    monkeypatch.setattr(MetricLogger, "write", refuse)
-    c = tiny.short(pairs, tmp_path / "run")
-    with pytest.raises(OSError, match="Disk quota exceeded"):
-        trainer.run(c)
     assert RunReader(c.run).latest_step() == 2
 
 

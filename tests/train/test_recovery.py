@@ -96,11 +96,11 @@ def test_a_bad_batch_changes_nothing_but_the_step():
         assert int(s.step) == count
         for name in ("params", "batch_stats", "ema_params", "ema_batch_stats", "loss_state", "seed"):
             assert_same(getattr(s, name), getattr(before, name))
-        assert_same(s, train_step.at_step(state_like(before, p), count))
+        assert_same(s, train_step.with_step(state_like(before, p), count))
         # The learning rate moves on, the correction of the moments' bias does not.
         assert (counts(s, optax.ScaleByScheduleState), counts(s, optax.ScaleByAdamState)) == ([count], [1])
     s, metrics = step(s, batches[2])
-    expected, _ = step(train_step.at_step(state_like(before, p), 4), batches[2])
+    expected, _ = step(train_step.with_step(state_like(before, p), 4), batches[2])
     assert not metrics["skipped"] and np.isfinite(metrics["loss"])
     assert_same(s, expected)
     assert not np.array_equal(jax.tree.leaves(s.params)[0], jax.tree.leaves(before.params)[0])
@@ -148,7 +148,7 @@ def test_a_spike_of_the_gradient_is_skipped_once_its_mean_is_known(monkeypatch):
         if i != 4:
             norms.append(float(metrics["grad_norm"]))
         else:
-            assert_same(s, train_step.at_step(state_like(before, p), 5))
+            assert_same(s, train_step.with_step(state_like(before, p), 5))
             assert metrics["grad_norm"] > 20 * mean
             values = {name: float(metrics[name]) for name in ("loss", "grad_norm", "grad_norm_mean")}
             assert re.fullmatch(r"grad norm of step 5 is \S+ \(running mean [\d.]+\)", recovery.fault(5, values, 20.0))
@@ -268,7 +268,7 @@ def test_a_rewind_undoes_the_last_steps_and_goes_on_behind_the_bad_ones(rewound)
         "rewound_to": 2,
     }  # the parameters of step 4 failed
     p = build.build(c)
-    s = train_step.at_step(restored(c, 2)[0], 7)
+    s = train_step.with_step(restored(c, 2)[0], 7)
     for step in range(8, 13):
         s, _ = p.compiled(s, loader.to_global(batches[step], p.mesh))
     final, position = restored(c)
@@ -293,7 +293,7 @@ def test_a_rewind_passes_over_a_damaged_checkpoint(capsys):
     found = types.SimpleNamespace(steps=lambda: [2, 4, 5], is_whole=lambda step: step != 4)
     config = types.SimpleNamespace(checkpoint=types.SimpleNamespace(every=2))
     skipped = recovery.SkippedSteps.__new__(recovery.SkippedSteps)
-    skipped._checkpointer, skipped._job = found, types.SimpleNamespace(config=config)
+    skipped._checkpointer, skipped._run = found, types.SimpleNamespace(config=config)
     assert skipped._checkpoint_before(6, 0) == 2
     assert capsys.readouterr().out == "WARNING: the checkpoint of step 4 is damaged, and an older one is used\n"
     found.is_whole = lambda step: step == 5

@@ -12,7 +12,7 @@ from tests.helpers import tiny
 from xclip_jax import optim
 from xclip_jax.data import loader, transforms
 from xclip_jax.train import build, state
-from xclip_jax.train.step import Augment, TrainStep
+from xclip_jax.train.step import BatchNoise, TrainStep
 
 pytestmark = pytest.mark.long
 
@@ -89,7 +89,7 @@ def test_the_loss_falls_on_one_batch(objective):
 def test_terms_are_given_the_place_of_the_end_token():
     p = make("clip", devices=1)
     inputs = tiny.batch(eot=p.tokenizer.eot_id)
-    step = TrainStep(p.model, p.tx, p.objective, augment=None, momentum=None)
+    step = TrainStep(p.model, p.tx, p.objective, batch_noise=None, momentum=None)
     given = step._batch(state.create(p.init, p.abstract), inputs)
     assert given["text_end"].tolist() == [row.tolist().index(p.tokenizer.eot_id) for row in inputs["text"]]
 
@@ -98,8 +98,8 @@ def test_a_term_of_texts_alone_gets_its_draws():
     p = make("clip", devices=1)
     drawn = {"x": jnp.zeros(3)}
     objective = types.SimpleNamespace(towers=("txt",), draw=lambda random_key, inputs, size: inputs | drawn)
-    augment = Augment(p.config.data, p.preprocessing, objective, {"txt": p.model.txt})
-    assert augment.sample(jax.random.key(0), {"text": jnp.zeros((3, 2), int)})["x"] is drawn["x"]
+    noise = BatchNoise(p.config.data, p.preprocessing, objective, {"txt": p.model.txt})
+    assert noise.sample(jax.random.key(0), {"text": jnp.zeros((3, 2), int)})["x"] is drawn["x"]
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from xclip_jax.core import storage
 from xclip_jax.core.errors import UserError
 from xclip_jax.core.run_folder import RunReader
 from xclip_jax.processes.interrupt import EXIT_RESUMABLE
-from xclip_jax.train import build, job, trainer
+from xclip_jax.train import build, prepare, trainer
 from xclip_jax.train.callbacks import Callback
 from xclip_jax.train.checkpoint import Checkpointer
 
@@ -47,8 +47,8 @@ class Recorder(Callback):
     def on_log(self, step, metrics):
         self.steps.append((step, metrics["loss"]))
 
-    def on_end(self, job, variables, results):
-        self.ends.append((job.folder.read_results()["results"], sorted(variables), results))
+    def on_end(self, run, variables, results):
+        self.ends.append((run.folder.read_results()["results"], sorted(variables), results))
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(pairs, tmp_path, capsys):
 
 
 def test_complete_run_says_so_and_trains_no_more(straight, capsys, monkeypatch):
-    monkeypatch.setattr(job, "build", lambda _: pytest.fail("a complete run was built again"))
+    monkeypatch.setattr(prepare, "build", lambda _: pytest.fail("a complete run was built again"))
     trainer.run(straight[0])
     assert "is complete at step 10" in capsys.readouterr().out
 
@@ -130,13 +130,6 @@ def test_other_settings_in_the_same_folder_are_refused(pairs, straight):
         trainer.run(c)
 
 
-def test_checkpoint_of_another_architecture_is_refused(pairs, straight):
-    c = config(pairs, straight[0].run, model__embed=32)
-    message = r"another architecture: params/proj_img/linear/kernel has shape \(32, 16\), expected \(32, 32\)"
-    with Checkpointer(c.run) as checkpointer, pytest.raises(UserError, match=message):
-        checkpointer.restore(build.build(c).abstract)
-
-
 def test_missing_checkpoint_is_named(tmp_path):
     with Checkpointer(tmp_path) as checkpointer, pytest.raises(UserError, match="holds no checkpoint"):
         checkpointer.restore(build.build(tiny.config()).abstract)
@@ -147,13 +140,7 @@ def test_missing_checkpoint_is_named(tmp_path):
     [
         ({"data__batch": 12}, r"data\.batch=12 cannot be divided over 8 devices.*use a multiple of 8"),
         ({"data__sources": ("folder:/no/such/place",)}, r"folder '/no/such/place' does not exist"),
-        ({"data__sources": ("web:x",)}, r"unknown source 'web:x'"),
-        ({"data__sources": ()}, r"data\.sources is empty"),
-        ({"data__tokenizer": "clop"}, r"'clop'"),
-        ({"mesh": {"data": 3, "fsdp": 1, "model": 1, "strategy": "dp"}}, r"does not fit 8 devices"),
         ({"eval__sets": ("emoji/tests",), "eval__every": 5}, r"emoji/tests"),
-        ({"eval__sets": ("emoji/tests",)}, r"emoji/tests"),
-        ({"eval__final_sets": ("imagenett",)}, r"imagenett"),
         ({"eval__final_sets": ("zeroshot/folder:nowhere",)}, r"nowhere"),
     ],
 )

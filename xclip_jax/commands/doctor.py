@@ -1,4 +1,4 @@
-"""Check a run before it is started, or look at one that is in progress or has ended.
+"""Check a run before its start, or look at one in progress or ended.
 
     xclip-jax doctor --config RECIPE[:a=1,b=2] [--config.KEY=VALUE ...]
     xclip-jax doctor RUN
@@ -13,7 +13,7 @@ import functools
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -29,71 +29,117 @@ from xclip_jax.core.errors import Parser, exit_with_message
 from xclip_jax.core.imports import add_trust, trusting
 from xclip_jax.core.storage import strict_json
 from xclip_jax.data import inspect, loader, records
+from xclip_jax.data.base import Source
 from xclip_jax.data.inspect import LoaderSample
 from xclip_jax.objectives.clip import Contrastive
 from xclip_jax.parallel.mesh import batch_part
-from xclip_jax.train import cost
-from xclip_jax.train.build import Experiment
-from xclip_jax.train.checks import FAIL, WARNING, Finding, attempt, check_devices, fail, run_checks, warning
+from xclip_jax.train import callbacks, checks, cost, prepare
+from xclip_jax.train.build import Experiment, make_encoder
+from xclip_jax.train.checks import FAIL, WARNING, Finding, attempt, fail, warning
 from xclip_jax.train.clock import INPUT_BOUND
-from xclip_jax.train.job import Job
+from xclip_jax.train.run_writer import RunWriter
 from xclip_jax.train.state import create
-from xclip_jax.train.training_folder import TrainingFolder
 
 CHEAP_FLOPS = 2e12  # of a step; a CPU takes minutes for more
 SAMPLES, SECONDS = 512, 3.0  # read at least
 _TIMED_STEPS = 2
-_MANY_TWINS = 0.05  # share of a batch's pairs that have the caption of another pair: false negatives
+_MANY_TWINS = 0.05  # share of a batch's pairs with the caption of another pair: false negatives
 
 
 def check_config(
     config: ml_collections.ConfigDict | Mapping[str, Any] | Config, step: str = "auto"
 ) -> Iterator[Finding]:
-    """Yield what is right and wrong with a run of `config` on this machine. Nothing is written to the run's folder.
+    """Yield the findings about a run of `config` on this machine; nothing is written to the run's folder.
 
     Args:
-      config: of the run.
+      config: the config of the run.
       step: "always", "never", or "auto": whether to compile and time the train step; "auto" does unless that takes
         minutes on this CPU.
     """
-    yield (devices := check_devices())
+    faults: set[str] = set()
+    for finding in _all_findings(config, step):
+        # A fault is reported once, by the first check it fails.
+        if not any(fault in finding.text for fault in faults):
+            yield finding
+        if finding.mark == FAIL:
+            faults.add(finding.text.rstrip("."))
+
+
+def _all_findings(config: ml_collections.ConfigDict | Mapping[str, Any] | Config, step: str) -> Iterator[Finding]:
+    devices = checks.check_devices()
+    yield devices
     if not devices.values:  # JAX has none, so nothing can be built
         return
-    resolved, problem = attempt("config", lambda: resolve(config))
-    if resolved is None:
-        yield from filter(None, [problem])
+    resolved = attempt("config", lambda: resolve(config))
+    if isinstance(resolved, Finding):
+        yield resolved
         return
-    start, marks, operations = Job(resolved, TrainingFolder(resolved.run)), {}, None
-    on_cpu = jax.devices()[0].platform == "cpu"
-    for finding in run_checks(start):
-        marks[finding.check] = finding.mark
-        if finding.check == "model":
-            operations = finding.values.get("flops_per_step")
-            cheap = not on_cpu or (operations or np.inf) <= CHEAP_FLOPS
-            start.compiles = step == "always" or (step == "auto" and cheap)
-        yield finding
-    if FAIL in (marks.get("model", FAIL), marks.get("data")):
+    folder = RunWriter(resolved.run)
+    yield from _findings("folder", lambda: checks.check_folder(resolved, folder))
+    yield from _findings("log", lambda: callbacks.check_names(resolved) or ())
+    experiment = attempt("model", lambda: prepare.open_experiment(resolved, folder))
+    if isinstance(experiment, Finding):
+        yield experiment
         return
+    model, *others = checks.check_model(experiment)
+    yield model
+    yield from others
+    yield from _findings("disk", lambda: checks.check_disk(experiment, folder))
+    data = attempt("data", lambda: prepare.open_data(experiment, folder))
+    if isinstance(data, Finding):
+        yield data
+        if not experiment.objective.labelled:
+            yield from check_evaluation(experiment, folder, None)
+        return
+    samples, fingerprints = data
+    yield from checks.check_data(experiment, samples)
+    yield from check_evaluation(experiment, folder, prepare.class_names(experiment, fingerprints))
+    operations = model.values.get("flops_per_step")
+    cheap = jax.devices()[0].platform != "cpu" or (operations or np.inf) <= CHEAP_FLOPS
+    compiles = step == "always" or (step == "auto" and cheap)
+    if compiles:
+        experiment = prepare.with_length_groups(experiment, folder, samples)
+    compiled = functools.cache(lambda: cost.compile_if_fits(experiment))
+    memory = list(checks.check_memory(experiment, compiled if compiles else None))
+    yield from memory
     yield from check_heads(resolved)
     seconds = None
-    if start.compiles and marks.get("memory") != FAIL:
-        yield (timed := time_step(start, operations))
+    if compiles and not any(finding.mark == FAIL for finding in memory):
+        timed = time_step(experiment, compiled()[0], folder.latest_step() or 0, operations)
+        yield timed
         seconds = timed.values["step_seconds"]
-    yield from check_samples(start, seconds)
+    yield from check_samples(experiment, samples, seconds)
 
 
-def time_step(start: Job, operations: float | None = None) -> Finding:
-    """Return the time of the compiled step of a new run, and of all steps; `operations` are its FLOPs, if known."""
-    experiment = start.grouped
-    state, batch = create(experiment.init, experiment.abstract), zeros(experiment)
-    (compiled, _), ends = start.compiled, []
+def _findings(check: str, function: Callable[[], Iterable[Finding]]) -> list[Finding]:
+    """Return the findings of `function`, or the FAIL that it raises."""
+    findings = attempt(check, lambda: list(function()))
+    return [findings] if isinstance(findings, Finding) else findings
+
+
+def check_evaluation(experiment: Experiment, folder: RunWriter, classes: Sequence[str] | None) -> Iterator[Finding]:
+    """Yield whether evaluation sets and initial weights can be opened."""
+    encoder = make_encoder(experiment, classes)
+    before = prepare.evaluates_first(experiment)
+    sets = attempt("evaluation", lambda: prepare.open_evaluators(experiment, encoder))
+    yield from [sets] if isinstance(sets, Finding) else checks.check_sets(experiment, len(sets), before=before)
+    initial = attempt("weights", lambda: prepare.open_initial(experiment, folder, classes))
+    yield from [initial] if isinstance(initial, Finding) else checks.check_weights(experiment, initial[0])
+
+
+def time_step(experiment: Experiment, compiled: Any, start: int, operations: float | None = None) -> Finding:
+    """Return the time of the `compiled` step, and of all steps from `start`; `operations` are its FLOPs, if known."""
+    state = create(experiment.init, experiment.abstract)
+    batch = zeros(experiment)
+    ends = []
     for _ in range(_TIMED_STEPS + 1):  # the first is a warm-up
         state, metrics = compiled(state, batch)
         jax.block_until_ready(metrics)
         ends.append(time.perf_counter())
     seconds = (ends[-1] - ends[0]) / _TIMED_STEPS
     usage = cost.memory_usage(experiment, compiled)
-    b, left = start.config.data.batch, start.config.steps - (start.folder.latest_step() or 0)
+    b = experiment.config.data.batch
+    left = experiment.config.steps - start
     speed = f", {operations / seconds / 1e12:,.3g} TFLOP/s" if operations else ""
     text = (
         f"{seconds:.3g} s, {b / seconds:,.0f} samples/s{speed}, {format_bytes(usage['peak'])} of memory; {left:,} "
@@ -112,23 +158,24 @@ def zeros(experiment: Experiment) -> dict[str, jax.Array]:
     return loader.to_global(batch, experiment.mesh)
 
 
-def check_samples(start: Job, step_seconds: float | None) -> Iterator[Finding]:
+def check_samples(experiment: Experiment, samples: Sequence[Source], step_seconds: float | None) -> Iterator[Finding]:
     """Read the first samples as the run would: yield the share of bad ones, equal texts, and the speed of reading."""
-    experiment = start.experiment
     limits = {"samples": SAMPLES, "seconds": SECONDS}
-    read = functools.partial(inspect.read_batches, start.samples, experiment.transform(), start.config.seed, **limits)
-    sample, problem = attempt("samples", read)
-    if sample is None:
-        yield from filter(None, [problem])
+    seed = experiment.config.seed
+    read = functools.partial(inspect.read_batches, samples, experiment.transform(), seed, **limits)
+    sample = attempt("samples", read)
+    if isinstance(sample, Finding):
+        yield sample
         return
-    yield _bad_samples(sample, start)
+    yield _bad_samples(sample, experiment)
     if sample.text is not None:
         yield _texts(sample.text, experiment)
     yield _speed(sample, experiment, step_seconds)
 
 
-def _bad_samples(sample: LoaderSample, start: Job) -> Finding:
-    bad, allowed = sum(sample.bad.values()), start.config.data.max_bad_fraction
+def _bad_samples(sample: LoaderSample, experiment: Experiment) -> Finding:
+    bad = sum(sample.bad.values())
+    allowed = experiment.config.data.max_bad_fraction
     share = bad / (sample.read + bad)
     text = f"{share:.2%} bad, of {sample.read + bad:,} that were read; allowed are {allowed:.2%}"
     values = {"read": sample.read + bad, "bad": bad, "bad_share": share, "allowed_share": allowed}
@@ -143,7 +190,9 @@ def _bad_samples(sample: LoaderSample, start: Job) -> Finding:
 
 def _texts(text: np.ndarray, experiment: Experiment) -> Finding:
     """Return the lengths of texts, and the share of equal ones, which a contrastive loss takes for negatives."""
-    objective, length, rows = experiment.objective, experiment.context_length, text[: experiment.config.data.batch]
+    objective = experiment.objective
+    length = experiment.context_length
+    rows = text[: experiment.config.data.batch]
     twins = records.repeated_share(rows)
     full = float(np.mean(experiment.tokenizer.lengths(text) == text.shape[1]))
     values = {"full_share": full, "duplicate_share": twins}
@@ -199,9 +248,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             load.parse([sys.argv[0], *rest])
             yield from check_config(flags.FLAGS.config, options.step)
 
-    out, findings = sys.stdout, []
+    out = sys.stdout
+    findings = []
     with exit_with_message(), trusting(options.trust):
-        with contextlib.redirect_stdout(sys.stderr):  # what is checked prints lines of its own
+        with contextlib.redirect_stdout(sys.stderr):  # checks print their own lines
             for finding in check():
                 findings.append(finding)
                 if not options.json:

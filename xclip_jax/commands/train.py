@@ -14,7 +14,7 @@ from xclip_jax.core.console import log0
 from xclip_jax.core.errors import exit_with_message
 from xclip_jax.parallel import compiler
 from xclip_jax.processes import runtime
-from xclip_jax.train import callbacks, job, trainer
+from xclip_jax.train import callbacks, prepare, trainer
 
 _CHECK = flags.DEFINE_bool(
     "check", False, "Check keys and names of the config, and stop: no data, no device and no run's folder are needed."
@@ -34,11 +34,11 @@ def main(_: list[str]) -> None:
     with runtime.exits(), exit_with_message(), imports.trusting(load.TRUST.value):
         errors.end_at_once()  # until the run handles signals
         if _CHECK.value:
-            config = job.check(flags.FLAGS.config)
+            config = prepare.check_names(flags.FLAGS.config)
             callbacks.classes(config)
             callbacks.tracker_classes(config)
             log0("the config, and the names of its sources and evaluation sets, are valid")
-            if extras := job.extras(config):
+            if extras := prepare.extras(config):
                 log0(f"extras: {','.join(extras)}")  # launch/common.sh reads it
             log0("not looked at: data, weights and disk; xclip-jax doctor does that")
             return

@@ -39,7 +39,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
 
 
 class RunReader:
-    """Paths and contents of a run's files, complete or in progress. `train.training_folder` writes them."""
+    """Paths and contents of a run's files, complete or in progress. `train.run_writer` writes them."""
 
     def __init__(self, path: str | epath.Path) -> None:
         self.path = epath.Path(path).expanduser()

@@ -24,18 +24,18 @@ class Interrupted(BaseException):
 class PreemptionHandler:
     """Treats the first SIGTERM or SIGINT as a request to save and stop; the second one acts at once.
 
-    While `saves` is false nothing can be saved: the first signal interrupts an evaluation, and otherwise ends the
+    While `can_save` is false nothing can be saved: the first signal interrupts an evaluation, and otherwise ends the
     process at once with `EXIT_RESUMABLE`, since an exception could be lost in a callback and would leave XLA compiling.
     Several processes agree on the moment through JAX's preemption service: each calls `requested` equally often, and a
     signal to one of them stops all.
 
     Attributes:
-      saves: whether a request leads to a checkpoint; set by the training loop.
-      noticed: whether a signal has arrived.
+      can_save: whether a request leads to a checkpoint; set by the training loop.
+      signal_received: whether a signal has arrived.
     """
 
     def __init__(self) -> None:
-        self.saves = self.noticed = False
+        self.can_save = self.signal_received = False
         self._leaves = self._agreed = False
         self._questions = 0
         self._previous: dict[int, Any] = {}
@@ -58,23 +58,23 @@ class PreemptionHandler:
         # Under nohup the inherited handler ignores SIGINT, but the second one must end the process. A command's handler
         # would wait while the main thread is in C code.
         signal.signal(number, signal.SIG_DFL if previous in (signal.SIG_IGN, errors.interrupted) else previous)
-        self.noticed = True
+        self.signal_received = True
         alone = jax.process_count() == 1
         stopping = "saving, then stopping; send it again to stop at once"
         with contextlib.suppress(RuntimeError, OSError):  # the signal interrupted a print, or the output is closed
-            log0(f"{name}: {stopping if self.saves else 'stopping; run the same command to resume'}")
+            log0(f"{name}: {stopping if self.can_save else 'stopping; run the same command to resume'}")
         if self._service is not None:
             self._service(signal.SIGTERM)
         if alone and self._leaves:
             self._leaves = False
             raise Interrupted
-        if alone and not self.saves:
+        if alone and not self.can_save:
             errors.exit_now(EXIT_RESUMABLE)
 
     def requested(self) -> bool:
         """Return whether to stop here; the answer is the same on every process."""
         if jax.process_count() == 1:
-            return self.noticed
+            return self.signal_received
         # All stop at a question chosen by the service, one after the last that any process has asked, from 1.
         self._questions += 1
         self._agreed = self._agreed or multihost_utils.reached_preemption_sync_point(self._questions)
@@ -87,7 +87,7 @@ class PreemptionHandler:
 
     def check_alone(self) -> None:
         """Raise `Interrupted` if a run of one process should stop; one of several cannot leave the others."""
-        if self.noticed and jax.process_count() == 1:
+        if self.signal_received and jax.process_count() == 1:
             raise Interrupted
 
     @contextlib.contextmanager

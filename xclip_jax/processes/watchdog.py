@@ -37,7 +37,7 @@ class Watchdog:
     exits with `EXIT_RESTART`.
 
     Attributes:
-      phase: the phase entered last.
+      current: the phase entered last; None outside of phases.
       step: the step begun last.
       saved: the step of the last checkpoint, 0 for none.
     """
@@ -67,7 +67,7 @@ class Watchdog:
         self._limit = limit
         self._clock = clock
         self._last = clock()
-        self.phase = ""
+        self.current: str | None = None
         self._detail = ""
         self._since = clock()
         self._warned_of = 0.0
@@ -99,36 +99,35 @@ class Watchdog:
         self._read_end.close()
         self._write_end.close()
 
-    def enter(self, phase: str, detail: str = "") -> None:
-        """Begin a phase, which counts as progress; "" begins one without a time limit."""
-        self.beat()
-        self.phase = phase
+    def enter(self, phase: str | None, detail: str = "") -> None:
+        """Begin a phase, which counts as progress; None begins one without a time limit."""
+        self.progress()
+        self.current = phase
         self._detail = detail
 
     @contextlib.contextmanager
-    def compiling(self) -> Iterator[None]:
-        """Compile in this context, before the run trains."""
-        self.enter(COMPILATION)
-        try:
-            yield
-        finally:
-            self.enter("")
+    def phase(self, name: str | None) -> Iterator[None]:
+        """Be in the phase `name` in this context, and return to the phase before unless an exception leaves it."""
+        before = (self.current, self._detail)
+        self.enter(name)
+        yield
+        self.enter(*before)
 
-    def beat(self) -> None:
+    def progress(self) -> None:
         """Mark progress within the phase."""
         now = self._clock()
-        if self.phase in self._longest:
-            self._longest[self.phase] = max(self._longest[self.phase], now - self._since)
+        if self.current in self._longest:
+            self._longest[self.current] = max(self._longest[self.current], now - self._since)
         self._since = now
 
     def end_step(self) -> None:
         """Mark the end of a step on the devices; during the phase `STEP` it counts as progress."""
-        if self.phase == STEP:
-            self.beat()
+        if self.current == STEP:
+            self.progress()
 
     def status(self) -> str:
         """Return the phase of this process and its duration, such as "a step (3 s)"."""
-        return f"{self.phase}{self._detail} ({self._clock() - self._since:.0f} s)" if self.phase else ""
+        return f"{self.current}{self._detail} ({self._clock() - self._since:.0f} s)" if self.current else ""
 
     def check(self) -> None:
         """Warn about a long phase, or end the process; the watchdog's thread calls this every half second."""
@@ -138,7 +137,7 @@ class Watchdog:
         self._last = now
         if self._asked:
             self._check_signal(now)
-        if self.phase:
+        if self.current:
             self._check_progress(now)
 
     def _watch(self) -> None:
@@ -158,10 +157,10 @@ class Watchdog:
             self._asked += count
 
     def _check_signal(self, now: float) -> None:
-        if self._asked > 1 and now - self._asked_at > _MOMENT and not self._preemption.noticed:
+        if self._asked > 1 and now - self._asked_at > _MOMENT and not self._preemption.signal_received:
             self._end("asked to stop twice", EXIT_RESUMABLE, stacks=False)
         alone = jax.process_count() == 1
-        if alone and self.phase == COMPILATION and now - self._asked_at > _MOMENT:
+        if alone and self.current == COMPILATION and now - self._asked_at > _MOMENT:
             self._end(f"stopping in the compilation: {self._loss()}", EXIT_RESUMABLE, stacks=False)
 
     def _loss(self) -> str:
@@ -171,12 +170,12 @@ class Watchdog:
         return f"{self.step - self.saved} steps since the last checkpoint are lost"
 
     def _check_progress(self, now: float) -> None:
-        phase = self.phase
+        phase = self.current
         since = self._since
         if self._limit and now - since > self._limit:
             self._end(f"no progress: {self.status()}{self._others()}", EXIT_RESTART)
         warns = self._warning and phase != COMPILATION and self._warned_of != since
-        if warns and now - since > max(self._warning, _SLOWER * self._longest.get(phase, 0.0)):
+        if warns and now - since > max(self._warning, _SLOWER * self._longest.get(phase or "", 0.0)):
             self._warned_of = since
             limit = f"; the run ends after {self._limit:.0f} s (log.stall_limit)" if self._limit else ""
             with contextlib.suppress(OSError):  # a full disk or a closed pipe, which must not end this thread

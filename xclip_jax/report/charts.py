@@ -224,8 +224,8 @@ def _curves(runs: Sequence[Run]) -> Iterator[Chart | None]:
     """Yield charts of the terms' curves: all metrics of a curve of one run, or one metric of several runs."""
     declared: dict[tuple[str, str], tuple[Curve, str]] = {}
     for run in runs:
-        for term, own in run.record.objective.terms.items():
-            for curve in own.curves():
+        for name, term in run.record.objective.terms.items():
+            for curve in term.curves():
                 if len(runs) == 1 and run.record.training:
                     yield term_chart(curve, run.record.training, name)
                 for key, label in curve.lines if len(runs) > 1 else ():

@@ -29,9 +29,9 @@ from xclip_jax.report.charts import decimals, number
 from xclip_jax.report.collect import ABOVE, LEVEL, Record, Run, judge, verdicts
 from xclip_jax.report.examples import Examples, attention, collect_examples
 from xclip_jax.report.sections import sections
+from xclip_jax.train import prepare
 from xclip_jax.train.build import Experiment, profile_of_run
 from xclip_jax.train.callbacks import Callback
-from xclip_jax.train.job import Job
 
 _TOWERS = {"img": "Image", "txt": "Text"}
 THUMB = 72  # side of an image in the page, pixels
@@ -229,31 +229,31 @@ class ReportWriter(Callback):
     A report that fails does not affect a run of one process.
     """
 
-    def on_end(self, job: Job, variables: Variables, results: Sequence[Result]) -> None:
+    def on_end(self, run: prepare.Run, variables: Variables, results: Sequence[Result]) -> None:
         """Write the report, or print the reason of a failure."""
         del results  # the page reads them from the folder
-        if not job.config.eval.report:
+        if not run.config.eval.report:
             return
         try:
-            _write(job, variables)
+            _write(run, variables)
         except Exception as error:
             if jax.process_count() > 1:
                 raise  # the others would wait for this process in the next batch
-            again = f"xclip-jax report {job.config.run} tries again"
+            again = f"xclip-jax report {run.config.run} tries again"
             log0(f"no report: {type(error).__name__}: {error}; {again}")
 
 
-def _write(job: Job, variables: Variables) -> None:
-    folder = job.folder
-    experiment = job.experiment
+def _write(run: prepare.Run, variables: Variables) -> None:
+    folder = run.folder
+    experiment = run.experiment
     config = experiment.config
     specs = (*config.eval.final_sets, *config.eval.sets)
-    examples = predict(experiment, job.encoder, variables, specs, config=config, profile=profile_of_run(config))
+    examples = predict(experiment, run.encoder, variables, specs, config=config, profile=profile_of_run(config))
     if jax.process_index() != 0:
         return
     record = collect.read(folder.path)
-    run = Run(folder.path.name, 0, record, examples, experiment.num_parameters)
-    write_whole(folder.report_file, render([run]))
+    shown = Run(folder.path.name, 0, record, examples, experiment.num_parameters)
+    write_whole(folder.report_file, render([shown]))
     log0(f"report: {folder.report_file}")
     if examples.named or examples.clusters:
         title = f"What {record.objective.title} learned in {config.steps} steps of {config.data.batch} pairs"

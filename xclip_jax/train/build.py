@@ -22,13 +22,12 @@ from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.evaluators import prompts
 from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.evaluators.prompts import PROFILES, Profile
-from xclip_jax.models import lora
 from xclip_jax.models.two_towers import TOWERS, TwoTowers
 from xclip_jax.objectives import Objective, make_objective
 from xclip_jax.parallel import sharding
 from xclip_jax.parallel.mesh import AXES, batch_shards, check_batch, make_mesh
 from xclip_jax.train import state
-from xclip_jax.train.step import Augment, SpikeFilter, TrainStep, compile_step
+from xclip_jax.train.step import BatchNoise, SpikeFilter, TrainStep, compile_step
 
 if TYPE_CHECKING:
     from xclip_jax.data.loader import Transform
@@ -48,7 +47,7 @@ class Experiment:
     init: Callable[[], state.TrainState]
     abstract: state.TrainState
     tx: optax.GradientTransformation
-    augment: Augment
+    batch_noise: BatchNoise
     spikes: SpikeFilter | None
     length_groups: LengthGroups = WHOLE
 
@@ -60,25 +59,21 @@ class Experiment:
     @functools.cached_property
     def step(self) -> Callable[..., Any]:
         """(state, batch) -> (state, metrics), as a pure function."""
-        config, ema, frozen = self.config, self.config.ema, tuple(self.config.init.frozen)
+        config = self.config
+        ema = config.ema
         shardings = jax.tree.map(lambda x: x.sharding, self.abstract.params)
         if self.layout.strategy == "zero1":
             shardings = sharding.zero1_shardings(self.abstract.params, shardings, self.mesh)
-
-        def hold(params: Any) -> Any:
-            params = lora.merged(params)
-            return optim.stop_frozen(params, frozen, self.augment.towers) if frozen else params
 
         made = TrainStep(
             self.model,
             self.tx,
             self.objective,
-            self.augment,
+            self.batch_noise,
             lambda step: optim.ema_momentum(step, config.steps, ema.momentum, ema.schedule),
             config.optim.microbatches,
             lambda grads: jax.lax.with_sharding_constraint(grads, shardings),
-            frozen,
-            hold,
+            tuple(config.init.frozen),
             spikes=self.spikes,
             text_groups=self.length_groups.sizes(self.text_rows[0], self.context_length),
             steps=config.steps,
@@ -97,7 +92,7 @@ class Experiment:
         return self.config.data.batch // draws, draws
 
     def transform(self, fields: Sequence[str] = ()) -> "Transform":
-        """Return what makes rows of a batch of records, of the objective's fields by default."""
+        """Return the transform from records to rows of a batch, with the objective's fields by default."""
         fields = fields or self.objective.fields
         from xclip_jax.data.loader import (
             Transform,
@@ -147,10 +142,10 @@ def _length_groups(config: Config, model: TwoTowers) -> LengthGroups:
 
 
 def build(config: ml_collections.ConfigDict | Config, devices: list[jax.Device] | None = None) -> Experiment:
-    """Build an experiment on `devices` (default: all). Nothing is computed but shapes.
+    """Build an experiment on `devices` (default: all); only shapes are computed.
 
     Raises:
-      UserError: names every key whose value is not allowed, or what does not fit the devices.
+      UserError: names every key with a forbidden value, or the part that exceeds the devices.
     """
     config = resolve(config)
     mesh = make_mesh({axis: getattr(config.mesh, axis) for axis in AXES}, devices)
@@ -188,7 +183,7 @@ def build(config: ml_collections.ConfigDict | Config, devices: list[jax.Device] 
         init=init,
         abstract=abstract,
         tx=tx,
-        augment=Augment(config.data, preprocessing, objective, towers),
+        batch_noise=BatchNoise(config.data, preprocessing, objective, towers),
         spikes=spikes,
         length_groups=_length_groups(config, model),
     )
@@ -215,7 +210,8 @@ def own_profile(config: Config, name: str = "openai") -> Profile:
 
 def profile_of_run(config: Config, name: str = "openai", changes: Mapping[str, Any] | None = None) -> Profile:
     """Return `own_profile` of a run, with `changes` to its fields; class names among them replace the run's file."""
-    changes, file = changes or {}, config.eval.class_names
+    changes = changes or {}
+    file = config.eval.class_names
     missing = bool(file) and not epath.Path(file).expanduser().exists()
     if missing and "names" not in changes:  # the run was moved without the file
         log0(f"WARNING: eval.class_names={file!r} does not exist; own classes go by their labels")

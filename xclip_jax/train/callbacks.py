@@ -1,12 +1,10 @@
 """Callbacks of a run, and trackers: TensorBoard, Weights & Biases, Trackio and others, as `log.to` names them."""
 
 import contextlib
-import functools
 import importlib
 import importlib.util
 import io
 import json
-import math
 import os
 import secrets
 import sys
@@ -25,37 +23,35 @@ from xclip_jax.core.run_folder import RunReader
 from xclip_jax.core.storage import is_remote, write_json
 from xclip_jax.evaluators.results import Result
 from xclip_jax.models.two_towers import Variables
-from xclip_jax.train.job import Job
+from xclip_jax.train.prepare import Run
 
-# Scalars in an event file of a run in a bucket: every two minutes tensorboardX uploads the whole file again.
-_MOST_EVENTS = 50_000
 _PROJECT = "xclip_jax"  # in wandb and Trackio, unless WANDB_PROJECT or TRACKIO_PROJECT names another
 
 
 class Callback:
-    """Base class of callbacks; every method does nothing unless it is overridden.
+    """Base class of callbacks, whose methods do nothing by default.
 
-    With several processes each calls every method at the same steps, so that a method may compute on all devices.
+    Every process calls every method at the same steps, so a method may compute on all devices.
     """
 
-    def on_start(self, job: Job, step: int) -> None:
-        """Receive the run before its first step; `step` is the one that it starts or resumes from.
+    def on_start(self, run: Run, step: int) -> None:
+        """Receive the run before its first step; it starts or resumes from `step`.
 
-        `job.folder` has its files, and may be written to.
+        `run.folder` has its files, and may be written to.
         """
 
     def on_log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Receive the metrics of a training step, as in a line of metrics.jsonl."""
+        """Receive a training step's metrics, the content of a line of metrics.jsonl."""
 
     def on_evaluation(self, step: int, results: Sequence[Result]) -> None:
         """Receive the results of an evaluation, during training or at the end."""
 
-    def on_end(self, job: Job, variables: Variables, results: Sequence[Result]) -> None:
+    def on_end(self, run: Run, variables: Variables, results: Sequence[Result]) -> None:
         """Receive the trained model, once results.json is written.
 
         Args:
-          job: the run; `job.folder` has its files.
-          variables: the parameters that were evaluated, as `TwoTowers.apply` takes them.
+          run: the run; `run.folder` has its files.
+          variables: the evaluated parameters, in the form of `TwoTowers.apply`.
           results: of the last evaluation.
         """
 
@@ -71,20 +67,20 @@ def classes(config: Config) -> list[type[Callback]]:
 
 @runtime_checkable
 class Tracker(Protocol):
-    """One run in a tracker. Any method may raise: `Trackers` prints it and leaves the tracker out from then on.
+    """One run in a tracker. A method may raise: `Trackers` prints the error and drops the tracker.
 
     A class of another package is made with the run's folder, its config, the step that it starts or resumes from, and
     its id in the trackers, only on process 0.
     """
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Add one set of scalars. Steps do not decrease but where a run resumes from an earlier checkpoint."""
+        """Add one set of scalars. Steps decrease only if a run resumes from an earlier checkpoint."""
 
     def show(self, step: int, picture: Image.Image | None, page: str | None) -> None:
         """Show picture.png and report.html, if they exist and the tracker can show them."""
 
     def close(self) -> None:
-        """Write what is buffered, and mark the run as ended."""
+        """Write buffered scalars, and mark the run as ended."""
 
 
 class TensorBoard:
@@ -95,16 +91,10 @@ class TensorBoard:
         del config, run_id
         tensorboardx = importlib.import_module("tensorboardX")
         # A bounded queue blocks for ever, at exit too, when an error of the disk has ended the thread that empties it.
-        self._open = functools.partial(tensorboardx.SummaryWriter, str(folder.tensorboard), max_queue=0)
-        self._writer, self._events = self._open(purge_step=step + 1), 0
-        self._most = _MOST_EVENTS if is_remote(str(folder.path)) else math.inf
+        self._writer = tensorboardx.SummaryWriter(str(folder.tensorboard), max_queue=0, purge_step=step + 1)
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         self._check()
-        if self._events + len(scalars) > self._most:
-            self._writer.close()
-            self._writer, self._events = self._open(filename_suffix=f".{step}"), 0
-        self._events += len(scalars)
         for name, value in scalars.items():
             self._writer.add_scalar(name, value, step)
 
@@ -148,8 +138,8 @@ class WeightsAndBiases(_MediaTracker):
     """A run of wandb. Its settings are wandb's own environment variables: WANDB_MODE, WANDB_ENTITY and others."""
 
     def __init__(self, folder: RunReader, config: Config, step: int, run_id: str) -> None:
-        """Start or resume the run `run_id`; wandb's local files go to the run's folder, unless that is in a bucket."""
-        os.environ.setdefault("WANDB_FINISH_TIMEOUT", "300")  # else it waits for ever for a network that is gone
+        """Start or resume the run `run_id`; wandb's local files go to the run's folder, except in a bucket."""
+        os.environ.setdefault("WANDB_FINISH_TIMEOUT", "300")  # else it waits for a lost network for ever
         os.environ.setdefault("WANDB_LOGIN_TIMEOUT", "60")
         sys.argv[:] = redact(sys.argv)  # wandb uploads the command line
         self._package = wandb = importlib.import_module("wandb")
@@ -173,7 +163,7 @@ class Trackio(_MediaTracker):
     """A run of Trackio, on this machine or, by its own environment variables, in a Space or on a server."""
 
     def __init__(self, folder: RunReader, config: Config, step: int, run_id: str) -> None:
-        """Start or resume the run that is called after the folder and `run_id`: Trackio has no other identity."""
+        """Start or resume the run named after the folder and `run_id`: Trackio has no other identity."""
         self._package = trackio = importlib.import_module("trackio")
         name = f"{folder.path.name}-{run_id}"
         config_values = schema.to_dict(config)
@@ -197,8 +187,9 @@ def tracker_classes(config: Config) -> list[type[Tracker]]:
     return [import_class(name, Tracker, "log.to:") for name in config.log.to if ":" in name]
 
 
-def check_trackers(config: Config) -> None:
-    """Raise `UserError` where a package or class of `log.to` is not installed; tensorboardX always is."""
+def check_names(config: Config) -> None:
+    """Raise `UserError` for a name of `log.callbacks` or `log.to` whose class or package is not installed."""
+    classes(config)
     tracker_classes(config)
     for name in config.log.to:
         if ":" not in name and name != "tensorboard" and importlib.util.find_spec(name) is None:
@@ -210,7 +201,8 @@ class Trackers:
 
     def __init__(self, folder: RunReader, config: Config, step: int) -> None:
         """Open the trackers of `log.to` for a run that starts or resumes at `step`; one from step 0 is a new run."""
-        self._folder, self._open = folder, {}
+        self._folder = folder
+        self._open = {}
         names = dict.fromkeys(config.log.to)
         run_id = _run_id(folder, step) if set(names) - {"tensorboard"} else ""
         for name in names:

@@ -1,12 +1,12 @@
-"""Checkpoints through Orbax: state and data position, asynchronous, the newest few kept, none used that is damaged."""
+"""Checkpoints through Orbax: state and data position, asynchronous, the newest few kept, damaged ones never used."""
 
 import contextlib
 import dataclasses
+import itertools
 import logging
 import os
 import re
 import threading
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -56,42 +56,12 @@ def _keep_record(record: logging.LogRecord) -> bool:
     return "orbax" not in record.pathname or not (raised or "read only" in record.getMessage())
 
 
-class _Deleter:
-    """Deletes old checkpoints. A store that refuses is a warning, and is asked again after the next save.
-
-    To Orbax that is a failure of the new checkpoint, which is complete by then.
-    """
-
-    def __init__(self, deleter: Any) -> None:
-        self._deleter, self._left = deleter, list[int]()
-
-    def delete_steps(self, steps: Sequence[int]) -> None:
-        """Delete checkpoints, and those that could not be deleted before."""
-        steps, self._left, reason = [*self._left, *steps], [], ""
-        for step in steps:
-            try:
-                self._deleter.delete(step)
-            except Exception as error:
-                self._left.append(step)
-                reason = _reason(error)
-        if self._left:
-            listed = ", ".join(map(str, self._left[:_SHOWN])) + (", ..." if len(self._left) > _SHOWN else "")
-            log0(f"WARNING: old checkpoints could not be deleted, of step {listed} ({reason})")
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._deleter, name)
-
-
 class _Manager(ocp.CheckpointManager):
     """Checkpoint manager that does not ask JAX's preemption service: the training loop saves at a signal by itself.
 
     The service stops all processes at one more than the largest number asked about. Orbax would ask with step numbers,
     which the count of calls in `interrupt.PreemptionHandler.requested` never reaches.
     """
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self._checkpoint_deleter: Any = _Deleter(self._checkpoint_deleter)
 
     def reached_preemption(self, step: int) -> bool:
         """Never: the training loop stops, and saves, by itself."""
@@ -110,8 +80,8 @@ class Checkpointer:
 
         Args:
           run: the run's folder.
-          keep: newest checkpoints that are kept.
-          read_only: touch nothing, so that a run in progress can be read; parts of a state can be restored.
+          keep: number of newest checkpoints to keep.
+          read_only: touch nothing, to read a run in progress; parts of a state can be restored.
         """
         checkpoints = RunReader(run).checkpoints
         # Orbax wants absolute paths; `absolute` would take a URL for a local folder's name.
@@ -132,10 +102,14 @@ class Checkpointer:
                 create_directories_asynchronously=False,
             ),
         )
-        # The PyTree handler can restore parts of what the standard handler writes.
+        # The PyTree handler can restore parts of the standard handler's files.
         handler = ocp.PyTreeCheckpointHandler() if read_only else ocp.StandardCheckpointHandler()
-        handlers, self._read_only = {"state": handler, "position": ocp.JsonCheckpointHandler()}, read_only
-        self._saving, self._size, self._failed = -1, 0, False  # of the last save: step, bytes, whether it failed
+        handlers = {"state": handler, "position": ocp.JsonCheckpointHandler()}
+        self._read_only = read_only
+        # Of the last save: step, bytes, whether it failed.
+        self._saving = -1
+        self._size = 0
+        self._failed = False
         self._watcher: threading.Thread | None = None
         self._failure: UserError | None = None
         logging.getLogger("absl").addFilter(_keep_record)
@@ -146,7 +120,7 @@ class Checkpointer:
         return self._manager.latest_step()
 
     def steps(self) -> list[int]:
-        """Steps of all whole checkpoints, also of one that is being saved, which this waits for."""
+        """Steps of all checkpoints, after waiting for a save in progress."""
         self._wait()
         return sorted(self._manager.all_steps())
 
@@ -157,7 +131,8 @@ class Checkpointer:
         step = int(state.step)
         if step == self.latest():
             return
-        self._saving, self._size = step, num_bytes(state)
+        self._saving = step
+        self._size = num_bytes(state)
         arguments = ocp.args.Composite(state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position))
         try:
             # A bucket has no folders: before the first save it holds nothing of this name.
@@ -180,7 +155,7 @@ class Checkpointer:
     def restore(self, abstract: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
         """Restore state and position of `step` (default: the newest) in the shardings of `abstract`; change nothing.
 
-        A `read_only` reader leaves out the parts that are None in `abstract`, which take no memory.
+        A `read_only` reader leaves out parts that `abstract` sets to None, which take no memory.
         """
         steps = self._manager.all_steps()
         step = self.latest() if step is None else step
@@ -196,7 +171,7 @@ class Checkpointer:
             raise UserError(f"checkpoint {self.path / str(step)} is damaged: {error}; {remedy}.") from error
 
     def restore_good(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """Restore the newest checkpoint that is whole and finite, and move newer ones aside, to `damaged-<step>`."""
+        """Restore the newest whole and finite checkpoint, and move newer ones aside, to `damaged-<step>`."""
         faults: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
@@ -216,7 +191,7 @@ class Checkpointer:
         )
 
     def close(self) -> None:
-        """Wait until everything that was started is on disk; `UserError` if the last one could not be written."""
+        """Wait until every save is on disk; `UserError` if the last one could not be written."""
         self._wait()
         try:
             self._manager.close()
@@ -224,7 +199,7 @@ class Checkpointer:
             if not self._failed:
                 self._failure = self._describe(error)
             with contextlib.suppress(Exception):
-                self._manager.close()  # an error is raised once; now it closes what comes after
+                self._manager.close()  # an error is raised once; now it closes the rest
         self.raise_failure()
 
     def __enter__(self) -> "Checkpointer":
@@ -306,9 +281,8 @@ class Checkpointer:
     def _move_aside(self, faults: dict[int, str], good: int) -> None:
         """Rename damaged checkpoints so that Orbax and `RunReader` ignore them, and print a warning."""
         for step in faults if jax.process_index() == 0 else ():
-            target, number = self.path / f"damaged-{step}", 1
-            while target.exists():
-                target, number = self.path / f"damaged-{step}-{number}", number + 1
+            names = itertools.chain([f"damaged-{step}"], (f"damaged-{step}-{n}" for n in itertools.count(1)))
+            target = next(path for path in map(self.path.__truediv__, names) if not path.exists())
             (self.path / str(step)).rename(target)
         multihost_utils.sync_global_devices("damaged checkpoints are moved")
         self._manager.reload()

@@ -1,13 +1,14 @@
 """Files of checkpoints: their digest, and the space that they need.
 
-The digest has names, sizes and hashes of the files of a checkpoint, and shows damage before anything is restored.
+A digest lists names, sizes and hashes of a checkpoint's files, and shows damage before anything is restored. Orbax
+alone does not: in an experiment it restored each of 12 checkpoints with one flipped bit in the file of the weights, as
+other values and without an error. Only shorter or missing files raise.
 
-digest.json is in the checkpoint's own folder: {"algorithm", "files": {name: [bytes, hash]}, "step", "digest"}, where
-"digest" is the hash of all the rest. It is written before the folder gets its final name, so every checkpoint has one.
+digest.json is in the checkpoint's folder: {"algorithm", "files": {name: [bytes, hash]}, "step", "digest"}, with the
+hash of all the rest as "digest". It is written before the folder gets its final name, so every checkpoint has one.
 
-Files in buckets have no hash: reading them again would cost as much as writing them, and stores keep checksums of their
-own, which their clients compare. What a store cannot notice is an object that is missing or another one, and names and
-sizes show that.
+Files in buckets have no hash: reading them again would cost as much as writing them, and stores compare their own
+checksums. A store cannot notice a missing or exchanged object, but names and sizes show it.
 """
 
 import hashlib
@@ -77,7 +78,7 @@ def find_fault(folder: epath.Path, step: int) -> str | None:
 
 
 def _file_sizes(folder: epath.Path) -> dict[str, int]:
-    """{name: bytes} of all files below `folder`: in a bucket by one listing, where a request a file takes minutes."""
+    """{name: bytes} of all files below `folder`, by one listing in a bucket: one request per file takes minutes."""
     if is_remote(str(folder)):
         system, root = storage.file_system(str(folder))
         with storage.os_errors(str(folder)):
@@ -125,10 +126,11 @@ def free_bytes(path: epath.Path) -> int | None:
 
 
 def most_added(config: Config, saved: list[int]) -> int:
-    """Return how many checkpoints a run keeps at most at a time, besides the steps `saved`.
+    """Return the largest number of checkpoints that a run keeps at a time, besides the steps `saved`.
 
-    A new checkpoint is complete before the oldest is deleted, so that a run needs space for one more than it keeps.
+    A new checkpoint is complete before the oldest is deleted, so a run needs space for one more than it keeps.
     """
-    settings, left = config.checkpoint, max(config.steps - max(saved, default=0), 0)
+    settings = config.checkpoint
+    left = max(config.steps - max(saved, default=0), 0)
     to_write = -(-left // settings.every) if settings.every else min(left, 1)
     return min(to_write, max(settings.keep + 1 - len(saved), 1))

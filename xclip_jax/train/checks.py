@@ -1,12 +1,13 @@
-"""Checks of a run before it starts: the trainer stops at the first FAIL, and `xclip-jax doctor` prints all."""
+"""Checks of a run before it starts: the trainer stops at the first FAIL, and `xclip-jax doctor` prints all of them."""
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 
 from xclip_jax.config import schema
 from xclip_jax.config.schema import Config
@@ -14,11 +15,13 @@ from xclip_jax.core import environment
 from xclip_jax.core.console import format_bytes, log0
 from xclip_jax.core.errors import UserError, describe
 from xclip_jax.data import tokenizer
+from xclip_jax.data.base import Source
+from xclip_jax.evaluators.base import Evaluator
 from xclip_jax.processes import runtime
-from xclip_jax.train import callbacks, cost
+from xclip_jax.train import cost
+from xclip_jax.train.build import Experiment
 from xclip_jax.train.checkpoint_files import free_bytes, most_added, num_bytes
-from xclip_jax.train.job import Job
-from xclip_jax.train.training_folder import OUTCOMES, TrainingFolder
+from xclip_jax.train.run_writer import OUTCOMES, RunWriter
 
 OK, WARNING, FAIL = "ok", "warning", "FAIL"
 
@@ -30,10 +33,10 @@ class Finding:
     """The result of a check.
 
     Attributes:
-      check: what was checked, such as "disk".
-      text: the result; for a warning or a FAIL what is wrong, and why that matters.
+      check: name of the check, such as "disk".
+      text: the result; for a warning or a FAIL the fault, and why it matters.
       mark: "ok", "warning" or "FAIL".
-      remedy: what to do about it; "" if nothing is wrong, or if the text ends in it.
+      remedy: "" if nothing is wrong, or if the text ends in it.
       values: numbers of the text, for machines.
     """
 
@@ -63,12 +66,12 @@ def fail(check: str, text: str, remedy: str = "", **values: Any) -> Finding:
     return Finding(check, text, FAIL, remedy, values)
 
 
-def attempt(check: str, function: Callable[[], T]) -> tuple[T | None, Finding | None]:
-    """Return the result of `function`, or None and its `UserError` or `OSError` as a FAIL."""
+def attempt(check: str, function: Callable[[], T]) -> T | Finding:
+    """Return the result of `function`, or its `UserError` or `OSError` as a FAIL."""
     try:
-        return function(), None
+        return function()
     except (UserError, OSError) as error:
-        return None, fail(check, describe(error))
+        return fail(check, describe(error))
 
 
 def check_devices() -> Finding:
@@ -78,22 +81,23 @@ def check_devices() -> Finding:
     except (RuntimeError, AssertionError) as error:  # AssertionError: no plugin of that platform is installed
         reason = (str(error) or "nothing is installed for it").splitlines()[0]
         return fail("devices", f"JAX has no device ({reason})", "unset JAX_PLATFORMS, or set it to cpu")
-    kind, processes = devices[0].device_kind, jax.process_count()
+    kind = devices[0].device_kind
+    processes = jax.process_count()
     text = f"{len(devices)} x {kind}, of {processes} process{'es' if processes > 1 else ''}"
     return Finding("devices", text, values={"devices": len(devices), "kind": kind, "platform": devices[0].platform})
 
 
-def check_folder(job: Job) -> Iterator[Finding]:
+def check_folder(config: Config, folder: RunWriter) -> Iterator[Finding]:
     """Yield whether the run can write to its folder, and the step at which it starts."""
-    folder, config = job.folder, job.config
     folder.check(config)
-    step = folder.latest_step() or 0
+    saved = folder.latest_step()
+    step = saved or 0
     if jax.process_index() == 0 and (writer := folder.writer()):
         yield fail("folder", f"{folder.path} is in use by {writer}", "wait for it, or use a different --config.run")
     elif folder.completed(config) is not None:
         text = f"{folder.path} is complete at step {config.steps:,}, and nothing would be trained"
         yield warning("folder", text, "use a different --config.run to train again", step=step)
-    elif not job.resumes:
+    elif saved is None:
         exists = "can be written" if folder.path.exists() else "can be made"
         yield Finding("folder", f"{folder.path} {exists}; the run starts at step 0", values={"step": step})
     else:
@@ -101,16 +105,10 @@ def check_folder(job: Job) -> Iterator[Finding]:
         yield Finding("folder", text, values={"step": step})
 
 
-def check_log(job: Job) -> Iterator[Finding]:
-    """Raise `UserError` for names of `log.callbacks` and `log.to` that cannot be imported."""
-    callbacks.classes(job.config)
-    callbacks.check_trackers(job.config)
-    yield from ()
-
-
-def check_model(job: Job) -> Iterator[Finding]:
+def check_model(experiment: Experiment) -> Iterator[Finding]:
     """Yield the model, on the devices."""
-    experiment, config, count = job.experiment, job.config, job.experiment.num_parameters
+    config = experiment.config
+    count = experiment.num_parameters
     mesh = " x ".join(f"{axis} {n}" for axis, n in experiment.mesh.shape.items())
     name = config.data.tokenizer if config.data.tokenizer in tokenizer.NAMES else "from a file"
     text = (
@@ -121,7 +119,8 @@ def check_model(job: Job) -> Iterator[Finding]:
     if operations := cost.step_flops(experiment.config, rows=experiment.text_rows[0]):
         values["flops_per_step"] = operations
     yield Finding("model", text, values=values)
-    axes, strategy = experiment.mesh.shape, config.mesh.strategy
+    axes = experiment.mesh.shape
+    strategy = config.mesh.strategy
     splits = axes["fsdp"] * (axes["model"] if strategy == "fsdp_tp" else 1)
     if strategy.startswith("fsdp") and splits == 1 < axes["data"]:
         text = f"mesh.strategy={strategy!r} splits no parameters while mesh.fsdp is 1"
@@ -133,42 +132,42 @@ def _split(config: Config, devices: int | str) -> str:
     return f"--config.mesh.fsdp={devices}" + ("" if config.mesh.data == -1 else " --config.mesh.data=-1")
 
 
-def check_data(job: Job) -> Iterator[Finding]:
-    """Yield whether the sources open, are those the run was started with, and how often they are read."""
-    _ = job.sources, job.fingerprints
-    total, unit = job.num_samples, "items" if job.experiment.objective.labelled else "pairs"
-    sources = len(job.samples)
-    text = f"{total:,} {unit} of {sources} source{'s' if sources > 1 else ''}; the run reads {job.epochs:,.2f} epochs"
-    yield Finding("data", text, values={"samples": total, "epochs": job.epochs})
+def check_data(experiment: Experiment, samples: Sequence[Source]) -> Iterator[Finding]:
+    """Yield the number of samples, and of epochs in the run."""
+    total = sum(map(len, samples))
+    unit = "items" if experiment.objective.labelled else "pairs"
+    epochs = experiment.config.steps * experiment.config.data.batch / total
+    sources = f"{len(samples)} source{'s' if len(samples) > 1 else ''}"
+    text = f"{total:,} {unit} of {sources}; the run reads {epochs:,.2f} epochs"
+    yield Finding("data", text, values={"samples": total, "epochs": epochs})
 
 
-def check_sets(job: Job) -> Iterator[Finding]:
-    """Yield whether the evaluation sets can be opened."""
-    group, count = job.config.eval, len(job.evaluators)
+def check_sets(experiment: Experiment, count: int, *, before: bool) -> Iterator[Finding]:
+    """Yield how often the `count` open sets are evaluated, and whether also before the first step."""
+    group = experiment.config.eval
     if count:
         interval = "step" if group.every == 1 else f"{group.every:,} steps"
         during = f"{len(group.sets)} of them every {interval}" if group.every else "all at the end"
-        during += ", and all before the first step" if job.before else ""
+        during += ", and all before the first step" if before else ""
         opens = "1 set opens" if count == 1 else f"{count} sets open"
         yield Finding("evaluation", f"{opens}; {during}", values={"sets": count})
 
 
-def check_weights(job: Job) -> Iterator[Finding]:
-    """Yield how much of a new model `init.weights` has."""
-    tensors, _ = job.initial
+def check_weights(experiment: Experiment, tensors: Mapping[str, np.ndarray]) -> Iterator[Finding]:
+    """Yield the share of a new model that the `tensors` of `init.weights` cover."""
     if tensors:
         count = sum(x.size for x in tensors.values())
-        total = sum(x.size for x in jax.tree.leaves(job.experiment.abstract.variables()))
-        text = f"{job.config.init.weights}: {count / total:.0%} of the model's values are read from it"
+        total = sum(x.size for x in jax.tree.leaves(experiment.abstract.variables()))
+        text = f"{experiment.config.init.weights}: {count / total:.0%} of the model's values are read from it"
         yield Finding("weights", text, values={"initial_values": count, "model_values": total})
 
 
-def check_disk(job: Job) -> Iterator[Finding]:
+def check_disk(experiment: Experiment, folder: RunWriter) -> Iterator[Finding]:
     """Yield whether the disk has room for the checkpoints of the run, and for one more while it is written."""
-    config, folder = job.config, job.folder
-    free, size = free_bytes(folder.checkpoints), num_bytes(job.experiment.abstract)
+    free = free_bytes(folder.checkpoints)
+    size = num_bytes(experiment.abstract)
     saved = folder.steps() if free is not None else []
-    most = most_added(config, saved)
+    most = most_added(experiment.config, saved)
     least = min(most, 1 if saved else 2)
     needs = f"the run's checkpoints need up to {format_bytes(most * size)} more, {format_bytes(size)} each"
     values: dict[str, Any] = {"checkpoint_bytes": size, "checkpoints": most, "needed_bytes": most * size}
@@ -176,15 +175,24 @@ def check_disk(job: Job) -> Iterator[Finding]:
         yield Finding("disk", needs, values=values)
         return
     text = f"the disk of {str(folder.path)!r} has {format_bytes(free)} free, and {needs}"
-    mark = FAIL if free < least * size else WARNING if free < most * size else OK
-    fewer = "" if mark == FAIL else "lower checkpoint.keep, "
-    remedy = f"make room, {fewer}or use another --config.run"
-    yield Finding("disk", text, mark, "" if mark == OK else remedy, values | {"free_bytes": free})
+    values |= {"free_bytes": free}
+    if free < least * size:
+        yield fail("disk", text, "make room, or use another --config.run", **values)
+    elif free < most * size:
+        yield warning("disk", text, "make room, lower checkpoint.keep, or use another --config.run", **values)
+    else:
+        yield Finding("disk", text, values=values)
 
 
-def check_memory(job: Job) -> Iterator[Finding]:
-    """Yield whether state and step fit the devices; a step is compiled only if it may come near their memory."""
-    device, experiment, config = jax.local_devices()[0], job.experiment, job.config
+def check_memory(experiment: Experiment, compile_step: Callable[[], tuple[Any, str]] | None) -> Iterator[Finding]:
+    """Yield whether state and step fit the devices.
+
+    Args:
+      experiment: the run's.
+      compile_step: see `cost.compile_if_fits`; called only if the step may come near the devices' memory. None if
+        compiling would take too long.
+    """
+    device = jax.local_devices()[0]
     on_cpu = device.platform == "cpu"
     if on_cpu and jax.process_count() > 1:
         return  # the processes may share a machine, unknown to each other
@@ -196,17 +204,16 @@ def check_memory(job: Job) -> Iterator[Finding]:
     if state > limit:
         axes = experiment.mesh.shape
         n = axes["data"] * axes["fsdp"] if axes["data"] > 1 else "N"
-        flags = f"--config.mesh.strategy=fsdp {_split(config, n)}"
-        remedy = f"shard it over {n} devices, {flags}, or use a smaller model"
-        yield fail("memory", takes, f"{remedy}{small}", **values)
-    elif not job.compiles:
+        flags = f"--config.mesh.strategy=fsdp {_split(experiment.config, n)}"
+        yield fail("memory", takes, f"shard it over {n} devices, {flags}, or use a smaller model{small}", **values)
+    elif compile_step is None:
         step = "the step is not compiled here: --step=always does, xclip-jax plan for TPUs"
         yield Finding("memory", f"{takes}; {step}", values=values)
     elif cost.fits_by_far(experiment, limit):
         yield Finding("memory", f"{takes}; the step needs far less", values=values)
     else:
-        compiled, trouble = job.compiled
-        usage = cost.memory_usage(job.grouped, compiled) if compiled is not None else {}
+        compiled, trouble = compile_step()
+        usage = cost.memory_usage(experiment, compiled) if compiled is not None else {}
         values |= {f"{name}_bytes": size for name, size in usage.items()}
         peak = usage.get("peak", 0.0)
         if compiled is None or peak > limit:
@@ -217,42 +224,16 @@ def check_memory(job: Job) -> Iterator[Finding]:
             yield Finding("memory", f"a step needs {format_bytes(peak)} of {format_bytes(limit)}", values=values)
 
 
-CHECKS: Sequence[tuple[str, Callable[[Job], Iterator[Finding]]]] = (
-    ("folder", check_folder),
-    ("log", check_log),
-    ("model", check_model),
-    ("disk", check_disk),
-    ("data", check_data),
-    ("evaluation", check_sets),
-    ("weights", check_weights),
-    ("memory", check_memory),
-)
-
-
-def run_checks(job: Job) -> Iterator[Finding]:
-    """Yield the findings of all checks; the same fault is reported once, and a faulty model ends the checks."""
-    faults: set[str] = set()
-    for name, check in CHECKS:
-        findings, problem = attempt(name, lambda check=check: list(check(job)))
-        for finding in findings or filter(None, [problem]):
-            if not any(fault in finding.text for fault in faults):
-                yield finding
-            if finding.mark == FAIL:
-                faults.add(finding.text.rstrip("."))
-        if name == "model" and problem is not None:
-            return
-
-
-def require(job: Job) -> None:
-    """Run all checks, print their warnings, and raise the first FAIL as `UserError`."""
-    for finding in run_checks(job):
+def require(findings: Iterable[Finding]) -> None:
+    """Print the warnings among `findings`, and raise the first FAIL as `UserError`."""
+    for finding in findings:
         if finding.mark == FAIL:
             raise UserError(finding.sentence if finding.sentence[-1] in ".?" else f"{finding.sentence}.")
         if finding.mark == WARNING:
             log0(f"WARNING: {finding.sentence}")
 
 
-def check_same_config(config: Config, folder: TrainingFolder) -> None:
+def check_same_config(config: Config, folder: RunWriter) -> None:
     """Raise `UserError` unless config, code, packages and newest checkpoint agree with process 0."""
     if (peers := runtime.peers()) is None:
         return
@@ -267,21 +248,23 @@ def check_same_config(config: Config, folder: TrainingFolder) -> None:
     peers.check_same(facts, remedy)
 
 
-def check_same_data(job: Job) -> None:
+def check_same_data(
+    experiment: Experiment, fingerprints: Sequence[Mapping[str, Any]], evaluators: Sequence[Evaluator]
+) -> None:
     """Raise `UserError` unless sources, tokenizer file and evaluation sets agree with process 0."""
     if (peers := runtime.peers()) is None:
         return
     facts: dict[str, Any] = {}
-    if (name := job.experiment.config.data.tokenizer) not in tokenizer.NAMES:
+    if (name := experiment.config.data.tokenizer) not in tokenizer.NAMES:
         facts["tokenizer file"] = _hash(tokenizer.read_file(name))
-    for number, fingerprint in enumerate(job.fingerprints):
+    for number, fingerprint in enumerate(fingerprints):
         whole = {key: value for key, value in fingerprint.items() if key not in OUTCOMES}
         for key in OUTCOMES.keys() & fingerprint.keys():
             facts[f"{OUTCOMES[key]} of source {number}"] = fingerprint[key]["digest"]
         digest = _hash(json.dumps(whole, sort_keys=True, default=str).encode())
         facts[f"source {number}"] = f"{fingerprint.get('samples')} samples, hash {digest}"
     # Hosts with other items would wait for each other's batches, or measure a mixture.
-    for number, evaluator in enumerate(job.final):
+    for number, evaluator in enumerate(evaluators):
         facts[f"evaluation set {number}, {evaluator.name}"] = f"hash {evaluator.data.card.split_hash}"
     remedy = "all processes have to read the same data.sources, data.tokenizer and evaluation sets, and all records"
     peers.check_same(facts, remedy)

@@ -21,9 +21,9 @@ class Clock:
     A thread notes when the devices have computed a step: a loop that waits for data meanwhile loses nothing.
 
     Goodput is useful time over wall time. Wall time adds up the run's processes, each from its start to its last line
-    of metrics. Useful is the time since the first step was dispatched, without what is lost (evaluations, checkpoints,
-    rewinds, traces), the devices' waits for data, and the shares of steps that were skipped or undone. What earlier
-    processes did after the checkpoint that the run resumed from is not useful.
+    of metrics. Useful is the time since the first step was dispatched, without lost time (evaluations, checkpoints,
+    rewinds, traces), the devices' waits for data, and the shares of skipped or undone steps. Work of
+    earlier processes after the checkpoint that the run resumed from is not useful.
     """
 
     def __init__(
@@ -41,7 +41,9 @@ class Clock:
           lines: metrics that earlier processes logged, in order, including steps after `start`.
           on_step_end: called, in the thread, when the devices have computed a step.
         """
-        self._began, self._start, self._on_step_end = began, start, on_step_end
+        self._began = began
+        self._start = start
+        self._on_step_end = on_step_end
         self._wall = self._useful = 0.0  # of processes before
         for line in lines:
             self._wall = max(self._wall, line.get(WALL, 0.0))
@@ -52,7 +54,8 @@ class Clock:
         self._started = self._ended = 0
         self._since = self._ended_at = time.perf_counter()
         self._last_end = 0.0  # of a step, without pauses
-        self._speed, self._measured = 0.0, (1, 0.0)  # steps and time at the last measurement of the speed
+        self._speed = 0.0
+        self._measured = (1, 0.0)  # steps and time at the last measurement of the speed
         self._steps: queue.Queue[jax.Array | None] = queue.Queue()
         threading.Thread(target=self._watch, daemon=True).start()
 
@@ -76,16 +79,17 @@ class Clock:
     def step_started(self, value: jax.Array) -> None:
         """Note that a step is dispatched, with one of its results; all time before the first one is start-up."""
         if self._first is None:
-            self._first, self._lost = time.perf_counter(), 0.0
+            self._first = time.perf_counter()
+            self._lost = 0.0
             self.wait_share()
         self._started += 1
         self._steps.put(value)
 
-    def settle(self) -> None:
+    def wait_for_steps(self) -> None:
         """Wait until the thread has noted the end of every step; no longer than the devices compute them."""
         self._steps.join()
 
-    def timed(self, batches: Iterable[T]) -> Iterator[T]:
+    def count_waits(self, batches: Iterable[T]) -> Iterator[T]:
         """Yield `batches`, and measure how long idle devices wait for them."""
         began = time.perf_counter()
         for batch in batches:
@@ -100,11 +104,12 @@ class Clock:
         """Return the share of the time since the last call in which the devices waited for data."""
         now = time.perf_counter()
         share = self._waited_lately / max(now - self._since, 1e-9)
-        self._since, self._waited_lately = now, 0.0
+        self._since = now
+        self._waited_lately = 0.0
         return share
 
     @contextlib.contextmanager
-    def stall(self) -> Iterator[None]:
+    def exclude_from_goodput(self) -> Iterator[None]:
         """Exclude work that training waits for, such as a checkpoint, from the goodput."""
         began = time.perf_counter()
         try:
@@ -113,11 +118,11 @@ class Clock:
             self._lost += time.perf_counter() - began
 
     @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
+    def exclude_from_speed(self) -> Iterator[None]:
         """Exclude work other than training, such as an evaluation, from goodput, speed and waits."""
         began = time.perf_counter()
         try:
-            with self.stall():
+            with self.exclude_from_goodput():
                 yield
         finally:
             self._paused += time.perf_counter() - began
@@ -135,8 +140,8 @@ class Clock:
         """Return "goodput", and its parts, "wall_seconds" and "useful_seconds", up to `step`.
 
         Args:
-          step: the last that has ended.
-          wasted: steps that this process computed in vain, or whose updates it undid.
+          step: the last ended step.
+          wasted: steps that this process skipped, or whose updates it undid.
         """
         now = time.perf_counter()
         computing = 0.0 if self._first is None else max(0.0, now - self._first - self._lost - self._waited)

@@ -15,12 +15,12 @@ from xclip_jax.train import cost
 from xclip_jax.train.build import Experiment
 from xclip_jax.train.callbacks import Callback, Trackers
 from xclip_jax.train.clock import INPUT_BOUND, Clock
-from xclip_jax.train.job import Job
+from xclip_jax.train.prepare import Run, is_due
 from xclip_jax.train.recovery import SkippedSteps
 
 
 def progress_line(step: int, metrics: Mapping[str, float], config: Config, terms: Sequence[str] = ()) -> str:
-    """Return the line that is printed for a step; `terms` are the objective's parts of it."""
+    """Return the printed line of a step; `terms` are the objective's parts of it."""
     speed = metrics.get("samples_per_second", 0.0)
     parts = [f"step {step}/{config.steps}", f"loss {metrics['loss']:.3f}", *terms]
     if skipped := metrics.get("skipped_steps"):
@@ -35,23 +35,18 @@ def progress_line(step: int, metrics: Mapping[str, float], config: Config, terms
     return "  ".join([*parts, f"{speed:.0f} samples/s" if speed >= 10 else f"{speed:.2g} samples/s"]) + f", {left} left"
 
 
-def is_due(every: int, step: int) -> bool:
-    """Whether something that happens every `every` steps (0: never) is due at `step`."""
-    return every > 0 and step % every == 0
-
-
 class MetricLogger:
-    """Logs metrics one step late, so that the host never waits for the step that it has just dispatched.
+    """Logs metrics one step late, so the host never waits for the step just dispatched.
 
     Attributes:
       ledger: counts samples, and is synchronised between processes at logged steps.
       clock: measures where the time goes.
-      skipped: counts steps whose values were not finite; they have no line of metrics.
+      skipped: counts steps with values that were not finite; they have no line of metrics.
     """
 
     def __init__(
         self,
-        job: Job,
+        run: Run,
         start: int,
         ledger: BadSampleLog,
         skipped: SkippedSteps,
@@ -64,29 +59,31 @@ class MetricLogger:
 
         The process began at `began`, by `time.perf_counter`; a thread calls `on_step_end` after each step.
         """
-        self.ledger, self.skipped = ledger, skipped
-        self._job, self._callbacks = job, callbacks
+        self.ledger = ledger
+        self.skipped = skipped
+        self._run = run
+        self._callbacks = callbacks
         self._warned: set[str] = set()  # names of collapses
-        self._flops, self._peak = _flops_and_peak(job.experiment)
+        self._flops, self._peak = _flops_and_peak(run.experiment)
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         first = jax.process_index() == 0
-        before = job.folder.read_metrics() if first else []
+        before = run.folder.read_metrics() if first else []
         # A run that resumes at its last step makes the last evaluation again.
-        last = start - (start == job.config.steps)
+        last = start - (start == run.config.steps)
         self._metrics = JsonLines(
-            job.folder.metrics_file, lambda line: line["step"] <= (start if "loss" in line else last), writes=first
+            run.folder.metrics_file, lambda line: line["step"] <= (start if "loss" in line else last), writes=first
         )
-        self._results = JsonLines(job.folder.results_log_file, lambda line: line["step"] <= last, writes=first)
+        self._results = JsonLines(run.folder.results_log_file, lambda line: line["step"] <= last, writes=first)
         self._evaluated = {line["step"] for line in self._metrics.kept if "loss" not in line}
         del self._metrics.kept, self._results.kept  # of a long run they are large
-        self._trackers = Trackers(job.folder, job.config, start) if first else None
+        self._trackers = Trackers(run.folder, run.config, start) if first else None
         self.clock = Clock(began, start, before, on_step_end)
 
     def log_step(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Take the metrics of a dispatched step, and log the metrics of the previous step if they are due."""
         if self._pending:
             self.skipped.check(*self._pending)
-            if is_due(self._job.config.log.every, self._pending[0]) or self._pending[0] == 1:
+            if is_due(self._run.config.log.every, self._pending[0]) or self._pending[0] == 1:
                 self.flush()
         self._pending = (step, metrics)
         self.clock.step_started(metrics["loss"])
@@ -103,13 +100,13 @@ class MetricLogger:
             return
         step, metrics = self._pending
         self._pending = None
-        self.ledger.sync(step * self._job.config.data.batch)
+        self.ledger.sync(step * self._run.config.data.batch)
         if self.skipped.check(step, metrics):
             return  # its values are in skipped_steps.jsonl
         scalars = {key: float(value) for key, value in jax.device_get(metrics).items() if key != "skipped"}
-        self.clock.settle()  # the speed counts this step
+        self.clock.wait_for_steps()  # the speed counts this step
         scalars |= self._accounts(step)
-        log0(progress_line(step, scalars, self._job.config, self._job.experiment.objective.progress(scalars)))
+        log0(progress_line(step, scalars, self._run.config, self._run.experiment.objective.progress(scalars)))
         self._warn_of_collapse(step, scalars)
         self._write(step, scalars)
         for callback in self._callbacks:
@@ -117,26 +114,26 @@ class MetricLogger:
 
     def _warn_of_collapse(self, step: int, scalars: Mapping[str, float]) -> None:
         """Print a warning the first time that each kind of collapse is diagnosed."""
-        if step < self._job.config.log.collapse_warmup_steps:
+        if step < self._run.config.log.collapse_warmup_steps:
             return
-        for warning in self._job.experiment.objective.alarms(scalars):  # "NAME: what is wrong"
+        for warning in self._run.experiment.objective.alarms(scalars):  # "NAME: fault"
             if (name := warning.split(":")[0]) not in self._warned:
                 self._warned.add(name)
                 log0(f"WARNING, step {step}: {warning}")
 
     def _accounts(self, step: int) -> dict[str, float]:
         """Return metrics that the step does not compute."""
-        samples = step * self._job.config.data.batch
-        speed = self.clock.steps_per_second() * self._job.config.data.batch
+        samples = step * self._run.config.data.batch
+        speed = self.clock.steps_per_second() * self._run.config.data.batch
         used = {}
         if speed and self._flops:
             used = {"model_flops_per_second": speed * self._flops}
             used |= {"mfu": speed * self._flops / self._peak} if self._peak else {}
         return {
-            "lr": float(self._job.experiment.schedule(step - 1)),
+            "lr": float(self._run.experiment.schedule(step - 1)),
             "samples": samples,
             "tokens": self.ledger.counters["tokens"],
-            "epoch": samples / self._job.num_samples,
+            "epoch": samples / self._run.num_samples,
             "data/bad": self.ledger.bad,
             "data/bad_share": self.ledger.share,
             "data/wait_share": self.clock.wait_share(),
@@ -173,13 +170,13 @@ class MetricLogger:
         return self.ledger.file, self.skipped.file, self._results, self._metrics
 
     def write(self) -> None:
-        """Log the last step, and write buffered lines, as files in a bucket have; a refusal is a warning."""
+        """Log the last step and write buffered lines, which files in a bucket have; a refusal is a warning."""
         self.flush()
         for file in self._files:
             file.flush()
 
     def close(self) -> None:
-        """Log and write what is left, and end the thread of the clock. Raises `OSError` if a store refuses a file."""
+        """Log and write the rest, and end the clock's thread. Raises `OSError` if a store refuses a file."""
         self.write()
         for file in self._files:
             file.close()
@@ -202,7 +199,7 @@ class MetricLogger:
 
 
 def _flops_and_peak(experiment: Experiment) -> tuple[float, float]:
-    """Model FLOPs of a training sample, and peak FLOP/s of all devices; 0 for what is not known."""
+    """Model FLOPs of a training sample, and peak FLOP/s of all devices; 0 if unknown."""
     devices = experiment.mesh.devices
     device = devices.flat[0]
     peak = cost.PEAK_FLOPS.get(device.device_kind, 0.0) * devices.size

@@ -8,113 +8,89 @@ from typing import Any
 
 import jax
 
-from xclip_jax.core import console
 from xclip_jax.core.console import log0
 from xclip_jax.core.errors import describe, redact
 from xclip_jax.core.run_folder import RunReader
 from xclip_jax.data import loader
 from xclip_jax.data.ledger import TooManyBadSamples
 from xclip_jax.data.records import interruptible_iterator
-from xclip_jax.evaluators import registry, tables
-from xclip_jax.evaluators.base import Evaluator
-from xclip_jax.evaluators.encoder import TooManyUnreadable
-from xclip_jax.evaluators.results import Result
-from xclip_jax.models.two_towers import Variables
-from xclip_jax.processes.interrupt import Interrupted, PreemptionHandler
-from xclip_jax.processes.watchdog import CHECKPOINT, COMPILATION, DATA, EVALUATION, STEP, Watchdog
-from xclip_jax.train.checkpoint import Checkpointer
-from xclip_jax.train.job import Job
-from xclip_jax.train.log import MetricLogger, is_due
+from xclip_jax.parallel.mesh import batch_part
+from xclip_jax.processes.interrupt import Interrupted
+from xclip_jax.processes.watchdog import CHECKPOINT, COMPILATION, DATA, EVALUATION, STEP
+from xclip_jax.train.prepare import is_due
+from xclip_jax.train.session import Session
 from xclip_jax.train.state import TrainState
 
 _PERFETTO = "perfetto_trace.json.gz"
 
 
-def train(
-    job: Job, state: TrainState, log: MetricLogger, checkpointer: Checkpointer, watch: Watchdog, stop: PreemptionHandler
-) -> tuple[TrainState, bool]:
+def train(session: Session, state: TrainState) -> tuple[TrainState, bool]:
     """Train `state` to the end of the run, or save it at an interrupt. Returns it, and whether it was interrupted."""
-    config, experiment, start = job.config, job.experiment, int(state.step)
-    step, tracer = start, StepTracer(config.log.profile, job.folder, log.clock.pause)
-    arrays = batches(job, start, log, watch, stop)  # closed last: it may take long
-
-    def save(*, regular: bool = False) -> None:
-        watch.enter(CHECKPOINT)
-        with _logged(log, checkpointer):
-            # Skipped steps change no parameters, and their checkpoints would push out earlier ones.
-            if regular and log.skipped.in_a_row:
-                return
-            with log.clock.stall():
-                b = job.config.data.batch
-                position = {"samples": step * b, "batch": b, "seed": job.config.seed, "counters": log.ledger.counters}
-                checkpointer.save(state, position)
-            watch.saved = step
-
+    run = session.run
+    log = session.log
+    config = run.config
+    start = int(state.step)
+    step = start
+    tracer = StepTracer(config.log.profile, run.folder, log.clock.exclude_from_speed)
+    arrays = batches(session, start)  # closed last: it may take long
     try:
-        stop.check()
-        log.ledger.check()
+        session.check()
         # A run that stopped between a checkpoint and the evaluation of the same step makes that evaluation now.
-        if (due := _due(job, start)) and not log.has_evaluation(start):
-            _evaluate(due, start, state.variables(ema=config.eval.ema), log, watch, stop)
+        due = run.evaluators_of(start)
+        if due and not log.has_evaluation(start):
+            session.evaluate(due, start, state.variables(ema=config.eval.ema))
         for batch in arrays:
-            state, metrics = tracer(step + 1, experiment.compiled, state, batch)
-            step, watch.step, stop.saves = step + 1, step + 1, True
+            state, metrics = tracer(step + 1, run.experiment.compiled, state, batch)
+            step += 1
+            session.end_step(step)
             log.log_step(step, metrics)
-            checkpointer.raise_failure()  # of a save in the background
+            session.checkpointer.raise_failure()  # of a save in the background
             if log.skipped.exceeded:
-                with log.clock.stall():
+                with log.clock.exclude_from_goodput():
                     state = log.skipped.rewind(state)
-            stop.check()
-            log.ledger.check()
-            if is_due(config.checkpoint.every, step) or step == config.steps:
-                save(regular=step < config.steps)
-            if due := _due(job, step):
-                _evaluate(due, step, state.variables(ema=config.eval.ema), log, watch, stop)
+            session.check()
+            if step == config.steps:
+                session.save(state, step)
+            elif is_due(config.checkpoint.every, step):
+                log.flush()
+                # Skipped steps change no parameters, and their checkpoints would push out earlier ones.
+                if not log.skipped.in_a_row:
+                    session.save(state, step)
+            due = run.evaluators_of(step)
+            if due:
+                session.evaluate(due, step, state.variables(ema=config.eval.ema))
         log.flush()
         log.ledger.check()
         return state, False
     except Interrupted:
         if step > start:
-            save()
+            session.save(state, step)
         return state, True
     except Exception as error:
-        if step > start and _can_save_after(error, watch.phase):
-            save()
-            if step in checkpointer.steps():  # waits for the save: each of several processes ends as soon as it raises
+        if step > start and _can_save_after(error, session.watch.current):
+            session.save(state, step)
+            # Waits for the save: each of several processes ends as soon as it raises.
+            if step in session.checkpointer.steps():
                 error.add_note(f"the state of step {step} is saved")
         raise
     finally:
-        watch.enter(CHECKPOINT)  # closing the checkpointer waits for a save
+        session.watch.enter(CHECKPOINT)  # closing the checkpointer waits for a save
         tracer.close()
 
 
-@contextlib.contextmanager
-def _logged(log: MetricLogger, checkpointer: Checkpointer) -> Iterator[None]:
-    """Log the last step before a save in this context: a run that resumes does not log the steps before it again.
-
-    The error of a disk that refuses the log is raised after the save, which may go to another disk.
-    """
-    try:
-        log.write()
-    except OSError:
-        yield
-        checkpointer.steps()  # waits for the save
-        raise
-    yield
-
-
-def batches(
-    job: Job, start: int, log: MetricLogger, watch: Watchdog, stop: PreemptionHandler
-) -> Iterator[dict[str, jax.Array]]:
+def batches(session: Session, start: int) -> Iterator[dict[str, jax.Array]]:
     """Yield the global batches from step `start` to the end of the run, {"image": (b, h, w, 3), "text": (b, n), ...}.
 
-    The clock of `log` measures waits, and an interrupt does not wait for the next batch.
+    The clock measures waits, and an interrupt does not wait for the next batch.
     """
-    experiment, part = job.experiment, job.part
-    config = experiment.config
+    run = session.run
+    log = session.log
+    watch = session.watch
+    config = run.experiment.config
+    part = batch_part(run.experiment.mesh)
     rows = loader.batches(
-        job.order,
-        experiment.transform(),
+        run.order,
+        run.experiment.transform(),
         batch=config.data.batch,
         start=start,
         stop=config.steps,
@@ -124,16 +100,16 @@ def batches(
         shards=part.shards,
         ledger=log.ledger,
     )
-    sources = redact(f" from {', '.join(job.config.data.sources)}")
+    sources = redact(f" from {', '.join(config.data.sources)}")
     watch.enter(DATA, sources)
-    for local in log.clock.timed(interruptible_iterator(rows, stop.check_alone)):
-        watch.enter(STEP if stop.saves else COMPILATION)
+    for local in log.clock.count_waits(interruptible_iterator(rows, session.stop.check_alone)):
+        watch.enter(STEP if session.stop.can_save else COMPILATION)
         # Steps are dispatched without waiting: this batch travels to the devices while they compute the last step.
-        yield loader.to_global(local, experiment.mesh)
+        yield loader.to_global(local, run.experiment.mesh)
         watch.enter(DATA, sources)
 
 
-def _can_save_after(error: Exception, phase: str) -> bool:
+def _can_save_after(error: Exception, phase: str | None) -> bool:
     """Whether the state of the last step is whole after an error, and all processes are there to save it."""
     # With several processes the others have already dispatched the next step, which donates the state, so only errors
     # that all raise at the same step can be saved. An error in a step may leave no state.
@@ -141,58 +117,8 @@ def _can_save_after(error: Exception, phase: str) -> bool:
     return isinstance(error, TooManyBadSamples) or (alone and phase in (DATA, EVALUATION))
 
 
-@contextlib.contextmanager
-def evaluating(watch: Watchdog, stop: PreemptionHandler, phase: str = EVALUATION) -> Iterator[None]:
-    """Evaluate in this context: an interrupt leaves it between two batches, a signal to a single process at once."""
-
-    def observe(all_processes: bool) -> None:
-        watch.beat()
-        if all_processes:
-            stop.check()
-
-    watch.enter(phase)
-    with console.observing_progress(observe), stop.interruptible():
-        yield
-
-
-def _due(job: Job, step: int) -> Sequence[Evaluator]:
-    """Return the evaluators that run after `step`, or before the first step if it is 0; the last step has its own."""
-    if step == 0:
-        return job.before
-    return job.during if step < job.config.steps and is_due(job.config.eval.every, step) else ()
-
-
-def _evaluate(
-    evaluators: Sequence[Evaluator],
-    step: int,
-    variables: Variables,
-    log: MetricLogger,
-    watch: Watchdog,
-    stop: PreemptionHandler,
-) -> None:
-    """Evaluate before or during training; the speed excludes the time that it takes.
-
-    A set whose images cannot be read during training is a warning: at the end of the run they may be readable again.
-    """
-    log.flush()
-    results: list[Result] = []
-    with log.clock.pause():
-        with evaluating(watch, stop):
-            for evaluator in evaluators:
-                try:
-                    results += registry.measure(evaluator, variables)
-                except TooManyUnreadable as error:
-                    if step == 0:
-                        raise
-                    log0(f"WARNING: {evaluator.name} has no result of step {step}: {error}")
-        if results:
-            log.write_results(step, results)
-            log.end_evaluation(step, results)
-            log0(f"step {step}: {tables.headlines(results)}")
-
-
 class StepTracer:
-    """Runs the steps, and traces the steps of `log.profile` with JAX's profiler; a trace that fails is a warning.
+    """Runs the steps, and traces those of `log.profile` with JAX's profiler; a failed trace is a warning.
 
     The trace starts when the steps before it have ended, and ends when the traced ones have.
     """
@@ -205,7 +131,8 @@ class StepTracer:
     ) -> None:
         """Trace from the first to the last of `steps`, or nothing, into `folder`, in the context `pause`."""
         self._steps = range(steps[0], steps[1] + 1) if steps else range(0)
-        self._path, self._pause = folder.profile, pause
+        self._path = folder.profile
+        self._pause = pause
         self._local: tempfile.TemporaryDirectory[str] | None = None  # the profiler cannot write to a bucket
 
     def __call__(self, step: int, function: Callable[..., Any], *args: Any) -> Any:
@@ -226,10 +153,12 @@ class StepTracer:
         return results
 
     def close(self) -> None:
-        """Write a trace that is in progress, such as one that an interrupt cut short."""
+        """Write a trace in progress, such as one cut short by an interrupt."""
         if self._local is not None:
-            folder, self._local = self._local, None
-            steps, self._steps = self._steps, range(0)
+            folder = self._local
+            self._local = None
+            steps = self._steps
+            self._steps = range(0)
             with self._guarded(), folder as local:
                 jax.profiler.stop_trace()
                 for file in filter(pathlib.Path.is_file, pathlib.Path(local).rglob("*")):

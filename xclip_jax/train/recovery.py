@@ -1,4 +1,4 @@
-"""Skipped steps: they are counted and recorded, and after too many in a row the run rewinds or stops."""
+"""Skipped steps: counted and recorded; after too many in a row the run rewinds or stops."""
 
 import math
 from collections.abc import Mapping
@@ -11,16 +11,16 @@ from xclip_jax.core.errors import Diverged
 from xclip_jax.core.json_lines import JsonLines
 from xclip_jax.data.ledger import BadSampleLog
 from xclip_jax.train.checkpoint import Checkpointer
-from xclip_jax.train.job import Job
+from xclip_jax.train.prepare import Run
 from xclip_jax.train.state import TrainState
-from xclip_jax.train.step import at_step
+from xclip_jax.train.step import with_step
 
-# Values of a skipped step that are recorded, and searched in this order for the reason.
+# Recorded values of a skipped step, searched in this order for the reason.
 _VALUES = ("loss", "grad_norm", "param_norm", "grad_norm_mean")
 
 
 def fault(step: int, values: Mapping[str, float], most: float) -> str:
-    """Return what was wrong with a step; `most` is `optim.max_grad_norm_ratio`."""
+    """Return the fault of a step; `most` is `optim.max_grad_norm_ratio`."""
     for name, value in values.items():
         if not math.isfinite(value):
             return f"{name.replace('_', ' ')} of step {step} is {value}"
@@ -40,17 +40,20 @@ class SkippedSteps:
       file: skipped_steps.jsonl.
     """
 
-    def __init__(self, job: Job, start: int, ledger: BadSampleLog, checkpointer: Checkpointer) -> None:
+    def __init__(self, run: Run, start: int, ledger: BadSampleLog, checkpointer: Checkpointer) -> None:
         """Open the file of a run that starts or resumes at step `start`, with the counters of `ledger`."""
-        self._job, self._ledger, self._checkpointer = job, ledger, checkpointer
-        self.path = job.folder.skipped_steps_file
+        self._run = run
+        self._ledger = ledger
+        self._checkpointer = checkpointer
+        self.path = run.folder.skipped_steps_file
         self.file = JsonLines(self.path, lambda line: line["step"] <= start, writes=jax.process_index() == 0)
-        self._checked, self._skipped = start, False
+        self._checked = start
+        self._skipped = False
         self._wasted: set[int] = set()
 
     @property
     def wasted(self) -> int:
-        """Steps that this process skipped, or that it undid in a rewind."""
+        """Steps skipped by this process, or undone in a rewind."""
         return len(self._wasted)
 
     @property
@@ -59,24 +62,25 @@ class SkippedSteps:
 
     @property
     def total(self) -> int:
-        """Steps of the run that were skipped."""
+        """Number of skipped steps of the run."""
         return self._counters.get("total", 0)
 
     @property
     def in_a_row(self) -> int:
-        """Skipped steps since the last step that was not skipped, or the last rewind."""
+        """Skipped steps since the last accepted step, or the last rewind."""
         return self._counters.get("in_a_row", 0)
 
     @property
     def exceeded(self) -> bool:
         """Whether more steps in a row were skipped than `optim.max_skipped_steps` allows."""
-        return self.in_a_row > self._job.config.optim.max_skipped_steps
+        return self.in_a_row > self._run.config.optim.max_skipped_steps
 
     def check(self, step: int, metrics: Mapping[str, jax.Array]) -> bool:
-        """Wait for `step`, the next or the last one that was checked; count it, and return whether it was skipped."""
+        """Wait for `step`, the next one or the last checked one; count it, and return whether it was skipped."""
         if step == self._checked:
             return self._skipped
-        self._checked, self._skipped = step, bool(metrics["skipped"])
+        self._checked = step
+        self._skipped = bool(metrics["skipped"])
         if self._skipped:
             self._add(step, {name: float(metrics[name]) for name in _VALUES if name in metrics})
         elif self.in_a_row:
@@ -87,13 +91,14 @@ class SkippedSteps:
         """Restore the newest checkpoint before the skipped steps with the step number of `state`; `state` is deleted.
 
         The steps since then are undone, and their samples are not read again: step, learning rate, samples and random
-        numbers go on. A run that is killed before or after this resumes to the same end.
+        numbers go on. A run killed before or after this resumes to the same end.
         """
-        step, rewound = self._checked, self._counters.get("rewound", 0)
+        step = self._checked
+        rewound = self._counters.get("rewound", 0)
         target = self._checkpoint_before(step - self.in_a_row, rewound)
         for x in jax.tree.leaves(state):
             x.delete()  # two states need not fit into the devices
-        restored, _ = self._checkpointer.restore(self._job.experiment.abstract, target)
+        restored, _ = self._checkpointer.restore(self._run.experiment.abstract, target)
         self.file.append({"step": step, "rewound_to": target})
         log0(
             f"WARNING: {self.in_a_row} steps in a row were skipped; rewinding to the checkpoint of step {target}, and "
@@ -101,14 +106,14 @@ class SkippedSteps:
         )
         self._wasted.update(range(target + 1, step + 1))
         self._count(in_a_row=0, rewound=step)
-        return at_step(restored, step)
+        return with_step(restored, step)
 
     def _checkpoint_before(self, failed: int, rewound: int) -> int:
         """Return the newest whole checkpoint between two steps, a regular one if possible.
 
         Interrupts make no difference as long as those that they save leave a regular one among `checkpoint.keep`.
         """
-        every = self._job.config.checkpoint.every
+        every = self._run.config.checkpoint.every
         usable = [step for step in self._checkpointer.steps() if rewound < step < failed]
         for step in sorted(usable, key=lambda step: (bool(every) and step % every == 0, step), reverse=True):
             if self._checkpointer.is_whole(step):
@@ -117,7 +122,7 @@ class SkippedSteps:
         self._stop(f"steps {failed + 1} to {self._checked} are skipped, and no checkpoint is left to rewind to")
 
     def _add(self, step: int, values: dict[str, float]) -> None:
-        config = self._job.config
+        config = self._run.config
         self._count(total=self.total + 1, in_a_row=self.in_a_row + 1)
         self._wasted.add(step)
         b = config.data.batch

@@ -1,4 +1,4 @@
-"""Everything that a step changes and a checkpoint holds."""
+"""Everything that a step changes and a checkpoint stores."""
 
 import os
 from typing import Any
@@ -26,7 +26,7 @@ class TrainState:
       opt_state: the optimizer's.
       ema_params: exponential moving average of `params`, or None.
       ema_batch_stats: running means and variances of the averaged model, or None.
-      loss_state: what an objective carries from step to step (running centers of the logits); mostly empty.
+      loss_state: running values of an objective, such as centers of the logits; mostly empty.
       seed: uint32 (), folded with `step` into the key of each step.
     """
 
@@ -55,17 +55,19 @@ def init_fn(
     seed: int,
     adapters: lora.LoraConfig,
 ) -> Any:
-    """A function of no arguments that makes a boxed `TrainState`, to be traced by `create` and `abstract`."""
+    """Return a function without arguments that makes a boxed `TrainState`, traced by `create` and `abstract`."""
 
     def init() -> TrainState:
         size = model.img.image_size
-        image, text = jnp.zeros((2, size, size, 3)), jnp.zeros((2, model.txt.context_length), jnp.int32)
+        image = jnp.zeros((2, size, size, 3))
+        text = jnp.zeros((2, model.txt.context_length), jnp.int32)
         variables = model.init(jax.random.key(seed), image, text)
-        params, batch_stats = variables["params"], variables.get("batch_stats", {})
+        params = variables["params"]
+        batch_stats = variables.get("batch_stats", {})
         if adapters.rank:
             random_key = jax.random.fold_in(jax.random.key(seed), 1)
             params = params | {lora.ADAPTERS: lora.initial(nn.unbox(params), adapters, random_key)}
-        # A copy: a buffer that is twice in the state could not be donated.
+        # A copy: a buffer could not be donated twice.
         average = jax.tree.map(jnp.copy, (params, batch_stats)) if ema else (None, None)
         return TrainState(
             step=jnp.zeros((), jnp.int32),
@@ -83,7 +85,8 @@ def init_fn(
 
 def abstract(boxed: Any, layout: sharding.MeshLayout) -> TrainState:
     """Return the abstract state: shapes, dtypes and shardings in `layout`; `boxed` is `jax.eval_shape` of `init_fn`."""
-    shapes, specs = nn.unbox(boxed), sharding.shardings(boxed, layout)
+    shapes = nn.unbox(boxed)
+    specs = sharding.shardings(boxed, layout)
     specs = specs.replace(opt_state=_as_parameters(shapes, specs))
     if layout.strategy == "zero1":
         specs = specs.replace(
@@ -113,7 +116,7 @@ def _as_parameters(shapes: TrainState, specs: TrainState) -> Any:
 def create(init: Any, abstract: TrainState) -> TrainState:
     """The initial state, laid out as `abstract` says, each device making only its own shards."""
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    # It runs once: on a CPU, code that is optimised less is compiled in little more than half the time.
+    # It runs once: on a CPU, less optimised code is compiled in little more than half the time.
     on_cpu = jax.tree.leaves(shardings)[0].mesh.devices.flat[0].platform == "cpu"
     chosen = "xla_backend_optimization_level" in os.environ.get("XLA_FLAGS", "")
     options = {"xla_backend_optimization_level": 1} if on_cpu and not chosen else None

@@ -10,11 +10,13 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from xclip_jax import optim
 from xclip_jax.data import transforms
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.length_groups import LengthOrder, Sizes
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.losses.noncontrastive import effective_rank
+from xclip_jax.models import lora
 from xclip_jax.models.tower import Tower
 from xclip_jax.models.two_towers import TOWERS, TwoTowers
 from xclip_jax.objectives import Objective
@@ -26,8 +28,8 @@ NOISE = "noise"  # key of {tower: its random inputs} among the inputs of a step
 
 
 @dataclasses.dataclass(frozen=True)
-class Augment:
-    """Samples all that is random in a batch, so that it can be applied to any part of the batch.
+class BatchNoise:
+    """Samples the random inputs of a whole batch, which can then be applied to any part of it.
 
     `objective` and `towers`, {"img", "txt"}, add inputs of their own, such as partners of mixup and patches to drop.
     """
@@ -43,7 +45,8 @@ class Augment:
         Each use folds a number of its own into the step's key: 0 flips and colours, 1 mixup, 2 stochastic depth,
         3 the text tower, 4 patch dropout, above 15 terms of other packages and shuffled targets.
         """
-        b, inputs = len(next(iter(batch.values()))), dict(batch)
+        b = len(next(iter(batch.values())))
+        inputs = dict(batch)
         if "image" in batch:
             key_image = jax.random.fold_in(random_key, 0)
             inputs |= transforms.sample_augmentations(
@@ -85,8 +88,9 @@ class SpikeFilter:
     def __call__(
         self, state: Mapping[str, jax.Array], grad_norm: jax.Array
     ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-        """Return whether to accept a step, bool (), the mean before it, and the state after a step that is accepted."""
-        total, weight = state["grad_norm_log_sum"], state["grad_norm_weight"]
+        """Return whether to accept a step, bool (), the mean before it, and the state after an accepted step."""
+        total = state["grad_norm_log_sum"]
+        weight = state["grad_norm_weight"]
         tiny = float(np.finfo(np.float32).tiny)
         mean = jnp.exp(total / jnp.maximum(weight, tiny))
         # Half a step below the weight of `WARMUP` steps, for rounding.
@@ -104,7 +108,7 @@ def _is_schedule(node: Any) -> bool:
     return getattr(node, "_fields", ()) == ("count",)
 
 
-def at_step(state: TrainState, step: int | jax.Array) -> TrainState:
+def with_step(state: TrainState, step: int | jax.Array) -> TrainState:
     """Return `state` with another step in its own counter and in the schedules."""
 
     def move(node: Any) -> Any:
@@ -125,20 +129,19 @@ Features = tuple[Any, Any]  # h_img and h_txt; None of a tower that the model do
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TrainStep:
-    """The train step as a pure function, `step`, and everything that it needs besides state and batch.
+    """The train step as a pure function, `step`, and everything it needs besides state and batch.
 
     Attributes:
       model: the towers and heads.
       tx: the optimizer.
-      objective: what is minimised.
-      augment: samples what is random in a batch.
+      objective: the minimised loss.
+      batch_noise: samples the random inputs of a batch.
       momentum: of the parameters' moving average, as a function of the step; needed where the state has one.
       microbatches: see `_features`.
       constrain_grads: holds gradients to the layout that the optimizer works in.
       frozen: towers, or parts of them, that do not change.
-      hold: returns the towers' parameters in use: with adapters, and without gradients of what is frozen.
-      spikes: refuses steps of a gradient that is too large, if there is such a bound.
-      steps: updates of the whole run; terms get the share that is done, "progress".
+      spikes: refuses steps with too large a gradient; None without such a bound.
+      steps: updates of the whole run; terms get the fraction done, "progress".
       text_groups: ((rows, tokens), ...) in which a device encodes the texts of a microbatch, see `length_groups`; empty
         if texts are not cut.
     """
@@ -146,12 +149,11 @@ class TrainStep:
     model: TwoTowers
     tx: optax.GradientTransformation
     objective: Objective
-    augment: Augment
+    batch_noise: BatchNoise
     momentum: Callable[[jax.Array], Any]
     microbatches: int = 1
     constrain_grads: Callable[[Any], Any] = lambda grads: grads
     frozen: tuple[str, ...] = ()
-    hold: Callable[[Any], Any] = lambda params: params
     spikes: SpikeFilter | None = None
     text_groups: Sizes = ()
     steps: int = 1
@@ -164,14 +166,15 @@ class TrainStep:
         by the bounds of group `optim`. A batch has the fields `objective.fields`.
         """
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
-        inputs = self.augment.sample(key, batch)
+        inputs = self.batch_noise.sample(key, batch)
         (value, (metrics, batch_stats, ema_batch_stats, loss_state)), grads = self._gradients(state, inputs)
         grads = self.constrain_grads(grads)
         norms = {"grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(state.params)}
         accept = all_finite(value, norms, batch_stats, ema_batch_stats, loss_state)
         if self.spikes:
             calm, metrics["grad_norm_mean"], moved = self.spikes(state.loss_state, norms["grad_norm"])
-            accept, loss_state = accept & calm, loss_state | moved
+            accept = accept & calm
+            loss_state = loss_state | moved
 
         def update() -> tuple[TrainState, jax.Array]:
             updates, opt_state = self.tx.update(grads, state.opt_state, state.params)
@@ -190,11 +193,11 @@ class TrainStep:
 
         # A branch costs nothing; a choice between old and new values would be a pass over both.
         new, update_norm = jax.lax.cond(accept, update, lambda: (state, jnp.zeros(())))
-        new = at_step(new, state.step + 1)
+        new = with_step(new, state.step + 1)
         return new, metrics | norms | {"update_norm": update_norm, "skipped": ~accept}
 
     def _gradients(self, state: TrainState, inputs: Inputs) -> tuple[tuple[jax.Array, Any], Any]:
-        """((loss, (metrics, batch_stats, ema_batch_stats, loss_state)), gradients), with texts cut where they fit."""
+        """((loss, (metrics, batch_stats, ema_batch_stats, loss_state)), gradients), with cut texts if they fit."""
         if not self.text_groups:
             return self._differentiate(state, inputs, None)
         order = LengthOrder.from_tokens(inputs["text"], self.model.eot_id, self.text_groups, self.microbatches)
@@ -226,7 +229,7 @@ class TrainStep:
         return jax.value_and_grad(loss, has_aux=True)(state.params)
 
     def _batch(self, state: TrainState, inputs: Inputs) -> Inputs:
-        """Inputs of the terms, see `Term.__call__`; what none of them reads is not computed."""
+        """Inputs of the terms, see `Term.__call__`; unread ones are not computed."""
         ends = {"text_end": jnp.argmax(inputs["text"] == self.model.eot_id, axis=1)} if "text" in inputs else {}
         return inputs | ends | {"progress": state.step / self.steps}
 
@@ -248,11 +251,11 @@ class TrainStep:
 
     def _encode(self, params: Any, inputs: Inputs) -> Features:
         """Return the features (h_img, h_txt); h_txt is a tuple if the texts are in groups."""
-        variables = {"params": self.hold(params)}
+        variables = {"params": self._effective_params(params)}
         noise = {"img": {}, "txt": {}} | inputs.get(NOISE, {})
         h_img = h_txt = None
         if "img" in self.objective.towers:
-            images = self.augment.apply(inputs)
+            images = self.batch_noise.apply(inputs)
             h_img = self.model.apply(variables, images, **noise["img"], method="encode_image")
         overlaps = sharding.platform() == "tpu" and self.objective.towers == TOWERS
         if overlaps and "txt" in params and "txt" not in self.frozen:
@@ -271,6 +274,11 @@ class TrainStep:
             # The compiler would spread a gather of one tower's features over all operations of the other.
             h_img, h_txt = jax.lax.optimization_barrier((h_img, h_txt))
         return h_img, h_txt
+
+    def _effective_params(self, params: Any) -> Any:
+        """Return the parameters with their adapters merged, without gradients of the frozen ones."""
+        params = lora.merged(params)
+        return optim.stop_frozen(params, self.frozen, self.batch_noise.towers) if self.frozen else params
 
     def _project(self, params: Any, batch_stats: Any, h: Features) -> tuple[dict[str, Any], Any]:
         """Return the outputs of the heads, and the new statistics of BatchNorm."""

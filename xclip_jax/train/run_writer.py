@@ -21,7 +21,7 @@ from xclip_jax.evaluators.results import LAST, Result, flat, items, items_file, 
 from xclip_jax.interop import hub
 from xclip_jax.objectives import TERMS
 
-# Keys of a fingerprint whose values are digests of `data.records.reading_digest`, and their names in messages.
+# Keys of a fingerprint with digests of `data.records.reading_digest`, and their names in messages.
 OUTCOMES = {
     "data.holdout": "what data.holdout holds out",
     "data.spread_duplicate_captions": "what data.spread_duplicate_captions spreads",
@@ -29,7 +29,7 @@ OUTCOMES = {
 _SHOWN = 5  # differences that an error lists
 
 
-class TrainingFolder(RunReader):
+class RunWriter(RunReader):
     """Checks a folder before a run, claims it for the time of the run, and writes its small files."""
 
     def check(self, config: Config) -> None:
@@ -44,7 +44,13 @@ class TrainingFolder(RunReader):
                 )
             return
         if self.latest_step() is None:
-            self._check_not_lost(saved)
+            step = self.last_logged_step()
+            # The second checkpoint is started when the first is on disk.
+            if self.results_file.exists() or 0 < 2 * saved["config"]["checkpoint"]["every"] < step:
+                raise UserError(
+                    f"{self.path} has metrics up to step {step} and no checkpoint; restore {self.checkpoints}, or "
+                    "delete the folder to train from step 0."
+                )
             return
         if differing := _differences(saved["config"], config):
             rest = f" and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
@@ -59,11 +65,11 @@ class TrainingFolder(RunReader):
         return content and content | {"config": schema.complete(content["config"]).to_dict()}
 
     def _resumed(self) -> dict[str, Any] | None:
-        """Content of config.json of a run that has a checkpoint, else None."""
+        """Content of config.json if the run has a checkpoint, else None."""
         return None if self.latest_step() is None else self.read_config()
 
     def completed(self, config: Config) -> dict[str, float] | None:
-        """Results of a run that is trained to its end and evaluated as `config` asks, else None."""
+        """Results of a run trained to its end and evaluated as `config` asks, else None."""
         if self.latest_step() != config.steps or (record := self.read_results()) is None:
             return None
         saved = schema.flatten(schema.complete(record.get("config", {})).to_dict())
@@ -80,15 +86,19 @@ class TrainingFolder(RunReader):
     def tokenizer(self, config: Config) -> str:
         """Value of data.tokenizer to build with: the run's own copy of a tokenizer file, if it has a checkpoint."""
         name = config.data.tokenizer
-        if (saved := self._resumed()) is None:
+        saved = self._resumed()
+        if saved is None:
             return name  # `claimed` writes the copy again
-        was, copy = saved["config"]["data"]["tokenizer"], self.tokenizer_file
+        was = saved["config"]["data"]["tokenizer"]
+        copy = self.tokenizer_file
+        known = name
         if {name, was} & set(tokenizer.NAMES):
-            same, known = name == was, name
+            same = name == was
         else:
             given = epath.Path(name).expanduser()
             same = not (given.exists() and copy.exists()) or given.read_bytes() == copy.read_bytes()
-            known = str(copy) if copy.exists() else name
+            if copy.exists():
+                known = str(copy)
         if not same:
             raise UserError(
                 f"data.tokenizer={name!r} differs from {was!r}, which the run was started with; use a different "
@@ -104,7 +114,7 @@ class TrainingFolder(RunReader):
         return LengthGroups.parse(content["length_groups"])
 
     def check_sources(self, config: Config, fingerprints: Sequence[Mapping[str, Any]]) -> None:
-        """Raise `UserError` unless a run that resumes reads the data that it read before, wherever they are now."""
+        """Raise `UserError` unless a resumed run reads the same data as before, wherever they are now."""
         if self._resumed() is None or (saved := self.read_sources()) is None:
             return
         if len(saved) != len(fingerprints):
@@ -113,9 +123,11 @@ class TrainingFolder(RunReader):
                 "restore them, or use a different --config.run."
             )
         for number, (old, new) in enumerate(zip(saved, fingerprints, strict=True)):
-            source, same = f"source {number}, {config.data.sources[number]!r}", old["hash"] == new["hash"]
+            source = f"source {number}, {config.data.sources[number]!r}"
+            same = old["hash"] == new["hash"]
             for key, what in OUTCOMES.items() if same else ():
-                before, now = old.get(key), new.get(key)
+                before = old.get(key)
+                now = new.get(key)
                 if before is not None and now is not None and before["digest"] != now["digest"]:
                     raise UserError(
                         f"{source}: {what} differs from {self.data_file}, and with it the order of all samples: "
@@ -153,7 +165,8 @@ class TrainingFolder(RunReader):
                 file.unlink(missing_ok=True)  # a launcher waits for the first
             self._write_config(config, groups, text_rows, init_step)
             write_json(self.data_file, list(fingerprints))
-            starts, named = self.latest_step() is None, config.data.tokenizer in tokenizer.NAMES
+            starts = self.latest_step() is None
+            named = config.data.tokenizer in tokenizer.NAMES
             if starts and named:
                 self.tokenizer_file.unlink(missing_ok=True)  # left by a start that failed
             elif not named and (starts or not self.tokenizer_file.exists()):
@@ -169,16 +182,6 @@ class TrainingFolder(RunReader):
             write_items(self.results_file, {LAST: own})
         write_json(self.results_file, values | facts | details)
 
-    def _check_not_lost(self, saved: Mapping[str, Any]) -> None:
-        """Raise if the metrics go far beyond a first checkpoint, and there is none."""
-        step, every = self.last_logged_step(), saved["config"]["checkpoint"]["every"]
-        # The second checkpoint is started when the first is on disk.
-        if self.results_file.exists() or 0 < 2 * every < step:
-            raise UserError(
-                f"{self.path} has metrics up to step {step} and no checkpoint; restore {self.checkpoints}, or "
-                "delete the folder to train from step 0."
-            )
-
     def last_logged_step(self) -> int:
         """Last step of metrics.jsonl, 0 for none."""
         step = 0
@@ -190,11 +193,18 @@ class TrainingFolder(RunReader):
     def _write_config(
         self, config: Config, groups: LengthGroups, text_rows: tuple[int, int] | None, init_step: int
     ) -> None:
-        saved, current = self.read_config(), schema.to_dict(config)
-        facts, now = environment.capture(), datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        saved = self.read_config()
+        current = schema.to_dict(config)
+        before = schema.flatten(saved["config"]) if saved else {}
+        after = schema.flatten(current)
+        facts = environment.capture()
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         chosen = {"length_groups": str(groups), "text_rows": text_rows and list(text_rows)}
         if saved is None or self.latest_step() is None:
-            self._forget_evaluations(saved, config, init_step)
+            if saved is not None and (before != after or saved.get("init_step", 0) != init_step):
+                # Evaluations of other weights or sets, made before the first step.
+                self.metrics_file.unlink(missing_ok=True)
+                self.results_log_file.unlink(missing_ok=True)
             content: dict[str, Any] = {"config": current, "environment": facts, "started": now, **chosen}
             if hub.is_hub(pinned := hub.pin(config.init.weights)):
                 content["init_commit"] = pinned.rpartition("@")[2]
@@ -202,7 +212,6 @@ class TrainingFolder(RunReader):
                 content["init_step"] = init_step
             write_json(self.config_file, content)
             return
-        before, after = schema.flatten(saved["config"]), schema.flatten(current)
         changed = {key: [before.get(key), value] for key, value in after.items() if before.get(key) != value}
         last = (saved.get("starts") or [saved])[-1].get("environment", {})
         for name, version in facts["versions"].items():
@@ -215,19 +224,6 @@ class TrainingFolder(RunReader):
             saved |= {"config": current, "starts": [*saved.get("starts", []), start]}
             write_json(self.config_file, saved | chosen if renew else saved)
 
-    def _forget_evaluations(self, saved: Mapping[str, Any] | None, config: Config, init_step: int) -> None:
-        """Delete evaluations of a run without a checkpoint that were not of these weights or not of these sets."""
-        if saved is None:
-            return
-        if differing := _differences(saved["config"], config):
-            log0(f"{self.path} has no checkpoint, so the run starts with its new config: {', '.join(differing)}")
-        before, after = schema.flatten(saved["config"]), schema.flatten(schema.to_dict(config))
-        keys = ("data.tokenizer", *_evaluation_keys())
-        others = any(before.get(key) != after.get(key) for key in keys) or saved.get("init_step", 0) != init_step
-        if differing or others:
-            self.metrics_file.unlink(missing_ok=True)
-            self.results_log_file.unlink(missing_ok=True)
-
 
 def _evaluation_keys() -> tuple[str, ...]:
     """Keys that decide the results of a run's evaluations, given its parameters."""
@@ -235,8 +231,9 @@ def _evaluation_keys() -> tuple[str, ...]:
 
 
 def _differences(saved: Mapping[str, Any], config: Config) -> list[str]:
-    """Keys that decide what is learned and differ between a saved config and `config`."""
-    before, after = schema.flatten(saved), schema.flatten(schema.to_dict(config))
+    """Keys on which learning depends and that differ between a saved config and `config`."""
+    before = schema.flatten(saved)
+    after = schema.flatten(schema.to_dict(config))
     free = schema.keys_where(resume="free")
     # Options of terms that neither has.
     idle = tuple(

@@ -8,8 +8,8 @@ import shutil
 import pytest
 from flax.traverse_util import flatten_dict
 
+from tests.config.test_small import discs  # noqa: F401
 from tests.helpers import tiny
-from tests.train.test_autosize import discs  # noqa: F401
 from xclip_jax.config import load, schema
 from xclip_jax.core.errors import UserError
 from xclip_jax.train import build, weights

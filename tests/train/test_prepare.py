@@ -1,5 +1,6 @@
 """A run before its first step: names are checked without data, and extras are known."""
 
+import dataclasses
 import pathlib
 import shutil
 
@@ -8,8 +9,7 @@ import pytest
 from tests.helpers import tiny
 from xclip_jax.config import schema
 from xclip_jax.core.errors import UserError
-from xclip_jax.train import job
-from xclip_jax.train.training_folder import TrainingFolder
+from xclip_jax.train import build, prepare
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def run(trained, tmp_path):
 
 def test_check_needs_neither_data_nor_a_folder(tmp_path):
     config = tiny.config(run=tmp_path / "run", data__sources=("folder:/on/the/pod",), eval__sets=("imagenet",))
-    job.check(config)
+    prepare.check_names(config)
     for key, value, message in (
         ("eval__final_sets", ("imagenett",), "unknown evaluation set 'imagenett'"),
         ("data__sources", ("foldr:/data",), "unknown source 'foldr:/data'; write .*folder:PATH"),
@@ -27,7 +27,7 @@ def test_check_needs_neither_data_nor_a_folder(tmp_path):
         ("optim__lr", -1.0, r"optim\.lr is -1\.0"),
     ):
         with pytest.raises(UserError, match=message):
-            job.check(tiny.config(run=tmp_path / "run", **({"data__sources": ("folder:x",)} | {key: value})))
+            prepare.check_names(tiny.config(run=tmp_path / "run", **({"data__sources": ("folder:x",)} | {key: value})))
     assert not list(tmp_path.iterdir())
 
 
@@ -51,7 +51,7 @@ def test_check_needs_neither_data_nor_a_folder(tmp_path):
     ],
 )
 def test_extras_that_a_config_needs(changes, extras):
-    assert job.extras(job.check(tiny.config(**({"data__sources": ("folder:x",)} | changes)))) == extras
+    assert prepare.extras(prepare.check_names(tiny.config(**({"data__sources": ("folder:x",)} | changes)))) == extras
 
 
 @pytest.mark.parametrize(
@@ -59,6 +59,7 @@ def test_extras_that_a_config_needs(changes, extras):
 )
 def test_given_weights_are_evaluated_but_no_classifier_before_its_training(objective, weights, evaluated, tmp_path):
     config = tiny.config(objective, run=tmp_path / "run", init__weights=weights, objective__classify__classes=3)
-    start = job.Job(schema.resolve(config), TrainingFolder(config.run))
-    start.evaluators = {"name": "set"}
-    assert start.before == evaluated and start.final == ["set"]
+    parts = dict.fromkeys(field.name for field in dataclasses.fields(prepare.Run))
+    parts |= {"config": schema.resolve(config), "experiment": build.build(config), "evaluators": {"name": "set"}}
+    run = prepare.Run(**parts)
+    assert run.evaluators_of(0) == evaluated and run.final_evaluators == ["set"]

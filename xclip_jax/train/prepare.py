@@ -1,0 +1,270 @@
+"""A run before its first step: its parts are opened and checked in order, before anything is written."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from jax.experimental import multihost_utils
+
+from xclip_jax.config.schema import Config, resolve
+from xclip_jax.core.console import log0
+from xclip_jax.core.errors import BadSample, UserError
+from xclip_jax.data import holdout, labelled, length_groups, loader, records, sources
+from xclip_jax.data.base import Source
+from xclip_jax.data.length_groups import AUTO, WHOLE, LengthGroups
+from xclip_jax.data.loader import SampleOrder
+from xclip_jax.evaluators import registry
+from xclip_jax.evaluators.base import Evaluator
+from xclip_jax.evaluators.encoder import Encoder
+from xclip_jax.interop import hub
+from xclip_jax.train import checks, cost
+from xclip_jax.train.build import Experiment, build, make_encoder, own_profile
+from xclip_jax.train.run_writer import RunWriter
+from xclip_jax.train.weights import read_initial
+
+CAPTIONS = 1024  # read to choose groups of lengths
+
+Fingerprints = list[dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run whose parts are all open, made by `prepare`.
+
+    Attributes:
+      config: the resolved config.
+      folder: the run's folder.
+      experiment: model, objective and step, with the folder's copy of the tokenizer and the run's groups of texts.
+      order: the order of the samples.
+      num_samples: samples of all sources together, one epoch.
+      fingerprints: one fingerprint per source.
+      encoder: the encoder of all evaluators.
+      evaluators: the evaluators of `eval.sets` and `eval.final_sets`, by spec.
+      init_step: step of the run whose weights this one starts from, 0 for none.
+    """
+
+    config: Config
+    folder: RunWriter
+    experiment: Experiment
+    order: SampleOrder
+    num_samples: int
+    fingerprints: Fingerprints
+    encoder: Encoder
+    evaluators: Mapping[str, Evaluator]
+    init_step: int
+
+    def evaluators_of(self, step: int) -> list[Evaluator]:
+        """Return the evaluators due after `step`, those before the first step if it is 0; see `final_evaluators`."""
+        if step == 0:
+            return self.final_evaluators if evaluates_first(self.experiment) else []
+        group = self.config.eval
+        during = step < self.config.steps and is_due(group.every, step)
+        return [self.evaluators[spec] for spec in group.sets] if during else []
+
+    @property
+    def final_evaluators(self) -> list[Evaluator]:
+        """Evaluators of `eval.sets` and `eval.final_sets`, run after the last step."""
+        return list(self.evaluators.values())
+
+
+def is_due(every: int, step: int) -> bool:
+    """Whether something that happens every `every` steps (0: never) is due at `step`."""
+    return every > 0 and step % every == 0
+
+
+def evaluates_first(experiment: Experiment) -> bool:
+    """Whether given weights are evaluated before the first step; a classifier has yet to be trained."""
+    return bool(experiment.config.init.weights) and not experiment.objective.labelled
+
+
+def prepare(
+    config: Config,
+    folder: RunWriter,
+    compiling: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+) -> tuple[Run, dict[str, np.ndarray]]:
+    """Open and check the parts of a run in this order; nothing is written.
+
+    Args:
+      config: the resolved config of the run.
+      folder: the run's folder.
+      compiling: context in which the step is compiled, if it may not fit the devices.
+
+    Returns:
+      The run, and the initial tensors of a new run from `init.weights`, which are as large as the model.
+
+    Raises:
+      UserError: a missing part, or one that does not fit the config or the devices.
+    """
+    checks.require(checks.check_folder(config, folder))
+    experiment = open_experiment(config, folder)
+    checks.require(checks.check_model(experiment))
+    checks.require(checks.check_disk(experiment, folder))
+    samples, fingerprints = open_data(experiment, folder)
+    encoder = make_encoder(experiment, class_names(experiment, fingerprints))
+    evaluators = open_evaluators(experiment, encoder)
+    initial, init_step = open_initial(experiment, folder, encoder.classes)
+    experiment = with_length_groups(experiment, folder, samples)
+
+    def compile_step() -> tuple[Any, str]:
+        with compiling():
+            return cost.compile_if_fits(experiment)
+
+    checks.require(checks.check_memory(experiment, compile_step))
+    order = loader.sample_order(samples, experiment.config.data, config.seed)
+    if order.captions:
+        digests = ({"data.spread_duplicate_captions": digest} for digest in order.captions)
+        fingerprints = [old | new for old, new in zip(fingerprints, digests, strict=True)]
+        folder.check_sources(config, fingerprints)
+    run = Run(
+        config=config,
+        folder=folder,
+        experiment=experiment,
+        order=order,
+        num_samples=sum(map(len, samples)),
+        fingerprints=fingerprints,
+        encoder=encoder,
+        evaluators=evaluators,
+        init_step=init_step,
+    )
+    return run, initial
+
+
+def open_experiment(config: Config, folder: RunWriter) -> Experiment:
+    """Build the experiment of a run, with the tokenizer of its folder."""
+    data = dataclasses.replace(config.data, tokenizer=folder.tokenizer(config))
+    return build(dataclasses.replace(config, data=data))
+
+
+def open_data(experiment: Experiment, folder: RunWriter) -> tuple[list[Source], Fingerprints]:
+    """Open the training data; return its samples and fingerprints, which a resumed run must have read before."""
+    config = experiment.config
+    objective = experiment.objective
+    try:
+        opened = sources.open_sources(config.data, objective.classes, objective.fields)
+    except labelled.MismatchError as error:
+        remedy = "use another source, or change objective.classify.classes (1 for numbers) or .tower"
+        raise UserError(f"{error}; {remedy}.") from error
+    fingerprints = [source.fingerprint() for source in opened]
+    folder.check_sources(config, fingerprints)
+    samples = holdout.apply_controls(opened, config.data, config.seed, labelled=objective.labelled)
+    return samples, fingerprints
+
+
+def class_names(experiment: Experiment, fingerprints: Fingerprints) -> Sequence[str] | None:
+    """Return the class names of the training data, None unless the run is fine-tuned on labels."""
+    return fingerprints[0].get("classes") if experiment.objective.labelled else None
+
+
+def open_evaluators(experiment: Experiment, encoder: Encoder) -> dict[str, Evaluator]:
+    """Open all sets of `eval.sets` and `eval.final_sets`; return their evaluators by spec."""
+    config = experiment.config
+    specs = tuple(dict.fromkeys((*config.eval.sets, *config.eval.final_sets)))
+    opened = registry.open_all(specs, encoder, None, own_profile(config), config.data)
+    return dict(zip(specs, opened, strict=True))
+
+
+def open_initial(
+    experiment: Experiment, folder: RunWriter, classes: Sequence[str] | None
+) -> tuple[dict[str, np.ndarray], int]:
+    """Read the tensors of `init.weights` and their step, unless the run resumes."""
+    config = experiment.config
+    if not config.init.weights or folder.latest_step() is not None:
+        return {}, 0
+    return read_initial(config, experiment.abstract, classes)
+
+
+def with_length_groups(experiment: Experiment, folder: RunWriter, samples: Sequence[Source]) -> Experiment:
+    """Return `experiment` with the groups of texts chosen by `data.length_groups="auto"`, or kept in the folder."""
+    if experiment.config.data.length_groups != AUTO:
+        return experiment
+    groups = folder.length_groups(experiment.text_rows) or choose_length_groups(experiment, samples)
+    return dataclasses.replace(experiment, length_groups=groups)
+
+
+def check_names(config: ml_collections.ConfigDict | Config) -> Config:
+    """Return the resolved config after a check of its keys and names, without data and devices."""
+    config = resolve(config)
+    sources.parse_all(config.data.sources)
+    for spec in (*config.eval.sets, *config.eval.final_sets):
+        registry.check(spec)
+    return config
+
+
+def extras(config: Config) -> list[str]:
+    """Return the extras of this package (setup.py) that a run needs, judged by the names in its config."""
+    names = {name for name in config.log.to if name != "tensorboard" and ":" not in name}
+    if hub.is_hub(config.init.weights):
+        names.add("hub")
+    for source in config.data.sources:
+        names.update(sources.extras(source))
+    for spec in (*config.eval.sets, *config.eval.final_sets):
+        names.update(registry.check(spec).extras(spec))
+        for text in (spec, spec.partition("/")[2]):  # wds:PATH, and probe/wds:PATH
+            if text.partition(":")[0] in sources.SOURCES:
+                names.update(sources.extras(text))
+    return sorted(names)
+
+
+def choose_length_groups(experiment: Experiment, samples: Sequence[Source]) -> LengthGroups:
+    """Groups for the captions of `samples`, the same on all processes; without cuts if they would save little."""
+    config = experiment.config
+    tower = experiment.model.txt
+    context = experiment.context_length
+    if "txt" not in experiment.model.towers or not tower.cuttable:
+        return WHOLE
+    rows, draws = experiment.text_rows
+
+    def saved(groups: LengthGroups) -> float:
+        cut = cost.step_flops(config, groups, rows)
+        whole = cost.step_flops(config, WHOLE)
+        return 1 - cut / whole if cut and whole else 0.0  # unknown for some towers of other packages
+
+    flops_of = cost.cut_flops(tower)
+    most = saved(LengthGroups(((1, 1.0),)))
+    if flops_of is None or not length_groups.worthwhile(most, config.steps):
+        return WHOLE
+    counts = count_lengths(experiment, samples) if jax.process_index() == 0 else np.zeros(context + 1, np.int32)
+    counts = np.asarray(multihost_utils.broadcast_one_to_all(counts))  # a sample may be bad on one process only
+    groups = length_groups.choose(counts, rows=rows, draws=draws, flops_of=flops_of)
+    if not length_groups.worthwhile(saved(groups), config.steps):
+        return WHOLE
+    mean = counts @ np.arange(context + 1) / counts.sum()
+    log0(
+        f"captions have {mean:.0f} tokens on average: texts are encoded in groups (data.length_groups={groups}), which "
+        f"saves {saved(groups):.0%} of a step's FLOPs"
+    )
+    return groups
+
+
+def count_lengths(experiment: Experiment, samples: Sequence[Source]) -> np.ndarray:
+    """(context + 1,) number of the run's first captions per length in tokens, without bad samples."""
+    data = experiment.config.data
+    length = experiment.context_length
+    seed = experiment.config.seed
+    # An order as good as the run's, without a look at all captions.
+    order = loader.sample_order(samples, dataclasses.replace(data, spread_duplicate_captions=False, cache=False), seed)
+    transform = experiment.transform(("text",))
+    # Tokenized here, as the drawn caption depends on the position.
+    places = map(order.locate, range(min(CAPTIONS, sum(map(len, samples)))))
+    read = records.read_each(
+        ((order.sources[number], index) for number, index in places),
+        lambda record: {"text": record["text"], "tags": record["tags"]},
+        timeout=data.read_timeout,
+        threads=data.threads,
+    )
+    counts = np.zeros(length + 1, np.int32)
+    row = np.zeros((1, length), np.int32)
+    for position, record in enumerate(read):
+        if isinstance(record, BadSample):
+            continue
+        try:
+            transform(record, np.random.default_rng((seed, position)), {"text": row})
+        except Exception as error:
+            records.as_bad_sample(error)
+            continue
+        counts[experiment.tokenizer.lengths(row)] += 1
+    return counts
