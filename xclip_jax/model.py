@@ -162,7 +162,8 @@ class Model:
           UserError: not integers of this shape, an id outside of the tokenizer's vocabulary, or a row without the end
             token from which the tower reads the text.
         """
-        tokens, known = np.asarray(tokens), self.tokenizer
+        tokens = np.asarray(tokens)
+        known = self.tokenizer
         fits = tokens.dtype.kind in "iu" and tokens.ndim == 2 and tokens.shape[1] == self.length
         fits = fits and not ((tokens < 0) | (tokens >= known.vocab_size)).any()
         if fits and getattr(self._towers.get("txt"), "pool", "") == "eot":
@@ -207,7 +208,8 @@ class Model:
         # str.format would fail on braces in a name.
         prompts = [template.replace("{}", name) for name in class_names for template in templates]
         used = self._similarities if by else self._similarities[:1]
-        img, txt = self._images(images, features(used)), self._texts(prompts, features(used))
+        img = self._images(images, features(used))
+        txt = self._texts(prompts, features(used))
         by_score = class_scores(used, img, txt, [len(templates)] * len(class_names))
         if by not in by_score:
             known = ", ".join(repr(name) for name in by_score if name) or "only its own"

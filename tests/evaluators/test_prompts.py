@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from tests.data.readers import test_wds as wds
-from tests.evaluators.sets.test_published import write
+from tests.evaluators.sets.test_known_sets import write
 from tests.helpers import bad_tars
 from tests.helpers.encoding import SIZE
 from xclip_jax.core import storage

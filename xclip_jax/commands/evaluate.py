@@ -82,7 +82,8 @@ def evaluate(
     Raises:
       UserError: bad input, before the first set is evaluated; or sets that failed, after the others.
     """
-    began, names = time.perf_counter(), registry.expand_suites(suite)
+    began = time.perf_counter()
+    names = registry.expand_suites(suite)
     changes = json.loads(json.dumps(changes or {}))  # as the file has them
     dataclasses.replace(registry.profile(profile), **changes)  # for its errors, before the work
     mixes = sorted(set(map(weights.check_mix, mixes)))
@@ -91,14 +92,18 @@ def evaluate(
     config, experiment, tuned, loaded_step = weights.load(pinned, step)
     given = weights.read_given(run, config, tuned) if mixes != [1] else {}
     _check_output(path)
-    encoder, own = make_encoder(experiment, weights.read_classes(pinned)), profile_of_run(config, profile, changes)
+    encoder = make_encoder(experiment, weights.read_classes(pinned))
+    own = profile_of_run(config, profile, changes)
     opened = registry.open_all(names, encoder, data_dir, own, experiment.config.data)
     command = {"config": schema.to_dict(config), "environment": environment.capture()}
     command["suite"] = suite if isinstance(suite, str) else list(suite)
     shared = {"checkpoint": str(run), "step": loaded_step, "profile": profile, "changes": changes}
     model: dict[str, Any] = {"tokenizer": config.data.tokenizer, "text_length": experiment.context_length}
     model |= {"eval": results.settings(config.eval)} | origin | shared
-    entries, lines, all_results, failed = [], list[str](), list[Result](), dict[str, str]()
+    entries = []
+    lines = list[str]()
+    all_results = list[Result]()
+    failed = dict[str, str]()
     for share in mixes:
         variables = weights.mix(given, tuned, share)
         model["fingerprint"] = weights.fingerprint(experiment, variables)
@@ -208,7 +213,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             check_count("--captions", flags.captions, 0)
         compiler.enable_cache()
         flags.names = read_class_names(flags.names) if flags.names else None
-        suite, fields = ",".join(flags.suite or ["demo"]), {key: getattr(flags, key) for key in PROFILE_FIELDS}
+        suite = ",".join(flags.suite or ["demo"])
+        fields = {key: getattr(flags, key) for key in PROFILE_FIELDS}
         evaluate(
             flags.checkpoint,
             suite,

@@ -17,7 +17,7 @@ from xclip_jax.data.base import IMAGE_SUFFIXES, MAX_BYTES, SourceOptions, decode
 from xclip_jax.data.readers.folder import file_size
 from xclip_jax.data.readers.table import ColumnSource
 from xclip_jax.data.readers.tar import TarSource
-from xclip_jax.evaluators.sets.own import query_columns
+from xclip_jax.evaluators.sets.custom import query_columns
 
 REFUSED = ("file cannot be read", "tar cannot be read")  # by a disk or store, whatever the content
 IMAGES = "a folder; files: globs, ranges {00..12}, lists; tars; or a table: csv:, parquet:, hf:"  # for --help

@@ -92,8 +92,10 @@ class Evaluator(abc.ABC):
 
         Items of a set with `together`, int (n,), are resampled by it.
         """
-        card, unit = self.data.card, "x 100" if metric.rpartition("/")[2] in _TIMES_100 else "%"
-        together, items = getattr(self.data, "together", None), fields.get("items")
+        card = self.data.card
+        unit = "x 100" if metric.rpartition("/")[2] in _TIMES_100 else "%"
+        together = getattr(self.data, "together", None)
+        items = fields.get("items")
         if together is not None and items is not None:
             fields["items"] = dataclasses.replace(items, groups=together)
         fields = {"protocol": card, "evaluator": self.data.evaluator, "unit": unit} | fields
@@ -189,7 +191,8 @@ class Joined(Sequence):
     """Concatenation of sequences, without loading their items."""
 
     def __init__(self, parts: Sequence[Sequence[Any]]) -> None:
-        self._parts, self._ends = parts, np.cumsum([len(part) for part in parts])
+        self._parts = parts
+        self._ends = np.cumsum([len(part) for part in parts])
 
     def __len__(self) -> int:
         return int(self._ends[-1])

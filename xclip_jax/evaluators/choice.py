@@ -98,7 +98,8 @@ class Choice(Evaluator):
     def scores(self, variables: Variables) -> dict[str, list[np.ndarray]]:
         """Return {score: (images, texts) of each item}."""
         # Equal texts of an item are scored once: columns of one product may differ in their last bits.
-        texts, similarities = [list(dict.fromkeys(item)) for item in self.data.texts], self.encoder.similarities
+        texts = [list(dict.fromkeys(item)) for item in self.data.texts]
+        similarities = self.encoder.similarities
         img, rows = zeroshot.encode_pairs(
             self.encoder, variables, self.data.images, [text for item in texts for text in item]
         )
@@ -119,7 +120,9 @@ class Choice(Evaluator):
 
     def measure(self, variables: Variables) -> list[Result]:
         """Return the results that the class docstring lists; items with a common image are resampled together."""
-        n, groups, ways = len(self.data.texts), self.data.groups, np.array([len(item) for item in self.data.texts])
+        n = len(self.data.texts)
+        groups = self.data.groups
+        ways = np.array([len(item) for item in self.data.texts])
         results = [self.count("n", n), self.count("ways", ways.mean())]
         even = {"macro_accuracy": np.sum([mask / mask.sum() for mask in groups.values()], axis=0)} if groups else {}
         compared = self.scores(variables)
@@ -129,7 +132,8 @@ class Choice(Evaluator):
             for metric, right in _right(scores).items():
                 level = np.full(n, PAIRED[metric]) if metric in PAIRED else 100 / ways
                 for key, weights in ({metric: None} | (even if metric == "accuracy" else {})).items():
-                    items, chance = PerExample(right, weights), np.average(level, weights=weights)
+                    items = PerExample(right, weights)
+                    chance = np.average(level, weights=weights)
                     results.append(self.result(key, items.value(), n=n, chance=chance, items=items, score=score))
                 for group, mask in groups.items():
                     part = {"n": int(mask.sum()), "chance": level[mask].mean(), "score": score, "group": group}

@@ -64,13 +64,17 @@ class Encoder:
             raise UserError(f"expected evaluation batches of 1 item or more (eval.batch); got {least}.")
         shards = batch_shards(mesh)
         self.sizes = sorted({math.ceil(size / shards) * shards for size in (batch, *smaller)})
-        self.batch, self.similarities = self.sizes[-1], tuple(similarities)
+        self.batch = self.sizes[-1]
+        self.similarities = tuple(similarities)
         self._default = ("features", *(similarity.feature for similarity in similarities))
         self.preprocessing, self.image_size = preprocessing, preprocessing.size
         self.classes = None if classes is None else tuple(classes)
-        self.grid, self.unreadable = model.img.grid if "img" in model.towers else 0, dict[int, str]()
+        self.grid = model.img.grid if "img" in model.towers else 0
+        self.unreadable = dict[int, str]()
         self._eot_id = model.eot_id if "txt" in model.towers and model.txt.cuttable else None
-        self._tokenizer, self._text_length, self._sharding = tokenizer, text_length, batch_sharding(mesh)
+        self._tokenizer = tokenizer
+        self._text_length = text_length
+        self._sharding = batch_sharding(mesh)
 
         def encode(variables: Variables, x: jax.Array, modality: str) -> dict[str, jax.Array]:
             if modality not in model.towers:
@@ -138,7 +142,8 @@ class Encoder:
         def encode(*arguments: Any) -> dict[str, jax.Array]:
             return self._encode_patches(*arguments, projected)
 
-        valid, form = [], self._form(images)
+        valid = []
+        form = self._form(images)
         for start, out in self._batches(encode, variables, images, form, ("patches", "valid")):
             valid.append(out["valid"])
             yield start, out["patches"]

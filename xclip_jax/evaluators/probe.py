@@ -80,10 +80,14 @@ class Probe(Evaluator):
 
     def measure(self, variables: Variables) -> list[Result]:
         """Return the results listed in the class docstring."""
-        features, results, others = self._features(variables), [], []
+        features = self._features(variables)
+        results = []
+        others = []
         for task, labels in self.data.tasks.items():
-            tested, num_classes = labels[2] if len(labels[2]) else labels[0], _num_classes(labels)
-            n, majority = len(tested), 100 * float(np.mean(tested == np.bincount(labels[0]).argmax()))
+            tested = labels[2] if len(labels[2]) else labels[0]
+            num_classes = _num_classes(labels)
+            n = len(tested)
+            majority = 100 * float(np.mean(tested == np.bincount(labels[0]).argmax()))
             chance = {"top1": majority, "mean_per_class": 100 / len(np.unique(tested))}  # of one answer to all
             for probe, (values, extra) in self._task(features, labels).items():
                 for key, item in _items(values, tested, num_classes).items():
@@ -112,7 +116,9 @@ class Probe(Evaluator):
 
     def _task(self, features: Sequence[np.ndarray], labels: Sequence[np.ndarray]) -> dict[str, Fit]:
         """Return {"linear": fit, "knn": fit, ...} of one task."""
-        classes, sweep, count = _num_classes(labels), self.data.sweep, self.data.folds
+        classes = _num_classes(labels)
+        sweep = self.data.sweep
+        count = self.data.folds
         train, validation, test = ((x, y) for x, y in zip(features, labels, strict=True))
         finite = [np.isfinite(x).all(axis=1) for x in features[:2]]
         if not finite[0].any():  # the model diverged: nothing can be fitted, and all answers are wrong
@@ -251,7 +257,8 @@ class ClassifierEvaluator(Evaluator):
             model = "no classifier" if logits is None else f"a classifier of {logits.shape[1]} classes"
             raise UserError(f"{self.data.name} has {known} classes and the model {model}; see finetune.py.")
         logits = np.pad(logits, ((0, 0), (0, self.data.unknown)), constant_values=-np.inf)
-        labels, n = self.data.labels, len(self.data.labels)
+        labels = self.data.labels
+        n = len(self.data.labels)
         if self.data.classes == 1:
             items = {key: PerExample(logits[:, 0], other=labels, statistic=key) for key in ("spearman", "pearson")}
             results = [

@@ -31,10 +31,10 @@ KINDS: Mapping[str, type[SetKind]] = Classes(
         "emoji": "xclip_jax.demo.emoji_sets:EmojiSets",
         "classes": f"{_SETS}.classification:ClassSets",
         "files": f"{_SETS}.files:FileSets",
-        "pairs": f"{_SETS}.own:PairSets",
-        "choice": f"{_SETS}.choices:ChoiceSets",
+        "pairs": f"{_SETS}.custom:PairSets",
+        "choice": f"{_SETS}.choice_sets:ChoiceSets",
         "probes": f"{_SETS}.classification:ProbeSets",
-        "dense": f"{_SETS}.published:DenseSets",
+        "dense": f"{_SETS}.known_sets:DenseSets",
         "finetuned": f"{_SETS}.classification:FinetunedSets",
     },
 )
@@ -116,7 +116,8 @@ def listing() -> str:
 
 def expand_suites(suites: str | Sequence[str]) -> tuple[str, ...]:
     """Return the distinct sets of a list of names and `all_suites`, joined by commas or in a sequence."""
-    named, names = all_suites(), dict[str, None]()
+    named = all_suites()
+    names = dict[str, None]()
     for part in map(str.strip, suites.split(",")) if isinstance(suites, str) else suites:
         names |= dict.fromkeys(named.get(part, (part,)))
     names.pop("", None)

@@ -308,7 +308,8 @@ def write_items(path: epath.Path, items_of: ItemsOf) -> None:
 
 def read_items(path: epath.Path) -> ItemsOf:
     """Return the per-example values of results file `path`."""
-    file, parts = items_file(path), dict[tuple[str, str], dict[str, Any]]()
+    file = items_file(path)
+    parts = dict[tuple[str, str], dict[str, Any]]()
     try:
         for key, array in np.load(io.BytesIO(file.read_bytes())).items() if file.exists() else ():
             statistic, part, entry, name = key.split(":", 3)

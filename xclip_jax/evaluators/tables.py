@@ -142,7 +142,9 @@ def headlines(results: Sequence[Result], before: Sequence[Result] = ()) -> str:
     The run's held-out pairs, often the only set, go by the name of their family. A metric that was measured `before`
     has both values: "R@1 12.5 -> 50.0".
     """
-    parts, short, earlier = [], short_names(results), {result.name: f"{result.value:.1f} -> " for result in before}
+    parts = []
+    short = short_names(results)
+    earlier = {result.name: f"{result.value:.1f} -> " for result in before}
     for row in rows(results):
         shown = ", ".join(f"{column.title} {earlier.get(x.name, '')}{x.value:.1f}" for column, x in row.shown[:2])
         name = short[row.name] if row.name != HELD_OUT else "zero-shot" if row.family == "zeroshot" else row.family
@@ -152,7 +154,8 @@ def headlines(results: Sequence[Result], before: Sequence[Result] = ()) -> str:
 
 def build(results: Sequence[Result]) -> list[Table]:
     """Return a table for each layout; chance levels are in brackets."""
-    everything, short = rows(results), short_names(results)
+    everything = rows(results)
+    short = short_names(results)
     layouts = {layout.title: layout for layout in registry.layouts()}
     layouts |= {row.layout.title: row.layout for row in everything}
     chosen = [(layout, [row for row in everything if row.layout.title == title]) for title, layout in layouts.items()]
@@ -161,7 +164,8 @@ def build(results: Sequence[Result]) -> list[Table]:
 
 def render(results: Sequence[Result]) -> str:
     """Return the tables as text, each column as wide as its longest cell; empty without results."""
-    shown, lines = build(results), []
+    shown = build(results)
+    lines = []
     width = max([42, *(len(name) + 2 for table in shown for name, _ in table.rows)])
     for title, columns, table_rows in shown:
         texts = [[title, *(column for column, _ in columns)], *([name, *cells] for name, cells in table_rows)]
@@ -281,7 +285,8 @@ def compare(
         row |= {f"preprocessing_{side}": x.get("preprocessing", "") for side, x in (("a", left), ("b", right))}
         row |= {"ratio": right["value"] / left["value"]} if ratio else {"difference": right["value"] - left["value"]}
         key = f"{left['name']}/{left['metric']}"
-        of_a, of_b = items_a.get(left["items"], {}), items_b.get(right["items"], {})
+        of_a = items_a.get(left["items"], {})
+        of_b = items_b.get(right["items"], {})
         if key in of_a and key in of_b:
             low, high = bootstrap(of_a[key], of_b[key], ratio=ratio)
             row |= {} if math.isnan(low) else {"low": low, "high": high}

@@ -15,7 +15,7 @@ from xclip_jax.evaluators import registry, tables
 from xclip_jax.evaluators.base import SetKind
 from xclip_jax.evaluators.prompts import PROFILES, Profile
 from xclip_jax.evaluators.retrieval import RetrievalSet
-from xclip_jax.evaluators.sets.own import is_holdout
+from xclip_jax.evaluators.sets.custom import is_holdout
 from xclip_jax.evaluators.zeroshot import ZeroShotSet
 
 SHOWN = 96  # side of an image on the page, pixels

@@ -173,7 +173,8 @@ def _device_put_checked(variables: Variables, experiment: Experiment, path: str)
 
 def _evaluated(experiment: Experiment) -> TrainState:
     """The abstract arrays of what is evaluated, each whole on all devices: every process can read their values."""
-    whole, state = replicated(experiment.mesh), experiment.abstract
+    whole = replicated(experiment.mesh)
+    state = experiment.abstract
     average = experiment.config.eval.ema and state.ema_params is not None
     others = ("params", "batch_stats") if average else ("ema_params", "ema_batch_stats")
     state = dataclasses.replace(state, **dict.fromkeys(("opt_state", "loss_state", *others)))
@@ -193,12 +194,14 @@ def read_initial(
     Returns:
       Flat {"params/img/...": array}, and the step of the run that these are from, 0 for other weights.
     """
-    where, target = config.init.weights, abstract.variables()
+    where = config.init.weights
+    target = abstract.variables()
     tensors, notes, source_config, step = _convert_given(config, target, classes)
     log0(f"starting from {where}, step {step}: {len(tensors)} of {len(flatten_dict(target))} tensors")
     for note in notes:
         log0(note)
-    saved, current = _meaning(source_config), _meaning(config)
+    saved = _meaning(source_config)
+    current = _meaning(config)
     differing = [key for key in saved if key in current and saved[key] != current[key]]
     if differing:
         settings = ", ".join(f"{key} ({saved[key]!r}, {current[key]!r} in this run)" for key in differing)
@@ -341,7 +344,8 @@ def convert_params(
             continue
         if type(saved_tower) is not type(tower):
             del params[name]
-            saved, current = saved_tower.describe(), tower.describe()
+            saved = saved_tower.describe()
+            current = tower.describe()
             notes.append(f"{name} is another tower: {saved} in {where}, {current} in this run")
             continue
         try:

@@ -35,7 +35,7 @@ from xclip_jax.evaluators.probe import ProbeSet, Sweep
 from xclip_jax.evaluators.prompts import Profile
 from xclip_jax.evaluators.results import Provenance, contents, digest
 from xclip_jax.evaluators.retrieval import Pair, RetrievalSet, SimilaritySet
-from xclip_jax.evaluators.sets.own import captioned
+from xclip_jax.evaluators.sets.custom import captioned
 
 # SentEval's tasks without splits: files of class 0 and class 1, one sentence a line.
 _TWO_FILES = {
@@ -272,7 +272,8 @@ def load(
 ) -> SimilaritySet | ProbeSet | RetrievalSet:
     """Open the set `spec`, see the module's docstring."""
     name, _, location = spec.partition("@")
-    path, data_dir = pathlib.Path(location).expanduser(), data.dir or None
+    path = pathlib.Path(location).expanduser()
+    data_dir = data.dir or None
     try:
         if name in GLUE:
             return glue(name, str(path) if location else "", data_dir)

@@ -97,10 +97,12 @@ def load_pairs(spec: str, prepare: Preprocessing, data: DataConfig, profile: Pro
     """Open the set `spec`; its captions have the prefix of the command, not the one of the published sets."""
     name = spec.removeprefix(PREFIX)
     if is_holdout(spec, PREFIX):
-        specs, share = tuple(data.sources), data.holdout
+        specs = tuple(data.sources)
+        share = data.holdout
     else:
         source_name, data = named_columns(name, data)
-        specs, share = (sources.spec_from_path(source_name),), 1.0
+        specs = (sources.spec_from_path(source_name),)
+        share = 1.0
         name = specs[0] + name.removeprefix(source_name)
     try:
         with imports.named_by("the config of the run that holds them out") if share < 1 else contextlib.nullcontext():
@@ -135,7 +137,8 @@ def captioned(
     **origin: str,
 ) -> RetrievalSet:
     """Return a retrieval set of encoded images, identified by `ids`, and their captions as the profile changes them."""
-    prepare, texts = profile.preprocessing(prepare), [profile.texts(of_image) for of_image in captions]
+    prepare = profile.preprocessing(prepare)
+    texts = [profile.texts(of_image) for of_image in captions]
     for i, of_image in enumerate(texts):
         if not of_image:
             raise UserError(f"{name}: {item_name(images, i)} has no caption; add one, or leave the image out.")

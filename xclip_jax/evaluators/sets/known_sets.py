@@ -279,7 +279,8 @@ class DenseSets(SetKind):
     @classmethod
     def load(cls, spec: str, prepare: Preprocessing, data: DataConfig, profile: Profile) -> DenseSet:
         """Open the set."""
-        name, prepare = "oxford_iiit_pet", profile.preprocessing(prepare)
+        name = "oxford_iiit_pet"
+        prepare = profile.preprocessing(prepare)
         (train, info), (test, _) = (open_tfds(name, split, data.dir or None) for split in ("train", "test"))
         train, test = (
             MaskedImages(Pictures(Field(source, "image"), prepare), TrimapMasks(source)) for source in (train, test)
@@ -294,6 +295,7 @@ class DenseSets(SetKind):
             preprocessing=prepare.resizing,
             metric="miou",
         )
-        classes, none = ["pet", "background"], MaskedImages([], [])
+        classes = ["pet", "background"]
+        none = MaskedImages([], [])
         texts = prompts.prompts(classes, prompts.chosen("imagenet", profile))
         return DenseSet(spec, classes, train, none, test, prepare, card, texts)

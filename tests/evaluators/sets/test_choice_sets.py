@@ -15,7 +15,7 @@ from xclip_jax.data.config import DataConfig
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.evaluators import registry
 from xclip_jax.evaluators.prompts import PROFILES, Profile
-from xclip_jax.evaluators.sets import choices
+from xclip_jax.evaluators.sets import choice_sets
 
 
 def load(spec, **options):
@@ -339,5 +339,5 @@ def test_winoground_of_the_hub_and_of_a_file(winoground, server, monkeypatch):
 
 
 def test_the_list_of_symmetric_relations_is_complete():
-    names = choices._read_json(choices.pathlib.Path(choices.__file__).with_name("aro_symmetric.json"))
+    names = choice_sets._read_json(choice_sets.pathlib.Path(choice_sets.__file__).with_name("aro_symmetric.json"))
     assert len(names) == len(set(names)) == 157 and {"near", "next to", "touching"} < set(names) and "on" not in names

@@ -28,7 +28,7 @@ from xclip_jax.evaluators.base import Joined, Pictures, SetKind
 from xclip_jax.evaluators.choice import ChoiceSet
 from xclip_jax.evaluators.prompts import Profile
 from xclip_jax.evaluators.results import Provenance, contents, digest
-from xclip_jax.evaluators.sets.own import query_columns
+from xclip_jax.evaluators.sets.custom import query_columns
 
 PREFIX = "choice/"
 _COLUMNS = "?image=COLUMN&text=RIGHT&text=WRONG"
@@ -149,8 +149,10 @@ def load(spec: str, prepare: Preprocessing, data: DataConfig, profile: Profile) 
     profile = dataclasses.replace(
         profile, prefix=profile.prefix or "", captions=0, exif_rotation=spec.startswith(PREFIX)
     )
-    prepare, paired = profile.preprocessing(prepare), pictures.shape[1] == 2
-    texts, parts = [profile.texts(item) for item in plain], np.array(of_items, object)
+    prepare = profile.preprocessing(prepare)
+    paired = pictures.shape[1] == 2
+    texts = [profile.texts(item) for item in plain]
+    parts = np.array(of_items, object)
     card = Provenance(
         data=name.removeprefix(PREFIX),
         split_hash=digest([*ids, *texts, *of_items]),

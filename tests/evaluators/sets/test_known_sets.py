@@ -13,7 +13,7 @@ from tests.helpers.encoding import SIZE, make_encoder, small_model
 from xclip_jax.core.errors import UserError
 from xclip_jax.evaluators import prompts, registry
 from xclip_jax.evaluators.prompts import PROFILES
-from xclip_jax.evaluators.sets import published
+from xclip_jax.evaluators.sets import known_sets
 
 OPENAI = PROFILES["openai"]
 
@@ -45,11 +45,11 @@ def records(builder, split, decoders):
     return found
 
 
-@pytest.mark.parametrize("name", [name for name, entry in published.ENTRIES.items() if entry.tfds])
+@pytest.mark.parametrize("name", [name for name, entry in known_sets.ENTRIES.items() if entry.tfds])
 def test_every_tfds_set_runs_on_mock_data(name):
     with tfds.testing.mock_data(as_data_source_fn=records):
         data = registry.load(name, SIZE, None, OPENAI)
-    entry = published.ENTRIES[name]
+    entry = known_sets.ENTRIES[name]
     # The small model need not read thousands of prompts.
     metrics = evaluate(dataclasses.replace(data, prompts=[texts[:1] for texts in data.prompts]))
     assert metrics[f"zeroshot/{name}/n"] == 3
@@ -85,7 +85,7 @@ class Info:
 def fake(monkeypatch, labels, feature, key="label"):
     picture = np.zeros((9, 12, 3), np.uint8)
     source = [{"image": picture, key: label} for label in labels]
-    monkeypatch.setattr(published, "open_tfds", lambda *_: (source, Info(**{key: feature})))
+    monkeypatch.setattr(known_sets, "open_tfds", lambda *_: (source, Info(**{key: feature})))
 
 
 @pytest.mark.parametrize(("name", "ids"), [("imagenet_a", prompts.IMAGENET_A), ("imagenet_r", prompts.IMAGENET_R)])
@@ -122,7 +122,7 @@ def test_profiles_set_templates_and_resizing(monkeypatch):
     picture = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
     source = [{"image": picture, "label": 3}]
     info = Info(label=tfds.features.ClassLabel(num_classes=1000))
-    monkeypatch.setattr(published, "open_tfds", lambda *_: (source, info))
+    monkeypatch.setattr(known_sets, "open_tfds", lambda *_: (source, info))
     found = {name: registry.load("imagenet", SIZE, None, profile) for name, profile in PROFILES.items()}
     assert {name: len(data.prompts[0]) for name, data in found.items()} == {"openai": 80, "slip": 7, "open_clip": 80}
     assert (found["openai"].images[0] != found["slip"].images[0]).any()
@@ -395,6 +395,6 @@ def test_the_hash_of_a_tfds_set_covers_version_and_split(monkeypatch):
     source, hashes = [{"image": np.zeros((9, 9, 3), np.uint8), "label": 3}] * 2, set()
     for version, data in (("1", source), ("2", source), ("2", source[:1])):
         opened = data, Info(version)
-        monkeypatch.setattr(published, "open_tfds", lambda *_, opened=opened: opened)
+        monkeypatch.setattr(known_sets, "open_tfds", lambda *_, opened=opened: opened)
         hashes |= {load(f"{probe}mnist").card.split_hash for probe in ("", "probe/")}
     assert len(hashes) == 6
