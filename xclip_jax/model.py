@@ -26,6 +26,7 @@ from xclip_jax.data.base import MAX_BYTES
 from xclip_jax.data.records import ThreadPrefetcher
 from xclip_jax.evaluators.encoder import Encoder, Features, Rows
 from xclip_jax.evaluators.zeroshot import class_scores
+from xclip_jax.interop import hub
 from xclip_jax.models.heads import Head, Projection
 from xclip_jax.models.two_towers import TwoTowers, Variables
 from xclip_jax.objectives.similarity import Similarity, cluster_similarity, features, softmax
@@ -366,12 +367,11 @@ def load(
     """
     check_count("batch", batch, 1)  # before weights are read, which may take a while
     check_count("threads", threads, 0)
-    source = os.fspath(path)
-    pinned, origin = weights.pin(source)
+    place = hub.locate(os.fspath(path))
     with imports.trusting(trust):
-        _, experiment, variables, step = weights.load(pinned, step)
-    card = {"checkpoint": source, "step": step, **origin}
-    return Model(experiment, variables, card, batch=batch, threads=threads)
+        loaded = weights.load(place, step)
+    card = {"checkpoint": place.name, "step": loaded.step} | ({"commit": place.commit} if place.commit else {})
+    return Model(loaded.experiment, loaded.variables, card, batch=batch, threads=threads)
 
 
 def _without_scaling(model: TwoTowers) -> dict[str, Any]:

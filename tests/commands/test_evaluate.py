@@ -11,8 +11,6 @@ from tests.helpers import tiny
 from xclip_jax.commands import evaluate
 from xclip_jax.core.errors import UserError
 from xclip_jax.evaluators import registry
-from xclip_jax.report import charts, collect
-from xclip_jax.report.examples import Examples
 from xclip_jax.train import trainer
 
 pytestmark = pytest.mark.long
@@ -91,34 +89,6 @@ def test_runs_side_by_side(runs, capsys):
     assert json.loads((runs / "compared.json").read_text())["rows"] == [row]
     (same,) = evaluate.compare(str(runs / "a"), str(runs / "a"))
     assert (same["difference"], same["low"], same["high"]) == (0, 0, 0)
-
-
-def test_mixes_of_given_and_tuned_weights(runs, capsys):
-    suite, run = f"folder:{runs / 'set'}", runs / "tuned"
-    changes = {"data__sources": (f"folder:{runs / 'pairs'}",), "init__weights": str(runs / "a"), "optim__lr": 0.01}
-    trainer.run(tiny.config(run=run, steps=STEPS, **changes))
-    given = evaluate.evaluate(str(runs / "a"), suite)["results"][0]
-    tuned = evaluate.evaluate(str(run), suite)["results"][0]
-    evaluate.main(["--checkpoint", str(run), "--suite", suite, "--mix", "1,0.5,0"])
-    assert f"mix 0: folder:set top-1 {given['value']:.1f}" in capsys.readouterr().out
-    content = json.loads((run / "evaluation.json").read_text())
-    (shown,), others = content["results"], content["other_results"]
-    assert "mix" not in shown and shown["fingerprint"] == tuned["fingerprint"] and shown["value"] == tuned["value"]
-    assert [(x["mix"], x["tuned"]) for x in others] == [(0, tuned["fingerprint"]), (0.5, tuned["fingerprint"])]
-    assert others[0]["value"] == given["value"] and others[0]["fingerprint"] == given["fingerprint"]
-    record = collect.read(run)
-    assert [share for share, _ in record.mixes] == [0, 0.5, 1] and record.steps_of == {}
-    shown_values = [next(x.value for x in of_mix if x.headline) for _, of_mix in record.mixes]
-    assert shown_values == [given["value"], others[1]["value"], tuned["value"]]
-    (chart,) = (x for x in charts.of_runs([collect.Run("x", 0, record, Examples())]) if x.title.startswith("Given"))
-    assert chart.lines[0].x == [0, 0.5, 1] and "share of tuned weights 0 to 1" in chart.description
-
-    evaluate.main(["--compare", str(run), str(run), "--mix", "0,1"])
-    assert f"A: {run}, step {STEPS}, mix 0" in capsys.readouterr().out
-    (row,) = evaluate.compare(str(run), str(run), mixes=(0, 1))
-    assert (row["a"], row["b"]) == (given["value"], tuned["value"]) and row["low"] <= row["difference"] <= row["high"]
-    with pytest.raises(UserError, match=r"no results of mix 0\.25; evaluate its run with --mix 0\.25"):
-        evaluate.compare(str(run), str(run), mixes=(0.25, 1))
 
 
 @pytest.fixture(scope="module")

@@ -4,14 +4,12 @@ import json
 import math
 import pathlib
 import re
-import types
 
 import numpy as np
 import pytest
 
 from tests.helpers import tiny
 from tests.helpers.pages import Page, check, page_of, written
-from xclip_jax.evaluators.results import Result
 from xclip_jax.report import charts, examples, page
 
 
@@ -71,13 +69,3 @@ def test_every_chart_of_a_term_is_on_the_page(name, tmp_path):
             assert {curve.title for curve in health.curves} <= titles
             assert text.count('class="card light') == len(health.checks) or len(run.objective.terms) > 1
     assert ("Loss" in titles) == (len(run.objective.terms) > 1 or name == "classify-img")
-
-
-def test_mixes_of_a_set_that_the_run_has_no_other_result_of():
-    def measured(value):
-        return [Result("imagenet", "zeroshot", "top1", value)]
-
-    record = types.SimpleNamespace(results=[], evaluations=[], mixes=[(0.0, measured(10.0)), (0.5, measured(20.0))])
-    run = types.SimpleNamespace(record=record, color=0, name="mine")
-    (drawn,) = charts._evaluations([run], mixes=True)
-    assert drawn is not None

@@ -7,8 +7,7 @@
     suite, config, environment, seconds     of the last command that wrote the file
 
 An entry holds the results of one set, see `make_entry`, and its own "checkpoint", "step", "profile" and "changes";
-"fingerprint" identifies the model, see `train.weights.fingerprint`, as weights may be replaced at the same path. Only
-entries of a mix of given and tuned weights have "mix", the share of the tuned ones, and "tuned", their fingerprint. A
+"fingerprint" identifies the model, see `train.weights.fingerprint`, as weights may be replaced at the same path. A
 new entry replaces an entry with the same values of `KEY`; all others stay. FILE.items.npz has the per-example values of
 the entries' metrics, under "statistic:part:id:metric"; "id" is the entry's "items", the metric is quoted as in a URL.
 """
@@ -231,26 +230,10 @@ def settings(group: Any) -> dict[str, Any]:
     return {key: getattr(group, key) for key in keys_where(type(group), evaluation="model")}
 
 
-def share_of(entry: Entry) -> float:
-    """Return the share of tuned weights in the model of an entry; 1 without a mix."""
-    return entry.get("mix", 1.0)
-
-
-def of_group(entries: Sequence[Entry], group: Any, share: float = 1.0) -> list[Entry]:
-    """Return the entries of the model, or mix, that a run with the config group `eval` evaluates now."""
+def of_group(entries: Sequence[Entry], group: Any) -> list[Entry]:
+    """Return the entries of the model that a run with the config group `eval` evaluates now."""
     now = settings(group)
-    return [entry for entry in entries if entry.get("eval", now) == now and share_of(entry) == share]
-
-
-def by_mix(entries: Sequence[Entry]) -> list[tuple[float, list[Result]]]:
-    """Return (share of tuned weights, results) of the model that was mixed last, by share; [] without a mix."""
-    last = next((entry for entry in reversed(entries) if "mix" in entry), None)
-    if last is None:
-        return []
-    same = [entry for entry in entries if entry.get("tuned", entry["fingerprint"]) == last["tuned"]]
-    same = [entry for entry in same if all(entry[key] == last[key] for key in ("step", "profile", "changes"))]
-    shares = sorted({share_of(entry) for entry in same})
-    return [(share, of_entries(entry for entry in same if share_of(entry) == share)) for share in shares]
+    return [entry for entry in entries if entry.get("eval", now) == now]
 
 
 def add(
@@ -281,7 +264,6 @@ def latest(entries: Sequence[Entry]) -> tuple[list[Entry], list[Entry]]:
     `entries` are ordered by age, the newest last, whose checkpoint all entries of the first list share.
     """
     of_checkpoint = [entry for entry in entries if entry["checkpoint"] == entries[-1]["checkpoint"]]
-    of_checkpoint = [entry for entry in of_checkpoint if share_of(entry) == 1] or of_checkpoint
     newest = max(entry["step"] for entry in of_checkpoint)
     last = next(entry for entry in reversed(of_checkpoint) if entry["step"] == newest)
     shown = [entry for entry in entries if all(entry[key] == last[key] for key in _VIEW)]

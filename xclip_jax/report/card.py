@@ -48,7 +48,6 @@ def render(
     *,
     run: bool,
     repository: str = "",
-    mix: float = 1.0,
 ) -> str:
     """Return the card in Markdown, which has only the last part of paths of this machine.
 
@@ -60,14 +59,13 @@ def render(
       notes: sentences on what the format cannot hold.
       run: whether `source` is a run directory, with data, recipe and results.
       repository: the card's id on the Hub, "ORG/NAME", or "": the code in it then names the folder.
-      mix: share of the run's own weights in a mix with those that it started from.
     """
     config, objective = experiment.config, experiment.objective
     folder = RunFolder(source) if run else None
     local, remote = _PREFIXES[to]
     trained = (folder.read_config() or {}).get("environment") if folder else None
     context = {
-        "metadata": metadata(experiment, to, measured(folder, config.steps, step, mix) if folder else []),
+        "metadata": metadata(experiment, to, measured(folder, config.steps, step) if folder else []),
         "objective": objective,
         "labelled": objective.labelled,
         "tower": config.model.tower(objective.towers[0]).describe(),
@@ -86,8 +84,8 @@ def render(
         "made": ({"trained": _machine(trained)} if trained else {}) | {"exported": _machine(environment.capture())},
     }
     if folder:
-        context |= data(folder, experiment) | {"recipe": list(_recipe(folder, step, mix))}
-        context |= evaluations(folder, config.steps, step, mix)
+        context |= data(folder, experiment) | {"recipe": list(_recipe(folder, step))}
+        context |= evaluations(folder, config.steps, step)
     template = importlib.resources.files("xclip_jax.report").joinpath("card.md").read_text("utf-8")
     made = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     return made.from_string(template).render(context)
@@ -148,18 +146,18 @@ def metadata(experiment: Experiment, to: str, headlines: Sequence[Result]) -> st
     return f"{ModelCardData(**names, tags=tags, **index).to_yaml()}\n"
 
 
-def measured(run: RunFolder, steps: int, step: int, mix: float = 1.0) -> list[Result]:
+def measured(run: RunFolder, steps: int, step: int) -> list[Result]:
     """Return the headline results of the checkpoint: by `evaluate` if it has some, else at the end of training."""
-    values = results.of_entries(_entries(run, step, mix))
-    if not values and step == steps and mix == 1:
+    values = results.of_entries(_entries(run, step))
+    if not values and step == steps:
         values = results.from_json((run.read_results() or {"records": []})["records"])
     return [result for result in values if result.headline]
 
 
-def _entries(run: RunFolder, step: int, mix: float) -> list[results.Entry]:
-    """Return the entries of evaluation.json for the checkpoint or its mix, with the profile that was evaluated last."""
+def _entries(run: RunFolder, step: int) -> list[results.Entry]:
+    """Return the entries of evaluation.json for the checkpoint, with the profile that was evaluated last."""
     entries = results.read(run.evaluation_file)[0] if run.evaluation_file.exists() else []
-    entries = [entry for entry in results.of_group(entries, _run_config(run).eval, mix) if entry["step"] == step]
+    entries = [entry for entry in results.of_group(entries, _run_config(run).eval) if entry["step"] == step]
     return results.latest(entries)[0] if entries else []
 
 
@@ -199,7 +197,7 @@ def data(run: RunFolder, experiment: Experiment) -> dict[str, Any]:
     return {"data": (head, rows), "about_data": text}
 
 
-def _recipe(run: RunFolder, step: int, mix: float) -> Iterator[tuple[str, Any]]:
+def _recipe(run: RunFolder, step: int) -> Iterator[tuple[str, Any]]:
     """Yield the keys that decide a run, from the run's file: `weights.load` sets batch and layout for this machine."""
     config = _run_config(run)
     objective, values = make_objective(config.objective), schema.flatten(schema.to_dict(config))
@@ -212,7 +210,6 @@ def _recipe(run: RunFolder, step: int, mix: float) -> Iterator[tuple[str, Any]]:
     rows |= {key: values[key] for key in keys if not key.startswith(tuple(f"model.{name}." for name in plugins))}
     rows |= {f"model.plugins.{name}.{key}": x for name, options in plugins.items() for key, x in options.items()}
     rows |= {"init.weights": config.init.weights} if config.init.weights else {}
-    rows |= {"mix": f"{1 - mix:g} of init.weights + {mix:g} of the parameters"} if mix != 1 else {}
     rows |= {"init.frozen": ", ".join(config.init.frozen)} if config.init.frozen else {}
     lora = config.finetune.lora
     rows |= {"finetune.lora.rank": lora.rank, "finetune.lora.kernels": ", ".join(lora.kernels)} if lora.rank else {}
@@ -220,9 +217,9 @@ def _recipe(run: RunFolder, step: int, mix: float) -> Iterator[tuple[str, Any]]:
         yield key, in_words(shown(value)) if isinstance(value, str) else value
 
 
-def evaluations(run: RunFolder, steps: int, step: int, mix: float = 1.0) -> dict[str, Any]:
+def evaluations(run: RunFolder, steps: int, step: int) -> dict[str, Any]:
     """Return the results at the end of training as a table of text, and rows of what `evaluate` measured."""
-    final, entries = run.read_results() if mix == 1 else None, _entries(run, step, mix)
+    final, entries = run.read_results(), _entries(run, step)
     names = names_of_sets(entry["set"] for entry in entries)
     last = tables.render(results.from_json(final["records"])) if final and final["results"] and step == steps else ""
     rows = []

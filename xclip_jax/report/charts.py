@@ -209,7 +209,7 @@ def _range(low: float, high: float) -> tuple[float, float]:
 
 def of_runs(runs: Sequence[Run]) -> list[Chart]:
     """Return charts of all logged metrics: of one run, or with a line for each run."""
-    several, drawn = len(runs) > 1, [_total(runs), *_curves(runs), *_evaluations(runs), *_evaluations(runs, mixes=True)]
+    several, drawn = len(runs) > 1, [_total(runs), *_curves(runs), *_evaluations(runs)]
     for key, title, unit in _LOGGED:
         lines = [line for run in runs for line in _lines(run, key, run.name if several else title, unit)]
         lines = lines if key != "data/bad_share" or any(any(line.y) for line in lines) else []
@@ -253,17 +253,11 @@ def _curves(runs: Sequence[Run]) -> Iterator[Chart | None]:
         yield chart(name, lines, levels, unit=curve.unit, note=curve.note)
 
 
-def _evaluations(runs: Sequence[Run], mixes: bool = False) -> Iterator[Chart | None]:
-    """Yield the first metric of each set that was evaluated at several steps: a chart, or one for each set.
-
-    With `mixes` it is the metric of mixes of given and tuned weights, over the share of the tuned ones.
-    """
+def _evaluations(runs: Sequence[Run]) -> Iterator[Chart | None]:
+    """Yield the first metric of each set that was evaluated at several steps: a chart, or one for each set."""
     points: dict[tuple[Key, str, str], dict[int, dict[float, float]]] = {}
-    title, axis = (
-        ("Given to tuned weights", "share of tuned weights") if mixes else ("Evaluation during training", "step")
-    )
     for run in runs:
-        for step, results in run.record.mixes if mixes else run.record.evaluations:
+        for step, results in run.record.evaluations:
             for row in tables.rows(results):
                 metric, result = row.shown[0]
                 key = ((row.family, row.name), metric.label, result.unit)
@@ -276,8 +270,8 @@ def _evaluations(runs: Sequence[Run], mixes: bool = False) -> Iterator[Chart | N
         for (key, label, unit), of_runs in points.items():
             own, drawn = of_runs[runs[0].color], lines.setdefault(unit, [])
             drawn.append(Line(f"{short[key]}, {label}", list(own), list(own.values()), len(drawn) % 8))
-        yield from (chart(title, of_unit, unit=unit, axis=axis) for unit, of_unit in lines.items())
+        yield from (chart("Evaluation during training", of_unit, unit=unit) for unit, of_unit in lines.items())
         return
     for (key, label, unit), of_runs in points.items():
         lines = [Line(names[color], list(own), list(own.values()), color) for color, own in of_runs.items()]
-        yield chart(f"{short[key]}, {label}{', given to tuned weights' if mixes else ''}", lines, unit=unit, axis=axis)
+        yield chart(f"{short[key]}, {label}", lines, unit=unit)

@@ -44,7 +44,6 @@ class Record:
       evaluations: (step, results) of each step with an evaluation during training, including the last one.
       results: the newest of each set, by the run or by `xclip-jax evaluate`. With per-example values where
         results.json or evaluation.json has them of the same number.
-      mixes: (share of tuned weights, results) of what `xclip-jax evaluate --mix` evaluated last.
       steps_of: {(family, set): step} of the results, where it is not the last step of a complete run.
       sources: fingerprint of each of config's data.sources.
       bad: number of samples in the ledger of bad samples.
@@ -58,7 +57,6 @@ class Record:
     training: list[Row]
     evaluations: list[Evaluation]
     results: list[Result]
-    mixes: list[tuple[float, list[Result]]]
     steps_of: dict[Key, int]
     sources: list[dict[str, Any]]
     bad: int
@@ -140,7 +138,7 @@ def _read(run: RunFolder, content: Mapping[str, Any]) -> Record:
     evaluations = by_step((step, [x for x in own if math.isfinite(x.value)]) for step, own in [*logged, *last])
     evaluated, items_of = results.read(run.evaluation_file) if run.evaluation_file.exists() else ([], {})
     made = [(own, results.read_items(run.results_file).get(results.LAST, {})) for _, own in last]
-    made += [(results.of_entries([x]), items_of.get(x["items"], {})) for x in evaluated if "mix" not in x]
+    made += [(results.of_entries([x]), items_of.get(x["items"], {})) for x in evaluated]
     known, steps_of = newest([*last, *evaluations, *_evaluated(results.of_group(evaluated, config.eval))])
     if final:
         steps_of = {key: step for key, step in steps_of.items() if step != config.steps}
@@ -152,7 +150,6 @@ def _read(run: RunFolder, content: Mapping[str, Any]) -> Record:
         training=training,
         evaluations=evaluations,
         results=_with_items(known, made),
-        mixes=results.by_mix(evaluated),
         steps_of=steps_of,
         sources=run.read_sources() or [],
         bad=int(training[-1].get("data/bad", 0)) if training else 0,
@@ -217,7 +214,7 @@ def labels(rows: Iterable[tables.Row]) -> dict[Key, str]:
 def rows_of(runs: Sequence[Run]) -> list[tables.Row]:
     """Return the rows of all sets that runs have results of."""
     records = [run.record for run in runs]
-    measured = [x for each in records for x in (each.results, *(own for _, own in (*each.evaluations, *each.mixes)))]
+    measured = [x for each in records for x in (each.results, *(own for _, own in each.evaluations))]
     return [row for results in measured for row in tables.rows(results)]
 
 

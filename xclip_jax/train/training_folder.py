@@ -196,8 +196,8 @@ class TrainingFolder(RunFolder):
         if saved is None or self.latest_step() is None:
             self._forget_evaluations(saved, config, init_step)
             content: dict[str, Any] = {"config": current, "environment": facts, "started": now, **chosen}
-            if hub.is_hub(pinned := hub.pin(config.init.weights)):
-                content["init_commit"] = pinned.rpartition("@")[2]
+            if commit := hub.locate(config.init.weights).commit:
+                content["init_commit"] = commit
             if init_step:
                 content["init_step"] = init_step
             write_json(self.config_file, content)
