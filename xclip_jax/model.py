@@ -99,16 +99,8 @@ class Model:
         self.batch = self._encoder.batch
 
     def _make_encoder(self, model: TwoTowers, batch: int) -> Encoder:
-        return Encoder(
-            model,
-            self.tokenizer,
-            text_length=self.length,
-            preprocessing=self.preprocessing,
-            mesh=self._mesh,
-            batch=batch,
-            smaller=[size for size in _SMALLER if size < batch],
-            similarities=self._similarities,
-        )
+        batches = [batch, *(size for size in _SMALLER if size < batch)]
+        return Encoder(model, self.tokenizer, self.preprocessing, self._mesh, self._similarities, batches=batches)
 
     @functools.cached_property
     def _raw(self) -> "Model":

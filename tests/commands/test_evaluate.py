@@ -188,7 +188,7 @@ def test_a_suite_is_a_name_or_names():
         ([], "either --checkpoint RUN or --compare A B"),
     ],
 )
-def test_bad_input_is_one_sentence(flags, message, runs):
+def test_bad_input(flags, message, runs):
     (runs / "bare").mkdir(exist_ok=True)
     shutil.copy(runs / "a" / "config.json", runs / "bare")
     (runs / "broken").mkdir(exist_ok=True)

@@ -205,7 +205,7 @@ def test_a_new_run_starts_from_an_export(run, tmp_path, capsys):
         (["--checkpoint", "{}", "{}/config.json"], "is not an empty folder"),
     ],
 )
-def test_bad_input_is_one_sentence(flags, message, run):
+def test_bad_input(flags, message, run):
     with pytest.raises(SystemExit) as stopped:
         export.main([flag.format(run) for flag in flags])
     assert message in str(stopped.value)

@@ -157,7 +157,7 @@ def test_an_incomplete_cache_is_not_used(server, folders, tmp_path, monkeypatch)
         hub.locate("hf:lab/x")
 
 
-def test_what_the_hub_refuses_is_one_sentence(server, folders, monkeypatch):
+def test_what_the_hub_refuses(server, folders, monkeypatch):
     server.add("lab/gated", folders["hf"], gated=True)
     server.add("lab/other", {"README.md": b"", "model.gguf": b""})
     server.add("lab/several", {"a.pt": b"", "b.pt": b""})

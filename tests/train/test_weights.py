@@ -101,7 +101,7 @@ def test_average_statistics_and_layout_of_a_start(source):
     chex.assert_trees_all_equal(begun.opt_state, fresh.opt_state)
 
 
-def test_a_start_that_cannot_be_is_one_sentence(source, pairs, tmp_path):
+def test_a_start_that_cannot_be(source, pairs, tmp_path):
     def run(**changes):
         changes = {"model__img__depth": 2, "init__weights": str(source)} | changes
         trainer.run(tiny.config(run=tmp_path / "run", data__sources=(f"folder:{pairs}",), **changes))

@@ -2,7 +2,7 @@
 
 import abc
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -166,45 +166,56 @@ class SetKind(abc.ABC):
         return ""
 
 
-class Pictures(Sequence):
-    """Encoded images, decoded and preprocessed on access; a `BadSample` error has the image's name as a note."""
+class LazySequence(Sequence):
+    """`n` items that are computed on access.
 
-    def __init__(self, images: Sequence[Any], prepare: Preprocessing) -> None:
-        self._images, self._prepare = images, prepare
+    Args:
+      n: number of items.
+      get: function from an index to its item.
+      name: function from an index to the item's name in messages.
+    """
+
+    def __init__(self, n: int, get: Callable[[int], Any], name: Callable[[int], str] = "record {}".format) -> None:
+        self._n = n
+        self._get = get
+        self.name = name
 
     def __len__(self) -> int:
-        return len(self._images)
+        return self._n
 
-    def __getitem__(self, index: int) -> np.ndarray:  # ty: ignore[incompatible-method-override] no slices
+    def __getitem__(self, index: int) -> Any:  # ty: ignore[incompatible-method-override] no slices
+        if not -self._n <= index < self._n:
+            raise IndexError(index)  # ends a loop over the items
+        return self._get(index)
+
+
+def pictures(images: Sequence[Any], prepare: Preprocessing) -> LazySequence:
+    """Decode and preprocess encoded images on access; a `BadSample` error has the image's name as a note."""
+
+    def get(index: int) -> np.ndarray:
         try:
             try:
-                image = self._images[index]
+                image = images[index]
             except OSError as error:  # readers of other packages raise their own, such as of a store that is away
                 raise storage.unreadable(error) from error
-            return self._prepare(image)
+            return prepare(image)
         except BadSample as error:
-            error.add_note(f"image {item_name(self._images, index)!r}")
+            error.add_note(f"image {item_name(images, index)!r}")
             raise
 
+    return LazySequence(len(images), get)
 
-class Joined(Sequence):
-    """Concatenation of sequences, without loading their items."""
 
-    def __init__(self, parts: Sequence[Sequence[Any]]) -> None:
-        self._parts = parts
-        self._ends = np.cumsum([len(part) for part in parts])
+def joined(parts: Sequence[Sequence[Any]]) -> LazySequence:
+    """Concatenate sequences without loading their items."""
+    ends = np.cumsum([len(part) for part in parts])
 
-    def __len__(self) -> int:
-        return int(self._ends[-1])
+    def place(index: int) -> tuple[Sequence[Any], int]:
+        part = int(np.searchsorted(ends, index, side="right"))
+        return parts[part], index - (int(ends[part - 1]) if part else 0)
 
-    def __getitem__(self, index: Any) -> Any:
-        part, position = self._place(index)
+    def get(index: int) -> Any:
+        part, position = place(index)
         return part[position]
 
-    def name(self, index: int) -> str:
-        """Return the name of an item for people."""
-        return item_name(*self._place(index))
-
-    def _place(self, index: int) -> tuple[Sequence[Any], int]:
-        part = int(np.searchsorted(self._ends, index, side="right"))
-        return self._parts[part], index - (int(self._ends[part - 1]) if part else 0)
+    return LazySequence(int(ends[-1]), get, lambda index: item_name(*place(index)))

@@ -46,13 +46,12 @@ class ChoiceSet:
 
     def __post_init__(self) -> None:
         paired = np.shape(self.pictures)[1:] == (2,)
-        for i, texts in enumerate(self.texts):
-            if len(texts) < 2 or (paired and len(texts) > 2):
-                needs = "two images need two texts" if paired else "an image needs two or more"
-                raise UserError(f"{self.name}: item {i} has {len(texts)} texts; {needs}.")
-        if not self.texts or np.shape(self.pictures) != (len(self.texts), 1 + paired):
+        wrong = [i for i, texts in enumerate(self.texts) if len(texts) != 2 and (paired or len(texts) < 2)]
+        if wrong or not self.texts or np.shape(self.pictures) != (len(self.texts), 1 + paired):
+            item = f"item {wrong[0]} has {len(self.texts[wrong[0]])} texts" if wrong else f"{len(self.texts)} items"
             raise UserError(
-                f"{self.name}: {len(self.texts)} items of {np.size(self.pictures)} images; give each 1 or 2."
+                f"{self.name}: {item}, {np.size(self.pictures)} images in all; an item is one image and two or more "
+                "texts, or two images and two texts."
             )
 
     @property

@@ -20,7 +20,7 @@ import scipy.special
 from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.evaluators import logistic
-from xclip_jax.evaluators.base import Column, Evaluator, Joined, Layout
+from xclip_jax.evaluators.base import Column, Evaluator, Layout, joined
 from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.evaluators.feature_classifiers import Sweep, search
 from xclip_jax.evaluators.results import Provenance, Result
@@ -214,7 +214,7 @@ class DenseProbe(Evaluator):
         chosen = np.concatenate(self._chosen)
         order = np.sort(chosen)
         rows = []
-        for start, h in encode(Joined([part.images for part in self.data.parts[:2]]), 0):
+        for start, h in encode(joined([part.images for part in self.data.parts[:2]]), 0):
             first = start * self.encoder.grid**2
             h = h.reshape(-1, h.shape[-1])
             low, high = np.searchsorted(order, (first, first + len(h)))

@@ -39,8 +39,8 @@ class Encoder:
     only the rows of the batch that its devices hold; every process gets the features of all items.
 
     Attributes:
-      batch: global batch, rounded up to a multiple of the mesh's batch shards.
-      sizes: `batch` and the `smaller` batches, rounded up alike, ascending.
+      batch: the largest global batch.
+      sizes: all batches, each rounded up to a multiple of the mesh's batch shards, ascending.
       similarities: comparisons of images with texts, the model's own first; empty for a fine-tuned model.
       classes: classes of a fine-tuned model's classifier, in its order; None if unknown.
       grid: patches along a side of an image, 0 if the model has no patch features.
@@ -51,19 +51,18 @@ class Encoder:
         self,
         model: TwoTowers,
         tokenizer: Callable[[Sequence[str], int], np.ndarray],
-        *,
-        text_length: int,
         preprocessing: Preprocessing,
         mesh: Mesh,
-        batch: int = 256,
-        smaller: Sequence[int] = (),
         similarities: Sequence[Similarity] = (),
+        *,
+        batches: Sequence[int] = (256,),
         classes: Sequence[str] | None = None,
     ) -> None:
-        if (least := min((batch, *smaller))) < 1:
-            raise UserError(f"expected evaluation batches of 1 item or more (eval.batch); got {least}.")
+        """Compile nothing yet; `batches` are rounded up to `sizes`, other arguments are as the attributes."""
+        if min(batches) < 1:
+            raise UserError(f"expected evaluation batches of 1 item or more (eval.batch); got {min(batches)}.")
         shards = batch_shards(mesh)
-        self.sizes = sorted({math.ceil(size / shards) * shards for size in (batch, *smaller)})
+        self.sizes = sorted({math.ceil(size / shards) * shards for size in batches})
         self.batch = self.sizes[-1]
         self.similarities = tuple(similarities)
         self._default = ("features", *(similarity.feature for similarity in similarities))
@@ -73,7 +72,7 @@ class Encoder:
         self.unreadable = dict[int, str]()
         self._eot_id = model.eot_id if "txt" in model.towers and model.txt.cuttable else None
         self._tokenizer = tokenizer
-        self._text_length = text_length
+        self._text_length = model.txt.context_length
         self._sharding = batch_sharding(mesh)
 
         def encode(variables: Variables, x: jax.Array, modality: str) -> dict[str, jax.Array]:

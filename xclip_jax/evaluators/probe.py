@@ -12,7 +12,7 @@ import numpy as np
 
 from xclip_jax.core.console import log0
 from xclip_jax.core.errors import BadSample, UserError
-from xclip_jax.evaluators.base import Column, Evaluator, Joined, Layout
+from xclip_jax.evaluators.base import Column, Evaluator, Layout, joined
 from xclip_jax.evaluators.encoder import MAX_UNREADABLE, Encoder
 from xclip_jax.evaluators.feature_classifiers import Fit, Sweep, choose, is_right, knn, linear, nested, together
 from xclip_jax.evaluators.results import Provenance, Result
@@ -105,7 +105,7 @@ class Probe(Evaluator):
         ends = np.cumsum([len(side) for side in sides])[:-1]
         # One pass for all three: the last batch of each would be padded.
         if self.family == "visual":
-            return np.split(self.encoder.images(variables, Joined(sides), ("features",))["features"], ends)
+            return np.split(self.encoder.images(variables, joined(sides), ("features",))["features"], ends)
         texts = [item for side in sides for item in side]
         if not self.data.pairs:
             return np.split(self.encoder.texts(variables, texts, ("features",))["features"], ends)

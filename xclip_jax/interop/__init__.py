@@ -224,16 +224,11 @@ def _expressible(
         if node != required:
             raise UserError(f"model.{key} is {node!r}, which {to!r} does not have; write to 'safetensors'.")
     objective = read_objective(config["objective"])
-    lacking = sorted(hf.HEADS - params.keys())
-    if lacking:
+    trained = objective.similarities and not objective.similarities[0].is_distribution
+    if not trained or not params.keys() >= hf.HEADS:
         raise UserError(
-            f"a model of objective {objective.name!r} has no shared embedding space, which {to!r} needs: it lacks "
-            f"{', '.join(lacking)}; write to 'safetensors'."
-        )
-    if not objective.similarities or objective.similarities[0].is_distribution:  # its projections are not trained
-        raise UserError(
-            f"the terms of {objective.name!r} with a weight above 0 train no shared embedding space, which {to!r} "
-            "needs; write to 'safetensors'."
+            f"objective {objective.name!r} trains no shared embedding space, which {to!r} needs; write to "
+            "'safetensors'."
         )
     for tower in ("img", "txt"):
         blocks = params[tower]["transformer"]

@@ -255,7 +255,7 @@ def test_a_right_text_is_one(table):
     rows = [{"image": str(table.parent / f"{i}.png"), "good": ["a", "b"], "bad": ["c"]} for i in range(2)]
     path = table.with_name("lists.parquet")
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    with pytest.raises(UserError, match="row 0 has several texts in column 'good'; leave the right one"):
+    with pytest.raises(UserError, match="row 0 has several texts in column 'good'; give it one"):
         load(f"choice/parquet:{path}?image=image&text=good&text=bad")
 
 
@@ -272,7 +272,7 @@ def test_an_image_that_is_missing_counts_as_wrong(table, monkeypatch):
 @pytest.mark.parametrize(
     "columns, message",
     [
-        ("?image=file&text=worse&text=bad", "row 2 has no text in column 'worse'; add it, or delete the row"),
+        ("?image=file&text=worse&text=bad", "row 2 has no text in column 'worse'; give it one, or delete the row"),
         ("?image=file&text=right", r"no column 'right'; .*; name its columns, choice/SOURCE\?image=COLUMN&text=RIGHT"),
         ("?image=file&text=good&text=bad&grup=kind", "its keys are image=COLUMN, text=COLUMN and one group=COLUMN"),
         ("?image=file&text=good&text=bad&group=kind&group=worse", "one group=COLUMN; remove all others"),

@@ -24,7 +24,7 @@ from xclip_jax.data.labelled import Chosen, check_one_class
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.data.readers import wds
 from xclip_jax.evaluators import prompts
-from xclip_jax.evaluators.base import HELD_OUT, Joined, Pictures, SetKind
+from xclip_jax.evaluators.base import HELD_OUT, SetKind, joined, pictures
 from xclip_jax.evaluators.probe import ClassificationSet, ProbeSet, renumber
 from xclip_jax.evaluators.prompts import Profile
 from xclip_jax.evaluators.results import Provenance, contents, digest
@@ -64,7 +64,7 @@ def read_held_out(spec: str, data: DataConfig) -> Content:
     if not len(names):
         raise UserError(f"{spec}: none of the labelled images of {', '.join(data.sources)} is held out.")
     return Content(
-        Joined([part.images for part in parts]),
+        joined([part.images for part in parts]),
         np.array([number[name] for name in names], int),
         classes,
         ", ".join(data.sources),
@@ -205,8 +205,8 @@ def _make(
         note=entry.note,
         role=entry.role,
     )
-    pictures = Pictures(content.images, prepare)
-    return ZeroShotSet(spec, pictures, content.labels, texts, names=content.classes, card=card)
+    images = pictures(content.images, prepare)
+    return ZeroShotSet(spec, images, content.labels, texts, names=content.classes, card=card)
 
 
 def _read_splits(spec: str, data_dir: str | None) -> tuple[Entry, list[Content], Any]:
@@ -257,7 +257,7 @@ def load_probe(spec: str, prepare: Preprocessing, data: DataConfig, profile: Pro
         metric=f"linear/{metric}",
         note=entry.note,
     )
-    train, validation, test = (Pictures(part.images, prepare) for part in content)
+    train, validation, test = (pictures(part.images, prepare) for part in content)
     return ProbeSet(spec, train, validation, test, {"": [part.labels for part in content]}, card=card)
 
 
@@ -280,7 +280,7 @@ def load_finetuned(spec: str, prepare: Preprocessing, data: DataConfig, profile:
         metric=f"finetuned/{source.metrics[0]}",
         preprocessing=prepare.resizing if images else "",
     )
-    items = Pictures(source.items, prepare) if images else source.items
+    items = pictures(source.items, prepare) if images else source.items
     return ClassificationSet(spec, items, labels, len(source.names) or 1, card, tuple(source.names))
 
 

@@ -24,7 +24,7 @@ from xclip_jax.data.config import DataConfig
 from xclip_jax.data.holdout import Subset
 from xclip_jax.data.labelled import Field, item_name
 from xclip_jax.data.preprocessing import Preprocessing
-from xclip_jax.evaluators.base import HELD_OUT, Joined, Pictures, SetKind
+from xclip_jax.evaluators.base import HELD_OUT, SetKind, joined, pictures
 from xclip_jax.evaluators.prompts import Profile
 from xclip_jax.evaluators.results import Provenance, digest
 from xclip_jax.evaluators.retrieval import RetrievalSet
@@ -124,7 +124,7 @@ def load_pairs(spec: str, prepare: Preprocessing, data: DataConfig, profile: Pro
     each = zip(opened, parts, positions, strict=True)
     images: list[Any] = [Field(Subset(source, part.indices[new]), "image") for source, part, new in each]
     origin = {"data": ", ".join(specs), "split": f"held out, {share:g}" if share < 1 else ""}
-    return captioned(name, Joined(images), list(by_image.values()), list(by_image), prepare, profile, **origin)
+    return captioned(name, joined(images), list(by_image.values()), list(by_image), prepare, profile, **origin)
 
 
 def captioned(
@@ -151,7 +151,7 @@ def captioned(
         preprocessing=prepare.resizing,
         metric="image_to_text/r1",
     )
-    return RetrievalSet(name, Pictures(images, prepare), texts, card)
+    return RetrievalSet(name, pictures(images, prepare), texts, card)
 
 
 class PairSets(SetKind):

@@ -22,7 +22,7 @@ from xclip_jax.data.labelled import Field, read_files
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.data.readers.tfds import open_tfds
 from xclip_jax.evaluators import prompts
-from xclip_jax.evaluators.base import Pictures, SetKind
+from xclip_jax.evaluators.base import LazySequence, SetKind, pictures
 from xclip_jax.evaluators.dense import NO_CLASS, PROTOCOL, DenseSet, MaskedImages
 from xclip_jax.evaluators.prompts import Profile
 from xclip_jax.evaluators.results import SHIFTED, VALIDATION, Provenance, digest
@@ -250,19 +250,14 @@ def _masked(name: str, entry: Entry, labels: np.ndarray, names: list[str]) -> tu
     return position[labels], [names[i] for i in entry.classes]
 
 
-class TrimapMasks(Sequence):
-    """Masks of Oxford-IIIT Pet: 1 is the pet, 2 the background, 3 the outline, which has no class."""
+def _pet_masks(source: Any) -> LazySequence:
+    """Masks of Oxford-IIIT Pet's trimaps (h, w, 1): 1 is the pet, 2 the background, 3 the outline, without class."""
 
-    def __init__(self, source: Any) -> None:
-        """Records of `source` have the feature segmentation_mask (h, w, 1)."""
-        self._source = source
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def __getitem__(self, index: int) -> np.ndarray:  # ty: ignore[incompatible-method-override] no slices
-        trimap = np.asarray(self._source[index]["segmentation_mask"])[..., 0]
+    def get(index: int) -> np.ndarray:
+        trimap = np.asarray(source[index]["segmentation_mask"])[..., 0]
         return np.where(trimap == 3, NO_CLASS, trimap - np.uint8(1)).astype(np.uint8)
+
+    return LazySequence(len(source), get)
 
 
 class DenseSets(SetKind):
@@ -283,7 +278,7 @@ class DenseSets(SetKind):
         prepare = profile.preprocessing(prepare)
         (train, info), (test, _) = (open_tfds(name, split, data.dir or None) for split in ("train", "test"))
         train, test = (
-            MaskedImages(Pictures(Field(source, "image"), prepare), TrimapMasks(source)) for source in (train, test)
+            MaskedImages(pictures(Field(source, "image"), prepare), _pet_masks(source)) for source in (train, test)
         )
         version = str(info.version)
         card = Provenance(
