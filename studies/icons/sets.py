@@ -35,7 +35,7 @@ from studies.icons.splits import hash_rank
 from xclip_jax.data.images import decode
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.evaluators import dense
-from xclip_jax.evaluators.base import pictures
+from xclip_jax.evaluators.base import Display, pictures
 from xclip_jax.evaluators.dense import DenseSet, MaskedImages
 from xclip_jax.evaluators.probe import ProbeSet, Sweep
 
@@ -167,6 +167,6 @@ class IconSets(DrawnSets):
     """The sets of this module by their names."""
 
     names, makers = tuple(_MAKERS), _MAKERS
-    panels = _PANELS
-    queries = ("cat", "heart", "fruit", "angry face", "arrow left", "clock", "house", "vehicle")
-    credit = _CREDIT
+    display = Display(
+        _PANELS, ("cat", "heart", "fruit", "angry face", "arrow left", "clock", "house", "vehicle"), _CREDIT
+    )

@@ -63,7 +63,7 @@ def test_later_commands_add_to_the_file(root):
     assert [r["set"] for r in written["results"]] == [one, two] and written["step"] == STEPS
     assert [r["step"] for r in written["other_results"]] == [2]
     # What shows the newest shows both, and nothing of the earlier step.
-    assert flat(results.of_entries(written["results"])).keys() == {
+    assert flat(results.read_entries(written["results"])).keys() == {
         f"{r['name']}/{key}" for r in written["results"] for key in r["metrics"]
     }
     evaluate.evaluate(run, one, profile="slip")

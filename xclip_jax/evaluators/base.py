@@ -107,6 +107,21 @@ class Evaluator(abc.ABC):
         return self.result(metric, value, unit="", **fields)
 
 
+@dataclasses.dataclass(frozen=True)
+class Display:
+    """How a report shows the sets of a kind.
+
+    Attributes:
+      panels: {set: (title, sentence)} of sets to show first; {num_classes} in the sentence is replaced.
+      queries: texts with which to search the images.
+      credit: authors and licence of the images.
+    """
+
+    panels: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
+    queries: Sequence[str] = ()
+    credit: str = ""
+
+
 class SetKind(abc.ABC):
     """A kind of evaluation sets, recognised by the beginning of their names.
 
@@ -116,22 +131,16 @@ class SetKind(abc.ABC):
     Attributes:
       prefixes: first words of the names, up to "/", ":" or "@".
       names: complete names of sets that can be listed.
-      at_path: names that a path follows, NAME@PATH.
       usage: forms of other names, for --help.
       suites: {name: sets} that are evaluated together.
-      panels: {set: (title, sentence)} for sets that a report shows first; {num_classes} in the sentence is replaced.
-      queries: texts with which a report searches the images.
-      credit: authors and licence of the images, for pages that show some.
+      display: how a report shows the sets.
     """
 
     prefixes: ClassVar[Sequence[str]] = ()
     names: ClassVar[Sequence[str]] = ()
-    at_path: ClassVar[Sequence[str]] = ()
     usage: ClassVar[str] = ""
     suites: ClassVar[Mapping[str, Sequence[str]]] = {}
-    panels: ClassVar[Mapping[str, tuple[str, str]]] = {}
-    queries: ClassVar[Sequence[str]] = ()
-    credit: ClassVar[str] = ""
+    display: ClassVar[Display] = Display()
 
     @classmethod
     def knows(cls, spec: str) -> bool:

@@ -92,11 +92,6 @@ def check(spec: str) -> type[SetKind]:
     )
 
 
-def _all(attribute: str) -> list[str]:
-    """Return `names` or `at_path` of all kinds."""
-    return list(dict.fromkeys(name for kind in KINDS.values() for name in getattr(kind, attribute)))
-
-
 def all_suites() -> dict[str, Sequence[str]]:
     """Return {name: sets} for the suites of all kinds."""
     return {name: sets for kind in KINDS.values() for name, sets in kind.suites.items()}
@@ -106,8 +101,7 @@ def listing() -> str:
     """Return a text that lists all sets and suites."""
     lines = (
         f"suites: {', '.join(all_suites())}",
-        f"sets: {', '.join(_all('names'))}",
-        f"sets in files, NAME@PATH: {', '.join(_all('at_path'))}",
+        f"sets: {', '.join(name for kind in KINDS.values() for name in kind.names)}",
         *(kind.usage for kind in KINDS.values() if kind.usage),
         "sets of another package: package.module:Class",
     )

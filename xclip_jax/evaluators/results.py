@@ -185,7 +185,7 @@ def from_json(records: Iterable[Mapping[str, Any]]) -> list[Result]:
     return results
 
 
-def of_entries(entries: Iterable[Entry]) -> list[Result]:
+def read_entries(entries: Iterable[Entry]) -> list[Result]:
     """Return the results of entries of evaluation.json."""
     return [result for entry in entries for result in from_json(entry["records"])]
 
@@ -203,7 +203,7 @@ def read(path: epath.Path) -> tuple[list[Entry], ItemsOf]:
             for entry in (*record.get("other_results", ()), *record["results"])
         ]
         _ = [[entry[key] for key in (*KEY, "name", "metric", "items")] for entry in entries]
-        of_entries(entries)
+        read_entries(entries)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         remedy = (
             "delete it, and evaluate again" if path.name.endswith("evaluation.json") else "evaluate these weights first"
@@ -230,7 +230,7 @@ def settings(group: Any) -> dict[str, Any]:
     return {key: getattr(group, key) for key in keys_where(type(group), evaluation="model")}
 
 
-def of_group(entries: Sequence[Entry], group: Any) -> list[Entry]:
+def current_entries(entries: Sequence[Entry], group: Any) -> list[Entry]:
     """Return the entries of the model that a run with the config group `eval` evaluates now."""
     now = settings(group)
     return [entry for entry in entries if entry.get("eval", now) == now]

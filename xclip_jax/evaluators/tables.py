@@ -12,7 +12,7 @@ from etils import epath
 from xclip_jax.core.errors import UserError, public
 from xclip_jax.evaluators import registry
 from xclip_jax.evaluators.base import HELD_OUT, Column, Layout
-from xclip_jax.evaluators.results import SHIFTED, UNITS, VALIDATION, Entry, ItemsOf, Result, of_entries, read
+from xclip_jax.evaluators.results import SHIFTED, UNITS, VALIDATION, Entry, ItemsOf, Result, read, read_entries
 from xclip_jax.evaluators.statistics import bootstrap
 from xclip_jax.interop.hub import results_file
 
@@ -274,7 +274,7 @@ def compare(
                 raise UserError(fault)
             refused.append(fault)
             continue
-        unit = next((result.unit for result in of_entries([left]) if result.headline), "%")
+        unit = next((result.unit for result in read_entries([left]) if result.headline), "%")
         ratio = unit == "rank"  # a geometric mean: half the rank is as good at 200 as at 20
         row = {"set": name, "metric": left["metric"], "unit": unit, "a": left["value"], "b": right["value"]}
         row |= {"step_a": left["step"], "step_b": right["step"], "profile": left["profile"]}

@@ -148,7 +148,7 @@ def metadata(experiment: Experiment, to: str, headlines: Sequence[Result]) -> st
 
 def measured(run: RunFolder, steps: int, step: int) -> list[Result]:
     """Return the headline results of the checkpoint: by `evaluate` if it has some, else at the end of training."""
-    values = results.of_entries(_entries(run, step))
+    values = results.read_entries(_entries(run, step))
     if not values and step == steps:
         values = results.from_json((run.read_results() or {"records": []})["records"])
     return [result for result in values if result.headline]
@@ -157,7 +157,7 @@ def measured(run: RunFolder, steps: int, step: int) -> list[Result]:
 def _entries(run: RunFolder, step: int) -> list[results.Entry]:
     """Return the entries of evaluation.json for the checkpoint, with the profile that was evaluated last."""
     entries = results.read(run.evaluation_file)[0] if run.evaluation_file.exists() else []
-    entries = [entry for entry in results.of_group(entries, _run_config(run).eval) if entry["step"] == step]
+    entries = [entry for entry in results.current_entries(entries, _run_config(run).eval) if entry["step"] == step]
     return results.latest(entries)[0] if entries else []
 
 

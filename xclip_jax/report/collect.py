@@ -138,8 +138,8 @@ def _read(run: RunFolder, content: Mapping[str, Any]) -> Record:
     evaluations = by_step((step, [x for x in own if math.isfinite(x.value)]) for step, own in [*logged, *last])
     evaluated, items_of = results.read(run.evaluation_file) if run.evaluation_file.exists() else ([], {})
     made = [(own, results.read_items(run.results_file).get(results.LAST, {})) for _, own in last]
-    made += [(results.of_entries([x]), items_of.get(x["items"], {})) for x in evaluated]
-    known, steps_of = newest([*last, *evaluations, *_evaluated(results.of_group(evaluated, config.eval))])
+    made += [(results.read_entries([x]), items_of.get(x["items"], {})) for x in evaluated]
+    known, steps_of = newest([*last, *evaluations, *_evaluated(results.current_entries(evaluated, config.eval))])
     if final:
         steps_of = {key: step for key, step in steps_of.items() if step != config.steps}
     return Record(
@@ -161,7 +161,7 @@ def _read(run: RunFolder, content: Mapping[str, Any]) -> Record:
 def _evaluated(entries: Sequence[results.Entry]) -> list[Evaluation]:
     """Return the newest results of entries of evaluation.json with their step, or none."""
     shown = results.latest(entries)[0] if entries else []
-    return [(int(shown[-1]["step"]), results.of_entries(shown))] if shown else []
+    return [(int(shown[-1]["step"]), results.read_entries(shown))] if shown else []
 
 
 def _with_items(known: Sequence[Result], made: Sequence[tuple[list[Result], Mapping[str, Any]]]) -> list[Result]:

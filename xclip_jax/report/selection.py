@@ -62,7 +62,7 @@ def select(
             kinds[spec] = registry.check(spec)
         except UserError as error:  # such as pairs in a folder that has moved
             selection.missing.append(str(error))
-    panels = {spec: panel for kind in kinds.values() for spec, panel in kind.panels.items() if spec in kinds}
+    panels = {spec: panel for kind in kinds.values() for spec, panel in kind.display.panels.items() if spec in kinds}
     shows = {spec: kind.shows(spec) for spec, kind in kinds.items()}
     for spec in [*panels, *(spec for spec in kinds if spec not in panels and shows[spec])]:
         full = len(selection.zeroshot) == (len(panels) or ZEROSHOT_SETS)

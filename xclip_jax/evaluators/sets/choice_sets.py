@@ -195,8 +195,10 @@ class ChoiceSets(SetKind):
 
     prefixes = ("sugarcrepe", "aro", "winoground", PREFIX.rstrip("/"))
     names = ("winoground",)
-    at_path = _AT_PATH
-    usage = f"own texts to choose from: {PREFIX}SOURCE{_COLUMNS}, of csv:, parquet: and hf:"
+    usage = (
+        f"choices in files, NAME@PATH: {', '.join(_AT_PATH)}; own texts to choose from: {PREFIX}SOURCE{_COLUMNS}, of "
+        "csv:, parquet: and hf:"
+    )
     load = staticmethod(load)
 
     @classmethod

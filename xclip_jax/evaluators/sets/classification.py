@@ -289,9 +289,8 @@ class ClassSets(SetKind):
 
     prefixes = (*ENTRIES, *_IMAGES, PREFIX.rstrip("/"), BABEL.rstrip("/"))
     names = (*PAPER, PREFIX + HELD_OUT)
-    at_path = (*ENTRIES, f"{BABEL}LANGUAGE")
     suites: ClassVar = {"paper": (*PAPER, "coco_retrieval")}
-    usage = "own data: " + "; ".join(
+    usage = f"classes in files, NAME@PATH: {', '.join(ENTRIES)}, {BABEL}LANGUAGE; own data: " + "; ".join(
         [f"{spec}, {what}" for spec, what in sources.usage("labels").items() if spec.partition(":")[0] in _IMAGES]
         + [f"{PREFIX}{sources.OF_ANOTHER_PACKAGE}"]
         + [f"{PREFIX}{HELD_OUT}[@RUN], the held-out pairs of a run whose sources have labels"]

@@ -265,6 +265,7 @@ GLUE = tuple(f"glue/{task}" for task in tasks.TASKS)
 IN_TFDS = ("coco_retrieval", "trec", *GLUE)
 RETRIEVAL = ("coco_retrieval", "flickr30k_retrieval")
 LANGUAGES = {"xm3600": xm3600, "multi30k": multi30k}
+_AT_PATH = (*READERS, *RETRIEVAL, *GLUE)
 
 
 def load(
@@ -302,7 +303,9 @@ class FileSets(SetKind):
 
     prefixes = tuple(dict.fromkeys([*READERS, *RETRIEVAL, *LANGUAGES, "glue"]))
     names = IN_TFDS
-    at_path = (*READERS, *RETRIEVAL, *(f"{name}/LANGUAGE" for name in LANGUAGES), *GLUE)
+    usage = (
+        f"texts and captions in files, NAME@PATH: {', '.join((*_AT_PATH, *(f'{name}/LANGUAGE' for name in LANGUAGES)))}"
+    )
     load = staticmethod(load)
 
     @classmethod
@@ -310,7 +313,7 @@ class FileSets(SetKind):
         """Whether `spec` names a set of this module; the path is not checked."""
         name, _, path = spec.partition("@")
         in_language = name.partition("/")[0] in LANGUAGES and bool(name.partition("/")[2])
-        return (bool(path) and (name in cls.at_path or in_language)) or spec in IN_TFDS
+        return (bool(path) and (name in _AT_PATH or in_language)) or spec in IN_TFDS
 
     @classmethod
     def shows(cls, spec: str) -> str:
