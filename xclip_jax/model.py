@@ -5,7 +5,7 @@
     result = model.zero_shot(["a.jpg"], ["fox", "hen"])
 
 Results are NumPy arrays. Items are encoded on all devices in batches of a few fixed sizes, which are compiled once
-each. Images are resized, cropped and normalised as in the model's config.
+each. Images are resized, cropped and normalised by the model's config.
 """
 
 import copy
@@ -77,7 +77,7 @@ class Model:
       preprocessing: resizing, cropping and normalisation of images.
       size: side of an image, pixels.
       length: tokens of a text, with start and end.
-      batch: items that are encoded at once.
+      batch: number of items encoded at once.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class Model:
 
     @functools.cached_property
     def _raw(self) -> "Model":
-        """The same model with projections that are not normalised; its programs are compiled if they are used."""
+        """The same model with unnormalised projections; its programs are compiled on use."""
         raw = copy.copy(self)
         raw._encoder = self._make_encoder(self._model.clone(heads=_without_scaling(self._model)), self.batch)
         return raw
@@ -121,18 +121,18 @@ class Model:
           fp32 (b, e), rows of unit length.
 
         Raises:
-          UserError: an image that is missing or cannot be decoded; the message names it.
+          UserError: a missing or undecodable image, named by the message.
         """
         return self._embed(Model._images, images, normalize)
 
     def encode_prepared(self, images: Sequence[np.ndarray]) -> np.ndarray:
-        """Return embeddings of results of `prepare`, in a sequence that is read once and roughly in order."""
+        """Return embeddings of results of `prepare`, a sequence read once and roughly in order."""
         return self._embed(Model._prepared, images)
 
     def encode_pixels(self, pixels: np.ndarray, *, normalize: bool = True) -> np.ndarray:
         """Return embeddings (b, e) of fp32 pixels (b, size, size, 3), normalised by the model's mean and deviation.
 
-        `normalize` is as in `encode_image`.
+        For `normalize` see `encode_image`.
         """
         pixels = np.asarray(pixels)
         if pixels.dtype != np.float32 or pixels.shape[1:] != (self.size, self.size, 3):
@@ -143,13 +143,13 @@ class Model:
         return self._embed(Model._prepared, pixels, normalize)
 
     def encode_text(self, texts: Sequence[str], *, normalize: bool = True) -> np.ndarray:
-        """Return embeddings (b, e) of texts, cut to the model's length; `normalize` is as in `encode_image`."""
+        """Return embeddings (b, e) of texts, cut to the model's length; for `normalize` see `encode_image`."""
         return self._embed(Model._texts, texts, normalize)
 
     def encode_tokens(self, tokens: np.ndarray, *, normalize: bool = True) -> np.ndarray:
         """Return embeddings (b, e) of token ids (b, length) from `model.tokenizer(texts, model.length)`.
 
-        `normalize` is as in `encode_image`.
+        For `normalize` see `encode_image`.
 
         Raises:
           UserError: not integers of this shape, an id outside of the tokenizer's vocabulary, or a row without the end
@@ -184,7 +184,7 @@ class Model:
         projection the score is the negative cross-entropy of distributions over clusters.
 
         Args:
-          images: as in `encode_image`.
+          images: see `encode_image`.
           class_names: at least one.
           templates: prompts, with {} for the class.
           by: another score of the model, by the name that evaluations print; the probabilities are its softmax. xCLIP
@@ -192,7 +192,7 @@ class Model:
             the cross-entropy, each over its standard deviation among these images and classes; nCLIP has the first two.
 
         Raises:
-          UserError: as in `encode_image`; no class, a template without {}, a score that the model lacks.
+          UserError: see `encode_image`; no class, a template without {}, a score that the model lacks.
         """
         if isinstance(class_names, str) or isinstance(templates, str) or not class_names or not templates:
             raise UserError("class_names and templates are lists of strings, with at least one each.")
@@ -214,7 +214,7 @@ class Model:
 
     @property
     def similarities(self) -> tuple[Similarity, ...]:
-        """What the model compares images with texts by, its own first; none if all that it learned was to classify."""
+        """Similarities that the model supports, its default first; empty for a pure classifier."""
         return tuple(self._similarities)
 
     @property
@@ -229,10 +229,10 @@ class Model:
         texts: Sequence[str] | None = None,
         top: int = 5,
     ) -> Clusters:
-        """Return the likeliest clusters of images or of texts, for models that have clusters.
+        """Return the likeliest clusters of images or of texts, for models with clusters.
 
         Raises:
-          UserError: a model without cluster heads; both images and texts, or neither; as in `encode_image`.
+          UserError: a model without cluster heads; both images and texts, or neither; see `encode_image`.
         """
         similarity = cluster_similarity(self._similarities)
         if similarity is None:
@@ -348,9 +348,9 @@ def load(
     Args:
       path: a run's folder, or weights that `xclip_jax.interop.read` reads, such as "hf:ORG/NAME".
       step: step of one of a run's checkpoints; the newest by default.
-      batch: items that are encoded at once, rounded up to a multiple of the devices; 32 suits the caches of a CPU, and
+      batch: number of items encoded at once, rounded up to a multiple of the devices; 32 suits the caches of a CPU, and
         accelerators take more.
-      threads: number of threads that read and decode images; 0 for one a core.
+      threads: number of threads that read and decode images; 0 for one per core.
       trust: whether to import the modules of other packages that the config in `path` names, which runs their code.
 
     Raises:

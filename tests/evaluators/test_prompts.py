@@ -117,7 +117,7 @@ def test_a_profiles_captions():
 )
 def test_class_names_that_are_none(content, tmp_path):
     (tmp_path / "names.json").write_text(content)
-    with pytest.raises(UserError, match=r"are not \{label: name\}"):
+    with pytest.raises(UserError, match=r"cannot be read .*expected JSON, \{label: name\}"):
         prompts.read_class_names(str(tmp_path / "names.json"))
 
 

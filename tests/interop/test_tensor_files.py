@@ -101,7 +101,7 @@ def test_weights_that_are_not_ours_are_named(tmp_path):
     folder.mkdir()
     safetensors.torch.save_file({"vision_model.x": torch.zeros(2)}, folder / "model.safetensors")
     (folder / "config.json").write_text('{"model_type": "siglip2"}')
-    with pytest.raises(UserError, match="model of type 'siglip2', which is not supported"):
+    with pytest.raises(UserError, match="model_type is 'siglip2'; it must be one of"):
         interop.read(str(folder))
     with pytest.raises(UserError, match="is not a folder or a file of weights"):
         interop.read(str(tmp_path / "none"))

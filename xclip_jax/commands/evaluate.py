@@ -62,7 +62,8 @@ def evaluate(
       run, step: see `weights.load`.
       suite: see `registry.expand_suites`.
       profile: one of `registry.PROFILES`: templates, resizing and retrieval protocol together.
-      changes: fields of `Profile` to change; by default the run's config has the templates and names of own classes.
+      changes: fields of `Profile` to change; by default the run's config has the templates and names of your own
+        classes.
       data_dir: root of the data sets; by default the run's.
       output: file of the results, `hub.results_file(run)` by default.
 
@@ -117,7 +118,7 @@ def evaluate(
 
 
 def _check_output(path: epath.Path) -> None:
-    """Raise an error for a file of results that is damaged or cannot be written, before the work."""
+    """Raise an error for a damaged or read-only file of results, before the work."""
     if not is_remote(str(path)) and jax.process_count() == 1:  # of several the first writes
         check_writable("--output", path.parent)
     _ = path.exists() and results.read(path)
@@ -133,8 +134,13 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--prefix", help="text before captions of retrieval; by default the profile's, for published sets only")
     add("--lower", action="store_true", default=None, help="captions in lower case")
     add("--captions", type=int, help="number of captions of each image; 0 for all")
-    add("--template", dest="templates", action="append", help="prompt of own labelled images, with {c} for the class")
-    add("--class-names", dest="names", metavar="FILE", help="JSON file of names of own classes, {label: name}")
+    add(
+        "--template",
+        dest="templates",
+        action="append",
+        help="prompt of your own labelled images, with {c} for the class",
+    )
+    add("--class-names", dest="names", metavar="FILE", help="JSON file of names of your own classes, {label: name}")
     add("--step", type=int, help="which checkpoint; the newest by default")
     add("--data-dir", default="", help="root of the data sets")
     add("--output", default="", type=os.path.expanduser, help="file of the results")

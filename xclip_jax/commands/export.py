@@ -3,8 +3,8 @@
     xclip-jax export --checkpoint RUN --to hf OUT [--push ORG/NAME]
 
 writes the folder OUT: `hf` for transformers (CLIPModel, with its processor), `open_clip` for open_clip, `safetensors`
-for xclip_jax itself, which loses nothing. The model's preprocessing and tokenizer are written too; where the format has
-no place for them, the export is an error, but for data.background='white', which is reported as left out. README.md is
+for xclip_jax itself, which loses nothing. The model's preprocessing and tokenizer are written too; if the format
+cannot store them, the export fails (except for data.background='white', which is only reported). README.md is
 a model card with data, recipe and results of the run. RUN may also be weights that `xclip_jax.interop` reads, such as
 hf:ORG/NAME. Where the run evaluates the moving average of its parameters (eval.ema), the average is exported.
 --push uploads the files to a repository of the Hugging Face Hub, after everything else.
@@ -44,7 +44,7 @@ def export(
 
     Args:
       path, step: see `weights.load`.
-      out: a folder that is empty or does not exist.
+      out: an empty folder, or one to create.
       to: one of `interop.FORMATS`.
       overwrite: replace the files of an earlier export in `out`; other files stay.
       push: "ORG/NAME" of the Hub, to which the files are uploaded once all are written; "" for none. There too the

@@ -43,12 +43,12 @@ class Column:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A table of results with a row for each set that has a metric of a labelled column.
+    """A table of results with a row for each set with a metric in a labelled column.
 
     Attributes:
       title: title of the column of names.
       columns: columns; the first one with a label is the most important.
-      scores: {score: label} of scores that have their own row below the set's.
+      scores: {score: label} of scores with another row below the set's.
     """
 
     title: str
@@ -125,14 +125,14 @@ class Display:
 class SetKind(abc.ABC):
     """A kind of evaluation sets, recognised by the beginning of their names.
 
-    A set is an object with `name`, as in the names of its metrics, `card` (its `Provenance`) and `evaluator`: a key of
-    `registry.EVALUATORS` or "package.module:Class".
+    A set is an object with `name`, which its metrics' names contain, `card` (its `Provenance`) and `evaluator`: a key
+    of `registry.EVALUATORS` or "package.module:Class".
 
     Attributes:
       prefixes: first words of the names, up to "/", ":" or "@".
       names: complete names of sets that can be listed.
       usage: forms of other names, for --help.
-      suites: {name: sets} that are evaluated together.
+      suites: {name: sets evaluated together}.
       display: how a report shows the sets.
     """
 
@@ -171,12 +171,12 @@ class SetKind(abc.ABC):
 
     @classmethod
     def shows(cls, spec: str) -> str:
-        """Return what a report can show: "classes" for a `ZeroShotSet`, "captions" for a `RetrievalSet`, else ""."""
+        """Return how reports show the set: "classes" for a `ZeroShotSet`, "captions" for a `RetrievalSet`, else ""."""
         return ""
 
 
 class LazySequence(Sequence):
-    """`n` items that are computed on access.
+    """`n` items, computed on access.
 
     Args:
       n: number of items.
@@ -205,7 +205,7 @@ def pictures(images: Sequence[Any], prepare: Preprocessing) -> LazySequence:
         try:
             try:
                 image = images[index]
-            except OSError as error:  # readers of other packages raise their own, such as of a store that is away
+            except OSError as error:  # readers of other packages raise their own, such as of an unavailable store
                 raise storage.unreadable(error) from error
             return prepare(image)
         except BadSample as error:

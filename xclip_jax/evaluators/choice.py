@@ -17,7 +17,7 @@ from xclip_jax.evaluators.results import Provenance, Result
 from xclip_jax.evaluators.statistics import PerExample
 from xclip_jax.models.two_towers import Variables
 
-# Metrics of items with two images, and their values for scores that are random and independent.
+# Metrics of items with two images, and their values for random, independent scores.
 PAIRED = {"text_score": 25.0, "image_score": 25.0, "group_score": 100 / 6}
 
 
@@ -141,7 +141,7 @@ class Choice(Evaluator):
 
 
 def _right(scores: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-    """Return {metric: (n,)}, 1 for each item that is right, from scores (images, texts) of each; NaN is wrong."""
+    """Return {metric: (n,)}, 1 for each right item, from each item's scores (images, texts); NaN is wrong."""
     if len(scores[0]) == 1:
         return {"accuracy": np.array([float(x[0, 0] > x[0, 1:].max()) for x in scores])}
     x = np.stack(scores)

@@ -143,13 +143,13 @@ class DenseProbe(Evaluator):
     @property
     def _patch(self) -> int:
         """Side of a patch, pixels."""
-        # The encoder has the grid alone. It leaves no doubt unless as many pixels remain as there are patches along a
-        # side, as of 223 pixels in patches of 16.
+        # The encoder knows only the grid, which leaves no doubt unless as many pixels remain as there are patches along
+        # a side, as of 223 pixels in patches of 16.
         return self.encoder.image_size // self.encoder.grid
 
     @property
     def _target(self) -> str:
-        """In words, what decides the target of a patch beside the masks."""
+        """Everything besides the masks that determines a patch's target, in words."""
         grid, prepare = self.encoder.grid, self.data.prepare
         view = prepare.resizing.replace(f" {prepare.interpolation}", "")  # masks take the nearest pixel
         return f"{grid} x {grid} patches of {self._patch} px in images of {prepare.size} px ({view})"
@@ -305,7 +305,7 @@ class DenseProbe(Evaluator):
                     image = images[start + i][: grid * side, : grid * side]
                 except BadSample:
                     if first + start + i not in self.encoder.unreadable:
-                        raise  # the encoder could read it, and what is measured here is kept
+                        raise  # the encoder could read it, and this measurement is kept
                     continue
                 block[i] = image.reshape(grid, side, grid, side, 3).swapaxes(1, 2).reshape(grid, grid, -1) / 255
             yield start, np.concatenate([block, np.broadcast_to(position, (len(block), *position.shape))], axis=-1)

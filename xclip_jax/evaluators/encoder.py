@@ -160,7 +160,7 @@ class Encoder:
     def _check_readable(self, unreadable: Sequence[int], tried: int, n: int) -> None:
         """Raise `TooManyUnreadable` if more than `MAX_UNREADABLE` of `n` images are unreadable among those `tried`.
 
-        A store that is away would keep all devices waiting for each of its images otherwise.
+        Otherwise an unavailable store would keep all devices waiting for each of its images.
         """
         if len(unreadable) > MAX_UNREADABLE * n:
             first = self._reasons.get(unreadable[0], f"image {unreadable[0]}")
@@ -171,7 +171,7 @@ class Encoder:
             )
 
     def texts(self, variables: Variables, texts: Sequence[str], features: Sequence[str] | None = None) -> Features:
-        """Encode `texts` as in `images`. Equal texts are encoded once, so their features are equal."""
+        """Encode `texts`, see `images`. Equal texts are encoded once, so their features are equal."""
         rows = {text: i for i, text in enumerate(dict.fromkeys(texts))}
         tokens: Rows = self._tokenizer(list(rows), self._text_length) if rows else []
         features_of = self.tokens(variables, tokens, features)
@@ -180,7 +180,7 @@ class Encoder:
         return {key: value[[rows[text] for text in texts]] for key, value in features_of.items()}
 
     def tokens(self, variables: Variables, tokens: Rows, features: Sequence[str] | None = None) -> Features:
-        """Encode rows of tokens, int32 (n, text_length), as in `images`."""
+        """Encode rows of tokens, int32 (n, text_length), see `images`."""
         length = self._length(tokens)
         rows = np.asarray(tokens)[:, :length] if length < self._text_length else tokens
         return self._run(self._encode_texts, variables, rows, jax.ShapeDtypeStruct((length,), np.int32), features)
@@ -285,7 +285,7 @@ class Encoder:
 
 @contextlib.contextmanager
 def _reading(items: Rows) -> Iterator[Callable[..., Iterable]]:
-    """Give a `map` for reading `items`: in threads, one a core, if they are decoded on access and not ahead."""
+    """Give a `map` for reading `items`: in one thread per core if they are decoded on access and not ahead."""
     if isinstance(items, (np.ndarray, list, tuple, ThreadPrefetcher)):
         yield map
         return

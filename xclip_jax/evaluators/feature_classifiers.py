@@ -151,7 +151,7 @@ def linear(
     sweep: Sweep,
     score: Callable[[np.ndarray, np.ndarray], float],
 ) -> Fit:
-    """Run CLIP's linear probe: C by `search` on validation items, then one fit that is tested once.
+    """Run CLIP's linear probe: C by `search` on validation items, then one fit, tested once.
 
     The last fit reads the training items, and with `sweep.refit` the validation items too. Without validation items a
     tenth of `train`, at least one item, is held out for the search. `score` of (logits, labels) chooses C.

@@ -59,7 +59,7 @@ def fit(
       x: features fp32 (n, d).
       y: classes int (n,) below `classes`, or shares of the classes (n, classes) that sum to 1 in each row. A class may
         have no item.
-      cs: inverse strengths of the penalty, above 0, as in scikit-learn with the classes that occur.
+      cs: inverse strengths of the penalty, above 0, as scikit-learn defines them for the occurring classes.
       classes: number of classes.
       tolerance: maximum absolute component of the gradient at a solution, as scikit-learn's `tol` (default 1e-4).
     """
@@ -193,7 +193,7 @@ def _gradient(x: jax.Array, y: jax.Array, z: jax.Array, w: jax.Array, ridge: jax
 
 
 def _direction(state: dict[str, jax.Array], scale: jax.Array) -> jax.Array:
-    """Return L-BFGS's direction for each C, by its two loops; pairs of the history that are still empty have rho 0."""
+    """Return L-BFGS's direction for each C, by its two loops; empty pairs of the history have rho 0."""
     newest = (state["iteration"] - 1 - jnp.arange(HISTORY)) % HISTORY
 
     def down(j: int, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -263,7 +263,7 @@ def _iterate(
     state: dict[str, jax.Array],
     tolerance: float,
 ) -> dict[str, jax.Array]:
-    """Return the state after up to `_ROUND` iterations; a C that is done does not change."""
+    """Return the state after up to `_ROUND` iterations; a finished C does not change."""
     ridge, scale = problem["ridge"], problem["scale"]
     stop = jnp.minimum(state["iteration"] + _ROUND, _ITERATIONS)
 

@@ -35,7 +35,7 @@ class ProbeSet:
       folds: above 0, the number of folds of `train` that choose C among `sweep.coarse`; without `test` items the
         training items are tested by nested cross-validation with the same number of folds.
       pairs: features of a pair of texts with features u and v: "difference" is SentEval's [|u - v|, u v], "all" is
-        [u, v, |u - v|, u v] as in GLUE's baselines.
+        [u, v, |u - v|, u v], like GLUE's baselines.
       together: int (n,), equal for dependent test items, such as drawings of one concept; None if all are independent.
     """
 

@@ -9,7 +9,8 @@
 An entry holds the results of one set, see `make_entry`, and its own "checkpoint", "step", "profile" and "changes";
 "fingerprint" identifies the model, see `train.weights.fingerprint`, as weights may be replaced at the same path. A
 new entry replaces an entry with the same values of `KEY`; all others stay. FILE.items.npz has the per-example values of
-the entries' metrics, under "statistic:part:id:metric"; "id" is the entry's "items", the metric is quoted as in a URL.
+the entries' metrics, under "statistic:part:id:metric"; "id" is the entry's "items", the metric is quoted like a part of
+a URL.
 """
 
 import dataclasses
@@ -83,9 +84,9 @@ def digest(items: Iterable[Any]) -> str:
 
 
 def contents(images: Sequence[Any]) -> list[tuple[str, int]]:
-    """Return name and size in bytes of each image's file, for `digest`; [] for images that are not in files.
+    """Return name and size in bytes of each image's file, for `digest`; [] for images outside files.
 
-    Names are relative to the folder that has all of the files: the path of the data set does not matter.
+    Names are relative to the common folder of the files: the path of the data set does not matter.
     """
     if not isinstance(images, Paths) or not len(images):
         return []
@@ -106,7 +107,7 @@ class Result:
       unit: "%" for shares of the items, for which a binomial interval holds; "x 100" for other numbers times 100, such
         as correlations; "rank" from 1; "" for plain numbers.
       n: number of items that it is measured on, 0 where unknown.
-      chance: value of a random answer, in `unit`; None where no such level exists.
+      chance: value of a random answer, in `unit`; None if no such level exists.
       protocol: provenance of the set and protocol of the measurement.
       items: per-example values for the bootstrap; None where the metric cannot be resampled.
       task: one of several questions about the same items, such as "category".
@@ -114,7 +115,7 @@ class Result:
       group: a part of the items.
       headline: whether it is the number to report for its set.
       evaluator: name of the evaluator, as its set has it.
-      dependent: whether the items are no independent trials of equal weight, see `PerExample.trials`; with `items` they
+      dependent: whether the items are dependent or unequally weighted, see `PerExample.trials`; with `items` they
         decide.
     """
 
@@ -139,7 +140,7 @@ class Result:
 
     @property
     def key(self) -> str:
-        """Name within the set, as in evaluation.json."""
+        """Name within the set, which evaluation.json uses."""
         return "/".join(filter(None, (self.task, self.score, self.group, self.metric)))
 
     @property
@@ -163,7 +164,7 @@ _DEFAULTS = {x.name: x.default for x in dataclasses.fields(Result) if x.name not
 
 
 def to_json(results: Iterable[Result]) -> list[dict[str, Any]]:
-    """Return JSON records without fields that have their default, per-example values, and most of the protocol."""
+    """Return JSON records without default values, per-example values, and most of the protocol."""
     records = []
     for result in results:
         fields = {key: getattr(result, key) for key in _DEFAULTS}

@@ -153,8 +153,9 @@ LAYOUT = Layout(
 class Retrieval(Evaluator):
     """r1, r5 and r10 in percent, named "retrieval/<set>[/<score>]/image_to_text/r1" and ".../text_to_image/r1".
 
-    Every caption is an item and a query, repeated ones too, as in Flickr30k and COCO. `zeroshot.compare` names the
-    scores; "retrieval/<set>/chance/image_to_text/r1" and so on are the recalls of a random order, see `chance`.
+    Every caption is an item and a query, repeated ones too, the convention of Flickr30k and COCO. `zeroshot.compare`
+    names the scores; "retrieval/<set>/chance/image_to_text/r1" and so on are the recalls of a random order, see
+    `chance`.
     """
 
     family = "retrieval"

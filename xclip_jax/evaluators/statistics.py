@@ -9,7 +9,7 @@ import scipy
 
 from xclip_jax.core.errors import UserError
 
-_CHUNK = 1 << 22  # scores that are ranked at once: some ten megabytes of temporaries
+_CHUNK = 1 << 22  # scores ranked at once: some ten megabytes of temporaries
 
 
 def valid_rows(scores: np.ndarray) -> np.ndarray:
@@ -51,7 +51,7 @@ def average_precision(scores: np.ndarray, positives: np.ndarray) -> np.ndarray:
     """Return the average precision of each class, not interpolated, (classes,): the mean of precision at each positive.
 
     As clip_benchmark's `average_precision_per_class`, from scores (n, classes) and bool `positives` of the same shape;
-    equal scores rank by index. It is 0 for a class without positives, or with a score that is NaN or plus infinity.
+    equal scores rank by index. It is 0 for a class without positives, or with a score of NaN or plus infinity.
     """
     hits, precision = _ranked(scores, positives)
     return (precision * hits).sum(axis=0) / np.maximum(hits.sum(axis=0), 1)
@@ -131,9 +131,9 @@ class PerExample:
     groups: np.ndarray | None = None
 
     def trials(self) -> int:
-        """Return the number of binomial trials in a mean of zeros and ones; 0 for values that have to be resampled.
+        """Return the number of binomial trials in a mean of zeros and ones; 0 for values that need resampling.
 
-        Independent items of equal weight are one trial each. For values that are all equal it is Kish's effective
+        Independent items of equal weight are one trial each. For equal values it is Kish's effective
         number of groups, or of items without groups: (sum of weights)^2 / sum of squared weights.
         """
         if self.statistic != "mean" or not np.isin(self.values, (0, 1)).all():
@@ -206,8 +206,10 @@ def bootstrap(
         chosen = draw(rng)
         with contextlib.suppress(UserError, ZeroDivisionError):
             value = a.value(chosen)
-            other = None if b is None else b.value(chosen)
-            defined.append(value if other is None else other / value if ratio else other - value)
+            if b is not None:
+                other = b.value(chosen)
+                value = other / value if ratio else other - value
+            defined.append(value)
     low, high = np.percentile(defined, [2.5, 97.5]) if defined else (np.nan, np.nan)
     return float(low), float(high)
 

@@ -29,7 +29,7 @@ _FAMILIES = {
 _EXTRA_COLUMNS = (("own metric", ">18"), ("value", ">8"))  # for sets whose headline has no column of its own
 # Names of sets of files: a prefix such as "folder:", "imagenet@" or "module:Class:", and an absolute path or URL.
 _PATH = re.compile(r"([^:@]*[:@](?:\w+:)??)((?:/|~|\w+://).+)")
-# Equal in entries that are compared.
+# Equal in compared entries.
 _COMPARED_KEYS = ("split_hash", "version", "metric", "templates", "protocol", "profile")
 
 
@@ -138,7 +138,7 @@ def shorten(names_of_sets: Iterable[str]) -> dict[str, str]:
 def headlines(results: Sequence[Result], before: Sequence[Result] = ()) -> str:
     """Return one line with the first two metrics of each set; empty without results.
 
-    The run's held-out pairs, often the only set, go by the name of their family. A metric that was measured `before`
+    The run's held-out pairs, often the only set, go by the name of their family. A metric measured `before`, too,
     has both values: "R@1 12.5 -> 50.0".
     """
     parts = []
@@ -146,7 +146,9 @@ def headlines(results: Sequence[Result], before: Sequence[Result] = ()) -> str:
     earlier = {result.name: f"{result.value:.1f} -> " for result in before}
     for row in rows(results):
         shown = ", ".join(f"{column.title} {earlier.get(x.name, '')}{x.value:.1f}" for column, x in row.shown[:2])
-        name = short[row.name] if row.name != HELD_OUT else "zero-shot" if row.family == "zeroshot" else row.family
+        name = short[row.name]
+        if row.name == HELD_OUT:
+            name = "zero-shot" if row.family == "zeroshot" else row.family
         parts.append(f"{name} {shown}")
     return " | ".join(parts)
 
@@ -223,7 +225,7 @@ def _number(result: Result) -> str:
 
 
 def first_set_of_each_family(results: Sequence[Result]) -> dict[str, Row]:
-    """Return {title of the family: row of its first set that is not for validation}."""
+    """Return {title of the family: row of its first test set}."""
     everything = rows(results)
     tested = [row for row in everything if row.role != VALIDATION] or everything
     first: dict[str, Row] = {}
@@ -248,7 +250,7 @@ def compare(
     absent for metrics that cannot be resampled.
 
     Args:
-      a, b: runs' folders, weights that were evaluated, or results files.
+      a, b: runs' folders, evaluated weights, or results files.
       step: step of both; by default the newest that each file has.
       profile: profile of both; by default the last evaluated profile that both files have for a set.
       refused: list to which a sentence is added for each set whose data or protocol differ; without it the first one is
@@ -301,7 +303,7 @@ def _different_parts(a: str | None, b: str | None) -> tuple[str | None, str | No
 
 
 def _select(path: str, step: int | None, profile: str | None) -> tuple[list[Entry], ItemsOf]:
-    """Return the entries of one step, the newest by default, of the checkpoint and model that were evaluated last."""
+    """Return the entries of one step, the newest by default, of the checkpoint and model evaluated last."""
     file = epath.Path(path)
     own = results_file(path)
     if not (file.exists() or own.exists()):

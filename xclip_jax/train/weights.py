@@ -78,7 +78,7 @@ def load(place: str | Place, step: int | None = None) -> Loaded:
             log0(f"{place.name}: {note}")
         with imports.named_by(place.name):
             config = schema.resolve(schema.complete({"steps": 1} | content))
-    # Layout and batch belong to the machine that trained, not to what was learned.
+    # Layout and batch belong to the machine that trained, not to the model.
     config = dataclasses.replace(
         config,
         mesh=MeshConfig(),
@@ -177,7 +177,7 @@ def _device_put_checked(variables: Variables, experiment: Experiment, path: str)
 
 
 def _evaluated(experiment: Experiment) -> TrainState:
-    """The abstract arrays of what is evaluated, each whole on all devices: every process can read their values."""
+    """The abstract arrays to evaluate, each whole on all devices: every process can read their values."""
     whole = replicated(experiment.mesh)
     state = experiment.abstract
     average = experiment.config.eval.ema and state.ema_params is not None
@@ -189,7 +189,7 @@ def _evaluated(experiment: Experiment) -> TrainState:
 def read_initial(
     config: Config, abstract: TrainState, classes: Sequence[str] | None = None, step: int | None = None
 ) -> tuple[dict[str, np.ndarray], int]:
-    """Read the tensors of `config.init.weights` that a new run's state has, and print what is left out or converted.
+    """Read the tensors of `config.init.weights` that a new run's state has, and print omissions and conversions.
 
     Args:
       config: the run's config.
@@ -270,10 +270,10 @@ def convert_params(
       source: NumPy arrays by collection ("params", "batch_stats"), as `TwoTowers.apply` takes them.
       target: arrays or shapes.
       towers: {"img", "txt"}: the towers of source and target.
-      where: what errors call the source.
+      where: name of the source in errors.
 
     Returns:
-      Flat {"params/img/...": array of the target's shape}, and sentences on what was changed or is missing.
+      Flat {"params/img/...": array of the target's shape}, and sentences on changed and missing tensors.
     """
     notes, wrong = [], []
     params = dict(source["params"])

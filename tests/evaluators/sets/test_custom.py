@@ -249,7 +249,7 @@ def test_own_templates_and_names(classes, tmp_path):
             '{"owl": "owl", "elk": "elk"}',
             "none of the class names, such as 'elk', is among its 2 classes, such as 'hen'",
         ),
-        ('{"hen": 3}', "are not {label: name}"),
+        ('{"hen": 3}', "expected JSON, {label: name}"),
         ("{", "cannot be read"),
     ):
         path.write_text(content)

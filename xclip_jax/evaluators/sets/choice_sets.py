@@ -72,7 +72,7 @@ def sugarcrepe(name: str, folder: pathlib.Path) -> Choices:
 def aro(name: str, folder: pathlib.Path) -> Choices:
     """Read ARO's relations or attributes: a box of an image with its caption, and one with two words exchanged.
 
-    The mean of the authors' code is over relations that are not symmetric, or over pairs of attributes with 25 items.
+    The mean of the authors' code is over asymmetric relations, or over pairs of attributes with 25 items.
     """
     records = _read_json(folder / _ARO[name])
     if name == "aro/vg_relation":
@@ -105,7 +105,7 @@ def read_rows(spec: str, data: DataConfig) -> Choices:
     """Read "SOURCE?image=COLUMN&text=RIGHT&text=WRONG"; with &group=COLUMN a row's part is the text of its value there.
 
     Raises:
-      UserError: another key, a source without columns or without these, or a row that has no right text or several.
+      UserError: another key, a source without columns or without these, or a row without exactly one right text.
     """
     name, columns = query_columns(spec)
     keys = columns.get("text", list(DataConfig.text_keys))
@@ -155,15 +155,17 @@ def load(spec: str, prepare: Preprocessing, data: DataConfig, profile: Profile) 
         profile, prefix=profile.prefix or "", captions=0, exif_rotation=spec.startswith(PREFIX)
     )
     prepare = profile.preprocessing(prepare)
-    paired = items.pictures.shape[1] == 2
     texts = [profile.texts(item) for item in items.texts]
+    metric = "macro_accuracy" if name in _ARO else "accuracy"
+    if items.pictures.shape[1] == 2:
+        metric = "group_score"
     card = Provenance(
         data=name.removeprefix(PREFIX),
         split_hash=digest([*items.ids, *texts, *items.parts]),
         protocol="right texts and images of an item score higher than its others; equal scores are wrong",
         templates=f"{profile.caption_prefix}TEXT",
         preprocessing=prepare.resizing,
-        metric="group_score" if paired else "macro_accuracy" if name in _ARO else "accuracy",
+        metric=metric,
     )
     parts = np.array(items.parts, object)
     groups = {part: parts == part for part in dict.fromkeys(items.parts) if part}

@@ -77,8 +77,8 @@ def read_babel(spec: str, data_dir: str | None) -> tuple[Content, str]:
     """Read `babel/LANGUAGE@FILE`: the classes of ImageNet that Babel-ImageNet (arXiv 2306.08658) has in a language.
 
     FILE is babel_imagenet.json, {language: [numbers of classes, names]}. Beside it are nllb_dist13b_prompts.json, or a
-    prompt is the name alone, and ImageNet's folder `val`, or the images are read from TFDS. English has OpenAI's names
-    and prompts, as in the authors' code; the file's English names are BabelNet's. The second result says whose prompts
+    prompt is only the name, and ImageNet's folder `val`, or the images are read from TFDS. English has OpenAI's names
+    and prompts, like the authors' code; the file's English names are BabelNet's. The second result says whose prompts
     these are.
     """
     language, _, location = spec.removeprefix(BABEL).partition("@")
@@ -312,7 +312,7 @@ class ClassSets(SetKind):
 
     @classmethod
     def shows(cls, spec: str) -> str:
-        """Return "captions" for a data set in clip_benchmark's layout that is known to have them, else "classes"."""
+        """Return "captions" for a data set in clip_benchmark's layout with a known type of captions, else "classes"."""
         try:
             return "captions" if spec.startswith(WDS) and _type_of(spec) == wds.CAPTIONS else "classes"
         except UserError:  # loading the set reports the fault

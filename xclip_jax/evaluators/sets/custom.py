@@ -55,7 +55,7 @@ def held_out_data(spec: str, data: DataConfig) -> DataConfig:
 def query_columns(name: str) -> tuple[str, dict[str, list[str]]]:
     """Split "?image=COLUMN&text=COLUMN" from a source's spec; return the spec, and the columns by key.
 
-    In names %26 is & and %2C a comma. A question mark with another meaning, as in a pattern of files, stays.
+    In names %26 is & and %2C a comma. A question mark with another meaning, such as in a pattern of files, stays.
     """
     source_name, _, query = name.rpartition("?")
     columns = urllib.parse.parse_qs(query)
@@ -76,10 +76,10 @@ def named_columns(name: str, data: DataConfig) -> tuple[str, DataConfig]:
 
 
 def captions_by_image(parts: Sequence[holdout.Pairs]) -> tuple[dict[str, list[str]], list[np.ndarray]]:
-    """Return {hash of an image: its captions}, and for each part the positions of images that are new.
+    """Return {hash of an image: its captions}, and for each part the positions of new images.
 
     Captions of one image are often separate pairs, such as rows of a CSV file. All of them are right answers and
-    queries, equal ones too, as in Flickr8k and COCO.
+    queries, equal ones too, the convention of Flickr8k and COCO.
     """
     captions: dict[str, list[str]] = {}
     positions = []

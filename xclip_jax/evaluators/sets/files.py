@@ -53,7 +53,7 @@ _C_BY_FOLDS = "own splits, C by ten folds of the training items"
 
 
 def _lines(path: pathlib.Path) -> list[str]:
-    """Return the lines of a file that are not blank."""
+    """Return the lines of a file except blank ones."""
     data = path.read_bytes()
     try:
         text = data.decode("utf-8")
@@ -187,7 +187,7 @@ def trec(data_dir: str | None) -> ProbeSet:
 def glue(name: str, folder: str, data_dir: str | None) -> ProbeSet | SimilaritySet:
     """Read a GLUE task, tested on dev because test has no labels: a probe of frozen features, or cosines for STS-B.
 
-    The features of two sentences u and v are [u, v, |u - v|, u v], as in GLUE's baselines.
+    The features of two sentences u and v are [u, v, |u - v|, u v], like GLUE's baselines.
     """
     task = name.removeprefix("glue/")
     spec = f"{name}@{folder}" if folder else name

@@ -127,7 +127,7 @@ class Content:
       labels: int (n,), or bool (n, classes) if an image may have several classes.
       classes: names of the classes.
       data, version, split: see `Provenance`.
-      identity: JSON that identifies images that are not files, for the split's hash.
+      identity: JSON that identifies images outside files, for the split's hash.
       templates: the data set's own templates, which override the profile's; may be empty.
     """
 
@@ -216,7 +216,7 @@ def _is_number(label: str) -> bool:
 def _check_unknown(spec: str, classes: Sequence[str], expected: int) -> None:
     """Check the classes of NAME@PATH, whose names are not known: no numbers, and `expected` of them unless it is 0.
 
-    A number would become the prompt, and classes that are missing could not be answers.
+    A number would become the prompt, and missing classes could not be answers.
     """
     name, _, path = spec.partition("@")
     number = next(filter(_is_number, classes), None)
