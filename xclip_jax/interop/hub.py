@@ -49,9 +49,9 @@ class Place:
             return self.name
         return f"{PREFIX}{repository_of(self.name).partition('@')[0]}@{self.commit}"
 
-    @property
+    @functools.cached_property
     def run(self) -> RunFolder | None:
-        """The run whose folder this is."""
+        """The run whose folder this is, None for other weights."""
         run = RunFolder(self.path)
         return run if run.is_run() else None
 
