@@ -70,7 +70,9 @@ def search(run: str, path: pathlib.Path) -> None:
 def strip(run: str, path: pathlib.Path) -> None:
     """Write 1280 x 360 pixels: four images with names, then the first search and the largest cluster."""
     config = collect.read(run).config
-    _, experiment, variables, _ = load(run)
+    loaded = load(run)
+    experiment = loaded.experiment
+    variables = loaded.variables
     specs = (*config.eval.final_sets, *config.eval.sets)
     encoder = make_encoder(experiment)
     profile = profile_of_run(config)

@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 import xclip_jax
+from examples.mix import mix
 from xclip_jax.commands.evaluate import evaluate
 from xclip_jax.commands.export import export
 from xclip_jax.config.load import load_config
@@ -111,10 +112,11 @@ def finetune(folder: pathlib.Path, way: str, steps: int) -> str:
 
 def rows_of(folder: pathlib.Path, way: str, run: str) -> list[str]:
     """Evaluate the mixes of a run on both halves; return the rows of the table."""
-    kept, rows = f"retrieval/{folder / 'kept'}", []
-    evaluate(run, ["retrieval/holdout", kept], mixes=MIXES)
+    rows = []
     for share in MIXES:
-        new, old = tables.compare(run, run, mixes=(0.0, share))
+        mix(run, share, f"{run}-mix-{share:g}")
+        evaluate(f"{run}-mix-{share:g}", [f"retrieval/holdout@{run}", f"retrieval/{folder / 'kept'}"])
+        new, old = tables.compare(f"{run}-mix-0", f"{run}-mix-{share:g}")
         changes = (f"{x['difference']:+.1f} [{x['low']:.1f}, {x['high']:.1f}]" for x in (new, old))
         rows.append(f"| {way} | {share:g} | {new['b']:.1f} | {old['b']:.1f} | {' | '.join(changes)} |")
     return rows
@@ -128,9 +130,10 @@ def largest_differences(run: str, folder: pathlib.Path, share: float) -> dict[st
 
     images = [Image.open(path) for path in sorted((folder / "kept").glob("*.png"))[:8]]
     texts = ["a red apple", "a grinning face", "the flag of a country"]
-    for to in ("open_clip", "hf", "safetensors"):
-        export(run, str(folder / f"mix-{to}"), to=to, mix=share, overwrite=True)
-    ours = xclip_jax.load(str(folder / "mix-safetensors"))
+    mixed = f"{run}-mix-{share:g}"
+    for to in ("open_clip", "hf"):
+        export(mixed, str(folder / f"mix-{to}"), to=to, overwrite=True)
+    ours = xclip_jax.load(mixed)
     expected = ours.encode_image(images), ours.encode_text(texts)
     model, prepare = open_clip.create_model_from_pretrained(f"local-dir:{folder / 'mix-open_clip'}")
     tokens = open_clip.get_tokenizer(f"local-dir:{folder / 'mix-open_clip'}")(texts)

@@ -5,13 +5,19 @@ import json
 import pathlib
 import re
 
+import chex
+import jax
+import numpy as np
 import pytest
 import scipy.stats
 
-from examples import clusters, compare_objectives, finetune_pairs, study, use_a_model
+from examples import clusters, compare_objectives, finetune_pairs, mix, study, use_a_model
 from tests.helpers import tiny
+from xclip_jax import interop
 from xclip_jax.config import load
 from xclip_jax.core.errors import UserError
+from xclip_jax.models.transformer import stack_blocks
+from xclip_jax.train import trainer, weights
 
 pytestmark = pytest.mark.long
 
@@ -36,6 +42,36 @@ def test_finetune_pairs(tmp_path, capsys):
     assert results["all weights", 1][1] < results["all weights", 0][1]  # it forgets
     open_clip, transformers = (float(x) for x in re.findall(r"at most ([0-9.e-]+)", last))
     assert open_clip < 1e-5 and transformers < 1e-3  # whose processor resizes with torchvision, and rounds
+
+
+@pytest.mark.slow  # two runs
+def test_mix(pairs, tmp_path, capsys):
+    """The initial weights are of an earlier step, lack the projections, and have stacked blocks and cut positions."""
+    source = tmp_path / "source"
+    data = {"data__sources": (f"folder:{pairs}",), "optim__lr": 0.01, "model__img__depth": 2}
+    trainer.run(tiny.config("nclip", run=source, steps=2, checkpoint__every=1, checkpoint__keep=2, **data))
+    (source / "checkpoints" / "2").rename(tmp_path / "later")
+    c = tiny.config("clip", run=tmp_path / "run", steps=2, init__weights=str(source), model__img__scan=True, **data)
+    c.model.txt.context_length -= 2
+    trainer.run(c)
+    (tmp_path / "later").rename(source / "checkpoints" / "2")
+    given = jax.device_get(weights.load(str(source), 1).variables["params"])
+    tuned = jax.device_get(weights.load(c.run).variables["params"])
+    before = given["img"] | {"transformer": stack_blocks(given["img"]["transformer"], 2)}
+    assert "proj_img" not in given and np.abs(tuned["txt"]["tokens"] - given["txt"]["tokens"]).max() > 1e-3
+    for share in (0, 0.25, 1):
+        mix.main([c.run, str(share), str(tmp_path / "mixed")])
+        mixed = interop.read(str(tmp_path / "mixed"))[1]["params"]
+        expected = jax.tree.map(lambda a, b, share=share: (1 - share) * a + share * b, before, tuned["img"])
+        chex.assert_trees_all_close(mixed["img"], expected, rtol=0, atol=0 if share in (0, 1) else 1e-6)
+        positions = (1 - share) * given["txt"]["positions"][:-2] + share * tuned["txt"]["positions"]
+        np.testing.assert_allclose(mixed["txt"]["positions"], positions, rtol=0, atol=1e-6)
+        chex.assert_trees_all_equal(mixed["proj_img"], tuned["proj_img"])
+    assert "not in this run: " in capsys.readouterr().out
+    assert weights.load(str(tmp_path / "mixed")).step == 0
+    for run, share in ((source, 0.5), (c.run, 1.5)):
+        with pytest.raises(UserError, match=r"init\.weights is empty|expected a number from 0 to 1"):
+            mix.mix(str(run), share, str(tmp_path / "none"))
 
 
 def narrow(load_config):

@@ -55,7 +55,7 @@ def encoded(picture, kind="png"):
 
 
 def test_a_run_gives_what_its_evaluators_see(run, model):
-    _, found, variables, _ = weights.load(str(run))
+    _, found, variables, *_ = weights.load(str(run))
     encoder = make_encoder(found)
     images = pictures()
     prepared = [transforms.evaluation_image(encoded(p), tiny.SIZE) for p in images]

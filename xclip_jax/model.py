@@ -5,7 +5,7 @@
     result = model.zero_shot(["a.jpg"], ["fox", "hen"])
 
 Results are NumPy arrays. Items are encoded on all devices in batches of a few fixed sizes, which are compiled once
-each. Images are resized, cropped and normalised as in the model's config.
+each. Images are resized, cropped and normalised by the model's config.
 """
 
 import copy
@@ -26,6 +26,7 @@ from xclip_jax.data.base import MAX_BYTES
 from xclip_jax.data.records import ThreadPrefetcher
 from xclip_jax.evaluators.encoder import Encoder, Features, Rows
 from xclip_jax.evaluators.zeroshot import class_scores
+from xclip_jax.interop import hub
 from xclip_jax.models.heads import Head, Projection
 from xclip_jax.models.two_towers import TwoTowers, Variables
 from xclip_jax.objectives.similarity import Similarity, cluster_similarity, features, softmax
@@ -76,7 +77,7 @@ class Model:
       preprocessing: resizing, cropping and normalisation of images.
       size: side of an image, pixels.
       length: tokens of a text, with start and end.
-      batch: items that are encoded at once.
+      batch: number of items encoded at once.
     """
 
     def __init__(
@@ -98,20 +99,12 @@ class Model:
         self.batch = self._encoder.batch
 
     def _make_encoder(self, model: TwoTowers, batch: int) -> Encoder:
-        return Encoder(
-            model,
-            self.tokenizer,
-            text_length=self.length,
-            preprocessing=self.preprocessing,
-            mesh=self._mesh,
-            batch=batch,
-            smaller=[size for size in _SMALLER if size < batch],
-            similarities=self._similarities,
-        )
+        batches = [batch, *(size for size in _SMALLER if size < batch)]
+        return Encoder(model, self.tokenizer, self.preprocessing, self._mesh, self._similarities, batches=batches)
 
     @functools.cached_property
     def _raw(self) -> "Model":
-        """The same model with projections that are not normalised; its programs are compiled if they are used."""
+        """The same model with unnormalised projections; its programs are compiled on use."""
         raw = copy.copy(self)
         raw._encoder = self._make_encoder(self._model.clone(heads=_without_scaling(self._model)), self.batch)
         return raw
@@ -128,18 +121,18 @@ class Model:
           fp32 (b, e), rows of unit length.
 
         Raises:
-          UserError: an image that is missing or cannot be decoded; the message names it.
+          UserError: a missing or undecodable image, named by the message.
         """
         return self._embed(Model._images, images, normalize)
 
     def encode_prepared(self, images: Sequence[np.ndarray]) -> np.ndarray:
-        """Return embeddings of results of `prepare`, in a sequence that is read once and roughly in order."""
+        """Return embeddings of results of `prepare`, a sequence read once and roughly in order."""
         return self._embed(Model._prepared, images)
 
     def encode_pixels(self, pixels: np.ndarray, *, normalize: bool = True) -> np.ndarray:
         """Return embeddings (b, e) of fp32 pixels (b, size, size, 3), normalised by the model's mean and deviation.
 
-        `normalize` is as in `encode_image`.
+        For `normalize` see `encode_image`.
         """
         pixels = np.asarray(pixels)
         if pixels.dtype != np.float32 or pixels.shape[1:] != (self.size, self.size, 3):
@@ -150,19 +143,20 @@ class Model:
         return self._embed(Model._prepared, pixels, normalize)
 
     def encode_text(self, texts: Sequence[str], *, normalize: bool = True) -> np.ndarray:
-        """Return embeddings (b, e) of texts, cut to the model's length; `normalize` is as in `encode_image`."""
+        """Return embeddings (b, e) of texts, cut to the model's length; for `normalize` see `encode_image`."""
         return self._embed(Model._texts, texts, normalize)
 
     def encode_tokens(self, tokens: np.ndarray, *, normalize: bool = True) -> np.ndarray:
         """Return embeddings (b, e) of token ids (b, length) from `model.tokenizer(texts, model.length)`.
 
-        `normalize` is as in `encode_image`.
+        For `normalize` see `encode_image`.
 
         Raises:
           UserError: not integers of this shape, an id outside of the tokenizer's vocabulary, or a row without the end
             token from which the tower reads the text.
         """
-        tokens, known = np.asarray(tokens), self.tokenizer
+        tokens = np.asarray(tokens)
+        known = self.tokenizer
         fits = tokens.dtype.kind in "iu" and tokens.ndim == 2 and tokens.shape[1] == self.length
         fits = fits and not ((tokens < 0) | (tokens >= known.vocab_size)).any()
         if fits and getattr(self._towers.get("txt"), "pool", "") == "eot":
@@ -190,7 +184,7 @@ class Model:
         projection the score is the negative cross-entropy of distributions over clusters.
 
         Args:
-          images: as in `encode_image`.
+          images: see `encode_image`.
           class_names: at least one.
           templates: prompts, with {} for the class.
           by: another score of the model, by the name that evaluations print; the probabilities are its softmax. xCLIP
@@ -198,7 +192,7 @@ class Model:
             the cross-entropy, each over its standard deviation among these images and classes; nCLIP has the first two.
 
         Raises:
-          UserError: as in `encode_image`; no class, a template without {}, a score that the model lacks.
+          UserError: see `encode_image`; no class, a template without {}, a score that the model lacks.
         """
         if isinstance(class_names, str) or isinstance(templates, str) or not class_names or not templates:
             raise UserError("class_names and templates are lists of strings, with at least one each.")
@@ -207,7 +201,8 @@ class Model:
         # str.format would fail on braces in a name.
         prompts = [template.replace("{}", name) for name in class_names for template in templates]
         used = self._similarities if by else self._similarities[:1]
-        img, txt = self._images(images, features(used)), self._texts(prompts, features(used))
+        img = self._images(images, features(used))
+        txt = self._texts(prompts, features(used))
         by_score = class_scores(used, img, txt, [len(templates)] * len(class_names))
         if by not in by_score:
             known = ", ".join(repr(name) for name in by_score if name) or "only its own"
@@ -219,7 +214,7 @@ class Model:
 
     @property
     def similarities(self) -> tuple[Similarity, ...]:
-        """What the model compares images with texts by, its own first; none if all that it learned was to classify."""
+        """Similarities that the model supports, its default first; empty for a pure classifier."""
         return tuple(self._similarities)
 
     @property
@@ -234,10 +229,10 @@ class Model:
         texts: Sequence[str] | None = None,
         top: int = 5,
     ) -> Clusters:
-        """Return the likeliest clusters of images or of texts, for models that have clusters.
+        """Return the likeliest clusters of images or of texts, for models with clusters.
 
         Raises:
-          UserError: a model without cluster heads; both images and texts, or neither; as in `encode_image`.
+          UserError: a model without cluster heads; both images and texts, or neither; see `encode_image`.
         """
         similarity = cluster_similarity(self._similarities)
         if similarity is None:
@@ -353,9 +348,9 @@ def load(
     Args:
       path: a run's folder, or weights that `xclip_jax.interop.read` reads, such as "hf:ORG/NAME".
       step: step of one of a run's checkpoints; the newest by default.
-      batch: items that are encoded at once, rounded up to a multiple of the devices; 32 suits the caches of a CPU, and
+      batch: number of items encoded at once, rounded up to a multiple of the devices; 32 suits the caches of a CPU, and
         accelerators take more.
-      threads: number of threads that read and decode images; 0 for one a core.
+      threads: number of threads that read and decode images; 0 for one per core.
       trust: whether to import the modules of other packages that the config in `path` names, which runs their code.
 
     Raises:
@@ -364,12 +359,11 @@ def load(
     """
     check_count("batch", batch, 1)  # before weights are read, which may take a while
     check_count("threads", threads, 0)
-    source = os.fspath(path)
-    pinned, origin = weights.pin(source)
+    place = hub.locate(os.fspath(path))
     with imports.trusting(trust):
-        _, experiment, variables, step = weights.load(pinned, step)
-    card = {"checkpoint": source, "step": step, **origin}
-    return Model(experiment, variables, card, batch=batch, threads=threads)
+        loaded = weights.load(place, step)
+    card = {"checkpoint": place.name, "step": loaded.step} | ({"commit": place.commit} if place.commit else {})
+    return Model(loaded.experiment, loaded.variables, card, batch=batch, threads=threads)
 
 
 def _without_scaling(model: TwoTowers) -> dict[str, Any]:

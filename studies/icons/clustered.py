@@ -12,9 +12,9 @@ import numpy as np
 
 from xclip_jax.core.errors import UserError
 from xclip_jax.evaluators import logistic
-from xclip_jax.evaluators.base import Column, Evaluator
+from xclip_jax.evaluators.base import Column, Evaluator, joined
 from xclip_jax.evaluators.feature_classifiers import is_right, knn
-from xclip_jax.evaluators.probe import Joined, Probe
+from xclip_jax.evaluators.probe import Probe
 from xclip_jax.evaluators.results import Provenance, Result
 from xclip_jax.evaluators.retrieval import Retrieval, TextRetrieval
 from xclip_jax.evaluators.statistics import PerExample
@@ -119,7 +119,7 @@ class TransferProbe(Evaluator):
         task, tuning = self.data.task, self.data.tuning
         parts = [tuning.train, tuning.test, task.train, task.test]
         ends = np.cumsum([len(part) for part in parts])[:-1]
-        h = np.split(self.encoder.images(variables, Joined(parts), ("features",))["features"], ends)
+        h = np.split(self.encoder.images(variables, joined(parts), ("features",))["features"], ends)
         c = self._choose(h[0], h[1], tuning.labels)
         train, test = task.labels
         ways, n = int(train.max()) + 1, len(test)

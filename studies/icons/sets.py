@@ -35,7 +35,7 @@ from studies.icons.splits import hash_rank
 from xclip_jax.data.images import decode
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.evaluators import dense
-from xclip_jax.evaluators.base import Pictures
+from xclip_jax.evaluators.base import Display, pictures
 from xclip_jax.evaluators.dense import DenseSet, MaskedImages
 from xclip_jax.evaluators.probe import ProbeSet, Sweep
 
@@ -120,7 +120,7 @@ def _dense(name: str, prepare: Preprocessing, data_dir: str | None, part: str) -
         some = sorted(some, key=lambda i: hash_rank("dense drawing", records[i]["id"]))[:number]
         groups = np.unique([records[i]["concept"] for i in some], return_inverse=True)[1]  # last of all the test's
         pngs = [images[i] for i in some]
-        parts.append(MaskedImages(Pictures(pngs, prepare), Regions(pngs)))
+        parts.append(MaskedImages(pictures(pngs, prepare), Regions(pngs)))
         ids.append([records[i]["id"] for i in some])
     card = ICONS.card(
         f"{part}_concepts",
@@ -167,6 +167,6 @@ class IconSets(DrawnSets):
     """The sets of this module by their names."""
 
     names, makers = tuple(_MAKERS), _MAKERS
-    panels = _PANELS
-    queries = ("cat", "heart", "fruit", "angry face", "arrow left", "clock", "house", "vehicle")
-    credit = _CREDIT
+    display = Display(
+        _PANELS, ("cat", "heart", "fruit", "angry face", "arrow left", "clock", "house", "vehicle"), _CREDIT
+    )

@@ -29,7 +29,7 @@ from studies.photographs.corpus import KIND_COLUMN, TITLE, Row, hash_rank
 from studies.photographs.geometry import GeometrySet
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.preprocessing import Preprocessing
-from xclip_jax.evaluators.base import Pictures, SetKind
+from xclip_jax.evaluators.base import SetKind, pictures
 from xclip_jax.evaluators.feature_classifiers import Sweep
 from xclip_jax.evaluators.probe import ProbeSet
 from xclip_jax.evaluators.prompts import Profile
@@ -87,7 +87,7 @@ def _naming(name: str, prepare: Preprocessing, root: str, part: str, kinds: str,
         protocol="nearest class text by cosine; intervals by resampling titles", preprocessing=prepare.resizing,
         templates=prompts,
     )  # fmt: skip
-    images = Pictures(_images(root, split, chosen), prepare)
+    images = pictures(_images(root, split, chosen), prepare)
     together = np.unique(titles, return_inverse=True)[1]
     return ClusteredZeroShotSet(name, images, labels, list(texts.values()), {}, classes, card, together=together)
 
@@ -104,7 +104,7 @@ def _retrieval(name: str, prepare: Preprocessing, root: str, part: str, captions
         part, [row["id"] for row in rows], texts, protocol="recall, any match", preprocessing=prepare.resizing,
         metric="image_to_text/r1",
     )  # fmt: skip
-    images = Pictures(_images(root, part, range(len(rows))), prepare)
+    images = pictures(_images(root, part, range(len(rows))), prepare)
     return RetrievalSet(name, images, [[text] for text in texts], card)
 
 
@@ -135,7 +135,7 @@ def _probe(name: str, prepare: Preprocessing, root: str, part: str) -> ProbeSet:
         protocol="features before projection; L-BFGS, C on other photographs; 20 neighbours",
         preprocessing=prepare.resizing, metric="kind/linear/top1",
     )  # fmt: skip
-    train, validation, test = (Pictures(_images(root, split, chosen), prepare) for split, chosen in sides)
+    train, validation, test = (pictures(_images(root, split, chosen), prepare) for split, chosen in sides)
     return ProbeSet(name, train, validation, test, tasks, sweep=Sweep(halvings=2, tolerance=1e-4), card=card)
 
 
@@ -150,7 +150,7 @@ def _geometry(name: str, prepare: Preprocessing, root: str, part: str) -> Geomet
         part, *(side.tolist() for side in labels), protocol="see studies.photographs.geometry",
         preprocessing=prepare.resizing, metric="rank",
     )  # fmt: skip
-    images = [Pictures(_images(root, split, chosen), prepare) for split, chosen in (fitted, tested)]
+    images = [pictures(_images(root, split, chosen), prepare) for split, chosen in (fitted, tested)]
     return GeometrySet(name, images[0], images[1], labels[0], labels[1], card)
 
 

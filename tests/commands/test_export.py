@@ -48,7 +48,7 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def expected(run):
     """Embeddings of the run's average, by its own evaluation."""
-    _, parts, variables, _ = weights.load(str(run))
+    _, parts, variables, *_ = weights.load(str(run))
     return encode(parts, variables)
 
 
@@ -62,7 +62,7 @@ def encode(parts, variables):
 
 def test_a_run_in_our_form_is_the_run(run, expected, tmp_path, capsys):
     export.export(str(run), str(tmp_path / "out"), to="safetensors")
-    _, parts, variables, step = weights.load(str(tmp_path / "out"))
+    _, parts, variables, step, _ = weights.load(str(tmp_path / "out"))
     chex.assert_trees_all_equal(jax.device_get(variables), jax.device_get(weights.load(str(run))[2]))
     chex.assert_trees_all_equal(encode(parts, variables), expected)
     assert step == 0 and "cluster_logits_img" in expected
@@ -83,7 +83,7 @@ def test_other_projects_compute_the_embeddings_of_the_run(run, expected, tmp_pat
         out = capsys.readouterr().out
         assert "no place for them: clusters_img, clusters_txt\n" in out and "data.background='white'; lay " in out
         assert f"{run}, step {STEPS}, as {to}" in out
-        _, parts, variables, _ = weights.load(str(tmp_path / to))
+        _, parts, variables, *_ = weights.load(str(tmp_path / to))
         features = encode(parts, variables)
         assert features.keys() == {"features_img", "embedding_img", "features_txt", "embedding_txt"}
         for key, x in features.items():
@@ -106,7 +106,7 @@ def test_other_projects_compute_the_embeddings_of_the_run(run, expected, tmp_pat
 
 def test_prompts_and_names_of_own_classes_are_kept(run, tmp_path):
     """So that the export's own labelled images are evaluated as the run's are."""
-    config, _, variables, _ = weights.load(str(run))
+    config, _, variables, *_ = weights.load(str(run))
     names, values, variables = tmp_path / "names.json", schema.to_dict(config), jax.device_get(variables)
     names.write_text('{"cat": "kitten"}')
     values["eval"] |= {"templates": ["a drawing of a {c}"], "class_names": str(names)}
@@ -163,27 +163,6 @@ def test_the_card_of_a_run(run, tmp_path, monkeypatch):
     assert "## Recipe" not in card and "Converted from `hf`" in card and str(tmp_path) not in card
 
 
-@pytest.mark.slow
-def test_a_mix_of_given_and_tuned_weights(run, tmp_path, capsys):
-    c = tiny.config(
-        "clip", run=tmp_path / "tuned", steps=STEPS, data__sources=(f"folder:{run.parent / 'pairs'}",), optim__lr=0.01,
-        data__tokenizer="clip", init__weights=str(run), eval__final_sets=(f"folder:{run.parent / 'set'}",),
-    )  # fmt: skip
-    trainer.run(c)
-    for to in ("hf", "open_clip"):
-        export.main(["--checkpoint", c.run, "--mix", "0.25", "--to", to, str(tmp_path / to)])
-        assert f"step {STEPS}, mix 0.25, as {to}" in capsys.readouterr().out
-        given, tuned, mixed = (
-            jax.device_get(weights.load(path)[2]["params"]) for path in (str(run), c.run, str(tmp_path / to))
-        )
-        for name in ("proj_img", "log_scale"):
-            expected = jax.tree.map(lambda a, b: 0.75 * a + 0.25 * b, given[name], tuned[name])
-            chex.assert_trees_all_close(mixed[name], expected, rtol=0, atol=1e-6)
-        card = (tmp_path / to / export.CARD).read_text()
-        assert "| mix | 0.75 of init.weights + 0.25 of the parameters |" in card
-        assert "this checkpoint was not evaluated" in card  # the results at the end are the tuned model's
-
-
 def test_a_folder_with_files_is_kept(run, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "out").mkdir()
@@ -224,14 +203,9 @@ def test_a_new_run_starts_from_an_export(run, tmp_path, capsys):
         (["--checkpoint", "{}", "--step", "9", "{}/../x"], "no checkpoint of step 9"),
         (["--checkpoint", "{}"], "required: OUT"),
         (["--checkpoint", "{}", "{}/config.json"], "is not an empty folder"),
-        (
-            ["--checkpoint", "{}", "--mix", "1.5", "{}/../x"],
-            "--mix is 1.5; expected numbers from 0 (given weights) to 1",
-        ),
-        (["--checkpoint", "{}", "--mix", "0.5", "{}/../x"], "did not start from given weights (init.weights is empty)"),
     ],
 )
-def test_bad_input_is_one_sentence(flags, message, run):
+def test_bad_input(flags, message, run):
     with pytest.raises(SystemExit) as stopped:
         export.main([flag.format(run) for flag in flags])
     assert message in str(stopped.value)

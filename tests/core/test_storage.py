@@ -186,7 +186,7 @@ def test_a_home_is_expanded_wherever_a_path_is_written(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "a.csv").touch()
     assert RunWriter("~/runs/mine").path == tmp_path / "runs" / "mine"
-    assert hub.resolve("~/weights") == str(tmp_path / "weights")
+    assert str(hub.locate("~/weights").path) == str(tmp_path / "weights")
     assert storage.expand("~/a.csv,~/[a].csv") == [str(tmp_path / "a.csv")]
 
 

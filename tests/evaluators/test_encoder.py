@@ -131,10 +131,10 @@ def test_a_wrong_image_raises(wrong):
         make_encoder().images(variables, [wrong])
 
 
-@pytest.mark.parametrize(("batch", "smaller"), [(0, ()), (-3, ()), (8, (4, 0))])
-def test_a_batch_of_nothing_raises(batch, smaller):
+@pytest.mark.parametrize("batches", [(0,), (-3,), (8, 4, 0)])
+def test_a_batch_of_nothing_raises(batches):
     with pytest.raises(UserError, match=r"1 item or more .*got (0|-3)\."):
-        build_encoder(small_model()[0], batch=batch, smaller=smaller)
+        build_encoder(small_model()[0], batches=batches)
 
 
 def test_patches_come_batch_by_batch_on_any_mesh():

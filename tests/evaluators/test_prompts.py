@@ -10,31 +10,15 @@ import pytest
 from PIL import Image, ImageOps
 
 from tests.data.readers import test_wds as wds
-from tests.evaluators.sets.test_published import write
+from tests.evaluators.sets.test_known_sets import write
 from tests.helpers import bad_tars
 from tests.helpers.encoding import SIZE
-from xclip_jax.core import storage
 from xclip_jax.core.errors import UserError
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.evaluators import prompts, registry
 from xclip_jax.evaluators.prompts import PROFILES, Profile
 
 OPENAI = PROFILES["openai"]
-
-
-def test_templates_are_the_published_ones():
-    eighty, seven = prompts.templates("openai80"), prompts.templates("slip7")
-    assert len(eighty) == len(set(eighty)) == 80 and eighty[0] == "a bad photo of a {c}."
-    assert seven == [
-        "itap of a {c}.",
-        "a bad photo of the {c}.",
-        "a origami {c}.",
-        "a photo of the large {c}.",
-        "a {c} in a video game.",
-        "art of the {c}.",
-        "a photo of the small {c}.",
-    ]
-    assert prompts.templates("birds") == ["a photo of a {c}, a type of bird."]
 
 
 def test_clips_own_templates_follow_from_their_rules():
@@ -76,13 +60,6 @@ def test_class_names_equal_open_clips_and_two_are_twice_there():
     found = prompts.class_names("imagenet1k", [str(i) for i in range(1000)])
     assert found == list(pytest.importorskip("open_clip").IMAGENET_CLASSNAMES)
     assert {name for name in found if found.count(name) == 2} == {"missile", "sunglasses"}
-
-
-def test_masks():
-    a, r = prompts.IMAGENET_A, prompts.IMAGENET_R
-    assert len(a) == len(set(a)) == len(r) == len(set(r)) == 200 and len(set(a) & set(r)) == 86
-    assert a[:5] == (6, 11, 13, 15, 17) and r[:5] == (1, 2, 4, 6, 8)
-    assert list(a) == sorted(a) and list(r) == sorted(r) and max(a + r) < 1000
 
 
 def test_masks_equal_clip_benchmarks(monkeypatch):
@@ -135,16 +112,12 @@ def test_a_profiles_captions():
         assert dataclasses.replace(published, prefix=prefix).texts(captions) == [expected]
 
 
-def test_class_names_are_those_of_clip_benchmark():
-    assert len(json.loads(storage.third_party("en_classnames.json"))["imagenet1k"]) == 1000
-
-
 @pytest.mark.parametrize(
     "content", ['{"0": ["cat", 7]}', '{"0": ["cat", ""]}', '{"0": []}', '{"0": ""}', '["cat"]', '{"0": 7}']
 )
 def test_class_names_that_are_none(content, tmp_path):
     (tmp_path / "names.json").write_text(content)
-    with pytest.raises(UserError, match=r"are not \{label: name\}"):
+    with pytest.raises(UserError, match=r"cannot be read .*expected JSON, \{label: name\}"):
         prompts.read_class_names(str(tmp_path / "names.json"))
 
 

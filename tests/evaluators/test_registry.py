@@ -12,7 +12,7 @@ from tests.helpers.encoding import SIZE, by_name, make_encoder, small_model
 from xclip_jax.core.errors import UserError
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.evaluators import registry, statistics
-from xclip_jax.evaluators.base import Pictures
+from xclip_jax.evaluators.base import pictures
 from xclip_jax.evaluators.encoder import TooManyUnreadable
 from xclip_jax.evaluators.probe import ClassifierEvaluator, Sweep
 
@@ -105,10 +105,10 @@ class Images:
 def test_a_store_that_does_not_answer_counts_as_unreadable():
     encoder, variables = make_encoder(), small_model()[1]
     prepare = Preprocessing(encoder.image_size)
-    features = encoder.images(variables, Pictures(Images(encoder.image_size, away=2), prepare))["features"]
+    features = encoder.images(variables, pictures(Images(encoder.image_size, away=2), prepare))["features"]
     assert np.isnan(features[:2]).all() and not np.isnan(features[2:]).any()
     with pytest.raises(TooManyUnreadable, match=r"3 of .*40 images cannot be read, .* the store is away"):
-        encoder.images(variables, Pictures(Images(encoder.image_size, away=3), prepare))
+        encoder.images(variables, pictures(Images(encoder.image_size, away=3), prepare))
 
 
 def test_a_store_that_is_away_is_given_up_before_the_end_of_a_set():
@@ -123,7 +123,7 @@ def test_a_store_that_is_away_is_given_up_before_the_end_of_a_set():
             tried.append(index)
             return super().__getitem__(index)
 
-    images = Pictures(Many(encoder.image_size, away=9_000), Preprocessing(encoder.image_size))
+    images = pictures(Many(encoder.image_size, away=9_000), Preprocessing(encoder.image_size))
     with pytest.raises(TooManyUnreadable, match=r"5\d\d of the first 5\d\d of 10000 images cannot be read"):
         encoder.images(variables, images)
     assert len(tried) < 600 and not encoder.unreadable

@@ -115,7 +115,7 @@ def test_a_model_without_projection_compares_distributions():
     np.testing.assert_allclose(e, p / np.linalg.norm(p, axis=1, keepdims=True), rtol=1e-5)
 
 
-def test_a_model_without_a_similarity_is_one_sentence():
+def test_a_model_without_a_similarity():
     encoder = build_encoder(small_model()[0], similarities=())
     for evaluator in (
         SentenceSimilarity(encoder, SimilaritySet("x", {"a": pairs(3, 0)})),

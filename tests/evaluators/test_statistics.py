@@ -111,12 +111,6 @@ def test_the_bootstrap_draws_whole_groups(statistic):
     assert high - low > 1.5 * (inner_high - inner_low)
 
 
-def test_items_of_a_mean_per_class_are_weighted():
-    y, right = np.array([0, 0, 0, 1]), np.array([1.0, 1, 0, 0])
-    item = statistics.PerExample(right, statistics.class_weights(y))
-    assert item.value() == pytest.approx(100 * sklearn.metrics.balanced_accuracy_score(y, [0, 0, 1, 0]))
-
-
 @pytest.mark.parametrize("y", [[True, True, True], [True, False, False]])
 def test_the_bootstrap_of_one_kind_of_item_has_no_interval(y, monkeypatch):
     """Whether all items are positive, or each of a few resamples has positive items alone."""

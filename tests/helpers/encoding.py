@@ -38,8 +38,8 @@ def small_model(embed=8, clusters=K):
 
 def build_encoder(model, devices=8, batch=16, sizes=(-1, 1, 1), **options):
     mesh = make_mesh(dict(zip(AXES, sizes, strict=True)), jax.devices()[:devices])
-    options = {"similarities": similarities("z_img" in model.outputs, "s_img" in model.outputs)} | options
-    return Encoder(model, tokenize, text_length=LENGTH, preprocessing=PREPARE, batch=batch, mesh=mesh, **options)
+    known = similarities("z_img" in model.outputs, "s_img" in model.outputs)
+    return Encoder(model, tokenize, PREPARE, mesh, **{"similarities": known, "batches": (batch,)} | options)
 
 
 def similarities(embedding, clusters, tau=1.0):

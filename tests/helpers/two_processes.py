@@ -136,7 +136,7 @@ def run(folder, out, data, model, *others):
 
     loader.to_global = spy
     trainer.run(config)
-    _, experiment, variables, _ = weights.load(config.run)
+    _, experiment, variables, *_ = weights.load(config.run)
     weights_read = weights.fingerprint(experiment, variables)
     np.savez(f"{out}.{jax.process_index()}.npz", shapes=shapes, texts=texts, weights=weights_read)
 

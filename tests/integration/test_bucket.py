@@ -61,7 +61,7 @@ def test_a_run_with_a_tokenizer_file_resumes_and_is_exported(bucket, pairs, tmp_
     with Checkpointer(tmp_path / "local") as checkpointer:
         checkpointer.save(create(first.experiment.init, first.experiment.abstract), {"samples": 0})
     monkeypatch.setattr(weights, "Checkpointer", lambda _, **options: Checkpointer(tmp_path / "local", **options))
-    loaded, experiment, _, _ = weights.load(config.run)
+    loaded, experiment, *_ = weights.load(config.run)
     assert loaded.data.tokenizer == copy and experiment.tokenizer(TEXTS, 6).tolist() == expected.tolist()
     for to in ("safetensors", "open_clip"):
         export.export(config.run, str(tmp_path / to), to=to)

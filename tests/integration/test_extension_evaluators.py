@@ -73,7 +73,7 @@ def test_the_command_adds_it_to_its_file_and_compares_it(run, capsys):
     assert (entry["set"], entry["metric"], entry["n"]) == (SPEC, "nearer", 18) and entry["protocol"]
     assert 0 <= entry["value"] <= 100 and "order of images, %" in capsys.readouterr().out
     evaluate.evaluate(str(run), SPEC, step=2)
-    check_table(results.of_entries(json.loads((run / "evaluation.json").read_text())["results"]))
+    check_table(results.read_entries(json.loads((run / "evaluation.json").read_text())["results"]))
     evaluate.main(["--compare", str(run), str(run)])
     out = capsys.readouterr().out
     assert SPEC in out and "+0.0 to +0.0" in out

@@ -166,7 +166,7 @@ def test_a_column_of_strings_is_learned(images, pretrained, tmp_path):
     c = small(load_config(f"finetune:data={data},batch={tiny.BATCH},weights={pretrained}"), tmp_path / "run", 4)
     assert c.objective.classify.classes == 3 and c.data.sources == (f"{data}/train",)
     assert trainer.run(c)[f"visual/finetuned/{data}/validation/n"] == 8
-    assert weights.read_classes(str(c.run)) == ("bright", "dark", "grey")
+    assert weights.load(str(c.run)).classes == ("bright", "dark", "grey")
 
 
 def test_images_are_learned_and_evaluated(images, pretrained, tmp_path, capsys):
@@ -189,7 +189,7 @@ def test_export_keeps_the_classes(images, pretrained, tmp_path):
     run, out, spec = tmp_path / "run", tmp_path / "out", f"finetuned/folder:{images}/validation"
     trainer.run(small(load_config(f"finetune:data=folder:{images},batch={tiny.BATCH},weights={pretrained}"), run, 5))
     export.export(str(run), str(out), to="safetensors")
-    assert interop.read_classes(str(out)) == weights.read_classes(str(run)) == ("bright", "dark", "grey")
+    assert weights.load(str(out)).classes == weights.load(str(run)).classes == ("bright", "dark", "grey")
     by_run, by_export = (evaluate.evaluate(str(path), spec)["results"] for path in (run, out))
     assert [x["value"] for x in by_run] == [x["value"] for x in by_export]
     folder_of_classes(tmp_path / "other", 2)
@@ -203,12 +203,12 @@ def test_export_keeps_the_classes(images, pretrained, tmp_path):
     assert "| image |" in card and "| text |" not in card and "Texts:" not in card and "zero_shot" not in card
     # Exported again, from the export.
     export.export(str(out), str(tmp_path / "again"), to="safetensors")
-    assert interop.read_classes(str(tmp_path / "again")) == ("bright", "dark", "grey")
+    assert weights.load(str(tmp_path / "again")).classes == ("bright", "dark", "grey")
     # A set is evaluated by position, with a warning, where nothing names the classes.
     content = json.loads((out / interop.CONFIG).read_text())
     del content["classes"]
     (out / interop.CONFIG).write_text(json.dumps(content))
-    assert interop.read_classes(str(out)) is None
+    assert weights.load(str(out)).classes is None
     # A new run takes the classifier over only if it is one of its own classes.
     config = small(load_config(f"finetune:data=folder:{images},batch={tiny.BATCH},weights={run}"), tmp_path / "new", 5)
     abstract = build.build(schema.resolve(config), jax.devices()[:1]).abstract

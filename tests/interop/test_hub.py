@@ -19,6 +19,7 @@ from huggingface_hub import constants
 from PIL import Image
 
 import xclip_jax
+from examples import mix
 from tests.helpers import hub_server, tiny
 from tests.helpers.foreign import MODELS, make_hf, make_open_clip
 from xclip_jax import interop
@@ -61,7 +62,7 @@ def test_only_files_that_are_read_are_fetched(server, folders):
     (folders["hf"] / "class_names.json").write_text("{}")  # of an own export
     server.add("lab/own", folders["hf"])
     (folders["hf"] / "class_names.json").unlink()
-    hub.resolve("hf:lab/own")
+    hub.locate("hf:lab/own")
     assert "class_names.json" in server.fetched()
     server.requests.clear()
     assert_same_weights("hf:lab/hf", folders["hf"])
@@ -125,37 +126,38 @@ def test_weights_and_classes_are_of_one_commit(server, folders, tmp_path, monkey
 def test_the_cache_is_enough_without_a_connection(server, folders, monkeypatch):
     server.add("lab/x", folders["hf"])
     server.add("lab/own", {"mine.safetensors": (folders["hf"] / "model.safetensors").read_bytes(), "README.md": b"x"})
-    path, own = hub.resolve("hf:lab/x"), hub.resolve("hf:lab/own")
+    path = hub.locate("hf:lab/x")
+    own = hub.locate("hf:lab/own")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     server.requests.clear()
-    assert hub.resolve("hf:lab/x") == path and server.requests == []
-    assert hub.resolve("hf:lab/own") == own and own.endswith("mine.safetensors")
+    assert hub.locate("hf:lab/x") == path and server.requests == []
+    assert hub.locate("hf:lab/own") == own and own.path.name == "mine.safetensors"
     with pytest.raises(UserError, match=r"hf:lab/other: it is not in the cache, .* cannot be reached") as error:
         xclip_jax.load("hf:lab/other")
     assert "".join(traceback.format_exception(error.value)).count("Traceback") == 1
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     server.broken = True
-    assert hub.resolve("hf:lab/x") == path
+    assert hub.locate("hf:lab/x") == path
     with pytest.raises(UserError, match=r"not in the cache, .* and the Hub cannot be reached"):
-        hub.resolve("hf:lab/other")
+        hub.locate("hf:lab/other")
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    assert hub.resolve("hf:lab/x") == path
+    assert hub.locate("hf:lab/x") == path
     with pytest.raises(UserError, match=r"not in the cache, .* and the Hub cannot be reached") as error:
-        hub.resolve("hf:lab/other")
+        hub.locate("hf:lab/other")
     assert "\n" not in str(error.value)
 
 
 def test_an_incomplete_cache_is_not_used(server, folders, tmp_path, monkeypatch):
     make_hf("gelu", 1e-5, 2, 4).save_pretrained(tmp_path / "sharded", max_shard_size="4MB")
     server.add("lab/x", tmp_path / "sharded")
-    path = pathlib.Path(hub.resolve("hf:lab/x"))
+    path = hub.locate("hf:lab/x").path
     next(path.parent.glob("model-*.safetensors")).unlink()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="not in the cache"):
-        hub.resolve("hf:lab/x")
+        hub.locate("hf:lab/x")
 
 
-def test_what_the_hub_refuses_is_one_sentence(server, folders, monkeypatch):
+def test_what_the_hub_refuses(server, folders, monkeypatch):
     server.add("lab/gated", folders["hf"], gated=True)
     server.add("lab/other", {"README.md": b"", "model.gguf": b""})
     server.add("lab/several", {"a.pt": b"", "b.pt": b""})
@@ -177,8 +179,9 @@ def test_what_the_hub_refuses_is_one_sentence(server, folders, monkeypatch):
 def test_names_of_open_clip_are_repositories(server, folders, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     server.add("lab/x", folders["open_clip"], branch="v1")
-    assert hub.resolve("hf-hub:lab/x@v1") == hub.resolve("hf:lab/x@v1")
-    assert hub.local_name("hf-hub:lab/x@v1") == "lab--x@v1"
+    there, same = hub.locate("hf-hub:lab/x@v1"), hub.locate("hf:lab/x@v1")
+    assert there.path == same.path and str(there) == str(same) == f"hf:lab/x@{same.commit}"
+    assert hub.results_file("hf-hub:lab/x@v1").name == "lab--x@v1.evaluation.json"
     assert mteb._name("hf-hub:lab/x@v1") == mteb._name("hf:lab/x") == "lab/x"
 
 
@@ -192,10 +195,10 @@ def test_without_the_extra_the_error_names_it(monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(UserError, match=r"^hf:lab/x needs huggingface_hub: pip install 'xclip_jax\[hub\]'\.$"):
-        hub.resolve("hf:lab/x")
+        hub.locate("hf:lab/x")
     with pytest.raises(UserError, match=r"^--push lab/x needs huggingface_hub"):
         hub.check_push("lab/x")
-    assert hub.resolve("runs/x") == "runs/x"
+    assert str(hub.locate("runs/x").path) == "runs/x"
 
 
 def test_a_command_reads_the_endpoint_of_its_environment(server, folders, tmp_path):
@@ -205,7 +208,7 @@ def test_a_command_reads_the_endpoint_of_its_environment(server, folders, tmp_pa
 import sys
 from xclip_jax.interop import hub
 assert "huggingface_hub" not in sys.modules
-print(hub.resolve("hf:lab/x"))
+print(hub.locate("hf:lab/x").path)
 """
     environment = os.environ | {"HF_ENDPOINT": server.url, "HF_HUB_CACHE": str(tmp_path / "mine")}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
@@ -237,8 +240,9 @@ def test_training_starts_from_the_hub(server, folders, tmp_path, capsys):
     assert content["init_commit"] == commit
     # A mix is of the weights that the run began with, wherever the branch is now.
     server.add("lab/x", {"config.json": b"{}"})
-    config, _, variables, _ = weights.load(str(run))
-    np.testing.assert_array_equal(weights.read_given(str(run), config, variables)["params/txt/positions"], positions)
+    mix.mix(str(run), 0, str(tmp_path / "mixed"))
+    mixed = interop.read(str(tmp_path / "mixed"))[1]
+    np.testing.assert_array_equal(mixed["params"]["txt"]["positions"], positions)
 
 
 def test_evaluation_of_a_repository(server, folders, tmp_path, monkeypatch):

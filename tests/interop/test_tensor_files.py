@@ -38,12 +38,9 @@ def saved(tmp_path, change, cfg=None, name="quick_b32"):
     [
         ({"vision_cfg": {"timm_model_name": "vit_base"}}, r"sets vision_cfg\.timm_model_name='vit_base'"),
         ({"vision_cfg": {"layers": [2, 2, 2, 2]}}, "value that cannot be used"),
-        ({"vision_cfg": {"attentional_pool": True}}, r"vision_cfg\.attentional_pool=True"),
         ({"vision_cfg": {"pool_type": "avg"}}, "sets vision_cfg.pool_type='avg'; expected 'tok'"),
         ({"text_cfg": {"no_causal_mask": True}}, r"text_cfg\.no_causal_mask=True"),
-        ({"text_cfg": {"hf_model_name": "roberta-base"}}, r"text_cfg\.hf_model_name='roberta-base'"),
         ({"text_cfg": {"tokenizer_kwargs": {"clean": "lower"}}}, r"text_cfg\.tokenizer_kwargs={'clean': 'lower'}\."),
-        ({"text_cfg": {"tokenizer_mode": "clips"}}, r"text_cfg\.tokenizer_mode='clips'"),
         ({"text_cfg": {"vocab_size": 32000}}, "vocabulary of 32000 with end 31999, which is not CLIP's"),
     ],
 )
@@ -104,7 +101,7 @@ def test_weights_that_are_not_ours_are_named(tmp_path):
     folder.mkdir()
     safetensors.torch.save_file({"vision_model.x": torch.zeros(2)}, folder / "model.safetensors")
     (folder / "config.json").write_text('{"model_type": "siglip2"}')
-    with pytest.raises(UserError, match="model of type 'siglip2', which is not supported"):
+    with pytest.raises(UserError, match="model_type is 'siglip2'; it must be one of"):
         interop.read(str(folder))
     with pytest.raises(UserError, match="is not a folder or a file of weights"):
         interop.read(str(tmp_path / "none"))
@@ -273,7 +270,7 @@ def test_views_are_bounded_by_the_file(tmp_path):
         tensor_files.tensors(epath.Path(tmp_path / "views.pt"))
 
 
-def test_a_damaged_directory_of_a_zip_is_one_sentence(tmp_path):
+def test_a_damaged_directory_of_a_zip(tmp_path):
     content, refused = torch_zip(tmp_path / "x.pt", b"N.", s0=bytes(8)), 0
     start = content.index(b"PK\x01\x02")
     for at, value in itertools.product(range(0, 46, 2), (b"\xff\xff", b"\x00\x08", b"\x7f\x00")):

@@ -27,7 +27,10 @@ def test_selected_sets(monkeypatch):
         "imagenet is not prepared."
     ]
     assert [title for title, *_ in selected.zeroshot] == ["folder:x"] and selected.retrieval[0].name == "coco_retrieval"
-    assert sum(map(len, selected.zeroshot[0][2].prompts)) == choose_examples.PROMPTS and not selected.kinds[0].credit
+    assert (
+        sum(map(len, selected.zeroshot[0][2].prompts)) == choose_examples.PROMPTS
+        and not selected.kinds[0].display.credit
+    )
     loaded.clear()
     selected = choose_examples.select(
         ["emoji/test_line", "emoji/test_probe", "emoji/test_concepts", "emoji/test_rendering_rest"],
@@ -38,7 +41,7 @@ def test_selected_sets(monkeypatch):
     assert [zeroshot.name for _, _, zeroshot, _ in selected.zeroshot] == [
         "emoji/test_concepts",
         "emoji/test_line",
-    ] and selected.kinds[0].credit
+    ] and selected.kinds[0].display.credit
     assert "emoji/test_rendering_rest" not in loaded
 
 

@@ -3,8 +3,6 @@
     xclip-jax evaluate --checkpoint RUN --suite demo
     xclip-jax evaluate --checkpoint RUN --suite imagenet,imagenet_v2 --profile slip
     xclip-jax evaluate --compare RUN_A RUN_B
-    xclip-jax evaluate --checkpoint RUN --mix 0,0.25,0.5,0.75,1 --suite retrieval/holdout,imagenet
-    xclip-jax evaluate --compare RUN RUN --mix 0,1
 
 RUN is a run's folder, or weights that `xclip_jax.interop` reads: a folder or file of open_clip, of transformers, of
 OpenAI's CLIP or of `xclip-jax export`, or hf:ORG/NAME[@REVISION] of the Hugging Face Hub. Results are added to
@@ -13,9 +11,6 @@ by set: each has its value, metric, protocol, templates, preprocessing, data set
 seconds, and its step and profile. A result of the same set, step and profile is replaced, all others stay;
 `evaluators.results` documents the file. FILE.items.npz in the same folder has per-example values, which --compare
 resamples for its intervals.
-
---mix evaluates a run that started from given weights (init.weights) on the line from these, 0, to its own, 1: each mix
-is a model of its own in the file, and the report draws them. --compare takes two mixes, of A and of B.
 
 Images that cannot be decoded count as wrong, and the result says how many there were ("unreadable"); more than 5 % of a
 set are an error.
@@ -26,7 +21,7 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -38,15 +33,12 @@ from xclip_jax.core import environment
 from xclip_jax.core.console import log0
 from xclip_jax.core.errors import Parser, UserError, check_count, check_writable, exit_with_message, redact
 from xclip_jax.core.imports import add_trust, trusting
-from xclip_jax.core.run_folder import evaluation_file
 from xclip_jax.core.storage import is_remote, write_json
 from xclip_jax.evaluators import registry, results, tables
-from xclip_jax.evaluators.base import Evaluator
 from xclip_jax.evaluators.prompts import read_class_names
 from xclip_jax.evaluators.results import Result
 from xclip_jax.evaluators.tables import compare, render_comparison
 from xclip_jax.interop import hub
-from xclip_jax.models.two_towers import Variables
 from xclip_jax.parallel import compiler
 from xclip_jax.train import weights
 from xclip_jax.train.build import make_encoder, profile_of_run
@@ -61,95 +53,75 @@ def evaluate(
     step: int | None = None,
     profile: str = "openai",
     changes: Mapping[str, Any] | None = None,
-    mixes: Sequence[float] = (1.0,),
     data_dir: str = "",
     output: str = "",
 ) -> dict[str, Any]:
     """Evaluate a checkpoint, add the results to the file set by set, and print their table.
 
     Args:
-      run, step: as in `load`.
-      suite: as in `registry.expand_suites`.
+      run, step: see `weights.load`.
+      suite: see `registry.expand_suites`.
       profile: one of `registry.PROFILES`: templates, resizing and retrieval protocol together.
-      changes: fields of `Profile` to change; by default the run's config has the templates and names of own classes.
-      mixes: shares of the run's own weights in mixes with those that it started from, see `weights.mix`.
+      changes: fields of `Profile` to change; by default the run's config has the templates and names of your own
+        classes.
       data_dir: root of the data sets; by default the run's.
-      output: file of the results, `evaluation_file(run)` by default; of "hf:ORG/NAME" ORG--NAME.evaluation.json.
+      output: file of the results, `hub.results_file(run)` by default.
 
     Returns:
-      What this call added: its entries are "results".
+      The entries that this call added, as "results", and facts of the command.
 
     Raises:
       UserError: bad input, before the first set is evaluated; or sets that failed, after the others.
     """
-    began, names = time.perf_counter(), registry.expand_suites(suite)
+    began = time.perf_counter()
+    names = registry.expand_suites(suite)
     changes = json.loads(json.dumps(changes or {}))  # as the file has them
     dataclasses.replace(registry.profile(profile), **changes)  # for its errors, before the work
-    mixes = sorted(set(map(weights.check_mix, mixes)))
-    path = epath.Path(output) if output else evaluation_file(hub.local_name(run))
-    pinned, origin = weights.pin(run)
-    config, experiment, tuned, loaded_step = weights.load(pinned, step)
-    given = weights.read_given(run, config, tuned) if mixes != [1] else {}
+    place = hub.locate(run)
+    config, experiment, variables, loaded_step, classes = weights.load(place, step)
+    path = epath.Path(output) if output else hub.results_file(place.name)
     _check_output(path)
-    encoder, own = make_encoder(experiment, weights.read_classes(pinned)), profile_of_run(config, profile, changes)
-    opened = registry.open_all(names, encoder, data_dir, own, experiment.config.data)
+    encoder = make_encoder(experiment, classes)
+    profile_used = profile_of_run(config, profile, changes)
+    opened = registry.open_all(names, encoder, data_dir, profile_used, experiment.config.data)
     command = {"config": schema.to_dict(config), "environment": environment.capture()}
     command["suite"] = suite if isinstance(suite, str) else list(suite)
     shared = {"checkpoint": str(run), "step": loaded_step, "profile": profile, "changes": changes}
     model: dict[str, Any] = {"tokenizer": config.data.tokenizer, "text_length": experiment.context_length}
-    model |= {"eval": results.settings(config.eval)} | origin | shared
-    entries, lines, all_results, failed = [], list[str](), list[Result](), dict[str, str]()
-    for share in mixes:
-        variables = weights.mix(given, tuned, share)
-        model["fingerprint"] = weights.fingerprint(experiment, variables)
-        mixed = {"mix": share, "tuned": weights.fingerprint(experiment, tuned)} if share != 1 else {}
-        all_results.clear()
-        for entry, of_set in _entries(dict(zip(names, opened, strict=True)), variables, model | mixed, failed):
-            command["seconds"] = time.perf_counter() - began
-            if jax.process_index() == 0:
-                results.add(path, redact(entry), results.items(of_set), command, own=not output)
-            entries.append(entry)
-            all_results += of_set
-        lines.append(f"mix {share:g}: {tables.headlines(all_results)}" if mixes != [1] else tables.render(all_results))
-    log0("\n".join([f"{run}, step {loaded_step}, profile {profile}", *lines, f"results: {path}"]))
-    _check_failed(failed, len(names), path)
-    return {**shared, **command, "results": entries}
-
-
-def _check_failed(failed: Mapping[str, str], n: int, path: epath.Path) -> None:
-    """Raise an error if sets failed, {set: reason}, of `n`; `path` has the results of the others."""
-    if failed:
-        reasons = "".join(f"\n  {name}: {reason}" for name, reason in failed.items())
-        raise UserError(f"{len(failed)} of {n} evaluation sets failed; {path} has the others.{reasons}")
-
-
-def _check_output(path: epath.Path) -> None:
-    """Raise an error for a file of results that is damaged or cannot be written, before the work."""
-    if not is_remote(str(path)) and jax.process_count() == 1:  # of several the first writes
-        check_writable("--output", path.parent)
-    _ = path.exists() and results.read(path)
-
-
-def _entries(
-    evaluators: Mapping[str, Evaluator], variables: Variables, facts: dict[str, Any], failed: dict[str, str]
-) -> Iterator[tuple[results.Entry, list[Result]]]:
-    """Run evaluators, {set: evaluator}; yield the entry of each set, with the facts of the model, and its results.
-
-    Sets that fail are put into `failed`, {set: reason}, if there are others; a set that is there already is left out.
-    """
-    for name, evaluator in evaluators.items():
-        if name in failed:
-            continue
+    model |= {"eval": results.settings(config.eval), "fingerprint": weights.fingerprint(experiment, variables)}
+    model |= ({"commit": place.commit} if place.commit else {}) | shared
+    entries = []
+    measured: list[Result] = []
+    failed: dict[str, str] = {}
+    for name, evaluator in zip(names, opened, strict=True):
         started = time.perf_counter()
         try:
             of_set = registry.measure(evaluator, variables)
         except Exception as error:
-            if len(evaluators) == 1:
+            if len(opened) == 1:
                 raise
             failed[name] = registry.note_failure(evaluator, error)
             continue
-        entry = results.make_entry(name, evaluator.name, of_set, evaluator.encoder.preprocessing) | facts
-        yield entry | {"seconds": time.perf_counter() - started}, of_set
+        entry = results.make_entry(name, evaluator.name, of_set, encoder.preprocessing) | model
+        entry["seconds"] = time.perf_counter() - started
+        command["seconds"] = time.perf_counter() - began
+        if jax.process_index() == 0:
+            results.add(path, redact(entry), results.items(of_set), command, own=not output)
+        entries.append(entry)
+        measured += of_set
+    lines = (f"{run}, step {loaded_step}, profile {profile}", tables.render(measured), f"results: {path}")
+    log0("\n".join(lines))
+    if failed:
+        reasons = "".join(f"\n  {name}: {reason}" for name, reason in failed.items())
+        raise UserError(f"{len(failed)} of {len(names)} evaluation sets failed; {path} has the others.{reasons}")
+    return {**shared, **command, "results": entries}
+
+
+def _check_output(path: epath.Path) -> None:
+    """Raise an error for a damaged or read-only file of results, before the work."""
+    if not is_remote(str(path)) and jax.process_count() == 1:  # of several the first writes
+        check_writable("--output", path.parent)
+    _ = path.exists() and results.read(path)
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -162,14 +134,14 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--prefix", help="text before captions of retrieval; by default the profile's, for published sets only")
     add("--lower", action="store_true", default=None, help="captions in lower case")
     add("--captions", type=int, help="number of captions of each image; 0 for all")
-    add("--template", dest="templates", action="append", help="prompt of own labelled images, with {c} for the class")
-    add("--class-names", dest="names", metavar="FILE", help="JSON file of names of own classes, {label: name}")
-    add("--step", type=int, help="which checkpoint; the newest by default")
     add(
-        "--mix",
-        default="",
-        help="shares of the tuned weights, joined by commas, as in 0,0.5,1; of --compare one or two",
+        "--template",
+        dest="templates",
+        action="append",
+        help="prompt of your own labelled images, with {c} for the class",
     )
+    add("--class-names", dest="names", metavar="FILE", help="JSON file of names of your own classes, {label: name}")
+    add("--step", type=int, help="which checkpoint; the newest by default")
     add("--data-dir", default="", help="root of the data sets")
     add("--output", default="", type=os.path.expanduser, help="file of the results")
     add("--compare", nargs=2, metavar=("A", "B"), help="runs' folders, weights, or files of results")
@@ -177,16 +149,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     flags = parser.parse_args(argv)
     if bool(flags.checkpoint) == bool(flags.compare):
         parser.error("give either --checkpoint RUN or --compare A B")
-    try:
-        flags.mix = tuple(map(float, flags.mix.split(","))) if flags.mix else (1.0,)
-    except ValueError:
-        parser.error(f"--mix is {flags.mix!r}; expected numbers from 0 to 1, joined by commas, as in 0,0.5,1")
     ignored = ("suite", "data_dir", *PROFILE_FIELDS)
     if flags.compare and (given := [name for name in ignored if getattr(flags, name) not in (None, "")]):
         option = {"templates": "template", "names": "class-names", "data_dir": "data-dir"}.get(given[0], given[0])
         parser.error(f"--{option} has no effect with --compare, which reads results; evaluate both with it first")
-    if flags.compare and len(flags.mix) > 2:
-        parser.error(f"--compare has two sides, and --mix {len(flags.mix)} numbers; give one, or one for each side")
     return flags
 
 
@@ -198,8 +164,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if flags.compare:
             if flags.output:
                 epath.Path(flags.output).parent.mkdir(parents=True, exist_ok=True)
-            mixes = flags.mix[0], flags.mix[-1]
-            rows = compare(*flags.compare, step=flags.step, profile=flags.profile, mixes=mixes)
+            rows = compare(*flags.compare, step=flags.step, profile=flags.profile)
             log0(render_comparison(rows, *flags.compare))
             if flags.output:
                 write_json(epath.Path(flags.output), {"a": flags.compare[0], "b": flags.compare[1], "rows": rows})
@@ -208,14 +173,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             check_count("--captions", flags.captions, 0)
         compiler.enable_cache()
         flags.names = read_class_names(flags.names) if flags.names else None
-        suite, fields = ",".join(flags.suite or ["demo"]), {key: getattr(flags, key) for key in PROFILE_FIELDS}
+        suite = ",".join(flags.suite or ["demo"])
+        fields = {key: getattr(flags, key) for key in PROFILE_FIELDS}
         evaluate(
             flags.checkpoint,
             suite,
             step=flags.step,
             profile=flags.profile or "openai",
             changes={key: value for key, value in fields.items() if value is not None},
-            mixes=flags.mix,
             data_dir=flags.data_dir,
             output=flags.output,
         )

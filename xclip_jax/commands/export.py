@@ -1,15 +1,13 @@
 """Export weights of a run, or of another project, in the format of another library.
 
-    xclip-jax export --checkpoint RUN --to hf OUT [--mix 0.5] [--push ORG/NAME]
+    xclip-jax export --checkpoint RUN --to hf OUT [--push ORG/NAME]
 
 writes the folder OUT: `hf` for transformers (CLIPModel, with its processor), `open_clip` for open_clip, `safetensors`
-for xclip_jax itself, which loses nothing. The model's preprocessing and tokenizer are written too; where the format has
-no place for them, the export is an error, but for data.background='white', which is reported as left out. README.md is
+for xclip_jax itself, which loses nothing. The model's preprocessing and tokenizer are written too; if the format
+cannot store them, the export fails (except for data.background='white', which is only reported). README.md is
 a model card with data, recipe and results of the run. RUN may also be weights that `xclip_jax.interop` reads, such as
 hf:ORG/NAME. Where the run evaluates the moving average of its parameters (eval.ema), the average is exported.
---mix 0.3 exports 0.7 times the weights that the run started from (init.weights) plus 0.3 times its own, which keeps
-more of what the given weights can do. --push uploads the files to a repository of the Hugging Face Hub, after
-everything else.
+--push uploads the files to a repository of the Hugging Face Hub, after everything else.
 """
 
 import os
@@ -24,7 +22,6 @@ from xclip_jax.config import schema
 from xclip_jax.core.console import log0
 from xclip_jax.core.errors import Parser, UserError, exit_with_message
 from xclip_jax.core.imports import add_trust, trusting
-from xclip_jax.core.run_folder import RunReader
 from xclip_jax.core.storage import write_whole
 from xclip_jax.interop import hub
 from xclip_jax.report import card as model_card
@@ -39,7 +36,6 @@ def export(
     *,
     to: str = "hf",
     step: int | None = None,
-    mix: float = 1.0,
     overwrite: bool = False,
     push: str = "",
     private: bool = False,
@@ -47,10 +43,9 @@ def export(
     """Write the weights at `path` to the folder `out`, with a model card.
 
     Args:
-      path, step: as in `weights.load`.
-      out: a folder that is empty or does not exist.
+      path, step: see `weights.load`.
+      out: an empty folder, or one to create.
       to: one of `interop.FORMATS`.
-      mix: share of the run's own weights in a mix with those that it started from, see `weights.mix`.
       overwrite: replace the files of an earlier export in `out`; other files stay.
       push: "ORG/NAME" of the Hub, to which the files are uploaded once all are written; "" for none. There too the
         files of an earlier export are replaced, and others stay.
@@ -61,7 +56,6 @@ def export(
     """
     if to not in interop.FORMATS:
         raise UserError(f"--to is {to!r}; expected one of {', '.join(interop.FORMATS)}.")
-    weights.check_mix(mix)
     out = os.path.expanduser(out)
     folder = epath.Path(out)
     if folder.exists() and not overwrite and (not folder.is_dir() or any(folder.iterdir())):
@@ -73,23 +67,20 @@ def export(
         hub.check_push(push)
     elif private:
         raise UserError("--private is for a repository of the Hub; add --push ORG/NAME.")
-    pinned = hub.pin(path)
-    config, experiment, variables, loaded_step = weights.load(pinned, step)
-    if mix != 1:
-        variables = weights.mix(weights.read_given(path, config, variables), variables, mix)
-    variables = jax.device_get(variables)
+    place = hub.locate(path)
+    loaded = weights.load(place, step)
+    variables = jax.device_get(loaded.variables)
     if not variables["batch_stats"]:
         del variables["batch_stats"]
     if jax.process_index() == 0:
-        notes = interop.write(
-            variables, schema.to_dict(experiment.config), out, to, repository=push, classes=weights.read_classes(pinned)
-        )
-        about = {"run": RunReader(path).is_run(), "repository": push, "mix": mix}
-        card = model_card.render(pinned, out, to, experiment, loaded_step, notes, **about)
+        config = schema.to_dict(loaded.config)
+        notes = interop.write(variables, config, out, to, repository=push, classes=loaded.classes)
+        about = {"run": place.run is not None, "repository": push}
+        card = model_card.render(str(place), out, to, loaded.experiment, loaded.step, notes, **about)
         write_whole(folder / CARD, card)
         for note in notes:
             log0(note)
-    log0(f"{path}, step {loaded_step}{'' if mix == 1 else f', mix {mix:g}'}, as {to}: {out}")
+    log0(f"{path}, step {loaded.step}, as {to}: {out}")
     if push and jax.process_index() == 0:
         names = [name for name in (*interop.WRITTEN, CARD) if (folder / name).exists()]
         log0(f"uploaded: {hub.push(out, names, push, obsolete=interop.WRITTEN, private=private)}")
@@ -101,7 +92,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--checkpoint", required=True, metavar="RUN", help="run directory, or weights")
     parser.add_argument("--to", default="hf", help=", ".join(interop.FORMATS))
     parser.add_argument("--step", type=int, help="step of a run's checkpoint; the newest by default")
-    parser.add_argument("--mix", type=float, default=1.0, help="share of tuned weights, from 0 (given) to 1")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     parser.add_argument("--push", default="", metavar="ORG/NAME", help="repository of the Hub to upload the files to")
     parser.add_argument("--private", action="store_true", help="a repository that --push makes is private")
@@ -110,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags = parser.parse_args(argv)
     logging.set_verbosity(logging.ERROR)
     with exit_with_message(), trusting(flags.trust):
-        options = {key: getattr(flags, key) for key in ("to", "step", "mix", "overwrite", "push", "private")}
+        options = {key: getattr(flags, key) for key in ("to", "step", "overwrite", "push", "private")}
         export(flags.checkpoint, flags.out, **options)
 
 

@@ -13,7 +13,7 @@ from xclip_jax.data import labelled, sources
 from xclip_jax.data.base import IMAGE_SUFFIXES, Source, SourceOptions, decode_text
 from xclip_jax.data.readers.folder import FolderSource
 from xclip_jax.data.readers.tar import TarSource
-from xclip_jax.evaluators.sets.own import query_columns
+from xclip_jax.evaluators.sets.custom import query_columns
 
 IMAGES = "a folder; files: globs, ranges {00..12}, lists; tars; or a source: csv:, parquet:, hf:, ..."  # for --help
 

@@ -39,7 +39,7 @@ class Model:
         Args:
           model: a run's folder, weights or hf:ORG/NAME, as `xclip_jax.load` takes it; or its result.
           name: "ORG/NAME" for the results; by default the repository of the Hub, or xclip_jax/FOLDER.
-          step, batch: as in `xclip_jax.load`.
+          step, batch: see `xclip_jax.load`.
 
         Raises:
           UserError: `mteb` is not installed, a model that cannot be loaded, or a name without a slash.
@@ -93,5 +93,5 @@ class Model:
 def _name(checkpoint: str) -> str:
     """Return "ORG/NAME" of a repository of the Hub, or "xclip_jax/FOLDER"."""
     if hub.is_hub(checkpoint):
-        return checkpoint.partition(":")[2].partition("@")[0]
+        return hub.repository_of(checkpoint).partition("@")[0]
     return f"xclip_jax/{os.path.basename(os.path.abspath(checkpoint))}"

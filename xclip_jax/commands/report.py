@@ -97,7 +97,7 @@ def _predict(
     `first` is the config and profile of the first run, which decide the held-out pairs, templates and class names.
     """
     try:
-        _, experiment, variables, step = load(str(record.folder), flags.step)
+        _, experiment, variables, step, _ = load(str(record.folder), flags.step)
     except UserError as error:
         if flags.step is not None:
             raise

@@ -26,7 +26,7 @@ from xclip_jax.data.config import DataConfig
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.data.readers.tfds import encoded_records
 from xclip_jax.demo import emoji
-from xclip_jax.evaluators.base import SetKind
+from xclip_jax.evaluators.base import Display, SetKind
 from xclip_jax.evaluators.probe import ProbeSet, Sweep
 from xclip_jax.evaluators.prompts import Profile
 from xclip_jax.evaluators.results import SHIFTED, VALIDATION, Provenance, digest
@@ -267,9 +267,7 @@ class EmojiSets(SetKind):
     prefixes = ("emoji",)
     names = tuple(_MAKERS)
     suites: ClassVar = {"demo": TESTS}
-    panels = _PANELS
-    queries = _QUERIES
-    credit = _CREDIT
+    display = Display(_PANELS, _QUERIES, _CREDIT)
 
     @classmethod
     def knows(cls, spec: str) -> bool:

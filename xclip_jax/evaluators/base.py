@@ -9,7 +9,7 @@ import numpy as np
 
 from xclip_jax.core import storage
 from xclip_jax.core.errors import BadSample, redact
-from xclip_jax.data.base import display_name
+from xclip_jax.data.base import LazySequence, display_name
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.evaluators.encoder import Encoder
@@ -43,12 +43,12 @@ class Column:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A table of results with a row for each set that has a metric of a labelled column.
+    """A table of results with a row for each set with a metric in a labelled column.
 
     Attributes:
       title: title of the column of names.
       columns: columns; the first one with a label is the most important.
-      scores: {score: label} of scores that have their own row below the set's.
+      scores: {score: label} of scores with another row below the set's.
     """
 
     title: str
@@ -92,8 +92,10 @@ class Evaluator(abc.ABC):
 
         Items of a set with `together`, int (n,), are resampled by it.
         """
-        card, unit = self.data.card, "x 100" if metric.rpartition("/")[2] in _TIMES_100 else "%"
-        together, items = getattr(self.data, "together", None), fields.get("items")
+        card = self.data.card
+        unit = "x 100" if metric.rpartition("/")[2] in _TIMES_100 else "%"
+        together = getattr(self.data, "together", None)
+        items = fields.get("items")
         if together is not None and items is not None:
             fields["items"] = dataclasses.replace(items, groups=together)
         fields = {"protocol": card, "evaluator": self.data.evaluator, "unit": unit} | fields
@@ -105,31 +107,40 @@ class Evaluator(abc.ABC):
         return self.result(metric, value, unit="", **fields)
 
 
+@dataclasses.dataclass(frozen=True)
+class Display:
+    """How a report shows the sets of a kind.
+
+    Attributes:
+      panels: {set: (title, sentence)} of sets to show first; {num_classes} in the sentence is replaced.
+      queries: texts with which to search the images.
+      credit: authors and licence of the images.
+    """
+
+    panels: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
+    queries: Sequence[str] = ()
+    credit: str = ""
+
+
 class SetKind(abc.ABC):
     """A kind of evaluation sets, recognised by the beginning of their names.
 
-    A set is an object with `name`, as in the names of its metrics, `card` (its `Provenance`) and `evaluator`: a key of
-    `registry.EVALUATORS` or "package.module:Class".
+    A set is an object with `name`, which its metrics' names contain, `card` (its `Provenance`) and `evaluator`: a key
+    of `registry.EVALUATORS` or "package.module:Class".
 
     Attributes:
       prefixes: first words of the names, up to "/", ":" or "@".
       names: complete names of sets that can be listed.
-      at_path: names that a path follows, NAME@PATH.
       usage: forms of other names, for --help.
-      suites: {name: sets} that are evaluated together.
-      panels: {set: (title, sentence)} for sets that a report shows first; {num_classes} in the sentence is replaced.
-      queries: texts with which a report searches the images.
-      credit: authors and licence of the images, for pages that show some.
+      suites: {name: sets evaluated together}.
+      display: how a report shows the sets.
     """
 
     prefixes: ClassVar[Sequence[str]] = ()
     names: ClassVar[Sequence[str]] = ()
-    at_path: ClassVar[Sequence[str]] = ()
     usage: ClassVar[str] = ""
     suites: ClassVar[Mapping[str, Sequence[str]]] = {}
-    panels: ClassVar[Mapping[str, tuple[str, str]]] = {}
-    queries: ClassVar[Sequence[str]] = ()
-    credit: ClassVar[str] = ""
+    display: ClassVar[Display] = Display()
 
     @classmethod
     def knows(cls, spec: str) -> bool:
@@ -160,48 +171,37 @@ class SetKind(abc.ABC):
 
     @classmethod
     def shows(cls, spec: str) -> str:
-        """Return what a report can show: "classes" for a `ZeroShotSet`, "captions" for a `RetrievalSet`, else ""."""
+        """Return how reports show the set: "classes" for a `ZeroShotSet`, "captions" for a `RetrievalSet`, else ""."""
         return ""
 
 
-class Pictures(Sequence):
-    """Encoded images, decoded and preprocessed on access; a `BadSample` error has the image's name as a note."""
+def pictures(images: Sequence[Any], prepare: Preprocessing) -> LazySequence:
+    """Decode and preprocess encoded images on access; a `BadSample` error has the image's name as a note."""
 
-    def __init__(self, images: Sequence[Any], prepare: Preprocessing) -> None:
-        self._images, self._prepare = images, prepare
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def __getitem__(self, index: int) -> np.ndarray:  # ty: ignore[incompatible-method-override] no slices
+    def get(index: int) -> np.ndarray:
         try:
             try:
-                image = self._images[index]
-            except OSError as error:  # readers of other packages raise their own, such as of a store that is away
+                image = images[index]
+            except OSError as error:  # readers of other packages raise their own, such as of an unavailable store
                 raise storage.unreadable(error) from error
-            return self._prepare(image)
+            return prepare(image)
         except BadSample as error:
-            error.add_note(f"image {display_name(self._images, index)!r}")
+            error.add_note(f"image {display_name(images, index)!r}")
             raise
 
+    return LazySequence(len(images), get)
 
-class Joined(Sequence):
-    """Concatenation of sequences, without loading their items."""
 
-    def __init__(self, parts: Sequence[Sequence[Any]]) -> None:
-        self._parts, self._ends = parts, np.cumsum([len(part) for part in parts])
+def joined(parts: Sequence[Sequence[Any]]) -> LazySequence:
+    """Concatenate sequences without loading their items."""
+    ends = np.cumsum([len(part) for part in parts])
 
-    def __len__(self) -> int:
-        return int(self._ends[-1])
+    def place(index: int) -> tuple[Sequence[Any], int]:
+        part = int(np.searchsorted(ends, index, side="right"))
+        return parts[part], index - (int(ends[part - 1]) if part else 0)
 
-    def __getitem__(self, index: Any) -> Any:
-        part, position = self._place(index)
+    def get(index: int) -> Any:
+        part, position = place(index)
         return part[position]
 
-    def name(self, index: int) -> str:
-        """Return the name of an item for people."""
-        return display_name(*self._place(index))
-
-    def _place(self, index: int) -> tuple[Sequence[Any], int]:
-        part = int(np.searchsorted(self._ends, index, side="right"))
-        return self._parts[part], index - (int(self._ends[part - 1]) if part else 0)
+    return LazySequence(int(ends[-1]), get, lambda index: display_name(*place(index)))

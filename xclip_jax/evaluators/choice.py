@@ -17,7 +17,7 @@ from xclip_jax.evaluators.results import Provenance, Result
 from xclip_jax.evaluators.statistics import PerExample
 from xclip_jax.models.two_towers import Variables
 
-# Metrics of items with two images, and their values for scores that are random and independent.
+# Metrics of items with two images, and their values for random, independent scores.
 PAIRED = {"text_score": 25.0, "image_score": 25.0, "group_score": 100 / 6}
 
 
@@ -46,13 +46,12 @@ class ChoiceSet:
 
     def __post_init__(self) -> None:
         paired = np.shape(self.pictures)[1:] == (2,)
-        for i, texts in enumerate(self.texts):
-            if len(texts) < 2 or (paired and len(texts) > 2):
-                needs = "two images need two texts" if paired else "an image needs two or more"
-                raise UserError(f"{self.name}: item {i} has {len(texts)} texts; {needs}.")
-        if not self.texts or np.shape(self.pictures) != (len(self.texts), 1 + paired):
+        wrong = [i for i, texts in enumerate(self.texts) if len(texts) != 2 and (paired or len(texts) < 2)]
+        if wrong or not self.texts or np.shape(self.pictures) != (len(self.texts), 1 + paired):
+            item = f"item {wrong[0]} has {len(self.texts[wrong[0]])} texts" if wrong else f"{len(self.texts)} items"
             raise UserError(
-                f"{self.name}: {len(self.texts)} items of {np.size(self.pictures)} images; give each 1 or 2."
+                f"{self.name}: {item}, {np.size(self.pictures)} images in all; an item is one image and two or more "
+                "texts, or two images and two texts."
             )
 
     @property
@@ -98,7 +97,8 @@ class Choice(Evaluator):
     def scores(self, variables: Variables) -> dict[str, list[np.ndarray]]:
         """Return {score: (images, texts) of each item}."""
         # Equal texts of an item are scored once: columns of one product may differ in their last bits.
-        texts, similarities = [list(dict.fromkeys(item)) for item in self.data.texts], self.encoder.similarities
+        texts = [list(dict.fromkeys(item)) for item in self.data.texts]
+        similarities = self.encoder.similarities
         img, rows = zeroshot.encode_pairs(
             self.encoder, variables, self.data.images, [text for item in texts for text in item]
         )
@@ -119,7 +119,9 @@ class Choice(Evaluator):
 
     def measure(self, variables: Variables) -> list[Result]:
         """Return the results that the class docstring lists; items with a common image are resampled together."""
-        n, groups, ways = len(self.data.texts), self.data.groups, np.array([len(item) for item in self.data.texts])
+        n = len(self.data.texts)
+        groups = self.data.groups
+        ways = np.array([len(item) for item in self.data.texts])
         results = [self.count("n", n), self.count("ways", ways.mean())]
         even = {"macro_accuracy": np.sum([mask / mask.sum() for mask in groups.values()], axis=0)} if groups else {}
         compared = self.scores(variables)
@@ -129,7 +131,8 @@ class Choice(Evaluator):
             for metric, right in _right(scores).items():
                 level = np.full(n, PAIRED[metric]) if metric in PAIRED else 100 / ways
                 for key, weights in ({metric: None} | (even if metric == "accuracy" else {})).items():
-                    items, chance = PerExample(right, weights), np.average(level, weights=weights)
+                    items = PerExample(right, weights)
+                    chance = np.average(level, weights=weights)
                     results.append(self.result(key, items.value(), n=n, chance=chance, items=items, score=score))
                 for group, mask in groups.items():
                     part = {"n": int(mask.sum()), "chance": level[mask].mean(), "score": score, "group": group}
@@ -138,7 +141,7 @@ class Choice(Evaluator):
 
 
 def _right(scores: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-    """Return {metric: (n,)}, 1 for each item that is right, from scores (images, texts) of each; NaN is wrong."""
+    """Return {metric: (n,)}, 1 for each right item, from each item's scores (images, texts); NaN is wrong."""
     if len(scores[0]) == 1:
         return {"accuracy": np.array([float(x[0, 0] > x[0, 1:].max()) for x in scores])}
     x = np.stack(scores)

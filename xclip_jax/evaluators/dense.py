@@ -20,7 +20,7 @@ import scipy.special
 from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.evaluators import logistic
-from xclip_jax.evaluators.base import Column, Evaluator, Joined, Layout
+from xclip_jax.evaluators.base import Column, Evaluator, Layout, joined
 from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.evaluators.feature_classifiers import Sweep, search
 from xclip_jax.evaluators.results import Provenance, Result
@@ -143,13 +143,13 @@ class DenseProbe(Evaluator):
     @property
     def _patch(self) -> int:
         """Side of a patch, pixels."""
-        # The encoder has the grid alone. It leaves no doubt unless as many pixels remain as there are patches along a
-        # side, as of 223 pixels in patches of 16.
+        # The encoder knows only the grid, which leaves no doubt unless as many pixels remain as there are patches along
+        # a side, as of 223 pixels in patches of 16.
         return self.encoder.image_size // self.encoder.grid
 
     @property
     def _target(self) -> str:
-        """In words, what decides the target of a patch beside the masks."""
+        """Everything besides the masks that determines a patch's target, in words."""
         grid, prepare = self.encoder.grid, self.data.prepare
         view = prepare.resizing.replace(f" {prepare.interpolation}", "")  # masks take the nearest pixel
         return f"{grid} x {grid} patches of {self._patch} px in images of {prepare.size} px ({view})"
@@ -161,10 +161,13 @@ class DenseProbe(Evaluator):
             return self.encoder.patches(variables, images, first)
 
         predicted, c = self._predict(encode)
-        items, levels, results = self._items(predicted), self._levels, []
+        items = self._items(predicted)
+        levels = self._levels
+        results = []
         for key, item in items.items():
             unit = "%" if key == "accuracy" else "x 100"
-            n, of_pixels = len(predicted), self._of_pixels[key]
+            n = len(predicted)
+            of_pixels = self._of_pixels[key]
             results.append(self.result(key, item.value(), unit=unit, n=n, chance=levels[key], items=item))
             results.append(self.result(f"pixels/{key}", of_pixels, unit=unit, n=n, chance=levels[key]))
         if self.data.prompts and self.encoder.similarities and not self.encoder.similarities[0].is_distribution:
@@ -190,7 +193,8 @@ class DenseProbe(Evaluator):
     @functools.cached_property
     def _chosen(self) -> tuple[np.ndarray, np.ndarray]:
         """Ascending indices of the patches to fit on, and to choose C on, among training and validation patches."""
-        labels, rng = self._labels[0], np.random.default_rng(0)
+        labels = self._labels[0]
+        rng = np.random.default_rng(0)
         held = np.arange(len(labels)) >= len(self.data.train.images)
         if not held.any():
             held[rng.permutation(len(labels))[: max(1, len(labels) // 10)]] = True
@@ -206,11 +210,13 @@ class DenseProbe(Evaluator):
 
         All are 0 without a C if no feature is finite: the model diverged, and all answers are wrong.
         """
-        classes, chosen = len(self.data.classes), np.concatenate(self._chosen)
+        classes = len(self.data.classes)
+        chosen = np.concatenate(self._chosen)
         order = np.sort(chosen)
         rows = []
-        for start, h in encode(Joined([part.images for part in self.data.parts[:2]]), 0):
-            first, h = start * self.encoder.grid**2, h.reshape(-1, h.shape[-1])
+        for start, h in encode(joined([part.images for part in self.data.parts[:2]]), 0):
+            first = start * self.encoder.grid**2
+            h = h.reshape(-1, h.shape[-1])
             low, high = np.searchsorted(order, (first, first + len(h)))
             rows.append(h[order[low:high] - first])
         x = np.concatenate(rows)[np.searchsorted(order, chosen)]
@@ -221,7 +227,8 @@ class DenseProbe(Evaluator):
             return np.zeros_like(self._labels[1]), None
         if (finite & fitted).any() and (finite & ~fitted).any():  # else logistic.fit reports NaN
             x, y, fitted = x[finite], y[finite], fitted[finite]
-        mean, deviation = x.mean(axis=0), np.maximum(x.std(axis=0), 1e-6)
+        mean = x.mean(axis=0)
+        deviation = np.maximum(x.std(axis=0), 1e-6)
         x = (x - mean) / deviation
         c, _ = search((x[fitted], y[fitted]), (x[~fitted], y[~fitted]), classes, _SWEEP, _score)
         fit = logistic.fit(x, y, [c], classes, tolerance=_SWEEP.tolerance)
@@ -259,7 +266,9 @@ class DenseProbe(Evaluator):
         pixels = np.arange(encoder.image_size) + 0.5  # scores are constant beyond the outermost patches' centres
         centres = (np.arange(encoder.grid) + 0.5) * self._patch
         weights = np.stack([np.interp(pixels, centres, row) for row in np.eye(encoder.grid)])
-        classes, masks, confusions = len(prompts), self.data.test.masks, []
+        classes = len(prompts)
+        masks = self.data.test.masks
+        confusions = []
         for start, z in encoder.patches(variables, self.data.test.images, len(self._labels[0]), projected=True):
             for i, image in enumerate(z):
                 img = {own[0].feature: image.reshape(-1, z.shape[-1])}
@@ -296,7 +305,7 @@ class DenseProbe(Evaluator):
                     image = images[start + i][: grid * side, : grid * side]
                 except BadSample:
                     if first + start + i not in self.encoder.unreadable:
-                        raise  # the encoder could read it, and what is measured here is kept
+                        raise  # the encoder could read it, and this measurement is kept
                     continue
                 block[i] = image.reshape(grid, side, grid, side, 3).swapaxes(1, 2).reshape(grid, grid, -1) / 255
             yield start, np.concatenate([block, np.broadcast_to(position, (len(block), *position.shape))], axis=-1)
@@ -304,5 +313,6 @@ class DenseProbe(Evaluator):
 
 def _score(logits: np.ndarray, shares: np.ndarray) -> float:
     """Return the mean IoU of validation patches over their classes, by which C is chosen."""
-    predicted, some = scipy.special.softmax(logits, axis=1), shares.any(axis=0)
+    predicted = scipy.special.softmax(logits, axis=1)
+    some = shares.any(axis=0)
     return mean_iou(np.minimum(predicted, shares)[:, some], np.maximum(predicted, shares)[:, some])

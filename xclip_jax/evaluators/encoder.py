@@ -39,8 +39,8 @@ class Encoder:
     only the rows of the batch that its devices hold; every process gets the features of all items.
 
     Attributes:
-      batch: global batch, rounded up to a multiple of the mesh's batch shards.
-      sizes: `batch` and the `smaller` batches, rounded up alike, ascending.
+      batch: the largest global batch.
+      sizes: all batches, each rounded up to a multiple of the mesh's batch shards, ascending.
       similarities: comparisons of images with texts, the model's own first; empty for a fine-tuned model.
       classes: classes of a fine-tuned model's classifier, in its order; None if unknown.
       grid: patches along a side of an image, 0 if the model has no patch features.
@@ -51,26 +51,29 @@ class Encoder:
         self,
         model: TwoTowers,
         tokenizer: Callable[[Sequence[str], int], np.ndarray],
-        *,
-        text_length: int,
         preprocessing: Preprocessing,
         mesh: Mesh,
-        batch: int = 256,
-        smaller: Sequence[int] = (),
         similarities: Sequence[Similarity] = (),
+        *,
+        batches: Sequence[int] = (256,),
         classes: Sequence[str] | None = None,
     ) -> None:
-        if (least := min((batch, *smaller))) < 1:
-            raise UserError(f"expected evaluation batches of 1 item or more (eval.batch); got {least}.")
+        """Compile nothing yet; `batches` are rounded up to `sizes`, other arguments are as the attributes."""
+        if min(batches) < 1:
+            raise UserError(f"expected evaluation batches of 1 item or more (eval.batch); got {min(batches)}.")
         shards = batch_shards(mesh)
-        self.sizes = sorted({math.ceil(size / shards) * shards for size in (batch, *smaller)})
-        self.batch, self.similarities = self.sizes[-1], tuple(similarities)
+        self.sizes = sorted({math.ceil(size / shards) * shards for size in batches})
+        self.batch = self.sizes[-1]
+        self.similarities = tuple(similarities)
         self._default = ("features", *(similarity.feature for similarity in similarities))
         self.preprocessing, self.image_size = preprocessing, preprocessing.size
         self.classes = None if classes is None else tuple(classes)
-        self.grid, self.unreadable = model.img.grid if "img" in model.towers else 0, dict[int, str]()
+        self.grid = model.img.grid if "img" in model.towers else 0
+        self.unreadable = dict[int, str]()
         self._eot_id = model.eot_id if "txt" in model.towers and model.txt.cuttable else None
-        self._tokenizer, self._text_length, self._sharding = tokenizer, text_length, batch_sharding(mesh)
+        self._tokenizer = tokenizer
+        self._text_length = model.txt.context_length
+        self._sharding = batch_sharding(mesh)
 
         def encode(variables: Variables, x: jax.Array, modality: str) -> dict[str, jax.Array]:
             if modality not in model.towers:
@@ -138,7 +141,8 @@ class Encoder:
         def encode(*arguments: Any) -> dict[str, jax.Array]:
             return self._encode_patches(*arguments, projected)
 
-        valid, form = [], self._form(images)
+        valid = []
+        form = self._form(images)
         for start, out in self._batches(encode, variables, images, form, ("patches", "valid")):
             valid.append(out["valid"])
             yield start, out["patches"]
@@ -156,7 +160,7 @@ class Encoder:
     def _check_readable(self, unreadable: Sequence[int], tried: int, n: int) -> None:
         """Raise `TooManyUnreadable` if more than `MAX_UNREADABLE` of `n` images are unreadable among those `tried`.
 
-        A store that is away would keep all devices waiting for each of its images otherwise.
+        Otherwise an unavailable store would keep all devices waiting for each of its images.
         """
         if len(unreadable) > MAX_UNREADABLE * n:
             first = self._reasons.get(unreadable[0], f"image {unreadable[0]}")
@@ -167,7 +171,7 @@ class Encoder:
             )
 
     def texts(self, variables: Variables, texts: Sequence[str], features: Sequence[str] | None = None) -> Features:
-        """Encode `texts` as in `images`. Equal texts are encoded once, so their features are equal."""
+        """Encode `texts`, see `images`. Equal texts are encoded once, so their features are equal."""
         rows = {text: i for i, text in enumerate(dict.fromkeys(texts))}
         tokens: Rows = self._tokenizer(list(rows), self._text_length) if rows else []
         features_of = self.tokens(variables, tokens, features)
@@ -176,7 +180,7 @@ class Encoder:
         return {key: value[[rows[text] for text in texts]] for key, value in features_of.items()}
 
     def tokens(self, variables: Variables, tokens: Rows, features: Sequence[str] | None = None) -> Features:
-        """Encode rows of tokens, int32 (n, text_length), as in `images`."""
+        """Encode rows of tokens, int32 (n, text_length), see `images`."""
         length = self._length(tokens)
         rows = np.asarray(tokens)[:, :length] if length < self._text_length else tokens
         return self._run(self._encode_texts, variables, rows, jax.ShapeDtypeStruct((length,), np.int32), features)
@@ -281,7 +285,7 @@ class Encoder:
 
 @contextlib.contextmanager
 def _reading(items: Rows) -> Iterator[Callable[..., Iterable]]:
-    """Give a `map` for reading `items`: in threads, one a core, if they are decoded on access and not ahead."""
+    """Give a `map` for reading `items`: in one thread per core if they are decoded on access and not ahead."""
     if isinstance(items, (np.ndarray, list, tuple, ThreadPrefetcher)):
         yield map
         return

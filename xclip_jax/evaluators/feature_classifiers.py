@@ -34,7 +34,8 @@ def knn(
     (m, classes). Equally near items rank by index, lowest first.
     """
     k = min(k, len(train))
-    base, of_base = jax.device_put(_unit(train), may_alias=True), jnp.asarray(labels)
+    base = jax.device_put(_unit(train), may_alias=True)
+    of_base = jnp.asarray(labels)
     step = min(max(1, _CHUNK // max(len(train), k * classes)), len(queries))
     padded = np.zeros((-(-len(queries) // step) * step, queries.shape[1]), np.float32)
     padded[: len(queries)] = _unit(queries)
@@ -87,7 +88,8 @@ def search(
 ) -> tuple[float, dict[float, float]]:
     """Return the C with the best score on validation items, the smallest of equals, and {C: score} of all trials."""
     scores: dict[float, float] = {}
-    low, high = min(sweep.coarse), max(sweep.coarse)
+    low = min(sweep.coarse)
+    high = max(sweep.coarse)
 
     def trial(cs: Sequence[float]) -> None:
         new = [c for c in cs if low <= c <= high and c not in scores]
@@ -119,7 +121,8 @@ def folds(labels: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
 
 def choose(x: np.ndarray, y: np.ndarray, classes: int, cs: Sequence[float], count: int, tolerance: float) -> float:
     """Return the C of `cs` with the best mean accuracy over `count` folds, the smallest of equals."""
-    fold_of, accuracy = folds(y, count), np.zeros(len(cs))
+    fold_of = folds(y, count)
+    accuracy = np.zeros(len(cs))
     for fold in np.unique(fold_of):  # fewer than `count` with fewer items
         train, test = fold_of != fold, fold_of == fold
         fit = logistic.fit(x[train], y[train], cs, classes, tolerance=tolerance)
@@ -129,7 +132,9 @@ def choose(x: np.ndarray, y: np.ndarray, classes: int, cs: Sequence[float], coun
 
 def nested(x: np.ndarray, y: np.ndarray, classes: int, cs: Sequence[float], count: int, tolerance: float) -> Fit:
     """Run SentEval's nested cross-validation: test each fold once, with C chosen by folds of the other items."""
-    fold_of, right, chosen = folds(y, count), np.zeros(len(y)), []
+    fold_of = folds(y, count)
+    right = np.zeros(len(y))
+    chosen = []
     for fold in np.unique(fold_of):
         train, test = fold_of != fold, fold_of == fold
         chosen.append(choose(x[train], y[train], classes, cs, count, tolerance))
@@ -146,13 +151,14 @@ def linear(
     sweep: Sweep,
     score: Callable[[np.ndarray, np.ndarray], float],
 ) -> Fit:
-    """Run CLIP's linear probe: C by `search` on validation items, then one fit that is tested once.
+    """Run CLIP's linear probe: C by `search` on validation items, then one fit, tested once.
 
     The last fit reads the training items, and with `sweep.refit` the validation items too. Without validation items a
     tenth of `train`, at least one item, is held out for the search. `score` of (logits, labels) chooses C.
     Returns whether each test item is right, 0.0 or 1.0 (n,), and {"log10_c": the choice}.
     """
-    whole, given = train, len(validation[1]) > 0
+    whole = train
+    given = len(validation[1]) > 0
     if not given:
         order = np.random.default_rng(0).permutation(len(train[1]))
         tenth = max(1, len(order) // 10)

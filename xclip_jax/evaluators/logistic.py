@@ -59,11 +59,13 @@ def fit(
       x: features fp32 (n, d).
       y: classes int (n,) below `classes`, or shares of the classes (n, classes) that sum to 1 in each row. A class may
         have no item.
-      cs: inverse strengths of the penalty, above 0, as in scikit-learn with the classes that occur.
+      cs: inverse strengths of the penalty, above 0, as scikit-learn defines them for the occurring classes.
       classes: number of classes.
       tolerance: maximum absolute component of the gradient at a solution, as scikit-learn's `tol` (default 1e-4).
     """
-    x, y, cs = np.asarray(x, np.float32), np.asarray(y), np.asarray(cs, np.float64)
+    x = np.asarray(x, np.float32)
+    y = np.asarray(y)
+    cs = np.asarray(cs, np.float64)
     n, d = x.shape
     occurring = len(np.unique(y)) if y.ndim == 1 else np.count_nonzero(y.any(axis=0))
     penalty = 2.0 if occurring == 2 else 1.0
@@ -92,7 +94,8 @@ def _rotate(x: np.ndarray) -> tuple[jax.Array, np.ndarray, np.ndarray, np.ndarra
     Works in blocks, to hold no further copy of `x`.
     """
     n, d = x.shape
-    mean, step = x.mean(axis=0, dtype=np.float64), max(1, _BLOCK // d)
+    mean = x.mean(axis=0, dtype=np.float64)
+    step = max(1, _BLOCK // d)
     if not np.isfinite(mean).all():
         raise UserError("a probe's features are not finite: the model diverged.")
     gram = np.zeros((d, d))
@@ -100,7 +103,8 @@ def _rotate(x: np.ndarray) -> tuple[jax.Array, np.ndarray, np.ndarray, np.ndarra
         centred = (x[start : start + step] - mean).astype(np.float32)
         gram += centred.T @ centred
     spectrum, axes = np.linalg.eigh(gram / n)
-    rotated, narrow = np.empty((n, d + 1), np.float32), axes.astype(np.float32)
+    rotated = np.empty((n, d + 1), np.float32)
+    narrow = axes.astype(np.float32)
     rotated[:, d] = 1
     for start in range(0, n, step):
         rotated[start : start + step, :d] = (x[start : start + step] - mean).astype(np.float32) @ narrow
@@ -136,7 +140,8 @@ def _solve(
         "value": jnp.full(count, np.log(classes), jnp.float32),
         "iteration": jnp.zeros((), int),
     }
-    alive, out = np.arange(count), (np.zeros((d, count, classes), np.float32), np.zeros(count))
+    alive = np.arange(count)
+    out = (np.zeros((d, count, classes), np.float32), np.zeros(count))
     for _ in range(0, _ITERATIONS, _ROUND):
         console.report_progress(all_processes=False)  # the number of rounds depends on rounding
         state = _iterate(x, y, back, problem, state, tolerance)
@@ -188,7 +193,7 @@ def _gradient(x: jax.Array, y: jax.Array, z: jax.Array, w: jax.Array, ridge: jax
 
 
 def _direction(state: dict[str, jax.Array], scale: jax.Array) -> jax.Array:
-    """Return L-BFGS's direction for each C, by its two loops; pairs of the history that are still empty have rho 0."""
+    """Return L-BFGS's direction for each C, by its two loops; empty pairs of the history have rho 0."""
     newest = (state["iteration"] - 1 - jnp.arange(HISTORY)) % HISTORY
 
     def down(j: int, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -216,7 +221,8 @@ def _search(
     Only slopes are compared, as values are too coarse in fp32 near the solution.
     """
     toward_labels = _label_logits(zp, y).mean(axis=0)
-    wp, pp = _dot(ridge * state["w"], p), _dot(ridge * p, p)
+    wp = _dot(ridge * state["w"], p)
+    pp = _dot(ridge * p, p)
 
     def derivatives(t: jax.Array) -> tuple[jax.Array, jax.Array]:
         prob = jax.nn.softmax(state["z"] + t[:, None] * zp, axis=2)
@@ -231,7 +237,8 @@ def _search(
         t = carry["t"]
         first, second = derivatives(t)
         ok = carry["ok"] | (jnp.abs(first) <= 0.5 * jnp.abs(slope))
-        low, high = jnp.where(first < 0, t, carry["low"]), jnp.where(first < 0, carry["high"], t)
+        low = jnp.where(first < 0, t, carry["low"])
+        high = jnp.where(first < 0, carry["high"], t)
         new = t - first / jnp.maximum(second, 1e-30)
         middle = jnp.where(jnp.isinf(high), 4 * t, (low + high) / 2)
         new = jnp.where((new > low) & (new < jnp.minimum(high, 10 * t)), new, middle)
@@ -256,7 +263,7 @@ def _iterate(
     state: dict[str, jax.Array],
     tolerance: float,
 ) -> dict[str, jax.Array]:
-    """Return the state after up to `_ROUND` iterations; a C that is done does not change."""
+    """Return the state after up to `_ROUND` iterations; a finished C does not change."""
     ridge, scale = problem["ridge"], problem["scale"]
     stop = jnp.minimum(state["iteration"] + _ROUND, _ITERATIONS)
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from xclip_jax.core.console import log0
 from xclip_jax.core.errors import BadSample, UserError
-from xclip_jax.evaluators.base import Column, Evaluator, Joined, Layout
+from xclip_jax.evaluators.base import Column, Evaluator, Layout, joined
 from xclip_jax.evaluators.encoder import MAX_UNREADABLE, Encoder
 from xclip_jax.evaluators.feature_classifiers import Fit, Sweep, choose, is_right, knn, linear, nested, together
 from xclip_jax.evaluators.results import Provenance, Result
@@ -35,7 +35,7 @@ class ProbeSet:
       folds: above 0, the number of folds of `train` that choose C among `sweep.coarse`; without `test` items the
         training items are tested by nested cross-validation with the same number of folds.
       pairs: features of a pair of texts with features u and v: "difference" is SentEval's [|u - v|, u v], "all" is
-        [u, v, |u - v|, u v] as in GLUE's baselines.
+        [u, v, |u - v|, u v], like GLUE's baselines.
       together: int (n,), equal for dependent test items, such as drawings of one concept; None if all are independent.
     """
 
@@ -80,10 +80,14 @@ class Probe(Evaluator):
 
     def measure(self, variables: Variables) -> list[Result]:
         """Return the results listed in the class docstring."""
-        features, results, others = self._features(variables), [], []
+        features = self._features(variables)
+        results = []
+        others = []
         for task, labels in self.data.tasks.items():
-            tested, num_classes = labels[2] if len(labels[2]) else labels[0], _num_classes(labels)
-            n, majority = len(tested), 100 * float(np.mean(tested == np.bincount(labels[0]).argmax()))
+            tested = labels[2] if len(labels[2]) else labels[0]
+            num_classes = _num_classes(labels)
+            n = len(tested)
+            majority = 100 * float(np.mean(tested == np.bincount(labels[0]).argmax()))
             chance = {"top1": majority, "mean_per_class": 100 / len(np.unique(tested))}  # of one answer to all
             for probe, (values, extra) in self._task(features, labels).items():
                 for key, item in _items(values, tested, num_classes).items():
@@ -101,7 +105,7 @@ class Probe(Evaluator):
         ends = np.cumsum([len(side) for side in sides])[:-1]
         # One pass for all three: the last batch of each would be padded.
         if self.family == "visual":
-            return np.split(self.encoder.images(variables, Joined(sides), ("features",))["features"], ends)
+            return np.split(self.encoder.images(variables, joined(sides), ("features",))["features"], ends)
         texts = [item for side in sides for item in side]
         if not self.data.pairs:
             return np.split(self.encoder.texts(variables, texts, ("features",))["features"], ends)
@@ -112,7 +116,9 @@ class Probe(Evaluator):
 
     def _task(self, features: Sequence[np.ndarray], labels: Sequence[np.ndarray]) -> dict[str, Fit]:
         """Return {"linear": fit, "knn": fit, ...} of one task."""
-        classes, sweep, count = _num_classes(labels), self.data.sweep, self.data.folds
+        classes = _num_classes(labels)
+        sweep = self.data.sweep
+        count = self.data.folds
         train, validation, test = ((x, y) for x, y in zip(features, labels, strict=True))
         finite = [np.isfinite(x).all(axis=1) for x in features[:2]]
         if not finite[0].any():  # the model diverged: nothing can be fitted, and all answers are wrong
@@ -251,7 +257,8 @@ class ClassifierEvaluator(Evaluator):
             model = "no classifier" if logits is None else f"a classifier of {logits.shape[1]} classes"
             raise UserError(f"{self.data.name} has {known} classes and the model {model}; see finetune.py.")
         logits = np.pad(logits, ((0, 0), (0, self.data.unknown)), constant_values=-np.inf)
-        labels, n = self.data.labels, len(self.data.labels)
+        labels = self.data.labels
+        n = len(self.data.labels)
         if self.data.classes == 1:
             items = {key: PerExample(logits[:, 0], other=labels, statistic=key) for key in ("spearman", "pearson")}
             results = [

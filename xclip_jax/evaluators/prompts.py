@@ -36,13 +36,14 @@ class Profile:
       clips: whether sets whose templates differ in clip-benchmark have CLIP's own, as in SLIP.
       resample: resizing of the shorter side, "bicubic" or "bilinear"; "" to resize as the model does.
       published_prefix: text before the captions of published retrieval sets.
-      prefix: text before the captions of all retrieval sets; None for `published_prefix`, and no prefix for own pairs.
+      prefix: text before the captions of all retrieval sets; None for `published_prefix`, and no prefix for your own
+        pairs.
       lower: whether to lower-case captions, as SigLIP does.
       captions: number of captions of each image to keep; 0 for all.
       templates: prompts for your own labelled images, with {c} for the class; empty for "a photo of a {c}".
       names: {label: name, or synonyms} of their classes; other labels are their own names.
-      exif_rotation: whether images are rotated by their EXIF tag if the model's are, as for data of your own; no
-        published number is of rotated images.
+      exif_rotation: whether images are rotated by their EXIF tag if the model's are: for your own data; published
+        numbers are without rotation.
     """
 
     imagenet: str = "openai80"
@@ -157,11 +158,13 @@ def read_class_names(path: str) -> dict[str, str | list[str]]:
         return {}
     try:
         content = json.loads(pathlib.Path(path).expanduser().read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"class names {path!r} cannot be read ({error}); expected JSON, {{label: name}}.") from error
-    words = [x if isinstance(x, list) else [x] for x in content.values()] if isinstance(content, dict) else [[]]
-    if not all(names and all(name and isinstance(name, str) for name in names) for names in words):
-        raise UserError(f"class names {path!r} are not {{label: name}} or {{label: [name, synonym, ...]}}.")
+        words = [x if isinstance(x, list) else [x] for x in content.values()]
+        if not all(names and all(name and isinstance(name, str) for name in names) for names in words):
+            raise ValueError("a name is empty, or not a text")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"class names {path!r} cannot be read ({error}); expected JSON, {{label: name}} or {{label: [name, ...]}}."
+        ) from error
     return content
 
 
@@ -190,7 +193,7 @@ def _comparable(label: str) -> str:
 
 
 def match(labels: Sequence[str], *spellings: Sequence[str]) -> list[int]:
-    """Return each label's position in the first of `spellings` that has all of `labels`.
+    """Return each label's position in the first of `spellings` with all of `labels`.
 
     Case, spaces, punctuation and leading zeros are ignored. Names that occur twice in a spelling match nothing. Raises
     `KeyError` with a label that no spelling has, or that equals another label.
@@ -209,7 +212,7 @@ def match(labels: Sequence[str], *spellings: Sequence[str]) -> list[int]:
 def class_names(key: str, labels: Sequence[str]) -> list[str]:
     """Return clip-benchmark's class names `key` in the order of a TFDS data set's labels.
 
-    Labels that are not spelled alike, such as numbers, wnids or paraphrases, are in the same order.
+    Labels with another spelling, such as numbers, wnids or paraphrases, are in the same order.
     """
     names = published(key)
     if len(names) != len(labels):

@@ -31,10 +31,10 @@ KINDS: Mapping[str, type[SetKind]] = LazyClassTable(
         "emoji": "xclip_jax.demo.emoji_sets:EmojiSets",
         "classes": f"{_SETS}.classification:ClassSets",
         "files": f"{_SETS}.files:FileSets",
-        "pairs": f"{_SETS}.own:PairSets",
-        "choice": f"{_SETS}.choices:ChoiceSets",
+        "pairs": f"{_SETS}.custom:PairSets",
+        "choice": f"{_SETS}.choice_sets:ChoiceSets",
         "probes": f"{_SETS}.classification:ProbeSets",
-        "dense": f"{_SETS}.published:DenseSets",
+        "dense": f"{_SETS}.known_sets:DenseSets",
         "finetuned": f"{_SETS}.classification:FinetunedSets",
     },
 )
@@ -92,11 +92,6 @@ def check(spec: str) -> type[SetKind]:
     )
 
 
-def _all(attribute: str) -> list[str]:
-    """Return `names` or `at_path` of all kinds."""
-    return list(dict.fromkeys(name for kind in KINDS.values() for name in getattr(kind, attribute)))
-
-
 def all_suites() -> dict[str, Sequence[str]]:
     """Return {name: sets} for the suites of all kinds."""
     return {name: sets for kind in KINDS.values() for name, sets in kind.suites.items()}
@@ -106,8 +101,7 @@ def listing() -> str:
     """Return a text that lists all sets and suites."""
     lines = (
         f"suites: {', '.join(all_suites())}",
-        f"sets: {', '.join(_all('names'))}",
-        f"sets in files, NAME@PATH: {', '.join(_all('at_path'))}",
+        f"sets: {', '.join(name for kind in KINDS.values() for name in kind.names)}",
         *(kind.usage for kind in KINDS.values() if kind.usage),
         "sets of another package: package.module:Class",
     )
@@ -116,7 +110,8 @@ def listing() -> str:
 
 def expand_suites(suites: str | Sequence[str]) -> tuple[str, ...]:
     """Return the distinct sets of a list of names and `all_suites`, joined by commas or in a sequence."""
-    named, names = all_suites(), dict[str, None]()
+    named = all_suites()
+    names = dict[str, None]()
     for part in map(str.strip, suites.split(",")) if isinstance(suites, str) else suites:
         names |= dict.fromkeys(named.get(part, (part,)))
     names.pop("", None)

@@ -7,10 +7,10 @@
     suite, config, environment, seconds     of the last command that wrote the file
 
 An entry holds the results of one set, see `make_entry`, and its own "checkpoint", "step", "profile" and "changes";
-"fingerprint" identifies the model, see `train.weights.fingerprint`, as weights may be replaced at the same path. Only
-entries of a mix of given and tuned weights have "mix", the share of the tuned ones, and "tuned", their fingerprint. A
+"fingerprint" identifies the model, see `train.weights.fingerprint`, as weights may be replaced at the same path. A
 new entry replaces an entry with the same values of `KEY`; all others stay. FILE.items.npz has the per-example values of
-the entries' metrics, under "statistic:part:id:metric"; "id" is the entry's "items", the metric is quoted as in a URL.
+the entries' metrics, under "statistic:part:id:metric"; "id" is the entry's "items", the metric is quoted like a part of
+a URL.
 """
 
 import dataclasses
@@ -84,9 +84,9 @@ def digest(items: Iterable[Any]) -> str:
 
 
 def contents(images: Sequence[Any]) -> list[tuple[str, int]]:
-    """Return name and size in bytes of each image's file, for `digest`; [] for images that are not in files.
+    """Return name and size in bytes of each image's file, for `digest`; [] for images outside files.
 
-    Names are relative to the folder that has all of the files: the path of the data set does not matter.
+    Names are relative to the common folder of the files: the path of the data set does not matter.
     """
     if not isinstance(images, Paths) or not len(images):
         return []
@@ -107,7 +107,7 @@ class Result:
       unit: "%" for shares of the items, for which a binomial interval holds; "x 100" for other numbers times 100, such
         as correlations; "rank" from 1; "" for plain numbers.
       n: number of items that it is measured on, 0 where unknown.
-      chance: value of a random answer, in `unit`; None where no such level exists.
+      chance: value of a random answer, in `unit`; None if no such level exists.
       protocol: provenance of the set and protocol of the measurement.
       items: per-example values for the bootstrap; None where the metric cannot be resampled.
       task: one of several questions about the same items, such as "category".
@@ -115,7 +115,7 @@ class Result:
       group: a part of the items.
       headline: whether it is the number to report for its set.
       evaluator: name of the evaluator, as its set has it.
-      dependent: whether the items are no independent trials of equal weight, see `PerExample.trials`; with `items` they
+      dependent: whether the items are dependent or unequally weighted, see `PerExample.trials`; with `items` they
         decide.
     """
 
@@ -140,7 +140,7 @@ class Result:
 
     @property
     def key(self) -> str:
-        """Name within the set, as in evaluation.json."""
+        """Name within the set, which evaluation.json uses."""
         return "/".join(filter(None, (self.task, self.score, self.group, self.metric)))
 
     @property
@@ -164,7 +164,7 @@ _DEFAULTS = {x.name: x.default for x in dataclasses.fields(Result) if x.name not
 
 
 def to_json(results: Iterable[Result]) -> list[dict[str, Any]]:
-    """Return JSON records without fields that have their default, per-example values, and most of the protocol."""
+    """Return JSON records without default values, per-example values, and most of the protocol."""
     records = []
     for result in results:
         fields = {key: getattr(result, key) for key in _DEFAULTS}
@@ -186,7 +186,7 @@ def from_json(records: Iterable[Mapping[str, Any]]) -> list[Result]:
     return results
 
 
-def of_entries(entries: Iterable[Entry]) -> list[Result]:
+def read_entries(entries: Iterable[Entry]) -> list[Result]:
     """Return the results of entries of evaluation.json."""
     return [result for entry in entries for result in from_json(entry["records"])]
 
@@ -204,7 +204,7 @@ def read(path: epath.Path) -> tuple[list[Entry], ItemsOf]:
             for entry in (*record.get("other_results", ()), *record["results"])
         ]
         _ = [[entry[key] for key in (*KEY, "name", "metric", "items")] for entry in entries]
-        of_entries(entries)
+        read_entries(entries)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         remedy = (
             "delete it, and evaluate again" if path.name.endswith("evaluation.json") else "evaluate these weights first"
@@ -231,15 +231,10 @@ def settings(group: Any) -> dict[str, Any]:
     return {key: getattr(group, key) for key in keys_where(type(group), evaluation="model")}
 
 
-def share_of(entry: Entry) -> float:
-    """Return the share of tuned weights in the model of an entry; 1 without a mix."""
-    return entry.get("mix", 1.0)
-
-
-def of_group(entries: Sequence[Entry], group: Any, share: float = 1.0) -> list[Entry]:
-    """Return the entries of the model, or mix, that a run with the config group `eval` evaluates now."""
+def current_entries(entries: Sequence[Entry], group: Any) -> list[Entry]:
+    """Return the entries of the model that a run with the config group `eval` evaluates now."""
     now = settings(group)
-    return [entry for entry in entries if entry.get("eval", now) == now and share_of(entry) == share]
+    return [entry for entry in entries if entry.get("eval", now) == now]
 
 
 def add(
@@ -270,7 +265,6 @@ def latest(entries: Sequence[Entry]) -> tuple[list[Entry], list[Entry]]:
     `entries` are ordered by age, the newest last, whose checkpoint all entries of the first list share.
     """
     of_checkpoint = [entry for entry in entries if entry["checkpoint"] == entries[-1]["checkpoint"]]
-    of_checkpoint = [entry for entry in of_checkpoint if share_of(entry) == 1] or of_checkpoint
     newest = max(entry["step"] for entry in of_checkpoint)
     last = next(entry for entry in reversed(of_checkpoint) if entry["step"] == newest)
     shown = [entry for entry in entries if all(entry[key] == last[key] for key in _VIEW)]
@@ -297,7 +291,8 @@ def write_items(path: epath.Path, items_of: ItemsOf) -> None:
 
 def read_items(path: epath.Path) -> ItemsOf:
     """Return the per-example values of results file `path`."""
-    file, parts = items_file(path), dict[tuple[str, str], dict[str, Any]]()
+    file = items_file(path)
+    parts = dict[tuple[str, str], dict[str, Any]]()
     try:
         for key, array in np.load(io.BytesIO(file.read_bytes())).items() if file.exists() else ():
             statistic, part, entry, name = key.split(":", 3)

@@ -64,7 +64,9 @@ def ranks_by_score(
     Large sets are compared in blocks of queries, in each direction; their scores are never held whole. The
     captions of all images, one after the other, are the texts of `rows`.
     """
-    matches, images, texts = Matches(captions), len(captions), len(rows[0])
+    matches = Matches(captions)
+    images = len(captions)
+    texts = len(rows[0])
     whole = compare(similarities, img, rows) if images * texts <= BLOCK else {}
     spreads = () if whole else spreads_of(similarities, img, rows, max(1, BLOCK // texts))
     ranked: dict[str, dict[str, list[np.ndarray]]] = {}
@@ -101,7 +103,8 @@ def chance(right: Any, copies: np.ndarray, k: int) -> float:
       copies: places that each item takes, int (items,).
       k: places that count.
     """
-    n, k = len(copies), min(k, int(copies.sum()))
+    n = len(copies)
+    k = min(k, int(copies.sum()))
     sizes = np.eye(k)[np.minimum(copies, k) - 1]  # one-hot: 1, 2, ... k or more places
     kinds, counts = np.unique(right @ sizes, axis=0, return_counts=True)  # right items of each size
     wrong = sizes.sum(axis=0) - kinds
@@ -150,8 +153,9 @@ LAYOUT = Layout(
 class Retrieval(Evaluator):
     """r1, r5 and r10 in percent, named "retrieval/<set>[/<score>]/image_to_text/r1" and ".../text_to_image/r1".
 
-    Every caption is an item and a query, repeated ones too, as in Flickr30k and COCO. `zeroshot.compare` names the
-    scores; "retrieval/<set>/chance/image_to_text/r1" and so on are the recalls of a random order, see `chance`.
+    Every caption is an item and a query, repeated ones too, the convention of Flickr30k and COCO. `zeroshot.compare`
+    names the scores; "retrieval/<set>/chance/image_to_text/r1" and so on are the recalls of a random order, see
+    `chance`.
     """
 
     family = "retrieval"
@@ -259,7 +263,8 @@ class SentenceSimilarity(Evaluator):
         ends = np.cumsum([len(part) for part in subsets.values()])
         parts = list(zip(np.split(cosine, ends[:-1]), np.split(gold, ends[:-1]), strict=True))
         by_rank, linear = ([100 * f(*part) for part in parts] for f in (spearman, pearson))
-        items, shared = PerExample(cosine, other=gold, statistic="spearman"), {"unit": "x 100", "n": len(gold)}
+        items = PerExample(cosine, other=gold, statistic="spearman")
+        shared = {"unit": "x 100", "n": len(gold)}
         results = [self.result("spearman_all", items.value(), items=items, **shared)]
         values: dict[str, Any] = {
             "spearman_mean": np.mean(by_rank),
@@ -314,16 +319,20 @@ class TextRetrieval(Evaluator):
 
     def measure(self, variables: Variables) -> list[Result]:
         """Return the results listed in the class docstring."""
-        n, queries, groups = len(self.data.texts), self.data.queries, self.data.groups
+        n = len(self.data.texts)
+        queries = self.data.queries
+        groups = self.data.groups
         texts = [*self.data.texts, *(text for text, _ in queries)]
         e = embeddings(self.encoder, variables, texts)
-        targets, step = np.array([target for _, target in queries]), max(1, BLOCK // n)
+        targets = np.array([target for _, target in queries])
+        step = max(1, BLOCK // n)
         blocks = (slice(start, start + step) for start in range(0, len(queries), step))
         rank = np.concatenate([statistics.ranks(e[n:][block] @ e[:n].T, targets[block]) for block in blocks])
         weights = np.ones(len(queries))
         if groups:
             weights = sum(mask / mask.sum() for mask in groups.values())
-        chance, results = {k: 100 * min(k / n, 1) for k in KS}, []
+        chance = {k: 100 * min(k / n, 1) for k in KS}
+        results = []
         for k in KS:
             items = PerExample((rank < k).astype(float), weights)
             results.append(self.result(f"r{k}", items.value(), n=len(queries), chance=chance[k], items=items))

@@ -9,7 +9,7 @@ import scipy
 
 from xclip_jax.core.errors import UserError
 
-_CHUNK = 1 << 22  # scores that are ranked at once: some ten megabytes of temporaries
+_CHUNK = 1 << 22  # scores ranked at once: some ten megabytes of temporaries
 
 
 def valid_rows(scores: np.ndarray) -> np.ndarray:
@@ -38,7 +38,8 @@ def ranks(scores: np.ndarray, index: np.ndarray) -> np.ndarray:
         part, right = scores[block], index[block]
         target = np.take_along_axis(part, right[:, None], axis=1)
         valid = valid_rows(part) & (target[:, 0] > -np.inf)
-        before, equal = np.count_nonzero(part > target, axis=1), np.count_nonzero(part == target, axis=1)
+        before = np.count_nonzero(part > target, axis=1)
+        equal = np.count_nonzero(part == target, axis=1)
         tied = np.flatnonzero(equal > 1)
         lower = np.arange(part.shape[1]) < right[tied, None]
         before[tied] += np.count_nonzero((part[tied] == target[tied]) & lower, axis=1)
@@ -50,7 +51,7 @@ def average_precision(scores: np.ndarray, positives: np.ndarray) -> np.ndarray:
     """Return the average precision of each class, not interpolated, (classes,): the mean of precision at each positive.
 
     As clip_benchmark's `average_precision_per_class`, from scores (n, classes) and bool `positives` of the same shape;
-    equal scores rank by index. It is 0 for a class without positives, or with a score that is NaN or plus infinity.
+    equal scores rank by index. It is 0 for a class without positives, or with a score of NaN or plus infinity.
     """
     hits, precision = _ranked(scores, positives)
     return (precision * hits).sum(axis=0) / np.maximum(hits.sum(axis=0), 1)
@@ -70,7 +71,8 @@ def eleven_point(scores: np.ndarray, positives: np.ndarray) -> np.ndarray:
 
 def _ranked(scores: np.ndarray, positives: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return whether the item at each rank is a hit, and the precision at that rank; both (n, classes)."""
-    scores, positives = np.asarray(scores), np.asarray(positives, bool)
+    scores = np.asarray(scores)
+    positives = np.asarray(positives, bool)
     order = np.argsort(-scores.astype(np.float64), axis=0, kind="stable")
     hits = np.take_along_axis(positives & valid_rows(scores.T), order, axis=0)
     return hits, hits.cumsum(axis=0) / np.arange(1, len(hits) + 1)[:, None]
@@ -83,7 +85,8 @@ def roc_auc(scores: np.ndarray, positives: np.ndarray) -> float:
     (n,); `UserError` if all or none are positive.
     """
     positives = np.asarray(positives, bool)
-    num_positive, num_negative = int(positives.sum()), int((~positives).sum())
+    num_positive = int(positives.sum())
+    num_negative = int((~positives).sum())
     if not num_positive or not num_negative:
         raise UserError(f"ROC AUC needs positive and negative items; {num_positive} of {len(positives)} are positive.")
     scores = np.where(np.isnan(scores), np.where(positives, -np.inf, np.inf), scores)
@@ -128,9 +131,9 @@ class PerExample:
     groups: np.ndarray | None = None
 
     def trials(self) -> int:
-        """Return the number of binomial trials in a mean of zeros and ones; 0 for values that have to be resampled.
+        """Return the number of binomial trials in a mean of zeros and ones; 0 for values that need resampling.
 
-        Independent items of equal weight are one trial each. For values that are all equal it is Kish's effective
+        Independent items of equal weight are one trial each. For equal values it is Kish's effective
         number of groups, or of items without groups: (sum of weights)^2 / sum of squared weights.
         """
         if self.statistic != "mean" or not np.isin(self.values, (0, 1)).all():
@@ -154,7 +157,8 @@ def mean_iou(intersection: np.ndarray, union: np.ndarray) -> float:
 
     `intersection` and `union` are the areas of each class in each item, (n, classes).
     """
-    intersection, union = intersection.sum(axis=0, dtype=np.float64), union.sum(axis=0, dtype=np.float64)
+    intersection = intersection.sum(axis=0, dtype=np.float64)
+    union = union.sum(axis=0, dtype=np.float64)
     return float((intersection[union > 0] / union[union > 0]).mean())
 
 
@@ -195,13 +199,17 @@ def bootstrap(
         raise UserError(
             f"results over {len(a.values)} and {len(b.values)} items cannot be paired; evaluate both again."
         )
-    rng, draw, defined = np.random.default_rng(0), _resampler(a), []
+    rng = np.random.default_rng(0)
+    draw = _resampler(a)
+    defined = []
     for _ in range(samples):
         chosen = draw(rng)
         with contextlib.suppress(UserError, ZeroDivisionError):
             value = a.value(chosen)
-            other = None if b is None else b.value(chosen)
-            defined.append(value if other is None else other / value if ratio else other - value)
+            if b is not None:
+                other = b.value(chosen)
+                value = other / value if ratio else other - value
+            defined.append(value)
     low, high = np.percentile(defined, [2.5, 97.5]) if defined else (np.nan, np.nan)
     return float(low), float(high)
 

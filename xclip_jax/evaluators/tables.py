@@ -10,12 +10,11 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from xclip_jax.core.errors import UserError, redact
-from xclip_jax.core.run_folder import evaluation_file
 from xclip_jax.evaluators import registry
 from xclip_jax.evaluators.base import HELD_OUT, Column, Layout
-from xclip_jax.evaluators.results import SHIFTED, UNITS, VALIDATION, Entry, ItemsOf, Result, of_entries, read, share_of
+from xclip_jax.evaluators.results import SHIFTED, UNITS, VALIDATION, Entry, ItemsOf, Result, read, read_entries
 from xclip_jax.evaluators.statistics import bootstrap
-from xclip_jax.interop.hub import local_name
+from xclip_jax.interop.hub import results_file
 
 # Titles of families, in the order of their tiles on a page; another family has its own name as title.
 _FAMILIES = {
@@ -30,7 +29,7 @@ _FAMILIES = {
 _EXTRA_COLUMNS = (("own metric", ">18"), ("value", ">8"))  # for sets whose headline has no column of its own
 # Names of sets of files: a prefix such as "folder:", "imagenet@" or "module:Class:", and an absolute path or URL.
 _PATH = re.compile(r"([^:@]*[:@](?:\w+:)??)((?:/|~|\w+://).+)")
-# Equal in entries that are compared.
+# Equal in compared entries.
 _COMPARED_KEYS = ("split_hash", "version", "metric", "templates", "protocol", "profile")
 
 
@@ -139,20 +138,25 @@ def shorten(names_of_sets: Iterable[str]) -> dict[str, str]:
 def headlines(results: Sequence[Result], before: Sequence[Result] = ()) -> str:
     """Return one line with the first two metrics of each set; empty without results.
 
-    The run's held-out pairs, often the only set, go by the name of their family. A metric that was measured `before`
+    The run's held-out pairs, often the only set, go by the name of their family. A metric measured `before`, too,
     has both values: "R@1 12.5 -> 50.0".
     """
-    parts, short, earlier = [], short_names(results), {result.name: f"{result.value:.1f} -> " for result in before}
+    parts = []
+    short = short_names(results)
+    earlier = {result.name: f"{result.value:.1f} -> " for result in before}
     for row in rows(results):
         shown = ", ".join(f"{column.title} {earlier.get(x.name, '')}{x.value:.1f}" for column, x in row.shown[:2])
-        name = short[row.name] if row.name != HELD_OUT else "zero-shot" if row.family == "zeroshot" else row.family
+        name = short[row.name]
+        if row.name == HELD_OUT:
+            name = "zero-shot" if row.family == "zeroshot" else row.family
         parts.append(f"{name} {shown}")
     return " | ".join(parts)
 
 
 def build(results: Sequence[Result]) -> list[Table]:
     """Return a table for each layout; chance levels are in brackets."""
-    everything, short = rows(results), short_names(results)
+    everything = rows(results)
+    short = short_names(results)
     layouts = {layout.title: layout for layout in registry.layouts()}
     layouts |= {row.layout.title: row.layout for row in everything}
     chosen = [(layout, [row for row in everything if row.layout.title == title]) for title, layout in layouts.items()]
@@ -161,7 +165,8 @@ def build(results: Sequence[Result]) -> list[Table]:
 
 def render(results: Sequence[Result]) -> str:
     """Return the tables as text, each column as wide as its longest cell; empty without results."""
-    shown, lines = build(results), []
+    shown = build(results)
+    lines = []
     width = max([42, *(len(name) + 2 for table in shown for name, _ in table.rows)])
     for title, columns, table_rows in shown:
         texts = [[title, *(column for column, _ in columns)], *([name, *cells] for name, cells in table_rows)]
@@ -220,7 +225,7 @@ def _number(result: Result) -> str:
 
 
 def first_set_of_each_family(results: Sequence[Result]) -> dict[str, Row]:
-    """Return {title of the family: row of its first set that is not for validation}."""
+    """Return {title of the family: row of its first test set}."""
     everything = rows(results)
     tested = [row for row in everything if row.role != VALIDATION] or everything
     first: dict[str, Row] = {}
@@ -235,26 +240,24 @@ def compare(
     *,
     step: int | None = None,
     profile: str | None = None,
-    mixes: tuple[float, float] = (1.0, 1.0),
     refused: list[str] | None = None,
 ) -> list[dict[str, Any]]:
     """Compare two evaluations set by set.
 
     Returns for each set {set, metric, unit, a, b, difference, low, high, step_a, step_b, profile, preprocessing_a,
-    preprocessing_b}, with mix_a and mix_b for mixes; the unit is `Result.unit`. Ranks have "ratio", b / a, instead of
+    preprocessing_b}; the unit is `Result.unit`. Ranks have "ratio", b / a, instead of
     the difference b - a. The interval, low to high, is the 95 % percentile bootstrap of the paired difference or ratio;
     absent for metrics that cannot be resampled.
 
     Args:
-      a, b: runs' folders, weights that were evaluated, or results files.
+      a, b: runs' folders, evaluated weights, or results files.
       step: step of both; by default the newest that each file has.
       profile: profile of both; by default the last evaluated profile that both files have for a set.
-      mixes: shares of the tuned weights in the models of a and b.
       refused: list to which a sentence is added for each set whose data or protocol differ; without it the first one is
         an error.
     """
-    selected = (_select(path, step, profile, share) for path, share in zip((a, b), mixes, strict=True))
-    (entries_a, items_a), (entries_b, items_b) = selected
+    entries_a, items_a = _select(a, step, profile)
+    entries_b, items_b = _select(b, step, profile)
     compared = []
     for name in dict.fromkeys(entry["set"] for entry in entries_a):
         of_a, of_b = ([entry for entry in entries if entry["set"] == name] for entries in (entries_a, entries_b))
@@ -273,15 +276,15 @@ def compare(
                 raise UserError(fault)
             refused.append(fault)
             continue
-        unit = next((result.unit for result in of_entries([left]) if result.headline), "%")
+        unit = next((result.unit for result in read_entries([left]) if result.headline), "%")
         ratio = unit == "rank"  # a geometric mean: half the rank is as good at 200 as at 20
         row = {"set": name, "metric": left["metric"], "unit": unit, "a": left["value"], "b": right["value"]}
         row |= {"step_a": left["step"], "step_b": right["step"], "profile": left["profile"]}
-        row |= dict(zip(("mix_a", "mix_b"), mixes, strict=True)) if mixes != (1, 1) else {}
         row |= {f"preprocessing_{side}": x.get("preprocessing", "") for side, x in (("a", left), ("b", right))}
         row |= {"ratio": right["value"] / left["value"]} if ratio else {"difference": right["value"] - left["value"]}
         key = f"{left['name']}/{left['metric']}"
-        of_a, of_b = items_a.get(left["items"], {}), items_b.get(right["items"], {})
+        of_a = items_a.get(left["items"], {})
+        of_b = items_b.get(right["items"], {})
         if key in of_a and key in of_b:
             low, high = bootstrap(of_a[key], of_b[key], ratio=ratio)
             row |= {} if math.isnan(low) else {"low": low, "high": high}
@@ -299,21 +302,15 @@ def _different_parts(a: str | None, b: str | None) -> tuple[str | None, str | No
     return "; ".join(x for x in parts[0] if x not in parts[1]), "; ".join(x for x in parts[1] if x not in parts[0])
 
 
-def _select(path: str, step: int | None, profile: str | None, share: float) -> tuple[list[Entry], ItemsOf]:
-    """Return the entries of one step, the newest by default, of the checkpoint and model that were evaluated last.
-
-    The model is a mix with `share` of tuned weights; 1 for a model as it is.
-    """
-    file = epath.Path(local_name(path))
-    own = evaluation_file(file)
+def _select(path: str, step: int | None, profile: str | None) -> tuple[list[Entry], ItemsOf]:
+    """Return the entries of one step, the newest by default, of the checkpoint and model evaluated last."""
+    file = epath.Path(path)
+    own = results_file(path)
     if not (file.exists() or own.exists()):
         raise UserError(f"{str(path)!r} does not exist; name the folder of a run, weights, or a file of results.")
     file = own if file.is_dir() or own.exists() else file
     entries, items = read(file)
     entries = [entry for entry in entries if entry["checkpoint"] == entries[-1]["checkpoint"]]
-    if not (mixed := [entry for entry in entries if share_of(entry) == share]):
-        raise UserError(f"{file} has no results of mix {share:g}; evaluate its run with --mix {share:g}.")
-    entries = mixed
     known = sorted({(entry["step"], entry["profile"]) for entry in entries})
     selected = known[-1][0] if step is None else step
     entries = [entry for entry in entries if entry["step"] == selected]
@@ -332,8 +329,6 @@ def render_comparison(compared: Sequence[Mapping[str, Any]], a: str, b: str) -> 
     """
     first = compared[0]
     lines = [f"{side.upper()}: {file}, step {first[f'step_{side}']}" for side, file in (("a", a), ("b", b))]
-    if "mix_a" in first:
-        lines = [f"{line}, mix {first[key]:g}" for line, key in zip(lines, ("mix_a", "mix_b"), strict=True)]
     short = shorten(row["set"] for row in compared)
     texts = [["set", "metric", "unit", "A", "B", "B - A", "   95 % interval"]]
     for row in compared:

@@ -163,7 +163,8 @@ class ZeroShotSet:
     together: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        n, num_classes = len(self.images), len(self.prompts)
+        n = len(self.images)
+        num_classes = len(self.prompts)
         several = np.ndim(self.labels) == 2
         if not n or np.shape(self.labels) != ((n, num_classes) if several else (n,)):
             raise UserError(f"{self.name}: {n} images, {np.size(self.labels)} labels; give one label for each image.")
@@ -224,8 +225,10 @@ class ZeroShot(Evaluator):
 
     def measure(self, variables: Variables) -> list[Result]:
         """Return the results that the class docstring lists."""
-        labels, groups = np.asarray(self.data.labels), self.data.groups
-        n, num_classes = len(labels), len(self.data.prompts)
+        labels = np.asarray(self.data.labels)
+        groups = self.data.groups
+        n = len(labels)
+        num_classes = len(self.data.prompts)
         results = [self.count("n", n), self.count("ways", num_classes)]
         results += [self.count("n", np.sum(mask), group=group) for group, mask in groups.items()]
         for score, scores in self.scores(variables).items():
@@ -258,9 +261,11 @@ class ZeroShot(Evaluator):
 
 def _items(rank: np.ndarray, labels: np.ndarray, groups: Mapping[str, np.ndarray]) -> dict[str, PerExample]:
     """Return the per-image values of the set's metrics, with equal weight for each group."""
-    even, classes = None, class_weights(labels)
+    even = None
+    classes = class_weights(labels)
     if groups:
-        even, classes = sum(mask / mask.sum() for mask in groups.values()), np.zeros(len(labels))
+        even = sum(mask / mask.sum() for mask in groups.values())
+        classes = np.zeros(len(labels))
     for mask in groups.values():
         of_class = class_weights(labels[mask])
         classes[mask] += of_class / of_class.sum()

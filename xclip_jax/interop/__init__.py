@@ -2,7 +2,8 @@
 
 A model is a pair (config, variables). `config` contains the required groups of a run's config, as plain dicts: "model",
 "objective", and from "data" and "eval" the tokenizer, resample ("bicubic", for new training) and the keys of
-`Preprocessing`. Its group "source" contains the format of the weights, and notes on assumptions and ignored values.
+`Preprocessing`. Its group "source" contains the format of the weights, notes on assumptions and ignored values, and the
+"classes" of a fine-tuned model of our format.
 `variables`, the input of `TwoTowers.apply`, are fp32: "params", and "batch_stats" for heads with BatchNorm.
 """
 
@@ -47,19 +48,19 @@ _CLIPS = {
 }  # fmt: skip
 
 
-def read(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def read(place: str | hub.Place) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return (config, variables) of weights; see the module's docstring.
 
     Args:
-      path: a folder or a file of weights: .safetensors, or .bin, .pt and .pth in the format of torch.save since 1.6.
+      place: a folder or a file of weights: .safetensors, or .bin, .pt and .pth in the format of torch.save since 1.6.
         Their config is read from the same folder; OpenAI's archives need none. "hf:ORG/NAME[@REVISION]" is a repository
-        of the Hugging Face Hub, see `hub.resolve`.
+        of the Hugging Face Hub, see `hub.locate`.
 
     Raises:
       UserError: nothing to read, files that contain more than tensors, an unsupported architecture, or missing,
         unknown or misshapen tensors, listed by name.
     """
-    file = tensor_files.find(hub.resolve(path))
+    file = tensor_files.find(str(hub.locate(place).path))
     folder = file.parent
     where = str(file)
     tensors = tensor_files.tensors(file)
@@ -97,22 +98,6 @@ def _unusable_values(file: epath.Path) -> Iterator[None]:
         ) from error
 
 
-def read_classes(path: str) -> tuple[str, ...] | None:
-    """Return the classes on which an exported model was fine-tuned, or None if its files do not name them.
-
-    Args:
-      path: a folder or a file, see `read`.
-
-    Raises:
-      UserError: nothing to read, or a damaged file.
-    """
-    file = tensor_files.find(hub.resolve(path))
-    if file.name != WEIGHTS:
-        return None
-    classes = tensor_files.read_json(file.parent / CONFIG).get("classes")
-    return classes and tuple(classes)
-
-
 def _read_own(tensors: tensor_files.Tensors, folder: epath.Path) -> tuple[dict[str, Any], dict[str, Any]]:
     config = tensor_files.read_json(folder / CONFIG)
     if config["data"]["tokenizer"] == vocabulary.FILE:
@@ -124,8 +109,10 @@ def _read_own(tensors: tensor_files.Tensors, folder: epath.Path) -> tuple[dict[s
         "templates": stored.get("templates"), "class_names": stored.get("class_names") and str(folder / CLASS_NAMES),
     }  # fmt: skip
     config["eval"] = {name: value for name, value in prompts.items() if value} | keys["eval"]
-    config.pop("classes", None)  # see `read_classes`
-    return config | {"source": {"format": "safetensors", "notes": ()}}, unflatten_dict(tensors, sep="/")
+    source: dict[str, Any] = {"format": "safetensors", "notes": ()}
+    if classes := config.pop("classes", None):
+        source["classes"] = tuple(classes)
+    return config | {"source": source}, unflatten_dict(tensors, sep="/")
 
 
 def write(
@@ -145,7 +132,7 @@ def write(
       path: the folder to create. Files of an earlier export, in any format, are deleted first.
       to: "hf" (a CLIPModel with its processor), "open_clip", or "safetensors" (our format, which loses nothing).
       repository: the future id of the files on the Hub, "ORG/NAME", or "".
-      classes: classes of a fine-tuned model, see `read_classes`.
+      classes: classes of a fine-tuned model.
 
     Returns:
       Sentences about parts of the model that the format cannot hold.
@@ -237,16 +224,11 @@ def _expressible(
         if node != required:
             raise UserError(f"model.{key} is {node!r}, which {to!r} does not have; write to 'safetensors'.")
     objective = read_objective(config["objective"])
-    lacking = sorted(hf.HEADS - params.keys())
-    if lacking:
+    trained = objective.similarities and not objective.similarities[0].is_distribution
+    if not trained or not params.keys() >= hf.HEADS:
         raise UserError(
-            f"a model of objective {objective.name!r} has no shared embedding space, which {to!r} needs: it lacks "
-            f"{', '.join(lacking)}; write to 'safetensors'."
-        )
-    if not objective.similarities or objective.similarities[0].is_distribution:  # its projections are not trained
-        raise UserError(
-            f"the terms of {objective.name!r} with a weight above 0 train no shared embedding space, which {to!r} "
-            "needs; write to 'safetensors'."
+            f"objective {objective.name!r} trains no shared embedding space, which {to!r} needs; write to "
+            "'safetensors'."
         )
     for tower in ("img", "txt"):
         blocks = params[tower]["transformer"]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from xclip_jax.core.errors import UserError
+from xclip_jax.core.errors import UserError, check_choice
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.data.tokenizer import Tokenizer
 from xclip_jax.interop import names, vocabulary
@@ -80,19 +80,16 @@ def read(
     tensors: Mapping[str, np.ndarray], folder: epath.Path, content: Mapping[str, Any], where: str
 ) -> tuple[dict[str, Any], Flat]:
     """Return config and flat parameters of a CLIPModel or a SiglipModel from its tensors and config.json."""
-    kind = content.get("model_type")
-    if kind not in _DEFAULTS:
-        raise UserError(f"{where} is a model of type {kind!r}, which is not supported; 'clip' and 'siglip' are.")
+    kind = str(content.get("model_type"))
+    check_choice(f"{where}: model_type", kind, _DEFAULTS)
     cfg_img, cfg_txt = (
         known | {key: value for key, value in _given(content, modality).items() if value is not None}
         for known, modality in zip(_DEFAULTS[kind], ("vision", "text"), strict=True)
     )
-    if cfg_img["num_channels"] != 3:
-        raise UserError(f"{where} takes images of {cfg_img['num_channels']} channels; expected 3.")
+    check_choice(f"{where}: vision_config.num_channels", cfg_img["num_channels"], (3,))
 
     def tower(cfg: Mapping[str, Any]) -> dict[str, Any]:
-        if cfg["hidden_act"] not in _ACTS:
-            raise UserError(f"{where}: hidden_act {cfg['hidden_act']!r} is not supported; {', '.join(_ACTS)} are.")
+        check_choice(f"{where}: hidden_act", cfg["hidden_act"], _ACTS)
         width = cfg["hidden_size"]
         return {
             "width": width, "depth": cfg["num_hidden_layers"], "heads": cfg["num_attention_heads"],
@@ -106,8 +103,7 @@ def read(
     vocab: int = cfg_txt["vocab_size"]
     tensors = {name: x for name, x in tensors.items() if not name.endswith("position_ids")}
     if kind == "siglip":
-        if not cfg_img["vision_use_head"]:
-            raise UserError(f"{where}: vision_use_head is false; SigLIPs with a pooling head are supported.")
+        check_choice(f"{where}: vision_config.vision_use_head", cfg_img["vision_use_head"], (True,))
         tensors = _split_qkv(tensors)
         embed = cfg_txt.get("projection_size") or txt["width"]
         if embed != img["width"]:

@@ -4,10 +4,10 @@
 variables: HF_HOME, HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE and others.
 """
 
+import dataclasses
 import functools
 import glob
 import os
-import pathlib
 import re
 from collections.abc import Sequence
 
@@ -17,6 +17,7 @@ from xclip_jax.core import hub_client
 from xclip_jax.core.console import log0
 from xclip_jax.core.errors import UserError
 from xclip_jax.core.hub_client import ID, PREFIX
+from xclip_jax.core.run_folder import RunReader, evaluation_file
 from xclip_jax.interop import hf, open_clip, tensor_files, vocabulary
 
 CLASS_NAMES = "class_names.json"  # in our exports
@@ -28,41 +29,71 @@ _COMPANIONS = (
 _ALIAS = "hf-hub:"  # open_clip's form of `PREFIX`
 
 
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Weights on this machine: the folder of a run, or files of weights; `locate` returns one.
+
+    Attributes:
+      name: the place as the user wrote it.
+      path: the run's folder, or a file or folder of weights; of a repository the file in the Hub's cache.
+      commit: the commit of a repository, "" for other places.
+    """
+
+    name: str
+    path: epath.Path
+    commit: str = ""
+
+    def __str__(self) -> str:
+        """The name with the commit: "hf:ORG/NAME@COMMIT"."""
+        if not self.commit:
+            return self.name
+        return f"{PREFIX}{repository_of(self.name).partition('@')[0]}@{self.commit}"
+
+    @functools.cached_property
+    def run(self) -> RunReader | None:
+        """The run whose folder this is, None for other weights."""
+        run = RunReader(self.path)
+        return run if run.is_run() else None
+
+
 def is_hub(path: str) -> bool:
     """Return whether `path` names a repository of the Hub."""
     return path.startswith((PREFIX, _ALIAS))
 
 
-def local_name(path: str) -> str:
-    """Return a name for local files about the weights of `path`: "ORG--NAME" for the Hub, other paths unchanged."""
-    return _repository(path).replace("/", "--") if is_hub(path) else path
-
-
-def _repository(path: str) -> str:
+def repository_of(path: str) -> str:
+    """Return "ORG/NAME[@REVISION]" of a repository of the Hub."""
     return path.removeprefix(_ALIAS).removeprefix(PREFIX)
 
 
-def resolve(path: str) -> str:
-    """Return a local path of weights, after downloading "hf:ORG/NAME[@REVISION]" (or "hf-hub:...") to the Hub's cache.
+def results_file(path: str) -> epath.Path:
+    """Return the file of evaluations of a place: in a folder, else next to the file, or here for a repository."""
+    return evaluation_file(repository_of(path).replace("/", "--") if is_hub(path) else path)
 
-    Downloads one file of weights (or the shards of one index), configs, tokenizer and preprocessing. Without a
-    connection to the Hub, or with HF_HUB_OFFLINE, the cache is used.
+
+def locate(place: str | Place) -> Place:
+    """Resolve a place of weights, and fetch "hf:ORG/NAME[@REVISION]" (or "hf-hub:...") into the Hub's cache.
+
+    Fetches one file of weights (or the shards of one index), configs, tokenizer and preprocessing, and prints the
+    commit of a branch or tag. Without a connection to the Hub, or with HF_HUB_OFFLINE, the cache is used.
 
     Args:
-      path: a repository of the Hub; other paths are returned with "~" expanded.
+      place: a path, which need not exist, or a repository of the Hub; a `Place` is returned as it is.
 
     Raises:
       UserError: huggingface_hub is not installed, the repository or revision does not exist, access is refused, the
         Hub cannot be reached and the cache lacks the weights, or the repository has no readable weights.
     """
-    if not is_hub(path):
-        return os.path.expanduser(path)
-    match = re.fullmatch(rf"({ID})(?:@(.+))?", _repository(path))
+    if isinstance(place, Place):
+        return place
+    if not is_hub(place):
+        return Place(place, epath.Path(place).expanduser())
+    match = re.fullmatch(rf"({ID})(?:@(.+))?", repository_of(place))
     if not match:
-        raise UserError(f"{path!r} names no repository of the Hub; expected hf:ORG/NAME or hf:ORG/NAME@REVISION.")
+        raise UserError(f"{place!r} names no repository of the Hub; expected hf:ORG/NAME or hf:ORG/NAME@REVISION.")
     repository, revision = match[1], match[2]
-    hub = hub_client.load(path)
-    with hub_client.sentences(path, repository, revision):
+    hub = hub_client.load(place)
+    with hub_client.sentences(place, repository, revision):
         get = functools.partial(hub.snapshot_download, repository, revision=revision)
         try:
             names = {file.rfilename for file in hub.HfApi().model_info(repository, revision=revision).siblings or ()}
@@ -72,28 +103,15 @@ def resolve(path: str) -> str:
             get = functools.partial(get, local_files_only=True)
             names = set(os.listdir(get(allow_patterns=["-"])))  # the cached files of the repository
         remedy = "download one with its config into a folder, and name the folder"
-        weights = tensor_files.choose(names, path, remedy)
+        weights = tensor_files.choose(names, place, remedy)
         patterns = [glob.escape(name) for name in (*_COMPANIONS, weights) if name in names]
-        folder = get(allow_patterns=patterns)
+        folder = epath.Path(get(allow_patterns=patterns))
         if weights.endswith(".json"):
-            patterns += map(glob.escape, tensor_files.files_of(epath.Path(folder) / weights))
-            folder = get(allow_patterns=patterns)
-        return str(pathlib.Path(folder) / weights)
-
-
-def pin(path: str) -> str:
-    """Return "hf:ORG/NAME@COMMIT" with the current commit of a branch or tag, and print it; other paths unchanged.
-
-    Later reads of the result see the same files, whatever is committed meanwhile. For the errors see `resolve`.
-    """
-    if not is_hub(path):
-        return path
-    # The folder of a file in the Hub's cache is named after its commit.
-    repository = _repository(path).partition("@")[0]
-    pinned = pathlib.Path(resolve(path)).parent.name
-    if not path.endswith(f"@{pinned}"):
-        log0(f"{path} is commit {pinned}")
-    return f"{PREFIX}{repository}@{pinned}"
+            patterns += map(glob.escape, tensor_files.files_of(folder / weights))
+            folder = epath.Path(get(allow_patterns=patterns))
+    if revision != folder.name:  # the folder of a commit in the cache
+        log0(f"{place} is commit {folder.name}")
+    return Place(place, folder / weights, commit=folder.name)
 
 
 def check_push(repository: str) -> None:

@@ -76,7 +76,7 @@ def read(
             f"{where} has a ResNet or a tower of timm; Vision Transformers with a class token are supported."
         )
     if content is None and OPENAI not in tensors:
-        raise UserError(f"{where} has no {CONFIG} in its folder, which says what the tensors do not; put it there.")
+        raise UserError(f"{where} has no {CONFIG} in its folder, which has the facts that tensors lack; put it there.")
     archive = tensors.get(OPENAI)
     tensors = {name: x for name, x in tensors.items() if name not in _IGNORED and not name.endswith(_IGNORED_ENDS)}
     prefix = "text." if "text.token_embedding.weight" in tensors else ""

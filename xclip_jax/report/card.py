@@ -48,7 +48,6 @@ def render(
     *,
     run: bool,
     repository: str = "",
-    mix: float = 1.0,
 ) -> str:
     """Return the card in Markdown, with only the last part of this machine's paths.
 
@@ -60,7 +59,6 @@ def render(
       notes: sentences on facts that the format cannot hold.
       run: whether `source` is a run directory, with data, recipe and results.
       repository: the card's id on the Hub, "ORG/NAME", or "": its code then names the folder.
-      mix: share of the tuned weights in a mix with the initial ones.
     """
     config = experiment.config
     objective = experiment.objective
@@ -68,7 +66,7 @@ def render(
     local, remote = _PREFIXES[to]
     trained = (folder.read_config() or {}).get("environment") if folder else None
     context = {
-        "metadata": metadata(experiment, to, measured(folder, config.steps, step, mix) if folder else []),
+        "metadata": metadata(experiment, to, measured(folder, config.steps, step) if folder else []),
         "objective": objective,
         "labelled": objective.labelled,
         "tower": config.model.tower(objective.towers[0]).describe(),
@@ -87,8 +85,8 @@ def render(
         "made": ({"trained": _machine(trained)} if trained else {}) | {"exported": _machine(environment.capture())},
     }
     if folder:
-        context |= data(folder, experiment) | {"recipe": list(_recipe(folder, step, mix))}
-        context |= evaluations(folder, config.steps, step, mix)
+        context |= data(folder, experiment) | {"recipe": list(_recipe(folder, step))}
+        context |= evaluations(folder, config.steps, step)
     template = importlib.resources.files("xclip_jax.report").joinpath("card.md").read_text("utf-8")
     made = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     return made.from_string(template).render(context)
@@ -149,18 +147,18 @@ def metadata(experiment: Experiment, to: str, headlines: Sequence[Result]) -> st
     return f"{ModelCardData(**names, tags=tags, **index).to_yaml()}\n"
 
 
-def measured(run: RunReader, steps: int, step: int, mix: float = 1.0) -> list[Result]:
+def measured(run: RunReader, steps: int, step: int) -> list[Result]:
     """Return the headline results of the checkpoint: by `evaluate` if it has some, else at the end of training."""
-    values = results.of_entries(_entries(run, step, mix))
-    if not values and step == steps and mix == 1:
+    values = results.read_entries(_entries(run, step))
+    if not values and step == steps:
         values = results.from_json((run.read_results() or {"records": []})["records"])
     return [result for result in values if result.headline]
 
 
-def _entries(run: RunReader, step: int, mix: float) -> list[results.Entry]:
-    """Return the entries of evaluation.json for the checkpoint or its mix, with the profile that was evaluated last."""
+def _entries(run: RunReader, step: int) -> list[results.Entry]:
+    """Return the entries of evaluation.json for the checkpoint, with the profile that was evaluated last."""
     entries = results.read(run.evaluation_file)[0] if run.evaluation_file.exists() else []
-    entries = [entry for entry in results.of_group(entries, _run_config(run).eval, mix) if entry["step"] == step]
+    entries = [entry for entry in results.current_entries(entries, _run_config(run).eval) if entry["step"] == step]
     return results.latest(entries)[0] if entries else []
 
 
@@ -201,7 +199,7 @@ def data(run: RunReader, experiment: Experiment) -> dict[str, Any]:
     return {"data": (head, rows), "about_data": text}
 
 
-def _recipe(run: RunReader, step: int, mix: float) -> Iterator[tuple[str, Any]]:
+def _recipe(run: RunReader, step: int) -> Iterator[tuple[str, Any]]:
     """Yield the keys that decide a run, from the run's file: `weights.load` sets batch and layout for this machine."""
     config = _run_config(run)
     objective = make_objective(config.objective)
@@ -215,7 +213,6 @@ def _recipe(run: RunReader, step: int, mix: float) -> Iterator[tuple[str, Any]]:
     rows |= {key: values[key] for key in keys if not key.startswith(tuple(f"model.{name}." for name in plugins))}
     rows |= {f"model.plugins.{name}.{key}": x for name, options in plugins.items() for key, x in options.items()}
     rows |= {"init.weights": config.init.weights} if config.init.weights else {}
-    rows |= {"mix": f"{1 - mix:g} of init.weights + {mix:g} of the parameters"} if mix != 1 else {}
     rows |= {"init.frozen": ", ".join(config.init.frozen)} if config.init.frozen else {}
     lora = config.finetune.lora
     rows |= {"finetune.lora.rank": lora.rank, "finetune.lora.kernels": ", ".join(lora.kernels)} if lora.rank else {}
@@ -223,10 +220,10 @@ def _recipe(run: RunReader, step: int, mix: float) -> Iterator[tuple[str, Any]]:
         yield key, in_words(shown(value)) if isinstance(value, str) else value
 
 
-def evaluations(run: RunReader, steps: int, step: int, mix: float = 1.0) -> dict[str, Any]:
+def evaluations(run: RunReader, steps: int, step: int) -> dict[str, Any]:
     """Return the results at the end of training as a table of text, and rows of what `evaluate` measured."""
-    final = run.read_results() if mix == 1 else None
-    entries = _entries(run, step, mix)
+    final = run.read_results()
+    entries = _entries(run, step)
     names = names_of_sets(entry["set"] for entry in entries)
     last = tables.render(results.from_json(final["records"])) if final and final["results"] and step == steps else ""
     rows = []

@@ -12,7 +12,7 @@ from xclip_jax.evaluators import registry, tables
 from xclip_jax.evaluators.base import SetKind
 from xclip_jax.evaluators.prompts import PROFILES, Profile
 from xclip_jax.evaluators.retrieval import RetrievalSet
-from xclip_jax.evaluators.sets.own import is_holdout
+from xclip_jax.evaluators.sets.custom import is_holdout
 from xclip_jax.evaluators.zeroshot import ZeroShotSet
 
 SHOWN = 96  # side of an image on the page, pixels
@@ -60,7 +60,7 @@ def select(
             kinds[spec] = registry.check(spec)
         except UserError as error:  # such as pairs in a moved folder
             selection.missing.append(str(error))
-    panels = {spec: panel for kind in kinds.values() for spec, panel in kind.panels.items() if spec in kinds}
+    panels = {spec: panel for kind in kinds.values() for spec, panel in kind.display.panels.items() if spec in kinds}
     shows = {spec: kind.shows(spec) for spec, kind in kinds.items()}
     for spec in [*panels, *(spec for spec in kinds if spec not in panels and shows[spec])]:
         is_retrieval = shows[spec] == "captions"

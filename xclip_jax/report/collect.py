@@ -136,10 +136,10 @@ def _read(run: RunReader, content: Mapping[str, Any]) -> Record:
     )
     entries, items_of = results.read(run.evaluation_file) if run.evaluation_file.exists() else ([], {})
     made = [(measured, results.read_items(run.results_file).get(results.LAST, {})) for _, measured in last]
-    made += [(results.of_entries([entry]), items_of.get(entry["items"], {})) for entry in entries if "mix" not in entry]
-    entries = results.of_group(entries, config.eval)
+    made += [(results.read_entries([entry]), items_of.get(entry["items"], {})) for entry in entries]
+    entries = results.current_entries(entries, config.eval)
     shown = results.latest(entries)[0] if entries else []
-    evaluated = [(int(shown[-1]["step"]), results.of_entries(shown))] if shown else []
+    evaluated = [(int(shown[-1]["step"]), results.read_entries(shown))] if shown else []
     known, steps_of = newest([*last, *evaluations, *evaluated])
     if final:
         steps_of = {key: step for key, step in steps_of.items() if step != config.steps}

@@ -155,7 +155,7 @@ def collect_examples(
         return Examples(seed, missing=[_NO_SIMILARITY])
     chosen = select(specs, encoder.preprocessing, data_dir, data, profile)
     kinds = dict.fromkeys(chosen.kinds)
-    credits = list(dict.fromkeys(kind.credit for kind in kinds if kind.credit))
+    credits = list(dict.fromkeys(kind.display.credit for kind in kinds if kind.display.credit))
     examples = Examples(seed, credits=credits, missing=chosen.missing)
     words: Sequence[str] = [name for _, _, zeroshot, _ in chosen.zeroshot for name in zeroshot.names]
     for title, sentence, zeroshot, shown in chosen.zeroshot:
@@ -169,7 +169,7 @@ def collect_examples(
                 examples.gallery = examples.retrieved.gallery
                 words = captions
     if examples.gallery.images:
-        queries = list(dict.fromkeys(query for kind in kinds for query in kind.queries))
+        queries = list(dict.fromkeys(query for kind in kinds for query in kind.display.queries))
         _search_and_cluster(examples, encoder, variables, queries, list(dict.fromkeys(words)))
     return examples
 

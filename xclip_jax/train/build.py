@@ -194,11 +194,10 @@ def make_encoder(experiment: Experiment, classes: Sequence[str] | None = None) -
     return Encoder(
         experiment.model,
         experiment.tokenizer,
-        text_length=experiment.context_length,
-        preprocessing=experiment.preprocessing,
-        mesh=experiment.mesh,
-        batch=experiment.config.eval.batch,
-        similarities=experiment.objective.similarities,
+        experiment.preprocessing,
+        experiment.mesh,
+        experiment.objective.similarities,
+        batches=(experiment.config.eval.batch,),
         classes=classes,
     )
 

@@ -206,8 +206,8 @@ class RunWriter(RunReader):
                 self.metrics_file.unlink(missing_ok=True)
                 self.results_log_file.unlink(missing_ok=True)
             content: dict[str, Any] = {"config": current, "environment": facts, "started": now, **chosen}
-            if hub.is_hub(pinned := hub.pin(config.init.weights)):
-                content["init_commit"] = pinned.rpartition("@")[2]
+            if commit := hub.locate(config.init.weights).commit:
+                content["init_commit"] = commit
             if init_step:
                 content["init_step"] = init_step
             write_json(self.config_file, content)

@@ -4,12 +4,11 @@ import dataclasses
 import hashlib
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
 import numpy as np
-from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from xclip_jax import interop
@@ -23,6 +22,7 @@ from xclip_jax.data import tokenizer
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.evaluators.results import digest
 from xclip_jax.interop import hub
+from xclip_jax.interop.hub import Place
 from xclip_jax.models.tower import Tower
 from xclip_jax.models.two_towers import TOWERS, Variables
 from xclip_jax.objectives import LossConfig
@@ -35,22 +35,50 @@ from xclip_jax.train.state import TrainState
 _SHOWN = 8  # tensors that an error lists by name
 
 
-def load(path: str, step: int | None = None) -> tuple[Config, Experiment, Variables, int]:
-    """Load the config, experiment, variables and step of a checkpoint or of other weights, on this machine's devices.
+class Loaded(NamedTuple):
+    """A model on this machine's devices.
 
-    A run's variables are those that it evaluates: the moving average where `eval.ema` says so.
+    Attributes:
+      config: the run's config, with batch and layout of this machine.
+      experiment: the experiment of `config`.
+      variables: the variables to evaluate: the moving average if `eval.ema` is set.
+      step: step of the checkpoint; 0 for other weights.
+      classes: classes of a fine-tuned model; None if there are none or they have no names.
+    """
+
+    config: Config
+    experiment: Experiment
+    variables: Variables
+    step: int
+    classes: tuple[str, ...] | None
+
+
+def load(place: str | Place, step: int | None = None) -> Loaded:
+    """Load a checkpoint or other weights.
 
     Args:
-      path: a run's folder, or anything that `interop.read` knows, which has step 0.
+      place: a run's folder, anything that `interop.read` accepts, or the result of `hub.locate`.
       step: which checkpoint of a run; the newest by default.
     """
-    place = hub.resolve(path)
-    if not epath.Path(place).exists():
+    place = hub.locate(place)
+    if not place.path.exists():
         remedy = "name the folder of a run, a folder or file of weights, or hf:ORG/NAME of the Hub"
-        raise UserError(f"{str(path)!r} does not exist; {remedy}.")
-    run = RunReader(place)
-    config, variables = (run_config(run), None) if run.is_run() else _read_foreign(path, place, step)
-    # Layout and batch belong to the machine that trained, not to what was learned.
+        raise UserError(f"{place.name!r} does not exist; {remedy}.")
+    variables = None
+    if place.run:
+        config = run_config(place.run)
+        classes = place.run.read_classes()
+    elif step is not None:
+        raise UserError(f"{place.name} is not a run's folder, so it has no checkpoint of step {step}; omit --step.")
+    else:
+        content, variables = interop.read(place)
+        source = content.pop("source")
+        classes = source.get("classes")
+        for note in source["notes"]:
+            log0(f"{place.name}: {note}")
+        with imports.named_by(place.name):
+            config = schema.resolve(schema.complete({"steps": 1} | content))
+    # Layout and batch belong to the machine that trained, not to the model.
     config = dataclasses.replace(
         config,
         mesh=MeshConfig(),
@@ -60,18 +88,13 @@ def load(path: str, step: int | None = None) -> tuple[Config, Experiment, Variab
     )
     experiment = build(config)
     if variables is not None:
-        return config, experiment, _device_put_checked(variables, experiment, path), 0
+        return Loaded(config, experiment, _device_put_checked(variables, experiment, place.name), 0, classes)
+    run = RunReader(place.path)
     if not run.checkpoints.exists():
         raise UserError(f"{run.path} holds no checkpoint; train it first, or name the folder of another run.")
     with Checkpointer(run.path, read_only=True) as checkpointer:
         state, _ = checkpointer.restore(_evaluated(experiment), step)
-    return config, experiment, state.variables(ema=config.eval.ema), int(state.step)
-
-
-def pin(path: str) -> tuple[str, dict[str, str]]:
-    """Return the path of `hub.pin`, and {"commit": its commit} for records of what is computed with the weights."""
-    pinned = hub.pin(path)
-    return pinned, {"commit": pinned.rpartition("@")[2]} if hub.is_hub(pinned) else {}
+    return Loaded(config, experiment, state.variables(ema=config.eval.ema), int(state.step), classes)
 
 
 def adopt(config: ml_collections.ConfigDict, path: str) -> Config:
@@ -83,14 +106,13 @@ def adopt(config: ml_collections.ConfigDict, path: str) -> Config:
     Raises:
       UserError: no weights, or ones that cannot be read.
     """
-    place = epath.Path(hub.resolve(path))
-    if not place.exists():
+    place = hub.locate(path)
+    if not place.path.exists():
         raise UserError(
             f"weights={path} does not exist; the recipe takes its towers from there, also when its run resumes. Put "
             f"the weights back; to resume with another copy, name it here and add --config.init.weights={path}."
         )
-    run = RunReader(str(place))
-    source = _completed(run).to_dict() if run.is_run() else interop.read(path)[0]
+    source = _completed(place.run).to_dict() if place.run else interop.read(place)[0]
     groups = {name: source[name] for name in ("model", "objective", "data", "eval") if name in source}
     with imports.named_by(path):
         saved = schema.resolve(schema.complete({"steps": 1} | groups))
@@ -111,13 +133,6 @@ def adopt(config: ml_collections.ConfigDict, path: str) -> Config:
     return saved
 
 
-def read_classes(path: str) -> tuple[str, ...] | None:
-    """Return the classes that a model was fine-tuned on, or None if there are none or they have no names."""
-    place = hub.resolve(path)
-    run = RunReader(place)
-    return run.read_classes() if run.is_run() else interop.read_classes(place)
-
-
 def fingerprint(experiment: Experiment, variables: Variables) -> str:
     """Return a checksum of all that decides a model's features: weights, tokenizer, lengths and preprocessing.
 
@@ -129,7 +144,7 @@ def fingerprint(experiment: Experiment, variables: Variables) -> str:
     number = 0
     for leaf in jax.tree.leaves({**variables, "params": params}):
         number = zlib.crc32(np.ascontiguousarray(leaf).data, number)
-    return digest([number, experiment.context_length, experiment.image_size, _meaning(experiment.config)])
+    return digest([number, experiment.context_length, experiment.image_size, _compatibility(experiment.config)])
 
 
 def _completed(run: RunReader) -> ml_collections.ConfigDict:
@@ -150,16 +165,6 @@ def run_config(run: RunReader) -> Config:
             raise UserError(f"{run.config_file}: {error}") from None
 
 
-def _read_foreign(path: str, place: str, step: int | None) -> tuple[Config, Variables]:
-    if step is not None:
-        raise UserError(f"{path} is not a run's folder, so it has no checkpoint of step {step}; leave --step out.")
-    config, variables = interop.read(place)
-    for note in config.pop("source")["notes"]:
-        log0(f"{path}: {note}")
-    with imports.named_by(path):
-        return schema.resolve(schema.complete({"steps": 1} | config)), variables
-
-
 def _device_put_checked(variables: Variables, experiment: Experiment, path: str) -> Variables:
     """`variables` on the devices, checked against the model that their config describes."""
     expected = flatten_dict(experiment.abstract.variables(), sep="/")
@@ -172,8 +177,9 @@ def _device_put_checked(variables: Variables, experiment: Experiment, path: str)
 
 
 def _evaluated(experiment: Experiment) -> TrainState:
-    """The abstract arrays of what is evaluated, each whole on all devices: every process can read their values."""
-    whole, state = replicated(experiment.mesh), experiment.abstract
+    """The abstract arrays to evaluate, each whole on all devices: every process can read their values."""
+    whole = replicated(experiment.mesh)
+    state = experiment.abstract
     average = experiment.config.eval.ema and state.ema_params is not None
     others = ("params", "batch_stats") if average else ("ema_params", "ema_batch_stats")
     state = dataclasses.replace(state, **dict.fromkeys(("opt_state", "loss_state", *others)))
@@ -181,105 +187,40 @@ def _evaluated(experiment: Experiment) -> TrainState:
 
 
 def read_initial(
-    config: Config, abstract: TrainState, classes: Sequence[str] | None = None
+    config: Config, abstract: TrainState, classes: Sequence[str] | None = None, step: int | None = None
 ) -> tuple[dict[str, np.ndarray], int]:
-    """Read the tensors of `config.init.weights` that a new run's state has, and print what is left out or converted.
+    """Read the tensors of `config.init.weights` that a new run's state has, and print omissions and conversions.
 
     Args:
-      config: of the run.
+      config: the run's config.
       abstract: shapes of its state.
       classes: classes of its labelled data; a classifier of other classes is left out.
+      step: which checkpoint, if the weights are a run; the newest by default.
 
     Returns:
       Flat {"params/img/...": array}, and the step of the run that these are from, 0 for other weights.
     """
-    where, target = config.init.weights, abstract.variables()
-    tensors, notes, source_config, step = _convert_given(config, target, classes)
-    log0(f"starting from {where}, step {step}: {len(tensors)} of {len(flatten_dict(target))} tensors")
+    where = config.init.weights
+    target = abstract.variables()
+    source = load(where, step)
+    towers = {name: (getattr(source.experiment.model, name), config.model.tower(name))
+              for name in source.experiment.objective.towers}  # fmt: skip
+    variables = jax.device_get(source.variables)
+    left_out = "classifier" in target["params"].keys() & variables["params"] and source.classes != tuple(classes or ())
+    if left_out:
+        variables = variables | {"params": {k: x for k, x in variables["params"].items() if k != "classifier"}}
+        log0(f"the classifier of {where} is left out: it is not known to have the classes of this run")
+    tensors, notes = convert_params(variables, target, towers, where)
+    log0(f"starting from {where}, step {source.step}: {len(tensors)} of {len(flatten_dict(target))} tensors")
     for note in notes:
         log0(note)
-    saved, current = _meaning(source_config), _meaning(config)
+    saved = _compatibility(source.config)
+    current = _compatibility(config)
     differing = [key for key in saved if key in current and saved[key] != current[key]]
     if differing:
         settings = ", ".join(f"{key} ({saved[key]!r}, {current[key]!r} in this run)" for key in differing)
         log0(f"WARNING: the weights of {where} were trained with different settings: {settings}")
-    return tensors, step
-
-
-def _convert_given(
-    config: Config, target: Variables, classes: Sequence[str] | None, step: int | None = None
-) -> tuple[dict[str, np.ndarray], list[str], Config, int]:
-    """Return `convert_params` of `config.init.weights`, of `step` or the newest, with the weights' config and step."""
-    where = config.init.weights
-    pinned = hub.pin(where)
-    source_config, source, variables, step = load(pinned, step)
-    towers = {name: (getattr(source.model, name), config.model.tower(name)) for name in source.objective.towers}
-    variables = jax.device_get(variables)
-    if "classifier" in target["params"].keys() & variables["params"] and read_classes(pinned) != tuple(classes or ()):
-        variables = variables | {"params": {k: x for k, x in variables["params"].items() if k != "classifier"}}
-        log0(f"the classifier of {where} is left out: it is not known to have the classes of this run")
-    return *convert_params(variables, target, towers, where), source_config, step
-
-
-def read_given(path: str, config: Config, tuned: Variables) -> dict[str, np.ndarray]:
-    """Return the tensors that a tuned run started from, converted as at its start, for `mix`.
-
-    Args:
-      path: the run's folder.
-      config: of the run, as `load` returns it.
-      tuned: the run's variables.
-
-    Returns:
-      Flat {"params/img/...": array}; heads that the given weights lack are absent.
-
-    Raises:
-      UserError: the run started from random parameters, or its `init.weights` cannot be read any more.
-    """
-    where = config.init.weights
-    if not where:
-        raise UserError(
-            f"{path} did not start from given weights (init.weights is empty), so there is nothing to mix; leave "
-            "--mix out."
-        )
-    record = (None if hub.is_hub(path) else RunReader(path).read_config()) or {}
-    if "init_commit" in record:  # a branch of the Hub may have moved since, and a run gone on
-        pinned = f"{where.partition('@')[0]}@{record['init_commit']}"
-        config = dataclasses.replace(config, init=dataclasses.replace(config.init, weights=pinned))
-    try:
-        tensors, *_ = _convert_given(config, tuned, read_classes(hub.pin(path)), record.get("init_step"))
-    except UserError as error:
-        raise UserError(f"--mix needs the weights that {path} started from: {error}") from error
-    if missing := sorted(flatten_dict(dict(tuned), sep="/").keys() - tensors.keys()):
-        log0(f"not in {where}, so tuned in every mix: {_listed(missing)}")
-    return tensors
-
-
-def check_mix(share: float) -> float:
-    """Return the share of tuned weights in a mix; raise `UserError` unless it is from 0 to 1."""
-    if not 0 <= share <= 1:
-        raise UserError(f"--mix is {share:g}; expected numbers from 0 (given weights) to 1 (tuned weights).")
-    return share
-
-
-def mix(given: Mapping[str, np.ndarray], tuned: Variables, share: float) -> Variables:
-    """Return (1 - share) * given + share * tuned of every tensor, as WiSE-FT does (arXiv 2109.01903).
-
-    Args:
-      given: result of `read_given`; tensors that it lacks stay tuned.
-      tuned: variables of the run.
-      share: of the tuned weights, from 0 (exactly given) to 1 (exactly tuned).
-    """
-    if share == 1:
-        return tuned
-
-    def mixed(name: str, x: Any) -> Any:
-        if name not in given:
-            return x
-        value = np.float32(1 - share) * given[name] + np.float32(share) * np.asarray(x)
-        return jax.device_put(value, x.sharding)
-
-    flat = flatten_dict(dict(tuned), sep="/", keep_empty_nodes=True)
-    return unflatten_dict({name: mixed(name, x) for name, x in flat.items()}, sep="/")
+    return tensors, source.step
 
 
 def init_from_weights(tensors: Mapping[str, np.ndarray], state: TrainState) -> TrainState:
@@ -307,8 +248,8 @@ def init_from_weights(tensors: Mapping[str, np.ndarray], state: TrainState) -> T
     )
 
 
-def _meaning(config: Config) -> dict[str, Any]:
-    """Values of the config keys without which the weights are useless though their shapes fit."""
+def _compatibility(config: Config) -> dict[str, Any]:
+    """Config values that must match for the weights to be usable, even if every shape fits."""
     towers = {name: config.model.tower(name) for name in TOWERS}
     keys = {f"model.{name}.{key}": getattr(tower, key) for name, tower in towers.items() for key in tower.meaning_keys}
     if (tokens := config.data.tokenizer) not in tokenizer.NAMES:
@@ -329,10 +270,10 @@ def convert_params(
       source: NumPy arrays by collection ("params", "batch_stats"), as `TwoTowers.apply` takes them.
       target: arrays or shapes.
       towers: {"img", "txt"}: the towers of source and target.
-      where: what errors call the source.
+      where: name of the source in errors.
 
     Returns:
-      Flat {"params/img/...": array of the target's shape}, and sentences on what was changed or is missing.
+      Flat {"params/img/...": array of the target's shape}, and sentences on changed and missing tensors.
     """
     notes, wrong = [], []
     params = dict(source["params"])
@@ -341,7 +282,8 @@ def convert_params(
             continue
         if type(saved_tower) is not type(tower):
             del params[name]
-            saved, current = saved_tower.describe(), tower.describe()
+            saved = saved_tower.describe()
+            current = tower.describe()
             notes.append(f"{name} is another tower: {saved} in {where}, {current} in this run")
             continue
         try:

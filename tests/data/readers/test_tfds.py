@@ -11,7 +11,7 @@ from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.data import base, sources
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.data.readers.tfds import TfdsSource, open_tfds
-from xclip_jax.evaluators.base import Pictures
+from xclip_jax.evaluators.base import pictures
 
 
 def test_card_of_the_demo():
@@ -142,9 +142,9 @@ def test_labelled_images_of_tfds(tmp_path):
     source = sources.open_labelled("tfds:signs/train", base.SourceOptions(str(tmp_path)))
     images, labels = [source[i]["image"] for i in range(4)], source.labels().tolist()
     assert source.names == ["stop", "go"] and labels == [source[i]["label"] for i in range(4)]
-    pictures = Pictures(source.items, Preprocessing(16))
+    decoded = pictures(source.items, Preprocessing(16))
     with pytest.raises(BadSample) as caught:
-        pictures[images.index(b"no image")]
+        decoded[images.index(b"no image")]
     assert caught.value.__notes__ == [f"image 'record {images.index(b'no image')}'"]
     assert sorted(labels[i] for i in range(4) if images[i] != b"no image") == [0, 1, 1]
     unlabelled = prepare(tmp_path / "numbers", 3)

@@ -13,9 +13,9 @@ import safetensors.torch
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from tests.evaluators.sets.test_published import evaluate as evaluated
-from tests.evaluators.sets.test_published import records
-from tests.evaluators.sets.test_published import write as write_image
+from tests.evaluators.sets.test_known_sets import evaluate as evaluated
+from tests.evaluators.sets.test_known_sets import records
+from tests.evaluators.sets.test_known_sets import write as write_image
 from tests.helpers.encoding import PREPARE, SIZE
 from tests.helpers.foreign import MODELS, make_open_clip
 from xclip_jax.commands import evaluate
@@ -24,7 +24,7 @@ from xclip_jax.data import sources
 from xclip_jax.evaluators import registry
 from xclip_jax.evaluators.probe import Sweep
 from xclip_jax.evaluators.prompts import PROFILES, Profile
-from xclip_jax.evaluators.sets import published
+from xclip_jax.evaluators.sets import known_sets
 
 NAMES = ["tree frog", "espresso machine", "hand-held_computer", "go-kart", "moving van", "wok", "viaduct"]
 TEMPLATES = ["a photo of a {c}.", "itap of the {c}.", "{c}"]
@@ -306,7 +306,7 @@ def test_a_probe_of_a_tfds_set(name):
         data = registry.load(f"probe/{name}", SIZE)
     assert (len(data.train), len(data.validation), len(data.test)) == (
         3,
-        3 if published.ENTRIES[name].held else 0,
+        3 if known_sets.ENTRIES[name].held else 0,
         3,
     )
     data = dataclasses.replace(data, sweep=Sweep((1.0,), 0))

@@ -1,6 +1,6 @@
 """Sets of labelled images and texts: zero-shot classification, probes, and tests of fine-tuned classifiers.
 
-NAME, NAME@PATH, SOURCE, zeroshot/SOURCE, zeroshot/holdout[@RUN]    zero-shot: a set of the table in `published`, a
+NAME, NAME@PATH, SOURCE, zeroshot/SOURCE, zeroshot/holdout[@RUN]    zero-shot: a set of the table in `known_sets`, a
                                 source of labelled images, or held-out images of a run whose sources have labels
 babel/LANGUAGE@FILE             zero-shot: ImageNet's classes in another language, of Babel-ImageNet's file
 probe/NAME, probe/SOURCE        a linear probe trained on the training split; SOURCE/train and SOURCE/test
@@ -24,13 +24,13 @@ from xclip_jax.data.labelled import check_one_class
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.data.readers import wds
 from xclip_jax.evaluators import prompts
-from xclip_jax.evaluators.base import HELD_OUT, Joined, Pictures, SetKind
+from xclip_jax.evaluators.base import HELD_OUT, SetKind, joined, pictures
 from xclip_jax.evaluators.probe import ClassificationSet, ProbeSet, renumber
 from xclip_jax.evaluators.prompts import Profile
 from xclip_jax.evaluators.results import Provenance, contents, digest
 from xclip_jax.evaluators.retrieval import RetrievalSet
-from xclip_jax.evaluators.sets.own import captioned, held_out_data, is_holdout
-from xclip_jax.evaluators.sets.published import ENTRIES, PAPER, Content, Entry, read, read_tfds
+from xclip_jax.evaluators.sets.custom import captioned, held_out_data, is_holdout
+from xclip_jax.evaluators.sets.known_sets import ENTRIES, PAPER, Content, Entry, read, read_tfds
 from xclip_jax.evaluators.zeroshot import ZeroShotSet
 
 PREFIX, FINETUNED, WDS, BABEL = "zeroshot/", "finetuned/", "wds:", "babel/"
@@ -42,7 +42,8 @@ def read_source(spec: str, data_dir: str | None, image_key: str = SourceOptions.
     source = sources.open_labelled(spec, SourceOptions(data_dir or "", image_key))
     if source.key != "image" or not source.names:
         raise UserError(f"{spec}: expected images in classes, got {source.key}s; use another source.")
-    data, names = sources.parse(spec).rest, list(source.names)
+    data = sources.parse(spec).rest
+    names = list(source.names)
     return Content(source.items, source.labels(), names, data, source.version, "", source.identity, source.templates)
 
 
@@ -63,7 +64,7 @@ def read_held_out(spec: str, data: DataConfig) -> Content:
     if not len(names):
         raise UserError(f"{spec}: none of the labelled images of {', '.join(data.sources)} is held out.")
     return Content(
-        Joined([part.images for part in parts]),
+        joined([part.images for part in parts]),
         np.array([number[name] for name in names], int),
         classes,
         ", ".join(data.sources),
@@ -76,13 +77,14 @@ def read_babel(spec: str, data_dir: str | None) -> tuple[Content, str]:
     """Read `babel/LANGUAGE@FILE`: the classes of ImageNet that Babel-ImageNet (arXiv 2306.08658) has in a language.
 
     FILE is babel_imagenet.json, {language: [numbers of classes, names]}. Beside it are nllb_dist13b_prompts.json, or a
-    prompt is the name alone, and ImageNet's folder `val`, or the images are read from TFDS. English has OpenAI's names
-    and prompts, as in the authors' code; the file's English names are BabelNet's. The second result says whose prompts
+    prompt is only the name, and ImageNet's folder `val`, or the images are read from TFDS. English has OpenAI's names
+    and prompts, like the authors' code; the file's English names are BabelNet's. The second result says whose prompts
     these are.
     """
     language, _, location = spec.removeprefix(BABEL).partition("@")
     path = pathlib.Path(location).expanduser()
-    prompts_path, images = path.with_name("nllb_dist13b_prompts.json"), path.with_name("val")
+    prompts_path = path.with_name("nllb_dist13b_prompts.json")
+    images = path.with_name("val")
     try:
         names = json.loads(path.read_text(encoding="utf-8"))
         if language.upper() not in names:
@@ -92,10 +94,13 @@ def read_babel(spec: str, data_dir: str | None) -> tuple[Content, str]:
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{spec}: {location!r} is not Babel-ImageNet's file of names ({describe(error)}).") from error
     _, _, content = read(f"imagenet@{images}" if images.is_dir() else "imagenet", data_dir)
-    whose, templates = "translated", [text.replace("{}", "{c}") for text in translated.get(language.upper(), ["{}"])]
+    whose = "translated"
+    templates = [text.replace("{}", "{c}") for text in translated.get(language.upper(), ["{}"])]
     if language.upper() == "EN":
-        whose, templates = "OpenAI's", prompts.templates("openai80")
-        numbers, classes = list(range(len(content.classes))), content.classes
+        whose = "OpenAI's"
+        templates = prompts.templates("openai80")
+        numbers = list(range(len(content.classes)))
+        classes = content.classes
     position = np.full(len(content.classes), -1)
     try:
         position[numbers] = np.arange(len(numbers))
@@ -128,7 +133,8 @@ def load(spec: str, prepare: Preprocessing, data: DataConfig, profile: Profile) 
         return own_set(name, read_source(name, data.dir or None), prepare, profile)
     if name.startswith(BABEL):
         content, whose = read_babel(name, data.dir or None)
-        texts, used = prompts.prompts(content.classes, content.templates), _described(whose, content.templates)
+        texts = prompts.prompts(content.classes, content.templates)
+        used = _described(whose, content.templates)
         return _make(name, content, Entry(), texts, used, profile.preprocessing(prepare))
     key, entry, content = read(name, data.dir or None)
     classes = content.classes
@@ -137,7 +143,8 @@ def load(spec: str, prepare: Preprocessing, data: DataConfig, profile: Profile) 
     words: list[Any] = classes
     synonyms = ""
     if key == "fer2013" and profile.clips:
-        words, synonyms = [prompts.SYNONYMS.get(label, label) for label in classes], ", synonyms"
+        words = [prompts.SYNONYMS.get(label, label) for label in classes]
+        synonyms = ", synonyms"
     used = prompts.chosen(entry.templates, profile)
     description = f"{used} ({len(prompts.templates(used))}{synonyms})"
     content = dataclasses.replace(content, classes=classes)
@@ -198,15 +205,16 @@ def _make(
         note=entry.note,
         role=entry.role,
     )
-    pictures = Pictures(content.images, prepare)
-    return ZeroShotSet(spec, pictures, content.labels, texts, names=content.classes, card=card)
+    images = pictures(content.images, prepare)
+    return ZeroShotSet(spec, images, content.labels, texts, names=content.classes, card=card)
 
 
 def _read_splits(spec: str, data_dir: str | None) -> tuple[Entry, list[Content], Any]:
     """Return the table's entry, two or three splits (training, validation, test), and their identity for the hash."""
     name = spec.partition("/")[2]
     if sources.has_labels(name, "image"):
-        source, options = sources.parse(name), SourceOptions(data_dir or "")
+        source = sources.parse(name)
+        options = SourceOptions(data_dir or "")
         has_validation = source.kind.has_split(source.rest, "validation", options)
         splits = ("train", *["validation"] * has_validation, "test")
         parts = [read_source(f"{name}/{split}", data_dir) for split in splits]
@@ -249,7 +257,7 @@ def load_probe(spec: str, prepare: Preprocessing, data: DataConfig, profile: Pro
         metric=f"linear/{metric}",
         note=entry.note,
     )
-    train, validation, test = (Pictures(part.images, prepare) for part in content)
+    train, validation, test = (pictures(part.images, prepare) for part in content)
     return ProbeSet(spec, train, validation, test, {"": [part.labels for part in content]}, card=card)
 
 
@@ -258,7 +266,8 @@ def load_finetuned(spec: str, prepare: Preprocessing, data: DataConfig, profile:
     source_spec = spec.removeprefix(FINETUNED)
     source = sources.open_labelled(source_spec, SourceOptions(data.dir))
     check_one_class(source_spec, source)
-    labels, images = source.labels(), source.key == "image"
+    labels = source.labels()
+    images = source.key == "image"
     prepare = dataclasses.replace(profile, exif_rotation=True).preprocessing(prepare)
     card = Provenance(
         data=source_spec,
@@ -271,7 +280,7 @@ def load_finetuned(spec: str, prepare: Preprocessing, data: DataConfig, profile:
         metric=f"finetuned/{source.metrics[0]}",
         preprocessing=prepare.resizing if images else "",
     )
-    items = Pictures(source.items, prepare) if images else source.items
+    items = pictures(source.items, prepare) if images else source.items
     return ClassificationSet(spec, items, labels, len(source.names) or 1, card, tuple(source.names))
 
 
@@ -280,9 +289,8 @@ class ClassSets(SetKind):
 
     prefixes = (*ENTRIES, *_IMAGES, PREFIX.rstrip("/"), BABEL.rstrip("/"))
     names = (*PAPER, PREFIX + HELD_OUT)
-    at_path = (*ENTRIES, f"{BABEL}LANGUAGE")
     suites: ClassVar = {"paper": (*PAPER, "coco_retrieval")}
-    usage = "own data: " + "; ".join(
+    usage = f"classes in files, NAME@PATH: {', '.join(ENTRIES)}, {BABEL}LANGUAGE; own data: " + "; ".join(
         [f"{spec}, {what}" for spec, what in sources.LABELS.items() if spec.partition(":")[0] in _IMAGES]
         + [f"{PREFIX}{sources.OF_ANOTHER_PACKAGE}"]
         + [f"{PREFIX}{HELD_OUT}[@RUN], the held-out pairs of a run whose sources have labels"]
@@ -304,7 +312,7 @@ class ClassSets(SetKind):
 
     @classmethod
     def shows(cls, spec: str) -> str:
-        """Return "captions" for a data set in clip_benchmark's layout that is known to have them, else "classes"."""
+        """Return "captions" for a data set in clip_benchmark's layout with a known type of captions, else "classes"."""
         try:
             return "captions" if spec.startswith(WDS) and _type_of(spec) == wds.CAPTIONS else "classes"
         except UserError:  # loading the set reports the fault

@@ -35,7 +35,7 @@ from xclip_jax.evaluators.probe import ProbeSet, Sweep
 from xclip_jax.evaluators.prompts import Profile
 from xclip_jax.evaluators.results import Provenance, contents, digest
 from xclip_jax.evaluators.retrieval import Pair, RetrievalSet, SimilaritySet
-from xclip_jax.evaluators.sets.own import captioned
+from xclip_jax.evaluators.sets.custom import captioned
 
 # SentEval's tasks without splits: files of class 0 and class 1, one sentence a line.
 _TWO_FILES = {
@@ -53,7 +53,7 @@ _C_BY_FOLDS = "own splits, C by ten folds of the training items"
 
 
 def _lines(path: pathlib.Path) -> list[str]:
-    """Return the lines of a file that are not blank."""
+    """Return the lines of a file except blank ones."""
     data = path.read_bytes()
     try:
         text = data.decode("utf-8")
@@ -187,7 +187,7 @@ def trec(data_dir: str | None) -> ProbeSet:
 def glue(name: str, folder: str, data_dir: str | None) -> ProbeSet | SimilaritySet:
     """Read a GLUE task, tested on dev because test has no labels: a probe of frozen features, or cosines for STS-B.
 
-    The features of two sentences u and v are [u, v, |u - v|, u v], as in GLUE's baselines.
+    The features of two sentences u and v are [u, v, |u - v|, u v], like GLUE's baselines.
     """
     task = name.removeprefix("glue/")
     spec = f"{name}@{folder}" if folder else name
@@ -265,6 +265,7 @@ GLUE = tuple(f"glue/{task}" for task in tasks.TASKS)
 IN_TFDS = ("coco_retrieval", "trec", *GLUE)
 RETRIEVAL = ("coco_retrieval", "flickr30k_retrieval")
 LANGUAGES = {"xm3600": xm3600, "multi30k": multi30k}
+_AT_PATH = (*READERS, *RETRIEVAL, *GLUE)
 
 
 def load(
@@ -272,7 +273,8 @@ def load(
 ) -> SimilaritySet | ProbeSet | RetrievalSet:
     """Open the set `spec`, see the module's docstring."""
     name, _, location = spec.partition("@")
-    path, data_dir = pathlib.Path(location).expanduser(), data.dir or None
+    path = pathlib.Path(location).expanduser()
+    data_dir = data.dir or None
     try:
         if name in GLUE:
             return glue(name, str(path) if location else "", data_dir)
@@ -301,7 +303,9 @@ class FileSets(SetKind):
 
     prefixes = tuple(dict.fromkeys([*READERS, *RETRIEVAL, *LANGUAGES, "glue"]))
     names = IN_TFDS
-    at_path = (*READERS, *RETRIEVAL, *(f"{name}/LANGUAGE" for name in LANGUAGES), *GLUE)
+    usage = (
+        f"texts and captions in files, NAME@PATH: {', '.join((*_AT_PATH, *(f'{name}/LANGUAGE' for name in LANGUAGES)))}"
+    )
     load = staticmethod(load)
 
     @classmethod
@@ -309,7 +313,7 @@ class FileSets(SetKind):
         """Whether `spec` names a set of this module; the path is not checked."""
         name, _, path = spec.partition("@")
         in_language = name.partition("/")[0] in LANGUAGES and bool(name.partition("/")[2])
-        return (bool(path) and (name in cls.at_path or in_language)) or spec in IN_TFDS
+        return (bool(path) and (name in _AT_PATH or in_language)) or spec in IN_TFDS
 
     @classmethod
     def shows(cls, spec: str) -> str:

@@ -17,13 +17,13 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from xclip_jax.core.errors import UserError
-from xclip_jax.data.base import field
+from xclip_jax.data.base import LazySequence, field
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.labelled import read_files
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.data.readers.tfds import open_tfds
 from xclip_jax.evaluators import prompts
-from xclip_jax.evaluators.base import Pictures, SetKind
+from xclip_jax.evaluators.base import SetKind, pictures
 from xclip_jax.evaluators.dense import NO_CLASS, PROTOCOL, DenseSet, MaskedImages
 from xclip_jax.evaluators.prompts import Profile
 from xclip_jax.evaluators.results import SHIFTED, VALIDATION, Provenance, digest
@@ -128,7 +128,7 @@ class Content:
       labels: int (n,), or bool (n, classes) if an image may have several classes.
       classes: names of the classes.
       data, version, split: see `Provenance`.
-      identity: JSON that identifies images that are not files, for the split's hash.
+      identity: JSON that identifies images outside files, for the split's hash.
       templates: the data set's own templates, which override the profile's; may be empty.
     """
 
@@ -217,7 +217,7 @@ def _is_number(label: str) -> bool:
 def _check_unknown(spec: str, classes: Sequence[str], expected: int) -> None:
     """Check the classes of NAME@PATH, whose names are not known: no numbers, and `expected` of them unless it is 0.
 
-    A number would become the prompt, and classes that are missing could not be answers.
+    A number would become the prompt, and missing classes could not be answers.
     """
     name, _, path = spec.partition("@")
     number = next(filter(_is_number, classes), None)
@@ -251,19 +251,14 @@ def _masked(name: str, entry: Entry, labels: np.ndarray, names: list[str]) -> tu
     return position[labels], [names[i] for i in entry.classes]
 
 
-class TrimapMasks(Sequence):
-    """Masks of Oxford-IIIT Pet: 1 is the pet, 2 the background, 3 the outline, which has no class."""
+def _pet_masks(source: Any) -> LazySequence:
+    """Masks of Oxford-IIIT Pet's trimaps (h, w, 1): 1 is the pet, 2 the background, 3 the outline, without class."""
 
-    def __init__(self, source: Any) -> None:
-        """Records of `source` have the feature segmentation_mask (h, w, 1)."""
-        self._source = source
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def __getitem__(self, index: int) -> np.ndarray:  # ty: ignore[incompatible-method-override] no slices
-        trimap = np.asarray(self._source[index]["segmentation_mask"])[..., 0]
+    def get(index: int) -> np.ndarray:
+        trimap = np.asarray(source[index]["segmentation_mask"])[..., 0]
         return np.where(trimap == 3, NO_CLASS, trimap - np.uint8(1)).astype(np.uint8)
+
+    return LazySequence(len(source), get)
 
 
 class DenseSets(SetKind):
@@ -280,10 +275,11 @@ class DenseSets(SetKind):
     @classmethod
     def load(cls, spec: str, prepare: Preprocessing, data: DataConfig, profile: Profile) -> DenseSet:
         """Open the set."""
-        name, prepare = "oxford_iiit_pet", profile.preprocessing(prepare)
+        name = "oxford_iiit_pet"
+        prepare = profile.preprocessing(prepare)
         (train, info), (test, _) = (open_tfds(name, split, data.dir or None) for split in ("train", "test"))
         train, test = (
-            MaskedImages(Pictures(field(source, "image"), prepare), TrimapMasks(source)) for source in (train, test)
+            MaskedImages(pictures(field(source, "image"), prepare), _pet_masks(source)) for source in (train, test)
         )
         version = str(info.version)
         card = Provenance(
@@ -295,6 +291,7 @@ class DenseSets(SetKind):
             preprocessing=prepare.resizing,
             metric="miou",
         )
-        classes, none = ["pet", "background"], MaskedImages([], [])
+        classes = ["pet", "background"]
+        none = MaskedImages([], [])
         texts = prompts.prompts(classes, prompts.chosen("imagenet", profile))
         return DenseSet(spec, classes, train, none, test, prepare, card, texts)

@@ -17,7 +17,7 @@ from xclip_jax.data.config import DataConfig
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.evaluators import registry, retrieval
 from xclip_jax.evaluators.prompts import PROFILES, with_own
-from xclip_jax.evaluators.sets import own
+from xclip_jax.evaluators.sets import custom
 from xclip_jax.train import trainer
 
 
@@ -84,14 +84,14 @@ def test_rows_of_one_image_are_one_item_with_all_their_captions(tmp_path):
     parts = [
         holdout.find(s, sources.open_pairs(s), 1.0, DataConfig()) for s in (f"folder:{folder}", f"folder:{copied}")
     ]
-    captions, positions = own.captions_by_image(parts)
+    captions, positions = custom.captions_by_image(parts)
     assert [x.tolist() for x in positions] == [[0, 1, 2, 3, 4, 5], []]
     assert list(captions.values()) == [2 * texts for texts in parts[0].captions]
 
 
 def test_an_image_without_captions_is_named():
     with pytest.raises(UserError, match=r"^set: record 1 has no caption; add one, or leave the image out\.$"):
-        own.captioned("set", [b"", b""], [["a"], []], ["a", "b"], Preprocessing(SIZE), PROFILES["openai"])
+        custom.captioned("set", [b"", b""], [["a"], []], ["a", "b"], Preprocessing(SIZE), PROFILES["openai"])
 
 
 def test_captions_of_own_pairs_follow_the_profile_but_for_its_prefix(pairs):
@@ -249,7 +249,7 @@ def test_own_templates_and_names(classes, tmp_path):
             '{"owl": "owl", "elk": "elk"}',
             "none of the class names, such as 'elk', is among its 2 classes, such as 'hen'",
         ),
-        ('{"hen": 3}', "are not {label: name}"),
+        ('{"hen": 3}', "expected JSON, {label: name}"),
         ("{", "cannot be read"),
     ):
         path.write_text(content)

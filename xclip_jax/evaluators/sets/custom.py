@@ -23,7 +23,7 @@ from xclip_jax.data.base import MissingColumnError, display_name, field
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.holdout import Subset
 from xclip_jax.data.preprocessing import Preprocessing
-from xclip_jax.evaluators.base import HELD_OUT, Joined, Pictures, SetKind
+from xclip_jax.evaluators.base import HELD_OUT, SetKind, joined, pictures
 from xclip_jax.evaluators.prompts import Profile
 from xclip_jax.evaluators.results import Provenance, digest
 from xclip_jax.evaluators.retrieval import RetrievalSet
@@ -54,7 +54,7 @@ def held_out_data(spec: str, data: DataConfig) -> DataConfig:
 def query_columns(name: str) -> tuple[str, dict[str, list[str]]]:
     """Split "?image=COLUMN&text=COLUMN" from a source's spec; return the spec, and the columns by key.
 
-    In names %26 is & and %2C a comma. A question mark with another meaning, as in a pattern of files, stays.
+    In names %26 is & and %2C a comma. A question mark with another meaning, such as in a pattern of files, stays.
     """
     source_name, _, query = name.rpartition("?")
     columns = urllib.parse.parse_qs(query)
@@ -75,10 +75,10 @@ def named_columns(name: str, data: DataConfig) -> tuple[str, DataConfig]:
 
 
 def captions_by_image(parts: Sequence[holdout.Pairs]) -> tuple[dict[str, list[str]], list[np.ndarray]]:
-    """Return {hash of an image: its captions}, and for each part the positions of images that are new.
+    """Return {hash of an image: its captions}, and for each part the positions of new images.
 
     Captions of one image are often separate pairs, such as rows of a CSV file. All of them are right answers and
-    queries, equal ones too, as in Flickr8k and COCO.
+    queries, equal ones too, the convention of Flickr8k and COCO.
     """
     captions: dict[str, list[str]] = {}
     positions = []
@@ -96,10 +96,12 @@ def load_pairs(spec: str, prepare: Preprocessing, data: DataConfig, profile: Pro
     """Open the set `spec`; its captions have the prefix of the command, not the one of the published sets."""
     name = spec.removeprefix(PREFIX)
     if is_holdout(spec, PREFIX):
-        specs, share = tuple(data.sources), data.holdout
+        specs = tuple(data.sources)
+        share = data.holdout
     else:
         source_name, data = named_columns(name, data)
-        specs, share = (sources.spec_from_path(source_name),), 1.0
+        specs = (sources.spec_from_path(source_name),)
+        share = 1.0
         name = specs[0] + name.removeprefix(source_name)
     try:
         with imports.named_by("the config of the run that holds them out") if share < 1 else contextlib.nullcontext():
@@ -121,7 +123,7 @@ def load_pairs(spec: str, prepare: Preprocessing, data: DataConfig, profile: Pro
     each = zip(opened, parts, positions, strict=True)
     images: list[Any] = [field(Subset(source, part.indices[new]), "image") for source, part, new in each]
     origin = {"data": ", ".join(specs), "split": f"held out, {share:g}" if share < 1 else ""}
-    return captioned(name, Joined(images), list(by_image.values()), list(by_image), prepare, profile, **origin)
+    return captioned(name, joined(images), list(by_image.values()), list(by_image), prepare, profile, **origin)
 
 
 def captioned(
@@ -134,7 +136,8 @@ def captioned(
     **origin: str,
 ) -> RetrievalSet:
     """Return a retrieval set of encoded images, identified by `ids`, and their captions as the profile changes them."""
-    prepare, texts = profile.preprocessing(prepare), [profile.texts(of_image) for of_image in captions]
+    prepare = profile.preprocessing(prepare)
+    texts = [profile.texts(of_image) for of_image in captions]
     for i, of_image in enumerate(texts):
         if not of_image:
             raise UserError(f"{name}: {display_name(images, i)} has no caption; add one, or leave the image out.")
@@ -147,7 +150,7 @@ def captioned(
         preprocessing=prepare.resizing,
         metric="image_to_text/r1",
     )
-    return RetrievalSet(name, Pictures(images, prepare), texts, card)
+    return RetrievalSet(name, pictures(images, prepare), texts, card)
 
 
 class PairSets(SetKind):

@@ -11,7 +11,7 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL.Image
@@ -19,16 +19,16 @@ import PIL.Image
 from xclip_jax.core.console import log0
 from xclip_jax.core.errors import UserError, describe
 from xclip_jax.data import images, sources
-from xclip_jax.data.base import MissingColumnError, choose
+from xclip_jax.data.base import LazySequence, MissingColumnError, choose
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.labelled import Paths, file_size
 from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.data.readers.table import ColumnSource
-from xclip_jax.evaluators.base import Joined, Pictures, SetKind
+from xclip_jax.evaluators.base import SetKind, joined, pictures
 from xclip_jax.evaluators.choice import ChoiceSet
 from xclip_jax.evaluators.prompts import Profile
 from xclip_jax.evaluators.results import Provenance, contents, digest
-from xclip_jax.evaluators.sets.own import query_columns
+from xclip_jax.evaluators.sets.custom import query_columns
 
 PREFIX = "choice/"
 _COLUMNS = "?image=COLUMN&text=RIGHT&text=WRONG"
@@ -38,29 +38,26 @@ _FEWEST = 25  # items of a pair of attributes; ARO leaves rarer pairs out of its
 _WINOGROUND = "?image=image_0&image=image_1&text=caption_0&text=caption_1&group=collapsed_tag"
 _AT_PATH = ("sugarcrepe", *(f"sugarcrepe/{part}" for part in _PARTS), *_ARO, "winoground")
 
-# Images and their identities last; between them pictures and texts as in `ChoiceSet`, and each item's part or "".
-Loaded = tuple[Sequence[Any], np.ndarray, list[list[str]], list[str], Sequence[Any]]
+
+class Choices(NamedTuple):
+    """Items to choose from.
+
+    Attributes:
+      images: encoded images.
+      pictures, texts, files: see `ChoiceSet`.
+      parts: name of each item's part, "" for none.
+      ids: identities of images for the hash of the set.
+    """
+
+    images: Sequence[Any]
+    pictures: np.ndarray
+    texts: list[list[str]]
+    parts: list[str]
+    ids: Sequence[Any]
+    files: np.ndarray | None = None
 
 
-class Crops(Paths):
-    """Rectangles (left, top, width, height) of images in files, decoded on access; black beyond the image."""
-
-    def __init__(self, paths: Sequence[pathlib.Path], boxes: Sequence[Sequence[float]]) -> None:
-        super().__init__(paths)
-        self._boxes = boxes
-
-    def files(self) -> np.ndarray:
-        """Return the number of each rectangle's file, int (n,)."""
-        number = {path: i for i, path in enumerate(dict.fromkeys(self.paths))}
-        return np.array([number[path] for path in self.paths])
-
-    def __getitem__(self, index: int) -> Any:
-        left, top, width, height = self._boxes[index]
-        image = PIL.Image.fromarray(images.decode(super().__getitem__(index), rotate=False))
-        return np.asarray(image.crop((left, top, left + width, top + height)))
-
-
-def sugarcrepe(name: str, folder: pathlib.Path) -> Loaded:
+def sugarcrepe(name: str, folder: pathlib.Path) -> Choices:
     """Read one or all of the types of wrong captions of SugarCrepe; items of one image share it."""
     named = [name.partition("/")[2]] if "/" in name else _PARTS
     records = [(part, record) for part in named for record in _read_json(folder / f"{part}.json").values()]
@@ -68,13 +65,14 @@ def sugarcrepe(name: str, folder: pathlib.Path) -> Loaded:
     paths = Paths([folder / "val2017" / file for file in number])
     pictures = np.array([number[record["filename"]] for _, record in records], int)[:, None]
     texts = [[record["caption"], record["negative_caption"]] for _, record in records]
-    return paths, pictures, texts, [part if len(named) > 1 else "" for part, _ in records], contents(paths)
+    parts = [part if len(named) > 1 else "" for part, _ in records]
+    return Choices(paths, pictures, texts, parts, contents(paths))
 
 
-def aro(name: str, folder: pathlib.Path) -> Loaded:
+def aro(name: str, folder: pathlib.Path) -> Choices:
     """Read ARO's relations or attributes: a box of an image with its caption, and one with two words exchanged.
 
-    The mean of the authors' code is over relations that are not symmetric, or over pairs of attributes with 25 items.
+    The mean of the authors' code is over asymmetric relations, or over pairs of attributes with 25 items.
     """
     records = _read_json(folder / _ARO[name])
     if name == "aro/vg_relation":
@@ -84,21 +82,30 @@ def aro(name: str, folder: pathlib.Path) -> Loaded:
         parts = ["_".join(record["attributes"][:2]) for record in records]
         left_out = {pair for pair, count in collections.Counter(parts).items() if count < _FEWEST}
     boxes = [[float(record[f"bbox_{side}"]) for side in "xywh"] for record in records]
-    crops = Crops([folder / "images" / record["image_path"] for record in records], boxes)
+    paths = Paths([folder / "images" / record["image_path"] for record in records])
+
+    def crop(index: int) -> np.ndarray:  # black beyond the image
+        left, top, width, height = boxes[index]
+        image = PIL.Image.fromarray(images.decode(paths[index], rotate=False))
+        return np.asarray(image.crop((left, top, left + width, top + height)))
+
     texts = [[record["true_caption"], record["false_caption"]] for record in records]
     parts = ["" if part in left_out else part for part in parts]
-    return crops, np.arange(len(texts))[:, None], texts, parts, [*contents(crops), *boxes]
+    number = {path: i for i, path in enumerate(dict.fromkeys(paths.paths))}
+    files = np.array([number[path] for path in paths.paths])
+    crops = LazySequence(len(paths), crop, paths.name)
+    return Choices(crops, np.arange(len(texts))[:, None], texts, parts, [*contents(paths), *boxes], files)
 
 
 def _read_json(path: pathlib.Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def read_rows(spec: str, data: DataConfig) -> Loaded:
+def read_rows(spec: str, data: DataConfig) -> Choices:
     """Read "SOURCE?image=COLUMN&text=RIGHT&text=WRONG"; with &group=COLUMN a row's part is the text of its value there.
 
     Raises:
-      UserError: another key, a source without columns or without these, or a row that has no right text or several.
+      UserError: another key, a source without columns or without these, or a row without exactly one right text.
     """
     name, columns = query_columns(spec)
     keys = columns.get("text", list(DataConfig.text_keys))
@@ -116,13 +123,12 @@ def read_rows(spec: str, data: DataConfig) -> Loaded:
             raise UserError(f"{spec}: {name!r} has no columns; write its texts into a table, csv:, parquet: or hf:.")
         tables.append(table)
     rows = [tables[0].texts(i) for i in range(len(tables[0]))]
-    right = keys[: len(tables)]  # texts of an image of their own; wrong ones may be fewer in some rows
-    if empty := [(i, key) for i, row in enumerate(rows) for key, cell in zip(right, row, strict=False) if not cell]:
-        raise UserError(f"{spec}: row {empty[0][0]} has no text in column {empty[0][1]!r}; add it, or delete the row.")
-    if several := [(i, key) for i, row in enumerate(rows) for key, x in zip(right, row, strict=False) if len(x) > 1]:
-        raise UserError(
-            f"{spec}: row {several[0][0]} has several texts in column {several[0][1]!r}; leave the right one."
-        )
+    right = keys[: len(tables)]  # wrong texts may be fewer or more in some rows
+    for i, row in enumerate(rows):
+        for key, cell in zip(right, row, strict=False):
+            if len(cell) != 1:
+                number = "several texts" if cell else "no text"
+                raise UserError(f"{spec}: row {i} has {number} in column {key!r}; give it one, or delete the row.")
     named = [table.images.path(i) for table in tables for i in range(len(rows))]
     first = {name: i for i, name in reversed(list(enumerate(named)))}  # rows may share the file of an image
     used, pictures = np.unique([first[name] if name else i for i, name in enumerate(named)], return_inverse=True)
@@ -131,7 +137,7 @@ def read_rows(spec: str, data: DataConfig) -> Loaded:
     cells = [table.images for table in tables]
     sizes = [size for column in cells for size in column.sizes()]
     ids = [(size[0], file_size(path)) if path else size for size, path in zip(sizes, named, strict=True)]
-    return choose(Joined(cells), used.tolist()), pictures.reshape(len(tables), -1).T, texts, parts, ids
+    return Choices(choose(joined(cells), used.tolist()), pictures.reshape(len(tables), -1).T, texts, parts, ids)
 
 
 def load(spec: str, prepare: Preprocessing, data: DataConfig, profile: Profile) -> ChoiceSet:
@@ -145,23 +151,25 @@ def load(spec: str, prepare: Preprocessing, data: DataConfig, profile: Profile) 
             items = (aro if name in _ARO else sugarcrepe)(name, pathlib.Path(location).expanduser())
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{name}: {location!r} is not in the published layout ({describe(error)}).") from error
-    pictures, plain, of_items, ids = items[1:]
     profile = dataclasses.replace(
         profile, prefix=profile.prefix or "", captions=0, exif_rotation=spec.startswith(PREFIX)
     )
-    prepare, paired = profile.preprocessing(prepare), pictures.shape[1] == 2
-    texts, parts = [profile.texts(item) for item in plain], np.array(of_items, object)
+    prepare = profile.preprocessing(prepare)
+    texts = [profile.texts(item) for item in items.texts]
+    metric = "macro_accuracy" if name in _ARO else "accuracy"
+    if items.pictures.shape[1] == 2:
+        metric = "group_score"
     card = Provenance(
         data=name.removeprefix(PREFIX),
-        split_hash=digest([*ids, *texts, *of_items]),
+        split_hash=digest([*items.ids, *texts, *items.parts]),
         protocol="right texts and images of an item score higher than its others; equal scores are wrong",
         templates=f"{profile.caption_prefix}TEXT",
         preprocessing=prepare.resizing,
-        metric="group_score" if paired else "macro_accuracy" if name in _ARO else "accuracy",
+        metric=metric,
     )
-    groups = {part: parts == part for part in dict.fromkeys(of_items) if part}
-    files = items[0].files() if isinstance(items[0], Crops) else None
-    loaded = ChoiceSet(spec, Pictures(items[0], prepare), pictures, texts, groups, card, files)
+    parts = np.array(items.parts, object)
+    groups = {part: parts == part for part in dict.fromkeys(items.parts) if part}
+    loaded = ChoiceSet(spec, pictures(items.images, prepare), items.pictures, texts, groups, card, items.files)
     return _answerable(loaded) if spec.startswith(PREFIX) else loaded
 
 
@@ -189,8 +197,10 @@ class ChoiceSets(SetKind):
 
     prefixes = ("sugarcrepe", "aro", "winoground", PREFIX.rstrip("/"))
     names = ("winoground",)
-    at_path = _AT_PATH
-    usage = f"own texts to choose from: {PREFIX}SOURCE{_COLUMNS}, of csv:, parquet: and hf:"
+    usage = (
+        f"choices in files, NAME@PATH: {', '.join(_AT_PATH)}; own texts to choose from: {PREFIX}SOURCE{_COLUMNS}, of "
+        "csv:, parquet: and hf:"
+    )
     load = staticmethod(load)
 
     @classmethod
