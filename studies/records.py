@@ -30,8 +30,13 @@ SHORT_NAMES = {
     "studies.icons.sets:IconSets/": "icons/",
     "studies.icons.sources:IconSplits:": "icons:",
 }
-# Keys that configs of earlier commits have, and that no longer exist: all runs had their default.
-REMOVED = ("checkpoint.keep_every", "eval.before", "log.expected_epochs", "log.project", "optim.mu_dtype")
+# Keys that configs of earlier commits have, and that no longer exist: all runs had their default, or the value that the
+# objective has without the key.
+REMOVED = (
+    "checkpoint.keep_every", "eval.before", "log.expected_epochs", "log.project", "model.bias_init", "model.img.act",
+    "model.img.eps", "model.img.patch_bias", "model.img.pre_norm", "model.project_bias", "model.project_img",
+    "model.scale_init", "model.txt.act", "model.txt.eps", "optim.mu_dtype",
+)  # fmt: skip
 _FIELDS = ("arm", "seed", "config", "commit", "environment", "results")
 
 

@@ -203,11 +203,10 @@ def test_image_positions_are_interpolated_as_open_clip_does(size):
 
 
 def test_what_is_fresh_and_what_is_left_out_is_named():
-    found, notes = convert(towers(embed=0), towers(pre_norm=False))
+    found, notes = convert(towers(embed=0), towers(embed=16, style="siglip"))
     assert "params/txt/tokens" in found and "params/log_scale" not in found
     assert notes == [
-        "not in x, so initialised at random: params/log_scale, params/proj_img/linear/kernel, "
-        "params/proj_txt/linear/kernel",
+        "not in x, so initialised at random: params/img/patches/bias, params/log_scale, params/proj_txt/linear/kernel",
         "in x and not in this run: params/img/norm_pre/norm/bias, params/img/norm_pre/norm/scale",
     ]
     assert convert(towers(), towers(length=9))[1] == ["text positions stretched from 8 to 9"]
@@ -224,11 +223,11 @@ def test_what_decides_on_a_shape_is_named(changes):
 
 
 def test_other_meanings_are_warned_of(source, capsys):
-    c = tiny.config(model__img__depth=2, model__img__act="quick_gelu", init__weights=str(source))
+    c = tiny.config(model__img__depth=2, model__img__style="openai", init__weights=str(source))
     p = build.build(c)
     weights.read_initial(p.config, p.abstract)
     said = capsys.readouterr().out
-    assert "trained with different settings: model.img.act ('gelu', 'quick_gelu' in this run)" in said
+    assert "trained with different settings: model.img.style ('xclip', 'openai' in this run)" in said
 
 
 @pytest.mark.parametrize(

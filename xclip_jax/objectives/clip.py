@@ -29,6 +29,8 @@ class Contrastive(Term):
 
     form: ClassVar[str] = "softmax"  # a function of `losses.contrastive` and `losses.ring`
     outputs: ClassVar[tuple[str, ...]] = ("z_img", "z_txt", "scale")  # its arguments
+    initial_scale: ClassVar[float] = 1 / 0.07  # of the logits
+    initial_bias: ClassVar[float] = -10.0  # of the logits, if the loss takes one
     max_scale: ClassVar[float] = math.inf  # bound of the logit scale
 
     positives: str = key(
@@ -48,15 +50,15 @@ class Contrastive(Term):
         """Projections of the towers, the logit scale and, if the loss takes it, the logit bias."""
         dtype = jax.numpy.dtype(model.dtype)
         e = model.embed
-        heads: dict[str, Head | Scalar] = {
-            f"proj_{tower}": Head(Projection(e, dtype, model.project_bias), tower, f"z_{tower}", flops=2 * e * width)
-            for tower, width in model.widths.items()
-        }
-        if not model.project_img:  # the features themselves are the embeddings
+        heads: dict[str, Head | Scalar] = {}
+        for tower, width in model.widths.items():
+            projection = Projection(e, dtype, model.style(tower).project_bias)
+            heads[f"proj_{tower}"] = Head(projection, tower, f"z_{tower}", flops=2 * e * width)
+        if not model.style("img").project_img:  # the features themselves are the embeddings
             heads["proj_img"] = Head(Projection(0, dtype), "img", "z_img")
-        heads["log_scale"] = Scalar("scale", math.log(model.scale_init), jax.numpy.exp)
+        heads["log_scale"] = Scalar("scale", math.log(self.initial_scale), jax.numpy.exp)
         if "bias" in self.outputs:
-            heads["bias"] = Scalar("bias", model.bias_init)
+            heads["bias"] = Scalar("bias", self.initial_bias)
         return heads
 
     def specialise(self, loss: LossConfig, mesh: Mesh | None) -> Callable[..., Result]:
@@ -91,12 +93,6 @@ class Contrastive(Term):
         if self.max_scale == math.inf:
             return params
         return params | {"log_scale": jax.numpy.minimum(params["log_scale"], math.log(self.max_scale))}
-
-    def problems(self, model: ModelConfig, loss: LossConfig) -> Iterator[str]:
-        """Yield an initial logit scale above its bound, with a margin for the fp16 rounding of OpenAI's weights."""
-        if model.scale_init > self.max_scale * (1 + 1e-3):
-            bound = f"{self.max_scale:g}, the bound of {self.title}"
-            yield f"model.scale_init={model.scale_init:g} is above {bound}; lower it"
 
     def flops(self, model: ModelConfig, batch: int) -> float:
         """Cost of comparing an example with the batch."""
@@ -231,6 +227,7 @@ class Siglip(Contrastive):
     title: ClassVar[str] = "SigLIP"
     form: ClassVar[str] = "sigmoid"
     outputs: ClassVar[tuple[str, ...]] = ("z_img", "z_txt", "scale", "bias")
+    initial_scale: ClassVar[float] = 10.0
 
     def blind_loss(self, metrics: Mapping[str, float], less: float = 0.0) -> float:
         """Return the loss of the logit ln(n / (b - n)) for each of b * b pairs, if b * n of them match."""

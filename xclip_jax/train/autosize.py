@@ -18,7 +18,6 @@ from xclip_jax.data.base import MissingColumnError, Source, SourceOptions, name_
 from xclip_jax.data.config import DataConfig
 from xclip_jax.evaluators.sets import classification
 from xclip_jax.objectives import RECIPES, make_objective
-from xclip_jax.objectives.clip import Clip
 from xclip_jax.train import cost, weights
 
 SAMPLE = 512  # pairs that are read to learn their sizes
@@ -327,11 +326,8 @@ def run_name(spec: str) -> str:
 
 def _adopt_objective(config: ml_collections.ConfigDict, saved: schema.Config, objective: str) -> None:
     """Take over the heads of the weights, and their objective unless another one is given."""
-    model = dataclasses.asdict(saved.model)
-    config.model.update({name: model[name] for name in ("embed", "project_img", "project_bias")})
+    config.model.embed = saved.model.embed
     trained = make_objective(saved.objective)
-    if "scale" in trained.outputs(saved.model):
-        config.model.update({name: model[name] for name in ("scale_init", "bias_init")})
     if not objective and not trained.labelled:
         config.objective.name, config.objective.terms = saved.objective.name, dict(saved.objective.terms)
         config.objective.plugins = {name: dict(plugin) for name, plugin in saved.objective.plugins.items()}
@@ -340,5 +336,3 @@ def _adopt_objective(config: ml_collections.ConfigDict, saved: schema.Config, ob
     else:
         config.objective.name = objective or "clip"
         config.objective.terms = dict(RECIPES[config.objective.name])
-        if "clip" in config.objective.terms:  # SigLIP's weights may have a larger scale
-            config.model.scale_init = min(config.model.scale_init, Clip.max_scale)
