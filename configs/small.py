@@ -47,7 +47,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.data.sources, config.data.dir = (args.pairs,), args.dir
     config.data.image_key, config.data.text_keys = args.image, tuple(args.text.split(","))
     config.data.tokenizer = args.tokenizer or config.data.tokenizer
-    config.optim.lr_start = config.optim.lr_end = 0.0
+    config.optim.lr_end = 0.0
     config.optim.weight_decay = 0.1
     config.eval.sets = ("retrieval/holdout",)
     config.eval.report = True

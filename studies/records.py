@@ -19,7 +19,7 @@ from xclip_jax.evaluators.results import VALIDATION, Result, from_json, to_json
 
 # Keys that change neither training nor results, only place and speed; the images of studies are opaque and upright.
 FREE_KEYS = (
-    "run", "checkpoint.", "data.background", "data.buffer", "data.cache", "data.dir", "data.exif_rotation",
+    "run", "checkpoint.", "data.background", "data.cache", "data.dir", "data.exif_rotation",
     "data.threads", "data.workers", "eval.batch", "eval.every", "eval.report", "log.", "loss.", "mesh.",
 )  # fmt: skip
 # Prefixes of sets and sources in a config, and their short forms in records and declarations, so that moved code leaves
@@ -33,9 +33,13 @@ SHORT_NAMES = {
 # Keys that configs of earlier commits have, and that no longer exist: all runs had their default, or the value that the
 # objective has without the key.
 REMOVED = (
-    "checkpoint.keep_every", "eval.before", "log.expected_epochs", "log.project", "model.bias_init", "model.img.act",
-    "model.img.eps", "model.img.patch_bias", "model.img.pre_norm", "model.project_bias", "model.project_img",
-    "model.scale_init", "model.txt.act", "model.txt.eps", "optim.mu_dtype",
+    "checkpoint.keep_every", "data.buffer", "data.caption_noise", "data.read_timeout", "data.subset", "eval.before",
+    "log.collapse_warmup_steps", "log.expected_epochs", "log.project", "log.stall_warning", "model.bias_init",
+    "model.cluster_head.last_norm", "model.img.act", "model.img.eps", "model.img.patch_bias", "model.img.pre_norm",
+    "model.project_bias", "model.project_img", "model.scale_init", "model.txt.act", "model.txt.eps",
+    "objective.clip.distill", "objective.clip.distill_ramp", "objective.clip.distill_tau", "objective.clip.reverse",
+    "objective.nclip.balance", "objective.nclip.center_momentum", "objective.nclip.target_tau", "optim.lr_start",
+    "optim.mu_dtype",
 )  # fmt: skip
 _FIELDS = ("arm", "seed", "config", "commit", "environment", "results")
 

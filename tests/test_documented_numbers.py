@@ -33,7 +33,7 @@ NUMBERS = (
     # Two that make 2.5 s.
     ("processes.watchdog:_MOMENT", 2.0, "train.md", "during its compilation | the run ends within 3 s"),
     ("processes.watchdog:_POLL_SECONDS", 0.5, "train.md", "during its compilation | the run ends within 3 s"),
-    ("config.schema:LogConfig.stall_warning", 60.0, "train.md", "after `log.stall_warning` seconds (60)"),
+    ("processes.watchdog:_WARNING", 60.0, "train.md", "reports its phase after 60 seconds"),
     ("config.schema:LogConfig.stall_limit", 1800.0, "train.md", "After `log.stall_limit` seconds (1800, 0 for never)"),
     ("processes.runtime:HEARTBEAT_SECONDS", 25, "pods.md", "JAX ends the others after 25 s"),
     ("data.config:DataConfig.max_bad_fraction", 0.05, "data.md", "Above `data.max_bad_fraction` (5 %)"),

@@ -35,8 +35,7 @@ class OptimConfig:
     name: str = key("adamw", "the optimizer", choice(NAMES), card="optimizer")
     lr: float = key(5e-4, "peak learning rate", above(0), at_most(1000), card="optimizer")
     schedule: str = key("cosine", "learning rate after the warm-up", choice(SCHEDULES), card="optimizer")
-    warmup: int = key(0, "steps of linear warm-up from lr_start", at_least(0), card="optimizer")
-    lr_start: float = key(1e-6, "learning rate of the first step, if there is a warm-up", between(0, 1000))
+    warmup: int = key(0, "steps of linear warm-up from 0", at_least(0), card="optimizer")
     lr_end: float = key(1e-5, "learning rate that the schedule reaches after its last step", between(0, 1000))
     weight_decay: float = key(
         0.5,
@@ -97,7 +96,7 @@ def schedule(config: OptimConfig, steps: int) -> Schedule:
     Like in SLIP and open_clip the decay spans the steps after the warm-up and reaches `lr_end` at `steps`, one step
     after the last, so the last step still learns if `lr_end` is 0.
     """
-    warmup = optax.linear_schedule(config.lr_start, config.lr, max(config.warmup, 1))
+    warmup = optax.linear_schedule(0.0, config.lr, max(config.warmup, 1))
     remaining = max(steps - config.warmup, 1)
     if config.schedule == "cosine":
         decay = optax.cosine_decay_schedule(config.lr, remaining, alpha=config.lr_end / config.lr)

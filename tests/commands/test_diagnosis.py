@@ -41,7 +41,7 @@ def rows(n=60, every=10, *, speed=100.0, **series_of):
 
 
 def run_of(tmp_path, lines, objective="clip", **changes):
-    usual = {"steps": 1000, "log__every": 10, "log__collapse_warmup_steps": 100, "checkpoint__every": 0}
+    usual = {"steps": 1000, "log__every": 10, "checkpoint__every": 0}
     written(tmp_path / "run", tiny.config(objective, **usual | changes), lines)
     return tmp_path / "run"
 

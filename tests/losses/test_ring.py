@@ -23,7 +23,7 @@ LOSSES = [
     ("softmax", {"label_smoothing": 0.1}, (14.0,)),
     ("softmax", {"q": 0.7}, (14.0,)),
     ("softmax", {"q": 1e-6}, (14.0,)),
-    ("softmax", {"q": 0.4, "reverse": 3.0}, (100.0,)),
+    ("softmax", {"q": 0.4}, (100.0,)),
     ("sigmoid", {}, (10.0, -10.0)),
     ("sigmoid", {}, (100.0, 5.0)),
 ]

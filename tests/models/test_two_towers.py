@@ -91,6 +91,6 @@ def test_clusters_train_with_the_statistics_of_the_batch():
     out, state = jit(functools.partial(model.apply, train=True, mutable=["batch_stats"]))(variables, IMAGE, TEXT)
     for kind in ("img", "txt"):
         head = {c: variables[c][f"clusters_{kind}"] for c in ("params", "batch_stats")}
-        s, stats = oracle(head, np.asarray(out[f"h_{kind}"]), layers=1, last_norm=False, train=True)
+        s, stats = oracle(head, np.asarray(out[f"h_{kind}"]), layers=1, train=True)
         np.testing.assert_allclose(out[f"s_{kind}"], s, atol=1e-3)
         chex.assert_trees_all_close(state["batch_stats"][f"clusters_{kind}"], stats, atol=1e-5)

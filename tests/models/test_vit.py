@@ -14,7 +14,7 @@ from timm.layers import AttentionPoolLatent
 
 from tests.helpers.util import jit, random_variables, two_towers
 from tests.models.test_transformer import IMAGE, IMG, changed, in_layout, numpy
-from xclip_jax.models.layers import LayerNorm, Style, Style
+from xclip_jax.models.layers import LayerNorm, Style
 from xclip_jax.models.transformer import TransformerConfig, stack_blocks
 from xclip_jax.models.vit import POOLS, AttentionPool, HierarchicalStem, VisionTransformer
 from xclip_jax.parallel.mesh import AXES, make_mesh

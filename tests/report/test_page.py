@@ -67,7 +67,7 @@ def pages(tmp_path_factory):
     """Addresses of a run's page with every section, of one of a run that has just begun, and of one of three runs."""
     root = tmp_path_factory.mktemp("pages")
     rows = [{"step": s, "loss": 1 / s, "lr": 1e-3} | collapsed("flat" if s == 3 else "") for s in (1, 2, 3)]
-    run = written(root / "run", tiny.config("nclip", log__collapse_warmup_steps=1), rows)
+    run = written(root / "run", tiny.config("nclip", steps=2), rows)
     maps = examples.Maps([0, 1], np.full((2, 2, 2), 0.25), "attention of a token")
     shown = dataclasses.replace(shown_examples(), maps=maps)
     full = page_of(dataclasses.replace(run, results=judged_results()), shown, 1234)

@@ -129,7 +129,7 @@ PROMISES = (
     Promise(
         "stalls",
         "a read never ends, as on a network disk that is gone, in the run or in a process that reads for it",
-        "a bad sample after data.read_timeout; if none is read, the source is named, then log.stall_limit, status 79",
+        "a bad sample after 300 s; if none is read, the source is named, then log.stall_limit, status 79",
         (
             "data/base::a_sample_that_is_never_read_is_a_bad_one",
             "integration/workers::a_read_that_never_ends_in_a_worker_ends_the_run",

@@ -128,7 +128,7 @@ def test_too_many_bad_samples_save_in_both(tmp_path):
 
 @slow
 def test_a_process_that_hangs_ends_both_and_is_named(tmp_path):
-    limits = "log__stall_warning=5.0", "log__stall_limit=30.0"
+    limits = ("log__stall_limit=30.0",)
     statuses, outputs = both(tmp_path, "hang in data", 4, 1, *limits)
     assert statuses == [EXIT_RESTART] * 2, outputs
     assert "no progress: waiting for data from folder:" in outputs[1]

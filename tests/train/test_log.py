@@ -141,13 +141,13 @@ def config(pairs, run, **changes):
         # A head that starts sharp and has no time to agree.
         pytest.param(
             "disagreement",
-            {"objective__nclip__tau": 0.01, "optim__lr": 1e-12, "optim__lr_start": 0.0, "optim__lr_end": 0.0},
+            {"objective__nclip__tau": 0.01, "optim__lr": 1e-12, "optim__lr_end": 0.0},
             marks=pytest.mark.slow,
         ),
     ],
 )
 def test_each_collapse_is_provoked_and_said_once(pairs, tmp_path, capsys, failure, changes):
-    trainer.run(config(pairs, tmp_path / "run", objective="nclip", steps=60, log__collapse_warmup_steps=50, **changes))
+    trainer.run(config(pairs, tmp_path / "run", objective="nclip", steps=60, **changes))
     out = capsys.readouterr().out
     print(out[out.index("WARNING") :].splitlines()[0])
     assert out.count(f": {failure}: ") == 1

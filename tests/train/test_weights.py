@@ -43,7 +43,7 @@ def test_a_run_starts_from_another_and_resumes_without_it(source, pairs, tmp_pat
     # The first step's learning rate is zero: what is saved after it is what was loaded.
     c = tiny.config(
         "nclip", run=tmp_path / "run", steps=2, data__sources=(f"folder:{pairs}",), checkpoint__every=1,
-        model__img__depth=2, model__img__scan=True, optim__lr_start=0.0, init__weights=str(kept), seed=1,
+        model__img__depth=2, model__img__scan=True, init__weights=str(kept), seed=1,
         mesh={"data": 2, "fsdp": 2, "model": 2, "strategy": "fsdp_tp"},
     )  # fmt: skip
     c.model.txt.context_length -= 2

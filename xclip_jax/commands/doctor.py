@@ -116,7 +116,7 @@ def check_samples(start: Job, step_seconds: float | None) -> Iterator[Finding]:
     """Read the first samples as the run would: yield the share of bad ones, equal texts, and the speed of reading."""
     experiment = start.experiment
     limits = {"samples": SAMPLES, "seconds": SECONDS}
-    read = functools.partial(inspect.read_batches, start.samples, experiment.transform(), start.config.seed, **limits)
+    read = functools.partial(inspect.read_batches, start.sources, experiment.transform(), start.config.seed, **limits)
     sample, problem = attempt("samples", read)
     if sample is None:
         yield from filter(None, [problem])

@@ -97,8 +97,6 @@ class LogConfig:
         "steps between two lines of metrics, apart from step 1, checkpoints, evaluations and the end; 0: only these",
         at_least(0),
     )
-    collapse_warmup_steps: int = key(500, "first step at which a collapse or a plateau gives a warning", at_least(0))
-    stall_warning: float = key(60.0, "seconds without progress until a warning names the phase; 0: never", at_least(0))
     stall_limit: float = key(1800.0, "seconds without progress until the run ends; 0: never", at_least(0))
     profile: Sequence[int] = key((), "first and last step that JAX's profiler traces, as in 100,110", _STEPS)
 
@@ -133,13 +131,16 @@ class Config:
     log: LogConfig = group(LogConfig, resume="free", compared=False)
     checkpoint: CheckpointConfig = group(CheckpointConfig, resume="free", compared=False)
 
+    @property
+    def alarm_step(self) -> int:
+        """First step at which a collapse or a plateau gives a warning."""
+        return min(500, max(self.steps // 2, 1))
+
     def conflicts(self) -> Iterator[str]:
         """Values of several groups that do not go together."""
         optim, checkpoint = self.optim, self.checkpoint
         if optim.schedule != "constant" and optim.lr_end > optim.lr:
             yield f"optim.lr_end {optim.lr_end:g} is above optim.lr {optim.lr:g}, the peak; lower it, as to 0"
-        if optim.warmup and optim.lr_start > optim.lr:
-            yield f"optim.lr_start {optim.lr_start:g} is above optim.lr {optim.lr:g}, the peak; lower it, as to 0"
         if optim.rewind and checkpoint.keep < 2:
             yield "optim.rewind may need the checkpoint before the newest, and checkpoint.keep is 1; raise it to 2"
         if optim.rewind and not checkpoint.every:

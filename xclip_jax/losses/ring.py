@@ -41,15 +41,14 @@ def softmax(
     label_smoothing: float = 0.0,
     keys: Array | None = None,
     q: float = 0.0,
-    reverse: float = 0.0,
 ) -> tuple[Array, Metrics]:
-    """Return `contrastive.softmax` of a batch split over `mesh`'s batch axes, without a teacher.
+    """Return `contrastive.softmax` of a batch split over `mesh`'s batch axes.
 
     Arguments, results and errors are the same.
     """
     contrastive.check(z_img, z_txt, scale)
-    loss, metrics = _compare(_softmax(q, reverse), mesh, z_img, z_txt, scale, 0.0)
-    metrics = contrastive.with_blind_guess(metrics, q, reverse)
+    loss, metrics = _compare(_softmax(q), mesh, z_img, z_txt, scale, 0.0)
+    metrics = contrastive.with_blind_guess(metrics, q)
     if label_smoothing or keys is not None:
         loss = loss + contrastive.target_margin(z_img, z_txt, scale, label_smoothing, keys)
         metrics = metrics | {"loss": loss}
@@ -230,12 +229,12 @@ def _softmax_total(sums: Sums, best: Array, logits: Array, matching: Array) -> A
 
 
 @cache  # one object, and so one program, for equal arguments
-def _softmax(q: float, reverse: float) -> Form:
-    """Return the softmax loss with `contrastive.robust` of the cross-entropies, which is the identity for 0 and 0."""
+def _softmax(q: float) -> Form:
+    """Return the softmax loss with `contrastive.robust` of the cross-entropies, which is the identity for 0."""
 
     def slope(cross_entropy: Array) -> tuple[Array, Array]:
         """Return the robust loss and its derivative."""
-        return jax.jvp(lambda x: contrastive.robust(x, q, reverse), (cross_entropy,), (jnp.ones_like(cross_entropy),))
+        return jax.jvp(lambda x: contrastive.robust(x, q), (cross_entropy,), (jnp.ones_like(cross_entropy),))
 
     def end(rows: Sums, columns: Sums, own: Array) -> tuple[Array, Array, Array, Array]:
         # Relative to the matching pair, like `contrastive.softmax`: a small loss and its gradient keep their digits.

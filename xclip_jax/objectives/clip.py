@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import jax
 from jax.sharding import Mesh
 
-from xclip_jax.core.fields import above, at_least, at_most, between, choice, fraction_below_one, key
+from xclip_jax.core.fields import between, choice, fraction_below_one, key
 from xclip_jax.losses import contrastive, ring
 from xclip_jax.models.heads import Head, Heads, Projection, Scalar
 from xclip_jax.models.two_towers import ModelConfig
@@ -70,14 +70,14 @@ class Contrastive(Term):
     ) -> Result:
         """Compute the loss, see `Term.__call__`. With a `mesh` the pairs are compared on a ring of its devices."""
         arguments = [out[name] for name in self.outputs]
-        options = self._options(teacher, batch)
+        options = self._options(batch)
         if mesh is None:
             loss, metrics = getattr(contrastive, self.form)(*arguments, **options)
         else:
             loss, metrics = getattr(ring, self.form)(*arguments, mesh=mesh, **options)
         return loss, metrics | {"scale": out["scale"]}, {}
 
-    def _options(self, teacher: Arrays | None, batch: Mapping[str, Any]) -> dict[str, Any]:
+    def _options(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Return the options of the loss, including the parts of its target that depend on the batch."""
         options = dataclasses.asdict(self)
         del options["positives"]
@@ -172,52 +172,23 @@ class Clip(Contrastive):
     q: float = key(
         0.0, "generalised cross-entropy: a pair's loss is (1 - p^q) / q, at most 1 / q; 0 for -ln p", between(0, 1)
     )
-    reverse: float = key(
-        0.0, "symmetric cross-entropy: weight of 1 - p, added to a pair's loss; 0 for none", at_least(0)
-    )
-    distill: float = key(0.0, "fraction of the target from an EMA teacher at the end of its ramp", fraction_below_one())
-    distill_ramp: float = key(
-        1.0, "fraction of the run in which the teacher's fraction rises linearly from 0", above(0), at_most(1)
-    )
-    distill_tau: float = key(1.0, "temperature of the teacher's targets, times the teacher's own", above(0))
-
-    @property
-    def teacher(self) -> bool:
-        return self.distill > 0
 
     @property
     def hardness(self) -> float:
-        return (1 - self.label_smoothing) * (1 - self.distill)
+        return 1 - self.label_smoothing
 
     @property
     def is_robust(self) -> bool:
-        return self.q > 0 or self.reverse > 0
+        return self.q > 0
 
     def blind_loss(self, metrics: Mapping[str, float], less: float = 0.0) -> float:
         """Return the loss of equal logits: ln b, or `contrastive.robust` of it."""
-        return float(contrastive.robust(super().blind_loss(metrics, less), self.q, self.reverse))
-
-    def _options(self, teacher: Arrays | None, batch: Mapping[str, Any]) -> dict[str, Any]:
-        options = super()._options(teacher, batch)
-        share = options.pop("distill")
-        ramp = options.pop("distill_ramp")
-        tau = options.pop("distill_tau")
-        if share:
-            assert teacher is not None
-            share *= jax.numpy.minimum(batch["progress"] / ramp, 1.0)
-            options["teacher"] = contrastive.Teacher(teacher["z_img"], teacher["z_txt"], teacher["scale"] / tau, share)
-        return options
+        return float(contrastive.robust(super().blind_loss(metrics, less), self.q))
 
     def problems(self, model: ModelConfig, loss: LossConfig) -> Iterator[str]:
-        """Yield options that do not go with a robust loss or a teacher."""
-        yield from super().problems(model, loss)
+        """Yield options that do not go with a robust loss."""
         if self.is_robust and (self.hardness != 1 or self.positives != "pair"):
-            yield (
-                "objective.clip.q and .reverse are for one target per pair; set label_smoothing and distill to "
-                "0, and positives to 'pair'"
-            )
-        if self.distill and loss.impl == "ring":
-            yield "objective.clip.distill takes targets from the whole batch; set loss.impl='plain'"
+            yield "objective.clip.q is for one target per pair; set label_smoothing to 0, and positives to 'pair'"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -292,7 +292,7 @@ class Warnings(NamedTuple):
     @classmethod
     def collect(cls, record: Record, name: str, rows: Sequence[Row]) -> "Warnings":
         """Collect the warnings of the term `name` in `complete_rows`."""
-        term, first_step = record.objective.terms[name], record.config.log.collapse_warmup_steps
+        term, first_step = record.objective.terms[name], record.config.alarm_step
         judged = [row for row in rows if row["step"] >= first_step]
         by_name = [{text.partition(":")[0]: text for text in term.report.alarms(row)} for row in judged]
         return cls(first_step, [int(row["step"]) for row in judged], by_name)
@@ -309,7 +309,7 @@ class Warnings(NamedTuple):
     def history(self, name: str) -> str:
         """Return a sentence on the steps with this warning."""
         if not self.steps:
-            return f"Checked from step {self.first_step:,} on (log.collapse_warmup_steps)."
+            return f"Checked from step {self.first_step:,} on."
         steps = [step for step, warnings in zip(self.steps, self.warnings, strict=True) if name in warnings]
         where = f"of {len(self.steps):,} logged steps from step {self.first_step:,} on"
         return f"Warning at {len(steps):,} {where}, last at {steps[-1]:,}." if steps else f"No warning at any {where}."

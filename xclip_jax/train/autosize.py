@@ -182,7 +182,6 @@ def _schedule(config: ml_collections.ConfigDict, machine: Machine, trained: int,
     config.optim.warmup = min(max(trained // batch, 1) * 2, steps // 10)
     if muon:
         _set_muon(config)
-    config.log.collapse_warmup_steps = min(config.log.collapse_warmup_steps, max(steps // 2, 1))
     config.eval.every = max(steps // 8, min(20, steps))  # at `steps` only the last evaluation is left
     # A run of few steps is soon trained again, and a checkpoint is three times the model.
     config.checkpoint.every = max(steps // 10, min(200, steps))
@@ -249,7 +248,7 @@ def summary(config: ml_collections.ConfigDict, pairs: int, note: str = "") -> st
         objective += f" ({terms})"
     if "nclip" in config.objective.terms:
         objective += f", {model.cluster_head.clusters:,} clusters"
-    trained = max(pairs * (1 - share) * config.data.subset, 1)
+    trained = max(pairs * (1 - share), 1)
     tuned = ", tuned on drawings of icons" if config.optim.name == "muon" else ""
     return (
         f"small: {pairs:,} pairs, {100 * share:.2g} % of them held out; {objective}, "

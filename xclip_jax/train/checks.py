@@ -137,7 +137,7 @@ def check_data(job: Job) -> Iterator[Finding]:
     """Yield whether the sources open, are those the run was started with, and how often they are read."""
     _ = job.sources, job.fingerprints
     total, unit = job.num_samples, "items" if job.experiment.objective.labelled else "pairs"
-    sources = len(job.samples)
+    sources = len(job.sources)
     text = f"{total:,} {unit} of {sources} source{'s' if sources > 1 else ''}; the run reads {job.epochs:,.2f} epochs"
     yield Finding("data", text, values={"samples": total, "epochs": job.epochs})
 

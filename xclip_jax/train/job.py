@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 from xclip_jax.config.schema import Config, resolve
 from xclip_jax.core.console import log0
 from xclip_jax.core.errors import BadSample, UserError
-from xclip_jax.data import holdout, labelled, length_groups, loader, records, sources
+from xclip_jax.data import labelled, length_groups, loader, records, sources
 from xclip_jax.data.base import Source
 from xclip_jax.data.length_groups import AUTO, WHOLE, LengthGroups
 from xclip_jax.data.loader import SampleOrder
@@ -86,20 +86,14 @@ class Job:
         return self.fingerprints[0].get("classes") if self.experiment.objective.labelled else None
 
     @functools.cached_property
-    def samples(self) -> list[Source]:
-        """The training data as `data.subset` and `data.caption_noise` change it."""
-        labelled = self.experiment.objective.labelled
-        return holdout.apply_controls(self.sources, self.experiment.config.data, self.config.seed, labelled=labelled)
-
-    @functools.cached_property
     def order(self) -> SampleOrder:
         """The order of the samples, for which all captions may be read."""
-        return loader.sample_order(self.samples, self.experiment.config.data, self.config.seed)
+        return loader.sample_order(self.sources, self.experiment.config.data, self.config.seed)
 
     @property
     def num_samples(self) -> int:
         """Samples of all sources together: an epoch."""
-        return sum(map(len, self.samples))
+        return sum(map(len, self.sources))
 
     @property
     def epochs(self) -> float:
@@ -112,7 +106,7 @@ class Job:
         if self.config.data.length_groups != AUTO:
             return self.experiment
         groups = self.folder.length_groups(self.experiment.text_rows)
-        groups = groups or choose_length_groups(self.experiment, self.samples)
+        groups = groups or choose_length_groups(self.experiment, self.sources)
         return dataclasses.replace(self.experiment, length_groups=groups)
 
     @functools.cached_property
@@ -231,7 +225,6 @@ def count_lengths(experiment: Experiment, samples: Sequence[Source]) -> np.ndarr
     read = records.read_each(
         ((order.sources[number], index) for number, index in places),
         lambda record: {"text": record["text"], "tags": record["tags"]},
-        timeout=data.read_timeout,
         threads=data.threads,
     )
     counts, row = np.zeros(length + 1, np.int32), np.zeros((1, length), np.int32)

@@ -52,8 +52,7 @@ def run(
     config = resolve(config)
     folder = TrainingFolder(config.run)
     folder.check(config)
-    limits = {"warning": config.log.stall_warning, "limit": config.log.stall_limit}
-    with PreemptionHandler() as stop, Watchdog(folder, stop, **limits) as watch:
+    with PreemptionHandler() as stop, Watchdog(folder, stop, limit=config.log.stall_limit) as watch:
         checks.check_same_config(config, folder)
         if (results := folder.completed(config)) is not None:
             if folder.moved_sources(config):  # two recipes may have one folder
