@@ -20,7 +20,7 @@ NUMBERS = (
     ),
     ("train.step:DECAY", 0.99, "train.md", "over about the last 100 steps that were not skipped"),
     ("train.step:WARMUP", 100, "train.md", "over about the last 100 steps that were not skipped"),
-    ("optim:OptimConfig.max_skipped_steps", 10, "train.md", "`optim.max_skipped_steps` (10) in a row"),
+    ("train.recovery:MOST_SKIPPED", 10, "train.md", "More than 10 in a row stop the run"),
     ("train.job:CAPTIONS", 1024, "train.md", "chooses the groups from 1,024 captions"),
     ("data.length_groups:MAX_GROUPS", 4, "train.md", "encoded in up to four groups"),
     ("data.length_groups:_MISFITS", 0.005, "train.md", "all but half a percent of the batches fit"),

@@ -82,8 +82,7 @@ def test_clip_bounds_the_global_norm():
 
 
 def test_ema_momentum():
-    assert optim.ema_momentum(7, 100, 0.99, "constant") == 0.99
-    values = [float(optim.ema_momentum(step, 100, 0.996, "cosine")) for step in (0, 50, 100)]
+    values = [float(optim.ema_momentum(step, 100, 0.996)) for step in (0, 50, 100)]
     np.testing.assert_allclose(values, [0.996, 0.998, 1.0], rtol=1e-6)
 
 

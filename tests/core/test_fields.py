@@ -83,7 +83,6 @@ BAD = [
     ("loss.chunk_size", -1, "at least 0"),
     ("ema.momentum", -1.0, "below 1"),
     ("ema.momentum", 2.0, "below 1"),
-    ("ema.schedule", "linear", "'constant', 'cosine'"),
     ("data.sources", "folder:x", "a tuple of strings"),
     ("data.batch", 0, "at least 1"),
     ("data.batch", -4, "at least 1"),

@@ -182,3 +182,15 @@ def test_unknown_preset_lists_the_names():
     with pytest.raises(UserError, match=r"preset is 'B/15'") as error:
         preset("B/15")
     assert all(repr(name) in str(error.value) for name in PRESETS)
+
+
+# --- styles
+
+
+def test_a_tower_of_no_style_is_refused():
+    assert names.find_style("quick_gelu", 1e-5, "x") == "openai"
+    assert names.find_style("gelu_tanh", 1e-6, "x", siglip=True) == "siglip"
+    with pytest.raises(UserError, match=r"x has a tower with activation 'gelu' and eps 0\.001 in LayerNorm; no style"):
+        names.find_style("gelu", 1e-3, "x")
+    with pytest.raises(UserError, match="without a norm before the first block"):
+        names.find_style("gelu", 1e-5, "x", pre_norm=False)

@@ -292,12 +292,6 @@ PROMISES = (
         ),
     ),
     Promise(
-        "values",
-        "the gradient's norm is far above its running mean, with optim.max_grad_norm_ratio",
-        "the step is skipped in the same way",
-        ("train/recovery::a_spike_of_the_gradient_is_skipped_once_its_mean_is_known",),
-    ),
-    Promise(
         "data",
         "a sample cannot be read, for any reason",
         "another one takes its place; it is counted by reason and listed, and too many stop the run",

@@ -25,13 +25,14 @@ def test_wasted_steps_are_those_skipped_and_those_undone(tmp_path, monkeypatch):
     """Steps 2, 7 and 8 are skipped; a rewind to the checkpoint of step 4 undoes 5 and 6 as well."""
     config = types.SimpleNamespace(
         data=types.SimpleNamespace(batch=8),
-        optim=types.SimpleNamespace(max_skipped_steps=1, rewind=True, max_grad_norm_ratio=0.0),
+        optim=types.SimpleNamespace(on_bad_steps="rewind"),
         steps=100,
         checkpoint=types.SimpleNamespace(every=4),
     )
     folder = types.SimpleNamespace(skipped_steps_file=tmp_path / "skipped_steps.jsonl")
     job = types.SimpleNamespace(config=config, folder=folder, experiment=types.SimpleNamespace(abstract=None))
     checkpointer = types.SimpleNamespace(steps=lambda: [4], is_whole=bool, restore=lambda *_: ({}, {}))
+    monkeypatch.setattr(recovery, "MOST_SKIPPED", 1)
     monkeypatch.setattr(recovery, "at_step", lambda state, step: state)
     skipped = recovery.SkippedSteps(job, 0, types.SimpleNamespace(counters={}), checkpointer)
     assert skipped.wasted == 0

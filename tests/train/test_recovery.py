@@ -2,7 +2,6 @@
 
 import dataclasses
 import pathlib
-import re
 import shutil
 import types
 from typing import ClassVar
@@ -27,8 +26,8 @@ from xclip_jax.train.checkpoint import Checkpointer
 
 pytestmark = pytest.mark.long
 
-# First token of a text: what is not finite at a step with it, or large.
-LOSS, GRADIENT, STATE, SPIKE = 201, 202, 203, 204
+# First token of a text: what is not finite at a step with it.
+LOSS, GRADIENT, STATE = 201, 202, 203
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +48,7 @@ class Poison(Term):
 
         zero = out["z_img"].sum() * 0
         root = jnp.sqrt(jnp.where(marked(GRADIENT), zero, zero + 1.0))  # infinite slope at 0, times 0
-        steep = root + jnp.where(marked(SPIKE), 1e3, 0.0) * out["z_img"][:, 0].sum()
-        loss = steep - jax.lax.stop_gradient(steep) + jnp.where(marked(LOSS), jnp.nan, 0.0)
+        loss = root - jax.lax.stop_gradient(root) + jnp.where(marked(LOSS), jnp.nan, 0.0)
         return loss, {"loss": loss}, {"poison": state["poison"] + jnp.where(marked(STATE), jnp.inf, 1.0)}
 
 
@@ -132,29 +130,15 @@ def test_updates_are_finite_within_the_bounds_of_the_optimizer(b1, b2):
         chex.assert_tree_all_finite((updates, opt_state, optax.apply_updates(params, updates)))
 
 
-def test_a_spike_of_the_gradient_is_skipped_once_its_mean_is_known(monkeypatch):
-    monkeypatch.setattr(train_step, "WARMUP", 3)
-    p = build.build(config(optim__max_grad_norm_ratio=20.0), jax.devices()[:1])
-    s, norms = state.create(p.init, p.abstract), []
-    for i, token in enumerate([0, SPIKE, 0, 0, SPIKE, 0]):
-        batch, before = tiny.batch(i, eot=p.tokenizer.eot_id), jax.device_get(s)
-        s, metrics = p.compiled(s, loader.to_global(mark(batch, token) if token else batch, p.mesh))
-        assert bool(metrics["skipped"]) == (i == 4)
-        if i >= 3:  # over the accepted steps before, an exponential average of logarithms
-            weights = train_step.DECAY ** np.arange(len(norms))[::-1]
-            mean = np.exp(np.average(np.log(norms), weights=weights))
-            assert float(metrics["grad_norm_mean"]) == pytest.approx(mean, rel=1e-4)
-        if i != 4:
-            norms.append(float(metrics["grad_norm"]))
-        else:
-            assert_same(s, train_step.at_step(state_like(before, p), 5))
-            assert metrics["grad_norm"] > 20 * mean
-            values = {name: float(metrics[name]) for name in ("loss", "grad_norm", "grad_norm_mean")}
-            assert re.fullmatch(r"grad norm of step 5 is \S+ \(running mean [\d.]+\)", recovery.fault(5, values, 20.0))
-            assert recovery.fault(5, values, 1e9) == "a running value of step 5 is not finite"
-
-
 # A run
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_steps():
+    """Two skipped steps in a row, not ten, are the most."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recovery, "MOST_SKIPPED", 2)
+        yield
 
 
 class Killed(Exception):
@@ -237,7 +221,7 @@ def test_a_run_goes_on_without_the_bad_steps(pairs, tmp_path, monkeypatch, capsy
 
 
 def test_too_many_in_a_row_stop_the_run(pairs, tmp_path, monkeypatch):
-    c = run_config(pairs, tmp_path / "run", optim__max_skipped_steps=2, checkpoint__keep=1)
+    c = run_config(pairs, tmp_path / "run", checkpoint__keep=1)
     message = "loss of step 8 is nan, after 2 skipped steps in a row, and is not saved; the last checkpoint has step 4"
     with pytest.raises(Diverged, match=message):
         train(c, monkeypatch, poisoned={2, 3, 6, 7, 8, 9})
@@ -246,7 +230,7 @@ def test_too_many_in_a_row_stop_the_run(pairs, tmp_path, monkeypatch):
 
 
 def rewind_config(pairs, run):
-    return run_config(pairs, run, steps=12, optim__max_skipped_steps=2, optim__rewind=True)
+    return run_config(pairs, run, steps=12, optim__on_bad_steps="rewind")
 
 
 POISONED = {5, 6, 7}
@@ -305,11 +289,9 @@ def test_a_rewind_that_did_not_help_is_the_last(pairs, tmp_path, monkeypatch):
         train(c, monkeypatch, {*POISONED, 8, 9, 10})
 
 
-def test_rewind_without_a_skipped_step_is_refused():
-    with pytest.raises(UserError, match=r"optim\.rewind is True and max_skipped_steps is 0"):
-        schema.resolve(tiny.config(optim__rewind=True, optim__max_skipped_steps=0))
-    kept = tiny.config(optim__rewind=True, checkpoint__keep=1)
-    with pytest.raises(UserError, match=r"optim\.rewind may need .* checkpoint\.keep is 1; raise it to 2"):
+def test_a_rewind_needs_two_checkpoints():
+    kept = tiny.config(optim__on_bad_steps="rewind", checkpoint__keep=1)
+    with pytest.raises(UserError, match=r"optim\.on_bad_steps 'rewind' may need .*; raise checkpoint\.keep to 2"):
         schema.resolve(kept)
 
 

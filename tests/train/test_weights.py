@@ -129,7 +129,7 @@ def test_a_mix_is_the_sum_of_given_and_tuned_weights(pairs, tmp_path, capsys):
 
 @pytest.mark.parametrize("average", [True, False])
 def test_what_is_not_evaluated_is_not_read(average, tmp_path, monkeypatch):
-    run = tiny.untrained(tmp_path / "run", ema__on=True, eval__ema=average)
+    run = tiny.untrained(tmp_path / "run", ema__momentum=0.996, eval__ema=average)
     restore, read = Checkpointer.restore, []
     monkeypatch.setattr(Checkpointer, "restore", lambda *args: read.append(restore(*args)) or read[0])
     _, _, variables, _ = weights.load(str(run))
@@ -141,7 +141,7 @@ def test_what_is_not_evaluated_is_not_read(average, tmp_path, monkeypatch):
 
 def test_average_statistics_and_layout_of_a_start(source):
     c = tiny.config(
-        model__img__depth=2, model__txt__scan=True, init__weights=str(source), seed=1, ema__on=True,
+        model__img__depth=2, model__txt__scan=True, init__weights=str(source), seed=1, ema__momentum=0.996,
         mesh={"data": 4, "fsdp": 2, "model": 1, "strategy": "zero1"},
     )  # fmt: skip
     p = build.build(c)

@@ -15,6 +15,7 @@ from xclip_jax.report.collect import Record, Warnings, complete_rows
 from xclip_jax.train import checkpoint_files, cost, weights
 from xclip_jax.train.checks import Finding, attempt, fail, warning
 from xclip_jax.train.clock import INPUT_BOUND
+from xclip_jax.train.recovery import MOST_SKIPPED
 
 # A run counts as stalled after this many times the usual time between lines of metrics, and after these seconds at
 # least: an evaluation may come in between.
@@ -189,12 +190,12 @@ def _diverged(run: Record, folder: RunFolder) -> list[int]:
     for line in folder.read_skipped_steps():  # a rewind begins a new row
         step = int(line["step"])
         row = [] if "rewound_to" in line else [*row, step] if row and step == row[-1] + 1 else [step]
-    stops = len(row) > run.config.optim.max_skipped_steps or len(row) == run.config.steps
+    stops = len(row) > MOST_SKIPPED or len(row) == run.config.steps
     return row if row and stops and row[-1] > run.steps else []
 
 
 def _skipped(run: Record, folder: RunFolder) -> Iterator[Finding]:
-    """Steps that were skipped because their values were not finite, or spikes."""
+    """Steps that were skipped because their values were not finite."""
     steps = [int(line["step"]) for line in folder.read_skipped_steps() if "rewound_to" not in line]
     skipped, row, last = len(steps), _diverged(run, folder), max([run.steps, *steps])
     samples = f"look at their samples in {folder.skipped_steps_file}; lower optim.lr"
@@ -203,7 +204,7 @@ def _skipped(run: Record, folder: RunFolder) -> Iterator[Finding]:
         remedy = f"{samples}, lengthen optim.warmup or set optim.grad_clip_norm=1, under a different --config.run"
         yield fail("skipped steps", text, remedy, skipped_steps=skipped)
     elif skipped:
-        text = f"{skipped:,} of {last:,} steps were skipped: their loss or gradient was not finite, or a spike"
+        text = f"{skipped:,} of {last:,} steps were skipped: their loss or gradient was not finite"
         yield warning("skipped steps", text, f"{samples} or set optim.grad_clip_norm=1", skipped_steps=skipped)
 
 

@@ -141,10 +141,11 @@ class Config:
         optim, checkpoint = self.optim, self.checkpoint
         if optim.schedule != "constant" and optim.lr_end > optim.lr:
             yield f"optim.lr_end {optim.lr_end:g} is above optim.lr {optim.lr:g}, the peak; lower it, as to 0"
-        if optim.rewind and checkpoint.keep < 2:
-            yield "optim.rewind may need the checkpoint before the newest, and checkpoint.keep is 1; raise it to 2"
-        if optim.rewind and not checkpoint.every:
-            yield "optim.rewind needs checkpoints before the end, and checkpoint.every is 0; set it to 1 or more"
+        rewinds = optim.on_bad_steps == "rewind"
+        if rewinds and checkpoint.keep < 2:
+            yield "optim.on_bad_steps 'rewind' may need the checkpoint before the newest; raise checkpoint.keep to 2"
+        if rewinds and not checkpoint.every:
+            yield "optim.on_bad_steps 'rewind' needs checkpoints before the end; set checkpoint.every to 1 or more"
         if optim.warmup >= self.steps:
             remedy = "shorten it with --config.optim.warmup=N, or give the recipe its length (steps= or epochs=)"
             yield f"optim.warmup={optim.warmup} must be below the {self.steps} steps of the run; {remedy}"

@@ -28,7 +28,7 @@ from xclip_jax.objectives import Objective, make_objective
 from xclip_jax.parallel import sharding
 from xclip_jax.parallel.mesh import AXES, batch_shards, check_batch, make_mesh
 from xclip_jax.train import state
-from xclip_jax.train.step import Augment, SpikeFilter, TrainStep, compile_step
+from xclip_jax.train.step import Augment, TrainStep, compile_step
 
 if TYPE_CHECKING:
     from xclip_jax.data.loader import Transform
@@ -49,7 +49,6 @@ class Experiment:
     abstract: state.TrainState
     tx: optax.GradientTransformation
     augment: Augment
-    spikes: SpikeFilter | None
     length_groups: LengthGroups = WHOLE
 
     @property
@@ -74,12 +73,11 @@ class Experiment:
             self.tx,
             self.objective,
             self.augment,
-            lambda step: optim.ema_momentum(step, config.steps, ema.momentum, ema.schedule),
+            lambda step: optim.ema_momentum(step, config.steps, ema.start),
             config.optim.microbatches,
             lambda grads: jax.lax.with_sharding_constraint(grads, shardings),
             frozen,
             hold,
-            spikes=self.spikes,
             text_groups=self.length_groups.sizes(self.text_rows[0], self.context_length),
             steps=config.steps,
         )
@@ -164,13 +162,11 @@ def build(config: ml_collections.ConfigDict | Config, devices: list[jax.Device] 
     towers = {name: getattr(model, name) for name in TOWERS}
     fixed = objective.towers if config.finetune.lora.rank else tuple(config.init.frozen)
     tx = optim.make_optimizer(config.optim, config.steps, towers, fixed)
-    spikes = SpikeFilter(config.optim.max_grad_norm_ratio) if config.optim.max_grad_norm_ratio else None
     init = state.init_fn(
         model,
         tx,
-        loss_state=objective.initial_state(config.model, tokens.vocab_size)
-        | (spikes.initial_state() if spikes else {}),
-        ema=config.ema.on or objective.teacher,
+        loss_state=objective.initial_state(config.model, tokens.vocab_size),
+        ema=config.ema.momentum > 0 or objective.teacher,
         seed=config.seed,
         adapters=config.finetune.lora,
     )
@@ -189,7 +185,6 @@ def build(config: ml_collections.ConfigDict | Config, devices: list[jax.Device] 
         abstract=abstract,
         tx=tx,
         augment=Augment(config.data, preprocessing, objective, towers),
-        spikes=spikes,
         length_groups=_length_groups(config, model),
     )
 
