@@ -147,7 +147,8 @@ def config(pairs, run, **changes):
         ),
     ],
 )
-def test_each_collapse_is_provoked_and_said_once(pairs, tmp_path, capsys, failure, changes):
+def test_each_collapse_is_provoked_and_said_once(pairs, tmp_path, capsys, monkeypatch, failure, changes):
+    monkeypatch.setattr(schema.Config, "alarm_step", 50)
     trainer.run(config(pairs, tmp_path / "run", objective="nclip", steps=60, **changes))
     out = capsys.readouterr().out
     print(out[out.index("WARNING") :].splitlines()[0])

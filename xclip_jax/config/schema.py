@@ -133,8 +133,8 @@ class Config:
 
     @property
     def alarm_step(self) -> int:
-        """First step at which a collapse or a plateau gives a warning."""
-        return min(500, max(self.steps // 2, 1))
+        """First step at which a collapse or a plateau gives a warning; the first hundred are always flat."""
+        return min(500, max(self.steps // 2, 100))
 
     def conflicts(self) -> Iterator[str]:
         """Values of several groups that do not go together."""
