@@ -18,8 +18,6 @@ NUMBERS = (
         "train.md",
         "Programs that compile in less than 0.1 s are not kept",
     ),
-    ("train.step:DECAY", 0.99, "train.md", "over about the last 100 steps that were not skipped"),
-    ("train.step:WARMUP", 100, "train.md", "over about the last 100 steps that were not skipped"),
     ("train.recovery:MOST_SKIPPED", 10, "train.md", "More than 10 in a row stop the run"),
     ("train.job:CAPTIONS", 1024, "train.md", "chooses the groups from 1,024 captions"),
     ("data.length_groups:MAX_GROUPS", 4, "train.md", "encoded in up to four groups"),

@@ -50,16 +50,16 @@ def model(img: Mapping[str, Any], txt: Mapping[str, Any], embed: int) -> dict[st
 
 
 def find_style(act: str, eps: float, where: str, *, pre_norm: bool = True, siglip: bool = False) -> str:
-    """Return the style of a tower with this activation and LayerNorm; `UserError` if none has it."""
+    """Return the style of a tower with this activation and LayerNorm; `UserError` if there is none."""
     known = STYLES["siglip" if siglip else "xclip"]
-    wanted = dataclasses.replace(known, act=act, eps=eps, pre_norm=known.pre_norm and pre_norm)
+    tower = dataclasses.replace(known, act=act, eps=eps, pre_norm=known.pre_norm and pre_norm)
     for name, style in STYLES.items():
-        if style == wanted:
+        if style == tower:
             return name
     first = "" if pre_norm else ", without a norm before the first block"
     raise UserError(
         f"{where} has a tower with activation {act!r} and eps {eps:g} in LayerNorm{first}; no style of model.img and "
-        f"model.txt is such: {', '.join(STYLES)}."
+        f"model.txt has these: {', '.join(STYLES)}."
     )
 
 
