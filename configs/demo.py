@@ -58,7 +58,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
     # The optimizer, its rate and half of the steps as warm-up are the best on validation: docs/demo.md.
     config.optim.name, config.optim.lr = "muon", 4e-3
-    config.optim.lr_start = config.optim.lr_end = 0.0
+    config.optim.lr_end = 0.0
     config.optim.warmup = round(args.steps / 2)
     config.optim.weight_decay = 0.1
 
@@ -68,5 +68,4 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.eval.report = True
     config.checkpoint.keep = 1
     config.log.every = 20
-    config.log.collapse_warmup_steps = 200
     return config

@@ -47,7 +47,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         config.objective.classify.update(tower="txt", head_std=0.02)
         config.data.batch = args.batch or 32
         config.optim.lr, config.optim.schedule = 2e-5, "linear"
-        config.optim.lr_start = config.optim.lr_end = 0.0
+        config.optim.lr_end = 0.0
         config.optim.weight_decay, config.optim.b2, config.optim.grad_clip_norm = 0.01, 0.999, 1.0
     else:
         config.objective.classify.update(tower="img", smoothing=0.1, mixup=0.8, cutmix=1.0, head_std=2e-5)
@@ -55,7 +55,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         config.data.crop_scale, config.data.resample = (0.08, 1.0), "bicubic"
         config.data.flip_prob, config.data.color_jitter = 0.5, 0.4
         config.optim.lr = 4e-3 * config.data.batch / 1024
-        config.optim.lr_start = config.optim.lr_end = 1e-6
+        config.optim.lr_end = 1e-6
         config.optim.weight_decay, config.optim.b2 = 0.05, 0.999
     return config
 

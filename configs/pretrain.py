@@ -68,7 +68,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.model.cluster_head.update(clusters=clusters, hidden=hidden)
 
     config.optim.lr = 5e-4
-    config.optim.lr_start, config.optim.lr_end = 1e-6, 1e-5
+    config.optim.lr_end = 1e-5
     config.optim.warmup = min(epoch, config.steps // 10)
     config.optim.weight_decay = 0.5
     config.optim.b2 = 0.98

@@ -35,7 +35,6 @@ from xclip_jax.data.base import MissingColumnError, Source, SourceOptions, choos
 from xclip_jax.data.config import DataConfig
 from xclip_jax.evaluators.sets import classification
 from xclip_jax.objectives import RECIPES, make_objective
-from xclip_jax.objectives.clip import Clip
 from xclip_jax.train import cost, weights
 
 ARGUMENTS = {
@@ -119,7 +118,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.data.image_key = args.image
     config.data.text_keys = tuple(args.text.split(","))
     config.data.tokenizer = args.tokenizer or config.data.tokenizer
-    config.optim.lr_start = config.optim.lr_end = 0.0
+    config.optim.lr_end = 0.0
     config.optim.weight_decay = 0.1
     config.eval.sets = ("retrieval/holdout",)
     config.eval.report = True
@@ -320,7 +319,6 @@ def set_schedule(config: ml_collections.ConfigDict, machine: Machine, trained: i
             config.objective.clip.label_smoothing = 0.2
     else:
         optim.lr = 1e-3 if config.model.img.width < 768 else 5e-4
-    config.log.collapse_warmup_steps = min(config.log.collapse_warmup_steps, max(steps // 2, 1))
     config.eval.every = max(steps // 8, min(20, steps))  # at `steps` only the last evaluation is left
     # A run of few steps is soon trained again, and a checkpoint is three times the model.
     config.checkpoint.every = max(steps // 10, min(200, steps))
@@ -347,11 +345,8 @@ def classifies(spec: str, data_dir: str, image_key: str, share: float) -> bool:
 
 def _adopt_objective(config: ml_collections.ConfigDict, saved: schema.Config, objective: str) -> None:
     """Take over the heads of the weights, and their objective unless `objective` names another one."""
-    model = dataclasses.asdict(saved.model)
-    config.model.update({name: model[name] for name in ("embed", "project_img", "project_bias")})
+    config.model.embed = saved.model.embed
     trained = make_objective(saved.objective)
-    if "scale" in trained.outputs(saved.model):
-        config.model.update({name: model[name] for name in ("scale_init", "bias_init")})
     if not objective and not trained.labelled:
         config.objective.name = saved.objective.name
         config.objective.terms = dict(saved.objective.terms)
@@ -361,8 +356,6 @@ def _adopt_objective(config: ml_collections.ConfigDict, saved: schema.Config, ob
     else:
         config.objective.name = objective or "clip"
         config.objective.terms = dict(RECIPES[config.objective.name])
-        if "clip" in config.objective.terms:  # SigLIP's weights may have a larger scale
-            config.model.scale_init = min(config.model.scale_init, Clip.max_scale)
 
 
 def summary(config: ml_collections.ConfigDict, pairs: int, note: str = "") -> str:
@@ -378,7 +371,7 @@ def summary(config: ml_collections.ConfigDict, pairs: int, note: str = "") -> st
         objective += f" ({terms})"
     if "nclip" in config.objective.terms:
         objective += f", {model.cluster_head.clusters:,} clusters"
-    trained = max(pairs * (1 - share) * config.data.subset, 1)
+    trained = max(pairs * (1 - share), 1)
     tuned = ", tuned on drawings of icons" if config.optim.name == "muon" else ""
     return (
         f"small: {pairs:,} pairs, {100 * share:.2g} % of them held out; {objective}, "

@@ -19,7 +19,7 @@ from xclip_jax.evaluators.results import VALIDATION, Result, from_json, to_json
 
 # Keys that change neither training nor results, only place and speed; the images of studies are opaque and upright.
 FREE_KEYS = (
-    "run", "checkpoint.", "data.background", "data.buffer", "data.cache", "data.dir", "data.exif_rotation",
+    "run", "checkpoint.", "data.background", "data.cache", "data.dir", "data.exif_rotation",
     "data.threads", "data.workers", "eval.batch", "eval.every", "eval.report", "log.", "loss.", "mesh.",
 )  # fmt: skip
 # Prefixes of sets and sources in a config, and their short forms in records and declarations, so that moved code leaves
@@ -30,8 +30,19 @@ SHORT_NAMES = {
     "studies.icons.sets:IconSets/": "icons/",
     "studies.icons.sources:IconSplits:": "icons:",
 }
-# Keys that configs of earlier commits have, and that no longer exist: all runs had their default.
-REMOVED = ("checkpoint.keep_every", "eval.before", "log.expected_epochs", "log.project", "loss.impl", "optim.mu_dtype")
+# Keys that configs of earlier commits have, and that no longer exist: all runs had their default, or the value that the
+# objective has without the key.
+REMOVED = (
+    "checkpoint.keep_every", "data.buffer", "data.caption_noise", "data.read_timeout", "data.subset", "ema.on",
+    "ema.schedule", "eval.before", "log.collapse_warmup_steps", "log.expected_epochs", "log.project",
+    "log.stall_warning", "loss.impl", "model.bias_init", "model.cluster_head.last_norm", "model.img.act",
+    "model.img.eps",
+    "model.img.patch_bias", "model.img.pre_norm", "model.project_bias", "model.project_img", "model.scale_init",
+    "model.txt.act", "model.txt.eps", "objective.clip.distill", "objective.clip.distill_ramp",
+    "objective.clip.distill_tau", "objective.clip.reverse", "objective.nclip.balance",
+    "objective.nclip.center_momentum", "objective.nclip.target_tau", "optim.lr_start", "optim.max_grad_norm_ratio",
+    "optim.max_skipped_steps", "optim.mu_dtype", "optim.rewind",
+)  # fmt: skip
 _FIELDS = ("arm", "seed", "config", "commit", "environment", "results")
 
 
@@ -111,7 +122,8 @@ def read(line: str) -> RunRecord:
       ValueError, KeyError, TypeError, AttributeError, UserError: a damaged line.
     """
     content = json.loads(line)
-    content["config"] = {name: value for name, value in content["config"].items() if name not in REMOVED}
+    removed = (*REMOVED, "ema.momentum") if "ema.on" in content["config"] else REMOVED  # 0.996, which targets have
+    content["config"] = {name: value for name, value in content["config"].items() if name not in removed}
     fields: dict[str, Any] = {name: content[name] for name in _FIELDS} | {"results": from_json(content["results"])}
     record = RunRecord(**fields, error=content.get("error", ""), evaluations=content.get("evaluations", ()))
     if record.config["seed"] != record.seed or not record.key:

@@ -18,10 +18,8 @@ NUMBERS = (
         "checkpoints.md",
         "Programs that compile in less than 0.1 s are not kept",
     ),
-    ("train.step:DECAY", 0.99, "checkpoints.md", "over about the last 100 steps that were not skipped"),
-    ("train.step:WARMUP", 100, "checkpoints.md", "over about the last 100 steps that were not skipped"),
-    ("optim:OptimConfig.max_skipped_steps", 10, "checkpoints.md", "`optim.max_skipped_steps` (10) in a row"),
-    ("train.job:CAPTIONS", 1024, "performance.md", "chooses the groups from 1,024 captions"),
+    ("train.recovery:MOST_SKIPPED", 10, "checkpoints.md", "More than 10 in a row stop the run"),
+    ("train.prepare:CAPTIONS", 1024, "performance.md", "chooses the groups from 1,024 captions"),
     ("data.length_groups:MAX_GROUPS", 4, "performance.md", "encoded in up to four groups"),
     ("data.length_groups:_MISFITS", 0.005, "performance.md", "all but half a percent of the batches fit"),
     ("data.length_groups:_LEAST_STEPS", 1000, "performance.md", "in runs of 1,000 steps or more and"),
@@ -33,7 +31,7 @@ NUMBERS = (
     # Two that make 2.5 s.
     ("processes.watchdog:_MOMENT", 2.0, "checkpoints.md", "during its compilation | the run ends within 3 s"),
     ("processes.watchdog:_POLL_SECONDS", 0.5, "checkpoints.md", "during its compilation | the run ends within 3 s"),
-    ("config.schema:LogConfig.stall_warning", 60.0, "checkpoints.md", "after `log.stall_warning` seconds (60)"),
+    ("processes.watchdog:_WARNING", 60.0, "checkpoints.md", "reports its phase after 60 seconds"),
     (
         "config.schema:LogConfig.stall_limit",
         1800.0,

@@ -13,9 +13,9 @@ from xclip_jax.train import build
 
 @pytest.mark.parametrize("kind", optim.SCHEDULES)
 def test_schedule_warms_up_then_decays(kind):
-    config = optim.OptimConfig(lr=1.0, schedule=kind, warmup=10, lr_start=0.1, lr_end=0.2)
+    config = optim.OptimConfig(lr=1.0, schedule=kind, warmup=10, lr_end=0.2)
     lr = [float(optim.schedule(config, 110)(step)) for step in range(111)]
-    np.testing.assert_allclose(lr[:11], 0.1 + 0.9 * np.arange(11) / 10, rtol=1e-6)
+    np.testing.assert_allclose(lr[:11], np.arange(11) / 10, rtol=1e-6)
     share = np.arange(101) / 100
     expected = {
         "cosine": 0.2 + 0.8 * 0.5 * (1 + np.cos(np.pi * share)),
@@ -82,8 +82,7 @@ def test_clip_bounds_the_global_norm():
 
 
 def test_ema_momentum():
-    assert optim.ema_momentum(7, 100, 0.99, "constant") == 0.99
-    values = [float(optim.ema_momentum(step, 100, 0.996, "cosine")) for step in (0, 50, 100)]
+    values = [float(optim.ema_momentum(step, 100, 0.996)) for step in (0, 50, 100)]
     np.testing.assert_allclose(values, [0.996, 0.998, 1.0], rtol=1e-6)
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -18,10 +18,9 @@ from xclip_jax.models.tower import Tower
 Schedule = Callable[[Any], Any]
 NAMES = ("adamw", "lion", "adafactor", "muon", "lamb")
 SCHEDULES = ("cosine", "linear", "constant")
-EMA_SCHEDULES = ("constant", "cosine")
+ON_BAD_STEPS = ("stop", "rewind")
 
 _SHARE = Check("above 0 and at most 1", lambda value: 0 < value <= 1)
-_RATIO = Check("0 or a value above 1", lambda value: value == 0 or value > 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +34,7 @@ class OptimConfig:
     name: str = key("adamw", "the optimizer", choice(NAMES), card="optimizer")
     lr: float = key(5e-4, "peak learning rate", above(0), at_most(1000), card="optimizer")
     schedule: str = key("cosine", "learning rate after the warm-up", choice(SCHEDULES), card="optimizer")
-    warmup: int = key(0, "steps of linear warm-up from lr_start", at_least(0), card="optimizer")
-    lr_start: float = key(1e-6, "learning rate of the first step, if there is a warm-up", between(0, 1000))
+    warmup: int = key(0, "steps of linear warm-up from 0", at_least(0), card="optimizer")
     lr_end: float = key(1e-5, "learning rate that the schedule reaches after its last step", between(0, 1000))
     weight_decay: float = key(
         0.5,
@@ -61,34 +59,29 @@ class OptimConfig:
     microbatches: int = key(
         1, "parts of the batch that are encoded one after another; exact", at_least(1), resume="free"
     )
-    max_skipped_steps: int = key(
-        10,
-        "consecutive steps with non-finite values that may be skipped before the run stops",
-        at_least(0),
+    on_bad_steps: str = key(
+        "stop",
+        "after more than 10 steps in a row with non-finite values: stop the run, or rewind it to the parameters of the "
+        "previous checkpoint and continue with the next samples",
+        choice(ON_BAD_STEPS),
         resume="free",
     )
-    max_grad_norm_ratio: float = key(
-        0.0, "skip steps whose gradient norm is above this multiple of its running mean; 0 for none", _RATIO
-    )
-    rewind: bool = key(
-        False,
-        "instead of stopping, restore the parameters of the previous checkpoint and continue with the next samples",
-        resume="free",
-    )
-
-    def conflicts(self) -> Iterator[str]:
-        """Yield values that contradict each other."""
-        if self.rewind and not self.max_skipped_steps:
-            yield "rewind is True and max_skipped_steps is 0; set it to 1 or more"
 
 
 @dataclasses.dataclass(frozen=True)
 class EmaConfig:
-    """Config group `ema`: a moving average of the parameters, computed if `on` is set or targets need it."""
+    """Config group `ema`: a moving average of the parameters, computed if it has a momentum or targets need it."""
 
-    on: bool = key(False, "keep the average although the objective does not need it")
-    momentum: float = key(0.996, "momentum of the average at the start", fraction_below_one())
-    schedule: str = key("cosine", "momentum over the run: constant, or rising to 1", choice(EMA_SCHEDULES))
+    momentum: float = key(
+        0.0,
+        "momentum of the average at the start, from where it rises to 1; 0: no average, or 0.996 if targets need it",
+        fraction_below_one(),
+    )
+
+    @property
+    def start(self) -> float:
+        """Momentum at the start of an average that is kept."""
+        return self.momentum or 0.996
 
 
 def schedule(config: OptimConfig, steps: int) -> Schedule:
@@ -97,7 +90,7 @@ def schedule(config: OptimConfig, steps: int) -> Schedule:
     Like in SLIP and open_clip the decay spans the steps after the warm-up and reaches `lr_end` at `steps`, one step
     after the last, so the last step still learns if `lr_end` is 0.
     """
-    warmup = optax.linear_schedule(config.lr_start, config.lr, max(config.warmup, 1))
+    warmup = optax.linear_schedule(0.0, config.lr, max(config.warmup, 1))
     remaining = max(steps - config.warmup, 1)
     if config.schedule == "cosine":
         decay = optax.cosine_decay_schedule(config.lr, remaining, alpha=config.lr_end / config.lr)
@@ -318,8 +311,6 @@ def make_optimizer(
     return optax.partition({"train": tx, "frozen": optax.set_to_zero()}, label)
 
 
-def ema_momentum(step: Any, steps: int, start: float, kind: str) -> Any:
-    """Return the momentum of the moving average at `step`: constant, or rising from `start` to 1 on a cosine."""
-    if kind == "constant":
-        return start
+def ema_momentum(step: Any, steps: int, start: float) -> Any:
+    """Return the momentum of the moving average at `step`, rising from `start` to 1 on a cosine."""
     return 1 - (1 - start) * 0.5 * (1 + jnp.cos(jnp.pi * step / steps))

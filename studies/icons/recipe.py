@@ -30,11 +30,11 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.model.img.stem = "hmlp"  # one linear map of 12 x 12 pixels learns less from so few pictures
     config.model.txt.context_length = 16
     config.model.img.scan = config.model.txt.scan = False
-    config.model.cluster_head = {"clusters": 1024, "hidden": 1024, "layers": 1, "last_norm": False}
+    config.model.cluster_head = {"clusters": 1024, "hidden": 1024, "layers": 1}
 
     config.optim.lr, warmup_share = TUNED[args.objective]
     config.optim.warmup = round(warmup_share * min(args.steps, 1000))
-    config.optim.lr_start = config.optim.lr_end = 0.0
+    config.optim.lr_end = 0.0
     config.optim.weight_decay = 0.1
 
     config.data.sources = (f"{SOURCE}:train",)
@@ -58,5 +58,4 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.eval.report = True
     config.checkpoint.keep = 1
     config.log.every = 20
-    config.log.collapse_warmup_steps = 400  # with a short warm-up the loss is flat at ln 256 for some hundred steps
     return config

@@ -11,7 +11,7 @@ import ml_collections
 from studies.photographs import corpus, sets
 from xclip_jax.config import recipes
 
-CLUSTER_HEAD = {"clusters": 1024, "hidden": 1, "layers": 0, "last_norm": False}  # linear: next to no cost
+CLUSTER_HEAD = {"clusters": 1024, "hidden": 1, "layers": 0}  # linear: next to no cost
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
@@ -30,7 +30,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.optim.name = "muon"
     config.optim.lr = 4e-3
     config.optim.warmup = round(0.6 * args.steps)
-    config.optim.lr_start = config.optim.lr_end = 0.0
+    config.optim.lr_end = 0.0
     config.optim.weight_decay = 0.05
 
     config.data.sources = (f"{corpus.KIND}:{args.split}/{args.captions}",)

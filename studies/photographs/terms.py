@@ -21,6 +21,7 @@ from xclip_jax.losses import contrastive
 from xclip_jax.models.heads import Classifier, ClusterHead, Head, Heads, Scalar, l2_normalize
 from xclip_jax.models.two_towers import ModelConfig
 from xclip_jax.objectives import Term
+from xclip_jax.objectives.clip import Clip
 from xclip_jax.objectives.similarity import CosineSimilarity, unit
 from xclip_jax.objectives.term import Arrays, Result
 
@@ -101,7 +102,7 @@ class SecondHead(Term):
         options = model.cluster_head
         module = ClusterHead(**dataclasses.asdict(options), dtype=jnp.dtype(model.dtype))
         heads: dict[str, Head | Scalar] = {
-            "second_log_scale": Scalar("second_scale", math.log(model.scale_init), jnp.exp)
+            "second_log_scale": Scalar("second_scale", math.log(Clip.initial_scale), jnp.exp)
         }
         for tower, width in model.widths.items():
             layers = [width] + [options.hidden] * options.layers + [options.clusters]

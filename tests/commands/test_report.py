@@ -32,7 +32,7 @@ def run(tmp_path_factory):
             image = PIL.Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8))
             image.save(root / "set" / label / f"{i}.png")
     changes = {"data__sources": (f"folder:{pairs}",), "mesh__fsdp": 2, "eval__every": 2, "eval__report": True}
-    changes |= {"eval__sets": (f"folder:{root / 'set'}",), "log__collapse_warmup_steps": 1}
+    changes |= {"eval__sets": (f"folder:{root / 'set'}",)}
     trainer.run(tiny.config(run=root / "run", steps=4, **changes), [report.callback()])
     return root
 

@@ -68,7 +68,7 @@ def test_pages_made_from_the_code_are_current(name):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"optim__rewind": True, "checkpoint__every": 0}, r"optim\.rewind needs .*checkpoint\.every is 0; set it to"),
+        ({"optim__on_bad_steps": "rewind", "checkpoint__every": 0}, r"on_bad_steps .*; set checkpoint\.every to 1"),
         (
             {"optim__name": "muon", "finetune__lora__rank": 2, "init__weights": "x"},
             r"optim\.name is 'muon', and finetune\.lora\.rank freezes .*; set it to 'adamw', and lower optim\.lr",

@@ -16,7 +16,7 @@ from tests.data.test_loader import Numbers, config, read, texts
 from tests.helpers import bad_tars, tiny
 from xclip_jax.commands import check, evaluate
 from xclip_jax.core.errors import BadSample, UserError, describe
-from xclip_jax.data import images, ledger, sources, tokenizer
+from xclip_jax.data import images, ledger, records, sources, tokenizer
 from xclip_jax.data.base import SourceOptions
 
 
@@ -63,10 +63,11 @@ class Dead(Numbers):
         return super().__getitem__(i)
 
 
-def test_a_sample_that_is_never_read_is_a_bad_one(tmp_path):
+def test_a_sample_that_is_never_read_is_a_bad_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "READ_TIMEOUT", 0.2)
     book = ledger.BadSampleLog(epath.Path(tmp_path), max_bad_fraction=1.0)
     try:
-        rows = texts(read([Dead("a", 16)], config(read_timeout=0.2), stop=2, ledger=book))
+        rows = texts(read([Dead("a", 16)], config(), stop=2, ledger=book))
     finally:
         Dead.disk.set()  # ends the threads
     book.sync(16)

@@ -32,7 +32,6 @@ def test_defaults_do_not_contradict_each_other():
     [
         ("normalization", ["clip", ((0.5, 0.5, 0.5), (1, 1, 1))], ["vit", ((0.5, 0.5, 0.5), (0, 1, 1))]),
         ("length_groups", ["auto", "full", "24:0.6,40:0.9"], ["", "40:0.9,24:0.6", "24:1.5"]),
-        ("subset", [1.0, 0.01], [0.0, 1.1]),
     ],
 )
 def test_checks_of_keys(name, good, bad):

@@ -1,19 +1,15 @@
 """Pairs that are held out by their content."""
 
 import dataclasses
-import json
 import shutil
 
-import chex
 import numpy as np
 import pytest
 
-from tests.data.test_loader import Numbers
 from tests.helpers import tiny
-from xclip_jax.core.errors import BadSample, UserError
-from xclip_jax.data import holdout, loader, sources, tokenizer
+from xclip_jax.core.errors import UserError
+from xclip_jax.data import holdout, sources
 from xclip_jax.data.config import DataConfig
-from xclip_jax.train import trainer
 
 SHARE = 0.25
 
@@ -120,101 +116,3 @@ def test_too_few_and_too_many(changes, message, tmp_path):
 def test_labelled_items_have_splits_of_their_own():
     with pytest.raises(UserError, match=r"data\.holdout is for pairs"):
         sources.open_sources(config("folder:/x"), classes=2)
-
-
-def data_config(**changes):
-    return dataclasses.replace(DataConfig(sources=("folder:a",), batch=4), **changes)
-
-
-def captions(source):
-    return [source[i]["text"][0] for i in range(len(source))]
-
-
-def test_subsets_are_nested_and_follow_the_seed():
-    kept = {}
-    for seed in (0, 1):
-        for share in (0.125, 0.5):
-            (source,) = holdout.apply_controls([Numbers("a", 80)], data_config(subset=share), seed)
-            kept[seed, share] = captions(source)
-            assert len(source) == 80 * share and kept[seed, share] == sorted(
-                kept[seed, share], key=lambda x: int(x[2:])
-            )
-    assert set(kept[0, 0.125]) < set(kept[0, 0.5]) and set(kept[0, 0.5]) != set(kept[1, 0.5])
-    opened = [Numbers("a", 80)]
-    assert holdout.apply_controls(opened, data_config(), 0) == opened
-
-
-def test_caption_noise_is_a_derangement_of_its_share():
-    clean, noisy = captions(Numbers("a", 80)), {}
-    for share in (0.25, 0.5, 1.0):
-        (source,) = holdout.apply_controls([Numbers("a", 80)], data_config(caption_noise=share), 0)
-        noisy[share] = {i for i, caption in enumerate(captions(source)) if caption != clean[i]}
-        assert len(noisy[share]) == 80 * share
-        assert sorted(captions(source)) == sorted(clean)
-        assert all((source[i]["image"] == Numbers("a", 80)[i]["image"]).all() for i in range(80))
-    assert noisy[0.25] < noisy[0.5]
-
-
-def test_a_donor_gives_its_keywords_too():
-    class Tagged(Numbers):
-        def __getitem__(self, i):
-            return super().__getitem__(i) | {"tags": [f"tag {i}"]}
-
-    (source,) = holdout.apply_controls([Tagged("a", 10)], data_config(caption_noise=1.0), 0)
-    assert all(source[i]["text"][0][2:] == source[i]["tags"][0][4:] != str(i) for i in range(10))
-
-
-def test_a_bad_donor_is_named():
-    class Damaged(Numbers):
-        def __getitem__(self, i):
-            if i == 3:
-                raise BadSample("caption is empty")
-            return super().__getitem__(i)
-
-        def describe(self, i):
-            return {"file": f"{i}.png"}
-
-    (source,) = holdout.apply_controls([Damaged("a", 10)], data_config(caption_noise=1.0), 0)
-    (recipient,) = np.flatnonzero(source.donors == 3)
-    with pytest.raises(BadSample, match=r"the pair whose captions it has is bad") as caught:
-        source[int(recipient)]
-    assert caught.value.detail == "3.png: caption is empty"
-
-
-def test_noise_stays_within_the_subset():
-    (source,) = holdout.apply_controls([Numbers("a", 80)], data_config(subset=0.5, caption_noise=0.5), 0)
-    (subset,) = holdout.apply_controls([Numbers("a", 80)], data_config(subset=0.5), 0)
-    assert sorted(captions(source)) == sorted(captions(subset))
-
-
-@pytest.mark.parametrize(
-    ("changes", "labelled", "message"),
-    [
-        ({"subset": 0.03}, False, "data.subset=0.03 leaves 2 pairs, fewer than data.batch=4"),
-        ({"caption_noise": 0.01}, False, "data.caption_noise=0.01 is less than two of the 80 pairs of 'folder:a'"),
-        ({"caption_noise": 0.5}, True, "data.caption_noise exchanges captions, and labelled items have none"),
-    ],
-)
-def test_impossible_controls_are_one_sentence(changes, labelled, message):
-    with pytest.raises(UserError, match=message):
-        holdout.apply_controls([Numbers("a", 80)], data_config(**changes), 0, labelled=labelled)
-
-
-def test_batches_of_a_noisy_subset_are_the_same_from_any_start():
-    config = data_config(subset=0.5, caption_noise=0.5, threads=1)
-    transform = loader.Transform(config, 8, tokenizer.load("bytes"), 16)
-
-    def read(start):
-        order = loader.sample_order(holdout.apply_controls([Numbers("a", 80)], config, 3), config, 3)
-        return list(loader.batches(order, transform, batch=4, start=start, stop=6, seed=3))
-
-    for straight, resumed in zip(read(0)[3:], read(3), strict=True):
-        chex.assert_trees_all_equal(straight, resumed)
-
-
-def test_a_run_trains_on_the_subset(pairs, tmp_path):
-    changes = {"data__sources": (f"folder:{pairs}",), "data__subset": 0.5}
-    trainer.run(tiny.config("clip", run=tmp_path / "run", steps=2, **changes))
-    last = tiny.lines(tmp_path / "run")[-1]
-    assert last["epoch"] == pytest.approx(2 * tiny.BATCH / 20)
-    assert json.loads((tmp_path / "run" / "data.json").read_text())[0]["samples"] == 40

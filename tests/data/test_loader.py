@@ -72,13 +72,10 @@ def test_a_share_of_a_batch_is_not_larger_than_its_source(tmp_path):
     few, many = (f"folder:{tiny.folder(tmp_path / name, n)}" for name, n in (("few", 4), ("many", 12)))
     c = config(sources=(few, many), batch=8, weights=(1.0, 1.0))
     assert sources.open_sources(c, 0, ("image", "text"))
-    for changes, numbers in (
-        ({"weights": (5.0, 3.0)}, "4 pairs, 5 of a batch of 8"),
-        ({"subset": 0.5}, "2 pairs, 4 of a"),
-    ):
-        with pytest.raises(UserError, match=rf"data\.weights gives 'folder:.*few', of {numbers}.*Lower its weight or"):
-            sources.open_sources(dataclasses.replace(c, **changes), 0, ("image", "text"))
-        assert sources.open_sources(dataclasses.replace(c, **changes))  # nothing is trained
+    c = dataclasses.replace(c, weights=(5.0, 3.0))
+    with pytest.raises(UserError, match=r"data\.weights gives 'folder:.*few', of 4 pairs, 5 of a batch of 8"):
+        sources.open_sources(c, 0, ("image", "text"))
+    assert sources.open_sources(c)  # nothing is trained
 
 
 def test_a_source_without_anything_is_named(monkeypatch):

@@ -41,8 +41,8 @@ def halved(record):
     return record["number"] // (record["number"] != 9) / 2  # 9 cannot be divided
 
 
-def read(source, threads=1, timeout=0.0):
-    return records.read_each(((source, i) for i in range(len(source))), halved, timeout=timeout, threads=threads)
+def read(source, threads=1):
+    return records.read_each(((source, i) for i in range(len(source))), halved, threads=threads)
 
 
 def test_results_are_in_order_whatever_the_threads():
@@ -54,9 +54,10 @@ def test_results_are_in_order_whatever_the_threads():
     assert list(read(Slow(0))) == []
 
 
-def test_a_record_that_hangs_is_bad():
+def test_a_record_that_hangs_is_bad(monkeypatch):
+    monkeypatch.setattr(records, "READ_TIMEOUT", 0.2)
     source = Slow(100, hangs=40)
-    results = list(read(source, threads=2, timeout=0.2))
+    results = list(read(source, threads=2))
     assert results[40].reason == "read takes too long" and results[41] == 20.5 and len(results) == 100
     source.released.set()
     for thread in [thread for thread in threading.enumerate() if thread.name == "read"]:
@@ -73,22 +74,21 @@ def test_places_are_taken_as_they_are_needed():
     taken = []
     source = Slow(10_000)
     places = ((source, taken.append(i) or i) for i in range(len(source)))
-    reading = records.read_each(places, lambda record: record["number"], timeout=0, threads=1)
+    reading = records.read_each(places, lambda record: record["number"], threads=1)
     assert next(reading) == 0 and len(taken) < 200
     reading.close()
 
 
-@pytest.mark.parametrize("timeout", [0, 300])
-def test_a_signal_does_not_wait_for_a_disk_that_does_not_answer(timeout):
+def test_a_signal_does_not_wait_for_a_disk_that_does_not_answer():
     """Neither the reading nor the end of the process."""
-    program = f"""
+    program = """
 import signal
 from tests.data.test_records import Slow, read
 def leave(number, frame):
     raise SystemExit(75)
 signal.signal(signal.SIGALRM, leave)
 signal.setitimer(signal.ITIMER_REAL, 0.5)
-list(read(Slow(100, hangs=40), threads=2, timeout={timeout}))
+list(read(Slow(100, hangs=40), threads=2))
 """
     process = subprocess.run([sys.executable, "-c", program], timeout=40, capture_output=True, text=True)
     assert process.returncode == 75, process.stderr

@@ -44,8 +44,7 @@ def ours(config, variables, pixels, tokens):
     tokenized = tokenizer.load(config["data"]["tokenizer"])
     towers = two_towers(
         img=model["img"], txt=model["txt"] | {"vocab": tokenized.vocab_size, "eot_id": tokenized.eot_id},
-        embed=model["embed"], bias_init=model["bias_init"] if bias else None,
-        project_img=model["project_img"], project_bias=model["project_bias"],
+        embed=model["embed"], bias=bias,
     )  # fmt: skip
     out = jit(towers.apply)(variables, pixels, tokens)
     return {key: np.asarray(out[key]) for key in ("z_img", "z_txt", "scale", *(["bias"] if bias else []))}
@@ -87,11 +86,11 @@ def clip_tokens(length):
 MODELS = {
     "quick_b32": {"vision_cfg": B32, "text_cfg": TEXT, "quick_gelu": True},
     "erf_b16": {"vision_cfg": B16, "text_cfg": TEXT},
-    "no_ln_pre": {"vision_cfg": B16 | {"no_ln_pre": True, "mlp_ratio": 2.7}, "text_cfg": TEXT},
-    "tanh_eps_bias_custom": {
-        "vision_cfg": B16 | {"act_kwargs": {"approximate": "tanh"}, "norm_kwargs": {"eps": 1e-3}, "patch_dropout": 0.5},
-        "text_cfg": TEXT | {"act_kwargs": {"approximate": "tanh"}, "norm_kwargs": {"eps": 1e-4}, "pool_type": "eos",
-                            "eos_id": 49407, "proj_bias": True},
+    "mlp_ratio": {"vision_cfg": B16 | {"mlp_ratio": 2.7}, "text_cfg": TEXT},
+    "tanh_bias_custom": {
+        "vision_cfg": B16 | {"act_kwargs": {"approximate": "tanh"}, "norm_kwargs": {"eps": 1e-5}, "patch_dropout": 0.5},
+        "text_cfg": TEXT | {"act_kwargs": {"approximate": "tanh"}, "pool_type": "eos", "eos_id": 49407,
+                            "proj_bias": True},
         "init_logit_bias": -9.5, "custom_text": True, "nonscalar_logit_scale": True,
     },
 }  # fmt: skip
@@ -101,7 +100,7 @@ def make_open_clip(name):
     options = dict(MODELS[name])
     kind = open_clip.model.CustomTextCLIP if options.pop("custom_text", False) else open_clip.model.CLIP
     model = shaken(kind(48, **options))
-    if name == "tanh_eps_bias_custom":
+    if name == "tanh_bias_custom":
         model.text.text_projection.bias.data.zero_()
     return model
 

@@ -33,7 +33,7 @@ def config(objective="xclip", steps=10, run="runs/tiny", **changes):
     }
     c.model.txt = c.model.txt.to_dict() | {"context_length": LENGTH, "width": 32, "depth": 1, "heads": 2, "scan": False}
     c.model.embed = 16
-    c.model.cluster_head = {"clusters": 24, "hidden": 32, "layers": 1, "last_norm": False}
+    c.model.cluster_head = {"clusters": 24, "hidden": 32, "layers": 1}
     c.model.dtype = "float32"
     c.optim.warmup, c.optim.lr, c.optim.eps = 1, 1e-3, 1e-6
     c.data.batch, c.data.tokenizer, c.data.threads = BATCH, "bytes", 2

@@ -27,23 +27,21 @@ def two_towers(
     img,
     txt,
     embed=0,
-    scale_init=1 / 0.07,
-    bias_init=None,
+    bias=False,
     cluster_head=None,
     dtype=jnp.float32,
     cls=TwoTowers,
-    **projections,
 ):
-    """`cls` with projections to `embed` above 0, a logit bias of `bias_init`, cluster heads; blocks are unrolled."""
+    """`cls` with projections to `embed` above 0, a logit bias, cluster heads; blocks are unrolled."""
     txt = dict(txt)
     tokens = {key: txt.pop(key, default) for key, default in (("vocab", 49408), ("eot_id", 49407))}
     towers = ImageTowerConfig(**{"scan": False} | img), TextTowerConfig(**{"scan": False} | txt)
-    options = {"embed": embed, "scale_init": scale_init, "dtype": jnp.dtype(dtype).name, **projections}
+    options = {"embed": embed, "dtype": jnp.dtype(dtype).name}
     options["cluster_head"] = ClusterHeadConfig(**cluster_head or {})
-    model = ModelConfig(*towers, **options | ({} if bias_init is None else {"bias_init": bias_init}))
+    model = ModelConfig(*towers, **options)
     heads = {}
     if embed:
-        heads |= (Clip() if bias_init is None else Siglip()).heads(model, tokens["vocab"])
+        heads |= (Siglip() if bias else Clip()).heads(model, tokens["vocab"])
     if cluster_head:
         heads |= Nclip().heads(model, tokens["vocab"])
     return cls(*towers, **tokens, heads=heads, dtype=dtype)

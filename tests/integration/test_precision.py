@@ -93,7 +93,7 @@ def test_parameters_and_all_that_is_sensitive_in_a_model_are_in_float32() -> Non
         img={"image_size": 16, "patch": 8, "width": 8, "depth": 1, "heads": 2, "stem": "hmlp", "pool": "map"},
         txt={"context_length": 6, "width": 8, "depth": 1, "heads": 2},
         embed=4,
-        cluster_head={"clusters": 6, "hidden": 8, "last_norm": True},
+        cluster_head={"clusters": 6, "hidden": 8},
         dtype=jnp.bfloat16,
     )
     args = bf16(4, 16, 16, 3), jax.ShapeDtypeStruct((4, 6), jnp.int32)

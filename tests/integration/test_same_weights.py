@@ -35,7 +35,7 @@ def root(tmp_path_factory):
                 image.save(root / name / label / f"{i}.png")
     pairs = tiny.folder(root / "pairs")
     for seed, name in enumerate("ab"):
-        changes = {"ema__on": True, "ema__momentum": 0.5, "eval__ema": True, "eval__report": False, "seed": seed}
+        changes = {"ema__momentum": 0.5, "eval__ema": True, "eval__report": False, "seed": seed}
         changes["data__sources"] = (f"folder:{pairs}",)
         trainer.run(tiny.config(run=root / name, steps=STEPS, **changes))
     return root

@@ -40,8 +40,8 @@ from xclip_jax.objectives import read_objective
     [
         ("quick_b32", "open_clip_model.safetensors"),
         ("erf_b16", "open_clip_pytorch_model.bin"),
-        ("no_ln_pre", "epoch_1.pt"),
-        ("tanh_eps_bias_custom", "open_clip_model.safetensors"),
+        ("mlp_ratio", "epoch_1.pt"),
+        ("tanh_bias_custom", "open_clip_model.safetensors"),
     ],
 )
 def test_open_clip_there_and_back(name, file, tmp_path):
@@ -86,7 +86,7 @@ def test_openai_weights_need_no_config(scripted, tmp_path):
         sizes = {"input_resolution": 28, "context_length": 12, "vocab_size": 49408}
         torch.save(model.state_dict() | {key: torch.tensor(x) for key, x in sizes.items()}, tmp_path / "ViT.pt")
     config, variables = interop.read(str(tmp_path / "ViT.pt"))
-    assert config["model"]["img"]["act"] == "quick_gelu" and config["source"]["notes"] == ()
+    assert config["model"]["img"]["style"] == "openai" and config["source"]["notes"] == ()
     assert config["data"]["normalization"] == "clip"
     pixels, tokens = images(28), clip_tokens(12)
     assert_same(ours(config, variables, pixels, tokens), theirs_open_clip(model, pixels, tokens))
@@ -98,7 +98,7 @@ def test_openai_weights_need_no_config(scripted, tmp_path):
     ("changes", "ignored"),
     [
         ({}, ""),
-        ({"quick_gelu": False}, "vision act is gelu, here quick_gelu"),
+        ({"quick_gelu": False}, "vision style is xclip, here openai"),
         ({"vision_cfg": {"width": 64}}, "vision width is 64, here 128"),
         ({"vision_cfg": {"layers": 3}}, "vision depth is 3, here 2"),
         ({"vision_cfg": {"image_size": 56}}, "vision image_size is 56, here 28"),
@@ -110,7 +110,7 @@ def test_openai_weights_need_no_config(scripted, tmp_path):
 )
 def test_the_config_of_another_model_beside_an_archive_is_ignored(changes, ignored, kind, tmp_path):
     """An activation has no shape: only an archive of OpenAI's is known to have quick-GELU."""
-    ignored = "" if kind == "scripted" and "act" in ignored else ignored
+    ignored = "" if kind == "scripted" and "style" in ignored else ignored
     true = {"vision_cfg": B32, "text_cfg": TEXT, "quick_gelu": bool(ignored) or changes == {}}
     changed = {key: true[key] | x if isinstance(x, dict) else x for key, x in changes.items()}
     half = {"mean": [0.5] * 3, "std": [0.5] * 3}
@@ -223,8 +223,8 @@ def test_a_model_of_the_demo_goes_to_every_format(tmp_path):
         ),
         ("clip", {"model__img__pool": "mean"}, "open_clip", r"model\.img\.pool is 'mean'"),
         ("clip", {"model__img__stem": "hmlp"}, "hf", r"model\.img\.stem is 'hmlp'"),
-        ("clip", {"model__img__pre_norm": False}, "hf", "norm before the first block"),
-        ("clip", {"model__img__act": "quick_gelu"}, "open_clip", "one kind of GELU for both towers"),
+        ("siglip", {"model__txt__style": "siglip"}, "hf", r"model\.txt\.style is 'siglip'"),
+        ("clip", {"model__img__style": "openai"}, "open_clip", "one kind of GELU for both towers"),
         ("clip", {"data__tokenizer": "bytes"}, "hf", "'bytes' has no files that 'hf' could read; .*'safetensors'"),
         ("clip", {"data__tokenizer": "bytes"}, "open_clip", "'bytes' has no files that 'open_clip' could read"),
         ("clip", {}, "onnx", "to is 'onnx'; it must be one of 'hf'"),

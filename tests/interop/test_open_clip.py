@@ -71,7 +71,7 @@ def torch_text_features(model, text):
 def carry(weights, model):
     """open_clip's arrays as our parameters; the map is linear and loses nothing, so it carries gradients as well."""
     weights = {"visual.class_embedding": np.zeros(64, np.float32)} | weights
-    group = {**model, "img": model["img"] | {"pool": "cls", "patch_bias": False}, "project_img": True}
+    group = {**model, "img": model["img"] | {"pool": "cls"}}
     flat = names.read(weights, group, 100, ours_of_open_clip._clip(), "open_clip")
     if model["img"]["pool"] == "mean":
         del flat["img/cls"]
@@ -81,13 +81,13 @@ def carry(weights, model):
 
 @pytest.fixture(
     scope="module",
-    params=[(True, "cls", True), (False, "cls", True), (False, "cls", False), (True, "mean", True)],
-    ids=["quick_gelu", "gelu", "no_pre_norm", "mean"],
+    params=[(True, "cls"), (False, "cls"), (True, "mean")],
+    ids=["quick_gelu", "gelu", "mean"],
 )
 def parity(request):
-    quick_gelu, pool, pre_norm = request.param
+    quick_gelu, pool = request.param
     torch.manual_seed(0)
-    vision = {"image_size": 32, "patch_size": 8, "width": 64, "head_width": 32, "layers": 2, "no_ln_pre": not pre_norm}
+    vision = {"image_size": 32, "patch_size": 8, "width": 64, "head_width": 32, "layers": 2}
     text = {"context_length": 12, "vocab_size": 100, "width": 48, "heads": 3, "layers": 2}
     model = open_clip.model.CLIP(40, vision, text, quick_gelu=quick_gelu)
     with torch.no_grad():
@@ -112,11 +112,11 @@ def parity(request):
     loss.backward()
     patches = torch_patch_features(model, torch_image, pool).reshape(5, 4, 4, 64)
     theirs = {"h_img": h_img, "h_txt": h_txt, "z_img": z_img, "z_txt": z_txt, "logits": logits, "loss": loss}
-    act = "quick_gelu" if quick_gelu else "gelu"
+    style = "openai" if quick_gelu else "xclip"
     sizes = {
-        "img": {"image_size": 32, "patch": 8, "width": 64, "depth": 2, "heads": 2, "mlp_ratio": 4.0, "act": act,
-                "pool": pool, "pre_norm": pre_norm},
-        "txt": {"context_length": 12, "width": 48, "depth": 2, "heads": 3, "mlp_ratio": 4.0, "act": act},
+        "img": {"image_size": 32, "patch": 8, "width": 64, "depth": 2, "heads": 2, "mlp_ratio": 4.0, "style": style,
+                "pool": pool},
+        "txt": {"context_length": 12, "width": 48, "depth": 2, "heads": 3, "mlp_ratio": 4.0, "style": style},
         "embed": 40,
     }  # fmt: skip
     named = dict(model.named_parameters())
@@ -182,3 +182,15 @@ def test_unknown_preset_lists_the_names():
     with pytest.raises(UserError, match=r"preset is 'B/15'") as error:
         preset("B/15")
     assert all(repr(name) in str(error.value) for name in PRESETS)
+
+
+# --- styles
+
+
+def test_a_tower_of_no_style_is_refused():
+    assert names.find_style("quick_gelu", 1e-5, "x") == "openai"
+    assert names.find_style("gelu_tanh", 1e-6, "x", siglip=True) == "siglip"
+    with pytest.raises(UserError, match=r"x has a tower with activation 'gelu' and eps 0\.001 in LayerNorm; no style"):
+        names.find_style("gelu", 1e-3, "x")
+    with pytest.raises(UserError, match="without a norm before the first block"):
+        names.find_style("gelu", 1e-5, "x", pre_norm=False)

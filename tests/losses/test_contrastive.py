@@ -203,24 +203,10 @@ def generalised(q):
     return lambda p: -np.expm1(q * np.log(np.diag(p))) / q
 
 
-def symmetric(a, b, most):
-    """a CE + b RCE of arXiv 1908.06112 over a, with the logarithm of 0 set to -most."""
-
-    def loss(p):
-        labels = np.eye(len(p))
-        cross_entropy = -(labels * np.log(p)).sum(axis=1)
-        reverse = -(p * np.where(labels == 1, 0, -most)).sum(axis=1)
-        return (a * cross_entropy + b * reverse) / a
-
-    return loss
-
-
 ROBUST = [
     ({"q": 0.7}, generalised(0.7)),
     ({"q": 1e-6}, generalised(1e-6)),
     ({"q": 1.0}, lambda p: np.abs(p - np.eye(len(p))).sum(axis=1) / 2),  # half of the mean absolute error
-    ({"reverse": 1.0 * 4 / 0.1}, symmetric(0.1, 1.0, 4)),
-    ({"q": 0.3, "reverse": 2.0}, lambda p: generalised(0.3)(p) + 2 * (1 - np.diag(p))),
 ]
 
 
@@ -255,7 +241,7 @@ def test_generalised_cross_entropy_has_a_bound_and_a_limit():
 def test_generalised_cross_entropy_has_all_its_digits(q):
     """In float32, near 0 and where p^q is far below the rounding of 1, value and derivative."""
     x = np.geomspace(1e-7, 80, 60).astype(np.float32)
-    value, slope = jax.jvp(lambda x: contrastive.robust(x, q, 0.0), (jnp.asarray(x),), (jnp.ones_like(x),))
+    value, slope = jax.jvp(lambda x: contrastive.robust(x, q), (jnp.asarray(x),), (jnp.ones_like(x),))
     exact = x.astype(np.float64)
     np.testing.assert_allclose(value, -np.expm1(-q * exact) / q, rtol=5e-7)
     np.testing.assert_allclose(slope, np.exp(-q * exact), rtol=1e-5)  # of the product q x at 80
@@ -265,60 +251,10 @@ def test_generalised_cross_entropy_has_all_its_digits(q):
 def test_the_robust_loss_of_a_blind_guess(options, _):
     z = jnp.asarray(np.tile(embeddings(1)[0], (6, 1)), jnp.float32)
     loss, metrics = contrastive.softmax(z, z, 50.0, **options)
-    q, reverse = options.get("q", 0), options.get("reverse", 0)
-    expected = ((1 - 6**-q) / q if q else np.log(6)) + reverse * (1 - 1 / 6)
+    q = options["q"]
+    expected = (1 - 6**-q) / q
     assert float(loss) == pytest.approx(expected, rel=1e-5) == float(metrics["blind"])
-    assert float(contrastive.robust(math.log(6), q, reverse)) == pytest.approx(expected, rel=1e-6)
-
-
-# --- targets of a teacher
-
-
-@pytest.mark.parametrize(
-    ("share", "smoothing", "keys"), [(0.4, 0.0, None), (0.4, 0.1, None), (0.7, 0.1, KEYS), (0.0, 0.2, KEYS)]
-)
-def test_a_teachers_targets_equal_their_definition(share, smoothing, keys):
-    b, of_teacher = 7, embeddings(7, 4, seed=11)
-    args = (*embeddings(b, 4, seed=3), 14.0)
-    same = np.eye(b) if keys is None else (keys[:, None] == keys).all(-1).astype(float)
-    given = (1 - smoothing) * same / same.sum(axis=1, keepdims=True) + smoothing / b
-    logits = 9.0 * of_teacher[0] @ of_teacher[1].T
-    targets = [(1 - share) * given + share * softmax64(x) for x in (logits, logits.T)]
-
-    def f(z_img, z_txt, scale):
-        logits = scale * z_img @ z_txt.T
-        rows = zip(targets, (logits, logits.T), strict=True)
-        return -0.5 * sum((target * np.log(softmax64(x))).sum() for target, x in rows) / b
-
-    mesh = jax.make_mesh((7,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:7])
-    rows = NamedSharding(mesh, PartitionSpec("data"))
-
-    @jax.jit
-    def step(of_teacher, keys, *args):
-        def loss(of_teacher, *args):
-            teacher = contrastive.Teacher(*of_teacher, jnp.float32(9.0), share)
-            return contrastive.softmax(*args, label_smoothing=smoothing, keys=keys, teacher=teacher)
-
-        return jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True)(of_teacher, *args)
-
-    for place in (lambda x: x, lambda x: jax.device_put(x, rows)):
-        arrays = [place(jnp.asarray(x, jnp.float32)) for x in (*of_teacher, *args[:2])]
-        given_keys = None if keys is None else place(jnp.asarray(keys))
-        (value, metrics), (by_teacher, *grads) = step(arrays[:2], given_keys, *arrays[2:], args[2])
-        assert float(value) == pytest.approx(f(*args), rel=1e-5)
-        assert float(metrics["teacher_share"]) == pytest.approx(share)
-        assert_close(grads, central_differences(f, args), 3e-5)
-        assert not any(np.any(x) for x in by_teacher)
-
-
-def test_a_model_that_agrees_with_its_teacher_has_nothing_to_learn():
-    z_img, z_txt = map(jnp.float32, embeddings(6, together=0.2))
-
-    def loss(z_img, z_txt, share):
-        return contrastive.softmax(z_img, z_txt, 14.0, teacher=contrastive.Teacher(z_img, z_txt, 14.0, share))[0]
-
-    own, plain = (jax.grad(loss)(z_img, z_txt, share) for share in (1.0, 0.0))
-    assert np.abs(own).max() < 1e-5 < 1e-2 < np.abs(plain).max()
+    assert float(contrastive.robust(math.log(6), q)) == pytest.approx(expected, rel=1e-6)
 
 
 # --- chunks of texts
@@ -328,7 +264,7 @@ FORMS = [
     ("softmax", {}, (100.0,)),
     ("softmax", {"label_smoothing": 0.1}, (14.0,)),
     ("softmax", {"q": 0.7}, (14.0,)),
-    ("softmax", {"q": 0.4, "reverse": 3.0}, (100.0,)),
+    ("softmax", {"q": 0.4}, (100.0,)),
     ("sigmoid", {}, (10.0, -10.0)),
     ("sigmoid", {}, (100.0, 5.0)),
 ]

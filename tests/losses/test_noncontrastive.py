@@ -10,17 +10,16 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from tests.helpers.util import assert_close, central_differences
-from xclip_jax.losses.noncontrastive import BALANCES, TARGETS, effective_rank, nclip, sinkhorn, update_center
-from xclip_jax.parallel.sharding import FactoredLogits
+from xclip_jax.losses.noncontrastive import BALANCES, TARGETS, effective_rank, nclip, sinkhorn
 
-# tau, target_tau, sharpness, smoothness: each alone, then all together, and the defaults.
+# tau, sharpness, smoothness: each alone, then all together, and the defaults.
 SETTINGS = [
-    (1.0, None, 0.0, 0.0),
-    (1.0, None, 1.0, 0.0),
-    (1.0, None, 0.0, 1.0),
-    (0.5, None, 1.0, 2.0),
-    (0.5, 0.3, 0.7, 1.5),
-    (1.0, None, 1.0, 2.0),
+    (1.0, 0.0, 0.0),
+    (1.0, 1.0, 0.0),
+    (1.0, 0.0, 1.0),
+    (0.5, 1.0, 2.0),
+    (0.3, 0.7, 1.5),
+    (1.0, 1.0, 2.0),
 ]
 
 every_option = pytest.mark.parametrize(("target", "balance"), list(itertools.product(TARGETS, BALANCES)))
@@ -33,8 +32,6 @@ def case(target, balance, b=6, k=5, seed=0, size=1.5):
     extra = {}
     if target == "ema":
         extra |= {"teacher_img": t_img, "teacher_txt": t_txt}
-    if balance == "center":
-        extra |= dict(zip(("center_img", "center_txt"), rng.normal(size=(2, k)), strict=True))
     return s_img, s_txt, extra
 
 
@@ -50,7 +47,7 @@ def entropy(p):
 def oracle_targets(s_img, s_txt, extra, balance, tau):
     targets = []
     for name, s in (("img", s_img), ("txt", s_txt)):
-        x = (extra.get(f"teacher_{name}", s) - extra.get(f"center_{name}", 0.0)) / tau
+        x = extra.get(f"teacher_{name}", s) / tau
         if balance != "sinkhorn":
             targets.append(oracle_softmax(x))
             continue
@@ -84,7 +81,7 @@ def compiled(target, balance):
 
 def run(s_img, s_txt, target="detach", balance="none", sharding=None, **options):
     # One structure of options, and few shapes, keep compilations few.
-    options = {"tau": 1.0, "target_tau": 1.0, "sharpness": 1.0, "smoothness": 2.0} | options
+    options = {"tau": 1.0, "sharpness": 1.0, "smoothness": 2.0} | options
     arrays = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (s_img, s_txt, options))
     if sharding is not None:
         by_row = lambda x: jax.device_put(x, sharding) if x.ndim == 2 else x  # noqa: E731
@@ -97,16 +94,16 @@ def run(s_img, s_txt, target="detach", balance="none", sharding=None, **options)
 @pytest.mark.parametrize("setting", SETTINGS)
 @every_option
 def test_equals_oracle(target, balance, setting):
-    tau, target_tau, sharpness, smoothness = setting
+    tau, sharpness, smoothness = setting
     s_img, s_txt, extra = case(target, balance)
-    targets_of = functools.partial(oracle_targets, extra=extra, balance=balance, tau=target_tau or tau)
+    targets_of = functools.partial(oracle_targets, extra=extra, balance=balance, tau=tau)
     frozen = targets_of(s_img, s_txt)
 
     def f(a, b):
         targets = targets_of(a, b) if target == "joint" else frozen
         return oracle_loss(a, b, targets, tau, sharpness, smoothness)
 
-    options = {"tau": tau, "target_tau": target_tau or tau, "sharpness": sharpness, "smoothness": smoothness}
+    options = {"tau": tau, "sharpness": sharpness, "smoothness": smoothness}
     loss, metrics, grads = run(s_img, s_txt, target, balance, **options, **extra)
     assert loss == pytest.approx(f(s_img, s_txt), rel=1e-5, abs=1e-5)
     assert metrics["loss"] == loss
@@ -121,12 +118,6 @@ def test_defaults_are_the_documented_ones():
     assert float(nclip(s_img, s_txt)[0]) == float(nclip(s_img, s_txt, **explicit)[0])
 
 
-def test_target_tau_none_means_tau():
-    s_img, s_txt, _ = case("detach", "none")
-    losses = [float(nclip(s_img, s_txt, tau=0.3, target_tau=t)[0]) for t in (None, 0.3, 1.0)]
-    assert losses[0] == losses[1] != losses[2]
-
-
 def test_detach_and_joint_differ_in_gradient_only():
     s_img, s_txt, _ = case("detach", "none")
     detach, joint = run(s_img, s_txt, "detach"), run(s_img, s_txt, "joint")
@@ -135,7 +126,7 @@ def test_detach_and_joint_differ_in_gradient_only():
 
 
 @pytest.mark.parametrize("balance", BALANCES)
-def test_no_gradient_to_teacher_and_center(balance):
+def test_no_gradient_to_teacher(balance):
     s_img, s_txt, extra = case("ema", balance)
     extra = jax.tree.map(jnp.asarray, extra)
     grads = jax.grad(lambda e: nclip(s_img, s_txt, target="ema", balance=balance, **e)[0])(extra)
@@ -157,7 +148,7 @@ def test_one_device_equals_eight(target, balance):
 @every_option
 def test_extreme_logits_are_finite(target, balance, size):
     s_img, s_txt, extra = case(target, balance, size=size)
-    loss, metrics, grads = run(s_img, s_txt, target, balance, tau=0.1, target_tau=0.1, **extra)
+    loss, metrics, grads = run(s_img, s_txt, target, balance, tau=0.1, **extra)
     assert np.isfinite(loss)
     assert np.isfinite(list(metrics.values())).all()
     assert all(np.isfinite(g).all() for g in grads)
@@ -190,36 +181,22 @@ def test_sinkhorn_stays_finite_at_small_temperature():
     np.testing.assert_allclose(a.sum(axis=1), 1, rtol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_the_center_of_factored_logits_is_that_of_whole_ones(dtype):
-    keys = jax.random.split(jax.random.key(0), 3)
-    x, kernel = jax.random.normal(keys[0], (64, 32), dtype), jax.random.normal(keys[1], (32, 24))
-    factors, center = FactoredLogits(x, kernel, jax.random.normal(keys[2], (24,))), jnp.ones(24)
-    whole = update_center(center, factors.logits())
-    np.testing.assert_allclose(update_center(center, factors), whole, rtol=1e-6, atol=1e-6)
-
-
-def test_update_center():
-    rng = np.random.default_rng(0)
-    center, logits = rng.normal(size=5), rng.normal(size=(7, 5))
-    new = update_center(center, jnp.asarray(logits, jnp.float32), momentum=0.8)
-    np.testing.assert_allclose(new, 0.8 * center + 0.2 * logits.mean(axis=0), rtol=1e-5)
-    steady = update_center(jnp.asarray(logits.mean(axis=0)), jnp.asarray(logits))
-    np.testing.assert_allclose(steady, logits.mean(axis=0), rtol=1e-5)
-    with pytest.raises(AssertionError):
-        update_center(jnp.zeros(4), jnp.zeros((7, 5)))
+def test_bf16_logits_are_cast_up():
+    low = [jnp.asarray(s, jnp.bfloat16) for s in case("detach", "none")[:2]]
+    loss, metrics = nclip(*low)
+    assert loss.dtype == jnp.float32
+    assert all(m.dtype == jnp.float32 and m.shape == () for m in metrics.values())
+    assert float(loss) == float(nclip(*(s.astype(jnp.float32) for s in low))[0])
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"target": "teacher"}, "'detach', 'joint', 'ema'"),
-        ({"balance": "centre"}, "'none', 'center', 'sinkhorn'"),
+        ({"balance": "centre"}, "'none', 'sinkhorn'"),
         ({"target": "ema"}, "teacher_img and teacher_txt"),
         ({"target": "ema", "teacher_img": jnp.zeros((6, 5))}, "teacher_img and teacher_txt"),
-        ({"balance": "center"}, "center_img and center_txt"),
         ({"teacher_txt": jnp.zeros((6, 5))}, "other targets neither"),
-        ({"center_img": jnp.zeros(5), "balance": "sinkhorn"}, "other balances neither"),
         ({"chunk": 4}, "must divide the batch"),
         ({"chunk": 3}, "needs FactoredLogits"),
     ],
@@ -234,7 +211,6 @@ def test_wrong_options_raise(options, words):
     [
         ((6, 5), (6, 4), {}),
         ((6, 5), (6, 5), {"target": "ema", "teacher_img": jnp.zeros((6, 4)), "teacher_txt": jnp.zeros((6, 5))}),
-        ((6, 5), (6, 5), {"balance": "center", "center_img": jnp.zeros(6), "center_txt": jnp.zeros(5)}),
     ],
 )
 def test_wrong_shapes_raise(s_img, s_txt, options):

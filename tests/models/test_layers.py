@@ -41,7 +41,7 @@ def test_layer_norm_is_torchs(fields):
     eps = fields.get("eps", 1e-5)  # CLIP's
     theirs = torch.nn.functional.layer_norm(torch.tensor(x), (8,), weight, bias, eps)
     np.testing.assert_allclose(norm.apply(variables, x), numpy(theirs), atol=1e-5)
-    assert IMG.config.eps == TXT.config.eps == LayerNorm.eps == 1e-5
+    assert IMG.config.details.eps == TXT.config.details.eps == LayerNorm.eps == 1e-5
 
 
 @pytest.mark.parametrize(("causal", "queries"), [(False, 6), (False, 1), (True, 6)])

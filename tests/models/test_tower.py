@@ -117,12 +117,6 @@ def test_flops_and_plan_count_it():
     assert "model.txt.remat" in remedies and "img" not in remedies
 
 
-def test_without_a_projection_the_embedding_is_the_towers():
-    with pytest.raises(UserError, match=r"embed 16 must be the image tower's width 20 if project_img is false"):
-        build.build(config(model__project_img=False))
-    assert "proj_img" not in build.build(config(model__project_img=False, model__embed=20)).abstract.params
-
-
 @dataclasses.dataclass(frozen=True)
 class Uncounted(ConvMixer):
     """A tower as somebody writes it who tries an idea."""

@@ -122,7 +122,7 @@ SIZES = {
     "img": {"image_size": 16, "patch": 4, "width": 24, "depth": 2, "heads": 3, "pool": "map"},
     "txt": {"vocab": 50, "eot_id": EOT, "context_length": 7, "width": 24, "depth": 2, "heads": 3},
     "embed": 16,
-    "bias_init": -10.0,
+    "bias": True,
     "cluster_head": {"clusters": 12, "hidden": 20},
 }
 TOWERS = two_towers(**SIZES)

@@ -28,9 +28,9 @@ CLUSTERS = {"s_img", "s_txt"}
     ("fields", "outputs", "params", "statistics"),
     [
         ({}, CLIP, {"proj_img", "proj_txt", "log_scale"}, False),
-        ({"bias_init": -10.0}, CLIP | {"bias"}, {"proj_img", "proj_txt", "log_scale", "bias"}, False),
+        ({"bias": True}, CLIP | {"bias"}, {"proj_img", "proj_txt", "log_scale", "bias"}, False),
         ({"embed": 0, "cluster_head": HEAD}, CLUSTERS, {"clusters_img", "clusters_txt"}, True),
-        ({"embed": 0, "bias_init": -10.0}, set(), set(), False),
+        ({"embed": 0, "bias": True}, set(), set(), False),
         (
             {"cluster_head": HEAD},
             CLIP | CLUSTERS,
@@ -53,8 +53,9 @@ def test_two_towers_have_what_is_asked_for(fields, outputs, params, statistics):
         assert x.dtype == jnp.float32, name
 
 
-def test_two_towers_scale_and_bias_start_where_told():
-    model = two_towers(**SIZES, scale_init=10.0, bias_init=-10.0)
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_initial_scale_is_that_of_the_loss(bias):
+    model = two_towers(**SIZES, bias=bias)
 
     @jit  # compiles what it returns and no more
     def run():
@@ -62,8 +63,9 @@ def test_two_towers_scale_and_bias_start_where_told():
         return model.apply(variables, None, None, method="project")
 
     out = run()
-    assert set(out) == {"scale", "bias"}
-    np.testing.assert_allclose([out["scale"], out["bias"]], [10, -10], rtol=1e-6)
+    expected = {"scale": 10, "bias": -10} if bias else {"scale": 1 / 0.07}
+    assert set(out) == set(expected)
+    np.testing.assert_allclose([out[name] for name in expected], list(expected.values()), rtol=1e-6)
 
 
 @pytest.mark.parametrize(("kind", "batch"), [("img", IMAGE), ("txt", TEXT)])
@@ -89,6 +91,6 @@ def test_clusters_train_with_the_statistics_of_the_batch():
     out, state = jit(functools.partial(model.apply, train=True, mutable=["batch_stats"]))(variables, IMAGE, TEXT)
     for kind in ("img", "txt"):
         head = {c: variables[c][f"clusters_{kind}"] for c in ("params", "batch_stats")}
-        s, stats = oracle(head, np.asarray(out[f"h_{kind}"]), layers=1, last_norm=False, train=True)
+        s, stats = oracle(head, np.asarray(out[f"h_{kind}"]), layers=1, train=True)
         np.testing.assert_allclose(out[f"s_{kind}"], s, atol=1e-3)
         chex.assert_trees_all_close(state["batch_stats"][f"clusters_{kind}"], stats, atol=1e-5)

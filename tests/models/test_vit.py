@@ -14,7 +14,7 @@ from timm.layers import AttentionPoolLatent
 
 from tests.helpers.util import jit, random_variables, two_towers
 from tests.models.test_transformer import IMAGE, IMG, changed, in_layout, numpy
-from xclip_jax.models.layers import LayerNorm
+from xclip_jax.models.layers import LayerNorm, Style
 from xclip_jax.models.transformer import TransformerConfig, stack_blocks
 from xclip_jax.models.vit import POOLS, AttentionPool, HierarchicalStem, VisionTransformer
 from xclip_jax.parallel.mesh import AXES, make_mesh
@@ -64,7 +64,7 @@ def test_patch_features_are_what_is_pooled(pool):
         tower = VisionTransformer(scanned)
         _, captured = tower.apply({"params": stacked}, IMAGE, capture_intermediates=True, mutable=["intermediates"])
         last = captured["intermediates"]["transformer"]["__call__"][0]
-        norm = LayerNorm(config.eps).bind({"params": params["norm_post"]})
+        norm = LayerNorm(config.details.eps).bind({"params": params["norm_post"]})
         np.testing.assert_allclose(norm(last[:, 1:]), tokens, atol=1e-5)
         np.testing.assert_allclose(norm(last[:, 0]), features, atol=1e-5)
 
@@ -72,7 +72,7 @@ def test_patch_features_are_what_is_pooled(pool):
 @pytest.mark.parametrize(("patch", "kernels"), [(12, (4, 3)), (16, (4, 2, 2)), (4, (4,))])
 def test_hierarchical_stem_is_torchs_convolutions(patch, kernels):
     image = np.random.default_rng(0).normal(size=(2, 48, 48, 3)).astype(np.float32)
-    stem = HierarchicalStem(patch, 24, "gelu", 1e-5, jnp.float32)
+    stem = HierarchicalStem(patch, 24, Style(), jnp.float32)
     variables = random_variables(stem, image)
     x = torch.tensor(image).permute(0, 3, 1, 2)
     for i, kernel in enumerate(kernels):

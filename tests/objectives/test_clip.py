@@ -18,8 +18,6 @@ TERMS = {
     "clip": Clip(),
     "siglip": Siglip(),
     "q": Clip(q=0.7),
-    "reverse": Clip(reverse=4.0),
-    "distill": Clip(distill=0.5),
     "labels": Siglip(positives="caption"),
 }
 every_term = pytest.mark.parametrize("term", TERMS.values(), ids=TERMS)
@@ -35,7 +33,7 @@ def contrastive_metrics(term, noise, b=64):
     z = np.ones(32) + noise * rng.normal(size=(b, 32))[labels]
     z = jnp.asarray(z / np.linalg.norm(z, axis=1, keepdims=True), jnp.float32)
     if isinstance(term, Clip):
-        metrics = contrastive.softmax(z, z, 14.0, q=term.q, reverse=term.reverse)[1]
+        metrics = contrastive.softmax(z, z, 14.0, q=term.q)[1]
         return {key: float(value) for key, value in metrics.items()}
     # Where all cosines are 1 the sum of scale and bias is the one logit of all pairs.
     loss = functools.partial(contrastive.sigmoid, z, z, 10.0, keys=keys)
@@ -83,11 +81,11 @@ def test_a_loss_that_stays_at_ln_b_is_an_alarm(loss, smoothing, alarm):
     assert (check.value < check.threshold) == alarm and all("Lengthen optim.warmup" in text for text in warnings)
 
 
-@pytest.mark.parametrize("term", [Clip(), Clip(q=0.7), Clip(q=0.2, reverse=1.0)], ids=["clip", "q", "both"])
+@pytest.mark.parametrize("term", [Clip(), Clip(q=0.7)], ids=["clip", "q"])
 @pytest.mark.parametrize(("share", "alarm"), [(0.995, True), (0.985, False)])
 def test_a_robust_loss_is_on_the_plateau_where_its_cross_entropy_is(term, share, alarm):
     """At 4096 pairs and q = 0.7 the whole way from a blind guess to the bound is less than a percent of the loss."""
-    loss = float(contrastive.robust(share * np.log(4096.0), term.q, term.reverse))
+    loss = float(contrastive.robust(share * np.log(4096.0), term.q))
     metrics = {"loss": loss, "ln_b": np.log(4096.0)}
     assert bool(term.alarms(metrics)) == alarm
 
@@ -100,36 +98,15 @@ def test_a_robust_loss_is_shown_with_its_own_blind_guess():
     assert Clip().progress(contrastive_metrics(Clip(), 0.3)).endswith(" (ln b 4.16)")
 
 
-@pytest.mark.parametrize(("progress", "share"), [(0.0, 0.0), (0.125, 0.1), (0.5, 0.4), (1.0, 0.4)])
-def test_the_teachers_share_rises_along_its_ramp(progress, share):
-    term = Clip(distill=0.4, distill_ramp=0.5, distill_tau=2.0)
-    assert term.teacher and not Clip().teacher
-    rng = np.random.default_rng(0)
-    out, teacher = ({f"z_{m}": jnp.float32(rng.normal(size=(5, 3))) for m in ("img", "txt")} for _ in range(2))
-    out, teacher = out | {"scale": jnp.float32(3)}, teacher | {"scale": jnp.float32(8)}
-    loss, metrics, _ = term(out, teacher, {}, {"progress": jnp.float32(progress)})
-    assert float(metrics["teacher_share"]) == pytest.approx(share)
-    given = contrastive.Teacher(teacher["z_img"], teacher["z_txt"], 4.0, share)
-    expected = contrastive.softmax(out["z_img"], out["z_txt"], 3.0, teacher=given)[0]
-    assert float(loss) == pytest.approx(float(expected), rel=1e-6)
-
-
 @pytest.mark.parametrize(
     ("options", "chunk", "message"),
     [
-        ({"q": 0.5, "label_smoothing": 0.1}, 0, r"objective\.clip\.q and \.reverse are for one target"),
-        ({"reverse": 1.0, "positives": "caption"}, 0, "set label_smoothing and distill to 0, and positives to"),
-        ({"q": 0.5, "distill": 0.1}, 0, "are for one target per pair"),
-        (
-            {"distill": 0.5},
-            8,
-            r"objective\.clip\.distill takes targets from the whole batch; set loss.chunk_size=0",
-        ),
+        ({"q": 0.5, "label_smoothing": 0.1}, 0, r"objective\.clip\.q is for one target"),
+        ({"q": 1.0, "positives": "caption"}, 0, "set label_smoothing to 0, and positives to"),
         ({"q": 1.5}, 0, r"objective\.clip\.q is 1\.5; expected a value from 0 to 1"),
-        ({"distill": 0.5, "distill_ramp": 0.0}, 0, r"objective\.clip\.distill_ramp is 0\.0"),
     ],
 )
 def test_what_does_not_go_together(options, chunk, message):
     with pytest.raises(UserError, match=message):
         schema.resolve(tiny.config("clip", objective__clip=options, loss__chunk_size=chunk))
-    schema.resolve(tiny.config("clip", objective__clip={"q": 0.5, "reverse": 1.0}, loss__chunk_size=8))
+    schema.resolve(tiny.config("clip", objective__clip={"q": 0.5}, loss__chunk_size=8))

@@ -31,7 +31,6 @@ VARIANTS = {
     "siglip": {},
     "nclip": {},
     "xclip": {},
-    "xclip-ema-center": {"objective__nclip__target": "ema", "objective__nclip__balance": "center"},
     "classify-img": {
         "objective__classify__classes": 3,
         "objective__classify__smoothing": 0.1,
@@ -161,30 +160,13 @@ def test_a_term_of_weight_0_neither_speaks_for_the_model_nor_warns(idle, own, al
     assert [text.partition(":")[0] for text in objective.alarms(both)] == alarms
 
 
-def two_nclips(**second):
-    config = tiny.config("nclip")
-    config.objective.terms, config.objective.name = {"nclip": 0.5, "sharp": 0.5}, "two"
-    config.objective.nclip.balance = "center"
-    config.objective.plugins = {"sharp": {"type": "xclip_jax.objectives.nclip:Nclip", **second}}
-    config = schema.resolve(config)
-    return make_objective(config.objective), config.model
-
-
-def test_a_term_without_centers_leaves_another_term_its_own():
-    objective, model = two_nclips(balance="none")
-    state = objective.initial_state(model, vocab=8)
-    logits = {name: jax.random.normal(jax.random.key(i), (6, model.cluster_head.clusters))
-              for i, name in enumerate(("s_img", "s_txt"))}  # fmt: skip
-    _, metrics, new_state = objective(logits, None, state, {})
-    assert new_state.keys() == state.keys() == {"center_img", "center_txt"}
-    far = jax.tree.map(lambda center: center + 5 * jax.numpy.arange(center.size), state)
-    _, with_far, _ = objective(logits, None, far, {})
-    assert with_far["sharp/loss"] == metrics["sharp/loss"] and with_far["nclip/loss"] != metrics["nclip/loss"]
-
-
 def test_terms_that_overwrite_each_other_are_refused():
-    objective, model = two_nclips(balance="center")
-    with pytest.raises(UserError, match=r"'sharp' carries 'center_img', as a term before it does"):
+    config = tiny.config("superclip")
+    config.objective.terms, config.objective.name = {"tokens": 0.5, "words": 0.5}, "two"
+    config.objective.plugins = {"words": {"type": "xclip_jax.objectives.superclip:Tokens"}}
+    config = schema.resolve(config)
+    objective, model = make_objective(config.objective), config.model
+    with pytest.raises(UserError, match=r"'words' carries 'token_frequency', as a term before it does"):
         objective.initial_state(model, vocab=8)
 
     @dataclasses.dataclass(frozen=True)
@@ -192,7 +174,7 @@ def test_terms_that_overwrite_each_other_are_refused():
         def heads(self, model, vocab):
             return {f"own_{name}": head for name, head in super().heads(model, vocab).items()}
 
-    clashing = dataclasses.replace(objective, terms=objective.terms | {"sharp": Renamed()})
+    clashing = dataclasses.replace(objective, terms={"nclip": Nclip(), "sharp": Renamed()})
     with pytest.raises(UserError, match=r"'own_clusters_img' writes 's_img', which head 'clusters_img' of a term"):
         clashing.heads(model, vocab=8)
 
@@ -246,12 +228,8 @@ def test_a_card_lists_the_options_of_a_term_of_another_package():
     assert recipe == {
         "objective.terms.clip": 1.0,
         "objective.terms.tokens": 0.5,
-        "objective.clip.distill": 0.0,
-        "objective.clip.distill_ramp": 1.0,
-        "objective.clip.distill_tau": 1.0,
         "objective.clip.label_smoothing": 0.0,
         "objective.clip.positives": "pair",
         "objective.clip.q": 0.0,
-        "objective.clip.reverse": 0.0,
         "objective.plugins.tokens.spread": 0.5,
     }

@@ -125,17 +125,15 @@ def test_captions_of_several_pairs(objective, chunk, plain):
 @pytest.mark.parametrize(
     ("objective", "mesh", "changes"),
     [
-        ("clip", "dp", {"objective__clip__q": 0.7, "objective__clip__reverse": 2.0, "loss__chunk_size": 8}),
-        ("clip", "fsdp", {"objective__clip__distill": 0.5, "objective__clip__label_smoothing": 0.1}),
+        ("clip", "dp", {"objective__clip__q": 0.7, "loss__chunk_size": 8}),
+        ("clip", "fsdp", {"objective__clip__label_smoothing": 0.1}),
     ],
 )
-def test_robust_losses_and_teachers(objective, mesh, changes):
+def test_robust_losses(objective, mesh, changes):
     """Halfway through a run, in microbatches, against the whole batch on one device."""
     found = gradients(make(objective, mesh, optim__microbatches=2, **changes), step=5)
     expected = gradients(make(objective, **changes | {"loss__chunk_size": 0}), step=5)
     assert_same(found, expected)
-    if "objective__clip__distill" in changes:
-        assert expected[0]["clip/teacher_share"] == pytest.approx(0.25)
 
 
 @pytest.mark.parametrize(
@@ -262,7 +260,6 @@ def test_gradcache_and_chunks_where_all_devices_share_parameters(plain):
 def test_gradcache_and_chunks_with_an_average_as_teacher(mesh, plain):
     teacher = {
         "objective__nclip__target": "ema",
-        "objective__nclip__balance": "center",
         "model__img__patch_dropout": 0.5,
     }
     p = make("xclip", mesh, optim__microbatches=2, loss__chunk_size=16, **teacher)

@@ -285,7 +285,7 @@ def test_no_strategy_moves_much_more_than_it_must(objective, strategy, data, fsd
             model__img__depth=2,
             model__txt__width=128,
             model__embed=e,
-            model__cluster_head={"clusters": 512, "hidden": hidden, "layers": 1, "last_norm": False},
+            model__cluster_head={"clusters": 512, "hidden": hidden, "layers": 1},
         )
     )
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tiny.batch(b=b))

@@ -130,7 +130,7 @@ COMPILES = """
 import ctypes, signal, sys
 from xclip_jax.core.run_folder import RunReader
 from xclip_jax.processes import interrupt, watchdog
-with interrupt.PreemptionHandler() as stop, watchdog.Watchdog(RunReader(sys.argv[1]), stop, warning=0, limit=0) as dog:
+with interrupt.PreemptionHandler() as stop, watchdog.Watchdog(RunReader(sys.argv[1]), stop, limit=0) as dog:
     dog.enter(watchdog.COMPILATION)
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     print("compiling", flush=True)

@@ -38,7 +38,7 @@ def watch(tmp_path, statuses, monkeypatch):
     def start(limit=0.0):
         handler = interrupt.PreemptionHandler().__enter__()
         handler.can_save = True
-        dog = watchdog.Watchdog(RunReader(tmp_path), handler, warning=0.0, limit=limit).__enter__()
+        dog = watchdog.Watchdog(RunReader(tmp_path), handler, limit=limit).__enter__()
         running.extend([handler, dog])
         return dog
 
@@ -71,7 +71,7 @@ def wait(condition, seconds=60):
 
 
 def test_the_watchdog_names_the_phase_and_ends_the_process(statuses, tmp_path, capfd):
-    dog = Timed(tmp_path, warning=60, limit=180)
+    dog = Timed(tmp_path, limit=180)
     dog.wait(1000)  # no phase: as long as it likes
     dog.enter(watchdog.DATA, " from folder:/a")
     dog.wait(60)
@@ -88,7 +88,7 @@ def test_the_watchdog_names_the_phase_and_ends_the_process(statuses, tmp_path, c
 
 
 def test_the_watchdog_warns_of_a_stall_that_is_long_for_its_phase_but_not_of_a_compilation(tmp_path, capfd):
-    dog = Timed(tmp_path, warning=60, limit=0)
+    dog = Timed(tmp_path, limit=0)
     dog.enter(watchdog.COMPILATION)
     dog.wait(1000)
     for seconds in (100, 130, 130, 391, 100):
@@ -104,7 +104,7 @@ def test_the_watchdog_warns_of_a_stall_that_is_long_for_its_phase_but_not_of_a_c
 
 
 def test_time_in_which_the_whole_process_was_suspended_does_not_count(statuses, tmp_path, capfd):
-    dog = Timed(tmp_path, warning=60, limit=180)
+    dog = Timed(tmp_path, limit=180)
     dog.enter(watchdog.STEP)
     dog.wait(50)
     dog.now += 3600
@@ -147,7 +147,7 @@ def test_a_checkpoint_is_restored_in_a_phase_of_its_own(pairs, trained, tmp_path
 
 
 def test_progress_keeps_the_watchdog_quiet(statuses, tmp_path, capfd):
-    dog = Timed(tmp_path, warning=60, limit=180)
+    dog = Timed(tmp_path, limit=180)
     dog.enter(watchdog.EVALUATION)
     for _ in range(20):
         dog.wait(59)

@@ -51,7 +51,7 @@ def test_a_chart_keeps_to_what_is_finite_and_short():
     assert charts.chart("T", [charts.Line("none", [1], [math.nan], 0)]) is None
 
 
-@pytest.mark.parametrize("name", ["clip", "siglip", "nclip", "xclip", "xclip-ema-center", "classify-img"])
+@pytest.mark.parametrize("name", ["clip", "siglip", "nclip", "xclip", "classify-img"])
 def test_every_chart_of_a_term_is_on_the_page(name, tmp_path):
     """With the metrics of real steps, recorded in the golden file of the objectives."""
     golden = json.loads((pathlib.Path(__file__).parents[1] / "golden" / "objectives.json").read_text())[name]["metrics"]

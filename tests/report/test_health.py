@@ -10,6 +10,7 @@ from examples import superclip as extension  # noqa: F401 the files of a run may
 from tests.helpers import tiny
 from tests.helpers.pages import Page, check, page_of, written
 from tests.objectives.test_term import superclip
+from xclip_jax.config import schema
 from xclip_jax.objectives.nclip import Nclip
 from xclip_jax.report import examples
 
@@ -24,6 +25,14 @@ def test_a_run_without_clusters(tmp_path):
     assert "ln b" in words and "Mutual information" not in words
 
 
+@pytest.fixture(scope="module", autouse=True)
+def judged_at_once():
+    """Warnings from step 1 on."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(schema.Config, "alarm_step", 1)
+        yield
+
+
 def collapsed(kind):
     """Metrics of `nclip` with one of its failures, or none."""
     row = {"nclip/ln_b": math.log(16), "nclip/ln_k": math.log(24), "nclip/agreement": 0.9, "nclip/loss": 0.0}
@@ -36,15 +45,15 @@ def collapsed(kind):
 
 def test_a_term_of_weight_0_has_no_lights_and_no_clusters(tmp_path):
     rows = [{"step": s, "loss": 0.0} | collapsed("flat") for s in (1, 2)]
-    config = tiny.config("xclip", log__collapse_warmup_steps=1, objective__terms={"clip": 1.0, "nclip": 0.0})
+    config = tiny.config("xclip", objective__terms={"clip": 1.0, "nclip": 0.0})
     text = page_of(written(tmp_path / "run", config, rows), examples.Examples(missing=["nothing"]))
     assert 'class="card light' not in text and 'id="clusters"' not in text
 
 
 @pytest.mark.parametrize("kind", ["", "flat", "few clusters", "disagreement"])
-def test_each_failure_has_its_light_and_its_remedy(kind, tmp_path):
+def test_each_failure_has_its_light_and_its_remedy(kind, tmp_path, monkeypatch):
     rows = [{"step": s, "loss": 0.0} | collapsed(kind if s == 2 else "") for s in (1, 2)]
-    run = written(tmp_path / "run", tiny.config("nclip", log__collapse_warmup_steps=1), rows)
+    run = written(tmp_path / "run", tiny.config("nclip"), rows)
     text = page_of(run, examples.Examples())
     lights = re.findall(r'<article class="card light (\w*)"><h3>([^<]+)<span>([^<]+)', text)
     expected = {
@@ -56,8 +65,8 @@ def test_each_failure_has_its_light_and_its_remedy(kind, tmp_path):
     warnings = Nclip().alarms(measures)
     assert [warning.split(":")[0] for warning in warnings] == ([kind] if kind else [])
     assert all(warning.partition(": ")[2] in " ".join(Page(text).text) for warning in warnings)
-    late = dataclasses.replace(run.config, log=dataclasses.replace(run.config.log, collapse_warmup_steps=9))
-    early = page_of(dataclasses.replace(run, config=late), examples.Examples())
+    monkeypatch.setattr(schema.Config, "alarm_step", 9)
+    early = page_of(run, examples.Examples())
     assert early.count("too early") == 3 and "healthy" not in early.partition("<main")[2].partition("<script")[0]
 
 
@@ -66,7 +75,7 @@ def test_one_cluster_or_a_batch_of_one_pair_cannot_be_judged(k, b, tmp_path):
     """ln 1 = 0 is all the information that there could be."""
     row = dict.fromkeys(collapsed(""), 0.0) | {"nclip/agreement": 1.0, "nclip/ln_b": math.log(b)}
     row |= {"step": 1, "loss": 0.0, "nclip/ln_k": math.log(k), "nclip/clusters_img": 1.0, "nclip/clusters_txt": 1.0}
-    changes = {"log__collapse_warmup_steps": 1, "data__batch": b, "model__cluster_head__clusters": k}
+    changes = {"data__batch": b, "model__cluster_head__clusters": k}
     text = page_of(written(tmp_path / "run", tiny.config("nclip", **changes), [row]), examples.Examples())
     check(text)
     assert "card light" not in text
@@ -84,8 +93,9 @@ def plugin_rows():
     return rows
 
 
-def test_a_term_of_another_package_has_curves_and_lights(tmp_path):
-    run = written(tmp_path / "run", superclip(log__collapse_warmup_steps=2), plugin_rows())
+def test_a_term_of_another_package_has_curves_and_lights(tmp_path, monkeypatch):
+    monkeypatch.setattr(schema.Config, "alarm_step", 2)
+    run = written(tmp_path / "run", superclip(), plugin_rows())
     text = page_of(run, examples.Examples())
     words = " ".join(check(text).text)
     for sentence in (

@@ -12,6 +12,7 @@ from tests.helpers.pages import page_of, written
 from tests.report.test_collect import judged_results
 from tests.report.test_health import collapsed
 from tests.report.test_sections import compared, predicted
+from xclip_jax.config import schema
 from xclip_jax.report import examples, page
 
 SCREENS = [(width, scheme) for width in WIDTHS for scheme in SCHEMES]
@@ -62,12 +63,20 @@ def shown_examples():
     )  # fmt: skip
 
 
+@pytest.fixture(scope="module", autouse=True)
+def judged_at_once():
+    """Warnings from step 1 on."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(schema.Config, "alarm_step", 1)
+        yield
+
+
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
     """Addresses of a run's page with every section, of one of a run that has just begun, and of one of three runs."""
     root = tmp_path_factory.mktemp("pages")
     rows = [{"step": s, "loss": 1 / s, "lr": 1e-3} | collapsed("flat" if s == 3 else "") for s in (1, 2, 3)]
-    run = written(root / "run", tiny.config("nclip", log__collapse_warmup_steps=1), rows)
+    run = written(root / "run", tiny.config("nclip"), rows)
     maps = examples.Maps([0, 1], np.full((2, 2, 2), 0.25), "attention of a token")
     shown = dataclasses.replace(shown_examples(), maps=maps)
     full = page_of(dataclasses.replace(run, results=judged_results()), shown, 1234)

@@ -62,7 +62,7 @@ _PATIENCE = 600.0  # seconds
 
 
 def config(run: str, pairs: str, classes: str) -> ml_collections.ConfigDict:
-    """xCLIP with everything that has a state of its own: centers, BatchNorm, a moving average, patch dropout."""
+    """xCLIP with everything that has a state of its own: BatchNorm, a moving average, patch dropout."""
     from xclip_jax.config import recipes
 
     c = recipes.base("xclip", "Ti/12")
@@ -71,8 +71,8 @@ def config(run: str, pairs: str, classes: str) -> ml_collections.ConfigDict:
     c.model.img = c.model.img.to_dict() | tower | {"image_size": SIZE, "patch": 4, "patch_dropout": 0.25}
     c.model.txt = c.model.txt.to_dict() | tower | {"context_length": 12}
     c.model.embed, c.model.dtype = 16, "float32"
-    c.model.cluster_head = {"clusters": 24, "hidden": 32, "layers": 1, "last_norm": False}
-    c.objective.nclip.balance, c.objective.nclip.target = "center", "ema"
+    c.model.cluster_head = {"clusters": 24, "hidden": 32, "layers": 1}
+    c.objective.nclip.target = "ema"
     c.optim.warmup, c.optim.lr, c.optim.eps = 5, 1e-3, 1e-6
     c.data.sources, c.data.batch, c.data.tokenizer, c.data.threads = (f"folder:{pairs}",), BATCH, "bytes", 2
     c.data.color_jitter = 0.2

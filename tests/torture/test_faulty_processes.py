@@ -77,7 +77,7 @@ def test_a_signal_to_one_process_saves_in_both(tmp_path, fault, process):
 
 @slow
 def test_a_process_that_hangs_ends_both_and_is_named(tmp_path):
-    limits = "log__stall_warning=5.0", "log__stall_limit=30.0"
+    limits = ("log__stall_limit=30.0",)
     statuses, outputs = both(tmp_path, "hang in data", 4, 1, *limits)
     assert statuses == [EXIT_RESTART] * 2, outputs
     assert "no progress: waiting for data from folder:" in outputs[1]

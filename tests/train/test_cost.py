@@ -121,7 +121,7 @@ def test_a_run_may_resume_with_every_remedy_for_its_batch(pairs, trained):
     folder, flags = RunWriter(trained), cost.remedies(schema.resolve(tiny.short(pairs, trained)))
     changes = dict(flag.removeprefix("--config.").split("=") for line in flags for flag in line.split())
     assert changes.keys() == {"mesh.strategy", "model.img.remat", "model.txt.remat", "optim.microbatches"}
-    for key, value in [*changes.items(), ("data.read_timeout", 1.0)]:
+    for key, value in [*changes.items(), ("data.threads", 1)]:
         config = tiny.short(pairs, trained)
         config.update_from_flattened_dict({key: int(value) if key == "optim.microbatches" else value})
         folder.check(schema.resolve(config))

@@ -25,13 +25,14 @@ def test_wasted_steps_are_those_skipped_and_those_undone(tmp_path, monkeypatch):
     """Steps 2, 7 and 8 are skipped; a rewind to the checkpoint of step 4 undoes 5 and 6 as well."""
     config = types.SimpleNamespace(
         data=types.SimpleNamespace(batch=8),
-        optim=types.SimpleNamespace(max_skipped_steps=1, rewind=True, max_grad_norm_ratio=0.0),
+        optim=types.SimpleNamespace(on_bad_steps="rewind"),
         steps=100,
         checkpoint=types.SimpleNamespace(every=4),
     )
     folder = types.SimpleNamespace(skipped_steps_file=tmp_path / "skipped_steps.jsonl")
     job = types.SimpleNamespace(config=config, folder=folder, experiment=types.SimpleNamespace(abstract=None))
     checkpointer = types.SimpleNamespace(steps=lambda: [4], is_whole=bool, restore=lambda *_: ({}, {}))
+    monkeypatch.setattr(recovery, "MOST_SKIPPED", 1)
     monkeypatch.setattr(recovery, "with_step", lambda state, step: state)
     skipped = recovery.SkippedSteps(job, 0, types.SimpleNamespace(counters={}), checkpointer)
     assert skipped.wasted == 0
@@ -141,13 +142,14 @@ def config(pairs, run, **changes):
         # A head that starts sharp and has no time to agree.
         pytest.param(
             "disagreement",
-            {"objective__nclip__tau": 0.01, "optim__lr": 1e-12, "optim__lr_start": 0.0, "optim__lr_end": 0.0},
+            {"objective__nclip__tau": 0.01, "optim__lr": 1e-12, "optim__lr_end": 0.0},
             marks=pytest.mark.slow,
         ),
     ],
 )
-def test_each_collapse_is_provoked_and_said_once(pairs, tmp_path, capsys, failure, changes):
-    trainer.run(config(pairs, tmp_path / "run", objective="nclip", steps=60, log__collapse_warmup_steps=50, **changes))
+def test_each_collapse_is_provoked_and_said_once(pairs, tmp_path, capsys, monkeypatch, failure, changes):
+    monkeypatch.setattr(schema.Config, "alarm_step", 50)
+    trainer.run(config(pairs, tmp_path / "run", objective="nclip", steps=60, **changes))
     out = capsys.readouterr().out
     print(out[out.index("WARNING") :].splitlines()[0])
     assert out.count(f": {failure}: ") == 1

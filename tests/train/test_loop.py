@@ -135,7 +135,7 @@ def test_what_was_measured_before_is_of_the_same_weights_and_sets(pairs, tmp_pat
 
 
 def test_the_average_is_what_is_evaluated_and_loaded(pairs, tmp_path, evaluators):
-    average = {"ema__on": True, "ema__momentum": 0.5, "eval__ema": True}
+    average = {"ema__momentum": 0.5, "eval__ema": True}
     sets = {"eval__sets": ("a",), "eval__every": 2, "eval__final_sets": ("b",)}
     c = tiny.short(pairs, tmp_path / "run", **average, **sets, objective="nclip")
     trainer.run(c)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import pathlib
-import re
 import shutil
 import types
 from typing import ClassVar
@@ -28,8 +27,8 @@ from xclip_jax.train.checkpoint import Checkpointer
 
 pytestmark = pytest.mark.long
 
-# First token of a text: what is not finite at a step with it, or large.
-LOSS, GRADIENT, CENTER, SPIKE = 201, 202, 203, 204
+# First token of a text: what is not finite at a step with it.
+LOSS, GRADIENT, STATE = 201, 202, 203
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Poison(Term):
     title: ClassVar[str] = "poison"
 
     def initial_state(self, model, vocab):
-        """A running value, as of a center."""
+        """A running value."""
         return {"poison": jnp.zeros(3)}
 
     def __call__(self, out, teacher, state, batch):
@@ -50,9 +49,8 @@ class Poison(Term):
 
         zero = out["z_img"].sum() * 0
         root = jnp.sqrt(jnp.where(marked(GRADIENT), zero, zero + 1.0))  # infinite slope at 0, times 0
-        steep = root + jnp.where(marked(SPIKE), 1e3, 0.0) * out["z_img"][:, 0].sum()
-        loss = steep - jax.lax.stop_gradient(steep) + jnp.where(marked(LOSS), jnp.nan, 0.0)
-        return loss, {"loss": loss}, {"poison": state["poison"] + jnp.where(marked(CENTER), jnp.inf, 1.0)}
+        loss = root - jax.lax.stop_gradient(root) + jnp.where(marked(LOSS), jnp.nan, 0.0)
+        return loss, {"loss": loss}, {"poison": state["poison"] + jnp.where(marked(STATE), jnp.inf, 1.0)}
 
 
 def config(objective="clip", **changes):
@@ -78,7 +76,7 @@ def assert_same(a, b):
 
 def test_a_bad_batch_changes_nothing_but_the_step():
     """And the steps after it are those of a run that never saw its update."""
-    changes = {"objective__nclip__target": "ema", "objective__nclip__balance": "center", "optim__grad_clip_norm": 1.0}
+    changes = {"objective__nclip__target": "ema", "optim__grad_clip_norm": 1.0}
     p = build.build(config("xclip", mesh={"data": -1, "fsdp": 1, "model": 1, "strategy": "zero1"}, **changes))
     batches = [tiny.batch(i, eot=p.tokenizer.eot_id) for i in range(3)]
 
@@ -88,8 +86,8 @@ def test_a_bad_batch_changes_nothing_but_the_step():
     s, metrics = step(state.create(p.init, p.abstract), batches[0])
     assert not metrics["skipped"]
     before = jax.device_get(s)
-    assert len(jax.tree.leaves(before.ema_batch_stats)) and before.loss_state["center_img"].any()
-    for count, (token, bad) in enumerate(((LOSS, ["loss"]), (GRADIENT, ["grad_norm"]), (CENTER, [])), 2):
+    assert len(jax.tree.leaves(before.ema_batch_stats)) and before.loss_state["poison"].any()
+    for count, (token, bad) in enumerate(((LOSS, ["loss"]), (GRADIENT, ["grad_norm"]), (STATE, [])), 2):
         s, metrics = step(s, mark(batches[1], token))
         assert metrics["skipped"]
         assert [name for name in ("loss", "grad_norm") if not np.isfinite(metrics[name])] == bad
@@ -121,7 +119,7 @@ def state_like(host, p):
 @pytest.mark.parametrize(("b1", "b2"), [(0.0, 0.0), (0.999999, 0.0), (0.0, 0.999999), (0.9999999, 0.9999999)])
 def test_updates_are_finite_within_the_bounds_of_the_optimizer(b1, b2):
     """So a step can be accepted before its update is known."""
-    largest = {"lr": 1000.0, "lr_start": 1000.0, "lr_end": 1000.0, "weight_decay": 1000.0, "eps": 1e-15}
+    largest = {"lr": 1000.0, "lr_end": 1000.0, "weight_decay": 1000.0, "eps": 1e-15}
     c = tiny.config(**{f"optim__{key}": value for key, value in (largest | {"b1": b1, "b2": b2}).items()})
     tx = optim.make_optimizer(schema.resolve(c).optim, 10, {})
     values = np.array([0.0, 1e-45, -1e-38, 1e-23, 1e-10, -1.0, 1e10, 1.8e19], np.float32)  # squares that fp32 holds
@@ -133,29 +131,15 @@ def test_updates_are_finite_within_the_bounds_of_the_optimizer(b1, b2):
         chex.assert_tree_all_finite((updates, opt_state, optax.apply_updates(params, updates)))
 
 
-def test_a_spike_of_the_gradient_is_skipped_once_its_mean_is_known(monkeypatch):
-    monkeypatch.setattr(train_step, "WARMUP", 3)
-    p = build.build(config(optim__max_grad_norm_ratio=20.0), jax.devices()[:1])
-    s, norms = state.create(p.init, p.abstract), []
-    for i, token in enumerate([0, SPIKE, 0, 0, SPIKE, 0]):
-        batch, before = tiny.batch(i, eot=p.tokenizer.eot_id), jax.device_get(s)
-        s, metrics = p.compiled(s, loader.to_global(mark(batch, token) if token else batch, p.mesh))
-        assert bool(metrics["skipped"]) == (i == 4)
-        if i >= 3:  # over the accepted steps before, an exponential average of logarithms
-            weights = train_step.DECAY ** np.arange(len(norms))[::-1]
-            mean = np.exp(np.average(np.log(norms), weights=weights))
-            assert float(metrics["grad_norm_mean"]) == pytest.approx(mean, rel=1e-4)
-        if i != 4:
-            norms.append(float(metrics["grad_norm"]))
-        else:
-            assert_same(s, train_step.with_step(state_like(before, p), 5))
-            assert metrics["grad_norm"] > 20 * mean
-            values = {name: float(metrics[name]) for name in ("loss", "grad_norm", "grad_norm_mean")}
-            assert re.fullmatch(r"grad norm of step 5 is \S+ \(running mean [\d.]+\)", recovery.fault(5, values, 20.0))
-            assert recovery.fault(5, values, 1e9) == "a running value of step 5 is not finite"
-
-
 # A run
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_steps():
+    """Two skipped steps in a row, not ten, are the most."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recovery, "MOST_SKIPPED", 2)
+        yield
 
 
 class Killed(Exception):
@@ -238,7 +222,7 @@ def test_a_run_goes_on_without_the_bad_steps(pairs, tmp_path, monkeypatch, capsy
 
 
 def test_too_many_in_a_row_stop_the_run(pairs, tmp_path, monkeypatch):
-    c = run_config(pairs, tmp_path / "run", optim__max_skipped_steps=2, checkpoint__keep=1)
+    c = run_config(pairs, tmp_path / "run", checkpoint__keep=1)
     message = "loss of step 8 is nan, after 2 skipped steps in a row, and is not saved; the last checkpoint has step 4"
     with pytest.raises(Diverged, match=message):
         train(c, monkeypatch, poisoned={2, 3, 6, 7, 8, 9})
@@ -247,7 +231,7 @@ def test_too_many_in_a_row_stop_the_run(pairs, tmp_path, monkeypatch):
 
 
 def rewind_config(pairs, run):
-    return run_config(pairs, run, steps=12, optim__max_skipped_steps=2, optim__rewind=True)
+    return run_config(pairs, run, steps=12, optim__on_bad_steps="rewind")
 
 
 POISONED = {5, 6, 7}
@@ -306,11 +290,9 @@ def test_a_rewind_that_did_not_help_is_the_last(pairs, tmp_path, monkeypatch):
         train(c, monkeypatch, {*POISONED, 8, 9, 10})
 
 
-def test_rewind_without_a_skipped_step_is_refused():
-    with pytest.raises(UserError, match=r"optim\.rewind is True and max_skipped_steps is 0"):
-        schema.resolve(tiny.config(optim__rewind=True, optim__max_skipped_steps=0))
-    kept = tiny.config(optim__rewind=True, checkpoint__keep=1)
-    with pytest.raises(UserError, match=r"optim\.rewind may need .* checkpoint\.keep is 1; raise it to 2"):
+def test_a_rewind_needs_two_checkpoints():
+    kept = tiny.config(optim__on_bad_steps="rewind", checkpoint__keep=1)
+    with pytest.raises(UserError, match=r"optim\.on_bad_steps 'rewind' may need .*; raise checkpoint\.keep to 2"):
         schema.resolve(kept)
 
 

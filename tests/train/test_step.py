@@ -21,11 +21,11 @@ VARIANTS = {
     "siglip": {},
     "nclip": {},
     "xclip": {},
-    # Every target with every balance is held against eight devices in the losses' own tests.
-    "xclip-joint-sinkhorn": {"objective__nclip__target": "joint", "objective__nclip__balance": "sinkhorn"},
-    "xclip-ema-center": {"objective__nclip__target": "ema", "objective__nclip__balance": "center"},
+    # Every target is held against eight devices in the losses' own tests.
+    "xclip-joint": {"objective__nclip__target": "joint"},
+    "xclip-ema": {"objective__nclip__target": "ema"},
     "xclip-patch-dropout": {"model__img__patch_dropout": 0.5},
-    "xclip-kept-average": {"ema__on": True},
+    "xclip-kept-average": {"ema__momentum": 0.996},
 }
 
 
@@ -61,7 +61,7 @@ def gradients(p, batch=None):
 
 # test_sharding holds the other variants, on every mesh.
 @pytest.mark.parametrize(
-    "variant", [*(pytest.param(x, marks=pytest.mark.slow) for x in ("clip", "nclip")), "xclip-joint-sinkhorn"]
+    "variant", [*(pytest.param(x, marks=pytest.mark.slow) for x in ("clip", "nclip")), "xclip-joint"]
 )
 def test_one_device_against_eight(variant):
     loss_1, grads_1, stats_1 = gradients(make(variant, devices=1))
@@ -154,7 +154,7 @@ def test_state_is_donated():
 
 
 def test_parameters_are_what_the_abstract_state_says():
-    p = make("xclip-ema-center")
+    p = make("xclip-ema")
     s = state.create(p.init, p.abstract)
     chex.assert_trees_all_equal_shapes_and_dtypes(s, p.abstract)
     assert all(x.sharding == a.sharding for x, a in zip(jax.tree.leaves(s), jax.tree.leaves(p.abstract), strict=True))
@@ -167,7 +167,7 @@ def test_average_follows_its_formula():
     expected = jax.device_get(s.variables())
     for i in range(3):
         s, _ = p.compiled(s, loader.to_global(tiny.batch(i, eot=p.tokenizer.eot_id), p.mesh))
-        m = float(optim.ema_momentum(i, 10, 0.9, "cosine"))
+        m = float(optim.ema_momentum(i, 10, 0.9))
         expected = jax.tree.map(lambda e, x, m=m: m * e + (1 - m) * x, expected, jax.device_get(s.variables()))
     assert jax.tree.leaves(expected["batch_stats"])
     chex.assert_trees_all_close(jax.device_get(s.variables(ema=True)), expected, rtol=1e-5, atol=1e-7)
@@ -186,7 +186,7 @@ def projected(p, variables, batch):
 
 
 def test_a_teacher_has_the_statistics_of_its_own_features():
-    p = make("xclip-ema-center", **PLAIN, ema__momentum=0.9, optim__lr=0.1, optim__warmup=0)
+    p = make("xclip-ema", **PLAIN, ema__momentum=0.9, optim__lr=0.1, optim__warmup=0)
     s = state.create(p.init, p.abstract)
     for i in range(3):
         batch = tiny.batch(i, eot=p.tokenizer.eot_id)
@@ -197,30 +197,6 @@ def test_a_teacher_has_the_statistics_of_its_own_features():
     chex.assert_trees_all_close(average, expected, rtol=1e-4, atol=1e-5)
     differences = jax.tree.map(lambda a, b: np.abs(a - b).max(), average, jax.device_get(s.batch_stats))
     assert max(jax.tree.leaves(differences)) > 1e-2
-
-
-def test_centers_follow_the_teacher():
-    """The teacher has the parameters of another seed and sees all patches; the centers are not zero, nor in chunks."""
-    options = PLAIN | {"objective__nclip__center_momentum": 0.8, "model__img__patch_dropout": 0.5}
-    p, chunked = (make("xclip-ema-center", **options, loss__chunk_size=size) for size in (0, 8))
-    other = make("xclip-ema-center", seed=1)
-    batch, rng = tiny.batch(eot=p.tokenizer.eot_id), np.random.default_rng(0)
-    step, s = catching(p)
-    centers = {name: rng.normal(size=x.shape).astype(np.float32) for name, x in s.loss_state.items()}
-    assert centers.keys() == {"center_img", "center_txt"}
-    s = s.replace(ema_params=state.create(other.init, other.abstract).params, loss_state=centers)
-    logits, student = (projected(p, jax.device_get(s.variables(ema=ema)), batch)[0] for ema in (True, False))
-    found = [jax.device_get(f(s, loader.to_global(batch, p.mesh))) for f in (step, catching(chunked)[0])]
-    for name, center in centers.items():
-        key = name.replace("center", "s")
-        expected = 0.8 * center + 0.2 * logits[key].mean(axis=0)
-        for moved, _ in found:
-            np.testing.assert_allclose(moved.loss_state[name], expected, rtol=1e-4, atol=1e-5)
-        assert np.abs(logits[key].mean(axis=0) - student[key].mean(axis=0)).max() > 0.1
-    (whole, metrics), (parts, of_parts) = found
-    assert of_parts["nclip/loss"] == pytest.approx(metrics["nclip/loss"], rel=1e-5, abs=1e-5)
-    largest = max(np.abs(g).max() for g in jax.tree.leaves(whole.opt_state))
-    chex.assert_trees_all_close(parts.opt_state, whole.opt_state, rtol=1e-5, atol=1e-5 * largest)
 
 
 def test_objectives_have_only_the_heads_that_they_need():

@@ -42,7 +42,7 @@ def test_a_run_starts_from_another_and_resumes_without_it(source, pairs, tmp_pat
     # The first step's learning rate is zero: what is saved after it is what was loaded.
     c = tiny.config(
         "nclip", run=tmp_path / "run", steps=2, data__sources=(f"folder:{pairs}",), checkpoint__every=1,
-        model__img__depth=2, model__img__scan=True, optim__lr_start=0.0, init__weights=str(kept), seed=1,
+        model__img__depth=2, model__img__scan=True, init__weights=str(kept), seed=1,
         mesh={"data": 2, "fsdp": 2, "model": 2, "strategy": "fsdp_tp"},
     )  # fmt: skip
     c.model.txt.context_length -= 2
@@ -74,7 +74,7 @@ def test_a_run_starts_from_another_and_resumes_without_it(source, pairs, tmp_pat
 
 @pytest.mark.parametrize("average", [True, False])
 def test_what_is_not_evaluated_is_not_read(average, tmp_path, monkeypatch):
-    run = tiny.untrained(tmp_path / "run", ema__on=True, eval__ema=average)
+    run = tiny.untrained(tmp_path / "run", ema__momentum=0.996, eval__ema=average)
     restore, read = Checkpointer.restore, []
     monkeypatch.setattr(Checkpointer, "restore", lambda *args: read.append(restore(*args)) or read[0])
     variables = weights.load(str(run)).variables
@@ -86,7 +86,7 @@ def test_what_is_not_evaluated_is_not_read(average, tmp_path, monkeypatch):
 
 def test_average_statistics_and_layout_of_a_start(source):
     c = tiny.config(
-        model__img__depth=2, model__txt__scan=True, init__weights=str(source), seed=1, ema__on=True,
+        model__img__depth=2, model__txt__scan=True, init__weights=str(source), seed=1, ema__momentum=0.996,
         mesh={"data": 4, "fsdp": 2, "model": 1, "strategy": "zero1"},
     )  # fmt: skip
     p = build.build(c)
@@ -148,11 +148,10 @@ def test_image_positions_are_interpolated_as_open_clip_does(size):
 
 
 def test_what_is_fresh_and_what_is_left_out_is_named():
-    found, notes = convert(towers(embed=0), towers(pre_norm=False))
+    found, notes = convert(towers(embed=0), towers(embed=16, style="siglip"))
     assert "params/txt/tokens" in found and "params/log_scale" not in found
     assert notes == [
-        "not in x, so initialised at random: params/log_scale, params/proj_img/linear/kernel, "
-        "params/proj_txt/linear/kernel",
+        "not in x, so initialised at random: params/img/patches/bias, params/log_scale, params/proj_txt/linear/kernel",
         "in x and not in this run: params/img/norm_pre/norm/bias, params/img/norm_pre/norm/scale",
     ]
     assert convert(towers(), towers(length=9))[1] == ["text positions stretched from 8 to 9"]
@@ -169,11 +168,11 @@ def test_what_decides_on_a_shape_is_named(changes):
 
 
 def test_other_meanings_are_warned_of(source, capsys):
-    c = tiny.config(model__img__depth=2, model__img__act="quick_gelu", init__weights=str(source))
+    c = tiny.config(model__img__depth=2, model__img__style="openai", init__weights=str(source))
     p = build.build(c)
     weights.read_initial(p.config, p.abstract)
     said = capsys.readouterr().out
-    assert "trained with different settings: model.img.act ('gelu', 'quick_gelu' in this run)" in said
+    assert "trained with different settings: model.img.style ('xclip', 'openai' in this run)" in said
 
 
 @pytest.mark.parametrize(

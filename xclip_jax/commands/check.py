@@ -129,7 +129,7 @@ def _suspects(
     blocks = -(-len(good) // _BLOCK)
     for block in (good[i::blocks] for i in range(blocks)):
         places = [(source, sample.index) for sample in block]
-        results = records.read_each(places, _image, timeout=loader.DataConfig.read_timeout, threads=records.cores())
+        results = records.read_each(places, _image, threads=records.cores())
         # What was read a moment ago may be out of reach now.
         read = [
             (image, sample) for image, sample in zip(results, block, strict=True) if not isinstance(image, BadSample)

@@ -15,6 +15,7 @@ from xclip_jax.report.collect import Record, Warnings, complete_rows
 from xclip_jax.train import checkpoint_files, cost, weights
 from xclip_jax.train.checks import Finding, attempt, fail, warning
 from xclip_jax.train.clock import INPUT_BOUND
+from xclip_jax.train.recovery import MOST_SKIPPED
 
 # A run counts as stalled after this many times the usual time between lines of metrics, and after these seconds at
 # least: an evaluation may come in between.
@@ -174,12 +175,12 @@ def _diverged(run: Record, folder: RunReader) -> list[int]:
         else:
             step = int(line["step"])
             row = [*row, step] if row and step == row[-1] + 1 else [step]
-    stops = len(row) > run.config.optim.max_skipped_steps or len(row) == run.config.steps
+    stops = len(row) > MOST_SKIPPED or len(row) == run.config.steps
     return row if row and stops and row[-1] > run.steps else []
 
 
 def _skipped(run: Record, folder: RunReader, row: list[int]) -> Iterator[Finding]:
-    """Steps skipped for values that were not finite, or for spikes; `row` ended the run."""
+    """Steps skipped for values that were not finite; `row` ended the run."""
     steps = [int(line["step"]) for line in folder.read_skipped_steps() if "rewound_to" not in line]
     samples = f"look at their samples in {folder.skipped_steps_file}; lower optim.lr"
     if row:
@@ -188,7 +189,7 @@ def _skipped(run: Record, folder: RunReader, row: list[int]) -> Iterator[Finding
         yield fail("skipped steps", text, remedy, skipped_steps=len(steps))
     elif steps:
         total = f"{len(steps):,} of {max([run.steps, *steps]):,} steps"
-        text = f"{total} were skipped: their loss or gradient was not finite, or a spike"
+        text = f"{total} were skipped: their loss or gradient was not finite"
         remedy = f"{samples} or set optim.grad_clip_norm=1"
         yield warning("skipped steps", text, remedy, skipped_steps=len(steps))
 

@@ -78,8 +78,6 @@ def base(objective: str, size: str) -> ml_collections.ConfigDict:
     config.run = f"runs/{objective}-{size.replace('/', '')}"
     config.objective.name, config.objective.terms = objective, RECIPES[objective]
     set_towers(config, size)
-    if objective == "siglip":
-        config.model.scale_init = 10.0
     return config
 
 

@@ -97,8 +97,6 @@ class LogConfig:
         "steps between two lines of metrics, apart from step 1, checkpoints, evaluations and the end; 0: only these",
         at_least(0),
     )
-    collapse_warmup_steps: int = key(500, "first step at which a collapse or a plateau gives a warning", at_least(0))
-    stall_warning: float = key(60.0, "seconds without progress until a warning names the phase; 0: never", at_least(0))
     stall_limit: float = key(1800.0, "seconds without progress until the run ends; 0: never", at_least(0))
     profile: Sequence[int] = key((), "first and last step that JAX's profiler traces, as in 100,110", _STEPS)
 
@@ -133,17 +131,21 @@ class Config:
     log: LogConfig = group(LogConfig, resume="free", compared=False)
     checkpoint: CheckpointConfig = group(CheckpointConfig, resume="free", compared=False)
 
+    @property
+    def alarm_step(self) -> int:
+        """First step at which a collapse or a plateau gives a warning; the first hundred are always flat."""
+        return min(500, max(self.steps // 2, 100))
+
     def conflicts(self) -> Iterator[str]:
         """Values of several groups that do not go together."""
         optim, checkpoint = self.optim, self.checkpoint
         if optim.schedule != "constant" and optim.lr_end > optim.lr:
             yield f"optim.lr_end {optim.lr_end:g} is above optim.lr {optim.lr:g}, the peak; lower it, as to 0"
-        if optim.warmup and optim.lr_start > optim.lr:
-            yield f"optim.lr_start {optim.lr_start:g} is above optim.lr {optim.lr:g}, the peak; lower it, as to 0"
-        if optim.rewind and checkpoint.keep < 2:
-            yield "optim.rewind may need the checkpoint before the newest, and checkpoint.keep is 1; raise it to 2"
-        if optim.rewind and not checkpoint.every:
-            yield "optim.rewind needs checkpoints before the end, and checkpoint.every is 0; set it to 1 or more"
+        rewinds = optim.on_bad_steps == "rewind"
+        if rewinds and checkpoint.keep < 2:
+            yield "optim.on_bad_steps 'rewind' may need the checkpoint before the newest; raise checkpoint.keep to 2"
+        if rewinds and not checkpoint.every:
+            yield "optim.on_bad_steps 'rewind' needs checkpoints before the end; set checkpoint.every to 1 or more"
         if optim.warmup >= self.steps:
             remedy = "shorten it with --config.optim.warmup=N, or give the recipe its length (steps= or epochs=)"
             yield f"optim.warmup={optim.warmup} must be below the {self.steps} steps of the run; {remedy}"

@@ -28,7 +28,6 @@ _STATISTICS = Check(
     _accepted_by(mean_std),
 )
 _GROUPS = Check("'auto', 'full' or rising TOKENS:SHARE pairs such as '24:0.6,40:0.9'", _accepted_by(LengthGroups.parse))
-_SHARE = Check("above 0 and at most 1", lambda value: 0 < value <= 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,10 +41,6 @@ class DataConfig:
         host="own",
     )
     weights: Sequence[float] = key((), "share of samples from each source; empty to see every sample once an epoch")
-    subset: float = key(1.0, "share of each source's samples that is used; chosen by the seed, nested", _SHARE)
-    caption_noise: float = key(
-        0.0, "share of pairs with the captions of another pair of their source, a control; by the seed", between(0, 1)
-    )
     holdout: float = key(
         0.0,
         "share of the pairs that is kept out of training, by a hash of the image; evaluated as retrieval/holdout",
@@ -98,18 +93,8 @@ class DataConfig:
     threads: int = key(
         16, "batches that this process reads at once, where workers is 0", at_least(1), resume="free", host="own"
     )
-    buffer: int = key(
-        8,
-        "batches that are read ahead, where workers is 0; fewer than threads count as threads",
-        at_least(1),
-        resume="free",
-        host="own",
-    )
     workers: int = key(
         0, "reading processes, one thread each; for buckets several a core", at_least(0), resume="free", host="own"
-    )
-    read_timeout: float = key(
-        300.0, "seconds after which a sample that is not read is a bad one; 0 never", at_least(0), resume="free"
     )
     max_bad_fraction: float = key(
         0.05, "a larger share of samples that cannot be used stops the run", between(0, 1), resume="free"

@@ -1,4 +1,4 @@
-"""Parts of a run's sources: held-out pairs (`data.holdout`), a share of the pairs, and exchanged captions.
+"""Parts of a run's sources: held-out pairs, `data.holdout`.
 
 A pair is held out by a hash of its image's bytes. So it stays on its side in any order, file, source or company and on
 any number of hosts, and all pairs with one image are on one side.
@@ -18,12 +18,10 @@ import numpy as np
 from xclip_jax.core.console import show
 from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.data import records
-from xclip_jax.data.base import Record, Source, WrappedSource, display_name
+from xclip_jax.data.base import Record, Source, WrappedSource
 from xclip_jax.data.config import DataConfig
 
 _MANY = 100_000  # for more pairs, a line announces that they are read
-# Streams of random numbers: for the choice of pairs, and for the exchange of captions.
-_SUBSET, _NOISE = 1, 2
 
 
 class Subset(WrappedSource):
@@ -41,72 +39,6 @@ class Subset(WrappedSource):
 
     def describe(self, index: int) -> dict[str, str]:
         return self.source.describe(int(self.indices[index]))
-
-
-class NoisyCaptions(WrappedSource):
-    """A source of pairs in which record i has the captions and keywords of record `donors[i]`.
-
-    A bad record makes the record that receives its captions bad too.
-    """
-
-    def __init__(self, source: Source, donors: np.ndarray) -> None:
-        super().__init__(source)
-        self.donors = donors
-
-    def __getitem__(self, index: int) -> Record:
-        record = self.source[index]
-        donor = int(self.donors[index])
-        if donor == index:
-            return record
-        try:
-            other = self.source[donor]
-        except BadSample as error:
-            place = display_name(self.source, donor)
-            raise BadSample("the pair whose captions it has is bad", f"{place}: {error}") from error
-        return record | {"text": other["text"], "tags": other["tags"]}
-
-
-def caption_donors(n: int, share: float, rng: np.random.Generator) -> np.ndarray:
-    """Return the record whose captions each of `n` records gets, int (n,); `share` of them get another record's.
-
-    For one seed, a larger share includes the records of a smaller one. They pass their captions on in one cycle, so
-    that every caption is used once and no chosen record keeps its own.
-    """
-    donors = np.arange(n)
-    noisy = rng.permutation(n)[: round(share * n)]
-    donors[noisy] = np.roll(noisy, 1)
-    return donors
-
-
-def apply_controls(opened: Sequence[Source], config: DataConfig, seed: int, *, labelled: bool = False) -> list[Source]:
-    """Apply `data.subset` and `data.caption_noise` to each source of a run; the run's seed chooses the pairs.
-
-    Raises:
-      UserError: fewer pairs than a batch, fewer than two that exchange captions, or noise in labelled items.
-    """
-    if config.caption_noise and labelled:
-        raise UserError("data.caption_noise exchanges captions, and labelled items have none; set it to 0.")
-    result = list(opened)
-    for number, source in enumerate(result):
-        if config.subset < 1:
-            rng = np.random.default_rng((seed, number, _SUBSET))
-            kept = rng.permutation(len(source))[: max(round(config.subset * len(source)), 1)]
-            source = Subset(source, np.sort(kept))  # for one seed, smaller shares are parts of larger ones
-        if config.caption_noise:
-            if round(config.caption_noise * len(source)) < 2:
-                raise UserError(
-                    f"data.caption_noise={config.caption_noise} is less than two of the {len(source)} pairs of "
-                    f"{config.sources[number]!r}; raise it, or set it to 0."
-                )
-            rng = np.random.default_rng((seed, number, _NOISE))
-            source = NoisyCaptions(source, caption_donors(len(source), config.caption_noise, rng))
-        result[number] = source
-    if config.subset < 1 and not labelled and (pairs := sum(map(len, result))) < config.batch:
-        raise UserError(
-            f"data.subset={config.subset} leaves {pairs} pairs, fewer than data.batch={config.batch}; enlarge the "
-            "subset, or lower data.batch."
-        )
-    return result
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +87,7 @@ def find(spec: str, source: Source, share: float, config: DataConfig) -> Pairs:
         threads = min(config.threads, records.MAX_THREADS)
         captions_of = array.array("q")
         held = []
-        for index, result in enumerate(records.read_each(places, take, timeout=config.read_timeout, threads=threads)):
+        for index, result in enumerate(records.read_each(places, take, threads=threads)):
             if isinstance(result, BadSample):
                 continue
             captions_of.append(result[0])

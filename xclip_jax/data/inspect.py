@@ -55,8 +55,8 @@ class LoaderSample:
 def read(source: Source, indices: Sequence[int], threads: int, size: int) -> tuple[list[Sample], float]:
     """Read pairs and crop their images to `size`; return the samples and the seconds that it took."""
     began = time.perf_counter()
-    places, timeout = [(source, index) for index in indices], loader.DataConfig.read_timeout
-    results = records.read_each(places, lambda record: _examine(record, size), timeout=timeout, threads=threads)
+    places = [(source, index) for index in indices]
+    results = records.read_each(places, lambda record: _examine(record, size), threads=threads)
     samples = [Sample(x.reason, x.detail) if isinstance(x, BadSample) else x for x in results]
     for index, sample in zip(indices, samples, strict=True):
         sample.index = index
@@ -86,7 +86,7 @@ def read_batches(
     """
     data = dataclasses.replace(transform.config, spread_duplicate_captions=False)
     rows = min(data.batch, _BATCH)
-    busy = 2 * data.workers * loader.WORKER_BUFFER if data.workers else data.threads + data.buffer
+    busy = 2 * data.workers * loader.WORKER_BUFFER if data.workers else data.threads + loader.BUFFER
     order = loader.sample_order(sources, data, seed)
     with tempfile.TemporaryDirectory() as scratch:
         ledger = BadSampleLog(epath.Path(scratch), max_bad_fraction=1.0)

@@ -30,6 +30,7 @@ Batch = dict[str, Any]
 
 MAX_RESAMPLES = 100  # the run stops after this number of bad samples in a row for one position
 READ_GROUP = 32  # rows that are read together before they are decoded: alternating would empty the processor's caches
+BUFFER = 8  # batches that threads read ahead, at least
 WORKER_BUFFER = 2  # finished batches that each worker process keeps
 _CACHED_PLACES = 1 << 22  # in the orders of epochs that `_SpreadDuplicates` keeps; two epochs are always kept
 
@@ -161,9 +162,7 @@ def _caption_groups(opened: Sequence[Source], config: DataConfig) -> tuple[np.nd
     groups, bad = [], []
     places = ((source, index) for source in opened for index in range(len(source)))
     threads = min(config.threads, records.MAX_THREADS)
-    for captions in records.read_each(
-        places, lambda record: tuple(record["text"]), timeout=config.read_timeout, threads=threads
-    ):
+    for captions in records.read_each(places, lambda record: tuple(record["text"]), threads=threads):
         bad.append(isinstance(captions, BadSample))
         # "" is never a caption.
         key = ("", str(len(groups))) if isinstance(captions, BadSample) else captions
@@ -236,8 +235,7 @@ class _Reader:
         return {field: np.empty(*array) for field, array in self.transform.arrays(len(self.rows)).items()}
 
     def _read(self, places: Sequence[tuple[int, int]]) -> list[Record | BadSample]:
-        records_of = [(self.order.sources[number], index) for number, index in places]
-        return records.read_all(records_of, self.transform.config.read_timeout)
+        return records.read_all([(self.order.sources[number], index) for number, index in places])
 
     def _fill(
         self, number: int, index: int, record: Record | BadSample, rng: np.random.Generator, row: Batch
@@ -295,7 +293,7 @@ def batches(
     rows = [row for shard in shards for row in range(shard * n, (shard + 1) * n)]
     reader = _Reader(order, transform, batch, rows, grain.experimental.RngPool(seed))
     # Grain's elements are batches here; its buffer includes the batches that are being read.
-    buffer = max(config.threads, config.buffer)
+    buffer = max(config.threads, BUFFER)
     options = grain.ReadOptions(0, 0) if config.workers else grain.ReadOptions(config.threads, buffer)
     dataset = grain.MapDataset.range(start, stop).map(reader).to_iter_dataset(options)
     if config.workers:

@@ -20,6 +20,7 @@ from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.data.base import Record, Source
 
 MAX_THREADS = 16  # threads (at most data.threads) for reading all records of a source at the start
+READ_TIMEOUT = 300.0  # seconds after which a record that is still being read is a bad one
 _CHUNK = 32  # records that a thread reads one after another
 # Ctrl-C in a terminal, or a batch system that ends a job, sends these to the whole process group.
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -39,14 +40,12 @@ def read(source: Source, index: int) -> Record | BadSample:
         return as_bad_sample(error)
 
 
-def read_all(places: Sequence[tuple[Source, int]], timeout: float) -> list[Record | BadSample]:
+def read_all(places: Sequence[tuple[Source, int]]) -> list[Record | BadSample]:
     """Return `read(source, index)` for each of `places`, and raise its errors.
 
-    A record that is still being read after `timeout` seconds, 0 for never, becomes a `BadSample`, as on a disk that
-    does not answer. Its read keeps a thread until the disk answers or the process ends.
+    A record that is still being read after `READ_TIMEOUT`, as on a disk that does not answer, becomes a `BadSample`.
+    Its read keeps a thread until the disk answers or the process ends.
     """
-    if not timeout:
-        return [read(source, index) for source, index in places]
     done: list[Record | BadSample] = []
     while len(done) < len(places):
         results: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -55,13 +54,13 @@ def read_all(places: Sequence[tuple[Source, int]], timeout: float) -> list[Recor
         threading.Thread(target=_read_into, args=arguments, daemon=True, name="read").start()
         try:
             while len(done) < len(places):
-                result = results.get(timeout=timeout)
+                result = results.get(timeout=READ_TIMEOUT)
                 if isinstance(result, BaseException) and not isinstance(result, BadSample):
                     raise result
                 done.append(result)
         except queue.Empty:
             given_up.set()
-            done.append(BadSample("read takes too long", f"more than {timeout:g} s"))
+            done.append(BadSample("read takes too long", f"more than {READ_TIMEOUT:g} s"))
     return done
 
 
@@ -78,7 +77,7 @@ def _read_into(
 
 
 def read_each(
-    places: Iterable[tuple[Source, int]], take: Callable[[Record], T], *, timeout: float, threads: int
+    places: Iterable[tuple[Source, int]], take: Callable[[Record], T], *, threads: int
 ) -> Iterator[T | BadSample]:
     """Yield `take(record)` for each of `places`, in order, or the `BadSample` of a record that cannot be used.
 
@@ -87,7 +86,6 @@ def read_each(
     Args:
       places: (source, index) of the records; some are read ahead.
       take: called in the threads; its result should be small. A record for which it raises is a bad one.
-      timeout: as for `read_all`, whose errors are raised too.
       threads: number of chunks that are read at once.
     """
 
@@ -98,7 +96,7 @@ def read_each(
             return as_bad_sample(error)
 
     def work(chunk: Sequence[tuple[Source, int]]) -> list[T | BadSample]:
-        return [taken(record) for record in read_all(chunk, timeout)]
+        return [taken(record) for record in read_all(chunk)]
 
     remaining = iter(places)
     waiting = collections.deque()

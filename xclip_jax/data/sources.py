@@ -237,7 +237,7 @@ def open_sources(config: DataConfig, classes: int = 0, fields: Sequence[str] | N
 def _check_shares(config: DataConfig, opened: Sequence[Source]) -> None:
     """Raise `UserError` if `data.weights` gives a source a larger share of a batch than it has pairs."""
     for spec, source, weight in zip(config.sources, opened, config.weights, strict=True):
-        pairs = max(round(config.subset * len(source)), 1)
+        pairs = len(source)
         share = math.ceil(config.batch * weight / sum(config.weights))
         if share > pairs:
             raise UserError(

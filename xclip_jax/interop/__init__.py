@@ -41,10 +41,11 @@ WRITTEN = (
     hf.PROCESSOR, vocabulary.FILE, *vocabulary.CLIP_FILES, vocabulary.OPTIONS, vocabulary.SPECIAL,
 )  # fmt: skip
 
-# Keys of `model` with the values required by the formats of other projects.
-_CLIPS = {
-    "img.pool": "cls", "img.stem": "linear", "img.patch_bias": False, "txt.causal": True, "txt.pool": "eot",
-    "project_img": True, "project_bias": False,
+# Keys of `model` with the values that the formats of other projects can express.
+_CLIP_STYLES = ("xclip", "openai", "tanh")
+_CLIPS: dict[str, tuple[Any, ...]] = {
+    "img.pool": ("cls",), "img.stem": ("linear",), "img.style": _CLIP_STYLES, "txt.style": _CLIP_STYLES,
+    "txt.causal": (True,), "txt.pool": ("eot",),
 }  # fmt: skip
 
 
@@ -217,12 +218,12 @@ def _expressible(
     """
     params = dict(variables["params"])
     model = config["model"]
-    for key, required in _CLIPS.items():
-        node: Any = model
-        for part in key.split("."):
-            node = node.get(part, required)  # towers of other packages lack some keys
-        if node != required:
-            raise UserError(f"model.{key} is {node!r}, which {to!r} does not have; write to 'safetensors'.")
+    for key, allowed in _CLIPS.items():
+        tower, _, name = key.partition(".")
+        if model[tower][name] not in allowed:
+            raise UserError(
+                f"model.{key} is {model[tower][name]!r}, which {to!r} does not have; write to 'safetensors'."
+            )
     objective = read_objective(config["objective"])
     trained = objective.similarities and not objective.similarities[0].is_distribution
     if not trained or not params.keys() >= hf.HEADS:

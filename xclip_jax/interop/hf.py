@@ -14,6 +14,7 @@ from xclip_jax.data.tokenizer import Tokenizer
 from xclip_jax.interop import names, vocabulary
 from xclip_jax.interop.names import Export, Flat
 from xclip_jax.interop.tensor_files import read_json
+from xclip_jax.models.layers import STYLES
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -93,8 +94,8 @@ def read(
         width = cfg["hidden_size"]
         return {
             "width": width, "depth": cfg["num_hidden_layers"], "heads": cfg["num_attention_heads"],
-            "mlp_ratio": names.mlp_ratio(cfg["intermediate_size"], width), "act": _ACTS[cfg["hidden_act"]],
-            "eps": cfg["layer_norm_eps"],
+            "mlp_ratio": names.mlp_ratio(cfg["intermediate_size"], width),
+            "style": names.find_style(_ACTS[cfg["hidden_act"]], cfg["layer_norm_eps"], where, siglip=kind == "siglip"),
         }  # fmt: skip
 
     size, patch = (names.square(cfg_img[key], f"vision_config.{key}", where) for key in ("image_size", "patch_size"))
@@ -108,21 +109,18 @@ def read(
         embed = cfg_txt.get("projection_size") or txt["width"]
         if embed != img["width"]:
             raise UserError(f"{where}: texts are projected to {embed} dimensions, and images have {img['width']}.")
-        scale, bias = (float(tensors[name].reshape(())) for name in ("logit_scale", "logit_bias"))
-        img |= {"pre_norm": False, "pool": "map", "patch_bias": True}
+        img["pool"] = "map"
         txt |= {"causal": False, "pool": "last"}
-        group = names.model(img, txt, embed, log_scale=scale, bias=bias) | {"project_img": False, "project_bias": True}
         tokens = vocabulary.siglip(folder, vocab, where)
         prepare = _preprocessing(folder, size, "Siglip")
         table = _SIGLIP
     else:
         eot: int = cfg_txt["eos_token_id"]
         tokens = vocabulary.identify(folder, vocab, None if eot == _LEGACY_EOT else eot, where)
-        log_scale = float(tensors["logit_scale"].reshape(())) if "logit_scale" in tensors else 0.0
         embed = content.get("projection_dim", 512)
-        group = names.model(img | {"pre_norm": True}, txt, embed, log_scale=log_scale, bias=None)
         prepare = _preprocessing(folder, size, "CLIP")
         table = _CLIP
+    group = names.model(img, txt, embed)
     config = names.config(group, tokens, prepare, "hf", sigmoid=kind == "siglip")
     return config, names.read(tensors, group, vocab, table, where)
 
@@ -198,8 +196,6 @@ def write(config: Mapping[str, Any], params: Flat, tokens: Tokenizer, repository
       UserError: CLIPModel cannot represent the model, or CLIPImageProcessor its preprocessing.
     """
     model = config["model"]
-    if not model["img"]["pre_norm"]:
-        raise UserError("CLIPModel has a norm before the first block, model.img.pre_norm; write to 'open_clip'.")
     vocab, eot = tokens.vocab_size, tokens.eot_id
     if eot == _LEGACY_EOT:
         raise UserError(
@@ -209,10 +205,11 @@ def write(config: Mapping[str, Any], params: Flat, tokens: Tokenizer, repository
     acts = {ours: theirs for theirs, ours in reversed(_ACTS.items())}
 
     def tower(group: Mapping[str, Any], modality: str) -> dict[str, Any]:
+        style = STYLES[group["style"]]
         return {
             "model_type": f"clip_{modality}_model", "hidden_size": group["width"],
             "intermediate_size": int(group["mlp_ratio"] * group["width"]), "num_hidden_layers": group["depth"],
-            "num_attention_heads": group["heads"], "hidden_act": acts[group["act"]], "layer_norm_eps": group["eps"],
+            "num_attention_heads": group["heads"], "hidden_act": acts[style.act], "layer_norm_eps": style.eps,
             "projection_dim": model["embed"],
         }  # fmt: skip
 

@@ -15,6 +15,7 @@ from xclip_jax.core import fields
 from xclip_jax.core.errors import UserError
 from xclip_jax.data.preprocessing import Preprocessing, mean_std
 from xclip_jax.data.transforms import STATISTICS
+from xclip_jax.models.layers import STYLES
 from xclip_jax.models.two_towers import ModelConfig, TwoTowers
 from xclip_jax.objectives.clip import Clip, Siglip
 
@@ -41,16 +42,25 @@ Names = Mapping[str, str | tuple[str, ...]]
 # --- config
 
 
-def model(
-    img: Mapping[str, Any], txt: Mapping[str, Any], embed: int, *, log_scale: float, bias: float | None
-) -> dict[str, Any]:
+def model(img: Mapping[str, Any], txt: Mapping[str, Any], embed: int) -> dict[str, Any]:
     """Return the config group `model` of a CLIP, computed in fp32, with defaults for keys missing in weights."""
     defaults = dataclasses.asdict(ModelConfig())
-    # The parameter itself is read from the tensors and may exceed CLIP's bound for a new run.
-    scale = math.exp(log_scale)
-    scalars = {"scale_init": min(scale, Clip.max_scale)} if bias is None else {"scale_init": scale, "bias_init": bias}
     towers = {"img": defaults["img"] | _UNROLLED | dict(img), "txt": defaults["txt"] | _UNROLLED | dict(txt)}
-    return defaults | towers | {"embed": embed, "dtype": "float32"} | scalars
+    return defaults | towers | {"embed": embed, "dtype": "float32"}
+
+
+def find_style(act: str, eps: float, where: str, *, pre_norm: bool = True, siglip: bool = False) -> str:
+    """Return the style of a tower with this activation and LayerNorm; `UserError` if there is none."""
+    known = STYLES["siglip" if siglip else "xclip"]
+    tower = dataclasses.replace(known, act=act, eps=eps, pre_norm=known.pre_norm and pre_norm)
+    for name, style in STYLES.items():
+        if style == tower:
+            return name
+    first = "" if pre_norm else ", without a norm before the first block"
+    raise UserError(
+        f"{where} has a tower with activation {act!r} and eps {eps:g} in LayerNorm{first}; no style of model.img and "
+        f"model.txt has these: {', '.join(STYLES)}."
+    )
 
 
 def config(

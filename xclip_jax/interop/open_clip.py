@@ -34,7 +34,7 @@ _TEXT = ("context_length", "vocab_size", "hf_tokenizer_name", "width", "heads", 
          "eos_id", "final_ln_after_pool", "output_tokens", "act_kwargs", "norm_kwargs", "pool_type", "proj_type",
          "proj_bias")  # fmt: skip
 # Keys of towers that do not follow from tensors.
-_WITHOUT_SHAPE = ("act", "eps", "heads", "pre_norm")
+_WITHOUT_SHAPE = ("style", "heads")
 _HARMLESS = ("timm_pool", "timm_proj", "hf_proj_type", "hf_pooler_type", "hf_model_pretrained", "timm_model_pretrained")
 
 
@@ -92,13 +92,12 @@ def read(
     else:
         img, txt, embed = _towers(content.get("model_cfg", content), where)
         tokens, notes = _tokens(content.get("model_cfg", content), folder, where)
-    bias = float(tensors["logit_bias"].reshape(())) if "logit_bias" in tensors else None
-    group = names.model(img, txt, embed, log_scale=float(tensors["logit_scale"].reshape(())), bias=bias)
+    group = names.model(img, txt, embed)
     projection = f"{prefix}text_projection.bias"
     if projection in tensors and not tensors[projection].any():
         tensors.pop(projection)
     prepare = _preprocessing((content or {}).get("preprocess_cfg", {}), img["image_size"], where)
-    config = names.config(group, tokens, prepare, "open_clip", sigmoid=bias is not None, notes=notes)
+    config = names.config(group, tokens, prepare, "open_clip", sigmoid="logit_bias" in tensors, notes=notes)
     return config, names.read(tensors, group, vocab, _clip(prefix, linear=linear), where)
 
 
@@ -151,15 +150,15 @@ def _inferred(tensors: Mapping[str, np.ndarray], prefix: str) -> tuple[dict[str,
     def tower(start: str, width: int) -> dict[str, Any]:
         depth = len({name.removeprefix(start).split(".")[0] for name in tensors if name.startswith(start)})
         ratio = names.mlp_ratio(len(tensors[f"{start}0.mlp.c_fc.weight"]), width)
-        return {"width": width, "depth": depth, "heads": width // 64, "mlp_ratio": ratio, "act": "quick_gelu"}
+        return {"width": width, "depth": depth, "heads": width // 64, "mlp_ratio": ratio, "style": "openai"}
 
     conv = tensors["visual.conv1.weight"]
     texts = tensors[f"{prefix}positional_embedding"]
     grid = round((len(tensors["visual.positional_embedding"]) - 1) ** 0.5)
-    img = {"patch": conv.shape[-1], "image_size": grid * conv.shape[-1], "pre_norm": True, "eps": 1e-5}
+    img = {"patch": conv.shape[-1], "image_size": grid * conv.shape[-1]}
     return (
         tower("visual.transformer.resblocks.", len(conv)) | img,
-        tower(f"{prefix}transformer.resblocks.", texts.shape[1]) | {"context_length": len(texts), "eps": 1e-5},
+        tower(f"{prefix}transformer.resblocks.", texts.shape[1]) | {"context_length": len(texts)},
         tensors["visual.proj"].shape[1],
     )
 
@@ -186,12 +185,12 @@ def _towers(content: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dic
     vision, text, embed = content["vision_cfg"], content["text_cfg"], content["embed_dim"]
     quick = content.get("quick_gelu", False)
     width = vision.get("width", 768)
-    img = _tower(vision, width, width // vision.get("head_width", 64), quick) | {
+    pre_norm = not vision.get("no_ln_pre", False)
+    img = _tower(vision, width, width // vision.get("head_width", 64), quick, where, pre_norm=pre_norm) | {
         "image_size": names.square(vision.get("image_size", 224), "image_size", where),
         "patch": names.square(vision.get("patch_size", 16), "patch_size", where),
-        "pre_norm": not vision.get("no_ln_pre", False),
     }
-    txt = _tower(text, text.get("width", 512), text.get("heads", 8), quick)
+    txt = _tower(text, text.get("width", 512), text.get("heads", 8), quick, where)
     txt["context_length"] = text.get("context_length", 77)
     return img, txt, embed
 
@@ -210,12 +209,14 @@ def _tokens(content: Mapping[str, Any], folder: epath.Path, where: str) -> tuple
     return tokens, notes
 
 
-def _tower(cfg: Mapping[str, Any], width: int, heads: int, quick: bool) -> dict[str, Any]:
+def _tower(
+    cfg: Mapping[str, Any], width: int, heads: int, quick: bool, where: str, *, pre_norm: bool = True
+) -> dict[str, Any]:
     approximate = (cfg.get("act_kwargs") or {}).get("approximate", "none")
     act = "quick_gelu" if quick else {"none": "gelu", "tanh": "gelu_tanh"}[approximate]
     return {
         "width": width, "depth": cfg.get("layers", 12), "heads": heads, "mlp_ratio": cfg.get("mlp_ratio", 4.0),
-        "act": act, "eps": (cfg.get("norm_kwargs") or {}).get("eps", 1e-5),
+        "style": names.find_style(act, (cfg.get("norm_kwargs") or {}).get("eps", 1e-5), where, pre_norm=pre_norm),
     }  # fmt: skip
 
 
@@ -228,26 +229,22 @@ def write(config: Mapping[str, Any], params: Flat, tokens: Tokenizer, repository
     model = config["model"]
     vocab, eot = tokens.vocab_size, tokens.eot_id
     img, txt = model["img"], model["txt"]
-    acts = {tower["act"] for tower in (img, txt)}
-    if "quick_gelu" in acts and len(acts) > 1:
+    styles = {tower["style"] for tower in (img, txt)}
+    if "openai" in styles and len(styles) > 1:
         raise UserError(
-            f"open_clip has one kind of GELU for both towers, not {img['act']!r} and {txt['act']!r}; write to 'hf' or "
-            "'safetensors'."
+            f"open_clip has one kind of GELU for both towers, not those of styles {img['style']!r} and "
+            f"{txt['style']!r}; write to 'hf' or 'safetensors'."
         )
 
     def options(tower: Mapping[str, Any]) -> dict[str, Any]:
         cfg: dict[str, Any] = {"width": tower["width"], "layers": tower["depth"], "mlp_ratio": tower["mlp_ratio"]}
-        if tower["eps"] != 1e-5:
-            cfg["norm_kwargs"] = {"eps": tower["eps"]}
-        if tower["act"] == "gelu_tanh":
+        if tower["style"] == "tanh":
             cfg["act_kwargs"] = {"approximate": "tanh"}
         return cfg
 
     vision = options(img) | {
         "image_size": img["image_size"], "patch_size": img["patch"], "head_width": img["width"] // img["heads"],
     }  # fmt: skip
-    if not img["pre_norm"]:
-        vision["no_ln_pre"] = True
     text = options(txt) | {"context_length": txt["context_length"], "vocab_size": vocab, "heads": txt["heads"]}
     if eot != vocab - 1:
         text |= {"pool_type": "eos", "eos_id": eot}
@@ -256,7 +253,7 @@ def write(config: Mapping[str, Any], params: Flat, tokens: Tokenizer, repository
         text["hf_tokenizer_name"] = repository or HUB_ID
         texts = vocabulary.own_files(tokens.name, txt["context_length"])
         notes += _OWN_TOKENIZER[: 1 if repository else None]
-    content = {"embed_dim": model["embed"], "quick_gelu": "quick_gelu" in acts, "vision_cfg": vision, "text_cfg": text}
+    content = {"embed_dim": model["embed"], "quick_gelu": "openai" in styles, "vision_cfg": vision, "text_cfg": text}
     if "bias" in params:
         content["init_logit_bias"] = float(params["bias"])
     whole = {"model_cfg": content, "preprocess_cfg": _preprocess_cfg(config)}

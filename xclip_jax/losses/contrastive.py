@@ -10,7 +10,7 @@ Pairs of a batch may share a caption or an image. By default each is a negative 
 positives of one another, and the target is spread over them.
 
 Sources: Radford et al., arXiv 2103.00020 (softmax, called CLIP in nCLIP's paper [paper]); Zhai et al., arXiv 2303.15343
-(sigmoid [ours]); Yang et al., arXiv 2204.03610 (UniCL: several positives [ours]); see also `robust` and `Teacher`.
+(sigmoid [ours]); Yang et al., arXiv 2204.03610 (UniCL: several positives [ours]); see also `robust`.
 """
 
 from collections.abc import Callable
@@ -27,19 +27,6 @@ Metrics = dict[str, jax.Array]
 _LOG_ZERO = -1e30  # finite, and so with a gradient of 0
 
 
-class Teacher(NamedTuple):
-    """A teacher's embeddings, and the weight of its softmax over the batch in the target.
-
-    ALBEF's momentum distillation (arXiv 2107.07651) without its queue; CLIP-PSD (arXiv 2204.04588) uses such targets
-    for a growing fraction of a batch.
-    """
-
-    z_img: jax.Array  # (b, e), L2-normalised
-    z_txt: jax.Array  # (b, e)
-    scale: jax.Array  # logit scale, over the temperature of the target
-    share: jax.Array  # from 0 to 1
-
-
 def softmax(
     z_img: jax.Array,
     z_txt: jax.Array,
@@ -47,16 +34,13 @@ def softmax(
     *,
     label_smoothing: float = 0.0,
     keys: jax.Array | None = None,
-    teacher: Teacher | None = None,
     q: float = 0.0,
-    reverse: float = 0.0,
     chunk: int = 0,
 ) -> tuple[jax.Array, Metrics]:
     """Return CLIP's loss: cross-entropy of the matching pair, image to text and text to image, averaged, in nats.
 
     With `keys` the target of pair i is 1 / n_i for each of the n_i pairs with its key, itself included (UniCL's
-    bidirectional loss, arXiv 2204.03610, equation 3; SupCon's L_out, arXiv 2004.11362). With a `teacher` the target is
-    (1 - share) times this target plus share times the teacher's softmax, without a gradient to the teacher.
+    bidirectional loss, arXiv 2204.03610, equation 3; SupCon's L_out, arXiv 2004.11362).
 
     Args:
         z_img: image embeddings of the global batch, shape (b, e), L2-normalised; any float type.
@@ -64,14 +48,13 @@ def softmax(
         scale: scalar, exp(log_scale): already exponentiated.
         label_smoothing: fraction of the target spread evenly over the batch (arXiv 1512.00567).
         keys: integers (b,) or (b, m); pairs with equal keys match each other. By default each pair matches itself.
-        teacher: embeddings for a part of the target.
-        q, reverse: options of `robust`, which replaces the cross-entropy of each pair; for targets of one pair only.
-        chunk: texts to compare with all images at a time, a divisor of b; 0 for all. Not with a teacher.
+        q: option of `robust`, which replaces the cross-entropy of each pair; for targets of one pair only.
+        chunk: texts to compare with all images at a time, a divisor of b; 0 for all.
 
     Returns:
         The loss (fp32 scalar) and fp32 scalar metrics: "loss", "ln_b" (the loss of a blind guess), "acc_img" and
         "acc_txt" (fraction of images and of texts whose best match in the batch is their partner); "blind" (the robust
-        loss of a blind guess) with `q` or `reverse`, "teacher_share" with a teacher.
+        loss of a blind guess) with `q`.
     """
     check(z_img, z_txt, scale)
     if chunk:
@@ -85,38 +68,30 @@ def softmax(
         matching = jnp.sum(jnp.eye(logits.shape[0]) * logits, axis=1)
         img_to_txt = jax.nn.logsumexp(logits - matching[:, None], axis=1)
         txt_to_img = jax.nn.logsumexp(logits - matching[None, :], axis=0)
-    if q or reverse:
-        img_to_txt, txt_to_img = (robust(x, q, reverse) for x in (img_to_txt, txt_to_img))
+    if q:
+        img_to_txt, txt_to_img = (robust(x, q) for x in (img_to_txt, txt_to_img))
     loss = 0.5 * jnp.mean(img_to_txt + txt_to_img)
     if label_smoothing or keys is not None:
-        margin = target_margin(z_img, z_txt, scale, label_smoothing, keys)
-        loss = loss + (margin if teacher is None else (1 - teacher.share) * margin)
-    if teacher is not None:
-        loss = loss + teacher.share * _teacher_margin(logits, matching, teacher)
-    metrics = {} if teacher is None else {"teacher_share": jnp.asarray(teacher.share, jnp.float32)}
-    metrics |= {"loss": loss, **in_chunks} if chunk else _metrics(loss, logits)
-    return loss, with_blind_guess(metrics, q, reverse)
+        loss = loss + target_margin(z_img, z_txt, scale, label_smoothing, keys)
+    metrics = {"loss": loss, **in_chunks} if chunk else _metrics(loss, logits)
+    return loss, with_blind_guess(metrics, q)
 
 
-def robust(cross_entropy: ArrayLike, q: float, reverse: float) -> jax.Array:
-    """Return losses that tolerate wrong targets, (1 - p^q) / q + reverse (1 - p), of cross-entropies -ln p.
+def robust(cross_entropy: ArrayLike, q: float) -> jax.Array:
+    """Return losses that tolerate wrong targets, (1 - p^q) / q, of cross-entropies -ln p.
 
-    The first part is generalised cross-entropy (arXiv 1805.07836), at most 1 / q; q = 0 is its limit, -ln p, and q = 1
-    half of the mean absolute error. The second part is reverse cross-entropy, at most `reverse`: symmetric
-    cross-entropy (arXiv 1908.06112), a CE + b RCE with ln 0 set to -A, is a times the sum with q = 0 and
-    reverse = b A / a. The sum with another q is [ours]. The derivative by the cross-entropy is p^q + reverse p.
+    This is generalised cross-entropy (arXiv 1805.07836), at most 1 / q; q = 0 is its limit, -ln p, and q = 1 half of
+    the mean absolute error. The derivative by the cross-entropy is p^q.
 
     Args:
         cross_entropy: array of any shape, nats.
         q: from 0 to 1.
-        reverse: at least 0.
 
     Returns:
         The losses, of the shape of `cross_entropy`.
     """
     x = jnp.asarray(cross_entropy)
-    loss = _missing(q * x) / q if q else x
-    return loss + reverse * _missing(x) if reverse else loss
+    return _missing(q * x) / q if q else x
 
 
 @jax.custom_jvp
@@ -131,21 +106,9 @@ def _(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array,
     return _missing(*primals), jnp.exp(-primals[0]) * tangents[0]
 
 
-def with_blind_guess(metrics: Metrics, q: float, reverse: float) -> Metrics:
+def with_blind_guess(metrics: Metrics, q: float) -> Metrics:
     """Return the metrics of a `robust` loss together with "blind", the loss of a blind guess."""
-    return metrics | {"blind": jnp.asarray(robust(metrics["ln_b"], q, reverse))} if q or reverse else metrics
-
-
-def _teacher_margin(logits: jax.Array, matching: jax.Array, teacher: Teacher) -> jax.Array:
-    """Return the mean of matching logits minus the mean under the teacher's softmax, averaged over both directions.
-
-    A teacher with weight a in the target adds a times this to the cross-entropy.
-    """
-    target_logits = jax.lax.stop_gradient(teacher.scale * dot(teacher.z_img, teacher.z_txt))
-    # Differences are taken before the sum, like those of the log-sum-exp.
-    rows = jax.nn.softmax(target_logits, axis=1) * (matching[:, None] - logits)
-    columns = jax.nn.softmax(target_logits, axis=0) * (matching[None, :] - logits)
-    return 0.5 * jnp.sum(rows + columns) / len(logits)
+    return metrics | {"blind": jnp.asarray(robust(metrics["ln_b"], q))} if q else metrics
 
 
 def target_margin(

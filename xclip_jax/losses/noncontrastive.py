@@ -28,11 +28,10 @@ from xclip_jax.parallel.sharding import FactoredLogits, Logits, argmax, constrai
 
 Metrics = dict[str, jax.Array]
 Sums = Mapping[str, jax.Array]
-Centers = Mapping[str, jax.Array | None]
 
 MODALITIES = ("img", "txt")
 TARGETS = ("detach", "joint", "ema")
-BALANCES = ("none", "center", "sinkhorn")
+BALANCES = ("none", "sinkhorn")
 SINKHORN_ITERATIONS = 3
 TAU = 0.5  # [ours], the best of nCLIP's settings in the study, docs/study.md
 
@@ -43,14 +42,11 @@ def nclip(
     *,
     target: str = "detach",
     tau: ArrayLike = TAU,
-    target_tau: ArrayLike | None = None,
     sharpness: ArrayLike = 1.0,
     smoothness: ArrayLike = 2.0,
     balance: str = "none",
     teacher_img: Logits | None = None,
     teacher_txt: Logits | None = None,
-    center_img: jax.Array | None = None,
-    center_txt: jax.Array | None = None,
     chunk: int = 0,
 ) -> tuple[jax.Array, Metrics]:
     """Return nCLIP's loss and its metrics; the module's docstring has the formulas. Defaults are [ours].
@@ -60,13 +56,10 @@ def nclip(
             `FactoredLogits`.
         target: "detach" (targets from the logits, no gradient), "joint" (gradient to both sides) or "ema" (targets
             from the teacher's logits, no gradient). [ours]
-        tau: temperature of p and q. target_tau: temperature of the targets, None for tau.
+        tau: temperature of p, q and the targets.
         sharpness, smoothness: the weights lambda_sharp and lambda_smooth.
-        balance: method that balances the targets [ours]: "none", "center" (subtract a center from the target logits) or
-            "sinkhorn" (see `sinkhorn`).
+        balance: method that balances the targets [ours]: "none" or "sinkhorn" (see `sinkhorn`).
         teacher_img, teacher_txt: teacher logits, shape (b, k); required for target "ema", not allowed otherwise.
-        center_img, center_txt: centers, shape (k,), from `update_center`; required for balance "center", not allowed
-            otherwise.
         chunk: pairs of the global batch to process at a time, 0 for all. Memory never holds logits and distributions of
             more pairs, not even in the backward pass. It needs `FactoredLogits`; the value is the same.
 
@@ -81,11 +74,10 @@ def nclip(
     """
     logits = {"s_img": s_img, "s_txt": s_txt, "teacher_img": teacher_img, "teacher_txt": teacher_txt}
     logits = {name: value for name, value in logits.items() if value is not None}
-    centers = {"img": center_img, "txt": center_txt}
-    _check(logits, centers, target, balance, chunk)
+    _check(logits, target, balance, chunk)
     b, k = s_img.shape
-    options = _Options(target, balance, tau, tau if target_tau is None else target_tau)
-    sums = _sums_of_batch(logits, centers, options, chunk)
+    options = _Options(target, balance, tau)
+    sums = _sums_of_batch(logits, options, chunk)
     metrics = _metrics(sums, b, k)
     loss = metrics["align"] + sharpness * metrics["sharpness"] - smoothness * metrics["smoothness"]
     return loss, {"loss": loss} | metrics
@@ -105,36 +97,14 @@ def sinkhorn(logits: jax.Array, tau: ArrayLike = 1.0, iterations: int = SINKHORN
     return log_a
 
 
-def update_center(center: jax.Array, target_logits: Logits, momentum: float = 0.9) -> jax.Array:
-    """Return the running mean of target logits, after DINO (arXiv 2104.14294), for the next step's balance "center".
-
-    Args:
-        center: shape (k,), zeros at the start.
-        target_logits: logits of the targets (the teacher's with target "ema"), shape (b, k), global batch.
-        momentum: weight of the old center.
-    """
-    chex.assert_shape(center, target_logits.shape[1:])
-    if isinstance(target_logits, FactoredLogits):
-        # The mean of linear logits equals the logits of the mean. The kernel is rounded like that of the logits.
-        x, kernel = target_logits.x, target_logits.kernel
-        kernel = kernel.astype(x.dtype).astype(jnp.float32)
-        mean = jnp.matmul(jnp.mean(x.astype(jnp.float32), axis=0), kernel, precision="highest") + target_logits.bias
-    else:
-        mean = jnp.mean(target_logits.astype(jnp.float32), axis=0)
-    return jax.lax.stop_gradient(momentum * center.astype(jnp.float32) + (1 - momentum) * mean)
-
-
-def _check(logits: dict[str, Logits], centers: Centers, target: str, balance: str, chunk: int) -> None:
+def _check(logits: dict[str, Logits], target: str, balance: str, chunk: int) -> None:
     """Check the arguments of `nclip`."""
     b, k = logits["s_img"].shape
     if target not in TARGETS or balance not in BALANCES:
         raise ValueError(f"target is one of {TARGETS}, balance one of {BALANCES}; got {target!r}, {balance!r}")
     if any((f"teacher_{m}" in logits) != (target == "ema") for m in MODALITIES):
         raise ValueError("target='ema' needs both teacher_img and teacher_txt, other targets neither")
-    if any((center is not None) != (balance == "center") for center in centers.values()):
-        raise ValueError("balance='center' needs both center_img and center_txt, other balances neither")
     chex.assert_equal({x.shape for x in logits.values()}, {(b, k)})
-    chex.assert_shape([x for x in centers.values() if x is not None], (k,))
     factored = all(isinstance(x, FactoredLogits) for x in logits.values())
     if chunk and (b % chunk or balance == "sinkhorn" or not factored):
         raise ValueError(f"chunk={chunk} needs FactoredLogits, must divide the batch, and does not go with 'sinkhorn'")
@@ -147,41 +117,37 @@ class _Options:
     target: str
     balance: str
     tau: ArrayLike
-    target_tau: ArrayLike
 
-    def targets(self, s: jax.Array, teacher: jax.Array | None, center: jax.Array | None) -> jax.Array:
+    def targets(self, s: jax.Array, teacher: jax.Array | None) -> jax.Array:
         """Return the target probabilities (b, k) of one modality, from its fp32 logits or its teacher's."""
         logits = s if teacher is None else teacher.astype(jnp.float32)
         if self.target != "joint":
             logits = jax.lax.stop_gradient(logits)
-        if center is not None:
-            logits = logits - jax.lax.stop_gradient(center.astype(jnp.float32))
         if self.balance == "sinkhorn":
-            return jnp.exp(sinkhorn(logits, self.target_tau))
-        return jnp.exp(jax.nn.log_softmax(logits / self.target_tau))
+            return jnp.exp(sinkhorn(logits, self.tau))
+        return jnp.exp(jax.nn.log_softmax(logits / self.tau))
 
 
-def _sums_of_batch(logits: dict[str, Logits], centers: Centers, options: _Options, chunk: int) -> Sums:
+def _sums_of_batch(logits: dict[str, Logits], options: _Options, chunk: int) -> Sums:
     """Return the `_sums` of each chunk of the batch, stacked along a leading axis (chunks,)."""
     if not chunk:
         whole = {
             name: x.logits() if isinstance(x, FactoredLogits) else x.astype(jnp.float32) for name, x in logits.items()
         }
-        return jax.tree.map(lambda x: x[None], _sums(whole, centers, options))
+        return jax.tree.map(lambda x: x[None], _sums(whole, options))
     # Each chunk takes its rows of x, and all kernels.
     factors: Any = logits
     kernels = {name: (value.kernel, value.bias) for name, value in factors.items()}
 
-    def sums_of_chunk(shared: Any, x: dict[str, jax.Array]) -> Sums:
-        kernels, centers = shared
-        return _sums({name: FactoredLogits(x[name], *kernels[name]).logits() for name in x}, centers, options)
+    def sums_of_chunk(kernels: Any, x: dict[str, jax.Array]) -> Sums:
+        return _sums({name: FactoredLogits(x[name], *kernels[name]).logits() for name in x}, options)
 
     rows = {name: value.x for name, value in factors.items()}
     num_chunks = logits["s_img"].shape[0] // chunk
-    return map_microbatches(sums_of_chunk, (kernels, centers), rows, num_chunks, stack=True, clusters=True)
+    return map_microbatches(sums_of_chunk, kernels, rows, num_chunks, stack=True, clusters=True)
 
 
-def _sums(s: Mapping[str, jax.Array], centers: Centers, options: _Options) -> Sums:
+def _sums(s: Mapping[str, jax.Array], options: _Options) -> Sums:
     """Return sums over rows of the batch for the loss, and the log of each cluster's summed probability."""
     log_p = {}
     p_hat = {}
@@ -190,7 +156,7 @@ def _sums(s: Mapping[str, jax.Array], centers: Centers, options: _Options) -> Su
     for m in MODALITIES:
         logits = s[f"s_{m}"]
         log_p[m] = jax.nn.log_softmax(logits / options.tau)
-        p_hat[m] = options.targets(logits, s.get(f"teacher_{m}"), centers[m])
+        p_hat[m] = options.targets(logits, s.get(f"teacher_{m}"))
         sums[f"entropy_{m}"] = -jnp.sum(jnp.exp(log_p[m]) * log_p[m])
         # The mean's logarithm by log-sum-exp: log(mean(p)) has an infinite gradient if a probability underflows.
         sums[f"log_mass_{m}"] = jax.nn.logsumexp(log_p[m], axis=0)

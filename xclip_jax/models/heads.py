@@ -88,7 +88,6 @@ class ClusterHeadConfig:
     clusters: int = key(32768, "k, number of clusters", at_least(1))
     hidden: int = key(4096, "hidden width of the MLP", at_least(1))
     layers: int = key(1, "hidden layers; 0 for a linear head", at_least(0))
-    last_norm: bool = key(False, "BatchNorm of the logits, without scale and bias")
 
 
 class ClusterHead(nn.Module):
@@ -102,24 +101,11 @@ class ClusterHead(nn.Module):
     clusters: int = 32768
     hidden: int = 4096
     layers: int = 1
-    last_norm: bool = False
     momentum: float = 0.9
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, h: Array, *, train: bool = False, logits: bool = True) -> Array | FactoredLogits:
-        def batch_norm(name: str, affine: bool = True) -> nn.BatchNorm:
-            return nn.BatchNorm(
-                use_running_average=not train,
-                momentum=self.momentum,
-                dtype=jnp.float32,
-                use_scale=affine,
-                use_bias=affine,
-                scale_init=named(nn.initializers.ones, "norm"),
-                bias_init=named(nn.initializers.zeros, "norm"),
-                name=name,
-            )
-
         x = h
         for i in range(self.layers):
             # BatchNorm subtracts the mean, so a bias before it would do nothing. The hidden width is not split over the
@@ -127,13 +113,20 @@ class ClusterHead(nn.Module):
             # wrong gradients from XLA (jaxlib 0.10.2) if data, fsdp and model are all above 1.
             std = x.shape[-1] ** -0.5
             x = dense(self.hidden, ("embed", None), std=std, dtype=self.dtype, use_bias=False, name=f"hidden_{i}")(x)
-            x = ACTIVATIONS["gelu"](batch_norm(f"norm_{i}")(x)).astype(self.dtype)
+            norm = nn.BatchNorm(
+                use_running_average=not train,
+                momentum=self.momentum,
+                dtype=jnp.float32,
+                scale_init=named(nn.initializers.ones, "norm"),
+                bias_init=named(nn.initializers.zeros, "norm"),
+                name=f"norm_{i}",
+            )
+            x = ACTIVATIONS["gelu"](norm(x)).astype(self.dtype)
         kernel, bias = _Clusters(self.clusters, name="clusters")(x.shape[-1])
         if not logits:
             return FactoredLogits(x, kernel, bias)
         # A split kernel is gathered in the dtype of the product.
-        s = FactoredLogits(x, constrain(kernel.astype(self.dtype), None, "cluster"), bias).logits()
-        return batch_norm("norm_last", affine=False)(s) if self.last_norm else s
+        return FactoredLogits(x, constrain(kernel.astype(self.dtype), None, "cluster"), bias).logits()
 
 
 class _Clusters(nn.Module):

@@ -4,6 +4,7 @@ Parameters are fp32 and carry logical axis names ("embed", "mlp", "heads", "kv",
 which mesh axis each one is split. Shapes: b batch, n tokens, d width.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
@@ -105,6 +106,26 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": gelu,  # open_clip
     "gelu_tanh": partial(nn.gelu, approximate=True),  # flax's default, big_vision
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # OpenAI's released weights
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Style:
+    """Details of a tower that published weights fix, and its projection to the shared embedding."""
+
+    act: str = "gelu"  # in `ACTIVATIONS`
+    eps: float = 1e-5  # added to the variance in LayerNorm
+    pre_norm: bool = True  # LayerNorm before the first block of the image tower
+    patch_bias: bool = False  # bias of the linear map from patches to tokens
+    project_img: bool = True  # learned projection of images
+    project_bias: bool = False  # bias in the projection
+
+
+STYLES = {
+    "xclip": Style(),  # open_clip's
+    "openai": Style("quick_gelu"),
+    "tanh": Style("gelu_tanh"),
+    "siglip": Style("gelu_tanh", 1e-6, pre_norm=False, patch_bias=True, project_img=False, project_bias=True),
 }
 
 

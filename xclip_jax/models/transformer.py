@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from xclip_jax.core.errors import UserError
 from xclip_jax.core.fields import above, at_least, choice, key
 from xclip_jax.models import kernels
-from xclip_jax.models.layers import ACTIVATIONS, Attention, LayerNorm, Mlp, named, token_at
+from xclip_jax.models.layers import STYLES, Attention, LayerNorm, Mlp, Style, named, token_at
 from xclip_jax.models.tower import Params, TextTower, Tower
 from xclip_jax.parallel import compiler
 from xclip_jax.parallel.sharding import constrain, platform, shards_of
@@ -42,8 +42,9 @@ class TransformerConfig(Tower):
     depth: int = key(12, "blocks", at_least(1))
     heads: int = key(8, "attention heads; they divide width", at_least(1))
     mlp_ratio: float = key(4.0, "hidden width of the MLP over width", above(0))
-    act: str = key("gelu", "activation of the MLP", choice(ACTIVATIONS))
-    eps: float = key(1e-5, "added to the variance in LayerNorm", above(0))
+    style: str = key(
+        "xclip", "details that published weights fix: activation, norms, biases and projection", choice(STYLES)
+    )
     scan: bool = key(True, "one compiled block for all of them, with stacked parameters")
     remat: str = key(
         "none", "what the backward pass recomputes and does not keep in memory", choice(REMAT_POLICIES), resume="free"
@@ -55,6 +56,11 @@ class TransformerConfig(Tower):
             yield f"width {self.width} must be a multiple of heads {self.heads}"
         if self.hidden < 1:
             yield f"mlp_ratio {self.mlp_ratio} of width {self.width} leaves the MLP without a hidden unit"
+
+    @property
+    def details(self) -> Style:
+        """The details that `style` stands for."""
+        return STYLES[self.style]
 
     @property
     def hidden(self) -> int:
@@ -129,11 +135,11 @@ class Block(nn.Module):
         # CLIP's initialisation: the residual branches' last maps shrink with depth.
         out_std = config.width**-0.5 * (2 * config.depth) ** -0.5
         attention = Attention(config.heads, out_std, self.causal, self.dtype, self.fused, name="attention")
-        mlp = Mlp(config.hidden, out_std, config.act, self.dtype, name="mlp")
+        mlp = Mlp(config.hidden, out_std, config.details.act, self.dtype, name="mlp")
         x = constrain(x, "batch", None, None)
-        y = attention(LayerNorm(config.eps, self.dtype, name="norm_1")(x), at)
+        y = attention(LayerNorm(config.details.eps, self.dtype, name="norm_1")(x), at)
         x = (x if at is None else token_at(x, at)) + kept(y, 0)
-        x = x + kept(mlp(LayerNorm(config.eps, self.dtype, name="norm_2")(x)), 1)
+        x = x + kept(mlp(LayerNorm(config.details.eps, self.dtype, name="norm_2")(x)), 1)
         return constrain(x, "batch", None, None), None
 
 
@@ -229,7 +235,7 @@ def unstack_blocks(params: dict[str, Any], depth: int) -> dict[str, Any]:
 class TextTowerConfig(TransformerConfig, TextTower):
     """Config group `model.txt`; see `TextTransformer`. The vocabulary is the tokenizer's."""
 
-    meaning_keys: ClassVar[tuple[str, ...]] = ("act", "eps", "causal", "pool")
+    meaning_keys: ClassVar[tuple[str, ...]] = ("style", "causal", "pool")
     before: ClassVar[tuple[str, ...]] = ("tokens", "positions")
 
     context_length: int = key(77, "tokens of a text, with its start and end", at_least(2))
@@ -316,4 +322,4 @@ class TextTransformer(nn.Module):
             at = jnp.argmax(text == self.eot_id, axis=1)  # (b,)
         x = Transformer(self.config, causal=self.config.causal, dtype=self.dtype, name="transformer")(x, at=at)
         x = token_at(x, at) if self.config.scan else x  # (b, 1, d)
-        return LayerNorm(self.config.eps, self.dtype, name="norm_post")(x[:, 0])
+        return LayerNorm(self.config.details.eps, self.dtype, name="norm_post")(x[:, 0])

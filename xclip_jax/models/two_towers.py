@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from xclip_jax.core.errors import UserError, check_choice
-from xclip_jax.core.fields import Check, above, at_least, choice, group, key, read_plugin
+from xclip_jax.core.fields import Check, at_least, choice, group, key, read_plugin
 from xclip_jax.models.heads import ClusterHeadConfig, Head, Heads, Scalar
-from xclip_jax.models.layers import named
+from xclip_jax.models.layers import Style, named
 from xclip_jax.models.tower import ImageTower, TextTower
 from xclip_jax.models.transformer import TextTowerConfig
 from xclip_jax.models.vit import ImageTowerConfig
@@ -55,10 +55,6 @@ class ModelConfig:
     img: ImageTowerConfig = group(ImageTowerConfig)
     txt: TextTowerConfig = group(TextTowerConfig)
     embed: int = key(512, "e, size of the embedding that images and texts share", at_least(1))
-    project_img: bool = key(True, "learned projection of images; without one embed is the image tower's width")
-    project_bias: bool = key(False, "bias in projections")
-    scale_init: float = key(1 / 0.07, "logit scale at the start; at most 100 for the term clip", above(0))
-    bias_init: float = key(-10.0, "logit bias at the start, only for the sigmoid loss")
     cluster_head: ClusterHeadConfig = group(ClusterHeadConfig)
     dtype: str = key(
         "bfloat16",
@@ -82,6 +78,10 @@ class ModelConfig:
             return read_plugin(values, path, {"vit": ImageTowerConfig}, ImageTower, "image tower")
         return read_plugin(values, path, {"transformer": TextTowerConfig}, TextTower, "text tower")
 
+    def style(self, name: str) -> Style:
+        """Return the details of the tower "img" or "txt"; a tower of another type has a plain projection."""
+        return getattr(self.tower(name), "details", Style())
+
     def conflicts(self) -> Iterator[str]:
         """Yield faults of plug-ins, and sizes that contradict each other."""
         for name in self.plugins:
@@ -92,8 +92,8 @@ class ModelConfig:
                 yield text.removeprefix("model.") if text.startswith("model.") else f"plugins.{name}: {text}"
                 return
         width = self.tower("img").width
-        if not self.project_img and self.embed != width:
-            yield f"embed {self.embed} must be the image tower's width {width} if project_img is false"
+        if not self.style("img").project_img and self.embed != width:
+            yield f"embed {self.embed} must be the image tower's width {width}: its style does not project images"
 
     @property
     def widths(self) -> dict[str, int]:

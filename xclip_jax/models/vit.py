@@ -13,7 +13,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from xclip_jax.core.fields import at_least, choice, fraction_below_one, key
-from xclip_jax.models.layers import ACTIVATIONS, HeadProjections, LayerNorm, Mlp, attend, dense, named
+from xclip_jax.models.layers import ACTIVATIONS, HeadProjections, LayerNorm, Mlp, Style, attend, dense, named
 from xclip_jax.models.tower import ImageTower, Params
 from xclip_jax.models.transformer import Transformer, TransformerConfig
 
@@ -51,21 +51,20 @@ def _join(x: Array, side: int) -> Array:
 class HierarchicalStem(nn.Module):
     """The hierarchical MLP of arXiv 2203.09795 ("hMLP"), with the stages of `stem_stages`.
 
-    LayerNorm and the activation are between stages; the paper's last norm is the tower's `pre_norm`. Each patch is
+    LayerNorm and the activation are between stages; the paper's last norm is the style's `pre_norm`. Each patch is
     computed separately. (b, h, w, 3) -> (b, h / patch, w / patch, width).
     """
 
     patch: int
     width: int
-    act: str
-    eps: float
+    style: Style
     dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         for i, (side, features) in enumerate(stem_stages("hmlp", self.patch, self.width)):
             if i:
-                x = ACTIVATIONS[self.act](LayerNorm(self.eps, self.dtype, name=f"norm_{i}")(x))
+                x = ACTIVATIONS[self.style.act](LayerNorm(self.style.eps, self.dtype, name=f"norm_{i}")(x))
             x = _join(x, side)
             std = x.shape[-1] ** -0.5
             x = dense(features, ("patch", "embed"), std=std, dtype=self.dtype, use_bias=False, name=f"linear_{i}")(x)
@@ -91,15 +90,15 @@ class AttentionPool(nn.Module):
         y = attend(einops.rearrange(query, "b n heads kv -> b heads n kv"), key, value)
         y = einops.rearrange(y, "b heads n kv -> b n heads kv")
         y = dense(d, ("heads", "kv", "embed"), std=std, dtype=self.dtype, axis=(-2, -1), name="out")(y)
-        mlp = Mlp(self.config.hidden, std, self.config.act, self.dtype, name="mlp")
-        return (y + mlp(LayerNorm(self.config.eps, self.dtype, name="norm")(y)))[:, 0]
+        mlp = Mlp(self.config.hidden, std, self.config.details.act, self.dtype, name="mlp")
+        return (y + mlp(LayerNorm(self.config.details.eps, self.dtype, name="norm")(y)))[:, 0]
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageTowerConfig(TransformerConfig, ImageTower):
     """Config group `model.img`; see `VisionTransformer`."""
 
-    meaning_keys: ClassVar[tuple[str, ...]] = ("act", "eps", "pool", "pre_norm")
+    meaning_keys: ClassVar[tuple[str, ...]] = ("style", "pool")
     before: ClassVar[tuple[str, ...]] = ("patches", "positions", "cls", "norm_pre")
 
     image_size: int = key(224, "side of the square image, pixels; a multiple of patch, but for pool 'map'", at_least(1))
@@ -108,8 +107,6 @@ class ImageTowerConfig(TransformerConfig, ImageTower):
     heads: int = key(12, "attention heads; they divide width", at_least(1))
     stem: str = key("linear", "patches to tokens: one linear map, or a hierarchical MLP", choice(STEMS))
     pool: str = key("cls", "class token, mean over patches, or attention pooling", choice(POOLS))
-    pre_norm: bool = key(True, "LayerNorm before the first block")
-    patch_bias: bool = key(False, "bias of the linear map from patches to tokens")
     patch_dropout: float = key(
         0.0, "fraction of patches left out of a training pass", fraction_below_one(), card="model"
     )
@@ -124,8 +121,6 @@ class ImageTowerConfig(TransformerConfig, ImageTower):
             yield f"image_size {self.image_size} must be a multiple of patch {self.patch}; {nearest}"
         if self.stem == "hmlp" and (self.patch % 4 or self.width % 4):
             yield f"stem 'hmlp' needs multiples of 4, and patch is {self.patch}, width {self.width}"
-        if self.stem == "hmlp" and self.patch_bias:
-            yield "patch_bias is an option of stem 'linear'; stem 'hmlp' has none"
         yield from super().conflicts()
 
     @property
@@ -227,15 +222,17 @@ class VisionTransformer(nn.Module):
         size = self.config.image_size
         if image.shape[1:] != (size, size, 3):
             raise ValueError(f"expected images of {size} x {size} pixels, got shape {image.shape}")
-        config, side = self.config, self.config.grid * self.config.patch
+        config = self.config
+        style = config.details
+        side = config.grid * config.patch
         x = image[:, :side, :side].astype(self.dtype)  # a remainder at the right and at the bottom is in no patch
         std = config.width**-0.5
         if config.stem == "hmlp":
-            x = HierarchicalStem(config.patch, config.width, config.act, config.eps, self.dtype, name="patches")(x)
+            x = HierarchicalStem(config.patch, config.width, style, self.dtype, name="patches")(x)
         else:
             # A strided convolution is the same map; reshape and matmul is faster on CPUs and no slower on TPUs.
             x = _join(x, config.patch)
-            options: dict[str, Any] = {"std": x.shape[-1] ** -0.5, "dtype": self.dtype, "use_bias": config.patch_bias}
+            options: dict[str, Any] = {"std": x.shape[-1] ** -0.5, "dtype": self.dtype, "use_bias": style.patch_bias}
             x = dense(config.width, ("patch", "embed"), **options, name="patches")(x)
         x = einops.rearrange(x, "b h w d -> b (h w) d")
         first = config.pool == "cls"
@@ -249,16 +246,16 @@ class VisionTransformer(nn.Module):
         if first:
             cls = self.param("cls", named(nn.initializers.normal(std), "table"), (config.width,)).astype(self.dtype)
             x = jnp.concatenate([jnp.broadcast_to(cls + positions[0], (x.shape[0], 1, config.width)), x], axis=1)
-        if config.pre_norm:
-            x = LayerNorm(config.eps, self.dtype, name="norm_pre")(x)
+        if style.pre_norm:
+            x = LayerNorm(style.eps, self.dtype, name="norm_pre")(x)
         at = jnp.zeros(len(x), jnp.int32) if first and self.pooled else None
         x = Transformer(config, False, config.drop_path, self.dtype, name="transformer")(x, paths, at)  # (b, n, d)
         if not self.pooled:
-            x = LayerNorm(config.eps, self.dtype, name="norm_post")(x[:, first:])
+            x = LayerNorm(style.eps, self.dtype, name="norm_post")(x[:, first:])
             return einops.rearrange(x, "b (h w) d -> b h w d", h=config.grid)
         if first:
             x = x[:, :1]  # LayerNorm is per token: only the class token needs it
-        x = LayerNorm(config.eps, self.dtype, name="norm_post")(x)
+        x = LayerNorm(style.eps, self.dtype, name="norm_post")(x)
         if config.pool == "map":
             return AttentionPool(config, self.dtype, name="pool_map")(x)
         return x.mean(axis=1, dtype=jnp.float32).astype(self.dtype)  # one token for "cls"

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import jax
 
-from xclip_jax.core.fields import above, at_least, at_most, between, choice, fraction_below_one, key
+from xclip_jax.core.fields import between, choice, fraction_below_one, key
 from xclip_jax.losses import contrastive
 from xclip_jax.models.heads import Head, Heads, Projection, Scalar
 from xclip_jax.models.two_towers import ModelConfig
@@ -27,6 +27,8 @@ class Contrastive(Term):
 
     form: ClassVar[str] = "softmax"  # a function of `losses.contrastive`
     outputs: ClassVar[tuple[str, ...]] = ("z_img", "z_txt", "scale")  # its arguments
+    initial_scale: ClassVar[float] = 1 / 0.07  # of the logits
+    initial_bias: ClassVar[float] = -10.0  # of the logits, if the loss takes one
     max_scale: ClassVar[float] = math.inf  # bound of the logit scale
 
     positives: str = key(
@@ -46,15 +48,15 @@ class Contrastive(Term):
         """Projections of the towers, the logit scale and, if the loss takes it, the logit bias."""
         dtype = jax.numpy.dtype(model.dtype)
         e = model.embed
-        heads: dict[str, Head | Scalar] = {
-            f"proj_{tower}": Head(Projection(e, dtype, model.project_bias), tower, f"z_{tower}", flops=2 * e * width)
-            for tower, width in model.widths.items()
-        }
-        if not model.project_img:  # the features themselves are the embeddings
+        heads: dict[str, Head | Scalar] = {}
+        for tower, width in model.widths.items():
+            projection = Projection(e, dtype, model.style(tower).project_bias)
+            heads[f"proj_{tower}"] = Head(projection, tower, f"z_{tower}", flops=2 * e * width)
+        if not model.style("img").project_img:  # the features themselves are the embeddings
             heads["proj_img"] = Head(Projection(0, dtype), "img", "z_img")
-        heads["log_scale"] = Scalar("scale", math.log(model.scale_init), jax.numpy.exp)
+        heads["log_scale"] = Scalar("scale", math.log(self.initial_scale), jax.numpy.exp)
         if "bias" in self.outputs:
-            heads["bias"] = Scalar("bias", model.bias_init)
+            heads["bias"] = Scalar("bias", self.initial_bias)
         return heads
 
     def __call__(
@@ -63,10 +65,10 @@ class Contrastive(Term):
         """Compute the loss, see `Term.__call__`."""
         arguments = [out[name] for name in self.outputs]
         loss_of = getattr(contrastive, self.form)
-        loss, metrics = loss_of(*arguments, **self._options(teacher, batch), chunk=chunk)
+        loss, metrics = loss_of(*arguments, **self._options(batch), chunk=chunk)
         return loss, metrics | {"scale": out["scale"]}, {}
 
-    def _options(self, teacher: Arrays | None, batch: Mapping[str, Any]) -> dict[str, Any]:
+    def _options(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Return the options of the loss, including the parts of its target that depend on the batch."""
         options = dataclasses.asdict(self)
         del options["positives"]
@@ -82,12 +84,6 @@ class Contrastive(Term):
         if self.max_scale == math.inf:
             return params
         return params | {"log_scale": jax.numpy.minimum(params["log_scale"], math.log(self.max_scale))}
-
-    def conflicts_with(self, model: ModelConfig, loss: LossConfig) -> Iterator[str]:
-        """Yield an initial logit scale above its bound, with a margin for the fp16 rounding of OpenAI's weights."""
-        if model.scale_init > self.max_scale * (1 + 1e-3):
-            bound = f"{self.max_scale:g}, the bound of {self.title}"
-            yield f"model.scale_init={model.scale_init:g} is above {bound}; lower it"
 
     def flops(self, model: ModelConfig, batch: int) -> float:
         """Cost of comparing an example with the batch."""
@@ -158,52 +154,23 @@ class Clip(Contrastive):
     q: float = key(
         0.0, "generalised cross-entropy: a pair's loss is (1 - p^q) / q, at most 1 / q; 0 for -ln p", between(0, 1)
     )
-    reverse: float = key(
-        0.0, "symmetric cross-entropy: weight of 1 - p, added to a pair's loss; 0 for none", at_least(0)
-    )
-    distill: float = key(0.0, "fraction of the target from an EMA teacher at the end of its ramp", fraction_below_one())
-    distill_ramp: float = key(
-        1.0, "fraction of the run in which the teacher's fraction rises linearly from 0", above(0), at_most(1)
-    )
-    distill_tau: float = key(1.0, "temperature of the teacher's targets, times the teacher's own", above(0))
-
-    @property
-    def teacher(self) -> bool:
-        return self.distill > 0
 
     @property
     def hardness(self) -> float:
-        return (1 - self.label_smoothing) * (1 - self.distill)
+        return 1 - self.label_smoothing
 
     @property
     def is_robust(self) -> bool:
-        return self.q > 0 or self.reverse > 0
+        return self.q > 0
 
     def chance_loss(self, metrics: Mapping[str, float], less: float = 0.0) -> float:
         """Return the loss of equal logits: ln b, or `contrastive.robust` of it."""
-        return float(contrastive.robust(super().chance_loss(metrics, less), self.q, self.reverse))
-
-    def _options(self, teacher: Arrays | None, batch: Mapping[str, Any]) -> dict[str, Any]:
-        options = super()._options(teacher, batch)
-        share = options.pop("distill")
-        ramp = options.pop("distill_ramp")
-        tau = options.pop("distill_tau")
-        if share:
-            assert teacher is not None
-            share *= jax.numpy.minimum(batch["progress"] / ramp, 1.0)
-            options["teacher"] = contrastive.Teacher(teacher["z_img"], teacher["z_txt"], teacher["scale"] / tau, share)
-        return options
+        return float(contrastive.robust(super().chance_loss(metrics, less), self.q))
 
     def conflicts_with(self, model: ModelConfig, loss: LossConfig) -> Iterator[str]:
-        """Yield options that do not go with a robust loss or a teacher."""
-        yield from super().conflicts_with(model, loss)
+        """Yield options that do not go with a robust loss."""
         if self.is_robust and (self.hardness != 1 or self.positives != "pair"):
-            yield (
-                "objective.clip.q and .reverse are for one target per pair; set label_smoothing and distill to "
-                "0, and positives to 'pair'"
-            )
-        if self.distill and loss.chunk_size:
-            yield "objective.clip.distill takes targets from the whole batch; set loss.chunk_size=0"
+            yield "objective.clip.q is for one target per pair; set label_smoothing to 0, and positives to 'pair'"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,6 +180,7 @@ class Siglip(Contrastive):
     title: ClassVar[str] = "SigLIP"
     form: ClassVar[str] = "sigmoid"
     outputs: ClassVar[tuple[str, ...]] = ("z_img", "z_txt", "scale", "bias")
+    initial_scale: ClassVar[float] = 10.0
 
     def chance_loss(self, metrics: Mapping[str, float], less: float = 0.0) -> float:
         """Return the loss of the logit ln(n / (b - n)) for each of b * b pairs, if b * n of them match."""

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from xclip_jax.core.fields import above, at_least, choice, fraction_below_one, key
+from xclip_jax.core.fields import above, at_least, choice, key
 from xclip_jax.losses import noncontrastive
 from xclip_jax.models.heads import ClusterHead, Head, Heads
 from xclip_jax.models.two_towers import ModelConfig
@@ -39,13 +39,8 @@ class Nclip(Term):
 
     target: str = key("detach", "source of the pseudo-labels", choice(noncontrastive.TARGETS))
     tau: float = key(noncontrastive.TAU, "temperature of the cluster distributions", above(0))
-    target_tau: float = key(0.0, "temperature of the targets; 0 for tau", at_least(0))
     sharpness: float = key(1.0, "weight of the entropy of each pair's distribution", at_least(0))
     smoothness: float = key(2.0, "weight of the entropy of the batch's mean distribution", at_least(0))
-    balance: str = key("none", "method to spread targets over clusters", choice(noncontrastive.BALANCES))
-    center_momentum: float = key(
-        0.9, "momentum of the running mean of logits with balance 'center'", fraction_below_one()
-    )
     shuffle_targets: bool = key(False, "as a control, give each pair the pseudo-labels of another pair of its batch")
 
     @property
@@ -67,12 +62,6 @@ class Nclip(Term):
             heads[f"clusters_{tower}"] = Head(module, tower, f"s_{tower}", ("train", "logits"), flops)
         return heads
 
-    def initial_state(self, model: ModelConfig, vocab: int) -> dict[str, Array]:
-        """Running centers of the logits, with balance "center"."""
-        if self.balance != "center":
-            return {}
-        return {f"center_{tower}": jnp.zeros(model.cluster_head.clusters) for tower in self.towers}
-
     def draw(self, random_key: Array, inputs: dict[str, Any], size: int) -> dict[str, Any]:
         """Add "target_order" (b,) for shuffled targets: the index of the pair that provides a pair's pseudo-labels."""
         if not self.shuffle_targets:
@@ -87,8 +76,6 @@ class Nclip(Term):
         """Compute the loss, see `Term.__call__`."""
         teacher = {} if teacher is None else teacher
         options = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        momentum = options.pop("center_momentum")
-        options["target_tau"] = options["target_tau"] or None
         if options.pop("shuffle_targets"):
             # Targets of other pairs get no gradient, like a teacher's, whichever model made them.
             options["target"] = "ema"
@@ -96,25 +83,12 @@ class Nclip(Term):
             options |= {f"teacher_{m}": _rows(logits[f"s_{m}"], batch["target_order"]) for m in self.towers}
         elif self.teacher:
             options |= {"teacher_img": teacher["s_img"], "teacher_txt": teacher["s_txt"]}
-        # The state contains the arrays of all terms.
-        names = ("center_img", "center_txt") if self.balance == "center" else ()
-        centers = {name: state[name] for name in names}
-        loss, metrics = noncontrastive.nclip(out["s_img"], out["s_txt"], chunk=chunk, **options, **centers)
-        target = teacher if self.teacher else out
-        new_centers = {
-            name: noncontrastive.update_center(center, target[name.replace("center", "s")], momentum)
-            for name, center in centers.items()
-        }
-        return loss, metrics, new_centers
+        return *noncontrastive.nclip(out["s_img"], out["s_txt"], chunk=chunk, **options), {}
 
     def conflicts_with(self, model: ModelConfig, loss: LossConfig) -> Iterator[str]:
-        """Yield shuffled targets with a gradient, and options that need the whole batch if the loss is in chunks."""
+        """Yield shuffled targets with a gradient."""
         if self.shuffle_targets and self.target == "joint":
             yield "objective.nclip.shuffle_targets needs objective.nclip.target 'detach' or 'ema'"
-        if loss.chunk_size and self.balance == "sinkhorn":
-            yield "objective.nclip.balance='sinkhorn' normalises over the whole batch; set loss.chunk_size=0"
-        if loss.chunk_size and model.cluster_head.last_norm:
-            yield "model.cluster_head.last_norm needs all logits at once; set loss.chunk_size=0, or it to False"
 
     def progress(self, metrics: Mapping[str, float]) -> str:
         """Return the loss, mutual information and clusters in use, of the worse modality."""
@@ -179,8 +153,8 @@ def _flat(metrics: Mapping[str, float], ceiling: float) -> Check:
         FLAT_SHARE * ceiling,
         "Mutual information in nats; fails when the predictions of different pairs are alike.",
         f"mutual information of {modality} is {information:.3f} nats of {ceiling:.2f} possible. Past the first hundred "
-        "steps, raise objective.nclip.sharpness to 1 and keep objective.nclip.smoothness above it (2), set "
-        "objective.nclip.tau between 0.5 and 1, and set model.cluster_head.last_norm to false.",
+        "steps, raise objective.nclip.sharpness to 1 and keep objective.nclip.smoothness above it (2), and set "
+        "objective.nclip.tau between 0.5 and 1.",
     )
 
 
@@ -206,8 +180,7 @@ def _disagreement(metrics: Mapping[str, float]) -> Check:
         chance + AGREEMENT_ABOVE_CHANCE * (1 - chance),
         "Share of pairs that agree; fails when an image and its text are sharp on different clusters.",
         f"predictions are sharp, yet image and text agree on {100 * agreement:.1f} % of pairs (chance is about "
-        f"{100 * chance:.1f} %). Lower optim.lr or objective.nclip.sharpness, and set model.cluster_head.last_norm to "
-        "false.",
+        f"{100 * chance:.1f} %). Lower optim.lr or objective.nclip.sharpness.",
         applies=any(
             metrics[f"entropy_{m}"] < SHARP_SHARE * metrics[f"marginal_entropy_{m}"] for m in noncontrastive.MODALITIES
         ),

@@ -104,7 +104,10 @@ class Objective:
         outputs_of: dict[str, str] = {}
         for name, term in self.terms.items():
             for head_name, head in term.heads(model, vocab).items():
-                if heads.setdefault(head_name, head) != head:
+                known = heads.setdefault(head_name, head)
+                if isinstance(known, Scalar) and isinstance(head, Scalar):  # the first term's initial value holds
+                    head = dataclasses.replace(head, initial=known.initial)
+                if known != head:
                     raise UserError(f"objective term {name!r} needs another head {head_name!r} than a term before it.")
                 if outputs_of.setdefault(head.output, head_name) != head_name:
                     raise UserError(

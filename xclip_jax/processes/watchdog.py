@@ -25,6 +25,7 @@ from xclip_jax.processes.interrupt import SIGNALS, PreemptionHandler
 
 DATA, COMPILATION, STEP = "waiting for data", "the first step, which compiles", "a step"
 CHECKPOINT, RESTORE, EVALUATION = "a checkpoint", "restoring a checkpoint", "an evaluation"
+_WARNING = 60.0  # seconds without progress until a warning names the phase
 _SLOWER = 3  # a wait is long if it exceeds the phase's longest wait so far by this factor
 _POLL_SECONDS = 0.5
 _MOMENT = 2.0  # seconds within which Python's handler runs, unless the main thread is in C code
@@ -49,7 +50,6 @@ class Watchdog:
         clock: Callable[[], float] = time.monotonic,
         /,
         *,
-        warning: float,
         limit: float,
     ) -> None:
         """Make a watchdog.
@@ -58,12 +58,11 @@ class Watchdog:
           folder: the run's folder.
           preemption: handler of the run's signals.
           clock: returns seconds.
-          warning: seconds without progress after which it warns; 0 for never.
           limit: seconds without progress after which it ends the process; 0 for never.
         """
         self._folder = folder
         self._preemption = preemption
-        self._warning = warning
+        self._warning = min(_WARNING, limit / 3) if limit else _WARNING
         self._limit = limit
         self._clock = clock
         self._last = clock()
@@ -174,7 +173,7 @@ class Watchdog:
         since = self._since
         if self._limit and now - since > self._limit:
             self._end(f"no progress: {self.status()}{self._others()}", EXIT_RESTART)
-        warns = self._warning and phase != COMPILATION and self._warned_of != since
+        warns = phase != COMPILATION and self._warned_of != since
         if warns and now - since > max(self._warning, _SLOWER * self._longest.get(phase or "", 0.0)):
             self._warned_of = since
             limit = f"; the run ends after {self._limit:.0f} s (log.stall_limit)" if self._limit else ""

@@ -205,7 +205,7 @@ def _recipe(run: RunReader, step: int) -> Iterator[tuple[str, Any]]:
     objective = make_objective(config.objective)
     values = schema.flatten(schema.to_dict(config))
     plugins = config.model.plugins
-    averaged = config.eval.ema and (config.ema.on or objective.teacher)
+    averaged = config.eval.ema and (config.ema.momentum or objective.teacher)
     rows: dict[str, Any] = {"objective.name": objective.name, **objective.recipe(config.model)}
     rows["step"] = f"{step:,} of {config.steps:,}"
     rows["parameters"] = "their moving average" if averaged else "those of the last update"

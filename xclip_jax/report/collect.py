@@ -288,7 +288,7 @@ class Warnings(NamedTuple):
     def collect(cls, record: Record, name: str, rows: Sequence[Row]) -> "Warnings":
         """Collect the warnings of the term `name` in `complete_rows`."""
         term = record.objective.terms[name]
-        first_step = record.config.log.collapse_warmup_steps
+        first_step = record.config.alarm_step
         judged = [row for row in rows if row["step"] >= first_step]
         by_name = [{text.partition(":")[0]: text for text in term.alarms(row)} for row in judged]
         return cls(first_step, [int(row["step"]) for row in judged], by_name)
@@ -305,7 +305,7 @@ class Warnings(NamedTuple):
     def history(self, name: str) -> str:
         """Return a sentence on the steps with this warning."""
         if not self.steps:
-            return f"Checked from step {self.first_step:,} on (log.collapse_warmup_steps)."
+            return f"Checked from step {self.first_step:,} on."
         steps = [step for step, warnings in zip(self.steps, self.warnings, strict=True) if name in warnings]
         where = f"of {len(self.steps):,} logged steps from step {self.first_step:,} on"
         return f"Warning at {len(steps):,} {where}, last at {steps[-1]:,}." if steps else f"No warning at any {where}."

@@ -27,7 +27,7 @@ from xclip_jax.objectives import Objective, make_objective
 from xclip_jax.parallel import sharding
 from xclip_jax.parallel.mesh import AXES, batch_shards, check_batch, make_mesh
 from xclip_jax.train import state
-from xclip_jax.train.step import BatchNoise, SpikeFilter, TrainStep, compile_step
+from xclip_jax.train.step import BatchNoise, TrainStep, compile_step
 
 if TYPE_CHECKING:
     from xclip_jax.data.loader import Transform
@@ -48,7 +48,6 @@ class Experiment:
     abstract: state.TrainState
     tx: optax.GradientTransformation
     batch_noise: BatchNoise
-    spikes: SpikeFilter | None
     length_groups: LengthGroups = WHOLE
 
     @property
@@ -70,11 +69,10 @@ class Experiment:
             self.tx,
             self.objective,
             self.batch_noise,
-            lambda step: optim.ema_momentum(step, config.steps, ema.momentum, ema.schedule),
+            lambda step: optim.ema_momentum(step, config.steps, ema.start),
             config.optim.microbatches,
             lambda grads: jax.lax.with_sharding_constraint(grads, shardings),
             tuple(config.init.frozen),
-            spikes=self.spikes,
             text_groups=self.length_groups.sizes(self.text_rows[0], self.context_length),
             steps=config.steps,
         )
@@ -159,13 +157,11 @@ def build(config: ml_collections.ConfigDict | Config, devices: list[jax.Device] 
     towers = {name: getattr(model, name) for name in TOWERS}
     fixed = objective.towers if config.finetune.lora.rank else tuple(config.init.frozen)
     tx = optim.make_optimizer(config.optim, config.steps, towers, fixed)
-    spikes = SpikeFilter(config.optim.max_grad_norm_ratio) if config.optim.max_grad_norm_ratio else None
     init = state.init_fn(
         model,
         tx,
-        loss_state=objective.initial_state(config.model, tokens.vocab_size)
-        | (spikes.initial_state() if spikes else {}),
-        ema=config.ema.on or objective.teacher,
+        loss_state=objective.initial_state(config.model, tokens.vocab_size),
+        ema=config.ema.momentum > 0 or objective.teacher,
         seed=config.seed,
         adapters=config.finetune.lora,
     )
@@ -184,7 +180,6 @@ def build(config: ml_collections.ConfigDict | Config, devices: list[jax.Device] 
         abstract=abstract,
         tx=tx,
         batch_noise=BatchNoise(config.data, preprocessing, objective, towers),
-        spikes=spikes,
         length_groups=_length_groups(config, model),
     )
 

@@ -114,7 +114,7 @@ class MetricLogger:
 
     def _warn_of_collapse(self, step: int, scalars: Mapping[str, float]) -> None:
         """Print a warning the first time that each kind of collapse is diagnosed."""
-        if step < self._run.config.log.collapse_warmup_steps:
+        if step < self._run.config.alarm_step:
             return
         for warning in self._run.experiment.objective.alarms(scalars):  # "NAME: fault"
             if (name := warning.split(":")[0]) not in self._warned:

@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 from xclip_jax.config.schema import Config, resolve
 from xclip_jax.core.console import log0
 from xclip_jax.core.errors import BadSample, UserError
-from xclip_jax.data import holdout, labelled, length_groups, loader, records, sources
+from xclip_jax.data import labelled, length_groups, loader, records, sources
 from xclip_jax.data.base import Source
 from xclip_jax.data.length_groups import AUTO, WHOLE, LengthGroups
 from xclip_jax.data.loader import SampleOrder
@@ -150,8 +150,7 @@ def open_data(experiment: Experiment, folder: RunWriter) -> tuple[list[Source], 
         raise UserError(f"{error}; {remedy}.") from error
     fingerprints = [source.fingerprint() for source in opened]
     folder.check_sources(config, fingerprints)
-    samples = holdout.apply_controls(opened, config.data, config.seed, labelled=objective.labelled)
-    return samples, fingerprints
+    return opened, fingerprints
 
 
 def class_names(experiment: Experiment, fingerprints: Fingerprints) -> Sequence[str] | None:
@@ -253,7 +252,6 @@ def count_lengths(experiment: Experiment, samples: Sequence[Source]) -> np.ndarr
     read = records.read_each(
         ((order.sources[number], index) for number, index in places),
         lambda record: {"text": record["text"], "tags": record["tags"]},
-        timeout=data.read_timeout,
         threads=data.threads,
     )
     counts = np.zeros(length + 1, np.int32)

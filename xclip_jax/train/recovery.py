@@ -16,16 +16,15 @@ from xclip_jax.train.state import TrainState
 from xclip_jax.train.step import with_step
 
 # Recorded values of a skipped step, searched in this order for the reason.
-_VALUES = ("loss", "grad_norm", "param_norm", "grad_norm_mean")
+_VALUES = ("loss", "grad_norm", "param_norm")
+MOST_SKIPPED = 10  # skipped steps in a row; with more, the run does what `optim.on_bad_steps` says
 
 
-def fault(step: int, values: Mapping[str, float], most: float) -> str:
-    """Return the fault of a step; `most` is `optim.max_grad_norm_ratio`."""
+def fault(step: int, values: Mapping[str, float]) -> str:
+    """Return the fault of a step."""
     for name, value in values.items():
         if not math.isfinite(value):
             return f"{name.replace('_', ' ')} of step {step} is {value}"
-    if (mean := values.get("grad_norm_mean")) is not None and values["grad_norm"] > most * mean:
-        return f"grad norm of step {step} is {values['grad_norm']:.3g} (running mean {mean:.3g})"
     return f"a running value of step {step} is not finite"
 
 
@@ -33,8 +32,8 @@ class SkippedSteps:
     """Counts skipped steps and writes skipped_steps.jsonl: each with its samples and its values.
 
     A line is {"step", "position": of its first sample in the run's order, "samples": their number, "loss", "grad_norm",
-    "param_norm", maybe "grad_norm_mean"}, with null for values that are not finite, or {"step", "rewound_to": a
-    checkpoint's step}. The counters are "skipped" in `BadSampleLog.counters`, which every checkpoint has.
+    "param_norm"}, with null for values that are not finite, or {"step", "rewound_to": a checkpoint's step}. The
+    counters are "skipped" in `BadSampleLog.counters`, which every checkpoint has.
 
     Attributes:
       file: skipped_steps.jsonl.
@@ -72,8 +71,8 @@ class SkippedSteps:
 
     @property
     def exceeded(self) -> bool:
-        """Whether more steps in a row were skipped than `optim.max_skipped_steps` allows."""
-        return self.in_a_row > self._run.config.optim.max_skipped_steps
+        """Whether more steps in a row were skipped than `MOST_SKIPPED`."""
+        return self.in_a_row > MOST_SKIPPED
 
     def check(self, step: int, metrics: Mapping[str, jax.Array]) -> bool:
         """Wait for `step`, the next one or the last checked one; count it, and return whether it was skipped."""
@@ -127,8 +126,8 @@ class SkippedSteps:
         self._wasted.add(step)
         b = config.data.batch
         self.file.append({"step": step, "position": (step - 1) * b, "samples": b} | values)
-        reason = fault(step, values, config.optim.max_grad_norm_ratio)
-        if self.in_a_row == config.steps or (self.exceeded and not config.optim.rewind):
+        reason = fault(step, values)
+        if self.in_a_row == config.steps or (self.exceeded and config.optim.on_bad_steps == "stop"):
             self._stop(f"{reason}, after {self.in_a_row - 1} skipped steps in a row, and is not saved")
         log0(f"WARNING: {reason}; the step is skipped, {self.in_a_row} in a row, {self.total} in all, see {self.path}")
 

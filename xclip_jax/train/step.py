@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -64,43 +63,10 @@ class BatchNoise:
         return transforms.mix(images, self.apply(inputs["other"]), inputs) if "other" in inputs else images
 
 
-# Running mean of the gradient norm: decay per step, and number of warm-up steps.
-DECAY = 0.99
-WARMUP = 100
-
-
 def all_finite(*trees: Any) -> jax.Array:
     """Whether all floating-point values of `trees` are finite, bool ()."""
     floats = [x for x in jax.tree.leaves(trees) if jnp.issubdtype(x.dtype, jnp.floating)]
     return jnp.stack([jnp.isfinite(x).all() for x in floats]).all()
-
-
-@dataclasses.dataclass(frozen=True)
-class SpikeFilter:
-    """Refuses steps whose gradient norm exceeds `ratio` times its running geometric mean over accepted steps."""
-
-    ratio: float
-
-    def initial_state(self) -> dict[str, jax.Array]:
-        """Sum of log norms and sum of weights, of an exponential moving average."""
-        return {"grad_norm_log_sum": jnp.zeros(()), "grad_norm_weight": jnp.zeros(())}
-
-    def __call__(
-        self, state: Mapping[str, jax.Array], grad_norm: jax.Array
-    ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-        """Return whether to accept a step, bool (), the mean before it, and the state after an accepted step."""
-        total = state["grad_norm_log_sum"]
-        weight = state["grad_norm_weight"]
-        tiny = float(np.finfo(np.float32).tiny)
-        mean = jnp.exp(total / jnp.maximum(weight, tiny))
-        # Half a step below the weight of `WARMUP` steps, for rounding.
-        accept = (weight < 1 - DECAY ** (WARMUP - 0.5)) | (grad_norm <= self.ratio * mean)
-        log_norm = jnp.log(jnp.maximum(grad_norm, tiny))
-        new = {
-            "grad_norm_log_sum": DECAY * total + (1 - DECAY) * log_norm,
-            "grad_norm_weight": DECAY * weight + (1 - DECAY),
-        }
-        return accept, mean, new
 
 
 def _is_schedule(node: Any) -> bool:
@@ -140,7 +106,6 @@ class TrainStep:
       microbatches: see `_features`.
       constrain_grads: holds gradients to the layout that the optimizer works in.
       frozen: towers, or parts of them, that do not change.
-      spikes: refuses steps with too large a gradient; None without such a bound.
       steps: updates of the whole run; terms get the fraction done, "progress".
       text_groups: ((rows, tokens), ...) in which a device encodes the texts of a microbatch, see `length_groups`; empty
         if texts are not cut.
@@ -154,7 +119,6 @@ class TrainStep:
     microbatches: int = 1
     constrain_grads: Callable[[Any], Any] = lambda grads: grads
     frozen: tuple[str, ...] = ()
-    spikes: SpikeFilter | None = None
     text_groups: Sizes = ()
     steps: int = 1
 
@@ -171,10 +135,6 @@ class TrainStep:
         grads = self.constrain_grads(grads)
         norms = {"grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(state.params)}
         accept = all_finite(value, norms, batch_stats, ema_batch_stats, loss_state)
-        if self.spikes:
-            calm, metrics["grad_norm_mean"], moved = self.spikes(state.loss_state, norms["grad_norm"])
-            accept = accept & calm
-            loss_state = loss_state | moved
 
         def update() -> tuple[TrainState, jax.Array]:
             updates, opt_state = self.tx.update(grads, state.opt_state, state.params)

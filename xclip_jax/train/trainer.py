@@ -53,8 +53,7 @@ def run(
     config = resolve(config)
     folder = RunWriter(config.run)
     folder.check(config)
-    limits = {"warning": config.log.stall_warning, "limit": config.log.stall_limit}
-    with PreemptionHandler() as stop, Watchdog(folder, stop, **limits) as watch:
+    with PreemptionHandler() as stop, Watchdog(folder, stop, limit=config.log.stall_limit) as watch:
         checks.check_same_config(config, folder)
         results = folder.completed(config)
         if results is not None:
