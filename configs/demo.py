@@ -38,7 +38,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.data.sources = ("demo:train", "demo:train_tones")
     config.data.weights = (0.93, 0.07)
     config.data.batch = 256
-    config.data.text_keys = ("name", "aliases")
+    config.data.text_columns = ("name", "aliases")
     config.data.spread_duplicate_captions = True  # the three pictures of a thing have one caption
     config.data.tags_key = "tags"
     config.data.tags = 4
@@ -63,7 +63,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.optim.weight_decay = 0.1
 
     config.eval.sets = ("emoji/validation_concepts", "emoji/validation_rendering")
-    config.eval.final_sets = TESTS
+    config.eval.sets_at_end = TESTS
     config.eval.every = config.checkpoint.every = max(args.steps // 4, 1)
     config.eval.report = True
     config.checkpoint.keep = 1

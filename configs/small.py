@@ -115,8 +115,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.init.weights = args.weights
     config.data.sources = (args.pairs,)
     config.data.dir = args.dir
-    config.data.image_key = args.image
-    config.data.text_keys = tuple(args.text.split(","))
+    config.data.image_column = args.image
+    config.data.text_columns = tuple(args.text.split(","))
     config.data.tokenizer = args.tokenizer or config.data.tokenizer
     config.optim.lr_end = 0.0
     config.optim.weight_decay = 0.1
@@ -139,7 +139,7 @@ def fill_in(config: ml_collections.ConfigDict, arg: str | None = None) -> Descri
         raise UserError(f"small:{listed}: weights have a tokenizer and towers; leave {' and '.join(decided)} out.")
     machine = ORDINARY[args.device] if args.device else this_machine()
     spec = sources.spec_from_path(args.pairs)
-    source = None if args.count else _open(spec, SourceOptions(args.dir, args.image, config.data.text_keys))
+    source = None if args.count else _open(spec, SourceOptions(args.dir, args.image, config.data.text_columns))
     pairs = args.count or len(source or ())
     if pairs < inspect.FEWEST:
         raise UserError(
@@ -325,10 +325,10 @@ def set_schedule(config: ml_collections.ConfigDict, machine: Machine, trained: i
     config.log.every = max(min(20, steps // 20), 1)
 
 
-def classifies(spec: str, data_dir: str, image_key: str, share: float) -> bool:
+def classifies(spec: str, data_dir: str, image_column: str, share: float) -> bool:
     """Whether held-out images of a source can be classified: repeated words as labels, two of them held out."""
     try:
-        content = classification.read_source(spec, data_dir or None, image_key)
+        content = classification.read_source(spec, data_dir or None, image_column)
     except UserError:
         return False
     captions = 2 * len(np.unique(content.labels)) > len(content.labels)  # rather than classes

@@ -73,7 +73,7 @@ def strip(run: str, path: pathlib.Path) -> None:
     loaded = load(run)
     experiment = loaded.experiment
     variables = loaded.variables
-    specs = (*config.eval.final_sets, *config.eval.sets)
+    specs = (*config.eval.sets_at_end, *config.eval.sets)
     encoder = make_encoder(experiment)
     profile = profile_of_run(config)
     examples = page.predict(experiment, encoder, variables, specs, config=config, profile=profile)

@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, run in runs.items():
         config = load_config(f"demo:objective={name},steps={options.steps}")
         config.run, config.seed, config.data.batch = run, options.seed, options.batch
-        config.eval.sets, config.eval.final_sets, config.eval.report = (), (), False  # `evaluate` follows below
+        config.eval.sets, config.eval.sets_at_end, config.eval.report = (), (), False  # `evaluate` follows below
         trainer.run(config)
         evaluate(run, options.suite)
     first, *others = runs.values()

@@ -44,7 +44,7 @@ WAYS = {
     "all weights": {"optim.lr": 5e-4},
     "last block": {
         "optim.lr": 1e-3,
-        "init.frozen": ("img.embed", "img.blocks.0-1", "txt.embed", "txt.blocks.0-1"),
+        "init.freeze": ("img.embed", "img.blocks.0-1", "txt.embed", "txt.blocks.0-1"),
     },
     "adapters": {"optim.lr": 2e-3, "finetune.lora.rank": 8},
 }
@@ -103,7 +103,7 @@ def finetune(folder: pathlib.Path, way: str, steps: int) -> str:
     """Fine-tune the given weights on the second half in one of `WAYS`, and return the folder of the run."""
     config = load_config(f"small:pairs={folder / 'second'},weights={folder / 'given'},batch=128,steps={steps}")
     config.run = str(folder / way.replace(" ", "-"))
-    config.data.holdout, config.eval.final_sets, config.eval.every = 0.15, (f"retrieval/{folder / 'kept'}",), 0
+    config.data.holdout, config.eval.sets_at_end, config.eval.every = 0.15, (f"retrieval/{folder / 'kept'}",), 0
     config.eval.report, config.checkpoint.every = False, 0
     config.update_from_flattened_dict(WAYS[way])
     trainer.run(config)

@@ -43,7 +43,7 @@ def train(recipe: str, run: str, seed: int, sets: Sequence[str]) -> Values:
     config.run = run
     config.seed = seed
     config.eval.sets = ()
-    config.eval.final_sets = tuple(sets)
+    config.eval.sets_at_end = tuple(sets)
     config.eval.every = 0
     config.eval.report = False
     trainer.run(config)  # resumes an interrupted run, and leaves a finished one as it is

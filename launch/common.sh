@@ -158,11 +158,11 @@ newest_step() {
   awk '{ sub("/$", ""); sub(".*/", "") } /^[0-9]+$/ && $0 + 0 > newest { newest = $0 + 0 } END { print newest + 0 }'
 }
 
-# logs_to TRACKER ARGUMENTS: whether --config.log.to among the arguments names this tracker.
+# logs_to TRACKER ARGUMENTS: whether --config.log.trackers among the arguments names this tracker.
 logs_to() {
   local tracker=$1
   shift
-  case $(argument log.to "$@") in
+  case $(argument log.trackers "$@") in
     "$tracker" | *[\"\']"$tracker"[\"\']*) ;;
     *) return 1 ;;
   esac
@@ -207,7 +207,7 @@ tpu_check() {
   check_recipe "$@"
   for tracker in wandb trackio; do
     ! logs_to "$tracker" "$@" || [[ ,$EXTRAS, == *,$tracker,* ]] ||
-      fail "log.to names $tracker, which the workers would lack; set EXTRAS=$EXTRAS,$tracker"
+      fail "log.trackers names $tracker, which the workers would lack; set EXTRAS=$EXTRAS,$tracker"
   done
   if [ -n "$DRY_RUN" ]; then
     quote env JAX_PLATFORMS=cpu "$python" -m xclip_jax.main --check "$@"
@@ -225,7 +225,7 @@ tpu_check() {
   tpu_keys "$extras" "$@"
   [[ $folder == gs://* ]] || return 0
   if { [[ ,$extras, == *,wandb,* ]] || logs_to wandb "$@"; } && [ -n "${ENV_FILE:-}" ] && grep -qixe WANDB_MODE=offline "$ENV_FILE"; then
-    fail "log.to names wandb, and WANDB_MODE=offline in ENV_FILE=$ENV_FILE would keep the metrics on the workers' disks, which go with them; give WANDB_API_KEY=..."
+    fail "log.trackers names wandb, and WANDB_MODE=offline in ENV_FILE=$ENV_FILE would keep the metrics on the workers' disks, which go with them; give WANDB_API_KEY=..."
   fi
   bucket=${folder#gs://} bucket=gs://${bucket%%/*}
   if [ -n "$DRY_RUN" ]; then
@@ -250,7 +250,7 @@ tpu_keys() {
     names=$(sed -n '/^#/d; s/=.*//p' "$ENV_FILE")
   fi
   if { [[ $extras == *,wandb,* ]] || logs_to wandb "$@"; } && ! grep -qxe WANDB_API_KEY -e WANDB_MODE <<<"$names"; then
-    fail "log.to names wandb, for which the workers have no key; write WANDB_API_KEY=... into a file of mode 600, and set ENV_FILE=FILE"
+    fail "log.trackers names wandb, for which the workers have no key; write WANDB_API_KEY=... into a file of mode 600, and set ENV_FILE=FILE"
   fi
   if { [[ $extras == *,trackio,* ]] || logs_to trackio "$@"; } && ! grep -q ^TRACKIO_ <<<"$names"; then
     echo "warning: trackio's database is on the first worker and goes with it; name a Space by TRACKIO_SPACE_ID=... in the file ENV_FILE" >&2

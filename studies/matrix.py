@@ -82,7 +82,7 @@ class Matrix:
         config = self._recipes[arm.recipe].copy_and_resolve_references()
         validation = self.study.sets_of(arm)
         tests = tuple(self.study.tests) if arm.tested else ()
-        sets = {"eval.sets": tuple(map(full, validation)), "eval.final_sets": tuple(map(full, tests)), "eval.every": 0}
+        sets = {"eval.sets": tuple(map(full, validation)), "eval.sets_at_end": tuple(map(full, tests)), "eval.every": 0}
         changes = {"eval.report": False, "seed": seed, **sets, **self.study.changes, **arm.changes}
         try:
             for name, value in changes.items():
@@ -94,7 +94,7 @@ class Matrix:
             raise UserError(f"arm {arm.name!r}: {error}") from error
         choosing = set(short(config.eval.sets))
         if not arm.tested:
-            choosing |= set(short(config.eval.final_sets))
+            choosing |= set(short(config.eval.sets_at_end))
         others = choosing - set(validation)
         if others:
             raise UserError(

@@ -36,13 +36,18 @@ REMOVED = (
     "checkpoint.keep_every", "data.buffer", "data.caption_noise", "data.read_timeout", "data.subset", "ema.on",
     "ema.schedule", "eval.before", "log.collapse_warmup_steps", "log.expected_epochs", "log.project",
     "log.stall_warning", "loss.impl", "model.bias_init", "model.cluster_head.last_norm", "model.img.act",
-    "model.img.eps",
-    "model.img.patch_bias", "model.img.pre_norm", "model.project_bias", "model.project_img", "model.scale_init",
-    "model.txt.act", "model.txt.eps", "objective.clip.distill", "objective.clip.distill_ramp",
+    "model.img.eps", "model.img.patch_bias", "model.img.pre_norm", "model.project_bias", "model.project_img",
+    "model.scale_init", "model.txt.act", "model.txt.eps", "objective.clip.distill", "objective.clip.distill_ramp",
     "objective.clip.distill_tau", "objective.clip.reverse", "objective.nclip.balance",
     "objective.nclip.center_momentum", "objective.nclip.target_tau", "optim.lr_start", "optim.max_grad_norm_ratio",
     "optim.max_skipped_steps", "optim.mu_dtype", "optim.rewind",
 )  # fmt: skip
+# Keys that configs of earlier commits have under another name.
+RENAMED = {
+    "data.image_key": "data.image_column", "data.text_keys": "data.text_columns", "eval.final_sets": "eval.sets_at_end",
+    "finetune.lora.kernels": "finetune.lora.targets", "init.frozen": "init.freeze", "log.to": "log.trackers",
+    "objective.clip.q": "objective.clip.gce_q",
+}  # fmt: skip
 _FIELDS = ("arm", "seed", "config", "commit", "environment", "results")
 
 
@@ -123,7 +128,8 @@ def read(line: str) -> RunRecord:
     """
     content = json.loads(line)
     removed = (*REMOVED, "ema.momentum") if "ema.on" in content["config"] else REMOVED  # 0.996, which targets have
-    content["config"] = {name: value for name, value in content["config"].items() if name not in removed}
+    kept = {name: value for name, value in content["config"].items() if name not in removed}
+    content["config"] = {RENAMED.get(name, name): value for name, value in kept.items()}
     fields: dict[str, Any] = {name: content[name] for name in _FIELDS} | {"results": from_json(content["results"])}
     record = RunRecord(**fields, error=content.get("error", ""), evaluations=content.get("evaluations", ()))
     if record.config["seed"] != record.seed or not record.key:

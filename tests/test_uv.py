@@ -23,7 +23,7 @@ TRAINING = [
     "--config.data.batch=32",
     "--config.model.img.depth=1",
     "--config.model.txt.depth=1",
-    '--config.eval.final_sets=("emoji/test_rendering",)',
+    '--config.eval.sets_at_end=("emoji/test_rendering",)',
     "--config.eval.report=False",
 ]
 LOOK_UPS = """

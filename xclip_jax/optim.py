@@ -179,9 +179,9 @@ def frozen_layers(frozen: Collection[str], towers: Mapping[str, Tower]) -> dict[
             numbers = range(int(first) + 1, int(end or first) + 2)
             if numbers.stop > last or not numbers:
                 have = f"blocks of {name} are 0 to {last - 2}" if last > 1 else f"{name} has no blocks"
-                raise UserError(f"init.frozen has {part!r}; {have}.")
+                raise UserError(f"init.freeze has {part!r}; {have}.")
         if place and last < 1:  # a tower of another package that is a single layer
-            raise UserError(f"init.frozen has {part!r}; {name} has no blocks, name the whole tower: {name!r}.")
+            raise UserError(f"init.freeze has {part!r}; {name} has no blocks, name the whole tower: {name!r}.")
         layers.setdefault(name, set()).update(numbers)
     return layers
 

@@ -39,7 +39,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
     config.data.sources = (f"{SOURCE}:train",)
     config.data.batch = 256
-    config.data.text_keys = ("name", "aliases")
+    config.data.text_columns = ("name", "aliases")
     config.data.spread_duplicate_captions = True  # "calendar" has over a hundred drawings
     config.data.tags_key = "category"
     config.data.tags = 1
@@ -53,7 +53,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.data.cache = True  # some 0.9 GB; to read and decode a batch takes a fifth of its step on two cores
 
     config.eval.sets = (f"{SET}/validation_concepts", f"{SET}/validation_rendering")
-    config.eval.final_sets = tuple(f"{SET}/test_{name}" for name in TESTS)
+    config.eval.sets_at_end = tuple(f"{SET}/test_{name}" for name in TESTS)
     config.eval.every = config.checkpoint.every = max(args.steps // 4, 1)
     config.eval.report = True
     config.checkpoint.keep = 1

@@ -83,7 +83,7 @@ CONTROLS: dict[str, tuple[str, str, str, Settings]] = {
     "nclip": ("nCLIP", "nclip", "xclip", {}),
     "gce": (
         "CLIP, generalised cross-entropy", "clip", "clip",
-        {"objective.clip.label_smoothing": 0.0, "objective.clip.q": 0.3},
+        {"objective.clip.label_smoothing": 0.0, "objective.clip.gce_q": 0.3},
     ),
     "tokens": ("CLIP, tokens of SuperCLIP", "clip", "clip", _TOKENS),
 }  # fmt: skip

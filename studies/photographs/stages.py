@@ -78,7 +78,7 @@ class PhotographsMatrix(Matrix):
         config = super().config(arm, seed)
         probes = tuple(name for name in config.eval.sets if name.endswith("_probe"))
         config.eval.sets = tuple(name for name in config.eval.sets if name not in probes)
-        config.eval.final_sets = (*config.eval.final_sets, *probes)
+        config.eval.sets_at_end = (*config.eval.sets_at_end, *probes)
         if not arm.name.startswith(("defaults_", "search")):
             config.eval.every = config.steps // EIGHTHS
         return config

@@ -38,7 +38,7 @@ def run(tmp_path_factory):
     suite = f"folder:{root / 'set'}"
     trainer.run(tiny.config(
         "xclip", run=root / "run", steps=STEPS, data__sources=(f"folder:{pairs}",), data__tokenizer="clip",
-        checkpoint__every=1, ema__momentum=0.5, eval__ema=True, eval__final_sets=(suite,),
+        checkpoint__every=1, ema__momentum=0.5, eval__ema=True, eval__sets_at_end=(suite,),
         model__img__scan=True,
     ))  # fmt: skip
     evaluate.evaluate(str(root / "run"), suite)

@@ -70,8 +70,8 @@ def test_bad_command_lines_are_one_sentence(line, message, own_flags, monkeypatc
 @pytest.mark.parametrize(
     ("flag", "value"),
     [
-        ("data.text_keys=title,alt", ("title", "alt")),
-        ("data.text_keys=('title','alt')", ("title", "alt")),
+        ("data.text_columns=title,alt", ("title", "alt")),
+        ("data.text_columns=('title','alt')", ("title", "alt")),
         ("eval.sets=emoji/test_concepts,cifar10@/data/c", ("emoji/test_concepts", "cifar10@/data/c")),
         ("data.crop_scale=0.5,1.0", (0.5, 1.0)),
         ("run=a,b", "a,b"),

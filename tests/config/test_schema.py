@@ -74,16 +74,16 @@ def test_pages_made_from_the_code_are_current(name):
             r"optim\.name is 'muon', and finetune\.lora\.rank freezes .*; set it to 'adamw', and lower optim\.lr",
         ),
         (
-            {"optim__name": "muon", "init__frozen": ("img", "txt")},
-            r"optim\.name is 'muon', and init\.frozen freezes all",
+            {"optim__name": "muon", "init__freeze": ("img", "txt")},
+            r"optim\.name is 'muon', and init\.freeze freezes all",
         ),
         (
-            {"optim__name": "muon", "init__frozen": ("img.blocks.0", "txt")},
-            r"optim\.name is 'muon', and init\.frozen freezes all",
+            {"optim__name": "muon", "init__freeze": ("img.blocks.0", "txt")},
+            r"optim\.name is 'muon', and init\.freeze freezes all",
         ),
         (
-            {"finetune__lora__rank": 2, "init__weights": "x", "init__frozen": ("img", "txt")},
-            r"finetune\.lora\.rank adapts towers, and init\.frozen freezes all of them",
+            {"finetune__lora__rank": 2, "init__weights": "x", "init__freeze": ("img", "txt")},
+            r"finetune\.lora\.rank adapts towers, and init\.freeze freezes all of them",
         ),
     ],
 )
@@ -95,16 +95,16 @@ def test_values_that_cancel_each_other_are_refused(changes, message):
 def test_what_the_model_cannot_have_is_refused_at_once():
     """Sizes of images, blocks and adapters are checked with all other values, before anything is built."""
     changes = {
-        "eval__resize_size": 3, "init__frozen": ("img.blocks.0-9", "txt.blocks.4", "txt.blocks.1-0"),
+        "eval__resize_size": 3, "init__freeze": ("img.blocks.0-9", "txt.blocks.4", "txt.blocks.1-0"),
         "init__weights": "x", "finetune__lora__rank": 40, "optim__name": "muon",
     }  # fmt: skip
     with pytest.raises(UserError) as error:
         schema.resolve(tiny.config("clip", **changes))
     lines = [
         r"eval\.resize_size is 3, less than the model's image size 16",
-        r"init\.frozen has 'img\.blocks\.0-9'; blocks of img are 0 to 0",
-        r"init\.frozen has 'txt\.blocks\.4'; blocks of txt are 0 to 0",
-        r"init\.frozen has 'txt\.blocks\.1-0'; blocks of txt are 0 to 0",
+        r"init\.freeze has 'img\.blocks\.0-9'; blocks of img are 0 to 0",
+        r"init\.freeze has 'txt\.blocks\.4'; blocks of txt are 0 to 0",
+        r"init\.freeze has 'txt\.blocks\.1-0'; blocks of txt are 0 to 0",
         r"finetune\.lora\.rank is 40, above the size of the kernel img qkv, 32 x 96; lower it to 32 or less",
         r"optim\.name is 'muon', and finetune\.lora\.rank freezes all",
     ]  # fmt: skip
@@ -120,8 +120,8 @@ def test_what_the_model_cannot_have_is_refused_at_once():
 
 
 def test_muon_takes_the_blocks_that_are_not_frozen():
-    changes = {"optim__name": "muon", "init__frozen": ("img.blocks.0", "txt"), "model__img__depth": 2}
-    assert schema.resolve(tiny.config("clip", **changes)).init.frozen == ("img.blocks.0", "txt")
+    changes = {"optim__name": "muon", "init__freeze": ("img.blocks.0", "txt"), "model__img__depth": 2}
+    assert schema.resolve(tiny.config("clip", **changes)).init.freeze == ("img.blocks.0", "txt")
 
 
 def test_a_key_that_does_not_exist_is_named_with_the_nearest():

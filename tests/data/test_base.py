@@ -156,7 +156,7 @@ SOURCES = {
 @pytest.mark.parametrize("kind", SOURCES)
 def test_a_caption_that_is_not_utf8_is_a_bad_sample(kind, tmp_path):
     keys = ("caption",) if kind == "tar of json" else ("text",)
-    source = sources.open_pairs(SOURCES[kind](tmp_path), SourceOptions(text_keys=keys))
+    source = sources.open_pairs(SOURCES[kind](tmp_path), SourceOptions(text_columns=keys))
     with pytest.raises(BadSample, match=REMEDY) as caught:
         source[0]
     assert caught.value.reason == "caption is not UTF-8"

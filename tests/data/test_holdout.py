@@ -43,7 +43,7 @@ def table(pairs, tmp_path_factory):
 def test_the_same_pairs_are_held_out_in_any_order_and_of_any_source(pairs, table, tmp_path):
     expected = held_out(f"folder:{pairs}")
     assert 3 < len(expected) < 20
-    keys = {"image_key": "file", "text_keys": ("words",)}
+    keys = {"image_column": "file", "text_columns": ("words",)}
     assert held_out(f"csv:{table}", **keys) == expected[::-1]
     moved = shutil.copytree(pairs, tmp_path / "moved")
     for i, image in enumerate(sorted(moved.glob("*.png"))):  # other names, and so another order

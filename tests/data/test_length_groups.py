@@ -204,7 +204,7 @@ def test_auto_counts_a_frozen_tower_without_its_backward_pass(monkeypatch, capsy
     monkeypatch.setattr(length_groups, "_LEAST_STEPS", 1)
     saved = []
     for frozen in (("txt",), (), ("img",)):
-        config = tiny.config("clip", data__batch=512, model__txt__context_length=40, init__frozen=frozen)
+        config = tiny.config("clip", data__batch=512, model__txt__context_length=40, init__freeze=frozen)
         made = build.build(config)
         assert prepare.choose_length_groups(made, []).cuts
         saved.append(float(capsys.readouterr().out.split("saves ")[1].split("%")[0]))

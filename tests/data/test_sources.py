@@ -57,5 +57,5 @@ def test_a_number_is_not_a_caption_in_any_kind_of_source(tmp_path, kind, value, 
         fields = json.dumps({"n": value, "text": "a fox"}).encode()
         bad_tars.shard(path, [("0", {"jpg": image, "json": fields, "txt": b"a hen"})])
     with pytest.raises(BadSample, match=reason):
-        open_source(f"{kind}:{path}", text_keys=("n",))[0]
-    assert len(open_source(f"{kind}:{path}", text_keys=("n", "text"))[0]["text"]) == 1
+        open_source(f"{kind}:{path}", text_columns=("n",))[0]
+    assert len(open_source(f"{kind}:{path}", text_columns=("n", "text"))[0]["text"]) == 1

@@ -28,10 +28,10 @@ class JsonLinesSource(Source):
     def __getitem__(self, index):
         start, end = map(int, self.offsets[index : index + 2])
         record = json.loads(storage.open_file(str(self.path)).read(start, end - start))
-        text = [caption for key in self.options.text_keys for caption in json_strings(record, key)]
+        text = [caption for key in self.options.text_columns for caption in json_strings(record, key)]
         if not text:
             raise BadSample("caption is empty")
-        image = record[self.options.image_key]
+        image = record[self.options.image_column]
         if image.endswith(IMAGE_SUFFIXES):
             content = storage.read(str(self.path.parent / image), MAX_BYTES["image"])
         else:

@@ -38,7 +38,7 @@ def config(objective="xclip", steps=10, run="runs/tiny", **changes):
     c.optim.warmup, c.optim.lr, c.optim.eps = 1, 1e-3, 1e-6
     c.data.batch, c.data.tokenizer, c.data.threads = BATCH, "bytes", 2
     c.data.flip_prob, c.data.color_jitter = 0.5, 0.2
-    c.eval.sets, c.eval.final_sets = (), ()
+    c.eval.sets, c.eval.sets_at_end = (), ()
     c.log.every, c.checkpoint.every = 1, 5
     for key, value in changes.items():
         group = c

@@ -27,7 +27,7 @@ def run(tmp_path_factory):
         "configs/demo.py:steps=8",
         f"--config.run={folder}",
         "--config.data.batch=64",
-        "--config.eval.final_sets=('emoji/test_concepts','emoji/test_retrieval')",
+        "--config.eval.sets_at_end=('emoji/test_concepts','emoji/test_retrieval')",
     )
     return folder, flags, command(*flags)
 

@@ -50,8 +50,8 @@ class Failing(callbacks.Callback):
 
 def test_a_run_calls_them(pairs, tmp_path, capsys):
     run = tmp_path / "run"
-    config = tiny.short(pairs, run, log__callbacks=(STATUS,), log__to=(LIST,))
-    config.eval.final_sets = (f"retrieval/folder:{pairs}",)
+    config = tiny.short(pairs, run, log__callbacks=(STATUS,), log__trackers=(LIST,))
+    config.eval.sets_at_end = (f"retrieval/folder:{pairs}",)
     results = trainer.run(config)
     status = json.loads((run / "status.json").read_text())
     losses = [(line["step"], line["loss"]) for line in tiny.lines(run) if "loss" in line]
@@ -86,11 +86,15 @@ def test_a_wrong_name_is_one_sentence_before_the_folder(key, name, message, pair
 
 
 def test_the_check_of_a_config_imports_what_it_names_and_makes_nothing():
-    values = {"data.sources": ("folder:/x",), "log.callbacks": (f"{__name__}:Failing",), "log.to": ("no.such:Class",)}
+    values = {
+        "data.sources": ("folder:/x",),
+        "log.callbacks": (f"{__name__}:Failing",),
+        "log.trackers": ("no.such:Class",),
+    }
     flags = ["--config", "pretrain", *(f"--config.{key}={value}" for key, value in values.items())]
     command = [sys.executable, "-m", "xclip_jax.main", "--check", *flags]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith("error: log.to: 'no.such:Class' cannot be imported")
+    assert done.returncode == 1 and done.stderr.startswith("error: log.trackers: 'no.such:Class' cannot be imported")
     with pytest.raises(UserError, match=r"log\.callbacks: 'no\.such:Class' cannot be imported"):
         callbacks.classes(schema.resolve(tiny.config(log__callbacks=("no.such:Class",))))
 
@@ -104,7 +108,7 @@ def test_the_check_of_a_config_ends_with_what_it_did_not_look_at():
 
 
 def test_the_doctor_imports_what_a_config_names_and_makes_nothing(tmp_path):
-    names = {"log__callbacks": (f"{__name__}:Failing",), "log__to": (LIST, "no.such:Tracker")}
+    names = {"log__callbacks": (f"{__name__}:Failing",), "log__trackers": (LIST, "no.such:Tracker")}
     findings = check_config(tiny.config(run=tmp_path / "run", **names))
     (finding,) = (finding for finding in findings if finding.check == "log")
-    assert finding.text.startswith("log.to: 'no.such:Tracker' cannot be imported") and finding.mark == FAIL
+    assert finding.text.startswith("log.trackers: 'no.such:Tracker' cannot be imported") and finding.mark == FAIL

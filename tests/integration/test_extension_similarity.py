@@ -101,7 +101,7 @@ def test_a_run_trains_evaluates_and_reports_by_it(tmp_path):
         for i in range(2):
             Image.fromarray(np.full((20, 20, 3), shade + i, np.uint8)).save(tmp_path / "set" / word / f"{i}.png")
     c, spec = config(tmp_path / "run", points=1.0), f"folder:{tmp_path / 'set'}"
-    c.data.sources, c.eval.final_sets = (f"folder:{tiny.folder(tmp_path / 'pairs')}",), (spec,)
+    c.data.sources, c.eval.sets_at_end = (f"folder:{tiny.folder(tmp_path / 'pairs')}",), (spec,)
     assert f"zeroshot/{spec}/top1" in trainer.run(c)
     model = xclip_jax.load(tmp_path / "run", batch=8)
     assert model.zero_shot(IMAGES[:3], WORDS).probabilities.shape == (3, 5)

@@ -104,7 +104,7 @@ def test_the_check_reads_it(spec, capsys):
 def test_keys_are_those_of_the_config(tmp_path):
     (tmp_path / "x.jsonl").write_text(json.dumps({"photo": "a.jpg", "title": "a", "alt": "b"}) + "\n")
     shutil.copy(write(tmp_path).removeprefix(f"{KIND}:").replace("pairs.jsonl", "0.jpg"), tmp_path / "a.jpg")
-    options = SourceOptions(image_key="photo", text_keys=("title", "alt"))
+    options = SourceOptions(image_column="photo", text_columns=("title", "alt"))
     assert sources.open_pairs(f"{KIND}:{tmp_path / 'x.jsonl'}", options)[0]["text"] == ["a", "b"]
 
 

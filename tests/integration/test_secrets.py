@@ -62,9 +62,9 @@ def test_secrets_are_in_nothing_that_is_written_shown_or_uploaded(site, server, 
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRETS[-1])
     monkeypatch.setattr(sys, "argv", ["xclip-jax", f"--config.data.sources=('tar:{address}',)"])
     keys = {
-        "eval__final_sets": ("retrieval/holdout", f"retrieval/tar:{address}"),
+        "eval__sets_at_end": ("retrieval/holdout", f"retrieval/tar:{address}"),
         "eval__report": True,
-        "log__to": ("tensorboard", "wandb", "trackio"),
+        "log__trackers": ("tensorboard", "wandb", "trackio"),
     }
     trainer.run(config(site, run, **keys), [report.callback()])
     page.main([str(run), "--output", str(tmp_path / "page.html")])

@@ -19,7 +19,7 @@ def keys(folder, text, mode=0o600):
 def test_keys_reach_training_and_nothing_else(script, cloud):
     text = "# mine\nWANDB_API_KEY=secret-1\n\nHF_TOKEN=secret/2=\n"
     env = {"EXTRAS": "tpu,wandb", "ENV_FILE": keys(cloud.path, text).name, "folder": cloud.path}
-    more = ["--config.log.to=('wandb',)", "--config.init.weights=hf:org/name"]
+    more = ["--config.log.trackers=('wandb',)", "--config.init.weights=hf:org/name"]
     scenario = ['echo "$WANDB_API_KEY $HF_TOKEN" >"$CLOUD/obtained"; finish; exit 0']
     dry = cloud.launch(script, "--dry-run", *TRAINING, *more, **env)
     born = {"tpu_vm.sh": "READY", "tpu_pod.sh": "ACTIVE"}[script]

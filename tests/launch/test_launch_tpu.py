@@ -182,13 +182,13 @@ def test_vm_that_exists_is_used_and_training_not_started_twice(cloud):
         ({"LOGGED_OUT": "1"}, [], "error: this machine cannot list gs://bucket; log in (gcloud auth login), or"),
         (
             {},
-            ["--config.log.to=('wandb',)"],
-            "error: log.to names wandb, which the workers would lack; set EXTRAS=tpu,w",
+            ["--config.log.trackers=('wandb',)"],
+            "error: log.trackers names wandb, which the workers would lack; set EXTRAS=tpu,w",
         ),
         (
             {"EXTRAS": "tpu,wandb"},
-            ["--config.log.to=('wandb',)"],
-            "error: log.to names wandb, for which the workers have no key; write WANDB_API_KEY=...",
+            ["--config.log.trackers=('wandb',)"],
+            "error: log.trackers names wandb, for which the workers have no key; write WANDB_API_KEY=...",
         ),
         ({"ENV_FILE": "/nowhere/keys"}, [], "error: ENV_FILE=/nowhere/keys is not a file that can be read; correct it"),
         ({"PYTHON": sys.executable}, ["--config.optim.lrr=1"], "error: config key 'optim.lrr' is unknown"),

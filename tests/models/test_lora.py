@@ -90,7 +90,7 @@ def test_some_kernels_have_adapters():
 @pytest.mark.parametrize("scan", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_frozen_layers_stay_bit_for_bit(scan):
     frozen = ("img.embed", "img.blocks.0-1", "txt.blocks.0")
-    before, after, _ = trained(model__img__scan=scan, model__img__depth=3, init__frozen=frozen)
+    before, after, _ = trained(model__img__scan=scan, model__img__depth=3, init__freeze=frozen)
 
     def blocks(params):
         stack = params["img"]["transformer"]
@@ -106,8 +106,8 @@ def test_frozen_layers_stay_bit_for_bit(scan):
 
 
 def test_blocks_that_a_tower_lacks_are_named():
-    with pytest.raises(UserError, match=r"init\.frozen has 'img\.blocks\.0-5'; blocks of img are 0 to 0\."):
-        build.build(tiny.config("clip", init__frozen=("img.blocks.0-5",)))
+    with pytest.raises(UserError, match=r"init\.freeze has 'img\.blocks\.0-5'; blocks of img are 0 to 0\."):
+        build.build(tiny.config("clip", init__freeze=("img.blocks.0-5",)))
     for place in ("embed", "blocks.0"):
         with pytest.raises(UserError, match="img has no blocks"):
             optim.trained({"img": {}}, (f"img.{place}",), {"img": types.SimpleNamespace(num_layers=1)})

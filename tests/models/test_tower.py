@@ -57,7 +57,7 @@ def data(tmp_path_factory):
     for n, label in enumerate(("ant", "bee", "cat", "dog", "emu", "fox"), 1):
         for text in tiny.folder(root / "set" / label, n, seed=n).glob("*.txt"):
             text.unlink()
-    return {"data__sources": (f"folder:{tiny.folder(root / 'pairs')}",), "eval__final_sets": (f"folder:{root}/set",)}
+    return {"data__sources": (f"folder:{tiny.folder(root / 'pairs')}",), "eval__sets_at_end": (f"folder:{root}/set",)}
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def test_the_config_alone_finds_the_tower_again(run):
 
 def test_it_is_evaluated_as_the_run_was_and_has_a_report(run):
     folder = RunReader(run.run)
-    suite = run.eval.final_sets[0]
+    suite = run.eval.sets_at_end[0]
     result, results = evaluate.evaluate(run.run, suite)["results"][0], folder.read_results()["results"]
     of_run = {key: results[f"{result['name']}/{key}"] for key in result["metrics"]}
     assert of_run == result["metrics"] and of_run["top1"] == result["value"]

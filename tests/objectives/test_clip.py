@@ -17,7 +17,7 @@ from xclip_jax.objectives.clip import PLATEAU_SHARE, Clip, Siglip
 TERMS = {
     "clip": Clip(),
     "siglip": Siglip(),
-    "q": Clip(q=0.7),
+    "q": Clip(gce_q=0.7),
     "labels": Siglip(positives="caption"),
 }
 every_term = pytest.mark.parametrize("term", TERMS.values(), ids=TERMS)
@@ -33,7 +33,7 @@ def contrastive_metrics(term, noise, b=64):
     z = np.ones(32) + noise * rng.normal(size=(b, 32))[labels]
     z = jnp.asarray(z / np.linalg.norm(z, axis=1, keepdims=True), jnp.float32)
     if isinstance(term, Clip):
-        metrics = contrastive.softmax(z, z, 14.0, q=term.q)[1]
+        metrics = contrastive.softmax(z, z, 14.0, q=term.gce_q)[1]
         return {key: float(value) for key, value in metrics.items()}
     # Where all cosines are 1 the sum of scale and bias is the one logit of all pairs.
     loss = functools.partial(contrastive.sigmoid, z, z, 10.0, keys=keys)
@@ -81,32 +81,32 @@ def test_a_loss_that_stays_at_ln_b_is_an_alarm(loss, smoothing, alarm):
     assert (check.value < check.threshold) == alarm and all("Lengthen optim.warmup" in text for text in warnings)
 
 
-@pytest.mark.parametrize("term", [Clip(), Clip(q=0.7)], ids=["clip", "q"])
+@pytest.mark.parametrize("term", [Clip(), Clip(gce_q=0.7)], ids=["clip", "q"])
 @pytest.mark.parametrize(("share", "alarm"), [(0.995, True), (0.985, False)])
 def test_a_robust_loss_is_on_the_plateau_where_its_cross_entropy_is(term, share, alarm):
     """At 4096 pairs and q = 0.7 the whole way from a blind guess to the bound is less than a percent of the loss."""
-    loss = float(contrastive.robust(share * np.log(4096.0), term.q))
+    loss = float(contrastive.robust(share * np.log(4096.0), term.gce_q))
     metrics = {"loss": loss, "ln_b": np.log(4096.0)}
     assert bool(term.alarms(metrics)) == alarm
 
 
 def test_a_robust_loss_is_shown_with_its_own_blind_guess():
-    (curve, *_), (plain, *_) = (term.curves() for term in (Clip(q=0.7), Clip()))
+    (curve, *_), (plain, *_) = (term.curves() for term in (Clip(gce_q=0.7), Clip()))
     assert (curve.levels[0][1], curve.unit, plain.levels[0][1], plain.unit) == ("blind", "", "ln_b", "nats")
-    metrics = contrastive_metrics(Clip(q=0.7), 0.3)
-    assert Clip(q=0.7).progress(metrics) == f"{metrics['loss']:.3f} (blind 1.35)"
+    metrics = contrastive_metrics(Clip(gce_q=0.7), 0.3)
+    assert Clip(gce_q=0.7).progress(metrics) == f"{metrics['loss']:.3f} (blind 1.35)"
     assert Clip().progress(contrastive_metrics(Clip(), 0.3)).endswith(" (ln b 4.16)")
 
 
 @pytest.mark.parametrize(
     ("options", "chunk", "message"),
     [
-        ({"q": 0.5, "label_smoothing": 0.1}, 0, r"objective\.clip\.q is for one target"),
-        ({"q": 1.0, "positives": "caption"}, 0, "set label_smoothing to 0, and positives to"),
-        ({"q": 1.5}, 0, r"objective\.clip\.q is 1\.5; expected a value from 0 to 1"),
+        ({"gce_q": 0.5, "label_smoothing": 0.1}, 0, r"objective\.clip\.gce_q is for one target"),
+        ({"gce_q": 1.0, "positives": "caption"}, 0, "set label_smoothing to 0, and positives to"),
+        ({"gce_q": 1.5}, 0, r"objective\.clip\.gce_q is 1\.5; expected a value from 0 to 1"),
     ],
 )
 def test_what_does_not_go_together(options, chunk, message):
     with pytest.raises(UserError, match=message):
         schema.resolve(tiny.config("clip", objective__clip=options, loss__chunk_size=chunk))
-    schema.resolve(tiny.config("clip", objective__clip={"q": 0.5}, loss__chunk_size=8))
+    schema.resolve(tiny.config("clip", objective__clip={"gce_q": 0.5}, loss__chunk_size=8))

@@ -230,6 +230,6 @@ def test_a_card_lists_the_options_of_a_term_of_another_package():
         "objective.terms.tokens": 0.5,
         "objective.clip.label_smoothing": 0.0,
         "objective.clip.positives": "pair",
-        "objective.clip.q": 0.0,
+        "objective.clip.gce_q": 0.0,
         "objective.plugins.tokens.spread": 0.5,
     }

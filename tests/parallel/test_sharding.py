@@ -125,7 +125,7 @@ def test_captions_of_several_pairs(objective, chunk, plain):
 @pytest.mark.parametrize(
     ("objective", "mesh", "changes"),
     [
-        ("clip", "dp", {"objective__clip__q": 0.7, "loss__chunk_size": 8}),
+        ("clip", "dp", {"objective__clip__gce_q": 0.7, "loss__chunk_size": 8}),
         ("clip", "fsdp", {"objective__clip__label_smoothing": 0.1}),
     ],
 )

@@ -45,7 +45,7 @@ def matrix(*arms, **fields):
 def results(config, value):
     """Results of the sets in a config; the rank is twice the accuracy."""
     made = []
-    for name in (*config["eval"]["sets"], *config["eval"]["final_sets"]):
+    for name in (*config["eval"]["sets"], *config["eval"]["sets_at_end"]):
         card = Provenance(role=VALIDATION if name == VALIDATION_SET else "")
         made.append(Result(name, "zeroshot", "top1", value, n=24, chance=25.0, headline=True, protocol=card))
         made.append(Result(name, "zeroshot", "rank", 2 * value, protocol=card))

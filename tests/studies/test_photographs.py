@@ -178,7 +178,7 @@ def test_stages_follow_from_records(finish, settled, length):
     matrix = stages.PhotographsMatrix(stages.study_of(study.arms), stages.load_config)
     for arm in study.arms:  # every arm is a config of the package
         config = matrix.config(arm, 0)
-        assert any("/test_" in name for name in (*config.eval.sets, *config.eval.final_sets)) == arm.tested
+        assert any("/test_" in name for name in (*config.eval.sets, *config.eval.sets_at_end)) == arm.tested
         if arm.tested:
             assert config.data.sources[0].split(":")[2].startswith("train/")
 

@@ -38,7 +38,7 @@ def test_wrong_declarations(fields, message):
         (True, {"optim.lrr": 1e-3}, "arm 'new': config key 'optim.lrr' is unknown; did you mean 'optim.lr'"),
         (True, {"optim.lr": "fast"}, "arm 'new': optim.lr cannot be 'fast'"),
         (True, {"eval.sets": (TEST_SET,)}, "arm 'new' would be evaluated on '.*/test' before its end or to choose"),
-        (False, {"eval.final_sets": (TEST_SET,)}, "arm 'new' would be evaluated on '.*/test' before its end"),
+        (False, {"eval.sets_at_end": (TEST_SET,)}, "arm 'new' would be evaluated on '.*/test' before its end"),
     ],
 )
 def test_arms_see_test_sets_at_their_end_alone(tested, changes, message):
@@ -56,8 +56,8 @@ def test_configs_of_arms():
     names = [(run.arm.name, run.seed) for run in runs]
     assert names == [("clip", 0), ("xclip", 0), ("chosen", 3), ("clip", 1), ("xclip", 1), ("chosen", 4)]
     assert runs[2].config.objective.terms.to_dict() == {"clip": 1.0, "nclip": 0.0}
-    assert (runs[2].config.seed, runs[2].config.eval.final_sets) == (3, ())
-    assert (runs[1].config.eval.sets, runs[1].config.eval.final_sets) == ((VALIDATION_SET,), (TEST_SET,))
+    assert (runs[2].config.seed, runs[2].config.eval.sets_at_end) == (3, ())
+    assert (runs[1].config.eval.sets, runs[1].config.eval.sets_at_end) == ((VALIDATION_SET,), (TEST_SET,))
 
 
 def test_values_of_finished_runs():

@@ -92,7 +92,7 @@ def test_a_process_that_hangs_ends_both_and_is_named(tmp_path):
     [
         ("optim__lr=0.005", "process 1 differs from process 0: optim.lr (0.005, not 0.001); start all processes with"),
         ("data__threads=1", None),
-        ("data__text_keys=('other',)", "data.text_keys"),
+        ("data__text_columns=('other',)", "data.text_columns"),
     ],
 )
 def test_processes_with_different_configs_refuse_to_start(tmp_path, change, message):

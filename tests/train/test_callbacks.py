@@ -57,7 +57,7 @@ def calls(monkeypatch):
 
 
 def settings(run, **changes):
-    return resolve(tiny.config(run=run, log__to=("tensorboard", "wandb", "trackio"), **changes))
+    return resolve(tiny.config(run=run, log__trackers=("tensorboard", "wandb", "trackio"), **changes))
 
 
 def logged(calls, tracker, call):
@@ -74,7 +74,7 @@ def test_a_run_with_all_trackers(calls, pairs, tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_PROJECT", raising=False)
     monkeypatch.setenv("TRACKIO_PROJECT", "birds")
     run = tmp_path / "mine"
-    trainer.run(tiny.short(pairs, run, log__to=("tensorboard", "wandb", "trackio")), [Report()])
+    trainer.run(tiny.short(pairs, run, log__trackers=("tensorboard", "wandb", "trackio")), [Report()])
     run_id = json.loads((run / "trackers.json").read_text())["id"]
     names = {"wandb": ("xclip_jax", "mine"), "trackio": ("birds", f"mine-{run_id}")}
     for name, shown in names.items():
@@ -137,19 +137,19 @@ def test_one_that_fails_is_one_warning_and_the_others_go_on(call, calls, tmp_pat
 def test_one_that_is_not_installed_is_one_sentence_before_the_folder(name, pairs, tmp_path, monkeypatch):
     monkeypatch.setattr(callbacks.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(UserError, match=rf"^log\.to names '{name}'.* pip install 'xclip_jax\[{name}\]'"):
-        trainer.run(tiny.short(pairs, tmp_path / "run", log__to=(name,)))
+        trainer.run(tiny.short(pairs, tmp_path / "run", log__trackers=(name,)))
     assert not (tmp_path / "run").exists()
 
 
 def test_unknown_trackers_are_named():
     with pytest.raises(UserError, match=r"log\.to is \('mlflow',\); expected names among 'tensorboard', 'wandb'"):
-        resolve(tiny.config(log__to=("mlflow",)))
+        resolve(tiny.config(log__trackers=("mlflow",)))
     assert tuple(callbacks.TRACKERS) == schema.TRACKERS
 
 
 @pytest.mark.parametrize("process", [0, 1])
 def test_process_0_alone_writes(process, calls, pairs, tmp_path, monkeypatch):
-    config = resolve(tiny.short(pairs, tmp_path / "run", log__to=("tensorboard", "wandb", "trackio")))
+    config = resolve(tiny.short(pairs, tmp_path / "run", log__trackers=("tensorboard", "wandb", "trackio")))
     prepared, _ = prepare.prepare(config, RunWriter(config.run))
     (tmp_path / "run").mkdir()
     monkeypatch.setattr(jax, "process_index", lambda: process)
@@ -178,7 +178,7 @@ def fail():
 @pytest.mark.parametrize("method", ["on_start", "on_end"])
 def test_an_error_ends_the_trackers_too(method, calls, pairs, tmp_path):
     with pytest.raises(RuntimeError):
-        trainer.run(tiny.short(pairs, tmp_path / "run", log__to=("wandb",)), [Fails(method, fail)])
+        trainer.run(tiny.short(pairs, tmp_path / "run", log__trackers=("wandb",)), [Fails(method, fail)])
     assert calls[-1] == ("wandb", "finish", None)
 
 
@@ -186,14 +186,14 @@ def test_a_signal_in_the_report_leaves_it_and_ends_the_trackers(calls, pairs, tm
     run, reported = tmp_path / "run", []
     stops = [Fails("on_end", lambda: signal.raise_signal(signal.SIGTERM)), Fails("on_end", lambda: reported.append(1))]
     with pytest.raises(SystemExit) as stopped:
-        trainer.run(tiny.short(pairs, run, log__to=("wandb",)), stops)
+        trainer.run(tiny.short(pairs, run, log__trackers=("wandb",)), stops)
     assert stopped.value.code == EXIT_RESUMABLE and not reported and calls[-1] == ("wandb", "finish", None)
     assert f"the report was interrupted; xclip-jax report {run} makes it" in capsys.readouterr().out
     assert RunReader(run).results_file.exists()
 
 
 def test_no_trackers(tmp_path):
-    opened = Trackers(RunReader(tmp_path), resolve(tiny.config(run=tmp_path, log__to=())), 0)
+    opened = Trackers(RunReader(tmp_path), resolve(tiny.config(run=tmp_path, log__trackers=())), 0)
     opened.log(1, {"loss": 1.0})
     opened.close()
     assert not list(tmp_path.iterdir())

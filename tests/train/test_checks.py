@@ -130,7 +130,7 @@ def test_how_often_a_set_is_evaluated(every, interval):
 
 
 def test_evaluation_sets_that_do_not_open(pairs):
-    sets = {"eval__sets": ("emoji/nothing",), "eval__final_sets": ("folder:/nowhere",)}
+    sets = {"eval__sets": ("emoji/nothing",), "eval__sets_at_end": ("folder:/nowhere",)}
     findings = findings_of("evaluation", data__sources=(f"folder:{pairs}",), **sets)
     assert "emoji/nothing" in only(findings, "evaluation", FAIL).text
 

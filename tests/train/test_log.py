@@ -47,7 +47,7 @@ def test_wasted_steps_are_those_skipped_and_those_undone(tmp_path, monkeypatch):
 def test_a_run_logs_what_it_makes_of_its_time(tmp_path, monkeypatch, capsys):
     """Killed in step 6 and resumed at step 3; a save takes 0.3 s more than it takes."""
     pairs = tiny.folder(tmp_path / "pairs")
-    changes = {"steps": 6, "checkpoint__every": 3, "data__sources": (f"folder:{pairs}",), "log__to": ()}
+    changes = {"steps": 6, "checkpoint__every": 3, "data__sources": (f"folder:{pairs}",), "log__trackers": ()}
     c, lost = tiny.config("clip", run=tmp_path / "run", **changes), []
     save, exclude = Checkpointer.save, Clock.exclude_from_goodput
 
@@ -109,7 +109,7 @@ def test_the_report_shows_them(tmp_path):
 def test_frozen_towers_have_no_backward_pass():
     c = tiny.config("clip")
     parts, whole = cost.forward_flops(schema.resolve(c)), cost.step_flops(schema.resolve(c))
-    c.init.frozen = ("img",)
+    c.init.freeze = ("img",)
     assert whole - cost.step_flops(schema.resolve(c)) == pytest.approx(2 * tiny.BATCH * parts["img"])
 
 

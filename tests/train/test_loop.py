@@ -63,7 +63,7 @@ def test_all_sets_are_opened_before_the_first_step(pairs, tmp_path, monkeypatch)
     monkeypatch.setattr(registry, "open_all", lambda specs, *_: opened.extend(specs) or list(map(Evaluator, specs)))
     monkeypatch.setattr(trainer, "train", lambda *_: (_ for _ in ()).throw(InterruptedError))
     with pytest.raises(InterruptedError):
-        trainer.run(tiny.short(pairs, tmp_path / "run", eval__sets=("a",), eval__final_sets=("b",), eval__every=2))
+        trainer.run(tiny.short(pairs, tmp_path / "run", eval__sets=("a",), eval__sets_at_end=("b",), eval__every=2))
     assert opened == ["a", "b"]
 
 
@@ -110,7 +110,7 @@ def test_given_weights_are_evaluated_on_all_sets_before_the_first_step_once(
     pairs, tmp_path, run, evaluators, steps, capsys
 ):
     """However soon the run is cut off: at 0 steps it has no checkpoint, and starts again."""
-    c = tiny.short(pairs, tmp_path / "new", eval__sets=("a",), eval__final_sets=("b",), init__weights=str(run))
+    c = tiny.short(pairs, tmp_path / "new", eval__sets=("a",), eval__sets_at_end=("b",), init__weights=str(run))
     with tiny.cut_off(steps):
         trainer.run(c)
     given = jax.device_get(weights.load(str(run))[2])
@@ -136,7 +136,7 @@ def test_what_was_measured_before_is_of_the_same_weights_and_sets(pairs, tmp_pat
 
 def test_the_average_is_what_is_evaluated_and_loaded(pairs, tmp_path, evaluators):
     average = {"ema__momentum": 0.5, "eval__ema": True}
-    sets = {"eval__sets": ("a",), "eval__every": 2, "eval__final_sets": ("b",)}
+    sets = {"eval__sets": ("a",), "eval__every": 2, "eval__sets_at_end": ("b",)}
     c = tiny.short(pairs, tmp_path / "run", **average, **sets, objective="nclip")
     trainer.run(c)
     with Checkpointer(c.run, read_only=True) as checkpointer:
@@ -153,7 +153,7 @@ def test_the_average_is_what_is_evaluated_and_loaded(pairs, tmp_path, evaluators
 
 
 def test_a_set_that_fails_at_the_end_does_not_cost_the_others(pairs, tmp_path, evaluators):
-    c = tiny.short(pairs, tmp_path / "run", eval__final_sets=("a", "b"))
+    c = tiny.short(pairs, tmp_path / "run", eval__sets_at_end=("a", "b"))
     evaluators["a"].fails = True
     with pytest.raises(UserError, match=r"1 of 2 evaluation sets failed \(a\).*results\.json has the others"):
         trainer.run(c)
@@ -187,14 +187,14 @@ def test_images_that_cannot_be_read_for_a_while_do_not_end_a_run(pairs, tmp_path
 
 
 def test_other_sets_on_a_complete_run_are_evaluated(pairs, run, evaluators):
-    assert trainer.run(tiny.short(pairs, run, eval__final_sets=("b",))) == {"b/top1": 12.5}
-    assert trainer.run(tiny.short(pairs, run, eval__final_sets=("b",))) == {"b/top1": 12.5}
+    assert trainer.run(tiny.short(pairs, run, eval__sets_at_end=("b",))) == {"b/top1": 12.5}
+    assert trainer.run(tiny.short(pairs, run, eval__sets_at_end=("b",))) == {"b/top1": 12.5}
     assert len(evaluators["b"].calls) == 1
 
 
 def test_results_of_another_evaluation_do_not_outlive_the_start_of_a_new_one(pairs, run, evaluators):
     """The launch scripts take results.json for that of a run that is complete."""
-    file, changed = run / "results.json", tiny.short(pairs, run, eval__final_sets=("b",))
+    file, changed = run / "results.json", tiny.short(pairs, run, eval__sets_at_end=("b",))
 
     def cut_off(_):
         assert not file.exists()
@@ -211,7 +211,7 @@ def test_results_of_another_evaluation_do_not_outlive_the_start_of_a_new_one(pai
 def test_a_start_that_is_refused_leaves_the_results(pairs, run):
     before = (run / "results.json").read_text()
     with pytest.raises(UserError, match="unknown evaluation set 'c'"):
-        trainer.run(tiny.short(pairs, run, eval__final_sets=("c",)))
+        trainer.run(tiny.short(pairs, run, eval__sets_at_end=("c",)))
     assert (run / "results.json").read_text() == before
 
 

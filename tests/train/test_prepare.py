@@ -21,7 +21,7 @@ def test_check_needs_neither_data_nor_a_folder(tmp_path):
     config = tiny.config(run=tmp_path / "run", data__sources=("folder:/on/the/pod",), eval__sets=("imagenet",))
     prepare.check_names(config)
     for key, value, message in (
-        ("eval__final_sets", ("imagenett",), "unknown evaluation set 'imagenett'"),
+        ("eval__sets_at_end", ("imagenett",), "unknown evaluation set 'imagenett'"),
         ("data__sources", ("foldr:/data",), "unknown source 'foldr:/data'; write .*folder:PATH"),
         ("data__sources", (), r"data\.sources is empty"),
         ("optim__lr", -1.0, r"optim\.lr is -1\.0"),
@@ -34,18 +34,21 @@ def test_check_needs_neither_data_nor_a_folder(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "extras"),
     [
-        ({"data__sources": ("tfds:x/train", "folder:/x"), "log__to": ("tensorboard",)}, []),
-        ({"data__sources": ("hf:org/name/train",), "log__to": ("tensorboard", "trackio")}, ["datasets", "trackio"]),
+        ({"data__sources": ("tfds:x/train", "folder:/x"), "log__trackers": ("tensorboard",)}, []),
+        (
+            {"data__sources": ("hf:org/name/train",), "log__trackers": ("tensorboard", "trackio")},
+            ["datasets", "trackio"],
+        ),
         ({"data__sources": ("parquet:/x", "demo:train")}, ["demo"]),
         ({"data__sources": ("tar:hf://datasets/org/name/*.tar",)}, ["hub"]),
         (
-            {"eval__sets": ("winoground",), "eval__final_sets": ("retrieval/parquet:hf://datasets/o/n/x",)},
+            {"eval__sets": ("winoground",), "eval__sets_at_end": ("retrieval/parquet:hf://datasets/o/n/x",)},
             ["datasets", "hub"],
         ),
         ({"eval__sets": ("winoground@parquet:/x",)}, []),
         ({"init__weights": "hf:org/name"}, ["hub"]),
         ({"eval__sets": ("wds:/x", "imagenet", "probe/wds:/x")}, []),
-        ({"eval__sets": ("probe/wds:/x",), "eval__final_sets": ("wds:hf:org/name",)}, ["hub"]),
+        ({"eval__sets": ("probe/wds:/x",), "eval__sets_at_end": ("wds:hf:org/name",)}, ["hub"]),
         ({"eval__sets": ("emoji/test_concepts", "retrieval/hf:org/name/test")}, ["datasets", "demo"]),
         ({"eval__sets": ("tests.extension.greys:Greys",)}, []),
     ],

@@ -65,7 +65,7 @@ def test_a_first_command_that_fails_leaves_nothing_and_the_corrected_one_starts(
         {"data__tokenizer": "foo"},
         {"data__sources": ("folder:nowhere",)},
         {"init__weights": "nowhere"},
-        {"eval__final_sets": ("nothing",)},
+        {"eval__sets_at_end": ("nothing",)},
     ):
         with pytest.raises(UserError):
             trainer.run(tiny.short(pairs, run, steps=1, **changes))

@@ -141,7 +141,7 @@ def test_missing_checkpoint_is_named(tmp_path):
         ({"data__batch": 12}, r"data\.batch=12 cannot be divided over 8 devices.*use a multiple of 8"),
         ({"data__sources": ("folder:/no/such/place",)}, r"folder '/no/such/place' does not exist"),
         ({"eval__sets": ("emoji/tests",), "eval__every": 5}, r"emoji/tests"),
-        ({"eval__final_sets": ("zeroshot/folder:nowhere",)}, r"nowhere"),
+        ({"eval__sets_at_end": ("zeroshot/folder:nowhere",)}, r"nowhere"),
     ],
 )
 def test_bad_values_are_one_sentence_with_the_key(pairs, tmp_path, changes, message):

@@ -113,8 +113,8 @@ def test_a_start_that_cannot_be(source, pairs, tmp_path):
     with pytest.raises(UserError, match="params/img/transformer has 2 blocks, expected 3"):
         run(model__img__depth=3)
     assert not (tmp_path / "run").exists()
-    with pytest.raises(UserError, match=r"init\.frozen is \('image',\); expected towers or parts of them, such as"):
-        build.build(tiny.config(init__frozen=("image",)))
+    with pytest.raises(UserError, match=r"init\.freeze is \('image',\); expected towers or parts of them, such as"):
+        build.build(tiny.config(init__freeze=("image",)))
 
 
 def towers(size=16, length=8, embed=8, vocab=20, **img):
@@ -179,7 +179,7 @@ def test_other_meanings_are_warned_of(source, capsys):
     ("frozen", "changes"), [pytest.param(("img",), {}, marks=pytest.mark.slow), (("txt",), {"optim__microbatches": 2})]
 )
 def test_a_frozen_tower_stays_bit_for_bit_and_has_no_moments(frozen, changes):
-    c = tiny.config("clip", init__frozen=frozen, optim__weight_decay=0.5, optim__grad_clip_norm=1.0, **changes)
+    c = tiny.config("clip", init__freeze=frozen, optim__weight_decay=0.5, optim__grad_clip_norm=1.0, **changes)
     p = build.build(c)
     before = state.create(p.init, p.abstract)
     kept, after = jax.device_get(before.params), before

@@ -117,7 +117,7 @@ def open_images(pattern: str) -> Images:
     else:
         spec = _files(pattern)
         texts = ["text"]
-    options = SourceOptions(image_key=columns.get("image", ["image"])[0], text_keys=tuple(texts), captions=False)
+    options = SourceOptions(image_column=columns.get("image", ["image"])[0], text_columns=tuple(texts), captions=False)
     return Images(sources.open_pairs(spec, options), spec)
 
 

@@ -63,7 +63,7 @@ def make(flags: argparse.Namespace) -> epath.Path:
     specs = tuple(filter(None, map(str.strip, flags.sets.split(","))))
     for spec in specs:
         registry.check(spec)
-    of_runs = [(*record.config.eval.final_sets, *record.config.eval.sets) for record in records]
+    of_runs = [(*record.config.eval.sets_at_end, *record.config.eval.sets) for record in records]
     specs = specs or tuple(spec for spec in of_runs[0] if all(spec in own for own in of_runs))
     first = {"config": records[0].config, "profile": profile_of_run(records[0].config)}
     runs = []

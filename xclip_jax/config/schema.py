@@ -46,7 +46,7 @@ class InitConfig:
     """Config group `init`: what a new run starts from."""
 
     weights: str = key("", "folder of a run, or weights of another project, as hf:ORG/NAME; empty: random parameters")
-    frozen: Sequence[str] = key((), "towers, or layers of them, that are not updated", _FROZEN)
+    freeze: Sequence[str] = key((), "towers, or layers of them, that are not updated", _FROZEN)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,7 @@ class EvalConfig:
     """Config group `eval`: what is evaluated, and when."""
 
     sets: Sequence[str] = key((), "sets that are evaluated every `eval.every` steps, and at the end", evaluation="sets")
-    final_sets: Sequence[str] = key((), "further sets that are evaluated only at the end", evaluation="sets")
+    sets_at_end: Sequence[str] = key((), "further sets that are evaluated only at the end", evaluation="sets")
     every: int = key(0, "steps between two evaluations; 0: only at the end", at_least(0))
     batch: int = key(256, "items that are encoded at once", at_least(1))
     ema: bool = key(False, "evaluate the moving average of the parameters, if the run has one", evaluation="model")
@@ -90,7 +90,9 @@ class EvalConfig:
 class LogConfig:
     """Config group `log`: metrics and warnings."""
 
-    to: Sequence[str] = key(("tensorboard",), "trackers that get the metrics, in addition to metrics.jsonl", _TRACKERS)
+    trackers: Sequence[str] = key(
+        ("tensorboard",), "trackers that get the metrics, in addition to metrics.jsonl", _TRACKERS
+    )
     callbacks: Sequence[str] = key((), "classes of other packages that the run calls while it trains", _CLASSES)
     every: int = key(
         20,
@@ -167,19 +169,19 @@ class Config:
 
     def _tuning_conflicts(self, names: Sequence[str]) -> Iterator[str]:
         """Values on how given weights change that do not go together, for an objective with the towers `names`."""
-        frozen, lora = self.init.frozen, self.finetune.lora
+        frozen, lora = self.init.freeze, self.finetune.lora
         if {part.partition(".")[0] for part in frozen} - set(names):
-            yield f"init.frozen is {frozen}; the model only has the {names[0]} tower"
+            yield f"init.freeze is {frozen}; the model only has the {names[0]} tower"
         towers = {name: self.model.tower(name) for name in TOWERS}
         missing = [fault for part in frozen for fault in _refusal(lambda part=part: frozen_layers((part,), towers))]
         yield from missing
         if lora.rank and not self.init.weights:
             yield "finetune.lora.rank adapts given weights, and init.weights is empty; name weights, or set it to 0"
         if lora.rank and {*names} <= {*frozen}:
-            yield "finetune.lora.rank adapts towers, and init.frozen freezes all of them; leave one of the two out"
-        known = [(name, kernel) for name in names for kernel in lora.kernels if kernel in towers[name].kernel_sizes]
+            yield "finetune.lora.rank adapts towers, and init.freeze freezes all of them; leave one of the two out"
+        known = [(name, kernel) for name in names for kernel in lora.targets if kernel in towers[name].kernel_sizes]
         yield from lora.too_large({f"{name} {kernel}": towers[name].kernel_sizes[kernel] for name, kernel in known})
-        freezing = "finetune.lora.rank" if lora.rank else "init.frozen"
+        freezing = "finetune.lora.rank" if lora.rank else "init.freeze"
         if self.optim.name == "muon" and (lora.rank or not (missing or self._trained_towers(names))):
             yield (
                 f"optim.name is 'muon', and {freezing} freezes all kernels that it takes; set it to 'adamw', "
@@ -189,7 +191,7 @@ class Config:
     def _trained_towers(self, names: Sequence[str]) -> list[str]:
         """Return the towers `names` of which a block is trained, or all, where it has no blocks."""
         towers = {name: self.model.tower(name) for name in TOWERS}
-        frozen = frozen_layers(self.init.frozen, towers)
+        frozen = frozen_layers(self.init.freeze, towers)
         blocks = {name: {*range(1, tower.num_layers - 1)} or {0} for name, tower in towers.items()}
         return [name for name in names if blocks[name] - frozen.get(name, set())]
 

@@ -155,7 +155,7 @@ def check_columns(what: str, names: Iterable[str], keys: Iterable[str]) -> None:
     for key in keys:
         if key not in names:
             fault = f"{what} has no column {key!r}; its columns are {', '.join(map(repr, names))}"
-            raise MissingColumnError(fault, "data.image_key, data.text_keys and data.tags_key")
+            raise MissingColumnError(fault, "data.image_column, data.text_columns and data.tags_key")
         if (count := names.count(key)) > 1:
             raise UserError(f"{what} has {count} columns {key!r}; rename all but one.")
 
@@ -179,21 +179,21 @@ class SourceOptions:
     """
 
     dir: str = ""
-    image_key: str = "image"
-    text_keys: Sequence[str] = ("text",)
+    image_column: str = "image"
+    text_columns: Sequence[str] = ("text",)
     tags_key: str = ""
     captions: bool = True
 
     @property
-    def text_columns(self) -> list[str]:
+    def caption_columns(self) -> list[str]:
         """Columns or features with captions and keywords; the key COLUMN/FIELD reads COLUMN."""
-        keys = [*self.text_keys, *filter(None, [self.tags_key])]
+        keys = [*self.text_columns, *filter(None, [self.tags_key])]
         return list(dict.fromkeys(key.partition("/")[0] for key in keys))
 
     @property
     def columns(self) -> list[str]:
         """All columns or features that are read."""
-        return list(dict.fromkeys([self.image_key, *self.text_columns]))
+        return list(dict.fromkeys([self.image_column, *self.caption_columns]))
 
 
 class SourceKind:

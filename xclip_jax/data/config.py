@@ -59,8 +59,8 @@ class DataConfig:
         _GROUPS,
         resume="free",
     )
-    image_key: str = key("image", "feature of a record or column of a table; not of tars and folders")
-    text_keys: Sequence[str] = key(
+    image_column: str = key("image", "feature of a record or column of a table; not of tars and folders")
+    text_columns: Sequence[str] = key(
         ("text",), "captions, one of which is drawn each time; in tars text is the .txt file, else fields of .json"
     )
     tags_key: str = key("", "keywords of a record; empty for none")

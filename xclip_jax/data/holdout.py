@@ -71,7 +71,7 @@ _known: dict[str, Pairs] = {}  # training, evaluation and report of one process 
 
 def find(spec: str, source: Source, share: float, config: DataConfig) -> Pairs:
     """Return the held-out pairs of the source that `spec` names, all of them if the share is 1; reads all records."""
-    key = json.dumps([spec, share, config.image_key, config.text_keys, source.fingerprint()], default=str)
+    key = json.dumps([spec, share, config.image_column, config.text_columns, source.fingerprint()], default=str)
     if key not in _known:
         if len(source) > _MANY:
             # Not log0: the processes of a run may not have joined yet.

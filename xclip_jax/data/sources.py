@@ -194,7 +194,7 @@ def open_labelled(spec: str, options: SourceOptions | None = None) -> labelled.L
 
 def source_options(config: DataConfig) -> SourceOptions:
     """Return the keys of `config` that sources use."""
-    return SourceOptions(config.dir, config.image_key, tuple(config.text_keys), config.tags_key)
+    return SourceOptions(config.dir, config.image_column, tuple(config.text_columns), config.tags_key)
 
 
 def open_sources(config: DataConfig, classes: int = 0, fields: Sequence[str] | None = None) -> list[Source]:

@@ -24,14 +24,14 @@ class LoraConfig:
     """
 
     rank: int = key(0, "rank of the adapters in the towers, whose initial weights stay fixed; 0 for none", at_least(0))
-    kernels: Sequence[str] = key(
+    targets: Sequence[str] = key(
         KERNELS, "kernels of blocks with adapters", Check(f"names among {KERNELS}", lambda x: set(x) <= {*KERNELS})
     )
 
     def conflicts(self) -> Iterator[str]:
         """Yield values that contradict each other."""
-        if self.rank and not self.kernels:
-            yield f"rank is {self.rank}, and kernels is empty; name kernels among {', '.join(KERNELS)}, or set it to 0"
+        if self.rank and not self.targets:
+            yield f"rank is {self.rank}, and targets is empty; name kernels among {', '.join(KERNELS)}, or set it to 0"
 
     def too_large(self, sizes: Mapping[str, tuple[int, int]]) -> Iterator[str]:
         """Yield a fault if the rank exceeds the smallest kernel; `sizes` are the inputs and outputs of kernels."""
@@ -50,7 +50,7 @@ def initial(params: Params, config: LoraConfig, random_key: jax.Array) -> Params
 
     Args:
       params: parameters of the model, by tower and head.
-      config: rank and kernels.
+      config: rank and targets.
       random_key: key of the random factors.
 
     Raises:
@@ -61,7 +61,7 @@ def initial(params: Params, config: LoraConfig, random_key: jax.Array) -> Params
     """
     adapters: dict[tuple[str, ...], jax.Array] = {}
     for path, kernel in flatten_dict(params).items():
-        if path[-1] != "kernel" or path[-2] not in config.kernels or "transformer" not in path:
+        if path[-1] != "kernel" or path[-2] not in config.targets or "transformer" not in path:
             continue
         first = int("blocks" in path)
         split = first + 1 if path[-2] == "qkv" else kernel.ndim - 1  # axes before it are inputs
@@ -77,8 +77,8 @@ def initial(params: Params, config: LoraConfig, random_key: jax.Array) -> Params
     if bare:
         raise UserError(
             f"finetune.lora.rank is {config.rank}, and the tower {bare[0]!r} has none of the kernels "
-            f"{', '.join(config.kernels) or '(none named)'} in a transformer, so nothing in it would be trained; set "
-            "finetune.lora.rank to 0, or name other finetune.lora.kernels."
+            f"{', '.join(config.targets) or '(none named)'} in a transformer, so nothing in it would be trained; set "
+            "finetune.lora.rank to 0, or name other finetune.lora.targets."
         )
     return unflatten_dict(adapters)
 

@@ -151,7 +151,7 @@ class Clip(Contrastive):
     max_scale: ClassVar[float] = 100.0  # arXiv 2103.00020, section 2.5
 
     label_smoothing: float = key(0.0, "fraction of the target spread over the batch", fraction_below_one())
-    q: float = key(
+    gce_q: float = key(
         0.0, "generalised cross-entropy: a pair's loss is (1 - p^q) / q, at most 1 / q; 0 for -ln p", between(0, 1)
     )
 
@@ -159,18 +159,23 @@ class Clip(Contrastive):
     def hardness(self) -> float:
         return 1 - self.label_smoothing
 
+    def _options(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        options = super()._options(batch)
+        options["q"] = options.pop("gce_q")
+        return options
+
     @property
     def is_robust(self) -> bool:
-        return self.q > 0
+        return self.gce_q > 0
 
     def chance_loss(self, metrics: Mapping[str, float], less: float = 0.0) -> float:
         """Return the loss of equal logits: ln b, or `contrastive.robust` of it."""
-        return float(contrastive.robust(super().chance_loss(metrics, less), self.q))
+        return float(contrastive.robust(super().chance_loss(metrics, less), self.gce_q))
 
     def conflicts_with(self, model: ModelConfig, loss: LossConfig) -> Iterator[str]:
         """Yield options that do not go with a robust loss."""
         if self.is_robust and (self.hardness != 1 or self.positives != "pair"):
-            yield "objective.clip.q is for one target per pair; set label_smoothing to 0, and positives to 'pair'"
+            yield "objective.clip.gce_q is for one target per pair; set label_smoothing to 0, and positives to 'pair'"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -186,7 +186,7 @@ def data(run: RunReader, experiment: Experiment) -> dict[str, Any]:
         (_code(shown(spec)), f"{source['samples']:,}", share, _code(source["hash"]) if source.get("hash") else "none")
         for spec, source, share in zip(config.data.sources, sources, shares, strict=True)
     ]
-    text = f"One caption of each pair is drawn, from {', '.join(map(in_words, config.data.text_keys))}"
+    text = f"One caption of each pair is drawn, from {', '.join(map(in_words, config.data.text_columns))}"
     if labelled:
         names = run.read_classes() or ()
         more = f" and {len(names) - _SHOWN_CLASSES:,} more" if len(names) > _SHOWN_CLASSES else ""
@@ -213,9 +213,9 @@ def _recipe(run: RunReader, step: int) -> Iterator[tuple[str, Any]]:
     rows |= {key: values[key] for key in keys if not key.startswith(tuple(f"model.{name}." for name in plugins))}
     rows |= {f"model.plugins.{name}.{key}": x for name, options in plugins.items() for key, x in options.items()}
     rows |= {"init.weights": config.init.weights} if config.init.weights else {}
-    rows |= {"init.frozen": ", ".join(config.init.frozen)} if config.init.frozen else {}
+    rows |= {"init.freeze": ", ".join(config.init.freeze)} if config.init.freeze else {}
     lora = config.finetune.lora
-    rows |= {"finetune.lora.rank": lora.rank, "finetune.lora.kernels": ", ".join(lora.kernels)} if lora.rank else {}
+    rows |= {"finetune.lora.rank": lora.rank, "finetune.lora.targets": ", ".join(lora.targets)} if lora.rank else {}
     for key, value in rows.items():
         yield key, in_words(shown(value)) if isinstance(value, str) else value
 

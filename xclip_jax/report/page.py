@@ -247,7 +247,7 @@ def _write(run: prepare.Run, variables: Variables) -> None:
     folder = run.folder
     experiment = run.experiment
     config = experiment.config
-    specs = (*config.eval.final_sets, *config.eval.sets)
+    specs = (*config.eval.sets_at_end, *config.eval.sets)
     examples = predict(experiment, run.encoder, variables, specs, config=config, profile=profile_of_run(config))
     if jax.process_index() != 0:
         return

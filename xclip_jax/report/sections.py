@@ -65,7 +65,7 @@ def _reason(runs: Sequence[Run]) -> str:
     if sentences := dict.fromkeys(sentence for run in runs for sentence in run.examples.missing):
         return " ".join(sentences)
     folders = " ".join(str(run.record.folder) for run in runs)
-    remedy = f"Add some to eval.final_sets, or run: xclip-jax report {folders} --sets NAME,NAME"
+    remedy = f"Add some to eval.sets_at_end, or run: xclip-jax report {folders} --sets NAME,NAME"
     return f"No evaluation set has images and texts. {remedy}"
 
 

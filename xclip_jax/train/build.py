@@ -72,7 +72,7 @@ class Experiment:
             lambda step: optim.ema_momentum(step, config.steps, ema.start),
             config.optim.microbatches,
             lambda grads: jax.lax.with_sharding_constraint(grads, shardings),
-            tuple(config.init.frozen),
+            tuple(config.init.freeze),
             text_groups=self.length_groups.sizes(self.text_rows[0], self.context_length),
             steps=config.steps,
         )
@@ -155,7 +155,7 @@ def build(config: ml_collections.ConfigDict | Config, devices: list[jax.Device] 
     tokens = tokenizer.load(config.data.tokenizer)
     model = make_model(config, objective, tokens)
     towers = {name: getattr(model, name) for name in TOWERS}
-    fixed = objective.towers if config.finetune.lora.rank else tuple(config.init.frozen)
+    fixed = objective.towers if config.finetune.lora.rank else tuple(config.init.freeze)
     tx = optim.make_optimizer(config.optim, config.steps, towers, fixed)
     init = state.init_fn(
         model,

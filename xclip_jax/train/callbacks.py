@@ -1,4 +1,4 @@
-"""Callbacks of a run, and trackers: TensorBoard, Weights & Biases, Trackio and others, as `log.to` names them."""
+"""Callbacks of a run, and trackers: TensorBoard, Weights & Biases, Trackio and others, as `log.trackers` names them."""
 
 import contextlib
 import importlib
@@ -179,35 +179,35 @@ TRACKERS: dict[str, Callable[[RunReader, Config, int, str], Tracker]] = {
 
 
 def tracker_classes(config: Config) -> list[type[Tracker]]:
-    """Import the classes of other packages that `log.to` names; none is made.
+    """Import the classes of other packages that `log.trackers` names; none is made.
 
     Raises:
       UserError: a class that cannot be imported, or is not a tracker.
     """
-    return [import_class(name, Tracker, "log.to:") for name in config.log.to if ":" in name]
+    return [import_class(name, Tracker, "log.trackers:") for name in config.log.trackers if ":" in name]
 
 
 def check_names(config: Config) -> None:
-    """Raise `UserError` for a name of `log.callbacks` or `log.to` whose class or package is not installed."""
+    """Raise `UserError` for a name of `log.callbacks` or `log.trackers` whose class or package is not installed."""
     classes(config)
     tracker_classes(config)
-    for name in config.log.to:
+    for name in config.log.trackers:
         if ":" not in name and name != "tensorboard" and importlib.util.find_spec(name) is None:
-            raise UserError(f"log.to names {name!r}, which is not installed: pip install 'xclip_jax[{name}]'.")
+            raise UserError(f"log.trackers names {name!r}, which is not installed: pip install 'xclip_jax[{name}]'.")
 
 
 class Trackers:
     """All trackers of a run. A tracker that fails is a warning, and is disabled; the run goes on."""
 
     def __init__(self, folder: RunReader, config: Config, step: int) -> None:
-        """Open the trackers of `log.to` for a run that starts or resumes at `step`; one from step 0 is a new run."""
+        """Open the trackers of `log.trackers` for a run that starts or resumes at `step`; from 0 it is a new run."""
         self._folder = folder
         self._open = {}
-        names = dict.fromkeys(config.log.to)
+        names = dict.fromkeys(config.log.trackers)
         run_id = _run_id(folder, step) if set(names) - {"tensorboard"} else ""
         for name in names:
             with self._guarded(name):
-                made: Any = TRACKERS[name] if name in TRACKERS else import_class(name, Tracker, "log.to:")
+                made: Any = TRACKERS[name] if name in TRACKERS else import_class(name, Tracker, "log.trackers:")
                 self._open[name] = made(folder, config, step, run_id)
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:

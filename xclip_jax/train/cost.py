@@ -122,7 +122,7 @@ def step_flops(config: Config, groups: LengthGroups | None = None, rows: int | N
     passes = dict.fromkeys(parts, 3)
     if config.finetune.lora.rank:  # weights beside adapters have no gradient
         passes |= dict.fromkeys(TOWERS, 2)
-    passes |= dict.fromkeys(config.init.frozen, 1)
+    passes |= dict.fromkeys(config.init.freeze, 1)
     return config.data.batch * (sum(passes[name] * part for name, part in parts.items()) + teacher)
 
 

@@ -43,7 +43,7 @@ class Run:
       num_samples: samples of all sources together, one epoch.
       fingerprints: one fingerprint per source.
       encoder: the encoder of all evaluators.
-      evaluators: the evaluators of `eval.sets` and `eval.final_sets`, by spec.
+      evaluators: the evaluators of `eval.sets` and `eval.sets_at_end`, by spec.
       init_step: step of the run whose weights this one starts from, 0 for none.
     """
 
@@ -67,7 +67,7 @@ class Run:
 
     @property
     def final_evaluators(self) -> list[Evaluator]:
-        """Evaluators of `eval.sets` and `eval.final_sets`, run after the last step."""
+        """Evaluators of `eval.sets` and `eval.sets_at_end`, run after the last step."""
         return list(self.evaluators.values())
 
 
@@ -159,9 +159,9 @@ def class_names(experiment: Experiment, fingerprints: Fingerprints) -> Sequence[
 
 
 def open_evaluators(experiment: Experiment, encoder: Encoder) -> dict[str, Evaluator]:
-    """Open all sets of `eval.sets` and `eval.final_sets`; return their evaluators by spec."""
+    """Open all sets of `eval.sets` and `eval.sets_at_end`; return their evaluators by spec."""
     config = experiment.config
-    specs = tuple(dict.fromkeys((*config.eval.sets, *config.eval.final_sets)))
+    specs = tuple(dict.fromkeys((*config.eval.sets, *config.eval.sets_at_end)))
     opened = registry.open_all(specs, encoder, None, own_profile(config), config.data)
     return dict(zip(specs, opened, strict=True))
 
@@ -188,19 +188,19 @@ def check_names(config: ml_collections.ConfigDict | Config) -> Config:
     """Return the resolved config after a check of its keys and names, without data and devices."""
     config = resolve(config)
     sources.parse_all(config.data.sources)
-    for spec in (*config.eval.sets, *config.eval.final_sets):
+    for spec in (*config.eval.sets, *config.eval.sets_at_end):
         registry.check(spec)
     return config
 
 
 def extras(config: Config) -> list[str]:
     """Return the extras of this package (setup.py) that a run needs, judged by the names in its config."""
-    names = {name for name in config.log.to if name != "tensorboard" and ":" not in name}
+    names = {name for name in config.log.trackers if name != "tensorboard" and ":" not in name}
     if hub.is_hub(config.init.weights):
         names.add("hub")
     for source in config.data.sources:
         names.update(sources.extras(source))
-    for spec in (*config.eval.sets, *config.eval.final_sets):
+    for spec in (*config.eval.sets, *config.eval.sets_at_end):
         names.update(registry.check(spec).extras(spec))
         for text in (spec, spec.partition("/")[2]):  # wds:PATH, and probe/wds:PATH
             if text.partition(":")[0] in sources.SOURCES:

@@ -63,7 +63,7 @@ def test_a_folder_of_save_to_disk(tmp_path):
 
 
 def test_a_column_without_images_has_bad_samples(tmp_path):
-    source = sources.open_pairs(f"hf:{saved(tmp_path / 'set')}", options(image_key="label"))
+    source = sources.open_pairs(f"hf:{saved(tmp_path / 'set')}", options(image_column="label"))
     assert source.fingerprint()["samples"] == 12
     with pytest.raises(BadSample, match="no image in the row"):
         source[0]
@@ -98,17 +98,17 @@ def test_the_fingerprint_is_of_the_content(tmp_path):
 
 def test_columns_are_those_of_the_config_or_the_only_images(tmp_path):
     path = saved(tmp_path / "set", rows(image="jpg", text="txt"))
-    source = sources.open_pairs(f"hf:{path}", options(text_keys=("txt",)))
+    source = sources.open_pairs(f"hf:{path}", options(text_columns=("txt",)))
     assert source[2]["image"] == png(2) and source[2]["text"] == ["picture 2"]
     extra = {"json": [{"alt": f"alt {i}", "words": ["a", "b"]} for i in range(12)], "tags": ["red, blue,"] * 12}
     made = rows().add_column("json", extra["json"]).add_column("tags", extra["tags"])
     path = saved(tmp_path / "nested", made)
-    keys = options(text_keys=("text", "json/alt", "json/words"), tags_key="tags")
+    keys = options(text_columns=("text", "json/alt", "json/words"), tags_key="tags")
     record = sources.open_pairs(f"hf:{path}", keys)[5]
     assert record["text"] == ["picture 5", "alt 5", "a", "b"] and record["tags"] == ["red", "blue"]
     features = datasets.Features({"image": datasets.Image()})
     named = datasets.Dataset.from_dict({"image": [{"bytes": png(0), "path": "a fox.png"}]}, features)
-    assert HubPairs("ORG/NAME/train", options(text_keys=("image/path",)), named)[0]["text"] == ["a fox.png"]
+    assert HubPairs("ORG/NAME/train", options(text_columns=("image/path",)), named)[0]["text"] == ["a fox.png"]
 
 
 def test_images_that_are_paths_and_bytes(tmp_path):
@@ -116,7 +116,7 @@ def test_images_that_are_paths_and_bytes(tmp_path):
     for i, value in enumerate((str(tmp_path / "a.png"), "../a.png", png(1))):
         made = datasets.Dataset.from_dict({"picture": [value, type(value)()], "caption": ["one", "two"]})
         source = sources.open_pairs(
-            f"hf:{saved(tmp_path / str(i), made)}", options(image_key="picture", text_keys=("caption",))
+            f"hf:{saved(tmp_path / str(i), made)}", options(image_column="picture", text_columns=("caption",))
         )
         assert source[0]["image"] == png(1) and source[0]["text"] == ["one"]
         with pytest.raises(BadSample, match="no image in the row"):
@@ -134,11 +134,11 @@ def test_images_that_are_paths_and_bytes(tmp_path):
         (
             "image",
             {},
-            r"has no column 'image'; its columns are 'text', 'label'; set data\.image_key, data\.text_keys and",
+            r"has no column 'image'; its columns are 'text', 'label'; set data\.image_column, data\.text_columns and",
         ),
-        ("", {"image_key": "jpeg"}, "has no column 'jpeg'; its columns are "),
+        ("", {"image_column": "jpeg"}, "has no column 'jpeg'; its columns are "),
         ("text", {}, "has no column 'text'; its columns are 'image', 'label'; set "),
-        ("", {"text_keys": ("text", "alt")}, "has no column 'alt'"),
+        ("", {"text_columns": ("text", "alt")}, "has no column 'alt'"),
         ("", {"tags_key": "words"}, "has no column 'words'; its columns are "),
     ],
 )
@@ -153,7 +153,7 @@ def test_several_columns_of_images_are_a_choice(tmp_path):
     path = saved(tmp_path / "set", made)
     with pytest.raises(UserError, match=r"has no column 'image'; its columns are 'left', .*'right'"):
         sources.open_pairs(f"hf:{path}")
-    assert sources.open_pairs(f"hf:{path}", options(image_key="left"))[0]["image"] == png(0)
+    assert sources.open_pairs(f"hf:{path}", options(image_column="left"))[0]["image"] == png(0)
 
 
 def test_a_caption_that_is_empty_is_a_bad_sample(tmp_path):
@@ -240,12 +240,12 @@ def test_held_out_pairs_of_several_columns_have_labels(tmp_path):
     left = rows(20, image="left").rename_column("label", "fine")
     coarse = rows(20, image="right").select_columns(["right", "label"]).rename_column("label", "coarse")
     path = saved(tmp_path / "what?", datasets.concatenate_datasets([left, coarse], axis=1))
-    data = DataConfig(sources=(f"hf:{path}?label=fine",), image_key="right", holdout=0.5)
+    data = DataConfig(sources=(f"hf:{path}?label=fine",), image_column="right", holdout=0.5)
     named = registry.load("zeroshot/holdout", PREPARE, data=data)
     pairs = registry.load("retrieval/holdout", PREPARE, data=data)
     assert 0 < len(named.images) == len(pairs.images) < 20 and list(named.names) == NAMES
     np.testing.assert_array_equal(named.images[0], pairs.images[0])
-    assert sources.open_pairs(data.sources[0], options(image_key="left"))[1]["image"] == png(1)
+    assert sources.open_pairs(data.sources[0], options(image_column="left"))[1]["image"] == png(1)
 
 
 @pytest.mark.parametrize("layout", ["saved", "parquet"])

@@ -91,7 +91,7 @@ def test_columns_of_the_config_come_first(hub):
     features = datasets.Features({"picture": datasets.Image(), "title": datasets.Value("string")})
     datasets.Dataset.from_dict(rows, features).to_parquet(content)
     hub.add("Kaichengalex/YFCC15M", {"data/train-00000-of-00001.parquet": content.getvalue()})
-    options = SourceOptions(image_key="picture", text_keys=("title",))
+    options = SourceOptions(image_column="picture", text_columns=("title",))
     assert sources.open_pairs("published:yfcc15m", options)[0]["text"] == ["a fox"]
     with pytest.raises(UserError, match="has no column 'images'; its columns are 'picture', 'title'"):
         sources.open_pairs("published:yfcc15m")

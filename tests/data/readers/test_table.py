@@ -61,7 +61,7 @@ def test_csv(tmp_path, images, tab, first):
             source[i]
     assert source.describe(3) == {"file": str(tmp_path / "images" / "9.jpg")}
     with pytest.raises(
-        UserError, match=r"has no column 'image'; its columns are 'title', 'filepath', 'words'; set data\.image_key"
+        UserError, match=r"has no column 'image'; its columns are 'title', 'filepath', 'words'; set data\.image_column"
     ):
         open_source(f"csv:{tmp_path}/pairs.csv")
     with pytest.raises(UserError, match="has no column 'filepath/bytes'"):  # only texts have fields

@@ -156,14 +156,14 @@ def test_without_a_ledger_a_bad_sample_is_an_error(tortured):
 
 def test_captions_from_json(plain):
     spec, keys = f"tar:{plain}", ("text", "caption", "alts")
-    source = sources.open_pairs(spec, base.SourceOptions(text_keys=keys, tags_key="nested/tag"))
+    source = sources.open_pairs(spec, base.SourceOptions(text_columns=keys, tags_key="nested/tag"))
     assert source[15]["text"] == ["picture 15", "json 15", "alt 15"]
     assert source[15]["tags"] == ["a", "b"]
     assert source[15]["id"].endswith("1.tar#000000015")
-    alone = sources.open_pairs(spec, base.SourceOptions(text_keys=("caption",)))
+    alone = sources.open_pairs(spec, base.SourceOptions(text_columns=("caption",)))
     assert alone[0]["text"] == ["json 0"]
     with pytest.raises(BadSample, match="caption is empty"):
-        sources.open_pairs(spec, base.SourceOptions(text_keys=("title",)))[0]
+        sources.open_pairs(spec, base.SourceOptions(text_columns=("title",)))[0]
 
 
 def test_lists_of_objects_and_keywords_between_commas_are_read_as_in_tables(tmp_path):

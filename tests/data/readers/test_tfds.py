@@ -16,7 +16,7 @@ from xclip_jax.evaluators.base import pictures
 
 def test_card_of_the_demo():
     splits = ("train", "train", "train[:10]", "test_line")
-    cards = [open_source(f"demo:{split}", text_keys=("name",)).fingerprint() for split in splits]
+    cards = [open_source(f"demo:{split}", text_columns=("name",)).fingerprint() for split in splits]
     assert cards[0] == cards[1] and cards[0]["name"].startswith("emoji_pairs/")
     assert [card["samples"] for card in cards[1:]] == [4309, 10, 1474]
     assert len({card["hash"] for card in cards}) == 3
@@ -61,7 +61,7 @@ def test_tfds(tmp_path):
     assert (card["samples"], card["name"], card["split"]) == (3, "numbers/1.2.0", "train")
     shutil.copytree(folder, tmp_path / "b")
     assert open_source("tfds:numbers/train", str(tmp_path / "b")).fingerprint() == card
-    for changes in ({"text_keys": ("title/text",)}, {"image_key": "title"}, {"tags_key": "title"}):
+    for changes in ({"text_columns": ("title/text",)}, {"image_column": "title"}, {"tags_key": "title"}):
         with pytest.raises(
             base.MissingColumnError,
             match=r"numbers/1\.2\.0 has no column 'title.*'; its columns are 'image', 'text'; set",
@@ -92,7 +92,7 @@ def test_captions_of_tfds_that_are_empty_are_bad_samples():
     captions = ([b" two dogs\n", b"", b"\t"], [b"", b"  "], [])
     records = [{"image": b"x", "captions": {"text": texts}, "title": b" "} for texts in captions]
     info = type("Info", (), {"full_name": "x/1.0.0", "splits": {}, "features": ("image", "captions", "title")})
-    source = TfdsSource(records, info, "train", base.SourceOptions(text_keys=("captions/text", "title")))
+    source = TfdsSource(records, info, "train", base.SourceOptions(text_columns=("captions/text", "title")))
     assert source[0]["text"] == ["two dogs"]
     for i in (1, 2):
         with pytest.raises(BadSample, match="caption is empty"):
@@ -116,7 +116,9 @@ class Photos(Numbers):
 def test_images_of_tfds_that_have_another_name(tmp_path):
     """They too are read as files, which training decodes, and not decoded to one channel."""
     Photos(data_dir=str(tmp_path), file_format="array_record").download_and_prepare()
-    source = open_source("tfds:photos/train", str(tmp_path), image_key="photo", text_keys=("title",), tags_key="tag")
+    source = open_source(
+        "tfds:photos/train", str(tmp_path), image_column="photo", text_columns=("title",), tags_key="tag"
+    )
     records = {record["text"][0]: record for record in (source[i] for i in range(3))}
     for i in range(3):
         assert records[f"number {i}"]["image"] == bad_tars.encode(bad_tars.picture(i).convert("L"), "PNG")

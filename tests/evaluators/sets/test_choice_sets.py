@@ -176,7 +176,7 @@ def test_rows_of_a_table(table):
     chance = {result.key: result.chance for result in results}
     assert chance["accuracy"] == pytest.approx(100 * (1 / 3 + 1 / 3 + 1 / 2 + 1 / 3) / 4)
     with pytest.raises(UserError, match=r"no column 'image'; .*; name its columns, choice/SOURCE\?image="):
-        load(f"choice/csv:{table}", data=DataConfig(image_key="file", text_keys=("good", "bad")))
+        load(f"choice/csv:{table}", data=DataConfig(image_column="file", text_columns=("good", "bad")))
 
 
 @pytest.mark.parametrize(

@@ -116,10 +116,10 @@ def split_names(rest: str) -> list[str]:
         return package.get_dataset_split_names(place, configuration, **options)
 
 
-def image_column(features: Mapping[str, Any], key: str) -> str:
+def find_image_column(features: Mapping[str, Any], key: str) -> str:
     """Return the column of images: `key`, or if that is the default and no column, the only one of type Image."""
     images = [name for name, feature in features.items() if type(feature).__name__ == "Image"]
-    return images[0] if key == SourceOptions.image_key and key not in features and len(images) == 1 else key
+    return images[0] if key == SourceOptions.image_column and key not in features and len(images) == 1 else key
 
 
 def _images(rows: Any, column: str, rest: str) -> ImageColumn:
@@ -166,11 +166,11 @@ class HubPairs(ColumnSource):
         columns = split_columns(rest)[1]
         spec = f"{PREFIX}{rest}"
         self._fingerprint: dict[str, Any] = {}
-        key = image_column(rows.features, columns.get("image", options.image_key))
-        options = dataclasses.replace(options, image_key=key)
+        key = find_image_column(rows.features, columns.get("image", options.image_column))
+        options = dataclasses.replace(options, image_column=key)
         check_columns(spec, rows.features, options.columns)
-        self._texts_table = _arrow(rows, options.text_columns)
-        super().__init__(_images(rows, options.image_key, rest), self._texts_table, options)
+        self._texts_table = _arrow(rows, options.caption_columns)
+        super().__init__(_images(rows, options.image_column, rest), self._texts_table, options)
         if not len(self):
             raise UserError(f"{spec} has no rows; name another split.")
 
@@ -189,12 +189,12 @@ class HubPairs(ColumnSource):
                 digest.update(repr(sorted(row.items())).encode("utf-8", "surrogatepass"))
         for size in self.images.sizes():
             digest.update(repr(size).encode("utf-8", "surrogatepass"))
-        columns = {"image": self.options.image_key, "text": list(self.options.text_keys)}
+        columns = {"image": self.options.image_column, "text": list(self.options.text_columns)}
         self._fingerprint = {"samples": len(self), "hash": digest.hexdigest(), "columns": columns}
         return self._fingerprint
 
 
-def open_labelled(rest: str, image_key: str = SourceOptions.image_key) -> labelled.Labelled:
+def open_labelled(rest: str, image_column: str = SourceOptions.image_column) -> labelled.Labelled:
     """Open the images of a split in classes, see `in_classes`, by column "label" or the only one of type ClassLabel.
 
     "?image=COLUMN&label=COLUMN" at the end of `rest` names both columns. `UserError` if there are no such columns.
@@ -204,7 +204,7 @@ def open_labelled(rest: str, image_key: str = SourceOptions.image_key) -> labell
     classes = [name for name, feature in rows.features.items() if hasattr(feature, "names")]
     only = "label" if "label" in classes or len(classes) != 1 else classes[0]
     label = columns.get("label", only)
-    key = image_column(rows.features, columns.get("image", image_key))
+    key = find_image_column(rows.features, columns.get("image", image_column))
     check_columns(f"{PREFIX}{rest}", rows.features, [key, label])
     return in_classes(f"{PREFIX}{rest}", _images(rows, key, rest), _arrow(rows, [label]), label)
 
@@ -220,7 +220,7 @@ class HubSets(SourceKind):
 
     @classmethod
     def open_labelled(cls, rest: str, options: SourceOptions) -> labelled.Labelled:
-        return open_labelled(rest, options.image_key)
+        return open_labelled(rest, options.image_column)
 
     @classmethod
     def has_split(cls, rest: str, split: str, options: SourceOptions) -> bool:

@@ -13,8 +13,8 @@ class Corpus(NamedTuple):
 
     pairs: int
     spec: str
-    image: str = SourceOptions.image_key
-    text: tuple[str, ...] = tuple(SourceOptions.text_keys)
+    image: str = SourceOptions.image_column
+    text: tuple[str, ...] = tuple(SourceOptions.text_columns)
 
 
 CORPORA = {
@@ -38,10 +38,10 @@ class KnownCorpora(SourceKind):
         corpus, own = CORPORA[rest], f"with own tars (img2dataset) write pretrain:data={rest},root=FOLDER"
         if not corpus.spec:
             raise UserError(f"the Hub has only the links of {rest}, and no images; {own}.")
-        if options.image_key == SourceOptions.image_key:
-            options = dataclasses.replace(options, image_key=corpus.image)
-        if tuple(options.text_keys) == tuple(SourceOptions.text_keys):
-            options = dataclasses.replace(options, text_keys=corpus.text)
+        if options.image_column == SourceOptions.image_column:
+            options = dataclasses.replace(options, image_column=corpus.image)
+        if tuple(options.text_columns) == tuple(SourceOptions.text_columns):
+            options = dataclasses.replace(options, text_columns=corpus.text)
         print(f"published:{rest} is {corpus.spec}, {corpus.pairs:,} pairs", flush=True)
         try:
             return sources.open_pairs(corpus.spec, options)

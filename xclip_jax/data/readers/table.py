@@ -49,7 +49,7 @@ def pair(image: Any, name: str, options: SourceOptions, read: Callable[[str], An
     `read` returns the values, or one value, of a column that `options` names; one string of keywords is split at
     commas. `BadSample` if there is no caption and the options want one.
     """
-    columns = {key: read(key) for key in options.text_keys}
+    columns = {key: read(key) for key in options.text_columns}
     text = [caption for values in columns.values() for caption in strip_texts(values)]
     if options.captions and not text:
         raise no_caption(columns)
@@ -155,7 +155,7 @@ class ColumnSource(Source):
     def texts(self, index: int) -> list[list[str]]:
         """Return the strings of a row in each column of captions, without reading its image."""
         with _utf8():
-            return [strip_texts(self._values(key, index)) for key in self.options.text_keys]
+            return [strip_texts(self._values(key, index)) for key in self.options.text_columns]
 
     def values(self, key: str, index: int) -> list[str]:
         """Return the texts of a row's values in a column that the options name, also of numbers and booleans."""
@@ -268,7 +268,7 @@ class TableSource(ColumnSource):
         if not len(joined):
             raise UserError(f"{pattern!r} has no row; pass a table of paths and captions.")
         ends = np.cumsum([len(table) for table in tables])
-        images = ImageColumn(joined[options.image_key], functools.partial(_locate, self.tables, ends))
+        images = ImageColumn(joined[options.image_column], functools.partial(_locate, self.tables, ends))
         super().__init__(images, joined, options)
 
     def fingerprint(self) -> dict[str, Any]:
@@ -318,7 +318,7 @@ class ArrayRecordSource(Source):
         except Exception as error:
             raise BadSample("record cannot be read", str(error)) from error
         features = {key: list(value.bytes_list.value) for key, value in example.features.feature.items()}
-        if not (image := features.get(self.options.image_key)):
+        if not (image := features.get(self.options.image_column)):
             raise BadSample("no image in the record", f"it has {', '.join(sorted(features))}")
 
         def read(key: str) -> list[str]:
@@ -353,13 +353,13 @@ class ParquetTables(SourceKind):
     @classmethod
     def open(cls, rest: str, options: SourceOptions) -> TableSource:
         place, columns = split_columns(rest)
-        options = dataclasses.replace(options, image_key=columns.get("image", options.image_key))
+        options = dataclasses.replace(options, image_column=columns.get("image", options.image_column))
         return TableSource(_files(place), options, read_parquet)
 
     @classmethod
     def open_labelled(cls, rest: str, options: SourceOptions) -> labelled.Labelled:
         label = split_columns(rest)[1].get("label", "label")
-        table = cls.open(rest, dataclasses.replace(options, text_keys=(label,), tags_key=""))
+        table = cls.open(rest, dataclasses.replace(options, text_columns=(label,), tags_key=""))
         return in_classes(f"parquet:{rest}", table.images, table.columns, label)
 
     @classmethod

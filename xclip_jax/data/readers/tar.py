@@ -48,19 +48,19 @@ class TarSource(Source):
     """
 
     def __init__(
-        self, pattern: str, text_keys: Sequence[str] = ("text",), tags_key: str = "", *, captions: bool = True
+        self, pattern: str, text_columns: Sequence[str] = ("text",), tags_key: str = "", *, captions: bool = True
     ) -> None:
         """Index the tars that `pattern` names, see `tar_index.find`, and that have no index yet.
 
-        "text" in `text_keys` is the .txt file, and any other key is a field of the .json file, as `tags_key` is.
+        "text" in `text_columns` is the .txt file, and any other key is a field of the .json file, as `tags_key` is.
         `UserError` if files do not exist, or have no sample at all; without `captions` an image is one.
         """
         self.pattern = pattern
-        self.text_keys = tuple(text_keys)
+        self.text_columns = tuple(text_columns)
         self.tags_key = tags_key
         self._captions_needed = captions
-        fields = bool(tags_key) or any(key != "text" for key in self.text_keys)
-        self._parts = ("image", *["text"] * ("text" in self.text_keys), *["json"] * fields)
+        fields = bool(tags_key) or any(key != "text" for key in self.text_columns)
+        self._parts = ("image", *["text"] * ("text" in self.text_columns), *["json"] * fields)
         self.tars = tar_index.find(pattern)
         self._index_paths = tar_index.load(self.tars)
         self._version = hash(tuple(map(str, self._index_paths)))  # their names have sizes and times of the tars
@@ -131,15 +131,15 @@ class TarSource(Source):
             except (ValueError, RecursionError) as error:
                 raise BadSample("JSON file is damaged", str(error)) from error
         text = []
-        for key in self.text_keys:
+        for key in self.text_columns:
             if key != "text":
                 text += json_strings(fields, key)
             elif parts["text"] is not None and (caption := decode_text(parts["text"]).strip()):
                 text.append(caption)
         if not text:
-            if parts.get("text") is None and "text" in self.text_keys:
+            if parts.get("text") is None and "text" in self.text_columns:
                 raise BadSample(tar_index.FAULTS[tar_index.NO_TEXT])
-            raise no_caption({key: json_values(fields, key) for key in self.text_keys if key != "text"})
+            raise no_caption({key: json_values(fields, key) for key in self.text_columns if key != "text"})
         tags = json_strings(fields, self.tags_key) if self.tags_key else []
         return text, strip_texts(tags[0].split(",")) if len(tags) == 1 else tags
 
@@ -181,4 +181,4 @@ class Tars(SourceKind):
 
     @classmethod
     def open(cls, rest: str, options: SourceOptions) -> TarSource:
-        return TarSource(rest, options.text_keys, options.tags_key, captions=options.captions)
+        return TarSource(rest, options.text_columns, options.tags_key, captions=options.captions)

@@ -31,9 +31,9 @@ def lookup(record: Record, key: str) -> list[str]:
 
 
 def open_tfds(
-    spec: str, split: str, data_dir: str | None, image_key: str = "image"
+    spec: str, split: str, data_dir: str | None, image_column: str = "image"
 ) -> tuple[Any, tfds.core.DatasetInfo]:
-    """Open a split as a data source of undecoded images, at `image_key`; return it with the set's information.
+    """Open a split as a data source of undecoded images, at `image_column`; return it with the set's information.
 
     Raises:
       UserError: an unknown data set or split, or a data set that is not prepared, or not for random access.
@@ -47,8 +47,8 @@ def open_tfds(
         with contextlib.redirect_stdout(io.StringIO()):  # a banner where TensorFlow is missing
             builder: Any = tfds.builder(spec, data_dir=data_dir)
         features = builder.info.features
-        encoded = image_key in features and isinstance(features[image_key], tfds.features.Image)
-        decoders = {image_key: tfds.decode.SkipDecoding()} if encoded else None
+        encoded = image_column in features and isinstance(features[image_column], tfds.features.Image)
+        decoders = {image_column: tfds.decode.SkipDecoding()} if encoded else None
         return builder.as_data_source(split, decoders=decoders), builder.info
     except tfds.core.DatasetNotFoundError as error:
         raise UserError(f"unknown TFDS data set {spec!r}; see https://www.tensorflow.org/datasets/catalog.") from error
@@ -85,7 +85,7 @@ class TfdsSource(Source):
 
     def __getitem__(self, index: int) -> Record:
         record = self.data[index]
-        return pair(record[self.options.image_key], str(index), self.options, lambda key: lookup(record, key))
+        return pair(record[self.options.image_column], str(index), self.options, lambda key: lookup(record, key))
 
 
 def open_labelled(name: str, split: str, data_dir: str | None) -> labelled.Labelled:
@@ -124,7 +124,7 @@ class TfdsSplits(SourceKind):
     @classmethod
     def open(cls, rest: str, options: SourceOptions) -> TfdsSource:
         name, split = _name_and_split(rest)
-        return TfdsSource(*open_tfds(name, split, options.dir or None, options.image_key), split, options)
+        return TfdsSource(*open_tfds(name, split, options.dir or None, options.image_column), split, options)
 
     @classmethod
     def open_labelled(cls, rest: str, options: SourceOptions) -> labelled.Labelled:

@@ -108,15 +108,15 @@ def read_rows(spec: str, data: DataConfig) -> Choices:
       UserError: another key, a source without columns or without these, or a row without exactly one right text.
     """
     name, columns = query_columns(spec)
-    keys = columns.get("text", list(DataConfig.text_keys))
+    keys = columns.get("text", list(DataConfig.text_columns))
     group, *others = columns.get("group", [""])
     if others or columns.keys() - {"image", "text", "group"}:
         raise UserError(f"{spec}: its keys are image=COLUMN, text=COLUMN and one group=COLUMN; remove all others.")
-    options = dataclasses.replace(sources.source_options(data), text_keys=tuple(keys), tags_key=group)
+    options = dataclasses.replace(sources.source_options(data), text_columns=tuple(keys), tags_key=group)
     tables = []
-    for key in columns.get("image", [DataConfig.image_key]):
+    for key in columns.get("image", [DataConfig.image_column]):
         try:
-            table = sources.open_pairs(sources.spec_from_path(name), dataclasses.replace(options, image_key=key))
+            table = sources.open_pairs(sources.spec_from_path(name), dataclasses.replace(options, image_column=key))
         except MissingColumnError as error:
             raise UserError(f"{spec}: {error.fault}; name its columns, {PREFIX}SOURCE{_COLUMNS}.") from error
         if not isinstance(table, ColumnSource):

@@ -37,9 +37,9 @@ PREFIX, FINETUNED, WDS, BABEL = "zeroshot/", "finetuned/", "wds:", "babel/"
 _IMAGES = [name for name in sources.SOURCES if sources.has_labels(f"{name}:x", "image")]
 
 
-def read_source(spec: str, data_dir: str | None, image_key: str = SourceOptions.image_key) -> Content:
-    """Open the labelled images of a source; `image_key` is their column if the source has columns and names none."""
-    source = sources.open_labelled(spec, SourceOptions(data_dir or "", image_key))
+def read_source(spec: str, data_dir: str | None, image_column: str = SourceOptions.image_column) -> Content:
+    """Open the labelled images of a source; `image_column` is their column if the source has columns and names none."""
+    source = sources.open_labelled(spec, SourceOptions(data_dir or "", image_column))
     if source.key != "image" or not source.names:
         raise UserError(f"{spec}: expected images in classes, got {source.key}s; use another source.")
     data = sources.parse(spec).rest
@@ -51,7 +51,7 @@ def read_held_out(spec: str, data: DataConfig) -> Content:
     """Open the labelled images of a run's sources that `data.holdout` keeps out of training."""
     parts, identities = [], []
     for source_spec in data.sources:
-        part = read_source(source_spec, data.dir, data.image_key)
+        part = read_source(source_spec, data.dir, data.image_column)
         if np.ndim(part.labels) != 1:
             raise UserError(f"{spec}: images of {source_spec} have several labels; name a set with one label an image.")
         positions = holdout.selected(part.images, data.holdout)
