@@ -1,23 +1,20 @@
 """Data sets of the Hub by the package `datasets`: from folders, and from a stand-in of the Hub's server."""
 
 import io
-import json
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests.helpers import tiny
 from tests.helpers.encoding import PREPARE
 from xclip_jax.commands import check
 from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.data import records, sources
-from xclip_jax.data.base import SourceOptions
+from xclip_jax.data.base import MissingColumnError, SourceOptions
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.readers.hub import HubPairs
 from xclip_jax.evaluators import registry
 from xclip_jax.evaluators.prompts import PROFILES, with_own
-from xclip_jax.train import trainer
 
 datasets = pytest.importorskip("datasets")
 NAMES = ["cat", "dog", "hen"]
@@ -129,38 +126,27 @@ def test_images_that_are_paths_and_bytes(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "drop, change, message",
+    ("drop", "change", "named"),
     [
-        (
-            "image",
-            {},
-            r"has no column 'image'; its columns are 'text', 'label'; set data\.image_column, data\.text_columns and",
-        ),
-        ("", {"image_column": "jpeg"}, "has no column 'jpeg'; its columns are "),
-        ("text", {}, "has no column 'text'; its columns are 'image', 'label'; set "),
-        ("", {"text_columns": ("text", "alt")}, "has no column 'alt'"),
-        ("", {"tags_key": "words"}, "has no column 'words'; its columns are "),
+        ("image", {}, "'image'; its columns are 'text', 'label'"),
+        ("", {"image_column": "jpeg"}, "'jpeg'"),
+        ("text", {}, "'text'; its columns are 'image', 'label'"),
+        ("", {"text_columns": ("text", "alt")}, "'alt'"),
+        ("", {"tags_key": "words"}, "'words'"),
     ],
 )
-def test_columns_that_are_missing(tmp_path, drop, change, message):
+def test_columns_that_are_missing(tmp_path, drop, change, named):
     made = rows().remove_columns(drop) if drop else rows()
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(MissingColumnError, match=f"has no column {named}"):
         sources.open_pairs(f"hf:{saved(tmp_path / 'set', made)}", options(**change))
 
 
 def test_several_columns_of_images_are_a_choice(tmp_path):
     made = datasets.concatenate_datasets([rows(image="left"), rows(image="right").select_columns("right")], axis=1)
     path = saved(tmp_path / "set", made)
-    with pytest.raises(UserError, match=r"has no column 'image'; its columns are 'left', .*'right'"):
+    with pytest.raises(MissingColumnError, match=r"'left', .*'right'"):
         sources.open_pairs(f"hf:{path}")
     assert sources.open_pairs(f"hf:{path}", options(image_column="left"))[0]["image"] == png(0)
-
-
-def test_a_caption_that_is_empty_is_a_bad_sample(tmp_path):
-    made = rows().map(lambda row, i: {"text": " " if i == 2 else row["text"]}, with_indices=True)
-    source = sources.open_pairs(f"hf:{saved(tmp_path / 'set', made)}")
-    with pytest.raises(BadSample, match="caption is empty"):
-        source[2]
 
 
 def test_classes_are_evaluation_sets(tmp_path):
@@ -170,7 +156,7 @@ def test_classes_are_evaluation_sets(tmp_path):
     assert loaded.images[0].shape == (8, 8, 3) and loaded.card.split_hash
     probe = registry.load(f"probe/hf:{tmp_path / 'set'}", PREPARE)
     assert (len(probe.train), len(probe.validation), len(probe.test)) == (9, 0, 6)
-    with pytest.raises(UserError, match=r"has no column 'label'; its columns are 'image', 'text'; name its columns, "):
+    with pytest.raises(UserError, match="'label'; its columns are 'image', 'text'"):
         registry.load(f"hf:{saved(tmp_path / 'none', rows().remove_columns('label'))}", PREPARE)
     missing = rows().cast_column("label", datasets.Value("int64")).map(lambda row: {"label": -1})
     missing = missing.cast_column("label", datasets.ClassLabel(names=NAMES))
@@ -194,7 +180,7 @@ def test_a_column_of_classes_is_named_in_the_spec(tmp_path):
     assert source.labels().tolist() == [0, 1, 2] * 2 and source[1]["image"] == png(1)
     probe = registry.load(f"probe/hf:{tmp_path / 'set'}?label=fine", PREPARE)
     assert (len(probe.train), len(probe.validation), len(probe.test)) == (9, 0, 6)
-    with pytest.raises(UserError, match=r"no column 'label'; its columns are .*'fine', 'coarse/label'; name its"):
+    with pytest.raises(UserError, match=r"'label'; its columns are .*'fine', 'coarse/label'"):
         registry.load(spec, PREPARE)
 
 
@@ -311,12 +297,9 @@ def test_sets_of_the_hub(hub, monkeypatch):
         sources.open_pairs("hf:lab/pairs/train")
     with pytest.raises(UserError, match=r"Unknown split .test"):
         sources.open_pairs("hf:lab/plain/test")
-    with pytest.raises(
-        UserError, match=r"lab/none.* doesn't exist on the Hub or cannot be accessed; check the name, or log"
-    ):
-        sources.open_pairs("hf:lab/none/train")
-    with pytest.raises(UserError, match="Revision 'v2' doesn't exist"):
-        sources.open_pairs("hf:lab/plain@v2/train")
+    for place, named in (("none", "lab/none.* check the name"), ("plain@v2", "Revision 'v2' doesn't exist")):
+        with pytest.raises(UserError, match=named):
+            sources.open_pairs(f"hf:lab/{place}/train")
 
 
 def test_a_folder_is_no_set_of_the_hub_and_no_format(hub, tmp_path, monkeypatch):
@@ -339,7 +322,7 @@ def test_rows_of_the_hub_name_files_of_the_hub_alone(hub, tmp_path):
     hub.add("lab/paths", {"train-00000-of-00001.parquet": content.getvalue()})
     source = sources.open_pairs("hf:lab/paths/train")
     for index in range(len(names)):
-        with pytest.raises(BadSample, match="a table that is not on this machine may not name it"):
+        with pytest.raises(BadSample, match="may not name it"):
             source[index]
     # Saved by the user, the same rows are the user's.
     assert sources.open_pairs(f"hf:{saved(tmp_path / 'mine', made)}")[0]["image"] == png(0)
@@ -359,7 +342,7 @@ def test_splits_of_the_hub_are_listed(hub, monkeypatch):
     assert has("lab/pairs/small", "train") and not has("lab/pairs/small?label=label", "validation")
     with pytest.raises(UserError, match="Config name is missing"):
         has("lab/pairs", "validation")
-    with pytest.raises(UserError, match=r"'hf:lab/train' does not name a data set and a split; write hf:ORG/NAME"):
+    with pytest.raises(UserError, match="hf:ORG/NAME"):
         has("lab", "validation")
     sources.open_pairs("hf:lab/plain/train")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
@@ -374,22 +357,11 @@ def test_the_cache_is_enough_offline(hub, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     hub.requests.clear()
     assert sources.open_pairs("hf:lab/plain/train").fingerprint() == expected
-    with pytest.raises(UserError, match=r"hf:lab/other/train is not in the cache, .*, and the Hub cannot be reached"):
+    with pytest.raises(UserError, match=r"hf:lab/other/train is not in the cache"):
         sources.open_pairs("hf:lab/other/train")
     assert hub.requests == []
 
 
-def run_of(path, run, **changes):
-    """Metrics of two steps on a data set."""
-    trainer.run(tiny.config(run=run, steps=2, data__sources=(f"hf:{path}",), **changes))
-    return tiny.lines(run)
-
-
-def test_a_run_and_its_check_read_it(tmp_path, capsys):
-    path = saved(tmp_path / "set", rows(32))
-    check.main([f"hf:{path}"])
+def test_check_reads_it(tmp_path, capsys):
+    assert check.main([f"hf:{saved(tmp_path / 'set', rows(32))}"]) == 0
     assert "samples: 32" in capsys.readouterr().out
-    last = run_of(path, tmp_path / "run")[-1]
-    assert last["step"] == 2 and last["data/bad"] == 0
-    (card,) = json.loads((tmp_path / "run" / "data.json").read_text())
-    assert (card["samples"], card["columns"]) == (32, {"image": "image", "text": ["text"]})
