@@ -27,12 +27,14 @@ from xclip_jax.core.console import show
 from xclip_jax.core.errors import BadSample, Parser, UserError, check_count, check_file, exit_with_message
 from xclip_jax.core.imports import add_trust
 from xclip_jax.core.storage import strict_json
-from xclip_jax.data import images, inspect, loader, records, sources, tokenizer
+from xclip_jax.data import inspect, loader, records, sources, tokenizer
 from xclip_jax.data.base import MissingColumnError, Record, Source, SourceOptions
+from xclip_jax.data.images import decode
 from xclip_jax.data.inspect import Sample
 from xclip_jax.objectives.similarity import ClusterSimilarity, features
 
-_EXAMPLES, _SUSPECTS = 3, 10
+_EXAMPLES = 3  # bad samples to list per reason
+_SUSPECTS = 10  # captions to list
 _NEGATIVES = "; in one batch they would count as false negatives"
 _BLOCK = 256  # pairs that a model compares with each other
 _SIZE = 224  # pixels of the crop
@@ -62,15 +64,16 @@ def report(source: Source, options: argparse.Namespace) -> Iterator[str]:
     chosen = np.random.default_rng(0).choice(n, count, replace=False)
     threads = records.cores()
     samples, seconds = inspect.read(source, chosen.tolist(), threads, _SIZE)
-    good, bad = [s for s in samples if not s.reason], [s for s in samples if s.reason]
+    good = [s for s in samples if not s.reason]
+    bad = [s for s in samples if s.reason]
     yield f"read: {count:,} at random" + ("; more repeats show with --samples 0, which reads all" if count < n else "")
     if good:
         yield from _statistics(good, options)
         rate = count / seconds
         yield f"speed: {rate:,.0f} images/s to {_SIZE} px on {threads} cores, an epoch in {n / rate / 3600:,.1f} h"
     reasons = collections.Counter(s.reason for s in bad)
-    for reason in sorted(reasons):
-        yield f"bad, {reason}: {reasons[reason]:,} of {count:,} that were read"
+    for reason, number in sorted(reasons.items()):
+        yield f"bad, {reason}: {number:,} of {count:,} that were read"
     for reason in sorted(reasons):
         for sample in [s for s in bad if s.reason == reason][:_EXAMPLES]:
             entry = source.describe(sample.index) | {"reason": reason, "detail": sample.detail}
@@ -101,18 +104,14 @@ def _statistics(good: Sequence[Sample], options: argparse.Namespace) -> Iterator
     yield f"captions, 5/50/95 %: {_percentiles([*map(len, captions)])} characters"
     yield f"tokens, 5/50/95 %: {_percentiles(lengths)}, {full:.1%} of the captions fill all {options.length}"
     yield f"captions of one image: {np.mean([len(s.captions) for s in good]):.2f}"
-    remedies = {
-        "images": "objective.clip.positives=image makes captions of one image positives",
-        "captions": "objective.clip.positives=caption makes them positives",
-    }
+    images = _duplicates([s.digest for s in good])
+    remedy = f"{_NEGATIVES}, objective.clip.positives=image makes captions of one image positives"
+    yield f"repeated images: {images:,}" + (remedy if images else "")
+    repeated = _duplicates([caption for s in good for caption in dict.fromkeys(s.captions)])
+    remedy = f"{_NEGATIVES}, objective.clip.positives=caption makes them positives"
     if _duplicates([s.captions for s in good]):  # two pairs share all captions
-        remedies["captions"] = "data.spread_duplicate_captions=True keeps them apart"
-    repeated = {
-        "images": _duplicates([s.digest for s in good]),
-        "captions": _duplicates([caption for s in good for caption in dict.fromkeys(s.captions)]),
-    }
-    for items, number in repeated.items():
-        yield f"repeated {items}: {number:,}" + (f"{_NEGATIVES}, {remedies[items]}" if number else "")
+        remedy = f"{_NEGATIVES}, data.spread_duplicate_captions=True keeps them apart"
+    yield f"repeated captions: {repeated:,}" + (remedy if repeated else "")
 
 
 def _suspects(
@@ -151,11 +150,10 @@ def _suspects(
     way = "cross-entropy of clusters" if clusters else "probability"
     yield f"by {options.by}, by {way}: {np.mean(right):.1%} of images have their own caption as {among}"
     yield f"least likely captions, with their {way}:"
-    entries = [
-        {"index": sample.index, **source.describe(sample.index), "caption": caption}
-        | {score or "probability": round(abs(likelihood), 6), "likeliest": label}
-        for likelihood, caption, label, sample in judged
-    ]
+    entries: list[dict[str, Any]] = []
+    for likelihood, caption, label, sample in judged:
+        entry = {"index": sample.index, **source.describe(sample.index), "caption": caption}
+        entries.append(entry | {score or "probability": round(abs(likelihood), 6), "likeliest": label})
     for entry in entries[:_SUSPECTS]:
         yield f"    {json.dumps(entry, ensure_ascii=False)}"
     if options.suspects:
@@ -165,9 +163,8 @@ def _suspects(
 
 
 def _image(record: Record) -> bytes | np.ndarray:
-    """Return an encoded image, or the RGB pixels of a decoded one."""
     image = record["image"]
-    return image if isinstance(image, bytes) else images.decode(image)
+    return image if isinstance(image, bytes) else decode(image)
 
 
 def _options(arguments: Sequence[str]) -> argparse.Namespace:

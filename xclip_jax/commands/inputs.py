@@ -30,13 +30,11 @@ class Images:
         self.source = source
         self._spec = spec
         self._stamp = functools.lru_cache(_stamp)  # a tar may contain thousands of images
+        # Hash of names and sizes of images and captions, but not of times, which change in copies.
+        self.digest = functools.cache(lambda: str(source.fingerprint()["hash"]))
 
     def __len__(self) -> int:
         return len(self.source)
-
-    @functools.cached_property
-    def _digest(self) -> str:
-        return self.source.fingerprint()["hash"]
 
     def name(self, index: int) -> str:
         """Return a file's path, TAR#KEY, or SPEC#ROW."""
@@ -57,13 +55,9 @@ class Images:
     def stamp(self, index: int) -> str:
         """Return size and time of an image's local file, or its table's digest, to notice changes."""
         if not isinstance(self.source, FolderSource | TarSource):
-            return self._digest
+            return self.digest()
         place = self.source.describe(index)
         return self._stamp(place.get("tar") or place["file"])
-
-    def digest(self) -> str:
-        """Return a hash of names and sizes of images and captions, but not of times, which change in copies."""
-        return self._digest
 
 
 def _stamp(path: str) -> str:

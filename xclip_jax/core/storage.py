@@ -186,9 +186,7 @@ def expand(pattern: str) -> list[str]:
     "a/{00000..00331}.tar,b/*.tar" is 332 files and all matches of the glob. Each file is listed once, globs are sorted
     and skip folders. The path of an existing file is taken literally with its commas, brackets and braces, both as the
     whole pattern and as a part; in a glob "?" matches such a letter ("a?b/*.tar" for the folder "a,b").
-
-    Raises:
-      UserError: nothing matches a glob, or a file does not exist.
+    `UserError` if nothing matches a glob, or a file does not exist.
     """
     parts = [pattern]
     if not os.path.isfile(os.path.expanduser(pattern)):
@@ -238,11 +236,7 @@ def _remote_stat(path: str) -> tuple[int, int]:
 
 
 class File:
-    """A file with random access from several threads, closed with its last reference.
-
-    Attributes:
-      size: bytes when it was opened, None for remote files.
-    """
+    """A file with random access from several threads, closed with its last reference; `size` is None if remote."""
 
     def __init__(self, path: str, *, whole: bool = False) -> None:
         """Open `path`; with `whole` only its beginning will be read, which any web server can send."""
@@ -303,10 +297,8 @@ def read(path: str, max_bytes: int, table: str = "") -> bytes:
     """Return the content of a local or remote file of at most `max_bytes`, in one request.
 
     `table` is the address of an untrusted remote table that names the file, see `check_named`.
-
-    Raises:
-      OSError: the file is missing, refused, too large (EFBIG) or not regular, or the table may not name it (EACCES).
-      ValueError: not a path; or as for `file_system`.
+    Besides a disk's errors it raises EFBIG for a larger file, EACCES if the table may not name it, EINVAL for pipes and
+    the like, and `ValueError` for an invalid path or URL.
     """
     if table:
         check_named(path, table)
