@@ -38,7 +38,6 @@ _SUSPECTS = 10  # captions to list
 _NEGATIVES = "; in one batch they would count as false negatives"
 _BLOCK = 256  # pairs that a model compares with each other
 _SIZE = 224  # pixels of the crop
-_COLUMNS_OF = ("image", "text", "tags", "dir")  # arguments after a source
 
 
 def _percentiles(values: Sequence[float] | np.ndarray) -> str:
@@ -206,8 +205,9 @@ def main(arguments: Sequence[str]) -> int:
         for option, path in (("--sheet", options.sheet), ("--suspects", options.suspects)):
             if path:  # written at the end
                 check_file(option, path)
-        path, *pairs = re.split(rf",(?=(?:{'|'.join(_COLUMNS_OF)})=)", options.source)
-        given = {"image": "image", "text": "text", "tags": "", "dir": ""} | dict(pair.split("=", 1) for pair in pairs)
+        given = {"image": "image", "text": "text", "tags": "", "dir": ""}
+        path, *pairs = re.split(rf",(?=(?:{'|'.join(given)})=)", options.source)
+        given |= dict(pair.split("=", 1) for pair in pairs)
         keys = given["dir"], given["image"], tuple(given["text"].split(",")), given["tags"]
         try:
             source = sources.open_pairs(sources.spec_from_path(path), SourceOptions(*keys))

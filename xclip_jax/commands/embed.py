@@ -5,7 +5,7 @@
     xclip-jax embed --checkpoint RUN --images 'parquet:/data/shop/test?image=photo&text=title' --out shop.parquet
     xclip-jax embed --checkpoint RUN --texts captions.txt --out captions.npz
 
-A row is an image or a text: "kind" (image or text), "id" (path, TAR#KEY, TABLE#ROW or FILE#LINE), "text" (the text, or
+Rows are images and texts: "kind" (image or text), "id" (path, TAR#KEY, TABLE#ROW or FILE#LINE), "text" (the text, or
 an image's first caption: from its tar, from a .txt file of the same name, or from the table's column ?text=) and
 "embedding", float32, of unit length.
 The file's metadata, "xclip_jax" (an array of that name in .npz), is JSON: checkpoint, preprocessing, commit, versions.

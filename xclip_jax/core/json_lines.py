@@ -11,14 +11,14 @@ from etils import epath
 from xclip_jax.core.console import log0
 from xclip_jax.core.storage import is_remote, os_errors, strict_json, write_whole
 
-# Seconds between two writes of a file in a bucket: 50 times as long as a write took, within limits.
+# Seconds between writes of a file in a bucket: 50 times the duration of a write, within limits.
 _REST, _LEAST_SECONDS, _MOST_SECONDS = 50, 60, 600
 
 
 class JsonLines:
     """A file with one JSON object per line; a run appends to it, and a resumed run continues it.
 
-    Objects in a bucket cannot grow, so their lines stay in memory and are rewritten now and then, slow ones rarely.
+    Objects in a bucket cannot grow, so all lines stay in memory and are rewritten at intervals, see `_REST`.
     `kept` lists the objects of the existing file that stay.
     """
 

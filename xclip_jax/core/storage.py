@@ -96,7 +96,7 @@ def check_named(path: str, table: str) -> None:
     """Raise `PermissionError` unless `path` is on the server of the remote table that names it, or in a store."""
     known = scheme(path) in _PACKAGES and "::" not in path  # "::" chains file systems
     if not known and path.lower().split("/", 3)[:3] != table.lower().split("/", 3)[:3]:
-        message = "it is not on the web: a table that is not on this machine may not name it; download the table"
+        message = "it is not on the web, so a remote table may not name it; download the table"
         raise PermissionError(errno.EACCES, message, path)
 
 
@@ -133,7 +133,7 @@ def whole_file(path: pathlib.Path, writer: str = "") -> Iterator[pathlib.Path]:
 def write_whole(path: epath.Path, content: str | bytes) -> None:
     """Write a file atomically, even if the machine stops or another process writes it too.
 
-    Text is encoded in UTF-8; surrogates, as in undecodable file names, become "?".
+    Text is encoded in UTF-8; surrogates, such as in undecodable file names, become "?".
     """
     data = content.encode("utf-8", "replace") if isinstance(content, str) else content
     if is_remote(str(path)):

@@ -44,7 +44,10 @@ class FolderSource(Source):
 
     def __getitem__(self, index: int) -> Record:
         path = self.images[index]
-        image = _read(path, MAX_BYTES["image"], "no image file")
+        try:
+            image = storage.read(path, MAX_BYTES["image"])
+        except OSError as error:
+            raise storage.unreadable(error, "no image file") from error
         return {"image": image, "text": self.captions(index), "tags": [], "id": path}
 
     def captions(self, index: int) -> list[str]:
@@ -53,17 +56,21 @@ class FolderSource(Source):
         if storage.is_remote(path) and not self._captions:
             return []
         try:
-            content = decode_text(_read(path, MAX_BYTES["text"], "no caption file"))
-            # str.splitlines() would also cut at letters of damaged texts, such as U+0085.
-            text = [line.strip() for line in re.split(r"[\r\n]+", content) if line.strip()]
-            if not text:
-                raise BadSample("caption is empty", f"{path!r}")
-            return text
-        except BadSample as error:
-            is_refused = error.reason == "file cannot be read" and getattr(error.__cause__, "errno", 0) != errno.EINVAL
-            if self._captions or is_refused:  # EINVAL: a named pipe
+            content = decode_text(storage.read(path, MAX_BYTES["text"]))
+        except OSError as error:
+            has_none = error.errno in (errno.ENOENT, errno.EFBIG, errno.EINVAL)  # EINVAL: a named pipe
+            if self._captions or not has_none:
+                raise storage.unreadable(error, "no caption file") from error
+            content = ""
+        except BadSample:
+            if self._captions:
                 raise
-            return []
+            content = ""
+        # str.splitlines() would also cut at letters of damaged texts, such as U+0085.
+        text = [line.strip() for line in re.split(r"[\r\n]+", content) if line.strip()]
+        if self._captions and not text:
+            raise BadSample("caption is empty", f"{path!r}")
+        return text
 
     def describe(self, index: int) -> dict[str, str]:
         return {"file": self.images[index]}
@@ -80,13 +87,6 @@ class FolderSource(Source):
                 name = redact(image) if storage.is_remote(image) else image[self._root :]
                 digest.update(f"{name}\0{both}\n".encode("utf-8", "surrogateescape"))
         return {"samples": len(self), "hash": digest.hexdigest()}
-
-
-def _read(path: str, max_bytes: int, missing: str) -> bytes:
-    try:
-        return storage.read(path, max_bytes)
-    except OSError as error:
-        raise storage.unreadable(error, missing) from error
 
 
 def _caption_file(image: str) -> str:

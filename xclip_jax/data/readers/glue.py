@@ -61,7 +61,7 @@ def read_pairs(
     """Return the one or two texts of each item in "train" or "validation", and labels, int32 or fp32 (n,).
 
     `folder` contains train.tsv and dev.tsv (MNLI: dev_matched.tsv, dev_mismatched.tsv); "" reads glue/NAME from TFDS.
-    Incomplete rows, of which QQP has a few, are left out. `UserError` for unknown names or labels and missing columns.
+    Incomplete rows, such as a few in QQP, are left out. `UserError` for unknown names or labels, or missing columns.
     """
     check_choice("the GLUE task", name, TASKS)
     check_choice("the GLUE split", split, ("train", "validation"))

@@ -61,8 +61,8 @@ class ImageColumn(Sequence):
     def __init__(self, column: Any, locate: Callable[[int, str], tuple[str, str]]) -> None:
         """Hold a `pyarrow.ChunkedArray` of images.
 
-        `locate` maps a row and its path to the place of the file, and to the address of the table if that is remote,
-        else "": a remote table may not name files of this machine, see `storage.check_named`.
+        `locate` maps the number of a row and its path to the file's place, and to the table's address if the table is
+        remote, else "": remote tables may not name files of this machine, see `storage.check_named`.
         """
         self.column = column
         self._locate = locate
@@ -173,7 +173,7 @@ class ColumnSource(Source):
     def describe(self, index: int) -> dict[str, str]:
         try:
             path = self.images.path(index)
-        except ValueError:  # bytes that are not UTF-8, or a zero byte
+        except ValueError:  # bytes in another encoding, or a zero byte
             path = ""
         return {"file": path} if path else {"row": str(index)}
 
@@ -205,12 +205,11 @@ def in_classes(spec: str, images: ImageColumn, table: Any, label: str) -> labell
     kept = np.flatnonzero(classes >= 0)
     if not len(kept):
         raise UserError(f"{spec}: no row has a label in column {label!r}; name another split or column.")
-    names = names or [str(value) for value in values]
     if len(kept) < len(classes):
         rows = f"{len(classes) - len(kept):,} of {len(classes):,} rows"
         log0(f"WARNING: {spec}: {rows} have no {label!r} and are left out, row {np.argmin(classes)} first")
-        return labelled.Labelled("image", choose(images, kept), classes[kept], names)
-    return labelled.Labelled("image", images, classes, names)
+    names = names or [str(value) for value in values]
+    return labelled.Labelled("image", choose(images, kept), classes[kept], names)
 
 
 def path_in(folder: str, path: str) -> str:

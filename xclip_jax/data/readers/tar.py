@@ -35,7 +35,7 @@ from xclip_jax.data.readers import tar_index
 _GAP = 1 << 16  # bytes; one request reads all files of a sample if the gaps between them are at most this large
 
 
-@functools.lru_cache(maxsize=2048)  # each map keeps a file open, and a process may open fewer files than a set has tars
+@functools.lru_cache(maxsize=2048)  # maps keep files open, and a process may open fewer files than a set has tars
 def _mapped(index_path: pathlib.Path) -> np.ndarray:
     """Return the memory-mapped rows of an index: all processes of a machine share one copy of its gigabytes."""
     return np.load(index_path, mmap_mode="r").view(np.ndarray)
@@ -64,7 +64,7 @@ class TarSource(Source):
         """Index the tars of a pattern, see `tar_index.find`, unless they are indexed already.
 
         "text" in `text_columns` is the .txt file, and any other key is a field of the .json file, as `tags_key` is.
-        Without `captions` an image alone is a sample. `UserError` if files do not exist, or contain no sample.
+        Without `captions`, images need none. `UserError` if files do not exist, or contain no sample.
         """
         self.text_columns = tuple(text_columns)
         self.tags_key = tags_key
@@ -74,7 +74,7 @@ class TarSource(Source):
         self.tars = tar_index.find(pattern)
         self._index_paths = tar_index.load(self.tars)
         self._version = hash(tuple(map(str, self._index_paths)))  # the names contain sizes and times of the tars
-        # Each map keeps a file open, and the soft limit of a process is often 1,024.
+        # Maps keep files open, and the soft limit of a process is often 1,024.
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -234,7 +234,7 @@ def build(path: str) -> pathlib.Path:
             _store(index_path, content.getvalue())
             _share(path, index_path)
             return index_path
-    raise UserError(f"the index of {path!r} cannot be stored: set XCLIP_CACHE to a folder that can be written.")
+    raise UserError(f"the index of {path!r} cannot be stored: set XCLIP_CACHE to a writable folder.")
 
 
 def load(tars: Sequence[str], *, processes: int | None = None) -> list[pathlib.Path]:

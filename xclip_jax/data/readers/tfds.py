@@ -89,7 +89,7 @@ class TfdsSource(Source):
 
 
 def name_and_split(form: str, rest: str) -> tuple[str, str]:
-    """Split "NAME/SPLIT"; raise `UserError` if there is no split. `form` is the full form of the spec."""
+    """Split "NAME/SPLIT" at the last /; a `UserError` for a missing split shows `form`, the full form of the spec."""
     name, _, split = rest.rpartition("/")
     if not name:
         raise UserError(f"source '{form.partition(':')[0]}:{rest}' does not name a split; write {form}.")
