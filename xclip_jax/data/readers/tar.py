@@ -147,7 +147,9 @@ class TarSource(Source):
         end = max(start + size for start, size in spans.values())
         if end - first <= sum(size for _, size in spans.values()) + _GAP:
             whole = read_span(tar, self._version, first, end - first)
-            return contents | {part: whole[start - first :][:size] for part, (start, size) in spans.items()}
+            return contents | {
+                part: whole[start - first : start - first + size] for part, (start, size) in spans.items()
+            }
         return contents | {part: read_span(tar, self._version, *span) for part, span in spans.items()}
 
     def fingerprint(self) -> dict[str, Any]:
