@@ -72,17 +72,15 @@ def test_folder_and_errors(tmp_path, capsys):
     assert "read: 4 at random; more repeats show with --samples 0, which reads all\n" in out
     assert "repeated captions: 0\n" in out
     code, _, err = run(capsys, "/nowhere/*.tar")
-    assert code == 1
-    assert err == "error: no file matches '/nowhere/*.tar'; check the path, or list the folder."
+    assert code == 1 and "'/nowhere/*.tar'" in err
 
 
 def test_options_are_refused_before_anything_is_read(tmp_path, capsys, monkeypatch):
     tiny.folder(tmp_path, n=3)
     monkeypatch.setattr(inspect, "read", None)
-    code, out, error = run(capsys, tmp_path, "--length", 1)
-    assert (code, out, error) == (1, "", "error: --length is 1; expected an integer of at least 2.")
-    with pytest.raises(SystemExit, match="tokenizer 'clap' must be one of 'clip', 'bytes' or the path of"):
-        check.main([str(tmp_path), "--tokenizer", "clap"])
+    for option, value in (("--length", "1"), ("--tokenizer", "clap")):
+        with pytest.raises(SystemExit, match=f"{option[2:]}.* .?{value}"):
+            check.main([str(tmp_path), option, value])
     assert not capsys.readouterr().out
 
 
@@ -102,12 +100,9 @@ def test_paths_without_a_prefix(tmp_path, capsys):
         assert code == 0 and f"samples: {samples}" in out, path
         assert out.endswith(": training would run\n")
     (tmp_path / "notes.txt").write_text("x")
-    fault = f"error: '{tmp_path}/notes.txt' is a file of no known kind; name its folder, or write csv:FILE for "
-    assert run(capsys, tmp_path / "notes.txt")[2].startswith(fault)
-    for path in ("/data/{00..12}", "gs://data/x*", "tars:x*", "/nowhere/x"):
-        fault = f"error: no file or folder '{path}'; check the path, or write KIND:REST, as in hf:ORG/NAME/train."
-        assert run(capsys, path)[2] == fault
-    assert run(capsys, "folder:/nowhere/x")[2].startswith("error: data folder '/nowhere/x' does not exist")
+    for path in (tmp_path / "notes.txt", "/data/{00..12}", "gs://data/x*", "tars:x*", "/nowhere/x"):
+        assert f"'{path}'" in run(capsys, path)[2]
+    assert "'/nowhere/x'" in run(capsys, "folder:/nowhere/x")[2]
 
 
 def test_five_rows_of_one_image_as_flickr8k_has_them(tmp_path, capsys):
@@ -141,7 +136,7 @@ def test_columns_are_named_after_the_source_as_the_recipe_small_has_them(tmp_pat
     path = tmp_path / "table.csv"
     error = run(capsys, path)[2]
     remedy = f"name its columns, {path},image=COLUMN,text=COLUMN."
-    assert error.endswith(f" has no column 'image'; its columns are 'path', 'caption'; {remedy}")
+    assert error.endswith(f"'image'; its columns are 'path', 'caption'; {remedy}")
     assert run(capsys, f"{path},image=path,text=caption", "--length", 12)[0] == 0
     (tmp_path / "b,text.csv").write_text("path,a,b,words\npairs/000.png,one,two,x\npairs/001.png,two,three,y\n")
     out = run(capsys, f"csv:{tmp_path}/b,text.csv,image=path,text=a,b,tags=words", "--length", 12)[1]
@@ -183,35 +178,23 @@ def test_a_sheet_is_written_where_it_is_asked_for_alone(tmp_path, capsys, monkey
     assert re.search(r"--sheet: '.*/file' is not a folder", run(capsys, "folder:pairs", "--sheet", "file/x/y.png")[2])
 
 
-def test_a_sheet_of_no_pair_does_not_cost_the_verdict(tmp_path, capsys, monkeypatch):
-    pairs, original = tiny.folder(tmp_path / "pairs", n=3), inspect.read
-
-    def read(*arguments):
-        done = original(*arguments)
-        for file in pairs.glob("*.png"):
-            file.unlink()
-        return done
-
-    monkeypatch.setattr(inspect, "read", read)
-    code, out, _ = run(capsys, f"folder:{pairs}", "--sheet", tmp_path / "x.png")
-    assert code == 0 and "0 pairs in" in out and not (tmp_path / "x.png").exists()
-
-
-def test_a_sheet_of_images_of_which_one_vanished(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(("vanished", "left"), [("001.png", 2), ("*.png", 0)])
+def test_a_sheet_of_images_of_which_some_vanished(vanished, left, tmp_path, capsys, monkeypatch):
     """The verdict comes all the same; a shell leaves the ~ in --sheet=~/x.png as it is."""
     pairs, original = tiny.folder(tmp_path / "pairs", n=3), inspect.read
 
     def read(*arguments):
         done = original(*arguments)
-        (pairs / "001.png").unlink()
+        for file in pairs.glob(vanished):
+            file.unlink()
         return done
 
     monkeypatch.setattr(inspect, "read", read)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     code, out, _ = run(capsys, f"folder:{pairs}", "--sheet=~/x.png")
-    assert code == 0 and "2 pairs in" in out and out.splitlines()[-1].startswith("bad: 0.00%")
-    assert (tmp_path / "x.png").is_file() and not (tmp_path / "~").exists()
+    assert code == 0 and f"{left} pairs in" in out and out.splitlines()[-1].startswith("bad: 0.00%")
+    assert (tmp_path / "x.png").is_file() == (left > 0) and not (tmp_path / "~").exists()
 
 
 def test_one_caption_for_all_images_is_nothing_to_learn_from(tmp_path, capsys):
@@ -225,9 +208,9 @@ def test_one_caption_for_all_images_is_nothing_to_learn_from(tmp_path, capsys):
 
 def test_a_folder_without_images_says_so(tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("x")
-    assert "contain 0 images (.jpg, " in run(capsys, f"folder:{tmp_path}")[2]
+    assert "has 0 images (.jpg, " in run(capsys, f"folder:{tmp_path}")[2]
     bad_tars.picture(0).save(tmp_path / "x.png")
-    assert "contain 1 images (.jpg, " in run(capsys, f"folder:{tmp_path}")[2]
+    assert "has 1 images (.jpg, " in run(capsys, f"folder:{tmp_path}")[2]
 
 
 class Greys:
@@ -252,10 +235,8 @@ def test_wrong_captions_are_the_least_likely(tmp_path, capsys, monkeypatch):
         (tmp_path / "pairs" / f"{i:03d}.txt").write_text("grey 250" if i in (5, 30) else f"grey {grey}")
     files = "--suspects", tmp_path / "new" / "wrong.jsonl", "--sheet", tmp_path / "sheet.png"
     code, out, _ = run(capsys, tmp_path / "pairs", "--samples", 0, "--by", "a/run", *files)
-    assert (
-        code == 0
-        and "by a/run, by probability: 95.0% of images have their own caption as the likeliest of about 13" in out
-    )
+    judged = "by a/run, by probability: 95.0% of images have their own caption as the likeliest of about 13"
+    assert code == 0 and judged in out
     lines = [json.loads(line) for line in (tmp_path / "new" / "wrong.jsonl").read_text().splitlines()]
     assert len(lines) == 40 and {line["file"][-7:] for line in lines[:2]} == {"005.png", "030.png"}
     assert [line["caption"] for line in lines[:3]][:2] == ["grey 250"] * 2 and lines[2]["probability"] == 0.9

@@ -128,8 +128,7 @@ def test_a_disk_that_fails_is_no_set_of_bad_images(fault, root, straight, tmp_pa
         return original(self, index)
 
     monkeypatch.setattr(FolderSource, "__getitem__", failing)
-    with pytest.raises(SystemExit, match=r"4 of 8 items cannot be read, more than 5%; the first is '.*019\.png' .*"
-                       r"The same command resumes after 16 items"):  # fmt: skip
+    with pytest.raises(SystemExit, match=r"4 of 8 items .*019\.png' .* resumes after 16 items"):
         embed.main(flags(root, out))
     assert not out.exists()
     monkeypatch.setattr(FolderSource, "__getitem__", original)
@@ -148,22 +147,6 @@ def test_a_caption_that_the_disk_refuses_is_not_empty(root, monkeypatch):
     monkeypatch.setattr(embed.storage, "read", read)
     with pytest.raises(BadSample, match=r"file cannot be read: .*000\.txt"):
         source.read(0)
-    tars = inputs.open_images(f"{root}/*.tar")
-
-    def refuse(*_):
-        raise BadSample("tar cannot be read", "I/O error")
-
-    monkeypatch.setattr(type(tars.source), "__getitem__", refuse)
-    with pytest.raises(BadSample, match="tar cannot be read"):
-        tars.read(0)
-
-
-def test_a_kill_after_the_end_leaves_the_file_complete(root, straight, capsys):
-    left = root / "straight.parquet.parts"
-    left.mkdir()
-    (left / "image-000000008.parquet").write_bytes(b"the rest")
-    embed.main(flags(root, straight))
-    assert "is complete" in capsys.readouterr().out and not left.exists()
 
 
 def test_texts_beside_images_as_npz(root, model, straight):
@@ -186,17 +169,7 @@ def test_row_i_is_line_i(root, model, tmp_path):
     lines = [b"", b" \t", b"a\x00b", *[b""] * 6, b"a fox", b"", b"a hen", *[b""] * 14]
     (tmp_path / "t.txt").write_bytes(b"\n".join(lines) + b"\n")
     out = tmp_path / "t.npz"
-    embed.main(
-        [
-            "--checkpoint",
-            str(root / "run"),
-            "--texts",
-            str(tmp_path / "t.txt"),
-            "--out",
-            str(out),
-            "--batch=8",
-        ]
-    )
+    embed.main([f"--checkpoint={root}/run", f"--texts={tmp_path}/t.txt", f"--out={out}", "--batch=8"])
     columns, about = read(out)
     assert len(columns["text"]) == about["rows"] == len(lines) and about["bad"] == len(lines) - 2
     assert {i: text for i, text in enumerate(columns["text"]) if text} == {9: "a fox", 11: "a hen"}
@@ -269,7 +242,10 @@ def test_a_command_that_embedded_nothing_is_in_the_way_of_none(root, tmp_path):
 def test_what_is_in_the_way_is_named(root, straight, model, tmp_path, capsys):
     sources, out = {"image": inputs.open_images(str(root / "pictures"))}, tmp_path / "x.parquet"
     shutil.copy(straight, out)
+    (tmp_path / "x.parquet.parts").mkdir()  # as after a kill at the end
+    (tmp_path / "x.parquet.parts" / "image-000000008.parquet").write_bytes(b"the rest")
     assert embed.embed(model, sources, str(out))["rows"] == 40 and "is complete" in capsys.readouterr().out
+    assert not (tmp_path / "x.parquet.parts").exists()
     plan = embeddings.about(out)["plan"]
     (tmp_path / "x.parquet.parts").mkdir()
     (tmp_path / "x.parquet.parts" / "plan.json").write_text(json.dumps(plan | {"weights": "other"}))
@@ -282,12 +258,11 @@ def test_what_is_in_the_way_is_named(root, straight, model, tmp_path, capsys):
 @pytest.mark.parametrize("suffix", [".npz", ".parquet"])
 @pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04" + bytes(40)])
 def test_a_damaged_file_is_named(suffix, content, root, model, tmp_path):
-    (tmp_path / f"x{suffix}").write_bytes(content)
-    message = rf"x\{suffix} is damaged or another program's .*; delete it, or name another file"
-    with pytest.raises(UserError, match=message):
-        embed.embed(model, {"image": inputs.open_images(str(root / "pictures"))}, str(tmp_path / f"x{suffix}"))
-    with pytest.raises(UserError, match=message):
-        embeddings.read(tmp_path / f"x{suffix}")
+    file = tmp_path / f"x{suffix}"
+    file.write_bytes(content)
+    for read in (embeddings.read, lambda file: embed.embed(model, {"text": inputs.Lines(str(file))}, str(file))):
+        with pytest.raises(UserError, match=rf"x\{suffix} is damaged"):
+            read(file)
 
 
 @pytest.mark.parametrize("name", ["p [2]", "a,b", "q{1}", "r*?"])
@@ -301,63 +276,42 @@ def test_a_folder_of_tars_whose_name_is_a_pattern(name, root, tmp_path):
     shutil.copy(root / "1.tar", below)
     assert len(inputs.open_images(f"{tmp_path}/{name}")) == 21
     shutil.rmtree(below)
-    images, pairs = (
-        inputs.open_images(f"{tmp_path}/{name}"),
-        sources.open_pairs(sources.spec_from_path(f"{tmp_path}/{name}")),
-    )
+    images = inputs.open_images(f"{tmp_path}/{name}")
+    pairs = sources.open_pairs(sources.spec_from_path(f"{tmp_path}/{name}"))
     assert images.name(0).startswith(f"{tmp_path}/{name}/0.tar#") and pairs[0]["id"] == images.name(0)
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "named"),
     [
-        ({"checkpoint": "{}/none"}, "none' does not exist"),
-        ({"images": "{}/none/*.jpg"}, "no file matches"),
-        ({"images": "{}/none"}, "no file or folder"),
-        ({"batch": 0}, "--batch is 0; expected an integer of at least 1"),
-        ({"batch": -1}, "--batch is -1; expected an integer of at least 1"),
-        ({"threads": -1}, "--threads is -1; expected an integer of at least 0"),
-        ({"images": "{}/run"}, "has 0 images"),
-        ({"images": "{}/*.t*"}, "names 2 tars among 3 files"),
-        ({"texts": "{}/none.txt"}, "none.txt' cannot be read"),
-        ({"out": "{}/x.csv"}, "x.csv' is '.csv'; it must be one of '.parquet', '.npz'"),
-        ({"out": "gs://bucket/x.parquet"}, "--out 'gs://bucket/x.parquet' is in a bucket; name a local file"),
-        ({"step": 9}, "no checkpoint of step 9"),
-        ({"images": "{}/texts.txt", "out": "{}/bad.npz"}, "nothing could be embedded, first: not an image; see "),
-        ({"imagess": "x"}, "unrecognized arguments"),
+        ({"checkpoint": "{}/none"}, "none'"),
+        ({"images": "{}/none/*.jpg"}, "none/*.jpg'"),
+        ({"images": "{}/none"}, "none'"),
+        ({"batch": 0}, "--batch is 0"),
+        ({"threads": -1}, "--threads is -1"),
+        ({"images": "{}/run"}, "run' has 0 images"),
+        ({"images": "{}/*.t*"}, "*.t*' names 2 tars among 3 files"),
+        ({"texts": "{}/none.txt"}, "none.txt'"),
+        ({"out": "{}/x.csv"}, "x.csv' is '.csv'"),
+        ({"out": "gs://bucket/x.parquet"}, "--out 'gs://bucket/x.parquet'"),
+        ({"step": 9}, "step 9"),
+        ({"images": "{}/texts.txt", "out": "{}/bad.npz"}, "bad.npz.bad.jsonl"),
+        ({"imagess": "x"}, "--imagess=x"),
     ],
 )
-def test_bad_input_is_one_sentence(root, changes, message):
+def test_bad_input_is_one_sentence(root, changes, named):
     changes = {key: str(value).format(root) for key, value in changes.items()}
     with pytest.raises(SystemExit) as stopped:
         embed.main(flags(root, root / "y.npz", **changes))
-    assert message in str(stopped.value) and str(stopped.value).startswith("error: ")
+    assert named in str(stopped.value) and str(stopped.value).startswith("error: ")
     assert "\n" not in str(stopped.value)
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        (["runs/a", "--images=x", "--out=x.npz"], "required: --checkpoint; see --help"),
-        (["--checkpoint=a", "--out=x.npz", "--images", "My", "set"], "arguments: set; see --help"),
-    ],
-)
-def test_misplaced_words_are_named(line, message):
-    with pytest.raises(SystemExit) as stopped:
-        embed.main(line)
-    assert message in str(stopped.value)
 
 
 def test_a_folder_that_cannot_be_written_to_is_named_before_the_model_is_loaded(root, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: str(path) != str(tmp_path))
     monkeypatch.setattr(embed.inference, "load", lambda *_, **__: pytest.fail("loaded the model"))
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(SystemExit, match=rf"--out '{tmp_path}/new/x\.npz': '{tmp_path}'"):
         embed.main(flags(root, tmp_path / "new" / "x.npz"))
-    assert str(stopped.value) == (
-        f"error: --out '{tmp_path}/new/x.npz': '{tmp_path}' cannot be written to; name another folder."
-    )
-    with pytest.raises(SystemExit, match=r"the ending of '.*x\.txt' is '\.txt'"):
-        embed.main(flags(root, tmp_path / "x.txt"))
 
 
 def test_images_in_a_table(root, tmp_path):

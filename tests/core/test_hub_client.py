@@ -20,7 +20,7 @@ def http_error(status, kind=None):
 
 def test_without_the_client_the_remedy_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(UserError, match=r"^hf:a/b needs huggingface_hub: pip install 'xclip_jax\[hub\]'\.$"):
+    with pytest.raises(UserError, match=r"^hf:a/b .*pip install 'xclip_jax\[hub\]'"):
         hub_client.load("hf:a/b")
 
 
@@ -42,21 +42,15 @@ def test_which_errors_mean_that_the_hub_is_unreachable(error, expected):
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (http_error(403), r"^push: the Hub answers .*status 403; log in with `hf auth login`, .* have the right\.$"),
-        (http_error(500), r"^push: the Hub answers .*status 500\.$"),
-        (
-            http_error(404, errors.RepositoryNotFoundError),
-            "^push: the Hub has no repository a/b, or it is private",
-        ),
-        (
-            http_error(404, errors.RevisionNotFoundError),
-            "^push: a/b has no revision 'v2'; name a branch, tag or commit",
-        ),
-        (OSError("disk"), "^push: the exchange with the Hub failed: OSError: disk"),
+        (http_error(403), "status 403; .*hf auth login"),
+        (http_error(500), "status 500"),
+        (http_error(404, errors.RepositoryNotFoundError), "no repository a/b, or it is private"),
+        (http_error(404, errors.RevisionNotFoundError), "a/b has no revision 'v2'"),
+        (OSError("disk"), "OSError: disk"),
     ],
 )
-def test_errors_are_sentences(error, message):
-    with pytest.raises(UserError, match=message), hub_client.sentences("push", "a/b", "v2"):
+def test_sentences__name_the_cause(error, message):
+    with pytest.raises(UserError, match=f"^push: .*{message}"), hub_client.sentences("push", "a/b", "v2"):
         raise error
 
 

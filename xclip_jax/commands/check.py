@@ -5,9 +5,9 @@
     xclip-jax check pairs.csv,image=path,text=caption
     xclip-jax check folder:/data/pairs --samples 0 --by RUN --suspects wrong.jsonl
 
-Tars are indexed completely; of the samples a random part is read, by default 2,000. With --by a trained model says
-which captions probably belong to other images. The exit code is 0 if training would run, 1 if it would stop
-for too many bad samples, or for anything else.
+Tars are indexed completely, but only a random part of the samples is read, by default 2,000. With --by, a trained model
+lists captions that probably belong to other images. The exit code is 0 if training would run, else 1, such as for too
+many bad samples.
 """
 
 import argparse
@@ -17,7 +17,6 @@ import json
 import os
 import pathlib
 import re
-import sys
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
@@ -28,16 +27,17 @@ from xclip_jax.core.console import show
 from xclip_jax.core.errors import BadSample, Parser, UserError, check_count, check_file, exit_with_message
 from xclip_jax.core.imports import add_trust
 from xclip_jax.core.storage import strict_json
-from xclip_jax.data import images, inspect, loader, records, sources, tokenizer
+from xclip_jax.data import inspect, loader, records, sources, tokenizer
 from xclip_jax.data.base import MissingColumnError, Record, Source, SourceOptions
+from xclip_jax.data.images import decode
 from xclip_jax.data.inspect import Sample
 from xclip_jax.objectives.similarity import ClusterSimilarity, features
 
-_EXAMPLES, _SUSPECTS = 3, 10
+_EXAMPLES = 3  # bad samples to list per reason
+_SUSPECTS = 10  # captions to list
 _NEGATIVES = "; in one batch they would count as false negatives"
-_BLOCK = 256  # pairs whose captions a model compares with each other
-_SIZE = 224  # of the crop, pixels
-_COLUMNS_OF = ("image", "text", "tags", "dir")  # arguments after a source
+_BLOCK = 256  # pairs that a model compares with each other
+_SIZE = 224  # pixels of the crop
 
 
 def _percentiles(values: Sequence[float] | np.ndarray) -> str:
@@ -53,21 +53,30 @@ def report(source: Source, options: argparse.Namespace) -> Iterator[str]:
     """Yield lines about a source; the last is the verdict, which also sets `options.passed`."""
     n = len(source)
     fingerprint = source.fingerprint()
-    files = next(((unit, fingerprint[unit]) for unit in ("tars", "files") if unit in fingerprint), None)
-    unit = files[0].removesuffix("s" if len(files[1]) == 1 else "") if files else ""
-    of_files = f" in {len(files[1]):,} {unit}, {sum(x['bytes'] for x in files[1]) / 1e9:.2f} GB" if files else ""
-    yield f"samples: {n:,}{of_files}, index {fingerprint['hash']}"
+    size = ""
+    for unit in fingerprint.keys() & {"tars", "files"}:
+        files = fingerprint[unit]
+        gigabytes = sum(file["bytes"] for file in files) / 1e9
+        size = f" in {len(files):,} {unit if len(files) > 1 else unit[:-1]}, {gigabytes:.2f} GB"
+    yield f"samples: {n:,}{size}, index {fingerprint['hash']}"
     count = min(options.samples or n, n)
     chosen = np.random.default_rng(0).choice(n, count, replace=False)
     threads = records.cores()
     samples, seconds = inspect.read(source, chosen.tolist(), threads, _SIZE)
-    good, bad = [s for s in samples if not s.reason], [s for s in samples if s.reason]
+    good = [s for s in samples if not s.reason]
+    bad = [s for s in samples if s.reason]
     yield f"read: {count:,} at random" + ("; more repeats show with --samples 0, which reads all" if count < n else "")
     if good:
         yield from _statistics(good, options)
         rate = count / seconds
         yield f"speed: {rate:,.0f} images/s to {_SIZE} px on {threads} cores, an epoch in {n / rate / 3600:,.1f} h"
-    yield from _about_bad(source, bad, count)
+    reasons = collections.Counter(s.reason for s in bad)
+    for reason, number in sorted(reasons.items()):
+        yield f"bad, {reason}: {number:,} of {count:,} that were read"
+    for reason in sorted(reasons):
+        for sample in [s for s in bad if s.reason == reason][:_EXAMPLES]:
+            entry = source.describe(sample.index) | {"reason": reason, "detail": sample.detail}
+            yield f"    {json.dumps(entry, ensure_ascii=False)}"
     shown = good
     if options.model and good:
         shown = yield from _suspects(source, good, options)
@@ -94,33 +103,20 @@ def _statistics(good: Sequence[Sample], options: argparse.Namespace) -> Iterator
     yield f"captions, 5/50/95 %: {_percentiles([*map(len, captions)])} characters"
     yield f"tokens, 5/50/95 %: {_percentiles(lengths)}, {full:.1%} of the captions fill all {options.length}"
     yield f"captions of one image: {np.mean([len(s.captions) for s in good]):.2f}"
-    remedies = {
-        "images": "objective.clip.positives=image makes captions of one image positives",
-        "captions": "objective.clip.positives=caption makes them positives",
-    }
-    if _duplicates([s.captions for s in good]):  # all captions of a pair are another's
-        remedies["captions"] = "data.spread_duplicate_captions=True keeps them apart"
-    repeated = {
-        "images": _duplicates([s.digest for s in good]),
-        "captions": _duplicates([caption for s in good for caption in dict.fromkeys(s.captions)]),
-    }
-    for what, number in repeated.items():
-        yield f"repeated {what}: {number:,}" + (f"{_NEGATIVES}, {remedies[what]}" if number else "")
-
-
-def _about_bad(source: Source, bad: Sequence[Sample], count: int) -> Iterator[str]:
-    for reason, number in sorted(collections.Counter(s.reason for s in bad).items()):
-        yield f"bad, {reason}: {number:,} of {count:,} that were read"
-    for reason in sorted({s.reason for s in bad}):
-        for sample in [s for s in bad if s.reason == reason][:_EXAMPLES]:
-            entry = source.describe(sample.index) | {"reason": reason, "detail": sample.detail}
-            yield f"    {json.dumps(entry, ensure_ascii=False)}"
+    images = _duplicates([s.digest for s in good])
+    remedy = f"{_NEGATIVES}, objective.clip.positives=image makes captions of one image positives"
+    yield f"repeated images: {images:,}" + (remedy if images else "")
+    repeated = _duplicates([caption for s in good for caption in dict.fromkeys(s.captions)])
+    remedy = f"{_NEGATIVES}, objective.clip.positives=caption makes them positives"
+    if _duplicates([s.captions for s in good]):  # two pairs share all captions
+        remedy = f"{_NEGATIVES}, data.spread_duplicate_captions=True keeps them apart"
+    yield f"repeated captions: {repeated:,}" + (remedy if repeated else "")
 
 
 def _suspects(
     source: Source, good: Sequence[Sample], options: argparse.Namespace
 ) -> Generator[str, None, Sequence[Sample]]:
-    """Yield lines about the captions that a model finds least likely; return samples for a sheet, these first."""
+    """Yield lines about the least likely captions by a model; return all samples, sorted, for a sheet."""
     # Clusters find wrong captions better than embeddings (docs/verdicts.md), by their cross-entropy without rivals.
     clusters = any(isinstance(similarity, ClusterSimilarity) for similarity in options.model.similarities)
     score = ClusterSimilarity.logits if clusters else ""
@@ -130,20 +126,18 @@ def _suspects(
     for block in (good[i::blocks] for i in range(blocks)):
         places = [(source, sample.index) for sample in block]
         results = records.read_each(places, _image, threads=records.cores())
-        # What was read a moment ago may be out of reach now.
-        read = [
-            (image, sample) for image, sample in zip(results, block, strict=True) if not isinstance(image, BadSample)
-        ]
-        names = list(dict.fromkeys(caption for _, sample in read for caption in sample.captions))
+        # A storage may have failed since the first read.
+        read = [(x, sample) for x, sample in zip(results, block, strict=True) if not isinstance(x, BadSample)]
         if not read:
             continue
-        answer = options.model.zero_shot([image for image, _ in read], names, ["{}"], by=score)
-        right += [label in sample.captions for label, (_, sample) in zip(answer.labels, read, strict=True)]
+        names = list(dict.fromkeys(caption for _, sample in read for caption in sample.captions))
         place = {name: i for i, name in enumerate(names)}
+        answer = options.model.zero_shot([image for image, _ in read], names, ["{}"], by=score)
         for i, (_, sample) in enumerate(read):
+            right.append(answer.labels[i] in sample.captions)
             likelihoods = answer.scores if clusters else answer.probabilities
             own = {caption: float(likelihoods[i, place[caption]]) for caption in sample.captions}
-            if not clusters:  # an image's captions compete with other images' captions and not with each other
+            if not clusters:  # captions compete with captions for other images, but not with each other
                 foreign = max(1 - sum(own.values()), 0)
                 own = {caption: p / max(p + foreign, 1e-30) for caption, p in own.items()}
             judged += [(likelihood, caption, answer.labels[i], sample) for caption, likelihood in own.items()]
@@ -155,12 +149,12 @@ def _suspects(
     way = "cross-entropy of clusters" if clusters else "probability"
     yield f"by {options.by}, by {way}: {np.mean(right):.1%} of images have their own caption as {among}"
     yield f"least likely captions, with their {way}:"
-    entries = [
-        {"index": sample.index, **source.describe(sample.index), "caption": caption}
-        | {score or "probability": round(abs(likelihood), 6), "likeliest": label}
-        for likelihood, caption, label, sample in judged
-    ]
-    yield from (f"    {json.dumps(entry, ensure_ascii=False)}" for entry in entries[:_SUSPECTS])
+    entries: list[dict[str, Any]] = []
+    for likelihood, caption, label, sample in judged:
+        entry = {"index": sample.index, **source.describe(sample.index), "caption": caption}
+        entries.append(entry | {score or "probability": round(abs(likelihood), 6), "likeliest": label})
+    for entry in entries[:_SUSPECTS]:
+        yield f"    {json.dumps(entry, ensure_ascii=False)}"
     if options.suspects:
         pathlib.Path(options.suspects).write_text("".join(f"{strict_json(entry)}\n" for entry in entries))
         yield f"all {len(entries):,}, the least likely first: {options.suspects}"
@@ -168,9 +162,8 @@ def _suspects(
 
 
 def _image(record: Record) -> bytes | np.ndarray:
-    """The image as files have it; arrays as RGB."""
     image = record["image"]
-    return image if isinstance(image, bytes) else images.decode(image)
+    return image if isinstance(image, bytes) else decode(image)
 
 
 def _options(arguments: Sequence[str]) -> argparse.Namespace:
@@ -182,44 +175,22 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "source",
         metavar="SOURCE[,image=COLUMN][,text=COLUMN,...][,tags=COLUMN][,dir=FOLDER]",
-        help="one of the list below, or the path of a folder, tars or a table; COLUMN is a table's, or a feature of a "
-        "record or of a .json file, FOLDER the root of TFDS data sets",
+        help="from the list below, or the path of a folder, tars or a table; COLUMN is a table's column, a record's "
+        "feature or a .json file's field, FOLDER the root of TFDS data sets",
     )
-    parser.add_argument("--samples", type=int, default=2000, help="how many to read, 0 for all")
-    parser.add_argument("--length", type=int, default=77, help="tokens of a text")
+    parser.add_argument("--samples", type=int, default=2000, help="number of samples to read, 0 for all")
+    parser.add_argument("--length", type=int, default=77, help="tokens per text")
     parser.add_argument("--tokenizer", default="clip")
     fraction = loader.DataConfig.max_bad_fraction
     parser.add_argument("--max_bad_fraction", type=float, default=fraction, help="data.max_bad_fraction of the run")
-    parser.add_argument("--by", default="", metavar="RUN", help="a run or weights that judge how captions fit")
-    parser.add_argument(
-        "--suspects",
-        default="",
-        type=os.path.expanduser,
-        metavar="FILE",
-        help="JSON lines of --by, the least likely pair first",
-    )
-    sheet = "PNG file to write, of random pairs, or with --by of the least likely ones; its folder is created"
-    parser.add_argument("--sheet", default="", type=os.path.expanduser, help=sheet)
+    parser.add_argument("--by", default="", metavar="RUN", help="run or weights that judge how well captions fit")
+    home = os.path.expanduser  # a shell leaves the ~ in --sheet=~/x.png
+    suspects = "JSON lines file for the results of --by, the least likely pair first"
+    parser.add_argument("--suspects", default="", type=home, metavar="FILE", help=suspects)
+    sheet = "PNG file for random pairs, or with --by for the least likely ones; its folder is created"
+    parser.add_argument("--sheet", default="", type=home, help=sheet)
     add_trust(parser)
     return parser.parse_args(arguments)
-
-
-def _open(options: argparse.Namespace) -> Source:
-    """Open the source; errors name the arguments of this command.
-
-    Raises:
-      UserError: it cannot be opened, or is empty.
-    """
-    path, *pairs = re.split(rf",(?=(?:{'|'.join(_COLUMNS_OF)})=)", options.source)
-    given = {"image": "image", "text": "text", "tags": "", "dir": ""} | dict(pair.split("=", 1) for pair in pairs)
-    keys = given["dir"], given["image"], tuple(given["text"].split(",")), given["tags"]
-    try:
-        source = sources.open_pairs(sources.spec_from_path(path), SourceOptions(*keys))
-    except MissingColumnError as error:
-        raise UserError(f"{error.fault}; name its columns, {path},image=COLUMN,text=COLUMN.") from error
-    if not len(source):
-        raise UserError(f"source {path!r} has nothing in it; name another split or file.")
-    return source
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -232,16 +203,21 @@ def main(arguments: Sequence[str]) -> int:
         if options.suspects and not options.by:
             raise UserError("--suspects needs a model that judges the pairs; name one with --by RUN.")
         for option, path in (("--sheet", options.sheet), ("--suspects", options.suspects)):
-            if path:  # written when all is read
+            if path:  # written at the end
                 check_file(option, path)
-        source = _open(options)
+        given = {"image": "image", "text": "text", "tags": "", "dir": ""}
+        path, *pairs = re.split(rf",(?=(?:{'|'.join(given)})=)", options.source)
+        given |= dict(pair.split("=", 1) for pair in pairs)
+        keys = given["dir"], given["image"], tuple(given["text"].split(",")), given["tags"]
+        try:
+            source = sources.open_pairs(sources.spec_from_path(path), SourceOptions(*keys))
+        except MissingColumnError as error:
+            raise UserError(f"{error.fault}; name its columns, {path},image=COLUMN,text=COLUMN.") from error
+        if not len(source):
+            raise UserError(f"source {path!r} has nothing in it; name another split or file.")
         options.model = inference.load(options.by, trust=options.trust) if options.by else None
         if options.model:
-            features(options.model.similarities)  # a model that has none cannot judge
+            features(options.model.similarities)  # raises for a model without similarities
         for line in report(source, options):
             show(line)
     return 0 if options.passed else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -5,18 +5,18 @@
     xclip-jax embed --checkpoint RUN --images 'parquet:/data/shop/test?image=photo&text=title' --out shop.parquet
     xclip-jax embed --checkpoint RUN --texts captions.txt --out captions.npz
 
-A row is an image or a text: "kind" (image or text), "id" (path, TAR#KEY, TABLE#ROW or FILE#LINE), "text" (an image's
-first caption, in its tar, in a .txt file of its name, or in the column ?text= of its table; or the text) and
+Rows are images and texts: "kind" (image or text), "id" (path, TAR#KEY, TABLE#ROW or FILE#LINE), "text" (the text, or
+an image's first caption: from its tar, from a .txt file of the same name, or from the table's column ?text=) and
 "embedding", float32, of unit length.
 The file's metadata, "xclip_jax" (an array of that name in .npz), is JSON: checkpoint, preprocessing, commit, versions.
-In .npz ids and texts are lists in JSON (see `xclip_jax.data.embeddings`, whose `read` reads both file formats).
+In .npz, ids and texts are lists in JSON; `xclip_jax.data.embeddings.read` reads both file formats.
 
-Images that cannot be used are left out. Every line of --texts has its row, so that row i is line i: a line that cannot
-be used, such as an empty one, has an embedding of zeros. Both are counted, and listed in OUT.bad.jsonl.
+Unusable images are left out. With --texts, row i is line i, so unusable lines, such as empty ones, get an embedding of
+zeros. Both are counted, and listed in OUT.bad.jsonl.
 
-The work is done in parts, stored in OUT.parts until all are complete: after an interruption the same command resumes
-and repeats no part. It stops with an error when the weights, the text file, or the names or sizes of images have
-changed. An image of other content and equal size is not detected, nor is any change of image files in a bucket.
+The work is done in parts, stored in OUT.parts until all are complete: after an interruption, the same command resumes
+without repeating a part. It stops with an error if the weights, the text file, or names or sizes of images changed.
+It does not notice images with new content but the same size, nor any change of image files in a bucket.
 """
 
 import json
@@ -44,14 +44,14 @@ from xclip_jax.data.records import ThreadPrefetcher
 from xclip_jax.evaluators.encoder import MAX_UNREADABLE
 from xclip_jax.parallel import compiler
 
-PART = 4096  # rows that an interruption may lose
+PART = 4096  # rows that an interruption may cost
 _PROGRESS_SECONDS = 5
-_REFUSED = ("file cannot be read", "tar cannot be read")  # by a disk or store, whatever the content
-_FEW = 10  # items of a part that may be refused, whatever their share
+_REFUSED = ("file cannot be read", "tar cannot be read")  # faults of a disk or store, not of the content
+_FEW = 10  # number of items per part that a disk may always refuse
 
 
 class Part(NamedTuple):
-    """Embedded items: embeddings (n, e), texts, and {row: error} of the bad ones."""
+    """Embedded items: embeddings (n, e), texts, and {row: error} for bad items."""
 
     rows: np.ndarray
     texts: list[str]
@@ -61,14 +61,9 @@ class Part(NamedTuple):
 def embed_images(
     model: inference.Model, read: Callable[[int], tuple[Any, str]], n: int, size: int, *, threads: int = 0
 ) -> Iterator[Part]:
-    """Yield `n` embedded images in parts; a bad one is embedded as black.
+    """Yield `n` embedded images in parts of `size`; bad ones are embedded as black images.
 
-    Args:
-      model: embeds them.
-      read: returns content and caption of an image by its number, or raises `BadSample`; called in threads.
-      n: number of images.
-      size: images of a part.
-      threads: number of threads that read and decode; 0 for one per core.
+    `read` returns content and caption of image i, or raises `BadSample`; it is called in threads, 0 for one per core.
     """
     black = np.zeros((model.size, model.size, 3), np.uint8)
 
@@ -94,9 +89,10 @@ def embed_images(
 
 
 def embed_texts(model: inference.Model, source: Inputs, first: int, size: int) -> Iterator[Part]:
-    """Yield the embedded texts of a source in parts, from the number `first` on; a bad one has zeros."""
+    """Yield the embedded texts of a source in parts of `size`, from text `first` on; bad ones get zeros."""
     for start in range(first, len(source), size):
-        texts, bad = [], {}
+        texts: list[str] = []
+        bad: dict[int, BadSample] = {}
         for row, index in enumerate(range(start, min(start + size, len(source)))):
             try:
                 texts.append(source.read(index)[1])
@@ -111,17 +107,16 @@ def embed_texts(model: inference.Model, source: Inputs, first: int, size: int) -
 
 
 def embed(model: inference.Model, sources: Mapping[str, Inputs], out: str, *, threads: int = 0) -> dict[str, Any]:
-    """Embed all items into one file, or the remaining parts after an interruption; return the file's metadata.
+    """Embed all items into one file, resuming after an interruption; return the file's metadata.
 
     Args:
       model: embeds the items.
-      sources: by modality, "image" or "text".
+      sources: inputs by modality, "image" or "text".
       out: file to write, .parquet or .npz.
       threads: number of threads that read and decode; 0 for one per core.
 
     Raises:
-      UserError: the file or its parts belong to other items or weights; another process writes the file; the disk or
-        store refuses too many items; nothing could be embedded.
+      UserError: existing parts belong to other items or weights, or too many items are refused or bad.
     """
     path = pathlib.Path(out)
     folder = pathlib.Path(f"{out}.parts")
@@ -130,16 +125,18 @@ def embed(model: inference.Model, sources: Mapping[str, Inputs], out: str, *, th
     plan |= {name: {"n": len(source), "digest": source.digest()} for name, source in sources.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     with lock(path, blocking=False):
+        begun = (folder / "plan.json").exists()
         saved = plan
-        if (folder / "plan.json").exists():
+        if begun:
             saved = json.loads((folder / "plan.json").read_text())
         elif path.exists():
             saved = embeddings.about(path).get("plan", {})
-        if differing := sorted(key for key in plan.keys() | saved.keys() if plan.get(key) != saved.get(key)):
-            where = folder if (folder / "plan.json").exists() else path
-            raise UserError(f"{where} has other embeddings: {', '.join(differing)} differ; delete it, or set --out.")
-        if path.exists() and not (folder / "plan.json").exists():
-            shutil.rmtree(folder, ignore_errors=True)  # what an interrupted end of `_join` left
+        differing = sorted(key for key in plan.keys() | saved.keys() if plan.get(key) != saved.get(key))
+        if differing:
+            place = folder if begun else path
+            raise UserError(f"{place} has other embeddings: {', '.join(differing)} differ; delete it, or set --out.")
+        if path.exists() and not begun:
+            shutil.rmtree(folder, ignore_errors=True)  # left by an interruption of `_join`
             log0(f"{path} is complete; delete it to embed again.")
             return embeddings.about(path)
         folder.mkdir(exist_ok=True)
@@ -151,42 +148,42 @@ def embed(model: inference.Model, sources: Mapping[str, Inputs], out: str, *, th
 def _embed(
     model: inference.Model, modality: str, source: Inputs, out: pathlib.Path, threads: int
 ) -> list[pathlib.Path]:
-    """Write the parts of a source that are missing; return the files of all."""
+    """Write the missing parts of a source; return the files of all parts."""
     folder = pathlib.Path(f"{out}.parts")
     starts = range(0, len(source), PART)
     files = [folder / f"{modality}-{start:09d}{out.suffix}" for start in starts]
-    done = next((i for i, file in enumerate(files) if not file.exists()), len(files))
-    if done:
-        log0(f"resuming after part {done:,} of {len(files):,} of {modality}s")
-    first = done * PART
-    parts = embed_texts(model, source, first, PART)
+    complete = next((i for i, file in enumerate(files) if not file.exists()), len(files))
+    if complete:
+        log0(f"resuming after part {complete:,} of {len(files):,} of {modality}s")
+    first = complete * PART
     if modality == "image":
         n = len(source) - first
         parts = embed_images(model, lambda i: source.read(first + i), n, PART, threads=threads)
+    else:
+        parts = embed_texts(model, source, first, PART)
     progress = Progress(f"{modality}s", first, len(source))
-    for file, start, part in zip(files[done:], starts[done:], parts, strict=True):
+    for file, start, part in zip(files[complete:], starts[complete:], parts, strict=True):
         names = [source.name(start + row) for row in range(len(part.texts))]
         _check_refused(names, part.bad, start)
-        lines = [
-            {"kind": modality, "id": names[row], "reason": error.reason, "detail": error.detail}
-            for row, error in sorted(part.bad.items())
-        ]
+        lines = []
+        for row, error in sorted(part.bad.items()):
+            lines.append({"kind": modality, "id": names[row], "reason": error.reason, "detail": error.detail})
         file.with_suffix(".bad.jsonl").write_text("".join(f"{strict_json(line)}\n" for line in lines))
         kept = [row for row in range(len(names)) if modality == "text" or row not in part.bad]
         columns = {"kind": [modality] * len(kept), "embedding": part.rows[kept]}
         columns |= {"id": [names[row] for row in kept], "text": [part.texts[row] for row in kept]}
-        with storage.whole_file(file) as temporary:  # a part of this name is complete
+        with storage.whole_file(file) as temporary:  # an existing part is complete
             embeddings.format_of(out).write(temporary, columns)
         progress.after(start + len(names), len(lines))
     return files
 
 
 def _check_refused(names: Sequence[str], bad: Mapping[int, BadSample], start: int) -> None:
-    """Raise `UserError` if the disk or store refuses many items of a part, which begins at the number `start`."""
+    """Raise `UserError` if the disk or store refuses many items of the part that begins at item `start`."""
     refused = {
         row: error
         for row, error in bad.items()
-        # A local file that was listed does not vanish from a disk that answers.
+        # A listed local file does not vanish from a working disk.
         if error.reason in _REFUSED or (error.reason == "no image file" and not storage.is_remote(names[row]))
     }
     if len(refused) > max(MAX_UNREADABLE * len(names), _FEW):
@@ -198,7 +195,7 @@ def _check_refused(names: Sequence[str], bad: Mapping[int, BadSample], start: in
 
 
 def _join(files: Sequence[pathlib.Path], out: pathlib.Path, about: dict[str, Any]) -> dict[str, Any]:
-    """Join the parts to one file with metadata, and their bad items to a list; return the metadata."""
+    """Join the parts and the lists of bad items to one file each; return the metadata."""
     bad = [line for file in files for line in file.with_suffix(".bad.jsonl").read_text().splitlines()]
     total = sum(about["plan"].get(modality, {"n": 0})["n"] for modality in ("image", "text"))
     ledger = out.with_name(f"{out.name}.bad.jsonl")
@@ -211,7 +208,7 @@ def _join(files: Sequence[pathlib.Path], out: pathlib.Path, about: dict[str, Any
     if len(bad) < total:
         with storage.whole_file(out) as temporary:
             embeddings.format_of(out).join(files, temporary, about)
-    (files[0].parent / "plan.json").unlink()  # first: without it the rest says nothing
+    (files[0].parent / "plan.json").unlink()  # first, since it marks the folder as resumable
     shutil.rmtree(files[0].parent, ignore_errors=True)
     if len(bad) == total:
         raise UserError(f"nothing could be embedded, first: {json.loads(bad[0])['reason']}; see {ledger}.")
@@ -223,29 +220,33 @@ class Progress:
     """Prints how many items are done, the speed and the remaining time, every few seconds."""
 
     def __init__(self, unit: str, first: int, n: int) -> None:
-        self._unit, self._first, self._n, self._bad = unit, first, n, 0
+        self._unit = unit
+        self._first = first
+        self._n = n
+        self._bad = 0
         self._began = self._printed = time.perf_counter()
 
     def after(self, done: int, bad: int) -> None:
-        """Print the state after `done` items; `bad` more than at the last call could not be used."""
+        """Print the state after `done` items; `bad` items failed since the last call."""
         self._bad += bad
         now = time.perf_counter()
         if now - self._printed > _PROGRESS_SECONDS or done == self._n:
-            self._printed, speed = now, (done - self._first) / (now - self._began)
+            self._printed = now
+            speed = (done - self._first) / (now - self._began)
             left = format_duration((self._n - done) / speed)
             log0(f"{self._unit} {done:,}/{self._n:,}  {speed:,.0f}/s, {left} left, {self._bad:,} bad")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str]) -> None:
     """Run the command."""
     parser = Parser(prog="xclip-jax embed", description=__doc__)
-    parser.add_argument("--checkpoint", required=True, metavar="RUN", help="run directory, or weights")
-    parser.add_argument("--step", type=int, help="step of a run's checkpoint; the newest by default")
+    parser.add_argument("--checkpoint", required=True, metavar="RUN", help="run folder, or weights")
+    parser.add_argument("--step", type=int, help="checkpoint's step; by default the newest")
     parser.add_argument("--images", help=IMAGES)
     home = os.path.expanduser  # a shell leaves the ~ in --out=~/x.npz
-    parser.add_argument("--texts", type=home, metavar="FILE", help="file with a text in each line")
+    parser.add_argument("--texts", type=home, metavar="FILE", help="file with one text per line")
     parser.add_argument("--out", type=home, required=True, help="local file to write, .parquet or .npz")
-    parser.add_argument("--batch", type=int, default=32, help="items that are encoded at once")
+    parser.add_argument("--batch", type=int, default=32, help="number of items to encode at once")
     parser.add_argument("--threads", type=int, default=0, help="threads that read and decode; 0 for one per core")
     add_trust(parser)
     options = parser.parse_args(argv)
@@ -257,9 +258,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError(f"--out {options.out!r} is in a bucket; name a local file, and copy it there afterwards.")
         embeddings.format_of(pathlib.Path(options.out))
         check_writable(f"--out {options.out!r}", pathlib.Path(options.out).parent)
-        sources: dict[str, Inputs] = {}
-        if options.images:
-            sources["image"] = open_images(options.images)
+        sources: dict[str, Inputs] = {"image": open_images(options.images)} if options.images else {}
         if options.texts:
             sources["text"] = Lines(options.texts)
         if not sum(map(len, sources.values())):
@@ -267,7 +266,3 @@ def main(argv: Sequence[str] | None = None) -> None:
         compiler.enable_cache()
         model = inference.load(options.checkpoint, step=options.step, batch=options.batch, trust=options.trust)
         embed(model, sources, options.out, threads=options.threads)
-
-
-if __name__ == "__main__":
-    main()

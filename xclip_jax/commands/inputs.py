@@ -1,4 +1,4 @@
-"""Images and texts that embed and serve read: a source of images whose captions may be missing, and lines of text."""
+"""Inputs of embed and serve: images with optional captions, and lines of text."""
 
 import functools
 import glob
@@ -19,24 +19,22 @@ IMAGES = "a folder; files: globs, ranges {00..12}, lists; tars; or a source: csv
 
 
 def _readable(path: str) -> str:
-    """Return a path as valid UTF-8, which a file system does not ask for, and an address without its secrets."""
+    """Return a path in valid UTF-8, or an address without its secrets."""
     return redact(os.fsencode(path).decode("utf-8", "replace"))
 
 
 class Images:
-    """Images of a source, each with its first caption, "" for none."""
+    """Images of a source, each with its first caption or ""."""
 
     def __init__(self, source: Source, spec: str) -> None:
         self.source = source
         self._spec = spec
-        self._stamp = functools.lru_cache(_stamp)  # thousands of images may be in one tar
+        self._stamp = functools.lru_cache(_stamp)  # a tar may contain thousands of images
+        # Hash of names and sizes of images and captions, but not of times, which change in copies.
+        self.digest = functools.cache(lambda: str(source.fingerprint()["hash"]))
 
     def __len__(self) -> int:
         return len(self.source)
-
-    @functools.cached_property
-    def _digest(self) -> str:
-        return self.source.fingerprint()["hash"]
 
     def name(self, index: int) -> str:
         """Return a file's path, TAR#KEY, or SPEC#ROW."""
@@ -51,23 +49,19 @@ class Images:
         return record["image"], next(iter(record["text"]), "")
 
     def caption(self, index: int, known: str) -> str:
-        """Return the caption of an image file as it is now; `known` for other sources, which `stamp` covers."""
+        """Return the current caption of an image file; `known` for other sources, whose `stamp` covers captions."""
         return next(iter(self.source.captions(index)), "") if isinstance(self.source, FolderSource) else known
 
     def stamp(self, index: int) -> str:
-        """Return size and time of the local file that has an image, or the digest of its table, to notice a change."""
+        """Return size and time of an image's local file, or its table's digest, to notice changes."""
         if not isinstance(self.source, FolderSource | TarSource):
-            return self._digest
+            return self.digest()
         place = self.source.describe(index)
         return self._stamp(place.get("tar") or place["file"])
 
-    def digest(self) -> str:
-        """Return a hash of names and sizes, also of captions; without times, which change when files are copied."""
-        return self._digest
-
 
 def _stamp(path: str) -> str:
-    """Return size and time of a local file; "" for a missing one, and in buckets, where each costs a request."""
+    """Return size and time of a local file; "" for missing files, and in buckets, to avoid requests."""
     try:
         return "" if storage.is_remote(path) else "{} {}".format(*storage.stat(path))
     except OSError:
@@ -79,10 +73,7 @@ class Lines:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        try:
-            content = pathlib.Path(path).read_bytes()
-        except OSError as error:
-            raise UserError(f"--texts {path!r} cannot be read ({error}).") from error
+        content = pathlib.Path(path).read_bytes()
         self._lines = content.removesuffix(b"\n").split(b"\n") if content else []
         self._digest = hashlib.blake2b(content, digest_size=16).hexdigest()
 
@@ -103,12 +94,9 @@ class Lines:
 
 
 def open_images(pattern: str) -> Images:
-    """Open the images of a source or table, a folder, or files that `storage.expand` lists: only tars, or no tars.
+    """Open the images of a source, a table, a folder or a pattern, see `storage.expand`; `UserError` if there are none.
 
     "?image=COLUMN&text=COLUMN" at the end of a table's name names its columns; without `text` it has no captions.
-
-    Raises:
-      UserError: no images.
     """
     spec, columns = query_columns(pattern)
     if sources.is_spec(spec) or spec.lower().endswith((".csv", ".tsv", ".parquet")):
@@ -122,7 +110,7 @@ def open_images(pattern: str) -> Images:
 
 
 def _files(pattern: str) -> str:
-    """Return the spec of a folder or pattern of images or tars."""
+    """Return the spec for a folder or pattern that contains either images or tars."""
     pattern = pattern if storage.is_remote(pattern) else os.path.expanduser(pattern)
     if not os.path.isdir(pattern):
         paths = storage.expand(pattern)
@@ -136,4 +124,4 @@ def _files(pattern: str) -> str:
     return f"tar:{tar_pattern}" if tars else f"folder:{pattern}"
 
 
-Inputs = Images | Lines  # `read` returns content and text of an item, or raises `BadSample`
+Inputs = Images | Lines  # `read` returns content and text of an item

@@ -12,7 +12,7 @@ LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 
 
 def load(purpose: str) -> Any:
-    """Return huggingface_hub, or raise a `UserError` that begins with `purpose` if it is not installed."""
+    """Import huggingface_hub; if it is not installed, raise a `UserError` that begins with `purpose`."""
     try:
         import huggingface_hub
     except ImportError as error:
@@ -21,7 +21,7 @@ def load(purpose: str) -> Any:
 
 
 def unreachable(error: BaseException) -> bool:
-    """Whether a request failed because there is no connection, or the server does not work."""
+    """Whether a request failed for lack of a connection or a working server."""
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     if isinstance(error, HfHubHTTPError):
@@ -30,20 +30,18 @@ def unreachable(error: BaseException) -> bool:
 
 
 def _of_network(error: BaseException) -> bool:
-    """Whether an HTTP library raised the error; which one the client uses depends on the client's version."""
+    """Whether an HTTP library raised the error; different versions of the client use different libraries."""
     return type(error).__module__.startswith(("httpx", "httpcore", "requests", "urllib3"))
 
 
 @contextlib.contextmanager
-def sentences(what: str, repository: str, revision: str | None = None) -> Iterator[None]:
-    """Turn errors of huggingface_hub about a repository into a `UserError`; `what` begins its message."""
+def sentences(purpose: str, repository: str, revision: str | None = None) -> Iterator[None]:
+    """Convert errors of huggingface_hub about a repository to a `UserError` that begins with `purpose`."""
     from huggingface_hub import constants, errors
 
     try:
         yield
         return
-    except UserError:
-        raise
     except errors.LocalEntryNotFoundError:
         remedy = "connect this machine, or fetch it on another one and copy the cache"
         text = f"it is not in the cache, {constants.HF_HUB_CACHE}, and the Hub cannot be reached; {remedy}"
@@ -61,7 +59,8 @@ def sentences(what: str, repository: str, revision: str | None = None) -> Iterat
         text = f"the Hub answers {first_line(error).rstrip('.')}{remedy}"
     except Exception as error:
         # A refused model card raises ValueError, a refused file RuntimeError.
-        if not isinstance(error, OSError | ValueError | RuntimeError) and not _of_network(error):
+        of_client = isinstance(error, OSError | ValueError | RuntimeError) or _of_network(error)
+        if isinstance(error, UserError) or not of_client:
             raise
         text = f"the exchange with the Hub failed: {first_line(error).rstrip('.')}"
-    raise UserError(f"{what}: {text}.") from None  # the client's own tracebacks fill a screen
+    raise UserError(f"{purpose}: {text}.") from None  # the client's tracebacks fill a screen

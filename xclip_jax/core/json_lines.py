@@ -1,4 +1,4 @@
-"""Files of one JSON object per line, which a run appends to, and a resumed run continues."""
+"""Files with one JSON object per line, which survive kills and resumes."""
 
 import contextlib
 import json
@@ -11,28 +11,25 @@ from etils import epath
 from xclip_jax.core.console import log0
 from xclip_jax.core.storage import is_remote, os_errors, strict_json, write_whole
 
-# Seconds between two writes of a file in a bucket: 50 times as long as a write took, within limits.
+# Seconds between writes of a file in a bucket: 50 times the duration of a write, within limits.
 _REST, _LEAST_SECONDS, _MOST_SECONDS = 50, 60, 600
 
 
 class JsonLines:
-    """A file of one JSON object per line that a run appends to, and that a resumed run continues.
+    """A file with one JSON object per line; a run appends to it, and a resumed run continues it.
 
-    Objects in a bucket cannot grow: their lines are kept in memory, and all written again once in a while, more rarely
-    the longer that takes.
-
-    Attributes:
-      kept: the objects of an existing file that stay, if this process writes; they may be many.
+    Objects in a bucket cannot grow, so all lines stay in memory and are rewritten at intervals, see `_REST`.
+    `kept` lists the objects of the existing file that stay.
     """
 
     def __init__(self, path: epath.Path, keep: Callable[[dict[str, Any]], bool], *, writes: bool = True) -> None:
-        """Open `path`, without the lines that were written after the point to resume from.
+        """Open `path` and drop the lines written after the point to resume from.
 
         Args:
-          path: the file; it need not exist.
-          keep: whether an existing object stays. Lines that are not a JSON object, such as half a line of a process
-            that was killed, do not, nor objects that lack a value which `keep` reads, or have another type of it.
-          writes: false for all but one process of a run, which read and write nothing.
+          path: the file; need not exist.
+          keep: whether to keep an existing object. Damaged lines are dropped, such as half a line of a killed process,
+            and so are objects for which `keep` raises `KeyError` or `TypeError`.
+          writes: false in all processes of a run except one; they neither read nor write.
         """
         self.path, self._writes = path, writes
         old = path.read_bytes() if writes and path.exists() else b""
@@ -41,10 +38,11 @@ class JsonLines:
         if writes and "".join(lines).encode() != old:
             write_whole(path, "".join(lines))
         self._lines: list[str] | None = lines if is_remote(str(path)) else None
-        self._changed, self._next = False, 0.0  # whether lines are unwritten, and the earliest time to write them
+        self._changed = False  # whether some lines are unwritten
+        self._next = 0.0  # earliest time of the next write
 
     def append(self, *contents: Mapping[str, Any]) -> None:
-        """Append objects; addresses in them are written without passwords and signatures."""
+        """Append objects, without the secrets of URLs."""
         lines = [f"{strict_json(content)}\n" for content in contents]
         if not (self._writes and lines):
             return
@@ -58,14 +56,14 @@ class JsonLines:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is left; lines that a store refuses are kept, with a warning, and written later."""
+        """Write pending lines; if the store refuses, warn and keep them for a later write."""
         try:
             self.close()
         except OSError as error:
             log0(f"WARNING: {error}; its lines are kept, and written later")
 
     def close(self) -> None:
-        """Write what is left; more may be appended. Raises `OSError` if a store refuses it."""
+        """Write pending lines; more may be appended later. Raises `OSError` if the store refuses."""
         if not (self._lines and self._changed):
             return
         began = time.monotonic()
@@ -78,10 +76,11 @@ class JsonLines:
 
 
 def read(path: epath.Path, keep: Callable[[dict[str, Any]], bool] = lambda _: True) -> list[dict[str, Any]]:
-    """Return the objects of a file of JSON lines that `keep` accepts, none without it; damaged lines are left out."""
+    """Return the objects in a file that `keep` accepts, [] for a missing file; damaged lines are skipped."""
     objects = []
     for line in path.read_bytes().split(b"\n") if path.exists() else ():
-        with contextlib.suppress(ValueError, RecursionError, KeyError, TypeError):  # brackets without end; `keep`
-            if isinstance(content := json.loads(line), dict) and keep(content):
+        with contextlib.suppress(ValueError, RecursionError, KeyError, TypeError):  # the last two from `keep`
+            content = json.loads(line)
+            if isinstance(content, dict) and keep(content):
                 objects.append(content)
     return objects

@@ -19,20 +19,13 @@ def names(source, root):
 def test_hidden_folders_and_files_are_no_pairs(tmp_path):
     tiny.folder(tmp_path / ".data" / "pairs", n=3)  # above the root a dot means nothing
     root = tmp_path / ".data" / "pairs"
-    before, others = names(FolderSource(root), root), ("g.avif", "h.JP2", "i.jpe")
-    for place in (
-        ".ipynb_checkpoints/a-checkpoint.jpg",
-        "sub/.thumbs/b.jpg",
-        "._c.jpg",
-        "sub/d/e.JPG",
-        "sub-1/f.png",
-        *others,
-    ):
+    before, others = names(FolderSource(root), root), ("g.avif", "h.JP2", "i.jpe", "sub/d/e.JPG", "sub-1/f.png")
+    for place in (".ipynb_checkpoints/a-checkpoint.jpg", "sub/.thumbs/b.jpg", "._c.jpg", *others):
         (root / place).parent.mkdir(parents=True, exist_ok=True)
         (root / place).write_bytes(bad_tars.jpeg(0))
     (root / "folder.jpg").mkdir()
     after = names(FolderSource(root), root)
-    assert sorted(after) == sorted([*before, "sub/d/e.JPG", "sub-1/f.png", *others])
+    assert sorted(after) == sorted([*before, *others])
     assert after.index("sub/d/e.JPG") < after.index("sub-1/f.png")  # by folders, not by letters
 
 
@@ -68,12 +61,14 @@ def test_what_a_folder_cannot_read_is_a_bad_sample(tmp_path, monkeypatch):
 
 
 def test_card_of_a_folder(tmp_path):
-    """It is that of a copy in another place; another name, size or number of files changes it."""
+    """A copy in another place has the same; another name, size or number of files changes it."""
     root = tiny.folder(tmp_path / "a", n=4)
+    for name in ("\udcff.png", "\udcff.txt"):  # not in UTF-8
+        (root / name).write_bytes(b"x")
     card = sources.Decoded(FolderSource(root)).fingerprint()
-    assert card["samples"] == 4 and len(card["hash"]) == 32
+    assert card["samples"] == 5 and len(card["hash"]) == 32
     shutil.copytree(root, tmp_path / "b")
-    [image, *_] = sorted((tmp_path / "b").glob("*.*g"))
+    image = tmp_path / "b" / "000.png"
     os.utime(image, (1, 1))
     copy = FolderSource(tmp_path / "b")
     assert copy.fingerprint() == card
@@ -88,14 +83,6 @@ def test_card_of_a_folder(tmp_path):
         change()
         hashes.add(FolderSource(tmp_path / "b").fingerprint()["hash"])
     assert len(hashes) == 5
-
-
-def test_card_of_a_folder_takes_names_that_are_not_utf8(tmp_path):
-    path = os.fsencode(tmp_path) + b"/\xff.jpg"
-    with open(path, "wb") as file:
-        file.write(bad_tars.jpeg(0))
-    (tmp_path / "\udcff.txt").write_text("x")
-    assert FolderSource(tmp_path).fingerprint()["samples"] == 1
 
 
 def test_lines_of_a_caption_end_where_lines_do(tmp_path):

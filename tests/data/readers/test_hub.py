@@ -1,23 +1,20 @@
 """Data sets of the Hub by the package `datasets`: from folders, and from a stand-in of the Hub's server."""
 
 import io
-import json
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from tests.helpers import tiny
+from tests.helpers.bad_tars import jpeg
 from tests.helpers.encoding import PREPARE
 from xclip_jax.commands import check
 from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.data import records, sources
-from xclip_jax.data.base import SourceOptions
+from xclip_jax.data.base import MissingColumnError, SourceOptions
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.readers.hub import HubPairs
 from xclip_jax.evaluators import registry
 from xclip_jax.evaluators.prompts import PROFILES, with_own
-from xclip_jax.train import trainer
 
 datasets = pytest.importorskip("datasets")
 NAMES = ["cat", "dog", "hen"]
@@ -30,16 +27,10 @@ def cache(tmp_path, monkeypatch):
     datasets.disable_progress_bars()
 
 
-def png(i):
-    content = io.BytesIO()
-    Image.fromarray(np.random.default_rng(i).integers(0, 256, (9 + i % 3, 8, 3), np.uint8)).save(content, "png")
-    return content.getvalue()
-
-
 def rows(n=12, image="image", text="text"):
     """Rows of images, captions and classes."""
     columns = {
-        image: [{"bytes": png(i), "path": f"{i}.png"} for i in range(n)],
+        image: [{"bytes": jpeg(i), "path": f"{i}.png"} for i in range(n)],
         text: [f"picture {i} " for i in range(n)],
     }
     features = {image: datasets.Image(), text: datasets.Value("string"), "label": datasets.ClassLabel(names=NAMES)}
@@ -57,7 +48,7 @@ def saved(path, made=None):
 
 def test_a_folder_of_save_to_disk(tmp_path):
     source = sources.open_pairs(f"hf:{saved(tmp_path / 'set')}")
-    assert len(source) == 12 and source[3] == {"image": png(3), "text": ["picture 3"], "tags": [], "id": "3"}
+    assert len(source) == 12 and source[3] == {"image": jpeg(3), "text": ["picture 3"], "tags": [], "id": "3"}
     with pytest.raises(IndexError):
         source[12]
 
@@ -69,21 +60,6 @@ def test_a_column_without_images_has_bad_samples(tmp_path):
         source[0]
     paths = HubPairs("ORG/NAME/train", options(), datasets.Dataset.from_dict({"image": ["a\0"], "text": ["a"]}))
     assert isinstance(records.read(paths, 0), BadSample) and paths.describe(0) == {"row": "0"}
-
-
-def test_splits_of_folders(tmp_path):
-    parts = {"train": rows(9), "test": rows(4)}
-    datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "saved"))
-    (tmp_path / "parquet").mkdir()
-    for name, part in parts.items():
-        part.to_parquet(str(tmp_path / "parquet" / f"{name}-00000-of-00001.parquet"))
-    for folder in ("saved", "parquet"):
-        opened = {name: sources.open_pairs(f"hf:{tmp_path / folder / name}") for name in parts}
-        assert [len(source) for source in opened.values()] == [9, 4] and opened["test"][3]["image"] == png(3)
-    with pytest.raises(UserError, match=r"datasets cannot open it: Unknown split .validation"):
-        sources.open_pairs(f"hf:{tmp_path / 'parquet' / 'validation'}")
-    with pytest.raises(UserError, match=r"/none/train: "):
-        sources.open_pairs(f"hf:{tmp_path / 'none' / 'train'}")
 
 
 def test_the_fingerprint_is_of_the_content(tmp_path):
@@ -99,7 +75,7 @@ def test_the_fingerprint_is_of_the_content(tmp_path):
 def test_columns_are_those_of_the_config_or_the_only_images(tmp_path):
     path = saved(tmp_path / "set", rows(image="jpg", text="txt"))
     source = sources.open_pairs(f"hf:{path}", options(text_columns=("txt",)))
-    assert source[2]["image"] == png(2) and source[2]["text"] == ["picture 2"]
+    assert source[2]["image"] == jpeg(2) and source[2]["text"] == ["picture 2"]
     extra = {"json": [{"alt": f"alt {i}", "words": ["a", "b"]} for i in range(12)], "tags": ["red, blue,"] * 12}
     made = rows().add_column("json", extra["json"]).add_column("tags", extra["tags"])
     path = saved(tmp_path / "nested", made)
@@ -107,60 +83,49 @@ def test_columns_are_those_of_the_config_or_the_only_images(tmp_path):
     record = sources.open_pairs(f"hf:{path}", keys)[5]
     assert record["text"] == ["picture 5", "alt 5", "a", "b"] and record["tags"] == ["red", "blue"]
     features = datasets.Features({"image": datasets.Image()})
-    named = datasets.Dataset.from_dict({"image": [{"bytes": png(0), "path": "a fox.png"}]}, features)
+    named = datasets.Dataset.from_dict({"image": [{"bytes": jpeg(0), "path": "a fox.png"}]}, features)
     assert HubPairs("ORG/NAME/train", options(text_columns=("image/path",)), named)[0]["text"] == ["a fox.png"]
 
 
 def test_images_that_are_paths_and_bytes(tmp_path):
-    (tmp_path / "a.png").write_bytes(png(1))
-    for i, value in enumerate((str(tmp_path / "a.png"), "../a.png", png(1))):
+    (tmp_path / "a.png").write_bytes(jpeg(1))
+    for i, value in enumerate((str(tmp_path / "a.png"), "../a.png", jpeg(1))):
         made = datasets.Dataset.from_dict({"picture": [value, type(value)()], "caption": ["one", "two"]})
         source = sources.open_pairs(
             f"hf:{saved(tmp_path / str(i), made)}", options(image_column="picture", text_columns=("caption",))
         )
-        assert source[0]["image"] == png(1) and source[0]["text"] == ["one"]
+        assert source[0]["image"] == jpeg(1) and source[0]["text"] == ["one"]
         with pytest.raises(BadSample, match="no image in the row"):
             source[1]
         assert source.fingerprint()["samples"] == 2
     (tmp_path / "files").mkdir()
     made = datasets.Dataset.from_dict({"image": ["../a.png"], "text": ["one"]})
     made.to_parquet(str(tmp_path / "files" / "train-00000-of-00001.parquet"))
-    assert sources.open_pairs(f"hf:{tmp_path / 'files' / 'train'}")[0]["image"] == png(1)
+    assert sources.open_pairs(f"hf:{tmp_path / 'files' / 'train'}")[0]["image"] == jpeg(1)
 
 
 @pytest.mark.parametrize(
-    "drop, change, message",
+    ("drop", "change", "named"),
     [
-        (
-            "image",
-            {},
-            r"has no column 'image'; its columns are 'text', 'label'; set data\.image_column, data\.text_columns and",
-        ),
-        ("", {"image_column": "jpeg"}, "has no column 'jpeg'; its columns are "),
-        ("text", {}, "has no column 'text'; its columns are 'image', 'label'; set "),
-        ("", {"text_columns": ("text", "alt")}, "has no column 'alt'"),
-        ("", {"tags_key": "words"}, "has no column 'words'; its columns are "),
+        ("image", {}, "'image'; its columns are 'text', 'label'"),
+        ("", {"image_column": "jpeg"}, "'jpeg'"),
+        ("text", {}, "'text'; its columns are 'image', 'label'"),
+        ("", {"text_columns": ("text", "alt")}, "'alt'"),
+        ("", {"tags_key": "words"}, "'words'"),
     ],
 )
-def test_columns_that_are_missing(tmp_path, drop, change, message):
+def test_columns_that_are_missing(tmp_path, drop, change, named):
     made = rows().remove_columns(drop) if drop else rows()
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(MissingColumnError, match=f"has no column {named}"):
         sources.open_pairs(f"hf:{saved(tmp_path / 'set', made)}", options(**change))
 
 
 def test_several_columns_of_images_are_a_choice(tmp_path):
     made = datasets.concatenate_datasets([rows(image="left"), rows(image="right").select_columns("right")], axis=1)
     path = saved(tmp_path / "set", made)
-    with pytest.raises(UserError, match=r"has no column 'image'; its columns are 'left', .*'right'"):
+    with pytest.raises(MissingColumnError, match=r"'left', .*'right'"):
         sources.open_pairs(f"hf:{path}")
-    assert sources.open_pairs(f"hf:{path}", options(image_column="left"))[0]["image"] == png(0)
-
-
-def test_a_caption_that_is_empty_is_a_bad_sample(tmp_path):
-    made = rows().map(lambda row, i: {"text": " " if i == 2 else row["text"]}, with_indices=True)
-    source = sources.open_pairs(f"hf:{saved(tmp_path / 'set', made)}")
-    with pytest.raises(BadSample, match="caption is empty"):
-        source[2]
+    assert sources.open_pairs(f"hf:{path}", options(image_column="left"))[0]["image"] == jpeg(0)
 
 
 def test_classes_are_evaluation_sets(tmp_path):
@@ -170,7 +135,7 @@ def test_classes_are_evaluation_sets(tmp_path):
     assert loaded.images[0].shape == (8, 8, 3) and loaded.card.split_hash
     probe = registry.load(f"probe/hf:{tmp_path / 'set'}", PREPARE)
     assert (len(probe.train), len(probe.validation), len(probe.test)) == (9, 0, 6)
-    with pytest.raises(UserError, match=r"has no column 'label'; its columns are 'image', 'text'; name its columns, "):
+    with pytest.raises(UserError, match="'label'; its columns are 'image', 'text'"):
         registry.load(f"hf:{saved(tmp_path / 'none', rows().remove_columns('label'))}", PREPARE)
     missing = rows().cast_column("label", datasets.Value("int64")).map(lambda row: {"label": -1})
     missing = missing.cast_column("label", datasets.ClassLabel(names=NAMES))
@@ -191,10 +156,10 @@ def test_a_column_of_classes_is_named_in_the_spec(tmp_path):
     loaded = registry.load(f"{spec}?label=coarse%2Flabel", PREPARE)
     assert loaded.labels.tolist() == [0, 1] * 3 and list(loaded.names) == ["bird", "beast"]
     source = sources.open_labelled(f"{spec}?label=fine")
-    assert source.labels().tolist() == [0, 1, 2] * 2 and source[1]["image"] == png(1)
+    assert source.labels().tolist() == [0, 1, 2] * 2 and source[1]["image"] == jpeg(1)
     probe = registry.load(f"probe/hf:{tmp_path / 'set'}?label=fine", PREPARE)
     assert (len(probe.train), len(probe.validation), len(probe.test)) == (9, 0, 6)
-    with pytest.raises(UserError, match=r"no column 'label'; its columns are .*'fine', 'coarse/label'; name its"):
+    with pytest.raises(UserError, match=r"'label'; its columns are .*'fine', 'coarse/label'"):
         registry.load(spec, PREPARE)
 
 
@@ -228,12 +193,14 @@ def test_splits_are_the_files_of_their_name(tmp_path):
     assert {split: len(sources.open_pairs(f"hf:{folder}/{split}")) for split in sizes} == sizes
     probe = registry.load(f"probe/hf:{folder}", PREPARE)
     assert (len(probe.train), len(probe.validation), len(probe.test)) == (3, 4, 5)
-    with pytest.raises(UserError, match=r'Unknown split "none"\. Should be one of \['):
+    with pytest.raises(UserError, match='"none"'):
         sources.open_pairs(f"hf:{folder}/none")
     datasets.DatasetDict({"train": rows(3), "mine": rows(2)}).save_to_disk(str(tmp_path / "saved"))
     assert len(sources.open_pairs(f"hf:{tmp_path}/saved/mine")) == 2
-    with pytest.raises(UserError, match=r"Unknown split 'none'\. Should be one of \['train', 'mine'\]"):
+    with pytest.raises(UserError, match=r"'none'.* \['train', 'mine'\]"):
         sources.open_pairs(f"hf:{tmp_path}/saved/none")
+    with pytest.raises(UserError, match="/nowhere/train: "):
+        sources.open_pairs(f"hf:{tmp_path}/nowhere/train")
 
 
 def test_held_out_pairs_of_several_columns_have_labels(tmp_path):
@@ -245,7 +212,7 @@ def test_held_out_pairs_of_several_columns_have_labels(tmp_path):
     pairs = registry.load("retrieval/holdout", PREPARE, data=data)
     assert 0 < len(named.images) == len(pairs.images) < 20 and list(named.names) == NAMES
     np.testing.assert_array_equal(named.images[0], pairs.images[0])
-    assert sources.open_pairs(data.sources[0], options(image_column="left"))[1]["image"] == png(1)
+    assert sources.open_pairs(data.sources[0], options(image_column="left"))[1]["image"] == jpeg(1)
 
 
 @pytest.mark.parametrize("layout", ["saved", "parquet"])
@@ -304,19 +271,16 @@ def hub(server, monkeypatch):
 
 def test_sets_of_the_hub(hub, monkeypatch):
     source = sources.open_pairs("hf:lab/pairs/small/train")
-    assert len(source) == 5 and source[4]["image"] == png(4)
+    assert len(source) == 5 and source[4]["image"] == jpeg(4)
     assert not any("large" in name for name in hub.fetched())
     assert len(sources.open_pairs("hf:lab/plain@main/train")) == 5
     with pytest.raises(UserError, match=r"Config name is missing.*'small', 'large'"):
         sources.open_pairs("hf:lab/pairs/train")
     with pytest.raises(UserError, match=r"Unknown split .test"):
         sources.open_pairs("hf:lab/plain/test")
-    with pytest.raises(
-        UserError, match=r"lab/none.* doesn't exist on the Hub or cannot be accessed; check the name, or log"
-    ):
-        sources.open_pairs("hf:lab/none/train")
-    with pytest.raises(UserError, match="Revision 'v2' doesn't exist"):
-        sources.open_pairs("hf:lab/plain@v2/train")
+    for place, named in (("none", "lab/none.* check the name"), ("plain@v2", "Revision 'v2' doesn't exist")):
+        with pytest.raises(UserError, match=named):
+            sources.open_pairs(f"hf:lab/{place}/train")
 
 
 def test_a_folder_is_no_set_of_the_hub_and_no_format(hub, tmp_path, monkeypatch):
@@ -331,7 +295,7 @@ def test_a_folder_is_no_set_of_the_hub_and_no_format(hub, tmp_path, monkeypatch)
 
 def test_rows_of_the_hub_name_files_of_the_hub_alone(hub, tmp_path):
     private = tmp_path / "private.png"
-    private.write_bytes(png(0))
+    private.write_bytes(jpeg(0))
     names = [str(private), "private.png", f"file://{private}"]
     made = datasets.Dataset.from_dict({"image": [{"bytes": None, "path": name} for name in names], "text": names})
     content = io.BytesIO()
@@ -339,15 +303,15 @@ def test_rows_of_the_hub_name_files_of_the_hub_alone(hub, tmp_path):
     hub.add("lab/paths", {"train-00000-of-00001.parquet": content.getvalue()})
     source = sources.open_pairs("hf:lab/paths/train")
     for index in range(len(names)):
-        with pytest.raises(BadSample, match="a table that is not on this machine may not name it"):
+        with pytest.raises(BadSample, match="may not name it"):
             source[index]
     # Saved by the user, the same rows are the user's.
-    assert sources.open_pairs(f"hf:{saved(tmp_path / 'mine', made)}")[0]["image"] == png(0)
+    assert sources.open_pairs(f"hf:{saved(tmp_path / 'mine', made)}")[0]["image"] == jpeg(0)
 
 
 def test_images_that_are_files_of_a_set_of_the_hub_are_read(hub):
-    hub.add("lab/files", {"a.png": png(1), "metadata.csv": b"file_name,text\na.png,one\n"})
-    assert sources.open_pairs("hf:lab/files/train")[0]["image"] == png(1)
+    hub.add("lab/files", {"a.png": jpeg(1), "metadata.csv": b"file_name,text\na.png,one\n"})
+    assert sources.open_pairs("hf:lab/files/train")[0]["image"] == jpeg(1)
 
 
 def test_splits_of_the_hub_are_listed(hub, monkeypatch):
@@ -359,7 +323,7 @@ def test_splits_of_the_hub_are_listed(hub, monkeypatch):
     assert has("lab/pairs/small", "train") and not has("lab/pairs/small?label=label", "validation")
     with pytest.raises(UserError, match="Config name is missing"):
         has("lab/pairs", "validation")
-    with pytest.raises(UserError, match=r"'hf:lab/train' does not name a data set and a split; write hf:ORG/NAME"):
+    with pytest.raises(UserError, match="hf:ORG/NAME"):
         has("lab", "validation")
     sources.open_pairs("hf:lab/plain/train")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
@@ -374,22 +338,11 @@ def test_the_cache_is_enough_offline(hub, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     hub.requests.clear()
     assert sources.open_pairs("hf:lab/plain/train").fingerprint() == expected
-    with pytest.raises(UserError, match=r"hf:lab/other/train is not in the cache, .*, and the Hub cannot be reached"):
+    with pytest.raises(UserError, match=r"hf:lab/other/train is not in the cache"):
         sources.open_pairs("hf:lab/other/train")
     assert hub.requests == []
 
 
-def run_of(path, run, **changes):
-    """Metrics of two steps on a data set."""
-    trainer.run(tiny.config(run=run, steps=2, data__sources=(f"hf:{path}",), **changes))
-    return tiny.lines(run)
-
-
-def test_a_run_and_its_check_read_it(tmp_path, capsys):
-    path = saved(tmp_path / "set", rows(32))
-    check.main([f"hf:{path}"])
+def test_check_reads_it(tmp_path, capsys):
+    assert check.main([f"hf:{saved(tmp_path / 'set', rows(32))}"]) == 0
     assert "samples: 32" in capsys.readouterr().out
-    last = run_of(path, tmp_path / "run")[-1]
-    assert last["step"] == 2 and last["data/bad"] == 0
-    (card,) = json.loads((tmp_path / "run" / "data.json").read_text())
-    assert (card["samples"], card["columns"]) == (32, {"image": "image", "text": ["text"]})

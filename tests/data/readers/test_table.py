@@ -12,7 +12,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from tests.helpers import bad_tars
 from xclip_jax.core.errors import BadSample, UserError
-from xclip_jax.data import base, sources
+from xclip_jax.data import base, records, sources
 from xclip_jax.data.base import read_csv
 from xclip_jax.data.readers.table import ArrayRecordSource, ImageColumn
 
@@ -60,15 +60,10 @@ def test_csv(tmp_path, images, tab, first):
         with pytest.raises(BadSample, match=reason):
             source[i]
     assert source.describe(3) == {"file": str(tmp_path / "images" / "9.jpg")}
-    with pytest.raises(
-        UserError, match=r"has no column 'image'; its columns are 'title', 'filepath', 'words'; set data\.image_column"
-    ):
+    with pytest.raises(base.MissingColumnError, match=r"'image'; its columns are 'title', 'filepath', 'words'"):
         open_source(f"csv:{tmp_path}/pairs.csv")
-    with pytest.raises(UserError, match="has no column 'filepath/bytes'"):  # only texts have fields
+    with pytest.raises(base.MissingColumnError, match="'filepath/bytes'"):  # only texts have fields
         open_source(f"csv:{tmp_path}/pairs.csv", "filepath/bytes", ("title",))
-    (tmp_path / "empty.csv").write_text("image,text\n")
-    with pytest.raises(UserError, match="has no row"):
-        open_source(f"csv:{tmp_path}/empty.csv")
 
 
 UNCLOSED = [("a.jpg", "x", "caption"), ("a.jpg", "x", '"never closed'), *[("a.jpg", "x", "caption")] * 90]
@@ -77,6 +72,7 @@ UNCLOSED = [("a.jpg", "x", "caption"), ("a.jpg", "x", '"never closed'), *[("a.jp
 @pytest.mark.parametrize(
     ("rows", "named"),
     [
+        ([("image", "text"), ("",)], "has no row"),
         ([("image", "text"), ("0.jpg", "a fox", "red")], "got 3: 0.jpg"),
         ([("image", "text"), ("0.jpg",)], "got 1: 0.jpg"),
         ([], "Empty CSV file"),
@@ -149,20 +145,10 @@ def test_rows_whose_image_cannot_be_read_are_bad_samples(tmp_path, images, monke
     write(tmp_path / "x.csv", [("image", "text"), *((name, "caption") for name in names)])
     source = open_source(f"csv:{tmp_path}/x.csv")
     assert source[0]["image"] == images[0]
-    for i, (reason, detail) in enumerate(
-        [
-            ("file cannot be read", "null byte"),
-            ("file cannot be read", "foo"),
-            ("file cannot be read", "not a regular"),
-            ("file cannot be read", "not a regular"),
-            ("file too large", "larger than 2,000 bytes"),
-            ("file cannot be read", "too long"),
-        ],
-        1,
-    ):
+    for i, detail in enumerate(("null byte", "foo", "not a regular", "not a regular", "2,000 bytes", "too long"), 1):
         with pytest.raises(BadSample, match=detail) as error:
             source[i]
-        assert error.value.reason == reason
+        assert error.value.reason == ("file too large" if names[i] == "large.jpg" else "file cannot be read")
         assert source.describe(i)["file"]
 
 
@@ -188,12 +174,8 @@ def test_parquet(tmp_path, images):
     paths = pyarrow.table({"image": ["images/0.jpg", None], "text": [["one", "two"], ["x"]]})
     pyarrow.parquet.write_table(paths, tmp_path / "0.parquet")
     source = open_source(f"parquet:{tmp_path}/0.parquet")
-    assert source[0] == {
-        "image": images[0],
-        "text": ["one", "two"],
-        "tags": [],
-        "id": str(tmp_path / "images" / "0.jpg"),
-    }
+    path = str(tmp_path / "images" / "0.jpg")
+    assert source[0] == {"image": images[0], "text": ["one", "two"], "tags": [], "id": path}
     with pytest.raises(BadSample, match="no image in the row"):
         source[1]
     inside = pyarrow.table({"image": [{"bytes": images[1], "path": "x"}], "text": ["t"], "tags": [["a", "b"]]})
@@ -213,7 +195,7 @@ def test_a_table_in_a_bucket_names_no_files_of_this_machine(tmp_path, images):
     assert source[0]["image"] == images[0]
     source.tables[:] = ["gs://bucket/tables/0.parquet"]
     assert source.describe(1) == {"file": "gs://bucket/tables/../images/0.jpg"}
-    with pytest.raises(BadSample, match="it is not on the web: a table that is not on this machine"):
+    with pytest.raises(BadSample, match="may not name it"):
         source[0]
 
 
@@ -248,16 +230,9 @@ def test_rows_without_a_label_are_left_out_and_counted(tmp_path, images, capsys)
         assert f"{spec}: 1 of 3 rows have no 'kind' and are left out, row 1 first" in capsys.readouterr().out
         other = sources.open_labelled(write_classes(tmp_path / "x.parquet", images, ["b", "a", empty]))
         assert other.labels().tolist() == [1, 0] and other.fingerprint() != source.fingerprint()
-    for labels, message in (
-        ([None, None], "no row has a label in column 'kind'; name another split or column"),
-        ([0.5, 1.0], "column 'kind' has values of type double, and classes are strings in UTF-8 or integers; name"),
-        ([["a"], ["b"]], "column 'kind' has values of type list"),
-        (
-            pyarrow.array([b"\xff", b"a"]).cast(pyarrow.string(), safe=False),
-            "column 'kind' has values of type string, and classes are strings in",
-        ),
-    ):
-        with pytest.raises(UserError, match=message):
+    latin = pyarrow.array([b"\xff", b"a"]).cast(pyarrow.string(), safe=False)
+    for labels, named in (([None], ""), ([0.5, 1.0], ".* double"), ([["a"], ["b"]], ".* list"), (latin, ".* UTF-8")):
+        with pytest.raises(UserError, match=f"x.parquet.* column 'kind'{named}"):
             sources.open_labelled(write_classes(tmp_path / "x.parquet", images, labels))
 
 
@@ -271,7 +246,7 @@ def test_classes_and_images_are_named_in_the_spec(tmp_path, images):
     pyarrow.parquet.write_table(picture, tmp_path / "y.parquet")
     spec = f"parquet:{tmp_path}/y.parquet?image=my%2Fpicture&label=kind"
     assert sources.open_labelled(spec)[1]["image"] == open_source(spec)[1]["image"] == images[1]
-    with pytest.raises(UserError, match=r"no column 'label'; its columns are .*, SOURCE\?image=COLUMN&label=COLUMN"):
+    with pytest.raises(UserError, match=r"'label'; its columns are .*label=COLUMN"):
         sources.open_labelled(f"parquet:{tmp_path}/y.parquet?image=my%2Fpicture")
 
 
@@ -320,7 +295,7 @@ def test_parquet_tables_of_different_schemas(tmp_path):
         pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet")
     assert len(open_source(f"parquet:{tmp_path}/0.parquet,{tmp_path}/2.parquet")) == 2
     assert len(open_source(f"parquet:{tmp_path}/2.parquet,{tmp_path}/0.parquet")) == 2
-    with pytest.raises(UserError, match=r"have columns of other types .*image.*string vs binary"):
+    with pytest.raises(UserError, match=r"parquet' .*image.*string vs binary"):
         open_source(f"parquet:{tmp_path}/*.parquet")
     pyarrow.parquet.write_table(pyarrow.table({"image": [5], "text": ["x"]}), tmp_path / "n.parquet")
     with pytest.raises(BadSample, match="no image in the row"):
@@ -335,24 +310,21 @@ def test_array_record(tmp_path, images):
         return found.SerializeToString()
 
     writer = array_record_module.ArrayRecordWriter(str(tmp_path / "a.array_record"), "group_size:1")
+    texts = [b"one", b"two"]
     for record in (
-        example(image=[images[0]], text=[b"one", b"two"]),
-        example(image=[images[1]]),
-        example(text=[b"x"]),
-        b"\xff\xff",
-    ):
+        example(image=[images[0]], text=texts), example(image=[images[1]]), example(text=[b"x"]), b"\xff\xff"
+    ):  # fmt: skip
         writer.write(record)
     writer.close()
     source = open_source(f"array_record:{tmp_path}/*.array_record")
     assert len(source) == 4
     assert source[0] == {"image": images[0], "text": ["one", "two"], "tags": [], "id": "0"}
-    for i, reason in ((1, "caption is empty"), (2, "no image in the record"), (3, "record cannot be read")):
-        with pytest.raises(BadSample, match=reason):
-            source[i]
+    for i, reason in ((1, "caption is empty"), (2, "no image in the record"), (3, "DecodeError")):
+        assert records.read(source, i).reason == reason
     card = source.fingerprint()
     assert card["samples"] == 4 and len(card["hash"]) == 32
     (tmp_path / "b.array_record").write_bytes(b"rubbish" * 100)
-    with pytest.raises(UserError, match="cannot be read as ArrayRecord"):
+    with pytest.raises(UserError, match=r"b\.array_record"):
         ArrayRecordSource(f"{tmp_path}/b.array_record", base.SourceOptions())
 
 

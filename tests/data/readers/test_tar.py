@@ -132,11 +132,8 @@ def test_too_many_bad_samples_stop_the_run(tortured, tmp_path):
     source = TarSource(tortured[0])
     book = ledger.BadSampleLog(epath.Path(tmp_path), max_bad_fraction=0.01)
     read([source], config(), book)
-    message = (
-        r"of \d+ samples are bad, more than data\.max_bad_fraction=0\.01 allows \(.*is empty: \d.*bad_samples\.jsonl"
-    )
     book.sync(40)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=r"data\.max_bad_fraction=0\.01 .*is empty: \d.*bad_samples\.jsonl"):
         book.check()
     assert tiny.lines(tmp_path, "bad_samples.jsonl")
 
@@ -145,7 +142,7 @@ def test_nothing_but_bad_samples_stop_the_run_at_once(tmp_path):
     bad_tars.shard(tmp_path / "0.tar", [(str(i), {"jpg": b"<html>", "txt": b"x"}) for i in range(5)])
     source = TarSource(f"{tmp_path}/0.tar")
     book = ledger.BadSampleLog(epath.Path(tmp_path), max_bad_fraction=1.0)
-    with pytest.raises(UserError, match=r"source 0 gave 100 bad samples in a row.*'not an image'"):
+    with pytest.raises(UserError, match=r"source 0 .*'not an image'"):
         read([source], config(), book)
 
 
@@ -249,34 +246,13 @@ def test_a_tar_that_is_overwritten_while_it_is_read_gives_reasons(tmp_path):
     source = TarSource(str(path))
     with path.open("r+b") as file:
         file.write(bytes(path.stat().st_size))
-    for i in range(3):
-        with pytest.raises(BadSample, match="caption is not text"):
-            source[i]
-
-
-def test_patterns():
-    assert list(dict.fromkeys(storage._braces("x{08..11}y{a,b{1..2}}"))) == [
-        f"x{i}y{j}" for i in ("08", "09", "10", "11") for j in ("a", "b1", "b2")
-    ]
-    assert storage.expand("gs://b/{b,c{1,2}}d,gs://b/e") == ["gs://b/bd", "gs://b/c1d", "gs://b/c2d", "gs://b/e"]
-    assert list(storage._braces("{2..0}")) == ["2", "1", "0"]
-    assert list(storage._braces("{9..10}")) == ["9", "10"]
-    with pytest.raises(UserError, match=r"no file or folder 'a\{b'"):
-        storage.expand("a{b,c")
-    with pytest.raises(UserError, match=r"no file matches '/nowhere/\*\.tar'"):
-        storage.expand("/nowhere/*.tar")
-
-
-def test_globs_and_lists(plain):
-    folder = plain.rpartition("/")[0]
-    both = [f"{folder}/0.tar", f"{folder}/1.tar"]
-    assert storage.expand(f"{folder}/*.tar") == both
-    assert storage.expand(f"{folder}/1.tar,{folder}/*.tar") == both[::-1]
+    with pytest.raises(BadSample, match="caption is not text"):
+        source[0]
 
 
 def test_no_sample_at_all(tmp_path):
     (tmp_path / "0.tar").write_bytes(b"")
-    with pytest.raises(UserError, match=r"names 1 tars and none contains a whole sample \(tar without samples\)"):
+    with pytest.raises(UserError, match=r"0\.tar' .*tar without samples"):
         TarSource(str(tmp_path / "0.tar"))
 
 
@@ -292,36 +268,20 @@ def test_remote_tars_are_read_alike(plain, tmp_path, monkeypatch):
     assert here.fingerprint()["hash"] == there.fingerprint()["hash"]
 
 
-# The limit of open files, in processes of their own, since it stays raised.
-
-LIMITED = """
+READ_ALL = """
 import os, resource, sys
 from xclip_jax.data.readers.tar import TarSource
-from xclip_jax.core.errors import UserError
-free, hard = map(int, sys.argv[2:])
-soft = len(os.listdir("/dev/fd")) + free
-resource.setrlimit(resource.RLIMIT_NOFILE, (soft, soft + hard))
-"""
-READ_ALL = """
+soft = len(os.listdir("/dev/fd")) + 40
+resource.setrlimit(resource.RLIMIT_NOFILE, (soft, soft + 4000))
 source = TarSource(sys.argv[1])
 assert [source[i]["text"] for i in range(len(source))] and len(source) == 60
 assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > soft
 """
 
 
-@pytest.fixture(scope="module")
-def sixty_tars(tmp_path_factory):
-    root = tmp_path_factory.mktemp("tars")
+def test_more_tars_than_the_limit_of_open_files_are_read(tmp_path, monkeypatch):
+    """In another process, since the limit stays raised."""
     for i in range(60):
-        bad_tars.pairs(root / f"{i:02d}.tar", i, 1)
-    return root
-
-
-def run_limited(script, tars, monkeypatch, free, hard):
-    monkeypatch.setenv("XCLIP_CACHE", str(tars / "cache"))
-    command = [sys.executable, "-c", LIMITED + script, str(tars), str(free), str(hard)]
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
-
-
-def test_more_tars_than_the_limit_of_open_files_are_read(sixty_tars, monkeypatch):
-    run_limited(READ_ALL, sixty_tars, monkeypatch, free=40, hard=4000)
+        bad_tars.pairs(tmp_path / f"{i:02d}.tar", i, 1)
+    monkeypatch.setenv("XCLIP_CACHE", str(tmp_path / "cache"))
+    subprocess.run([sys.executable, "-c", READ_ALL, str(tmp_path)], check=True, timeout=120)

@@ -3,8 +3,6 @@
 import functools
 import itertools
 import os
-import subprocess
-import sys
 import tarfile
 
 import numpy as np
@@ -13,11 +11,13 @@ import pytest
 from tests.helpers import bad_tars, bucket
 from xclip_jax.core import storage
 from xclip_jax.core.errors import BadSample, UserError
+from xclip_jax.data import records
 from xclip_jax.data.readers import tar as tar_reader
 from xclip_jax.data.readers import tar_index
 from xclip_jax.data.readers.tar import TarSource
 
 tortured = bad_tars.tortured
+HEADER = b"{'descr': '%s', 'fortran_order': False, 'shape': (1,), }"
 
 
 def test_index_is_stored_once_and_follows_the_tar(tmp_path, monkeypatch):
@@ -40,6 +40,8 @@ def test_a_stored_index_that_is_damaged_is_made_again(tmp_path, monkeypatch):
     index = tar_index.index
     monkeypatch.setattr(tar_index, "index", lambda path: indexed.append(path) or index(path))
     damaged = [b"", b"x", whole[:100], whole[:-1], bytes(len(whole)), rng.bytes(300)]
+    for header in (b"{'descr': (", b"{" * 5000, b"\xff" * 60, HEADER % b"|O", HEADER % b"<f4"):
+        damaged.append(b"\x93NUMPY\x01\0" + len(header).to_bytes(2, "little") + header + bytes(4))
     for number, content in enumerate(damaged, 1):
         stored.unlink()  # else it would change under the maps of the source before
         stored.write_bytes(content)
@@ -51,29 +53,6 @@ def test_a_stored_index_that_is_damaged_is_made_again(tmp_path, monkeypatch):
     stored.mkdir()
     monkeypatch.setenv("XCLIP_CACHE", str(tmp_path / "cache"))
     assert len(TarSource(str(path))) == 3
-    assert len(list((tmp_path / "cache").rglob("*.npy"))) == 1
-
-
-def test_an_index_whose_header_is_damaged_is_not_read(tmp_path):
-    path = tmp_path / "x.npy"
-    for header in (
-        b"{'descr': (",
-        b"{" * 5000,
-        b"\xff" * 60,
-        b"{'descr': '|O', 'fortran_order': False, 'shape': (1,), }",
-        b"{'descr': '<f4', 'fortran_order': False, 'shape': (1,), }",
-    ):
-        path.write_bytes(b"\x93NUMPY\x01\0" + len(header).to_bytes(2, "little") + header + bytes(4))
-        assert tar_index.read(path) is None
-
-
-def test_index_beside_read_only_data_goes_to_the_cache(tmp_path, monkeypatch):
-    (tmp_path / "data").mkdir()
-    path = bad_tars.pairs(tmp_path / "data" / "0.tar", 0, 3)
-    monkeypatch.setenv("XCLIP_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "data" / ".xclip_index").write_text("")  # no folder can be made there
-    assert len(TarSource(str(path))) == 3
-    assert list((tmp_path / "data").glob("*/*")) == []
     assert len(list((tmp_path / "cache").rglob("*.npy"))) == 1
 
 
@@ -112,9 +91,6 @@ def test_index_in_processes_is_that_of_one(tmp_path, capfd):
     for path, place in zip(paths, places, strict=True):
         np.testing.assert_array_equal(np.load(place), tar_index.index(path))
     assert "indexed 5 tars in" in capfd.readouterr().out
-    os.unlink(paths[0])
-    with pytest.raises(UserError, match=r"no file or folder .*0\.tar"):
-        TarSource(f"{tmp_path}/{{0..4}}.tar")
 
 
 def test_names_with_line_breaks(tmp_path):
@@ -125,19 +101,10 @@ def test_names_with_line_breaks(tmp_path):
 @pytest.mark.parametrize(
     "size",
     [
-        b"-0000001000\0",
-        b"+0000001000\0",
-        b"0000_001000\0",
-        b"0o000001000\0",
-        b"00000010 00\0",
-        b"99999999999\0",
-        b"\xff" * 12,
-        b"\xff" * 11 + b"\0",
-        b"\xc0" + bytes(11),
-        b"\x80" + b"\xff" * 11,
-        b"-1\0".ljust(12, b"\0"),
+        b"-0000001000\0", b"+0000001000\0", b"0000_001000\0", b"0o000001000\0", b"00000010 00\0", b"99999999999\0",
+        b"\xff" * 12, b"\xff" * 11 + b"\0", b"\xc0" + bytes(11), b"\x80" + b"\xff" * 11, b"-1\0".ljust(12, b"\0"),
     ],
-)
+)  # fmt: skip
 def test_a_header_with_an_odd_size_neither_hangs_the_index_nor_ends_it(size, tmp_path):
     path = bad_tars.shard(tmp_path / "x.tar", [(key, {"jpg": b"x" * 600, "txt": b"y"}) for key in ("a", "b", "c")])
     with tarfile.open(path) as tar:
@@ -191,21 +158,13 @@ def test_index_agrees_with_tarfile(tortured):
         assert here == there
 
 
-def test_indexing_command(tmp_path):
-    def run(*arguments):
-        command = [sys.executable, "-m", "xclip_jax.data.readers.tar_index", *arguments]
-        return subprocess.run(command, capture_output=True, text=True)
-
-    done = run(f"{tmp_path}/x.tar")
-    assert done.returncode == 1
-    assert done.stderr == f"error: no file or folder '{tmp_path}/x.tar'; check the path.\n"
-    done = run("--help")
-    assert done.returncode == 0
-    assert done.stdout.startswith("usage: xclip-jax index [-h] pattern")
-    done = run()
-    assert (done.returncode, done.stderr) == (1, "error: the following arguments are required: pattern; see --help\n")
+def test_indexing_command(tmp_path, capsys):
+    for arguments, named in (([f"{tmp_path}/x.tar"], f"'{tmp_path}/x.tar'"), ([], "required: pattern; see --help")):
+        with pytest.raises(SystemExit, match=f"^error: .*{named}"):
+            tar_index.main(arguments)
     bad_tars.pairs(tmp_path / "x.tar", 0, 2)
-    assert run(f"{tmp_path}/x.tar").stdout.endswith("s\n")
+    tar_index.main([f"tar:{tmp_path}/x.tar"])
+    assert "indexed 1 tars" in capsys.readouterr().out
     assert len(list((tmp_path / ".xclip_index").iterdir())) == 1
 
 
@@ -217,15 +176,13 @@ def test_tars_are_listed_as_for_webdataset(tmp_path):
     assert [path.rpartition("/")[2] for path in found] == ["a-08.tar", "a-09.tar", "a-10.tar", "b.tar"]
     first, *rest = found
     assert tar_index.find(f"{rest[2]}::{first},{rest[0]}::{rest[1]}") == [rest[2], first, *rest[:2]]
-    with pytest.raises(UserError, match=r"no file or folder '.*/c\.tar'"):
-        tar_index.find(f"{tmp_path}/b.tar::{tmp_path}/c.tar")
 
 
 @pytest.mark.parametrize(
     "pattern", ["pipe:curl -s https://me:secret@a/{00..12}.tar", "a.tar::pipe:aws s3 cp s3://b/c.tar -"]
 )
 def test_commands_are_refused_with_what_to_write(pattern):
-    with pytest.raises(UserError, match=r"has a command after pipe:.* write the address .* s3://") as caught:
+    with pytest.raises(UserError, match=r"pipe:.* write the address .* s3://") as caught:
         tar_index.find(pattern)
     assert "secret" not in str(caught.value)
 
@@ -256,5 +213,4 @@ def test_a_set_may_have_more_tars_than_maps_are_kept(tmp_path, monkeypatch):
     assert all(source[i]["text"] for i in range(15))
     assert source.fingerprint()["samples"] == 15 and tar_reader._mapped.cache_info().currsize == 2
     source._index_paths[0].unlink()
-    with pytest.raises(BadSample, match=r"tar cannot be read: its index: .*No such file"):
-        source[0]
+    assert isinstance(records.read(source, 0), BadSample) and source.describe(0)["tar"].endswith("0.tar")

@@ -213,7 +213,7 @@ def test_of_the_hub_only_the_split_is_fetched_and_the_cache_is_enough(server, tm
         ("hf:lab/none", "the Hub has no repository lab/none, or it is private"),
         ("hf:lab/wds_own@v2", "lab/wds_own has no revision 'v2'"),
         ("hf:lab/wds_own/validation", "no file '.*validation/nshards.txt'; .* its splits are test"),
-        ("hf:lab", "names no data set of the Hub; write wds:hf:ORG/NAME"),
+        ("hf:lab", "write wds:hf:ORG/NAME"),
     ],
 )
 def test_what_the_hub_lacks(server, tmp_path, spec, message):
@@ -256,10 +256,10 @@ def change(root, fault):
         ("empty folder", "no file '.*set/classnames.txt'; expected clip_benchmark's layout"),
         ("no names", "no file '.*set/classnames.txt'"),
         ("few names", r"has the label b'\d'; expected a number below 3"),
-        ("no tar", "1 of 3 tars do not exist, .*1.tar' first"),
+        ("no tar", "1.tar' does not exist"),
         ("cut off", "1.tar' is damaged at byte .* or cut off"),
         ("damaged", "0.tar' is damaged at byte 0"),
-        ("number", "nshards.txt has 'three', not a number of tars"),
+        ("number", "nshards.txt contains 'three'"),
         ("type", "type 'image_caption_selection' are not supported, only classification, multilabel, retrieval"),
         ("no captions", "sample 's0000000' of .*0.tar' has the files .webp, .cls; type retrieval needs .txt"),
     ],

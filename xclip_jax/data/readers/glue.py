@@ -1,7 +1,6 @@
-"""GLUE (arXiv 1804.07461): sentences and labels of its tasks, from the published files or from TFDS.
+"""Sentences and labels of GLUE (arXiv 1804.07461), from the published files or from TFDS.
 
-Two sentences are joined to one text with a space, as a causal tower reads them. Test labels are not public; the split
-"validation" is often called dev.
+Sentence pairs are joined with a space. Test labels are not public; the split "validation" is often called dev.
 """
 
 import csv
@@ -15,7 +14,7 @@ import numpy as np
 from xclip_jax.core.errors import UserError, check_choice
 from xclip_jax.data.base import SourceKind, SourceOptions, read_text
 from xclip_jax.data.labelled import Labelled
-from xclip_jax.data.readers.tfds import lookup, open_tfds
+from xclip_jax.data.readers.tfds import lookup, name_and_split, open_tfds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,11 +22,11 @@ class Task:
     """One task.
 
     Attributes:
-      columns: columns of the TSV files with one or two texts; CoLA's have no header, "3" is the fourth.
+      columns: columns with the one or two texts in the TSV files; "3" is the fourth of CoLA's, which have no header.
       label: column of the label.
       features: names of the columns in TFDS, if they differ.
-      labels: labels in the files, in the order of their numbers; empty if the label is itself a number.
-      metrics: of the dev split, as published; the first is the one to report.
+      labels: labels in the files, ordered by class number; empty if the label itself is a number.
+      metrics: published metrics of the dev split; the first is reported.
     """
 
     columns: tuple[str, ...]
@@ -56,30 +55,13 @@ TASKS: Mapping[str, Task] = {
 }
 
 
-def _from_files(path: pathlib.Path, task: Task) -> tuple[list[list[str]], list[str]]:
-    """Return texts and labels of a TSV file, without the rows that lack one, as a few of QQP do."""
-    if not path.is_file():
-        raise UserError(f"{str(path)!r} does not exist; it is a file of GLUE's published layout.")
-    # Sentences contain separators at which splitlines() would break, and unpaired quotes.
-    lines = [line.rstrip("\r") for line in read_text(path).split("\n") if line.strip()]
-    names = [str(i) for i in range(lines[0].count("\t") + 1)] if lines and task.label.isdigit() else None
-    rows = list(csv.DictReader(lines, names, delimiter="\t", quoting=csv.QUOTE_NONE))
-    columns = (*task.columns, task.label)
-    if not rows or not set(columns) <= set(rows[0]):
-        raise UserError(f"{str(path)!r} needs the columns {', '.join(columns)}, and a row.")
-    complete = [row for row in rows if all(row[column] for column in columns)]
-    if missing := len(rows) - len(complete):
-        print(f"{str(path)!r}: {missing:,} of {len(rows):,} rows lack a text or the label and are left out", flush=True)
-    return [[row[column] for column in task.columns] for row in complete], [row[task.label] for row in complete]
-
-
 def read_pairs(
     name: str, split: str, folder: str = "", data_dir: str | None = None
 ) -> tuple[list[list[str]], np.ndarray]:
-    """Return the one or two texts of each item of "train" or "validation", and labels, int32 or fp32 (n,).
+    """Return the one or two texts of each item in "train" or "validation", and labels, int32 or fp32 (n,).
 
-    `folder` has the task's train.tsv and dev.tsv, MNLI's matched ones; "" is TFDS's glue/NAME, read without TensorFlow.
-    `UserError` for an unknown name or label, missing files or columns.
+    `folder` contains train.tsv and dev.tsv (MNLI: dev_matched.tsv, dev_mismatched.tsv); "" reads glue/NAME from TFDS.
+    Incomplete rows, such as a few in QQP, are left out. `UserError` for unknown names or labels, or missing columns.
     """
     check_choice("the GLUE task", name, TASKS)
     check_choice("the GLUE split", split, ("train", "validation"))
@@ -93,13 +75,25 @@ def read_pairs(
         return texts, np.array([record["label"] for record in records], np.int32 if task.labels else np.float32)
     dev = {"mnli": "dev_matched.tsv", "mnli_mismatched": "dev_mismatched.tsv"}.get(name, "dev.tsv")
     path = pathlib.Path(folder) / ("train.tsv" if split == "train" else dev)
-    texts, labels = _from_files(path, task)
+    # Sentences contain unpaired quotes, and separators at which splitlines() would break.
+    lines = [line.rstrip("\r") for line in read_text(path).split("\n") if line.strip()] if path.is_file() else []
+    header = [str(i) for i in range(lines[0].count("\t") + 1)] if lines and task.label.isdigit() else None
+    rows = list(csv.DictReader(lines, header, delimiter="\t", quoting=csv.QUOTE_NONE))
+    columns = (*task.columns, task.label)
+    if not rows or not set(columns) <= set(rows[0]):
+        raise UserError(f"{str(path)!r} has to be a file of GLUE with the columns {', '.join(columns)}, and a row.")
+    complete = [row for row in rows if all(row[column] for column in columns)]
+    if len(complete) < len(rows):
+        missing = len(rows) - len(complete)
+        print(f"{str(path)!r}: {missing:,} of {len(rows):,} rows lack a text or the label and are left out", flush=True)
+    texts = [[row[column] for column in task.columns] for row in complete]
+    labels = [row[task.label] for row in complete]
     try:
         if task.labels:
             return texts, np.array([task.labels.index(label) for label in labels], np.int32)
         return texts, np.array(labels, np.float32)
     except ValueError as error:
-        raise UserError(f"{str(path)!r} has a label that is not of GLUE's {name} ({error}).") from error
+        raise UserError(f"{str(path)!r} contains a label that GLUE's {name} does not have ({error}).") from error
 
 
 class GlueTasks(SourceKind):
@@ -109,9 +103,7 @@ class GlueTasks(SourceKind):
 
     @classmethod
     def open_labelled(cls, rest: str, options: SourceOptions) -> Labelled:
-        head, _, split = rest.rpartition("/")
+        head, split = name_and_split("glue:TASK/SPLIT", rest)
         task, _, folder = head.partition("@")
-        if not task:
-            raise UserError(f"source 'glue:{rest}' does not name a split; write glue:TASK/SPLIT.")
         texts, values = read_pairs(task, split, os.path.expanduser(folder), options.dir or None)
         return Labelled("text", [" ".join(parts) for parts in texts], values, TASKS[task].labels, TASKS[task].metrics)

@@ -9,7 +9,7 @@ from xclip_jax.data.base import Source, SourceKind, SourceOptions
 
 
 class Corpus(NamedTuple):
-    """A published set: number of pairs, spec of its copy ("" if the Hub has only links), and columns of the copy."""
+    """A published set: number of pairs, spec of its copy ("" if the Hub only has links), and the copy's columns."""
 
     pairs: int
     spec: str
@@ -27,23 +27,25 @@ CORPORA = {
 
 
 class KnownCorpora(SourceKind):
-    """`published:NAME`, a name in `CORPORA`."""
+    """`published:NAME`, a key of `CORPORA`."""
 
     extras: ClassVar = ("datasets",)
 
     @classmethod
     def open(cls, rest: str, options: SourceOptions) -> Source:
-        """Open the copy, by its own columns unless the config names others."""
+        """Open the copy, with its columns unless the config names others."""
         check_choice("published set", rest, CORPORA)
-        corpus, own = CORPORA[rest], f"with own tars (img2dataset) write pretrain:data={rest},root=FOLDER"
-        if not corpus.spec:
-            raise UserError(f"the Hub has only the links of {rest}, and no images; {own}.")
+        corpus = CORPORA[rest]
         if options.image_column == SourceOptions.image_column:
             options = dataclasses.replace(options, image_column=corpus.image)
         if tuple(options.text_columns) == tuple(SourceOptions.text_columns):
             options = dataclasses.replace(options, text_columns=corpus.text)
-        print(f"published:{rest} is {corpus.spec}, {corpus.pairs:,} pairs", flush=True)
-        try:
-            return sources.open_pairs(corpus.spec, options)
-        except (UserError, OSError) as error:
-            raise UserError(f"published:{rest} cannot be read: {describe(error).rstrip('.')}; {own}.") from error
+        fault = "has no copy on the Hub, only links"
+        if corpus.spec:
+            print(f"published:{rest} is {corpus.spec}, {corpus.pairs:,} pairs", flush=True)
+            try:
+                return sources.open_pairs(corpus.spec, options)
+            except (UserError, OSError) as error:
+                fault = f"cannot be read: {describe(error).rstrip('.')}"
+        remedy = f"with your own tars (img2dataset) write pretrain:data={rest},root=FOLDER"
+        raise UserError(f"published:{rest} {fault}; {remedy}.")

@@ -1,8 +1,7 @@
-"""Pairs in tables: CSV, TSV or parquet files of image paths or images, and captions; and ArrayRecord files."""
+"""Pairs in CSV, TSV and parquet tables with columns of images or their paths and captions, and in ArrayRecord files."""
 
 import contextlib
 import dataclasses
-import functools
 import glob
 import json
 import os
@@ -18,7 +17,7 @@ import pyarrow.parquet
 
 from xclip_jax.core import storage
 from xclip_jax.core.console import log0
-from xclip_jax.core.errors import BadSample, UserError, first_line, redact
+from xclip_jax.core.errors import BadSample, UserError, redact
 from xclip_jax.data import labelled
 from xclip_jax.data.base import (
     MAX_BYTES,
@@ -39,15 +38,13 @@ from xclip_jax.data.base import (
 )
 from xclip_jax.data.tokenizer import clip_captions
 
-# CSV tables of at most this number of bytes are hashed as a whole for their fingerprint.
-_HASHED_WHOLE = 1 << 30
+_HASHED_WHOLE = 1 << 30  # bytes of the largest CSV table whose fingerprint covers all of its content
 
 
 def pair(image: Any, name: str, options: SourceOptions, read: Callable[[str], Any]) -> Record:
-    """Return a record of pairs; `name` is its "id".
+    """Return a record with "id" `name`; raise `BadSample` if it lacks a caption that `options` require.
 
-    `read` returns the values, or one value, of a column that `options` names; one string of keywords is split at
-    commas. `BadSample` if there is no caption and the options want one.
+    `read` returns the values, or the only value, in a column; a single string of keywords is split at commas.
     """
     columns = {key: read(key) for key in options.text_columns}
     text = [caption for values in columns.values() for caption in strip_texts(values)]
@@ -64,10 +61,11 @@ class ImageColumn(Sequence):
     def __init__(self, column: Any, locate: Callable[[int, str], tuple[str, str]]) -> None:
         """Hold a `pyarrow.ChunkedArray` of images.
 
-        `locate` returns the place of the file that a path in a row names, and the address of the table if that is not
-        on this machine, else "": such a table may name no files of this machine, see `storage.check_named`.
+        `locate` maps the number of a row and its path to the file's place, and to the table's address if the table is
+        remote, else "": remote tables may not name files of this machine, see `storage.check_named`.
         """
-        self.column, self._locate = column, locate
+        self.column = column
+        self._locate = locate
 
     def __len__(self) -> int:
         return len(self.column)
@@ -77,7 +75,7 @@ class ImageColumn(Sequence):
         return value.get("bytes") or value.get("path") if isinstance(value, dict) else value
 
     def path(self, index: int) -> str:
-        """Return the path or URL of an image, "" if the table holds the image itself, or none."""
+        """Return the path or URL of an image; "" if the table contains the image itself, or none."""
         value = self._value(index)
         return self._locate(index, value)[0] if isinstance(value, str) and value else ""
 
@@ -85,11 +83,17 @@ class ImageColumn(Sequence):
         return self.path(index) or f"row {index}"
 
     def sizes(self) -> Iterator[tuple[str, int]]:
-        """Yield the number and size in bytes of each image, or its file name and 0."""
-        column, paths = self.column, None
+        """Yield the row and size in bytes of each image, or its file name and 0."""
+
+        def field(name: str) -> Any:
+            options = pyarrow.compute.StructFieldOptions(name)
+            return pyarrow.compute.call_function("struct_field", [self.column], options)
+
+        column = self.column
+        paths = None
         if pyarrow.types.is_struct(column.type) and column.type.get_field_index("bytes") >= 0:
-            paths = self._field("path") if column.type.get_field_index("path") >= 0 else None
-            column = self._field("bytes")
+            paths = field("path") if column.type.get_field_index("path") >= 0 else None
+            column = field("bytes")
         if pyarrow.types.is_binary(column.type) or pyarrow.types.is_large_binary(column.type):
             column = pyarrow.compute.call_function("binary_length", [column])
         for index, value in enumerate(value for chunk in column.chunks for value in chunk.to_pylist()):
@@ -98,23 +102,15 @@ class ImageColumn(Sequence):
                 value = paths[index].as_py()
             yield (value.rpartition("/")[2], 0) if isinstance(value, str) else (str(index), size)
 
-    def _field(self, name: str) -> Any:
-        options = pyarrow.compute.StructFieldOptions(name)
-        return pyarrow.compute.call_function("struct_field", [self.column], options)
-
     def read(self, index: int) -> tuple[bytes, str]:
-        """Return an image, and its path or URL, or the number of its row.
-
-        Raises:
-          BadSample: a file that cannot be read or is empty, or no image.
-        """
+        """Return an image, and its path or URL or else its row; raise `BadSample` for a missing or unreadable image."""
         value = self._value(index)
         name = str(index)
         if isinstance(value, str) and value:
             name, table = self._locate(index, value)
             try:
                 value = storage.read(name, MAX_BYTES["image"], table)
-            except (OSError, ValueError) as error:  # a ValueError for a zero byte, or a URL that cannot be opened
+            except (OSError, ValueError) as error:  # a ValueError for a zero byte, or a URL with an unknown scheme
                 raise storage.unreadable(error) from error
         if not (value and isinstance(value, bytes)):
             raise BadSample("image file is empty" if name != str(index) else "no image in the row")
@@ -126,20 +122,21 @@ class ImageColumn(Sequence):
 
 @contextlib.contextmanager
 def _utf8() -> Iterator[None]:
-    """Raise the error of a cell in another encoding as `BadSample`."""
+    """Raise `BadSample` for a cell in another encoding."""
     try:
         yield
     except UnicodeDecodeError as error:
         decode_utf8(error.object)
-        raise
 
 
 class ColumnSource(Source):
-    """Rows of Arrow columns: an image, or its path or URL, captions, and keywords with commas between them."""
+    """Rows of Arrow columns with an image or its path or URL, captions, and comma-separated keywords."""
 
     def __init__(self, images: ImageColumn, columns: Any, options: SourceOptions) -> None:
-        """`columns` is a `pyarrow.Table` with the columns of captions and keywords, which `options` names."""
-        self.images, self.columns, self.options = images, columns, options
+        """Hold images, and a `pyarrow.Table` with the columns of captions and keywords that `options` names."""
+        self.images = images
+        self.columns = columns
+        self.options = options
 
     def __len__(self) -> int:
         return len(self.images)
@@ -153,19 +150,17 @@ class ColumnSource(Source):
         return values[0] if len(values) == 1 else values
 
     def texts(self, index: int) -> list[list[str]]:
-        """Return the strings of a row in each column of captions, without reading its image."""
+        """Return the strings in each caption column of a row, without reading the image."""
         with _utf8():
             return [strip_texts(self._values(key, index)) for key in self.options.text_columns]
 
     def values(self, key: str, index: int) -> list[str]:
-        """Return the texts of a row's values in a column that the options name, also of numbers and booleans."""
+        """Return the values of a row in one column as strings, also numbers and booleans."""
         name = key.partition("/")[0]
         with _utf8():
             return json_strings({name: self.columns[name][index].as_py()}, key, scalars=True)
 
     def __getitem__(self, index: int) -> Record:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
         with _utf8():
             image, name = self.images.read(index)
             try:
@@ -178,22 +173,23 @@ class ColumnSource(Source):
     def describe(self, index: int) -> dict[str, str]:
         try:
             path = self.images.path(index)
-        except ValueError:  # bytes that are not UTF-8, or a zero byte
+        except ValueError:  # bytes in another encoding, or a zero byte
             path = ""
         return {"file": path} if path else {"row": str(index)}
 
 
 def in_classes(spec: str, images: ImageColumn, table: Any, label: str) -> labelled.Labelled:
-    """Return the images of a `pyarrow.Table` in the classes of its column `label`, without rows that have none.
+    """Return images with the classes in column `label` of a `pyarrow.Table`, without unlabelled rows.
 
-    A ClassLabel of the package `datasets` keeps its names and their order; -1 stands for none. In another column the
-    distinct strings or integers, sorted, are the classes, and an empty cell has none.
-
-    Raises:
-      UserError: a column of other values, or no row with a class; `spec` begins the message.
+    A ClassLabel of the package `datasets` keeps its names and their order; -1 means unlabelled. In other columns the
+    classes are the distinct strings or integers, sorted, and an empty cell means unlabelled.
+    `UserError` for values of another type, or if all rows are unlabelled.
     """
     column = table[label]
-    names = _stored_names(table, label)
+    names: list[str] = []
+    with contextlib.suppress(KeyError, TypeError, ValueError):  # unless the package `datasets` wrote a ClassLabel
+        feature = json.loads(table.schema.metadata[b"huggingface"])["info"]["features"][label]
+        names = list(feature["names"]) if feature["_type"] == "ClassLabel" else []
     try:
         cells = [x.strip() if isinstance(x, str) else x for chunk in column.chunks for x in chunk.to_pylist()]
         values = range(len(names)) or sorted(set(cells) - {None, ""})
@@ -209,75 +205,55 @@ def in_classes(spec: str, images: ImageColumn, table: Any, label: str) -> labell
     kept = np.flatnonzero(classes >= 0)
     if not len(kept):
         raise UserError(f"{spec}: no row has a label in column {label!r}; name another split or column.")
+    if len(kept) < len(classes):
+        rows = f"{len(classes) - len(kept):,} of {len(classes):,} rows"
+        log0(f"WARNING: {spec}: {rows} have no {label!r} and are left out, row {np.argmin(classes)} first")
     names = names or [str(value) for value in values]
-    if len(kept) == len(classes):
-        return labelled.Labelled("image", images, classes, names)
-    missing = len(classes) - len(kept)
-    first = np.argmin(classes)
-    log0(f"WARNING: {spec}: {missing:,} of {len(classes):,} rows have no {label!r} and are left out, row {first} first")
     return labelled.Labelled("image", choose(images, kept), classes[kept], names)
 
 
-def _stored_names(table: Any, column: str) -> list[str]:
-    """Return the names of a column that the package `datasets` wrote as ClassLabel, [] for another column."""
-    with contextlib.suppress(KeyError, TypeError, ValueError):
-        feature = json.loads(table.schema.metadata[b"huggingface"])["info"]["features"][column]
-        return list(feature["names"]) if feature["_type"] == "ClassLabel" else []
-    return []
-
-
 def path_in(folder: str, path: str) -> str:
-    """Return the place of a file that a table in a local folder names: a URL, or a path, which may begin with ~."""
+    """Return the place of a file named by a table in a local folder: a URL, or a path, in which ~ is expanded."""
     return path if storage.is_remote(path) else str(pathlib.Path(folder, os.path.expanduser(path)))
 
 
-def _locate(tables: Sequence[str], ends: np.ndarray, index: int, path: str) -> tuple[str, str]:
-    """Return the place of a file that a row of `tables` names; `ends` are their last rows, plus 1."""
-    table = tables[int(np.searchsorted(ends, index, side="right"))]
-    if not storage.is_remote(table):
-        return path_in(os.path.dirname(table), path), ""
-    if not storage.is_remote(path) and not path.startswith("/"):
-        path = f"{table.rpartition('/')[0]}/{path}"  # a Path would turn the address's // into /
-    return path, table if storage.scheme(table) != "file" else ""
-
-
 class TableSource(ColumnSource):
-    """Rows of files. Paths are relative to the file's folder, unless they are absolute."""
+    """Rows of tables in files; paths in a table are relative to its folder."""
 
     def __init__(self, pattern: str, options: SourceOptions, read: Callable[[str, list[str]], Any]) -> None:
         """Read the columns that `options` names into memory; `read` is `read_csv` or `read_parquet`."""
-        self.pattern = pattern
         self.tables = storage.expand(pattern)
         self._read = read
         keys = options.columns
         tables = []
         for path in self.tables:
-            try:
-                tables.append(read(path, keys))
-            except UserError:
-                raise
-            except Exception as error:  # the class depends on the damage
-                raise UserError(f"table {path!r} cannot be read ({first_line(error)}).") from error
-            check_columns(f"table {path!r}", tables[-1].column_names, keys)
-            tables[-1] = tables[-1].select(keys)
-        try:
+            with storage.unreadable_as(f"table {path!r} cannot be read"):
+                table = read(path, keys)
+            check_columns(f"table {path!r}", table.column_names, keys)
+            tables.append(table.select(keys))
+        with storage.unreadable_as(f"the tables of {pattern!r} have columns of different types"):
             # A column without values has a type of its own, which fits every other.
             joined = pyarrow.concat_tables(tables, promote_options="default")
-        except pyarrow.ArrowException as error:
-            raise UserError(f"the tables of {pattern!r} have columns of other types ({first_line(error)}).") from error
         if not len(joined):
             raise UserError(f"{pattern!r} has no row; pass a table of paths and captions.")
-        ends = np.cumsum([len(table) for table in tables])
-        images = ImageColumn(joined[options.image_column], functools.partial(_locate, self.tables, ends))
-        super().__init__(images, joined, options)
+        self._ends = np.cumsum([len(table) for table in tables])
+        super().__init__(ImageColumn(joined[options.image_column], self._locate), joined, options)
+
+    def _locate(self, index: int, path: str) -> tuple[str, str]:
+        table = self.tables[int(np.searchsorted(self._ends, index, side="right"))]
+        if not storage.is_remote(table):
+            return path_in(os.path.dirname(table), path), ""
+        if not storage.is_remote(path) and not path.startswith("/"):
+            path = f"{table.rpartition('/')[0]}/{path}"  # a Path would turn the address's // into /
+        return path, table if storage.scheme(table) != "file" else ""
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return the number of rows, a hash of the tables (see `storage.fingerprint`), and their names and sizes."""
+        """Return the number of rows, and hash, names and sizes of the tables; see `storage.fingerprint`."""
         return fingerprint(len(self), self.tables, whole=_HASHED_WHOLE if self._read is read_csv else 0)
 
 
 def read_parquet(path: str, columns: list[str]) -> Any:
-    """Return the columns of a local or remote parquet file, or all if it lacks one, as a `pyarrow.Table`."""
+    """Return columns of a local or remote parquet file as a `pyarrow.Table`; all of them if one is missing."""
     with open_binary(path) as file:
         place: Any = file if storage.is_remote(path) else path
         missing = set(columns) - set(pyarrow.parquet.read_schema(place).names)
@@ -285,24 +261,22 @@ def read_parquet(path: str, columns: list[str]) -> Any:
 
 
 def fingerprint(samples: int, paths: Sequence[str], whole: int = 0) -> dict[str, Any]:
-    """Return the fingerprint of files: `samples`, a hash (`whole` as for `storage.fingerprint`), names and sizes."""
+    """Return the fingerprint of files: number of samples, hash (see `storage.fingerprint`), names and sizes."""
     sizes = [{"name": os.path.basename(redact(path)), "bytes": storage.stat(path)[0]} for path in paths]
     return {"samples": samples, "hash": storage.fingerprint(paths, whole=whole), "files": sizes}
 
 
 class ArrayRecordSource(Source):
-    """Pairs in ArrayRecord files of tf.train.Example, the format that TensorFlow's users write; read without it."""
+    """Pairs in ArrayRecord files of tf.train.Example, read without TensorFlow."""
 
     def __init__(self, pattern: str, options: SourceOptions) -> None:
-        """Open the files that `pattern` names, or raise `UserError`; `options` names features."""
+        """Open the files of a pattern; `options` names features, and unreadable files raise `UserError`."""
         from array_record.python import array_record_data_source
 
         self.files = storage.expand(pattern)
         self.options = options
-        try:
+        with storage.unreadable_as(f"{pattern!r} cannot be read as ArrayRecord files"):
             self._data = array_record_data_source.ArrayRecordDataSource(self.files)
-        except Exception as error:  # the library raises bare errors of C++
-            raise UserError(f"{pattern!r} cannot be read as ArrayRecord files ({error}).") from error
 
     def __len__(self) -> int:
         return len(self._data)
@@ -313,12 +287,10 @@ class ArrayRecordSource(Source):
     def __getitem__(self, index: int) -> Record:
         from tensorflow_datasets.proto import tf_example_pb2
 
-        try:
-            example = tf_example_pb2.Example.FromString(self._data[index])  # ty: ignore[missing-attribute]
-        except Exception as error:
-            raise BadSample("record cannot be read", str(error)) from error
+        example = tf_example_pb2.Example.FromString(self._data[index])  # ty: ignore[missing-attribute]
         features = {key: list(value.bytes_list.value) for key, value in example.features.feature.items()}
-        if not (image := features.get(self.options.image_column)):
+        image = features.get(self.options.image_column)
+        if not image:
             raise BadSample("no image in the record", f"it has {', '.join(sorted(features))}")
 
         def read(key: str) -> list[str]:
@@ -327,12 +299,11 @@ class ArrayRecordSource(Source):
         return pair(image[0], str(index), self.options, read)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return the number of records, a hash of the files (see `storage.fingerprint`), and their names and sizes."""
         return fingerprint(len(self), self.files)
 
 
 class CsvTables(SourceKind):
-    """`csv:PATTERN` of pairs, `csv:PATH` of labelled images."""
+    """`csv:PATTERN` with pairs, `csv:PATH` with labelled images."""
 
     suffixes = (".csv", ".tsv")
 
@@ -346,7 +317,7 @@ class CsvTables(SourceKind):
 
 
 class ParquetTables(SourceKind):
-    """`parquet:PATTERN` and `parquet:FOLDER/SPLIT`, for labels with ?label=COLUMN, and for both ?image=COLUMN."""
+    """`parquet:PATTERN` and `parquet:FOLDER/SPLIT`, optionally with ?image=COLUMN&label=COLUMN."""
 
     suffixes = (".parquet",)
 
@@ -368,7 +339,7 @@ class ParquetTables(SourceKind):
 
 
 def _files(place: str) -> str:
-    """Return the pattern that `place` is, or that of the tables SPLIT.parquet and SPLIT-*.parquet of FOLDER/SPLIT."""
+    """Return `place` if it is a pattern, else the pattern of SPLIT.parquet and SPLIT-*.parquet for FOLDER/SPLIT."""
     folder, split = os.path.split(os.path.expanduser(place))
     is_pattern = re.search(r"[^\w-]", split) or os.path.exists(place) or not os.path.isdir(folder)
     return place if is_pattern else f"{glob.escape(folder)}/{split}[.-]*parquet"

@@ -1,4 +1,4 @@
-"""Pairs in WebDataset tars, as img2dataset writes them, at random access: nothing is converted or streamed.
+"""Random access to pairs in WebDataset tars such as img2dataset's: nothing is converted or streamed.
 
 The shuffle is global and exact, a run resumes anywhere, and shards need not be distributed over hosts.
 """
@@ -32,30 +32,40 @@ from xclip_jax.data.base import (
 )
 from xclip_jax.data.readers import tar_index
 
-_GAP = 1 << 16  # one request reads the files of a sample and gaps of up to this size
+_GAP = 1 << 16  # bytes; one request reads all files of a sample if the gaps between them are at most this large
 
 
-@functools.lru_cache(maxsize=2048)  # each holds a file open, and a set may have more tars than a process may have files
+@functools.lru_cache(maxsize=2048)  # maps keep files open, and a process may open fewer files than a set has tars
 def _mapped(index_path: pathlib.Path) -> np.ndarray:
-    """Return the rows of an index, mapped: all processes of a machine share one copy, which may have gigabytes."""
+    """Return the memory-mapped rows of an index: all processes of a machine share one copy of its gigabytes."""
     return np.load(index_path, mmap_mode="r").view(np.ndarray)
 
 
-class TarSource(Source):
-    """Samples of tars: `{key}.jpg` (or another image), `{key}.txt`, `{key}.json`.
+def read_span(tar: str, version: object, start: int, size: int) -> bytes:
+    """Read bytes of a tar, see `storage.open_file`; raise `BadSample` if it is unreadable or shorter than before."""
+    try:
+        data = storage.open_file(tar, version).read(start, size)
+    except OSError as error:
+        raise BadSample("tar cannot be read", str(error)) from error
+    if len(data) < size:
+        raise BadSample("tar cut off", "it is shorter than when it was indexed")
+    return data
 
-    Each incomplete sample and each unreadable part of a tar has an index of its own, and raises `BadSample`.
+
+class TarSource(Source):
+    """Samples in tars: `{key}.jpg` (or another image), `{key}.txt`, `{key}.json`.
+
+    Incomplete samples and unreadable parts of a tar are counted as records, and raise `BadSample` on access.
     """
 
     def __init__(
         self, pattern: str, text_columns: Sequence[str] = ("text",), tags_key: str = "", *, captions: bool = True
     ) -> None:
-        """Index the tars that `pattern` names, see `tar_index.find`, and that have no index yet.
+        """Index the tars of a pattern, see `tar_index.find`, unless they are indexed already.
 
         "text" in `text_columns` is the .txt file, and any other key is a field of the .json file, as `tags_key` is.
-        `UserError` if files do not exist, or have no sample at all; without `captions` an image is one.
+        Without `captions`, images need none. `UserError` if files do not exist, or contain no sample.
         """
-        self.pattern = pattern
         self.text_columns = tuple(text_columns)
         self.tags_key = tags_key
         self._captions_needed = captions
@@ -63,18 +73,15 @@ class TarSource(Source):
         self._parts = ("image", *["text"] * ("text" in self.text_columns), *["json"] * fields)
         self.tars = tar_index.find(pattern)
         self._index_paths = tar_index.load(self.tars)
-        self._version = hash(tuple(map(str, self._index_paths)))  # their names have sizes and times of the tars
-        # Each map holds a file open, and the soft limit of a process is often 1,024.
+        self._version = hash(tuple(map(str, self._index_paths)))  # the names contain sizes and times of the tars
+        # Maps keep files open, and the soft limit of a process is often 1,024.
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        _mapped.cache_clear()  # an index may have been made anew
-        sizes = []
-        kinds = set[int]()
-        for path in self._index_paths:
-            sizes.append(len(_mapped(path)))
-            kinds.update(np.unique(_mapped(path)["fault"]).tolist())
-        self._ends = list(itertools.accumulate(sizes))
+        _mapped.cache_clear()  # an index may have been replaced
+        indexes = [(len(rows), np.unique(rows["fault"]).tolist()) for rows in map(_mapped, self._index_paths)]
+        self._ends = list(itertools.accumulate(size for size, _ in indexes))
+        kinds = {kind for _, kinds in indexes for kind in kinds}
         if not kinds & {tar_index.OK, *([] if captions else [tar_index.NO_TEXT])}:
             faults = sorted(tar_index.FAULTS[kind] for kind in kinds)
             raise UserError(
@@ -85,24 +92,16 @@ class TarSource(Source):
     def __len__(self) -> int:
         return self._ends[-1]
 
-    def _shard(self, index: int) -> int:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        return bisect.bisect_right(self._ends, index)
-
     def _row(self, index: int) -> tuple[str, np.void]:
-        shard = self._shard(index)
-        try:
-            rows = _mapped(self._index_paths[shard])
-        except (OSError, ValueError) as error:  # it was evicted, and its file is gone since
-            raise BadSample("tar cannot be read", f"its index: {error}") from error
+        shard = bisect.bisect_right(self._ends, index)
+        rows = _mapped(self._index_paths[shard])
         return self.tars[shard], rows[index - self._ends[shard] + len(rows)]
 
     def describe(self, index: int) -> dict[str, str]:
         try:
             tar, row = self._row(index)
-        except BadSample:  # without its index
-            return {"tar": self.tars[self._shard(index)], "key": ""}
+        except OSError:  # the index was deleted
+            return {"tar": self.tars[bisect.bisect_right(self._ends, index)], "key": ""}
         return {"tar": tar, "key": row["key"].decode("utf-8", "replace")}
 
     def __getitem__(self, index: int) -> Record:
@@ -132,38 +131,29 @@ class TarSource(Source):
                 raise BadSample("JSON file is damaged", str(error)) from error
         text = []
         for key in self.text_columns:
-            if key != "text":
-                text += json_strings(fields, key)
-            elif parts["text"] is not None and (caption := decode_text(parts["text"]).strip()):
-                text.append(caption)
+            text += json_strings(fields, key) if key != "text" else strip_texts(decode_text(parts["text"] or b""))
         if not text:
-            if parts.get("text") is None and "text" in self.text_columns:
-                raise BadSample(tar_index.FAULTS[tar_index.NO_TEXT])
-            raise no_caption({key: json_values(fields, key) for key in self.text_columns if key != "text"})
+            no_file = BadSample(tar_index.FAULTS[tar_index.NO_TEXT])
+            no_value = no_caption({key: json_values(fields, key) for key in self.text_columns if key != "text"})
+            raise no_file if parts.get("text") is None and "text" in self.text_columns else no_value
         tags = json_strings(fields, self.tags_key) if self.tags_key else []
         return text, strip_texts(tags[0].split(",")) if len(tags) == 1 else tags
 
     def _read(self, tar: str, row: np.void, parts: Sequence[str]) -> dict[str, bytes | None]:
-        """Return the content of these files of a sample, None for missing ones."""
+        """Return the content of some files of a sample, None for missing ones."""
         contents: dict[str, bytes | None] = dict.fromkeys(parts)
-        spans = {part: (start, int(row[f"{part}_size"])) for part in parts if (start := int(row[part]))}
+        spans = {part: (int(row[part]), int(row[f"{part}_size"])) for part in parts if row[part]}
         first = min(start for start, _ in spans.values())
         end = max(start + size for start, size in spans.values())
-        try:
-            file = storage.open_file(tar, self._version)
-            if end - first <= sum(size for _, size in spans.values()) + _GAP:
-                whole = file.read(first, end - first)
-                contents |= {part: whole[start - first : start - first + size] for part, (start, size) in spans.items()}
-            else:
-                contents |= {part: file.read(start, size) for part, (start, size) in spans.items()}
-        except OSError as error:
-            raise BadSample("tar cannot be read", str(error)) from error
-        if any(len(contents[part] or b"") < size for part, (_, size) in spans.items()):
-            raise BadSample("tar cut off", "it is shorter than when it was indexed")
-        return contents
+        if end - first <= sum(size for _, size in spans.values()) + _GAP:
+            whole = read_span(tar, self._version, first, end - first)
+            return contents | {
+                part: whole[start - first : start - first + size] for part, (start, size) in spans.items()
+            }
+        return contents | {part: read_span(tar, self._version, *span) for part, span in spans.items()}
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return the number of samples, a hash of the indexes, and names and sizes of the tars."""
+        """Return the number of samples, a hash of the indexes, and the tars' names and sizes."""
         digest = hashlib.blake2b(digest_size=16)
         tars = []
         for tar, path in zip(self.tars, self._index_paths, strict=True):

@@ -1,7 +1,7 @@
 """Index of the samples in tar files: each tar is walked once, header by header, and the result is stored.
 
-`xclip-jax index PATTERN` indexes ahead of a run; otherwise a run does it. A row is one sample or one fault of the tar,
-so that nothing is lost silently. Damaged tars and tars that are cut off are indexed, too.
+`xclip-jax index PATTERN` indexes ahead of a run; otherwise the run does it. A row is one sample or one fault of the
+tar, so nothing is lost silently. Damaged and truncated tars are indexed, too.
 """
 
 import concurrent.futures
@@ -14,7 +14,6 @@ import os
 import pathlib
 import random
 import re
-import sys
 import tarfile
 import time
 from collections.abc import Iterator, Sequence
@@ -29,7 +28,6 @@ from xclip_jax.core.errors import Parser, UserError, exit_with_message, redact
 from xclip_jax.data.base import IMAGE_SUFFIXES, MAX_BYTES, open_binary
 from xclip_jax.data.records import cores, init_worker, thread_pool
 
-# Faults of a row, by number.
 FAULTS = (
     "", "no caption file", "no image file", "tar cut off", "tar damaged", "tar without samples", "file too large",
 )  # fmt: skip
@@ -39,15 +37,14 @@ _FOLDER = ".xclip_index"
 _CHUNK = 1 << 20
 _REMOTE_BLOCK = 8 << 20
 _PROGRESS_SECONDS = 10
-_BUCKETS = ("gs", "gcs", "s3", "az", "abfs")  # the user's own stores, which may keep an index next to its tar
+_BUCKETS = ("gs", "gcs", "s3", "az", "abfs")  # stores that may be writable, to keep an index next to its tar
 _PIPE = re.compile(r"(?:^|,|::)\s*pipe:")
-_FIELDS = [*MAX_BYTES, *(f"{part}_size" for part in MAX_BYTES), "fault"]
 _LONGEST = 4096  # bytes of a name
-_MOST_REFUSED = 100  # headers of a tar that `tarfile` refuses; behind more of them it is not read
+_MOST_REFUSED = 100  # headers refused by `tarfile` before reading of a tar ends
 
 
 class _Tar(tarfile.TarFile):
-    """A tar that is read on behind a damaged header; `tarfile` would stop at one that follows an extended header."""
+    """A tar reader that continues past damaged headers; `tarfile` stops at one that follows an extended header."""
 
     refused = 0
 
@@ -64,16 +61,17 @@ class _Tar(tarfile.TarFile):
 
 
 def members(path: str, size: int) -> Iterator[tuple[bytes, int, int]]:
-    """Yield name, offset of the data and size of each file in the tar `path` of `size` bytes, in order.
+    """Yield name, data offset and size of each file in the tar `path` of `size` bytes, in order.
 
-    Bytes that are no part of a tar are yielded as (b"", their offset, their number). Links and folders are skipped.
+    Bytes that do not belong to a tar are yielded as (b"", offset, size). Links and folders are skipped.
     """
     with storage.os_errors(path), open_binary(path, block_size=_REMOTE_BLOCK) as file:
         end = 0
-        # Without `ignore_zeros` the first damaged header would end the tar without an error.
+        # Without `ignore_zeros`, the first damaged header would silently end the tar.
         with _Tar(fileobj=file, ignore_zeros=True, encoding="utf-8") as tar:  # not the locale's
-            # A negative size in an extended header would lead back, and the walk would never end.
-            while (member := tar.next()) is not None and member.size >= 0 and tar.offset > end:
+            for member in iter(tar.next, None):
+                if member.size < 0 or tar.offset <= end:  # an extended header that leads back, in an endless loop
+                    break
                 if _is_damaged(file, end, member.offset):
                     yield b"", end, member.offset - end
                 if member.isreg():
@@ -86,7 +84,7 @@ def members(path: str, size: int) -> Iterator[tuple[bytes, int, int]]:
 
 
 def _is_damaged(file: IO[bytes], start: int, end: int) -> bool:
-    """Whether the bytes between two members are neither zero nor a global header."""
+    """Whether the bytes between two members are neither zeros nor a global header."""
     file.seek(start)
     for offset in range(start, end, _CHUNK):
         chunk = file.read(min(_CHUNK, end - offset))
@@ -98,12 +96,13 @@ def _is_damaged(file: IO[bytes], start: int, end: int) -> bool:
 
 def dtype(key_size: int) -> np.dtype:
     """Return the type of a row: offsets and sizes (0 for none) of image, .txt and .json, the fault, the UTF-8 key."""
-    offsets, sizes = [(part, "<u8") for part in MAX_BYTES], [(f"{part}_size", "<u4") for part in MAX_BYTES]
+    offsets = [(part, "<u8") for part in MAX_BYTES]
+    sizes = [(f"{part}_size", "<u4") for part in MAX_BYTES]
     return np.dtype([*offsets, *sizes, ("fault", "u1"), ("key", f"S{max(key_size, 1)}")])
 
 
 def split_name(name: bytes) -> tuple[bytes, str]:
-    """Split b"./a/b.c.JPG" into b"a/b.c" and ".jpg": the key has dots and folders. Hidden files have no suffix."""
+    """Split b"./a/b.c.JPG" into the key b"a/b.c", with folders and dots, and ".jpg". Hidden files have no suffix."""
     while name.startswith((b"./", b"/")):
         name = name[name.index(b"/") + 1 :]
     stem, dot, suffix = name.rpartition(b".")
@@ -114,15 +113,15 @@ def split_name(name: bytes) -> tuple[bytes, str]:
 
 
 def index(path: str) -> np.ndarray:
-    """Return the rows (see `dtype`) of the tar at `path`, in the order of the first files of their keys.
+    """Return the rows (see `dtype`) of a tar, ordered by the first file of each key.
 
-    Files of one key are one sample, wherever they are in the tar; a repeated name begins another sample.
+    Files with the same key form one sample, wherever they are in the tar; a repeated name begins another sample.
     """
     size, _ = storage.stat(path)
     rows: list[dict[str, Any]] = []
     latest: dict[bytes, dict[str, Any]] = {}
     for name, offset, length in members(path, size):
-        if not name or len(name) > _LONGEST:  # the rows of a table are as wide as its longest key
+        if not name or len(name) > _LONGEST:  # rows are as wide as the longest key
             rows.append({"fault": DAMAGED, "image": offset, "key": b"byte %d" % offset})
             continue
         key, suffix = split_name(name)
@@ -135,7 +134,7 @@ def index(path: str) -> np.ndarray:
             row = latest[key] = {"key": key, "fault": OK}
             rows.append(row)
         elif part in row:
-            continue  # another image of the same sample, as a.png after a.jpg: the first one counts
+            continue  # the first image counts, such as a.jpg before a.png
         too_large = length > MAX_BYTES[part]
         if part == "json" and (cut_off or too_large):
             continue  # most runs do not use it
@@ -147,22 +146,20 @@ def index(path: str) -> np.ndarray:
     if not rows:
         rows.append({"fault": EMPTY, "key": b""})
     for row in rows:
-        if row["fault"] == OK:
-            row["fault"] = NO_IMAGE if "image" not in row else OK if row.keys() & {"text", "json"} else NO_TEXT
+        if row["fault"] == OK and "image" not in row:
+            row["fault"] = NO_IMAGE
+        elif row["fault"] == OK and not row.keys() & {"text", "json"}:
+            row["fault"] = NO_TEXT
     table = np.zeros(len(rows), dtype(max(len(row["key"]) for row in rows)))
-    for field in _FIELDS:
+    for field in table.dtype.names or ():
         table[field] = [row.get(field, 0) for row in rows]
-    table["key"] = [row["key"] for row in rows]
     return table
 
 
 def index_files(path: str) -> list[pathlib.Path]:
-    """Return the paths where the index of `path` may be stored, the preferred one first.
-
-    They change with the tar's size and time of modification.
-    """
+    """Return possible paths of a tar's index, the preferred first; they change with its size and modification time."""
     size, changed = storage.stat(path)
-    # A new signature is no new tar.
+    # The signature of an address does not identify the tar.
     address = redact(path) if storage.is_remote(path) else os.path.abspath(path)
     folder, _, name = address.rpartition("/")
     file = f"{name}-{size:x}-{changed:x}-v{_VERSION}.npy"
@@ -171,7 +168,7 @@ def index_files(path: str) -> list[pathlib.Path]:
 
 
 def read(index_path: pathlib.Path) -> np.ndarray | None:
-    """Return the rows of a stored index, mapped into memory; None if it does not exist or is damaged."""
+    """Return the memory-mapped rows of a stored index; None if it does not exist or is damaged."""
     try:
         rows = np.load(index_path, mmap_mode="r").view(np.ndarray)
         return rows if len(rows) and rows.dtype == dtype(rows.dtype["key"].itemsize) else None
@@ -180,15 +177,18 @@ def read(index_path: pathlib.Path) -> np.ndarray | None:
 
 
 def _cached(path: str) -> pathlib.Path | None:
-    """Return the path of a tar's stored index, copied from the bucket if another host stored it there; None without."""
+    """Return the path of a tar's stored index, which may be copied from the tar's bucket; None if there is none."""
     index_paths = index_files(path)
-    if stored := next((index_path for index_path in index_paths if read(index_path) is not None), None):
-        return stored
-    if (shared := _shared(path, index_paths[-1].name)) is not None:
-        with contextlib.suppress(OSError), storage.os_errors(shared):
-            system, name = storage.file_system(shared)
-            _store(index_paths[-1], system.cat_file(name))
-    return index_paths[-1] if shared and read(index_paths[-1]) is not None else None
+    for index_path in index_paths:
+        if read(index_path) is not None:
+            return index_path
+    shared = _shared(path, index_paths[-1].name)
+    if shared is None:
+        return None
+    with contextlib.suppress(OSError), storage.os_errors(shared):
+        system, name = storage.file_system(shared)
+        _store(index_paths[-1], system.cat_file(name))
+    return index_paths[-1] if read(index_paths[-1]) is not None else None
 
 
 def _shared(path: str, name: str) -> str | None:
@@ -197,9 +197,10 @@ def _shared(path: str, name: str) -> str | None:
 
 
 def _share(path: str, index_path: pathlib.Path, *, again: bool = True) -> bool:
-    """Store an index next to its tar in a bucket, by default over an older one; return false if the bucket refuses."""
+    """Copy an index next to its tar in a bucket, with `again` over an older one; return false if the bucket refuses."""
+    shared = _shared(path, index_path.name)
     try:
-        if shared := _shared(path, index_path.name):
+        if shared:
             with storage.os_errors(shared):
                 system, name = storage.file_system(shared)
                 if again or not system.exists(name):
@@ -215,76 +216,71 @@ def _store(index_path: pathlib.Path, content: bytes) -> None:
 
 
 def build(path: str) -> pathlib.Path:
-    """Index the tar, unless another process has done so, and return the path of the stored rows.
+    """Index a tar unless another process did so; return the path of the index.
 
-    Raises:
-      UserError: the tar cannot be read, or neither its folder nor the cache can be written.
+    `UserError` if the tar is unreadable, or neither its folder nor the cache is writable.
     """
     try:
-        if cached := _cached(path):
+        cached = _cached(path)
+        if cached is not None:
             return cached
         index_paths = index_files(path)
-        content = io.BytesIO()  # a tar that grows meanwhile is indexed again
+        content = io.BytesIO()  # a tar that grows meanwhile has another path and is indexed again
         np.save(content, index(path))
     except OSError as error:
         raise UserError(f"{path!r} cannot be read ({error}).") from error
     for index_path in index_paths:
-        with contextlib.suppress(OSError):  # a disk that is full or read-only
+        with contextlib.suppress(OSError):  # full or read-only disk
             _store(index_path, content.getvalue())
             _share(path, index_path)
             return index_path
-    raise UserError(f"the index of {path!r} cannot be stored: set XCLIP_CACHE to a folder that can be written.")
+    raise UserError(f"the index of {path!r} cannot be stored: set XCLIP_CACHE to a writable folder.")
 
 
 def load(tars: Sequence[str], *, processes: int | None = None) -> list[pathlib.Path]:
-    """Return the path of each tar's stored index; tars that are new or have changed are indexed first, in parallel.
+    """Return the path of each tar's index; new or changed tars are indexed first, in parallel.
 
-    By default one process per core indexes, or none for a few tars. Errors are as for `build`.
+    By default this uses one process per core, or none for a few tars. Errors are as for `build`.
     """
     with thread_pool(16) as threads:  # a store takes long to answer
         index_paths = dict(zip(tars, threads.map(_cached, tars), strict=True))
-    if todo := [path for path, index_path in index_paths.items() if index_path is None]:
+    todo = [path for path, index_path in index_paths.items() if index_path is None]
+    if todo:
         if processes is None:
             processes = min(cores(), 16, len(todo) // 4)
         began = reported = time.monotonic()
         print(f"indexing {len(todo):,} tars, once ...", flush=True)
-        todo = random.sample(todo, len(todo))  # hosts that begin together share the work if their orders differ
+        todo = random.sample(todo, len(todo))  # in different orders, hosts that begin together share the work
         with contextlib.ExitStack() as stack:
             built = map(build, todo)
             if processes > 1:  # walking headers holds the interpreter's lock
                 context = multiprocessing.get_context("spawn")
                 pool = concurrent.futures.ProcessPoolExecutor(processes, context, init_worker)
                 built = stack.enter_context(pool).map(build, todo)
-            stack.enter_context(_ended_process())
-            for done, index_path in enumerate(built):
-                index_paths[todo[done]] = index_path
-                if time.monotonic() - reported > _PROGRESS_SECONDS:
-                    reported = time.monotonic()
-                    print(f"indexed {done + 1:,} of {len(todo):,} tars", flush=True)
+            try:
+                for done, index_path in enumerate(built):
+                    index_paths[todo[done]] = index_path
+                    if time.monotonic() - reported > _PROGRESS_SECONDS:
+                        reported = time.monotonic()
+                        print(f"indexed {done + 1:,} of {len(todo):,} tars", flush=True)
+            except BrokenProcessPool as error:
+                raise UserError(
+                    "the system killed a process that indexes tars, most likely for lack of memory; start again, if "
+                    "need be with more memory. Finished indexes are kept."
+                ) from error
         print(f"indexed {len(todo):,} tars in {time.monotonic() - began:.1f} s", flush=True)
-    return [index_path for path in tars if (index_path := index_paths[path])]
-
-
-@contextlib.contextmanager
-def _ended_process() -> Iterator[None]:
-    try:
-        yield
-    except BrokenProcessPool as error:
-        raise UserError(
-            "a process that indexes tars was ended by the system, most likely for want of memory; start again, on a "
-            "machine with more of it if it happens again. Tars that are indexed stay so."
-        ) from error
+    return [index_path for index_path in map(index_paths.get, tars) if index_path is not None]
 
 
 def find(pattern: str) -> list[str]:
-    """Return the tars of a local folder, whose name may have any letters, or the files from `storage.expand`.
+    """Return the tars in a local folder with any name, or the files of a pattern, see `storage.expand`.
 
-    Between tars "::" separates as a comma does, as for webdataset. `UserError` for its "pipe:COMMAND".
+    Like in webdataset, "::" separates tars; its "pipe:COMMAND" raises `UserError`.
     """
     if _PIPE.search(pattern):
         raise UserError(
-            f"{pattern!r} has a command after pipe:, and tars are read at random, not from beginning to end; "
-            "write the address that it fetches, https://..., gs://... or s3://..., or download the tars."
+            f"{pattern!r} has a command after pipe:, but tars need random access; write the address that it fetches, "
+            "https://..., gs://... or s3://..., or download the tars."
         )
     pattern = pattern.replace(".tar::", ".tar,")
     folder = os.path.expanduser(pattern)
@@ -295,18 +291,15 @@ def find(pattern: str) -> list[str]:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run the command; see the module's docstring."""
+    """Run the command, see the module's docstring."""
     parser = Parser(prog="xclip-jax index", description="Index tars of pairs ahead of a run.")
-    parser.add_argument("pattern", help="a folder of tars; or paths, ranges as {00000..01242}.tar and globs")
+    parser.add_argument("pattern", help="folder of tars, or paths, globs and ranges such as {00000..01242}.tar")
     options = parser.parse_args(arguments)
     with exit_with_message():
         tars = find(options.pattern.removeprefix("tar:"))
         index_paths = load(tars)
         with thread_pool(16) as threads:
             stored = threads.starmap(lambda *pair: _share(*pair, again=False), zip(tars, index_paths, strict=True))
-        if refused := stored.count(False):
+        refused = stored.count(False)
+        if refused:
             print(f"{refused:,} indexes could not be stored next to their tars; a new machine indexes these tars again")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

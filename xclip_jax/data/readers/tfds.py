@@ -1,4 +1,4 @@
-"""Data sets of TensorFlow Datasets, as pairs or labelled images, read without TensorFlow."""
+"""Pairs or labelled images from TensorFlow Datasets, read without TensorFlow."""
 
 import contextlib
 import hashlib
@@ -19,10 +19,11 @@ from xclip_jax.data.base import Record, Source, SourceKind, SourceOptions, check
 from xclip_jax.data.readers.table import pair
 
 B = TypeVar("B", bound=tfds.core.DatasetBuilder)
+_FORM = "tfds:NAME/SPLIT"
 
 
 def lookup(record: Record, key: str) -> list[str]:
-    """Return the strings at `key` of a TFDS record, '/' for nested features; `BadSample` if one is not UTF-8."""
+    """Return the strings at `key` of a TFDS record, '/' for nested features; raise `BadSample` if not in UTF-8."""
     value: Any = record
     for part in key.split("/"):
         value = [item[part] for item in value] if isinstance(value, list) else value[part]
@@ -33,10 +34,9 @@ def lookup(record: Record, key: str) -> list[str]:
 def open_tfds(
     spec: str, split: str, data_dir: str | None, image_column: str = "image"
 ) -> tuple[Any, tfds.core.DatasetInfo]:
-    """Open a split as a data source of undecoded images, at `image_column`; return it with the set's information.
+    """Return a split, with undecoded images at `image_column`, and the data set's information.
 
-    Raises:
-      UserError: an unknown data set or split, or a data set that is not prepared, or not for random access.
+    `UserError` for an unknown data set or split, or one not prepared for random access.
     """
     folder = data_dir or "the default data_dir"
     prepare = (
@@ -44,27 +44,28 @@ def open_tfds(
         f"{f' --data_dir={data_dir}' if data_dir else ''}`"
     )
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # a banner where TensorFlow is missing
+        with contextlib.redirect_stdout(io.StringIO()):  # without TensorFlow, it prints a banner
             builder: Any = tfds.builder(spec, data_dir=data_dir)
         features = builder.info.features
         encoded = image_column in features and isinstance(features[image_column], tfds.features.Image)
         decoders = {image_column: tfds.decode.SkipDecoding()} if encoded else None
         return builder.as_data_source(split, decoders=decoders), builder.info
-    except tfds.core.DatasetNotFoundError as error:
-        raise UserError(f"unknown TFDS data set {spec!r}; see https://www.tensorflow.org/datasets/catalog.") from error
-    except Exception as error:  # not prepared, prepared without random access, an unknown split, ...
+    except Exception as error:  # unknown, not prepared, prepared without random access, an unknown split, ...
         reason = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")  # it may have several lines
-        raise UserError(
+        message = (
             f"TFDS data set {spec!r}, split {split!r}, cannot be read from {folder} ({reason}). Is the split right? A "
             f"set that is not prepared there as array_record is prepared once with {prepare}."
-        ) from error
+        )
+        if isinstance(error, tfds.core.DatasetNotFoundError):
+            message = f"unknown TFDS data set {spec!r}; see https://www.tensorflow.org/datasets/catalog."
+        raise UserError(message) from error
 
 
 class TfdsSource(Source):
     """A split of a TFDS data set, read with `tfds.data_source`: array_record or parquet files."""
 
     def __init__(self, data: Any, info: tfds.core.DatasetInfo, split: str, options: SourceOptions) -> None:
-        """`data` and `info` are from `open_tfds`; keys of features are as for `lookup`."""
+        """Use the result of `open_tfds`; see `lookup` for keys of nested features."""
         self.data, self.options = data, options
         check_columns(info.full_name, sorted(info.features), options.columns)
         shards = [(name, part.num_bytes, list(part.shard_lengths)) for name, part in sorted(info.splits.items())]
@@ -80,41 +81,18 @@ class TfdsSource(Source):
         return len(self.data)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return name, version and split of the data set, and a hash of these and the sizes of its shards."""
-        return self._fingerprint
+        return self._fingerprint  # of name, version, split and sizes of shards
 
     def __getitem__(self, index: int) -> Record:
         record = self.data[index]
         return pair(record[self.options.image_column], str(index), self.options, lambda key: lookup(record, key))
 
 
-def open_labelled(name: str, split: str, data_dir: str | None) -> labelled.Labelled:
-    """Open the images of a split, in the classes of its feature "label"; nothing is kept in memory.
-
-    A version of a TFDS data set does not change, so that it identifies the items.
-    """
-    data, info = open_tfds(name, split, data_dir)
-    features = info.features
-    version = str(info.version)
-    names = getattr(features["label"], "names", ()) if "label" in features else ()
-    if not names or "image" not in features:
-        raise UserError(f"tfds:{name}/{split}: TFDS data set {name!r} has no features image and label (of classes).")
-    source = labelled.Labelled(
-        "image",
-        field(data, "image"),
-        field(data, "label"),
-        names,
-        identity=[f"tfds:{name}/{split}", version],
-        read=lambda i: operator.itemgetter("image", "label")(data[i]),
-    )
-    source.version = version
-    return source
-
-
-def _name_and_split(rest: str) -> tuple[str, str]:
+def name_and_split(form: str, rest: str) -> tuple[str, str]:
+    """Split "NAME/SPLIT" at the last /; a `UserError` for a missing split shows `form`, the full form of the spec."""
     name, _, split = rest.rpartition("/")
     if not name:
-        raise UserError(f"source 'tfds:{rest}' does not name a split; write tfds:NAME/SPLIT.")
+        raise UserError(f"source '{form.partition(':')[0]}:{rest}' does not name a split; write {form}.")
     return name, split
 
 
@@ -123,37 +101,52 @@ class TfdsSplits(SourceKind):
 
     @classmethod
     def open(cls, rest: str, options: SourceOptions) -> TfdsSource:
-        name, split = _name_and_split(rest)
+        name, split = name_and_split(_FORM, rest)
         return TfdsSource(*open_tfds(name, split, options.dir or None, options.image_column), split, options)
 
     @classmethod
     def open_labelled(cls, rest: str, options: SourceOptions) -> labelled.Labelled:
-        return open_labelled(*_name_and_split(rest), options.dir or None)
+        name, split = name_and_split(_FORM, rest)
+        data, info = open_tfds(name, split, options.dir or None)
+        features = info.features
+        names = getattr(features["label"], "names", ()) if "label" in features else ()
+        if not names or "image" not in features:
+            raise UserError(f"source 'tfds:{rest}' needs the features image and label (of classes), and lacks one.")
+        version = str(info.version)  # the content of a version never changes
+        source = labelled.Labelled(
+            "image",
+            field(data, "image"),
+            field(data, "label"),
+            names,
+            identity=[f"tfds:{rest}", version],
+            read=lambda i: operator.itemgetter("image", "label")(data[i]),
+        )
+        source.version = version
+        return source
 
     @classmethod
     def has_split(cls, rest: str, split: str, options: SourceOptions) -> bool:
         try:
             return split in tfds.builder(rest, data_dir=options.dir or None).info.splits
-        except Exception:  # opening the first split says what is wrong
+        except Exception:  # opening the first split explains the error
             return False
 
 
 def prepare_dataset(make: Callable[[str], B], data_dir: str | os.PathLike | None, check: Callable[[], Any]) -> B:
-    """Prepare a data set as array_record files, unless it is prepared already, and return its builder.
+    """Prepare a data set as array_record files unless it is prepared already; return its builder.
 
-    `make` returns the builder for a root of TFDS data sets: `data_dir`, else $TFDS_DATA_DIR, else `tfds` in
-    `storage.cache_dir`. `check` raises what would prevent the preparation. An interrupted one leaves nothing.
+    `make` returns the builder for a root of TFDS data sets: `data_dir`, $TFDS_DATA_DIR or `tfds` in
+    `storage.cache_dir`. `check` raises an error if the preparation would fail.
     """
     root = os.fspath(data_dir or os.environ.get("TFDS_DATA_DIR") or storage.cache_dir() / "tfds")
     builder = make(root)
-    # Its dozen nested bars, for a few seconds, would hide the lines that report progress.
-    tfds.disable_progress_bar()
+    tfds.disable_progress_bar()  # a dozen nested bars would hide other output
     if not builder.is_prepared():
         check()
     try:
         builder.download_and_prepare()
     except OSError:
-        # The final rename fails if another process was faster; it wrote the same files.
+        # The final rename fails if another process was faster, with the same files.
         if not builder.data_path.exists():
             raise
         builder = make(root)
@@ -161,7 +154,7 @@ def prepare_dataset(make: Callable[[str], B], data_dir: str | os.PathLike | None
 
 
 def encoded_records(builder: tfds.core.DatasetBuilder, split: str) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Yield the encoded image of each record of a split, and its other features, which are texts and lists of texts."""
+    """Yield the encoded image of each record, and its other features: texts and lists of texts."""
     source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
     for record in (source[i] for i in range(len(source))):
         texts = {key: lookup(record, key) for key in record if key != "image"}
@@ -169,11 +162,10 @@ def encoded_records(builder: tfds.core.DatasetBuilder, split: str) -> Iterator[t
 
 
 def open_prepared(kind: str, builder: Any, split: str, options: SourceOptions) -> TfdsSource:
-    """Open a split of a prepared data set, or raise `UserError`; `kind` is the first part of its specs."""
+    """Open a split of a prepared data set whose specs begin with `kind`; raise `UserError` for an unknown split."""
     try:
         data = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
     except (KeyError, ValueError) as error:
-        raise UserError(
-            f"source '{kind}:{split}': unknown split; expected one of {', '.join(builder.info.splits)}."
-        ) from error
+        splits = ", ".join(builder.info.splits)
+        raise UserError(f"source '{kind}:{split}': unknown split; expected one of {splits}.") from error
     return TfdsSource(data, builder.info, split, options)

@@ -1,38 +1,37 @@
-"""Labelled or captioned images in tars, in the layout of clip_benchmark: `wds:PATH` and `wds:hf:ORG/NAME`.
+"""Labelled or captioned images in tars with clip_benchmark's layout: `wds:PATH` and `wds:hf:ORG/NAME`.
 
-docs/evaluate.md shows the layout, which `clip_benchmark_export_wds` writes. KEY.cls is the number of a class, KEY.txt
-has the captions of a retrieval set, one per line, and KEY.npy zeros and ones for several classes per image.
-Tars are read in place, by `tar_index.members`.
+`clip_benchmark_export_wds` writes this layout, see docs/evaluate.md. KEY.cls contains a class number, KEY.npy zeros and
+ones for several classes per image, and KEY.txt the captions of a retrieval set, one per line. Tars are read in place.
 """
 
+import contextlib
 import dataclasses
 import functools
 import io
 import pathlib
 import re
-from collections.abc import Sequence
 
 import numpy as np
 
 from xclip_jax.core import hub_client, storage
-from xclip_jax.core.errors import BadSample, UserError
+from xclip_jax.core.errors import UserError
 from xclip_jax.data import labelled
-from xclip_jax.data.base import MAX_BYTES, LazySequence, SourceKind, SourceOptions, decode_utf8, read_text
+from xclip_jax.data.base import MAX_BYTES, LazySequence, SourceKind, SourceOptions, read_text
+from xclip_jax.data.readers import tar as tar_reader
 from xclip_jax.data.readers import tar_index
 
 CLASSES, SEVERAL, CAPTIONS = "classification", "multilabel", "retrieval"
-# Files with labels or captions, by the type of data set.
+# Suffixes of the files with labels or captions.
 _ANSWERS = {CLASSES: ".cls", SEVERAL: ".npy", CAPTIONS: ".txt"}
-_IMAGES = (".webp", ".png", ".jpg", ".jpeg")  # the first of several counts
+_IMAGES = (".webp", ".png", ".jpg", ".jpeg")  # by decreasing priority
 _SHARDS = "nshards.txt"
 TEMPLATES = "zeroshot_classification_templates.txt"
-_Row = tuple[int, bytes, int, int]  # number of the tar, key, offset and size in bytes
 _HUB = re.compile(rf"({hub_client.ID})(?:@([^/]+))?(?:/([\w.-]+))?")
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """A split of a data set, not yet read: its folder, name, and commit on the Hub, or ""; `spec` is the user's."""
+    """An unread split: the user's spec, the data set's folder, the split's name, and the commit on the Hub or ""."""
 
     spec: str
     root: pathlib.Path
@@ -48,7 +47,7 @@ class Split:
         return kind
 
     def lines(self, name: str, *, optional: bool = False) -> list[str]:
-        """Return the lines of a text file of the data set, without white space around them."""
+        """Return the stripped lines of a text file; [] for a missing `optional` one."""
         path = self.root / name
         if not path.is_file():
             if optional:
@@ -62,45 +61,20 @@ class Split:
     def tars(self) -> list[str]:
         """Return the paths of the tars."""
         number = "".join(self.lines(f"{self.name}/{_SHARDS}"))
-        if not re.fullmatch("[0-9]{1,7}", number):
-            raise UserError(f"{self.spec}: {self.name}/{_SHARDS} has {number!r}, not a number of tars.")
-        tars = [str(self.root / self.name / f"{i}.tar") for i in range(int(number))]
-        if missing := [tar for tar in tars if not pathlib.Path(tar).is_file()]:
-            raise UserError(f"{self.spec}: {len(missing)} of {len(tars)} tars do not exist, {missing[0]!r} first.")
+        count = int(number) if re.fullmatch("[0-9]{1,7}", number) else 0
+        tars = [str(self.root / self.name / f"{i}.tar") for i in range(count)]
+        missing = [tar for tar in tars if not pathlib.Path(tar).is_file()]
+        if missing or not tars:
+            fault = f"{missing[0]!r} does not exist" if missing else "expected the number of tars"
+            raise UserError(f"{self.spec}: {self.name}/{_SHARDS} contains {number!r}; {fault}.")
         return tars
 
 
-def _text(key: bytes) -> str:
-    return key.decode("utf-8", "replace")
-
-
-def _images(tars: Sequence[str], versions: Sequence[object], rows: Sequence[_Row]) -> LazySequence:
-    """Return images that are files in tars, read on access."""
-
-    def name(index: int) -> str:
-        number, key, *_ = rows[index]
-        return f"{tars[number]}#{_text(key)}"
-
-    def read(index: int) -> bytes:
-        number, _, offset, size = rows[index]
-        if size > MAX_BYTES["image"]:
-            raise BadSample("file too large", name(index))
-        try:
-            data = storage.open_file(tars[number], versions[number]).read(offset, size)
-        except OSError as error:
-            raise BadSample("tar cannot be read", str(error)) from error
-        if len(data) < size:
-            raise BadSample("tar cut off", "it is shorter than when it was opened")
-        return data
-
-    return LazySequence(len(rows), read, name, lambda: ((_text(key), size) for _, key, _, size in rows))
-
-
 def locate(rest: str, *, fetch: bool = True) -> Split:
-    """Find the split that the spec "wds:" + `rest` names, "test" where it names none.
+    """Find the split, by default "test", of a spec "wds:" + `rest`.
 
-    `rest` is the path of a data set or of a split in it, or "hf:ORG/NAME[@REVISION][/SPLIT]"; without `fetch` only its
-    text files are fetched, from the cache if the Hub cannot be reached. Errors are as for `hub_client.sentences`.
+    `rest` is the path of a data set or its split, or "hf:ORG/NAME[@REVISION][/SPLIT]"; without `fetch` only text files
+    are downloaded from the Hub. Errors are as for `hub_client.sentences`.
     """
     spec = f"wds:{rest}"
     if not rest.startswith(hub_client.PREFIX):
@@ -109,7 +83,7 @@ def locate(rest: str, *, fetch: bool = True) -> Split:
         return Split(spec, path.parent, path.name) if is_split else Split(spec, path, "test")
     match = _HUB.fullmatch(rest.removeprefix(hub_client.PREFIX))
     if not match:
-        raise UserError(f"{spec!r} names no data set of the Hub; write wds:hf:ORG/NAME[@REVISION][/SPLIT].")
+        raise UserError(f"{spec!r} does not name a data set of the Hub; write wds:hf:ORG/NAME[@REVISION][/SPLIT].")
     repository, revision, split = match[1], match[2], match[3] or "test"
     patterns = ["*.txt", *[f"{split}/*.tar"] * fetch]
     hub = hub_client.load(spec)
@@ -119,61 +93,66 @@ def locate(rest: str, *, fetch: bool = True) -> Split:
 
 
 def read(split: Split) -> tuple[LazySequence, list[bytes]]:
-    """Return the images of a split, and the content of each image's file with label or captions.
+    """Return the images of a split, and the content of each image's label or caption file.
 
-    Raises:
-      UserError: missing files, damaged tars, images without labels or labels without images.
+    `UserError` for missing files, damaged tars, images without labels, or labels without images.
     """
-    tars = split.tars()
     suffix = _ANSWERS[split.type]
-    rows = []
+    images: list[tuple[str, object, str, int, int]] = []  # tar and its version, key, offset and size in bytes
     answers = []
-    versions = list(map(storage.stat, tars))
-    for number, (tar, version) in enumerate(zip(tars, versions, strict=True)):
+    for tar in split.tars():
+        version = storage.stat(tar)
         size = version[0]
         file = storage.open_file(tar, version)
-        samples: dict[bytes, dict[str, tuple[int, int]]] = {}
-        for name, offset, length in tar_index.members(tar, size):
-            if not name or offset + length > size:
-                raise UserError(f"{split.spec}: tar {tar!r} is damaged at byte {offset:,} or cut off; get it again.")
-            key, ending = tar_index.split_name(name)
+        samples: dict[str, dict[str, tuple[int, int]]] = {}
+        for path, offset, length in tar_index.members(tar, size):
+            stem, ending = tar_index.split_name(path)
+            key = stem.decode("utf-8", "replace")
             files = samples.setdefault(key, {})
-            if ending in files:
-                raise UserError(f"{split.spec}: tar {tar!r} has {_text(key) + ending!r} twice; give each sample a key.")
+            if not path or offset + length > size or ending in files:
+                fault = f"has {key + ending!r} twice; give each sample a key"
+                if ending not in files:
+                    fault = f"is damaged at byte {offset:,} or cut off; get it again"
+                raise UserError(f"{split.spec}: tar {tar!r} {fault}.")
             files[ending] = offset, length
         for key, files in samples.items():
-            image = next((files[ending] for ending in _IMAGES if ending in files), None)
-            if image is None or suffix not in files or files[suffix][1] > MAX_BYTES["text"]:
+            span = next((files[ending] for ending in _IMAGES if ending in files), None)
+            if span is None or suffix not in files or files[suffix][1] > MAX_BYTES["text"]:
                 raise UserError(
-                    f"{split.spec}: sample {_text(key)!r} of {tar!r} has the files "
+                    f"{split.spec}: sample {key!r} of {tar!r} has the files "
                     f"{', '.join(files)}; type {split.type} needs {suffix} and one of {', '.join(_IMAGES)}."
                 )
-            rows.append((number, key, *image))
+            images.append((tar, version, key, *span))
             answers.append(file.read(*files[suffix]))
-    return _images(tars, versions, rows), answers
+
+    def read_image(index: int) -> bytes:
+        tar, version, _, offset, size = images[index]
+        return tar_reader.read_span(tar, version, offset, size)
+
+    def name(index: int) -> str:
+        return f"{images[index][0]}#{images[index][2]}"
+
+    def sizes() -> list[tuple[str, int]]:
+        return [(key, size) for _, _, key, _, size in images]
+
+    return LazySequence(len(images), read_image, name, sizes), answers
 
 
 def open_labelled(split: Split) -> labelled.Labelled:
-    """Open images in classes: one per image, or any number for the type `SEVERAL`.
-
-    Raises:
-      UserError: a retrieval set, labels that are not among the classes, or as for `read`.
-    """
+    """Open images with one class each, or any number for the type `SEVERAL`; errors are as for `read`."""
     if split.type == CAPTIONS:
         raise UserError(f"{split.spec} has captions and no classes; name it as a set of its own: {split.spec}.")
     names = split.lines("classnames.txt")
     images, answers = read(split)
     labels = np.zeros((len(answers), len(names)) if split.type == SEVERAL else len(answers), np.int64)
+    limit = 2 if split.type == SEVERAL else len(names)
     for i, answer in enumerate(answers):
-        try:
+        labels[i] = -1
+        with contextlib.suppress(Exception):  # np.load raises any class
             labels[i] = np.load(io.BytesIO(answer)) if split.type == SEVERAL else int(answer)
-            if not 0 <= labels[i].min() <= labels[i].max() < (2 if split.type == SEVERAL else len(names)):
-                raise ValueError
-        except Exception:  # of any class from np.load
-            expected = "an array of zeros and ones" if split.type == SEVERAL else f"a number below {len(names)}"
-            raise UserError(
-                f"{split.spec}: {images.name(i)!r} has the label {answer[:20]!r}; expected {expected}."
-            ) from None
+        if not 0 <= labels[i].min() <= labels[i].max() < limit:
+            expected = "an array of zeros and ones" if split.type == SEVERAL else f"a number below {limit}"
+            raise UserError(f"{split.spec}: {images.name(i)!r} has the label {answer[:20]!r}; expected {expected}.")
     source = labelled.Labelled("image", images, labels.astype(bool) if split.type == SEVERAL else labels, names)
     source.templates = split.lines(TEMPLATES, optional=True)
     source.version = split.version
@@ -181,18 +160,12 @@ def open_labelled(split: Split) -> labelled.Labelled:
 
 
 def open_captions(split: Split) -> tuple[LazySequence, list[list[str]]]:
-    """Open images and the captions of each.
-
-    Raises:
-      UserError: text that is not UTF-8, or as for `read`.
-    """
+    """Open images and their captions; errors are as for `read`."""
     images, answers = read(split)
     captions = []
     for i, answer in enumerate(answers):
-        try:
-            captions.append(decode_utf8(answer).splitlines())
-        except BadSample as error:
-            raise UserError(f"{split.spec}, {images.name(i)!r}: {error}.") from error
+        with storage.unreadable_as(f"{split.spec}: caption of {images.name(i)!r} is not in UTF-8"):
+            captions.append(answer.decode("utf-8-sig").splitlines())
     return images, captions
 
 
@@ -207,5 +180,5 @@ class Wds(SourceKind):
     def has_split(cls, rest: str, split: str, options: SourceOptions) -> bool:
         try:
             return (locate(rest, fetch=False).root / split / _SHARDS).is_file()
-        except UserError:  # opening the first split says what is wrong
+        except UserError:  # opening the first split explains the error
             return False
