@@ -62,7 +62,7 @@ def test_every_chart_of_a_term_is_on_the_page(name, tmp_path):
     parsed = check(text)
     titles = set(re.findall(r"<figcaption><b>([^<]+)</b>", text))
     for name_of_term, term in run.objective.terms.items():
-        assert {curve.title for curve in term.report.curves()} <= titles
+        assert {curve.title for curve in term.curves()} <= titles
         health = term.health(run.objective.metrics_of(name_of_term, rows[-1]))
         if health.checks:
             assert health.summary in " ".join(parsed.text)
