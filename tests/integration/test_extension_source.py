@@ -150,10 +150,7 @@ def test_a_classifier_is_trained_on_labelled_items(tmp_path):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        (
-            "my_lab.no_such:Mine:/x",
-            r"source 'my_lab.no_such:Mine' cannot be imported .*install its package",
-        ),
+        ("my_lab.no_such:Mine:/x", r"source 'my_lab.no_such:Mine' cannot be imported .*install its package"),
         ("tests.extension.json_lines:JsonLinesSource:/x", "JsonLinesSource' is not a class derived from .*SourceKind"),
         ("tests.extension.json_lines:Nothing:/x", "source .*Nothing' cannot be imported"),
         (f"{KIND}:/nowhere", "'/nowhere' does not exist"),
