@@ -3,8 +3,6 @@
 import asyncio
 import io
 import socket
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -13,6 +11,7 @@ from PIL import Image
 from tests.helpers import bad_tars, tiny
 from tests.helpers.browser import SCHEMES, WIDTHS, browser, check_accessible, check_layout, opened  # noqa: F401
 from tests.helpers.pages import Page, check_basics
+from tests.helpers.serving import served
 from xclip_jax.commands import serve as command
 from xclip_jax.commands.serve import make_index
 
@@ -172,14 +171,8 @@ def test_bad_arguments_are_one_sentence(flags, message, run):
 
 @pytest.fixture(scope="module")
 def address(run, pictures, tmp_path_factory):
-    """The address of the page, served by the command in its own process."""
-    flags = [str(run), "--images", str(pictures), "--cache", str(tmp_path_factory.mktemp("served")), "--port", "0"]
-    line = [sys.executable, "-m", "xclip_jax.commands.serve", *flags]
-    with subprocess.Popen(line, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            yield next(f"{line.split()[2]}/" for line in process.stdout if "http://" in line)
-        finally:
-            process.terminate()
+    with served(run, pictures, tmp_path_factory.mktemp("served")) as found:
+        yield found
 
 
 @pytest.mark.parametrize(("width", "scheme"), list(zip(WIDTHS, SCHEMES, strict=True)))

@@ -322,7 +322,7 @@ def test_a_metric_that_is_not_a_number_is_shown_as_such(tmp_path):
     ("name", "change", "message"),
     [
         ("data.json", lambda content: [3], r"data\.json is damaged"),
-        ("config.json", lambda content: content | {"started": 7}, "has another form .*"),
+        ("config.json", lambda content: content | {"started": 7}, r"a file of run .* is damaged"),
     ],
 )
 def test_facts_of_another_type_are_one_sentence(name, change, message, trained, tmp_path):

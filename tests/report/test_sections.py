@@ -106,7 +106,7 @@ def test_what_differs_is_listed_and_what_cannot_be_compared_is_said(tmp_path):
     rows = dict(re.findall(r'<tr><th scope="row">([^/]+?)</th>(.*?)</tr>', text))
     assert rows["optim.lr"] == "<td>0.001</td><td>0.001001</td>" and rows["data.batch"] == "<td>16</td><td>8</td>"
     assert "Predictions of b are by the checkpoint of step 2." in words and "Predictions of a" not in words
-    assert "Batches differ, and so does what a step is: a 16, b 8." in words
+    assert "Batch sizes differ, so steps are not comparable: a 16, b 8." in words
     assert "No evaluation set has images and texts" in words
     RunReader(tmp_path / "b").evaluation_file.unlink()
     assert (

@@ -59,7 +59,7 @@ def make(flags: argparse.Namespace) -> epath.Path:
     path = epath.Path(flags.output or ("comparison.html" if several else RunReader(flags.runs[0]).report_file))
     if not is_remote(str(path)):  # before the predictions
         if path.is_dir() or not path.parent.is_dir():
-            raise UserError(f"--output {str(path)!r} is not a file in a folder that exists; name one.")
+            raise UserError(f"--output {str(path)!r} is not a file in an existing folder; name one.")
         check_writable("--output", path.parent)
     specs = tuple(filter(None, map(str.strip, flags.sets.split(","))))
     for spec in specs:

@@ -93,9 +93,7 @@ def read(path: str | epath.Path) -> Record:
     except UserError:
         raise
     except Exception as error:  # JSON of an unexpected form
-        raise UserError(
-            f"a file of run {str(path)!r} has another form than a run writes ({first_line(error)}); restore it."
-        ) from error
+        raise UserError(f"a file of run {str(path)!r} is damaged ({first_line(error)}); restore it.") from error
 
 
 def _read(run: RunReader, content: Mapping[str, Any]) -> Record:

@@ -235,7 +235,7 @@ def training(runs: Sequence[Run]) -> Section:
     batches = {run.name: run.record.config.data.batch for run in runs}
     if len(set(batches.values())) > 1:
         sizes = ", ".join(f"{name} {batch:,}" for name, batch in batches.items())
-        text += f" Batches differ, and so does what a step is: {sizes}."
+        text += f" Batch sizes differ, so steps are not comparable: {sizes}."
     return Section("curves", "Training", (text, drawn))
 
 
