@@ -55,9 +55,8 @@ def test_built_in_ones_are_an_entry_each(monkeypatch):
 
 def test_a_run_evaluates_the_set_by_its_name(run):
     record = json.loads((run / "results.json").read_text())
-    assert (
-        record["results"].keys() == {f"{NAME}/nearer", f"{NAME}/images"} and record["results"][f"{NAME}/images"] == 20
-    )
+    assert record["results"].keys() == {f"{NAME}/nearer", f"{NAME}/images"}
+    assert record["results"][f"{NAME}/images"] == 20
     assert [line["step"] for line in tiny.lines(run) if f"{NAME}/nearer" in line] == [1, 2]
     check_table(results.from_json(record["records"]))
 

@@ -248,16 +248,6 @@ def test_a_run_that_is_not_complete_shows_the_newest_result_of_each_set_and_its_
     assert [(r.value, collect.read(run).step_of(r)) for r in collect.read(run).results if r.unit] == [(9.0, 60)]
 
 
-@pytest.mark.parametrize(("step", "shown"), [(2, "at step 2 "), (4, "x ")])
-def test_a_run_without_sets_that_was_evaluated_at_an_earlier_step_says_so(step, shown, tmp_path):
-    run = written(tmp_path / "run", tiny.config("clip", steps=4), []).folder
-    final(run, [])
-    evaluate(run, "x", 40.0, step)
-    text = page_of(collect.read(run), examples.Examples())
-    ((_, details),) = tiles(text).values()
-    assert details.endswith(shown) and ("the newest of its set" in text) == (step == 2)
-
-
 def test_a_run_that_is_killed_in_its_last_evaluation_shows_all_of_its_sets(tmp_path):
     """The last evaluation has a line for each set."""
     evaluations = [(2, numbers("x", 20.0) + numbers("z", 5.0)), (4, numbers("x", 40.0))]

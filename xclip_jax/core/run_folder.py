@@ -101,7 +101,9 @@ class RunReader:
 
     def read_sources(self) -> list[dict[str, Any]] | None:
         """Return the fingerprints in data.json, one per source of data.sources."""
-        return self._read(self.data_file, lambda content: all(isinstance(item, dict) for item in content), list)
+        return self._read(
+            self.data_file, lambda items: isinstance(items, list) and all(isinstance(x, dict) for x in items)
+        )
 
     def read_classes(self) -> tuple[str, ...] | None:
         """Return the classes of a fine-tuning run, or None if data.json lists none."""
@@ -111,7 +113,7 @@ class RunReader:
     def read_results(self) -> dict[str, Any] | None:
         """Return the content of results.json."""
         remedy = "delete it and run the same command to evaluate again"
-        return self._read(self.results_file, lambda content: content.keys() >= {"results", "records"}, remedy=remedy)
+        return self._read(self.results_file, lambda content: content.keys() >= {"results", "records"}, remedy)
 
     def read_metrics(self) -> list[dict[str, float]]:
         """Return the objects of metrics.jsonl with a step, without values other than finite numbers."""
@@ -136,22 +138,16 @@ class RunReader:
         return [line for line in json_lines.read(self.skipped_steps_file) if "step" in line]
 
     def _read(
-        self,
-        path: epath.Path,
-        is_sound: Callable[[Any], bool],
-        kind: type = dict,
-        remedy: str = "restore it, or name another folder",
+        self, path: epath.Path, is_sound: Callable[[Any], bool], remedy: str = "restore it, or name another folder"
     ) -> Any:
         if not path.exists():
             return None
         fault = ""
         try:
             content = json.loads(path.read_text())
-            if isinstance(content, kind) and is_sound(content):
+            if is_sound(content):
                 return content
-        except KeyError:
-            pass
-        except (ValueError, RecursionError) as error:  # JSON or UTF-8
+        except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
             fault = f" ({first_line(error)})"
         raise UserError(f"{path} is damaged, or another program's{fault}; {remedy}.")
 

@@ -66,17 +66,16 @@ def render(
     options = [[key, *(tower.get(key, "") for tower in towers.values())] for key in keys]
     context = {
         "metadata": metadata(experiment, to, measured(folder, config.steps, step) if folder else []),
+        "experiment": experiment,
         "objective": objective,
         "labelled": objective.labelled,
         "tower": config.model.tower(objective.towers[0]).describe(),
-        "parameters": experiment.num_parameters,
         "towers": (["option", *({"img": "image", "txt": "text"}[name] for name in towers)], options),
         "prepare": experiment.preprocessing,
         "drops_alpha": experiment.preprocessing.background == images.DROPPED,
         "to": to,
         "library": _LIBRARIES[to],
         "tokenizer": config.data.tokenizer,
-        "length": experiment.context_length,
         "out": f"{remote}{repository}" if repository else f"{local}{epath.Path(out).name}",
         "notes": notes,
         "run": run,

@@ -202,16 +202,16 @@ def _add_names(
     shown = _subset(shown, keep)
     scores = ZeroShot(encoder, zeroshot).scores(variables)
     indices = np.searchsorted(keep, first)
-    bars = _bars(encoder, variables, {score: x[indices] for score, x in scores.items()})
+    bars, meaning = _bars(encoder, variables, {score: x[indices] for score, x in scores.items()})
     ranking = np.argsort(-scores[""][indices], axis=1, kind="stable")
     guesses = []
     for row, i in enumerate(indices):
         label = int(zeroshot.labels[i])
-        best = [bars.label(row, k, zeroshot.names[k], k == label) for k in ranking[row, :5]]
+        best = [_label(bars[row, k], meaning, zeroshot.names[k], k == label) for k in ranking[row, :5]]
         rank = int(np.flatnonzero(ranking[row] == label)[0]) + 1
         guesses.append(Prediction(shown.images[i], zeroshot.names[label], rank, best))
     num_classes = len(zeroshot.prompts)
-    sentence = f"{sentence.replace('{num_classes}', f'{num_classes:,}')} Bars: {bars.meaning}."
+    sentence = f"{sentence.replace('{num_classes}', f'{num_classes:,}')} Bars: {meaning}."
     examples.named.append(ZeroShotExamples(title, sentence, num_classes, guesses))
     if searched:
         examples.gallery.images.extend(zeroshot.images)
@@ -225,27 +225,17 @@ def _subset(data: ZeroShotSet, keep: np.ndarray) -> ZeroShotSet:
     return dataclasses.replace(data, images=images, labels=np.asarray(data.labels)[keep], groups={})
 
 
-class _Bars(NamedTuple):
-    """Bars for scores (n, m), from 0 to 1, and their meaning."""
-
-    values: np.ndarray
-    meaning: str
-
-    def label(self, row: int, column: int, name: str, right: bool) -> ScoredLabel:
-        """Return the bar of one score."""
-        value = self.values[row, column]
-        text = f"{value:.2f}"
-        if self.meaning == _PROBABILITY:
-            text = "<1 %" if value < 0.01 else f"{100 * value:.0f} %"
-        return ScoredLabel(name, float(np.clip(value, 0, 1)), text, right)
-
-
-def _bars(encoder: Encoder, variables: Variables, scores: Mapping[str, np.ndarray]) -> _Bars:
-    """Return probabilities, or plain scores if the model's similarity has a label for bars."""
+def _bars(encoder: Encoder, variables: Variables, scores: Mapping[str, np.ndarray]) -> tuple[np.ndarray, str]:
+    """Return lengths of bars and their meaning: probabilities, or scores if the similarity has a label for bars."""
     label = encoder.similarities[0].bar_label
-    if label:
-        return _Bars(scores[""], label)
-    return _Bars(softmax(encoder.logits_of(scores, variables)), _PROBABILITY)
+    return (scores[""], label) if label else (softmax(encoder.logits_of(scores, variables)), _PROBABILITY)
+
+
+def _label(value: float, meaning: str, name: str, right: bool) -> ScoredLabel:
+    text = f"{value:.2f}"
+    if meaning == _PROBABILITY:
+        text = "<1 %" if value < 0.01 else f"{100 * value:.0f} %"
+    return ScoredLabel(name, float(np.clip(value, 0, 1)), text, right)
 
 
 def _retrieved(
@@ -260,7 +250,7 @@ def _retrieved(
     gallery = Gallery([data.images[i] for i in keep], [shown.images[i] for i in keep], names)
     by_score = compare(encoder.similarities, *encode_pairs(encoder, variables, gallery.images, texts))
     scores = by_score[""]
-    bars = _bars(encoder, variables, by_score)
+    bars, meaning = _bars(encoder, variables, by_score)
     matches = Matches(captions).of_images()
     by_text = []
     by_image = []
@@ -275,11 +265,11 @@ def _retrieved(
         once: dict[str, int] = {}  # several images may share a text
         for t in np.argsort(-scores[i], kind="stable"):
             once.setdefault(texts[t], t)
-        choices = [bars.label(i, t, text, bool(matches[i, t])) for text, t in list(once.items())[:5]]
+        choices = [_label(bars[i, t], meaning, text, bool(matches[i, t])) for text, t in list(once.items())[:5]]
         rank = int(ranks_of(scores[i][None], matches[i][None])[0]) + 1
         by_image.append(Prediction(gallery.shown[i], names[i], rank, choices))
     title = tables.shorten([data.name])[data.name]
-    return RetrievalExamples(title, len(texts), bars.meaning, gallery, by_text, by_image), texts
+    return RetrievalExamples(title, len(texts), meaning, gallery, by_text, by_image), texts
 
 
 def _search_and_cluster(

@@ -204,10 +204,8 @@ def _difference(row: Mapping[str, Any], name: str, end: float, last: tuple[int, 
     high = row.get("high", math.nan)
     even = 1 if ratio else 0
     verdict = "not distinguishable"
-    if low > even:
-        verdict = "worse" if ratio else "better"
-    elif high < even:
-        verdict = "better" if ratio else "worse"
+    if low > even or high < even:
+        verdict = "better" if (low > even) != ratio else "worse"  # of ranks the smaller is better
     steps = [row["step_a"], row["step_b"]]
     if steps == [*last]:
         steps = [None, None]
