@@ -34,7 +34,7 @@ def add(run, result, step, *, items=None, profile=""):
     results_files.add(RunReader(run).evaluation_file, keys, {result.name: items} if items else {}, {}, own=True)
 
 
-def final(run, results):
+def finish(run, results):
     """Write results.json."""
     content = {"results": flat(results), "records": to_json(results), "config": {}, "ended": ENDED}
     write_json(RunReader(run).results_file, content)
@@ -162,9 +162,9 @@ def test_per_example_values_of_an_evaluation_serve_the_results_of_the_run(tmp_pa
     add(run, result, 4, items=PerExample(np.array([1.0, 1.0, 0.0, 0.0]), groups=np.array([0, 0, 1, 1])))
     (read,) = collect.read(run).results
     assert read.items.groups.tolist() == [0, 0, 1, 1]
-    final(run, [dataclasses.replace(result, value=75.0)])
+    finish(run, [dataclasses.replace(result, value=75.0)])
     assert collect.read(run).results[0].items is None  # of another step
-    final(run, [result])
+    finish(run, [result])
     assert collect.read(run).results[0].items is not None
 
 
@@ -186,7 +186,7 @@ def test_sets_that_are_evaluated_after_a_run_are_beside_its_own(tmp_path):
     def result(name, value, family="zeroshot"):
         return Result(name, family, "top1", value, n=4, chance=25.0, headline=True, evaluator="zeroshot")
 
-    final(run, [result("x", 50.0)])
+    finish(run, [result("x", 50.0)])
     for step, evaluated in ((2, result("before", 25.0)), (4, result("y", 75.0)), (4, result("x", 25.0))):
         add(run, evaluated, step, profile="openai")
     read = collect.read(run)
@@ -275,7 +275,7 @@ def test_each_step_of_an_evaluation_is_one_point(tmp_path):
     final = {name: top1 + 3 for name, top1 in sets.items()} | {"only_at_the_end": 7.0}
     last = [(4, numbers(name, top1)) for name, top1 in final.items()]
     run = written(tmp_path / "run", tiny.config("clip", steps=4), rows, evaluations + last).folder
-    final(run, [result for _, of_set in last for result in of_set])
+    finish(run, [result for _, of_set in last for result in of_set])
     drawn = lines_of(page_of(collect.read(run), examples.Examples()))
     assert drawn == {"folder:a/val, top-1": ([2, 4], [1, 4]), "folder:b/val, top-1": ([2, 4], [50, 53])}
     RunReader(run).results_log_file.write_text(made_results.lines(evaluations))  # results.json has the last
@@ -295,7 +295,7 @@ def test_a_metric_that_is_not_a_number_is_shown_as_such(tmp_path):
     rows = [{"step": step, "loss": 1.0, "clip/loss": 1.0} for step in (1, 2)]
     evaluations = [(1, numbers("x", 20.0)), (2, numbers("x", 20.0)), (4, numbers("x", math.nan))]
     run = written(tmp_path / "run", tiny.config("clip", steps=4), rows, evaluations).folder
-    final(run, numbers("x", math.nan) + numbers("y", 40.0))
+    finish(run, numbers("x", math.nan) + numbers("y", 40.0))
     assert '"value": null' in RunReader(run).results_file.read_text()
     evaluate(run, "x", math.nan, 4)
     text = page_of(collect.read(run), examples.Examples())

@@ -288,6 +288,3 @@ def test_results_of_other_data_are_neither_ranked_nor_under_the_chance_of_the_fi
     assert "<b>" not in a + b and "other data" in b
     (back,) = from_json(to_json([result(2.4, 166, 0.6, "x")]))
     assert back.protocol.split_hash == "x"
-
-
-# --- health of a run
