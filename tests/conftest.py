@@ -11,9 +11,8 @@ import tempfile
 
 import pytest
 
-if (
-    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-):  # in a job in the background; commands that tests start inherit it
+# In a background job SIGINT is ignored, which commands started by tests would inherit.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ["JAX_PLATFORMS"] = "cpu"

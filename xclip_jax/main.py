@@ -16,33 +16,24 @@ COMMANDS = {
     "evaluate": ("xclip_jax.commands.evaluate", "evaluate a run or weights of another project, or compare two runs"),
     "embed": ("xclip_jax.commands.embed", "write embeddings of images or texts to a file"),
     "export": ("xclip_jax.commands.export", "write weights for transformers, open_clip or safetensors"),
-    "plan": ("xclip_jax.commands.plan", "show memory, traffic and time of a run before it is started"),
-    "doctor": ("xclip_jax.commands.doctor", "check a run before it is started, or look at one by its folder"),
+    "plan": ("xclip_jax.commands.plan", "show memory, traffic and time of a run before its start"),
+    "doctor": ("xclip_jax.commands.doctor", "check a run before its start, or inspect the folder of one"),
     "report": ("xclip_jax.commands.report", "write the page of a run"),
-    "serve": ("xclip_jax.commands.serve", "search a folder of images by words on a page in the browser"),
+    "serve": ("xclip_jax.commands.serve", "search a folder of images by text on a page in the browser"),
     "check": ("xclip_jax.commands.check", "check image-text pairs before training"),
     "index": ("xclip_jax.data.readers.tar_index", "index tars ahead of a run"),
 }
 
 
-def usage() -> str:
-    """Return the help text: all commands with a line each."""
-    rows = [f"  {name:<10} {doc}" for name, (_, doc) in COMMANDS.items()]
-    end = "xclip-jax COMMAND --help shows the arguments of a command, xclip-jax --version the version."
-    return "\n".join(["usage: xclip-jax COMMAND [ARGUMENTS]", "", *rows, "", end])
-
-
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a command as `python -m MODULE` does, so that its arguments and child processes are the same.
-
-    Args:
-      argv: the command and its arguments; by default the arguments of the process.
-    """
-    end_at_once()  # a command's imports take seconds
+    """Run a command like `python -m MODULE`; `argv` replaces the arguments of the process."""
+    end_at_once()  # before the slow imports of a command
     command, *arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if command in ("--help", "-h", "help"):
         with exit_with_message():
-            print(usage())
+            rows = [f"  {name:<10} {doc}" for name, (_, doc) in COMMANDS.items()]
+            print("usage: xclip-jax COMMAND [ARGUMENTS]", "", *rows, "", sep="\n")
+            print("xclip-jax COMMAND --help shows a command's arguments, xclip-jax --version the version.")
         return
     if command == "--version":
         print(f"xclip_jax {__version__}")

@@ -171,7 +171,7 @@ def test_bad_arguments_are_one_sentence(flags, message, run):
 
 @pytest.fixture(scope="module")
 def address(run, pictures, tmp_path_factory):
-    with served(run, pictures, tmp_path_factory.mktemp("served") / "cache") as found:
+    with served(run, pictures, tmp_path_factory.mktemp("served")) as found:
         yield found
 
 

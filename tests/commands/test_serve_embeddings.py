@@ -1,7 +1,6 @@
 """Embeddings that the search page keeps in a file: what is embedded again, and what an interruption loses."""
 
 import errno
-import os
 import pathlib
 
 import numpy as np
@@ -64,18 +63,6 @@ def embedded(fake, images, file):
     numbers, texts, rows = command.embed(fake, source, file)
     names = [pathlib.PurePath(source.name(i)).name for i in numbers]
     return fake.embedded - before, dict(zip(names, zip(texts, rows[:, 0].tolist(), strict=True), strict=True))
-
-
-def test_one_new_file_of_2000_embeds_one(fake, tmp_path):
-    (tmp_path / "many").mkdir()
-    paint(tmp_path / "many" / "0000.png", 7)
-    for i in range(1, 2000):
-        os.link(tmp_path / "many" / "0000.png", tmp_path / "many" / f"{i:04d}.png")
-    assert embedded(fake, tmp_path / "many", tmp_path / "cache.npz")[0] == 2000
-    paint(tmp_path / "many" / "1000a.png", 9)
-    count, found = embedded(fake, tmp_path / "many", tmp_path / "cache.npz")
-    assert count == 1 and len(found) == 2001 and found["1000a.png"] == ("", 9) and found["1999.png"] == ("", 7)
-    assert embedded(fake, tmp_path / "many", tmp_path / "cache.npz")[0] == 0
 
 
 def test_changed_files_are_embedded_and_vanished_ones_forgotten(fake, images, tmp_path):

@@ -164,12 +164,3 @@ def test_a_signal_while_xla_compiles_ends_a_run_with_its_status(place):
     status, output, errors = python("-c", COMPILES, place, **settings)
     assert (status, errors) == (EXIT_RESUMABLE, "")
     assert output.startswith("SIGTERM: ") and "compiled" not in output
-
-
-def test_ctrl_c_of_a_module_of_others_is_left_alone(tmp_path):
-    """Their package may import this one before its own work begins."""
-    (tmp_path / "theirs").mkdir()
-    (tmp_path / "theirs" / "__init__.py").write_text("import xclip_jax")
-    (tmp_path / "theirs" / "run.py").write_text("import signal; print(signal.getsignal(signal.SIGINT).__name__)")
-    path = os.pathsep.join([str(tmp_path), str(ROOT)])
-    assert python("-m", "theirs.run", PYTHONPATH=path)[1] == "default_int_handler\n"

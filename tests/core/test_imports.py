@@ -68,16 +68,11 @@ def test_a_local_folder_imports_with_consent_alone(name, root):
     assert xclip_jax.load(root / name, batch=8, trust=True).encode_text(["a fox"]).shape == (1, 16)
     assert executed(root)
     forget(root)
+    with pytest.raises(UserError, match=REFUSED):  # consent is for one load
+        xclip_jax.load(root / name)
     import evil_mod  # noqa: F401
 
     assert xclip_jax.load(root / name, batch=8).encode_text(["a fox"]).shape == (1, 16)
-
-
-def test_consent_is_for_one_load(root):
-    xclip_jax.load(root / "run", batch=8, trust=True)
-    forget(root)
-    with pytest.raises(UserError, match=REFUSED):
-        xclip_jax.load(root / "run")
 
 
 def test_a_download_imports_with_consent_alone(root, server):

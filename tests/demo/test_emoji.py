@@ -9,15 +9,8 @@ import tensorflow_datasets as tfds
 from xclip_jax.core.errors import UserError
 from xclip_jax.demo import emoji
 
-COUNTS = {
-    "train": 4309,
-    "train_tones": 4655,
-    "test_concepts": 600,
-    "validation_concepts": 300,
-    "test_rendering": 284,
-    "validation_rendering": 147,
-    "test_line": 1474,
-}
+COUNTS = {"train": 4309, "train_tones": 4655, "test_concepts": 600, "validation_concepts": 300}
+COUNTS |= {"test_rendering": 284, "validation_rendering": 147, "test_line": 1474}
 
 
 @pytest.fixture(scope="session")
@@ -58,11 +51,8 @@ def decode(record):
 def test_counts(records, concepts):
     assert {split: len(rows) for split, rows in records.items()} == COUNTS
     assert len(concepts) == 1914
-    assert collections.Counter(c["role"] for c in concepts) == {
-        "train": 1614,
-        "test_concepts": 200,
-        "validation_concepts": 100,
-    }
+    roles = {"train": 1614, "test_concepts": 200, "validation_concepts": 100}
+    assert collections.Counter(c["role"] for c in concepts) == roles
     assert collections.Counter(c["group"] for c in concepts) == {"rest": 1356, "animals_food": 288, "flags": 270}
 
 

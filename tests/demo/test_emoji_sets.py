@@ -16,6 +16,10 @@ from xclip_jax.report import collect, examples, picture
 
 # The demo's sets, on a small copy of its data.
 
+ROLES = [
+    *(("train", group) for group in ("flags", "flags", "animals_food", "rest")),
+    *(("test_concepts", "rest"), ("test_concepts", "flags"), ("validation_concepts", "rest")),
+]
 CONCEPTS = [
     {
         "id": f"c{i}",
@@ -27,17 +31,7 @@ CONCEPTS = [
         "category": "" if i == 3 else "round" if i % 2 else "flat",
         **{language: f"{language} {i}" if language != "pt" else f"name {i}" for language in emoji.LANGUAGES},
     }
-    for i, (role, group) in enumerate(
-        [
-            ("train", "flags"),
-            ("train", "flags"),
-            ("train", "animals_food"),
-            ("train", "rest"),
-            ("test_concepts", "rest"),
-            ("test_concepts", "flags"),
-            ("validation_concepts", "rest"),
-        ]
-    )
+    for i, (role, group) in enumerate(ROLES)
 ]
 RENDERED = [("twemoji", 0), ("noto", 2), ("noto", 3), ("openmoji", 1)]
 SPLITS = {
@@ -201,15 +195,8 @@ def test_picture_and_page_are_drawn_for_every_kind_of_model(objective, embed, cl
 
 def test_prompts_of_unseen_concepts(small_demo):
     """Each keyword is in front once, behind the name and alone; without keywords the name is left."""
-    assert registry.load("emoji/test_concepts", SIZE).prompts[0] == [
-        "name 4, tag 0, tag 1, tag 2",
-        "name 4, tag 1, tag 2, tag 3",
-        "name 4, tag 2, tag 3, tag 0",
-        "name 4, tag 3, tag 0, tag 1",
-        "tag 0",
-        "tag 1",
-        "tag 2",
-        "tag 3",
-    ]
+    rotations = [f"name 4, {', '.join(f'tag {(i + j) % 4}' for j in range(3))}" for i in range(4)]
+    tags = [f"tag {i}" for i in range(4)]
+    assert registry.load("emoji/test_concepts", SIZE).prompts[0] == [*rotations, *tags]
     assert registry.load("emoji/test_concepts_one_prompt", SIZE).prompts[0] == ["name 4, tag 0, tag 1, tag 2"]
     assert emoji_sets._prompts({"name": "n", "tags": []}) == ["n"]

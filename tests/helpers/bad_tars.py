@@ -1,14 +1,8 @@
-"""Tars with everything that is wrong with pairs from the web, and what each of them should become.
-
-    python -m tests.torture FOLDER
-
-writes the set and prints the pattern to read it by.
-"""
+"""Tars with every fault of pairs from the web, and the expected outcome of each."""
 
 import io
 import json
 import struct
-import sys
 import tarfile
 import zlib
 from pathlib import Path
@@ -269,8 +263,3 @@ def plain(tmp_path_factory):
     pairs(folder / "0.tar", 0, 13)
     pairs(folder / "1.tar", 13, 8)
     return f"{folder}/{{0..1}}.tar"
-
-
-if __name__ == "__main__":
-    make(sys.argv[1])
-    print(f"tar:{sys.argv[1]}/{{00..16}}.tar")

@@ -14,14 +14,8 @@ from xclip_jax.train import build
 
 # Shapes of B/32 and B/16 in small: 7 x 7 patches and 14 x 14, heads of 64 where they must be inferred.
 B32 = {"image_size": 28, "patch_size": 4, "width": 128, "head_width": 64, "layers": 2}
-
-
 B16 = {"image_size": 28, "patch_size": 2, "width": 64, "head_width": 32, "layers": 1}
-
-
 TEXT = {"context_length": 12, "width": 64, "heads": 1, "layers": 2}
-
-
 TEXTS = ["a photo of a cat", "two dogs", "", "it's 3 o'clock, über alles gedacht: naïve"]
 
 

@@ -30,18 +30,8 @@ def retrieval(name, values=(61.0, 65.0, 61.0, 65.0), chance=(5.0, 23.04, 5.0, 25
 
 def entry(name="zeroshot/x", **changes):
     """An entry of evaluation.json, with changes."""
-    fields = {
-        "set": "x",
-        "name": name,
-        "metric": "top1",
-        "value": 50.0,
-        "checkpoint": "run",
-        "step": 1,
-        "profile": "openai",
-        "changes": {},
-        "fingerprint": "1",
-    }
-    fields |= changes
+    fields = {"set": "x", "name": name, "metric": "top1", "value": 50.0, "checkpoint": "run", "step": 1}
+    fields |= {"profile": "openai", "changes": {}, "fingerprint": "1"} | changes
     record = {"set": fields["set"], "family": "zeroshot", "metric": fields["metric"], "value": fields["value"]}
     return {"records": [record | {"headline": True}]} | fields
 

@@ -22,16 +22,7 @@ from xclip_jax.objectives.nclip import Nclip
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
-def two_towers(
-    *,
-    img,
-    txt,
-    embed=0,
-    bias=False,
-    cluster_head=None,
-    dtype=jnp.float32,
-    cls=TwoTowers,
-):
+def two_towers(*, img, txt, embed=0, bias=False, cluster_head=None, dtype=jnp.float32, cls=TwoTowers):
     """`cls` with projections to `embed` above 0, a logit bias, cluster heads; blocks are unrolled."""
     txt = dict(txt)
     tokens = {key: txt.pop(key, default) for key, default in (("vocab", 49408), ("eot_id", 49407))}

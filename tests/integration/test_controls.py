@@ -68,11 +68,6 @@ def test_without_smoothing_the_program_is_the_same():
     assert texts[0] == texts[1]
 
 
-def test_smoothing_of_one_is_refused():
-    with pytest.raises(UserError, match=r"objective.clip.label_smoothing is 1.0; expected at least 0 and below 1"):
-        schema.resolve(tiny.config("clip", objective__clip__label_smoothing=1.0))
-
-
 # --- shuffled targets
 
 

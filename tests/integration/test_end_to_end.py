@@ -58,21 +58,3 @@ def test_another_objective_in_the_same_folder_is_one_sentence(run):
     assert done.returncode == 1
     assert done.stderr.startswith(f"error: {folder} contains a run with a different config: objective.name ('xclip'")
     assert len(done.stderr.strip().splitlines()) == 1
-
-
-@pytest.mark.slow  # a second evaluation of all sets
-def test_a_run_is_evaluated_again_to_the_same_numbers(run):
-    folder, _, _ = run
-    line = [sys.executable, "-m", "xclip_jax.commands.evaluate", "--checkpoint", str(folder)]
-    line += ["--suite", "emoji/test_concepts,emoji/test_probe,emoji/test_aliases"]
-    env = os.environ | {"XLA_FLAGS": ""}
-    done = subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr
-    trained = json.loads((folder / "results.json").read_text())["results"]
-    concepts, probe, aliases = json.loads((folder / "evaluation.json").read_text())["results"]
-    assert concepts["value"] == pytest.approx(trained["zeroshot/emoji/test_concepts/top1"], abs=1e-4)
-    assert concepts["version"] == "1.0.0" and concepts["n"] == probe["n"] == 600
-    # Even towers that saw eight batches know more than the largest category.
-    assert probe["metrics"]["category/linear/top1"] > probe["metrics"]["category/majority"]
-    assert aliases["metrics"]["texts"] == 200
-    assert "frozen features, %" in done.stdout and "texts by texts, recall %" in done.stdout

@@ -75,8 +75,8 @@ def test_a_run_calls_them(pairs, tmp_path, capsys):
         ("callbacks", "tests.extension.status_file:Status", r"log\.callbacks: .* has no attribute 'Status'"),
         ("callbacks", "no_such.module:Class", r"log\.callbacks: .*cannot be imported .*install its package"),
         ("callbacks", LIST, r"List' is not a class derived from xclip_jax\.train\.callbacks\.Callback"),
-        ("to", "tests.integration.test_extension_callback:Lists", r"log\.to: .* has no attribute 'Lists'"),
-        ("to", STATUS, r"StatusFile' is not a class derived from xclip_jax\.train\.callbacks\.Tracker"),
+        ("trackers", "tests.integration.test_extension_callback:Lists", r"log\.trackers: .* has no attribute 'Lists'"),
+        ("trackers", STATUS, r"StatusFile' is not a class derived from xclip_jax\.train\.callbacks\.Tracker"),
     ],
 )
 def test_a_wrong_name_is_one_sentence_before_the_folder(key, name, message, pairs, tmp_path):

@@ -1,6 +1,5 @@
 """Fine-tuning from end to end: labelled data, runs that start from weights, and the metrics of tasks."""
 
-import csv
 import json
 
 import jax
@@ -20,7 +19,6 @@ from xclip_jax.config import schema
 from xclip_jax.config.load import load_config
 from xclip_jax.core.errors import UserError
 from xclip_jax.core.storage import write_json
-from xclip_jax.data import loader, sources
 from xclip_jax.data.readers import glue
 from xclip_jax.evaluators import registry, tables
 from xclip_jax.evaluators.probe import ClassifierEvaluator
@@ -41,24 +39,6 @@ def folder_of_classes(path, n=24, seed=0):
             noise = rng.integers(0, 40, (20, 22, 3)) + (200, 0, 100)[label]
             PIL.Image.fromarray(noise.astype(np.uint8)).save(path / name / f"{i}.png")
     return path
-
-
-def test_a_folder_and_a_table_give_labelled_records(tmp_path):
-    path = folder_of_classes(tmp_path / "a", 2)
-    source = sources.open_labelled(f"folder:{path}")
-    assert len(source) == 6 and source.names == ["bright", "dark", "grey"]
-    assert source.labels().tolist() == [0, 0, 1, 1, 2, 2]
-    assert source[3]["label"] == 1 and isinstance(source[3]["image"], bytes)
-    assert source.describe(3)["file"].endswith("dark/1.png")
-    with (tmp_path / "t.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([["path", "label"], ["a/grey/0.png", "7"], ["a/dark/1.png", "0"]])
-    table = sources.open_labelled(f"csv:{tmp_path / 't.csv'}")
-    assert table.labels().tolist() == [1, 0] and table.names == ["0", "7"]
-    with pytest.raises(UserError, match="has no labelled items; write folder:PATH"):
-        sources.open_labelled("tar:x")
-    c = tiny.config("classify", data__sources=(f"folder:{path}",)).data
-    with pytest.raises(UserError, match=r"has 3 classes, expected 4"):
-        sources.open_sources(loader.DataConfig(**c.to_dict()), 4)
 
 
 COLA = "gj04\t1\t\tOur friends {i} won't buy this.\ngj04\t0\t*\tThey {i} drank the pub\n"

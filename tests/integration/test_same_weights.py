@@ -53,25 +53,6 @@ def change(run, **keys):
     (run / "config.json").write_text(json.dumps(content))
 
 
-@pytest.mark.slow
-def test_results_of_an_export_that_was_replaced_are_not_shown(root, tmp_path):
-    out, one, two = tmp_path / "out", f"folder:{root / 'one'}", f"folder:{root / 'two'}"
-    file = out / "evaluation.json"
-    export.export(str(root / "a"), str(out), to="safetensors")
-    evaluate.evaluate(str(out), one)
-    evaluate.evaluate(str(out), two)
-    assert shown(file) == ["one", "two"]
-    export.export(str(root / "b"), str(out), to="safetensors", overwrite=True)
-    evaluate.evaluate(str(out), two)
-    content = json.loads(file.read_text())
-    assert shown(file) == ["two"] and len(content["other_results"]) == 2
-    assert [row["set"] for row in evaluate.compare(str(out), str(out))] == [two]
-    # Those of the first weights are kept, and come back with them.
-    export.export(str(root / "a"), str(out), to="safetensors", overwrite=True)
-    evaluate.evaluate(str(out), one)
-    assert sorted(shown(file)) == ["one", "two"]
-
-
 @pytest.mark.parametrize(
     ("key", "value"),
     [

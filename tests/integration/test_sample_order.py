@@ -78,16 +78,6 @@ def test_the_order_of_an_epoch_is_made_once(monkeypatch):
     assert made == [0] and len(set(found)) == 1
 
 
-def test_the_orders_of_several_short_epochs_are_made_once(monkeypatch):
-    made, make = [], loader._SpreadDuplicates._order
-    monkeypatch.setattr(loader._SpreadDuplicates, "_order", lambda self, epoch: made.append(epoch) or make(self, epoch))
-    order = loader._SpreadDuplicates(np.arange(100), seed=0)
-    for offset in (3, 50):
-        for epoch in range(8):
-            order(100 * epoch + offset)
-    assert made == list(range(8))
-
-
 def test_an_order_of_all_captions_decodes_no_image(monkeypatch):
     decoded = []
     decode = sources.images.decode
@@ -104,10 +94,7 @@ def test_an_order_of_all_captions_decodes_no_image(monkeypatch):
 PLACES = {
     "plain": ({}, "b5 a7 a15 b2 b1 b10 b14 a20 a28 a23 a1 a5 b7 a11 b11 a6"),
     "weighted": ({"weights": (0.7, 0.3)}, "a13 a7 a15 b12 a12 a18 b4 a8 a24 b1 a20 a28 a23 b7 a1 a5"),
-    "spread": (
-        {"spread_duplicate_captions": True},
-        "a23 a16 b4 a17 a15 b1 a24 a19 a21 b13 b12 a20 b0 a28 a22 a3",
-    ),
+    "spread": ({"spread_duplicate_captions": True}, "a23 a16 b4 a17 a15 b1 a24 a19 a21 b13 b12 a20 b0 a28 a22 a3"),
 }
 
 

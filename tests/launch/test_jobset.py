@@ -53,21 +53,16 @@ def test_jax_joins_the_hosts_of_all_slices(slices, jobset, monkeypatch):
             monkeypatch.setenv("MEGASCALE_SLICE_ID", str(i))
         for host in range(hosts):
             monkeypatch.setenv("TPU_WORKER_ID", str(host))
-            cluster = cloud_tpu_cluster.GkeTpuCluster
-            joined.append(
-                (cluster.get_process_count(), cluster.get_coordinator_address(1, None), cluster.get_process_id())
-            )
+            pod = cloud_tpu_cluster.GkeTpuCluster
+            joined.append((pod.get_process_count(), pod.get_coordinator_address(1, None), pod.get_process_id()))
     assert joined == [(slices * hosts, f"{name}-0-0.xclip-jax:8482", i) for i in range(slices * hosts)]
 
 
 def test_jobset_does_not_count_what_was_stopped_as_a_failure(jobset):
     (job,) = jobset["spec"]["replicatedJobs"]
     by_exit, by_condition = job["template"]["spec"]["podFailurePolicy"]["rules"]
-    assert by_exit["onExitCodes"] == {
-        "containerName": container(jobset)["name"],
-        "operator": "In",
-        "values": [75, 130, 143],
-    }
+    codes = {"containerName": container(jobset)["name"], "operator": "In", "values": [75, 130, 143]}
+    assert by_exit["onExitCodes"] == codes
     assert by_condition["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
     (rule,) = jobset["spec"]["failurePolicy"]["rules"]
     assert rule == {"action": "RestartJobSetAndIgnoreMaxRestarts", "onJobFailureReasons": ["PodFailurePolicy"]}

@@ -8,7 +8,7 @@ import sys
 import pytest
 from etils import epath
 
-from tests.helpers.launching import LAUNCH, ROOT, executable
+from tests.helpers.launching import LAUNCH, ROOT
 
 SCRIPTS = sorted(path.name for path in LAUNCH.glob("*.sh") if path.name != "common.sh")
 
@@ -74,48 +74,6 @@ def test_run_folder_in_each_spelling_that_python_takes(given):
 def test_run_folder_is_spelt_as_training_spells_it(given, folder):
     command = ["bash", "-c", '. launch/common.sh; run_folder gs://example "--config.run=$1"', "run_folder", given]
     assert subprocess.check_output(command, cwd=ROOT, text=True) == f"{epath.Path(given)}\n" == f"{folder}\n"
-
-
-def test_run_folder_at_home():
-    command = ["bash", "-c", '. launch/common.sh; run_folder /x "--config.run=$1"', "run_folder"]
-    home = os.environ | {"HOME": "/home/me"}
-    assert subprocess.check_output([*command, "~/runs/mine"], cwd=ROOT, text=True, env=home) == "/home/me/runs/mine\n"
-    done = subprocess.run([*command, "~you/runs"], cwd=ROOT, text=True, capture_output=True)
-    assert done.returncode and "begins with another user's home; give the whole path" in done.stderr
-
-
-# It makes an environment in the order of the real one: a Python, and pip after it, unless FAILS is set.
-VENV_MAKER = r"""
-case "$*" in
-  "-c "*) echo 3.12 ;;
-  "-m venv "*)
-    mkdir -p "$3/bin" && cp "$HERE/python without pip" "$3/bin/python"
-    [ -z "${FAILS:-}" ] || { echo "ensurepip is not available"; exit 1; }
-    printf '#!/bin/sh\necho "$*"\n' >"$3/bin/python"
-    ;;
-esac
-"""
-
-
-@pytest.mark.parametrize("half_made", [True, False])
-def test_environment_whose_creation_failed_is_made_again(half_made, tmp_path):
-    executable(tmp_path / "python", VENV_MAKER)
-    executable(tmp_path / "python without pip", "echo No module named pip >&2; exit 1")
-    venv = tmp_path / "my venv"
-    if half_made:
-        (venv / "bin").mkdir(parents=True)
-        shutil.copy(tmp_path / "python without pip", venv / "bin" / "python")
-    env = {"PATH": "/usr/bin:/bin", "HERE": tmp_path, "PYTHON": tmp_path / "python", "VENV": venv}
-    command = ["bash", "-euo", "pipefail", "-c", ". launch/common.sh; setup demo; echo ready"]
-    failed, made, again = (
-        subprocess.run(command, cwd=ROOT, env=env | more, capture_output=True, text=True)
-        for more in ({"FAILS": "1"}, {}, {})
-    )
-    assert failed.returncode == 2 and failed.stdout == f"making {venv}\nensurepip is not available\n"
-    assert "could not make" in failed.stderr and failed.stderr.endswith("apt install python3.12-venv\n")
-    assert (made.returncode, made.stderr) == (0, "")
-    assert f"making {venv}\n" in made.stdout and "-m pip install" in made.stdout
-    assert again.stdout == "ready\n"
 
 
 @pytest.mark.long

@@ -38,45 +38,29 @@ def start(folder, training, *args, **env):
     return launch("slurm.sh", *args, env=env, path=[folder])
 
 
-@pytest.mark.parametrize(
-    ("training", "status", "requeued"),
-    [
-        ("exit 75", 0, True),
-        ("exit 130", 0, True),
-        ('kill -INT "$$"; sleep 5', 0, True),
-        ("exit 79", 0, True),
-        ("exit 0", 0, True),
-        ('kill -TERM "$$"; sleep 5', 0, True),
-        ('trap "sleep 0.2; exit 75" TERM; kill -TERM "$PPID" "$$"; sleep 5 & wait', 0, True),
-        ('trap "touch \\"$RUN/results.json\\"" TERM; kill -TERM "$PPID" "$$"; exit 0', 0, False),
-        ('touch "$RUN/results.json"', 0, False),
-        ("exit 3", 3, False),
-        ('trap "exit 3" TERM; kill -TERM "$PPID" "$$"', 3, False),
-        ('kill -KILL "$$"', 137, False),
-    ],
-    ids=[
-        "stopped",
-        "interrupted early",
-        "interrupted by a signal",
-        "hung",
-        "no results",
-        "stopped early",
-        "all stopped",
-        "complete when stopped",
-        "complete",
-        "failed",
-        "failed when stopped",
-        "killed",
-    ],
-)
-def test_slurm_requeues_what_was_stopped(training, status, requeued, tmp_path):
+ENDS = {  # commands of training, the status of the job, and whether it is requeued
+    "stopped": ("exit 75", 0, True),
+    "interrupted early": ("exit 130", 0, True),
+    "interrupted by a signal": ('kill -INT "$$"; sleep 5', 0, True),
+    "hung": ("exit 79", 0, True),
+    "no results": ("exit 0", 0, True),
+    "stopped early": ('kill -TERM "$$"; sleep 5', 0, True),
+    "all stopped": ('trap "sleep 0.2; exit 75" TERM; kill -TERM "$PPID" "$$"; sleep 5 & wait', 0, True),
+    "complete when stopped": (
+        'trap "touch \\"$RUN/results.json\\"" TERM; kill -TERM "$PPID" "$$"; exit 0', 0, False
+    ),
+    "complete": ('touch "$RUN/results.json"', 0, False),
+    "failed": ("exit 3", 3, False),
+    "failed when stopped": ('trap "exit 3" TERM; kill -TERM "$PPID" "$$"', 3, False),
+    "killed": ('kill -KILL "$$"', 137, False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_slurm_requeues_what_was_stopped(end, tmp_path):
     """Slurm sends its signal to all processes of a task: to the shell, here $PPID, and to training."""
-    args = [
-        "--config",
-        "configs/pretrain.py:objective=xclip",
-        f"--config.run={tmp_path}",
-        "--config.data.sources=('folder:/a b',)",
-    ]
+    training, status, requeued = ENDS[end]
+    args = [*SHARED[:2], f"--config.run={tmp_path}", SHARED[-1]]
     done = start(tmp_path, training, *args, SLURM_CPUS_PER_TASK="6")
     assert done.returncode == status, done.stderr
     srun, *rest = [shlex.split(line) for line in read(tmp_path / "calls").splitlines()]

@@ -11,6 +11,7 @@ import pytest
 from tests.helpers.fake_cloud import REQUIRED
 from tests.helpers.launching import COMMAND, TRAINING, commands, launch, read, untouched
 
+WANDB = "--config.log.trackers=('wandb',)"
 FIRST_STEP = 'echo "clip: 1,234 parameters, 56 pairs"'
 
 
@@ -28,11 +29,7 @@ def remote(call):
         (REQUIRED | {"TYPE": "v9-8"}, TRAINING, "error: RUNTIME is not set, and none is known for TYPE=v9-8; set it"),
         (REQUIRED | {"TYPE": "tpu7x-8"}, TRAINING, "error: TYPE=tpu7x-8: the Cloud TPU API, on which this"),
         (REQUIRED | {"TYPE": "tpu7x", "RUNTIME": "v2-alpha-tpuv6e"}, TRAINING, "error: TYPE=tpu7x: "),
-        (
-            REQUIRED | {"EXTRAS": "wandb"},
-            TRAINING,
-            "error: EXTRAS=wandb lacks tpu, without which JAX finds no TPU; set",
-        ),
+        (REQUIRED | {"EXTRAS": "wandb"}, TRAINING, "error: EXTRAS=wandb lacks tpu, without which JAX finds no TPU"),
         (REQUIRED, [], "error: "),
         (REQUIRED, TRAINING, "error: gcloud is missing"),
     ],
@@ -47,13 +44,9 @@ def test_what_is_missing_is_one_sentence(script, env, args, message):
 @pytest.mark.parametrize(
     ("script", "run", "message"),
     [
-        (
-            "tpu_pod.sh",
-            "",
-            "error: --config.run is missing; say where the run is kept, as in --config.run=gs://my-bucket",
-        ),
+        ("tpu_pod.sh", "", "error: --config.run is missing; say where the run is kept"),
         ("tpu_pod.sh", "runs/mine", "error: --config.run=runs/mine would be lost with the pod; give a gs:// folder"),
-        ("slurm.sh", "", "error: --config.run is missing; say where the run is kept, as in --config.run=/shared"),
+        ("slurm.sh", "", "error: --config.run is missing; say where the run is kept"),
     ],
 )
 def test_a_run_that_would_be_lost_is_one_sentence(script, run, message):
@@ -180,16 +173,8 @@ def test_vm_that_exists_is_used_and_training_not_started_twice(cloud):
     ("env", "more", "message"),
     [
         ({"LOGGED_OUT": "1"}, [], "error: this machine cannot list gs://bucket; log in (gcloud auth login), or"),
-        (
-            {},
-            ["--config.log.trackers=('wandb',)"],
-            "error: log.trackers names wandb, which the workers would lack; set EXTRAS=tpu,w",
-        ),
-        (
-            {"EXTRAS": "tpu,wandb"},
-            ["--config.log.trackers=('wandb',)"],
-            "error: log.trackers names wandb, for which the workers have no key; write WANDB_API_KEY=...",
-        ),
+        ({}, [WANDB], "error: log.trackers names wandb, which the workers would lack; set EXTRAS=tpu,w"),
+        ({"EXTRAS": "tpu,wandb"}, [WANDB], "error: log.trackers names wandb, for which the workers have no key; write"),
         ({"ENV_FILE": "/nowhere/keys"}, [], "error: ENV_FILE=/nowhere/keys is not a file that can be read; correct it"),
         ({"PYTHON": sys.executable}, ["--config.optim.lrr=1"], "error: config key 'optim.lrr' is unknown"),
         (

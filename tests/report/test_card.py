@@ -17,13 +17,7 @@ from xclip_jax.train import build
 
 def test_names_of_others_are_no_markdown_in_a_card(run):
     markdown = pytest.importorskip("markdown")
-    hostile = [
-        "cat\n\n# Safe weights",
-        "<img src=x onerror=y>",
-        "[here](https://x.org)",
-        "`<b>` www.x.org",
-        "a | b",
-    ]
+    hostile = ["cat\n\n# Safe weights", "<img src=x onerror=y>", "[here](https://x.org)", "`<b>` www.x.org", "a | b"]
     folder = RunReader(run)
     folder.read_classes = lambda: hostile
     config = schema.resolve(schema.complete(folder.read_config()["config"]))

@@ -23,25 +23,16 @@ def test_selected_sets(monkeypatch):
     monkeypatch.setattr(choose_examples.registry, "load", load)
     specs = ["imagenet", "probe/cifar10", "folder:x", "sts12@y", "coco_retrieval"]
     selected = choose_examples.select(specs, Preprocessing(4), None, None)
-    assert set(loaded) == {"imagenet", "folder:x", "coco_retrieval"} and selected.missing == [
-        "imagenet is not prepared."
-    ]
+    assert set(loaded) == {"imagenet", "folder:x", "coco_retrieval"}
+    assert selected.missing == ["imagenet is not prepared."]
     assert [title for title, *_ in selected.zeroshot] == ["folder:x"] and selected.retrieval[0].name == "coco_retrieval"
-    assert (
-        sum(map(len, selected.zeroshot[0][2].prompts)) == choose_examples.PROMPTS
-        and not selected.kinds[0].display.credit
-    )
+    assert sum(map(len, selected.zeroshot[0][2].prompts)) == choose_examples.PROMPTS
+    assert not selected.kinds[0].display.credit
     loaded.clear()
-    selected = choose_examples.select(
-        ["emoji/test_line", "emoji/test_probe", "emoji/test_concepts", "emoji/test_rendering_rest"],
-        Preprocessing(4),
-        None,
-        None,
-    )
-    assert [zeroshot.name for _, _, zeroshot, _ in selected.zeroshot] == [
-        "emoji/test_concepts",
-        "emoji/test_line",
-    ] and selected.kinds[0].display.credit
+    specs = [f"emoji/test_{name}" for name in ("line", "probe", "concepts", "rendering_rest")]
+    selected = choose_examples.select(specs, Preprocessing(4), None, None)
+    assert [zeroshot.name for _, _, zeroshot, _ in selected.zeroshot] == ["emoji/test_concepts", "emoji/test_line"]
+    assert selected.kinds[0].display.credit
     assert "emoji/test_rendering_rest" not in loaded
 
 

@@ -5,7 +5,6 @@ import re
 
 import numpy as np
 import PIL.Image
-import pytest
 
 from tests.helpers import tiny
 from tests.helpers.encoding import make_encoder, small_model
@@ -35,37 +34,18 @@ def test_green_is_for_right_names_alone(tmp_path):
     ]  # fmt: skip
 
 
-# --- runs of labelled items
-
-
-def labelled(path):
-    """A folder of labelled images, each with a .txt file beside it."""
+def test_labelled_images_are_not_shown_as_pairs(tmp_path):
+    """A fine-tuned run does not compare images with texts, even if each image has a .txt file."""
     for name in ("fox", "hen", "owl"):
-        tiny.folder(path / name, 6)
-    return path
-
-
-def fine_tuned(run, images, **changes):
-    """An untrained run of a classifier of `images`, with the set that such a run is evaluated on."""
-    changes = {"data__sources": (f"folder:{images}",), "objective__classify__classes": 3} | changes
-    return tiny.untrained(run, "classify", eval__sets=(f"finetuned/folder:{images}",), **changes)
-
-
-@pytest.mark.parametrize("captions", [False, True])
-def test_labelled_images_are_not_shown_as_pairs(captions, tmp_path):
-    """Of a fine-tuned run, which compares no images with texts, with a .txt file beside each image or none."""
-    images = labelled(tmp_path / "images")
-    for path in [] if captions else images.rglob("*.txt"):
-        path.unlink()
-    run = fine_tuned(tmp_path / "run", images)
+        tiny.folder(tmp_path / "images" / name, 6)
+    spec = f"folder:{tmp_path / 'images'}"
+    changes = {"data__sources": (spec,), "objective__classify__classes": 3, "eval__sets": (f"finetuned/{spec}",)}
+    run = tiny.untrained(tmp_path / "run", "classify", **changes)
     command.main([str(run)])
     text = (run / "report.html").read_text()
     words = " ".join(check(text).text)
     assert "so no examples of its predictions are shown" in words and "no term of its objective has a" in words
     assert ".txt" not in words and "evaluate probe/SET" not in words and "--sets" not in words
-
-
-# --- images that cannot be read
 
 
 def folder_of(path, n=8):

@@ -70,18 +70,6 @@ def test_each_failure_has_its_light_and_its_remedy(kind, tmp_path, monkeypatch):
     assert early.count("too early") == 3 and "healthy" not in early.partition("<main")[2].partition("<script")[0]
 
 
-@pytest.mark.parametrize(("k", "b"), [(1, 16), (24, 1), (1, 1)])
-def test_one_cluster_or_a_batch_of_one_pair_cannot_be_judged(k, b, tmp_path):
-    """ln 1 = 0 is all the information that there could be."""
-    row = dict.fromkeys(collapsed(""), 0.0) | {"nclip/agreement": 1.0, "nclip/ln_b": math.log(b)}
-    row |= {"step": 1, "loss": 0.0, "nclip/ln_k": math.log(k), "nclip/clusters_img": 1.0, "nclip/clusters_txt": 1.0}
-    changes = {"data__batch": b, "model__cluster_head__clusters": k}
-    text = page_of(written(tmp_path / "run", tiny.config("nclip", **changes), [row]), examples.Examples())
-    check(text)
-    assert "card light" not in text
-    assert "nan" not in text.partition("<main")[2].partition("<script")[0]
-
-
 # --- terms of another package
 
 

@@ -12,6 +12,8 @@ import pyarrow
 import pyarrow.parquet
 from PIL import Image
 
+from tests.helpers import bad_tars
+from tests.helpers.bad_tars import encode as _encode
 from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.data import labelled, loader, records, tokenizer, transforms
 from xclip_jax.data.base import Source, SourceOptions
@@ -25,23 +27,15 @@ Path = pathlib.Path
 _CAPTIONS = ("text", "caption", "a/b")
 
 
-def _picture(mode: str = "RGB", w: int = 40, h: int = 30) -> Image.Image:
-    y, x = np.mgrid[:h, :w]
-    waves = [127 + 120 * np.sin((x * (1 + c) + y) / 9 + c) for c in range(3)]
-    return Image.fromarray(np.stack(waves, -1).astype(np.uint8)).convert(mode)
-
-
-def _encode(image: Image.Image, kind: str, **options: object) -> bytes:
-    out = io.BytesIO()
-    image.save(out, kind, **options)
-    return out.getvalue()
+def _picture(mode: str = "RGB", **size: int) -> Image.Image:
+    return bad_tars.picture(0, mode=mode, **size)
 
 
 def images() -> list[bytes]:
     exif = Image.Exif()
     exif[0x0112] = 6
     deep = Image.fromarray(np.arange(1200, dtype=np.uint16).reshape(30, 40) * 50)
-    frames = [_picture("P"), _picture("P", 40, 30)]
+    frames = [_picture("P")] * 2
     modes = (
         ("RGB", "PNG"), ("RGBA", "PNG"), ("P", "PNG"), ("1", "PNG"), ("LA", "PNG"), ("L", "JPEG"), ("CMYK", "JPEG"),
         ("RGB", "BMP"), ("RGB", "PPM"), ("RGB", "TIFF"), ("RGB", "WEBP"), ("RGBA", "WEBP"), ("RGB", "AVIF"),
@@ -108,9 +102,7 @@ def _tar(parts: Sequence[tuple[str, bytes]], fmt: int = tarfile.GNU_FORMAT) -> b
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w", format=fmt) as tar:
         for name, data in parts:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
+            bad_tars.add(tar, name, data)
     return out.getvalue()
 
 

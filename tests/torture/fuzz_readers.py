@@ -18,6 +18,7 @@ import safetensors.numpy
 import tokenizers
 from absl import flags
 from etils import epath
+from tokenizers import normalizers, pre_tokenizers
 
 from tests.torture import fuzz_data, fuzz_inputs
 from xclip_jax.config import load, schema
@@ -71,15 +72,9 @@ def _tokenizer_files() -> list[bytes]:
     files = []
     for model in made:
         made_tokenizer = tokenizers.Tokenizer(model)
-        made_tokenizer.normalizer = tokenizers.normalizers.Sequence(
-            [tokenizers.normalizers.NFKC(), tokenizers.normalizers.Lowercase()]
-        )
-        made_tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
-            [
-                tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"\s+|\p{P}"), "removed"),
-                tokenizers.pre_tokenizers.Digits(),
-            ]
-        )
+        made_tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+        split = pre_tokenizers.Split(tokenizers.Regex(r"\s+|\p{P}"), "removed")
+        made_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.Digits()])
         made_tokenizer.add_special_tokens(["</s>", "<s>"])
         files.append(made_tokenizer.to_str().encode())
     return files
@@ -127,6 +122,10 @@ def _read_tensors(name: str) -> Callable[[bytes, Path], object]:
     return read
 
 
+_INDEXES = [
+    b'{"weight_map": {"a": "model.safetensors", "b": "x.bin"}}',
+    b'{"weight_map": {"a": "model.safetensors"}}',
+]
 _STORAGE = b"X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpuK\x04tQ"
 _TENSOR = b"ctorch._utils\n_rebuild_tensor_v2\n((" + _STORAGE + b"K\0K\x04\x85K\x01\x85\x89}tR"
 
@@ -151,6 +150,7 @@ def _torch_file(pickled: bytes) -> bytes:
     return out.getvalue()
 
 
+_TIME = "2026-01-02T03:04:05+00:00"
 _FILES = (
     "config.json", "data.json", "results.json", "evaluation.json", "metrics.jsonl", "results.jsonl",
     "bad_samples.jsonl",
@@ -167,16 +167,9 @@ def _run_files() -> dict[str, bytes]:
     entry = {"set": "emoji/test", "name": "zeroshot/emoji/test", "metric": "top1", "value": 50.0, "records": records}
     entry |= {"checkpoint": "run", "step": 2, "profile": "openai", "changes": {}, "fingerprint": "1", "items": "2"}
     content = (
-        {"config": config, "environment": {"jax": "0.10"}, "started": "2026-01-02T03:04:05+00:00", "starts": []},
+        {"config": config, "environment": {"jax": "0.10"}, "started": _TIME, "starts": []},
         [{"samples": 5, "hash": "x", "files": [{"name": "a", "bytes": 3}]}],
-        {
-            "results": values,
-            "records": records,
-            "config": config,
-            "environment": {},
-            "seconds": 3.0,
-            "ended": "2026-01-02T03:04:05+00:00",
-        },
+        {"results": values, "records": records, "config": config, "environment": {}, "seconds": 3.0, "ended": _TIME},
         {"results": [entry], "config": config},
         {"step": 1, "loss": 2.5, "lr": 0.1},
         {"step": 2, "records": records},
@@ -224,13 +217,7 @@ READERS = {
     "torch_pickle": Reader(
         _pickled, _read_tensors("x.pt"), lambda rng, seeds: _torch_file(fuzz_inputs.mutated(rng, seeds))
     ),
-    "weights_index": Reader(
-        lambda: [
-            b'{"weight_map": {"a": "model.safetensors", "b": "x.bin"}}',
-            b'{"weight_map": {"a": "model.safetensors"}}',
-        ],
-        _read_tensors("model.safetensors.index.json"),
-    ),
+    "weights_index": Reader(lambda: _INDEXES, _read_tensors("model.safetensors.index.json")),
     "csv": Reader(lambda: fuzz_data.CSV, fuzz_data.read_csv),
     "labels": Reader(lambda: fuzz_data.LABELS, fuzz_data.read_labels),
     "parquet": Reader(fuzz_data.parquets, fuzz_data.read_parquet),

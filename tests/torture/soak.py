@@ -1,23 +1,22 @@
-"""Kills a small run again and again and compares its end with that of a run that nobody disturbed, bit for bit.
+"""Kills a small run again and again and compares its end, bit for bit, with an undisturbed run.
 
     JAX_PLATFORMS=cpu python -m tests.torture.soak --kills 50 --terms 20 --moves 4
 
 Each kill hits a phase of the run (start-up, compilation, a step, the writing of a checkpoint, an evaluation) at a
 random moment; the phases take turns. The same command then resumes the run, until the next kill or the end. `--kills`
-are by SIGKILL; `--terms` by SIGTERM, which must save the very step and exit with status 75; with `--moves` the number
-of simulated devices changes at each kill, between 1, 2 and 4.
+are by SIGKILL; `--terms` by SIGTERM, after which the last step must be saved and the status be 75; with `--moves` the
+number of simulated devices changes at each kill, between 1, 2 and 4.
 
-Compared are the SHA-256 of all arrays of the last checkpoint (parameters, moments, statistics of BatchNorm, moving
-average, step, seed), the data position, every logged metric and all results. Where the number of devices changed, sums
-are in another order, and numbers are rounded otherwise, more or less so by the processor. Then the data position is
-compared exactly; each of these arrays, the losses, the ranks of the features and the gradient norms of all steps may
-differ by 5e-3 of the largest number of their array or curve. Rounding changed them by up to 2.5e-4 on an AMD EPYC, one
-wrong image or caption in one step by 0.12 or more. Left out are the biases of attention keys: the softmax does not
-depend on them, their gradient is zero but for rounding, and AdamW divides it by its own size. Metrics and results that
-count items are left out too: a tie may fall either way.
+The comparison covers the SHA-256 of all arrays of the last checkpoint (parameters, moments, BatchNorm statistics,
+moving average, step, seed), the data position, every logged metric and all results. Other numbers of devices change the
+order of sums and thus the rounding. In this case the data position must be equal, and each array, losses, ranks of
+features and gradient norms may differ by 5e-3 of the largest number of their array or curve. Rounding changed them by
+up to 2.5e-4 on an AMD EPYC, one wrong image or caption in one step by 0.12 or more. Biases of attention keys are left
+out: the softmax does not depend on them, their gradient is only rounding, and AdamW divides it by its magnitude. Counts
+are also left out, since ties may fall either way.
 
-The first line names the processor, then there is one line a kill; the last line is "N of N bit-identical", N being the
-kills by `--kills` and `--terms`; status 1 if any run ended otherwise.
+The first line names the processor, followed by one line per kill; the last line is "N of N bit-identical", where N
+counts `--kills` and `--terms`. The status is 1 if any run ended otherwise.
 """
 
 import argparse
@@ -50,7 +49,7 @@ CLOCKS = (
     "samples_per_second", "data/wait_share", "model_flops_per_second", "mfu", "goodput", "wall_seconds",
     "useful_seconds",
 )  # fmt: skip
-STEPS, BATCH, SIZE = 40, 16, 16
+STEPS = 40
 PHASES = ("start", "compile", "step", "checkpoint", "evaluation")
 # Seconds within which the kill comes, after the run has said that it enters a phase; about as long as each lasts.
 _WITHIN = {"start": 2.0, "compile": 3.0, "step": 0.5, "checkpoint": 0.05, "evaluation": 0.3}
@@ -62,22 +61,14 @@ _PATIENCE = 600.0  # seconds
 
 
 def config(run: str, pairs: str, classes: str) -> ml_collections.ConfigDict:
-    """xCLIP with everything that has a state of its own: BatchNorm, a moving average, patch dropout."""
-    from xclip_jax.config import recipes
+    """xCLIP with everything stateful: BatchNorm, a moving average, patch dropout."""
+    from tests.helpers import tiny
 
-    c = recipes.base("xclip", "Ti/12")
-    c.run, c.steps = run, STEPS
-    tower = {"width": 32, "depth": 1, "heads": 2, "scan": False}
-    c.model.img = c.model.img.to_dict() | tower | {"image_size": SIZE, "patch": 4, "patch_dropout": 0.25}
-    c.model.txt = c.model.txt.to_dict() | tower | {"context_length": 12}
-    c.model.embed, c.model.dtype = 16, "float32"
-    c.model.cluster_head = {"clusters": 24, "hidden": 32, "layers": 1}
+    c = tiny.config("xclip", STEPS, run, data__sources=(f"folder:{pairs}",), optim__warmup=5, checkpoint__keep=2)
+    c.model.img.patch, c.model.img.patch_dropout = 4, 0.25
     c.objective.nclip.target = "ema"
-    c.optim.warmup, c.optim.lr, c.optim.eps = 5, 1e-3, 1e-6
-    c.data.sources, c.data.batch, c.data.tokenizer, c.data.threads = (f"folder:{pairs}",), BATCH, "bytes", 2
-    c.data.color_jitter = 0.2
+    c.data.flip_prob = 0.0
     c.eval.sets, c.eval.every = (f"zeroshot/folder:{classes}",), 8
-    c.log.every, c.checkpoint.every, c.checkpoint.keep = 1, 5, 2
     return c
 
 

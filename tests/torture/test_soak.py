@@ -14,22 +14,14 @@ from tests.torture.soak import End, largest_difference
 pytestmark = pytest.mark.long
 
 
+def soak(**flags):
+    command = [sys.executable, "-m", "tests.torture.soak", *(f"--{name}={value}" for name, value in flags.items())]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+
+
 @pytest.mark.slow
 def test_three_kills():
-    command = [
-        sys.executable,
-        "-m",
-        "tests.torture.soak",
-        "--kills",
-        "3",
-        "--terms",
-        "0",
-        "--moves",
-        "0",
-        "--seed",
-        "3",
-    ]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    result = soak(kills=3, terms=0, moves=0, seed=3)
     assert result.stdout.splitlines()[-1] == "3 of 3 bit-identical", result.stdout + result.stderr
     assert result.returncode == 0 and result.stdout.count("SIGKILL in") == 3
 
@@ -56,6 +48,5 @@ def test_biases_of_keys_may_differ_those_of_queries_and_values_not():
 
 @pytest.mark.slow
 def test_a_run_on_changing_devices_computes_the_same():
-    command = [sys.executable, "-m", "tests.torture.soak", "--kills", "0", "--terms", "0", "--moves", "2"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    result = soak(kills=0, terms=0, moves=2)
     assert result.returncode == 0 and result.stdout.count("differs by") == 2, result.stdout + result.stderr

@@ -1,16 +1,15 @@
-"""Write the report of a run, or of several side by side: one HTML page that needs no other file.
+"""Write the report of one or several runs: a self-contained HTML page.
 
     xclip-jax report RUN
     xclip-jax report RUN --sets imagenet_v2,coco_retrieval --data-dir /data/tfds
     xclip-jax report RUN_A RUN_B RUN_C --output comparison.html
 
-A run in progress has curves, and examples as soon as it has a checkpoint. Where training occupies the accelerators, set
+A run in progress has curves, and examples from its first checkpoint on. While training occupies the accelerators, set
 JAX_PLATFORMS=cpu.
 
-The page of several runs, comparison.html in the current folder, has their curves over one another, the same images and
-texts by each, the config keys that differ, and the paired difference of each run to the first, with its interval, on
-the sets that `xclip-jax evaluate` has evaluated for both. Held-out pairs, templates and class names come from the first
-run.
+Several runs are compared in comparison.html in the current folder: their curves, their predictions on the same images
+and texts, differing config keys, and each run's paired differences to the first, with intervals, on sets evaluated by
+`xclip-jax evaluate` for both. Held-out pairs, templates and class names come from the first run.
 """
 
 import argparse
@@ -33,32 +32,34 @@ from xclip_jax.report.examples import Examples
 from xclip_jax.train.build import make_encoder, profile_of_run
 from xclip_jax.train.weights import load
 
-_MOST_RUNS = 8  # as many as the page has colours
+_MOST_RUNS = 8  # the page has eight colours
 
 
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command."""
     parser = Parser(prog="xclip-jax report", description=__doc__)
     parser.add_argument("runs", metavar="RUN", nargs="+", help="run directory; others are compared with the first")
     parser.add_argument("--sets", default="", help="evaluation sets to show, separated by commas; by default the run's")
     parser.add_argument("--step", type=int, help="step of the checkpoint; the newest by default")
     parser.add_argument("--data-dir", default="", help="root of the data sets")
-    parser.add_argument("--seed", type=int, default=0, help="decides which examples are shown")
-    parser.add_argument(
-        "--output", type=os.path.expanduser, default="", help="file of the page, by default RUN/report.html"
-    )
+    parser.add_argument("--seed", type=int, default=0, help="draws the examples")
+    parser.add_argument("--output", type=os.path.expanduser, default="", help="the page, by default RUN/report.html")
     add_trust(parser)
-    return parser.parse_args(argv)
+    flags = parser.parse_args(argv)
+    logging.set_verbosity(logging.ERROR)
+    with exit_with_message(), trusting(flags.trust):
+        log0(f"report: {make(flags)}")
 
 
 def make(flags: argparse.Namespace) -> epath.Path:
-    """Write the page, without examples where a run has no checkpoint yet; return its path."""
+    """Write the page, without examples for runs without a checkpoint; return its path."""
     names = short_names(flags.runs)
     records = [collect.read(run) for run in flags.runs]
     several = len(records) > 1
     path = epath.Path(flags.output or ("comparison.html" if several else RunReader(flags.runs[0]).report_file))
     if not is_remote(str(path)):  # before the predictions
         if path.is_dir() or not path.parent.is_dir():
-            raise UserError(f"--output {str(path)!r} is not a file in a folder that exists; name one.")
+            raise UserError(f"--output {str(path)!r} is not a file in an existing folder; name one.")
         check_writable("--output", path.parent)
     specs = tuple(filter(None, map(str.strip, flags.sets.split(","))))
     for spec in specs:
@@ -76,7 +77,7 @@ def make(flags: argparse.Namespace) -> epath.Path:
 
 
 def short_names(folders: Sequence[str]) -> list[str]:
-    """Return the shortest ends of the paths that distinguish them; raises `UserError` for too many or equal ones."""
+    """Return the shortest distinct ends of the paths; raises `UserError` for equal or too many paths."""
     parts = [folder.rstrip("/").split("/") for folder in folders]
     if len(parts) > _MOST_RUNS:
         raise UserError(f"{len(parts)} runs are named; a page shows at most {_MOST_RUNS}.")
@@ -92,9 +93,9 @@ def short_names(folders: Sequence[str]) -> list[str]:
 def _predict(
     flags: argparse.Namespace, record: Record, specs: Sequence[str], first: Mapping[str, Any]
 ) -> tuple[Examples, int | None, int | None]:
-    """Return predictions of a run's model, or why it has none yet, its number of parameters, and its step.
+    """Return a run's predictions, or the reason for their absence, its number of parameters, and its step.
 
-    `first` is the config and profile of the first run, which decide the held-out pairs, templates and class names.
+    `first` contains the first run's config and profile, see `page.predict`.
     """
     try:
         _, experiment, variables, step, _ = load(str(record.folder), flags.step)
@@ -103,17 +104,9 @@ def _predict(
             raise
         return Examples(flags.seed, missing=[str(error)]), None, None
     options = {**first, "data_dir": flags.data_dir, "seed": flags.seed}
-    with named_by(RunReader(flags.runs[0]).config_file):  # sets and sources; what --sets names has been imported
+    with named_by(RunReader(flags.runs[0]).config_file):  # sets and sources; those in --sets were imported before
         examples = page.predict(experiment, make_encoder(experiment), variables, specs, **options)
     return examples, experiment.num_parameters, step
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command."""
-    logging.set_verbosity(logging.ERROR)
-    flags = _arguments(argv)
-    with exit_with_message(), trusting(flags.trust):
-        log0(f"report: {make(flags)}")
 
 
 if __name__ == "__main__":

@@ -4,13 +4,12 @@
     xclip-jax serve ViT-B-32.pt --images '/data/photos/**/*.jpg' --port 8080
     xclip-jax serve RUN --images 'parquet:/data/shop/test?image=photo&text=title'
 
-A text finds the images that fit it best. An image of the folder, or one uploaded on the page, gets the best of the
-labels and the most similar images. Labels are typed on the page; by default they are the images' captions, or else the
-names of their folders.
+A text finds the best matching images. An image of the folder, or an uploaded one, gets the best labels and the most
+similar images. Labels are typed on the page; by default they are the images' captions, or else their folders' names.
 
-Images are embedded once, and again if their file changes; the embeddings are kept in ~/.cache/xclip_jax/search, or in
---cache. Questions and uploads are neither stored nor sent elsewhere. The page answers this machine only; from another
-one it is reached through ssh -L 8000:localhost:8000 HOST.
+Images are embedded once, and again if their file changes; the embeddings are cached in ~/.cache/xclip_jax/search, or in
+--cache. Queries and uploads are neither stored nor sent elsewhere. Only this machine can open the page; from another
+one use ssh -L 8000:localhost:8000 HOST.
 """
 
 import collections
@@ -45,12 +44,12 @@ from xclip_jax.parallel import compiler
 from xclip_jax.report.page import environment
 
 MAX_UPLOAD = 20 << 20  # bytes of an image
-MOST_NAMES = 10_000  # labels of a question
-COUNT = 24  # images of an answer
+MOST_NAMES = 10_000  # labels of a request
+COUNT = 24  # found images
 LABELS = 10  # labels, and similar images, of an answer
 SIDE = 280  # of a thumbnail, pixels
 _KEPT = 1024  # thumbnails in memory, 10 kB each
-_HOSTS = ["localhost", "127.0.0.1"]  # a page of another site may give this machine a name of its own
+_HOSTS = ["localhost", "127.0.0.1"]  # another site may give this machine a name
 _HEADERS = {
     "Cache-Control": "no-store",
     "X-Content-Type-Options": "nosniff",
@@ -62,11 +61,11 @@ _HEADERS = {
 }
 _DEFAULT_NAMES = 100
 _PART = 256  # images between two lines of progress
-_STORE_SECONDS = 60.0  # of work that a crash may lose, more where storing takes long
+_STORE_SECONDS = 60.0  # between stores, longer if storing is slow
 
 
 class Match(NamedTuple):
-    """An image of the folder: its number, path in the folder and caption, and its cosine with a question."""
+    """An image of the folder with its number, path in the folder, caption, and cosine with the query."""
 
     image: int
     name: str
@@ -75,7 +74,7 @@ class Match(NamedTuple):
 
 
 class Embedded(NamedTuple):
-    """The embedded images: their numbers in the source, captions, and embeddings fp32 (n, e)."""
+    """Embedded images: numbers in the source, captions, and embeddings fp32 (n, e)."""
 
     numbers: list[int]
     texts: list[str]
@@ -83,14 +82,12 @@ class Embedded(NamedTuple):
 
 
 class Index:
-    """A model, images, and their embeddings, for several threads.
-
-    Attributes:
-      names: labels for questions without any: the images' captions, or else the names of their folders.
-    """
+    """A thread-safe model with images and their embeddings; `names` are the default labels."""
 
     def __init__(self, model: Model, source: Images, embedded: Embedded) -> None:
-        self._model, self._source, self._lock = model, source, threading.Lock()
+        self._model = model
+        self._source = source
+        self._lock = threading.Lock()
         self._numbers, self._texts, self._rows = embedded
         paths = [source.name(i) for i in self._numbers]
         start = os.path.commonprefix(paths).rfind("/") + 1  # noqa: RUF071 commonpath changes gs://
@@ -104,7 +101,7 @@ class Index:
         return len(self._numbers)
 
     def by_text(self, text: str, count: int) -> list[Match]:
-        """Return the images that fit a text best, best first."""
+        """Return the best matching images of a text, best first."""
         with self._lock:
             (row,) = self._model.encode_text([text])
         return self._nearest(row, count)
@@ -112,12 +109,9 @@ class Index:
     def by_image(
         self, image: int | bytes, names: Sequence[str], count: int
     ) -> tuple[list[tuple[str, float]], list[Match]]:
-        """Return the best `count` names (default: `self.names`) with their cosines, and the most similar images.
+        """Return the best `count` names (default: `self.names`) with their cosines, and as many similar images.
 
-        Args:
-          image: number of an image of the folder (`IndexError` without it), or the content of a file.
-          names: labels to choose from.
-          count: number of names and of images.
+        `image` is the number of an image in the folder (`IndexError` if unknown), or the content of a file.
         """
         names = list(names or self.names)
         if isinstance(image, int):
@@ -141,21 +135,18 @@ class Index:
         return [Match(int(i), self._names[i], self._texts[i], float(scores[i])) for i in best]
 
     def content(self, image: int) -> bytes:
-        """Return the file of an image of the folder; raise `IndexError` if there is none, `UserError` if it is gone."""
+        """Return an image's file; raise `IndexError` for an unknown number, `UserError` for an unreadable file."""
         number = self._numbers[image]
         try:
             return self._source.read(number)[0]
-        except (OSError, UserError) as error:  # their messages name its path
+        except (OSError, UserError) as error:  # do not show their messages, which contain the path
             raise UserError(f"The file of image {image}, {self._names[image]!r}, can no longer be read.") from error
 
 
 def make_index(model: Model, pattern: str, *, cache: str = "") -> Index:
-    """Embed the images that are not in the cache, and return the index of all.
+    """Return the index of the images of `pattern`, see `xclip_jax.commands.embed`, after embedding uncached ones.
 
-    Args:
-      model: embeds the images.
-      pattern: a folder, or files, see `xclip_jax.commands.embed`.
-      cache: folder of one file per model and `pattern`; by default in the cache folder.
+    The folder `cache` stores one file per model and pattern, by default in the user's cache.
     """
     source = open_images(pattern)
     folder = pathlib.Path(cache).expanduser() if cache else storage.cache_dir() / "search"
@@ -165,10 +156,9 @@ def make_index(model: Model, pattern: str, *, cache: str = "") -> Index:
 
 
 def embed(model: Model, source: Images, file: pathlib.Path) -> Embedded:
-    """Return the embeddings of images; compute the ones that `file` lacks, and store all.
+    """Return the embeddings of images; compute and store those missing in `file`.
 
-    Raises:
-      UserError: a damaged file; no image can be read.
+    Raises `UserError` if the file is damaged or no image can be read.
     """
     known: dict[str, tuple[str, np.ndarray]] = {}
     if file.exists():
@@ -181,7 +171,7 @@ def embed(model: Model, source: Images, file: pathlib.Path) -> Embedded:
     progress = Progress("images", 0, len(missing))
 
     def store() -> float:
-        """Write all rows; return when to write again: not soon if it takes long, as the whole file is written."""
+        """Write the whole file; return the time of the next store, later if this one was slow."""
         began = time.monotonic()
         rows = {image: known[image] for image in ids if image in known}
         if missing and rows:
@@ -201,36 +191,33 @@ def embed(model: Model, source: Images, file: pathlib.Path) -> Embedded:
             progress.after(done, len(part.bad))
             if time.monotonic() > due:
                 due = store()
-    finally:  # also of Ctrl-C
+    finally:  # also after Ctrl-C
         store()
     if bad:
         log0(f"{len(bad):,} images cannot be read; the first is {bad[0]}")
     good = [i for i, image in enumerate(ids) if image in known]
     if not good:
         raise UserError(f"no image can be read; the first is {bad[0]}.")
-    texts = [_caption(source, i, known[ids[i]][0]) for i in good]
+    texts = []
+    for i in good:
+        caption = known[ids[i]][0]
+        with contextlib.suppress(BadSample):
+            caption = source.caption(i, caption)  # a caption file may have changed since
+        texts.append(caption)
     return Embedded(good, texts, np.stack([known[ids[i]][1] for i in good]))
 
 
-def _caption(source: Images, index: int, known: str) -> str:
-    """Return a caption, of a file as it is now; in a tar it changes with the tar."""
-    try:
-        return source.caption(index, known)
-    except BadSample:
-        return known
-
-
 def _ids(source: Images) -> Iterator[str]:
-    """Yield name, size and time of the file of each image, all different."""
+    """Yield a unique id with name, size and time of each image's file."""
     counts: collections.Counter = collections.Counter()
     for i in range(len(source)):
         name = source.name(i)
-        counts[name] += 1  # a tar may have a key several times
+        counts[name] += 1  # keys of a tar may repeat
         yield f"{name}\t{counts[name]} {source.stamp(i)}"
 
 
 def _write(path: pathlib.Path, rows: Mapping[str, tuple[str, np.ndarray]]) -> None:
-    """Write a file of texts and embeddings by the ids of their images, completely or, with a warning, not at all."""
+    """Write {id: (text, embedding)} completely or, with a warning, not at all."""
     texts, embedded = zip(*rows.values(), strict=True)
     columns = {"kind": ["image"] * len(rows), "id": list(rows), "text": texts, "embedding": np.stack(embedded)}
     try:
@@ -242,7 +229,7 @@ def _write(path: pathlib.Path, rows: Mapping[str, tuple[str, np.ndarray]]) -> No
 
 
 def make_app(index: Index) -> Any:
-    """Return the web application, of Starlette: a page, and JSON answers to its questions."""
+    """Return the Starlette application: a page, and JSON answers to its requests."""
     from starlette.applications import Starlette
     from starlette.concurrency import run_in_threadpool
     from starlette.exceptions import HTTPException
@@ -254,7 +241,6 @@ def make_app(index: Index) -> Any:
 
     page = environment().get_template("search.html")
     thumbnail = functools.lru_cache(_KEPT)(lambda number: shrink(index.content(number)))
-
     answer = functools.partial(JSONResponse, headers=_HEADERS)
 
     def show(_: Request) -> Response:
@@ -269,12 +255,12 @@ def make_app(index: Index) -> Any:
         return Response(thumbnail(request.path_params["image"]), media_type="image/webp", headers=_HEADERS)
 
     async def label(request: Request) -> Response:
-        """Answer a body of labels, one per line, followed for an image's file by an empty line and the file."""
-        origin = request.headers.get("origin")  # of the page that asks
+        """Answer a body of labels, one per line; an uploaded image follows after an empty line."""
+        origin = request.headers.get("origin")
         if origin is not None and urllib.parse.urlsplit(origin).netloc != request.headers["host"]:
-            raise HTTPException(403, "Questions of other sites' pages are not answered.")
+            raise HTTPException(403, "Requests by other sites' pages are not answered.")
         length = int(request.headers.get("content-length", MAX_UPLOAD + 1))
-        if length > MAX_UPLOAD or "transfer-encoding" in request.headers:  # of chunks there may be any number
+        if length > MAX_UPLOAD or "transfer-encoding" in request.headers:  # chunks have no total length
             raise HTTPException(413, f"The image is too large; send at most {MAX_UPLOAD >> 20} MiB.")
         lines, _, content = (await request.body()).partition(b"\n\n")
         image = int(request.query_params["image"]) if "image" in request.query_params else content
@@ -303,7 +289,7 @@ def make_app(index: Index) -> Any:
 
 
 def shrink(content: bytes) -> bytes:
-    """Return an image file as WebP of at most `SIDE` x `SIDE` pixels; raise `UserError` if it cannot be read."""
+    """Return an image file as WebP of at most `SIDE` x `SIDE` pixels; raise `UserError` if unreadable."""
     image = Image.fromarray(images.decode(content, scaled_to=SIDE))
     image.thumbnail((SIDE, SIDE))
     small = io.BytesIO()
@@ -318,8 +304,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--images", required=True, help=IMAGES)
     parser.add_argument("--cache", default="", metavar="FOLDER", help="folder for embeddings")
     parser.add_argument("--step", type=int, help="step of a run's checkpoint; the newest by default")
-    parser.add_argument("--port", type=int, default=8000, help="8000 by default; 0 for any that is free")
-    parser.add_argument("--batch", type=int, default=32, help="images that are encoded at once")
+    parser.add_argument("--port", type=int, default=8000, help="8000 by default; 0 for any free port")
+    parser.add_argument("--batch", type=int, default=32, help="images encoded at once")
     add_trust(parser)
     flags = parser.parse_args(argv)
     logging.set_verbosity(logging.ERROR)
@@ -329,7 +315,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         except ImportError as error:
             raise UserError("serve needs a web server: pip install 'xclip_jax[serve]'.") from error
         check_count("--batch", flags.batch, 1)
-        try:  # before the images are embedded, which may take a while
+        try:  # before embedding, which may take long
             listening = socket.create_server(("127.0.0.1", flags.port))
         except (OSError, OverflowError) as error:
             raise UserError(f"--port {flags.port}: {error}; set another --port, or 0.") from error

@@ -1,4 +1,4 @@
-"""Output for the user of a command, names of commands in messages, and marks of progress in long work."""
+"""Console output, and progress callbacks for long work."""
 
 import contextlib
 import contextvars
@@ -10,14 +10,14 @@ from xclip_jax.core.errors import redact
 
 def log0(message: str) -> None:
     """Print to standard output from process 0, see `show`."""
-    import jax  # takes a second, which names of commands need not wait for
+    import jax  # slow, and not needed by the other functions
 
     if jax.process_index() == 0:
         show(message)
 
 
 def show(message: str, file: TextIO | None = None) -> None:
-    """Print to standard output, or `file`, without the secrets of addresses; undecodable letters become "?"."""
+    """Print to standard output, or `file`, with URLs redacted and undecodable letters as "?"."""
     print(redact(message).encode("utf-8", "replace").decode(), file=file, flush=True)
 
 
@@ -44,7 +44,7 @@ _observer: contextvars.ContextVar[Observer] = contextvars.ContextVar("observer",
 
 @contextlib.contextmanager
 def setting(variable: contextvars.ContextVar[T], value: T) -> Iterator[None]:
-    """Give `variable` a value in this context."""
+    """Set `variable` to `value` inside this context."""
     token = variable.set(value)
     try:
         yield
@@ -53,14 +53,14 @@ def setting(variable: contextvars.ContextVar[T], value: T) -> Iterator[None]:
 
 
 def observing_progress(observer: Observer) -> contextlib.AbstractContextManager[None]:
-    """Call `observer` at every `report_progress` of this thread; it may raise to abandon the work."""
+    """Call `observer` at every `report_progress` in this context; it may raise an exception to stop the work."""
     return setting(_observer, observer)
 
 
 def report_progress(*, all_processes: bool = True) -> None:
-    """Tell a watchdog that the work advances; an interrupt may end it here.
+    """Notify the observer of progress, which may raise to stop the work.
 
     Args:
-      all_processes: whether every process of a run calls this equally often, so that all can stop together.
+      all_processes: whether every process calls this the same number of times, so that all can stop together.
     """
     _observer.get()(all_processes)

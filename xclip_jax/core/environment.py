@@ -1,4 +1,4 @@
-"""Versions, devices and commit that a result was computed with, and the memory of this machine."""
+"""Versions, devices and commit behind a result, and the memory of this machine."""
 
 import functools
 import os
@@ -25,13 +25,12 @@ _CGROUP = pathlib.Path("/sys/fs/cgroup")
 
 @functools.cache
 def git_commit(folder: epath.Path) -> str:
-    """Return the commit of the checkout that `folder` is at the top of, or of the `git archive` that it is from.
+    """Return the commit of the checkout or `git archive` with `folder` at its top, or "unknown" outside both.
 
-    It ends in "-dirty" where files were changed, and is "unknown" outside both. The first answer is kept: a checkout
-    may change while a process runs.
+    A commit with changed files ends in "-dirty". The answer is cached, as the checkout may change during a run.
     """
     try:
-        # The package may lie in a folder that another project's checkout ignores, such as .venv.
+        # The package may be installed in another project's checkout, such as in .venv.
         if not os.path.samefile(_git(folder, "rev-parse", "--show-toplevel"), folder.parent):
             raise FileNotFoundError
         return _git(folder, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
@@ -48,7 +47,6 @@ def _git(folder: epath.Path, *arguments: str) -> str:
 
 
 def _version(package: str) -> str:
-    """Version of a package, or "unknown"; xclip_jax has one even if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -56,9 +54,9 @@ def _version(package: str) -> str:
 
 
 def uptime() -> float:
-    """Seconds since this process was started; 0 on other systems than Linux."""
+    """Seconds since the start of this process; 0 if the system is not Linux."""
     try:
-        # The name of the program, in brackets, may contain anything; the start is field 22.
+        # Field 22 is the start; split after the program name in brackets, which may contain spaces.
         ticks = int(pathlib.Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
         return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
     except (OSError, ValueError, IndexError, AttributeError):
@@ -80,9 +78,9 @@ def capture() -> dict[str, Any]:
 
 
 def host_memory() -> float:
-    """Return the bytes of memory of this machine, or of the container that this process runs in."""
+    """Return the memory of this machine or container, in bytes."""
     machine = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     try:
         return min(machine, float((_CGROUP / "memory.max").read_text()))
-    except (OSError, ValueError):  # "max" is no number
+    except (OSError, ValueError):  # "max" if unlimited
         return machine

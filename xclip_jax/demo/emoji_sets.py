@@ -9,11 +9,11 @@ test_rendering_flags_all_names          flags among all names
 test_line, test_line_concepts           line drawings, an untrained style: all names; the 200 test concepts
 validation_retrieval, test_retrieval    the images of ..._rendering with name and aliases as captions
 test_probe                              visual: category and subcategory by a linear probe and nearest neighbours,
-                                        trained on training images, tested on test_concepts; validation_concepts
-                                        choose C
-test_aliases, test_translations         textual: retrieval of the 200 test concepts' names by their aliases; by
-                                        their names in five untrained languages
-test_text_probe                         textual: the category by a linear probe on names, split as in test_probe
+                                        trained on training images, with C from validation_concepts, tested on
+                                        test_concepts
+test_aliases, test_translations         textual: retrieval of the 200 test concepts' names by aliases, or by names in
+                                        five untrained languages
+test_text_probe                         textual: the category by a linear probe on names, with the splits of test_probe
 """
 
 import functools
@@ -42,7 +42,7 @@ _SWEEP = Sweep(halvings=0, tolerance=1e-4)  # only 7 values of C: the demo is sh
 
 @functools.lru_cache(maxsize=16)
 def _emoji(split: str, prepare: Preprocessing, data_dir: str | None) -> tuple[list[np.ndarray], list[Record]]:
-    """Return images and records of a split, cached because several sets share them."""
+    """Return images and records of a split, cached for several sets."""
     images = []
     records = []
     for image, record in encoded_records(emoji.prepare(data_dir), split):
@@ -62,15 +62,9 @@ def _classify(
     group: str = "",
     all_names: bool = False,
 ) -> ZeroShotSet:
-    """Return a zero-shot set: the images of `split` among the names of concepts.
+    """Return a zero-shot set: the images of `split` among the names, or else `prompts`, of concepts.
 
-    Args:
-      name, prepare, data_dir: see `EmojiSets.load`.
-      split: split of the demo's data set.
-      prompts: function from a concept to its texts; by default its name.
-      role: role of the concepts, both images and names; "" for all.
-      group: group of the images and, unless `all_names`, of the names; "" for all.
-      all_names: see `group`.
+    Images and names are limited to a role and a group; `all_names` adds names of other groups.
     """
     concepts = {c["id"]: c for c in emoji.concepts(emoji.prepare(data_dir)) if role in ("", c["role"])}
     classes = {i: c for i, c in concepts.items() if all_names or group in ("", c["group"])}
@@ -82,29 +76,23 @@ def _classify(
     index = {concept: i for i, concept in enumerate(classes)}
     labels = np.array([index[r["concept"]] for r in records])
     vendors = np.array([r["vendor"] for r in records])
-    return ZeroShotSet(
-        name,
-        images,
-        labels,
-        [prompts(c) if prompts else [c["name"]] for c in classes.values()],
-        {str(v): vendors == v for v in np.unique(vendors)} if len(set(vendors)) > 1 else {},
-        [c["name"] for c in classes.values()],
-        _card(
-            split,
-            [(r["vendor"], r["concept"]) for r in records],
-            [c["name"] for c in classes.values()],
-            protocol="nearest class text by cosine, mean over artists",
-            preprocessing=prepare.resizing,
-            templates={_prompts: "name and three tags in turn, each tag", _one_prompt: "name and three tags"}.get(
-                prompts, "name"
-            ),
-        ),
-        together=labels,
+    groups = {str(v): vendors == v for v in np.unique(vendors)} if len(set(vendors)) > 1 else {}
+    names = [c["name"] for c in classes.values()]
+    templates = {_prompts: "name and three tags in turn, each tag", _one_prompt: "name and three tags"}
+    card = _card(
+        split,
+        [(r["vendor"], r["concept"]) for r in records],
+        names,
+        protocol="nearest class text by cosine, mean over artists",
+        preprocessing=prepare.resizing,
+        templates=templates.get(prompts, "name"),
     )
+    texts = [prompts(c) if prompts else [c["name"]] for c in classes.values()]
+    return ZeroShotSet(name, images, labels, texts, groups, names, card, together=labels)
 
 
 def _card(split: str, *items: list[Any], **fields: str) -> Provenance:
-    """Return the provenance of a set with these contents."""
+    """Return the provenance of a set with these items."""
     role = ""
     if split.startswith("validation"):
         role = VALIDATION
@@ -115,7 +103,7 @@ def _card(split: str, *items: list[Any], **fields: str) -> Provenance:
 
 
 def _retrieve(name: str, prepare: Preprocessing, data_dir: str | None, *, split: str) -> RetrievalSet:
-    """Return a retrieval set: the images of `split` with names and aliases as captions."""
+    """Return a retrieval set of images with names and aliases as captions."""
     images, records = _emoji(split, prepare, data_dir)
     captions = [[r["name"], *r["aliases"]] for r in records]
     card = _card(
@@ -124,14 +112,11 @@ def _retrieve(name: str, prepare: Preprocessing, data_dir: str | None, *, split:
     return RetrievalSet(name, images, captions, card)
 
 
-_ROLES = ("train", "validation_concepts", "test_concepts")  # roles of concepts, and the splits with their pictures
+_ROLES = ("train", "validation_concepts", "test_concepts")  # of concepts; their pictures are in splits of these names
 
 
 def _probe(name: str, prepare: Preprocessing, data_dir: str | None) -> ProbeSet:
-    """Return a probe of categories: trained on the training concepts, with C and accuracy from other concepts.
-
-    To save time it trains on one image per concept, by the artists in turn.
-    """
+    """Return a probe of categories on images; to save time it trains on one image per concept, by artists in turn."""
     parts = [_emoji(split, prepare, data_dir) for split in _ROLES]
     # The newest flags have no category.
     kept = [[i for i, r in enumerate(records) if r["category"]] for _, records in parts]
@@ -154,13 +139,13 @@ def _probe(name: str, prepare: Preprocessing, data_dir: str | None) -> ProbeSet:
 
 
 def _index(words: list[list[str]]) -> tuple[np.ndarray, ...]:
-    """Return the labels of each part, the positions of its words among the sorted words of the first part."""
+    """Return labels of each part: the indices of its words in the sorted first part."""
     number = {word: i for i, word in enumerate(sorted(set(words[0])))}
     return tuple(np.array([number[word] for word in part], int) for part in words)
 
 
 def _text_probe(name: str, prepare: Preprocessing, data_dir: str | None) -> ProbeSet:
-    """Return a probe of categories on the names of concepts, with the splits of `_probe`."""
+    """Return a probe of categories on names, with the splits of `_probe`."""
     del prepare
     known = [c for c in emoji.concepts(emoji.prepare(data_dir)) if c["category"]]
     parts = [[c for c in known if c["role"] == role] for role in _ROLES]
@@ -178,7 +163,7 @@ def _text_probe(name: str, prepare: Preprocessing, data_dir: str | None) -> Prob
 def _same_meaning(
     name: str, prepare: Preprocessing, data_dir: str | None, *, keys: tuple[str, ...]
 ) -> TextRetrievalSet:
-    """Return a set of the test concepts' names, with the names in `keys` that differ from them as queries."""
+    """Return a set of the test concepts' names, with differing texts of `keys` as queries."""
     del prepare
     concepts = [c for c in emoji.concepts(emoji.prepare(data_dir)) if c["role"] == "test_concepts"]
     rows = []
@@ -199,19 +184,15 @@ def _one_prompt(concept: Record) -> list[str]:
 
 
 def _prompts(concept: Record) -> list[str]:
-    """Return captions like those of training: the name with keywords, and each keyword."""
+    """Return captions like the training captions: the name with keywords, and each keyword."""
     name = concept["name"]
     tags = concept["tags"]
     rotations = [tags[i:] + tags[:i] for i in range(len(tags))]
     return [", ".join([name, *rotation[:3]]) for rotation in rotations or [[]]] + tags
 
 
-def _known(split: str, **options: Any) -> Maker:
-    return functools.partial(_classify, split=split, **options)
-
-
 def _unseen(role: str, split: str = "", prompts: Callable[[Record], list[str]] = _prompts) -> Maker:
-    return _known(split or role, role=role, prompts=prompts)
+    return functools.partial(_classify, split=split or role, role=role, prompts=prompts)
 
 
 _MAKERS: Mapping[str, Maker] = {
@@ -219,13 +200,15 @@ _MAKERS: Mapping[str, Maker] = {
     "emoji/test_concepts": _unseen("test_concepts"),
     "emoji/validation_concepts_one_prompt": _unseen("validation_concepts", prompts=_one_prompt),
     "emoji/test_concepts_one_prompt": _unseen("test_concepts", prompts=_one_prompt),
-    "emoji/validation_rendering": _known("validation_rendering"),
-    "emoji/test_rendering": _known("test_rendering"),
-    "emoji/test_rendering_flags": _known("test_rendering", group="flags"),
-    "emoji/test_rendering_animals_food": _known("test_rendering", group="animals_food"),
-    "emoji/test_rendering_rest": _known("test_rendering", group="rest"),
-    "emoji/test_rendering_flags_all_names": _known("test_rendering", group="flags", all_names=True),
-    "emoji/test_line": _known("test_line"),
+    "emoji/validation_rendering": functools.partial(_classify, split="validation_rendering"),
+    "emoji/test_rendering": functools.partial(_classify, split="test_rendering"),
+    "emoji/test_rendering_flags": functools.partial(_classify, split="test_rendering", group="flags"),
+    "emoji/test_rendering_animals_food": functools.partial(_classify, split="test_rendering", group="animals_food"),
+    "emoji/test_rendering_rest": functools.partial(_classify, split="test_rendering", group="rest"),
+    "emoji/test_rendering_flags_all_names": functools.partial(
+        _classify, split="test_rendering", group="flags", all_names=True
+    ),
+    "emoji/test_line": functools.partial(_classify, split="test_line"),
     "emoji/test_line_concepts": _unseen("test_concepts", "test_line"),
     "emoji/validation_retrieval": functools.partial(_retrieve, split="validation_rendering"),
     "emoji/test_retrieval": functools.partial(_retrieve, split="test_rendering"),
@@ -271,17 +254,17 @@ class EmojiSets(SetKind):
 
     @classmethod
     def knows(cls, spec: str) -> bool:
-        """Return whether the demo has a set of this name."""
+        """Return whether the demo contains this set."""
         return spec in _MAKERS
 
     @classmethod
     def extras(cls, spec: str) -> tuple[str, ...]:
-        """Return the packages that draw the demo."""
+        """Return the extras that draw the demo."""
         return ("demo",)
 
     @classmethod
     def load(cls, spec: str, prepare: Preprocessing, data: DataConfig, profile: Profile) -> EmojiSet:
-        """Open the set `spec`; the profile is ignored, since it changes published sets only."""
+        """Open the set `spec`; the profile only applies to published sets."""
         return _MAKERS[spec](spec, prepare, data.dir or None)
 
     @classmethod

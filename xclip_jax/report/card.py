@@ -1,7 +1,4 @@
-"""Model card, the README of exported weights: architecture, preprocessing, data, recipe, results and limits.
-
-The template card.md has its text; this module has the facts.
-"""
+"""Model card, the README of exported weights: the facts for the template card.md."""
 
 import dataclasses
 import importlib.resources
@@ -24,17 +21,17 @@ from xclip_jax.objectives import make_objective
 from xclip_jax.train.build import Experiment
 
 _LIBRARIES = {"hf": "transformers", "open_clip": "open_clip", "safetensors": "xclip_jax"}
-# What a library writes before a folder, and before a repository of the Hub.
+# A library's prefixes for folders and for Hub repositories.
 _PREFIXES = {"hf": ("", ""), "open_clip": ("local-dir:", "hf-hub:"), "safetensors": ("", "hf:")}
-# Names of the Hub and of clip_benchmark for families of results.
+# {family of results: task name of the Hub and clip_benchmark}
 _TASKS = {
     "zeroshot": "zero-shot-image-classification",
     "retrieval": "zero-shot-retrieval",
     "visual": "image-classification",
 }
-_PARTS = ("batch", "optimizer", "images", "model", "seed")  # of the recipe, in their order
+_PARTS = ("batch", "optimizer", "images", "model", "seed")  # of the recipe, in order
 _SHOWN_CLASSES = 20
-# Paths from a root and addresses of buckets, in specs and in words of a command.
+# Absolute paths and bucket addresses in specs and command words.
 _PATH = re.compile(r"""(?:^|(?<=[\s=:@,;("'\[]))(?:~[\w.-]*/|/(?![/\s]|$)|(?!https?:)\w+://)[^"',;)\]]*""")
 
 
@@ -49,35 +46,36 @@ def render(
     run: bool,
     repository: str = "",
 ) -> str:
-    """Return the card in Markdown, with only the last part of this machine's paths.
+    """Return the card in Markdown; paths of this machine are shortened to their last part.
 
     Args:
-      source: path of the exported weights: a run directory (`run`), or weights of another project.
-      out: folder of the card.
-      to: format of the weights in it.
+      source: directory of a run (`run`), or weights of another project.
+      out, to: folder and format of the exported weights.
       experiment, step: the loaded source, see `weights.load`.
-      notes: sentences on facts that the format cannot hold.
-      run: whether `source` is a run directory, with data, recipe and results.
-      repository: the card's id on the Hub, "ORG/NAME", or "": its code then names the folder.
+      notes: sentences on facts not expressible in the format.
+      run: whether `source` is a run.
+      repository: "ORG/NAME" on the Hub; "" if the card's code loads the folder.
     """
     config = experiment.config
     objective = experiment.objective
     folder = RunReader(source) if run else None
     local, remote = _PREFIXES[to]
     trained = (folder.read_config() or {}).get("environment") if folder else None
+    towers = {name: dataclasses.asdict(getattr(experiment.model, name)) for name in objective.towers}
+    keys = dict.fromkeys(key for tower in towers.values() for key in tower)
+    options = [[key, *(tower.get(key, "") for tower in towers.values())] for key in keys]
     context = {
         "metadata": metadata(experiment, to, measured(folder, config.steps, step) if folder else []),
+        "experiment": experiment,
         "objective": objective,
         "labelled": objective.labelled,
         "tower": config.model.tower(objective.towers[0]).describe(),
-        "parameters": experiment.num_parameters,
-        "towers": _towers(experiment),
+        "towers": (["option", *({"img": "image", "txt": "text"}[name] for name in towers)], options),
         "prepare": experiment.preprocessing,
         "drops_alpha": experiment.preprocessing.background == images.DROPPED,
         "to": to,
         "library": _LIBRARIES[to],
         "tokenizer": config.data.tokenizer,
-        "length": experiment.context_length,
         "out": f"{remote}{repository}" if repository else f"{local}{epath.Path(out).name}",
         "notes": notes,
         "run": run,
@@ -93,10 +91,7 @@ def render(
 
 
 def shown(text: str) -> str:
-    """Return a spec, a path or a word without the folders of its paths, and without secrets of its addresses.
-
-    The last folder of a pattern stays.
-    """
+    """Return text with URLs redacted and paths shortened to their last part, or for a pattern the last two."""
 
     def last(match: re.Match[str]) -> str:
         *folders, name = match[0].rstrip("/").split("/")
@@ -106,22 +101,22 @@ def shown(text: str) -> str:
 
 
 def names_of_sets(names: Iterable[str]) -> dict[str, str]:
-    """Return {set: its name in a card}."""
+    """Return {set: name in a card}."""
     return {name: shown(short) for name, short in tables.shorten(names).items()}
 
 
 def _code(text: str) -> str:
-    """Return text of others, such as a class name, as code, in which Markdown finds no HTML or link."""
+    """Return untrusted text as Markdown code."""
     return f"`{' '.join(text.split()).replace('`', chr(39))}`"
 
 
 def in_words(text: str) -> str:
-    """Return words in one line, in which Markdown finds no HTML, link or code."""
+    """Return untrusted text on one line, escaped for Markdown."""
     return re.sub(r"[\\`\[]", r"\\\g<0>", " ".join(text.split())).replace("<", "&lt;")
 
 
 def metadata(experiment: Experiment, to: str, headlines: Sequence[Result]) -> str:
-    """Return the metadata of the Hub in YAML; if huggingface_hub is installed with the results, as a model-index."""
+    """Return the Hub's metadata in YAML; huggingface_hub, if installed, adds the results as a model-index."""
     task = "image-classification" if experiment.objective.labelled else "zero-shot-image-classification"
     names: dict[str, Any] = {"license": "unknown", "library_name": _LIBRARIES[to], "pipeline_tag": task}
     tags = [experiment.config.objective.name, "xclip_jax"]
@@ -134,10 +129,9 @@ def metadata(experiment: Experiment, to: str, headlines: Sequence[Result]) -> st
     rows = [
         EvalResult(
             task_type=_TASKS.get(result.family, result.family),
-            dataset_type=match[1] if (match := of_hub.search(result.set)) else in_card[result.set],
+            dataset_type=next(iter(of_hub.findall(result.set)), in_card[result.set]),
             dataset_name=in_card[result.set],
-            # The Hub puts results of one type and configuration under one name: a set is its own configuration.
-            dataset_config=in_card[result.set],
+            dataset_config=in_card[result.set],  # the Hub merges sets of equal type and configuration
             metric_type=result.key,
             metric_value=round(result.value, 2),
         )
@@ -148,7 +142,7 @@ def metadata(experiment: Experiment, to: str, headlines: Sequence[Result]) -> st
 
 
 def measured(run: RunReader, steps: int, step: int) -> list[Result]:
-    """Return the headline results of the checkpoint: by `evaluate` if it has some, else at the end of training."""
+    """Return the checkpoint's headline results by `evaluate`, or else by the end of training."""
     values = results.read_entries(_entries(run, step))
     if not values and step == steps:
         values = results.from_json((run.read_results() or {"records": []})["records"])
@@ -156,7 +150,7 @@ def measured(run: RunReader, steps: int, step: int) -> list[Result]:
 
 
 def _entries(run: RunReader, step: int) -> list[results.Entry]:
-    """Return the entries of evaluation.json for the checkpoint, with the profile that was evaluated last."""
+    """Return the checkpoint's entries in evaluation.json with the last evaluated profile."""
     entries = results.read(run.evaluation_file)[0] if run.evaluation_file.exists() else []
     entries = [entry for entry in results.current_entries(entries, _run_config(run).eval) if entry["step"] == step]
     return results.latest(entries)[0] if entries else []
@@ -166,16 +160,8 @@ def _run_config(run: RunReader) -> Config:
     return schema.resolve(schema.complete((run.read_config() or {})["config"]))
 
 
-def _towers(experiment: Experiment) -> tuple[list[str], list[list[Any]]]:
-    """Return head and rows of the table of towers."""
-    towers = {name: dataclasses.asdict(getattr(experiment.model, name)) for name in experiment.objective.towers}
-    keys = dict.fromkeys(key for options in towers.values() for key in options)
-    rows = [[key, *(options.get(key, "") for options in towers.values())] for key in keys]
-    return ["option", *({"img": "image", "txt": "text"}[name] for name in towers)], rows
-
-
 def data(run: RunReader, experiment: Experiment) -> dict[str, Any]:
-    """Return the table of the sources, and a sentence on their captions or classes."""
+    """Return a table of the sources and a sentence on captions or classes."""
     config = experiment.config
     labelled = experiment.objective.labelled
     sources = run.read_sources()
@@ -200,15 +186,15 @@ def data(run: RunReader, experiment: Experiment) -> dict[str, Any]:
 
 
 def _recipe(run: RunReader, step: int) -> Iterator[tuple[str, Any]]:
-    """Yield the keys that decide a run, from the run's file: `weights.load` sets batch and layout for this machine."""
-    config = _run_config(run)
+    """Yield the config keys and values that determine a run."""
+    config = _run_config(run)  # `weights.load` changes batch and layout for this machine
     objective = make_objective(config.objective)
     values = schema.flatten(schema.to_dict(config))
     plugins = config.model.plugins
     averaged = config.eval.ema and (config.ema.momentum or objective.teacher)
     rows: dict[str, Any] = {"objective.name": objective.name, **objective.recipe(config.model)}
     rows["step"] = f"{step:,} of {config.steps:,}"
-    rows["parameters"] = "their moving average" if averaged else "those of the last update"
+    rows["parameters"] = "their moving average" if averaged else "after the last update"
     keys = [key for part in _PARTS for key in schema.keys_where(card=part)]
     rows |= {key: values[key] for key in keys if not key.startswith(tuple(f"model.{name}." for name in plugins))}
     rows |= {f"model.plugins.{name}.{key}": x for name, options in plugins.items() for key, x in options.items()}
@@ -221,24 +207,21 @@ def _recipe(run: RunReader, step: int) -> Iterator[tuple[str, Any]]:
 
 
 def evaluations(run: RunReader, steps: int, step: int) -> dict[str, Any]:
-    """Return the results at the end of training as a table of text, and rows of what `evaluate` measured."""
+    """Return results of the end of training as a text table, and results of `evaluate` as rows."""
     final = run.read_results()
     entries = _entries(run, step)
     names = names_of_sets(entry["set"] for entry in entries)
     last = tables.render(results.from_json(final["records"])) if final and final["results"] and step == steps else ""
     rows = []
     for entry in entries:
-        cells = _code(names[entry["set"]]), entry["metric"], f"{entry['value']:.1f}", f"{entry['n']:,}"
+        cells = (_code(names[entry["set"]]), entry["metric"], f"{entry['value']:.1f}", f"{entry['n']:,}")
         rows.append((*cells, *(in_words(entry.get(key, "")) for key in ("protocol", "templates"))))
-    return {
-        "last": last.replace("`", "'"),
-        "evaluated": rows,
-        "profile": entries[-1]["profile"] if entries else "",
-    }
+    profile = entries[-1]["profile"] if entries else ""
+    return {"last": last.replace("`", "'"), "evaluated": rows, "profile": profile}
 
 
 def _machine(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a command with its versions, as the card writes them."""
+    """Return facts of `environment.capture` with command and versions as text."""
     command = _code(" ".join(map(shown, facts["command"].split(" "))))
     versions = ", ".join(f"{key} {version}" for key, version in facts["versions"].items())
     return {**facts, "command": command, "versions": versions}

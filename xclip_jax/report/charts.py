@@ -1,6 +1,7 @@
-"""Line charts: the lines of logged metrics, and the numbers on their axes. The template's macro `chart` draws them."""
+"""Line charts of logged metrics, and the numbers on their axes; the template's macro `chart` draws them."""
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +13,7 @@ from xclip_jax.evaluators import tables
 from xclip_jax.objectives import Curve
 from xclip_jax.report.collect import Key, Run, labels, rows_of
 
-POINTS = 400  # at most in a line; longer lines are averaged
+POINTS = 400  # most points of a line; longer lines are averaged
 _LOGGED = (  # key, title, unit
     ("lr", "Learning rate", ""),
     ("grad_norm", "Gradient norm", ""),
@@ -26,7 +27,7 @@ Rows = Sequence[Mapping[str, float]]
 
 
 class Line(NamedTuple):
-    """A curve: its name, steps and values, and the number of its colour."""
+    """A named curve of values `y` over steps `x`, in the colour of this number."""
 
     name: str
     x: Sequence[float]
@@ -44,7 +45,7 @@ class Level(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
-    """A chart over steps with its ranges and ticks; `chart` makes it."""
+    """A chart over steps `x` with the ranges of its axes; `chart` makes it."""
 
     title: str
     lines: Sequence[Line]
@@ -55,26 +56,26 @@ class Chart:
     y: tuple[float, float]
 
     def across(self, x: float) -> float:
-        """Return the place of a step, 0 at the left and 1 at the right."""
+        """Return the horizontal position of a step, from 0 to 1."""
         return (x - self.x[0]) / (self.x[1] - self.x[0])
 
     def up(self, y: float) -> float:
-        """Return the place of a value, 0 at the bottom and 1 at the top."""
+        """Return the vertical position of a value, from 0 at the bottom to 1."""
         return (y - self.y[0]) / (self.y[1] - self.y[0])
 
     def points(self, line: Line, width: int, height: int) -> str:
-        """Return the points of a line in an SVG of `width` x `height`."""
+        """Return the points of an SVG polyline in a plot of `width` x `height`."""
         places = zip(map(self.across, line.x), map(self.up, line.y), strict=True)
         return " ".join(f"{width * x:.1f},{height * (1 - y):.1f}" for x, y in places)
 
     def ticks(self, axis: str) -> list[tuple[float, str]]:
-        """Return the places of the ticks of axis "x" or "y", from 0 to 1, and their labels."""
+        """Return (position, label) of the ticks of axis "x" or "y"."""
         values = ticks(*(self.x if axis == "x" else self.y), 5)
         return list(zip(map(self.across if axis == "x" else self.up, values), tick_labels(values), strict=True))
 
     @property
     def description(self) -> str:
-        """The chart in words, for screen readers."""
+        """A description for screen readers."""
         ranges = "; ".join(f"{z.name} from {number(z.y[0])} to {number(z.y[-1])}" for z in self.lines)
         text = f"{self.title}, steps {number(self.x[0])} to {number(self.x[1])}: {ranges}."
         if self.levels:
@@ -83,7 +84,7 @@ class Chart:
 
     @property
     def data(self) -> str:
-        """The values in JSON, for the page's script."""
+        """The values as JSON for the page's script."""
         lines = [line._asdict() | {"y": [float(f"{value:.5g}") for value in line.y]} for line in self.lines]
         return json.dumps({"x": self.x, "y": self.y, "unit": self.unit, "lines": lines})
 
@@ -91,7 +92,7 @@ class Chart:
 def chart(
     title: str, lines: Sequence[Line], levels: Sequence[Level] = (), *, unit: str = "", note: str = ""
 ) -> Chart | None:
-    """Return a chart of the finite values of `lines`, with a sentence `note` below; None without any."""
+    """Return a chart of the finite values of `lines` with the sentence `note` below, or None without values."""
     drawn = [line for line in map(_short, lines) if line.x]
     if not drawn:
         return None
@@ -103,7 +104,7 @@ def chart(
 
 
 def metric_lines(rows: Rows, metrics: Sequence[tuple[str, str]], unit: str = "") -> list[Line]:
-    """Return lines of `metrics`, (key, label) each, over steps, in percent if `unit` is; none without values."""
+    """Return a line for each logged (key, label) of `metrics`, in percent if `unit` is "%"."""
     lines = []
     scale = 100.0 if unit == "%" else 1.0
     for color, (key, label) in enumerate(metrics):
@@ -114,14 +115,15 @@ def metric_lines(rows: Rows, metrics: Sequence[tuple[str, str]], unit: str = "")
 
 
 def term_chart(curve: Curve, rows: Rows, term: str) -> Chart | None:
-    """Return the chart of a curve that the objective's term `term` declares; None where no row has its metrics."""
+    """Return the chart of a curve declared by an objective's term, or None without logged values."""
     lines = metric_lines(rows, [(f"{term}/{key}", label) for key, label in curve.lines], curve.unit)
     return chart(curve.title, lines, shown_levels(curve, rows, term), unit=curve.unit, note=curve.note)
 
 
 def shown_levels(curve: Curve, rows: Rows, term: str) -> list[Level]:
-    """Return the dashed lines of a curve, by the last of one or more rows."""
-    levels, scale = [], 100.0 if curve.unit == "%" else 1.0
+    """Return the dashed lines of a curve at the last row."""
+    levels = []
+    scale = 100.0 if curve.unit == "%" else 1.0
     if curve.check:
         levels.append(Level("alarm", scale * curve.check.threshold, below=True))
     for label, source in curve.levels:
@@ -144,12 +146,12 @@ def number(value: float) -> str:
 
 
 def decimals(value: float, form: str = ".1f") -> str:
-    """Format a result: 12.5; "not a number" as `number` does."""
+    """Format a result in the given form, or as `number` does if it is not finite."""
     return f"{value:{form}}" if math.isfinite(value) else number(value)
 
 
 def ticks(low: float, high: float, count: int) -> list[float]:
-    """Return at most `count` + 1 round numbers between low and high."""
+    """Return at most `count` + 1 round numbers from `low` to `high`."""
     rough = (high - low) / count
     power = 10 ** math.floor(math.log10(rough))
     step = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= rough * 0.999)
@@ -157,16 +159,13 @@ def ticks(low: float, high: float, count: int) -> list[float]:
 
 
 def tick_labels(values: Sequence[float]) -> list[str]:
-    """Format the numbers of an axis, with as many digits as distinguish them: 33.25, 33.50, 33.75."""
+    """Format the numbers of an axis with enough digits to distinguish them: 33.25, 33.50, 33.75."""
+    close = functools.partial(math.isclose, rel_tol=1e-6, abs_tol=1e-12)
     texts = [number(value) for value in values]
-    if all(_same(float(text.replace(",", "")), value) for text, value in zip(texts, values, strict=True)):
+    if all(close(float(text.replace(",", "")), value) for text, value in zip(texts, values, strict=True)):
         return texts
-    digits = next(digits for digits in range(1, 16) if all(_same(round(value, digits), value) for value in values))
+    digits = next(digits for digits in range(1, 16) if all(close(round(value, digits), value) for value in values))
     return [f"{value:,.{digits}f}" for value in values]
-
-
-def _same(a: float, b: float) -> bool:
-    return math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-12)
 
 
 def _short(line: Line) -> Line:
@@ -181,7 +180,7 @@ def _short(line: Line) -> Line:
 
 
 def _range(low: float, high: float) -> tuple[float, float]:
-    """Return the range of the vertical axis: a margin around low and high, or from 0 where low is near 0."""
+    """Return the range of the vertical axis: from 0 if `low` is near 0, otherwise with a margin on both sides."""
     if low == high:
         if not low:
             return 0.0, 1.06
@@ -194,7 +193,7 @@ def _range(low: float, high: float) -> tuple[float, float]:
 
 
 def of_runs(runs: Sequence[Run]) -> list[Chart]:
-    """Return charts of all logged metrics: of one run, or with a line for each run."""
+    """Return charts of all logged metrics, with one line per run if there are several."""
     drawn = [_total(runs), *_curves(runs), *_evaluations(runs)]
     for key, title, unit in _LOGGED:
         lines = [line for run in runs for line in _lines(run, key, run.name if len(runs) > 1 else title, unit)]
@@ -204,7 +203,7 @@ def of_runs(runs: Sequence[Run]) -> list[Chart]:
 
 
 def _lines(run: Run, key: str, name: str, unit: str = "") -> list[Line]:
-    """Return the line of a metric of a run, or none; of speeds without the first step, which compiles."""
+    """Return the line of a run's metric, if logged; speeds omit the first step, which compiles."""
     rows = run.record.training
     if key in ("samples_per_second", "mfu", "goodput"):
         rows = [row for row in rows if row.get("samples_per_second")]
@@ -212,7 +211,7 @@ def _lines(run: Run, key: str, name: str, unit: str = "") -> list[Line]:
 
 
 def _total(runs: Sequence[Run]) -> Chart | None:
-    """Return the chart of the sum of losses if all runs have the same sum; one term of weight 1 is its own chart."""
+    """Return the chart of the total loss, or None if the runs' sums differ or consist of one term of weight 1."""
     objective = runs[0].record.objective
     if len({run.record.objective.formula for run in runs}) > 1 or list(objective.weights.values()) == [1.0]:
         return None
@@ -221,7 +220,7 @@ def _total(runs: Sequence[Run]) -> Chart | None:
 
 
 def _curves(runs: Sequence[Run]) -> Iterator[Chart | None]:
-    """Yield charts of the terms' curves: all metrics of a curve of one run, or one metric of several runs."""
+    """Yield charts of the terms' curves: with several runs one chart per metric, otherwise per curve."""
     declared: dict[tuple[str, str], tuple[Curve, str]] = {}
     for run in runs:
         for name, term in run.record.objective.terms.items():
@@ -240,7 +239,7 @@ def _curves(runs: Sequence[Run]) -> Iterator[Chart | None]:
 
 
 def _evaluations(runs: Sequence[Run]) -> Iterator[Chart | None]:
-    """Yield the first metric of each set that was evaluated at several steps: in one chart per unit, or per set."""
+    """Yield charts of each repeatedly evaluated set's first metric: with several runs one per set, else per unit."""
     points: dict[tuple[Key, str, str], dict[int, dict[float, float]]] = {}
     for run in runs:
         for step, results in run.record.evaluations:

@@ -1,4 +1,4 @@
-"""Chooses the evaluation sets of a report, and cuts large ones down: it takes no longer than the evaluation did."""
+"""Chooses the evaluation sets of a report and limits their size."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -16,25 +16,19 @@ from xclip_jax.evaluators.sets.custom import is_holdout
 from xclip_jax.evaluators.zeroshot import ZeroShotSet
 
 SHOWN = 96  # side of an image on the page, pixels
-PROMPTS = 6000  # texts of a set's classes
-ZEROSHOT_SETS = 3  # without a panel
+PROMPTS = 6000  # most class texts of a set
+ZEROSHOT_SETS = 3  # sets shown if none has a panel
 
 
 @dataclasses.dataclass
 class Selection:
-    """Sets to show, each at the model's size and at `SHOWN`.
+    """Sets to show, each loaded at the model's image size and at `SHOWN`."""
 
-    Attributes:
-      zeroshot: (title, sentence, which may have {num_classes}, set at both sizes) of each set for classification.
-      retrieval: one set for retrieval at both sizes, or None.
-      kinds: kinds of the sets, which have credits and queries.
-      missing: sentences on unreadable sets, with the remedy.
-    """
-
+    # (title, sentence, set, set at `SHOWN`); the sentence may contain {num_classes}
     zeroshot: list[tuple[str, str, ZeroShotSet, ZeroShotSet]] = dataclasses.field(default_factory=list)
     retrieval: tuple[RetrievalSet, RetrievalSet] | None = None
     kinds: list[type[SetKind]] = dataclasses.field(default_factory=list)
-    missing: list[str] = dataclasses.field(default_factory=list)
+    missing: list[str] = dataclasses.field(default_factory=list)  # sentences on unreadable sets
 
 
 def select(
@@ -44,21 +38,20 @@ def select(
     data: loader.DataConfig | None,
     profile: Profile = PROFILES["openai"],
 ) -> Selection:
-    """Select the sets with a panel, else the first ones for classification, and one for retrieval.
+    """Select the sets with a panel, or else the first ones for classification, and one for retrieval.
 
     Args:
-      specs: names of evaluation sets.
-      prepare: preprocessing of the model.
-      data_dir: root of TFDS data sets, None (or "") for the root in `data`.
-      data: config of the training pairs, for held-out ones.
-      profile: templates and class names.
+      specs, profile: names of evaluation sets, and their templates and class names.
+      prepare: the model's preprocessing.
+      data_dir: root of TFDS data sets; None or "" for `data.dir`.
+      data: config of the training pairs, for held-out pairs.
     """
     selection = Selection()
     kinds: dict[str, type[SetKind]] = {}
     for spec in dict.fromkeys(specs):
         try:
             kinds[spec] = registry.check(spec)
-        except UserError as error:  # such as pairs in a moved folder
+        except UserError as error:
             selection.missing.append(str(error))
     panels = {spec: panel for kind in kinds.values() for spec, panel in kind.display.panels.items() if spec in kinds}
     shows = {spec: kind.shows(spec) for spec, kind in kinds.items()}
@@ -78,25 +71,16 @@ def select(
             short = tables.shorten(other.removeprefix("zeroshot/") for other in held_out)
             title = f"{short[spec.removeprefix('zeroshot/')]}: which class" if spec in held_out else spec
             title, sentence = panels.get(spec) or (title, "The model chooses among {num_classes} names.")
-            selection.zeroshot.append((title, sentence, _few_prompts(sets[0]), sets[1]))
+            prompts = sets[0].prompts
+            each = max(1, PROMPTS // len(prompts)) if sum(map(len, prompts)) > PROMPTS else None
+            few = dataclasses.replace(sets[0], prompts=[of_class[:each] for of_class in prompts])
+            selection.zeroshot.append((title, sentence, few, sets[1]))
         selection.kinds.append(kinds[spec])
     return selection
 
 
-def _few_prompts(data: ZeroShotSet) -> ZeroShotSet:
-    """Return the set with at most `PROMPTS` prompts, equally many of each class."""
-    if sum(map(len, data.prompts)) <= PROMPTS:
-        return data
-    each = max(1, PROMPTS // len(data.prompts))
-    return dataclasses.replace(data, prompts=[prompts[:each] for prompts in data.prompts])
-
-
 def readable(data: ZeroShotSet | RetrievalSet, indices: np.ndarray, missing: list[str]) -> np.ndarray:
-    """Return the `indices` of decodable images, and add a sentence on the others to `missing`.
-
-    Raises:
-      UserError: none can be decoded.
-    """
+    """Return the `indices` of decodable images and add a sentence on others to `missing`; raise `UserError` if none."""
     kept = []
     errors = []
     for i in indices:

@@ -1,4 +1,4 @@
-"""Collects what a run's folder says about the run: metrics, results with intervals and verdicts, and warnings."""
+"""Reads metrics, results with intervals and verdicts, and warnings from a run's folder."""
 
 import collections
 import dataclasses
@@ -24,7 +24,7 @@ from xclip_jax.report.examples import Examples
 
 LEVEL = 0.95  # of intervals
 ABOVE, BELOW, UNDECIDED = "above chance", "below chance", "not distinguishable from chance"
-_SAMPLES = 1000  # a resample of average precision takes milliseconds
+_SAMPLES = 1000  # each takes milliseconds for average precision
 
 Row = dict[str, float]
 Key = tuple[str, str]  # family and set
@@ -33,39 +33,23 @@ Evaluation = tuple[int, list[Result]]  # step and results
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """Contents of a run directory; empty where a file does not exist yet.
-
-    Attributes:
-      folder: the run directory.
-      config: the run's config, with defaults for keys newer than the run.
-      objective: made from the config.
-      environment: versions, devices, commit and command.
-      training: metrics of the logged steps, in order.
-      evaluations: (step, results) of each step with an evaluation during training, including the last one.
-      results: the newest of each set, by the run or by `xclip-jax evaluate`, with the per-example values that
-        results.json or evaluation.json has for them.
-      steps_of: {(family, set): step} of the results that are not by the last step of a complete run.
-      sources: one fingerprint per source of data.sources.
-      bad: number of samples in the ledger of bad samples.
-      began, ended: start of the run, and the end of its last evaluation, UTC.
-    """
+    """Contents of a run directory, with empty fields for missing files."""
 
     folder: epath.Path
-    config: Config
+    config: Config  # with defaults for keys newer than the run
     objective: Objective
-    environment: dict[str, Any]
-    training: list[Row]
-    evaluations: list[Evaluation]
-    results: list[Result]
-    steps_of: dict[Key, int]
-    sources: list[dict[str, Any]]
-    bad: int
-    began: datetime.datetime
-    ended: datetime.datetime | None
+    environment: dict[str, Any]  # versions, devices, commit and command
+    training: list[Row]  # metrics of the logged steps, in order
+    evaluations: list[Evaluation]  # by the run
+    results: list[Result]  # newest of each set, by the run or `xclip-jax evaluate`, with stored per-example values
+    steps_of: dict[Key, int]  # of the results, except those of a complete run's last step
+    sources: list[dict[str, Any]]  # one fingerprint per source of data.sources
+    began: datetime.datetime  # UTC
+    ended: datetime.datetime | None  # end of the last evaluation, UTC
 
     @property
     def steps(self) -> int:
-        """The last logged step; of a complete run the last one, which may have been skipped."""
+        """The last step, or before the run is complete the last logged one."""
         if self.complete:
             return self.config.steps
         return int(self.training[-1]["step"]) if self.training else 0
@@ -76,38 +60,29 @@ class Record:
         return self.ended is not None
 
     def step_of(self, result: Result) -> int | None:
-        """Return the step of one of the results; None for the last one of a complete run."""
+        """Return the step of a result, or None for the last step of a complete run."""
         return self.steps_of.get((result.family, result.set))
 
     def before(self, result: Result) -> Result | None:
-        """Return the result of equal name before the first step, if the run has gone on from it."""
+        """Return the result of the same name before the first step, if later ones exist."""
         step, first = self.evaluations[0] if len(self.evaluations) > 1 else (-1, [])
         return next((x for x in first if step == 0 and x.name == result.name), None)
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run on a page.
-
-    Attributes:
-      name: name on the page.
-      color: number of its colour.
-      record: contents of its directory.
-      examples: predictions of its model; empty without a checkpoint.
-      parameters: number of the model's parameters, if known.
-      step: step of the checkpoint that made the predictions, if there are any.
-    """
+    """A run on a page."""
 
     name: str
-    color: int
+    color: int  # number of a colour
     record: Record
-    examples: Examples
-    parameters: int | None = None
-    step: int | None = None
+    examples: Examples  # empty without a checkpoint
+    parameters: int | None = None  # number of model parameters, if known
+    step: int | None = None  # of the predictions' checkpoint
 
 
 def read(path: str | epath.Path) -> Record:
-    """Read the run directory `path`; raises `UserError` if it is none, or for a damaged file in it."""
+    """Read a run directory; raises `UserError` if it is not one or contains a damaged file."""
     run = RunReader(path)
     content = run.read_config()
     if content is None:
@@ -117,10 +92,8 @@ def read(path: str | epath.Path) -> Record:
         return _read(run, content)
     except UserError:
         raise
-    except Exception as error:  # JSON of any other form
-        raise UserError(
-            f"a file of run {str(path)!r} has another form than a run writes ({first_line(error)}); restore it."
-        ) from error
+    except Exception as error:  # JSON of an unexpected form
+        raise UserError(f"a file of run {str(path)!r} is damaged ({first_line(error)}); restore it.") from error
 
 
 def _read(run: RunReader, content: Mapping[str, Any]) -> Record:
@@ -130,10 +103,10 @@ def _read(run: RunReader, content: Mapping[str, Any]) -> Record:
     final = run.read_results()
     logged = [(int(line["step"]), results.from_json(line["records"])) for line in run.read_evaluations()]
     last = [(config.steps, results.from_json(final["records"]))] if final else []
-    # A diverged evaluation leaves the one before as the newest.
-    evaluations = by_step(
-        (step, [x for x in measured if math.isfinite(x.value)]) for step, measured in [*logged, *last]
-    )
+    joined: dict[int, dict[str, Result]] = {}  # results.jsonl stores the last evaluation set by set
+    for step, measured in [*logged, *last]:
+        joined.setdefault(step, {}).update({x.name: x for x in measured if math.isfinite(x.value)})
+    evaluations = [(step, list(joined[step].values())) for step in sorted(joined)]
     entries, items_of = results.read(run.evaluation_file) if run.evaluation_file.exists() else ([], {})
     made = [(measured, results.read_items(run.results_file).get(results.LAST, {})) for _, measured in last]
     made += [(results.read_entries([entry]), items_of.get(entry["items"], {})) for entry in entries]
@@ -143,7 +116,7 @@ def _read(run: RunReader, content: Mapping[str, Any]) -> Record:
     known, steps_of = newest([*last, *evaluations, *evaluated])
     if final:
         steps_of = {key: step for key, step in steps_of.items() if step != config.steps}
-    # Of results of equal name and value: a file may have another value than the newest.
+    # The files may contain older values, so the values must agree.
     items = {(x.name, round(x.value, 4)): own[x.name] for measured, own in made for x in measured if x.name in own}
     return Record(
         folder=run.path,
@@ -155,42 +128,26 @@ def _read(run: RunReader, content: Mapping[str, Any]) -> Record:
         results=[dataclasses.replace(x, items=items.get((x.name, round(x.value, 4)))) for x in known],
         steps_of=steps_of,
         sources=run.read_sources() or [],
-        bad=int(training[-1].get("data/bad", 0)) if training else 0,
         began=datetime.datetime.fromisoformat(content["started"]),
         ended=datetime.datetime.fromisoformat(final["ended"]) if final else None,
     )
 
 
-# Evaluations: joined by step, the newest of each set, and the names of sets on a page.
-
-
-def by_step(evaluations: Iterable[Evaluation]) -> list[Evaluation]:
-    """Return one evaluation per step: results.jsonl has the last evaluation set by set."""
-    joined: dict[int, dict[str, Result]] = {}
-    for step, measured in evaluations:
-        joined.setdefault(step, {}).update({result.name: result for result in measured})
-    return [(step, list(joined[step].values())) for step in sorted(joined)]
-
-
 def newest(evaluations: Iterable[Evaluation]) -> tuple[list[Result], dict[Key, int]]:
-    """Return the results of each set at the newest step that has it, and {(family, set): that step}.
-
-    Args:
-      evaluations: evaluations of any order; among equal steps the first one counts.
-    """
+    """Return the newest results of each set and {(family, set): their step}; of equal steps the first counts."""
     newest_of: dict[Key, tuple[int, list[Result]]] = {}
     for step, measured in sorted(evaluations, key=lambda evaluation: evaluation[0], reverse=True):
         sets: dict[Key, list[Result]] = {}
         for result in measured:
             sets.setdefault((result.family, result.set), []).append(result)
-        # Metrics that are not numbers are absent: a set without its main metric replaces nothing.
+        # Undefined metrics are absent, and a set without its main metric has no rows.
         newest_of |= {key: (step, own) for key, own in sets.items() if key not in newest_of and tables.rows(own)}
     known = [result for _, measured in newest_of.values() for result in measured]
     return known, {key: step for key, (step, _) in newest_of.items()}
 
 
 def labels(rows: Iterable[tables.Row]) -> dict[Key, str]:
-    """Return {(family, name) of each row: its short name}, with the family's title if two rows share a name."""
+    """Return {(family, name): short name} of rows, with the family's title if two rows share a name."""
     keys = list(dict.fromkeys((row.family, row.name) for row in rows))
     short = tables.shorten(name for _, name in keys)
     counts = collections.Counter(short[name] for _, name in keys)
@@ -201,31 +158,24 @@ def labels(rows: Iterable[tables.Row]) -> dict[Key, str]:
 
 
 def rows_of(runs: Sequence[Run]) -> list[tables.Row]:
-    """Return the rows of all sets that runs have results of."""
+    """Return the rows of all results of `runs`."""
     records = [run.record for run in runs]
     measured = [each for record in records for each in (record.results, *(own for _, own in record.evaluations))]
     return [row for each in measured for row in tables.rows(each)]
 
 
-# Intervals of results, and tests whether results are above chance.
-
-
 class Judgement(NamedTuple):
-    """A result's interval in the result's unit, NaN without one, and the verdict against chance.
+    """A result's interval of level `LEVEL`, NaN without one, and its verdict against chance.
 
-    Attributes:
-      low, high: ends of the interval of level `LEVEL`.
-      verdict: `ABOVE`, `BELOW`, `UNDECIDED`, or "" for a number without an interval or a known chance level.
-      resampled: whether the interval is a bootstrap of per-example values, not a binomial one.
+    The verdict is `ABOVE`, `BELOW`, `UNDECIDED`, or "" without an interval or a known chance level.
     """
 
     low: float
     high: float
     verdict: str
-    resampled: bool
 
     def __str__(self) -> str:
-        """The interval in words."""
+        """Return the interval in words."""
         return f"{self.low:.1f} to {self.high:.1f}" if math.isfinite(self.low) else ""
 
 
@@ -233,18 +183,16 @@ class Judgement(NamedTuple):
 def judge(result: Result) -> Judgement:
     """Return the interval of a result and its verdict.
 
-    A share of items has Clopper and Pearson's binomial interval, which assumes independent items of equal weight.
-    Per-example values with unequal weights, groups or another statistic than a mean of zeros and ones are resampled.
-    Resamples of values that are all right or all wrong cannot differ: these have the binomial interval of their
-    effective number, see `PerExample.trials`. Without per-example values dependent items have no interval.
+    A percentage of independent, equally weighted items has Clopper and Pearson's binomial interval. Other per-example
+    values are resampled, unless all are right or all wrong: resamples could not differ, so these have the binomial
+    interval of their effective number, see `PerExample.trials`. Dependent items without values have no interval.
     """
     low = high = math.nan
     items = result.items
     n = 0 if result.dependent else result.n
     if items is not None:
         n = items.trials()
-    resampled = items is not None and not n
-    if resampled:
+    if items is not None and not n:
         low, high = bootstrap(items, samples=_SAMPLES)
     elif result.unit == "%" and n and math.isfinite(result.value):
         right = min(max(round(n * result.value / 100), 0), n)
@@ -258,27 +206,24 @@ def judge(result: Result) -> Judgement:
             verdict = ABOVE
         elif high < result.chance:
             verdict = BELOW
-    return Judgement(low, high, verdict, resampled)
+    return Judgement(low, high, verdict)
 
 
 def verdicts(known: Sequence[Result]) -> dict[tuple[str, str], str]:
-    """Return {(set and task, metric): verdict} of the first metric of each row of the tables, if it has one."""
+    """Return {(set and task, metric): verdict} for the first metric of each table row, if it has one."""
     first = {(row.name, row.shown[0][0].metric): row.shown[0][1] for row in tables.rows(known)}
     return {key: judge(result).verdict for key, result in first.items() if judge(result).verdict}
 
 
-# Failures that the terms of an objective warn of.
-
-
 def complete_rows(objective: Objective, term: str, rows: Sequence[Row]) -> list[Row]:
-    """Return the metrics of a term, without prefix, and "step", of the rows that have them all."""
+    """Return a term's metrics, without prefix, and "step", omitting rows with missing metrics."""
     own = [objective.metrics_of(term, row) | {"step": row["step"]} for row in rows]
     names = set().union(*own)
     return [row for row in own if row.keys() == names] if len(names) > 1 else []
 
 
 class Warnings(NamedTuple):
-    """Warnings of one term at the logged steps from `first_step` on: {name: warning} of each step in `steps`."""
+    """{name: warning} of one term at each of the logged `steps` from `first_step` on."""
 
     first_step: int
     steps: list[int]
@@ -286,7 +231,7 @@ class Warnings(NamedTuple):
 
     @classmethod
     def collect(cls, record: Record, name: str, rows: Sequence[Row]) -> "Warnings":
-        """Collect the warnings of the term `name` in `complete_rows`."""
+        """Collect the warnings of term `name` in rows made by `complete_rows`."""
         term = record.objective.terms[name]
         first_step = record.config.alarm_step
         judged = [row for row in rows if row["step"] >= first_step]
@@ -295,7 +240,7 @@ class Warnings(NamedTuple):
 
     @property
     def names(self) -> list[str]:
-        """Names of all failures that were warned of."""
+        """Names of all warnings."""
         return list(dict.fromkeys(name for warnings in self.warnings for name in warnings))
 
     def last(self, name: str) -> str:
@@ -303,7 +248,7 @@ class Warnings(NamedTuple):
         return self.warnings[-1].get(name, "") if self.warnings else ""
 
     def history(self, name: str) -> str:
-        """Return a sentence on the steps with this warning."""
+        """Return a sentence on the steps with a warning."""
         if not self.steps:
             return f"Checked from step {self.first_step:,} on."
         steps = [step for step, warnings in zip(self.steps, self.warnings, strict=True) if name in warnings]

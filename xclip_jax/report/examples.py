@@ -1,7 +1,4 @@
-"""Predictions of a model on images and texts, computed once for the picture and for the page.
-
-Examples are drawn by a seed, never selected by hand.
-"""
+"""Predictions of a model on images and texts for picture and page, drawn by a seed and never selected by hand."""
 
 import contextlib
 import dataclasses
@@ -26,8 +23,8 @@ from xclip_jax.parallel.mesh import replicated
 from xclip_jax.report.choose_examples import readable, select
 
 POOL = 1000  # images of a set
-NUM_IMAGES = 9  # images that get names, of each set
-NUM_QUERIES = 8  # texts that are searched for
+NUM_IMAGES = 9  # classified images of a set
+NUM_QUERIES = 8  # searched texts
 TOP = 6  # images in a row
 CLUSTERS = 96
 _PROBABILITY = "probability"
@@ -38,7 +35,7 @@ _NO_SIMILARITY = (
 
 
 class Gallery(NamedTuple):
-    """Images at the model's size and at the size of the page, and their names."""
+    """Images at the model's size, the same at the page's size, and their names."""
 
     images: list[np.ndarray]
     shown: list[np.ndarray]
@@ -46,7 +43,7 @@ class Gallery(NamedTuple):
 
 
 class ScoredLabel(NamedTuple):
-    """A name for an image: the length of its bar (0 to 1), the number at its end, and whether it is right."""
+    """A name for an image with the length of its bar (0 to 1), the text at its end, and whether it is right."""
 
     name: str
     value: float
@@ -55,7 +52,7 @@ class ScoredLabel(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """An image, its right name, the rank of that name among all (from 1), and the best five names."""
+    """An image, its right name, that name's rank (from 1), and the best five names."""
 
     image: np.ndarray
     name: str
@@ -64,7 +61,7 @@ class Prediction(NamedTuple):
 
 
 class ZeroShotExamples(NamedTuple):
-    """Names for images of one set: its title, a sentence about names and bars, and the number of names."""
+    """Classified images of one set: its title, a sentence on names and bars, and the number of names."""
 
     title: str
     sentence: str
@@ -73,16 +70,16 @@ class ZeroShotExamples(NamedTuple):
 
 
 class SearchResult(NamedTuple):
-    """Results of a text query: indices of a gallery's images, best first, and whether each is right, if known."""
+    """Results of a text query: a gallery's images, best first, and whether each is right, if known."""
 
     text: str
     images: list[int]
     right: list[bool]
-    rank: int = 0  # of the first right image, from 1; 0 if it is not known
+    rank: int = 0  # first right image, from 1; 0 if unknown
 
 
 class RetrievalExamples(NamedTuple):
-    """Both directions of retrieval on one set: images for texts, texts for images, and the meaning of the bars."""
+    """Retrieval in both directions on one set of this many `texts`, and the meaning of the bars."""
 
     title: str
     texts: int
@@ -93,7 +90,7 @@ class RetrievalExamples(NamedTuple):
 
 
 class Cluster(NamedTuple):
-    """One cluster: images (indices of the gallery) and words nearest to it, and how many have it as their first."""
+    """A cluster: how many pictures and texts are assigned to it, and its nearest gallery images and words."""
 
     number: int
     pictures: int
@@ -103,7 +100,7 @@ class Cluster(NamedTuple):
 
 
 class Clusters(NamedTuple):
-    """The clusters with the most pictures; `used` of `k` have a picture of the gallery."""
+    """The clusters with the most pictures; `used` of `k` contain a picture of the gallery."""
 
     k: int
     used: int
@@ -112,10 +109,7 @@ class Clusters(NamedTuple):
 
 
 class Maps(NamedTuple):
-    """Attention over the patches of images with `indices` in a gallery: maps (n, rows, columns), each with sum 1.
-
-    `last` is the attention that the features are read with, and `meaning` says in words what its maps show.
-    """
+    """Attention maps `last` (n, rows, columns), each with sum 1, of a gallery's images, and their meaning in words."""
 
     indices: list[int]
     last: np.ndarray
@@ -124,7 +118,7 @@ class Maps(NamedTuple):
 
 @dataclasses.dataclass
 class Examples:
-    """Everything that a report shows of a model; `missing` says why other fields are empty."""
+    """A model's predictions in a report; `missing` contains the reasons for empty fields."""
 
     seed: int = 0
     named: list[ZeroShotExamples] = dataclasses.field(default_factory=list)
@@ -147,9 +141,9 @@ def collect_examples(
     seed: int = 0,
     profile: Profile = PROFILES["openai"],
 ) -> Examples:
-    """Compute all `Examples` but the attention maps. With several processes all call this, and all get the same.
+    """Return all `Examples` except attention maps, drawn by the seed; all processes must call this.
 
-    The seed draws images and texts; for the other arguments see `choose_examples.select`.
+    For the other arguments see `choose_examples.select`.
     """
     if not encoder.similarities:
         return Examples(seed, missing=[_NO_SIMILARITY])
@@ -159,7 +153,6 @@ def collect_examples(
     examples = Examples(seed, credits=credits, missing=chosen.missing)
     words: Sequence[str] = [name for _, _, zeroshot, _ in chosen.zeroshot for name in zeroshot.names]
     for title, sentence, zeroshot, shown in chosen.zeroshot:
-        # A set of which no image can be read is named; the page has the other sets.
         with _errors_to(examples.missing):
             _add_names(examples, encoder, variables, title, sentence, zeroshot, shown)
     if chosen.retrieval:
@@ -176,6 +169,7 @@ def collect_examples(
 
 @contextlib.contextmanager
 def _errors_to(missing: list[str]) -> Iterator[None]:
+    """Context that reports an unreadable set, so that the page still shows other sets."""
     try:
         yield
     except UserError as error:
@@ -191,7 +185,7 @@ def _add_names(
     zeroshot: ZeroShotSet,
     shown: ZeroShotSet,
 ) -> None:
-    """Add names for images of a set, of different classes; images of the first two sets also to the gallery."""
+    """Add names for images of different classes; images of the first two sets are also added to the gallery."""
     rng = np.random.default_rng(examples.seed)
     order = rng.permutation(len(zeroshot.labels))
     searched = len(examples.named) < 2
@@ -200,24 +194,24 @@ def _add_names(
         return some[np.sort(np.unique(np.asarray(zeroshot.labels)[some], return_index=True)[1])][:NUM_IMAGES]
 
     first = of_classes(order)
-    # Other sets than the first two encode only the images that they show.
+    # Later sets encode only their shown images.
     pool = rng.permutation(len(zeroshot.labels))[:POOL] if searched else []
     keep = readable(shown, np.unique([*first, *pool]).astype(int), examples.missing)
-    first = of_classes(order[np.isin(order, keep)])  # others of the pool if the first are unreadable
+    first = of_classes(order[np.isin(order, keep)])  # replaces unreadable images
     zeroshot = _subset(zeroshot, keep)
     shown = _subset(shown, keep)
     scores = ZeroShot(encoder, zeroshot).scores(variables)
     indices = np.searchsorted(keep, first)
-    bars = _bars(encoder, variables, {score: x[indices] for score, x in scores.items()})
+    bars, meaning = _bars(encoder, variables, {score: x[indices] for score, x in scores.items()})
     ranking = np.argsort(-scores[""][indices], axis=1, kind="stable")
     guesses = []
     for row, i in enumerate(indices):
         label = int(zeroshot.labels[i])
-        best = [bars.label(row, k, zeroshot.names[k], k == label) for k in ranking[row, :5]]
+        best = [_label(bars[row, k], meaning, zeroshot.names[k], k == label) for k in ranking[row, :5]]
         rank = int(np.flatnonzero(ranking[row] == label)[0]) + 1
         guesses.append(Prediction(shown.images[i], zeroshot.names[label], rank, best))
     num_classes = len(zeroshot.prompts)
-    sentence = f"{sentence.replace('{num_classes}', f'{num_classes:,}')} Bars: {bars.meaning}."
+    sentence = f"{sentence.replace('{num_classes}', f'{num_classes:,}')} Bars: {meaning}."
     examples.named.append(ZeroShotExamples(title, sentence, num_classes, guesses))
     if searched:
         examples.gallery.images.extend(zeroshot.images)
@@ -226,32 +220,22 @@ def _add_names(
 
 
 def _subset(data: ZeroShotSet, keep: np.ndarray) -> ZeroShotSet:
-    """Return the part of a set with the indices `keep`, its images decoded."""
+    """Return the items `keep` of a set with decoded images."""
     images = [data.images[i] for i in keep]
     return dataclasses.replace(data, images=images, labels=np.asarray(data.labels)[keep], groups={})
 
 
-class _Bars(NamedTuple):
-    """Bars for scores (n, m): their values from 0 to 1, and the meaning of these."""
-
-    values: np.ndarray
-    meaning: str
-
-    def label(self, row: int, column: int, name: str, right: bool) -> ScoredLabel:
-        """Return the bar of one score."""
-        value = self.values[row, column]
-        text = f"{value:.2f}"
-        if self.meaning == _PROBABILITY:
-            text = "<1 %" if value < 0.01 else f"{100 * value:.0f} %"
-        return ScoredLabel(name, float(np.clip(value, 0, 1)), text, right)
-
-
-def _bars(encoder: Encoder, variables: Variables, scores: Mapping[str, np.ndarray]) -> _Bars:
-    """Return probabilities of the logits, or the scores themselves if the model's similarity has a label for bars."""
+def _bars(encoder: Encoder, variables: Variables, scores: Mapping[str, np.ndarray]) -> tuple[np.ndarray, str]:
+    """Return lengths of bars and their meaning: probabilities, or scores if the similarity has a label for bars."""
     label = encoder.similarities[0].bar_label
-    if label:
-        return _Bars(scores[""], label)
-    return _Bars(softmax(encoder.logits_of(scores, variables)), _PROBABILITY)
+    return (scores[""], label) if label else (softmax(encoder.logits_of(scores, variables)), _PROBABILITY)
+
+
+def _label(value: float, meaning: str, name: str, right: bool) -> ScoredLabel:
+    text = f"{value:.2f}"
+    if meaning == _PROBABILITY:
+        text = "<1 %" if value < 0.01 else f"{100 * value:.0f} %"
+    return ScoredLabel(name, float(np.clip(value, 0, 1)), text, right)
 
 
 def _retrieved(
@@ -266,11 +250,11 @@ def _retrieved(
     gallery = Gallery([data.images[i] for i in keep], [shown.images[i] for i in keep], names)
     by_score = compare(encoder.similarities, *encode_pairs(encoder, variables, gallery.images, texts))
     scores = by_score[""]
-    bars = _bars(encoder, variables, by_score)
+    bars, meaning = _bars(encoder, variables, by_score)
     matches = Matches(captions).of_images()
     by_text = []
     by_image = []
-    # In dicts: in an array of NumPy each text would take as much memory as the longest.
+    # In a NumPy array each text would take as much memory as the longest.
     places = {text: t for t, text in reversed(list(enumerate(texts)))}
     first = np.array([places[text] for text in sorted(places)])
     for t in rng.permutation(first)[:NUM_QUERIES]:
@@ -278,20 +262,20 @@ def _retrieved(
         rank = int(ranks_of(scores[:, t][None], matches[:, t][None])[0]) + 1
         by_text.append(SearchResult(texts[t], best.tolist(), matches[best, t].tolist(), rank))
     for i in rng.permutation(len(gallery.images))[:NUM_IMAGES]:
-        once: dict[str, int] = {}  # a text of several images is shown once
+        once: dict[str, int] = {}  # several images may share a text
         for t in np.argsort(-scores[i], kind="stable"):
             once.setdefault(texts[t], t)
-        choices = [bars.label(i, t, text, bool(matches[i, t])) for text, t in list(once.items())[:5]]
+        choices = [_label(bars[i, t], meaning, text, bool(matches[i, t])) for text, t in list(once.items())[:5]]
         rank = int(ranks_of(scores[i][None], matches[i][None])[0]) + 1
         by_image.append(Prediction(gallery.shown[i], names[i], rank, choices))
     title = tables.shorten([data.name])[data.name]
-    return RetrievalExamples(title, len(texts), bars.meaning, gallery, by_text, by_image), texts
+    return RetrievalExamples(title, len(texts), meaning, gallery, by_text, by_image), texts
 
 
 def _search_and_cluster(
     examples: Examples, encoder: Encoder, variables: Variables, queries: Sequence[str], words: Sequence[str]
 ) -> None:
-    """Add the searches for `queries` among the gallery's images, and their clusters with `words`."""
+    """Add searches for `queries` in the gallery, and clusters of its images and `words`."""
     similarities = encoder.similarities
     img = encoder.images(variables, examples.gallery.images, features(similarities))
     if queries:
@@ -306,7 +290,6 @@ def _search_and_cluster(
 
 
 def _clusters(similarity: Similarity, gallery: Gallery, img: Features, txt: Features, words: Sequence[str]) -> Clusters:
-    """Return the clusters of the gallery's images and of `words`."""
     p = similarity.rows(img[similarity.feature])
     q = similarity.rows(txt[similarity.feature])
     pictures = np.bincount(p.argmax(axis=1), minlength=p.shape[1])
@@ -329,13 +312,9 @@ def attention(
     n: int = NUM_IMAGES,
     seed: int = 0,
 ) -> Maps | None:
-    """Return attention maps of `n` images, drawn by the seed; None if the tower has none.
+    """Return attention maps of `n` images drawn by the seed, or None if the tower does not provide maps.
 
-    Args:
-      model, variables: the towers and the variables of their `apply`.
-      gallery: images to draw from, uint8 (size, size, 3).
-      statistics: mean and deviation of pixels.
-      mesh: mesh of the parameters.
+    `gallery` contains uint8 images (size, size, 3), and `statistics` the mean and standard deviation of pixels.
     """
     if not model.img.attention:
         return None

@@ -1,4 +1,4 @@
-"""The page of one or more runs: one HTML file with all images, styles and scripts inside."""
+"""The page of one or more runs: a self-contained HTML file."""
 
 import base64
 import functools
@@ -38,19 +38,14 @@ THUMB = 72  # side of an image in the page, pixels
 
 
 def render(runs: Sequence[Run], *, step: int | None = None) -> str:
-    """Return the page of one run, or of several, which are compared with the first.
+    """Return the page of one run, or of several runs compared with the first.
 
-    Args:
-      runs: the runs.
-      step: step of the compared evaluations; by default the newest of each run.
+    Evaluations of `step` are compared, by default the newest of each run.
     """
     first = runs[0]
-    # Without examples each of their sections of one run has the reasons.
+    # The sections of a single run without examples contain the reasons themselves.
     with_notes = [run for run in runs if len(runs) > 1 or run.examples.named or run.examples.retrieved]
-    notes = [
-        *_notes(runs, with_notes),
-        *(note for run in with_notes for note in run.examples.missing),
-    ]
+    notes = [*_notes(runs, with_notes), *(note for run in with_notes for note in run.examples.missing)]
     tested = set(verdicts(first.record.results).values())
     context: dict[str, Any] = {
         "runs": runs,
@@ -68,7 +63,7 @@ def render(runs: Sequence[Run], *, step: int | None = None) -> str:
 
 
 def _notes(runs: Sequence[Run], with_predictions: Sequence[Run]) -> Iterator[str]:
-    """Yield sentences on held-out pairs that others may have learned, and on predictions not by the last step."""
+    """Yield sentences on held-out pairs that other runs may have seen, and on predictions before the last step."""
     data = [(run.record.config.data.sources, run.record.config.data.holdout) for run in runs]
     names = ", ".join(run.name for run, own in zip(runs, data, strict=True) if own != data[0])
     if names and (runs[0].examples.named or runs[0].examples.retrieved):
@@ -80,7 +75,7 @@ def _notes(runs: Sequence[Run], with_predictions: Sequence[Run]) -> Iterator[str
 
 
 def _tiles(record: Record) -> Iterator[dict[str, Any]]:
-    """Yield the best result of each family."""
+    """Yield the first result of each family."""
     short = tables.short_names(record.results)
     for family, row in tables.first_set_of_each_family(record.results).items():
         metric, result = row.shown[0]
@@ -103,7 +98,7 @@ def _tiles(record: Record) -> Iterator[dict[str, Any]]:
 
 
 def facts(record: Record, parameters: int | None = None) -> dict[str, Any]:
-    """Return the facts of a run at the head of its page; "" for unknown ones."""
+    """Return the facts at the head of a run's page; "" if unknown."""
     config = record.config
     objective = record.objective
     last = record.training[-1] if record.training else {}
@@ -117,7 +112,7 @@ def facts(record: Record, parameters: int | None = None) -> dict[str, Any]:
         f"{unit.capitalize()} seen": f"{last['samples']:,} ({last['epoch']:.1f} epochs)" if "epoch" in last else "",
         "Speed": f"{number(last['samples_per_second'])} {unit}/s" if last.get("samples_per_second") else "",
         "MFU": f"{last['mfu']:.1%}" if last.get("mfu") else "",
-        "Bad samples": f"{record.bad:,}" if record.bad else "",
+        "Bad samples": f"{last['data/bad']:,.0f}" if last.get("data/bad") else "",
         "Skipped steps": f"{last['skipped_steps']:,.0f}" if last.get("skipped_steps") else "",
         "Devices": record.environment.get("devices", ""),
         "Began, UTC": f"{record.began:%Y-%m-%d %H:%M}",
@@ -127,12 +122,9 @@ def facts(record: Record, parameters: int | None = None) -> dict[str, Any]:
     }
 
 
-# The templates.
-
-
 @functools.cache
 def environment() -> jinja2.Environment:
-    """Return the environment of the templates, which escapes and redacts all values."""
+    """Return the template environment, which escapes and redacts all values."""
     made = jinja2.Environment(
         loader=jinja2.FunctionLoader(_template),
         autoescape=True,
@@ -146,17 +138,17 @@ def environment() -> jinja2.Environment:
 
 
 def _template(name: str) -> str:
-    """Return a template; its line breaks next to tags are left out, so that they make no space."""
+    """Return a template without line breaks next to tags, which would become spaces."""
     return re.sub(r"(?<=[>}])\s*\n\s*|\s*\n\s*(?=[<{])", "", file(name))
 
 
 def file(name: str) -> Markup:
-    """Return a file of this package, which needs no escaping: a style sheet, a script or a template."""
+    """Return a style sheet, script or template of this package, unescaped."""
     return Markup(importlib.resources.files("xclip_jax.report").joinpath(name).read_text("utf-8"))
 
 
 def _breakable(name: str) -> Markup:
-    """Return a name, escaped, with places where a long one may be broken into lines."""
+    """Return an escaped name that may wrap after / and _."""
     return Markup(str(escape(redact(name))).replace("/", "/<wbr>").replace("_", "_<wbr>"))
 
 
@@ -167,7 +159,7 @@ def _done(run: Run) -> str:
 
 
 def data_uri(image: np.ndarray, side: int = 0, *, lossless: bool = False) -> str:
-    """Return a uint8 image (h, w, 3) as WebP in a URI; `side` pixels high and wide, 0 for its own size."""
+    """Return a uint8 image (h, w, 3) as WebP in a URI, scaled to `side` x `side` pixels if `side` is not 0."""
     square = Image.fromarray(image)
     if side:
         square = square.resize((side, side), Image.Resampling.LANCZOS)
@@ -177,14 +169,14 @@ def data_uri(image: np.ndarray, side: int = 0, *, lossless: bool = False) -> str
 
 
 class Images:
-    """Images of a page: each is stored once, as a class of the style sheet, however often it is shown."""
+    """Images of a page, stored once each as classes in the style sheet."""
 
     def __init__(self) -> None:
         self._classes: dict[bytes, str] = {}
         self._rules: list[str] = []
 
     def show(self, image: np.ndarray, alt: str) -> Markup:
-        """Return an element with the image, described by `alt`."""
+        """Return an element for the image with the description `alt`."""
         key = image.tobytes()
         if key not in self._classes:
             self._classes[key] = f"i{len(self._classes)}"
@@ -193,11 +185,8 @@ class Images:
         return element.format(self._classes[key], redact(alt))
 
     def css(self) -> Markup:
-        """Return the rules of all images that were shown."""
+        """Return the rules of all shown images."""
         return Markup("\n".join(self._rules))
-
-
-# Predictions for the page, and the page at the end of a run.
 
 
 def predict(
@@ -211,51 +200,45 @@ def predict(
     data_dir: str = "",
     seed: int = 0,
 ) -> Examples:
-    """Return the examples of a model on a page, see `collect_examples`. With several processes all call this.
+    """Return a model's examples with attention maps; all processes must call this.
 
-    `config` and `profile` of a run decide the held-out pairs, templates and class names.
+    `config` and `profile` decide held-out pairs, templates and class names; see `collect_examples`.
     """
     options = {"data": config.data, "data_dir": data_dir, "seed": seed, "profile": profile}
     examples = collect_examples(encoder, variables, specs, **options)
-    if images := examples.gallery.images:
+    images = examples.gallery.images
+    if images:
         statistics = (experiment.preprocessing.mean, experiment.preprocessing.std)
         examples.maps = attention(experiment.model, variables, images, statistics, experiment.mesh, seed=seed)
     return examples
 
 
 class ReportWriter(Callback):
-    """Writes report.html and picture.png at the end of a run that has `eval.report` set.
-
-    A report that fails does not affect a run of one process.
-    """
+    """Writes report.html and picture.png at the end of a run if `eval.report` is set."""
 
     def on_end(self, run: prepare.Run, variables: Variables, results: Sequence[Result]) -> None:
-        """Write the report, or print the reason of a failure."""
-        del results  # the page reads them from the folder
+        """Write the report; a run of one process survives and prints a failure."""
+        del results  # read from the folder
         if not run.config.eval.report:
             return
+        folder = run.folder
+        experiment = run.experiment
+        config = experiment.config
         try:
-            _write(run, variables)
+            specs = (*config.eval.sets_at_end, *config.eval.sets)
+            examples = predict(experiment, run.encoder, variables, specs, config=config, profile=profile_of_run(config))
+            if jax.process_index() != 0:
+                return
+            record = collect.read(folder.path)
+            shown = Run(folder.path.name, 0, record, examples, experiment.num_parameters)
+            write_whole(folder.report_file, render([shown]))
+            log0(f"report: {folder.report_file}")
+            if examples.named or examples.clusters:
+                title = f"What {record.objective.title} learned in {config.steps} steps of {config.data.batch} pairs"
+                picture.draw(folder.picture_file, examples, title=title)
+                log0(f"picture: {folder.picture_file}")
         except Exception as error:
             if jax.process_count() > 1:
-                raise  # the others would wait for this process in the next batch
+                raise  # other processes would wait for this one
             again = f"xclip-jax report {run.config.run} tries again"
             log0(f"no report: {type(error).__name__}: {error}; {again}")
-
-
-def _write(run: prepare.Run, variables: Variables) -> None:
-    folder = run.folder
-    experiment = run.experiment
-    config = experiment.config
-    specs = (*config.eval.sets_at_end, *config.eval.sets)
-    examples = predict(experiment, run.encoder, variables, specs, config=config, profile=profile_of_run(config))
-    if jax.process_index() != 0:
-        return
-    record = collect.read(folder.path)
-    shown = Run(folder.path.name, 0, record, examples, experiment.num_parameters)
-    write_whole(folder.report_file, render([shown]))
-    log0(f"report: {folder.report_file}")
-    if examples.named or examples.clusters:
-        title = f"What {record.objective.title} learned in {config.steps} steps of {config.data.batch} pairs"
-        picture.draw(folder.picture_file, examples, title=title)
-        log0(f"picture: {folder.picture_file}")

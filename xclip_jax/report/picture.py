@@ -1,7 +1,4 @@
-"""A picture of a model's predictions: images for words, names for images, and clusters.
-
-It is drawn with Pillow: rows with text, boxes and images, stacked to one image.
-"""
+"""A picture of a model's predictions, drawn with Pillow as rows of text, boxes and images."""
 
 import functools
 import io
@@ -29,7 +26,7 @@ RIGHT = "#a7f3d0"
 RIGHT_INK = "#047857"
 OTHER = "#e0e7ff"
 
-# Drawn at twice the size and halved: Pillow smooths letters, but not the edges of boxes.
+# Drawn at twice the size and halved, since Pillow smooths letters but not the edges of boxes.
 _SCALE = 2
 _GLYPHS = frozenset(map(chr, (*range(32, 127), *map(ord, "©«°±·»‘’“”…"))))
 
@@ -48,15 +45,15 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def printable(text: str) -> str:
-    """Return `text` in the glyphs of Pillow's own font: accents are dropped, other characters become "?"."""
+    """Return text in the glyphs of Pillow's font: accents are dropped, other characters become "?"."""
     plain = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
     plain = re.sub("[‐‑–—−]", "-", plain)
     return "".join(c if c in _GLYPHS else "?" for c in plain)
 
 
 def fit(text: str, size: int, width: float) -> str:
-    """Return `text`, printable and cut with an ellipsis so that it is at most `width` pixels wide at font `size`."""
-    text = printable(text[:500])  # more is wider than a picture, and is cut letter by letter
+    """Return printable text, cut with an ellipsis to at most `width` pixels at font `size`."""
+    text = printable(text[:500])  # longer text never fits and would be slow to cut
     if _font(size).getlength(text) <= width * _SCALE:
         return text
     while text and _font(size).getlength(text + "…") > width * _SCALE:
@@ -65,7 +62,7 @@ def fit(text: str, size: int, width: float) -> str:
 
 
 class Row:
-    """A part of the image, `height` pixels high and of its full width. All measures are pixels of the image."""
+    """A part of the picture with full width and this height in pixels."""
 
     def __init__(self, height: int) -> None:
         self.image = Image.new("RGB", (WIDTH * _SCALE, height * _SCALE), PAPER)
@@ -84,14 +81,14 @@ class Row:
         width: float = WIDTH,
     ) -> None:
         """Draw one line with its baseline at y, from x on ("ls"), to x ("rs") or around x ("ms")."""
-        stroke = size / 36 if bold else 0  # the font has one weight; an outline makes the other
+        stroke = size / 36 if bold else 0  # an outline replaces the font's missing bold weight
         place = (x * _SCALE, y * _SCALE)
         self._pen.text(place, fit(text, size, width), color, _font(size), anchor, stroke_width=stroke)
 
     def box(
         self, x: float, y: float, width: float, height: float, fill: str, *, radius: float = 0, edge: str = ""
     ) -> None:
-        """Draw a filled box with round corners, and a line around it if `edge` is a colour."""
+        """Draw a filled box with round corners and an edge of this colour."""
         corners = [v * _SCALE for v in (x, y, x + width, y + height)]
         self._pen.rounded_rectangle(corners, radius * _SCALE, fill, edge or None, _SCALE)
 
@@ -102,7 +99,7 @@ class Row:
 
 
 def save(path: str | os.PathLike, rows: list[Row], *, width: int = WIDTH) -> None:
-    """Stack the rows and write them as a PNG, scaled to `width` pixels, to `path`, on a disk or in a bucket."""
+    """Stack the rows and write them as a PNG scaled to `width` pixels."""
     height = sum(row.image.height for row in rows)
     page = Image.new("RGB", (WIDTH * _SCALE, height), PAPER)
     top = 0
@@ -118,7 +115,7 @@ def save(path: str | os.PathLike, rows: list[Row], *, width: int = WIDTH) -> Non
 
 
 def draw(path: str | os.PathLike, examples: Examples, *, title: str = "Predictions of the model") -> None:
-    """Write a PNG, 1600 pixels wide: a title, searches, the sets by their mean rank, and clusters."""
+    """Write a PNG of a title, searches, classified sets in order of mean rank, and clusters."""
     head = Row(88)
     head.text(MARGIN, 76, title, 42, bold=True, width=WIDTH - 2 * MARGIN)
     rows = [head]
@@ -129,7 +126,8 @@ def draw(path: str | os.PathLike, examples: Examples, *, title: str = "Predictio
     for named in best_first(examples.named):
         card = functools.partial(name_card, named.num_classes)
         rows += [_section(named.title, named.sentence), *grid(named.guesses[: 2 * CARDS], CARDS, NAME_HEIGHT, card)]
-    if clusters := examples.clusters:
+    clusters = examples.clusters
+    if clusters:
         sentence = (
             f"The non-contrastive loss assigns images and texts to {clusters.k:,} clusters without labels, "
             f"{clusters.used:,} of them in use here. Shown are those with the most images; in green, the nearest names."
@@ -140,7 +138,7 @@ def draw(path: str | os.PathLike, examples: Examples, *, title: str = "Predictio
 
 
 def best_first(named: Sequence[ZeroShotExamples]) -> list[ZeroShotExamples]:
-    """Sort sets by the mean rank of the right name, as a share of all names."""
+    """Sort sets by the right name's mean rank, divided by the number of names."""
     return sorted(
         named, key=lambda shown: sum(guess.rank for guess in shown.guesses) / len(shown.guesses) / shown.num_classes
     )
@@ -154,7 +152,7 @@ def _section(title: str, sentence: str) -> Row:
 
 
 def grid(items: Sequence[Any], columns: int, height: int, cell: Callable[[Row, float, float, Any], None]) -> list[Row]:
-    """Rows of `columns` cards, `height` pixels high; cell(row, x, width, item) fills one."""
+    """Return rows of `columns` cards of this height; cell(row, x, width, item) fills one."""
     width = (WIDTH - 2 * MARGIN - GAP * (columns - 1)) / columns
     rows = []
     for start in range(0, len(items), columns):
@@ -192,7 +190,7 @@ def search_card(gallery: Gallery, row: Row, x: float, width: float, result: Sear
 
 
 def _images(row: Row, x: float, width: float, y: float, gallery: Gallery, indices: Sequence[int]) -> None:
-    """Draw images side by side with their names below."""
+    """Draw images side by side above their names."""
     step = (width - 40 + 16) / 6
     for column, i in enumerate(indices):
         left = x + 20 + column * step + (step - 16 - SHOWN) / 2

@@ -1,4 +1,4 @@
-"""The sections of a page of one or more runs: the content of each macro of the template `page.html`."""
+"""The sections of a page of one or more runs, contents for the macros of the template `page.html`."""
 
 import json
 import math
@@ -25,7 +25,7 @@ _RANK = (("rank/img", "images"), ("rank/txt", "texts"))
 
 
 class Section(NamedTuple):
-    """A part of the page: content for the template's macro named `id`, or the reason why it is missing."""
+    """A part of the page: content for the template's macro `id`, or the reason for its absence."""
 
     id: str
     title: str
@@ -34,9 +34,9 @@ class Section(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """Cards below a heading and a text; a card has one block per run.
+    """Cards below a heading and a text, with one block per run.
 
-    Blocks are (run, `Prediction`, number of names), or for `searches` (run, `SearchResult`, `Gallery`).
+    A block is (run, `Prediction`, number of names), or for `searches` (run, `SearchResult`, `Gallery`).
     """
 
     title: str
@@ -46,7 +46,7 @@ class Panel(NamedTuple):
 
 
 def sections(runs: Sequence[Run], step: int | None) -> list[Section]:
-    """Return the sections of a page; several runs are compared by their evaluations of `step`, or the newest."""
+    """Return the sections of a page; several runs are compared at `step`, by default at their newest evaluation."""
     first, *others = runs
     shown = [names(runs), search(runs)]
     if others:
@@ -61,19 +61,17 @@ def sections(runs: Sequence[Run], step: int | None) -> list[Section]:
 
 
 def _reason(runs: Sequence[Run]) -> str:
-    """Return why no predictions are shown, with the remedy."""
-    if sentences := dict.fromkeys(sentence for run in runs for sentence in run.examples.missing):
+    """Return the reason for missing predictions, with the remedy."""
+    sentences = dict.fromkeys(sentence for run in runs for sentence in run.examples.missing)
+    if sentences:
         return " ".join(sentences)
     folders = " ".join(str(run.record.folder) for run in runs)
     remedy = f"Add some to eval.sets_at_end, or run: xclip-jax report {folders} --sets NAME,NAME"
     return f"No evaluation set has images and texts. {remedy}"
 
 
-# Predictions on images and texts.
-
-
 def names(runs: Sequence[Run]) -> Section:
-    """Zero-shot predictions on images, for each set of the first run."""
+    """Return zero-shot predictions for each set of the first run."""
     panels = []
     for first in runs[0].examples.named:
         same = [(run, named) for run in runs for named in run.examples.named if named.title == first.title]
@@ -84,7 +82,7 @@ def names(runs: Sequence[Run]) -> Section:
 
 
 def search(runs: Sequence[Run]) -> Section:
-    """Retrieval in both directions, and the queries of the set, if all runs have them."""
+    """Return retrieval in both directions and searches, if present for all runs."""
     panels = []
     retrieved = [(run, run.examples.retrieved) for run in runs if run.examples.retrieved]
     if len(retrieved) == len(runs):
@@ -106,21 +104,21 @@ def search(runs: Sequence[Run]) -> Section:
 
 
 def _cards(columns: Sequence[tuple[Run, Sequence[Prediction], int]]) -> list[list[tuple[Run, Prediction, int]]]:
-    """Return a card for each image, with a block for each run that predicted on the same images as the first."""
+    """Return a card per image, with a block for each run with the same images as the first."""
     first = columns[0][1]
     same = [column for column in columns if [x.name for x in column[1]] == [x.name for x in first]]
     return [[(run, guesses[i], n) for run, guesses, n in same] for i in range(len(first))]
 
 
 def _searches(columns: Sequence[tuple[Run, Sequence[SearchResult], Gallery]]) -> list[list[tuple[Run, Any, Gallery]]]:
-    """Return a card for each text that all runs were asked."""
+    """Return a card for each text searched by all runs."""
     by_text = [(run, {result.text: result for result in results}, gallery) for run, results, gallery in columns]
     texts = [text for text in by_text[0][1] if all(text in results for _, results, _ in by_text)]
     return [[(run, results[text], gallery) for run, results, gallery in by_text] for text in texts]
 
 
 def attention(runs: Sequence[Run]) -> Section:
-    """(name, [(image, name), (the image dark outside the patches that are read, description)]) of each image."""
+    """Return (name, [(image, name), (image darkened by its attention map, description)]) per image."""
     examples: Examples = runs[0].examples
     if examples.maps is None:
         missing = "The image tower of this model has no attention maps." if examples.gallery.images else _reason(runs)
@@ -140,11 +138,8 @@ def attention(runs: Sequence[Run]) -> Section:
     return Section("attention", "Attention", cards)
 
 
-# Results.
-
-
 def results(runs: Sequence[Run]) -> Section:
-    """A table of the first metric of each set, with one column per run; and all metrics as text."""
+    """Return a table of each set's first metric, with one column per run, and all metrics as text."""
     measured = [{(row.family, row.name): row.shown[0] for row in tables.rows(run.record.results)} for run in runs]
     keys = dict.fromkeys(key for of_run in measured for key in of_run)
     if not keys:
@@ -156,7 +151,10 @@ def results(runs: Sequence[Run]) -> Section:
     for key in keys:
         metric, first = next(of_run[key] for of_run in measured if key in of_run)
         column = [(run, of_run[key][1] if key in of_run else None) for run, of_run in zip(runs, measured, strict=True)]
-        best = _best([result for _, result in column if result and _same_data(result, first)])
+        values = {x.value for _, x in column if x and _same_data(x, first) and math.isfinite(x.value)}
+        best = math.nan
+        if len(values) > 1:  # else a tie
+            best = min(values) if first.unit == "rank" else max(values)
         cells = []
         for run, result in column:
             if result is None:
@@ -173,22 +171,15 @@ def results(runs: Sequence[Run]) -> Section:
 
 
 def _same_data(a: Result, b: Result) -> bool:
-    """Whether two results of a set have equal data and protocol, as far as their number, hash and words say."""
+    """Whether two results share their number of items, protocol and, if known, hash of the split."""
     hashes = {a.protocol.split_hash, b.protocol.split_hash} - {""}
     return a.n == b.n and len(hashes) < 2 and a.protocol.protocol == b.protocol.protocol
-
-
-def _best(results: Sequence[Result]) -> float:
-    values = {result.value for result in results if math.isfinite(result.value)}
-    if len(values) < 2:
-        return math.nan  # a tie has no best
-    return min(values) if results[0].unit == "rank" else max(values)
 
 
 def _differences(
     first: Run, run: Run, runs: Sequence[Run], step: int | None
 ) -> tuple[list[dict[str, Any]], Sequence[str]]:
-    """Return the rows of a run's paired differences to the first, and sentences on sets that differ in more."""
+    """Return rows of a run's paired differences to the first, and sentences on incomparable sets."""
     refused: list[str] = []
     try:
         rows = tables.compare(str(first.record.folder), str(run.record.folder), step=step, refused=refused)
@@ -203,13 +194,9 @@ def _differences(
 
 
 def _difference(row: Mapping[str, Any], name: str, end: float, last: tuple[int, int]) -> dict[str, Any]:
-    """Return the cells of a difference, or of a ratio of ranks.
+    """Return the cells of a row of `tables.compare`, with bars on an axis from -end to end.
 
-    Args:
-      row: a row of `tables.compare`.
-      name: name of the set.
-      end: the axis of bars goes from -end to end.
-      last: last steps of the two runs; results of other steps are marked with theirs.
+    Results before the runs' last steps show their step.
     """
     ratio = "ratio" in row
     value = row["ratio" if ratio else "difference"]
@@ -217,10 +204,8 @@ def _difference(row: Mapping[str, Any], name: str, end: float, last: tuple[int, 
     high = row.get("high", math.nan)
     even = 1 if ratio else 0
     verdict = "not distinguishable"
-    if low > even:
-        verdict = "worse" if ratio else "better"
-    elif high < even:
-        verdict = "better" if ratio else "worse"
+    if low > even or high < even:
+        verdict = "better" if (low > even) != ratio else "worse"  # of ranks the smaller is better
     steps = [row["step_a"], row["step_b"]]
     if steps == [*last]:
         steps = [None, None]
@@ -234,16 +219,13 @@ def _difference(row: Mapping[str, Any], name: str, end: float, last: tuple[int, 
         "change": f"x {value:.2f}" if ratio else decimals(value, "+.1f"),
         "interval": f"{low:{signed}} to {high:{signed}}" if math.isfinite(low) else "",
         "verdict": verdict,
-        # On an axis 200 units long; None without a place on it.
+        # On an axis of 200 units; None if off the axis.
         "bar": [100 + 94 * v / end if drawn and math.isfinite(v) else None for v in (value, low, high)],
     }
 
 
-# Training.
-
-
 def training(runs: Sequence[Run]) -> Section:
-    """Charts of the logged metrics over steps, with the runs over one another."""
+    """Return charts of the logged metrics over steps."""
     drawn = charts.of_runs(runs)
     if not drawn:
         return Section("curves", "Training", missing="No step is logged yet.")
@@ -251,25 +233,25 @@ def training(runs: Sequence[Run]) -> Section:
     batches = {run.name: run.record.config.data.batch for run in runs}
     if len(set(batches.values())) > 1:
         sizes = ", ".join(f"{name} {batch:,}" for name, batch in batches.items())
-        text += f" Batches differ, and so does what a step is: {sizes}."
+        text += f" Batch sizes differ, so steps are not comparable: {sizes}."
     return Section("curves", "Training", (text, drawn))
 
 
 def health(record: Record) -> Section:
-    """Lights for the failures that the terms of the objective declare, their charts, and the rank of features."""
+    """Return lights and charts for failures declared by the objective's terms, and the rank of features."""
     if not record.training:
         return Section("health", "Health", missing="No step is logged yet.")
     terms = []
     drawn = []
     for name, term in record.objective.terms.items():
         rows = complete_rows(record.objective, name, record.training)
-        # A term of weight 0 trains nothing, so its checks would fail.
+        # A term of weight 0 does not train, so its checks would fail.
         shown = term.health(rows[-1]) if rows and record.objective.weights[name] else Health()
         warnings = Warnings.collect(record, name, rows)
         if shown.checks:
             terms.append((shown.summary, [_light(check, warnings) for check in shown.checks]))
         drawn += [term_chart(curve, record.training, name) for curve in shown.curves]
-    note = "Number of directions in which features vary over a batch; 1 is collapse. No alarm is set on it."
+    note = "Number of directions in which features vary over a batch; 1 is collapse. It does not raise an alarm."
     drawn.append(chart("Effective rank of features", metric_lines(record.training, _RANK), note=note))
     return Section("health", "Health", (terms, list(filter(None, drawn))))
 
@@ -284,7 +266,7 @@ def _light(check: Check, warnings: Warnings) -> dict[str, Any]:
 
 
 def about(record: Record) -> Section:
-    """Command, versions and config, in elements that open."""
+    """Return the command, and versions, config and data as JSON."""
     environment = dict(record.environment)
     started_by = environment.pop("command", "")
     parts = {
@@ -297,7 +279,7 @@ def about(record: Record) -> Section:
 
 
 def settings(runs: Sequence[Run]) -> Section:
-    """The config keys in which the runs differ, and the devices, commit and logged steps of each."""
+    """Return the differing config keys, and each run's devices, commit and logged steps."""
     configs = [schema.flatten(schema.to_dict(run.record.config)) for run in runs]
     left_out = schema.keys_where(compared=False)
     keys = sorted({key for config in configs for key in config if key not in left_out})
