@@ -5,7 +5,6 @@ import tracemalloc
 import jax
 import numpy as np
 import pytest
-from absl import flags
 
 from tests.helpers import bad_tars, tiny
 from tests.parallel.test_mesh import mesh as mesh_of
@@ -155,11 +154,9 @@ def test_any_start_goes_on_as_if_it_had_never_stopped():
         np.testing.assert_array_equal(a["text"], b["text"])
 
 
-def test_workers_read_the_same():
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # Grain's workers ask absl, which only app.run sets up
-    plain, workers = (read([Numbers("a", 30)], config(workers=w), stop=20) for w in (0, 2))
-    for a, b in zip(plain, workers, strict=True):
+def test_threads_read_the_same():
+    one, many = (read([Numbers("a", 30)], config(threads=n), stop=20) for n in (1, 16))
+    for a, b in zip(one, many, strict=True):
         np.testing.assert_array_equal(a["image"], b["image"])
         np.testing.assert_array_equal(a["text"], b["text"])
 

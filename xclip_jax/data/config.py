@@ -90,12 +90,7 @@ class DataConfig:
         True, "turn images as their EXIF tag says wherever the model is used; open_clip and transformers do not"
     )
     cache: bool = key(False, "keep decoded images in memory")
-    threads: int = key(
-        16, "batches that this process reads at once, where workers is 0", at_least(1), resume="free", host="own"
-    )
-    workers: int = key(
-        0, "reading processes, one thread each; for buckets several a core", at_least(0), resume="free", host="own"
-    )
+    threads: int = key(16, "batches that this process reads at once", at_least(1), resume="free", host="own")
     max_bad_fraction: float = key(
         0.05, "a larger share of samples that cannot be used stops the run", between(0, 1), resume="free"
     )
@@ -109,8 +104,6 @@ class DataConfig:
             yield f"weights has {len(self.weights)} values for {len(self.sources)} sources; give one for each, or none"
         if any(weight <= 0 for weight in self.weights):
             yield f"weights is {self.weights}; expected values above 0, and sources without a share left out"
-        if self.cache and self.workers:
-            yield f"cache would keep a copy of all decoded images in each of {self.workers} workers; set data.workers=0"
         if self.tags_append_prob + self.tags_only_prob > 1:
             probs = f"tags_append_prob {self.tags_append_prob} and tags_only_prob {self.tags_only_prob}"
             yield f"{probs} must not exceed 1 together"

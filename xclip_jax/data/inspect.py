@@ -86,7 +86,7 @@ def read_batches(
     """
     data = dataclasses.replace(transform.config, spread_duplicate_captions=False)
     rows = min(data.batch, _BATCH)
-    busy = 2 * data.workers * loader.WORKER_BUFFER if data.workers else data.threads + loader.BUFFER
+    busy = data.threads + loader.BUFFER
     order = loader.sample_order(sources, data, seed)
     with tempfile.TemporaryDirectory() as scratch:
         ledger = BadSampleLog(epath.Path(scratch), max_bad_fraction=1.0)

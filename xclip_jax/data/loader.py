@@ -3,10 +3,8 @@
 import bisect
 import dataclasses
 import functools
-import gc
 import hashlib
 import itertools
-import json
 import math
 import threading
 from collections.abc import Generator, Mapping, Sequence
@@ -15,7 +13,6 @@ from typing import Any
 import grain
 import jax
 import numpy as np
-from absl import flags
 from jax.sharding import Mesh
 
 from xclip_jax.core.errors import BadSample, UserError
@@ -31,7 +28,6 @@ Batch = dict[str, Any]
 MAX_RESAMPLES = 100  # the run stops after this number of bad samples in a row for one position
 READ_GROUP = 32  # rows that are read together before they are decoded: alternating would empty the processor's caches
 BUFFER = 8  # batches that threads read ahead, at least
-WORKER_BUFFER = 2  # finished batches that each worker process keeps
 _CACHED_PLACES = 1 << 22  # in the orders of epochs that `_SpreadDuplicates` keeps; two epochs are always kept
 
 
@@ -228,7 +224,7 @@ class _Reader:
                 row = {key: values[i : i + 1] for key, values in batch.items()}
                 bad += ({"position": position} | entry for entry in self._fill(*place, record, rng, row))
                 self.rngs.release_rng(rng)
-        return batch | {"bad": json.dumps(bad).encode()}  # Grain passes bytes on unchanged
+        return batch | {"bad": bad}
 
     def _empty(self) -> Batch:
         """Return uninitialised arrays of a batch, by field."""
@@ -285,27 +281,19 @@ def batches(
     source, which depends only on the seed and the position.
 
     Raises:
-      UserError: a bad sample without a `ledger` to record it, no usable sample for a position, or a worker was killed.
+      UserError: a bad sample without a `ledger` to record it, or no usable sample for a position.
     """
     config = transform.config
     shards = shards or (host,)
     n = batch // (hosts * len(shards))
     rows = [row for shard in shards for row in range(shard * n, (shard + 1) * n)]
     reader = _Reader(order, transform, batch, rows, grain.experimental.RngPool(seed))
-    # Grain's elements are batches here; its buffer includes the batches that are being read.
-    buffer = max(config.threads, BUFFER)
-    options = grain.ReadOptions(0, 0) if config.workers else grain.ReadOptions(config.threads, buffer)
-    dataset = grain.MapDataset.range(start, stop).map(reader).to_iter_dataset(options)
-    if config.workers:
-        if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()  # Grain reads absl's flags, which only a command line sets up
-        processes = grain.MultiprocessingOptions(config.workers, per_worker_buffer_size=WORKER_BUFFER)
-        dataset = dataset.mp_prefetch(processes, worker_init_fn=records.init_worker)
-    read = iter(dataset)
+    # Grain's elements are batches here; its buffer includes unfinished ones.
+    options = grain.ReadOptions(config.threads, max(config.threads, BUFFER))
+    read = iter(grain.MapDataset.range(start, stop).map(reader).to_iter_dataset(options))
     try:
-        made = records.start_workers_with_signals_blocked(read) if config.workers else read
-        for g, local in enumerate(made, start):
-            bad = json.loads(local.pop("bad"))
+        for g, local in enumerate(read, start):
+            bad = local.pop("bad")
             if ledger is not None:
                 tokens = int(transform.tokenizer.lengths(local["text"]).sum()) if "text" in local else 0
                 ledger.add((g + 1) * batch, tokens, bad, host)
@@ -315,9 +303,7 @@ def batches(
     except UserError as error:
         raise UserError(str(error)) from error  # without Grain's notes on tracebacks
     finally:
-        read.close()  # otherwise worker processes live as long as this one
-        if config.workers:
-            gc.collect()  # otherwise Python's exit reports shared memory in reference cycles as leaked
+        read.close()
 
 
 def to_global(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

@@ -1,14 +1,12 @@
-"""Reading of records ahead, in threads and worker processes; any fault of a record becomes a `BadSample`."""
+"""Reads records ahead in threads; any fault of a record becomes a `BadSample`."""
 
 import collections
 import contextlib
 import hashlib
 import itertools
 import multiprocessing.pool
-import multiprocessing.resource_tracker
 import os
 import queue
-import re
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -233,32 +231,3 @@ def init_worker(*_: int) -> None:
 
     # PR_SET_PDEATHSIG would act too soon: Linux sends it when the thread that started the worker ends.
     threading.Thread(target=watch, daemon=True).start()
-
-
-def start_workers_with_signals_blocked(elements: Iterator[T]) -> Iterator[T]:
-    """Yield `elements`, whose first `next` starts worker processes; these block signals until `init_worker`.
-
-    A thread with blocked signals requests the first element, since the threads and processes that it starts inherit the
-    mask; the calling thread continues to handle signals. `UserError` if a worker was killed.
-    """
-
-    def first() -> tuple[list[T], BaseException | None]:
-        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-        return _next(elements)
-
-    # Started with the first worker instead, it would unblock the signals.
-    multiprocessing.resource_tracker.ensure_running()
-    try:
-        with thread_pool(1) as pool:
-            started, error = pool.apply(first)
-        if error is not None:
-            raise error
-        yield from started
-        yield from elements
-    except RuntimeError as error:
-        if match := re.search(r"terminated unexpectedly with exit code (-?\d+)", str(error)):
-            raise UserError(
-                f"a reading process ended with exit code {match[1]}: -9 is most often too little memory, and -7 too "
-                "little shared memory (docker run --shm-size); lower data.workers, or run the same command again."
-            ) from error
-        raise
