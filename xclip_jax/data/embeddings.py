@@ -1,8 +1,8 @@
-"""Files of embeddings, .parquet or .npz: small parts that are written completely or not at all, and their join.
+"""Files of embeddings, .parquet or .npz, written in small parts and then joined.
 
 Columns are "kind", "id", "text" (strings) and "embedding" (fp32, e numbers each), with a dict of metadata. Parquet
-files are joined part by part; .npz files are joined in memory, and their "id" and "text" are JSON, since NumPy pads all
-strings to the longest: json.loads(np.load("captions.npz")["text"].tobytes()).
+files are joined part by part. Files in .npz are joined in memory, and their "id" and "text" are JSON, since NumPy pads
+all strings to the longest: json.loads(np.load("captions.npz")["text"].tobytes()).
 """
 
 import itertools
@@ -39,13 +39,13 @@ class Npz:
             np.savez(file, **arrays)
 
     def join(self, parts: Sequence[pathlib.Path], path: pathlib.Path, about: Mapping[str, Any]) -> None:
-        """Write one file of all parts, in their order, with metadata."""
+        """Join the parts in their order, and add the metadata."""
         read = [self.read(part) for part in parts]
         columns = {key: list(itertools.chain.from_iterable(part[key] for part in read)) for key in COLUMNS[:-1]}
         self.write(path, columns | {"embedding": np.concatenate([part["embedding"] for part in read])}, about)
 
     def about(self, path: pathlib.Path) -> dict[str, Any]:
-        """Return the metadata that `join` wrote; {} for a file of another program."""
+        """Return the metadata written by `join`; {} for another program's file."""
         with np.load(path) as arrays:
             return json.loads(str(arrays[_ABOUT])) if _ABOUT in arrays.files else {}
 
@@ -57,7 +57,7 @@ class Npz:
 
 
 class Parquet:
-    """Parquet with a row group for each part, and embeddings as lists of fixed size; it has the methods of `Npz`."""
+    """Parquet with a row group for each part, and embeddings as lists of fixed size; see `Npz` for the methods."""
 
     def write(self, path: pathlib.Path, columns: Columns) -> None:
         rows = np.asarray(columns["embedding"], np.float32)
@@ -88,11 +88,7 @@ FORMATS = {".parquet": Parquet, ".npz": Npz}
 
 
 def format_of(path: pathlib.Path) -> Npz | Parquet:
-    """Return the format of a file by its name.
-
-    Raises:
-      UserError: neither .parquet nor .npz.
-    """
+    """Return the format of a file by its ending; `UserError` for neither .parquet nor .npz."""
     check_choice(f"the ending of {str(path)!r}", path.suffix, FORMATS)
     return FORMATS[path.suffix]()
 
@@ -101,7 +97,7 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
     """Return the columns of a file of embeddings: "kind", "id", "text" (lists) and "embedding", fp32 (n, e).
 
     Raises:
-      UserError: another ending, or a file that is damaged or another program's.
+      UserError: another ending, a damaged file, or another program's.
     """
     return _read(pathlib.Path(path), "read")
 
