@@ -1,7 +1,7 @@
-import dataclasses
 import json
 import operator
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import PIL.Image
@@ -211,21 +211,6 @@ def test_cards_of_texts(tmp_path):
     assert stsb["samples"] == 2 and "classes" not in stsb and stsb["hash"] != cola["hash"]
 
 
-class Data(list):
-    pass
-
-
-@dataclasses.dataclass
-class Info:
-    features: dict
-    version: str = "1.0.0"
-
-
-@dataclasses.dataclass
-class Label:
-    names: list
-
-
 def test_a_record_is_read_once_for_its_item_and_label():
     class Records(list):
         reads = 0
@@ -242,10 +227,11 @@ def test_a_record_is_read_once_for_its_item_and_label():
 
 
 def test_a_card_of_tfds(monkeypatch):
-    records = Data([{"image": b"", "label": 0}, {"image": b"", "label": 1}])
+    records = [{"image": b"", "label": 0}, {"image": b"", "label": 1}]
+    features = {"image": None, "label": SimpleNamespace(names=["a", "b"])}
     versions = iter(["1.0.0", "1.0.0", "1.0.0", "2.0.0"])
     monkeypatch.setattr(
-        tfds, "open_tfds", lambda *_: (records, Info({"image": None, "label": Label(["a", "b"])}, next(versions)))
+        tfds, "open_tfds", lambda *_: (records, SimpleNamespace(features=features, version=next(versions)))
     )
     first, same, split, version = (
         sources.open_labelled(f"tfds:set/{split}").fingerprint() for split in ("train", "train", "test", "train")

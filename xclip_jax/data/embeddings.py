@@ -94,22 +94,13 @@ def format_of(path: pathlib.Path) -> Npz | Parquet:
 
 
 def read(path: str | os.PathLike) -> dict[str, Any]:
-    """Return the columns of a file of embeddings: "kind", "id", "text" (lists) and "embedding", fp32 (n, e).
-
-    Raises:
-      UserError: another ending, a damaged file, or another program's.
-    """
+    """Return the columns of a file of embeddings: "kind", "id", "text" (lists) and "embedding", fp32 (n, e)."""
     return _read(pathlib.Path(path), "read")
 
 
 def about(path: str | os.PathLike) -> dict[str, Any]:
-    """Return the metadata of a file of `xclip_jax.commands.embed`; {} for another program's file.
-
-    Raises:
-      UserError: another ending, or a damaged file.
-    """
-    metadata = _read(pathlib.Path(path), "about")
-    return metadata if isinstance(metadata, dict) else {}
+    """Return the metadata of a file of `xclip_jax.commands.embed`; {} for another program's file."""
+    return _read(pathlib.Path(path), "about")
 
 
 def _read(path: pathlib.Path, method: str) -> Any:
@@ -118,7 +109,7 @@ def _read(path: pathlib.Path, method: str) -> Any:
         return getattr(file_format, method)(path)
     except (FileNotFoundError, PermissionError):
         raise
-    except Exception as error:  # the class depends on format and damage
+    except Exception as error:  # of any class
         raise UserError(
             f"{path} is damaged or another program's ({first_line(error)}); delete it, or name another file."
         ) from error

@@ -32,7 +32,6 @@ class Sample:
     size: tuple[int, int] = (0, 0)
     file_bytes: int = 0
     digest: bytes = b""
-    caption: str = ""  # the first of `captions`
     captions: tuple[str, ...] = ()
     index: int = -1
 
@@ -58,24 +57,23 @@ class LoaderSample:
 
 def read(source: Source, indices: Sequence[int], threads: int, size: int) -> tuple[list[Sample], float]:
     """Read pairs and crop their images to `size`; return the samples and the elapsed seconds."""
+
+    def examine(record: Record) -> Sample:
+        image = record["image"]
+        data = image if isinstance(image, bytes) else image.tobytes()
+        digest = hashlib.blake2b(data, digest_size=16).digest()
+        # At full size, which is reported; training decodes large JPEGs at half of it or less.
+        pixels = images.decode(image)
+        height, width = pixels.shape[:2]
+        transforms.random_resized_crop(pixels, size, np.random.default_rng(list(digest)), resample="area")
+        return Sample("", "", (width, height), len(data), digest, tuple(record["text"]))
+
     began = time.perf_counter()
-    places = [(source, index) for index in indices]
-    results = records.read_each(places, lambda record: _examine(record, size), threads=threads)
+    results = records.read_each(((source, index) for index in indices), examine, threads=threads)
     samples = [Sample(x.reason, x.detail) if isinstance(x, BadSample) else x for x in results]
     for index, sample in zip(indices, samples, strict=True):
         sample.index = index
     return samples, time.perf_counter() - began
-
-
-def _examine(record: Record, size: int) -> Sample:
-    image, captions = record["image"], record["text"]
-    data = image if isinstance(image, bytes) else image.tobytes()
-    digest = hashlib.blake2b(data, digest_size=16).digest()
-    # At full size, which is reported; training decodes large JPEGs at half of it or less.
-    pixels = images.decode(image)
-    height, width = pixels.shape[:2]
-    transforms.random_resized_crop(pixels, size, np.random.default_rng(list(digest)), resample="area")
-    return Sample("", "", (width, height), len(data), digest, captions[0], tuple(captions))
 
 
 def read_batches(
@@ -136,7 +134,7 @@ def write_sheet(samples: Sequence[Sample], source: Source, path: str) -> int:
     for i, (sample, picture) in enumerate(chosen):
         x, y = i % _COLUMNS * _TILE, i // _COLUMNS * height
         page.paste(picture, (x + 2, y + 2))
-        for j, text in enumerate(textwrap.wrap(sample.caption, 30)[:_LINES]):
+        for j, text in enumerate(textwrap.wrap(sample.captions[0], 30)[:_LINES]):
             pen.text((x + 4, y + _TILE + j * line), text, fill="black", font=font)
     page.save(path, format="PNG")
     return len(chosen)

@@ -48,14 +48,10 @@ def read_files(name: str, path: pathlib.Path) -> tuple[Paths, np.ndarray, list[s
     have none. A `UserError` begins with `name`.
     """
     path = path.expanduser()
-    if path.is_dir():
-        return _read_folder(name, path)
-    if not path.is_file():
+    if path.is_file():
+        return _read_table(name, path)
+    if not path.is_dir():
         raise UserError(f"{name}: {str(path)!r} does not exist; pass a folder or a CSV file.")
-    return _read_table(name, path)
-
-
-def _read_folder(name: str, path: pathlib.Path) -> tuple[Paths, np.ndarray, list[str]]:
     names = sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith("."))
     images = [images_in(path / folder) for folder in names]
     empty = [folder for folder, inside in zip(names, images, strict=True) if not inside]
@@ -82,19 +78,17 @@ def images_in(folder: pathlib.Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) 
 
     inside = []
     for root, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
-        folders[:] = [name for name in folders if not (name.startswith(".") or _leads_back(folder, root, name))]
+        folders[:] = [name for name in folders if not (name.startswith(".") or _leads_back(root, name))]
         inside.append((root, sorted(n for n in files if n.lower().endswith(suffixes) and not n.startswith("."))))
     return [pathlib.Path(root, file) for root, files in sorted(inside) for file in files]
 
 
-def _leads_back(folder: pathlib.Path, root: str, name: str) -> bool:
+def _leads_back(root: str, name: str) -> bool:
     """Whether a folder in `root` is a link to an ancestor; following it would list the same files twice."""
-    if not os.path.islink(os.path.join(root, name)):
-        return False
-    real = os.path.realpath(os.path.join(root, name))
-    path = pathlib.Path(root)
-    way = [path, *(parent for parent in path.parents if parent == folder or folder in parent.parents)]
-    return any(os.path.commonpath([real, os.path.realpath(place)]) == real for place in way)
+    link = os.path.join(root, name)
+    real = os.path.realpath(link)
+    ancestors = map(os.path.realpath, [root, *pathlib.Path(root).parents])
+    return os.path.islink(link) and any(os.path.commonpath([real, place]) == real for place in ancestors)
 
 
 def _read_table(name: str, path: pathlib.Path) -> tuple[Paths, np.ndarray, list[str]]:

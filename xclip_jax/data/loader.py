@@ -219,16 +219,13 @@ class _Reader:
         for start in range(0, len(self.rows), READ_GROUP):
             positions = [g * self.batch + row for row in self.rows[start : start + READ_GROUP]]
             places = [self.order.locate(position) for position in positions]
-            read = self._read(places)
+            read = records.read_all([(self.order.sources[number], index) for number, index in places])
             rngs = [self.rngs.acquire_rng(position) for position in positions]
             for i, (position, place, record, rng) in enumerate(zip(positions, places, read, rngs, strict=True), start):
                 row = {key: values[i : i + 1] for key, values in batch.items()}
                 bad += ({"position": position} | entry for entry in self._fill(*place, record, rng, row))
                 self.rngs.release_rng(rng)
         return batch | {"bad": bad}
-
-    def _read(self, places: Sequence[tuple[int, int]]) -> list[Record | BadSample]:
-        return records.read_all([(self.order.sources[number], index) for number, index in places])
 
     def _fill(
         self, number: int, index: int, record: Record | BadSample, rng: np.random.Generator, row: Batch
@@ -251,7 +248,7 @@ class _Reader:
                     raise UserError(f"{str(fatal).rstrip('.')}; in sample {sample}.") from fatal
                 bad.append({"reason": reason.reason, "detail": reason.detail} | description)
             index = int(rng.integers(len(source)))
-            (record,) = self._read([(number, index)])
+            (record,) = records.read_all([(source, index)])
         raise UserError(
             f"source {number} gave {MAX_RESAMPLES} bad samples in a row, the last for {bad[-1]['reason']!r}; run "
             "xclip-jax check on it."

@@ -42,12 +42,24 @@ def read_all(places: Sequence[tuple[Source, int]]) -> list[Record | BadSample]:
     After `READ_TIMEOUT`, for example on an unresponsive disk, a record becomes a `BadSample`. Its read keeps a thread
     until the disk answers or the process ends.
     """
+
+    def read_into(
+        results: queue.SimpleQueue[Any], rest: Sequence[tuple[Source, int]], given_up: threading.Event
+    ) -> None:
+        try:
+            for source, index in rest:
+                results.put(read(source, index))
+                if given_up.is_set():
+                    return
+        except BaseException as error:  # raised by the waiting thread
+            results.put(error)
+
     done: list[Record | BadSample] = []
     while len(done) < len(places):
         results: queue.SimpleQueue[Any] = queue.SimpleQueue()
         given_up = threading.Event()
         arguments = (results, places[len(done) :], given_up)
-        threading.Thread(target=_read_into, args=arguments, daemon=True, name="read").start()
+        threading.Thread(target=read_into, args=arguments, daemon=True, name="read").start()
         try:
             while len(done) < len(places):
                 result = results.get(timeout=READ_TIMEOUT)
@@ -58,18 +70,6 @@ def read_all(places: Sequence[tuple[Source, int]]) -> list[Record | BadSample]:
             given_up.set()
             done.append(BadSample("read takes too long", f"more than {READ_TIMEOUT:g} s"))
     return done
-
-
-def _read_into(
-    results: queue.SimpleQueue[Any], places: Sequence[tuple[Source, int]], given_up: threading.Event
-) -> None:
-    try:
-        for source, index in places:
-            results.put(read(source, index))
-            if given_up.is_set():
-                return
-    except BaseException as error:  # raised by the waiting thread
-        results.put(error)
 
 
 def read_each(

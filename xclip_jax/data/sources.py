@@ -97,7 +97,7 @@ def spec_from_path(text: str) -> str:
     for name, kind in SOURCES.items():
         if redact(path).lower().endswith(kind.suffixes):
             return f"{name}:{text}"
-    fault = f"no file or folder {text!r}; check the path, or write KIND:REST, such as hf:ORG/NAME/train."
+    fault = f"no file or folder {text!r}; check the path, or write KIND:REST, as in hf:ORG/NAME/train."
     if os.path.exists(path):
         fault = (
             f"{text!r} is a file of no known kind; name its folder, or write csv:FILE for a table of image names and "
@@ -120,9 +120,16 @@ def parse(text: str) -> SourceSpec:
         if prefix == "hf" and rest.startswith("//"):
             raise UserError(f"source {text!r} is an address of files; write tar:{text} or parquet:{text}.")
         return SourceSpec(SOURCES[prefix], rest)
+    cause = None
     if match := _IMPORTED.fullmatch(text):
-        return SourceSpec(_import(text, match["class"]), match["rest"] or "")
-    raise _unknown(text)
+        try:
+            return SourceSpec(import_class(match["class"], SourceKind, "source"), match["rest"] or "")
+        except UserError as error:
+            # A word before a colon is more likely a misspelt kind than a module.
+            if "." in prefix or not isinstance(error.__cause__, ModuleNotFoundError):
+                raise
+            cause = error
+    raise UserError(f"unknown source {text!r}; write {_forms({**PAIRS, **LABELS})}.") from cause
 
 
 def parse_all(specs: Sequence[str]) -> list[SourceSpec]:
@@ -150,20 +157,6 @@ def extras(spec: str) -> set[str]:
     """Return the extras of this package (setup.py) required by a source, without opening it."""
     hub = {"hub"} if "hf://" in spec or spec.startswith("wds:hf:") else set()
     return hub | set(parse(spec).kind.extras)
-
-
-def _import(text: str, name: str) -> type[SourceKind]:
-    try:
-        return import_class(name, SourceKind, "source")
-    except UserError as error:
-        # A word before a colon is more likely a misspelt kind than a module.
-        if isinstance(error.__cause__, ModuleNotFoundError) and "." not in name.partition(":")[0]:
-            raise _unknown(text) from error
-        raise
-
-
-def _unknown(text: str) -> UserError:
-    return UserError(f"unknown source {text!r}; write {_forms({**PAIRS, **LABELS})}.")
 
 
 def _forms(forms: Mapping[str, str]) -> str:
@@ -227,13 +220,8 @@ def open_sources(config: DataConfig, classes: int = 0, fields: Sequence[str] | N
             f"data.batch={config.batch} exceeds the {pairs} pairs {which}: a batch would contain pairs several times, "
             f"as negatives of themselves. Set data.batch to at most {pairs}, or add pairs."
         )
-    if fields is not None and config.weights:
-        _check_shares(config, opened)
-    return opened
-
-
-def _check_shares(config: DataConfig, opened: Sequence[Source]) -> None:
-    """Raise `UserError` if `data.weights` gives a source a larger share of a batch than it has pairs."""
+    if fields is None or not config.weights:
+        return opened
     for spec, source, weight in zip(config.sources, opened, config.weights, strict=True):
         pairs = len(source)
         share = math.ceil(config.batch * weight / sum(config.weights))
@@ -242,6 +230,7 @@ def _check_shares(config: DataConfig, opened: Sequence[Source]) -> None:
                 f"data.weights gives {spec!r}, of {pairs} pairs, {share} of a batch of {config.batch}: pairs would be "
                 "negatives of themselves. Lower its weight or data.batch, or add pairs."
             )
+    return opened
 
 
 class Decoded(WrappedSource):

@@ -108,14 +108,10 @@ def read_file(name: str) -> bytes:
 
 def clean(text: str) -> str:
     """CLIP's cleaning: repair encodings, resolve HTML entities twice, fold white space, and lower the case."""
-    return " ".join(_repaired(text).split()).lower()
-
-
-def _repaired(text: str) -> str:
     # The slow repair is needless for printable ASCII without entities.
     if not (text.isascii() and text.isprintable() and "&" not in text):
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return text
+    return " ".join(text.split()).lower()
 
 
 def _lower_without_punctuation(text: str) -> str:
@@ -213,19 +209,20 @@ def _bytes() -> Tokenizer:
 @functools.lru_cache
 def _from_file(path: str, _modified: float) -> Tokenizer:
     """Read a file once, and again if it is replaced."""
-    end_tokens, pad_tokens, start_tokens, size, cleaning = END_TOKENS, PAD_TOKENS, START_TOKENS, 0, ""
+    end_tokens, pad_tokens, start_tokens = END_TOKENS, PAD_TOKENS, START_TOKENS
+    size = 0
+    cleaning = ""
     try:
         content = epath.Path(path).read_bytes().decode()
         if content.startswith(f'{{"{_CONVENTIONS}"'):
             wrapped = json.loads(content)
             content = json.dumps(wrapped["tokenizer"])
-            own = wrapped[_CONVENTIONS]
-            end_tokens, pad_tokens, start_tokens = (own["end"],), (own["pad"],), ()
-            size, cleaning = own["size"], own["cleaning"]
+            conventions = wrapped[_CONVENTIONS]
+            end_tokens, pad_tokens, start_tokens = (conventions["end"],), (conventions["pad"],), ()
+            size, cleaning = conventions["size"], conventions["cleaning"]
         cleaned = CLEANINGS[cleaning]
         model = tokenizers.Tokenizer.from_str(content)
-    except BaseException as error:
-        # The library raises bare exceptions, and Rust's PanicException, which is none.
+    except BaseException as error:  # the library raises any Exception, and Rust's PanicException
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise UserError(f"tokenizer file {path!r} is not a Hugging Face tokenizers JSON: {error}") from error

@@ -121,24 +121,19 @@ def random_resized_crop(
             left = rng.uniform(0, w - crop_w)
             top = rng.uniform(0, h - crop_h)
             if resample == "area":
-                _resize_area(image, out, round(left), round(top), round(crop_w), round(crop_h))
+                # Rounding may move a tiny part past the edge.
+                row = min(round(top), h - 1)
+                column = min(round(left), w - 1)
+                part = image[row : row + max(round(crop_h), 1), column : column + max(round(crop_w), 1)]
+                how = cv2.INTER_AREA if min(part.shape[:2]) >= size else cv2.INTER_CUBIC
+                cv2.resize(part, (size, size), dst=out, interpolation=how)
             else:
                 box = (left, top, left + crop_w, top + crop_h)
-                out[:] = np.asarray(
-                    Image.fromarray(image).resize((size, size), Image.Resampling[resample.upper()], box)
-                )
+                resized = Image.fromarray(image).resize((size, size), Image.Resampling[resample.upper()], box)
+                out[:] = np.asarray(resized)
             return out
     out[:] = evaluation_image(image, size)
     return out
-
-
-def _resize_area(image: np.ndarray, out: np.ndarray, left: int, top: int, w: int, h: int) -> None:
-    # Rounding may move a tiny part past the edge.
-    top = min(top, image.shape[0] - 1)
-    left = min(left, image.shape[1] - 1)
-    part = image[top : top + max(h, 1), left : left + max(w, 1)]
-    shrinks = min(part.shape[:2]) >= len(out)
-    cv2.resize(part, out.shape[:2], dst=out, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
 
 
 def normalize(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
