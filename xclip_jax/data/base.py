@@ -146,8 +146,8 @@ def check_columns(source: str, names: Iterable[str], keys: Iterable[str]) -> Non
     for key in keys:
         count = names.count(key)
         if count != 1:
-            found = f"{count} columns" if count else "no column"
-            fault = f"{source} has {found} {key!r}; its columns are {', '.join(map(repr, names))}"
+            columns = f"{count} columns" if count else "no column"
+            fault = f"{source} has {columns} {key!r}; its columns are {', '.join(map(repr, names))}"
             raise MissingColumnError(fault, "data.image_column, data.text_columns and data.tags_key")
 
 

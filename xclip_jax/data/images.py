@@ -110,8 +110,8 @@ def decode(
 
     Args:
       data: the image.
-      scaled_to: if set, a JPEG may be decoded to a half, a quarter or an eighth of its size, slightly less exactly, as
-        long as each side has so many pixels.
+      scaled_to: if set, a JPEG may be decoded to a half, a quarter or an eighth of its size, slightly less exactly, but
+        to at least this many pixels a side.
       background: one of `BACKGROUNDS`.
       rotate: whether to rotate and reflect the image by its EXIF tag.
 

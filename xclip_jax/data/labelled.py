@@ -96,9 +96,7 @@ def _read_table(name: str, path: pathlib.Path) -> tuple[Paths, np.ndarray, list[
         table = read_csv(str(path), ("path", "label"))
         places = table["path"].to_pylist()
         cells = table["label"].to_pylist()
-    except UserError:
-        raise
-    except Exception as error:  # the class depends on the fault
+    except Exception as error:  # of any class
         raise UserError(
             f"{name}: {str(path)!r} is not a CSV file with the columns path and label ({first_line(error)})."
         ) from error

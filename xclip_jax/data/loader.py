@@ -203,56 +203,31 @@ def sample_order(opened: Sequence[Source], config: DataConfig, seed: int) -> Sam
     return SampleOrder(read, shuffled(opened, seed).map(place), digests)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Reader:
-    """Maps the number of a global batch of `batch` rows to this host's `rows`, a pure function."""
-
-    order: SampleOrder
-    transform: Transform
-    batch: int
-    rows: Sequence[int]
-    rngs: grain.experimental.RngPool
-
-    def __call__(self, g: int) -> Batch:
-        batch: Batch = {field: np.empty(*array) for field, array in self.transform.arrays(len(self.rows)).items()}
-        bad = []
-        for start in range(0, len(self.rows), READ_GROUP):
-            positions = [g * self.batch + row for row in self.rows[start : start + READ_GROUP]]
-            places = [self.order.locate(position) for position in positions]
-            read = records.read_all([(self.order.sources[number], index) for number, index in places])
-            rngs = [self.rngs.acquire_rng(position) for position in positions]
-            for i, (position, place, record, rng) in enumerate(zip(positions, places, read, rngs, strict=True), start):
-                row = {key: values[i : i + 1] for key, values in batch.items()}
-                bad += ({"position": position} | entry for entry in self._fill(*place, record, rng, row))
-                self.rngs.release_rng(rng)
-        return batch | {"bad": bad}
-
-    def _fill(
-        self, number: int, index: int, record: Record | BadSample, rng: np.random.Generator, row: Batch
-    ) -> list[Entry]:
-        """Write a record to `row`, or instead of a bad one a random record of its source; return the bad ones."""
-        source = self.order.sources[number]
-        bad = []
-        for _ in range(MAX_RESAMPLES):
+def _fill(
+    row: Batch, record: Record | BadSample, rng: np.random.Generator, transform: Transform, source: Source, place: Entry
+) -> list[Entry]:
+    """Write a record to `row`, or instead of a bad one a random record of its source; return the bad ones."""
+    bad = []
+    for _ in range(MAX_RESAMPLES):
+        try:
+            if isinstance(record, BadSample):
+                raise record
+            transform(record, rng, row)
+            return bad
+        except Exception as error:
+            description = place | source.describe(place["index"])
             try:
-                if isinstance(record, BadSample):
-                    raise record
-                self.transform(record, rng, row)
-                return bad
-            except Exception as error:
-                description = {"source": number, "index": index} | source.describe(index)
-                try:
-                    reason = records.as_bad_sample(error)
-                except UserError as fatal:
-                    sample = json.dumps(description, ensure_ascii=False)
-                    raise UserError(f"{str(fatal).rstrip('.')}; in sample {sample}.") from fatal
-                bad.append({"reason": reason.reason, "detail": reason.detail} | description)
-            index = int(rng.integers(len(source)))
-            (record,) = records.read_all([(source, index)])
-        raise UserError(
-            f"source {number} gave {MAX_RESAMPLES} bad samples in a row, the last for {bad[-1]['reason']!r}; run "
-            "xclip-jax check on it."
-        )
+                reason = records.as_bad_sample(error)
+            except UserError as fatal:
+                sample = json.dumps(description, ensure_ascii=False)
+                raise UserError(f"{str(fatal).rstrip('.')}; in sample {sample}.") from fatal
+            bad.append({"reason": reason.reason, "detail": reason.detail} | description)
+        place = place | {"index": int(rng.integers(len(source)))}
+        (record,) = records.read_all([(source, place["index"])])
+    raise UserError(
+        f"source {place['source']} gave {MAX_RESAMPLES} bad samples in a row, the last for {bad[-1]['reason']!r}; run "
+        "xclip-jax check on it."
+    )
 
 
 def batches(
@@ -278,16 +253,35 @@ def batches(
     Raises:
       UserError: a bad sample without a `ledger`, or no usable sample for a position.
     """
-    config = transform.config
     shards = shards or (host,)
     n = batch // (hosts * len(shards))
     rows = [row for shard in shards for row in range(shard * n, (shard + 1) * n)]
-    reader = _Reader(order, transform, batch, rows, grain.experimental.RngPool(seed))
+    rngs = grain.experimental.RngPool(seed)
+
+    def read_batch(g: int) -> Batch:
+        local: Batch = {field: np.empty(*array) for field, array in transform.arrays(len(rows)).items()}
+        bad = []
+        for first in range(0, len(rows), READ_GROUP):
+            positions = [g * batch + row for row in rows[first : first + READ_GROUP]]
+            places = [order.locate(position) for position in positions]
+            read = records.read_all([(order.sources[number], index) for number, index in places])
+            drawn = [rngs.acquire_rng(position) for position in positions]
+            for i, (position, (number, index), record, rng) in enumerate(
+                zip(positions, places, read, drawn, strict=True), first
+            ):
+                row = {key: values[i : i + 1] for key, values in local.items()}
+                place = {"source": number, "index": index}
+                entries = _fill(row, record, rng, transform, order.sources[number], place)
+                bad += ({"position": position} | entry for entry in entries)
+                rngs.release_rng(rng)
+        return local | {"bad": bad}
+
     # Grain's elements are batches here; its buffer includes unfinished ones.
-    options = grain.ReadOptions(config.threads, max(config.threads, BUFFER))
-    read = iter(grain.MapDataset.range(start, stop).map(reader).to_iter_dataset(options))
+    threads = transform.config.threads
+    options = grain.ReadOptions(threads, max(threads, BUFFER))
+    made = iter(grain.MapDataset.range(start, stop).map(read_batch).to_iter_dataset(options))
     try:
-        for g, local in enumerate(read, start):
+        for g, local in enumerate(made, start):
             bad = local.pop("bad")
             if ledger is not None:
                 tokens = int(transform.tokenizer.lengths(local["text"]).sum()) if "text" in local else 0
@@ -298,7 +292,7 @@ def batches(
     except UserError as error:
         raise UserError(str(error)) from error  # without Grain's notes on tracebacks
     finally:
-        read.close()
+        made.close()
 
 
 def to_global(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

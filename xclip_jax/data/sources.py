@@ -113,15 +113,16 @@ def parse(text: str) -> SourceSpec:
       UserError: an unknown kind, only a kind, or a module that cannot be imported.
     """
     prefix, colon, rest = text.partition(":")
+    fault = f"unknown source {text!r}; write {_forms({**PAIRS, **LABELS})}"
+    cause = None
     if colon and prefix in SOURCES:
+        if rest and not text.startswith("hf://"):
+            return SourceSpec(SOURCES[prefix], rest)
+        fault = f"source {text!r} is an address of files; write tar:{text} or parquet:{text}"
         if not rest:
             forms = [form for form in {**PAIRS, **LABELS} if form.startswith(text)]
-            raise UserError(f"source {text!r} ends after its type; write {', '.join(forms)}.")
-        if prefix == "hf" and rest.startswith("//"):
-            raise UserError(f"source {text!r} is an address of files; write tar:{text} or parquet:{text}.")
-        return SourceSpec(SOURCES[prefix], rest)
-    cause = None
-    if match := _IMPORTED.fullmatch(text):
+            fault = f"source {text!r} ends after its type; write {', '.join(forms)}"
+    elif match := _IMPORTED.fullmatch(text):
         try:
             return SourceSpec(import_class(match["class"], SourceKind, "source"), match["rest"] or "")
         except UserError as error:
@@ -129,7 +130,7 @@ def parse(text: str) -> SourceSpec:
             if "." in prefix or not isinstance(error.__cause__, ModuleNotFoundError):
                 raise
             cause = error
-    raise UserError(f"unknown source {text!r}; write {_forms({**PAIRS, **LABELS})}.") from cause
+    raise UserError(f"{fault}.") from cause
 
 
 def parse_all(specs: Sequence[str]) -> list[SourceSpec]:
