@@ -92,7 +92,8 @@ def choose(counts: np.ndarray, *, rows: int, draws: int, flops_of: Callable[[int
         longer = counts[tokens + 1 :].sum()
         p = min((longer + 2 * longer**0.5 + 1) / counts.sum(), 1)
         most = scipy.stats.binom.isf(_MISFITS / draws / MAX_GROUPS, rows, p)
-        if (fitting := rows - int(most)) > 0:
+        fitting = rows - int(most)
+        if fitting > 0:
             ends[tokens] = fitting
     best = WHOLE
     for n in range(1, MAX_GROUPS):

@@ -208,14 +208,16 @@ def open_sources(config: DataConfig, classes: int = 0, fields: Sequence[str] | N
     options = source_options(config)
     open_one = open_labelled if classes else open_pairs
     opened: list[Source] = [open_one(spec, options) for spec in config.sources]
-    if empty := [spec for spec, source in zip(config.sources, opened, strict=True) if not len(source)]:
+    empty = [spec for spec, source in zip(config.sources, opened, strict=True) if not len(source)]
+    if empty:
         raise UserError(f"source {empty[0]!r} has nothing in it; leave it out of data.sources, or name another split.")
     if classes:
         labelled.check_sources(config.sources, cast(Sequence[labelled.Labelled], opened), classes, fields)
         return opened
     if config.holdout:
         opened = holdout.training_part(config.sources, opened, config)
-    if fields is not None and config.batch > (pairs := sum(map(len, opened))):
+    pairs = sum(map(len, opened))
+    if fields is not None and config.batch > pairs:
         which = "left by data.holdout" if config.holdout else "of data.sources"
         raise UserError(
             f"data.batch={config.batch} exceeds the {pairs} pairs {which}: a batch would contain pairs several times, "

@@ -96,7 +96,8 @@ def load(name: str) -> Tokenizer:
         return _clip()
     if name == "bytes":
         return _bytes()
-    if (path := epath.Path(name).expanduser()).is_file():
+    path = epath.Path(name).expanduser()
+    if path.is_file():
         return _from_file(str(path), path.stat().mtime)
     raise UserError(f"tokenizer {name!r} must be one of {', '.join(map(repr, NAMES))} or the path of a tokenizer.json.")
 
@@ -162,7 +163,8 @@ def clip_captions(ids: Sequence[float]) -> list[str]:
         if not 0 <= i < len(words) + 2:
             raise BadSample("caption has ids that CLIP's tokenizer lacks", str(i))
         if i == len(words):
-            captions.append(inside := [])
+            inside = []
+            captions.append(inside)
         elif i > len(words):
             inside = []
         elif captions:
