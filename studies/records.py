@@ -20,7 +20,7 @@ from xclip_jax.evaluators.results import VALIDATION, Result, from_json, to_json
 # Keys that change neither training nor results, only place and speed; the images of studies are opaque and upright.
 FREE_KEYS = (
     "run", "checkpoint.", "data.background", "data.cache", "data.dir", "data.exif_rotation",
-    "data.threads", "data.workers", "eval.batch", "eval.every", "eval.report", "log.", "loss.", "mesh.",
+    "data.threads", "eval.batch", "eval.every", "eval.report", "log.", "loss.", "mesh.",
 )  # fmt: skip
 # Prefixes of sets and sources in a config, and their short forms in records and declarations, so that moved code leaves
 # a run's identity alone.
@@ -33,8 +33,8 @@ SHORT_NAMES = {
 # Keys that configs of earlier commits have, and that no longer exist: all runs had their default, or the value that the
 # objective has without the key.
 REMOVED = (
-    "checkpoint.keep_every", "data.buffer", "data.caption_noise", "data.read_timeout", "data.subset", "ema.on",
-    "ema.schedule", "eval.before", "log.collapse_warmup_steps", "log.expected_epochs", "log.project",
+    "checkpoint.keep_every", "data.buffer", "data.caption_noise", "data.read_timeout", "data.subset", "data.workers",
+    "ema.on", "ema.schedule", "eval.before", "log.collapse_warmup_steps", "log.expected_epochs", "log.project",
     "log.stall_warning", "loss.impl", "model.bias_init", "model.cluster_head.last_norm", "model.img.act",
     "model.img.eps", "model.img.patch_bias", "model.img.pre_norm", "model.project_bias", "model.project_img",
     "model.scale_init", "model.txt.act", "model.txt.eps", "objective.clip.distill", "objective.clip.distill_ramp",

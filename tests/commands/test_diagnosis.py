@@ -140,7 +140,7 @@ def test_collapse_of_clusters(kind, tmp_path):
 def test_devices_that_wait_for_data(tmp_path):
     folder = run_of(tmp_path, rows(data__wait_share=lambda i: 0.3 if i >= 30 else 0.0))
     finding = only(folder, "input", WARNING)
-    assert finding.values["wait_share"] == pytest.approx(0.3) and "data.workers" in finding.remedy
+    assert finding.values["wait_share"] == pytest.approx(0.3) and "data.threads" in finding.remedy
 
 
 def test_bad_samples(tmp_path):

@@ -160,7 +160,7 @@ def test_reading_is_compared_with_the_step(pairs):
     findings = sample_findings(pairs, step_seconds=60.0)
     assert only(findings, "reading", OK).values["needed_samples_per_second"] == pytest.approx(16 / 60)
     finding = only(sample_findings(pairs, step_seconds=1e-7), "reading", WARNING)
-    assert finding.values["wait_share"] > 0.9 and "data.workers" in finding.remedy
+    assert finding.values["wait_share"] > 0.9 and "data.threads" in finding.remedy
     assert only(sample_findings(pairs, step_seconds=1e-7, data__cache=True), "reading", OK)
 
 

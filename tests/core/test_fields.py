@@ -93,7 +93,6 @@ BAD = [
     ("data.color_jitter", -1.0, "from 0 to 1"),
     ("data.tags", -1, "at least 0"),
     ("data.threads", -1, "at least 1"),
-    ("data.workers", -1, "at least 0"),
     ("data.max_bad_fraction", -1.0, "from 0 to 1"),
     ("eval.batch", 0, "at least 1"),
     ("eval.batch", -1, "at least 1"),
@@ -147,7 +146,6 @@ CONFLICTS = [
     ({"data.crop_scale": (-1.0, 0.5)}, r"data\.crop_scale is \(-1\.0, 0\.5\)"),
     ({"data.crop_scale": (0.5, 2.0)}, r"data\.crop_scale is \(0\.5, 2\.0\)"),
     ({"data.tags_append_prob": 0.7, "data.tags_only_prob": 0.7}, r"must not exceed 1 together"),
-    ({"data.cache": True, "data.workers": 2}, r"data\.cache would keep .* 2 workers; set data\.workers=0"),
 ]
 
 

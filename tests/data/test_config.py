@@ -14,7 +14,6 @@ from xclip_jax.data.config import DataConfig
         ({"crop_scale": (0.9, 0.5)}, "crop_scale is (0.9, 0.5)"),
         ({"sources": ("folder:a", "folder:b"), "weights": (1.0,)}, "weights has 1 values for 2 sources"),
         ({"sources": ("folder:a", "folder:b"), "weights": (1.0, 0.0)}, "expected values above 0"),
-        ({"cache": True, "workers": 3}, "a copy of all decoded images in each of 3 workers"),
         ({"tags_append_prob": 0.6, "tags_only_prob": 0.5}, "must not exceed 1 together"),
     ],
 )

@@ -104,7 +104,7 @@ def test_pairs_that_cannot_be_read_stay_in_training(tmp_path):
     [
         ({"holdout": 1e-9}, "holds out none of the 12 pairs of data.sources; raise it"),
         ({"holdout": 0.999999}, "holds out all pairs of a source of the 12 pairs"),
-        ({"holdout": 0.5, "batch": 12}, r"data\.batch=12 exceeds the \d pairs that data\.holdout leaves"),
+        ({"holdout": 0.5, "batch": 12}, r"data\.batch=12 exceeds the \d pairs left by data\.holdout"),
     ],
 )
 def test_too_few_and_too_many(changes, message, tmp_path):

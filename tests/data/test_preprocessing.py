@@ -162,40 +162,33 @@ def test_a_processor_of_transformers_is_followed(changes, expected, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    "changes",
     [
-        ({"resample": 1}, "resample=1 is not supported; expected 2"),
-        ({"do_center_crop": False}, "do_center_crop=False is not supported"),
-        ({"do_resize": False}, "do_resize=False is not supported"),
-        ({"do_normalize": False}, "do_normalize=False is not supported"),
-        ({"rescale_factor": 1}, "rescale_factor=1 is not supported; expected 1/255"),
-        ({"crop_size": {"height": 24, "width": 24}}, f"crop_size=.* expected {SIZE}"),
-        ({"size": {"shortest_edge": 20}}, f"size=.* of at least {SIZE}"),
-        ({"size": {"height": 28, "width": 40}}, "height and width that are equal"),
-        ({"size": {"shortest_edge": 28, "longest_edge": 60}}, "size=.*longest_edge.* is not supported"),
-        ({"image_processor_type": "ViTImageProcessor"}, "image_processor_type='ViTImageProcessor' is not supported"),
-        ({"image_std": [0.1, 0, 0.1]}, "preprocessor_config.json: mean .* cannot be used"),
-        ({"image_mean": "clip"}, "preprocessor_config.json: mean clip"),
+        {"resample": 1}, {"do_center_crop": False}, {"do_resize": False}, {"do_normalize": False},
+        {"rescale_factor": 1}, {"crop_size": {"height": 24, "width": 24}}, {"size": {"shortest_edge": 20}},
+        {"size": {"height": 28, "width": 40}}, {"size": {"shortest_edge": 28, "longest_edge": 60}},
+        {"image_processor_type": "ViTImageProcessor"}, {"image_std": [0.1, 0, 0.1]}, {"image_mean": "clip"},
     ],
-)
-def test_processors_that_cannot_be_followed_are_refused(changes, message, tmp_path):
+)  # fmt: skip
+def test_processors_that_cannot_be_followed_are_refused(changes, tmp_path):
     make_hf("gelu", 1e-5, 49407, 4).save_pretrained(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(changes))
-    with pytest.raises(UserError, match=message):
+    (key,) = changes
+    with pytest.raises(UserError, match=f"{key}|preprocessor_config.json: mean"):
         interop.read(str(tmp_path))
 
 
 @pytest.mark.parametrize(
-    ("cfg", "message"),
+    ("cfg", "key"),
     [
-        ({"resize_mode": "fit"}, "resize_mode is 'fit'; it must be one of 'shortest', 'squash', 'longest'"),
-        ({"interpolation": "lanczos"}, "interpolation is 'lanczos'; it must be"),
-        ({"resize_mode": "longest", "fill_color": 7}, "fill_color=7; images are padded with 0"),
-        ({"std": 0}, "standard deviation 0 .*cannot be used"),
+        ({"resize_mode": "fit"}, "resize_mode"),
+        ({"interpolation": "lanczos"}, "interpolation"),
+        ({"resize_mode": "longest", "fill_color": 7}, "fill_color=7"),
+        ({"std": 0}, "standard deviation 0"),
     ],
 )
-def test_open_clip_preprocessing_that_is_unknown_is_refused(cfg, message, tmp_path):
-    with pytest.raises(UserError, match=message):
+def test_open_clip_preprocessing_that_is_unknown_is_refused(cfg, key, tmp_path):
+    with pytest.raises(UserError, match=key):
         interop.read(str(open_clip_folder(tmp_path / "there", cfg)))
 
 
@@ -284,20 +277,17 @@ def test_runs_that_start_from_weights_with_another_preprocessing_say_so(tmp_path
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    "changes",
     [
-        ({"data__normalization": "clap"}, "data.normalization is 'clap'; expected 'clip', 'imagenet', 'half', or"),
-        ({"data__normalization": "((1, 2), (3, 4))"}, "data.normalization is"),
-        ({"data__normalization": "((1, 2, 3), (1, 0, 1))"}, "data.normalization is .*mean and deviation by channel"),
-        ({"data__normalization": "((1, 2, 3), (1, 'x', 1))"}, "data.normalization is"),
-        ({"eval__resize": "crop"}, "eval.resize is 'crop'"),
-        ({"eval__interpolation": "area"}, "eval.interpolation is 'area'"),
-        ({"eval__resize_size": 3}, "eval.resize_size is 3, less than the model's image size 16"),
-        ({"eval__resize_size": 32, "eval__resize": "longest"}, "eval.resize_size is 32; with eval.resize='longest'"),
+        {"data__normalization": "clap"}, {"data__normalization": "((1, 2), (3, 4))"},
+        {"data__normalization": "((1, 2, 3), (1, 0, 1))"}, {"data__normalization": "((1, 2, 3), (1, 'x', 1))"},
+        {"eval__resize": "crop"}, {"eval__interpolation": "area"}, {"eval__resize_size": 3},
+        {"eval__resize_size": 32, "eval__resize": "longest"},
     ],
-)
-def test_bad_values_are_named_by_their_keys(changes, message):
-    with pytest.raises(UserError, match=message):
+)  # fmt: skip
+def test_bad_values_are_named_by_their_keys(changes):
+    key = next(iter(changes)).replace("__", ".")
+    with pytest.raises(UserError, match=f"{key} is "):
         build.build(tiny.config("clip", **changes))
 
 

@@ -36,6 +36,13 @@ def test_a_path_of_nothing_that_is_read(tmp_path):
         sources.spec_from_path("falt")
 
 
+def test_a_source_of_nothing_and_a_spec_without_a_split_are_named(tmp_path):
+    with pytest.raises(UserError, match="has 0 images"):
+        open_source(f"folder:{tmp_path}")
+    with pytest.raises(UserError, match="does not name a split"):
+        open_source("tfds:cifar10")
+
+
 @pytest.mark.parametrize("kind", ["parquet", "hf", "tar"])
 @pytest.mark.parametrize(
     "value, reason",

@@ -33,7 +33,6 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
 
 @pytest.mark.slow  # two runs of a recipe
 def test_tars_and_tfds_give_the_same_losses(tmp_path):
-    """Tars from worker processes, in memory that is used again; records from threads."""
     bad_tars.pairs(tmp_path / "0.tar", 0, 20)
     bad_tars.pairs(tmp_path / "1.tar", 20, Pairs.N - 20)
     builder = Pairs(data_dir=tmp_path / "tfds", file_format="array_record")
@@ -41,7 +40,6 @@ def test_tars_and_tfds_give_the_same_losses(tmp_path):
     specs = {"tars": f"tar:{tmp_path}/*.tar", "tfds": f"tfds:{builder.name}/train"}
     for name, spec in specs.items():
         options = {"data__sources": (spec,), "data__dir": str(tmp_path / "tfds"), "checkpoint__every": 100}
-        options["data__workers"] = 2 if name == "tars" else 0
         trainer.run(tiny.config("xclip", steps=20, run=tmp_path / name, **options))
     assert tiny.losses(tmp_path / "tars") == tiny.losses(tmp_path / "tfds")
     assert len(set(tiny.losses(tmp_path / "tars"))) == 20

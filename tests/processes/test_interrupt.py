@@ -114,17 +114,6 @@ def test_an_interruptible_iterator_yields_all_and_closes_what_it_reads():
     assert closed == [True, True]
 
 
-def test_a_killed_worker_is_one_sentence():
-    def read():
-        yield 1
-        raise RuntimeError("Worker process was terminated unexpectedly with exit code -9. Search the logs")
-
-    elements = records.start_workers_with_signals_blocked(read())
-    assert next(elements) == 1
-    with pytest.raises(UserError, match=r"with exit code -9: .*; lower data\.workers"):
-        next(elements)
-
-
 # The main thread is in C code, and the signal reaches another one, as it may in a compilation.
 COMPILES = """
 import ctypes, signal, sys

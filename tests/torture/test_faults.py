@@ -15,7 +15,6 @@ ROOT = pathlib.Path(__file__).parents[2]
 # Promises that the normal suite does not try: each of their tests starts whole runs, half a minute of them, or more.
 # `python -m tests.torture.faults` tries them.
 SLOW = {
-    "the run is killed and has processes that read",  # the run is a process of its own, with workers of its own
     # One that fails is in the suite; these take seconds of silence too.
     "one of several processes is killed, or hangs for `log.stall_limit`",
     "a signal to one of several processes",  # the suite has signals to one alone, and who agrees on them in parts

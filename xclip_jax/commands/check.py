@@ -158,7 +158,7 @@ def _suspects(
     if options.suspects:
         pathlib.Path(options.suspects).write_text("".join(f"{strict_json(entry)}\n" for entry in entries))
         yield f"all {len(entries):,}, the least likely first: {options.suspects}"
-    return [dataclasses.replace(sample, caption=f"{caption} (or {label}?)") for _, caption, label, sample in judged]
+    return [dataclasses.replace(sample, captions=(f"{caption} (or {label}?)",)) for _, caption, label, sample in judged]
 
 
 def _image(record: Record) -> bytes | np.ndarray:

@@ -141,7 +141,7 @@ def _input(run: Record) -> Iterator[Finding]:
         share = statistics.fmean(recent)
         text = f"the devices waited {share:.0%} of the time for data in the last {len(recent):,} logged steps"
         if share > INPUT_BOUND:
-            remedy = "raise data.workers (at most the cores) or data.threads, or store smaller images"
+            remedy = "raise data.threads, or store smaller images"
             yield warning("input", text, remedy, wait_share=share)
         else:
             yield Finding("input", text, values={"wait_share": share})

@@ -212,8 +212,7 @@ def _texts(text: np.ndarray, experiment: Experiment) -> Finding:
 
 def _speed(sample: LoaderSample, experiment: Experiment, step_seconds: float | None) -> Finding:
     data = experiment.config.data
-    readers = f"data.workers={data.workers}" if data.workers else f"data.threads={data.threads}"
-    text = f"{sample.speed:,.0f} samples/s with {readers} on {records.cores()} cores"
+    text = f"{sample.speed:,.0f} samples/s with data.threads={data.threads} on {records.cores()} cores"
     values = {"reading_samples_per_second": sample.speed}
     if not step_seconds:
         return Finding("reading", f"{text}; whether that is enough is unknown without a step", values=values)
@@ -223,7 +222,7 @@ def _speed(sample: LoaderSample, experiment: Experiment, step_seconds: float | N
     text += f"; the steps need {needed:,.0f}"
     if share <= INPUT_BOUND or data.cache:  # later epochs come from the cache
         return Finding("reading", text, values=values)
-    remedy = "raise data.workers (at most the cores) or data.threads, store smaller images, or read from a faster disk"
+    remedy = "raise data.threads, store smaller images, or read from a faster disk"
     return warning("reading", f"{text}: the devices would wait {share:.0%} of the time", remedy, **values)
 
 

@@ -1,7 +1,4 @@
-"""What readers share: the contracts of a source of records and of a kind of sources, and texts as files have them.
-
-Texts come from files, tables and JSON, in encodings, in quotes, and with strings that UTF-8 cannot express.
-"""
+"""Base classes of sources and of kinds of sources, and helpers to decode text from files, tables and JSON."""
 
 import abc
 import dataclasses
@@ -19,15 +16,15 @@ from xclip_jax.core.errors import BadSample, UserError
 
 Record = dict[str, Any]
 
-# torchvision's ImageFolder reads these, except for JPE, JFIF, GIF, AVIF and JP2.
+# Those of torchvision's ImageFolder, and JPE, JFIF, GIF, AVIF and JP2.
 IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".jp2", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff",
 )  # fmt: skip
-# Largest files that are read, in bytes.
+# Larger files are refused, in bytes.
 MAX_BYTES = {"image": 1 << 28, "text": 1 << 20, "json": 1 << 24}
-_MAX_LINES = 20  # a longer field more likely begins with a quote that has no partner
+_MAX_LINES = 20  # a longer field more likely begins with an unpaired quote
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f]")
-# Columns that a spec names at its end, or before the split that a probe adds.
+# Columns are named at a spec's end, or before the split that a probe adds.
 _COLUMN = "(?:image|label)=[^/?&]+"
 _COLUMNS = re.compile(rf"\?({_COLUMN}(?:&{_COLUMN})*)(?=/[^/]*$|$)")
 
@@ -41,26 +38,22 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def __len__(self) -> int:
-        """Number of records, including those that cannot be used."""
+        """Number of records, including bad ones."""
 
     @abc.abstractmethod
     def __getitem__(self, index: int) -> Record:
-        """Return a record.
-
-        Raises:
-          BadSample: it cannot be used. It is listed, and a random record of the source replaces it.
-        """
+        """Return a record, or raise `BadSample`: it is listed, and a random record of the source replaces it."""
 
     @abc.abstractmethod
     def fingerprint(self) -> dict[str, Any]:
         """Return JSON that identifies the data: "samples", the number of records, "hash", and any description.
 
-        A copy elsewhere has the same hash, and other data another one. A run stores fingerprints in data.json, and does
-        not resume on data with other fingerprints.
+        Copies share a hash, and other data has another one. A run stores fingerprints in data.json, and does not resume
+        on data with other fingerprints.
         """
 
     def describe(self, index: int) -> dict[str, str]:
-        """Return the record's place for people, such as {"file": its path}; must not raise."""
+        """Return a human-readable place of the record, such as {"file": its path}; must not raise."""
         return {}
 
 
@@ -68,8 +61,8 @@ class LazySequence(Sequence):
     """A sequence of `n` items that `get` reads on access.
 
     Attributes:
-      name: returns the name of an item for people.
-      sizes: returns name and size in bytes of all items, for fingerprints; None if they are unknown.
+      name: function from an item's index to a human-readable name.
+      sizes: function that lists name and size in bytes of all items for fingerprints; None if unknown.
     """
 
     def __init__(
@@ -88,13 +81,11 @@ class LazySequence(Sequence):
         return self._n
 
     def __getitem__(self, index: int) -> Any:  # ty: ignore[incompatible-method-override] no slices
-        if not 0 <= index < self._n:
-            raise IndexError(index)
-        return self._get(index)
+        return self._get(range(self._n)[index])
 
 
 def display_name(items: Any, index: int) -> str:
-    """Return the name of an item for people: what a source says about the record, or a sequence's own `name`."""
+    """Return a human-readable name of an item, by the source's `describe` or the sequence's `name`."""
     if isinstance(items, Source):
         return ", ".join(map(str, items.describe(index).values())) or f"record {index}"
     name = getattr(items, "name", None)
@@ -123,7 +114,7 @@ def choose(items: Sequence[Any], positions: Sequence[int] | np.ndarray) -> LazyS
 
 
 class WrappedSource(Source):
-    """A source that behaves as another one, except for what a subclass changes."""
+    """A source that delegates to another one; subclasses override the rest."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
@@ -142,28 +133,28 @@ class WrappedSource(Source):
 
 
 class MissingColumnError(UserError):
-    """A source lacks a column that a key of the config names; `fault` says so, without the keys to set."""
+    """A column named by the config is missing or ambiguous; `fault` is the message without the keys to set."""
 
     def __init__(self, fault: str, keys: str) -> None:
         super().__init__(f"{fault}; set {keys}.")
         self.fault = fault
 
 
-def check_columns(what: str, names: Iterable[str], keys: Iterable[str]) -> None:
-    """Raise an error that lists the columns of `what` if one of `keys` is not among them."""
+def check_columns(source: str, names: Iterable[str], keys: Iterable[str]) -> None:
+    """Raise `MissingColumnError` unless each of `keys` occurs once among the column `names` of `source`."""
     names = list(names)
     for key in keys:
-        if key not in names:
-            fault = f"{what} has no column {key!r}; its columns are {', '.join(map(repr, names))}"
+        count = names.count(key)
+        if count != 1:
+            columns = f"{count} columns" if count else "no column"
+            fault = f"{source} has {columns} {key!r}; its columns are {', '.join(map(repr, names))}"
             raise MissingColumnError(fault, "data.image_column, data.text_columns and data.tags_key")
-        if (count := names.count(key)) > 1:
-            raise UserError(f"{what} has {count} columns {key!r}; rename all but one.")
 
 
 def split_columns(rest: str) -> tuple[str, dict[str, str]]:
-    """Split "?image=COLUMN&label=COLUMN" off a spec; return the spec without it, and the columns that it names.
+    """Split the optional "?image=COLUMN&label=COLUMN" off a spec; return the remaining spec, and the columns.
 
-    Both are optional; in names %2F is a / and %26 is &.
+    In names %2F is a / and %26 is &.
     """
     match = _COLUMNS.search(rest)
     if not match:
@@ -175,7 +166,7 @@ def split_columns(rest: str) -> tuple[str, dict[str, str]]:
 class SourceOptions:
     """Keys of config group `data` that sources may use.
 
-    Without `captions` a source has images whose captions may be missing: "text" of these records is [].
+    Without `captions`, captions may be missing; "text" of such a record is [].
     """
 
     dir: str = ""
@@ -186,24 +177,24 @@ class SourceOptions:
 
     @property
     def caption_columns(self) -> list[str]:
-        """Columns or features with captions and keywords; the key COLUMN/FIELD reads COLUMN."""
+        """Columns or features with captions and keywords; COLUMN/FIELD reads COLUMN."""
         keys = [*self.text_columns, *filter(None, [self.tags_key])]
         return list(dict.fromkeys(key.partition("/")[0] for key in keys))
 
     @property
     def columns(self) -> list[str]:
-        """All columns or features that are read."""
+        """All columns or features to read."""
         return list(dict.fromkeys([self.image_column, *self.caption_columns]))
 
 
 class SourceKind:
-    """A kind of sources, whose specs begin with its key in `sources.SOURCES` or with "package.module:Class".
+    """A kind of sources. Its specs begin with its key in `sources.SOURCES`, or with "package.module:Class".
 
     A kind overrides `open`, `open_labelled` or both, and `has_split` if its labelled items may have several splits,
-    each named SPEC/SPLIT.
+    named SPEC/SPLIT.
 
     Attributes:
-      extras: optional dependencies of this package (setup.py) that the kind needs.
+      extras: required optional dependencies of this package (setup.py).
       labelled_items: "image" or "text".
       suffixes: endings of its files, to suggest a spec for a path.
     """
@@ -217,23 +208,23 @@ class SourceKind:
         """Open image-text pairs; `rest` is the spec after the kind's name.
 
         Raises:
-          UserError: names what is wrong with `rest`, an option or a file.
+          UserError: `rest`, an option or a file is wrong.
         """
         raise NotImplementedError
 
     @classmethod
     def open_labelled(cls, rest: str, options: SourceOptions) -> Any:
-        """Open labelled items as `labelled.Labelled`; arguments and errors are those of `open`."""
+        """Open labelled items as `labelled.Labelled`; see `open` for arguments and errors."""
         raise NotImplementedError
 
     @classmethod
     def has_split(cls, rest: str, split: str, options: SourceOptions) -> bool:
         """Whether the source `rest` has a split of this name."""
-        raise NotImplementedError
+        return False
 
 
 def decode_text(data: bytes) -> str:
-    """Decode a text in UTF-8; raise `BadSample` for another encoding, or bytes that are no text."""
+    """Decode a text in UTF-8; raise `BadSample` for another encoding or binary data."""
     text = decode_utf8(data)
     if _CONTROL.search(text):
         raise BadSample("caption is not text", f"begins with {data[:8]!r}")
@@ -244,7 +235,7 @@ _TO_UTF8 = "convert the file, as with iconv -f latin1 -t utf-8 FILE > NEW"
 
 
 def decode_utf8(data: bytes) -> str:
-    """Decode UTF-8 or raise `BadSample`; no other encoding is tried, since wrong ones give text, too."""
+    """Decode UTF-8 or raise `BadSample`; other encodings are not tried, since wrong ones also give text."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -261,7 +252,7 @@ def read_text(path: pathlib.Path) -> str:
 
 
 def open_binary(path: str, **options: Any) -> IO[bytes]:
-    """Open a local or remote file to read; `options` are fsspec's for remote ones."""
+    """Open a local or remote file for reading; fsspec takes the `options` of a remote one."""
     if not storage.is_remote(path):
         return open(path, "rb")
     system, name = storage.file_system(path)
@@ -271,9 +262,9 @@ def open_binary(path: str, **options: Any) -> IO[bytes]:
 def read_csv(path: str, columns: Sequence[str]) -> Any:
     """Return a local or remote CSV or TSV file in UTF-8 as a `pyarrow.Table` in which `columns` are strings.
 
-    Bytes that are not UTF-8 are found on access. Fields are separated by tabs, semicolons or commas, as in the first
-    line. With tabs, quotes are ordinary letters, since captions and titles contain single ones; otherwise a field in
-    quotes may have several lines.
+    Bytes that are not UTF-8 are found on access. The first line decides between tabs, semicolons and commas. With tabs,
+    quotes are ordinary letters, since captions and titles contain unpaired ones; otherwise a quoted field may have
+    several lines.
     """
     import pyarrow.compute  # only tables need it
     import pyarrow.csv
@@ -282,7 +273,8 @@ def read_csv(path: str, columns: Sequence[str]) -> Any:
         head = file.readline()
         file.seek(0)
         # Spreadsheets with decimal commas write semicolons.
-        mark = "\t" if b"\t" in head else ";" if b";" in head and b"," not in head else ","
+        mark = ";" if b";" in head and b"," not in head else ","
+        mark = "\t" if b"\t" in head else mark
         parsing = pyarrow.csv.ParseOptions(
             delimiter=mark, quote_char=False if mark == "\t" else '"', newlines_in_values=mark != "\t"
         )
@@ -293,33 +285,31 @@ def read_csv(path: str, columns: Sequence[str]) -> Any:
     images = [name for name in table.column_names if name.partition("#")[0].lower().endswith(IMAGE_SUFFIXES)]
     if images and not set(columns) <= set(table.column_names):
         raise UserError(
-            f"table {path!r} has the image {images[0]!r} in its first line, in place of names of columns; put a line "
-            f"before it, such as {','.join(columns)}, with the table's separator."
+            f"table {path!r} has the image {images[0]!r} in its first line; put a line of column names before it, such "
+            f"as {','.join(columns)}, with the table's separator."
         )
     line_end = pyarrow.compute.MatchSubstringOptions("\n")
-    for name, column in zip(table.column_names, table.columns, strict=True):  # an unused one swallows rows, too
+    for name, column in zip(table.column_names, table.columns, strict=True):  # unused ones also swallow rows
         if not (pyarrow.types.is_string(column.type) or pyarrow.types.is_binary(column.type)):
             continue
         ends = pyarrow.compute.call_function("count_substring", [column], line_end)
         if (pyarrow.compute.call_function("max", [ends]).as_py() or 0) >= _MAX_LINES:
             raise UserError(
-                f"table {path!r}: a field of column {name!r} has more than {_MAX_LINES} lines: a quote in it has no "
-                "partner, or it is a long text; close the quote, or remove the column."
+                f"table {path!r}: a field of column {name!r} has more than {_MAX_LINES} lines: it is a long text, or a "
+                "quote in it is unpaired; close the quote, or remove the column."
             )
     return table
 
 
 def strip_texts(value: Any) -> list[str]:
-    """Return the strings in a string or a list, without surrounding white space and without empty ones.
-
-    Half of a surrogate pair, which JSON may contain and UTF-8 cannot express, becomes U+FFFD.
-    """
+    """Return the non-empty strings in a string or a list, without surrounding white space, see `join_surrogates`."""
     values = value if isinstance(value, list) else [value]
-    return [text for item in values if isinstance(item, str) and (text := join_surrogates(item.strip()))]
+    texts = [join_surrogates(item.strip()) for item in values if isinstance(item, str)]
+    return [text for text in texts if text]
 
 
 def no_caption(columns: Mapping[str, Any]) -> BadSample:
-    """Return why columns or fields, {key: value or list of values}, have no text: no value, or one of another type."""
+    """Return the reason why columns or fields, {key: value or list of values}, contain no text."""
     for key, values in columns.items():
         for value in values if isinstance(values, list) else [values]:
             missing = value is None or (isinstance(value, float) and math.isnan(value))
@@ -330,7 +320,7 @@ def no_caption(columns: Mapping[str, Any]) -> BadSample:
 
 
 def json_values(record: Any, key: str) -> list[Any]:
-    """Return the values at `key` of a JSON object, '/' for nested ones, also in lists; [] if it is missing."""
+    """Return the values at `key` of a JSON object, '/' for nested ones, also in lists; [] if there are none."""
     values = [record]
     for part in key.split("/"):
         fields = [value.get(part) for value in values if isinstance(value, dict)]
@@ -339,10 +329,7 @@ def json_values(record: Any, key: str) -> list[Any]:
 
 
 def json_strings(record: Any, key: str, *, scalars: bool = False) -> list[str]:
-    """Return the strings among `json_values`, see `strip_texts`.
-
-    With `scalars` other values than strings, such as numbers and booleans, give their texts.
-    """
+    """Return the strings among `json_values`, see `strip_texts`; with `scalars`, numbers and booleans as text, too."""
     values = json_values(record, key)
     if scalars:
         values = [str(value) for value in values if value is not None]
@@ -350,7 +337,7 @@ def json_strings(record: Any, key: str, *, scalars: bool = False) -> list[str]:
 
 
 def join_surrogates(text: str) -> str:
-    """Return `text` with surrogate pairs joined, and single surrogates replaced by U+FFFD."""
+    """Join surrogate pairs, and replace single surrogates, which JSON may contain and UTF-8 cannot, by U+FFFD."""
     try:
         text.encode()
     except UnicodeEncodeError:

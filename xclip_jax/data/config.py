@@ -32,36 +32,36 @@ _GROUPS = Check("'auto', 'full' or rising TOKENS:SHARE pairs such as '24:0.6,40:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Config group `data`: sources, how images and captions are drawn from them, and how fast they are read."""
+    """Config group `data`: sources, the drawing of images and captions from them, and reading speed."""
 
     sources: Sequence[str] = key(
         (),
-        "specs of sources, KIND:REST as in folder:PATH, of pairs or for fine-tuning of labelled items; mixed",
+        "sources to mix, each KIND:REST such as folder:PATH; image-text pairs, or labelled items for fine-tuning",
         resume="free",
         host="own",
     )
-    weights: Sequence[float] = key((), "share of samples from each source; empty to see every sample once an epoch")
+    weights: Sequence[float] = key((), "share of samples from each source; empty: every sample once per epoch")
     holdout: float = key(
         0.0,
-        "share of the pairs that is kept out of training, by a hash of the image; evaluated as retrieval/holdout",
+        "share of pairs to keep out of training, chosen by a hash of the image; evaluated as retrieval/holdout",
         fraction_below_one(),
     )
     spread_duplicate_captions: bool = key(
-        False, "spread records of equal captions, false negatives, over each epoch; reads all captions at the start"
+        False, "spread equal captions, which are false negatives, over each epoch; reads all captions at the start"
     )
     dir: str = key("", "root of TFDS data sets; empty for the default", resume="free", host="own")
     batch: int = key(4096, "b, pairs of the global batch", at_least(1), card="batch")
     tokenizer: str = key("clip", "clip, bytes or the path of a tokenizer file", not_empty(), resume="free", host="own")
     length_groups: str = key(
         AUTO,
-        "TOKENS:SHARE,...: the shortest texts of a device, up to this share of them, are cut to this length, which "
-        "changes no result; auto chooses by the data, full cuts none",
+        "TOKENS:SHARE,...: cut up to this share of a device's texts, the shortest ones, to this length, which changes "
+        "no result; auto chooses by the data, full cuts none",
         _GROUPS,
         resume="free",
     )
-    image_column: str = key("image", "feature of a record or column of a table; not of tars and folders")
+    image_column: str = key("image", "feature of a record or column of a table; unused for tars and folders")
     text_columns: Sequence[str] = key(
-        ("text",), "captions, one of which is drawn each time; in tars text is the .txt file, else fields of .json"
+        ("text",), "captions, of which one is drawn each time; in tars text is the .txt file, else a field of .json"
     )
     tags_key: str = key("", "keywords of a record; empty for none")
     tags: int = key(0, "at most this many keywords, in random order, go into a caption", at_least(0))
@@ -82,23 +82,16 @@ class DataConfig:
     )
     background: str = key(
         images.WHITE,
-        "white lays transparent images on white before they are resized; drop_alpha reads the colours hidden under the "
-        "transparency, as open_clip does, and resizes evaluated images first",
+        "white lays transparent images on white before resizing; drop_alpha reads the colours hidden under the "
+        "transparency like open_clip, and resizes evaluated images first",
         choice(images.BACKGROUNDS),
     )
     exif_rotation: bool = key(
-        True, "turn images as their EXIF tag says wherever the model is used; open_clip and transformers do not"
+        True, "rotate images by their EXIF tag wherever the model is used; open_clip and transformers do not"
     )
     cache: bool = key(False, "keep decoded images in memory")
-    threads: int = key(
-        16, "batches that this process reads at once, where workers is 0", at_least(1), resume="free", host="own"
-    )
-    workers: int = key(
-        0, "reading processes, one thread each; for buckets several a core", at_least(0), resume="free", host="own"
-    )
-    max_bad_fraction: float = key(
-        0.05, "a larger share of samples that cannot be used stops the run", between(0, 1), resume="free"
-    )
+    threads: int = key(16, "batches that this process reads at once", at_least(1), resume="free", host="own")
+    max_bad_fraction: float = key(0.05, "a larger share of bad samples stops the run", between(0, 1), resume="free")
 
     def conflicts(self) -> Iterator[str]:
         """Yield values that contradict each other."""
@@ -108,9 +101,7 @@ class DataConfig:
         if self.weights and len(self.weights) != len(self.sources):
             yield f"weights has {len(self.weights)} values for {len(self.sources)} sources; give one for each, or none"
         if any(weight <= 0 for weight in self.weights):
-            yield f"weights is {self.weights}; expected values above 0, and sources without a share left out"
-        if self.cache and self.workers:
-            yield f"cache would keep a copy of all decoded images in each of {self.workers} workers; set data.workers=0"
+            yield f"weights is {self.weights}; expected values above 0; leave out sources without a share"
         if self.tags_append_prob + self.tags_only_prob > 1:
             probs = f"tags_append_prob {self.tags_append_prob} and tags_only_prob {self.tags_only_prob}"
             yield f"{probs} must not exceed 1 together"

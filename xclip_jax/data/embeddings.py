@@ -1,8 +1,8 @@
-"""Files of embeddings, .parquet or .npz: small parts that are written completely or not at all, and their join.
+"""Files of embeddings, .parquet or .npz, written in small parts and then joined.
 
 Columns are "kind", "id", "text" (strings) and "embedding" (fp32, e numbers each), with a dict of metadata. Parquet
-files are joined part by part; .npz files are joined in memory, and their "id" and "text" are JSON, since NumPy pads all
-strings to the longest: json.loads(np.load("captions.npz")["text"].tobytes()).
+files are joined part by part. Files in .npz are joined in memory, and their "id" and "text" are JSON, since NumPy pads
+all strings to the longest: json.loads(np.load("captions.npz")["text"].tobytes()).
 """
 
 import itertools
@@ -39,13 +39,13 @@ class Npz:
             np.savez(file, **arrays)
 
     def join(self, parts: Sequence[pathlib.Path], path: pathlib.Path, about: Mapping[str, Any]) -> None:
-        """Write one file of all parts, in their order, with metadata."""
+        """Join the parts in their order, and add the metadata."""
         read = [self.read(part) for part in parts]
         columns = {key: list(itertools.chain.from_iterable(part[key] for part in read)) for key in COLUMNS[:-1]}
         self.write(path, columns | {"embedding": np.concatenate([part["embedding"] for part in read])}, about)
 
     def about(self, path: pathlib.Path) -> dict[str, Any]:
-        """Return the metadata that `join` wrote; {} for a file of another program."""
+        """Return the metadata written by `join`; {} for another program's file."""
         with np.load(path) as arrays:
             return json.loads(str(arrays[_ABOUT])) if _ABOUT in arrays.files else {}
 
@@ -57,7 +57,7 @@ class Npz:
 
 
 class Parquet:
-    """Parquet with a row group for each part, and embeddings as lists of fixed size; it has the methods of `Npz`."""
+    """Parquet with a row group for each part, and embeddings as lists of fixed size; see `Npz` for the methods."""
 
     def write(self, path: pathlib.Path, columns: Columns) -> None:
         rows = np.asarray(columns["embedding"], np.float32)
@@ -88,32 +88,19 @@ FORMATS = {".parquet": Parquet, ".npz": Npz}
 
 
 def format_of(path: pathlib.Path) -> Npz | Parquet:
-    """Return the format of a file by its name.
-
-    Raises:
-      UserError: neither .parquet nor .npz.
-    """
+    """Return the format of a file by its ending; `UserError` for neither .parquet nor .npz."""
     check_choice(f"the ending of {str(path)!r}", path.suffix, FORMATS)
     return FORMATS[path.suffix]()
 
 
 def read(path: str | os.PathLike) -> dict[str, Any]:
-    """Return the columns of a file of embeddings: "kind", "id", "text" (lists) and "embedding", fp32 (n, e).
-
-    Raises:
-      UserError: another ending, or a file that is damaged or another program's.
-    """
+    """Return the columns of a file of embeddings: "kind", "id", "text" (lists) and "embedding", fp32 (n, e)."""
     return _read(pathlib.Path(path), "read")
 
 
 def about(path: str | os.PathLike) -> dict[str, Any]:
-    """Return the metadata of a file of `xclip_jax.commands.embed`; {} for another program's file.
-
-    Raises:
-      UserError: another ending, or a damaged file.
-    """
-    metadata = _read(pathlib.Path(path), "about")
-    return metadata if isinstance(metadata, dict) else {}
+    """Return the metadata of a file of `xclip_jax.commands.embed`; {} for another program's file."""
+    return _read(pathlib.Path(path), "about")
 
 
 def _read(path: pathlib.Path, method: str) -> Any:
@@ -122,7 +109,7 @@ def _read(path: pathlib.Path, method: str) -> Any:
         return getattr(file_format, method)(path)
     except (FileNotFoundError, PermissionError):
         raise
-    except Exception as error:  # the class depends on format and damage
+    except Exception as error:  # of any class
         raise UserError(
             f"{path} is damaged or another program's ({first_line(error)}); delete it, or name another file."
         ) from error

@@ -1,7 +1,7 @@
-"""Parts of a run's sources: held-out pairs, `data.holdout`.
+"""The split of a run's sources into training and held-out pairs, `data.holdout`.
 
-A pair is held out by a hash of its image's bytes. So it stays on its side in any order, file, source or company and on
-any number of hosts, and all pairs with one image are on one side.
+A hash of the image's bytes decides. So all pairs with the same image are on the same side, whatever the order, file,
+source, number of hosts and other pairs.
 """
 
 import array
@@ -21,11 +21,11 @@ from xclip_jax.data import records
 from xclip_jax.data.base import Record, Source, WrappedSource
 from xclip_jax.data.config import DataConfig
 
-_MANY = 100_000  # for more pairs, a line announces that they are read
+_MANY = 100_000  # the reading of more pairs is announced
 
 
 class Subset(WrappedSource):
-    """The records `indices` of a source, in this order. It has the fingerprint of the whole source."""
+    """The records `indices` of a source, in this order, with the fingerprint of the whole source."""
 
     def __init__(self, source: Source, indices: np.ndarray) -> None:
         super().__init__(source)
@@ -43,10 +43,14 @@ class Subset(WrappedSource):
 
 @dataclasses.dataclass(frozen=True)
 class Pairs:
-    """Some readable pairs of a source: `indices` of the records, int (n,), captions, and hexadecimal image hashes.
+    """Some readable pairs of a source.
 
-    `bad` is the number of the source's records that cannot be read, which are not held out, and `repeats` the share of
-    its readable records whose captions another one has too, each of them.
+    Attributes:
+      indices: numbers of the records, int (n,).
+      captions: captions of each record.
+      hashes: hexadecimal hash of each image.
+      bad: number of unreadable records in the whole source; they are not held out.
+      repeats: share of readable records in the whole source whose captions all equal another record's.
     """
 
     indices: np.ndarray
@@ -62,21 +66,20 @@ def image_hash(image: bytes | np.ndarray) -> str:
 
 
 def is_held_out(digits: str, share: float) -> bool:
-    """Whether an image with this hash belongs to the `share` that is held out."""
+    """Whether an image with this hash belongs to the held-out `share`."""
     return int(digits, 16) < share * 2**64
 
 
-_known: dict[str, Pairs] = {}  # training, evaluation and report of one process need the same pairs
+_known: dict[str, Pairs] = {}  # shared by training, evaluation and report
 
 
 def find(spec: str, source: Source, share: float, config: DataConfig) -> Pairs:
-    """Return the held-out pairs of the source that `spec` names, all of them if the share is 1; reads all records."""
+    """Read all records of the source `spec`, and return the held-out pairs; a share of 1 holds out all."""
     key = json.dumps([spec, share, config.image_column, config.text_columns, source.fingerprint()], default=str)
     if key not in _known:
         if len(source) > _MANY:
             # Not log0: the processes of a run may not have joined yet.
-            line = f"reading the {len(source):,} pairs of {spec} to find those that are held out or evaluated"
-            show(line, sys.stderr)
+            show(f"reading the {len(source):,} pairs of {spec} to choose pairs to hold out or evaluate", sys.stderr)
 
         def take(record: Record) -> tuple[int, tuple[list[str], str] | None]:
             digits = image_hash(record["image"])
@@ -93,44 +96,46 @@ def find(spec: str, source: Source, share: float, config: DataConfig) -> Pairs:
             captions_of.append(result[0])
             if result[1] is not None:
                 held.append((index, *result[1]))
-        captions, hashes = [texts for _, texts, _ in held], [digits for *_, digits in held]
-        bad = len(source) - len(captions_of)
-        repeats = records.repeated_share(np.array(captions_of))
-        _known[key] = Pairs(np.array([i for i, *_ in held], int), captions, hashes, bad, repeats)
+        _known[key] = Pairs(
+            indices=np.array([index for index, _, _ in held], int),
+            captions=[texts for _, texts, _ in held],
+            hashes=[digits for _, _, digits in held],
+            bad=len(source) - len(captions_of),
+            repeats=records.repeated_share(np.array(captions_of)),
+        )
     return _known[key]
 
 
 class TrainingPart(Subset):
-    """The pairs of a source that are not held out. Its fingerprint has a digest of the held-out ones too."""
+    """The training pairs of a source; its fingerprint includes a digest of the held-out pairs."""
 
     def __init__(self, source: Source, held_out: Pairs) -> None:
         super().__init__(source, np.setdiff1d(np.arange(len(source)), held_out.indices))
         self._outcome = records.reading_digest(held_out.indices, held_out.bad)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return the source's fingerprint with the number of training pairs, and a digest of the others."""
         return super().fingerprint() | {"samples": len(self), "data.holdout": self._outcome}
 
 
 def training_part(specs: Iterable[str], opened: Iterable[Source], config: DataConfig) -> list[Source]:
-    """Return the sources without the held-out pairs, or raise `UserError` if no pair is held out, or none is left."""
-    parts, held_out, total = [], 0, 0
-    for spec, source in zip(specs, opened, strict=True):
-        pairs = find(spec, source, config.holdout, config)
-        held_out += len(pairs.indices)
-        total += len(source)
-        parts.append(TrainingPart(source, pairs))
-    if not held_out or any(not len(part) for part in parts):
-        what = "none" if not held_out else "all pairs of a source"
+    """Return the sources without their held-out pairs; `UserError` if none is held out, or none is left."""
+    opened = list(opened)
+    parts: list[Source] = [
+        TrainingPart(source, find(spec, source, config.holdout, config))
+        for spec, source in zip(specs, opened, strict=True)
+    ]
+    total = sum(map(len, opened))
+    none = sum(map(len, parts)) == total
+    if none or not all(map(len, parts)):
         raise UserError(
-            f"data.holdout={config.holdout:g} holds out {what} of the {total} pairs of data.sources; "
-            f"{'raise' if not held_out else 'lower'} it, set it to 0, or add pairs."
+            f"data.holdout={config.holdout:g} holds out {'none' if none else 'all pairs of a source'} of the {total} "
+            f"pairs of data.sources; {'raise' if none else 'lower'} it, set it to 0, or add pairs."
         )
     return parts
 
 
 def selected(images: Sequence[Any], share: float) -> list[int]:
-    """Return the positions of the `images` that are held out; unreadable images are not."""
+    """Return the positions of the held-out `images`; unreadable images are not held out."""
     positions = []
     for position in range(len(images)):
         with contextlib.suppress(BadSample):

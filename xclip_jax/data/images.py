@@ -1,4 +1,4 @@
-"""Decoding of images to RGB of eight bits, on the host: JPEGs by libjpeg-turbo, other formats by Pillow."""
+"""Decodes images to 8-bit RGB on the host: JPEGs by libjpeg-turbo, other formats by Pillow."""
 
 import functools
 import io
@@ -12,14 +12,14 @@ from xclip_jax.core.errors import BadSample
 
 WHITE, DROPPED = "white", "drop_alpha"
 BACKGROUNDS = (WHITE, DROPPED)
-MAX_PIXELS = 1 << 26  # 64 million, 200 MB decoded: more is a decompression bomb, or useless at 224 pixels
-# Pillow also reads EPS, with an external program, ICO, which it decodes when it opens the file, and rare formats.
+MAX_PIXELS = 1 << 26  # 200 MB decoded; larger images are decompression bombs, or useless at 224 pixels
+# Without EPS (an external program), ICO (decoded when opened) and Pillow's rare formats.
 _FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 _ORIENTATION = 0x0112
 
 
 def to_rgb(image: Image.Image, background: str) -> Image.Image:
-    """Convert an image of any mode except floats to RGB, 16 bits to 8, transparency by `background`."""
+    """Convert an image of any mode except floats to RGB, 16 bits to 8, with transparency by `background`."""
     if image.mode == "F":
         raise BadSample("image of floats", "save it with 8 or 16 bits")
     if image.mode.startswith("I"):  # Pillow would clip 16 bits to white
@@ -45,53 +45,45 @@ def is_jpeg(data: Any) -> TypeGuard[bytes]:
 
 
 def _check_pixels(w: int, h: int) -> None:
-    if not w * h:
-        raise BadSample("image is empty", f"{w} x {h} pixels")
-    if w * h > MAX_PIXELS:
-        raise BadSample("image too large", f"{w} x {h} pixels, more than {MAX_PIXELS:,}")
+    if not 0 < w * h <= MAX_PIXELS:
+        raise BadSample("image too large" if w * h else "image is empty", f"{w} x {h} pixels; at most {MAX_PIXELS:,}")
 
 
 @functools.cache
 def formats() -> list[str]:
-    """Return the file formats that are read, as Pillow names them."""
+    """Return Pillow's names of the supported file formats."""
     Image.init()
     return [name for name in _FORMATS if name in Image.OPEN]
 
 
-def _is_rotated(data: bytes) -> bool:
-    try:
-        image = Image.open(io.BytesIO(data), formats=formats())
-    except Exception:
-        return True  # Pillow raises the error
-    return _has_orientation(image)
-
-
 def _has_orientation(image: Image.Image) -> bool:
-    """Whether EXIF says that the image is to be rotated or mirrored."""
+    """Whether EXIF requests a rotation or reflection."""
     try:
         return image.getexif().get(_ORIENTATION, 1) != 1
-    except Exception:  # no TIFF, as where a program has overwritten it: browsers show the image as it is
+    except Exception:  # a damaged tag, which browsers ignore
         return False
 
 
 def _decode_jpeg(data: bytes, scaled_to: int, rotate: bool) -> np.ndarray | None:
-    """Decode a JPEG by libjpeg-turbo; return None if Pillow has to decode it, or to say what is wrong."""
+    """Decode a JPEG by libjpeg-turbo; return None if Pillow has to decode it or to name its fault."""
     try:
         header: Any = simplejpeg.decode_jpeg_header(data, strict=False)
         h, w, colors, _ = header
         _check_pixels(w, h)
-        if colors in ("CMYK", "YCCK") or (rotate and b"Exif" in data and _is_rotated(data)):
+        if colors in ("CMYK", "YCCK"):
+            return None
+        if rotate and b"Exif" in data and _has_orientation(Image.open(io.BytesIO(data), formats=formats())):
             return None
         if not scaled_to:
             return simplejpeg.decode_jpeg(data, "RGB")
         size: dict[str, Any] = {"min_height": scaled_to, "min_width": scaled_to, "min_factor": 2}
         return simplejpeg.decode_jpeg(data, "RGB", fastdct=True, fastupsample=True, **size)
-    except (ValueError, KeyError):  # a KeyError for a header without an image
+    except (LookupError, OSError, SyntaxError, TypeError, ValueError):  # of either library for a damaged file
         return None
 
 
 def open_image(data: bytes | Image.Image, *, rotate: bool = True) -> Image.Image:
-    """Open an image in its own mode; `rotate` and errors are as for `decode`."""
+    """Open an image in its stored mode; see `decode` for `rotate` and errors."""
     about = f"{len(data)} bytes that begin with {data[:8]!r}" if isinstance(data, bytes) else "a Pillow image"
     try:
         image = Image.open(io.BytesIO(data), formats=formats()) if isinstance(data, bytes) else data
@@ -100,12 +92,12 @@ def open_image(data: bytes | Image.Image, *, rotate: bool = True) -> Image.Image
         return ImageOps.exif_transpose(image) if rotate and _has_orientation(image) else image
     except (BadSample, MemoryError):
         raise
-    except Image.DecompressionBombError as error:  # Pillow's own bound, raised before the size is known
-        raise BadSample("image too large", str(error)) from error
     except Image.UnidentifiedImageError as error:
         raise BadSample("not an image", about) from error
     except Exception as error:  # Pillow's readers raise errors of any class for damaged files
         reason = "image cut off" if "truncated" in str(error) else "image damaged"
+        if isinstance(error, Image.DecompressionBombError):  # Pillow's bound, before the size is known
+            reason = "image too large"
         raise BadSample(reason, f"{about} ({error})") from error
 
 
@@ -114,10 +106,14 @@ def decode(
 ) -> np.ndarray:
     """Decode an image to uint8 RGB (h, w, 3). Arrays (h, w, 3) and grey (h, w, 1) pass.
 
-    libjpeg-turbo decodes JPEGs, except for CMYK and rotated ones, and Pillow the first frame of other formats. For
-    training a JPEG may be decoded to a half, a quarter or an eighth of its size, no side below `scaled_to` pixels, and
-    slightly less exactly. `background` is one of `BACKGROUNDS`, and `rotate` says whether the image is turned and
-    mirrored as its EXIF tag says.
+    libjpeg-turbo decodes JPEGs, except for CMYK and rotated ones, and Pillow the first frame of other formats.
+
+    Args:
+      data: the image.
+      scaled_to: if set, a JPEG may be decoded to a half, a quarter or an eighth of its size, slightly less exactly, but
+        to at least this many pixels a side.
+      background: one of `BACKGROUNDS`.
+      rotate: whether to rotate and reflect the image by its EXIF tag.
 
     Raises:
       BadSample: not an image, a damaged one, another array, or more than `MAX_PIXELS`, checked before decoding.

@@ -1,4 +1,4 @@
-"""Reads a sample of training data and measures it, for the command check, the recipe small and the doctor."""
+"""Measures a few samples of training data, for the command check, the recipe small and the doctor."""
 
 import contextlib
 import dataclasses
@@ -17,8 +17,8 @@ from xclip_jax.data import images, loader, records, transforms
 from xclip_jax.data.base import Record, Source
 from xclip_jax.data.ledger import BadSampleLog
 
-FEWEST = 8  # pairs that the recipe small requires
-_BATCH = 32  # rows of the batches that `read_batches` reads: few, so that every thread soon finishes one
+FEWEST = 8  # pairs required by the recipe small
+_BATCH = 32  # rows of the batches of `read_batches`: few, so that every thread soon finishes one
 _PATIENCE = 10  # `read_batches` ends after this multiple of its seconds, even with fewer samples
 _TILE, _COLUMNS, _ROWS, _LINES = 200, 6, 4, 4
 
@@ -32,17 +32,20 @@ class Sample:
     size: tuple[int, int] = (0, 0)
     file_bytes: int = 0
     digest: bytes = b""
-    caption: str = ""  # the first of `captions`
     captions: tuple[str, ...] = ()
     index: int = -1
 
 
 @dataclasses.dataclass(frozen=True)
 class LoaderSample:
-    """Statistics of a run's first samples, as its loader reads them.
+    """Statistics of a run's first samples, read by its loader.
 
-    `speed` is in samples a second, once all threads or workers are busy, `bad` counts bad samples by reason, `example`
-    is the ledger's line about the first one, or "", and `text` has the tokens, (rows, n), or is None.
+    Attributes:
+      read: number of samples.
+      speed: samples/s once all threads are busy.
+      bad: bad samples by reason.
+      example: the ledger's line about the first bad sample, or "".
+      text: tokens, int32 (rows, n), or None.
     """
 
     read: int
@@ -53,40 +56,39 @@ class LoaderSample:
 
 
 def read(source: Source, indices: Sequence[int], threads: int, size: int) -> tuple[list[Sample], float]:
-    """Read pairs and crop their images to `size`; return the samples and the seconds that it took."""
+    """Read pairs and crop their images to `size`; return the samples and the elapsed seconds."""
+
+    def examine(record: Record) -> Sample:
+        image = record["image"]
+        data = image if isinstance(image, bytes) else image.tobytes()
+        digest = hashlib.blake2b(data, digest_size=16).digest()
+        # At full size, which is reported; training decodes large JPEGs at half of it or less.
+        pixels = images.decode(image)
+        height, width = pixels.shape[:2]
+        transforms.random_resized_crop(pixels, size, np.random.default_rng(list(digest)), resample="area")
+        return Sample("", "", (width, height), len(data), digest, tuple(record["text"]))
+
     began = time.perf_counter()
-    places = [(source, index) for index in indices]
-    results = records.read_each(places, lambda record: _examine(record, size), threads=threads)
+    results = records.read_each(((source, index) for index in indices), examine, threads=threads)
     samples = [Sample(x.reason, x.detail) if isinstance(x, BadSample) else x for x in results]
     for index, sample in zip(indices, samples, strict=True):
         sample.index = index
     return samples, time.perf_counter() - began
 
 
-def _examine(record: Record, size: int) -> Sample:
-    image, captions = record["image"], record["text"]
-    data = image if isinstance(image, bytes) else image.tobytes()
-    digest = hashlib.blake2b(data, digest_size=16).digest()
-    # The full size is measured, so the image is decoded at it; training decodes large JPEGs at a half or less.
-    pixels = images.decode(image)
-    height, width = pixels.shape[:2]
-    transforms.random_resized_crop(pixels, size, np.random.default_rng(list(digest)), resample="area")
-    return Sample("", "", (width, height), len(data), digest, captions[0], tuple(captions))
-
-
 def read_batches(
     sources: Sequence[Source], transform: loader.Transform, seed: int, *, samples: int, seconds: float
 ) -> LoaderSample:
-    """Read samples as a run does, with its threads or workers, but in smaller batches and without spreading captions.
+    """Read samples with a run's threads, but in smaller batches and without spreading equal captions.
 
-    At least `samples` are read, for at least `seconds` from when all threads or workers are busy.
+    Reads at least `samples`, and for at least `seconds` once all threads are busy.
 
     Raises:
-      UserError: no usable sample for a position, or an error that concerns more than a sample.
+      UserError: no usable sample for a position, or an error that affects more than a sample.
     """
     data = dataclasses.replace(transform.config, spread_duplicate_captions=False)
     rows = min(data.batch, _BATCH)
-    busy = 2 * data.workers * loader.WORKER_BUFFER if data.workers else data.threads + loader.BUFFER
+    busy = data.threads + loader.BUFFER
     order = loader.sample_order(sources, data, seed)
     with tempfile.TemporaryDirectory() as scratch:
         ledger = BadSampleLog(epath.Path(scratch), max_bad_fraction=1.0)
@@ -98,13 +100,13 @@ def read_batches(
                 now = time.perf_counter()
                 if "text" in batch and len(texts) * rows < samples:
                     texts.append(np.array(batch["text"]))
-                # The time of the first batches, in which threads and processes start, does not count unless it is long.
+                # The first batches, during which the threads start, do not count unless they take long.
                 if count == busy and now - began < seconds:
                     start, first = now, count
                 enough = count * rows >= samples and count > first and now - start >= seconds
                 if enough or now - began > _PATIENCE * seconds > 0:
                     break
-            elapsed = time.perf_counter() - start  # processes take seconds to end
+            elapsed = time.perf_counter() - start
         ledger.sync(count * rows)
         ledger.file.close()
         lines = ledger.path.read_text().splitlines() if ledger.path.exists() else []
@@ -114,7 +116,7 @@ def read_batches(
 
 
 def write_sheet(samples: Sequence[Sample], source: Source, path: str) -> int:
-    """Write a PNG of the first good pairs that are still readable, if there are any, and return their number."""
+    """Write a PNG of the first good pairs, if any, and return their number."""
     chosen = []
     for sample in (sample for sample in samples if not sample.reason):
         with contextlib.suppress(BadSample):
@@ -132,7 +134,7 @@ def write_sheet(samples: Sequence[Sample], source: Source, path: str) -> int:
     for i, (sample, picture) in enumerate(chosen):
         x, y = i % _COLUMNS * _TILE, i // _COLUMNS * height
         page.paste(picture, (x + 2, y + 2))
-        for j, text in enumerate(textwrap.wrap(sample.caption, 30)[:_LINES]):
+        for j, text in enumerate(textwrap.wrap(sample.captions[0], 30)[:_LINES]):
             pen.text((x + 4, y + _TILE + j * line), text, fill="black", font=font)
     page.save(path, format="PNG")
     return len(chosen)

@@ -1,4 +1,4 @@
-"""Labelled items in memory: images in folders of classes or listed in a CSV file, and texts."""
+"""Labelled items: images in folders of classes or listed in a CSV file, and texts."""
 
 import hashlib
 import os
@@ -23,10 +23,9 @@ def file_size(path: str | os.PathLike) -> int:
 
 
 class Paths(LazySequence):
-    """Encoded images in files of this machine, read on access."""
+    """Encoded images in local files, read on access; names in fingerprints are relative to `root`."""
 
     def __init__(self, paths: Sequence[pathlib.Path], root: pathlib.Path | None = None) -> None:
-        """Hold the paths; names in fingerprints are relative to `root`."""
         self.paths = paths
         self.root = root
         super().__init__(len(paths), self._image, lambda i: str(paths[i]), self._listed)
@@ -44,27 +43,25 @@ class Paths(LazySequence):
 def read_files(name: str, path: pathlib.Path) -> tuple[Paths, np.ndarray, list[str]]:
     """Return images, labels and class names of a folder with one sub-folder per class, or a CSV file of path and label.
 
-    A folder is read as torchvision's ImageFolder reads it. In a CSV file each distinct label is a class, in the order
-    of letters or, if all are integers, of numbers. Labels with | between them are several labels of one image; they
-    give bool (n, classes), in which an image may have no class. A `UserError` begins with `name`.
+    Folders are read like torchvision's ImageFolder. In a CSV file each distinct label is a class, sorted as numbers if
+    all are integers. If a | separates several labels of an image, the labels are bool (n, classes), and an image may
+    have none. A `UserError` begins with `name`.
     """
     path = path.expanduser()
-    if path.is_dir():
-        return _read_folder(name, path)
-    if not path.is_file():
+    if path.is_file():
+        return _read_table(name, path)
+    if not path.is_dir():
         raise UserError(f"{name}: {str(path)!r} does not exist; pass a folder or a CSV file.")
-    return _read_table(name, path)
-
-
-def _read_folder(name: str, path: pathlib.Path) -> tuple[Paths, np.ndarray, list[str]]:
     names = sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith("."))
     images = [images_in(path / folder) for folder in names]
-    if not any(images):
-        raise UserError(f"{name}: folder {str(path)!r} contains no images in sub-folders; make one for each class.")
-    if empty := [folder for folder, inside in zip(names, images, strict=True) if not inside]:
-        raise UserError(f"{name}: {len(empty)} class folders of {str(path)!r} contain no images, {empty[0]!r} first.")
+    empty = [folder for folder, inside in zip(names, images, strict=True) if not inside]
+    if not any(images) or empty:
+        fault = f"{len(empty)} class folders of {str(path)!r} contain no images, {empty[0]!r} first"
+        if not any(images):
+            fault = f"folder {str(path)!r} contains no images in sub-folders; make one for each class"
+        raise UserError(f"{name}: {fault}.")
     labels = np.repeat(np.arange(len(names)), [len(inside) for inside in images])
-    # Names of folders may have any bytes, and texts of classes have to be UTF-8.
+    # Folder names may contain any bytes, but class names must be UTF-8.
     names = [name.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for name in names]
     return Paths([image for inside in images for image in inside], path), labels, names
 
@@ -72,7 +69,7 @@ def _read_folder(name: str, path: pathlib.Path) -> tuple[Paths, np.ndarray, list
 def images_in(folder: pathlib.Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> list[pathlib.Path]:
     """Return the files with these suffixes in `folder` and visible folders below it, in ImageFolder's order.
 
-    Raises `OSError` where a folder cannot be listed: without its images the set would be another.
+    Raises `OSError` if a folder cannot be listed, since the set would be incomplete.
     """
 
     def refuse(error: OSError) -> None:
@@ -81,19 +78,17 @@ def images_in(folder: pathlib.Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) 
 
     inside = []
     for root, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
-        folders[:] = [name for name in folders if not (name.startswith(".") or _leads_back(folder, root, name))]
+        folders[:] = [name for name in folders if not (name.startswith(".") or _leads_back(root, name))]
         inside.append((root, sorted(n for n in files if n.lower().endswith(suffixes) and not n.startswith("."))))
     return [pathlib.Path(root, file) for root, files in sorted(inside) for file in files]
 
 
-def _leads_back(folder: pathlib.Path, root: str, name: str) -> bool:
-    """Whether a folder in `root` is a link back, on the way from `folder` or above it: its files would come again."""
-    if not os.path.islink(os.path.join(root, name)):
-        return False
-    real = os.path.realpath(os.path.join(root, name))
-    path = pathlib.Path(root)
-    way = [path, *(parent for parent in path.parents if parent == folder or folder in parent.parents)]
-    return any(os.path.commonpath([real, os.path.realpath(place)]) == real for place in way)
+def _leads_back(root: str, name: str) -> bool:
+    """Whether a folder in `root` is a link to an ancestor; following it would list the same files twice."""
+    link = os.path.join(root, name)
+    real = os.path.realpath(link)
+    ancestors = map(os.path.realpath, [root, *pathlib.Path(root).parents])
+    return os.path.islink(link) and any(os.path.commonpath([real, place]) == real for place in ancestors)
 
 
 def _read_table(name: str, path: pathlib.Path) -> tuple[Paths, np.ndarray, list[str]]:
@@ -101,24 +96,27 @@ def _read_table(name: str, path: pathlib.Path) -> tuple[Paths, np.ndarray, list[
         table = read_csv(str(path), ("path", "label"))
         places = table["path"].to_pylist()
         cells = table["label"].to_pylist()
-    except UserError:
-        raise
-    except Exception as error:  # the class depends on the fault
+    except Exception as error:  # of any class
         raise UserError(
             f"{name}: {str(path)!r} is not a CSV file with the columns path and label ({first_line(error)})."
         ) from error
     images = [path.parent / os.path.expanduser(place) for place in places]
-    if missing := [image for image in images if not os.path.isfile(image)]:  # also a name that no disk takes
-        raise UserError(f"{name}: {len(missing)} images of {str(path)!r} do not exist, {str(missing[0])!r} first.")
-    words = [[word for part in cell.split("|") if (word := part.strip())] for cell in cells]
+    words = [list(filter(None, map(str.strip, cell.split("|")))) for cell in cells]
     several = any("|" in cell for cell in cells)
-    if not several and (empty := [place for place, of_row in zip(places, words, strict=True) if not of_row]):
-        raise UserError(f"{name}: {empty[0]!r} in {str(path)!r} has no label; give it one, or delete the row.")
+    missing = [image for image in images if not os.path.isfile(image)]
+    empty = [place for place, of_row in zip(places, words, strict=True) if not of_row and not several]
     distinct = {word for of_row in words for word in of_row}
+    fault = ""
+    if missing:
+        fault = f"{len(missing)} images do not exist, {str(missing[0])!r} first"
+    elif empty:
+        fault = f"{empty[0]!r} has no label; give it one, or delete the row"
+    elif not distinct:
+        fault = "no row has a label"
+    if fault:
+        raise UserError(f"{name}: {str(path)!r}: {fault}.")
     numbers = all(re.fullmatch(r"-?[0-9]{1,18}", word) for word in distinct)
     names = sorted(distinct, key=lambda word: (int(word) if numbers else 0, word))
-    if not names:
-        raise UserError(f"{name}: {str(path)!r} has no row with a label.")
     index = {word: i for i, word in enumerate(names)}
     if not several:
         return Paths(images, path.parent), np.array([index[of_row[0]] for of_row in words]), names
@@ -132,10 +130,10 @@ class Labelled(Source):
     """Random access to labelled items. A record has "label", a number, and "image", or "text" and "tags".
 
     Attributes:
-      key: what the items are, "image" or "text".
+      key: kind of the items, "image" or "text".
       items: encoded or uint8 (h, w, 3) images, or strings, in the order of the records.
-      names: names of the classes, in the order of their numbers; empty if labels are numbers to be fitted.
-      metrics: to report for a fine-tuned model, the most important first.
+      names: names of the classes, in the order of their numbers; empty for regression.
+      metrics: names of the metrics of a fine-tuned model, the most important first.
       multilabel: whether an item may have several classes, or none.
       version: version of the data set, "" if unknown.
       templates: the data set's own prompts for a class, {c} for its name; empty for the evaluator's.
@@ -154,12 +152,12 @@ class Labelled(Source):
         identity: Sequence[str] = (),
         read: Callable[[int], tuple[Any, Any]] | None = None,
     ) -> None:
-        """Hold the items and labels, which may be read on access.
+        """Hold items and labels, which may be read on access.
 
         Args:
           key, items, names, metrics: see the attributes.
           labels: number of each item's class, or bool (n, classes).
-          identity: identifies the items; by default it follows from them and the labels.
+          identity: identifies the items; by default it is a digest of items and labels.
           read: returns an item and its label, if one access gives both.
         """
         self.key = key
@@ -175,7 +173,7 @@ class Labelled(Source):
         return len(self.items)
 
     def labels(self) -> np.ndarray:
-        """Return all labels, (n,), or bool (n, classes) with `multilabel`; no image is decoded."""
+        """Return all labels, (n,), or bool (n, classes) with `multilabel`, without decoding images."""
         if not isinstance(self._labels, np.ndarray):
             self._labels = np.array([self._labels[i] for i in range(len(self))])
         return self._labels
@@ -185,7 +183,7 @@ class Labelled(Source):
         return {"file": display_name(self.items, index)} if in_files else {"row": str(index)}
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return a hash of the identity; without one, of labels and texts, or of labels and files' names and sizes."""
+        """Hash the identity or else the labels, with texts or with names and sizes of files."""
         sizes = getattr(self.items, "sizes", None)
         items: Any = sizes() if sizes else self.items
         content = self._identity or zip(items, self.labels().tolist(), strict=True)
@@ -197,7 +195,7 @@ class Labelled(Source):
 
     @property
     def identity(self) -> Any:
-        """JSON that identifies the items in hashes of evaluation sets; "" for files and texts, which are hashed."""
+        """JSON that identifies the items in hashes of evaluation sets; "" for files and texts."""
         if self._identity:
             return self._identity
         return "" if isinstance(self.items, Paths) or self.key == "text" else self.fingerprint()["hash"]
@@ -209,7 +207,7 @@ class Labelled(Source):
 
 
 def open_files(name: str, path: str) -> Labelled:
-    """Open the images in classes of `read_files`, with the same arguments and errors."""
+    """Open labelled images; see `read_files` for arguments and errors."""
     paths, labels, names = read_files(name, pathlib.Path(path))
     return Labelled("image", paths, labels, names)
 
@@ -221,24 +219,24 @@ def check_one_class(spec: str, source: Labelled) -> None:
 
 
 def count_classes(spec: str, source: Labelled) -> int:
-    """Return the number of classes, 1 for labels that are numbers; raise `UserError` if there is only one class."""
-    if source.names and len(source.names) == 1:
+    """Return the number of classes, 1 for regression; raise `UserError` for a single class."""
+    if len(source.names) == 1:
         raise UserError(f"{spec} has one class, {source.names[0]!r}; a classifier learns from two or more.")
-    return len(source.names or ()) or 1
+    return len(source.names) or 1
 
 
 class MismatchError(UserError):
-    """Labelled items from which a model cannot learn."""
+    """Labelled items that do not fit the model."""
 
 
 def check_sources(
     specs: Sequence[str], sources: Sequence[Labelled], classes: int, fields: Sequence[str] | None = None
 ) -> None:
-    """Check that a classifier of a number of classes, 1 for labels that are numbers, can learn from all sources.
+    """Check that all sources fit a classifier.
 
     Args:
       specs, sources: labelled items, and their specs for messages.
-      classes: number of classes of the classifier.
+      classes: number of classes of the classifier, 1 for regression.
       fields: fields of the batches, with "image" or "text"; None for any.
 
     Raises:
@@ -247,11 +245,13 @@ def check_sources(
     """
     for spec, source in zip(specs, sources, strict=True):
         check_one_class(spec, source)
+        fault = ""
         if fields is not None and source.key not in fields:
-            expected = next(key for key in ("image", "text") if key in fields)
-            raise MismatchError(f"source {spec!r} has {source.key}s and the model learns from {expected}s")
-        if count_classes(spec, source) != classes:
-            raise MismatchError(f"source {spec!r} has {len(source.names)} classes, expected {classes}")
+            fault = f"{source.key}s and the model learns from {'image' if 'image' in fields else 'text'}s"
+        elif count_classes(spec, source) != classes:
+            fault = f"{len(source.names)} classes, expected {classes}"
+        if fault:
+            raise MismatchError(f"source {spec!r} has {fault}")
         if list(source.names) != list(sources[0].names):
             raise UserError(
                 f"sources {specs[0]!r} and {spec!r} have different classes; they must be the same, in the same order."

@@ -1,4 +1,4 @@
-"""The log of bad samples: each is recorded with its reason, and too many of them stop the run."""
+"""The log of bad samples: each is recorded with its reason, and too many stop the run."""
 
 import collections
 import json
@@ -15,10 +15,10 @@ from xclip_jax.core.errors import UserError
 from xclip_jax.core.json_lines import JsonLines
 from xclip_jax.core.run_folder import RunReader
 
-# The share of bad samples is computed of at least this number, so that the first batch cannot stop a run.
+# The share of bad samples is computed over at least this many samples, so that the first batch cannot stop a run.
 _MIN_SAMPLES = 1000
-# It is also computed of so many samples or more, from one `sync` to a later one: after weeks of good data a failure
-# would hardly change the run's share.
+# It is also computed over the last window, of at least this many samples: after weeks of good data a failure would
+# hardly change the run's share.
 _WINDOW = 100_000
 _MOST_LISTED = 100_000  # lines of bad_samples.jsonl
 _MIN_GATHERED = 1024  # bytes
@@ -31,19 +31,19 @@ class TooManyBadSamples(UserError):
 
 
 def _gather(content: Any) -> list[Any]:
-    """Return the JSON content of every process on each; all processes must call this at the same step."""
+    """Return the JSON content of every process; all processes must call this at the same step."""
     if jax.process_count() == 1:
         return [content]
     data = np.frombuffer(json.dumps(content).encode(), np.uint8)
     sizes = multihost_utils.process_allgather(np.asarray(len(data)))
-    # Rounded up to few lengths, since each is compiled.
+    # Rounded up, since each length is compiled.
     length = max(_MIN_GATHERED, 1 << (int(sizes.max()) - 1).bit_length())
     rows = multihost_utils.process_allgather(np.pad(data, (0, length - len(data))))
     return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
 def _distinct(gathered: Sequence[tuple[int, int, list[Entry]]]) -> list[tuple[int, list[Entry]]]:
-    """Return (tokens, bad samples) of each part of the batch, given (part, tokens, bad samples) of each process."""
+    """Return (tokens, bad samples) of each part of the batch from (part, tokens, bad samples) of each process."""
     records: dict[int, tuple[int, list[Entry]]] = {}
     for part, tokens, bad in gathered:
         first, others = records.setdefault(part, (tokens, bad))
@@ -53,24 +53,27 @@ def _distinct(gathered: Sequence[tuple[int, int, list[Entry]]]) -> list[tuple[in
 
 
 class BadSampleLog:
-    """Counts the samples that a run reads, and writes bad_samples.jsonl: each bad sample once, with its reason.
+    """Counts a run's samples, and writes each bad one once to bad_samples.jsonl, the first `_MOST_LISTED` of them.
 
     A line is {"position": in the run's order, "reason", "detail", "source": its number, "index"} and the source's
-    description of the sample, such as "tar" and "key". The `counters` {"samples": delivered, "tokens": in their texts,
-    "bad": {reason: replaced samples}} are over all processes, as of the last `sync`; a checkpoint keeps them. Only the
-    first `_MOST_LISTED` bad samples have a line.
+    description of the sample, such as "tar" and "key".
 
     Attributes:
+      counters: {"samples": delivered, "tokens": in their texts, "bad": {reason: replaced samples}} of all processes at
+        the last `sync`; checkpoints store them.
       file: bad_samples.jsonl.
     """
 
     def __init__(
         self, folder: epath.Path, *, max_bad_fraction: float, start: int = 0, counters: Mapping[str, Any] | None = None
     ) -> None:
-        """Open the ledger of the run in `folder`, which has read `start` samples, and `counters` at that point.
+        """Open the ledger of the run in `folder`; lines for samples from `start` on are removed.
 
-        An interrupted run's lines for later samples are removed. A larger share of bad samples than `max_bad_fraction`
-        stops the run.
+        Args:
+          folder: the run's folder.
+          max_bad_fraction: a larger share of bad samples stops the run.
+          start: samples that the run has read.
+          counters: the counters at `start`.
         """
         self.path = RunReader(folder).bad_samples_file
         self.max_bad_fraction = max_bad_fraction
@@ -85,23 +88,18 @@ class BadSampleLog:
         self._known = {(entry["source"], entry["index"]) for entry in self.file.kept}
         del self.file.kept
         self._window = (self.counters["samples"], self.bad)  # counters at its beginning
-        self._last_window = (0, 0)  # bad samples of the last whole window, of how many that were read
+        self._last_window = (0, 0)  # bad samples and all samples of the last whole window
 
     def add(self, end: int, tokens: int, bad: Sequence[Entry], part: int | None = None) -> None:
-        """Record a batch of this process, whose global batch ends before sample `end`.
+        """Record this process's rows of a batch.
 
-        `tokens` are in this process's rows, and `bad` are the samples that were replaced there. Several processes that
-        load the same `part` of the global batch, see `mesh.batch_part`, count once; by default each has its own.
-
-        Raises:
-          UserError: no usable sample for a position.
+        Args:
+          end: the run's samples up to the end of the global batch.
+          tokens: number of tokens in the rows.
+          bad: replaced samples of the rows.
+          part: part of the global batch, see `mesh.batch_part`; processes that load the same one count once. By default
+            each process has another one.
         """
-        for entry in bad:
-            if entry.get("last"):
-                raise UserError(
-                    f"source {entry['source']} gave {entry['last']} bad samples in a row, the last for "
-                    f"{entry['reason']!r}; run xclip-jax check on it."
-                )
         self._part = self._part if part is None else part
         self._pending.append((end, tokens, list(bad)))
 
@@ -111,10 +109,12 @@ class BadSampleLog:
         Raises:
           UserError: processes that load the same rows read different samples.
         """
-        tokens, bad = 0, []
+        tokens = 0
+        bad = []
         while self._pending and self._pending[0][0] <= samples:
             _, batch_tokens, batch_bad = self._pending.popleft()
-            tokens, bad = tokens + batch_tokens, bad + batch_bad
+            tokens += batch_tokens
+            bad += batch_bad
         records = _distinct(_gather([self._part, tokens, bad]))
         entries = sorted((entry for _, each in records for entry in each), key=lambda entry: entry["position"])
         counts = collections.Counter(self.counters["bad"])
@@ -140,14 +140,11 @@ class BadSampleLog:
 
     @property
     def share(self) -> float:
-        """Share of bad samples among all samples read."""
+        """Share of bad samples among all samples."""
         return self.bad / max(self.counters["samples"] + self.bad, 1)
 
     def check(self) -> None:
-        """Raise `TooManyBadSamples` if more than `max_bad_fraction` of the samples counted by `sync` are bad.
-
-        It holds for all samples of the run, and for the last window of `_WINDOW`.
-        """
+        """Raise `TooManyBadSamples` if over `max_bad_fraction` of all samples, or of the last window, are bad."""
         whole = (self.bad, self.counters["samples"] + self.bad)
         for (bad, read), last, of_run in ((whole, "", ""), (self._last_window, "the last ", "in all ")):
             if bad > self.max_bad_fraction * max(read, _MIN_SAMPLES):
@@ -155,7 +152,7 @@ class BadSampleLog:
                 reasons = ", ".join(f"{reason}: {count:,}" for reason, count in counts)
                 needed = math.ceil(100 * bad / max(read, _MIN_SAMPLES)) / 100
                 remedy = "Repair the data, or raise data.max_bad_fraction."
-                if not last:  # a resumed run has read them already
+                if not last:  # a resumed run has already read them
                     remedy = f"Repair the data, and start a new run, or resume with data.max_bad_fraction={needed:g}."
                 raise TooManyBadSamples(
                     f"{bad:,} of {last}{read:,} samples are bad, more than data.max_bad_fraction="

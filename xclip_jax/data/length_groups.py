@@ -1,8 +1,8 @@
-"""Groups of texts by length: their choice, and the order in which a step encodes the texts of a batch.
+"""Groups texts by length, so that a step does not encode padding.
 
-Captions fill a fraction of the context, and the longest caption of a large batch nearly always fills all of it. So the
-rows of each device are ordered by length and encoded in a few groups, each cut to its own length. All shapes are fixed:
-a batch whose texts do not fit the groups is computed whole.
+Most captions fill a fraction of the context, and the longest caption of a large batch fills all of it. So each device
+sorts its texts by length, and encodes a few groups, each cut to one length. All shapes are fixed: a batch whose texts
+do not fit the groups is computed whole.
 """
 
 import dataclasses
@@ -21,10 +21,10 @@ from xclip_jax.parallel import sharding
 Sizes = tuple[tuple[int, int], ...]
 
 AUTO, FULL = "auto", "full"
-MAX_GROUPS = 4  # the last has the whole context; each further one is another pass over the tower's weights
-_MULTIPLE = 8  # accelerators are no faster for lengths between multiples
-_MISFITS = 0.005  # share of steps that may be computed whole
-# Groups double what is compiled: auto leaves them where they would save less of a step's FLOPs, or in a shorter run.
+MAX_GROUPS = 4  # including the whole context; each is another pass over the tower's weights
+_MULTIPLE = 8  # other lengths are not faster on accelerators
+_MISFITS = 0.005  # largest share of steps computed whole
+# Groups double the compiled program, so "auto" avoids them below this saving of a step's FLOPs, or in shorter runs.
 _LEAST_SAVING, _LEAST_STEPS = 0.05, 1000
 
 
@@ -32,18 +32,14 @@ _LEAST_SAVING, _LEAST_STEPS = 0.05, 1000
 class LengthGroups:
     """Cuts ((tokens, share), ...), both rising: up to `share` of the texts, the shortest ones, have `tokens` positions.
 
-    The remaining texts have the whole context, all texts if there are no cuts.
+    All other texts have the whole context.
     """
 
     cuts: tuple[tuple[int, float], ...] = ()
 
     @classmethod
     def parse(cls, spec: str) -> Self:
-        """Parse config key `data.length_groups`, such as "24:0.6,40:0.9"; "auto" and "full" have no cuts.
-
-        Raises:
-          UserError: anything else.
-        """
+        """Parse `data.length_groups`, such as "24:0.6,40:0.9"; "auto" and "full" have no cuts."""
         if spec in (AUTO, FULL):
             return cls()
         try:
@@ -81,24 +77,28 @@ WHOLE = LengthGroups()
 
 
 def choose(counts: np.ndarray, *, rows: int, draws: int, flops_of: Callable[[int], float]) -> LengthGroups:
-    """Return the groups with the fewest FLOPs that all but a few batches fit, at most four with the whole context.
+    """Return at most `MAX_GROUPS` groups with the fewest FLOPs, which nearly all batches fit.
 
-    `counts` (context + 1,) has the number of sampled texts by length in tokens; a device orders `rows` texts together,
-    and a step does so `draws` times on all devices. `flops_of` returns the FLOPs of a text with a number of tokens.
+    Args:
+      counts: number of sampled texts by length in tokens, (context + 1,).
+      rows: texts that a device sorts together.
+      draws: number of sorts per step on all devices.
+      flops_of: function from a text's length in tokens to FLOPs.
     """
     context = len(counts) - 1
     ends: dict[int, int] = {}
     for tokens in range(_MULTIPLE, context, _MULTIPLE):
-        # Longer texts in the sample, and as many more as chance may have kept out of it.
+        # Longer texts in the sample, and a margin for chance.
         longer = counts[tokens + 1 :].sum()
         p = min((longer + 2 * longer**0.5 + 1) / counts.sum(), 1)
         most = scipy.stats.binom.isf(_MISFITS / draws / MAX_GROUPS, rows, p)
-        if (fitting := rows - int(most)) > 0:
+        fitting = rows - int(most)
+        if fitting > 0:
             ends[tokens] = fitting
     best = WHOLE
     for n in range(1, MAX_GROUPS):
         for lengths in itertools.combinations(ends, n):
-            # Shares in millionths, as in a config, are rounded up: rounded down, `sizes` would lose a row.
+            # In millionths, like in a config, and rounded up, since otherwise `sizes` would lose a row.
             cuts = tuple((tokens, -(-ends[tokens] * 10**6 // rows) / 10**6) for tokens in lengths)
             if all(a[1] < b[1] for a, b in itertools.pairwise(cuts)):
                 best = min(best, LengthGroups(cuts), key=lambda groups: groups.mean(flops_of, context))
@@ -106,18 +106,18 @@ def choose(counts: np.ndarray, *, rows: int, draws: int, flops_of: Callable[[int
 
 
 def worthwhile(saved: float, steps: int) -> bool:
-    """Whether "auto" uses groups that save this share of a step's FLOPs in a run of `steps`."""
+    """Whether "auto" uses groups with this saving of a step's FLOPs, as a share, in a run of `steps`."""
     return saved >= _LEAST_SAVING and steps >= _LEAST_STEPS
 
 
 @dataclasses.dataclass(frozen=True)
 class LengthOrder:
-    """Orders the rows of each device and microbatch by the lengths of their texts, and cuts them into groups.
+    """Sorts the rows of each device and microbatch by text length, and cuts them into groups.
 
-    Rows of a microbatch are `microbatches` apart, as in `sharding.map_microbatches`; each device has a part.
+    Rows of a microbatch are `microbatches` apart, see `sharding.map_microbatches`; each device has a part.
 
     Attributes:
-      lengths: int (parts, rows, microbatches) tokens of each text.
+      lengths: tokens of each text, int (parts, rows, microbatches).
       order, inverse: row at each place, and place of each row, of the same shape.
       sizes: ((rows, tokens), ...) of the groups.
     """
@@ -129,7 +129,7 @@ class LengthOrder:
 
     @classmethod
     def from_tokens(cls, text: jax.Array, eot_id: int, sizes: Sizes, microbatches: int = 1) -> Self:
-        """Return the order of tokens (b, n); the tower reads no token after a text's first `eot_id`."""
+        """Sort tokens (b, n) by length, up to and including a text's first `eot_id`."""
         rows = sum(n for n, _ in sizes)
         lengths = _split(jnp.argmax(text == eot_id, axis=-1) + 1, rows, microbatches)
         order = jnp.argsort(lengths, axis=1)
@@ -137,13 +137,13 @@ class LengthOrder:
 
     @property
     def fits(self) -> jax.Array:
-        """Whether no text is longer than its group, on all devices, bool."""
+        """Whether all texts fit their groups on all devices, bool."""
         last = np.cumsum([n for n, _ in self.sizes]) - 1
         longest = jnp.sort(self.lengths, axis=1)[:, last]
         return jnp.all(longest <= jnp.array([tokens for _, tokens in self.sizes])[:, None])
 
     def split(self, x: jax.Array, *, cut: bool = False) -> tuple[jax.Array, ...]:
-        """Split rows (b, ...) into (rows, ...) for each group; with `cut` the second axis ends with the group."""
+        """Split rows (b, ...) into (rows, ...) for each group; `cut` shortens the second axis to the group's tokens."""
         _, rows, microbatches = self.lengths.shape
         ordered = _reorder(_split(x, rows, microbatches), self.order, self.inverse)
         groups, start = [], 0
@@ -154,7 +154,7 @@ class LengthOrder:
         return tuple(groups)
 
     def join(self, groups: Sequence[jax.Array]) -> jax.Array:
-        """Join results of each group, (rows, ...), to (b, ...) in the order of the batch."""
+        """Join the groups' results, (rows, ...), to (b, ...) in the order of the batch."""
         microbatches = self.lengths.shape[2]
         parts = [_split(x, n, microbatches) for x, (n, _) in zip(groups, self.sizes, strict=True)]
         return _join(_reorder(jnp.concatenate(parts, axis=1), self.inverse, self.order))
@@ -174,7 +174,7 @@ def _join(x: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def _reorder(x: jax.Array, order: jax.Array, inverse: jax.Array) -> jax.Array:
-    """Reorder rows of (parts, rows, microbatches, ...). The derivative gathers by `inverse` instead of scattering."""
+    """Reorder rows of (parts, rows, microbatches, ...); the derivative gathers by `inverse` instead of scattering."""
     return jnp.take_along_axis(x, order.reshape(*order.shape, *[1] * (x.ndim - 3)), axis=1)
 
 

@@ -1,9 +1,8 @@
-"""Training batches: a pure function of (sources, seed, batch number), so that a run can be resumed anywhere."""
+"""Training batches: a pure function of (sources, seed, batch number), so that a run can resume anywhere."""
 
 import bisect
 import dataclasses
 import functools
-import gc
 import hashlib
 import itertools
 import json
@@ -15,7 +14,6 @@ from typing import Any
 import grain
 import jax
 import numpy as np
-from absl import flags
 from jax.sharding import Mesh
 
 from xclip_jax.core.errors import BadSample, UserError
@@ -28,18 +26,17 @@ from xclip_jax.parallel.mesh import batch_sharding
 
 Batch = dict[str, Any]
 
-MAX_RESAMPLES = 100  # the run stops after this number of bad samples in a row for one position
-READ_GROUP = 32  # rows that are read together before they are decoded: alternating would empty the processor's caches
+MAX_RESAMPLES = 100  # bad samples in a row for one position that stop the run
+READ_GROUP = 32  # rows to read before decoding them: alternating would empty the processor's caches
 BUFFER = 8  # batches that threads read ahead, at least
-WORKER_BUFFER = 2  # finished batches that each worker process keeps
-_CACHED_PLACES = 1 << 22  # in the orders of epochs that `_SpreadDuplicates` keeps; two epochs are always kept
+_CACHED_PLACES = 1 << 22  # size of the cache of epochs in `_SpreadDuplicates`, which always keeps two epochs
 
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-    """Writes a record to a row of a batch; only `rng` is random.
+    """Writes a record to a row of a batch, a pure function of the record and the random generator.
 
-    A batch has some of the `fields` "image", uint8 (size, size, 3), "text", int32 (length,), "label", a number, and
+    Possible `fields` of a row are "image", uint8 (size, size, 3), "text", int32 (length,), "label", a number, and
     "image_key" and "text_key", int32 (2,): hashes of the image's bytes, and of the caption.
     """
 
@@ -53,7 +50,7 @@ class Transform:
         """Write the fields of `record` to the arrays of `row`, whose first axis has length 1."""
         if "image" in row:
             config, scale = self.config, self.config.crop_scale
-            # Large enough that not even the smallest square crop is enlarged.
+            # So that even the smallest square crop is not enlarged.
             scaled_to = math.ceil(self.size / scale[0] ** 0.5) if config.resample == "area" else 0
             image = images.decode(
                 record["image"], scaled_to=scaled_to, background=config.background, rotate=config.exif_rotation
@@ -88,7 +85,7 @@ class Transform:
         draw = rng.random()
         if not (tags and self.config.tags) or draw >= self.config.tags_append_prob + self.config.tags_only_prob:
             return text
-        # Permuted by number, since NumPy pads all strings to the longest.
+        # NumPy pads strings to the longest, so their numbers are permuted.
         order = rng.permutation(len(tags))
         chosen = [tags[i] for i in order[: rng.integers(1, self.config.tags + 1)]]
         return ", ".join(chosen if draw < self.config.tags_only_prob else [text, *chosen])
@@ -102,10 +99,12 @@ def _hash(content: bytes | np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class SampleOrder:
-    """The endless sequence of a run's samples; item i is the record at position i of the run.
+    """The endless sequence of a run's records by position.
 
-    Element i of `places` is (number of the source, index in it), and depends only on the seed and i. If equal captions
-    are spread, `captions` has `records.reading_digest` of each source's groups.
+    Attributes:
+      sources: the run's sources.
+      places: (number of the source, index in it) for each position; depends only on the seed and the position.
+      captions: `records.reading_digest` of each source's groups, if equal captions are spread.
     """
 
     sources: Sequence[Source]
@@ -115,7 +114,7 @@ class SampleOrder:
     def locate(self, position: int) -> tuple[int, int]:
         """Return the number of the source, and the index in it, at a position of the run."""
         place = self.places[position]
-        assert place is not None  # Grain's None means that an element was filtered out
+        assert place is not None  # only Grain's filters give None
         return place
 
     def __getitem__(self, position: int) -> Record:
@@ -126,20 +125,21 @@ class SampleOrder:
 class _SpreadDuplicates:
     """Maps a position to the index of a record; every epoch is another shuffle of the records.
 
-    The m records of a group are an m-th of an epoch apart, from a random start and in random order; a record without
-    duplicates may be anywhere. The last record of a group and its first in the next epoch may be near each other.
+    The m records of a group are an m-th of an epoch apart, from a random start and in random order. Across epochs,
+    records of a group may be near each other.
     """
 
     def __init__(self, groups: np.ndarray, seed: int) -> None:
-        self.groups, self.seed = groups, seed
-        # Threads read batches of several epochs if these are short.
+        self.groups = groups
+        self.seed = seed
+        # Threads read from several epochs at once if these are short.
         size = max(2, _CACHED_PLACES // len(groups))
         self._cached_order = functools.lru_cache(maxsize=size)(self._order)
         self._lock = threading.Lock()
 
     def __call__(self, position: int, _: Any = None) -> int:
         epoch, offset = divmod(position, len(self.groups))
-        with self._lock:  # the reading threads reach a new epoch together
+        with self._lock:  # all threads reach a new epoch together
             return int(self._cached_order(epoch)[offset])
 
     def _order(self, epoch: int) -> np.ndarray:
@@ -154,10 +154,7 @@ class _SpreadDuplicates:
 
 
 def _caption_groups(opened: Sequence[Source], config: DataConfig) -> tuple[np.ndarray, list[dict[str, Any]]]:
-    """Return the group of each record of all sources, int (n,), and `records.reading_digest` of each source.
-
-    Records of one group have equal captions.
-    """
+    """Group records by equal captions: int (n,) for all sources, and `records.reading_digest` of each source."""
     numbers: dict[tuple[str, ...], int] = {}
     groups, bad = [], []
     places = ((source, index) for source in opened for index in range(len(source)))
@@ -168,26 +165,26 @@ def _caption_groups(opened: Sequence[Source], config: DataConfig) -> tuple[np.nd
         key = ("", str(len(groups))) if isinstance(captions, BadSample) else captions
         groups.append(numbers.setdefault(key, len(numbers)))
     ends = list(itertools.accumulate(map(len, opened), initial=0))
-    outcomes = [records.reading_digest(np.array(groups[a:b]), sum(bad[a:b])) for a, b in itertools.pairwise(ends)]
-    return np.array(groups), outcomes
+    digests = [records.reading_digest(np.array(groups[a:b]), sum(bad[a:b])) for a, b in itertools.pairwise(ends)]
+    return np.array(groups), digests
 
 
 def sample_order(opened: Sequence[Source], config: DataConfig, seed: int) -> SampleOrder:
     """Return the order of all samples, shuffled in each epoch; with weights, the sources are shuffled and then mixed.
 
-    Shares are exact to a hundredth of the smallest weight, and each source has its own epochs. For
-    `DataConfig.spread_duplicate_captions` all captions are read here.
+    Shares are exact to a hundredth of the smallest weight, and each source has epochs of its length. With
+    `DataConfig.spread_duplicate_captions` this reads all captions.
     """
-    outcomes: list[dict[str, Any]] = []
-    # Images are decoded on use; captions are read from the sources themselves.
-    how = (config.background, config.exif_rotation)
-    read = [sources.Decoded(source, *how) for source in opened] if config.cache else opened
+    digests: list[dict[str, Any]] = []
+    read = opened
+    if config.cache:
+        read = [sources.Decoded(source, config.background, config.exif_rotation) for source in opened]
 
     def shuffled(parts: Sequence[Source], seed: int) -> grain.MapDataset:
         places = grain.MapDataset.range(sum(map(len, parts)))
         if config.spread_duplicate_captions:
-            groups, of_parts = _caption_groups(parts, config)
-            outcomes.extend(of_parts)
+            groups, digests_of_parts = _caption_groups(parts, config)
+            digests.extend(digests_of_parts)
             return places.repeat().map_with_index(_SpreadDuplicates(groups, seed))
         return places.shuffle(seed=seed).repeat()
 
@@ -196,72 +193,41 @@ def sample_order(opened: Sequence[Source], config: DataConfig, seed: int) -> Sam
             shuffled([source], (seed + number) % 2**32).map(lambda index, number=number: (number, int(index)))
             for number, source in enumerate(opened)
         ]
-        return SampleOrder(read, grain.MapDataset.mix(orders, list(config.weights)), outcomes)
+        return SampleOrder(read, grain.MapDataset.mix(orders, list(config.weights)), digests)
     starts = list(itertools.accumulate(map(len, opened), initial=0))
 
     def place(index: int) -> tuple[int, int]:
         number = bisect.bisect_right(starts, index) - 1
         return number, int(index) - starts[number]
 
-    return SampleOrder(read, shuffled(opened, seed).map(place), outcomes)
+    return SampleOrder(read, shuffled(opened, seed).map(place), digests)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Reader:
-    """Maps the number of a global batch of `batch` rows to the `rows` that this host reads, a pure function."""
-
-    order: SampleOrder
-    transform: Transform
-    batch: int
-    rows: Sequence[int]
-    rngs: grain.experimental.RngPool
-
-    def __call__(self, g: int) -> Batch:
-        batch = self._empty()
-        bad = []
-        for start in range(0, len(self.rows), READ_GROUP):
-            positions = [g * self.batch + row for row in self.rows[start : start + READ_GROUP]]
-            places = [self.order.locate(position) for position in positions]
-            read = self._read(places)
-            rngs = [self.rngs.acquire_rng(position) for position in positions]
-            for i, (position, place, record, rng) in enumerate(zip(positions, places, read, rngs, strict=True), start):
-                row = {key: values[i : i + 1] for key, values in batch.items()}
-                bad += ({"position": position} | entry for entry in self._fill(*place, record, rng, row))
-                self.rngs.release_rng(rng)
-        return batch | {"bad": json.dumps(bad).encode()}  # Grain passes bytes on unchanged
-
-    def _empty(self) -> Batch:
-        """Return uninitialised arrays of a batch, by field."""
-        return {field: np.empty(*array) for field, array in self.transform.arrays(len(self.rows)).items()}
-
-    def _read(self, places: Sequence[tuple[int, int]]) -> list[Record | BadSample]:
-        return records.read_all([(self.order.sources[number], index) for number, index in places])
-
-    def _fill(
-        self, number: int, index: int, record: Record | BadSample, rng: np.random.Generator, row: Batch
-    ) -> list[Entry]:
-        """Write a record to `row`, or instead of a bad one a random record of its source; return the bad ones."""
-        source, bad = self.order.sources[number], []
-        for _ in range(MAX_RESAMPLES):
+def _fill(
+    row: Batch, record: Record | BadSample, rng: np.random.Generator, transform: Transform, source: Source, place: Entry
+) -> list[Entry]:
+    """Write a record to `row`, or instead of a bad one a random record of its source; return the bad ones."""
+    bad = []
+    for _ in range(MAX_RESAMPLES):
+        try:
+            if isinstance(record, BadSample):
+                raise record
+            transform(record, rng, row)
+            return bad
+        except Exception as error:
+            description = place | source.describe(place["index"])
             try:
-                if isinstance(record, BadSample):
-                    raise record
-                self.transform(record, rng, row)
-                return bad
-            except Exception as error:
-                description = {"source": number, "index": index} | source.describe(index)
-                try:
-                    reason = records.as_bad_sample(error)
-                except UserError as fatal:
-                    sample = json.dumps(description, ensure_ascii=False)
-                    raise UserError(f"{str(fatal).rstrip('.')}; in sample {sample}.") from fatal
-                bad.append({"reason": reason.reason, "detail": reason.detail} | description)
-            index = int(rng.integers(len(source)))
-            (record,) = self._read([(number, index)])
-        bad[-1]["last"] = MAX_RESAMPLES  # `BadSampleLog.add` stops the run; a worker's error would be lost
-        for values in row.values():
-            values[:] = 0
-        return bad
+                reason = records.as_bad_sample(error)
+            except UserError as fatal:
+                sample = json.dumps(description, ensure_ascii=False)
+                raise UserError(f"{str(fatal).rstrip('.')}; in sample {sample}.") from fatal
+            bad.append({"reason": reason.reason, "detail": reason.detail} | description)
+        place = place | {"index": int(rng.integers(len(source)))}
+        (record,) = records.read_all([(source, place["index"])])
+    raise UserError(
+        f"source {place['source']} gave {MAX_RESAMPLES} bad samples in a row, the last for {bad[-1]['reason']!r}; run "
+        "xclip-jax check on it."
+    )
 
 
 def batches(
@@ -285,27 +251,38 @@ def batches(
     source, which depends only on the seed and the position.
 
     Raises:
-      UserError: a bad sample without a `ledger` to record it, no usable sample for a position, or a worker was killed.
+      UserError: a bad sample without a `ledger`, or no usable sample for a position.
     """
-    config = transform.config
     shards = shards or (host,)
     n = batch // (hosts * len(shards))
     rows = [row for shard in shards for row in range(shard * n, (shard + 1) * n)]
-    reader = _Reader(order, transform, batch, rows, grain.experimental.RngPool(seed))
-    # Grain's elements are batches here; its buffer includes the batches that are being read.
-    buffer = max(config.threads, BUFFER)
-    options = grain.ReadOptions(0, 0) if config.workers else grain.ReadOptions(config.threads, buffer)
-    dataset = grain.MapDataset.range(start, stop).map(reader).to_iter_dataset(options)
-    if config.workers:
-        if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()  # Grain reads absl's flags, which only a command line sets up
-        processes = grain.MultiprocessingOptions(config.workers, per_worker_buffer_size=WORKER_BUFFER)
-        dataset = dataset.mp_prefetch(processes, worker_init_fn=records.init_worker)
-    read = iter(dataset)
+    rngs = grain.experimental.RngPool(seed)
+
+    def read_batch(g: int) -> Batch:
+        local: Batch = {field: np.empty(*array) for field, array in transform.arrays(len(rows)).items()}
+        bad = []
+        for first in range(0, len(rows), READ_GROUP):
+            positions = [g * batch + row for row in rows[first : first + READ_GROUP]]
+            places = [order.locate(position) for position in positions]
+            read = records.read_all([(order.sources[number], index) for number, index in places])
+            drawn = [rngs.acquire_rng(position) for position in positions]
+            for i, (position, (number, index), record, rng) in enumerate(
+                zip(positions, places, read, drawn, strict=True), first
+            ):
+                row = {key: values[i : i + 1] for key, values in local.items()}
+                place = {"source": number, "index": index}
+                entries = _fill(row, record, rng, transform, order.sources[number], place)
+                bad += ({"position": position} | entry for entry in entries)
+                rngs.release_rng(rng)
+        return local | {"bad": bad}
+
+    # Grain's elements are batches here; its buffer includes unfinished ones.
+    threads = transform.config.threads
+    options = grain.ReadOptions(threads, max(threads, BUFFER))
+    made = iter(grain.MapDataset.range(start, stop).map(read_batch).to_iter_dataset(options))
     try:
-        made = records.start_workers_with_signals_blocked(read) if config.workers else read
         for g, local in enumerate(made, start):
-            bad = json.loads(local.pop("bad"))
+            bad = local.pop("bad")
             if ledger is not None:
                 tokens = int(transform.tokenizer.lengths(local["text"]).sum()) if "text" in local else 0
                 ledger.add((g + 1) * batch, tokens, bad, host)
@@ -315,12 +292,10 @@ def batches(
     except UserError as error:
         raise UserError(str(error)) from error  # without Grain's notes on tracebacks
     finally:
-        read.close()  # otherwise worker processes live as long as this one
-        if config.workers:
-            gc.collect()  # otherwise Python's exit reports shared memory in reference cycles as leaked
+        made.close()
 
 
 def to_global(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Return the global batch as arrays sharded over the mesh, made from this host's rows in rising order."""
+    """Return the global batch as arrays sharded over the mesh, from this host's rows in rising order."""
     sharding = batch_sharding(mesh)
     return {key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()}

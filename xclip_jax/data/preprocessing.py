@@ -1,4 +1,4 @@
-"""Preprocessing of images for a model in use: a part of the model, like its tokenizer."""
+"""Image preprocessing of a model in use, which belongs to the model like its tokenizer."""
 
 import ast
 import dataclasses
@@ -17,9 +17,9 @@ Triple = tuple[float, float, float]
 
 
 def mean_std(statistics: Any) -> tuple[Triple, Triple]:
-    """Return channel means and standard deviations for config key `data.normalization`, for pixels between 0 and 1.
+    """Return channel means and standard deviations of `data.normalization`, for pixels between 0 and 1.
 
-    `statistics` is a name of `STATISTICS`, or ((r, g, b), (r, g, b)), also as text; `UserError` for anything else.
+    `statistics` is a key of `STATISTICS`, or ((r, g, b), (r, g, b)), also as text; `UserError` for anything else.
     """
     if isinstance(statistics, str) and statistics in STATISTICS:
         return STATISTICS[statistics]
@@ -29,7 +29,7 @@ def mean_std(statistics: Any) -> tuple[Triple, Triple]:
         if values.shape == (2, 3) and np.isfinite(values).all() and (values[1] > 0).all():
             mean, std = (tuple(row) for row in values.tolist())
             return mean, std
-    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # the last two for deeply nested text
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # the last two for deep nesting
         pass
     names = ", ".join(map(repr, STATISTICS))
     raise UserError(
@@ -40,11 +40,16 @@ def mean_std(statistics: Any) -> tuple[Triple, Triple]:
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
-    """Resizes an image to a square on the host, and has the arguments of `transforms.normalize` for the device.
+    """Resizes an image to a square on the host, and stores the arguments of `transforms.normalize` for the device.
 
-    The defaults are OpenAI CLIP's, also in open_clip. The result has `size` pixels a side; `mean` and `std` are for
-    each channel, for pixels between 0 and 1; the other fields are config keys of `eval`, `data.background`
-    and `data.exif_rotation`, explained by `transforms.evaluation_image`. `UserError` for a value that does not fit.
+    The defaults are OpenAI CLIP's, also in open_clip; see `transforms.evaluation_image`. `UserError` for values that
+    do not fit together.
+
+    Attributes:
+      size: side of the result in pixels.
+      mean, std: for each channel, for pixels between 0 and 1.
+      resize_mode, resize_size, interpolation: config keys `eval.resize`, `.resize_size`, `.interpolation`.
+      background, exif_rotation: config keys of `data`.
     """
 
     size: int
@@ -60,25 +65,25 @@ class Preprocessing:
         check_choice("eval.resize", self.resize_mode, RESIZE_MODES)
         check_choice("eval.interpolation", self.interpolation, INTERPOLATIONS)
         check_choice("data.background", self.background, images.BACKGROUNDS)
+        fault = ""
         if self.resize_size and self.resize_mode == "longest":
-            raise UserError(f"eval.resize_size is {self.resize_size}; with eval.resize='longest' it must be 0.")
-        if self.resize_size and self.resize_size < self.size:
-            raise UserError(
-                f"eval.resize_size is {self.resize_size}, less than the model's image size {self.size}; set it to 0 "
-                f"or at least {self.size}."
-            )
+            fault = "; with eval.resize='longest' it must be 0"
+        elif 0 < self.resize_size < self.size:
+            fault = f", less than the model's image size {self.size}; set it to 0 or at least {self.size}"
+        if fault:
+            raise UserError(f"eval.resize_size is {self.resize_size}{fault}.")
 
     @classmethod
     def from_config(cls, config: Any) -> "Preprocessing":
-        """Return the preprocessing of the model of a run's `Config`, which a room above this one defines."""
+        """Return the preprocessing of a run's model by its `Config`."""
         groups = {"data": vars(config.data), "eval": vars(config.eval)}
         return cls.from_dict(groups, config.model.tower("img").image_size)
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], size: int) -> "Preprocessing":
-        """Return the preprocessing for groups "data" and "eval" of a nested dict, without which keys have defaults.
+        """Return the preprocessing for groups "data" and "eval" of a nested dict; missing keys have their defaults.
 
-        A dict without "exif_rotation" is of a version that rotated all images.
+        A missing "exif_rotation" is true, since earlier versions rotated all images.
         """
         mean, std = mean_std(config["data"]["normalization"])
         group: dict[str, Any] = {"exif_rotation": True, **config["data"], **config.get("eval", {})}
@@ -87,7 +92,7 @@ class Preprocessing:
         return cls(size, mean, std, **{field: group[key] for key, field in fields.items() if key in group})
 
     def to_config(self) -> dict[str, dict[str, Any]]:
-        """Return the keys of groups `data` and `eval` that `from_dict` reads; known statistics have their names."""
+        """Return the groups `data` and `eval` for `from_dict`, with known statistics by name."""
         pair = (self.mean, self.std)
         return {
             "data": {
@@ -100,12 +105,12 @@ class Preprocessing:
         }  # fmt: skip
 
     def with_size(self, size: int) -> "Preprocessing":
-        """Return the preprocessing that shows the same view of an image at another size."""
+        """Return the preprocessing for the same view of an image at another size."""
         return dataclasses.replace(self, size=size, resize_size=math.ceil(self.resize_size * size / self.size))
 
     @property
     def resizing(self) -> str:
-        """Resizing in words, without sizes that equal the result's, and whether EXIF is ignored."""
+        """Resizing in words, including sizes other than the result's and ignored EXIF tags."""
         side = {"shortest": "shorter side", "squash": "each side", "longest": "longer side"}[self.resize_mode]
         crop = ", black borders" if self.resize_mode == "longest" else ", central crop"
         if self.resize_mode == "squash" and self.resize_size in (0, self.size):
@@ -128,19 +133,9 @@ class Preprocessing:
         return f"{self.resizing}, {self.size} px, {self.normalization}"
 
     def __call__(self, data: bytes | np.ndarray | Image.Image) -> np.ndarray:
-        """Convert an encoded image, an RGB array (h, w, 3) or a Pillow image to uint8 (size, size, 3).
-
-        Raises:
-          BadSample: it cannot be decoded.
-        """
+        """Convert an encoded image, an RGB array (h, w, 3) or a Pillow image to uint8 (size, size, 3)."""
         return evaluation_image(
-            data,
-            self.size,
-            self.interpolation,
-            self.resize_mode,
-            self.resize_size,
-            self.background,
-            self.exif_rotation,
+            data, self.size, self.interpolation, self.resize_mode, self.resize_size, self.background, self.exif_rotation
         )
 
     def mask(self, mask: np.ndarray) -> np.ndarray:

@@ -1,14 +1,12 @@
-"""Reading of records ahead, in threads and worker processes; any fault of a record becomes a `BadSample`."""
+"""Reads records ahead in threads; any fault of a record becomes a `BadSample`."""
 
 import collections
 import contextlib
 import hashlib
 import itertools
 import multiprocessing.pool
-import multiprocessing.resource_tracker
 import os
 import queue
-import re
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,20 +17,18 @@ import numpy as np
 from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.data.base import Record, Source
 
-MAX_THREADS = 16  # threads (at most data.threads) for reading all records of a source at the start
-READ_TIMEOUT = 300.0  # seconds after which a record that is still being read is a bad one
+MAX_THREADS = 16  # most threads, besides data.threads, for reading all records of a source at the start
+READ_TIMEOUT = 300.0  # seconds to wait for a record before counting it as bad
 _CHUNK = 32  # records that a thread reads one after another
-# Ctrl-C in a terminal, or a batch system that ends a job, sends these to the whole process group.
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 T = TypeVar("T")
 
 
 def read(source: Source, index: int) -> Record | BadSample:
-    """Return record `index` of `source`, or the `BadSample` that says why it cannot be used.
+    """Return record `index` of `source`, or a `BadSample` with the reason why it is unusable.
 
     Raises:
-      UserError, MemoryError: errors that concern more than this record.
+      UserError, MemoryError: errors that affect more than this record.
     """
     try:
         return source[index]
@@ -43,15 +39,27 @@ def read(source: Source, index: int) -> Record | BadSample:
 def read_all(places: Sequence[tuple[Source, int]]) -> list[Record | BadSample]:
     """Return `read(source, index)` for each of `places`, and raise its errors.
 
-    A record that is still being read after `READ_TIMEOUT`, as on a disk that does not answer, becomes a `BadSample`.
-    Its read keeps a thread until the disk answers or the process ends.
+    After `READ_TIMEOUT`, for example on an unresponsive disk, a record becomes a `BadSample`. Its read keeps a thread
+    until the disk answers or the process ends.
     """
+
+    def read_into(
+        results: queue.SimpleQueue[Any], rest: Sequence[tuple[Source, int]], given_up: threading.Event
+    ) -> None:
+        try:
+            for source, index in rest:
+                results.put(read(source, index))
+                if given_up.is_set():
+                    return
+        except BaseException as error:  # raised by the waiting thread
+            results.put(error)
+
     done: list[Record | BadSample] = []
     while len(done) < len(places):
         results: queue.SimpleQueue[Any] = queue.SimpleQueue()
         given_up = threading.Event()
-        arguments = results, places[len(done) :], given_up
-        threading.Thread(target=_read_into, args=arguments, daemon=True, name="read").start()
+        arguments = (results, places[len(done) :], given_up)
+        threading.Thread(target=read_into, args=arguments, daemon=True, name="read").start()
         try:
             while len(done) < len(places):
                 result = results.get(timeout=READ_TIMEOUT)
@@ -64,29 +72,17 @@ def read_all(places: Sequence[tuple[Source, int]]) -> list[Record | BadSample]:
     return done
 
 
-def _read_into(
-    results: queue.SimpleQueue[Any], places: Sequence[tuple[Source, int]], given_up: threading.Event
-) -> None:
-    try:
-        for source, index in places:
-            results.put(read(source, index))
-            if given_up.is_set():
-                return
-    except BaseException as error:  # raised in the thread that waits
-        results.put(error)
-
-
 def read_each(
     places: Iterable[tuple[Source, int]], take: Callable[[Record], T], *, threads: int
 ) -> Iterator[T | BadSample]:
-    """Yield `take(record)` for each of `places`, in order, or the `BadSample` of a record that cannot be used.
+    """Yield `take(record)` for each of `places`, in order, or the `BadSample` of an unusable record.
 
-    Neither a caller that stops iterating, as at a signal, nor the end of the process waits for unfinished reads.
+    Neither a caller that stops iterating nor interpreter exit waits for unfinished reads.
 
     Args:
       places: (source, index) of the records; some are read ahead.
-      take: called in the threads; its result should be small. A record for which it raises is a bad one.
-      threads: number of chunks that are read at once.
+      take: called in the threads; its result should be small. If it raises, the record is bad.
+      threads: number of chunks to read at once.
     """
 
     def taken(record: Record | BadSample) -> T | BadSample:
@@ -110,22 +106,22 @@ def read_each(
 
 
 def reading_digest(numbers: np.ndarray, unreadable: int) -> dict[str, Any]:
-    """Return JSON that is equal for two readings of a source whose `numbers` give a run the same order."""
+    """Return JSON by which two readings of a source can be compared: a digest of `numbers`, and the bad records."""
     digest = hashlib.blake2b(np.ascontiguousarray(numbers, "<i8").tobytes(), digest_size=8).hexdigest()
     return {"digest": digest, "unreadable": unreadable}
 
 
 def repeated_share(values: np.ndarray) -> float:
-    """Return the share of numbers (n,) or rows of tokens (n, m) that occur more than once; 0 if there is none."""
+    """Return the share of numbers (n,) or rows of tokens (n, m) with a duplicate; 0 for n = 0."""
     _, counts = np.unique(values, axis=0, return_counts=True)
     return float(counts[counts > 1].sum() / max(counts.sum(), 1))
 
 
 def as_bad_sample(error: Exception) -> BadSample:
-    """Return any error of reading or decoding one record as a `BadSample`, with the error's class as its reason.
+    """Convert an error of reading or decoding a record to a `BadSample`, with the error's class as its reason.
 
     Raises:
-      UserError, MemoryError: `error` itself, if it concerns more than the record.
+      UserError, MemoryError: `error` itself, if it affects more than the record.
     """
     if isinstance(error, BadSample):
         return error
@@ -137,14 +133,14 @@ def as_bad_sample(error: Exception) -> BadSample:
 
 
 def cores() -> int:
-    """Return the number of cores that this process may use, of a machine that may have more."""
+    """Return the number of cores available to this process."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def thread_pool(threads: int = 0) -> multiprocessing.pool.ThreadPool:
-    """Return a pool of `threads`, 0 for one per core, for which Python's exit does not wait.
+    """Return a pool of `threads`, 0 for one per core.
 
-    It does wait for the threads of concurrent.futures, forever if a disk does not answer.
+    Unlike for concurrent.futures, interpreter exit does not wait for the threads, which may read an unresponsive disk.
     """
     return multiprocessing.pool.ThreadPool(threads or cores())
 
@@ -152,15 +148,17 @@ def thread_pool(threads: int = 0) -> multiprocessing.pool.ThreadPool:
 class ThreadPrefetcher(Sequence):
     """Sequence of make(0), make(1), ..., computed ahead in threads; each item may be read once, by any thread.
 
-    An error of `make` is raised when its item is read. The end of a `with` block ends the threads.
+    Errors of `make` are raised on access to the item. The end of a `with` block ends the threads.
     """
 
     def __init__(self, make: Callable[[int], Any], n: int, *, threads: int = 0, window: int = 256) -> None:
-        """Compute `make` of the indices below `n` in threads, 0 for one per core; work starts with the first access.
+        """Compute `make` of the indices below `n` in threads, 0 for one per core, from the first access on.
 
         Up to `window` items are computed ahead; accesses within it may be in any order.
         """
-        self._make, self._n, self._window = make, n, window
+        self._make = make
+        self._n = n
+        self._window = window
         self._pool = thread_pool(threads)
         self._results: dict[int, multiprocessing.pool.AsyncResult[Any]] = {}
         self._next = 0
@@ -170,8 +168,7 @@ class ThreadPrefetcher(Sequence):
         return self._n
 
     def __getitem__(self, index: int) -> Any:  # ty: ignore[incompatible-method-override] no slices
-        if not 0 <= index < self._n:
-            raise IndexError(index)
+        index = range(self._n)[index]
         with self._lock:
             while self._next < min(self._n, index + 1 + self._window):
                 self._results[self._next] = self._pool.apply_async(self._make, (self._next,))
@@ -187,7 +184,7 @@ class ThreadPrefetcher(Sequence):
 
 
 def _next(elements: Iterator[T]) -> tuple[list[T], BaseException | None]:
-    """Return the next element, if there is one, and the error: only an `Exception` would pass through a pool."""
+    """Return the next element, if any, and any error: pools pass on an `Exception` only."""
     try:
         return list(itertools.islice(elements, 1)), None
     except BaseException as error:
@@ -195,7 +192,7 @@ def _next(elements: Iterator[T]) -> tuple[list[T], BaseException | None]:
 
 
 def interruptible_iterator(elements: Iterator[T], check: Callable[[], None]) -> Iterator[T]:
-    """Yield `elements`, which a thread requests, and call `check` five times a second while waiting for the next one.
+    """Yield `elements`, requested by a thread, and call `check` every 0.2 s while waiting.
 
     If `check` raises, the thread is abandoned; otherwise `elements` is closed at the end.
     """
@@ -221,8 +218,8 @@ def interruptible_iterator(elements: Iterator[T], check: Callable[[], None]) -> 
 
 
 def init_worker(*_: int) -> None:
-    """Initialise a worker process: ignore signals to the process group, and exit when the parent does."""
-    for number in _SIGNALS:
+    """Initialise a worker process: ignore signals to the process group, and exit with the parent."""
+    for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
 
@@ -231,34 +228,5 @@ def init_worker(*_: int) -> None:
             parent.join()
             os._exit(1)
 
-    # PR_SET_PDEATHSIG would act too soon: Linux sends it when the thread that started the worker ends.
+    # PR_SET_PDEATHSIG would act too soon, at the end of the thread that started the worker.
     threading.Thread(target=watch, daemon=True).start()
-
-
-def start_workers_with_signals_blocked(elements: Iterator[T]) -> Iterator[T]:
-    """Yield `elements`, whose first `next` starts worker processes; these block signals until `init_worker`.
-
-    A thread with blocked signals requests the first element, since the threads and processes that it starts inherit the
-    mask; the calling thread continues to handle signals. `UserError` if a worker was killed.
-    """
-
-    def first() -> tuple[list[T], BaseException | None]:
-        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-        return _next(elements)
-
-    # Started with the first worker instead, it would unblock the signals.
-    multiprocessing.resource_tracker.ensure_running()
-    try:
-        with thread_pool(1) as pool:
-            started, error = pool.apply(first)
-        if error is not None:
-            raise error
-        yield from started
-        yield from elements
-    except RuntimeError as error:
-        if match := re.search(r"terminated unexpectedly with exit code (-?\d+)", str(error)):
-            raise UserError(
-                f"a reading process ended with exit code {match[1]}: -9 is most often too little memory, and -7 too "
-                "little shared memory (docker run --shm-size); lower data.workers, or run the same command again."
-            ) from error
-        raise

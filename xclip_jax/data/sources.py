@@ -1,7 +1,7 @@
 """Data sources by their specs, and the sources of a run; `SOURCES` is the one place to add a kind.
 
 A spec is KIND:REST: KIND is a key of `SOURCES`, and REST is up to the kind, such as a path, a pattern of files or a
-name. A kind of another package is package.module:Class, as in "my_lab.sources:JsonLines:/data/x.jsonl".
+name. Other packages have kinds named package.module:Class, such as "my_lab.sources:JsonLines:/data/x.jsonl".
 """
 
 import contextlib
@@ -37,8 +37,8 @@ SOURCES: Mapping[str, type[SourceKind]] = LazyClassTable(
     },
 )
 OF_ANOTHER_PACKAGE = "package.module:Class:REST"
-# {form of spec: what it reads} for messages and --help: image-text pairs, labelled items, and labelled items in several
-# splits, each named SPEC/SPLIT.
+# {form of a spec: its content} for messages and --help: image-text pairs, labelled items, and labelled items with
+# splits, named SPEC/SPLIT.
 PAIRS = {
     "tar:PATTERN": "tars of KEY.jpg (or another image) with KEY.txt or KEY.json",
     "folder:PATH": "images, sub-folders too, each with a .txt file of the same name: one caption per line",
@@ -62,7 +62,7 @@ LABELS = {
     "hf:ORG/NAME/SPLIT": "a data set of the Hugging Face Hub, columns of images and classes",
 }
 SPLITS = {
-    "folder:PATH": "images, one sub-folder per split, in it one per class",
+    "folder:PATH": "images, one sub-folder per split, inside it one per class",
     "parquet:FOLDER": "tables of images and classes, SPLIT.parquet or SPLIT-*.parquet",
     "tfds:NAME": LABELS["tfds:NAME/SPLIT"],
     "wds:PATH": LABELS["wds:PATH"],
@@ -73,14 +73,14 @@ _IMPORTED = re.compile(r"(?P<class>[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*)
 
 
 class SourceSpec(NamedTuple):
-    """A parsed spec: its kind, and the part that the kind opens, "" if the spec ends with the kind's name."""
+    """A parsed spec: its kind, and the remaining part."""
 
     kind: type[SourceKind]
     rest: str
 
 
 def is_spec(text: str) -> bool:
-    """Whether `text` has the form of a spec, and is not a plain path; nothing is imported or opened."""
+    """Whether `text` has the form of a spec, without importing or opening anything."""
     prefix, colon, _ = text.partition(":")
     return (bool(colon) and prefix in SOURCES) or _IMPORTED.fullmatch(text) is not None
 
@@ -97,46 +97,51 @@ def spec_from_path(text: str) -> str:
     for name, kind in SOURCES.items():
         if redact(path).lower().endswith(kind.suffixes):
             return f"{name}:{text}"
+    fault = f"no file or folder {text!r}; check the path, or write KIND:REST, as in hf:ORG/NAME/train."
     if os.path.exists(path):
-        raise UserError(
-            f"{text!r} is a file of no known kind; name its folder, or write csv:FILE for a table of image "
-            "names and captions, with a row for each caption."
+        fault = (
+            f"{text!r} is a file of no known kind; name its folder, or write csv:FILE for a table of image names and "
+            "captions, with a row for each caption."
         )
-    raise UserError(f"no file or folder {text!r}; check the path, or write KIND:REST, as in hf:ORG/NAME/train.")
+    raise UserError(fault)
 
 
 def parse(text: str) -> SourceSpec:
-    """Parse a spec; nothing is opened.
+    """Parse a spec without opening it.
 
     Raises:
-      UserError: an unknown kind, a spec that ends after its kind, or a module that cannot be imported.
+      UserError: an unknown kind, only a kind, or a module that cannot be imported.
     """
     prefix, colon, rest = text.partition(":")
+    fault = f"unknown source {text!r}; write {_forms({**PAIRS, **LABELS})}"
+    cause = None
     if colon and prefix in SOURCES:
+        if rest and not text.startswith("hf://"):
+            return SourceSpec(SOURCES[prefix], rest)
+        fault = f"source {text!r} is an address of files; write tar:{text} or parquet:{text}"
         if not rest:
             forms = [form for form in {**PAIRS, **LABELS} if form.startswith(text)]
-            raise UserError(f"source {text!r} ends after its type; write {', '.join(forms)}.")
-        if prefix == "hf" and rest.startswith("//"):
-            raise UserError(f"source {text!r} is an address of files; write tar:{text} or parquet:{text}.")
-        return SourceSpec(SOURCES[prefix], rest)
-    if match := _IMPORTED.fullmatch(text):
-        return SourceSpec(_import(text, match["class"]), match["rest"] or "")
-    raise _unknown(text)
+            fault = f"source {text!r} ends after its type; write {', '.join(forms)}"
+    elif match := _IMPORTED.fullmatch(text):
+        try:
+            return SourceSpec(import_class(match["class"], SourceKind, "source"), match["rest"] or "")
+        except UserError as error:
+            # A word before a colon is more likely a misspelt kind than a module.
+            if "." in prefix or not isinstance(error.__cause__, ModuleNotFoundError):
+                raise
+            cause = error
+    raise UserError(f"{fault}.") from cause
 
 
 def parse_all(specs: Sequence[str]) -> list[SourceSpec]:
-    """Parse the specs of `data.sources`.
-
-    Raises:
-      UserError: no spec, or as for `parse`.
-    """
+    """Parse the specs of `data.sources`; `UserError` for none, and see `parse`."""
     if not specs:
         raise UserError("data.sources is empty; add a source such as folder:PATH or tfds:NAME/SPLIT.")
     return [parse(spec) for spec in specs]
 
 
 def has_labels(text: str, items: str) -> bool:
-    """Whether `text` is the spec of a source of labelled `items`, "image" or "text"; nothing is opened."""
+    """Whether `text` is the spec of a source of labelled `items`, "image" or "text", without opening it."""
     prefix, _, rest = text.partition(":")
     if not is_spec(text) or (prefix in SOURCES and not rest):
         return False
@@ -145,69 +150,56 @@ def has_labels(text: str, items: str) -> bool:
 
 
 def overrides(kind: type[SourceKind], method: str) -> bool:
-    """Whether a kind has a method of its own; without one it does not open such sources."""
+    """Whether a kind implements a method of `SourceKind`."""
     return inspect.getattr_static(kind, method) is not inspect.getattr_static(SourceKind, method)
 
 
 def extras(spec: str) -> set[str]:
-    """Return the extras of this package (setup.py) that a source needs; nothing is opened."""
+    """Return the extras of this package (setup.py) required by a source, without opening it."""
     hub = {"hub"} if "hf://" in spec or spec.startswith("wds:hf:") else set()
     return hub | set(parse(spec).kind.extras)
-
-
-def _import(text: str, name: str) -> type[SourceKind]:
-    try:
-        return import_class(name, SourceKind, "source")
-    except UserError as error:
-        # A word before a colon is more likely a misspelt kind than a module.
-        if isinstance(error.__cause__, ModuleNotFoundError) and "." not in name.partition(":")[0]:
-            raise _unknown(text) from error
-        raise
-
-
-def _unknown(text: str) -> UserError:
-    return UserError(f"unknown source {text!r}; write {_forms({**PAIRS, **LABELS})}.")
 
 
 def _forms(forms: Mapping[str, str]) -> str:
     return f"{', '.join(forms)} or {OF_ANOTHER_PACKAGE}"
 
 
-def open_pairs(spec: str, options: SourceOptions | None = None) -> Source:
-    """Open the image-text pairs named by `spec`; raise `UserError` for one that is unknown, missing or not prepared."""
+def _open(spec: str, options: SourceOptions | None, method: str, items: str, forms: Mapping[str, str]) -> Any:
     kind, rest = parse(spec)
-    if not overrides(kind, "open"):
-        raise UserError(f"source {spec!r} has no image-text pairs; write {_forms(PAIRS)}.")
-    return kind.open(rest, options or SourceOptions())
+    if not overrides(kind, method):
+        raise UserError(f"source {spec!r} has no {items}; write {_forms(forms)}.")
+    return getattr(kind, method)(rest, options or SourceOptions())
+
+
+def open_pairs(spec: str, options: SourceOptions | None = None) -> Source:
+    """Open the image-text pairs named by `spec`; raise `UserError` for an unknown, missing or unprepared source."""
+    return _open(spec, options, "open", "image-text pairs", PAIRS)
 
 
 def open_labelled(spec: str, options: SourceOptions | None = None) -> labelled.Labelled:
-    """Open the labelled items named by `spec`, see `LABELS`; errors are those of `open_pairs`."""
-    kind, rest = parse(spec)
-    if not overrides(kind, "open_labelled"):
-        raise UserError(f"source {spec!r} has no labelled items; write {_forms(LABELS)}.")
+    """Open the labelled items named by `spec`, see `LABELS`; see `open_pairs` for errors."""
     try:
-        return kind.open_labelled(rest, options or SourceOptions())
+        return _open(spec, options, "open_labelled", "labelled items", LABELS)
     except MissingColumnError as error:
         raise UserError(f"{error.fault}; name its columns, SOURCE?image=COLUMN&label=COLUMN.") from error
 
 
 def source_options(config: DataConfig) -> SourceOptions:
-    """Return the keys of `config` that sources use."""
+    """Return the config keys used by sources."""
     return SourceOptions(config.dir, config.image_column, tuple(config.text_columns), config.tags_key)
 
 
 def open_sources(config: DataConfig, classes: int = 0, fields: Sequence[str] | None = None) -> list[Source]:
-    """Open the sources of `config`, without the pairs that `config.holdout` holds out.
+    """Open the sources of `config`, without the pairs held out by `config.holdout`.
 
     Args:
-      config: their specs and options.
+      config: specs and options of the sources.
       classes: number of classes of labelled sources; 0 for pairs.
-      fields: fields of training batches, of "image", "text" and "label"; None if nothing is trained.
+      fields: fields of training batches, among "image", "text" and "label"; None without training.
 
     Raises:
       labelled.MismatchError: labelled sources that do not fit `classes` or `fields`.
-      UserError: a source that cannot be opened, and for training fewer pairs than a batch has.
+      UserError: a source that cannot be opened or has nothing in it, or training batches larger than the data.
     """
     parse_all(config.sources)
     for key in ("spread_duplicate_captions", "holdout") if classes else ():
@@ -216,40 +208,38 @@ def open_sources(config: DataConfig, classes: int = 0, fields: Sequence[str] | N
     options = source_options(config)
     open_one = open_labelled if classes else open_pairs
     opened: list[Source] = [open_one(spec, options) for spec in config.sources]
-    if empty := [spec for spec, source in zip(config.sources, opened, strict=True) if not len(source)]:
+    empty = [spec for spec, source in zip(config.sources, opened, strict=True) if not len(source)]
+    if empty:
         raise UserError(f"source {empty[0]!r} has nothing in it; leave it out of data.sources, or name another split.")
     if classes:
         labelled.check_sources(config.sources, cast(Sequence[labelled.Labelled], opened), classes, fields)
         return opened
     if config.holdout:
         opened = holdout.training_part(config.sources, opened, config)
-    if fields is not None and config.batch > (pairs := sum(map(len, opened))):
-        which = "that data.holdout leaves" if config.holdout else "of data.sources"
+    pairs = sum(map(len, opened))
+    if fields is not None and config.batch > pairs:
+        which = "left by data.holdout" if config.holdout else "of data.sources"
         raise UserError(
             f"data.batch={config.batch} exceeds the {pairs} pairs {which}: a batch would contain pairs several times, "
-            f"as their own negatives. Set data.batch to at most {pairs}, or add pairs."
+            f"as negatives of themselves. Set data.batch to at most {pairs}, or add pairs."
         )
-    if fields is not None and config.weights:
-        _check_shares(config, opened)
-    return opened
-
-
-def _check_shares(config: DataConfig, opened: Sequence[Source]) -> None:
-    """Raise `UserError` if `data.weights` gives a source a larger share of a batch than it has pairs."""
+    if fields is None or not config.weights:
+        return opened
     for spec, source, weight in zip(config.sources, opened, config.weights, strict=True):
         pairs = len(source)
         share = math.ceil(config.batch * weight / sum(config.weights))
         if share > pairs:
             raise UserError(
                 f"data.weights gives {spec!r}, of {pairs} pairs, {share} of a batch of {config.batch}: pairs would be "
-                "their own negatives. Lower its weight or data.batch, or add pairs."
+                "negatives of themselves. Lower its weight or data.batch, or add pairs."
             )
+    return opened
 
 
 class Decoded(WrappedSource):
-    """Keeps each decoded image in memory after its first use, for sets that fit: n * h * w * 3 bytes.
+    """Keeps decoded images in memory, n * h * w * 3 bytes.
 
-    An image that cannot be decoded stays encoded, so that only uses of the image make its record a bad one.
+    Undecodable images stay encoded, so that the record is bad only if its image is used.
     """
 
     def __init__(self, source: Source, background: str = images.WHITE, rotate: bool = True) -> None:

@@ -25,9 +25,9 @@ NAMES = ("clip", "bytes")
 END_TOKENS = ("<|endoftext|>", "</s>", "[SEP]")
 START_TOKENS = ("<|startoftext|>", "<s>", "[CLS]")
 PAD_TOKENS = ("<pad>", "[PAD]", "<|pad|>")
-_CONVENTIONS = "xclip_jax"  # key with which a file of `with_conventions` begins
+_CONVENTIONS = "xclip_jax"  # first key of a file of `with_conventions`
 _CACHED_LETTERS = 512  # longer texts are not cached; the cache takes 100 MB at most
-_MOST_LETTERS = 1 << 16  # letters of a text that are read, at least; megabytes would take seconds
+_MOST_LETTERS = 1 << 16  # later letters of a text are ignored, since megabytes would take seconds
 _CLIP_MERGES = 48894
 _CLIP_START, _CLIP_END = "<start_of_text>", "<end_of_text>"
 _WORD_END = "</w>"  # at the end of words in CLIP's vocabulary
@@ -38,10 +38,10 @@ _CLIP_WORDS = rf"(?i){_CLIP_START}|{_CLIP_END}|'s|'t|'re|'ve|'m|'ll|'d|\p{{L}}+|
 
 @dataclasses.dataclass(eq=False)
 class Tokenizer:
-    """Callable (texts, length) -> int32 (b, length); made by `load`, immutable, safe in threads, pickled by name.
+    """Callable (texts, length) -> int32 (b, length), from `load`; immutable and thread-safe.
 
-    All ids are below `vocab_size`. A row begins with `sot_id`, or with the text if the vocabulary has none, and ends,
-    truncated or not, with `eot_id`, followed by `pad_id`. Texts are cleaned by `CLEANINGS[cleaning]` first.
+    All ids are below `vocab_size`. A row consists of `sot_id`, if the vocabulary has one, the text, cleaned by
+    `CLEANINGS[cleaning]` and truncated, `eot_id`, and `pad_id`.
     """
 
     name: str
@@ -59,15 +59,15 @@ class Tokenizer:
     def __call__(self, texts: Sequence[str], length: int) -> np.ndarray:
         """Return int32 (len(texts), length): start, text, end, padding. Longer texts are cut before their end token.
 
-        The first 65,536 letters of a text are read, or 256 for each token if this is more.
+        Only the first 65,536 letters of a text count, or 256 for each token if this is more.
 
         Raises:
-          UserError: `texts` is one string, or `length` leaves no room for a start and an end.
+          UserError: `texts` is a string, or `length` is below 2, for a start and an end.
         """
-        if isinstance(texts, str):
-            raise UserError(f"texts is the string {texts[:40]!r}; pass a list of strings.")
-        if length < 2:
-            raise UserError(f"text length {length} has no room for a start and an end token; it must be 2 or more.")
+        if isinstance(texts, str) or length < 2:
+            raise UserError(
+                f"texts {texts[:40]!r}, length {length}: pass a list of strings, and a length of at least 2."
+            )
         out = np.full((len(texts), length), self.pad_id, np.int32)
         most = max(_MOST_LETTERS, 256 * length)
         for row, text in zip(out, texts, strict=True):
@@ -81,13 +81,9 @@ class Tokenizer:
         return (tokens == self.eot_id).argmax(axis=1) + 1
 
     def _ids(self, text: str, length: int) -> np.ndarray:
-        """Return the ids of one text, without padding, as an array, since a list takes several times the memory."""
+        """Return the ids of a text without padding, as an array, since a list takes several times the memory."""
         start = [] if self.sot_id is None else [self.sot_id]
         return np.array([*(start + self._encode(text))[: length - 1], self.eot_id], np.int32)
-
-    def __reduce__(self) -> tuple[Callable[[str], "Tokenizer"], tuple[str]]:
-        """Pickle by name: each data worker loads it once instead of receiving the vocabulary with each message."""
-        return load, (self.name,)
 
 
 def load(name: str) -> Tokenizer:
@@ -100,33 +96,30 @@ def load(name: str) -> Tokenizer:
         return _clip()
     if name == "bytes":
         return _bytes()
-    if (path := epath.Path(name).expanduser()).is_file():
+    path = epath.Path(name).expanduser()
+    if path.is_file():
         return _from_file(str(path), path.stat().mtime)
     raise UserError(f"tokenizer {name!r} must be one of {', '.join(map(repr, NAMES))} or the path of a tokenizer.json.")
 
 
 def read_file(name: str) -> bytes:
-    """Return the content of the file `name` of a tokenizer that is none of `NAMES`; "~" is the home folder."""
+    """Return the content of a tokenizer file; "~" is the home folder."""
     return epath.Path(name).expanduser().read_bytes()
 
 
 def clean(text: str) -> str:
-    """CLIP's cleaning: broken encodings repaired, HTML entities resolved twice, white space folded, lower case."""
-    return " ".join(_repaired(text).split()).lower()
-
-
-def _repaired(text: str) -> str:
-    # Printable ASCII without entities needs no repair, which takes most of the time.
+    """CLIP's cleaning: repair encodings, resolve HTML entities twice, fold white space, and lower the case."""
+    # The slow repair is needless for printable ASCII without entities.
     if not (text.isascii() and text.isprintable() and "&" not in text):
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return text
+    return " ".join(text.split()).lower()
 
 
 def _lower_without_punctuation(text: str) -> str:
     return " ".join(text.lower().translate(_NO_PUNCTUATION).split())
 
 
-# SigLIP's texts are in lower case without ASCII punctuation, as in transformers; SigLIP 2's are in lower case.
+# Like in transformers, SigLIP's texts are lower case without ASCII punctuation, and SigLIP 2's lower case.
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 CLEANINGS: dict[str, Callable[[str], str]] = {
     "": lambda text: text,
@@ -136,10 +129,13 @@ CLEANINGS: dict[str, Callable[[str], str]] = {
 
 
 def with_conventions(content: str, *, end: str, pad: str, size: int, cleaning: str) -> str:
-    """Wrap a tokenizer file with conventions that another project's weights assume and the file lacks.
+    """Wrap a tokenizer file with conventions assumed by another project's weights but missing in the file.
 
-    `end` follows each text, before which there is no token, and `pad` follows the end; `size` is the number of the
-    model's ids, and `cleaning` a name in `CLEANINGS`.
+    Args:
+      content: the tokenizer file.
+      end, pad: tokens after a text, and for padding. A start token is not used.
+      size: number of the model's ids.
+      cleaning: key of `CLEANINGS`.
     """
     conventions = {"end": end, "pad": pad, "size": size, "cleaning": cleaning}
     return json.dumps({_CONVENTIONS: conventions, "tokenizer": json.loads(content)}, ensure_ascii=False)
@@ -147,22 +143,19 @@ def with_conventions(content: str, *, end: str, pad: str, size: int, cleaning: s
 
 @functools.cache
 def clip_vocabulary() -> tuple[list[str], list[tuple[str, str]]]:
-    """Return the words of CLIP's vocabulary in the order of their ids, without the start and end tokens; and merges."""
+    """Return the words of CLIP's vocabulary by id, without the start and end tokens, and its merges."""
     lines = gzip.decompress(storage.third_party("bpe_simple_vocab_16e6.txt.gz")).decode("utf-8").split("\n")
     merges = [(first, second) for first, second in map(str.split, lines[1 : 1 + _CLIP_MERGES])]
-    # Letters of the printable bytes come first, and then the others.
+    # Letters of printable bytes precede the others.
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     letters = [chr(byte) for byte in [*printable, *range(256, 512 - len(printable))]]
     return [*letters, *(f"{letter}{_WORD_END}" for letter in letters), *(a + b for a, b in merges)], merges
 
 
 def clip_captions(ids: Sequence[float]) -> list[str]:
-    """Return the captions that ids of CLIP's tokenizer spell; some tables have ids of one caption or several in a row.
+    """Decode ids of CLIP's tokenizer, with which some tables store one caption or several in a row.
 
-    A caption begins with the start token; what follows its end token is padding.
-
-    Raises:
-      BadSample: ids that the tokenizer lacks.
+    Captions begin with the start token; ids after their end token are padding. `BadSample` for unknown ids.
     """
     words = clip_vocabulary()[0]
     captions = []
@@ -170,7 +163,8 @@ def clip_captions(ids: Sequence[float]) -> list[str]:
         if not 0 <= i < len(words) + 2:
             raise BadSample("caption has ids that CLIP's tokenizer lacks", str(i))
         if i == len(words):
-            captions.append(inside := [])
+            inside = []
+            captions.append(inside)
         elif i > len(words):
             inside = []
         elif captions:
@@ -196,7 +190,7 @@ def _clip() -> Tokenizer:
         text = clean(text)
         if not any(token in text for token in special):
             return bpe.encode(text, add_special_tokens=False).ids
-        # No merge makes these two tokens, so BPE would split what open_clip reads as one id.
+        # No merge makes these two tokens, so BPE would split them, unlike open_clip.
         ids = []
         for piece, _ in bpe.pre_tokenizer.pre_tokenize_str(text):
             ids += [special[piece]] if piece in special else [token.id for token in bpe.model.tokenize(piece)]
@@ -217,19 +211,20 @@ def _bytes() -> Tokenizer:
 @functools.lru_cache
 def _from_file(path: str, _modified: float) -> Tokenizer:
     """Read a file once, and again if it is replaced."""
-    end_tokens, pad_tokens, start_tokens, size, cleaning = END_TOKENS, PAD_TOKENS, START_TOKENS, 0, ""
+    end_tokens, pad_tokens, start_tokens = END_TOKENS, PAD_TOKENS, START_TOKENS
+    size = 0
+    cleaning = ""
     try:
         content = epath.Path(path).read_bytes().decode()
         if content.startswith(f'{{"{_CONVENTIONS}"'):
             wrapped = json.loads(content)
             content = json.dumps(wrapped["tokenizer"])
-            own = wrapped[_CONVENTIONS]
-            end_tokens, pad_tokens, start_tokens = (own["end"],), (own["pad"],), ()
-            size, cleaning = own["size"], own["cleaning"]
+            conventions = wrapped[_CONVENTIONS]
+            end_tokens, pad_tokens, start_tokens = (conventions["end"],), (conventions["pad"],), ()
+            size, cleaning = conventions["size"], conventions["cleaning"]
         cleaned = CLEANINGS[cleaning]
         model = tokenizers.Tokenizer.from_str(content)
-    except BaseException as error:
-        # The library raises bare exceptions, and Rust's PanicException, which is none.
+    except BaseException as error:  # the library raises any Exception, and Rust's PanicException
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise UserError(f"tokenizer file {path!r} is not a Hugging Face tokenizers JSON: {error}") from error

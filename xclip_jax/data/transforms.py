@@ -14,12 +14,12 @@ from PIL import Image
 
 from xclip_jax.data.images import DROPPED, WHITE, decode, is_jpeg, open_image, to_rgb
 
-cv2.setNumThreads(0)  # the loader has threads and processes of its own
+cv2.setNumThreads(0)  # the loader already uses threads
 
 RESAMPLE = ("area", "bicubic")  # for training crops
 RESIZE_MODES = ("shortest", "squash", "longest")  # for evaluation
 INTERPOLATIONS = ("bicubic", "bilinear")
-_LONGEST = 16  # the longest part that is resized, in multiples of the shorter side
+_LONGEST = 16  # ratio of sides beyond which an image is cropped before resizing
 
 STATISTICS = {
     "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
@@ -29,16 +29,17 @@ STATISTICS = {
 
 
 def _fit(image: Image.Image, size: int, resample: str, mode: str = "shortest", resize_size: int = 0) -> Image.Image:
-    """Resize and crop to the square of `evaluation_image`, in the image's own mode."""
-    side, (w, h) = resize_size or size, image.size
-    # Only the middle of a very long image is used; resizing all of it could take any amount of memory.
+    """Resize and crop to the square of `evaluation_image` without changing the image's mode."""
+    side = resize_size or size
+    w, h = image.size
+    # Resizing all of a very long image could take any amount of memory.
     left, top = (max(x - _LONGEST * min(w, h), 0) // 2 for x in (w, h))
     if mode == "shortest" and (left or top):
         image = image.crop((left, top, w - left, h - top))
     w, h = image.size
     if mode == "squash":
         new = (side, side)
-    elif mode == "longest":  # a thin line keeps a pixel
+    elif mode == "longest":  # thin lines keep a pixel
         ratio = max(w, h) / side
         new = (max(1, round(w / ratio)), max(1, round(h / ratio)))
     else:
@@ -61,9 +62,9 @@ def evaluation_image(
 ) -> np.ndarray:
     """Resize and crop an image, a file's content, an RGB array or a Pillow image, to uint8 (size, size, 3).
 
-    With a white background, the result of `decode` is resized. With transparency dropped and without rotation,
-    the pixels equal open_clip's evaluation transform, which resizes before it converts to RGB, except for images of 16
-    bits, which are scaled to 8. Errors are as for `decode`.
+    A white background is laid before resizing. With dropped transparency and without rotation, the pixels equal
+    open_clip's evaluation transform, which resizes before it converts to RGB, except that 16 bits are scaled to 8. See
+    `decode` for errors.
 
     Args:
       data: the image.
@@ -73,7 +74,7 @@ def evaluation_image(
         length, "longest" resizes the longer side and pads with black.
       resize_size: side after resizing, before the central `size` pixels are cropped; 0 for `size`.
       background: one of `images.BACKGROUNDS`.
-      exif_rotation: whether the image is turned and mirrored as its EXIF tag says.
+      exif_rotation: whether to rotate and reflect the image by its EXIF tag.
     """
     if isinstance(data, np.ndarray) or is_jpeg(data) or background == WHITE:
         image = Image.fromarray(decode(data, background=background, rotate=exif_rotation))
@@ -83,10 +84,7 @@ def evaluation_image(
 
 
 def evaluation_mask(mask: np.ndarray, size: int, mode: str = "shortest", resize_size: int = 0) -> np.ndarray:
-    """Resize and crop class numbers uint8 (h, w) as `evaluation_image` does the image, to the nearest pixel.
-
-    255 is not a class, also where "longest" has padded the image.
-    """
+    """Resize and crop class numbers uint8 (h, w) to the nearest pixel, see `evaluation_image`; 255 marks no class."""
     # Pillow pads with 0, so classes are shifted by one; 255 becomes 0.
     return np.asarray(_fit(Image.fromarray(mask + np.uint8(1)), size, "nearest", mode, resize_size)) - np.uint8(1)
 
@@ -105,12 +103,12 @@ def random_resized_crop(
     Args:
       image: uint8 (h, w, 3).
       size: side of the result, pixels.
-      rng: generator that chooses the part.
+      rng: random generator for the part.
       scale: range of the part's area, as a fraction of the image's.
       ratio: range of its width / height, log-uniform.
       resample: "bicubic", antialiased; or in a quarter of the time "area", OpenCV's mean over pixels (bicubic to
         enlarge), with the part's borders at whole pixels.
-      out: uint8 (size, size, 3) to write to and to return, such as a row of a batch; None for a new array.
+      out: uint8 (size, size, 3) for the result, such as a batch's row; None for a new array.
     """
     out = np.empty((size, size, 3), np.uint8) if out is None else out
     h, w = image.shape[:2]
@@ -123,24 +121,19 @@ def random_resized_crop(
             left = rng.uniform(0, w - crop_w)
             top = rng.uniform(0, h - crop_h)
             if resample == "area":
-                _resize_area(image, out, round(left), round(top), round(crop_w), round(crop_h))
+                # Rounding may move a tiny part past the edge.
+                row = min(round(top), h - 1)
+                column = min(round(left), w - 1)
+                part = image[row : row + max(round(crop_h), 1), column : column + max(round(crop_w), 1)]
+                how = cv2.INTER_AREA if min(part.shape[:2]) >= size else cv2.INTER_CUBIC
+                cv2.resize(part, (size, size), dst=out, interpolation=how)
             else:
                 box = (left, top, left + crop_w, top + crop_h)
-                out[:] = np.asarray(
-                    Image.fromarray(image).resize((size, size), Image.Resampling[resample.upper()], box)
-                )
+                resized = Image.fromarray(image).resize((size, size), Image.Resampling[resample.upper()], box)
+                out[:] = np.asarray(resized)
             return out
     out[:] = evaluation_image(image, size)
     return out
-
-
-def _resize_area(image: np.ndarray, out: np.ndarray, left: int, top: int, w: int, h: int) -> None:
-    # Rounding may move a part of less than half a pixel past the edge.
-    top = min(top, image.shape[0] - 1)
-    left = min(left, image.shape[1] - 1)
-    part = image[top : top + max(h, 1), left : left + max(w, 1)]
-    shrinks = min(part.shape[:2]) >= len(out)
-    cv2.resize(part, out.shape[:2], dst=out, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
 
 
 def normalize(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
@@ -168,12 +161,12 @@ def sample_augmentations(key: jax.Array, b: int, *, flip: float = 0.0, color: fl
 
 
 def augment(images: jax.Array, sampled: Mapping[str, jax.Array]) -> jax.Array:
-    """Apply what `sample_augmentations` sampled to uint8 images (b, h, w, 3); fp32 from 0 to 255 if colours change."""
+    """Augment uint8 images (b, h, w, 3), see `sample_augmentations`; fp32 from 0 to 255 if colours change."""
     if "flip" in sampled:
         images = jnp.where(sampled["flip"][:, None, None, None], images[:, :, ::-1], images)
     if "color" in sampled:
         brightness, contrast, saturation = jnp.moveaxis(sampled["color"][:, :, None, None], 1, 0)
-        # All three are linear except for the mean: one 3 x 3 matrix an image applies them in one pass over the pixels.
+        # All three are linear except for the mean, so that one 3 x 3 matrix per image applies them in one pass.
         luma = jnp.tile(jnp.asarray((0.299, 0.587, 0.114))[:, None], (1, 3))
         matrix = brightness * contrast * (saturation * jnp.eye(3) + (1 - saturation) * luma)  # (b, 3, 3)
         x = images.reshape(images.shape[0], -1, 3).astype(jnp.float32)
@@ -185,12 +178,12 @@ def augment(images: jax.Array, sampled: Mapping[str, jax.Array]) -> jax.Array:
 def sample_mix(key: jax.Array, b: int, size: int, mixup: float, cutmix: float) -> dict[str, jax.Array]:
     """Sample the arguments of `mix`: mixup (arXiv 1710.09412) or cutmix (arXiv 1905.04899), half of the batches each.
 
-    All `b` images of the global batch, `size` pixels wide, are mixed alike, as in timm. `mixup` and `cutmix` are the
-    parameter a of the share's distribution Beta(a, a), 0 for never.
+    Like in timm, all `b` images of the global batch, `size` pixels wide, are mixed with the same values. `mixup` and
+    `cutmix` are the parameter a of the share's distribution Beta(a, a), 0 for never.
 
     Returns:
-      Rows for each image: "share" fp32 (b,) of an image's own label; "weight" fp32 (b,) of its own pixels outside the
-      box; "box" int32 (b, 4), top, bottom, left, right of the other image's pixels, empty for mixup.
+      Rows for each image: "share" fp32 (b,) of its label; "weight" fp32 (b,) of its pixels outside the box; "box" int32
+      (b, 4), top, bottom, left, right of the other image's pixels, empty for mixup.
     """
     key_method, key_share, key_y, key_x = jax.random.split(key, 4)
     cut = jax.random.bernoulli(key_method, 0.5 if mixup and cutmix else float(cutmix > 0))

@@ -58,12 +58,11 @@ def test_every_case_is_read_or_has_its_reason(tortured):
     assert found == collections.Counter((place[:2], caption) for place, caption in good.items())
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_an_epoch_delivers_each_good_one_once_and_writes_down_each_bad_one(tortured, tmp_path, workers):
+def test_an_epoch_delivers_each_good_one_once_and_writes_down_each_bad_one(tortured, tmp_path):
     pattern, good, bad = tortured
     source = TarSource(pattern)
     n = len(source)
-    c = config(batch=n, workers=workers)
+    c = config(batch=n)
     book = ledger.BadSampleLog(epath.Path(tmp_path), max_bad_fraction=1.0)
     batches = read([source], c, book, stop=2)
     book.sync(2 * n)
