@@ -21,10 +21,10 @@ from xclip_jax.evaluators.zeroshot import compare, encode_pairs, spreads_of
 from xclip_jax.models.two_towers import Variables
 from xclip_jax.objectives.similarity import Similarity, features
 
-Pair = tuple[str, str, float]  # two sentences and their similarity, rated by people
+Pair = tuple[str, str, float]  # two sentences and their similarity, rated by humans
 
 KS = (1, 5, 10)
-# Numbers held at once for each score: COCO's 5,000 images and 25,000 captions are one block.
+# Numbers in memory at once, per score: COCO's 5,000 images and 25,000 captions are one block.
 BLOCK = 1 << 27
 
 
@@ -43,10 +43,10 @@ def recall_at_k(scores: np.ndarray, positives: np.ndarray, k: int) -> float:
 
 
 def ranks(scores: np.ndarray, positives: np.ndarray) -> np.ndarray:
-    """Return how many items precede each query's best positive, int (queries,); see `statistics.ranks`."""
+    """Return the number of items that precede each query's best positive, int (queries,); see `statistics.ranks`."""
     if scores.shape != positives.shape or not positives.any(axis=1).all():
         raise UserError(
-            f"scores {scores.shape} and positives {positives.shape} must have one shape, and each query a positive."
+            f"expected scores {scores.shape} and positives {positives.shape} of one shape, and a positive per query."
         )
     best = np.empty(len(scores), np.int64)
     for block in row_blocks(scores):
@@ -61,8 +61,8 @@ def ranks_by_score(
 ) -> dict[str, dict[str, np.ndarray]]:
     """Return `ranks` of both directions by each score of `compare`: {score: {direction: int (queries,)}}.
 
-    Large sets are compared in blocks of queries, in each direction; their scores are never held whole. The
-    captions of all images, one after the other, are the texts of `rows`.
+    Large sets are compared in blocks of queries, so their whole scores are never in memory. `rows` are the captions of
+    all images, in order.
     """
     matches = Matches(captions)
     images = len(captions)
@@ -84,7 +84,7 @@ def ranks_by_score(
                 scores = {score: x.T for score, x in scores.items()}
             for score, x in scores.items():
                 ranked.setdefault(score, {}).setdefault(direction, []).append(ranks(x, positive))
-            del scores  # before the next block is computed
+            del scores  # frees memory for the next block
     return {
         score: {direction: np.concatenate(parts) for direction, parts in of_score.items()}
         for score, of_score in ranked.items()
@@ -95,12 +95,12 @@ def chance(right: Any, copies: np.ndarray, k: int) -> float:
     """Return the expected recall at k of a random order of distinct items, whose copies rank together.
 
     A query is right if fewer than k places precede the first of its right items. If r of n items are right, the
-    probability is r / n times the sum over j of w(j) / C(n - 1, j), where w(j) counts the sets of j wrong items that
-    take fewer than k places. If no item has copies it equals 1 - C(n - r, k) / C(n, k).
+    probability is r / n times the sum over j of w(j) / C(n - 1, j); w(j) is the number of sets of j wrong items with
+    fewer than k places. Without copies it equals 1 - C(n - r, k) / C(n, k).
 
     Args:
-      right: which items are right for each query, a bool array (queries, items), dense or sparse.
-      copies: places that each item takes, int (items,).
+      right: the right items of each query, a bool array (queries, items), dense or sparse.
+      copies: places of each item, int (items,).
       k: places that count.
     """
     n = len(copies)
@@ -126,7 +126,7 @@ class RetrievalSet:
 
     Attributes:
       images: `len` and `[]`, uint8 (size, size, 3).
-      captions: one or more for each image; a caption shared by several images matches all of them.
+      captions: one or more per image; a caption shared by several images matches all of them.
     """
 
     evaluator: ClassVar[str] = "retrieval"
@@ -153,16 +153,15 @@ LAYOUT = Layout(
 class Retrieval(Evaluator):
     """r1, r5 and r10 in percent, named "retrieval/<set>[/<score>]/image_to_text/r1" and ".../text_to_image/r1".
 
-    Every caption is an item and a query, repeated ones too, the convention of Flickr30k and COCO. `zeroshot.compare`
-    names the scores; "retrieval/<set>/chance/image_to_text/r1" and so on are the recalls of a random order, see
-    `chance`.
+    By the convention of Flickr30k and COCO every caption, repeated or not, is an item and a query. `zeroshot.compare`
+    names the scores; "retrieval/<set>/chance/image_to_text/r1" and so on are the recalls of a random order.
     """
 
     family = "retrieval"
     layouts = (LAYOUT,)
 
     def measure(self, variables: Variables) -> list[Result]:
-        """Return the results that the class docstring lists; their items are images, or captions, grouped by image."""
+        """Return the results listed in the class docstring; captions are resampled by image."""
         captions = self.data.captions
         texts = [caption for of_image in captions for caption in of_image]
         img, rows = encode_pairs(self.encoder, variables, self.data.images, texts)
@@ -184,10 +183,10 @@ class Retrieval(Evaluator):
 
 
 class Matches:
-    """Which captions, in order, match which images; a caption shared by several images matches all of them."""
+    """Matches between images and the captions of all images, in order; an image matches equal captions too."""
 
     def __init__(self, captions: list[list[str]]) -> None:
-        """`captions` has the captions of each image."""
+        """`captions` are the captions of each image."""
         numbers = {text: i for i, text in enumerate(dict.fromkeys(text for texts in captions for text in texts))}
         self._text = np.array([numbers[text] for texts in captions for text in texts])
         image = np.repeat(np.arange(len(captions)), [len(texts) for texts in captions])
@@ -195,11 +194,11 @@ class Matches:
         self._has = scipy.sparse.csr_array((np.ones(len(image), bool), (image, self._text)), shape)
 
     def of_images(self, part: slice = slice(None)) -> np.ndarray:
-        """Return which captions match each image of the part, bool (images of the part, captions)."""
+        """Return the captions that match each image of a part, bool (images of the part, captions)."""
         return self._has[part].toarray()[:, self._text]
 
     def of_captions(self, part: slice) -> np.ndarray:
-        """Return bool (captions of the part, images)."""
+        """Return the images that match each caption of a part, bool (captions of the part, images)."""
         return self._has.T.tocsr()[self._text[part]].toarray()
 
     def chance(self, k: int) -> dict[str, float]:
@@ -212,17 +211,17 @@ class Matches:
 
 
 def embeddings(encoder: Encoder, variables: Variables, texts: Sequence[str]) -> np.ndarray:
-    """Return unit vectors (n, e) by which the model's own similarity compares texts."""
+    """Return the unit vectors (n, e) of texts by the model's default similarity."""
     (feature,) = features(encoder.similarities[:1])
     return encoder.similarities[0].embedding(encoder.texts(variables, texts, (feature,))[feature])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SimilaritySet:
-    """Pairs of sentences whose similarity people rated.
+    """Pairs of sentences with their similarity, rated by humans.
 
     Attributes:
-      subsets: {name: pairs}, at least two pairs each; a set without parts has one subset.
+      subsets: {name: pairs}, one or more subsets of at least two pairs.
     """
 
     evaluator: ClassVar[str] = "similarity"
@@ -235,8 +234,8 @@ class SimilaritySet:
 class SentenceSimilarity(Evaluator):
     """Correlation of cosine and gold times 100, without training; named "textual/<set>/<metric>".
 
-    Published conventions differ by several points: "spearman_all" correlates all pairs in one list (SimCSE),
-    "spearman_mean" is the unweighted mean over subsets, "spearman_weighted" weights subsets by their pairs (SentEval).
+    Published conventions differ by several points: "spearman_all" correlates all pairs together (SimCSE),
+    "spearman_mean" is the unweighted mean over subsets, "spearman_weighted" weights subsets by their size (SentEval).
     Further results are pearson_all, pearson_mean and pairs.
     """
 
@@ -254,23 +253,23 @@ class SentenceSimilarity(Evaluator):
 
     def measure(self, variables: Variables) -> list[Result]:
         """Return the results listed in the class docstring."""
-        pairs = [pair for part in self.data.subsets.values() for pair in part]
-        texts = [pair[side] for side in (0, 1) for pair in pairs]
-        e = embeddings(self.encoder, variables, texts)
-        cosine = (e[: len(pairs)] * e[len(pairs) :]).sum(axis=1)
         subsets = self.data.subsets
+        sizes = [len(part) for part in subsets.values()]
+        pairs = [pair for part in subsets.values() for pair in part]
+        e = embeddings(self.encoder, variables, [pair[side] for side in (0, 1) for pair in pairs])
+        cosine = (e[: len(pairs)] * e[len(pairs) :]).sum(axis=1)
         gold = np.array([pair[2] for pair in pairs], np.float64)
-        ends = np.cumsum([len(part) for part in subsets.values()])
-        parts = list(zip(np.split(cosine, ends[:-1]), np.split(gold, ends[:-1]), strict=True))
-        by_rank, linear = ([100 * f(*part) for part in parts] for f in (spearman, pearson))
+        ends = np.cumsum(sizes)[:-1]
+        parts = list(zip(np.split(cosine, ends), np.split(gold, ends), strict=True))
+        by_rank = [100 * spearman(*part) for part in parts]
         items = PerExample(cosine, other=gold, statistic="spearman")
         shared = {"unit": "x 100", "n": len(gold)}
         results = [self.result("spearman_all", items.value(), items=items, **shared)]
         values: dict[str, Any] = {
             "spearman_mean": np.mean(by_rank),
-            "spearman_weighted": np.average(by_rank, weights=[len(part) for part in subsets.values()]),
+            "spearman_weighted": np.average(by_rank, weights=sizes),
             "pearson_all": 100 * pearson(cosine, gold),
-            "pearson_mean": np.mean(linear),
+            "pearson_mean": np.mean([100 * pearson(*part) for part in parts]),
         }
         results += [self.result(key, value, **shared) for key, value in values.items()]
         results.append(self.count("pairs", len(gold)))
@@ -287,8 +286,8 @@ class TextRetrievalSet:
     Attributes:
       texts: items of the retrieval, all distinct.
       queries: (query, index of its text).
-      groups: bool (queries,) of named parts, such as languages; the value is then their unweighted mean.
-      together: int (queries,), equal for dependent queries, such as several for one text; None if all are independent.
+      groups: bool (queries,) of named parts, such as languages; recall is then their unweighted mean.
+      together: int (queries,), equal for dependent queries, such as all for one text; None if all are independent.
     """
 
     evaluator: ClassVar[str] = "text_retrieval"
