@@ -16,6 +16,7 @@ from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.evaluators.prompts import Profile
 from xclip_jax.evaluators.results import Result, flat
+from xclip_jax.evaluators.statistics import PerExample
 from xclip_jax.models.two_towers import Variables
 
 HELD_OUT = "holdout"  # PROTOCOL/holdout: the pairs that a run holds out of its training
@@ -87,11 +88,15 @@ class Evaluator(abc.ABC):
         """Return the results as {name: value}."""
         return flat(self.measure(variables))
 
-    def result(self, metric: str, value: float, **fields: Any) -> Result:
+    def result(self, metric: str, value: float | PerExample, **fields: Any) -> Result:
         """Return a result of this evaluator's set; `fields` are other fields of `Result`.
 
-        If the set has `together`, int (n,), it groups the result's items.
+        Per-example values become the result's items, and give its value and n. If the set has `together`, int (n,), it
+        groups the items.
         """
+        if isinstance(value, PerExample):
+            fields = {"n": len(value.values), "items": value} | fields
+            value = value.value()
         card = self.data.card
         unit = "x 100" if metric.rpartition("/")[2] in _TIMES_100 else "%"
         together = getattr(self.data, "together", None)

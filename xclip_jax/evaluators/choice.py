@@ -131,9 +131,8 @@ class Choice(Evaluator):
                 if groups and metric == "accuracy":
                     averages["macro_accuracy"] = np.sum([mask / mask.sum() for mask in groups.values()], axis=0)
                 for key, weights in averages.items():
-                    items = PerExample(right, weights)
                     chance = np.average(level, weights=weights)
-                    results.append(self.result(key, items.value(), n=n, chance=chance, items=items, score=score))
+                    results.append(self.result(key, PerExample(right, weights), chance=chance, score=score))
                 for group, mask in groups.items():
                     part = {"n": int(mask.sum()), "chance": level[mask].mean(), "score": score, "group": group}
                     results.append(self.result(metric, 100 * right[mask].mean(), **part))

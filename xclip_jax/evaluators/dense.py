@@ -153,13 +153,13 @@ class DenseProbe(Evaluator):
         results = []
         for key, item in self._items(predicted).items():
             fields = {"unit": "%" if key == "accuracy" else "x 100", "n": n, "chance": self._levels[key]}
-            results.append(self.result(key, item.value(), items=item, **fields))
+            results.append(self.result(key, item, **fields))
             results.append(self.result(f"pixels/{key}", self._of_pixels[key], **fields))
         if self.data.prompts and self.encoder.similarities and not self.encoder.similarities[0].is_distribution:
             intersection, union = self._zero_shot(variables)
             for key, some in self._tested.items():
                 item = PerExample(intersection[:, some], other=union[:, some], statistic="iou")
-                results.append(self.result(f"zeroshot/{key}", item.value(), unit="x 100", n=n, items=item))
+                results.append(self.result(f"zeroshot/{key}", item, unit="x 100"))
         counts = {"n": n, "train": sum(len(part.images) for part in self.data.parts[:2])}
         counts |= {"ways": len(self.data.classes), "patches": self.encoder.grid**2}
         if c is not None:

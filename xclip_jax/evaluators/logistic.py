@@ -169,7 +169,6 @@ _matmul = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Return the inner products (cs,) of two arrays (d, cs, classes)."""
     return (a * b).sum(axis=(0, 2))
 
 
@@ -229,9 +228,6 @@ def _search(y: jax.Array, state: State, p: jax.Array, zp: jax.Array, ridge: jax.
         second = (prob * zp * zp).sum(axis=2) - first**2
         return first.mean(axis=0) - toward_labels + wp + t * pp, second.mean(axis=0) + pp
 
-    def cond(carry: Any) -> jax.Array:
-        return (~carry["ok"]).any() & (carry["i"] < 12)
-
     def body(carry: Any) -> Any:
         t = carry["t"]
         first, second = derivatives(t)
@@ -245,7 +241,7 @@ def _search(y: jax.Array, state: State, p: jax.Array, zp: jax.Array, ridge: jax.
 
     bracket = {"low": jnp.zeros_like(slope), "high": jnp.full_like(slope, jnp.inf)}
     start: dict[str, Any] = {"t": jnp.ones_like(slope), "ok": state["done"], "i": 0} | bracket
-    return jax.lax.while_loop(cond, body, start)["t"]
+    return jax.lax.while_loop(lambda carry: (~carry["ok"]).any() & (carry["i"] < 12), body, start)["t"]
 
 
 @jax.jit

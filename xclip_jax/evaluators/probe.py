@@ -91,8 +91,7 @@ class Probe(Evaluator):
             chance = {"top1": majority, "mean_per_class": 100 / len(np.unique(tested))}  # of a constant answer
             for probe, (values, extra) in self._task(features, labels).items():
                 for key, item in _items(values, tested, num_classes).items():
-                    fields = {"task": task, "n": n, "items": item, "chance": chance.get(key)}
-                    results.append(self.result(f"{probe}/{key}", item.value(), **fields))
+                    results.append(self.result(f"{probe}/{key}", item, task=task, chance=chance.get(key)))
                 others += [self.count(f"{probe}/{key}", value, task=task) for key, value in extra.items()]
             for key, size in (("n", n), ("train", len(labels[0])), ("ways", num_classes)):
                 others.append(self.count(key, size, task=task))
@@ -146,11 +145,11 @@ class Probe(Evaluator):
 
 
 def _are_texts(items: Sequence[Any]) -> bool:
-    """Whether the items are texts or tuples of texts; an undecodable first item is an image."""
+    """Whether the items are texts or tuples of texts."""
     try:
         return isinstance(items[0], (str, tuple))
     except BadSample:
-        return False
+        return False  # an undecodable image
 
 
 def _num_classes(labels: Sequence[np.ndarray]) -> int:
@@ -265,13 +264,12 @@ class ClassifierEvaluator(Evaluator):
         if self.data.classes == 1:
             results = []
             for key in ("spearman", "pearson"):
-                item = PerExample(logits[:, 0], other=labels, statistic=key)
-                results.append(self.result(f"finetuned/{key}", item.value(), unit="x 100", n=n, items=item))
+                results.append(self.result(f"finetuned/{key}", PerExample(logits[:, 0], other=labels, statistic=key)))
             return [*results, self.count("pairs", n)]
         majority = 100 * float(np.bincount(labels).max() / n)
         results = []
         for key, item in _items(is_right(logits, labels), labels, self.data.classes).items():
             chance = majority if key == "top1" else None
-            results.append(self.result(f"finetuned/{key}", item.value(), n=n, items=item, chance=chance))
+            results.append(self.result(f"finetuned/{key}", item, chance=chance))
         results.append(self.result("finetuned/top5", 100 * float((ranks(logits, labels) < 5).mean()), n=n))
         return [*results, self.count("n", n), self.count("ways", self.data.classes), self.result("majority", majority)]

@@ -187,7 +187,7 @@ def from_json(records: Iterable[Mapping[str, Any]]) -> list[Result]:
 
 
 def read_entries(entries: Iterable[Entry]) -> list[Result]:
-    """Return the results of entries of evaluation.json."""
+    """Return the results of entries."""
     return [result for entry in entries for result in from_json(entry["records"])]
 
 
@@ -268,7 +268,7 @@ def latest(entries: Sequence[Entry]) -> tuple[list[Entry], list[Entry]]:
 
 
 def items_file(path: epath.Path) -> epath.Path:
-    """Return the path of FILE.items.npz for the results file `path`."""
+    """Return the path of FILE.items.npz."""
     return path.with_name(f"{path.name}.items.npz")
 
 

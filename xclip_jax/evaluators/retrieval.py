@@ -31,13 +31,8 @@ BLOCK = 1 << 27
 def recall_at_k(scores: np.ndarray, positives: np.ndarray, k: int) -> float:
     """Return the share of queries with a positive among the k best items; equal scores rank by index, lowest first.
 
-    Args:
-      scores: (queries, items), higher is nearer.
-      positives: bool of the same shape.
-      k: items that count; a query without a valid ranking, see `statistics.ranks`, is wrong for every k.
-
-    Raises:
-      UserError: a query without positives, or shapes that differ.
+    `scores` are (queries, items), higher is nearer, and `positives` bool of the same shape, at least one per query.
+    Queries without a valid ranking, see `statistics.ranks`, are wrong for every k.
     """
     return float((ranks(np.asarray(scores), np.asarray(positives)) < k).mean())
 
@@ -175,10 +170,9 @@ class Retrieval(Evaluator):
         for score, of_score in by_score.items():
             for direction, rank in of_score.items():
                 for k in KS:
-                    items = PerExample((rank < k).astype(float), groups=groups.get(direction))
                     metric = f"{direction}/r{k}"
-                    fields = {"n": len(rank), "chance": levels[metric], "items": items, "score": score}
-                    results.append(self.result(metric, items.value(), **fields))
+                    items = PerExample((rank < k).astype(float), groups=groups.get(direction))
+                    results.append(self.result(metric, items, chance=levels[metric], score=score))
         return results
 
 
@@ -262,16 +256,14 @@ class SentenceSimilarity(Evaluator):
         ends = np.cumsum(sizes)[:-1]
         parts = list(zip(np.split(cosine, ends), np.split(gold, ends), strict=True))
         by_rank = [100 * spearman(*part) for part in parts]
-        items = PerExample(cosine, other=gold, statistic="spearman")
-        shared = {"unit": "x 100", "n": len(gold)}
-        results = [self.result("spearman_all", items.value(), items=items, **shared)]
+        results = [self.result("spearman_all", PerExample(cosine, other=gold, statistic="spearman"))]
         values: dict[str, Any] = {
             "spearman_mean": np.mean(by_rank),
             "spearman_weighted": np.average(by_rank, weights=sizes),
             "pearson_all": 100 * pearson(cosine, gold),
             "pearson_mean": np.mean([100 * pearson(*part) for part in parts]),
         }
-        results += [self.result(key, value, **shared) for key, value in values.items()]
+        results += [self.result(key, value, unit="x 100", n=len(gold)) for key, value in values.items()]
         results.append(self.count("pairs", len(gold)))
         if len(parts) > 1:
             for (subset, part), value in zip(subsets.items(), by_rank, strict=True):
@@ -321,20 +313,16 @@ class TextRetrieval(Evaluator):
         n = len(self.data.texts)
         queries = self.data.queries
         groups = self.data.groups
-        texts = [*self.data.texts, *(text for text, _ in queries)]
-        e = embeddings(self.encoder, variables, texts)
+        e = embeddings(self.encoder, variables, [*self.data.texts, *(text for text, _ in queries)])
         targets = np.array([target for _, target in queries])
         step = max(1, BLOCK // n)
         blocks = (slice(start, start + step) for start in range(0, len(queries), step))
         rank = np.concatenate([statistics.ranks(e[n:][block] @ e[:n].T, targets[block]) for block in blocks])
-        weights = np.ones(len(queries))
-        if groups:
-            weights = sum(mask / mask.sum() for mask in groups.values())
+        weights = sum(mask / mask.sum() for mask in groups.values()) if groups else np.ones(len(queries))
         chance = {k: 100 * min(k / n, 1) for k in KS}
         results = []
         for k in KS:
-            items = PerExample((rank < k).astype(float), weights)
-            results.append(self.result(f"r{k}", items.value(), n=len(queries), chance=chance[k], items=items))
+            results.append(self.result(f"r{k}", PerExample((rank < k).astype(float), weights), chance=chance[k]))
         for group, mask in groups.items():
             for k in KS:
                 value = 100 * float((rank[mask] < k).mean())

@@ -108,7 +108,7 @@ def title(family: str) -> str:
 
 
 def short_names(results: Sequence[Result]) -> dict[str, str]:
-    """Return {row: its name in tables}, see `shorten`."""
+    """Return {name of a row: short name}."""
     return shorten(row.name for row in rows(results))
 
 
@@ -317,8 +317,7 @@ def _select(path: str, step: int | None, profile: str | None) -> tuple[list[Entr
 
 def render_comparison(compared: Sequence[Mapping[str, Any]], a: str, b: str) -> str:
     """Return the rows of `compare` as a table; ratios follow an "x", and a star marks intervals without equality."""
-    first = compared[0]
-    lines = [f"{side.upper()}: {file}, step {first[f'step_{side}']}" for side, file in (("a", a), ("b", b))]
+    lines = [f"{side.upper()}: {file}, step {compared[0][f'step_{side}']}" for side, file in (("a", a), ("b", b))]
     short = shorten(row["set"] for row in compared)
     texts = [["set", "metric", "unit", "A", "B", "B - A", "   95 % interval"]]
     for row in compared:

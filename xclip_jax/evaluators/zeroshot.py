@@ -202,23 +202,22 @@ class ZeroShot(Evaluator):
         img = self.encoder.images(variables, self.data.images, features(similarities))
         txt = self.encoder.texts(variables, [text for prompts in rows for text in prompts], features(similarities))
         scores = class_scores(similarities, img, txt, [len(prompts) for prompts in rows])
-        classes = [rows[tuple(prompts)] for prompts in self.data.prompts]
-        if len(rows) == len(classes):
+        if len(rows) == len(self.data.prompts):
             return scores
+        classes = [rows[tuple(prompts)] for prompts in self.data.prompts]
         return {score: x[:, classes] for score, x in scores.items()}
 
     def measure(self, variables: Variables) -> list[Result]:
         """Return the results listed in the class docstring."""
         labels = np.asarray(self.data.labels)
         groups = self.data.groups
-        n = len(labels)
         num_classes = len(self.data.prompts)
-        results = [self.count("n", n), self.count("ways", num_classes)]
+        results = [self.count("n", len(labels)), self.count("ways", num_classes)]
         results += [self.count("n", np.sum(mask), group=group) for group, mask in groups.items()]
         for score, scores in self.scores(variables).items():
             if labels.ndim == 2:
-                items = {key: PerExample(scores, other=labels, statistic=key) for key in ("map", "map11")}
-                results += [self.result(k, x.value(), n=n, items=x, score=score) for k, x in items.items()]
+                for key in ("map", "map11"):
+                    results.append(self.result(key, PerExample(scores, other=labels, statistic=key), score=score))
                 continue
             rank = ranks(scores, labels)
             items = _items(rank, labels, groups)
@@ -230,7 +229,7 @@ class ZeroShot(Evaluator):
             chance = {f"top{k}": 100 * min(k / num_classes, 1) for k in (1, 5)}
             chance |= {"mean_per_class": chance["top1"], "top1_top5": (chance["top1"] + chance["top5"]) / 2}
             for key, item in items.items():
-                results.append(self.result(key, item.value(), n=n, chance=chance.get(key), items=item, score=score))
+                results.append(self.result(key, item, chance=chance.get(key), score=score))
             for group, mask in groups.items():
                 fields = {"n": int(np.sum(mask)), "score": score, "group": group}
                 for key, item in _items(rank[mask], labels[mask], {}).items():
