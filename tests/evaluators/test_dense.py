@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import PIL.Image
 import pytest
+import scipy.ndimage
 import tensorflow_datasets as tfds
 from etils import epath
 from sklearn.linear_model import LogisticRegression
@@ -259,17 +260,10 @@ def test_groups_are_resampled_together_and_classes_that_the_test_lacks_do_not_co
 
 
 def bilinear(scores, size):
-    """Scores (grid, grid, classes) at the centres of patches, at each of size x size pixels, one after the other."""
-    grid, side = len(scores), size // len(scores)
-    result = np.empty((size, size, scores.shape[-1]))
-    for y in range(size):
-        for x in range(size):
-            (i, a), (j, b) = (divmod(min(max((p + 0.5) / side - 0.5, 0), grid - 1), 1) for p in (y, x))
-            i, j = int(i), int(j)
-            below, right = min(i + 1, grid - 1), min(j + 1, grid - 1)
-            top = (1 - b) * scores[i, j] + b * scores[i, right]
-            result[y, x] = (1 - a) * top + a * ((1 - b) * scores[below, j] + b * scores[below, right])
-    return result
+    """Scores (grid, grid, classes) at the centres of patches, at each of size x size pixels."""
+    places = (np.indices((size, size)) + 0.5) * len(scores) / size - 0.5
+    planes = np.moveaxis(scores, -1, 0)
+    return np.stack([scipy.ndimage.map_coordinates(x, places, order=1, mode="nearest") for x in planes], axis=-1)
 
 
 @pytest.mark.parametrize("unreadable", [(), (3,)])

@@ -20,6 +20,19 @@ from xclip_jax.models.two_towers import Variables
 # Metrics of items with two images: their expected values if all scores are random and independent.
 PAIRED = {"text_score": 25.0, "image_score": 25.0, "group_score": 100 / 6}
 
+_OF_TEXTS = (
+    Column("texts", "ways"),
+    Column("items", "n"),
+    Column("accuracy", "accuracy", "accuracy", chance=True),
+    Column("mean of parts", "macro_accuracy", "accuracy, mean of the parts", chance=True),
+)
+_OF_BOTH = (
+    Column("items", "n"),
+    Column("text", "text_score", "text score", chance=True),
+    Column("image", "image_score", "image score", chance=True),
+    Column("group", "group_score", "group score", chance=True),
+)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ChoiceSet:
@@ -70,26 +83,8 @@ class Choice(Evaluator):
 
     family = "choice"
     layouts = (
-        Layout(
-            "choice of texts, %",
-            (
-                Column("texts", "ways"),
-                Column("items", "n"),
-                Column("accuracy", "accuracy", "accuracy", chance=True),
-                Column("mean of parts", "macro_accuracy", "accuracy, mean of the parts", chance=True),
-            ),
-            scores=zeroshot.LAYOUTS[0].scores,
-        ),
-        Layout(
-            "choice of texts and images, %",
-            (
-                Column("items", "n"),
-                Column("text", "text_score", "text score", chance=True),
-                Column("image", "image_score", "image score", chance=True),
-                Column("group", "group_score", "group score", chance=True),
-            ),
-            scores=zeroshot.LAYOUTS[0].scores,
-        ),
+        Layout("choice of texts, %", _OF_TEXTS, zeroshot.SCORES),
+        Layout("choice of texts and images, %", _OF_BOTH, zeroshot.SCORES),
     )
 
     def scores(self, variables: Variables) -> dict[str, list[np.ndarray]]:

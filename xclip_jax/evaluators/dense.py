@@ -37,6 +37,15 @@ MAX_PATCHES = (50_000, 10_000)  # patches to fit on, and to choose C on
 _SWEEP = Sweep(tuple(10.0**e for e in range(-4, 3)), halvings=0, tolerance=1e-4)
 _SAMPLES = 16  # samples of the mask along a side of a patch
 _BATCH = 256  # images cut into patches at once
+_COLUMNS = (
+    Column("classes", "ways"),
+    Column("patches", "patches"),
+    Column("items", "n"),
+    Column("mIoU", "miou", "mean IoU of patches", chance=True),
+    Column("of pixels", "pixels/miou"),
+    Column("accuracy", "accuracy", "largest class of a patch", chance=True),
+    Column("zero-shot", "zeroshot/miou", "zero-shot mean IoU of pixels"),
+)
 
 # (images, index of the first image) -> batches of features, see `Encoder.patches`.
 _Encode = Callable[[Sequence[np.ndarray], int], Iterator[tuple[int, np.ndarray]]]
@@ -114,20 +123,7 @@ class DenseProbe(Evaluator):
     """
 
     family = "dense"
-    layouts = (
-        Layout(
-            "patch features, IoU x 100",
-            (
-                Column("classes", "ways"),
-                Column("patches", "patches"),
-                Column("items", "n"),
-                Column("mIoU", "miou", "mean IoU of patches", chance=True),
-                Column("of pixels", "pixels/miou"),
-                Column("accuracy", "accuracy", "largest class of a patch", chance=True),
-                Column("zero-shot", "zeroshot/miou", "zero-shot mean IoU of pixels"),
-            ),
-        ),
-    )
+    layouts = (Layout("patch features, IoU x 100", _COLUMNS),)
 
     def __init__(self, encoder: Encoder, data: DenseSet) -> None:
         if not encoder.grid:

@@ -19,7 +19,17 @@ from xclip_jax.evaluators.results import Provenance, Result
 from xclip_jax.evaluators.statistics import PerExample, class_weights, ranks
 from xclip_jax.models.two_towers import Variables
 
-_FINETUNED = {"top1": "top-1", "matthews": "Matthews", "f1": "F1", "spearman": "Spearman", "pearson": "Pearson"}
+_FROZEN = (
+    Column("classes", "ways"),
+    Column("items", "n"),
+    Column("linear", "linear/top1", "linear probe, top-1", chance=True),
+    Column("kNN", "knn/top1", "nearest neighbours, top-1"),
+)
+_LABELS = {"top1": "top-1", "matthews": "Matthews", "f1": "F1", "spearman": "Spearman", "pearson": "Pearson"}
+_FINETUNED = (
+    Column("items", "n"),
+    *(Column(label, f"finetuned/{key}", f"fine-tuned, {label}") for key, label in _LABELS.items()),
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -62,17 +72,7 @@ class Probe(Evaluator):
     always predicted. Text probes have the family "textual".
     """
 
-    layouts = (
-        Layout(
-            "frozen features, %",
-            (
-                Column("classes", "ways"),
-                Column("items", "n"),
-                Column("linear", "linear/top1", "linear probe, top-1", chance=True),
-                Column("kNN", "knn/top1", "nearest neighbours, top-1"),
-            ),
-        ),
-    )
+    layouts = (Layout("frozen features, %", _FROZEN),)
 
     def __init__(self, encoder: Encoder, data: ProbeSet) -> None:
         super().__init__(encoder, data)
@@ -234,15 +234,7 @@ class ClassifierEvaluator(Evaluator):
     accuracy if the largest class is always predicted. A regression has spearman, pearson and its number of "pairs".
     """
 
-    layouts = (
-        Layout(
-            "fine-tuned, %",
-            (
-                Column("items", "n"),
-                *(Column(label, f"finetuned/{key}", f"fine-tuned, {label}") for key, label in _FINETUNED.items()),
-            ),
-        ),
-    )
+    layouts = (Layout("fine-tuned, %", _FINETUNED),)
 
     def __init__(self, encoder: Encoder, data: ClassificationSet) -> None:
         """Raise `UserError` if too many items have a class missing from the model's classifier, see `renumber`."""

@@ -27,6 +27,26 @@ KS = (1, 5, 10)
 # Numbers in memory at once, per score: COCO's 5,000 images and 25,000 captions are one block.
 BLOCK = 1 << 27
 
+_OF_IMAGES = (
+    Column("images", "images", width=6),
+    Column("texts", "captions"),
+    Column("i2t@1", "image_to_text/r1", "image to text, R@1", chance=True),
+    Column("i2t@5", "image_to_text/r5", "image to text, R@5", chance=True),
+    Column("t2i@1", "text_to_image/r1", "text to image, R@1", chance=True),
+    Column("t2i@5", "text_to_image/r5", "text to image, R@5", chance=True),
+)
+_OF_TEXTS = (
+    Column("texts", "texts", width=6),
+    Column("queries", "queries"),
+    Column("R@1", "r1", "R@1", chance=True),
+    Column("R@5", "r5", "R@5", chance=True),
+)
+_CORRELATIONS = (
+    Column("pairs", "pairs"),
+    Column("all", "spearman_all", "Spearman"),
+    Column("mean", "spearman_mean", "Spearman, mean of the subsets"),
+)
+
 
 def recall_at_k(scores: np.ndarray, positives: np.ndarray, k: int) -> float:
     """Return the share of queries with a positive among the k best items; equal scores rank by index, lowest first.
@@ -132,19 +152,6 @@ class RetrievalSet:
     card: Provenance = dataclasses.field(default_factory=Provenance)
 
 
-LAYOUT = Layout(
-    "retrieval, recall %",
-    (
-        Column("images", "images", width=6),
-        Column("texts", "captions"),
-        Column("i2t@1", "image_to_text/r1", "image to text, R@1", chance=True),
-        Column("i2t@5", "image_to_text/r5", "image to text, R@5", chance=True),
-        Column("t2i@1", "text_to_image/r1", "text to image, R@1", chance=True),
-        Column("t2i@5", "text_to_image/r5", "text to image, R@5", chance=True),
-    ),
-)
-
-
 class Retrieval(Evaluator):
     """r1, r5 and r10 in percent, named "retrieval/<set>[/<score>]/image_to_text/r1" and ".../text_to_image/r1".
 
@@ -153,7 +160,7 @@ class Retrieval(Evaluator):
     """
 
     family = "retrieval"
-    layouts = (LAYOUT,)
+    layouts = (Layout("retrieval, recall %", _OF_IMAGES),)
 
     def measure(self, variables: Variables) -> list[Result]:
         """Return the results listed in the class docstring; captions are resampled by image."""
@@ -234,16 +241,7 @@ class SentenceSimilarity(Evaluator):
     """
 
     family = "textual"
-    layouts = (
-        Layout(
-            "similarity of texts, Spearman x 100",
-            (
-                Column("pairs", "pairs"),
-                Column("all", "spearman_all", "Spearman"),
-                Column("mean", "spearman_mean", "Spearman, mean of the subsets"),
-            ),
-        ),
-    )
+    layouts = (Layout("similarity of texts, Spearman x 100", _CORRELATIONS),)
 
     def measure(self, variables: Variables) -> list[Result]:
         """Return the results listed in the class docstring."""
@@ -296,17 +294,7 @@ class TextRetrieval(Evaluator):
     """Recall of the query's text by cosine, in percent: "textual/<set>[/<group>]/r1", r5 and r10."""
 
     family = "textual"
-    layouts = (
-        Layout(
-            "texts by texts, recall %",
-            (
-                Column("texts", "texts", width=6),
-                Column("queries", "queries"),
-                Column("R@1", "r1", "R@1", chance=True),
-                Column("R@5", "r5", "R@5", chance=True),
-            ),
-        ),
-    )
+    layouts = (Layout("texts by texts, recall %", _OF_TEXTS),)
 
     def measure(self, variables: Variables) -> list[Result]:
         """Return the results listed in the class docstring."""

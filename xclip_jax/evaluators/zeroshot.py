@@ -161,27 +161,10 @@ class ZeroShotSet:
         object.__setattr__(self, "names", list(self.names) or [prompts[0] for prompts in self.prompts])
 
 
-LAYOUTS = (
-    Layout(
-        "zero-shot classification, %",
-        (
-            Column("classes", "ways"),
-            Column("images", "n"),
-            Column("top-1", "top1", "top-1", chance=True),
-            Column("top-5", "top5", "top-5", chance=True),
-        ),
-        {"cosine": "clusters, cosine", "cross_entropy": "clusters, cross-entropy", "both": "both heads together"},
-    ),
-    Layout(
-        "zero-shot, several labels an image, %",
-        (
-            Column("classes", "ways"),
-            Column("images", "n"),
-            Column("11-point mAP", "map11", "11-point mAP"),
-            Column("mAP", "map", "mAP"),
-        ),
-    ),
-)
+SCORES = {"cosine": "clusters, cosine", "cross_entropy": "clusters, cross-entropy", "both": "both heads together"}
+_SIZES = (Column("classes", "ways"), Column("images", "n"))
+_TOPS = (Column("top-1", "top1", "top-1", chance=True), Column("top-5", "top5", "top-5", chance=True))
+_PRECISIONS = (Column("11-point mAP", "map11", "11-point mAP"), Column("mAP", "map", "mAP"))
 
 
 class ZeroShot(Evaluator):
@@ -192,7 +175,10 @@ class ZeroShot(Evaluator):
     """
 
     family = "zeroshot"
-    layouts = LAYOUTS
+    layouts = (
+        Layout("zero-shot classification, %", (*_SIZES, *_TOPS), SCORES),
+        Layout("zero-shot, several labels an image, %", (*_SIZES, *_PRECISIONS)),
+    )
 
     def scores(self, variables: Variables) -> dict[str, np.ndarray]:
         """Return {score: (n, num_classes)}."""
