@@ -44,7 +44,7 @@ class Column:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A table of results, with one row per set that has a metric in a labelled column.
+    """A table of results. Sets with a metric in a labelled column have a row.
 
     Attributes:
       title: title of the column of names.

@@ -66,7 +66,8 @@ class Encoder:
         self.batch = self.sizes[-1]
         self.similarities = tuple(similarities)
         self._default = ("features", *(similarity.feature for similarity in similarities))
-        self.preprocessing, self.image_size = preprocessing, preprocessing.size
+        self.preprocessing = preprocessing
+        self.image_size = preprocessing.size
         self.classes = None if classes is None else tuple(classes)
         self.grid = model.img.grid if "img" in model.towers else 0
         self.unreadable = dict[int, str]()

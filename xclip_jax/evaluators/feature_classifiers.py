@@ -85,19 +85,15 @@ def search(
 ) -> tuple[float, dict[float, float]]:
     """Return the C with the best score on validation items, the smallest of equals, and {C: score} of all trials."""
     scores: dict[float, float] = {}
-
-    def trial(cs: Sequence[float]) -> None:
+    cs = sweep.coarse
+    step = np.log10(cs[1] / cs[0]) if len(cs) > 1 else 0.0
+    for _ in range(sweep.halvings + 1):
         new = [c for c in cs if min(sweep.coarse) <= c <= max(sweep.coarse) and c not in scores]
         if new:
             logits = logistic.fit(*train, new, classes, tolerance=sweep.tolerance).logits(validation[0])
-            scores.update({c: score(part, validation[1]) for c, part in zip(new, logits, strict=True)})
-
-    trial(sweep.coarse)
-    step = np.log10(sweep.coarse[1] / sweep.coarse[0]) if len(sweep.coarse) > 1 else 0.0
-    for _ in range(sweep.halvings):
+            scores |= {c: score(part, validation[1]) for c, part in zip(new, logits, strict=True)}
         step /= 2
-        best = _best(scores)
-        trial([best * 10.0**-step, best * 10.0**step])
+        cs = [_best(scores) * 10.0**-step, _best(scores) * 10.0**step]
     return _best(scores), scores
 
 

@@ -140,8 +140,8 @@ def shorten(names_of_sets: Iterable[str]) -> dict[str, str]:
 def headlines(results: Sequence[Result], before: Sequence[Result] = ()) -> str:
     """Return one line with the first two metrics of each set; empty without results.
 
-    The run's held-out pairs, often the only set, are named by their family. A metric that is also in `before` shows
-    both values: "R@1 12.5 -> 50.0".
+    The run's held-out pairs, often the only set, are named by their family. Metrics in `before`, too, show both
+    values: "R@1 12.5 -> 50.0".
     """
     parts = []
     short = short_names(results)
