@@ -6,7 +6,7 @@ shares y and predicted shares p they are min(p, y) and max(p, y), summed over al
 Labelling a patch by its largest class would lose everything thinner than a patch, such as strokes.
 
 The content of a patch can often be guessed from its pixels, so the same probe on pixels and the patch's position is
-measured too ("pixels/miou"): features should score higher.
+measured too ("pixels/miou"): the difference is the contribution of the features.
 """
 
 import dataclasses
@@ -56,7 +56,7 @@ class MaskedImages:
     """Images with labelled pixels.
 
     Attributes:
-      images: as `Encoder.images` takes them.
+      images: images for `Encoder.images`.
       masks: uint8 (h, w), class of each pixel before preprocessing, or `NO_CLASS`.
     """
 
@@ -243,7 +243,9 @@ class DenseProbe(Evaluator):
 
     def _zero_shot(self, variables: Variables) -> tuple[np.ndarray, np.ndarray]:
         """Return intersection and union, labelled pixels, (n, classes); unreadable images get no class."""
-        own, encoder, prompts = self.encoder.similarities[:1], self.encoder, self.data.prompts
+        encoder = self.encoder
+        own = encoder.similarities[:1]
+        prompts = self.data.prompts
         txt = encoder.texts(variables, [text for texts in prompts for text in texts], (own[0].feature,))
         pixels = np.arange(encoder.image_size) + 0.5  # scores are constant beyond the outermost patches' centres
         centres = (np.arange(encoder.grid) + 0.5) * self._patch

@@ -30,7 +30,6 @@ _ROUND = 4  # iterations between checks for convergence
 _BLOCK = 1 << 22  # numbers in a block of features
 _STALLED = 1e-10  # smallest promised improvement of a step, relative to the objective
 
-
 State = dict[str, jax.Array]
 
 
