@@ -175,7 +175,7 @@ def test_a_table_of_each_form():
     [([[0]], [["a"]]), ([[0, 1]], [["a", "b", "c"]]), ([[0, 1, 2]], [["a", "b"]]), (np.zeros((0, 1)), [])],
 )
 def test_wrong_items_are_refused(pictures, texts):
-    with pytest.raises(UserError, match="set: give each item one image"):
+    with pytest.raises(UserError, match="an item is one image"):
         ChoiceSet("set", noise(3), np.array(pictures), texts)
 
 

@@ -59,10 +59,12 @@ class ChoiceSet:
 
     def __post_init__(self) -> None:
         paired = np.shape(self.pictures)[1:] == (2,)
-        right = [len(texts) == 2 or (len(texts) > 2 and not paired) for texts in self.texts]
-        if not right or not all(right) or np.shape(self.pictures) != (len(right), 1 + paired):
+        wrong = [i for i, texts in enumerate(self.texts) if len(texts) != 2 and (paired or len(texts) < 2)]
+        if wrong or not self.texts or np.shape(self.pictures) != (len(self.texts), 1 + paired):
+            item = f"item {wrong[0]} has {len(self.texts[wrong[0]])} texts" if wrong else f"{len(self.texts)} items"
             raise UserError(
-                f"{self.name}: give each item one image and two or more texts, or two images and two texts."
+                f"{self.name}: {item}, {np.size(self.pictures)} images in all; an item is one image and two or more "
+                "texts, or two images and two texts."
             )
 
     @property
