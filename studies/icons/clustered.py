@@ -18,15 +18,15 @@ from xclip_jax.evaluators.probe import Probe
 from xclip_jax.evaluators.results import Provenance, Result
 from xclip_jax.evaluators.retrieval import Retrieval, TextRetrieval
 from xclip_jax.evaluators.statistics import PerExample
-from xclip_jax.evaluators.zeroshot import LAYOUTS, ZeroShot, ZeroShotSet
+from xclip_jax.evaluators.zeroshot import ZeroShot, ZeroShotSet
 from xclip_jax.models.two_towers import Variables
 
 _HERE = "studies.icons.clustered"
 _SEEDS = 3  # draws of a few-shot training set
 _WITH_RANK = dataclasses.replace(
-    LAYOUTS[0],
+    ZeroShot.layouts[0],
     title="zero-shot classification of concepts, %",
-    columns=(*LAYOUTS[0].columns, Column("rank", "rank_gmean", "geometric mean rank", chance=True)),
+    columns=(*ZeroShot.layouts[0].columns, Column("rank", "rank_gmean", "geometric mean rank", chance=True)),
 )
 
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from tests.evaluators.test_registry import broken
 from tests.helpers.encoding import SIZE, by_name, make_encoder, small_model
-from xclip_jax.core.errors import BadSample, UserError
+from xclip_jax.core.errors import UserError
 from xclip_jax.evaluators import choice, registry, tables
 from xclip_jax.evaluators.choice import Choice, ChoiceSet
 
@@ -150,14 +151,8 @@ def test_items_of_one_image_are_resampled_together():
 
 @pytest.mark.parametrize("make", [single, paired])
 def test_an_unreadable_image_is_wrong_and_changes_no_other_item(make):
-    class Broken(list):
-        def __getitem__(self, i):
-            if i == 1:
-                raise BadSample("not an image")
-            return super().__getitem__(i)
-
     whole = make()
-    data = ChoiceSet("set", Broken(whole.images), whole.pictures, whole.texts)
+    data = ChoiceSet("set", broken(whole.images, 1), whole.pictures, whole.texts)
     results = registry.measure(Choice(make_encoder(), data), small_model()[1])
     before, after = by_name(measured(whole))[1], by_name(results)[1]
     item = 1 if make is single else 0
@@ -176,19 +171,14 @@ def test_a_table_of_each_form():
 
 
 @pytest.mark.parametrize(
-    "pictures, texts, message",
-    [
-        ([[0]], [["a"]], "item 0 has 1 texts"),
-        ([[0, 1]], [["a", "b", "c"]], "item 0 has 3 texts, 2 images in all; an item is"),
-        ([[0, 1, 2]], [["a", "b"]], "1 items, 3 images"),
-        (np.zeros((0, 1)), [], "0 items, 0 images"),
-    ],
+    ("pictures", "texts"),
+    [([[0]], [["a"]]), ([[0, 1]], [["a", "b", "c"]]), ([[0, 1, 2]], [["a", "b"]]), (np.zeros((0, 1)), [])],
 )
-def test_what_is_no_item(pictures, texts, message):
-    with pytest.raises(UserError, match=f"set: {message}"):
+def test_wrong_items_are_refused(pictures, texts):
+    with pytest.raises(UserError, match="an item is one image"):
         ChoiceSet("set", noise(3), np.array(pictures), texts)
 
 
 def test_a_part_with_the_name_of_a_score_is_refused():
-    with pytest.raises(UserError, match="the part 'both' has the name of a score; give it another name"):
+    with pytest.raises(UserError, match="the part 'both' has the name of a score"):
         measured(single(2, groups={"both": np.arange(N) < 4}))

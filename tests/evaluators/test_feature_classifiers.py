@@ -1,6 +1,7 @@
 """Nearest neighbours, parts of a training set, the search of C and cross-validation against scikit-learn."""
 
 import re
+import types
 
 import numpy as np
 import pytest
@@ -36,42 +37,23 @@ def test_knn_of_other_features_is_the_same_program():
     assert "tensor<300x8xf32>" in votes and not re.search(r"constant .*tensor<300", votes)
 
 
-def test_the_search_is_clips(monkeypatch):
+@pytest.mark.parametrize(("wanted", "reached"), [(1.3, 1.25), (-9.0, -6.0), (9.0, 6.0), (5.8, 5.75)])
+def test_the_search_is_clips_and_stays_within_its_range(wanted, reached, monkeypatch):
     tried = []
-
-    class Fit:
-        def __init__(self, cs):
-            self.cs = cs
-
-        def logits(self, x):
-            return np.array(self.cs)
 
     def fit(x, y, cs, classes, tolerance):
         tried.append(cs)
-        return Fit(cs)
+        return types.SimpleNamespace(logits=lambda x: np.array(cs))
 
     monkeypatch.setattr(logistic, "fit", fit)
-    best, found = feature_classifiers.search((0, 0), (0, 0), 2, Sweep(), lambda c, _: -abs(np.log10(c) - 1.3))
-    assert tried[0] == [10.0**e for e in range(-6, 7, 2)]
-    assert [len(cs) for cs in tried[1:]] == [2, 2, 2, 2]
-    assert np.log10(best) == pytest.approx(1.25) and len(found) == 15  # the end: eight steps a decade
-    best, _ = feature_classifiers.search((0, 0), (0, 0), 2, Sweep((1.0, 10.0), 0), lambda c, _: 0.0)
-    assert best == 1.0
-
-
-@pytest.mark.parametrize(("wanted", "reached"), [(-9.0, -6.0), (9.0, 6.0), (5.8, 5.75)])
-def test_the_search_stays_within_its_range(wanted, reached, monkeypatch):
-    class Fit:
-        def __init__(self, cs):
-            self.cs = cs
-
-        def logits(self, x):
-            return np.array(self.cs)
-
-    monkeypatch.setattr(logistic, "fit", lambda x, y, cs, classes, tolerance: Fit(cs))
     best, scores = feature_classifiers.search((0, 0), (0, 0), 2, Sweep(), lambda c, _: -abs(np.log10(c) - wanted))
     assert np.log10(best) == pytest.approx(reached)
+    assert tried[0] == [10.0**e for e in range(-6, 7, 2)]
     assert min(scores) == 1e-6 and max(scores) == 1e6
+    if wanted == 1.3:
+        assert [len(cs) for cs in tried[1:]] == [2, 2, 2, 2]  # the end: eight steps per decade
+    best, _ = feature_classifiers.search((0, 0), (0, 0), 2, Sweep((1.0, 10.0), 0), lambda c, _: 0.0)
+    assert best == 1.0
 
 
 def test_given_validation_items_are_fitted_on_unless_refit_is_off():
@@ -82,17 +64,19 @@ def test_given_validation_items_are_fitted_on_unless_refit_is_off():
         model = LogisticRegression(C=c, max_iter=5000, tol=1e-6).fit(items[0], items[1])
         return (model.predict(x[60:]) == y[60:]).astype(float)
 
+    def accuracy(logits, labels):
+        return float((logits.argmax(1) == labels).mean())
+
     for refit, items in ((True, (x[:60], y[:60])), (False, (x[:30], y[:30]))):
         sweep = Sweep((1e-2, 1.0), 0, 1e-7, refit=refit)
-        found, extra = feature_classifiers.linear(*parts, 3, sweep, lambda z, t: float((z.argmax(1) == t).mean()))
+        found, extra = feature_classifiers.linear(*parts, 3, sweep, accuracy)
         np.testing.assert_array_equal(found, right(items, 10 ** extra["log10_c"]))
     # Without validation items a tenth, at random, chooses C, and all items are fitted on.
     some = np.random.default_rng(0).permutation(60)
     held, kept = (x[some[:6]], y[some[:6]]), (x[some[6:]], y[some[6:]])
     scores = [LogisticRegression(C=c, max_iter=5000, tol=1e-6).fit(*kept).score(*held) for c in (1e-3, 1.0)]
     parts = [(x[:60], y[:60]), (x[:0], y[:0]), (x[60:], y[60:])]
-    sweep = Sweep((1e-3, 1.0), 0, 1e-7)
-    found, extra = feature_classifiers.linear(*parts, 3, sweep, lambda z, t: float((z.argmax(1) == t).mean()))
+    found, extra = feature_classifiers.linear(*parts, 3, Sweep((1e-3, 1.0), 0, 1e-7), accuracy)
     assert scores[0] != scores[1] and 10 ** extra["log10_c"] == pytest.approx((1e-3, 1.0)[int(np.argmax(scores))])
     np.testing.assert_array_equal(found, right(parts[0], 10 ** extra["log10_c"]))
     assert np.any(right((x[:60], y[:60]), 1.0) != right((x[:30], y[:30]), 1.0))

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import pathlib
 import re
 
 import numpy as np
@@ -18,8 +19,6 @@ from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.evaluators import prompts, registry
 from xclip_jax.evaluators.prompts import PROFILES, Profile
 
-OPENAI = PROFILES["openai"]
-
 
 def test_clips_own_templates_follow_from_their_rules():
     counts = {"ucf101": 48, "kinetics700": 28, "clip_resisc45": 18, "clip_pcam": 1}
@@ -27,11 +26,7 @@ def test_clips_own_templates_follow_from_their_rules():
         assert len(prompts.templates(name)) == len(set(prompts.templates(name))) == count, name
     assert prompts.templates("ucf101")[:5:4] == ["a photo of a person {c}.", "a photo of the person {c}."]
     assert prompts.templates("ucf101")[-1] == "a demonstration of the person practicing {c}."
-    assert prompts.templates("kinetics700")[:3] == [
-        "a photo of {c}.",
-        "a photo of a person {c}.",
-        "a photo of a person using {c}.",
-    ]
+    assert prompts.templates("kinetics700")[:2] == ["a photo of {c}.", "a photo of a person {c}."]
     assert prompts.templates("kinetics700")[-1] == "a demonstration of a person practicing {c}."
     assert prompts.templates("clip_resisc45")[:2] == ["satellite imagery of {c}.", "aerial imagery of {c}."]
     assert prompts.templates("clip_resisc45")[-1] == "aerial view of the {c}."
@@ -62,28 +57,22 @@ def test_class_names_equal_open_clips_and_two_are_twice_there():
     assert {name for name in found if found.count(name) == 2} == {"missile", "sunglasses"}
 
 
-def test_masks_equal_clip_benchmarks(monkeypatch):
+def test_masks_equal_clip_benchmarks():
     builder = pytest.importorskip("clip_benchmark.datasets.builder", exc_type=ImportError)
     order = builder.all_imagenet_wordnet_ids
-    with open(builder.__file__) as file:
-        source = file.read()
+    source = pathlib.Path(builder.__file__).read_text()
     for letter, mine in (("a", prompts.IMAGENET_A), ("r", prompts.IMAGENET_R)):
         wnids = set(re.findall(r"n\d{8}", re.search(rf"imagenet_{letter}_wnids = (.*?)[\]}}]\n", source, re.S)[1]))
         assert [i for i, wnid in enumerate(order) if wnid in wnids] == list(mine)
 
 
-@pytest.mark.parametrize(
-    ("label", "name"),
-    [
-        ("/a/airplane_cabin", "airplane cabin"),
-        ("/c/church/outdoor", "church outdoor"),
-        ("001.Black_footed_Albatross", "Black footed Albatross"),
-        ("ApplyEyeMakeup", "Apply Eye Makeup"),
-        ("AM General Hummer SUV 2000", "AM General Hummer SUV 2000"),
-    ],
-)
-def test_readable(label, name):
-    assert prompts.readable(label) == name
+def test_readable():
+    names = {
+        "/a/airplane_cabin": "airplane cabin", "/c/church/outdoor": "church outdoor",
+        "001.Black_footed_Albatross": "Black footed Albatross", "ApplyEyeMakeup": "Apply Eye Makeup",
+        "AM General Hummer SUV 2000": "AM General Hummer SUV 2000",
+    }  # fmt: skip
+    assert {label: prompts.readable(label) for label in names} == names
 
 
 def test_class_names_follow_the_labels_order(monkeypatch):
@@ -117,7 +106,7 @@ def test_a_profiles_captions():
 )
 def test_class_names_that_are_none(content, tmp_path):
     (tmp_path / "names.json").write_text(content)
-    with pytest.raises(UserError, match=r"cannot be read .*expected JSON, \{label: name\}"):
+    with pytest.raises(UserError, match=r"names\.json' cannot be read"):
         prompts.read_class_names(str(tmp_path / "names.json"))
 
 

@@ -8,13 +8,7 @@ import scipy.stats
 from tests.helpers.encoding import build_encoder, by_name, make_encoder, small_model
 from xclip_jax.core.errors import UserError
 from xclip_jax.evaluators import retrieval, statistics
-from xclip_jax.evaluators.retrieval import (
-    SentenceSimilarity,
-    SimilaritySet,
-    TextRetrieval,
-    TextRetrievalSet,
-    embeddings,
-)
+from xclip_jax.evaluators.retrieval import SentenceSimilarity, SimilaritySet, TextRetrieval, TextRetrievalSet
 
 IMAGES, CAPTIONS = 100, 5
 
@@ -59,23 +53,21 @@ def test_similarity_equals_scipy_and_names_what_it_averages():
     data = SimilaritySet("sts", {"first": pairs(40, 0), "second": pairs(10, 1)})
     encoder, variables = make_encoder(), small_model()[1]
     metrics, items = by_name(SentenceSimilarity(encoder, data).measure(variables))
-    cosine, gold = [], []
+    parts = []  # cosines and gold values
     for part in data.subsets.values():
         a, b = (encoder.texts(variables, [pair[side] for pair in part])["embedding"] for side in (0, 1))
-        cosine.append((a * b).sum(axis=1))
-        gold.append([pair[2] for pair in part])
-    by_rank = [100 * scipy.stats.spearmanr(*part).statistic for part in zip(cosine, gold, strict=True)]
-    linear = [100 * scipy.stats.pearsonr(*part).statistic for part in zip(cosine, gold, strict=True)]
-    whole = 100 * scipy.stats.spearmanr(np.concatenate(cosine), np.concatenate(gold)).statistic
-    of_all = scipy.stats.pearsonr(np.concatenate(cosine), np.concatenate(gold)).statistic
+        parts.append(((a * b).sum(axis=1), np.array([pair[2] for pair in part])))
+    parts.append(tuple(map(np.concatenate, zip(*parts, strict=True))))
+    first, second, whole = (100 * scipy.stats.spearmanr(*part).statistic for part in parts)
+    linear = [100 * scipy.stats.pearsonr(*part).statistic for part in parts]
     expected = {
         "spearman_all": whole,
-        "pearson_all": 100 * of_all,
-        "spearman_mean": np.mean(by_rank),
-        "spearman_weighted": 0.8 * by_rank[0] + 0.2 * by_rank[1],
-        "first/spearman": by_rank[0],
-        "second/spearman": by_rank[1],
-        "pearson_mean": np.mean(linear),
+        "spearman_mean": (first + second) / 2,
+        "spearman_weighted": 0.8 * first + 0.2 * second,
+        "first/spearman": first,
+        "second/spearman": second,
+        "pearson_all": linear[2],
+        "pearson_mean": (linear[0] + linear[1]) / 2,
         "pairs": 50,
     }
     for key, value in expected.items():
@@ -110,7 +102,7 @@ def test_retrieval_of_texts_by_hand(monkeypatch):
 
 def test_a_model_without_projection_compares_distributions():
     encoder, variables, texts = make_encoder(embed=0), small_model(0)[1], ["abc", "xyz"]
-    e = embeddings(encoder, variables, texts)
+    e = retrieval.embeddings(encoder, variables, texts)
     p = scipy.special.softmax(encoder.texts(variables, texts)["cluster_logits"], axis=1)
     np.testing.assert_allclose(e, p / np.linalg.norm(p, axis=1, keepdims=True), rtol=1e-5)
 
@@ -121,5 +113,5 @@ def test_a_model_without_a_similarity():
         SentenceSimilarity(encoder, SimilaritySet("x", {"a": pairs(3, 0)})),
         TextRetrieval(encoder, TextRetrievalSet("x", ["a"], [("a", 0)])),
     ):
-        with pytest.raises(UserError, match=r"does not compare images with texts.*evaluate probe/SET or finetuned/SET"):
+        with pytest.raises(UserError, match="does not compare images with texts"):
             evaluator.measure(small_model()[1])

@@ -22,16 +22,17 @@ def rng(seed=0):
 # Zero-shot: pure functions.
 
 
-def loop_top_k(logits, labels, k):
-    """Top-k by a stable sort, so that equal logits keep the order of their classes."""
-    return np.mean([label in np.argsort(-row, kind="stable")[:k] for row, label in zip(logits, labels, strict=True)])
+def loop_recall(scores, positives, k):
+    """Recall at k by a stable sort, so that equal scores keep their order."""
+    hits = [match[np.argsort(-row, kind="stable")[:k]].any() for row, match in zip(scores, positives, strict=True)]
+    return np.mean(hits)
 
 
 @pytest.mark.parametrize("k", [1, 2, 5, 7, 9])
 def test_accuracy_against_a_loop_with_ties(k):
     logits = rng().integers(0, 3, (200, 7)).astype(np.float32)
     labels = rng(1).integers(0, 7, 200)
-    assert zeroshot.accuracy(logits, labels, k) == pytest.approx(loop_top_k(logits, labels, k))
+    assert zeroshot.accuracy(logits, labels, k) == pytest.approx(loop_recall(logits, np.eye(7, dtype=bool)[labels], k))
     assert k < 7 or zeroshot.accuracy(logits, labels, k) == 1
 
 
@@ -98,11 +99,6 @@ def test_recall_equals_clip_benchmark(counts, k):
 # Retrieval: pure functions.
 
 
-def loop_recall(scores, positives, k):
-    hits = [match[np.argsort(-row, kind="stable")[:k]].any() for row, match in zip(scores, positives, strict=True)]
-    return np.mean(hits)
-
-
 @pytest.mark.parametrize("k", [1, 5, 10, 50])
 @pytest.mark.parametrize("chunk", [1, 70, 1 << 22])
 def test_recall_against_a_loop_with_ties(k, chunk, monkeypatch):
@@ -113,11 +109,10 @@ def test_recall_against_a_loop_with_ties(k, chunk, monkeypatch):
     assert retrieval.recall_at_k(scores, positives, k) == pytest.approx(loop_recall(scores, positives, k))
 
 
-def test_recall_of_a_query_without_positives_raises():
+@pytest.mark.parametrize("positives", [np.zeros((2, 3), bool), np.ones((3, 2), bool)])
+def test_recall_of_a_query_without_positives_raises(positives):
     with pytest.raises(UserError, match="positive"):
-        retrieval.recall_at_k(np.zeros((2, 3)), np.array([[True, False, False], [False] * 3]), 1)
-    with pytest.raises(UserError, match="shape"):
-        retrieval.recall_at_k(np.zeros((2, 3)), np.ones((3, 2), bool), 1)
+        retrieval.recall_at_k(np.zeros((2, 3)), positives, 1)
 
 
 @pytest.mark.parametrize("k", [1, 5, 10, 50])
@@ -168,15 +163,9 @@ def test_zero_shot_with_known_answers():
     labels = np.array([0, 1, 1, 2, 2])
     groups = {"x": np.array([1, 1, 1, 0, 0], bool), "y": np.array([0, 0, 0, 1, 1], bool)}
     data = ZeroShotSet("toy", images, labels, [["a"], ["b"], ["c"]])
-    assert ZeroShot(encoder, data).run(None) == pytest.approx(
-        {
-            "zeroshot/toy/n": 5,
-            "zeroshot/toy/ways": 3,
-            "zeroshot/toy/top1": 80,
-            "zeroshot/toy/top5": 100,
-            "zeroshot/toy/mean_per_class": 100 * 2.5 / 3,
-        }
-    )
+    expected = {"n": 5, "ways": 3, "top1": 80, "top5": 100, "mean_per_class": 100 * 2.5 / 3}
+    found = ZeroShot(encoder, data).run(None)
+    assert found == pytest.approx({f"zeroshot/toy/{key}": value for key, value in expected.items()})
     found = ZeroShot(encoder, ZeroShotSet("toy", images, labels, [["a"], ["b"], ["c"]], groups)).run(None)
     assert found["zeroshot/toy/x/top1"] == pytest.approx(200 / 3) and found["zeroshot/toy/y/top1"] == 100
     assert found["zeroshot/toy/top1"] == pytest.approx(250 / 3)
@@ -288,10 +277,6 @@ def test_retrieval_in_blocks_is_that_of_the_whole_matrix(embedding, clusters, un
     assert ("retrieval/toy/both/text_to_image/r1" in whole) == (embedding and clusters)
     for block in (3999, 317, 1):
         assert measured(block) == whole
-    if embedding and not unreadable:
-        scores = images.astype(np.float32) @ np.array([table[text] for text in texts], np.float32).T
-        match = np.array([[text in of_image for text in texts] for of_image in captions])
-        assert whole["retrieval/toy/text_to_image/r5"] == pytest.approx(100 * loop_recall(scores.T, match.T, 5))
 
 
 def test_retrieval_never_holds_all_scores(monkeypatch):

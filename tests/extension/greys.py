@@ -42,8 +42,5 @@ class Neighbours(Evaluator):
         """Return the results that the class names."""
         z = self.encoder.images(variables, self.data.images, ("embedding",))["embedding"]
         near, far = (np.einsum("ne,ne->n", z[:-2], z[step : len(z) - 2 + step]) for step in (1, 2))
-        items = PerExample((near > far).astype(float))
-        return [
-            self.result("nearer", items.value(), n=len(near), chance=50.0, items=items),
-            self.count("images", len(self.data.images)),
-        ]
+        nearer = PerExample((near > far).astype(float))
+        return [self.result("nearer", nearer, chance=50.0), self.count("images", len(self.data.images))]

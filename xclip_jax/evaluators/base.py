@@ -1,7 +1,8 @@
-"""Base classes for evaluators and kinds of evaluation sets, the layouts of result tables, and sequences of items."""
+"""Base classes for evaluators and kinds of evaluation sets, layouts of result tables, and sequences of items."""
 
 import abc
 import dataclasses
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -15,6 +16,7 @@ from xclip_jax.data.preprocessing import Preprocessing
 from xclip_jax.evaluators.encoder import Encoder
 from xclip_jax.evaluators.prompts import Profile
 from xclip_jax.evaluators.results import Result, flat
+from xclip_jax.evaluators.statistics import PerExample
 from xclip_jax.models.two_towers import Variables
 
 HELD_OUT = "holdout"  # PROTOCOL/holdout: the pairs that a run holds out of its training
@@ -27,10 +29,9 @@ class Column:
     """A column of a table.
 
     Attributes:
-      title: title of the column, and name of the metric in one line of text.
-      metric: name of the metric.
-      label: name of the metric in a report; "" for a column that accompanies metrics, such as the size of the set.
-      chance: whether the chance level is shown after the value.
+      title: title of the column, and name of the metric in one-line summaries.
+      label: name of the metric in a report; "" for columns that accompany metrics, such as the size of the set.
+      chance: whether to show the chance level after the value.
       width: minimum width.
     """
 
@@ -43,12 +44,12 @@ class Column:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A table of results with a row for each set with a metric in a labelled column.
+    """A table of results. Sets with a metric in a labelled column have a row.
 
     Attributes:
       title: title of the column of names.
-      columns: columns; the first one with a label is the most important.
-      scores: {score: label} of scores with another row below the set's.
+      columns: columns; the first labelled one is the most important.
+      scores: {score: label} of additional rows below the set's.
     """
 
     title: str
@@ -62,8 +63,8 @@ class Evaluator(abc.ABC):
     All processes call `measure` and get the same numbers.
 
     Attributes:
-      family: the first part of its results' names; a class attribute, or set by `__init__`.
-      layouts: tables of its results; a set without a layout shows its headline.
+      family: first part of the results' names; a class attribute, or set by `__init__`.
+      layouts: tables of the results; a set without a layout shows its headline.
       encoder: the model's encoder.
       data: the set; results copy its `name`, `card` and `evaluator`.
     """
@@ -76,7 +77,7 @@ class Evaluator(abc.ABC):
 
     @property
     def name(self) -> str:
-        """Family and set, with which the names of the results begin."""
+        """Family and set, the beginning of the results' names."""
         return redact(f"{self.family}/{self.data.name}")
 
     @abc.abstractmethod
@@ -87,23 +88,26 @@ class Evaluator(abc.ABC):
         """Return the results as {name: value}."""
         return flat(self.measure(variables))
 
-    def result(self, metric: str, value: float, **fields: Any) -> Result:
+    def result(self, metric: str, value: float | PerExample, **fields: Any) -> Result:
         """Return a result of this evaluator's set; `fields` are other fields of `Result`.
 
-        Items of a set with `together`, int (n,), are resampled by it.
+        Per-example values become the result's items, and give its value and n. If the set has `together`, int (n,), it
+        groups the items.
         """
+        if isinstance(value, PerExample):
+            fields = {"n": len(value.values), "items": value} | fields
+            value = value.value()
         card = self.data.card
         unit = "x 100" if metric.rpartition("/")[2] in _TIMES_100 else "%"
         together = getattr(self.data, "together", None)
-        items = fields.get("items")
-        if together is not None and items is not None:
-            fields["items"] = dataclasses.replace(items, groups=together)
+        if together is not None and fields.get("items") is not None:
+            fields["items"] = dataclasses.replace(fields["items"], groups=together)
         fields = {"protocol": card, "evaluator": self.data.evaluator, "unit": unit} | fields
         result = Result(self.data.name, self.family, metric, float(value), **fields)
         return dataclasses.replace(result, headline=result.key == card.metric)
 
     def count(self, metric: str, value: float, **fields: Any) -> Result:
-        """Return a plain number that accompanies the results, such as the size of the set."""
+        """Return a unitless number reported with the results, such as the size of the set."""
         return self.result(metric, value, unit="", **fields)
 
 
@@ -112,8 +116,8 @@ class Display:
     """How a report shows the sets of a kind.
 
     Attributes:
-      panels: {set: (title, sentence)} of sets to show first; {num_classes} in the sentence is replaced.
-      queries: texts with which to search the images.
+      panels: {set: (title, sentence)} of the first sets; {num_classes} in the sentence is replaced.
+      queries: example texts for searching the images.
       credit: authors and licence of the images.
     """
 
@@ -125,13 +129,13 @@ class Display:
 class SetKind(abc.ABC):
     """A kind of evaluation sets, recognised by the beginning of their names.
 
-    A set is an object with `name`, which its metrics' names contain, `card` (its `Provenance`) and `evaluator`: a key
-    of `registry.EVALUATORS` or "package.module:Class".
+    A set is an object with `name`, `card` (its `Provenance`) and `evaluator`: a key of `registry.EVALUATORS` or
+    "package.module:Class".
 
     Attributes:
       prefixes: first words of the names, up to "/", ":" or "@".
-      names: complete names of sets that can be listed.
-      usage: forms of other names, for --help.
+      names: complete names, for --help.
+      usage: forms of all other names, for --help.
       suites: {name: sets evaluated together}.
       display: how a report shows the sets.
     """
@@ -161,12 +165,12 @@ class SetKind(abc.ABC):
 
     @classmethod
     def extras(cls, spec: str) -> tuple[str, ...]:
-        """Return the extras of this package (setup.py) that the set `spec` needs; nothing is opened."""
+        """Return the package's extras (setup.py) required by the set `spec`; nothing is opened."""
         return ()
 
     @classmethod
     def data_of(cls, spec: str, data: DataConfig) -> DataConfig:
-        """Return the `data` group with which the set is read: by default the group of the model's run, `data`."""
+        """Return the `data` group for reading the set: by default `data`, the group of the model's run."""
         return data
 
     @classmethod
@@ -182,7 +186,7 @@ def pictures(images: Sequence[Any], prepare: Preprocessing) -> LazySequence:
         try:
             try:
                 image = images[index]
-            except OSError as error:  # readers of other packages raise their own, such as of an unavailable store
+            except OSError as error:  # from another package's reader, such as an unavailable store
                 raise storage.unreadable(error) from error
             return prepare(image)
         except BadSample as error:
@@ -194,14 +198,12 @@ def pictures(images: Sequence[Any], prepare: Preprocessing) -> LazySequence:
 
 def joined(parts: Sequence[Sequence[Any]]) -> LazySequence:
     """Concatenate sequences without loading their items."""
-    ends = np.cumsum([len(part) for part in parts])
+    starts = np.cumsum([0, *map(len, parts)])
 
     def place(index: int) -> tuple[Sequence[Any], int]:
-        part = int(np.searchsorted(ends, index, side="right"))
-        return parts[part], index - (int(ends[part - 1]) if part else 0)
+        part = int(np.searchsorted(starts, index, side="right")) - 1
+        return parts[part], index - int(starts[part])
 
-    def get(index: int) -> Any:
-        part, position = place(index)
-        return part[position]
-
-    return LazySequence(int(ends[-1]), get, lambda index: display_name(*place(index)))
+    return LazySequence(
+        int(starts[-1]), lambda index: operator.getitem(*place(index)), lambda index: display_name(*place(index))
+    )

@@ -1,12 +1,12 @@
 """Choice between texts that differ in few words: an image and several texts, or two images and their two texts.
 
-Equal scores are wrong: Winoground (arXiv 2204.03162) defines its scores by strict inequalities, and the code of
-SugarCrepe (arXiv 2306.14610) and ARO (arXiv 2210.01936) does the same for one image.
+Equal scores are wrong: Winoground (arXiv 2204.03162) defines its scores by strict inequalities, and so does the code
+of SugarCrepe (arXiv 2306.14610) and ARO (arXiv 2210.01936) for one image.
 """
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -17,8 +17,21 @@ from xclip_jax.evaluators.results import Provenance, Result
 from xclip_jax.evaluators.statistics import PerExample
 from xclip_jax.models.two_towers import Variables
 
-# Metrics of items with two images, and their values for random, independent scores.
+# Metrics of items with two images: their expected values if all scores are random and independent.
 PAIRED = {"text_score": 25.0, "image_score": 25.0, "group_score": 100 / 6}
+
+_OF_TEXTS = (
+    Column("texts", "ways"),
+    Column("items", "n"),
+    Column("accuracy", "accuracy", "accuracy", chance=True),
+    Column("mean of parts", "macro_accuracy", "accuracy, mean of the parts", chance=True),
+)
+_OF_BOTH = (
+    Column("items", "n"),
+    Column("text", "text_score", "text score", chance=True),
+    Column("image", "image_score", "image score", chance=True),
+    Column("group", "group_score", "group score", chance=True),
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -28,10 +41,10 @@ class ChoiceSet:
     Attributes:
       images: `len` and `[]`, uint8 (size, size, 3).
       pictures: index of each item's images, int (n, 1) or (n, 2).
-      texts: texts of each item; the first is right for the first image, and the second for the second image if there is
-        one. All others are wrong.
+      texts: texts of each item; the first one belongs to the first image, the second to the second image if there is
+        one, and all others are wrong.
       groups: bool (n,) of named parts, such as relations; "macro_accuracy" is the unweighted mean over parts.
-      files: number of the file of each item's first image, int (n,), where several images are cut from one file.
+      files: file of each item's first image, int (n,), if several images are cut from one file.
     """
 
     evaluator: ClassVar[str] = "choice"
@@ -56,7 +69,7 @@ class ChoiceSet:
 
     @property
     def together(self) -> np.ndarray | None:
-        """First image or file of each item, int (n,), if items have one in common."""
+        """First image or file of each item, int (n,), if several items share one."""
         first = self.pictures[:, 0] if self.files is None else self.files
         return first if len(set(first)) < len(first) else None
 
@@ -66,42 +79,23 @@ class Choice(Evaluator):
 
     Items of one image have "accuracy", and "macro_accuracy" if there are groups: the right text scores higher than all
     others. Items of two images have "text_score": each image scores higher with its own text, "image_score": each text
-    scores higher with its own image, and "group_score": both. `zeroshot.compare` names the scores; the sum "both" takes
-    its deviations over the pairs that items have. Further results are n and ways, the mean number of texts.
+    scores higher with its own image, and "group_score": both. `zeroshot.compare` names the scores; the deviations of
+    its sum "both" are over the items' pairs. Further results are n and ways, the mean number of texts.
     """
 
     family = "choice"
     layouts = (
-        Layout(
-            "choice of texts, %",
-            (
-                Column("texts", "ways"),
-                Column("items", "n"),
-                Column("accuracy", "accuracy", "accuracy", chance=True),
-                Column("mean of parts", "macro_accuracy", "accuracy, mean of the parts", chance=True),
-            ),
-            scores=zeroshot.LAYOUTS[0].scores,
-        ),
-        Layout(
-            "choice of texts and images, %",
-            (
-                Column("items", "n"),
-                Column("text", "text_score", "text score", chance=True),
-                Column("image", "image_score", "image score", chance=True),
-                Column("group", "group_score", "group score", chance=True),
-            ),
-            scores=zeroshot.LAYOUTS[0].scores,
-        ),
+        Layout("choice of texts, %", _OF_TEXTS, zeroshot.SCORES),
+        Layout("choice of texts and images, %", _OF_BOTH, zeroshot.SCORES),
     )
 
     def scores(self, variables: Variables) -> dict[str, list[np.ndarray]]:
         """Return {score: (images, texts) of each item}."""
-        # Equal texts of an item are scored once: columns of one product may differ in their last bits.
+        # Score an item's equal texts once: columns of one matrix product may differ in their last bits.
         texts = [list(dict.fromkeys(item)) for item in self.data.texts]
         similarities = self.encoder.similarities
-        img, rows = zeroshot.encode_pairs(
-            self.encoder, variables, self.data.images, [text for item in texts for text in item]
-        )
+        flat = [text for item in texts for text in item]
+        img, rows = zeroshot.encode_pairs(self.encoder, variables, self.data.images, flat)
         parts = [
             ({key: x[pictures] for key, x in img.items()}, [x[end - len(item) : end] for x in rows])
             for pictures, item, end in zip(self.data.pictures, texts, np.cumsum(list(map(len, texts))), strict=True)
@@ -118,22 +112,24 @@ class Choice(Evaluator):
         }
 
     def measure(self, variables: Variables) -> list[Result]:
-        """Return the results that the class docstring lists; items with a common image are resampled together."""
+        """Return the results listed in the class docstring."""
         n = len(self.data.texts)
         groups = self.data.groups
         ways = np.array([len(item) for item in self.data.texts])
         results = [self.count("n", n), self.count("ways", ways.mean())]
-        even = {"macro_accuracy": np.sum([mask / mask.sum() for mask in groups.values()], axis=0)} if groups else {}
         compared = self.scores(variables)
-        if same := sorted({*groups} & {*compared}):
-            raise UserError(f"{self.data.name}: the part {same[0]!r} has the name of a score; give it another name.")
+        for group in groups:
+            if group in compared:
+                raise UserError(f"{self.data.name}: the part {group!r} has the name of a score; give it another name.")
         for score, scores in compared.items():
             for metric, right in _right(scores).items():
                 level = np.full(n, PAIRED[metric]) if metric in PAIRED else 100 / ways
-                for key, weights in ({metric: None} | (even if metric == "accuracy" else {})).items():
-                    items = PerExample(right, weights)
+                averages: dict[str, Any] = {metric: None}  # weights of the items
+                if groups and metric == "accuracy":
+                    averages["macro_accuracy"] = np.sum([mask / mask.sum() for mask in groups.values()], axis=0)
+                for key, weights in averages.items():
                     chance = np.average(level, weights=weights)
-                    results.append(self.result(key, items.value(), n=n, chance=chance, items=items, score=score))
+                    results.append(self.result(key, PerExample(right, weights), chance=chance, score=score))
                 for group, mask in groups.items():
                     part = {"n": int(mask.sum()), "chance": level[mask].mean(), "score": score, "group": group}
                     results.append(self.result(metric, 100 * right[mask].mean(), **part))
@@ -141,7 +137,7 @@ class Choice(Evaluator):
 
 
 def _right(scores: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-    """Return {metric: (n,)}, 1 for each right item, from each item's scores (images, texts); NaN is wrong."""
+    """Return {metric: (n,)}, 1.0 for right items, from each item's scores (images, texts); NaN is wrong."""
     if len(scores[0]) == 1:
         return {"accuracy": np.array([float(x[0, 0] > x[0, 1:].max()) for x in scores])}
     x = np.stack(scores)

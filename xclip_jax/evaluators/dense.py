@@ -1,12 +1,12 @@
 """Dense representation: a linear probe of patch features predicts the content of each patch of an image.
 
-The label of a patch is the share of its area that each class of a mask takes. Multinomial regression on these shares is
-the cross-entropy of all pixels when each is classified by the features of its patch. Intersection and union are areas:
-for shares y and predicted shares p they are min(p, y) and max(p, y), summed over all patches and then divided.
+The label of a patch is the share of its area covered by each class of a mask. Multinomial regression on these shares is
+the cross-entropy of all pixels, each classified by the features of its patch. Intersection and union are areas: for
+shares y and predicted shares p they are min(p, y) and max(p, y), summed over all patches and then divided.
 Labelling a patch by its largest class would lose everything thinner than a patch, such as strokes.
 
-The content of a patch can often be guessed from its own pixels, so the same probe on pixels and the patch's position is
-measured too ("pixels/miou"): features add what they score above it.
+The content of a patch can often be guessed from its pixels, so the same probe on pixels and the patch's position is
+measured too ("pixels/miou"): the difference is the contribution of the features.
 """
 
 import dataclasses
@@ -37,8 +37,17 @@ MAX_PATCHES = (50_000, 10_000)  # patches to fit on, and to choose C on
 _SWEEP = Sweep(tuple(10.0**e for e in range(-4, 3)), halvings=0, tolerance=1e-4)
 _SAMPLES = 16  # samples of the mask along a side of a patch
 _BATCH = 256  # images cut into patches at once
+_COLUMNS = (
+    Column("classes", "ways"),
+    Column("patches", "patches"),
+    Column("items", "n"),
+    Column("mIoU", "miou", "mean IoU of patches", chance=True),
+    Column("of pixels", "pixels/miou"),
+    Column("accuracy", "accuracy", "largest class of a patch", chance=True),
+    Column("zero-shot", "zeroshot/miou", "zero-shot mean IoU of pixels"),
+)
 
-# (images, index of the first image) -> batches of features, as from `Encoder.patches`.
+# (images, index of the first image) -> batches of features, see `Encoder.patches`.
 _Encode = Callable[[Sequence[np.ndarray], int], Iterator[tuple[int, np.ndarray]]]
 
 
@@ -47,8 +56,8 @@ class MaskedImages:
     """Images with labelled pixels.
 
     Attributes:
-      images: as `Encoder.images` takes them.
-      masks: uint8 (h, w), class of each pixel of the image before preprocessing, or `NO_CLASS`.
+      images: images for `Encoder.images`.
+      masks: uint8 (h, w), class of each pixel before preprocessing, or `NO_CLASS`.
     """
 
     images: Sequence[np.ndarray]
@@ -61,8 +70,8 @@ class DenseSet:
 
     Attributes:
       classes: names of the classes, in the order of their numbers.
-      train, validation, test: images and masks; without validation images C is chosen on one training image in ten, at
-        random with seed 0.
+      train, validation, test: images and masks; without validation images C is chosen on a random tenth of the
+        training images, with seed 0.
       prepare: preprocessing already applied to images, but not to masks.
       prompts: texts of each class for zero-shot segmentation; empty for none.
       together: int (n,), equal for dependent test images; None if all are independent.
@@ -89,10 +98,10 @@ class DenseSet:
 def areas(mask: np.ndarray, classes: int, grid: int, patch: int, prepare: Preprocessing) -> np.ndarray:
     """Return the share of each class in the labelled area of each patch, fp32 (grid, grid, classes).
 
-    `prepare` is the preprocessing of the image, and `patch` the side of a patch of its result, pixels. What remains at
-    the right and at the bottom is in no patch. A patch has zeros if less than half of it is labelled.
+    `prepare` is the preprocessing of the image, and `patch` the side of a patch in the preprocessed image, pixels. The
+    remainder at the right and at the bottom belongs to no patch. Patches with less than half labelled have zeros.
     """
-    # The view of the whole image, as the patches cut it; rounding its side shifts no sample by more than half of one.
+    # The mask sampled like the patches; rounding the side shifts each sample by at most half of one.
     side = grid * _SAMPLES
     view = prepare.with_size(round(prepare.size * _SAMPLES / patch)).mask(mask)[:side, :side]
     position = np.arange(side) // _SAMPLES
@@ -105,29 +114,16 @@ def areas(mask: np.ndarray, classes: int, grid: int, patch: int, prepare: Prepro
 class DenseProbe(Evaluator):
     """Dense probe: "dense/<set>/miou", "accuracy", and "iou/<class>"; see the module's docstring.
 
-    "accuracy" is the share of patches whose largest class is predicted. The chance level is reached by predicting the
-    mean shares of the training patches everywhere. Metrics of the probe of pixels and positions begin with "pixels/".
+    "accuracy" is the share of patches whose largest class is predicted. The chance level is that of predicting the mean
+    shares of the training patches everywhere. Metrics of the probe of pixels and positions begin with "pixels/".
     Further results are n, train, ways (number of classes), patches (per image) and log10_c. Patches without a label are
     ignored; patches of an unreadable test image count as wrong.
-    A model whose own similarity compares embeddings also has "zeroshot/miou" and "zeroshot/iou/<class>", which count
-    pixels: cosines of patches with the classes' texts are interpolated bilinearly, and the largest names the pixel.
+    A model whose default similarity compares embeddings also has "zeroshot/miou" and "zeroshot/iou/<class>", counted in
+    pixels: cosines of patches with the classes' texts are interpolated bilinearly, and a pixel gets the largest.
     """
 
     family = "dense"
-    layouts = (
-        Layout(
-            "patch features, IoU x 100",
-            (
-                Column("classes", "ways"),
-                Column("patches", "patches"),
-                Column("items", "n"),
-                Column("mIoU", "miou", "mean IoU of patches", chance=True),
-                Column("of pixels", "pixels/miou"),
-                Column("accuracy", "accuracy", "largest class of a patch", chance=True),
-                Column("zero-shot", "zeroshot/miou", "zero-shot mean IoU of pixels"),
-            ),
-        ),
-    )
+    layouts = (Layout("patch features, IoU x 100", _COLUMNS),)
 
     def __init__(self, encoder: Encoder, data: DenseSet) -> None:
         if not encoder.grid:
@@ -136,48 +132,34 @@ class DenseProbe(Evaluator):
                 "xclip_jax.models.tower.ImageTower); leave this set out."
             )
         super().__init__(encoder, data)
-        # Patches are the model's: `tables.compare` refuses results of others, whose targets are easier or harder.
-        protocol = "; ".join(filter(None, (self._target, data.card.protocol)))
-        self.data = dataclasses.replace(data, card=dataclasses.replace(data.card, protocol=protocol))
-
-    @property
-    def _patch(self) -> int:
-        """Side of a patch, pixels."""
-        # The encoder knows only the grid, which leaves no doubt unless as many pixels remain as there are patches along
-        # a side, as of 223 pixels in patches of 16.
-        return self.encoder.image_size // self.encoder.grid
-
-    @property
-    def _target(self) -> str:
-        """Everything besides the masks that determines a patch's target, in words."""
-        grid, prepare = self.encoder.grid, self.data.prepare
+        # The side of a patch, pixels. Dividing is exact unless as many pixels remain as there are patches along a side,
+        # for example with 223 pixels and patches of 16.
+        self._patch = encoder.image_size // encoder.grid
+        # The model determines the patches: `tables.compare` refuses results with other, easier or harder targets.
+        prepare = data.prepare
         view = prepare.resizing.replace(f" {prepare.interpolation}", "")  # masks take the nearest pixel
-        return f"{grid} x {grid} patches of {self._patch} px in images of {prepare.size} px ({view})"
+        target = f"{encoder.grid} x {encoder.grid} patches of {self._patch} px in images of {prepare.size} px ({view})"
+        protocol = "; ".join(filter(None, (target, data.card.protocol)))
+        self.data = dataclasses.replace(data, card=dataclasses.replace(data.card, protocol=protocol))
 
     def measure(self, variables: Variables) -> list[Result]:
         """Return the results listed in the class docstring."""
-
-        def encode(images: Sequence[np.ndarray], first: int) -> Iterator[tuple[int, np.ndarray]]:
-            return self.encoder.patches(variables, images, first)
-
-        predicted, c = self._predict(encode)
-        items = self._items(predicted)
-        levels = self._levels
+        predicted, c = self._predict(functools.partial(self.encoder.patches, variables))
+        n = len(predicted)
         results = []
-        for key, item in items.items():
-            unit = "%" if key == "accuracy" else "x 100"
-            n = len(predicted)
-            of_pixels = self._of_pixels[key]
-            results.append(self.result(key, item.value(), unit=unit, n=n, chance=levels[key], items=item))
-            results.append(self.result(f"pixels/{key}", of_pixels, unit=unit, n=n, chance=levels[key]))
+        for key, item in self._items(predicted).items():
+            fields = {"unit": "%" if key == "accuracy" else "x 100", "n": n, "chance": self._levels[key]}
+            results.append(self.result(key, item, **fields))
+            results.append(self.result(f"pixels/{key}", self._of_pixels[key], **fields))
         if self.data.prompts and self.encoder.similarities and not self.encoder.similarities[0].is_distribution:
-            areas_of = self._zero_shot(variables)
+            intersection, union = self._zero_shot(variables)
             for key, some in self._tested.items():
-                item = PerExample(areas_of[0][:, some], other=areas_of[1][:, some], statistic="iou")
-                results.append(self.result(f"zeroshot/{key}", item.value(), unit="x 100", n=len(predicted), items=item))
-        counts = {"n": len(predicted), "train": sum(len(part.images) for part in self.data.parts[:2])}
+                item = PerExample(intersection[:, some], other=union[:, some], statistic="iou")
+                results.append(self.result(f"zeroshot/{key}", item, unit="x 100"))
+        counts = {"n": n, "train": sum(len(part.images) for part in self.data.parts[:2])}
         counts |= {"ways": len(self.data.classes), "patches": self.encoder.grid**2}
-        counts |= {} if c is None else {"log10_c": np.log10(c)}
+        if c is not None:
+            counts["log10_c"] = np.log10(c)
         return [*results, *(self.count(key, value) for key, value in counts.items())]
 
     @functools.cached_property
@@ -206,9 +188,9 @@ class DenseProbe(Evaluator):
         return chosen[0], chosen[1]
 
     def _predict(self, encode: _Encode) -> tuple[np.ndarray, float | None]:
-        """Return predicted shares of test patches, fp32 (n, grid, grid, classes), 0 where unreadable; and the C.
+        """Return predicted shares of test patches, fp32 (n, grid, grid, classes), zeros if unreadable; and the C.
 
-        All are 0 without a C if no feature is finite: the model diverged, and all answers are wrong.
+        If no feature is finite, the model diverged: all answers are wrong, 0, and the C is None.
         """
         classes = len(self.data.classes)
         chosen = np.concatenate(self._chosen)
@@ -239,7 +221,7 @@ class DenseProbe(Evaluator):
         return predicted, c
 
     def _items(self, predicted: np.ndarray) -> dict[str, PerExample]:
-        """Return {metric: per-image values} of predicted shares; classes missing from the test have none."""
+        """Return {metric: per-image values} of predicted shares, without classes missing from the test."""
         labels = self._labels[1]
         labelled = labels.any(axis=-1)
         predicted = np.where(labels.any(axis=-1, keepdims=True), predicted, 0)
@@ -255,13 +237,15 @@ class DenseProbe(Evaluator):
 
     @functools.cached_property
     def _tested(self) -> dict[str, Sequence[int] | np.ndarray]:
-        """{metric: classes that it averages}, of the classes in the test's patches."""
+        """{metric: classes to average}, among those in the test's patches."""
         tested = np.flatnonzero(self._labels[1].any(axis=(0, 1, 2)))
         return {"miou": tested} | {f"iou/{self.data.classes[i]}": [i] for i in tested}
 
     def _zero_shot(self, variables: Variables) -> tuple[np.ndarray, np.ndarray]:
-        """Return intersection and union in labelled pixels, (n, classes); unreadable images have no class."""
-        own, encoder, prompts = self.encoder.similarities[:1], self.encoder, self.data.prompts
+        """Return intersection and union, labelled pixels, (n, classes); unreadable images get no class."""
+        encoder = self.encoder
+        own = encoder.similarities[:1]
+        prompts = self.data.prompts
         txt = encoder.texts(variables, [text for texts in prompts for text in texts], (own[0].feature,))
         pixels = np.arange(encoder.image_size) + 0.5  # scores are constant beyond the outermost patches' centres
         centres = (np.arange(encoder.grid) + 0.5) * self._patch
@@ -291,11 +275,11 @@ class DenseProbe(Evaluator):
 
     @functools.cached_property
     def _of_pixels(self) -> dict[str, float]:
-        """{metric: value} of the probe of pixels and positions, which is independent of the model."""
+        """{metric: value} of the probe of pixels and positions, independent of the model."""
         return {key: item.value() for key, item in self._items(self._predict(self._pixels)[0]).items()}
 
     def _pixels(self, images: Sequence[np.ndarray], first: int) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield pixels of each patch, between 0 and 1, and its one-hot position, as `Encoder.patches` does."""
+        """Yield each patch's pixels, between 0 and 1, and one-hot position, batch by batch like `Encoder.patches`."""
         grid, side = self.encoder.grid, self._patch
         position = np.eye(grid**2, dtype=np.float32).reshape(grid, grid, -1)
         for start in range(0, len(images), _BATCH):
@@ -305,14 +289,14 @@ class DenseProbe(Evaluator):
                     image = images[start + i][: grid * side, : grid * side]
                 except BadSample:
                     if first + start + i not in self.encoder.unreadable:
-                        raise  # the encoder could read it, and this measurement is kept
+                        raise  # the encoder could read it, and `_of_pixels` is kept
                     continue
                 block[i] = image.reshape(grid, side, grid, side, 3).swapaxes(1, 2).reshape(grid, grid, -1) / 255
             yield start, np.concatenate([block, np.broadcast_to(position, (len(block), *position.shape))], axis=-1)
 
 
 def _score(logits: np.ndarray, shares: np.ndarray) -> float:
-    """Return the mean IoU of validation patches over their classes, by which C is chosen."""
+    """Return the mean IoU of validation patches over their classes, the criterion for C."""
     predicted = scipy.special.softmax(logits, axis=1)
     some = shares.any(axis=0)
     return mean_iou(np.minimum(predicted, shares)[:, some], np.maximum(predicted, shares)[:, some])

@@ -1,6 +1,7 @@
 """The encoder shared by all evaluators: images and texts to features, in batches of a few fixed shapes."""
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -23,28 +24,29 @@ Features = dict[str, np.ndarray]
 Rows = Sequence[np.ndarray] | np.ndarray
 Encode = Callable[..., dict[str, jax.Array]]
 
-# Texts of a causal tower are cut to the longest, a multiple of _LENGTHS tokens, if there are _BATCHES batches or more.
+# With _BATCHES batches or more, texts of a causal tower are cut to the longest, rounded up to a multiple of _LENGTHS.
 _LENGTHS, _BATCHES = 16, 4
-MAX_UNREADABLE = 0.05  # share of a set's images; above it the result would describe the set, not the model
+MAX_UNREADABLE = 0.05  # fraction of a set's images; above it the result would describe the set, not the model
 
 
 class TooManyUnreadable(UserError):
-    """More images of a set cannot be read than `MAX_UNREADABLE` allows; all processes of a run raise it together."""
+    """More than `MAX_UNREADABLE` of a set's images cannot be read; all processes raise it together."""
 
 
 class Encoder:
     """Encode images and texts in batches of one or a few fixed shapes, each compiled once per modality.
 
     The last batch is padded with zeros and cut after encoding, so every item counts exactly once. Each process loads
-    only the rows of the batch that its devices hold; every process gets the features of all items.
+    only its devices' rows of the batch, and gets the features of all items.
 
     Attributes:
       batch: the largest global batch.
       sizes: all batches, each rounded up to a multiple of the mesh's batch shards, ascending.
-      similarities: comparisons of images with texts, the model's own first; empty for a fine-tuned model.
+      similarities: comparisons of images with texts, the model's default first; empty for a fine-tuned model.
       classes: classes of a fine-tuned model's classifier, in its order; None if unknown.
       grid: patches along a side of an image, 0 if the model has no patch features.
-      unreadable: {index: reason} of images that `images` and `patches` could not read; "" if another process tried.
+      unreadable: {index: reason} of images that `images` and `patches` could not read; "" if another process reported
+        it.
     """
 
     def __init__(
@@ -58,15 +60,14 @@ class Encoder:
         batches: Sequence[int] = (256,),
         classes: Sequence[str] | None = None,
     ) -> None:
-        """Compile nothing yet; `batches` are rounded up to `sizes`, other arguments are as the attributes."""
-        if min(batches) < 1:
-            raise UserError(f"expected evaluation batches of 1 item or more (eval.batch); got {min(batches)}.")
+        """Compile nothing yet. `batches` are rounded up to `sizes`; for the other arguments see the attributes."""
         shards = batch_shards(mesh)
         self.sizes = sorted({math.ceil(size / shards) * shards for size in batches})
         self.batch = self.sizes[-1]
         self.similarities = tuple(similarities)
         self._default = ("features", *(similarity.feature for similarity in similarities))
-        self.preprocessing, self.image_size = preprocessing, preprocessing.size
+        self.preprocessing = preprocessing
+        self.image_size = preprocessing.size
         self.classes = None if classes is None else tuple(classes)
         self.grid = model.img.grid if "img" in model.towers else 0
         self.unreadable = dict[int, str]()
@@ -90,7 +91,7 @@ class Encoder:
 
         def encode_images(variables: Variables, images: jax.Array, valid: jax.Array) -> dict[str, jax.Array]:
             features = encode(variables, to_pixels(images), "img")
-            # Tells every process which rows the others could not read.
+            # "valid" shows every process the unreadable rows of the others.
             return {key: jnp.where(valid[:, None], x, jnp.nan) for key, x in features.items()} | {"valid": valid}
 
         def encode_patches(variables: Variables, images: jax.Array, valid: jax.Array, projected: bool) -> dict:
@@ -106,23 +107,24 @@ class Encoder:
         def scalars(variables: Variables) -> Any:
             return model.apply(variables, None, None, method="project")
 
-        self._scalars: Encode = jax.jit(scalars, out_shardings=replicated(mesh))
-        self._encode_images: Encode = jax.jit(encode_images, out_shardings=replicated(mesh))
-        self._encode_patches: Encode = jax.jit(encode_patches, static_argnums=3, out_shardings=replicated(mesh))
-        self._encode_texts: Encode = jax.jit(encode_texts, out_shardings=replicated(mesh))
+        compiled = functools.partial(jax.jit, out_shardings=replicated(mesh))
+        self._scalars: Encode = compiled(scalars)
+        self._encode_images: Encode = compiled(encode_images)
+        self._encode_patches: Encode = compiled(encode_patches, static_argnums=3)
+        self._encode_texts: Encode = compiled(encode_texts)
 
     def images(self, variables: Variables, images: Rows, features: Sequence[str] | None = None) -> Features:
         """Encode `images`, a sequence of uint8 (size, size, 3).
 
         Args:
           variables: arguments of `TwoTowers.apply`.
-          images: n images, decoded on access if need be; or one fp32 array (n, size, size, 3) of normalised pixels.
+          images: n images, which may be decoded on access; or one fp32 array (n, size, size, 3) of normalised pixels.
           features: names of the features to fetch; by default "features" and the inputs of the similarities.
 
         Returns:
-          fp32 arrays of the features that the model has: "features" (n, d), pooled; inputs of similarities, such as
-          "embedding" (n, e) and "cluster_logits" (n, k); "class_logits" (n, classes) of a classifier. The rows of an
-          image that raised `BadSample` are NaN.
+          fp32 arrays, as far as the model has them: "features" (n, d), pooled; inputs of similarities, such as
+          "embedding" (n, e) and "cluster_logits" (n, k); "class_logits" (n, classes) of a classifier. Images that
+          raised `BadSample` have rows of NaN.
         """
         features_of = self._run(self._encode_images, variables, images, self._form(images), features)
         self._count_unreadable(features_of.pop("valid"))
@@ -133,9 +135,9 @@ class Encoder:
     ) -> Iterator[tuple[int, np.ndarray]]:
         """Encode the patches of images batch by batch: the features of a whole set may be too large to keep.
 
-        Yields the index of a batch's first image, and fp32 (m, grid, grid, d) of its m images, NaN where unreadable.
-        `first` is the offset of the images' indices in `unreadable`. If `projected`, the features are outputs of the
-        head that the model's own similarity reads, which was trained on pooled features.
+        Yields the index of a batch's first image, and fp32 (m, grid, grid, d) of its m images, NaN for unreadable ones.
+        `first` is the offset of the images' indices in `unreadable`. If `projected`, the features pass through the head
+        of the model's default similarity, which was trained on pooled features.
         """
 
         def encode(*arguments: Any) -> dict[str, jax.Array]:
@@ -149,26 +151,11 @@ class Encoder:
         self._count_unreadable(np.concatenate(valid), first)
 
     def _form(self, images: Rows) -> jax.ShapeDtypeStruct:
-        """Return shape and dtype of one image."""
         dtype = np.float32 if getattr(images, "dtype", None) == np.float32 else np.uint8
         return jax.ShapeDtypeStruct((self.image_size, self.image_size, 3), dtype)
 
     def _count_unreadable(self, valid: np.ndarray, offset: int = 0) -> None:
-        """Record the unreadable images of the last pass."""
         self.unreadable |= {i + offset: self._reasons.get(i, "") for i in np.flatnonzero(~valid).tolist()}
-
-    def _check_readable(self, unreadable: Sequence[int], tried: int, n: int) -> None:
-        """Raise `TooManyUnreadable` if more than `MAX_UNREADABLE` of `n` images are unreadable among those `tried`.
-
-        Otherwise an unavailable store would keep all devices waiting for each of its images.
-        """
-        if len(unreadable) > MAX_UNREADABLE * n:
-            first = self._reasons.get(unreadable[0], f"image {unreadable[0]}")
-            read = f"{n}" if tried == n else f"the first {tried} of {n}"
-            raise TooManyUnreadable(
-                f"{len(unreadable)} of {read} images cannot be read, more than {MAX_UNREADABLE:.0%}; "
-                f"the first is: {first}; see xclip-jax check"
-            )
 
     def texts(self, variables: Variables, texts: Sequence[str], features: Sequence[str] | None = None) -> Features:
         """Encode `texts`, see `images`. Equal texts are encoded once, so their features are equal."""
@@ -181,19 +168,15 @@ class Encoder:
 
     def tokens(self, variables: Variables, tokens: Rows, features: Sequence[str] | None = None) -> Features:
         """Encode rows of tokens, int32 (n, text_length), see `images`."""
-        length = self._length(tokens)
+        length = self._text_length
+        if self._eot_id is not None and len(tokens) >= _BATCHES * self.batch:  # enough to compile another shape
+            longest = int((np.asarray(tokens) == self._eot_id).argmax(axis=1).max()) + 1
+            length = min(math.ceil(longest / _LENGTHS) * _LENGTHS, length)
         rows = np.asarray(tokens)[:, :length] if length < self._text_length else tokens
         return self._run(self._encode_texts, variables, rows, jax.ShapeDtypeStruct((length,), np.int32), features)
 
-    def _length(self, tokens: Rows) -> int:
-        """Return the length of the longest text if there are enough batches to compile for it, else the context."""
-        if self._eot_id is None or len(tokens) < _BATCHES * self.batch:
-            return self._text_length
-        longest = int((np.asarray(tokens) == self._eot_id).argmax(axis=1).max()) + 1
-        return min(math.ceil(longest / _LENGTHS) * _LENGTHS, self._text_length)
-
     def logits_of(self, scores: Mapping[str, np.ndarray], variables: Variables) -> np.ndarray:
-        """Return the logits (n, classes) of the model's own similarity among the `scores` of `zeroshot.compare`."""
+        """Return the logits (n, classes) of the model's default similarity among the `scores` of `zeroshot.compare`."""
         own = self.similarities[0]
         scale = 1.0 if own.scale is None else float(self._scalars(variables)[own.scale])
         return scale * scores[own.logits]
@@ -206,7 +189,7 @@ class Encoder:
         keys = {"valid", *(self._default if names is None else names)}
         for start, out in self._batches(encode, variables, items, form, keys):
             for key, value in out.items():
-                if key not in results:  # whole from the beginning: joined batches would need the memory twice
+                if key not in results:  # allocated whole: concatenating batches would need the memory twice
                     results[key] = np.empty((len(items), *value.shape[1:]), value.dtype)
                 results[key][start : start + len(value)] = value
         return results
@@ -215,41 +198,47 @@ class Encoder:
         self, encode: Encode, variables: Variables, items: Rows, form: jax.ShapeDtypeStruct, keys: Collection[str]
     ) -> Iterator[tuple[int, Features]]:
         """Yield the first index and the features `keys` of each batch, without padding; one empty batch of no items."""
-
+        n = len(items)
         self._reasons: dict[int, str] = {}
         unreadable: list[int] = []
 
         def fetch(out: dict[str, jax.Array], start: int) -> tuple[int, Features]:
-            fetched = {key: np.asarray(value)[: len(items) - start] for key, value in out.items()}
+            fetched = {key: np.asarray(value)[: n - start] for key, value in out.items()}
             valid = fetched.get("valid", np.ones(0, bool))
             unreadable.extend((start + np.flatnonzero(~valid)).tolist())
-            self._check_readable(unreadable, start + len(valid), len(items))
+            # Raised before the end: all devices would wait for each image of an unavailable store.
+            if len(unreadable) > MAX_UNREADABLE * n:
+                first = self._reasons.get(unreadable[0], f"image {unreadable[0]}")
+                tried = start + len(valid)
+                raise TooManyUnreadable(
+                    f"{len(unreadable)} of {n if tried == n else f'the first {tried} of {n}'} images cannot be read, "
+                    f"more than {MAX_UNREADABLE:.0%}; the first is: {first}; see xclip-jax check"
+                )
             return start, fetched
 
         pending: tuple[dict[str, jax.Array], int] = {}, 0
         start = 0
-        with _reading(items) as each:
-            while start < max(len(items), 1):
+        ready = isinstance(items, (np.ndarray, list, tuple, ThreadPrefetcher))
+        with contextlib.nullcontext() if ready else thread_pool() as threads:  # one thread per core to decode on access
+            each = map if threads is None else threads.imap
+            while start < max(n, 1):
                 console.report_progress()
-                size = self._size(len(items) - start)
+                # The largest batch that the remaining items fill at least half, or the smallest one.
+                size = next((size for size in reversed(self.sizes) if n - start > size // 2), self.sizes[0])
                 out = encode(variables, *self._place(items, each, start, size, form))
-                # One batch behind: the device works while the host fetches and loads.
+                # Fetch one batch late: the device works while the host fetches and loads.
                 if pending[0]:
                     yield fetch(*pending)
                 pending = {key: x for key, x in out.items() if key in keys}, start
                 start += size
             yield fetch(*pending)
 
-    def _size(self, left: int) -> int:
-        """Return the largest batch that `left` items fill at least half, or the smallest batch."""
-        return next((size for size in reversed(self.sizes) if left > size // 2), self.sizes[0])
-
     def _place(
         self, items: Rows, each: Callable[..., Iterable], start: int, size: int, form: jax.ShapeDtypeStruct
     ) -> tuple[jax.Array, jax.Array]:
         """Return the global batch of `size` items from `start`, padded with zeros, and bool (size,) of readable items.
 
-        Each process loads its own rows, by `each`, see `_reading`.
+        `each` is a `map` for reading this process's rows.
         """
         blocks: dict[int, np.ndarray] = {}
 
@@ -258,14 +247,14 @@ class Encoder:
                 item = items[i]
             except BadSample as error:
                 return error
-            # NumPy would cast and broadcast a wrong one silently.
+            # NumPy would silently cast and broadcast it.
             if item.shape != form.shape or item.dtype != form.dtype:
                 raise UserError(f"item {i} is {item.dtype} {item.shape}, not {form.dtype} {form.shape}.")
             return item
 
         def rows(index: Any) -> np.ndarray:
             first, stop, _ = index[0].indices(size)
-            # Devices along the mesh's model axis share rows: load them once.
+            # Load rows once that devices along the mesh's model axis share.
             if first not in blocks:
                 block = blocks[first] = np.zeros((stop - first, *form.shape), form.dtype)
                 indices = range(start + first, min(start + stop, len(items)))
@@ -281,13 +270,3 @@ class Encoder:
 
         batch = jax.make_array_from_callback((size, *form.shape), self._sharding, rows)
         return batch, jax.make_array_from_callback((size,), self._sharding, valid)
-
-
-@contextlib.contextmanager
-def _reading(items: Rows) -> Iterator[Callable[..., Iterable]]:
-    """Give a `map` for reading `items`: in one thread per core if they are decoded on access and not ahead."""
-    if isinstance(items, (np.ndarray, list, tuple, ThreadPrefetcher)):
-        yield map
-        return
-    with thread_pool() as threads:
-        yield threads.imap

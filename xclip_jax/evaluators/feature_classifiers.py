@@ -16,7 +16,8 @@ COARSE = tuple(10.0**e for e in range(-6, 7, 2))
 _CHUNK = 1 << 25  # similarities at once, fp32
 
 Labelled = tuple[np.ndarray, np.ndarray]  # features (n, d) and labels int (n,)
-# Whether each item is right, 1.0 or 0.0 (n,), and {metric: value} of the fit.
+Score = Callable[[np.ndarray, np.ndarray], float]  # of logits (n, classes) and labels; higher is better
+# 1.0 for right items, else 0.0 (n,), and {metric: value} of the fit.
 Fit = tuple[np.ndarray, dict[str, float]]
 
 
@@ -28,7 +29,7 @@ def knn(
     k: int = NEIGHBOURS,
     temperature: float = TEMPERATURE,
 ) -> np.ndarray:
-    """Return votes of the k nearest by cosine, weighted by exp(cosine / temperature), as DINO does (arXiv 2104.14294).
+    """Return votes of the k nearest by cosine, weighted by exp(cosine / temperature), like DINO (arXiv 2104.14294).
 
     `train` and `queries` are features (n, d) and (m, d), of any norm, `labels` classes int (n,), and the votes fp32
     (m, classes). Equally near items rank by index, lowest first.
@@ -46,18 +47,18 @@ def knn(
     return np.concatenate(votes)[: len(queries)]
 
 
-# The training set is an argument: arrays that a jitted function closes over become constants of the program.
+# The training set is an argument: an array captured by a jitted function would become a constant of the program.
 @functools.partial(jax.jit, static_argnames=("k", "classes"))
 def _vote(q: jax.Array, base: jax.Array, labels: jax.Array, temperature: float, *, k: int, classes: int) -> jax.Array:
     cosine, index = jax.lax.top_k(jnp.matmul(q, base.T, precision=jax.lax.Precision.HIGHEST), k)
-    # The common factor exp(1 / temperature) is left out: it would overflow at small temperatures.
+    # Without the common factor exp(1 / temperature), which overflows at small temperatures.
     weights = jnp.exp((cosine - 1) / temperature)
     return jnp.einsum("mk,mkc->mc", weights, jax.nn.one_hot(labels[index], classes, dtype=jnp.float32))
 
 
 def _unit(x: np.ndarray) -> np.ndarray:
     x = np.asarray(x, np.float32)
-    norms = np.sqrt(np.einsum("nd,nd->n", x, x))  # np.linalg.norm holds the squares of all
+    norms = np.sqrt(np.einsum("nd,nd->n", x, x))  # np.linalg.norm would store all squares
     return x / np.maximum(norms, 1e-12)[:, None]
 
 
@@ -68,9 +69,9 @@ class Sweep:
     Attributes:
       coarse: initial values, ascending.
       halvings: how often to try the values halfway (in log C) between the best and its neighbours, within the range of
-        `coarse`. The CLIP paper has 7 values from 1e-6 to 1e6 and 4 halvings, which end at eight steps a decade.
+        `coarse`. The CLIP paper has 7 values from 1e-6 to 1e6 and 4 halvings, down to eight steps per decade.
       tolerance: tolerance of `logistic.fit`.
-      refit: whether the tested classifier is fitted on given validation items too.
+      refit: whether to fit the tested classifier on given validation items too.
     """
 
     coarse: Sequence[float] = COARSE
@@ -80,29 +81,19 @@ class Sweep:
 
 
 def search(
-    train: Labelled,
-    validation: Labelled,
-    classes: int,
-    sweep: Sweep,
-    score: Callable[[np.ndarray, np.ndarray], float],
+    train: Labelled, validation: Labelled, classes: int, sweep: Sweep, score: Score
 ) -> tuple[float, dict[float, float]]:
     """Return the C with the best score on validation items, the smallest of equals, and {C: score} of all trials."""
     scores: dict[float, float] = {}
-    low = min(sweep.coarse)
-    high = max(sweep.coarse)
-
-    def trial(cs: Sequence[float]) -> None:
-        new = [c for c in cs if low <= c <= high and c not in scores]
+    cs = sweep.coarse
+    step = np.log10(cs[1] / cs[0]) if len(cs) > 1 else 0.0
+    for _ in range(sweep.halvings + 1):
+        new = [c for c in cs if min(sweep.coarse) <= c <= max(sweep.coarse) and c not in scores]
         if new:
             logits = logistic.fit(*train, new, classes, tolerance=sweep.tolerance).logits(validation[0])
-            scores.update({c: score(part, validation[1]) for c, part in zip(new, logits, strict=True)})
-
-    trial(sweep.coarse)
-    step = np.log10(sweep.coarse[1] / sweep.coarse[0]) if len(sweep.coarse) > 1 else 0.0
-    for _ in range(sweep.halvings):
+            scores |= {c: score(part, validation[1]) for c, part in zip(new, logits, strict=True)}
         step /= 2
-        best = _best(scores)
-        trial([best * 10.0**-step, best * 10.0**step])
+        cs = [_best(scores) * 10.0**-step, _best(scores) * 10.0**step]
     return _best(scores), scores
 
 
@@ -110,10 +101,10 @@ def _best(scores: Mapping[float, float]) -> float:
     return min(scores, key=lambda c: (-scores[c], c))
 
 
-def folds(labels: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
+def folds(labels: np.ndarray, count: int) -> np.ndarray:
     """Return each item's fold, 0 to `count` - 1, int (n,): random, stratified by class."""
-    order = np.random.default_rng(seed).permutation(len(labels))
-    order = order[np.argsort(labels[order], kind="stable")]  # class after class, each in random order
+    order = np.random.default_rng(0).permutation(len(labels))
+    order = order[np.argsort(labels[order], kind="stable")]  # grouped by class, each in random order
     fold = np.empty(len(labels), int)
     fold[order] = np.arange(len(labels)) % count
     return fold
@@ -125,13 +116,13 @@ def choose(x: np.ndarray, y: np.ndarray, classes: int, cs: Sequence[float], coun
     accuracy = np.zeros(len(cs))
     for fold in np.unique(fold_of):  # fewer than `count` with fewer items
         train, test = fold_of != fold, fold_of == fold
-        fit = logistic.fit(x[train], y[train], cs, classes, tolerance=tolerance)
-        accuracy += [is_right(logits, y[test]).mean() for logits in fit.logits(x[test])]
+        logits = logistic.fit(x[train], y[train], cs, classes, tolerance=tolerance).logits(x[test])
+        accuracy += [is_right(part, y[test]).mean() for part in logits]
     return _best(dict(zip(cs, accuracy.tolist(), strict=True)))
 
 
 def nested(x: np.ndarray, y: np.ndarray, classes: int, cs: Sequence[float], count: int, tolerance: float) -> Fit:
-    """Run SentEval's nested cross-validation: test each fold once, with C chosen by folds of the other items."""
+    """Run SentEval's nested cross-validation: test each fold once, with C chosen by folds of all other items."""
     fold_of = folds(y, count)
     right = np.zeros(len(y))
     chosen = []
@@ -143,19 +134,12 @@ def nested(x: np.ndarray, y: np.ndarray, classes: int, cs: Sequence[float], coun
     return right, {"log10_c": float(np.mean(np.log10(chosen)))}
 
 
-def linear(
-    train: Labelled,
-    validation: Labelled,
-    test: Labelled,
-    classes: int,
-    sweep: Sweep,
-    score: Callable[[np.ndarray, np.ndarray], float],
-) -> Fit:
+def linear(train: Labelled, validation: Labelled, test: Labelled, classes: int, sweep: Sweep, score: Score) -> Fit:
     """Run CLIP's linear probe: C by `search` on validation items, then one fit, tested once.
 
     The last fit reads the training items, and with `sweep.refit` the validation items too. Without validation items a
-    tenth of `train`, at least one item, is held out for the search. `score` of (logits, labels) chooses C.
-    Returns whether each test item is right, 0.0 or 1.0 (n,), and {"log10_c": the choice}.
+    random tenth of `train`, at least one item, is held out for the search.
+    Returns 1.0 for right test items, else 0.0 (n,), and {"log10_c": the choice}.
     """
     whole = train
     given = len(validation[1]) > 0
@@ -175,7 +159,7 @@ def linear(
 
 
 def together(a: Labelled, b: Labelled) -> Labelled:
-    """Return the items of both, without a copy if one is empty."""
+    """Concatenate two sets of items, without a copy if one is empty."""
     if not len(a[1]) or not len(b[1]):
         return a if len(a[1]) else b
     return np.concatenate([a[0], b[0]]), np.concatenate([a[1], b[1]])

@@ -3,12 +3,12 @@
 For each C the objective, in nats, is  mean_i [-log softmax(x_i W + b)_(y_i)] + |W|^2 / (2 C n).  This is the objective
 of `sklearn.linear_model.LogisticRegression` divided by C n; the bias is not penalised. For two classes scikit-learn
 has one vector w, the difference of the two logits' weights, and the penalty |w|^2 / (2 C n). The columns of W with the
-least penalty are -w / 2 and w / 2, with |W|^2 = |w|^2 / 2, so the penalty on W is doubled to get the same objective.
-All C share each pass over the features. A label may be shared among classes: its loss is the mean over its shares.
+least penalty are -w / 2 and w / 2, with |W|^2 = |w|^2 / 2: doubling the penalty on W gives the same objective.
+All C share each pass over the features. A label may be shared among classes: its loss is the mean over the shares.
 
-Three things make it fast without changing the solution. Logits are linear in W, so a line search needs no product with
+Three things save time without changing the solution. Logits are linear in W, so line searches need no product with
 the features. Features are centred (the bias compensates) and rotated to their principal axes, where the Hessian's
-diagonal is known up to a factor and preconditions each C. Converged problems are dropped.
+diagonal is known up to a factor and serves as the preconditioner. Converged problems are dropped.
 """
 
 import dataclasses
@@ -24,16 +24,18 @@ from xclip_jax.core import console
 from xclip_jax.core.errors import UserError
 
 HISTORY, _ITERATIONS = 10, 1000
-_SCORES = 1 << 27  # logits in memory at once (about four fp32 arrays): more values of C are solved in turns
-_SMALL = 1 << 24  # up to so large an array of logits, keeping converged problems is cheaper than recompiling
+_SCORES = 1 << 27  # logits in memory at once (about four fp32 arrays); more values of C are solved in turns
+_SMALL = 1 << 24  # number of logits up to which keeping converged problems is cheaper than recompiling
 _ROUND = 4  # iterations between checks for convergence
 _BLOCK = 1 << 22  # numbers in a block of features
-_STALLED = 1e-10  # share of the objective; a step that promises less is not made
+_STALLED = 1e-10  # smallest promised improvement of a step, relative to the objective
+
+State = dict[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """Solutions, one for each C.
+    """Solutions, one per C.
 
     Attributes:
       weights: fp32 (cs, d, classes).
@@ -57,11 +59,11 @@ def fit(
 
     Args:
       x: features fp32 (n, d).
-      y: classes int (n,) below `classes`, or shares of the classes (n, classes) that sum to 1 in each row. A class may
+      y: classes int (n,) below `classes`, or shares of the classes (n, classes), each row with the sum 1. A class may
         have no item.
-      cs: inverse strengths of the penalty, above 0, as scikit-learn defines them for the occurring classes.
+      cs: inverse strengths of the penalty, above 0, like scikit-learn's for the occurring classes.
       classes: number of classes.
-      tolerance: maximum absolute component of the gradient at a solution, as scikit-learn's `tol` (default 1e-4).
+      tolerance: maximum absolute component of the gradient at a solution, like scikit-learn's `tol` (default 1e-4).
     """
     x = np.asarray(x, np.float32)
     y = np.asarray(y)
@@ -71,9 +73,9 @@ def fit(
     penalty = 2.0 if occurring == 2 else 1.0
     rotated, mean, spectrum, axes = _rotate(x)
     labels = jnp.asarray(y, jnp.int32 if y.ndim == 1 else jnp.float32)
-    # Maps the gradient along the axes to the gradient with respect to the given features.
+    # Rotates the gradient back to the given features.
     back = jnp.asarray(np.block([[axes, mean[:, None]], [np.zeros((1, d)), np.ones((1, 1))]]), jnp.float32)
-    # The diagonal of softmax's Hessian is p (1 - p), about 1 / classes at the start.
+    # The diagonal of softmax's Hessian is p (1 - p), initially about 1 / classes.
     curvature = np.append(np.maximum(spectrum, 0), 1.0) / classes
     fits = []
     group = max(1, _SCORES // (n * classes))
@@ -91,7 +93,7 @@ def fit(
 def _rotate(x: np.ndarray) -> tuple[jax.Array, np.ndarray, np.ndarray, np.ndarray]:
     """Return x (n, d), centred and along its principal axes, with a column of ones; and mean, spectrum and axes.
 
-    Works in blocks, to hold no further copy of `x`.
+    Works in blocks, without another copy of `x`.
     """
     n, d = x.shape
     mean = x.mean(axis=0, dtype=np.float64)
@@ -126,7 +128,7 @@ def _solve(
     problem = {"ridge": jnp.asarray(ridge, jnp.float32)[..., None], "scale": scale}
     zeros = jnp.zeros((d, count, classes), jnp.float32)
     history = jnp.zeros((HISTORY, d, count, classes), jnp.float32)
-    # At zero every class has probability 1 / classes, whatever C.
+    # With zero weights every class has probability 1 / classes.
     wrong = 1 / classes - np.asarray(_target(y, classes))
     g = np.repeat((np.asarray(x).T @ wrong / len(x))[:, None], count, axis=1)
     state = {
@@ -141,39 +143,36 @@ def _solve(
         "iteration": jnp.zeros((), int),
     }
     alive = np.arange(count)
-    out = (np.zeros((d, count, classes), np.float32), np.zeros(count))
+    weights = np.zeros((d, count, classes), np.float32)
+    objective = np.zeros(count)
     for _ in range(0, _ITERATIONS, _ROUND):
         console.report_progress(all_processes=False)  # the number of rounds depends on rounding
         state = _iterate(x, y, back, problem, state, tolerance)
         done = np.asarray(state["done"])
         keep = np.flatnonzero(~done)
         last = not len(keep) or int(state["iteration"]) >= _ITERATIONS
-        # Each new shape is compiled: drop problems only if at least a quarter has converged, and it is worth it.
+        # Each new shape is compiled: drop only large problems, and only if at least a quarter has converged.
         if last or (4 * len(keep) <= 3 * len(alive) and state["z"].size > _SMALL):
-            out[0][:, alive] = np.asarray(state["w"])
-            out[1][alive] = np.asarray(state["value"])
+            weights[:, alive] = np.asarray(state["w"])
+            objective[alive] = np.asarray(state["value"])
             if last:
                 break
             alive = alive[keep]
             problem = {key: value[:, keep] for key, value in problem.items()}
-            state = {
-                key: value if key == "iteration" else jnp.take(value, keep, axis=_AXIS[key])
-                for key, value in state.items()
-            }
-    return out
+            state |= {key: jnp.take(state[key], keep, axis=axis) for key, axis in _AXIS_OF_CS.items()}
+    return weights, objective
 
 
-_AXIS = {"w": 1, "z": 1, "g": 1, "s": 2, "y": 2, "rho": 1, "done": 0, "value": 0}
+_AXIS_OF_CS = {"w": 1, "z": 1, "g": 1, "s": 2, "y": 2, "rho": 1, "done": 0, "value": 0}
 _matmul = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Return the inner products (cs,) of two (d, cs, classes), one for each C."""
     return (a * b).sum(axis=(0, 2))
 
 
 def _label_logits(z: jax.Array, y: jax.Array) -> jax.Array:
-    """Return the labels' logits (n, cs) from z (n, cs, classes); the mean over the shares of a shared label."""
+    """Return the labels' logits (n, cs) from z (n, cs, classes), for shared labels the mean over the shares."""
     if y.ndim == 1:
         return jnp.take_along_axis(z, y[:, None, None], axis=2)[..., 0]
     return (z * y[:, None]).sum(axis=2)
@@ -192,8 +191,8 @@ def _gradient(x: jax.Array, y: jax.Array, z: jax.Array, w: jax.Array, ridge: jax
     return value, _matmul("nd,nck->dck", x, wrong) / n + ridge * w
 
 
-def _direction(state: dict[str, jax.Array], scale: jax.Array) -> jax.Array:
-    """Return L-BFGS's direction for each C, by its two loops; empty pairs of the history have rho 0."""
+def _direction(state: State, scale: jax.Array) -> jax.Array:
+    """Return L-BFGS's direction for each C by the two-loop recursion; empty pairs of the history have rho 0."""
     newest = (state["iteration"] - 1 - jnp.arange(HISTORY)) % HISTORY
 
     def down(j: int, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -213,12 +212,10 @@ def _direction(state: dict[str, jax.Array], scale: jax.Array) -> jax.Array:
     return -jax.lax.fori_loop(0, HISTORY, up, gamma[:, None] * scale * q)
 
 
-def _search(
-    y: jax.Array, state: dict[str, jax.Array], p: jax.Array, zp: jax.Array, ridge: jax.Array, slope: jax.Array
-) -> jax.Array:
+def _search(y: jax.Array, state: State, p: jax.Array, zp: jax.Array, ridge: jax.Array, slope: jax.Array) -> jax.Array:
     """Return steps (cs,) along p at which the slope is half as steep or less: Newton's method within a bracket.
 
-    Only slopes are compared, as values are too coarse in fp32 near the solution.
+    Only slopes are compared: near the solution values are too coarse in fp32.
     """
     toward_labels = _label_logits(zp, y).mean(axis=0)
     wp = _dot(ridge * state["w"], p)
@@ -229,9 +226,6 @@ def _search(
         first = (prob * zp).sum(axis=2)
         second = (prob * zp * zp).sum(axis=2) - first**2
         return first.mean(axis=0) - toward_labels + wp + t * pp, second.mean(axis=0) + pp
-
-    def cond(carry: Any) -> jax.Array:
-        return (~carry["ok"]).any() & (carry["i"] < 12)
 
     def body(carry: Any) -> Any:
         t = carry["t"]
@@ -244,30 +238,18 @@ def _search(
         new = jnp.where((new > low) & (new < jnp.minimum(high, 10 * t)), new, middle)
         return {"t": jnp.where(ok, t, new), "ok": ok, "low": low, "high": high, "i": carry["i"] + 1}
 
-    start: dict[str, Any] = {
-        "t": jnp.ones_like(slope),
-        "ok": state["done"],
-        "low": jnp.zeros_like(slope),
-        "high": jnp.full_like(slope, jnp.inf),
-        "i": 0,
-    }
-    return jax.lax.while_loop(cond, body, start)["t"]
+    bracket = {"low": jnp.zeros_like(slope), "high": jnp.full_like(slope, jnp.inf)}
+    start: dict[str, Any] = {"t": jnp.ones_like(slope), "ok": state["done"], "i": 0} | bracket
+    return jax.lax.while_loop(lambda carry: (~carry["ok"]).any() & (carry["i"] < 12), body, start)["t"]
 
 
 @jax.jit
-def _iterate(
-    x: jax.Array,
-    y: jax.Array,
-    back: jax.Array,
-    problem: dict[str, jax.Array],
-    state: dict[str, jax.Array],
-    tolerance: float,
-) -> dict[str, jax.Array]:
-    """Return the state after up to `_ROUND` iterations; a finished C does not change."""
+def _iterate(x: jax.Array, y: jax.Array, back: jax.Array, problem: State, state: State, tolerance: float) -> State:
+    """Return the state after up to `_ROUND` iterations; converged problems do not change."""
     ridge, scale = problem["ridge"], problem["scale"]
     stop = jnp.minimum(state["iteration"] + _ROUND, _ITERATIONS)
 
-    def body(state: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    def body(state: State) -> State:
         p = _direction(state, scale)
         slope = _dot(state["g"], p)
         steepest = jnp.abs(_matmul("de,eck->dck", back, state["g"])).max(axis=(0, 2))

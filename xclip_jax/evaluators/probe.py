@@ -1,7 +1,7 @@
 """Visual and textual representation: linear probes, nearest neighbours, and the classifier of a fine-tuned model.
 
-Probes use the pooled features before any projection, as the CLIP paper does (arXiv 2103.00020, appendix A.3). The whole
-features come to the host. Fitting runs on one device of each process, so the result does not depend on the mesh.
+Probes use the pooled features before any projection, like the CLIP paper (arXiv 2103.00020, appendix A.3). All features
+are copied to the host. Fitting runs on one device of each process, so the result does not depend on the mesh.
 """
 
 import dataclasses
@@ -19,7 +19,17 @@ from xclip_jax.evaluators.results import Provenance, Result
 from xclip_jax.evaluators.statistics import PerExample, class_weights, ranks
 from xclip_jax.models.two_towers import Variables
 
-_FINETUNED = {"top1": "top-1", "matthews": "Matthews", "f1": "F1", "spearman": "Spearman", "pearson": "Pearson"}
+_FROZEN = (
+    Column("classes", "ways"),
+    Column("items", "n"),
+    Column("linear", "linear/top1", "linear probe, top-1", chance=True),
+    Column("kNN", "knn/top1", "nearest neighbours, top-1"),
+)
+_LABELS = {"top1": "top-1", "matthews": "Matthews", "f1": "F1", "spearman": "Spearman", "pearson": "Pearson"}
+_FINETUNED = (
+    Column("items", "n"),
+    *(Column(label, f"finetuned/{key}", f"fine-tuned, {label}") for key, label in _LABELS.items()),
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -27,12 +37,12 @@ class ProbeSet:
     """Training, validation and test items of a probe; images or texts.
 
     Attributes:
-      train, validation, test: items, as `Encoder.images` or `Encoder.texts` takes them; without validation items C is
-        chosen on one training item in ten, at random with seed 0.
+      train, validation, test: items for `Encoder.images` or `Encoder.texts`; without validation items C is chosen on a
+        random tenth of the training items, with seed 0.
       tasks: {name: labels of the three parts, int (n,)}; a single task is named "".
       sweep: values of C.
       neighbours: whether to evaluate nearest neighbours too.
-      folds: above 0, the number of folds of `train` that choose C among `sweep.coarse`; without `test` items the
+      folds: if above 0, the number of folds of `train` for choosing C among `sweep.coarse`; without `test` items the
         training items are tested by nested cross-validation with the same number of folds.
       pairs: features of a pair of texts with features u and v: "difference" is SentEval's [|u - v|, u v], "all" is
         [u, v, |u - v|, u v], like GLUE's baselines.
@@ -58,21 +68,11 @@ class Probe(Evaluator):
     """Accuracy of a linear probe and of kNN, in percent: "visual/<set>[/<task>]/linear/top1" and ".../knn/top1".
 
     Further results are mean_per_class; f1 (of class 1) and matthews for two classes; the C of the linear probe
-    ("linear/log10_c"); n, train and ways, the number of classes; and "majority", the accuracy of always predicting the
-    largest class. Text probes have the family "textual".
+    ("linear/log10_c"); n, train and ways, the number of classes; and "majority", the accuracy if the largest class is
+    always predicted. Text probes have the family "textual".
     """
 
-    layouts = (
-        Layout(
-            "frozen features, %",
-            (
-                Column("classes", "ways"),
-                Column("items", "n"),
-                Column("linear", "linear/top1", "linear probe, top-1", chance=True),
-                Column("kNN", "knn/top1", "nearest neighbours, top-1"),
-            ),
-        ),
-    )
+    layouts = (Layout("frozen features, %", _FROZEN),)
 
     def __init__(self, encoder: Encoder, data: ProbeSet) -> None:
         super().__init__(encoder, data)
@@ -88,14 +88,13 @@ class Probe(Evaluator):
             num_classes = _num_classes(labels)
             n = len(tested)
             majority = 100 * float(np.mean(tested == np.bincount(labels[0]).argmax()))
-            chance = {"top1": majority, "mean_per_class": 100 / len(np.unique(tested))}  # of one answer to all
+            chance = {"top1": majority, "mean_per_class": 100 / len(np.unique(tested))}  # of a constant answer
             for probe, (values, extra) in self._task(features, labels).items():
                 for key, item in _items(values, tested, num_classes).items():
-                    fields = {"task": task, "n": n, "items": item, "chance": chance.get(key)}
-                    results.append(self.result(f"{probe}/{key}", item.value(), **fields))
+                    results.append(self.result(f"{probe}/{key}", item, task=task, chance=chance.get(key)))
                 others += [self.count(f"{probe}/{key}", value, task=task) for key, value in extra.items()]
-            sizes = {"n": n, "train": len(labels[0]), "ways": num_classes}
-            others += [self.count(key, value, task=task) for key, value in sizes.items()]
+            for key, size in (("n", n), ("train", len(labels[0])), ("ways", num_classes)):
+                others.append(self.count(key, size, task=task))
             others.append(self.result("majority", majority, task=task))
         return results + others
 
@@ -103,16 +102,18 @@ class Probe(Evaluator):
         """Return the features of training, validation and test items."""
         sides = (self.data.train, self.data.validation, self.data.test)
         ends = np.cumsum([len(side) for side in sides])[:-1]
-        # One pass for all three: the last batch of each would be padded.
+        # One pass for all three: otherwise the last batch of each would be padded.
         if self.family == "visual":
             return np.split(self.encoder.images(variables, joined(sides), ("features",))["features"], ends)
         texts = [item for side in sides for item in side]
-        if not self.data.pairs:
-            return np.split(self.encoder.texts(variables, texts, ("features",))["features"], ends)
-        h = self.encoder.texts(variables, [text for pair in texts for text in pair], ("features",))["features"]
-        u, v = h[::2], h[1::2]
-        parts = [np.abs(u - v), u * v]
-        return np.split(np.concatenate([u, v, *parts] if self.data.pairs == "all" else parts, axis=1), ends)
+        if self.data.pairs:
+            texts = [text for pair in texts for text in pair]
+        h = self.encoder.texts(variables, texts, ("features",))["features"]
+        if self.data.pairs:
+            u, v = h[::2], h[1::2]
+            parts = [np.abs(u - v), u * v]
+            h = np.concatenate([u, v, *parts] if self.data.pairs == "all" else parts, axis=1)
+        return np.split(h, ends)
 
     def _task(self, features: Sequence[np.ndarray], labels: Sequence[np.ndarray]) -> dict[str, Fit]:
         """Return {"linear": fit, "knn": fit, ...} of one task."""
@@ -121,7 +122,7 @@ class Probe(Evaluator):
         count = self.data.folds
         train, validation, test = ((x, y) for x, y in zip(features, labels, strict=True))
         finite = [np.isfinite(x).all(axis=1) for x in features[:2]]
-        if not finite[0].any():  # the model diverged: nothing can be fitted, and all answers are wrong
+        if not finite[0].any():  # the model diverged: all answers are wrong
             wrong = np.zeros(len(test[1]) or len(train[1])), {}
             return {"linear": wrong} | ({"knn": wrong} if self.data.neighbours and len(test[1]) else {})
         if not np.concatenate(finite).all():  # unreadable images are not trained on
@@ -138,26 +139,26 @@ class Probe(Evaluator):
         return fits
 
     def _score(self, logits: np.ndarray, labels: np.ndarray) -> float:
-        """Return the set's headline metric, by which C is chosen; top1 if the probe lacks it."""
+        """Return the criterion for C: the set's headline metric, or top1 if the probe lacks it."""
         items = _items(is_right(logits, labels), labels, logits.shape[1])
         return items.get(self.data.card.metric.rpartition("/")[2], items["top1"]).value()
 
 
 def _are_texts(items: Sequence[Any]) -> bool:
-    """Whether items are texts or tuples of texts; an undecodable first item is an image."""
+    """Whether the items are texts or tuples of texts."""
     try:
         return isinstance(items[0], (str, tuple))
     except BadSample:
-        return False
+        return False  # an undecodable image
 
 
 def _num_classes(labels: Sequence[np.ndarray]) -> int:
-    """Return the number of classes; training items may lack some that others have."""
+    """Return the number of classes, including those missing from the training items."""
     return int(np.concatenate(labels).max()) + 1
 
 
 def _items(values: np.ndarray, labels: np.ndarray, classes: int) -> dict[str, PerExample]:
-    """Return the per-example values of each metric; `values` are 1.0 for right items."""
+    """Return {metric: per-example values}; `values` are 1.0 for right items."""
     items = {"top1": PerExample(values), "mean_per_class": PerExample(values, class_weights(labels))}
     if classes == 2:
         predicted = np.where(values == 1, labels, 1 - labels)
@@ -168,13 +169,13 @@ def _items(values: np.ndarray, labels: np.ndarray, classes: int) -> dict[str, Pe
 def renumber(
     labels: np.ndarray, names: Sequence[str], to: Sequence[str], spec: str
 ) -> tuple[np.ndarray, Sequence[str]]:
-    """Return the numbers in `to`, the classes of training, of classes that `labels`, int (n,), number in `names`.
+    """Map `labels`, int (n,), from positions in `names` to positions in `to`, the classes of training.
 
-    Also return `to`, extended by the classes that it lacks. Their items count as wrong, with a warning.
+    Also returns `to`, extended by missing classes. Their items count as wrong, with a warning.
 
     Raises:
-      UserError: more than `MAX_UNREADABLE` of the items have such a class, or two classes have one name, and the lists
-        differ; `spec` begins the message.
+      UserError: more than `MAX_UNREADABLE` of the items have a missing class, or the lists differ and two classes share
+        a name; `spec` begins the message.
     """
     if list(names) == list(to):
         return labels, to
@@ -185,7 +186,8 @@ def renumber(
         twice = next(name for i, name in enumerate(every) if number[name] != i)
         raise UserError(f"{spec}: two classes are named {twice!r}, and splits differ in their classes; rename one.")
     numbers = np.array([number[name] for name in names])[labels]
-    if len(unknown := numbers[numbers >= len(to)]):
+    unknown = numbers[numbers >= len(to)]
+    if len(unknown):
         fault = (
             f"{spec}: class {every[unknown.min()]!r} is not among the {len(to)} classes of the training items, such as "
             f"{to[0]!r}; {len(unknown):,} of {len(labels):,} items have such a class"
@@ -201,11 +203,11 @@ class ClassificationSet:
     """Labelled items for the classifier of a fine-tuned model.
 
     Attributes:
-      items: images or texts, as `Encoder.images` or `Encoder.texts` takes them.
+      items: images or texts for `Encoder.images` or `Encoder.texts`.
       labels: classes int (n,), or targets of a regression fp32 (n,).
       classes: number of classes; 1 for a regression.
       names: names of the classes; empty for a regression.
-      unknown: number of the last classes, which the model's classifier lacks.
+      unknown: number of classes, the last ones, missing from the model's classifier.
     """
 
     evaluator: ClassVar[str] = "classifier"
@@ -229,21 +231,13 @@ class ClassifierEvaluator(Evaluator):
     """Evaluate a fine-tuned classifier: "visual/<set>/finetuned/top1" in percent, or "textual/..." for texts.
 
     Classification has top1, top5 and mean_per_class, two classes also f1 and matthews; n, ways, and "majority", the
-    accuracy of always predicting the largest class. A regression has spearman, pearson and its number of "pairs".
+    accuracy if the largest class is always predicted. A regression has spearman, pearson and its number of "pairs".
     """
 
-    layouts = (
-        Layout(
-            "fine-tuned, %",
-            (
-                Column("items", "n"),
-                *(Column(label, f"finetuned/{key}", f"fine-tuned, {label}") for key, label in _FINETUNED.items()),
-            ),
-        ),
-    )
+    layouts = (Layout("fine-tuned, %", _FINETUNED),)
 
     def __init__(self, encoder: Encoder, data: ClassificationSet) -> None:
-        """Raise `UserError` if too many items have a class that the model's classifier lacks, see `renumber`."""
+        """Raise `UserError` if too many items have a class missing from the model's classifier, see `renumber`."""
         super().__init__(encoder, data.renumbered(encoder.classes) if encoder.classes and data.names else data)
         self.images = not _are_texts(data.items)
         self.family = "visual" if self.images else "textual"
@@ -258,18 +252,16 @@ class ClassifierEvaluator(Evaluator):
             raise UserError(f"{self.data.name} has {known} classes and the model {model}; see finetune.py.")
         logits = np.pad(logits, ((0, 0), (0, self.data.unknown)), constant_values=-np.inf)
         labels = self.data.labels
-        n = len(self.data.labels)
+        n = len(labels)
         if self.data.classes == 1:
-            items = {key: PerExample(logits[:, 0], other=labels, statistic=key) for key in ("spearman", "pearson")}
-            results = [
-                self.result(f"finetuned/{key}", x.value(), unit="x 100", n=n, items=x) for key, x in items.items()
-            ]
+            results = []
+            for key in ("spearman", "pearson"):
+                results.append(self.result(f"finetuned/{key}", PerExample(logits[:, 0], other=labels, statistic=key)))
             return [*results, self.count("pairs", n)]
         majority = 100 * float(np.bincount(labels).max() / n)
-        items = _items(is_right(logits, labels), labels, self.data.classes)
         results = []
-        for key, item in items.items():
+        for key, item in _items(is_right(logits, labels), labels, self.data.classes).items():
             chance = majority if key == "top1" else None
-            results.append(self.result(f"finetuned/{key}", item.value(), n=n, items=item, chance=chance))
+            results.append(self.result(f"finetuned/{key}", item, chance=chance))
         results.append(self.result("finetuned/top5", 100 * float((ranks(logits, labels) < 5).mean()), n=n))
         return [*results, self.count("n", n), self.count("ways", self.data.classes), self.result("majority", majority)]

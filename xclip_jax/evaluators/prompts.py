@@ -1,6 +1,6 @@
 """Class names, prompt templates and class subsets of the zero-shot sets, and the profiles of published tables.
 
-Names and templates come from clip-benchmark (MIT), in `data/third_party`; other templates are generated here.
+Names and templates come from clip-benchmark (MIT), in `data/third_party`; other templates are generated.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from xclip_jax.data.preprocessing import Preprocessing
 
 
 def check_templates(texts: Sequence[str], origin: str = "") -> None:
-    """Raise `UserError` if a template lacks {c}: it would be the same for all classes. `origin` is their file."""
+    """Raise `UserError` if a template lacks {c}, the place of the class name; `origin` is their file."""
     for line, text in enumerate(texts, 1):
         if "{c}" not in text:
             place = f"{origin}, line {line}: " if origin else ""
@@ -27,23 +27,23 @@ def check_templates(texts: Sequence[str], origin: str = "") -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Profile:
-    """A project's protocol, for numbers that can be compared with its tables.
+    """A project's protocol, for numbers comparable with its tables.
 
-    It leaves out mean and standard deviation of pixels, which belong to the weights.
+    Mean and standard deviation of pixels are not part of it: they belong to the weights.
 
     Attributes:
       imagenet: templates of ImageNet and its variants, "openai80" or "slip7".
-      clips: whether sets whose templates differ in clip-benchmark have CLIP's own, as in SLIP.
-      resample: resizing of the shorter side, "bicubic" or "bilinear"; "" to resize as the model does.
+      clips: whether to use CLIP's own templates, like SLIP, for sets with other templates in clip-benchmark.
+      resample: resizing of the shorter side, "bicubic" or "bilinear"; "" for the model's resizing.
       published_prefix: text before the captions of published retrieval sets.
       prefix: text before the captions of all retrieval sets; None for `published_prefix`, and no prefix for your own
         pairs.
-      lower: whether to lower-case captions, as SigLIP does.
-      captions: number of captions of each image to keep; 0 for all.
+      lower: whether to lower-case captions, like SigLIP.
+      captions: number of captions per image to keep; 0 for all.
       templates: prompts for your own labelled images, with {c} for the class; empty for "a photo of a {c}".
-      names: {label: name, or synonyms} of their classes; other labels are their own names.
-      exif_rotation: whether images are rotated by their EXIF tag if the model's are: for your own data; published
-        numbers are without rotation.
+      names: {label: name, or synonyms} of their classes; other classes are called by their labels.
+      exif_rotation: whether to rotate images by their EXIF tag if the model does: for your own data; published numbers
+        are without rotation.
     """
 
     imagenet: str = "openai80"
@@ -79,7 +79,7 @@ class Profile:
 
 
 PROFILES = {
-    "openai": Profile(published_prefix="a photo of "),  # as in table 13 of the CLIP paper
+    "openai": Profile(published_prefix="a photo of "),  # the CLIP paper, table 13
     "slip": Profile(imagenet="slip7", resample="bilinear"),
     "open_clip": Profile(clips=False),
 }
@@ -90,15 +90,15 @@ def with_own(profile: Profile, templates: Sequence[str], class_names: str) -> Pr
     return dataclasses.replace(profile, templates=tuple(templates), names=read_class_names(class_names))
 
 
-# Indices of the seven of 80 templates that forward selection chose (the CLIP repository's notebook); SLIP uses them.
+# Indices of seven templates chosen by forward selection (notebook of the CLIP repository), also in SLIP.
 _SEVEN = (73, 7, 44, 69, 35, 67, 64)
-# Classes of ImageNet-A and ImageNet-R among ImageNet's 1000. The lists of wnids of clip_benchmark (datasets/builder.py)
-# and the indices of big_vision (IMAGENET_A_LABELSET, IMAGENET_R_LABELSET) both give these.
+# Classes of ImageNet-A and ImageNet-R among ImageNet's 1000, equal to clip_benchmark's lists of wnids
+# (datasets/builder.py) and big_vision's indices (IMAGENET_A_LABELSET, IMAGENET_R_LABELSET).
 _SUBSETS = json.loads(pathlib.Path(__file__).with_name("imagenet_subsets.json").read_text())
 IMAGENET_A, IMAGENET_R = (tuple(_SUBSETS[name]) for name in ("imagenet_a", "imagenet_r"))
 
-# CLIP's own templates (prompts.md of its repository, templates.json of SLIP's) for sets that clip-benchmark lacks or
-# gives other templates ("clip_..."), generated from their pattern.
+# CLIP's own templates (prompts.md of its repository, templates.json of SLIP's), generated from their pattern, for sets
+# without templates in clip-benchmark, or with other ones ("clip_...").
 _VERBS = ("", "using ", "doing ", "during ", "performing ", "practicing ")
 _NOUNS = ("photo", "video", "example", "demonstration")
 _VIEWS = tuple(f"{how} {what}" for what in ("imagery", "photo", "view") for how in ("satellite", "aerial"))
@@ -111,7 +111,7 @@ _EXTRA = {
     "clip_pcam": ["this is a photo of {c}"],
 }
 _EXTRA_NAMES = {"hatefulmemes": ["meme", "hatespeech meme"]}
-# Synonyms of FER2013's classes in CLIP and SLIP; the mean is over templates and synonyms.
+# Synonyms of FER2013's classes in CLIP and SLIP; class vectors are means over templates and synonyms.
 SYNONYMS = {
     "happy": ["happy", "smiling"],
     "sad": ["sad", "depressed"],
@@ -122,7 +122,7 @@ SYNONYMS = {
 
 @functools.cache
 def _read(name: str) -> dict[str, list[str]]:
-    """Return the content of clip-benchmark's file en_NAME.json."""
+    """Read clip-benchmark's file en_NAME.json."""
     return json.loads(storage.third_party(f"en_{name}.json"))
 
 
@@ -135,7 +135,7 @@ def templates(name: str) -> list[str]:
 
 
 def chosen(name: str, profile: Profile) -> str:
-    """Return the name of a set's templates under a profile, from the name in the table."""
+    """Return the name of a set's templates under a profile; `name` is the one in the table of sets."""
     if name == "imagenet":
         return profile.imagenet
     return f"clip_{name}" if profile.clips and f"clip_{name}" in _EXTRA else name
@@ -148,7 +148,6 @@ def prompts(names: Sequence[str | Sequence[str]], templates_of: str | Sequence[s
     """
     texts = templates(templates_of) if isinstance(templates_of, str) else templates_of
     synonyms = [[name] if isinstance(name, str) else list(name) for name in names]
-    # str.format fails on braces in a name.
     return [[text.replace("{c}", word) for word in words for text in texts] for words in synonyms]
 
 
@@ -169,9 +168,9 @@ def read_class_names(path: str) -> dict[str, str | list[str]]:
 
 
 def readable(label: str) -> str:
-    """Return the class name in a label of CUB-200, SUN397 or UCF101, such as "001.Black_footed_Albatross".
+    """Return the class name in "001.Black_footed_Albatross", "/a/airplane_cabin" or "ApplyEyeMakeup".
 
-    SUN397's labels are like "/a/airplane_cabin", UCF101's like "ApplyEyeMakeup".
+    These are labels of CUB-200, SUN397 and UCF101.
     """
     label = re.sub(r"^/\w/|^\d+\.", "", label)
     return spaced(re.sub(r"(?<=[a-z])(?=[A-Z][a-z])", " ", label.replace("/", " ")))
@@ -183,7 +182,7 @@ def spaced(label: str) -> str:
 
 
 def published(key: str) -> list[str]:
-    """Return the class names that clip-benchmark calls `key`."""
+    """Return clip-benchmark's class names `key`."""
     return list(_EXTRA_NAMES.get(key) or _read("classnames")[key])
 
 
@@ -193,10 +192,10 @@ def _comparable(label: str) -> str:
 
 
 def match(labels: Sequence[str], *spellings: Sequence[str]) -> list[int]:
-    """Return each label's position in the first of `spellings` with all of `labels`.
+    """Return each label's position in the first spelling with all labels.
 
-    Case, spaces, punctuation and leading zeros are ignored. Names that occur twice in a spelling match nothing. Raises
-    `KeyError` with a label that no spelling has, or that equals another label.
+    Case, spaces, punctuation and leading zeros are ignored. A name that occurs twice in a spelling matches nothing.
+    Raises `KeyError` with an unknown label, or one that equals another label.
     """
     known: set[str] = set()
     for spelling in spellings:
@@ -212,7 +211,7 @@ def match(labels: Sequence[str], *spellings: Sequence[str]) -> list[int]:
 def class_names(key: str, labels: Sequence[str]) -> list[str]:
     """Return clip-benchmark's class names `key` in the order of a TFDS data set's labels.
 
-    Labels with another spelling, such as numbers, wnids or paraphrases, are in the same order.
+    If the spelling differs, such as numbers, wnids or paraphrases, the orders are equal.
     """
     names = published(key)
     if len(names) != len(labels):

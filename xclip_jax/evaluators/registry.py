@@ -1,7 +1,7 @@
 """Registry of evaluation sets and evaluators: opens sets by their names and runs evaluators.
 
-The prefix of a set's name selects a kind in `KINDS`; a name that begins with "package.module:Class" selects a `SetKind`
-of another package. A set names its evaluator: a key of `EVALUATORS`, or "package.module:Class".
+The prefix of a set's name selects a kind in `KINDS`; the prefix "package.module:Class" selects another package's
+`SetKind`. A set names its evaluator: a key of `EVALUATORS`, or "package.module:Class".
 """
 
 import dataclasses
@@ -24,36 +24,33 @@ from xclip_jax.evaluators.prompts import PROFILES, Profile
 from xclip_jax.evaluators.results import Result
 from xclip_jax.models.two_towers import Variables
 
-_SETS = "xclip_jax.evaluators.sets"
+_ROOM = "xclip_jax.evaluators"
 KINDS: Mapping[str, type[SetKind]] = LazyClassTable(
     SetKind,
     {
         "emoji": "xclip_jax.demo.emoji_sets:EmojiSets",
-        "classes": f"{_SETS}.classification:ClassSets",
-        "files": f"{_SETS}.files:FileSets",
-        "pairs": f"{_SETS}.custom:PairSets",
-        "choice": f"{_SETS}.choice_sets:ChoiceSets",
-        "probes": f"{_SETS}.classification:ProbeSets",
-        "dense": f"{_SETS}.known_sets:DenseSets",
-        "finetuned": f"{_SETS}.classification:FinetunedSets",
+        "classes": f"{_ROOM}.sets.classification:ClassSets",
+        "files": f"{_ROOM}.sets.files:FileSets",
+        "pairs": f"{_ROOM}.sets.custom:PairSets",
+        "choice": f"{_ROOM}.sets.choice_sets:ChoiceSets",
+        "probes": f"{_ROOM}.sets.classification:ProbeSets",
+        "dense": f"{_ROOM}.sets.known_sets:DenseSets",
+        "finetuned": f"{_ROOM}.sets.classification:FinetunedSets",
     },
 )
-_EVALUATORS = "xclip_jax.evaluators"
 EVALUATORS: Mapping[str, type[Evaluator]] = LazyClassTable(
     Evaluator,
     {
-        "zeroshot": f"{_EVALUATORS}.zeroshot:ZeroShot",
-        "retrieval": f"{_EVALUATORS}.retrieval:Retrieval",
-        "choice": f"{_EVALUATORS}.choice:Choice",
-        "probe": f"{_EVALUATORS}.probe:Probe",
-        "classifier": f"{_EVALUATORS}.probe:ClassifierEvaluator",
-        "text_retrieval": f"{_EVALUATORS}.retrieval:TextRetrieval",
-        "similarity": f"{_EVALUATORS}.retrieval:SentenceSimilarity",
-        "dense": f"{_EVALUATORS}.dense:DenseProbe",
+        "zeroshot": f"{_ROOM}.zeroshot:ZeroShot",
+        "retrieval": f"{_ROOM}.retrieval:Retrieval",
+        "choice": f"{_ROOM}.choice:Choice",
+        "probe": f"{_ROOM}.probe:Probe",
+        "classifier": f"{_ROOM}.probe:ClassifierEvaluator",
+        "text_retrieval": f"{_ROOM}.retrieval:TextRetrieval",
+        "similarity": f"{_ROOM}.retrieval:SentenceSimilarity",
+        "dense": f"{_ROOM}.dense:DenseProbe",
     },
 )
-
-_NUM_LISTED = 3  # unreadable images that `measure` names
 
 
 def load(
@@ -70,7 +67,7 @@ def load(
       prepare: preprocessing of the model's images; a number for CLIP's at that size.
       data_dir: root of TFDS data sets, None or "" for `data.dir`; the demo is prepared there on first use.
       profile: protocol of the published sets.
-      data: group `data` of the model's run, which defines how pairs are read.
+      data: group `data` of the model's run, with the columns of pairs.
     """
     kind = check(spec)
     data = kind.data_of(spec, data or DataConfig())
@@ -93,12 +90,12 @@ def check(spec: str) -> type[SetKind]:
 
 
 def all_suites() -> dict[str, Sequence[str]]:
-    """Return {name: sets} for the suites of all kinds."""
+    """Return {suite: sets} of all kinds."""
     return {name: sets for kind in KINDS.values() for name, sets in kind.suites.items()}
 
 
 def listing() -> str:
-    """Return a text that lists all sets and suites."""
+    """List all sets and suites, for --help."""
     lines = (
         f"suites: {', '.join(all_suites())}",
         f"sets: {', '.join(name for kind in KINDS.values() for name in kind.names)}",
@@ -109,12 +106,10 @@ def listing() -> str:
 
 
 def expand_suites(suites: str | Sequence[str]) -> tuple[str, ...]:
-    """Return the distinct sets of a list of names and `all_suites`, joined by commas or in a sequence."""
+    """Return the distinct sets in a list of sets and suites, a sequence or joined by commas."""
     named = all_suites()
-    names = dict[str, None]()
-    for part in map(str.strip, suites.split(",")) if isinstance(suites, str) else suites:
-        names |= dict.fromkeys(named.get(part, (part,)))
-    names.pop("", None)
+    parts = [part.strip() for part in suites.split(",")] if isinstance(suites, str) else suites
+    names = dict.fromkeys(name for part in parts for name in named.get(part, (part,)) if name)
     if not names:
         raise UserError(f"--suite is empty; it must be one of {', '.join(named)} or names of sets.")
     for name in names:
@@ -135,8 +130,9 @@ def open_all(
     profile: Profile = PROFILES["openai"],
     data: DataConfig | None = None,
 ) -> list[Evaluator]:
-    """Open sets and return their evaluators without running the model, so that faults come before the first run."""
-    evaluators, faults = [], []
+    """Open sets and return their evaluators; all faults are reported together, before the model runs."""
+    evaluators = []
+    faults = []
     for spec in specs:
         try:
             evaluators.append(evaluator(encoder, load(spec, encoder.preprocessing, data_dir, profile, data)))
@@ -150,10 +146,10 @@ def open_all(
 
 
 def note_failure(evaluator: Evaluator, error: Exception) -> str:
-    """Print that `measure` failed, and return the reason, for a caller that goes on with the next set.
+    """Print that `measure` failed, and return the reason, for callers that continue with the next set.
 
     Raises:
-      Exception: `error` itself, where other processes would wait for this one in the next set.
+      Exception: `error` itself, if other processes would wait for this one in the next set.
     """
     if jax.process_count() > 1 and not isinstance(error, TooManyUnreadable):
         raise error
@@ -164,46 +160,45 @@ def note_failure(evaluator: Evaluator, error: Exception) -> str:
 def measure(evaluator: Evaluator, variables: Variables) -> list[Result]:
     """Run an evaluator. Exactly one result is the headline; "unreadable" counts unreadable images, if any.
 
-    Unreadable images count as wrong, and probes are not trained on them; the log names the first few. An exception has
+    Unreadable images count as wrong, and probes are not trained on them; the log names the first three. Exceptions get
     a note with the evaluator's name.
     """
     console.report_progress()
-    encoder = evaluator.encoder
-    encoder.unreadable.clear()
+    unreadable = evaluator.encoder.unreadable
+    unreadable.clear()
     try:
         results = evaluator.measure(variables)
     except Exception as error:
         error.add_note(f"in evaluator {evaluator.name}")
         raise
     if results and not any(result.headline for result in results):
-        # The card names a metric that the evaluator lacks, such as mAP for single labels: use the first with a unit.
+        # The evaluator lacks the card's metric, such as mAP for single labels: use the first result with a unit.
         main = next((i for i, result in enumerate(results) if result.unit), 0)
         results[main] = dataclasses.replace(results[main], headline=True)
-    if encoder.unreadable:
-        first = [reason or f"image {i}" for i, reason in sorted(encoder.unreadable.items())[:_NUM_LISTED]]
-        log0(f"WARNING: {evaluator.name}: {len(encoder.unreadable)} unreadable images, first: {'; '.join(first)}")
-        results = [*results, evaluator.count("unreadable", len(encoder.unreadable))]
+    if unreadable:
+        first = [reason or f"image {i}" for i, reason in sorted(unreadable.items())[:3]]
+        log0(f"WARNING: {evaluator.name}: {len(unreadable)} unreadable images, first: {'; '.join(first)}")
+        results = [*results, evaluator.count("unreadable", len(unreadable))]
     return results
 
 
-def evaluator_class(name: str) -> type[Evaluator]:
-    """Return the evaluator `name`: a key of `EVALUATORS`, or "package.module:Class"."""
+def _evaluator_class(name: str) -> type[Evaluator]:
     return EVALUATORS[name] if name in EVALUATORS else import_class(name, Evaluator, "evaluator")
 
 
 def evaluator(encoder: Encoder, data: Any) -> Evaluator:
     """Return the evaluator of the set `data`."""
-    return evaluator_class(data.evaluator)(encoder, data)
+    return _evaluator_class(data.evaluator)(encoder, data)
 
 
 def layouts(name: str = "") -> Sequence[Layout]:
     """Return the layouts of an evaluator's results; without a name the layouts of all `EVALUATORS`, in display order.
 
-    An evaluator of another package has none unless it was imported already: files of results import nothing.
+    An evaluator of another package has none unless it is already imported: files of results import nothing.
     """
     if not name:
         return [layout for protocol in EVALUATORS.values() for layout in protocol.layouts]
     try:
-        return evaluator_class(name).layouts if name in EVALUATORS or is_imported(name) else ()
+        return _evaluator_class(name).layouts if name in EVALUATORS or is_imported(name) else ()
     except UserError:
         return ()

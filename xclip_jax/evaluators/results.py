@@ -1,18 +1,18 @@
 """Results of evaluations as records, and the file evaluation.json to which `xclip_jax.commands.evaluate` adds them.
 
     checkpoint, step, profile, changes      of "results"
-    results                                 entries of the newest step that was evaluated, and of the model and profile
-                                            that were evaluated last at that step: what tables and reports show
+    results                                 entries of the newest evaluated step, with the model and profile evaluated
+                                            last at that step, for tables and reports
     other_results                           entries of other steps, models, profiles and checkpoints, oldest first
     suite, config, environment, seconds     of the last command that wrote the file
 
-An entry holds the results of one set, see `make_entry`, and its own "checkpoint", "step", "profile" and "changes";
+An entry contains the results of one set, see `make_entry`, with their "checkpoint", "step", "profile" and "changes";
 "fingerprint" identifies the model, see `train.weights.fingerprint`, as weights may be replaced at the same path. A
-new entry replaces an entry with the same values of `KEY`; all others stay. FILE.items.npz has the per-example values of
-the entries' metrics, under "statistic:part:id:metric"; "id" is the entry's "items", the metric is quoted like a part of
-a URL.
+new entry replaces one with the same values of `KEY`. FILE.items.npz stores the per-example values of the entries'
+metrics under "statistic:part:id:metric": "id" is the entry's "items", the metric is quoted like a part of a URL.
 """
 
+import collections
 import dataclasses
 import hashlib
 import io
@@ -57,9 +57,8 @@ class Provenance:
       templates: name of the prompt templates.
       preprocessing: preprocessing of the images, without mean and standard deviation, which belong to the model.
       metric: the metric to report.
-      note: why the number cannot be compared with published numbers.
-      role: `VALIDATION` for a set for model selection, `SHIFTED` for images of another style or source than the
-        training data.
+      note: why the number is not comparable with published numbers.
+      role: `VALIDATION` for model selection, `SHIFTED` for images of another style or source than the training data.
     """
 
     data: str = ""
@@ -75,7 +74,7 @@ class Provenance:
 
 
 def digest(items: Iterable[Any]) -> str:
-    """Return the first 16 hex digits of the SHA-256 of `items` as lines of JSON, in their order."""
+    """Return the first 16 hex digits of the SHA-256 of `items`, written as lines of JSON."""
     state = hashlib.sha256()
     for item in items:
         line = json.dumps(item, ensure_ascii=False, default=lambda x: x.tolist())
@@ -86,7 +85,7 @@ def digest(items: Iterable[Any]) -> str:
 def contents(images: Sequence[Any]) -> list[tuple[str, int]]:
     """Return name and size in bytes of each image's file, for `digest`; [] for images outside files.
 
-    Names are relative to the common folder of the files: the path of the data set does not matter.
+    Names are relative to the files' common folder, so they do not depend on the data set's place.
     """
     if not isinstance(images, Paths) or not len(images):
         return []
@@ -100,23 +99,23 @@ class Result:
     """One number of an evaluation.
 
     Attributes:
-      set: name of the evaluation set, addresses in it without passwords and signatures.
-      family: what is measured: "zeroshot", "retrieval", "visual", "textual", or a name of the evaluator's own.
+      set: name of the evaluation set; addresses are without passwords and signatures.
+      family: kind of the measurement: "zeroshot", "retrieval", "visual", "textual", or a custom evaluator's name.
       metric: "top1", "image_to_text/r1"; also the sizes of the set, such as "n".
       value: a share in percent, a correlation times 100, or a plain number.
-      unit: "%" for shares of the items, for which a binomial interval holds; "x 100" for other numbers times 100, such
-        as correlations; "rank" from 1; "" for plain numbers.
-      n: number of items that it is measured on, 0 where unknown.
-      chance: value of a random answer, in `unit`; None if no such level exists.
+      unit: "%" for shares of the items, which have a binomial interval; "x 100" for other numbers times 100, such as
+        correlations; "rank" from 1; "" for plain numbers.
+      n: number of measured items, 0 if unknown.
+      chance: expected value of a random answer, in `unit`; None if undefined.
       protocol: provenance of the set and protocol of the measurement.
-      items: per-example values for the bootstrap; None where the metric cannot be resampled.
+      items: per-example values for the bootstrap; None if the metric cannot be resampled.
       task: one of several questions about the same items, such as "category".
-      score: one of several similarities that a model gives, such as "cross_entropy"; "" for the model's own.
+      score: one of the model's similarities, such as "cross_entropy"; "" for its default one.
       group: a part of the items.
       headline: whether it is the number to report for its set.
-      evaluator: name of the evaluator, as its set has it.
-      dependent: whether the items are dependent or unequally weighted, see `PerExample.trials`; with `items` they
-        decide.
+      evaluator: the set's `evaluator`.
+      dependent: whether the items are dependent or unequally weighted, see `PerExample.trials`; ignored if `items` are
+        present.
     """
 
     set: str
@@ -140,7 +139,7 @@ class Result:
 
     @property
     def key(self) -> str:
-        """Name within the set, which evaluation.json uses."""
+        """Name within the set, used in evaluation.json."""
         return "/".join(filter(None, (self.task, self.score, self.group, self.metric)))
 
     @property
@@ -155,7 +154,7 @@ def flat(results: Iterable[Result]) -> dict[str, float]:
 
 
 def items(results: Iterable[Result]) -> dict[str, PerExample]:
-    """Return {name: per-example values} of the results that can be resampled."""
+    """Return {name: per-example values} of results with items."""
     return {result.name: result.items for result in results if result.items is not None}
 
 
@@ -164,19 +163,20 @@ _DEFAULTS = {x.name: x.default for x in dataclasses.fields(Result) if x.name not
 
 
 def to_json(results: Iterable[Result]) -> list[dict[str, Any]]:
-    """Return JSON records without default values, per-example values, and most of the protocol."""
+    """Return JSON records; default values, per-example values and most of the protocol are left out."""
     records = []
     for result in results:
         fields = {key: getattr(result, key) for key in _DEFAULTS}
         if result.items is not None:
             fields["dependent"] = result.items.trials() != len(result.items.values)
-        protocol = {key: value for key in _PROTOCOL if (value := getattr(result.protocol, key))}
-        records.append({key: value for key, value in fields.items() if value != _DEFAULTS[key]} | protocol)
+        record = {key: value for key, value in fields.items() if value != _DEFAULTS[key]}
+        protocol = {key: getattr(result.protocol, key) for key in _PROTOCOL}
+        records.append(record | {key: value for key, value in protocol.items() if value})
     return records
 
 
 def from_json(records: Iterable[Mapping[str, Any]]) -> list[Result]:
-    """Return the results that `to_json` wrote; keys of later versions are ignored."""
+    """Return the results of `to_json`; keys of later versions are ignored."""
     results = []
     for record in records:
         fields = {key: record[key] for key in _DEFAULTS if key in record}
@@ -187,7 +187,7 @@ def from_json(records: Iterable[Mapping[str, Any]]) -> list[Result]:
 
 
 def read_entries(entries: Iterable[Entry]) -> list[Result]:
-    """Return the results of entries of evaluation.json."""
+    """Return the results of entries."""
     return [result for entry in entries for result in from_json(entry["records"])]
 
 
@@ -198,25 +198,22 @@ def read(path: epath.Path) -> tuple[list[Entry], ItemsOf]:
         raise UserError(f"{path} does not exist; make it with xclip-jax evaluate --checkpoint {run} --suite NAME.")
     try:
         record = json.loads(path.read_text())
-        # JSON has no NaN: it is null.
-        entries = [
-            entry | {"value": math.nan if entry["value"] is None else entry["value"]}
-            for entry in (*record.get("other_results", ()), *record["results"])
-        ]
-        _ = [[entry[key] for key in (*KEY, "name", "metric", "items")] for entry in entries]
+        entries = [*record.get("other_results", ()), *record["results"]]
+        for entry in entries:
+            entry["value"] = math.nan if entry["value"] is None else entry["value"]  # JSON has no NaN
+            _ = [entry[key] for key in (*KEY, "name", "metric", "items")]
         read_entries(entries)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        remedy = (
-            "delete it, and evaluate again" if path.name.endswith("evaluation.json") else "evaluate these weights first"
-        )
+        damaged = path.name.endswith("evaluation.json")
+        remedy = "delete it, and evaluate again" if damaged else "evaluate these weights first"
         raise UserError(f"{path} is not a file of results ({error}); {remedy} with --checkpoint.") from error
     return entries, read_items(path)
 
 
 def make_entry(name: str, evaluator: str, results: Sequence[Result], preprocessing: Preprocessing) -> Entry:
-    """Return the entry of a set: its provenance, the headline as "value", all metrics by their keys, and the records.
+    """Return a set's entry: its provenance, the headline as "value", all metrics by their keys, and the records.
 
-    `name` is the set's, `evaluator` is `Evaluator.name`, and `preprocessing` the model's.
+    `name` is the set's name, `evaluator` is `Evaluator.name`, and `preprocessing` the model's preprocessing.
     """
     headline = next(result for result in results if result.headline)
     entry: Entry = {key: x for key, x in dataclasses.asdict(headline.protocol).items() if x and key != "role"}
@@ -227,12 +224,12 @@ def make_entry(name: str, evaluator: str, results: Sequence[Result], preprocessi
 
 
 def settings(group: Any) -> dict[str, Any]:
-    """Return an entry's "eval" for the model of a run whose config has the group `eval` of this value."""
+    """Return an entry's "eval": the keys of the run's config group `eval` that change the model's results."""
     return {key: getattr(group, key) for key in keys_where(type(group), evaluation="model")}
 
 
 def current_entries(entries: Sequence[Entry], group: Any) -> list[Entry]:
-    """Return the entries of the model that a run with the config group `eval` evaluates now."""
+    """Return the entries with the current settings of the run's config group `eval`."""
     now = settings(group)
     return [entry for entry in entries if entry.get("eval", now) == now]
 
@@ -240,10 +237,10 @@ def current_entries(entries: Sequence[Entry], group: Any) -> list[Entry]:
 def add(
     path: epath.Path, entry: Entry, items: Mapping[str, PerExample], command: Mapping[str, Any], *, own: bool
 ) -> None:
-    """Add an entry to a results file, which is created if it does not exist; waits while another process adds one.
+    """Add an entry with all of `KEY`, and its items, to a results file; waits while another process adds one.
 
-    `entry` has all of `KEY`, `items` are the per-example values of its metrics, and `command` has keys of the file on
-    the command that writes. A checkpoint's `own` file has its entries only, also under former names of its folder.
+    `command` are the file's keys about the command. If the file is a checkpoint's `own`, former names of its folder in
+    older entries are updated.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with lock(path, blocking=True):
@@ -260,24 +257,23 @@ def add(
 
 
 def latest(entries: Sequence[Entry]) -> tuple[list[Entry], list[Entry]]:
-    """Return the entries of the newest step, of the model and profile evaluated last at this step; and all others.
+    """Split entries, oldest first, into those to show and all others, see "results" in the module's docstring.
 
-    `entries` are ordered by age, the newest last, whose checkpoint all entries of the first list share.
+    The first list has the checkpoint of the last entry.
     """
     of_checkpoint = [entry for entry in entries if entry["checkpoint"] == entries[-1]["checkpoint"]]
-    newest = max(entry["step"] for entry in of_checkpoint)
-    last = next(entry for entry in reversed(of_checkpoint) if entry["step"] == newest)
+    last = max(reversed(of_checkpoint), key=lambda entry: entry["step"])  # the newest of equals
     shown = [entry for entry in entries if all(entry[key] == last[key] for key in _VIEW)]
     return shown, [entry for entry in entries if entry not in shown]
 
 
 def items_file(path: epath.Path) -> epath.Path:
-    """Return the file of the per-example values of results file `path`."""
+    """Return the path of FILE.items.npz."""
     return path.with_name(f"{path.name}.items.npz")
 
 
 def write_items(path: epath.Path, items_of: ItemsOf) -> None:
-    """Write the per-example values of all entries of results file `path`."""
+    """Write the per-example values of all entries of the results file `path`."""
     arrays = {}
     for entry, items in items_of.items():
         for name, item in items.items():
@@ -290,19 +286,18 @@ def write_items(path: epath.Path, items_of: ItemsOf) -> None:
 
 
 def read_items(path: epath.Path) -> ItemsOf:
-    """Return the per-example values of results file `path`."""
+    """Read the per-example values of the results file `path`."""
     file = items_file(path)
-    parts = dict[tuple[str, str], dict[str, Any]]()
+    fields = collections.defaultdict[tuple[str, ...], dict[str, Any]](dict)
+    items_of: ItemsOf = {}
     try:
         for key, array in np.load(io.BytesIO(file.read_bytes())).items() if file.exists() else ():
             statistic, part, entry, name = key.split(":", 3)
-            parts.setdefault((entry, urllib.parse.unquote(name, errors="surrogateescape")), {"statistic": statistic})[
-                part
-            ] = array
-        items_of: ItemsOf = {}
-        for (entry, name), fields in parts.items():
-            items_of.setdefault(entry, {})[name] = PerExample(**fields)
-    except Exception as error:  # one wrong bit can fail anywhere in zipfile, zlib and NumPy
+            fields[statistic, entry, name][part] = array
+        for (statistic, entry, name), arrays in fields.items():
+            metric = urllib.parse.unquote(name, errors="surrogateescape")
+            items_of.setdefault(entry, {})[metric] = PerExample(**arrays, statistic=statistic)
+    except Exception as error:  # a wrong bit can fail anywhere in zipfile, zlib and NumPy
         raise UserError(
             f"{file} is damaged ({describe(error)}); delete it, --compare then gives no intervals."
         ) from error

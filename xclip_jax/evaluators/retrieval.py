@@ -21,32 +21,47 @@ from xclip_jax.evaluators.zeroshot import compare, encode_pairs, spreads_of
 from xclip_jax.models.two_towers import Variables
 from xclip_jax.objectives.similarity import Similarity, features
 
-Pair = tuple[str, str, float]  # two sentences and their similarity, rated by people
+Pair = tuple[str, str, float]  # two sentences and their similarity, rated by humans
 
 KS = (1, 5, 10)
-# Numbers held at once for each score: COCO's 5,000 images and 25,000 captions are one block.
+# Numbers in memory at once, per score: COCO's 5,000 images and 25,000 captions are one block.
 BLOCK = 1 << 27
+
+_OF_IMAGES = (
+    Column("images", "images", width=6),
+    Column("texts", "captions"),
+    Column("i2t@1", "image_to_text/r1", "image to text, R@1", chance=True),
+    Column("i2t@5", "image_to_text/r5", "image to text, R@5", chance=True),
+    Column("t2i@1", "text_to_image/r1", "text to image, R@1", chance=True),
+    Column("t2i@5", "text_to_image/r5", "text to image, R@5", chance=True),
+)
+_OF_TEXTS = (
+    Column("texts", "texts", width=6),
+    Column("queries", "queries"),
+    Column("R@1", "r1", "R@1", chance=True),
+    Column("R@5", "r5", "R@5", chance=True),
+)
+_CORRELATIONS = (
+    Column("pairs", "pairs"),
+    Column("all", "spearman_all", "Spearman"),
+    Column("mean", "spearman_mean", "Spearman, mean of the subsets"),
+)
 
 
 def recall_at_k(scores: np.ndarray, positives: np.ndarray, k: int) -> float:
     """Return the share of queries with a positive among the k best items; equal scores rank by index, lowest first.
 
-    Args:
-      scores: (queries, items), higher is nearer.
-      positives: bool of the same shape.
-      k: items that count; a query without a valid ranking, see `statistics.ranks`, is wrong for every k.
-
-    Raises:
-      UserError: a query without positives, or shapes that differ.
+    `scores` are (queries, items), higher is nearer, and `positives` bool of the same shape, at least one per query.
+    Queries without a valid ranking, see `statistics.ranks`, are wrong for every k.
     """
     return float((ranks(np.asarray(scores), np.asarray(positives)) < k).mean())
 
 
 def ranks(scores: np.ndarray, positives: np.ndarray) -> np.ndarray:
-    """Return how many items precede each query's best positive, int (queries,); see `statistics.ranks`."""
+    """Return the number of items that precede each query's best positive, int (queries,); see `statistics.ranks`."""
     if scores.shape != positives.shape or not positives.any(axis=1).all():
         raise UserError(
-            f"scores {scores.shape} and positives {positives.shape} must have one shape, and each query a positive."
+            f"expected scores {scores.shape} and positives {positives.shape} of one shape, and a positive per query."
         )
     best = np.empty(len(scores), np.int64)
     for block in row_blocks(scores):
@@ -61,8 +76,8 @@ def ranks_by_score(
 ) -> dict[str, dict[str, np.ndarray]]:
     """Return `ranks` of both directions by each score of `compare`: {score: {direction: int (queries,)}}.
 
-    Large sets are compared in blocks of queries, in each direction; their scores are never held whole. The
-    captions of all images, one after the other, are the texts of `rows`.
+    Large sets are compared in blocks of queries, so their whole scores are never in memory. `rows` are the captions of
+    all images, in order.
     """
     matches = Matches(captions)
     images = len(captions)
@@ -84,7 +99,7 @@ def ranks_by_score(
                 scores = {score: x.T for score, x in scores.items()}
             for score, x in scores.items():
                 ranked.setdefault(score, {}).setdefault(direction, []).append(ranks(x, positive))
-            del scores  # before the next block is computed
+            del scores  # frees memory for the next block
     return {
         score: {direction: np.concatenate(parts) for direction, parts in of_score.items()}
         for score, of_score in ranked.items()
@@ -95,12 +110,12 @@ def chance(right: Any, copies: np.ndarray, k: int) -> float:
     """Return the expected recall at k of a random order of distinct items, whose copies rank together.
 
     A query is right if fewer than k places precede the first of its right items. If r of n items are right, the
-    probability is r / n times the sum over j of w(j) / C(n - 1, j), where w(j) counts the sets of j wrong items that
-    take fewer than k places. If no item has copies it equals 1 - C(n - r, k) / C(n, k).
+    probability is r / n times the sum over j of w(j) / C(n - 1, j); w(j) is the number of sets of j wrong items with
+    fewer than k places. Without copies it equals 1 - C(n - r, k) / C(n, k).
 
     Args:
-      right: which items are right for each query, a bool array (queries, items), dense or sparse.
-      copies: places that each item takes, int (items,).
+      right: the right items of each query, a bool array (queries, items), dense or sparse.
+      copies: places of each item, int (items,).
       k: places that count.
     """
     n = len(copies)
@@ -126,7 +141,7 @@ class RetrievalSet:
 
     Attributes:
       images: `len` and `[]`, uint8 (size, size, 3).
-      captions: one or more for each image; a caption shared by several images matches all of them.
+      captions: one or more per image; a caption shared by several images matches all of them.
     """
 
     evaluator: ClassVar[str] = "retrieval"
@@ -137,32 +152,18 @@ class RetrievalSet:
     card: Provenance = dataclasses.field(default_factory=Provenance)
 
 
-LAYOUT = Layout(
-    "retrieval, recall %",
-    (
-        Column("images", "images", width=6),
-        Column("texts", "captions"),
-        Column("i2t@1", "image_to_text/r1", "image to text, R@1", chance=True),
-        Column("i2t@5", "image_to_text/r5", "image to text, R@5", chance=True),
-        Column("t2i@1", "text_to_image/r1", "text to image, R@1", chance=True),
-        Column("t2i@5", "text_to_image/r5", "text to image, R@5", chance=True),
-    ),
-)
-
-
 class Retrieval(Evaluator):
     """r1, r5 and r10 in percent, named "retrieval/<set>[/<score>]/image_to_text/r1" and ".../text_to_image/r1".
 
-    Every caption is an item and a query, repeated ones too, the convention of Flickr30k and COCO. `zeroshot.compare`
-    names the scores; "retrieval/<set>/chance/image_to_text/r1" and so on are the recalls of a random order, see
-    `chance`.
+    By the convention of Flickr30k and COCO every caption, repeated or not, is an item and a query. `zeroshot.compare`
+    names the scores; "retrieval/<set>/chance/image_to_text/r1" and so on are the recalls of a random order.
     """
 
     family = "retrieval"
-    layouts = (LAYOUT,)
+    layouts = (Layout("retrieval, recall %", _OF_IMAGES),)
 
     def measure(self, variables: Variables) -> list[Result]:
-        """Return the results that the class docstring lists; their items are images, or captions, grouped by image."""
+        """Return the results listed in the class docstring; captions are resampled by image."""
         captions = self.data.captions
         texts = [caption for of_image in captions for caption in of_image]
         img, rows = encode_pairs(self.encoder, variables, self.data.images, texts)
@@ -176,18 +177,17 @@ class Retrieval(Evaluator):
         for score, of_score in by_score.items():
             for direction, rank in of_score.items():
                 for k in KS:
-                    items = PerExample((rank < k).astype(float), groups=groups.get(direction))
                     metric = f"{direction}/r{k}"
-                    fields = {"n": len(rank), "chance": levels[metric], "items": items, "score": score}
-                    results.append(self.result(metric, items.value(), **fields))
+                    items = PerExample((rank < k).astype(float), groups=groups.get(direction))
+                    results.append(self.result(metric, items, chance=levels[metric], score=score))
         return results
 
 
 class Matches:
-    """Which captions, in order, match which images; a caption shared by several images matches all of them."""
+    """Matches between images and the captions of all images, in order; an image matches equal captions too."""
 
     def __init__(self, captions: list[list[str]]) -> None:
-        """`captions` has the captions of each image."""
+        """`captions` are the captions of each image."""
         numbers = {text: i for i, text in enumerate(dict.fromkeys(text for texts in captions for text in texts))}
         self._text = np.array([numbers[text] for texts in captions for text in texts])
         image = np.repeat(np.arange(len(captions)), [len(texts) for texts in captions])
@@ -195,11 +195,11 @@ class Matches:
         self._has = scipy.sparse.csr_array((np.ones(len(image), bool), (image, self._text)), shape)
 
     def of_images(self, part: slice = slice(None)) -> np.ndarray:
-        """Return which captions match each image of the part, bool (images of the part, captions)."""
+        """Return the captions that match each image of a part, bool (images of the part, captions)."""
         return self._has[part].toarray()[:, self._text]
 
     def of_captions(self, part: slice) -> np.ndarray:
-        """Return bool (captions of the part, images)."""
+        """Return the images that match each caption of a part, bool (captions of the part, images)."""
         return self._has.T.tocsr()[self._text[part]].toarray()
 
     def chance(self, k: int) -> dict[str, float]:
@@ -212,17 +212,17 @@ class Matches:
 
 
 def embeddings(encoder: Encoder, variables: Variables, texts: Sequence[str]) -> np.ndarray:
-    """Return unit vectors (n, e) by which the model's own similarity compares texts."""
+    """Return the unit vectors (n, e) of texts by the model's default similarity."""
     (feature,) = features(encoder.similarities[:1])
     return encoder.similarities[0].embedding(encoder.texts(variables, texts, (feature,))[feature])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SimilaritySet:
-    """Pairs of sentences whose similarity people rated.
+    """Pairs of sentences with their similarity, rated by humans.
 
     Attributes:
-      subsets: {name: pairs}, at least two pairs each; a set without parts has one subset.
+      subsets: {name: pairs}, one or more subsets of at least two pairs.
     """
 
     evaluator: ClassVar[str] = "similarity"
@@ -235,44 +235,33 @@ class SimilaritySet:
 class SentenceSimilarity(Evaluator):
     """Correlation of cosine and gold times 100, without training; named "textual/<set>/<metric>".
 
-    Published conventions differ by several points: "spearman_all" correlates all pairs in one list (SimCSE),
-    "spearman_mean" is the unweighted mean over subsets, "spearman_weighted" weights subsets by their pairs (SentEval).
+    Published conventions differ by several points: "spearman_all" correlates all pairs together (SimCSE),
+    "spearman_mean" is the unweighted mean over subsets, "spearman_weighted" weights subsets by their size (SentEval).
     Further results are pearson_all, pearson_mean and pairs.
     """
 
     family = "textual"
-    layouts = (
-        Layout(
-            "similarity of texts, Spearman x 100",
-            (
-                Column("pairs", "pairs"),
-                Column("all", "spearman_all", "Spearman"),
-                Column("mean", "spearman_mean", "Spearman, mean of the subsets"),
-            ),
-        ),
-    )
+    layouts = (Layout("similarity of texts, Spearman x 100", _CORRELATIONS),)
 
     def measure(self, variables: Variables) -> list[Result]:
         """Return the results listed in the class docstring."""
-        pairs = [pair for part in self.data.subsets.values() for pair in part]
-        texts = [pair[side] for side in (0, 1) for pair in pairs]
-        e = embeddings(self.encoder, variables, texts)
-        cosine = (e[: len(pairs)] * e[len(pairs) :]).sum(axis=1)
         subsets = self.data.subsets
+        sizes = [len(part) for part in subsets.values()]
+        pairs = [pair for part in subsets.values() for pair in part]
+        e = embeddings(self.encoder, variables, [pair[side] for side in (0, 1) for pair in pairs])
+        cosine = (e[: len(pairs)] * e[len(pairs) :]).sum(axis=1)
         gold = np.array([pair[2] for pair in pairs], np.float64)
-        ends = np.cumsum([len(part) for part in subsets.values()])
-        parts = list(zip(np.split(cosine, ends[:-1]), np.split(gold, ends[:-1]), strict=True))
-        by_rank, linear = ([100 * f(*part) for part in parts] for f in (spearman, pearson))
-        items = PerExample(cosine, other=gold, statistic="spearman")
-        shared = {"unit": "x 100", "n": len(gold)}
-        results = [self.result("spearman_all", items.value(), items=items, **shared)]
+        ends = np.cumsum(sizes)[:-1]
+        parts = list(zip(np.split(cosine, ends), np.split(gold, ends), strict=True))
+        by_rank = [100 * spearman(*part) for part in parts]
+        results = [self.result("spearman_all", PerExample(cosine, other=gold, statistic="spearman"))]
         values: dict[str, Any] = {
             "spearman_mean": np.mean(by_rank),
-            "spearman_weighted": np.average(by_rank, weights=[len(part) for part in subsets.values()]),
+            "spearman_weighted": np.average(by_rank, weights=sizes),
             "pearson_all": 100 * pearson(cosine, gold),
-            "pearson_mean": np.mean(linear),
+            "pearson_mean": np.mean([100 * pearson(*part) for part in parts]),
         }
-        results += [self.result(key, value, **shared) for key, value in values.items()]
+        results += [self.result(key, value, unit="x 100", n=len(gold)) for key, value in values.items()]
         results.append(self.count("pairs", len(gold)))
         if len(parts) > 1:
             for (subset, part), value in zip(subsets.items(), by_rank, strict=True):
@@ -287,8 +276,8 @@ class TextRetrievalSet:
     Attributes:
       texts: items of the retrieval, all distinct.
       queries: (query, index of its text).
-      groups: bool (queries,) of named parts, such as languages; the value is then their unweighted mean.
-      together: int (queries,), equal for dependent queries, such as several for one text; None if all are independent.
+      groups: bool (queries,) of named parts, such as languages; recall is then their unweighted mean.
+      together: int (queries,), equal for dependent queries, such as all for one text; None if all are independent.
     """
 
     evaluator: ClassVar[str] = "text_retrieval"
@@ -305,37 +294,23 @@ class TextRetrieval(Evaluator):
     """Recall of the query's text by cosine, in percent: "textual/<set>[/<group>]/r1", r5 and r10."""
 
     family = "textual"
-    layouts = (
-        Layout(
-            "texts by texts, recall %",
-            (
-                Column("texts", "texts", width=6),
-                Column("queries", "queries"),
-                Column("R@1", "r1", "R@1", chance=True),
-                Column("R@5", "r5", "R@5", chance=True),
-            ),
-        ),
-    )
+    layouts = (Layout("texts by texts, recall %", _OF_TEXTS),)
 
     def measure(self, variables: Variables) -> list[Result]:
         """Return the results listed in the class docstring."""
         n = len(self.data.texts)
         queries = self.data.queries
         groups = self.data.groups
-        texts = [*self.data.texts, *(text for text, _ in queries)]
-        e = embeddings(self.encoder, variables, texts)
+        e = embeddings(self.encoder, variables, [*self.data.texts, *(text for text, _ in queries)])
         targets = np.array([target for _, target in queries])
         step = max(1, BLOCK // n)
         blocks = (slice(start, start + step) for start in range(0, len(queries), step))
         rank = np.concatenate([statistics.ranks(e[n:][block] @ e[:n].T, targets[block]) for block in blocks])
-        weights = np.ones(len(queries))
-        if groups:
-            weights = sum(mask / mask.sum() for mask in groups.values())
+        weights = sum(mask / mask.sum() for mask in groups.values()) if groups else np.ones(len(queries))
         chance = {k: 100 * min(k / n, 1) for k in KS}
         results = []
         for k in KS:
-            items = PerExample((rank < k).astype(float), weights)
-            results.append(self.result(f"r{k}", items.value(), n=len(queries), chance=chance[k], items=items))
+            results.append(self.result(f"r{k}", PerExample((rank < k).astype(float), weights), chance=chance[k]))
         for group, mask in groups.items():
             for k in KS:
                 value = 100 * float((rank[mask] < k).mean())

@@ -9,29 +9,28 @@ import scipy
 
 from xclip_jax.core.errors import UserError
 
-_CHUNK = 1 << 22  # scores ranked at once: some ten megabytes of temporaries
+_CHUNK = 1 << 22  # scores to rank at once, with some ten megabytes of temporaries
 
 
 def valid_rows(scores: np.ndarray) -> np.ndarray:
-    """Return which rows of scores (n, items) can be ranked, bool (n,): rows without NaN and plus infinity.
+    """Return bool (n,), true for rows of scores (n, items) without NaN and plus infinity.
 
-    A diverged model gives such scores; no score is higher than NaN, so counting higher scores would call the row right.
-    Minus infinity is allowed: it excludes a class or an item.
+    Diverged models have such scores. No score exceeds NaN, so counting higher scores would rank it first. Minus
+    infinity is valid: it excludes a class or an item.
     """
     return scores.max(axis=1) < np.inf  # the maximum of a row with NaN is NaN
 
 
 def row_blocks(scores: np.ndarray) -> Iterator[slice]:
-    """Yield slices of the rows of scores (n, items), small enough for temporaries to take little memory."""
+    """Return slices of the rows of scores (n, items), with small temporaries."""
     step = max(1, _CHUNK // max(1, scores.shape[1]))
     return (slice(start, start + step) for start in range(0, len(scores), step))
 
 
 def ranks(scores: np.ndarray, index: np.ndarray) -> np.ndarray:
-    """Return how many items of each row precede the item at `index`, int (n,); equal scores rank by index.
+    """Return the number of items in each row that precede the item at `index`, int (n,); equal scores rank by index.
 
-    Counting needs no sorting and serves every k of "among the k best". A row without a valid ranking (not among
-    `valid_rows`, or with minus infinity at `index`) has the largest integer.
+    A row without a valid ranking (not among `valid_rows`, or with minus infinity at `index`) has the largest integer.
     """
     rank = np.empty(len(scores), np.int64)
     for block in row_blocks(scores):
@@ -48,29 +47,29 @@ def ranks(scores: np.ndarray, index: np.ndarray) -> np.ndarray:
 
 
 def average_precision(scores: np.ndarray, positives: np.ndarray) -> np.ndarray:
-    """Return the average precision of each class, not interpolated, (classes,): the mean of precision at each positive.
+    """Return each class's average precision (classes,), not interpolated: the mean precision at its positives.
 
-    As clip_benchmark's `average_precision_per_class`, from scores (n, classes) and bool `positives` of the same shape;
-    equal scores rank by index. It is 0 for a class without positives, or with a score of NaN or plus infinity.
+    Equals clip_benchmark's `average_precision_per_class`. `scores` and bool `positives` are (n, classes); equal scores
+    rank by index. It is 0 for classes without positives, or with a score of NaN or plus infinity.
     """
     hits, precision = _ranked(scores, positives)
     return (precision * hits).sum(axis=0) / np.maximum(hits.sum(axis=0), 1)
 
 
 def eleven_point(scores: np.ndarray, positives: np.ndarray) -> np.ndarray:
-    """Return PASCAL VOC 2007's average precision of each class, (classes,); see `average_precision`.
+    """Return each class's average precision (classes,) by PASCAL VOC 2007; see `average_precision`.
 
     It is the mean, over the recalls 0, 0.1, ... 1, of the best precision at that recall or above.
     """
     hits, precision = _ranked(scores, positives)
     total = np.maximum(hits.sum(axis=0), 1)
-    # Ten times the recall is compared, in integers: a recall of 3 in 10 must reach 0.3.
+    # In integers, ten times the recall: 3 positives of 10 must reach 0.3.
     best = [np.where(10 * hits.cumsum(axis=0) >= point * total, precision, 0).max(axis=0) for point in range(11)]
     return np.mean(best, axis=0)
 
 
 def _ranked(scores: np.ndarray, positives: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return whether the item at each rank is a hit, and the precision at that rank; both (n, classes)."""
+    """Return hits and precision at each rank, both (n, classes)."""
     scores = np.asarray(scores)
     positives = np.asarray(positives, bool)
     order = np.argsort(-scores.astype(np.float64), axis=0, kind="stable")
@@ -85,13 +84,12 @@ def roc_auc(scores: np.ndarray, positives: np.ndarray) -> float:
     (n,); `UserError` if all or none are positive.
     """
     positives = np.asarray(positives, bool)
-    num_positive = int(positives.sum())
-    num_negative = int((~positives).sum())
-    if not num_positive or not num_negative:
-        raise UserError(f"ROC AUC needs positive and negative items; {num_positive} of {len(positives)} are positive.")
+    n = int(positives.sum())
+    pairs = n * (len(positives) - n)
+    if not pairs:
+        raise UserError(f"ROC AUC needs positive and negative items; {n} of {len(positives)} are positive.")
     scores = np.where(np.isnan(scores), np.where(positives, -np.inf, np.inf), scores)
-    ranks = scipy.stats.rankdata(scores)
-    return float((ranks[positives].sum() - num_positive * (num_positive + 1) / 2) / (num_positive * num_negative))
+    return float((scipy.stats.rankdata(scores)[positives].sum() - n * (n + 1) / 2) / pairs)
 
 
 def spearman(x: np.ndarray, y: np.ndarray) -> float:
@@ -117,9 +115,9 @@ class PerExample:
     """Per-example values of a metric, for resampling; `value()` is the metric.
 
     Attributes:
-      values: (n,) for the statistic "mean"; otherwise scores or predicted classes, as `STATISTICS` takes them.
+      values: first argument of the statistic: values (n,), scores or predicted classes.
       weights: weights of the mean, (n,).
-      other: targets: gold values, classes, or bool.
+      other: targets of another statistic: gold values, classes, or bool.
       statistic: a key of `STATISTICS`.
       groups: int (n,), equal for dependent items, such as pictures of one concept; `bootstrap` resamples whole groups.
     """
@@ -131,10 +129,10 @@ class PerExample:
     groups: np.ndarray | None = None
 
     def trials(self) -> int:
-        """Return the number of binomial trials in a mean of zeros and ones; 0 for values that need resampling.
+        """Return the number of binomial trials in a mean of zeros and ones; 0 if values need resampling.
 
-        Independent items of equal weight are one trial each. For equal values it is Kish's effective
-        number of groups, or of items without groups: (sum of weights)^2 / sum of squared weights.
+        Independent items of equal weight are one trial each. For equal values the number of groups (or of items
+        without groups) is Kish's effective one: (sum of weights)^2 / sum of squared weights.
         """
         if self.statistic != "mean" or not np.isin(self.values, (0, 1)).all():
             return 0
@@ -153,10 +151,7 @@ class PerExample:
 
 
 def mean_iou(intersection: np.ndarray, union: np.ndarray) -> float:
-    """Return the mean over classes of intersection over union, both summed over items first, between 0 and 1.
-
-    `intersection` and `union` are the areas of each class in each item, (n, classes).
-    """
+    """Return the mean over classes of intersection over union, (n, classes) areas summed over items first; 0 to 1."""
     intersection = intersection.sum(axis=0, dtype=np.float64)
     union = union.sum(axis=0, dtype=np.float64)
     return float((intersection[union > 0] / union[union > 0]).mean())
@@ -171,7 +166,7 @@ STATISTICS: Mapping[str, Callable[..., float]] = {
     "roc_auc": roc_auc,
     "f1": f1,
     "matthews": pearson,  # equal for two classes
-    # A class missing from a resample counts 0 on both sides of a comparison.
+    # Classes missing from a resample count 0 on both sides of a comparison.
     "map": lambda *items: float(average_precision(*items).mean()),
     "iou": mean_iou,
     "map11": lambda *items: float(eleven_point(*items).mean()),
@@ -179,31 +174,35 @@ STATISTICS: Mapping[str, Callable[..., float]] = {
 
 
 def class_weights(labels: np.ndarray) -> np.ndarray:
-    """Return weights (n,) with which the mean over items is the mean over the classes that occur."""
+    """Return weights (n,) that turn the mean over items into the mean over the occurring classes."""
     return 1 / np.bincount(labels)[labels]
 
 
 def bootstrap(
     a: PerExample, b: PerExample | None = None, *, samples: int = 2000, ratio: bool = False
 ) -> tuple[float, float]:
-    """Return the 95 % percentile interval of a's value, or of the difference b - a of two models, by resampling items.
+    """Return the 95 % percentile interval of a's value, or of b - a (b / a if `ratio`) of two models, by resampling.
 
-    Items with `groups` are resampled by whole groups, the groups of `a`. Resamples with an undefined statistic, such as
-    ROC AUC of positive items only or a mean whose weights are all 0, are left out. The interval is NaN if no resample
-    defines it.
-
-    Both have the same items, in the same order. With `ratio` the interval covers the quotient b / a, for geometric
-    means, and else the difference b - a.
+    Both models have the same items in the same order. The groups of `a`, if any, are resampled as a whole. Resamples
+    with an undefined statistic, such as ROC AUC of positive items only or a mean with zero weights, are left out. The
+    interval is NaN without defined resamples.
     """
     if b is not None and (a.statistic != b.statistic or len(a.values) != len(b.values)):
         raise UserError(
             f"results over {len(a.values)} and {len(b.values)} items cannot be paired; evaluate both again."
         )
+    n = len(a.values)
+    members: list[np.ndarray] = []
+    if a.groups is not None:
+        order = np.argsort(a.groups, kind="stable")
+        members = np.split(order, np.flatnonzero(np.diff(a.groups[order])) + 1)
+        n = len(members)
     rng = np.random.default_rng(0)
-    draw = _resampler(a)
     defined = []
     for _ in range(samples):
-        chosen = draw(rng)
+        chosen = rng.integers(0, n, n)
+        if members:
+            chosen = np.concatenate([members[i] for i in chosen])
         with contextlib.suppress(UserError, ZeroDivisionError):
             value = a.value(chosen)
             if b is not None:
@@ -212,17 +211,3 @@ def bootstrap(
             defined.append(value)
     low, high = np.percentile(defined, [2.5, 97.5]) if defined else (np.nan, np.nan)
     return float(low), float(high)
-
-
-def _resampler(items: PerExample) -> Callable[[np.random.Generator], np.ndarray]:
-    """Return a function that draws indices of items, or of whole groups of items, with replacement."""
-    n = len(items.values)
-    if items.groups is None:
-        return lambda rng: rng.integers(0, n, n)
-    order = np.argsort(items.groups, kind="stable")
-    members = np.split(order, np.flatnonzero(np.diff(items.groups[order])) + 1)
-
-    def draw(rng: np.random.Generator) -> np.ndarray:
-        return np.concatenate([members[i] for i in rng.integers(0, len(members), len(members))])
-
-    return draw

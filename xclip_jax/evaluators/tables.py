@@ -1,4 +1,4 @@
-"""Results as tables of text or as one line, and the comparison of two evaluations with bootstrap intervals."""
+"""Results as text tables or as one line, and comparisons of two evaluations with bootstrap intervals."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ from xclip_jax.evaluators.results import SHIFTED, UNITS, VALIDATION, Entry, Item
 from xclip_jax.evaluators.statistics import bootstrap
 from xclip_jax.interop.hub import results_file
 
-# Titles of families, in the order of their tiles on a page; another family has its own name as title.
+# Titles of families, in the order of their tiles on a page; other families are titled by their name.
 _FAMILIES = {
     "zeroshot": "zero-shot classification",
     SHIFTED: "out of domain",
@@ -26,10 +26,10 @@ _FAMILIES = {
     "textual": "textual representation",
     "dense": "dense representation",
 }
-_EXTRA_COLUMNS = (("own metric", ">18"), ("value", ">8"))  # for sets whose headline has no column of its own
-# Names of sets of files: a prefix such as "folder:", "imagenet@" or "module:Class:", and an absolute path or URL.
+_EXTRA_COLUMNS = (("own metric", ">18"), ("value", ">8"))  # for headlines without a column
+# Sets of files: a prefix such as "folder:", "imagenet@" or "module:Class:", and an absolute path or URL.
 _PATH = re.compile(r"([^:@]*[:@](?:\w+:)??)((?:/|~|\w+://).+)")
-# Equal in compared entries.
+# Must be equal in compared entries.
 _COMPARED_KEYS = ("split_hash", "version", "metric", "templates", "protocol", "profile")
 
 
@@ -37,9 +37,8 @@ class Table(NamedTuple):
     """A table whose rows are sets.
 
     Attributes:
-      title: head of the column with the sets' names.
-      columns: name and format, with the least width, of each further column; a column without a name has the chance
-        levels of the column before it.
+      title: title of the column with the sets' names.
+      columns: name and format, such as ">8", of each further column; "" for chance levels of the previous column.
       rows: name of the set and the cells; a name that begins with spaces continues the set above.
     """
 
@@ -55,8 +54,8 @@ class Row:
     Attributes:
       name: name of the set, and the task.
       family, role, evaluator: copied from its results.
-      results: {metric: result} by the model's own score, over all items.
-      scores: {score: {metric: result}} by the other scores.
+      results: {metric: result} by the default score, over all items.
+      scores: {score: {metric: result}} by other scores.
     """
 
     name: str
@@ -68,7 +67,7 @@ class Row:
 
     @functools.cached_property
     def layout(self) -> Layout:
-        """Layout that the evaluator declares for these results, or one without columns."""
+        """The evaluator's layout for these results, or one without columns."""
         for layout in registry.layouts(self.evaluator):
             if any(column.label and column.metric in self.results for column in layout.columns):
                 return layout
@@ -76,21 +75,21 @@ class Row:
 
     @property
     def set_specific(self) -> list[tuple[Column, Result]]:
-        """The set's headline, where the layout has no column for it; else empty."""
+        """The set's headline if the layout has no column for it, else empty."""
         metrics = {column.metric for column in self.layout.columns}
-        own = (result for result in self.results.values() if result.headline and result.metric not in metrics)
-        return [(Column(result.metric, result.metric, result.metric), result) for result in own]
+        headlines = [(key, result) for key, result in self.results.items() if result.headline and key not in metrics]
+        return [(Column(key, key, key), result) for key, result in headlines]
 
     @property
     def shown(self) -> list[tuple[Column, Result]]:
-        """Metrics that tables show, the most important one first."""
+        """Metrics in tables, the most important one first."""
         labelled = [column for column in self.layout.columns if column.label and column.metric in self.results]
         labelled.sort(key=lambda column: not self.results[column.metric].headline)
         return [*self.set_specific, *((column, self.results[column.metric]) for column in labelled)]
 
 
 def rows(results: Sequence[Result]) -> list[Row]:
-    """Return one row for each set and task in `results`, in their order; sets without a metric are left out."""
+    """Return one row per set and task in `results`, in their order; sets without a metric are left out."""
     by_set: dict[tuple[str, str, str], Row] = {}
     for result in results:
         if result.group:
@@ -98,7 +97,8 @@ def rows(results: Sequence[Result]) -> list[Row]:
         key = (result.family, result.set, result.task)
         name = "/".join(filter(None, (result.set, result.task)))
         row = by_set.setdefault(key, Row(name, result.family, result.protocol.role, result.evaluator))
-        (row.scores.setdefault(result.score, {}) if result.score else row.results)[result.metric] = result
+        metrics = row.scores.setdefault(result.score, {}) if result.score else row.results
+        metrics[result.metric] = result
     return [row for row in by_set.values() if row.shown]
 
 
@@ -108,26 +108,28 @@ def title(family: str) -> str:
 
 
 def short_names(results: Sequence[Result]) -> dict[str, str]:
-    """Return {row: its name in tables}, see `shorten`."""
+    """Return {name of a row: short name}."""
     return shorten(row.name for row in rows(results))
 
 
 def shorten(names_of_sets: Iterable[str]) -> dict[str, str]:
-    """Return {name: short name}; absolute paths and URLs keep as many last parts as distinguish the sets.
+    """Return {name: short name}; absolute paths and URLs keep the last parts needed to distinguish the sets.
 
     The sets "holdout" and "holdout@RUN" are "held-out pairs" and "held-out pairs of RUN".
     """
     names = {name: redact(name) for name in names_of_sets}
-    paths = {name: match.groups() for name, shown in names.items() if (match := _PATH.fullmatch(shown))}
+    matches = {name: _PATH.fullmatch(shown) for name, shown in names.items()}
 
-    def end(prefix: str, path: str, depth: int) -> str:
-        return prefix + "/".join(path.rstrip("/").split("/")[-depth:])
+    def end(match: re.Match[str], depth: int) -> str:
+        return match[1] + "/".join(match[2].rstrip("/").split("/")[-depth:])
 
-    for name, parts in paths.items():
-        depth = 1
-        while depth <= name.count("/") and [end(*p, depth) for p in paths.values()].count(end(*parts, depth)) > 1:
-            depth += 1
-        names[name] = end(*parts, depth)
+    paths = [match for match in matches.values() if match]
+    for name, match in matches.items():
+        if match:
+            depth = 1
+            while depth <= name.count("/") and [end(x, depth) for x in paths].count(end(match, depth)) > 1:
+                depth += 1
+            names[name] = end(match, depth)
     for name, short in names.items():
         held_out, _, run = short.partition("@")
         if held_out == HELD_OUT:
@@ -138,8 +140,8 @@ def shorten(names_of_sets: Iterable[str]) -> dict[str, str]:
 def headlines(results: Sequence[Result], before: Sequence[Result] = ()) -> str:
     """Return one line with the first two metrics of each set; empty without results.
 
-    The run's held-out pairs, often the only set, go by the name of their family. A metric measured `before`, too,
-    has both values: "R@1 12.5 -> 50.0".
+    The run's held-out pairs, often the only set, are named by their family. Metrics in `before`, too, show both
+    values: "R@1 12.5 -> 50.0".
     """
     parts = []
     short = short_names(results)
@@ -154,7 +156,7 @@ def headlines(results: Sequence[Result], before: Sequence[Result] = ()) -> str:
 
 
 def build(results: Sequence[Result]) -> list[Table]:
-    """Return a table for each layout; chance levels are in brackets."""
+    """Return one table per layout; chance levels are in brackets."""
     everything = rows(results)
     short = short_names(results)
     layouts = {layout.title: layout for layout in registry.layouts()}
@@ -170,7 +172,6 @@ def render(results: Sequence[Result]) -> str:
     width = max([42, *(len(name) + 2 for table in shown for name, _ in table.rows)])
     for title, columns, table_rows in shown:
         texts = [[title, *(column for column, _ in columns)], *([name, *cells] for name, cells in table_rows)]
-        # The names leave a gap before the first column.
         lines += _align(texts, [f"<{width}", *(form for _, form in columns)], [2, 0, *[1] * (len(columns) - 1)])
     if any(cell.startswith("(") for table in shown for _, cells in table.rows for cell in cells):
         lines.append("in brackets: the chance level, what guessing gives")
@@ -178,7 +179,7 @@ def render(results: Sequence[Result]) -> str:
 
 
 def _align(lines: Sequence[Sequence[str]], formats: Sequence[str], gaps: Sequence[int]) -> list[str]:
-    """Return lines of cells as text; columns have the alignment and least width of `formats`, and gaps."""
+    """Return lines of cells as text; columns have the alignment and minimum width of `formats`, and gaps."""
     columns = [
         f"{form[0]}{max(int(form[1:]), *(len(cells[i]) + gap for cells in lines))}"
         for i, (form, gap) in enumerate(zip(formats, gaps, strict=True))
@@ -187,7 +188,7 @@ def _align(lines: Sequence[Sequence[str]], formats: Sequence[str], gaps: Sequenc
 
 
 def _grid(layout: Layout, chosen: Sequence[Row], short: Mapping[str, str]) -> Table:
-    """Return a table with a row for each set, and further ones for its scores."""
+    """Return a table with one row per set, and further rows for its scores."""
     columns: list[tuple[str, str]] = []
     for column in layout.columns:
         columns += [(column.title, f">{column.width}"), *([("", ">7")] if column.chance else [])]
@@ -209,7 +210,7 @@ def _grid(layout: Layout, chosen: Sequence[Row], short: Mapping[str, str]) -> Ta
 
 
 def _cells(layout: Layout, results: Mapping[str, Result], levels: bool = True) -> list[str]:
-    """Return the cells of a row; chance levels only if `levels`."""
+    """Return a row's cells; chance levels are empty unless `levels`."""
     cells = []
     for column in layout.columns:
         result = results.get(column.metric)
@@ -225,36 +226,28 @@ def _number(result: Result) -> str:
 
 
 def first_set_of_each_family(results: Sequence[Result]) -> dict[str, Row]:
-    """Return {title of the family: row of its first test set}."""
+    """Return {title of a family: row of its first test set}."""
     everything = rows(results)
-    tested = [row for row in everything if row.role != VALIDATION] or everything
     first: dict[str, Row] = {}
-    for row in tested:
+    for row in [row for row in everything if row.role != VALIDATION] or everything:
         first.setdefault(SHIFTED if row.role == SHIFTED else row.family, row)
     return {title(family): first[family] for family in dict.fromkeys((*_FAMILIES, *first)) if family in first}
 
 
 def compare(
-    a: str,
-    b: str,
-    *,
-    step: int | None = None,
-    profile: str | None = None,
-    refused: list[str] | None = None,
+    a: str, b: str, *, step: int | None = None, profile: str | None = None, refused: list[str] | None = None
 ) -> list[dict[str, Any]]:
     """Compare two evaluations set by set.
 
-    Returns for each set {set, metric, unit, a, b, difference, low, high, step_a, step_b, profile, preprocessing_a,
-    preprocessing_b}; the unit is `Result.unit`. Ranks have "ratio", b / a, instead of
-    the difference b - a. The interval, low to high, is the 95 % percentile bootstrap of the paired difference or ratio;
-    absent for metrics that cannot be resampled.
+    Returns {set, metric, unit, a, b, difference, low, high, step_a, step_b, profile, preprocessing_a, preprocessing_b}
+    for each set; the unit is `Result.unit`. Ranks have "ratio", b / a, instead of the difference b - a. The interval,
+    low to high, is the 95 % percentile bootstrap of the paired difference or ratio, absent for metrics without items.
 
     Args:
       a, b: runs' folders, evaluated weights, or results files.
-      step: step of both; by default the newest that each file has.
+      step: step of both; by default the newest in each file.
       profile: profile of both; by default the last evaluated profile that both files have for a set.
-      refused: list to which a sentence is added for each set whose data or protocol differ; without it the first one is
-        an error.
+      refused: collects a sentence per set with different data or protocols; without it the first one is an error.
     """
     entries_a, items_a = _select(a, step, profile)
     entries_b, items_b = _select(b, step, profile)
@@ -295,7 +288,7 @@ def compare(
 
 
 def _different_parts(a: str | None, b: str | None) -> tuple[str | None, str | None]:
-    """Return two values of entries without the parts, between semicolons, that both have: a reason is then short."""
+    """Return two values of entries, without their common parts between semicolons."""
     if a is None or b is None:
         return a, b
     parts = a.split("; "), b.split("; ")
@@ -303,7 +296,7 @@ def _different_parts(a: str | None, b: str | None) -> tuple[str | None, str | No
 
 
 def _select(path: str, step: int | None, profile: str | None) -> tuple[list[Entry], ItemsOf]:
-    """Return the entries of one step, the newest by default, of the checkpoint and model evaluated last."""
+    """Return the entries of one step, by default the newest, of the checkpoint and model evaluated last."""
     file = epath.Path(path)
     own = results_file(path)
     if not (file.exists() or own.exists()):
@@ -323,12 +316,8 @@ def _select(path: str, step: int | None, profile: str | None) -> tuple[list[Entr
 
 
 def render_comparison(compared: Sequence[Mapping[str, Any]], a: str, b: str) -> str:
-    """Return the rows of `compare` as a table, each difference in the unit of its row, and ratios after an "x".
-
-    A star marks intervals that exclude equality.
-    """
-    first = compared[0]
-    lines = [f"{side.upper()}: {file}, step {first[f'step_{side}']}" for side, file in (("a", a), ("b", b))]
+    """Return the rows of `compare` as a table; ratios follow an "x", and a star marks intervals without equality."""
+    lines = [f"{side.upper()}: {file}, step {compared[0][f'step_{side}']}" for side, file in (("a", a), ("b", b))]
     short = shorten(row["set"] for row in compared)
     texts = [["set", "metric", "unit", "A", "B", "B - A", "   95 % interval"]]
     for row in compared:
@@ -346,7 +335,7 @@ def render_comparison(compared: Sequence[Mapping[str, Any]], a: str, b: str) -> 
 
 
 def prepared_differently(compared: Sequence[Mapping[str, Any]], a: str, b: str) -> list[str]:
-    """Return a line for each way in which sides `a` and `b` of rows of `compare` differ in preprocessing."""
+    """Return one line per difference in preprocessing between sides `a` and `b` of rows of `compare`."""
     sets: dict[tuple[str, str], list[str]] = {}
     for row in compared:
         sets.setdefault((row.get("preprocessing_a", ""), row.get("preprocessing_b", "")), []).append(row["set"])

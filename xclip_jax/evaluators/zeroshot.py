@@ -1,7 +1,4 @@
-"""Zero-shot classification: an image gets the class with the nearest texts, by each similarity of the model.
-
-See `objectives.similarity` for the similarities, and `compare` for the names of their scores.
-"""
+"""Zero-shot classification: an image gets the class with the nearest texts, by each similarity of the model."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -20,31 +17,25 @@ from xclip_jax.objectives.similarity import CosineSimilarity, Similarity, featur
 
 
 def classifier(text_embeddings: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
-    """Return class vectors: prompt embeddings, normalised, averaged over prompts, and normalised again.
+    """Return class vectors, fp32 (classes, e): prompt embeddings, normalised, averaged, and normalised again.
 
-    Args:
-      text_embeddings: for each class an array (prompts, e), or one array (classes, prompts, e).
-
-    Returns:
-      fp32 (classes, e), rows of unit length.
+    `text_embeddings` are one array (prompts, e) per class, or one array (classes, prompts, e).
     """
     cosine = CosineSimilarity()
     return np.stack([cosine.class_row(np.asarray(prompts, np.float32)) for prompts in text_embeddings])
 
 
 def accuracy(logits: np.ndarray, labels: np.ndarray, k: int) -> float:
-    """Return the share of images whose class is among the k highest; equal logits rank by class index, lowest first.
+    """Return top-k accuracy, from 0 to 1; equal logits rank by class index, lowest first.
 
-    Args:
-      logits: scores (n, classes), any scale.
-      labels: class indices (n,).
-      k: classes that count; an image without a valid ranking, see `statistics.ranks`, is wrong for every k.
+    `logits` are (n, classes), of any scale, and `labels` class indices (n,). Images without a valid ranking, see
+    `statistics.ranks`, are wrong for every k.
     """
     return float((ranks(np.asarray(logits), np.asarray(labels)) < k).mean())
 
 
 def mean_per_class(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Return balanced accuracy: the mean accuracy over the classes that occur."""
+    """Return balanced accuracy, from 0 to 1: the mean accuracy over the occurring classes."""
     labels = np.asarray(labels)
     right = ranks(np.asarray(logits), labels) < 1
     return float(np.average(right, weights=class_weights(labels)))
@@ -56,19 +47,18 @@ def compare(
     """Compare images with texts or classes by all similarities of a model: {score: (n, m)}.
 
     Args:
-      similarities: the model's similarities, its own first.
-      img: features of n images that the similarities read.
+      similarities: the model's similarities, its default first.
+      img: the similarities' features of n images.
       rows: m texts or classes for each similarity.
       spreads: `spreads_of` the whole set if images or texts are only a part of it, else empty.
 
     Returns:
-      Score "" is the first score of the model's own similarity, which tables show. The others are named by their
-      similarity; an unnamed score has the similarity's name. Two or more similarities add "both", the sum of the first
-      two logits, each over its standard deviation [ours]. Unreadable images, whose features are NaN, have minus
-      infinity.
+      Score "" is the first score of the default similarity, for tables. The others are named by their similarity; an
+      unnamed score has the similarity's name. Two or more similarities add "both", the sum of the first two logits,
+      each divided by its standard deviation [ours]. Unreadable images, with features NaN, have minus infinity.
     """
     unreadable = np.isnan(img[similarities[0].feature]).any(axis=1)
-    partly = unreadable.any() and not unreadable.all()  # a model that diverged keeps its NaN
+    partly = unreadable.any() and not unreadable.all()  # a diverged model keeps its NaN
     scores: dict[str, np.ndarray] = {}
     logits: list[np.ndarray] = []
     for similarity, texts in zip(similarities, rows, strict=True):
@@ -79,7 +69,8 @@ def compare(
         scores |= {name or similarity.name: x for name, x in own.items() if name or len(logits) > 1}
     if len(logits) > 1:
         if not spreads:
-            spreads = [(x[~unreadable] if partly else x).std() if x.size else 1.0 for x in logits[:2]]
+            counted = [x[~unreadable] if partly else x for x in logits[:2]]
+            spreads = [x.std() if x.size else 1.0 for x in counted]
         first, second = (x / (spread or 1.0) for x, spread in zip(logits[:2], spreads, strict=True))
         scores["both"] = first + second
     if partly:
@@ -93,7 +84,7 @@ def spreads_of(
 ) -> tuple[float, ...]:
     """Return the standard deviations of the first two similarities' logits, over readable images and all texts.
 
-    Compares `step` images at once, to bound memory; empty for a single similarity, which needs none.
+    Compares `step` images at once, to bound memory; empty for a single similarity.
     """
     if len(similarities) < 2:
         return ()
@@ -114,10 +105,7 @@ def spreads_of(
 def class_scores(
     similarities: Sequence[Similarity], img: Features, txt: Features, counts: Sequence[int]
 ) -> dict[str, np.ndarray]:
-    """`compare` images with classes, each one row made from its prompts.
-
-    `txt` has the features of all prompts, class after class, and `counts` the number of prompts of each class.
-    """
+    """`compare` images with classes; `txt` are the features of all prompts, `counts` their number per class."""
     ends = np.cumsum(counts)[:-1]
     rows = [
         np.stack([similarity.class_row(similarity.rows(part)) for part in np.split(txt[similarity.feature], ends)])
@@ -129,11 +117,11 @@ def class_scores(
 def encode_pairs(
     encoder: Encoder, variables: Variables, images: Sequence[np.ndarray], texts: Sequence[str]
 ) -> tuple[Features, list[np.ndarray]]:
-    """Return the features of the images and one row for each text, as `compare` takes them."""
+    """Return the images' features and the texts' rows for `compare`."""
     similarities = encoder.similarities
     img = encoder.images(variables, images, features(similarities))
     txt = encoder.texts(variables, texts, features(similarities))
-    # Do not keep both outputs and rows of the texts: each may be gigabytes.
+    # The texts' features, which may be gigabytes, are not kept.
     return img, [similarity.rows(txt[similarity.feature]) for similarity in similarities]
 
 
@@ -144,10 +132,10 @@ class ZeroShotSet:
     Attributes:
       images: `len` and `[]`, uint8 (size, size, 3).
       labels: int (n,), or bool (n, classes) if an image may have several classes.
-      prompts: texts of each class, templates filled in; classes may share texts.
+      prompts: texts of each class, from filled templates; classes may share texts.
       groups: bool (n,) of named parts, such as vendors; the set's value is then their unweighted mean.
       names: readable names of the classes; by default their first prompts.
-      card: provenance; `card.metric` "roc_auc" (two classes) or "top1_top5" adds that metric.
+      card: provenance; the metrics "roc_auc" (two classes) and "top1_top5" are measured if `card.metric` names them.
       together: int (n,), equal for dependent images, such as drawings of one concept; None if all are independent.
     """
 
@@ -164,40 +152,19 @@ class ZeroShotSet:
 
     def __post_init__(self) -> None:
         n = len(self.images)
-        num_classes = len(self.prompts)
-        several = np.ndim(self.labels) == 2
-        if not n or np.shape(self.labels) != ((n, num_classes) if several else (n,)):
-            raise UserError(f"{self.name}: {n} images, {np.size(self.labels)} labels; give one label for each image.")
-        if empty := [name for name, mask in self.groups.items() if not np.any(mask)]:
-            raise UserError(f"{self.name}: no image is in the group {empty[0]!r}; leave it out.")
+        shape = (n, len(self.prompts))[: max(np.ndim(self.labels), 1)]
+        if not n or np.shape(self.labels) != shape or not all(np.any(mask) for mask in self.groups.values()):
+            raise UserError(
+                f"{self.name}: {n} images, {np.size(self.labels)} labels, groups {', '.join(self.groups) or 'none'}; "
+                "give one label per image, and leave out groups without images."
+            )
         object.__setattr__(self, "names", list(self.names) or [prompts[0] for prompts in self.prompts])
 
 
-LAYOUTS = (
-    Layout(
-        "zero-shot classification, %",
-        (
-            Column("classes", "ways"),
-            Column("images", "n"),
-            Column("top-1", "top1", "top-1", chance=True),
-            Column("top-5", "top5", "top-5", chance=True),
-        ),
-        scores={
-            "cosine": "clusters, cosine",
-            "cross_entropy": "clusters, cross-entropy",
-            "both": "both heads together",
-        },
-    ),
-    Layout(
-        "zero-shot, several labels an image, %",
-        (
-            Column("classes", "ways"),
-            Column("images", "n"),
-            Column("11-point mAP", "map11", "11-point mAP"),
-            Column("mAP", "map", "mAP"),
-        ),
-    ),
-)
+SCORES = {"cosine": "clusters, cosine", "cross_entropy": "clusters, cross-entropy", "both": "both heads together"}
+_SIZES = (Column("classes", "ways"), Column("images", "n"))
+_TOPS = (Column("top-1", "top1", "top-1", chance=True), Column("top-5", "top5", "top-5", chance=True))
+_PRECISIONS = (Column("11-point mAP", "map11", "11-point mAP"), Column("mAP", "map", "mAP"))
 
 
 class ZeroShot(Evaluator):
@@ -208,33 +175,35 @@ class ZeroShot(Evaluator):
     """
 
     family = "zeroshot"
-    layouts = LAYOUTS
+    layouts = (
+        Layout("zero-shot classification, %", (*_SIZES, *_TOPS), SCORES),
+        Layout("zero-shot, several labels an image, %", (*_SIZES, *_PRECISIONS)),
+    )
 
     def scores(self, variables: Variables) -> dict[str, np.ndarray]:
-        """{score: (n, num_classes)} of the set's images."""
+        """Return {score: (n, num_classes)}."""
         # Score classes with equal prompts once: a matrix product may round equal columns differently, breaking ties.
         rows = {prompts: i for i, prompts in enumerate(dict.fromkeys(map(tuple, self.data.prompts)))}
         similarities = self.encoder.similarities
         img = self.encoder.images(variables, self.data.images, features(similarities))
         txt = self.encoder.texts(variables, [text for prompts in rows for text in prompts], features(similarities))
         scores = class_scores(similarities, img, txt, [len(prompts) for prompts in rows])
-        classes = [rows[tuple(prompts)] for prompts in self.data.prompts]
-        if len(rows) == len(classes):
+        if len(rows) == len(self.data.prompts):
             return scores
+        classes = [rows[tuple(prompts)] for prompts in self.data.prompts]
         return {score: x[:, classes] for score, x in scores.items()}
 
     def measure(self, variables: Variables) -> list[Result]:
-        """Return the results that the class docstring lists."""
+        """Return the results listed in the class docstring."""
         labels = np.asarray(self.data.labels)
         groups = self.data.groups
-        n = len(labels)
         num_classes = len(self.data.prompts)
-        results = [self.count("n", n), self.count("ways", num_classes)]
+        results = [self.count("n", len(labels)), self.count("ways", num_classes)]
         results += [self.count("n", np.sum(mask), group=group) for group, mask in groups.items()]
         for score, scores in self.scores(variables).items():
             if labels.ndim == 2:
-                items = {key: PerExample(scores, other=labels, statistic=key) for key in ("map", "map11")}
-                results += [self.result(k, x.value(), n=n, items=x, score=score) for k, x in items.items()]
+                for key in ("map", "map11"):
+                    results.append(self.result(key, PerExample(scores, other=labels, statistic=key), score=score))
                 continue
             rank = ranks(scores, labels)
             items = _items(rank, labels, groups)
@@ -246,7 +215,7 @@ class ZeroShot(Evaluator):
             chance = {f"top{k}": 100 * min(k / num_classes, 1) for k in (1, 5)}
             chance |= {"mean_per_class": chance["top1"], "top1_top5": (chance["top1"] + chance["top5"]) / 2}
             for key, item in items.items():
-                results.append(self.result(key, item.value(), n=n, chance=chance.get(key), items=item, score=score))
+                results.append(self.result(key, item, chance=chance.get(key), score=score))
             for group, mask in groups.items():
                 fields = {"n": int(np.sum(mask)), "score": score, "group": group}
                 for key, item in _items(rank[mask], labels[mask], {}).items():
@@ -255,12 +224,12 @@ class ZeroShot(Evaluator):
         return results
 
     def results_of_ranks(self, score: str, rank: np.ndarray) -> list[Result]:
-        """Return more results of a subclass for one score, from the ranks of the right classes, int (n,), from 0."""
+        """Return a subclass's additional results of a score, from the ranks of the right classes, int (n,), from 0."""
         return []
 
 
 def _items(rank: np.ndarray, labels: np.ndarray, groups: Mapping[str, np.ndarray]) -> dict[str, PerExample]:
-    """Return the per-image values of the set's metrics, with equal weight for each group."""
+    """Return {metric: per-image values}, with equal weights for all groups."""
     even = None
     classes = class_weights(labels)
     if groups:
