@@ -38,6 +38,13 @@ def recall_at_k(scores: np.ndarray, positives: np.ndarray, k: int) -> float:
 
     Raises:
       UserError: a query without positives, or shapes that differ.
+
+    Example:
+      >>> import numpy as np
+      >>> from xclip_jax.evaluators.retrieval import recall_at_k
+      >>> scores = np.array([[0.9, 0.1], [0.8, 0.2]])
+      >>> recall_at_k(scores, np.eye(2, dtype=bool), k=1)
+      0.5
     """
     return float((ranks(np.asarray(scores), np.asarray(positives)) < k).mean())
 

@@ -193,7 +193,7 @@ def siglip(
     The loss is -1/b sum_ij log sigmoid(y_ij (scale <z_img_i, z_txt_j> + bias)), with y = +1 for i = j and -1 otherwise;
     with `keys`, y = +1 for all pairs with equal keys.
 
-    Arguments and metrics are those of `clip`, plus a scalar bias that is added to each logit (SigLIP starts with a
+    Arguments and metrics are the ones of `clip`, plus a scalar bias, added to each logit (SigLIP starts with a
     scale of 10 and a bias of -10). "ln_b" is for comparison with a softmax run and not the loss of a blind guess.
     "positives", with `keys`, is the mean number of positives per image.
 
@@ -312,7 +312,7 @@ def _compare_in_chunks(
         best = (highest, column[0] + argmax(logits, 1), argmax(logits, 0) == column)
         return reduce(_Logits(logits, index[:, None] == column, matching, matching_txt)), best
 
-    # Each device holds all texts: slices of an array that is split would be sent one by one.
+    # Each device holds all texts: slices of a split array would be sent one by one.
     texts = [constrain(x, *[None] * x.ndim).reshape(-1, chunk, *x.shape[1:]) for x in (z_txt, matching, index)]
     result, (highest, first, right) = jax.lax.map(jax.checkpoint(compare), tuple(texts))
     chosen = jnp.min(jnp.where(highest == jnp.max(highest, axis=0), first, b), axis=0)  # the first of equal logits
