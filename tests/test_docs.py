@@ -68,3 +68,18 @@ def test_pictures_of_the_demo(tmp_path):
     for name, width in (("comparison", 1180), ("search", 1020)):
         with Image.open(tmp_path / f"{name}.png") as picture:
             assert picture.width == width and 1300 < picture.height < 2100
+
+
+@pytest.mark.long
+def test_the_own_loop(tmp_path, monkeypatch, capsys):
+    """Its blocks, one after the other; the limits keep the loop as short as the page says."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/own_loop.md").read_text(), re.DOTALL)
+    lines = blocks[0].strip().splitlines()
+    assert len(lines) <= 30 and len([line for line in lines if line.startswith("import")]) == 3
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for block in blocks:
+        exec(block, names)
+    printed = capsys.readouterr().out
+    losses = [float(x) for x in re.findall(r"step \d+: loss (\S+)", printed)]
+    assert losses[-1] < losses[0] and "['red', 'green', 'blue', 'white']" in printed

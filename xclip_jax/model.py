@@ -33,8 +33,9 @@ from xclip_jax.objectives.similarity import Similarity, cluster_similarity, feat
 from xclip_jax.parallel.mesh import make_mesh, replicated
 from xclip_jax.train import weights
 from xclip_jax.train.build import Experiment
+from xclip_jax.train.learner import ImageLike
 
-ImageLike = str | os.PathLike | bytes | np.ndarray | Image.Image
+__all__ = ["Clusters", "Model", "ZeroShotResult", "load"]
 
 TEMPLATES = ("a photo of a {}.",)
 _SMALLER = (1, 8)  # batches for few items
@@ -356,6 +357,14 @@ def load(
     Raises:
       UserError: `path` is neither a run nor weights; `batch` below 1 or `threads` below 0; a config that names a class
         of another package, whose module has not been imported, without `trust`.
+
+    Example:
+      >>> import xclip_jax
+      >>> learner = xclip_jax.create("Ti/12", objective="clip", steps=1, batch=16, image_size=24)
+      >>> learner.save("model", learner.init())
+      >>> model = xclip_jax.load("model")
+      >>> model.encode_text(["a fox", "a hen"]).shape
+      (2, 128)
     """
     check_count("batch", batch, 1)  # before weights are read, which may take a while
     check_count("threads", threads, 0)

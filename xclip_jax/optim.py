@@ -300,8 +300,13 @@ def make_optimizer(
         tx = optax.chain(tx, _scale_updates(lambda updates: layer_scales(updates, config.layer_decay, towers)))
     if config.grad_clip_norm:
         tx = optax.chain(optax.clip_by_global_norm(config.grad_clip_norm), tx)
-    if not frozen:
-        return tx
+    return freeze(tx, frozen, towers) if frozen else tx
+
+
+def freeze(
+    tx: optax.GradientTransformation, frozen: Collection[str], towers: Mapping[str, Tower]
+) -> optax.GradientTransformation:
+    """Return `tx` without updates, weight decay and moments of frozen parameters, see `trained`."""
     # Stacked layers share their moments, but the frozen ones get no update.
     tx = optax.chain(tx, _scale_updates(lambda updates: trained(updates, frozen, towers)))
 

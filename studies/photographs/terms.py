@@ -120,5 +120,5 @@ class SecondHead(Term):
         """Compute the loss, see `Term.__call__`."""
         z_img, z_txt = (l2_normalize(out[f"second_{tower}"]) for tower in self.towers)
         smoothing = self.label_smoothing
-        loss, metrics = contrastive.softmax(z_img, z_txt, out["second_scale"], label_smoothing=smoothing, chunk=chunk)
+        loss, metrics = contrastive.clip(z_img, z_txt, out["second_scale"], label_smoothing=smoothing, chunk=chunk)
         return loss, metrics, {}

@@ -57,7 +57,7 @@ def test_without_smoothing_the_program_is_the_same():
     args = [jnp.asarray(x, jnp.float32) for x in (*embeddings(8, 4), 10.0)]
 
     def plain(z_img, z_txt, scale):
-        return contrastive.softmax(z_img, z_txt, scale)
+        return contrastive.clip(z_img, z_txt, scale)
 
     def by_term(z_img, z_txt, scale):
         loss, metrics, _ = Clip()({"z_img": z_img, "z_txt": z_txt, "scale": scale}, None, {}, {})

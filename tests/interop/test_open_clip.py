@@ -127,7 +127,7 @@ def parity(request):
     @functools.partial(jax.value_and_grad, has_aux=True)
     def ours(params):
         out = towers.apply({"params": params}, image, tokens)
-        loss, _ = contrastive.softmax(out["z_img"], out["z_txt"], out["scale"])
+        loss, _ = contrastive.clip(out["z_img"], out["z_txt"], out["scale"])
         return loss, out | {"logits": out["scale"] * out["z_img"] @ out["z_txt"].T}
 
     params = carry({name: numpy(p) for name, p in named.items()}, sizes)

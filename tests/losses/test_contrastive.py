@@ -17,7 +17,7 @@ from xclip_jax.parallel.sharding import FactoredLogits, MeshLayout, layout_scope
 
 SCALES = [1.0, 1 / 0.07, 100.0]
 BIASES = [-10.0, 0.5]
-CASES = [("softmax", scale, None) for scale in SCALES] + [("sigmoid", s, bias) for s in SCALES for bias in BIASES]
+CASES = [("clip", scale, None) for scale in SCALES] + [("siglip", s, bias) for s in SCALES for bias in BIASES]
 
 
 def embeddings(b, e=8, seed=0, together=1.0):
@@ -33,7 +33,7 @@ def oracle(name, z_img, z_txt, scale, bias):
     b = len(z_img)
     total = 0.0
     for i in range(b):
-        if name == "softmax":
+        if name == "clip":
             rows = [scale * z_img[i] @ z_txt[j] for j in range(b)]
             columns = [scale * z_img[j] @ z_txt[i] for j in range(b)]
             for scores in (rows, columns):
@@ -63,7 +63,7 @@ def value_and_grad(name, *args, sharding=None):
 @pytest.mark.parametrize(("name", "scale", "bias"), CASES)
 def test_equals_oracle(name, scale, bias):
     z_img, z_txt = embeddings(5, 4)
-    args = [z_img, z_txt, scale] + ([bias] if name == "sigmoid" else [])
+    args = [z_img, z_txt, scale] + ([bias] if name == "siglip" else [])
 
     def f(z_img, z_txt, scale, bias=None):
         return oracle(name, z_img, z_txt, scale, bias)
@@ -78,9 +78,9 @@ def test_equals_oracle(name, scale, bias):
 def test_equals_open_clip(name, scale, bias):
     torch = pytest.importorskip("torch")
     peers = pytest.importorskip("open_clip.loss")
-    args = [*embeddings(16, 32, seed=1), scale] + ([bias] if name == "sigmoid" else [])
+    args = [*embeddings(16, 32, seed=1), scale] + ([bias] if name == "siglip" else [])
     tensors = [torch.tensor(arg, dtype=torch.float32, requires_grad=True) for arg in args]
-    peer = peers.ClipLoss() if name == "softmax" else peers.SigLipLoss()
+    peer = peers.ClipLoss() if name == "clip" else peers.SigLipLoss()
     expected = peer(*tensors)
     expected.backward()
     loss, grads, _ = value_and_grad(name, *args)
@@ -89,7 +89,7 @@ def test_equals_open_clip(name, scale, bias):
     assert_close(grads, [t.grad.numpy() for t in tensors], 2e-5)
 
 
-@pytest.mark.parametrize(("name", "bias"), [("softmax", None), ("sigmoid", -10.0)])
+@pytest.mark.parametrize(("name", "bias"), [("clip", None), ("siglip", -10.0)])
 def test_one_device_equals_eight(name, bias):
     args = [*embeddings(64, 32, seed=2), 1 / 0.07, bias]
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
@@ -103,7 +103,7 @@ def test_one_device_equals_eight(name, bias):
 
 def test_softmax_of_identical_pairs_is_a_blind_guess():
     z = np.tile(embeddings(1)[0], (6, 1))
-    loss, grads, metrics = value_and_grad("softmax", z, z, 50.0)
+    loss, grads, metrics = value_and_grad("clip", z, z, 50.0)
     assert float(loss) == pytest.approx(np.log(6), rel=1e-5)
     assert float(metrics["ln_b"]) == pytest.approx(np.log(6), rel=1e-6)
     assert float(metrics["acc_img"]) == pytest.approx(1 / 6)
@@ -113,13 +113,13 @@ def test_softmax_of_identical_pairs_is_a_blind_guess():
 def test_accuracies_are_of_the_right_direction():
     z_img = np.eye(3)
     z_txt = np.eye(3)[[0, 0, 0]]
-    _, _, metrics = value_and_grad("softmax", z_img, z_txt + [[0], [0], [0.1]] * np.eye(3)[0], 1.0)
+    _, _, metrics = value_and_grad("clip", z_img, z_txt + [[0], [0], [0.1]] * np.eye(3)[0], 1.0)
     # Image 0 prefers the longest text, 2; images 1 and 2 see ties, won by text 0. All texts prefer image 0.
     assert float(metrics["acc_img"]) == 0.0
     assert float(metrics["acc_txt"]) == pytest.approx(1 / 3)
 
 
-@pytest.mark.parametrize(("name", "bias"), [("softmax", None), ("sigmoid", -1e4), ("sigmoid", 1e4)])
+@pytest.mark.parametrize(("name", "bias"), [("clip", None), ("siglip", -1e4), ("siglip", 1e4)])
 def test_extreme_scale_is_finite(name, bias):
     z_img, z_txt = embeddings(8, together=0.0)
     loss, grads, _ = value_and_grad(name, z_img, z_txt, 1e6, bias)
@@ -134,9 +134,9 @@ def test_extreme_scale_is_finite(name, bias):
 def test_wrong_shapes_raise(shapes, scale):
     z_img, z_txt = (jnp.ones(shape) for shape in shapes)
     with pytest.raises(AssertionError):
-        contrastive.softmax(z_img, z_txt, jnp.asarray(scale))
+        contrastive.clip(z_img, z_txt, jnp.asarray(scale))
     with pytest.raises(AssertionError):
-        contrastive.sigmoid(z_img, z_txt, jnp.asarray(scale), 0.0)
+        contrastive.siglip(z_img, z_txt, jnp.asarray(scale), 0.0)
 
 
 KEYS = np.array([[7, 1], [7, 2], [7, 1], [-3, 1], [7, 2], [7, 1], [0, 0]])  # groups of 3, 2, 1 and 1
@@ -147,7 +147,7 @@ def positives_oracle(name, z_img, z_txt, scale, bias, smoothing):
     b, total = len(z_img), 0.0
     same = (KEYS[:, None] == KEYS).all(-1)
     for i in range(b):
-        if name == "softmax":
+        if name == "clip":
             target = (1 - smoothing) * same[i] / same[i].sum() + smoothing / b
             for scores in (scale * z_txt @ z_img[i], scale * z_img @ z_txt[i]):
                 total += 0.5 * (np.logaddexp.reduce(scores) - target @ scores)
@@ -160,15 +160,15 @@ def positives_oracle(name, z_img, z_txt, scale, bias, smoothing):
 @pytest.mark.parametrize(
     ("name", "scale", "bias", "smoothing"),
     [
-        ("softmax", 14.0, 0.0, 0.0),
-        ("softmax", 100.0, 0.0, 0.1),
-        ("sigmoid", 10.0, -10.0, 0.0),
-        ("sigmoid", 30.0, 5.0, 0),
+        ("clip", 14.0, 0.0, 0.0),
+        ("clip", 100.0, 0.0, 0.1),
+        ("siglip", 10.0, -10.0, 0.0),
+        ("siglip", 30.0, 5.0, 0),
     ],
 )
 @pytest.mark.parametrize("devices", [1, 7])
 def test_pairs_with_equal_keys_are_positives(name, scale, bias, smoothing, devices):
-    args = [*embeddings(7, 4, seed=3), scale] + ([bias] if name == "sigmoid" else [])
+    args = [*embeddings(7, 4, seed=3), scale] + ([bias] if name == "siglip" else [])
 
     def f(z_img, z_txt, scale, bias=0.0):
         return positives_oracle(name, z_img, z_txt, scale, bias, smoothing)
@@ -185,7 +185,7 @@ def test_pairs_with_equal_keys_are_positives(name, scale, bias, smoothing, devic
     step = jax.jit(jax.value_and_grad(lambda keys, *args: loss(*args, keys=keys), [i + 1 for i in every], has_aux=True))
     (value, metrics), grads = step(keys, *arrays)
     assert float(value) == pytest.approx(expected, rel=1e-5) and float(metrics["loss"]) == float(value)
-    if name == "sigmoid":
+    if name == "siglip":
         assert float(metrics["positives"]) == pytest.approx((3 * 3 + 2 * 2 + 1 + 1) / 7)
     assert_close(list(grads), gradients, 3e-5)
 
@@ -221,7 +221,7 @@ def test_robust_losses_equal_their_definitions(options, of_rows, scale):
         return np.mean([of_rows(softmax64(logits)), of_rows(softmax64(logits.T))])
 
     expected, gradients = f(*args[0], scale), central_differences(f, (*args[0], scale))
-    loss = jax.jit(jax.value_and_grad(functools.partial(contrastive.softmax, **options), (0, 1, 2), has_aux=True))
+    loss = jax.jit(jax.value_and_grad(functools.partial(contrastive.clip, **options), (0, 1, 2), has_aux=True))
     for place in (lambda z: z, lambda z: jax.device_put(z, rows)):
         z = [place(jnp.asarray(x, jnp.float32)) for x in args[0]]
         (value, metrics), grads = loss(*z, scale)
@@ -231,10 +231,10 @@ def test_robust_losses_equal_their_definitions(options, of_rows, scale):
 
 def test_generalised_cross_entropy_has_a_bound_and_a_limit():
     z_img, z_txt = map(jnp.float32, embeddings(6, together=-3.0))
-    worst = float(contrastive.softmax(z_img, z_txt, 100.0, q=0.5)[0])
-    assert 1.9 < worst <= 2.0 < 20 < float(contrastive.softmax(z_img, z_txt, 100.0)[0])
-    near = contrastive.softmax(z_img, z_txt, 1.0, q=1e-3)[0]
-    assert float(near) == pytest.approx(float(contrastive.softmax(z_img, z_txt, 1.0)[0]), rel=3e-3)
+    worst = float(contrastive.clip(z_img, z_txt, 100.0, q=0.5)[0])
+    assert 1.9 < worst <= 2.0 < 20 < float(contrastive.clip(z_img, z_txt, 100.0)[0])
+    near = contrastive.clip(z_img, z_txt, 1.0, q=1e-3)[0]
+    assert float(near) == pytest.approx(float(contrastive.clip(z_img, z_txt, 1.0)[0]), rel=3e-3)
 
 
 @pytest.mark.parametrize("q", [1e-8, 1e-6, 1e-4, 1e-2, 0.7, 1.0])
@@ -250,7 +250,7 @@ def test_generalised_cross_entropy_has_all_its_digits(q):
 @pytest.mark.parametrize(("options", "_"), ROBUST)
 def test_the_robust_loss_of_a_blind_guess(options, _):
     z = jnp.asarray(np.tile(embeddings(1)[0], (6, 1)), jnp.float32)
-    loss, metrics = contrastive.softmax(z, z, 50.0, **options)
+    loss, metrics = contrastive.clip(z, z, 50.0, **options)
     q = options["q"]
     expected = (1 - 6**-q) / q
     assert float(loss) == pytest.approx(expected, rel=1e-5) == float(metrics["blind"])
@@ -260,13 +260,13 @@ def test_the_robust_loss_of_a_blind_guess(options, _):
 # --- chunks of texts
 
 FORMS = [
-    ("softmax", {}, (14.0,)),
-    ("softmax", {}, (100.0,)),
-    ("softmax", {"label_smoothing": 0.1}, (14.0,)),
-    ("softmax", {"q": 0.7}, (14.0,)),
-    ("softmax", {"q": 0.4}, (100.0,)),
-    ("sigmoid", {}, (10.0, -10.0)),
-    ("sigmoid", {}, (100.0, 5.0)),
+    ("clip", {}, (14.0,)),
+    ("clip", {}, (100.0,)),
+    ("clip", {"label_smoothing": 0.1}, (14.0,)),
+    ("clip", {"q": 0.7}, (14.0,)),
+    ("clip", {"q": 0.4}, (100.0,)),
+    ("siglip", {}, (10.0, -10.0)),
+    ("siglip", {}, (100.0, 5.0)),
 ]
 
 
@@ -307,13 +307,13 @@ def test_chunks_on_any_mesh_equal_the_whole(name, options, scalars, keyed):
         assert_same(in_chunks(name, args, chunk, sizes, **options), expected)
 
 
-@pytest.mark.parametrize(("name", "e", "scalars"), [("softmax", 5, (100.0,)), ("sigmoid", 48, (100.0, -50.0))])
+@pytest.mark.parametrize(("name", "e", "scalars"), [("clip", 5, (100.0,)), ("siglip", 48, (100.0, -50.0))])
 def test_chunks_of_identical_pairs_at_a_large_scale_against_float64(name, e, scalars):
     """The loss is far below the logits, of which rounding in float32 is 1e-5."""
     z = embeddings(96, e)[0].astype(np.float32)
     wide = z.astype(np.float64)
     logits = scalars[0] * wide @ wide.T + sum(scalars[1:])
-    if name == "softmax":
+    if name == "clip":
         p = softmax64(logits)
         expected = -np.log(np.diag(p)).mean()
         weights = (p + p.T) / 2 - np.eye(96)
@@ -333,13 +333,13 @@ def test_chunks_of_identical_pairs_at_a_large_scale_against_float64(name, e, sca
 
 def test_chunks_pass_on_a_number_that_is_none():
     z_img, z_txt = (jnp.asarray(z, jnp.float32) for z in embeddings(16))
-    (value, _), (grad, *_) = in_chunks("softmax", (z_img.at[4, 0].set(jnp.nan), z_txt, jnp.float32(14)), 4)
+    (value, _), (grad, *_) = in_chunks("clip", (z_img.at[4, 0].set(jnp.nan), z_txt, jnp.float32(14)), 4)
     assert jnp.isnan(value) and jnp.isnan(grad[4]).all()
 
 
 def test_a_chunk_divides_the_batch():
     with pytest.raises(ValueError, match="chunk=5 must divide the batch of 16"):
-        contrastive.softmax(*map(jnp.float32, embeddings(16)), 14.0, chunk=5)
+        contrastive.clip(*map(jnp.float32, embeddings(16)), 14.0, chunk=5)
 
 
 # --- memory, as the compiler plans it; b, e and k as on a pod
@@ -354,12 +354,12 @@ def temporaries(fn, *args):
         return step.lower(*args).compile().memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize("name", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("name", ["clip", "siglip"])
 def test_memory_of_chunks(name):
     mesh = make_mesh({"data": 8, "fsdp": 1, "model": 1})
     z = jax.ShapeDtypeStruct((8192, 64), jnp.float32, sharding=batch_sharding(mesh))
     scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
-    args = (z, z, scalar) if name == "softmax" else (z, z, scalar, scalar)
+    args = (z, z, scalar) if name == "clip" else (z, z, scalar, scalar)
     whole, chunked = (temporaries(functools.partial(getattr(contrastive, name), chunk=n), *args) for n in (0, 256))
     assert chunked <= whole / 8
 

@@ -33,10 +33,10 @@ def contrastive_metrics(term, noise, b=64):
     z = np.ones(32) + noise * rng.normal(size=(b, 32))[labels]
     z = jnp.asarray(z / np.linalg.norm(z, axis=1, keepdims=True), jnp.float32)
     if isinstance(term, Clip):
-        metrics = contrastive.softmax(z, z, 14.0, q=term.gce_q)[1]
+        metrics = contrastive.clip(z, z, 14.0, q=term.gce_q)[1]
         return {key: float(value) for key, value in metrics.items()}
     # Where all cosines are 1 the sum of scale and bias is the one logit of all pairs.
-    loss = functools.partial(contrastive.sigmoid, z, z, 10.0, keys=keys)
+    loss = functools.partial(contrastive.siglip, z, z, 10.0, keys=keys)
     best = scipy.optimize.minimize_scalar(lambda bias: float(loss(bias)[0]), (-20, -5))
     return {key: float(value) for key, value in loss(best.x)[1].items()}
 

@@ -18,6 +18,8 @@ from xclip_jax import model as inference
 from xclip_jax.core.errors import UserError
 from xclip_jax.interop import hub
 
+__all__ = ["Model"]
+
 
 class Model:
     """A model in the form of `mteb.EncoderProtocol`: dense embeddings of texts and images, compared by cosine.

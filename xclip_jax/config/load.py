@@ -19,6 +19,8 @@ from xclip_jax.core import fields, imports
 from xclip_jax.core.console import show
 from xclip_jax.core.errors import UserError, exit_with_message
 
+__all__ = ["find_recipe", "load_config", "load_recipe", "recipes"]
+
 TRUST = flags.DEFINE_bool(
     "trust", False, "Import the modules of other packages that files of weights name, which runs their code."
 )

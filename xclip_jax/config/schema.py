@@ -25,6 +25,18 @@ from xclip_jax.objectives import LossConfig, ObjectiveConfig, make_objective, wi
 from xclip_jax.optim import EmaConfig, OptimConfig, frozen_layers
 from xclip_jax.parallel.sharding import MeshConfig
 
+__all__ = [
+    "CheckpointConfig",
+    "Config",
+    "EvalConfig",
+    "FinetuneConfig",
+    "InitConfig",
+    "LogConfig",
+    "complete",
+    "default",
+    "resolve",
+]
+
 _STEPS = Check(
     "() or START,STOP with 0 < START < STOP", lambda value: not value or (len(value) == 2 and 0 < value[0] < value[1])
 )

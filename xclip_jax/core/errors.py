@@ -14,6 +14,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, ClassVar, NoReturn
 
+__all__ = ["BadSample", "Diverged", "UserError"]
+
 # The bounds keep matching linear in the length of the text, which may be an untrusted caption.
 _USER = re.compile(r"""(?<![A-Za-z0-9+.-])([A-Za-z0-9+.-]{1,40})://([^\s/"]{0,2000})@""")
 # A query, or in http a fragment: up to a space, a quote, closing marks before these, or a comma before another URL.

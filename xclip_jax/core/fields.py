@@ -23,6 +23,20 @@ import numpy as np
 from xclip_jax.core.errors import UserError
 from xclip_jax.core.imports import import_class
 
+__all__ = [
+    "Check",
+    "Facts",
+    "above",
+    "at_least",
+    "at_most",
+    "between",
+    "choice",
+    "fraction_below_one",
+    "group",
+    "key",
+    "not_empty",
+]
+
 T = typing.TypeVar("T")
 
 _MAX_FLOAT = float(np.finfo(np.float32).max)

@@ -18,6 +18,8 @@ import pyarrow.parquet
 
 from xclip_jax.core.errors import UserError, check_choice, first_line
 
+__all__ = ["about", "read"]
+
 COLUMNS = ("kind", "id", "text", "embedding")
 _ABOUT = "xclip_jax"
 

@@ -21,6 +21,8 @@ from xclip_jax.core import storage
 from xclip_jax.core.errors import BadSample, UserError
 from xclip_jax.data.base import join_surrogates
 
+__all__ = ["Tokenizer", "load"]
+
 NAMES = ("clip", "bytes")
 END_TOKENS = ("<|endoftext|>", "</s>", "[SEP]")
 START_TOKENS = ("<|startoftext|>", "<s>", "[CLS]")

@@ -53,6 +53,13 @@ def recall_at_k(scores: np.ndarray, positives: np.ndarray, k: int) -> float:
 
     `scores` are (queries, items), higher is nearer, and `positives` bool of the same shape, at least one per query.
     Queries without a valid ranking, see `statistics.ranks`, are wrong for every k.
+
+    Example:
+      >>> import numpy as np
+      >>> from xclip_jax.evaluators.retrieval import recall_at_k
+      >>> scores = np.array([[0.9, 0.1], [0.8, 0.2]])
+      >>> recall_at_k(scores, np.eye(2, dtype=bool), k=1)
+      0.5
     """
     return float((ranks(np.asarray(scores), np.asarray(positives)) < k).mean())
 

@@ -20,6 +20,12 @@ def classifier(text_embeddings: Sequence[np.ndarray] | np.ndarray) -> np.ndarray
     """Return class vectors, fp32 (classes, e): prompt embeddings, normalised, averaged, and normalised again.
 
     `text_embeddings` are one array (prompts, e) per class, or one array (classes, prompts, e).
+
+    Example:
+      >>> import numpy as np
+      >>> from xclip_jax.evaluators.zeroshot import classifier
+      >>> classifier(np.array([[[2.0, 0.0], [0.0, 3.0]]])).round(3)  # one class with two prompts
+      array([[0.707, 0.707]], dtype=float32)
     """
     cosine = CosineSimilarity()
     return np.stack([cosine.class_row(np.asarray(prompts, np.float32)) for prompts in text_embeddings])
@@ -30,12 +36,26 @@ def accuracy(logits: np.ndarray, labels: np.ndarray, k: int) -> float:
 
     `logits` are (n, classes), of any scale, and `labels` class indices (n,). Images without a valid ranking, see
     `statistics.ranks`, are wrong for every k.
+
+    Example:
+      >>> import numpy as np
+      >>> from xclip_jax.evaluators.zeroshot import accuracy
+      >>> logits = np.array([[3.0, 2.0, 1.0], [3.0, 2.0, 1.0]])
+      >>> accuracy(logits, np.array([0, 1]), k=1), accuracy(logits, np.array([0, 1]), k=2)
+      (0.5, 1.0)
     """
     return float((ranks(np.asarray(logits), np.asarray(labels)) < k).mean())
 
 
 def mean_per_class(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Return balanced accuracy, from 0 to 1: the mean accuracy over the occurring classes."""
+    """Return balanced accuracy, from 0 to 1: the mean accuracy over the occurring classes.
+
+    Example:
+      >>> import numpy as np
+      >>> from xclip_jax.evaluators.zeroshot import mean_per_class
+      >>> mean_per_class(np.array([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]]), np.array([0, 0, 1]))  # always class 0
+      0.5
+    """
     labels = np.asarray(labels)
     right = ranks(np.asarray(logits), labels) < 1
     return float(np.average(right, weights=class_weights(labels)))

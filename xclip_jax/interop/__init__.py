@@ -32,6 +32,8 @@ from xclip_jax.models.transformer import unstack_blocks
 from xclip_jax.models.two_towers import ModelConfig, Variables
 from xclip_jax.objectives import read_objective
 
+__all__ = ["FORMATS", "read", "write"]
+
 FORMATS = ("hf", "open_clip", "safetensors")
 CONFIG = "xclip_config.json"
 WEIGHTS = "xclip_model.safetensors"

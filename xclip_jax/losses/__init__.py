@@ -1,5 +1,14 @@
-"""Losses, pure functions defined on the global batch: `contrastive` (CLIP, SigLIP) and `noncontrastive` (nCLIP)."""
+"""Losses of image-text pairs: pure functions, defined on the global batch.
 
-from xclip_jax.losses import contrastive, noncontrastive
+A batch sharded over a mesh gives the value and the gradient of one device, under `jax.jit` on automatic or explicit
+axes. Inside `jax.shard_map` each device has only its rows. Gather them, and average over the axis, so that each device
+contributes its share of the gradient:
 
-__all__ = ["contrastive", "noncontrastive"]
+    z_img, z_txt = jax.lax.all_gather((z_img, z_txt), "data", tiled=True)
+    loss, metrics = jax.lax.pmean(losses.clip(z_img, z_txt, scale), "data")
+"""
+
+from xclip_jax.losses.contrastive import clip, siglip
+from xclip_jax.losses.noncontrastive import nclip
+
+__all__ = ["clip", "nclip", "siglip"]

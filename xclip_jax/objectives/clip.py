@@ -25,7 +25,7 @@ _KEYS = {"pair": "", "caption": "text_key", "image": "image_key"}
 class Contrastive(Term):
     """A loss of all pairs of the batch: the common part of softmax and sigmoid."""
 
-    form: ClassVar[str] = "softmax"  # a function of `losses.contrastive`
+    form: ClassVar[str] = "clip"  # a function of `losses.contrastive`
     outputs: ClassVar[tuple[str, ...]] = ("z_img", "z_txt", "scale")  # its arguments
     initial_scale: ClassVar[float] = 1 / 0.07  # of the logits
     initial_bias: ClassVar[float] = -10.0  # of the logits, if the loss takes one
@@ -106,7 +106,7 @@ class Contrastive(Term):
     def progress(self, metrics: Mapping[str, float]) -> str:
         """Return the loss, and CLIP's loss of a blind guess."""
         blind = f"blind {metrics['blind']:.2f}" if "blind" in metrics else f"ln b {metrics.get('ln_b', 0):.2f}"
-        return super().progress(metrics) + f" ({blind})" * (self.form == "softmax" and "loss" in metrics)
+        return super().progress(metrics) + f" ({blind})" * (self.form == "clip" and "loss" in metrics)
 
     def curves(self) -> tuple[Curve, ...]:
         """Loss, accuracy within the batch, logit scale."""
@@ -145,7 +145,7 @@ class Contrastive(Term):
 
 @dataclasses.dataclass(frozen=True)
 class Clip(Contrastive):
-    """Config group `objective.clip`: options of `losses.contrastive.softmax`."""
+    """Config group `objective.clip`: options of `losses.contrastive.clip`."""
 
     title: ClassVar[str] = "CLIP"
     max_scale: ClassVar[float] = 100.0  # arXiv 2103.00020, section 2.5
@@ -180,10 +180,10 @@ class Clip(Contrastive):
 
 @dataclasses.dataclass(frozen=True)
 class Siglip(Contrastive):
-    """Sigmoid contrastive loss with CLIP's heads and a logit bias, see `losses.contrastive.sigmoid`."""
+    """Sigmoid contrastive loss with CLIP's heads and a logit bias, see `losses.contrastive.siglip`."""
 
     title: ClassVar[str] = "SigLIP"
-    form: ClassVar[str] = "sigmoid"
+    form: ClassVar[str] = "siglip"
     outputs: ClassVar[tuple[str, ...]] = ("z_img", "z_txt", "scale", "bias")
     initial_scale: ClassVar[float] = 10.0
 

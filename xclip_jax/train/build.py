@@ -44,7 +44,7 @@ class Experiment:
     objective: Objective
     model: TwoTowers
     schedule: optim.Schedule
-    init: Callable[[], state.TrainState]
+    init: Callable[..., state.TrainState]
     abstract: state.TrainState
     tx: optax.GradientTransformation
     batch_noise: BatchNoise
@@ -139,8 +139,12 @@ def _length_groups(config: Config, model: TwoTowers) -> LengthGroups:
     return groups
 
 
-def build(config: ml_collections.ConfigDict | Config, devices: list[jax.Device] | None = None) -> Experiment:
-    """Build an experiment on `devices` (default: all); only shapes are computed.
+def build(
+    config: ml_collections.ConfigDict | Config,
+    devices: list[jax.Device] | None = None,
+    optimizer: optax.GradientTransformation | None = None,
+) -> Experiment:
+    """Build an experiment on `devices` (default: all); only shapes are computed. `optimizer` replaces the config's.
 
     Raises:
       UserError: names every key with a forbidden value, or the part that exceeds the devices.
@@ -156,7 +160,10 @@ def build(config: ml_collections.ConfigDict | Config, devices: list[jax.Device] 
     model = make_model(config, objective, tokens)
     towers = {name: getattr(model, name) for name in TOWERS}
     fixed = objective.towers if config.finetune.lora.rank else tuple(config.init.freeze)
-    tx = optim.make_optimizer(config.optim, config.steps, towers, fixed)
+    if optimizer is None:
+        tx = optim.make_optimizer(config.optim, config.steps, towers, fixed)
+    else:
+        tx = optim.freeze(optimizer, fixed, towers) if fixed else optimizer
     init = state.init_fn(
         model,
         tx,

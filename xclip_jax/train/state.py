@@ -55,9 +55,9 @@ def init_fn(
     seed: int,
     adapters: lora.LoraConfig,
 ) -> Any:
-    """Return a function without arguments that makes a boxed `TrainState`, traced by `create` and `abstract`."""
+    """Return a function that makes a boxed `TrainState`, by default from `seed`, traced by `create` and `abstract`."""
 
-    def init() -> TrainState:
+    def init(seed: int = seed) -> TrainState:
         size = model.img.image_size
         image = jnp.zeros((2, size, size, 3))
         text = jnp.zeros((2, model.txt.context_length), jnp.int32)

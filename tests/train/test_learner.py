@@ -1,0 +1,134 @@
+"""The train step for a loop of one's own, against the package's."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import xclip_jax
+from tests.helpers import tiny
+from tests.helpers.util import assert_close
+from xclip_jax import interop
+from xclip_jax.core.errors import BadSample, UserError
+from xclip_jax.train import build, state
+from xclip_jax.train.learner import Learner
+
+SIZES = {
+    "steps": 10, "batch": 16, "image_size": 16, "patch": 8, "context_length": 12, "embed": 16, "clusters": 24,
+    "hidden": 32, "dtype": "float32", "tokenizer": "bytes",
+    **{f"model.{tower}.{name}": value for tower in ("img", "txt")
+       for name, value in {"width": 32, "depth": 1, "heads": 2, "scan": False}.items()},
+}  # fmt: skip
+
+
+def batch(learner):
+    images = np.random.default_rng(0).integers(0, 256, (16, 16, 16, 3), np.uint8)
+    return {"image": images, "text": learner.tokenize([f"picture {i}" for i in range(16)])}
+
+
+def leaves(tree):
+    return jax.tree.leaves(jax.device_get(tree))
+
+
+@pytest.fixture(scope="module")
+def learner():
+    return xclip_jax.create("Ti/12", **SIZES)
+
+
+def test_create__equals_build():
+    """The objective's config and its first update, bit for bit."""
+    config = tiny.config("nclip", steps=10)
+    experiment = build.build(config)
+    learner = Learner(experiment)
+    expected = state.create(experiment.init, experiment.abstract)
+    initial = learner.init()
+    assert all(map(np.array_equal, leaves(initial), leaves(expected)))
+    stepped = learner.step(initial, batch(learner))
+    assert all(map(np.array_equal, leaves(stepped), leaves(experiment.compiled(expected, batch(learner)))))
+
+
+def test_create__seed(learner):
+    first, second = (learner.init(seed=seed) for seed in (1, 2))
+    assert int(first.seed) == 1
+    assert not np.array_equal(first.params["txt"]["tokens"], second.params["txt"]["tokens"])
+    configured = xclip_jax.create("Ti/12", seed=1, **SIZES).init()
+    assert np.array_equal(first.params["txt"]["tokens"], configured.params["txt"]["tokens"])
+
+
+def test_step__a_mesh_equals_one_device(learner):
+    alone = xclip_jax.create("Ti/12", devices=jax.devices()[:1], **SIZES)
+    sharded = xclip_jax.create("Ti/12", strategy="fsdp", **{"mesh.data": 2, "mesh.fsdp": 4}, **SIZES)
+    losses = [float(x.step(x.init(), batch(x))[1]["loss"]) for x in (alone, sharded)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_optimizer__replaces_the_recipes():
+    """Frozen parameters stay, and others move by optax's own update."""
+    sizes = {"objective": "clip", "freeze": ("img",), **SIZES}
+    learner = xclip_jax.create("Ti/12", optimizer=optax.sgd(1.0), **sizes)
+    before = learner.init()
+    params = jax.device_get(before.params)
+    after, metrics = learner.step(before, batch(learner))
+    assert all(map(np.array_equal, leaves(params["img"]), leaves(after.params["img"])))
+    moved = jax.tree.map(jnp.subtract, params, jax.device_get(after.params))
+    assert_close([optax.tree.norm(moved)], [metrics["grad_norm"]], 1e-4)
+    with pytest.raises(UserError, match=r"optim\.lr is an option of the optimizer"):
+        xclip_jax.create("Ti/12", optimizer=optax.sgd(1.0), lr=1.0, **sizes)
+
+
+def test_save__load_has_the_same_model(learner, tmp_path):
+    trained, _ = learner.step(learner.init(), batch(learner))
+    learner.save(tmp_path / "saved", trained)
+    _, variables = interop.read(str(tmp_path / "saved"))
+    assert all(map(np.array_equal, leaves(variables["params"]), leaves(trained.params)))
+    model = xclip_jax.load(tmp_path / "saved")
+    pixels = batch(learner)
+    expected = learner.experiment.model.apply(
+        trained.variables(), learner.experiment.batch_noise.apply({"image": pixels["image"]}), pixels["text"]
+    )
+    assert_close([model.encode_image(pixels["image"])], [expected["z_img"]], 1e-4)
+    assert model.has_clusters
+
+
+def test_create__starts_from_weights(learner, tmp_path):
+    trained, _ = learner.step(learner.init(), batch(learner))
+    learner.save(tmp_path / "saved", trained)
+    again = xclip_jax.create("Ti/12", **{"init.weights": str(tmp_path / "saved")}, **SIZES).init()
+    assert all(map(np.array_equal, leaves(again.params), leaves(trained.params)))
+    assert int(again.step) == 0
+
+
+def test_images(learner, pairs):
+    paths = [str(path) for path in sorted(pairs.rglob("*.png"))[:2]]
+    views = learner.preprocess(paths)
+    assert views.shape == (2, 16, 16, 3) and views.dtype == np.uint8
+    assert np.array_equal(views, learner.preprocess([pathlib.Path(path).read_bytes() for path in paths]))
+    crops = [learner.transform(paths, np.random.default_rng(seed)) for seed in (0, 0, 1)]
+    assert np.array_equal(crops[0], crops[1]) and not np.array_equal(crops[0], crops[2])
+    with pytest.raises(BadSample):
+        learner.preprocess([b"no image"])
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"btach": 8}, "'btach' is unknown; did you mean 'batch'"),
+        ({"optim.lrr": 1.0}, "'optim.lrr' is unknown; did you mean 'optim.lr'"),
+        ({"depth": 3}, r"'depth' is one of model\.img\.depth, model\.txt\.depth"),
+        ({"lr": "fast"}, r"optim\.lr is 'fast'; expected a number"),
+        ({"objective": "clap"}, "objective is 'clap'; it must be one of"),
+    ],
+)
+def test_create__wrong_keys(keys, message):
+    with pytest.raises(UserError, match=message):
+        xclip_jax.create("Ti/12", steps=1, **keys)
+
+
+@pytest.mark.parametrize("change", [{"text": None}, {"image": np.zeros((16, 16, 16, 3), np.float32)}])
+def test_step__wrong_batch(learner, change):
+    given = {name: x for name, x in (batch(learner) | change).items() if x is not None}
+    with pytest.raises(UserError, match="a step takes"):
+        learner.step(None, given)
