@@ -114,9 +114,9 @@ def test_what_the_model_cannot_have_is_refused_at_once():
     with pytest.raises(UserError, match=r"eval\.resize_size is 32; with eval\.resize='longest' it must be 0\."):
         schema.resolve(tiny.config("clip", **longest))
     with pytest.raises(
-        UserError, match=r"finetune\.lora\.rank is 2, and kernels is empty; name kernels among qkv, out"
+        UserError, match=r"finetune\.lora\.rank is 2, and targets is empty; name kernels among qkv, out"
     ):
-        schema.resolve(tiny.config("clip", init__weights="x", finetune__lora={"rank": 2, "kernels": ()}))
+        schema.resolve(tiny.config("clip", init__weights="x", finetune__lora={"rank": 2, "targets": ()}))
 
 
 def test_muon_takes_the_blocks_that_are_not_frozen():

@@ -130,7 +130,7 @@ class ClusterHead(nn.Module):
 
 
 class _Clusters(nn.Module):
-    """Kernel (d, clusters) and bias of a linear map, without applying it."""
+    """Kernel (d, clusters) and bias of a linear map that is not applied."""
 
     clusters: int
 
