@@ -42,10 +42,7 @@ MODEL: dict[str, Any] = {
 }
 WAYS = {
     "all weights": {"optim.lr": 5e-4},
-    "last block": {
-        "optim.lr": 1e-3,
-        "init.freeze": ("img.embed", "img.blocks.0-1", "txt.embed", "txt.blocks.0-1"),
-    },
+    "last block": {"optim.lr": 1e-3, "init.freeze": ("img.embed", "img.blocks.0-1", "txt.embed", "txt.blocks.0-1")},
     "adapters": {"optim.lr": 2e-3, "finetune.lora.rank": 8},
 }
 MIXES = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -123,7 +120,7 @@ def rows_of(folder: pathlib.Path, way: str, run: str) -> list[str]:
 
 
 def largest_differences(run: str, folder: pathlib.Path, share: float) -> dict[str, float]:
-    """Export a mix; return the largest difference between our embeddings and those of open_clip and transformers."""
+    """Export a mix; return the largest difference of embeddings between us, open_clip and transformers."""
     import open_clip
     import torch
     import transformers

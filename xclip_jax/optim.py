@@ -37,32 +37,23 @@ class OptimConfig:
     warmup: int = key(0, "steps of linear warm-up from 0", at_least(0), card="optimizer")
     lr_end: float = key(1e-5, "learning rate at the end of the schedule, after its last step", between(0, 1000))
     weight_decay: float = key(
-        0.5,
-        "decoupled weight decay of kernels and embeddings; none for biases, norms and scale",
-        between(0, 1000),
-        card="optimizer",
+        0.5, "decoupled weight decay of kernels and embeddings", between(0, 1000), card="optimizer"
     )
-    b1: float = key(
-        0.9, "decay of the first moment; adafactor keeps none if it is 0", fraction_below_one(), card="optimizer"
-    )
+    b1: float = key(0.9, "decay of the first moment; 0: adafactor keeps none", fraction_below_one(), card="optimizer")
     b2: float = key(
         0.98,
-        "decay of the second moment; of the momentum for lion; unused by adafactor",
+        "decay of the second moment (lion: of the momentum; adafactor: unused)",
         fraction_below_one(),
         card="optimizer",
     )
     eps: float = key(1e-8, "added to the second moment's root, except in adafactor", at_least(1e-15))
     layer_decay: float = key(1.0, "updates of a layer over updates of the layer above; 1 for none", _SHARE)
-    grad_clip_norm: float = key(
-        0.0, "bound on the global norm of the gradient; 0 for none", at_least(0), card="optimizer"
-    )
-    microbatches: int = key(
-        1, "parts of the batch that are encoded one after another; exact", at_least(1), resume="free"
-    )
+    grad_clip_norm: float = key(0.0, "bound on the gradient's norm; 0 for none", at_least(0), card="optimizer")
+    microbatches: int = key(1, "parts of the batch, encoded one after another", at_least(1), resume="free")
     on_bad_steps: str = key(
         "stop",
-        "after more than 10 steps in a row with non-finite values: stop the run, or rewind it to the parameters of the "
-        "previous checkpoint and continue with the next samples",
+        "after more than 10 consecutive steps with non-finite values: stop the run, or rewind it to the parameters of "
+        "the previous checkpoint and continue with the next samples",
         choice(ON_BAD_STEPS),
         resume="free",
     )
@@ -73,9 +64,7 @@ class EmaConfig:
     """Config group `ema`: a moving average of the parameters, computed if it has a momentum or targets need it."""
 
     momentum: float = key(
-        0.0,
-        "momentum of the average at the start, from where it rises to 1; 0: no average, or 0.996 if targets need it",
-        fraction_below_one(),
+        0.0, "initial momentum, rising to 1; 0: no average, or 0.996 if targets need one", fraction_below_one()
     )
 
     @property
@@ -196,17 +185,15 @@ def stop_frozen(params: Any, frozen: Collection[str], towers: Mapping[str, Tower
 Make = Callable[[OptimConfig, Schedule, Mapping[str, Tower]], optax.GradientTransformation]
 
 
-def _adamw(config: OptimConfig, rate: Schedule, towers: Mapping[str, Tower]) -> optax.GradientTransformation:
-    return optax.adamw(rate, config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=decay_mask)
+def _decoupled(config: OptimConfig, rate: Schedule, towers: Mapping[str, Tower]) -> optax.GradientTransformation:
+    """AdamW (arXiv 1711.05101, the default), Lion (arXiv 2302.06675) or LAMB (arXiv 1904.00962).
 
-
-def _lion(config: OptimConfig, rate: Schedule, towers: Mapping[str, Tower]) -> optax.GradientTransformation:
-    return optax.lion(rate, config.b1, config.b2, weight_decay=config.weight_decay, mask=decay_mask)
-
-
-def _lamb(config: OptimConfig, rate: Schedule, towers: Mapping[str, Tower]) -> optax.GradientTransformation:
-    # The trust ratio of stacked blocks is one number.
-    return optax.lamb(rate, config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=decay_mask)
+    LAMB's trust ratio is one number for stacked blocks.
+    """
+    options = {"b1": config.b1, "b2": config.b2, "weight_decay": config.weight_decay, "mask": decay_mask}
+    if config.name == "lion":
+        return optax.lion(rate, **options)
+    return (optax.lamb if config.name == "lamb" else optax.adamw)(rate, eps=config.eps, **options)
 
 
 def _adafactor(config: OptimConfig, rate: Schedule, towers: Mapping[str, Tower]) -> optax.GradientTransformation:
@@ -250,7 +237,7 @@ def _muon(config: OptimConfig, rate: Schedule, towers: Mapping[str, Tower]) -> o
         names = [key.key for key in path]
         return "muon" if names[-1] == "kernel" and names[0] in towers and "transformer" in names else "adamw"
 
-    transforms: dict[Any, optax.GradientTransformation] = {"muon": muon, "adamw": _adamw(config, rate, towers)}
+    transforms: dict[Any, optax.GradientTransformation] = {"muon": muon, "adamw": _decoupled(config, rate, towers)}
     return optax.partition(transforms, functools.partial(jax.tree_util.tree_map_with_path, label))
 
 
@@ -266,13 +253,7 @@ def _muon_dimensions(kernels: Any) -> Any:
     return jax.tree_util.tree_map_with_path(dimensions, kernels)
 
 
-_OPTIMIZERS: dict[str, Make] = {
-    "adamw": _adamw,  # arXiv 1711.05101
-    "lion": _lion,  # arXiv 2302.06675
-    "adafactor": _adafactor,
-    "muon": _muon,
-    "lamb": _lamb,  # arXiv 1904.00962
-}
+_OPTIMIZERS: dict[str, Make] = {"adafactor": _adafactor, "muon": _muon}
 
 
 def make_optimizer(
@@ -284,7 +265,7 @@ def make_optimizer(
     update's trust ratio. The schedule covers `steps`, the whole run. Frozen parameters (see `trained`) have no updates,
     weight decay or moments.
     """
-    tx = _OPTIMIZERS[config.name](config, schedule(config, steps), towers)
+    tx = _OPTIMIZERS.get(config.name, _decoupled)(config, schedule(config, steps), towers)
     if config.layer_decay != 1:
         # Weight decay is part of the update and scales with the layer's learning rate, like PyTorch's.
         tx = optax.chain(tx, _scale_updates(lambda updates: layer_scales(updates, config.layer_decay, towers)))

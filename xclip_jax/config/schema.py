@@ -66,24 +66,11 @@ class EvalConfig:
     batch: int = key(256, "items to encode at once", at_least(1))
     ema: bool = key(False, "evaluate the moving average of the parameters, if the run has one", evaluation="model")
     report: bool = key(False, "make picture.png and report.html at the end", compared=False)
-    resize: str = key(
-        "shortest", "how images are made square wherever the model is used", choice(RESIZE_MODES), evaluation="model"
-    )
-    resize_size: int = key(
-        0, "side before the central crop, pixels; 0 for model.img.image_size", at_least(0), evaluation="model"
-    )
-    interpolation: str = key(
-        "bicubic", "how images are resized wherever the model is used", choice(INTERPOLATIONS), evaluation="model"
-    )
-    templates: Sequence[str] = key(
-        (),
-        "prompts for labelled images of your own, with {c} for the class; empty: one",
-        _TEMPLATES,
-        evaluation="sets",
-    )
-    class_names: str = key(
-        "", "JSON file {label: name} with the names of your own classes; empty: the labels", evaluation="sets"
-    )
+    resize: str = key("shortest", "how images are made square", choice(RESIZE_MODES), evaluation="model")
+    resize_size: int = key(0, "side before the crop; 0 for model.img.image_size", at_least(0), evaluation="model")
+    interpolation: str = key("bicubic", "how images are resized", choice(INTERPOLATIONS), evaluation="model")
+    templates: Sequence[str] = key((), "prompts for your labelled images; empty: one", _TEMPLATES, evaluation="sets")
+    class_names: str = key("", "JSON file {label: name} of your classes; empty: the labels", evaluation="sets")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,9 +80,7 @@ class LogConfig:
     trackers: Sequence[str] = key(("tensorboard",), "trackers of metrics, in addition to metrics.jsonl", _TRACKERS)
     callbacks: Sequence[str] = key((), "classes of other packages to call during training", _CLASSES)
     every: int = key(
-        20,
-        "steps between two lines of metrics, apart from step 1, checkpoints, evaluations and the end; 0: only these",
-        at_least(0),
+        20, "steps between two lines of metrics; 0: only step 1, checkpoints, evaluations and the end", at_least(0)
     )
     stall_limit: float = key(1800.0, "seconds without progress until the run ends; 0: never", at_least(0))
     profile: Sequence[int] = key((), "first and last step that JAX's profiler traces, for example 100,110", _STEPS)
@@ -113,9 +98,7 @@ class CheckpointConfig:
 class Config:
     """The whole config of a run, made by `resolve`."""
 
-    run: str = key(
-        "runs/new", "folder of the run, on a disk or in a bucket", not_empty(), resume="free", compared=False
-    )
+    run: str = key("runs/new", "folder of the run, also in a bucket", not_empty(), resume="free", compared=False)
     seed: int = key(0, "seed of initial parameters, data order and augmentation", between(0, 2**32 - 1), card="seed")
     steps: int = key(0, "number of updates of the whole run", at_least(1))
     init: InitConfig = group(InitConfig)

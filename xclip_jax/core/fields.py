@@ -177,7 +177,7 @@ def find_class(name: Any, table: Mapping[str, type[T]], base: type[T], what: str
     """Look up the config dataclass `name` in `table`, or import "package.module:Class".
 
     Raises:
-      UserError: no such entry, module or class, or a class that is not a dataclass derived from `base`.
+      UserError: no such entry, module or class, or a class other than a dataclass derived from `base`.
     """
     name = str(name)
     if name in table:

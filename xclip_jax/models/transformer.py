@@ -42,13 +42,9 @@ class TransformerConfig(Tower):
     depth: int = key(12, "blocks", at_least(1))
     heads: int = key(8, "attention heads; they divide width", at_least(1))
     mlp_ratio: float = key(4.0, "hidden width of the MLP over width", above(0))
-    style: str = key(
-        "xclip", "architecture details of published weights: activation, norms, biases and projection", choice(STYLES)
-    )
+    style: str = key("xclip", "details fixed by published weights: activation, norms, projection", choice(STYLES))
     scan: bool = key(True, "one compiled block for all of them, with stacked parameters")
-    remat: str = key(
-        "none", "values that the backward pass recomputes to save memory", choice(REMAT_POLICIES), resume="free"
-    )
+    remat: str = key("none", "values to recompute in the backward pass", choice(REMAT_POLICIES), resume="free")
 
     def conflicts(self) -> Iterator[str]:
         """Yield values that contradict each other."""

@@ -56,10 +56,7 @@ class ModelConfig:
     embed: int = key(512, "e, size of the embedding that images and texts share", at_least(1))
     cluster_head: ClusterHeadConfig = group(ClusterHeadConfig)
     dtype: str = key(
-        "bfloat16",
-        "computation dtype of towers and heads; parameters stay float32",
-        choice(("float32", "bfloat16")),
-        card="model",
+        "bfloat16", "computation dtype; parameters stay float32", choice(("float32", "bfloat16")), card="model"
     )
     plugins: Mapping[str, Mapping[str, Any]] = key(
         {},

@@ -100,17 +100,13 @@ class ImageTowerConfig(TransformerConfig, ImageTower):
     meaning_keys: ClassVar[tuple[str, ...]] = ("style", "pool")
     before: ClassVar[tuple[str, ...]] = ("patches", "positions", "cls", "norm_pre")
 
-    image_size: int = key(
-        224, "side of the square image, pixels; a multiple of patch unless pool is 'map'", at_least(1)
-    )
+    image_size: int = key(224, "side of the image, pixels; a multiple of patch unless pool is 'map'", at_least(1))
     patch: int = key(16, "side of a patch, pixels", at_least(1))
     width: int = key(768, "channels of a token", at_least(1))
     heads: int = key(12, "attention heads; they divide width", at_least(1))
     stem: str = key("linear", "patches to tokens: one linear map, or a hierarchical MLP", choice(STEMS))
     pool: str = key("cls", "class token, mean over patches, or attention pooling", choice(POOLS))
-    patch_dropout: float = key(
-        0.0, "fraction of patches left out of a training pass", fraction_below_one(), card="model"
-    )
+    patch_dropout: float = key(0.0, "fraction of patches dropped in training", fraction_below_one(), card="model")
     drop_path: float = key(0.0, "probability that training leaves out a branch of the last block", fraction_below_one())
 
     def conflicts(self) -> Iterator[str]:

@@ -32,7 +32,7 @@ class Contrastive(Term):
     max_scale: ClassVar[float] = math.inf  # bound of the logit scale
 
     positives: str = key(
-        "pair", "which pairs of a batch match: each only itself, or those with the same caption or image", choice(_KEYS)
+        "pair", "matches of a pair: only itself, or pairs with the same caption or image", choice(_KEYS)
     )
 
     @property
@@ -146,9 +146,7 @@ class Clip(Contrastive):
     max_scale: ClassVar[float] = 100.0  # arXiv 2103.00020, section 2.5
 
     label_smoothing: float = key(0.0, "fraction of the target spread over the batch", fraction_below_one())
-    gce_q: float = key(
-        0.0, "generalised cross-entropy: a pair's loss is (1 - p^q) / q, at most 1 / q; 0 for -ln p", between(0, 1)
-    )
+    gce_q: float = key(0.0, "generalised cross-entropy: loss (1 - p^q) / q of a pair; 0 for -ln p", between(0, 1))
 
     @property
     def hardness(self) -> float:

@@ -111,10 +111,43 @@ class Nclip(Term):
         ceiling = min(math.log(k), math.log(b))  # largest possible information of a batch, nats
         if not ceiling:  # neither one cluster nor a batch of one pair can collapse
             return Health()
-        few = _few_clusters(metrics, k, ceiling)
-        agreement = _disagreement(metrics)
-        # A single used cluster has no mutual information either, but flat's remedy (sharpen) would be wrong.
-        flat = dataclasses.replace(_flat(metrics, ceiling), applies=not few.failed)
+
+        def least(name: str) -> tuple[float, str]:
+            return min((metrics[f"{name}_{m}"], m) for m in noncontrastive.MODALITIES)
+
+        marginal, modality = least("marginal_entropy")
+        few = Check(
+            "few clusters",
+            marginal,
+            FEW_CLUSTERS_SHARE * ceiling,
+            "Entropy of the mean prediction in nats; fails when nearly everything goes to a few clusters.",
+            f"H(mean) of {modality} is {marginal:.2f} nats of {ceiling:.2f} possible, with "
+            f"{metrics[f'clusters_{modality}']:.0f} of {k} clusters in use. Raise objective.nclip.smoothness (2 if "
+            "objective.nclip.sharpness is 1).",
+        )
+        information, modality = least("mutual_information")
+        flat = Check(
+            "flat",
+            information,
+            FLAT_SHARE * ceiling,
+            "Mutual information in nats; fails when the predictions of different pairs are alike.",
+            f"mutual information of {modality} is {information:.3f} nats of {ceiling:.2f} possible. Past the first "
+            "hundred steps, raise objective.nclip.sharpness to 1 and keep objective.nclip.smoothness above it (2), and "
+            "set objective.nclip.tau between 0.5 and 1.",
+            # A single used cluster has no mutual information either, but needs the other remedy.
+            applies=not few.failed,
+        )
+        chance = 1 / max(metrics["clusters_img"], metrics["clusters_txt"], 1)
+        sharp = [metrics[f"entropy_{m}"] < SHARP_SHARE * metrics[f"marginal_entropy_{m}"] for m in ("img", "txt")]
+        agreement = Check(
+            "disagreement",
+            metrics["agreement"],
+            chance + AGREEMENT_ABOVE_CHANCE * (1 - chance),
+            "Share of pairs that agree; fails when an image and its text are sharp on different clusters.",
+            f"predictions are sharp, yet image and text agree on {100 * metrics['agreement']:.1f} % of pairs (chance "
+            f"is about {100 * chance:.1f} %). Lower optim.lr or objective.nclip.sharpness.",
+            applies=any(sharp),
+        )
         note = f"Of {k:,} clusters; a batch of {b:,} can use at most {min(k, b):,}."
         most = (("most", min(k, b)),)
         curves = (
@@ -133,50 +166,3 @@ def _rows(logits: Logits, order: Array) -> Logits:
 
 def _both(name: str) -> tuple[tuple[str, str], ...]:
     return (f"{name}_img", "images"), (f"{name}_txt", "texts")
-
-
-def _least(metrics: Mapping[str, float], name: str) -> tuple[float, str]:
-    """Return the smaller of a metric's values for the two modalities, and that modality."""
-    return min((metrics[f"{name}_{m}"], m) for m in noncontrastive.MODALITIES)
-
-
-def _flat(metrics: Mapping[str, float], ceiling: float) -> Check:
-    information, modality = _least(metrics, "mutual_information")
-    return Check(
-        "flat",
-        information,
-        FLAT_SHARE * ceiling,
-        "Mutual information in nats; fails when the predictions of different pairs are alike.",
-        f"mutual information of {modality} is {information:.3f} nats of {ceiling:.2f} possible. Past the first hundred "
-        "steps, raise objective.nclip.sharpness to 1 and keep objective.nclip.smoothness above it (2), and set "
-        "objective.nclip.tau between 0.5 and 1.",
-    )
-
-
-def _few_clusters(metrics: Mapping[str, float], k: int, ceiling: float) -> Check:
-    marginal, modality = _least(metrics, "marginal_entropy")
-    return Check(
-        "few clusters",
-        marginal,
-        FEW_CLUSTERS_SHARE * ceiling,
-        "Entropy of the mean prediction in nats; fails when nearly everything goes to a few clusters.",
-        f"H(mean) of {modality} is {marginal:.2f} nats of {ceiling:.2f} possible, with "
-        f"{metrics[f'clusters_{modality}']:.0f} of {k} clusters in use. Raise objective.nclip.smoothness (2 if "
-        "objective.nclip.sharpness is 1).",
-    )
-
-
-def _disagreement(metrics: Mapping[str, float]) -> Check:
-    chance = 1 / max(metrics["clusters_img"], metrics["clusters_txt"], 1)
-    agreement = metrics["agreement"]
-    return Check(
-        "disagreement",
-        agreement,
-        chance + AGREEMENT_ABOVE_CHANCE * (1 - chance),
-        "Share of pairs that agree; fails when an image and its text are sharp on different clusters.",
-        f"predictions are sharp, yet image and text agree on {100 * agreement:.1f} % of pairs (chance is about "
-        f"{100 * chance:.1f} %). Lower optim.lr or objective.nclip.sharpness.",
-        applies=any(
-            metrics[f"entropy_{m}"] < SHARP_SHARE * metrics[f"marginal_entropy_{m}"] for m in noncontrastive.MODALITIES
-        ),
-    )

@@ -18,12 +18,7 @@ from xclip_jax.objectives.similarity import Similarity
 from xclip_jax.objectives.term import Arrays, LossConfig, Result, Term
 
 Array = jax.Array
-TERMS: dict[str, type[Term]] = {
-    "clip": Clip,
-    "siglip": Siglip,
-    "nclip": Nclip,
-    "classify": Classify,
-}
+TERMS: dict[str, type[Term]] = {"clip": Clip, "siglip": Siglip, "nclip": Nclip, "classify": Classify}
 
 # Named objectives, as terms and weights.
 RECIPES: dict[str, dict[str, float]] = {

@@ -86,8 +86,8 @@ def _accepts(options: Options, device: jax.Device) -> bool:
 def ordered(x: Tree, after: Tree) -> tuple[Tree, Tree]:
     """Return (x, after); in the backward pass the gradient of `x` waits for the gradient of `after`.
 
-    Otherwise the compiler postpones the gradients of all kernels to the end of the backward pass, where no computation
-    hides their sums over devices, and keeps the activations of all blocks until then.
+    Otherwise the compiler postpones the gradients of all kernels to the end of the backward pass, with nothing left to
+    hide their sums over devices, and keeps the activations of all blocks until then.
     """
     return x, after
 
@@ -96,7 +96,7 @@ ordered.defvjp(lambda x, after: ((x, after), None), lambda _, gradients: jax.lax
 
 
 def ordered_after_small(x: Tree, params: Tree) -> tuple[Tree, Tree]:
-    """Return (x, params); the gradient of `x` waits for those of small `params`, unlike kernels'."""
+    """Return (x, params); the gradient of `x` waits for the gradients of small `params`, but not kernels."""
     leaves, structure = jax.tree.flatten(params)
     small = {i: leaf for i, leaf in enumerate(leaves) if leaf.size < _SMALL}
     x, small = ordered(x, small)

@@ -192,8 +192,12 @@ def map_microbatches(
         def one(part: Any) -> Any:
             return fn(shared, part)
 
-        results = jax.lax.map(jax.checkpoint(one), jax.tree.map(lambda x: _split(x, microbatches), rows))
-        return results if stack else jax.tree.map(_join, results)
+        # Row i goes to microbatch i % microbatches, so that each has rows of every device.
+        parts = jax.tree.map(
+            lambda x: x.reshape(x.shape[0] // microbatches, microbatches, *x.shape[1:]).swapaxes(0, 1), rows
+        )
+        results = jax.lax.map(jax.checkpoint(one), parts)
+        return results if stack else jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), results)
 
     if layout is None or (clusters and layout.clusters_split):
         return local(shared, rows)
@@ -217,15 +221,6 @@ def map_microbatches(
         axis_names=set(manual),
         check_vma=False,
     )(shared, rows)
-
-
-def _split(x: jax.Array, microbatches: int) -> jax.Array:
-    # Row i goes to microbatch i % microbatches, so that each has rows of every device.
-    return x.reshape(x.shape[0] // microbatches, microbatches, *x.shape[1:]).swapaxes(0, 1)
-
-
-def _join(x: jax.Array) -> jax.Array:
-    return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
 
 
 def shardings(boxed: Any, layout: MeshLayout) -> Any:

@@ -40,7 +40,6 @@ class Chip:
     network: float  # bytes/s between slices; v4 has no published figure and takes v5p's
     wraps: int  # length of grid axes that form a ring; 0: all axes do if all are multiples of 4
     smallest: str  # smallest topology
-    cores: int = 1  # cores of a device, which share its work
     devices: int = 1  # JAX devices of a chip
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -52,9 +51,9 @@ class Chip:
 
 _MEGACORE = {"chip_config_name": "megacore"}  # two cores as one device
 CHIPS = {
-    "v4": Chip(32 * GIB, 275e12, 1228e9, 1.05e9, 0.4, 45e9, 50e9 / 8, 0, "v4:2x2x1", 2, options=_MEGACORE),
+    "v4": Chip(32 * GIB, 275e12, 1228e9, 1.05e9, 0.4, 45e9, 50e9 / 8, 0, "v4:2x2x1", options=_MEGACORE),
     "v5e": Chip(16 * GIB, 197e12, 819e9, 1.5e9, 0.38, 50e9, 25e9 / 8, 16, "v5e:2x2"),
-    "v5p": Chip(95 * GIB, 459e12, 2765e9, 1.75e9, 0.4, 100e9, 50e9 / 8, 0, "v5p:2x2x1", 2, options=_MEGACORE),
+    "v5p": Chip(95 * GIB, 459e12, 2765e9, 1.75e9, 0.4, 100e9, 50e9 / 8, 0, "v5p:2x2x1", options=_MEGACORE),
     "v6e": Chip(32 * GIB, 918e12, 1640e9, 1.75e9, 0.11, 100e9, 100e9 / 8, 16, "v6e:2x2"),
     # A chip is two devices, each with half of the memory.
     "tpu7x": Chip(96 * GIB, 2307e12 / 2, 7380e9 / 2, 2.2e9, 0.11, 100e9, 50e9 / 8, 0, "tpu7x:2x2x1", devices=2),

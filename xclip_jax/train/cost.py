@@ -72,7 +72,7 @@ def forward_flops(config: Config, *, train: bool = True) -> dict[str, float] | N
 
 
 def num_parameters(config: Config) -> dict[str, int]:
-    """Count the parameters of each tower and head, from shapes alone."""
+    """Count the parameters of each tower and head, without computing any."""
     model = make_model(config, make_objective(config.objective), tokenizer.load(config.data.tokenizer))
     init = init_fn(model, optax.identity(), loss_state={}, ema=False, seed=0, adapters=LoraConfig())
     return {name: sum(x.size for x in jax.tree.leaves(part)) for name, part in jax.eval_shape(init).params.items()}
@@ -221,7 +221,7 @@ def remedies(config: Config, rows: int = 0, devices: int = 0) -> list[str]:
 
 
 def too_large(experiment: Experiment, limit: float, needs: str) -> tuple[str, str]:
-    """Return a sentence about a step that exceeds a device's `limit` bytes, and a sentence with remedies."""
+    """Return two sentences on a step that exceeds a device's `limit` bytes: the fault and the remedies."""
     flags = ", ".join(remedies(experiment.config, experiment.text_rows[0], experiment.mesh.size))
     remedy = f"add one after the other until it fits: {flags}; or take more devices" if flags else "take more devices"
     return f"the step does not fit a device's {format_bytes(limit)}: {needs}", remedy
