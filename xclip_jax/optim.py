@@ -190,7 +190,12 @@ def _decoupled(config: OptimConfig, rate: Schedule, towers: Mapping[str, Tower])
 
     LAMB's trust ratio is one number for stacked blocks.
     """
-    options = {"b1": config.b1, "b2": config.b2, "weight_decay": config.weight_decay, "mask": decay_mask}
+    options: dict[str, Any] = {
+        "b1": config.b1,
+        "b2": config.b2,
+        "weight_decay": config.weight_decay,
+        "mask": decay_mask,
+    }
     if config.name == "lion":
         return optax.lion(rate, **options)
     return (optax.lamb if config.name == "lamb" else optax.adamw)(rate, eps=config.eps, **options)

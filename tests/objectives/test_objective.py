@@ -154,9 +154,9 @@ def test_a_term_of_weight_0_neither_speaks_for_the_model_nor_warns(idle, own, al
 
 
 def test_terms_that_overwrite_each_other_are_refused():
-    config = tiny.config("superclip")
+    config = tiny.config("clip")
     config.objective.terms, config.objective.name = {"tokens": 0.5, "words": 0.5}, "two"
-    config.objective.plugins = {"words": {"type": "xclip_jax.objectives.superclip:Tokens"}}
+    config.objective.plugins = {name: {"type": SUPERCLIP} for name in ("tokens", "words")}
     config = schema.resolve(config)
     objective, model = make_objective(config.objective), config.model
     with pytest.raises(UserError, match=r"'words' carries 'token_frequency', like an earlier term"):

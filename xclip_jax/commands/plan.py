@@ -173,8 +173,8 @@ def _render_time(facts: dict[str, Any]) -> list[str]:
     ]
     if facts["peak_ms"]:
         lines.append(
-            f"{facts['flops_per_pair'] / 1e9:.1f} GFLOP per pair, {facts['flops_per_step'] / 1e12:,.0f} TFLOP a step: "
-            f"{facts['peak_ms']:.1f} ms at the chips' peak"
+            f"{facts['flops_per_pair'] / 1e9:.1f} GFLOP per pair, "
+            f"{facts['flops_per_step'] / 1e12:,.0f} TFLOP per step: {facts['peak_ms']:.1f} ms at the chips' peak"
         )
     return lines
 

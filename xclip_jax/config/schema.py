@@ -164,11 +164,12 @@ class Config:
             yield "finetune.lora.rank adapts towers, and init.freeze freezes all of them; leave one of the two out"
         known = [(name, kernel) for name in names for kernel in lora.targets if kernel in towers[name].kernel_sizes]
         yield from lora.too_large({f"{name} {kernel}": towers[name].kernel_sizes[kernel] for name, kernel in known})
-        if self.optim.name != "muon" or missing:
-            return
-        layers = frozen_layers(frozen, towers)
-        blocks = {name: {*range(1, towers[name].num_layers - 1)} or {0} for name in names}
-        if lora.rank or all(blocks[name] <= layers.get(name, set()) for name in names):
+        idle = bool(lora.rank)  # whether no kernel of a block is trained
+        if not missing:
+            layers = frozen_layers(frozen, towers)
+            blocks = {name: {*range(1, towers[name].num_layers - 1)} or {0} for name in names}
+            idle |= all(blocks[name] <= layers.get(name, set()) for name in names)
+        if self.optim.name == "muon" and idle:
             freezing = "finetune.lora.rank" if lora.rank else "init.freeze"
             yield (
                 f"optim.name is 'muon', and {freezing} freezes all kernels that it takes; set it to 'adamw', "

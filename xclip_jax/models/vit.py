@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import einops
@@ -189,7 +189,19 @@ class ImageTowerConfig(TransformerConfig, ImageTower):
             capture_intermediates=lambda module, _: module.name in ("qkv", "query", "kv"),
             mutable=["intermediates"],
         )
-        weights = _attention_map(captured["intermediates"], self.depth - 1, self.pool)
+        found = captured["intermediates"]
+        if self.pool == "map":
+            query = einops.rearrange(found["pool_map"]["query"]["__call__"][0], "b n heads kv -> b heads n kv")
+            key, _ = found["pool_map"]["kv"]["__call__"][0]
+            weights = _attention_weights(query, key)[:, 0]
+        else:
+            query, key, _ = found["transformer"][f"block_{self.depth - 1}"]["attention"]["qkv"]["__call__"][0]
+            weights = _attention_weights(query, key)
+            if self.pool == "mean":
+                weights = weights.mean(axis=1)
+            else:  # the class token, without its attention to itself
+                weights = weights[:, 0, 1:]
+                weights = weights / weights.sum(axis=1, keepdims=True)
         return weights.reshape(-1, self.grid, self.grid)
 
     def describe(self) -> str:
@@ -260,18 +272,3 @@ def _attention_weights(query: Array, key: Array) -> Array:
     query = query.astype(jnp.float32) * query.shape[-1] ** -0.5
     key = key.astype(jnp.float32)
     return jax.nn.softmax(jnp.einsum("bhnd,bhmd->bhnm", query, key)).mean(axis=1)
-
-
-def _attention_map(captured: Mapping[str, Any], last: int, pool: str) -> Array:
-    """Return the last attention over patches, fp32 (b, patches) summing to 1, from intermediates of block `last`."""
-    if pool == "map":
-        head = captured["pool_map"]
-        key, _ = head["kv"]["__call__"][0]
-        query = einops.rearrange(head["query"]["__call__"][0], "b n heads kv -> b heads n kv")
-        return _attention_weights(query, key)[:, 0]
-    query, key, _ = captured["transformer"][f"block_{last}"]["attention"]["qkv"]["__call__"][0]
-    weights = _attention_weights(query, key)
-    if pool == "mean":
-        return weights.mean(axis=1)
-    weights = weights[:, 0, 1:]  # without the class token itself
-    return weights / weights.sum(axis=1, keepdims=True)

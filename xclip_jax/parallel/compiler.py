@@ -59,14 +59,14 @@ def options(devices: Sequence[jax.Device]) -> Options:
     Options in the environment variable LIBTPU_INIT_ARGS (TPU) or XLA_FLAGS (GPU) are left out.
     """
     platform = devices[0].platform
-    wanted: Options = _GPUS if platform == "gpu" and len(devices) > 1 else {}
+    possible: Options = _GPUS if platform == "gpu" and len(devices) > 1 else {}
     if platform == "tpu":
         # Cores up to v4 have 16 MiB of vector memory, too little for products fused with sums; since v5 at least 64.
         old = devices[0].device_kind.startswith(("TPU v2", "TPU v3", "TPU v4"))
-        wanted = _TPU if old else {**_TPU, **_TPU_OVERLAP}
+        possible = _TPU if old else {**_TPU, **_TPU_OVERLAP}
     given = {flag.lstrip("-").partition("=")[0] for flag in os.environ.get(_FLAGS.get(platform, ""), "").split()}
     device = next((d for d in devices if d.process_index == jax.process_index()), devices[0])
-    return {name: x for name, x in wanted.items() if name not in given and _accepts({name: x}, device)}
+    return {name: x for name, x in possible.items() if name not in given and _accepts({name: x}, device)}
 
 
 def _accepts(options: Options, device: jax.Device) -> bool:

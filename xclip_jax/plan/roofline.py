@@ -79,7 +79,7 @@ def devices_of(topology: str, slices: int = 1) -> tuple[list[Any], Chip]:
     chip, _ = grid_of(topology)
     # Otherwise libtpu asks a metadata server, and serves only one process of a machine.
     os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")  # it prints that it finds none
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")  # otherwise libtpu complains on stderr
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("planning for TPUs needs libtpu: pip install 'xclip_jax[tpu]'")
