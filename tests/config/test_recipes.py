@@ -36,7 +36,7 @@ def test_parse_arg():
         ("steps=5,b", "'b' is unknown"),
         ("stpes=5", "'stpes' is unknown; did you mean 'steps'"),
         ("steps=many", "steps='many'; expected an integer"),
-        ("objective=clap", "objective='clap' must be one of clip, siglip, nclip, xclip"),
+        ("objective=clap", "objective is 'clap'; it must be one of 'clip', 'siglip', 'nclip', 'xclip'"),
     ):
         with pytest.raises(UserError, match=message):
             recipes.parse_arg(arg, steps=1, name="x", objective="clip")

@@ -168,7 +168,7 @@ def test_terms_that_overwrite_each_other_are_refused():
             return {f"own_{name}": head for name, head in super().heads(model, vocab).items()}
 
     clashing = dataclasses.replace(objective, terms={"nclip": Nclip(), "sharp": Renamed()})
-    with pytest.raises(UserError, match=r"'own_clusters_img' writes 's_img', like the head 'clusters_img' of"):
+    with pytest.raises(UserError, match=r"'own_clusters_img' with output 's_img' differs from the head 'clusters_img'"):
         clashing.heads(model, vocab=8)
 
 

@@ -134,18 +134,18 @@ def parse(argv: list[str]) -> list[str]:
                     left = f"--config.{name}={value!r}"
                     print(f"  {left:<50} {doc}" if len(left) < 50 else f"  {left}\n  {'':<50} {doc}")
             sys.exit(0)
-        if at is None and "--helpfull" not in argv:
-            raise UserError("--config is missing; start with --config demo")
+        spec = ""
         if at is not None:
             spec = argv[at].partition("=")[2] or (argv[at + 1] if at + 1 < len(argv) else "")
-            if not spec:
-                raise UserError("--config has no value; start with --config demo")
             argv = argv[:at] + argv[at + (1 if "=" in argv[at] else 2) :]
+        if spec:
             with imports.trusting(any(re.fullmatch(r"--?trust(=(true|t|1))?", arg, re.IGNORECASE) for arg in argv)):
                 config, describe = load_recipe(spec)
             check_keys(config, argv)
             argv = [quote_list(config, arg) for arg in argv]
             config_flags.DEFINE_config_dict("config", config, "Keys of the config.", sys_argv=argv)
+        elif "--helpfull" not in argv:
+            raise UserError("--config is missing or empty; start with --config demo")
         unparsed = flags.FLAGS(argv)
         if len(unparsed) > 1:
             raise UserError(f"unknown argument {unparsed[1]!r}; set config keys with --config.KEY=VALUE")

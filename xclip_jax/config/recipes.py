@@ -7,7 +7,7 @@ from typing import Any
 import ml_collections
 
 from xclip_jax.config import schema
-from xclip_jax.core.errors import UserError
+from xclip_jax.core.errors import UserError, check_choice
 from xclip_jax.core.fields import nearest
 from xclip_jax.models.two_towers import PRESETS, TOWERS, preset
 from xclip_jax.objectives import OBJECTIVES, RECIPES
@@ -39,9 +39,9 @@ def parse_arg(arg: str | None, **defaults: Any) -> ml_collections.ConfigDict:
             hint = f"did you mean {nearest(key, defaults)!r}? Known: {', '.join(defaults)}"
             raise UserError(f"config argument {key!r} is unknown; {hint}.")
         values[key] = _convert(key, text, defaults[key])
-    # A default of "" means that the recipe chooses the objective.
-    if values.get("objective", "clip") not in (*OBJECTIVES, defaults.get("objective")):
-        raise UserError(f"config argument objective={values['objective']!r} must be one of {', '.join(OBJECTIVES)}.")
+    objective = values.get("objective", "")
+    if objective != defaults.get("objective", ""):  # whose default may be "", a choice of the recipe
+        check_choice("config argument objective", objective, OBJECTIVES)
     return ml_collections.ConfigDict(values)
 
 

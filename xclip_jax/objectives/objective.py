@@ -99,12 +99,11 @@ class Objective:
                 known = heads.setdefault(head_name, head)
                 if isinstance(known, Scalar) and isinstance(head, Scalar):  # the first initial value counts
                     head = dataclasses.replace(head, initial=known.initial)
-                if known != head:
-                    raise UserError(f"objective term {name!r} needs another head {head_name!r} than an earlier term.")
-                if outputs_of.setdefault(head.output, head_name) != head_name:
+                owner = outputs_of.setdefault(head.output, head_name)
+                if known != head or owner != head_name:
                     raise UserError(
-                        f"objective term {name!r}: its head {head_name!r} writes {head.output!r}, like the head "
-                        f"{outputs_of[head.output]!r} of an earlier term; rename one output."
+                        f"objective term {name!r}: its head {head_name!r} with output {head.output!r} differs from the "
+                        f"head {owner!r} of an earlier term; rename one."
                     )
         return heads
 

@@ -58,13 +58,13 @@ def options(devices: Sequence[jax.Device]) -> Options:
 
     Options in the environment variable LIBTPU_INIT_ARGS (TPU) or XLA_FLAGS (GPU) are left out.
     """
-    platform = devices[0].platform
-    possible: Options = _GPUS if platform == "gpu" and len(devices) > 1 else {}
-    if platform == "tpu":
+    kind = devices[0].platform
+    possible: Options = _GPUS if kind == "gpu" and len(devices) > 1 else {}
+    if kind == "tpu":
         # Cores up to v4 have 16 MiB of vector memory, too little for products fused with sums; since v5 at least 64.
         old = devices[0].device_kind.startswith(("TPU v2", "TPU v3", "TPU v4"))
         possible = _TPU if old else {**_TPU, **_TPU_OVERLAP}
-    given = {flag.lstrip("-").partition("=")[0] for flag in os.environ.get(_FLAGS.get(platform, ""), "").split()}
+    given = {flag.lstrip("-").partition("=")[0] for flag in os.environ.get(_FLAGS.get(kind, ""), "").split()}
     device = next((d for d in devices if d.process_index == jax.process_index()), devices[0])
     return {name: x for name, x in possible.items() if name not in given and _accepts({name: x}, device)}
 
@@ -96,7 +96,7 @@ ordered.defvjp(lambda x, after: ((x, after), None), lambda _, gradients: jax.lax
 
 
 def ordered_after_small(x: Tree, params: Tree) -> tuple[Tree, Tree]:
-    """Return (x, params); the gradient of `x` waits for the gradients of small `params`, but not kernels."""
+    """Return (x, params); the gradient of `x` waits for the gradients of small `params`, but not of kernels."""
     leaves, structure = jax.tree.flatten(params)
     small = {i: leaf for i, leaf in enumerate(leaves) if leaf.size < _SMALL}
     x, small = ordered(x, small)
