@@ -159,7 +159,7 @@ def test_terms_that_overwrite_each_other_are_refused():
     config.objective.plugins = {name: {"type": SUPERCLIP} for name in ("tokens", "words")}
     config = schema.resolve(config)
     objective, model = make_objective(config.objective), config.model
-    with pytest.raises(UserError, match=r"'words' carries 'token_frequency', like an earlier term"):
+    with pytest.raises(UserError, match=r"'words' carries 'token_batches', like an earlier term"):
         objective.initial_state(model, vocab=8)
 
     @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ _KINDS = {int: "an integer", float: "a number"}
 
 
 def parse_arg(arg: str | None, **defaults: Any) -> ml_collections.ConfigDict:
-    """Parse a recipe's argument, see `--config RECIPE:a=1,b=x`, and return the defaults updated with its values.
+    """Parse a recipe's argument, the part after ":" in --config, and return the defaults updated with its values.
 
     Args:
       arg: "KEY=VALUE,KEY=VALUE". After a string, a part without "=" continues it, so that paths may contain commas.
