@@ -183,19 +183,19 @@ class ImageTowerConfig(TransformerConfig, ImageTower):
 
     def attention_maps(self, params: Params, image: Array, dtype: DTypeLike) -> Array:
         tower = self.unrolled()
-        _, captured = tower.module(dtype).apply(
+        _, state = tower.module(dtype).apply(
             {"params": tower.convert(params)[0]},
             image,
             capture_intermediates=lambda module, _: module.name in ("qkv", "query", "kv"),
             mutable=["intermediates"],
         )
-        found = captured["intermediates"]
+        captured = state["intermediates"]
         if self.pool == "map":
-            query = einops.rearrange(found["pool_map"]["query"]["__call__"][0], "b n heads kv -> b heads n kv")
-            key, _ = found["pool_map"]["kv"]["__call__"][0]
+            query = einops.rearrange(captured["pool_map"]["query"]["__call__"][0], "b n heads kv -> b heads n kv")
+            key, _ = captured["pool_map"]["kv"]["__call__"][0]
             weights = _attention_weights(query, key)[:, 0]
         else:
-            query, key, _ = found["transformer"][f"block_{self.depth - 1}"]["attention"]["qkv"]["__call__"][0]
+            query, key, _ = captured["transformer"][f"block_{self.depth - 1}"]["attention"]["qkv"]["__call__"][0]
             weights = _attention_weights(query, key)
             if self.pool == "mean":
                 weights = weights.mean(axis=1)
