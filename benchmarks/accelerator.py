@@ -7,7 +7,7 @@
 Each attempt at a row is a separate process, so that memory and compiled programs of one do not count for the next. Ours
 uses the recipes' rematerialisation (remat=dots). It compiles the step for two small batches, derives from their memory
 the largest multiple of 128 pairs per device that fits (or less, if the device disagrees), and prints the median of
---steps steps. Images are random uint8, texts as long as those of CC12M (`benchmarks.step`) and whole without --groups.
+--steps steps. Images are random uint8, texts as long as in CC12M (`benchmarks.step`) and whole without --groups.
 MFU is the model's FLOPs (`xclip_jax.train.cost`, three forward passes, nothing for cut tokens) over the devices' dense
 bf16 peak. open_clip runs on one GPU, without rematerialisation, with torch.compile, bf16 autocast, fused AdamW and
 whole texts, with as many pairs as one of our devices, or the largest half, quarter ... of these that fits.
@@ -30,14 +30,14 @@ import numpy as np
 from benchmarks import step as cpu
 
 PRESET, CLUSTERS = "B/16", 32768
-MULTIPLE = 128  # pairs of a device
-LARGEST = 3 * MULTIPLE  # pairs of a device in the larger of the two steps that are compiled for their memory alone
+MULTIPLE = 128  # pairs per device
+LARGEST = 3 * MULTIPLE  # pairs per device in the larger of two steps compiled to measure their memory
 FREE = 0.92  # fraction of a device's memory that a step may take
 WARM_UP = 3
 
 
 def config_of(objective: str, batch: int, small: bool, groups: bool) -> Any:
-    """The recipe's config with a batch of `batch` pairs; if `small`, with towers that a CPU computes in a moment."""
+    """Return the recipe's config with a batch of `batch` pairs; if `small`, with tiny towers for a CPU."""
     import jax
 
     from xclip_jax.config import recipes
@@ -60,12 +60,12 @@ def config_of(objective: str, batch: int, small: bool, groups: bool) -> Any:
 
 
 def rounded(pairs: float) -> int:
-    """The largest multiple of 128 pairs of a device, or below that power of two, up to `pairs`; at least 1."""
+    """Round down to a multiple of 128 pairs, or below 128 to a power of two; at least 1."""
     return int(pairs) // MULTIPLE * MULTIPLE or 1 << max(int(pairs), 1).bit_length() - 1
 
 
 def fitting_batch(objective: str, small: bool, groups: bool) -> int:
-    """The largest batch that fits the devices, extrapolated from the memory of the steps of two small batches."""
+    """Return the largest fitting batch, extrapolated from the memory of the steps of two small batches."""
     import jax
 
     from xclip_jax.train import cost
@@ -79,7 +79,7 @@ def fitting_batch(objective: str, small: bool, groups: bool) -> int:
     size = LARGEST
     while size and len(peaks) < 2:
         experiment = build(config_of(objective, size * len(devices), small, groups))
-        compiled, trouble = cost.compile_if_fits(experiment)  # compilers of TPUs refuse a step that does not fit
+        compiled, trouble = cost.compile_if_fits(experiment)  # TPU compilers refuse large steps
         if compiled is not None:
             peaks[size] = cost.memory_usage(experiment, compiled)["peak"]
         size //= 2
@@ -97,7 +97,8 @@ def attempt(flags: argparse.Namespace) -> dict[str, Any]:
     else:
         import jax
 
-        run, devices = ours, jax.device_count()
+        run = ours
+        devices = jax.device_count()
         batch = flags.batch or fitting_batch(flags.child, flags.small, flags.groups)
         fewer = rounded(0.9 * batch / devices) * devices
     try:
@@ -109,7 +110,7 @@ def attempt(flags: argparse.Namespace) -> dict[str, Any]:
 
 
 def ours(flags: argparse.Namespace, batch: int) -> dict[str, Any]:
-    """The row of an objective."""
+    """Return the row of an objective."""
     import jax
 
     from xclip_jax.data import loader
@@ -138,7 +139,8 @@ def ours(flags: argparse.Namespace, batch: int) -> dict[str, Any]:
         with jax.profiler.trace(flags.trace):
             for _ in range(3):
                 step()
-    device, devices = jax.devices()[0], jax.device_count()
+    device = jax.devices()[0]
+    devices = jax.device_count()
     whole = cost.step_flops(experiment.config, WHOLE)
     cut = bool(metrics.get("text/cut", 0))
     return times | {
@@ -151,7 +153,7 @@ def ours(flags: argparse.Namespace, batch: int) -> dict[str, Any]:
 
 
 def measured(step: Callable[[], None], steps: int) -> dict[str, float]:
-    """Seconds of the first step, and median seconds of `steps` steps after a warm-up."""
+    """Return the seconds of the first step, and the median of `steps` steps after a warm-up."""
     seconds = []
     for _ in range(1 + WARM_UP + steps):
         began = time.perf_counter()
@@ -161,7 +163,7 @@ def measured(step: Callable[[], None], steps: int) -> dict[str, float]:
 
 
 def open_clip(flags: argparse.Namespace, batch: int) -> dict[str, Any]:
-    """The row of open_clip's ViT-B-16 on one GPU."""
+    """Return the row of open_clip's ViT-B-16 on one GPU."""
     import open_clip as peer
     import torch
 
@@ -193,13 +195,13 @@ def open_clip(flags: argparse.Namespace, batch: int) -> dict[str, Any]:
 
 
 def torch_has_cuda() -> bool:
-    """Whether open_clip can run here; a separate process finds out, since torch would keep memory of the GPU."""
+    """Return whether open_clip can run here, by a separate process, since torch would keep GPU memory."""
     code = "import open_clip, torch; raise SystemExit(not torch.cuda.is_available())"
     return subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
 
 
 def measure(child: str, flags: argparse.Namespace, batch: int = 0) -> dict[str, Any] | None:
-    """The row from the first batch that fits, or None if the process failed."""
+    """Return the row of the first fitting batch, or None if the process failed."""
     command = [sys.executable, "-m", "benchmarks.accelerator", "--child", child, "--steps", str(flags.steps)]
     command += ["--small"] * flags.small + ["--groups"] * flags.groups
     command += ["--trace", str(pathlib.Path(flags.trace) / child)] if flags.trace else []
@@ -216,7 +218,7 @@ def measure(child: str, flags: argparse.Namespace, batch: int = 0) -> dict[str, 
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows in Markdown."""
+    """Return the rows in Markdown."""
     units = ["s a step", "pairs/s", "model TFLOP/s", "MFU", "GiB", "s of the first step"]
     heads = ["program", "objective", "devices", "batch", *units]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
@@ -232,13 +234,13 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def of_one_device(ours: dict[str, Any], peer: dict[str, Any]) -> dict[str, Any]:
-    """open_clip's row, with the FLOPs of our pairs with whole texts, and the peak of one of our devices."""
+    """Complete open_clip's row by the FLOPs of our pairs with whole texts, and the peak of one of our devices."""
     flops = ours["whole"] / ours["batch"] * peer["batch"]
     return peer | {"flops": flops, "peak": ours["peak"] / ours["device_count"]}
 
 
 def texts(row: dict[str, Any]) -> str:
-    """Whether a program computed its texts in groups."""
+    """Say whether a program computed its texts in groups."""
     if row["program"] != "xclip_jax":
         return "its texts are whole"
     return "texts in groups of their lengths" if row["cut"] else "texts are whole, since this batch fits no groups"
@@ -260,7 +262,8 @@ def main() -> None:
             result = attempt(flags)
         print(json.dumps(result))
         return
-    rows = [row for objective in flags.objectives.split(",") if (row := measure(objective, flags))]
+    measured_rows = [measure(objective, flags) for objective in flags.objectives.split(",")]
+    rows = [row for row in measured_rows if row]
     clip = next((row for row in rows if row["objective"] == "clip"), None)
     if clip and not flags.small and torch_has_cuda():
         peer = measure("open_clip", flags, clip["batch"] // clip["device_count"])

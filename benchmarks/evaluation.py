@@ -53,7 +53,7 @@ def data_of(task: str) -> tuple[np.ndarray, np.ndarray, Any]:
 
 
 def ours(task: str) -> Callable[[], dict[str, float]]:
-    """Return an evaluation by our evaluators, as in training, with features instead of towers."""
+    """Return an evaluation by our evaluators, with features instead of towers."""
     from xclip_jax.evaluators.results import flat
     from xclip_jax.evaluators.retrieval import Retrieval, RetrievalSet
     from xclip_jax.evaluators.zeroshot import ZeroShot, ZeroShotSet
@@ -94,7 +94,8 @@ def clip_benchmark(task: str) -> Callable[[], dict[str, float]]:
     # Its accuracy converts an array of one number, which NumPy 2.4 refuses.
     zeroshot_classification.float = lambda x: float(np.asarray(x).item())  # ty: ignore[missing-attribute]
     img, txt, labels = data_of(task)
-    images, texts = torch.from_numpy(img), torch.from_numpy(txt)
+    images = torch.from_numpy(img)
+    texts = torch.from_numpy(txt)
 
     class Model:
         def encode_image(self, x: Any) -> Any:
@@ -138,7 +139,7 @@ def child(program: str, task: str) -> None:
     """Print seconds, bytes and values of one evaluation."""
     run = {"ours": ours, "clip_benchmark": clip_benchmark}[program](task)
     unit = 1 if sys.platform == "darwin" else 1024
-    # The resident bytes now, since the peak so far includes the making of the features.
+    # Resident bytes now, since the peak so far includes making the features.
     before = int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     began = time.perf_counter()
     with contextlib.redirect_stderr(open(os.devnull, "w")):  # progress bars

@@ -50,7 +50,8 @@ KINDS = 200  # different pictures; they repeat, so that making them takes no tim
 
 def picture(rng: np.random.Generator) -> bytes:
     """A JPEG of about 500 x 375 and 37 kB: clouds with the spectrum of photographs."""
-    w, h = int(rng.integers(480, 521)), int(rng.integers(360, 391))
+    w = int(rng.integers(480, 521))
+    h = int(rng.integers(360, 391))
     image = np.zeros((h, w, 3), np.float32)
     for octave in range(8):
         small = rng.normal(size=(3 << octave, 4 << octave, 3)).astype(np.float32) * 60 / 1.7**octave

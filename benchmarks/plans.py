@@ -94,7 +94,7 @@ class Planner:
         self.environment = environment.capture() | {"command": "python -m benchmarks.plans"}
         folders = (pathlib.Path(plan.__file__).parents[1], DOCS.parent / "configs")
         sources = b"".join(file.read_bytes() for folder in folders for file in sorted(folder.rglob("*.py")))
-        # The file of plans itself makes a checkout dirty; the hash says what was compiled.
+        # The file of plans itself makes a checkout dirty; the hash identifies the compiled sources.
         commit = self.environment["commit"].removesuffix("-dirty")
         self.environment |= {"commit": commit, "sources": hashlib.sha256(sources).hexdigest()}
         self.environment["versions"] |= {"libtpu": environment._version("libtpu")}  # the compiler

@@ -23,8 +23,8 @@ SIZES = {"full": (50_000, 512, 100, 20), "small": (5_000, 128, 20, 20)}
 
 
 def features(n: int, d: int, classes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Overlapping classes along axes that shrink like those of a tower's features."""
-    # The more axes, the nearer the centres: otherwise classes would not overlap, and no C would be better than another.
+    """Return features (n, d) of overlapping classes, on axes that shrink like a tower's, and labels (n,)."""
+    # More axes need nearer centres: otherwise classes would not overlap, and all C would be equally good.
     centres = 4 / np.sqrt(d) * np.random.default_rng(99).normal(size=(classes, d))
     rng = np.random.default_rng(seed)
     y = rng.integers(0, classes, n)
@@ -46,7 +46,10 @@ def main() -> None:
         f"{n} x {d}, {classes} classes, {count} C, tolerance {flags.tolerance:g}, "
         f"jax {jax.__version__} on {jax.devices()[0]}, scikit-learn {sklearn.__version__}"
     )
-    ours, theirs, scores, peers = [], 0.0, np.zeros(count), []
+    ours = []
+    theirs = 0.0
+    scores = np.zeros(count)
+    peers = []
     for part in [*np.array_split(cs, max(flags.turns - 1, 1)), cs[:0]][: max(flags.turns, 1)]:
         jax.clear_caches()  # each turn counts its compilation
         began = time.perf_counter()

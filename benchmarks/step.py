@@ -1,7 +1,7 @@
-"""Seconds of a training step on this machine, next to those of open_clip, of CLIP or of another checkout.
+"""Seconds of a training step on this machine, compared with open_clip, CLIP or another checkout.
 
     pip install '.[bench]' && JAX_PLATFORMS=cpu python -m benchmarks.step
-    python -m benchmarks.step --captions natural         # context 77, captions as long as those of CC12M
+    python -m benchmarks.step --captions natural         # context 77, captions as long as in CC12M
     python -m benchmarks.step --captions natural --whole # compared with the same step with whole texts
     python -m benchmarks.step --objective xclip          # compared with CLIP, k = 4096, instead of open_clip
     python -m benchmarks.step --against ../old-checkout  # compared with another checkout
@@ -65,9 +65,9 @@ def groups_for(rows: int, draws: int, tower: Any) -> str:
 
 
 def batch(kind: str) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 images (b, h, w, 3) and int32 tokens (b, n); the largest token ends a text."""
+    """Return uint8 images (b, h, w, 3) and int32 tokens (b, n), each text ending in the largest token."""
     images = np.random.default_rng(0).integers(0, 256, (BATCH, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
-    # The seed differs from that of the captions for which the groups are chosen.
+    # `groups_for` chooses groups for captions of another seed.
     lengths = caption_lengths(BATCH, seed=1) if kind == "natural" else np.full(BATCH, CONTEXT[kind])
     return images, random_tokens(lengths, CONTEXT[kind], VOCAB)
 
@@ -157,7 +157,7 @@ def open_clip(kind: str) -> Callable[[], float]:
 
 
 def child(flags: argparse.Namespace) -> None:
-    """Print the seconds of the first step, and for each number on stdin those of as many further steps."""
+    """Print the seconds of the first step; then, for each number on stdin, take as many steps and print theirs."""
     began = time.perf_counter()
     if flags.child == "open_clip":
         step = open_clip(flags.captions)

@@ -45,7 +45,8 @@ def cluster_logits(params: Any, batch: dict[str, np.ndarray]) -> dict[str, jax.A
 
 def train(sharpness: float, smoothness: float, steps: int = 400) -> tuple[Any, list[dict[str, float]]]:
     """Train both towers from scratch; return their parameters and the metrics of each step."""
-    rng, optimizer = np.random.default_rng(0), optax.adam(3e-3)
+    rng = np.random.default_rng(0)
+    optimizer = optax.adam(3e-3)
 
     def loss(params: Any, batch: dict[str, np.ndarray]) -> tuple[jax.Array, Metrics]:
         logits = cluster_logits(params, batch)
@@ -58,7 +59,8 @@ def train(sharpness: float, smoothness: float, steps: int = 400) -> tuple[Any, l
         return optax.apply_updates(params, updates), state, metrics
 
     params: Any = {name: tower.init(jax.random.key(0), pairs(rng)[name]) for name, tower in TOWERS.items()}
-    state, history = optimizer.init(params), []
+    state = optimizer.init(params)
+    history = []
     for _ in range(steps):
         params, state, metrics = step(params, state, pairs(rng))
         history.append({name: float(value) for name, value in metrics.items()})
@@ -67,7 +69,8 @@ def train(sharpness: float, smoothness: float, steps: int = 400) -> tuple[Any, l
 
 def main(folder: str) -> None:
     """Train with each setting; print the last metrics, draw points and words, and the mutual information."""
-    planes, curves = Row(470), Row(340)
+    planes = Row(470)
+    curves = Row(340)
     curves.text(60, 32, "Mutual information of images and clusters in nats, over 400 steps", 22, bold=True)
     for value in (0, 1, 2):
         curves.box(60, 310 - 100 * value, 1496, 1, EDGE)

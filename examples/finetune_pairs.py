@@ -42,10 +42,7 @@ MODEL: dict[str, Any] = {
 }
 WAYS = {
     "all weights": {"optim.lr": 5e-4},
-    "last block": {
-        "optim.lr": 1e-3,
-        "init.freeze": ("img.embed", "img.blocks.0-1", "txt.embed", "txt.blocks.0-1"),
-    },
+    "last block": {"optim.lr": 1e-3, "init.freeze": ("img.embed", "img.blocks.0-1", "txt.embed", "txt.blocks.0-1")},
     "adapters": {"optim.lr": 2e-3, "finetune.lora.rank": 8},
 }
 MIXES = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -73,7 +70,9 @@ def train_given(pairs: pathlib.Path, out: pathlib.Path, steps: int, batch: int =
     from safetensors.torch import save_file
 
     torch.manual_seed(0)
-    model, side, rng = open_clip.model.CLIP(**MODEL), MODEL["vision_cfg"]["image_size"], np.random.default_rng(0)
+    model = open_clip.model.CLIP(**MODEL)
+    side = MODEL["vision_cfg"]["image_size"]
+    rng = np.random.default_rng(0)
     files = sorted(pairs.glob("*.png"))
     images = np.stack([np.asarray(Image.open(file).convert("RGB").resize((side + 8, side + 8))) for file in files])
     mean, std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
@@ -85,7 +84,8 @@ def train_given(pairs: pathlib.Path, out: pathlib.Path, steps: int, batch: int =
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps, pct_start=0.2)
     loss_of = open_clip.ClipLoss()
     for step in range(steps):
-        rows, (top, left) = torch.tensor(rng.choice(len(files), batch, replace=False)), rng.integers(0, 9, 2)
+        rows = torch.tensor(rng.choice(len(files), batch, replace=False))
+        top, left = rng.integers(0, 9, 2)
         loss = loss_of(*model(pixels[rows, :, top : top + side, left : left + side], texts[rows]))
         optimizer.zero_grad()
         loss.backward()
@@ -123,7 +123,7 @@ def rows_of(folder: pathlib.Path, way: str, run: str) -> list[str]:
 
 
 def largest_differences(run: str, folder: pathlib.Path, share: float) -> dict[str, float]:
-    """Export a mix; return the largest difference between our embeddings and those of open_clip and transformers."""
+    """Export a mix; return the largest difference of embeddings between us, open_clip and transformers."""
     import open_clip
     import torch
     import transformers

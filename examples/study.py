@@ -37,7 +37,7 @@ def train(recipe: str, run: str, seed: int, sets: Sequence[str]) -> Values:
       recipe: a recipe as for --config.
       run: the run's folder.
       seed: seed of the data order and of the initial parameters.
-      sets: evaluation sets; those of the recipe are replaced.
+      sets: evaluation sets, instead of the recipe's.
     """
     config = load_config(recipe)
     config.run = run

@@ -25,7 +25,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = xclip_jax.load(options.model)
 
     # Rows of unit length: their product is the cosine.
-    z_img, z_txt = model.encode_image(options.images), model.encode_text(TEXTS)
+    z_img = model.encode_image(options.images)
+    z_txt = model.encode_text(TEXTS)
     print(f"embeddings of {z_img.shape[1]} numbers")
     for path, row in zip(options.images, z_img @ z_txt.T, strict=True):
         print(f"{path}: " + ", ".join(f"{text} {cosine:.2f}" for text, cosine in zip(TEXTS, row, strict=True)))

@@ -82,11 +82,11 @@ def measure(
 ) -> dict[str, Any]:
     """Return "ratio", the median over turns of the ratio of the median steps, and its quartiles "low" and "high".
 
-    Neighbouring turns share the machine's other load, so that their ratio scatters less than seconds do.
+    Neighbouring turns share the machine's other load, so that ratios scatter less than seconds.
 
     Args:
-      config, clock: the timed config, and the one that it is compared with.
-      turns: number of turns, in each of which both configs take `steps` steps.
+      config, clock: the timed config, and the config for comparison.
+      turns: number of turns; in each, both configs take `steps` steps.
       steps: steps per turn.
 
     Raises:

@@ -12,44 +12,28 @@ from xclip_jax.core.errors import UserError
 class Measure:
     """A number measured in each run.
 
-    Attributes:
-      name: name by which claims refer to it.
-      label: heading of its table column.
-      set: an evaluation set.
-      metrics: keys within the set, see `Result.key`, "" for its headline; their mean is the measure.
-      higher: whether more is better.
-      ratio: whether logarithms are compared, for instance of ranks: means are geometric, and differences are ratios.
-      digits: digits after the decimal point.
+    With `ratio` logarithms are compared, for instance of ranks: means are geometric, and differences are ratios.
     """
 
-    name: str
-    label: str
-    set: str
-    metrics: Sequence[str] = ("",)
-    higher: bool = True
+    name: str  # in claims
+    label: str  # heading of its table column
+    set: str  # an evaluation set
+    metrics: Sequence[str] = ("",)  # keys within the set, see `Result.key`, "" for its headline; their mean is measured
+    higher: bool = True  # whether more is better
     ratio: bool = False
-    digits: int = 1
+    digits: int = 1  # after the decimal point
 
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """One setting, run with several seeds. Arms with equal configs share their runs.
+    """One setting, run with several seeds. Arms with equal configs share their runs."""
 
-    Attributes:
-      name: unique name, used in file names: letters, digits, "_" and ".".
-      title: name in tables.
-      recipe: a recipe as for --config: "studies/icons/recipe.py:objective=clip".
-      changes: {config key: value}, applied after the study's changes.
-      seeds: one run for each.
-      tested: whether its runs are evaluated on test sets at their end; if False, choices may depend on them.
-    """
-
-    name: str
-    title: str
-    recipe: str
-    changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    seeds: Sequence[int] = (0, 1, 2, 3, 4)
-    tested: bool = True
+    name: str  # unique, used in file names: letters, digits, "_" and "."
+    title: str  # name in tables
+    recipe: str  # as for --config: "studies/icons/recipe.py:objective=clip"
+    changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # {config key: value}, after the study's
+    seeds: Sequence[int] = (0, 1, 2, 3, 4)  # one run for each
+    tested: bool = True  # whether runs are evaluated on test sets at their end; if False, choices may depend on them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,21 +41,14 @@ class ClaimPart:
     """A comparison: the sum of one measure over the arms `plus`, minus the sum over the arms `minus`.
 
     One arm on each side is a difference; two on each side compare two differences.
-
-    Attributes:
-      text: the claimed sentence.
-      measure: name of a measure.
-      plus, minus: names of arms; "ARM:MEASURE" takes another measure of that arm.
-      better: whether `plus` is claimed to be better than `minus`, or worse.
-      margin: how much worse `plus` may be and still count as "at least as good"; 0 claims a difference.
     """
 
-    text: str
-    measure: str
-    plus: Sequence[str]
+    text: str  # the claimed sentence
+    measure: str  # name of a measure
+    plus: Sequence[str]  # names of arms; "ARM:MEASURE" takes another measure of that arm
     minus: Sequence[str]
-    better: bool = True
-    margin: float = 0.0
+    better: bool = True  # whether `plus` is claimed to be better than `minus`, or worse
+    margin: float = 0.0  # how much worse `plus` may be and still count as "at least as good"; 0 claims a difference
 
     def terms(self, side: Sequence[str]) -> Iterator[tuple[str, str]]:
         """Yield the arm and the measure of each term in `plus` or `minus`."""
@@ -90,25 +67,15 @@ class Claim:
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """A declared study.
+    """A declared study."""
 
-    Attributes:
-      title: title of its page.
-      arms: all arms.
-      changes: {config key: value} for all arms.
-      validation: evaluation sets for choices.
-      tests: evaluation sets evaluated once, at the end of runs.
-      measures: columns of the tables.
-      claims: claims to be tested; their arms may be declared later.
-    """
-
-    title: str
+    title: str  # of its page
     arms: Sequence[Arm]
-    changes: Mapping[str, Any]
-    validation: Sequence[str]
-    tests: Sequence[str]
-    measures: Sequence[Measure]
-    claims: Sequence[Claim] = ()
+    changes: Mapping[str, Any]  # {config key: value} for all arms
+    validation: Sequence[str]  # evaluation sets for choices
+    tests: Sequence[str]  # evaluation sets for the end of runs
+    measures: Sequence[Measure]  # columns of the tables
+    claims: Sequence[Claim] = ()  # whose arms may be declared later
 
     def sets_of(self, arm: Arm) -> tuple[str, ...]:
         """Return the validation sets of an arm."""
@@ -124,11 +91,7 @@ class Study:
 
 
 def check(study: Study) -> None:
-    """Check names.
-
-    Raises:
-      UserError: a mistake in the declaration.
-    """
+    """Raise `UserError` for wrong names in the declaration."""
     names = [arm.name for arm in study.arms]
     for name in names:
         if names.count(name) > 1:

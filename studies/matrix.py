@@ -32,15 +32,7 @@ class Matrix:
     """The runs of a study."""
 
     def __init__(self, study: Study, load_config: LoadConfig) -> None:
-        """Check the declaration.
-
-        Args:
-          study: the declaration.
-          load_config: "RECIPE:ARGUMENT" -> config, as for --config.
-
-        Raises:
-          UserError: a mistake in the declaration.
-        """
+        """Check the declaration; `load_config` maps "RECIPE:ARGUMENT" to a config."""
         check(study)
         self.study = study
         self._load = load_config
@@ -64,7 +56,6 @@ class Matrix:
         return list(runs.values())
 
     def run(self, arm: Arm, seed: int) -> Run:
-        """Return one run."""
         identity = (arm.name, seed)
         if identity not in self._runs:
             config = self.config(arm, seed)

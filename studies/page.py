@@ -176,7 +176,6 @@ class _Plot:
             x += 28 + 7.2 * len(name)
 
     def grid(self, axis: str, label: str) -> None:
-        """Draw the grid lines of an axis with their values, and the label of these."""
         values = ticks(*self.spans[axis], 8)
         for tick, text in zip(values, tick_labels(values), strict=True):
             color = "#888888" if tick == 0 else "#dddddd"
@@ -194,12 +193,7 @@ class _Plot:
 
 
 def chart_of_differences(title: str, groups: Mapping[str, Mapping[str, Estimate]], label: str) -> str | None:
-    """Return a chart of differences with their intervals on both sides of zero, or None without any.
-
-    Args:
-      title, label: title of the chart, and unit of the differences.
-      groups: {group: {name: difference}}; a name has the same color in all groups, and two seeds have no interval.
-    """
+    """Return a chart of differences {group: {name: difference}} and intervals, or None without any; `label`: unit."""
     known = {group: {k: e for k, e in rows.items() if e.n >= MIN_SEEDS} for group, rows in groups.items()}
     drawn = [e for rows in known.values() for e in rows.values()]
     if not drawn:

@@ -22,16 +22,15 @@ FREE_KEYS = (
     "run", "checkpoint.", "data.background", "data.cache", "data.dir", "data.exif_rotation",
     "data.threads", "eval.batch", "eval.every", "eval.report", "log.", "loss.", "mesh.",
 )  # fmt: skip
-# Prefixes of sets and sources in a config, and their short forms in records and declarations, so that moved code leaves
-# a run's identity alone.
+# Prefixes of sets and sources in a config, and their short forms in records and declarations, so that moving code does
+# not change a run's identity.
 SHORT_NAMES = {
     "studies.photographs.sets:PhotographSets/": "photographs/",
     "studies.photographs.corpus:PhotographSplits:": "photographs:",
     "studies.icons.sets:IconSets/": "icons/",
     "studies.icons.sources:IconSplits:": "icons:",
 }
-# Keys that configs of earlier commits have, and that no longer exist: all runs had their default, or the value that the
-# objective has without the key.
+# Former config keys. All runs had their default, or the value that the objective has without the key.
 REMOVED = (
     "checkpoint.keep_every", "data.buffer", "data.caption_noise", "data.read_timeout", "data.subset", "data.workers",
     "ema.on", "ema.schedule", "eval.before", "log.collapse_warmup_steps", "log.expected_epochs", "log.project",
@@ -42,7 +41,7 @@ REMOVED = (
     "objective.nclip.center_momentum", "objective.nclip.target_tau", "optim.lr_start", "optim.max_grad_norm_ratio",
     "optim.max_skipped_steps", "optim.mu_dtype", "optim.rewind",
 )  # fmt: skip
-# Keys that configs of earlier commits have under another name.
+# Former names of config keys.
 RENAMED = {
     "data.image_key": "data.image_column", "data.text_keys": "data.text_columns", "eval.final_sets": "eval.sets_at_end",
     "finetune.lora.kernels": "finetune.lora.targets", "init.frozen": "init.freeze", "log.to": "log.trackers",
@@ -53,26 +52,16 @@ _FIELDS = ("arm", "seed", "config", "commit", "environment", "results")
 
 @dataclasses.dataclass(frozen=True)
 class RunRecord:
-    """A line of runs.jsonl.
-
-    Attributes:
-      arm, seed: the arm and the seed that the run was started for.
-      config: all keys, flat.
-      commit: commit of the code; several, joined by ", ", if it changed meanwhile; "-dirty" marks uncommitted code.
-      environment: versions, devices, and "workers", the number of simultaneous runs.
-      results: results of the last evaluation, except those on parts of a set.
-      error: the message of a run that diverged and so has no results, otherwise "".
-      evaluations: headlines of the evaluations during the run and at its end, {"step": step, "SET KEY": value}.
-    """
+    """A line of runs.jsonl."""
 
     arm: str
     seed: int
-    config: Mapping[str, Any]
-    commit: str
-    environment: Mapping[str, Any]
-    results: Sequence[Result]
-    error: str = ""
-    evaluations: Sequence[Mapping[str, float]] = ()
+    config: Mapping[str, Any]  # all keys, flat
+    commit: str  # of the code; several, joined by ", ", if it changed meanwhile; "-dirty" marks uncommitted code
+    environment: Mapping[str, Any]  # versions, devices, and "workers", the number of simultaneous runs
+    results: Sequence[Result]  # of the last evaluation, except on parts of a set
+    error: str = ""  # the message of a run that diverged and so has no results
+    evaluations: Sequence[Mapping[str, float]] = ()  # headlines over the run, {"step": step, "SET KEY": value}
 
     @property
     def key(self) -> str:
@@ -110,10 +99,9 @@ def full(name: str) -> str:
 
 
 def config_key(config: Mapping[str, Any]) -> str:
-    """Hash of a nested config without `FREE_KEYS`.
+    """Return the hash of a nested config without `FREE_KEYS`, with defaults of newer keys and short names.
 
-    Keys newer than the config have their defaults, and names are short, so that a run is recognised as long as a new
-    one would be equal.
+    A run is thus recognised as long as a new one would be equal.
     """
     flat = schema.flatten(schema.complete(config).to_dict())
     decisive = {name: short(value) for name, value in flat.items() if not name.startswith(FREE_KEYS)}
@@ -133,7 +121,7 @@ def read(line: str) -> RunRecord:
     fields: dict[str, Any] = {name: content[name] for name in _FIELDS} | {"results": from_json(content["results"])}
     record = RunRecord(**fields, error=content.get("error", ""), evaluations=content.get("evaluations", ()))
     if record.config["seed"] != record.seed or not record.key:
-        raise ValueError("the seed is not that of the config")
+        raise ValueError("the seed differs from the config's")
     return record
 
 
@@ -163,7 +151,7 @@ def write(path: pathlib.Path, record: RunRecord) -> str:
     """Append a record to a runs.jsonl, which simultaneous commands may share, and return its name.
 
     Raises:
-      UserError: the run already has a line: a finished run is not evaluated again.
+      UserError: the run is already recorded; a finished run is not evaluated again.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab") as file:

@@ -137,11 +137,7 @@ class Runner:
         return [run for run in self._planned if run.key not in self._finished[1]]
 
     def _check_commit(self) -> str:
-        """Return the commit of the code.
-
-        Raises:
-          UserError: uncommitted code without `allow_dirty`.
-        """
+        """Return the commit of the code; `UserError` for uncommitted code without `allow_dirty`."""
         commit = code_version()
         if (commit.endswith("-dirty") or commit == "unknown") and not self.allow_dirty:
             raise UserError(
@@ -180,7 +176,7 @@ class Runner:
                 stderr=subprocess.STDOUT,
                 env=defaults | os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"},
                 pass_fds=(self._lock.fileno(),),  # the folder stays locked as long as one of its runs lives
-                start_new_session=True,  # Ctrl-C reaches this process alone, which asks once
+                start_new_session=True,  # Ctrl-C reaches only this process, which asks once
             )
         self._active[run.key] = _Active(slot, run, process, folder, commits)
         print(f"{self._active[run.key]}: started, {folder / 'output.log'}", flush=True)

@@ -24,25 +24,15 @@ RULE = (
 
 @dataclasses.dataclass(frozen=True)
 class PartVerdict:
-    """The verdict on a part.
-
-    Attributes:
-      part: the comparison.
-      difference: `plus` - `minus`, of logarithms for a ratio; None without a common seed.
-      agreeing: number of seeds whose difference has the claimed sign, margin included.
-      p: twice the one-sided p that the difference is on the claimed side, margin included.
-      p_against: the same for the other side.
-      p_holm: `p` after Holm's correction within the claim.
-      verdict: `HOLDS`, `FAILS`, `UNDECIDED`, `OPPOSED`, or `UNCORRECTED` in a claim that does not hold.
-    """
+    """The verdict on a part."""
 
     part: ClaimPart
-    difference: Difference | None = None
-    agreeing: int = 0
-    p: float = 1.0
-    p_against: float = 1.0
-    p_holm: float = 1.0
-    verdict: str = UNDECIDED
+    difference: Difference | None = None  # `plus` - `minus`, of logarithms for a ratio; None without a common seed
+    agreeing: int = 0  # number of seeds whose difference has the claimed sign, margin included
+    p: float = 1.0  # twice the one-sided p that the difference is on the claimed side, margin included
+    p_against: float = 1.0  # the same for the other side
+    p_holm: float = 1.0  # `p` after Holm's correction within the claim
+    verdict: str = UNDECIDED  # or `HOLDS`, `FAILS`, `OPPOSED`, or `UNCORRECTED` in a claim that does not hold
 
 
 @dataclasses.dataclass(frozen=True)

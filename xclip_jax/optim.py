@@ -27,42 +27,33 @@ _SHARE = Check("above 0 and at most 1", lambda value: 0 < value <= 1)
 class OptimConfig:
     """Config group `optim`.
 
-    Within these bounds AdamW's update is finite if the norms of parameters and gradients were finite at each step: they
-    and the first moment are then below 2e19, and 1000 * 2e19 / 1e-15 is below the largest float32.
+    Within these bounds AdamW's update is finite if parameters and gradients always had finite norms: they and the first
+    moment are then below 2e19, and 1000 * 2e19 / 1e-15 is below the largest float32.
     """
 
     name: str = key("adamw", "the optimizer", choice(NAMES), card="optimizer")
     lr: float = key(5e-4, "peak learning rate", above(0), at_most(1000), card="optimizer")
     schedule: str = key("cosine", "learning rate after the warm-up", choice(SCHEDULES), card="optimizer")
     warmup: int = key(0, "steps of linear warm-up from 0", at_least(0), card="optimizer")
-    lr_end: float = key(1e-5, "learning rate that the schedule reaches after its last step", between(0, 1000))
+    lr_end: float = key(1e-5, "learning rate at the end of the schedule, after its last step", between(0, 1000))
     weight_decay: float = key(
-        0.5,
-        "decoupled weight decay of kernels and embeddings; none for biases, norms and scale",
-        between(0, 1000),
-        card="optimizer",
+        0.5, "decoupled weight decay of kernels and embeddings", between(0, 1000), card="optimizer"
     )
-    b1: float = key(
-        0.9, "decay of the first moment; adafactor keeps none if it is 0", fraction_below_one(), card="optimizer"
-    )
+    b1: float = key(0.9, "decay of the first moment; 0: adafactor keeps none", fraction_below_one(), card="optimizer")
     b2: float = key(
         0.98,
-        "decay of the second moment; of the momentum for lion; unused by adafactor",
+        "decay of the second moment (lion: of the momentum; adafactor: unused)",
         fraction_below_one(),
         card="optimizer",
     )
     eps: float = key(1e-8, "added to the second moment's root, except in adafactor", at_least(1e-15))
     layer_decay: float = key(1.0, "updates of a layer over updates of the layer above; 1 for none", _SHARE)
-    grad_clip_norm: float = key(
-        0.0, "bound on the global norm of the gradient; 0 for none", at_least(0), card="optimizer"
-    )
-    microbatches: int = key(
-        1, "parts of the batch that are encoded one after another; exact", at_least(1), resume="free"
-    )
+    grad_clip_norm: float = key(0.0, "bound on the gradient's norm; 0 for none", at_least(0), card="optimizer")
+    microbatches: int = key(1, "parts of the batch, encoded one after another", at_least(1), resume="free")
     on_bad_steps: str = key(
         "stop",
-        "after more than 10 steps in a row with non-finite values: stop the run, or rewind it to the parameters of the "
-        "previous checkpoint and continue with the next samples",
+        "after more than 10 consecutive steps with non-finite values: stop the run, or rewind it to the parameters of "
+        "the previous checkpoint and continue with the next samples",
         choice(ON_BAD_STEPS),
         resume="free",
     )
@@ -73,22 +64,19 @@ class EmaConfig:
     """Config group `ema`: a moving average of the parameters, computed if it has a momentum or targets need it."""
 
     momentum: float = key(
-        0.0,
-        "momentum of the average at the start, from where it rises to 1; 0: no average, or 0.996 if targets need it",
-        fraction_below_one(),
+        0.0, "initial momentum, rising to 1; 0: no average, or 0.996 if targets need one", fraction_below_one()
     )
 
     @property
     def start(self) -> float:
-        """Momentum at the start of an average that is kept."""
         return self.momentum or 0.996
 
 
 def schedule(config: OptimConfig, steps: int) -> Schedule:
     """Return the learning rate as a function of the step, from 0, for a run of `steps` steps.
 
-    Like in SLIP and open_clip the decay spans the steps after the warm-up and reaches `lr_end` at `steps`, one step
-    after the last, so the last step still learns if `lr_end` is 0.
+    After SLIP and open_clip, the decay starts after the warm-up and reaches `lr_end` at `steps`, one step after the
+    last, so the last step still learns if `lr_end` is 0.
     """
     warmup = optax.linear_schedule(0.0, config.lr, max(config.warmup, 1))
     remaining = max(steps - config.warmup, 1)
@@ -104,7 +92,7 @@ def schedule(config: OptimConfig, steps: int) -> Schedule:
 def decay_mask(params: Any) -> Any:
     """Return True for parameters with weight decay: kernels and embeddings, not biases, norms, scale or class token.
 
-    Names decide, not ranks, since a stack of scanned blocks has one more dimension.
+    Names decide instead of ranks, since stacked blocks have one more dimension.
     """
 
     def decays(path: tuple[Any, ...], _: Any) -> bool:
@@ -117,7 +105,7 @@ def layer_scales(params: dict[str, Any], decay: float, towers: Mapping[str, Towe
     """Return factors of each parameter's updates: BEiT's layer decay (arXiv 2106.08254).
 
     Layer i of a tower with n layers (`Tower.num_layers`) has the factor decay^(n - 1 - i); stacked layers have an array
-    with their leading axis. An adapter has the factor of its kernel, and a parameter outside of the towers 1.
+    of factors. An adapter has its kernel's factor, and parameters outside the towers have 1.
     """
 
     def scale(path: tuple[Any, ...], x: Any) -> Any:
@@ -140,10 +128,7 @@ def _scale_updates(scales: Callable[[Any], Any]) -> optax.GradientTransformation
 
 
 def trained(params: Any, frozen: Collection[str], towers: Mapping[str, Tower]) -> Any:
-    """Return whether each parameter is trained: True, False, or for stacked layers bools that broadcast.
-
-    `params` are the model's, by tower and head. For the other arguments and the errors see `frozen_layers`.
-    """
+    """Return whether each parameter is trained, see `frozen_layers`; stacked layers have broadcastable arrays."""
     layers = frozen_layers(frozen, towers)
 
     def trains(path: tuple[Any, ...], x: Any) -> Any:
@@ -160,11 +145,11 @@ def trained(params: Any, frozen: Collection[str], towers: Mapping[str, Tower]) -
 
 
 def frozen_layers(frozen: Collection[str], towers: Mapping[str, Tower]) -> dict[str, set[int]]:
-    """Return the numbers of the frozen layers by tower, see `Tower.layer_of`; blocks are between the first and last.
+    """Return the numbers of the frozen layers by tower, see `Tower.layer_of`; the first and last are not blocks.
 
     Args:
-      frozen: towers, their input ("img.embed") or ranges of blocks ("img.blocks.0-8", both ends included).
-      towers: the model's towers by name, "img" and "txt".
+      frozen: towers, their inputs ("img.embed") or ranges of blocks ("img.blocks.0-8", both ends included).
+      towers: the model's towers, "img" and "txt".
 
     Raises:
       UserError: the tower does not have a block.
@@ -180,7 +165,7 @@ def frozen_layers(frozen: Collection[str], towers: Mapping[str, Tower]) -> dict[
             if numbers.stop > last or not numbers:
                 have = f"blocks of {name} are 0 to {last - 2}" if last > 1 else f"{name} has no blocks"
                 raise UserError(f"init.freeze has {part!r}; {have}.")
-        if place and last < 1:  # a tower of another package that is a single layer
+        if place and last < 1:  # a custom tower with a single layer
             raise UserError(f"init.freeze has {part!r}; {name} has no blocks, name the whole tower: {name!r}.")
         layers.setdefault(name, set()).update(numbers)
     return layers
@@ -190,10 +175,9 @@ def stop_frozen(params: Any, frozen: Collection[str], towers: Mapping[str, Tower
     """Return `params` without gradients of the frozen ones, see `trained`."""
 
     def stop(x: jax.Array, free: Any) -> jax.Array:
-        held = jax.lax.stop_gradient(x)
         if isinstance(free, np.ndarray):
-            return jnp.where(free, x, held)
-        return x if free else held
+            return jnp.where(free, x, jax.lax.stop_gradient(x))
+        return x if free else jax.lax.stop_gradient(x)
 
     return jax.tree.map(stop, params, trained(params, frozen, towers))
 
@@ -201,25 +185,26 @@ def stop_frozen(params: Any, frozen: Collection[str], towers: Mapping[str, Tower
 Make = Callable[[OptimConfig, Schedule, Mapping[str, Tower]], optax.GradientTransformation]
 
 
-def _adamw(config: OptimConfig, rate: Schedule, towers: Mapping[str, Tower]) -> optax.GradientTransformation:
-    """AdamW, arXiv 1711.05101."""
-    return optax.adamw(rate, config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=decay_mask)
+def _decoupled(config: OptimConfig, rate: Schedule, towers: Mapping[str, Tower]) -> optax.GradientTransformation:
+    """AdamW (arXiv 1711.05101, the default), Lion (arXiv 2302.06675) or LAMB (arXiv 1904.00962).
 
-
-def _lion(config: OptimConfig, rate: Schedule, towers: Mapping[str, Tower]) -> optax.GradientTransformation:
-    """Lion, arXiv 2302.06675: the sign of a moving average, with one moment."""
-    return optax.lion(rate, config.b1, config.b2, weight_decay=config.weight_decay, mask=decay_mask)
-
-
-def _lamb(config: OptimConfig, rate: Schedule, towers: Mapping[str, Tower]) -> optax.GradientTransformation:
-    """LAMB, arXiv 1904.00962: AdamW with updates scaled to the parameter's norm. Stacked blocks share one norm."""
-    return optax.lamb(rate, config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=decay_mask)
+    LAMB's trust ratio is one number for stacked blocks.
+    """
+    options: dict[str, Any] = {
+        "b1": config.b1,
+        "b2": config.b2,
+        "weight_decay": config.weight_decay,
+        "mask": decay_mask,
+    }
+    if config.name == "lion":
+        return optax.lion(rate, **options)
+    return (optax.lamb if config.name == "lamb" else optax.adamw)(rate, eps=config.eps, **options)
 
 
 def _adafactor(config: OptimConfig, rate: Schedule, towers: Mapping[str, Tower]) -> optax.GradientTransformation:
     """Adafactor, arXiv 1804.04235, after arXiv 2106.04560: second moments as sums of rows and columns.
 
-    Steps are not relative. `optax.adafactor` differs: its clipping treats stacked blocks as one tensor.
+    Steps are absolute. Unlike `optax.adafactor`, clipping treats stacked blocks separately.
     """
     return optax.chain(
         optax.scale_by_factored_rms(),
@@ -243,7 +228,7 @@ def _is_stacked(path: tuple[Any, ...]) -> bool:
 
 
 def _muon(config: OptimConfig, rate: Schedule, towers: Mapping[str, Tower]) -> optax.GradientTransformation:
-    """Muon: orthogonalised updates of AdamW's RMS (arXiv 2502.16982) for kernels of blocks; AdamW for the others."""
+    """Muon for kernels of blocks, with updates of AdamW's RMS (arXiv 2502.16982), and AdamW for other parameters."""
     muon = optax.contrib.muon(
         rate,
         beta=config.b1,
@@ -257,15 +242,12 @@ def _muon(config: OptimConfig, rate: Schedule, towers: Mapping[str, Tower]) -> o
         names = [key.key for key in path]
         return "muon" if names[-1] == "kernel" and names[0] in towers and "transformer" in names else "adamw"
 
-    transforms: dict[Any, optax.GradientTransformation] = {"muon": muon, "adamw": _adamw(config, rate, towers)}
+    transforms: dict[Any, optax.GradientTransformation] = {"muon": muon, "adamw": _decoupled(config, rate, towers)}
     return optax.partition(transforms, functools.partial(jax.tree_util.tree_map_with_path, label))
 
 
 def _muon_dimensions(kernels: Any) -> Any:
-    """Return the axes of each kernel for the inputs and outputs of its matrices.
-
-    A kernel's inputs come first. Queries, keys and values are separate matrices, and so are stacked blocks.
-    """
+    """Return each kernel's input and output axes; queries, keys, values and stacked blocks are separate matrices."""
 
     def dimensions(path: tuple[Any, ...], x: Any) -> Any:
         names = [key.key for key in path]
@@ -276,13 +258,7 @@ def _muon_dimensions(kernels: Any) -> Any:
     return jax.tree_util.tree_map_with_path(dimensions, kernels)
 
 
-_OPTIMIZERS: dict[str, Make] = {
-    "adamw": _adamw,
-    "lion": _lion,
-    "adafactor": _adafactor,
-    "muon": _muon,
-    "lamb": _lamb,
-}
+_OPTIMIZERS: dict[str, Make] = {"adafactor": _adafactor, "muon": _muon}
 
 
 def make_optimizer(
@@ -291,12 +267,12 @@ def make_optimizer(
     """Make the optimizer `config.name` with `schedule`, gradient clipping and layer decay.
 
     Weight decay is decoupled: the learning rate times `weight_decay` times the parameter, and with lamb also times the
-    update's trust ratio. The schedule covers `steps`, the length of the whole run. Frozen parameters (see `trained`)
-    have no updates, weight decay or moments.
+    update's trust ratio. The schedule covers `steps`, the whole run. Frozen parameters (see `trained`) have no updates,
+    weight decay or moments.
     """
-    tx = _OPTIMIZERS[config.name](config, schedule(config, steps), towers)
+    tx = _OPTIMIZERS.get(config.name, _decoupled)(config, schedule(config, steps), towers)
     if config.layer_decay != 1:
-        # Weight decay is a part of the update and scales with the layer's learning rate, as in PyTorch.
+        # Weight decay is part of the update and scales with the layer's learning rate, like PyTorch's.
         tx = optax.chain(tx, _scale_updates(lambda updates: layer_scales(updates, config.layer_decay, towers)))
     if config.grad_clip_norm:
         tx = optax.chain(optax.clip_by_global_norm(config.grad_clip_norm), tx)

@@ -5,8 +5,8 @@
     PHOTOGRAPHS=FOLDER python -m studies photographs --run --only search
     python -m studies photographs --page                                docs/photographs/tables.md and charts
 
-A finished run is a line of studies/photographs/runs.jsonl, recognised by its config; an interrupted run resumes at its
-last checkpoint. Costs of steps are measured between stages, while nothing else runs, and stored in costs.jsonl. Commit
+Finished runs are lines of studies/photographs/runs.jsonl, recognised by their configs; interrupted runs resume at their
+last checkpoints. Costs of steps are measured between stages, while nothing else runs, and stored in costs.jsonl. Commit
 both files.
 """
 
@@ -71,13 +71,13 @@ def _measure(study: stages.Photographs, home: pathlib.Path) -> None:
 
 
 def _run(home: pathlib.Path, flags: argparse.Namespace) -> bool:
-    """Run stage after stage; returns whether nothing is left that can be run."""
+    """Run stage after stage; return whether no runnable run is left."""
     began = time.monotonic()
     while True:
         study = declared(home)
         names = [arm.name for arm in study.arms if arm.name.startswith(flags.only) and study.done(arm) < len(arm.seeds)]
         left = None if flags.max_hours is None else max(flags.max_hours - (time.monotonic() - began) / 3600, 0)
-        # All runs of one stage, then the records are read again: they decide the next one.
+        # The records of one stage decide the next one.
         stage = names[0].partition("_")[0] if names else ""
         runner = Runner(
             stages.PhotographsMatrix(stages.study_of(study.arms), load_config), home / "runs.jsonl",

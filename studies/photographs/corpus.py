@@ -6,7 +6,7 @@ recipe's argument root=FOLDER, or by the environment variable PHOTOGRAPHS.
 Splits are rows of the files:
 
     train               train-*.parquet
-    choice              the same without the kinds of `held_kinds`: what runs train on whose results decide something
+    choice              the same without the kinds of `held_kinds`, to train the runs whose results decide something
     validation_unseen   the kinds of `held_kinds` in train-*.parquet
     validation, test    the files of these names; equal titles are in one file
     test_unseen         unseen_types/test-*.parquet, kinds that no other file has
@@ -51,7 +51,7 @@ Row = dict[str, Any]
 
 
 def hash_rank(*words: str) -> str:
-    """Return a hash by which things are put in an order that no result can influence."""
+    """Return a hash to sort things in an order that no result can influence."""
     return hashlib.sha256(" ".join(words).encode()).hexdigest()
 
 
@@ -64,8 +64,8 @@ def folder(data_dir: str | None) -> str:
     name = data_dir or os.environ.get(FOLDER, "")
     if not name or not glob.glob(os.path.join(name, FILES["train"])):
         raise UserError(
-            f"the photographs are not in {name!r}; docs/photographs.md says where they come from. Name their folder by "
-            f"root=FOLDER in the recipe's argument, or by the environment variable {FOLDER}."
+            f"the photographs are not in {name!r}; see docs/photographs.md, and name their folder by the recipe's "
+            f"argument root=FOLDER, or by the environment variable {FOLDER}."
         )
     return str(pathlib.Path(name).resolve())
 
@@ -81,7 +81,7 @@ def _file(root: str, split: str) -> Any:
 
 @functools.lru_cache(maxsize=1)
 def held_kinds(root: str) -> tuple[str, ...]:
-    """Return the kinds that are held out of training for choices: the first by hash among those of middle size."""
+    """Return the kinds held out of training for choices: the first by hash among the kinds of middle size."""
     counts = Counter(_file(root, "train")[KIND_COLUMN].to_pylist())
     least, most = HELD_SIZES
     middle = [kind for kind, n in counts.items() if least <= n <= most]
@@ -107,20 +107,15 @@ def rows(root: str, split: str) -> list[Row]:
 
 
 def tight(row: Row) -> str:
-    """Return the caption that names what the photograph shows: audience, colour and kind."""
+    """Return a caption of audience, colour and kind."""
     colour = "" if row["baseColour"] in ("", "NA", None) else row["baseColour"].lower()
     return " ".join(filter(None, (_AUDIENCES[row["gender"]], colour, row[KIND_COLUMN].lower())))
-
-
-def has_tight_half(row: Row) -> bool:
-    """Whether the photograph is in the half that has tight captions."""
-    return int(hash_rank("half", str(row["id"]))[-1], 16) % 2 == 0
 
 
 _MAKERS: dict[str, Callable[[Row], str]] = {
     "loose": lambda row: row[TITLE],
     "tight": tight,
-    "half": lambda row: tight(row) if has_tight_half(row) else row[TITLE],
+    "half": lambda row: row[TITLE] if int(hash_rank("half", str(row["id"]))[-1], 16) % 2 else tight(row),
 }
 
 

@@ -23,7 +23,7 @@ CLUSTERS, ITERATIONS = 1024, 20
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class GeometrySet:
-    """Photographs that clusters are named by, and others that are tested, uint8 images with labels int (n,)."""
+    """Photographs that name the clusters, and others for tests, uint8 images with labels int (n,)."""
 
     evaluator: ClassVar[str] = "studies.photographs.geometry:Geometry"
 
@@ -42,7 +42,6 @@ class Geometry(Evaluator):
     layouts = (Layout("features", (Column("rank", "rank", "effective rank of the features"),)),)
 
     def measure(self, variables: Variables) -> list[Result]:
-        """Return the results that the class docstring lists."""
         names = ("features", *(similarity.feature for similarity in self.encoder.similarities))
         fitted, tested = (self.encoder.images(variables, x, names) for x in (self.data.fitted, self.data.tested))
         results = [self.count("rank", effective_rank(tested["features"]))]

@@ -1,11 +1,11 @@
 """Evaluation sets of the photographs, `studies.photographs.sets:PhotographSets/PART_NAME` in a config.
 
-PART is test, read once at the end of a run, or validation, by which everything is chosen. NAME is one of
+PART is test, read once at the end of a run, or validation, for all choices. NAME is one of
 
-    unseen              zero-shot among 20 kinds that the model was not trained on; the only prompt is the kind's name
+    unseen              zero-shot among 20 kinds outside the training data; the only prompt is the kind's name
     unseen_templates    the same with three prompts of each kind, "{c}", "men {c}" and "women {c}"
     unseen_titles       the same with the titles of ten products of each kind as prompts, without these products
-    known, known_templates, known_titles     kinds that training has 40 photographs or more of; products are new
+    known, known_templates, known_titles     kinds with 40 or more photographs in training; products are new
     colours             zero-shot among the names of colours
     retrieval           photographs and their titles
     retrieval_tight     photographs and captions of audience, colour and kind
@@ -109,7 +109,7 @@ def _retrieval(name: str, prepare: Preprocessing, root: str, part: str, captions
 
 
 def _sides(root: str, part: str) -> list[tuple[str, list[int]]]:
-    """Return (split, rows) that a probe is fitted on, that choose C, and that are tested."""
+    """Return (split, rows) of a probe to fit it, to choose C, and to test it."""
     classes = set(known(root, part))
     trained = _TRAINED[part]
 
@@ -176,7 +176,6 @@ class PhotographSets(SetKind):
 
     @classmethod
     def knows(cls, spec: str) -> bool:
-        """Whether there is a set of this name."""
         return spec in cls.names
 
     @classmethod

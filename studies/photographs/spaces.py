@@ -1,4 +1,4 @@
-"""What the study of photographs tries: candidates of each team, controls, and both as changes of a config."""
+"""The study's settings: candidates of each team, controls, and both as changes of a config."""
 
 from typing import Any
 

@@ -64,7 +64,6 @@ class PhotographsStudy(Study):
     """A study whose validation sets depend on an arm's training data."""
 
     def sets_of(self, arm: Arm) -> tuple[str, ...]:
-        """As `Study.sets_of`."""
         if arm.recipe.startswith(ICONS):
             return ICON_VALIDATION
         return CURVES if arm.tested else VALIDATION
@@ -74,7 +73,6 @@ class PhotographsMatrix(Matrix):
     """Runs of the study; probes of validation are evaluated only at the end of runs."""
 
     def config(self, arm: Arm, seed: int) -> ml_collections.ConfigDict:
-        """As `Matrix.config`."""
         config = super().config(arm, seed)
         probes = tuple(name for name in config.eval.sets if name.endswith("_probe"))
         config.eval.sets = tuple(name for name in config.eval.sets if name not in probes)
@@ -98,13 +96,7 @@ def study_of(arms: Sequence[Arm]) -> PhotographsStudy:
 
 
 def arm_of(name: str, title: str, objective: str, changes: Settings, seeds: Sequence[int], data: str = "") -> Arm:
-    """Return an arm on the photographs.
-
-    Args:
-      name, title, changes, seeds: attributes of the arm.
-      objective: argument of the recipe.
-      data: further arguments of the recipe, "split=train,captions=tight"; arms without them are for choices.
-    """
+    """Return an arm on the photographs; without `data`, such as "split=train,captions=tight", it is for choices."""
     recipe = f"{RECIPE}:objective={objective}{',' if data else ''}{data}"
     return Arm(name, title, recipe, changes, seeds, tested=bool(data))
 
@@ -132,11 +124,7 @@ def values_of(record: RunRecord) -> tuple[float, ...]:
 
 
 def by_mean_rank(values: Mapping[str, Sequence[float]]) -> list[str]:
-    """Order candidates by the mean of their ranks at all measures, best first; equal ones as they come.
-
-    Args:
-      values: {candidate: its measures}, more is better; minus infinity for a run that diverged.
-    """
+    """Order candidates {name: measures} by the mean of their ranks, best first; a diverged run has -inf."""
     table = np.round(np.array(list(values.values()), float), 3)
     mean = np.stack([rankdata(-column) for column in table.T], axis=1).mean(axis=1)
     return [list(values)[i] for i in np.argsort(mean, kind="stable")]
@@ -155,7 +143,7 @@ def settles(record: RunRecord) -> bool:
 
 
 class Photographs:
-    """What is declared so far.
+    """The arms declared so far.
 
     Attributes:
       arms: all decided arms, in the order of the stages.
@@ -336,14 +324,7 @@ def _pilots() -> list[Arm]:
 
 
 def regrets(records: Mapping[str, Sequence[RunRecord]]) -> dict[str, dict[str, float]]:
-    """Return, for each setting of `_defaults` and each measure, how many points it is behind the best setting.
-
-    Args:
-      records: {name of an arm of `_defaults`: its runs}.
-
-    Returns:
-      {"0.004_0": {"photographs, unseen kinds": points, ...}}.
-    """
+    """Return {"0.004_0": {"photographs, unseen kinds": points behind the best setting}} of runs by `_defaults` arm."""
     of_corpus = {
         "photographs": {
             "unseen kinds": (VALIDATION[0], ("top1",)),

@@ -1,4 +1,4 @@
-"""Objective terms of two controls: a second contrastive head, and SuperCLIP's tokens over the common tokens alone.
+"""Objective terms of two controls: a second contrastive head, and SuperCLIP's tokens over only the common tokens.
 
 Each head costs about as much as a cluster head.
 """
@@ -26,35 +26,26 @@ from xclip_jax.objectives.similarity import CosineSimilarity, unit
 from xclip_jax.objectives.term import Arrays, Result
 
 FILE = pathlib.Path(__file__).with_name("tokens.txt")
-MOST = 4096
 
 
 @functools.cache
 def common_tokens() -> np.ndarray:
-    """Return the tokens that have their own class, int (n,), the start of a text first.
-
-    They are the commonest of the tokenizer "clip" in the titles of the training file.
-    """
+    """Return the commonest tokens of "clip" in the training titles, int (n,), the start of a text first."""
     return np.array(FILE.read_text().split(), int)
 
 
 @dataclasses.dataclass(frozen=True)
 class CommonTokens(Tokens):
-    """`Tokens` over `common_tokens`.
-
-    All other tokens share the class of the start of a text, which is in every caption and so has the weight 0.
-    """
+    """`Tokens` over `common_tokens`; all others share the class of the start of a text, whose weight is always 0."""
 
     title: ClassVar[str] = "common tokens"
 
     def heads(self, model: ModelConfig, vocab: int) -> Heads:
-        """A linear classifier of images with a class for each common token."""
         width = model.widths["img"]
         classes = len(common_tokens())
         return {"tokens": Head(Classifier(classes, width**-0.5), "img", "tokens", flops=2 * classes * width)}
 
     def initial_state(self, model: ModelConfig, vocab: int) -> dict[str, jax.Array]:
-        """Document frequencies of the common tokens."""
         return initial_state(len(common_tokens()))
 
     def __call__(
@@ -77,11 +68,9 @@ class SecondSimilarity(CosineSimilarity):
     scale: ClassVar[str | None] = "second_scale"
 
     def rows(self, output: Any) -> Any:
-        """Outputs of unit length, (m, k) -> (m, k)."""
         return unit(output)
 
     def scores(self, img: Any, txt: Any) -> dict[str, Any]:
-        """Cosines of outputs (n, k) and rows (m, k)."""
         return super().scores(unit(img), txt)
 
 
@@ -98,7 +87,6 @@ class SecondHead(Term):
         return SecondSimilarity()
 
     def heads(self, model: ModelConfig, vocab: int) -> Heads:
-        """An MLP like a cluster head on each tower, and a logit scale."""
         options = model.cluster_head
         module = ClusterHead(**dataclasses.asdict(options), dtype=jnp.dtype(model.dtype))
         heads: dict[str, Head | Scalar] = {
@@ -111,7 +99,6 @@ class SecondHead(Term):
         return heads
 
     def constrain(self, params: Any) -> Any:
-        """Hold the logit scale at 100 or below, as CLIP's."""
         return params | {"second_log_scale": jnp.minimum(params["second_log_scale"], math.log(100.0))}
 
     def __call__(

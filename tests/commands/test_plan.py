@@ -96,23 +96,20 @@ def test_mesh_axes_may_share_an_axis_of_the_torus():
     assert make_mesh({"data": -1, "fsdp": 8, "model": 1}, devices).shape == {"data": 8, "fsdp": 8, "model": 1}
 
 
-@pytest.mark.parametrize("mfu", [0.0, -0.4, 1.5, float("nan")])
-def test_an_mfu_that_is_no_share_is_refused_before_compiling(mfu, monkeypatch):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        *(({"mfu": mfu}, f"--mfu is {mfu}; expected a share") for mfu in (0.0, -0.4, 1.5, float("nan"))),
+        ({"hlo": "FILE/step.hlo"}, r"--hlo: .* is not a folder"),
+        ({"slices": 0}, "--slices is 0; expected an integer of at least 1"),
+    ],
+)
+def test_bad_options_are_refused_before_compiling(options, message, tmp_path, monkeypatch):
     monkeypatch.setattr(cost, "compile_config", lambda *_: pytest.fail("compiled"))
-    with pytest.raises(UserError, match=f"--mfu is {mfu}; expected a share"):
-        plan.plan(config(), "v5e:2x4", mfu=mfu)
-
-
-def test_a_file_that_cannot_be_written_is_refused_before_compiling(tmp_path, monkeypatch):
-    monkeypatch.setattr(cost, "compile_config", lambda *_: pytest.fail("compiled"))
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"--hlo: .* is not a folder"):
-        plan.plan(config(), "v5e:2x4", hlo=str(tmp_path / "file" / "step.hlo"))
-
-
-def test_slices_are_one_or_more():
-    with pytest.raises(UserError, match="--slices is 0; expected an integer of at least 1"):
-        plan.devices_of("v5e:2x4", 0)
+    (tmp_path / "FILE").touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message):
+        plan.plan(config(), "v5e:2x4", **options)
 
 
 @pytest.mark.slow
@@ -142,17 +139,6 @@ def test_bad_topologies_are_one_sentence(topology, message):
     assert "\n" not in str(error.value)
 
 
-def command(*flags):
-    return subprocess.run(
-        [sys.executable, "-m", "xclip_jax.commands.plan", "--config", "configs/demo.py", *flags],
-        cwd=ROOT,
-        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-
-
 @pytest.mark.parametrize(("asked", "platforms"), [(None, "cpu"), ("cuda", "cuda")])
 def test_no_accelerator_is_asked_unless_it_is_named(asked, platforms):
     """jax reads JAX_PLATFORMS when it is imported, which is before the command can set it."""
@@ -170,4 +156,6 @@ def test_no_accelerator_is_asked_unless_it_is_named(asked, platforms):
 
 
 def test_bad_input_is_one_sentence():
-    assert command().stderr.startswith("error: --topology is missing")
+    command = [sys.executable, "-m", "xclip_jax.commands.plan", "--config", "configs/demo.py"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.stderr.startswith("error: --topology is missing")

@@ -32,16 +32,14 @@ def test_parse_arg():
     parsed = recipes.parse_arg("steps=5,rate=0.5", steps=1, rate=1.0, name="x")
     assert parsed.to_dict() == {"steps": 5, "rate": 0.5, "name": "x"}
     assert recipes.parse_arg("name=a,b,steps=5", steps=1, name="x").name == "a,b"
-    with pytest.raises(TypeError, match="'flag' is False; it must be a string, integer or number"):
-        recipes.parse_arg("flag=yes", flag=False)
-    with pytest.raises(UserError, match="'b' is unknown"):
-        recipes.parse_arg("steps=5,b", steps=1, name="x")
-    with pytest.raises(UserError, match="'stpes' is unknown; did you mean 'steps'"):
-        recipes.parse_arg("stpes=5", steps=1, name="x")
-    with pytest.raises(UserError, match="steps='many'; expected an integer"):
-        recipes.parse_arg("steps=many", steps=1)
-    with pytest.raises(UserError, match="objective='clap' must be one of clip, siglip, nclip, xclip"):
-        recipes.parse_arg("objective=clap", objective="clip")
+    for arg, message in (
+        ("steps=5,b", "'b' is unknown"),
+        ("stpes=5", "'stpes' is unknown; did you mean 'steps'"),
+        ("steps=many", "steps='many'; expected an integer"),
+        ("objective=clap", "objective is 'clap'; it must be one of 'clip', 'siglip', 'nclip', 'xclip'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            recipes.parse_arg(arg, steps=1, name="x", objective="clip")
 
 
 @pytest.mark.parametrize("size", PRESETS)
@@ -65,8 +63,3 @@ def test_one_class_is_nothing_to_learn(tmp_path):
     tiny.folder(tmp_path / "train" / "cats", 3)
     with pytest.raises(UserError, match=r"folder:.*/train has one class, 'cats'; a classifier learns from two or more"):
         load.load_config(f"finetune:data=folder:{tmp_path}")
-
-
-def test_unknown_preset():
-    with pytest.raises(UserError, match=r"preset is 'B/17'.*'B/16'"):
-        recipes.base("clip", "B/17")

@@ -65,31 +65,25 @@ def test_pages_made_from_the_code_are_current(name):
     assert (GOLDEN.parents[1] / name).read_text() == made, "run python -m docs.generate"
 
 
+TUNED = {"init__weights": "x", "finetune__lora__rank": 2}
+
+
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "keys"),
     [
-        ({"optim__on_bad_steps": "rewind", "checkpoint__every": 0}, r"on_bad_steps .*; set checkpoint\.every to 1"),
-        (
-            {"optim__name": "muon", "finetune__lora__rank": 2, "init__weights": "x"},
-            r"optim\.name is 'muon', and finetune\.lora\.rank freezes .*; set it to 'adamw', and lower optim\.lr",
-        ),
-        (
-            {"optim__name": "muon", "init__freeze": ("img", "txt")},
-            r"optim\.name is 'muon', and init\.freeze freezes all",
-        ),
-        (
-            {"optim__name": "muon", "init__freeze": ("img.blocks.0", "txt")},
-            r"optim\.name is 'muon', and init\.freeze freezes all",
-        ),
-        (
-            {"finetune__lora__rank": 2, "init__weights": "x", "init__freeze": ("img", "txt")},
-            r"finetune\.lora\.rank adapts towers, and init\.freeze freezes all of them",
-        ),
+        ({"optim__on_bad_steps": "rewind", "checkpoint__every": 0}, ("optim.on_bad_steps", "checkpoint.every")),
+        (TUNED | {"optim__name": "muon"}, ("optim.name", "finetune.lora.rank", "optim.lr")),
+        ({"optim__name": "muon", "init__freeze": ("img", "txt")}, ("optim.name", "init.freeze")),
+        ({"optim__name": "muon", "init__freeze": ("img.blocks.0", "txt")}, ("optim.name", "init.freeze")),
+        (TUNED | {"init__freeze": ("img", "txt")}, ("finetune.lora.rank", "init.freeze")),
+        ({"eval__resize": "longest", "eval__resize_size": 32}, ("eval.resize_size", "eval.resize='longest'")),
+        ({"init__weights": "x", "finetune__lora": {"rank": 2, "targets": ()}}, ("finetune.lora.rank", "targets")),
     ],
 )
-def test_values_that_cancel_each_other_are_refused(changes, message):
-    with pytest.raises(UserError, match=message):
+def test_values_that_cancel_each_other_are_refused(changes, keys):
+    with pytest.raises(UserError) as error:
         schema.resolve(tiny.config("clip", **changes))
+    assert all(key in str(error.value) for key in keys) and "\n" not in str(error.value)
 
 
 def test_what_the_model_cannot_have_is_refused_at_once():
@@ -110,13 +104,6 @@ def test_what_the_model_cannot_have_is_refused_at_once():
     ]  # fmt: skip
     for line in lines:
         assert re.search(line, str(error.value)), (line, str(error.value))
-    longest = {"eval__resize": "longest", "eval__resize_size": 32}
-    with pytest.raises(UserError, match=r"eval\.resize_size is 32; with eval\.resize='longest' it must be 0\."):
-        schema.resolve(tiny.config("clip", **longest))
-    with pytest.raises(
-        UserError, match=r"finetune\.lora\.rank is 2, and kernels is empty; name kernels among qkv, out"
-    ):
-        schema.resolve(tiny.config("clip", init__weights="x", finetune__lora={"rank": 2, "kernels": ()}))
 
 
 def test_muon_takes_the_blocks_that_are_not_frozen():

@@ -126,7 +126,7 @@ CONFLICTS = [
         r"unknown objective term 'clap'; did you mean 'clip'",
     ),
     ({"objective.name": "nclip"}, r"objective\.name is 'nclip', whose terms are nclip, and terms has clip, nclip"),
-    ({"objective.name": "mine", "objective.terms": {"clip": 1.0, "classify": 1.0}}, "use one sort"),
+    ({"objective.name": "mine", "objective.terms": {"clip": 1.0, "classify": 1.0}}, "use one kind"),
     ({"objective.plugins": {"clap": {"type": "no.such:Clap"}}}, r"objective\.plugins\.clap has no weight"),
     (
         {

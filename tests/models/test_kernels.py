@@ -144,33 +144,6 @@ def test_a_tower_on_eight_devices_is_the_same(everywhere, strategy, scan, remat)
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * float(jnp.abs(theirs).max()))
 
 
-STEPS = [
-    pytest.param({}, id="dp"),
-    pytest.param({"mesh__strategy": "zero1"}, id="zero1"),
-    pytest.param({"mesh__strategy": "fsdp", "mesh__fsdp": 4}, id="fsdp"),
-    {"mesh__strategy": "fsdp_tp", "mesh__fsdp": 2, "mesh__model": 2},
-    pytest.param({"optim__microbatches": 2}, id="2"),
-    pytest.param({"optim__microbatches": 2, "mesh__strategy": "fsdp", "mesh__fsdp": 4}, id="2-fsdp"),
-]
-
-
-@pytest.mark.slow  # towers by themselves are compared in any case, see above
-@pytest.mark.parametrize("changes", STEPS, ids=lambda changes: "-".join(map(str, changes.values())))
-def test_a_whole_step_is_the_same(everywhere, changes):
-    wide = {"width": 256, "heads": 4, "scan": True, "remat": "dots", "depth": 2}
-    towers = {f"model__{tower}__{name}": value for tower in ("img", "txt") for name, value in wide.items()}
-    c = tiny.config("clip", **towers, **changes)
-    results = []
-    for everywhere["kernel"] in (True, False):
-        experiment = build.build(c)
-        state = create(experiment.init, experiment.abstract)
-        batch = {key: jnp.asarray(x) for key, x in tiny.batch().items()}
-        assert ("attention_gradient" in str(jax.make_jaxpr(experiment.step)(state, batch))) == everywhere["kernel"]
-        results.append(experiment.compiled(state, batch)[1])
-    for name, value in results[1].items():
-        np.testing.assert_allclose(results[0][name], value, rtol=2e-5, atol=1e-6, err_msg=name)
-
-
 @pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
 @pytest.mark.parametrize(
     ("kv", "n", "tokens", "causal"), [(64, 200, 197, False), (64, 77, 77, True), (128, 584, 577, False)]

@@ -10,12 +10,7 @@ import torch
 
 from tests.helpers.util import random_variables
 from tests.models.test_transformer import IMG, TXT, numpy
-from xclip_jax.models.layers import (
-    ACTIVATIONS,
-    LayerNorm,
-    attend,
-    gelu,
-)
+from xclip_jax.models.layers import ACTIVATIONS, LayerNorm, attend, gelu
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ def test_merged_kernels_are_sums_of_products():
 
 def test_a_tower_without_adapters_and_a_block_that_is_not_there_are_refused():
     params = {"img": {"convolutions": {"mlp": {"up": {"kernel": jnp.ones((8, 8))}}}}}
-    with pytest.raises(UserError, match=r"tower 'img' has none of the kernels qkv, out, up, down in a transformer"):
+    with pytest.raises(UserError, match=r"no transformer in the tower 'img' has any of the kernels qkv, out, up"):
         lora.initial(params, lora.LoraConfig(rank=2), jax.random.key(0))
 
 
@@ -77,12 +77,12 @@ def test_an_adapter_larger_than_its_kernel_is_refused():
 
 
 def test_some_kernels_have_adapters():
-    p = build.build(tiny.config("clip", init__weights="x", finetune__lora={"rank": 2, "kernels": ("qkv",)}))
+    p = build.build(tiny.config("clip", init__weights="x", finetune__lora={"rank": 2, "targets": ("qkv",)}))
     assert p.num_parameters == build.build(tiny.config("clip")).num_parameters
     block = p.abstract.params["lora"]["txt"]["transformer"]["block_0"]
     assert block.keys() == {"attention"} and block["attention"].keys() == {"qkv"}
-    with pytest.raises(UserError, match=r"finetune\.lora\.kernels.*'query'"):
-        build.build(tiny.config("clip", init__weights="x", finetune__lora={"rank": 2, "kernels": ("query",)}))
+    with pytest.raises(UserError, match=r"finetune\.lora\.targets.*'query'"):
+        build.build(tiny.config("clip", init__weights="x", finetune__lora={"rank": 2, "targets": ("query",)}))
     with pytest.raises(UserError, match=r"finetune\.lora\.rank adapts given weights"):
         build.build(tiny.config("clip", finetune__lora__rank=2))
 

@@ -5,7 +5,6 @@ import json
 
 import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -38,16 +37,6 @@ def last_state(c):
     p = build.build(c)
     with Checkpointer(c.run, read_only=True) as checkpointer:
         return jax.device_get(checkpointer.restore(p.abstract)[0])
-
-
-def test_training_is_on_average_what_evaluation_is():
-    tower = ConvMixer(image_size=8, patch=4, width=6, depth=1, drop_path=0.25)
-    module, image = tower.module(jnp.float32), np.random.default_rng(0).normal(size=(1, 8, 8, 3)).astype(np.float32)
-    variables = module.init(jax.random.key(0), image)
-    left_out, kept, evaluated = (
-        module.apply(variables, image, paths) for paths in (np.zeros((1, 1)), np.ones((1, 1)), None)
-    )
-    np.testing.assert_allclose(0.25 * left_out + 0.75 * kept, evaluated, atol=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +116,7 @@ class Uncounted(ConvMixer):
 
 def test_a_tower_need_not_count_its_flops(tmp_path, monkeypatch, capsys):
     c = tiny.config(model__plugins={"img": OPTIONS | {"type": f"{__name__}:Uncounted"}})
-    made, reason = build.build(c), "FLOPs are not known, as a tower does not count its own"
+    made, reason = build.build(c), "FLOPs are unknown: a custom tower does not report them"
     assert cost.forward_flops(made.config) is None and cost.step_flops(made.config) is None
     assert log._flops_and_peak(made)[0] == 0
     assert capsys.readouterr().out == f"metrics have no mfu: {reason}\n"
@@ -223,15 +212,6 @@ def test_a_side_that_is_no_multiple_of_the_patch_has_its_neighbours(side, neares
 
 
 def test_a_built_in_type_may_be_named():
-    tower = schema.resolve(tiny.config(model__plugins={"img": {"type": "vit", "width": 48, "heads": 4}})).model.tower(
-        "img"
-    )
+    config = tiny.config(model__plugins={"img": {"type": "vit", "width": 48, "heads": 4}})
+    tower = schema.resolve(config).model.tower("img")
     assert tower.width == 48 and tower.patch == 16
-
-
-def test_layer_decay_needs_layers():
-    c = config(optim__layer_decay=0.5)
-    assert schema.resolve(c).model.tower("txt").num_layers == 3  # the text tower has layers
-    c.objective.name, c.objective.terms, c.objective.classify.classes = "classify", {"classify": 1.0}, 2
-    with pytest.raises(UserError, match=r"optim\.layer_decay is 0\.5, and ConvMixer has no layers"):
-        schema.resolve(c)

@@ -14,12 +14,7 @@ from xclip_jax.losses import contrastive
 from xclip_jax.objectives import Health, make_objective
 from xclip_jax.objectives.clip import PLATEAU_SHARE, Clip, Siglip
 
-TERMS = {
-    "clip": Clip(),
-    "siglip": Siglip(),
-    "q": Clip(gce_q=0.7),
-    "labels": Siglip(positives="caption"),
-}
+TERMS = {"clip": Clip(), "siglip": Siglip(), "q": Clip(gce_q=0.7), "labels": Siglip(positives="caption")}
 every_term = pytest.mark.parametrize("term", TERMS.values(), ids=TERMS)
 
 

@@ -13,11 +13,7 @@ from tests.helpers import tiny
 from xclip_jax.config import schema
 from xclip_jax.core.errors import UserError
 from xclip_jax.data import loader
-from xclip_jax.objectives import (
-    Check,
-    Term,
-    make_objective,
-)
+from xclip_jax.objectives import Check, Term, make_objective
 from xclip_jax.objectives.similarity import CosineSimilarity
 from xclip_jax.train import build, cost, state
 from xclip_jax.train.checkpoint import Checkpointer
@@ -127,10 +123,7 @@ def test_a_heads_flops_count():
 @pytest.mark.parametrize(
     ("plugin", "message"),
     [
-        (
-            {"type": SUPERCLIP, "spraed": 0.5},
-            "'objective.plugins.tokens.spraed' is unknown; did you mean .*spread",
-        ),
+        ({"type": SUPERCLIP, "spraed": 0.5}, "'objective.plugins.tokens.spraed' is unknown; did you mean .*spread"),
         ({"type": SUPERCLIP, "spread": 0.0}, r"objective\.plugins\.tokens\.spread is 0\.0; expected .* above 0"),
         ({"type": "examples.superclip:Token"}, r"cannot be imported.* has no attribute 'Token'"),
         ({"type": "tests.helpers.tiny:config"}, "is not a dataclass derived from xclip_jax.objectives.term.Term"),

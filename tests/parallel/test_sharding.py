@@ -106,11 +106,7 @@ def test_strategies(objective, mesh, plain):
 
 @pytest.mark.parametrize(
     ("objective", "chunk"),
-    [
-        ("clip", 8),
-        ("siglip", 0),
-        *(pytest.param(*x, marks=pytest.mark.slow) for x in (("clip", 0), ("siglip", 8))),
-    ],
+    [("clip", 8), ("siglip", 0), *(pytest.param(*x, marks=pytest.mark.slow) for x in (("clip", 0), ("siglip", 8)))],
 )
 def test_captions_of_several_pairs(objective, chunk, plain):
     """Pairs of one caption are positives of each other wherever they are, in microbatches too."""
@@ -258,9 +254,6 @@ def test_gradcache_and_chunks_where_all_devices_share_parameters(plain):
 
 @pytest.mark.parametrize("mesh", [*(pytest.param(x, marks=pytest.mark.slow) for x in (None, "dp", "zero1")), "fsdp_tp"])
 def test_gradcache_and_chunks_with_an_average_as_teacher(mesh, plain):
-    teacher = {
-        "objective__nclip__target": "ema",
-        "model__img__patch_dropout": 0.5,
-    }
+    teacher = {"objective__nclip__target": "ema", "model__img__patch_dropout": 0.5}
     p = make("xclip", mesh, optim__microbatches=2, loss__chunk_size=16, **teacher)
     assert_same(gradients(p), plain("xclip", **teacher))

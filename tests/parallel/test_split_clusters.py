@@ -31,10 +31,7 @@ FORMS = {
     "layers": ({"objective__nclip__target": "joint", "head": HEAD | {"layers": 2}}, {}),
 }
 # All combinations are minutes of compilation.
-QUICK = {
-    ("zero1", "plain"),
-    ("fsdp_tp", "chunks"),
-}
+QUICK = {("zero1", "plain"), ("fsdp_tp", "chunks")}
 
 
 def experiment(mesh=None, *, head=HEAD, **changes):

@@ -20,16 +20,12 @@ from xclip_jax.train import build
 
 MESH = make_mesh({"data": 4, "fsdp": 2, "model": 1})
 P = PartitionSpec
-
-
 WHOLE = P()
 
 
 def sent(fn, *specs, out=WHOLE, args=((64, 16),)):
     found = (
-        jax.jit(
-            jax.shard_map(fn, mesh=MESH, in_specs=specs, out_specs=out, check_vma=False),
-        )
+        jax.jit(jax.shard_map(fn, mesh=MESH, in_specs=specs, out_specs=out, check_vma=False))
         .lower(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in args))
         .compile()
     )
@@ -133,30 +129,6 @@ def test_sums_between_slices_are_those_of_a_shard():
     assert summary(found) == {"reduce-scatter": size, "all-reduce between slices": size / 4, "all-gather": size}
     assert {x.kind: x.group for x in found} == {"reduce-scatter": 4, "all-reduce between slices": 3, "all-gather": 4}
     assert sum(x.sent for x in found) == 2 * size * 3 / 4 + 2 * size / 4 * 2 / 3
-
-
-def test_all_permutes_of_a_ring_count_forward_and_backward():
-    """All collectives of a shard_map have one channel."""
-    b, e, hops = 64, 16, 8
-    mesh = make_mesh({"data": 8, "fsdp": 1, "model": 1})
-    following = [(i, (i + 1) % hops) for i in range(hops)]
-
-    def ring(x, y):
-        def hop(carry, _):
-            y, total = carry
-            total = total + jnp.sum(jnp.sin(x @ y.T), axis=1)
-            return jax.tree.map(lambda x: jax.lax.ppermute(x, "data", following), (y, total)), None
-
-        (_, total), _ = jax.lax.scan(hop, (y, jnp.sum(x, axis=1)), None, hops)
-        return jax.lax.psum(jnp.sum(jnp.square(total)), "data")
-
-    whole = jax.shard_map(ring, mesh=mesh, in_specs=(P("data"),) * 2, out_specs=P())
-    z = jax.ShapeDtypeStruct((b, e), jnp.float32, sharding=NamedSharding(mesh, P("data")))
-    found = collectives(jax.jit(jax.grad(whole, (0, 1))).lower(z, z).compile().as_text(), 8)
-    permutes = [x for x in found if x.kind == "collective-permute"]
-    # Rows of y and their totals go round once, and their gradients go round once in the other direction.
-    assert sum(x.total for x in permutes) == 2 * (b * e + b) * 4
-    assert {x.count for x in permutes} == {hops}
 
 
 def test_chunks_send_texts_and_their_gradients_once():
@@ -302,24 +274,10 @@ def test_no_strategy_moves_much_more_than_it_must(objective, strategy, data, fsd
     total = sum(x.total for x in found)
     print(f"{objective} {strategy} {data} x {fsdp}: {total / least:.3f} of the minimum, {summary(found)}")
     assert 0.8 * least < total < 1.2 * least
-    if strategy != "dp":
-        assert any(x.sharding.shard_shape(x.shape) != x.shape for x in jax.tree.leaves(p.abstract.opt_state))
-
-
-def test_moments_are_split_with_zero1_alone():
-    def shares(strategy):
-        moments = build.build(tiny.config("clip", mesh__strategy=strategy, model__img__width=256)).abstract.opt_state
-        large = [x for x in jax.tree.leaves(moments) if x.size > 1 << 15]
-        assert large
-        return {x.size // math.prod(x.sharding.shard_shape(x.shape)) for x in large}
-
-    assert shares("zero1") == {8}
-    assert shares("dp") == {1}
-
-
-def test_replicated_is_not_sent():
-    found = jax.jit(lambda x: x * 2, in_shardings=NamedSharding(MESH, P("data"))).lower(jnp.zeros((8, 8))).compile()
-    assert collectives(found.as_text(), 8) == []
+    large = [x for x in jax.tree.leaves(p.abstract.opt_state) if x.size > 1 << 15 and AXES not in x.sharding.spec]
+    shares = {x.size // math.prod(x.sharding.shard_shape(x.shape)) for x in large}
+    assert max(shares) == {"dp": 1, "zero1": 8, "fsdp": fsdp}[strategy]
+    assert len(shares) == 1 or strategy == "fsdp"  # which leaves embeddings whole
 
 
 # --- layouts and loops
@@ -361,23 +319,10 @@ def test_a_loop_may_count_by_two_and_from_any_number(start, turns):
     assert (counts["y"], counts["a"]) == (turns, 1)
 
 
-def multiplications(text):
-    program = hlo.parse(text)
-    inner = (each for outer in program.executions(len) for each in (outer, *program.inside(outer)))
-    return sum(each.count for each in inner if each.instruction.opcode == "multiply")
-
-
 def test_nested_loops_multiply():
     def twice(x):
         return jax.lax.fori_loop(0, 3, lambda _, x: jax.lax.fori_loop(0, 5, lambda _, x: x * jnp.sin(x), x), x)
 
-    assert multiplications(jax.jit(twice).lower(jnp.ones(64)).compile().as_text()) == 15
-
-
-def test_the_branch_that_weighs_most_runs():
-    def choose(x):
-        return jax.lax.switch(jnp.int32(x[0]), [lambda x: x, lambda x: jnp.sort(x)[::-1], jnp.cos], x)
-
-    program = hlo.parse(jax.jit(choose).lower(jnp.ones(64)).compile().as_text())
-    names = [{each.instruction.opcode for each in program.executions(weigh)} for weigh in (len, lambda x: -len(x))]
-    assert "sort" in names[0] and "sort" not in names[1]
+    program = hlo.parse(jax.jit(twice).lower(jnp.ones(64)).compile().as_text())
+    inner = (each for outer in program.executions(len) for each in (outer, *program.inside(outer)))
+    assert sum(each.count for each in inner if each.instruction.opcode == "multiply") == 15

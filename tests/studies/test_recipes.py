@@ -9,10 +9,7 @@ from xclip_jax.config import load, schema
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 RECIPE = "studies/icons/recipe.py"
-CONFIGS = {
-    "icons": RECIPE,
-    "icons_xclip": f"{RECIPE}:objective=xclip,steps=2000,size=48",
-}
+CONFIGS = {"icons": RECIPE, "icons_xclip": f"{RECIPE}:objective=xclip,steps=2000,size=48"}
 
 
 @pytest.mark.parametrize("name", CONFIGS)

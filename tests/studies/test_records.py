@@ -83,7 +83,7 @@ def test_records_are_read_as_they_were_written(tmp_path):
     lines = path.read_text().splitlines(keepends=True)
     for text, message in (
         (lines[0] + lines[1][:50], r"line 2, is not the record of a run \(JSONDecodeError: .*; restore it"),
-        (lines[0] + lines[1].replace('"seed": 0}', '"seed": 8}'), "the seed is not that of the config"),
+        (lines[0] + lines[1].replace('"seed": 0}', '"seed": 8}'), "the seed differs from the config.s"),
         (lines[0] + lines[0].replace('"arm": "clip"', '"arm": "other"'), r"line 2, repeats other-s0-\w+"),
     ):
         path.write_text(text)

@@ -1,8 +1,8 @@
 """Plan the memory, time and traffic of a run on TPUs ahead of time: xclip-jax plan --config FILE.py --topology v5e:4x8.
 
-Compiles the train step of a run for a topology that need not exist, and prints whether it fits, the time and cost of
-the run, and the bytes that chips send. Times are a model made of the TPU compiler's estimates, not a measurement;
-`--mfu` replaces them. Needs the package libtpu (pip install 'xclip_jax[tpu]') and no TPU.
+Compiles the train step for a topology without hardware, and prints whether it fits, the time and cost of the run, and
+the bytes sent by the chips. Times are a model based on the TPU compiler's estimates, not a measurement; `--mfu`
+replaces them. Needs the package libtpu (pip install 'xclip_jax[tpu]') and no TPU.
 """
 
 import dataclasses
@@ -25,11 +25,11 @@ from xclip_jax.plan.roofline import devices_of, roofline
 from xclip_jax.train import cost
 from xclip_jax.train.build import Experiment
 
-_TOPOLOGY = flags.DEFINE_string("topology", "", "CHIP:GRID, as v5e:4x8 or v4:2x4x4.")
+_TOPOLOGY = flags.DEFINE_string("topology", "", "CHIP:GRID, for example v5e:4x8 or v4:2x4x4.")
 _SLICES = flags.DEFINE_integer("slices", 1, "Slices of that topology.")
-_MFU = flags.DEFINE_float("mfu", None, "Share of the chips' peak that the model's FLOPs reach, if you know it.")
+_MFU = flags.DEFINE_float("mfu", None, "Model FLOPs utilisation, if you know it: the share of the chips' peak.")
 _PRICE = flags.DEFINE_float("price", 0.0, "Price of a chip-hour, for the cost of the run.", lower_bound=0.0)
-_HLO = flags.DEFINE_string("hlo", "", "File to write the optimised program to.")
+_HLO = flags.DEFINE_string("hlo", "", "Output file for the optimised program.")
 _JSON = flags.DEFINE_bool("json", False, "Print JSON.")
 
 
@@ -42,22 +42,22 @@ def plan(
     price: float = 0.0,
     hlo: str = "",
 ) -> dict[str, Any]:
-    """Return everything that the command prints, as plain numbers and strings; bytes on one device.
+    """Return all facts for `render` as plain numbers and strings; bytes on one device.
 
     Args:
-      config: of a run.
+      config: the config of a run.
       topology, slices: see `devices_of`.
-      mfu: share of peak FLOP/s that the model's FLOPs reach; by default the compiler's estimates decide.
-      price: of a chip-hour.
-      hlo: file to write the optimised program to.
+      mfu: share of peak FLOP/s reached by the model's FLOPs; by default the compiler's estimates decide.
+      price: per chip-hour.
+      hlo: output file for the optimised program.
 
     Raises:
-      UserError: as `devices_of`; a config that cannot be built; an `mfu` that is not a share.
+      UserError: see `devices_of`; a config that cannot be built; an `mfu` outside (0, 1].
     """
     if mfu is not None and not 0 < mfu <= 1:
         raise UserError(f"--mfu is {mfu}; expected a share of the chips' peak, above 0 and at most 1, such as 0.4.")
     hlo = os.path.expanduser(hlo)
-    if hlo:  # checked before the compilation, which takes minutes
+    if hlo:  # compilation takes minutes
         check_file("--hlo", hlo)
     devices, chip = devices_of(topology, slices)
     began = time.perf_counter()
@@ -76,14 +76,14 @@ def plan(
         "model_parameters": experiment.num_parameters,
         "fits": compiled is not None,
         "trouble": trouble,
-        "remedies": cost.remedies(experiment.config, experiment.text_rows[0], experiment.mesh.size)
-        if compiled is None
-        else [],
+        "remedies": [],
         "compile_seconds": time.perf_counter() - began,
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
         "capacity": chip.memory,
     }
-    if compiled is not None:
+    if compiled is None:
+        facts["remedies"] = cost.remedies(experiment.config, experiment.text_rows[0], experiment.mesh.size)
+    else:
         program = compiled.as_text()
         if hlo:
             pathlib.Path(hlo).write_text(program)
@@ -96,7 +96,7 @@ def plan(
 def _time(
     experiment: Experiment, facts: dict[str, Any], mfu: float | None, peak: float, price: float
 ) -> dict[str, Any]:
-    """Return time and cost of the run, by `mfu` or by the roofline; or why they are not known."""
+    """Return time and cost of the run by `mfu` or the roofline, or the reason if they are unknown."""
     config = experiment.config
     work = cost.step_flops(config, rows=experiment.text_rows[0])
     peak_ms = 1e3 * work / peak if work else None
@@ -129,11 +129,9 @@ def render(facts: dict[str, Any]) -> str:
     """Return the plan as text."""
     mesh = " x ".join(f"{axis} {n}" for axis, n in facts["mesh"].items())
     slices = f", {facts['slices']} slices" if facts["slices"] > 1 else ""
-    device = "chip"
-    devices = ""
-    if facts["devices"] > facts["chips"]:
-        device = "device"
-        devices = f" with {facts['devices'] // facts['chips']} devices each"
+    per_chip = facts["devices"] // facts["chips"]
+    device = "device" if per_chip > 1 else "chip"
+    devices = f" with {per_chip} devices each" if per_chip > 1 else ""
     lines = [
         f"{facts['objective']}, {facts['model_parameters'] / 1e6:.1f} M parameters, batch {facts['batch']:,}, "
         f"on {facts['topology']}{slices}: {facts['chips']} chips{devices}, {facts['hosts']} hosts",
@@ -160,23 +158,23 @@ def _render_time(facts: dict[str, Any]) -> list[str]:
         return [f"no estimate of the time: {facts['untimed']}"]
     mfu = f", an MFU of {facts['mfu']:.0%}" if facts["mfu"] else ""
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    source = f"by the compiler's estimates ({versions}), a model and not a measurement"
-    source = "as given" if facts["mfu_is_given"] else source
+    estimates = f"by the compiler's estimates ({versions}), a model and not a measurement"
+    source = "as given" if facts["mfu_is_given"] else estimates
     cost = f", which cost {facts['cost']:,.0f}" if facts["cost"] else ""
     images = f"{facts['images_per_second_per_host']:,.0f} images/s"
     lines = [f"a step takes {facts['step_ms']:,.1f} ms{mfu}, {source}"]
     if not facts["mfu_is_given"]:
-        account = facts["roofline"]
-        exposed, hidden = (f"{account[key]:,.1f} ms" for key in ("exposed_ms", "hidden_ms"))
-        lines.append(f"collectives take {exposed} of it, and {hidden} more behind operations")
+        times = facts["roofline"]
+        hidden = f"{times['hidden_ms']:,.1f} ms more behind operations"
+        lines.append(f"collectives take {times['exposed_ms']:,.1f} ms of it, and {hidden}")
     lines += [
         f"{facts['pairs_per_second']:,.0f} pairs/s; each host decodes {images}",
         f"{facts['steps']:,} steps take {facts['days']:.2f} days, {facts['chip_hours']:,.0f} chip-hours{cost}",
     ]
     if facts["peak_ms"]:
         lines.append(
-            f"{facts['flops_per_pair'] / 1e9:.1f} GFLOP a pair, {facts['flops_per_step'] / 1e12:,.0f} TFLOP a step: "
-            f"{facts['peak_ms']:.1f} ms at the chips' peak"
+            f"{facts['flops_per_pair'] / 1e9:.1f} GFLOP per pair, "
+            f"{facts['flops_per_step'] / 1e12:,.0f} TFLOP per step: {facts['peak_ms']:.1f} ms at the chips' peak"
         )
     return lines
 
@@ -194,7 +192,7 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    # Planning needs no accelerator, and must not wait for one. jax read the variable when it was imported.
+    # Planning must not wait for an accelerator. jax read the variable at import.
     if "JAX_PLATFORMS" not in os.environ:
         os.environ["JAX_PLATFORMS"] = "cpu"
         jax.config.update("jax_platforms", "cpu")

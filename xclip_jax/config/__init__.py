@@ -1,1 +1,1 @@
-"""The config of a run: what a key is (`fields`), all keys (`schema`), and the command line (`load`)."""
+"""The config of a run: all keys (`schema`), defaults for recipes (`recipes`), and the command line (`load`)."""

@@ -1,4 +1,4 @@
-"""The config of a command: loads the recipe, checks the overrides, and reports what is wrong in one sentence."""
+"""The config of a command: loads the recipe, checks the overrides, and reports faults in one sentence."""
 
 import functools
 import importlib.util
@@ -22,9 +22,9 @@ from xclip_jax.core.errors import UserError, exit_with_message
 __all__ = ["find_recipe", "load_config", "load_recipe", "recipes"]
 
 TRUST = flags.DEFINE_bool(
-    "trust", False, "Import the modules of other packages that files of weights name, which runs their code."
+    "trust", False, "Import the modules of other packages named in files of weights, which runs their code."
 )
-# Python's messages about texts of a wrong type.
+# Python's messages about values of a wrong type.
 _CONVERSIONS = {
     "invalid literal for int() with base 10": "an integer",
     "could not convert string to float": "a number",
@@ -33,7 +33,7 @@ _CONVERSIONS = {
 
 
 def recipes() -> dict[str, pathlib.Path]:
-    """Return the files of the recipes that come with the package, by name."""
+    """Return the files of the package's recipes, by name."""
     package = pathlib.Path(__file__).parents[1]
     folders = (package / "configs", package.parent / "configs")  # in an installed package, and in a checkout
     files = next(filter(None, (sorted(folder.glob("[a-z]*.py")) for folder in folders)), [])
@@ -41,7 +41,7 @@ def recipes() -> dict[str, pathlib.Path]:
 
 
 def find_recipe(name: str) -> str:
-    """Return the file of a recipe: of the package's recipe `name`, or `name` itself if it is a path.
+    """Return the file of the package's recipe `name`, or `name` itself if it is the path of a recipe.
 
     Raises:
       UserError: no such recipe or file.
@@ -49,22 +49,12 @@ def find_recipe(name: str) -> str:
     known = recipes()
     if name in known:
         return str(known[name])
-    if pathlib.PurePath(name).name == name and not name.endswith(".py"):
-        raise UserError(
-            f"recipe {name!r} is unknown; did you mean {fields.nearest(name, known)!r}? Recipes: {', '.join(known)}; "
-            "a file of your own is given by its path, FILE.py"
-        )
-    if not (pathlib.Path(name).is_file() and name.endswith(".py")):
-        raise UserError(f"no recipe file {name!r}; give a path FILE.py, or a recipe by name: {', '.join(known)}")
-    return name
-
-
-def _place(error: Exception, file: str, origin: str) -> str:
-    """Return "FILE, line N": the innermost line of the recipe `file`, whose full path is `origin`, in `error`."""
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == origin]
-    if isinstance(error, SyntaxError) and error.filename == origin:
-        lines.append(error.lineno)
-    return f"{file}, line {lines[-1]}" if lines else file
+    if pathlib.Path(name).is_file() and name.endswith(".py"):
+        return name
+    is_path = name.endswith(".py") or pathlib.PurePath(name).name != name
+    guess = f"recipe {name!r} is unknown; did you mean {fields.nearest(name, known)!r}? Give"
+    fault = f"no recipe file {name!r}; give" if is_path else guess
+    raise UserError(f"{fault} a path FILE.py, or a recipe by name: {', '.join(known)}")
 
 
 def load_config(spec: str) -> ml_collections.ConfigDict:
@@ -73,11 +63,11 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
 
 
 def load_recipe(spec: str) -> tuple[ml_collections.ConfigDict, Describe | None]:
-    """Return the config of the recipe in "NAME:arg" or "FILE.py:arg", locked, and a function that describes it.
+    """Return the locked config of the recipe in "NAME:arg" or "FILE.py:arg", and a function that describes it.
 
-    A recipe is a file with the function `get_config(arg)`, which opens no data and no weights. What depends on those
-    and on the machine is set by its function `fill_in(config, arg)`, if it has one. It may return a function of a
-    config, whose sentence commands print once their flags are set.
+    A recipe is a file with the function `get_config(arg)`, which opens no data and no weights. An optional function
+    `fill_in(config, arg)` sets keys that depend on those and on the machine. It may return a function of the config,
+    whose sentence commands print once their flags are set.
 
     Raises:
       UserError: no such recipe, or an error in it, with its line.
@@ -96,8 +86,15 @@ def load_recipe(spec: str) -> tuple[ml_collections.ConfigDict, Describe | None]:
     except UserError:
         raise
     except Exception as error:
-        text = " ".join(str(error.msg if isinstance(error, SyntaxError) else error).split())
-        raise UserError(f"{_place(error, file, module_spec.origin)}: {type(error).__name__}: {text}") from error
+        # The innermost line of the recipe itself.
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == module_spec.origin]
+        text = str(error)
+        if isinstance(error, SyntaxError):
+            lines += [error.lineno] * (error.filename == module_spec.origin)
+            text = error.msg
+        place = f"{file}, line {lines[-1]}" if lines else file
+        raise UserError(f"{place}: {type(error).__name__}: {' '.join(text.split())}") from error
     return config.lock(), describe
 
 
@@ -105,8 +102,9 @@ def check_keys(config: ml_collections.ConfigDict, overrides: list[str]) -> None:
     """Raise `UserError` for an override --config.KEY=VALUE of an unknown key, with the nearest valid key."""
     for override in overrides:
         match = re.match(r"--?(?:no)?config\.([\w.-]+)", override)
+        path = match[1].split(".") if match else []
         node = config
-        for i, part in enumerate(path := match[1].split(".") if match else []):
+        for i, part in enumerate(path):
             keys = list(node) if isinstance(node, ml_collections.ConfigDict) else []
             if part not in keys:
                 raise UserError(fields.unknown_key(".".join(path[: i + 1]), keys))
@@ -114,50 +112,47 @@ def check_keys(config: ml_collections.ConfigDict, overrides: list[str]) -> None:
 
 
 def quote_list(config: ml_collections.ConfigDict, override: str) -> str:
-    """Return --config.KEY=a,b of a key that has a list as --config.KEY=('a','b'), and any other argument as it is."""
+    """Return --config.KEY=a,b for a list as --config.KEY=('a','b'), and any other argument unchanged."""
     match = re.fullmatch(r"(--?config\.([\w.-]+)=)([a-zA-Z][\w./@-]*(?:,[a-zA-Z][\w./@-]*)+)", override)
     if match is None or not isinstance(functools.reduce(operator.getitem, match[2].split("."), config), tuple):
         return override
     return f"{match[1]}{tuple(match[3].split(','))}"
 
 
-def help_text() -> str:
-    """Return one line for each key of a config, with its default."""
-    rows = [(f"--config.{name}={value!r}", doc) for name, value, _, doc in fields.describe(schema.Config)]
-    lines = [f"  {left:<50} {doc}" if len(left) < 50 else f"  {left}\n  {'':<50} {doc}" for left, doc in rows]
-    return "\n".join(["keys of a config, with the defaults that a recipe starts from:", *lines])
-
-
 def parse(argv: list[str]) -> list[str]:
-    """Parse the flags of a command. --config is loaded first, since its keys are flags themselves.
+    """Parse the flags of a command; bad input ends the process with one sentence.
 
-    Bad input ends the process with one sentence.
+    --config is loaded first, since its keys are flags themselves. `config_flags` could load the file, but would show
+    two tracebacks above an error in it.
     """
-    # config_flags can load the file itself, but shows an error in the file only below two tracebacks.
     describe = None
     at = next((i for i, arg in enumerate(argv) if re.fullmatch(r"--?config(=.*)?", arg)), None)
     try:
         if {"--help", "-help", "-h"} & set(argv):
             with exit_with_message():
-                print(f"{sys.modules['__main__'].__doc__}\n\n{flags.FLAGS.main_module_help()}\n{help_text()}")
+                print(f"{sys.modules['__main__'].__doc__}\n\n{flags.FLAGS.main_module_help()}")
+                print("keys of a config, with the defaults that a recipe starts from:")
+                for name, value, _, doc in fields.describe(schema.Config):
+                    left = f"--config.{name}={value!r}"
+                    print(f"  {left:<50} {doc}" if len(left) < 50 else f"  {left}\n  {'':<50} {doc}")
             sys.exit(0)
-        if at is None and "--helpfull" not in argv:
-            raise UserError("--config is missing; start with --config demo")
+        spec = ""
         if at is not None:
             spec = argv[at].partition("=")[2] or (argv[at + 1] if at + 1 < len(argv) else "")
-            if not spec:
-                raise UserError("--config has no value; start with --config demo")
             argv = argv[:at] + argv[at + (1 if "=" in argv[at] else 2) :]
+        if spec:
             with imports.trusting(any(re.fullmatch(r"--?trust(=(true|t|1))?", arg, re.IGNORECASE) for arg in argv)):
                 config, describe = load_recipe(spec)
             check_keys(config, argv)
             argv = [quote_list(config, arg) for arg in argv]
             config_flags.DEFINE_config_dict("config", config, "Keys of the config.", sys_argv=argv)
+        elif "--helpfull" not in argv:
+            raise UserError("--config is missing or empty; start with --config demo")
         unparsed = flags.FLAGS(argv)
         if len(unparsed) > 1:
             raise UserError(f"unknown argument {unparsed[1]!r}; set config keys with --config.KEY=VALUE")
         if describe:
-            # Not log0: the processes of a run may not have joined yet. Not to stdout: commands print JSON there.
+            # log0 would need joined processes, and stdout is for JSON.
             show(describe(flags.FLAGS.config), sys.stderr)
         return unparsed
     except (UserError, flags.UnrecognizedFlagError) as error:

@@ -1,4 +1,4 @@
-"""Where a recipe starts: its argument, "a=1,b=x", and the defaults of all keys for an objective and a size."""
+"""Tools for recipes: parse their argument, "a=1,b=x", and make default configs for an objective and a size."""
 
 import math
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from typing import Any
 import ml_collections
 
 from xclip_jax.config import schema
-from xclip_jax.core.errors import UserError
+from xclip_jax.core.errors import UserError, check_choice
 from xclip_jax.core.fields import nearest
 from xclip_jax.models.two_towers import PRESETS, TOWERS, preset
 from xclip_jax.objectives import OBJECTIVES, RECIPES
@@ -17,18 +17,14 @@ _KINDS = {int: "an integer", float: "a number"}
 
 
 def parse_arg(arg: str | None, **defaults: Any) -> ml_collections.ConfigDict:
-    """Parse a recipe's argument, as in `--config RECIPE:a=1,b=x`.
+    """Parse a recipe's argument, the part after ":" in --config, and return the defaults updated with its values.
 
     Args:
-      arg: "KEY=VALUE,KEY=VALUE". After a string, a part without "=" continues it, so that paths may have commas.
-      **defaults: the keys that exist, with their default values: strings, integers or numbers. A value has the type of
-        its default.
-
-    Returns:
-      The defaults, updated with the values of `arg`.
+      arg: "KEY=VALUE,KEY=VALUE". After a string, a part without "=" continues it, so that paths may contain commas.
+      **defaults: all keys and their defaults, which are strings, integers or numbers; a value has its default's type.
 
     Raises:
-      UserError: an unknown key, or a value that is not allowed.
+      UserError: an unknown key or a wrong value.
     """
     items: list[tuple[str, str]] = []
     for item in filter(None, (arg or "").split(",")):
@@ -40,33 +36,28 @@ def parse_arg(arg: str | None, **defaults: Any) -> ml_collections.ConfigDict:
     values = dict(defaults)
     for key, text in items:
         if key not in defaults:
-            suggestion = nearest(key, defaults)
-            raise UserError(
-                f"config argument {key!r} is unknown; did you mean {suggestion!r}? Known: {', '.join(defaults)}."
-            )
+            hint = f"did you mean {nearest(key, defaults)!r}? Known: {', '.join(defaults)}"
+            raise UserError(f"config argument {key!r} is unknown; {hint}.")
         values[key] = _convert(key, text, defaults[key])
-    # A default of "" means that the recipe chooses the objective.
-    if values.get("objective", "clip") not in (*OBJECTIVES, defaults.get("objective")):
-        raise UserError(f"config argument objective={values['objective']!r} must be one of {', '.join(OBJECTIVES)}.")
+    objective = values.get("objective", "")
+    if objective != defaults.get("objective", ""):  # whose default may be "", a choice of the recipe
+        check_choice("config argument objective", objective, OBJECTIVES)
     return ml_collections.ConfigDict(values)
 
 
 def _convert(key: str, text: str, default: Any) -> Any:
-    """Return `text` as a value of the type of `default`."""
+    """Convert `text` to the type of `default`."""
     kind = type(default)
-    if kind not in (str, *_KINDS):
-        raise TypeError(
-            f"the default of config argument {key!r} is {default!r}; it must be a string, integer or number"
-        )
+    low = min(default, 1) if kind is int else 0  # a default of 0 means that the recipe chooses the value
+    expected = _KINDS.get(kind, "text")
     try:
         value = kind(text)
-    except ValueError as error:
-        raise UserError(f"config argument {key}={text!r}; expected {_KINDS[kind]}.") from error
-    # A default of 0 means that the recipe chooses the value.
-    low = min(default, 1) if kind is int else 0
-    if kind in (int, float) and not (low <= value < math.inf):
-        raise UserError(f"config argument {key}={text!r}; expected at least {low}.")
-    return value
+        if kind is str or low <= value < math.inf:
+            return value
+        expected = f"at least {low}"
+    except ValueError:
+        pass
+    raise UserError(f"config argument {key}={text!r}; expected {expected}.")
 
 
 def base(objective: str, size: str) -> ml_collections.ConfigDict:
@@ -76,7 +67,8 @@ def base(objective: str, size: str) -> ml_collections.ConfigDict:
     """
     config = schema.default()
     config.run = f"runs/{objective}-{size.replace('/', '')}"
-    config.objective.name, config.objective.terms = objective, RECIPES[objective]
+    config.objective.name = objective
+    config.objective.terms = RECIPES[objective]
     set_towers(config, size)
     return config
 
@@ -92,7 +84,7 @@ def set_towers(config: ml_collections.ConfigDict, size: str) -> None:
 
 
 def size_of(model: ml_collections.ConfigDict) -> str:
-    """Return the preset whose sizes the towers of config group `model` have, or say that none has."""
+    """Return the preset with the sizes of config group `model`, or a phrase if there is none."""
     for name in PRESETS:
         sizes = preset(name)
         towers = all(model[tower][key] == value for tower in TOWERS for key, value in sizes[tower].items())

@@ -1,6 +1,6 @@
-"""All keys of a run: the groups of keys that the modules declare, in one frozen dataclass that is checked as a whole.
+"""All config keys of a run: one frozen dataclass of the modules' groups, checked as a whole.
 
-Recipes start from `default()`, a locked `ConfigDict`, and change values; `resolve` turns it into a `Config`.
+Recipes change values of `default()`, a locked `ConfigDict`; `resolve` turns it into a `Config`.
 """
 
 import dataclasses
@@ -55,64 +55,47 @@ _FROZEN = Check(
 
 @dataclasses.dataclass(frozen=True)
 class InitConfig:
-    """Config group `init`: what a new run starts from."""
+    """Config group `init`: initial weights of a new run."""
 
     weights: str = key("", "folder of a run, or weights of another project, as hf:ORG/NAME; empty: random parameters")
-    freeze: Sequence[str] = key((), "towers, or layers of them, that are not updated", _FROZEN)
+    freeze: Sequence[str] = key((), "towers or their layers to freeze", _FROZEN)
 
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneConfig:
-    """Config group `finetune`: how given weights change."""
+    """Config group `finetune`: changes to initial weights."""
 
     lora: LoraConfig = group(LoraConfig)
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """Config group `eval`: what is evaluated, and when."""
+    """Config group `eval`: evaluations during a run."""
 
-    sets: Sequence[str] = key((), "sets that are evaluated every `eval.every` steps, and at the end", evaluation="sets")
-    sets_at_end: Sequence[str] = key((), "further sets that are evaluated only at the end", evaluation="sets")
+    sets: Sequence[str] = key((), "sets to evaluate every `eval.every` steps, and at the end", evaluation="sets")
+    sets_at_end: Sequence[str] = key((), "further sets to evaluate only at the end", evaluation="sets")
     every: int = key(0, "steps between two evaluations; 0: only at the end", at_least(0))
-    batch: int = key(256, "items that are encoded at once", at_least(1))
+    batch: int = key(256, "items to encode at once", at_least(1))
     ema: bool = key(False, "evaluate the moving average of the parameters, if the run has one", evaluation="model")
     report: bool = key(False, "make picture.png and report.html at the end", compared=False)
-    resize: str = key(
-        "shortest", "how images are made square wherever the model is used", choice(RESIZE_MODES), evaluation="model"
-    )
-    resize_size: int = key(
-        0, "side before the central crop, pixels; 0 for model.img.image_size", at_least(0), evaluation="model"
-    )
-    interpolation: str = key(
-        "bicubic", "how images are resized wherever the model is used", choice(INTERPOLATIONS), evaluation="model"
-    )
-    templates: Sequence[str] = key(
-        (),
-        "prompts for labelled images of your own, with {c} for the class; empty: one",
-        _TEMPLATES,
-        evaluation="sets",
-    )
-    class_names: str = key(
-        "", "JSON file {label: name} with the names of your own classes; empty: the labels", evaluation="sets"
-    )
+    resize: str = key("shortest", "how images are made square", choice(RESIZE_MODES), evaluation="model")
+    resize_size: int = key(0, "side before the crop; 0 for model.img.image_size", at_least(0), evaluation="model")
+    interpolation: str = key("bicubic", "how images are resized", choice(INTERPOLATIONS), evaluation="model")
+    templates: Sequence[str] = key((), "prompts for your labelled images; empty: one", _TEMPLATES, evaluation="sets")
+    class_names: str = key("", "JSON file {label: name} of your classes; empty: the labels", evaluation="sets")
 
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
     """Config group `log`: metrics and warnings."""
 
-    trackers: Sequence[str] = key(
-        ("tensorboard",), "trackers that get the metrics, in addition to metrics.jsonl", _TRACKERS
-    )
-    callbacks: Sequence[str] = key((), "classes of other packages that the run calls while it trains", _CLASSES)
+    trackers: Sequence[str] = key(("tensorboard",), "trackers of metrics, in addition to metrics.jsonl", _TRACKERS)
+    callbacks: Sequence[str] = key((), "classes of other packages to call during training", _CLASSES)
     every: int = key(
-        20,
-        "steps between two lines of metrics, apart from step 1, checkpoints, evaluations and the end; 0: only these",
-        at_least(0),
+        20, "steps between two lines of metrics; 0: only step 1, checkpoints, evaluations and the end", at_least(0)
     )
     stall_limit: float = key(1800.0, "seconds without progress until the run ends; 0: never", at_least(0))
-    profile: Sequence[int] = key((), "first and last step that JAX's profiler traces, as in 100,110", _STEPS)
+    profile: Sequence[int] = key((), "first and last step that JAX's profiler traces, for example 100,110", _STEPS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,11 +108,9 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The whole config of a run. Frozen; made by `resolve`."""
+    """The whole config of a run, made by `resolve`."""
 
-    run: str = key(
-        "runs/new", "folder of the run, on a disk or in a bucket", not_empty(), resume="free", compared=False
-    )
+    run: str = key("runs/new", "folder of the run, also in a bucket", not_empty(), resume="free", compared=False)
     seed: int = key(0, "seed of initial parameters, data order and augmentation", between(0, 2**32 - 1), card="seed")
     steps: int = key(0, "number of updates of the whole run", at_least(1))
     init: InitConfig = group(InitConfig)
@@ -147,12 +128,13 @@ class Config:
 
     @property
     def alarm_step(self) -> int:
-        """First step at which a collapse or a plateau gives a warning; the first hundred are always flat."""
+        """First step with warnings of a collapse or plateau; the first hundred steps are always flat."""
         return min(500, max(self.steps // 2, 100))
 
     def conflicts(self) -> Iterator[str]:
-        """Values of several groups that do not go together."""
-        optim, checkpoint = self.optim, self.checkpoint
+        """Yield values of different groups that exclude each other."""
+        optim = self.optim
+        checkpoint = self.checkpoint
         if optim.schedule != "constant" and optim.lr_end > optim.lr:
             yield f"optim.lr_end {optim.lr_end:g} is above optim.lr {optim.lr:g}, the peak; lower it, as to 0"
         rewinds = optim.on_bad_steps == "rewind"
@@ -165,23 +147,24 @@ class Config:
             yield f"optim.warmup={optim.warmup} must be below the {self.steps} steps of the run; {remedy}"
         if self.log.profile and self.log.profile[1] > self.steps:
             yield f"log.profile is {self.log.profile}; name steps of the run, which has {self.steps}"
-        batch, chunk = self.data.batch, self.loss.chunk_size
-        for name, parts in (("optim.microbatches", self.optim.microbatches), ("loss.chunk_size", chunk)):
+        batch = self.data.batch
+        for name, parts in (("optim.microbatches", optim.microbatches), ("loss.chunk_size", self.loss.chunk_size)):
             if parts and batch % parts:
                 yield f"{name}={parts} must divide data.batch={batch}"
         objective = make_objective(self.objective)
         for term in objective.terms.values():
             yield from term.conflicts_with(self.model, self.loss)
         towers = [self.model.tower(name) for name in objective.towers]
-        if self.optim.layer_decay != 1 and all(tower.num_layers == 1 for tower in towers):
+        if optim.layer_decay != 1 and all(tower.num_layers == 1 for tower in towers):
             types = " and ".join(type(tower).__name__ for tower in towers)
-            yield f"optim.layer_decay is {self.optim.layer_decay}, and {types} has no layers to tell apart; set it to 1"
+            yield f"optim.layer_decay is {optim.layer_decay}, and {types} has no layers to tell apart; set it to 1"
         yield from _refusal(lambda: Preprocessing.from_config(self))
         yield from self._tuning_conflicts(objective.towers)
 
     def _tuning_conflicts(self, names: Sequence[str]) -> Iterator[str]:
-        """Values on how given weights change that do not go together, for an objective with the towers `names`."""
-        frozen, lora = self.init.freeze, self.finetune.lora
+        """Yield values of `init`, `finetune` and `optim` that exclude each other, for the towers `names`."""
+        frozen = self.init.freeze
+        lora = self.finetune.lora
         if {part.partition(".")[0] for part in frozen} - set(names):
             yield f"init.freeze is {frozen}; the model only has the {names[0]} tower"
         towers = {name: self.model.tower(name) for name in TOWERS}
@@ -193,23 +176,21 @@ class Config:
             yield "finetune.lora.rank adapts towers, and init.freeze freezes all of them; leave one of the two out"
         known = [(name, kernel) for name in names for kernel in lora.targets if kernel in towers[name].kernel_sizes]
         yield from lora.too_large({f"{name} {kernel}": towers[name].kernel_sizes[kernel] for name, kernel in known})
-        freezing = "finetune.lora.rank" if lora.rank else "init.freeze"
-        if self.optim.name == "muon" and (lora.rank or not (missing or self._trained_towers(names))):
+        idle = bool(lora.rank)  # whether no kernel of a block is trained
+        if not missing:
+            layers = frozen_layers(frozen, towers)
+            blocks = {name: {*range(1, towers[name].num_layers - 1)} or {0} for name in names}
+            idle |= all(blocks[name] <= layers.get(name, set()) for name in names)
+        if self.optim.name == "muon" and idle:
+            freezing = "finetune.lora.rank" if lora.rank else "init.freeze"
             yield (
                 f"optim.name is 'muon', and {freezing} freezes all kernels that it takes; set it to 'adamw', "
                 "and lower optim.lr"
             )
 
-    def _trained_towers(self, names: Sequence[str]) -> list[str]:
-        """Return the towers `names` of which a block is trained, or all, where it has no blocks."""
-        towers = {name: self.model.tower(name) for name in TOWERS}
-        frozen = frozen_layers(self.init.freeze, towers)
-        blocks = {name: {*range(1, tower.num_layers - 1)} or {0} for name, tower in towers.items()}
-        return [name for name in names if blocks[name] - frozen.get(name, set())]
-
 
 def _refusal(check: Callable[[], object]) -> Iterator[str]:
-    """Yield the sentence with which `check` refuses values, without its stop."""
+    """Yield the sentence of a `UserError` in `check`, without its full stop."""
     try:
         check()
     except UserError as error:
@@ -217,20 +198,20 @@ def _refusal(check: Callable[[], object]) -> Iterator[str]:
 
 
 def default() -> ml_collections.ConfigDict:
-    """Return every key with its default, locked: a key that does not exist cannot be set."""
+    """Return every key with its default, locked: unknown keys cannot be set."""
     return ml_collections.ConfigDict(dataclasses.asdict(Config())).lock()
 
 
 def keys_where(**facts: Unpack[Facts]) -> tuple[str, ...]:
-    """Return the dotted keys of a run's config that have all of `facts`, in the order of their declaration."""
+    """Return the dotted keys of a run's config with all of `facts`, in declaration order."""
     return fields.keys_where(Config, **facts)
 
 
 def resolve(config: ml_collections.ConfigDict | Mapping[str, Any] | Config) -> Config:
-    """Check a config as a whole and return it as a `Config`. Absent keys have their defaults.
+    """Check a config as a whole and return it as a `Config`; absent keys have their defaults.
 
     Raises:
-      UserError: names every unknown key, and every value that is not allowed with the allowed ones.
+      UserError: all unknown keys, and all wrong values with the allowed ones.
     """
     if isinstance(config, Config):
         return config
@@ -252,8 +233,10 @@ def complete(values: Mapping[str, Any]) -> ml_collections.ConfigDict:
     def fill(expected: Any, given: Any) -> Any:
         if not isinstance(given, Mapping):
             return fields.with_tuples(given)
-        is_group = dataclasses.is_dataclass(expected)
-        hints, defaults = (typing.get_type_hints(expected), dataclasses.asdict(expected())) if is_group else ({}, {})
+        if not dataclasses.is_dataclass(expected):
+            return {name: fill(None, value) for name, value in given.items()}
+        hints = typing.get_type_hints(expected)
+        defaults = dataclasses.asdict(expected())
         return defaults | {name: fill(hints.get(name), value) for name, value in given.items()}
 
     if isinstance(values.get("objective"), Mapping):
@@ -262,12 +245,12 @@ def complete(values: Mapping[str, Any]) -> ml_collections.ConfigDict:
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """Return a nested dict of JSON's types, as it is stored and shown: addresses without passwords and signatures."""
+    """Return a nested dict of JSON's types for files and pages, without passwords and signatures in addresses."""
     return redact(json.loads(json.dumps(dataclasses.asdict(config))))
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"optim": {"lr": 1}} -> {"optim.lr": 1}; tuples become lists, as JSON has them."""
+    """{"optim": {"lr": 1}} -> {"optim.lr": 1}; tuples become JSON's lists."""
     flat = {}
     for name, value in config.items():
         if isinstance(value, Mapping):

@@ -1,13 +1,12 @@
-"""Config keys: a key is a field of a frozen dataclass with a default, a doc string and the values that it allows.
+"""Config keys: fields of frozen dataclasses with a default, a doc string and checks of values.
 
     @dataclasses.dataclass(frozen=True)
     class LogConfig:
         every: int = key(20, "steps between two lines of metrics; 0 for none", at_least(0))
 
-Each module defines the group of keys that it reads; `schema` collects them. A group may have a method
-`conflicts() -> Iterable[str]`, which says what is wrong with values that are allowed by themselves, each time
-beginning with the name of a key. `Facts` about a key, such as whether a resumed run may change it, stand in its
-declaration, and `keys_where` finds the keys that have them.
+Each module declares the group of keys it reads; `config.schema` collects them. A group may have a method
+`conflicts() -> Iterable[str]` that yields faults of values in combination, each beginning with a key. A key's
+declaration also states `Facts`, such as whether a resumed run may change it; `keys_where` finds keys by their facts.
 """
 
 import dataclasses
@@ -45,14 +44,14 @@ _TYPE_NAMES = {int: "an integer", float: "a number", bool: "True or False", str:
 
 
 class Check(NamedTuple):
-    """Values that a key allows: what follows "expected ...", and whether a value of the key's type is allowed."""
+    """Allowed values of a key: their description after "expected ...", and a test of a value with the key's type."""
 
     allowed: str
     accepts: Callable[[Any], bool]
 
 
 def at_least(low: float) -> Check:
-    """Numbers from `low` on."""
+    """Numbers of at least `low`."""
     return Check(f"at least {low}", lambda value: value >= low)
 
 
@@ -72,7 +71,7 @@ def between(low: float, high: float) -> Check:
 
 
 def not_empty() -> Check:
-    """Strings that are not empty."""
+    """Non-empty strings."""
     return Check("a string that is not empty", bool)
 
 
@@ -91,13 +90,12 @@ class Facts(TypedDict, total=False):
     """Facts about a config key, or about all keys of a group; each is absent unless it holds.
 
     Attributes:
-      resume: "free" if a resumed run may have another value: the key does not change what is learned, or other files of
-        the run's folder guard it.
-      host: "own" if the processes of a run may have different values: hosts may keep the same files in different
-        places, and differ in how they read them.
-      evaluation: "model" if the key changes the evaluated model, "sets" if it changes what the model is evaluated on.
-      compared: False if the key changes nothing that a report compares between runs.
-      card: part of the recipe in a model card to which the key belongs.
+      resume: "free" if a resumed run may have another value: the key does not influence training, or files in the run
+        folder guard it.
+      host: "own" if each host may have its own value, for example for its copy of the data.
+      evaluation: "model" if the key changes the evaluated model, "sets" if it changes the evaluation data.
+      compared: False if the key is irrelevant to comparisons between runs in a report.
+      card: the key's part of the recipe in a model card.
     """
 
     resume: Literal["free"]
@@ -108,7 +106,7 @@ class Facts(TypedDict, total=False):
 
 
 def key(default: Any, doc: str, *checks: Check, **facts: Unpack[Facts]) -> Any:
-    """Declare a config key: a dataclass field that knows its doc string, its checks and its facts."""
+    """Declare a config key: a dataclass field with a doc string, checks and facts."""
     metadata = {"doc": doc, "checks": checks, "facts": facts}
     if isinstance(default, Mapping):
         return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
@@ -116,14 +114,15 @@ def key(default: Any, doc: str, *checks: Check, **facts: Unpack[Facts]) -> Any:
 
 
 def group(config_type: type[Any], **facts: Unpack[Facts]) -> Any:
-    """Declare a group of config keys: a dataclass field that is a config dataclass, with facts about all its keys."""
+    """Declare a group of config keys, a dataclass field of type `config_type`, with facts about all its keys."""
     return dataclasses.field(default_factory=config_type, metadata={"facts": facts})
 
 
 def _type_name(expected: Any) -> str:
     if expected in _TYPE_NAMES:
         return _TYPE_NAMES[expected]
-    origin, args = typing.get_origin(expected), typing.get_args(expected)
+    origin = typing.get_origin(expected)
+    args = typing.get_args(expected)
     if origin in (typing.Union, types.UnionType):
         return " or ".join(map(_type_name, args))
     if origin is Mapping:
@@ -143,7 +142,8 @@ def _matches(value: Any, expected: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool)
     if isinstance(expected, type):
         return isinstance(value, expected)
-    origin, args = typing.get_origin(expected), typing.get_args(expected)
+    origin = typing.get_origin(expected)
+    args = typing.get_args(expected)
     if origin in (typing.Union, types.UnionType):
         return any(_matches(value, option) for option in args)
     if origin is Mapping:
@@ -156,15 +156,14 @@ def _matches(value: Any, expected: Any) -> bool:
 
 
 def with_tuples(value: Any) -> Any:
-    """Replace lists, which JSON gives, by tuples."""
+    """Replace the lists of JSON by tuples."""
     return tuple(map(with_tuples, value)) if isinstance(value, (list, tuple)) else value
 
 
 def _value_fault(path: str, value: Any, expected: Any, checks: Sequence[Check]) -> str | None:
     if not _matches(value, expected):
-        finite = isinstance(value, float) and not math.isinf(value) and value == value
-        limit = " that float32 can hold" if expected is float and finite else ""
-        return f"{path} is {value!r}; expected {_type_name(expected)}{limit}"
+        too_large = expected is float and isinstance(value, float) and math.isfinite(value)
+        return f"{path} is {value!r}; expected {_type_name(expected)}{' that float32 can hold' * too_large}"
     for check in checks:
         if not check.accepts(value):
             return f"{path} is {value!r}; expected {check.allowed}"
@@ -172,34 +171,34 @@ def _value_fault(path: str, value: Any, expected: Any, checks: Sequence[Check]) 
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:
-    """Return the most similar of `names`, or None if there are none."""
+    """Return the most similar of `names`, or None without names."""
     return next(iter(difflib.get_close_matches(name, list(names), n=1, cutoff=0.0)), None)
 
 
 def sentence(fault: str) -> str:
-    """`fault` with a full stop, unless it is a question."""
+    """Return `fault` with a full stop, unless it is a question."""
     return fault if fault.endswith("?") else f"{fault}."
 
 
 def unknown_key(key: str, names: Iterable[str]) -> str:
-    """Return the sentence about a dotted `key` whose last part is not among `names`, without a stop."""
+    """Return a sentence, without a full stop, on a dotted `key` whose last part is not in `names`."""
     prefix, dot, name = key.rpartition(".")
     near = nearest(name, names)
     return f"config key {key!r} is unknown" + (f"; did you mean {prefix + dot + near!r}?" if near else "")
 
 
 def find_class(name: Any, table: Mapping[str, type[T]], base: type[T], what: str) -> type[T]:
-    """Return the config dataclass that `name` is an entry of in `table`, or "package.module:Class", which is imported.
+    """Look up the config dataclass `name` in `table`, or import "package.module:Class".
 
     Raises:
-      UserError: no such entry, module or class, or a class that is not a dataclass derived from `base`.
+      UserError: no such entry, module or class, or a class other than a dataclass derived from `base`.
     """
     name = str(name)
     if name in table:
         return table[name]
     if ":" not in name:
         raise UserError(
-            f"unknown {what} {name!r}; did you mean {nearest(name, table)!r}? One of another package is named "
+            f"unknown {what} {name!r}; did you mean {nearest(name, table)!r}? Name a class of another package as "
             "'package.module:Class'."
         )
     return import_class(name, base, what, dataclass=True)
@@ -208,12 +207,12 @@ def find_class(name: Any, table: Mapping[str, type[T]], base: type[T], what: str
 def read_plugin(
     values: Mapping[str, Any], path: str, table: Mapping[str, type[T]], base: type[T], what: str, type_name: str = ""
 ) -> T:
-    """Make an instance of the class that key "type" of the group `values` names, with the other keys as its options.
+    """Make an instance of the class in key "type" of the group `values`, with its other keys as options.
 
-    `type_name` is its name where `values` has none; `table`, `base` and `what` are for `find_class`.
+    The default of the type is `type_name`; for `table`, `base` and `what` see `find_class`.
 
     Raises:
-      UserError: names every key that is unknown and every value that is not allowed.
+      UserError: unknown keys and wrong values, all of them.
     """
     options = dict(values)
     name = options.pop("type", type_name)
@@ -230,10 +229,10 @@ def read_group(config_type: type[Any], values: Any, path: str, faults: list[str]
     """Make an instance of the config dataclass `config_type` from nested `values`.
 
     Args:
-      config_type: dataclass whose fields are keys or groups of keys.
-      values: mapping; keys that are absent keep their defaults.
+      config_type: dataclass of keys and groups of keys.
+      values: mapping; absent keys have their defaults.
       path: dotted name of the group; "" for the whole config.
-      faults: gets a sentence for each unknown key and each value that is not allowed, whose default is taken instead.
+      faults: list to append a sentence to for each unknown key and each wrong value, which is replaced by its default.
     """
     prefix = f"{path}." if path else ""
     if not isinstance(values, Mapping):
@@ -243,7 +242,8 @@ def read_group(config_type: type[Any], values: Any, path: str, faults: list[str]
     for name in values:
         if name not in fields:
             faults.append(unknown_key(f"{prefix}{name}", fields))
-    expected, arguments = typing.get_type_hints(config_type), {}
+    expected = typing.get_type_hints(config_type)
+    arguments = {}
     for name, field in fields.items():
         if name not in values:
             continue
@@ -251,18 +251,19 @@ def read_group(config_type: type[Any], values: Any, path: str, faults: list[str]
             arguments[name] = read_group(expected[name], values[name], prefix + name, faults)
             continue
         value = with_tuples(values[name])
-        if fault := _value_fault(prefix + name, value, expected[name], field.metadata["checks"]):
+        fault = _value_fault(prefix + name, value, expected[name], field.metadata["checks"])
+        if fault:
             faults.append(fault)
         else:
             arguments[name] = value
-    made, before = config_type(**arguments), len(faults)
-    if hasattr(made, "conflicts") and not any(fault.startswith(path) for fault in faults[:before]):
+    made = config_type(**arguments)
+    if hasattr(made, "conflicts") and not any(fault.startswith(path) for fault in faults):
         faults.extend(f"{path}.{conflict}" if path else conflict for conflict in made.conflicts())
     return made
 
 
 def describe(config_type: type[Any]) -> Iterator[tuple[str, Any, str, str]]:
-    """(dotted key, default, allowed values, doc string) of each key of a config dataclass."""
+    """Yield (dotted key, default, allowed values, doc string) of each key of a config dataclass."""
     for name, field, expected, _ in _keys(config_type):
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         allowed = ", ".join([_type_name(expected), *(check.allowed for check in field.metadata["checks"])])
@@ -270,7 +271,7 @@ def describe(config_type: type[Any]) -> Iterator[tuple[str, Any, str, str]]:
 
 
 def keys_where(config_type: type[Any], **facts: Unpack[Facts]) -> tuple[str, ...]:
-    """Return the dotted keys of a config dataclass that have all of `facts`, in the order of their declaration."""
+    """Return the dotted keys of a config dataclass with all of `facts`, in declaration order."""
     return tuple(name for name, _, _, known in _keys(config_type) if facts.items() <= known.items())
 
 

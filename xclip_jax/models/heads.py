@@ -130,7 +130,7 @@ class ClusterHead(nn.Module):
 
 
 class _Clusters(nn.Module):
-    """Kernel (d, clusters) and bias of a linear map, without applying it."""
+    """Parameters of a linear map, without applying it: kernel (d, clusters) and bias."""
 
     clusters: int
 

@@ -1,13 +1,13 @@
-"""Self-attention by kernels that keep scores on the chip: our own for short sequences on TPUs, cuDNN's on NVIDIA GPUs.
+"""Attention kernels that keep scores on the chip: our own for short sequences on TPUs, and cuDNN's on NVIDIA GPUs.
 
-XLA writes the fp32 scores (b, heads, n, n) to HBM and reads them again for each pass of the softmax, which takes longer
-than all matrix products of a block. The TPU's kernel, `attention`, holds the whole score matrix of an image's head in
-vector memory, and the backward pass computes it again from queries and keys.
+XLA writes the fp32 scores (b, heads, n, n) to HBM and reads them again in each pass of the softmax, which takes longer
+than all matrix products of a block. The TPU kernel, `attention`, holds all scores of one head of one image in vector
+memory, and its backward pass recomputes them from queries and keys.
 
-Queries, keys and values are one array of groups of 128 lanes, (b, n, groups * 3 * 128): a group has the queries, keys
-and values of one head of 128 channels or of two heads of 64. One block of the grid is one group of a few sequences, so
-that nothing is transposed or padded in HBM, and one matrix product makes the array (`group_heads` orders its kernel).
-Two heads in 128 lanes are told apart by masks on the lanes, which cost less than slices of half a vector.
+Queries, keys and values are one array of groups of 128 lanes, (b, n, groups * 3 * 128). Each group contains the
+queries, keys and values of either one head of 128 channels or two heads of 64. One block of the grid is one group of a
+few sequences, so nothing is transposed or padded in HBM, and one matrix product makes the whole array (`group_heads`
+orders its weights). Lane masks separate two heads in 128 lanes, at a lower cost than slices of half a vector.
 
 `xclip_jax.models.layers.attend` is the definition, and the fallback if cuDNN refuses.
 """
@@ -28,38 +28,38 @@ from xclip_jax.core.console import log0
 
 Array = jax.Array
 LANES = 128
-HEADS = (64, 128)  # channels of a head
-SUBLANES = 8  # token counts that are a multiple need no change of layout around the kernel
+HEADS = (64, 128)  # channels per head
+SUBLANES = 8  # multiples of it as token counts need no change of layout around the kernel
 OUTPUT = "attention"  # name of the output, for policies of `jax.checkpoint`
-MAX_TOKENS = 640  # scores of more do not fit the vector memory that a kernel has by default
-# Tokens of the sequences of one block: more sequences hide each other's latency, and take longer to compile.
+MAX_TOKENS = 640  # scores of longer sequences exceed a kernel's default vector memory
+# Tokens per block: more sequences hide each other's latency but take longer to compile.
 FORWARD_TOKENS, BACKWARD_TOKENS = 1024, 512
 _MASKED = -1e30  # finite, so that a row without a key stays finite
 
 
 def fits(tokens: int, heads: int, width: int) -> bool:
-    """Whether the kernel takes sequences of `tokens` tokens with `heads` heads over `width` channels."""
+    """Return whether `attention` supports `tokens` tokens and `heads` heads over `width` channels."""
     kv = width // heads
     return kv in HEADS and width % LANES == 0 and tokens <= MAX_TOKENS
 
 
 def group_heads(x: Array) -> Array:
-    """Order the channels of queries, keys and values as `attention` takes them: (..., 3, heads, kv) -> (..., 3 * d)."""
+    """Order query, key and value channels for `attention`, (..., 3, heads, kv) -> (..., 3 * d)."""
     together = LANES // x.shape[-1]
     return einops.rearrange(x, "... three (groups heads) kv -> ... (groups three heads kv)", heads=together)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
 def attention(qkv: Array, bias: Array, kv: int, tokens: int, causal: bool, interpret: bool = False) -> Array:
-    """Scaled dot-product self-attention, softmax in fp32: (b, n, d), heads one after the other.
+    """Compute scaled dot-product self-attention with an fp32 softmax; return the concatenated heads, (b, n, d).
 
     Args:
-      qkv: queries, keys and values without their bias, (b, n, 3 * d), ordered by `group_heads`.
-      bias: of queries, keys and values in the same order, fp32 (1, 3 * d).
-      kv: channels of a head, one of `HEADS`.
-      tokens: number of real tokens; they ignore the padding after them, whose rows are arbitrary but finite.
-      causal: whether a token only attends to itself and earlier tokens.
-      interpret: run as plain JAX operations, on any platform.
+      qkv: queries, keys and values before their bias, (b, n, 3 * d), ordered by `group_heads`.
+      bias: their bias in the same order, fp32 (1, 3 * d).
+      kv: channels per head, one of `HEADS`.
+      tokens: number of real tokens; they ignore the padding after them, whose outputs are arbitrary but finite.
+      causal: whether tokens attend only to themselves and earlier tokens.
+      interpret: whether to run as plain JAX operations, on any platform.
     """
     return _forward(qkv, bias, kv, tokens, causal, interpret)[0]
 
@@ -100,7 +100,7 @@ def _call(
     interpret: bool,
     name: str,
 ) -> list[Array]:
-    """Call `kernel` on blocks of one group of a few sequences, which share the row of a two-dimensional input."""
+    """Call `kernel` on blocks of one group and a few sequences; a two-dimensional input has one row for all."""
     b, n, channels = inputs[0].shape
     sequences = math.gcd(b, max(1, block_tokens // n // 2 * 2))
 
@@ -122,7 +122,7 @@ def _call(
         in_specs=[spec(x) for x in inputs],
         out_specs=[spec(x) for x in outputs],
         out_shape=outputs,
-        # Sequences come one after the other: their bias gradients are summed in one block.
+        # Sequences run in order, so one block accumulates their bias gradients.
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         cost_estimate=cost,
         interpret=interpret,
@@ -131,24 +131,24 @@ def _call(
 
 
 def _dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
-    (i, j) = contract
-    return jax.lax.dot_general(a, b, (((i,), (j,)), ((), ())), preferred_element_type=jnp.float32)
+    dimensions = (((contract[0],), (contract[1],)), ((), ()))
+    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
 
 
 def _part(part: int) -> slice:
-    """Lanes of queries, keys or values in a block."""
+    """Return the lanes of queries (0), keys (1) or values (2) in a block."""
     return slice(part * LANES, (part + 1) * LANES)
 
 
 def _operands(qkv: Any, bias: Any, i: int, kv: int) -> tuple[Array, Array, Array]:
-    """Scaled queries, keys and values of sequence `i` of a block, each (n, 128)."""
+    """Return scaled queries, keys and values of sequence `i` in a block, each (n, 128)."""
     dtype = qkv.dtype
     query, key, value = (qkv[i, :, _part(part)] + bias[:, _part(part)].astype(dtype) for part in range(3))
     return query * jnp.asarray(kv**-0.5, dtype), key, value
 
 
 def _only(x: Array, head: int, kv: int) -> Array:
-    """`x` (n, 128) with zeros outside of the lanes of `head`."""
+    """Zero `x` (n, 128) outside the lanes of `head`."""
     return x if kv == LANES else jnp.where(_lanes(head, kv), x, jnp.zeros_like(x))
 
 
@@ -158,7 +158,7 @@ def _lanes(head: int, kv: int) -> Array:
 
 
 def _exponentials(query: Array, key: Array, tokens: int, causal: bool) -> tuple[Array, Array]:
-    """Unnormalised softmax of a head's scores, fp32 (n, n), and the reciprocals of its sums, (n, 1)."""
+    """Return the unnormalised softmax of a head's scores, fp32 (n, n), and the reciprocals of its sums, (n, 1)."""
     scores = _dot(query, key, (1, 1))
     column = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
     if causal:
@@ -176,58 +176,57 @@ def _forward_kernel(qkv: Any, bias: Any, out: Any, *, kv: int, tokens: int, caus
         result = jnp.zeros(query.shape, jnp.float32)
         for head in range(LANES // kv):
             e, reciprocal = _exponentials(_only(query, head, kv), key, tokens, causal)
-            # The sums divide n x 128 numbers, not n x n.
+            # Normalising after the product divides n x 128 numbers instead of n x n.
             attended = _dot(e.astype(value.dtype), value, (1, 0)) * reciprocal
             result = attended if kv == LANES else jnp.where(_lanes(head, kv), attended, result)
         out[i] = result.astype(out.dtype)
 
 
 def _backward_kernel(
-    qkv: Any, bias: Any, out: Any, g: Any, of_qkv: Any, of_bias: Any, *, kv: int, tokens: int, causal: bool
+    qkv: Any, bias: Any, out: Any, g: Any, grad_qkv: Any, grad_bias: Any, *, kv: int, tokens: int, causal: bool
 ) -> None:
     @pl.when(pl.program_id(1) == 0)
     def _() -> None:
-        of_bias[...] = jnp.zeros_like(of_bias)
+        grad_bias[...] = jnp.zeros_like(grad_bias)
 
     for i in range(qkv.shape[0]):
         query, key, value = _operands(qkv, bias, i, kv)
         g_out = g[i].astype(jnp.float32)
         weighted = g_out * out[i].astype(jnp.float32)
-        of_query, of_key, of_value = (jnp.zeros(query.shape, jnp.float32) for _ in range(3))
+        grad_query, grad_key, grad_value = (jnp.zeros(query.shape, jnp.float32) for _ in range(3))
         for head in range(LANES // kv):
             head_query = _only(query, head, kv)
             e, reciprocal = _exponentials(head_query, key, tokens, causal)
-            # The softmax's sums divide the gradient's rows, n x 128 numbers, not the n x n weights.
+            # Normalising the gradient's rows divides n x 128 numbers instead of n x n.
             scaled = _only(g_out, head, kv) * reciprocal
             mean = jnp.sum(_only(weighted, head, kv), axis=1, keepdims=True) * reciprocal
             scaled = scaled.astype(query.dtype)
-            of_value += _dot(e.astype(query.dtype), scaled, (0, 0))
-            of_scores = (e * (_dot(scaled, value, (1, 1)) - mean)).astype(query.dtype)
-            of_key += _dot(of_scores, head_query, (0, 0))
-            of_head = _dot(of_scores, key, (1, 0))
-            of_query = of_head if kv == LANES else jnp.where(_lanes(head, kv), of_head, of_query)
-        for part, x in enumerate((of_query * kv**-0.5, of_key, of_value)):
-            of_qkv[i, :, _part(part)] = x.astype(of_qkv.dtype)
-            of_bias[:, _part(part)] += jnp.sum(x, axis=0, keepdims=True)
+            grad_value += _dot(e.astype(query.dtype), scaled, (0, 0))
+            grad_scores = (e * (_dot(scaled, value, (1, 1)) - mean)).astype(query.dtype)
+            grad_key += _dot(grad_scores, head_query, (0, 0))
+            grad_head = _dot(grad_scores, key, (1, 0))
+            grad_query = grad_head if kv == LANES else jnp.where(_lanes(head, kv), grad_head, grad_query)
+        for part, x in enumerate((grad_query * kv**-0.5, grad_key, grad_value)):
+            grad_qkv[i, :, _part(part)] = x.astype(grad_qkv.dtype)
+            grad_bias[:, _part(part)] += jnp.sum(x, axis=0, keepdims=True)
 
 
 def cudnn_attention(
     query: Array, key: Array, value: Array, *, causal: bool, implementation: Literal["cudnn", "xla"] = "cudnn"
 ) -> Array:
-    """Scaled dot-product self-attention by cuDNN, softmax in fp32.
+    """Compute scaled dot-product self-attention by cuDNN; bf16 or fp16 (b, heads, n, kv), three times -> once.
 
-    Three times bf16 or fp16 (b, heads, n, kv) -> the same shape. The `implementation` "xla" computes the same on any
-    platform.
+    The softmax is in fp32. The `implementation` "xla" computes the same on any platform.
     """
     b, _, n, _ = query.shape
 
-    # JAX differentiates cuDNN's attention only over an even number of tokens. The padding begins and ends here, so that
-    # gradients of padded tokens, which cuDNN leaves undefined, do not reach parameters.
+    # JAX differentiates cuDNN's attention only for an even number of tokens. cuDNN leaves the gradients of padding
+    # undefined; padding and slicing here keeps them away from the parameters.
     def padded(x: Array) -> Array:
         return jnp.pad(einops.rearrange(x, "b heads n kv -> b n heads kv"), ((0, 0), (0, n % 2), (0, 0), (0, 0)))
 
-    # Without lengths some versions of cuDNN compute NaN as the gradient over a number of tokens that does not fill its
-    # tiles, as reports to github.com/NVIDIA/cudnn-frontend say, so they are given where nothing is padded, too.
+    # Lengths are given even without padding: if they are missing and the tokens do not fill its tiles, some versions of
+    # cuDNN return NaN gradients (reports at github.com/NVIDIA/cudnn-frontend).
     lengths = jnp.full((b,), n, jnp.int32)
     y = jax.nn.dot_product_attention(
         padded(query),
@@ -243,10 +242,10 @@ def cudnn_attention(
 
 @functools.cache
 def cudnn_accepts(device: jax.Device, shape: tuple[int, int, int, int], dtype: jnp.dtype, causal: bool) -> bool:
-    """Whether cuDNN computes `cudnn_attention` and its gradient on `device`, tested by compiling them.
+    """Return whether cuDNN compiles `cudnn_attention` and its gradient for arrays of `shape` (b, heads, n, kv).
 
-    The answer depends on the versions of JAX and cuDNN and on the GPU. A refusal is printed once, and XLA computes
-    `layers.attend` instead: an optional kernel does not end a run. `shape` is (b, heads, n, kv).
+    The answer depends on the versions of JAX and cuDNN and on the GPU. A refusal is printed once, and the run continues
+    with `layers.attend`.
     """
     if device.platform != "gpu" or dtype not in (jnp.bfloat16, jnp.float16):
         return False
@@ -254,7 +253,7 @@ def cudnn_accepts(device: jax.Device, shape: tuple[int, int, int, int], dtype: j
     gradient = jax.grad(lambda *qkv: cudnn_attention(*qkv, causal=causal).astype(jnp.float32).sum(), (0, 1, 2))
     try:
         jax.jit(gradient).lower(x, x, x).compile()
-    except RuntimeError as error:  # NotImplementedError and JaxRuntimeError among them
+    except RuntimeError as error:  # includes NotImplementedError and JaxRuntimeError
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         log0(f"WARNING: XLA computes attention over {shape[2]} tokens, slower than cuDNN, which refuses: {reason}")
         return False

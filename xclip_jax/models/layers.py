@@ -1,7 +1,7 @@
 """Layers of towers and heads: linear maps, norms, attention and MLPs.
 
-Parameters are fp32 and carry logical axis names ("embed", "mlp", "heads", "kv", ...); `xclip_jax.parallel` decides on
-which mesh axis each one is split. Shapes: b batch, n tokens, d width.
+Parameters are fp32 and have logical axis names ("embed", "mlp", "heads", "kv", ...), which `xclip_jax.parallel` maps
+to mesh axes. Shapes: b batch, n tokens, d width.
 """
 
 import dataclasses
@@ -32,10 +32,10 @@ def named(init: Initializer, *axes: str | None) -> Initializer:
 
 @jax.custom_vjp
 def matmul(x: Array, kernel: Array) -> Array:
-    """Multiply (rows, inputs) by (inputs, outputs), with a gradient that transposes the narrower operand.
+    """Multiply (rows, inputs) by (inputs, outputs); in the kernel's gradient, x^T g, transpose the narrower factor.
 
-    The gradient of the kernel is x^T g. XLA's CPU backend copies the transposed left operand, which has a row for each
-    token of the batch: a fifth of a step if the wide operand is on the left.
+    XLA's CPU backend copies a transposed left factor, which has one row per token of the batch. Copying the wider
+    factor would take a fifth of a step.
     """
     return x @ kernel
 
@@ -46,21 +46,21 @@ def _matmul_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]
 
 def _matmul_backward(operands: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     x, kernel = operands
-    # Not by a transposed kernel: a sharded kernel would be gathered once more for it.
-    of_x = jax.lax.dot_general(g, kernel, (((1,), (1,)), ((), ())))
+    # A transposed kernel would be gathered a second time if it is sharded.
+    grad_x = jax.lax.dot_general(g, kernel, (((1,), (1,)), ((), ())))
     rows = (((0,), (0,)), ((), ()))
     if platform() == "tpu":
-        # The layout is fixed: XLA would use the layout of an array of heads, and copy the transposed g for it.
-        return of_x, with_layout_constraint(jax.lax.dot_general(x, g, rows), Layout(major_to_minor=(0, 1)))
+        # Without a fixed layout XLA would choose the layout of the heads, and copy the transposed g.
+        return grad_x, with_layout_constraint(jax.lax.dot_general(x, g, rows), Layout(major_to_minor=(0, 1)))
     narrow = x.shape[1] <= g.shape[1]
-    return of_x, jax.lax.dot_general(x, g, rows) if narrow else jax.lax.dot_general(g, x, rows).T
+    return grad_x, jax.lax.dot_general(x, g, rows) if narrow else jax.lax.dot_general(g, x, rows).T
 
 
 matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 def dot_general(x: Array, kernel: Array, dimensions: Any, **_: Any) -> Array:
-    """`matmul` in the form of `nn.DenseGeneral`: contract the last axes of x with the first axes of the kernel."""
+    """Apply `matmul` for `nn.DenseGeneral`: contract the last axes of x with the first axes of the kernel."""
     (contracted, _), _ = dimensions
     n = len(contracted)
     rows, outputs = x.shape[: x.ndim - n], kernel.shape[n:]
@@ -78,7 +78,7 @@ def dense(
     use_bias: bool = True,
     name: str | None = None,
 ) -> nn.DenseGeneral:
-    """Make a linear map with a normal(0, std) kernel whose dimensions are named `axes`; parameters in fp32."""
+    """Make a linear map with a normal(0, std) kernel and the logical `axes`; parameters in fp32."""
     bias_axes = axes[len(axes) - (len(features) if isinstance(features, tuple) else 1) :]
     return nn.DenseGeneral(
         features,
@@ -93,10 +93,9 @@ def dense(
 
 
 def gelu(x: Array) -> Array:
-    """x times the normal distribution's cumulative probability at x.
+    """Return x times the standard normal cumulative distribution, computed in fp32 by erf.
 
-    In fp32 by erf, whatever the type of x: jax's form, by erfc, is slower on CPUs, and in bf16 it makes a TPU's largest
-    product a third longer.
+    Slower alternatives: on CPUs jax's form by erfc; on TPUs bf16, which makes the largest product a third longer.
     """
     y = x.astype(jnp.float32)
     return (0.5 * y * (1 + jax.lax.erf(y * math.sqrt(0.5)))).astype(x.dtype)
@@ -111,7 +110,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Style:
-    """Details of a tower that published weights fix, and its projection to the shared embedding."""
+    """Architecture details of published weights: the tower, and its projection to the shared embedding."""
 
     act: str = "gelu"  # in `ACTIVATIONS`
     eps: float = 1e-5  # added to the variance in LayerNorm
@@ -148,17 +147,16 @@ class LayerNorm(nn.Module):
 
 
 def token_at(x: Array, at: Array) -> Array:
-    """Return the token of each sequence at its position. (b, n, d), int (b,) -> (b, 1, d)."""
+    """Select one token per sequence, (b, n, d), int (b,) -> (b, 1, d)."""
     return jnp.take_along_axis(x, at[:, None, None], axis=1)
 
 
 def attend(query: Array, key: Array, value: Array, *, causal: bool = False, at: Array | None = None) -> Array:
-    """Scaled dot-product attention, softmax in fp32. (b, heads, n, kv), twice (b, heads, m, kv) -> (b, heads, n, kv).
+    """Compute scaled dot-product attention with an fp32 softmax, (b, heads, n, kv), (b, heads, m, kv), same -> first.
 
-    With `at` (b,) there is one query for each sequence, of the token at this position: n is 1.
-
-    With heads before tokens both products are plain batched matrix products: a third faster on a CPU than
-    `jax.nn.dot_product_attention`, whose layout suits kernels for long sequences.
+    `at` (b,) is the position of a single query per sequence: n is 1. With heads before tokens both products are plain
+    batched matrix products: a third faster on a CPU than `jax.nn.dot_product_attention`, whose layout suits kernels for
+    long sequences.
     """
     scale = query.shape[-1] ** -0.5
     logits = jnp.einsum("bhnd,bhmd->bhnm", query * scale, key, preferred_element_type=jnp.float32)
@@ -170,11 +168,11 @@ def attend(query: Array, key: Array, value: Array, *, causal: bool = False, at: 
 
 
 class HeadProjections(nn.Module):
-    """Linear maps of tokens to heads with parameters in one array. (b, n, d) -> `count` times (b, heads, n, kv).
+    """Linear maps of tokens to heads with parameters in one array, (b, n, d) -> `count` times (b, heads, n, kv).
 
-    Each map is a separate product: the gradient of slicing one product would pad each map to the full size. With `at`
-    (b,) the first map only reads these tokens: (b, heads, 1, kv). With `fused` the result is one product and its bias,
-    not yet added: (b, n, count * d) and fp32 (1, count * d), in the order of `models.kernels.attention`.
+    Each map is a separate product, since the gradient of slicing one product would pad each map to the full size. With
+    `at` (b,) the first map reads only these tokens, (b, heads, 1, kv). With `fused` the result is one product and its
+    bias, still to be added: (b, n, count * d) and fp32 (1, count * d), in the order of `models.kernels.attention`.
     """
 
     count: int
@@ -200,10 +198,10 @@ class HeadProjections(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; softmax in fp32. (b, n, d) -> (b, n, d), or (b, 1, d) for the tokens `at` (b,).
+    """Multi-head self-attention with an fp32 softmax, (b, n, d) -> (b, n, d), or (b, 1, d) for the tokens `at` (b,).
 
-    With `fused` above 0 it is computed by `kernels.attention`; the first `fused` of n tokens count, the others are
-    padding. On GPUs cuDNN computes it if it accepts these sizes.
+    If `fused` is above 0, `kernels.attention` computes it, and tokens after the first `fused` are padding. On GPUs
+    cuDNN computes it if it accepts the shapes.
     """
 
     heads: int
@@ -217,7 +215,14 @@ class Attention(nn.Module):
         d = x.shape[-1]
         maps = HeadProjections(3, self.heads, self.dtype, bool(self.fused), name="qkv")(x, at)
         if self.fused:
-            x = self._attend_fused(*maps)
+            kv = d // self.heads
+            axes = ("batch", None, "heads")
+
+            def on_device(qkv: Array, bias: Array) -> Array:
+                return kernels.attention(qkv, bias, kv, self.fused, self.causal, platform() != "tpu")
+
+            x = map_devices(on_device, maps, (axes, (None, "heads")), axes)
+            x = einops.rearrange(x, "b n (heads kv) -> b n heads kv", kv=kv)
         elif at is None and self._cudnn_accepts(maps[0]):
             axes = ("batch", "heads", None, None)
             x = map_devices(lambda *qkv: kernels.cudnn_attention(*qkv, causal=self.causal), maps, (axes,) * 3, axes)
@@ -227,26 +232,14 @@ class Attention(nn.Module):
         return dense(d, ("heads", "kv", "embed"), std=self.out_std, dtype=self.dtype, axis=(-2, -1), name="out")(x)
 
     def _cudnn_accepts(self, query: Array) -> bool:
-        """Whether cuDNN computes attention of these queries on this process's devices."""
         _, heads, n, kv = query.shape
         on = device()
         shape = 2, heads // shards_of("heads"), n, kv  # the batch makes no difference to cuDNN
         return on is not None and kernels.cudnn_accepts(on, shape, query.dtype, self.causal)
 
-    def _attend_fused(self, qkv: Array, bias: Array) -> Array:
-        """(b, n, 3 * d), (1, 3 * d) -> (b, n, heads, kv)."""
-        kv = qkv.shape[-1] // 3 // self.heads
-        axes = ("batch", None, "heads")
-
-        def on_device(qkv: Array, bias: Array) -> Array:
-            return kernels.attention(qkv, bias, kv, self.fused, self.causal, platform() != "tpu")
-
-        x = map_devices(on_device, (qkv, bias), (axes, (None, "heads")), axes)
-        return einops.rearrange(x, "b n (heads kv) -> b n heads kv", kv=kv)
-
 
 class Mlp(nn.Module):
-    """Two linear maps around an activation. (..., d) -> (..., d)."""
+    """Two linear maps around an activation, (..., d) -> (..., d)."""
 
     hidden: int
     out_std: float

@@ -18,10 +18,7 @@ KERNELS = ("qkv", "out", "up", "down")
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """Config group `finetune.lora`.
-
-    LoRA's alpha is omitted, since with AdamW it is a factor of the learning rate.
-    """
+    """Config group `finetune.lora`, without LoRA's alpha: with AdamW it only scales the learning rate."""
 
     rank: int = key(0, "rank of the adapters in the towers, whose initial weights stay fixed; 0 for none", at_least(0))
     targets: Sequence[str] = key(
@@ -44,20 +41,13 @@ class LoraConfig:
 
 
 def initial(params: Params, config: LoraConfig, random_key: jax.Array) -> Params:
-    """Return initial adapters, which change nothing: the input factor is random, the output factor zero.
+    """Return initial adapters {"inputs": (..., i, rank), "outputs": (..., rank, o)} at the path of each (i, o) kernel.
 
-    Queries, keys and values of a block share the input factor; each of stacked blocks has separate factors.
-
-    Args:
-      params: parameters of the model, by tower and head.
-      config: rank and targets.
-      random_key: key of the random factors.
+    They change nothing at first: input factors are random, output factors zero. Queries, keys and values of a block
+    share the input factor; stacked blocks have separate factors. `params` are the model's, by tower and head.
 
     Raises:
       UserError: a tower would have no adapters, or a kernel is smaller than the rank.
-
-    Returns:
-      For each kernel, a matrix (i, o), at its path: {"inputs": (..., i, rank), "outputs": (..., rank, o)}.
     """
     adapters: dict[tuple[str, ...], jax.Array] = {}
     for path, kernel in flatten_dict(params).items():
@@ -76,17 +66,16 @@ def initial(params: Params, config: LoraConfig, random_key: jax.Array) -> Params
     bare = sorted({"img", "txt"} & params.keys() - {path[0] for path in adapters})
     if bare:
         raise UserError(
-            f"finetune.lora.rank is {config.rank}, and the tower {bare[0]!r} has none of the kernels "
-            f"{', '.join(config.targets) or '(none named)'} in a transformer, so nothing in it would be trained; set "
-            "finetune.lora.rank to 0, or name other finetune.lora.targets."
+            f"finetune.lora.rank is {config.rank}, but no transformer in the tower {bare[0]!r} has any of the kernels "
+            f"{', '.join(config.targets)} to train; set finetune.lora.rank to 0, or name other finetune.lora.targets."
         )
     return unflatten_dict(adapters)
 
 
 def merged(params: Params) -> Params:
-    """Return the parameters with their adapters added to the kernels, which get no gradient themselves.
+    """Add the adapters to their kernels, without gradients of the kernels themselves, and drop them from the tree.
 
-    Shapes instead of arrays, and parameters without adapters, are returned unchanged, but without the adapters.
+    Shapes instead of arrays, and parameters without adapters, stay unchanged.
     """
     adapters = params.get(ADAPTERS)
     params = {name: x for name, x in params.items() if name != ADAPTERS}

@@ -1,4 +1,4 @@
-"""The pre-norm transformer that both towers share, its config keys, and the text tower."""
+"""The pre-norm transformer of both towers, its config keys, and the text tower."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ REMAT_POLICIES: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig(Tower):
-    """Config keys of a tower that is a `Transformer` between its embeddings and its features."""
+    """Config keys of a tower with a `Transformer` between its embeddings and its features."""
 
     before: ClassVar[tuple[str, ...]] = ()  # parameters before the blocks
 
@@ -42,13 +42,9 @@ class TransformerConfig(Tower):
     depth: int = key(12, "blocks", at_least(1))
     heads: int = key(8, "attention heads; they divide width", at_least(1))
     mlp_ratio: float = key(4.0, "hidden width of the MLP over width", above(0))
-    style: str = key(
-        "xclip", "details that published weights fix: activation, norms, biases and projection", choice(STYLES)
-    )
+    style: str = key("xclip", "details fixed by published weights: activation, norms, projection", choice(STYLES))
     scan: bool = key(True, "one compiled block for all of them, with stacked parameters")
-    remat: str = key(
-        "none", "what the backward pass recomputes and does not keep in memory", choice(REMAT_POLICIES), resume="free"
-    )
+    remat: str = key("none", "values to recompute in the backward pass", choice(REMAT_POLICIES), resume="free")
 
     def conflicts(self) -> Iterator[str]:
         """Yield values that contradict each other."""
@@ -59,24 +55,22 @@ class TransformerConfig(Tower):
 
     @property
     def details(self) -> Style:
-        """The details that `style` stands for."""
         return STYLES[self.style]
 
     @property
     def hidden(self) -> int:
-        """Hidden width of the MLP."""
         return int(self.mlp_ratio * self.width)
 
     def fuses(self, tokens: int, dtype: DTypeLike) -> bool:
-        """Whether `models.kernels.attention` computes attention over `tokens` tokens."""
+        """Return whether `models.kernels.attention` computes attention over `tokens` tokens."""
         parts = shards_of("heads")
         on_chip = platform() == "tpu" and jnp.dtype(dtype) == jnp.bfloat16
         return on_chip and kernels.fits(tokens, self.heads // parts, self.width // parts)
 
     def block_flops(self, tokens: float, *, one: bool = False) -> float:
-        """FLOPs of a sequence in all blocks: four projections, two products of attention, and the MLP.
+        """Return the FLOPs of a sequence in all blocks: four projections, two products of attention, and the MLP.
 
-        With `one` the last of unrolled blocks computes keys and values of all tokens, and the rest of one token.
+        With `one` the last unrolled block computes one token, from the keys and values of all tokens.
         """
         keys_values = 4 * self.width**2
         rest = 2 * self.width * (2 * self.width + 2 * self.hidden) + 4 * tokens * self.width
@@ -91,21 +85,20 @@ class TransformerConfig(Tower):
 
     @property
     def num_layers(self) -> int:
-        """Number of layers: the blocks, one before them and one after them (BEiT, arXiv 2106.08254)."""
+        """Number of layers: the blocks, one layer before and one after them (BEiT, arXiv 2106.08254)."""
         return self.depth + 2
 
     def layer_of(self, path: tuple[str, ...]) -> int | np.ndarray:
-        """Layer of a parameter: 0 before the blocks, i + 1 in block i, depth + 1 after them."""
+        """Return the layer of a parameter: 0 before the blocks, i + 1 in block i, depth + 1 after them."""
         if path[0] != "transformer":
             return 0 if path[0] in self.before else self.depth + 1
         return np.arange(1, self.depth + 1) if path[1] == "blocks" else 1 + int(path[1].removeprefix("block_"))
 
     def unrolled(self) -> Self:
-        """Return the same tower computed block by block."""
         return dataclasses.replace(self, scan=False, remat="none")
 
     def convert(self, params: Params) -> tuple[Params, list[str]]:
-        """Stack or unstack blocks, as `scan` requires."""
+        """Stack or unstack blocks according to `scan`."""
         blocks = params["transformer"]
         depth = len(jax.tree.leaves(blocks["blocks"])[0]) if "blocks" in blocks else len(blocks)
         if depth != self.depth:
@@ -116,9 +109,9 @@ class TransformerConfig(Tower):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)). Returns a pair, as `nn.scan` asks. (b, n, d) -> (b, n, d).
+    """x + attention(norm(x)), then x + mlp(norm(x)), (b, n, d) -> (b, n, d); returns a pair for `nn.scan`.
 
-    `keep` (b, 2) multiplies the two branches of each sample. With `at` (b,) only these tokens are computed, (b, 1, d).
+    `keep` (b, 2) multiplies the two branches per sample. With `at` (b,) only these tokens are computed, (b, 1, d).
     """
 
     config: TransformerConfig
@@ -132,7 +125,7 @@ class Block(nn.Module):
             return branch if keep is None else branch * keep[:, i, None, None].astype(branch.dtype)
 
         config = self.config
-        # CLIP's initialisation: the residual branches' last maps shrink with depth.
+        # CLIP's initialisation: the last maps of residual branches shrink with depth.
         out_std = config.width**-0.5 * (2 * config.depth) ** -0.5
         attention = Attention(config.heads, out_std, self.causal, self.dtype, self.fused, name="attention")
         mlp = Mlp(config.hidden, out_std, config.details.act, self.dtype, name="mlp")
@@ -144,15 +137,15 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The blocks of `config`. (b, n, d) -> (b, n, d).
+    """The blocks of `config`, (b, n, d) -> (b, n, d), or (b, 1, d) if only the tokens `at` (b,) are read.
 
     `config.scan` stacks the blocks' parameters and compiles one block, which costs about 25 % on a CPU. On TPUs all
-    blocks are compiled, since a loop would copy activations into stacks and out of them, a quarter of a step. With `at`
-    (b,) only these tokens are read, and the last of unrolled blocks computes no other: (b, 1, d).
+    blocks are compiled anyway, because copying activations to and from a loop's stacks takes a quarter of a step. The
+    last unrolled block computes only the tokens `at`.
 
-    With `noise` (b, depth, 2), uniform, blocks are left out of a training pass (stochastic depth, arXiv 1603.09382):
-    each branch of a sample with a probability that rises from 0 in the first block to `drop_path` in the last; the
-    others are scaled up. The noise is an input with one row a sample, like the noise of patch dropout.
+    Stochastic depth (arXiv 1603.09382) with uniform `noise` (b, depth, 2) leaves out branches in a training pass, with
+    a probability rising from 0 in the first block to `drop_path` in the last; the kept branches are scaled up. Like
+    the noise of patch dropout it is an input with one row per sample.
     """
 
     config: TransformerConfig
@@ -189,13 +182,13 @@ class Transformer(nn.Module):
             return stacked(*args, fused_tokens, name="blocks")(x, keep)[0][:, :tokens]
         for i in range(depth):
             last = at if i == depth - 1 else None
-            if last is not None:  # one query: no kernel, and no padding among the keys
+            if last is not None:  # a single query takes no kernel, and must not attend to padding
                 x, fused_tokens = x[:, :tokens], 0
             x, _ = block(*args, fused_tokens, name=f"block_{i}")(x, None if keep is None else keep[i], last)
         return x[:, :tokens]
 
     def _unrolled(self, x: Array, keep: Array | None, fused_tokens: int) -> Array:
-        """Apply the blocks of stacked parameters one by one."""
+        """Apply blocks with stacked parameters one by one."""
         depth, remat = self.config.depth, self.config.remat
 
         def apply(params: Params, x: Array, keep: Array | None) -> Any:
@@ -204,7 +197,7 @@ class Transformer(nn.Module):
 
         block = apply if remat == "none" else jax.checkpoint(apply, policy=REMAT_POLICIES[remat])
         stacks = flax.traverse_util.flatten_dict(self.variables["params"]["blocks"])
-        # Kernels are cast before they are split: their gradients are summed over devices, and joined, in `dtype`.
+        # Casting kernels before the split makes devices sum and join their gradients in `dtype`.
         matrices = [path for path in stacks if path[-1] == "kernel"]
         stacks |= {path: stacks[path].astype(self.dtype) for path in matrices}
         # The gradient of one split is one concatenation; the gradient of slices would be a sum of padded arrays.
@@ -213,7 +206,7 @@ class Transformer(nn.Module):
         for i in range(depth):
             with jax.named_scope(f"block_{i}"):
                 if i + 1 < depth:
-                    # The gradients of the next block are summed over devices while this block computes its own.
+                    # While this block computes its gradients, devices sum the gradients of the next block.
                     x, later = compiler.ordered(x, {path: blocks[i + 1][path] for path in matrices})
                     blocks[i + 1] |= later
                 x = block(blocks[i], x, None if keep is None else keep[i])
@@ -221,7 +214,7 @@ class Transformer(nn.Module):
 
 
 def stack_blocks(params: dict[str, Any], depth: int) -> dict[str, Any]:
-    """Convert parameters of an unrolled `Transformer` to the scanned layout, with a leading axis of `depth`."""
+    """Convert unrolled parameters of a `Transformer` to the scanned layout, with a leading axis of size `depth`."""
     blocks = [params[f"block_{i}"] for i in range(depth)]
     return {"blocks": jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)}
 
@@ -250,7 +243,6 @@ class TextTowerConfig(TransformerConfig, TextTower):
 
     @property
     def cuttable(self) -> bool:
-        """Whether attention is causal and the feature is the state at the end of the text."""
         return self.causal and self.pool == "eot"
 
     def cut_flops(self, tokens: int) -> float:
@@ -268,28 +260,19 @@ class TextTowerConfig(TransformerConfig, TextTower):
         return {**params, "positions": positions}, [*notes, note]
 
     def describe(self) -> str:
-        """Return the sizes of the tower in one phrase."""
         return f"transformer of width {self.width}, depth {self.depth}, {self.context_length} tokens"
 
 
-# Positions that keep their embeddings: those that most captions reach, and so are well trained (Long-CLIP).
-_KEPT_POSITIONS = 20
-
-
 def stretch_positions(table: np.ndarray, length: int) -> np.ndarray:
-    """Return position embeddings for texts of another length: the first `length`, or all, stretched after the 20th.
+    """Adapt position embeddings (n, d) to `length` positions, after Long-CLIP (arXiv 2403.15378, section 3.1).
 
-    Stretched positions are interpolated linearly, and extrapolated past the last, as Long-CLIP does for 248 tokens from
-    77 (arXiv 2403.15378, section 3.1).
-
-    Args:
-      table: (n, d).
-      length: rows of the result.
+    A shorter table is a prefix. For a longer one the first 20 positions stay, since most captions reach and so train
+    them; the others are stretched by linear interpolation, and extrapolated past the last.
     """
     n = len(table)
     if length <= n:
         return table[:length]
-    kept = min(_KEPT_POSITIONS, n - 2)
+    kept = min(20, n - 2)
     places = kept + np.arange(length - kept) * (n - kept) / (length - kept)
     below = np.minimum(places.astype(int), n - 2)
     share = (places - below)[:, None].astype(table.dtype)
@@ -297,10 +280,10 @@ def stretch_positions(table: np.ndarray, length: int) -> np.ndarray:
 
 
 class TextTransformer(nn.Module):
-    """int32 tokens (b, n) -> h_txt (b, d), the final state at the first `eot_id` of each row.
+    """int32 tokens (b, n) -> h_txt (b, d), the final state of the first `eot_id` (pool "eot") or of the last token.
 
-    CLIP's attention is causal, so padding after the end-of-text token cannot reach the feature. SigLIP's is not, and
-    its feature is the state of the last token: texts are padded to one length, and padding is a part of them.
+    CLIP's attention is causal, so padding after the end-of-text token does not influence the feature. SigLIP reads the
+    last token without a causal mask: texts are padded to one length, and padding is part of the input.
     """
 
     config: TextTowerConfig

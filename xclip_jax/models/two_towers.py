@@ -23,8 +23,7 @@ Variables = Mapping[str, Any]  # arrays by collection ("params", "batch_stats"),
 
 TOWERS = ("img", "txt")
 
-# Sizes of open_clip's models with the same name: (width, depth, heads) of both towers, and the embedding. "Ti" is for
-# the demo on two CPU cores.
+# (width, depth, heads) of both towers, and the embedding, equal to open_clip's; "Ti" is for the demo on two CPU cores.
 _SIZES = {
     "Ti": ((192, 4, 3), (128, 1, 2), 128),
     "S": ((384, 12, 6), (384, 12, 6), 384),
@@ -57,10 +56,7 @@ class ModelConfig:
     embed: int = key(512, "e, size of the embedding that images and texts share", at_least(1))
     cluster_head: ClusterHeadConfig = group(ClusterHeadConfig)
     dtype: str = key(
-        "bfloat16",
-        "computation dtype of towers and heads; parameters stay float32",
-        choice(("float32", "bfloat16")),
-        card="model",
+        "bfloat16", "computation dtype; parameters stay float32", choice(("float32", "bfloat16")), card="model"
     )
     plugins: Mapping[str, Mapping[str, Any]] = key(
         {},
@@ -73,17 +69,16 @@ class ModelConfig:
         if name not in self.plugins:
             return self.img if name == "img" else self.txt
         path = f"model.plugins.{name}"
-        values = self.plugins[name]
         if name == "img":
-            return read_plugin(values, path, {"vit": ImageTowerConfig}, ImageTower, "image tower")
-        return read_plugin(values, path, {"transformer": TextTowerConfig}, TextTower, "text tower")
+            return read_plugin(self.plugins[name], path, {"vit": ImageTowerConfig}, ImageTower, "image tower")
+        return read_plugin(self.plugins[name], path, {"transformer": TextTowerConfig}, TextTower, "text tower")
 
     def style(self, name: str) -> Style:
-        """Return the details of the tower "img" or "txt"; a tower of another type has a plain projection."""
+        """Return the style of the tower "img" or "txt"; plug-ins have a plain projection."""
         return getattr(self.tower(name), "details", Style())
 
     def conflicts(self) -> Iterator[str]:
-        """Yield faults of plug-ins, and sizes that contradict each other."""
+        """Yield faults of plug-ins, and contradictory sizes."""
         for name in self.plugins:
             try:
                 self.tower(name)
@@ -97,7 +92,7 @@ class ModelConfig:
 
     @property
     def widths(self) -> dict[str, int]:
-        """Numbers of features of the towers, {"img", "txt"}."""
+        """Feature widths {"img", "txt"}."""
         return {name: self.tower(name).width for name in TOWERS}
 
 
@@ -114,7 +109,7 @@ class TwoTowers(nn.Module):
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """Keys in the result of `project` for features of both modalities."""
+        """Keys of the result of `project` for both modalities."""
         return tuple(head.output for head in self.heads.values())
 
     def setup(self) -> None:

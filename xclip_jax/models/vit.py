@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import einops
@@ -30,7 +30,7 @@ _ATTENTION_MEANINGS = {
 def stem_stages(stem: str, patch: int, width: int) -> list[tuple[int, int]]:
     """Return (side, features) of each linear map from `patch` x `patch` pixels to a token, in order.
 
-    A map joins side x side neighbours, pixels at first, to one vector. "linear" is one map; "hmlp" begins with 4 x 4
+    A map joins side x side neighbours, at first pixels, to one vector. "linear" is one map; "hmlp" starts with 4 x 4
     pixels and continues with the prime factors of the remaining side.
     """
     sides = [patch]
@@ -49,10 +49,9 @@ def _join(x: Array, side: int) -> Array:
 
 
 class HierarchicalStem(nn.Module):
-    """The hierarchical MLP of arXiv 2203.09795 ("hMLP"), with the stages of `stem_stages`.
+    """The hierarchical MLP of arXiv 2203.09795 ("hMLP"), (b, h, w, 3) -> (b, h / patch, w / patch, width).
 
-    LayerNorm and the activation are between stages; the paper's last norm is the style's `pre_norm`. Each patch is
-    computed separately. (b, h, w, 3) -> (b, h / patch, w / patch, width).
+    LayerNorm and the activation separate the stages of `stem_stages`; the paper's last norm is the style's `pre_norm`.
     """
 
     patch: int
@@ -72,7 +71,7 @@ class HierarchicalStem(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """One learned query attends to all tokens, then a residual MLP (big_vision's "map" head). (b, n, d) -> (b, d)."""
+    """A learned query over all tokens, then a residual MLP (big_vision's "map" head), (b, n, d) -> (b, d)."""
 
     config: TransformerConfig
     dtype: DTypeLike = jnp.float32
@@ -101,31 +100,28 @@ class ImageTowerConfig(TransformerConfig, ImageTower):
     meaning_keys: ClassVar[tuple[str, ...]] = ("style", "pool")
     before: ClassVar[tuple[str, ...]] = ("patches", "positions", "cls", "norm_pre")
 
-    image_size: int = key(224, "side of the square image, pixels; a multiple of patch, but for pool 'map'", at_least(1))
+    image_size: int = key(224, "side of the image, pixels; a multiple of patch unless pool is 'map'", at_least(1))
     patch: int = key(16, "side of a patch, pixels", at_least(1))
     width: int = key(768, "channels of a token", at_least(1))
     heads: int = key(12, "attention heads; they divide width", at_least(1))
     stem: str = key("linear", "patches to tokens: one linear map, or a hierarchical MLP", choice(STEMS))
     pool: str = key("cls", "class token, mean over patches, or attention pooling", choice(POOLS))
-    patch_dropout: float = key(
-        0.0, "fraction of patches left out of a training pass", fraction_below_one(), card="model"
-    )
+    patch_dropout: float = key(0.0, "fraction of patches dropped in training", fraction_below_one(), card="model")
     drop_path: float = key(0.0, "probability that training leaves out a branch of the last block", fraction_below_one())
 
     def conflicts(self) -> Iterator[str]:
         """Yield values that contradict each other."""
-        # Published SigLIPs have 384 pixels in patches of 14 and ignore the border; otherwise it is likely a mistake.
+        # Published SigLIPs split 384 pixels into patches of 14 and ignore the border; elsewhere it is likely a mistake.
         if self.image_size % self.patch and (self.pool != "map" or not self.grid):
             sides = [side for side in (self.grid * self.patch, (self.grid + 1) * self.patch) if side]
             nearest = f"set it to {' or '.join(map(str, sides))}"
             yield f"image_size {self.image_size} must be a multiple of patch {self.patch}; {nearest}"
         if self.stem == "hmlp" and (self.patch % 4 or self.width % 4):
-            yield f"stem 'hmlp' needs multiples of 4, and patch is {self.patch}, width {self.width}"
+            yield f"stem 'hmlp' needs multiples of 4, but patch is {self.patch} and width {self.width}"
         yield from super().conflicts()
 
     @property
     def grid(self) -> int:
-        """Whole patches along a side."""
         return self.image_size // self.patch
 
     def module(self, dtype: DTypeLike) -> nn.Module:
@@ -136,7 +132,7 @@ class ImageTowerConfig(TransformerConfig, ImageTower):
         return max(1, round(patches * (1 - self.patch_dropout)))
 
     def flops(self, train: bool) -> float:
-        """Return the FLOPs of stem, blocks and pooling; in training without the dropped patches."""
+        """Return the FLOPs of stem, blocks and pooling, in training without the dropped patches."""
         kept = self.kept(self.grid**2) if train else self.grid**2
         embedding = 0
         side = self.grid * self.patch
@@ -146,13 +142,13 @@ class ImageTowerConfig(TransformerConfig, ImageTower):
             embedding += 2 * side**2 * joined**2 * channels * features
             channels = features
         pooled = 0.0
-        if self.pool == "map":  # one query, its keys and values, and a residual MLP of one token
+        if self.pool == "map":  # keys and values for one query, and a residual MLP of one token
             pooled = 4 * kept * self.width**2 + (4 + 4 * self.mlp_ratio) * self.width**2 + 4 * kept * self.width
         cls = self.pool == "cls"
         return embedding + self.block_flops(kept + cls, one=cls) + pooled
 
     def sample_noise(self, random_key: Array, b: int) -> dict[str, Array]:
-        """Uniform numbers: "patches" (b, patches) of patch dropout, "paths" (b, depth, 2) of stochastic depth."""
+        """Return uniform "patches" (b, patches) for patch dropout and "paths" (b, depth, 2) for stochastic depth."""
         noise = {}
         if self.patch_dropout:
             noise["patches"] = jax.random.uniform(jax.random.fold_in(random_key, 4), (b, self.grid**2))
@@ -169,9 +165,10 @@ class ImageTowerConfig(TransformerConfig, ImageTower):
         if grid == self.grid or grid**2 != len(table) - extra:
             return params, notes
         square = table[extra:].reshape(grid, grid, -1)
-        # Antialiased, which matters where the grid shrinks.
         shape = (self.grid, self.grid, square.shape[-1])
-        square = np.asarray(jax.image.resize(square, shape, "cubic", antialias=True))
+        square = np.asarray(
+            jax.image.resize(square, shape, "cubic", antialias=True)
+        )  # antialiasing matters for smaller grids
         table = np.concatenate([table[:extra], square.reshape(self.grid**2, -1)])
         note = f"image positions interpolated from {grid} x {grid} to {self.grid} x {self.grid}"
         return {**params, "positions": table}, [*notes, note]
@@ -185,32 +182,41 @@ class ImageTowerConfig(TransformerConfig, ImageTower):
         return _ATTENTION_MEANINGS[self.pool]
 
     def attention_maps(self, params: Params, image: Array, dtype: DTypeLike) -> Array:
-        """Return the last attention before the features, see `_ATTENTION_MEANINGS`."""
         tower = self.unrolled()
-        _, captured = tower.module(dtype).apply(
+        _, state = tower.module(dtype).apply(
             {"params": tower.convert(params)[0]},
             image,
             capture_intermediates=lambda module, _: module.name in ("qkv", "query", "kv"),
             mutable=["intermediates"],
         )
-        weights = _attention_map(captured["intermediates"], self.depth - 1, self.pool)
+        captured = state["intermediates"]
+        if self.pool == "map":
+            query = einops.rearrange(captured["pool_map"]["query"]["__call__"][0], "b n heads kv -> b heads n kv")
+            key, _ = captured["pool_map"]["kv"]["__call__"][0]
+            weights = _attention_weights(query, key)[:, 0]
+        else:
+            query, key, _ = captured["transformer"][f"block_{self.depth - 1}"]["attention"]["qkv"]["__call__"][0]
+            weights = _attention_weights(query, key)
+            if self.pool == "mean":
+                weights = weights.mean(axis=1)
+            else:  # the class token, without its attention to itself
+                weights = weights[:, 0, 1:]
+                weights = weights / weights.sum(axis=1, keepdims=True)
         return weights.reshape(-1, self.grid, self.grid)
 
     def describe(self) -> str:
-        """Return the sizes of the tower in one phrase."""
         return f"ViT of width {self.width}, depth {self.depth}, patch {self.patch}, {self.image_size} px"
 
 
 class VisionTransformer(nn.Module):
-    """(b, h, w, 3) normalised pixels -> h_img (b, d), the feature that CLIP projects.
+    """Normalised pixels (b, h, w, 3) -> h_img (b, d), the feature that CLIP projects.
 
     With patch dropout (FLIP, arXiv 2212.00794) a training pass keeps the class token and the patches with the smallest
-    values in `patches` (b, patches). This noise is an input with one row a sample, so that an image loses the same
-    patches in any part of the batch; without it all patches are kept. `paths` (b, depth, 2) is the noise of
-    `drop_path`, see `Transformer`.
+    `patches` (b, patches). This noise is an input with one row per sample, so that microbatches drop the same patches;
+    without it all patches are kept. `paths` (b, depth, 2) is the noise of `Transformer` for `drop_path`.
 
-    If not `pooled`, the result is the features of all patches (b, grid, grid, d), after the last block and `norm_post`,
-    as timm's `forward_features`. CLIP trains `norm_post` on the class token.
+    If not `pooled`, return the features of all patches (b, grid, grid, d) after the last block and `norm_post`, like
+    timm's `forward_features`. CLIP trains `norm_post` on the class token.
     """
 
     config: ImageTowerConfig
@@ -225,12 +231,12 @@ class VisionTransformer(nn.Module):
         config = self.config
         style = config.details
         side = config.grid * config.patch
-        x = image[:, :side, :side].astype(self.dtype)  # a remainder at the right and at the bottom is in no patch
+        x = image[:, :side, :side].astype(self.dtype)  # without a remainder at the right and the bottom
         std = config.width**-0.5
         if config.stem == "hmlp":
             x = HierarchicalStem(config.patch, config.width, style, self.dtype, name="patches")(x)
         else:
-            # A strided convolution is the same map; reshape and matmul is faster on CPUs and no slower on TPUs.
+            # Reshape and matmul equal a strided convolution, faster on CPUs and as fast on TPUs.
             x = _join(x, config.patch)
             options: dict[str, Any] = {"std": x.shape[-1] ** -0.5, "dtype": self.dtype, "use_bias": style.patch_bias}
             x = dense(config.width, ("patch", "embed"), **options, name="patches")(x)
@@ -254,7 +260,7 @@ class VisionTransformer(nn.Module):
             x = LayerNorm(style.eps, self.dtype, name="norm_post")(x[:, first:])
             return einops.rearrange(x, "b (h w) d -> b h w d", h=config.grid)
         if first:
-            x = x[:, :1]  # LayerNorm is per token: only the class token needs it
+            x = x[:, :1]  # LayerNorm is per token, so only the class token needs it
         x = LayerNorm(style.eps, self.dtype, name="norm_post")(x)
         if config.pool == "map":
             return AttentionPool(config, self.dtype, name="pool_map")(x)
@@ -262,25 +268,7 @@ class VisionTransformer(nn.Module):
 
 
 def _attention_weights(query: Array, key: Array) -> Array:
-    """Return softmax of scaled products, mean over heads: (b, heads, n, kv), (b, heads, m, kv) -> fp32 (b, n, m)."""
+    """Return attention averaged over heads, (b, heads, n, kv), (b, heads, m, kv) -> fp32 (b, n, m)."""
     query = query.astype(jnp.float32) * query.shape[-1] ** -0.5
     key = key.astype(jnp.float32)
     return jax.nn.softmax(jnp.einsum("bhnd,bhmd->bhnm", query, key)).mean(axis=1)
-
-
-def _attention_map(captured: Mapping[str, Any], last: int, pool: str) -> Array:
-    """Return the last attention before the features, fp32 (b, patches) with rows that sum to 1.
-
-    `captured` contains the intermediates of a tower with unrolled blocks up to number `last`.
-    """
-    if pool == "map":
-        head = captured["pool_map"]
-        key, _ = head["kv"]["__call__"][0]
-        query = einops.rearrange(head["query"]["__call__"][0], "b n heads kv -> b heads n kv")
-        return _attention_weights(query, key)[:, 0]
-    query, key, _ = captured["transformer"][f"block_{last}"]["attention"]["qkv"]["__call__"][0]
-    weights = _attention_weights(query, key)
-    if pool == "mean":
-        return weights.mean(axis=1)
-    weights = weights[:, 0, 1:]  # without the attention of the class token to itself
-    return weights / weights.sum(axis=1, keepdims=True)

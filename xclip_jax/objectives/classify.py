@@ -36,7 +36,6 @@ class Classify(Term):
         return (self.tower,)
 
     def heads(self, model: ModelConfig, vocab: int) -> Heads:
-        """A linear classifier."""
         flops = 2 * self.classes * model.widths[self.tower]
         return {"classifier": Head(Classifier(self.classes, self.head_std), self.tower, "logits", flops=flops)}
 
@@ -53,11 +52,10 @@ class Classify(Term):
     ) -> Result:
         """Compute the loss, see `Term.__call__`; `batch` contains "label" (b,) and, if mixed, "share" and "other"."""
         logits = out["logits"].astype(jnp.float32)
-        labels = batch["label"]
         if self.classes == 1:
-            loss = jnp.square(logits[:, 0] - labels).mean()
+            loss = jnp.square(logits[:, 0] - batch["label"]).mean()
             return loss, {"loss": loss}, {}
-        labels = labels.astype(jnp.int32)
+        labels = batch["label"].astype(jnp.int32)
         target = self._target(labels)
         if "other" in batch:
             other = self._target(batch["other"]["label"].astype(jnp.int32))
@@ -71,7 +69,6 @@ class Classify(Term):
         return optax.smooth_labels(jax.nn.one_hot(labels, self.classes), self.smoothing)
 
     def conflicts_with(self, model: ModelConfig, loss: LossConfig) -> Iterator[str]:
-        """Yield a missing number of classes, mixing of texts or numbers, and smoothing of numbers."""
         if self.classes < 1:
             yield f"objective.classify.classes is {self.classes}; give the number of classes of the data"
         if (self.mixup or self.cutmix) and (self.tower == "txt" or self.classes == 1):
@@ -80,10 +77,8 @@ class Classify(Term):
             yield "objective.classify.smoothing is for classes, and one class is a number; set it to 0"
 
     def progress(self, metrics: Mapping[str, float]) -> str:
-        """Return the accuracy on the batch; the progress line shows the loss anyway."""
         return f"top-1 {metrics['top1']:.1%}" if "top1" in metrics else ""
 
     def curves(self) -> tuple[Curve, ...]:
-        """Loss and accuracy on the batches."""
         unit = "squared error" if self.classes == 1 else "nats"
         return (Curve("Loss", (("loss", "training"),), unit), Curve("Accuracy", (("top1", "training"),), "%"))

@@ -14,8 +14,8 @@ from xclip_jax.models.two_towers import ModelConfig
 from xclip_jax.objectives.similarity import CosineSimilarity
 from xclip_jax.objectives.term import Arrays, Check, Curve, Health, LossConfig, Result, Term
 
-# [ours] On the plateau the loss is less than this fraction below the loss of a blind guess; successful runs are a tenth
-# below it at the end of the warm-up.
+# [ours] On the plateau the loss is within this fraction of a blind guess; successful runs are a tenth below it when the
+# warm-up ends.
 PLATEAU_SHARE = 0.01
 # Batch fields whose equal rows are matching pairs, by the value of `positives`.
 _KEYS = {"pair": "", "caption": "text_key", "image": "image_key"}
@@ -32,27 +32,26 @@ class Contrastive(Term):
     max_scale: ClassVar[float] = math.inf  # bound of the logit scale
 
     positives: str = key(
-        "pair", "which pairs of a batch match: each only itself, or those with the same caption or image", choice(_KEYS)
+        "pair", "matches of a pair: only itself, or pairs with the same caption or image", choice(_KEYS)
     )
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """Images, texts and, unless a pair matches only itself, the hashes that matching pairs share."""
-        return (*super().fields, _KEYS[self.positives]) if _KEYS[self.positives] else super().fields
+        """Images, texts and the hash shared by matching pairs, if any."""
+        return (*super().fields, *filter(None, [_KEYS[self.positives]]))
 
     @property
     def similarity(self) -> CosineSimilarity:
         return CosineSimilarity()
 
     def heads(self, model: ModelConfig, vocab: int) -> Heads:
-        """Projections of the towers, the logit scale and, if the loss takes it, the logit bias."""
         dtype = jax.numpy.dtype(model.dtype)
         e = model.embed
         heads: dict[str, Head | Scalar] = {}
         for tower, width in model.widths.items():
             projection = Projection(e, dtype, model.style(tower).project_bias)
             heads[f"proj_{tower}"] = Head(projection, tower, f"z_{tower}", flops=2 * e * width)
-        if not model.style("img").project_img:  # the features themselves are the embeddings
+        if not model.style("img").project_img:  # features are the embeddings
             heads["proj_img"] = Head(Projection(0, dtype), "img", "z_img")
         heads["log_scale"] = Scalar("scale", math.log(self.initial_scale), jax.numpy.exp)
         if "bias" in self.outputs:
@@ -63,13 +62,12 @@ class Contrastive(Term):
         self, out: Arrays, teacher: Arrays | None, state: Arrays, batch: Mapping[str, Any], *, chunk: int = 0
     ) -> Result:
         """Compute the loss, see `Term.__call__`."""
-        arguments = [out[name] for name in self.outputs]
         loss_of = getattr(contrastive, self.form)
-        loss, metrics = loss_of(*arguments, **self._options(batch), chunk=chunk)
+        loss, metrics = loss_of(*(out[name] for name in self.outputs), **self._options(batch), chunk=chunk)
         return loss, metrics | {"scale": out["scale"]}, {}
 
     def _options(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the options of the loss, including the parts of its target that depend on the batch."""
+        """Return the options of the loss, including batch-dependent parts of its target."""
         options = dataclasses.asdict(self)
         del options["positives"]
         if _KEYS[self.positives]:
@@ -86,7 +84,6 @@ class Contrastive(Term):
         return params | {"log_scale": jax.numpy.minimum(params["log_scale"], math.log(self.max_scale))}
 
     def flops(self, model: ModelConfig, batch: int) -> float:
-        """Cost of comparing an example with the batch."""
         return 2 * batch * model.embed
 
     def chance_loss(self, metrics: Mapping[str, float], less: float = 0.0) -> float:
@@ -95,7 +92,7 @@ class Contrastive(Term):
 
     @property
     def hardness(self) -> float:
-        """The matching pair's fraction of the target at the end of training."""
+        """The matching pair's fraction of the target."""
         return 1.0
 
     @property
@@ -104,12 +101,10 @@ class Contrastive(Term):
         return False
 
     def progress(self, metrics: Mapping[str, float]) -> str:
-        """Return the loss, and CLIP's loss of a blind guess."""
         blind = f"blind {metrics['blind']:.2f}" if "blind" in metrics else f"ln b {metrics.get('ln_b', 0):.2f}"
         return super().progress(metrics) + f" ({blind})" * (self.form == "clip" and "loss" in metrics)
 
     def curves(self) -> tuple[Curve, ...]:
-        """Loss, accuracy within the batch, logit scale."""
         accuracy = (("acc_img", "image to text"), ("acc_txt", "text to image"))
         unit = "nats"
         level = ("ln b", "ln_b")
@@ -125,9 +120,9 @@ class Contrastive(Term):
         )
 
     def health(self, metrics: Mapping[str, float]) -> Health:
-        """Judge whether the loss has left the plateau on which all inputs have the same embedding."""
+        """Check whether the loss has left the plateau of equal embeddings for all inputs."""
         blind = self.chance_loss(metrics) if metrics.keys() >= {"loss", "ln_b"} else 0.0
-        if not blind:  # a batch of one pair leaves nothing to guess
+        if not blind:  # a single pair leaves nothing to guess
             return Health()
         loss = metrics["loss"]
         least = self.chance_loss(metrics, PLATEAU_SHARE * self.hardness)
@@ -151,9 +146,7 @@ class Clip(Contrastive):
     max_scale: ClassVar[float] = 100.0  # arXiv 2103.00020, section 2.5
 
     label_smoothing: float = key(0.0, "fraction of the target spread over the batch", fraction_below_one())
-    gce_q: float = key(
-        0.0, "generalised cross-entropy: a pair's loss is (1 - p^q) / q, at most 1 / q; 0 for -ln p", between(0, 1)
-    )
+    gce_q: float = key(0.0, "generalised cross-entropy: loss (1 - p^q) / q of a pair; 0 for -ln p", between(0, 1))
 
     @property
     def hardness(self) -> float:
@@ -173,7 +166,6 @@ class Clip(Contrastive):
         return float(contrastive.robust(super().chance_loss(metrics, less), self.gce_q))
 
     def conflicts_with(self, model: ModelConfig, loss: LossConfig) -> Iterator[str]:
-        """Yield options that do not go with a robust loss."""
         if self.is_robust and (self.hardness != 1 or self.positives != "pair"):
             yield "objective.clip.gce_q is for one target per pair; set label_smoothing to 0, and positives to 'pair'"
 

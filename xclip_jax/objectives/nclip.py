@@ -25,7 +25,7 @@ _SHUFFLE = 17  # folded into the step's key
 FLAT_SHARE = 0.06
 # The run with few clusters (14 of 1024) had H(mean) = 3.1, 56 % of ln b; smooth runs are near or above ln b.
 FEW_CLUSTERS_SHARE = 0.7
-# Predictions are sharp if their entropy is below this fraction of their mean's entropy; it is nearly 1 in a new model.
+# Predictions are sharp if their entropy is below this fraction of their mean's entropy, which is nearly 1 at first.
 SHARP_SHARE = 0.6
 # Fraction of the range from chance to 1. The run that disagreed had 1 % equal argmax, with 0.5 % by chance.
 AGREEMENT_ABOVE_CHANCE = 0.05
@@ -52,7 +52,6 @@ class Nclip(Term):
         return self.target == "ema"
 
     def heads(self, model: ModelConfig, vocab: int) -> Heads:
-        """A cluster head on each tower."""
         options = model.cluster_head
         heads = {}
         module = ClusterHead(**dataclasses.asdict(options), dtype=jnp.dtype(model.dtype))
@@ -63,10 +62,10 @@ class Nclip(Term):
         return heads
 
     def draw(self, random_key: Array, inputs: dict[str, Any], size: int) -> dict[str, Any]:
-        """Add "target_order" (b,) for shuffled targets: the index of the pair that provides a pair's pseudo-labels."""
+        """Add "target_order" (b,) for shuffled targets: the index of the pair providing each pair's pseudo-labels."""
         if not self.shuffle_targets:
             return inputs
-        # One cycle through the whole batch, in random order, so that no pair gets its own.
+        # One random cycle through the batch, so that no pair gets its own.
         order = jax.random.permutation(jax.random.fold_in(random_key, _SHUFFLE), len(inputs["text"]))
         return inputs | {"target_order": jnp.zeros_like(order).at[order].set(jnp.roll(order, 1))}
 
@@ -77,7 +76,7 @@ class Nclip(Term):
         teacher = {} if teacher is None else teacher
         options = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         if options.pop("shuffle_targets"):
-            # Targets of other pairs get no gradient, like a teacher's, whichever model made them.
+            # Targets of other pairs have no gradient, like a teacher's.
             options["target"] = "ema"
             logits = teacher if self.teacher else out
             options |= {f"teacher_{m}": _rows(logits[f"s_{m}"], batch["target_order"]) for m in self.towers}
@@ -86,12 +85,10 @@ class Nclip(Term):
         return *noncontrastive.nclip(out["s_img"], out["s_txt"], chunk=chunk, **options), {}
 
     def conflicts_with(self, model: ModelConfig, loss: LossConfig) -> Iterator[str]:
-        """Yield shuffled targets with a gradient."""
         if self.shuffle_targets and self.target == "joint":
             yield "objective.nclip.shuffle_targets needs objective.nclip.target 'detach' or 'ema'"
 
     def progress(self, metrics: Mapping[str, float]) -> str:
-        """Return the loss, mutual information and clusters in use, of the worse modality."""
         if "loss" not in metrics:
             return ""
         information = min(metrics["mutual_information_img"], metrics["mutual_information_txt"])
@@ -99,7 +96,6 @@ class Nclip(Term):
         return f"{metrics['loss']:.3f} ({information:.2f} nats, {clusters:.0f} clusters)"
 
     def curves(self) -> tuple[Curve, ...]:
-        """Loss and entropies."""
         levels = (("ln b", "ln_b"), ("ln k", "ln_k"))
         note = "b is the batch size, k the number of clusters."
         return (
@@ -108,17 +104,50 @@ class Nclip(Term):
         )
 
     def health(self, metrics: Mapping[str, float]) -> Health:
-        """Judge the three known failures [ours]; a model's first hundred steps are always flat."""
+        """Check for the three known failures [ours]; the first hundred steps are always flat."""
         if "agreement" not in metrics:
             return Health()
         k, b = (round(math.exp(metrics[f"ln_{name}"])) for name in ("k", "b"))
-        ceiling = min(math.log(k), math.log(b))  # nats of information that a batch can have
-        if not ceiling:  # one cluster, or a batch of one pair, cannot collapse
+        ceiling = min(math.log(k), math.log(b))  # largest possible information of a batch, nats
+        if not ceiling:  # neither one cluster nor a batch of one pair can collapse
             return Health()
-        few = _few_clusters(metrics, k, ceiling)
-        agreement = _disagreement(metrics)
-        # One collapsed cluster also has no mutual information, but flat's remedy (sharpen) would be the wrong one.
-        flat = dataclasses.replace(_flat(metrics, ceiling), applies=not few.failed)
+
+        def least(name: str) -> tuple[float, str]:
+            return min((metrics[f"{name}_{m}"], m) for m in noncontrastive.MODALITIES)
+
+        marginal, modality = least("marginal_entropy")
+        few = Check(
+            "few clusters",
+            marginal,
+            FEW_CLUSTERS_SHARE * ceiling,
+            "Entropy of the mean prediction in nats; fails when nearly everything goes to a few clusters.",
+            f"H(mean) of {modality} is {marginal:.2f} nats of {ceiling:.2f} possible, with "
+            f"{metrics[f'clusters_{modality}']:.0f} of {k} clusters in use. Raise objective.nclip.smoothness (2 if "
+            "objective.nclip.sharpness is 1).",
+        )
+        information, modality = least("mutual_information")
+        flat = Check(
+            "flat",
+            information,
+            FLAT_SHARE * ceiling,
+            "Mutual information in nats; fails when the predictions of different pairs are alike.",
+            f"mutual information of {modality} is {information:.3f} nats of {ceiling:.2f} possible. Past the first "
+            "hundred steps, raise objective.nclip.sharpness to 1 and keep objective.nclip.smoothness above it (2), and "
+            "set objective.nclip.tau between 0.5 and 1.",
+            # A single used cluster has no mutual information either, but needs the other remedy.
+            applies=not few.failed,
+        )
+        chance = 1 / max(metrics["clusters_img"], metrics["clusters_txt"], 1)
+        sharp = [metrics[f"entropy_{m}"] < SHARP_SHARE * metrics[f"marginal_entropy_{m}"] for m in ("img", "txt")]
+        agreement = Check(
+            "disagreement",
+            metrics["agreement"],
+            chance + AGREEMENT_ABOVE_CHANCE * (1 - chance),
+            "Share of pairs that agree; fails when an image and its text are sharp on different clusters.",
+            f"predictions are sharp, yet image and text agree on {100 * metrics['agreement']:.1f} % of pairs (chance "
+            f"is about {100 * chance:.1f} %). Lower optim.lr or objective.nclip.sharpness.",
+            applies=any(sharp),
+        )
         note = f"Of {k:,} clusters; a batch of {b:,} can use at most {min(k, b):,}."
         most = (("most", min(k, b)),)
         curves = (
@@ -132,56 +161,8 @@ class Nclip(Term):
 
 
 def _rows(logits: Logits, order: Array) -> Logits:
-    """Return the rows of `logits` with the indices `order`."""
     return dataclasses.replace(logits, x=logits.x[order]) if isinstance(logits, FactoredLogits) else logits[order]
 
 
 def _both(name: str) -> tuple[tuple[str, str], ...]:
     return (f"{name}_img", "images"), (f"{name}_txt", "texts")
-
-
-def _least(metrics: Mapping[str, float], name: str) -> tuple[float, str]:
-    """Return the smaller of a metric's values for the two modalities, and that modality."""
-    return min((metrics[f"{name}_{m}"], m) for m in noncontrastive.MODALITIES)
-
-
-def _flat(metrics: Mapping[str, float], ceiling: float) -> Check:
-    information, modality = _least(metrics, "mutual_information")
-    return Check(
-        "flat",
-        information,
-        FLAT_SHARE * ceiling,
-        "Mutual information in nats; fails when the predictions of different pairs are alike.",
-        f"mutual information of {modality} is {information:.3f} nats of {ceiling:.2f} possible. Past the first hundred "
-        "steps, raise objective.nclip.sharpness to 1 and keep objective.nclip.smoothness above it (2), and set "
-        "objective.nclip.tau between 0.5 and 1.",
-    )
-
-
-def _few_clusters(metrics: Mapping[str, float], k: int, ceiling: float) -> Check:
-    marginal, modality = _least(metrics, "marginal_entropy")
-    return Check(
-        "few clusters",
-        marginal,
-        FEW_CLUSTERS_SHARE * ceiling,
-        "Entropy of the mean prediction in nats; fails when nearly everything goes to a few clusters.",
-        f"H(mean) of {modality} is {marginal:.2f} nats of {ceiling:.2f} possible, with "
-        f"{metrics[f'clusters_{modality}']:.0f} of {k} clusters in use. Raise objective.nclip.smoothness (2 if "
-        "objective.nclip.sharpness is 1).",
-    )
-
-
-def _disagreement(metrics: Mapping[str, float]) -> Check:
-    chance = 1 / max(metrics["clusters_img"], metrics["clusters_txt"], 1)
-    agreement = metrics["agreement"]
-    return Check(
-        "disagreement",
-        agreement,
-        chance + AGREEMENT_ABOVE_CHANCE * (1 - chance),
-        "Share of pairs that agree; fails when an image and its text are sharp on different clusters.",
-        f"predictions are sharp, yet image and text agree on {100 * agreement:.1f} % of pairs (chance is about "
-        f"{100 * chance:.1f} %). Lower optim.lr or objective.nclip.sharpness.",
-        applies=any(
-            metrics[f"entropy_{m}"] < SHARP_SHARE * metrics[f"marginal_entropy_{m}"] for m in noncontrastive.MODALITIES
-        ),
-    )

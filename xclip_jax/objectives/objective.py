@@ -18,12 +18,7 @@ from xclip_jax.objectives.similarity import Similarity
 from xclip_jax.objectives.term import Arrays, LossConfig, Result, Term
 
 Array = jax.Array
-TERMS: dict[str, type[Term]] = {
-    "clip": Clip,
-    "siglip": Siglip,
-    "nclip": Nclip,
-    "classify": Classify,
-}
+TERMS: dict[str, type[Term]] = {"clip": Clip, "siglip": Siglip, "nclip": Nclip, "classify": Classify}
 
 # Named objectives, as terms and weights.
 RECIPES: dict[str, dict[str, float]] = {
@@ -33,7 +28,7 @@ RECIPES: dict[str, dict[str, float]] = {
     "xclip": {"clip": 0.5, "nclip": 0.5},  # the best of three weights on validation, docs/study.md
     "classify": {"classify": 1.0},
 }
-_TITLES = {"xclip": "xCLIP"}  # a single term brings its title
+_TITLES = {"xclip": "xCLIP"}  # of sums; a single term has its own title
 OBJECTIVES = ("clip", "siglip", "nclip", "xclip")  # for pre-training
 
 _WEIGHTS = Check("weights of at least 0", lambda weights: all(weight >= 0 for weight in weights.values()))
@@ -43,8 +38,8 @@ _WEIGHTS = Check("weights of at least 0", lambda weights: all(weight >= 0 for we
 class Objective:
     """A weighted sum of terms, a pure function from outputs of `TwoTowers.project` to a scalar loss and metrics.
 
-    A term's name is the prefix of its metrics. A term with weight 0 keeps its heads but does not train them, as a
-    control with equal parameter count; weight decay still shrinks them.
+    A term's name is the prefix of its metrics. A term with weight 0 keeps untrained heads, as a control with equal
+    parameter count; weight decay still shrinks them.
     """
 
     name: str
@@ -60,12 +55,10 @@ class Objective:
 
     @property
     def towers(self) -> tuple[str, ...]:
-        """The towers to train, "img" and "txt"."""
         return self._union(("img", "txt"), "towers")
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """Inputs of a batch: "image", "text", "label"."""
         return self._union(("image", "text", "label", "image_key", "text_key"), "fields")
 
     def _union(self, order: tuple[str, ...], attribute: str) -> tuple[str, ...]:
@@ -85,11 +78,10 @@ class Objective:
 
     @property
     def similarities(self) -> tuple[Similarity, ...]:
-        """Ways to compare images with texts: for each name the similarity of the first term that has it.
+        """Similarities by unique name; the first gives the model's embeddings.
 
-        The model returns the embeddings of the first similarity. Distributions over clusters come after embeddings
-        trained for comparison. A term with weight 0, whose heads learn nothing, counts only if no other term has a
-        similarity.
+        If terms share a name, the first counts. Distributions over clusters come after embeddings trained for
+        comparison. A term with weight 0, whose heads learn nothing, counts only if no other term has a similarity.
         """
         known = {name: term.similarity for name, term in self.terms.items() if term.similarity}
         trained = [similarity for name, similarity in known.items() if self.weights[name]]
@@ -105,31 +97,28 @@ class Objective:
         for name, term in self.terms.items():
             for head_name, head in term.heads(model, vocab).items():
                 known = heads.setdefault(head_name, head)
-                if isinstance(known, Scalar) and isinstance(head, Scalar):  # the first term's initial value holds
+                if isinstance(known, Scalar) and isinstance(head, Scalar):  # the first initial value counts
                     head = dataclasses.replace(head, initial=known.initial)
-                if known != head:
-                    raise UserError(f"objective term {name!r} needs another head {head_name!r} than a term before it.")
-                if outputs_of.setdefault(head.output, head_name) != head_name:
+                owner = outputs_of.setdefault(head.output, head_name)
+                if known != head or owner != head_name:
                     raise UserError(
-                        f"objective term {name!r}: its head {head_name!r} writes {head.output!r}, which head "
-                        f"{outputs_of[head.output]!r} of a term before it writes too; rename one output."
+                        f"objective term {name!r}: its head {head_name!r} with output {head.output!r} differs from the "
+                        f"head {owner!r} of an earlier term; rename one."
                     )
         return heads
 
     def outputs(self, model: ModelConfig) -> frozenset[str]:
         """Return the keys of the heads' outputs, such as "z_img"."""
-        return frozenset(head.output for head in self.heads(model, vocab=1).values())  # a vocabulary changes no name
+        return frozenset(head.output for head in self.heads(model, vocab=1).values())  # names do not depend on it
 
     def initial_state(self, model: ModelConfig, vocab: int) -> dict[str, Array]:
-        """Return the arrays that the terms carry from step to step; `UserError` if two terms use the same name."""
+        """Merge the initial arrays of all terms; `UserError` if two share a name."""
         state: dict[str, Array] = {}
         for name, term in self.terms.items():
             arrays = term.initial_state(model, vocab)
-            shared = state.keys() & arrays
+            shared = sorted(state.keys() & arrays)
             if shared:
-                raise UserError(
-                    f"objective term {name!r} carries {min(shared)!r}, as a term before it does; leave one of them out."
-                )
+                raise UserError(f"objective term {name!r} carries {shared[0]!r}, like an earlier term; leave one out.")
             state |= arrays
         return state
 
@@ -169,7 +158,7 @@ class Objective:
         return {key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)}
 
     def alarms(self, metrics: Mapping[str, float]) -> list[str]:
-        """Return warnings "NAME: what is wrong and what to change" of terms with a weight, from a step's metrics."""
+        """Return the warnings of terms with a weight, see `Term.alarms`, from a step's metrics."""
         terms = {name: term for name, term in self.terms.items() if self.weights[name]}
         return [text for name, term in terms.items() for text in term.alarms(self.metrics_of(name, metrics))]
 
@@ -179,7 +168,7 @@ class Objective:
         return [f"{name} {part}" for name, part in parts.items() if part]
 
     def recipe(self, model: ModelConfig) -> dict[str, Any]:
-        """Return {full config key: value} for a model card: weights, and options of the terms and of cluster heads."""
+        """Return {full config key: value} for a model card: weights and options of terms and cluster heads."""
         rows: dict[str, Any] = {f"objective.terms.{name}": weight for name, weight in self.weights.items()}
         for name, term in self.terms.items():
             group = f"objective.{name}" if type(term) is TERMS.get(name) else f"objective.plugins.{name}"
@@ -219,7 +208,7 @@ class ObjectiveConfig:
         return read_plugin(self.plugins[name], path, TERMS, Term, "objective term", type_name=name)
 
     def conflicts(self) -> Iterator[str]:
-        """Yield values that contradict each other."""
+        """Yield contradictory values."""
         if not any(self.terms.values()):
             yield f"terms is {dict(self.terms)}; give one of them a weight above 0"
             return
@@ -239,7 +228,7 @@ class ObjectiveConfig:
             except UserError as error:
                 yield f"terms.{name}: {str(error).removesuffix('.')}"
         if len({term.labelled for term in terms}) > 1:
-            yield f"terms has {', '.join(self.terms)}, some of labelled items and some of pairs; use one sort"
+            yield f"terms has {', '.join(self.terms)}, which mix labelled items and pairs; use one kind"
 
 
 def make_objective(config: ObjectiveConfig, loss: LossConfig | None = None) -> Objective:
@@ -260,6 +249,6 @@ def read_objective(values: Mapping[str, Any]) -> Objective:
 
 
 def with_terms(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config group `objective`, completed by the terms of the named objective if it lists none."""
+    """Complete a config group `objective` that lists no terms from `RECIPES`."""
     recipe = RECIPES.get(values.get("name", "clip"))
     return ({"terms": dict(recipe)} if recipe else {}) | dict(values)

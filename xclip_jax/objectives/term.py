@@ -73,7 +73,7 @@ class Term(abc.ABC):
         return {}
 
     def initial_state(self, model: ModelConfig, vocab: int) -> dict[str, Array]:
-        """Return the initial arrays that the term carries from step to step, by their names in a checkpoint."""
+        """Return the initial arrays to carry from step to step, by their names in a checkpoint."""
         return {}
 
     def draw(self, random_key: Array, inputs: dict[str, Any], size: int) -> dict[str, Any]:
@@ -114,7 +114,7 @@ class Term(abc.ABC):
         """Return the FLOPs of the loss without its heads, for one example of a global batch of `batch`."""
         return 0.0
 
-    # --- in logs, reports and model cards; `metrics` are those of one step as floats, without the term's prefix
+    # --- logs, reports and model cards; `metrics` are floats of one step, without the term's prefix
 
     def progress(self, metrics: Mapping[str, float]) -> str:
         """Return the term's part of the progress line, or ""."""
@@ -129,7 +129,7 @@ class Term(abc.ABC):
         return Health()
 
     def alarms(self, metrics: Mapping[str, float]) -> list[str]:
-        """Return the warnings of the checks that fail, "NAME: what is wrong and what to change"."""
+        """Return the warnings of failed checks, each "NAME: FAULT AND REMEDY"."""
         return [check.warning for check in self.health(metrics).checks if check.failed]
 
 
@@ -160,12 +160,10 @@ class Check:
 
     @property
     def measurement(self) -> str:
-        """A sentence with the value and the threshold."""
         return f"The value is {self.value:.3g}; the alarm is below {self.threshold:.3g}."
 
     @property
     def warning(self) -> str:
-        """The warning of a failed check, "NAME: what is wrong and what to change"."""
         return f"{self.name}: {self.remedy}"
 
 

@@ -16,7 +16,7 @@ from xclip_jax.core.run_folder import RunReader
 from xclip_jax.core.storage import cache_dir, is_remote
 
 CACHE_BYTES = 2 * 2**30
-# Programs that compile faster are not kept: thousands of small files would make each look-up slow.
+# Shortest compilation to cache: thousands of small files would slow down each look-up.
 CACHE_SECONDS = 0.1
 
 Options = Mapping[str, bool | str]
@@ -25,59 +25,52 @@ _SMALL = 1 << 17  # elements: above stacks of biases, below kernels
 
 # Sources: openxla.org/xla/flags_guidance, and MaxText's benchmarks/xla_flags_library.py (CF_FOR_ALL_REDUCE).
 _TPU: Options = {
-    # A collective runs in parts beside the operations that hide it.
+    # Split collectives into parts that run next to the operations that hide them.
     "xla_tpu_enable_async_collective_fusion": True,
-    # A core computes while a collective is on the links.
+    # Compute while a collective is on the links.
     "xla_tpu_overlap_compute_collective_tc": True,
-    # An all-reduce has a start and an end, and other operations run between them.
+    # Give all-reduces a start and an end, with other operations between them.
     "xla_enable_async_all_reduce": True,
-    # A gradient that ends split over the chips is one product, then scattered. By default the compiler cuts the product
-    # into one slice a chip and passes partial sums round a ring: slices of 24 rows leave a matrix unit mostly idle.
+    # Compute a scattered gradient as one product. By default the compiler cuts it into one slice per chip and passes
+    # partial sums round a ring: slices of 24 rows leave a matrix unit mostly idle.
     "xla_tpu_reduce_scatter_collective_matmul_mode": "none",
 }
 _TPU_OVERLAP: Options = {
-    # All-reduces, which sum the gradients, are hidden too.
+    # Hide all-reduces, which sum the gradients, too.
     "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": True,
-    # One collective spans several operations.
+    # Let one collective span several operations.
     "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
-    # Loops hide collectives, not only products.
+    # Hide collectives behind loops, in addition to products.
     "xla_tpu_enable_async_collective_fusion_fuse_kloop_fusions": True,
-    # Pallas kernels hide them too.
+    # Hide them behind Pallas kernels.
     "xla_tpu_enable_async_collective_fusion_with_mosaic_custom_call": True,
-    # Larger all-reduces are not combined. By default all are, and no product is left to hide the combined one.
+    # Keep larger all-reduces apart. By default all are combined, and no product remains to hide the combined one.
     "xla_jf_crs_combiner_threshold_in_bytes": str(256 * 1024),
 }
-# All-reduces overlap with the backward pass. Off by default, and the only flag that NVIDIA's JAX image sets:
+# Overlaps all-reduces with the backward pass. Off by default, and the only flag of NVIDIA's JAX image:
 # docs.nvidia.com/jax-toolbox/environment-variables.
 _GPUS: Options = {"xla_gpu_enable_latency_hiding_scheduler": True}
 _FLAGS = {"tpu": "LIBTPU_INIT_ARGS", "gpu": "XLA_FLAGS"}
 
 
-def _all_options(devices: Sequence[jax.Device]) -> Options:
-    kind = devices[0].device_kind
-    if devices[0].platform != "tpu":
-        return _GPUS if devices[0].platform == "gpu" and len(devices) > 1 else {}
-    # A core has 16 MiB of vector memory up to v4, which products fused with sums exceed, and 64 MiB or more since v5.
-    return _TPU if kind.startswith(("TPU v2", "TPU v3", "TPU v4")) else {**_TPU, **_TPU_OVERLAP}
-
-
 def options(devices: Sequence[jax.Device]) -> Options:
-    """Return options for a program on `devices` that this version of the compiler knows.
+    """Return options for a program on `devices` that this version of the compiler accepts.
 
-    Options that the environment variable LIBTPU_INIT_ARGS (TPU) or XLA_FLAGS (GPU) sets are left out.
+    Options in the environment variable LIBTPU_INIT_ARGS (TPU) or XLA_FLAGS (GPU) are left out.
     """
-    flags = os.environ.get(_FLAGS.get(devices[0].platform, ""), "")
-    given = {flag.lstrip("-").partition("=")[0] for flag in flags.split()}
+    kind = devices[0].platform
+    possible: Options = _GPUS if kind == "gpu" and len(devices) > 1 else {}
+    if kind == "tpu":
+        # Cores up to v4 have 16 MiB of vector memory, too little for products fused with sums; since v5 at least 64.
+        old = devices[0].device_kind.startswith(("TPU v2", "TPU v3", "TPU v4"))
+        possible = _TPU if old else {**_TPU, **_TPU_OVERLAP}
+    given = {flag.lstrip("-").partition("=")[0] for flag in os.environ.get(_FLAGS.get(kind, ""), "").split()}
     device = next((d for d in devices if d.process_index == jax.process_index()), devices[0])
-    return {
-        name: value
-        for name, value in _all_options(devices).items()
-        if name not in given and _accepts({name: value}, device)
-    }
+    return {name: x for name, x in possible.items() if name not in given and _accepts({name: x}, device)}
 
 
 def _accepts(options: Options, device: jax.Device) -> bool:
-    """Whether the compiler knows `options`, tested by compiling a sum."""
+    """Return whether the compiler knows `options`, tested by compiling a sum."""
     number = jax.ShapeDtypeStruct((), jnp.float32, sharding=jax.sharding.SingleDeviceSharding(device))
     program: Any = jax.jit(lambda x: x + 1, compiler_options=dict(options))
     try:
@@ -91,10 +84,10 @@ def _accepts(options: Options, device: jax.Device) -> bool:
 
 @jax.custom_vjp
 def ordered(x: Tree, after: Tree) -> tuple[Tree, Tree]:
-    """Return (x, after); in the backward pass the gradient of `x` waits until the gradient of `after` is complete.
+    """Return (x, after); in the backward pass the gradient of `x` waits for the gradient of `after`.
 
-    The compiler would otherwise postpone the gradients of all kernels to the end of the backward pass, where one hides
-    the sum of another over devices, and keep the activations of all blocks until then.
+    Otherwise the compiler postpones the gradients of all kernels to the end of the backward pass, with nothing left to
+    hide their sums over devices, and keeps the activations of all blocks until then.
     """
     return x, after
 
@@ -103,10 +96,7 @@ ordered.defvjp(lambda x, after: ((x, after), None), lambda _, gradients: jax.lax
 
 
 def ordered_after_small(x: Tree, params: Tree) -> tuple[Tree, Tree]:
-    """Return (x, params); the gradient of `x` waits until the gradients of the small `params` are complete.
-
-    Kernels are left out: `x` would have to wait for their sums over devices.
-    """
+    """Return (x, params); the gradient of `x` waits for the gradients of small `params`, but not of kernels."""
     leaves, structure = jax.tree.flatten(params)
     small = {i: leaf for i, leaf in enumerate(leaves) if leaf.size < _SMALL}
     x, small = ordered(x, small)
@@ -114,15 +104,15 @@ def ordered_after_small(x: Tree, params: Tree) -> tuple[Tree, Tree]:
 
 
 def enable_cache(run: str = "") -> None:
-    """Turn JAX's persistent compilation cache on: a command that is started again need not compile again.
+    """Turn on JAX's persistent compilation cache, so that a restarted command does not compile again.
 
-    Call it before anything is compiled and after `processes.runtime.join`; JAX's own variables have precedence. The
-    folder is JAX_COMPILATION_CACHE_DIR if it is set, else `cache_folder()` with at most `CACHE_BYTES`. A folder that
-    cannot be used is a warning.
+    Call it after `processes.runtime.join` and before anything is compiled. JAX's environment variables have precedence.
+    The folder is JAX_COMPILATION_CACHE_DIR if set, else `cache_folder()` with at most `CACHE_BYTES`; an unusable folder
+    is a warning.
 
     Args:
-      run: folder of a run of several processes. They use `compiled` in it, since only process 0 writes (on CPUs only
-        process 0 reads, too).
+      run: folder of a run of several processes, whose cache is its folder `compiled`: only process 0 writes (and on
+        CPUs only process 0 reads).
     """
     config: Any = jax.config
     if not config.jax_enable_compilation_cache:
@@ -130,7 +120,7 @@ def enable_cache(run: str = "") -> None:
     named = config.jax_compilation_cache_dir
     folder = named or str(RunReader(run).compiled if run else cache_folder())
     try:
-        if not is_remote(folder) and (named or not run):  # a run makes its own folder
+        if not is_remote(folder) and (named or not run):  # a run makes its folder itself
             os.makedirs(folder, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):
                 pass
@@ -149,9 +139,9 @@ def enable_cache(run: str = "") -> None:
 
 
 def cache_folder() -> pathlib.Path:
-    """Return `compiled/CPU` in the cache of `core.storage.cache_dir`; CPU names this kind of processor.
+    """Return `compiled/CPU` in `core.storage.cache_dir`; CPU names this kind of processor.
 
-    Machines that share a home need not have the same processors, and code for one may not run on another.
+    Machines with a shared home may have different processors, which do not run each other's code.
     """
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
@@ -162,6 +152,6 @@ def cache_folder() -> pathlib.Path:
 
 
 def _set(name: str, value: Any) -> None:
-    """Set an option of JAX, unless the environment does."""
+    """Set a JAX option, unless the environment does."""
     if name.upper() not in os.environ:
         jax.config.update(name, value)

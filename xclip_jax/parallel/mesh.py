@@ -15,10 +15,7 @@ BATCH_AXES = ("data", "fsdp")
 
 
 def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None) -> Mesh:
-    """Make the mesh with `sizes` of `AXES`; at most one size is -1, the rest.
-
-    If the devices belong to several TPU slices, the data axis runs over the slices.
-    """
+    """Make the mesh with `sizes` of `AXES`; one size may be -1, the rest of the devices. Data spans TPU slices."""
     devices = jax.devices() if devices is None else devices
     shape = [sizes[axis] for axis in AXES]
     given = math.prod(n for n in shape if n != -1)
@@ -33,24 +30,21 @@ def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None)
         raise UserError(f"mesh {dict(sizes)} does not fit {len(devices)} devices: {remedy}.")
     shape = [len(devices) // given if n == -1 else n for n in shape]
     slices = num_slices(devices)
-    # Auto axes: sharding constraints do not work with the default, Explicit.
-    types = (AxisType.Auto,) * len(AXES)
-    # An axis of 8 has no physical axis of its own in a torus of 4 x 4 x 4.
+    types = (AxisType.Auto,) * len(AXES)  # sharding constraints do not work with the default, Explicit
+    # An axis of 8 spans two physical axes in a torus of 4 x 4 x 4.
     split: dict[str, Any] = {"devices": devices, "allow_split_physical_axes": True}
     if slices == 1:
         return Mesh(mesh_utils.create_device_mesh(tuple(shape), **split), AXES, axis_types=types)
     if shape[0] % slices:
         raise UserError(f"mesh {dict(sizes)}: data={shape[0]} must be a multiple of the {slices} slices.")
-    # Slices are joined by the data centre's network: sums of gradients cross it, and the batch's embeddings and hidden
-    # rows of cluster heads.
+    # Gradient sums, embeddings and hidden rows of cluster heads cross the data centre's network between slices.
     inside = (shape[0] // slices, *shape[1:])
     grid = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), **split)
     return Mesh(grid, AXES, axis_types=types)
 
 
 def num_slices(devices: list[jax.Device]) -> int:
-    """Number of TPU slices of `devices`; 1 on other platforms."""
-    # Devices of other platforms may have a slice_index too: a GPU has the index of its host.
+    """Return the number of TPU slices; 1 on other platforms, although a GPU's slice_index is the index of its host."""
     return len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}) or 1
 
 
@@ -65,21 +59,21 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 class BatchPart(NamedTuple):
-    """The part of the global batch that a process loads: the rows that its devices hold.
+    """The rows of the global batch on the devices of a process, which it loads.
 
     The batch has count * len(shards) shards, one for each device along the batch axes.
     """
 
     number: int  # from 0
-    count: int  # number of parts, which are equally large
+    count: int  # number of parts of equal size
     shards: tuple[int, ...]  # ascending; on TPU pods they need not be neighbours
 
 
 def batch_parts(mesh: Mesh) -> dict[int, BatchPart]:
-    """Return the part of the global batch that each process loads, {process: part}.
+    """Return {process: its part of the global batch}; equal for processes with the same rows.
 
-    Processes whose devices hold the same rows, such as processes along the model axis, load the same part. `UserError`
-    if two processes hold some rows in common and others not, or different numbers of rows.
+    Raises:
+      UserError: the rows of two processes overlap in part, or differ in number.
     """
     shards = batch_shards(mesh)
     rows: dict[int, set[int]] = {}
@@ -89,28 +83,25 @@ def batch_parts(mesh: Mesh) -> dict[int, BatchPart]:
     if len({len(part) for part in parts}) > 1 or sum(map(len, parts)) != shards:
         sizes = ", ".join(f"{axis}={n}" for axis, n in mesh.shape.items())
         raise UserError(
-            f"mesh {sizes} splits the batch unevenly over {len(rows)} processes: some hold a part of the rows of "
-            "others. Choose mesh.model so that it divides, or is a multiple of, the number of devices of a process."
+            f"mesh {sizes} splits the batch unevenly over {len(rows)} processes; choose a mesh.model that divides the "
+            "number of devices of a process, or is a multiple of it."
         )
     shards_of = {process: tuple(sorted(held)) for process, held in sorted(rows.items())}
     return {process: BatchPart(parts.index(held), len(parts), held) for process, held in shards_of.items()}
 
 
 def batch_part(mesh: Mesh) -> BatchPart:
-    """Return which part of the global batch this process loads; raises as `batch_parts`."""
+    """Return this process's part of the global batch, see `batch_parts`."""
     return batch_parts(mesh)[jax.process_index()]
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Sharding of an array that every device holds whole."""
+    """Sharding of an array with a whole copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def check_batch(batch: int, mesh: Mesh, key: str = "data.batch", microbatches: int = 1) -> None:
-    """Raise `UserError` unless the mesh's batch axes divide each microbatch of the `batch` that config key `key` sets.
-
-    Processes must be able to load the batch in equal parts, see `batch_parts`.
-    """
+    """Raise `UserError` unless the mesh divides each microbatch of `batch` (config key `key`), also by process."""
     batch_parts(mesh)
     shards = batch_shards(mesh)
     if batch % (shards * microbatches):

@@ -1,21 +1,21 @@
-"""Which mesh axis each logical axis lives on, for each strategy. Models name axes; only this file knows what they mean.
+"""The mesh axis of each logical axis, by strategy. Models name logical axes; only this file knows their layout.
 
     dp       every parameter on every device; gradients are summed once
-    zero1    as dp, with the optimizer's moments (and the moving average) split over all batch shards; arrays that
-             these do not divide are split over one batch axis
-    fsdp     kernels of matrix products split over "fsdp", gathered where they are used
-    fsdp_tp  as fsdp, with heads and MLPs split over "model" as well
+    zero1    dp, with the optimizer's moments (and the moving average) split over all batch shards, or over one batch
+             axis if all shards do not divide an array
+    fsdp     kernels of matrix products split over "fsdp", and gathered before use
+    fsdp_tp  fsdp, with heads and MLPs also split over "model"
 
-With every strategy the clusters of nCLIP's heads are split over all devices, since their last kernels are the largest
-matrices of all: each device computes the logits of its clusters for the rows of the whole batch, which are gathered.
-Where more rows would travel than a kernel has columns, or the devices do not divide the clusters, each device computes
-the logits of its own rows; clusters are split over "model", and rows of the last kernel over all batch shards with
-zero1, over "fsdp" with fsdp and fsdp_tp.
+Every strategy splits the clusters of nCLIP's heads over all devices, since their last kernels are the largest matrices:
+each device computes the logits of its clusters for the gathered rows of the whole batch. If that sends more rows than a
+kernel has columns, or the devices do not divide the clusters, each device computes the logits of its rows instead.
+Clusters are then split over "model", and rows of the last kernel over all batch shards (zero1) or "fsdp" (fsdp and
+fsdp_tp).
 
-Embeddings of words and positions stay whole: splitting their features makes XLA reshard every activation behind them.
+Embeddings of words and positions stay whole: splitting their features would make XLA reshard all later activations.
 
-Below the layouts is what depends on them: work on the parts of each device, microbatches, and logits whose clusters are
-split (`argmax`, `FactoredLogits`).
+The functions below the layouts depend on them: work on each device's part, microbatches, and logits with split clusters
+(`argmax`, `FactoredLogits`).
 """
 
 import contextlib
@@ -57,12 +57,12 @@ _SIZE = Check("a positive number, or -1 for the rest of the devices", lambda val
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Config group `mesh`: sizes of the device mesh's axes, and what is split over them."""
+    """Config group `mesh`: axis sizes of the device mesh, and the layout over them."""
 
     data: int = key(-1, "copies of the model, each with a share of the batch", _SIZE)
     fsdp: int = key(1, "shards of the batch and, by strategy, of parameters (fsdp) or moments (zero1)", _SIZE)
     model: int = key(1, "devices that share clusters and, with fsdp_tp, heads and MLPs", _SIZE)
-    strategy: str = key("dp", "what is split in addition to the batch", choice(STRATEGIES))
+    strategy: str = key("dp", "arrays to split in addition to the batch", choice(STRATEGIES))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +71,8 @@ class MeshLayout:
 
     mesh: Mesh
     strategy: str  # one of `STRATEGIES`
-    clusters_split: bool = False  # whether clusters are split over all devices, and rows of their logits are not
-    manual: tuple[str, ...] = ()  # mesh axes over which `map_microbatches` has already split its rows
+    clusters_split: bool = False  # whether clusters, and not the rows of their logits, are split over all devices
+    manual: tuple[str, ...] = ()  # mesh axes over which `map_microbatches` has already split the rows
 
     @property
     def rules(self) -> Rules:
@@ -81,10 +81,10 @@ class MeshLayout:
 
 
 def make_layout(boxed: Any, mesh: Mesh, strategy: str, batch: int) -> MeshLayout:
-    """Return the layout of a model, with its clusters split over all devices if that sends no more.
+    """Return the layout of a model, with clusters split over all devices if that does not increase traffic.
 
-    If split, batch x hidden numbers travel twice, else hidden x clusters numbers, divided by the size of axis "model".
-    `boxed` is a tree of logically named abstract arrays, and `batch` the rows of the global batch.
+    A split sends batch x hidden numbers twice; otherwise hidden x clusters numbers travel, divided by the size of axis
+    "model". `boxed` is a tree of logically named abstract arrays, and `batch` the size of the global batch.
     """
     arrays = zip(jax.tree.leaves(nn.unbox(boxed)), _leaf_specs(boxed), strict=True)
     axes = [axis for x, names in arrays for axis in zip(names, x.shape, strict=False)]
@@ -110,8 +110,8 @@ def layout_scope(layout: MeshLayout) -> Iterator[None]:
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Constrain `x` to the layout of its logical `axes`; outside of `layout_scope`, return `x`.
 
-    Blocks constrain their inputs and outputs: XLA would otherwise follow a split kernel and split activations by
-    feature, which costs more than gathering the kernel.
+    Blocks constrain their inputs and outputs. Otherwise XLA would propagate the split of a kernel to the features of
+    activations, which costs more than gathering the kernel.
     """
     layout = _active.get()
     if layout is None:
@@ -130,20 +130,20 @@ def _without(part: str | tuple[str, ...] | None, axes: tuple[str, ...]) -> tuple
 
 
 def platform() -> str:
-    """Platform of the current mesh, such as "tpu"; "" outside of `layout_scope`."""
+    """Return the platform of the current mesh, such as "tpu"; "" outside of `layout_scope`."""
     layout = _active.get()
     return layout.mesh.devices.flat[0].platform if layout else ""
 
 
 def device() -> jax.Device | None:
-    """A device of the current mesh in this process; None outside of `layout_scope`."""
+    """Return a local device of the current mesh; None outside of `layout_scope`."""
     layout = _active.get()
     devices = layout.mesh.devices.flat if layout else ()
     return next((d for d in devices if d.process_index == jax.process_index()), None)
 
 
 def shards_of(axis: str) -> int:
-    """Number of parts into which a dimension of logical `axis` is split."""
+    """Return the number of shards of a dimension with logical `axis`."""
     layout = _active.get()
     return math.prod(layout.mesh.shape[name] for name in _without(layout.rules.get(axis), ()) or ()) if layout else 1
 
@@ -151,9 +151,9 @@ def shards_of(axis: str) -> int:
 def map_devices(
     fn: Callable[..., jax.Array], arrays: tuple[jax.Array, ...], axes: tuple[Axes, ...], result: Axes
 ) -> jax.Array:
-    """Compute `fn` on each device's part of `arrays`, for functions that XLA cannot split, such as kernels.
+    """Compute `fn`, for example a kernel that XLA cannot split, on each device's part of `arrays`.
 
-    `axes` are the logical axes of each array, and `result` the logical axes of the result.
+    `axes` are the logical axes of each array, and `result` the result's.
     """
     layout = _active.get()
     if layout is None:
@@ -171,20 +171,20 @@ def map_devices(
 def map_microbatches(
     fn: Callable[[Any, Any], Any], shared: Any, rows: Any, microbatches: int, *, stack: bool, clusters: bool = False
 ) -> Any:
-    """Compute fn(shared, microbatch of rows) for each of `microbatches` equal microbatches, one after the other.
+    """Compute fn(shared, microbatch of rows) for each of `microbatches` equal microbatches, one after another.
 
-    Only one microbatch's intermediate values are in memory at a time, also in the backward pass, which recomputes
-    them. Gradients of `shared` are summed over microbatches on each device before they are summed over devices.
+    Intermediate values of only one microbatch are in memory at a time, also in the backward pass, which recomputes
+    them. Each device sums gradients of `shared` over microbatches before devices sum them.
 
     Args:
-      fn: takes `shared`, and arrays whose first dimension is a microbatch.
-      shared: a tree of arrays that do not depend on the batch.
-      rows: a tree of arrays whose first dimension is the global batch.
+      fn: function of `shared` and arrays with a microbatch as their first dimension.
+      shared: a tree of arrays independent of the batch.
+      rows: a tree of arrays with the global batch as their first dimension.
       microbatches: number of microbatches; each has rows of every device, so that none is idle.
-      stack: whether results describe their microbatch as a whole and are stacked, one for each microbatch of each
-        device; otherwise they have the microbatch's rows, and are returned in the batch's order.
+      stack: whether to stack results, one per microbatch and device; otherwise they have the microbatch's rows, and are
+        returned in the order of the batch.
       clusters: whether `fn` computes cluster logits. If clusters are split over all devices, each device has its
-        clusters of all rows of a microbatch, and there is one result for each microbatch.
+        clusters of all rows of a microbatch, and there is one result per microbatch.
     """
     layout = _active.get()
 
@@ -192,12 +192,16 @@ def map_microbatches(
         def one(part: Any) -> Any:
             return fn(shared, part)
 
-        results = jax.lax.map(jax.checkpoint(one), jax.tree.map(lambda x: _split(x, microbatches), rows))
-        return results if stack else jax.tree.map(_join, results)
+        # Row i goes to microbatch i % microbatches, so that each has rows of every device.
+        parts = jax.tree.map(
+            lambda x: x.reshape(x.shape[0] // microbatches, microbatches, *x.shape[1:]).swapaxes(0, 1), rows
+        )
+        results = jax.lax.map(jax.checkpoint(one), parts)
+        return results if stack else jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), results)
 
     if layout is None or (clusters and layout.clusters_split):
         return local(shared, rows)
-    # XLA handles the axes over which parameters are split: it gathers them block by block.
+    # Axes with split parameters are left to XLA, which gathers parameters block by block.
     split = RULES[layout.strategy].values()
     manual = tuple(axis for axis in BATCH_AXES if axis not in split and layout.mesh.shape[axis] > 1)
     if not manual:
@@ -207,8 +211,8 @@ def map_microbatches(
         with layout_scope(dataclasses.replace(layout, manual=manual)):
             return local(shared, rows)
 
-    # Unchecked, JAX sums the gradient of `shared` over devices once, after the loop. Checked, JAX 0.12 refuses the
-    # derivative of erf.
+    # Without the check, JAX sums the gradient of `shared` over devices once, after the loop. With it, JAX 0.12 refuses
+    # the derivative of erf.
     return jax.shard_map(
         on_device,
         mesh=layout.mesh,
@@ -219,19 +223,11 @@ def map_microbatches(
     )(shared, rows)
 
 
-def _split(x: jax.Array, microbatches: int) -> jax.Array:
-    # Row i goes to microbatch i % microbatches, so that each has rows of every device if rows are split over devices.
-    return x.reshape(x.shape[0] // microbatches, microbatches, *x.shape[1:]).swapaxes(0, 1)
-
-
-def _join(x: jax.Array) -> jax.Array:
-    return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
-
-
 def shardings(boxed: Any, layout: MeshLayout) -> Any:
-    """Return NamedShardings of a tree of logically named (boxed) abstract arrays, in the tree's unboxed structure.
+    """Return the unboxed tree of NamedShardings of logically named (boxed) abstract arrays.
 
-    `UserError` names a mesh axis that cannot divide its dimension.
+    Raises:
+      UserError: a mesh axis does not divide its dimension.
     """
     mesh = layout.mesh
     specs = nn.get_partition_spec(boxed)
@@ -251,7 +247,7 @@ def shardings(boxed: Any, layout: MeshLayout) -> Any:
 
 
 def _without_batch(x: Any, sharding: NamedSharding) -> NamedSharding:
-    """Return `sharding` without splits over all batch shards that are impossible, or not worth their collectives."""
+    """Drop splits over all batch shards if they are impossible, or not worth their collectives."""
     shards = batch_shards(sharding.mesh)
     spec = [
         None if part == BATCH_AXES and (size % shards or x.size < ZERO1_ELEMENTS) else part
@@ -263,9 +259,9 @@ def _without_batch(x: Any, sharding: NamedSharding) -> NamedSharding:
 def zero1_shardings(abstract: Any, specs: Any, mesh: Mesh) -> Any:
     """Split every large array of `specs` over all batch shards, along its largest dimension that they divide.
 
-    If they divide none, split it over one batch axis, the longer one that does. Any dimension will do, since only
-    elementwise work is done on these arrays: moments, averages, and the gradients that update them. On several TPU
-    slices the axis "fsdp" comes first if it spans a slice: what is gathered in each step stays within a slice.
+    If they divide none, split it over the longer batch axis that divides one. Any dimension will do for the elementwise
+    work on moments, averages and their gradients. On several TPU slices the axis "fsdp" comes first if it spans a
+    slice, so that gathers in each step stay within the slice.
     """
     longest_first = sorted(((axis,) for axis in BATCH_AXES), key=lambda axes: -mesh.shape[axes[0]])
     choices = [(axes, math.prod(mesh.shape[axis] for axis in axes)) for axes in (BATCH_AXES, *longest_first)]
@@ -287,9 +283,10 @@ def zero1_shardings(abstract: Any, specs: Any, mesh: Mesh) -> Any:
 
 
 def argmax(logits: jax.Array, axis: int) -> jax.Array:
-    """Index of the first largest value along `axis`, as `jnp.argmax`, by two reductions; its size if a value is NaN.
+    """Return the index of the first largest value along `axis`; the axis size if a value is NaN.
 
-    Over an axis that is split over devices, `jnp.argmax` sends pairs of value and index from each device to all others.
+    Over an axis split over devices, `jnp.argmax` sends pairs of value and index between all devices; two reductions do
+    not.
     """
     logits = jax.lax.stop_gradient(logits)
     index = jax.lax.broadcasted_iota(jnp.int32, logits.shape, axis)
@@ -299,10 +296,9 @@ def argmax(logits: jax.Array, axis: int) -> jax.Array:
 
 @jax.custom_vjp
 def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """x @ kernel of factors in lower precision, summed and left in fp32; gradients are computed in their precision.
+    """Multiply factors of lower precision into an fp32 product; gradients are computed in the factors' precision.
 
-    By default the gradient would multiply fp32 by bf16, and devices would sum the kernel's gradient in fp32, at twice
-    the traffic.
+    The default gradient multiplies fp32 by bf16, and devices sum the kernel's gradient in fp32, at twice the traffic.
     """
     return jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
 
@@ -320,7 +316,7 @@ _product.defvjp(_product_forward, _product_backward)
 
 @flax.struct.dataclass
 class FactoredLogits:
-    """Factors of cluster logits (b, k) = x @ kernel + bias, for a loss that computes them in chunks.
+    """Factors of cluster logits (b, k) = x @ kernel + bias, so that a loss can compute them in chunks.
 
     The product has the dtype of x (b, d); kernel (d, k) and bias (k,) are fp32.
     """
@@ -335,10 +331,7 @@ class FactoredLogits:
         return self.x.shape[0], self.kernel.shape[1]
 
     def logits(self) -> jax.Array:
-        """Compute the logits in fp32; products of bf16 factors are summed in fp32 too, and so is the bias.
-
-        If clusters are split over all devices, devices gather the rows of x first.
-        """
+        """Compute the logits, with fp32 sums also of bf16 factors; if clusters are split, devices gather x first."""
         x = constrain(self.x, "row", None)
         product = jnp.matmul if x.dtype == jnp.float32 else _product
         return constrain(product(x, self.kernel.astype(x.dtype)), "row", "cluster") + self.bias

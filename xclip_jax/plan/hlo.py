@@ -1,4 +1,4 @@
-"""Read the text of a compiled program: its computations, how often each instruction runs, and its collectives."""
+"""Parse the text of a compiled program: computations, executions of each instruction, and collectives."""
 
 import collections
 import dataclasses
@@ -12,8 +12,8 @@ from typing import NamedTuple
 _HEAD = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 _INSTRUCTION = re.compile(r"(ROOT )?%?([\w.\-]+) = (.*?[)}\]]) ([a-z][a-z0-9\-]*)\(")
 _ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\](?:\{([^{}]*)\})?")
-_CONFIG_LINE = re.compile(r"\n(?=\"|\}, )")  # the compiler may print the configuration of a kernel on several lines
-_INDEX = re.compile(r"/\*index=\d+\*/")  # the compiler counts the elements of long tuples
+_CONFIG_LINE = re.compile(r"\n(?=\"|\}, )")  # line break inside the configuration of a kernel
+_INDEX = re.compile(r"/\*index=\d+\*/")  # element numbers of long tuples
 
 
 class Array(NamedTuple):
@@ -28,7 +28,7 @@ class Array(NamedTuple):
 
     @property
     def bits(self) -> int:
-        """Bits of a number: those in the name of its type, such as "bf16", and 8 for "pred"."""
+        """Bits per number, from the name of its type such as "bf16"; 8 for "pred"."""
         match = re.search(r"\d+", self.dtype)
         return int(match[0]) if match else 8
 
@@ -39,7 +39,7 @@ class Array(NamedTuple):
 
 
 def arrays(text: str) -> list[Array]:
-    """Arrays of a result's type, which may be a tuple."""
+    """Parse the arrays of a type, which may be a tuple."""
     return [
         Array(dtype, tuple(int(n) for n in shape.split(",") if n), layout)
         for dtype, shape, layout in _ARRAY.findall(text)
@@ -60,17 +60,16 @@ class Instruction:
 
     @functools.cached_property
     def arrays(self) -> list[Array]:
-        """Arrays of the result."""
         return arrays(self.type)
 
     @property
     def cycles(self) -> int:
-        """Cycles of one execution as the TPU compiler estimates them, 0 where it does not."""
+        """Cycles of one execution, estimated by the TPU compiler; 0 without an estimate."""
         match = re.search(r'"estimated_cycles":"(\d+)"', self.attributes)
         return int(match[1]) if match else 0
 
     def called(self, *attributes: str) -> list[str]:
-        """Names of the computations in `attributes`, in their order."""
+        """Return the names of the computations in `attributes`, in their order."""
         matches = (re.search(rf"\b{name}=(?:\{{([^}}]*)\}}|([^\s,]+))", self.attributes) for name in attributes)
         names = (name for match in matches if match for name in (match[1] or match[2]).split(","))
         return [name.strip().lstrip("%") for name in names]
@@ -80,7 +79,7 @@ Computation = dict[str, Instruction]
 
 
 class Execution(NamedTuple):
-    """An instruction that a program executes, `count` times in all, and the computation that it is part of."""
+    """An executed instruction, its total number of executions, and the name of its computation."""
 
     instruction: Instruction
     count: int
@@ -89,7 +88,7 @@ class Execution(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """Computations by name, each with its instructions in the order of their schedule, and the first one's name."""
+    """Computations by name, with their instructions in scheduled order, and the entry computation's name."""
 
     computations: dict[str, Computation]
     entry: str
@@ -97,9 +96,9 @@ class Program:
     def executions(
         self, weigh: Callable[[list[Execution]], float], computation: str = "", count: int = 1
     ) -> Iterator[Execution]:
-        """Yield executions in order, with the trip counts of loops, and the branch with most weight of a conditional.
+        """Yield executions in order, with trip counts of loops, and only the heaviest branch of a conditional.
 
-        A fusion is one instruction; `inside` yields what is in it.
+        A fusion is one instruction, see `inside`.
         """
         computation = computation or self.entry
         for each in self.computations[computation].values():
@@ -116,7 +115,7 @@ class Program:
                 yield Execution(each, count, computation)
 
     def inside(self, execution: Execution) -> Iterator[Execution]:
-        """Yield the instructions of the computations that a fusion or an asynchronous call executes, at any depth."""
+        """Yield all instructions in the computations of a fusion or an asynchronous call, at any depth."""
         if execution.instruction.opcode.endswith(("-update", "-done")):
             return  # its start has the same call
         for name in execution.instruction.called("calls", "called_computations"):
@@ -126,11 +125,12 @@ class Program:
                 yield from self.inside(inner)
 
     def _turns(self, loop: Instruction, computation: str) -> int:
-        """Trip count of a loop: by the compiler's note, else by its counter's start, step and limit; 1 if neither."""
+        """Return a loop's trip count by the compiler's note or its counter's start, step and limit, else 1."""
         known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes)
         if known:
             return int(known[1])
-        body, condition = (self.computations[loop.called(name)[0]] for name in ("body", "condition"))
+        body = self.computations[loop.called("body")[0]]
+        condition = self.computations[loop.called("condition")[0]]
         test = root(condition)
         counter = next((condition[name] for name in test.operands if _index(condition.get(name)) is not None), None)
         limits = [n for n in (_constant(condition, name) for name in test.operands) if n is not None]
@@ -145,20 +145,19 @@ class Program:
 
 
 def root(computation: Computation) -> Instruction:
-    """Return the instruction whose result is the computation's."""
+    """Return the instruction with the computation's result."""
     return next(each for each in computation.values() if each.root)
 
 
 def _index(instruction: Instruction | None) -> int | None:
-    """The element of a tuple that an instruction takes, None for another instruction."""
+    """Return the tuple index of a get-tuple-element, None for another instruction."""
     if instruction is None or instruction.opcode != "get-tuple-element":
         return None
-    match = re.search(r"index=(\d+)", instruction.attributes)
-    return int(match[1]) if match else None
+    return int(instruction.attributes.partition("index=")[2].partition(",")[0])
 
 
 def _constant(computation: Computation, name: str) -> int | None:
-    """The value of a whole number that is a constant or a copy of one."""
+    """Return the value of an integer constant, or of a copy of one; else None."""
     each = computation.get(name)
     if each is not None and each.opcode in ("copy", "bitcast", "convert"):
         return _constant(computation, each.operands[0])
@@ -166,32 +165,31 @@ def _constant(computation: Computation, name: str) -> int | None:
 
 
 def parse(text: str) -> Program:
-    """Read the text of a compiled program."""
+    """Parse the text of a compiled program."""
     computations: dict[str, Computation] = {}
     entry = name = ""
     text = _CONFIG_LINE.sub(" ", text)
     for raw in text.splitlines():
         line = _INDEX.sub("", raw.strip()) if "/*" in raw else raw.strip()
-        instruction = _INSTRUCTION.match(line)
-        head = None if instruction else _HEAD.match(line)
-        if instruction:
-            each = _instruction(instruction, line[instruction.end() :])
-            computations[name][each.name] = each
+        match = _INSTRUCTION.match(line)
+        head = None if match else _HEAD.match(line)
+        if match:
+            is_root, instruction, shape, opcode = match.groups()
+            rest = line[match.end() :]
+            depths = itertools.accumulate(({"(": 1, ")": -1}.get(c, 0) for c in rest), initial=1)
+            end = next((i for i, depth in enumerate(depths) if not depth), len(rest) + 1)
+            inner = rest[: end - 1]
+            operands = tuple(re.findall(r"%([\w.\-]+)", inner))
+            literal = inner if opcode in ("constant", "parameter") else ""
+            attributes = rest[end:].lstrip(", ")
+            computations[name][instruction] = Instruction(
+                instruction, opcode, shape, operands, literal, attributes, bool(is_root)
+            )
         elif head:
             name = head[2]
             computations[name] = {}
             entry = name if head[1] else entry
     return Program(computations, entry)
-
-
-def _instruction(match: re.Match[str], rest: str) -> Instruction:
-    root, name, shape, opcode = match.groups()
-    depths = itertools.accumulate(({"(": 1, ")": -1}.get(c, 0) for c in rest), initial=1)
-    end = next((i for i, depth in enumerate(depths) if not depth), len(rest) + 1)
-    inner = rest[: end - 1]
-    operands = tuple(re.findall(r"%([\w.\-]+)", inner))
-    literal = inner if opcode in ("constant", "parameter") else ""
-    return Instruction(name, opcode, shape, operands, literal, rest[end:].lstrip(", "), bool(root))
 
 
 # --- collectives
@@ -205,8 +203,8 @@ class Collective:
     """One collective operation of a program."""
 
     kind: str  # one of `KINDS`, with the suffix `BETWEEN_SLICES` between slices
-    shapes: tuple[str, ...]  # arrays that one device's group holds afterwards or reduces, such as "f32[16,8]"
-    bytes: float  # payload of one execution: the array that a group gathers, reduces or passes on, counted once
+    shapes: tuple[str, ...]  # gathered, reduced or sent arrays, such as "f32[16,8]"
+    bytes: float  # payload of one execution: these arrays, counted once per group
     group: int  # number of devices, or slices, in a group
     count: int  # executions in a run of the program, loops included
 
@@ -217,15 +215,15 @@ class Collective:
 
     @property
     def sent(self) -> float:
-        """Bytes that a device sends in all executions, by the best algorithm on a ring."""
+        """Bytes sent by a device in all executions, with the best algorithm on a ring."""
         rounds = {"all-reduce": 2 * (self.group - 1), "collective-permute": self.group}
         return self.total * rounds.get(self.kind.removesuffix(BETWEEN_SLICES), self.group - 1) / self.group
 
 
 def collectives(text: str, devices: int) -> list[Collective]:
-    """Return all collectives of a compiled program, `compiled.as_text()`, with the trip counts of loops around them.
+    """Return all collectives of a compiled program, `compiled.as_text()` for `devices` devices, with trip counts.
 
-    A conditional counts the branch with the largest payload. The program runs on `devices` devices.
+    A conditional counts as the branch with the largest payload.
     """
     program = parse(text)
 
@@ -244,10 +242,10 @@ def summary(sent: list[Collective]) -> dict[str, float]:
 
 
 def inside(program: Program, execution: Execution, devices: int) -> list[tuple[str, Collective]]:
-    """Return the collectives that an instruction is or executes, each with the id of its chain, or "".
+    """Return the collectives of an execution and inside it, each with the id of its chain, or "".
 
-    The TPU compiler spreads a collective over the fusions that hide it: each has the whole collective in its text, and
-    the same chain. Some may be in a loop that continues one execution.
+    The TPU compiler spreads a collective over the fusions that hide it. Each has the whole collective in its text, and
+    the same chain; in a loop it may continue one execution.
     """
     result = []
     for each in (execution, *program.inside(execution)):
@@ -259,7 +257,7 @@ def inside(program: Program, execution: Execution, devices: int) -> list[tuple[s
 
 
 def _distinct(program: Program, executions: list[Execution], devices: int) -> list[Collective]:
-    """Collectives of `executions`, with the pieces of a chain as one."""
+    """Return the collectives of `executions`; the pieces of a chain are one."""
     chains: dict[object, Collective] = {}
     for execution in executions:
         for chain, collective in inside(program, execution, devices):
@@ -279,7 +277,7 @@ def _collective(execution: Execution, devices: int) -> Collective | None:
         return None
     arrays = instruction.arrays
     if instruction.opcode != kind and kind != "all-reduce":
-        # The start of an asynchronous collective returns operands and results, and on TPUs some flags.
+        # An asynchronous start returns operands and results, and on TPUs some flags.
         arrays = [x for x in arrays if x.shape]
         arrays = arrays[len(arrays) // 2 :] if kind != "collective-permute" else arrays[1:2]
     size = (group if kind == "reduce-scatter" else 1) * sum(x.bytes for x in arrays)
@@ -289,9 +287,9 @@ def _collective(execution: Execution, devices: int) -> Collective | None:
 
 
 def _between_slices(instruction: Instruction, count: int) -> Collective | None:
-    """A collective over the network of the data center, written as a transfer to and from the host."""
+    """Parse a collective over the data center's network, written as a transfer to and from the host."""
     kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes)
-    # Numbers of slices from 1, or of devices, whose first digits are the slice's.
+    # Numbers of slices from 1, or of devices, which begin with the slice.
     target = re.search(r'_xla_megascale_target=(?:"\{([\d,]+)\}|\{\{([\d,]+)\})', instruction.attributes)
     if not (kind and target):
         return None
@@ -303,11 +301,11 @@ def _between_slices(instruction: Instruction, count: int) -> Collective | None:
 
 
 def _group(attributes: str, devices: int) -> int:
-    """Number of devices in a group."""
+    """Return the number of devices in a group."""
     groups = re.search(r"replica_groups=\[(\d+),(\d+)\]", attributes)
     if groups:
         return int(groups[2])
-    # Axes of a mesh, whose devices may be in another order, or parts of axes, as 'data':(1)4.
+    # Axes of a mesh, or parts of axes such as 'data':(1)4.
     axes = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes)
     if axes:
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", axes[1]))

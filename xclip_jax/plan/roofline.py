@@ -1,8 +1,8 @@
-"""Kinds of TPUs with their published figures, topologies that need not exist, and the time of a step on them.
+"""Published figures of TPUs, their topologies without hardware, and the estimated time of a step on them.
 
-The time is a model, not a measurement. An operation takes the compiler's estimate of cycles over the chip's clock. A
-collective takes the bytes that a chip sends, by the best algorithm on a ring, over the bandwidth of its links, or of
-the network between slices. The time of operations between its start and its end is hidden, and the rest is exposed.
+The time is a model, not a measurement. An operation takes the compiler's estimate of cycles at the chip's clock. A
+collective takes the bytes sent by a chip, with the best algorithm on a ring, over the bandwidth of its links or of the
+network between slices. Operations between its start and its end hide that time; the rest is exposed.
 """
 
 import dataclasses
@@ -27,34 +27,33 @@ GIB = 2**30
 class Chip:
     """A kind of TPU; memory, peak, bandwidth, clock and network describe one device.
 
-    Source: docs.cloud.google.com/tpu/docs, the page of each version. The clock follows from the peak and the
-    multiplications that the matrix units start in a cycle.
+    Source: docs.cloud.google.com/tpu/docs, the page of each version. The clock follows from the peak and the matrix
+    units' multiplications per cycle.
     """
 
     memory: float  # bytes
     peak: float  # bf16 FLOP/s
     bandwidth: float  # memory bandwidth, bytes/s
     clock: float  # cycles/s
-    kernels: float  # share of the peak that the attention kernel reaches by its schedule (docs/performance.md)
+    kernels: float  # share of the peak in the attention kernel's schedule (docs/performance.md)
     link: float  # bytes/s of a link between chips, in one direction
     network: float  # bytes/s between slices; v4 has no published figure and takes v5p's
-    wraps: int  # length of an axis of the grid that is a ring; 0: all axes are rings if all are multiples of 4
+    wraps: int  # length of grid axes that form a ring; 0: all axes do if all are multiples of 4
     smallest: str  # smallest topology
-    cores: int = 1  # cores of a device, which share its work
     devices: int = 1  # JAX devices of a chip
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def ici(self, grid: tuple[int, ...]) -> float:
-        """Bytes/s that each chip of a slice can send to others; a chip in a corner has the fewest links."""
+        """Return the bytes/s that each chip of a slice can send; a chip in a corner has the fewest links."""
         cubes = not self.wraps and not any(n % 4 for n in grid)
         return self.link * sum(2 if cubes or n == self.wraps else 1 for n in grid if n > 1)
 
 
-_MEGACORE = {"chip_config_name": "megacore"}  # two cores that are one device
+_MEGACORE = {"chip_config_name": "megacore"}  # two cores as one device
 CHIPS = {
-    "v4": Chip(32 * GIB, 275e12, 1228e9, 1.05e9, 0.4, 45e9, 50e9 / 8, 0, "v4:2x2x1", 2, options=_MEGACORE),
+    "v4": Chip(32 * GIB, 275e12, 1228e9, 1.05e9, 0.4, 45e9, 50e9 / 8, 0, "v4:2x2x1", options=_MEGACORE),
     "v5e": Chip(16 * GIB, 197e12, 819e9, 1.5e9, 0.38, 50e9, 25e9 / 8, 16, "v5e:2x2"),
-    "v5p": Chip(95 * GIB, 459e12, 2765e9, 1.75e9, 0.4, 100e9, 50e9 / 8, 0, "v5p:2x2x1", 2, options=_MEGACORE),
+    "v5p": Chip(95 * GIB, 459e12, 2765e9, 1.75e9, 0.4, 100e9, 50e9 / 8, 0, "v5p:2x2x1", options=_MEGACORE),
     "v6e": Chip(32 * GIB, 918e12, 1640e9, 1.75e9, 0.11, 100e9, 100e9 / 8, 16, "v6e:2x2"),
     # A chip is two devices, each with half of the memory.
     "tpu7x": Chip(96 * GIB, 2307e12 / 2, 7380e9 / 2, 2.2e9, 0.11, 100e9, 50e9 / 8, 0, "tpu7x:2x2x1", devices=2),
@@ -62,7 +61,7 @@ CHIPS = {
 
 
 def grid_of(topology: str) -> tuple[str, tuple[int, ...]]:
-    """Return chip and grid of a topology such as "v5e:4x8"; `UserError` for another form or an unknown chip."""
+    """Return chip and grid of a topology such as "v5e:4x8"; `UserError` if they are malformed or unknown."""
     chip, _, grid = topology.partition(":")
     if not re.fullmatch(r"\d+(x\d+)+", grid):
         raise UserError(f"--topology is {topology!r}; write CHIP:GRID, such as v5e:4x8 for 32 chips of v5e.")
@@ -71,16 +70,16 @@ def grid_of(topology: str) -> tuple[str, tuple[int, ...]]:
 
 
 def devices_of(topology: str, slices: int = 1) -> tuple[list[Any], Chip]:
-    """Return devices of a topology such as "v5e:4x8", which need not exist, and their kind.
+    """Return abstract devices of a topology such as "v5e:4x8", and their kind.
 
     Raises:
-      UserError: an unknown chip, a grid that the chip does not come in, slices below 1, or no libtpu.
+      UserError: an unknown chip or grid, slices below 1, or no libtpu.
     """
     check_count("--slices", slices, 1)
     chip, _ = grid_of(topology)
-    # libtpu looks for a TPU's metadata server, and lets one process of a machine in, unless these variables allow more.
+    # Otherwise libtpu asks a metadata server, and serves only one process of a machine.
     os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")  # it says on stderr that it finds none
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")  # otherwise libtpu complains on stderr
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("planning for TPUs needs libtpu: pip install 'xclip_jax[tpu]'")
@@ -88,11 +87,11 @@ def devices_of(topology: str, slices: int = 1) -> tuple[list[Any], Chip]:
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices, CHIPS[chip]
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"--topology={topology!r} is not a topology of {chip} ({reason}).") from error
 
 
-# Operations that take no time.
+# Operations without a cost.
 FREE = (
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "reshape", "partition-id", "after-all", "send",
     "custom-call",
@@ -111,7 +110,7 @@ class Roofline:
 
 
 def roofline(text: str, topology: str, devices: int) -> Roofline:
-    """Return the time of a program, `compiled.as_text()`, for `devices` devices of a topology such as "v5e:4x8"."""
+    """Estimate the time of a program, `compiled.as_text()`, on `devices` devices of a topology such as "v5e:4x8"."""
     name, grid = grid_of(topology)
     chip = CHIPS[name]
     program = hlo.parse(text)
@@ -120,7 +119,7 @@ def roofline(text: str, topology: str, devices: int) -> Roofline:
     sent = [hlo.inside(program, execution, devices) for execution in executions]
     last = {chain: i for i, pieces in enumerate(sent) for chain, _ in pieces if chain}
     ends: dict[str, float] = {}  # end times of started collectives, by chain or name of their start
-    free = {True: 0.0, False: 0.0}  # when the network between slices and the links between chips are free
+    free = {True: 0.0, False: 0.0}  # end of traffic between slices (True) and between chips
     for i, (execution, pieces) in enumerate(zip(executions, sent, strict=True)):
         instruction = execution.instruction
         waits = [instruction.operands[0]] if instruction.opcode.endswith("-done") and instruction.operands else []
@@ -149,10 +148,10 @@ def cycles(executions: Iterable[Execution]) -> float:
 
 
 def seconds(program: Program, execution: Execution, communicates: bool, chip: Chip) -> float:
-    """Return the seconds of all executions of an instruction, which `communicates` if it has a part of a collective.
+    """Return the seconds of all executions of an instruction, which `communicates` if part of a collective.
 
-    A kernel has no estimate by the compiler and takes the time of its FLOPs. A copy or gather without an estimate moves
-    its result twice, or once between memories.
+    Kernels have no estimate by the compiler and take the time of their FLOPs. Copies and gathers without an estimate
+    move their result twice, or once between memories.
     """
     instruction = execution.instruction
     count = execution.count
@@ -170,7 +169,7 @@ def seconds(program: Program, execution: Execution, communicates: bool, chip: Ch
 
 
 def kernel_flops(instruction: hlo.Instruction) -> float:
-    """Return the FLOPs of a Pallas kernel by its author's estimate, 0 for other instructions."""
+    """Return the declared FLOPs of a Pallas kernel, 0 for other instructions."""
     if _KERNEL not in instruction.attributes:
         return 0.0
     config = json.loads(instruction.attributes.partition("backend_config=")[2])
@@ -178,9 +177,9 @@ def kernel_flops(instruction: hlo.Instruction) -> float:
 
 
 def _bandwidth(collective: Collective, chip: Chip, grid: tuple[int, ...]) -> float:
-    """Bytes/s at which a device sends a collective."""
+    """Return the bytes/s of a device in a collective."""
     if collective.kind.endswith(BETWEEN_SLICES):
         return chip.network
-    # A group of some chips is along one axis, or on a part of the grid with unknown links.
+    # A smaller group is along one axis, or on a part of the grid with unknown links.
     whole = collective.group >= chip.devices * math.prod(grid)
     return chip.ici(grid) if whole and collective.kind != "collective-permute" else chip.link

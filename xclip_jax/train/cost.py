@@ -1,8 +1,8 @@
-"""Cost of a train step: FLOPs, the peak FLOP/s that MFU is relative to, and memory, with flags that reduce it.
+"""Cost of a train step: FLOPs, MFU's peak FLOP/s, and memory, with flags that reduce it.
 
-FLOPs are analytic. A multiplication and an addition count as two. Only matrix products count, as is the custom; XLA's
-own cost analysis counts the body of a loop over layers once. Causal attention counts in full, since it is computed in
-full. Memory is what the compiled step needs.
+FLOPs are analytic, since XLA's cost analysis counts the body of a loop over layers once. Only matrix products count, by
+custom; a multiplication and an addition count as two. Causal attention counts in full, since it is computed in full.
+Memory is the compiled step's.
 """
 
 import functools
@@ -54,13 +54,13 @@ PEAK_FLOPS = {
     "NVIDIA L4": 121e12,
 }
 HEADS_SHARE = 0.05  # of a step's FLOPs; above it the heads cost more than they should
-UNCOUNTED = "FLOPs are not known, as a tower does not count its own"
+UNCOUNTED = "FLOPs are unknown: a custom tower does not report them"
 
 
 def forward_flops(config: Config, *, train: bool = True) -> dict[str, float] | None:
-    """FLOPs of one pair's forward pass: {"img", "txt", "heads", "loss"}; None where a tower does not count its own.
+    """Return one pair's forward FLOPs {"img", "txt", "heads", "loss"}; None if a tower does not report them.
 
-    In training with patch dropout, and with the comparison of the batch's pairs.
+    Training includes patch dropout and the comparison of pairs in the batch.
     """
     model = config.model
     objective = make_objective(config.objective)
@@ -72,7 +72,7 @@ def forward_flops(config: Config, *, train: bool = True) -> dict[str, float] | N
 
 
 def num_parameters(config: Config) -> dict[str, int]:
-    """Return the parameters of each tower and head, from their shapes: no device is used."""
+    """Count the parameters of each tower and head, without computing any."""
     model = make_model(config, make_objective(config.objective), tokenizer.load(config.data.tokenizer))
     init = init_fn(model, optax.identity(), loss_state={}, ema=False, seed=0, adapters=LoraConfig())
     return {name: sum(x.size for x in jax.tree.leaves(part)) for name, part in jax.eval_shape(init).params.items()}
@@ -80,25 +80,27 @@ def num_parameters(config: Config) -> dict[str, int]:
 
 def cluster_heads(config: Config) -> list[str]:
     """Return the names of the objective's cluster heads."""
-    heads = make_objective(config.objective).heads(config.model, vocab=1)  # the vocabulary changes no kind of head
+    heads = make_objective(config.objective).heads(
+        config.model, vocab=1
+    )  # the kind of a head is independent of the vocabulary
     return [name for name, head in heads.items() if isinstance(head, Head) and isinstance(head.module, ClusterHead)]
 
 
 def heads_share(config: Config) -> float | None:
-    """Return the heads' share of a forward pass's FLOPs in training; None if a tower does not count its own."""
+    """Return the heads' share of forward FLOPs in training; None if a tower does not report them."""
     parts = forward_flops(config)
     return parts["heads"] / sum(parts.values()) if parts else None
 
 
 def step_flops(config: Config, groups: LengthGroups | None = None, rows: int | None = None) -> float | None:
-    """Model FLOPs of a training step on the whole batch: three forward passes, the teacher's one more.
+    """Return the model FLOPs of a train step: three forward passes, and the teacher's; None if a tower reports none.
 
-    None where a tower does not count its own. A frozen tower has no backward pass. What rematerialisation and
-    microbatches compute again does not count, by definition of MFU; nor does what is cut from texts.
+    A frozen tower has no backward pass. Recomputation by rematerialisation and microbatches does not count, by MFU's
+    definition; nor do cut tokens of texts.
 
     Args:
-      config: of a run.
-      groups: groups of its texts; None for the config's own groups.
+      config: the config of a run.
+      groups: length groups of texts; None for the config's.
       rows: texts per device and microbatch (`Experiment.text_rows`), to round groups to whole texts; None for exact
         shares.
     """
@@ -117,28 +119,28 @@ def step_flops(config: Config, groups: LengthGroups | None = None, rows: int | N
         elif sizes:
             parts["txt"] = sum(n * cut(tokens) for n, tokens in sizes) / rows
     teacher = 0.0
-    if make_objective(config.objective).teacher:  # which drops no patches
+    if make_objective(config.objective).teacher:  # a teacher drops no patches
         teacher = (forward_flops(config, train=False) or parts)["img"] + parts["txt"] + parts["heads"]
     passes = dict.fromkeys(parts, 3)
-    if config.finetune.lora.rank:  # weights beside adapters have no gradient
+    if config.finetune.lora.rank:  # only adapters have weight gradients
         passes |= dict.fromkeys(TOWERS, 2)
     passes |= dict.fromkeys(config.init.freeze, 1)
     return config.data.batch * (sum(passes[name] * part for name, part in parts.items()) + teacher)
 
 
 def cut_flops(tower: TextTower) -> Callable[[int], float] | None:
-    """Tokens that a text is cut to -> its FLOPs; None where the tower does not count them."""
+    """Return a text's FLOPs as a function of its cut length; None if the tower does not report them."""
     return None if tower.cut_flops(1) is None else cast("Callable[[int], float]", tower.cut_flops)  # none or all
 
 
 def device_memory(device: jax.Device) -> float:
-    """Return the bytes of memory of a device; all devices of a CPU share the memory of its machine."""
+    """Return the memory of a device in bytes; CPU devices share their machine's."""
     limit = (device.memory_stats() or {}).get("bytes_limit")
     return float(limit) if limit else host_memory()
 
 
 def bytes_on_device(tree: Any) -> float:
-    """Bytes of a tree of abstract arrays on each device."""
+    """Return the bytes of abstract arrays on each device."""
     leaves = jax.tree.leaves(tree)
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
@@ -149,23 +151,21 @@ def compile_for(experiment: Experiment) -> Any:
 
 
 def trace(experiment: Experiment) -> Any:
-    """Return the step of `experiment`, traced for abstract arrays, which JAX keeps for the first step."""
-    # The layout of `loader.to_global`: with another one the step would be traced again.
+    """Trace the step of `experiment` for abstract arrays; JAX caches the result for the first step."""
+    # With another layout than `loader.to_global`'s the step would be traced again.
     array = functools.partial(jax.ShapeDtypeStruct, sharding=batch_sharding(experiment.mesh))
-    batch = {
-        field: array(*shape) for field, shape in experiment.transform().arrays(experiment.config.data.batch).items()
-    }
+    shapes = experiment.transform().arrays(experiment.config.data.batch)
+    batch = {field: array(*shape) for field, shape in shapes.items()}
     return experiment.compiled.trace(experiment.abstract, batch)
 
 
 def memory_usage(experiment: Experiment, compiled: Any) -> dict[str, float]:
-    """Bytes on each chip: the arrays of the state, temporaries ("activations"), and their sum ("peak")."""
+    """Return the bytes on each chip: state arrays, temporaries ("activations"), and their sum ("peak")."""
     usage = compiled.memory_analysis()
     state = experiment.abstract
     fixed = usage.argument_size_in_bytes + usage.output_size_in_bytes - usage.alias_size_in_bytes
     temporary = usage.temp_size_in_bytes
-    # CPUs and GPUs reserve temporaries as one block. TPUs never need all of it at once: the peak is what their compiler
-    # compares with the limit.
+    # CPUs and GPUs reserve temporaries as one block. TPUs never need all at once, and their compiler checks the peak.
     if experiment.mesh.devices.flat[0].platform == "tpu":
         temporary = usage.peak_memory_in_bytes - fixed
     return {
@@ -178,14 +178,16 @@ def memory_usage(experiment: Experiment, compiled: Any) -> dict[str, float]:
 
 
 def compile_if_fits(experiment: Experiment) -> tuple[Any, str]:
-    """Return the compiled step and "", or None and the compiler's reason if it refuses the step for lack of memory.
+    """Return the compiled step and "", or None and the reason if the compiler refuses it for lack of memory.
 
-    Only compilers for TPUs refuse; elsewhere compare `memory_usage` with the memory of the device.
+    Only TPU compilers refuse; elsewhere compare `memory_usage` with the device's memory.
     """
     try:
         return compile_for(experiment), ""
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error) or "vmem" in str(error):  # vector memory depends on no key
+        if "RESOURCE_EXHAUSTED" not in str(error) or "vmem" in str(
+            error
+        ):  # vector memory is independent of config keys
             raise
         needed = re.search(r"(?:Used |temporaries \()([\d.]+[KMGT])\b", str(error))
         return None, f"it needs {needed[1]} besides the state" if needed else "it needs more"
@@ -198,21 +200,20 @@ def compile_config(config: ml_collections.ConfigDict, devices: list[Any]) -> tup
 
 
 def remedies(config: Config, rows: int = 0, devices: int = 0) -> list[str]:
-    """Return flags with which the step of `config` needs less memory, in the order of what they cost.
+    """Return flags that reduce the memory of the step, in order of cost.
 
     Args:
-      config: of a run.
-      rows: pairs of a microbatch on each device (`Experiment.text_rows`), which more microbatches split; 0 for one
-        device.
-      devices: number of devices of the mesh; 0 if it is not known.
+      config: the config of a run.
+      rows: pairs per microbatch and device (`Experiment.text_rows`); 0 for one device.
+      devices: number of devices of the mesh; 0 if unknown.
     """
     steps = []
     if config.mesh.strategy == "dp" and devices != 1:
         steps.append("--config.mesh.strategy=zero1")
-    towers = [name for name in TOWERS if name not in config.model.plugins]  # another package's may have no remat
-    towers = [name for name in towers if getattr(config.model.tower(name), "remat", "full") != "full"]
-    if towers:
-        steps.append(" ".join(f"--config.model.{name}.remat=full" for name in towers))
+    known = [name for name in TOWERS if name not in config.model.plugins]  # custom towers may have no remat
+    flags = [f"--config.model.{name}.remat=full" for name in known if config.model.tower(name).remat != "full"]
+    if flags:
+        steps.append(" ".join(flags))
     parts = config.optim.microbatches
     rows = rows or config.data.batch // parts
     steps += [f"--config.optim.microbatches={n * parts}" for n in (4, 2) if rows % n == 0][:1]
@@ -220,14 +221,14 @@ def remedies(config: Config, rows: int = 0, devices: int = 0) -> list[str]:
 
 
 def too_large(experiment: Experiment, limit: float, needs: str) -> tuple[str, str]:
-    """Return a sentence about a step that does not fit a device of `limit` bytes, and the remedies in one."""
+    """Return two sentences on a step that exceeds a device's `limit` bytes: the fault and the remedies."""
     flags = ", ".join(remedies(experiment.config, experiment.text_rows[0], experiment.mesh.size))
     remedy = f"add one after the other until it fits: {flags}; or take more devices" if flags else "take more devices"
     return f"the step does not fit a device's {format_bytes(limit)}: {needs}", remedy
 
 
 def activation_bytes(config: Config | ml_collections.ConfigDict) -> float:
-    """Estimate the bytes that the towers keep for the backward pass of one pair."""
+    """Estimate the bytes kept by the towers for the backward pass of one pair."""
     img = config.model.img
     txt = config.model.txt
     total = 0.0
@@ -239,11 +240,11 @@ def activation_bytes(config: Config | ml_collections.ConfigDict) -> float:
 
 
 def fits_by_far(experiment: Experiment, limit: float) -> bool:
-    """Whether eight times the state and the estimated values of a step fit `limit` bytes of a device."""
+    """Return whether eight times the state and estimated activations fit `limit` bytes of a device."""
     config = experiment.config
     if config.model.plugins or config.objective.plugins:
-        return False  # sizes of another package's towers and heads are not known
-    # Devices along the model axis hold the same activations of the towers.
+        return False  # custom towers and heads have unknown sizes
+    # Devices along the model axis hold the same tower activations.
     rows = config.data.batch / batch_shards(experiment.mesh)
     logits = 24 * rows * max(config.data.batch, config.model.cluster_head.clusters)
     activations = rows / config.optim.microbatches * activation_bytes(config)
