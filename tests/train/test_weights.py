@@ -152,7 +152,7 @@ def test_what_is_fresh_and_what_is_left_out_is_named():
     assert "params/txt/tokens" in found and "params/log_scale" not in found
     assert notes == [
         "not in x, so initialised at random: params/img/patches/bias, params/log_scale, params/proj_txt/linear/kernel",
-        "in x and not in this run: params/img/norm_pre/norm/bias, params/img/norm_pre/norm/scale",
+        "in x but not in this run: params/img/norm_pre/norm/bias, params/img/norm_pre/norm/scale",
     ]
     assert convert(towers(), towers(length=9))[1] == ["text positions stretched from 8 to 9"]
     with pytest.raises(UserError, match=r"img/positions has shape \(16, 16\), expected \(17, 16\)"):
@@ -161,9 +161,7 @@ def test_what_is_fresh_and_what_is_left_out_is_named():
 
 @pytest.mark.parametrize("changes", [{"vocab": 30}, {"embed": 4}])
 def test_what_decides_on_a_shape_is_named(changes):
-    with pytest.raises(
-        UserError, match=r"Set the keys of model and data\.tokenizer to what the weights have, or leave"
-    ):
+    with pytest.raises(UserError, match=r"Set the keys of model and data\.tokenizer to the weights' values, or leave"):
         convert(towers(), towers(**changes))
 
 

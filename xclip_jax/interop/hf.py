@@ -22,7 +22,7 @@ PREPROCESSOR = "preprocessor_config.json"
 PROCESSOR = "processor_config.json"
 _ACTS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 _INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
-_LEGACY_EOT = 2  # in configs before 2023, for which CLIPModel pools at the largest id
+_LEGACY_EOT = 2  # the end token in configs before 2023; CLIPModel then pools at the largest id
 _BLOCKS: dict[str, str | tuple[str, ...]] = {
     f"{tower}/transformer/blocks/{ours}": tuple(prefix + x for x in theirs)
     for tower, prefix in (("img", "vision_model.encoder.layers.{}."), ("txt", "text_model.encoder.layers.{}."))
@@ -51,7 +51,7 @@ _SIGLIP = _CLIP | {
 }  # fmt: skip
 _QKV = f"{_POOL}attention.in_proj_"  # queries, keys and values in one tensor; our q and kv are separate
 HEADS = frozenset({"proj_img", "proj_txt", "log_scale"})  # heads of a CLIPModel
-# Defaults that the config and processor classes do not write to files.
+# Defaults of the config and processor classes, absent from files.
 _IMAGE: dict[str, Any] = {
     "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
     "image_size": 224, "patch_size": 32, "num_channels": 3,
@@ -60,13 +60,13 @@ _TEXT: dict[str, Any] = {
     "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8,
     "max_position_embeddings": 77, "vocab_size": vocabulary.CLIP_SIZE, "eos_token_id": vocabulary.CLIP_SIZE - 1,
 }  # fmt: skip
-_TOWER: dict[str, Any] = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
+_CLIP_TOWER: dict[str, Any] = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
 _SIGLIP_TOWER: dict[str, Any] = {
     "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
     "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6,
 }  # fmt: skip
 _DEFAULTS = {
-    "clip": (_IMAGE | _TOWER, _TEXT | _TOWER),
+    "clip": (_IMAGE | _CLIP_TOWER, _TEXT | _CLIP_TOWER),
     "siglip": (
         _SIGLIP_TOWER | {"num_channels": 3, "image_size": 224, "patch_size": 16, "vision_use_head": True},
         _SIGLIP_TOWER | {"max_position_embeddings": 64, "vocab_size": 32000},
@@ -80,13 +80,15 @@ _SIGLIP_PROCESSOR: dict[str, Any] = {
 def read(
     tensors: Mapping[str, np.ndarray], folder: epath.Path, content: Mapping[str, Any], where: str
 ) -> tuple[dict[str, Any], Flat]:
-    """Return config and flat parameters of a CLIPModel or a SiglipModel from its tensors and config.json."""
+    """Return config and flat parameters of a CLIPModel or a SiglipModel, from its tensors and config.json."""
     kind = str(content.get("model_type"))
     check_choice(f"{where}: model_type", kind, _DEFAULTS)
-    cfg_img, cfg_txt = (
-        known | {key: value for key, value in _given(content, modality).items() if value is not None}
-        for known, modality in zip(_DEFAULTS[kind], ("vision", "text"), strict=True)
-    )
+    groups = []
+    for known, modality in zip(_DEFAULTS[kind], ("vision", "text"), strict=True):
+        group = content.get(f"{modality}_config_dict")  # in configs before 2023, with precedence
+        group = (content.get(f"{modality}_config") or {}) if group is None else group
+        groups.append(known | {key: value for key, value in group.items() if value is not None})
+    cfg_img, cfg_txt = groups
     check_choice(f"{where}: vision_config.num_channels", cfg_img["num_channels"], (3,))
 
     def tower(cfg: Mapping[str, Any]) -> dict[str, Any]:
@@ -107,8 +109,7 @@ def read(
         check_choice(f"{where}: vision_config.vision_use_head", cfg_img["vision_use_head"], (True,))
         tensors = _split_qkv(tensors)
         embed = cfg_txt.get("projection_size") or txt["width"]
-        if embed != img["width"]:
-            raise UserError(f"{where}: texts are projected to {embed} dimensions, and images have {img['width']}.")
+        check_choice(f"{where}: text_config.projection_size", embed, (img["width"],))
         img["pool"] = "map"
         txt |= {"causal": False, "pool": "last"}
         tokens = vocabulary.siglip(folder, vocab, where)
@@ -126,7 +127,7 @@ def read(
 
 
 def _split_qkv(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Split the pooling head's joint tensors into queries, and keys with values."""
+    """Split the joint tensors of the pooling head into queries, and keys with values."""
     split: dict[str, np.ndarray] = {}
     for name, x in tensors.items():
         if name.startswith(_QKV) and x.ndim and len(x) % 3 == 0:
@@ -138,25 +139,18 @@ def _split_qkv(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return split
 
 
-def _given(content: Mapping[str, Any], modality: str) -> Mapping[str, Any]:
-    # Configs of 2022 contain a second group, which takes precedence.
-    second = content.get(f"{modality}_config_dict")
-    return (content.get(f"{modality}_config") or {}) if second is None else second
-
-
 def _preprocessing(folder: epath.Path, size: int, family: str) -> Preprocessing:
-    """Return the preprocessing of the folder's image processor, by default that of `family`, "CLIP" or "Siglip"."""
+    """Return the preprocessing by the folder's image processor, or by default `family`'s, "CLIP" or "Siglip"."""
     content: dict[str, Any] = {}
     where = folder
-    for name in (PREPROCESSOR, PROCESSOR):  # transformers prefers the second if it contains an image processor
+    for name in (PREPROCESSOR, PROCESSOR):  # like in transformers, the second one takes precedence
         if (folder / name).exists():
             stored = read_json(folder / name)
             stored = stored.get("image_processor") if name == PROCESSOR else stored
             if stored is not None:
                 content, where = stored, folder / name
-    content = {key: value for key, value in content.items() if value is not None}
-    if family == "Siglip":
-        content = _SIGLIP_PROCESSOR | {"size": {"height": size, "width": size}} | content
+    defaults = _SIGLIP_PROCESSOR | {"size": {"height": size, "width": size}} if family == "Siglip" else {}
+    content = defaults | {key: value for key, value in content.items() if value is not None}
     kind = content.get("image_processor_type") or content.get("feature_extractor_type") or family
     crops = content.get("do_center_crop", True)
     crop = _edges(content.get("crop_size", size), "height", "width")
@@ -185,18 +179,19 @@ def _preprocessing(folder: epath.Path, size: int, family: str) -> Preprocessing:
 
 
 def _edges(value: Any, *names: str) -> dict[str, Any]:
-    """Return a size as a dict of edges; some files contain a number instead."""
+    """Return a size as a dict of edges, which some files store as a number."""
     return dict(value) if isinstance(value, dict) else dict.fromkeys(names, value)
 
 
 def write(config: Mapping[str, Any], params: Flat, tokens: Tokenizer, repository: str = "") -> Export:
-    """Return a model as a CLIPModel, from the flat parameters of its towers and `HEADS`; no file needs `repository`.
+    """Return a model as a CLIPModel, from the flat parameters of its towers and `HEADS`; `repository` is not used.
 
     Raises:
       UserError: CLIPModel cannot represent the model, or CLIPImageProcessor its preprocessing.
     """
     model = config["model"]
-    vocab, eot = tokens.vocab_size, tokens.eot_id
+    vocab = tokens.vocab_size
+    eot = tokens.eot_id
     if eot == _LEGACY_EOT:
         raise UserError(
             f"CLIPModel reads the id {eot}, the end token of tokenizer {config['data']['tokenizer']!r}, as the largest "
@@ -231,13 +226,13 @@ def write(config: Mapping[str, Any], params: Flat, tokens: Tokenizer, repository
 def _files(config: Mapping[str, Any]) -> dict[str, str]:
     """Return {file: text} of the image processor and the tokenizer."""
     prepare = Preprocessing.from_dict(config, config["model"]["img"]["image_size"])
-    tokens = config["data"]["tokenizer"]
     if prepare.resize_mode == "longest":
         raise UserError("CLIPImageProcessor has no eval.resize='longest'; write to 'open_clip' or 'safetensors'.")
+    tokens = config["data"]["tokenizer"]
     size = prepare.size
     side = prepare.resize_size or size
     squash = prepare.resize_mode == "squash"
-    resample = {name: number for number, name in _INTERPOLATIONS.items()}[prepare.interpolation]
+    resample = next(number for number, name in _INTERPOLATIONS.items() if name == prepare.interpolation)
     processor = {
         "image_processor_type": "CLIPImageProcessor", "processor_class": "CLIPProcessor", "do_convert_rgb": True,
         "do_resize": True, "size": {"height": side, "width": side} if squash else {"shortest_edge": side},

@@ -304,11 +304,8 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path):
 def test_a_probe_of_a_tfds_set(name):
     with tfds.testing.mock_data(as_data_source_fn=records):
         data = registry.load(f"probe/{name}", SIZE)
-    assert (len(data.train), len(data.validation), len(data.test)) == (
-        3,
-        3 if known_sets.ENTRIES[name].held else 0,
-        3,
-    )
+    held = 3 if known_sets.ENTRIES[name].held else 0
+    assert (len(data.train), len(data.validation), len(data.test)) == (3, held, 3)
     data = dataclasses.replace(data, sweep=Sweep((1.0,), 0))
     metrics = evaluated(data)
     assert metrics[f"visual/probe/{name}/n"] == 3 and f"visual/probe/{name}/{data.card.metric}" in metrics
@@ -326,8 +323,8 @@ def test_a_probe_of_folders_by_slips_profile(tmp_path):
 
 
 def test_a_probe_without_a_training_split(tmp_path):
-    for name in ("imagenet_a", "eurosat", "gtsrb"):
-        with pytest.raises(UserError, match=f"{name} has no training split in TFDS"):
+    for name in ("imagenet_a", "eurosat", "gtsrb", "voc2007"):
+        with pytest.raises(UserError, match=f"{name} has no training split for probes in TFDS"):
             registry.load(f"probe/{name}", SIZE)
     write_image(tmp_path / "train" / "cat" / "0.png", 0)
     write_image(tmp_path / "test" / "dog" / "0.png", 0)
@@ -387,7 +384,7 @@ def test_babel_imagenet_in_english_is_imagenet_of_openai(babel):
 
 def test_babel_imagenet_with_a_number_that_is_no_class(babel):
     babel.write_text(json.dumps({"DE": [[1, 1000], ["Goldfisch", "Einhorn"]]}))
-    with pytest.raises(UserError, match=r"has numbers that are no class of ImageNet \(index 1000 is out of bounds"):
+    with pytest.raises(UserError, match=r"is not in the published layout \(index 1000 is out of bounds"):
         registry.load(f"babel/de@{babel}", SIZE)
 
 
@@ -404,10 +401,10 @@ def test_babel_imagenet_of_tfds(babel):
 @pytest.mark.parametrize(
     "language, change, message",
     [
-        ("fr", None, r"it has no language 'fr'; its languages are DE, EN, NE"),
-        ("de", "[1]", r"is not Babel-ImageNet's file of names"),
-        ("de", '{"DE": 5}', r"is not Babel-ImageNet's file of names"),
-        ("de", "{", r"is not Babel-ImageNet's file of names"),
+        ("fr", None, r"its languages are DE, EN, NE"),
+        ("de", "[1]", r"is not in the published layout"),
+        ("de", '{"DE": 5}', r"is not in the published layout"),
+        ("de", "{", r"is not in the published layout"),
     ],
 )
 def test_what_is_not_babel_imagenets_file(babel, language, change, message):

@@ -206,11 +206,11 @@ def test_coco_of_tfds(monkeypatch):
 @pytest.mark.parametrize(
     ("spec", "content", "message"),
     [
-        ("sts12@{}", None, "it has no pairs"),
+        ("sts12@{}", None, "it needs two different similarities"),
         ("stsb@{}/x", "a\tb\n", "is not in the published layout"),
         ("stsb@{}/x", "a\tb\tc\td\tfive\tf\tg\n", "'five'"),
-        ("stsb@{}/x", "a\tb\tc\td\tnan\tf\tg\n", "a similarity that is not a number"),
-        ("stsb@{}/x", "a\tb\tc\td\t2.5\tf\tg\n", "all of its similarities are equal"),
+        ("stsb@{}/x", "a\tb\tc\td\tnan\tf\tg\na\tb\tc\td\t1\tf\tg\n", "all of them numbers"),
+        ("stsb@{}/x", "a\tb\tc\td\t2.5\tf\tg\n", "it needs two different similarities"),
         ("sickr@{}/x", "a\tb\n1\t2\n", "'sentence_A'"),
         ("mr@{}", None, "rt-polarity.neg"),
         ("glue/sst2@{}", None, "dev.tsv' does not exist"),

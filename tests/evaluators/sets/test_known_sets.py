@@ -56,22 +56,10 @@ def test_every_tfds_set_runs_on_mock_data(name):
     assert f"zeroshot/{name}/{entry.metric}" in metrics
     assert data.card.version and data.card.metric == entry.metric and data.card.data == entry.tfds.partition(":")[0]
     ways = {
-        "imagenet": 1000,
-        "imagenet_a": 200,
-        "imagenet_r": 200,
-        "food101": 101,
-        "cifar100": 100,
-        "cub200": 200,
-        "sun397": 397,
-        "cars": 196,
-        "voc2007": 20,
-        "dtd": 47,
-        "pets": 37,
-        "caltech101": 102,
-        "flowers": 102,
-        "eurosat": 10,
-        "resisc45": 45,
-    }
+        "imagenet": 1000, "imagenet_a": 200, "imagenet_r": 200, "food101": 101, "cifar100": 100, "cub200": 200,
+        "sun397": 397, "cars": 196, "voc2007": 20, "dtd": 47, "pets": 37, "caltech101": 102, "flowers": 102,
+        "eurosat": 10, "resisc45": 45,
+    }  # fmt: skip
     assert len(data.prompts) == ways.get(name, len(data.prompts))
 
 
@@ -96,9 +84,6 @@ def test_labels_of_the_thousand_are_renumbered(name, ids, monkeypatch):
     assert data.labels.tolist() == [0, 57, 199] and data.names == [whole[i] for i in ids]
     assert len(data.prompts) == 200 and len(data.prompts[0]) == 80
     assert data.prompts[57][0] == f"a bad photo of a {whole[ids[57]]}."
-    fake(monkeypatch, [ids[0], 0], tfds.features.ClassLabel(num_classes=1000))  # 0 is in neither
-    with pytest.raises(UserError, match=f"{name}: class 0 is not among"):
-        registry.load(name, SIZE, None, OPENAI)
 
 
 def test_several_labels_an_image(monkeypatch):
