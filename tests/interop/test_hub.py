@@ -16,7 +16,6 @@ import pytest
 import safetensors.torch
 import torch
 from huggingface_hub import constants
-from PIL import Image
 
 import xclip_jax
 from examples import mix
@@ -214,15 +213,6 @@ print(hub.locate("hf:lab/x").path)
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     path = pathlib.Path(done.stdout.splitlines()[-1])
     assert path.is_relative_to(tmp_path / "mine") and path.read_bytes() == (folders["hf"] / path.name).read_bytes()
-
-
-def test_load_embeds_as_from_a_folder(server, folders):
-    server.add("lab/x", folders["hf"])
-    images = [Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8))]
-    model, local = xclip_jax.load("hf:lab/x", batch=8), xclip_jax.load(folders["hf"], batch=8)
-    assert model.card["checkpoint"] == "hf:lab/x"
-    np.testing.assert_array_equal(model.encode_image(images), local.encode_image(images))
-    np.testing.assert_array_equal(model.encode_text(["a fox"]), local.encode_text(["a fox"]))
 
 
 @pytest.mark.slow

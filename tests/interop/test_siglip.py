@@ -16,7 +16,7 @@ from PIL import Image
 
 import xclip_jax
 from tests.helpers import tiny
-from tests.helpers.foreign import assert_same, images, ours, shaken, theirs_hf
+from tests.helpers.foreign import assert_same, images, make_hf, ours, shaken, theirs_hf
 from xclip_jax import interop
 from xclip_jax.core.errors import UserError
 from xclip_jax.data import tokenizer
@@ -198,9 +198,7 @@ def test_files_that_are_not_of_sentencepiece():
 
 @pytest.mark.parametrize("log_scale", [math.log(100), 5.0])
 def test_a_logit_scale_above_the_bound_of_training_is_no_error(log_scale, tmp_path):
-    """OpenAI's CLIP has ln 100 rounded to fp32, which is above it; models that transformers trained may have more."""
-    from tests.helpers.foreign import make_hf
-
+    """OpenAI's CLIP has ln 100 rounded to fp32, which is above it; models trained by transformers may have more."""
     model = make_hf("quick_gelu", 1e-5, 2, 4)
     model.logit_scale.data.fill_(log_scale)
     model.save_pretrained(tmp_path)

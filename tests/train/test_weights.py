@@ -141,9 +141,8 @@ def test_image_positions_are_interpolated_as_open_clip_does(size):
     theirs = open_clip.model.CLIP(8, vision, {"vocab_size": 20, "width": 8, "heads": 2, "layers": 1})
     held = {"visual.positional_embedding": torch.tensor(before[1]["params"]["img"]["positions"])}
     open_clip.model.resize_pos_embed(held, theirs)
-    np.testing.assert_allclose(
-        found["params/img/positions"], held["visual.positional_embedding"].numpy(), rtol=0, atol=1e-6
-    )
+    expected = held["visual.positional_embedding"].numpy()
+    np.testing.assert_allclose(found["params/img/positions"], expected, rtol=0, atol=1e-6)
     assert notes == [f"image positions interpolated from 4 x 4 to {size // 4} x {size // 4}"]
 
 

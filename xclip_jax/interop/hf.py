@@ -149,7 +149,7 @@ def _preprocessing(folder: epath.Path, size: int, family: str) -> Preprocessing:
             stored = stored.get("image_processor") if name == PROCESSOR else stored
             if stored is not None:
                 content, where = stored, folder / name
-    defaults = _SIGLIP_PROCESSOR | {"size": {"height": size, "width": size}} if family == "Siglip" else {}
+    defaults: dict[str, Any] = _SIGLIP_PROCESSOR | {"size": {"height": size, "width": size}} if family == "Siglip" else {}
     content = defaults | {key: value for key, value in content.items() if value is not None}
     kind = content.get("image_processor_type") or content.get("feature_extractor_type") or family
     crops = content.get("do_center_crop", True)
@@ -191,12 +191,16 @@ def write(config: Mapping[str, Any], params: Flat, tokens: Tokenizer, repository
     """
     model = config["model"]
     vocab = tokens.vocab_size
-    eot = tokens.eot_id
-    if eot == _LEGACY_EOT:
-        raise UserError(
-            f"CLIPModel reads the id {eot}, the end token of tokenizer {config['data']['tokenizer']!r}, as the largest "
-            "id; write to 'open_clip'."
-        )
+    name = config["data"]["tokenizer"]
+    length = model["txt"]["context_length"]
+    prepare = Preprocessing.from_dict(config, model["img"]["image_size"])
+    fault = ""
+    if tokens.eot_id == _LEGACY_EOT:
+        fault = f"CLIPModel reads the id {_LEGACY_EOT}, the end token of tokenizer {name!r}, as the largest id"
+    elif prepare.resize_mode == "longest":
+        fault = "CLIPImageProcessor has no eval.resize='longest'"
+    if fault:
+        raise UserError(f"{fault}; write to 'open_clip' or 'safetensors'.")
     acts = {ours: theirs for theirs, ours in reversed(_ACTS.items())}
 
     def tower(group: Mapping[str, Any], modality: str) -> dict[str, Any]:
@@ -216,19 +220,10 @@ def write(config: Mapping[str, Any], params: Flat, tokens: Tokenizer, repository
         "vision_config": tower(model["img"], "vision")
         | {"image_size": model["img"]["image_size"], "patch_size": model["img"]["patch"], "num_channels": 3},
         "text_config": tower(model["txt"], "text")
-        | {"max_position_embeddings": model["txt"]["context_length"], "vocab_size": vocab, "eos_token_id": eot,
+        | {"max_position_embeddings": length, "vocab_size": vocab, "eos_token_id": tokens.eot_id,
            "bos_token_id": tokens.sot_id, "pad_token_id": vocabulary.padding(tokens)},
         "dtype": "float32",
     }  # fmt: skip
-    return Export(content, names.write(params, model, vocab, _CLIP), _files(config), [])
-
-
-def _files(config: Mapping[str, Any]) -> dict[str, str]:
-    """Return {file: text} of the image processor and the tokenizer."""
-    prepare = Preprocessing.from_dict(config, config["model"]["img"]["image_size"])
-    if prepare.resize_mode == "longest":
-        raise UserError("CLIPImageProcessor has no eval.resize='longest'; write to 'open_clip' or 'safetensors'.")
-    tokens = config["data"]["tokenizer"]
     size = prepare.size
     side = prepare.resize_size or size
     squash = prepare.resize_mode == "squash"
@@ -240,6 +235,6 @@ def _files(config: Mapping[str, Any]) -> dict[str, str]:
         "crop_size": {"height": size, "width": size}, "do_rescale": True, "rescale_factor": 1 / 255,
         "do_normalize": True, "image_mean": prepare.mean, "image_std": prepare.std,
     }  # fmt: skip
-    length = config["model"]["txt"]["context_length"]
-    words = vocabulary.clip_files(length) if tokens == "clip" else vocabulary.own_files(tokens, length)
-    return {PREPROCESSOR: json.dumps(processor, indent=2) + "\n"} | words
+    words = vocabulary.clip_files(length) if name == "clip" else vocabulary.own_files(name, length)
+    texts = {PREPROCESSOR: json.dumps(processor, indent=2) + "\n"} | words
+    return Export(content, names.write(params, model, vocab, _CLIP), texts, [])

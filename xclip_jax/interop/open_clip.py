@@ -71,7 +71,10 @@ def read(
     """
     model_cfg: Any = content and content.get("model_cfg", content)
     if content is not None:
-        _check_config(model_cfg, where)
+        vision, text = model_cfg["vision_cfg"], model_cfg["text_cfg"]
+        pool = "eos" if text.get("pool_type") == "eos" else "argmax"
+        _check_known("vision_cfg", vision, _IMAGE, where, pool_type="tok", pos_embed_type="learnable")
+        _check_known("text_cfg", text, _TEXT, where, pool_type=pool, proj_type="linear")
     if any(name.startswith(("visual.trunk.", "visual.layer1.", "visual.attn_pool.")) for name in tensors):
         raise UserError(
             f"{where} has a ResNet or a tower of timm; Vision Transformers with a class token are supported."
@@ -171,13 +174,6 @@ def _check_known(group: str, cfg: Mapping[str, Any], known: Sequence[str], where
         raise UserError(f"{where} is not supported: {CONFIG} sets {group}.{key}={cfg[key]!r}{expected}.")
 
 
-def _check_config(content: Mapping[str, Any], where: str) -> None:
-    """Check that a model has only supported options, before tensors are checked."""
-    _check_known("vision_cfg", content["vision_cfg"], _IMAGE, where, pool_type="tok", pos_embed_type="learnable")
-    pool = "eos" if content["text_cfg"].get("pool_type") == "eos" else "argmax"
-    _check_known("text_cfg", content["text_cfg"], _TEXT, where, pool_type=pool, proj_type="linear")
-
-
 def _towers(content: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict[str, Any], int]:
     """Return both towers and the embedding size in model_cfg."""
     vision, text = content["vision_cfg"], content["text_cfg"]
@@ -199,12 +195,10 @@ def _tokens(content: Mapping[str, Any], folder: epath.Path, where: str) -> tuple
     vocab = text.get("vocab_size", vocabulary.CLIP_SIZE)
     eot = text.get("eos_id", 2) if text.get("pool_type") == "eos" else None
     tokens = vocabulary.identify(folder, vocab, eot, where)
-    notes = []
     if tokens != "clip":
-        notes.append("open_clip cleans texts before this tokenizer (HTML entities, white space); xclip_jax does not")
-    if text.get("hf_tokenizer_name") and tokens == "clip":
-        notes.append(f"its tokenizer {text['hf_tokenizer_name']!r} is assumed to be CLIP's")
-    return tokens, notes
+        return tokens, ["open_clip cleans texts before this tokenizer (HTML entities, white space); xclip_jax does not"]
+    named = text.get("hf_tokenizer_name")
+    return tokens, [f"its tokenizer {named!r} is assumed to be CLIP's"] if named else []
 
 
 def _tower(
@@ -227,12 +221,15 @@ def write(config: Mapping[str, Any], params: Flat, tokens: Tokenizer, repository
     model = config["model"]
     vocab = tokens.vocab_size
     img, txt = model["img"], model["txt"]
+    prepare = Preprocessing.from_dict(config, img["image_size"])
     styles = {tower["style"] for tower in (img, txt)}
+    fault = ""
     if "openai" in styles and len(styles) > 1:
-        raise UserError(
-            f"open_clip has one kind of GELU for both towers; their styles are {img['style']!r} and {txt['style']!r}; "
-            "write to 'hf' or 'safetensors'."
-        )
+        fault = f"one kind of GELU for both towers; their styles are {img['style']!r} and {txt['style']!r}"
+    elif prepare.resize_size not in (0, prepare.size):
+        fault = f"no size but {prepare.size} to resize images to, and eval.resize_size is {prepare.resize_size}"
+    if fault:
+        raise UserError(f"open_clip has {fault}; write to 'hf' or 'safetensors'.")
 
     def options(tower: Mapping[str, Any]) -> dict[str, Any]:
         cfg: dict[str, Any] = {"width": tower["width"], "layers": tower["depth"], "mlp_ratio": tower["mlp_ratio"]}
@@ -254,19 +251,9 @@ def write(config: Mapping[str, Any], params: Flat, tokens: Tokenizer, repository
     content = {"embed_dim": model["embed"], "quick_gelu": "openai" in styles, "vision_cfg": vision, "text_cfg": text}
     if "bias" in params:
         content["init_logit_bias"] = float(params["bias"])
-    whole = {"model_cfg": content, "preprocess_cfg": _preprocess_cfg(config)}
-    return Export(whole, names.write(params, model, vocab, _clip()), texts, notes)
-
-
-def _preprocess_cfg(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the group "preprocess_cfg" of open_clip_config.json."""
-    prepare = Preprocessing.from_dict(config, config["model"]["img"]["image_size"])
-    if prepare.resize_size not in (0, prepare.size):
-        raise UserError(
-            f"open_clip has no size but {prepare.size} to resize images to, and eval.resize_size is "
-            f"{prepare.resize_size}; write to 'hf' or 'safetensors'."
-        )
-    return {
+    preprocess = {
         "size": prepare.size, "mean": prepare.mean, "std": prepare.std, "interpolation": prepare.interpolation,
         "resize_mode": prepare.resize_mode, "fill_color": 0,
     }  # fmt: skip
+    whole = {"model_cfg": content, "preprocess_cfg": preprocess}
+    return Export(whole, names.write(params, model, vocab, _clip()), texts, notes)

@@ -94,8 +94,15 @@ def load(place: str | Place, step: int | None = None) -> Loaded:
         return Loaded(config, experiment, _device_put_checked(variables, experiment, place.name), 0, classes)
     if not RunReader(place.path).checkpoints.exists():
         raise UserError(f"{place.path} holds no checkpoint; train it first, or name the folder of another run.")
+    # Parts that are not evaluated stay on disk; the rest is replicated, so that every process can read it.
+    abstract = experiment.abstract
+    average = config.eval.ema and abstract.ema_params is not None
+    others = ("params", "batch_stats") if average else ("ema_params", "ema_batch_stats")
+    abstract = dataclasses.replace(abstract, **dict.fromkeys(("opt_state", "loss_state", *others)))
+    whole = replicated(experiment.mesh)
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), abstract)
     with Checkpointer(place.path, read_only=True) as checkpointer:
-        state, _ = checkpointer.restore(_evaluated(experiment), step)
+        state, _ = checkpointer.restore(abstract, step)
     return Loaded(config, experiment, state.variables(ema=config.eval.ema), int(state.step), classes)
 
 
@@ -176,16 +183,6 @@ def _device_put_checked(variables: Variables, experiment: Experiment, path: str)
     return {"params": {}, "batch_stats": {}} | unflatten_dict(put, sep="/")
 
 
-def _evaluated(experiment: Experiment) -> TrainState:
-    """Return the abstract arrays to evaluate, replicated so that every process can read them."""
-    whole = replicated(experiment.mesh)
-    state = experiment.abstract
-    average = experiment.config.eval.ema and state.ema_params is not None
-    others = ("params", "batch_stats") if average else ("ema_params", "ema_batch_stats")
-    state = dataclasses.replace(state, **dict.fromkeys(("opt_state", "loss_state", *others)))
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), state)
-
-
 def read_initial(
     config: Config, abstract: TrainState, classes: Sequence[str] | None = None, step: int | None = None
 ) -> tuple[dict[str, np.ndarray], int]:
@@ -242,16 +239,10 @@ def init_from_weights(tensors: Mapping[str, np.ndarray], state: TrainState) -> T
         flat = flatten_dict(tree, sep="/")
         return unflatten_dict({name: put(f"{collection}/{name}", old) for name, old in flat.items()}, sep="/")
 
-    averaged = {}
+    changes = {name: replaced(name, getattr(state, name)) for name in ("params", "batch_stats")}
     if state.ema_params is not None:
-        averaged["ema_params"] = replaced("params", state.ema_params)
-        averaged["ema_batch_stats"] = replaced("batch_stats", state.ema_batch_stats)
-    return dataclasses.replace(
-        state,
-        params=replaced("params", state.params),
-        batch_stats=replaced("batch_stats", state.batch_stats),
-        **averaged,
-    )
+        changes |= {f"ema_{name}": replaced(name, getattr(state, f"ema_{name}")) for name in ("params", "batch_stats")}
+    return dataclasses.replace(state, **changes)
 
 
 def _compatibility(config: Config) -> dict[str, Any]:
@@ -311,12 +302,12 @@ def convert_params(
             f"init.weights={where!r} has another architecture: {_listed(wrong)}. Set the keys of model and "
             "data.tokenizer to the weights' values, or leave init.weights empty."
         )
-    for names, text in (
-        (current.keys() - saved.keys(), f"not in {where}, so initialised at random"),
-        (saved.keys() - current.keys(), f"in {where} but not in this run"),
-    ):
-        if names:
-            notes.append(f"{text}: {_listed(sorted(names))}")
+    missing = sorted(current.keys() - saved.keys())
+    unused = sorted(saved.keys() - current.keys())
+    if missing:
+        notes.append(f"not in {where}, so initialised at random: {_listed(missing)}")
+    if unused:
+        notes.append(f"in {where} but not in this run: {_listed(unused)}")
     return tensors, notes
 
 

@@ -81,9 +81,8 @@ def test_rows_of_one_image_are_one_item_with_all_their_captions(tmp_path):
     match = retrieval.Matches(data.captions).of_images()
     assert match.shape == (6, 13) and (match.sum(axis=0) == 1).all() and match.sum(axis=1).tolist() == [3, *[2] * 5]
     copied = shutil.copytree(folder, tmp_path / "copied")  # the same images in another source of the same run
-    parts = [
-        holdout.find(s, sources.open_pairs(s), 1.0, DataConfig()) for s in (f"folder:{folder}", f"folder:{copied}")
-    ]
+    specs = [f"folder:{path}" for path in (folder, copied)]
+    parts = [holdout.find(spec, sources.open_pairs(spec), 1.0, DataConfig()) for spec in specs]
     captions, positions = custom.captions_by_image(parts)
     assert [x.tolist() for x in positions] == [[0, 1, 2, 3, 4, 5], []]
     assert list(captions.values()) == [2 * texts for texts in parts[0].captions]
@@ -241,14 +240,11 @@ def test_own_templates_and_names(classes, tmp_path):
     path.write_text('{"red_fox": "vixen"}')  # so that --compare refuses results by other names
     profile = with_own(PROFILES["openai"], ["art of a {c}", "{c}!"], str(path))
     assert registry.load(f"folder:{classes}", SIZE, profile=profile).card.templates != templates
-    for content, message in (
-        (
-            '{"owl": "owl", "elk": "elk"}',
-            "none of the class names, such as 'elk', is among its 2 classes, such as 'hen'",
-        ),
-        ('{"hen": 3}', "expected JSON, {label: name}"),
-        ("{", "cannot be read"),
-    ):
+    for content, message in {
+        '{"owl": "owl", "elk": "elk"}': "none of the class names, such as 'elk', is among its 2 classes, such as 'hen'",
+        '{"hen": 3}': "expected JSON, {label: name}",
+        "{": "cannot be read",
+    }.items():
         path.write_text(content)
         with pytest.raises(UserError, match=message):
             registry.load(f"folder:{classes}", SIZE, profile=with_own(PROFILES["openai"], [], str(path)))

@@ -123,7 +123,7 @@ def read_babel(spec: str, data_dir: str | None) -> tuple[Content, str]:
 
 def load(spec: str, prepare: Preprocessing, data: DataConfig, profile: Profile) -> ZeroShotSet | RetrievalSet:
     """Open a zero-shot set, or captions in clip_benchmark's layout; images are decoded and preprocessed on access."""
-    if spec.startswith(WDS) and _type_of(spec) == wds.CAPTIONS:
+    if ClassSets.shows(spec) == "captions":
         split = wds.locate(spec.removeprefix(WDS))
         images, captions = wds.open_captions(split)
         origin = {"data": spec.removeprefix(WDS), "split": split.name, "version": split.version}
@@ -151,10 +151,6 @@ def load(spec: str, prepare: Preprocessing, data: DataConfig, profile: Profile) 
     description = f"{used} ({len(prompts.templates(used))}{synonyms})"
     content = dataclasses.replace(content, classes=classes)
     return _make(name, content, entry, prompts.prompts(words, used), description, profile.preprocessing(prepare))
-
-
-def _type_of(spec: str) -> str:
-    return wds.locate(spec.removeprefix(WDS), fetch=False).type
 
 
 def own_set(name: str, content: Content, prepare: Preprocessing, profile: Profile) -> ZeroShotSet:
@@ -313,9 +309,10 @@ class ClassSets(SetKind):
     @classmethod
     def shows(cls, spec: str) -> str:
         try:
-            return "captions" if spec.startswith(WDS) and _type_of(spec) == wds.CAPTIONS else "classes"
+            captions = spec.startswith(WDS) and wds.locate(spec.removeprefix(WDS), fetch=False).type == wds.CAPTIONS
         except UserError:  # loading the set reports the fault
-            return "classes"
+            captions = False
+        return "captions" if captions else "classes"
 
 
 class ProbeSets(SetKind):

@@ -129,44 +129,34 @@ def senteval(name: str, path: pathlib.Path) -> ProbeSet:
     if name in _TWO_FILES:
         rows = [(line, label) for label, file in enumerate(_TWO_FILES[name]) for line in _lines(path / file)]
         return _senteval(f"{name}@{path}", [rows, []], "nested, stratified ten-fold cross-validation")
-    read, files = _SPLIT_FILES[name]
-    parts = [read(path / file) for file in files]
+    parts = [_read_split(name, path / file) for file in _SPLIT_FILES[name]]
     number = {label: i for i, label in enumerate(sorted({label for _, label in parts[0]}))}
     numbered = [[(item, number[label]) for item, label in part] for part in parts]
     return _senteval(f"{name}@{path}", numbered, "own splits" if len(parts) == 3 else _C_BY_FOLDS)
 
 
-def _read_sst(path: pathlib.Path) -> list[tuple[Any, str]]:
-    """Read lines such as "a fine film .\t1"."""
-    return [(text, label) for text, label in (line.rsplit("\t", 1) for line in _lines(path))]
-
-
-def _read_sst5(path: pathlib.Path) -> list[tuple[Any, str]]:
-    """Read lines such as "3 a fine film ."."""
-    return [(text, label) for label, text in (line.split(" ", 1) for line in _lines(path))]
-
-
-def _read_trec(path: pathlib.Path) -> list[tuple[Any, str]]:
-    """Read lines such as "DESC:manner How did ..."; the class is the word before the colon."""
-    return [(line.partition(" ")[2], line.partition(":")[0]) for line in _lines(path)]
-
-
-def _read_mrpc(path: pathlib.Path) -> list[tuple[Any, str]]:
-    rows = [line.lstrip("\ufeff").split("\t") for line in _lines(path)[1:]]
+def _read_split(name: str, path: pathlib.Path) -> list[tuple[Any, str]]:
+    """Read (text or pair of texts, label) from a file of a SentEval task with splits."""
+    if name == "sicke":
+        return [((row["sentence_A"], row["sentence_B"]), row["entailment_judgment"]) for row in _rows(path)]
+    lines = _lines(path)
+    if name == "sst2":  # a fine film .<tab>1
+        return [(text, label) for text, label in (line.rsplit("\t", 1) for line in lines)]
+    if name == "sst5":  # 3 a fine film .
+        return [(text, label) for label, text in (line.split(" ", 1) for line in lines)]
+    if name == "trec":  # DESC:manner How did ...
+        return [(line.partition(" ")[2], line.partition(":")[0]) for line in lines]
+    rows = [line.lstrip("\ufeff").split("\t") for line in lines[1:]]
     return [((row[3], row[4]), row[0]) for row in rows]
 
 
-def _read_sick(path: pathlib.Path) -> list[tuple[Any, str]]:
-    return [((row["sentence_A"], row["sentence_B"]), row["entailment_judgment"]) for row in _rows(path)]
-
-
 _SST = [f"sentiment-{part}" for part in ("train", "dev", "test")]
-_SPLIT_FILES: Mapping[str, tuple[Callable[[pathlib.Path], list[tuple[Any, str]]], list[str]]] = {
-    "sst2": (_read_sst, _SST),
-    "sst5": (_read_sst5, _SST),
-    "trec": (_read_trec, ["train_5500.label", "TREC_10.label"]),
-    "mrpc": (_read_mrpc, ["msr_paraphrase_train.txt", "msr_paraphrase_test.txt"]),
-    "sicke": (_read_sick, ["SICK_train.txt", "SICK_trial.txt", "SICK_test_annotated.txt"]),
+_SPLIT_FILES = {
+    "sst2": _SST,
+    "sst5": _SST,
+    "trec": ["train_5500.label", "TREC_10.label"],
+    "mrpc": ["msr_paraphrase_train.txt", "msr_paraphrase_test.txt"],
+    "sicke": ["SICK_train.txt", "SICK_trial.txt", "SICK_test_annotated.txt"],
 }
 
 
@@ -194,7 +184,7 @@ def glue(name: str, folder: str, data_dir: str | None) -> ProbeSet | SimilarityS
         return _similarity(spec, "dev", pairs, split_hash)
     train, y_train = tasks.read_pairs(task, "train", folder, data_dir)
     two = len(train[0]) == 2
-    train, test = ([tuple(parts) if two else parts[0] for parts in side] for side in (train, texts))
+    train, test = ([tuple(parts) if two else parts[0] for parts in split] for split in (train, texts))
     features = "[u, v, |u - v|, u v] of text features" if two else "text features"
     card = Provenance(
         data=name,

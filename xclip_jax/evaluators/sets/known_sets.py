@@ -248,10 +248,11 @@ class DenseSets(SetKind):
     def load(cls, spec: str, prepare: Preprocessing, data: DataConfig, profile: Profile) -> DenseSet:
         name = "oxford_iiit_pet"
         prepare = profile.preprocessing(prepare)
-        (train, info), (test, _) = (open_tfds(name, split, data.dir or None) for split in ("train", "test"))
-        train, test = (
-            MaskedImages(pictures(field(source, "image"), prepare), _pet_masks(source)) for source in (train, test)
-        )
+        splits = []
+        for split in ("train", "test"):
+            source, info = open_tfds(name, split, data.dir or None)
+            splits.append(MaskedImages(pictures(field(source, "image"), prepare), _pet_masks(source)))
+        train, test = splits
         version = str(info.version)
         card = Provenance(
             data=name,
