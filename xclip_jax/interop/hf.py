@@ -149,8 +149,9 @@ def _preprocessing(folder: epath.Path, size: int, family: str) -> Preprocessing:
             stored = stored.get("image_processor") if name == PROCESSOR else stored
             if stored is not None:
                 content, where = stored, folder / name
-    defaults: dict[str, Any] = _SIGLIP_PROCESSOR | {"size": {"height": size, "width": size}} if family == "Siglip" else {}
-    content = defaults | {key: value for key, value in content.items() if value is not None}
+    content = {key: value for key, value in content.items() if value is not None}
+    if family == "Siglip":
+        content = _SIGLIP_PROCESSOR | {"size": {"height": size, "width": size}} | content
     kind = content.get("image_processor_type") or content.get("feature_extractor_type") or family
     crops = content.get("do_center_crop", True)
     crop = _edges(content.get("crop_size", size), "height", "width")

@@ -176,7 +176,6 @@ class PairSets(SetKind):
 
     @classmethod
     def knows(cls, spec: str) -> bool:
-        """Whether `spec` names held-out pairs, a source, or a path for a source; nothing is opened."""
         source_name, _ = named_columns(spec.removeprefix(PREFIX), DataConfig())
         return is_holdout(spec, PREFIX) or bool(sources.spec_from_path(source_name))
 
