@@ -51,7 +51,7 @@ def export(
       private: whether a new repository is private.
 
     Raises:
-      UserError: bad input, a model that the format does not support, or see `hub.check_push` and `hub.push`.
+      UserError: bad input, or a model that the format does not support.
     """
     check_choice("--to", to, interop.FORMATS)
     out = os.path.expanduser(out)

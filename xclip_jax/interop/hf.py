@@ -187,8 +187,7 @@ def _edges(value: Any, *names: str) -> dict[str, Any]:
 def write(config: Mapping[str, Any], params: Flat, tokens: Tokenizer, repository: str = "") -> Export:
     """Return a model as a CLIPModel, from the flat parameters of its towers and `HEADS`; `repository` is not used.
 
-    Raises:
-      UserError: CLIPModel cannot represent the model, or CLIPImageProcessor its preprocessing.
+    A `UserError` names features without support in CLIPModel or CLIPImageProcessor.
     """
     model = config["model"]
     vocab = tokens.vocab_size

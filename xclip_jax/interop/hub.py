@@ -114,12 +114,7 @@ def locate(place: str | Place) -> Place:
 
 
 def check_push(repository: str) -> None:
-    """Check, without writing anything, that this account can upload to `repository`.
-
-    Raises:
-      UserError: huggingface_hub is not installed, the account or its access to ORG/NAME is missing, or the Hub cannot
-        be reached.
-    """
+    """Check, without writing anything, that this account can upload to `repository`; raise `UserError` if not."""
     flag = f"--push {repository}"
     hub = hub_client.load(flag)
     with hub_client.sentences(flag, repository):
@@ -133,9 +128,6 @@ def push(folder: str, names: Sequence[str], repository: str, *, obsolete: Sequen
     """Upload the files `names` of `folder` to `repository` in one commit, and return the repository's URL.
 
     A missing repository is created, private if `private`. Files in `obsolete` are removed unless they are uploaded.
-
-    Raises:
-      UserError: the Hub refuses the upload or cannot be reached.
     """
     flag = f"--push {repository}"
     api = hub_client.load(flag).HfApi()

@@ -186,8 +186,7 @@ def _params(group: Mapping[str, Any], vocab: int, names: Names, *, sigmoid: bool
 def read(tensors: Mapping[str, np.ndarray], group: Mapping[str, Any], vocab: int, names: Names, where: str) -> Flat:
     """Convert another project's tensors to flat parameters of a model with config `group` and `vocab` tokens.
 
-    Raises:
-      UserError: missing, unknown or misshapen tensors, listed by name.
+    A `UserError` lists missing, unknown or misshapen tensors by name.
     """
     params = _params(group, vocab, names, sigmoid=names.get("bias") in tensors)
     shapes = {name: shape for param in params for name, shape in param.parts.items()}

@@ -215,8 +215,7 @@ def _tower(
 def write(config: Mapping[str, Any], params: Flat, tokens: Tokenizer, repository: str = "") -> Export:
     """Return a model in open_clip's format, from its flat parameters; `repository` is its id on the Hub, or "".
 
-    Raises:
-      UserError: open_clip does not support the model.
+    A `UserError` names features without support in open_clip.
     """
     model = config["model"]
     vocab = tokens.vocab_size

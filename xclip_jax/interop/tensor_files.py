@@ -34,11 +34,7 @@ _DTYPES = {
 
 
 def find(path: str) -> epath.Path:
-    """Return the file of weights at `path`, a file or a folder.
-
-    Raises:
-      UserError: no file of weights, or several without a standard name.
-    """
+    """Return the file of weights at `path`, a file or a folder; raise `UserError` if there is none, see `choose`."""
     place = epath.Path(path)
     if place.is_dir():
         remedy = "name one (for a run's weights, its xclip-jax export)"
@@ -49,10 +45,9 @@ def find(path: str) -> epath.Path:
 
 
 def choose(names: Collection[str], where: str, remedy: str) -> str:
-    """Choose the file of weights among the files of a folder or repository: by its standard name, else the only one.
+    """Choose a folder's or repository's file of weights: by its standard name, else the only one.
 
-    Raises:
-      UserError: no file of weights, or several, with the `remedy` in the message.
+    A `UserError` about no or several such files contains `where` and `remedy`.
     """
     files = sorted(name for name in names if name.endswith(SUFFIXES) and "/" not in name)
     standard = next((name for name in NAMES if name in names), None)
@@ -65,11 +60,7 @@ def choose(names: Collection[str], where: str, remedy: str) -> str:
 
 
 def read_json(path: epath.Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-      UserError: the file is missing or contains something else.
-    """
+    """Read a JSON object; raise `UserError` if the file is missing or contains something else."""
     try:
         return {**json.loads(path.read_text())}
     except (OSError, ValueError, RecursionError, TypeError) as error:
@@ -89,11 +80,7 @@ def files_of(file: epath.Path) -> list[str]:
 
 
 def tensors(file: epath.Path) -> Tensors:
-    """Read all tensors of a file, or of the files of an index, in fp32, by name.
-
-    Raises:
-      UserError: a missing or damaged file, or one that contains more than tensors.
-    """
+    """Read all tensors in a file, or in the files of an index, as fp32 by name; raise `UserError` if one is damaged."""
     if file.name.endswith(".index.json"):
         return {name: x for shard in files_of(file) for name, x in tensors(file.parent / shard).items()}
     try:

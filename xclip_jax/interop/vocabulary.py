@@ -35,10 +35,7 @@ def identify(folder: epath.Path, size: int, eot: int | None, where: str) -> str:
     """Return the tokenizer of a text tower with `size` ids and pooling at id `eot` (None for the largest id).
 
     The result is "clip" if the folder's tokenizer.json contains CLIP's vocabulary, or is missing and the sizes are
-    CLIP's; otherwise it is the path of this file.
-
-    Raises:
-      UserError: neither tokenizer has this number of ids and this end, or the folder contains another vocabulary.
+    CLIP's; otherwise it is the path of this file. A `UserError` says that neither fits.
     """
     end = size - 1 if eot is None else eot
     file = folder / FILE
@@ -65,9 +62,7 @@ def siglip(folder: epath.Path, size: int, where: str) -> str:
 
     The folder's tokenizer.json or spiece.model defines neither padding nor cleaning of texts, so a complete file is
     written to the cache. Its tokenizer_config.json names the padding token; without it texts are padded with the end.
-
-    Raises:
-      UserError: the file is missing, damaged, or has another vocabulary.
+    A `UserError` says that the files are missing, damaged, or contain another vocabulary.
     """
     file = folder / SENTENCEPIECE
     if file.exists():
@@ -172,10 +167,7 @@ def read_sentencepiece(data: bytes, where: str) -> tokenizers.Tokenizer:
     """Return the tokenizer of a SentencePiece file (spiece.model) with a unigram model.
 
     Only the fields that determine the ids are read from this Protocol Buffers message, `ModelProto` of
-    sentencepiece_model.proto.
-
-    Raises:
-      UserError: a damaged or another file, or another kind of model; the message begins with `where`.
+    sentencepiece_model.proto. A `UserError` about another or a damaged file begins with `where`.
     """
     try:
         fields = _fields(data)

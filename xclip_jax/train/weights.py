@@ -59,9 +59,6 @@ def load(place: str | Place, step: int | None = None) -> Loaded:
     Args:
       place: a run's folder, anything that `interop.read` accepts, or the result of `hub.locate`.
       step: step of a run's checkpoint; the newest by default.
-
-    Raises:
-      UserError: nothing to load at `place`, or damaged files.
     """
     place = hub.locate(place)
     if not place.path.exists():
@@ -107,11 +104,7 @@ def load(place: str | Place, step: int | None = None) -> Loaded:
 
 
 def adopt(config: ml_collections.ConfigDict, path: str) -> Config:
-    """Set towers, tokenizer and preprocessing in `config` to match the weights at `path`; return the weights' config.
-
-    Raises:
-      UserError: missing or unreadable weights.
-    """
+    """Set `config`'s towers, tokenizer and preprocessing to match the weights at `path`; return the weights' config."""
     place = hub.locate(path)
     if not place.path.exists():
         raise UserError(

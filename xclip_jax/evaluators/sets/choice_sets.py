@@ -102,11 +102,7 @@ def _read_json(path: pathlib.Path) -> Any:
 
 
 def read_rows(spec: str, data: DataConfig) -> Choices:
-    """Read "SOURCE?image=COLUMN&text=RIGHT&text=WRONG"; with &group=COLUMN, a row's part is the text in that column.
-
-    Raises:
-      UserError: another key, a source without these columns, or a row without exactly one right text.
-    """
+    """Read "SOURCE?image=COLUMN&text=RIGHT&text=WRONG"; with &group=COLUMN, a row's part is the text in that column."""
     name, columns = query_columns(spec)
     keys = columns.get("text", list(DataConfig.text_columns))
     group, *others = columns.get("group", [""])
