@@ -52,26 +52,23 @@ _SIGLIP = _CLIP | {
 _QKV = f"{_POOL}attention.in_proj_"  # queries, keys and values in one tensor; our q and kv are separate
 HEADS = frozenset({"proj_img", "proj_txt", "log_scale"})  # heads of a CLIPModel
 # Defaults of the config and processor classes, absent from files.
-_IMAGE: dict[str, Any] = {
+_TOWER: dict[str, Any] = {
     "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
-    "image_size": 224, "patch_size": 32, "num_channels": 3,
 }  # fmt: skip
-_TEXT: dict[str, Any] = {
-    "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8,
-    "max_position_embeddings": 77, "vocab_size": vocabulary.CLIP_SIZE, "eos_token_id": vocabulary.CLIP_SIZE - 1,
-}  # fmt: skip
-_CLIP_TOWER: dict[str, Any] = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
-_SIGLIP_TOWER: dict[str, Any] = {
-    "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
-    "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6,
-}  # fmt: skip
+_CLIP_TOWER = _TOWER | {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
+_SIGLIP_TOWER = _TOWER | {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
 _DEFAULTS = {
-    "clip": (_IMAGE | _CLIP_TOWER, _TEXT | _CLIP_TOWER),
+    "clip": (
+        _CLIP_TOWER | {"image_size": 224, "patch_size": 32, "num_channels": 3},
+        _CLIP_TOWER
+        | {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "max_position_embeddings": 77,
+           "vocab_size": vocabulary.CLIP_SIZE, "eos_token_id": vocabulary.CLIP_SIZE - 1},
+    ),
     "siglip": (
         _SIGLIP_TOWER | {"num_channels": 3, "image_size": 224, "patch_size": 16, "vision_use_head": True},
         _SIGLIP_TOWER | {"max_position_embeddings": 64, "vocab_size": 32000},
     ),
-}
+}  # fmt: skip
 _SIGLIP_PROCESSOR: dict[str, Any] = {
     "do_center_crop": False, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3,
 }  # fmt: skip

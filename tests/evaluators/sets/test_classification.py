@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import re
+import shutil
 import tarfile
 
 import numpy as np
@@ -222,51 +223,39 @@ def test_what_the_hub_lacks(server, tmp_path, spec, message):
         registry.load(f"wds:{spec}", PREPARE)
 
 
-def change(root, fault):
-    """Damage a sound data set."""
-    if fault == "empty folder":
-        for path in sorted(root.rglob("*"), reverse=True):
-            path.rmdir() if path.is_dir() else path.unlink()
-    elif fault == "no folder":
-        root.rename(root.with_name("elsewhere"))
-    elif fault == "no names":
-        (root / "classnames.txt").unlink()
-    elif fault == "few names":
-        (root / "classnames.txt").write_text("\n".join(NAMES[:3]))
-    elif fault == "no tar":
-        (root / "test" / "1.tar").unlink()
-    elif fault == "cut off":
-        tar = root / "test" / "1.tar"
-        tar.write_bytes(tar.read_bytes()[:-20_000])
-    elif fault == "damaged":
-        tar = root / "test" / "0.tar"
-        tar.write_bytes(b"x" * 512 + tar.read_bytes()[512:])
-    elif fault == "number":
-        (root / "test" / "nshards.txt").write_text("three")
-    elif fault == "type":
-        (root / "dataset_type.txt").write_text("image_caption_selection")
-    else:
-        (root / "dataset_type.txt").write_text("retrieval")
+def cut_off(tar):
+    tar.write_bytes(tar.read_bytes()[:-20_000])
 
 
-@pytest.mark.parametrize(
-    "fault, message",
-    [
-        ("no folder", "no file '.*set/classnames.txt'; expected clip_benchmark's layout"),
-        ("empty folder", "no file '.*set/classnames.txt'; expected clip_benchmark's layout"),
-        ("no names", "no file '.*set/classnames.txt'"),
-        ("few names", r"has the label b'\d'; expected a number below 3"),
-        ("no tar", "1 of 3 tars do not exist, .*1.tar' first"),
-        ("cut off", "1.tar' is damaged at byte .* or cut off"),
-        ("damaged", "0.tar' is damaged at byte 0"),
-        ("number", "nshards.txt has 'three', not a number of tars"),
-        ("type", "type 'image_caption_selection' are not supported, only classification, multilabel, retrieval"),
-        ("no captions", "sample 's0000000' of .*0.tar' has the files .webp, .cls; type retrieval needs .txt"),
-    ],
-)
-def test_faults_are_sentences(tmp_path, fault, message):
+def damage(tar):
+    tar.write_bytes(b"x" * 512 + tar.read_bytes()[512:])
+
+
+FAULTS = {
+    "no folder": (lambda root: root.rename(root.with_name("elsewhere")), "no file '.*set/classnames.txt'; expected"),
+    "empty folder": (lambda root: [shutil.rmtree(root), root.mkdir()], "no file '.*set/classnames.txt'; expected"),
+    "no names": (lambda root: (root / "classnames.txt").unlink(), "no file '.*set/classnames.txt'"),
+    "few names": (lambda root: (root / "classnames.txt").write_text("a"), r"label b'\d'; expected a number below 1"),
+    "no tar": (lambda root: (root / "test/1.tar").unlink(), "1 of 3 tars do not exist, .*1.tar' first"),
+    "cut off": (lambda root: cut_off(root / "test/1.tar"), "1.tar' is damaged at byte .* or cut off"),
+    "damaged": (lambda root: damage(root / "test/0.tar"), "0.tar' is damaged at byte 0"),
+    "number": (lambda root: (root / "test/nshards.txt").write_text("x"), "nshards.txt has 'x', not a number of tars"),
+    "type": (
+        lambda root: (root / "dataset_type.txt").write_text("image_caption_selection"),
+        "type 'image_caption_selection' are not supported, only classification, multilabel, retrieval",
+    ),
+    "no captions": (
+        lambda root: (root / "dataset_type.txt").write_text("retrieval"),
+        "sample 's0000000' of .*0.tar' has the files .webp, .cls; type retrieval needs .txt",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_are_sentences(tmp_path, fault):
+    change, message = FAULTS[fault]
     root = write_classified(tmp_path / "set")
-    change(root, fault)
+    change(root)
     with pytest.raises(UserError, match=message):
         registry.load(f"wds:{root}", PREPARE)
 
