@@ -55,9 +55,9 @@ HEADS = frozenset({"proj_img", "proj_txt", "log_scale"})  # heads of a CLIPModel
 _TOWER: dict[str, Any] = {
     "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
 }  # fmt: skip
-_CLIP_TOWER = _TOWER | {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
-_SIGLIP_TOWER = _TOWER | {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
-_DEFAULTS = {
+_CLIP_TOWER: dict[str, Any] = _TOWER | {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
+_SIGLIP_TOWER: dict[str, Any] = _TOWER | {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
+_DEFAULTS: Mapping[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "clip": (
         _CLIP_TOWER | {"image_size": 224, "patch_size": 32, "num_channels": 3},
         _CLIP_TOWER
