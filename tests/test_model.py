@@ -329,7 +329,7 @@ def test_bad_input_is_named(model, run, tmp_path):
     for call, message in (
         (lambda: model.encode_image([tmp_path / "good.png", tmp_path / "bad.jpg"]), r"image 1, '.*bad.jpg': not an im"),
         (lambda: model.encode_image([str(tmp_path / "none.jpg")]), r"none.jpg': file does not exist"),
-        (lambda: model.encode_image([tmp_path / "empty.jpg"]), r"empty.jpg': image file is empty"),
+        (lambda: model.encode_image([tmp_path / "empty.jpg"]), r"empty.jpg': not an image: 0 bytes"),
         (lambda: model.encode_image([encoded(pictures()[0])[:200]]), "image 0: image"),
         (lambda: model.encode_image([pixels[0]]), r"image is not uint8 \(h, w, 3\): an array of float64"),
         (lambda: model.encode_image([3]), "image 0: not an image: type int"),
