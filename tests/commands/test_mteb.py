@@ -6,6 +6,7 @@ import scipy.stats
 from PIL import Image
 
 import xclip_jax
+from xclip_jax.core.errors import UserError
 
 mteb = pytest.importorskip("mteb", minversion="2.0")
 datasets = pytest.importorskip("datasets")
@@ -115,7 +116,7 @@ def test_the_protocol_and_its_metadata(model, run):
     assert meta.name == f"xclip_jax/{run.name}" and meta.revision == model.fingerprint()
     assert set(meta.modalities) == {"text", "image"} and meta.framework == ["JAX"] and meta.n_parameters > 1000
     assert Model(model, name="lab/mine").mteb_model_meta.name == "lab/mine"
-    with pytest.raises(ValueError, match="organization/model_name"):
+    with pytest.raises(UserError, match="name is 'mine'; mteb expects ORG/NAME"):
         Model(model, name="mine")
 
 

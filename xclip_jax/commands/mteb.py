@@ -41,8 +41,7 @@ class Model:
           step, batch: see `xclip_jax.load`.
 
         Raises:
-          UserError: `mteb` is not installed, or the model cannot be loaded.
-          ValueError: `name` is not of the form ORG/NAME.
+          UserError: `mteb` is not installed, the model cannot be loaded, or a name without a slash.
         """
         try:
             from mteb.models.model_meta import ModelMeta, ScoringFunction
@@ -51,9 +50,12 @@ class Model:
                 "xclip_jax.commands.mteb needs mteb of version 2: pip install 'xclip_jax[mteb]'."
             ) from error
         self.model = model if isinstance(model, inference.Model) else inference.load(model, step=step, batch=batch)
+        name = name or _name(str(self.model.card.get("checkpoint", "model")))
+        if "/" not in name:
+            raise UserError(f"name is {name!r}; mteb expects ORG/NAME.")
         self.mteb_model_meta = ModelMeta.create_empty(
             {
-                "name": name or _name(str(self.model.card.get("checkpoint", "model"))),
+                "name": name,
                 "revision": self.model.fingerprint(),
                 "n_parameters": self.model.num_parameters,
                 "max_tokens": self.model.length,
