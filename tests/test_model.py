@@ -335,7 +335,7 @@ def test_bad_input_is_named(model, run, tmp_path):
         (lambda: model.encode_image([3]), "image 0: not an image: type int"),
         (lambda: model.encode_image("a.jpg"), "images is a single image; pass a list"),
         (lambda: model.encode_pixels(pixels), "pixels are float64"),
-        (lambda: model.encode_pixels(pixels[0].astype(np.float32)), "this model takes float32"),
+        (lambda: model.encode_pixels(pixels[0].astype(np.float32)), "takes normalised float32"),
         (lambda: model.encode_tokens(np.zeros((1, 3), np.int32)), r"int32 of shape \(1, 3\); expected .*\(b, 12\)"),
         (lambda: model.encode_tokens(np.zeros(12, np.int64)), r"int64 of shape \(12,\); expected"),
         (lambda: model.encode_tokens(np.zeros((1, 1, 12), np.int64)), r"int64 of shape \(1, 1, 12\); expected"),

@@ -164,7 +164,7 @@ def test_a_suite_is_a_name_or_names():
         (["--checkpoint", "{}/a", "--step", "9"], "no checkpoint of step 9"),
         (["--checkpoint", "{}/a", "--stepp", "9"], "unrecognized arguments: --stepp"),
         (["--checkpoint", "{}/bare"], "holds no checkpoint"),
-        (["--checkpoint", "{}/broken"], "cannot be read"),
+        (["--checkpoint", "{}/broken"], "config.json is damaged"),
         (["--compare", "{}/bare", "{}/a"], "evaluation.json does not exist"),
         (["--compare", "{}/a"], "expected 2 arguments"),
         (["--compare", "{}/a", "{}/b", "--suite", "imagenet"], "--suite has no effect with --compare"),
