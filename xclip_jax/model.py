@@ -1,11 +1,11 @@
-"""A trained model for use: embeddings, zero-shot labels and clusters of images and texts.
+"""Use a trained model: embeddings, zero-shot labels and clusters of images and texts.
 
     model = xclip_jax.load("runs/mine")
     z_img, z_txt = model.encode_image(["a.jpg", "b.png"]), model.encode_text(["a fox", "a hen"])
     result = model.zero_shot(["a.jpg"], ["fox", "hen"])
 
-Results are NumPy arrays. Items are encoded on all devices in batches of a few fixed sizes, which are compiled once
-each. Images are resized, cropped and normalised by the model's config.
+Results are NumPy arrays. Items are encoded on all devices in batches of a few fixed sizes, each compiled once. Images
+are resized, cropped and normalised by the model's config.
 """
 
 import copy
@@ -38,7 +38,7 @@ from xclip_jax.train.learner import ImageLike
 __all__ = ["Clusters", "Model", "ZeroShotResult", "load"]
 
 TEMPLATES = ("a photo of a {}.",)
-_SMALLER = (1, 8)  # batches for few items
+_SMALLER = (1, 8)  # batch sizes for few items
 _MESH = {"data": -1, "fsdp": 1, "model": 1}
 
 
@@ -46,9 +46,9 @@ class ZeroShotResult(NamedTuple):
     """Zero-shot classification of b images among n classes.
 
     Attributes:
-      labels: the likeliest class of each image.
+      labels: most probable class of each image.
       probabilities: fp32 (b, n), rows sum to 1.
-      scores: fp32 (b, n), that give the probabilities: cosines, or negative cross-entropies in nats, or the sum
+      scores: fp32 (b, n), from which probabilities are computed: cosines, negative cross-entropies in nats, or the sum
         of both, each over its standard deviation.
     """
 
@@ -58,7 +58,7 @@ class ZeroShotResult(NamedTuple):
 
 
 class Clusters(NamedTuple):
-    """Ids and probabilities (b, top) of the likeliest clusters of b items, likeliest first."""
+    """Ids and probabilities (b, top) of the most probable clusters of b items, in descending order."""
 
     ids: np.ndarray
     probabilities: np.ndarray
@@ -67,31 +67,35 @@ class Clusters(NamedTuple):
 class Model:
     """Both towers with their weights, tokenizer and preprocessing; `load` returns one.
 
-    Embeddings come from the model's own similarity, see `Objective.similarities`: projections (b, e), or distributions
-    over clusters (b, k), scaled to unit length, so that their products are the cosines that its evaluations print. With
-    `normalize=False` they are not scaled: projections as open_clip's `encode_image` gives them by default, or
-    distributions, whose rows sum to 1.
+    Embeddings come from the model's default similarity, see `Objective.similarities`: projections (b, e), or
+    distributions over clusters (b, k), scaled to unit length, so that their products are the cosines in evaluations.
+    With `normalize=False` they are not scaled: projections like open_clip's `encode_image` by default, or distributions
+    whose rows sum to 1.
 
     Attributes:
-      config: config of the run, or of other weights.
+      config: config of the run or the weights.
       card: origin of the model, for records of its results.
       preprocessing: resizing, cropping and normalisation of images.
       size: side of an image, pixels.
-      length: tokens of a text, with start and end.
+      length: tokens per text, including start and end.
       batch: number of items encoded at once.
     """
 
     def __init__(
         self, experiment: Experiment, variables: Variables, card: Mapping[str, Any], *, batch: int, threads: int = 0
     ) -> None:
-        self.config, self.preprocessing = experiment.config, experiment.preprocessing
-        self.tokenizer, self.size, self.length = experiment.tokenizer, experiment.image_size, experiment.context_length
+        self.config = experiment.config
+        self.preprocessing = experiment.preprocessing
+        self.tokenizer = experiment.tokenizer
+        self.size = experiment.image_size
+        self.length = experiment.context_length
         self.card = dict(card) | {
             "objective": self.config.objective.name, "size": self.size,
             "preprocessing": self.preprocessing.describe(), "tokenizer": self.config.data.tokenizer,
         }  # fmt: skip
         self._experiment = experiment
-        self._threads, self._similarities = threads, experiment.objective.similarities
+        self._threads = threads
+        self._similarities = experiment.objective.similarities
         self._mesh = make_mesh(_MESH)
         self._towers = {name: getattr(experiment.model, name) for name in experiment.model.towers}
         self._model, variables = _unrolled(experiment.model, variables)
@@ -107,54 +111,50 @@ class Model:
     def _raw(self) -> "Model":
         """The same model with unnormalised projections; its programs are compiled on use."""
         raw = copy.copy(self)
-        raw._encoder = self._make_encoder(self._model.clone(heads=_without_scaling(self._model)), self.batch)
+        heads = dict(self._model.heads)
+        for name, head in heads.items():
+            if isinstance(head, Head) and isinstance(head.module, Projection):
+                heads[name] = dataclasses.replace(head, module=head.module.clone(normalize=False))
+        raw._encoder = self._make_encoder(self._model.clone(heads=heads), self.batch)
         return raw
 
     def encode_image(self, images: Sequence[ImageLike] | np.ndarray, *, normalize: bool = True) -> np.ndarray:
-        """Return embeddings of images.
+        """Return embeddings of images, fp32 (b, e).
 
         Args:
-          images: paths (also in buckets), Pillow's images, contents of image files (bytes) or uint8 RGB arrays
-            (h, w, 3), of any size; or one uint8 array (b, h, w, 3).
-          normalize: whether rows are scaled to unit length; see the class for what they are without.
-
-        Returns:
-          fp32 (b, e), rows of unit length.
+          images: paths (also in buckets), Pillow images, contents of image files (bytes) or uint8 RGB arrays (h, w, 3),
+            of any size; or one uint8 array (b, h, w, 3).
+          normalize: whether rows are scaled to unit length, see `Model`.
 
         Raises:
-          UserError: a missing or undecodable image, named by the message.
+          UserError: a missing or undecodable image, named in the message.
         """
         return self._embed(Model._images, images, normalize)
 
     def encode_prepared(self, images: Sequence[np.ndarray]) -> np.ndarray:
-        """Return embeddings of results of `prepare`, a sequence read once and roughly in order."""
+        """Return embeddings of images from `prepare`; the sequence is read once, roughly in order."""
         return self._embed(Model._prepared, images)
 
     def encode_pixels(self, pixels: np.ndarray, *, normalize: bool = True) -> np.ndarray:
-        """Return embeddings (b, e) of fp32 pixels (b, size, size, 3), normalised by the model's mean and deviation.
-
-        For `normalize` see `encode_image`.
-        """
+        """Return embeddings (b, e) of fp32 pixels (b, size, size, 3), normalised by the model's mean and deviation."""
         pixels = np.asarray(pixels)
         if pixels.dtype != np.float32 or pixels.shape[1:] != (self.size, self.size, 3):
             raise UserError(
-                f"pixels are {pixels.dtype} of shape {pixels.shape}; this model takes float32 (b, {self.size}, "
-                f"{self.size}, 3) that are normalised; use encode_image for other inputs."
+                f"pixels are {pixels.dtype} of shape {pixels.shape}; this model takes normalised float32 "
+                f"(b, {self.size}, {self.size}, 3); use encode_image for other inputs."
             )
         return self._embed(Model._prepared, pixels, normalize)
 
     def encode_text(self, texts: Sequence[str], *, normalize: bool = True) -> np.ndarray:
-        """Return embeddings (b, e) of texts, cut to the model's length; for `normalize` see `encode_image`."""
+        """Return embeddings (b, e) of texts, which are cut to the model's length."""
         return self._embed(Model._texts, texts, normalize)
 
     def encode_tokens(self, tokens: np.ndarray, *, normalize: bool = True) -> np.ndarray:
         """Return embeddings (b, e) of token ids (b, length) from `model.tokenizer(texts, model.length)`.
 
-        For `normalize` see `encode_image`.
-
         Raises:
-          UserError: not integers of this shape, an id outside of the tokenizer's vocabulary, or a row without the end
-            token from which the tower reads the text.
+          UserError: not integers of this shape, an id outside the vocabulary, or a row without the end token, at which
+            the tower pools.
         """
         tokens = np.asarray(tokens)
         known = self.tokenizer
@@ -165,8 +165,8 @@ class Model:
         if not fits:
             raise UserError(
                 f"tokens are {tokens.dtype} of shape {tokens.shape}; expected integers (b, {self.length}) from 0 to "
-                f"{known.vocab_size - 1}, with the end {known.eot_id} in each row, as model.tokenizer(texts, "
-                f"{self.length}) gives them. Use encode_text for strings."
+                f"{known.vocab_size - 1}, with the end {known.eot_id} in each row, from model.tokenizer(texts, "
+                f"{self.length}). Use encode_text for strings."
             )
         return self._embed(Model._tokens, tokens.astype(np.int32), normalize)
 
@@ -178,7 +178,7 @@ class Model:
         *,
         by: str = "",
     ) -> ZeroShotResult:
-        """Classify images by the texts of their classes, with the model's own similarity by default.
+        """Classify images by texts of classes, with the model's default similarity unless `by` names another score.
 
         With a projection a class is the normalised mean of its normalised prompts, the score is the cosine, and the
         probabilities are its softmax at the learned scale, also after training with the sigmoid loss. Without a
@@ -188,17 +188,19 @@ class Model:
           images: see `encode_image`.
           class_names: at least one.
           templates: prompts, with {} for the class.
-          by: another score of the model, by the name that evaluations print; the probabilities are its softmax. xCLIP
-            has "cosine" and (negative) "cross_entropy" of clusters, and "both", the sum of the cosine of embeddings and
-            the cross-entropy, each over its standard deviation among these images and classes; nCLIP has the first two.
+          by: name of another score in evaluations; the probabilities are its softmax. xCLIP has "cosine" and (negative)
+            "cross_entropy" of clusters, and "both", the sum of the cosine of embeddings and the cross-entropy, each
+            over its standard deviation among these images and classes; nCLIP has the first two.
 
         Raises:
-          UserError: see `encode_image`; no class, a template without {}, a score that the model lacks.
+          UserError: see `encode_image`; no class, a template without {}, an unknown score.
         """
-        if isinstance(class_names, str) or isinstance(templates, str) or not class_names or not templates:
-            raise UserError("class_names and templates are lists of strings, with at least one each.")
-        if wrong := [template for template in templates if "{}" not in template]:
-            raise UserError(f"template {wrong[0]!r} has no {{}}, where the class name goes.")
+        strings = isinstance(class_names, str) or isinstance(templates, str)
+        if strings or not class_names or not templates or not all("{}" in template for template in templates):
+            raise UserError(
+                f"class_names and templates must be lists of at least one string, templates with {{}} for the class "
+                f"name; templates are {templates!r:.80}."
+            )
         # str.format would fail on braces in a name.
         prompts = [template.replace("{}", name) for name in class_names for template in templates]
         used = self._similarities if by else self._similarities[:1]
@@ -206,8 +208,8 @@ class Model:
         txt = self._texts(prompts, features(used))
         by_score = class_scores(used, img, txt, [len(templates)] * len(class_names))
         if by not in by_score:
-            known = ", ".join(repr(name) for name in by_score if name) or "only its own"
-            raise UserError(f"by={by!r} is not a score of this model, which has {known}; leave it out for its own.")
+            known = ", ".join(repr(name) for name in by_score if name) or "only its default"
+            raise UserError(f"by={by!r} is not a score of this model, which has {known}; omit it for the default.")
         scores = by_score[by or used[0].logits].astype(np.float32)
         labels = [class_names[i] for i in scores.argmax(axis=1)]
         logits = scores if by else self._encoder.logits_of(by_score, self._variables)
@@ -215,7 +217,7 @@ class Model:
 
     @property
     def similarities(self) -> tuple[Similarity, ...]:
-        """Similarities that the model supports, its default first; empty for a pure classifier."""
+        """The model's similarities, its default first; empty for a pure classifier."""
         return tuple(self._similarities)
 
     @property
@@ -230,46 +232,38 @@ class Model:
         texts: Sequence[str] | None = None,
         top: int = 5,
     ) -> Clusters:
-        """Return the likeliest clusters of images or of texts, for models with clusters.
+        """Return the `top` (or all) most probable clusters of images or texts.
 
         Raises:
           UserError: a model without cluster heads; both images and texts, or neither; see `encode_image`.
         """
+        check_count("top", top, 1)
         similarity = cluster_similarity(self._similarities)
-        if similarity is None:
-            raise UserError("this model has no cluster heads that were trained; use a model of nclip or xclip.")
+        if similarity is None or (images is None) == (texts is None):
+            raise UserError("clusters takes either images or texts=[...], and a model trained by nclip or xclip.")
         keys = (similarity.feature,)
-        if texts is not None and images is None:
-            outputs = self._texts(texts, keys)
-        elif images is not None and texts is None:
-            outputs = self._images(images, keys)
-        else:
-            raise UserError("clusters takes either images or texts=[...].")
+        items: Any = images if texts is None else texts
+        outputs = (self._images if texts is None else self._texts)(items, keys)
         p = similarity.rows(outputs[similarity.feature])
-        if not 1 <= top <= p.shape[1]:
-            raise UserError(f"top={top} must be from 1 to the model's {p.shape[1]} clusters.")
         ids = np.argsort(-p, axis=1, kind="stable")[:, :top]
         return Clusters(ids, np.take_along_axis(p, ids, axis=1))
 
     def prepare(self, image: ImageLike) -> np.ndarray:
-        """Resize and crop an image of `encode_image` to uint8 (size, size, 3).
-
-        Raises:
-          BadSample: an image that cannot be read or decoded.
-        """
+        """Resize and crop an image, see `encode_image`, to uint8 (size, size, 3); raise `BadSample` if unreadable."""
         if isinstance(image, str | os.PathLike):
-            image = read(image)
-        elif isinstance(image, np.ndarray):
-            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-                raise BadSample("not an image array", f"expected uint8 (h, w, 3), got {image.dtype} {image.shape}")
-        elif not isinstance(image, bytes | Image.Image):
+            try:
+                image = storage.read(os.path.expanduser(image), MAX_BYTES["image"])
+            except OSError as error:
+                missing = isinstance(error, FileNotFoundError)
+                raise (BadSample("file does not exist") if missing else storage.unreadable(error)) from error
+        if not isinstance(image, bytes | np.ndarray | Image.Image):
             raise BadSample("not an image", f"type {type(image).__name__}")
         return self.preprocessing(image)
 
     def _images(self, images: Sequence[ImageLike] | np.ndarray, keys: Sequence[str]) -> Features:
         if isinstance(images, str | bytes | os.PathLike | Image.Image):
             raise UserError("images is a single image; pass a list.")
-        if hasattr(images, "iloc") or not hasattr(images, "__getitem__"):  # a Series gives rows by their labels
+        if hasattr(images, "iloc") or not hasattr(images, "__getitem__"):  # a pandas Series is indexed by labels
             images = list(images)
 
         def make(i: int) -> np.ndarray:
@@ -280,8 +274,7 @@ class Model:
                 name = f", {os.fspath(image)!r}" if isinstance(image, str | os.PathLike) else ""
                 raise UserError(f"image {i}{name}: {error}.") from None
 
-        window = 2 * self.batch
-        with ThreadPrefetcher(make, len(images), threads=self._threads, window=window) as prepared:
+        with ThreadPrefetcher(make, len(images), threads=self._threads, window=2 * self.batch) as prepared:
             return self._prepared(prepared, keys)
 
     def _prepared(self, images: Rows, keys: Sequence[str]) -> Features:
@@ -298,21 +291,21 @@ class Model:
     def _embed(
         self, encode: Callable[["Model", Any, Sequence[str]], Features], items: Any, normalize: bool = True
     ) -> np.ndarray:
-        """Return embeddings of `items`, whose features `encode` computes."""
+        """Return embeddings of `items` from the features that `encode` computes."""
         keys = features(self._similarities[:1])
         (output,) = encode(self if normalize else self._raw, items, keys).values()
         similarity = self._similarities[0]
         return similarity.embedding(output) if normalize else similarity.rows(output)
 
     def nnx(self) -> Any:
-        """Return towers and heads as a module of Flax NNX, through Flax's bridge, for training in code of your own.
+        """Return towers and heads as a Flax NNX module, through Flax's bridge, for your own training code.
 
-        `module(pixels, tokens)` gives the outputs of `TwoTowers`, such as "z_img" and "z_txt" (b, e) of unit length and
-        "scale"; `module.encode_image(pixels)` and `module.encode_text(tokens)` give features (b, d). Inputs are fp32
-        pixels (b, size, size, 3), as for `encode_pixels`, and int32 tokens (b, length). Steps of an `nnx.Optimizer`
-        change the weights of the module, and not of this model.
+        `module(pixels, tokens)` returns the outputs of `TwoTowers`, such as "z_img" and "z_txt" (b, e) of unit length
+        and "scale"; `module.encode_image(pixels)` and `module.encode_text(tokens)` return features (b, d). Inputs are
+        fp32 pixels (b, size, size, 3), see `encode_pixels`, and int32 tokens (b, length). Steps of an `nnx.Optimizer`
+        change the module's weights but not this model's.
         """
-        from flax import nnx  # takes a second, which other uses of a model need not wait for
+        from flax import nnx  # takes a second to import
 
         module = nnx.bridge.ToNNX(self._model)
         for name, value in nnx.bridge.variables.linen_vars_to_nnx_attrs(self._variables).items():
@@ -329,34 +322,22 @@ class Model:
         return weights.fingerprint(self._experiment, self._variables)
 
 
-def read(path: str | os.PathLike) -> bytes:
-    """Return the content of a file, also in a bucket; raise `BadSample` if it cannot be read."""
-    try:
-        data = storage.read(os.path.expanduser(path), MAX_BYTES["image"])
-    except OSError as error:
-        missing = isinstance(error, FileNotFoundError)
-        raise (BadSample("file does not exist") if missing else storage.unreadable(error)) from error
-    if not data:
-        raise BadSample("file is empty")
-    return data
-
-
 def load(
     path: str | os.PathLike, *, step: int | None = None, batch: int = 32, threads: int = 0, trust: bool = False
 ) -> Model:
     """Load a model on all devices of this machine; on a CPU it computes in float32.
 
     Args:
-      path: a run's folder, or weights that `xclip_jax.interop.read` reads, such as "hf:ORG/NAME".
-      step: step of one of a run's checkpoints; the newest by default.
-      batch: number of items encoded at once, rounded up to a multiple of the devices; 32 suits the caches of a CPU, and
-        accelerators take more.
+      path: a run's folder, or weights for `xclip_jax.interop.read`, such as "hf:ORG/NAME".
+      step: step of a run's checkpoint; the newest by default.
+      batch: number of items encoded at once, rounded up to a multiple of the devices; 32 suits the caches of a CPU,
+        accelerators work better with more.
       threads: number of threads that read and decode images; 0 for one per core.
-      trust: whether to import the modules of other packages that the config in `path` names, which runs their code.
+      trust: whether to import, and so to run, modules of other packages named in the config.
 
     Raises:
-      UserError: `path` is neither a run nor weights; `batch` below 1 or `threads` below 0; a config that names a class
-        of another package, whose module has not been imported, without `trust`.
+      UserError: `path` is neither a run nor weights; `batch` below 1 or `threads` below 0; without `trust`, a config
+        with a class from a package that the caller has not imported.
 
     Example:
       >>> import xclip_jax
@@ -373,16 +354,6 @@ def load(
         loaded = weights.load(place, step)
     card = {"checkpoint": place.name, "step": loaded.step} | ({"commit": place.commit} if place.commit else {})
     return Model(loaded.experiment, loaded.variables, card, batch=batch, threads=threads)
-
-
-def _without_scaling(model: TwoTowers) -> dict[str, Any]:
-    """Return the heads of `model` with projections that keep the length of embeddings."""
-    return {
-        name: dataclasses.replace(head, module=head.module.clone(normalize=False))
-        if isinstance(head, Head) and isinstance(head.module, Projection)
-        else head
-        for name, head in model.heads.items()
-    }
 
 
 def _unrolled(model: TwoTowers, variables: Variables) -> tuple[TwoTowers, Variables]:

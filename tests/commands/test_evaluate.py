@@ -70,9 +70,7 @@ def test_a_set_that_fails_does_not_keep_others_from_their_results(runs, tmp_path
     for i in range(2):
         (broken / "cat" / f"{i}.png").write_bytes(b"<html>")
     sets = [f"folder:{broken}", f"folder:{runs / 'set'}"]
-    with pytest.raises(
-        UserError, match=r"1 of 2 evaluation sets failed; .*x\.json has the others\.\n  folder:.*broken: 2 of"
-    ):
+    with pytest.raises(UserError, match=r"1 of 2 evaluation sets failed; .*x\.json .*\n  folder:.*broken: 2 of"):
         evaluate.evaluate(str(runs / "a"), ",".join(sets), output=str(tmp_path / "x.json"))
     (result,) = json.loads((tmp_path / "x.json").read_text())["results"]
     assert result["set"] == sets[1] and "broken failed: TooManyUnreadable: 2 of 20" in capsys.readouterr().out
@@ -124,9 +122,7 @@ def test_files_without_a_result_in_common_are_not_compared(other_results, runs):
 
 def test_a_run_that_is_missing_or_not_evaluated_is_named(tmp_path):
     (tmp_path / "mine").mkdir()
-    with pytest.raises(
-        UserError, match=r"/zzz' does not exist; name the folder of a run, weights, or a file of results"
-    ):
+    with pytest.raises(UserError, match=r"/zzz' does not exist; name the folder of a run, weights"):
         evaluate.compare(str(tmp_path / "zzz"), str(tmp_path / "mine"))
     with pytest.raises(UserError, match=r"json does not exist; make it with .* --checkpoint /.*/mine --suite NAME"):
         evaluate.compare(str(tmp_path / "mine"), str(tmp_path / "mine"))
@@ -151,9 +147,8 @@ def test_a_suite_is_a_name_or_names():
     assert len(registry.expand_suites("demo")) > 10 and "imagenet_a" in registry.expand_suites("paper")
     assert registry.expand_suites("imagenet, emoji/test_line,imagenet") == ("imagenet", "emoji/test_line")
     demo = registry.all_suites()["demo"]
-    assert (
-        registry.expand_suites("demo,imagenet") == registry.expand_suites(["demo", "imagenet"]) == (*demo, "imagenet")
-    )
+    for names in ("demo,imagenet", ["demo", "imagenet"]):
+        assert registry.expand_suites(names) == (*demo, "imagenet")
     assert registry.expand_suites(f"mnist, demo,{demo[0]}") == ("mnist", *demo)
 
 
@@ -165,14 +160,11 @@ def test_a_suite_is_a_name_or_names():
         (["--checkpoint", "{}/a", "--suite", "imagenett"], "unknown evaluation set 'imagenett'"),
         (["--checkpoint", "{}/a", "--suite", ","], "--suite is empty"),
         (["--checkpoint", "{}/a", "--profile", "google"], "--profile is 'google'"),
-        (
-            ["--checkpoint", "{}/a", "--output", "{}/a/config.json/x.json"],
-            "--output: '{}/a/config.json' is not a folder",
-        ),
+        (["--checkpoint", "{}/a", "--output", "{}/a/config.json/x"], "--output: '{}/a/config.json' is not a folder"),
         (["--checkpoint", "{}/a", "--step", "9"], "no checkpoint of step 9"),
         (["--checkpoint", "{}/a", "--stepp", "9"], "unrecognized arguments: --stepp"),
         (["--checkpoint", "{}/bare"], "holds no checkpoint"),
-        (["--checkpoint", "{}/broken"], "cannot be read"),
+        (["--checkpoint", "{}/broken"], "config.json is damaged"),
         (["--compare", "{}/bare", "{}/a"], "evaluation.json does not exist"),
         (["--compare", "{}/a"], "expected 2 arguments"),
         (["--compare", "{}/a", "{}/b", "--suite", "imagenet"], "--suite has no effect with --compare"),
@@ -181,10 +173,7 @@ def test_a_suite_is_a_name_or_names():
         (["--checkpoint", "{}/a", "--captions", "-1"], "--captions is -1; expected an integer of at least 0"),
         (["--checkpoint", "{}/a", "--compare", "{}/a", "{}/b"], "either --checkpoint RUN or --compare A B"),
         (["{}/a"], "unrecognized arguments: {}/a; see --help"),
-        (
-            ["--checkpoint", "My", "own", "run"],
-            "arguments: own run; see --help",
-        ),
+        (["--checkpoint", "My", "own", "run"], "arguments: own run; see --help"),
         ([], "either --checkpoint RUN or --compare A B"),
     ],
 )

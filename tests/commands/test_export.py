@@ -81,7 +81,7 @@ def test_other_projects_compute_the_embeddings_of_the_run(run, expected, tmp_pat
     for to in ("hf", "open_clip"):
         export.main(["--checkpoint", str(run), "--to", to, str(tmp_path / to)])
         out = capsys.readouterr().out
-        assert "no place for them: clusters_img, clusters_txt\n" in out and "data.background='white'; lay " in out
+        assert "no field for it: clusters_img, clusters_txt\n" in out and "data.background='white'; lay " in out
         assert f"{run}, step {STEPS}, as {to}" in out
         _, parts, variables, *_ = weights.load(str(tmp_path / to))
         features = encode(parts, variables)
@@ -99,9 +99,8 @@ def test_other_projects_compute_the_embeddings_of_the_run(run, expected, tmp_pat
     assert tokens["input_ids"].shape[1] == tiny.LENGTH
     with torch.no_grad():
         z_txt = theirs.text_projection(theirs.text_model(**tokens).pooler_output).numpy()
-    np.testing.assert_allclose(
-        z_txt / np.linalg.norm(z_txt, axis=1, keepdims=True), expected["embedding_txt"], atol=1e-5
-    )
+    z_txt = z_txt / np.linalg.norm(z_txt, axis=1, keepdims=True)
+    np.testing.assert_allclose(z_txt, expected["embedding_txt"], atol=1e-5)
 
 
 def test_prompts_and_names_of_own_classes_are_kept(run, tmp_path):
@@ -134,7 +133,7 @@ def test_the_card_of_a_run(run, tmp_path, monkeypatch):
         "| step | 2 of 2 |", "| parameters | their moving average |",
         "# xCLIP, ViT of width 32", "Trained on image-text pairs.",
         "| objective.nclip.smoothness | 2.0 |", "| model.cluster_head.clusters | 24 |",
-        "left out, since 'hf' has no place for them: clusters_img, clusters_txt",
+        "not stored, because 'hf' has no field for it: clusters_img, clusters_txt",
         f"commit `{config['environment']['commit']}`", f"jax {config['environment']['versions']['jax']}",
         "The licence of the training data: see its sources", "## Limits",
         f"| {evaluation['results'][0]['value']:.1f} |", "zero-shot classification, %",
@@ -179,7 +178,7 @@ def test_a_folder_with_files_is_kept(run, tmp_path, monkeypatch):
     shutil.copytree(run, tmp_path / "other")
     with pytest.raises(UserError, match="is a run directory; name another folder"):
         export.export(str(run), str(tmp_path / "other"), overwrite=True)
-    with pytest.raises(UserError, match="is a run directory; write its weights with"):
+    with pytest.raises(UserError, match=r"has no file of weights .*for a run's weights, its xclip-jax export"):
         interop.read(str(run))
 
 
@@ -198,7 +197,7 @@ def test_a_new_run_starts_from_an_export(run, tmp_path, capsys):
     ("flags", "message"),
     [
         (["--checkpoint", "{}", "--private", "{}/../x"], "error: --private is for a repository of the Hub; add --push"),
-        (["--checkpoint", "{}", "--to", "onnx", "{}/../x"], "error: --to is 'onnx'; expected one of hf, open_clip, "),
+        (["--checkpoint", "{}", "--to", "onnx", "{}/../x"], "error: --to is 'onnx'; it must be one of 'hf', "),
         (["--checkpoint", "{}/none", "{}/../x"], "does not exist; name the folder of a run"),
         (["--checkpoint", "{}", "--step", "9", "{}/../x"], "no checkpoint of step 9"),
         (["--checkpoint", "{}"], "required: OUT"),

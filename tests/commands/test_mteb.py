@@ -116,7 +116,7 @@ def test_the_protocol_and_its_metadata(model, run):
     assert meta.name == f"xclip_jax/{run.name}" and meta.revision == model.fingerprint()
     assert set(meta.modalities) == {"text", "image"} and meta.framework == ["JAX"] and meta.n_parameters > 1000
     assert Model(model, name="lab/mine").mteb_model_meta.name == "lab/mine"
-    with pytest.raises(UserError, match="name is 'mine'; mteb wants ORG/NAME"):
+    with pytest.raises(UserError, match="name is 'mine'; mteb expects ORG/NAME"):
         Model(model, name="mine")
 
 

@@ -253,11 +253,12 @@ def test_fingerprint_is_of_content_and_not_of_places_and_times(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"weight_map": ["a.safetensors"]}', "weight_map"),
-        ('{"weight_map": {"x": "model.safetensors.index.json"}}', "model.safetensors.index.json"),
-        ('{"weight_map": {"x": "../a.safetensors"}}', "../a.safetensors"),
-        ('{"weight_map": {"x": 5}}', "names 5"),
-        ('{"weight_map": ' + "[" * 100_000, "JSON"),
+        ('{"weight_map": ["a.safetensors"]}', "has no 'weight_map'"),
+        ("{}", "has no 'weight_map'"),
+        ('{"weight_map": {"x": "model.safetensors.index.json"}}', "has no 'weight_map'"),
+        ('{"weight_map": {"x": "../a.safetensors"}}', "has no 'weight_map'"),
+        ('{"weight_map": {"x": 5}}', "has no 'weight_map'"),
+        ('{"weight_map": ' + "[" * 100_000, "cannot be read as a JSON object"),
     ],
 )
 def test_index_of_weights(content, message, tmp_path):

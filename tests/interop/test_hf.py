@@ -8,15 +8,7 @@ import pytest
 import torch
 import transformers
 
-from tests.helpers.foreign import (
-    TEXTS,
-    assert_same,
-    clip_tokens,
-    images,
-    make_hf,
-    ours,
-    theirs_hf,
-)
+from tests.helpers.foreign import TEXTS, assert_same, clip_tokens, images, make_hf, ours, theirs_hf
 from xclip_jax import interop
 from xclip_jax.data import transforms
 

@@ -16,7 +16,6 @@ import pytest
 import safetensors.torch
 import torch
 from huggingface_hub import constants
-from PIL import Image
 
 import xclip_jax
 from examples import mix
@@ -216,15 +215,6 @@ print(hub.locate("hf:lab/x").path)
     assert path.is_relative_to(tmp_path / "mine") and path.read_bytes() == (folders["hf"] / path.name).read_bytes()
 
 
-def test_load_embeds_as_from_a_folder(server, folders):
-    server.add("lab/x", folders["hf"])
-    images = [Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8))]
-    model, local = xclip_jax.load("hf:lab/x", batch=8), xclip_jax.load(folders["hf"], batch=8)
-    assert model.card["checkpoint"] == "hf:lab/x"
-    np.testing.assert_array_equal(model.encode_image(images), local.encode_image(images))
-    np.testing.assert_array_equal(model.encode_text(["a fox"]), local.encode_text(["a fox"]))
-
-
 @pytest.mark.slow
 def test_training_starts_from_the_hub(server, folders, tmp_path, capsys):
     commit = server.add("lab/x", folders["hf"])
@@ -302,8 +292,8 @@ def test_a_tokenizer_of_its_own_is_named_by_the_repository(server, tmp_path, mon
     [
         (["--push", "lab/mine"], "", "--push lab/mine: no account of the Hub is known; log in with `hf auth login`"),
         (["--push", "lab/mine"], "wrong", "--push lab/mine: the Hub answers .*; log in with"),
-        (["--push", "them/mine"], hub_server.TOKEN, "the account me has no access to them; it has to me, lab"),
-        (["--push", "mine"], hub_server.TOKEN, "--push mine names no repository of the Hub; expected ORG/NAME"),
+        (["--push", "them/mine"], hub_server.TOKEN, "--push them/mine: expected ORG/NAME .* access: me, lab"),
+        (["--push", "mine"], hub_server.TOKEN, "--push mine: expected ORG/NAME"),
         (["--push", "lab/mine", "--step", "9"], hub_server.TOKEN, "no checkpoint of step 9"),
         (["--push", "lab/mine", "--to", "onnx"], hub_server.TOKEN, "--to is 'onnx'"),
     ],

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import pickle
+import re
 import struct
 import time
 import tracemalloc
@@ -34,35 +35,27 @@ def saved(tmp_path, change, cfg=None, name="quick_b32"):
 
 
 @pytest.mark.parametrize(
-    ("cfg", "message"),
+    ("cfg", "tensor", "named"),
     [
-        ({"vision_cfg": {"timm_model_name": "vit_base"}}, r"sets vision_cfg\.timm_model_name='vit_base'"),
-        ({"vision_cfg": {"layers": [2, 2, 2, 2]}}, "value that cannot be used"),
-        ({"vision_cfg": {"pool_type": "avg"}}, "sets vision_cfg.pool_type='avg'; expected 'tok'"),
-        ({"text_cfg": {"no_causal_mask": True}}, r"text_cfg\.no_causal_mask=True"),
-        ({"text_cfg": {"tokenizer_kwargs": {"clean": "lower"}}}, r"text_cfg\.tokenizer_kwargs={'clean': 'lower'}\."),
-        ({"text_cfg": {"vocab_size": 32000}}, "vocabulary of 32000 with end 31999, which is not CLIP's"),
-    ],
-)
-def test_architectures_that_are_not_ours_are_named(cfg, message, tmp_path):
-    with pytest.raises(UserError, match=message):
-        interop.read(saved(tmp_path, lambda _: None, cfg))
-
-
-@pytest.mark.parametrize(
-    ("cfg", "tensor", "message"),
-    [
-        ({"text_cfg": {"hf_model_name": "roberta-base"}}, "text.transformer.x", r"hf_model_name='roberta-base'"),
-        ({"vision_cfg": {"attentional_pool": True}}, "visual.attn_pool.x", r"attentional_pool=True"),
+        ({"vision_cfg": {"timm_model_name": "vit_base"}}, "", "vision_cfg.timm_model_name='vit_base'"),
+        ({"vision_cfg": {"layers": [2, 2, 2, 2]}}, "", "open_clip_config.json has a value"),
+        ({"vision_cfg": {"pool_type": "avg"}}, "", "vision_cfg.pool_type='avg'; expected 'tok'"),
+        ({"text_cfg": {"no_causal_mask": True}}, "", "text_cfg.no_causal_mask=True"),
+        ({"text_cfg": {"tokenizer_kwargs": {"clean": "lower"}}}, "", "text_cfg.tokenizer_kwargs="),
+        ({"text_cfg": {"vocab_size": 32000}}, "", "32000 token ids"),
+        # The config is checked before the tensors.
+        ({"text_cfg": {"hf_model_name": "roberta-base"}}, "text.transformer.x", "hf_model_name='roberta-base'"),
+        ({"vision_cfg": {"attentional_pool": True}}, "visual.attn_pool.x", "attentional_pool=True"),
         ({}, "visual.attn_pool.x", "has a ResNet or a tower of timm"),
     ],
 )
-def test_the_config_is_checked_before_the_tensors(cfg, tensor, message, tmp_path):
+def test_architectures_that_are_not_ours_are_named(cfg, tensor, named, tmp_path):
     def change(state):
-        del state["token_embedding.weight"]
-        state[tensor] = torch.zeros(1)
+        if tensor:
+            del state["token_embedding.weight"]
+            state[tensor] = torch.zeros(1)
 
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=re.escape(named)):
         interop.read(saved(tmp_path, change, cfg))
 
 
@@ -89,11 +82,6 @@ def test_values_of_open_clips_config_that_cannot_be_used(tmp_path):
 
 
 def test_weights_that_are_not_ours_are_named(tmp_path):
-    def timm(state):
-        state["visual.trunk.blocks.0.norm1.weight"] = torch.zeros(3)
-
-    with pytest.raises(UserError, match="has a ResNet or a tower of timm"):
-        interop.read(saved(tmp_path, timm))
     safetensors.torch.save_file({"conv.weight": torch.zeros(2)}, tmp_path / "x.safetensors")
     with pytest.raises(UserError, match=r"not a supported CLIP: its tensors are named conv\.weight, \.\.\.; expected"):
         interop.read(str(tmp_path / "x.safetensors"))
@@ -101,16 +89,16 @@ def test_weights_that_are_not_ours_are_named(tmp_path):
     folder.mkdir()
     safetensors.torch.save_file({"vision_model.x": torch.zeros(2)}, folder / "model.safetensors")
     (folder / "config.json").write_text('{"model_type": "siglip2"}')
-    with pytest.raises(UserError, match="model_type is 'siglip2'; it must be one of"):
-        interop.read(str(folder))
-    with pytest.raises(UserError, match="is not a folder or a file of weights"):
-        interop.read(str(tmp_path / "none"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="has no file of weights"):
-        interop.read(str(tmp_path / "empty"))
     (tmp_path / "cut.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{")
-    with pytest.raises(UserError, match="a damaged or incomplete safetensors file"):
-        interop.read(str(tmp_path / "cut.safetensors"))
+    for name, message in {
+        "siglip": "model_type is 'siglip2'; it must be one of",
+        "none": "none' is not a folder or a file of weights",
+        "empty": "empty' has no file of weights",
+        "cut.safetensors": r"cut\.safetensors cannot be read \(SafetensorError",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            interop.read(str(tmp_path / name))
 
 
 class Evil:
@@ -132,32 +120,29 @@ def torch_zip(path, pickled, **storages):
 def test_a_pickle_that_asks_for_anything_else_is_refused(tmp_path):
     mark = str(tmp_path / "executed")
     torch.save({"x": Evil(mark)}, tmp_path / "evil.pt")
-    with pytest.raises(UserError, match=r"contains more than tensors: it asks for (posix|nt)\.mkdir\. Convert it: "):
-        interop.read(str(tmp_path / "evil.pt"))
-    pickles = {"getattr": b"cbuiltins\ngetattr\n.", "eval": b"cbuiltins\neval\n.",
-               "own": b"cxclip_jax.interop.tensor_files\nload_torch\n."}  # fmt: skip
-    for name, content in pickles.items():
-        with pytest.raises(UserError, match="it asks for"):
-            tensor_files.load_torch(torch_zip(tmp_path / name, content), name)
-    assert not os.path.exists(mark)
+    torch_zip(tmp_path / "getattr.pt", b"cbuiltins\ngetattr\n.")
+    torch_zip(tmp_path / "eval.pt", b"cbuiltins\neval\n.")
+    torch_zip(tmp_path / "ours.pt", b"cxclip_jax.interop.tensor_files\nload_torch\n.")
     with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", bytes(1 << 20))
-    with pytest.raises(UserError, match="it asks for compressed data"):
-        interop.read(str(tmp_path / "bomb.pt"))
     torch.save({"x": torch.zeros(1)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
-    with pytest.raises(UserError, match=r"is not a zip of torch.save, which has written such since version 1\.6"):
-        interop.read(str(tmp_path / "old.pt"))
     torch.save({"x": torch.zeros(100)}, tmp_path / "cut.pt")
     (tmp_path / "cut.pt").write_bytes((tmp_path / "cut.pt").read_bytes()[:-40])
-    with pytest.raises(UserError, match=r"cut\.pt is incomplete or no file of torch\.save \(.*\); download it again"):
-        interop.read(str(tmp_path / "cut.pt"))
+    for name, reason in {
+        "evil": r"it asks for (posix|nt)\.mkdir", "getattr": "it asks for builtins.getattr",
+        "eval": "it asks for builtins.eval", "ours": "it asks for xclip_jax", "bomb": "it asks for compressed data",
+        "old": "BadZipFile", "cut": "BadZipFile",
+    }.items():  # fmt: skip
+        with pytest.raises(UserError, match=rf"{name}\.pt cannot be read \(.*{reason}.*\); .*, or convert it: "):
+            interop.read(str(tmp_path / f"{name}.pt"))
+    assert not os.path.exists(mark)
 
 
 def test_files_of_an_index_that_are_missing_are_named(tmp_path):
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}))
     tensor_files.write(epath.Path(tmp_path / "a.safetensors"), {"x": np.zeros(3, np.float32)})
-    with pytest.raises(UserError, match=r"index\.json names b\.safetensors, not in its folder"):
+    with pytest.raises(UserError, match=r"b\.safetensors cannot be read"):
         tensor_files.tensors(epath.Path(index))
     tensor_files.write(epath.Path(tmp_path / "b.safetensors"), {"y": np.ones(2, np.float16)})
     found = tensor_files.tensors(epath.Path(index))
@@ -195,13 +180,13 @@ def test_tensors_stay_within_their_storage(offset, size, stride, tmp_path):
         buffer = io.BytesIO()
         Writer(buffer, protocol=2).dump({"x": Pickled(*args)})
         content = torch_zip(tmp_path / "x.pt", buffer.getvalue(), s0=struct.pack("<4f", 1, 2, 3, 4))
-        return tensor_files.load_torch(content, "x.pt")[0]["x"]
+        return tensor_files.load_torch(content)[0]["x"]
 
     np.testing.assert_array_equal(load(0, (2, 2), (1, 2)), [[1, 3], [2, 4]])
-    with pytest.raises(UserError, match=r"a tensor (beyond its storage|of negative size)"):
+    with pytest.raises(pickle.UnpicklingError, match="a tensor that does not fit its storage"):
         load(offset, size, stride)
-    with pytest.raises(UserError, match="a tensor of another tensor"):
-        load(0, (4,), (1,), Pickled(3, (4,), (0,)))
+    with pytest.raises(pickle.UnpicklingError, match="a tensor that does not fit its storage"):
+        load(0, (4,), (1,), Pickled(3, (4,), (0,)))  # of another tensor
 
 
 def module(name, memo, links):
@@ -210,34 +195,30 @@ def module(name, memo, links):
     return b"c__torch__\n" + name + b"\n)\x81}(" + attributes + b"ubq" + bytes([memo])
 
 
-# Small pickles that took gigabytes or ages, by what is refused in them.
+NESTED = b"K\x01" + b"2\x86" * 60  # tuples of tuples, which take years to hash
+# Small pickles that took gigabytes or ages.
 BOMBS = {
-    "memo": (b"Nr\xff\xff\xff\x3f0N.", ""),  # keeps None at an index of a thousand million
-    "bytearray": (b"\x96\0\0\0\0\x10\0\0\0.", "an array of bytes"),
-    "hash of a key": (b"}K\x01" + b"2\x86" * 60 + b"Ns.", "a key that is neither"),
-    "set": (b"\x8f(K\x01" + b"2\x86" * 60 + b"\x90.", "a set"),
-    "key of a storage": (b"X\x07\0\0\0storagectorch\nFloatStorage\nK\x01" + b"2\x86" * 60 + b"\x87Q.", "a storage"),
-    "type of a storage": (b"X\x07\0\0\0storageK\x01" + b"2\x86" * 60 + b"X\x01\0\0\x000\x87Q.", "a storage"),
-    "argument of a dict": (b"ccollections\nOrderedDict\n](K\x01" + b"2\x86" * 60 + b"N\x86e\x85R.", "damaged"),
-    "tensor of many dimensions": (
+    "memo": b"Nr\xff\xff\xff\x3f0N.",  # keeps None at an index of a thousand million
+    "bytearray": b"\x96\0\0\0\0\x10\0\0\0.",
+    "hash of a key": b"}" + NESTED + b"Ns.",
+    "set": b"\x8f(" + NESTED + b"\x90.",
+    "key of a storage": b"X\x07\0\0\0storagectorch\nFloatStorage\n" + NESTED + b"\x87Q.",
+    "type of a storage": b"X\x07\0\0\0storage" + NESTED + b"X\x01\0\0\x000\x87Q.",
+    "argument of a dict": b"ccollections\nOrderedDict\n](" + NESTED + b"N\x86e\x85R.",
+    "tensor of many dimensions":
         b"ctorch._utils\n_rebuild_tensor_v2\n((X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000tQ"
-        + b"K\x00(" + b"J\xff\xff\xff\x7f" * 20000 + b"t(" + b"K\x00" * 20000 + b"ttR.", "too many dimensions",
-    ),
+        + b"K\x00(" + b"J\xff\xff\xff\x7f" * 20000 + b"t(" + b"K\x00" * 20000 + b"ttR.",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_small_pickle_takes_little_memory_and_time(name, tmp_path):
-    pickled, message = BOMBS[name]
-    content = torch_zip(tmp_path / "x.pt", pickled, s0=bytes(16))
+    torch_zip(tmp_path / "x.pt", BOMBS[name], s0=bytes(16))
     tracemalloc.start()
     began = time.process_time()
     try:
-        if message:
-            with pytest.raises(UserError, match=message):
-                tensor_files.load_torch(content, "x.pt")
-        else:
-            assert tensor_files.load_torch(content, "x.pt") == (None, False)
+        with pytest.raises(UserError, match=r"x\.pt cannot be read"):
+            tensor_files.tensors(epath.Path(tmp_path / "x.pt"))
         assert tracemalloc.get_traced_memory()[1] < 1 << 24 and time.process_time() - began < 5
     finally:
         tracemalloc.stop()
@@ -252,11 +233,11 @@ def test_modules_that_share_modules_are_read_up_to_a_bound(tmp_path):
         torch_zip(path, tensor + b"0".join(modules) + b".", s0=struct.pack("<4f", 1, 2, 3, 4))
         with zipfile.ZipFile(path, "a") as archive:
             archive.writestr("archive/constants.pkl", b"N.")
-        return tensor_files.load_torch(path.read_bytes(), "x.pt")[0]
+        return tensor_files.load_torch(path.read_bytes())[0]
 
     assert sorted(load(3)) == ["a.a.a", "a.b.a", "b.a.a", "b.b.a"]
     np.testing.assert_array_equal(load(2)["b.a"], [1, 2, 3, 4])
-    with pytest.raises(UserError, match="modules without end"):
+    with pytest.raises(pickle.UnpicklingError, match="modules without end"):
         load(60)
 
 
@@ -266,21 +247,18 @@ def test_views_are_bounded_by_the_file(tmp_path):
     assert len(tensor_files.tensors(epath.Path(tmp_path / "x.pt"))) == 5
     large = torch.zeros(1 << 16)
     torch.save({str(i): large[i:] for i in range(30)}, tmp_path / "views.pt")
-    with pytest.raises(UserError, match="the same numbers in too many tensors"):
+    with pytest.raises(UserError, match="the same numbers in too many"):
         tensor_files.tensors(epath.Path(tmp_path / "views.pt"))
 
 
 def test_a_damaged_directory_of_a_zip(tmp_path):
-    content, refused = torch_zip(tmp_path / "x.pt", b"N.", s0=bytes(8)), 0
+    path = epath.Path(tmp_path / "x.pt")
+    content = torch_zip(tmp_path / "x.pt", b"N.", s0=bytes(8))
     start = content.index(b"PK\x01\x02")
     for at, value in itertools.product(range(0, 46, 2), (b"\xff\xff", b"\x00\x08", b"\x7f\x00")):
-        damaged = content[: start + at] + value + content[start + at + 2 :]
-        try:
-            assert tensor_files.load_torch(damaged, "x.pt") == (None, False)
-        except UserError as error:
-            assert str(error).startswith("x.pt ") and "\n" not in str(error)
-            refused += 1
-    assert refused > 30
+        path.write_bytes(content[: start + at] + value + content[start + at + 2 :])
+        with pytest.raises(UserError, match=r"^.*x\.pt cannot be read [^\n]*$"):
+            tensor_files.tensors(path)
 
 
 def test_half_precision_becomes_fp32(tmp_path):

@@ -141,9 +141,8 @@ def test_image_positions_are_interpolated_as_open_clip_does(size):
     theirs = open_clip.model.CLIP(8, vision, {"vocab_size": 20, "width": 8, "heads": 2, "layers": 1})
     held = {"visual.positional_embedding": torch.tensor(before[1]["params"]["img"]["positions"])}
     open_clip.model.resize_pos_embed(held, theirs)
-    np.testing.assert_allclose(
-        found["params/img/positions"], held["visual.positional_embedding"].numpy(), rtol=0, atol=1e-6
-    )
+    expected = held["visual.positional_embedding"].numpy()
+    np.testing.assert_allclose(found["params/img/positions"], expected, rtol=0, atol=1e-6)
     assert notes == [f"image positions interpolated from 4 x 4 to {size // 4} x {size // 4}"]
 
 
@@ -152,7 +151,7 @@ def test_what_is_fresh_and_what_is_left_out_is_named():
     assert "params/txt/tokens" in found and "params/log_scale" not in found
     assert notes == [
         "not in x, so initialised at random: params/img/patches/bias, params/log_scale, params/proj_txt/linear/kernel",
-        "in x and not in this run: params/img/norm_pre/norm/bias, params/img/norm_pre/norm/scale",
+        "in x but not in this run: params/img/norm_pre/norm/bias, params/img/norm_pre/norm/scale",
     ]
     assert convert(towers(), towers(length=9))[1] == ["text positions stretched from 8 to 9"]
     with pytest.raises(UserError, match=r"img/positions has shape \(16, 16\), expected \(17, 16\)"):
@@ -161,9 +160,7 @@ def test_what_is_fresh_and_what_is_left_out_is_named():
 
 @pytest.mark.parametrize("changes", [{"vocab": 30}, {"embed": 4}])
 def test_what_decides_on_a_shape_is_named(changes):
-    with pytest.raises(
-        UserError, match=r"Set the keys of model and data\.tokenizer to what the weights have, or leave"
-    ):
+    with pytest.raises(UserError, match=r"Set the keys of model and data\.tokenizer to the weights' values, or leave"):
         convert(towers(), towers(**changes))
 
 

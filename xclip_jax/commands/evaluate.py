@@ -4,16 +4,14 @@
     xclip-jax evaluate --checkpoint RUN --suite imagenet,imagenet_v2 --profile slip
     xclip-jax evaluate --compare RUN_A RUN_B
 
-RUN is a run's folder, or weights that `xclip_jax.interop` reads: a folder or file of open_clip, of transformers, of
-OpenAI's CLIP or of `xclip-jax export`, or hf:ORG/NAME[@REVISION] of the Hugging Face Hub. Results are added to
-RUN/evaluation.json (for a file FILE.evaluation.json, for a repository ORG--NAME.evaluation.json), or to --output, set
-by set: each has its value, metric, protocol, templates, preprocessing, data set version, hash of the split, n and
-seconds, and its step and profile. A result of the same set, step and profile is replaced, all others stay;
-`evaluators.results` documents the file. FILE.items.npz in the same folder has per-example values, which --compare
-resamples for its intervals.
+RUN is a run's folder, or weights for `xclip_jax.interop`: a folder or file by open_clip, transformers, OpenAI's CLIP or
+`xclip-jax export`, or hf:ORG/NAME[@REVISION] of the Hugging Face Hub. Each set's results are added to
+RUN/evaluation.json (for a file FILE.evaluation.json, for a repository ORG--NAME.evaluation.json), or to --output, and
+replace earlier ones with the same set, step and profile; `evaluators.results` documents the file. FILE.items.npz next
+to it stores per-example values, which --compare resamples for its intervals.
 
-Images that cannot be decoded count as wrong, and the result says how many there were ("unreadable"); more than 5 % of a
-set are an error.
+Images that cannot be decoded count as wrong, and their number is a result ("unreadable"); more than 5 % of a set are an
+error.
 """
 
 import argparse
@@ -62,25 +60,27 @@ def evaluate(
       run, step: see `weights.load`.
       suite: see `registry.expand_suites`.
       profile: one of `registry.PROFILES`: templates, resizing and retrieval protocol together.
-      changes: fields of `Profile` to change; by default the run's config has the templates and names of your own
-        classes.
+      changes: fields of `Profile` to change; templates and names of your classes default to the run's config.
       data_dir: root of the data sets; by default the run's.
       output: file of the results, `hub.results_file(run)` by default.
 
     Returns:
-      The entries that this call added, as "results", and facts of the command.
+      The added entries, as "results", and facts about the command.
 
     Raises:
-      UserError: bad input, before the first set is evaluated; or sets that failed, after the others.
+      UserError: bad input, before the first set is evaluated; or failed sets, after the others.
     """
     began = time.perf_counter()
     names = registry.expand_suites(suite)
-    changes = json.loads(json.dumps(changes or {}))  # as the file has them
-    dataclasses.replace(registry.profile(profile), **changes)  # for its errors, before the work
+    changes = json.loads(json.dumps(changes or {}))  # like in the file
+    dataclasses.replace(registry.profile(profile), **changes)  # raises errors before the work
     place = hub.locate(run)
     config, experiment, variables, loaded_step, classes = weights.load(place, step)
     path = epath.Path(output) if output else hub.results_file(place.name)
-    _check_output(path)
+    if not is_remote(str(path)) and jax.process_count() == 1:  # with several, only the first writes
+        check_writable("--output", path.parent)
+    if path.exists():
+        results.read(path)  # raises an error for a damaged file before the work
     encoder = make_encoder(experiment, classes)
     profile_used = profile_of_run(config, profile, changes)
     opened = registry.open_all(names, encoder, data_dir, profile_used, experiment.config.data)
@@ -109,50 +109,36 @@ def evaluate(
             results.add(path, redact(entry), results.items(of_set), command, own=not output)
         entries.append(entry)
         measured += of_set
-    lines = (f"{run}, step {loaded_step}, profile {profile}", tables.render(measured), f"results: {path}")
-    log0("\n".join(lines))
+    log0(f"{run}, step {loaded_step}, profile {profile}\n{tables.render(measured)}\nresults: {path}")
     if failed:
         reasons = "".join(f"\n  {name}: {reason}" for name, reason in failed.items())
         raise UserError(f"{len(failed)} of {len(names)} evaluation sets failed; {path} has the others.{reasons}")
     return {**shared, **command, "results": entries}
 
 
-def _check_output(path: epath.Path) -> None:
-    """Raise an error for a damaged or read-only file of results, before the work."""
-    if not is_remote(str(path)) and jax.process_count() == 1:  # of several the first writes
-        check_writable("--output", path.parent)
-    _ = path.exists() and results.read(path)
-
-
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the command line."""
     parser = Parser(prog="xclip-jax evaluate", description=__doc__, epilog=registry.listing())
     add = parser.add_argument
     add("--checkpoint", metavar="RUN", help="folder of a run, or weights")
     add("--suite", action="append", help="demo (the default), paper, or names from the list below, joined by commas")
     add("--profile", help=f"{', '.join(registry.PROFILES)}; openai by default")
-    add("--prefix", help="text before captions of retrieval; by default the profile's, for published sets only")
+    add("--prefix", help="text before captions in retrieval; by default the profile's, for published sets only")
     add("--lower", action="store_true", default=None, help="captions in lower case")
-    add("--captions", type=int, help="number of captions of each image; 0 for all")
-    add(
-        "--template",
-        dest="templates",
-        action="append",
-        help="prompt of your own labelled images, with {c} for the class",
-    )
-    add("--class-names", dest="names", metavar="FILE", help="JSON file of names of your own classes, {label: name}")
-    add("--step", type=int, help="which checkpoint; the newest by default")
+    add("--captions", type=int, help="number of captions per image; 0 for all")
+    add("--template", dest="templates", action="append", help="prompt for your labelled images, {c} is the class")
+    add("--class-names", dest="names", metavar="FILE", help="JSON file of names for your classes, {label: name}")
+    add("--step", type=int, help="step of a run's checkpoint; the newest by default")
     add("--data-dir", default="", help="root of the data sets")
-    add("--output", default="", type=os.path.expanduser, help="file of the results")
-    add("--compare", nargs=2, metavar=("A", "B"), help="runs' folders, weights, or files of results")
+    add("--output", default="", type=os.path.expanduser, help="results file")
+    add("--compare", nargs=2, metavar=("A", "B"), help="runs' folders, weights, or results files")
     add_trust(parser)
     flags = parser.parse_args(argv)
     if bool(flags.checkpoint) == bool(flags.compare):
         parser.error("give either --checkpoint RUN or --compare A B")
-    ignored = ("suite", "data_dir", *PROFILE_FIELDS)
-    if flags.compare and (given := [name for name in ignored if getattr(flags, name) not in (None, "")]):
-        option = {"templates": "template", "names": "class-names", "data_dir": "data-dir"}.get(given[0], given[0])
-        parser.error(f"--{option} has no effect with --compare, which reads results; evaluate both with it first")
+    for name in ("suite", "data_dir", *PROFILE_FIELDS) if flags.compare else ():
+        if getattr(flags, name) not in (None, ""):
+            option = {"templates": "template", "names": "class-names", "data_dir": "data-dir"}.get(name, name)
+            parser.error(f"--{option} has no effect with --compare, which reads results; evaluate both with it first")
     return flags
 
 
@@ -173,11 +159,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             check_count("--captions", flags.captions, 0)
         compiler.enable_cache()
         flags.names = read_class_names(flags.names) if flags.names else None
-        suite = ",".join(flags.suite or ["demo"])
         fields = {key: getattr(flags, key) for key in PROFILE_FIELDS}
         evaluate(
             flags.checkpoint,
-            suite,
+            ",".join(flags.suite or ["demo"]),
             step=flags.step,
             profile=flags.profile or "openai",
             changes={key: value for key, value in fields.items() if value is not None},

@@ -1,13 +1,13 @@
-"""Export weights of a run, or of another project, in the format of another library.
+"""Export weights of a run or another project in the format of another library.
 
     xclip-jax export --checkpoint RUN --to hf OUT [--push ORG/NAME]
 
 writes the folder OUT: `hf` for transformers (CLIPModel, with its processor), `open_clip` for open_clip, `safetensors`
-for xclip_jax itself, which loses nothing. The model's preprocessing and tokenizer are written too; if the format
-cannot store them, the export fails (except for data.background='white', which is only reported). README.md is
-a model card with data, recipe and results of the run. RUN may also be weights that `xclip_jax.interop` reads, such as
-hf:ORG/NAME. Where the run evaluates the moving average of its parameters (eval.ema), the average is exported.
---push uploads the files to a repository of the Hugging Face Hub, after everything else.
+for xclip_jax itself, without losses. Preprocessing and tokenizer are exported too; if the format cannot store them, the
+export fails (data.background='white' and data.exif_rotation are only reported). README.md is a model card with the
+run's data, recipe and results. RUN may also be weights for `xclip_jax.interop`, such as hf:ORG/NAME. If the run
+evaluates the moving average of its parameters (eval.ema), the average is exported. --push finally uploads the files to
+a repository of the Hugging Face Hub.
 """
 
 import os
@@ -20,7 +20,7 @@ from etils import epath
 from xclip_jax import interop
 from xclip_jax.config import schema
 from xclip_jax.core.console import log0
-from xclip_jax.core.errors import Parser, UserError, exit_with_message
+from xclip_jax.core.errors import Parser, UserError, check_choice, exit_with_message
 from xclip_jax.core.imports import add_trust, trusting
 from xclip_jax.core.storage import write_whole
 from xclip_jax.interop import hub
@@ -44,18 +44,16 @@ def export(
 
     Args:
       path, step: see `weights.load`.
-      out: an empty folder, or one to create.
+      out: an empty or new folder.
       to: one of `interop.FORMATS`.
       overwrite: replace the files of an earlier export in `out`; other files stay.
-      push: "ORG/NAME" of the Hub, to which the files are uploaded once all are written; "" for none. There too the
-        files of an earlier export are replaced, and others stay.
-      private: whether a repository that the upload makes is private.
+      push: repository "ORG/NAME" of the Hub to upload to, where an earlier export is replaced too; "" for none.
+      private: whether a new repository is private.
 
     Raises:
-      UserError: bad input, or a model that the format does not have; of `push`, see `hub.check_push`, `hub.push`.
+      UserError: bad input, or a model that the format does not support.
     """
-    if to not in interop.FORMATS:
-        raise UserError(f"--to is {to!r}; expected one of {', '.join(interop.FORMATS)}.")
+    check_choice("--to", to, interop.FORMATS)
     out = os.path.expanduser(out)
     folder = epath.Path(out)
     if folder.exists() and not overwrite and (not folder.is_dir() or any(folder.iterdir())):
@@ -94,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--step", type=int, help="step of a run's checkpoint; the newest by default")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     parser.add_argument("--push", default="", metavar="ORG/NAME", help="repository of the Hub to upload the files to")
-    parser.add_argument("--private", action="store_true", help="a repository that --push makes is private")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
     add_trust(parser)
     parser.add_argument("out", metavar="OUT", help="folder to write")
     flags = parser.parse_args(argv)

@@ -1,11 +1,11 @@
-"""A model on the tasks of MTEB and of MIEB, its part with images, by the package `mteb` (2.x, the extra `mteb`).
+"""Evaluate a model on tasks of MTEB and MIEB (with images), by the package `mteb` (2.x, the extra `mteb`).
 
     import mteb, xclip_jax.commands.mteb
 
     model = xclip_jax.commands.mteb.Model("runs/mine")
     mteb.evaluate(model, mteb.get_tasks(tasks=["STS12", "CIFAR10ZeroShot", "Flickr30kT2IRetrieval"]))
 
-`mteb` fetches the data of its tasks, computes the scores and keeps the results in its own cache.
+`mteb` fetches data, computes scores and caches results.
 """
 
 import os
@@ -22,15 +22,14 @@ __all__ = ["Model"]
 
 
 class Model:
-    """A model in the form of `mteb.EncoderProtocol`: dense embeddings of texts and images, compared by cosine.
+    """An `mteb.EncoderProtocol`: dense embeddings of texts and images, compared by cosine.
 
-    Prompts and instructions of tasks are not used. An item of a text and an image has the sum of both embeddings, each
-    of unit length.
+    Prompts and instructions of tasks are ignored. An item with text and image gets the sum of both unit embeddings.
 
     Attributes:
       model: the `xclip_jax.model.Model`.
       mteb_model_meta: `mteb.ModelMeta`. Its revision is a checksum of weights, tokenizer and preprocessing: `mteb`
-        keeps results by name and revision.
+        caches results by name and revision.
     """
 
     def __init__(
@@ -39,12 +38,12 @@ class Model:
         """Load a model, on all devices of this machine.
 
         Args:
-          model: a run's folder, weights or hf:ORG/NAME, as `xclip_jax.load` takes it; or its result.
+          model: a path or repository for `xclip_jax.load`, or its result.
           name: "ORG/NAME" for the results; by default the repository of the Hub, or xclip_jax/FOLDER.
           step, batch: see `xclip_jax.load`.
 
         Raises:
-          UserError: `mteb` is not installed, a model that cannot be loaded, or a name without a slash.
+          UserError: `mteb` is not installed, the model cannot be loaded, or a name without a slash.
         """
         try:
             from mteb.models.model_meta import ModelMeta, ScoringFunction
@@ -55,7 +54,7 @@ class Model:
         self.model = model if isinstance(model, inference.Model) else inference.load(model, step=step, batch=batch)
         name = name or _name(str(self.model.card.get("checkpoint", "model")))
         if "/" not in name:
-            raise UserError(f"name is {name!r}; mteb wants ORG/NAME.")
+            raise UserError(f"name is {name!r}; mteb expects ORG/NAME.")
         self.mteb_model_meta = ModelMeta.create_empty(
             {
                 "name": name,
@@ -70,30 +69,30 @@ class Model:
         )
 
     def encode(self, inputs: Iterable[Mapping[str, Any]], **options: Any) -> np.ndarray:
-        """Return the embeddings, fp32 (items, e), of the items of a `DataLoader`.
+        """Return embeddings, fp32 (items, e).
 
         Args:
-          inputs: batches {"text": strings, "image": Pillow's images}, of either or of both.
-          options: further ones of the protocol, such as `task_metadata` and `prompt_type`; not used.
+          inputs: batches {"text": strings, "image": Pillow images} with either or both, such as from a `DataLoader`.
+          options: other arguments of the protocol, such as `task_metadata` and `prompt_type`; not used.
         """
         encoders = {"text": self.model.encode_text, "image": self.model.encode_image}
         return np.concatenate([sum(encoders[key](batch[key]) for key in encoders if key in batch) for batch in inputs])
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> Any:
-        """Return the cosines (n, m) of embeddings (n, e) and (m, e), as a torch tensor."""
+        """Return cosines (n, m) of embeddings (n, e) and (m, e), as a torch tensor."""
         from mteb.similarity_functions import cos_sim
 
         return cos_sim(embeddings1, embeddings2)
 
     def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> Any:
-        """Return the cosines (n,) of embeddings (n, e) and (n, e), pair by pair, as a torch tensor."""
+        """Return pairwise cosines (n,) of embeddings (n, e) and (n, e), as a torch tensor."""
         from mteb.similarity_functions import pairwise_cos_sim
 
         return pairwise_cos_sim(embeddings1, embeddings2)
 
 
 def _name(checkpoint: str) -> str:
-    """Return "ORG/NAME" of a repository of the Hub, or "xclip_jax/FOLDER"."""
+    """Return "ORG/NAME" for a repository of the Hub, else "xclip_jax/FOLDER"."""
     if hub.is_hub(checkpoint):
         return hub.repository_of(checkpoint).partition("@")[0]
     return f"xclip_jax/{os.path.basename(os.path.abspath(checkpoint))}"

@@ -1,15 +1,15 @@
-"""Weights from and to other projects, in NumPy: OpenAI's CLIP, open_clip, Hugging Face, and our format.
+"""Read and write weights as NumPy arrays: OpenAI's CLIP, open_clip, Hugging Face transformers, and our format.
 
-A model is a pair (config, variables). `config` contains the required groups of a run's config, as plain dicts: "model",
-"objective", and from "data" and "eval" the tokenizer, resample ("bicubic", for new training) and the keys of
+A model is a pair (config, variables). `config` contains the required groups of a run's config as plain dicts: "model",
+"objective", and in "data" and "eval" the tokenizer, resample ("bicubic", for new training) and the keys of
 `Preprocessing`. Its group "source" contains the format of the weights, notes on assumptions and ignored values, and the
-"classes" of a fine-tuned model of our format.
+"classes" of a model fine-tuned here.
 `variables`, the input of `TwoTowers.apply`, are fp32: "params", and "batch_stats" for heads with BatchNorm.
 """
 
 import contextlib
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -37,13 +37,13 @@ __all__ = ["FORMATS", "read", "write"]
 FORMATS = ("hf", "open_clip", "safetensors")
 CONFIG = "xclip_config.json"
 WEIGHTS = "xclip_model.safetensors"
-# All files that `write` may create, and one that transformers would prefer to those.
+# All files that `write` may create, and one that transformers would prefer to them.
 WRITTEN = (
     CONFIG, WEIGHTS, CLASS_NAMES, open_clip.CONFIG, open_clip.WEIGHTS, hf.CONFIG, hf.WEIGHTS, hf.PREPROCESSOR,
     hf.PROCESSOR, vocabulary.FILE, *vocabulary.CLIP_FILES, vocabulary.OPTIONS, vocabulary.SPECIAL,
 )  # fmt: skip
 
-# Keys of `model` with the values that the formats of other projects can express.
+# Keys of `model` and their values in the formats of other projects.
 _CLIP_STYLES = ("xclip", "openai", "tanh")
 _CLIPS: dict[str, tuple[Any, ...]] = {
     "img.pool": ("cls",), "img.stem": ("linear",), "img.style": _CLIP_STYLES, "txt.style": _CLIP_STYLES,
@@ -55,9 +55,8 @@ def read(place: str | hub.Place) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return (config, variables) of weights; see the module's docstring.
 
     Args:
-      place: a folder or a file of weights: .safetensors, or .bin, .pt and .pth in the format of torch.save since 1.6.
-        Their config is read from the same folder; OpenAI's archives need none. "hf:ORG/NAME[@REVISION]" is a repository
-        of the Hugging Face Hub, see `hub.locate`.
+      place: a folder, a file (.safetensors; .bin, .pt and .pth by torch.save since 1.6) or "hf:ORG/NAME[@REVISION]" of
+        the Hugging Face Hub, see `hub.locate`. The config is read from the same folder; OpenAI's archives need none.
 
     Raises:
       UserError: nothing to read, files that contain more than tensors, an unsupported architecture, or missing,
@@ -89,12 +88,12 @@ def read(place: str | hub.Place) -> tuple[dict[str, Any], dict[str, Any]]:
 
 @contextlib.contextmanager
 def _unusable_values(file: epath.Path) -> Iterator[None]:
-    """Turn errors caused by values of a wrong type or out of range into a `UserError` with the name of `file`."""
+    """Turn errors caused by values of a wrong type or out of range into a `UserError` that names `file`."""
     try:
         yield
+    except UserError:
+        raise
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(
             f"{file} has a value that cannot be used, or does not fit the tensors ({type(error).__name__}: {error}); "
             "download or export the model again."
@@ -108,12 +107,13 @@ def _read_own(tensors: tensor_files.Tensors, folder: epath.Path) -> tuple[dict[s
     keys = Preprocessing.from_dict(config, _image_tower(config).image_size).to_config()
     config["data"] = config["data"] | keys["data"]
     stored = config.get("eval", {})
-    prompts = {
-        "templates": stored.get("templates"), "class_names": stored.get("class_names") and str(folder / CLASS_NAMES),
-    }  # fmt: skip
-    config["eval"] = {name: value for name, value in prompts.items() if value} | keys["eval"]
+    prompts = {name: stored[name] for name in ("templates", "class_names") if stored.get(name)}
+    if "class_names" in prompts:
+        prompts["class_names"] = str(folder / CLASS_NAMES)
+    config["eval"] = prompts | keys["eval"]
     source: dict[str, Any] = {"format": "safetensors", "notes": ()}
-    if classes := config.pop("classes", None):
+    classes = config.pop("classes", None)
+    if classes:
         source["classes"] = tuple(classes)
     return config | {"source": source}, unflatten_dict(tensors, sep="/")
 
@@ -138,7 +138,7 @@ def write(
       classes: classes of a fine-tuned model.
 
     Returns:
-      Sentences about parts of the model that the format cannot hold.
+      Notes on parts of the model that the format cannot store.
 
     Raises:
       UserError: the format does not support the model, tokenizer or preprocessing, or `path` is a run directory.
@@ -148,12 +148,7 @@ def write(
         raise UserError(f"{path!r} is a run directory; name another folder.")
     variables = jax.tree.map(lambda x: np.asarray(x, np.float32), dict(variables))
     folder = epath.Path(path).expanduser()
-    name = config["data"]["tokenizer"]
-    plugins = config["model"].get("plugins", {})
-    if plugins and to != "safetensors":
-        types = ", ".join(f"{tower} {options['type']!r}" for tower, options in plugins.items())
-        raise UserError(f"{to!r} cannot hold a tower of another type ({types}); write to 'safetensors'.")
-    tokens = tokenizer.load(name)
+    tokens = tokenizer.load(config["data"]["tokenizer"])
     content: dict[str, Any]
     if to == "safetensors":
         file = CONFIG
@@ -161,14 +156,16 @@ def write(
         tensors = flatten_dict(variables, sep="/")
         content, texts, notes = _own_config(config, classes)
     else:
-        if name == "bytes":
-            raise UserError(f"tokenizer 'bytes' has no files that {to!r} could read; write to 'safetensors'.")
+        fault = _find_unsupported(config, variables["params"])
+        if fault:
+            raise UserError(f"{fault}, which {to!r} does not support; write to 'safetensors'.")
         project = hf if to == "hf" else open_clip
-        flat, notes = _expressible(variables, config, project.HEADS, to)
         file = project.CONFIG
         weights = project.WEIGHTS
-        content, tensors, texts, more = project.write(config, flat, tokens, repository)
-        notes += more
+        kept = {"img", "txt", *project.HEADS}
+        flat = _unrolled({name: tree for name, tree in variables["params"].items() if name in kept}, config)
+        content, tensors, texts, notes = project.write(config, flat, tokens, repository)
+        notes = _left_out(config, sorted(variables["params"].keys() - kept), to) + notes
     folder.mkdir(parents=True, exist_ok=True)
     for old in WRITTEN:
         (folder / old).unlink(missing_ok=True)
@@ -182,7 +179,7 @@ def write(
 def _own_config(
     config: Mapping[str, Any], classes: Sequence[str] | None
 ) -> tuple[dict[str, Any], dict[str, str], list[str]]:
-    """Return the content of our config file, {file: text} to write with it, and notes, see `write`."""
+    """Return the content of our config file, {file: text} to write next to it, and notes, see `write`."""
     keys = Preprocessing.from_dict(config, _image_tower(config).image_size).to_config()
     name = config["data"]["tokenizer"]
     texts = {}
@@ -210,47 +207,43 @@ def _image_tower(config: Mapping[str, Any]) -> ImageTower:
     return read_group(ModelConfig, config["model"], "model", []).tower("img")
 
 
-def _expressible(
-    variables: Variables, config: Mapping[str, Any], heads: Collection[str], to: str
-) -> tuple[Flat, list[str]]:
-    """Return the flat, unrolled parameters that a format with these heads can hold, and notes on the others.
-
-    Raises:
-      UserError: the format does not support the model's embedding space or image tower.
-    """
-    params = dict(variables["params"])
+def _find_unsupported(config: Mapping[str, Any], params: Mapping[str, Any]) -> str:
+    """Return a feature of the model that only our format supports, or ""."""
     model = config["model"]
+    plugins = model.get("plugins", {})
+    if plugins:
+        return ", ".join(f"the {tower} tower is of type {options['type']!r}" for tower, options in plugins.items())
+    if config["data"]["tokenizer"] == "bytes":
+        return "the tokenizer is 'bytes'"
     for key, allowed in _CLIPS.items():
         tower, _, name = key.partition(".")
         if model[tower][name] not in allowed:
-            raise UserError(
-                f"model.{key} is {model[tower][name]!r}, which {to!r} does not have; write to 'safetensors'."
-            )
+            return f"model.{key} is {model[tower][name]!r}"
     objective = read_objective(config["objective"])
     trained = objective.similarities and not objective.similarities[0].is_distribution
     if not trained or not params.keys() >= hf.HEADS:
-        raise UserError(
-            f"objective {objective.name!r} trains no shared embedding space, which {to!r} needs; write to "
-            "'safetensors'."
+        return f"objective {objective.name!r} trains no shared embedding space"
+    return ""
+
+
+def _left_out(config: Mapping[str, Any], heads: Sequence[str], to: str) -> list[str]:
+    """Return notes on heads and preprocessing that the format `to` cannot store."""
+    parts = [", ".join(heads)] if heads else []
+    if config["data"].get("background") == WHITE:
+        parts.append(f"data.background={WHITE!r}; lay transparent images on white before they are resized")
+    if config["data"].get("exif_rotation"):
+        parts.append(
+            "data.exif_rotation=True; rotate images by their EXIF tag before they are resized, as "
+            "PIL.ImageOps.exif_transpose does"
         )
+    return [f"not stored, because {to!r} has no field for it: {part}" for part in parts]
+
+
+def _unrolled(params: Mapping[str, Any], config: Mapping[str, Any]) -> Flat:
+    """Return flat parameters with unrolled blocks."""
+    params = dict(params)
     for tower in ("img", "txt"):
         blocks = params[tower]["transformer"]
         if "blocks" in blocks:
-            params[tower] = params[tower] | {"transformer": unstack_blocks(blocks, model[tower]["depth"])}
-    held = {"img", "txt", *heads}
-    notes = []
-    missing = sorted(params.keys() - held)
-    if missing:
-        notes.append(f"left out, since {to!r} has no place for them: {', '.join(missing)}")
-    if config["data"].get("background") == WHITE:
-        notes.append(
-            f"left out, since {to!r} has no place for it: data.background={WHITE!r}; lay transparent images on white "
-            "before they are resized"
-        )
-    if config["data"].get("exif_rotation"):
-        notes.append(
-            f"left out, since {to!r} has no place for it: data.exif_rotation=True; rotate images by their EXIF tag "
-            "before they are resized, as PIL.ImageOps.exif_transpose does"
-        )
-    flat = flatten_dict({name: tree for name, tree in params.items() if name in held}, sep="/")
-    return {name: np.asarray(x) for name, x in flat.items()}, notes
+            params[tower] = params[tower] | {"transformer": unstack_blocks(blocks, config["model"][tower]["depth"])}
+    return {name: np.asarray(x) for name, x in flatten_dict(params, sep="/").items()}

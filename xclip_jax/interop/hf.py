@@ -22,7 +22,7 @@ PREPROCESSOR = "preprocessor_config.json"
 PROCESSOR = "processor_config.json"
 _ACTS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 _INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
-_LEGACY_EOT = 2  # in configs before 2023, for which CLIPModel pools at the largest id
+_LEGACY_EOT = 2  # the end token in configs before 2023; CLIPModel then pools at the largest id
 _BLOCKS: dict[str, str | tuple[str, ...]] = {
     f"{tower}/transformer/blocks/{ours}": tuple(prefix + x for x in theirs)
     for tower, prefix in (("img", "vision_model.encoder.layers.{}."), ("txt", "text_model.encoder.layers.{}."))
@@ -51,27 +51,24 @@ _SIGLIP = _CLIP | {
 }  # fmt: skip
 _QKV = f"{_POOL}attention.in_proj_"  # queries, keys and values in one tensor; our q and kv are separate
 HEADS = frozenset({"proj_img", "proj_txt", "log_scale"})  # heads of a CLIPModel
-# Defaults that the config and processor classes do not write to files.
-_IMAGE: dict[str, Any] = {
+# Defaults of the config and processor classes, absent from files.
+_TOWER: dict[str, Any] = {
     "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
-    "image_size": 224, "patch_size": 32, "num_channels": 3,
 }  # fmt: skip
-_TEXT: dict[str, Any] = {
-    "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8,
-    "max_position_embeddings": 77, "vocab_size": vocabulary.CLIP_SIZE, "eos_token_id": vocabulary.CLIP_SIZE - 1,
-}  # fmt: skip
-_TOWER: dict[str, Any] = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
-_SIGLIP_TOWER: dict[str, Any] = {
-    "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
-    "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6,
-}  # fmt: skip
-_DEFAULTS = {
-    "clip": (_IMAGE | _TOWER, _TEXT | _TOWER),
+_CLIP_TOWER: dict[str, Any] = _TOWER | {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
+_SIGLIP_TOWER: dict[str, Any] = _TOWER | {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
+_DEFAULTS: Mapping[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "clip": (
+        _CLIP_TOWER | {"image_size": 224, "patch_size": 32, "num_channels": 3},
+        _CLIP_TOWER
+        | {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "max_position_embeddings": 77,
+           "vocab_size": vocabulary.CLIP_SIZE, "eos_token_id": vocabulary.CLIP_SIZE - 1},
+    ),
     "siglip": (
         _SIGLIP_TOWER | {"num_channels": 3, "image_size": 224, "patch_size": 16, "vision_use_head": True},
         _SIGLIP_TOWER | {"max_position_embeddings": 64, "vocab_size": 32000},
     ),
-}
+}  # fmt: skip
 _SIGLIP_PROCESSOR: dict[str, Any] = {
     "do_center_crop": False, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3,
 }  # fmt: skip
@@ -80,13 +77,15 @@ _SIGLIP_PROCESSOR: dict[str, Any] = {
 def read(
     tensors: Mapping[str, np.ndarray], folder: epath.Path, content: Mapping[str, Any], where: str
 ) -> tuple[dict[str, Any], Flat]:
-    """Return config and flat parameters of a CLIPModel or a SiglipModel from its tensors and config.json."""
+    """Return config and flat parameters of a CLIPModel or a SiglipModel, from its tensors and config.json."""
     kind = str(content.get("model_type"))
     check_choice(f"{where}: model_type", kind, _DEFAULTS)
-    cfg_img, cfg_txt = (
-        known | {key: value for key, value in _given(content, modality).items() if value is not None}
-        for known, modality in zip(_DEFAULTS[kind], ("vision", "text"), strict=True)
-    )
+    groups = []
+    for known, modality in zip(_DEFAULTS[kind], ("vision", "text"), strict=True):
+        group = content.get(f"{modality}_config_dict")  # in configs before 2023, with precedence
+        group = (content.get(f"{modality}_config") or {}) if group is None else group
+        groups.append(known | {key: value for key, value in group.items() if value is not None})
+    cfg_img, cfg_txt = groups
     check_choice(f"{where}: vision_config.num_channels", cfg_img["num_channels"], (3,))
 
     def tower(cfg: Mapping[str, Any]) -> dict[str, Any]:
@@ -107,8 +106,7 @@ def read(
         check_choice(f"{where}: vision_config.vision_use_head", cfg_img["vision_use_head"], (True,))
         tensors = _split_qkv(tensors)
         embed = cfg_txt.get("projection_size") or txt["width"]
-        if embed != img["width"]:
-            raise UserError(f"{where}: texts are projected to {embed} dimensions, and images have {img['width']}.")
+        check_choice(f"{where}: text_config.projection_size", embed, (img["width"],))
         img["pool"] = "map"
         txt |= {"causal": False, "pool": "last"}
         tokens = vocabulary.siglip(folder, vocab, where)
@@ -126,7 +124,7 @@ def read(
 
 
 def _split_qkv(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Split the pooling head's joint tensors into queries, and keys with values."""
+    """Split the joint tensors of the pooling head into queries, and keys with values."""
     split: dict[str, np.ndarray] = {}
     for name, x in tensors.items():
         if name.startswith(_QKV) and x.ndim and len(x) % 3 == 0:
@@ -138,17 +136,11 @@ def _split_qkv(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return split
 
 
-def _given(content: Mapping[str, Any], modality: str) -> Mapping[str, Any]:
-    # Configs of 2022 contain a second group, which takes precedence.
-    second = content.get(f"{modality}_config_dict")
-    return (content.get(f"{modality}_config") or {}) if second is None else second
-
-
 def _preprocessing(folder: epath.Path, size: int, family: str) -> Preprocessing:
-    """Return the preprocessing of the folder's image processor, by default that of `family`, "CLIP" or "Siglip"."""
+    """Return the preprocessing by the folder's image processor, or by default `family`'s, "CLIP" or "Siglip"."""
     content: dict[str, Any] = {}
     where = folder
-    for name in (PREPROCESSOR, PROCESSOR):  # transformers prefers the second if it contains an image processor
+    for name in (PREPROCESSOR, PROCESSOR):  # like in transformers, the second one takes precedence
         if (folder / name).exists():
             stored = read_json(folder / name)
             stored = stored.get("image_processor") if name == PROCESSOR else stored
@@ -185,23 +177,27 @@ def _preprocessing(folder: epath.Path, size: int, family: str) -> Preprocessing:
 
 
 def _edges(value: Any, *names: str) -> dict[str, Any]:
-    """Return a size as a dict of edges; some files contain a number instead."""
+    """Return a size as a dict of edges, which some files store as a number."""
     return dict(value) if isinstance(value, dict) else dict.fromkeys(names, value)
 
 
 def write(config: Mapping[str, Any], params: Flat, tokens: Tokenizer, repository: str = "") -> Export:
-    """Return a model as a CLIPModel, from the flat parameters of its towers and `HEADS`; no file needs `repository`.
+    """Return a model as a CLIPModel, from the flat parameters of its towers and `HEADS`; `repository` is not used.
 
-    Raises:
-      UserError: CLIPModel cannot represent the model, or CLIPImageProcessor its preprocessing.
+    A `UserError` names features without support in CLIPModel or CLIPImageProcessor.
     """
     model = config["model"]
-    vocab, eot = tokens.vocab_size, tokens.eot_id
-    if eot == _LEGACY_EOT:
-        raise UserError(
-            f"CLIPModel reads the id {eot}, the end token of tokenizer {config['data']['tokenizer']!r}, as the largest "
-            "id; write to 'open_clip'."
-        )
+    vocab = tokens.vocab_size
+    name = config["data"]["tokenizer"]
+    length = model["txt"]["context_length"]
+    prepare = Preprocessing.from_dict(config, model["img"]["image_size"])
+    fault = ""
+    if tokens.eot_id == _LEGACY_EOT:
+        fault = f"CLIPModel reads the id {_LEGACY_EOT}, the end token of tokenizer {name!r}, as the largest id"
+    elif prepare.resize_mode == "longest":
+        fault = "CLIPImageProcessor has no eval.resize='longest'"
+    if fault:
+        raise UserError(f"{fault}; write to 'open_clip' or 'safetensors'.")
     acts = {ours: theirs for theirs, ours in reversed(_ACTS.items())}
 
     def tower(group: Mapping[str, Any], modality: str) -> dict[str, Any]:
@@ -221,23 +217,14 @@ def write(config: Mapping[str, Any], params: Flat, tokens: Tokenizer, repository
         "vision_config": tower(model["img"], "vision")
         | {"image_size": model["img"]["image_size"], "patch_size": model["img"]["patch"], "num_channels": 3},
         "text_config": tower(model["txt"], "text")
-        | {"max_position_embeddings": model["txt"]["context_length"], "vocab_size": vocab, "eos_token_id": eot,
+        | {"max_position_embeddings": length, "vocab_size": vocab, "eos_token_id": tokens.eot_id,
            "bos_token_id": tokens.sot_id, "pad_token_id": vocabulary.padding(tokens)},
         "dtype": "float32",
     }  # fmt: skip
-    return Export(content, names.write(params, model, vocab, _CLIP), _files(config), [])
-
-
-def _files(config: Mapping[str, Any]) -> dict[str, str]:
-    """Return {file: text} of the image processor and the tokenizer."""
-    prepare = Preprocessing.from_dict(config, config["model"]["img"]["image_size"])
-    tokens = config["data"]["tokenizer"]
-    if prepare.resize_mode == "longest":
-        raise UserError("CLIPImageProcessor has no eval.resize='longest'; write to 'open_clip' or 'safetensors'.")
     size = prepare.size
     side = prepare.resize_size or size
     squash = prepare.resize_mode == "squash"
-    resample = {name: number for number, name in _INTERPOLATIONS.items()}[prepare.interpolation]
+    resample = next(number for number, name in _INTERPOLATIONS.items() if name == prepare.interpolation)
     processor = {
         "image_processor_type": "CLIPImageProcessor", "processor_class": "CLIPProcessor", "do_convert_rgb": True,
         "do_resize": True, "size": {"height": side, "width": side} if squash else {"shortest_edge": side},
@@ -245,6 +232,6 @@ def _files(config: Mapping[str, Any]) -> dict[str, str]:
         "crop_size": {"height": size, "width": size}, "do_rescale": True, "rescale_factor": 1 / 255,
         "do_normalize": True, "image_mean": prepare.mean, "image_std": prepare.std,
     }  # fmt: skip
-    length = config["model"]["txt"]["context_length"]
-    words = vocabulary.clip_files(length) if tokens == "clip" else vocabulary.own_files(tokens, length)
-    return {PREPROCESSOR: json.dumps(processor, indent=2) + "\n"} | words
+    words = vocabulary.clip_files(length) if name == "clip" else vocabulary.own_files(name, length)
+    texts = {PREPROCESSOR: json.dumps(processor, indent=2) + "\n"} | words
+    return Export(content, names.write(params, model, vocab, _CLIP), texts, [])

@@ -1,7 +1,7 @@
 """The Hugging Face Hub: "hf:ORG/NAME" and "hf:ORG/NAME@REVISION" as paths to weights, and uploads.
 
-`huggingface_hub`, the extra `hub`, is imported on first use. It stores the files in its cache and reads its environment
-variables: HF_HOME, HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE and others.
+`huggingface_hub`, the extra `hub`, is imported on first use. It caches files, and reads its environment variables
+HF_HOME, HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE and others.
 """
 
 import dataclasses
@@ -26,17 +26,17 @@ _COMPANIONS = (
     "xclip_config.json", CLASS_NAMES, open_clip.CONFIG, hf.CONFIG, hf.PREPROCESSOR, hf.PROCESSOR,
     vocabulary.FILE, vocabulary.CLIP_FILES[0], vocabulary.OPTIONS, vocabulary.SENTENCEPIECE,
 )  # fmt: skip
-_ALIAS = "hf-hub:"  # open_clip's form of `PREFIX`
+_ALIAS = "hf-hub:"  # open_clip's `PREFIX`
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Weights on this machine: the folder of a run, or files of weights; `locate` returns one.
+    """Weights on this machine, as `locate` returns them.
 
     Attributes:
-      name: the place as the user wrote it.
-      path: the run's folder, or a file or folder of weights; of a repository the file in the Hub's cache.
-      commit: the commit of a repository, "" for other places.
+      name: the user's name of the place.
+      path: a run's folder, or a file or folder of weights; for a repository, the file in the Hub's cache.
+      commit: commit of a repository, "" for other places.
     """
 
     name: str
@@ -51,13 +51,13 @@ class Place:
 
     @functools.cached_property
     def run(self) -> RunReader | None:
-        """The run whose folder this is, None for other weights."""
+        """The run in this folder, None for other weights."""
         run = RunReader(self.path)
         return run if run.is_run() else None
 
 
 def is_hub(path: str) -> bool:
-    """Return whether `path` names a repository of the Hub."""
+    """Whether `path` names a repository of the Hub."""
     return path.startswith((PREFIX, _ALIAS))
 
 
@@ -67,7 +67,7 @@ def repository_of(path: str) -> str:
 
 
 def results_file(path: str) -> epath.Path:
-    """Return the file of evaluations of a place: in a folder, else next to the file, or here for a repository."""
+    """Return the results file: in a run's or model's folder, next to a file, or for a repository in this folder."""
     return evaluation_file(repository_of(path).replace("/", "--") if is_hub(path) else path)
 
 
@@ -75,14 +75,14 @@ def locate(place: str | Place) -> Place:
     """Resolve a place of weights, and fetch "hf:ORG/NAME[@REVISION]" (or "hf-hub:...") into the Hub's cache.
 
     Fetches one file of weights (or the shards of one index), configs, tokenizer and preprocessing, and prints the
-    commit of a branch or tag. Without a connection to the Hub, or with HF_HUB_OFFLINE, the cache is used.
+    commit of a branch or tag. If the Hub cannot be reached, or with HF_HUB_OFFLINE, the cache is used.
 
     Args:
-      place: a path, which need not exist, or a repository of the Hub; a `Place` is returned as it is.
+      place: a repository of the Hub or a path, which need not exist; a `Place` is returned unchanged.
 
     Raises:
-      UserError: huggingface_hub is not installed, the repository or revision does not exist, access is refused, the
-        Hub cannot be reached and the cache lacks the weights, or the repository has no readable weights.
+      UserError: huggingface_hub is not installed, the Hub refuses or lacks the repository, revision or weights, or
+        neither the Hub nor its cache can provide them.
     """
     if isinstance(place, Place):
         return place
@@ -91,7 +91,7 @@ def locate(place: str | Place) -> Place:
     match = re.fullmatch(rf"({ID})(?:@(.+))?", repository_of(place))
     if not match:
         raise UserError(f"{place!r} names no repository of the Hub; expected hf:ORG/NAME or hf:ORG/NAME@REVISION.")
-    repository, revision = match[1], match[2]
+    repository, revision = match.groups()
     hub = hub_client.load(place)
     with hub_client.sentences(place, repository, revision):
         get = functools.partial(hub.snapshot_download, repository, revision=revision)
@@ -102,8 +102,7 @@ def locate(place: str | Place) -> Place:
                 raise
             get = functools.partial(get, local_files_only=True)
             names = set(os.listdir(get(allow_patterns=["-"])))  # the cached files of the repository
-        remedy = "download one with its config into a folder, and name the folder"
-        weights = tensor_files.choose(names, place, remedy)
+        weights = tensor_files.choose(names, place, "download one with its config into a folder, and name the folder")
         patterns = [glob.escape(name) for name in (*_COMPANIONS, weights) if name in names]
         folder = epath.Path(get(allow_patterns=patterns))
         if weights.endswith(".json"):
@@ -115,32 +114,20 @@ def locate(place: str | Place) -> Place:
 
 
 def check_push(repository: str) -> None:
-    """Check, without writing anything, that this account can upload to `repository`.
-
-    Raises:
-      UserError: huggingface_hub is not installed, the name is not of the form ORG/NAME, there is no account or it has
-        no access to ORG, or the Hub cannot be reached.
-    """
+    """Check, without writing anything, that this account can upload to `repository`; raise `UserError` if not."""
     flag = f"--push {repository}"
-    if not re.fullmatch(ID, repository):
-        raise UserError(f"{flag} names no repository of the Hub; expected ORG/NAME.")
     hub = hub_client.load(flag)
     with hub_client.sentences(flag, repository):
         account = hub.HfApi().whoami()
-    namespace = repository.partition("/")[0]
     names = [account["name"], *(organization["name"] for organization in account.get("orgs", ()))]
-    if namespace not in names:
-        raise UserError(f"{flag}: the account {names[0]} has no access to {namespace}; it has to {', '.join(names)}.")
+    if not re.fullmatch(ID, repository) or repository.partition("/")[0] not in names:
+        raise UserError(f"{flag}: expected ORG/NAME with an ORG to which the account has access: {', '.join(names)}.")
 
 
 def push(folder: str, names: Sequence[str], repository: str, *, obsolete: Sequence[str], private: bool = False) -> str:
     """Upload the files `names` of `folder` to `repository` in one commit, and return the repository's URL.
 
-    A missing repository is created, as a private one with `private`. The files `obsolete` are removed from it unless
-    they are uploaded.
-
-    Raises:
-      UserError: the Hub refuses the upload or cannot be reached.
+    A missing repository is created, private if `private`. Files in `obsolete` are removed unless they are uploaded.
     """
     flag = f"--push {repository}"
     api = hub_client.load(flag).HfApi()

@@ -1,4 +1,4 @@
-"""Conversion of configs and parameters to and from the names of other projects."""
+"""Configs and parameters converted to and from the names of other projects."""
 
 import dataclasses
 import math
@@ -31,11 +31,10 @@ class Export(NamedTuple):
     notes: list[str]
 
 
-_UNROLLED = {"scan": False}  # like the weights of other projects
 _SHOWN = 8  # names that an error lists
 
-# {our name: a project's}. Ours is the name of a parameter, whose tensor has the same shape, or of a module; theirs is
-# then the prefix of "weight" and "bias", or several prefixes if our layer joins theirs. "{}" is the number of a block.
+# {our name: another project's}. Our name is a parameter's, with a tensor of the same shape, or a module's; theirs is
+# then the prefix of "weight" and "bias", or several prefixes if our layer joins theirs. "{}" is a block's number.
 Names = Mapping[str, str | tuple[str, ...]]
 
 
@@ -45,12 +44,13 @@ Names = Mapping[str, str | tuple[str, ...]]
 def model(img: Mapping[str, Any], txt: Mapping[str, Any], embed: int) -> dict[str, Any]:
     """Return the config group `model` of a CLIP, computed in fp32, with defaults for keys missing in weights."""
     defaults = dataclasses.asdict(ModelConfig())
-    towers = {"img": defaults["img"] | _UNROLLED | dict(img), "txt": defaults["txt"] | _UNROLLED | dict(txt)}
+    # Blocks are unrolled, like in the weights of other projects.
+    towers = {name: defaults[name] | {"scan": False} | dict(tower) for name, tower in (("img", img), ("txt", txt))}
     return defaults | towers | {"embed": embed, "dtype": "float32"}
 
 
 def find_style(act: str, eps: float, where: str, *, pre_norm: bool = True, siglip: bool = False) -> str:
-    """Return the style of a tower with this activation and LayerNorm; `UserError` if there is none."""
+    """Return the style of a tower with this activation and LayerNorm; raise `UserError` if none matches."""
     known = STYLES["siglip" if siglip else "xclip"]
     tower = dataclasses.replace(known, act=act, eps=eps, pre_norm=known.pre_norm and pre_norm)
     for name, style in STYLES.items():
@@ -66,7 +66,7 @@ def find_style(act: str, eps: float, where: str, *, pre_norm: bool = True, sigli
 def config(
     group: dict[str, Any], tokens: str, prepare: Preprocessing, source: str, *, sigmoid: bool, notes: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Return the config for `interop.read`, with the group `model`, the format `source` and the assumptions `notes`."""
+    """Return the config for `interop.read` with the group `model`, the format `source`, and notes on assumptions."""
     keys = prepare.to_config()
     return {
         "model": group,
@@ -78,7 +78,7 @@ def config(
 
 
 def mlp_ratio(hidden: int, width: int) -> float:
-    """Return the ratio r with int(r * width) == hidden."""
+    """Return a ratio with int(ratio * width) == hidden."""
     ratio = hidden / width
     return ratio if int(ratio * width) == hidden else (hidden + 0.5) / width
 
@@ -96,7 +96,7 @@ def preprocessing(size: int, mean: Any, std: Any, where: str, **resizing: Any) -
 
 
 def square(value: Any, key: str, where: str) -> int:
-    """Return a size that may be given as a pair of equal numbers."""
+    """Return a size, also from a list of two equal numbers."""
     sides = set(value) if isinstance(value, (list, tuple)) else {value}
     side = next(iter(sides), None)
     if len(sides) != 1 or not isinstance(side, int):
@@ -113,7 +113,7 @@ class Param(NamedTuple):
     Attributes:
       ours: name of the parameter.
       shape: its shape.
-      theirs: names of the other project's tensors.
+      theirs: names of the tensors.
       joined: shape of the joined tensors.
       axes: order of the axes of the joined tensors before they are reshaped to `shape`.
     """
@@ -126,18 +126,18 @@ class Param(NamedTuple):
 
     @property
     def parts(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the other project's tensors, by name."""
+        """Shapes of the tensors, by name."""
         n = len(self.theirs)
         return dict.fromkeys(self.theirs, (self.joined[0] // n, *self.joined[1:]) if n > 1 else self.joined)
 
     def read(self, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Return the parameter from the other project's tensors."""
+        """Return the parameter."""
         parts = [tensors[name] for name in self.theirs]
         x = np.concatenate(parts) if len(parts) > 1 else parts[0]
         return np.asarray(x.transpose(self.axes).reshape(self.shape), order="C")
 
     def write(self, x: np.ndarray) -> Flat:
-        """Return the other project's tensors from the parameter."""
+        """Return the tensors of the parameter `x`."""
         x = x.reshape([self.joined[axis] for axis in self.axes]).transpose(np.argsort(self.axes).astype(int))
         return dict(zip(self.theirs, np.split(x, len(self.theirs)) if len(self.theirs) > 1 else [x], strict=True))
 
@@ -156,7 +156,7 @@ def _shapes(group: Mapping[str, Any], vocab: int, *, sigmoid: bool) -> dict[str,
 
 
 def _params(group: Mapping[str, Any], vocab: int, names: Names, *, sigmoid: bool) -> list[Param]:
-    """Return all parameters of a model with unrolled blocks, with the config group `model` and `vocab` tokens."""
+    """Return all parameters of a model with unrolled blocks, the config group `model` and `vocab` tokens."""
     shapes = _shapes(group, vocab, sigmoid=sigmoid)
     params = []
     patch = group["img"]["patch"]
@@ -184,29 +184,26 @@ def _params(group: Mapping[str, Any], vocab: int, names: Names, *, sigmoid: bool
 
 
 def read(tensors: Mapping[str, np.ndarray], group: Mapping[str, Any], vocab: int, names: Names, where: str) -> Flat:
-    """Convert tensors of another project to the flat parameters of a model with config `group` and `vocab` tokens.
+    """Convert another project's tensors to flat parameters of a model with config `group` and `vocab` tokens.
 
-    Raises:
-      UserError: missing, unknown or misshapen tensors, listed by name.
+    A `UserError` lists missing, unknown or misshapen tensors by name.
     """
     params = _params(group, vocab, names, sigmoid=names.get("bias") in tensors)
     shapes = {name: shape for param in params for name, shape in param.parts.items()}
-    tensors = {name: _reshaped(x, shapes.get(name, x.shape)) for name, x in tensors.items()}
-    _check(tensors, shapes, where)
-    return {param.ours: param.read(tensors) for param in params}
+    reshaped = dict(tensors)
+    for name, shape in shapes.items():
+        x = tensors.get(name)
+        if x is not None and [n for n in x.shape if n != 1] == [n for n in shape if n != 1]:
+            reshaped[name] = x.reshape(shape)  # only axes of length 1 may differ
+    _check(reshaped, shapes, where)
+    return {param.ours: param.read(reshaped) for param in params}
 
 
 def write(params: Mapping[str, np.ndarray], group: Mapping[str, Any], vocab: int, names: Names) -> Flat:
-    """Convert flat parameters to tensors of another project, by name; for arguments and errors see `read`."""
+    """Convert flat parameters to another project's tensors, by name; for arguments and errors see `read`."""
     table = _params(group, vocab, names, sigmoid="bias" in params)
     _check(params, {param.ours: param.shape for param in table}, "the model")
     return {name: x for param in table for name, x in param.write(params[param.ours]).items()}
-
-
-def _reshaped(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Reshape `x` to `shape` if they differ only by axes of length 1, else return it unchanged."""
-    same = [n for n in x.shape if n != 1] == [n for n in shape if n != 1]
-    return x.reshape(shape) if same else x
 
 
 def _check(tensors: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]], where: str) -> None:

@@ -16,30 +16,30 @@ from xclip_jax.interop.tensor_files import OPENAI
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = "open_clip_model.safetensors"
-# For other tokenizers than CLIP's: open_clip loads them from a local folder, or from the Hub repository with this id.
+# Placeholder for the Hub repository from which open_clip loads other tokenizers than CLIP's.
 HUB_ID = "REPOSITORY/ID"
 _OWN_TOKENIZER = (
     "open_clip cleans texts before its tokenizer (broken encodings, HTML entities, white space), which the model's own "
     "does not; ids of other texts are equal",
     f"before it goes to the Hugging Face Hub, set text_cfg.hf_tokenizer_name in {CONFIG} to the repository's id",
 )
-# Extra entries of OpenAI's archives and of older versions of open_clip.
+# Extra entries in OpenAI's archives and in weights by older versions of open_clip.
 _IGNORED = (OPENAI, "context_length", "vocab_size")
 _IGNORED_ENDS = ("attn_mask", "position_ids")
-# Supported options; all others must be unset.
+# Supported options; all other options must be unset.
 _IMAGE = ("layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size", "patch_dropout", "no_ln_pre",
           "final_ln_after_pool", "output_tokens", "act_kwargs", "norm_kwargs", "attn_pooler_queries",
           "attn_pooler_heads", "pool_type", "pos_embed_type")  # fmt: skip
 _TEXT = ("context_length", "vocab_size", "hf_tokenizer_name", "width", "heads", "layers", "mlp_ratio", "pad_id",
          "eos_id", "final_ln_after_pool", "output_tokens", "act_kwargs", "norm_kwargs", "pool_type", "proj_type",
          "proj_bias")  # fmt: skip
-# Keys of towers that do not follow from tensors.
+# Keys of towers that tensors do not determine.
 _WITHOUT_SHAPE = ("style", "heads")
 _HARMLESS = ("timm_pool", "timm_proj", "hf_proj_type", "hf_pooler_type", "hf_model_pretrained", "timm_model_pretrained")
 
 
 def _clip(prefix: str = "", *, linear: bool = False) -> Names:
-    """Return the names of OpenAI's CLIP and open_clip, whose newer models have the `prefix` "text." for texts."""
+    """Return the names in OpenAI's CLIP and open_clip, whose newer models have the `prefix` "text." for texts."""
     names: dict[str, str | tuple[str, ...]] = {
         "img/patches": "visual.conv1.", "img/positions": "visual.positional_embedding",
         "img/cls": "visual.class_embedding", "img/norm_pre/norm": "visual.ln_pre.",
@@ -69,14 +69,18 @@ def read(
     `content` is the folder's open_clip_config.json, or None for OpenAI's archives, whose sizes follow from shapes. If
     the config next to an archive belongs to another model, it is ignored.
     """
+    model_cfg: Any = content and content.get("model_cfg", content)
     if content is not None:
-        _check_config(content.get("model_cfg", content), where)
+        vision, text = model_cfg["vision_cfg"], model_cfg["text_cfg"]
+        pool = "eos" if text.get("pool_type") == "eos" else "argmax"
+        _check_known("vision_cfg", vision, _IMAGE, where, pool_type="tok", pos_embed_type="learnable")
+        _check_known("text_cfg", text, _TEXT, where, pool_type=pool, proj_type="linear")
     if any(name.startswith(("visual.trunk.", "visual.layer1.", "visual.attn_pool.")) for name in tensors):
         raise UserError(
             f"{where} has a ResNet or a tower of timm; Vision Transformers with a class token are supported."
         )
     if content is None and OPENAI not in tensors:
-        raise UserError(f"{where} has no {CONFIG} in its folder, which has the facts that tensors lack; put it there.")
+        raise UserError(f"{where} has no {CONFIG} in its folder, which contains sizes and options; put it there.")
     archive = tensors.get(OPENAI)
     tensors = {name: x for name, x in tensors.items() if name not in _IGNORED and not name.endswith(_IGNORED_ENDS)}
     prefix = "text." if "text.token_embedding.weight" in tensors else ""
@@ -84,14 +88,14 @@ def read(
     vocab = len(tensors[f"{prefix}token_embedding.weight"])
     notes: list[str] = []
     if content is not None and archive is not None:
-        notes = _contradiction(content.get("model_cfg", content), tensors, prefix, where, openai=bool(archive))
-        content = None if notes else content
-    if content is None:
+        notes = _contradiction(model_cfg, tensors, prefix, where, openai=bool(archive))
+    if content is None or notes:
+        content = None
         img, txt, embed = _inferred(tensors, prefix)
         tokens = vocabulary.identify(folder, vocab, None, where)
     else:
-        img, txt, embed = _towers(content.get("model_cfg", content), where)
-        tokens, notes = _tokens(content.get("model_cfg", content), folder, where)
+        img, txt, embed = _towers(model_cfg, where)
+        tokens, notes = _tokens(model_cfg, folder, where)
     group = names.model(img, txt, embed)
     projection = f"{prefix}text_projection.bias"
     if projection in tensors and not tensors[projection].any():
@@ -102,7 +106,7 @@ def read(
 
 
 def _preprocessing(content: Mapping[str, Any], size: int, where: str) -> Preprocessing:
-    """Return the preprocessing of preprocess_cfg; like in open_clip, the tower's size replaces its `size`."""
+    """Return the preprocessing by preprocess_cfg; like in open_clip, the tower's size replaces its `size`."""
     mode = content.get("resize_mode") or "shortest"
     interpolation = content.get("interpolation") or "bicubic"
     check_choice(f"{where}: preprocess_cfg.resize_mode", mode, RESIZE_MODES)
@@ -121,31 +125,28 @@ def _contradiction(
 ) -> list[str]:
     """Return a note if a config does not belong to an archive.
 
-    Shapes decide, and for OpenAI's archives also the options that do not follow from shapes.
+    Shapes decide, and for OpenAI's archives also the options that shapes do not determine.
     """
-    sides = []
-    stated_vocab = content["text_cfg"].get("vocab_size", vocabulary.CLIP_SIZE)
-    stored_vocab = len(tensors[f"{prefix}token_embedding.weight"])
-    for (img, txt, embed), tokens in (
-        (_towers(content, where), stated_vocab),
-        (_inferred(tensors, prefix), stored_vocab),
-    ):
-        sizes: dict[str, Any] = {"embed_dim": embed, "text vocab_size": tokens}
-        for name, tower in (("vision", img), ("text", txt)):
-            hidden = int(tower["mlp_ratio"] * tower["width"])  # configs round the ratio
-            known = {key: value for key, value in tower.items() if key != "mlp_ratio"} | {"hidden width": hidden}
-            sizes |= {f"{name} {key}": value for key, value in known.items()}
-        sides.append(sizes)
-    stated, stored = sides
+
+    def sizes(towers: tuple[dict[str, Any], dict[str, Any], int], vocab: int) -> dict[str, Any]:
+        by_name: dict[str, Any] = {"embed_dim": towers[2], "text vocab_size": vocab}
+        for name, tower in zip(("vision", "text"), towers[:2], strict=True):
+            ratio = tower.pop("mlp_ratio")
+            tower["hidden width"] = int(ratio * tower["width"])  # configs round the ratio
+            by_name |= {f"{name} {key}": value for key, value in tower.items()}
+        return by_name
+
+    stated = sizes(_towers(content, where), content["text_cfg"].get("vocab_size", vocabulary.CLIP_SIZE))
+    stored = sizes(_inferred(tensors, prefix), len(tensors[f"{prefix}token_embedding.weight"]))
     unseen = () if openai else _WITHOUT_SHAPE
     for key, value in stored.items():
         if stated[key] != value and not key.endswith(unseen):
-            return [f"{CONFIG} in its folder is of another model and ignored: {key} is {stated[key]}, here {value}"]
+            return [f"{CONFIG} in its folder belongs to another model and is ignored: {key} {stated[key]}, not {value}"]
     return []
 
 
 def _inferred(tensors: Mapping[str, np.ndarray], prefix: str) -> tuple[dict[str, Any], dict[str, Any], int]:
-    """Infer the sizes of OpenAI's towers, whose heads are 64 wide, from shapes."""
+    """Infer the sizes of OpenAI's towers from shapes; their heads are 64 wide."""
 
     def tower(start: str, width: int) -> dict[str, Any]:
         depth = len({name.removeprefix(start).split(".")[0] for name in tensors if name.startswith(start)})
@@ -173,16 +174,9 @@ def _check_known(group: str, cfg: Mapping[str, Any], known: Sequence[str], where
         raise UserError(f"{where} is not supported: {CONFIG} sets {group}.{key}={cfg[key]!r}{expected}.")
 
 
-def _check_config(content: Mapping[str, Any], where: str) -> None:
-    """Check that a model has only supported options, before missing tensors are reported."""
-    _check_known("vision_cfg", content["vision_cfg"], _IMAGE, where, pool_type="tok", pos_embed_type="learnable")
-    pool = "eos" if content["text_cfg"].get("pool_type") == "eos" else "argmax"
-    _check_known("text_cfg", content["text_cfg"], _TEXT, where, pool_type=pool, proj_type="linear")
-
-
 def _towers(content: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict[str, Any], int]:
-    """Return both towers and the embedding size of model_cfg."""
-    vision, text, embed = content["vision_cfg"], content["text_cfg"], content["embed_dim"]
+    """Return both towers and the embedding size in model_cfg."""
+    vision, text = content["vision_cfg"], content["text_cfg"]
     quick = content.get("quick_gelu", False)
     width = vision.get("width", 768)
     pre_norm = not vision.get("no_ln_pre", False)
@@ -192,21 +186,19 @@ def _towers(content: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dic
     }
     txt = _tower(text, text.get("width", 512), text.get("heads", 8), quick, where)
     txt["context_length"] = text.get("context_length", 77)
-    return img, txt, embed
+    return img, txt, content["embed_dim"]
 
 
 def _tokens(content: Mapping[str, Any], folder: epath.Path, where: str) -> tuple[str, list[str]]:
-    """Return the tokenizer of model_cfg, and notes about it."""
+    """Return the tokenizer by model_cfg, and notes about it."""
     text = content["text_cfg"]
     vocab = text.get("vocab_size", vocabulary.CLIP_SIZE)
     eot = text.get("eos_id", 2) if text.get("pool_type") == "eos" else None
     tokens = vocabulary.identify(folder, vocab, eot, where)
-    notes = []
     if tokens != "clip":
-        notes.append("open_clip cleans texts before this tokenizer (HTML entities, white space); xclip_jax does not")
-    if text.get("hf_tokenizer_name") and tokens == "clip":
-        notes.append(f"its tokenizer {text['hf_tokenizer_name']!r} is assumed to be CLIP's")
-    return tokens, notes
+        return tokens, ["open_clip cleans texts before this tokenizer (HTML entities, white space); xclip_jax does not"]
+    named = text.get("hf_tokenizer_name")
+    return tokens, [f"its tokenizer {named!r} is assumed to be CLIP's"] if named else []
 
 
 def _tower(
@@ -223,18 +215,20 @@ def _tower(
 def write(config: Mapping[str, Any], params: Flat, tokens: Tokenizer, repository: str = "") -> Export:
     """Return a model in open_clip's format, from its flat parameters; `repository` is its id on the Hub, or "".
 
-    Raises:
-      UserError: open_clip does not support the model.
+    A `UserError` names features without support in open_clip.
     """
     model = config["model"]
-    vocab, eot = tokens.vocab_size, tokens.eot_id
+    vocab = tokens.vocab_size
     img, txt = model["img"], model["txt"]
+    prepare = Preprocessing.from_dict(config, img["image_size"])
     styles = {tower["style"] for tower in (img, txt)}
+    fault = ""
     if "openai" in styles and len(styles) > 1:
-        raise UserError(
-            f"open_clip has one kind of GELU for both towers, not those of styles {img['style']!r} and "
-            f"{txt['style']!r}; write to 'hf' or 'safetensors'."
-        )
+        fault = f"one kind of GELU for both towers; their styles are {img['style']!r} and {txt['style']!r}"
+    elif prepare.resize_size not in (0, prepare.size):
+        fault = f"no size but {prepare.size} to resize images to, and eval.resize_size is {prepare.resize_size}"
+    if fault:
+        raise UserError(f"open_clip has {fault}; write to 'hf' or 'safetensors'.")
 
     def options(tower: Mapping[str, Any]) -> dict[str, Any]:
         cfg: dict[str, Any] = {"width": tower["width"], "layers": tower["depth"], "mlp_ratio": tower["mlp_ratio"]}
@@ -246,8 +240,8 @@ def write(config: Mapping[str, Any], params: Flat, tokens: Tokenizer, repository
         "image_size": img["image_size"], "patch_size": img["patch"], "head_width": img["width"] // img["heads"],
     }  # fmt: skip
     text = options(txt) | {"context_length": txt["context_length"], "vocab_size": vocab, "heads": txt["heads"]}
-    if eot != vocab - 1:
-        text |= {"pool_type": "eos", "eos_id": eot}
+    if tokens.eot_id != vocab - 1:
+        text |= {"pool_type": "eos", "eos_id": tokens.eot_id}
     texts, notes = {}, []
     if tokens.name != "clip":
         text["hf_tokenizer_name"] = repository or HUB_ID
@@ -256,19 +250,9 @@ def write(config: Mapping[str, Any], params: Flat, tokens: Tokenizer, repository
     content = {"embed_dim": model["embed"], "quick_gelu": "openai" in styles, "vision_cfg": vision, "text_cfg": text}
     if "bias" in params:
         content["init_logit_bias"] = float(params["bias"])
-    whole = {"model_cfg": content, "preprocess_cfg": _preprocess_cfg(config)}
-    return Export(whole, names.write(params, model, vocab, _clip()), texts, notes)
-
-
-def _preprocess_cfg(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the group "preprocess_cfg" of open_clip_config.json."""
-    prepare = Preprocessing.from_dict(config, config["model"]["img"]["image_size"])
-    if prepare.resize_size not in (0, prepare.size):
-        raise UserError(
-            f"open_clip has no size but {prepare.size} to resize images to, and eval.resize_size is "
-            f"{prepare.resize_size}; write to 'hf' or 'safetensors'."
-        )
-    return {
+    preprocess = {
         "size": prepare.size, "mean": prepare.mean, "std": prepare.std, "interpolation": prepare.interpolation,
         "resize_mode": prepare.resize_mode, "fill_color": 0,
     }  # fmt: skip
+    whole = {"model_cfg": content, "preprocess_cfg": preprocess}
+    return Export(whole, names.write(params, model, vocab, _clip()), texts, notes)

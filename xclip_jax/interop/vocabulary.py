@@ -1,4 +1,4 @@
-"""Tokenizers of weights: identification of a folder's tokenizer, and files for transformers and open_clip."""
+"""Tokenizers of weights: which one a folder contains, and files for transformers and open_clip."""
 
 import hashlib
 import json
@@ -35,32 +35,26 @@ def identify(folder: epath.Path, size: int, eot: int | None, where: str) -> str:
     """Return the tokenizer of a text tower with `size` ids and pooling at id `eot` (None for the largest id).
 
     The result is "clip" if the folder's tokenizer.json contains CLIP's vocabulary, or is missing and the sizes are
-    CLIP's; otherwise it is the path of this file.
-
-    Raises:
-      UserError: neither tokenizer has this number of ids and this end, or the folder contains another vocabulary.
+    CLIP's; otherwise it is the path of this file. A `UserError` says that neither fits.
     """
     end = size - 1 if eot is None else eot
-    like_clip = (size, end) == (CLIP_SIZE, CLIP_SIZE - 1)
     file = folder / FILE
     words = folder / CLIP_FILES[0]
-    if like_clip:
+    if (size, end) == (CLIP_SIZE, CLIP_SIZE - 1):
         if file.exists() and _is_clips(read_json(file).get("model", {}).get("vocab")):
             return "clip"
         if not file.exists() and (not words.exists() or _is_clips(read_json(words))):
             return "clip"
-    if not file.exists():
-        raise UserError(
-            f"{where} has a vocabulary of {size} with end {end}, which is not CLIP's, and no {FILE} in its folder; "
-            "save its tokenizer there, as transformers' save_pretrained does."
-        )
-    stored = tokenizer.load(str(file))
-    if (stored.vocab_size, stored.eot_id) != (size, end):
-        raise UserError(
-            f"{where} has {size} token ids and pools texts at id {end}; {file} has {stored.vocab_size} and ends texts "
-            f"with {stored.eot_id}. Replace it by the {FILE} of these weights."
-        )
-    return str(file)
+    fault = f"and its folder has no {FILE}"
+    if file.exists():
+        stored = tokenizer.load(str(file))
+        if (stored.vocab_size, stored.eot_id) == (size, end):
+            return str(file)
+        fault = f"and {file} has {stored.vocab_size} and ends texts with {stored.eot_id}"
+    raise UserError(
+        f"{where} has {size} token ids and pools texts at id {end}, unlike CLIP's tokenizer, {fault}; save the "
+        f"{FILE} of these weights there, as transformers' save_pretrained does."
+    )
 
 
 def siglip(folder: epath.Path, size: int, where: str) -> str:
@@ -68,39 +62,30 @@ def siglip(folder: epath.Path, size: int, where: str) -> str:
 
     The folder's tokenizer.json or spiece.model defines neither padding nor cleaning of texts, so a complete file is
     written to the cache. Its tokenizer_config.json names the padding token; without it texts are padded with the end.
-
-    Raises:
-      UserError: the file is missing, damaged, or has another vocabulary.
+    A `UserError` says that the files are missing, damaged, or contain another vocabulary.
     """
-    file = folder / FILE
-    pieces = folder / SENTENCEPIECE
-    if pieces.exists():
-        file = pieces
-        model = read_sentencepiece(pieces.read_bytes(), str(pieces))
-    elif file.exists():
-        model = _read(str(file))
+    file = folder / SENTENCEPIECE
+    if file.exists():
+        model = read_sentencepiece(file.read_bytes(), str(file))
     else:
-        raise UserError(
-            f"{where} has no {FILE} or {SENTENCEPIECE} in its folder; copy its tokenizer's file there, and {OPTIONS}."
-        )
+        file = folder / FILE
+        model = _read(str(file))
     options = read_json(folder / OPTIONS) if (folder / OPTIONS).exists() else {}
-    if not options and model.token_to_id(_END_OF_SIGLIP2) is not None:
-        raise UserError(
-            f"{file} is a tokenizer of SigLIP 2, and {OPTIONS}, which names its padding, is missing in its folder."
-        )
     model.no_padding()
     model.no_truncation()
     added = model.encode("").ids  # tokens of the file's template
     end = str(model.id_to_token(added[-1])) if added else _token(options.get("eos_token")) or "</s>"
     pad = _token(options.get("pad_token")) or end
     ids = [model.token_to_id(token) for token in (end, pad)]
+    fault = ""
     if any(i is None or i >= size for i in ids):
-        raise UserError(
-            f"{where} has {size} token ids; {file} ends texts with {end!r} and pads them with {pad!r}, of ids {ids[0]} "
-            f"and {ids[1]}. Replace it by the file of these weights."
-        )
-    if not options.get("do_lower_case", True):
-        raise UserError(f"{folder / OPTIONS} sets do_lower_case to false, which is not supported; expected true.")
+        fault = f"{file.name} ends texts with {end!r} and pads them with {pad!r}, of ids {ids[0]} and {ids[1]}"
+    elif not options and model.token_to_id(_END_OF_SIGLIP2) is not None:
+        fault = f"{OPTIONS}, which names the padding of SigLIP 2, is missing"
+    elif not options.get("do_lower_case", True):
+        fault = f"{OPTIONS} sets do_lower_case to false, which is not supported"
+    if fault:
+        raise UserError(f"{folder}: {where} has {size} token ids, and {fault}; copy the files of its tokenizer there.")
     # SigLIP 2 was trained on texts in lower case only.
     cleaning = "lower" if str(options.get("tokenizer_class")).startswith(("Gemma", "Siglip2")) else "canonical"
     model.post_processor = processors.Sequence([])
@@ -113,16 +98,15 @@ def siglip(folder: epath.Path, size: int, where: str) -> str:
 
 
 def _token(value: Any) -> str | None:
-    """Return a token of tokenizer_config.json, which may be a dict of content and options."""
+    """Return a token of tokenizer_config.json, which may be stored as a dict of content and options."""
     value = value.get("content") if isinstance(value, dict) else value
     return value if isinstance(value, str) else None
 
 
 def _is_clips(vocabulary: Any) -> bool:
-    """Return whether {word: id} contains CLIP's words, except start and end, which have several spellings."""
-    if not isinstance(vocabulary, dict):
-        return False
-    return all(vocabulary.get(word) == i for i, word in enumerate(tokenizer.clip_vocabulary()[0]))
+    """Whether {word: id} contains CLIP's words, except start and end, which have several spellings."""
+    words = tokenizer.clip_vocabulary()[0]
+    return isinstance(vocabulary, dict) and all(vocabulary.get(word) == i for i, word in enumerate(words))
 
 
 def clip_files(length: int) -> dict[str, str]:
@@ -142,8 +126,7 @@ def clip_files(length: int) -> dict[str, str]:
 def own_files(path: str, length: int) -> dict[str, str]:
     """Return {file: content} for transformers and open_clip, which yield the same ids as the tokenizer file `path`.
 
-    Our tokenizer adds start, end and padding itself and treats special tokens in a text as text; the files configure
-    other projects likewise.
+    Our tokenizer adds start, end and padding itself and treats special tokens in a text as text; so do these files.
     """
     ours = tokenizer.load(path)
     if ours.cleaning:
@@ -169,11 +152,11 @@ def _read(path: str) -> tokenizers.Tokenizer:
         # From memory, since the library reads only local disks.
         return tokenizers.Tokenizer.from_str(tokenizer.read_file(path).decode())
     except Exception as error:  # The library raises bare `Exception`.
-        raise UserError(f"{path} is not a Hugging Face tokenizers JSON: {error}") from error
+        raise UserError(f"{path} is not a Hugging Face tokenizers JSON ({error}); copy the tokenizer there.") from error
 
 
 def padding(tokens: tokenizer.Tokenizer) -> int:
-    """Return the id for padding in other projects: the padding token, else the end, after which no tower reads."""
+    """Return the id for padding in other projects: the padding token, else the end token, which towers read up to."""
     if tokens.name in tokenizer.NAMES:
         return tokens.eot_id
     token = _read(tokens.name).id_to_token(tokens.pad_id)
@@ -183,11 +166,8 @@ def padding(tokens: tokenizer.Tokenizer) -> int:
 def read_sentencepiece(data: bytes, where: str) -> tokenizers.Tokenizer:
     """Return the tokenizer of a SentencePiece file (spiece.model) with a unigram model.
 
-    The file is a Protocol Buffers message, `ModelProto` of sentencepiece_model.proto, of which only the fields for the
-    ids are read.
-
-    Raises:
-      UserError: a damaged or another file, or another kind of model; the message begins with `where`.
+    Only the fields that determine the ids are read from this Protocol Buffers message, `ModelProto` of
+    sentencepiece_model.proto. A `UserError` about another or a damaged file begins with `where`.
     """
     try:
         fields = _fields(data)
@@ -199,18 +179,20 @@ def read_sentencepiece(data: bytes, where: str) -> tokenizers.Tokenizer:
         scores = [struct.unpack("<f", struct.pack("<I", piece.get(_SCORE, 0)))[0] for piece in pieces]
         vocabulary = [(piece[_TEXT].decode(), score) for piece, score in zip(pieces, scores, strict=True)]
         unknown = next(i for i, piece in enumerate(pieces) if piece.get(_TYPE) == _UNKNOWN)
-        model = tokenizers.Tokenizer(models.Unigram(vocabulary, unknown, bool(trainer.get(_BYTE_FALLBACK))))
+        kind = {_UNIGRAM: models.Unigram}[trainer.get(_MODEL_TYPE, _UNIGRAM)]
+        model = tokenizers.Tokenizer(kind(vocabulary, unknown, bool(trainer.get(_BYTE_FALLBACK))))
         steps = [normalizers.Precompiled(normalizer[_CHARACTER_MAP])] if normalizer.get(_CHARACTER_MAP) else []
     except Exception as error:  # The library raises bare `Exception`, and damaged bytes errors of any type.
-        raise UserError(f"{where} is not a file of SentencePiece, or damaged; download it again.") from error
-    if trainer.get(_MODEL_TYPE, _UNIGRAM) != _UNIGRAM:
-        raise UserError(f"{where} is not a unigram model; put the tokenizer.json of these weights into its folder.")
+        raise UserError(
+            f"{where} is damaged, or not a unigram model of SentencePiece; download it again, or replace it by the "
+            f"{FILE} of these weights."
+        ) from error
     model.normalizer = normalizers.Sequence([*steps, normalizers.Replace(tokenizers.Regex(" {2,}"), " ")])
     model.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
     return model
 
 
 def _fields(data: bytes) -> list[tuple[int, Any]]:
-    """Return (number, value) of each field of a message; a value is an integer or bytes."""
+    """Return (number, value) for each field of a message; a value is an integer or bytes."""
     message = empty_pb2.Empty.FromString(data)  # ty: ignore[missing-attribute] no field is known
     return [(field.field_number, field.data) for field in unknown_fields.UnknownFieldSet(message)]

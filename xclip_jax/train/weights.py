@@ -1,4 +1,4 @@
-"""The variables of a run's checkpoint or of other weights, and a new run's start from them: group `init`."""
+"""Load a run's checkpoint or other weights, and start a new run from them: group `init`."""
 
 import dataclasses
 import hashlib
@@ -40,10 +40,10 @@ class Loaded(NamedTuple):
 
     Attributes:
       config: the run's config, with batch and layout of this machine.
-      experiment: the experiment of `config`.
+      experiment: the experiment built from `config`.
       variables: the variables to evaluate: the moving average if `eval.ema` is set.
       step: step of the checkpoint; 0 for other weights.
-      classes: classes of a fine-tuned model; None if there are none or they have no names.
+      classes: class names of a fine-tuned model; None if there are none.
     """
 
     config: Config
@@ -58,7 +58,7 @@ def load(place: str | Place, step: int | None = None) -> Loaded:
 
     Args:
       place: a run's folder, anything that `interop.read` accepts, or the result of `hub.locate`.
-      step: which checkpoint of a run; the newest by default.
+      step: step of a run's checkpoint; the newest by default.
     """
     place = hub.locate(place)
     if not place.path.exists():
@@ -78,7 +78,7 @@ def load(place: str | Place, step: int | None = None) -> Loaded:
             log0(f"{place.name}: {note}")
         with imports.named_by(place.name):
             config = schema.resolve(schema.complete({"steps": 1} | content))
-    # Layout and batch belong to the machine that trained, not to the model.
+    # Layout and batch depend on the machine, not on the model.
     config = dataclasses.replace(
         config,
         mesh=MeshConfig(),
@@ -89,23 +89,22 @@ def load(place: str | Place, step: int | None = None) -> Loaded:
     experiment = build(config)
     if variables is not None:
         return Loaded(config, experiment, _device_put_checked(variables, experiment, place.name), 0, classes)
-    run = RunReader(place.path)
-    if not run.checkpoints.exists():
-        raise UserError(f"{run.path} holds no checkpoint; train it first, or name the folder of another run.")
-    with Checkpointer(run.path, read_only=True) as checkpointer:
-        state, _ = checkpointer.restore(_evaluated(experiment), step)
+    if not RunReader(place.path).checkpoints.exists():
+        raise UserError(f"{place.path} holds no checkpoint; train it first, or name the folder of another run.")
+    # Parts that are not evaluated stay on disk; the rest is replicated, so that every process can read it.
+    abstract = experiment.abstract
+    average = config.eval.ema and abstract.ema_params is not None
+    others = ("params", "batch_stats") if average else ("ema_params", "ema_batch_stats")
+    abstract = dataclasses.replace(abstract, **dict.fromkeys(("opt_state", "loss_state", *others)))
+    whole = replicated(experiment.mesh)
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), abstract)
+    with Checkpointer(place.path, read_only=True) as checkpointer:
+        state, _ = checkpointer.restore(abstract, step)
     return Loaded(config, experiment, state.variables(ema=config.eval.ema), int(state.step), classes)
 
 
 def adopt(config: ml_collections.ConfigDict, path: str) -> Config:
-    """Set the towers, tokenizer and preprocessing of a config to those that weights were trained with.
-
-    Returns:
-      The config of the weights.
-
-    Raises:
-      UserError: no weights, or ones that cannot be read.
-    """
+    """Set `config`'s towers, tokenizer and preprocessing to match the weights at `path`; return the weights' config."""
     place = hub.locate(path)
     if not place.path.exists():
         raise UserError(
@@ -118,14 +117,14 @@ def adopt(config: ml_collections.ConfigDict, path: str) -> Config:
         saved = schema.resolve(schema.complete({"steps": 1} | groups))
     for name in ("img", "txt"):
         tower = config.model[name]
-        # How a tower is computed does not depend on the weights.
+        # scan and remat only affect how a tower is computed.
         tower.update(dataclasses.asdict(getattr(saved.model, name)) | {"scan": tower.scan, "remat": tower.remat})
     config.model.plugins = saved.model.plugins
     config.model.img.patch_dropout = config.model.img.drop_path = 0.0
     prepare = Preprocessing.from_config(saved).to_config()
     config.eval.update(prepare["eval"])
     if saved.eval.resize_size and not saved.model.plugins:
-        # The same view of an image at a size that an argument or a flag may set later, rounded up.
+        # The same view of an image, rounded up, also if an argument or a flag changes its size later.
         size = config.model.img.get_ref("image_size")
         config.eval.resize_size = -(-size * saved.eval.resize_size // saved.model.img.image_size)
     with config.ignore_type():  # a name, or a pair
@@ -134,9 +133,9 @@ def adopt(config: ml_collections.ConfigDict, path: str) -> Config:
 
 
 def fingerprint(experiment: Experiment, variables: Variables) -> str:
-    """Return a checksum of all that decides a model's features: weights, tokenizer, lengths and preprocessing.
+    """Return a checksum of everything that determines features: weights, tokenizer, lengths and preprocessing.
 
-    It is the same on every kind of device, for stacked blocks and unrolled ones, and for a run and its export.
+    It does not depend on the device or on stacking of blocks, and is equal for a run and its export.
     """
     params = dict(variables["params"])
     for name in experiment.model.towers:
@@ -149,14 +148,14 @@ def fingerprint(experiment: Experiment, variables: Variables) -> str:
 
 def _completed(run: RunReader) -> ml_collections.ConfigDict:
     config = schema.complete((run.read_config() or {})["config"])
-    # The file that the config names may be elsewhere now.
+    # The tokenizer file may have moved since.
     if config.data.tokenizer not in tokenizer.NAMES and run.tokenizer_file.exists():
         config.data.tokenizer = str(run.tokenizer_file)
     return config
 
 
 def run_config(run: RunReader) -> Config:
-    """Return the config in a run's folder, with the folder's copy of a tokenizer file; raise `UserError`."""
+    """Return the config in a run's folder, with the folder's copy of the tokenizer file."""
     config = _completed(run)
     with imports.named_by(run.config_file):
         try:
@@ -166,93 +165,85 @@ def run_config(run: RunReader) -> Config:
 
 
 def _device_put_checked(variables: Variables, experiment: Experiment, path: str) -> Variables:
-    """`variables` on the devices, checked against the model that their config describes."""
+    """Put `variables` on the devices; raise `UserError` if their shapes do not match the experiment's."""
     expected = flatten_dict(experiment.abstract.variables(), sep="/")
     tensors = flatten_dict(dict(variables), sep="/")
     shapes = [{name: tuple(x.shape) for name, x in part.items()} for part in (expected, tensors)]
-    if differing := sorted({name for name, _ in shapes[0].items() ^ shapes[1].items()}):
+    differing = sorted({name for name, _ in shapes[0].items() ^ shapes[1].items()})
+    if differing:
         raise UserError(f"{path}: tensors do not match its config: {_listed(differing)}.")
     put = {name: jax.device_put(tensors[name], replicated(experiment.mesh)) for name in expected}
     return {"params": {}, "batch_stats": {}} | unflatten_dict(put, sep="/")
 
 
-def _evaluated(experiment: Experiment) -> TrainState:
-    """The abstract arrays to evaluate, each whole on all devices: every process can read their values."""
-    whole = replicated(experiment.mesh)
-    state = experiment.abstract
-    average = experiment.config.eval.ema and state.ema_params is not None
-    others = ("params", "batch_stats") if average else ("ema_params", "ema_batch_stats")
-    state = dataclasses.replace(state, **dict.fromkeys(("opt_state", "loss_state", *others)))
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), state)
-
-
 def read_initial(
     config: Config, abstract: TrainState, classes: Sequence[str] | None = None, step: int | None = None
 ) -> tuple[dict[str, np.ndarray], int]:
-    """Read the tensors of `config.init.weights` that a new run's state has, and print omissions and conversions.
+    """Read the tensors in `config.init.weights` for a new run's state, and print omissions and conversions.
 
     Args:
       config: the run's config.
       abstract: shapes of its state.
-      classes: classes of its labelled data; a classifier of other classes is left out.
-      step: which checkpoint, if the weights are a run; the newest by default.
+      classes: classes of its labelled data; a classifier with other classes is left out.
+      step: step of the checkpoint, if the weights are a run; the newest by default.
 
     Returns:
-      Flat {"params/img/...": array}, and the step of the run that these are from, 0 for other weights.
+      Flat {"params/img/...": array}, and the step of the weights' run, 0 for other weights.
     """
     where = config.init.weights
     target = abstract.variables()
     source = load(where, step)
-    towers = {name: (getattr(source.experiment.model, name), config.model.tower(name))
-              for name in source.experiment.objective.towers}  # fmt: skip
+    model = source.experiment.model
+    towers = {name: (getattr(model, name), config.model.tower(name)) for name in source.experiment.objective.towers}
     variables = jax.device_get(source.variables)
-    left_out = "classifier" in target["params"].keys() & variables["params"] and source.classes != tuple(classes or ())
-    if left_out:
-        variables = variables | {"params": {k: x for k, x in variables["params"].items() if k != "classifier"}}
-        log0(f"the classifier of {where} is left out: it is not known to have the classes of this run")
-    tensors, notes = convert_params(variables, target, towers, where)
+    params = dict(variables["params"])
+    if "classifier" in params.keys() & target["params"] and source.classes != tuple(classes or ()):
+        del params["classifier"]
+        log0(f"the classifier of {where} is left out: its classes are unknown, or differ from this run's")
+    tensors, notes = convert_params(variables | {"params": params}, target, towers, where)
     log0(f"starting from {where}, step {source.step}: {len(tensors)} of {len(flatten_dict(target))} tensors")
     for note in notes:
         log0(note)
     saved = _compatibility(source.config)
-    current = _compatibility(config)
-    differing = [key for key in saved if key in current and saved[key] != current[key]]
-    if differing:
-        settings = ", ".join(f"{key} ({saved[key]!r}, {current[key]!r} in this run)" for key in differing)
-        log0(f"WARNING: the weights of {where} were trained with different settings: {settings}")
+    settings = [
+        f"{key} ({saved[key]!r}, {value!r} in this run)"
+        for key, value in _compatibility(config).items()
+        if key in saved and saved[key] != value
+    ]
+    if settings:
+        log0(f"WARNING: the weights of {where} were trained with different settings: {', '.join(settings)}")
     return tensors, source.step
 
 
 def init_from_weights(tensors: Mapping[str, np.ndarray], state: TrainState) -> TrainState:
-    """Return a new run's `state` with `tensors` of `read_initial`, in the state's own layout.
+    """Return a new run's `state` with the `tensors` from `read_initial`, in the state's layout.
 
     The moving average starts from the same parameters; the optimizer's moments stay zero.
     """
 
+    def put(name: str, old: jax.Array) -> jax.Array:
+        new = tensors.get(name)
+        if new is None:
+            return old
+        # A copy, since each buffer is donated to the first step; each process fills the shards on its devices.
+        return jax.make_array_from_callback(old.shape, old.sharding, lambda index: np.array(new[index], old.dtype))
+
     def replaced(collection: str, tree: Any) -> Any:
-        # Copied, since each buffer is donated to the first step. Each process makes the shards of its own devices.
-        def put(path: tuple[str, ...], old: jax.Array) -> jax.Array:
-            new = tensors.get("/".join((collection, *path)))
-            if new is None:
-                return old
-            return jax.make_array_from_callback(old.shape, old.sharding, lambda index: np.array(new[index], old.dtype))
+        flat = flatten_dict(tree, sep="/")
+        return unflatten_dict({name: put(f"{collection}/{name}", old) for name, old in flat.items()}, sep="/")
 
-        return unflatten_dict({path: put(path, old) for path, old in flatten_dict(tree).items()})
-
-    return dataclasses.replace(
-        state,
-        params=replaced("params", state.params),
-        batch_stats=replaced("batch_stats", state.batch_stats),
-        ema_params=None if state.ema_params is None else replaced("params", state.ema_params),
-        ema_batch_stats=None if state.ema_params is None else replaced("batch_stats", state.ema_batch_stats),
-    )
+    changes = {name: replaced(name, getattr(state, name)) for name in ("params", "batch_stats")}
+    if state.ema_params is not None:
+        changes |= {f"ema_{name}": replaced(name, getattr(state, f"ema_{name}")) for name in ("params", "batch_stats")}
+    return dataclasses.replace(state, **changes)
 
 
 def _compatibility(config: Config) -> dict[str, Any]:
     """Config values that must match for the weights to be usable, even if every shape fits."""
     towers = {name: config.model.tower(name) for name in TOWERS}
     keys = {f"model.{name}.{key}": getattr(tower, key) for name, tower in towers.items() for key in tower.meaning_keys}
-    if (tokens := config.data.tokenizer) not in tokenizer.NAMES:
+    tokens = config.data.tokenizer
+    if tokens not in tokenizer.NAMES:
         tokens = hashlib.sha256(tokenizer.read_file(tokens)).hexdigest()
     preprocessing = flatten_dict(Preprocessing.from_config(config).to_config(), sep=".")
     return keys | {"data.tokenizer": tokens} | preprocessing
@@ -261,19 +252,19 @@ def _compatibility(config: Config) -> dict[str, Any]:
 def convert_params(
     source: Variables, target: Variables, towers: Mapping[str, tuple[Tower, Tower]], where: str
 ) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Convert variables to the layout of `target`, as far as it has them.
+    """Convert variables of `source` to the layout of `target`.
 
-    Scanned and unrolled blocks are turned into one another, position tables of other sizes are cut (texts) or
-    interpolated (images). A tower of another type is left out.
+    Blocks are scanned or unrolled, and position tables cut (texts) or interpolated (images). A tower of another type is
+    left out.
 
     Args:
-      source: NumPy arrays by collection ("params", "batch_stats"), as `TwoTowers.apply` takes them.
+      source: NumPy arrays by collection ("params", "batch_stats"), see `TwoTowers.apply`.
       target: arrays or shapes.
-      towers: {"img", "txt"}: the towers of source and target.
+      towers: {"img", "txt"}: pairs of the source's and the target's tower.
       where: name of the source in errors.
 
     Returns:
-      Flat {"params/img/...": array of the target's shape}, and sentences on changed and missing tensors.
+      Flat {"params/img/...": array with the target's shape}, and notes on changed and missing tensors.
     """
     notes, wrong = [], []
     params = dict(source["params"])
@@ -301,13 +292,15 @@ def convert_params(
     ]
     if wrong:
         raise UserError(
-            f"init.weights={where!r} has another architecture: {_listed(wrong)}. Set the keys of "
-            "model and data.tokenizer to what the weights have, or leave init.weights empty."
+            f"init.weights={where!r} has another architecture: {_listed(wrong)}. Set the keys of model and "
+            "data.tokenizer to the weights' values, or leave init.weights empty."
         )
-    if missing := current.keys() - saved.keys():
-        notes.append(f"not in {where}, so initialised at random: {_listed(sorted(missing))}")
-    if unused := saved.keys() - current.keys():
-        notes.append(f"in {where} and not in this run: {_listed(sorted(unused))}")
+    missing = sorted(current.keys() - saved.keys())
+    unused = sorted(saved.keys() - current.keys())
+    if missing:
+        notes.append(f"not in {where}, so initialised at random: {_listed(missing)}")
+    if unused:
+        notes.append(f"in {where} but not in this run: {_listed(unused)}")
     return tensors, notes
 
 

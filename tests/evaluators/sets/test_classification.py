@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import re
+import shutil
 import tarfile
 
 import numpy as np
@@ -222,51 +223,39 @@ def test_what_the_hub_lacks(server, tmp_path, spec, message):
         registry.load(f"wds:{spec}", PREPARE)
 
 
-def change(root, fault):
-    """Damage a sound data set."""
-    if fault == "empty folder":
-        for path in sorted(root.rglob("*"), reverse=True):
-            path.rmdir() if path.is_dir() else path.unlink()
-    elif fault == "no folder":
-        root.rename(root.with_name("elsewhere"))
-    elif fault == "no names":
-        (root / "classnames.txt").unlink()
-    elif fault == "few names":
-        (root / "classnames.txt").write_text("\n".join(NAMES[:3]))
-    elif fault == "no tar":
-        (root / "test" / "1.tar").unlink()
-    elif fault == "cut off":
-        tar = root / "test" / "1.tar"
-        tar.write_bytes(tar.read_bytes()[:-20_000])
-    elif fault == "damaged":
-        tar = root / "test" / "0.tar"
-        tar.write_bytes(b"x" * 512 + tar.read_bytes()[512:])
-    elif fault == "number":
-        (root / "test" / "nshards.txt").write_text("three")
-    elif fault == "type":
-        (root / "dataset_type.txt").write_text("image_caption_selection")
-    else:
-        (root / "dataset_type.txt").write_text("retrieval")
+def cut_off(tar):
+    tar.write_bytes(tar.read_bytes()[:-20_000])
 
 
-@pytest.mark.parametrize(
-    "fault, message",
-    [
-        ("no folder", "no file '.*set/classnames.txt'; expected clip_benchmark's layout"),
-        ("empty folder", "no file '.*set/classnames.txt'; expected clip_benchmark's layout"),
-        ("no names", "no file '.*set/classnames.txt'"),
-        ("few names", r"has the label b'\d'; expected a number below 3"),
-        ("no tar", "1.tar' does not exist"),
-        ("cut off", "1.tar' is damaged at byte .* or cut off"),
-        ("damaged", "0.tar' is damaged at byte 0"),
-        ("number", "nshards.txt contains 'three'"),
-        ("type", "type 'image_caption_selection' are not supported, only classification, multilabel, retrieval"),
-        ("no captions", "sample 's0000000' of .*0.tar' has the files .webp, .cls; type retrieval needs .txt"),
-    ],
-)
-def test_faults_are_sentences(tmp_path, fault, message):
+def damage(tar):
+    tar.write_bytes(b"x" * 512 + tar.read_bytes()[512:])
+
+
+FAULTS = {
+    "no folder": (lambda root: root.rename(root.with_name("elsewhere")), "no file '.*set/classnames.txt'; expected"),
+    "empty folder": (lambda root: [shutil.rmtree(root), root.mkdir()], "no file '.*set/classnames.txt'; expected"),
+    "no names": (lambda root: (root / "classnames.txt").unlink(), "no file '.*set/classnames.txt'"),
+    "few names": (lambda root: (root / "classnames.txt").write_text("a"), r"label b'\d'; expected a number below 1"),
+    "no tar": (lambda root: (root / "test/1.tar").unlink(), "1.tar' does not exist"),
+    "cut off": (lambda root: cut_off(root / "test/1.tar"), "1.tar' is damaged at byte .* or cut off"),
+    "damaged": (lambda root: damage(root / "test/0.tar"), "0.tar' is damaged at byte 0"),
+    "number": (lambda root: (root / "test/nshards.txt").write_text("x"), "nshards.txt contains 'x'"),
+    "type": (
+        lambda root: (root / "dataset_type.txt").write_text("image_caption_selection"),
+        "type 'image_caption_selection' are not supported, only classification, multilabel, retrieval",
+    ),
+    "no captions": (
+        lambda root: (root / "dataset_type.txt").write_text("retrieval"),
+        "sample 's0000000' of .*0.tar' has the files .webp, .cls; type retrieval needs .txt",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_are_sentences(tmp_path, fault):
+    change, message = FAULTS[fault]
     root = write_classified(tmp_path / "set")
-    change(root, fault)
+    change(root)
     with pytest.raises(UserError, match=message):
         registry.load(f"wds:{root}", PREPARE)
 
@@ -304,11 +293,8 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path):
 def test_a_probe_of_a_tfds_set(name):
     with tfds.testing.mock_data(as_data_source_fn=records):
         data = registry.load(f"probe/{name}", SIZE)
-    assert (len(data.train), len(data.validation), len(data.test)) == (
-        3,
-        3 if known_sets.ENTRIES[name].held else 0,
-        3,
-    )
+    held = 3 if known_sets.ENTRIES[name].held else 0
+    assert (len(data.train), len(data.validation), len(data.test)) == (3, held, 3)
     data = dataclasses.replace(data, sweep=Sweep((1.0,), 0))
     metrics = evaluated(data)
     assert metrics[f"visual/probe/{name}/n"] == 3 and f"visual/probe/{name}/{data.card.metric}" in metrics
@@ -326,8 +312,8 @@ def test_a_probe_of_folders_by_slips_profile(tmp_path):
 
 
 def test_a_probe_without_a_training_split(tmp_path):
-    for name in ("imagenet_a", "eurosat", "gtsrb"):
-        with pytest.raises(UserError, match=f"{name} has no training split in TFDS"):
+    for name in ("imagenet_a", "eurosat", "gtsrb", "voc2007"):
+        with pytest.raises(UserError, match=f"{name} has no training split for probes in TFDS"):
             registry.load(f"probe/{name}", SIZE)
     write_image(tmp_path / "train" / "cat" / "0.png", 0)
     write_image(tmp_path / "test" / "dog" / "0.png", 0)
@@ -387,7 +373,7 @@ def test_babel_imagenet_in_english_is_imagenet_of_openai(babel):
 
 def test_babel_imagenet_with_a_number_that_is_no_class(babel):
     babel.write_text(json.dumps({"DE": [[1, 1000], ["Goldfisch", "Einhorn"]]}))
-    with pytest.raises(UserError, match=r"has numbers that are no class of ImageNet \(index 1000 is out of bounds"):
+    with pytest.raises(UserError, match=r"is not in the published layout \(index 1000 is out of bounds"):
         registry.load(f"babel/de@{babel}", SIZE)
 
 
@@ -404,10 +390,10 @@ def test_babel_imagenet_of_tfds(babel):
 @pytest.mark.parametrize(
     "language, change, message",
     [
-        ("fr", None, r"it has no language 'fr'; its languages are DE, EN, NE"),
-        ("de", "[1]", r"is not Babel-ImageNet's file of names"),
-        ("de", '{"DE": 5}', r"is not Babel-ImageNet's file of names"),
-        ("de", "{", r"is not Babel-ImageNet's file of names"),
+        ("fr", None, r"its languages are DE, EN, NE"),
+        ("de", "[1]", r"is not in the published layout"),
+        ("de", '{"DE": 5}', r"is not in the published layout"),
+        ("de", "{", r"is not in the published layout"),
     ],
 )
 def test_what_is_not_babel_imagenets_file(babel, language, change, message):

@@ -1,8 +1,8 @@
-"""Sets of items to choose from: SugarCrepe, ARO, Winoground, and tables of your own.
+"""Sets with texts to choose from: SugarCrepe, ARO, Winoground, and your own tables.
 
-sugarcrepe@FOLDER, sugarcrepe/add_att@FOLDER    add_att.json ... swap_obj.json of its repository, and val2017 of COCO
+sugarcrepe@FOLDER, sugarcrepe/add_att@FOLDER    add_att.json ... swap_obj.json of its repository, and COCO's val2017
 aro/vg_relation@FOLDER, aro/vg_attribution@FOLDER    visual_genome_relation.json, ..._attribution.json, and images
-winoground, winoground@SOURCE                   the columns of facebook/winoground on the Hub, or in another source
+winoground, winoground@SOURCE                   the columns of facebook/winoground, on the Hub or in another source
 choice/SOURCE?image=COLUMN&text=RIGHT&text=WRONG    rows of a table; a second image belongs to the second text
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 import PIL.Image
 
 from xclip_jax.core.console import log0
-from xclip_jax.core.errors import UserError, describe
+from xclip_jax.core.errors import UserError
 from xclip_jax.data import images, sources
 from xclip_jax.data.base import LazySequence, MissingColumnError, choose
 from xclip_jax.data.config import DataConfig
@@ -28,25 +28,25 @@ from xclip_jax.evaluators.base import SetKind, joined, pictures
 from xclip_jax.evaluators.choice import ChoiceSet
 from xclip_jax.evaluators.prompts import Profile
 from xclip_jax.evaluators.results import Provenance, contents, digest
-from xclip_jax.evaluators.sets.custom import query_columns
+from xclip_jax.evaluators.sets.custom import published_layout, query_columns
 
 PREFIX = "choice/"
 _COLUMNS = "?image=COLUMN&text=RIGHT&text=WRONG"
 _PARTS = ("add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj")
 _ARO = {"aro/vg_relation": "visual_genome_relation.json", "aro/vg_attribution": "visual_genome_attribution.json"}
-_FEWEST = 25  # items of a pair of attributes; ARO leaves rarer pairs out of its mean
+_FEWEST = 25  # ARO's mean leaves out pairs of attributes with fewer items
 _WINOGROUND = "?image=image_0&image=image_1&text=caption_0&text=caption_1&group=collapsed_tag"
 _AT_PATH = ("sugarcrepe", *(f"sugarcrepe/{part}" for part in _PARTS), *_ARO, "winoground")
 
 
 class Choices(NamedTuple):
-    """Items to choose from.
+    """Items before preprocessing.
 
     Attributes:
       images: encoded images.
       pictures, texts, files: see `ChoiceSet`.
       parts: name of each item's part, "" for none.
-      ids: identities of images for the hash of the set.
+      ids: identities of images for the set's hash.
     """
 
     images: Sequence[Any]
@@ -58,7 +58,7 @@ class Choices(NamedTuple):
 
 
 def sugarcrepe(name: str, folder: pathlib.Path) -> Choices:
-    """Read one or all of the types of wrong captions of SugarCrepe; items of one image share it."""
+    """Read one or all of SugarCrepe's types of wrong captions."""
     named = [name.partition("/")[2]] if "/" in name else _PARTS
     records = [(part, record) for part in named for record in _read_json(folder / f"{part}.json").values()]
     number = {file: i for i, file in enumerate(dict.fromkeys(record["filename"] for _, record in records))}
@@ -70,9 +70,9 @@ def sugarcrepe(name: str, folder: pathlib.Path) -> Choices:
 
 
 def aro(name: str, folder: pathlib.Path) -> Choices:
-    """Read ARO's relations or attributes: a box of an image with its caption, and one with two words exchanged.
+    """Read ARO's relations or attributes: an image's box, its caption, and a caption with two words exchanged.
 
-    The mean of the authors' code is over asymmetric relations, or over pairs of attributes with 25 items.
+    The authors' code averages over asymmetric relations, or over pairs of attributes with 25 items.
     """
     records = _read_json(folder / _ARO[name])
     if name == "aro/vg_relation":
@@ -102,35 +102,33 @@ def _read_json(path: pathlib.Path) -> Any:
 
 
 def read_rows(spec: str, data: DataConfig) -> Choices:
-    """Read "SOURCE?image=COLUMN&text=RIGHT&text=WRONG"; with &group=COLUMN a row's part is the text of its value there.
-
-    Raises:
-      UserError: another key, a source without columns or without these, or a row without exactly one right text.
-    """
+    """Read "SOURCE?image=COLUMN&text=RIGHT&text=WRONG"; with &group=COLUMN, a row's part is the text in that column."""
     name, columns = query_columns(spec)
     keys = columns.get("text", list(DataConfig.text_columns))
     group, *others = columns.get("group", [""])
     if others or columns.keys() - {"image", "text", "group"}:
         raise UserError(f"{spec}: its keys are image=COLUMN, text=COLUMN and one group=COLUMN; remove all others.")
     options = dataclasses.replace(sources.source_options(data), text_columns=tuple(keys), tags_key=group)
-    tables = []
-    for key in columns.get("image", [DataConfig.image_column]):
-        try:
-            table = sources.open_pairs(sources.spec_from_path(name), dataclasses.replace(options, image_column=key))
-        except MissingColumnError as error:
-            raise UserError(f"{spec}: {error.fault}; name its columns, {PREFIX}SOURCE{_COLUMNS}.") from error
-        if not isinstance(table, ColumnSource):
-            raise UserError(f"{spec}: {name!r} has no columns; write its texts into a table, csv:, parquet: or hf:.")
-        tables.append(table)
+    tables: list[Any] = []
+    fault = ""
+    try:
+        for key in columns.get("image", [DataConfig.image_column]):
+            image_options = dataclasses.replace(options, image_column=key)
+            tables.append(sources.open_pairs(sources.spec_from_path(name), image_options))
+    except MissingColumnError as error:
+        fault = error.fault
+    if tables and not isinstance(tables[0], ColumnSource):
+        fault = f"{name!r} has no columns, unlike csv:, parquet: and hf:"
+    if fault:
+        raise UserError(f"{spec}: {fault}; name its columns, {PREFIX}SOURCE{_COLUMNS}.")
     rows = [tables[0].texts(i) for i in range(len(tables[0]))]
-    right = keys[: len(tables)]  # wrong texts may be fewer or more in some rows
-    for i, row in enumerate(rows):
-        for key, cell in zip(right, row, strict=False):
-            if len(cell) != 1:
-                number = "several texts" if cell else "no text"
-                raise UserError(f"{spec}: row {i} has {number} in column {key!r}; give it one, or delete the row.")
+    right = keys[: len(tables)]  # rows may differ in the number of wrong texts
+    wrong = [(i, key) for i, row in enumerate(rows) for key, cell in zip(right, row, strict=False) if len(cell) != 1]
+    if wrong:
+        number, key = wrong[0]
+        raise UserError(f"{spec}: row {number} must have one text in column {key!r}; correct or delete the row.")
     named = [table.images.path(i) for table in tables for i in range(len(rows))]
-    first = {name: i for i, name in reversed(list(enumerate(named)))}  # rows may share the file of an image
+    first = {name: i for i, name in reversed(list(enumerate(named)))}  # rows may share an image file
     used, pictures = np.unique([first[name] if name else i for i, name in enumerate(named)], return_inverse=True)
     texts = [[text for cell in row for text in cell] for row in rows]
     parts = [", ".join(tables[0].values(group, i)) if group else "" for i in range(len(rows))]
@@ -141,16 +139,14 @@ def read_rows(spec: str, data: DataConfig) -> Choices:
 
 
 def load(spec: str, prepare: Preprocessing, data: DataConfig, profile: Profile) -> ChoiceSet:
-    """Open the set `spec`, see the module's docstring; texts have the prefix of the command, not the profile's."""
+    """Open the set `spec`, see the module's docstring; texts get the command's prefix, not the published sets'."""
     name, _, location = spec.partition("@")
     if name == "winoground" or spec.startswith(PREFIX):
         rows = f"{location or 'hf:facebook/winoground/test'}{_WINOGROUND}" if name == "winoground" else spec
         items = read_rows(rows.removeprefix(PREFIX), data)
     else:
-        try:
+        with published_layout(name, location):
             items = (aro if name in _ARO else sugarcrepe)(name, pathlib.Path(location).expanduser())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{name}: {location!r} is not in the published layout ({describe(error)}).") from error
     profile = dataclasses.replace(
         profile, prefix=profile.prefix or "", captions=0, exif_rotation=spec.startswith(PREFIX)
     )
@@ -174,13 +170,11 @@ def load(spec: str, prepare: Preprocessing, data: DataConfig, profile: Profile) 
 
 
 def _answerable(data: ChoiceSet) -> ChoiceSet:
-    """Return the items whose right text is not among the wrong ones, with a warning if there are others."""
+    """Leave out items whose right text is also a wrong one, with a warning."""
     kept = [i for i, (right, *wrong) in enumerate(data.texts) if right not in wrong]
     n = len(data.texts)
     if len(kept) == n:
         return data
-    if not kept:
-        raise UserError(f"{data.name}: each row has its right text among the wrong ones; name other columns.")
     first = min(set(range(n)).difference(kept))
     log0(
         f"WARNING: {data.name}: {n - len(kept):,} of the {n:,} rows left out: the right text is among the wrong ones, "
@@ -198,14 +192,13 @@ class ChoiceSets(SetKind):
     prefixes = ("sugarcrepe", "aro", "winoground", PREFIX.rstrip("/"))
     names = ("winoground",)
     usage = (
-        f"choices in files, NAME@PATH: {', '.join(_AT_PATH)}; own texts to choose from: {PREFIX}SOURCE{_COLUMNS}, of "
+        f"choices in files, NAME@PATH: {', '.join(_AT_PATH)}; your texts to choose from: {PREFIX}SOURCE{_COLUMNS}, in "
         "csv:, parquet: and hf:"
     )
     load = staticmethod(load)
 
     @classmethod
     def knows(cls, spec: str) -> bool:
-        """Whether `spec` names a set of this module, or a source; nothing is opened."""
         if spec.startswith(PREFIX):
             return bool(sources.spec_from_path(query_columns(spec.removeprefix(PREFIX))[0]))
         name, _, path = spec.partition("@")
@@ -213,5 +206,4 @@ class ChoiceSets(SetKind):
 
     @classmethod
     def extras(cls, spec: str) -> tuple[str, ...]:
-        """Return the package that reads Winoground's copy on the Hub."""
         return ("datasets",) if spec == "winoground" else ()

@@ -1,9 +1,9 @@
 """Sets of labelled images and texts: zero-shot classification, probes, and tests of fine-tuned classifiers.
 
-NAME, NAME@PATH, SOURCE, zeroshot/SOURCE, zeroshot/holdout[@RUN]    zero-shot: a set of the table in `known_sets`, a
-                                source of labelled images, or held-out images of a run whose sources have labels
-babel/LANGUAGE@FILE             zero-shot: ImageNet's classes in another language, of Babel-ImageNet's file
-probe/NAME, probe/SOURCE        a linear probe trained on the training split; SOURCE/train and SOURCE/test
+NAME, NAME@PATH, SOURCE, zeroshot/SOURCE, zeroshot/holdout[@RUN]    zero-shot: a set in `known_sets`, a source of
+                                labelled images, or held-out images of a run with labelled sources
+babel/LANGUAGE@FILE             zero-shot: ImageNet's classes in another language, from Babel-ImageNet's file
+probe/NAME, probe/SOURCE        a linear probe, trained and tested on SOURCE/train and SOURCE/test
 finetuned/SOURCE                labelled items for a model with a classifier
 """
 
@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from xclip_jax.core import imports
-from xclip_jax.core.errors import UserError, describe
+from xclip_jax.core.errors import UserError
 from xclip_jax.data import holdout, sources
 from xclip_jax.data.base import SourceOptions, choose
 from xclip_jax.data.config import DataConfig
@@ -29,31 +29,37 @@ from xclip_jax.evaluators.probe import ClassificationSet, ProbeSet, renumber
 from xclip_jax.evaluators.prompts import Profile
 from xclip_jax.evaluators.results import Provenance, contents, digest
 from xclip_jax.evaluators.retrieval import RetrievalSet
-from xclip_jax.evaluators.sets.custom import captioned, held_out_data, is_holdout
+from xclip_jax.evaluators.sets.custom import captioned, held_out_data, is_holdout, published_layout
 from xclip_jax.evaluators.sets.known_sets import ENTRIES, PAPER, Content, Entry, read, read_tfds
 from xclip_jax.evaluators.zeroshot import ZeroShotSet
 
-PREFIX, FINETUNED, WDS, BABEL = "zeroshot/", "finetuned/", "wds:", "babel/"
+PREFIX = "zeroshot/"
+FINETUNED = "finetuned/"
+WDS = "wds:"
+BABEL = "babel/"
 _IMAGES = [name for name in sources.SOURCES if sources.has_labels(f"{name}:x", "image")]
 
 
-def read_source(spec: str, data_dir: str | None, image_column: str = SourceOptions.image_column) -> Content:
-    """Open the labelled images of a source; `image_column` is their column if the source has columns and names none."""
+def read_source(
+    spec: str, data_dir: str | None, image_column: str = SourceOptions.image_column, *, one_class: bool = False
+) -> Content:
+    """Open labelled images; `image_column` is their default column, `one_class` refuses several labels per image."""
     source = sources.open_labelled(spec, SourceOptions(data_dir or "", image_column))
     if source.key != "image" or not source.names:
         raise UserError(f"{spec}: expected images in classes, got {source.key}s; use another source.")
+    if one_class:
+        check_one_class(spec, source)
     data = sources.parse(spec).rest
     names = list(source.names)
     return Content(source.items, source.labels(), names, data, source.version, "", source.identity, source.templates)
 
 
 def read_held_out(spec: str, data: DataConfig) -> Content:
-    """Open the labelled images of a run's sources that `data.holdout` keeps out of training."""
-    parts, identities = [], []
+    """Open the labelled images that `data.holdout` keeps out of a run's training."""
+    parts = []
+    identities = []
     for source_spec in data.sources:
-        part = read_source(source_spec, data.dir, data.image_column)
-        if np.ndim(part.labels) != 1:
-            raise UserError(f"{spec}: images of {source_spec} have several labels; name a set with one label an image.")
+        part = read_source(source_spec, data.dir, data.image_column, one_class=True)
         positions = holdout.selected(part.images, data.holdout)
         identities += [holdout.image_hash(part.images[i]) for i in positions]
         labels = np.array([part.classes[label] for label in part.labels[positions]], object)
@@ -74,38 +80,35 @@ def read_held_out(spec: str, data: DataConfig) -> Content:
 
 
 def read_babel(spec: str, data_dir: str | None) -> tuple[Content, str]:
-    """Read `babel/LANGUAGE@FILE`: the classes of ImageNet that Babel-ImageNet (arXiv 2306.08658) has in a language.
+    """Read `babel/LANGUAGE@FILE`: ImageNet's classes in a language, by Babel-ImageNet (arXiv 2306.08658).
 
-    FILE is babel_imagenet.json, {language: [numbers of classes, names]}. Beside it are nllb_dist13b_prompts.json, or a
-    prompt is only the name, and ImageNet's folder `val`, or the images are read from TFDS. English has OpenAI's names
-    and prompts, like the authors' code; the file's English names are BabelNet's. The second result says whose prompts
-    these are.
+    FILE is babel_imagenet.json, {language: [numbers of classes, names]}. Its folder may contain the prompts,
+    nllb_dist13b_prompts.json (default: only the name), and ImageNet's folder `val` (default: TFDS). English has
+    OpenAI's names and prompts, like the authors' code; the file's English names are BabelNet's. The second result
+    describes the prompts.
     """
     language, _, location = spec.removeprefix(BABEL).partition("@")
+    language = language.upper()
     path = pathlib.Path(location).expanduser()
     prompts_path = path.with_name("nllb_dist13b_prompts.json")
     images = path.with_name("val")
-    try:
+    with published_layout(spec, location):
         names = json.loads(path.read_text(encoding="utf-8"))
-        if language.upper() not in names:
-            raise ValueError(f"it has no language {language!r}; its languages are {', '.join(sorted(names))}")
-        numbers, classes = names[language.upper()]
+        if language not in names:
+            raise UserError(f"{spec}: its languages are {', '.join(sorted(names))}; choose one of them.")
+        numbers, classes = names[language]
         translated = json.loads(prompts_path.read_text(encoding="utf-8")) if prompts_path.is_file() else {}
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{spec}: {location!r} is not Babel-ImageNet's file of names ({describe(error)}).") from error
     _, _, content = read(f"imagenet@{images}" if images.is_dir() else "imagenet", data_dir)
-    whose = "translated"
-    templates = [text.replace("{}", "{c}") for text in translated.get(language.upper(), ["{}"])]
-    if language.upper() == "EN":
-        whose = "OpenAI's"
+    authors = "translated"
+    templates = [text.replace("{}", "{c}") for text in translated.get(language, ["{}"])]
+    if language == "EN":
+        authors = "OpenAI's"
         templates = prompts.templates("openai80")
         numbers = list(range(len(content.classes)))
         classes = content.classes
     position = np.full(len(content.classes), -1)
-    try:
+    with published_layout(spec, location):
         position[numbers] = np.arange(len(numbers))
-    except IndexError as error:
-        raise UserError(f"{spec}: {location!r} has numbers that are no class of ImageNet ({error}).") from error
     kept = np.flatnonzero(position[content.labels] >= 0)
     content = dataclasses.replace(
         content,
@@ -115,12 +118,12 @@ def read_babel(spec: str, data_dir: str | None) -> tuple[Content, str]:
         identity=[content.identity, *contents(content.images)],
         templates=templates,
     )
-    return content, whose
+    return content, _described(authors, templates)
 
 
 def load(spec: str, prepare: Preprocessing, data: DataConfig, profile: Profile) -> ZeroShotSet | RetrievalSet:
     """Open a zero-shot set, or captions in clip_benchmark's layout; images are decoded and preprocessed on access."""
-    if spec.startswith(WDS) and _type_of(spec) == wds.CAPTIONS:
+    if ClassSets.shows(spec) == "captions":
         split = wds.locate(spec.removeprefix(WDS))
         images, captions = wds.open_captions(split)
         origin = {"data": spec.removeprefix(WDS), "split": split.name, "version": split.version}
@@ -132,10 +135,9 @@ def load(spec: str, prepare: Preprocessing, data: DataConfig, profile: Profile) 
     if sources.has_labels(name, "image"):
         return own_set(name, read_source(name, data.dir or None), prepare, profile)
     if name.startswith(BABEL):
-        content, whose = read_babel(name, data.dir or None)
+        content, description = read_babel(name, data.dir or None)
         texts = prompts.prompts(content.classes, content.templates)
-        used = _described(whose, content.templates)
-        return _make(name, content, Entry(), texts, used, profile.preprocessing(prepare))
+        return _make(name, content, Entry(), texts, description, profile.preprocessing(prepare))
     key, entry, content = read(name, data.dir or None)
     classes = content.classes
     if not entry.names:
@@ -151,14 +153,10 @@ def load(spec: str, prepare: Preprocessing, data: DataConfig, profile: Profile) 
     return _make(name, content, entry, prompts.prompts(words, used), description, profile.preprocessing(prepare))
 
 
-def _type_of(spec: str) -> str:
-    return wds.locate(spec.removeprefix(WDS), fetch=False).type
-
-
 def own_set(name: str, content: Content, prepare: Preprocessing, profile: Profile) -> ZeroShotSet:
-    """Return the set `name` of labelled images, with the templates and class names of the profile.
+    """Return the set `name` of labelled images, with the profile's templates and class names.
 
-    A data set with its own templates keeps them and its names. Class names for unknown classes are ignored.
+    If the data set has templates, they and its names stay. Class names for unknown classes are ignored.
     """
     profile = dataclasses.replace(profile, exif_rotation=not name.startswith(WDS))
     if content.templates:
@@ -169,12 +167,14 @@ def own_set(name: str, content: Content, prepare: Preprocessing, profile: Profil
             f"{name}: none of the class names, such as {min(profile.names)!r}, is among its {len(content.classes)} "
             f"classes, such as {content.classes[0]!r}; correct the file of names, or add some of these classes."
         )
-    # Names of a data set with templates go into them unchanged.
+    # The data set's templates take its names unchanged.
     spaced = [label if content.templates else prompts.spaced(label) for label in content.classes]
     words = [profile.names.get(label, word) for label, word in zip(content.classes, spaced, strict=True)]
     templates = profile.templates or content.templates or "dummy"
-    description = _described("the data set's", content.templates) if content.templates else "dummy (1)"
-    if profile.templates:
+    description = "dummy (1)"
+    if content.templates:
+        description = _described("the data set's", content.templates)
+    elif profile.templates:
         description = " | ".join(profile.templates)
     if profile.names:
         description += f"; own names {digest(words)}"
@@ -183,9 +183,9 @@ def own_set(name: str, content: Content, prepare: Preprocessing, profile: Profil
     return _make(name, content, entry, texts, description, profile.preprocessing(prepare))
 
 
-def _described(whose: str, templates: Sequence[str]) -> str:
-    """Return words for a set's own templates, with a digest so that --compare refuses results by edited ones."""
-    return f"{whose} ({len(templates)}) {digest(templates)}"
+def _described(authors: str, templates: Sequence[str]) -> str:
+    """Describe a set's templates, with a digest so that --compare refuses results from edited ones."""
+    return f"{authors} ({len(templates)}) {digest(templates)}"
 
 
 def _make(
@@ -210,20 +210,20 @@ def _make(
 
 
 def _read_splits(spec: str, data_dir: str | None) -> tuple[Entry, list[Content], Any]:
-    """Return the table's entry, two or three splits (training, validation, test), and their identity for the hash."""
+    """Return the entry, two or three splits (training, validation, test), and their identity for the hash."""
     name = spec.partition("/")[2]
     if sources.has_labels(name, "image"):
         source = sources.parse(name)
         options = SourceOptions(data_dir or "")
         has_validation = source.kind.has_split(source.rest, "validation", options)
         splits = ("train", *["validation"] * has_validation, "test")
-        parts = [read_source(f"{name}/{split}", data_dir) for split in splits]
+        parts = [read_source(f"{name}/{split}", data_dir, one_class=True) for split in splits]
         parts = [dataclasses.replace(part, data=source.rest, split="test") for part in parts]
         identities = [part.identity for part in parts]
         return Entry(), parts, identities if any(identities) else ""
     entry = ENTRIES[name]
     if not (entry.tfds and entry.train):
-        raise UserError(f"{name} has no training split in TFDS; write probe/folder:PATH, a folder with train and test.")
+        raise UserError(f"{name} has no training split for probes in TFDS; write probe/folder:PATH (train and test).")
     splits = (entry.train, *[entry.held] * bool(entry.held), entry.split)
     parts = [read_tfds(name, entry, split, data_dir) for split in splits]
     return entry, parts, [parts[0].data, parts[0].version, *splits]
@@ -233,18 +233,16 @@ def load_probe(spec: str, prepare: Preprocessing, data: DataConfig, profile: Pro
     """Open `probe/NAME`."""
     entry, content, identity_of_splits = _read_splits(spec, data.dir or None)
     first = content[0]
-    if any(np.ndim(part.labels) != 1 for part in content):
-        raise UserError(f"{spec}: images have several labels; give each one class.")
     classes: Sequence[str] = first.classes
-    for i, part in enumerate(content):  # a split may lack a class, and a later one have another
+    for i, part in enumerate(content):  # a split may lack a class of another one
         labels, classes = renumber(part.labels, part.classes, classes, spec)
         content[i] = dataclasses.replace(part, labels=labels)
     if len(content) == 2:
         content.insert(1, Content([], np.array([], int), first.classes, first.data))
     metric = entry.metric if entry.metric == "mean_per_class" else "top1"
     name = spec.partition("/")[2]
-    own = sources.has_labels(name, "image") and not name.startswith(WDS)
-    prepare = dataclasses.replace(profile, exif_rotation=own).preprocessing(prepare)
+    rotated = sources.has_labels(name, "image") and not name.startswith(WDS)
+    prepare = dataclasses.replace(profile, exif_rotation=rotated).preprocessing(prepare)
     card = Provenance(
         data=first.data,
         version=first.version,
@@ -290,16 +288,15 @@ class ClassSets(SetKind):
     prefixes = (*ENTRIES, *_IMAGES, PREFIX.rstrip("/"), BABEL.rstrip("/"))
     names = (*PAPER, PREFIX + HELD_OUT)
     suites: ClassVar = {"paper": (*PAPER, "coco_retrieval")}
-    usage = f"classes in files, NAME@PATH: {', '.join(ENTRIES)}, {BABEL}LANGUAGE; own data: " + "; ".join(
-        [f"{spec}, {what}" for spec, what in sources.LABELS.items() if spec.partition(":")[0] in _IMAGES]
+    usage = f"classes in files, NAME@PATH: {', '.join(ENTRIES)}, {BABEL}LANGUAGE; your data: " + "; ".join(
+        [f"{spec}, {text}" for spec, text in sources.LABELS.items() if spec.partition(":")[0] in _IMAGES]
         + [f"{PREFIX}{sources.OF_ANOTHER_PACKAGE}"]
-        + [f"{PREFIX}{HELD_OUT}[@RUN], the held-out pairs of a run whose sources have labels"]
+        + [f"{PREFIX}{HELD_OUT}[@RUN], held-out pairs of a run with labelled sources"]
     )
     load = staticmethod(load)
 
     @classmethod
     def knows(cls, spec: str) -> bool:
-        """Whether the set or source exists; files are not read."""
         name, at, path = spec.removeprefix(PREFIX).partition("@")
         if is_holdout(spec, PREFIX) or (name in ENTRIES and bool(path or not at)) or (name.startswith(BABEL) and path):
             return True
@@ -307,16 +304,15 @@ class ClassSets(SetKind):
 
     @classmethod
     def data_of(cls, spec: str, data: DataConfig) -> DataConfig:
-        """Return `data`, or the group of the run that holds out the images."""
         return held_out_data(spec, data) if is_holdout(spec, PREFIX) else data
 
     @classmethod
     def shows(cls, spec: str) -> str:
-        """Return "captions" for a data set in clip_benchmark's layout with a known type of captions, else "classes"."""
         try:
-            return "captions" if spec.startswith(WDS) and _type_of(spec) == wds.CAPTIONS else "classes"
+            captions = spec.startswith(WDS) and wds.locate(spec.removeprefix(WDS), fetch=False).type == wds.CAPTIONS
         except UserError:  # loading the set reports the fault
-            return "classes"
+            captions = False
+        return "captions" if captions else "classes"
 
 
 class ProbeSets(SetKind):
@@ -328,7 +324,6 @@ class ProbeSets(SetKind):
 
     @classmethod
     def knows(cls, spec: str) -> bool:
-        """Whether the set is known, and a source has splits."""
         name = spec.partition("/")[2]
         if sources.has_labels(name, "image"):
             return sources.overrides(sources.parse(name).kind, "has_split")
@@ -344,5 +339,4 @@ class FinetunedSets(SetKind):
 
     @classmethod
     def knows(cls, spec: str) -> bool:
-        """Whether the name has a source."""
         return spec.startswith(FINETUNED)

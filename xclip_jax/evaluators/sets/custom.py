@@ -1,22 +1,24 @@
-"""Retrieval on your own image-text pairs: a source, or the pairs that a run holds out of its training.
+"""Retrieval on your image-text pairs: a source, or the pairs that a run holds out of its training.
 
-retrieval/SOURCE[?image=COLUMN&text=COLUMN]     all pairs of a source or path; the columns image and text by default
-retrieval/holdout[@RUN]                         the pairs that `data.holdout` of the model's run, or another, keeps out
+retrieval/SOURCE[?image=COLUMN&text=COLUMN]     all pairs in a source or path; the columns image and text by default
+retrieval/holdout[@RUN]                         the pairs held out by `data.holdout` of the model's run, or of RUN
 
-Pairs whose images have the same bytes are one item with all of their captions, equal ones too.
+Pairs with the same image bytes are one item with all of their captions, including equal ones.
 """
 
 import contextlib
+import csv
 import dataclasses
 import urllib.parse
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from xclip_jax.core import fields, imports
 from xclip_jax.core.console import log0
-from xclip_jax.core.errors import UserError
+from xclip_jax.core.errors import UserError, describe
 from xclip_jax.core.run_folder import RunReader
 from xclip_jax.data import holdout, sources
 from xclip_jax.data.base import MissingColumnError, display_name, field
@@ -32,6 +34,17 @@ PREFIX = "retrieval/"
 _COLUMNS = "?image=COLUMN&text=COLUMN"
 
 
+@contextlib.contextmanager
+def published_layout(name: str, location: str) -> Iterator[None]:
+    """Turn errors from missing and damaged files, or files in another layout, into one sentence."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, csv.Error, zlib.error) as error:
+        raise UserError(f"{name}: {location!r} is not in the published layout ({describe(error)}).") from error
+
+
 def is_holdout(spec: str, prefix: str) -> bool:
     """Whether `spec` is "holdout" or "holdout@RUN" after `prefix`."""
     return spec.startswith(prefix) and spec.removeprefix(prefix).partition("@")[0] == HELD_OUT
@@ -42,19 +55,17 @@ def held_out_data(spec: str, data: DataConfig) -> DataConfig:
     name, at, run = spec.partition("@")
     if at:
         content = RunReader(run).read_config() if run else None
-        if content is None:
-            raise UserError(f"{spec}: {run!r} is not the folder of a run; write {name}@RUN.")
-        data = fields.read_group(DataConfig, content["config"]["data"], "data", [])
+        data = fields.read_group(DataConfig, content["config"]["data"] if content else {}, "data", [])
     if not data.holdout or not data.sources:
-        whose = f"the run {run!r}" if at else "this model"
-        raise UserError(f"{spec}: {whose} holds out no pairs (data.holdout); name another run, {name}@RUN.")
+        whose = f"{run!r} is not the folder of a run that" if at else "this model"
+        raise UserError(f"{spec}: {whose} holds out pairs (data.holdout); name another run, {name}@RUN.")
     return data
 
 
 def query_columns(name: str) -> tuple[str, dict[str, list[str]]]:
     """Split "?image=COLUMN&text=COLUMN" from a source's spec; return the spec, and the columns by key.
 
-    In names %26 is & and %2C a comma. A question mark with another meaning, such as in a pattern of files, stays.
+    In names %26 is & and %2C a comma. Other question marks stay, for example in file patterns.
     """
     source_name, _, query = name.rpartition("?")
     columns = urllib.parse.parse_qs(query)
@@ -62,7 +73,7 @@ def query_columns(name: str) -> tuple[str, dict[str, list[str]]]:
 
 
 def named_columns(name: str, data: DataConfig) -> tuple[str, DataConfig]:
-    """Return the spec of `query_columns`, and `data` with its columns: image and text unless the spec names others.
+    """Return the spec from `query_columns`, and `data` with its columns: image and text unless the spec names others.
 
     The columns of the model's training pairs do not matter, so that every model is evaluated on the same pairs.
     """
@@ -75,10 +86,10 @@ def named_columns(name: str, data: DataConfig) -> tuple[str, DataConfig]:
 
 
 def captions_by_image(parts: Sequence[holdout.Pairs]) -> tuple[dict[str, list[str]], list[np.ndarray]]:
-    """Return {hash of an image: its captions}, and for each part the positions of new images.
+    """Return {image hash: captions}, and the positions of new images in each part.
 
-    Captions of one image are often separate pairs, such as rows of a CSV file. All of them are right answers and
-    queries, equal ones too, the convention of Flickr8k and COCO.
+    Captions of one image are often separate pairs, such as rows of a CSV file. Like in Flickr8k and COCO, all of them
+    are right answers and queries, including equal ones.
     """
     captions: dict[str, list[str]] = {}
     positions = []
@@ -93,31 +104,31 @@ def captions_by_image(parts: Sequence[holdout.Pairs]) -> tuple[dict[str, list[st
 
 
 def load_pairs(spec: str, prepare: Preprocessing, data: DataConfig, profile: Profile) -> RetrievalSet:
-    """Open the set `spec`; its captions have the prefix of the command, not the one of the published sets."""
+    """Open the set `spec`; captions get the command's prefix, not the prefix of published sets."""
     name = spec.removeprefix(PREFIX)
+    where: Any = contextlib.nullcontext()
     if is_holdout(spec, PREFIX):
         specs = tuple(data.sources)
         share = data.holdout
+        where = imports.named_by("the config of the run that holds them out")
     else:
         source_name, data = named_columns(name, data)
         specs = (sources.spec_from_path(source_name),)
         share = 1.0
         name = specs[0] + name.removeprefix(source_name)
     try:
-        with imports.named_by("the config of the run that holds them out") if share < 1 else contextlib.nullcontext():
-            opened = [sources.open_pairs(spec, sources.source_options(data)) for spec in specs]
-            parts = [holdout.find(name, source, share, data) for name, source in zip(specs, opened, strict=True)]
+        with where:
+            opened = [sources.open_pairs(source_spec, sources.source_options(data)) for source_spec in specs]
+        named = zip(specs, opened, strict=True)
+        parts = [holdout.find(source_spec, source, share, data) for source_spec, source in named]
     except MissingColumnError as error:
-        if share < 1:
-            raise
         raise UserError(f"{spec}: {error.fault}; name its columns, {PREFIX}SOURCE{_COLUMNS}.") from error
+    total = sum(map(len, opened))
+    bad = sum(part.bad for part in parts)
     if not any(part.captions for part in parts):
-        raise UserError(
-            f"{spec}: none of the {sum(map(len, opened))} pairs of {', '.join(specs)} can be used; `xclip-jax check` "
-            "says why."
-        )
-    if bad := sum(part.bad for part in parts):
-        log0(f"WARNING: {spec}: {bad:,} of the {sum(map(len, opened)):,} pairs cannot be read and are left out")
+        raise UserError(f"{spec}: none of the {total} pairs in {', '.join(specs)} can be used; see `xclip-jax check`.")
+    if bad:
+        log0(f"WARNING: {spec}: {bad:,} of the {total:,} pairs cannot be read and are left out")
     profile = dataclasses.replace(profile, prefix=profile.prefix or "", exif_rotation=True)
     by_image, positions = captions_by_image(parts)
     each = zip(opened, parts, positions, strict=True)
@@ -135,7 +146,7 @@ def captioned(
     profile: Profile,
     **origin: str,
 ) -> RetrievalSet:
-    """Return a retrieval set of encoded images, identified by `ids`, and their captions as the profile changes them."""
+    """Return a retrieval set of encoded images, identified by `ids`, with captions changed by the profile."""
     prepare = profile.preprocessing(prepare)
     texts = [profile.texts(of_image) for of_image in captions]
     for i, of_image in enumerate(texts):
@@ -159,25 +170,21 @@ class PairSets(SetKind):
     prefixes = (PREFIX.rstrip("/"),)
     names = (PREFIX + HELD_OUT,)
     usage = (
-        f"own pairs: {', '.join(f'{PREFIX}{spec}' for spec in sources.PAIRS)}, with other columns "
+        f"your pairs: {', '.join(f'{PREFIX}{spec}' for spec in sources.PAIRS)}, with other columns "
         f"{PREFIX}SOURCE{_COLUMNS}; {PREFIX}{HELD_OUT}[@RUN]"
     )
 
     @classmethod
     def knows(cls, spec: str) -> bool:
-        """Whether `spec` names held-out pairs, a source, or a path that a source reads; nothing is opened."""
-        if is_holdout(spec, PREFIX):
-            return True
-        return bool(sources.spec_from_path(named_columns(spec.removeprefix(PREFIX), DataConfig())[0]))
+        source_name, _ = named_columns(spec.removeprefix(PREFIX), DataConfig())
+        return is_holdout(spec, PREFIX) or bool(sources.spec_from_path(source_name))
 
     @classmethod
     def data_of(cls, spec: str, data: DataConfig) -> DataConfig:
-        """Return `data`, or the group of the run that holds out the pairs."""
         return held_out_data(spec, data) if is_holdout(spec, PREFIX) else data
 
     load = staticmethod(load_pairs)
 
     @classmethod
     def shows(cls, spec: str) -> str:
-        """Return "captions"."""
         return "captions"

@@ -1,11 +1,11 @@
-"""Sets of texts and captions from files in their published layout, NAME@PATH; COCO, TREC and GLUE also from TFDS, NAME.
+"""Texts and captions from files in their published layout, NAME@PATH; COCO, TREC and GLUE also from TFDS, NAME.
 
 sts12@FOLDER ... sts16@FOLDER       STS: STS.input.X.txt and STS.gs.X.txt for each subset X
 stsb@sts-test.csv, sickr@SICK_test_annotated.txt
 mr@, cr@, subj@, mpqa@, sst2@, sst5@, trec@, mrpc@, sicke@FOLDER    SentEval
 glue/NAME@FOLDER, glue/NAME         GLUE: train.tsv and dev.tsv, or TFDS
 coco_retrieval@dataset_coco.json, flickr30k_retrieval@dataset_flickr30k.json    Karpathy's captions; the images are
-                                    in the JSON's folder or in the folders that it names
+                                    in the JSON's folder or in folders named there
 coco_retrieval                      coco_captions of TFDS, whose test split is Karpathy's
 xm3600/LANGUAGE@FOLDER              captions.jsonl of Crossmodal-3600, and its images
 multi30k/LANGUAGE@FOLDER            the folder data of Multi30K's repository, with Flickr30k's images in FOLDER/images
@@ -17,13 +17,11 @@ import gzip
 import json
 import math
 import pathlib
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from xclip_jax.core.errors import UserError, describe
 from xclip_jax.data.base import field, join_surrogates
 from xclip_jax.data.config import DataConfig
 from xclip_jax.data.labelled import Paths
@@ -35,17 +33,17 @@ from xclip_jax.evaluators.probe import ProbeSet, Sweep
 from xclip_jax.evaluators.prompts import Profile
 from xclip_jax.evaluators.results import Provenance, contents, digest
 from xclip_jax.evaluators.retrieval import Pair, RetrievalSet, SimilaritySet
-from xclip_jax.evaluators.sets.custom import captioned
+from xclip_jax.evaluators.sets.custom import captioned, published_layout
 
-# SentEval's tasks without splits: files of class 0 and class 1, one sentence a line.
+# SentEval's tasks without splits: files of class 0 and class 1, one sentence per line.
 _TWO_FILES = {
     "mr": ("rt-polarity.neg", "rt-polarity.pos"),
     "cr": ("custrev.neg", "custrev.pos"),
     "subj": ("subj.subjective", "subj.objective"),
     "mpqa": ("mpqa.neg", "mpqa.pos"),
 }
-# SentEval's values of C: larger ones where folds of a training split choose. A development split only chooses;
-# nothing is fitted on it.
+# SentEval's values of C: larger ones if they are chosen by folds. A development split only chooses; nothing is fitted
+# on it.
 _SWEEP = Sweep(tuple(2.0**e for e in range(-2, 4)), halvings=0, refit=False)
 _SWEEP_BY_FOLDS = Sweep(tuple(2.0**e for e in range(-1, 6)), halvings=0)
 _FOLDS = 10
@@ -57,19 +55,19 @@ def _lines(path: pathlib.Path) -> list[str]:
     data = path.read_bytes()
     try:
         text = data.decode("utf-8")
-    except UnicodeDecodeError:  # the oldest of these data sets
+    except UnicodeDecodeError:  # in the oldest data sets
         text = data.decode("latin-1")
-    # splitlines() would also break at separators that occur within sentences.
+    # splitlines() would also break at separators within sentences.
     return [line.rstrip("\r") for line in text.split("\n") if line.strip()]
 
 
 def _rows(path: pathlib.Path) -> list[dict[str, str]]:
-    """Return the rows of a tab-separated file with a header; quotes are characters of the sentences."""
+    """Return the rows of a tab-separated file with a header; quotes belong to the sentences."""
     return list(csv.DictReader(_lines(path), delimiter="\t", quoting=csv.QUOTE_NONE))
 
 
 def sts(name: str, path: pathlib.Path) -> SimilaritySet:
-    """Read a year of STS; pairs without a rating, whose line is empty, are left out."""
+    """Read a year of STS; pairs without a rating (an empty line) are left out."""
     subsets: dict[str, list[Pair]] = {}
     for file in sorted(path.glob("STS.input.*.txt")):
         subset = file.name.removeprefix("STS.input.").removesuffix(".txt")
@@ -93,12 +91,10 @@ def sick(name: str, path: pathlib.Path) -> SimilaritySet:
 
 
 def _similarity(spec: str, split: str, subsets: Mapping[str, Sequence[Pair]], split_hash: str = "") -> SimilaritySet:
-    """Return the pairs of each subset, whose similarities people rated."""
+    """Return a set of the rated pairs in each subset."""
     ratings = {rating for pairs in subsets.values() for *_, rating in pairs}
-    if not ratings or not all(map(math.isfinite, ratings)):
-        raise ValueError("it has no pairs, or a similarity that is not a number")
-    if len(ratings) == 1:
-        raise ValueError("all of its similarities are equal, so that nothing correlates with them")
+    if len(ratings) < 2 or not all(map(math.isfinite, ratings)):
+        raise ValueError("it needs two different similarities, all of them numbers")
     name = spec.partition("@")[0]
     card = Provenance(
         data=name,
@@ -111,7 +107,7 @@ def _similarity(spec: str, split: str, subsets: Mapping[str, Sequence[Pair]], sp
 
 
 def _senteval(spec: str, parts: Sequence[Sequence[tuple[Any, int]]], how: str) -> ProbeSet:
-    """Return a probe from (text or pair of texts, label) of each split; without validation ten folds choose C."""
+    """Return a probe from (text or pair of texts, label) per split; without validation, C is chosen by ten folds."""
     train, validation, test = parts if len(parts) == 3 else (parts[0], [], parts[1])
     items = tuple([item for item, _ in part] for part in (train, validation, test))
     labels = tuple(np.array([label for _, label in part], int) for part in (train, validation, test))
@@ -124,53 +120,43 @@ def _senteval(spec: str, parts: Sequence[Sequence[tuple[Any, int]]], how: str) -
         metric="linear/top1",
         protocol=f"logistic regression on {features}, C of {sweep.coarse[0]:g}..{sweep.coarse[-1]:g}; {how}",
     )
-    folds, tasks = 0 if validation else _FOLDS, {"": labels}
-    return ProbeSet(spec, *items, tasks, sweep, neighbours=False, pairs=pairs, folds=folds, card=card)
+    folds = 0 if validation else _FOLDS
+    return ProbeSet(spec, *items, {"": labels}, sweep, neighbours=False, pairs=pairs, folds=folds, card=card)
 
 
 def senteval(name: str, path: pathlib.Path) -> ProbeSet:
-    """Read a SentEval task: a file of sentences for each of two classes, cross-validated; or a file for each split."""
+    """Read a SentEval task: one file per class, cross-validated, or one file per split."""
     if name in _TWO_FILES:
         rows = [(line, label) for label, file in enumerate(_TWO_FILES[name]) for line in _lines(path / file)]
         return _senteval(f"{name}@{path}", [rows, []], "nested, stratified ten-fold cross-validation")
-    read, files = _SPLIT_FILES[name]
-    parts = [read(path / file) for file in files]
+    parts = [_read_split(name, path / file) for file in _SPLIT_FILES[name]]
     number = {label: i for i, label in enumerate(sorted({label for _, label in parts[0]}))}
     numbered = [[(item, number[label]) for item, label in part] for part in parts]
     return _senteval(f"{name}@{path}", numbered, "own splits" if len(parts) == 3 else _C_BY_FOLDS)
 
 
-def _read_sst(path: pathlib.Path) -> list[tuple[Any, str]]:
-    """Read lines such as "a fine film .\t1"."""
-    return [(text, label) for text, label in (line.rsplit("\t", 1) for line in _lines(path))]
-
-
-def _read_sst5(path: pathlib.Path) -> list[tuple[Any, str]]:
-    """Read lines such as "3 a fine film ."."""
-    return [(text, label) for label, text in (line.split(" ", 1) for line in _lines(path))]
-
-
-def _read_trec(path: pathlib.Path) -> list[tuple[Any, str]]:
-    """Read lines such as "DESC:manner How did ..."; the class is the word before the colon."""
-    return [(line.partition(" ")[2], line.partition(":")[0]) for line in _lines(path)]
-
-
-def _read_mrpc(path: pathlib.Path) -> list[tuple[Any, str]]:
-    rows = [line.lstrip("\ufeff").split("\t") for line in _lines(path)[1:]]
+def _read_split(name: str, path: pathlib.Path) -> list[tuple[Any, str]]:
+    """Read (text or pair of texts, label) from a file of a SentEval task with splits."""
+    if name == "sicke":
+        return [((row["sentence_A"], row["sentence_B"]), row["entailment_judgment"]) for row in _rows(path)]
+    lines = _lines(path)
+    if name == "sst2":  # a fine film .<tab>1
+        return [(text, label) for text, label in (line.rsplit("\t", 1) for line in lines)]
+    if name == "sst5":  # 3 a fine film .
+        return [(text, label) for label, text in (line.split(" ", 1) for line in lines)]
+    if name == "trec":  # DESC:manner How did ...
+        return [(line.partition(" ")[2], line.partition(":")[0]) for line in lines]
+    rows = [line.lstrip("\ufeff").split("\t") for line in lines[1:]]
     return [((row[3], row[4]), row[0]) for row in rows]
 
 
-def _read_sick(path: pathlib.Path) -> list[tuple[Any, str]]:
-    return [((row["sentence_A"], row["sentence_B"]), row["entailment_judgment"]) for row in _rows(path)]
-
-
 _SST = [f"sentiment-{part}" for part in ("train", "dev", "test")]
-_SPLIT_FILES: Mapping[str, tuple[Callable[[pathlib.Path], list[tuple[Any, str]]], list[str]]] = {
-    "sst2": (_read_sst, _SST),
-    "sst5": (_read_sst5, _SST),
-    "trec": (_read_trec, ["train_5500.label", "TREC_10.label"]),
-    "mrpc": (_read_mrpc, ["msr_paraphrase_train.txt", "msr_paraphrase_test.txt"]),
-    "sicke": (_read_sick, ["SICK_train.txt", "SICK_trial.txt", "SICK_test_annotated.txt"]),
+_SPLIT_FILES = {
+    "sst2": _SST,
+    "sst5": _SST,
+    "trec": ["train_5500.label", "TREC_10.label"],
+    "mrpc": ["msr_paraphrase_train.txt", "msr_paraphrase_test.txt"],
+    "sicke": ["SICK_train.txt", "SICK_trial.txt", "SICK_test_annotated.txt"],
 }
 
 
@@ -185,9 +171,9 @@ def trec(data_dir: str | None) -> ProbeSet:
 
 
 def glue(name: str, folder: str, data_dir: str | None) -> ProbeSet | SimilaritySet:
-    """Read a GLUE task, tested on dev because test has no labels: a probe of frozen features, or cosines for STS-B.
+    """Read a GLUE task, tested on dev because test has no labels: a probe on frozen features, or cosines for STS-B.
 
-    The features of two sentences u and v are [u, v, |u - v|, u v], like GLUE's baselines.
+    The features of two sentences u and v are [u, v, |u - v|, u v], like in GLUE's baselines.
     """
     task = name.removeprefix("glue/")
     spec = f"{name}@{folder}" if folder else name
@@ -198,7 +184,7 @@ def glue(name: str, folder: str, data_dir: str | None) -> ProbeSet | SimilarityS
         return _similarity(spec, "dev", pairs, split_hash)
     train, y_train = tasks.read_pairs(task, "train", folder, data_dir)
     two = len(train[0]) == 2
-    train, test = ([tuple(parts) if two else parts[0] for parts in side] for side in (train, texts))
+    train, test = ([tuple(parts) if two else parts[0] for parts in split] for split in (train, texts))
     features = "[u, v, |u - v|, u v] of text features" if two else "text features"
     card = Provenance(
         data=name,
@@ -215,14 +201,14 @@ def glue(name: str, folder: str, data_dir: str | None) -> ProbeSet | SimilarityS
 def karpathy(name: str, path: pathlib.Path, prepare: Preprocessing, profile: Profile) -> RetrievalSet:
     """Read the test split of COCO or Flickr30k from {"images": [{"filename", "filepath"?, "split", "sentences"}]}.
 
-    Images are in the JSON's folder, or in its sub-folder "filepath". All captions of an image count unless the profile
-    keeps fewer; some images of COCO have six or seven (25,010 in all).
+    Images are in the JSON's folder, or in its sub-folder "filepath". All captions count unless the profile keeps fewer;
+    some images of COCO have six or seven (25,010 in all).
     """
     records = [r for r in json.loads(path.read_text(encoding="utf-8"))["images"] if r["split"] == "test"]
     captions = [[join_surrogates(s["raw"]) for s in r["sentences"]] for r in records]
     names = [r["filename"] for r in records]
     images = Paths([path.parent / r.get("filepath", "") / r["filename"] for r in records])
-    # Folders of images differ between copies.
+    # Without folders, which differ between copies.
     ids = [(name, size) for name, (_, size) in zip(names, contents(images), strict=True)]
     return captioned(f"{name}@{path}", images, captions, ids, prepare, profile, data=name, split="Karpathy test")
 
@@ -238,7 +224,7 @@ def xm3600(language: str, path: pathlib.Path) -> tuple[Paths, list[list[str]]]:
 
 
 def multi30k(language: str, path: pathlib.Path) -> tuple[Paths, list[list[str]]]:
-    """Read the test split of 2016: five captions in English and German, one translation in French and Czech."""
+    """Read the 2016 test split: five captions in English and German, one translation in French and Czech."""
     several = sorted((path / "task2" / "raw").glob(f"test_2016.*.{language}.gz"))
     files = several or [path / "task1" / "raw" / f"test_2016_flickr.{language}.gz"]
     columns = [gzip.decompress(file.read_bytes()).decode("utf-8").rstrip("\n").split("\n") for file in files]
@@ -249,7 +235,7 @@ def multi30k(language: str, path: pathlib.Path) -> tuple[Paths, list[list[str]]]
 def coco_captions(name: str, data_dir: str | None, prepare: Preprocessing, profile: Profile) -> RetrievalSet:
     """Read Karpathy's test split of COCO from TFDS."""
     source, info = open_tfds("coco_captions", "test", data_dir)
-    records = (source[i] for i in range(len(source)))  # each has its image: all would be gigabytes
+    records = (source[i] for i in range(len(source)))  # a list would keep gigabytes of images
     captions, ids = zip(*((lookup(r, "captions/text"), int(r["image/id"])) for r in records), strict=True)
     origin = {"data": name, "split": "test", "version": str(info.version)}
     return captioned(name, field(source, "image"), list(captions), list(ids), prepare, profile, **origin)
@@ -275,7 +261,7 @@ def load(
     name, _, location = spec.partition("@")
     path = pathlib.Path(location).expanduser()
     data_dir = data.dir or None
-    try:
+    with published_layout(name, location):
         if name in GLUE:
             return glue(name, str(path) if location else "", data_dir)
         if spec == "trec":
@@ -290,16 +276,10 @@ def load(
         if name in RETRIEVAL:
             return coco_captions(name, data_dir, prepare, profile)
         return READERS[name](name, path)
-    except (
-        OSError, ValueError, IndexError, KeyError, TypeError, AttributeError, EOFError, csv.Error, zlib.error
-    ) as error:  # fmt: skip
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{name}: {location!r} is not in the published layout ({describe(error)}).") from error
 
 
 class FileSets(SetKind):
-    """Sets of texts and captions in their published layout, and from TFDS."""
+    """Texts and captions in their published layout, and from TFDS."""
 
     prefixes = tuple(dict.fromkeys([*READERS, *RETRIEVAL, *LANGUAGES, "glue"]))
     names = IN_TFDS
@@ -310,12 +290,10 @@ class FileSets(SetKind):
 
     @classmethod
     def knows(cls, spec: str) -> bool:
-        """Whether `spec` names a set of this module; the path is not checked."""
         name, _, path = spec.partition("@")
         in_language = name.partition("/")[0] in LANGUAGES and bool(name.partition("/")[2])
         return (bool(path) and (name in _AT_PATH or in_language)) or spec in IN_TFDS
 
     @classmethod
     def shows(cls, spec: str) -> str:
-        """Return "captions" for sets of captions."""
         return "captions" if spec.partition("@")[0].partition("/")[0] in (*RETRIEVAL, *LANGUAGES) else ""

@@ -1,10 +1,10 @@
-"""Table of the published sets of labelled images, and their readers: TFDS, a folder, a CSV file; and `dense/pets`.
+"""Published sets of labelled images, read from TFDS, a folder or a CSV file; and `dense/pets`.
 
-The table has the origin, templates, class names and metric of each set. If clip-benchmark or TFDS names a set's
-classes, the folders and CSV labels of `NAME@PATH` must match those names: by a published name, a label of the TFDS data
-set (a WordNet id for ImageNet), or the class number from 0. Other labels are refused because their order would be a
-guess. All published classes are possible answers, including classes without images. If the names are not known, the
-labels in PATH are the names, see `_check_unknown`.
+If clip-benchmark or TFDS names a set's classes, the folders and CSV labels of `NAME@PATH` must match those names: by a
+published name, a label of the TFDS data set (a WordNet id for ImageNet), or the class number from 0. Other labels are
+refused because their order would be a guess. All published classes are possible answers, including classes without
+images. If the names are unknown, the labels in PATH are the names; they must not be numbers, which would become
+prompts, and none may be missing.
 """
 
 import dataclasses
@@ -33,13 +33,13 @@ _APPROXIMATE = "the published split is not public or not one: compare only numbe
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A set of the table.
+    """Origin, templates, class names and metric of a set.
 
     Attributes:
       tfds: TFDS name, configuration and version; "" if TFDS lacks the set.
       split: split of the TFDS data set.
-      templates: key of `prompts.templates`; the profile chooses the templates of "imagenet".
-      names: clip-benchmark's key of the class names; "" for the data set's own labels.
+      templates: key of `prompts.templates`; for "imagenet" the profile chooses.
+      names: clip-benchmark's key of the class names; "" for the data set's labels.
       readable: whether the data set's labels need `prompts.readable`.
       metric: the published metric.
       label: feature with the label.
@@ -69,42 +69,32 @@ def _imagenet(tfds_name: str, split: str = "test", **fields: Any) -> Entry:
 
 ENTRIES: Mapping[str, Entry] = {
     "imagenet": _imagenet("imagenet2012:5.1.0", "validation"),
-    "imagenet_minival": _imagenet("imagenet2012:5.1.0", "train[99%:]", train="", role=VALIDATION),  # as in big_vision
+    "imagenet_minival": _imagenet("imagenet2012:5.1.0", "train[99%:]", train="", role=VALIDATION),  # big_vision's
     "imagenet_v2": _imagenet("imagenet_v2/matched-frequency", train="", role=SHIFTED),
     "imagenet_a": _imagenet("imagenet_a", classes=prompts.IMAGENET_A, train="", role=SHIFTED),
     "imagenet_r": _imagenet("imagenet_r", classes=prompts.IMAGENET_R, train="", role=SHIFTED),
     "imagenet_sketch": _imagenet("imagenet_sketch", train="", role=SHIFTED),
-    "food101": Entry("food101", "validation", "food101"),  # its test split is called so
+    "food101": Entry("food101", "validation", "food101"),  # its name for the test split
     "cifar10": Entry("cifar10:3.0.2", templates="cifar10"),
     "cifar100": Entry("cifar100:3.0.2", templates="cifar100"),
     "cub200": Entry("caltech_birds2011:0.2.0", templates="birds", readable=True),
-    "sun397": Entry(
-        "sun397/standard-part1-120k",
-        templates="sun397",
-        readable=True,
-        note="the official partition; clip_benchmark evaluates all 108,754 images",
-    ),
+    "sun397": Entry("sun397/standard-part1-120k", templates="sun397", readable=True,
+                    note="the official partition; clip_benchmark evaluates all 108,754 images"),
     "cars": Entry("cars196:2.1.0", templates="cars", note="labels of versions before 2.1.0 are wrong"),
-    "voc2007": Entry("voc/2007", templates="voc2007_multilabel", metric="map11", label="labels"),
+    "voc2007": Entry("voc/2007", templates="voc2007_multilabel", metric="map11", label="labels", train=""),
     "dtd": Entry("dtd:3.0.1", templates="dtd", held="validation"),
     "pets": Entry("oxford_iiit_pet", templates="pets", names="pets", metric="mean_per_class"),
     "caltech101": Entry("caltech101:3.0.2", templates="caltech101", names="caltech101_vtab", metric="mean_per_class"),
-    "flowers": Entry(
-        "oxford_flowers102", templates="flowers", names="flowers", metric="mean_per_class", held="validation"
-    ),
+    "flowers": Entry("oxford_flowers102", templates="flowers", names="flowers", metric="mean_per_class",
+                     held="validation"),
     "mnist": Entry("mnist", templates="mnist", names="mnist"),
     "stl10": Entry("stl10", templates="stl10"),
     "svhn": Entry("svhn_cropped", templates="svhn", names="svhn"),
     "eurosat": Entry("eurosat/rgb", "train", "eurosat", "eurosat", train="", note=_APPROXIMATE),
     "resisc45": Entry("resisc45:3.0.0", "train", "resisc45", train="", note=_APPROXIMATE),
-    "pcam": Entry(
-        "patch_camelyon:2.0.0",
-        templates="pcam",
-        names="pcam",
-        held="validation",
-        note="SLIP tests on the validation split",
-    ),
-    # TFDS lacks these, or its reader does: NAME@PATH.
+    "pcam": Entry("patch_camelyon:2.0.0", templates="pcam", names="pcam", held="validation",
+                  note="SLIP tests on the validation split"),
+    # Missing in TFDS or its reader: NAME@PATH.
     "birdsnap": Entry(templates="birds"),
     "fgvc_aircraft": Entry(templates="fgvc_aircraft", metric="mean_per_class", note="by variant"),
     "fer2013": Entry(templates="fer2013", names="fer2013"),
@@ -114,22 +104,22 @@ ENTRIES: Mapping[str, Entry] = {
     "renderedsst2": Entry(templates="renderedsst2"),
     "ucf101": Entry(templates="ucf101", readable=True, note=_APPROXIMATE + "; middle frames"),
     "kinetics700": Entry(templates="kinetics700", metric="top1_top5", note=_APPROXIMATE + "; middle frames"),
-}
+}  # fmt: skip
 
 PAPER = tuple(name for name, entry in ENTRIES.items() if entry.tfds and entry.role != VALIDATION)
 
 
 @dataclasses.dataclass(frozen=True)
 class Content:
-    """Labelled images of a set or of one split.
+    """Labelled images of a set or split.
 
     Attributes:
       images: encoded images, or uint8 (h, w, 3).
       labels: int (n,), or bool (n, classes) if an image may have several classes.
-      classes: names of the classes.
+      classes: class names.
       data, version, split: see `Provenance`.
       identity: JSON that identifies images outside files, for the split's hash.
-      templates: the data set's own templates, which override the profile's; may be empty.
+      templates: the data set's templates, which override the profile's; may be empty.
     """
 
     images: Sequence[Any]
@@ -143,11 +133,11 @@ class Content:
 
 
 def read(spec: str, data_dir: str | None) -> tuple[str, Entry, Content]:
-    """Open a set of the table: its name, entry, and the images with their published class names."""
+    """Open a set; return its name, entry, and images with their published class names."""
     name, _, path = spec.partition("@")
     entry = ENTRIES[name]
     if not path and not entry.tfds:
-        raise UserError(f"{name} is not in TFDS; write {name}@PATH, a folder of one sub-folder a class or a CSV file.")
+        raise UserError(f"{name} is not in TFDS; write {name}@PATH, a CSV file or a folder with sub-folders per class.")
     if path:
         images, labels, classes = read_files(name, pathlib.Path(path))
         labels, classes = _published(spec, labels, classes, data_dir)
@@ -156,20 +146,24 @@ def read(spec: str, data_dir: str | None) -> tuple[str, Entry, Content]:
     labels = content.labels
     classes = prompts.class_names(entry.names, content.classes) if entry.names else content.classes
     if entry.classes:
-        labels, classes = _masked(name, entry, labels, classes)
+        number = {whole: i for i, whole in enumerate(entry.classes)}
+        labels = np.array([number[label] for label in labels.tolist()], int)
+        classes = [classes[i] for i in entry.classes]
     return name, entry, dataclasses.replace(content, labels=labels, classes=classes)
 
 
 def read_tfds(name: str, entry: Entry, split: str, data_dir: str | None) -> Content:
-    """Open a split of an entry's TFDS data set, with the data set's own labels."""
+    """Open a split of an entry's TFDS data set, with the data set's labels."""
     source, info = open_tfds(entry.tfds, split, data_dir)
-    # Images are skipped here, not decoded.
-    values = [source[i][entry.label] for i in range(len(source))]
+    values = [source[i][entry.label] for i in range(len(source))]  # no image is decoded
     feature = info.features[entry.label]
     classes = list(getattr(feature, "feature", feature).names)
-    labels = np.array(values, int) if not np.ndim(values[0]) else np.zeros((len(values), len(classes)), bool)
-    for row, value in zip(labels, values, strict=True) if labels.ndim == 2 else ():
-        row[np.asarray(value, int)] = True
+    if np.ndim(values[0]):
+        labels = np.zeros((len(values), len(classes)), bool)
+        for row, value in zip(labels, values, strict=True):
+            row[np.asarray(value, int)] = True
+    else:
+        labels = np.array(values, int)
     version = str(info.version)
     data = entry.tfds.partition(":")[0]
     return Content(field(source, "image"), labels, classes, data, version, entry.split, [data, version, split])
@@ -178,20 +172,28 @@ def read_tfds(name: str, entry: Entry, split: str, data_dir: str | None) -> Cont
 def _published(
     spec: str, labels: np.ndarray, classes: Sequence[str], data_dir: str | None
 ) -> tuple[np.ndarray, list[str]]:
-    """Return labels and names of the published classes, from the labels of NAME@PATH whose classes are `classes`."""
-    name = spec.partition("@")[0]
+    """Return labels and names of the published classes, from labels of NAME@PATH with the names `classes`."""
+    name, _, path = spec.partition("@")
     entry = ENTRIES[name]
     tfds_labels = _tfds_labels(entry.tfds, entry.label, data_dir) if entry.tfds else []
     if entry.names:
         whole = prompts.published(entry.names)
-    elif all(map(_is_number, tfds_labels)):  # TFDS has numbers for names that come with the images
-        _check_unknown(spec, classes, len(tfds_labels))
-        return labels, list(classes)
+    elif all(map(_is_number, tfds_labels)):  # in TFDS, names come with the images
+        number = next(filter(_is_number, classes), None)
+        expected = len(tfds_labels)
+        if number is None and expected in (0, len(classes)):
+            return labels, list(classes)
+        has = f"{len(classes)} classes, not {expected}" if number is None else f"a class {number!r}, a number"
+        prepare = f"prepare {entry.tfds} with TFDS, which knows their names, " if expected else ""
+        raise UserError(
+            f"{name}: {path!r} has {has}, and the names of {name}'s classes are not known here. Name all of the set's "
+            f"classes as published, {prepare}or evaluate folder:PATH or csv:PATH with --class-names FILE."
+        )
     else:
         whole = [prompts.readable(label) for label in tfds_labels] if entry.readable else tfds_labels
     kept = entry.classes or range(len(whole))
     published = [whole[i] for i in kept]
-    # Without 0 among them, numbers may well begin at 1.
+    # Without a 0, numbers may well begin at 1.
     from_zero = any(_is_number(label) and int(label) == 0 for label in classes)
     numbers = [str(i) for i in range(len(published))] if from_zero else []
     try:
@@ -199,9 +201,8 @@ def _published(
         position = np.array(prompts.match(classes, published, of_tfds, numbers))
     except KeyError as error:
         raise UserError(
-            f"{name}: {error.args[0]!r} is not a class of {name}, or is there twice. Name the classes as published "
-            f"({published[0]!r}, ...) or by number from 0, or evaluate folder:PATH or csv:PATH, where their own names "
-            "are used."
+            f"{name}: {error.args[0]!r} is not a class of {name}, or occurs twice. Name the classes as published "
+            f"({published[0]!r}, ...) or by number from 0, or evaluate folder:PATH or csv:PATH, with their own names."
         ) from error
     if np.ndim(labels) == 1:
         return position[labels], published
@@ -214,23 +215,6 @@ def _is_number(label: str) -> bool:
     return label.isascii() and label.isdigit()
 
 
-def _check_unknown(spec: str, classes: Sequence[str], expected: int) -> None:
-    """Check the classes of NAME@PATH, whose names are not known: no numbers, and `expected` of them unless it is 0.
-
-    A number would become the prompt, and missing classes could not be answers.
-    """
-    name, _, path = spec.partition("@")
-    number = next(filter(_is_number, classes), None)
-    if number is None and expected in (0, len(classes)):
-        return
-    fault = f"has {len(classes)} classes, not {expected}" if number is None else f"has a class {number!r}, a number"
-    known = f"prepare {ENTRIES[name].tfds} with TFDS, which knows their names, " if expected else ""
-    raise UserError(
-        f"{name}: {path!r} {fault}, and the names of {name}'s classes are not known here. Name all of the set's "
-        f"classes as published, {known}or evaluate folder:PATH or csv:PATH with --class-names FILE."
-    )
-
-
 @functools.cache
 def _tfds_labels(name: str, feature: str, data_dir: str | None) -> list[str]:
     """Return the labels of a TFDS data set, prepared or not; [] if this version of TFDS lacks it."""
@@ -240,19 +224,8 @@ def _tfds_labels(name: str, feature: str, data_dir: str | None) -> list[str]:
         return []
 
 
-def _masked(name: str, entry: Entry, labels: np.ndarray, names: list[str]) -> tuple[np.ndarray, list[str]]:
-    """Return labels and names with the labels among the 1000 renumbered to the set's classes."""
-    position = np.full(len(names), -1)
-    position[list(entry.classes)] = np.arange(len(entry.classes))
-    if (position[labels] < 0).any():
-        raise UserError(
-            f"{name}: class {labels[position[labels] < 0][0]} is not among its {len(entry.classes)} classes."
-        )
-    return position[labels], [names[i] for i in entry.classes]
-
-
 def _pet_masks(source: Any) -> LazySequence:
-    """Masks of Oxford-IIIT Pet's trimaps (h, w, 1): 1 is the pet, 2 the background, 3 the outline, without class."""
+    """Return masks from Oxford-IIIT Pet's trimaps (h, w, 1): 1 pet, 2 background, 3 outline, without a class."""
 
     def get(index: int) -> np.ndarray:
         trimap = np.asarray(source[index]["segmentation_mask"])[..., 0]
@@ -269,18 +242,17 @@ class DenseSets(SetKind):
 
     @classmethod
     def knows(cls, spec: str) -> bool:
-        """Whether the name is known."""
         return spec in cls.names
 
     @classmethod
     def load(cls, spec: str, prepare: Preprocessing, data: DataConfig, profile: Profile) -> DenseSet:
-        """Open the set."""
         name = "oxford_iiit_pet"
         prepare = profile.preprocessing(prepare)
-        (train, info), (test, _) = (open_tfds(name, split, data.dir or None) for split in ("train", "test"))
-        train, test = (
-            MaskedImages(pictures(field(source, "image"), prepare), _pet_masks(source)) for source in (train, test)
-        )
+        splits = []
+        for split in ("train", "test"):
+            source, info = open_tfds(name, split, data.dir or None)
+            splits.append(MaskedImages(pictures(field(source, "image"), prepare), _pet_masks(source)))
+        train, test = splits
         version = str(info.version)
         card = Provenance(
             data=name,
