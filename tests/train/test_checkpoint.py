@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from etils import epath
 
 from tests.helpers import checkpoints
 from tests.helpers.checkpoints import (
@@ -205,6 +206,28 @@ def test_which_checkpoints_are_kept(tmp_path):
 def test_a_later_checkpoint_is_not_taken_for_a_save(run):
     with Checkpointer(run) as checkpointer, pytest.raises(UserError, match="has a checkpoint of a later step than 3"):
         checkpointer.save(make_state(3), {"samples": 24, "batch": 8})
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_is_a_warning_and_keeps_no_others(run, monkeypatch, capsys):
+    """The new one is complete by then; the next start of the run asks again."""
+    delete = type(epath.Path(run)).rmtree
+
+    def protected(path, **options):
+        if path.name == "2":
+            raise PermissionError(13, "Permission denied")
+        delete(path, **options)
+
+    with monkeypatch.context() as patch, Checkpointer(run, keep=2) as checkpointer:
+        patch.setattr(type(epath.Path(run)), "rmtree", protected)
+        for step in (6, 8, 10):
+            checkpointer.save(make_state(step), {"samples": 8 * step, "batch": 8})
+            assert checkpointer.latest() == checkpointer.steps()[-1] == step
+        assert checkpointer.steps() == [8, 10] and RunReader(run).steps() == [2, 8, 10]
+    warning = f"WARNING: old checkpoints in {run / 'checkpoints'} could not be deleted: 2 (Permission denied)\n"
+    assert capsys.readouterr().out == warning
+    save(run, 12, keep=2)
+    assert RunReader(run).steps() == [10, 12]
+    check_is(restore(run), 12)
 
 
 # When it cannot be written

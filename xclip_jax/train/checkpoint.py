@@ -6,7 +6,6 @@ import itertools
 import logging
 import os
 import re
-import threading
 from typing import Any
 
 import jax
@@ -14,6 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
+from orbax.checkpoint import checkpoint_managers as policies
 
 from xclip_jax.core.console import format_bytes, log0
 from xclip_jax.core.errors import UserError
@@ -64,7 +64,6 @@ class _Manager(ocp.CheckpointManager):
     """
 
     def reached_preemption(self, step: int) -> bool:
-        """Never: the training loop stops, and saves, by itself."""
         return False
 
 
@@ -86,8 +85,11 @@ class Checkpointer:
         checkpoints = RunReader(run).checkpoints
         # Orbax wants absolute paths; `absolute` would take a URL for a local folder's name.
         self.path = checkpoints if is_remote(str(checkpoints)) else checkpoints.absolute()
+        self._keep = keep
+        self._refused: list[int] = []  # old checkpoints that the storage did not delete
+        self._policies: list[policies.PreservationPolicy] = [policies.LatestN(None if read_only else keep)]
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=None if read_only else keep,
+            preservation_policy=policies.AnyPreservationPolicy(self._policies),
             save_interval_steps=0 if read_only else 1,  # Orbax warns of others when it only reads
             step_prefix=None,
             # An interrupted save leaves a temporary folder; it is not a checkpoint. A reader leaves it, since
@@ -106,12 +108,10 @@ class Checkpointer:
         handler = ocp.PyTreeCheckpointHandler() if read_only else ocp.StandardCheckpointHandler()
         handlers = {"state": handler, "position": ocp.JsonCheckpointHandler()}
         self._read_only = read_only
-        # Of the last save: step, bytes, whether it failed.
+        # The last save: its step, its bytes, and whether it may be in progress.
         self._saving = -1
         self._size = 0
-        self._failed = False
-        self._watcher: threading.Thread | None = None
-        self._failure: UserError | None = None
+        self._pending = False
         logging.getLogger("absl").addFilter(_keep_record)
         self._manager = _Manager(self.path, options=options, item_handlers=handlers)
 
@@ -120,14 +120,13 @@ class Checkpointer:
         return self._manager.latest_step()
 
     def steps(self) -> list[int]:
-        """Steps of all checkpoints, after waiting for a save in progress."""
+        """Steps of all checkpoints, the same on all processes, after waiting for a save in progress."""
         self._wait()
-        return sorted(self._manager.all_steps())
+        return sorted(set(self._manager.all_steps()) - set(self._refused))
 
     def save(self, state: TrainState, position: dict[str, Any]) -> None:
         """Start to save, and return when the state is copied; `UserError` if this or the last one cannot be written."""
         self._wait()
-        self.raise_failure()
         step = int(state.step)
         if step == self.latest():
             return
@@ -143,14 +142,12 @@ class Checkpointer:
             raise self._describe(error) from error
         if not saved:
             raise UserError(f"{self.path} has a checkpoint of a later step than {step}; use a different --config.run.")
-        self._watcher = threading.Thread(target=self._watch, name="watch_save", daemon=True)
-        self._watcher.start()
+        self._pending = True
 
     def raise_failure(self) -> None:
         """Raise, once, the `UserError` of a save that failed in the background; every step may call it."""
-        if (failure := self._failure) is not None:
-            self._failure = None
-            raise failure
+        if self._pending and not self._manager.is_saving_in_progress():
+            self._wait()
 
     def restore(self, abstract: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
         """Restore state and position of `step` (default: the newest) in the shardings of `abstract`; change nothing.
@@ -192,15 +189,11 @@ class Checkpointer:
 
     def close(self) -> None:
         """Wait until every save is on disk; `UserError` if the last one could not be written."""
-        self._wait()
         try:
-            self._manager.close()
-        except Exception as error:
-            if not self._failed:
-                self._failure = self._describe(error)
-            with contextlib.suppress(Exception):
-                self._manager.close()  # an error is raised once; now it closes the rest
-        self.raise_failure()
+            self._wait()
+        finally:
+            with contextlib.suppress(Exception):  # of a save that is already reported
+                self._manager.close()
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -214,19 +207,25 @@ class Checkpointer:
             log0(f"WARNING: {error}")  # the exception that ended the run is raised
 
     def _wait(self) -> None:
-        if self._watcher is not None:
-            self._watcher.join()
-            self._watcher = None
-
-    def _watch(self) -> None:
-        """Wait for a save in a thread of its own: Orbax reports a failure to the one who waits."""
+        """Wait for a save in progress; `UserError` if it failed, a warning if only an old checkpoint is not deleted."""
+        if not self._pending:
+            return
+        self._pending = False
         try:
             self._manager.wait_until_finished()
         except Exception as error:
-            self._failure = self._describe(error)
+            with contextlib.suppress(Exception):
+                self._manager.reload()
+            steps = sorted(self._manager.all_steps())
+            if self._saving not in steps:
+                raise self._describe(error) from error
+            # Asked again by the next start of the run; meanwhile it does not keep others from being deleted.
+            self._refused = steps[: -self._keep]
+            self._policies.append(policies.CustomSteps(self._refused))
+            listed = ", ".join(map(str, self._refused))
+            log0(f"WARNING: old checkpoints in {self.path} could not be deleted: {listed} ({_reason(error)})")
 
     def _describe(self, error: Exception) -> UserError:
-        self._failed = True
         free = free_bytes(self.path)
         space = "" if free is None else f", {format_bytes(free)} are free"
         return UserError(
