@@ -26,7 +26,7 @@ from xclip_jax.processes import interrupt
 from xclip_jax.train import build, loop, trainer, weights
 from xclip_jax.train.callbacks import Callback
 from xclip_jax.train.checkpoint import Checkpointer
-from xclip_jax.train.session import Session
+from xclip_jax.train.loop import Session
 
 pytestmark = pytest.mark.long
 

@@ -1,4 +1,4 @@
-"""Checkpoints through Orbax: state and data position, asynchronous, the newest few kept, damaged ones never used."""
+"""Orbax checkpoints of state and data position: saved asynchronously, the newest few kept, damaged ones never used."""
 
 import contextlib
 import dataclasses
@@ -30,12 +30,12 @@ _SYSTEM_ERROR = re.compile(r"os_error_code='(\d+)'")  # in messages of TensorSto
 
 
 class _Damaged(Exception):
-    """A fault of a checkpoint."""
+    """A checkpoint's files are not those that were written, or have values that are not finite."""
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    """Flat {"params/img/...": shape} of the arrays of a tree."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    """Return {"params/img/...": shape} of a tree's arrays."""
+    leaves = jax.tree.leaves_with_path(tree)
     named = {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in leaves}
     return {name: tuple(x.shape) for name, x in named.items() if getattr(x, "shape", None) is not None}
 
@@ -70,17 +70,17 @@ class _Manager(ocp.CheckpointManager):
 class Checkpointer:
     """Saves and restores (`TrainState`, position) under `<run>/checkpoints/<step>`.
 
-    `position` is a small JSON dict: how many samples the run has read, and its counters. State and position become a
-    checkpoint together, with a digest of their files, by one renaming of their folder.
+    `position` is a small JSON dict: the number of samples read, and counters. One renaming of their folder makes state,
+    position and the digest of their files a checkpoint.
     """
 
     def __init__(self, run: str | epath.Path, *, keep: int = 3, read_only: bool = False) -> None:
-        """Open the checkpoints of the folder `run`.
+        """Open the checkpoints of a run's folder.
 
         Args:
           run: the run's folder.
           keep: number of newest checkpoints to keep.
-          read_only: touch nothing, to read a run in progress; parts of a state can be restored.
+          read_only: touch nothing, to read a run in progress; `restore` can then leave out parts of a state.
         """
         checkpoints = RunReader(run).checkpoints
         # Orbax wants absolute paths; `absolute` would take a URL for a local folder's name.
@@ -92,15 +92,13 @@ class Checkpointer:
             preservation_policy=policies.AnyPreservationPolicy(self._policies),
             save_interval_steps=0 if read_only else 1,  # Orbax warns of others when it only reads
             step_prefix=None,
-            # An interrupted save leaves a temporary folder; it is not a checkpoint. A reader leaves it, since
-            # another process may be writing it.
-            cleanup_tmp_directories=not read_only,
+            cleanup_tmp_directories=not read_only,  # of interrupted saves; a reader could delete a save in progress
             read_only=read_only,
             create=not read_only,
             async_options=ocp.AsyncOptions(
-                # Called by process 0 when the files of all processes are written, before the folder has its final name.
+                # Process 0 calls it when all files are written, before the folder gets its final name.
                 post_finalization_callback=self._write_digest,
-                # Otherwise threads wait for minutes for a folder that cannot be made, on a full or read-only disk.
+                # Else threads wait for minutes for a folder that a full or read-only disk cannot make.
                 create_directories_asynchronously=False,
             ),
         )
@@ -116,16 +114,16 @@ class Checkpointer:
         self._manager = _Manager(self.path, options=options, item_handlers=handlers)
 
     def latest(self) -> int | None:
-        """Step of the newest checkpoint, damaged or not, or None."""
+        """Return the step of the newest checkpoint, damaged or not, or None."""
         return self._manager.latest_step()
 
     def steps(self) -> list[int]:
-        """Steps of all checkpoints, the same on all processes, after waiting for a save in progress."""
+        """Wait for a save in progress; return the steps of all checkpoints, ascending, the same on all processes."""
         self._wait()
         return sorted(set(self._manager.all_steps()) - set(self._refused))
 
     def save(self, state: TrainState, position: dict[str, Any]) -> None:
-        """Start to save, and return when the state is copied; `UserError` if this or the last one cannot be written."""
+        """Start to save, and return once the state is copied; `UserError` if this or the last save fails."""
         self._wait()
         step = int(state.step)
         if step == self.latest():
@@ -134,7 +132,7 @@ class Checkpointer:
         self._size = num_bytes(state)
         arguments = ocp.args.Composite(state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position))
         try:
-            # A bucket has no folders: before the first save it holds nothing of this name.
+            # A bucket has no folders, so it lacks this one before the first save.
             if jax.process_index() == 0 and not (is_remote(str(self.path)) or self.path.exists()):
                 raise FileNotFoundError(2, "the folder no longer exists")
             saved = self._manager.save(step, args=arguments)
@@ -152,17 +150,17 @@ class Checkpointer:
     def restore(self, abstract: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
         """Restore state and position of `step` (default: the newest) in the shardings of `abstract`; change nothing.
 
-        A `read_only` reader leaves out parts that `abstract` sets to None, which take no memory.
+        A `read_only` reader leaves out the parts that are None in `abstract`.
         """
         steps = self._manager.all_steps()
         step = self.latest() if step is None else step
         if step is None or step not in steps:
-            raise UserError(f"{self.path} holds no checkpoint{'' if step is None else f' of step {step}'}.")
+            raise UserError(f"{self.path} holds no checkpoint{f' of step {step}' if step else ''}.")
         try:
             return self._read(abstract, step)
         except _Damaged as error:
             others = sorted((other for other in steps if other != step), reverse=True)
-            whole = next((other for other in others if self._find_fault(other) is None), None)
+            whole = next((other for other in others if self.find_fault(other) is None), None)
             other = f"the newest whole one is of step {whole}; choose it by --step {whole}"
             remedy = other if whole else "no other one is whole"
             raise UserError(f"checkpoint {self.path / str(step)} is damaged: {error}; {remedy}.") from error
@@ -240,22 +238,23 @@ class Checkpointer:
             folder = max(self.path.glob(f"{self._saving}.orbax-checkpoint-tmp*"))
         checkpoint_files.write_digest(folder, self._saving)
 
-    def is_whole(self, step: int) -> bool:
-        """Whether the files of `step` are as they were saved, the same on all processes."""
-        return self._find_fault(step) is None
-
-    def _find_fault(self, step: int) -> str | None:
-        """Return the fault that process 0 finds in the files of `step`, or None, the same on all processes."""
+    def find_fault(self, step: int) -> str | None:
+        """Return the fault that process 0 finds in the files of `step`, None if they are whole; on all processes."""
         fault = checkpoint_files.find_fault(self.path / str(step), step) if jax.process_index() == 0 else None
         damaged = bool(multihost_utils.broadcast_one_to_all(np.asarray(fault is not None)))
         return (fault or "process 0 names the file") if damaged else None
 
     def _read(self, abstract: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
         """Return state and position of `step`; raise `_Damaged` if its files differ from their digest."""
-        if fault := self._find_fault(step):
+        if fault := self.find_fault(step):
             raise _Damaged(fault)
-        if not (saved := _shapes(self._manager.item_metadata(step)["state"])):
-            raise self._unreadable(step)
+        unreadable = UserError(  # a storage may not list some files for a moment: to Orbax they were never saved
+            f"checkpoint {self.path / str(step)} cannot be read, though its files are those that were written; run the "
+            "same command to try again."
+        )
+        saved = _shapes(self._manager.item_metadata(step)["state"])
+        if not saved:
+            raise unreadable
         parts = {name: part for name, part in vars(abstract).items() if not self._read_only or jax.tree.leaves(part)}
         saved = {name: shape for name, shape in saved.items() if name.partition("/")[0] in parts}
         self._check(_shapes(abstract), saved, step)
@@ -266,16 +265,9 @@ class Checkpointer:
         composite = ocp.args.Composite(state=arguments, position=ocp.args.JsonRestore())
         restored: Any = self._manager.restore(step, args=composite)
         if restored.position is None:
-            raise self._unreadable(step)
+            raise unreadable
         state = dataclasses.replace(abstract, **restored.state) if self._read_only else restored.state
         return state, restored.position
-
-    def _unreadable(self, step: int) -> UserError:
-        """Return the error for files that the storage does not list for a moment: to Orbax they were never saved."""
-        return UserError(
-            f"checkpoint {self.path / str(step)} cannot be read, though its files are those that were written; run the "
-            "same command to try again."
-        )
 
     def _move_aside(self, faults: dict[int, str], good: int) -> None:
         """Rename damaged checkpoints so that Orbax and `RunReader` ignore them, and print a warning."""

@@ -1,4 +1,4 @@
-"""Where a run's time goes: its speed, how long the devices wait for data, and its goodput."""
+"""The clock of a run: speed, the devices' waits for data, and goodput."""
 
 import contextlib
 import queue
@@ -16,14 +16,12 @@ WALL, USEFUL = "wall_seconds", "useful_seconds"
 
 
 class Clock:
-    """Measures the time of a run, of this process and of those before it.
+    """Measures the time of a run, over this process and earlier ones. A thread records when the devices end a step.
 
-    A thread notes when the devices have computed a step: a loop that waits for data meanwhile loses nothing.
-
-    Goodput is useful time over wall time. Wall time adds up the run's processes, each from its start to its last line
-    of metrics. Useful is the time since the first step was dispatched, without lost time (evaluations, checkpoints,
-    rewinds, traces), the devices' waits for data, and the shares of skipped or undone steps. Work of
-    earlier processes after the checkpoint that the run resumed from is not useful.
+    Goodput is useful time over wall time. Wall time is the sum over the run's processes, each from its start to its
+    last line of metrics. Useful is the time since the first dispatched step, without lost time (evaluations,
+    checkpoints, rewinds, traces), waits for data, and the shares of skipped or undone steps. Work of earlier processes
+    after the restored checkpoint is not useful.
     """
 
     def __init__(
@@ -33,18 +31,18 @@ class Clock:
         lines: Iterable[Mapping[str, float]] = (),
         on_step_end: Callable[[], None] = lambda: None,
     ) -> None:
-        """Begin to measure a process that began at `began`, by `time.perf_counter`.
+        """Start the clock.
 
         Args:
-          began: seconds.
+          began: start of the process, by `time.perf_counter`.
           start: the step that it starts or resumes from.
-          lines: metrics that earlier processes logged, in order, including steps after `start`.
-          on_step_end: called, in the thread, when the devices have computed a step.
+          lines: metrics logged by earlier processes, in order, including steps after `start`.
+          on_step_end: called in the thread when the devices have computed a step.
         """
         self._began = began
         self._start = start
         self._on_step_end = on_step_end
-        self._wall = self._useful = 0.0  # of processes before
+        self._wall = self._useful = 0.0  # accumulated by earlier processes
         for line in lines:
             self._wall = max(self._wall, line.get(WALL, 0.0))
             if line["step"] <= start:
@@ -68,7 +66,7 @@ class Clock:
         self._steps.task_done()
 
     def step_ended(self) -> None:
-        """Note the end of a step on the devices, which may be before or after its dispatch is noted."""
+        """Record the end of a step on the devices, before or after its dispatch is recorded."""
         self._ended_at = time.perf_counter()
         self._last_end = self._ended_at - self._paused
         if not self._ended:
@@ -77,7 +75,7 @@ class Clock:
         self._on_step_end()
 
     def step_started(self, value: jax.Array) -> None:
-        """Note that a step is dispatched, with one of its results; all time before the first one is start-up."""
+        """Record a dispatched step; `value` is any of its outputs. Time before the first one counts as start-up."""
         if self._first is None:
             self._first = time.perf_counter()
             self._lost = 0.0
@@ -86,11 +84,11 @@ class Clock:
         self._steps.put(value)
 
     def wait_for_steps(self) -> None:
-        """Wait until the thread has noted the end of every step; no longer than the devices compute them."""
+        """Wait until the end of every dispatched step is recorded."""
         self._steps.join()
 
     def count_waits(self, batches: Iterable[T]) -> Iterator[T]:
-        """Yield `batches`, and measure how long idle devices wait for them."""
+        """Yield `batches`, and measure the waits of idle devices."""
         began = time.perf_counter()
         for batch in batches:
             if self._started and self._started == self._ended:
@@ -101,7 +99,7 @@ class Clock:
             began = time.perf_counter()
 
     def wait_share(self) -> float:
-        """Return the share of the time since the last call in which the devices waited for data."""
+        """Return the fraction of the time since the last call that the devices waited for data."""
         now = time.perf_counter()
         share = self._waited_lately / max(now - self._since, 1e-9)
         self._since = now
@@ -129,7 +127,7 @@ class Clock:
             self.wait_share()
 
     def steps_per_second(self) -> float:
-        """Return the speed since the last call, at first since this process's first step; 0 until the second ends."""
+        """Return the speed since the last call, or since the first step; 0 until the second step ends."""
         steps, time_before = self._measured
         if self._ended > steps and self._last_end > time_before:
             self._speed = (self._ended - steps) / (self._last_end - time_before)
@@ -137,11 +135,11 @@ class Clock:
         return self._speed
 
     def goodput(self, step: int, wasted: int) -> dict[str, float]:
-        """Return "goodput", and its parts, "wall_seconds" and "useful_seconds", up to `step`.
+        """Return "goodput", "wall_seconds" and "useful_seconds" up to `step`.
 
         Args:
           step: the last ended step.
-          wasted: steps that this process skipped, or whose updates it undid.
+          wasted: steps skipped or undone by this process.
         """
         now = time.perf_counter()
         computing = 0.0 if self._first is None else max(0.0, now - self._first - self._lost - self._waited)
