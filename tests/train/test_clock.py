@@ -6,9 +6,8 @@ import pytest
 
 from tests.helpers import tiny
 from xclip_jax.config.schema import resolve
-from xclip_jax.train import clock
-from xclip_jax.train.clock import Clock
-from xclip_jax.train.log import progress_line
+from xclip_jax.train import log
+from xclip_jax.train.log import Clock, progress_line
 
 
 class Now:
@@ -31,7 +30,7 @@ class Ended:
 @pytest.fixture
 def now(monkeypatch):
     moved = Now()
-    monkeypatch.setattr(clock.time, "perf_counter", moved)
+    monkeypatch.setattr(log.time, "perf_counter", moved)
     return moved
 
 

@@ -14,9 +14,9 @@ from xclip_jax.core import environment
 from xclip_jax.report import charts, page
 from xclip_jax.report.collect import Run
 from xclip_jax.report.examples import Examples
-from xclip_jax.train import clock, cost, recovery, trainer
+from xclip_jax.train import cost, log, recovery, trainer
 from xclip_jax.train.checkpoint import Checkpointer
-from xclip_jax.train.clock import Clock
+from xclip_jax.train.log import Clock
 
 pytestmark = pytest.mark.long
 
@@ -31,7 +31,7 @@ def test_wasted_steps_are_those_skipped_and_those_undone(tmp_path, monkeypatch):
     )
     folder = types.SimpleNamespace(skipped_steps_file=tmp_path / "skipped_steps.jsonl")
     job = types.SimpleNamespace(config=config, folder=folder, experiment=types.SimpleNamespace(abstract=None))
-    checkpointer = types.SimpleNamespace(steps=lambda: [4], is_whole=bool, restore=lambda *_: ({}, {}))
+    checkpointer = types.SimpleNamespace(steps=lambda: [4], find_fault=lambda _: None, restore=lambda *_: ({}, {}))
     monkeypatch.setattr(recovery, "MOST_SKIPPED", 1)
     monkeypatch.setattr(recovery, "with_step", lambda state, step: state)
     skipped = recovery.SkippedSteps(job, 0, types.SimpleNamespace(counters={}), checkpointer)
@@ -121,7 +121,7 @@ def test_uptime_is_that_of_this_process():
 
 
 def test_clocks_are_what_is_logged():
-    assert {"goodput", clock.WALL, clock.USEFUL, "mfu", "model_flops_per_second"} < set(CLOCKS)
+    assert {"goodput", log.WALL, log.USEFUL, "mfu", "model_flops_per_second"} < set(CLOCKS)
 
 
 def config(pairs, run, **changes):

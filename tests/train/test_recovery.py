@@ -274,13 +274,13 @@ def test_a_run_killed_near_a_rewind_resumes_bit_exactly(pairs, tmp_path, monkeyp
 
 
 def test_a_rewind_passes_over_a_damaged_checkpoint(capsys):
-    found = types.SimpleNamespace(steps=lambda: [2, 4, 5], is_whole=lambda step: step != 4)
+    found = types.SimpleNamespace(steps=lambda: [2, 4, 5], find_fault=lambda step: step == 4 or None)
     config = types.SimpleNamespace(checkpoint=types.SimpleNamespace(every=2))
     skipped = recovery.SkippedSteps.__new__(recovery.SkippedSteps)
     skipped._checkpointer, skipped._run = found, types.SimpleNamespace(config=config)
     assert skipped._checkpoint_before(6, 0) == 2
     assert capsys.readouterr().out == "WARNING: the checkpoint of step 4 is damaged, and an older one is used\n"
-    found.is_whole = lambda step: step == 5
+    found.find_fault = lambda step: step != 5 or None
     assert skipped._checkpoint_before(6, 0) == 5
 
 

@@ -14,7 +14,7 @@ from xclip_jax.report import collect
 from xclip_jax.report.collect import Record, Warnings, complete_rows
 from xclip_jax.train import checkpoint_files, cost, weights
 from xclip_jax.train.checks import Finding, attempt, fail, warning
-from xclip_jax.train.clock import INPUT_BOUND
+from xclip_jax.train.log import INPUT_BOUND
 from xclip_jax.train.recovery import MOST_SKIPPED
 
 _LATE = 10  # a run is stalled after this multiple of the usual time between lines of metrics,
@@ -31,8 +31,7 @@ def check_run(path: str, now: float | None = None) -> Iterator[Finding]:
     diverged = _diverged(run, folder)
     yield _progress(run, folder, step_seconds, bool(diverged), time.time() if now is None else now)
     yield _checkpoints(run, folder, step_seconds)
-    heads = attempt("heads", lambda: list(check_heads(weights.run_config(folder))))
-    yield from [heads] if isinstance(heads, Finding) else heads
+    yield from attempt("heads", lambda: check_heads(weights.run_config(folder)))
     yield from _objective(run)
     yield from _input(run)
     yield from _samples(run, folder)

@@ -13,7 +13,7 @@ import functools
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,7 +25,7 @@ from xclip_jax.commands.diagnosis import check_heads, check_run
 from xclip_jax.config import load
 from xclip_jax.config.schema import Config, resolve
 from xclip_jax.core.console import format_bytes, format_duration, show
-from xclip_jax.core.errors import Parser, exit_with_message
+from xclip_jax.core.errors import Parser, UserError, describe, exit_with_message
 from xclip_jax.core.imports import add_trust, trusting
 from xclip_jax.core.storage import strict_json
 from xclip_jax.data import inspect, loader, records
@@ -36,7 +36,7 @@ from xclip_jax.parallel.mesh import batch_part
 from xclip_jax.train import callbacks, checks, cost, prepare
 from xclip_jax.train.build import Experiment, make_encoder
 from xclip_jax.train.checks import FAIL, WARNING, Finding, attempt, fail, warning
-from xclip_jax.train.clock import INPUT_BOUND
+from xclip_jax.train.log import INPUT_BOUND
 from xclip_jax.train.run_writer import RunWriter
 from xclip_jax.train.state import create
 
@@ -69,27 +69,24 @@ def _all_findings(config: ml_collections.ConfigDict | Mapping[str, Any] | Config
     yield devices
     if not devices.values:  # JAX has none, so nothing can be built
         return
-    resolved = attempt("config", lambda: resolve(config))
-    if isinstance(resolved, Finding):
-        yield resolved
-        return
-    folder = RunWriter(resolved.run)
-    yield from _findings("folder", lambda: checks.check_folder(resolved, folder))
-    yield from _findings("log", lambda: callbacks.check_names(resolved) or ())
-    experiment = attempt("model", lambda: prepare.open_experiment(resolved, folder))
-    if isinstance(experiment, Finding):
-        yield experiment
-        return
-    model = list(checks.check_model(experiment))
-    yield from model
-    yield from _findings("disk", lambda: checks.check_disk(experiment, folder))
-    data = attempt("data", lambda: prepare.open_data(experiment, folder))
-    if isinstance(data, Finding):
-        yield data
-        if not experiment.objective.labelled:
+    check = "config"
+    try:
+        resolved = resolve(config)
+        folder = RunWriter(resolved.run)
+        yield from attempt("folder", lambda: checks.check_folder(resolved, folder))
+        yield from attempt("log", lambda: callbacks.check_names(resolved) or ())
+        check = "model"
+        experiment = prepare.open_experiment(resolved, folder)
+        model = list(checks.check_model(experiment))
+        yield from model
+        yield from attempt("disk", lambda: checks.check_disk(experiment, folder))
+        check = "data"
+        samples, fingerprints = prepare.open_data(experiment, folder)
+    except (UserError, OSError) as error:
+        yield fail(check, describe(error))
+        if check == "data" and not experiment.objective.labelled:
             yield from check_evaluation(experiment, folder, None)
         return
-    samples, fingerprints = data
     yield from checks.check_data(experiment, samples)
     yield from check_evaluation(experiment, folder, prepare.class_names(experiment, fingerprints))
     operations = model[0].values.get("flops_per_step")
@@ -109,20 +106,19 @@ def _all_findings(config: ml_collections.ConfigDict | Mapping[str, Any] | Config
     yield from check_samples(experiment, samples, seconds)
 
 
-def _findings(check: str, function: Callable[[], Iterable[Finding]]) -> list[Finding]:
-    """Return the findings of `function`, or its error as a FAIL."""
-    findings = attempt(check, lambda: list(function()))
-    return [findings] if isinstance(findings, Finding) else findings
-
-
 def check_evaluation(experiment: Experiment, folder: RunWriter, classes: Sequence[str] | None) -> Iterator[Finding]:
     """Yield whether evaluation sets and initial weights can be opened."""
     encoder = make_encoder(experiment, classes)
     before = prepare.evaluates_first(experiment)
-    sets = attempt("evaluation", lambda: prepare.open_evaluators(experiment, encoder))
-    yield from [sets] if isinstance(sets, Finding) else checks.check_sets(experiment, len(sets), before=before)
-    initial = attempt("weights", lambda: prepare.open_initial(experiment, folder, classes))
-    yield from [initial] if isinstance(initial, Finding) else checks.check_weights(experiment, initial[0])
+
+    def check_sets() -> Iterator[Finding]:
+        return checks.check_sets(experiment, len(prepare.open_evaluators(experiment, encoder)), before=before)
+
+    def check_weights() -> Iterator[Finding]:
+        return checks.check_weights(experiment, prepare.open_initial(experiment, folder, classes)[0])
+
+    yield from attempt("evaluation", check_sets)
+    yield from attempt("weights", check_weights)
 
 
 def time_step(experiment: Experiment, compiled: Any, start: int, operations: float | None = None) -> Finding:
@@ -160,11 +156,10 @@ def check_samples(experiment: Experiment, samples: Sequence[Source], step_second
     """Read the first samples like the run; yield the fractions of bad samples and equal texts, and the speed."""
     seed = experiment.config.seed
     transform = experiment.transform()
-    sample = attempt(
-        "samples", lambda: inspect.read_batches(samples, transform, seed, samples=SAMPLES, seconds=SECONDS)
-    )
-    if isinstance(sample, Finding):
-        yield sample
+    try:
+        sample = inspect.read_batches(samples, transform, seed, samples=SAMPLES, seconds=SECONDS)
+    except (UserError, OSError) as error:
+        yield fail("samples", describe(error))
         return
     yield _bad_samples(sample, experiment)
     if sample.text is not None:

@@ -35,8 +35,7 @@ def main(_: list[str]) -> None:
         errors.end_at_once()  # until the run handles signals
         if _CHECK.value:
             config = prepare.check_names(flags.FLAGS.config)
-            callbacks.classes(config)
-            callbacks.tracker_classes(config)
+            callbacks.check_names(config, installed=False)
             log0("the config, and the names of its sources and evaluation sets, are valid")
             extras = prepare.extras(config)
             if extras:

@@ -90,21 +90,19 @@ class Peers:
             while len(self._client.key_value_dir_get(f"{_SAME}{self._rounds}/")) < self.count - 1:
                 time.sleep(0.2)  # a process with other facts ends this one
             return
-        first = json.loads(self._wait_for(name))
+        first = None
+        while first is None:  # signals are handled between these short waits
+            try:
+                first = json.loads(self._client.blocking_key_value_get(name, 2000))
+            except Exception as error:
+                if "DEADLINE_EXCEEDED" not in str(error):
+                    raise
         different = [key for key in sorted(mine | first) if mine.get(key) != first.get(key)]
         if different:
             shown = ", ".join(f"{key} ({_short(mine.get(key))}, not {_short(first.get(key))})" for key in different[:5])
             more = f" and {len(different) - 5} more" if len(different) > 5 else ""
             raise UserError(f"process {self.index} differs from process 0: {shown}{more}; {remedy}.")
         self._client.key_value_set(f"{_SAME}{self._rounds}/{self.index}", "")
-
-    def _wait_for(self, name: str) -> str:
-        while True:  # signals are handled between these short waits
-            try:
-                return self._client.blocking_key_value_get(name, 2000)
-            except Exception as error:
-                if "DEADLINE_EXCEEDED" not in str(error):
-                    raise
 
     def waiting(self) -> str:
         """Return the current work of other processes, if it differs from this process's."""
@@ -242,12 +240,9 @@ def ends_all() -> Iterator[None]:
     """If this context fails in one process, end all of them and report the reason."""
     try:
         yield
-    except SystemExit as stop:
-        if _peers is not None and stop.code not in (None, 0, EXIT_RESUMABLE):
-            _peers.fail(stop)
-        raise
     except BaseException as error:
-        if _peers is not None and not isinstance(error, GeneratorExit):
+        ended = isinstance(error, SystemExit) and error.code in (None, 0, EXIT_RESUMABLE)
+        if _peers is not None and not ended and not isinstance(error, GeneratorExit):
             _peers.fail(error)
         raise
 

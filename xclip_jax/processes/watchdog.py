@@ -125,8 +125,14 @@ class Watchdog:
         if now - self._last > 10 * _POLL_SECONDS:  # the whole process was suspended
             self._since += now - self._last
         self._last = now
-        if self._asked:
-            self._check_signal(now)
+        if self._asked and now - self._asked_at > _MOMENT:
+            if self._asked > 1 and not self._preemption.signal_received:
+                self._end("asked to stop twice", EXIT_RESUMABLE, stacks=False)
+            if self.current == COMPILATION and jax.process_count() == 1:
+                lost = f"{self.step - self.saved} steps since the last checkpoint are lost"
+                if not self.saved:
+                    lost = f"there is no checkpoint yet, and {self.step} steps are lost"
+                self._end(f"stopping in the compilation: {lost}", EXIT_RESUMABLE, stacks=False)
         if self.current:
             self._check_progress(now)
 
@@ -136,25 +142,12 @@ class Watchdog:
         self._last = self._clock()
         while not self._stop.is_set():
             if signals.poll(1000 * _POLL_SECONDS):
-                self._hear()
+                with contextlib.suppress(BlockingIOError):
+                    count = sum(number in SIGNALS for number in self._read_end.recv(64))
+                    if count and not self._asked:
+                        self._asked_at = self._clock()
+                    self._asked += count
             self.check()
-
-    def _hear(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            count = sum(number in SIGNALS for number in self._read_end.recv(64))
-            if count and not self._asked:
-                self._asked_at = self._clock()
-            self._asked += count
-
-    def _check_signal(self, now: float) -> None:
-        if self._asked > 1 and now - self._asked_at > _MOMENT and not self._preemption.signal_received:
-            self._end("asked to stop twice", EXIT_RESUMABLE, stacks=False)
-        alone = jax.process_count() == 1
-        if alone and self.current == COMPILATION and now - self._asked_at > _MOMENT:
-            lost = f"{self.step - self.saved} steps since the last checkpoint are lost"
-            if not self.saved:
-                lost = f"there is no checkpoint yet, and {self.step} steps are lost"
-            self._end(f"stopping in the compilation: {lost}", EXIT_RESUMABLE, stacks=False)
 
     def _check_progress(self, now: float) -> None:
         since = self._since

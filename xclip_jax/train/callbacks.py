@@ -167,17 +167,13 @@ TRACKERS: dict[str, Callable[[RunReader, Config, int, str], Tracker]] = {
 }
 
 
-def tracker_classes(config: Config) -> list[type[Tracker]]:
-    """Import the custom tracker classes of `log.trackers`; `UserError` for other names with a colon."""
-    return [import_class(name, Tracker, "log.trackers:") for name in config.log.trackers if ":" in name]
-
-
-def check_names(config: Config) -> None:
-    """Raise `UserError` if a callback or a tracker of the config cannot be imported."""
+def check_names(config: Config, *, installed: bool = True) -> None:
+    """Raise `UserError` if a callback, a tracker or, with `installed`, the package of a tracker cannot be imported."""
     classes(config)
-    tracker_classes(config)
     for name in config.log.trackers:
-        if ":" not in name and name != "tensorboard" and importlib.util.find_spec(name) is None:
+        if ":" in name:
+            import_class(name, Tracker, "log.trackers:")
+        elif installed and name != "tensorboard" and importlib.util.find_spec(name) is None:
             raise UserError(f"log.trackers names {name!r}, which is not installed: pip install 'xclip_jax[{name}]'.")
 
 

@@ -257,7 +257,16 @@ class Checkpointer:
             raise unreadable
         parts = {name: part for name, part in vars(abstract).items() if not self._read_only or jax.tree.leaves(part)}
         saved = {name: shape for name, shape in saved.items() if name.partition("/")[0] in parts}
-        self._check(_shapes(abstract), saved, step)
+        expected = _shapes(abstract)
+        names = sorted(name for name in expected.keys() | saved.keys() if expected.get(name) != saved.get(name))
+        if names:  # Orbax's error would be a page long
+            names = [name for name in names if name.startswith("params/")] or names
+            wrong = [f"{name} has shape {saved.get(name)}, expected {expected.get(name)}" for name in names[:_SHOWN]]
+            more = f" (and {len(names) - _SHOWN} more)" if len(names) > _SHOWN else ""
+            raise UserError(
+                f"checkpoint {self.path / str(step)} has another architecture: {'; '.join(wrong)}{more}. Use the "
+                "config that the run was started with (config.json beside it), or another --config.run."
+            )
         arguments: Any = ocp.args.StandardRestore(abstract)
         if self._read_only:
             places = ocp.checkpoint_utils.construct_restore_args(parts)
@@ -279,15 +288,3 @@ class Checkpointer:
         self._manager.reload()
         moved = "; ".join(f"checkpoint {self.path / str(step)} ({fault})" for step, fault in faults.items())
         log0(f"WARNING: damaged, and moved to damaged-STEP: {moved}; going back to step {good}, the newest whole one")
-
-    def _check(self, expected: dict[str, Any], saved: dict[str, Any], step: int) -> None:
-        """Compare names and shapes before any array is read: Orbax's own error is a page long."""
-        names = sorted(name for name in expected.keys() | saved.keys() if expected.get(name) != saved.get(name))
-        if names:
-            names = [name for name in names if name.startswith("params/")] or names
-            wrong = [f"{name} has shape {saved.get(name)}, expected {expected.get(name)}" for name in names[:_SHOWN]]
-            more = f" (and {len(names) - _SHOWN} more)" if len(names) > _SHOWN else ""
-            raise UserError(
-                f"checkpoint {self.path / str(step)} has another architecture: {'; '.join(wrong)}{more}. Use the "
-                "config that the run was started with (config.json beside it), or another --config.run."
-            )

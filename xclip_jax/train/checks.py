@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,8 +24,6 @@ from xclip_jax.train.checkpoint_files import free_bytes, most_added, num_bytes
 from xclip_jax.train.run_writer import OUTCOMES, RunWriter
 
 OK, WARNING, FAIL = "ok", "warning", "FAIL"
-
-T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,12 +63,12 @@ def fail(check: str, text: str, remedy: str = "", **values: Any) -> Finding:
     return Finding(check, text, FAIL, remedy, values)
 
 
-def attempt(check: str, function: Callable[[], T]) -> T | Finding:
-    """Return the result of `function`, or its `UserError` or `OSError` as a FAIL."""
+def attempt(check: str, function: Callable[[], Iterable[Finding]]) -> list[Finding]:
+    """Return the findings of `function`, or its `UserError` or `OSError` as a FAIL."""
     try:
-        return function()
+        return list(function())
     except (UserError, OSError) as error:
-        return fail(check, describe(error))
+        return [fail(check, describe(error))]
 
 
 def check_devices() -> Finding:

@@ -151,7 +151,10 @@ def train(session: Session, state: TrainState) -> tuple[TrainState, bool]:
             session.save(state, step)
         return state, True
     except Exception as error:
-        if step > start and _can_save_after(error, session.watch.current):
+        # Errors of data and evaluations leave the last state intact, an error in a step may not. Other processes have
+        # already dispatched the next step, which donates the state, unless all raise the same error.
+        alone = jax.process_count() == 1 and session.watch.current in (DATA, EVALUATION)
+        if step > start and (alone or isinstance(error, TooManyBadSamples)):
             session.save(state, step)
             # Waits for the save: a process of several ends as soon as it raises.
             if step in session.checkpointer.steps():
@@ -190,14 +193,6 @@ def batches(session: Session, start: int) -> Iterator[dict[str, jax.Array]]:
         # Steps are dispatched without waiting: this batch travels to the devices while they compute the last step.
         yield loader.to_global(local, run.experiment.mesh)
         watch.enter(DATA, sources)
-
-
-def _can_save_after(error: Exception, phase: str | None) -> bool:
-    """Whether the last state is intact after this error, and all processes can take part in saving it."""
-    # Other processes have already dispatched the next step, which donates the state, unless all raise the same error.
-    # An error in a step may leave no state.
-    alone = jax.process_count() == 1
-    return isinstance(error, TooManyBadSamples) or (alone and phase in (DATA, EVALUATION))
 
 
 class StepTracer:

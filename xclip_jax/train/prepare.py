@@ -44,7 +44,7 @@ class Run:
       fingerprints: one fingerprint per source.
       encoder: shared by all evaluators.
       evaluators: evaluators of `eval.sets` and `eval.sets_at_end` by spec.
-      init_step: step of the run that provides the initial weights, else 0.
+      init_step: step of the initial weights in their run, else 0.
     """
 
     config: Config

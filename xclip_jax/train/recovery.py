@@ -68,11 +68,23 @@ class SkippedSteps:
             return self._skipped
         self._checked = step
         self._skipped = bool(metrics["skipped"])
-        if self._skipped:
-            self._add(step, {name: float(metrics[name]) for name in _VALUES if name in metrics})
-        elif self.in_a_row:
-            self._count(in_a_row=0)
-        return self._skipped
+        if not self._skipped:
+            if self.in_a_row:
+                self._count(in_a_row=0)
+            return False
+        values = {name: float(metrics[name]) for name in _VALUES if name in metrics}
+        wrong = next((name for name in values if not math.isfinite(values[name])), "")
+        reason = f"{wrong.replace('_', ' ')} of step {step} is {values[wrong]}" if wrong else ""
+        reason = reason or f"a running value of step {step} is not finite"
+        config = self._run.config
+        b = config.data.batch
+        self._count(total=self.total + 1, in_a_row=self.in_a_row + 1)
+        self._wasted.add(step)
+        self.file.append({"step": step, "position": (step - 1) * b, "samples": b} | values)
+        if self.in_a_row == config.steps or (self.exceeded and config.optim.on_bad_steps == "stop"):
+            self._stop(f"{reason}, after {self.in_a_row - 1} skipped steps in a row, and is not saved")
+        log0(f"WARNING: {reason}; the step is skipped, {self.in_a_row} in a row, {self.total} in all, see {self.path}")
+        return True
 
     def rewind(self, state: TrainState) -> TrainState:
         """Return the newest checkpoint before the skipped steps, as of the step of `state`, which is deleted.
@@ -104,19 +116,6 @@ class SkippedSteps:
                 return step
             log0(f"WARNING: the checkpoint of step {step} is damaged, and an older one is used")
         self._stop(f"steps {failed + 1} to {self._checked} are skipped, and no checkpoint is left to rewind to")
-
-    def _add(self, step: int, values: dict[str, float]) -> None:
-        config = self._run.config
-        self._count(total=self.total + 1, in_a_row=self.in_a_row + 1)
-        self._wasted.add(step)
-        b = config.data.batch
-        self.file.append({"step": step, "position": (step - 1) * b, "samples": b} | values)
-        wrong = next((name for name in values if not math.isfinite(values[name])), "")
-        reason = f"{wrong.replace('_', ' ')} of step {step} is {values[wrong]}" if wrong else ""
-        reason = reason or f"a running value of step {step} is not finite"
-        if self.in_a_row == config.steps or (self.exceeded and config.optim.on_bad_steps == "stop"):
-            self._stop(f"{reason}, after {self.in_a_row - 1} skipped steps in a row, and is not saved")
-        log0(f"WARNING: {reason}; the step is skipped, {self.in_a_row} in a row, {self.total} in all, see {self.path}")
 
     def _stop(self, reason: str) -> NoReturn:
         saved = self._checkpointer.steps()

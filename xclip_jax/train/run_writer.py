@@ -26,6 +26,7 @@ OUTCOMES = {
     "data.holdout": "what data.holdout holds out",
     "data.spread_duplicate_captions": "what data.spread_duplicate_captions spreads",
 }
+_CONTENT = ("samples", "classes")  # of a fingerprint, next to its hash
 _SHOWN = 5  # differences that an error lists
 
 
@@ -38,29 +39,39 @@ class RunWriter(RunReader):
             check_writable(f"--config.run={str(self.path)!r}", path)
         saved = self.read_config()
         latest = self.latest_step()
+        fault = ""
         if saved is None and latest is not None:
-            raise UserError(
-                f"{self.path} has checkpoints and no config.json, so there is no record of their config; restore the "
-                "file, or use a different --config.run."
+            fault = (
+                "has checkpoints and no config.json, so there is no record of their config; restore the file, or use a "
+                "different --config.run."
             )
-        if saved is None:
-            return
-        if latest is None:
+        elif saved is not None and latest is None:
             step = self.last_logged_step()
             # The second checkpoint is started when the first is on disk.
             if self.results_file.exists() or 0 < 2 * saved["config"]["checkpoint"]["every"] < step:
-                raise UserError(
-                    f"{self.path} has metrics up to step {step} and no checkpoint; restore {self.checkpoints}, or "
-                    "delete the folder to train from step 0."
+                fault = (
+                    f"has metrics up to step {step} and no checkpoint; restore {self.checkpoints}, or delete the "
+                    "folder to train from step 0."
                 )
-            return
-        differing = _differences(saved["config"], config)
-        if differing:
-            rest = f" and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
-            raise UserError(
-                f"{self.path} contains a run with a different config: {', '.join(differing[:_SHOWN])}{rest}. Use a "
-                "different --config.run, delete the folder, or give these keys the values of its config.json."
-            )
+        elif saved is not None:
+            before = schema.flatten(saved["config"])
+            after = schema.flatten(schema.to_dict(config))
+            free = schema.keys_where(resume="free")
+            terms = {*config.objective.terms, *saved["config"].get("objective", {}).get("terms", {})}
+            unused = tuple(f"objective.{name}." for name in TERMS if name not in terms)
+            differing = [
+                f"{key} ({before.get(key)!r} in config.json, {after.get(key)!r} now)"
+                for key in sorted(before.keys() | after.keys())
+                if before.get(key) != after.get(key) and key not in free and not key.startswith(unused)
+            ]
+            if differing:
+                rest = f" and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
+                fault = (
+                    f"contains a run with a different config: {', '.join(differing[:_SHOWN])}{rest}. Use a different "
+                    "--config.run, delete the folder, or give these keys the values of its config.json."
+                )
+        if fault:
+            raise UserError(f"{self.path} {fault}")
 
     def read_config(self) -> dict[str, Any] | None:
         """Return the content of config.json, with defaults for keys that it lacks."""
@@ -128,22 +139,19 @@ class RunWriter(RunReader):
             )
         for number, (old, new) in enumerate(zip(saved, fingerprints, strict=True)):
             source = f"source {number}, {config.data.sources[number]!r}"
-            same = old["hash"] == new["hash"]
-            for key, what in OUTCOMES.items() if same else ():
-                before = old.get(key)
-                now = new.get(key)
-                if before is not None and now is not None and before["digest"] != now["digest"]:
-                    raise UserError(
-                        f"{source}: {what} differs from {self.data_file}, and with it the order of all samples: "
-                        f"{now['unreadable']:,} of the records cannot be read now, {before['unreadable']:,} could not "
-                        "be read then; see that all files can be read, and start again, or use a different "
-                        "--config.run."
-                    )
-            if not same or any(key in old and old[key] != new.get(key) for key in ("samples", "classes")):
+            if old["hash"] != new["hash"] or any(old.get(key, new.get(key)) != new.get(key) for key in _CONTENT):
                 raise UserError(
                     f"{source}, has changed since {self.data_file} was written: {old['samples']:,} samples then, "
                     f"{new['samples']:,} now, or other files. Restore it, or use a different --config.run."
                 )
+            for key, outcome in OUTCOMES.items():
+                if key in old and key in new and old[key]["digest"] != new[key]["digest"]:
+                    raise UserError(
+                        f"{source}: {outcome} differs from {self.data_file}, and with it the order of all samples: "
+                        f"{new[key]['unreadable']:,} of the records cannot be read now, {old[key]['unreadable']:,} "
+                        "could not be read then; see that all files can be read, and start again, or use a different "
+                        "--config.run."
+                    )
 
     @contextlib.contextmanager
     def claimed(
@@ -160,8 +168,8 @@ class RunWriter(RunReader):
           config: the resolved config of the run.
           fingerprints: one per source.
           groups: length groups of its texts.
-          text_rows: `Experiment.text_rows` that the groups are for.
-          init_step: step of the run that provides the initial weights, else 0.
+          text_rows: `Experiment.text_rows` for these groups.
+          init_step: step of the initial weights in their run, else 0.
         """
         if jax.process_index() != 0:
             yield
@@ -230,21 +238,3 @@ class RunWriter(RunReader):
             start = {"step": self.latest_step(), "time": now, "changed": changed, "environment": facts}
             saved |= {"config": current, "starts": [*saved.get("starts", []), start]}
             write_json(self.config_file, saved | chosen if renew else saved)
-
-
-def _differences(saved: Mapping[str, Any], config: Config) -> list[str]:
-    """Return keys with different values in a saved config and `config`, unless a resumed run may change them."""
-    before = schema.flatten(saved)
-    after = schema.flatten(schema.to_dict(config))
-    free = schema.keys_where(resume="free")
-    # Options of unused terms.
-    idle = tuple(
-        f"objective.{name}."
-        for name in TERMS
-        if name not in {*config.objective.terms, *saved.get("objective", {}).get("terms", {})}
-    )
-    return [
-        f"{key} ({before.get(key)!r} in config.json, {after.get(key)!r} now)"
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and key not in free and not key.startswith(idle)
-    ]

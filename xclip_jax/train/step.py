@@ -138,16 +138,19 @@ class TrainStep:
         def update() -> tuple[TrainState, jax.Array]:
             updates, opt_state = self.tx.update(grads, state.opt_state, state.params)
             params = self.objective.constrain(optax.apply_updates(state.params, updates))
-            ema_params, new_ema_batch_stats = self._average(state, params, batch_stats, ema_batch_stats)
             new = dataclasses.replace(
-                state,
-                params=params,
-                batch_stats=batch_stats,
-                opt_state=opt_state,
-                ema_params=ema_params,
-                ema_batch_stats=new_ema_batch_stats,
-                loss_state=loss_state,
+                state, params=params, batch_stats=batch_stats, opt_state=opt_state, loss_state=loss_state
             )
+            if state.ema_params is not None:
+                rate = 1 - self.momentum(state.step)
+                # A teacher's pass has already averaged the statistics.
+                teacher = self.objective.teacher
+                average = optax.incremental_update
+                new = dataclasses.replace(
+                    new,
+                    ema_params=average(params, state.ema_params, rate),
+                    ema_batch_stats=ema_batch_stats if teacher else average(batch_stats, state.ema_batch_stats, rate),
+                )
             return new, optax.tree.norm(updates)
 
         # A branch costs nothing; a choice between old and new values would be a pass over both.
@@ -199,7 +202,10 @@ class TrainStep:
         up to rounding. The mean of the parts' gradients would belong to another objective: contrastive losses compare
         pairs across parts, and nCLIP's smoothness is the entropy of a mean. All randomness is in `inputs`.
         """
-        inputs = _grouped(inputs, order)
+        if order is not None:  # groups the texts, and the random inputs of their tower
+            noise = inputs.get(NOISE, {})
+            split = {name: order.split(x) for name, x in noise.get("txt", {}).items()}
+            inputs = inputs | {"text": order.split(inputs["text"], cut=True), NOISE: noise | {"txt": split}}
         if self.microbatches > 1:
             h_img, h_txt = sharding.map_microbatches(self._encode, params, inputs, self.microbatches, stack=False)
         else:
@@ -208,7 +214,10 @@ class TrainStep:
 
     def _encode(self, params: Any, inputs: Inputs) -> Features:
         """Return the features (h_img, h_txt); h_txt is a tuple if the texts are in groups."""
-        variables = {"params": self._effective_params(params)}
+        merged: Any = lora.merged(params)
+        if self.frozen:
+            merged = optim.stop_frozen(merged, self.frozen, self.batch_noise.towers)
+        variables = {"params": merged}
         noise = {"img": {}, "txt": {}} | inputs.get(NOISE, {})
         h_img = h_txt = None
         if "img" in self.objective.towers:
@@ -232,11 +241,6 @@ class TrainStep:
             h_img, h_txt = jax.lax.optimization_barrier((h_img, h_txt))
         return h_img, h_txt
 
-    def _effective_params(self, params: Any) -> Any:
-        """Return the parameters with their adapters merged, without gradients of the frozen ones."""
-        params = lora.merged(params)
-        return optim.stop_frozen(params, self.frozen, self.batch_noise.towers) if self.frozen else params
-
     def _project(self, params: Any, batch_stats: Any, h: Features) -> tuple[dict[str, Any], Any]:
         """Return the outputs of the heads, and the new statistics of BatchNorm."""
         variables = {"params": params, "batch_stats": batch_stats}
@@ -249,25 +253,6 @@ class TrainStep:
         params = jax.lax.stop_gradient(state.ema_params)
         inputs = {key: value for key, value in inputs.items() if key != NOISE}
         return self._project(params, state.ema_batch_stats, self._features(params, inputs, order))
-
-    def _average(self, state: TrainState, params: Any, batch_stats: Any, ema_batch_stats: Any) -> tuple[Any, Any]:
-        """Update the EMA parameters, and the EMA batch statistics unless the teacher pass has already updated them."""
-        if state.ema_params is None:
-            return None, ema_batch_stats
-        rate = 1 - self.momentum(state.step)
-        ema_params = optax.incremental_update(params, state.ema_params, rate)
-        if not self.objective.teacher:
-            ema_batch_stats = optax.incremental_update(batch_stats, state.ema_batch_stats, rate)
-        return ema_params, ema_batch_stats
-
-
-def _grouped(inputs: Inputs, order: LengthOrder | None) -> Inputs:
-    """Split the texts of `inputs`, and the random inputs of their tower, into groups."""
-    if order is None:
-        return inputs
-    noise = inputs.get(NOISE, {})
-    split = {name: order.split(x) for name, x in noise.get("txt", {}).items()}
-    return inputs | {"text": order.split(inputs["text"], cut=True), NOISE: noise | {"txt": split}}
 
 
 def compile_step(
