@@ -189,14 +189,9 @@ def test_a_reader_leaves_out_parts(tmp_path):
         chex.assert_trees_all_equal(state, make_state(2).replace(**left_out))
 
 
-def test_orbax_asks_the_preemption_service_nothing(tmp_path, monkeypatch):
-    """It knows the questions of the training loop alone, see `interrupt.PreemptionHandler`."""
+def test_which_checkpoints_are_kept(tmp_path, monkeypatch):
+    """And Orbax does not ask the preemption service, which the training loop asks, see `interrupt`."""
     monkeypatch.setattr(ocp.CheckpointManager, "reached_preemption", lambda _, step: pytest.fail(f"asked {step}"))
-    save(tmp_path, 2, 4)
-    assert RunReader(tmp_path).steps() == [2, 4]
-
-
-def test_which_checkpoints_are_kept(tmp_path):
     save(tmp_path, *range(2, 22, 2), keep=2)
     assert RunReader(tmp_path).steps() == [18, 20]
     for step in RunReader(tmp_path).steps():
@@ -273,23 +268,19 @@ def files_in(run, step):
     return files_of(run / "checkpoints" / str(step))
 
 
-def test_the_last_save_of_a_run_is_not_lost_in_silence(run, no_large_files):
+def test_no_failed_save_is_lost_in_silence_or_hides_what_ended_the_run(run, no_large_files, capsys):
+    """The last save, one before the next, and one before another error."""
+    position = {"samples": 48, "batch": 8}
     with pytest.raises(UserError, match=FAILED), Checkpointer(run) as checkpointer:
-        checkpointer.save(make_state(6), {"samples": 48, "batch": 8})
-
-
-def test_a_failed_save_does_not_hide_what_ended_the_run(run, no_large_files, capsys):
+        checkpointer.save(make_state(6), position)
+    with Checkpointer(run) as checkpointer:
+        checkpointer.save(make_state(6), position)
+        with pytest.raises(UserError, match=FAILED):
+            checkpointer.save(make_state(8), position)
     with pytest.raises(KeyError, match="of the run"), Checkpointer(run) as checkpointer:
-        checkpointer.save(make_state(6), {"samples": 48, "batch": 8})
+        checkpointer.save(make_state(6), position)
         raise KeyError("of the run")
     assert "WARNING: the checkpoint of step 6 could not be written" in capsys.readouterr().out
-
-
-def test_the_next_save_reports_a_failure_too(run, no_large_files):
-    with Checkpointer(run) as checkpointer:
-        checkpointer.save(make_state(6), {"samples": 48, "batch": 8})
-        with pytest.raises(UserError, match=FAILED):
-            checkpointer.save(make_state(8), {"samples": 64, "batch": 8})
 
 
 def test_a_folder_that_vanished_is_not_made_again(run):

@@ -1,8 +1,6 @@
 """Losses and gradients that are not finite: what a step, a run and a resumed run make of them."""
 
 import dataclasses
-import pathlib
-import shutil
 import types
 from typing import ClassVar
 
@@ -294,8 +292,3 @@ def test_a_rewind_needs_two_checkpoints():
     kept = tiny.config(optim__on_bad_steps="rewind", checkpoint__keep=1)
     with pytest.raises(UserError, match=r"optim\.on_bad_steps 'rewind' may need .*; raise checkpoint\.keep to 2"):
         schema.resolve(kept)
-
-
-@pytest.fixture
-def run(trained, tmp_path):
-    return pathlib.Path(shutil.copytree(trained, tmp_path / "run"))
