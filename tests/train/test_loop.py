@@ -126,10 +126,10 @@ def test_given_weights_are_evaluated_on_all_sets_before_the_first_step_once(
 
 def test_what_was_measured_before_is_of_the_same_weights_and_sets(pairs, tmp_path, run, evaluators):
     """A folder without a checkpoint takes a new config; evaluations of the old one are made again."""
-    given = {"eval__sets": ("a",), "init__weights": str(run)}
-    for changes, calls in (({}, 1), ({"eval__resize": "squash"}, 2), ({"eval__resize": "squash"}, 2)):
+    for resize, calls in (("shortest", 1), ("squash", 2), ("squash", 2)):
+        given = {"eval__sets": ("a",), "init__weights": str(run), "eval__resize": resize}
         with tiny.cut_off(0):
-            trainer.run(tiny.short(pairs, tmp_path / "new", **given, **changes))
+            trainer.run(tiny.short(pairs, tmp_path / "new", **given))
         assert len(evaluators["a"].calls) == calls
         assert [line["step"] for line in tiny.lines(tmp_path / "new") if "a/top1" in line] == [0]
 
@@ -208,34 +208,20 @@ def test_a_complete_run_is_evaluated_on_other_sets_and_keeps_no_older_results(pa
     assert len(evaluators["b"].calls) == 1
 
 
-def config(pairs, run, **changes):
-    return tiny.config("clip", run=run, **{"data__sources": (f"folder:{pairs}",), "log__profile": (2, 3)} | changes)
-
-
-def traced_file(run, end):
-    """The only file of the run's traces whose name ends in `end`."""
-    (path,) = (run / "profile" / "plugins" / "profile").glob(f"*/*{end}")
-    return path
-
-
-def events(run):
-    """(step, start, end) of the step annotations, and (name, start, end) of all else, in nanoseconds."""
-    data = jax.profiler.ProfileData.from_file(str(traced_file(run, ".xplane.pb")))
-    lines = [event for plane in data.planes for line in plane.lines for event in line.events]
-    steps = [(dict(event.stats).get("step_num"), event) for event in lines if event.name == "train"]
-    return (
-        sorted((step, event.start_ns, event.end_ns) for step, event in steps),
-        [(event.name, event.start_ns, event.end_ns) for event in lines if event.name != "train"],
-    )
-
-
 def test_a_run_leaves_a_trace_of_its_steps(pairs, tmp_path, capsys):
-    trainer.run(config(pairs, tmp_path / "run", steps=4))
-    steps, others = events(tmp_path / "run")
-    assert [step for step, *_ in steps] == [2, 3]
-    assert len(others) > 100
-    files = [traced_file(tmp_path / "run", end) for end in ("perfetto_trace.json.gz", ".trace.json.gz")]
-    traces = [json.loads(gzip.decompress(file.read_bytes())) for file in files]
+    trainer.run(tiny.short(pairs, tmp_path / "run", log__profile=(2, 3)))
+
+    def traced(end):
+        (path,) = (tmp_path / "run" / "profile" / "plugins" / "profile").glob(f"*/*{end}")
+        return path
+
+    data = jax.profiler.ProfileData.from_file(str(traced(".xplane.pb")))
+    events = [event for plane in data.planes for line in plane.lines for event in line.events]
+    steps = [dict(event.stats).get("step_num") for event in events if event.name == "train"]
+    assert sorted(steps) == [2, 3] and len(events) > 100
+    traces = [
+        json.loads(gzip.decompress(traced(f"{name}.json.gz").read_bytes())) for name in ("perfetto_trace", ".trace")
+    ]
     for trace in traces:
         annotated = [event for event in trace["traceEvents"] if event.get("name") == "train"]
         assert sorted(int(event["args"]["step_num"]) for event in annotated) == [2, 3]
