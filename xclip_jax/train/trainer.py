@@ -79,13 +79,22 @@ def run(
                 watch.enter(COMPILATION)
                 state, position = _first_state(prepared, initial, checkpointer, watch)
                 initial.clear()  # as large as the model
-                session = _open_session(prepared, state, position, checkpointer, watch, stop, callbacks, began)
+                watch.step = watch.saved = step = int(state.step)
+                ledger = BadSampleLog(
+                    folder.path,
+                    max_bad_fraction=config.data.max_bad_fraction,
+                    start=position["samples"],
+                    counters=position.get("counters"),
+                )
+                skipped = SkippedSteps(prepared, step, ledger, checkpointer)
+                log = MetricLogger(prepared, step, ledger, skipped, callbacks, began=began, on_step_end=watch.end_step)
+                session = Session(prepared, log, checkpointer, watch, stop)
                 try:
                     for callback in callbacks:
-                        callback.on_start(prepared, int(state.step))
+                        callback.on_start(prepared, step)
                     state, stopped = train(session, state)
                 except BaseException:
-                    session.log.end()
+                    log.end()
                     raise
             stop.can_save = False
             try:
@@ -93,10 +102,10 @@ def run(
                     with contextlib.suppress(Interrupted):
                         return _finish(session, state, callbacks)
                 watch.enter(None)
-                session.log.close()
-                session.log.show_report(int(state.step))
+                log.close()
+                log.show_report(int(state.step))
             finally:
-                session.log.end()
+                log.end()
             log0(f"stopped at step {int(state.step)} of {config.steps}; run the same command to resume")
             raise SystemExit(EXIT_RESUMABLE)
 
@@ -116,30 +125,6 @@ def _first_state(
         state, position = checkpointer.restore_good(experiment.abstract)
     log0(f"resuming at step {int(state.step)}, sample {position['samples']:,}")
     return state, position
-
-
-def _open_session(
-    run: Run,
-    state: TrainState,
-    position: Mapping[str, Any],
-    checkpointer: Checkpointer,
-    watch: Watchdog,
-    stop: PreemptionHandler,
-    callbacks: Sequence[Callback],
-    began: float,
-) -> Session:
-    """Open the log of a process that began at time `began` and starts from `state` at `position`."""
-    step = int(state.step)
-    ledger = BadSampleLog(
-        run.folder.path,
-        max_bad_fraction=run.config.data.max_bad_fraction,
-        start=position["samples"],
-        counters=position.get("counters"),
-    )
-    watch.step = watch.saved = step
-    skipped = SkippedSteps(run, step, ledger, checkpointer)
-    log = MetricLogger(run, step, ledger, skipped, callbacks, began=began, on_step_end=watch.end_step)
-    return Session(run, log, checkpointer, watch, stop)
 
 
 def _finish(session: Session, state: TrainState, callbacks: Sequence[Callback]) -> dict[str, float]:
