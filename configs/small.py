@@ -153,7 +153,8 @@ def fill_in(config: ml_collections.ConfigDict, arg: str | None = None) -> Descri
     if saved is not None:
         _adopt_objective(config, saved, args.objective)
     counts = Counts(pairs) if source is None else measure(source, tokenizer.load(config.data.tokenizer))
-    share = held_out_share(pairs)
+    share = min(max(HELD_OUT_SHARE, LEAST_HELD_OUT / pairs), MOST_HELD_OUT / pairs, LARGEST_SHARE)
+    share = float(f"{share:.2g}")
     trained = max(round(pairs * (1 - share)), 1)
     if saved is None or args.size:
         config.model.img.image_size = args.size or image_size(preset, counts, machine)
@@ -218,11 +219,6 @@ def measure(source: Source, tokens: tokenizer.Tokenizer) -> Counts:
         raise UserError(f"all {len(captions)} captions that were read are {captions[0]!r}: there is nothing to learn.")
     width, height = (int(np.median([sample.size[axis] for sample in good])) for axis in (0, 1))
     return Counts(n, width, height, tokens=int(np.percentile(tokens.lengths(tokens(captions, 77)), 95)))
-
-
-def held_out_share(pairs: int) -> float:
-    """Return the fraction of held-out pairs: a twentieth, more of few pairs and less of many."""
-    return float(f"{min(max(HELD_OUT_SHARE, LEAST_HELD_OUT / pairs), MOST_HELD_OUT / pairs, LARGEST_SHARE):.2g}")
 
 
 def _limits(preset: str, machine: Machine) -> tuple[int, int]:

@@ -185,7 +185,12 @@ class Trackers:
         self._folder = folder
         self._open = {}
         names = dict.fromkeys(config.log.trackers)
-        run_id = _run_id(folder, step) if set(names) - {"tensorboard"} else ""
+        run_id: Any = None
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # absent or damaged
+            run_id = json.loads(folder.trackers_file.read_text())["id"] if step else None
+        if not isinstance(run_id, str) and set(names) - {"tensorboard"}:
+            run_id = secrets.token_hex(4)
+            write_json(folder.trackers_file, {"id": run_id})
         for name in names:
             with self._guarded(name):
                 kind: Any = TRACKERS.get(name) or import_class(name, Tracker, "log.trackers:")
@@ -220,14 +225,3 @@ class Trackers:
             self._open.pop(name, None)
             file = self._folder.metrics_file
             log0(f"WARNING: {name} failed and is disabled ({first_line(error)}); {file} has all metrics")
-
-
-def _run_id(folder: RunReader, step: int) -> str:
-    """Return the run's id in its trackers, stored in trackers.json; a new one for a run that starts at `step` 0."""
-    run_id = None
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # absent or damaged
-        run_id = json.loads(folder.trackers_file.read_text())["id"] if step else None
-    if not isinstance(run_id, str):
-        run_id = secrets.token_hex(4)
-        write_json(folder.trackers_file, {"id": run_id})
-    return run_id

@@ -22,7 +22,6 @@ from typing import Any
 import jax
 from etils import epath
 
-from xclip_jax.config.schema import Config
 from xclip_jax.core import storage
 from xclip_jax.core.storage import is_remote, strict_json, write_json
 from xclip_jax.train.state import TrainState
@@ -107,14 +106,3 @@ def free_bytes(path: epath.Path) -> int | None:
     while not os.path.exists(folder):
         folder = os.path.dirname(folder)
     return shutil.disk_usage(folder).free
-
-
-def most_added(config: Config, saved: list[int]) -> int:
-    """Return the largest number of checkpoints that a run keeps at a time, not counting the steps `saved`.
-
-    The oldest checkpoint is deleted once the new one is complete, so a run needs space for one more than it keeps.
-    """
-    settings = config.checkpoint
-    left = max(config.steps - max(saved, default=0), 0)
-    to_write = -(-left // settings.every) if settings.every else min(left, 1)
-    return min(to_write, max(settings.keep + 1 - len(saved), 1))

@@ -20,7 +20,7 @@ from xclip_jax.evaluators.base import Evaluator
 from xclip_jax.processes import runtime
 from xclip_jax.train import cost
 from xclip_jax.train.build import Experiment
-from xclip_jax.train.checkpoint_files import free_bytes, most_added, num_bytes
+from xclip_jax.train.checkpoint_files import free_bytes, num_bytes
 from xclip_jax.train.run_writer import OUTCOMES, RunWriter
 
 OK, WARNING, FAIL = "ok", "warning", "FAIL"
@@ -164,7 +164,11 @@ def check_disk(experiment: Experiment, folder: RunWriter) -> Iterator[Finding]:
     free = free_bytes(folder.checkpoints)
     size = num_bytes(experiment.abstract)
     saved = folder.steps() if free is not None else []
-    most = most_added(experiment.config, saved)
+    settings = experiment.config.checkpoint
+    left = max(experiment.config.steps - max(saved, default=0), 0)
+    to_write = -(-left // settings.every) if settings.every else min(left, 1)
+    # The oldest checkpoint is deleted once the new one is complete.
+    most = min(to_write, max(settings.keep + 1 - len(saved), 1))
     least = min(most, 1 if saved else 2)
     needs = f"the run's checkpoints need up to {format_bytes(most * size)} more, {format_bytes(size)} each"
     values: dict[str, Any] = {"checkpoint_bytes": size, "checkpoints": most, "needed_bytes": most * size}

@@ -269,7 +269,7 @@ class MetricLogger:
         if speed and self._flops:
             scalars["model_flops_per_second"] = speed * self._flops
             scalars |= {"mfu": speed * self._flops / self._peak} if self._peak else {}
-        scalars |= self.clock.goodput(step, self.skipped.wasted)
+        scalars |= self.clock.goodput(step, len(self.skipped.wasted))
         log0(progress_line(step, scalars, config, objective.progress(scalars)))
         for warning in objective.alarms(scalars) if step >= config.alarm_step else ():  # "NAME: fault"
             name = warning.split(":")[0]

@@ -47,11 +47,6 @@ class Session:
         self.stop.check()
         self.log.ledger.check()
 
-    def end_step(self, step: int) -> None:
-        """Record that `step` is dispatched, and can be saved."""
-        self.watch.step = step
-        self.stop.can_save = True
-
     @contextlib.contextmanager
     def phase(self, name: str | None) -> Iterator[None]:
         """Enter a phase of the watchdog that an interrupt leaves between batches, or at once in a single process."""
@@ -126,7 +121,8 @@ def train(session: Session, state: TrainState) -> tuple[TrainState, bool]:
         for batch in arrays:
             state, metrics = tracer(step + 1, run.experiment.compiled, state, batch)
             step += 1
-            session.end_step(step)
+            session.watch.step = step
+            session.stop.can_save = True
             log.log_step(step, metrics)
             session.checkpointer.raise_failure()  # of a save in the background
             if log.skipped.exceeded:

@@ -36,12 +36,7 @@ class SkippedSteps:
         self.file = JsonLines(self.path, lambda line: line["step"] <= start, writes=jax.process_index() == 0)
         self._checked = start
         self._skipped = False
-        self._wasted: set[int] = set()
-
-    @property
-    def wasted(self) -> int:
-        """Number of steps that this process skipped or undid."""
-        return len(self._wasted)
+        self.wasted: set[int] = set()  # steps that this process skipped or undid
 
     @property
     def _counters(self) -> Mapping[str, int]:
@@ -79,7 +74,7 @@ class SkippedSteps:
         config = self._run.config
         b = config.data.batch
         self._count(total=self.total + 1, in_a_row=self.in_a_row + 1)
-        self._wasted.add(step)
+        self.wasted.add(step)
         self.file.append({"step": step, "position": (step - 1) * b, "samples": b} | values)
         if self.in_a_row == config.steps or (self.exceeded and config.optim.on_bad_steps == "stop"):
             self._stop(f"{reason}, after {self.in_a_row - 1} skipped steps in a row, and is not saved")
@@ -103,7 +98,7 @@ class SkippedSteps:
             f"WARNING: {self.in_a_row} steps in a row were skipped; rewinding to the checkpoint of step {target}, and "
             f"going on with the samples of step {step + 1}"
         )
-        self._wasted.update(range(target + 1, step + 1))
+        self.wasted.update(range(target + 1, step + 1))
         self._count(in_a_row=0, rewound=step)
         return with_step(restored, step)
 
