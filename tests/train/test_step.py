@@ -30,7 +30,7 @@ VARIANTS = {
 
 
 def make(variant, devices=8, **changes):
-    config = tiny.config(variant.split("-")[0], **VARIANTS[variant], **changes)
+    config = tiny.config(variant.split("-")[0], **VARIANTS[variant] | changes)
     return build.build(config, jax.devices()[:devices])
 
 
