@@ -44,10 +44,10 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.data.tags = 4
     config.data.tags_only_prob = 0.3
     config.data.crop_scale = (0.6, 1.0)
-    config.data.resample = "bicubic"  # smoother than "area" where pictures change little in size
+    config.data.resample = "bicubic"  # smoother than "area" at small changes of size
     config.data.flip_prob = 0.5
     config.data.color_jitter = 0.2
-    config.data.threads = 1  # more threads wait for each other: decoded images leave Python little to do
+    config.data.threads = 1  # with decoded images, more threads wait for each other
     config.data.cache = True
 
     config.model.dtype = "float32"

@@ -4,16 +4,15 @@
     xclip-jax train --config finetune:data=folder:/my/images,test=val,weights=RUN
     xclip-jax train --config finetune:data=glue:cola@/data/CoLA,weights=RUN
 
-RUN is a run's folder, or weights of another project, as init.weights reads them: the run takes over their sizes,
-tokenizer and pixel statistics. The argument's keys: data, train and test (a source is DATA/TRAIN:
-tfds:imagenet2012/train, folder:/my/images/train with one sub-folder a class, csv:/my/images/train.csv with
-train=train.csv, glue:TASK/train), weights, preset (without weights), batch, epochs, examples and classes (0 counts them
-in the source), dir (of TFDS data sets).
+RUN is a run's folder or other weights, see init.weights; their sizes, tokenizer and pixel statistics are taken over.
+Keys of the argument: data, train and test (a source is DATA/TRAIN: tfds:imagenet2012/train, folder:/my/images/train
+with one sub-folder per class, csv:/my/images/train.csv with train=train.csv, glue:TASK/train), weights, preset (without
+weights), batch, epochs, examples and classes (0 counts them in the source), dir (of TFDS data sets).
 
-Images: the recipe of SLIP's README and BEiT's code, 100 epochs at batch 1024, here with lr in proportion to the batch,
-with changes of brightness, contrast and saturation by 0.4 instead of RandAugment, and without random erasing. Positions
-decay here, not there. GLUE: AdamW, 2e-5 falling linearly, batch 32, 3 epochs, as BERT's; no recipe for these towers has
-been published, and they have no dropout. No run of full size has been made and no score is claimed.
+Images follow SLIP's README and BEiT's code, 100 epochs at batch 1024, here with lr in proportion to the batch, changes
+of brightness, contrast and saturation by 0.4 instead of RandAugment, no random erasing, and weight decay of positions.
+GLUE follows BERT: AdamW, 2e-5 falling linearly, batch 32, 3 epochs; these towers have no published recipe and no
+dropout. Not run at full size; no score is claimed.
 """
 
 import ml_collections
@@ -28,7 +27,7 @@ ARGUMENTS = {
     "data": "tfds:imagenet2012", "train": "train", "test": "validation", "dir": "", "weights": "", "preset": "",
     "batch": 0, "epochs": 0, "examples": 0, "classes": 0,
 }  # fmt: skip
-# Training examples and classes, so that a config can be read where the data are not.
+# Training examples and classes, so that a config can be read without the data.
 KNOWN = {"tfds:imagenet2012/train": (1_281_167, 1000)}
 
 
@@ -61,27 +60,26 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
 
 def fill_in(config: ml_collections.ConfigDict, arg: str | None = None) -> None:
-    """Take over the towers of the weights, and set what follows from them and from the number of examples."""
+    """Take over the towers of the weights, and set the keys that depend on them and on the number of examples."""
     args = recipes.parse_arg(arg, **ARGUMENTS)
     if args.weights:
         weights.adopt(config, args.weights)
-    examples, classes = args.examples, args.classes
-    if not (examples and classes):
-        if config.data.sources[0] in KNOWN:
-            counted = KNOWN[config.data.sources[0]]
-        else:
-            source = sources.open_labelled(config.data.sources[0], SourceOptions(args.dir))
-            counted = len(source), labelled.count_classes(config.data.sources[0], source)
-        examples, classes = examples or counted[0], classes or counted[1]
-    img, text = config.model.img, config.objective.classify.tower == "txt"
-    epochs, batch = args.epochs or (3 if text else 100), config.data.batch
-    config.objective.classify.classes = classes
+    counted = KNOWN.get(config.data.sources[0], (args.examples, args.classes))
+    if not all(counted):
+        source = sources.open_labelled(config.data.sources[0], SourceOptions(args.dir))
+        counted = (len(source), labelled.count_classes(config.data.sources[0], source))
+    examples = args.examples or counted[0]
+    text = config.objective.classify.tower == "txt"
+    epochs = args.epochs or (3 if text else 100)
+    batch = config.data.batch
+    config.objective.classify.classes = args.classes or counted[1]
     config.steps = max(examples * epochs // batch, 1)
     config.eval.every = max(examples // batch, 1) * max(epochs // 20, 1)
     config.checkpoint.every = min(1000, config.eval.every)
     if text:
         config.optim.warmup = config.steps // 10
     else:
+        img = config.model.img
         large = img.depth >= 24
         img.drop_path = 0.1 if img.width >= 768 else 0.0
         config.optim.layer_decay = 0.75 if large else 0.65

@@ -4,20 +4,18 @@
     xclip-jax train --config pretrain:objective=xclip,data=cc12m
     xclip-jax train --config pretrain:objective=xclip,data=yfcc15m,preset=B/32
 
-The first line reads pairs of your own: `pairs` says how many, because the steps follow from it. The second one reads a
-copy of CC12M on the Hugging Face Hub, and with root=/data own tars, /data/cc12m/*.tar, as img2dataset writes them
-(--output_format webdataset). The third one is the setting of many published methods: ViT-B/32, 32 epochs of YFCC15M,
-batch 4096, 117,664 steps with a warm-up of 3,677; docs/protocols.md has their scores.
+The first line reads your pairs, whose number, `pairs`, decides on the steps. The second one reads a copy of CC12M on
+the Hugging Face Hub or, with root=/data, your tars /data/cc12m/*.tar from img2dataset (--output_format webdataset).
+The third one is the setting of many published methods: ViT-B/32, 32 epochs of YFCC15M, batch 4096, 117,664 steps with a
+warm-up of 3,677; docs/protocols.md has their scores.
 
-The argument's keys, all optional: objective (clip, siglip, nclip, xclip), data (cc3m, cc12m, yfcc15m,
-datacomp-small, 35m), root, preset, batch, epochs (25; 32 of yfcc15m), and pairs, by default as many as the copy has:
-for own tars give the number that `xclip-jax check` counts, because links die. Written for TPU pods; no run of this size
-has been made and no score is claimed.
+Keys of the argument, all optional: objective (clip, siglip, nclip, xclip), data (cc3m, cc12m, yfcc15m, datacomp-small,
+35m), root, preset, batch, epochs (25; 32 of yfcc15m), and pairs, by default those of the copy: for your tars give the
+number counted by `xclip-jax check`, because links die. Written for TPU pods; not run, and no score is claimed.
 
-Two sets go by the name YFCC15M. The copy on the Hub is from DeCLIP's list, with the captions of RWKV-CLIP; `root` reads
-what you have. The list of the 35 million pairs of the nCLIP paper is not published: data.json in a run's folder says
-which files it read. The mixture here is CC3M, CC12M, YFCC15M, SBU and the regions of Visual Genome, each weighted by
-its size, and needs `root`.
+Two sets are called YFCC15M: the copy on the Hub is DeCLIP's list, with RWKV-CLIP's captions; `root` reads your files.
+The nCLIP paper's list of 35 million pairs is not published. The mixture here is CC3M, CC12M, YFCC15M, SBU and the
+regions of Visual Genome, weighted by size, and needs `root`; data.json in a run's folder lists the files.
 """
 
 import ml_collections
@@ -28,12 +26,12 @@ from xclip_jax.data.readers.known_corpora import CORPORA
 
 MIXTURE = ("cc3m", "cc12m", "yfcc15m", "sbu", "visual_genome")  # folders under `root`
 PAIRS = {name: row.pairs for name, row in CORPORA.items()} | {"35m": 35_000_000}
-FOLDERS = {"datacomp-small": "datacomp-small/shards"}  # of own tars under `root`, if not the set's name
-OWN_PAIRS = 15_000_000  # the sources are set on the command line
+FOLDERS = {"datacomp-small": "datacomp-small/shards"}  # under `root`, by default the set's name
+OWN_PAIRS = 15_000_000  # for sources set on the command line
 
 
 def sources(data: str, root: str) -> tuple[str, ...]:
-    """Return the sources of the set `data`: tars under `root`, or without one a copy on the Hub."""
+    """Return the sources of the set `data`: tars under `root`, if given, or a copy on the Hub."""
     if root:
         folders = MIXTURE if data == "35m" else (FOLDERS.get(data, data),)
         return tuple(f"tar:{root}/{folder}/*.tar" for folder in folders)
@@ -63,7 +61,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
     config.model.dtype = "bfloat16"
     config.model.img.remat = config.model.txt.remat = "dots"  # else 128 pairs of B/16 do not fit a chip of 16 GiB
-    # The usual head has thirty times the parameters of the smallest towers.
+    # The usual head is thirty times as large as the smallest towers.
     clusters, hidden = (4096, 1024) if args.preset.startswith("Ti") else (32_768, 4096)
     config.model.cluster_head.update(clusters=clusters, hidden=hidden)
 
@@ -75,6 +73,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
     config.eval.sets = ()  # such as ("coco_retrieval",)
     config.eval.every = epoch
-    # A checkpoint is three times the model: an epoch of few steps is trained again sooner than it is saved.
+    # A checkpoint is three times the model: a few steps are trained again sooner than saved.
     config.checkpoint.every = min(1000, max(epoch, 200))
     return config

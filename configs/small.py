@@ -1,20 +1,19 @@
-"""Your own pairs, from a laptop up: a run whose sizes follow from the pairs and from this machine.
+"""Your own pairs, from a laptop up: a run sized for the pairs and for this machine.
 
     xclip-jax train --config small:pairs=/my/pairs
     xclip-jax train --config small:pairs=/my/pairs.csv,image=path,text=caption,weights=hf:ORG/NAME
 
-pairs is a folder of images with .txt files next to them, a table, tars, or any spec of data.sources. Some hundred of
-the pairs are read to choose towers, image size, context, batch, cluster head, optimizer, its rate, steps and intervals
-(`fill_in`). Then all are read: a share is held out by content, and equal captions are counted. The
-held-out pairs are evaluated on the way (retrieval/holdout, and zeroshot/holdout if sub-folders, or a column "label" of
-some sources, name one class an image) and shown in RUN/report.html. Lines say what was chosen, and why held-out images
-of such a source are not classified.
+pairs is a folder of images with .txt files next to them, a table, tars, or any spec of data.sources. A sample of them
+decides on towers, image size, context, batch, cluster head, optimizer, learning rate, steps and intervals (`fill_in`).
+Then all are read to hold out a share by content and to count equal captions. The held-out pairs are evaluated during
+training (retrieval/holdout, and zeroshot/holdout if sub-folders, or a column "label" of some sources, name one class
+per image) and shown in RUN/report.html. The run prints its choices, and why it does not classify held-out images.
 
-The argument's keys, all but pairs optional: weights (to start from, instead of random parameters), objective (clip,
-siglip, nclip, xclip; by default clip, or the objective of the weights), image and text (columns or
-features; several captions are text=title,alt), tokenizer, dir (of TFDS data sets), preset, size (pixels), batch, epochs
-(0.5 too) or steps, from which warm-up and intervals follow, count (number of pairs; then none is read), device (cpu,
-gpu, tpu: sizes for an ordinary one instead of this machine; needed if several processes train).
+Keys of the argument, all but pairs optional: weights (initial weights), objective (clip, siglip, nclip, xclip; by
+default clip, or the objective of the weights), image and text (columns or features; several captions are
+text=title,alt), tokenizer, dir (of TFDS data sets), preset, size (pixels), batch, epochs (0.5 too) or steps, which
+decide on warm-up and intervals, count (number of pairs; then none is read), device (cpu, gpu, tpu: sizes for an
+ordinary one instead of this machine; required if several processes train).
 """
 
 import dataclasses
@@ -41,11 +40,11 @@ ARGUMENTS = {
     "pairs": "", "weights": "", "objective": "", "image": "image", "text": "text", "tokenizer": "", "dir": "",
     "preset": "", "size": 0, "batch": 0, "epochs": 0.0, "steps": 0, "count": 0, "device": "",
 }  # fmt: skip
-SAMPLE = 512  # pairs read to learn their sizes
+SAMPLE = 512  # pairs to read for their sizes
 LEAST_HELD_OUT, MOST_HELD_OUT = 20, 5000  # pairs; the time of scoring grows with their square
 HELD_OUT_SHARE, LARGEST_SHARE = 0.05, 0.2
-MANY_REPEATS = 0.02  # share of the pairs whose captions another pair has
-# (Pairs, the towers for fewer than these): larger towers would memorise them. A CPU takes the first.
+MANY_REPEATS = 0.02  # fraction of pairs that share their captions with another pair
+# (Pairs, towers for fewer than these): larger towers would memorise them. A CPU takes the first.
 TOWERS = ((20_000, "Ti/12"), (2_000_000, "S/16"), (math.inf, "B/16"))
 # {Size of the towers: (largest batch, largest side of the images in pixels)} on an accelerator, and on a CPU.
 LIMITS = {"Ti": (1024, 144), "S": (2048, 224)}
@@ -54,11 +53,11 @@ CPU_LIMITS = {"Ti": (256, 96)}
 CPU_LARGEST = (256, 224)
 SMALL_WIDTH = 192  # of the image tower, up to which the studies of small towers decide
 FEWEST_CLUSTERS, MOST_OF_SMALL, MOST_CLUSTERS = 256, 1024, 32_768
-# FLOP/s of a core, measured with these towers, and the seconds that a run on a CPU may take at this speed.
+# FLOP/s of a core, measured with these towers, and the most seconds of a run on a CPU at this speed.
 CORE_FLOPS, CPU_SECONDS = 4e10, 1800
-# Muon trains small towers from random parameters. (Learning rate at batch 256, warm-up as a share of the first
-# WARMUP_BASE steps) for CLIP and for other objectives. A warm-up below FULL_RATE_WARMUP lowers the rate in proportion:
-# it rises no faster than where it was tuned, on validation of the icons and of the demo (docs/duel.md, docs/demo.md).
+# Muon trains small towers from random parameters. (Learning rate at batch 256, warm-up as a fraction of the first
+# WARMUP_BASE steps) for CLIP and for other objectives. A warm-up below FULL_RATE_WARMUP lowers the rate in proportion,
+# so that it rises no faster than in the search on icons and demo (docs/duel.md, docs/demo.md).
 CLIP_RATE, OTHER_RATE = (8e-3, 0.6), (4e-3, 0.5)
 WARMUP_BASE, FULL_RATE_WARMUP = 4000, 300
 MUON_FLOPS = 300  # per block and step, times width^3: five iterations of three products for each of six matrices
@@ -66,7 +65,7 @@ MUON_FLOPS = 300  # per block and step, times width^3: five iterations of three 
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """Number of pairs, median sides in pixels, tokens of a caption at the 95th percentile."""
+    """Number of pairs, median sides in pixels, and the 95th percentile of tokens per caption."""
 
     pairs: int
     width: int = 512
@@ -76,7 +75,7 @@ class Counts:
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """Devices that a run may use, with the bytes of memory per device; the devices of a CPU share it."""
+    """Devices of a run, with bytes of memory per device, which the devices of a CPU share."""
 
     platform: str = "cpu"
     devices: int = 1
@@ -93,7 +92,7 @@ ORDINARY = {"cpu": Machine(), "gpu": Machine("gpu", 1, 16 * 2**30, 8), "tpu": Ma
 
 
 def this_machine() -> Machine:
-    """Return the devices of this process, with their whole memory, free or not."""
+    """Return this process's devices, with their memory, free or not."""
     device = jax.devices()[0]
     platform = "gpu" if device.platform in ("cuda", "rocm") else device.platform
     return Machine(platform, jax.device_count(), cost.device_memory(device), records.cores())
@@ -127,10 +126,10 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
 
 def fill_in(config: ml_collections.ConfigDict, arg: str | None = None) -> Describe:
-    """Choose what follows from the pairs, the weights and this machine; return a function that describes a config.
+    """Set the keys that depend on the pairs, the weights and this machine; return a function that describes a config.
 
     Raises:
-      UserError: pairs or weights that cannot be used.
+      UserError: unusable pairs or weights.
     """
     args = recipes.parse_arg(arg, **ARGUMENTS)
     decided = [name for name in ("tokenizer", "preset") if args[name]]
@@ -154,7 +153,8 @@ def fill_in(config: ml_collections.ConfigDict, arg: str | None = None) -> Descri
     if saved is not None:
         _adopt_objective(config, saved, args.objective)
     counts = Counts(pairs) if source is None else measure(source, tokenizer.load(config.data.tokenizer))
-    share = held_out_share(pairs)
+    share = min(max(HELD_OUT_SHARE, LEAST_HELD_OUT / pairs), MOST_HELD_OUT / pairs, LARGEST_SHARE)
+    share = float(f"{share:.2g}")
     trained = max(round(pairs * (1 - share)), 1)
     if saved is None or args.size:
         config.model.img.image_size = args.size or image_size(preset, counts, machine)
@@ -178,13 +178,13 @@ def fill_in(config: ml_collections.ConfigDict, arg: str | None = None) -> Descri
             else:
                 note = " (no zero-shot classification: it needs images of two classes that are held out, with names)"
     set_schedule(config, machine, trained, args.epochs, args.steps)
-    # The number of other people's chips is unknown; `checks.check_memory` names the key if a batch does not fit.
+    # The number of chips is unknown for `device`; `checks.check_memory` names the key if a batch does not fit.
     config.optim.microbatches = 1 if args.device in ("gpu", "tpu") else microbatches(config, machine)
     return functools.partial(summary, pairs=pairs, note=note)
 
 
 def _open(spec: str, options: SourceOptions) -> Source:
-    """See `sources.open_pairs`; the remedy for a missing column is an argument of the recipe, as flags come later."""
+    """See `sources.open_pairs`; the remedy for a missing column is an argument of the recipe, read before flags."""
     try:
         return sources.open_pairs(spec, options)
     except MissingColumnError as error:
@@ -192,7 +192,7 @@ def _open(spec: str, options: SourceOptions) -> Source:
 
 
 def run_name(spec: str) -> str:
-    """Return a folder's name for the pairs of `spec`: the path or, if it is long, its end and a hash; no secrets."""
+    """Return a folder's name for the pairs of `spec`, without secrets: the path or, if long, its end and a hash."""
     spec = redact(spec)
     name = re.sub(r"[^\w.-]+", "-", spec.partition(":")[2].rstrip("/*")).strip("-.")
     if 0 < len(name) <= 40:
@@ -202,11 +202,7 @@ def run_name(spec: str) -> str:
 
 
 def measure(source: Source, tokens: tokenizer.Tokenizer) -> Counts:
-    """Read a random part of a source's pairs and return their sizes.
-
-    Raises:
-      UserError: too many pairs cannot be used, or all have the same caption.
-    """
+    """Read a random sample of pairs and return their sizes; `UserError` for many bad pairs or a single caption."""
     n = len(source)
     chosen = np.random.default_rng(0).choice(n, min(SAMPLE, n), replace=False)
     samples, _ = inspect.read(source, sorted(chosen.tolist()), records.cores(), 32)
@@ -225,11 +221,6 @@ def measure(source: Source, tokens: tokenizer.Tokenizer) -> Counts:
     return Counts(n, width, height, tokens=int(np.percentile(tokens.lengths(tokens(captions, 77)), 95)))
 
 
-def held_out_share(pairs: int) -> float:
-    """Return the share of held-out pairs: a twentieth, more of few pairs and less of very many."""
-    return float(f"{min(max(HELD_OUT_SHARE, LEAST_HELD_OUT / pairs), MOST_HELD_OUT / pairs, LARGEST_SHARE):.2g}")
-
-
 def _limits(preset: str, machine: Machine) -> tuple[int, int]:
     """Return the largest batch and the largest side of the images for the towers of a preset."""
     size = preset.partition("/")[0]
@@ -237,20 +228,20 @@ def _limits(preset: str, machine: Machine) -> tuple[int, int]:
 
 
 def image_size(preset: str, counts: Counts, machine: Machine) -> int:
-    """Return the side of the images in pixels: whole patches, two or more, and not above the pairs' own side."""
+    """Return the side of the images in pixels: two or more whole patches, at most the pairs' side."""
     patch = int(preset.partition("/")[2])
     side = min(_limits(preset, machine)[1], counts.width, counts.height)
     return max(math.ceil(side / patch), 2) * patch
 
 
 def batch_size(trained: int, preset: str, machine: Machine) -> int:
-    """Return the batch size: a power of two, at least two batches per epoch, equal parts for the devices."""
+    """Return the batch size: a power of two, at most half an epoch, in equal parts for the devices."""
     batch = min(2 ** int(math.log2(max(trained // 2, 1))), _limits(preset, machine)[0])
     return max(batch - batch % machine.devices, machine.devices)
 
 
 def microbatches(config: ml_collections.ConfigDict, machine: Machine) -> int:
-    """Return the number of microbatches whose activations take at most a quarter of a device's memory."""
+    """Return the number of microbatches at which activations take at most a quarter of a device's memory."""
     room = machine.memory / (machine.devices if machine.is_cpu else 1) / 4
     rows = config.data.batch // machine.devices
     parts = 1
@@ -264,10 +255,10 @@ def _is_small(config: ml_collections.ConfigDict) -> bool:
 
 
 def _set_model(config: ml_collections.ConfigDict, saved: schema.Config | None, machine: Machine, trained: int) -> None:
-    """Set how the towers are computed, and the cluster head: that of the weights, or a linear one.
+    """Set how the towers are computed, and the cluster head: the weights' head, or a linear one.
 
     A study of small towers chose a linear head (docs/duel.md, "Cheap clusters"), with 1,024 clusters for 71,000 pairs;
-    larger towers get more clusters if there are more pairs for each.
+    larger towers get more clusters for more pairs.
     """
     model = config.model
     head = model.cluster_head
@@ -282,7 +273,7 @@ def _set_model(config: ml_collections.ConfigDict, saved: schema.Config | None, m
     most = MOST_OF_SMALL if _is_small(config) else MOST_CLUSTERS
     clusters = 2 ** round(math.log2(min(max(min(trained, 1024), trained / 64, FEWEST_CLUSTERS), most)))
     head.update(clusters=clusters, layers=0, hidden=model.img.width)
-    # A tower of another package may not count its FLOPs.
+    # A custom tower may not report its FLOPs.
     while (cost.heads_share(schema.resolve(config.to_dict() | {"steps": 1})) or 0.0) > cost.HEADS_SHARE:
         if head.clusters <= FEWEST_CLUSTERS:
             break
@@ -290,7 +281,7 @@ def _set_model(config: ml_collections.ConfigDict, saved: schema.Config | None, m
 
 
 def set_schedule(config: ml_collections.ConfigDict, machine: Machine, trained: int, epochs: float, steps: int) -> None:
-    """Set the number of steps, from `steps` or `epochs` if one is not 0, and the keys that follow from it."""
+    """Set the number of steps, from `steps` or `epochs` if not 0, and the keys that depend on it."""
     batch = config.data.batch
     optim = config.optim
     pretrained = bool(config.init.weights)
@@ -299,7 +290,7 @@ def set_schedule(config: ml_collections.ConfigDict, machine: Machine, trained: i
     config.steps = steps or max(round(trained * (epochs or usual) / batch), 2)
     if machine.is_cpu and not (epochs or steps):
         flops = cost.step_flops(schema.resolve(config))
-        if flops:  # a tower of another package may not count its own
+        if flops:  # a custom tower may not report them
             towers = (config.model.img, config.model.txt)
             flops += sum(MUON_FLOPS * tower.depth * tower.width**3 for tower in towers) if muon else 0.0
             affordable = int(CPU_SECONDS * CORE_FLOPS * machine.cores / flops)
@@ -320,13 +311,13 @@ def set_schedule(config: ml_collections.ConfigDict, machine: Machine, trained: i
     else:
         optim.lr = 1e-3 if config.model.img.width < 768 else 5e-4
     config.eval.every = max(steps // 8, min(20, steps))  # at `steps` only the last evaluation is left
-    # A run of few steps is soon trained again, and a checkpoint is three times the model.
+    # A few steps are soon trained again, and a checkpoint is three times the model.
     config.checkpoint.every = max(steps // 10, min(200, steps))
     config.log.every = max(min(20, steps // 20), 1)
 
 
 def classifies(spec: str, data_dir: str, image_column: str, share: float) -> bool:
-    """Whether held-out images of a source can be classified: repeated words as labels, two of them held out."""
+    """Whether held-out images of a source can be classified: its labels are repeated words, and two are held out."""
     try:
         content = classification.read_source(spec, data_dir or None, image_column)
     except UserError:
@@ -335,7 +326,7 @@ def classifies(spec: str, data_dir: str, image_column: str, share: float) -> boo
     if captions or np.ndim(content.labels) != 1 or all(re.fullmatch(r"\d+", name) for name in content.classes):
         return False
     held_out = 0
-    for label in range(len(content.classes)):  # one class after the other, which reads few of many images
+    for label in range(len(content.classes)):  # by class, so that few of many images are read
         places = np.flatnonzero(np.asarray(content.labels) == label)
         held_out += any(holdout.selected(choose(content.images, [i]), share) for i in places)
         if held_out == 2:
@@ -344,7 +335,7 @@ def classifies(spec: str, data_dir: str, image_column: str, share: float) -> boo
 
 
 def _adopt_objective(config: ml_collections.ConfigDict, saved: schema.Config, objective: str) -> None:
-    """Take over the heads of the weights, and their objective unless `objective` names another one."""
+    """Take over the heads of the weights, and their objective unless `objective` names one."""
     config.model.embed = saved.model.embed
     trained = make_objective(saved.objective)
     if not objective and not trained.labelled:

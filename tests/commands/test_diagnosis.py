@@ -148,7 +148,7 @@ def test_bad_samples(tmp_path):
     entry = {"position": 1, "source": 0, "index": 1, "reason": "truncated image", "detail": ""}
     (folder / "bad_samples.jsonl").write_text(json.dumps(entry) + "\n")
     finding = only(folder, "samples", WARNING)
-    assert finding.text.startswith("3.00% bad, allowed are 5.00% (truncated image: 1)")
+    assert finding.text.startswith("3.00% bad, the limit is 5.00% (truncated image: 1)")
 
 
 def test_checkpoints(tmp_path, run):

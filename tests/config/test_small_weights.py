@@ -46,18 +46,16 @@ def test_another_size_than_the_weights_shows_the_same_view(discs, run, tmp_path)
         assert schema.resolve(config).eval.resize_size == 7 * size
 
 
-def test_arguments_that_weights_decide_on_are_refused(discs, run):
-    with pytest.raises(
-        UserError, match=r"^small:weights=.*,tokenizer=bytes,preset=S/16: .* leave tokenizer and preset"
-    ):
-        load.load_config(f"small:pairs={discs},weights={run},tokenizer=bytes,preset=S/16")
-
-
-def test_weights_that_are_gone_are_named(discs, tmp_path):
-    with pytest.raises(
-        UserError, match=r"weights=.*gone does not exist; the recipe takes its towers from there, also when"
-    ):
-        load.load_config(f"small:pairs={discs},weights={tmp_path / 'gone'}")
+@pytest.mark.parametrize(
+    ("weights", "more", "named"),
+    [
+        ("RUN", ",tokenizer=bytes,preset=S/16", r"leave tokenizer and preset"),
+        ("RUN/gone", "", r"weights=.*gone"),
+    ],
+)
+def test_what_contradicts_or_lacks_weights_is_refused(discs, run, weights, more, named):
+    with pytest.raises(UserError, match=named):
+        load.load_config(f"small:pairs={discs},weights={weights.replace('RUN', str(run))}{more}")
 
 
 def test_a_cluster_head_of_weights_keeps_its_size(discs, run):

@@ -116,7 +116,7 @@ class Uncounted(ConvMixer):
 
 def test_a_tower_need_not_count_its_flops(tmp_path, monkeypatch, capsys):
     c = tiny.config(model__plugins={"img": OPTIONS | {"type": f"{__name__}:Uncounted"}})
-    made, reason = build.build(c), "FLOPs are unknown: a custom tower does not report them"
+    made, reason = build.build(c), cost.UNCOUNTED
     assert cost.forward_flops(made.config) is None and cost.step_flops(made.config) is None
     assert log._flops_and_peak(made)[0] == 0
     assert capsys.readouterr().out == f"metrics have no mfu: {reason}\n"

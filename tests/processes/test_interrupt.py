@@ -16,7 +16,7 @@ from xclip_jax.data import records
 from xclip_jax.evaluators import registry
 from xclip_jax.processes import interrupt
 from xclip_jax.train import trainer
-from xclip_jax.train.session import Session
+from xclip_jax.train.loop import Session
 
 
 def config(pairs, run, **changes):

@@ -114,18 +114,13 @@ def bad(root, name):
 
 
 @pytest.mark.slow
-def test_processes_of_a_model_group_hold_the_same_rows(runs):
+def test_processes_hold_the_same_rows_along_the_model_axis_and_halves_along_the_data_axis(runs):
     shapes, expected = texts(runs, "one")
     assert shapes == [(8, tiny.LENGTH)] * 2
     for process in range(2):
         seen, rows = texts(runs, "model", process)
         assert seen == shapes
         np.testing.assert_array_equal(rows, expected)
-
-
-@pytest.mark.slow
-def test_processes_of_the_data_axis_hold_halves(runs):
-    shapes, expected = texts(runs, "one")
     halves = [texts(runs, "data", process) for process in range(2)]
     assert all(seen == shapes for seen, _ in halves)
     np.testing.assert_array_equal(np.concatenate([rows for _, rows in halves], axis=1), expected)
@@ -148,20 +143,14 @@ def test_weights_are_read_whole_in_every_process(runs, name):
     assert [str(np.load(runs / f"{name}.{process}.npz")["weights"]) for process in range(2)] == [expected] * 2
 
 
-@pytest.mark.parametrize("given", [("h:1", 0, -1), ("", 2, 0), ("h:1", 2, 2), ("h:1", 2, -1)])
-def test_incomplete_addresses_are_one_sentence(given):
-    with pytest.raises(UserError, match="belong together"):
-        runtime.join(False, *given)
-
-
-def test_nothing_to_join():
+def test_what_cannot_be_joined_is_one_sentence():
     runtime.join(False)
     assert jax.process_count() == 1
-
-
-def test_devices_that_a_recipe_has_looked_at_are_one_sentence():
-    jax.devices()
-    with pytest.raises(UserError, match=r"before the processes joined.* give the recipe small device=cpu, gpu or tpu"):
+    for given in (("h:1", 0, -1), ("", 2, 0), ("h:1", 2, 2), ("h:1", 2, -1)):
+        with pytest.raises(UserError, match="--coordinator="):
+            runtime.join(False, *given)
+    jax.devices()  # as a recipe may have done
+    with pytest.raises(UserError, match=r"give the recipe small device=cpu, gpu or tpu"):
         runtime.join(True)
 
 

@@ -17,6 +17,7 @@ def test_text_rows_are_counted_by_device_and_microbatch():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"data__batch": 12}, r"data\.batch=12 cannot be divided over 8 devices"),
         ({"optim__microbatches": 3}, "optim.microbatches"),
         ({"loss__chunk_size": 3}, "loss.chunk_size"),
         ({"mesh__data": 3}, "does not fit 8 devices"),

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from etils import epath
 
 from tests.helpers import checkpoints
 from tests.helpers.checkpoints import (
@@ -188,14 +189,9 @@ def test_a_reader_leaves_out_parts(tmp_path):
         chex.assert_trees_all_equal(state, make_state(2).replace(**left_out))
 
 
-def test_orbax_asks_the_preemption_service_nothing(tmp_path, monkeypatch):
-    """It knows the questions of the training loop alone, see `interrupt.PreemptionHandler`."""
+def test_which_checkpoints_are_kept(tmp_path, monkeypatch):
+    """And Orbax does not ask the preemption service, which the training loop asks, see `interrupt`."""
     monkeypatch.setattr(ocp.CheckpointManager, "reached_preemption", lambda _, step: pytest.fail(f"asked {step}"))
-    save(tmp_path, 2, 4)
-    assert RunReader(tmp_path).steps() == [2, 4]
-
-
-def test_which_checkpoints_are_kept(tmp_path):
     save(tmp_path, *range(2, 22, 2), keep=2)
     assert RunReader(tmp_path).steps() == [18, 20]
     for step in RunReader(tmp_path).steps():
@@ -205,6 +201,28 @@ def test_which_checkpoints_are_kept(tmp_path):
 def test_a_later_checkpoint_is_not_taken_for_a_save(run):
     with Checkpointer(run) as checkpointer, pytest.raises(UserError, match="has a checkpoint of a later step than 3"):
         checkpointer.save(make_state(3), {"samples": 24, "batch": 8})
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_is_a_warning_and_keeps_no_others(run, monkeypatch, capsys):
+    """The new one is complete by then; the next start of the run asks again."""
+    delete = type(epath.Path(run)).rmtree
+
+    def protected(path, **options):
+        if path.name == "2":
+            raise PermissionError(13, "Permission denied")
+        delete(path, **options)
+
+    with monkeypatch.context() as patch, Checkpointer(run, keep=2) as checkpointer:
+        patch.setattr(type(epath.Path(run)), "rmtree", protected)
+        for step in (6, 8, 10):
+            checkpointer.save(make_state(step), {"samples": 8 * step, "batch": 8})
+            assert checkpointer.latest() == checkpointer.steps()[-1] == step
+        assert checkpointer.steps() == [8, 10] and RunReader(run).steps() == [2, 8, 10]
+    warning = f"WARNING: old checkpoints in {run / 'checkpoints'} could not be deleted: 2 (Permission denied)\n"
+    assert capsys.readouterr().out == warning
+    save(run, 12, keep=2)
+    assert RunReader(run).steps() == [10, 12]
+    check_is(restore(run), 12)
 
 
 # When it cannot be written
@@ -250,23 +268,19 @@ def files_in(run, step):
     return files_of(run / "checkpoints" / str(step))
 
 
-def test_the_last_save_of_a_run_is_not_lost_in_silence(run, no_large_files):
+def test_no_failed_save_is_lost_in_silence_or_hides_what_ended_the_run(run, no_large_files, capsys):
+    """The last save, one before the next, and one before another error."""
+    position = {"samples": 48, "batch": 8}
     with pytest.raises(UserError, match=FAILED), Checkpointer(run) as checkpointer:
-        checkpointer.save(make_state(6), {"samples": 48, "batch": 8})
-
-
-def test_a_failed_save_does_not_hide_what_ended_the_run(run, no_large_files, capsys):
+        checkpointer.save(make_state(6), position)
+    with Checkpointer(run) as checkpointer:
+        checkpointer.save(make_state(6), position)
+        with pytest.raises(UserError, match=FAILED):
+            checkpointer.save(make_state(8), position)
     with pytest.raises(KeyError, match="of the run"), Checkpointer(run) as checkpointer:
-        checkpointer.save(make_state(6), {"samples": 48, "batch": 8})
+        checkpointer.save(make_state(6), position)
         raise KeyError("of the run")
     assert "WARNING: the checkpoint of step 6 could not be written" in capsys.readouterr().out
-
-
-def test_the_next_save_reports_a_failure_too(run, no_large_files):
-    with Checkpointer(run) as checkpointer:
-        checkpointer.save(make_state(6), {"samples": 48, "batch": 8})
-        with pytest.raises(UserError, match=FAILED):
-            checkpointer.save(make_state(8), {"samples": 64, "batch": 8})
 
 
 def test_a_folder_that_vanished_is_not_made_again(run):

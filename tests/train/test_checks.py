@@ -86,20 +86,23 @@ def test_a_fault_is_reported_once_and_stops_the_trainer(tmp_path):
     config = tiny.config("clip", run=tmp_path / "run", data__sources=("folder:/nowhere",), eval__sets=("folder:/no",))
     findings = all_findings(config)
     assert [x.check for x in findings if x.mark == FAIL] == ["data", "evaluation"], findings
-    with pytest.raises(UserError, match="'/nowhere' does not exist"):
+    with pytest.raises(UserError, match="'/nowhere'"):
         trainer.run(config)
     assert list(tmp_path.iterdir()) == []
 
 
-def findings_of(check, **changes):
-    return [x for x in all_findings(tiny.config("clip", **changes)) if x.check == check]
-
-
-def test_sources_that_do_not_open(pairs):
-    findings = findings_of("data", data__sources=(f"folder:{pairs}", "folder:/no/1", "csv:/no/2"))
-    assert "/no/1" in only(findings, "data", FAIL).text
-    findings = findings_of("data", data__sources=(f"folder:{pairs}",), data__batch=48)
-    assert "data.batch=48 exceeds the 40 pairs" in only(findings, "data", FAIL).text
+@pytest.mark.parametrize(
+    ("check", "changes", "named"),
+    [
+        ("data", {"data__sources": ("folder:PAIRS", "folder:/no/1", "csv:/no/2")}, "/no/1"),
+        ("data", {"data__batch": 48}, "data.batch=48 exceeds the 40 pairs"),
+        ("evaluation", {"eval__sets": ("emoji/nothing",), "eval__sets_at_end": ("folder:/nowhere",)}, "emoji/nothing"),
+    ],
+)
+def test_data_that_do_not_open(pairs, check, changes, named):
+    changes = {"data__sources": ("folder:PAIRS",)} | changes
+    changes["data__sources"] = tuple(spec.replace("PAIRS", str(pairs)) for spec in changes["data__sources"])
+    assert named in only(all_findings(tiny.config("clip", **changes)), check, FAIL).text
 
 
 def test_a_source_that_has_changed(tmp_path, pairs, run):
@@ -127,12 +130,6 @@ def test_how_often_a_set_is_evaluated(every, interval):
     experiment = build.build(tiny.config("clip", eval__sets=("retrieval/folder:x",), eval__every=every))
     (finding,) = checks.check_sets(experiment, 1, before=True)
     assert finding.text == f"1 set opens; 1 of them every {interval}, and all before the first step"
-
-
-def test_evaluation_sets_that_do_not_open(pairs):
-    sets = {"eval__sets": ("emoji/nothing",), "eval__sets_at_end": ("folder:/nowhere",)}
-    findings = findings_of("evaluation", data__sources=(f"folder:{pairs}",), **sets)
-    assert "emoji/nothing" in only(findings, "evaluation", FAIL).text
 
 
 def test_initial_weights(tmp_path, run, pairs):

@@ -44,15 +44,8 @@ def test_a_step_that_exceeds_memory_says_by_how_much(experiment, monkeypatch):
     assert cost.compile_if_fits(experiment) == (None, "it needs 17.20G besides the state")
 
 
-@pytest.mark.parametrize(
-    "message",
-    [
-        "Ran out of memory in memory space vmem. Used 16.15M of 16.00M vmem.",
-        "Scoped allocation with size 17.1M exceeded scoped vmem limit by 1.1M.",
-    ],
-)
-def test_vector_memory_depends_on_no_key(experiment, monkeypatch, message):
-    monkeypatch.setattr(cost, "compile_for", refusal(message))
+def test_vector_memory_depends_on_no_key(experiment, monkeypatch):
+    monkeypatch.setattr(cost, "compile_for", refusal("Ran out of memory in memory space vmem. Used 16.15M of 16.00M"))
     with pytest.raises(jax.errors.JaxRuntimeError, match="vmem"):
         cost.compile_if_fits(experiment)
 

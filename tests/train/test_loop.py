@@ -26,7 +26,7 @@ from xclip_jax.processes import interrupt
 from xclip_jax.train import build, loop, trainer, weights
 from xclip_jax.train.callbacks import Callback
 from xclip_jax.train.checkpoint import Checkpointer
-from xclip_jax.train.session import Session
+from xclip_jax.train.loop import Session
 
 pytestmark = pytest.mark.long
 
@@ -67,22 +67,12 @@ def test_all_sets_are_opened_before_the_first_step(pairs, tmp_path, monkeypatch)
     assert opened == ["a", "b"]
 
 
-def stop_after(questions):
-    """`requested` that is true when it was asked as often as that, besides once before the first step."""
-    count = itertools.count()
-    return lambda _: next(count) == questions
-
-
-@pytest.mark.parametrize("stop", ["kill", pytest.param("signal", marks=pytest.mark.slow)])
-def test_the_evaluation_of_a_step_that_was_cut_off_is_made_after_all(pairs, tmp_path, evaluators, monkeypatch, stop):
+def test_the_evaluation_of_a_step_that_was_cut_off_is_made_after_all(pairs, tmp_path, evaluators, monkeypatch):
     """Checkpoint and evaluation are due at step 2, and the run ends between them."""
     c = tiny.short(pairs, tmp_path / "run", eval__sets=("a",), eval__every=2)
     with monkeypatch.context() as patch:
-        if stop == "kill":
-            patch.setattr(Session, "evaluate", lambda *_: (_ for _ in ()).throw(InterruptedError))
-        else:
-            patch.setattr(interrupt.PreemptionHandler, "requested", stop_after(2))
-        with pytest.raises(InterruptedError if stop == "kill" else SystemExit):
+        patch.setattr(Session, "evaluate", lambda *_: (_ for _ in ()).throw(InterruptedError))
+        with pytest.raises(InterruptedError):
             trainer.run(c)
     assert evaluators["a"].calls == []
     trainer.run(c)
@@ -92,8 +82,9 @@ def test_the_evaluation_of_a_step_that_was_cut_off_is_made_after_all(pairs, tmp_
 def test_an_evaluation_that_was_made_is_not_made_again(pairs, tmp_path, evaluators, monkeypatch):
     c = tiny.short(pairs, tmp_path / "run", eval__sets=("a",), eval__every=2)
     with monkeypatch.context() as patch:
-        # Asked before the first step, and once in the evaluation of step 2.
-        patch.setattr(interrupt.PreemptionHandler, "requested", stop_after(4))
+        # Asked before the first step, after each, and once in the evaluation of step 2.
+        questions = itertools.count()
+        patch.setattr(interrupt.PreemptionHandler, "requested", lambda _: next(questions) == 4)
         with pytest.raises(SystemExit) as stopped:
             trainer.run(c)
     assert stopped.value.code == interrupt.EXIT_RESUMABLE
@@ -105,13 +96,10 @@ def test_an_evaluation_that_was_made_is_not_made_again(pairs, tmp_path, evaluato
     assert [(step, flat(results)) for step, results in evaluations] == [(4, {"a/top1": 12.5})]
 
 
-@pytest.mark.parametrize("steps", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_given_weights_are_evaluated_on_all_sets_before_the_first_step_once(
-    pairs, tmp_path, run, evaluators, steps, capsys
-):
-    """However soon the run is cut off: at 0 steps it has no checkpoint, and starts again."""
+def test_given_weights_are_evaluated_on_all_sets_before_the_first_step_once(pairs, tmp_path, run, evaluators, capsys):
+    """The run is cut off before its first step: it has no checkpoint, and starts again."""
     c = tiny.short(pairs, tmp_path / "new", eval__sets=("a",), eval__sets_at_end=("b",), init__weights=str(run))
-    with tiny.cut_off(steps):
+    with tiny.cut_off(0):
         trainer.run(c)
     given = jax.device_get(weights.load(str(run))[2])
     for evaluator in evaluators.values():
@@ -126,10 +114,10 @@ def test_given_weights_are_evaluated_on_all_sets_before_the_first_step_once(
 
 def test_what_was_measured_before_is_of_the_same_weights_and_sets(pairs, tmp_path, run, evaluators):
     """A folder without a checkpoint takes a new config; evaluations of the old one are made again."""
-    given = {"eval__sets": ("a",), "init__weights": str(run)}
-    for changes, calls in (({}, 1), ({"eval__resize": "squash"}, 2), ({"eval__resize": "squash"}, 2)):
+    for resize, calls in (("shortest", 1), ("squash", 2), ("squash", 2)):
+        given = {"eval__sets": ("a",), "init__weights": str(run), "eval__resize": resize}
         with tiny.cut_off(0):
-            trainer.run(tiny.short(pairs, tmp_path / "new", **given, **changes))
+            trainer.run(tiny.short(pairs, tmp_path / "new", **given))
         assert len(evaluators["a"].calls) == calls
         assert [line["step"] for line in tiny.lines(tmp_path / "new") if "a/top1" in line] == [0]
 
@@ -186,81 +174,48 @@ def test_images_that_cannot_be_read_for_a_while_do_not_end_a_run(pairs, tmp_path
     assert trainer.run(c) == whole
 
 
-def test_other_sets_on_a_complete_run_are_evaluated(pairs, run, evaluators):
-    assert trainer.run(tiny.short(pairs, run, eval__sets_at_end=("b",))) == {"b/top1": 12.5}
-    assert trainer.run(tiny.short(pairs, run, eval__sets_at_end=("b",))) == {"b/top1": 12.5}
-    assert len(evaluators["b"].calls) == 1
-
-
-def test_results_of_another_evaluation_do_not_outlive_the_start_of_a_new_one(pairs, run, evaluators):
-    """The launch scripts take results.json for that of a run that is complete."""
+def test_a_complete_run_is_evaluated_on_other_sets_and_keeps_no_older_results(pairs, run, evaluators):
+    """The launch scripts wait for results.json. A refused start changes nothing."""
     file, changed = run / "results.json", tiny.short(pairs, run, eval__sets_at_end=("b",))
+    before, measure = file.read_text(), evaluators["b"].measure
+    with pytest.raises(KeyError, match="c"):
+        trainer.run(tiny.short(pairs, run, eval__sets_at_end=("c",)))
+    assert file.read_text() == before
 
     def cut_off(_):
         assert not file.exists()
         raise KeyboardInterrupt
 
-    evaluators["b"].measure, measure = cut_off, evaluators["b"].measure
+    evaluators["b"].measure = cut_off
     with pytest.raises(KeyboardInterrupt):
         trainer.run(changed)
     assert not file.exists()
     evaluators["b"].measure = measure
-    assert trainer.run(changed) == json.loads(file.read_text())["results"] == {"b/top1": 12.5}
-
-
-def test_a_start_that_is_refused_leaves_the_results(pairs, run):
-    before = (run / "results.json").read_text()
-    with pytest.raises(UserError, match="unknown evaluation set 'c'"):
-        trainer.run(tiny.short(pairs, run, eval__sets_at_end=("c",)))
-    assert (run / "results.json").read_text() == before
-
-
-def config(pairs, run, **changes):
-    return tiny.config("clip", run=run, **{"data__sources": (f"folder:{pairs}",), "log__profile": (2, 3)} | changes)
-
-
-def traced_file(run, end):
-    """The only file of the run's traces whose name ends in `end`."""
-    (path,) = (run / "profile" / "plugins" / "profile").glob(f"*/*{end}")
-    return path
-
-
-def events(run):
-    """(step, start, end) of the step annotations, and (name, start, end) of all else, in nanoseconds."""
-    data = jax.profiler.ProfileData.from_file(str(traced_file(run, ".xplane.pb")))
-    lines = [event for plane in data.planes for line in plane.lines for event in line.events]
-    steps = [(dict(event.stats).get("step_num"), event) for event in lines if event.name == "train"]
-    return (
-        sorted((step, event.start_ns, event.end_ns) for step, event in steps),
-        [(event.name, event.start_ns, event.end_ns) for event in lines if event.name != "train"],
-    )
+    for _ in range(2):
+        assert trainer.run(changed) == json.loads(file.read_text())["results"] == {"b/top1": 12.5}
+    assert len(evaluators["b"].calls) == 1
 
 
 def test_a_run_leaves_a_trace_of_its_steps(pairs, tmp_path, capsys):
-    trainer.run(config(pairs, tmp_path / "run", steps=4))
-    steps, others = events(tmp_path / "run")
-    assert [step for step, *_ in steps] == [2, 3]
-    assert len(others) > 100
-    files = [traced_file(tmp_path / "run", end) for end in ("perfetto_trace.json.gz", ".trace.json.gz")]
-    traces = [json.loads(gzip.decompress(file.read_bytes())) for file in files]
+    trainer.run(tiny.short(pairs, tmp_path / "run", log__profile=(2, 3)))
+
+    def traced(end):
+        (path,) = (tmp_path / "run" / "profile" / "plugins" / "profile").glob(f"*/*{end}")
+        return path
+
+    data = jax.profiler.ProfileData.from_file(str(traced(".xplane.pb")))
+    events = [event for plane in data.planes for line in plane.lines for event in line.events]
+    steps = [dict(event.stats).get("step_num") for event in events if event.name == "train"]
+    assert sorted(steps) == [2, 3] and len(events) > 100
+    traces = [
+        json.loads(gzip.decompress(traced(f"{name}.json.gz").read_bytes())) for name in ("perfetto_trace", ".trace")
+    ]
     for trace in traces:
         annotated = [event for event in trace["traceEvents"] if event.get("name") == "train"]
         assert sorted(int(event["args"]["step_num"]) for event in annotated) == [2, 3]
     assert "metadata" not in traces[0]  # which Perfetto does not read
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("profile of steps 2 to 3")]
     assert len(said) == 1 and f"xprof --logdir {tmp_path / 'run' / 'profile'}" in said[0]
-
-
-@pytest.mark.slow
-def test_a_run_that_stops_leaves_what_it_traced_and_one_past_the_steps_traces_nothing(pairs, tmp_path):
-    c = config(pairs, tmp_path / "run", steps=6, log__profile=(2, 5), checkpoint__every=1)
-    with tiny.cut_off(3):
-        trainer.run(c)
-    assert [step for step, *_ in events(tmp_path / "run")[0]] == [2, 3]
-    c.log.profile = (1, 2)
-    trainer.run(c)
-    assert len(tiny.lines(tmp_path / "run")) == 6
-    assert [step for step, *_ in events(tmp_path / "run")[0]] == [2, 3]
 
 
 def test_the_trace_waits_for_the_steps_before_it_and_in_it(tmp_path, monkeypatch):

@@ -1,8 +1,6 @@
 """A run before its first step: names are checked without data, and extras are known."""
 
 import dataclasses
-import pathlib
-import shutil
 
 import pytest
 
@@ -10,11 +8,6 @@ from tests.helpers import tiny
 from xclip_jax.config import schema
 from xclip_jax.core.errors import UserError
 from xclip_jax.train import build, prepare
-
-
-@pytest.fixture
-def run(trained, tmp_path):
-    return pathlib.Path(shutil.copytree(trained, tmp_path / "run"))
 
 
 def test_check_needs_neither_data_nor_a_folder(tmp_path):

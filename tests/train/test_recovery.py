@@ -1,8 +1,6 @@
 """Losses and gradients that are not finite: what a step, a run and a resumed run make of them."""
 
 import dataclasses
-import pathlib
-import shutil
 import types
 from typing import ClassVar
 
@@ -41,7 +39,7 @@ class Poison(Term):
         """A running value."""
         return {"poison": jnp.zeros(3)}
 
-    def __call__(self, out, teacher, state, batch):
+    def __call__(self, out, teacher, state, batch, *, chunk=0):
         """See `Term.__call__`."""
 
         def marked(token):
@@ -208,7 +206,7 @@ def test_a_run_goes_on_without_the_bad_steps(pairs, tmp_path, monkeypatch, capsy
     ]  # fmt: skip
     rates = {line["step"]: line["lr"] for line in tiny.lines(c.run)}  # of 10 steps, the first of them warm-up
     cosine = {step: 1e-5 + 4.95e-4 * (1 + np.cos(np.pi * (step - 2) / 9)) for step in rates}
-    assert rates == pytest.approx(cosine | {1: 1e-6}, rel=1e-4)
+    assert rates == pytest.approx(cosine | {1: 0.0}, rel=1e-4)
     final, position = restored(c)
     assert position["counters"]["skipped"] == {"total": 3, "in_a_row": 0, "rewound": 0}
     assert position["samples"] == 10 * b
@@ -274,13 +272,13 @@ def test_a_run_killed_near_a_rewind_resumes_bit_exactly(pairs, tmp_path, monkeyp
 
 
 def test_a_rewind_passes_over_a_damaged_checkpoint(capsys):
-    found = types.SimpleNamespace(steps=lambda: [2, 4, 5], is_whole=lambda step: step != 4)
+    found = types.SimpleNamespace(steps=lambda: [2, 4, 5], find_fault=lambda step: step == 4 or None)
     config = types.SimpleNamespace(checkpoint=types.SimpleNamespace(every=2))
     skipped = recovery.SkippedSteps.__new__(recovery.SkippedSteps)
     skipped._checkpointer, skipped._run = found, types.SimpleNamespace(config=config)
     assert skipped._checkpoint_before(6, 0) == 2
     assert capsys.readouterr().out == "WARNING: the checkpoint of step 4 is damaged, and an older one is used\n"
-    found.is_whole = lambda step: step == 5
+    found.find_fault = lambda step: step != 5 or None
     assert skipped._checkpoint_before(6, 0) == 5
 
 
@@ -294,8 +292,3 @@ def test_a_rewind_needs_two_checkpoints():
     kept = tiny.config(optim__on_bad_steps="rewind", checkpoint__keep=1)
     with pytest.raises(UserError, match=r"optim\.on_bad_steps 'rewind' may need .*; raise checkpoint\.keep to 2"):
         schema.resolve(kept)
-
-
-@pytest.fixture
-def run(trained, tmp_path):
-    return pathlib.Path(shutil.copytree(trained, tmp_path / "run"))

@@ -18,6 +18,7 @@ import pytest
 
 from tests.data.test_tokenizer import save_words
 from tests.helpers import tiny
+from tests.helpers.checkpoints import damage
 from xclip_jax.config import schema
 from xclip_jax.core import environment
 from xclip_jax.core.errors import UserError
@@ -74,11 +75,12 @@ def test_a_first_command_that_fails_leaves_nothing_and_the_corrected_one_starts(
 
 
 def test_a_folder_without_a_checkpoint_takes_the_new_config(pairs, tmp_path):
-    first = tiny.short(pairs, tmp_path / "run")
-    with RunWriter(first.run).claimed(build.build(first).config, []):
-        pass
-    trainer.run(tiny.short(pairs, tmp_path / "run", optim__lr=2e-3))
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["config"]["optim"]["lr"] == 2e-3
+    for lr in (1e-3, 2e-3):
+        config = schema.resolve(tiny.short(pairs, tmp_path, optim__lr=lr))
+        folder = RunWriter(tmp_path)
+        folder.check(config)
+        with folder.claimed(config, []):
+            assert folder.read_config()["config"]["optim"]["lr"] == lr
 
 
 def test_a_run_may_be_moved_with_its_data_and_its_tokenizer(pairs, tmp_path, capsys):
@@ -104,11 +106,8 @@ def test_a_run_may_be_moved_with_its_data_and_its_tokenizer(pairs, tmp_path, cap
 
 def test_checkpoints_without_a_config_are_not_taken_for_those_of_any_run(pairs, run):
     (run / "config.json").unlink()
-    with pytest.raises(
-        UserError, match=r"has checkpoints and no config\.json, .*; restore the file, or use a different"
-    ):
-        trainer.run(tiny.short(pairs, run, data__batch=8))
-    assert not (run / "config.json").exists()
+    with pytest.raises(UserError, match=r"has checkpoints and no config\.json"):
+        RunWriter(run).check(schema.resolve(tiny.short(pairs, run, data__batch=8)))
 
 
 def test_the_tokenizer_is_that_of_the_start(pairs, tmp_path, monkeypatch):
@@ -162,7 +161,7 @@ def test_other_versions_of_packages_are_a_warning(pairs, run, capsys, monkeypatc
     facts = environment.capture()
     facts["versions"] = facts["versions"] | {"grain": "99.0"}
     monkeypatch.setattr(environment, "capture", lambda: facts)
-    config = build.build(tiny.short(pairs, run)).config
+    config = schema.resolve(tiny.short(pairs, run))
     for _ in range(2):
         with RunWriter(config.run).claimed(config, []):
             pass
@@ -176,18 +175,14 @@ def test_options_of_terms_that_neither_has_may_differ(pairs, run):
     content["config"]["objective"] |= {"name": "clip", "terms": {"clip": 1.0}}
     content["config"]["objective"]["nclip"]["tau"] = 0.25
     (run / "config.json").write_text(json.dumps(content))
-    folder, c = RunWriter(str(run)), tiny.short(pairs, run, objective="clip")
+    folder, c = RunWriter(run), tiny.short(pairs, run, objective="clip")
     folder.check(schema.resolve(c))
     c.objective.clip.label_smoothing = 0.1
-    with pytest.raises(
-        UserError, match=r"different config: objective\.clip\.label_smoothing \(0\.0 .* 0\.1 now\)\. Use"
-    ):
+    with pytest.raises(UserError, match=r": objective\.clip\.label_smoothing \(0\.0 .* 0\.1 now\)\. Use"):
         folder.check(schema.resolve(c))
     c.objective.clip.label_smoothing, c.objective.name = 0.0, "xclip"
     c.objective.terms = {"clip": 0.5, "nclip": 0.5}
-    with pytest.raises(
-        UserError, match=r"objective\.nclip\.tau \(0\.25 in config\.json, 0\.5 now\).*values of its config"
-    ):
+    with pytest.raises(UserError, match=r"objective\.nclip\.tau \(0\.25 in config\.json, 0\.5 now\)"):
         folder.check(schema.resolve(c))
 
 
@@ -209,8 +204,7 @@ def test_a_file_system_without_locks_is_used(pairs, tmp_path, monkeypatch):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", refused)
-    made = build.build(tiny.short(pairs, tmp_path / "run"))
-    with RunWriter(tmp_path / "run").claimed(made.config, []):
+    with RunWriter(tmp_path / "run").claimed(schema.resolve(tiny.short(pairs, tmp_path / "run")), []):
         assert RunReader(tmp_path / "run").writer() == ""
     assert RunReader(tmp_path / "run").is_run()
 
@@ -219,19 +213,13 @@ def test_a_run_goes_back_to_its_newest_whole_checkpoint_and_ends_as_it_would_hav
     """What only reads the run says which checkpoint is whole, and changes nothing."""
     c = tiny.short(pairs, run)
     (run / "results.json").unlink()
-    data = max(
-        (path for path in (run / "checkpoints" / "4" / "state").rglob("*") if path.is_file()), key=os.path.getsize
-    )
-    content = bytearray(data.read_bytes())
-    content[len(content) // 2] ^= 4
-    data.write_bytes(content)
-    with pytest.raises(UserError, match=rf"4 is damaged: .*{data.name} has other bytes .* of step 2; .* --step 2"):
+    name = damage(run / "checkpoints" / "4")
+    with pytest.raises(UserError, match=rf"4 is damaged: {name} has other bytes .* of step 2; .* --step 2"):
         weights.load(str(run))
-    step = weights.load(str(run), 2).step
-    assert step == 2 and (run / "checkpoints" / "4").exists()
+    assert weights.load(str(run), 2).step == 2 and (run / "checkpoints" / "4").exists()
     trainer.run(c)
     out = capsys.readouterr().out
-    assert out.count("WARNING") == 1 and f"{data.name} has other bytes" in out and "resuming at step 2" in out
+    assert out.count("WARNING") == 1 and f"{name} has other bytes" in out and "resuming at step 2" in out
     states = []
     for where in (trained, run):
         with Checkpointer(where, read_only=True) as checkpointer:
@@ -270,7 +258,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_at_the_next_step(pairs
 
 def test_a_disk_that_is_too_small_is_an_error_before_anything_is_written(pairs, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=1000))
-    with pytest.raises(UserError, match=r"has 1000 B free, and the run's checkpoints need up to .* each; make room"):
+    with pytest.raises(UserError, match=r"has 1000 B free"):
         trainer.run(tiny.short(pairs, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
@@ -280,6 +268,6 @@ def test_folders_that_cannot_be_written(pairs, tmp_path):
     file.write_text("")
     os.symlink(tmp_path / "nowhere", tmp_path / "link")
     for run in (file, file / "run", tmp_path / "link"):
-        with pytest.raises(UserError, match=r"is not a folder; name another folder"):
+        with pytest.raises(UserError, match=r"is not a folder"):
             trainer.run(tiny.short(pairs, run))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]

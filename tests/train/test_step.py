@@ -30,7 +30,7 @@ VARIANTS = {
 
 
 def make(variant, devices=8, **changes):
-    config = tiny.config(variant.split("-")[0], **VARIANTS[variant], **changes)
+    config = tiny.config(variant.split("-")[0], **VARIANTS[variant] | changes)
     return build.build(config, jax.devices()[:devices])
 
 
@@ -124,14 +124,6 @@ def test_compiled_once_and_counted():
     assert p.compiled._cache_size() == 1
     assert s.step == 4
     assert all(np.isfinite(value) for metrics in seen for value in metrics.values())
-
-
-@pytest.mark.slow
-def test_same_state_and_batch_same_result():
-    s_1, seen_1 = run(make("xclip-patch-dropout"), steps=3)
-    s_2, seen_2 = run(make("xclip-patch-dropout"), steps=3)
-    chex.assert_trees_all_equal(s_1.params, s_2.params)
-    assert seen_1 == seen_2
 
 
 def test_randomness_moves_with_the_step_and_the_seed():

@@ -124,32 +124,6 @@ def test_run_folder_holds_what_is_needed_to_repeat_it(straight):
     assert {"results", "config", "environment"} <= results.keys()
 
 
-def test_other_settings_in_the_same_folder_are_refused(pairs, straight):
-    c = config(pairs, straight[0].run, optim__lr=2e-3)
-    with pytest.raises(UserError, match=r"different config: optim\.lr \(0\.001 in config\.json, 0\.002 now\)"):
-        trainer.run(c)
-
-
-def test_missing_checkpoint_is_named(tmp_path):
-    with Checkpointer(tmp_path) as checkpointer, pytest.raises(UserError, match="holds no checkpoint"):
-        checkpointer.restore(build.build(tiny.config()).abstract)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"data__batch": 12}, r"data\.batch=12 cannot be divided over 8 devices.*use a multiple of 8"),
-        ({"data__sources": ("folder:/no/such/place",)}, r"folder '/no/such/place' does not exist"),
-        ({"eval__sets": ("emoji/tests",), "eval__every": 5}, r"emoji/tests"),
-        ({"eval__sets_at_end": ("zeroshot/folder:nowhere",)}, r"nowhere"),
-    ],
-)
-def test_bad_values_are_one_sentence_with_the_key(pairs, tmp_path, changes, message):
-    with pytest.raises(UserError, match=message):
-        trainer.run(config(pairs, tmp_path / "run", **changes))
-    assert not (tmp_path / "run").exists()
-
-
 def test_a_checkpoint_finds_the_lines_before_it_written(pairs, tmp_path, monkeypatch):
     """Also in a bucket: a run that resumes from it after a kill does not make them again."""
     monkeypatch.setattr(storage, "is_remote", lambda _: True)

@@ -1,4 +1,4 @@
-"""Faults of a run in progress or ended, judged by its folder, in which nothing is changed."""
+"""Faults of a run in progress or ended, found in its folder, which is only read."""
 
 import collections
 import statistics
@@ -14,22 +14,16 @@ from xclip_jax.report import collect
 from xclip_jax.report.collect import Record, Warnings, complete_rows
 from xclip_jax.train import checkpoint_files, cost, weights
 from xclip_jax.train.checks import Finding, attempt, fail, warning
-from xclip_jax.train.clock import INPUT_BOUND
+from xclip_jax.train.log import INPUT_BOUND
 from xclip_jax.train.recovery import MOST_SKIPPED
 
-# A run counts as stalled after this many times the usual time between lines of metrics, and after these seconds at
-# least: an evaluation may come in between.
-_LATE = 10
-_STALLED_SECONDS = 15 * 60
-_MANY_BAD = 0.5  # share of data.max_bad_fraction
+_LATE = 10  # a run is stalled after this multiple of the usual time between lines of metrics,
+_STALLED_SECONDS = 15 * 60  # but not before this time, which an evaluation may take
+_MANY_BAD = 0.5  # fraction of data.max_bad_fraction
 
 
 def check_run(path: str, now: float | None = None) -> Iterator[Finding]:
-    """Yield the findings about the run in the folder `path`; `now` is in seconds since the epoch.
-
-    Raises:
-      UserError: not a run's folder, or a damaged file in it.
-    """
+    """Yield the findings about the run in the folder `path` at the time `now`, in seconds since the epoch."""
     run = collect.read(path)
     folder = RunReader(path)
     speed = run.training[-1].get("samples_per_second", 0.0) if run.training else 0.0
@@ -37,8 +31,7 @@ def check_run(path: str, now: float | None = None) -> Iterator[Finding]:
     diverged = _diverged(run, folder)
     yield _progress(run, folder, step_seconds, bool(diverged), time.time() if now is None else now)
     yield _checkpoints(run, folder, step_seconds)
-    heads = attempt("heads", lambda: list(check_heads(weights.run_config(folder))))
-    yield from [heads] if isinstance(heads, Finding) else heads
+    yield from attempt("heads", lambda: check_heads(weights.run_config(folder)))
     yield from _objective(run)
     yield from _input(run)
     yield from _samples(run, folder)
@@ -47,7 +40,7 @@ def check_run(path: str, now: float | None = None) -> Iterator[Finding]:
 
 
 def check_heads(config: Config) -> Iterator[Finding]:
-    """Yield a warning if a run's cluster heads have more parameters than its towers, and cost time."""
+    """Yield a warning if cluster heads have more parameters than the towers, and a large share of the FLOPs."""
     names = cost.cluster_heads(config)
     if not names:
         return
@@ -63,7 +56,7 @@ def check_heads(config: Config) -> Iterator[Finding]:
 
 
 def _progress(run: Record, folder: RunReader, step_seconds: float, diverged: bool, now: float) -> Finding:
-    """Whether the run is complete, in progress, stalled or stopped, and the time that is left."""
+    """Return whether the run is complete, in progress, stalled or stopped, and the remaining time."""
     config = run.config
     left = (config.steps - run.steps) * step_seconds or None
     values = {"step": run.steps, "steps": config.steps, "seconds_left": left}
@@ -88,14 +81,14 @@ def _progress(run: Record, folder: RunReader, step_seconds: float, diverged: boo
 
 
 def _checkpoints(run: Record, folder: RunReader, step_seconds: float) -> Finding:
-    """Which checkpoints are intact, and the steps that a kill would lose."""
+    """Return faults of checkpoints, and the number of steps that a kill would lose."""
     faults: dict[int, str | None] = {}
     for step in folder.steps():
         try:
             faults[step] = checkpoint_files.find_fault(folder.checkpoints / str(step), step)
         except FileNotFoundError as error:
             faults[step] = f"{error.filename} is missing"
-    # A run in progress may have deleted its oldest checkpoint meanwhile.
+    # A run in progress may have deleted its oldest checkpoint.
     faults = {step: fault for step, fault in faults.items() if step in folder.steps()}
     newest = folder.latest_step() or 0
     lost = max(run.steps - newest, 0)
@@ -113,14 +106,14 @@ def _checkpoints(run: Record, folder: RunReader, step_seconds: float) -> Finding
 
 
 def _objective(run: Record) -> Iterator[Finding]:
-    """The checks of the objective's terms, as in the report's health section."""
+    """Yield the checks of the objective's terms; the report's health section shows the same."""
     for name, term in run.objective.terms.items():
         rows = complete_rows(run.objective, name, run.training) if run.objective.weights[name] else []
         warnings = Warnings.collect(run, name, rows)
         for check in term.health(rows[-1]).checks if rows else ():
             label = f"{name}, {check.name}"
             history = warnings.history(check.name)
-            # A complete run is judged however short it was.
+            # A complete run is judged even if it was short.
             last = warnings.last(check.name) or (check.warning if check.failed and run.complete else "")
             if last:
                 text = f"{label}: {last.partition(': ')[2]}{f' {history}' if warnings.steps else ''}"
@@ -134,7 +127,7 @@ def _objective(run: Record) -> Iterator[Finding]:
 
 
 def _input(run: Record) -> Iterator[Finding]:
-    """The time that the devices waited for data, over the last half of the logged steps."""
+    """Yield how much the devices waited for data in the last half of the logged steps."""
     shares = [row["data/wait_share"] for row in run.training if "data/wait_share" in row]
     recent = shares[len(shares) // 2 :]
     if recent:
@@ -148,7 +141,7 @@ def _input(run: Record) -> Iterator[Finding]:
 
 
 def _samples(run: Record, folder: RunReader) -> Iterator[Finding]:
-    """The share of bad samples, by reason."""
+    """Yield the fraction of bad samples, with reasons."""
     last = run.training[-1] if run.training else {}
     if "data/bad_share" not in last:
         return
@@ -156,7 +149,7 @@ def _samples(run: Record, folder: RunReader) -> Iterator[Finding]:
     allowed = run.config.data.max_bad_fraction
     values = {"bad": last.get("data/bad", 0), "bad_share": share, "allowed_share": allowed}
     reasons = collections.Counter(entry.get("reason", "") for entry in folder.read_bad_samples())
-    text = f"{share:.2%} bad, allowed are {allowed:.2%}"
+    text = f"{share:.2%} bad, the limit is {allowed:.2%}"
     if reasons:
         text += f" ({', '.join(f'{reason}: {count:,}' for reason, count in reasons.most_common(3))})"
     if share > _MANY_BAD * allowed:
@@ -167,7 +160,7 @@ def _samples(run: Record, folder: RunReader) -> Iterator[Finding]:
 
 
 def _diverged(run: Record, folder: RunReader) -> list[int]:
-    """The skipped steps in a row at the end of a run that stopped for them; [] if it did not."""
+    """Return the skipped steps that stopped the run, or []."""
     row: list[int] = []
     for line in folder.read_skipped_steps():
         if "rewound_to" in line:
@@ -180,7 +173,7 @@ def _diverged(run: Record, folder: RunReader) -> list[int]:
 
 
 def _skipped(run: Record, folder: RunReader, row: list[int]) -> Iterator[Finding]:
-    """Steps skipped for values that were not finite; `row` ended the run."""
+    """Yield the number of steps skipped for non-finite values; `row` stopped the run."""
     steps = [int(line["step"]) for line in folder.read_skipped_steps() if "rewound_to" not in line]
     samples = f"look at their samples in {folder.skipped_steps_file}; lower optim.lr"
     if row:
@@ -195,7 +188,7 @@ def _skipped(run: Record, folder: RunReader, row: list[int]) -> Iterator[Finding
 
 
 def _results(run: Record, folder: RunReader) -> Iterator[Finding]:
-    """Sets that failed, and whether results are above chance."""
+    """Yield failed sets, and the number of results above chance."""
     failed = (folder.read_results() or {}).get("failed") or {}
     for name, reason in failed.items():
         yield fail("results", f"{name} could not be evaluated: {reason}", "run the same command to evaluate again")

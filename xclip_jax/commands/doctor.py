@@ -1,10 +1,10 @@
-"""Check a run before its start, or look at one in progress or ended.
+"""Check a run before its start, in progress or after its end.
 
     xclip-jax doctor --config RECIPE[:a=1,b=2] [--config.KEY=VALUE ...]
     xclip-jax doctor RUN
 
-One line for each check: ok, warning or FAIL, with the remedy. The exit code is 1 if anything is a FAIL, else 0. Nothing
-is written to the run's folder. Keys of a config are listed by xclip-jax train --help.
+Prints one line per check: ok, warning or FAIL, with the remedy. The exit code is 1 after a FAIL, else 0. Nothing is
+written to the run's folder. xclip-jax train --help lists the keys of a config.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import functools
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,7 +25,7 @@ from xclip_jax.commands.diagnosis import check_heads, check_run
 from xclip_jax.config import load
 from xclip_jax.config.schema import Config, resolve
 from xclip_jax.core.console import format_bytes, format_duration, show
-from xclip_jax.core.errors import Parser, exit_with_message
+from xclip_jax.core.errors import Parser, UserError, describe, exit_with_message
 from xclip_jax.core.imports import add_trust, trusting
 from xclip_jax.core.storage import strict_json
 from xclip_jax.data import inspect, loader, records
@@ -36,14 +36,14 @@ from xclip_jax.parallel.mesh import batch_part
 from xclip_jax.train import callbacks, checks, cost, prepare
 from xclip_jax.train.build import Experiment, make_encoder
 from xclip_jax.train.checks import FAIL, WARNING, Finding, attempt, fail, warning
-from xclip_jax.train.clock import INPUT_BOUND
+from xclip_jax.train.log import INPUT_BOUND
 from xclip_jax.train.run_writer import RunWriter
 from xclip_jax.train.state import create
 
 CHEAP_FLOPS = 2e12  # of a step; a CPU takes minutes for more
-SAMPLES, SECONDS = 512, 3.0  # read at least
+SAMPLES, SECONDS = 512, 3.0  # to read at least
 _TIMED_STEPS = 2
-_MANY_TWINS = 0.05  # share of a batch's pairs with the caption of another pair: false negatives
+_MANY_TWINS = 0.05  # fraction of a batch's pairs that share a caption: false negatives
 
 
 def check_config(
@@ -53,12 +53,11 @@ def check_config(
 
     Args:
       config: the config of the run.
-      step: "always", "never", or "auto": whether to compile and time the train step; "auto" does unless that takes
-        minutes on this CPU.
+      step: whether to compile and time the train step: "always", "never", or "auto", unless a CPU takes minutes for it.
     """
     faults: set[str] = set()
     for finding in _all_findings(config, step):
-        # A fault is reported once, by the first check it fails.
+        # The first failed check reports a fault, later ones do not repeat it.
         if not any(fault in finding.text for fault in faults):
             yield finding
         if finding.mark == FAIL:
@@ -70,31 +69,27 @@ def _all_findings(config: ml_collections.ConfigDict | Mapping[str, Any] | Config
     yield devices
     if not devices.values:  # JAX has none, so nothing can be built
         return
-    resolved = attempt("config", lambda: resolve(config))
-    if isinstance(resolved, Finding):
-        yield resolved
-        return
-    folder = RunWriter(resolved.run)
-    yield from _findings("folder", lambda: checks.check_folder(resolved, folder))
-    yield from _findings("log", lambda: callbacks.check_names(resolved) or ())
-    experiment = attempt("model", lambda: prepare.open_experiment(resolved, folder))
-    if isinstance(experiment, Finding):
-        yield experiment
-        return
-    model, *others = checks.check_model(experiment)
-    yield model
-    yield from others
-    yield from _findings("disk", lambda: checks.check_disk(experiment, folder))
-    data = attempt("data", lambda: prepare.open_data(experiment, folder))
-    if isinstance(data, Finding):
-        yield data
-        if not experiment.objective.labelled:
+    check = "config"
+    try:
+        resolved = resolve(config)
+        folder = RunWriter(resolved.run)
+        yield from attempt("folder", lambda: checks.check_folder(resolved, folder))
+        yield from attempt("log", lambda: callbacks.check_names(resolved) or ())
+        check = "model"
+        experiment = prepare.open_experiment(resolved, folder)
+        model = list(checks.check_model(experiment))
+        yield from model
+        yield from attempt("disk", lambda: checks.check_disk(experiment, folder))
+        check = "data"
+        samples, fingerprints = prepare.open_data(experiment, folder)
+    except (UserError, OSError) as error:
+        yield fail(check, describe(error))
+        if check == "data" and not experiment.objective.labelled:
             yield from check_evaluation(experiment, folder, None)
         return
-    samples, fingerprints = data
     yield from checks.check_data(experiment, samples)
     yield from check_evaluation(experiment, folder, prepare.class_names(experiment, fingerprints))
-    operations = model.values.get("flops_per_step")
+    operations = model[0].values.get("flops_per_step")
     cheap = jax.devices()[0].platform != "cpu" or (operations or np.inf) <= CHEAP_FLOPS
     compiles = step == "always" or (step == "auto" and cheap)
     if compiles:
@@ -111,24 +106,23 @@ def _all_findings(config: ml_collections.ConfigDict | Mapping[str, Any] | Config
     yield from check_samples(experiment, samples, seconds)
 
 
-def _findings(check: str, function: Callable[[], Iterable[Finding]]) -> list[Finding]:
-    """Return the findings of `function`, or the FAIL that it raises."""
-    findings = attempt(check, lambda: list(function()))
-    return [findings] if isinstance(findings, Finding) else findings
-
-
 def check_evaluation(experiment: Experiment, folder: RunWriter, classes: Sequence[str] | None) -> Iterator[Finding]:
     """Yield whether evaluation sets and initial weights can be opened."""
     encoder = make_encoder(experiment, classes)
     before = prepare.evaluates_first(experiment)
-    sets = attempt("evaluation", lambda: prepare.open_evaluators(experiment, encoder))
-    yield from [sets] if isinstance(sets, Finding) else checks.check_sets(experiment, len(sets), before=before)
-    initial = attempt("weights", lambda: prepare.open_initial(experiment, folder, classes))
-    yield from [initial] if isinstance(initial, Finding) else checks.check_weights(experiment, initial[0])
+
+    def check_sets() -> Iterator[Finding]:
+        return checks.check_sets(experiment, len(prepare.open_evaluators(experiment, encoder)), before=before)
+
+    def check_weights() -> Iterator[Finding]:
+        return checks.check_weights(experiment, prepare.open_initial(experiment, folder, classes)[0])
+
+    yield from attempt("evaluation", check_sets)
+    yield from attempt("weights", check_weights)
 
 
 def time_step(experiment: Experiment, compiled: Any, start: int, operations: float | None = None) -> Finding:
-    """Return the time of the `compiled` step, and of all steps from `start`; `operations` are its FLOPs, if known."""
+    """Return the times of the `compiled` step and of all steps from `start`; `operations` are its FLOPs, if known."""
     state = create(experiment.init, experiment.abstract)
     batch = zeros(experiment)
     ends = []
@@ -150,7 +144,7 @@ def time_step(experiment: Experiment, compiled: Any, start: int, operations: flo
 
 
 def zeros(experiment: Experiment) -> dict[str, jax.Array]:
-    """A batch of black images and empty texts: a step takes as long as on any other."""
+    """Return a batch of black images and empty texts, which takes as much time as any other."""
     arrays = experiment.transform().arrays(experiment.config.data.batch // batch_part(experiment.mesh)[1])
     batch = {field: np.zeros(*array) for field, array in arrays.items()}
     if "text" in batch:
@@ -159,13 +153,13 @@ def zeros(experiment: Experiment) -> dict[str, jax.Array]:
 
 
 def check_samples(experiment: Experiment, samples: Sequence[Source], step_seconds: float | None) -> Iterator[Finding]:
-    """Read the first samples as the run would: yield the share of bad ones, equal texts, and the speed of reading."""
-    limits = {"samples": SAMPLES, "seconds": SECONDS}
+    """Read the first samples like the run; yield the fractions of bad samples and equal texts, and the speed."""
     seed = experiment.config.seed
-    read = functools.partial(inspect.read_batches, samples, experiment.transform(), seed, **limits)
-    sample = attempt("samples", read)
-    if isinstance(sample, Finding):
-        yield sample
+    transform = experiment.transform()
+    try:
+        sample = inspect.read_batches(samples, transform, seed, samples=SAMPLES, seconds=SECONDS)
+    except (UserError, OSError) as error:
+        yield fail("samples", describe(error))
         return
     yield _bad_samples(sample, experiment)
     if sample.text is not None:
@@ -177,7 +171,7 @@ def _bad_samples(sample: LoaderSample, experiment: Experiment) -> Finding:
     bad = sum(sample.bad.values())
     allowed = experiment.config.data.max_bad_fraction
     share = bad / (sample.read + bad)
-    text = f"{share:.2%} bad, of {sample.read + bad:,} that were read; allowed are {allowed:.2%}"
+    text = f"{share:.2%} bad, of {sample.read + bad:,} that were read; the limit is {allowed:.2%}"
     values = {"read": sample.read + bad, "bad": bad, "bad_share": share, "allowed_share": allowed}
     if sample.example:
         reasons = ", ".join(f"{reason}: {count:,}" for reason, count in sample.bad.items())
@@ -189,7 +183,7 @@ def _bad_samples(sample: LoaderSample, experiment: Experiment) -> Finding:
 
 
 def _texts(text: np.ndarray, experiment: Experiment) -> Finding:
-    """Return the lengths of texts, and the share of equal ones, which a contrastive loss takes for negatives."""
+    """Return the lengths of texts, and the fraction of equal ones, which are false negatives of a contrastive loss."""
     objective = experiment.objective
     length = experiment.context_length
     rows = text[: experiment.config.data.batch]
@@ -233,10 +227,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="xclip-jax doctor", description=__doc__)
     before = any(re.match(r"--?(no)?config\b", word) for word in words)
     if not before:
-        parser.add_argument("run", metavar="RUN", help="a run's folder; or --config RECIPE, of a run to be started")
+        parser.add_argument("run", metavar="RUN", help="a run's folder; or --config RECIPE for a new run")
     add_trust(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
-    doc = "compile the train step and time it; by default unless that takes minutes on this CPU"
+    doc = "compile and time the train step; auto: unless that takes minutes on a CPU"
     parser.add_argument("--step", choices=("auto", "always", "never"), default="auto", help=doc)
     options, rest = parser.parse_known_args(words) if before else (parser.parse_args(words), [])
 

@@ -17,14 +17,14 @@ from xclip_jax.processes import runtime
 from xclip_jax.train import callbacks, prepare, trainer
 
 _CHECK = flags.DEFINE_bool(
-    "check", False, "Check keys and names of the config, and stop: no data, no device and no run's folder are needed."
+    "check", False, "Check keys and names of the config, and stop; needs no data, devices or run folder."
 )
 _DISTRIBUTED = flags.DEFINE_bool(
-    "distributed", False, "Join the other hosts' processes: found by itself on TPU pods, GKE and Slurm."
+    "distributed", False, "Join the processes of other hosts, which JAX discovers on TPU pods, GKE and Slurm."
 )
-_COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, elsewhere; with the next two.")
-_PROCESSES = flags.DEFINE_integer("processes", 0, "How many processes there are.")
-_PROCESS = flags.DEFINE_integer("process", -1, "Which of them this one is, from 0.")
+_COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, on other systems; with the next two.")
+_PROCESSES = flags.DEFINE_integer("processes", 0, "Number of processes.")
+_PROCESS = flags.DEFINE_integer("process", -1, "Index of this process, from 0.")
 
 
 def main(_: list[str]) -> None:
@@ -35,12 +35,12 @@ def main(_: list[str]) -> None:
         errors.end_at_once()  # until the run handles signals
         if _CHECK.value:
             config = prepare.check_names(flags.FLAGS.config)
-            callbacks.classes(config)
-            callbacks.tracker_classes(config)
+            callbacks.check_names(config, installed=False)
             log0("the config, and the names of its sources and evaluation sets, are valid")
-            if extras := prepare.extras(config):
+            extras = prepare.extras(config)
+            if extras:
                 log0(f"extras: {','.join(extras)}")  # launch/common.sh reads it
-            log0("not looked at: data, weights and disk; xclip-jax doctor does that")
+            log0("not checked: data, weights and disk; xclip-jax doctor does that")
             return
         runtime.join(_DISTRIBUTED.value, _COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
         compiler.enable_cache(str(flags.FLAGS.config.run) if runtime.peers() else "")

@@ -18,16 +18,15 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Interrupted(BaseException):
-    """Raised to abandon work, such as an evaluation, when the run should stop; not an `Exception`, which is a fault."""
+    """Raised to abandon work, such as an evaluation, when the run should stop; no fault, so not an `Exception`."""
 
 
 class PreemptionHandler:
     """Treats the first SIGTERM or SIGINT as a request to save and stop; the second one acts at once.
 
-    While `can_save` is false nothing can be saved: the first signal interrupts an evaluation, and otherwise ends the
-    process at once with `EXIT_RESUMABLE`, since an exception could be lost in a callback and would leave XLA compiling.
-    Several processes agree on the moment through JAX's preemption service: each calls `requested` equally often, and a
-    signal to one of them stops all.
+    While `can_save` is false, the first signal interrupts an evaluation, or else ends the process at once with
+    `EXIT_RESUMABLE`: an exception could be lost in a callback, and would leave XLA compiling. Several processes agree
+    on the moment through JAX's preemption service: each calls `requested` equally often, and a signal to one stops all.
 
     Attributes:
       can_save: whether a request leads to a checkpoint; set by the training loop.
@@ -55,13 +54,13 @@ class PreemptionHandler:
     def _handle(self, number: int, _: Any) -> None:
         name = signal.Signals(number).name
         previous = self._previous[number]
-        # Under nohup the inherited handler ignores SIGINT, but the second one must end the process. A command's handler
-        # would wait while the main thread is in C code.
+        # The second signal must end the process, though nohup's handler ignores SIGINT, and a command's handler waits
+        # while the main thread is in C code.
         signal.signal(number, signal.SIG_DFL if previous in (signal.SIG_IGN, errors.interrupted) else previous)
         self.signal_received = True
         alone = jax.process_count() == 1
         stopping = "saving, then stopping; send it again to stop at once"
-        with contextlib.suppress(RuntimeError, OSError):  # the signal interrupted a print, or the output is closed
+        with contextlib.suppress(RuntimeError, OSError):  # a print is interrupted, or the output closed
             log0(f"{name}: {stopping if self.can_save else 'stopping; run the same command to resume'}")
         if self._service is not None:
             self._service(signal.SIGTERM)
@@ -75,24 +74,24 @@ class PreemptionHandler:
         """Return whether to stop here; the answer is the same on every process."""
         if jax.process_count() == 1:
             return self.signal_received
-        # All stop at a question chosen by the service, one after the last that any process has asked, from 1.
+        # The service chooses the question at which all stop: the one after the last that any process has asked.
         self._questions += 1
         self._agreed = self._agreed or multihost_utils.reached_preemption_sync_point(self._questions)
         return self._agreed
 
     def check(self) -> None:
-        """Raise `Interrupted` if the run should stop here; every process must call it."""
+        """Raise `Interrupted` if the run should stop here; every process must call this."""
         if self.requested():
             raise Interrupted
 
     def check_alone(self) -> None:
-        """Raise `Interrupted` if a run of one process should stop; one of several cannot leave the others."""
+        """Raise `Interrupted` if a single-process run should stop."""
         if self.signal_received and jax.process_count() == 1:
             raise Interrupted
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
-        """In a run of one process, let a signal end this context at once, with `Interrupted`."""
+        """Let a signal end this context at once, with `Interrupted`, in a single-process run."""
         self.check_alone()
         self._leaves = True
         try:
@@ -101,9 +100,9 @@ class PreemptionHandler:
             self._leaves = False
 
 
-@functools.cache  # later runs of this process would find only Python's handler
+@functools.cache  # a later run in this process would find only Python's handler
 def _handler_below_python(number: int) -> Callable[[int], None] | None:
-    """Remove and return a signal's C handler, or None: JAX's service installs one, which Python's would replace."""
+    """Remove and return the C-level handler that JAX's service installed, or None; Python's would replace it."""
     try:
         libc = ctypes.CDLL(None)
         libc.signal.restype = ctypes.c_void_p

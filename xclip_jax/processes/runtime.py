@@ -1,7 +1,7 @@
-"""Runs of several processes, one per host with its devices: joining at the start, and ending all together.
+"""Runs of several processes, one per host: they join at the start and end together.
 
-The processes tell each other that they run, where they wait and why they end, through the key-value store of JAX's
-coordination service in process 0. A killed process writes nothing, and JAX ends the others after `HEARTBEAT_SECONDS`.
+Through the key-value store of JAX's coordination service, in process 0, processes report that they run, where they wait
+and why they end. A killed process writes nothing, and JAX ends the others after `HEARTBEAT_SECONDS`.
 """
 
 import atexit
@@ -18,37 +18,33 @@ from typing import Any, NoReturn
 
 import jax
 
-# Not public in JAX: the client for communication between processes, and whether devices are initialised already.
+# Not public in JAX: the client for messages between processes, and whether devices are initialised.
 from jax._src import distributed as jax_distributed
 from jax._src import xla_bridge
 
 from xclip_jax.core.errors import EXIT_RESTART, EXIT_RESUMABLE, UserError, describe, exit_now, redact
 
-# All processes end within 30 s after one of them: without a heartbeat for so long JAX takes a process for dead.
-HEARTBEAT_SECONDS = 25
+HEARTBEAT_SECONDS = 25  # JAX declares a process dead without a heartbeat for this time
 _POLL_SECONDS = 1.0
 _LINGER_SECONDS = 4.0  # time for the others to read process 0's last message, which is stored in process 0
 _FAILED_READS = 5
-# Errors of XLA's runtime, some of which it raises as ValueError.
+# Errors of XLA's runtime, some raised as ValueError.
 _STATUS = re.compile(r"(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION): ")
 _NOTES, _ALIVE = "xclip_jax/notes/", "xclip_jax/alive/"
 _FACTS, _SAME = "xclip_jax/facts/", "xclip_jax/same/"
 _DONE = json.dumps({"status": "done"})
-# Time that a finished process waits for the others once process 0 has finished.
-_SHUTDOWN_SECONDS = 300
-# Time that a process waits for the others to start if JAX discovers them: slices may start one after the other.
-_JOIN_SECONDS = 900
-# Time within which a finished process exits, even if a thread hangs.
-_EXIT_SECONDS = 30
+_SHUTDOWN_SECONDS = 300  # a finished process waits for the others, once process 0 has finished
+_JOIN_SECONDS = 900  # a process waits for the others to start, if JAX discovers them: slices may start in turn
+_EXIT_SECONDS = 30  # a finished process exits, even if a thread hangs
 
 
 class Peers:
-    """The other processes, watched by a thread that ends this process when one of them fails.
+    """The other processes, watched by a thread that ends this process when another one fails.
 
     Attributes:
       index: index of this process.
       count: number of processes.
-      status: returns the current work of this process, for reports to the others; set by the watchdog.
+      status: returns this process's current work, reported to the others; set by the watchdog.
     """
 
     def __init__(self, client: Any, index: int, count: int) -> None:
@@ -61,19 +57,19 @@ class Peers:
         self._signing = threading.Lock()
         self._done = threading.Event()
         threading.Thread(target=self._watch, daemon=True, name="peers").start()
-        atexit.register(self.stop)  # before JAX's function, which waits for the others
+        atexit.register(self.stop)  # runs before JAX's function, which waits for the others
 
     def stop(self) -> None:
-        """Stop monitoring and mark this process as finished, so that missing heartbeats are not taken for a failure."""
+        """Stop monitoring and mark this process as finished, so that its silence is not mistaken for a failure."""
         self._done.set()
-        # The lock waits for a sign of life that the thread is sending, which would otherwise overwrite this mark.
+        # The lock waits for a sign of life in progress, which would overwrite this mark.
         with self._signing, contextlib.suppress(Exception):
             self._client.key_value_set(f"{_ALIVE}{self.index}", _DONE, allow_overwrite=True)
 
     def await_first(self) -> None:
-        """Wait, as long as it takes, until process 0, which writes the report, has marked itself as finished.
+        """Wait without limit until process 0, which writes the report, is finished or, by the thread, found dead.
 
-        JAX's barrier at the end would end all processes after a while. The thread notices if process 0 dies.
+        JAX's barrier at the end would end all processes after a while.
         """
         signs: dict[str, str] = {}
         while self.index and signs.get(f"{_ALIVE}0") != _DONE:
@@ -82,12 +78,9 @@ class Peers:
                 signs = dict(self._client.key_value_dir_get(_ALIVE))
 
     def check_same(self, facts: Mapping[str, Any], remedy: str) -> None:
-        """Compare `facts`, of JSON's types, with the facts of process 0, which waits until all others have done so.
+        """Raise `UserError` if `facts`, values for JSON, differ from process 0's, which waits for all other processes.
 
-        All processes call it equally often.
-
-        Raises:
-          UserError: some facts differ.
+        Every process must call this the same number of times.
         """
         self._rounds += 1
         mine = json.loads(json.dumps(facts))
@@ -97,7 +90,13 @@ class Peers:
             while len(self._client.key_value_dir_get(f"{_SAME}{self._rounds}/")) < self.count - 1:
                 time.sleep(0.2)  # a process with other facts ends this one
             return
-        first = json.loads(self._wait_for(name))
+        first = None
+        while first is None:  # signals are handled between these short waits
+            try:
+                first = json.loads(self._client.blocking_key_value_get(name, 2000))
+            except Exception as error:
+                if "DEADLINE_EXCEEDED" not in str(error):
+                    raise
         different = [key for key in sorted(mine | first) if mine.get(key) != first.get(key)]
         if different:
             shown = ", ".join(f"{key} ({_short(mine.get(key))}, not {_short(first.get(key))})" for key in different[:5])
@@ -105,23 +104,15 @@ class Peers:
             raise UserError(f"process {self.index} differs from process 0: {shown}{more}; {remedy}.")
         self._client.key_value_set(f"{_SAME}{self._rounds}/{self.index}", "")
 
-    def _wait_for(self, name: str) -> str:
-        while True:  # signals are handled between these short waits; the thread notices if process 0 dies
-            try:
-                return self._client.blocking_key_value_get(name, 2000)
-            except Exception as error:
-                if "DEADLINE_EXCEEDED" not in str(error):
-                    raise
-
     def waiting(self) -> str:
-        """Return the recent work of the other processes, if it differs from that of this process."""
+        """Return the current work of other processes, if it differs from this process's."""
         mine = self.status().partition(" (")[0]
         others = sorted((int(k.rpartition("/")[2]), v) for k, v in self._client.key_value_dir_get(_ALIVE))
         states = [(k, json.loads(v)["status"]) for k, v in others if k != self.index]
         return "; ".join(f"process {k}: {s}" for k, s in states if s.partition(" (")[0] not in ("", "done", mine))
 
     def leave(self, sentence: str, status: int) -> NoReturn:
-        """End this process with `status`, after notifying the other processes, which end with the same status."""
+        """End this process and, by a note, the others with `status`."""
         with self._ending:  # never released: only one thread ends the process
             try:
                 note = json.dumps({"sentence": sentence, "status": status})
@@ -131,8 +122,8 @@ class Peers:
                 exit_now(status)
 
     def fail(self, error: BaseException) -> NoReturn:
-        """End this process because of `error`, or because of another process's end that caused it."""
-        # The first sign of a lost process is a failed collective. Its last message ends this process during the wait.
+        """End this process because of `error`, or of the end of another process that caused it."""
+        # A failed collective is the first sign of a lost process, whose last message ends this process during the wait.
         lost = bool(_STATUS.match(str(error)))
         if lost:
             time.sleep(_LINGER_SECONDS)
@@ -160,8 +151,8 @@ class Peers:
                 notes = self._client.key_value_dir_get(_NOTES)
                 failed = 0
             except Exception as error:
-                if not _is_of_runtime(error):
-                    raise  # for example from another version of JAX: the run continues without this thread
+                if not (isinstance(error, jax.errors.JaxRuntimeError) or _STATUS.match(str(error))):
+                    raise  # such as from another version of JAX: the run continues without this thread
                 failed += 1
                 continue
             for name, note in notes:
@@ -183,13 +174,8 @@ class Peers:
             exit_now(status)
 
     def _linger(self) -> None:
-        """In process 0, give the others time to read the reason."""
         if self.index == 0:
             time.sleep(_LINGER_SECONDS)
-
-
-def _is_of_runtime(error: BaseException) -> bool:
-    return isinstance(error, jax.errors.JaxRuntimeError) or bool(_STATUS.match(str(error)))
 
 
 def _short(value: Any) -> str:
@@ -201,13 +187,13 @@ _peers: Peers | None = None
 
 
 def join(distributed: bool, coordinator: str = "", processes: int = 0, process: int = -1) -> None:
-    """Initialise `jax.distributed` if asked to; must be called before the first use of a device.
+    """Initialise `jax.distributed` if asked to, before the first use of a device.
 
     Args:
-      distributed: let JAX discover the other processes, which works on TPU pods, GKE, Slurm and MPI.
+      distributed: let JAX discover the other processes, on TPU pods, GKE, Slurm and MPI.
       coordinator: "HOST:PORT" of process 0, if JAX cannot discover the processes.
-      processes: their number.
-      process: the index of this process.
+      processes: number of processes.
+      process: index of this process.
     """
     given = (bool(coordinator), processes > 0, process >= 0)
     if any(given) and (not all(given) or process >= processes):
@@ -245,7 +231,7 @@ def join(distributed: bool, coordinator: str = "", processes: int = 0, process: 
 
 
 def peers() -> Peers | None:
-    """Return the other processes; None in a run of one process, or before `join`."""
+    """Return the other processes; None in a single-process run or before `join`."""
     return _peers
 
 
@@ -254,12 +240,9 @@ def ends_all() -> Iterator[None]:
     """If this context fails in one process, end all of them and report the reason."""
     try:
         yield
-    except SystemExit as stop:
-        if _peers is not None and stop.code not in (None, 0, EXIT_RESUMABLE):
-            _peers.fail(stop)
-        raise
     except BaseException as error:
-        if _peers is not None and not isinstance(error, GeneratorExit):
+        ended = isinstance(error, SystemExit) and error.code in (None, 0, EXIT_RESUMABLE)
+        if _peers is not None and not ended and not isinstance(error, GeneratorExit):
             _peers.fail(error)
         raise
 
@@ -268,7 +251,7 @@ def ends_all() -> Iterator[None]:
 def exits() -> Iterator[None]:
     """Run a whole command in `ends_all`; afterwards the process exits in time, even if a thread hangs.
 
-    A stopped single process exits at once, since XLA may still compile for an abandoned evaluation.
+    A stopped single process exits at once, as XLA may still compile for an abandoned evaluation.
     """
     status = 1
     try:
@@ -284,10 +267,7 @@ def exits() -> Iterator[None]:
         if _peers is not None and status in (0, EXIT_RESUMABLE):
             _peers.await_first()
         limit = _EXIT_SECONDS + (_SHUTDOWN_SECONDS if _peers is not None else 0)
-        threading.Thread(target=_exit_after, args=(limit, status), daemon=True).start()
-
-
-def _exit_after(seconds: float, status: int) -> None:
-    # At its exit Python waits for reading threads, forever if a disk does not answer.
-    time.sleep(seconds)
-    os._exit(status)
+        # At its exit Python waits for reading threads, forever if a disk does not answer.
+        end = threading.Timer(limit, os._exit, (status,))
+        end.daemon = True
+        end.start()

@@ -1,7 +1,6 @@
-"""Watchdog: a thread that reports the phase in which a run hangs, and ends a process that hangs for too long.
+"""Watchdog: a thread that reports the phase of a hanging run, and ends a process that hangs for too long.
 
-It also receives signals while the main thread is in C code, such as a compiler or a collective, and Python's handlers
-wait.
+It also receives signals while the main thread is in C code, such as a compiler, and Python's handlers wait.
 """
 
 import contextlib
@@ -25,22 +24,22 @@ from xclip_jax.processes.interrupt import SIGNALS, PreemptionHandler
 
 DATA, COMPILATION, STEP = "waiting for data", "the first step, which compiles", "a step"
 CHECKPOINT, RESTORE, EVALUATION = "a checkpoint", "restoring a checkpoint", "an evaluation"
-_WARNING = 60.0  # seconds without progress until a warning names the phase
-_SLOWER = 3  # a wait is long if it exceeds the phase's longest wait so far by this factor
+_WARNING = 60.0  # seconds without progress before a warning
+_SLOWER = 3  # and this factor of the phase's longest wait so far
 _POLL_SECONDS = 0.5
 _MOMENT = 2.0  # seconds within which Python's handler runs, unless the main thread is in C code
 
 
 class Watchdog:
-    """Context manager that watches a run; outside of phases it does nothing.
+    """Context manager that watches the phases of a run.
 
     If the process hangs, the watchdog writes the stacks of all threads to standard error and to the run's folder, and
     exits with `EXIT_RESTART`.
 
     Attributes:
-      current: the phase entered last; None outside of phases.
-      step: the step begun last.
-      saved: the step of the last checkpoint, 0 for none.
+      current: the current phase; None outside of phases.
+      step: the last dispatched step.
+      saved: the step of the last checkpoint, else 0.
     """
 
     def __init__(
@@ -52,14 +51,7 @@ class Watchdog:
         *,
         limit: float,
     ) -> None:
-        """Make a watchdog.
-
-        Args:
-          folder: the run's folder.
-          preemption: handler of the run's signals.
-          clock: returns seconds.
-          limit: seconds without progress after which it ends the process; 0 for never.
-        """
+        """Make a watchdog that ends the process after `limit` seconds without progress; 0 for never."""
         self._folder = folder
         self._preemption = preemption
         self._warning = min(_WARNING, limit / 3) if limit else _WARNING
@@ -99,43 +91,48 @@ class Watchdog:
         self._write_end.close()
 
     def enter(self, phase: str | None, detail: str = "") -> None:
-        """Begin a phase, which counts as progress; None begins one without a time limit."""
+        """Begin a phase, which counts as progress; None for a phase without limits."""
         self.progress()
         self.current = phase
         self._detail = detail
 
     @contextlib.contextmanager
     def phase(self, name: str | None) -> Iterator[None]:
-        """Be in the phase `name` in this context, and return to the phase before unless an exception leaves it."""
+        """Enter the phase `name` for this context, and return to the previous one unless an exception leaves it."""
         before = (self.current, self._detail)
         self.enter(name)
         yield
         self.enter(*before)
 
     def progress(self) -> None:
-        """Mark progress within the phase."""
         now = self._clock()
         if self.current in self._longest:
             self._longest[self.current] = max(self._longest[self.current], now - self._since)
         self._since = now
 
     def end_step(self) -> None:
-        """Mark the end of a step on the devices; during the phase `STEP` it counts as progress."""
+        """Record the end of a step on the devices, which counts as progress in the phase `STEP`."""
         if self.current == STEP:
             self.progress()
 
     def status(self) -> str:
-        """Return the phase of this process and its duration, such as "a step (3 s)"."""
+        """Return the phase and its duration, such as "a step (3 s)"."""
         return f"{self.current}{self._detail} ({self._clock() - self._since:.0f} s)" if self.current else ""
 
     def check(self) -> None:
-        """Warn about a long phase, or end the process; the watchdog's thread calls this every half second."""
+        """Warn about a long phase, or end the process; the thread calls this every half second."""
         now = self._clock()
         if now - self._last > 10 * _POLL_SECONDS:  # the whole process was suspended
             self._since += now - self._last
         self._last = now
-        if self._asked:
-            self._check_signal(now)
+        if self._asked and now - self._asked_at > _MOMENT:
+            if self._asked > 1 and not self._preemption.signal_received:
+                self._end("asked to stop twice", EXIT_RESUMABLE, stacks=False)
+            if self.current == COMPILATION and jax.process_count() == 1:
+                lost = f"{self.step - self.saved} steps since the last checkpoint are lost"
+                if not self.saved:
+                    lost = f"there is no checkpoint yet, and {self.step} steps are lost"
+                self._end(f"stopping in the compilation: {lost}", EXIT_RESUMABLE, stacks=False)
         if self.current:
             self._check_progress(now)
 
@@ -145,47 +142,28 @@ class Watchdog:
         self._last = self._clock()
         while not self._stop.is_set():
             if signals.poll(1000 * _POLL_SECONDS):
-                self._hear()
+                with contextlib.suppress(BlockingIOError):
+                    count = sum(number in SIGNALS for number in self._read_end.recv(64))
+                    if count and not self._asked:
+                        self._asked_at = self._clock()
+                    self._asked += count
             self.check()
 
-    def _hear(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            count = sum(number in SIGNALS for number in self._read_end.recv(64))
-            if count and not self._asked:
-                self._asked_at = self._clock()
-            self._asked += count
-
-    def _check_signal(self, now: float) -> None:
-        if self._asked > 1 and now - self._asked_at > _MOMENT and not self._preemption.signal_received:
-            self._end("asked to stop twice", EXIT_RESUMABLE, stacks=False)
-        alone = jax.process_count() == 1
-        if alone and self.current == COMPILATION and now - self._asked_at > _MOMENT:
-            self._end(f"stopping in the compilation: {self._loss()}", EXIT_RESUMABLE, stacks=False)
-
-    def _loss(self) -> str:
-        """Describe the steps lost with this process."""
-        if not self.saved:
-            return f"there is no checkpoint yet, and {self.step} steps are lost"
-        return f"{self.step - self.saved} steps since the last checkpoint are lost"
-
     def _check_progress(self, now: float) -> None:
-        phase = self.current
         since = self._since
         if self._limit and now - since > self._limit:
             self._end(f"no progress: {self.status()}{self._others()}", EXIT_RESTART)
-        warns = phase != COMPILATION and self._warned_of != since
-        if warns and now - since > max(self._warning, _SLOWER * self._longest.get(phase or "", 0.0)):
+        warns = self.current != COMPILATION and self._warned_of != since
+        if warns and now - since > max(self._warning, _SLOWER * self._longest.get(self.current or "", 0.0)):
             self._warned_of = since
             limit = f"; the run ends after {self._limit:.0f} s (log.stall_limit)" if self._limit else ""
-            with contextlib.suppress(OSError):  # a full disk or a closed pipe, which must not end this thread
+            with contextlib.suppress(OSError):  # a full disk or a closed pipe must not end this thread
                 print(f"WARNING: {self._who()}no progress: {self.status()}{self._others()}{limit}", flush=True)
 
     def _others(self) -> str:
         peers = runtime.peers()
-        if peers is None:
-            return ""
         with contextlib.suppress(Exception):  # process 0 may be gone
-            others = peers.waiting()
+            others = peers.waiting() if peers else ""
             return f"; {others}" if others else ""
         return ""
 
@@ -203,7 +181,7 @@ class Watchdog:
             exit_now(status)
 
     def _dump_stacks(self) -> str:
-        """Write the stacks of all threads to standard error and to the run's folder, and return a note of the path."""
+        """Write the stacks of all threads to standard error and to the run's folder; return a note on the path."""
         with tempfile.TemporaryFile("w+") as file:
             faulthandler.dump_traceback(file)
             file.seek(0)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """Model, objective, optimizer and step of a run, as its config and devices decide."""
+    """Model, objective, optimizer and step for a config on devices, made by `build`."""
 
     config: Config
     layout: sharding.MeshLayout
@@ -64,7 +64,7 @@ class Experiment:
         if self.layout.strategy == "zero1":
             shardings = sharding.zero1_shardings(self.abstract.params, shardings, self.mesh)
 
-        made = TrainStep(
+        train_step = TrainStep(
             self.model,
             self.tx,
             self.objective,
@@ -76,7 +76,7 @@ class Experiment:
             text_groups=self.length_groups.sizes(self.text_rows[0], self.context_length),
             steps=config.steps,
         )
-        return sharding.layout_scope(self.layout)(made.step)
+        return sharding.layout_scope(self.layout)(train_step.step)
 
     @functools.cached_property
     def compiled(self) -> Any:
@@ -91,16 +91,14 @@ class Experiment:
 
     def transform(self, fields: Sequence[str] = ()) -> "Transform":
         """Return the transform from records to rows of a batch, with the objective's fields by default."""
-        fields = fields or self.objective.fields
-        from xclip_jax.data.loader import (
-            Transform,
-        )  # Grain takes a quarter of a second, and only training reads batches
+        from xclip_jax.data.loader import Transform  # imports Grain for a quarter of a second, only for training
 
-        return Transform(self.config.data, self.image_size, self.tokenizer, self.context_length, tuple(fields))
+        fields = tuple(fields or self.objective.fields)
+        return Transform(self.config.data, self.image_size, self.tokenizer, self.context_length, fields)
 
     @property
     def num_parameters(self) -> int:
-        """Parameters of the model, heads included; adapters are merged into the kernels that they change."""
+        """Parameters of towers and heads; adapters count as part of their kernels."""
         return sum(x.size for x in jax.tree.leaves(self.abstract.variables()["params"]))
 
     @property
@@ -126,17 +124,6 @@ def make_model(config: Config, objective: Objective, tokens: tokenizer.Tokenizer
         towers=objective.towers,
         dtype=jnp.dtype(model.dtype),
     )
-
-
-def _length_groups(config: Config, model: TwoTowers) -> LengthGroups:
-    """Groups of the config, checked against the text tower."""
-    groups = LengthGroups.parse(config.data.length_groups)
-    if groups.cuts and ("txt" not in model.towers or not model.txt.cuttable):
-        raise UserError(
-            f"data.length_groups={config.data.length_groups!r} cuts texts, but the text tower reads their padding, or "
-            "there is no text tower; set it to 'full'."
-        )
-    return groups
 
 
 def build(
@@ -172,9 +159,14 @@ def build(
         seed=config.seed,
         adapters=config.finetune.lora,
     )
+    groups = LengthGroups.parse(config.data.length_groups)
+    if groups.cuts and ("txt" not in model.towers or not model.txt.cuttable):
+        raise UserError(
+            f"data.length_groups={config.data.length_groups!r} cuts texts, but the text tower reads their padding, or "
+            "there is no text tower; set it to 'full'."
+        )
     boxed = jax.eval_shape(init)
     layout = sharding.make_layout(boxed, mesh, config.mesh.strategy, config.data.batch)
-    abstract = state.abstract(boxed, layout)
     return Experiment(
         config=config,
         layout=layout,
@@ -184,10 +176,10 @@ def build(
         model=model,
         schedule=optim.schedule(config.optim, config.steps),
         init=init,
-        abstract=abstract,
+        abstract=state.abstract(boxed, layout),
         tx=tx,
         batch_noise=BatchNoise(config.data, preprocessing, objective, towers),
-        length_groups=_length_groups(config, model),
+        length_groups=groups,
     )
 
 
@@ -205,17 +197,17 @@ def make_encoder(experiment: Experiment, classes: Sequence[str] | None = None) -
 
 
 def own_profile(config: Config, name: str = "openai") -> Profile:
-    """Return the profile `name` with the templates and class names that a run has for labelled images of its own."""
+    """Return the profile `name` with a run's templates and class names for custom labelled images."""
     return prompts.with_own(PROFILES[name], config.eval.templates, config.eval.class_names)
 
 
 def profile_of_run(config: Config, name: str = "openai", changes: Mapping[str, Any] | None = None) -> Profile:
-    """Return `own_profile` of a run, with `changes` to its fields; class names among them replace the run's file."""
+    """Return `own_profile` with `changes` to its fields; class names among them replace the run's file."""
     changes = changes or {}
     file = config.eval.class_names
     missing = bool(file) and not epath.Path(file).expanduser().exists()
     if missing and "names" not in changes:  # the run was moved without the file
-        log0(f"WARNING: eval.class_names={file!r} does not exist; own classes go by their labels")
+        log0(f"WARNING: eval.class_names={file!r} does not exist; classes are named by their labels")
     if missing or "names" in changes:
         config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, class_names=""))
     return dataclasses.replace(own_profile(config, name), **changes)

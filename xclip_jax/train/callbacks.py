@@ -1,4 +1,4 @@
-"""Callbacks of a run, and trackers: TensorBoard, Weights & Biases, Trackio and others, as `log.trackers` names them."""
+"""Callbacks of a run, and the trackers of `log.trackers`: TensorBoard, Weights & Biases, Trackio and custom ones."""
 
 import contextlib
 import importlib
@@ -29,39 +29,26 @@ _PROJECT = "xclip_jax"  # in wandb and Trackio, unless WANDB_PROJECT or TRACKIO_
 
 
 class Callback:
-    """Base class of callbacks, whose methods do nothing by default.
+    """Base class of callbacks.
 
     Every process calls every method at the same steps, so a method may compute on all devices.
     """
 
     def on_start(self, run: Run, step: int) -> None:
-        """Receive the run before its first step; it starts or resumes from `step`.
-
-        `run.folder` has its files, and may be written to.
-        """
+        """Receive the run, whose folder is `run.folder`, before it starts or resumes from `step`."""
 
     def on_log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Receive a training step's metrics, the content of a line of metrics.jsonl."""
+        """Receive the metrics of a training step, as logged in metrics.jsonl."""
 
     def on_evaluation(self, step: int, results: Sequence[Result]) -> None:
         """Receive the results of an evaluation, during training or at the end."""
 
     def on_end(self, run: Run, variables: Variables, results: Sequence[Result]) -> None:
-        """Receive the trained model, once results.json is written.
-
-        Args:
-          run: the run; `run.folder` has its files.
-          variables: the evaluated parameters, in the form of `TwoTowers.apply`.
-          results: of the last evaluation.
-        """
+        """Receive the evaluated variables, for `TwoTowers.apply`, and the last results; results.json is written."""
 
 
 def classes(config: Config) -> list[type[Callback]]:
-    """Import the callbacks that `log.callbacks` names; none is made.
-
-    Raises:
-      UserError: a class that cannot be imported, or is not a callback.
-    """
+    """Import the callback classes of `log.callbacks`; `UserError` for other names."""
     return [import_class(name, Callback, "log.callbacks:") for name in config.log.callbacks]
 
 
@@ -69,8 +56,7 @@ def classes(config: Config) -> list[type[Callback]]:
 class Tracker(Protocol):
     """One run in a tracker. A method may raise: `Trackers` prints the error and drops the tracker.
 
-    A class of another package is made with the run's folder, its config, the step that it starts or resumes from, and
-    its id in the trackers, only on process 0.
+    Process 0 alone makes it, with the run's folder, its config, its first step and its id in the trackers.
     """
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -99,7 +85,7 @@ class TensorBoard:
             self._writer.add_scalar(name, value, step)
 
     def show(self, step: int, picture: Image.Image | None, page: str | None) -> None:
-        del page  # it shows no HTML
+        del page  # HTML is not supported
         if picture is not None:
             self._writer.add_image("picture", np.asarray(picture), step, dataformats="HWC")
 
@@ -108,14 +94,14 @@ class TensorBoard:
         self._writer.close()
 
     def _check(self) -> None:
-        """Raise if its thread has ended: nothing is written any more, and closing would wait for ever."""
+        """Raise if the writing thread has ended: closing would wait for ever."""
         writer: Any = self._writer.file_writer
         if not writer.event_writer._worker.is_alive():
             raise OSError("its event file cannot be written")
 
 
 class _MediaTracker:
-    """What Weights & Biases and Trackio have in common: a package with `Image` and `Html`, and its run."""
+    """Base class for Weights & Biases and Trackio: packages with `Image` and `Html`."""
 
     _package: Any
     _run: Any
@@ -135,7 +121,7 @@ class _MediaTracker:
 
 
 class WeightsAndBiases(_MediaTracker):
-    """A run of wandb. Its settings are wandb's own environment variables: WANDB_MODE, WANDB_ENTITY and others."""
+    """A run of wandb, configured by wandb's environment variables: WANDB_MODE, WANDB_ENTITY and others."""
 
     def __init__(self, folder: RunReader, config: Config, step: int, run_id: str) -> None:
         """Start or resume the run `run_id`; wandb's local files go to the run's folder, except in a bucket."""
@@ -149,10 +135,10 @@ class WeightsAndBiases(_MediaTracker):
             name=folder.path.name,
             config=schema.to_dict(config),
             resume="allow",
-            reinit="create_new",  # a notebook may have a run of its own
+            reinit="create_new",  # a notebook may have another run
             dir=None if is_remote(str(folder.path)) else str(folder.path),
         )
-        # wandb drops steps of its own count that it had before; ours come again after a resume.
+        # wandb drops repeated values of its own step counter; ours repeat after a resume.
         self._run.define_metric("*", step_metric="step")
 
     def log(self, step: int, scalars: Mapping[str, Any]) -> None:
@@ -160,15 +146,18 @@ class WeightsAndBiases(_MediaTracker):
 
 
 class Trackio(_MediaTracker):
-    """A run of Trackio, on this machine or, by its own environment variables, in a Space or on a server."""
+    """A run of Trackio, on this machine or, by Trackio's environment variables, in a Space or on a server."""
 
     def __init__(self, folder: RunReader, config: Config, step: int, run_id: str) -> None:
         """Start or resume the run named after the folder and `run_id`: Trackio has no other identity."""
         self._package = trackio = importlib.import_module("trackio")
-        name = f"{folder.path.name}-{run_id}"
-        config_values = schema.to_dict(config)
-        project = os.environ.get("TRACKIO_PROJECT") or _PROJECT
-        self._run = trackio.init(project, name=name, config=config_values, resume="allow", embed=False)
+        self._run = trackio.init(
+            os.environ.get("TRACKIO_PROJECT") or _PROJECT,
+            name=f"{folder.path.name}-{run_id}",
+            config=schema.to_dict(config),
+            resume="allow",
+            embed=False,
+        )
 
 
 TRACKERS: dict[str, Callable[[RunReader, Config, int, str], Tracker]] = {
@@ -178,21 +167,13 @@ TRACKERS: dict[str, Callable[[RunReader, Config, int, str], Tracker]] = {
 }
 
 
-def tracker_classes(config: Config) -> list[type[Tracker]]:
-    """Import the classes of other packages that `log.trackers` names; none is made.
-
-    Raises:
-      UserError: a class that cannot be imported, or is not a tracker.
-    """
-    return [import_class(name, Tracker, "log.trackers:") for name in config.log.trackers if ":" in name]
-
-
-def check_names(config: Config) -> None:
-    """Raise `UserError` for a name of `log.callbacks` or `log.trackers` whose class or package is not installed."""
+def check_names(config: Config, *, installed: bool = True) -> None:
+    """Raise `UserError` if a callback, a tracker or, with `installed`, the package of a tracker cannot be imported."""
     classes(config)
-    tracker_classes(config)
     for name in config.log.trackers:
-        if ":" not in name and name != "tensorboard" and importlib.util.find_spec(name) is None:
+        if ":" in name:
+            import_class(name, Tracker, "log.trackers:")
+        elif installed and name != "tensorboard" and importlib.util.find_spec(name) is None:
             raise UserError(f"log.trackers names {name!r}, which is not installed: pip install 'xclip_jax[{name}]'.")
 
 
@@ -200,22 +181,25 @@ class Trackers:
     """All trackers of a run. A tracker that fails is a warning, and is disabled; the run goes on."""
 
     def __init__(self, folder: RunReader, config: Config, step: int) -> None:
-        """Open the trackers of `log.trackers` for a run that starts or resumes at `step`; from 0 it is a new run."""
+        """Open the trackers of `log.trackers` for a run that starts (0) or resumes at `step`."""
         self._folder = folder
         self._open = {}
         names = dict.fromkeys(config.log.trackers)
-        run_id = _run_id(folder, step) if set(names) - {"tensorboard"} else ""
+        run_id: Any = None
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # absent or damaged
+            run_id = json.loads(folder.trackers_file.read_text())["id"] if step else None
+        if not isinstance(run_id, str) and set(names) - {"tensorboard"}:
+            run_id = secrets.token_hex(4)
+            write_json(folder.trackers_file, {"id": run_id})
         for name in names:
             with self._guarded(name):
-                made: Any = TRACKERS[name] if name in TRACKERS else import_class(name, Tracker, "log.trackers:")
-                self._open[name] = made(folder, config, step, run_id)
+                kind: Any = TRACKERS.get(name) or import_class(name, Tracker, "log.trackers:")
+                self._open[name] = kind(folder, config, step, run_id)
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Add one set of scalars."""
         self._each(lambda tracker: tracker.log(step, scalars))
 
     def show_report(self, step: int) -> None:
-        """Show the run's picture and its report, if they exist."""
         picture = page = None
         with self._guarded("the report's upload"):
             if self._folder.picture_file.exists():
@@ -225,7 +209,6 @@ class Trackers:
         self._each(lambda tracker: tracker.show(step, picture, page))
 
     def close(self) -> None:
-        """Mark the run as ended."""
         self._each(lambda tracker: tracker.close())
         self._open.clear()
 
@@ -240,16 +223,5 @@ class Trackers:
             yield
         except Exception as error:
             self._open.pop(name, None)
-            where = self._folder.metrics_file
-            log0(f"WARNING: {name} failed and is disabled ({first_line(error)}); {where} has all metrics")
-
-
-def _run_id(folder: RunReader, step: int) -> str:
-    """Return the run's id in its trackers, from trackers.json or new; it is kept there."""
-    run_id = None
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # absent or damaged
-        run_id = json.loads(folder.trackers_file.read_text())["id"] if step else None
-    if not isinstance(run_id, str):
-        run_id = secrets.token_hex(4)
-        write_json(folder.trackers_file, {"id": run_id})
-    return run_id
+            file = self._folder.metrics_file
+            log0(f"WARNING: {name} failed and is disabled ({first_line(error)}); {file} has all metrics")

@@ -1,4 +1,4 @@
-"""Checkpoints through Orbax: state and data position, asynchronous, the newest few kept, damaged ones never used."""
+"""Orbax checkpoints of state and data position: saved asynchronously, the newest few kept, damaged ones never used."""
 
 import contextlib
 import dataclasses
@@ -6,7 +6,6 @@ import itertools
 import logging
 import os
 import re
-import threading
 from typing import Any
 
 import jax
@@ -14,6 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
+from orbax.checkpoint import checkpoint_managers as policies
 
 from xclip_jax.core.console import format_bytes, log0
 from xclip_jax.core.errors import UserError
@@ -30,12 +30,12 @@ _SYSTEM_ERROR = re.compile(r"os_error_code='(\d+)'")  # in messages of TensorSto
 
 
 class _Damaged(Exception):
-    """A fault of a checkpoint."""
+    """A checkpoint's files are not those that were written, or have values that are not finite."""
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    """Flat {"params/img/...": shape} of the arrays of a tree."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    """Return {"params/img/...": shape} of a tree's arrays."""
+    leaves = jax.tree.leaves_with_path(tree)
     named = {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in leaves}
     return {name: tuple(x.shape) for name, x in named.items() if getattr(x, "shape", None) is not None}
 
@@ -64,41 +64,41 @@ class _Manager(ocp.CheckpointManager):
     """
 
     def reached_preemption(self, step: int) -> bool:
-        """Never: the training loop stops, and saves, by itself."""
         return False
 
 
 class Checkpointer:
     """Saves and restores (`TrainState`, position) under `<run>/checkpoints/<step>`.
 
-    `position` is a small JSON dict: how many samples the run has read, and its counters. State and position become a
-    checkpoint together, with a digest of their files, by one renaming of their folder.
+    `position` is a small JSON dict: the number of samples read, and counters. One renaming of their folder makes state,
+    position and the digest of their files a checkpoint.
     """
 
     def __init__(self, run: str | epath.Path, *, keep: int = 3, read_only: bool = False) -> None:
-        """Open the checkpoints of the folder `run`.
+        """Open the checkpoints of a run's folder.
 
         Args:
           run: the run's folder.
           keep: number of newest checkpoints to keep.
-          read_only: touch nothing, to read a run in progress; parts of a state can be restored.
+          read_only: touch nothing, to read a run in progress; `restore` can then leave out parts of a state.
         """
         checkpoints = RunReader(run).checkpoints
         # Orbax wants absolute paths; `absolute` would take a URL for a local folder's name.
         self.path = checkpoints if is_remote(str(checkpoints)) else checkpoints.absolute()
+        self._keep = keep
+        self._refused: list[int] = []  # old checkpoints that the storage did not delete
+        self._policies: list[policies.PreservationPolicy] = [policies.LatestN(None if read_only else keep)]
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=None if read_only else keep,
+            preservation_policy=policies.AnyPreservationPolicy(self._policies),
             save_interval_steps=0 if read_only else 1,  # Orbax warns of others when it only reads
             step_prefix=None,
-            # An interrupted save leaves a temporary folder; it is not a checkpoint. A reader leaves it, since
-            # another process may be writing it.
-            cleanup_tmp_directories=not read_only,
+            cleanup_tmp_directories=not read_only,  # of interrupted saves; a reader could delete a save in progress
             read_only=read_only,
             create=not read_only,
             async_options=ocp.AsyncOptions(
-                # Called by process 0 when the files of all processes are written, before the folder has its final name.
+                # Process 0 calls it when all files are written, before the folder gets its final name.
                 post_finalization_callback=self._write_digest,
-                # Otherwise threads wait for minutes for a folder that cannot be made, on a full or read-only disk.
+                # Else threads wait for minutes for a folder that a full or read-only disk cannot make.
                 create_directories_asynchronously=False,
             ),
         )
@@ -106,28 +106,25 @@ class Checkpointer:
         handler = ocp.PyTreeCheckpointHandler() if read_only else ocp.StandardCheckpointHandler()
         handlers = {"state": handler, "position": ocp.JsonCheckpointHandler()}
         self._read_only = read_only
-        # Of the last save: step, bytes, whether it failed.
+        # The last save: its step, its bytes, and whether it may be in progress.
         self._saving = -1
         self._size = 0
-        self._failed = False
-        self._watcher: threading.Thread | None = None
-        self._failure: UserError | None = None
+        self._pending = False
         logging.getLogger("absl").addFilter(_keep_record)
         self._manager = _Manager(self.path, options=options, item_handlers=handlers)
 
     def latest(self) -> int | None:
-        """Step of the newest checkpoint, damaged or not, or None."""
+        """Return the step of the newest checkpoint, damaged or not, or None."""
         return self._manager.latest_step()
 
     def steps(self) -> list[int]:
-        """Steps of all checkpoints, after waiting for a save in progress."""
+        """Wait for a save in progress; return the steps of all checkpoints, ascending, the same on all processes."""
         self._wait()
-        return sorted(self._manager.all_steps())
+        return sorted(set(self._manager.all_steps()) - set(self._refused))
 
     def save(self, state: TrainState, position: dict[str, Any]) -> None:
-        """Start to save, and return when the state is copied; `UserError` if this or the last one cannot be written."""
+        """Start to save, and return once the state is copied; `UserError` if this or the last save fails."""
         self._wait()
-        self.raise_failure()
         step = int(state.step)
         if step == self.latest():
             return
@@ -135,7 +132,7 @@ class Checkpointer:
         self._size = num_bytes(state)
         arguments = ocp.args.Composite(state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position))
         try:
-            # A bucket has no folders: before the first save it holds nothing of this name.
+            # A bucket has no folders, so it lacks this one before the first save.
             if jax.process_index() == 0 and not (is_remote(str(self.path)) or self.path.exists()):
                 raise FileNotFoundError(2, "the folder no longer exists")
             saved = self._manager.save(step, args=arguments)
@@ -143,29 +140,27 @@ class Checkpointer:
             raise self._describe(error) from error
         if not saved:
             raise UserError(f"{self.path} has a checkpoint of a later step than {step}; use a different --config.run.")
-        self._watcher = threading.Thread(target=self._watch, name="watch_save", daemon=True)
-        self._watcher.start()
+        self._pending = True
 
     def raise_failure(self) -> None:
         """Raise, once, the `UserError` of a save that failed in the background; every step may call it."""
-        if (failure := self._failure) is not None:
-            self._failure = None
-            raise failure
+        if self._pending and not self._manager.is_saving_in_progress():
+            self._wait()
 
     def restore(self, abstract: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
         """Restore state and position of `step` (default: the newest) in the shardings of `abstract`; change nothing.
 
-        A `read_only` reader leaves out parts that `abstract` sets to None, which take no memory.
+        A `read_only` reader leaves out the parts that are None in `abstract`.
         """
         steps = self._manager.all_steps()
         step = self.latest() if step is None else step
         if step is None or step not in steps:
-            raise UserError(f"{self.path} holds no checkpoint{'' if step is None else f' of step {step}'}.")
+            raise UserError(f"{self.path} holds no checkpoint{f' of step {step}' if step else ''}.")
         try:
             return self._read(abstract, step)
         except _Damaged as error:
             others = sorted((other for other in steps if other != step), reverse=True)
-            whole = next((other for other in others if self._find_fault(other) is None), None)
+            whole = next((other for other in others if self.find_fault(other) is None), None)
             other = f"the newest whole one is of step {whole}; choose it by --step {whole}"
             remedy = other if whole else "no other one is whole"
             raise UserError(f"checkpoint {self.path / str(step)} is damaged: {error}; {remedy}.") from error
@@ -192,15 +187,11 @@ class Checkpointer:
 
     def close(self) -> None:
         """Wait until every save is on disk; `UserError` if the last one could not be written."""
-        self._wait()
         try:
-            self._manager.close()
-        except Exception as error:
-            if not self._failed:
-                self._failure = self._describe(error)
-            with contextlib.suppress(Exception):
-                self._manager.close()  # an error is raised once; now it closes the rest
-        self.raise_failure()
+            self._wait()
+        finally:
+            with contextlib.suppress(Exception):  # of a save that is already reported
+                self._manager.close()
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -214,19 +205,25 @@ class Checkpointer:
             log0(f"WARNING: {error}")  # the exception that ended the run is raised
 
     def _wait(self) -> None:
-        if self._watcher is not None:
-            self._watcher.join()
-            self._watcher = None
-
-    def _watch(self) -> None:
-        """Wait for a save in a thread of its own: Orbax reports a failure to the one who waits."""
+        """Wait for a save in progress; `UserError` if it failed, a warning if only an old checkpoint is not deleted."""
+        if not self._pending:
+            return
+        self._pending = False
         try:
             self._manager.wait_until_finished()
         except Exception as error:
-            self._failure = self._describe(error)
+            with contextlib.suppress(Exception):
+                self._manager.reload()
+            steps = sorted(self._manager.all_steps())
+            if self._saving not in steps:
+                raise self._describe(error) from error
+            # Asked again by the next start of the run; meanwhile it does not keep others from being deleted.
+            self._refused = steps[: -self._keep]
+            self._policies.append(policies.CustomSteps(self._refused))
+            listed = ", ".join(map(str, self._refused))
+            log0(f"WARNING: old checkpoints in {self.path} could not be deleted: {listed} ({_reason(error)})")
 
     def _describe(self, error: Exception) -> UserError:
-        self._failed = True
         free = free_bytes(self.path)
         space = "" if free is None else f", {format_bytes(free)} are free"
         return UserError(
@@ -241,25 +238,35 @@ class Checkpointer:
             folder = max(self.path.glob(f"{self._saving}.orbax-checkpoint-tmp*"))
         checkpoint_files.write_digest(folder, self._saving)
 
-    def is_whole(self, step: int) -> bool:
-        """Whether the files of `step` are as they were saved, the same on all processes."""
-        return self._find_fault(step) is None
-
-    def _find_fault(self, step: int) -> str | None:
-        """Return the fault that process 0 finds in the files of `step`, or None, the same on all processes."""
+    def find_fault(self, step: int) -> str | None:
+        """Return the fault that process 0 finds in the files of `step`, None if they are whole; on all processes."""
         fault = checkpoint_files.find_fault(self.path / str(step), step) if jax.process_index() == 0 else None
         damaged = bool(multihost_utils.broadcast_one_to_all(np.asarray(fault is not None)))
         return (fault or "process 0 names the file") if damaged else None
 
     def _read(self, abstract: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
         """Return state and position of `step`; raise `_Damaged` if its files differ from their digest."""
-        if fault := self._find_fault(step):
+        if fault := self.find_fault(step):
             raise _Damaged(fault)
-        if not (saved := _shapes(self._manager.item_metadata(step)["state"])):
-            raise self._unreadable(step)
+        unreadable = UserError(  # a storage may not list some files for a moment: to Orbax they were never saved
+            f"checkpoint {self.path / str(step)} cannot be read, though its files are those that were written; run the "
+            "same command to try again."
+        )
+        saved = _shapes(self._manager.item_metadata(step)["state"])
+        if not saved:
+            raise unreadable
         parts = {name: part for name, part in vars(abstract).items() if not self._read_only or jax.tree.leaves(part)}
         saved = {name: shape for name, shape in saved.items() if name.partition("/")[0] in parts}
-        self._check(_shapes(abstract), saved, step)
+        expected = _shapes(abstract)
+        names = sorted(name for name in expected.keys() | saved.keys() if expected.get(name) != saved.get(name))
+        if names:  # Orbax's error would be a page long
+            names = [name for name in names if name.startswith("params/")] or names
+            wrong = [f"{name} has shape {saved.get(name)}, expected {expected.get(name)}" for name in names[:_SHOWN]]
+            more = f" (and {len(names) - _SHOWN} more)" if len(names) > _SHOWN else ""
+            raise UserError(
+                f"checkpoint {self.path / str(step)} has another architecture: {'; '.join(wrong)}{more}. Use the "
+                "config that the run was started with (config.json beside it), or another --config.run."
+            )
         arguments: Any = ocp.args.StandardRestore(abstract)
         if self._read_only:
             places = ocp.checkpoint_utils.construct_restore_args(parts)
@@ -267,16 +274,9 @@ class Checkpointer:
         composite = ocp.args.Composite(state=arguments, position=ocp.args.JsonRestore())
         restored: Any = self._manager.restore(step, args=composite)
         if restored.position is None:
-            raise self._unreadable(step)
+            raise unreadable
         state = dataclasses.replace(abstract, **restored.state) if self._read_only else restored.state
         return state, restored.position
-
-    def _unreadable(self, step: int) -> UserError:
-        """Return the error for files that the storage does not list for a moment: to Orbax they were never saved."""
-        return UserError(
-            f"checkpoint {self.path / str(step)} cannot be read, though its files are those that were written; run the "
-            "same command to try again."
-        )
 
     def _move_aside(self, faults: dict[int, str], good: int) -> None:
         """Rename damaged checkpoints so that Orbax and `RunReader` ignore them, and print a warning."""
@@ -288,15 +288,3 @@ class Checkpointer:
         self._manager.reload()
         moved = "; ".join(f"checkpoint {self.path / str(step)} ({fault})" for step, fault in faults.items())
         log0(f"WARNING: damaged, and moved to damaged-STEP: {moved}; going back to step {good}, the newest whole one")
-
-    def _check(self, expected: dict[str, Any], saved: dict[str, Any], step: int) -> None:
-        """Compare names and shapes before any array is read: Orbax's own error is a page long."""
-        names = sorted(name for name in expected.keys() | saved.keys() if expected.get(name) != saved.get(name))
-        if names:
-            names = [name for name in names if name.startswith("params/")] or names
-            wrong = [f"{name} has shape {saved.get(name)}, expected {expected.get(name)}" for name in names[:_SHOWN]]
-            more = f" (and {len(names) - _SHOWN} more)" if len(names) > _SHOWN else ""
-            raise UserError(
-                f"checkpoint {self.path / str(step)} has another architecture: {'; '.join(wrong)}{more}. Use the "
-                "config that the run was started with (config.json beside it), or another --config.run."
-            )

@@ -22,21 +22,19 @@ from typing import Any
 import jax
 from etils import epath
 
-from xclip_jax.config.schema import Config
 from xclip_jax.core import storage
 from xclip_jax.core.storage import is_remote, strict_json, write_json
 from xclip_jax.train.state import TrainState
 
 DIGEST_FILE = "digest.json"
-# The fastest of hashlib on processors with instructions for it, which nearly all have.
-_HASH = "sha256"
+_HASH = "sha256"  # the fastest of hashlib on processors with instructions for it
 _THREADS = 4
-# Orbax writes these two after the digest. They hold times and names, and nothing is restored from them.
+# Orbax writes these after the digest; nothing is restored from them.
 _LATER = ("_CHECKPOINT_METADATA", "commit_success.txt")
 
 
 def write_digest(folder: epath.Path, step: int) -> None:
-    """Write the digest of a checkpoint whose files are complete, and make sure that they are on the disk."""
+    """Write the digest of a checkpoint with complete files, and flush the files to the disk."""
     sizes = {name: size for name, size in sorted(_file_sizes(folder).items()) if name not in (*_LATER, DIGEST_FILE)}
     with futures.ThreadPoolExecutor(_THREADS) as pool:
         hashes = pool.map(lambda name: None if is_remote(str(folder)) else _hash(folder / name, sync=True), sizes)
@@ -46,19 +44,15 @@ def write_digest(folder: epath.Path, step: int) -> None:
 
 
 def find_fault(folder: epath.Path, step: int) -> str | None:
-    """Compare a checkpoint with its digest.
-
-    Args:
-      folder: the checkpoint's.
-      step: expected step.
-
-    Returns:
-      The fault, beginning with the name of a file, or None if all files are as they were written.
-    """
+    """Return the fault of the checkpoint of `step`, beginning with the name of a file, or None if it is whole."""
     if not (folder / DIGEST_FILE).exists():
         return f"{DIGEST_FILE} is missing"
-    content = _parse_digest((folder / DIGEST_FILE).read_bytes())
-    if content is None:
+    try:
+        content = json.loads((folder / DIGEST_FILE).read_bytes())
+        whole = content.pop("digest") == _hash_of(content)
+    except (ValueError, RecursionError, KeyError, AttributeError, TypeError):
+        whole = False
+    if not whole:
         return f"{DIGEST_FILE} is damaged"
     if content["step"] != step:
         return f"{DIGEST_FILE} belongs to step {content['step']}"
@@ -78,13 +72,12 @@ def find_fault(folder: epath.Path, step: int) -> str | None:
 
 
 def _file_sizes(folder: epath.Path) -> dict[str, int]:
-    """{name: bytes} of all files below `folder`, by one listing in a bucket: one request per file takes minutes."""
+    """Return {name: bytes} of all files below `folder`, in a bucket from one listing, as requests are slow."""
     if is_remote(str(folder)):
         system, root = storage.file_system(str(folder))
         with storage.os_errors(str(folder)):
             system.invalidate_cache()  # other clients write, too
             return {name[len(root) + 1 :]: info["size"] for name, info in system.find(root, detail=True).items()}
-
     files = [path for path in pathlib.Path(folder).rglob("*") if path.is_file()]
     return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
 
@@ -100,18 +93,8 @@ def _hash_of(content: Any) -> str:
     return hashlib.new(_HASH, strict_json(content, sort_keys=True).encode()).hexdigest()
 
 
-def _parse_digest(text: bytes) -> dict[str, Any] | None:
-    """The content of a digest, or None if it is damaged."""
-    try:
-        content = json.loads(text)
-        own = content.pop("digest")
-    except (ValueError, RecursionError, KeyError, AttributeError, TypeError):
-        return None
-    return content if own == _hash_of(content) else None
-
-
 def num_bytes(state: TrainState) -> int:
-    """Return the bytes of a state on all devices together, which a checkpoint takes at most."""
+    """Return the bytes of a state on all devices together, an upper bound for a checkpoint."""
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
 
 
@@ -123,14 +106,3 @@ def free_bytes(path: epath.Path) -> int | None:
     while not os.path.exists(folder):
         folder = os.path.dirname(folder)
     return shutil.disk_usage(folder).free
-
-
-def most_added(config: Config, saved: list[int]) -> int:
-    """Return the largest number of checkpoints that a run keeps at a time, besides the steps `saved`.
-
-    A new checkpoint is complete before the oldest is deleted, so a run needs space for one more than it keeps.
-    """
-    settings = config.checkpoint
-    left = max(config.steps - max(saved, default=0), 0)
-    to_write = -(-left // settings.every) if settings.every else min(left, 1)
-    return min(to_write, max(settings.keep + 1 - len(saved), 1))

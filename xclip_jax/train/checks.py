@@ -1,10 +1,10 @@
-"""Checks of a run before it starts: the trainer stops at the first FAIL, and `xclip-jax doctor` prints all of them."""
+"""Checks of a run before it starts: the trainer stops at the first FAIL, `xclip-jax doctor` prints all of them."""
 
 import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,12 +20,10 @@ from xclip_jax.evaluators.base import Evaluator
 from xclip_jax.processes import runtime
 from xclip_jax.train import cost
 from xclip_jax.train.build import Experiment
-from xclip_jax.train.checkpoint_files import free_bytes, most_added, num_bytes
+from xclip_jax.train.checkpoint_files import free_bytes, num_bytes
 from xclip_jax.train.run_writer import OUTCOMES, RunWriter
 
 OK, WARNING, FAIL = "ok", "warning", "FAIL"
-
-T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +34,8 @@ class Finding:
       check: name of the check, such as "disk".
       text: the result; for a warning or a FAIL the fault, and why it matters.
       mark: "ok", "warning" or "FAIL".
-      remedy: "" if nothing is wrong, or if the text ends in it.
-      values: numbers of the text, for machines.
+      remedy: "" if nothing is wrong or the text contains it.
+      values: the numbers in the text, for machines.
     """
 
     check: str
@@ -48,34 +46,33 @@ class Finding:
 
     @property
     def sentence(self) -> str:
-        """The text with its remedy."""
+        """Text and remedy."""
         return f"{self.text}; {self.remedy}" if self.remedy else self.text
 
     def line(self) -> str:
-        """Return the finding as one line."""
         return f"{self.mark:<8} {self.check:<14} {' '.join(self.sentence.split())}"
 
 
 def warning(check: str, text: str, remedy: str, **values: Any) -> Finding:
-    """Return a finding with which the run can be started."""
+    """Return a finding that does not prevent the run."""
     return Finding(check, text, WARNING, remedy, values)
 
 
 def fail(check: str, text: str, remedy: str = "", **values: Any) -> Finding:
-    """Return a finding with which the run would fail or be of no use."""
+    """Return a finding about a run that would fail or be useless."""
     return Finding(check, text, FAIL, remedy, values)
 
 
-def attempt(check: str, function: Callable[[], T]) -> T | Finding:
-    """Return the result of `function`, or its `UserError` or `OSError` as a FAIL."""
+def attempt(check: str, function: Callable[[], Iterable[Finding]]) -> list[Finding]:
+    """Return the findings of `function`, or its `UserError` or `OSError` as a FAIL."""
     try:
-        return function()
+        return list(function())
     except (UserError, OSError) as error:
-        return fail(check, describe(error))
+        return [fail(check, describe(error))]
 
 
 def check_devices() -> Finding:
-    """Return which devices JAX computes on; JAX itself warns of a GPU or TPU that it does not use."""
+    """Return JAX's devices; JAX itself warns of an unused GPU or TPU."""
     try:
         devices = jax.devices()
     except (RuntimeError, AssertionError) as error:  # AssertionError: no plugin of that platform is installed
@@ -92,7 +89,8 @@ def check_folder(config: Config, folder: RunWriter) -> Iterator[Finding]:
     folder.check(config)
     saved = folder.latest_step()
     step = saved or 0
-    if jax.process_index() == 0 and (writer := folder.writer()):
+    writer = folder.writer() if jax.process_index() == 0 else ""
+    if writer:
         yield fail("folder", f"{folder.path} is in use by {writer}", "wait for it, or use a different --config.run")
     elif folder.completed(config) is not None:
         text = f"{folder.path} is complete at step {config.steps:,}, and nothing would be trained"
@@ -106,20 +104,19 @@ def check_folder(config: Config, folder: RunWriter) -> Iterator[Finding]:
 
 
 def check_model(experiment: Experiment) -> Iterator[Finding]:
-    """Yield the model, on the devices."""
+    """Yield the size of the model and its layout on the devices."""
     config = experiment.config
     count = experiment.num_parameters
-    mesh = " x ".join(f"{axis} {n}" for axis, n in experiment.mesh.shape.items())
+    axes = experiment.mesh.shape
+    mesh = " x ".join(f"{axis} {n}" for axis, n in axes.items())
     name = config.data.tokenizer if config.data.tokenizer in tokenizer.NAMES else "from a file"
     text = (
         f"{experiment.objective.title or config.objective.name}, {count:,} parameters, batch {config.data.batch:,} "
         f"on a mesh of {mesh} ({config.mesh.strategy}), tokenizer {name} of {experiment.tokenizer.vocab_size:,} tokens"
     )
-    values = {"parameters": count, "mesh": dict(experiment.mesh.shape)}
-    if operations := cost.step_flops(experiment.config, rows=experiment.text_rows[0]):
-        values["flops_per_step"] = operations
-    yield Finding("model", text, values=values)
-    axes = experiment.mesh.shape
+    values = {"parameters": count, "mesh": dict(axes)}
+    operations = cost.step_flops(config, rows=experiment.text_rows[0])
+    yield Finding("model", text, values=values | ({"flops_per_step": operations} if operations else {}))
     strategy = config.mesh.strategy
     splits = axes["fsdp"] * (axes["model"] if strategy == "fsdp_tp" else 1)
     if strategy.startswith("fsdp") and splits == 1 < axes["data"]:
@@ -128,12 +125,12 @@ def check_model(experiment: Experiment) -> Iterator[Finding]:
 
 
 def _split(config: Config, devices: int | str) -> str:
-    """Return the flags that split parameters over `devices`; a fixed mesh.data would leave none of them."""
+    """Return the flags that split parameters over `devices`; a fixed mesh.data would occupy them."""
     return f"--config.mesh.fsdp={devices}" + ("" if config.mesh.data == -1 else " --config.mesh.data=-1")
 
 
 def check_data(experiment: Experiment, samples: Sequence[Source]) -> Iterator[Finding]:
-    """Yield the number of samples, and of epochs in the run."""
+    """Yield the numbers of samples and epochs."""
     total = sum(map(len, samples))
     unit = "items" if experiment.objective.labelled else "pairs"
     epochs = experiment.config.steps * experiment.config.data.batch / total
@@ -143,7 +140,7 @@ def check_data(experiment: Experiment, samples: Sequence[Source]) -> Iterator[Fi
 
 
 def check_sets(experiment: Experiment, count: int, *, before: bool) -> Iterator[Finding]:
-    """Yield how often the `count` open sets are evaluated, and whether also before the first step."""
+    """Yield how often the `count` open sets are evaluated; `before`: also before the first step."""
     group = experiment.config.eval
     if count:
         interval = "step" if group.every == 1 else f"{group.every:,} steps"
@@ -154,7 +151,7 @@ def check_sets(experiment: Experiment, count: int, *, before: bool) -> Iterator[
 
 
 def check_weights(experiment: Experiment, tensors: Mapping[str, np.ndarray]) -> Iterator[Finding]:
-    """Yield the share of a new model that the `tensors` of `init.weights` cover."""
+    """Yield the fraction of a new model's values among the `tensors` of `init.weights`."""
     if tensors:
         count = sum(x.size for x in tensors.values())
         total = sum(x.size for x in jax.tree.leaves(experiment.abstract.variables()))
@@ -163,11 +160,15 @@ def check_weights(experiment: Experiment, tensors: Mapping[str, np.ndarray]) -> 
 
 
 def check_disk(experiment: Experiment, folder: RunWriter) -> Iterator[Finding]:
-    """Yield whether the disk has room for the checkpoints of the run, and for one more while it is written."""
+    """Yield whether the disk has room for the run's checkpoints, and for one more while it is written."""
     free = free_bytes(folder.checkpoints)
     size = num_bytes(experiment.abstract)
     saved = folder.steps() if free is not None else []
-    most = most_added(experiment.config, saved)
+    settings = experiment.config.checkpoint
+    left = max(experiment.config.steps - max(saved, default=0), 0)
+    to_write = -(-left // settings.every) if settings.every else min(left, 1)
+    # The oldest checkpoint is deleted once the new one is complete.
+    most = min(to_write, max(settings.keep + 1 - len(saved), 1))
     least = min(most, 1 if saved else 2)
     needs = f"the run's checkpoints need up to {format_bytes(most * size)} more, {format_bytes(size)} each"
     values: dict[str, Any] = {"checkpoint_bytes": size, "checkpoints": most, "needed_bytes": most * size}
@@ -188,9 +189,9 @@ def check_memory(experiment: Experiment, compile_step: Callable[[], tuple[Any, s
     """Yield whether state and step fit the devices.
 
     Args:
-      experiment: the run's.
-      compile_step: see `cost.compile_if_fits`; called only if the step may come near the devices' memory. None if
-        compiling would take too long.
+      experiment: the run's experiment.
+      compile_step: see `cost.compile_if_fits`; called if the step may come near the devices' memory. None if compiling
+        would take too long.
     """
     device = jax.local_devices()[0]
     on_cpu = device.platform == "cpu"
@@ -235,11 +236,11 @@ def require(findings: Iterable[Finding]) -> None:
 
 def check_same_config(config: Config, folder: RunWriter) -> None:
     """Raise `UserError` unless config, code, packages and newest checkpoint agree with process 0."""
-    if (peers := runtime.peers()) is None:
+    peers = runtime.peers()
+    if peers is None:
         return
-    keys = schema.flatten(schema.to_dict(config))
     of_a_host = schema.keys_where(host="own")
-    facts = {key: value for key, value in keys.items() if key not in of_a_host}
+    facts = {key: value for key, value in schema.flatten(schema.to_dict(config)).items() if key not in of_a_host}
     captured = environment.capture()
     facts |= {f"code's {key}": captured[key] for key in ("commit", "python", "platform")}
     facts |= {f"version of {package}": version for package, version in captured["versions"].items()}
@@ -252,11 +253,12 @@ def check_same_data(
     experiment: Experiment, fingerprints: Sequence[Mapping[str, Any]], evaluators: Sequence[Evaluator]
 ) -> None:
     """Raise `UserError` unless sources, tokenizer file and evaluation sets agree with process 0."""
-    if (peers := runtime.peers()) is None:
+    peers = runtime.peers()
+    if peers is None:
         return
     facts: dict[str, Any] = {}
-    if (name := experiment.config.data.tokenizer) not in tokenizer.NAMES:
-        facts["tokenizer file"] = _hash(tokenizer.read_file(name))
+    if experiment.config.data.tokenizer not in tokenizer.NAMES:
+        facts["tokenizer file"] = _hash(tokenizer.read_file(experiment.config.data.tokenizer))
     for number, fingerprint in enumerate(fingerprints):
         whole = {key: value for key, value in fingerprint.items() if key not in OUTCOMES}
         for key in OUTCOMES.keys() & fingerprint.keys():

@@ -1,8 +1,8 @@
-"""Cost of a train step: FLOPs, MFU's peak FLOP/s, and memory, with flags that reduce it.
+"""Cost of a train step: FLOPs, the peak FLOP/s that MFU is relative to, and memory, with flags that reduce it.
 
-FLOPs are analytic, since XLA's cost analysis counts the body of a loop over layers once. Only matrix products count, by
-custom; a multiplication and an addition count as two. Causal attention counts in full, since it is computed in full.
-Memory is the compiled step's.
+FLOPs are analytic and count matrix products, two per multiplication and addition; XLA's cost analysis would count the
+body of a loop over layers once. Causal attention counts in full, as it is computed. Memory is measured on the compiled
+step.
 """
 
 import functools
@@ -53,26 +53,27 @@ PEAK_FLOPS = {
     "NVIDIA A10": 125e12,
     "NVIDIA L4": 121e12,
 }
-HEADS_SHARE = 0.05  # of a step's FLOPs; above it the heads cost more than they should
+HEADS_SHARE = 0.05  # of a step's FLOPs, the most that heads should take
 UNCOUNTED = "FLOPs are unknown: a custom tower does not report them"
 
 
 def forward_flops(config: Config, *, train: bool = True) -> dict[str, float] | None:
-    """Return one pair's forward FLOPs {"img", "txt", "heads", "loss"}; None if a tower does not report them.
+    """Return the FLOPs of one pair's forward pass, {"img", "txt", "heads", "loss"}; None if a tower reports none.
 
-    Training includes patch dropout and the comparison of pairs in the batch.
+    In training they include patch dropout and the comparison of the batch's pairs.
     """
     model = config.model
     objective = make_objective(config.objective)
     vocab = tokenizer.load(config.data.tokenizer).vocab_size
-    rest = objective.flops(model, vocab, config.data.batch if train else 0)
     towers = {name: model.tower(name).flops(train) if name in objective.towers else 0.0 for name in TOWERS}
     counted = {name: operations for name, operations in towers.items() if operations is not None}
-    return counted | rest if counted.keys() == towers.keys() else None
+    if len(counted) < len(towers):
+        return None
+    return counted | objective.flops(model, vocab, config.data.batch if train else 0)
 
 
 def num_parameters(config: Config) -> dict[str, int]:
-    """Count the parameters of each tower and head, without computing any."""
+    """Return the number of parameters of each tower and head, from shapes alone."""
     model = make_model(config, make_objective(config.objective), tokenizer.load(config.data.tokenizer))
     init = init_fn(model, optax.identity(), loss_state={}, ema=False, seed=0, adapters=LoraConfig())
     return {name: sum(x.size for x in jax.tree.leaves(part)) for name, part in jax.eval_shape(init).params.items()}
@@ -80,29 +81,26 @@ def num_parameters(config: Config) -> dict[str, int]:
 
 def cluster_heads(config: Config) -> list[str]:
     """Return the names of the objective's cluster heads."""
-    heads = make_objective(config.objective).heads(
-        config.model, vocab=1
-    )  # the kind of a head is independent of the vocabulary
+    heads = make_objective(config.objective).heads(config.model, vocab=1)  # the vocabulary changes no kind of head
     return [name for name, head in heads.items() if isinstance(head, Head) and isinstance(head.module, ClusterHead)]
 
 
 def heads_share(config: Config) -> float | None:
-    """Return the heads' share of forward FLOPs in training; None if a tower does not report them."""
+    """Return the heads' fraction of a training forward pass's FLOPs; None if a tower reports none."""
     parts = forward_flops(config)
     return parts["heads"] / sum(parts.values()) if parts else None
 
 
 def step_flops(config: Config, groups: LengthGroups | None = None, rows: int | None = None) -> float | None:
-    """Return the model FLOPs of a train step: three forward passes, and the teacher's; None if a tower reports none.
+    """Return the model FLOPs of a training step on the whole batch; None if a tower reports none.
 
-    A frozen tower has no backward pass. Recomputation by rematerialisation and microbatches does not count, by MFU's
-    definition; nor do cut tokens of texts.
+    They are three forward passes, plus one of a teacher; a frozen tower has no backward pass. Recomputation by
+    rematerialisation and microbatches does not count, by definition of MFU; nor do cut tokens.
 
     Args:
       config: the config of a run.
-      groups: length groups of texts; None for the config's.
-      rows: texts per device and microbatch (`Experiment.text_rows`), to round groups to whole texts; None for exact
-        shares.
+      groups: length groups of its texts, by default the config's.
+      rows: texts per device and microbatch (`Experiment.text_rows`), to round groups to whole texts; None: no rounding.
     """
     parts = forward_flops(config)
     if parts is None:
@@ -113,34 +111,33 @@ def step_flops(config: Config, groups: LengthGroups | None = None, rows: int | N
         cut = cut_flops(tower)
         if cut is None:
             return None
-        sizes = None if rows is None else groups.sizes(rows, tower.context_length)
         if rows is None:
             parts["txt"] = groups.mean(cut, tower.context_length)
-        elif sizes:
+        elif sizes := groups.sizes(rows, tower.context_length):
             parts["txt"] = sum(n * cut(tokens) for n, tokens in sizes) / rows
     teacher = 0.0
-    if make_objective(config.objective).teacher:  # a teacher drops no patches
+    if make_objective(config.objective).teacher:  # which drops no patches
         teacher = (forward_flops(config, train=False) or parts)["img"] + parts["txt"] + parts["heads"]
     passes = dict.fromkeys(parts, 3)
-    if config.finetune.lora.rank:  # only adapters have weight gradients
+    if config.finetune.lora.rank:  # adapted kernels have no gradient
         passes |= dict.fromkeys(TOWERS, 2)
     passes |= dict.fromkeys(config.init.freeze, 1)
     return config.data.batch * (sum(passes[name] * part for name, part in parts.items()) + teacher)
 
 
 def cut_flops(tower: TextTower) -> Callable[[int], float] | None:
-    """Return a text's FLOPs as a function of its cut length; None if the tower does not report them."""
+    """Return a text's FLOPs as a function of the length it is cut to, or None if the tower does not report them."""
     return None if tower.cut_flops(1) is None else cast("Callable[[int], float]", tower.cut_flops)  # none or all
 
 
 def device_memory(device: jax.Device) -> float:
-    """Return the memory of a device in bytes; CPU devices share their machine's."""
+    """Return the bytes of memory of a device; all devices of a CPU share the memory of its machine."""
     limit = (device.memory_stats() or {}).get("bytes_limit")
     return float(limit) if limit else host_memory()
 
 
 def bytes_on_device(tree: Any) -> float:
-    """Return the bytes of abstract arrays on each device."""
+    """Return the bytes per device of a tree of abstract arrays."""
     leaves = jax.tree.leaves(tree)
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
@@ -151,21 +148,22 @@ def compile_for(experiment: Experiment) -> Any:
 
 
 def trace(experiment: Experiment) -> Any:
-    """Trace the step of `experiment` for abstract arrays; JAX caches the result for the first step."""
-    # With another layout than `loader.to_global`'s the step would be traced again.
+    """Trace the step of `experiment` for abstract arrays; JAX caches it for the first step."""
+    # With another layout than by `loader.to_global` the step would be traced again.
     array = functools.partial(jax.ShapeDtypeStruct, sharding=batch_sharding(experiment.mesh))
-    shapes = experiment.transform().arrays(experiment.config.data.batch)
-    batch = {field: array(*shape) for field, shape in shapes.items()}
+    fields = experiment.transform().arrays(experiment.config.data.batch)
+    batch = {name: array(*shape) for name, shape in fields.items()}
     return experiment.compiled.trace(experiment.abstract, batch)
 
 
 def memory_usage(experiment: Experiment, compiled: Any) -> dict[str, float]:
-    """Return the bytes on each chip: state arrays, temporaries ("activations"), and their sum ("peak")."""
+    """Return bytes per chip: arrays of the state, temporaries ("activations"), and their sum ("peak")."""
     usage = compiled.memory_analysis()
     state = experiment.abstract
     fixed = usage.argument_size_in_bytes + usage.output_size_in_bytes - usage.alias_size_in_bytes
     temporary = usage.temp_size_in_bytes
-    # CPUs and GPUs reserve temporaries as one block. TPUs never need all at once, and their compiler checks the peak.
+    # CPUs and GPUs reserve temporaries as one block. TPUs never need all of it at once, and their compiler compares the
+    # peak with the limit.
     if experiment.mesh.devices.flat[0].platform == "tpu":
         temporary = usage.peak_memory_in_bytes - fixed
     return {
@@ -178,16 +176,14 @@ def memory_usage(experiment: Experiment, compiled: Any) -> dict[str, float]:
 
 
 def compile_if_fits(experiment: Experiment) -> tuple[Any, str]:
-    """Return the compiled step and "", or None and the reason if the compiler refuses it for lack of memory.
+    """Return the compiled step and "", or None and the compiler's reason if it refuses the step for lack of memory.
 
-    Only TPU compilers refuse; elsewhere compare `memory_usage` with the device's memory.
+    Only compilers for TPUs refuse; elsewhere compare `memory_usage` with the memory of the device.
     """
     try:
         return compile_for(experiment), ""
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error) or "vmem" in str(
-            error
-        ):  # vector memory is independent of config keys
+        if "RESOURCE_EXHAUSTED" not in str(error) or "vmem" in str(error):  # no key changes vector memory
             raise
         needed = re.search(r"(?:Used |temporaries \()([\d.]+[KMGT])\b", str(error))
         return None, f"it needs {needed[1]} besides the state" if needed else "it needs more"
@@ -200,20 +196,20 @@ def compile_config(config: ml_collections.ConfigDict, devices: list[Any]) -> tup
 
 
 def remedies(config: Config, rows: int = 0, devices: int = 0) -> list[str]:
-    """Return flags that reduce the memory of the step, in order of cost.
+    """Return flags that reduce the memory of a step, cheapest first.
 
     Args:
       config: the config of a run.
-      rows: pairs per microbatch and device (`Experiment.text_rows`); 0 for one device.
+      rows: pairs per device and microbatch (`Experiment.text_rows`); 0 for one device.
       devices: number of devices of the mesh; 0 if unknown.
     """
     steps = []
     if config.mesh.strategy == "dp" and devices != 1:
         steps.append("--config.mesh.strategy=zero1")
-    known = [name for name in TOWERS if name not in config.model.plugins]  # custom towers may have no remat
-    flags = [f"--config.model.{name}.remat=full" for name in known if config.model.tower(name).remat != "full"]
-    if flags:
-        steps.append(" ".join(flags))
+    towers = [name for name in TOWERS if name not in config.model.plugins]  # custom towers may lack remat
+    towers = [name for name in towers if getattr(config.model.tower(name), "remat", "full") != "full"]
+    if towers:
+        steps.append(" ".join(f"--config.model.{name}.remat=full" for name in towers))
     parts = config.optim.microbatches
     rows = rows or config.data.batch // parts
     steps += [f"--config.optim.microbatches={n * parts}" for n in (4, 2) if rows % n == 0][:1]
@@ -221,14 +217,14 @@ def remedies(config: Config, rows: int = 0, devices: int = 0) -> list[str]:
 
 
 def too_large(experiment: Experiment, limit: float, needs: str) -> tuple[str, str]:
-    """Return two sentences on a step that exceeds a device's `limit` bytes: the fault and the remedies."""
+    """Return a fault, and its remedies, for a step that does not fit a device of `limit` bytes."""
     flags = ", ".join(remedies(experiment.config, experiment.text_rows[0], experiment.mesh.size))
     remedy = f"add one after the other until it fits: {flags}; or take more devices" if flags else "take more devices"
     return f"the step does not fit a device's {format_bytes(limit)}: {needs}", remedy
 
 
 def activation_bytes(config: Config | ml_collections.ConfigDict) -> float:
-    """Estimate the bytes kept by the towers for the backward pass of one pair."""
+    """Estimate the bytes of activations that the towers keep for the backward pass of one pair."""
     img = config.model.img
     txt = config.model.txt
     total = 0.0
@@ -240,11 +236,11 @@ def activation_bytes(config: Config | ml_collections.ConfigDict) -> float:
 
 
 def fits_by_far(experiment: Experiment, limit: float) -> bool:
-    """Return whether eight times the state and estimated activations fit `limit` bytes of a device."""
+    """Whether eight times the state and the estimated values of a step fit `limit` bytes of a device."""
     config = experiment.config
     if config.model.plugins or config.objective.plugins:
-        return False  # custom towers and heads have unknown sizes
-    # Devices along the model axis hold the same tower activations.
+        return False  # sizes of custom towers and heads are unknown
+    # Devices along the model axis hold the same activations of the towers.
     rows = config.data.batch / batch_shards(experiment.mesh)
     logits = 24 * rows * max(config.data.batch, config.model.cluster_head.clusters)
     activations = rows / config.optim.microbatches * activation_bytes(config)

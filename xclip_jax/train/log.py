@@ -1,6 +1,11 @@
-"""Metrics of a run: metrics.jsonl, results.jsonl, trackers, the progress line, callbacks, and warnings of collapses."""
+"""Metrics of a run: clock, metrics.jsonl, results.jsonl, trackers, progress line, callbacks, warnings of collapses."""
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -14,34 +19,178 @@ from xclip_jax.evaluators.results import Result, flat, to_json
 from xclip_jax.train import cost
 from xclip_jax.train.build import Experiment
 from xclip_jax.train.callbacks import Callback, Trackers
-from xclip_jax.train.clock import INPUT_BOUND, Clock
 from xclip_jax.train.prepare import Run, is_due
 from xclip_jax.train.recovery import SkippedSteps
+
+T = TypeVar("T")
+
+INPUT_BOUND = 0.05  # share of the time spent waiting for data above which it is reported
+WALL, USEFUL = "wall_seconds", "useful_seconds"
+
+
+class Clock:
+    """Measures the time of a run, over this process and earlier ones. A thread records when the devices end a step.
+
+    Goodput is useful time over wall time. Wall time is the sum over the run's processes, each from its start to its
+    last line of metrics. Useful is the time since the first dispatched step, without lost time (evaluations,
+    checkpoints, rewinds, traces), waits for data, and the shares of skipped or undone steps. Work of earlier processes
+    after the restored checkpoint is not useful.
+    """
+
+    def __init__(
+        self,
+        began: float,
+        start: int = 0,
+        lines: Iterable[Mapping[str, float]] = (),
+        on_step_end: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Start the clock.
+
+        Args:
+          began: start of the process, by `time.perf_counter`.
+          start: the step that it starts or resumes from.
+          lines: metrics logged by earlier processes, in order, including steps after `start`.
+          on_step_end: called in the thread when the devices have computed a step.
+        """
+        self._began = began
+        self._start = start
+        self._on_step_end = on_step_end
+        self._wall = self._useful = 0.0  # accumulated by earlier processes
+        for line in lines:
+            self._wall = max(self._wall, line.get(WALL, 0.0))
+            if line["step"] <= start:
+                self._useful = line.get(USEFUL, self._useful)
+        self._first: float | None = None  # when the first step was dispatched
+        self._lost = self._paused = self._waited = self._waited_lately = 0.0
+        self._started = self._ended = 0
+        self._since = self._ended_at = time.perf_counter()
+        self._last_end = 0.0  # of a step, without pauses
+        self._speed = 0.0
+        self._measured = (1, 0.0)  # steps and time at the last measurement of the speed
+        self._steps: queue.Queue[jax.Array | None] = queue.Queue()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        while (value := self._steps.get()) is not None:
+            with contextlib.suppress(Exception):  # the loop raises it too
+                value.block_until_ready()
+            self.step_ended()
+            self._steps.task_done()
+        self._steps.task_done()
+
+    def step_ended(self) -> None:
+        """Record the end of a step on the devices, before or after its dispatch is recorded."""
+        self._ended_at = time.perf_counter()
+        self._last_end = self._ended_at - self._paused
+        if not self._ended:
+            self._measured = (1, self._last_end)
+        self._ended += 1
+        self._on_step_end()
+
+    def step_started(self, value: jax.Array) -> None:
+        """Record a dispatched step; `value` is any of its outputs. Time before the first one counts as start-up."""
+        if self._first is None:
+            self._first = time.perf_counter()
+            self._lost = 0.0
+            self.wait_share()
+        self._started += 1
+        self._steps.put(value)
+
+    def wait_for_steps(self) -> None:
+        """Wait until the end of every dispatched step is recorded."""
+        self._steps.join()
+
+    def count_waits(self, batches: Iterable[T]) -> Iterator[T]:
+        """Yield `batches`, and measure the waits of idle devices."""
+        began = time.perf_counter()
+        for batch in batches:
+            if self._started and self._started == self._ended:
+                waited = time.perf_counter() - max(began, self._ended_at)
+                self._waited += waited
+                self._waited_lately += waited
+            yield batch
+            began = time.perf_counter()
+
+    def wait_share(self) -> float:
+        """Return the fraction of the time since the last call that the devices waited for data."""
+        now = time.perf_counter()
+        share = self._waited_lately / max(now - self._since, 1e-9)
+        self._since = now
+        self._waited_lately = 0.0
+        return share
+
+    @contextlib.contextmanager
+    def exclude_from_goodput(self) -> Iterator[None]:
+        """Exclude work that training waits for, such as a checkpoint, from the goodput."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._lost += time.perf_counter() - began
+
+    @contextlib.contextmanager
+    def exclude_from_speed(self) -> Iterator[None]:
+        """Exclude work other than training, such as an evaluation, from goodput, speed and waits."""
+        began = time.perf_counter()
+        try:
+            with self.exclude_from_goodput():
+                yield
+        finally:
+            self._paused += time.perf_counter() - began
+            self.wait_share()
+
+    def steps_per_second(self) -> float:
+        """Return the speed since the last call, or since the first step; 0 until the second step ends."""
+        steps, time_before = self._measured
+        if self._ended > steps and self._last_end > time_before:
+            self._speed = (self._ended - steps) / (self._last_end - time_before)
+            self._measured = (self._ended, self._last_end)
+        return self._speed
+
+    def goodput(self, step: int, wasted: int) -> dict[str, float]:
+        """Return "goodput", "wall_seconds" and "useful_seconds" up to `step`.
+
+        Args:
+          step: the last ended step.
+          wasted: steps skipped or undone by this process.
+        """
+        now = time.perf_counter()
+        computing = 0.0 if self._first is None else max(0.0, now - self._first - self._lost - self._waited)
+        steps = max(step - self._start, 1)
+        wall = self._wall + now - self._began
+        useful = max(0.0, self._useful + computing * (steps - wasted) / steps)
+        return {"goodput": useful / wall if wall > 0 else 0.0, WALL: wall, USEFUL: useful}
+
+    def close(self) -> None:
+        """End the thread."""
+        self._steps.put(None)
 
 
 def progress_line(step: int, metrics: Mapping[str, float], config: Config, terms: Sequence[str] = ()) -> str:
     """Return the printed line of a step; `terms` are the objective's parts of it."""
-    speed = metrics.get("samples_per_second", 0.0)
     parts = [f"step {step}/{config.steps}", f"loss {metrics['loss']:.3f}", *terms]
-    if skipped := metrics.get("skipped_steps"):
-        parts.append(f"skipped {skipped:.0f}")
-    if (share := metrics.get("data/wait_share", 0.0)) > INPUT_BOUND:
-        parts.append(f"input-bound: {share:.0%}")
-    if mfu := metrics.get("mfu"):
-        parts.append(f"MFU {mfu:.1%}")
-    if not speed:
-        return "  ".join([*parts, "(compiled)"])
-    left = format_duration((config.steps - step) * config.data.batch / speed)
-    return "  ".join([*parts, f"{speed:.0f} samples/s" if speed >= 10 else f"{speed:.2g} samples/s"]) + f", {left} left"
+    if metrics.get("skipped_steps"):
+        parts.append(f"skipped {metrics['skipped_steps']:.0f}")
+    if metrics.get("data/wait_share", 0.0) > INPUT_BOUND:
+        parts.append(f"input-bound: {metrics['data/wait_share']:.0%}")
+    if metrics.get("mfu"):
+        parts.append(f"MFU {metrics['mfu']:.1%}")
+    speed = metrics.get("samples_per_second", 0.0)
+    if speed:
+        left = format_duration((config.steps - step) * config.data.batch / speed)
+        parts.append(f"{speed:{'.0f' if speed >= 10 else '.2g'}} samples/s, {left} left")
+    else:
+        parts.append("(compiled)")
+    return "  ".join(parts)
 
 
 class MetricLogger:
     """Logs metrics one step late, so the host never waits for the step just dispatched.
 
     Attributes:
-      ledger: counts samples, and is synchronised between processes at logged steps.
-      clock: measures where the time goes.
-      skipped: counts steps with values that were not finite; they have no line of metrics.
+      ledger: counts samples; synchronised between processes at logged steps.
+      clock: measures speed and goodput.
+      skipped: counts skipped steps, which are not logged.
     """
 
     def __init__(
@@ -55,32 +204,29 @@ class MetricLogger:
         began: float,
         on_step_end: Callable[[], None] = lambda: None,
     ) -> None:
-        """Open the metrics of a run that starts or resumes at step `start`.
-
-        The process began at `began`, by `time.perf_counter`; a thread calls `on_step_end` after each step.
-        """
+        """Open the metrics of a run that starts or resumes at step `start`; see `Clock` for the last two arguments."""
         self.ledger = ledger
         self.skipped = skipped
         self._run = run
         self._callbacks = callbacks
-        self._warned: set[str] = set()  # names of collapses
+        self._warned: set[str] = set()  # names of diagnosed collapses
         self._flops, self._peak = _flops_and_peak(run.experiment)
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         first = jax.process_index() == 0
         before = run.folder.read_metrics() if first else []
-        # A run that resumes at its last step makes the last evaluation again.
+        # The last evaluation is repeated by a run that resumes at its last step.
         last = start - (start == run.config.steps)
         self._metrics = JsonLines(
             run.folder.metrics_file, lambda line: line["step"] <= (start if "loss" in line else last), writes=first
         )
         self._results = JsonLines(run.folder.results_log_file, lambda line: line["step"] <= last, writes=first)
         self._evaluated = {line["step"] for line in self._metrics.kept if "loss" not in line}
-        del self._metrics.kept, self._results.kept  # of a long run they are large
+        del self._metrics.kept, self._results.kept  # large in a long run
         self._trackers = Trackers(run.folder, run.config, start) if first else None
         self.clock = Clock(began, start, before, on_step_end)
 
     def log_step(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Take the metrics of a dispatched step, and log the metrics of the previous step if they are due."""
+        """Take the metrics of a dispatched step, and log those before it if they are due."""
         if self._pending:
             self.skipped.check(*self._pending)
             if is_due(self._run.config.log.every, self._pending[0]) or self._pending[0] == 1:
@@ -105,31 +251,11 @@ class MetricLogger:
             return  # its values are in skipped_steps.jsonl
         scalars = {key: float(value) for key, value in jax.device_get(metrics).items() if key != "skipped"}
         self.clock.wait_for_steps()  # the speed counts this step
-        scalars |= self._accounts(step)
-        log0(progress_line(step, scalars, self._run.config, self._run.experiment.objective.progress(scalars)))
-        self._warn_of_collapse(step, scalars)
-        self._write(step, scalars)
-        for callback in self._callbacks:
-            callback.on_log(step, scalars)
-
-    def _warn_of_collapse(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Print a warning the first time that each kind of collapse is diagnosed."""
-        if step < self._run.config.alarm_step:
-            return
-        for warning in self._run.experiment.objective.alarms(scalars):  # "NAME: fault"
-            if (name := warning.split(":")[0]) not in self._warned:
-                self._warned.add(name)
-                log0(f"WARNING, step {step}: {warning}")
-
-    def _accounts(self, step: int) -> dict[str, float]:
-        """Return metrics that the step does not compute."""
-        samples = step * self._run.config.data.batch
-        speed = self.clock.steps_per_second() * self._run.config.data.batch
-        used = {}
-        if speed and self._flops:
-            used = {"model_flops_per_second": speed * self._flops}
-            used |= {"mfu": speed * self._flops / self._peak} if self._peak else {}
-        return {
+        config = self._run.config
+        objective = self._run.experiment.objective
+        samples = step * config.data.batch
+        speed = self.clock.steps_per_second() * config.data.batch
+        scalars |= {
             "lr": float(self._run.experiment.schedule(step - 1)),
             "samples": samples,
             "tokens": self.ledger.counters["tokens"],
@@ -139,19 +265,30 @@ class MetricLogger:
             "data/wait_share": self.clock.wait_share(),
             "skipped_steps": self.skipped.total,
             "samples_per_second": speed,
-            **used,
-            **self.clock.goodput(step, self.skipped.wasted),
         }
+        if speed and self._flops:
+            scalars["model_flops_per_second"] = speed * self._flops
+            scalars |= {"mfu": speed * self._flops / self._peak} if self._peak else {}
+        scalars |= self.clock.goodput(step, len(self.skipped.wasted))
+        log0(progress_line(step, scalars, config, objective.progress(scalars)))
+        for warning in objective.alarms(scalars) if step >= config.alarm_step else ():  # "NAME: fault"
+            name = warning.split(":")[0]
+            if name not in self._warned:
+                self._warned.add(name)
+                log0(f"WARNING, step {step}: {warning}")
+        self._write(step, scalars)
+        for callback in self._callbacks:
+            callback.on_log(step, scalars)
 
     def has_evaluation(self, step: int) -> bool:
-        """Whether metrics.jsonl had results of `step` when the run resumed; the same answer on every process."""
+        """Whether metrics.jsonl had results of `step` when the run resumed, the same on every process."""
         return bool(multihost_utils.broadcast_one_to_all(np.asarray(step in self._evaluated)))
 
     def write_results(self, step: int, results: Sequence[Result]) -> None:
-        """Write results of an evaluation, of all of its sets or some, to the run's files and the trackers."""
+        """Write evaluation results of all sets or some to the run's files and the trackers."""
         if not results:
             return
-        # First to results.jsonl: an evaluation in metrics.jsonl is not made again when the run resumes.
+        # results.jsonl first: a resumed run does not repeat an evaluation listed in metrics.jsonl.
         self._results.append({"step": step, "records": to_json(results)})
         self._write(step, flat(results))
 
@@ -161,7 +298,7 @@ class MetricLogger:
             self._trackers.log(step, scalars)
 
     def end_evaluation(self, step: int, results: Sequence[Result]) -> None:
-        """Hand the results of all sets to the callbacks."""
+        """Pass the results of all sets to the callbacks."""
         for callback in self._callbacks:
             callback.on_evaluation(step, results)
 
@@ -170,13 +307,13 @@ class MetricLogger:
         return self.ledger.file, self.skipped.file, self._results, self._metrics
 
     def write(self) -> None:
-        """Log the last step and write buffered lines, which files in a bucket have; a refusal is a warning."""
+        """Log the last step and write lines buffered for a bucket, which may refuse them with a warning."""
         self.flush()
         for file in self._files:
             file.flush()
 
     def close(self) -> None:
-        """Log and write the rest, and end the clock's thread. Raises `OSError` if a store refuses a file."""
+        """Log and write the rest; `OSError` if a store refuses a file."""
         self.write()
         for file in self._files:
             file.close()
@@ -186,7 +323,7 @@ class MetricLogger:
             log0(f"bad samples so far: {counts}; see {self.ledger.path}")
 
     def show_report(self, step: int) -> None:
-        """Show the run's report in the trackers, if there is one."""
+        """Show the run's report, if it exists, in the trackers."""
         if self._trackers:
             self._trackers.show_report(step)
 
@@ -199,7 +336,7 @@ class MetricLogger:
 
 
 def _flops_and_peak(experiment: Experiment) -> tuple[float, float]:
-    """Model FLOPs of a training sample, and peak FLOP/s of all devices; 0 if unknown."""
+    """Return a sample's model FLOPs and all devices' peak FLOP/s, each 0 if unknown."""
     devices = experiment.mesh.devices
     device = devices.flat[0]
     peak = cost.PEAK_FLOPS.get(device.device_kind, 0.0) * devices.size
@@ -207,5 +344,5 @@ def _flops_and_peak(experiment: Experiment) -> tuple[float, float]:
     if step is None:
         log0(f"metrics have no mfu: {cost.UNCOUNTED}")
     elif not peak and device.platform != "cpu":
-        log0(f"metrics have no mfu: the peak FLOP/s of {device.device_kind!r} is not known (xclip_jax/train/cost.py)")
+        log0(f"metrics have no mfu: the peak FLOP/s of {device.device_kind!r} are unknown (xclip_jax/train/cost.py)")
     return (step or 0.0) / experiment.config.data.batch, peak

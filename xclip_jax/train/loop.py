@@ -1,6 +1,7 @@
 """The training loop: batches, steps, checkpoints and evaluations during training."""
 
 import contextlib
+import dataclasses
 import pathlib
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -8,24 +9,102 @@ from typing import Any
 
 import jax
 
+from xclip_jax.core import console
 from xclip_jax.core.console import log0
 from xclip_jax.core.errors import describe, redact
 from xclip_jax.core.run_folder import RunReader
 from xclip_jax.data import loader
 from xclip_jax.data.ledger import TooManyBadSamples
 from xclip_jax.data.records import interruptible_iterator
+from xclip_jax.evaluators import registry, tables
+from xclip_jax.evaluators.base import Evaluator
+from xclip_jax.evaluators.encoder import TooManyUnreadable
+from xclip_jax.evaluators.results import Result
+from xclip_jax.models.two_towers import Variables
 from xclip_jax.parallel.mesh import batch_part
-from xclip_jax.processes.interrupt import Interrupted
-from xclip_jax.processes.watchdog import CHECKPOINT, COMPILATION, DATA, EVALUATION, STEP
-from xclip_jax.train.prepare import is_due
-from xclip_jax.train.session import Session
+from xclip_jax.processes.interrupt import Interrupted, PreemptionHandler
+from xclip_jax.processes.watchdog import CHECKPOINT, COMPILATION, DATA, EVALUATION, STEP, Watchdog
+from xclip_jax.train.checkpoint import Checkpointer
+from xclip_jax.train.log import MetricLogger
+from xclip_jax.train.prepare import Run, is_due
 from xclip_jax.train.state import TrainState
 
 _PERFETTO = "perfetto_trace.json.gz"
 
 
+@dataclasses.dataclass(frozen=True)
+class Session:
+    """A run in this process, and everything that the training loop reports to: log, checkpoints, watchdog, signals."""
+
+    run: Run
+    log: MetricLogger
+    checkpointer: Checkpointer
+    watch: Watchdog
+    stop: PreemptionHandler
+
+    def check(self) -> None:
+        """Raise `Interrupted` if the run should stop here, or `UserError` for too many bad samples."""
+        self.stop.check()
+        self.log.ledger.check()
+
+    @contextlib.contextmanager
+    def phase(self, name: str | None) -> Iterator[None]:
+        """Enter a phase of the watchdog that an interrupt leaves between batches, or at once in a single process."""
+
+        def observe(all_processes: bool) -> None:
+            self.watch.progress()
+            if all_processes:
+                self.stop.check()
+
+        with self.watch.phase(name), console.observing_progress(observe), self.stop.interruptible():
+            yield
+
+    def save(self, state: TrainState, step: int) -> None:
+        """Write the log, which a resumed run does not repeat, and then a checkpoint."""
+        self.log.write()
+        batch = self.run.config.data.batch
+        counters = self.log.ledger.counters
+        position = {"samples": step * batch, "batch": batch, "seed": self.run.config.seed, "counters": counters}
+        with self.watch.phase(CHECKPOINT), self.log.clock.exclude_from_goodput():
+            self.checkpointer.save(state, position)
+        self.watch.saved = step
+
+    def evaluate(
+        self, evaluators: Sequence[Evaluator], step: int, variables: Variables
+    ) -> tuple[list[Result], dict[str, str]]:
+        """Evaluate and log the results; the measured speed excludes this time.
+
+        Returns:
+          The results, and the reasons of failed sets by name. Any failure is tolerated after the last step; during
+          training only unreadable images are, which may be readable again later.
+        """
+        last = step == self.run.config.steps
+        results: list[Result] = []
+        failed: dict[str, str] = {}
+        self.log.flush()
+        with self.log.clock.exclude_from_speed():
+            for evaluator in evaluators:
+                try:
+                    with self.phase(EVALUATION):
+                        results += registry.measure(evaluator, variables)
+                except Exception as error:
+                    if last:
+                        failed[evaluator.name] = registry.note_failure(evaluator, error)
+                    elif step > 0 and isinstance(error, TooManyUnreadable):
+                        failed[evaluator.name] = str(error)
+                        log0(f"WARNING: {evaluator.name} has no result of step {step}: {error}")
+                    else:
+                        raise
+            self.log.write_results(step, results)
+            if results and not (last and failed):
+                self.log.end_evaluation(step, results)
+            if results and not last:
+                log0(f"step {step}: {tables.headlines(results)}")
+        return results, failed
+
+
 def train(session: Session, state: TrainState) -> tuple[TrainState, bool]:
-    """Train `state` to the end of the run, or save it at an interrupt. Returns it, and whether it was interrupted."""
+    """Train `state` to the end of the run, or save it at an interrupt; return it, and whether it was interrupted."""
     run = session.run
     log = session.log
     config = run.config
@@ -35,14 +114,15 @@ def train(session: Session, state: TrainState) -> tuple[TrainState, bool]:
     arrays = batches(session, start)  # closed last: it may take long
     try:
         session.check()
-        # A run that stopped between a checkpoint and the evaluation of the same step makes that evaluation now.
+        # The run may have stopped between a checkpoint and the evaluation of the same step.
         due = run.evaluators_of(start)
         if due and not log.has_evaluation(start):
             session.evaluate(due, start, state.variables(ema=config.eval.ema))
         for batch in arrays:
             state, metrics = tracer(step + 1, run.experiment.compiled, state, batch)
             step += 1
-            session.end_step(step)
+            session.watch.step = step
+            session.stop.can_save = True
             log.log_step(step, metrics)
             session.checkpointer.raise_failure()  # of a save in the background
             if log.skipped.exceeded:
@@ -53,7 +133,7 @@ def train(session: Session, state: TrainState) -> tuple[TrainState, bool]:
                 session.save(state, step)
             elif is_due(config.checkpoint.every, step):
                 log.flush()
-                # Skipped steps change no parameters, and their checkpoints would push out earlier ones.
+                # After skipped steps the parameters are unchanged, and a checkpoint would push out an earlier one.
                 if not log.skipped.in_a_row:
                     session.save(state, step)
             due = run.evaluators_of(step)
@@ -67,9 +147,12 @@ def train(session: Session, state: TrainState) -> tuple[TrainState, bool]:
             session.save(state, step)
         return state, True
     except Exception as error:
-        if step > start and _can_save_after(error, session.watch.current):
+        # Errors of data and evaluations leave the last state intact, an error in a step may not. Other processes have
+        # already dispatched the next step, which donates the state, unless all raise the same error.
+        alone = jax.process_count() == 1 and session.watch.current in (DATA, EVALUATION)
+        if step > start and (alone or isinstance(error, TooManyBadSamples)):
             session.save(state, step)
-            # Waits for the save: each of several processes ends as soon as it raises.
+            # Waits for the save: a process of several ends as soon as it raises.
             if step in session.checkpointer.steps():
                 error.add_note(f"the state of step {step} is saved")
         raise
@@ -84,7 +167,6 @@ def batches(session: Session, start: int) -> Iterator[dict[str, jax.Array]]:
     The clock measures waits, and an interrupt does not wait for the next batch.
     """
     run = session.run
-    log = session.log
     watch = session.watch
     config = run.experiment.config
     part = batch_part(run.experiment.mesh)
@@ -98,30 +180,19 @@ def batches(session: Session, start: int) -> Iterator[dict[str, jax.Array]]:
         host=part.number,
         hosts=part.count,
         shards=part.shards,
-        ledger=log.ledger,
+        ledger=session.log.ledger,
     )
     sources = redact(f" from {', '.join(config.data.sources)}")
     watch.enter(DATA, sources)
-    for local in log.clock.count_waits(interruptible_iterator(rows, session.stop.check_alone)):
+    for local in session.log.clock.count_waits(interruptible_iterator(rows, session.stop.check_alone)):
         watch.enter(STEP if session.stop.can_save else COMPILATION)
         # Steps are dispatched without waiting: this batch travels to the devices while they compute the last step.
         yield loader.to_global(local, run.experiment.mesh)
         watch.enter(DATA, sources)
 
 
-def _can_save_after(error: Exception, phase: str | None) -> bool:
-    """Whether the state of the last step is whole after an error, and all processes are there to save it."""
-    # With several processes the others have already dispatched the next step, which donates the state, so only errors
-    # that all raise at the same step can be saved. An error in a step may leave no state.
-    alone = jax.process_count() == 1
-    return isinstance(error, TooManyBadSamples) or (alone and phase in (DATA, EVALUATION))
-
-
 class StepTracer:
-    """Runs the steps, and traces those of `log.profile` with JAX's profiler; a failed trace is a warning.
-
-    The trace starts when the steps before it have ended, and ends when the traced ones have.
-    """
+    """Runs the steps, and traces the steps of `log.profile` with JAX's profiler; a failed trace is a warning."""
 
     def __init__(
         self,
@@ -163,7 +234,7 @@ class StepTracer:
                 jax.profiler.stop_trace()
                 for file in filter(pathlib.Path.is_file, pathlib.Path(local).rglob("*")):
                     copy = self._path / file.relative_to(local)
-                    if jax.process_count() > 1 and copy.name == _PERFETTO:  # without a host in its name
+                    if jax.process_count() > 1 and copy.name == _PERFETTO:  # its name has no host
                         copy = copy.with_name(f"process-{jax.process_index()}.{copy.name}")
                     copy.parent.mkdir(parents=True, exist_ok=True)
                     copy.write_bytes(file.read_bytes())

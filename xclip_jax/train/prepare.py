@@ -1,4 +1,4 @@
-"""A run before its first step: its parts are opened and checked in order, before anything is written."""
+"""Preparation of a run: its parts are opened and checked in order, before anything is written."""
 
 import contextlib
 import dataclasses
@@ -26,25 +26,25 @@ from xclip_jax.train.build import Experiment, build, make_encoder, own_profile
 from xclip_jax.train.run_writer import RunWriter
 from xclip_jax.train.weights import read_initial
 
-CAPTIONS = 1024  # read to choose groups of lengths
+CAPTIONS = 1024  # captions to read when choosing length groups
 
 Fingerprints = list[dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run whose parts are all open, made by `prepare`.
+    """An open run, made by `prepare`.
 
     Attributes:
       config: the resolved config.
       folder: the run's folder.
-      experiment: model, objective and step, with the folder's copy of the tokenizer and the run's groups of texts.
+      experiment: model, objective and step, with the folder's tokenizer and length groups.
       order: the order of the samples.
-      num_samples: samples of all sources together, one epoch.
+      num_samples: samples of all sources, one epoch.
       fingerprints: one fingerprint per source.
-      encoder: the encoder of all evaluators.
-      evaluators: the evaluators of `eval.sets` and `eval.sets_at_end`, by spec.
-      init_step: step of the run whose weights this one starts from, 0 for none.
+      encoder: shared by all evaluators.
+      evaluators: evaluators of `eval.sets` and `eval.sets_at_end` by spec.
+      init_step: step of the initial weights in their run, else 0.
     """
 
     config: Config
@@ -58,7 +58,7 @@ class Run:
     init_step: int
 
     def evaluators_of(self, step: int) -> list[Evaluator]:
-        """Return the evaluators due after `step`, those before the first step if it is 0; see `final_evaluators`."""
+        """Return the evaluators due after `step`, or before the first step if it is 0; see `final_evaluators`."""
         if step == 0:
             return self.final_evaluators if evaluates_first(self.experiment) else []
         group = self.config.eval
@@ -72,12 +72,12 @@ class Run:
 
 
 def is_due(every: int, step: int) -> bool:
-    """Whether something that happens every `every` steps (0: never) is due at `step`."""
+    """Whether an event of every `every` steps (0: never) is due at `step`."""
     return every > 0 and step % every == 0
 
 
 def evaluates_first(experiment: Experiment) -> bool:
-    """Whether given weights are evaluated before the first step; a classifier has yet to be trained."""
+    """Whether initial weights are evaluated before the first step; a new classifier would be untrained."""
     return bool(experiment.config.init.weights) and not experiment.objective.labelled
 
 
@@ -86,15 +86,15 @@ def prepare(
     folder: RunWriter,
     compiling: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
 ) -> tuple[Run, dict[str, np.ndarray]]:
-    """Open and check the parts of a run in this order; nothing is written.
+    """Open and check the parts of a run; nothing is written.
 
     Args:
       config: the resolved config of the run.
       folder: the run's folder.
-      compiling: context in which the step is compiled, if it may not fit the devices.
+      compiling: context for compiling the step, if it may not fit the devices.
 
     Returns:
-      The run, and the initial tensors of a new run from `init.weights`, which are as large as the model.
+      The run, and a new run's initial tensors from `init.weights`, as large as the model.
 
     Raises:
       UserError: a missing part, or one that does not fit the config or the devices.
@@ -140,7 +140,7 @@ def open_experiment(config: Config, folder: RunWriter) -> Experiment:
 
 
 def open_data(experiment: Experiment, folder: RunWriter) -> tuple[list[Source], Fingerprints]:
-    """Open the training data; return its samples and fingerprints, which a resumed run must have read before."""
+    """Open the training data; return its samples and fingerprints. A resumed run must read the same data."""
     config = experiment.config
     objective = experiment.objective
     try:
@@ -154,7 +154,7 @@ def open_data(experiment: Experiment, folder: RunWriter) -> tuple[list[Source], 
 
 
 def class_names(experiment: Experiment, fingerprints: Fingerprints) -> Sequence[str] | None:
-    """Return the class names of the training data, None unless the run is fine-tuned on labels."""
+    """Return the class names of a labelled source, else None."""
     return fingerprints[0].get("classes") if experiment.objective.labelled else None
 
 
@@ -162,8 +162,7 @@ def open_evaluators(experiment: Experiment, encoder: Encoder) -> dict[str, Evalu
     """Open all sets of `eval.sets` and `eval.sets_at_end`; return their evaluators by spec."""
     config = experiment.config
     specs = tuple(dict.fromkeys((*config.eval.sets, *config.eval.sets_at_end)))
-    opened = registry.open_all(specs, encoder, None, own_profile(config), config.data)
-    return dict(zip(specs, opened, strict=True))
+    return dict(zip(specs, registry.open_all(specs, encoder, None, own_profile(config), config.data), strict=True))
 
 
 def open_initial(
@@ -177,7 +176,7 @@ def open_initial(
 
 
 def with_length_groups(experiment: Experiment, folder: RunWriter, samples: Sequence[Source]) -> Experiment:
-    """Return `experiment` with the groups of texts chosen by `data.length_groups="auto"`, or kept in the folder."""
+    """Return `experiment` with the folder's length groups or, for data.length_groups="auto", chosen ones."""
     if experiment.config.data.length_groups != AUTO:
         return experiment
     groups = folder.length_groups(experiment.text_rows) or choose_length_groups(experiment, samples)
@@ -185,7 +184,7 @@ def with_length_groups(experiment: Experiment, folder: RunWriter, samples: Seque
 
 
 def check_names(config: ml_collections.ConfigDict | Config) -> Config:
-    """Return the resolved config after a check of its keys and names, without data and devices."""
+    """Check keys and names of a config without data and devices; return it resolved."""
     config = resolve(config)
     sources.parse_all(config.data.sources)
     for spec in (*config.eval.sets, *config.eval.sets_at_end):
@@ -194,7 +193,7 @@ def check_names(config: ml_collections.ConfigDict | Config) -> Config:
 
 
 def extras(config: Config) -> list[str]:
-    """Return the extras of this package (setup.py) that a run needs, judged by the names in its config."""
+    """Return the extras of this package (setup.py) required by the names in a config."""
     names = {name for name in config.log.trackers if name != "tensorboard" and ":" not in name}
     if hub.is_hub(config.init.weights):
         names.add("hub")
@@ -209,22 +208,21 @@ def extras(config: Config) -> list[str]:
 
 
 def choose_length_groups(experiment: Experiment, samples: Sequence[Source]) -> LengthGroups:
-    """Groups for the captions of `samples`, the same on all processes; without cuts if they would save little."""
+    """Choose length groups for the captions of `samples`, the same on all processes; no cuts if they save little."""
     config = experiment.config
     tower = experiment.model.txt
     context = experiment.context_length
     if "txt" not in experiment.model.towers or not tower.cuttable:
         return WHOLE
     rows, draws = experiment.text_rows
+    whole = cost.step_flops(config, WHOLE)
+    flops_of = cost.cut_flops(tower)
 
     def saved(groups: LengthGroups) -> float:
         cut = cost.step_flops(config, groups, rows)
-        whole = cost.step_flops(config, WHOLE)
-        return 1 - cut / whole if cut and whole else 0.0  # unknown for some towers of other packages
+        return 1 - cut / whole if cut and whole else 0.0  # some custom towers report no FLOPs
 
-    flops_of = cost.cut_flops(tower)
-    most = saved(LengthGroups(((1, 1.0),)))
-    if flops_of is None or not length_groups.worthwhile(most, config.steps):
+    if flops_of is None or not length_groups.worthwhile(saved(LengthGroups(((1, 1.0),))), config.steps):
         return WHOLE
     counts = count_lengths(experiment, samples) if jax.process_index() == 0 else np.zeros(context + 1, np.int32)
     counts = np.asarray(multihost_utils.broadcast_one_to_all(counts))  # a sample may be bad on one process only
@@ -240,15 +238,15 @@ def choose_length_groups(experiment: Experiment, samples: Sequence[Source]) -> L
 
 
 def count_lengths(experiment: Experiment, samples: Sequence[Source]) -> np.ndarray:
-    """(context + 1,) number of the run's first captions per length in tokens, without bad samples."""
+    """Return the number of captions per length in tokens, (context + 1,), of the first good samples."""
     data = experiment.config.data
     length = experiment.context_length
     seed = experiment.config.seed
-    # An order as good as the run's, without a look at all captions.
+    # Any order will do; this one avoids reading every caption.
     order = loader.sample_order(samples, dataclasses.replace(data, spread_duplicate_captions=False, cache=False), seed)
     transform = experiment.transform(("text",))
-    # Tokenized here, as the drawn caption depends on the position.
     places = map(order.locate, range(min(CAPTIONS, sum(map(len, samples)))))
+    # Tokenized here, as the drawn caption depends on the position.
     read = records.read_each(
         ((order.sources[number], index) for number, index in places),
         lambda record: {"text": record["text"], "tags": record["tags"]},

@@ -1,4 +1,4 @@
-"""Skipped steps: counted and recorded; after too many in a row the run rewinds or stops."""
+"""Skipped steps: counted and recorded; too many in a row rewind or stop the run."""
 
 import math
 from collections.abc import Mapping
@@ -15,32 +15,20 @@ from xclip_jax.train.prepare import Run
 from xclip_jax.train.state import TrainState
 from xclip_jax.train.step import with_step
 
-# Recorded values of a skipped step, searched in this order for the reason.
-_VALUES = ("loss", "grad_norm", "param_norm")
-MOST_SKIPPED = 10  # skipped steps in a row; with more, the run does what `optim.on_bad_steps` says
-
-
-def fault(step: int, values: Mapping[str, float]) -> str:
-    """Return the fault of a step."""
-    for name, value in values.items():
-        if not math.isfinite(value):
-            return f"{name.replace('_', ' ')} of step {step} is {value}"
-    return f"a running value of step {step} is not finite"
+_VALUES = ("loss", "grad_norm", "param_norm")  # recorded, and searched in this order for the reason
+MOST_SKIPPED = 10  # in a row, before `optim.on_bad_steps` applies
 
 
 class SkippedSteps:
-    """Counts skipped steps and writes skipped_steps.jsonl: each with its samples and its values.
+    """Counts skipped steps and lists them in `file`, skipped_steps.jsonl.
 
     A line is {"step", "position": of its first sample in the run's order, "samples": their number, "loss", "grad_norm",
-    "param_norm"}, with null for values that are not finite, or {"step", "rewound_to": a checkpoint's step}. The
-    counters are "skipped" in `BadSampleLog.counters`, which every checkpoint has.
-
-    Attributes:
-      file: skipped_steps.jsonl.
+    "param_norm"}, with null for non-finite values, or {"step", "rewound_to": a checkpoint's step}. Checkpoints store
+    the counters as "skipped" in `BadSampleLog.counters`.
     """
 
     def __init__(self, run: Run, start: int, ledger: BadSampleLog, checkpointer: Checkpointer) -> None:
-        """Open the file of a run that starts or resumes at step `start`, with the counters of `ledger`."""
+        """Open the file of a run that starts or resumes at step `start`, with the ledger's counters."""
         self._run = run
         self._ledger = ledger
         self._checkpointer = checkpointer
@@ -48,12 +36,7 @@ class SkippedSteps:
         self.file = JsonLines(self.path, lambda line: line["step"] <= start, writes=jax.process_index() == 0)
         self._checked = start
         self._skipped = False
-        self._wasted: set[int] = set()
-
-    @property
-    def wasted(self) -> int:
-        """Steps skipped by this process, or undone in a rewind."""
-        return len(self._wasted)
+        self.wasted: set[int] = set()  # steps that this process skipped or undid
 
     @property
     def _counters(self) -> Mapping[str, int]:
@@ -66,7 +49,7 @@ class SkippedSteps:
 
     @property
     def in_a_row(self) -> int:
-        """Skipped steps since the last accepted step, or the last rewind."""
+        """Skipped steps since the last accepted step or rewind."""
         return self._counters.get("in_a_row", 0)
 
     @property
@@ -75,61 +58,59 @@ class SkippedSteps:
         return self.in_a_row > MOST_SKIPPED
 
     def check(self, step: int, metrics: Mapping[str, jax.Array]) -> bool:
-        """Wait for `step`, the next one or the last checked one; count it, and return whether it was skipped."""
+        """Wait for `step`, the next or the last checked one; count it, and return whether it was skipped."""
         if step == self._checked:
             return self._skipped
         self._checked = step
         self._skipped = bool(metrics["skipped"])
-        if self._skipped:
-            self._add(step, {name: float(metrics[name]) for name in _VALUES if name in metrics})
-        elif self.in_a_row:
-            self._count(in_a_row=0)
-        return self._skipped
+        if not self._skipped:
+            if self.in_a_row:
+                self._count(in_a_row=0)
+            return False
+        values = {name: float(metrics[name]) for name in _VALUES if name in metrics}
+        wrong = next((name for name in values if not math.isfinite(values[name])), "")
+        reason = f"{wrong.replace('_', ' ')} of step {step} is {values[wrong]}" if wrong else ""
+        reason = reason or f"a running value of step {step} is not finite"
+        config = self._run.config
+        b = config.data.batch
+        self._count(total=self.total + 1, in_a_row=self.in_a_row + 1)
+        self.wasted.add(step)
+        self.file.append({"step": step, "position": (step - 1) * b, "samples": b} | values)
+        if self.in_a_row == config.steps or (self.exceeded and config.optim.on_bad_steps == "stop"):
+            self._stop(f"{reason}, after {self.in_a_row - 1} skipped steps in a row, and is not saved")
+        log0(f"WARNING: {reason}; the step is skipped, {self.in_a_row} in a row, {self.total} in all, see {self.path}")
+        return True
 
     def rewind(self, state: TrainState) -> TrainState:
-        """Restore the newest checkpoint before the skipped steps with the step number of `state`; `state` is deleted.
+        """Return the newest checkpoint before the skipped steps, as of the step of `state`, which is deleted.
 
         The steps since then are undone, and their samples are not read again: step, learning rate, samples and random
-        numbers go on. A run killed before or after this resumes to the same end.
+        numbers continue. A run killed before or after this resumes to the same end.
         """
         step = self._checked
         rewound = self._counters.get("rewound", 0)
         target = self._checkpoint_before(step - self.in_a_row, rewound)
         for x in jax.tree.leaves(state):
-            x.delete()  # two states need not fit into the devices
+            x.delete()  # two states may not fit the devices
         restored, _ = self._checkpointer.restore(self._run.experiment.abstract, target)
         self.file.append({"step": step, "rewound_to": target})
         log0(
             f"WARNING: {self.in_a_row} steps in a row were skipped; rewinding to the checkpoint of step {target}, and "
             f"going on with the samples of step {step + 1}"
         )
-        self._wasted.update(range(target + 1, step + 1))
+        self.wasted.update(range(target + 1, step + 1))
         self._count(in_a_row=0, rewound=step)
         return with_step(restored, step)
 
     def _checkpoint_before(self, failed: int, rewound: int) -> int:
-        """Return the newest whole checkpoint between two steps, a regular one if possible.
-
-        Interrupts make no difference as long as those that they save leave a regular one among `checkpoint.keep`.
-        """
+        """Return the newest whole checkpoint between two steps, if possible not saved by an interrupt."""
         every = self._run.config.checkpoint.every
         usable = [step for step in self._checkpointer.steps() if rewound < step < failed]
         for step in sorted(usable, key=lambda step: (bool(every) and step % every == 0, step), reverse=True):
-            if self._checkpointer.is_whole(step):
+            if self._checkpointer.find_fault(step) is None:
                 return step
             log0(f"WARNING: the checkpoint of step {step} is damaged, and an older one is used")
         self._stop(f"steps {failed + 1} to {self._checked} are skipped, and no checkpoint is left to rewind to")
-
-    def _add(self, step: int, values: dict[str, float]) -> None:
-        config = self._run.config
-        self._count(total=self.total + 1, in_a_row=self.in_a_row + 1)
-        self._wasted.add(step)
-        b = config.data.batch
-        self.file.append({"step": step, "position": (step - 1) * b, "samples": b} | values)
-        reason = fault(step, values)
-        if self.in_a_row == config.steps or (self.exceeded and config.optim.on_bad_steps == "stop"):
-            self._stop(f"{reason}, after {self.in_a_row - 1} skipped steps in a row, and is not saved")
-        log0(f"WARNING: {reason}; the step is skipped, {self.in_a_row} in a row, {self.total} in all, see {self.path}")
 
     def _stop(self, reason: str) -> NoReturn:
         saved = self._checkpointer.steps()

@@ -21,43 +21,57 @@ from xclip_jax.evaluators.results import LAST, Result, flat, items, items_file, 
 from xclip_jax.interop import hub
 from xclip_jax.objectives import TERMS
 
-# Keys of a fingerprint with digests of `data.records.reading_digest`, and their names in messages.
+# Digests of `data.records.reading_digest` in fingerprints, and their descriptions.
 OUTCOMES = {
     "data.holdout": "what data.holdout holds out",
     "data.spread_duplicate_captions": "what data.spread_duplicate_captions spreads",
 }
+_CONTENT = ("samples", "classes")  # of a fingerprint, next to its hash
 _SHOWN = 5  # differences that an error lists
 
 
 class RunWriter(RunReader):
-    """Checks a folder before a run, claims it for the time of the run, and writes its small files."""
+    """Checks a folder before a run, claims it during the run, and writes its small files."""
 
     def check(self, config: Config) -> None:
         """Raise `UserError`, without writing anything, unless a run of `config` can start or resume in this folder."""
-        for path in () if is_remote(str(self.path)) else (self.path, self.checkpoints):  # may be a link to another disk
+        for path in () if is_remote(str(self.path)) else (self.path, self.checkpoints):  # may be on different disks
             check_writable(f"--config.run={str(self.path)!r}", path)
-        if (saved := self.read_config()) is None:
-            if self.latest_step() is not None:
-                raise UserError(
-                    f"{self.path} has checkpoints and no config.json, so that nothing says what they are of; restore "
-                    "the file, or use a different --config.run."
-                )
-            return
-        if self.latest_step() is None:
+        saved = self.read_config()
+        latest = self.latest_step()
+        fault = ""
+        if saved is None and latest is not None:
+            fault = (
+                "has checkpoints and no config.json, so there is no record of their config; restore the file, or use a "
+                "different --config.run."
+            )
+        elif saved is not None and latest is None:
             step = self.last_logged_step()
             # The second checkpoint is started when the first is on disk.
             if self.results_file.exists() or 0 < 2 * saved["config"]["checkpoint"]["every"] < step:
-                raise UserError(
-                    f"{self.path} has metrics up to step {step} and no checkpoint; restore {self.checkpoints}, or "
-                    "delete the folder to train from step 0."
+                fault = (
+                    f"has metrics up to step {step} and no checkpoint; restore {self.checkpoints}, or delete the "
+                    "folder to train from step 0."
                 )
-            return
-        if differing := _differences(saved["config"], config):
-            rest = f" and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
-            raise UserError(
-                f"{self.path} contains a run with a different config: {', '.join(differing[:_SHOWN])}{rest}. Use a "
-                "different --config.run, delete the folder, or give these keys the values of its config.json."
-            )
+        elif saved is not None:
+            before = schema.flatten(saved["config"])
+            after = schema.flatten(schema.to_dict(config))
+            free = schema.keys_where(resume="free")
+            terms = {*config.objective.terms, *saved["config"].get("objective", {}).get("terms", {})}
+            unused = tuple(f"objective.{name}." for name in TERMS if name not in terms)
+            differing = [
+                f"{key} ({before.get(key)!r} in config.json, {after.get(key)!r} now)"
+                for key in sorted(before.keys() | after.keys())
+                if before.get(key) != after.get(key) and key not in free and not key.startswith(unused)
+            ]
+            if differing:
+                rest = f" and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
+                fault = (
+                    f"contains a run with a different config: {', '.join(differing[:_SHOWN])}{rest}. Use a different "
+                    "--config.run, delete the folder, or give these keys the values of its config.json."
+                )
+        if fault:
+            raise UserError(f"{self.path} {fault}")
 
     def read_config(self) -> dict[str, Any] | None:
         """Return the content of config.json, with defaults for keys that it lacks."""
@@ -65,26 +79,26 @@ class RunWriter(RunReader):
         return content and content | {"config": schema.complete(content["config"]).to_dict()}
 
     def _resumed(self) -> dict[str, Any] | None:
-        """Content of config.json if the run has a checkpoint, else None."""
+        """Return the content of config.json if the run has a checkpoint, else None."""
         return None if self.latest_step() is None else self.read_config()
 
     def completed(self, config: Config) -> dict[str, float] | None:
-        """Results of a run trained to its end and evaluated as `config` asks, else None."""
-        if self.latest_step() != config.steps or (record := self.read_results()) is None:
+        """Return the results of a run that is trained and evaluated as `config` asks, else None."""
+        record = self.read_results() if self.latest_step() == config.steps else None
+        if record is None or record.get("failed"):
             return None
         saved = schema.flatten(schema.complete(record.get("config", {})).to_dict())
         current = schema.flatten(schema.to_dict(config))
-        if record.get("failed") or any(saved[key] != current[key] for key in _evaluation_keys()):
-            return None
-        return record["results"]
+        keys = schema.keys_where(evaluation="model") + schema.keys_where(evaluation="sets")
+        return record["results"] if all(saved[key] == current[key] for key in keys) else None
 
     def moved_sources(self, config: Config) -> bool:
-        """Whether `data.sources` had other names when the run was started."""
+        """Whether the run was started with other names in `data.sources`."""
         saved = self.read_config()
         return saved is not None and tuple(saved["config"]["data"]["sources"]) != redact(config.data.sources)
 
     def tokenizer(self, config: Config) -> str:
-        """Value of data.tokenizer to build with: the run's own copy of a tokenizer file, if it has a checkpoint."""
+        """Return data.tokenizer or, in a run with a checkpoint, the run's copy of the same tokenizer file."""
         name = config.data.tokenizer
         saved = self._resumed()
         if saved is None:
@@ -107,15 +121,16 @@ class RunWriter(RunReader):
         return known
 
     def length_groups(self, text_rows: tuple[int, int]) -> LengthGroups | None:
-        """Return the run's groups of texts, or None without a checkpoint, or for other `Experiment.text_rows`."""
+        """Return the run's length groups; None without a checkpoint, or if `Experiment.text_rows` differ."""
         content = self._resumed()
         if content is None or content.get("text_rows") != list(text_rows):
             return None
         return LengthGroups.parse(content["length_groups"])
 
     def check_sources(self, config: Config, fingerprints: Sequence[Mapping[str, Any]]) -> None:
-        """Raise `UserError` unless a resumed run reads the same data as before, wherever they are now."""
-        if self._resumed() is None or (saved := self.read_sources()) is None:
+        """Raise `UserError` unless a resumed run reads the same data as before, at any address."""
+        saved = self.read_sources() if self._resumed() else None
+        if saved is None:
             return
         if len(saved) != len(fingerprints):
             raise UserError(
@@ -124,22 +139,19 @@ class RunWriter(RunReader):
             )
         for number, (old, new) in enumerate(zip(saved, fingerprints, strict=True)):
             source = f"source {number}, {config.data.sources[number]!r}"
-            same = old["hash"] == new["hash"]
-            for key, what in OUTCOMES.items() if same else ():
-                before = old.get(key)
-                now = new.get(key)
-                if before is not None and now is not None and before["digest"] != now["digest"]:
-                    raise UserError(
-                        f"{source}: {what} differs from {self.data_file}, and with it the order of all samples: "
-                        f"{now['unreadable']:,} of the records cannot be read now, {before['unreadable']:,} could not "
-                        "be read then; see that all files can be read, and start again, or use a different "
-                        "--config.run."
-                    )
-            if not same or any(key in old and old[key] != new.get(key) for key in ("samples", "classes")):
+            if old["hash"] != new["hash"] or any(old.get(key, new.get(key)) != new.get(key) for key in _CONTENT):
                 raise UserError(
                     f"{source}, has changed since {self.data_file} was written: {old['samples']:,} samples then, "
                     f"{new['samples']:,} now, or other files. Restore it, or use a different --config.run."
                 )
+            for key, outcome in OUTCOMES.items():
+                if key in old and key in new and old[key]["digest"] != new[key]["digest"]:
+                    raise UserError(
+                        f"{source}: {outcome} differs from {self.data_file}, and with it the order of all samples: "
+                        f"{new[key]['unreadable']:,} of the records cannot be read now, {old[key]['unreadable']:,} "
+                        "could not be read then; see that all files can be read, and start again, or use a different "
+                        "--config.run."
+                    )
 
     @contextlib.contextmanager
     def claimed(
@@ -150,10 +162,14 @@ class RunWriter(RunReader):
         text_rows: tuple[int, int] | None = None,
         init_step: int = 0,
     ) -> Iterator[None]:
-        """Keep other runs out of the folder, write config.json, data.json and the tokenizer, and delete old results.
+        """Lock the folder, write config.json, data.json and the tokenizer, and delete old results.
 
-        config.json keeps the length `groups` of the run's texts and the `Experiment.text_rows` that they were made for.
-        `init_step` is the step of the other run that this one starts from, 0 for none.
+        Args:
+          config: the resolved config of the run.
+          fingerprints: one per source.
+          groups: length groups of its texts.
+          text_rows: `Experiment.text_rows` for these groups.
+          init_step: step of the initial weights in their run, else 0.
         """
         if jax.process_index() != 0:
             yield
@@ -161,8 +177,8 @@ class RunWriter(RunReader):
         self.path.mkdir(parents=True, exist_ok=True)
         with lock(self.path, blocking=False, file=self.lock_file):
             self.check(config)  # another run may have come and gone
-            for file in (self.results_file, items_file(self.results_file)):  # of an earlier evaluation
-                file.unlink(missing_ok=True)  # a launcher waits for the first
+            for file in (self.results_file, items_file(self.results_file)):  # launchers wait for the first
+                file.unlink(missing_ok=True)
             self._write_config(config, groups, text_rows, init_step)
             write_json(self.data_file, list(fingerprints))
             starts = self.latest_step() is None
@@ -174,21 +190,18 @@ class RunWriter(RunReader):
             yield
 
     def write_results(self, config: Config, results: Sequence[Result], **details: Any) -> None:
-        """Write results.json: the results as numbers and as records, their config and environment, and `details`."""
+        """Write results.json: results as numbers and records, config, environment and `details`."""
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         facts = {"config": schema.to_dict(config), "environment": environment.capture(), "ended": now}
         values = {"results": flat(results), "records": to_json(results)}
-        if own := items(results):
-            write_items(self.results_file, {LAST: own})
+        per_item = items(results)
+        if per_item:
+            write_items(self.results_file, {LAST: per_item})
         write_json(self.results_file, values | facts | details)
 
     def last_logged_step(self) -> int:
-        """Last step of metrics.jsonl, 0 for none."""
-        step = 0
-        for line in self.read_metrics():
-            with contextlib.suppress(ValueError, TypeError, KeyError):
-                step = max(step, int(line["step"]))
-        return step
+        """Return the last step of metrics.jsonl, 0 for none."""
+        return max((int(line["step"]) for line in self.read_metrics()), default=0)
 
     def _write_config(
         self, config: Config, groups: LengthGroups, text_rows: tuple[int, int] | None, init_step: int
@@ -202,11 +215,12 @@ class RunWriter(RunReader):
         chosen = {"length_groups": str(groups), "text_rows": text_rows and list(text_rows)}
         if saved is None or self.latest_step() is None:
             if saved is not None and (before != after or saved.get("init_step", 0) != init_step):
-                # Evaluations of other weights or sets, made before the first step.
+                # Evaluations before the first step belong to other weights or sets.
                 self.metrics_file.unlink(missing_ok=True)
                 self.results_log_file.unlink(missing_ok=True)
             content: dict[str, Any] = {"config": current, "environment": facts, "started": now, **chosen}
-            if commit := hub.locate(config.init.weights).commit:
+            commit = hub.locate(config.init.weights).commit
+            if commit:
                 content["init_commit"] = commit
             if init_step:
                 content["init_step"] = init_step
@@ -215,34 +229,12 @@ class RunWriter(RunReader):
         changed = {key: [before.get(key), value] for key, value in after.items() if before.get(key) != value}
         last = (saved.get("starts") or [saved])[-1].get("environment", {})
         for name, version in facts["versions"].items():
-            if (old := last.get("versions", {}).get(name, version)) != version:
+            old = last.get("versions", {}).get(name, version)
+            if old != version:
                 log0(f"WARNING: the run goes on with {name} {version}; so far it was {old}, and numbers may differ")
-        # Groups that a config names are for this start only.
+        # Length groups named in a config are for this start only.
         renew = saved.get("text_rows") != chosen["text_rows"] and config.data.length_groups == AUTO
         if changed or renew or {**last, "command": ""} != {**facts, "command": ""}:
             start = {"step": self.latest_step(), "time": now, "changed": changed, "environment": facts}
             saved |= {"config": current, "starts": [*saved.get("starts", []), start]}
             write_json(self.config_file, saved | chosen if renew else saved)
-
-
-def _evaluation_keys() -> tuple[str, ...]:
-    """Keys that decide the results of a run's evaluations, given its parameters."""
-    return schema.keys_where(evaluation="model") + schema.keys_where(evaluation="sets")
-
-
-def _differences(saved: Mapping[str, Any], config: Config) -> list[str]:
-    """Keys on which learning depends and that differ between a saved config and `config`."""
-    before = schema.flatten(saved)
-    after = schema.flatten(schema.to_dict(config))
-    free = schema.keys_where(resume="free")
-    # Options of terms that neither has.
-    idle = tuple(
-        f"objective.{name}."
-        for name in TERMS
-        if name not in {*config.objective.terms, *saved.get("objective", {}).get("terms", {})}
-    )
-    return [
-        f"{key} ({before.get(key)!r} in config.json, {after.get(key)!r} now)"
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and key not in free and not key.startswith(idle)
-    ]

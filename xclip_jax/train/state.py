@@ -1,4 +1,4 @@
-"""Everything that a step changes and a checkpoint stores."""
+"""The train state: everything that a step changes and a checkpoint stores."""
 
 import os
 from typing import Any
@@ -20,13 +20,13 @@ class TrainState:
     """The train state; `step` is its only counter and `seed` its only randomness.
 
     Attributes:
-      step: int32 (), updates made so far.
+      step: int32 (), number of updates.
       params: fp32 parameters of `TwoTowers`.
       batch_stats: running means and variances of BatchNorm; empty without cluster heads.
-      opt_state: the optimizer's.
+      opt_state: state of the optimizer.
       ema_params: exponential moving average of `params`, or None.
-      ema_batch_stats: running means and variances of the averaged model, or None.
-      loss_state: running values of an objective, such as centers of the logits; mostly empty.
+      ema_batch_stats: BatchNorm statistics of the averaged model, or None.
+      loss_state: running values of the objective's terms, mostly empty.
       seed: uint32 (), folded with `step` into the key of each step.
     """
 
@@ -40,7 +40,7 @@ class TrainState:
     seed: jax.Array
 
     def variables(self, *, ema: bool = False) -> dict[str, Any]:
-        """Variables for `TwoTowers.apply`, with adapters merged into their kernels."""
+        """Return variables for `TwoTowers.apply`, with adapters merged into their kernels."""
         if ema and self.ema_params is not None:
             return {"params": lora.merged(self.ema_params), "batch_stats": self.ema_batch_stats}
         return {"params": lora.merged(self.params), "batch_stats": self.batch_stats}
@@ -67,7 +67,7 @@ def init_fn(
         if adapters.rank:
             random_key = jax.random.fold_in(jax.random.key(seed), 1)
             params = params | {lora.ADAPTERS: lora.initial(nn.unbox(params), adapters, random_key)}
-        # A copy: a buffer could not be donated twice.
+        # Copied, since a buffer cannot be donated twice.
         average = jax.tree.map(jnp.copy, (params, batch_stats)) if ema else (None, None)
         return TrainState(
             step=jnp.zeros((), jnp.int32),
@@ -84,7 +84,7 @@ def init_fn(
 
 
 def abstract(boxed: Any, layout: sharding.MeshLayout) -> TrainState:
-    """Return the abstract state: shapes, dtypes and shardings in `layout`; `boxed` is `jax.eval_shape` of `init_fn`."""
+    """Return shapes, dtypes and shardings in `layout` of a state; `boxed` is the `jax.eval_shape` of `init_fn`."""
     shapes = nn.unbox(boxed)
     specs = sharding.shardings(boxed, layout)
     specs = specs.replace(opt_state=_as_parameters(shapes, specs))
@@ -99,7 +99,7 @@ def abstract(boxed: Any, layout: sharding.MeshLayout) -> TrainState:
 def _as_parameters(shapes: TrainState, specs: TrainState) -> Any:
     """Return shardings of the optimizer's state: moments like their parameters, factored sums and counters whole.
 
-    An array belongs to the parameter whose path is a suffix of its own, however the optimizer nests it.
+    An array belongs to the parameter whose path ends the array's path, however the optimizer nests it.
     """
     parameters = flatten_dict(shapes.params)
     of_parameters = flatten_dict(specs.params)
@@ -114,9 +114,9 @@ def _as_parameters(shapes: TrainState, specs: TrainState) -> Any:
 
 
 def create(init: Any, abstract: TrainState) -> TrainState:
-    """The initial state, laid out as `abstract` says, each device making only its own shards."""
+    """Make the initial state in the layout of `abstract`; each device makes only its shards."""
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    # It runs once: on a CPU, less optimised code is compiled in little more than half the time.
+    # As it runs once, less optimised code is better on a CPU: it compiles in little more than half the time.
     on_cpu = jax.tree.leaves(shardings)[0].mesh.devices.flat[0].platform == "cpu"
     chosen = "xla_backend_optimization_level" in os.environ.get("XLA_FLAGS", "")
     options = {"xla_backend_optimization_level": 1} if on_cpu and not chosen else None

@@ -30,7 +30,7 @@ NOISE = "noise"  # key of {tower: its random inputs} among the inputs of a step
 class BatchNoise:
     """Samples the random inputs of a whole batch, which can then be applied to any part of it.
 
-    `objective` and `towers`, {"img", "txt"}, add inputs of their own, such as partners of mixup and patches to drop.
+    The objective and the towers ({"img", "txt"}) add random inputs, such as mixup partners and dropped patches.
     """
 
     data: DataConfig
@@ -39,10 +39,10 @@ class BatchNoise:
     towers: Mapping[str, Tower]
 
     def sample(self, random_key: jax.Array, batch: dict[str, jax.Array]) -> dict[str, Any]:
-        """The batch with its random inputs: arrays with a row for each sample.
+        """Return the batch with its random inputs, arrays with one row per sample.
 
-        Each use folds a number of its own into the step's key: 0 flips and colours, 1 mixup, 2 stochastic depth,
-        3 the text tower, 4 patch dropout, above 15 terms of other packages and shuffled targets.
+        Each use folds another number into the step's key: 0 flips and colours, 1 mixup, 2 stochastic depth, 3 the text
+        tower, 4 patch dropout, above 15 custom terms and shuffled targets.
         """
         b = len(next(iter(batch.values())))
         inputs = dict(batch)
@@ -57,7 +57,7 @@ class BatchNoise:
         return inputs | {NOISE: noise}
 
     def apply(self, inputs: dict[str, Any]) -> jax.Array:
-        """Inputs, or some of their rows -> normalised, augmented images (b, h, w, 3)."""
+        """Return the normalised, augmented images (b, h, w, 3) of inputs or some of their rows."""
         images = transforms.augment(inputs["image"], inputs)
         images = transforms.normalize(images, self.preprocessing.mean, self.preprocessing.std)
         return transforms.mix(images, self.apply(inputs["other"]), inputs) if "other" in inputs else images
@@ -70,7 +70,7 @@ def all_finite(*trees: Any) -> jax.Array:
 
 
 def _is_schedule(node: Any) -> bool:
-    """Whether this is the state of a schedule in optax, of the learning rate or of weight decay: a counter."""
+    """Whether this is the state of a schedule in optax, for learning rate or weight decay: a counter."""
     return getattr(node, "_fields", ()) == ("count",)
 
 
@@ -90,7 +90,7 @@ def with_step(state: TrainState, step: int | jax.Array) -> TrainState:
 Batch = dict[str, jax.Array]
 Inputs = dict[str, Any]
 Metrics = dict[str, jax.Array]
-Features = tuple[Any, Any]  # h_img and h_txt; None of a tower that the model does not have
+Features = tuple[Any, Any]  # h_img and h_txt; None for a missing tower
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -102,13 +102,12 @@ class TrainStep:
       tx: the optimizer.
       objective: the minimised loss.
       batch_noise: samples the random inputs of a batch.
-      momentum: of the parameters' moving average, as a function of the step; needed where the state has one.
+      momentum: momentum of the parameters' moving average as a function of the step.
       microbatches: see `_features`.
-      constrain_grads: holds gradients to the layout that the optimizer works in.
+      constrain_grads: constrains gradients to the optimizer's layout.
       frozen: towers, or parts of them, that do not change.
-      steps: updates of the whole run; terms get the fraction done, "progress".
-      text_groups: ((rows, tokens), ...) in which a device encodes the texts of a microbatch, see `length_groups`; empty
-        if texts are not cut.
+      steps: updates of the whole run; terms get the fraction done as "progress".
+      text_groups: ((rows, tokens), ...) per device and microbatch, see `length_groups`; empty if texts are not cut.
     """
 
     model: TwoTowers
@@ -123,11 +122,11 @@ class TrainStep:
     steps: int = 1
 
     def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        """(state, {"image": uint8 (b, h, w, 3), "text": int32 (b, n)}) -> (state, metrics).
+        """Update the state on a batch of the fields `objective.fields`, such as {"image": uint8 (b, h, w, 3)}.
 
         All metrics but "update_norm" belong to the parameters before the update. If the loss, the gradients or running
-        values are not finite, only the step is counted, and metric "skipped" is true; otherwise the update is finite,
-        by the bounds of group `optim`. A batch has the fields `objective.fields`.
+        values are not finite, only the step is counted, and the metric "skipped" is true; otherwise the update is
+        finite, by the bounds of group `optim`.
         """
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
         inputs = self.batch_noise.sample(key, batch)
@@ -139,16 +138,19 @@ class TrainStep:
         def update() -> tuple[TrainState, jax.Array]:
             updates, opt_state = self.tx.update(grads, state.opt_state, state.params)
             params = self.objective.constrain(optax.apply_updates(state.params, updates))
-            ema_params, new_ema_batch_stats = self._average(state, params, batch_stats, ema_batch_stats)
             new = dataclasses.replace(
-                state,
-                params=params,
-                batch_stats=batch_stats,
-                opt_state=opt_state,
-                ema_params=ema_params,
-                ema_batch_stats=new_ema_batch_stats,
-                loss_state=loss_state,
+                state, params=params, batch_stats=batch_stats, opt_state=opt_state, loss_state=loss_state
             )
+            if state.ema_params is not None:
+                rate = 1 - self.momentum(state.step)
+                # A teacher's pass has already averaged the statistics.
+                teacher = self.objective.teacher
+                average = optax.incremental_update
+                new = dataclasses.replace(
+                    new,
+                    ema_params=average(params, state.ema_params, rate),
+                    ema_batch_stats=ema_batch_stats if teacher else average(batch_stats, state.ema_batch_stats, rate),
+                )
             return new, optax.tree.norm(updates)
 
         # A branch costs nothing; a choice between old and new values would be a pass over both.
@@ -157,11 +159,11 @@ class TrainStep:
         return new, metrics | norms | {"update_norm": update_norm, "skipped": ~accept}
 
     def _gradients(self, state: TrainState, inputs: Inputs) -> tuple[tuple[jax.Array, Any], Any]:
-        """((loss, (metrics, batch_stats, ema_batch_stats, loss_state)), gradients), with cut texts if they fit."""
+        """Return ((loss, (metrics, batch_stats, ema_batch_stats, loss_state)), gradients), of cut texts if they fit."""
         if not self.text_groups:
             return self._differentiate(state, inputs, None)
         order = LengthOrder.from_tokens(inputs["text"], self.model.eot_id, self.text_groups, self.microbatches)
-        # One of the two is computed, the same on all devices.
+        # All devices compute the same branch.
         (value, (metrics, *rest)), grads = jax.lax.cond(
             order.fits,
             lambda: self._differentiate(state, inputs, order),
@@ -172,11 +174,10 @@ class TrainStep:
     def _differentiate(
         self, state: TrainState, inputs: Inputs, order: LengthOrder | None
     ) -> tuple[tuple[jax.Array, Any], Any]:
-        """As `_gradients`, with texts in the groups of `order`, or whole."""
+        """See `_gradients`; texts are in the groups of `order`, or whole."""
         teacher, ema_batch_stats = self._teach(state, inputs, order) if self.objective.teacher else (None, None)
 
-        # Encoders and heads are applied apart: the heads, with BatchNorm, and the losses are defined on the whole
-        # batch, while the encoders may be run on parts of it.
+        # Heads, with BatchNorm, and losses are defined on the whole batch; encoders may run on parts of it.
         def loss(params: Any) -> tuple[jax.Array, Any]:
             h = self._features(params, inputs, order)
             out, batch_stats = self._project(params, state.batch_stats, h)
@@ -196,13 +197,15 @@ class TrainStep:
     def _features(self, params: Any, inputs: Inputs, order: LengthOrder | None) -> Features:
         """Return the features of the whole batch, encoded in `microbatches` parts: GradCache (arXiv 2101.06983).
 
-        Of several parts only the features are kept, and the backward pass encodes each part again; one part keeps all
-        activations. Heads, with BatchNorm over the global batch, and losses see all features at once. The gradient is
-        the gradient of the whole batch up to rounding. An average of the gradients of each part's own loss would be
-        another objective: contrastive losses compare pairs across parts, and nCLIP's smoothness is the entropy of a
-        mean. All randomness is in `inputs`.
+        With several parts only the features are kept, and the backward pass encodes each part again. Heads, with
+        BatchNorm over the global batch, and losses see all features at once, so the gradient equals the whole batch's
+        up to rounding. The mean of the parts' gradients would belong to another objective: contrastive losses compare
+        pairs across parts, and nCLIP's smoothness is the entropy of a mean. All randomness is in `inputs`.
         """
-        inputs = _grouped(inputs, order)
+        if order is not None:  # groups the texts, and the random inputs of their tower
+            noise = inputs.get(NOISE, {})
+            split = {name: order.split(x) for name, x in noise.get("txt", {}).items()}
+            inputs = inputs | {"text": order.split(inputs["text"], cut=True), NOISE: noise | {"txt": split}}
         if self.microbatches > 1:
             h_img, h_txt = sharding.map_microbatches(self._encode, params, inputs, self.microbatches, stack=False)
         else:
@@ -211,7 +214,10 @@ class TrainStep:
 
     def _encode(self, params: Any, inputs: Inputs) -> Features:
         """Return the features (h_img, h_txt); h_txt is a tuple if the texts are in groups."""
-        variables = {"params": self._effective_params(params)}
+        merged: Any = lora.merged(params)
+        if self.frozen:
+            merged = optim.stop_frozen(merged, self.frozen, self.batch_noise.towers)
+        variables = {"params": merged}
         noise = {"img": {}, "txt": {}} | inputs.get(NOISE, {})
         h_img = h_txt = None
         if "img" in self.objective.towers:
@@ -219,8 +225,8 @@ class TrainStep:
             h_img = self.model.apply(variables, images, **noise["img"], method="encode_image")
         overlaps = sharding.platform() == "tpu" and self.objective.towers == TOWERS
         if overlaps and "txt" in params and "txt" not in self.frozen:
-            # Texts go first in the backward pass: the gradient of the token table, the largest sum over devices of all,
-            # is summed while gradients of images are computed.
+            # Texts go first in the backward pass: the gradient of the token table, the largest sum over devices, is
+            # summed while gradients of images are computed.
             h_img, variables["params"]["txt"] = compiler.ordered_after_small(h_img, variables["params"]["txt"])
         if "txt" in self.objective.towers:
             h_txt = jax.tree.map(
@@ -231,14 +237,9 @@ class TrainStep:
                 *noise["txt"].values(),
             )
         if overlaps:
-            # The compiler would spread a gather of one tower's features over all operations of the other.
+            # Else the compiler spreads a gather of one tower's features over all operations of the other.
             h_img, h_txt = jax.lax.optimization_barrier((h_img, h_txt))
         return h_img, h_txt
-
-    def _effective_params(self, params: Any) -> Any:
-        """Return the parameters with their adapters merged, without gradients of the frozen ones."""
-        params = lora.merged(params)
-        return optim.stop_frozen(params, self.frozen, self.batch_noise.towers) if self.frozen else params
 
     def _project(self, params: Any, batch_stats: Any, h: Features) -> tuple[dict[str, Any], Any]:
         """Return the outputs of the heads, and the new statistics of BatchNorm."""
@@ -248,35 +249,16 @@ class TrainStep:
         return out, new.get("batch_stats", {})
 
     def _teach(self, state: TrainState, inputs: Inputs, order: LengthOrder | None) -> tuple[dict[str, Any], Any]:
-        """Teacher outputs: EMA parameters and EMA batch statistics, without dropout noise."""
+        """Return the outputs of EMA parameters and EMA batch statistics, without dropout noise."""
         params = jax.lax.stop_gradient(state.ema_params)
         inputs = {key: value for key, value in inputs.items() if key != NOISE}
         return self._project(params, state.ema_batch_stats, self._features(params, inputs, order))
-
-    def _average(self, state: TrainState, params: Any, batch_stats: Any, ema_batch_stats: Any) -> tuple[Any, Any]:
-        """Update the EMA parameters, and the EMA batch statistics unless the teacher pass has already updated them."""
-        if state.ema_params is None:
-            return None, ema_batch_stats
-        rate = 1 - self.momentum(state.step)
-        ema_params = optax.incremental_update(params, state.ema_params, rate)
-        if not self.objective.teacher:
-            ema_batch_stats = optax.incremental_update(batch_stats, state.ema_batch_stats, rate)
-        return ema_params, ema_batch_stats
-
-
-def _grouped(inputs: Inputs, order: LengthOrder | None) -> Inputs:
-    """Split the texts of `inputs`, and the random inputs of their tower, into groups."""
-    if order is None:
-        return inputs
-    noise = inputs.get(NOISE, {})
-    split = {name: order.split(x) for name, x in noise.get("txt", {}).items()}
-    return inputs | {"text": order.split(inputs["text"], cut=True), NOISE: noise | {"txt": split}}
 
 
 def compile_step(
     step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]], abstract: TrainState, mesh: Mesh
 ) -> Any:
-    """`step` under `jax.jit`: state sharded as `abstract` says and donated, batch over the mesh, metrics everywhere."""
+    """Jit `step`: the state is donated and in the layout of `abstract`, the batch sharded over the mesh."""
     state_shardings = jax.tree.map(lambda x: x.sharding, abstract)
     return jax.jit(
         step,

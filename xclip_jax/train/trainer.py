@@ -23,11 +23,10 @@ from xclip_jax.train import checks, prepare
 from xclip_jax.train.callbacks import Callback, check_names, classes
 from xclip_jax.train.checkpoint import Checkpointer
 from xclip_jax.train.log import MetricLogger
-from xclip_jax.train.loop import train
+from xclip_jax.train.loop import Session, train
 from xclip_jax.train.prepare import Run
 from xclip_jax.train.recovery import SkippedSteps
 from xclip_jax.train.run_writer import RunWriter
-from xclip_jax.train.session import Session
 from xclip_jax.train.state import TrainState, create
 from xclip_jax.train.weights import init_from_weights
 
@@ -37,16 +36,16 @@ def run(
 ) -> dict[str, float]:
     """Train, or resume training, to `config.steps` and return the results of the last evaluation.
 
-    Everything goes to the folder `config.run`, see `core.run_folder`, once all is checked. The same call on the same
+    Files are written to the folder `config.run`, see `core.run_folder`, after all checks. The same call on the same
     folder resumes, or returns the results of a complete run.
 
     Args:
       config: the config of the run.
       callbacks: receive metrics, results and the trained model, before the callbacks of `log.callbacks`.
-      uptime: seconds for which the process has run, which the goodput counts as start-up.
+      uptime: age of the process in seconds, which the goodput counts as start-up.
 
     Raises:
-      UserError: bad input, or values that are not finite.
+      UserError: bad input, or too many steps with non-finite values.
       SystemExit: a signal asked to stop; the status is `EXIT_RESUMABLE`.
     """
     began = time.perf_counter() - uptime
@@ -57,33 +56,45 @@ def run(
         checks.check_same_config(config, folder)
         results = folder.completed(config)
         if results is not None:
-            if folder.moved_sources(config):  # two recipes may name the same folder
+            if folder.moved_sources(config):  # another recipe may name the same folder
                 prepare.open_data(prepare.open_experiment(config, folder), folder)
             log0(f"{folder.path} is complete at step {config.steps}; to train again, use a different --config.run")
             return results
         watch.step = watch.saved = folder.latest_step() or 0
         check_names(config)
-        made = [callback() for callback in classes(config)]
-        callbacks = [*callbacks, *made]
+        callbacks = [*callbacks, *(callback() for callback in classes(config))]
         prepared, initial = prepare.prepare(config, folder, lambda: watch.phase(COMPILATION))
         experiment = prepared.experiment
         checks.check_same_data(experiment, prepared.fingerprints, prepared.final_evaluators)
         facts = (experiment.length_groups, experiment.text_rows, prepared.init_step)
         with folder.claimed(config, prepared.fingerprints, *facts):
             # A process that fails ends before its checkpointer is closed, which would wait for the others.
-            checkpoints = Checkpointer(folder.path, keep=config.checkpoint.keep)
-            with checkpoints as checkpointer, runtime.ends_all():
-                _print_start(prepared)
+            with Checkpointer(folder.path, keep=config.checkpoint.keep) as checkpointer, runtime.ends_all():
+                log0(
+                    f"{config.objective.name}: {experiment.num_parameters:,} parameters, {prepared.num_samples:,} "
+                    f"{'items' if experiment.objective.labelled else 'pairs'}, {config.steps:,} steps of "
+                    f"{config.data.batch} ({config.steps * config.data.batch / prepared.num_samples:.3g} epochs) on "
+                    f"{jax.device_count()} {jax.devices()[0].device_kind}, in {folder.path}"
+                )
                 watch.enter(COMPILATION)
                 state, position = _first_state(prepared, initial, checkpointer, watch)
                 initial.clear()  # as large as the model
-                session = _open_session(prepared, state, position, checkpointer, watch, stop, callbacks, began)
+                watch.step = watch.saved = step = int(state.step)
+                ledger = BadSampleLog(
+                    folder.path,
+                    max_bad_fraction=config.data.max_bad_fraction,
+                    start=position["samples"],
+                    counters=position.get("counters"),
+                )
+                skipped = SkippedSteps(prepared, step, ledger, checkpointer)
+                log = MetricLogger(prepared, step, ledger, skipped, callbacks, began=began, on_step_end=watch.end_step)
+                session = Session(prepared, log, checkpointer, watch, stop)
                 try:
                     for callback in callbacks:
-                        callback.on_start(prepared, int(state.step))
+                        callback.on_start(prepared, step)
                     state, stopped = train(session, state)
                 except BaseException:
-                    session.log.end()
+                    log.end()
                     raise
             stop.can_save = False
             try:
@@ -91,32 +102,22 @@ def run(
                     with contextlib.suppress(Interrupted):
                         return _finish(session, state, callbacks)
                 watch.enter(None)
-                session.log.close()
-                session.log.show_report(int(state.step))
+                log.close()
+                log.show_report(int(state.step))
             finally:
-                session.log.end()
+                log.end()
             log0(f"stopped at step {int(state.step)} of {config.steps}; run the same command to resume")
             raise SystemExit(EXIT_RESUMABLE)
-
-
-def _print_start(run: Run) -> None:
-    config = run.config
-    experiment = run.experiment
-    log0(
-        f"{config.objective.name}: {experiment.num_parameters:,} parameters, {run.num_samples:,} "
-        f"{'items' if experiment.objective.labelled else 'pairs'}, {config.steps:,} steps of {config.data.batch} "
-        f"({config.steps * config.data.batch / run.num_samples:.3g} epochs) on {jax.device_count()} "
-        f"{jax.devices()[0].device_kind}, in {run.folder.path}"
-    )
 
 
 def _first_state(
     run: Run, initial: Mapping[str, np.ndarray], checkpointer: Checkpointer, watch: Watchdog
 ) -> tuple[TrainState, dict[str, Any]]:
-    """Return a new state, with the `initial` tensors if there are any, or the newest checkpoint; and its position."""
+    """Return the state and position of the newest checkpoint, or a new state with the `initial` tensors."""
     experiment = run.experiment
     if checkpointer.latest() is None:
-        if step := run.folder.last_logged_step():
+        step = run.folder.last_logged_step()
+        if step:
             log0(f"WARNING: there is no checkpoint, so the run starts again; metrics up to step {step} are dropped")
         state = create(experiment.init, experiment.abstract)
         return init_from_weights(initial, state) if initial else state, {"samples": 0}
@@ -126,32 +127,8 @@ def _first_state(
     return state, position
 
 
-def _open_session(
-    run: Run,
-    state: TrainState,
-    position: Mapping[str, Any],
-    checkpointer: Checkpointer,
-    watch: Watchdog,
-    stop: PreemptionHandler,
-    callbacks: Sequence[Callback],
-    began: float,
-) -> Session:
-    """Open the log of a process that began at `began` and starts at `state` and its `position`."""
-    step = int(state.step)
-    ledger = BadSampleLog(
-        run.folder.path,
-        max_bad_fraction=run.config.data.max_bad_fraction,
-        start=position["samples"],
-        counters=position.get("counters"),
-    )
-    watch.step = watch.saved = step
-    skipped = SkippedSteps(run, step, ledger, checkpointer)
-    log = MetricLogger(run, step, ledger, skipped, callbacks, began=began, on_step_end=watch.end_step)
-    return Session(run, log, checkpointer, watch, stop)
-
-
 def _finish(session: Session, state: TrainState, callbacks: Sequence[Callback]) -> dict[str, float]:
-    """Make the last evaluation: results.json, the table, and the callbacks; `UserError` for sets that failed."""
+    """Make the last evaluation, write results.json and call the callbacks; `UserError` for failed sets."""
     run = session.run
     config = run.config
     began = time.perf_counter()
