@@ -1,8 +1,9 @@
-"""The shape of the package: who imports whom, how long files and functions are, and names that stay away."""
+"""The shape of the package: who imports whom, how long files and functions are, and how they read."""
 
 import ast
 import pathlib
 import re
+import tokenize
 from collections.abc import Iterator
 
 import pytest
@@ -40,17 +41,22 @@ MOST_FLOORS = 10  # a room stands one floor above the highest room that it impor
 MOST_ARROWS = 90  # pairs of a room and another that it imports
 
 MOST_LINES = {"file": 400, "function": 80}
-# What is longer today, with its length; may shrink and leave the list, and nothing may join it.
-LONGER = {}
-
-# Names that say what somebody did with a value and not what it is, and those that other terms have replaced.
-DIALECT = {
-    "found", "told", "seen", "said", "say", "there", "here", "wanted", "pick", "picked", "differentiate",
-    "Ahead", "Card", "Factors", "Finetuned", "Guess", "Items", "Link", "Parts", "Slots", "Strip", "Waiting",
-    "in_parts", "map_rows", "one_of", "split_moments",
-}  # fmt: skip
-# Phrases that read like a riddle.
-RIDDLES = r"(?<!there) is no |\banew\b|\blies?\b|\bmend(ed)?\b|\bso many\b|\bmet a\b"
+# Constructions of a dense dialect, several times rarer in optax, flax, orbax and grain. Most per 10,000 words of
+# docstrings and comments; a ceiling may fall, never rise.
+ENGLISH = {
+    r"\bthat (?:is|are|was|were|has|have)\b": 2.5,
+    r"\bwhat\b": 1.5,
+    r"\b(?:an?|one|two|\d+|each|\w+s) an? (?:step|epoch|line|row|sample|device|chip|host|core|file|class|run|process|"
+    r"pair|image|text|second|hour|token|term|table|set)\b": 5.5,
+    r"(?<!their )(?<!its )(?<!your )(?<!our )(?<!my )(?<!his )(?<!'s )\bown\b": 1.0,
+    r"\bwhere (?:it|they|there|nothing|no|that|this|one|both|all|some)\b": 0.5,
+    r"\bas in\b": 1.0,
+    r"\b(?:is|are) no\b": 0.3,
+    r"\b(?:those of|that of|of which|in place of|beside|alone|anew|is of|are of)\b": 2.0,
+}
+# Per 1,000 lines of the package.
+MOST_NESTED = 0.1
+MOST_WALRUS = 0.6
 
 
 def sources(*folders: str) -> list[pathlib.Path]:
@@ -172,7 +178,7 @@ def test_files_and_functions_are_short():
                 lines = node.end_lineno - node.lineno + 1
                 if lines > MOST_LINES["function"]:
                     lengths[f"{name}:{node.name}"] = lines
-    assert {name: lines for name, lines in lengths.items() if lines > LONGER.get(name, 0)} == {}
+    assert lengths == {}
 
 
 def modules(*folders: str) -> list[str]:
@@ -180,18 +186,6 @@ def modules(*folders: str) -> list[str]:
 
 
 every_module = pytest.mark.parametrize("name", modules(PACKAGE, "configs", "studies", "examples", "benchmarks"))
-
-
-@every_module
-def test_names_are_those_of_the_field(name):
-    used = set()
-    for node in ast.walk(tree(ROOT / name)):
-        match node:
-            case ast.Name(id=identifier, ctx=ast.Store()) | ast.arg(arg=identifier):
-                used.add(identifier)
-            case ast.FunctionDef(name=identifier) | ast.ClassDef(name=identifier):
-                used.add(identifier)
-    assert not used & DIALECT
 
 
 @every_module
@@ -203,10 +197,40 @@ def test_no_loop_is_over_a_set(name):
     assert not {"set", "frozenset"} & set(called)
 
 
-@every_module
-def test_messages_and_docstrings_are_plain_english(name):
-    strings = [node.value for node in ast.walk(tree(ROOT / name)) if isinstance(node, ast.Constant)]
-    assert not [text for text in strings if isinstance(text, str) and re.search(RIDDLES, text)]
+def prose(path: pathlib.Path) -> Iterator[str]:
+    """Yield the docstrings and comments of a file."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield ast.get_docstring(node) or ""
+    with path.open() as file:
+        for token in tokenize.generate_tokens(file.readline):
+            if token.type == tokenize.COMMENT:
+                yield token.string.lstrip("# ")
+
+
+def test_prose_of_the_package_is_plain_english():
+    text = " ".join(line for path in sources(PACKAGE) for line in prose(path)).lower()
+    words = len(re.findall(r"[a-z']+", text))
+    rates = {pattern: round(1e4 * len(re.findall(pattern, text)) / words, 1) for pattern in ENGLISH}
+    assert {pattern: rate for pattern, rate in rates.items() if rate > ENGLISH[pattern]} == {}
+
+
+def test_a_line_has_one_statement():
+    """No `a, b = f(), g()`, hardly a conditional inside a conditional, and few names bound inside an expression."""
+    packed, nested, walrus, lines = [], 0, 0, 0
+    for path in sources(PACKAGE):
+        lines += len(path.read_text().splitlines())
+        for node in ast.walk(tree(path)):
+            walrus += isinstance(node, ast.NamedExpr)
+            if isinstance(node, ast.IfExp):
+                nested += any(isinstance(other, ast.IfExp) for other in ast.walk(node) if other is not node)
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Tuple):
+                values = node.value.elts if isinstance(node.value, ast.Tuple) else []
+                if any(isinstance(part, ast.Call) for value in values for part in ast.walk(value)):
+                    packed.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert packed == []
+    assert 1000 * nested / lines <= MOST_NESTED
+    assert 1000 * walrus / lines <= MOST_WALRUS
 
 
 CONFIG_KEYS = {name for name, *_ in schema.fields.describe(schema.Config)}
