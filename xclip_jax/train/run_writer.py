@@ -214,7 +214,10 @@ class RunWriter(RunReader):
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         chosen = {"length_groups": str(groups), "text_rows": text_rows and list(text_rows)}
         if saved is None or self.latest_step() is None:
-            if saved is not None and (before != after or saved.get("init_step", 0) != init_step):
+            judging = schema.keys_where(evaluation="model") + schema.keys_where(evaluation="sets")
+            ignored = {*schema.keys_where(resume="free")} - {*judging, "data.tokenizer"}
+            differs = any(before.get(key) != after.get(key) for key in {*before, *after} - ignored)
+            if saved is not None and (differs or saved.get("init_step", 0) != init_step):
                 # Evaluations before the first step belong to other weights or sets.
                 self.metrics_file.unlink(missing_ok=True)
                 self.results_log_file.unlink(missing_ok=True)
