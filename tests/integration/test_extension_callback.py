@@ -103,7 +103,7 @@ def test_the_check_of_a_config_ends_with_what_it_did_not_look_at():
     command = [sys.executable, "-m", "xclip_jax.main", "--check", "--config", "pretrain", "--config.init.weights=no.pt"]
     done = subprocess.run([*command, "--config.data.sources='folder:/x',"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    last = "not looked at: data, weights and disk; xclip-jax doctor does that"
+    last = "not checked: data, weights and disk; xclip-jax doctor does that"
     assert done.stdout.splitlines()[0].endswith(" are valid") and done.stdout.splitlines()[-1] == last
 
 

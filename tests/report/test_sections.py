@@ -222,9 +222,9 @@ def test_held_out_pairs_templates_and_names_are_those_of_the_first_run(tmp_path,
     prompts.clear()
     command.main([str(tmp_path / "a"), str(tmp_path / "b"), "--output", str(tmp_path / "x.html")])
     assert prompts == [[["art of fox"], ["art of hen"]]] * 2
-    assert capsys.readouterr().out.count("names.json' does not exist; own classes go by their labels") == 1
+    assert capsys.readouterr().out.count("names.json' does not exist; classes are named by their labels") == 1
     command.main([str(tmp_path / "a")])
-    assert "names.json' does not exist; own classes go by their labels" in capsys.readouterr().out
+    assert "names.json' does not exist; classes are named by their labels" in capsys.readouterr().out
     assert "fox" in RunReader(tmp_path / "a").report_file.read_text()
 
 

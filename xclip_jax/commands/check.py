@@ -17,6 +17,7 @@ import json
 import os
 import pathlib
 import re
+import sys
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
@@ -221,3 +222,7 @@ def main(arguments: Sequence[str]) -> int:
         for line in report(source, options):
             show(line)
     return 0 if options.passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -237,7 +237,7 @@ class Progress:
             log0(f"{self._unit} {done:,}/{self._n:,}  {speed:,.0f}/s, {left} left, {self._bad:,} bad")
 
 
-def main(argv: Sequence[str]) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     parser = Parser(prog="xclip-jax embed", description=__doc__)
     parser.add_argument("--checkpoint", required=True, metavar="RUN", help="run folder, or weights")
@@ -266,3 +266,7 @@ def main(argv: Sequence[str]) -> None:
         compiler.enable_cache()
         model = inference.load(options.checkpoint, step=options.step, batch=options.batch, trust=options.trust)
         embed(model, sources, options.out, threads=options.threads)
+
+
+if __name__ == "__main__":
+    main()

@@ -55,11 +55,10 @@ def read_files(name: str, path: pathlib.Path) -> tuple[Paths, np.ndarray, list[s
     names = sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith("."))
     images = [images_in(path / folder) for folder in names]
     empty = [folder for folder, inside in zip(names, images, strict=True) if not inside]
-    if not any(images) or empty:
-        fault = f"{len(empty)} class folders of {str(path)!r} contain no images, {empty[0]!r} first"
-        if not any(images):
-            fault = f"folder {str(path)!r} contains no images in sub-folders; make one for each class"
-        raise UserError(f"{name}: {fault}.")
+    if not any(images):
+        raise UserError(f"{name}: folder {str(path)!r} contains no images in sub-folders; make one for each class.")
+    if empty:
+        raise UserError(f"{name}: {len(empty)} class folders of {str(path)!r} contain no images, {empty[0]!r} first.")
     labels = np.repeat(np.arange(len(names)), [len(inside) for inside in images])
     # Folder names may contain any bytes, but class names must be UTF-8.
     names = [name.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for name in names]

@@ -139,19 +139,20 @@ class RunWriter(RunReader):
             )
         for number, (old, new) in enumerate(zip(saved, fingerprints, strict=True)):
             source = f"source {number}, {config.data.sources[number]!r}"
-            if old["hash"] != new["hash"] or any(old.get(key, new.get(key)) != new.get(key) for key in _CONTENT):
-                raise UserError(
-                    f"{source}, has changed since {self.data_file} was written: {old['samples']:,} samples then, "
-                    f"{new['samples']:,} now, or other files. Restore it, or use a different --config.run."
-                )
-            for key, outcome in OUTCOMES.items():
-                if key in old and key in new and old[key]["digest"] != new[key]["digest"]:
+            same = old["hash"] == new["hash"]
+            for key, outcome in OUTCOMES.items():  # unreadable records also change the number of samples
+                if same and key in old and key in new and old[key]["digest"] != new[key]["digest"]:
                     raise UserError(
                         f"{source}: {outcome} differs from {self.data_file}, and with it the order of all samples: "
                         f"{new[key]['unreadable']:,} of the records cannot be read now, {old[key]['unreadable']:,} "
                         "could not be read then; see that all files can be read, and start again, or use a different "
                         "--config.run."
                     )
+            if not same or any(old.get(key, new.get(key)) != new.get(key) for key in _CONTENT):
+                raise UserError(
+                    f"{source}, has changed since {self.data_file} was written: {old['samples']:,} samples then, "
+                    f"{new['samples']:,} now, or other files. Restore it, or use a different --config.run."
+                )
 
     @contextlib.contextmanager
     def claimed(

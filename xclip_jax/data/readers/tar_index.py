@@ -14,6 +14,7 @@ import os
 import pathlib
 import random
 import re
+import sys
 import tarfile
 import time
 from collections.abc import Iterator, Sequence
@@ -303,3 +304,7 @@ def main(arguments: Sequence[str]) -> None:
         refused = stored.count(False)
         if refused:
             print(f"{refused:,} indexes could not be stored next to their tars; a new machine indexes these tars again")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
