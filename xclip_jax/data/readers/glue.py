@@ -81,7 +81,9 @@ def read_pairs(
     rows = list(csv.DictReader(lines, header, delimiter="\t", quoting=csv.QUOTE_NONE))
     columns = (*task.columns, task.label)
     if not rows or not set(columns) <= set(rows[0]):
-        raise UserError(f"{str(path)!r} has to be a file of GLUE with the columns {', '.join(columns)}, and a row.")
+        raise UserError(
+            f"{str(path)!r} is missing, empty, or lacks GLUE's columns {', '.join(columns)}; download the task again."
+        )
     complete = [row for row in rows if all(row[column] for column in columns)]
     if len(complete) < len(rows):
         missing = len(rows) - len(complete)
