@@ -68,6 +68,15 @@ def pairs(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def table_of_pairs(pairs, tmp_path_factory):
+    """The pairs of the folder in a table, last one first."""
+    path = tmp_path_factory.mktemp("table") / "pairs.csv"
+    rows = [f"{image},{image.with_suffix('.txt').read_text().splitlines()[0]}" for image in sorted(pairs.glob("*.png"))]
+    path.write_text("\n".join(["file,words", *rows[::-1]]) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
 def trained(pairs, tmp_path_factory):
     """A run of four steps with checkpoints of steps 2 and 4. To be copied, not changed."""
     from tests.helpers import tiny

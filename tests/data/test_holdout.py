@@ -31,26 +31,17 @@ def trained(*specs, **changes):
     return [holdout.image_hash(source[i]["image"]) for source in opened for i in range(len(source))]
 
 
-@pytest.fixture(scope="module")
-def table(pairs, tmp_path_factory):
-    """The pairs of the folder in a table, last one first."""
-    path = tmp_path_factory.mktemp("table") / "pairs.csv"
-    rows = [f"{image},{image.with_suffix('.txt').read_text().splitlines()[0]}" for image in sorted(pairs.glob("*.png"))]
-    path.write_text("\n".join(["file,words", *rows[::-1]]) + "\n")
-    return path
-
-
-def test_the_same_pairs_are_held_out_in_any_order_and_of_any_source(pairs, table, tmp_path):
+def test_the_same_pairs_are_held_out_in_any_order_and_of_any_source(pairs, table_of_pairs, tmp_path):
     expected = held_out(f"folder:{pairs}")
     assert 3 < len(expected) < 20
     keys = {"image_column": "file", "text_columns": ("words",)}
-    assert held_out(f"csv:{table}", **keys) == expected[::-1]
+    assert held_out(f"csv:{table_of_pairs}", **keys) == expected[::-1]
     moved = shutil.copytree(pairs, tmp_path / "moved")
     for i, image in enumerate(sorted(moved.glob("*.png"))):  # other names, and so another order
         image.rename(moved / f"{(i * 7) % 40:02d}x.png")
         image.with_suffix(".txt").rename(moved / f"{(i * 7) % 40:02d}x.txt")
     assert sorted(held_out(f"folder:{moved}")) == sorted(expected)
-    assert held_out(f"folder:{pairs}", f"csv:{table}", **keys) == expected + expected[::-1]
+    assert held_out(f"folder:{pairs}", f"csv:{table_of_pairs}", **keys) == expected + expected[::-1]
 
 
 def test_training_has_the_rest(pairs):

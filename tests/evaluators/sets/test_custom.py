@@ -21,16 +21,7 @@ from xclip_jax.evaluators.sets import custom
 from xclip_jax.train import trainer
 
 
-@pytest.fixture(scope="module")
-def table(pairs, tmp_path_factory):
-    """The pairs of the folder in a table, last one first."""
-    path = tmp_path_factory.mktemp("table") / "pairs.csv"
-    rows = [f"{image},{image.with_suffix('.txt').read_text().splitlines()[0]}" for image in sorted(pairs.glob("*.png"))]
-    path.write_text("\n".join(["file,words", *rows[::-1]]) + "\n")
-    return path
-
-
-def test_retrieval_on_own_pairs(pairs, table):
+def test_retrieval_on_own_pairs(pairs, table_of_pairs):
     encoder, variables = make_encoder(), small_model()[1]
     plain = registry.open_all([f"retrieval/folder:{pairs}"], encoder)[0]
     assert len(plain.data.images) == 40 and plain.data.captions[3] == ["picture 3", "number 3"]
@@ -38,24 +29,26 @@ def test_retrieval_on_own_pairs(pairs, table):
     metrics = plain.run(variables)
     name = f"retrieval/folder:{pairs}"
     assert metrics[f"{name}/captions"] == 54 and 0 <= metrics[f"{name}/image_to_text/r1"] <= 100
-    (of_table,) = registry.open_all([f"retrieval/csv:{table}?image=file&text=words"], encoder)
+    (of_table,) = registry.open_all([f"retrieval/csv:{table_of_pairs}?image=file&text=words"], encoder)
     assert [x[0] for x in of_table.data.captions] == [x[0] for x in plain.data.captions][::-1]
     np.testing.assert_array_equal(of_table.data.images[0], plain.data.images[39])
 
 
-def test_a_set_of_pairs_names_its_columns(table, run):
-    spec = f"retrieval/csv:{table}?image=file&text=words"
+def test_a_set_of_pairs_names_its_columns(table_of_pairs, run):
+    spec = f"retrieval/csv:{table_of_pairs}?image=file&text=words"
     of_keys = registry.load(spec, SIZE)
-    evaluate.main(["--checkpoint", str(run), "--suite", spec, "--output", str(table.parent / "results.json")])
-    (entry,) = json.loads((table.parent / "results.json").read_text())["results"]
-    assert entry["split_hash"] == of_keys.card.split_hash and entry["data"] == of_keys.card.data == f"csv:{table}"
-    both = registry.load(f"retrieval/csv:{table}?image=file&text=words&text=fi%6Ce", SIZE)
+    evaluate.main(["--checkpoint", str(run), "--suite", spec, "--output", str(table_of_pairs.parent / "results.json")])
+    (entry,) = json.loads((table_of_pairs.parent / "results.json").read_text())["results"]
+    assert (
+        entry["split_hash"] == of_keys.card.split_hash and entry["data"] == of_keys.card.data == f"csv:{table_of_pairs}"
+    )
+    both = registry.load(f"retrieval/csv:{table_of_pairs}?image=file&text=words&text=fi%6Ce", SIZE)
     assert len(both.captions[0]) == 2 and both.captions[0][0] == of_keys.captions[0][0]
-    pattern = registry.load(f"retrieval/csv:{str(table)[:-5]}?.csv?image=file&text=words", SIZE)
+    pattern = registry.load(f"retrieval/csv:{str(table_of_pairs)[:-5]}?.csv?image=file&text=words", SIZE)
     assert pattern.captions == of_keys.captions
     remedy = r"no column 'image'; its columns are 'file', 'words'; name its .*/SOURCE\?image=COLUMN&text=COLUMN\.$"
     with pytest.raises(SystemExit, match=remedy):
-        evaluate.main(["--checkpoint", str(run), "--suite", f"retrieval/csv:{table}"])
+        evaluate.main(["--checkpoint", str(run), "--suite", f"retrieval/csv:{table_of_pairs}"])
 
 
 def test_a_set_of_pairs_has_the_same_columns_for_every_model(pairs, tmp_path):
