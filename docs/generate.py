@@ -1,5 +1,6 @@
 """Write the pages and parts of pages that are made from the code: python -m docs.generate [--check]."""
 
+import ast
 import json
 import pathlib
 import re
@@ -31,10 +32,25 @@ def config_page() -> str:
 
 
 def extend_page() -> str:
-    """Return docs/extend.md with the code of each file that a line `<!-- file: PATH -->` names."""
-    pattern = re.compile(r"(<!-- file: (\S+) -->\n).*?(<!-- /file -->)", re.DOTALL)
+    """Return docs/extend.md with its code, and with the lines of each file in the first table.
+
+    A line `<!-- file: PATH -->` stands before all code of a file, `<!-- file: PATH CLASS -->` before one class of it.
+    """
+    block = re.compile(r"(<!-- file: (\S+)(?: (\w+))? -->\n).*?(<!-- /file -->)", re.DOTALL)
     page = (ROOT / "docs" / "extend.md").read_text()
-    return pattern.sub(lambda m: f"{m[1]}\n```python\n{(ROOT / m[2]).read_text()}```\n\n{m[3]}", page)
+    lengths = {path.name: len(path.read_text().splitlines()) for path in (ROOT / m[2] for m in block.finditer(page))}
+    page = block.sub(lambda m: f"{m[1]}\n```python\n{code(ROOT / m[2], m[3])}```\n\n{m[4]}", page)
+    return re.sub(r"(?m)^(\|.*\[`(\w+\.py)`\].*\| )\d+ \|$", lambda m: f"{m[1]}{lengths[m[2]]} |", page)
+
+
+def code(path: pathlib.Path, name: str | None) -> str:
+    """Return the text of a file, or only of its class `name`."""
+    text = path.read_text()
+    if name is None:
+        return text
+    (found,) = (node for node in ast.parse(text).body if isinstance(node, ast.ClassDef) and node.name == name)
+    first = min([found.lineno, *(decorator.lineno for decorator in found.decorator_list)])
+    return "".join(text.splitlines(keepends=True)[first - 1 : found.end_lineno])
 
 
 def step_chart() -> str:
