@@ -1,6 +1,5 @@
 """Write the pages and parts of pages that are made from the code: python -m docs.generate [--check]."""
 
-import ast
 import json
 import pathlib
 import re
@@ -13,6 +12,11 @@ from xclip_jax.core.errors import Parser, UserError, exit_with_message
 ROOT = pathlib.Path(__file__).parents[1]
 MADE = "Made by `python -m docs.generate`; a test verifies that it is current."
 CHARTED = "pretrain:objective=clip,preset=B/16,batch=4096 v5e:4x8 data.length_groups=full mesh.strategy=zero1"
+EXAMPLES = (
+    "tests/extension/cyclip.py",
+    "examples/superclip.py",
+    *(f"tests/extension/{name}.py" for name in ("euclidean", "greys", "json_lines", "conv_mixer", "status_file")),
+)
 COLORS = {"image": "#0072b2", "text": "#e69f00", "neither": "#999999"}
 
 
@@ -32,25 +36,22 @@ def config_page() -> str:
 
 
 def extend_page() -> str:
-    """Return docs/extend.md with its code, and with the lines of each file in the first table.
-
-    A line `<!-- file: PATH -->` stands before all code of a file, `<!-- file: PATH CLASS -->` before one class of it.
-    """
-    block = re.compile(r"(<!-- file: (\S+)(?: (\w+))? -->\n).*?(<!-- /file -->)", re.DOTALL)
+    """Return docs/extend.md with the code after each line `<!-- file: PATH -->`, and the lines of the examples."""
     page = (ROOT / "docs" / "extend.md").read_text()
-    lengths = {path.name: len(path.read_text().splitlines()) for path in (ROOT / m[2] for m in block.finditer(page))}
-    page = block.sub(lambda m: f"{m[1]}\n```python\n{code(ROOT / m[2], m[3])}```\n\n{m[4]}", page)
-    return re.sub(r"(?m)^(\|.*\[`(\w+\.py)`\].*\| )\d+ \|$", lambda m: f"{m[1]}{lengths[m[2]]} |", page)
+    block = re.compile(r"(<!-- file: (\S+) -->\n).*?(<!-- /file -->)", re.DOTALL)
+    page = block.sub(lambda m: f"{m[1]}\n```python\n{(ROOT / m[2]).read_text()}```\n\n{m[3]}", page)
+    for path in EXAMPLES:
+        lines = len((ROOT / path).read_text().splitlines())
+        page = re.sub(rf"(\[`{pathlib.Path(path).name}`\]\(\S+\), )\d+", rf"\g<1>{lines}", page)
+    return page
 
 
-def code(path: pathlib.Path, name: str | None) -> str:
-    """Return the text of a file, or only of its class `name`."""
-    text = path.read_text()
-    if name is None:
-        return text
-    (found,) = (node for node in ast.parse(text).body if isinstance(node, ast.ClassDef) and node.name == name)
-    first = min([found.lineno, *(decorator.lineno for decorator in found.decorator_list)])
-    return "".join(text.splitlines(keepends=True)[first - 1 : found.end_lineno])
+def examples_page() -> str:
+    """Return the files that docs/extend.md explains."""
+    lines = ["# Extensions: the whole files", "", f"[How to add them](extend.md) explains each. {MADE}"]
+    for path in EXAMPLES:
+        lines += ["", f"## {pathlib.Path(path).name}", "", f"`{path}`", "", f"```python\n{(ROOT / path).read_text()}```"]
+    return "\n".join(lines) + "\n"
 
 
 def step_chart() -> str:
@@ -83,6 +84,7 @@ def step_chart() -> str:
 
 PAGES = {
     "docs/config.md": config_page,
+    "docs/examples.md": examples_page,
     "docs/extend.md": extend_page,
     "docs/performance/step.svg": step_chart,
 }
