@@ -50,7 +50,8 @@ def examples_page() -> str:
     """Return the files that docs/extend.md explains."""
     lines = ["# Extensions: the whole files", "", f"[How to add them](extend.md) explains each. {MADE}"]
     for path in EXAMPLES:
-        lines += ["", f"## {pathlib.Path(path).name}", "", f"`{path}`", "", f"```python\n{(ROOT / path).read_text()}```"]
+        lines += ["", f"## {pathlib.Path(path).name}", "", f"`{path}`", ""]
+        lines += [f"```python\n{(ROOT / path).read_text()}```"]
     return "\n".join(lines) + "\n"
 
 

@@ -14,6 +14,8 @@ import numpy as np
 from xclip_jax.core import storage
 from xclip_jax.core.errors import BadSample, UserError
 
+__all__ = ["IMAGE_SUFFIXES", "MAX_BYTES", "Record", "Source", "SourceKind", "SourceOptions", "json_strings"]
+
 Record = dict[str, Any]
 
 # Those of torchvision's ImageFolder, and JPE, JFIF, GIF, AVIF and JP2.

@@ -13,6 +13,8 @@ from xclip_jax.core import storage
 from xclip_jax.core.errors import UserError, first_line
 from xclip_jax.data.base import IMAGE_SUFFIXES, MAX_BYTES, LazySequence, Record, Source, display_name, read_csv
 
+__all__ = ["Labelled"]
+
 
 def file_size(path: str | os.PathLike) -> int:
     """Return the size of a file in bytes, -1 if it does not exist."""

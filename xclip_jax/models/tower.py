@@ -15,6 +15,8 @@ from jax.typing import DTypeLike
 
 from xclip_jax.core.errors import UserError
 
+__all__ = ["ImageTower", "TextTower", "Tower"]
+
 Array = jax.Array
 Params = Mapping[str, Any]
 

@@ -18,6 +18,8 @@ from xclip_jax.models.transformer import TextTowerConfig
 from xclip_jax.models.vit import ImageTowerConfig
 from xclip_jax.parallel.sharding import constrain
 
+__all__ = ["PRESETS", "ModelConfig", "TwoTowers", "preset"]
+
 Array = jax.Array
 Variables = Mapping[str, Any]  # arrays by collection ("params", "batch_stats"), the input of `TwoTowers.apply`
 

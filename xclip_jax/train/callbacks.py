@@ -25,6 +25,8 @@ from xclip_jax.evaluators.results import Result
 from xclip_jax.models.two_towers import Variables
 from xclip_jax.train.prepare import Run
 
+__all__ = ["Callback", "Tracker"]
+
 _PROJECT = "xclip_jax"  # in wandb and Trackio, unless WANDB_PROJECT or TRACKIO_PROJECT names another
 
 

@@ -14,6 +14,8 @@ from xclip_jax.models import lora
 from xclip_jax.models.two_towers import TwoTowers
 from xclip_jax.parallel import sharding
 
+__all__ = ["TrainState"]
+
 
 @flax.struct.dataclass
 class TrainState:
