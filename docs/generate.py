@@ -4,6 +4,7 @@ import json
 import pathlib
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from xclip_jax.config import schema
 from xclip_jax.core import fields
@@ -83,7 +84,23 @@ def step_chart() -> str:
     return "\n".join([*lines, "</svg>"]) + "\n"
 
 
+def own_loop_notebook() -> str:
+    """Return a notebook with the text and the code of docs/own_loop.md."""
+    page = re.sub(r"\]\((\w[\w/]*\.md)", r"](../\1", (ROOT / "docs" / "own_loop.md").read_text())
+    cells: list[dict[str, Any]] = []
+    for i, part in enumerate(re.split(r"```python\n(.*?)```\n", page, flags=re.DOTALL)):
+        if part.strip():
+            cell = {"cell_type": ("markdown", "code")[i % 2], "id": f"own-loop-{i}", "metadata": {}}
+            cells.append(cell | {"source": part.strip().splitlines(True)})
+            if i % 2:
+                cells[-1] |= {"execution_count": None, "outputs": []}
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    notebook = {"cells": cells, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}
+    return json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
+
+
 PAGES = {
+    "docs/notebooks/own_loop.ipynb": own_loop_notebook,
     "docs/config.md": config_page,
     "docs/examples.md": examples_page,
     "docs/extend.md": extend_page,

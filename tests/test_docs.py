@@ -20,7 +20,7 @@ def names(paths):
     return [path.relative_to(ROOT).as_posix() for path in paths]
 
 
-@pytest.mark.parametrize("name", [*names(PAGES), "README.md", "examples/quickstart.ipynb"])
+@pytest.mark.parametrize("name", [*names(PAGES), "README.md", "docs/notebooks/quickstart.ipynb"])
 def test_recipes_of_the_package_go_by_name(name):
     text = (ROOT / name).read_text()
     assert not re.findall(r"--config[\s=]configs/\S+", text)

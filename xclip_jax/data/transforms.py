@@ -194,7 +194,7 @@ def sample_mix(key: jax.Array, b: int, size: int, mixup: float, cutmix: float) -
     centre = jnp.stack([jax.random.randint(k, (), 0, size) for k in (key_y, key_x)])
     low = jnp.clip(centre - half, 0, size)
     high = jnp.clip(centre + half, 0, size)
-    box = jnp.stack([low[0], high[0], low[1], high[1]]) * cut
+    box = jnp.stack([low[0], high[0], low[1], high[1]]) * cut.astype(jnp.int32)
     area = (high - low).prod() / size**2
     sampled = {"share": jnp.where(cut, 1 - area, mixed), "weight": jnp.where(cut, 1.0, mixed), "box": box}
     return {name: jnp.broadcast_to(x, (b, *x.shape)) for name, x in sampled.items()}
