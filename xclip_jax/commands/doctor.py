@@ -8,7 +8,6 @@ written to the run's folder. xclip-jax train --help lists the keys of a config.
 """
 
 import contextlib
-import dataclasses
 import functools
 import re
 import sys
@@ -27,7 +26,6 @@ from xclip_jax.config.schema import Config, resolve
 from xclip_jax.core.console import format_bytes, format_duration, show
 from xclip_jax.core.errors import Parser, UserError, describe, exit_with_message
 from xclip_jax.core.imports import add_trust, trusting
-from xclip_jax.core.storage import strict_json
 from xclip_jax.data import inspect, loader, records
 from xclip_jax.data.base import Source
 from xclip_jax.data.inspect import LoaderSample
@@ -46,17 +44,13 @@ _TIMED_STEPS = 2
 _MANY_TWINS = 0.05  # fraction of a batch's pairs that share a caption: false negatives
 
 
-def check_config(
-    config: ml_collections.ConfigDict | Mapping[str, Any] | Config, step: str = "auto"
-) -> Iterator[Finding]:
+def check_config(config: ml_collections.ConfigDict | Mapping[str, Any] | Config) -> Iterator[Finding]:
     """Yield the findings about a run of `config` on this machine; nothing is written to the run's folder.
 
-    Args:
-      config: the config of the run.
-      step: whether to compile and time the train step: "always", "never", or "auto", unless a CPU takes minutes for it.
+    The train step is compiled and timed unless a CPU takes minutes for it, see `CHEAP_FLOPS`.
     """
     faults: set[str] = set()
-    for finding in _all_findings(config, step):
+    for finding in _all_findings(config):
         # The first failed check reports a fault, later ones do not repeat it.
         if not any(fault in finding.text for fault in faults):
             yield finding
@@ -64,10 +58,10 @@ def check_config(
             faults.add(finding.text.rstrip("."))
 
 
-def _all_findings(config: ml_collections.ConfigDict | Mapping[str, Any] | Config, step: str) -> Iterator[Finding]:
+def _all_findings(config: ml_collections.ConfigDict | Mapping[str, Any] | Config) -> Iterator[Finding]:
     devices = checks.check_devices()
     yield devices
-    if not devices.values:  # JAX has none, so nothing can be built
+    if devices.mark == FAIL:  # JAX has none, so nothing can be built
         return
     check = "config"
     try:
@@ -77,8 +71,7 @@ def _all_findings(config: ml_collections.ConfigDict | Mapping[str, Any] | Config
         yield from attempt("log", lambda: callbacks.check_names(resolved) or ())
         check = "model"
         experiment = prepare.open_experiment(resolved, folder)
-        model = list(checks.check_model(experiment))
-        yield from model
+        yield from checks.check_model(experiment)
         yield from attempt("disk", lambda: checks.check_disk(experiment, folder))
         check = "data"
         samples, fingerprints = prepare.open_data(experiment, folder)
@@ -89,9 +82,8 @@ def _all_findings(config: ml_collections.ConfigDict | Mapping[str, Any] | Config
         return
     yield from checks.check_data(experiment, samples)
     yield from check_evaluation(experiment, folder, prepare.class_names(experiment, fingerprints))
-    operations = model[0].values.get("flops_per_step")
-    cheap = jax.devices()[0].platform != "cpu" or (operations or np.inf) <= CHEAP_FLOPS
-    compiles = step == "always" or (step == "auto" and cheap)
+    operations = cost.step_flops(experiment.config, rows=experiment.text_rows[0])
+    compiles = jax.devices()[0].platform != "cpu" or (operations or np.inf) <= CHEAP_FLOPS
     if compiles:
         experiment = prepare.with_length_groups(experiment, folder, samples)
     compiled = functools.cache(lambda: cost.compile_if_fits(experiment))
@@ -100,9 +92,8 @@ def _all_findings(config: ml_collections.ConfigDict | Mapping[str, Any] | Config
     yield from check_heads(resolved)
     seconds = None
     if compiles and not any(finding.mark == FAIL for finding in memory):
-        timed = time_step(experiment, compiled()[0], folder.latest_step() or 0, operations)
-        yield timed
-        seconds = timed.values["step_seconds"]
+        seconds = time_step(experiment, compiled()[0])
+        yield _step(experiment, compiled()[0], seconds, folder.latest_step() or 0, operations)
     yield from check_samples(experiment, samples, seconds)
 
 
@@ -121,8 +112,8 @@ def check_evaluation(experiment: Experiment, folder: RunWriter, classes: Sequenc
     yield from attempt("weights", check_weights)
 
 
-def time_step(experiment: Experiment, compiled: Any, start: int, operations: float | None = None) -> Finding:
-    """Return the times of the `compiled` step and of all steps from `start`; `operations` are its FLOPs, if known."""
+def time_step(experiment: Experiment, compiled: Any) -> float:
+    """Return the seconds of a `compiled` step."""
     state = create(experiment.init, experiment.abstract)
     batch = zeros(experiment)
     ends = []
@@ -130,17 +121,20 @@ def time_step(experiment: Experiment, compiled: Any, start: int, operations: flo
         state, metrics = compiled(state, batch)
         jax.block_until_ready(metrics)
         ends.append(time.perf_counter())
-    seconds = (ends[-1] - ends[0]) / _TIMED_STEPS
+    return (ends[-1] - ends[0]) / _TIMED_STEPS
+
+
+def _step(experiment: Experiment, compiled: Any, seconds: float, start: int, operations: float | None) -> Finding:
+    """Return time and memory of a step, and the time of all steps from `start`; `operations` are FLOPs, if known."""
     usage = cost.memory_usage(experiment, compiled)
-    b = experiment.config.data.batch
     left = experiment.config.steps - start
     speed = f", {operations / seconds / 1e12:,.3g} TFLOP/s" if operations else ""
     text = (
-        f"{seconds:.3g} s, {b / seconds:,.0f} samples/s{speed}, {format_bytes(usage['peak'])} of memory; {left:,} "
-        f"steps take {format_duration(left * seconds)} without reading and evaluating"
+        f"{seconds:.3g} s, {experiment.config.data.batch / seconds:,.0f} samples/s{speed}, "
+        f"{format_bytes(usage['peak'])} of memory; {left:,} steps take {format_duration(left * seconds)} without "
+        "reading and evaluating"
     )
-    values = {"step_seconds": seconds, "samples_per_second": b / seconds, "run_seconds": left * seconds}
-    return Finding("step", text, values=values | {f"{name}_bytes": size for name, size in usage.items()})
+    return Finding("step", text)
 
 
 def zeros(experiment: Experiment) -> dict[str, jax.Array]:
@@ -172,14 +166,13 @@ def _bad_samples(sample: LoaderSample, experiment: Experiment) -> Finding:
     allowed = experiment.config.data.max_bad_fraction
     share = bad / (sample.read + bad)
     text = f"{share:.2%} bad, of {sample.read + bad:,} that were read; the limit is {allowed:.2%}"
-    values = {"read": sample.read + bad, "bad": bad, "bad_share": share, "allowed_share": allowed}
     if sample.example:
         reasons = ", ".join(f"{reason}: {count:,}" for reason, count in sample.bad.items())
         text += f" ({reasons}; the first is {sample.example.strip()})"
     remedy = "list them with xclip-jax check SOURCE and repair the data, or raise data.max_bad_fraction"
     if share > allowed:
-        return fail("samples", f"{text}; the run stops", remedy, **values)
-    return Finding("samples", text, values=values)
+        return fail("samples", f"{text}; the run stops", remedy)
+    return Finding("samples", text)
 
 
 def _texts(text: np.ndarray, experiment: Experiment) -> Finding:
@@ -189,10 +182,9 @@ def _texts(text: np.ndarray, experiment: Experiment) -> Finding:
     rows = text[: experiment.config.data.batch]
     twins = records.repeated_share(rows)
     full = float(np.mean(experiment.tokenizer.lengths(text) == text.shape[1]))
-    values = {"full_share": full, "duplicate_share": twins}
     if len(text) > 1 and (text == text[0]).all():
         fault = f"all {len(text):,} texts that were read are equal in their {length} tokens: there is nothing to learn"
-        return fail("texts", fault, "give each image a caption of its own", **values)
+        return fail("texts", fault, "give each image a caption of its own")
     described = f"{full:.0%} of the texts fill all {length} tokens"
     equal = f"{twins:.0%} of {len(rows)} pairs have the text of another one"
     terms = [x for name, x in objective.terms.items() if isinstance(x, Contrastive) and objective.weights[name]]
@@ -200,24 +192,22 @@ def _texts(text: np.ndarray, experiment: Experiment) -> Finding:
     if terms and twins > _MANY_TWINS and matched == experiment.config.data.spread_duplicate_captions:
         fault = "which data.spread_duplicate_captions keeps apart" if matched else "which makes them false negatives"
         remedy = f"set data.spread_duplicate_captions={not matched}"
-        return warning("texts", f"{described}; {equal}, {fault}", remedy, **values)
-    return Finding("texts", f"{described}; {equal}", values=values)
+        return warning("texts", f"{described}; {equal}, {fault}", remedy)
+    return Finding("texts", f"{described}; {equal}")
 
 
 def _speed(sample: LoaderSample, experiment: Experiment, step_seconds: float | None) -> Finding:
     data = experiment.config.data
     text = f"{sample.speed:,.0f} samples/s with data.threads={data.threads} on {records.cores()} cores"
-    values = {"reading_samples_per_second": sample.speed}
     if not step_seconds:
-        return Finding("reading", f"{text}; whether that is enough is unknown without a step", values=values)
+        return Finding("reading", f"{text}; whether that is enough is unknown without a step")
     needed = data.batch / batch_part(experiment.mesh)[1] / step_seconds
     share = max(1 - sample.speed / needed, 0.0)
-    values |= {"needed_samples_per_second": needed, "wait_share": share}
     text += f"; the steps need {needed:,.0f}"
     if share <= INPUT_BOUND or data.cache:  # later epochs come from the cache
-        return Finding("reading", text, values=values)
+        return Finding("reading", text)
     remedy = "raise data.threads, store smaller images, or read from a faster disk"
-    return warning("reading", f"{text}: the devices would wait {share:.0%} of the time", remedy, **values)
+    return warning("reading", f"{text}: the devices would wait {share:.0%} of the time", remedy)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -229,9 +219,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not before:
         parser.add_argument("run", metavar="RUN", help="a run's folder; or --config RECIPE for a new run")
     add_trust(parser)
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    doc = "compile and time the train step; auto: unless that takes minutes on a CPU"
-    parser.add_argument("--step", choices=("auto", "always", "never"), default="auto", help=doc)
     options, rest = parser.parse_known_args(words) if before else (parser.parse_args(words), [])
 
     def check() -> Iterator[Finding]:
@@ -239,22 +226,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             yield from check_run(options.run)
         else:
             load.parse([sys.argv[0], *rest])
-            yield from check_config(flags.FLAGS.config, options.step)
+            yield from check_config(flags.FLAGS.config)
 
     out = sys.stdout
-    findings = []
+    marks = []
     with exit_with_message(), trusting(options.trust):
         with contextlib.redirect_stdout(sys.stderr):  # checks print their own lines
             for finding in check():
-                findings.append(finding)
-                if not options.json:
-                    show(finding.line(), out)
-        marks = [finding.mark for finding in findings]
-        if options.json:
-            rows = [dataclasses.asdict(finding) for finding in findings]
-            print(strict_json({"ok": FAIL not in marks, "findings": rows}, indent=2))
-        else:
-            print(f"{len(marks)} checks: {marks.count(FAIL)} FAIL, {marks.count(WARNING)} warnings")
+                marks.append(finding.mark)
+                show(finding.line(), out)
+        print(f"{len(marks)} checks: {marks.count(FAIL)} FAIL, {marks.count(WARNING)} warnings")
     return 1 if FAIL in marks else 0
 
 

@@ -86,7 +86,7 @@ def evaluate(
     opened = registry.open_all(names, encoder, data_dir, profile_used, experiment.config.data)
     command = {"config": schema.to_dict(config), "environment": environment.capture()}
     command["suite"] = suite if isinstance(suite, str) else list(suite)
-    shared = {"checkpoint": str(run), "step": loaded_step, "profile": profile, "changes": changes}
+    shared = {"checkpoint": place.name, "step": loaded_step, "profile": profile, "changes": changes}
     model: dict[str, Any] = {"tokenizer": config.data.tokenizer, "text_length": experiment.context_length}
     model |= {"eval": results.settings(config.eval), "fingerprint": weights.fingerprint(experiment, variables)}
     model |= ({"commit": place.commit} if place.commit else {}) | shared
@@ -109,7 +109,7 @@ def evaluate(
             results.add(path, redact(entry), results.items(of_set), command, own=not output)
         entries.append(entry)
         measured += of_set
-    log0(f"{run}, step {loaded_step}, profile {profile}\n{tables.render(measured)}\nresults: {path}")
+    log0(f"{place.name}, step {loaded_step}, profile {profile}\n{tables.render(measured)}\nresults: {path}")
     if failed:
         reasons = "".join(f"\n  {name}: {reason}" for name, reason in failed.items())
         raise UserError(f"{len(failed)} of {len(names)} evaluation sets failed; {path} has the others.{reasons}")
@@ -119,7 +119,9 @@ def evaluate(
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="xclip-jax evaluate", description=__doc__, epilog=registry.listing())
     add = parser.add_argument
-    add("--checkpoint", metavar="RUN", help="folder of a run, or weights")
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--checkpoint", metavar="RUN", help="folder of a run, or weights")
+    model.add_argument("--compare", nargs=2, metavar=("A", "B"), help="runs' folders, weights, or results files")
     add("--suite", action="append", help="demo (the default), paper, or names from the list below, joined by commas")
     add("--profile", help=f"{', '.join(registry.PROFILES)}; openai by default")
     add("--prefix", help="text before captions in retrieval; by default the profile's, for published sets only")
@@ -130,16 +132,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--step", type=int, help="step of a run's checkpoint; the newest by default")
     add("--data-dir", default="", help="root of the data sets")
     add("--output", default="", type=os.path.expanduser, help="results file")
-    add("--compare", nargs=2, metavar=("A", "B"), help="runs' folders, weights, or results files")
     add_trust(parser)
-    flags = parser.parse_args(argv)
-    if bool(flags.checkpoint) == bool(flags.compare):
-        parser.error("give either --checkpoint RUN or --compare A B")
-    for name in ("suite", "data_dir", *PROFILE_FIELDS) if flags.compare else ():
-        if getattr(flags, name) not in (None, ""):
-            option = {"templates": "template", "names": "class-names", "data_dir": "data-dir"}.get(name, name)
-            parser.error(f"--{option} has no effect with --compare, which reads results; evaluate both with it first")
-    return flags
+    return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

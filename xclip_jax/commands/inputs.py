@@ -1,6 +1,5 @@
 """Inputs of embed and serve: images with optional captions, and lines of text."""
 
-import functools
 import glob
 import hashlib
 import os
@@ -11,8 +10,6 @@ from xclip_jax.core import storage
 from xclip_jax.core.errors import BadSample, UserError, redact
 from xclip_jax.data import labelled, sources
 from xclip_jax.data.base import IMAGE_SUFFIXES, Source, SourceOptions, decode_text
-from xclip_jax.data.readers.folder import FolderSource
-from xclip_jax.data.readers.tar import TarSource
 from xclip_jax.evaluators.sets.custom import query_columns
 
 IMAGES = "a folder; files: globs, ranges {00..12}, lists; tars; or a source: csv:, parquet:, hf:, ..."  # for --help
@@ -29,9 +26,6 @@ class Images:
     def __init__(self, source: Source, spec: str) -> None:
         self.source = source
         self._spec = spec
-        self._stamp = functools.lru_cache(_stamp)  # a tar may contain thousands of images
-        # Hash of names and sizes of images and captions, but not of times, which change in copies.
-        self.digest = functools.cache(lambda: str(source.fingerprint()["hash"]))
 
     def __len__(self) -> int:
         return len(self.source)
@@ -48,24 +42,9 @@ class Images:
         record = self.source[index]
         return record["image"], next(iter(record["text"]), "")
 
-    def caption(self, index: int, known: str) -> str:
-        """Return the current caption of an image file; `known` for other sources, whose `stamp` covers captions."""
-        return next(iter(self.source.captions(index)), "") if isinstance(self.source, FolderSource) else known
-
-    def stamp(self, index: int) -> str:
-        """Return size and time of an image's local file, or its table's digest, to notice changes."""
-        if not isinstance(self.source, FolderSource | TarSource):
-            return self.digest()
-        place = self.source.describe(index)
-        return self._stamp(place.get("tar") or place["file"])
-
-
-def _stamp(path: str) -> str:
-    """Return size and time of a local file; "" for missing files, and in buckets, to avoid requests."""
-    try:
-        return "" if storage.is_remote(path) else "{} {}".format(*storage.stat(path))
-    except OSError:
-        return ""
+    def digest(self) -> str:
+        """Return a hash of names and sizes of images and captions, but not of times, which change in copies."""
+        return str(self.source.fingerprint()["hash"])
 
 
 class Lines:

@@ -42,7 +42,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--sets", default="", help="evaluation sets to show, separated by commas; by default the run's")
     parser.add_argument("--step", type=int, help="step of the checkpoint; the newest by default")
     parser.add_argument("--data-dir", default="", help="root of the data sets")
-    parser.add_argument("--seed", type=int, default=0, help="draws the examples")
     parser.add_argument("--output", type=os.path.expanduser, default="", help="the page, by default RUN/report.html")
     add_trust(parser)
     flags = parser.parse_args(argv)
@@ -102,10 +101,10 @@ def _predict(
     except UserError as error:
         if flags.step is not None:
             raise
-        return Examples(flags.seed, missing=[str(error)]), None, None
-    options = {**first, "data_dir": flags.data_dir, "seed": flags.seed}
+        return Examples(missing=[str(error)]), None, None
     with named_by(RunReader(flags.runs[0]).config_file):  # sets and sources; those in --sets were imported before
-        examples = page.predict(experiment, make_encoder(experiment), variables, specs, **options)
+        encoder = make_encoder(experiment)
+        examples = page.predict(experiment, encoder, variables, specs, data_dir=flags.data_dir, **first)
     return examples, experiment.num_parameters, step
 
 

@@ -4,13 +4,11 @@ import contextlib
 import dataclasses
 import hashlib
 import tempfile
-import textwrap
 import time
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from etils import epath
-from PIL import Image, ImageDraw, ImageFont
 
 from xclip_jax.core.errors import BadSample
 from xclip_jax.data import images, loader, records, transforms
@@ -20,7 +18,6 @@ from xclip_jax.data.ledger import BadSampleLog
 FEWEST = 8  # pairs required by the recipe small
 _BATCH = 32  # rows of the batches of `read_batches`: few, so that every thread soon finishes one
 _PATIENCE = 10  # `read_batches` ends after this multiple of its seconds, even with fewer samples
-_TILE, _COLUMNS, _ROWS, _LINES = 200, 6, 4, 4
 
 
 @dataclasses.dataclass
@@ -113,28 +110,3 @@ def read_batches(
     speed = (count - first) * rows / elapsed
     text = np.concatenate(texts) if texts else None
     return LoaderSample(count * rows, speed, ledger.counters["bad"], lines[0] if lines else "", text)
-
-
-def write_sheet(samples: Sequence[Sample], source: Source, path: str) -> int:
-    """Write a PNG of the first good pairs, if any, and return their number."""
-    chosen = []
-    for sample in (sample for sample in samples if not sample.reason):
-        with contextlib.suppress(BadSample):
-            picture = transforms.evaluation_image(images.decode(source[sample.index]["image"]), _TILE - 4)
-            chosen.append((sample, Image.fromarray(picture)))
-        if len(chosen) == _COLUMNS * _ROWS:
-            break
-    if not chosen:
-        return 0
-    line = 13
-    height = _TILE + _LINES * line + 8
-    page = Image.new("RGB", (_COLUMNS * _TILE, -(-len(chosen) // _COLUMNS) * height), "white")
-    pen = ImageDraw.Draw(page)
-    font = ImageFont.load_default(10)
-    for i, (sample, picture) in enumerate(chosen):
-        x, y = i % _COLUMNS * _TILE, i // _COLUMNS * height
-        page.paste(picture, (x + 2, y + 2))
-        for j, text in enumerate(textwrap.wrap(sample.captions[0], 30)[:_LINES]):
-            pen.text((x + 4, y + _TILE + j * line), text, fill="black", font=font)
-    page.save(path, format="PNG")
-    return len(chosen)
