@@ -71,10 +71,8 @@ def report(source: Source, options: argparse.Namespace) -> Iterator[str]:
         yield from _statistics(good, options)
         rate = count / seconds
         yield f"speed: {rate:,.0f} images/s to {_SIZE} px on {threads} cores, an epoch in {n / rate / 3600:,.1f} h"
-    reasons = collections.Counter(s.reason for s in bad)
-    for reason, number in sorted(reasons.items()):
+    for reason, number in sorted(collections.Counter(s.reason for s in bad).items()):
         yield f"bad, {reason}: {number:,} of {count:,} that were read"
-    for reason in sorted(reasons):
         for sample in [s for s in bad if s.reason == reason][:_EXAMPLES]:
             entry = source.describe(sample.index) | {"reason": reason, "detail": sample.detail}
             yield f"    {json.dumps(entry, ensure_ascii=False)}"
@@ -97,10 +95,7 @@ def _statistics(good: Sequence[Sample], options: argparse.Namespace) -> Iterator
     full = np.mean(lengths >= _LENGTH)
     yield f"width, 5/50/95 %: {_percentiles([s.size[0] for s in good])}"
     yield f"height, 5/50/95 %: {_percentiles([s.size[1] for s in good])}"
-    yield f"image files, 5/50/95 %: {_percentiles([s.file_bytes for s in good])} bytes"
-    yield f"captions, 5/50/95 %: {_percentiles([*map(len, captions)])} characters"
     yield f"tokens, 5/50/95 %: {_percentiles(lengths)}, {full:.1%} of the captions fill all {_LENGTH}"
-    yield f"captions of one image: {np.mean([len(s.captions) for s in good]):.2f}"
     images = _duplicates([s.digest for s in good])
     remedy = f"{_NEGATIVES}, objective.clip.positives=image makes captions of one image positives"
     yield f"repeated images: {images:,}" + (remedy if images else "")

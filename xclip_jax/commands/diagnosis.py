@@ -5,14 +5,12 @@ import statistics
 import time
 from collections.abc import Iterator
 
-from xclip_jax.config.schema import Config
 from xclip_jax.core.console import format_duration
 from xclip_jax.core.run_folder import RunReader
 from xclip_jax.core.storage import is_remote
-from xclip_jax.models.two_towers import TOWERS
 from xclip_jax.report import collect
 from xclip_jax.report.collect import Record, Warnings, complete_rows
-from xclip_jax.train import checkpoint_files, cost
+from xclip_jax.train import checkpoint_files
 from xclip_jax.train.checks import Finding, fail, warning
 from xclip_jax.train.log import INPUT_BOUND
 from xclip_jax.train.recovery import MOST_SKIPPED
@@ -36,22 +34,6 @@ def check_run(path: str, now: float | None = None) -> Iterator[Finding]:
     yield from _samples(run, folder)
     yield from _skipped(run, folder, diverged)
     yield from _results(run, folder)
-
-
-def check_heads(config: Config) -> Iterator[Finding]:
-    """Yield a warning if cluster heads have more parameters than the towers, and a large share of the FLOPs."""
-    names = cost.cluster_heads(config)
-    if not names:
-        return
-    counts = cost.num_parameters(config)
-    share = cost.heads_share(config)
-    heads = sum(counts[name] for name in names)
-    towers = sum(counts.get(name, 0) for name in TOWERS)
-    if heads > towers and (share is None or share > cost.HEADS_SHARE):
-        text = f"the cluster heads have {heads:,} parameters, and the towers {towers:,}"
-        text += f"; all heads take {share:.1%} of a step's FLOPs" if share else ""
-        remedy = "lower model.cluster_head.clusters and .hidden, or set model.cluster_head.layers=0 for linear heads"
-        yield warning("heads", text, remedy)
 
 
 def _progress(run: Record, folder: RunReader, step_seconds: float, diverged: bool, now: float) -> Finding:
@@ -158,13 +140,10 @@ def _diverged(run: Record, folder: RunReader) -> list[int]:
     """Return the skipped steps that stopped the run, or []."""
     row: list[int] = []
     for line in folder.read_skipped_steps():
-        if "rewound_to" in line:
-            row = []
-        else:
-            step = int(line["step"])
-            row = [*row, step] if row and step == row[-1] + 1 else [step]
-    stops = len(row) > MOST_SKIPPED or len(row) == run.config.steps
-    return row if row and stops and row[-1] > run.steps else []
+        row = [] if "rewound_to" in line else [*row, int(line["step"])]
+    row = row[-MOST_SKIPPED - 1 :]
+    in_a_row = len(row) > MOST_SKIPPED and row[-1] - row[0] == MOST_SKIPPED
+    return row if in_a_row and row[-1] > run.steps else []
 
 
 def _skipped(run: Record, folder: RunReader, row: list[int]) -> Iterator[Finding]:

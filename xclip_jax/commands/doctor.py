@@ -20,28 +20,22 @@ import ml_collections
 import numpy as np
 from absl import flags, logging
 
-from xclip_jax.commands.diagnosis import check_heads, check_run
+from xclip_jax.commands.diagnosis import check_run
 from xclip_jax.config import load
 from xclip_jax.config.schema import Config, resolve
 from xclip_jax.core.console import format_bytes, format_duration, show
 from xclip_jax.core.errors import Parser, UserError, describe, exit_with_message
 from xclip_jax.core.imports import add_trust, trusting
-from xclip_jax.data import inspect, loader, records
-from xclip_jax.data.base import Source
-from xclip_jax.data.inspect import LoaderSample
-from xclip_jax.objectives.clip import Contrastive
+from xclip_jax.data import loader
 from xclip_jax.parallel.mesh import batch_part
 from xclip_jax.train import callbacks, checks, cost, prepare
 from xclip_jax.train.build import Experiment, make_encoder
-from xclip_jax.train.checks import FAIL, WARNING, Finding, attempt, fail, warning
-from xclip_jax.train.log import INPUT_BOUND
+from xclip_jax.train.checks import FAIL, WARNING, Finding, attempt, fail
 from xclip_jax.train.run_writer import RunWriter
 from xclip_jax.train.state import create
 
 CHEAP_FLOPS = 2e12  # of a step; a CPU takes minutes for more
-SAMPLES, SECONDS = 512, 3.0  # to read at least
 _TIMED_STEPS = 2
-_MANY_TWINS = 0.05  # fraction of a batch's pairs that share a caption: false negatives
 
 
 def check_config(config: ml_collections.ConfigDict | Mapping[str, Any] | Config) -> Iterator[Finding]:
@@ -49,16 +43,6 @@ def check_config(config: ml_collections.ConfigDict | Mapping[str, Any] | Config)
 
     The train step is compiled and timed unless a CPU takes minutes for it, see `CHEAP_FLOPS`.
     """
-    faults: set[str] = set()
-    for finding in _all_findings(config):
-        # The first failed check reports a fault, later ones do not repeat it.
-        if not any(fault in finding.text for fault in faults):
-            yield finding
-        if finding.mark == FAIL:
-            faults.add(finding.text.rstrip("."))
-
-
-def _all_findings(config: ml_collections.ConfigDict | Mapping[str, Any] | Config) -> Iterator[Finding]:
     devices = checks.check_devices()
     yield devices
     if devices.mark == FAIL:  # JAX has none, so nothing can be built
@@ -77,8 +61,6 @@ def _all_findings(config: ml_collections.ConfigDict | Mapping[str, Any] | Config
         samples, fingerprints = prepare.open_data(experiment, folder)
     except (UserError, OSError) as error:
         yield fail(check, describe(error))
-        if check == "data" and not experiment.objective.labelled:
-            yield from check_evaluation(experiment, folder, None)
         return
     yield from checks.check_data(experiment, samples)
     yield from check_evaluation(experiment, folder, prepare.class_names(experiment, fingerprints))
@@ -89,12 +71,8 @@ def _all_findings(config: ml_collections.ConfigDict | Mapping[str, Any] | Config
     compiled = functools.cache(lambda: cost.compile_if_fits(experiment))
     memory = list(checks.check_memory(experiment, compiled if compiles else None))
     yield from memory
-    yield from check_heads(resolved)
-    seconds = None
     if compiles and not any(finding.mark == FAIL for finding in memory):
-        seconds = time_step(experiment, compiled()[0])
-        yield _step(experiment, compiled()[0], seconds, folder.latest_step() or 0, operations)
-    yield from check_samples(experiment, samples, seconds)
+        yield time_step(experiment, compiled()[0], folder.latest_step() or 0, operations)
 
 
 def check_evaluation(experiment: Experiment, folder: RunWriter, classes: Sequence[str] | None) -> Iterator[Finding]:
@@ -112,8 +90,8 @@ def check_evaluation(experiment: Experiment, folder: RunWriter, classes: Sequenc
     yield from attempt("weights", check_weights)
 
 
-def time_step(experiment: Experiment, compiled: Any) -> float:
-    """Return the seconds of a `compiled` step."""
+def time_step(experiment: Experiment, compiled: Any, start: int, operations: float | None) -> Finding:
+    """Return the times of the `compiled` step and of all steps from `start`; `operations` are its FLOPs, if known."""
     state = create(experiment.init, experiment.abstract)
     batch = zeros(experiment)
     ends = []
@@ -121,11 +99,7 @@ def time_step(experiment: Experiment, compiled: Any) -> float:
         state, metrics = compiled(state, batch)
         jax.block_until_ready(metrics)
         ends.append(time.perf_counter())
-    return (ends[-1] - ends[0]) / _TIMED_STEPS
-
-
-def _step(experiment: Experiment, compiled: Any, seconds: float, start: int, operations: float | None) -> Finding:
-    """Return time and memory of a step, and the time of all steps from `start`; `operations` are FLOPs, if known."""
+    seconds = (ends[-1] - ends[0]) / _TIMED_STEPS
     usage = cost.memory_usage(experiment, compiled)
     left = experiment.config.steps - start
     speed = f", {operations / seconds / 1e12:,.3g} TFLOP/s" if operations else ""
@@ -144,70 +118,6 @@ def zeros(experiment: Experiment) -> dict[str, jax.Array]:
     if "text" in batch:
         batch["text"][:] = experiment.tokenizer.eot_id
     return loader.to_global(batch, experiment.mesh)
-
-
-def check_samples(experiment: Experiment, samples: Sequence[Source], step_seconds: float | None) -> Iterator[Finding]:
-    """Read the first samples like the run; yield the fractions of bad samples and equal texts, and the speed."""
-    seed = experiment.config.seed
-    transform = experiment.transform()
-    try:
-        sample = inspect.read_batches(samples, transform, seed, samples=SAMPLES, seconds=SECONDS)
-    except (UserError, OSError) as error:
-        yield fail("samples", describe(error))
-        return
-    yield _bad_samples(sample, experiment)
-    if sample.text is not None:
-        yield _texts(sample.text, experiment)
-    yield _speed(sample, experiment, step_seconds)
-
-
-def _bad_samples(sample: LoaderSample, experiment: Experiment) -> Finding:
-    bad = sum(sample.bad.values())
-    allowed = experiment.config.data.max_bad_fraction
-    share = bad / (sample.read + bad)
-    text = f"{share:.2%} bad, of {sample.read + bad:,} that were read; the limit is {allowed:.2%}"
-    if sample.example:
-        reasons = ", ".join(f"{reason}: {count:,}" for reason, count in sample.bad.items())
-        text += f" ({reasons}; the first is {sample.example.strip()})"
-    remedy = "list them with xclip-jax check SOURCE and repair the data, or raise data.max_bad_fraction"
-    if share > allowed:
-        return fail("samples", f"{text}; the run stops", remedy)
-    return Finding("samples", text)
-
-
-def _texts(text: np.ndarray, experiment: Experiment) -> Finding:
-    """Return the lengths of texts, and the fraction of equal ones, which are false negatives of a contrastive loss."""
-    objective = experiment.objective
-    length = experiment.context_length
-    rows = text[: experiment.config.data.batch]
-    twins = records.repeated_share(rows)
-    full = float(np.mean(experiment.tokenizer.lengths(text) == text.shape[1]))
-    if len(text) > 1 and (text == text[0]).all():
-        fault = f"all {len(text):,} texts that were read are equal in their {length} tokens: there is nothing to learn"
-        return fail("texts", fault, "give each image a caption of its own")
-    described = f"{full:.0%} of the texts fill all {length} tokens"
-    equal = f"{twins:.0%} of {len(rows)} pairs have the text of another one"
-    terms = [x for name, x in objective.terms.items() if isinstance(x, Contrastive) and objective.weights[name]]
-    matched = any(term.positives == "caption" for term in terms)
-    if terms and twins > _MANY_TWINS and matched == experiment.config.data.spread_duplicate_captions:
-        fault = "which data.spread_duplicate_captions keeps apart" if matched else "which makes them false negatives"
-        remedy = f"set data.spread_duplicate_captions={not matched}"
-        return warning("texts", f"{described}; {equal}, {fault}", remedy)
-    return Finding("texts", f"{described}; {equal}")
-
-
-def _speed(sample: LoaderSample, experiment: Experiment, step_seconds: float | None) -> Finding:
-    data = experiment.config.data
-    text = f"{sample.speed:,.0f} samples/s with data.threads={data.threads} on {records.cores()} cores"
-    if not step_seconds:
-        return Finding("reading", f"{text}; whether that is enough is unknown without a step")
-    needed = data.batch / batch_part(experiment.mesh)[1] / step_seconds
-    share = max(1 - sample.speed / needed, 0.0)
-    text += f"; the steps need {needed:,.0f}"
-    if share <= INPUT_BOUND or data.cache:  # later epochs come from the cache
-        return Finding("reading", text)
-    remedy = "raise data.threads, store smaller images, or read from a faster disk"
-    return warning("reading", f"{text}: the devices would wait {share:.0%} of the time", remedy)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

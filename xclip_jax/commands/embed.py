@@ -45,7 +45,6 @@ from xclip_jax.evaluators.encoder import MAX_UNREADABLE
 from xclip_jax.parallel import compiler
 
 PART = 4096  # rows that an interruption may cost
-_PROGRESS_SECONDS = 5
 _REFUSED = ("file cannot be read", "tar cannot be read")  # faults of a disk or store, not of the content
 _FEW = 10  # number of items per part that a disk may always refuse
 
@@ -159,7 +158,7 @@ def _embed(
     first = complete * PART
     is_images = isinstance(source, Images)
     parts = embed_images(model, source, first, threads) if is_images else embed_texts(model, source, first)
-    progress = Progress(f"{modality}s", first, len(source))
+    began = time.perf_counter()
     for file, start, part in zip(files[complete:], starts[complete:], parts, strict=True):
         names = [source.name(start + row) for row in range(len(part.texts))]
         _check_refused(names, part.bad, start)
@@ -173,7 +172,10 @@ def _embed(
         columns |= {"id": [names[row] for row in kept], "text": [part.texts[row] for row in kept]}
         with storage.whole_file(file) as temporary:  # an existing part is complete
             embeddings.format_of(out).write(temporary, columns)
-        progress.after(start + len(names), len(lines))
+        done = start + len(names)
+        speed = (done - first) / (time.perf_counter() - began)
+        left = format_duration((len(source) - done) / speed)
+        log0(f"{modality}s {done:,}/{len(source):,}  {speed:,.0f}/s, {left} left, {len(lines):,} bad")
     return files
 
 
@@ -213,27 +215,6 @@ def _join(files: Sequence[pathlib.Path], out: pathlib.Path, about: dict[str, Any
         raise UserError(f"nothing could be embedded, first: {json.loads(bad[0])['reason']}; see {ledger}.")
     log0(f"{rows:,} embeddings: {out}")
     return about
-
-
-class Progress:
-    """Prints how many items are done, the speed and the remaining time, every few seconds."""
-
-    def __init__(self, unit: str, first: int, n: int) -> None:
-        self._unit = unit
-        self._first = first
-        self._n = n
-        self._bad = 0
-        self._began = self._printed = time.perf_counter()
-
-    def after(self, done: int, bad: int) -> None:
-        """Print the state after `done` items; `bad` items failed since the last call."""
-        self._bad += bad
-        now = time.perf_counter()
-        if now - self._printed > _PROGRESS_SECONDS or done == self._n:
-            self._printed = now
-            speed = (done - self._first) / (now - self._began)
-            left = format_duration((self._n - done) / speed)
-            log0(f"{self._unit} {done:,}/{self._n:,}  {speed:,.0f}/s, {left} left, {self._bad:,} bad")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

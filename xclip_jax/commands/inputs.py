@@ -1,17 +1,15 @@
 """Inputs of embed and serve: images with optional captions, and lines of text."""
 
-import glob
 import hashlib
 import os
 import pathlib
-import re
 
-from xclip_jax.core import storage
-from xclip_jax.core.errors import BadSample, UserError, redact
-from xclip_jax.data import labelled, sources
-from xclip_jax.data.base import IMAGE_SUFFIXES, Source, SourceOptions, decode_text
+from xclip_jax.core.errors import BadSample, redact
+from xclip_jax.data import sources
+from xclip_jax.data.base import Source, SourceOptions, decode_text
 from xclip_jax.evaluators.sets.custom import query_columns
 
+CONTAINERS = (".tar", ".csv", ".tsv", ".parquet")
 IMAGES = "a folder; files: globs, ranges {00..12}, lists; tars; or a source: csv:, parquet:, hf:, ..."  # for --help
 
 
@@ -78,29 +76,11 @@ def open_images(pattern: str) -> Images:
     "?image=COLUMN&text=COLUMN" at the end of a table's name names its columns; without `text` it has no captions.
     """
     spec, columns = query_columns(pattern)
-    if sources.is_spec(spec) or spec.lower().endswith((".csv", ".tsv", ".parquet")):
-        spec = sources.spec_from_path(spec)
-        texts = columns.get("text", ["text"] if spec.startswith("tar:") else [])
-    else:
-        spec = _files(pattern)
-        texts = ["text"]
+    container = os.path.isdir(os.path.expanduser(spec)) or redact(spec).lower().endswith(CONTAINERS)
+    spec = sources.spec_from_path(spec) if container or sources.is_spec(spec) else f"folder:{pattern}"
+    texts = columns.get("text", ["text"] if spec.startswith(("tar:", "folder:")) else [])
     options = SourceOptions(image_column=columns.get("image", ["image"])[0], text_columns=tuple(texts), captions=False)
     return Images(sources.open_pairs(spec, options), spec)
-
-
-def _files(pattern: str) -> str:
-    """Return the spec for a folder or pattern that contains either images or tars."""
-    pattern = pattern if storage.is_remote(pattern) else os.path.expanduser(pattern)
-    if not os.path.isdir(pattern):
-        paths = storage.expand(pattern)
-        tar_pattern = pattern
-    else:
-        paths = list(map(str, labelled.images_in(pathlib.Path(pattern), (*IMAGE_SUFFIXES, ".tar"))))
-        tar_pattern = os.path.join(re.sub("[{},]", "?", glob.escape(pattern)), "**", "*.[tT][aA][rR]")
-    tars = sum(redact(path).lower().endswith(".tar") for path in paths)
-    if 0 < tars < len(paths):
-        raise UserError(f"--images {pattern!r} names {tars} tars among {len(paths)} files; embed them separately.")
-    return f"tar:{tar_pattern}" if tars else f"folder:{pattern}"
 
 
 Inputs = Images | Lines  # `read` returns content and text of an item

@@ -132,7 +132,7 @@ def _render_time(facts: dict[str, Any]) -> list[str]:
     lines = [
         f"a step takes {facts['step_ms']:,.1f} ms{mfu}, by the compiler's estimates ({versions}), a model and not a "
         "measurement",
-        f"collectives take {times['exposed_ms']:,.1f} ms of it, and {times['hidden_ms']:,.1f} ms more behind operations",
+        f"collectives take {times['exposed_ms']:,.1f} ms, and {times['hidden_ms']:,.1f} ms more behind operations",
         f"{facts['pairs_per_second']:,.0f} pairs/s; each host decodes {facts['images_per_second_per_host']:,.0f} "
         "images/s",
         f"{facts['steps']:,} steps take {facts['days']:.2f} days, {facts['chip_hours']:,.0f} chip-hours",

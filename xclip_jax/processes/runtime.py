@@ -18,9 +18,8 @@ from typing import Any, NoReturn
 
 import jax
 
-# Not public in JAX: the client for messages between processes, and whether devices are initialised.
+# Not public in JAX: the client for messages between processes.
 from jax._src import distributed as jax_distributed
-from jax._src import xla_bridge
 
 from xclip_jax.core.errors import EXIT_RESTART, EXIT_RESUMABLE, UserError, describe, exit_now, redact
 
@@ -203,11 +202,6 @@ def join(distributed: bool, coordinator: str = "", processes: int = 0, process: 
         )
     if not distributed and not coordinator:
         return
-    if xla_bridge.backends_are_initialized():
-        raise UserError(
-            "the recipe has looked at this machine's devices before the processes joined: give the recipe small "
-            "device=cpu, gpu or tpu, and call no jax.devices() in your get_config."
-        )
     addresses = (coordinator, processes, process) if coordinator else ()
     if not coordinator:
         print(f"waiting for the other processes, {_JOIN_SECONDS // 60} minutes at most ...", flush=True)
@@ -222,7 +216,7 @@ def join(distributed: bool, coordinator: str = "", processes: int = 0, process: 
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"this process cannot join the others ({reason}). If JAX cannot discover them, start each with "
-            "--coordinator=HOST:PORT --processes=N --process=I."
+            "--coordinator=HOST:PORT --processes=N --process=I; if a recipe calls jax.devices(), give it the device."
         ) from error
     global _peers
     state = jax_distributed.global_state
