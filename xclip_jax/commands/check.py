@@ -53,13 +53,7 @@ def _duplicates(values: Sequence[Any]) -> int:
 def report(source: Source, options: argparse.Namespace) -> Iterator[str]:
     """Yield lines about a source; the last is the verdict, which also sets `options.passed`."""
     n = len(source)
-    fingerprint = source.fingerprint()
-    size = ""
-    for unit in fingerprint.keys() & {"tars", "files"}:
-        files = fingerprint[unit]
-        gigabytes = sum(file["bytes"] for file in files) / 1e9
-        size = f" in {len(files):,} {unit if len(files) > 1 else unit[:-1]}, {gigabytes:.2f} GB"
-    yield f"samples: {n:,}{size}, index {fingerprint['hash']}"
+    yield f"samples: {n:,}, index {source.fingerprint()['hash']}"
     count = min(options.samples or n, n)
     chosen = np.random.default_rng(0).choice(n, count, replace=False)
     threads = records.cores()

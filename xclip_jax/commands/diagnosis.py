@@ -94,14 +94,9 @@ def _objective(run: Record) -> Iterator[Finding]:
             # A complete run is judged even if it was short.
             last = warnings.last(check.name) or (check.warning if check.failed and run.complete else "")
             if last:
-                text = f"{label}: {last.partition(': ')[2]}{f' {history}' if warnings.steps else ''}"
-                yield fail("objective", text.rstrip("."))
-            elif check.name in warnings.names:
-                remedy = "look at its chart, xclip-jax report RUN"
-                yield warning("objective", f"{label}: not at the last step; {history}".rstrip("."), remedy)
+                yield fail("objective", f"{label}: {last.partition(': ')[2]} {history}".rstrip(". "))
             else:
-                judged = f"no. {check.measurement}" if warnings.steps else "not judged yet."
-                yield Finding("objective", f"{label}: {judged} {history}".rstrip("."))
+                yield Finding("objective", f"{label}: no. {check.measurement} {history}".rstrip(". "))
 
 
 def _input(run: Record) -> Iterator[Finding]:

@@ -80,14 +80,14 @@ def check_evaluation(experiment: Experiment, folder: RunWriter, classes: Sequenc
     encoder = make_encoder(experiment, classes)
     before = prepare.evaluates_first(experiment)
 
-    def check_sets() -> Iterator[Finding]:
-        return checks.check_sets(experiment, len(prepare.open_evaluators(experiment, encoder)), before=before)
+    def count() -> int:
+        return len(prepare.open_evaluators(experiment, encoder))
 
-    def check_weights() -> Iterator[Finding]:
-        return checks.check_weights(experiment, prepare.open_initial(experiment, folder, classes)[0])
+    def initial() -> Mapping[str, np.ndarray]:
+        return prepare.open_initial(experiment, folder, classes)[0]
 
-    yield from attempt("evaluation", check_sets)
-    yield from attempt("weights", check_weights)
+    yield from attempt("evaluation", lambda: checks.check_sets(experiment, count(), before=before))
+    yield from attempt("weights", lambda: checks.check_weights(experiment, initial()))
 
 
 def time_step(experiment: Experiment, compiled: Any, start: int, operations: float | None) -> Finding:

@@ -31,7 +31,7 @@ from xclip_jax.core import environment
 from xclip_jax.core.console import log0
 from xclip_jax.core.errors import Parser, UserError, check_count, check_writable, exit_with_message, redact
 from xclip_jax.core.imports import add_trust, trusting
-from xclip_jax.core.storage import is_remote, write_json
+from xclip_jax.core.storage import is_remote
 from xclip_jax.evaluators import registry, results, tables
 from xclip_jax.evaluators.prompts import read_class_names
 from xclip_jax.evaluators.results import Result
@@ -142,12 +142,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.set_verbosity(logging.ERROR)
     with exit_with_message(), trusting(flags.trust):
         if flags.compare:
-            if flags.output:
-                epath.Path(flags.output).parent.mkdir(parents=True, exist_ok=True)
             rows = compare(*flags.compare, step=flags.step, profile=flags.profile)
             log0(render_comparison(rows, *flags.compare))
-            if flags.output:
-                write_json(epath.Path(flags.output), {"a": flags.compare[0], "b": flags.compare[1], "rows": rows})
             return
         if flags.captions is not None:
             check_count("--captions", flags.captions, 0)

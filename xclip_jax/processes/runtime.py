@@ -98,9 +98,10 @@ class Peers:
                     raise
         different = [key for key in sorted(mine | first) if mine.get(key) != first.get(key)]
         if different:
-            shown = ", ".join(f"{key} ({_short(mine.get(key))}, not {_short(first.get(key))})" for key in different[:5])
-            more = f" and {len(different) - 5} more" if len(different) > 5 else ""
-            raise UserError(f"process {self.index} differs from process 0: {shown}{more}; {remedy}.")
+            shown = ", ".join(f"{key} ({mine.get(key)!r:.60}, not {first.get(key)!r:.60})" for key in different[:5])
+            raise UserError(
+                f"process {self.index} differs from process 0 in {len(different)} facts: {shown}; {remedy}."
+            )
         self._client.key_value_set(f"{_SAME}{self._rounds}/{self.index}", "")
 
     def waiting(self) -> str:
@@ -175,11 +176,6 @@ class Peers:
     def _linger(self) -> None:
         if self.index == 0:
             time.sleep(_LINGER_SECONDS)
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 _peers: Peers | None = None
