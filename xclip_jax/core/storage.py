@@ -159,9 +159,8 @@ def _braces(pattern: str) -> Iterator[str]:
     limits = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
     if limits:
         first, last = map(int, limits.groups())
-        step = 1 if last >= first else -1
         width = max(map(len, limits.groups())) if re.search(r"\b0\d", match[1]) else 0
-        choices = (f"{number:0{width}d}" for number in range(first, last + step, step))
+        choices = (f"{number:0{width}d}" for number in range(first, last + 1))
     for choice in choices:
         yield from _braces(pattern[: match.start()] + choice + pattern[match.end() :])
 
