@@ -19,7 +19,9 @@ def config_page() -> str:
     """Return a table of keys, defaults, allowed values and doc strings for each group of the config."""
     lines, group = ["# All keys of a config", ""], None
     lines += ["Each key is a flag, `--config.optim.lr=1e-3`; names in a list are quoted,"]
-    lines += ["`--config.data.text_columns=\"('title','alt')\"`. The defaults are those that recipes start from; a recipe"]
+    lines += [
+        "`--config.data.text_columns=\"('title','alt')\"`. The defaults are those that recipes start from; a recipe"
+    ]
     lines += [f"changes some of them, and `config.json` in a run's folder has the values of that run. {MADE}"]
     for name, default, allowed, doc in fields.describe(schema.Config):
         if name.rpartition(".")[0] != group:

@@ -190,10 +190,9 @@ def test_tars(root, model):
     embed.main(flags(root, out, images=f"{root}/{{0..1}}.tar"))
     columns, _ = read(out)
     source = inputs.open_images(f"{root}/*.tar")
-    assert len(source) == 21 == len(columns["id"])
     content = [source.read(i) for i in range(21)]
     assert list(columns["text"]) == [text for _, text in content] and all(columns["text"])
-    assert list(columns["id"][:2]) == [source.name(0), source.name(1)] and "0.tar#" in columns["id"][0]
+    assert list(columns["id"]) == [source.name(i) for i in range(21)] and "0.tar#" in columns["id"][0]
     np.testing.assert_allclose(columns["embedding"], model.encode_image([data for data, _ in content]), atol=1e-6)
 
 

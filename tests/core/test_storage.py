@@ -19,9 +19,7 @@ from tests.helpers import web
 from xclip_jax.core import storage
 from xclip_jax.core.errors import BadSample, UserError, redact
 from xclip_jax.data.readers.table import ImageColumn
-from xclip_jax.interop import hub
 from xclip_jax.interop import tensor_files as weights
-from xclip_jax.train.run_writer import RunWriter
 
 
 def read_named(path, table=""):
@@ -175,15 +173,6 @@ def test_names_with_commas_brackets_and_braces(tmp_path):
     (tmp_path / "d,[1]").mkdir()
     (tmp_path / "d,[1]" / "x.tar").touch()
     assert storage.expand(f"{tmp_path}/d??1]/*.tar") == [f"{tmp_path}/d,[1]/x.tar"]
-
-
-def test_a_home_is_expanded_wherever_a_path_is_written(tmp_path, monkeypatch):
-    """A shell leaves the one in --config.run=~/runs/mine as it is."""
-    monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "a.csv").touch()
-    assert RunWriter("~/runs/mine").path == tmp_path / "runs" / "mine"
-    assert str(hub.locate("~/weights").path) == str(tmp_path / "weights")
-    assert storage.expand("~/a.csv,~/[a].csv") == [str(tmp_path / "a.csv")]
 
 
 def test_folders_among_names(tmp_path):

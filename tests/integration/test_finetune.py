@@ -9,7 +9,6 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import sklearn.metrics
-from etils import epath
 
 from tests.helpers import tiny
 from tests.helpers.encoding import by_name
@@ -18,12 +17,10 @@ from xclip_jax.commands import evaluate, export
 from xclip_jax.config import schema
 from xclip_jax.config.load import load_config
 from xclip_jax.core.errors import UserError
-from xclip_jax.core.storage import write_json
 from xclip_jax.data.readers import glue
 from xclip_jax.evaluators import registry, tables
 from xclip_jax.evaluators.probe import ClassifierEvaluator
-from xclip_jax.train import build, state, trainer, weights
-from xclip_jax.train.checkpoint import Checkpointer
+from xclip_jax.train import build, trainer, weights
 
 pytestmark = pytest.mark.long
 
@@ -103,13 +100,7 @@ def images(tmp_path_factory):
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory):
     """A run that was saved before its first step, whose towers are then fine-tuned."""
-    run = tmp_path_factory.mktemp("pretrained") / "run"
-    c = tiny.config("clip", run=run, model__txt__context_length=24)
-    p = build.build(c, jax.devices()[:1])
-    with Checkpointer(run) as checkpointer:
-        checkpointer.save(state.create(p.init, p.abstract), {"samples": 0})
-    write_json(epath.Path(run) / "config.json", {"config": c.to_dict(), "environment": {}})
-    return c.run
+    return tiny.untrained(tmp_path_factory.mktemp("pretrained") / "run", "clip", model__txt__context_length=24)
 
 
 def small(config, run, steps):

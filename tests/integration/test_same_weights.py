@@ -51,12 +51,7 @@ def change(run, **keys):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [
-        ("ema", False),
-        ("resize_size", 2 * tiny.SIZE),
-        pytest.param("resize", "squash", marks=pytest.mark.slow),
-        pytest.param("interpolation", "bilinear", marks=pytest.mark.slow),
-    ],
+    [("ema", False), ("resize_size", 2 * tiny.SIZE)],
 )
 def test_keys_that_change_the_features_at_the_same_step(key, value, root, tmp_path):
     run, one, two = tmp_path / "run", f"folder:{root / 'one'}", f"folder:{root / 'two'}"
@@ -104,12 +99,7 @@ def test_a_branch_of_the_hub_that_moves(root, server, tmp_path, monkeypatch, cap
 
 @pytest.mark.parametrize(
     "changes",
-    [
-        {"data__normalization": "clip"},
-        {"data__tokenizer": "fingerprints.json"},
-        pytest.param({"eval__resize": "squash"}, marks=pytest.mark.slow),
-        pytest.param({"model__txt__causal": False}, marks=pytest.mark.slow),
-    ],
+    [{"data__normalization": "clip"}, {"data__tokenizer": "fingerprints.json"}],
 )
 def test_a_fingerprint_is_of_preprocessing_tokenizer_and_meaning_too(changes, tmp_path, monkeypatch):
     """mteb and `embed` take it for what decides the features."""

@@ -106,11 +106,8 @@ def _input(run: Record) -> Iterator[Finding]:
     if recent:
         share = statistics.fmean(recent)
         text = f"the devices waited {share:.0%} of the time for data in the last {len(recent):,} logged steps"
-        if share > INPUT_BOUND:
-            remedy = "raise data.threads, or store smaller images"
-            yield warning("input", text, remedy)
-        else:
-            yield Finding("input", text)
+        bound = share > INPUT_BOUND
+        yield warning("input", text, "raise data.threads, or store smaller images") if bound else Finding("input", text)
 
 
 def _samples(run: Record, folder: RunReader) -> Iterator[Finding]:

@@ -68,10 +68,9 @@ def load_recipe(spec: str) -> tuple[ml_collections.ConfigDict, Describe | None]:
     try:
         module_spec.loader.exec_module(module)
         config = module.get_config(arg or None)
-        if not isinstance(config, ml_collections.ConfigDict):
-            raise UserError(f"{file}: get_config returns {type(config).__name__}, not a ConfigDict.")
         fill_in = getattr(module, "fill_in", None)
         describe = fill_in(config, arg or None) if fill_in else None
+        return config.lock(), describe
     except UserError:
         raise
     except Exception as error:
@@ -80,7 +79,6 @@ def load_recipe(spec: str) -> tuple[ml_collections.ConfigDict, Describe | None]:
         lines = [frame.lineno for frame in frames if frame.filename == module_spec.origin]
         place = f"{file}, line {lines[-1]}" if lines else file
         raise UserError(f"{place}: {type(error).__name__}: {' '.join(str(error).split())}") from error
-    return config.lock(), describe
 
 
 def check_keys(config: ml_collections.ConfigDict, overrides: list[str]) -> None:

@@ -107,8 +107,8 @@ class Peers:
     def waiting(self) -> str:
         """Return the current work of other processes, if it differs from this process's."""
         mine = self.status().partition(" (")[0]
-        others = sorted((int(k.rpartition("/")[2]), v) for k, v in self._client.key_value_dir_get(_ALIVE))
-        states = [(k, json.loads(v)["status"]) for k, v in others if k != self.index]
+        signs = sorted(self._client.key_value_dir_get(_ALIVE))
+        states = [(name.rpartition("/")[2], json.loads(sign)["status"]) for name, sign in signs]
         return "; ".join(f"process {k}: {s}" for k, s in states if s.partition(" (")[0] not in ("", "done", mine))
 
     def leave(self, sentence: str, status: int) -> NoReturn:
