@@ -1,7 +1,6 @@
 """Inputs of embed and serve: which files a folder or pattern has, their names and captions."""
 
 import os
-import shutil
 
 import pytest
 
@@ -37,10 +36,9 @@ def test_names_are_utf8_where_paths_are_not(tmp_path):
     folder = tmp_path / os.fsdecode(b"caf\xe9")
     folder.mkdir()
     bad_tars.pairs(folder / "0.tar", 0, 1)
-    shutil.copy(folder / "0.tar", folder / "1.TAR")
     (folder / "lines.txt").write_text("one\n")
     named = [inputs.open_images(str(folder)), inputs.Lines(str(folder / "lines.txt"))]
-    assert list(map(len, named)) == [2, 1]
+    assert list(map(len, named)) == [1, 1]
     assert all("caf\N{REPLACEMENT CHARACTER}" in each.name(0).encode().decode() for each in named)
 
 

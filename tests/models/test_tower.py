@@ -188,7 +188,7 @@ class NoDataclass(TextTower):
         ({"img": OPTIONS | {"depht": 2}}, r"'model\.plugins\.img\.depht' is unknown; did you mean .*depth"),
         ({"img": OPTIONS | {"depth": 0}}, r"model\.plugins\.img\.depth is 0; expected at least 1"),
         ({"img": OPTIONS | {"patch": 5}}, r"model\.plugins\.img\.image_size 24 must be a multiple of patch 5"),
-        ({"img": {"width": 8}}, r"model\.plugins\.img\.type is missing"),
+        ({"img": {"width": 8}}, "unknown image tower ''"),
         ({"img": {"type": "vot"}}, "unknown image tower 'vot'; did you mean 'vit'"),
         ({"img": {"type": "nowhere.towers:Net"}}, "image tower 'nowhere.towers:Net' cannot be imported .*install"),
         ({"txt": OPTIONS}, "text tower .*ConvMixer' is not a dataclass derived from xclip_jax.models.tower.TextTower"),
