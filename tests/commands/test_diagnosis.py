@@ -129,18 +129,14 @@ def test_collapse_of_clusters(kind, tmp_path):
     }
 
 
-def test_devices_that_wait_for_data(tmp_path):
-    folder = run_of(tmp_path, rows(data__wait_share=lambda i: 0.3 if i >= 30 else 0.0))
+def test_devices_that_wait_and_bad_samples(tmp_path):
+    series = {"data__wait_share": lambda i: 0.3 if i >= 30 else 0.0, "data__bad_share": lambda i: 0.03}
+    folder = run_of(tmp_path, rows(**series))
     finding = only(folder, "input", WARNING)
     assert "waited 30% of the time" in finding.text and "data.threads" in finding.remedy
-
-
-def test_bad_samples(tmp_path):
-    folder = run_of(tmp_path, rows(data__bad_share=lambda i: 0.03))
     entry = {"position": 1, "source": 0, "index": 1, "reason": "truncated image", "detail": ""}
     (folder / "bad_samples.jsonl").write_text(json.dumps(entry) + "\n")
-    finding = only(folder, "samples", WARNING)
-    assert finding.text.startswith("3.00% bad, the limit is 5.00% (truncated image: 1)")
+    assert only(folder, "samples", WARNING).text.startswith("3.00% bad, the limit is 5.00% (truncated image: 1)")
 
 
 def test_checkpoints(tmp_path, run):

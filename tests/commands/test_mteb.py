@@ -10,8 +10,6 @@ import xclip_jax
 mteb = pytest.importorskip("mteb", minversion="2.0")
 datasets = pytest.importorskip("datasets")
 
-from mteb.abstasks.retrieval import AbsTaskRetrieval  # noqa: E402
-from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData  # noqa: E402
 from mteb.abstasks.sts import AbsTaskSTS  # noqa: E402
 from mteb.abstasks.zeroshot_classification import AbsTaskZeroShotClassification  # noqa: E402
 from mteb.models.models_protocols import EncoderProtocol  # noqa: E402
@@ -67,23 +65,6 @@ class ZeroShot(AbsTaskZeroShotClassification):
         return LABELS
 
 
-class Search(AbsTaskRetrieval):
-    """Images of a text."""
-
-    metadata = metadata("OwnSearch", "Any2AnyRetrieval", "t2i", ["text", "image"], "ndcg_at_10")
-
-    def load_data(self, **kwargs):
-        numbers = [str(i) for i in range(N)]
-        split = RetrievalSplitData(
-            queries=datasets.Dataset.from_dict({"id": [f"q{i}" for i in numbers], "text": TEXTS}),
-            corpus=datasets.Dataset.from_dict({"id": [f"d{i}" for i in numbers], "image": images()}),
-            relevant_docs={f"q{i}": {f"d{i}": 1} for i in numbers},
-            top_ranked=None,
-        )
-        self.dataset = {"default": {"test": split}}
-        self.data_loaded = True
-
-
 @pytest.fixture(scope="module")
 def model(run):
     return xclip_jax.load(run, batch=8)
@@ -113,13 +94,6 @@ def test_zero_shot_classification_of_images(model):
     scores = model.encode_image(images()) @ model.encode_text(LABELS).T
     expected = (scores.argmax(1) == np.arange(N) % 4).mean()
     assert score_of(model, ZeroShot(), "accuracy") == pytest.approx(expected)
-
-
-def test_retrieval_of_images_by_texts(model):
-    scores = model.encode_text(TEXTS) @ model.encode_image(images()).T
-    ranks = (scores > scores.diagonal()[:, None]).sum(1)
-    for k in (1, 5):
-        assert score_of(model, Search(), f"recall_at_{k}") == pytest.approx((ranks < k).mean(), abs=1e-5)
 
 
 def test_items_of_both_are_the_sum(model):

@@ -14,7 +14,6 @@ from xclip_jax.commands import embed, evaluate, export, report
 from xclip_jax.commands.doctor import main as doctor
 from xclip_jax.commands.serve import main as serve
 from xclip_jax.config import load as config_file
-from xclip_jax.core import imports
 from xclip_jax.core.errors import UserError
 
 EXTENSION = pathlib.Path(__file__).parents[1] / "extension"
@@ -109,17 +108,6 @@ def test_a_recipe_that_reads_weights_takes_trust(root):
     with pytest.raises(SystemExit, match="'none/train' does not exist"):  # what the recipe reads next
         config_file.parse([*argv, "--trust"])
     assert executed(root)
-
-
-def test_init_weights_import_with_consent_alone(root):
-    from xclip_jax.train import build, weights
-
-    made = build.build(tiny.config("clip", init__weights=str(root / "weights")))
-    with pytest.raises(UserError, match=REFUSED):
-        weights.read_initial(made.config, made.abstract)
-    assert not executed(root)
-    with imports.trusting(True):
-        weights.read_initial(made.config, made.abstract)
 
 
 def test_results_import_nothing(root, tmp_path):

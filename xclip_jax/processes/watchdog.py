@@ -121,8 +121,6 @@ class Watchdog:
                 self._end("asked to stop twice", EXIT_RESUMABLE, stacks=False)
             if self.current == COMPILATION and jax.process_count() == 1:
                 lost = f"{self.step - self.saved} steps since the last checkpoint are lost"
-                if not self.saved:
-                    lost = f"there is no checkpoint yet, and {self.step} steps are lost"
                 self._end(f"stopping in the compilation: {lost}", EXIT_RESUMABLE, stacks=False)
         if self.current:
             self._check_progress(self.current, now - self._since)
