@@ -99,9 +99,7 @@ class Peers:
         different = [key for key in sorted(mine | first) if mine.get(key) != first.get(key)]
         if different:
             shown = ", ".join(f"{key} ({mine.get(key)!r:.60}, not {first.get(key)!r:.60})" for key in different[:5])
-            raise UserError(
-                f"process {self.index} differs from process 0 in {len(different)} facts: {shown}; {remedy}."
-            )
+            raise UserError(f"process {self.index} differs from process 0: {shown}; {remedy}.")
         self._client.key_value_set(f"{_SAME}{self._rounds}/{self.index}", "")
 
     def waiting(self) -> str:
