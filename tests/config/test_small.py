@@ -128,7 +128,7 @@ def test_other_pairs_have_another_folder_and_no_secret_in_its_name():
 
 def test_memory_time_and_devices_of_the_machine():
     """Activations take a quarter of the memory, a CPU is not asked for days, and devices get equal parts."""
-    plain, gpu = config(10_000_000, "gpu"), dataclasses.replace(small.ORDINARY["gpu"], devices=6)
+    plain, gpu = config(10_000_000, "gpu"), small.ORDINARY["gpu"]
     for size in (12, 80):
         machine = dataclasses.replace(gpu, memory=size * 2**30)
         parts = small.microbatches(plain, machine)
@@ -136,7 +136,8 @@ def test_memory_time_and_devices_of_the_machine():
         assert held <= machine.memory / 4 and (parts == 1 or 2 * held > machine.memory / 4)
     slow = config(1_000_000)
     assert slow.steps * slow.data.batch == pytest.approx(995_000, rel=0.01)  # one epoch, for want of more time
-    assert (small.batch_size(180, "Ti/12", gpu), small.batch_size(10, "Ti/12", gpu)) == (60, 6)
+    six = dataclasses.replace(gpu, devices=6)
+    assert (small.batch_size(180, "Ti/12", six), small.batch_size(10, "Ti/12", six)) == (60, 6)
 
 
 def test_counts_are_those_of_the_pairs(tmp_path):
