@@ -32,7 +32,7 @@ def own_flags():
         (["--config", "configs/demo.py:preset=X/1"], "it must be one of 'Ti/12', 'S/16',"),
         (["--config", "demo", "--confg.optim.lr=1"], "confg.optim.lr"),
         (["--config", "configs/nothing.py"], "'configs/nothing.py'"),
-        (["--config", "dmo"], "'dmo'; give a path FILE.py, or a recipe by name: demo, finetune,"),
+        (["--config", "dmo"], "'dmo' is unknown; did you mean 'demo'? Give a path FILE.py"),
         (["--config", "demo:steps=0"], "config argument steps='0'"),
         (["--config", "small"], "small:pairs=PATH"),
         (["--config", "small:pairs=/nowhere"], "'/nowhere'"),

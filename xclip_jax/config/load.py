@@ -43,7 +43,8 @@ def find_recipe(name: str) -> str:
         return str(known[name])
     if pathlib.Path(name).is_file() and name.endswith(".py"):
         return name
-    raise UserError(f"no recipe or file {name!r}; give a path FILE.py, or a recipe by name: {', '.join(known)}")
+    guess = f"recipe {name!r} is unknown; did you mean {fields.nearest(name, known)!r}?"
+    raise UserError(f"{guess} Give a path FILE.py, or a recipe by name: {', '.join(known)}")
 
 
 def load_config(spec: str) -> ml_collections.ConfigDict:

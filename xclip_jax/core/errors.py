@@ -6,6 +6,7 @@ import numbers
 import os
 import pathlib
 import re
+import select
 import signal
 import sys
 import traceback
@@ -162,8 +163,7 @@ def exit_with_message() -> Iterator[None]:
     except UserError as error:
         sys.exit(redact(f"error: {describe(error)}"))
     except OSError as error:
-        if isinstance(error, BrokenPipeError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # unwritten output would raise at interpreter exit
+        if isinstance(error, BrokenPipeError) and _is_unread():
             sys.exit(EXIT_UNREAD)
         if error.filename is None:
             raise
@@ -171,6 +171,16 @@ def exit_with_message() -> Iterator[None]:
     finally:
         if handled:
             signal.signal(signal.SIGINT, interrupted)
+
+
+def _is_unread() -> bool:
+    """Whether nobody reads standard output; if so, discard the rest, which would raise at interpreter exit."""
+    poll = select.poll()
+    poll.register(1, 0)
+    unread = any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    if unread:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return unread
 
 
 class Parser(argparse.ArgumentParser):
