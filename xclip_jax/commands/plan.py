@@ -22,7 +22,6 @@ from xclip_jax.core.errors import UserError, check_file, exit_with_message
 from xclip_jax.plan.hlo import collectives, summary
 from xclip_jax.plan.roofline import devices_of, roofline
 from xclip_jax.train import cost
-from xclip_jax.train.build import Experiment
 
 _TOPOLOGY = flags.DEFINE_string("topology", "", "CHIP:GRID, for example v5e:4x8 or v4:2x4x4.")
 _SLICES = flags.DEFINE_integer("slices", 1, "Slices of that topology.")
@@ -46,6 +45,7 @@ def plan(config: ml_collections.ConfigDict, topology: str, *, slices: int = 1, h
     devices, chip = devices_of(topology, slices)
     began = time.perf_counter()
     experiment, compiled, trouble = cost.compile_config(config, devices)
+    work = cost.step_flops(experiment.config, rows=experiment.text_rows[0])
     facts = {
         "topology": topology,
         "slices": slices,
@@ -64,6 +64,8 @@ def plan(config: ml_collections.ConfigDict, topology: str, *, slices: int = 1, h
         "compile_seconds": time.perf_counter() - began,
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
         "capacity": chip.memory,
+        "flops_per_step": work,
+        "peak_ms": 1e3 * work / (chip.peak * len(devices)) if work else None,
     }
     if compiled is None:
         facts["remedies"] = cost.remedies(experiment.config, experiment.text_rows[0], experiment.mesh.size)
@@ -74,24 +76,20 @@ def plan(config: ml_collections.ConfigDict, topology: str, *, slices: int = 1, h
         sent = summary(collectives(program, len(devices)))
         facts |= {"memory": cost.memory_usage(experiment, compiled), "sent": sent}
         facts["roofline"] = dataclasses.asdict(roofline(program, topology, len(devices)))
-        facts |= _time(experiment, facts, chip.peak * len(devices))
+        facts |= _time(facts)
     return facts
 
 
-def _time(experiment: Experiment, facts: dict[str, Any], peak: float) -> dict[str, Any]:
-    """Return the time of the run by the roofline, on chips with `peak` FLOP/s."""
-    config = experiment.config
-    work = cost.step_flops(config, rows=experiment.text_rows[0])
-    peak_ms = 1e3 * work / peak if work else None
+def _time(facts: dict[str, Any]) -> dict[str, Any]:
+    """Return the time of the run by the roofline in its `facts`."""
     step_ms = facts["roofline"]["step_ms"]
-    pairs_per_second = 1e3 * config.data.batch / step_ms
-    days = config.steps * step_ms / 86.4e6
+    work = facts["flops_per_step"]
+    pairs_per_second = 1e3 * facts["batch"] / step_ms
+    days = facts["steps"] * step_ms / 86.4e6
     return {
-        "flops_per_step": work,
-        "flops_per_pair": work / config.data.batch if work else None,
-        "peak_ms": peak_ms,
+        "flops_per_pair": work / facts["batch"] if work else None,
         "step_ms": step_ms,
-        "mfu": peak_ms / step_ms if peak_ms else None,
+        "mfu": facts["peak_ms"] / step_ms if work else None,
         "pairs_per_second": pairs_per_second,
         "images_per_second_per_host": pairs_per_second / facts["hosts"],
         "days": days,
